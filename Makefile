@@ -1,0 +1,35 @@
+# Needs python3 >= 3.11 with venv. The heads of cmres.py and cmres_test.py name what is installed.
+
+PYTHON ?= python3
+VENV   ?= .venv
+BIN     = $(VENV)/bin
+
+help:            ## show this
+	@sed -n 's/^\([a-z-]*\): *.*## /make \1\t/p' Makefile | expand -t 22
+
+serve: $(VENV)/cmres   ## serve REST and run the life cycle on 127.0.0.1:8080
+	$(BIN)/python cmres.py serve
+
+test: $(VENV)/cmres_test   ## run all tests that need no cloud
+	$(BIN)/python -m pytest -q -m 'not openstack' cmres_test.py
+
+test-openstack: $(VENV)/cmres_test   ## run the tests for a real OpenStack, on the cloud OS_CLOUD
+	$(BIN)/python -m pytest -q -m openstack cmres_test.py
+
+bench: $(VENV)/cmres_test   ## print how fast it is, as ratios measured side by side
+	$(BIN)/python cmres_test.py
+
+clean:           ## remove the environment and what tests left
+	rm -rf $(VENV) .pytest_cache .hypothesis __pycache__
+
+# A stamp holds the dependencies of a script's head: pip runs when they change, not at every edit.
+$(VENV)/%: %.py FORCE | $(BIN)/python
+	@sed -n '/^# \/\/\/$$/q; s/^#   "\([^"]*\)",.*/\1/p' $< > $@.new
+	@cmp -s $@.new $@ && rm $@.new || { $(BIN)/python -m pip install -q --disable-pip-version-check -r $@.new && mv $@.new $@; }
+
+$(VENV)/cmres_test: $(VENV)/cmres
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+.PHONY: help serve test test-openstack bench clean FORCE

@@ -1,0 +1,3035 @@
+#!/usr/bin/env -S uv run --script
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#   "bottle~=0.13.4",          # REST: routes, requests, responses
+#   "fire~=0.7.1",             # command line: commands and help out of functions
+#   "openstacksdk>=4.4,<5",    # clouds: sessions, clouds.yaml, Nova, Glance, Neutron
+#   "peewee~=4.5.3",           # store: models, transactions, one connection a thread
+#   "pyyaml~=6.0",             # YAML files of reservations, YAML answers
+#   "rich>=13,<16",            # tables and progress bars for people
+#   "schedule~=1.2.2",         # heartbeat of the life cycle
+#   "tzdata>=2025.2",          # time zones, where the system has none
+#   "waitress~=3.0.2",         # HTTP server: slow clients hold no thread
+# ]
+# ///
+"""cmres: reservations for virtual machines on OpenStack clouds.
+
+A reservation promises capacity from FROM to TO, and cmres boots its machines at FROM and removes
+them at TO. One file, SQLite, no other service:
+
+  python cmres.py serve                        REST and life cycle on http://127.0.0.1:8080
+  python cmres.py add lab demo +10s +1h --vms 3 --flavor m1.small --image cirros
+  python cmres.py list
+
+The words, used everywhere in one sense:
+
+  resource     a place with a capacity: what its cell, cloud, region, aggregate holds at most
+  reservation  what somebody asked for, under a label: a resource, machines, a window of time
+  occurrence   one interval of a reservation; it holds capacity and has its own state and servers
+  state        reserved, starting, active, degraded, ending, ended, cancelled or failed
+  server       one virtual machine that a cloud made for an occurrence
+  usage        how much of a resource is held at each instant: a step function of time
+  event        one line of the journal: when, who, what, to which reservation, why
+
+The file reads from top to bottom; a section uses only the sections above it:
+
+  Errors, Config, Time, Calls         sentences, settings, instants, text that becomes arguments
+  Store, Capacity                     what is on disk; the rule that admits
+  Clouds, Service, Life cycle         what boots machines; what people ask for; what makes it so
+  REST, Client, Command line          three faces of the service, derived from its signatures
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import difflib
+import functools
+import getpass
+import hashlib
+import inspect
+import io
+import json
+import logging
+import os
+import queue
+import random
+import re
+import secrets
+import signal
+import sys
+import textwrap
+import threading
+import time
+import types
+import typing
+from collections import defaultdict, namedtuple
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from datetime import date, datetime, timedelta, timezone
+from itertools import count
+from typing import Any, Callable, Iterable, Iterator, NamedTuple, NewType
+from zoneinfo import ZoneInfo
+
+import peewee
+
+# What only some commands need is imported where it is needed: bottle, fire, openstack, rich,
+# schedule, waitress and yaml together cost thirty times as much as `list` itself.
+
+__version__ = '0.1'
+
+log = logging.getLogger('cmres')
+
+
+# Errors ######################################################################
+#
+# Whoever raises one of these has written the sentence that the user will read. Only the REST
+# wrapper makes a status of it, only `main` an exit code.
+
+
+class Error(Exception):
+    """What could not be done and what would be right, in one sentence; `details` says more to programs."""
+    status = 500
+
+    def __init__(self, sentence: str, **details):
+        super().__init__(sentence)
+        self.details = details
+
+
+class Invalid(Error): status = 400       # noqa: E701
+class Unauthorized(Error): status = 401  # noqa: E701
+class Forbidden(Error): status = 403     # noqa: E701
+class NotFound(Error): status = 404      # noqa: E701
+class Conflict(Error): status = 409      # noqa: E701
+class NoCapacity(Conflict): pass         # noqa: E701
+class Unavailable(Error): status = 503   # noqa: E701
+
+
+class CloudError(Error):
+    """A cloud refused or did not answer; `sure` when it certainly made or changed nothing."""
+    status = 502
+
+    def __init__(self, sentence: str, sure: bool = False, **details):
+        super().__init__(sentence, **details)
+        self.sure = sure
+
+
+ERRORS = {kind.__name__: kind for kind in (
+    Error, Invalid, Unauthorized, Forbidden, NotFound, Conflict, NoCapacity, Unavailable, CloudError)}
+
+
+def nearest(word: str, words: Iterable[str]) -> str:
+    """The hint to append to a sentence that refuses `word`: '' or '; did you mean ...?'."""
+    found = difflib.get_close_matches(word, list(words), 1)
+    return f"; did you mean '{found[0]}'?" if found else ''
+
+
+# Config ######################################################################
+#
+# A setting comes from its environment twin (CMRES_PORT), else from the file, else it has the
+# default below. The file is --config, else CMRES_CONFIG, else config.ini where there is one.
+
+
+def setting(default, why: str, least=None):
+    return dataclasses.field(default=default, metadata={'why': why, 'least': least})
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Everything that can be set, once read never changed."""
+    database: str = setting('cmres.db', 'the SQLite file that holds everything; not on a network file system')
+    host: str = setting('127.0.0.1', 'the address that `serve` listens on; put a TLS proxy before any other')
+    port: int = setting(8080, 'the port that `serve` listens on', 0)
+    threads: int = setting(8, 'requests that are answered side by side', 1)
+    url: str = setting('', 'a cmres server: with it, commands talk to that server and not to the database')
+    token: str = setting('', 'the token for that server')
+    timezone: str = setting('UTC', 'the zone of times typed without an offset, and of tables')
+    workers: int = setting(32, 'calls to one cloud that run side by side', 1)
+    call_timeout: float = setting(60.0, 'seconds after which a call to a cloud is given up', 0.1)
+    settle: float = setting(15.0, 'seconds after a lost answer before a missing server is made again', 0.0)
+    poll: float = setting(1.0, 'seconds between looks at servers that are coming or going', 0.01)
+    sweep: float = setting(60.0, 'seconds between looks at servers that should just be there', 0.01)
+    retry_first: float = setting(5.0, 'seconds before a failed boot or delete is tried again; doubles each time', 0.01)
+    retry_most: float = setting(300.0, 'seconds that this pause grows to at most', 0.01)
+    orphan_grace: float = setting(60.0, 'age in seconds at which a server of ours that nothing wants is removed', 0.0)
+    simulated_boot: float = setting(3.0, 'seconds that a boot takes on the cloud `simulated`', 0.0)
+    simulated_failures: float = setting(0.0, 'share of boots that end in ERROR there, 0 to 1', 0.0)
+    simulated_vms: int = setting(0, 'servers that fit there; 0 means any number', 0)
+    simulated_latency: float = setting(0.0, 'seconds that each call takes there', 0.0)
+    credentials: dict = dataclasses.field(default_factory=dict)
+
+    @property
+    def zone(self) -> ZoneInfo:
+        return read_zone(self.timezone)
+
+
+SETTINGS = {field.name: field for field in dataclasses.fields(Config) if field.name != 'credentials'}
+
+
+def load_config(path: str | None = None, environ: dict = os.environ) -> Config:
+    """Settings from the environment, a file and the defaults.
+
+    Raises:
+      Invalid: the file can't be read, a key is unknown or a value is of the wrong kind.
+    """
+    path = path or environ.get('CMRES_CONFIG') or ('config.ini' if os.path.exists('config.ini') else None)
+    texts, credentials = read_config_file(path) if path else ({}, {})
+    texts |= {name[6:].lower(): text for name, text in environ.items()
+              if name.startswith('CMRES_') and name != 'CMRES_CONFIG'}
+    config = Config(**{name: read_setting(name, text) for name, text in texts.items()}, credentials=credentials)
+    config.zone  # an unknown zone is refused here, not at the first table
+    return config
+
+
+def read_config_file(path: str) -> tuple[dict, dict]:
+    """The texts of the sections [cmres] and [credentials]."""
+    import configparser
+    parser = configparser.ConfigParser(interpolation=None)
+    parser.optionxform = str
+    try:
+        with open(path, encoding='utf-8') as file:
+            parser.read_file(file)
+    except (OSError, UnicodeDecodeError, configparser.Error) as error:
+        raise Invalid(f"can't read the configuration '{path}': {str(error).splitlines()[0]}") from None
+    for section in set(parser.sections()) - {'cmres', 'credentials'}:
+        raise Invalid(f"{path}: unknown section [{section}]{nearest(section, ['cmres', 'credentials'])}")
+    return tuple(dict(parser[name]) if parser.has_section(name) else {} for name in ('cmres', 'credentials'))
+
+
+def read_setting(name: str, text: str):
+    if name not in SETTINGS:
+        raise Invalid(f"unknown setting '{name}'{nearest(name, SETTINGS)}")
+    field = SETTINGS[name]
+    try:
+        value = type(field.default)(text)
+    except ValueError:
+        raise Invalid(f"setting {name}: '{text}' is not a number such as {field.default}") from None
+    if field.metadata['least'] is not None and not field.metadata['least'] <= value < 1e9:
+        raise Invalid(f"setting {name}: {text} is out of range; the least is {field.metadata['least']}")
+    return value
+
+
+# Time ########################################################################
+#
+# Promised instants are whole seconds since 1970 in the store and aware datetimes in Python;
+# measured ones keep their fraction. Text is read and written at the edges only.
+
+UTC = timezone.utc
+FIRST, LAST = datetime(1970, 1, 1, tzinfo=UTC), datetime(2200, 1, 1, tzinfo=UTC)
+DURATION = re.compile(r'\+?(?:(\d{1,4})w)?(?:(\d{1,5})d)?(?:(\d{1,6})h)?(?:(\d{1,8})m)?(?:(\d{1,10})s)?', re.I)
+ISO_DURATION = re.compile(r'P(?:(\d{1,4})W)?(?:(\d{1,5})D)?(?:T(?:(\d{1,6})H)?(?:(\d{1,8})M)?(?:(\d{1,10})S)?)?', re.I)
+# An offset's + that an unescaped query made a space.
+LOST_PLUS = re.compile(r'(:\d\d) (\d\d:?\d\d)$')
+
+
+def instant(seconds: float | None) -> datetime | None:
+    """The aware UTC datetime of seconds since 1970."""
+    return None if seconds is None else datetime.fromtimestamp(seconds, UTC)
+
+
+def read_zone(name: str) -> ZoneInfo:
+    try:
+        return ZoneInfo(name)
+    except (ValueError, OSError, KeyError):
+        raise Invalid(f"unknown time zone '{name}'; write one such as Europe/Paris or UTC") from None
+
+
+def parse_time(text: str, zone: ZoneInfo, now: datetime) -> datetime:
+    """The instant that a person typed, in UTC and whole seconds.
+
+    Args:
+      text: ISO 8601 with or without offset, with `/` for `-` or a space for `T`; `now`; or `+2h`, from now
+      zone: the zone of a time without an offset
+
+    Raises:
+      ValueError: it is none of these, or outside the years 1970 to 2199.
+    """
+    word = LOST_PLUS.sub(r'\1+\2', text.strip())
+    if word == 'now':
+        return now
+    if word.startswith('+'):
+        return now + parse_duration(word)
+    try:
+        moment = datetime.fromisoformat(word.replace('/', '-'))
+        moment = (moment if moment.tzinfo else moment.replace(tzinfo=zone)).astimezone(UTC)
+    except (ValueError, OverflowError):
+        raise ValueError(f"'{text}' is not a time; write 2026-12-01T09:00, now or +2h") from None
+    if not FIRST <= moment < LAST:
+        raise ValueError(f"'{text}' is not between the years 1970 and 2199")
+    return moment.replace(microsecond=0)
+
+
+def parse_duration(text: str) -> timedelta:
+    """The length that a person typed: 2h, +1d12h, 90m or PT2H; ValueError if it is none."""
+    match = DURATION.fullmatch(text.strip()) or ISO_DURATION.fullmatch(text.strip())
+    if not match or not any(match.groups()):
+        raise ValueError(f"'{text}' is not a duration; write 2h, 1d12h, 90m or PT2H")
+    weeks, days, hours, minutes, seconds = (int(part or 0) for part in match.groups())
+    length = timedelta(weeks=weeks, days=days, hours=hours, minutes=minutes, seconds=seconds)
+    if length > LAST - FIRST:
+        raise ValueError(f"'{text}' is longer than {(LAST - FIRST).days} days")
+    return length
+
+
+def format_time(moment: datetime, zone: ZoneInfo) -> str:
+    """A time for people: 2026-12-01 09:00 CET; seconds only where they are not zero."""
+    local = moment.astimezone(zone)
+    clock = '%H:%M:%S' if local.second else '%H:%M'
+    return local.strftime(f'%Y-%m-%d {clock} %Z')
+
+
+def format_duration(length: float) -> str:
+    """Seconds for people: 1d2h30m; parse_duration reads it back."""
+    parts = []
+    for unit, seconds in (('d', 86400), ('h', 3600), ('m', 60), ('s', 1)):
+        parts.append((int(length // seconds), unit))
+        length %= seconds
+    return ''.join(f'{number}{unit}' for number, unit in parts if number) or '0s'
+
+
+# Calls #######################################################################
+#
+# An operation is described once: by the signature of a method marked @api. Routes, commands,
+# client methods, help and /openapi.json are derived from that mark, and `bind` is the one reader
+# of arguments for all of them: the same mistake gives the same sentence everywhere.
+
+Label = NewType('Label', str)      # a reservation's or a resource's own name
+Name = NewType('Name', str)        # somebody else's name: a user, a flavor, an image
+Text = NewType('Text', str)        # free text, up to 64 KiB
+File = NewType('File', str)        # text too; on the command line, the name of the file that holds it
+Count = NewType('Count', int)      # 1 to a million
+Most = NewType('Most', int)        # a capacity figure; `unlimited` is UNLIMITED
+Span = NewType('Span', timedelta)  # a length of time
+When = datetime | timedelta        # an instant, or a length from what comes before it
+Names = NewType('Names', list)     # several names; text is split at commas
+Pairs = NewType('Pairs', dict)     # names with values; text is k=v,k=v
+Rows = NewType('Rows', list)       # many reservations; on the command line, a CSV, JSON or YAML file
+
+UNLIMITED = -1
+ANY = '-'  # in an address or on a command line: not given, anything
+
+#: What each argument means, in the one sense that it has in every operation.
+WORDS = {
+    'after': 'the earliest start, or in a list the id of the last line already seen',
+    'aggregate': 'host aggregate of the resource',
+    'before': 'the latest end',
+    'by': 'how much longer, such as +1h',
+    'cell': 'cell of the resource',
+    'cloud': 'cloud of the resource: a name in clouds.yaml, or simulated',
+    'count': 'how many; for a delete by filter, the number that it must hit',
+    'description': 'free text for people',
+    'dry_run': 'check and answer as if it were done, and keep nothing',
+    'duration': 'length of the window, such as 2h, 1d12h or PT90M',
+    'end': 'an instant, or a length from the start such as +2h',
+    'flavor': 'flavor of the machines, by name or id; its vcpus and ram count',
+    'force': 'do it although occurrences that are admitted already would no longer fit',
+    'id': 'the id that the list shows',
+    'image': 'image to boot, by name or id; without one, capacity is held and nothing boots',
+    'key': 'key pair to put into the machines',
+    'label': 'your own name for it: 1 to 64 letters, digits, . _ -',
+    'lead': 'how long before the start the machines are booted; held as well',
+    'limit': 'at most so many lines',
+    'metadata': 'metadata of the machines: k=v,k=v',
+    'name': 'name of the resource: 1 to 64 letters, digits, . _ -',
+    'network': 'network of the machines, by name or id; else what the cloud chooses',
+    'partial': 'take the lines that fit, instead of all or nothing',
+    'project': 'project that it belongs to',
+    'ram': 'most MiB of memory; with none, or `unlimited`, no limit',
+    'region': 'region of the resource',
+    'rename': 'the new name',
+    'resource': 'name of the resource, or - for one found by its place',
+    'role': 'admin, user or reader',
+    'rows': 'CSV, JSON or YAML with one reservation a line, fields named as in `add`',
+    'security_groups': 'security groups of the machines, with commas between',
+    'seed': 'the same seed gives the same reservations',
+    'start': 'ISO 8601, now, or +2h from now; without an offset it is local time',
+    'state': 'states, with commas between; without any, all that are not over',
+    'user': 'user that it belongs to',
+    'user_data': 'file that the machines are given for cloud-init',
+    'vcpus': 'most vcpus; with none, or `unlimited`, no limit',
+    'vms': 'number of machines',
+}
+
+READER, USER, ADMIN = 'reader', 'user', 'admin'
+ROLES = (READER, USER, ADMIN)  # each may do what those before it may
+
+
+@dataclasses.dataclass
+class Operation:
+    """A published method: its routes `(verb, path, fixed arguments)`, who may call it, what it takes."""
+    name: str
+    method: Callable
+    role: str
+    routes: list
+
+    @functools.cached_property
+    def parameters(self) -> dict[str, inspect.Parameter]:
+        signature = inspect.signature(self.method, eval_str=True)
+        return {name: each for name, each in signature.parameters.items() if name not in ('self', 'config')}
+
+    @property
+    def changes(self) -> bool:
+        return self.routes[0][0] != 'GET'
+
+    @property
+    def summary(self) -> str:
+        return inspect.getdoc(self.method).splitlines()[0]
+
+
+API: dict[str, Operation] = {}
+
+
+def api(verb: str, path: str, role: str | None = None, **fixed):
+    """Publishes a method; the topmost of several marks is the address that clients use.
+
+    Args:
+      role: the least role that may call it; reader for a GET, else user
+      fixed: arguments that this address stands for
+    """
+    def publish(method):
+        known = API.get(method.__name__)
+        if known:
+            known.routes.insert(0, (verb, path, fixed))
+            return method
+        API[method.__name__] = Operation(
+            method.__name__, method, role or (READER if verb == 'GET' else USER), [(verb, path, fixed)])
+        return guarded_by_role(method)
+    return publish
+
+
+def guarded_by_role(method):
+    """Refuses an actor whose role is too small: the one place that looks at roles before a call."""
+    @functools.wraps(method)
+    def checked(self, *args, **kwargs):
+        needed = API[method.__name__].role
+        if ROLES.index(self.actor.role) < ROLES.index(needed):
+            raise Forbidden(f"{method.__name__.replace('_', ' ')} needs the role {needed}; "
+                            f"{self.actor.user} is {self.actor.role}")
+        return method(self, *args, **kwargs)
+    return checked
+
+
+class Here(NamedTuple):
+    """Where and when arguments are read: the zone of bare times, and the instant that `now` means."""
+    zone: ZoneInfo
+    now: datetime
+
+
+def bind(operation: Operation, given: dict, here: Here) -> dict:
+    """The arguments of a call, read from text or JSON by the types of the method's signature.
+
+    Raises:
+      Invalid: one is unknown, missing or malformed; the sentence names it.
+    """
+    parameters = operation.parameters
+    for name in given:
+        if name not in parameters:
+            raise Invalid(f"{operation.name.replace('_', ' ')} has no argument '{name}'{nearest(name, parameters)}")
+    given = {name: value for name, value in given.items()
+             if value is not None and (value != ANY or parameters[name].default is inspect.Parameter.empty)}
+    missing = [name for name, each in parameters.items() if each.default is each.empty and name not in given]
+    if missing:
+        raise Invalid(f"{missing[0]} is missing: {WORDS[missing[0]]}")
+    return {name: read_argument(name, value, parameters[name].annotation, here) for name, value in given.items()}
+
+
+def read_argument(name: str, value, kind, here: Here):
+    try:
+        return READERS[kind](value, here)
+    except (ValueError, TypeError) as error:
+        raise Invalid(f'{name}: {error}') from None
+
+
+def shown(value) -> str:
+    """A value as a sentence quotes it: short, on one line."""
+    return textwrap.shorten(json.dumps(value, ensure_ascii=False, default=str), 60, placeholder='...')
+
+
+def read_str(value, here=None, most: int = 255) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f'{shown(value)} is not text')
+    if len(value) > most:
+        raise ValueError(f'at most {most} characters, not {len(value)}')
+    if re.search('[\x00-\x08\x0b-\x1f\x7f\ud800-\udfff]', value):
+        raise ValueError('control characters are not allowed')
+    return value
+
+
+def read_name(value, here=None) -> str:
+    if re.search(r'[\n\t]', text := read_str(value)):
+        raise ValueError('a name is one line')
+    return text.strip()
+
+
+def read_label(value, here=None) -> str:
+    if value == ANY or re.fullmatch(r'[A-Za-z0-9._-]{1,64}', text := read_str(value)) and text not in ('add', 'delete'):
+        return value
+    raise ValueError(f"{shown(text)} is not a name of 1 to 64 letters, digits, '.', '_', '-' (nor 'add' or 'delete')")
+
+
+def read_text(value, here=None) -> str:
+    return read_str(value.replace('\r\n', '\n') if isinstance(value, str) else value, most=65535)
+
+
+def read_int(value, here=None) -> int:
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value
+    if isinstance(value, str) and re.fullmatch(r'[+-]?\d{1,12}', value.strip()):
+        return int(value)
+    raise ValueError(f'{shown(value)} is not a whole number')
+
+
+def read_count(value, here=None) -> int:
+    if not 1 <= (number := read_int(value)) <= 1_000_000:
+        raise ValueError(f'{number} is not between 1 and 1000000')
+    return number
+
+
+def read_most(value, here=None) -> int:
+    if value == 'unlimited':
+        return UNLIMITED
+    if not 0 <= (number := read_int(value)) <= 10**12:
+        raise ValueError(f"{number} is not between 0 and 10^12, nor 'unlimited'")
+    return number
+
+
+def read_bool(value, here=None) -> bool:
+    words = {'true': True, 'yes': True, '1': True, 'false': False, 'no': False, '0': False}
+    if isinstance(value, bool):
+        return value
+    if isinstance(value, str) and value.lower() in words:
+        return words[value.lower()]
+    raise ValueError(f'{shown(value)} is neither true nor false')
+
+
+def read_span(value, here=None) -> timedelta:
+    return value if isinstance(value, timedelta) else parse_duration(read_str(value))
+
+
+def read_when(value, here: Here):
+    if isinstance(value, timedelta) or isinstance(value, datetime) and value.tzinfo:
+        return value
+    if isinstance(value, datetime):
+        return value.replace(tzinfo=here.zone)
+    text = read_str(value).strip()
+    return parse_duration(text) if text[:1] in '+P' and text else parse_time(text, here.zone, here.now)
+
+
+def read_names(value, here=None) -> list[str]:
+    items = value.split(',') if isinstance(value, str) else value
+    if not isinstance(items, (list, tuple)) or len(items) > 100:
+        raise ValueError(f'{shown(value)} is not a list of at most 100 names')
+    return [name for name in map(read_name, items) if name]
+
+
+def read_pairs(value, here=None) -> dict[str, str]:
+    """Nova's metadata: at most 128 pairs of 1 to 255 characters."""
+    if isinstance(value, str):
+        value = dict(pair.split('=', 1) if '=' in pair else (pair, None) for pair in value.split(',') if pair)
+    if not isinstance(value, dict) or len(value) > 128 or not all(isinstance(each, str) for each in value.values()):
+        raise ValueError(f'{shown(value)} is not k=v,k=v with at most 128 pairs')
+    return {read_name(name): read_str(each) for name, each in value.items()}
+
+
+def read_rows(value, here=None) -> list[dict]:
+    if not isinstance(value, list) or not all(isinstance(row, dict) for row in value):
+        raise ValueError('a list of reservations is needed, each an object with fields as in `add`')
+    if not 0 < len(value) <= 100_000:
+        raise ValueError(f'1 to 100000 reservations at a time, not {len(value)}')
+    return value
+
+
+READERS = {str: read_str, int: read_int, bool: read_bool, Label: read_label, Name: read_name, Text: read_text,
+           File: read_text, Count: read_count, Most: read_most, Span: read_span, When: read_when,
+           Names: read_names, Pairs: read_pairs, Rows: read_rows}
+
+
+#: The fields that hold instants, wherever they appear.
+INSTANTS = frozenset('added at begun cancelled changed deleted end from next_start planned ready revoked start until'.split())
+
+
+def to_plain(value):
+    """An answer as JSON has it: instants in ISO 8601 and UTC, lengths in ISO 8601."""
+    if isinstance(value, dict):
+        return {name: to_plain(each) for name, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [to_plain(each) for each in value]
+    if isinstance(value, datetime):
+        return value.isoformat(timespec='milliseconds' if value.microsecond else 'seconds')
+    return f'PT{int(value.total_seconds())}S' if isinstance(value, timedelta) else value
+
+
+def from_plain(value):
+    """What to_plain was given: the client's answers are equal to the service's."""
+    if isinstance(value, dict):
+        return {name: datetime.fromisoformat(each) if name in INSTANTS and isinstance(each, str) else from_plain(each)
+                for name, each in value.items()}
+    return [from_plain(each) for each in value] if isinstance(value, list) else value
+
+
+# Store #######################################################################
+#
+# peewee's models say what is on disk. Everything that is read or written at every request goes
+# through four functions over plain SQL (building peewee's SQL costs ten times what SQLite needs
+# to run it). There is one idiom for writing: `with transaction():`, IMMEDIATE, so that what is
+# read in it can't change before it ends. Nothing remote is ever called inside.
+
+db = peewee.SqliteDatabase(None, lock_type='IMMEDIATE', timeout=30, pragmas={
+    'journal_mode': 'wal', 'synchronous': 'full', 'foreign_keys': 1, 'cache_size': -32_000})
+
+# SQLite's busy handler is unfair: writers of one process queue here, those of others there.
+write_lock = threading.RLock()
+
+
+class Table(peewee.Model):
+    class Meta:
+        database = db
+        legacy_table_names = False
+
+
+class Resource(Table):
+    name = peewee.CharField()
+    cell = peewee.CharField()
+    cloud = peewee.CharField()
+    region = peewee.CharField()
+    aggregate = peewee.CharField()
+    vms = peewee.IntegerField(null=True)  # NULL in these three is unlimited
+    vcpus = peewee.IntegerField(null=True)
+    ram = peewee.IntegerField(null=True)  # MiB
+    added = peewee.IntegerField()
+    removed = peewee.IntegerField(null=True)
+
+
+Resource.add_index(Resource.index(Resource.name, unique=True, where=Resource.removed.is_null()))
+
+
+class Reservation(Table):
+    label = peewee.CharField()
+    user = peewee.CharField()
+    project = peewee.CharField()
+    flavor = peewee.CharField()
+    image = peewee.CharField()  # '' boots nothing
+    network = peewee.CharField()
+    key = peewee.CharField()
+    security_groups = peewee.TextField()  # JSON
+    user_data = peewee.TextField()
+    metadata = peewee.TextField()  # JSON
+    lead = peewee.IntegerField()  # seconds
+    description = peewee.TextField()
+    added = peewee.IntegerField()
+    changed = peewee.IntegerField()
+    over = peewee.IntegerField()  # from then on its label is free again
+
+    class Meta:
+        indexes = ((('project', 'label', 'over'), False),)
+
+
+class Occurrence(Table):
+    reservation = peewee.ForeignKeyField(Reservation)
+    resource = peewee.ForeignKeyField(Resource, index=False)
+    start = peewee.IntegerField()
+    end = peewee.IntegerField()
+    held_from = peewee.IntegerField()   # start - lead
+    held_until = peewee.IntegerField()  # end, or earlier when it was cancelled
+    vms = peewee.IntegerField()
+    vcpus = peewee.IntegerField()  # of all its machines
+    ram = peewee.IntegerField()    # of all its machines, MiB
+    cancelled = peewee.IntegerField(null=True)
+    due = peewee.DoubleField(null=True)  # when the life cycle must look at it next; NULL: never again
+
+    class Meta:
+        constraints = [peewee.Check('held_from <= start AND start < "end" AND held_until <= "end"')]
+
+
+LIVE = Occurrence.due.is_null(False)  # partial indexes on it leave history out
+Occurrence.add_index(Occurrence.index(Occurrence.due, where=LIVE, name='occurrence_due'))
+Occurrence.add_index(Occurrence.index(Occurrence.start, where=LIVE, name='occurrence_live'))
+Occurrence.add_index(Occurrence.index(Occurrence.resource, Occurrence.start, where=LIVE, name='occurrence_held'))
+
+
+class Step(Table):
+    """Of `resource`, this much is held from `at` until the next step."""
+    resource = peewee.ForeignKeyField(Resource, index=False)
+    at = peewee.IntegerField()
+    vms = peewee.IntegerField()
+    vcpus = peewee.IntegerField()
+    ram = peewee.IntegerField()
+
+    class Meta:
+        primary_key = peewee.CompositeKey('resource', 'at')
+        without_rowid = True
+
+
+class Server(Table):
+    occurrence = peewee.ForeignKeyField(Occurrence)
+    n = peewee.IntegerField()
+    name = peewee.CharField()
+    account = peewee.CharField()       # the entry of clouds.yaml that it is made with
+    wanted = peewee.BooleanField()
+    state = peewee.CharField()         # planned, then Nova's status in lower case, at last deleted
+    tries = peewee.IntegerField()      # creates begun so far: part of the mark, so that none is used twice
+    failures = peewee.IntegerField()   # in a row; the pause grows with them
+    uid = peewee.CharField(null=True)  # the cloud's id, once an answer or a look told it
+    addresses = peewee.TextField()     # JSON
+    fault = peewee.TextField()
+    planned = peewee.DoubleField()
+    begun = peewee.DoubleField(null=True)
+    ready = peewee.DoubleField(null=True)
+    deleted = peewee.DoubleField(null=True)
+    called = peewee.DoubleField(null=True)  # when the last call for it ended
+    due = peewee.DoubleField(null=True)
+
+
+Server.add_index(Server.index(Server.due, where=Server.due.is_null(False), name='server_due'))
+
+
+class Token(Table):
+    user = peewee.CharField()
+    project = peewee.CharField()
+    role = peewee.CharField()
+    hash = peewee.CharField(unique=True)
+    added = peewee.IntegerField()
+    revoked = peewee.IntegerField(null=True)
+
+
+class Event(Table):
+    at = peewee.DoubleField()
+    actor = peewee.CharField()
+    code = peewee.CharField()
+    sentence = peewee.TextField()
+    reservation = peewee.ForeignKeyField(Reservation, null=True)
+
+
+class Fact(Table):
+    """What this store knows of itself."""
+    name = peewee.CharField(primary_key=True)
+    value = peewee.CharField()
+
+
+class SimulatedServer(Table):
+    """The cloud `simulated` keeps its servers here; nothing but Simulated reads it."""
+    account = peewee.CharField()
+    uid = peewee.CharField(unique=True)
+    name = peewee.CharField()
+    mark = peewee.CharField()
+    made = peewee.DoubleField()
+    boots = peewee.DoubleField()  # seconds that its boot takes
+    fault = peewee.TextField()
+    gone = peewee.DoubleField(null=True)
+
+
+TABLES = [Resource, Reservation, Occurrence, Step, Server, Token, Event, Fact, SimulatedServer]
+
+#: What brings an older store up to the models above, one function a version.
+MIGRATIONS: list[Callable] = []
+
+
+def open_store(path: str) -> None:
+    """Opens the database, makes or migrates its tables; every thread then has its own connection.
+
+    Raises:
+      Unavailable: the file can't be opened, or a newer cmres wrote it.
+    """
+    close_store()
+    db.init(path)
+    try:
+        if db.user_version != len(MIGRATIONS) + 1:
+            migrate()
+    except peewee.DatabaseError as error:
+        raise Unavailable(f"can't open the database '{path}': {error}") from None
+
+
+def close_store() -> None:
+    if not db.deferred and not db.is_closed():
+        db.close()
+
+
+def migrate() -> None:
+    with transaction():
+        version = db.user_version
+        if version > len(MIGRATIONS) + 1:
+            raise Unavailable(f'a newer cmres wrote this database (version {version}); use that one')
+        if version == 0:
+            db.create_tables(TABLES)
+            insert(Fact, name='store', value=secrets.token_hex(4))
+        for step in MIGRATIONS[max(version - 1, 0):] if version else ():
+            step()
+        db.user_version = len(MIGRATIONS) + 1
+
+
+@contextmanager
+def transaction(keep: bool = True) -> Iterator[None]:
+    """All of it or nothing, on disk when it ends; alone in this process; without `keep`, undone at its end."""
+    with write_lock, db.atomic() as current:
+        yield
+        if not keep:
+            current.rollback()
+
+
+def rows(sql: str, *values) -> list:
+    """All rows of a query, as named tuples."""
+    cursor = db.execute_sql(sql, values)
+    return list(map(row_type(tuple(column[0] for column in cursor.description))._make, cursor))
+
+
+def row(sql: str, *values):
+    """The first row of a query, or None."""
+    found = rows(sql, *values)
+    return found[0] if found else None
+
+
+@functools.lru_cache
+def row_type(names: tuple):
+    return namedtuple('Row', names)
+
+
+def insert(model: type[Table], **values) -> int:
+    """Writes a row and tells its id."""
+    return db.execute_sql(insert_text(model, tuple(values)), tuple(values.values())).lastrowid
+
+
+@functools.lru_cache
+def insert_text(model, names: tuple) -> str:
+    columns = ', '.join(f'"{model._meta.fields[name].column_name}"' for name in names)
+    return f"INSERT INTO {model._meta.table_name} ({columns}) VALUES ({', '.join('?' * len(names))})"
+
+
+def change(model: type[Table], id: int, **values) -> None:
+    """Writes some columns of one row."""
+    db.execute_sql(change_text(model, tuple(values)), (*values.values(), id))
+
+
+@functools.lru_cache
+def change_text(model, names: tuple) -> str:
+    columns = ', '.join(f'"{model._meta.fields[name].column_name}" = ?' for name in names)
+    return f'UPDATE {model._meta.table_name} SET {columns} WHERE id = ?'
+
+
+def journal(at: float, actor: str, code: str, sentence: str, reservation: int | None = None) -> None:
+    """Appends an event; inside the transaction of what it tells."""
+    insert(Event, at=at, actor=actor, code=code, sentence=sentence, reservation=reservation)
+
+
+# What a reservation looks like to everybody: its occurrence's facts and the state derived from
+# them. A state is never stored, so it can't be stale: it follows from the clock and from what was
+# seen of the servers. The parameter is the instant for which the state is asked.
+
+LISTING = '''
+  SELECT o.id, r.id AS reservation, r.label, r.user, r.project,
+         s.name AS resource, s.cell, s.cloud, s.region, s.aggregate,
+         o.vms, r.flavor, r.image, r.network, r.key, r.security_groups, r.metadata, r.user_data,
+         o.vcpus, o.ram, r.lead, r.description, o.start, o."end", o.cancelled, r.added, r.changed,
+         (SELECT count(*) FROM server v
+           WHERE v.occurrence_id = o.id AND v.wanted AND v.state = 'active') AS up,
+         (SELECT v.fault FROM server v WHERE v.occurrence_id = o.id AND v.wanted AND v.fault <> ''
+           ORDER BY v.n LIMIT 1) AS fault,
+         (SELECT count(*) FROM server v WHERE v.occurrence_id = o.id AND v.state <> 'deleted') AS existing,
+         (SELECT count(*) FROM server v WHERE v.occurrence_id = o.id AND v.ready IS NOT NULL) AS ever,
+         clock.now, o.held_from, o.held_until, o.resource_id, r.over, o.due
+    FROM (SELECT CAST(? AS INTEGER) AS now) clock, occurrence o
+    JOIN reservation r ON r.id = o.reservation_id JOIN resource s ON s.id = o.resource_id'''
+
+STATE = '''
+  CASE WHEN cancelled IS NOT NULL THEN CASE WHEN existing > 0 THEN 'ending' ELSE 'cancelled' END
+       WHEN now < held_from OR image = '' AND now < start THEN 'reserved'
+       WHEN image = '' THEN CASE WHEN now < "end" THEN 'active' ELSE 'ended' END
+       WHEN now >= "end" THEN CASE WHEN existing > 0 THEN 'ending' WHEN ever > 0 THEN 'ended' ELSE 'failed' END
+       WHEN up >= vms THEN 'active' WHEN up > 0 THEN 'degraded' ELSE 'starting' END'''
+
+STATES = ('waiting', 'pending', 'reserved', 'starting', 'active', 'degraded', 'ending', 'ended', 'cancelled', 'failed')
+
+
+def listing(now: float, where: str = '1', values: tuple = (), state: str = '1', tail: str = '') -> list:
+    """Occurrences with their reservation and state, by conditions on o, r and s and then on the state."""
+    return rows(f'SELECT * FROM (SELECT *, {STATE} AS state FROM ({LISTING} WHERE {where})) WHERE {state} {tail}',
+                int(now), *values)
+
+
+# Capacity ####################################################################
+#
+# THE RULE. An occurrence holds an amount (vms, vcpus, ram) of its resource during the half-open
+# window [held_from, held_until). It is admitted if, at every instant of that window, what is held
+# already plus what it asks for stays within the resource's capacity.
+#
+# The sum that is held is a step function of time. Table `step` keeps it, canonical: a row where
+# the level changes and nowhere else; before the first row nothing is held. It changes in the same
+# transaction as the occurrence, so these hold at every commit:
+#
+#   (1) the level at t is the row with the greatest `at` <= t;
+#   (2) the peak of a window is the greatest level among the row at its beginning and those inside;
+#   (3) holding cuts the function at both ends of the window, adds in between, and drops a cut
+#       where the level doesn't change after all; releasing is holding the negative amount.
+#
+# Cost: a few index look-ups and one row per change of level inside the window, whatever the number
+# of reservations. `check` derives the same function from the occurrences and compares.
+
+class Amount(NamedTuple):
+    """Something held or asked for; also a level, and with None for unlimited a capacity."""
+    vms: int = 0
+    vcpus: int = 0
+    ram: int = 0
+
+    def __add__(self, other): return Amount(*(a + b for a, b in zip(self, other)))
+
+    def __sub__(self, other): return Amount(*(a - b for a, b in zip(self, other)))
+
+    def __mul__(self, factor: int): return Amount(*(each * factor for each in self))
+
+    def within(self, capacity) -> bool:
+        return all(most is None or each <= most for each, most in zip(self, capacity))
+
+
+NOTHING = Amount()
+
+
+def level(resource: int, at: float) -> Amount:
+    """(1)"""
+    found = db.execute_sql('SELECT vms, vcpus, ram FROM step WHERE resource_id = ? AND at <= ? '
+                           'ORDER BY at DESC LIMIT 1', (resource, at)).fetchone()
+    return Amount(*found) if found else NOTHING
+
+
+def peak(resource: int, begin: float, until: float) -> Amount:
+    """(2), each figure on its own."""
+    inside = db.execute_sql('SELECT max(vms), max(vcpus), max(ram) FROM step '
+                            'WHERE resource_id = ? AND at > ? AND at < ?', (resource, begin, until)).fetchone()
+    return Amount(*(max(a, b or 0) for a, b in zip(level(resource, begin), inside)))
+
+
+def hold(resource: int, begin: int, until: int, amount: Amount) -> None:
+    """(3), without asking whether it fits."""
+    if begin >= until or amount == NOTHING:
+        return
+    for at in (begin, until):
+        db.execute_sql('INSERT INTO step (resource_id, at, vms, vcpus, ram) VALUES (?, ?, ?, ?, ?) '
+                       'ON CONFLICT DO NOTHING', (resource, at, *level(resource, at)))
+    db.execute_sql('UPDATE step SET vms = vms + ?, vcpus = vcpus + ?, ram = ram + ? '
+                   'WHERE resource_id = ? AND at >= ? AND at < ?', (*amount, resource, begin, until))
+    for at in (begin, until):
+        if level(resource, at) == level(resource, at - 1):
+            db.execute_sql('DELETE FROM step WHERE resource_id = ? AND at = ?', (resource, at))
+
+
+def release(resource: int, begin: int, until: int, amount: Amount) -> None:
+    hold(resource, begin, until, NOTHING - amount)
+
+
+def fits(resource, begin: float, until: float, amount: Amount) -> bool:
+    """Whether a resource row has room for an amount during all of a window."""
+    return (peak(resource.id, begin, until) + amount).within(capacity(resource))
+
+
+def capacity(resource) -> Amount:
+    return Amount(resource.vms, resource.vcpus, resource.ram)
+
+
+def admit(resource, begin: int, until: int, amount: Amount, now: float) -> None:
+    """Holds an amount if it fits from now on (the past is no obstacle), by THE RULE.
+
+    Raises:
+      NoCapacity: it doesn't; nothing was changed.
+    """
+    if not fits(resource, max(begin, int(now)), until, amount):
+        raise NoCapacity('')
+    hold(resource.id, begin, until, amount)
+
+
+def steps(resource: int, begin: float, until: float) -> Iterator[tuple[float, Amount]]:
+    """The step function in a window: (instant, level from then on), the first at its beginning."""
+    yield begin, level(resource, begin)
+    for at, *held in db.execute_sql('SELECT at, vms, vcpus, ram FROM step WHERE resource_id = ? '
+                                    'AND at > ? AND at < ? ORDER BY at', (resource, begin, until)):
+        yield at, Amount(*held)
+
+
+def free_windows(resource, amount: Amount, after: float, before: float) -> Iterator[tuple[float, float]]:
+    """The longest windows [begin, until) within [after, before) in which an amount fits, earliest first."""
+    begin = None
+    for at, held in steps(resource.id, after, before):
+        free = (held + amount).within(capacity(resource))
+        if free and begin is None:
+            begin = at
+        if not free and begin is not None:
+            yield begin, at
+            begin = None
+    if begin is not None:
+        yield begin, before
+
+
+def held_steps(resource: int) -> Iterator[tuple[int, Amount]]:
+    """The step function as the occurrences give it, canonical: what table `step` must hold."""
+    changes = defaultdict(lambda: NOTHING)
+    for begin, until, *amount in db.execute_sql('SELECT held_from, held_until, vms, vcpus, ram FROM occurrence '
+                                                'WHERE resource_id = ? AND held_from < held_until', (resource,)):
+        changes[begin] += Amount(*amount)
+        changes[until] -= Amount(*amount)
+    held = NOTHING
+    for at in sorted(changes):
+        if changes[at] != NOTHING:
+            held += changes[at]
+            yield at, held
+
+
+# Clouds ######################################################################
+#
+# What a cloud must do for us: know names, boot one machine under a mark, list the servers that
+# carry our marks, delete one. A mark is unique for each attempt to make a server and is set in the
+# create call itself, so that a server whose answer was lost is found again.
+
+
+class Machine(NamedTuple):
+    """One machine to boot, in the words of the person who asked for it."""
+    name: str
+    mark: str
+    flavor: str
+    image: str
+    network: str = ''
+    key: str = ''
+    security_groups: tuple = ()
+    user_data: str = ''
+    metadata: dict = {}
+
+
+class Flavor(NamedTuple):
+    """What one machine takes: vcpus and ram in MiB."""
+    vcpus: int
+    ram: int
+
+
+class Seen(NamedTuple):
+    """A server of ours as its cloud shows it: Nova's status in lower case, `made` in seconds since 1970."""
+    uid: str
+    mark: str
+    state: str
+    made: float
+    fault: str = ''
+    addresses: list = []
+
+
+class Cloud:
+    """One account on one cloud. Every verb may raise CloudError; none of them waits longer than the time-out."""
+
+    def __init__(self, account: str):
+        self.account = account
+
+    def find(self, kind: str, name: str):
+        """The flavor, image, network, key or security group of that name or id; None if there is none."""
+        raise NotImplementedError
+
+    def names(self, kind: str) -> list[str]:
+        """The names there are of a kind."""
+        raise NotImplementedError
+
+    def boot(self, machine: Machine) -> str:
+        """Begins to make one server and tells its id; unless CloudError is `sure`, it may exist all the same."""
+        raise NotImplementedError
+
+    def servers(self) -> list[Seen]:
+        """All servers that carry this store's marks, in whatever state."""
+        raise NotImplementedError
+
+    def delete(self, uid: str) -> None:
+        """Begins to delete a server; it is gone when servers() doesn't show it; one that is gone already is fine."""
+        raise NotImplementedError
+
+    def check(self, named: Iterable[tuple[str, str]]) -> list:
+        """What is found for (kind, name) pairs, in their order.
+
+        Raises:
+          Invalid: there is no such thing; the sentence names it, the cloud and the nearest name.
+        """
+        found = []
+        for kind, name in named:
+            thing = self.find(kind, name)
+            if thing is None:
+                raise Invalid(f"the cloud {self.account} has no {kind.replace('_', ' ')} '{name}'"
+                              f"{nearest(name, self.names(kind))}")
+            found.append(thing)
+        return found
+
+
+class OpenStack(Cloud):
+    """An entry of clouds.yaml, through openstacksdk."""
+
+    # In the SDK: service, the verb that finds one, the verb that lists all.
+    KINDS = {'flavor': ('compute', 'find_flavor', 'flavors'), 'image': ('image', 'find_image', 'images'),
+             'network': ('network', 'find_network', 'networks'), 'key': ('compute', 'find_keypair', 'keypairs'),
+             'security_group': ('network', 'find_security_group', 'security_groups')}
+    REMEMBER = 300  # seconds that a found name is taken for granted
+
+    def __init__(self, account: str, store: str, timeout: float):
+        super().__init__(account)
+        self.store, self.timeout = store, timeout
+        self.found: dict = {}
+        self.lock = threading.Lock()
+        self.session = None
+
+    @property
+    def connection(self):
+        """One authenticated connection for all threads; one that failed is tried anew."""
+        with self.lock, self.telling('be reached', sure=True):
+            if self.session is None:
+                import openstack
+                session = openstack.connect(cloud=self.account, api_timeout=self.timeout, app_name='cmres')
+                session.compute.get_endpoint_data()  # logs in, and negotiates versions before threads do
+                self.session = session
+        return self.session
+
+    @contextmanager
+    def telling(self, what: str, sure: bool = False):
+        """Makes CloudError of whatever goes wrong between here and the cloud."""
+        try:
+            yield
+        except Error:
+            raise
+        except Exception as error:  # the SDK's, keystoneauth's, requests', urllib3's and the parser's own kinds
+            status = getattr(error, 'status_code', None) or getattr(error, 'http_status', None) or 0
+            response = getattr(error, 'response', None)
+            details = {'retry_after': response.headers.get('Retry-After')} if response is not None else {}
+            text = getattr(error, 'details', None) or str(error) or type(error).__name__
+            raise CloudError(f"the cloud {self.account} could not {what}: {textwrap.shorten(str(text), 300)}",
+                             sure or 400 <= status < 500 and status != 408, status=status, **details) from error
+
+    def find(self, kind, name):
+        expires, thing = self.found.get((kind, name), (0, None))
+        if time.monotonic() < expires:
+            return thing
+        service, verb, _ = self.KINDS[kind]
+        with self.telling(f'find the {kind}', sure=True):
+            thing = getattr(getattr(self.connection, service), verb)(name, ignore_missing=True)
+        if thing is not None:
+            thing = Flavor(thing.vcpus, thing.ram)._asdict() | {'id': thing.id} if kind == 'flavor' else thing.to_dict()
+            self.found[kind, name] = time.monotonic() + self.REMEMBER, thing
+        return thing
+
+    def names(self, kind):
+        service, _, verb = self.KINDS[kind]
+        with self.telling(f'list each {kind}', sure=True):
+            return [thing.name for thing in getattr(getattr(self.connection, service), verb)() if thing.name]
+
+    def boot(self, machine):
+        import base64
+        named = [('flavor', machine.flavor), ('image', machine.image)]
+        plain = machine.network or 'auto'
+        if plain not in ('auto', 'none'):
+            named.append(('network', plain))
+        flavor, image, *network = (thing['id'] for thing in self.check(named))
+        wish = {'name': machine.name, 'flavor_id': flavor, 'image_id': image, 'metadata': machine.metadata,
+                'networks': [{'uuid': network[0]}] if network else plain, 'tags': [self.store, machine.mark]}
+        if machine.key:
+            wish['key_name'] = machine.key
+        if machine.security_groups:
+            wish['security_groups'] = [{'name': name} for name in machine.security_groups]
+        if machine.user_data:
+            wish['user_data'] = base64.b64encode(machine.user_data.encode()).decode()
+        compute = self.connection.compute
+        with self.telling('make a server'):
+            return compute.create_server(**wish).id
+
+    def servers(self):
+        compute = self.connection.compute
+        with self.telling('list servers', sure=True):
+            return [self.seen(server) for server in compute.servers(tags=self.store)]
+
+    def seen(self, server) -> Seen:
+        mark = next((tag for tag in server.tags or () if tag.startswith(f'{self.store}-')), '')
+        fault = server.fault.get('message', '') if isinstance(server.fault, dict) else ''
+        addresses = [each['addr'] for each in sum((server.addresses or {}).values(), [])]
+        made = datetime.fromisoformat(server.created_at).timestamp()
+        return Seen(server.id, mark, (server.status or 'unknown').lower(), made, fault, addresses)
+
+    def delete(self, uid):
+        compute = self.connection.compute
+        with self.telling('delete a server', sure=True):
+            compute.delete_server(uid, ignore_missing=True)
+
+
+class Simulated(Cloud):
+    """A cloud inside the store, to see and test everything without one."""
+
+    FLAVORS = {'m1.tiny': Flavor(1, 512), 'm1.small': Flavor(1, 2048), 'm1.medium': Flavor(2, 4096),
+               'm1.large': Flavor(4, 8192), 'm1.xlarge': Flavor(8, 16384)}
+    NAMES = {'flavor': FLAVORS, 'image': ('cirros', 'debian-12', 'ubuntu-24.04'), 'network': ('private', 'public'),
+             'key': ('default',), 'security_group': ('default',)}
+
+    def __init__(self, account: str, store: str, config: Config, clock: Callable[[], float]):
+        super().__init__(account)
+        self.store, self.config, self.clock = store, config, clock
+
+    def find(self, kind, name):
+        if name not in self.NAMES[kind]:
+            return None
+        return {'id': name} | (self.FLAVORS[name]._asdict() if kind == 'flavor' else {})
+
+    def names(self, kind):
+        return list(self.NAMES[kind])
+
+    def boot(self, machine):
+        time.sleep(self.config.simulated_latency)
+        self.check([('flavor', machine.flavor), ('image', machine.image)])
+        uid = secrets.token_hex(8)
+        with transaction():
+            full = 0 < self.config.simulated_vms <= self.present().count()
+            fault = 'No valid host was found.' if full or random.random() < self.config.simulated_failures else ''
+            insert(SimulatedServer, account=self.account, uid=uid, name=machine.name, mark=machine.mark,
+                   made=self.clock(), boots=self.config.simulated_boot, fault=fault)
+        return uid
+
+    def present(self):
+        return SimulatedServer.select().where(SimulatedServer.account == self.account, SimulatedServer.gone.is_null())
+
+    def servers(self):
+        time.sleep(self.config.simulated_latency)
+        return [self.seen(server) for server in self.present().order_by(SimulatedServer.id)]
+
+    def seen(self, server) -> Seen:
+        up = self.clock() >= server.made + server.boots
+        state = 'build' if not up else 'error' if server.fault else 'active'
+        address = f'10.0.{server.id // 250 % 250}.{server.id % 250 + 1}'
+        return Seen(server.uid, server.mark, state, server.made, server.fault if up else '', [address] if up else [])
+
+    def delete(self, uid):
+        time.sleep(self.config.simulated_latency)
+        with transaction():
+            (SimulatedServer.update(gone=self.clock())
+             .where(SimulatedServer.uid == uid, SimulatedServer.gone.is_null()).execute())
+
+
+class Clouds:
+    """Finds the account that serves a project on a cloud, and keeps it open."""
+
+    def __init__(self, config: Config, clock: Callable[[], float] = time.time):
+        self.config, self.clock = config, clock
+        self.opened: dict[str, Cloud] = {}
+        self.lock = threading.Lock()
+
+    def account(self, cloud: str, project: str) -> str:
+        """The project's own entry of clouds.yaml, else the resource's."""
+        return self.config.credentials.get(f'{project}@{cloud}', cloud)
+
+    @functools.cached_property
+    def store(self) -> str:
+        """What all our marks begin with: two installations on one cloud don't touch each other's servers."""
+        return f"cmres-{row('SELECT value FROM fact WHERE name = ?', 'store').value}"
+
+    def open(self, account: str) -> Cloud:
+        with self.lock:
+            if account not in self.opened:
+                self.opened[account] = self.make(account)
+            return self.opened[account]
+
+    def make(self, account: str) -> Cloud:
+        if account == 'simulated' or account.startswith('simulated-'):
+            return Simulated(account, self.store, self.config, self.clock)
+        return OpenStack(account, self.store, self.config.call_timeout)
+
+
+# Service #####################################################################
+#
+# What people can ask of cmres. A method reads: what is asked, what the cloud knows of it (outside
+# any transaction), then one transaction that admits or refuses, then the answer read back.
+
+
+class Actor(NamedTuple):
+    """Who asks; an admin may act for everybody."""
+    user: str
+    project: str
+    role: str
+
+
+class Wish(NamedTuple):
+    """A reservation that somebody asks for, read and resolved; seconds since 1970, MiB."""
+    label: str
+    user: str
+    project: str
+    resource: Any  # its row
+    start: int
+    end: int
+    vms: int
+    flavor: str
+    image: str
+    network: str
+    key: str
+    security_groups: list
+    user_data: str
+    metadata: dict
+    lead: int
+    description: str
+    each: Amount  # what one machine takes
+    warnings: list
+
+    @property
+    def amount(self) -> Amount:
+        return self.each * self.vms
+
+    @property
+    def held(self) -> tuple[int, int]:
+        return self.start - self.lead, self.end
+
+    def columns(self, *names) -> dict:
+        return {name: json.dumps(value) if isinstance(value, (list, dict)) else value
+                for name in names for value in (getattr(self, name),)}
+
+
+#: The fields that only the cloud can judge.
+CLOUDY = ('flavor', 'image', 'network', 'key', 'security_groups')
+#: The fields of a reservation that a machine is made of; they are fixed once it has begun.
+FIXED = (*CLOUDY, 'resource', 'start', 'lead', 'user_data', 'metadata')
+STORED = ('label', 'user', 'project', *CLOUDY, 'user_data', 'metadata', 'lead', 'description')
+OVER = ('ended', 'cancelled', 'failed')
+PLACE = ('cell', 'cloud', 'region', 'aggregate')
+HIDDEN = ('now', 'resource_id', 'held_from', 'held_until', 'over', 'due', 'reservation', 'user_data',
+          'existing', 'ever')
+PATIENCE = 60  # seconds that a start may lie in the past: slow clocks, slow networks
+
+
+def public(found) -> dict:
+    """A row as an answer shows it: instants as datetimes, stored JSON read, nothing internal."""
+    shown = {name: value for name, value in found._asdict().items() if name not in HIDDEN}
+    for name, value in shown.items():
+        if name in INSTANTS:
+            shown[name] = instant(value)
+        elif name in ('security_groups', 'metadata', 'addresses'):
+            shown[name] = json.loads(value)
+    return shown
+
+
+def in_figures(amount: Amount) -> dict:
+    return dict(zip(Amount._fields, amount))
+
+
+class Reservations:
+    """The service, on behalf of one actor.
+
+    Args:
+      clock: seconds since 1970; the one place where time comes from
+      wake: called after every change, so that the life cycle looks at once
+      progress: passes rows through, and may show how many
+    """
+
+    def __init__(self, config: Config, clouds: Clouds, actor: Actor, clock: Callable[[], float] = time.time,
+                 wake: Callable[[], None] = lambda: None, progress: Callable[[list], Iterable] = iter):
+        self.config, self.clouds, self.actor = config, clouds, actor
+        self.clock, self.wake, self.progress = clock, wake, progress
+
+    def acting(self, actor: Actor) -> Reservations:
+        """The same service on behalf of somebody else."""
+        return Reservations(self.config, self.clouds, actor, self.clock, self.wake, self.progress)
+
+    @property
+    def here(self) -> Here:
+        return Here(self.config.zone, instant(int(self.clock())))
+
+    # Reservations
+
+    @api('POST', '/reservation/')
+    @api('POST', '/reservation/add/<label>/<resource>/<start>/<end>')
+    @api('POST', '/reservation/add/<label>/<cell>/<cloud>/<region>/<aggregate>/<vms>/<start>/<end>', resource=ANY)
+    def add(self, label: Label, resource: Label, start: When, end: When, vms: Count = 1, flavor: Name = '',
+            image: Name = '', network: Name = '', key: Name = '', security_groups: Names = (), user_data: File = '',
+            metadata: Pairs = None, lead: Span = None, description: Text = '',
+            user: Name = '', project: Name = '', cell: Name = '', cloud: Name = '', region: Name = '',
+            aggregate: Name = '', dry_run: bool = False) -> dict:
+        """Reserves machines from START to END.
+
+        With an image, they are booted at the start and deleted at the end; without one, capacity is
+        held and nothing boots. With a flavor, its vcpus and ram count against the resource as well.
+        What doesn't fit is refused with what would; `add --file FILE` is `load FILE`.
+
+        Example:
+          python cmres.py add lab demo 2026-12-01T09:00 +2h --vms 3 --flavor m1.small --image cirros
+        """
+        asked = {name: value for name, value in locals().items() if name not in ('self', 'dry_run')}
+        wish = self.read_wish(asked)
+        with self.explaining(wish), self.writing(dry_run) as now:
+            self.refuse_taken_label(wish, now)
+            answer = public(self.occurrence(self.book(wish, now)))
+        return answer | ({'warnings': wish.warnings} if wish.warnings else {})
+
+    @api('POST', '/reservation/load')
+    def load(self, rows: Rows, partial: bool = False, dry_run: bool = False) -> dict:
+        """Adds many reservations at once: all of them, or with --partial those that fit.
+
+        Each refused line is named with its number and the reason. In a CSV file the first line
+        names the fields. Does not read more than 100000 lines.
+
+        Example:
+          python cmres.py load class.csv --partial
+        """
+        refused, wishes, taken = [], [], []
+        for number, given in enumerate(self.progress(rows), 1):
+            line = given.get('line', number)
+            try:
+                given = {name: value for name, value in given.items() if name != 'line' and value not in ('', None)}
+                bound = {name: each.default for name, each in API['add'].parameters.items()}
+                bound |= bind(API['add'], given, self.here)
+                wishes.append((line, self.read_wish(bound)))
+            except Error as error:
+                refused.append({'line': line, 'label': given.get('label', ''), 'error': str(error)})
+        with self.writing(dry_run or bool(refused) and not partial) as now:
+            for line, wish in wishes:
+                try:
+                    with db.atomic(), self.explaining(wish):
+                        self.refuse_taken_label(wish, now)
+                        taken.append(public(self.occurrence(self.book(wish, now))))
+                except Error as error:
+                    refused.append({'line': line, 'label': wish.label, 'error': str(error)})
+            if refused and not partial:
+                refused.sort(key=lambda each: each['line'])
+                raise Conflict(f'{len(refused)} of {len(rows)} lines were refused, so nothing was reserved',
+                               refused=refused)
+        return {'taken': taken, 'refused': refused}
+
+    @api('GET', '/reservation/')
+    @api('GET', '/reservation/<label>')
+    def list(self, label: Label = '', user: Name = '', project: Name = '', resource: Name = '', cell: Name = '',
+             cloud: Name = '', region: Name = '', aggregate: Name = '', state: Names = (), start: When = None,
+             end: When = None, limit: Count = 100, after: int = 0) -> Rows:
+        """Lists reservations, the earliest first: those that are not over, or all that the filters meet.
+
+        A label, a state or a window [START, END) that they overlap also finds what is over. Each page
+        has at most --limit lines; --after the id of its last line gives the next.
+
+        Example:
+          python cmres.py list --resource demo --state starting,active
+        """
+        for word in state:
+            if word not in STATES:
+                raise Invalid(f"state: '{word}' is none of {', '.join(STATES)}{nearest(word, STATES)}")
+        exact = {'r.label': label, 'r.user': user, 'r.project': project, 's.name': resource, 's.cell': cell,
+                 's.cloud': cloud, 's.region': region, 's.aggregate': aggregate}
+        where = [(f'{column} = ?', value) for column, value in exact.items() if value]
+        where += self.window(start, end) + self.visible()
+        if after:
+            where.append(('(o.start, o.id) > (SELECT start, id FROM occurrence WHERE id = ?)', after))
+        if not (label or state or start or end):
+            state = [word for word in STATES if word not in OVER]
+        if state and not set(state) & set(OVER):
+            where.append(('o.due IS NOT NULL', None))
+        found = self.search(where, state, limit)
+        if label and not found:
+            raise NotFound(f"there is no reservation '{label}'")
+        return [public(each) for each in found]
+
+    def window(self, start, end) -> list:
+        begin, until = self.resolve(start or FIRST, end or LAST)
+        return ([('o.end > ?', begin)] if start else []) + ([('o.start < ?', until)] if end else [])
+
+    def visible(self) -> list:
+        """The condition that keeps an actor to what is theirs."""
+        return [] if self.actor.role == ADMIN else [('r.project = ?', self.actor.project)]
+
+    def search(self, where: list, state: Iterable[str] = (), limit: int = 10_000) -> list:
+        """Rows of the listing that meet all conditions, a page of them."""
+        condition = ' AND '.join(text for text, _ in where) or '1'
+        values = tuple(value for text, value in where if '?' in text)
+        in_state = f"state IN ({', '.join('?' * len(state))})" if state else '1'
+        return listing(self.clock(), condition, (*values, *state), in_state,
+                       f'ORDER BY start, id LIMIT {min(limit, 10_000)}')
+
+    def occurrence(self, id: int):
+        return listing(self.clock(), 'o.id = ?', (id,))[0]
+
+    def mine(self, label: str, project: str = '', live: bool = True):
+        """The one reservation of that label that the actor means: not over, else (unless `live`) the latest.
+
+        Raises:
+          NotFound: there is none that they may see.
+          Conflict: several projects have one; the sentence names them.
+        """
+        where = [('r.label = ?', label), *self.visible(), *([('r.project = ?', project)] if project else [])]
+        found = sorted(self.search(where), key=lambda each: (each.over, each.id), reverse=True)
+        usable = [each for each in found if each.over > self.clock()] or ([] if live else found[:1])
+        if not usable:
+            raise NotFound(f"there is no reservation '{label}'{' that is not over' if found else ''}")
+        usable = [each for each in usable if each.project == self.actor.project] or usable
+        if len(usable) > 1:
+            projects = ', '.join(sorted(each.project for each in usable))
+            raise Conflict(f"'{label}' is in several projects ({projects}); name one with --project")
+        return usable[0]
+
+    @api('GET', '/reservation/<label>/show')
+    def show(self, label: Label, project: Name = '') -> dict:
+        """Shows all of one reservation: what was asked, its state, its servers.
+
+        Example:
+          python cmres.py show lab
+        """
+        found = self.mine(label, project, live=False)
+        return public(found) | {'user_data': found.user_data, 'servers': self.servers(label, project)}
+
+    @api('GET', '/reservation/<label>/servers')
+    def servers(self, label: Label, project: Name = '') -> Rows:
+        """Lists the servers of a reservation: state, addresses, and when each was planned, begun and ready.
+
+        Example:
+          python cmres.py servers lab
+        """
+        found = self.mine(label, project, live=False)
+        return [public(each) for each in rows(
+            'SELECT n, name, state, addresses, planned, begun, ready, deleted, tries, fault, account, uid '
+            'FROM server WHERE occurrence_id = ? ORDER BY n, id', found.id)]
+
+    @api('GET', '/reservation/<label>/duration')
+    def duration(self, label: Label, project: Name = '') -> dict:
+        """Tells how long a reservation is.
+
+        Example:
+          python cmres.py duration lab
+        """
+        found = self.mine(label, project, live=False)
+        seconds = found.end - found.start
+        return {'label': label, 'duration': format_duration(seconds), 'seconds': seconds}
+
+    @api('PATCH', '/reservation/<label>')
+    def update(self, label: Label, resource: Label = None, start: When = None, end: When = None, vms: Count = None,
+               flavor: Name = None, image: Name = None, network: Name = None, key: Name = None,
+               security_groups: Names = None, user_data: File = None, metadata: Pairs = None, lead: Span = None,
+               description: Text = None, user: Name = None, rename: Label = None, project: Name = '',
+               dry_run: bool = False) -> dict:
+        """Changes a reservation, all of it or nothing.
+
+        A new start alone moves it with its length; a new end alone makes it longer or shorter. One
+        that has begun keeps its start, its place and what its machines are made of.
+
+        Example:
+          python cmres.py update lab --start 2026-12-01T10:00 --vms 5
+        """
+        asked = {name: value for name, value in locals().items()
+                 if value is not None and name not in ('self', 'label', 'rename', 'project', 'dry_run')}
+        return self.alter(label, project, asked | ({'label': rename} if rename else {}), dry_run)
+
+    @api('POST', '/reservation/<label>/extend')
+    def extend(self, label: Label, by: Span, project: Name = '', dry_run: bool = False) -> dict:
+        """Lets a reservation end later; works until its end.
+
+        Example:
+          python cmres.py extend lab +1h
+        """
+        return self.alter(label, project, {'end': instant(self.mine(label, project).end) + by}, dry_run)
+
+    def alter(self, label: str, project: str, asked: dict, dry_run: bool) -> dict:
+        """The one way to change a reservation: release and hold anew in one transaction."""
+        old = self.mine(label, project)
+        wish = self.read_wish(self.unaltered(old) | asked, old, asked)
+        self.refuse_fixed(old, wish, asked)
+        with self.explaining(wish, old), self.writing(dry_run) as now:
+            current = self.occurrence(old.id)
+            if current.over <= now or (current.start, current.end, current.vms) != (old.start, old.end, old.vms):
+                raise Conflict(f"'{label}' was changed at the same moment; look at it and try again")
+            if wish.label != old.label or wish.project != old.project:
+                self.refuse_taken_label(wish, now)
+            self.rebook(old, wish, now)
+            names = ', '.join(asked) or 'nothing'
+            journal(now, self.actor.user, 'updated', f'changed: {names}', old.reservation)
+            answer = public(self.occurrence(old.id))
+        return answer | ({'warnings': wish.warnings} if wish.warnings else {})
+
+    def unaltered(self, old) -> dict:
+        """What `add` would have to be asked to get the same reservation."""
+        kept = {name: getattr(old, name) for name in (*STORED, 'resource', 'vms')}
+        return kept | {'security_groups': json.loads(old.security_groups), 'metadata': json.loads(old.metadata),
+                       'lead': timedelta(seconds=old.lead), 'start': instant(old.start)}
+
+    def refuse_fixed(self, old, wish: Wish, asked: dict) -> None:
+        """A reservation that has begun keeps what its machines are made of."""
+        begun = self.clock() >= (old.held_from if old.image else old.start)
+        kept = {name: getattr(old, name) for name in FIXED} | {
+            'security_groups': json.loads(old.security_groups), 'metadata': json.loads(old.metadata)}
+        new = {name: getattr(wish, name) for name in FIXED} | {'resource': wish.resource.name}
+        changed = [name for name in FIXED if name in asked and new[name] != kept[name]]
+        if begun and changed:
+            raise Conflict(f"'{old.label}' has begun, so its {changed[0].replace('_', ' ')} can't change; its end, vms, "
+                           f'user, description and label can')
+
+    @api('DELETE', '/reservation/<label>')
+    @api('DELETE', '/reservation/')
+    @api('DELETE', '/reservation/delete/<label>')
+    @api('POST', '/reservation/delete/<label>')
+    @api('DELETE', '/reservation/delete/<label>/<cell>/<cloud>/<region>/<aggregate>/<vms>/<start>/<end>')
+    @api('POST', '/reservation/delete/<label>/<cell>/<cloud>/<region>/<aggregate>/<vms>/<start>/<end>')
+    def delete(self, label: Label = '', user: Name = '', project: Name = '', resource: Name = '', cell: Name = '',
+               cloud: Name = '', region: Name = '', aggregate: Name = '', vms: Count = None, start: When = None,
+               end: When = None, count: Count = None, dry_run: bool = False) -> Rows:
+        """Cancels a reservation: its capacity is free at once, and its machines are deleted.
+
+        Give a label, or filters that must all match exactly (start and end too); without a label,
+        --count must say how many that hits. Nothing that is over is touched.
+
+        Example:
+          python cmres.py delete --resource demo --user eva --dry-run
+        """
+        exact = {'r.label': label, 'r.user': user, 'r.project': project, 's.name': resource, 's.cell': cell,
+                 's.cloud': cloud, 's.region': region, 's.aggregate': aggregate, 'o.vms': vms}
+        if start or end:
+            begin, until = self.resolve(start or FIRST, end or LAST)
+            exact |= ({'o.start': begin} if start else {}) | ({'"end"': until} if end else {})
+        if not any(exact.values()):
+            raise Invalid('say which: a label, or filters such as --resource and --user')
+        where = [(f'{column} = ?', value) for column, value in exact.items() if value]
+        with self.writing(dry_run) as now:
+            found = self.search([*where, *self.visible(), ('r.over > ?', int(now))])
+            self.refuse_uncounted(found, label, project, count, dry_run)
+            for each in found:
+                self.cancel(each, now)
+            return [public(self.occurrence(each.id)) for each in found]
+
+    def refuse_uncounted(self, found: list, label: str, project: str, count: int | None, dry_run: bool) -> None:
+        if not found:
+            raise NotFound(f"there is no reservation {shown(label) + ' ' if label else ''}that is not over"
+                           f"{'' if label else ' and meets all of these filters'}")
+        if label and len(found) > 1:
+            self.mine(label, project)  # refuses, naming the projects, unless one of them is the actor's own
+            found[:] = [each for each in found if each.project == self.actor.project]
+        if not label and count != len(found) and not dry_run:
+            raise Conflict(f'this would cancel {len(found)} reservations; say --count {len(found)} to do it',
+                           labels=[each.label for each in found[:100]], count=len(found))
+
+    @api('GET', '/resource/<resource>/find')
+    def find(self, resource: Label, duration: Span, vms: Count = 1, flavor: Name = '', lead: Span = None,
+             after: When = None, before: When = None, limit: Count = 10) -> Rows:
+        """Finds the earliest slots that are free for so many machines for so long.
+
+        Each slot says from when until when it is free. Looks a year ahead unless --before says how far.
+
+        Example:
+          python cmres.py find demo 2h --vms 4
+        """
+        place = self.resource_row(resource)
+        begin, until = self.resolve(after or self.here.now, before or timedelta(days=366))
+        amount = self.each_takes(place, {'flavor': flavor} if flavor else {}, []) * vms
+        need, ahead = duration.total_seconds(), (lead or timedelta(0)).total_seconds()
+        slots = ((first, last) for first, last in free_windows(place, amount, begin - ahead, until)
+                 if last - first >= need + ahead)
+        return [{'start': instant(int(first + ahead)), 'until': instant(int(last)),
+                 'duration': format_duration(last - first - ahead), 'vms': vms}
+                for (first, last), _ in zip(slots, range(limit))]
+
+    @api('GET', '/resource/<resource>/usage')
+    def usage(self, resource: Label, start: When = None, end: When = None) -> Rows:
+        """Tells how much of a resource is held, when; by whom it doesn't tell.
+
+        Shows the next 7 days unless --start or --end say otherwise.
+
+        Example:
+          python cmres.py usage demo --end +1d
+        """
+        place = self.resource_row(resource)
+        begin, until = self.resolve(start or self.here.now, end or timedelta(days=7))
+        levels = [*steps(place.id, begin, until), (until, NOTHING)]
+        return [{'start': instant(at), 'end': instant(after), **in_figures(held),
+                 'free_vms': None if place.vms is None else place.vms - held.vms}
+                for (at, held), (after, _) in zip(levels, levels[1:])]
+
+    @api('POST', '/reservation/generate')
+    def generate(self, resource: Label = 'demo', count: Count = 10, seed: int = None, flavor: Name = '',
+                 image: Name = '', dry_run: bool = False) -> dict:
+        """Adds random reservations within the next week, for trying things out; those that don't fit are left out.
+
+        Example:
+          python cmres.py generate demo --count 20
+        """
+        chance, place, now = random.Random(seed), self.resource_row(resource), self.here.now
+        most = min(place.vms or 8, 8)
+        wanted = [{'label': f'random-{secrets.token_hex(4)}', 'resource': resource,
+                   'start': now + timedelta(minutes=15 * chance.randrange(1, 600)),
+                   'end': timedelta(minutes=30 * chance.randrange(1, 17)), 'vms': chance.randint(1, most),
+                   'flavor': flavor, 'image': image} for _ in range(count)]
+        return self.load(wanted, partial=True, dry_run=dry_run)
+
+    @api('GET', '/check', role=ADMIN)
+    def check(self) -> dict:
+        """Rebuilds the usage from the occurrences and compares it with what is kept; fails on any difference.
+
+        Example:
+          python cmres.py check
+        """
+        differences, steps_seen = [], 0
+        for place in self.progress(rows('SELECT id, name FROM resource')):
+            kept = {at: Amount(*held) for at, *held in db.execute_sql(
+                'SELECT at, vms, vcpus, ram FROM step WHERE resource_id = ?', (place.id,))}
+            right = dict(held_steps(place.id))
+            steps_seen += len(right)
+            differences += [{'resource': place.name, 'at': instant(at), 'kept': kept.get(at), 'right': right.get(at)}
+                            for at in sorted(kept.keys() | right.keys()) if kept.get(at) != right.get(at)]
+        if differences:
+            raise Error(f'the usage differs from the occurrences at {len(differences)} instants, first on '
+                        f"{differences[0]['resource']} at {differences[0]['at']}", differences=differences[:100])
+        return {'steps': steps_seen, 'differences': 0}
+
+    @api('GET', '/event/')
+    @api('GET', '/reservation/<label>/events')
+    def events(self, label: Label = '', project: Name = '', after: int = 0, limit: Count = 100) -> Rows:
+        """Shows the journal: when, who, what, why; the newest lines last.
+
+        Example:
+          python cmres.py events lab
+        """
+        where = [('e.id > ?', after), *self.visible(), *([('r.label = ?', label)] if label else []),
+                 *([('r.project = ?', project)] if project else [])]
+        found = rows('SELECT e.id, e.at, e.actor, e.code, r.label, r.project, e.sentence '
+                     'FROM event e LEFT JOIN reservation r ON r.id = e.reservation_id WHERE '
+                     f"{' AND '.join(text for text, _ in where)} ORDER BY e.id {'ASC' if after else 'DESC'} "
+                     f'LIMIT {min(limit, 10_000)}', *(value for _, value in where))
+        return [public(each) for each in (found if after else found[::-1])]
+
+    # Resources
+
+    @api('POST', '/resource/', role=ADMIN)
+    def resource_add(self, name: Label, cell: Name = '', cloud: Name = '', region: Name = '', aggregate: Name = '',
+                     vms: Most = UNLIMITED, vcpus: Most = UNLIMITED, ram: Most = UNLIMITED,
+                     dry_run: bool = False) -> dict:
+        """Adds a resource; a figure that isn't given is unlimited.
+
+        Example:
+          python cmres.py resource add india --cloud simulated --vms 40 --vcpus 320 --ram 655360
+        """
+        with self.writing(dry_run) as now:
+            self.refuse_taken_resource(name)
+            figures = {figure: None if most == UNLIMITED else most
+                       for figure, most in (('vms', vms), ('vcpus', vcpus), ('ram', ram))}
+            insert(Resource, name=name, cell=cell, cloud=cloud, region=region, aggregate=aggregate,
+                   **figures, added=int(now))
+            journal(now, self.actor.user, 'resource', f"added the resource '{name}'")
+            return self.resource_show(name)
+
+    @api('GET', '/resource/')
+    def resource_list(self, cell: Name = '', cloud: Name = '', region: Name = '', aggregate: Name = '') -> Rows:
+        """Lists the resources: their places and what they hold at most.
+
+        Example:
+          python cmres.py resource list --cloud simulated
+        """
+        return [self.resource_public(each) for each in self.places(cell, cloud, region, aggregate)]
+
+    @api('GET', '/resource/<name>')
+    def resource_show(self, name: Label) -> dict:
+        """Shows a resource, and what is held of it now.
+
+        Example:
+          python cmres.py resource show demo
+        """
+        found = self.resource_row(name)
+        return self.resource_public(found) | {'held_now': in_figures(level(found.id, self.clock()))}
+
+    @api('PATCH', '/resource/<name>', role=ADMIN)
+    def resource_update(self, name: Label, rename: Label = '', cell: Name = None, cloud: Name = None,
+                        region: Name = None, aggregate: Name = None, vms: Most = None, vcpus: Most = None,
+                        ram: Most = None, force: bool = False, dry_run: bool = False) -> dict:
+        """Changes a resource; `unlimited` takes a limit away.
+
+        A capacity below what is held already needs --force; nothing is cancelled then, and the
+        answer lists the occurrences that no longer fit, the latest added first.
+
+        Example:
+          python cmres.py resource update demo --vms 8 --dry-run
+        """
+        asked = {'name': rename or None, 'cell': cell, 'cloud': cloud, 'region': region, 'aggregate': aggregate,
+                 'vms': vms, 'vcpus': vcpus, 'ram': ram}
+        new = {field: None if value == UNLIMITED else value for field, value in asked.items() if value is not None}
+        with self.writing(dry_run) as now:
+            found = self.resource_row(name)
+            if rename and rename != name:
+                self.refuse_taken_resource(rename)
+            if new:
+                change(Resource, found.id, **new)
+            found = self.resource_row(rename or name)
+            homeless = self.no_longer_fitting(found, now)
+            if homeless and not force:
+                raise Conflict(f"{len(homeless)} occurrences on '{name}' would no longer fit; --force does it all the "
+                               'same and cancels nothing', occurrences=homeless)
+            journal(now, self.actor.user, 'resource', f"changed the resource '{name}': {', '.join(new) or 'nothing'}")
+            return self.resource_public(found) | {'no_longer_fit': homeless}
+
+    @api('DELETE', '/resource/<name>', role=ADMIN)
+    def resource_delete(self, name: Label, dry_run: bool = False) -> dict:
+        """Removes a resource that nothing is reserved on any more; its history stays.
+
+        Example:
+          python cmres.py resource delete demo
+        """
+        with self.writing(dry_run) as now:
+            found = self.resource_row(name)
+            busy = self.search([('o.resource_id = ?', found.id), ('r.over > ?', int(now))], limit=100)
+            if busy:
+                raise Conflict(f"'{name}' still has reservations; delete or move them first",
+                               labels=[each.label for each in busy])
+            change(Resource, found.id, removed=int(now))
+            journal(now, self.actor.user, 'resource', f"removed the resource '{name}'")
+            return self.resource_public(found)
+
+    # Tokens
+
+    @api('POST', '/token/', role=ADMIN)
+    def token_add(self, user: Name, project: Name = 'default', role: Name = USER) -> dict:
+        """Makes a token for a user in a project, and prints it: it is shown only now.
+
+        Example:
+          python cmres.py token add eva --project biology --role user
+        """
+        if role not in ROLES:
+            raise Invalid(f"role: '{role}' is none of {', '.join(ROLES)}{nearest(role, ROLES)}")
+        if not user or not project:
+            raise Invalid('a token needs a user and a project')
+        token = f'cmres_{secrets.token_urlsafe(32)}'
+        with self.writing() as now:
+            insert(Token, user=user, project=project, role=role, hash=hashed(token), added=int(now))
+            journal(now, self.actor.user, 'token', f'made a token for {user} in {project} as {role}')
+        return {'token': token}
+
+    @api('GET', '/token/', role=ADMIN)
+    def token_list(self) -> Rows:
+        """Lists the tokens: whose, which role; never the tokens themselves, of which only hashes are kept.
+
+        Example:
+          python cmres.py token list
+        """
+        return [public(each) for each in rows('SELECT id, user, project, role, added, revoked FROM token ORDER BY id')]
+
+    @api('DELETE', '/token/<id>', role=ADMIN)
+    def token_revoke(self, id: int) -> dict:
+        """Makes a token worthless from now on.
+
+        Example:
+          python cmres.py token revoke 3
+        """
+        with self.writing() as now:
+            if not row('SELECT id FROM token WHERE id = ? AND revoked IS NULL', id):
+                raise NotFound(f'there is no token {id} that is in force')
+            change(Token, id, revoked=int(now))
+            journal(now, self.actor.user, 'token', f'revoked token {id}')
+            return public(row('SELECT id, user, project, role, added, revoked FROM token WHERE id = ?', id))
+
+    # What the operations are made of
+
+    @contextmanager
+    def writing(self, dry_run: bool = False) -> Iterator[float]:
+        """A transaction that yields its instant and wakes the life cycle when it has changed something."""
+        with transaction(keep=not dry_run):
+            yield self.clock()
+        if not dry_run:
+            self.wake()
+
+    def resolve(self, start, end) -> tuple[int, int]:
+        """The seconds of a window: a length for a start counts from now, for an end from the start."""
+        start = self.here.now + start if isinstance(start, timedelta) else start
+        try:
+            end = start + end if isinstance(end, timedelta) else end
+        except OverflowError:
+            end = LAST
+        if not start < end <= LAST:
+            raise Invalid(f'the end {to_plain(end)} is not after the start {to_plain(start)} and before the year 2200')
+        return int(start.timestamp()), int(end.timestamp())
+
+    def read_wish(self, asked: dict, old=None, changes: Iterable[str] = STORED) -> Wish:
+        """Resolves what is asked, checks it and asks the cloud about it; outside any transaction.
+
+        Args:
+          old: the row of the reservation that this would change
+          changes: the fields that are new in it
+        """
+        lead = int((asked['lead'] or timedelta(0)).total_seconds())
+        start, end = self.resolve_window(asked, old, lead)
+        user, project = self.owner(asked)
+        place = self.resource_at(asked)
+        if asked['image'] and not (asked['flavor'] and place.cloud):
+            raise Invalid('an image needs a flavor to boot it with' if not asked['flavor'] else
+                          f"the resource '{place.name}' has no cloud, so nothing can boot there; leave the image out")
+        warnings: list = []
+        if old and not {'resource', *CLOUDY} & set(changes):
+            each = Amount(1, old.vcpus // old.vms, old.ram // old.vms)
+        else:
+            each = self.each_takes(place, asked | {'project': project}, warnings)
+        return Wish(asked['label'], user, project, place, start, end, asked['vms'], asked['flavor'], asked['image'],
+                    asked['network'], asked['key'], [*asked['security_groups']], asked['user_data'],
+                    dict(asked['metadata'] or {}), lead, asked['description'], each, warnings)
+
+    def resolve_window(self, asked: dict, old, lead: int) -> tuple[int, int]:
+        """Start and end in seconds; without a new end, one that is moved keeps its length."""
+        length = timedelta(seconds=old.end - old.start) if old else None
+        start, end = self.resolve(asked['start'], asked.get('end', length))
+        now = self.clock()
+        if start < now - PATIENCE and not (old and start == old.start):
+            raise Invalid(f'the start {to_plain(instant(start))} lies in the past')
+        if end <= now:
+            raise Invalid(f'the end {to_plain(instant(end))} is not in the future')
+        if start < lead:
+            raise Invalid('the lead reaches before the year 1970')
+        return start, end
+
+    def owner(self, asked: dict) -> tuple[str, str]:
+        """Whose it will be: only an admin may reserve for others."""
+        user, project = asked['user'] or self.actor.user, asked['project'] or self.actor.project
+        if self.actor.role != ADMIN and project != self.actor.project:
+            raise Forbidden(f"only an admin may act in another project than their own, '{self.actor.project}'")
+        if self.actor.role != ADMIN and asked['user'] not in ('', self.actor.user):
+            raise Forbidden(f"only an admin may reserve for another user than themselves, '{self.actor.user}'")
+        return user, project
+
+    def resource_row(self, name: str):
+        found = row('SELECT * FROM resource WHERE name = ? AND removed IS NULL', name)
+        if not found:
+            names = [each.name for each in self.places()]
+            raise NotFound(f"there is no resource '{name}'{nearest(name, names)}")
+        return found
+
+    def places(self, *place: str) -> list:
+        """Resources by cell, cloud, region and aggregate, as far as these are given."""
+        given = [(column, value) for column, value in zip(PLACE, place) if value]
+        condition = ''.join(f' AND "{column}" = ?' for column, _ in given)
+        return rows(f'SELECT * FROM resource WHERE removed IS NULL{condition} ORDER BY name',
+                    *(value for _, value in given))
+
+    def resource_at(self, asked: dict):
+        """The resource that is named, or the one at the place that is asked for."""
+        place = [asked.get(column, '') for column in PLACE]
+        if asked['resource'] != ANY:
+            return self.resource_row(asked['resource'])
+        found = self.places(*place)
+        where = ', '.join(f'{column} {value}' for column, value in zip(PLACE, place) if value) or 'any place'
+        if not found:
+            raise NotFound(f'there is no resource at {where}')
+        if len(found) > 1:
+            raise Conflict(f"{len(found)} resources are at {where}; name one of {', '.join(r.name for r in found[:20])}")
+        return found[0]
+
+    def each_takes(self, place, asked: dict, warnings: list) -> Amount:
+        """What one machine takes, as the resource's cloud tells; an unknown name is refused.
+
+        If the cloud can't be asked, that goes to `warnings`, unless only it could tell whether it fits.
+        """
+        named = [(kind, asked[kind]) for kind in CLOUDY[:4] if asked.get(kind)]
+        named += [('security_group', name) for name in asked.get('security_groups', ())]
+        named = [(kind, name) for kind, name in named if (kind, name) not in (('network', 'auto'), ('network', 'none'))]
+        if not named or not place.cloud:
+            return Amount(1)
+        account = self.clouds.account(place.cloud, asked.get('project', self.actor.project))
+        try:
+            found = dict(zip((kind for kind, _ in named), self.clouds.open(account).check(named)))
+        except CloudError as error:
+            if asked.get('flavor') and (place.vcpus, place.ram) != (None, None):
+                raise CloudError(f"{error}; its flavor '{asked['flavor']}' must be known to count "
+                                 f"vcpus and ram on '{place.name}'") from None
+            warnings.append(f'not checked: {error}')
+            return Amount(1)
+        return Amount(1, *(found['flavor'][figure] for figure in Flavor._fields)) if 'flavor' in found else Amount(1)
+
+    def refuse_taken_label(self, wish: Wish, now: float) -> None:
+        if wish.label == ANY:
+            raise Invalid("label: '-' stands for any label; choose another")
+        if row('SELECT id FROM reservation WHERE project = ? AND label = ? AND over > ?',
+               wish.project, wish.label, int(now)):
+            raise Conflict(f"the label '{wish.label}' is taken in project '{wish.project}' by a reservation that is not "
+                           'over; choose another')
+
+    def refuse_taken_resource(self, name: str) -> None:
+        if name == ANY:
+            raise Invalid("name: '-' stands for any resource; choose another")
+        if row('SELECT id FROM resource WHERE name = ? AND removed IS NULL', name):
+            raise Conflict(f"there is a resource '{name}' already; choose another name or update that one")
+
+    def book(self, wish: Wish, now: float) -> int:
+        """Writes a reservation and its occurrence, and holds its amount; inside a transaction."""
+        place = self.resource_row(wish.resource.name)  # its capacity may have changed since
+        begin, until = wish.held
+        admit(place, begin, until, wish.amount, now)
+        reservation = insert(Reservation, **wish.columns(*STORED), added=int(now), changed=int(now), over=wish.end)
+        held = wish.amount
+        occurrence = insert(Occurrence, reservation=reservation, resource=place.id, start=wish.start, end=wish.end,
+                            held_from=begin, held_until=until, vms=held.vms, vcpus=held.vcpus, ram=held.ram, due=begin)
+        journal(now, self.actor.user, 'added', f'{wish.vms} vms on {place.name}', reservation)
+        return occurrence
+
+    def rebook(self, old, wish: Wish, now: float) -> None:
+        """Releases what an occurrence held and holds what is wished instead; inside a transaction."""
+        place = self.resource_row(wish.resource.name)
+        begin, until = wish.held
+        before, amount = Amount(old.vms, old.vcpus, old.ram), wish.amount
+        release(old.resource_id, old.held_from, old.held_until, before)
+        smaller = (place.id == old.resource_id and old.held_from <= begin and until <= old.held_until
+                   and amount.within(before))
+        if smaller:  # always allowed, even where a lowered capacity is overfull
+            hold(place.id, begin, until, amount)
+        else:
+            admit(place, begin, until, amount, now)
+        change(Reservation, old.reservation, **wish.columns(*STORED), changed=int(now), over=wish.end)
+        change(Occurrence, old.id, resource=place.id, start=wish.start, end=wish.end, held_from=begin,
+               held_until=until, vms=amount.vms, vcpus=amount.vcpus, ram=amount.ram, due=min(now, begin))
+
+    def cancel(self, found, now: float) -> None:
+        """Ends a reservation now: what it held from now on is free; inside a transaction."""
+        until = min(max(int(now), found.held_from), found.held_until)
+        release(found.resource_id, until, found.held_until, Amount(found.vms, found.vcpus, found.ram))
+        change(Occurrence, found.id, cancelled=int(now), held_until=until, due=now)
+        change(Reservation, found.reservation, over=int(now), changed=int(now))
+        journal(now, self.actor.user, 'cancelled', f'cancelled by {self.actor.user}', found.reservation)
+
+    def resource_public(self, found) -> dict:
+        return {name: value for name, value in public(found).items() if name != 'removed'}
+
+    def no_longer_fitting(self, place, now: float) -> list[dict]:
+        """Of the occurrences where more is held than there is, as many of the latest added as must go."""
+        levels = list(steps(place.id, int(now), LAST.timestamp()))
+        over = {at: held for at, held in levels if not held.within(capacity(place))}
+        ends = {at: after for (at, _), (after, _) in zip(levels, [*levels[1:], (LAST.timestamp(), NOTHING)])}
+        homeless = []
+        held = rows('SELECT id, held_from, held_until, vms, vcpus, ram FROM occurrence WHERE resource_id = ? '
+                    'AND due IS NOT NULL AND held_until > ? ORDER BY id DESC', place.id, int(now)) if over else []
+        for each in held:
+            touched = [at for at in over if at < each.held_until and ends[at] > each.held_from]
+            if any(not over[at].within(capacity(place)) for at in touched):
+                homeless.append(each.id)
+                for at in touched:
+                    over[at] -= Amount(each.vms, each.vcpus, each.ram)
+        return [public(self.occurrence(id)) for id in homeless[:1000]]
+
+    # What to say when something doesn't fit
+
+    @contextmanager
+    def explaining(self, wish: Wish, old=None) -> Iterator[None]:
+        """Makes of a bare NoCapacity one that says what is in the way and what would fit."""
+        try:
+            yield
+        except NoCapacity:
+            with transaction(keep=False):
+                if old:  # it is not in its own way
+                    release(old.resource_id, old.held_from, old.held_until, Amount(old.vms, old.vcpus, old.ram))
+                raise NoCapacity(self.why_not(wish), **self.in_the_way(wish, old), **self.would_fit(wish)) from None
+
+    def why_not(self, wish: Wish) -> str:
+        begin, until = wish.held
+        most = capacity(wish.resource)
+        used = peak(wish.resource.id, max(begin, int(self.clock())), until)
+        figure = next(name for name, limit, held, need in zip(Amount._fields, most, used, wish.amount)
+                      if limit is not None and held + need > limit)
+        limit, need = getattr(most, figure), getattr(wish.amount, figure)
+        unit = 'MiB of ram' if figure == 'ram' else figure
+        if need > limit:
+            return f"'{wish.resource.name}' holds at most {limit} {unit}; {need} are asked for"
+        zone = self.config.zone
+        return (f"'{wish.resource.name}' has {max(limit - getattr(used, figure), 0)} of {limit} {unit} free from "
+                f'{format_time(instant(begin), zone)} to {format_time(instant(until), zone)}; {need} are asked for')
+
+    def in_the_way(self, wish: Wish, old) -> dict:
+        """At most ten of the occurrences that hold something in the window; of others' only how much and when."""
+        begin, until = wish.held
+        found = self.search([('o.resource_id = ?', wish.resource.id), ('o.due IS NOT NULL', None),
+                             ('o.held_from < ?', until), ('o.held_until > ?', max(begin, int(self.clock()))),
+                             ('o.id <> ?', old.id if old else 0)], limit=10)
+        fields = ('label', 'user', 'project', 'vms', 'start', 'end')
+        seen = self.actor.role == ADMIN
+        return {'in_the_way': [{name: value for name, value in public(each).items()
+                                if name in (fields if seen or each.project == self.actor.project else fields[3:])}
+                               for each in found]}
+
+    def would_fit(self, wish: Wish) -> dict:
+        """What could be had instead: the next start, the most machines, the longest duration; each that there is."""
+        begin, until = max(wish.held[0], int(self.clock())), wish.held[1]
+        need = until - wish.held[0]
+        place, amount, offers = wish.resource, wish.amount, {}
+        for first, last in free_windows(place, amount, begin, LAST.timestamp()):
+            if first == begin and last > wish.start:
+                offers['longest'] = format_duration(last - wish.start)
+            if last - first >= need:
+                offers['next_start'] = instant(int(first) + wish.lead)
+                break
+        used = peak(place.id, begin, until)
+        rooms = [(limit - held) // need_each for limit, held, need_each in zip(capacity(place), used, wish.each)
+                 if limit is not None and need_each]
+        if rooms and 0 < min(rooms) < wish.vms:
+            offers['most_vms'] = min(rooms)
+        return {name: offer for name, offer in offers.items() if self.holds_true(wish, name, offer)}
+
+    def holds_true(self, wish: Wish, name: str, offer) -> bool:
+        """Whether an offer would be admitted: nothing is offered that wasn't checked by THE RULE."""
+        if name == 'next_start':
+            start = int(offer.timestamp())
+            wish = wish._replace(start=start, end=start + wish.end - wish.start)
+        elif name == 'longest':
+            wish = wish._replace(end=wish.start + int(parse_duration(offer).total_seconds()))
+        else:
+            wish = wish._replace(vms=offer)
+        return fits(wish.resource, *wish.held, wish.amount)
+
+
+def hashed(token: str) -> str:
+    return hashlib.sha256(token.encode()).hexdigest()
+
+
+def actor_of(token: str) -> Actor:
+    """Whose token this is; Unauthorized if it is nobody's or revoked."""
+    found = row('SELECT user, project, role FROM token WHERE hash = ? AND revoked IS NULL', hashed(token))
+    if not found:
+        raise Unauthorized('this token is not known or was revoked; an admin makes one with: token add USER')
+    return Actor(*found)
+
+
+# Life cycle ##################################################################
+#
+# One idempotent pass, `converge`, makes of what is wanted what is; repeating it is all there is.
+# It records the calls that ended, plans servers for what has begun, gives them up for what is
+# over, and hands the next calls to workers. One thread thinks and writes; workers only call.
+#
+# A server is made like this, so that a crash at any point neither loses nor doubles it:
+#
+#   (1) the intent is written: its row, in state `build`, with a new mark (row and try);
+#   (2) the cloud is called, and the mark is part of that call;
+#   (3) the answer is written. Where (3) is missing, a look at the cloud finds the server by its
+#       mark, or, once it can't come any more, finds that there is none: then from (1), a new mark.
+#
+# What a server needs next follows from its row alone; `due` only says when to ask.
+
+
+class Result(NamedTuple):
+    """A call that ended: what for, when, and its answer or its error."""
+    verb: str
+    target: Any  # a row of server, or an account
+    began: float
+    ended: float
+    answer: Any = None
+    error: Exception | None = None
+
+
+SERVERS = '''SELECT v.*, r.flavor, r.image, r.network, r.key, r.security_groups, r.user_data, r.metadata,
+                    r.label, o.reservation_id
+               FROM server v JOIN occurrence o ON o.id = v.occurrence_id JOIN reservation r ON r.id = o.reservation_id'''
+
+
+class LifeCycle:
+    """Boots what has begun, deletes what is over, and looks whether it is so."""
+
+    def __init__(self, config: Config, clouds: Clouds, clock: Callable[[], float] = time.time):
+        self.config, self.clouds, self.clock = config, clouds, clock
+        self.results: queue.SimpleQueue[Result] = queue.SimpleQueue()
+        self.wake = threading.Event()
+        self.flying: set[tuple] = set()  # calls that were handed to a worker and not yet recorded
+        self.pools: dict[str, ThreadPoolExecutor] = {}
+
+    def converge(self, now: float) -> None:
+        """One pass; calls that it begins go on after it and are recorded by a later one."""
+        self.record(now)
+        self.plan(now)
+        self.call(now)
+
+    def settle(self) -> None:
+        """Passes until no call is under way: what `tick` does."""
+        self.converge(self.clock())
+        while self.flying:
+            self.wake.wait()
+            self.wake.clear()
+            self.converge(self.clock())
+
+    def next_due(self) -> float:
+        """When the next pass has something to do; infinity if nothing is planned."""
+        found = row('SELECT min(due) AS due FROM (SELECT min(due) AS due FROM occurrence WHERE due IS NOT NULL '
+                    'UNION ALL SELECT min(due) FROM server WHERE due IS NOT NULL)')
+        return float('inf') if found.due is None else found.due
+
+    def run(self, stop: threading.Event) -> None:
+        """Passes at every instant that is due, at every change, and at least every second, until `stop` is set."""
+        import schedule
+        beat = schedule.Scheduler()
+        beat.every(1).seconds.do(lambda: None)  # other processes may change the store; clocks may be set
+        while not stop.is_set():
+            wait = beat.idle_seconds
+            try:
+                self.converge(self.clock())
+                if not self.flying:
+                    wait = min(wait, self.next_due() - self.clock())
+            except Exception:  # whatever it is, the next pass may do better; people wait for machines
+                log.exception('this pass failed; the next comes in a second')
+                wait = 1
+            self.wake.wait(max(wait, 0))
+            self.wake.clear()
+            beat.run_pending()
+        self.finish()
+
+    def finish(self, patience: float = 5) -> None:
+        """Lets calls that are under way end, and records them."""
+        until = time.monotonic() + patience
+        while self.flying and time.monotonic() < until:
+            self.wake.wait(0.1)
+            self.wake.clear()
+            self.record(self.clock())
+        for pool in self.pools.values():
+            pool.shutdown(wait=False, cancel_futures=True)
+
+    # What is wanted
+
+    def plan(self, now: float) -> None:
+        """Writes down the servers that occurrences want now, and gives up those they don't."""
+        due = ('SELECT o.*, r.label, r.image, r.project, s.cloud FROM occurrence o JOIN reservation r '
+               'ON r.id = o.reservation_id JOIN resource s ON s.id = o.resource_id WHERE o.due <= ?')
+        if rows(f'{due} LIMIT 1', now):
+            with transaction():
+                for occurrence in rows(due, now):
+                    self.plan_one(occurrence, now)
+
+    def plan_one(self, occurrence, now: float) -> None:
+        over = occurrence.cancelled is not None or now >= occurrence.end
+        runs = occurrence.image and not over and now >= occurrence.held_from
+        servers = rows("SELECT id, n FROM server WHERE occurrence_id = ? AND wanted AND state <> 'deleted' "
+                       'ORDER BY n', occurrence.id)
+        numbers = {server.n for server in servers}
+        wanted = occurrence.vms if runs else 0
+        for n in sorted(set(range(1, wanted + 1)) - numbers):
+            insert(Server, occurrence=occurrence.id, n=n, name=f'{occurrence.label}-{occurrence.id}-{n}',
+                   account=self.clouds.account(occurrence.cloud, occurrence.project), wanted=True, state='planned',
+                   tries=0, failures=0, addresses='[]', fault='', planned=occurrence.start, due=now)
+        for server in servers:
+            if server.n > wanted:
+                change(Server, server.id, wanted=False, due=now)
+        change(Occurrence, occurrence.id, due=self.next_look(occurrence, over, now))
+
+    def next_look(self, occurrence, over: bool, now: float) -> float | None:
+        """When an occurrence must be planned again; never, once it is over and its servers are gone."""
+        if not over:
+            return occurrence.end if now >= occurrence.held_from else occurrence.held_from
+        if row("SELECT id FROM server WHERE occurrence_id = ? AND state <> 'deleted' LIMIT 1", occurrence.id):
+            return now + self.config.poll
+        if occurrence.cancelled is None:
+            self.tell_end(occurrence, now)
+        return None
+
+    def tell_end(self, occurrence, now: float) -> None:
+        found = row('SELECT count(ready) AS ever, max(fault) AS fault FROM server WHERE occurrence_id = ?', occurrence.id)
+        failed = occurrence.image and not found.ever
+        journal(now, 'cmres', 'failed' if failed else 'ended',
+                f"never up: {found.fault or 'the life cycle did not run'}" if failed else 'its time was over',
+                occurrence.reservation_id)
+
+    # What to do
+
+    def call(self, now: float) -> None:
+        """Hands the calls that are due to workers, each after its intent is written."""
+        due = [server for server in rows(f'{SERVERS} WHERE v.due <= ? ORDER BY v.planned, v.id', now)
+               if ('server', server.id) not in self.flying]
+        if not due:
+            return
+        looks, calls = set(), []
+        with transaction():
+            for server in due:
+                verb = self.next_call(server, now)
+                if verb == 'look':
+                    looks.add(server.account)
+                else:
+                    calls += self.intend(verb, server, now)
+        for verb, server in calls:
+            self.submit(('server', server.id), verb, server.account, server)
+        for account in looks:
+            self.submit(('look', account), 'look', account, account)
+
+    def next_call(self, server, now: float) -> str:
+        """What a server needs next."""
+        if server.state == 'planned':
+            return 'boot' if server.wanted else 'drop'
+        if server.uid and (not server.wanted or server.state in ('error', 'deleting')):
+            asked_lately = server.state == 'deleting' and now < server.called + self.config.call_timeout
+            return 'look' if asked_lately else 'delete'
+        return 'look'
+
+    def intend(self, verb: str, server, now: float) -> list:
+        """Writes what will be done; the calls that it takes."""
+        if verb == 'drop':
+            change(Server, server.id, state='deleted', deleted=now, due=None)
+            return []
+        patience = now + self.config.call_timeout + self.config.settle
+        if verb == 'boot':
+            server = server._replace(tries=server.tries + 1)
+            change(Server, server.id, state='build', tries=server.tries, uid=None, begun=server.begun or now,
+                   due=patience)
+        else:
+            change(Server, server.id, due=patience)
+        return [(verb, server)]
+
+    def submit(self, key: tuple, verb: str, account: str, target) -> None:
+        if key in self.flying:
+            return
+        self.flying.add(key)
+        if account not in self.pools:  # one pool an account: a cloud that hangs holds nobody else's workers
+            self.pools[account] = ThreadPoolExecutor(self.config.workers, thread_name_prefix=account)
+        self.pools[account].submit(self.work, verb, account, target)
+
+    def work(self, verb: str, account: str, target) -> None:
+        """A worker's whole job: one call, its result for the next pass."""
+        began = self.clock()
+        try:
+            answer, error = getattr(self, f'ask_to_{verb}')(self.clouds.open(account), target), None
+        except Exception as caught:  # the pass that records it decides what it means
+            answer, error = None, caught
+        self.results.put(Result(verb, target, began, self.clock(), answer, error))
+        self.wake.set()
+
+    def ask_to_boot(self, cloud: Cloud, server) -> str:
+        return cloud.boot(Machine(
+            server.name, self.mark(server), server.flavor, server.image, server.network, server.key,
+            tuple(json.loads(server.security_groups)), server.user_data, json.loads(server.metadata)))
+
+    def ask_to_delete(self, cloud: Cloud, server) -> None:
+        cloud.delete(server.uid)
+
+    def ask_to_look(self, cloud: Cloud, account: str) -> list[Seen]:
+        return cloud.servers()
+
+    def ask_to_clear(self, cloud: Cloud, orphan: tuple) -> None:
+        cloud.delete(orphan[1])
+
+    def mark(self, server) -> str:
+        return f'{self.clouds.store}-{server.id}-{server.tries}'
+
+    # What became of it
+
+    def record(self, now: float) -> None:
+        """Writes down the results of the calls that ended since the last pass."""
+        ended = []
+        while not self.results.empty():
+            ended.append(self.results.get())
+        if not ended:
+            return
+        with transaction():
+            for result in ended:
+                if result.error and not isinstance(result.error, Error):
+                    log.error('%s of %s failed', result.verb, result.target, exc_info=result.error)
+                getattr(self, f'record_{result.verb}')(result, now)
+        for result in ended:
+            name = 'server' if result.verb in ('boot', 'delete') else result.verb
+            self.flying.discard((name, result.target.id if name == 'server' else result.target))
+
+    def record_boot(self, result: Result, now: float) -> None:
+        server = row(f'{SERVERS} WHERE v.id = ?', result.target.id)
+        if server.state == 'deleted' or server.tries != result.target.tries:
+            return
+        begun = result.began if server.tries == 1 else server.begun
+        if not result.error:
+            change(Server, server.id, uid=result.answer, begun=begun, called=result.ended,
+                   due=now + self.config.poll if server.wanted else now)
+        elif isinstance(result.error, Error) and getattr(result.error, 'sure', True):
+            self.put_off(server, str(result.error), now, state='planned', begun=begun, called=result.ended)
+        else:
+            change(Server, server.id, fault=self.fault(result.error), begun=begun, called=result.ended,
+                   due=result.ended + self.config.settle)
+
+    def put_off(self, server, fault: str, now: float, **values) -> None:
+        """Tries again after a pause that grows with each failure in a row."""
+        failures = server.failures + 1
+        pause = min(self.config.retry_first * 2 ** min(failures - 1, 20), self.config.retry_most)
+        change(Server, server.id, failures=failures, fault=fault[:500], due=now + pause * random.uniform(0.8, 1.2),
+               **values)
+        if failures == 1 or fault != server.fault:
+            journal(now, 'cmres', 'trouble', f'{server.name}: {fault}'[:500], server.reservation_id)
+
+    def fault(self, error: Exception) -> str:
+        return str(error) if isinstance(error, Error) else f'{type(error).__name__}: {error}'
+
+    def record_delete(self, result: Result, now: float) -> None:
+        server = row(f'{SERVERS} WHERE v.id = ?', result.target.id)
+        if server.state == 'deleted':
+            return
+        if result.error:
+            self.put_off(server, self.fault(result.error), now, called=result.ended)
+        else:
+            change(Server, server.id, state='deleting', called=result.ended, due=now + self.config.poll)
+
+    def record_clear(self, result: Result, now: float) -> None:
+        if result.error:
+            log.warning('could not remove the server %s that nothing wants: %s', result.target[1], result.error)
+
+    def record_look(self, result: Result, now: float) -> None:
+        """Compares what a cloud shows with what is written."""
+        account = result.target
+        if result.error:
+            pause = now + max(self.config.poll, self.config.retry_first)
+            db.execute_sql('UPDATE server SET due = ? WHERE account = ? AND due <= ?', (pause, account, now))
+            return
+        seen = {each.mark: each for each in result.answer}
+        ours = {self.mark(server): server for server in rows(
+            f"{SERVERS} WHERE v.state <> 'deleted' AND v.tries > 0")}
+        for mark, server in ours.items():
+            if mark in seen:
+                self.record_seen(server, seen[mark], now)
+            elif server.account == account:
+                self.record_missing(server, result.began, now)
+        db.execute_sql("UPDATE server SET due = ? WHERE account = ? AND state = 'active' AND wanted",
+                       (now + self.config.sweep, account))
+        for mark in seen.keys() - ours.keys():
+            if now - seen[mark].made >= self.config.orphan_grace:
+                self.submit(('clear', (account, seen[mark].uid)), 'clear', account, (account, seen[mark].uid))
+
+    def record_seen(self, server, seen: Seen, now: float) -> None:
+        """A server that is there: adopt it, and go on from the state that it is in."""
+        if server.state == 'deleting':
+            change(Server, server.id, due=now + self.config.poll)
+        elif not server.wanted or seen.state == 'error':
+            known = server.uid and server.state in (seen.state, 'build', 'active')  # then it has its instant already
+            change(Server, server.id, uid=seen.uid, state=seen.state, fault=seen.fault[:500] or server.fault,
+                   due=server.due if known and not server.wanted or server.state == 'error' else now)
+        elif seen.state == 'active' and (server.state != 'active' or server.addresses != json.dumps(seen.addresses)):
+            change(Server, server.id, uid=seen.uid, state='active', ready=server.ready or now, fault='', failures=0,
+                   addresses=json.dumps(seen.addresses))
+        elif seen.state != 'active':
+            pause = self.config.poll if seen.state == 'build' else self.config.sweep
+            change(Server, server.id, uid=seen.uid, state=seen.state, due=now + pause)
+
+    def record_missing(self, server, looked: float, now: float) -> None:
+        """A server that the look didn't show: gone, never made, or too new to be in it."""
+        if ('server', server.id) in self.flying or looked <= (server.called or 0):
+            return
+        if not server.uid and looked < server.due:
+            return
+        if not server.wanted:
+            change(Server, server.id, state='deleted', deleted=now, due=None)
+        elif server.state in ('error', 'deleting') or not server.uid:
+            self.put_off(server, server.fault or 'it was never made', now, state='planned', uid=None)
+        else:
+            change(Server, server.id, state='planned', uid=None, fault='it vanished from the cloud', due=now)
+            journal(now, 'cmres', 'vanished', f'{server.name} vanished from the cloud', server.reservation_id)
+
+
+# REST ########################################################################
+#
+# Routes come from the marks of the service. One wrapper reads, calls and answers; it and the
+# error handler below it are the only places that know statuses. All answers are JSON.
+
+BASE = '/cm/v1.0'
+MOST_BODY = 2**20  # bytes
+
+
+def rest(service: Reservations):
+    """The WSGI application that answers for a service."""
+    import bottle
+    app = bottle.Bottle()
+    app.uninstall('json')  # it knows neither lists nor instants
+    app.default_error_handler = lambda failure: error_text(failure, bottle.request, bottle.response)
+    app.add_hook('before_request', lambda: plain_path(bottle.request.environ))
+    for operation in API.values():
+        for verb, path, fixed in operation.routes:
+            app.route((BASE + path).rstrip('/'), verb, handler(service, operation, fixed))
+    app.route('/healthz', 'GET', healthy)
+    app.route('/openapi.json', 'GET', handler(service, None, {}))
+    return app
+
+
+def handler(service: Reservations, operation: Operation | None, fixed: dict) -> Callable:
+    """Answers one address: who asks, what is asked, the call, its answer in JSON."""
+    import bottle
+
+    def handle(**path):
+        try:
+            acting = service.acting(actor_of(bearer(bottle.request)))
+            if operation is None:
+                return reply(200, openapi())
+            given = given_once(read_query(bottle.request), read_body(bottle.request), path, fixed)
+            bound = bind(operation, given, acting.here)
+            answer = getattr(acting, operation.name)(**bound)
+        except Error as error:
+            return reply(error.status, error_body(error))
+        except peewee.OperationalError as error:
+            return reply(503, error_body(Unavailable(f'the store is not available: {error}; try again')))
+        made = operation.name.rsplit('_')[-1] in ('add', 'load', 'generate') and not bound.get('dry_run')
+        return reply(201 if made else 200, answer)
+
+    def reply(status: int, body):
+        headers = {'WWW-Authenticate': 'Bearer'} if status == 401 else {}
+        if status == 201 and 'label' in body:
+            headers['Location'] = f"{BASE}/reservation/{body['label']}"
+        return bottle.HTTPResponse(json_text(body), status, {'Content-Type': 'application/json', **headers})
+    return handle
+
+
+def healthy():
+    """Says that requests are answered and the store can be read; the one address that needs no token."""
+    import bottle
+    try:
+        row('SELECT 1')
+        return bottle.HTTPResponse('{"status": "ok"}\n', 200, {'Content-Type': 'application/json'})
+    except peewee.DatabaseError as error:
+        return bottle.HTTPResponse(json_text({'error': f'the store is not available: {error}'}), 503,
+                                   {'Content-Type': 'application/json'})
+
+
+def json_text(value) -> str:
+    return json.dumps(to_plain(value), ensure_ascii=False) + '\n'
+
+
+def error_body(error: Error) -> dict:
+    return {'error': str(error), 'kind': type(error).__name__} | ({'details': error.details} if error.details else {})
+
+
+def error_text(failure, request, response) -> str:
+    """The JSON of what never reached a handler: no such address, wrong verb, a bug."""
+    response.content_type = 'application/json'
+    allow = failure.headers.get('Allow')
+    sentences = {404: f'there is nothing at {request.path}; /openapi.json lists all addresses',
+                 405: f'{request.method} is not for this address; use {allow}'}
+    if failure.status_code == 500:
+        log.error('%s %s failed', request.method, request.path, exc_info=failure.exception)
+    return json_text({'error': sentences.get(failure.status_code, f'{failure.body}'.lower())})
+
+
+def plain_path(environ: dict) -> None:
+    """The address without its last slash; refuses one that is not UTF-8."""
+    import bottle
+    try:
+        environ['bottle.raw_path'].encode('latin1').decode('utf8')
+    except UnicodeDecodeError:
+        raise bottle.HTTPError(400, 'the address is not UTF-8') from None
+    environ['PATH_INFO'] = environ['PATH_INFO'].rstrip('/') or '/'
+
+
+def bearer(request) -> str:
+    scheme, _, token = request.headers.get('Authorization', '').partition(' ')
+    if scheme.lower() != 'bearer' or not token:
+        raise Unauthorized('a token is needed: Authorization: Bearer TOKEN; an admin makes one with: token add USER')
+    return token.strip()
+
+
+def read_query(request) -> dict:
+    from urllib.parse import parse_qsl
+    try:
+        pairs = parse_qsl(request.query_string, keep_blank_values=True, errors='strict', max_num_fields=100)
+    except (UnicodeDecodeError, ValueError):
+        raise Invalid('the query is not UTF-8 or has more than 100 fields') from None
+    return given_once(*({name: value} for name, value in pairs))
+
+
+def read_body(request) -> dict:
+    if (request.content_length or 0) > MOST_BODY or len(text := request.body.read(MOST_BODY + 1)) > MOST_BODY:
+        raise TooLarge(f'the body is larger than {MOST_BODY} bytes; send it in parts')
+    if not text.strip():
+        return {}
+    try:
+        body = json.loads(text.decode('utf8'))
+    except UnicodeDecodeError:
+        raise Invalid('the body is not UTF-8') from None
+    except (ValueError, RecursionError) as error:
+        raise Invalid(f'the body is not JSON: {error}') from None
+    if not isinstance(body, dict):
+        raise Invalid(f'the body must be a JSON object such as {{"label": "lab"}}, not {shown(body)}')
+    return body
+
+
+def given_once(*sources: dict) -> dict:
+    """All arguments together; refuses one that comes twice with different values."""
+    given: dict = {}
+    for source in sources:
+        for name, value in source.items():
+            if name in given and given[name] != value:
+                raise Invalid(f'{name} is given twice: {shown(given[name])} and {shown(value)}')
+            given[name] = value
+    return given
+
+
+class TooLarge(Error):
+    status = 413
+
+
+SCHEMAS = {int: {'type': 'integer'}, bool: {'type': 'boolean'}, Count: {'type': 'integer', 'minimum': 1},
+           Most: {'oneOf': [{'type': 'integer', 'minimum': 0}, {'const': 'unlimited'}]},
+           Label: {'type': 'string', 'pattern': '^[A-Za-z0-9._-]{1,64}$'},
+           Names: {'type': 'array', 'items': {'type': 'string'}},
+           Pairs: {'type': 'object', 'additionalProperties': {'type': 'string'}},
+           Rows: {'type': 'array', 'items': {'type': 'object'}}}
+
+
+def openapi() -> dict:
+    """OpenAPI 3.1 of all operations, out of the same signatures that read the arguments."""
+    paths: dict = defaultdict(dict)
+    for operation in API.values():
+        for number, (verb, path, fixed) in enumerate(operation.routes):
+            named = re.findall(r'<(\w+)>', path)
+            fields = {name: each for name, each in operation.parameters.items() if name not in (*named, *fixed)}
+            entry = {'operationId': operation.name + (f'_{number}' if number else ''), 'summary': operation.summary,
+                     'parameters': [openapi_parameter(name, operation.parameters[name], 'path') for name in named],
+                     'responses': {'200': {'description': 'done'}, 'default': {'description': 'refused: {"error": ...}'}}}
+            if verb in ('POST', 'PATCH'):
+                entry['requestBody'] = {'content': {'application/json': {'schema': openapi_object(fields)}}}
+            else:
+                entry['parameters'] += [openapi_parameter(name, each, 'query') for name, each in fields.items()]
+            paths[(BASE + path).replace('<', '{').replace('>', '}')][verb.lower()] = entry
+    return {'openapi': '3.1.0', 'info': {'title': 'cmres', 'version': __version__}, 'paths': paths,
+            'components': {'securitySchemes': {'token': {'type': 'http', 'scheme': 'bearer'}}},
+            'security': [{'token': []}]}
+
+
+def openapi_parameter(name: str, parameter, place: str) -> dict:
+    return {'name': name, 'in': place, 'required': place == 'path', 'description': WORDS[name],
+            'schema': SCHEMAS.get(parameter.annotation, {'type': 'string'})}
+
+
+def openapi_object(fields: dict) -> dict:
+    return {'type': 'object', 'additionalProperties': False,
+            'properties': {name: SCHEMAS.get(each.annotation, {'type': 'string'}) | {'description': WORDS[name]}
+                           for name, each in fields.items()},
+            'required': [name for name, each in fields.items() if each.default is each.empty]}
+
+
+# Client ######################################################################
+
+
+class Client:
+    """A cmres server as if it were here: the methods, signatures, answers and errors of Reservations.
+
+    Args:
+      url: where the server is, such as http://127.0.0.1:8080
+      token: as `token add` printed it
+      timeout: seconds to wait for an answer
+    """
+
+    def __init__(self, url: str, token: str, timeout: float = 60):
+        self.url, self.token, self.timeout = url.rstrip('/'), token, timeout
+
+    def call(self, operation: Operation, given: dict):
+        """One operation over HTTP.
+
+        Raises:
+          Error: the same kinds as the service; Unavailable if there is no answer.
+        """
+        from urllib.error import HTTPError, URLError
+        from urllib.request import Request, urlopen
+        verb, address, body = self.address(operation, to_plain(given))
+        request = Request(self.url + address, body, {'Authorization': f'Bearer {self.token}'}, method=verb)
+        if body:
+            request.add_header('Content-Type', 'application/json')
+        try:
+            with urlopen(request, timeout=self.timeout) as answer:
+                return from_plain(json.load(answer))
+        except HTTPError as error:
+            raise self.refusal(error) from None
+        except (URLError, OSError, ValueError) as error:
+            raise Unavailable(f"no answer from {self.url}: {getattr(error, 'reason', error)}") from None
+
+    def address(self, operation: Operation, given: dict) -> tuple[str, str, bytes | None]:
+        """The verb, the first of the addresses whose parts are all given, and the body."""
+        from urllib.parse import quote, urlencode
+        given = {name: value for name, value in given.items() if value is not None}
+        verb, path, _ = next(each for each in operation.routes
+                             if set(re.findall(r'<(\w+)>', each[1])) <= given.keys() and not each[2])
+        path = re.sub(r'<(\w+)>', lambda part: quote(str(given.pop(part[1])), safe=''), path)
+        if verb in ('POST', 'PATCH'):
+            return verb, BASE + path, json.dumps(given).encode()
+        query = {name: ','.join(value) if isinstance(value, list) else value for name, value in given.items()}
+        return verb, BASE + path + (f'?{urlencode(query)}' if query else ''), None
+
+    def refusal(self, answer) -> Error:
+        """The error that the server sent, of the same kind; something else's words if it wasn't cmres."""
+        try:
+            body = json.load(answer)
+            return ERRORS.get(body.get('kind'), Error)(body['error'], **from_plain(body.get('details', {})))
+        except (ValueError, KeyError, AttributeError):
+            return Unavailable(f'{self.url} answered {answer.status} {answer.reason}, which is not cmres')
+
+
+def client_method(operation: Operation) -> Callable:
+    @functools.wraps(operation.method)
+    def method(self, *args, **kwargs):
+        given = inspect.signature(operation.method).bind(self, *args, **kwargs).arguments
+        return self.call(operation, {name: value for name, value in given.items() if name != 'self'})
+    return method
+
+
+for _operation in API.values():
+    setattr(Client, _operation.name, client_method(_operation))
+
+
+# Command line ################################################################
+#
+# Fire finds the command and its arguments; what it calls only notes the call, and the call is made
+# when the whole line has been understood: a line with a mistake does nothing. Values stay the text
+# that was typed until `bind` reads them.
+
+GROUPS = {'resource': 'What can be reserved: places and their capacities.',
+          'token': 'Who may use the REST interface.'}
+
+HELP = '''Reservations for virtual machines on OpenStack clouds.
+
+Works on the local database, or with CMRES_URL and CMRES_TOKEN on a server.
+Every command also takes --config FILE, --format table|json|csv|yaml and --tz ZONE.
+Exit codes: 0 done, 1 refused or failed, 2 wrong use.
+
+Example:
+  python cmres.py serve
+  python cmres.py add lab demo +10s +1h --vms 3 --flavor m1.small --image cirros
+  python cmres.py list
+'''
+
+FORMATS = ('table', 'json', 'csv', 'yaml')
+
+#: What a table shows of answers that have more fields than a line has room for.
+COLUMNS = {'list': 'id label user project resource vms flavor start end state fault',
+           'delete': 'id label user project resource vms start end state',
+           'servers': 'n name state addresses planned begun ready deleted fault',
+           'resource_list': 'name cell cloud region aggregate vms vcpus ram'}
+
+
+def serve(config: Config, host: Name = '', port: int = None, noscheduler: bool = False) -> None:
+    """Serves REST, and unless --noscheduler runs the life cycle too, until it is stopped.
+
+    An empty store gets the resource `demo` and a token for an admin, both shown once.
+
+    Example:
+      python cmres.py serve --port 8080
+    """
+    import waitress
+    in_utc()
+    config = dataclasses.replace(config, host=host or config.host, port=config.port if port is None else port)
+    service = local_service(config)
+    cycle = LifeCycle(config, service.clouds)
+    service.wake = cycle.wake.set
+    try:
+        server = waitress.create_server(
+            rest(service), host=config.host, port=config.port, threads=config.threads, connection_limit=1000,
+            asyncore_use_poll=True, max_request_body_size=8 * MOST_BODY, ident=None, clear_untrusted_proxy_headers=True)
+    except (OSError, ValueError) as error:
+        raise Unavailable(f"can't listen on {config.host}:{config.port}: {error}; choose another with --port") from None
+    url = f'http://{config.host}:{getattr(server, "effective_port", config.port)}'
+    print(f'cmres {__version__} serves {url} from {config.database}', *welcome(service, url), sep='\n', flush=True)
+    with running(cycle if not noscheduler else None):
+        server.run()
+        server.close()
+
+
+def scheduler(config: Config) -> None:
+    """Runs the life cycle alone, until it is stopped: boots what begins, deletes what is over.
+
+    Example:
+      python cmres.py scheduler
+    """
+    in_utc()
+    service = local_service(config)
+    print(f'cmres {__version__} runs the life cycle of {config.database}', flush=True)
+    with running(None) as stop:
+        LifeCycle(config, service.clouds).run(stop)
+
+
+def tick(config: Config) -> None:
+    """Makes one pass of the life cycle: for a line of cron such as `* * * * *`.
+
+    Begins what is due, waits for the clouds' answers and records them.
+
+    Example:
+      python cmres.py tick
+    """
+    service = local_service(config)
+    LifeCycle(config, service.clouds).settle()
+
+
+LOCAL = {each.__name__: Operation(each.__name__, each, ADMIN, [('POST', '', {})]) for each in (serve, scheduler, tick)}
+WORDS |= {'host': 'address to listen on', 'port': 'port to listen on; 0 takes a free one',
+          'noscheduler': 'leave the life cycle to another process'}
+
+
+def in_utc() -> None:
+    """`schedule` reckons in local time, which stands still for an hour when summer ends."""
+    os.environ['TZ'] = 'UTC'
+    time.tzset()
+    logging.basicConfig(level=logging.INFO, format='%(asctime)sZ %(levelname)s %(message)s', stream=sys.stderr)
+    logging.getLogger('waitress.queue').setLevel(logging.ERROR)  # it warns at every request that waits
+
+
+@contextmanager
+def running(cycle: LifeCycle | None) -> Iterator[threading.Event]:
+    """Runs a life cycle beside what follows; SIGTERM and Ctrl-C end both in good order."""
+    stop = threading.Event()
+
+    def leave(*_):
+        stop.set()
+        raise SystemExit(0)
+    signal.signal(signal.SIGTERM, leave)
+    signal.signal(signal.SIGINT, leave)
+    thread = threading.Thread(target=cycle.run, args=(stop,), name='life cycle') if cycle else None
+    try:
+        if thread:
+            thread.start()
+        yield stop
+    finally:
+        stop.set()
+        if thread:
+            cycle.wake.set()
+            thread.join()
+
+
+def local_service(config: Config) -> Reservations:
+    """The service on the local database; whoever can write that file acts as admin."""
+    open_store(config.database)
+    try:
+        user = getpass.getuser()
+    except (KeyError, OSError):  # a user id without a name
+        user = str(os.getuid())
+    return Reservations(config, Clouds(config), Actor(user, 'default', ADMIN), progress=progress_bar)
+
+
+def welcome(service: Reservations, url: str) -> list[str]:
+    """Furnishes an empty store, and tells so."""
+    lines = []
+    if not service.resource_list():
+        service.resource_add('demo', cloud='simulated', vms=16)
+        lines.append("Made the resource 'demo': 16 vms on the built-in cloud 'simulated'.")
+    if not service.token_list():
+        token = service.token_add(service.actor.user, service.actor.project, ADMIN)['token']
+        lines += [f'Made a token for {service.actor.user}, who is admin; it is shown only now: {token}',
+                  'Try:', f"  curl -H 'Authorization: Bearer {token}' {url}{BASE}/resource/"]
+    return lines
+
+
+class Call:
+    """A command that was understood but not made yet; it has no members that Fire could go on to."""
+
+    def __init__(self, operation: Operation, given: dict):
+        self._operation, self._given = operation, given
+
+    def __dir__(self):
+        return []
+
+
+class Group:
+    """Commands under a name; Fire sees those and nothing else."""
+
+    def __init__(self, summary: str, commands: dict):
+        self.__dict__.update(commands, __doc__=summary)
+
+    def __dir__(self):
+        return [name for name in self.__dict__ if name != '__doc__']
+
+
+def command(operation: Operation) -> Callable:
+    """What Fire calls for an operation: the same signature and help, but it only notes the call."""
+    parameters = operation.parameters
+
+    def note(*args, **kwargs):  # Fire passes defaults too; what was not typed is left to the service
+        typed = signature.bind(*args, **kwargs).arguments
+        return Call(operation, {name: value for name, value in typed.items() if value not in ('', parameters[name].default)})
+    signature = note.__signature__ = inspect.Signature(
+        [each.replace(annotation=each.empty, default='' if each.default in (None, ()) else each.default)
+         for each in parameters.values()])
+    words = ''.join(f'\n  {name}: {WORDS[name]}' for name in parameters)
+    note.__doc__ = inspect.getdoc(operation.method) + (f'\n\nArgs:{words}' if words else '')
+    note.__name__ = operation.name
+    return note
+
+
+def commands() -> Group:
+    """The tree of all commands: those of the service, and those of this machine."""
+    tree: dict = {name: command(operation) for name, operation in LOCAL.items()}
+    groups: dict = defaultdict(dict)
+    for name, operation in API.items():
+        group, _, verb = name.partition('_')
+        (groups[group] if group in GROUPS else tree)[verb if group in GROUPS else name] = command(operation)
+    return Group(HELP, tree | {name: Group(GROUPS[name], members) for name, members in groups.items()})
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one command line and tells its exit code."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    options: dict = {}
+    try:
+        argv = take_options(argv, options)
+        config = load_config(options.get('config'))
+        if 'tz' in options:
+            config = dataclasses.replace(config, timezone=options['tz'])
+        options['tz'] = config.timezone
+        run_fire(argv, lambda call: make(call, config, options.get('format', 'table')) if isinstance(call, Call) else call)
+        return 0
+    except Error as error:
+        print('\n'.join(in_words(error, options.get('tz', 'UTC'))), file=sys.stderr)
+        return 2 if isinstance(error, Invalid) else 1
+    except peewee.OperationalError as error:
+        print(f'cmres: the store is not available: {error}; try again', file=sys.stderr)
+        return 1
+    except SystemExit as leaving:  # Fire's way to end: 0 after help, 2 after a mistake
+        return leaving.code or 0
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # whoever reads us has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def take_options(argv: list[str], options: dict) -> list[str]:
+    """Takes the options of every command out of a line; `add --file F` becomes `load F`."""
+    rest, words = [], iter(argv)
+    for word in words:
+        name, equals, value = word.partition('=')
+        if name in ('--config', '--format', '--tz'):
+            options[name[2:]] = value if equals else next(words, '')
+        elif name == '--file' and rest[:1] == ['add']:
+            rest = ['load', value if equals else next(words, ''), *rest[1:]]
+        else:
+            rest.append(word)
+    if options.get('format', 'table') not in FORMATS:
+        raise Invalid(f"--format: '{options['format']}' is none of {', '.join(FORMATS)}")
+    read_zone(options.get('tz', 'UTC'))
+    return rest
+
+
+def run_fire(argv: list[str], finish: Callable) -> None:
+    """Lets Fire read a line; `finish` makes of the call it noted what is printed."""
+    import fire
+    from contextlib import redirect_stderr
+    os.environ['PAGER'] = 'cat'
+    fire.parser.DefaultParseValue = str  # else gpu#1, 1e3 and 2026 are guessed to be Python
+    tree = commands()
+    path = command_path(tree, argv)
+    # Fire's own flags, such as --interactive, are not ours to offer; a lone `-` is a word of ours.
+    flags = ['--', '--separator=\0']
+    if not argv or {'--help', '-h', 'help'} & {*argv[len(path):], *argv[:1]}:
+        with redirect_stderr(sys.stdout):
+            fire.Fire(tree, path + ['--', '--help'], 'cmres', finish)
+    fire.Fire(tree, argv + flags, 'cmres', finish)
+
+
+def command_path(tree: Group, argv: list[str]) -> list[str]:
+    """The words of a line that name its command; refuses unknown commands and flags with the nearest."""
+    path, here = [], tree
+    for word in argv:
+        if not isinstance(here, Group):
+            break
+        if word in ('--help', '-h', 'help'):
+            return path
+        if word not in dir(here):
+            raise Invalid(f"there is no command '{' '.join([*path, word])}'{nearest(word, dir(here))}")
+        path, here = [*path, word], getattr(here, word)
+    if not isinstance(here, Group):
+        refuse_unknown_flags(here, path, argv[len(path):])
+    return path
+
+
+def refuse_unknown_flags(here: Callable, path: list[str], words: list[str]) -> None:
+    known = {name.replace('_', '-') for name in inspect.signature(here).parameters} | {'help'}
+    for word in words:
+        flag = word[2:].partition('=')[0].replace('_', '-')
+        if word.startswith('--') and flag not in known and flag.removeprefix('no') not in known:
+            raise Invalid(f"{' '.join(path)} has no option --{flag}{nearest(flag, known)}")
+
+
+def make(call: Call, config: Config, form: str) -> str | None:
+    """Makes a call that Fire noted, here or on a server, and renders its answer."""
+    operation = call._operation
+    given = {name: from_file(value, operation.parameters[name].annotation) for name, value in call._given.items()}
+    bound = bind(operation, given, Here(config.zone, instant(int(time.time()))))
+    if operation.name in LOCAL:
+        return operation.method(config, **bound)
+    service = Client(config.url, config.token) if config.url else local_service(config)
+    return render(getattr(service, operation.name)(**bound), form, config.zone, COLUMNS.get(operation.name))
+
+
+def from_file(value: str, kind):
+    """What a file argument stands for: the text of the file, or its reservations."""
+    if kind not in (File, Rows) or not value:
+        return value
+    try:
+        with open(value, encoding='utf-8-sig', newline='') as file:
+            text = file.read()
+    except (OSError, UnicodeDecodeError) as error:
+        raise Invalid(f"can't read the file '{value}': {getattr(error, 'strerror', None) or 'it is not UTF-8'}") from None
+    return text if kind is File else file_rows(text, value)
+
+
+def file_rows(text: str, name: str) -> list[dict]:
+    """The reservations in a CSV, JSON or YAML text, each with the number of its line or place."""
+    try:
+        if name.endswith('.json'):
+            return json.loads(text)
+        if name.endswith(('.yaml', '.yml')):
+            import yaml
+            return yaml.load(text, yaml.BaseLoader)  # every value stays text: bind reads them
+        reader = csv.DictReader(io.StringIO(text), restkey='more', skipinitialspace=True)
+        return [{**each, 'line': reader.line_num} for each in reader]
+    except (ValueError, csv.Error) as error:
+        raise Invalid(f"'{name}' is not {'JSON' if name.endswith('.json') else 'CSV'}: {error}") from None
+    except Exception as error:  # the YAML parser's own kinds, which are not worth importing it for
+        raise Invalid(f"'{name}' is not YAML: {str(error).splitlines()[0]}") from None
+
+
+def progress_bar(items: list) -> Iterable:
+    """The items, with a bar on a terminal while there are many."""
+    if len(items) < 20 or not sys.stderr.isatty():
+        return items
+    from rich.console import Console
+    from rich.progress import track
+    return track(items, 'working', console=Console(stderr=True), transient=True)
+
+
+def render(answer, form: str, zone: ZoneInfo, columns: str | None) -> str:
+    """An answer as text: a table for people, or JSON, CSV or YAML for programs."""
+    if form == 'json':
+        return json.dumps(to_plain(answer), ensure_ascii=False, indent=2)
+    if form == 'yaml':
+        import yaml
+        return yaml.safe_dump(to_plain(answer), allow_unicode=True, sort_keys=False).rstrip()
+    if form == 'csv':
+        return as_csv(answer if isinstance(answer, list) else [answer])
+    return as_table(answer, zone, columns)
+
+
+def as_csv(lines: list[dict]) -> str:
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator='\n')
+    for number, line in enumerate(to_plain(lines)):
+        if number == 0:
+            writer.writerow(line)
+        writer.writerow([json.dumps(each, ensure_ascii=False) if isinstance(each, (list, dict)) else each
+                         for each in line.values()])
+    return out.getvalue().rstrip('\n')
+
+
+def as_table(answer, zone: ZoneInfo, columns: str | None = None) -> str:
+    if isinstance(answer, dict) and len(answer) == 1:
+        return '\n'.join(map(str, answer.values()))
+    if isinstance(answer, dict):
+        inner = {name: each for name, each in answer.items() if each and isinstance(each, list)
+                 and isinstance(each[0], dict)}
+        pairs = [(name, in_cell(each, zone)) for name, each in answer.items()
+                 if name not in inner and each not in (None, '', [], {})]
+        tables = [f'\n{name}:\n{as_table(each, zone, COLUMNS.get(name, COLUMNS["list"]))}' for name, each in inner.items()]
+        return '\n'.join([drawn([], pairs) if pairs else '', *tables]).strip('\n')
+    if not answer:
+        return 'nothing found'
+    names = [name for name in (columns.split() if columns else answer[0])
+             if any(each.get(name) not in (None, '', [], {}) for each in answer)]
+    names = names or list(answer[0])
+    return drawn(names, [[in_cell(each.get(name), zone) for name in names] for each in answer])
+
+
+def in_cell(value, zone: ZoneInfo) -> str:
+    if isinstance(value, datetime):
+        return format_time(value, zone)
+    if isinstance(value, dict):
+        return ' '.join(f'{name}={in_cell(each, zone)}' for name, each in value.items())
+    if isinstance(value, (list, tuple)):
+        return ', '.join(in_cell(each, zone) for each in value)
+    return '-' if value is None else str(value)
+
+
+def drawn(names: list[str], lines: list) -> str:
+    """A table as text, as wide as the terminal, or as it needs to be where there is none."""
+    from rich.console import Console
+    from rich.table import Table as Drawing
+    from rich.text import Text as Plain
+    drawing = Drawing(*names, box=None, show_header=bool(names), pad_edge=False, header_style='bold')
+    for line in lines:
+        drawing.add_row(*map(Plain, line))
+    console = Console(width=None if sys.stdout.isatty() else 250, file=io.StringIO(),
+                      force_terminal=sys.stdout.isatty() or None)
+    console.print(drawing)
+    return '\n'.join(each.rstrip() for each in console.file.getvalue().splitlines())
+
+
+def in_words(error: Error, zone_name: str) -> list[str]:
+    """What a person reads of an error: its sentence, and of its details what helps to go on."""
+    zone, details, lines = read_zone(zone_name), error.details, [f'cmres: {error}']
+    for each in details.get('in_the_way', []):
+        who = f"{each['label']} of {each['user']}, " if 'label' in each else ''
+        lines.append(f"  in the way: {who}{each['vms']} vms from {in_cell(each['start'], zone)} "
+                     f"to {in_cell(each['end'], zone)}")
+    offers = {'next_start': 'the same from {}', 'most_vms': '{} vms at that time', 'longest': '{} from that start'}
+    lines += [f'  would fit:  {text.format(in_cell(details[name], zone))}'
+              for name, text in offers.items() if name in details]
+    lines += [f"  line {each['line']}: {each['label']}: {each['error']}" for each in details.get('refused', [])]
+    lines += [f"  {each['label']} of {each['user']}, {each['vms']} vms from {in_cell(each['start'], zone)}"
+              for each in details.get('occurrences', [])]
+    return lines
+
+
+if __name__ == '__main__':
+    sys.exit(main())
