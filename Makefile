@@ -3,6 +3,7 @@
 PYTHON ?= python3
 VENV   ?= .venv
 BIN     = $(VENV)/bin
+PYTEST  = $(BIN)/python -m pytest -q -o markers='openstack: needs a cloud, named by OS_CLOUD'
 
 help:            ## show this
 	@sed -n 's/^\([a-z-]*\): *.*## /make \1\t/p' Makefile | expand -t 22
@@ -11,10 +12,10 @@ serve: $(VENV)/cmres   ## serve REST and run the life cycle on 127.0.0.1:8080
 	$(BIN)/python cmres.py serve
 
 test: $(VENV)/cmres_test   ## run all tests that need no cloud
-	$(BIN)/python -m pytest -q -m 'not openstack' cmres_test.py
+	$(PYTEST) -m 'not openstack' cmres_test.py
 
 test-openstack: $(VENV)/cmres_test   ## run the tests for a real OpenStack, on the cloud OS_CLOUD
-	$(BIN)/python -m pytest -q -m openstack cmres_test.py
+	$(PYTEST) -m openstack cmres_test.py
 
 bench: $(VENV)/cmres_test   ## print how fast it is, as ratios measured side by side
 	$(BIN)/python cmres_test.py

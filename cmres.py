@@ -2210,7 +2210,7 @@ class LifeCycle:
         looks, calls = set(), []
         with transaction():
             for server in due:
-                verb = self.next_call(server, now)
+                verb = self.next_call(server)
                 if verb == 'look':
                     looks.add(server.account)
                 else:
@@ -2220,13 +2220,12 @@ class LifeCycle:
         for account in looks:
             self.submit(('look', account), 'look', account, account)
 
-    def next_call(self, server, now: float) -> str:
+    def next_call(self, server) -> str:
         """What a server needs next."""
         if server.state == 'planned':
             return 'boot' if server.wanted else 'drop'
-        if server.uid and (not server.wanted or server.state in ('error', 'deleting')):
-            asked_lately = server.state == 'deleting' and now < server.called + self.config.call_timeout
-            return 'look' if asked_lately else 'delete'
+        if server.uid and server.state != 'deleting' and (not server.wanted or server.state == 'error'):
+            return 'delete'
         return 'look'
 
     def intend(self, verb: str, server, now: float) -> list:
@@ -2359,7 +2358,8 @@ class LifeCycle:
     def record_seen(self, server, seen: Seen, now: float) -> None:
         """A server that is there: adopt it, and go on from the state that it is in."""
         if server.state == 'deleting':
-            change(Server, server.id, due=now + self.config.poll)
+            stuck = now >= server.called + self.config.call_timeout  # then it is asked to go once more
+            change(Server, server.id, state='error' if stuck else 'deleting', due=now if stuck else now + self.config.poll)
         elif not server.wanted or seen.state == 'error':
             known = server.uid and server.state in (seen.state, 'build', 'active')  # then it has its instant already
             change(Server, server.id, uid=seen.uid, state=seen.state, fault=seen.fault[:500] or server.fault,
