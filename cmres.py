@@ -901,14 +901,18 @@ def hold(resource: int, begin: int, until: int, amount: Amount) -> None:
     """(3), without asking whether it fits."""
     if begin >= until or amount == NOTHING:
         return
-    for at in (begin, until):
-        db.execute_sql('INSERT INTO step (resource_id, at, vms, vcpus, ram) VALUES (?, ?, ?, ?, ?) '
-                       'ON CONFLICT DO NOTHING', (resource, at, *level(resource, at)))
+    there_before = [at for at in (begin, until) if not cut(resource, at)]
     db.execute_sql('UPDATE step SET vms = vms + ?, vcpus = vcpus + ?, ram = ram + ? '
                    'WHERE resource_id = ? AND at >= ? AND at < ?', (*amount, resource, begin, until))
-    for at in (begin, until):
+    for at in there_before:  # a new cut is a change of level for sure
         if level(resource, at) == level(resource, at - 1):
             db.execute_sql('DELETE FROM step WHERE resource_id = ? AND at = ?', (resource, at))
+
+
+def cut(resource: int, at: int) -> bool:
+    """Makes sure that there is a row at an instant; whether it is new."""
+    return db.execute_sql('INSERT INTO step (resource_id, at, vms, vcpus, ram) VALUES (?, ?, ?, ?, ?) '
+                          'ON CONFLICT DO NOTHING', (resource, at, *level(resource, at))).rowcount > 0
 
 
 def release(resource: int, begin: int, until: int, amount: Amount) -> None:
@@ -2461,7 +2465,7 @@ def error_text(failure, request, response) -> str:
     response.content_type = 'application/json'
     allow = failure.headers.get('Allow')
     sentences = {404: f'there is nothing at {request.path}; /openapi.json lists all addresses',
-                 405: f'{request.method} is not for this address; use {allow}'}
+                 405: f"{request.method} is not for this address; use {' or '.join((allow or '').split(','))}"}
     if failure.status_code == 500:
         log.error('%s %s failed', request.method, request.path, exc_info=failure.exception)
     return json_text({'error': sentences.get(failure.status_code, f'{failure.body}'.lower())})
@@ -2659,7 +2663,8 @@ FORMATS = ('table', 'json', 'csv', 'yaml')
 COLUMNS = {'list': 'id label user project resource vms flavor start end state fault',
            'delete': 'id label user project resource vms start end state',
            'servers': 'n name state addresses planned begun ready deleted fault',
-           'resource_list': 'name cell cloud region aggregate vms vcpus ram'}
+           'resource_list': 'name cell cloud region aggregate vms vcpus ram',
+           'refused': 'line label error'}
 
 
 def serve(config: Config, host: Name = '', port: int = None, noscheduler: bool = False) -> None:

@@ -550,3 +550,140 @@ def test_a_project_uses_its_own_credentials(lab):
     assert len(theirs.servers()) == 1 and lab.cloud.servers() == []
     lab.service.delete('cells')
     until(lambda: theirs.servers() == [])
+
+
+# Benchmarks ##################################################################
+#
+# Each figure is a ratio to the least that could be done, measured by turns in one run on the same
+# files: other load on the machine hits both sides alike.
+
+
+def by_turns(repeat: int, *actions) -> list[float]:
+    """The median seconds of each action, measured by turns."""
+    times = [[] for _ in actions]
+    for turn in range(repeat):
+        for seconds, action in zip(times, actions):
+            began = time.perf_counter()
+            action(turn)
+            seconds.append(time.perf_counter() - began)
+    return [sorted(seconds)[repeat // 2] for seconds in times]
+
+
+def show(name: str, ours: float, bare: float, note: str = '') -> float:
+    print(f'{name:58} {ours * 1e3:9.3f} ms  against {bare * 1e3:9.3f} ms  = {ours / bare:6.2f} x  {note}', flush=True)
+    return ours / bare
+
+
+def fill(world, number: int, resources: int) -> None:
+    """Puts reservations into the store as `add` would, but many at a time; a tenth of them are over."""
+    chance, now = random.Random(number), int(world.now)
+    names = [f'place-{n}' for n in range(resources)]
+    for name in names:
+        world.service.resource_add(name, vms=10**9)
+    first = cmres.row('SELECT min(id) AS id FROM resource WHERE name LIKE ?', 'place-%').id
+    reservation = {'user': 'u', 'project': 'p', 'flavor': '', 'image': '', 'network': '', 'key': '',
+                   'security_groups': '[]', 'user_data': '', 'metadata': '{}', 'lead': 0, 'description': '',
+                   'added': now, 'changed': now}
+    def lines():
+        for n in range(1, number + 1):
+            start = now + 60 * chance.randrange(-18 * 1440, 162 * 1440)
+            yield n, start, start + 1800 * chance.randrange(1, 24), chance.randrange(1, 5), first + n % resources
+    with cmres.transaction():
+        cursor = cmres.db.connection()
+        cursor.executemany('INSERT INTO reservation (id, label, over, ' + ', '.join(f'"{c}"' for c in reservation)
+                           + ') VALUES (?, ?, ?' + ', ?' * len(reservation) + ')',
+                           ((n, f'r{n}', end, *reservation.values()) for n, _, end, _, _ in lines()))
+        chance.seed(number)
+        cursor.executemany('INSERT INTO occurrence (id, reservation_id, resource_id, start, "end", held_from, held_until,'
+                           ' vms, vcpus, ram, due) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, 0, ?)',
+                           ((n, n, place, start, end, start, end, vms, vms, start if end > now else None)
+                            for n, start, end, vms, place in lines()))
+        for place in range(first, first + resources):
+            cursor.executemany('INSERT INTO step VALUES (?, ?, ?, ?, ?)',
+                               ((place, at, *held) for at, held in cmres.held_steps(place)))
+        cursor.execute('CREATE TABLE bare AS SELECT * FROM reservation LIMIT 0')
+        cursor.execute('CREATE INDEX bare_label ON bare (project, label, over)')
+    cmres.db.execute_sql('ANALYZE')
+    cmres.db.execute_sql('PRAGMA wal_checkpoint(TRUNCATE)')
+
+
+def bench_add(folder: Path) -> None:
+    for resources in (1, 100):
+        seen = {}
+        for number in (10**3, 10**4, 10**5, 10**6):
+            path = folder / f'{resources}-{number}'
+            path.mkdir()
+            world = World(path)
+            fill(world, number, resources)
+            chance = random.Random(1)
+
+            def add(turn):
+                start = NOON + timedelta(minutes=chance.randrange(10, 150 * 1440))
+                world.service.add(f'new-{turn}', f'place-{chance.randrange(resources)}', start,
+                                  start + timedelta(minutes=30 * chance.randrange(1, 24)), vms=2)
+
+            def bare(turn):
+                with cmres.transaction():
+                    cmres.db.execute_sql('INSERT INTO bare SELECT * FROM reservation WHERE id = ?', (turn + 1,))
+            ours, least = by_turns(400, add, bare)
+            seen[number] = show(f'add, {number:.0e} reservations on {resources} resources'.replace('e+0', 'e'), ours, least)
+            assert number > 10**5 or world.service.check()['differences'] == 0
+            cmres.close_store()
+        print(f'{"":58} growth from 1e3 to 1e6: {seen[10**6] / seen[10**3]:.2f} x')
+
+
+def bench_rest(folder: Path) -> None:
+    """GET and POST over HTTP against a bare Bottle handler with one read or one commit, on the same server."""
+    import bottle
+    import http.client
+    import waitress
+    world = World(folder)
+    fill(world, 10**4, 100)
+    token = world.service.token_add('u', 'p', 'admin')['token']
+    app = cmres.rest(world.service)
+    app.route('/bare', 'GET', lambda: bottle.HTTPResponse(cmres.json_text(
+        cmres.rows('SELECT * FROM reservation WHERE id = 77')[0]._asdict())))
+
+    def bare_post():
+        with cmres.transaction():
+            cmres.db.execute_sql('INSERT INTO bare SELECT * FROM reservation WHERE id = 77')
+        return bottle.HTTPResponse('{}')
+    app.route('/bare', 'POST', bare_post)
+    server = waitress.create_server(app, host='127.0.0.1', port=0, threads=8, asyncore_use_poll=True)
+    threading.Thread(target=server.run, daemon=True).start()
+    connection = http.client.HTTPConnection('127.0.0.1', server.effective_port)
+
+    def ask(verb, path, body=None):
+        connection.request(verb, path, json.dumps(body) if body else None, {'Authorization': f'Bearer {token}'})
+        answer = connection.getresponse()
+        assert answer.status < 300, answer.read()
+        answer.read()
+    start = NOON + hours(999)
+    show('GET one reservation over HTTP', *by_turns(
+        400, lambda turn: ask('GET', f'{cmres.BASE}/reservation/r{9000 + turn % 900}'), lambda turn: ask('GET', '/bare')))
+    show('POST a reservation over HTTP', *by_turns(
+        400, lambda turn: ask('POST', f'{cmres.BASE}/reservation/', {
+            'label': f'x{turn}', 'resource': f'place-{turn % 100}', 'start': cmres.to_plain(start), 'end': '+2h'}),
+        lambda turn: ask('POST', '/bare')))
+    server.close()
+    cmres.close_store()
+
+
+def bench_start(folder: Path) -> None:
+    environment = os.environ | {'CMRES_DATABASE': str(folder / 'cmres.db')}
+
+    def run(*words):
+        return lambda turn: subprocess.run([sys.executable, *words], env=environment, check=True, stdout=subprocess.DEVNULL)
+    show('start-up of `cmres.py list`', *by_turns(15, run(str(MODULE), 'list'), run('-c', 'pass')))
+
+
+def bench() -> None:
+    """All benchmarks, or those whose names are given."""
+    import tempfile
+    for name in sys.argv[1:] or ['start', 'rest', 'add']:
+        with tempfile.TemporaryDirectory() as folder:
+            globals()[f'bench_{name}'](Path(folder))
+
+
+if __name__ == '__main__':
+    bench()
