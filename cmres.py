@@ -66,7 +66,7 @@ import types
 import typing
 from collections import defaultdict, namedtuple
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import date, datetime, timedelta, timezone
 from itertools import count
 from typing import Any, Callable, Iterable, Iterator, NamedTuple, NewType
@@ -131,8 +131,8 @@ def nearest(word: str, words: Iterable[str]) -> str:
 # default below. The file is --config, else CMRES_CONFIG, else config.ini where there is one.
 
 
-def setting(default, why: str, least=None):
-    return dataclasses.field(default=default, metadata={'why': why, 'least': least})
+def setting(default, why: str, least=None, most=10**9):
+    return dataclasses.field(default=default, metadata={'why': why, 'least': least, 'most': most})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,7 +140,7 @@ class Config:
     """Everything that can be set, once read never changed."""
     database: str = setting('cmres.db', 'the SQLite file that holds everything; not on a network file system')
     host: str = setting('127.0.0.1', 'the address that `serve` listens on; put a TLS proxy before any other')
-    port: int = setting(8080, 'the port that `serve` listens on', 0)
+    port: int = setting(8080, 'the port that `serve` listens on', 0, 65535)
     threads: int = setting(8, 'requests that are answered side by side', 1)
     url: str = setting('', 'a cmres server: with it, commands talk to that server and not to the database')
     token: str = setting('', 'the token for that server')
@@ -154,7 +154,7 @@ class Config:
     retry_most: float = setting(300.0, 'seconds that this pause grows to at most', 0.01)
     orphan_grace: float = setting(60.0, 'age in seconds at which a server of ours that nothing wants is removed', 0.0)
     simulated_boot: float = setting(3.0, 'seconds that a boot takes on the cloud `simulated`', 0.0)
-    simulated_failures: float = setting(0.0, 'share of boots that end in ERROR there, 0 to 1', 0.0)
+    simulated_failures: float = setting(0.0, 'share of boots that end in ERROR there, 0 to 1', 0.0, 1.0)
     simulated_vms: int = setting(0, 'servers that fit there; 0 means any number', 0)
     simulated_latency: float = setting(0.0, 'seconds that each call takes there', 0.0)
     credentials: dict = dataclasses.field(default_factory=dict)
@@ -205,8 +205,9 @@ def read_setting(name: str, text: str):
         value = type(field.default)(text)
     except ValueError:
         raise Invalid(f"setting {name}: '{text}' is not a number such as {field.default}") from None
-    if field.metadata['least'] is not None and not field.metadata['least'] <= value < 1e9:
-        raise Invalid(f"setting {name}: {text} is out of range; the least is {field.metadata['least']}")
+    least, most = field.metadata['least'], field.metadata['most']
+    if least is not None and not least <= value <= most:
+        raise Invalid(f'setting {name}: {text} is not between {least} and {most}')
     return value
 
 
@@ -217,8 +218,8 @@ def read_setting(name: str, text: str):
 
 UTC = timezone.utc
 FIRST, LAST = datetime(1970, 1, 1, tzinfo=UTC), datetime(2200, 1, 1, tzinfo=UTC)
-DURATION = re.compile(r'\+?(?:(\d{1,4})w)?(?:(\d{1,5})d)?(?:(\d{1,6})h)?(?:(\d{1,8})m)?(?:(\d{1,10})s)?', re.I)
-ISO_DURATION = re.compile(r'P(?:(\d{1,4})W)?(?:(\d{1,5})D)?(?:T(?:(\d{1,6})H)?(?:(\d{1,8})M)?(?:(\d{1,10})S)?)?', re.I)
+DURATION = re.compile(r'\+?(?:(\d{1,4})w)?(?:(\d{1,5})d)?(?:(\d{1,6})h)?(?:(\d{1,8})m)?(?:(\d{1,10})s)?', re.I | re.A)
+ISO_DURATION = re.compile(r'P(?:(\d{1,4})W)?(?:(\d{1,5})D)?(?:T(?:(\d{1,6})H)?(?:(\d{1,8})M)?(?:(\d{1,10})S)?)?', re.I | re.A)
 # An offset's + that an unescaped query made a space.
 LOST_PLUS = re.compile(r'(:\d\d) (\d\d:?\d\d)$')
 
@@ -251,6 +252,8 @@ def parse_time(text: str, zone: ZoneInfo, now: datetime) -> datetime:
     if word.startswith('+'):
         return now + parse_duration(word)
     try:
+        if not re.fullmatch('[0-9:TWZ+ .,/-]+', word):  # Python takes any letter between date and time
+            raise ValueError
         moment = datetime.fromisoformat(word.replace('/', '-'))
         moment = (moment if moment.tzinfo else moment.replace(tzinfo=zone)).astimezone(UTC)
     except (ValueError, OverflowError):
@@ -295,10 +298,12 @@ def format_duration(length: float) -> str:
 # of arguments for all of them: the same mistake gives the same sentence everywhere.
 
 Label = NewType('Label', str)      # a reservation's or a resource's own name
+Place = NewType('Place', str)      # a resource's name, or - for one found by its place
 Name = NewType('Name', str)        # somebody else's name: a user, a flavor, an image
 Text = NewType('Text', str)        # free text, up to 64 KiB
 File = NewType('File', str)        # text too; on the command line, the name of the file that holds it
 Count = NewType('Count', int)      # 1 to a million
+Page = NewType('Page', int)        # 1 to 10000 lines of a list
 Most = NewType('Most', int)        # a capacity figure; `unlimited` is UNLIMITED
 Span = NewType('Span', timedelta)  # a length of time
 When = datetime | timedelta        # an instant, or a length from what comes before it
@@ -307,7 +312,9 @@ Pairs = NewType('Pairs', dict)     # names with values; text is k=v,k=v
 Rows = NewType('Rows', list)       # many reservations; on the command line, a CSV, JSON or YAML file
 
 UNLIMITED = -1
-ANY = '-'  # in an address or on a command line: not given, anything
+NO_LABELS = ('add', 'delete', '-', '.', '..')  # addresses read them in another sense
+ANY = '-'  # for an argument that filters: anything, as if it were not given
+FILTERS = {'label', 'user', 'project', 'resource', 'cell', 'cloud', 'region', 'aggregate', 'vms', 'start', 'end'}
 
 #: What each argument means, in the one sense that it has in every operation.
 WORDS = {
@@ -351,6 +358,7 @@ WORDS = {
     'vms': 'number of machines',
 }
 
+REQUIRED = inspect.Parameter.empty
 READER, USER, ADMIN = 'reader', 'user', 'admin'
 ROLES = (READER, USER, ADMIN)  # each may do what those before it may
 
@@ -423,15 +431,20 @@ def bind(operation: Operation, given: dict, here: Here) -> dict:
       Invalid: one is unknown, missing or malformed; the sentence names it.
     """
     parameters = operation.parameters
-    for name in given:
-        if name not in parameters:
-            raise Invalid(f"{operation.name.replace('_', ' ')} has no argument '{name}'{nearest(name, parameters)}")
+    refuse_unknown(operation, given)
     given = {name: value for name, value in given.items()
-             if value is not None and (value != ANY or parameters[name].default is inspect.Parameter.empty)}
-    missing = [name for name, each in parameters.items() if each.default is each.empty and name not in given]
+             if value is not None and not (value == ANY and name in FILTERS and parameters[name].default is not REQUIRED)}
+    missing = [name for name, each in parameters.items() if each.default is REQUIRED and name not in given]
     if missing:
         raise Invalid(f"{missing[0]} is missing: {WORDS[missing[0]]}")
     return {name: read_argument(name, value, parameters[name].annotation, here) for name, value in given.items()}
+
+
+def refuse_unknown(operation: Operation, names: Iterable[str]) -> None:
+    for name in names:
+        if name not in operation.parameters:
+            raise Invalid(f"{operation.name.replace('_', ' ')} has no argument '{name}'"
+                          f'{nearest(name, operation.parameters)}')
 
 
 def read_argument(name: str, value, kind, here: Here):
@@ -463,19 +476,30 @@ def read_name(value, here=None) -> str:
 
 
 def read_label(value, here=None) -> str:
-    if value == ANY or re.fullmatch(r'[A-Za-z0-9._-]{1,64}', text := read_str(value)) and text not in ('add', 'delete'):
-        return value
-    raise ValueError(f"{shown(text)} is not a name of 1 to 64 letters, digits, '.', '_', '-' (nor 'add' or 'delete')")
+    if re.fullmatch(r'[A-Za-z0-9._-]{1,64}', text := read_str(value)) and text not in NO_LABELS:
+        return text
+    raise ValueError(f"{shown(text)} is not a name of 1 to 64 letters, digits, '.', '_', '-' (nor {', '.join(NO_LABELS)})")
+
+
+def read_place(value, here=None) -> str:
+    return value if value == ANY else read_label(value)
 
 
 def read_text(value, here=None) -> str:
     return read_str(value.replace('\r\n', '\n') if isinstance(value, str) else value, most=65535)
 
 
+def read_file(value, here=None) -> str:
+    """Nova takes 65535 bytes of user data in base64, that is 49149 before."""
+    if len(read_text(value).encode()) > 49149:
+        raise ValueError(f'at most 49149 bytes, not {len(value.encode())}')
+    return read_text(value)
+
+
 def read_int(value, here=None) -> int:
-    if isinstance(value, int) and not isinstance(value, bool):
+    if isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**53:
         return value
-    if isinstance(value, str) and re.fullmatch(r'[+-]?\d{1,12}', value.strip()):
+    if isinstance(value, str) and re.fullmatch(r'[+-]?[0-9]{1,12}', value.strip()):
         return int(value)
     raise ValueError(f'{shown(value)} is not a whole number')
 
@@ -483,6 +507,12 @@ def read_int(value, here=None) -> int:
 def read_count(value, here=None) -> int:
     if not 1 <= (number := read_int(value)) <= 1_000_000:
         raise ValueError(f'{number} is not between 1 and 1000000')
+    return number
+
+
+def read_page(value, here=None) -> int:
+    if not 1 <= (number := read_int(value)) <= 10_000:
+        raise ValueError(f'{number} is not between 1 and 10000')
     return number
 
 
@@ -524,24 +554,30 @@ def read_names(value, here=None) -> list[str]:
 
 
 def read_pairs(value, here=None) -> dict[str, str]:
-    """Nova's metadata: at most 128 pairs of 1 to 255 characters."""
+    """Nova's metadata: at most 128 pairs, names and values of up to 255 characters."""
+    pairs = value
     if isinstance(value, str):
-        value = dict(pair.split('=', 1) if '=' in pair else (pair, None) for pair in value.split(',') if pair)
-    if not isinstance(value, dict) or len(value) > 128 or not all(isinstance(each, str) for each in value.values()):
+        pairs = dict(pair.split('=', 1) if '=' in pair else (pair, None) for pair in value.split(',') if pair)
+    if not isinstance(pairs, dict) or len(pairs) > 128 or not all(isinstance(each, str) for each in pairs.values()):
         raise ValueError(f'{shown(value)} is not k=v,k=v with at most 128 pairs')
-    return {read_name(name): read_str(each) for name, each in value.items()}
+    for name in pairs:
+        if not re.fullmatch('[a-zA-Z0-9_:. -]{1,255}', name):
+            raise ValueError(f'{shown(name)} is not a name of 1 to 255 letters, digits, spaces, - _ : .')
+    return {name: read_str(each) for name, each in pairs.items()}
 
 
 def read_rows(value, here=None) -> list[dict]:
     if not isinstance(value, list) or not all(isinstance(row, dict) for row in value):
         raise ValueError('a list of reservations is needed, each an object with fields as in `add`')
+    if not all(type(row.get('line', 0)) is int for row in value):
+        raise ValueError('the line of a reservation is a whole number')
     if not 0 < len(value) <= 100_000:
         raise ValueError(f'1 to 100000 reservations at a time, not {len(value)}')
     return value
 
 
-READERS = {str: read_str, int: read_int, bool: read_bool, Label: read_label, Name: read_name, Text: read_text,
-           File: read_text, Count: read_count, Most: read_most, Span: read_span, When: read_when,
+READERS = {str: read_str, int: read_int, bool: read_bool, Label: read_label, Place: read_place, Name: read_name,
+           Text: read_text, File: read_file, Count: read_count, Page: read_page, Most: read_most, Span: read_span, When: read_when,
            Names: read_names, Pairs: read_pairs, Rows: read_rows}
 
 
@@ -563,8 +599,8 @@ def to_plain(value):
 def from_plain(value):
     """What to_plain was given: the client's answers are equal to the service's."""
     if isinstance(value, dict):
-        return {name: datetime.fromisoformat(each) if name in INSTANTS and isinstance(each, str) else from_plain(each)
-                for name, each in value.items()}
+        return {name: each if name == 'metadata' else datetime.fromisoformat(each)
+                if name in INSTANTS and isinstance(each, str) else from_plain(each) for name, each in value.items()}
     return [from_plain(each) for each in value] if isinstance(value, list) else value
 
 
@@ -575,7 +611,10 @@ def from_plain(value):
 # to run it). There is one idiom for writing: `with transaction():`, IMMEDIATE, so that what is
 # read in it can't change before it ends. Nothing remote is ever called inside.
 
-db = peewee.SqliteDatabase(None, lock_type='IMMEDIATE', timeout=30, pragmas={
+PATIENT = 30  # seconds that a writer waits for others
+OURS = 0x636d7265  # the application id of our databases: 'cmre'
+
+db = peewee.SqliteDatabase(None, lock_type='IMMEDIATE', pragmas={
     'journal_mode': 'wal', 'synchronous': 'full', 'foreign_keys': 1, 'cache_size': -32_000})
 
 # SQLite's busy handler is unfair: writers of one process queue here, those of others there.
@@ -732,8 +771,12 @@ def open_store(path: str) -> None:
       Unavailable: the file can't be opened, or a newer cmres wrote it.
     """
     close_store()
-    db.init(path)
+    if not path:
+        raise Invalid('setting database: a file name is needed, such as cmres.db')
+    db.init(path, timeout=PATIENT)
     try:
+        if db.application_id != OURS and db.get_tables():
+            raise Unavailable(f"'{path}' is a database of something else; name another file")
         if db.user_version != len(MIGRATIONS) + 1:
             migrate()
     except peewee.DatabaseError as error:
@@ -755,16 +798,21 @@ def migrate() -> None:
             insert(Fact, name='store', value=secrets.token_hex(4))
         for step in MIGRATIONS[max(version - 1, 0):] if version else ():
             step()
-        db.user_version = len(MIGRATIONS) + 1
+        db.user_version, db.application_id = len(MIGRATIONS) + 1, OURS
 
 
 @contextmanager
 def transaction(keep: bool = True) -> Iterator[None]:
     """All of it or nothing, on disk when it ends; alone in this process; without `keep`, undone at its end."""
-    with write_lock, db.atomic() as current:
-        yield
-        if not keep:
-            current.rollback()
+    if not write_lock.acquire(timeout=PATIENT):
+        raise Unavailable(f'others have been writing for {PATIENT} seconds; try again')
+    try:
+        with db.atomic() as current:
+            yield
+            if not keep:
+                current.rollback()
+    finally:
+        write_lock.release()
 
 
 def rows(sql: str, *values) -> list:
@@ -949,16 +997,22 @@ def steps(resource: int, begin: float, until: float) -> Iterator[tuple[float, Am
 
 def free_windows(resource, amount: Amount, after: float, before: float) -> Iterator[tuple[float, float]]:
     """The longest windows [begin, until) within [after, before) in which an amount fits, earliest first."""
-    begin = None
-    for at, held in steps(resource.id, after, before):
-        free = (held + amount).within(capacity(resource))
-        if free and begin is None:
-            begin = at
-        if not free and begin is not None:
+    begin = after if (level(resource.id, after) + amount).within(capacity(resource)) else None
+    at = after
+    while at < before:
+        at = next_step(resource, amount, at, before, free=begin is None)
+        if begin is not None:
             yield begin, at
-            begin = None
-    if begin is not None:
-        yield begin, before
+        begin = at if begin is None else None
+
+
+def next_step(resource, amount: Amount, after: float, before: float, free: bool) -> float:
+    """The first step in (after, before) at which an amount fits, or with `free` false doesn't; else `before`."""
+    rooms = [2**62 if most is None else most - need for most, need in zip(capacity(resource), amount)]
+    found = db.execute_sql(f"SELECT at FROM step WHERE resource_id = ? AND at > ? AND at < ? AND {'' if free else 'NOT'} "
+                           '(vms <= ? AND vcpus <= ? AND ram <= ?) ORDER BY at LIMIT 1',
+                           (resource.id, after, before, *rooms)).fetchone()
+    return found[0] if found else before
 
 
 def held_steps(resource: int) -> Iterator[tuple[int, Amount]]:
@@ -1281,6 +1335,7 @@ CLOUDY = ('flavor', 'image', 'network', 'key', 'security_groups')
 #: The fields of a reservation that a machine is made of; they are fixed once it has begun.
 FIXED = (*CLOUDY, 'resource', 'start', 'lead', 'user_data', 'metadata')
 STORED = ('label', 'user', 'project', *CLOUDY, 'user_data', 'metadata', 'lead', 'description')
+UNCHANGED = (*STORED, 'resource_id', 'start', 'end', 'held_from', 'held_until', 'vms', 'vcpus', 'ram', 'over')
 OVER = ('ended', 'cancelled', 'failed')
 PLACE = ('cell', 'cloud', 'region', 'aggregate')
 HIDDEN = ('now', 'resource_id', 'held_from', 'held_until', 'over', 'due', 'reservation', 'user_data',
@@ -1330,7 +1385,7 @@ class Reservations:
     @api('POST', '/reservation/')
     @api('POST', '/reservation/add/<label>/<resource>/<start>/<end>')
     @api('POST', '/reservation/add/<label>/<cell>/<cloud>/<region>/<aggregate>/<vms>/<start>/<end>', resource=ANY)
-    def add(self, label: Label, resource: Label, start: When, end: When, vms: Count = 1, flavor: Name = '',
+    def add(self, label: Label, resource: Place, start: When, end: When, vms: Count = 1, flavor: Name = '',
             image: Name = '', network: Name = '', key: Name = '', security_groups: Names = (), user_data: File = '',
             metadata: Pairs = None, lead: Span = None, description: Text = '',
             user: Name = '', project: Name = '', cell: Name = '', cloud: Name = '', region: Name = '',
@@ -1365,10 +1420,7 @@ class Reservations:
         for number, given in enumerate(self.progress(rows), 1):
             line = given.get('line', number)
             try:
-                given = {name: value for name, value in given.items() if name != 'line' and value not in ('', None)}
-                bound = {name: each.default for name, each in API['add'].parameters.items()}
-                bound |= bind(API['add'], given, self.here)
-                wishes.append((line, self.read_wish(bound)))
+                wishes.append((line, self.read_wish(self.read_line(given))))
             except Error as error:
                 refused.append({'line': line, 'label': given.get('label', ''), 'error': str(error)})
         with self.writing(dry_run or bool(refused) and not partial) as now:
@@ -1379,17 +1431,26 @@ class Reservations:
                         taken.append(public(self.occurrence(self.book(wish, now))))
                 except Error as error:
                     refused.append({'line': line, 'label': wish.label, 'error': str(error)})
+            refused.sort(key=lambda each: each['line'])
             if refused and not partial:
-                refused.sort(key=lambda each: each['line'])
                 raise Conflict(f'{len(refused)} of {len(rows)} lines were refused, so nothing was reserved',
                                refused=refused)
         return {'taken': taken, 'refused': refused}
+
+    def read_line(self, given: dict) -> dict:
+        """The arguments of `add` that one line of many stands for; empty cells are not given."""
+        operation = API['add']
+        given = {name: value for name, value in given.items() if name != 'line' and value not in ('', None)}
+        if 'dry_run' in given:
+            raise Invalid('dry_run is for all lines together')
+        defaults = {name: each.default for name, each in operation.parameters.items()}
+        return defaults | bind(operation, given, self.here)
 
     @api('GET', '/reservation/')
     @api('GET', '/reservation/<label>')
     def list(self, label: Label = '', user: Name = '', project: Name = '', resource: Name = '', cell: Name = '',
              cloud: Name = '', region: Name = '', aggregate: Name = '', state: Names = (), start: When = None,
-             end: When = None, limit: Count = 100, after: int = 0) -> Rows:
+             end: When = None, limit: Page = 100, after: int = 0) -> Rows:
         """Lists reservations, the earliest first: those that are not over, or all that the filters meet.
 
         A label, a state or a window [START, END) that they overlap also finds what is over. Each page
@@ -1417,20 +1478,21 @@ class Reservations:
         return [public(each) for each in found]
 
     def window(self, start, end) -> list:
-        begin, until = self.resolve(start or FIRST, end or LAST)
+        first = self.here.now if isinstance(end, timedelta) else FIRST
+        begin, until = self.resolve(start or first, end or LAST)
         return ([('o.end > ?', begin)] if start else []) + ([('o.start < ?', until)] if end else [])
 
     def visible(self) -> list:
         """The condition that keeps an actor to what is theirs."""
         return [] if self.actor.role == ADMIN else [('r.project = ?', self.actor.project)]
 
-    def search(self, where: list, state: Iterable[str] = (), limit: int = 10_000) -> list:
+    def search(self, where: list, state: Iterable[str] = (), limit: int = -1, tail: str = 'ORDER BY start, id') -> list:
         """Rows of the listing that meet all conditions, a page of them."""
         condition = ' AND '.join(text for text, _ in where) or '1'
         values = tuple(value for text, value in where if '?' in text)
         in_state = f"state IN ({', '.join('?' * len(state))})" if state else '1'
         return listing(self.clock(), condition, (*values, *state), in_state,
-                       f'ORDER BY start, id LIMIT {min(limit, 10_000)}')
+                       f'{tail} LIMIT {limit}')
 
     def occurrence(self, id: int):
         return listing(self.clock(), 'o.id = ?', (id,))[0]
@@ -1443,10 +1505,12 @@ class Reservations:
           Conflict: several projects have one; the sentence names them.
         """
         where = [('r.label = ?', label), *self.visible(), *([('r.project = ?', project)] if project else [])]
-        found = sorted(self.search(where), key=lambda each: (each.over, each.id), reverse=True)
-        usable = [each for each in found if each.over > self.clock()] or ([] if live else found[:1])
+        usable = self.search([*where, ('r.over > ?', int(self.clock()))])
         if not usable:
-            raise NotFound(f"there is no reservation '{label}'{' that is not over' if found else ''}")
+            past = self.search(where, tail='ORDER BY over DESC, id DESC', limit=1)
+            if live or not past:
+                raise NotFound(f"there is no reservation '{label}'{' that is not over' if past else ''}")
+            usable = past
         usable = [each for each in usable if each.project == self.actor.project] or usable
         if len(usable) > 1:
             projects = ', '.join(sorted(each.project for each in usable))
@@ -1511,24 +1575,31 @@ class Reservations:
         Example:
           python cmres.py extend lab +1h
         """
+        if by <= timedelta(0):
+            raise Invalid(f'by: {to_plain(by)} is no length to extend by; write +1h')
         return self.alter(label, project, {'end': instant(self.mine(label, project).end) + by}, dry_run)
 
     def alter(self, label: str, project: str, asked: dict, dry_run: bool) -> dict:
         """The one way to change a reservation: release and hold anew in one transaction."""
-        old = self.mine(label, project)
-        wish = self.read_wish(self.unaltered(old) | asked, old, asked)
+        if not asked:
+            raise Invalid('say what to change, such as --end or --vms')
+        for _ in range(10):  # what the cloud was asked about may be out of date by the time we write
+            old = self.mine(label, project)
+            wish = self.read_wish(self.unaltered(old) | asked, old, asked)
+            with self.explaining(wish, old), self.writing(dry_run) as now:
+                current = self.occurrence(old.id)
+                if all(getattr(current, name) == getattr(old, name) for name in UNCHANGED):
+                    self.rewrite(old, wish, asked, now)
+                    answer = public(self.occurrence(old.id))
+                    return answer | ({'warnings': wish.warnings} if wish.warnings else {})
+        raise Conflict(f"'{label}' is being changed by others all the time; try again")
+
+    def rewrite(self, old, wish: Wish, asked: dict, now: float) -> None:
         self.refuse_fixed(old, wish, asked)
-        with self.explaining(wish, old), self.writing(dry_run) as now:
-            current = self.occurrence(old.id)
-            if current.over <= now or (current.start, current.end, current.vms) != (old.start, old.end, old.vms):
-                raise Conflict(f"'{label}' was changed at the same moment; look at it and try again")
-            if wish.label != old.label or wish.project != old.project:
-                self.refuse_taken_label(wish, now)
-            self.rebook(old, wish, now)
-            names = ', '.join(asked) or 'nothing'
-            journal(now, self.actor.user, 'updated', f'changed: {names}', old.reservation)
-            answer = public(self.occurrence(old.id))
-        return answer | ({'warnings': wish.warnings} if wish.warnings else {})
+        if (wish.label, wish.project) != (old.label, old.project):
+            self.refuse_taken_label(wish, now)
+        self.rebook(old, wish, now)
+        journal(now, self.actor.user, 'updated', f"changed: {', '.join(asked)}", old.reservation)
 
     def unaltered(self, old) -> dict:
         """What `add` would have to be asked to get the same reservation."""
@@ -1592,7 +1663,7 @@ class Reservations:
 
     @api('GET', '/resource/<resource>/find')
     def find(self, resource: Label, duration: Span, vms: Count = 1, flavor: Name = '', lead: Span = None,
-             after: When = None, before: When = None, limit: Count = 10) -> Rows:
+             after: When = None, before: When = None, limit: Page = 10) -> Rows:
         """Finds the earliest slots that are free for so many machines for so long.
 
         Each slot says from when until when it is free. Looks a year ahead unless --before says how far.
@@ -1601,7 +1672,10 @@ class Reservations:
           python cmres.py find demo 2h --vms 4
         """
         place = self.resource_row(resource)
+        if duration < timedelta(seconds=1):
+            raise Invalid('duration: a slot has at least one second')
         begin, until = self.resolve(after or self.here.now, before or timedelta(days=366))
+        begin = max(begin, int(self.clock()))
         amount = self.each_takes(place, {'flavor': flavor} if flavor else {}, []) * vms
         need, ahead = duration.total_seconds(), (lead or timedelta(0)).total_seconds()
         slots = ((first, last) for first, last in free_windows(place, amount, begin - ahead, until)
@@ -1627,7 +1701,7 @@ class Reservations:
                 for (at, held), (after, _) in zip(levels, levels[1:])]
 
     @api('POST', '/reservation/generate')
-    def generate(self, resource: Label = 'demo', count: Count = 10, seed: int = None, flavor: Name = '',
+    def generate(self, resource: Label = 'demo', count: Page = 10, seed: int = None, flavor: Name = '',
                  image: Name = '', dry_run: bool = False) -> dict:
         """Adds random reservations within the next week, for trying things out; those that don't fit are left out.
 
@@ -1650,13 +1724,14 @@ class Reservations:
           python cmres.py check
         """
         differences, steps_seen = [], 0
-        for place in self.progress(rows('SELECT id, name FROM resource')):
-            kept = {at: Amount(*held) for at, *held in db.execute_sql(
-                'SELECT at, vms, vcpus, ram FROM step WHERE resource_id = ?', (place.id,))}
-            right = dict(held_steps(place.id))
-            steps_seen += len(right)
-            differences += [{'resource': place.name, 'at': instant(at), 'kept': kept.get(at), 'right': right.get(at)}
-                            for at in sorted(kept.keys() | right.keys()) if kept.get(at) != right.get(at)]
+        with db.atomic('DEFERRED'):  # one snapshot of all tables; nobody waits for it
+            for place in self.progress(rows('SELECT id, name FROM resource')):
+                kept = {at: Amount(*held) for at, *held in db.execute_sql(
+                    'SELECT at, vms, vcpus, ram FROM step WHERE resource_id = ?', (place.id,))}
+                right = dict(held_steps(place.id))
+                steps_seen += len(right)
+                differences += [{'resource': place.name, 'at': instant(at), 'kept': kept.get(at), 'right': right.get(at)}
+                                for at in sorted(kept.keys() | right.keys()) if kept.get(at) != right.get(at)]
         if differences:
             raise Error(f'the usage differs from the occurrences at {len(differences)} instants, first on '
                         f"{differences[0]['resource']} at {differences[0]['at']}", differences=differences[:100])
@@ -1664,7 +1739,7 @@ class Reservations:
 
     @api('GET', '/event/')
     @api('GET', '/reservation/<label>/events')
-    def events(self, label: Label = '', project: Name = '', after: int = 0, limit: Count = 100) -> Rows:
+    def events(self, label: Label = '', project: Name = '', after: int = 0, limit: Page = 100) -> Rows:
         """Shows the journal: when, who, what, why; the newest lines last.
 
         Example:
@@ -1675,7 +1750,7 @@ class Reservations:
         found = rows('SELECT e.id, e.at, e.actor, e.code, r.label, r.project, e.sentence '
                      'FROM event e LEFT JOIN reservation r ON r.id = e.reservation_id WHERE '
                      f"{' AND '.join(text for text, _ in where)} ORDER BY e.id {'ASC' if after else 'DESC'} "
-                     f'LIMIT {min(limit, 10_000)}', *(value for _, value in where))
+                     f'LIMIT {limit}', *(value for _, value in where))
         return [public(each) for each in (found if after else found[::-1])]
 
     # Resources
@@ -1738,8 +1813,10 @@ class Reservations:
                 self.refuse_taken_resource(rename)
             if new:
                 change(Resource, found.id, **new)
-            found = self.resource_row(rename or name)
-            homeless = self.no_longer_fitting(found, now)
+            before, found = found, self.resource_row(rename or name)
+            lowered = not all(Amount(most or 0).within([limit]) if most is not None else limit is None
+                              for most, limit in zip(capacity(before), capacity(found)))
+            homeless = self.no_longer_fitting(found, now) if lowered else []
             if homeless and not force:
                 raise Conflict(f"{len(homeless)} occurrences on '{name}' would no longer fit; --force does it all the "
                                'same and cancels nothing', occurrences=homeless)
@@ -1766,7 +1843,7 @@ class Reservations:
     # Tokens
 
     @api('POST', '/token/', role=ADMIN)
-    def token_add(self, user: Name, project: Name = 'default', role: Name = USER) -> dict:
+    def token_add(self, user: Name, project: Name = 'default', role: Name = USER, dry_run: bool = False) -> dict:
         """Makes a token for a user in a project, and prints it: it is shown only now.
 
         Example:
@@ -1777,10 +1854,10 @@ class Reservations:
         if not user or not project:
             raise Invalid('a token needs a user and a project')
         token = f'cmres_{secrets.token_urlsafe(32)}'
-        with self.writing() as now:
+        with self.writing(dry_run) as now:
             insert(Token, user=user, project=project, role=role, hash=hashed(token), added=int(now))
             journal(now, self.actor.user, 'token', f'made a token for {user} in {project} as {role}')
-        return {'token': token}
+        return {'user': user, 'project': project, 'role': role} if dry_run else {'token': token}
 
     @api('GET', '/token/', role=ADMIN)
     def token_list(self) -> Rows:
@@ -1792,13 +1869,13 @@ class Reservations:
         return [public(each) for each in rows('SELECT id, user, project, role, added, revoked FROM token ORDER BY id')]
 
     @api('DELETE', '/token/<id>', role=ADMIN)
-    def token_revoke(self, id: int) -> dict:
+    def token_revoke(self, id: int, dry_run: bool = False) -> dict:
         """Makes a token worthless from now on.
 
         Example:
           python cmres.py token revoke 3
         """
-        with self.writing() as now:
+        with self.writing(dry_run) as now:
             if not row('SELECT id FROM token WHERE id = ? AND revoked IS NULL', id):
                 raise NotFound(f'there is no token {id} that is in force')
             change(Token, id, revoked=int(now))
@@ -1835,7 +1912,9 @@ class Reservations:
         """
         lead = int((asked['lead'] or timedelta(0)).total_seconds())
         start, end = self.resolve_window(asked, old, lead)
-        user, project = self.owner(asked)
+        if old and self.actor.role != ADMIN and asked['user'] != old.user:
+            raise Forbidden(f"only an admin may give a reservation of '{old.user}' to somebody else")
+        user, project = (asked['user'], old.project) if old else self.owner(asked)
         place = self.resource_at(asked)
         if asked['image'] and not (asked['flavor'] and place.cloud):
             raise Invalid('an image needs a flavor to boot it with' if not asked['flavor'] else
@@ -1888,10 +1967,13 @@ class Reservations:
     def resource_at(self, asked: dict):
         """The resource that is named, or the one at the place that is asked for."""
         place = [asked.get(column, '') for column in PLACE]
-        if asked['resource'] != ANY:
-            return self.resource_row(asked['resource'])
-        found = self.places(*place)
         where = ', '.join(f'{column} {value}' for column, value in zip(PLACE, place) if value) or 'any place'
+        if asked['resource'] != ANY:
+            found = self.resource_row(asked['resource'])
+            if any(wanted not in ('', is_at) for wanted, is_at in zip(place, (getattr(found, each) for each in PLACE))):
+                raise NotFound(f"the resource '{found.name}' is not at {where}; leave the place out, or say - for its name")
+            return found
+        found = self.places(*place)
         if not found:
             raise NotFound(f'there is no resource at {where}')
         if len(found) > 1:
@@ -1906,8 +1988,11 @@ class Reservations:
         named = [(kind, asked[kind]) for kind in CLOUDY[:4] if asked.get(kind)]
         named += [('security_group', name) for name in asked.get('security_groups', ())]
         named = [(kind, name) for kind, name in named if (kind, name) not in (('network', 'auto'), ('network', 'none'))]
-        if not named or not place.cloud:
+        if not named:
             return Amount(1)
+        if not place.cloud:
+            raise Invalid(f"the resource '{place.name}' has no cloud that knows the {named[0][0].replace('_', ' ')} "
+                          f"'{named[0][1]}'; leave it out")
         account = self.clouds.account(place.cloud, asked.get('project', self.actor.project))
         try:
             found = dict(zip((kind for kind, _ in named), self.clouds.open(account).check(named)))
@@ -1920,16 +2005,14 @@ class Reservations:
         return Amount(1, *(found['flavor'][figure] for figure in Flavor._fields)) if 'flavor' in found else Amount(1)
 
     def refuse_taken_label(self, wish: Wish, now: float) -> None:
-        if wish.label == ANY:
-            raise Invalid("label: '-' stands for any label; choose another")
+        read_argument('label', wish.label, Label, self.here)  # Python may call without `bind`
         if row('SELECT id FROM reservation WHERE project = ? AND label = ? AND over > ?',
                wish.project, wish.label, int(now)):
             raise Conflict(f"the label '{wish.label}' is taken in project '{wish.project}' by a reservation that is not "
                            'over; choose another')
 
     def refuse_taken_resource(self, name: str) -> None:
-        if name == ANY:
-            raise Invalid("name: '-' stands for any resource; choose another")
+        read_argument('name', name, Label, self.here)
         if row('SELECT id FROM resource WHERE name = ? AND removed IS NULL', name):
             raise Conflict(f"there is a resource '{name}' already; choose another name or update that one")
 
@@ -1996,17 +2079,21 @@ class Reservations:
         try:
             yield
         except NoCapacity:
-            with transaction(keep=False):
+            with transaction(keep=False) if old else nullcontext():
                 if old:  # it is not in its own way
                     release(old.resource_id, old.held_from, old.held_until, Amount(old.vms, old.vcpus, old.ram))
+                wish = wish._replace(resource=self.resource_row(wish.resource.name))
                 raise NoCapacity(self.why_not(wish), **self.in_the_way(wish, old), **self.would_fit(wish)) from None
 
     def why_not(self, wish: Wish) -> str:
         begin, until = wish.held
         most = capacity(wish.resource)
         used = peak(wish.resource.id, max(begin, int(self.clock())), until)
-        figure = next(name for name, limit, held, need in zip(Amount._fields, most, used, wish.amount)
-                      if limit is not None and held + need > limit)
+        lacking = [name for name, limit, held, need in zip(Amount._fields, most, used, wish.amount)
+                   if limit is not None and held + need > limit]
+        if not lacking:  # somebody has just given something back
+            return f"'{wish.resource.name}' was full a moment ago; try again"
+        figure = min(lacking, key=lambda name: getattr(wish.amount, name) <= getattr(most, name))
         limit, need = getattr(most, figure), getattr(wish.amount, figure)
         unit = 'MiB of ram' if figure == 'ram' else figure
         if need > limit:
@@ -2019,8 +2106,9 @@ class Reservations:
         """At most ten of the occurrences that hold something in the window; of others' only how much and when."""
         begin, until = wish.held
         found = self.search([('o.resource_id = ?', wish.resource.id), ('o.due IS NOT NULL', None),
-                             ('o.held_from < ?', until), ('o.held_until > ?', max(begin, int(self.clock()))),
-                             ('o.id <> ?', old.id if old else 0)], limit=10)
+                             ('o.start < ?', until + 86400), ('o.held_from < ?', until),
+                             ('o.held_until > ?', max(begin, int(self.clock()))), ('o.id <> ?', old.id if old else 0)],
+                            limit=10, tail='ORDER BY start DESC, id DESC')[::-1]
         fields = ('label', 'user', 'project', 'vms', 'start', 'end')
         seen = self.actor.role == ADMIN
         return {'in_the_way': [{name: value for name, value in public(each).items()
@@ -2428,15 +2516,16 @@ def handler(service: Reservations, operation: Operation | None, fixed: dict) -> 
             answer = getattr(acting, operation.name)(**bound)
         except Error as error:
             return reply(error.status, error_body(error))
-        except peewee.OperationalError as error:
+        except peewee.DatabaseError as error:
             return reply(503, error_body(Unavailable(f'the store is not available: {error}; try again')))
         made = operation.name.rsplit('_')[-1] in ('add', 'load', 'generate') and not bound.get('dry_run')
         return reply(201 if made else 200, answer)
 
     def reply(status: int, body):
         headers = {'WWW-Authenticate': 'Bearer'} if status == 401 else {}
-        if status == 201 and 'label' in body:
-            headers['Location'] = f"{BASE}/reservation/{body['label']}"
+        for field, kind in (('label', 'reservation'), ('name', 'resource')):
+            if status == 201 and field in body:
+                headers['Location'] = f'{BASE}/{kind}/{body[field]}'
         return bottle.HTTPResponse(json_text(body), status, {'Content-Type': 'application/json', **headers})
     return handle
 
@@ -2445,7 +2534,7 @@ def healthy():
     """Says that requests are answered and the store can be read; the one address that needs no token."""
     import bottle
     try:
-        row('SELECT 1')
+        row('SELECT 1 AS one')
         return bottle.HTTPResponse('{"status": "ok"}\n', 200, {'Content-Type': 'application/json'})
     except peewee.DatabaseError as error:
         return bottle.HTTPResponse(json_text({'error': f'the store is not available: {error}'}), 503,
@@ -2482,7 +2571,7 @@ def plain_path(environ: dict) -> None:
 
 
 def bearer(request) -> str:
-    scheme, _, token = request.headers.get('Authorization', '').partition(' ')
+    scheme, _, token = request.environ.get('HTTP_AUTHORIZATION', '').partition(' ')
     if scheme.lower() != 'bearer' or not token:
         raise Unauthorized('a token is needed: Authorization: Bearer TOKEN; an admin makes one with: token add USER')
     return token.strip()
@@ -2503,8 +2592,9 @@ def read_body(request) -> dict:
     if not text.strip():
         return {}
     try:
-        body = json.loads(text.decode('utf8'))
-    except UnicodeDecodeError:
+        body = json.loads(text.decode('utf8'), object_pairs_hook=lambda pairs: given_once(*({k: v} for k, v in pairs)))
+        json.dumps(body, ensure_ascii=False).encode()
+    except UnicodeError:
         raise Invalid('the body is not UTF-8') from None
     except (ValueError, RecursionError) as error:
         raise Invalid(f'the body is not JSON: {error}') from None
@@ -2628,7 +2718,8 @@ def client_method(operation: Operation) -> Callable:
     @functools.wraps(operation.method)
     def method(self, *args, **kwargs):
         given = inspect.signature(operation.method).bind(self, *args, **kwargs).arguments
-        return self.call(operation, {name: value for name, value in given.items() if name != 'self'})
+        return self.call(operation, {name: value for name, value in given.items()
+                                     if name != 'self' and value != operation.parameters[name].default})
     return method
 
 
@@ -2642,13 +2733,20 @@ for _operation in API.values():
 # when the whole line has been understood: a line with a mistake does nothing. Values stay the text
 # that was typed until `bind` reads them.
 
-GROUPS = {'resource': 'What can be reserved: places and their capacities.',
-          'token': 'Who may use the REST interface.'}
+GROUPS = {'resource': """What can be reserved: places and their capacities.
+
+Example:
+  python cmres.py resource add india --cloud simulated --vms 40
+""", 'token': """Who may use the REST interface.
+
+Example:
+  python cmres.py token add eva --project biology --role user
+"""}
 
 HELP = '''Reservations for virtual machines on OpenStack clouds.
 
 Works on the local database, or with CMRES_URL and CMRES_TOKEN on a server.
-Every command also takes --config FILE, --format table|json|csv|yaml and --tz ZONE.
+Options may stand anywhere; every command also takes --config FILE, --format table|json|csv|yaml and --tz ZONE.
 Exit codes: 0 done, 1 refused or failed, 2 wrong use.
 
 Example:
@@ -2703,8 +2801,8 @@ def scheduler(config: Config) -> None:
     in_utc()
     service = local_service(config)
     print(f'cmres {__version__} runs the life cycle of {config.database}', flush=True)
-    with running(None) as stop:
-        LifeCycle(config, service.clouds).run(stop)
+    with running(LifeCycle(config, service.clouds)) as stop:
+        stop.wait()
 
 
 def tick(config: Config) -> None:
@@ -2797,48 +2895,52 @@ class Group:
         return [name for name in self.__dict__ if name != '__doc__']
 
 
-def command(operation: Operation) -> Callable:
-    """What Fire calls for an operation: the same signature and help, but it only notes the call."""
-    parameters = operation.parameters
+class Untyped(str):
+    """The default of an argument as help shows it; what is this was not typed."""
 
-    def note(*args, **kwargs):  # Fire passes defaults too; what was not typed is left to the service
-        typed = signature.bind(*args, **kwargs).arguments
-        return Call(operation, {name: value for name, value in typed.items() if value not in ('', parameters[name].default)})
-    signature = note.__signature__ = inspect.Signature(
-        [each.replace(annotation=each.empty, default='' if each.default in (None, ()) else each.default)
-         for each in parameters.values()])
-    words = ''.join(f'\n  {name}: {WORDS[name]}' for name in parameters)
+
+def command(operation: Operation, helping: bool) -> Callable:
+    """What Fire calls for an operation: the same signature and help, but it only notes the call.
+
+    Unless Fire is to show help, nothing is required: what is missing is for `bind` to say.
+    """
+    def note(*args, **kwargs):
+        typed = note.__signature__.bind(*args, **kwargs).arguments
+        return Call(operation, {name: value for name, value in typed.items() if not isinstance(value, Untyped)})
+    note.__signature__ = inspect.Signature([
+        each.replace(annotation=REQUIRED, default=REQUIRED if helping and each.default is REQUIRED
+                     else Untyped('' if each.default in (None, (), REQUIRED) else each.default))
+        for each in operation.parameters.values()])
+    words = ''.join(f'\n  {name}: {WORDS[name]}' for name in operation.parameters)
     note.__doc__ = inspect.getdoc(operation.method) + (f'\n\nArgs:{words}' if words else '')
-    note.__name__ = operation.name
+    note.__name__, note.operation = operation.name, operation
     return note
 
 
-def commands() -> Group:
+def commands(helping: bool = False) -> Group:
     """The tree of all commands: those of the service, and those of this machine."""
-    tree: dict = {name: command(operation) for name, operation in LOCAL.items()}
+    tree: dict = {name: command(operation, helping) for name, operation in LOCAL.items()}
     groups: dict = defaultdict(dict)
     for name, operation in API.items():
         group, _, verb = name.partition('_')
-        (groups[group] if group in GROUPS else tree)[verb if group in GROUPS else name] = command(operation)
+        (groups[group] if group in GROUPS else tree)[verb if group in GROUPS else name] = command(operation, helping)
     return Group(HELP, tree | {name: Group(GROUPS[name], members) for name, members in groups.items()})
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs one command line and tells its exit code."""
-    argv = list(sys.argv[1:] if argv is None else argv)
-    options: dict = {}
+    options, zone = {}, UTC
     try:
-        argv = take_options(argv, options)
+        argv = take_options(list(sys.argv[1:] if argv is None else argv), options)
         config = load_config(options.get('config'))
-        if 'tz' in options:
-            config = dataclasses.replace(config, timezone=options['tz'])
-        options['tz'] = config.timezone
+        config = dataclasses.replace(config, timezone=options.get('tz', config.timezone))
+        zone = config.zone
         run_fire(argv, lambda call: make(call, config, options.get('format', 'table')) if isinstance(call, Call) else call)
         return 0
     except Error as error:
-        print('\n'.join(in_words(error, options.get('tz', 'UTC'))), file=sys.stderr)
+        print('\n'.join(in_words(error, zone)), file=sys.stderr)
         return 2 if isinstance(error, Invalid) else 1
-    except peewee.OperationalError as error:
+    except peewee.DatabaseError as error:
         print(f'cmres: the store is not available: {error}; try again', file=sys.stderr)
         return 1
     except SystemExit as leaving:  # Fire's way to end: 0 after help, 2 after a mistake
@@ -2855,15 +2957,18 @@ def take_options(argv: list[str], options: dict) -> list[str]:
     rest, words = [], iter(argv)
     for word in words:
         name, equals, value = word.partition('=')
+        if name in ('--config', '--format', '--tz') or name == '--file' and rest[:1] == ['add']:
+            value = value if equals else next(words, None)
+            if not value:
+                raise Invalid(f'{name} needs a value')
         if name in ('--config', '--format', '--tz'):
-            options[name[2:]] = value if equals else next(words, '')
+            options[name[2:]] = value
         elif name == '--file' and rest[:1] == ['add']:
-            rest = ['load', value if equals else next(words, ''), *rest[1:]]
+            rest = ['load', value, *rest[1:]]
         else:
             rest.append(word)
     if options.get('format', 'table') not in FORMATS:
         raise Invalid(f"--format: '{options['format']}' is none of {', '.join(FORMATS)}")
-    read_zone(options.get('tz', 'UTC'))
     return rest
 
 
@@ -2873,38 +2978,43 @@ def run_fire(argv: list[str], finish: Callable) -> None:
     from contextlib import redirect_stderr
     os.environ['PAGER'] = 'cat'
     fire.parser.DefaultParseValue = str  # else gpu#1, 1e3 and 2026 are guessed to be Python
-    tree = commands()
-    path = command_path(tree, argv)
-    # Fire's own flags, such as --interactive, are not ours to offer; a lone `-` is a word of ours.
-    flags = ['--', '--separator=\0']
-    if not argv or {'--help', '-h', 'help'} & {*argv[len(path):], *argv[:1]}:
+    if argv[:1] in ([], ['help'], ['-h']):
+        argv = [*argv[1:], '--help']
+    helping = '--help' in argv
+    tree = commands(helping)
+    path, here = command_path(tree, argv)
+    if helping or isinstance(here, Group):
         with redirect_stderr(sys.stdout):
             fire.Fire(tree, path + ['--', '--help'], 'cmres', finish)
-    fire.Fire(tree, argv + flags, 'cmres', finish)
+    # Fire's own flags, such as --interactive, are not ours to offer; a lone `-` is a word of ours.
+    fire.Fire(tree, path + plain_flags(here.operation, argv[len(path):]) + ['--', '--separator=\0'], 'cmres', finish)
 
 
-def command_path(tree: Group, argv: list[str]) -> list[str]:
-    """The words of a line that name its command; refuses unknown commands and flags with the nearest."""
+def command_path(tree: Group, argv: list[str]) -> tuple[list[str], Any]:
+    """The words of a line that name its command, and that command; refuses an unknown one with the nearest."""
     path, here = [], tree
     for word in argv:
-        if not isinstance(here, Group):
+        if not isinstance(here, Group) or word == '--help':
             break
-        if word in ('--help', '-h', 'help'):
-            return path
         if word not in dir(here):
             raise Invalid(f"there is no command '{' '.join([*path, word])}'{nearest(word, dir(here))}")
         path, here = [*path, word], getattr(here, word)
-    if not isinstance(here, Group):
-        refuse_unknown_flags(here, path, argv[len(path):])
-    return path
+    return path, here
 
 
-def refuse_unknown_flags(here: Callable, path: list[str], words: list[str]) -> None:
-    known = {name.replace('_', '-') for name in inspect.signature(here).parameters} | {'help'}
+def plain_flags(operation: Operation, words: list[str]) -> list[str]:
+    """The words after a command, flags checked, and `--flag` of a yes-or-no argument closed by its value."""
+    plain = []
     for word in words:
-        flag = word[2:].partition('=')[0].replace('_', '-')
-        if word.startswith('--') and flag not in known and flag.removeprefix('no') not in known:
-            raise Invalid(f"{' '.join(path)} has no option --{flag}{nearest(flag, known)}")
+        flag, equals, _ = word.partition('=')
+        name = flag[2:].replace('-', '_')
+        if flag.startswith('--') and name.removeprefix('no') in operation.parameters and name not in operation.parameters:
+            name, word, equals = name.removeprefix('no'), f"--{name.removeprefix('no')}=false", '='
+        if flag.startswith('--'):
+            refuse_unknown(operation, [name])
+            word += '=true' if not equals and operation.parameters[name].annotation is bool else ''
+        plain.append(word)
+    return plain
 
 
 def make(call: Call, config: Config, form: str) -> str | None:
@@ -2938,12 +3048,23 @@ def file_rows(text: str, name: str) -> list[dict]:
         if name.endswith(('.yaml', '.yml')):
             import yaml
             return yaml.load(text, yaml.BaseLoader)  # every value stays text: bind reads them
-        reader = csv.DictReader(io.StringIO(text), restkey='more', skipinitialspace=True)
-        return [{**each, 'line': reader.line_num} for each in reader]
-    except (ValueError, csv.Error) as error:
-        raise Invalid(f"'{name}' is not {'JSON' if name.endswith('.json') else 'CSV'}: {error}") from None
+        return csv_rows(text)
+    except (ValueError, RecursionError, csv.Error) as error:
+        raise Invalid(f"'{name}' can't be read as {name.rpartition('.')[2].upper()}: {error}") from None
     except Exception as error:  # the YAML parser's own kinds, which are not worth importing it for
         raise Invalid(f"'{name}' is not YAML: {str(error).splitlines()[0]}") from None
+
+
+def csv_rows(text: str) -> list[dict]:
+    """The lines of a CSV text with commas, or with semicolons as spreadsheets of many countries write them."""
+    head = text.partition('\n')[0]
+    reader = csv.DictReader(io.StringIO(text), restkey='', skipinitialspace=True,
+                            delimiter=';' if ';' in head and ',' not in head else ',')
+    lines = [{**each, 'line': reader.line_num} for each in reader]
+    for each in lines:
+        if '' in each:
+            raise ValueError(f"line {each['line']} has more cells than the first line has names")
+    return lines
 
 
 def progress_bar(items: list) -> Iterable:
@@ -3020,9 +3141,9 @@ def drawn(names: list[str], lines: list) -> str:
     return '\n'.join(each.rstrip() for each in console.file.getvalue().splitlines())
 
 
-def in_words(error: Error, zone_name: str) -> list[str]:
+def in_words(error: Error, zone: ZoneInfo) -> list[str]:
     """What a person reads of an error: its sentence, and of its details what helps to go on."""
-    zone, details, lines = read_zone(zone_name), error.details, [f'cmres: {error}']
+    details, lines = error.details, [f'cmres: {error}']
     for each in details.get('in_the_way', []):
         who = f"{each['label']} of {each['user']}, " if 'label' in each else ''
         lines.append(f"  in the way: {who}{each['vms']} vms from {in_cell(each['start'], zone)} "

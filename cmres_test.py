@@ -12,9 +12,13 @@ A test plays time itself: `world.now` is the clock of everything in it. Tests ma
 need a real cloud, named by OS_CLOUD, and are skipped where there is none.
 """
 
+import csv
+import functools
+import io
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 import threading
@@ -24,11 +28,14 @@ from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
 import pytest
+import waitress
 import webtest
+import yaml
 from hypothesis import HealthCheck, given, settings, strategies as st
 
 import cmres
-from cmres import Actor, Amount, Conflict, Forbidden, Invalid, NoCapacity, NotFound
+from cmres import (API, BASE, SETTINGS, Actor, Amount, Client, Config, Conflict, Error, Forbidden, Here, Invalid,
+                   NoCapacity, NotFound, Unauthorized, Unavailable, bind, load_config, read_zone)
 
 UTC = timezone.utc
 NOON = datetime(2026, 12, 1, 12, tzinfo=UTC)
@@ -99,7 +106,7 @@ class Rest:
         """The answer to one request; `body` becomes JSON unless it is bytes."""
         data = b'' if body is None else body if isinstance(body, bytes) else json.dumps(body).encode()
         headers = {'Authorization': f'Bearer {self.token}', 'Content-Type': 'application/json'} | headers
-        path = path if path.startswith('/cm/') or path.count('/') == 1 and '.' in path else cmres.BASE + path
+        path = path if path.startswith(('/cm/', '/healthz', '/openapi.json')) else cmres.BASE + path
         return self.web.request(path, method=verb, body=data, headers=headers, status=status)
 
 
@@ -115,6 +122,249 @@ def run(tmp_path, monkeypatch, capsys):
         return code, *capsys.readouterr()
     yield run
     cmres.close_store()
+
+
+def book(service, label='lab', start=1, end=2, resource='demo', **more):
+    """Reserves from `start` to `end`, in hours after noon."""
+    return service.add(label, resource, NOON + hours(start), NOON + hours(end), **more)
+
+
+def labels(answer):
+    return [each['label'] for each in answer]
+
+
+def dump():
+    """Everything that is in the store."""
+    return list(cmres.db.connection().iterdump())
+
+
+# Config ######################################################################
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """An empty working directory, and a function that writes a file there."""
+    monkeypatch.chdir(tmp_path)
+    return lambda name, text: (tmp_path / name).write_text(text, encoding='utf-8') and name
+
+
+OTHER = {str: 'Europe/Paris', int: '9', float: '0.5'}
+
+
+def test_without_anything_every_setting_has_its_default(folder):
+    assert load_config(environ={}) == Config()
+    assert (Config().database, Config().host, Config().port) == ('cmres.db', '127.0.0.1', 8080)
+
+
+def test_the_named_file_goes_before_the_variable_and_that_before_config_ini(folder):
+    for name, port in (('config.ini', 1), ('a.ini', 2), ('b.ini', 3)):
+        folder(name, f'[cmres]\nport = {port}\n')
+    ports = [load_config(path, environ).port for path, environ in (
+        (None, {}), (None, {'CMRES_CONFIG': 'a.ini'}), ('b.ini', {'CMRES_CONFIG': 'a.ini'}))]
+    assert ports == [1, 2, 3]
+
+
+@pytest.mark.parametrize('name', SETTINGS)
+def test_every_setting_has_an_environment_twin_that_goes_before_the_file(folder, name):
+    kind = type(SETTINGS[name].default)
+    folder('config.ini', f'[cmres]\n{name} = {"UTC" if kind is str else "1"}\n')
+    assert getattr(load_config(environ={f'CMRES_{name.upper()}': OTHER[kind]}), name) == kind(OTHER[kind])
+
+
+@pytest.mark.parametrize('text, sentence', [
+    ('[cmres]\nprot = 1\n', "unknown setting 'prot'; did you mean 'port'?"),
+    ('[cmres]\ndatabse = x\n', "unknown setting 'databse'; did you mean 'database'?"),
+    ('[cmrs]\nport = 1\n', "unknown section [cmrs]; did you mean 'cmres'?"),
+    ('[cmres]\nport = many\n', "setting port: 'many' is not a number such as 8080"),
+    ('[cmres]\nport = -1\n', 'setting port: -1 is not between 0 and 65535'),
+    ('[cmres]\npoll = nan\n', 'setting poll: nan is not between'),
+    ('[cmres]\ncall_timeout = 0\n', 'setting call_timeout: 0 is not between'),
+    ('[cmres]\ntimezone = Mars/Olympus\n', "unknown time zone 'Mars/Olympus'"),
+    ('[cmres]\nport = 1\nport = 2\n', "can't read the configuration"),
+    ('port = 1\n', "can't read the configuration"),
+])
+def test_a_mistake_in_the_file_is_refused_and_named(folder, text, sentence):
+    folder('config.ini', text)
+    with pytest.raises(Invalid) as refusal:
+        load_config(environ={})
+    assert sentence in str(refusal.value)
+
+
+@pytest.mark.parametrize('name, text, sentence', [
+    ('CMRES_PROT', '1', "unknown setting 'prot'; did you mean 'port'?"),
+    ('CMRES_THREADS', '0', 'setting threads: 0 is not between'),
+    ('CMRES_PORT', '', "setting port: '' is not a number"),
+    ('CMRES_TIMEZONE', 'Paris', "unknown time zone 'Paris'"),
+    ('CMRES_CONFIG', 'no.ini', "can't read the configuration 'no.ini'"),
+])
+def test_a_mistake_in_the_environment_ends_a_command_with_2(run, monkeypatch, name, text, sentence):
+    monkeypatch.setenv(name, text)
+    code, out, err = run('list')
+    assert (code, out) == (2, '') and sentence in err
+
+
+def test_credentials_keep_their_case_and_choose_the_account(folder):
+    config = load_config(folder('c.ini', '[credentials]\nBio@Chameleon = chameleon-Bio\n'), {})
+    clouds = cmres.Clouds(config)
+    assert clouds.account('Chameleon', 'Bio') == 'chameleon-Bio'
+    assert clouds.account('Chameleon', 'chem') == 'Chameleon'
+
+
+def test_the_example_lists_every_setting_at_its_default_with_its_reason(folder):
+    text = (MODULE.parent / 'config.example.ini').read_text()
+    assert load_config(folder('as-it-is.ini', text), {}) == Config()
+    settings_part = text.partition('[credentials]')[0]
+    taken = folder('taken.ini', '\n'.join(line.removeprefix('#') for line in settings_part.splitlines()
+                                          if not line.startswith('# ')))
+    texts, _ = cmres.read_config_file(taken)
+    assert list(texts) == list(SETTINGS) and load_config(taken, {}) == Config()
+    for name, field in SETTINGS.items():
+        assert f'# {name}: {field.metadata["why"]}.\n#{name} =' in text
+
+
+# Time ########################################################################
+
+PARIS = read_zone('Europe/Paris')
+
+
+@pytest.mark.parametrize('text, utc', [
+    ('2026-12-01T09:00', '2026-12-01T08:00'),
+    ('2026-12-01 09:00', '2026-12-01T08:00'),
+    ('2026/12/01 09:00:00', '2026-12-01T08:00'),
+    ('2026/12/01 09:00:00 +0100', '2026-12-01T08:00'),
+    ('2026-07-01T09:00', '2026-07-01T07:00'),
+    ('2026-12-01', '2026-11-30T23:00'),
+    ('20261201', '2026-11-30T23:00'),
+    ('2026-12-01T09:00Z', '2026-12-01T09:00'),
+    ('2026-12-01T09:00+05:30', '2026-12-01T03:30'),
+    ('2026-12-01T09:00-0500', '2026-12-01T14:00'),
+    ('2026-12-01T09:00 01:00', '2026-12-01T08:00'),  # a + that a query made a space
+    ('2026-12-01T09:00:01.999', '2026-12-01T08:00:01'),
+    ('  2026-12-01 09:00 ', '2026-12-01T08:00'),
+    ('1970-01-01T00:00Z', '1970-01-01T00:00'),
+    ('2199-12-31T23:59:59Z', '2199-12-31T23:59:59'),
+    ('now', '2026-12-01T12:00'),
+    ('+2h', '2026-12-01T14:00'),
+    ('+1d12h', '2026-12-03T00:00'),
+    ('+90m', '2026-12-01T13:30'),
+])
+def test_a_time_is_read_in_its_zone(text, utc):
+    assert cmres.parse_time(text, PARIS, NOON) == datetime.fromisoformat(utc).replace(tzinfo=UTC)
+
+
+@pytest.mark.parametrize('text', [
+    '', 'tomorrow', '2026', '2026-12', '10:30', '1e3', '1764579600', '2026-02-30', '2026-13-01', '01.12.2026',
+    '2026-12-01T25:00', '2026-12-01T09:00+25:00', '2026-12-01T09:00 Europe/Paris', '-1h', '+', '+2', '+h',
+    '1969-12-31T23:59:59Z', '2200-01-01T00:00Z', '0001-01-01T00:00+14:00', '9999-12-31T23:59-14:00'])
+def test_what_is_no_time_is_refused(text):
+    with pytest.raises(ValueError, match='is not'):
+        cmres.parse_time(text, PARIS, NOON)
+
+
+@pytest.mark.parametrize('text, seconds', [
+    ('2h', 7200), ('+2h', 7200), ('1d12h', 129600), ('+1d12h', 129600), ('90m', 5400), ('1h30m', 5400), ('30s', 30),
+    ('1w', 604800), ('2H', 7200), ('PT2H', 7200), ('PT90M', 5400), ('P1DT2H', 93600), ('P1W', 604800), ('0h', 0)])
+def test_a_duration_is_read(text, seconds):
+    assert cmres.parse_duration(text) == timedelta(seconds=seconds)
+
+
+@pytest.mark.parametrize('text', [
+    '', '+', '2', 'h', '-1h', '1.5h', '1h30', '12h1d', '2h2h', 'two hours', 'P', 'PT', 'P1M', 'P1Y', '99999d', '1:30'])
+def test_what_is_no_duration_is_refused(text):
+    with pytest.raises(ValueError, match='is not a duration|is longer than'):
+        cmres.parse_duration(text)
+
+
+@given(st.integers(1, 10**9))
+def test_a_duration_that_is_shown_can_be_typed(seconds):
+    assert cmres.parse_duration(cmres.format_duration(seconds)) == timedelta(seconds=seconds)
+
+
+def test_people_see_a_time_in_their_zone_without_needless_seconds():
+    assert cmres.format_time(NOON, PARIS) == '2026-12-01 13:00 CET'
+    assert cmres.format_time(NOON + timedelta(seconds=1), read_zone('UTC')) == '2026-12-01 12:00:01 UTC'
+
+
+def test_a_bare_time_is_read_in_the_zone_of_the_line_and_one_with_an_offset_is_not(run):
+    run('resource', 'add', 'demo')
+    code, out, _ = run('add', 'lab', 'demo', '2190/12/01 09:00:00', '2190-12-01T10:00Z', '--tz=Europe/Paris',
+                       '--format=json')
+    found = json.loads(out)
+    assert (found['start'], found['end']) == ('2190-12-01T08:00:00+00:00', '2190-12-01T10:00:00+00:00')
+    assert '2190-12-01 09:00 CET  2190-12-01 11:00 CET' in run('list', '--tz', 'Europe/Paris')[1]
+
+
+# Calls #######################################################################
+
+FINE = {'label': 'lab', 'resource': 'demo', 'start': '+1h', 'end': '+1h'}
+
+
+@pytest.mark.parametrize('given, sentence', [
+    ({'lable': 'x'}, "add has no argument 'lable'; did you mean 'label'?"),
+    ({'end': None}, 'end is missing: an instant, or a length from the start such as +2h'),
+    ({'vms': 'lots'}, 'vms: "lots" is not a whole number'),
+    ({'vms': '0'}, 'vms: 0 is not between 1 and 1000000'),
+    ({'vms': '1e3'}, 'vms: "1e3" is not a whole number'),
+    ({'vms': '1000001'}, 'vms: 1000001 is not between 1 and 1000000'),
+    ({'start': 'tomorrow'}, "start: 'tomorrow' is not a time; write 2026-12-01T09:00, now or +2h"),
+    ({'end': '+2'}, "end: '+2' is not a duration; write 2h, 1d12h, 90m or PT2H"),
+    ({'lead': 'soon'}, "lead: 'soon' is not a duration; write 2h, 1d12h, 90m or PT2H"),
+    ({'label': 'a b'}, 'label: "a b" is not a name of 1 to 64 letters'),
+    ({'label': 'x' * 65}, 'is not a name of 1 to 64 letters'),
+    ({'label': 'add'}, 'label: "add" is not a name of 1 to 64 letters'),
+    ({'label': 'délé'}, 'label: "délé" is not a name of 1 to 64 letters'),
+    ({'user': 'x' * 256}, 'user: at most 255 characters, not 256'),
+    ({'user': 'a\nb'}, 'user: a name is one line'),
+    ({'description': 'x' * 65536}, 'description: at most 65535 characters, not 65536'),
+    ({'description': 'a\x1b[2J'}, 'description: control characters are not allowed'),
+    ({'metadata': 'a'}, 'is not k=v,k=v with at most 128 pairs'),
+    ({'metadata': ','.join(f'k{n}=v' for n in range(129))}, 'is not k=v,k=v with at most 128 pairs'),
+    ({'security_groups': ','.join(map(str, range(101)))}, 'is not a list of at most 100 names'),
+    ({'dry_run': 'maybe'}, 'dry_run: "maybe" is neither true nor false'),
+])
+def test_the_same_mistake_gives_the_same_sentence_by_rest_and_on_the_command_line(app, run, given, sentence):
+    line = {name: value for name, value in (FINE | given).items() if value is not None}
+    said = app.call('POST', '/reservation/', line, 400).json['error']
+    words = [line.pop(name) for name in FINE if name in line]
+    code, out, err = run('add', *words, *(f'--{name}={value}' for name, value in line.items()))
+    assert sentence in said
+    assert (code, out, err.rstrip('\n')) == (2, '', f'cmres: {said}')
+
+
+@pytest.mark.parametrize('word', ['gpu#1', '1e3', '2026', 'None', 'True', '0x10', '1_000', '[1]', "'q'", 'a,b', '{}',
+                                  '007'])
+def test_what_was_typed_stays_as_it_was(app, run, word):
+    first = word.partition(',')[0]
+    line = ['add', 'lab', 'demo', '2190-01-01', '+1h', '--format=json', '--user', word, '--metadata', f'a={first}',
+            '--description', word]
+    typed = json.loads(run(*line)[1])
+    sent = app.call('POST', '/reservation/',
+                    FINE | {'label': 'b', 'description': word, 'user': word, 'metadata': {'a': first}}).json
+    for found in typed, sent:
+        assert (found['description'], found['user'], found['metadata']) == (word, word, {'a': first})
+
+
+@pytest.mark.parametrize('label', ['1e3', '2026', 'None', 'True', '0x10', '1_000', '007', '1.0'])
+def test_a_label_that_looks_like_python_stays_as_it_was(run, label):
+    run('resource', 'add', 'demo')
+    assert run('add', label, 'demo', '+1h', '+1h')[0] == 0
+    assert labels(json.loads(run('list', label, '--format=json')[1])) == [label]
+
+
+def test_every_argument_of_every_operation_has_a_reader_and_a_meaning():
+    for operation in API.values():
+        for name, parameter in operation.parameters.items():
+            assert parameter.annotation in cmres.READERS, (operation.name, name)
+            assert cmres.WORDS[name]
+
+
+def test_a_dash_is_not_given_and_null_neither():
+    here = Here(UTC, NOON)
+    assert bind(API['list'], {'cell': '-', 'user': None, 'limit': 5}, here) == {'limit': 5}
+
+
+def test_a_description_may_be_a_dash(app):
+    assert app.call('POST', '/reservation/', FINE | {'description': '-'}).json['description'] == '-'
 
 
 # Capacity ####################################################################
@@ -262,6 +512,46 @@ def test_processes_and_threads_adding_at_once_never_overbook(world):
     assert world.service.check()['differences'] == 0
 
 
+CHURNER = """
+import random, sys
+import cmres
+path, seed = sys.argv[1], int(sys.argv[2])
+cmres.open_store(path)
+config, chance = cmres.Config(database=path), random.Random(seed)
+service = cmres.Reservations(config, cmres.Clouds(config), cmres.Actor('u', 'p', 'admin'))
+start = service.here.now + cmres.timedelta(hours=1)
+for turn in range(120):
+    label, hour = f'c{chance.randrange(5)}', cmres.timedelta(hours=1)
+    try:
+        verb = chance.choice(['add', 'update', 'update', 'update', 'extend', 'delete'])
+        if verb == 'add':
+            service.add(label, chance.choice(['ten', 'demo']), start + chance.randrange(9) * hour, 3 * hour, vms=chance.randrange(1, 9))
+        elif verb == 'update':
+            service.update(label, **dict(chance.sample([
+                ('lead', chance.randrange(3) * hour), ('flavor', chance.choice(['m1.tiny', 'm1.large'])), ('description', 'x'),
+                ('resource', chance.choice(['demo', 'other'])), ('vms', chance.randrange(1, 9)),
+                ('rename', f'c{chance.randrange(5)}'), ('start', start + chance.randrange(9) * hour)], 2)))
+        elif verb == 'extend':
+            service.extend(label, hour)
+        else:
+            service.delete(label)
+    except (cmres.Conflict, cmres.NotFound, cmres.Invalid):
+        pass
+"""
+
+
+def test_processes_changing_the_same_reservations_at_once_leave_no_drift(world):
+    world.service.resource_add('ten', vms=10)
+    world.service.resource_add('other', cloud='simulated', vms=12, vcpus=40)
+    crowd = [subprocess.Popen([sys.executable, '-c', CHURNER, world.config.database, str(seed)], cwd=MODULE.parent)
+             for seed in range(5)]
+    assert [each.wait(timeout=120) for each in crowd] == [0] * 5
+    assert world.service.check()['differences'] == 0
+    assert cmres.rows('SELECT * FROM step WHERE vms < 0 OR vcpus < 0 OR ram < 0') == []
+    live = cmres.rows('SELECT project, label, count(*) AS n FROM reservation WHERE over > ? GROUP BY 1, 2', time.time())
+    assert live and {each.n for each in live} == {1}
+
+
 def test_a_writer_killed_in_mid_transaction_leaves_no_trace(world):
     program = ADDER.replace("print(", "cmres.hold = lambda *a: __import__('os').kill(__import__('os').getpid(), 9)\nadd(99)\nprint(")
     world.service.resource_add('ten', vms=10)
@@ -271,17 +561,790 @@ def test_a_writer_killed_in_mid_transaction_leaves_no_trace(world):
     assert world.service.check()['differences'] == 0
 
 
+# Service: resources ##########################################################
+
+
+def test_a_figure_that_is_not_given_is_unlimited(service):
+    service.resource_add('plain', vcpus=4)
+    found = service.resource_show('plain')
+    assert (found['vms'], found['vcpus'], found['ram']) == (None, 4, None)
+    assert book(service, resource='plain', vms=1_000_000)['state'] == 'reserved'
+    assert service.usage('plain')[1]['free_vms'] is None
+
+
+def test_nothing_fits_on_a_resource_that_holds_none(service):
+    service.resource_add('none', vms=0)
+    with pytest.raises(NoCapacity, match="'none' holds at most 0 vms"):
+        book(service, resource='none')
+
+
+def test_resources_are_listed_by_place_and_shown_with_what_is_held_now(service):
+    service.resource_add('india', cell='c1', cloud='simulated', region='north', aggregate='gpu', vms=4)
+    for place in ({'cell': 'c1'}, {'region': 'north'}, {'aggregate': 'gpu'}, {'cell': 'c1', 'cloud': 'simulated'}):
+        assert [each['name'] for each in service.resource_list(**place)] == ['india']
+    assert [each['name'] for each in service.resource_list()] == ['demo', 'india']
+    assert service.resource_list(cell='c1', region='south') == []
+    book(service, resource='india', start=0, vms=3)
+    assert service.resource_show('india')['held_now'] == {'vms': 3, 'vcpus': 0, 'ram': 0}
+
+
+def test_a_resource_name_is_taken_once_and_is_no_dash(service):
+    service.resource_add('india')
+    with pytest.raises(Conflict, match="there is a resource 'demo' already"):
+        service.resource_add('demo')
+    with pytest.raises(Conflict, match="there is a resource 'india' already"):
+        service.resource_update('demo', rename='india')
+    with pytest.raises(Invalid, match='stands for any resource'):
+        service.resource_add('-')
+
+
+def test_an_unknown_resource_is_refused_with_the_nearest_name(service):
+    for call in (lambda: book(service, resource='dmo'), lambda: service.resource_show('dmo'),
+                 lambda: service.find('dmo', hours(1)),
+                 lambda: service.usage('dmo'), lambda: service.resource_update('dmo', vms=1),
+                 lambda: service.generate('dmo')):
+        with pytest.raises(NotFound, match="no resource 'dmo'; did you mean 'demo'"):
+            call()
+
+
+def test_a_resource_is_renamed_and_its_limit_taken_away(service):
+    book(service)
+    found = service.resource_update('demo', rename='india', region='north', vms=cmres.UNLIMITED)
+    assert (found['name'], found['region'], found['vms'], found['cloud']) == ('india', 'north', None, 'simulated')
+    assert service.show('lab')['resource'] == 'india'
+
+
+def test_a_capacity_below_what_is_held_needs_force_and_tells_what_no_longer_fits(service):
+    for label, start, vms in (('a', 1, 8), ('b', 1, 4), ('c', 1, 4), ('d', 5, 4)):
+        book(service, label, start, start + 1, vms=vms)
+    with pytest.raises(Conflict, match="2 occurrences on 'demo' would no longer fit; --force") as refusal:
+        service.resource_update('demo', vms=8)
+    assert labels(refusal.value.details['occurrences']) == ['c', 'b']
+    assert service.resource_show('demo')['vms'] == 16
+    assert labels(service.resource_update('demo', vms=8, force=True)['no_longer_fit']) == ['c', 'b']
+    assert service.resource_show('demo')['vms'] == 8
+    assert labels(service.list()) == ['a', 'b', 'c', 'd'] and service.check()['differences'] == 0
+
+
+def test_a_capacity_down_to_what_is_held_needs_no_force(world, service):
+    book(service, 'past', 0, 1, vms=16)
+    book(service, vms=5, start=2, end=3)
+    world.now += 3600
+    assert service.resource_update('demo', vms=5)['no_longer_fit'] == []
+
+
+def test_what_is_overfull_may_still_shrink_but_not_grow(service):
+    book(service, 'a', vms=8, start=1, end=3)
+    book(service, 'b', vms=8, start=1, end=3)
+    service.resource_update('demo', vms=4, force=True)
+    assert service.update('a', vms=7)['vms'] == 7
+    assert service.update('b', end=NOON + hours(2))['vms'] == 8
+    with pytest.raises(NoCapacity):
+        service.update('a', vms=8)
+    assert service.check()['differences'] == 0
+
+
+def test_a_resource_is_removed_only_when_nothing_is_reserved_on_it(world, service):
+    book(service)
+    with pytest.raises(Conflict, match='still has reservations') as refusal:
+        service.resource_delete('demo')
+    assert refusal.value.details['labels'] == ['lab']
+    world.now += 2 * 3600
+    service.resource_delete('demo')
+    assert service.resource_list() == [] and service.list('lab')[0]['resource'] == 'demo'
+    service.resource_add('demo', vms=1)
+    with pytest.raises(NoCapacity):
+        book(service, start=5, end=6, vms=2)
+
+
+# Service: reservations #######################################################
+
+
+def test_an_answer_says_all_of_what_was_asked(service):
+    asked = {'vms': 3, 'flavor': 'm1.small', 'image': 'cirros', 'network': 'private', 'key': 'default',
+             'metadata': {'a': '1'},
+             'security_groups': ['default'], 'lead': timedelta(minutes=5), 'description': 'für alle', 'user': 'eva',
+             'project': 'bio'}
+    found = book(service, **asked)
+    assert {name: found[name] for name in asked} == asked | {'lead': 300}
+    assert (found['start'], found['end'], found['state']) == (NOON + hours(1), NOON + hours(2), 'reserved')
+    assert service.list('lab') == [found]
+
+
+@pytest.mark.parametrize('start, end, fits', [
+    (0, 5, False), (2, 3, False), (1, 4, False), (0, 2, False), (3, 5, False), (0, 1, True), (4, 5, True)])
+def test_a_window_that_touches_another_conflicts_and_back_to_back_fits(service, start, end, fits):
+    book(service, 'first', 1, 4, vms=10)
+    if fits:
+        assert book(service, 'second', start, end, vms=10)['vms'] == 10
+    else:
+        with pytest.raises(NoCapacity, match='has 6 of 16 vms free .* 10 are asked for'):
+            book(service, 'second', start, end, vms=10)
+    assert service.check()['differences'] == 0
+
+
+@pytest.mark.parametrize('given, sentence', [
+    ({'start': -1, 'end': 1}, 'lies in the past'),
+    ({'start': 2, 'end': 2}, 'is not after the start'),
+    ({'start': 2, 'end': 1}, 'is not after the start'),
+    ({'image': 'cirros'}, 'an image needs a flavor'),
+    ({'image': 'ciros', 'flavor': 'm1.small'}, "the cloud simulated has no image 'ciros'; did you mean 'cirros'?"),
+    ({'flavor': 'm1.smal'}, "has no flavor 'm1.smal'; did you mean 'm1.small'?"),
+    ({'network': 'privat'}, "has no network 'privat'; did you mean 'private'?"),
+    ({'key': 'defalt'}, "has no key 'defalt'; did you mean 'default'?"),
+    ({'security_groups': ['defalt']}, "has no security group 'defalt'; did you mean 'default'?"),
+    ({'resource': 'bare', 'image': 'cirros', 'flavor': 'm1.small'}, "the resource 'bare' has no cloud"),
+    ({'label': '-'}, "is not a name of 1 to 64 letters"),
+    ({'lead': timedelta(days=30000)}, 'the lead reaches before the year 1970'),
+])
+def test_what_can_not_be_is_refused_in_a_sentence(service, given, sentence):
+    service.resource_add('bare')
+    with pytest.raises(Invalid) as refusal:
+        book(service, **given)
+    assert sentence in str(refusal.value) and service.list() == []
+
+
+def test_a_start_a_minute_ago_is_a_slow_clock_and_no_mistake(service):
+    assert service.add('lab', 'demo', NOON - timedelta(seconds=59), hours(1))['state'] == 'active'
+    with pytest.raises(Invalid, match='lies in the past'):
+        service.add('late', 'demo', NOON - timedelta(seconds=61), hours(1))
+
+
+@pytest.mark.parametrize('limits, most', [({'vms': 3}, 3), ({'vcpus': 5}, 2), ({'ram': 8192}, 2),
+                                          ({'vms': 9, 'vcpus': 40, 'ram': 4095}, 0)])
+def test_every_figure_of_a_flavor_counts(service, limits, most):
+    service.resource_add('india', cloud='simulated', **limits)
+    with pytest.raises(NoCapacity) as refusal:
+        book(service, resource='india', flavor='m1.medium', vms=most + 1)
+    assert refusal.value.details.get('most_vms', 0) == most
+    if most:
+        found = book(service, resource='india', flavor='m1.medium', vms=most)
+        assert (found['vcpus'], found['ram']) == (2 * most, 4096 * most)
+
+
+def test_a_cloud_that_can_not_be_asked_is_told_unless_only_it_knows_what_counts(service):
+    service.resource_add('far', cloud='no-such-cloud', vms=2)
+    service.resource_add('counted', cloud='no-such-cloud', vcpus=2)
+    found = book(service, resource='far', flavor='f', image='i')
+    assert found['state'] == 'reserved' and 'not checked: the cloud no-such-cloud' in found['warnings'][0]
+    with pytest.raises(cmres.CloudError, match="flavor 'f' must be known to count"):
+        book(service, 'other', resource='counted', flavor='f', image='i')
+
+
+def test_a_resource_is_found_by_its_place_if_there_is_just_one(service):
+    service.resource_add('india', cell='c1', cloud='simulated')
+    assert book(service, 'a', resource='-', cell='c1')['resource'] == 'india'
+    with pytest.raises(Conflict, match='2 resources are at cloud simulated; name one of demo, india'):
+        book(service, 'b', resource='-', cloud='simulated')
+    with pytest.raises(NotFound, match='there is no resource at cell c2'):
+        book(service, 'b', resource='-', cell='c2')
+
+
+def test_a_resource_that_is_not_at_the_place_that_is_named_too_is_refused(service):
+    with pytest.raises(Error):
+        book(service, resource='demo', cloud='elsewhere')
+
+
+@pytest.fixture
+def four(world, service):
+    """Reservations a to d, an hour each from 13:00 on; `over` ended at noon, `gone` is cancelled."""
+    service.resource_add('india', cell='c1', cloud='cloudy', region='north', aggregate='gpu')
+    world.now -= 2 * 3600
+    book(service, 'over', -1, 0)
+    world.now += 2 * 3600
+    book(service, 'a', 1, 2, user='eva', project='bio')
+    book(service, 'b', 2, 3, user='bob', project='bio')
+    book(service, 'c', 3, 4, resource='india', user='eva', project='chem')
+    book(service, 'd', 4, 5, resource='india')
+    book(service, 'gone', 5, 6)
+    service.delete('gone')
+    return service
+
+
+@pytest.mark.parametrize('filters, found', [
+    ({}, 'a b c d'), ({'label': 'a'}, 'a'), ({'user': 'eva'}, 'a c'), ({'project': 'bio'}, 'a b'),
+    ({'resource': 'india'}, 'c d'), ({'cell': 'c1'}, 'c d'), ({'cloud': 'simulated'}, 'a b'),
+    ({'region': 'north'}, 'c d'),
+    ({'aggregate': 'gpu'}, 'c d'), ({'aggregate': 'cpu'}, ''), ({'user': 'eva', 'resource': 'india'}, 'c'),
+    ({'state': ['reserved']}, 'a b c d'), ({'state': ['ended']}, 'over'),
+    ({'state': ['ended', 'cancelled']}, 'over gone'),
+    ({'state': ['active']}, ''), ({'start': NOON + hours(3)}, 'c d gone'), ({'end': NOON + hours(2)}, 'over a'),
+    ({'start': NOON + hours(1.5), 'end': NOON + hours(2.5)}, 'a b'), ({'start': NOON + hours(2), 'end': hours(1)}, 'b'),
+    ({'start': hours(3), 'end': hours(1)}, 'c'), ({'label': 'over'}, 'over'), ({'limit': 2}, 'a b'),
+    ({'end': hours(2)}, 'over a'),
+])
+def test_a_list_holds_what_all_filters_meet(four, filters, found):
+    assert labels(four.list(**filters)) == found.split()
+
+
+def test_a_list_of_a_label_that_nobody_has_is_refused_and_so_is_an_unknown_state(four):
+    with pytest.raises(NotFound, match="there is no reservation 'nobody'"):
+        four.list('nobody')
+    with pytest.raises(Invalid, match="'activ' is none of .*; did you mean 'active'"):
+        four.list(state=['activ'])
+
+
+@pytest.mark.parametrize('size', [1, 2, 3, 7])
+def test_the_cursor_walks_through_all_once_in_order(service, size):
+    for number in range(7):  # three starts, so that pages end amid equals
+        book(service, f'r{number}', 1 + number % 3, 6)
+    pages, after = [], 0
+    while page := service.list(limit=size, after=after):
+        pages, after = pages + page, page[-1]['id']
+    assert pages == service.list() and len(pages) == 7
+
+
+def test_show_tells_what_is_there_now_and_else_what_was_there_last(world, service):
+    book(service, user_data='#!/bin/sh\n', flavor='m1.tiny', image='cirros', vms=2)
+    world.at(1)
+    found = service.show('lab')
+    assert found['user_data'] == '#!/bin/sh\n' and [each['n'] for each in found['servers']] == [1, 2]
+    service.delete('lab')
+    assert service.show('lab')['cancelled'] == NOON + hours(1)
+    book(service, start=3, end=4, description='second')
+    assert service.show('lab')['description'] == 'second'
+
+
+@pytest.mark.parametrize('asked, window', [
+    ({'start': NOON + hours(5)}, (5, 7)), ({'end': NOON + hours(2)}, (1, 2)), ({'end': NOON + hours(9)}, (1, 9)),
+    ({'start': hours(4)}, (4, 6)), ({'start': NOON + hours(5), 'end': hours(1)}, (5, 6)), ({'end': hours(1)}, (1, 2))])
+def test_a_new_start_moves_and_a_new_end_stretches(service, asked, window):
+    book(service, start=1, end=3, vms=16)
+    found = service.update('lab', **asked)
+    assert (found['start'], found['end']) == tuple(NOON + hours(each) for each in window)
+    assert service.check()['differences'] == 0
+
+
+def test_any_field_can_be_changed(service):
+    service.resource_add('india', cloud='simulated', vcpus=8)
+    book(service, vms=2, flavor='m1.small', image='cirros')
+    asked = {'resource': 'india', 'vms': 4, 'flavor': 'm1.medium', 'image': 'debian-12', 'network': 'private',
+             'key': 'default',
+             'security_groups': ['default'], 'metadata': {'k': 'v'}, 'description': 'new', 'user': 'eva'}
+    found = service.update('lab', rename='exam', user_data='x', lead=timedelta(minutes=10), **asked)
+    assert {name: found[name] for name in asked} == asked
+    assert (found['label'], found['lead'], found['vcpus'], found['ram']) == ('exam', 600, 8, 16384)
+    assert all(each['vms'] == 0 for each in service.usage('demo')) and service.check()['differences'] == 0
+
+
+def test_a_change_that_does_not_fit_leaves_everything_as_it_was(service):
+    book(service, 'wall', 2, 3, vms=10)
+    book(service, vms=10)
+    before = dump()
+    for change in ({'end': NOON + hours(4)}, {'start': NOON + hours(2)}, {'vms': 17}, {'rename': 'wall'},
+                   {'flavor': 'none'}, {'resource': 'none'}, {'end': NOON}):
+        with pytest.raises(Error):
+            service.update('lab', **change)
+    assert dump() == before
+
+
+def test_the_dash_is_no_new_label(app):
+    book(app.world.service)
+    assert app.call('PATCH', '/reservation/lab', {'rename': '-'}, 400)
+
+
+def test_extend_ends_later_and_not_into_others(service):
+    book(service, vms=10)
+    book(service, 'wall', 4, 5, vms=10)
+    assert service.extend('lab', hours(1))['end'] == NOON + hours(3)
+    assert service.extend('lab', hours(1))['end'] == NOON + hours(4)
+    with pytest.raises(NoCapacity, match='has 6 of 16 vms free'):
+        service.extend('lab', timedelta(minutes=1))
+
+
+def test_extend_works_until_the_end_and_not_after(world, service):
+    book(service)
+    world.now = (NOON + hours(2)).timestamp() - 1
+    assert service.extend('lab', hours(1))['state'] == 'active'
+    world.now += 3601
+    with pytest.raises(NotFound, match="no reservation 'lab' that is not over"):
+        service.extend('lab', hours(1))
+
+
+@pytest.mark.parametrize('field, value', [
+    ('start', NOON + hours(1.75)), ('resource', 'india'), ('flavor', 'm1.medium'), ('image', 'debian-12'),
+    ('network', 'private'),
+    ('key', 'default'), ('security_groups', ['default']), ('user_data', 'x'), ('metadata', {'a': 'b'}),
+    ('lead', timedelta(0))])
+def test_what_has_begun_keeps_its_start_and_what_its_machines_are_made_of(world, service, field, value):
+    service.resource_add('india', cloud='simulated')
+    book(service, flavor='m1.small', image='cirros', lead=timedelta(minutes=10), end=3)
+    world.now = (NOON + hours(1)).timestamp() - 600
+    with pytest.raises(Conflict, match=f"'lab' has begun, so its {field.replace('_', ' ')} can't change"):
+        service.update('lab', **{field: value})
+
+
+def test_what_has_begun_can_still_change_its_end_size_owner_and_label(world, service):
+    book(service, flavor='m1.small', image='cirros', end=3)
+    world.at(1.5)
+    found = service.update('lab', end=NOON + hours(2), vms=4, user='eva', description='d', rename='exam',
+                           start=NOON + hours(1))
+    assert (found['start'], found['end'], found['vms'], found['user']) == (NOON + hours(1), NOON + hours(2), 4, 'eva')
+    with pytest.raises(Invalid, match='is not in the future'):
+        service.update('exam', end=NOON + hours(1.25))
+
+
+def test_a_delete_frees_the_rest_of_the_window_at_once(world, service):
+    book(service, vms=16, start=1, end=5)
+    world.now = (NOON + hours(2)).timestamp()
+    assert service.delete('lab')[0]['state'] == 'cancelled'
+    assert book(service, start=2, end=5, vms=16)['state'] == 'active'
+    assert service.check()['differences'] == 0
+
+
+def test_what_is_over_or_unknown_can_not_be_deleted(four):
+    for label in ('over', 'gone', 'nobody'):
+        with pytest.raises(NotFound, match='that is not over'):
+            four.delete(label)
+
+
+@pytest.mark.parametrize('filters, hit', [
+    ({'resource': 'india'}, 'c d'), ({'user': 'eva'}, 'a c'), ({'user': 'eva', 'project': 'bio'}, 'a'),
+    ({'vms': 1}, 'a b c d'),
+    ({'cell': 'c1', 'cloud': 'cloudy', 'region': 'north', 'aggregate': 'gpu'}, 'c d'),
+    ({'start': NOON + hours(2)}, 'b'),
+    ({'end': NOON + hours(2)}, 'a'), ({'start': NOON + hours(3), 'end': NOON + hours(4)}, 'c')])
+def test_a_delete_by_filter_needs_the_right_count(four, filters, hit):
+    hit = hit.split()
+    assert labels(four.delete(**filters, dry_run=True)) == hit
+    for count in (None, len(hit) + 1):
+        with pytest.raises(Conflict, match=f'this would cancel {len(hit)} reservations; say --count {len(hit)}'):
+            four.delete(**filters, count=count)
+    assert len(four.list()) == 4
+    assert labels(four.delete(**filters, count=len(hit))) == hit
+    assert labels(four.list()) == [label for label in 'abcd' if label not in hit]
+
+
+@pytest.mark.parametrize('filters', [{'start': NOON + hours(1.5)}, {'end': NOON + hours(9)}, {'vms': 2},
+                                     {'user': 'nobody'},
+                                     {'label': 'a', 'resource': 'india'}, {'label': 'a', 'vms': 2}])
+def test_a_delete_by_filter_hits_only_what_matches_exactly(four, filters):
+    with pytest.raises(NotFound):
+        four.delete(**filters, count=1)
+
+
+def test_a_delete_of_nothing_in_particular_is_refused(four):
+    with pytest.raises(Invalid, match='say which'):
+        four.delete(count=4)
+
+
+def test_a_delete_by_filter_counts_all_that_it_hits(service):
+    begin, end, many = 1_900_000_000, 2_000_000_000, range(1, 10_002)
+    made = [(n, f'r{n}', 'eva', 'bio', '', '', '', '', '[]', '', '{}', 0, '', 0, 0, end) for n in many]
+    held = [(n, n, 1, begin, end, begin, end, 1, 0, 0, begin) for n in many]
+    with cmres.transaction():
+        cmres.db.connection().executemany(f"INSERT INTO reservation VALUES ({','.join('?' * 16)})", made)
+        cmres.db.connection().executemany(
+            'INSERT INTO occurrence (id, reservation_id, resource_id, start, "end", held_from, held_until, vms, '
+            f"vcpus, ram, due) VALUES ({','.join('?' * 11)})", held)
+    with pytest.raises(Conflict, match='this would cancel 10001 reservations'):
+        service.delete(user='eva')
+
+
+def test_duration_tells_the_length(service):
+    book(service, start=1, end=27.5)
+    assert service.duration('lab') == {'label': 'lab', 'duration': '1d2h30m', 'seconds': 95400}
+
+
+def test_find_gives_the_earliest_slots_that_fit_and_each_can_be_booked(service):
+    for number in range(12):  # every second hour is full
+        book(service, f'r{number}', 2 * number, 2 * number + 1, vms=16 if number != 3 else 8)
+    slots = service.find('demo', hours(1), vms=9)
+    assert [each['start'] for each in slots] == [NOON + hours(2 * n + 1) for n in range(10)]
+    assert [service.add(f's{n}', 'demo', each['start'], hours(1), vms=9)['state'] for n,
+            each in enumerate(slots)] == ['reserved'] * 10
+    firsts = [service.find('demo', hours(3), vms=vms)[0]['start'] for vms in (7, 8)]
+    assert firsts == [NOON + hours(5), NOON + hours(23)]
+
+
+def test_find_minds_flavor_lead_and_window(service):
+    service.resource_add('india', cloud='simulated', vcpus=8)
+    book(service, resource='india', flavor='m1.xlarge', start=2, end=4)
+    find = functools.partial(service.find, 'india', hours(2), flavor='m1.tiny')
+    assert [each['start'] for each in find()] == [NOON, NOON + hours(4)]
+    assert [each['start'] for each in find(lead=hours(1))][-1] == NOON + hours(5)
+    assert [each['start'] for each in find(after=NOON + hours(1))] == [NOON + hours(4)]
+    assert find(after=NOON + hours(1), before=NOON + hours(5)) == [] == find(vms=9)
+    assert len(find(limit=1)) == 1
+
+
+def test_find_offers_no_slot_in_the_past(service):
+    first = service.find('demo', hours(1), after=NOON - hours(5))[0]
+    assert service.add('lab', 'demo', first['start'], hours(1))
+
+
+def test_find_for_no_time_at_all_is_refused(service):
+    with pytest.raises(Invalid):
+        service.find('demo', timedelta(0))
+
+
+def test_usage_is_the_step_function_of_what_is_held(service):
+    book(service, 'a', 1, 3, vms=4, flavor='m1.small')
+    book(service, 'b', 2, 4, vms=2, lead=timedelta(minutes=30))
+    levels = [(each['start'], each['vms'], each['vcpus'], each['free_vms']) for each in service.usage('demo',
+                                                                                                      end=hours(4))]
+    assert levels == [(NOON, 0, 0, 16), (NOON + hours(1), 4, 4, 12), (NOON + hours(1.5), 6, 4, 10),
+                      (NOON + hours(3), 2, 0, 14)]
+    ends = service.usage('demo')
+    assert [each['end'] for each in ends[:-1]] == [each['start'] for each in ends[1:]]
+    assert ends[-1]['end'] == NOON + hours(168)
+
+
+def test_generate_adds_random_reservations_that_fit_and_the_same_for_a_seed(service):
+    made = service.generate(count=30, seed=7)
+    assert len(made['taken']) + len(made['refused']) == 30 and len(made['taken']) > 10
+    service.resource_add('twin', cloud='simulated', vms=16)
+    again = service.generate('twin', count=30, seed=7)
+    kept = [[(each['start'], each['end'], each['vms']) for each in answer['taken']] for answer in (made, again)]
+    assert kept[0] == kept[1] and service.check()['differences'] == 0
+
+
+@pytest.mark.parametrize('damage', [
+    'UPDATE step SET vms = vms + 1 WHERE at = (SELECT min(at) FROM step)',
+    'UPDATE step SET ram = 1', 'DELETE FROM step WHERE at = (SELECT max(at) FROM step)', 'DELETE FROM step',
+    "INSERT INTO step (resource_id, at, vms, vcpus, ram) VALUES (1, 5, 0, 0, 0)",
+    'UPDATE occurrence SET vms = vms + 1 WHERE id = 1', 'UPDATE occurrence SET held_until = held_until - 1'])
+def test_check_sees_every_difference_between_usage_and_occurrences(service, damage):
+    book(service, 'a', 1, 3)
+    book(service, 'b', 2, 4)
+    assert service.check() == {'steps': 4, 'differences': 0}
+    cmres.db.execute_sql(damage)
+    with pytest.raises(Error, match='differs from the occurrences .* first on demo') as refusal:
+        service.check()
+    assert refusal.value.details['differences']
+
+
+def test_check_is_told_on_the_command_line_with_1(run):
+    run('resource', 'add', 'demo')
+    run('add', 'lab', 'demo', '+1h', '+1h')
+    assert run('check')[0] == 0
+    cmres.db.execute_sql('DELETE FROM step')
+    code, out, err = run('check')
+    assert (code, out) == (1, '') and 'the usage differs' in err
+
+
+# Service: many at once #######################################################
+
+LINES = [{'label': 'x1', 'resource': 'demo', 'start': '+1h', 'end': '+1h', 'vms': '3', 'description': 'a, b'},
+         {'label': '2026', 'resource': 'demo', 'start': '2190/12/01 09:00:00', 'end': '2190-12-01T10:00',
+          'metadata': 'a=1e3'}]
+
+
+def as_csv_file(lines):
+    out = io.StringIO()
+    writer = csv.DictWriter(out, dict.fromkeys(name for line in lines for name in line))
+    writer.writeheader()
+    writer.writerows(lines)
+    return out.getvalue()
+
+
+@pytest.fixture
+def filled(run, tmp_path):
+    """The command line with a resource `demo` for 16; filled('x.csv', lines) writes a file."""
+    run('resource', 'add', 'demo', '--vms=16', '--cloud=simulated')
+
+    def write(name, lines):
+        text = {'csv': as_csv_file, 'json': json.dumps, 'yaml': yaml.safe_dump}[name.rpartition('.')[2]](lines)
+        (tmp_path / name).write_text(text, encoding='utf-8')
+    run.write = write
+    return run
+
+
+@pytest.mark.parametrize('name', ['f.csv', 'f.json', 'f.yaml'])
+def test_a_file_of_any_kind_reserves_what_it_says(filled, name):
+    filled.write(name, LINES)
+    code, out, err = filled('add', '--file', name, '--format=json')
+    answer = json.loads(out)
+    assert (code, err, labels(answer['taken']), answer['refused']) == (0, '', ['x1', '2026'], [])
+    assert [each['vms'] for each in answer['taken']] == [3, 1]
+    assert answer['taken'][1]['start'] == '2190-12-01T09:00:00+00:00'
+    assert (answer['taken'][0]['description'], answer['taken'][1]['metadata']) == ('a, b', {'a': '1e3'})
+
+
+def test_yaml_values_are_not_guessed_and_a_mapping_is_metadata(filled, tmp_path):
+    (tmp_path / 'f.yaml').write_text('- {label: 1e3, resource: demo, start: 2190-12-01 09:00, end: +2h, vms: 2,\n'
+                                     '   description: no, metadata: {a: 007}}\n')
+    found = json.loads(filled('load', 'f.yaml', '--format=json')[1])['taken'][0]
+    assert (found['label'], found['description'], found['metadata'], found['vms']) == ('1e3', 'no', {'a': '007'}, 2)
+
+
+MIXED = [LINES[0], LINES[0] | {'label': 'x2', 'vms': '14'}, LINES[0] | {'label': 'x3', 'start': '+1x'}, LINES[0],
+         LINES[0] | {'label': 'x5', 'vms': '13'}]
+
+
+def test_by_default_one_refused_line_refuses_all_and_each_is_named_with_its_number_and_reason(filled):
+    filled.write('f.csv', MIXED)
+    code, out, err = filled('add', '--file', 'f.csv')
+    assert (code, out) == (1, '')
+    said = err.splitlines()
+    assert said[0] == 'cmres: 3 of 5 lines were refused, so nothing was reserved'
+    assert said[1].startswith("  line 3: x2: 'demo' has 13 of 16 vms free")
+    assert said[2].startswith("  line 4: x3: start: '+1x' is not a duration")
+    assert said[3].startswith("  line 5: x1: the label 'x1' is taken")
+    assert filled('list')[1] == 'nothing found\n'
+
+
+def test_partial_takes_what_fits_and_tells_the_rest(filled):
+    filled.write('f.csv', MIXED)
+    code, out, _ = filled('add', '--file=f.csv', '--partial', '--format=json')
+    answer = json.loads(out)
+    assert (code, labels(answer['taken'])) == (0, ['x1', 'x5'])
+    assert sorted((each['line'], each['label']) for each in answer['refused']) == [(3, 'x2'), (4, 'x3'), (5, 'x1')]
+
+
+def test_partial_names_each_refused_line_with_its_number_and_reason_to_people_too(filled):
+    filled.write('f.csv', MIXED)
+    out = filled('add', '--file', 'f.csv', '--partial')[1]
+    assert "'+1x' is not a duration" in out and '13 of 16 vms free' in out
+
+
+def test_partial_tells_the_refused_lines_in_the_order_of_the_file(service):
+    answer = service.load(MIXED, partial=True)
+    assert [each['line'] for each in answer['refused']] == [2, 3, 4]
+
+
+def test_a_line_of_a_file_that_says_dry_run_is_not_reserved(service):
+    try:
+        service.load([FINE | {'dry_run': True}])
+    except Error:
+        pass
+    assert service.list() == []
+
+
+@pytest.mark.parametrize('name, text, sentence', [
+    ('f.json', '{"label": "x"}', 'a list of reservations is needed'), ('f.json', '[{]', "'f.json' can't be read as JSON"),
+    ('f.json', '[]', '1 to 100000 reservations at a time, not 0'), ('f.yaml', '- [', "'f.yaml' is not YAML"),
+    ('f.yaml', '5', 'a list of reservations is needed'), ('f.csv', '', '1 to 100000 reservations at a time, not 0'),
+    ('f.csv', 'label\n"x', 'unexpected end of data|resource is missing')])
+def test_a_file_that_holds_no_reservations_is_refused(filled, tmp_path, name, text, sentence):
+    (tmp_path / name).write_text(text)
+    code, out, err = filled('add', '--file', name)
+    assert code in (1, 2) and out == '' and re.search(sentence, err)
+
+
+def test_a_file_that_is_not_there_or_not_text_is_refused(filled, tmp_path):
+    (tmp_path / 'f.csv').write_bytes(b'label\n\xff\n')
+    assert filled('add', '--file', 'f.csv') == (2, '', "cmres: can't read the file 'f.csv': it is not UTF-8\n")
+    assert filled('load', 'g.csv') == (2, '', "cmres: can't read the file 'g.csv': No such file or directory\n")
+
+
+# Service: what never is ######################################################
+
+WRITES = {
+    'add': {'label': 'new', 'resource': 'demo', 'start': '+1h', 'end': '+1h', 'image': 'cirros', 'flavor': 'm1.tiny'},
+    'load': {'rows': [{'label': 'new', 'resource': 'demo', 'start': '+1h', 'end': '+1h'}]},
+    'update': {'label': 'lab', 'vms': 3, 'rename': 'exam'}, 'extend': {'label': 'lab', 'by': '1h'},
+    'delete': {'label': 'lab'},
+    'generate': {'count': 3}, 'resource_add': {'name': 'new', 'vms': 3}, 'resource_delete': {'name': 'india'},
+    'resource_update': {'name': 'demo', 'vms': 1, 'force': True}, 'token_add': {'user': 'eva'},
+    'token_revoke': {'id': 1}}
+
+
+def test_every_write_is_known_here():
+    assert set(WRITES) == {name for name, operation in API.items() if operation.changes}
+
+
+@pytest.mark.parametrize('name', WRITES)
+def test_a_dry_run_answers_as_if_it_were_done_and_keeps_nothing(app, name):
+    service = app.world.service
+    service.resource_add('india')
+    book(service)
+    woken = []
+    service.wake = lambda: woken.append(1)
+    before, bound = dump(), bind(API[name], WRITES[name], service.here)
+    dry = getattr(service, name)(**bound, dry_run=True)
+    assert dump() == before and not woken
+    real = getattr(service, name)(**bound)
+    assert dump() != before and woken
+    assert name in ('generate', 'token_add') or cmres.to_plain(dry) == cmres.to_plain(real)
+
+
+@pytest.mark.parametrize('seed', range(4))
+def test_every_offer_of_every_refusal_is_true(service, seed):
+    chance, refused, offered = random.Random(seed), 0, set()
+    service.resource_add('india', cloud='simulated', vms=10, vcpus=24, ram=40000)
+    for number in range(120):
+        asked = {'vms': chance.randint(1, 8), 'flavor': chance.choice(['', 'm1.small', 'm1.large']),
+                 'resource': 'india',
+                 'lead': timedelta(minutes=chance.choice([0, 0, 20]))}
+        start = 1 + chance.randrange(48) / 2
+        end = start + chance.randint(1, 8) / 2
+        try:
+            book(service, f'r{number}', start, end, **asked)
+        except NoCapacity as refusal:
+            refused += 1
+            offers = {name: refusal.details[name] for name in ('next_start', 'most_vms',
+                                                               'longest') if name in refusal.details}
+            offered |= set(offers)
+            assert ('next_start' in offers) is ('holds at most' not in str(refusal)) or asked['flavor'] == 'm1.large'
+            changes = {'next_start': lambda offer: {'start': offer, 'end': hours(end - start)},
+                       'most_vms': lambda offer: {'vms': offer},
+                       'longest': lambda offer: {'end': cmres.parse_duration(offer)}}
+            for name, offer in offers.items():
+                arguments = {'label': 'offer', 'start': NOON + hours(start), 'end': NOON + hours(end)} | asked
+                service.add(**arguments | changes[name](offer), dry_run=True)
+            if 'most_vms' in offers:  # and not one more
+                with pytest.raises(NoCapacity):
+                    book(service, 'offer', start, end, **asked | {'vms': offers['most_vms'] + 1}, dry_run=True)
+    assert refused > 20 and offered == {'next_start', 'most_vms', 'longest'} and service.check()['differences'] == 0
+
+
+def test_a_change_that_does_not_fit_offers_what_does(service):
+    book(service, vms=4, start=1, end=2)
+    book(service, 'wall', 3, 5, vms=8)
+    with pytest.raises(NoCapacity) as refusal:
+        service.update('lab', end=NOON + hours(4), vms=12)
+    offers = refusal.value.details
+    assert (offers['next_start'], offers['most_vms'], offers['longest']) == (NOON + hours(5), 8, '2h')
+    assert labels(offers['in_the_way']) == ['wall']  # it is not in its own way
+    service.update('lab', start=offers['next_start'], end=hours(3), vms=12, dry_run=True)
+    service.update('lab', end=NOON + hours(4), vms=8, dry_run=True)
+    service.update('lab', end=hours(2), vms=12, dry_run=True)
+
+
+def test_what_is_asked_of_a_resource_that_never_holds_as_much_gets_no_next_start(service):
+    book(service, vms=10)
+    with pytest.raises(NoCapacity, match="'demo' holds at most 16 vms; 17 are asked for") as refusal:
+        book(service, 'more', vms=17)
+    assert 'next_start' not in refusal.value.details and refusal.value.details['most_vms'] == 6
+
+
+def test_what_can_never_fit_is_told_before_what_does_not_fit_now(service):
+    service.resource_add('india', cloud='simulated', vms=4, ram=4096)
+    book(service, resource='india', vms=3)
+    with pytest.raises(NoCapacity, match="'india' holds at most 4096 MiB of ram; 6144 are asked for"):
+        book(service, 'more', resource='india', vms=3, flavor='m1.small')
+
+
+def test_a_refusal_that_is_out_of_date_when_it_is_explained_is_still_a_refusal(service):
+    asked = {name: each.default for name, each in API['add'].parameters.items()}
+    wish = service.read_wish(asked | {'label': 'lab', 'resource': 'demo', 'start': NOON + hours(1),
+                                      'end': NOON + hours(2)})
+    with pytest.raises(NoCapacity), service.explaining(wish):
+        raise NoCapacity('')  # as admit did, a moment before somebody else cancelled
+
+
+def test_a_label_is_taken_in_its_project_until_its_reservation_is_over(world, service):
+    book(service)
+    with pytest.raises(Conflict, match="the label 'lab' is taken in project 'default'"):
+        book(service, start=8, end=9)
+    book(service, project='bio')
+    book(service, 'other', start=8, end=9)
+    with pytest.raises(Conflict, match="the label 'lab' is taken"):
+        service.update('other', rename='lab')
+    world.now += 2 * 3600  # it ends at this very second
+    assert service.update('other', rename='lab')['label'] == 'lab'
+    assert [each['state'] for each in service.list('lab', project='default')] == ['ended', 'reserved']
+
+
+def test_a_label_is_free_again_after_a_delete(service):
+    book(service)
+    service.delete('lab')
+    assert book(service)['state'] == 'reserved'
+    assert [each['state'] for each in service.list('lab')] == ['cancelled', 'reserved']
+
+
+def test_what_is_in_several_projects_must_be_named_with_its_project(service):
+    for project in ('bio', 'chem'):
+        book(service, project=project)
+    for call in (service.show, service.delete, service.duration, service.servers):
+        with pytest.raises(Conflict, match=r"'lab' is in several projects \(bio, chem\); name one with --project"):
+            call('lab')
+    assert [each['project'] for each in service.delete('lab', project='chem')] == ['chem']
+    assert service.show('lab')['project'] == 'bio'
+
+
+# Service: who may what #######################################################
+
+
+@pytest.mark.parametrize('name, given', [
+    ('list', {'label': 'lab'}), ('show', {}), ('servers', {}), ('duration', {}), ('update', {'vms': 2}),
+    ('extend', {'by': hours(1)}),
+    ('delete', {}), ('show', {'project': 'biology'}), ('update', {'vms': 2, 'project': 'biology'}),
+    ('delete', {'project': 'biology'})])
+def test_nobody_sees_or_changes_what_is_in_another_project(world, name, given):
+    book(world.as_user('eva', 'biology'), vms=2)
+    before = dump()
+    with pytest.raises(NotFound, match='there is no reservation'):
+        getattr(world.as_user('bob', 'chemistry'), name)(**{'label': 'lab'} | given)
+    assert dump() == before
+
+
+def test_of_other_projects_one_sees_only_that_it_is_busy(world):
+    book(world.as_user('eva', 'biology'), 'secret', vms=10)
+    bob = world.as_user('bob', 'chemistry')
+    book(bob, 'own', vms=2)
+    assert labels(bob.list(state=cmres.STATES,
+                           resource='demo')) == ['own'] and {each['label'] for each in bob.events()} == {'own'}
+    with pytest.raises(NoCapacity) as refusal:
+        book(bob, 'more', vms=5)
+    assert [sorted(each) for each in refusal.value.details['in_the_way']] == [
+        ['end', 'start', 'vms'], ['end', 'label', 'project', 'start', 'user', 'vms']]
+    seen = json.dumps(cmres.to_plain([refusal.value.details, bob.usage('demo'), bob.resource_show('demo')]))
+    assert 'secret' not in seen and 'eva' not in seen
+
+
+def test_a_filter_or_a_cursor_does_not_reach_another_project(world):
+    secret = book(world.as_user('eva', 'biology'), vms=2)
+    bob = world.as_user('bob', 'chemistry')
+    book(bob, 'own', 2, 3)
+    assert bob.list(project='biology') == [] == bob.list(user='eva')
+    assert labels(bob.list(after=secret['id'])) == ['own']
+    with pytest.raises(NotFound):
+        bob.delete(user='eva', count=1)
+
+
+def test_a_project_shares_its_reservations(world):
+    book(world.as_user('eva'))
+    tom = world.as_user('tom')
+    assert tom.show('lab')['user'] == 'eva' and labels(tom.delete('lab')) == ['lab']
+
+
+def test_a_project_shares_the_right_to_extend(world):
+    book(world.as_user('eva'))
+    assert world.as_user('tom').extend('lab', hours(1))['user'] == 'eva'
+
+
+def test_only_an_admin_reserves_for_others(world, service):
+    eva = world.as_user('eva', 'biology')
+    for other, sentence in (({'user': 'bob'}, 'for another user'), ({'project': 'chemistry'}, 'in another project')):
+        with pytest.raises(Forbidden, match=f'only an admin may .*{sentence}'):
+            book(eva, **other)
+    book(eva)
+    with pytest.raises(Forbidden):
+        eva.update('lab', user='bob')
+    assert book(service, user='bob', project='chemistry')['user'] == 'bob'
+
+
+ADMINS = {'resource_add', 'resource_update', 'resource_delete', 'token_add', 'token_list', 'token_revoke', 'check'}
+READERS = {'list', 'show', 'servers', 'duration', 'find', 'usage', 'events', 'resource_list', 'resource_show'}
+
+
+@pytest.mark.parametrize('name', API)
+def test_each_operation_is_for_its_role_and_those_above(world, name):
+    needed = 'admin' if name in ADMINS else 'reader' if name in READERS else 'user'
+    arguments = {parameter: None for parameter, each in API[name].parameters.items() if each.default is each.empty}
+    for role in ('reader', 'user', 'admin'):
+        allowed = ('reader', 'user', 'admin').index(role) >= ('reader', 'user', 'admin').index(needed)
+        try:
+            getattr(world.as_user(role=role), name)(**arguments)
+            refused = False
+        except Exception as error:
+            refused = isinstance(error, Forbidden) and 'needs the role' in str(error)
+        assert refused is not allowed, role
+
+
 # Life cycle ##################################################################
 
 
-def book(world, label='lab', start=1, length=1, **asked):
+def boot(world, label='lab', start=1, length=1, **asked):
     """Reserves machines that boot, by hours after noon."""
     asked = {'vms': 3, 'flavor': 'm1.small', 'image': 'cirros'} | asked
     return world.service.add(label, 'demo', NOON + hours(start), NOON + hours(start + length), **asked)
 
 
 def test_machines_are_up_from_start_to_end_and_at_no_other_time(world):
-    book(world)
+    boot(world)
     world.at(0.99)
     assert world.there() == [] and world.state('lab') == 'reserved'
     world.at(1)
@@ -299,7 +1362,7 @@ def test_machines_are_up_from_start_to_end_and_at_no_other_time(world):
 
 
 def test_repeating_the_pass_changes_nothing(world):
-    book(world)
+    boot(world)
     for moment in (1, 1.01):
         world.at(moment)
         before = world.there(), cmres.rows('SELECT id, tries, state FROM server')
@@ -309,7 +1372,7 @@ def test_repeating_the_pass_changes_nothing(world):
 
 
 def test_lead_boots_ahead(world):
-    book(world, lead=timedelta(minutes=6))
+    boot(world, lead=timedelta(minutes=6))
     world.at(0.9)
     assert len(world.there()) == 3 and world.state('lab') == 'starting'
 
@@ -324,14 +1387,14 @@ def test_without_an_image_nothing_boots_and_time_alone_makes_the_state(world):
 
 
 def test_a_window_that_is_over_is_never_started(world):
-    book(world)
+    boot(world)
     world.at(2)
     assert world.there() == [] and world.state('lab') == 'failed'
     assert [each['code'] for each in world.service.events('lab')] == ['added', 'failed']
 
 
 def test_one_that_is_late_starts_late_and_says_so(world):
-    book(world)
+    boot(world)
     world.at(1.5)
     world.at(1.51)
     server = world.service.servers('lab')[0]
@@ -339,10 +1402,10 @@ def test_one_that_is_late_starts_late_and_says_so(world):
 
 
 def test_cancelling_removes_machines_and_frees_capacity_at_once(world):
-    book(world, vms=16)
+    boot(world, vms=16)
     world.at(1.1)
     world.service.delete('lab')
-    book(world, 'next', start=1.2, vms=16)
+    boot(world, 'next', start=1.2, vms=16)
     assert world.state('lab') == 'ending'
     world.cycle.settle()
     assert world.there() == []
@@ -351,7 +1414,7 @@ def test_cancelling_removes_machines_and_frees_capacity_at_once(world):
 
 
 def test_extended_in_the_last_second_machines_stay(world):
-    book(world)
+    boot(world)
     world.at(1.1)
     before = world.there()
     world.now = NOON.timestamp() + 7199
@@ -364,7 +1427,7 @@ def test_extended_in_the_last_second_machines_stay(world):
 
 
 def test_growing_and_shrinking_while_active(world):
-    book(world)
+    boot(world)
     world.at(1)
     world.at(1.1)
     world.service.update('lab', vms=5)
@@ -379,7 +1442,7 @@ def test_growing_and_shrinking_while_active(world):
 
 def test_a_boot_that_fails_is_tried_again_with_growing_pauses(tmp_path):
     world = World(tmp_path, simulated_vms=2, retry_first=60)
-    book(world)
+    boot(world)
     world.at(1)
     for minutes in range(1, 30):
         world.at(1 + minutes / 60)
@@ -401,7 +1464,7 @@ class LosesAnswers(cmres.Simulated):
 
 def test_a_server_whose_answer_was_lost_is_adopted_by_its_mark(world):
     world.clouds.opened['simulated'] = LosesAnswers('simulated', world.clouds.store, world.config, lambda: world.now)
-    book(world)
+    boot(world)
     world.at(1)
     world.at(1.1)
     assert world.state('lab') == 'active'
@@ -410,7 +1473,7 @@ def test_a_server_whose_answer_was_lost_is_adopted_by_its_mark(world):
 
 def test_a_crash_after_the_intent_and_before_the_call_boots_once(world):
     """Another process takes over after the first wrote its intents and died."""
-    book(world)
+    boot(world)
     world.now = NOON.timestamp() + 3600
     world.cycle.submit = lambda *_: None  # dies here
     world.cycle.converge(world.now)
@@ -422,7 +1485,7 @@ def test_a_crash_after_the_intent_and_before_the_call_boots_once(world):
 
 
 def test_a_vanished_server_is_replaced(world):
-    book(world)
+    boot(world)
     world.at(1)
     world.at(1.01)
     cmres.SimulatedServer.update(gone=world.now).where(cmres.SimulatedServer.name == 'lab-1-2').execute()
@@ -433,7 +1496,7 @@ def test_a_vanished_server_is_replaced(world):
 
 
 def test_our_servers_that_nothing_wants_go_and_others_stay(world):
-    book(world)
+    boot(world)
     world.at(1)
     cloud = world.clouds.open('simulated')
     cloud.boot(cmres.Machine('ours', f'{world.clouds.store}-999-1', 'm1.tiny', 'cirros'))
@@ -448,7 +1511,7 @@ def test_a_cloud_that_hangs_delays_no_other(tmp_path):
     hanging, release = world.clouds.open('simulated-2'), threading.Event()
     hanging.boot = lambda machine: release.wait(60)
     world.service.add('a', 'other', NOON + hours(1), NOON + hours(2), vms=8, flavor='m1.tiny', image='cirros')
-    book(world)
+    boot(world)
     world.now = NOON.timestamp() + 3600
     world.cycle.converge(world.now)
     while len(world.there()) < 3:
@@ -458,6 +1521,529 @@ def test_a_cloud_that_hangs_delays_no_other(tmp_path):
     assert {each['state'] for each in world.service.servers('a')} == {'build'}
     release.set()
     world.cycle.settle()
+
+
+# REST ########################################################################
+
+SHORT = '/reservation/add/lab/demo/2026-12-01T13:00/2026-12-01T14:00'
+
+
+def test_the_short_address_of_the_seed_reserves(app):
+    answer = app.call('POST', SHORT, status=201)
+    assert answer.headers['Location'] == f'{BASE}/reservation/lab'
+    assert (answer.json['start'], answer.json['vms']) == ('2026-12-01T13:00:00+00:00', 1)
+    assert app.call('GET', answer.headers['Location']).json == [answer.json] == app.call('GET', '/reservation/').json
+
+
+def test_the_long_address_of_the_seed_reserves_at_a_place_and_deletes_what_matches(app):
+    app.world.service.resource_add('india', cell='c1', cloud='simulated', region='north', aggregate='gpu')
+    tail = 'c1/simulated/north/gpu/3/2026-12-01T13:00/2026-12-01T14:00'
+    found = app.call('POST', f'/reservation/add/lab/{tail}', status=201).json
+    assert (found['resource'], found['vms'], found['end']) == ('india', 3, '2026-12-01T14:00:00+00:00')
+    app.call('DELETE', f'/reservation/delete/lab/{tail.replace("/3/", "/4/")}', status=404)
+    app.call('DELETE', f'/reservation/delete/lab/{tail.replace("14:00", "15:00")}', status=404)
+    assert app.call('DELETE', f'/reservation/delete/lab/{tail}').json[0]['state'] == 'cancelled'
+
+
+def test_a_dash_in_a_long_address_matches_anything(app):
+    app.call('POST', '/reservation/add/lab/-/simulated/-/-/2/2026-12-01T13:00/+1h', status=201)
+    app.call('POST', '/reservation/delete/lab/-/-/-/-/3/-/-', status=404)
+    assert labels(app.call('POST', '/reservation/delete/lab/-/-/-/-/-/-/-').json) == ['lab']
+
+
+@pytest.mark.parametrize('verb, path', [
+    ('DELETE', '/reservation/delete/lab'), ('POST', '/reservation/delete/lab'), ('DELETE', '/reservation/lab'),
+    ('DELETE', '/reservation/?label=lab'), ('DELETE', '/reservation?user=root&count=1'),
+    ('POST', '/reservation/delete/lab/')])
+def test_each_address_that_deletes_deletes(app, verb, path):
+    book(app.world.service)
+    assert labels(app.call(verb, path).json) == ['lab'] and app.call('GET', '/reservation').json == []
+
+
+def test_the_addresses_that_people_expect_today_work_too(app):
+    found = app.call('POST', '/reservation/',
+                     FINE | {'vms': 2, 'metadata': {'a': 'b'}, 'security_groups': ['default']}, 201).json
+    assert (found['metadata'], found['security_groups']) == ({'a': 'b'}, ['default'])
+    assert app.call('PATCH', '/reservation/lab', {'vms': 3, 'end': '+2h'}).json['vms'] == 3
+    assert app.call('POST', '/reservation/lab/extend', {'by': 'PT1H'}).json['end'] == '2026-12-01T16:00:00+00:00'
+    assert app.call('GET', '/reservation/lab/duration').json['seconds'] == 3 * 3600
+    assert app.call('GET', '/reservation/lab/servers').json == []
+    assert app.call('GET', '/resource/demo/find?duration=2h&vms=14').json[0]['start'] == '2026-12-01T16:00:00+00:00'
+    assert app.call('GET', '/resource/demo/usage?end=%2B4h').json[1]['vms'] == 3
+    assert app.call('GET', '/check').json['differences'] == 0
+
+
+@pytest.mark.parametrize('query, found', [
+    ('', 'a b c d'), ('user=eva', 'a c'), ('state=ended,cancelled', 'over gone'),
+    ('start=2026-12-01T13:30&end=2026-12-01T14:30', 'a b'),
+    ('start=2026-12-01T16:00+01:00', 'c d gone'), ('limit=2', 'a b'), ('resource=india&user=-', 'c d')])
+def test_a_query_filters_the_list(app, four, query, found):
+    assert labels(app.call('GET', f'/reservation/?{query}').json) == found.split()
+
+
+@pytest.mark.parametrize('path', [
+    SHORT, '/reservation/add/lab/a/b/c/d/1/2026-12-01/2026-12-02', '/reservation/delete/lab', '/reservation/lab/extend',
+    '/reservation/delete/lab/a/b/c/d/1/2026-12-01/2026-12-02'])
+@pytest.mark.parametrize('verb', ['GET', 'HEAD'])
+def test_a_get_of_what_changes_something_is_405_and_changes_nothing(app, verb, path):
+    book(app.world.service)
+    before = dump()
+    answer = app.call(verb, path, status=405)
+    assert 'POST' in answer.headers['Allow'] and dump() == before
+    right = answer.headers['Allow'].replace(',', ' or ')
+    assert verb == 'HEAD' or answer.json['error'] == f'GET is not for this address; use {right}'
+
+
+@pytest.mark.parametrize('verb, path, allow', [
+    ('PUT', '/reservation', {'GET', 'POST', 'DELETE'}), ('PATCH', '/reservation/', {'GET', 'POST', 'DELETE'}),
+    ('POST', '/reservation/lab', {'GET', 'PATCH', 'DELETE'}), ('POST', '/resource/demo', {'GET', 'PATCH', 'DELETE'}),
+    ('DELETE', '/token', {'GET', 'POST'}), ('OPTIONS', '/check', {'GET'})])
+def test_a_wrong_verb_is_405_and_told_which_is_right(app, verb, path, allow):
+    answer = app.call(verb, path, status=405)
+    assert set(answer.headers['Allow'].split(',')) >= allow
+    assert answer.json['error'].startswith(f'{verb} is not for this address; use ')
+
+
+@pytest.mark.parametrize('body, sentence', [
+    (b'{bad', 'the body is not JSON: Expecting property name'), (b'[1]', 'the body must be a JSON object'),
+    (b'"x"', 'must be a JSON object'),
+    (b'\xff\xfe{}', 'the body is not UTF-8'), (b'[' * 100000, 'the body is not JSON'),
+    (b'label=lab', 'the body is not JSON'),
+    (b'', 'label is missing'), (FINE | {'vms': 1.5}, 'vms: 1.5 is not a whole number'),
+    (FINE | {'vms': True}, 'vms: true is not a whole number'),
+    (FINE | {'vms': [1]}, 'vms: [1] is not a whole number'), (FINE | {'label': ['x']}, 'label: ["x"] is not text'),
+    (FINE | {'label': 5}, 'label: 5 is not text'), (FINE | {'start': 5}, 'start: 5 is not text'),
+    (FINE | {'label': None}, 'label is missing'),
+    (FINE | {'metadata': {'a': 5}}, 'metadata: {"a": 5} is not k=v'),
+    (FINE | {'metadata': []}, 'metadata: [] is not k=v'),
+    (FINE | {'security_groups': 5}, 'security_groups: 5 is not a list'),
+    (FINE | {'security_groups': [5]}, 'security_groups: 5 is not text'),
+    (FINE | {'description': 'a\x00'}, 'control characters'), (FINE | {'user': '\ud800'}, 'the body is not UTF-8'),
+    (FINE | {'dry_run': 1}, 'dry_run: 1 is neither true nor false'), (FINE | {'self': 1}, "add has no argument 'self'"),
+    (FINE | {'lable': 'x'}, "add has no argument 'lable'; did you mean 'label'?"),
+    (FINE | {'held_from': 1}, "no argument 'held_from'"),
+    (FINE | {'\ud800': 1}, 'the body is not UTF-8'),
+])
+def test_a_wrong_body_is_400_and_told_why(app, body, sentence):
+    answer = app.call('POST', '/reservation/', body, 400)
+    assert sentence in answer.json['error'] and app.call('GET', '/reservation').json == []
+
+
+@pytest.mark.parametrize('rows, status', [
+    ([], 400), ('x', 400), ([1], 400), ([{'labl': 'x'}], 409), ([FINE, FINE], 409),
+    ([{'line': 'x'}, {'line': 2}], 400)])
+def test_wrong_rows_are_refused_in_json(app, rows, status):
+    assert app.call('POST', '/reservation/load', {'rows': rows}, status).json['error']
+
+
+@pytest.mark.parametrize('path, status, sentence', [
+    ('/reservation?bogus=1', 400, "list has no argument 'bogus'"),
+    ('/reservation?limit=x', 400, 'limit: "x" is not a whole number'),
+    ('/reservation?limit=0', 400, 'limit: 0 is not between'),
+    ('/reservation?after=99999999999999999999', 400, 'is not a whole number'),
+    ('/reservation?user=a&user=b', 400, 'user is given twice'),
+    ('/reservation?user=%ff', 400, 'the query is not UTF-8'),
+    ('/reservation?' + '&'.join(f'a{n}=' for n in range(101)), 400, 'more than 100 fields'),
+    ('/reservation?user=%00', 400, 'control characters'),
+    ('/reservation/%ff', 400, 'the address is not utf-8'), ('/reservation/a%0ab', 400, 'is not a name of'),
+    ('/reservation/%C3%A9', 400, '"é" is not a name'),
+    ('/reservation/nobody', 404, "there is no reservation 'nobody'"),
+    ('/resource/nothing', 404, "there is no resource 'nothing'"),
+    ('/nothing', 404, f'there is nothing at {BASE}/nothing; /openapi.json lists all addresses'),
+    ('/reservation/lab/a/b', 404, 'there is nothing at'),
+    ("/reservation?user=x'%20OR%201=1--&state=ende", 400, "'ende' is none of")])
+def test_a_wrong_address_or_query_is_an_error_in_json(app, path, status, sentence):
+    answer = app.call('GET', path, status=status)
+    assert answer.content_type == 'application/json' and sentence in answer.json['error']
+
+
+def test_a_name_that_is_not_ascii_goes_through_address_query_and_body(app):
+    app.call('POST', '/reservation/', FINE | {'user': 'Ève', 'description': '日本'}, 201)
+    assert app.call('GET', '/reservation?user=%C3%88ve').json[0]['description'] == '日本'
+
+
+def test_a_body_over_one_mebibyte_is_413_and_one_below_is_read(app):
+    pad = 2**20 - len(json.dumps(FINE))
+    assert 'is larger than 1048576 bytes' in app.call('POST', '/reservation/',
+                                                      json.dumps(FINE).encode() + b' ' * (pad + 1), 413).json['error']
+    assert app.call('POST', '/reservation/', json.dumps(FINE).encode() + b' ' * pad, 201).json['label'] == 'lab'
+
+
+@pytest.mark.parametrize('value', ['', 'Bearer', 'Bearer ', 'Bearer nobody', 'Basic cm9vdDp4', 'bearer:x',
+                                   'Bearer cmres_', 'Token x',
+                                   'Bearer \xe9'])
+def test_without_a_good_token_there_is_nothing_to_see(app, value):
+    for path in ('/reservation', '/resource', '/token', '/openapi.json'):
+        answer = app.call('GET', path, status=401, Authorization=value)
+        assert answer.headers['WWW-Authenticate'] == 'Bearer' and 'token' in answer.json['error']
+
+
+def test_a_revoked_token_is_worth_nothing(app):
+    eva = app.as_user()
+    assert eva.call('GET', '/reservation').json == []
+    [id] = [each['id'] for each in app.call('GET', '/token').json if each['user'] == 'eva']
+    assert app.call('DELETE', f'/token/{id}').json['revoked'] == '2026-12-01T12:00:00+00:00'
+    eva.call('GET', '/reservation', status=401)
+    app.call('DELETE', f'/token/{id}', status=404)
+
+
+def test_only_hashes_of_tokens_are_stored(app):
+    stored = '\n'.join(dump())
+    assert app.token.removeprefix('cmres_') not in stored and cmres.hashed(app.token) in stored
+    assert 'hash' not in app.call('GET', '/token').json[0]
+
+
+def test_tokens_act_for_their_holders(app):
+    book(app.world.service, 'admins')
+    eva, reader = app.as_user(), app.as_user('ron', role='reader')
+    assert eva.call('POST', SHORT, status=201).json['user'] == 'eva'
+    assert labels(reader.call('GET', '/reservation').json) == ['lab'] and len(app.call('GET', '/reservation').json) == 2
+    assert 'needs the role user' in reader.call('DELETE', '/reservation/lab', status=403).json['error']
+    assert 'needs the role admin' in eva.call('POST', '/resource', {'name': 'x'}, 403).json['error']
+    app.as_user('bob', 'chemistry').call('DELETE', '/reservation/lab', status=404)
+
+
+def test_health_needs_no_token(app):
+    assert app.web.get('/healthz').json == app.web.get('/healthz/').json == {'status': 'ok'}
+
+
+def test_openapi_lists_every_operation_and_all_that_it_takes(app):
+    assert app.web.post('/healthz', status=405).headers['Allow'] == 'GET'
+    described = app.call('GET', '/openapi.json').json
+    for operation in API.values():
+        for verb, path, fixed in operation.routes:
+            entry = described['paths'][(BASE + path).replace('<', '{').replace('>', '}')][verb.lower()]
+            told = {each['name'] for each in entry['parameters']} | set(
+                entry.get('requestBody', {'content': {'application/json': {'schema': {'properties': {}}}}})
+                ['content']['application/json']['schema']['properties'])
+            assert entry['summary'] and told == set(operation.parameters) - set(fixed)
+    ids = [entry['operationId'] for verbs in described['paths'].values() for entry in verbs.values()]
+    assert len(ids) == len(set(ids)) and described['openapi'].startswith('3.')
+
+
+@pytest.mark.parametrize('path', ['/reservation', '/resource', '/resource/demo', '/token', '/event', '/check',
+                                  '/reservation/lab'])
+def test_a_slash_at_the_end_makes_no_difference(app, path):
+    book(app.world.service)
+    assert app.call('GET', path).json == app.call('GET', path + '/').json
+
+
+def test_a_refusal_for_capacity_is_409_with_what_would_fit(app):
+    book(app.world.service, vms=10)
+    answer = app.call('POST', '/reservation/', FINE | {'label': 'b', 'vms': 10}, 409).json
+    assert answer['kind'] == 'NoCapacity' and 'has 6 of 16 vms free' in answer['error']
+    assert (answer['details']['next_start'], answer['details']['most_vms']) == ('2026-12-01T14:00:00+00:00', 6)
+
+
+def test_a_dry_run_makes_nothing_so_it_is_not_201(app):
+    answer = app.call('POST', '/reservation/', FINE | {'dry_run': True}, 200)
+    assert 'Location' not in answer.headers and app.call('GET', '/reservation').json == []
+    assert app.call('POST', '/reservation/load', {'rows': [FINE]}, 201).json['refused'] == []
+
+
+# Client ######################################################################
+
+
+@pytest.fixture
+def client(world):
+    """A client of a real server, on behalf of an admin."""
+    token = world.service.token_add('root', 'default', 'admin')['token']
+    server = waitress.create_server(cmres.rest(world.service), host='127.0.0.1', port=0, threads=2)
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    yield Client(f'http://127.0.0.1:{server.effective_port}', token)
+    server.trigger.pull_trigger(server.close)
+    thread.join(5)
+    server.task_dispatcher.shutdown()
+
+
+def same(client, service, name, *args, **kwargs):
+    """The answer or the refusal that a client and the service give alike."""
+    def outcome(face):
+        try:
+            return getattr(face, name)(*args, **kwargs)
+        except Error as error:
+            return type(error), str(error), cmres.to_plain(error.details)
+    answers = outcome(client), outcome(service)
+    assert answers[0] == answers[1]
+    return answers[0]
+
+
+def test_a_client_gives_the_same_answers_as_the_service(client, service):
+    for face, label in ((client, 'a'), (service, 'b')):
+        found = book(face, label, 1, 3, vms=2, flavor='m1.small', metadata={'k': 'ü'}, security_groups=['default'],
+                     lead=timedelta(minutes=5))
+        assert (found['label'], found['start'], found['lead'], found['metadata']) == (label, NOON + hours(1), 300,
+                                                                                      {'k': 'ü'})
+    for name, args in (('list', ()), ('list', ('a',)), ('show', ('a',)), ('duration', ('a',)), ('usage', ('demo',)),
+                       ('find', ('demo', hours(2), 13)), ('resource_list', ()), ('resource_show', ('demo',)),
+                       ('token_list', ()),
+                       ('check', ()), ('events', ('a',))):
+        assert same(client, service, name, *args)
+    assert same(client, service, 'servers', 'a') == []
+    assert same(client, service, 'list', state=['reserved'], start=NOON, limit=1)
+    assert same(client, service, 'add', 'c', 'demo', hours(4), hours(1), dry_run=True)['start'] == NOON + hours(4)
+
+
+def test_a_client_changes_what_the_service_shows(client, service):
+    client.add('lab', 'demo', NOON + hours(1), hours(1))
+    assert client.update('lab', vms=3) == service.list('lab')[0]
+    assert client.extend('lab', hours(1))['end'] == NOON + hours(3)
+    assert client.load([{'label': 'x', 'resource': 'demo', 'start': '+1h', 'end': '+1h'}])['taken'] == service.list('x')
+    assert labels(client.delete(resource='demo', vms=3, dry_run=True)) == ['lab']
+    assert client.delete(resource='demo', count=2) == service.list(state=['cancelled'])
+    client.resource_add('india', vms=4)
+    assert client.resource_update('india', vms=5)['vms'] == 5 == service.resource_show('india')['vms']
+    assert client.resource_delete('india')['name'] == 'india'
+
+
+@pytest.mark.parametrize('name, args, kind', [
+    ('show', ('nobody',), NotFound), ('list', ('nobody',), NotFound), ('update', ('nobody', 'demo'), NotFound),
+    ('delete', ('nobody',), NotFound),
+    ('delete', (), Invalid), ('delete', ('', 'root'), Conflict),
+    ('add', ('lab', 'demo', NOON + hours(1), hours(1)), Conflict),
+    ('add', ('more', 'demo', NOON + hours(1), hours(1), 7), NoCapacity),
+    ('add', ('more', 'demo', NOON - hours(1), NOON), Invalid),
+    ('add', ('more', 'dmo', NOON, hours(1)), NotFound), ('resource_add', ('demo',), Conflict),
+    ('resource_delete', ('demo',), Conflict),     ('token_add', ('eva', 'default', 'king'), Invalid),
+    ('token_revoke', (99,), NotFound)])
+def test_a_client_raises_what_the_service_raises(client, service, name, args, kind):
+    book(service, vms=10)
+    assert same(client, service, name, *args)[0] is kind
+
+
+def test_a_client_takes_the_defaults_of_the_service(client, service):
+    assert same(client, service, 'list', '') == []
+    assert same(client, service, 'resource_update', 'demo', rename='', vms=3)['vms'] == 3
+
+
+def test_a_client_is_who_its_token_says(client, world):
+    eva = Client(client.url, world.service.token_add('eva', 'biology')['token'])
+    assert eva.add('lab', 'demo', hours(1), hours(1))['user'] == 'eva'
+    for call in (eva.check, eva.token_list, lambda: eva.resource_delete('demo')):
+        with pytest.raises(Forbidden, match='needs the role admin'):
+            call()
+    with pytest.raises(Unauthorized, match='not known or was revoked'):
+        Client(client.url, 'nobody').list()
+
+
+def test_a_client_without_a_server_says_so():
+    with pytest.raises(Unavailable, match='no answer from http://127.0.0.1:9'):
+        Client('http://127.0.0.1:9', 'x', timeout=2).list()
+
+
+def test_metadata_may_have_any_names(client):
+    assert client.add('lab', 'demo', hours(1), hours(1), metadata={'end': 'soon'})['metadata'] == {'end': 'soon'}
+
+
+@pytest.mark.filterwarnings('ignore')
+def test_the_command_line_talks_to_a_server_where_one_is_set(client, world, run, monkeypatch, tmp_path):
+    monkeypatch.setenv('CMRES_URL', client.url)
+    monkeypatch.setenv('CMRES_TOKEN', client.token)
+    monkeypatch.setenv('CMRES_DATABASE', str(tmp_path / 'unused.db'))
+    assert run('add', 'lab', 'demo', '2026-12-01T13:00Z', '+1h', '--vms', '10')[0] == 0
+    code, out, err = run('add', 'more', 'demo', '2026-12-01T13:00Z', '+1h', '--vms', '10')
+    assert (code, out) == (1, '') and 'would fit:  6 vms at that time' in err
+    assert json.loads(run('list', '--format=json')[1])[0]['label'] == 'lab'
+    assert not (tmp_path / 'unused.db').exists()
+
+
+# Command line ################################################################
+
+COMMANDS = [name.replace('_', ' ', 1) if name.partition('_')[0] in ('resource', 'token') else name for name in (*API,
+    *cmres.LOCAL)]
+
+
+@pytest.mark.parametrize('line', ['', '--help', '-h', 'help'])
+def test_help_at_the_top_names_every_command_and_group(run, line):
+    code, out, err = run(*line.split())
+    assert (code, err) == (0, '') and 'Example:' in out
+    for name in COMMANDS:
+        assert re.search(rf'^\s+{name.split()[0]}\b', out, re.M), name
+
+
+@pytest.mark.parametrize('group', ['resource', 'token'])
+@pytest.mark.parametrize('flag', ['', '--help'])
+def test_help_of_a_group_names_its_commands(run, group, flag):
+    code, out, err = run(group, *flag.split())
+    assert (code, err) == (0, '')
+    for name in COMMANDS:
+        assert (not name.startswith(group)) or re.search(rf'^\s+{name.split()[1]}\b', out, re.M)
+
+
+@pytest.mark.parametrize('group', ['resource', 'token'])
+def test_help_of_a_group_has_an_example(run, group):
+    assert 'python cmres.py ' in run(group, '--help')[1]
+
+
+@pytest.mark.parametrize('name', COMMANDS)
+def test_help_of_every_command_answers_on_standard_output_with_an_example(run, tmp_path, name):
+    code, out, err = run(*name.split(), '--help')
+    assert (code, err) == (0, '') and f'python cmres.py {name}' in out
+    assert run(*name.split(), 'word', '--help')[:1] == (0,)
+    assert not list(tmp_path.iterdir())  # asking for help opens no store
+
+
+@pytest.mark.parametrize('line', ['_private', '__class__', 'config', 'clock', 'acting', 'alter', 'cancel', 'here',
+                                  'resource __class__',
+                                  'token _call', 'resource __dict__', 'main', 'lst', 'resource lst', 'resource_add',
+                                  'token __doc__'])
+def test_nothing_that_was_not_published_is_a_command(run, tmp_path, line):
+    code, out, err = run(*line.split())
+    assert (code, out) == (2, '') and f"there is no command '{line}'" in err and not list(tmp_path.iterdir())
+
+
+def test_an_unknown_command_names_the_nearest(run):
+    assert run('lst') == (2, '', "cmres: there is no command 'lst'; did you mean 'list'?\n")
+    assert run('resource', 'lst')[2] == "cmres: there is no command 'resource lst'; did you mean 'list'?\n"
+
+
+@pytest.mark.parametrize('mistake', [
+    '--typo=1', '--typo', '--Vms=3', '-- --trace', '-- --interactive', '--vms', '--vms=x', '--dry-run=perhaps',
+    '--format=xml', ' '.join(['x'] * 20),
+    '--vms=',
+    '--tz'])
+def test_a_line_with_a_mistake_does_nothing(filled, mistake):
+    before = dump()
+    code, out, err = filled('add', 'lab', 'demo', '+1h', '+1h', *mistake.split(' '))
+    assert (code, out) == (2, '') and err and 'Traceback' not in err and dump() == before
+
+
+@pytest.mark.parametrize('words', [['add', 'lab', 'demo', '+1h', '+1h', 'x', 'upper'], ['list', '-', 'upper'],
+                                   ['resource', 'show', 'demo', 'pop']])
+def test_a_result_is_nothing_to_go_on_from(filled, words):
+    code, out, err = filled(*words)
+    assert code in (1, 2) or out == 'nothing found\n'
+
+
+@pytest.mark.parametrize('line', [['help', 'demo', '+1h', '+1h'],
+                                  ['lab', 'demo', '+1h', '+1h', '--description', 'help']])
+def test_the_word_help_can_be_a_value(filled, line):
+    filled('add', *line)
+    assert len(json.loads(filled('list', '--format=json')[1])) == 1
+
+
+def test_an_unknown_zone_is_a_mistake_and_no_traceback(run):
+    assert run('list', '--tz', 'Mars/Olympus')[0] == 2
+
+
+def test_a_field_can_be_emptied(filled):
+    filled('add', 'lab', 'demo', '+1h', '+1h', '--description=x')
+    filled('update', 'lab', '--description=')
+    assert json.loads(filled('show', 'lab', '--format=json')[1])['description'] == ''
+
+
+def test_a_flag_may_come_before_the_label(filled):
+    filled('add', 'lab', 'demo', '+1h', '+1h')
+    assert filled('delete', '--dry-run', 'lab')[0] == 0
+
+
+def test_flags_may_be_written_with_either_dash_and_with_or_without_equals(filled):
+    for number, flags in enumerate((['--dry-run'], ['--dry_run'], ['--dry-run=yes'], ['--dry_run=True'],
+                                    ['--vms', '2', '--dry-run'])):
+        assert filled('add', f'l{number}', 'demo', '+1h', '+1h', *flags)[0] == 0
+    assert filled('list')[1] == 'nothing found\n'
+    assert filled('add', 'lab', 'demo', '+1h', '+1h', '--nodry-run', '--security-groups=default', '--vms', '2')[0] == 0
+    assert json.loads(filled('show', 'lab', '--format=json')[1])['vms'] == 2
+
+
+@pytest.mark.parametrize('form, read', [
+    ('json', json.loads), ('yaml', yaml.safe_load), ('csv', lambda text: list(csv.DictReader(io.StringIO(text))))])
+def test_programs_read_the_same_in_every_format(filled, form, read):
+    for label in ('a', 'b'):
+        filled('add', label, 'demo', '2190-01-01T00:00Z', '+1h', '--description', 'x, "y"\nz', '--metadata', 'k=v')
+    code, out, err = filled('list', '--format', form)
+    found = read(out)
+    assert (code, err, labels(found)) == (0, '', ['a', 'b'])
+    assert {(str(each['vms']), each['description'], each['start'], each['state']) for each in found} == {
+        ('1', 'x, "y"\nz', '2190-01-01T00:00:00+00:00', 'reserved')}
+    assert [json.loads(each['metadata']) if form == 'csv' else each['metadata'] for each in found] == [{'k': 'v'}] * 2
+
+
+def test_people_read_a_table_with_only_the_columns_that_say_something(filled):
+    filled('add', 'lab', 'demo', '2190-01-01T00:00Z', '+1h', '--vms=3')
+    head, line = filled('list')[1].splitlines()
+    assert head.split() == 'id label user project resource vms start end state'.split()
+    assert line.split()[1] == 'lab' and '2190-01-01 00:00 UTC  2190-01-01 01:00 UTC  reserved' in line
+    assert filled('list', '--state=ended')[1] == 'nothing found\n'
+    assert filled('list', '--state=ended', '--format=json')[1] == '[]\n'
+
+
+@pytest.mark.parametrize('code, line', [
+    (0, 'list'), (0, 'resource show demo'), (0, 'find demo 2h'), (0, 'usage demo'), (0, 'check'), (0, 'events'),
+    (0, 'generate demo --count=2 --seed=1'),
+    (1, 'show nobody'), (1, 'list nobody'), (1, 'delete nobody'), (1, 'resource show none'), (1, 'resource add demo'),
+    (1, 'add lab demo +1h +1h --vms 17'),
+    (1, 'token revoke 7'), (2, 'add lab demo +1h'), (2, 'add lab demo soon +1h'), (2, 'resource add demo --vms=-5'),
+    (2, 'token add eva --role king'),
+    (2, 'delete'), (2, 'list --state nothing'), (2, 'list --config none.ini'), (2, 'tick now')])
+def test_the_exit_code_tells_done_refused_or_wrong(filled, code, line):
+    found = filled(*line.split())
+    assert found[0] == code and bool(found[1]) == (code == 0) and bool(found[2]) == (code != 0)
+
+
+def test_a_refusal_for_capacity_is_told_in_words(filled):
+    filled('add', 'first', 'demo', '2190-01-01T10:00Z', '+2h', '--vms=10')
+    code, out, err = filled('add', 'more', 'demo', '2190-01-01T09:00Z', '+2h', '--vms=10')
+    user = json.loads(filled('show', 'first', '--format=json')[1])['user']
+    assert err.splitlines() == [
+        "cmres: 'demo' has 6 of 16 vms free from 2190-01-01 09:00 UTC to 2190-01-01 11:00 UTC; 10 are asked for",
+        f'  in the way: first of {user}, 10 vms from 2190-01-01 10:00 UTC to 2190-01-01 12:00 UTC',
+        '  would fit:  the same from 2190-01-01 12:00 UTC', '  would fit:  6 vms at that time',
+        '  would fit:  1h from that start']
+
+
+def test_a_forced_update_lists_on_the_command_line_what_no_longer_fits(filled):
+    filled('add', 'lab', 'demo', '+1h', '+1h', '--vms=10')
+    code, out, err = filled('resource', 'update', 'demo', '--vms=8')
+    assert code == 1 and '--force' in err and 'lab of ' in err
+    code, out, err = filled('resource', 'update', 'demo', '--vms=8', '--force')
+    assert (code, err) == (0, '') and re.search(r'no_longer_fit:\n.*\n\d+ +lab ', out)
+    assert filled('resource', 'update', 'demo', '--vms=unlimited')[0] == 0
+
+
+def test_the_local_command_line_acts_for_others(filled):
+    filled('add', 'lab', 'demo', '+1h', '+1h', '--user=eva', '--project=biology')
+    assert json.loads(filled('list', '--project', 'biology', '--format=json')[1])[0]['user'] == 'eva'
+
+
+def test_user_data_is_the_text_of_a_file(filled, tmp_path):
+    (tmp_path / 'boot.sh').write_text('#!/bin/sh\necho 1\n')
+    filled('add', 'lab', 'demo', '+1h', '+1h', '--user-data', 'boot.sh')
+    assert json.loads(filled('show', 'lab', '--format=json')[1])['user_data'] == '#!/bin/sh\necho 1\n'
+    assert "can't read the file 'none.sh'" in filled('add', 'b', 'demo', '+1h', '+1h', '--user-data=none.sh')[2]
+
+
+def test_token_add_prints_the_token_and_nothing_else(run):
+    code, out, err = run('token', 'add', 'eva', '--project=biology', '--role=reader')
+    assert (code, err) == (0, '') and re.fullmatch(r'cmres_[\w-]{43}\n', out)
+    assert cmres.actor_of(out.strip()) == Actor('eva', 'biology', 'reader')
+    assert out.strip() not in run('token', 'list', '--format=json')[1] + '\n'.join(dump())
+    assert run('token', 'revoke', '1')[0] == 0
+    with pytest.raises(Unauthorized):
+        cmres.actor_of(out.strip())
+
+
+def environment():
+    return {name: value for name, value in os.environ.items() if not name.startswith('CMRES_')}
+
+
+def test_a_list_imports_only_what_it_uses(tmp_path):
+    code = ("import sys; sys.path.insert(0, sys.argv[1]); import cmres; code = cmres.main(['list']); "
+            "print(*sorted({name.partition('.')[0] for name in sys.modules})); sys.exit(code)")
+    ended = subprocess.run([sys.executable, '-B', '-c', code, str(MODULE.parent)], cwd=tmp_path, env=environment(),
+                           capture_output=True, text=True)
+    assert ended.returncode == 0 and ended.stdout.startswith('nothing found\n')
+    loaded = set(ended.stdout.split())
+    assert 'fire' in loaded and not loaded & {'openstack', 'bottle', 'waitress', 'schedule', 'yaml', 'rich',
+                                              'configparser', 'urllib3', 'keystoneauth1'}
+
+
+def test_the_program_itself_lists_and_ends_with_its_code(tmp_path):
+    for words, code in ((['list'], 0), (['show', 'nobody'], 1), (['lst'], 2)):
+        ended = subprocess.run([sys.executable, '-B', str(MODULE), *words], cwd=tmp_path, env=environment(),
+                               capture_output=True, text=True)
+        assert ended.returncode == code and 'Traceback' not in ended.stderr
 
 
 # OpenStack ###################################################################
