@@ -58,18 +58,17 @@ import random
 import re
 import secrets
 import signal
+import socket
 import sys
 import textwrap
 import threading
 import time
-import types
-import typing
 from collections import defaultdict, namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
-from datetime import date, datetime, timedelta, timezone
-from itertools import count
+from datetime import datetime, timedelta, timezone
 from typing import Any, Callable, Iterable, Iterator, NamedTuple, NewType
+from urllib.parse import urlsplit
 from zoneinfo import ZoneInfo
 
 import peewee
@@ -114,6 +113,12 @@ class CloudError(Error):
         super().__init__(sentence, **details)
         self.sure = sure
 
+    @property
+    def ill(self) -> bool:
+        """Whether the cloud itself is in trouble, rather than this one request."""
+        status = self.details.get('status', 0)
+        return status in (0, 401, 408, 429) or status >= 500
+
 
 ERRORS = {kind.__name__: kind for kind in (
     Error, Invalid, Unauthorized, Forbidden, NotFound, Conflict, NoCapacity, Unavailable, CloudError)}
@@ -125,10 +130,30 @@ def nearest(word: str, words: Iterable[str]) -> str:
     return f"; did you mean '{found[0]}'?" if found else ''
 
 
+def shown(value) -> str:
+    """A value as a sentence quotes it: short, on one line."""
+    return textwrap.shorten(json.dumps(value, ensure_ascii=False, default=str), 60, placeholder='...')
+
+
 # Config ######################################################################
 #
 # A setting comes from its environment twin (CMRES_PORT), else from the file, else it has the
 # default below. The file is --config, else CMRES_CONFIG, else config.ini where there is one.
+
+
+SECTIONS = ('cmres', 'credentials', 'texts')
+#: What people are told of, and in which words: the first line is the subject.
+TEXTS = {
+    'added': '{label} is reserved\n{vms} vms on {resource} from {start} to {end}.',
+    'refused': 'a reservation was refused\n{sentence}',
+    'soon': '{label} starts at {start}\n{vms} vms on {resource} until {end}.',
+    'ready': '{label} is ready\n{sentence}',
+    'failed': '{label} failed\nIts window from {start} to {end} is over and it was {sentence}.',
+    'ending': '{label} ends at {end}\nUntil then: extend {label} +1h. After that: {at_end}.',
+    'ended': '{label} has ended\n{sentence}.',
+    'kept': '{label} goes on until {end}\n{sentence}.',
+    'released': '{label} was released\n{sentence}.',
+}
 
 
 def setting(default, why: str, least=None, most=10**9):
@@ -152,19 +177,28 @@ class Config:
     sweep: float = setting(60.0, 'seconds between looks at servers that should just be there', 0.01)
     retry_first: float = setting(5.0, 'seconds before a failed boot or delete is tried again; doubles each time', 0.01)
     retry_most: float = setting(300.0, 'seconds that this pause grows to at most', 0.01)
+    lease: float = setting(6.0, 'seconds after which another scheduler takes over from one that is silent', 0.1)
+    notice: float = setting(600.0, 'seconds before a start and an end at which they are announced', 0.0)
+    end_grace: float = setting(600.0, 'seconds after an end at which what was not stopped, shelved or saved is deleted', 0.0)
+    webhook: str = setting('', 'an http(s) address that is told of every event in TEXTS')
+    webhook_secret: str = setting('', 'the key of the HMAC-SHA256 that signs what webhooks are sent')
+    private_addresses: bool = setting(False, 'whether webhooks may be in private networks and on this machine')
+    mail_server: str = setting('', 'host:port of the SMTP server that takes notices; without one, no mail is sent')
+    mail_from: str = setting('cmres@localhost', 'the sender of mails')
     orphan_grace: float = setting(60.0, 'age in seconds at which a server of ours that nothing wants is removed', 0.0)
     simulated_boot: float = setting(3.0, 'seconds that a boot takes on the cloud `simulated`', 0.0)
     simulated_failures: float = setting(0.0, 'share of boots that end in ERROR there, 0 to 1', 0.0, 1.0)
     simulated_vms: int = setting(0, 'servers that fit there; 0 means any number', 0)
     simulated_latency: float = setting(0.0, 'seconds that each call takes there', 0.0)
     credentials: dict = dataclasses.field(default_factory=dict)
+    texts: dict = dataclasses.field(default_factory=TEXTS.copy)
 
     @property
     def zone(self) -> ZoneInfo:
         return read_zone(self.timezone)
 
 
-SETTINGS = {field.name: field for field in dataclasses.fields(Config) if field.name != 'credentials'}
+SETTINGS = {field.name: field for field in dataclasses.fields(Config) if field.name not in SECTIONS}
 
 
 def load_config(path: str | None = None, environ: dict = os.environ) -> Config:
@@ -174,16 +208,21 @@ def load_config(path: str | None = None, environ: dict = os.environ) -> Config:
       Invalid: the file can't be read, a key is unknown or a value is of the wrong kind.
     """
     path = path or environ.get('CMRES_CONFIG') or ('config.ini' if os.path.exists('config.ini') else None)
-    texts, credentials = read_config_file(path) if path else ({}, {})
+    sections = read_config_file(path) if path else dict.fromkeys(SECTIONS, {})
+    texts = dict(sections['cmres'])
     texts |= {name[6:].lower(): text for name, text in environ.items()
               if name.startswith('CMRES_') and name != 'CMRES_CONFIG'}
-    config = Config(**{name: read_setting(name, text) for name, text in texts.items()}, credentials=credentials)
+    for name in sections['texts']:
+        if name not in TEXTS:
+            raise Invalid(f"{path}: there is no event '{name}' to be told of{nearest(name, TEXTS)}")
+    config = Config(**{name: read_setting(name, text) for name, text in texts.items()},
+                    credentials=sections['credentials'], texts=TEXTS | sections['texts'])
     config.zone  # an unknown zone is refused here, not at the first table
     return config
 
 
-def read_config_file(path: str) -> tuple[dict, dict]:
-    """The texts of the sections [cmres] and [credentials]."""
+def read_config_file(path: str) -> dict[str, dict]:
+    """The texts of each section."""
     import configparser
     parser = configparser.ConfigParser(interpolation=None)
     parser.optionxform = str
@@ -192,9 +231,18 @@ def read_config_file(path: str) -> tuple[dict, dict]:
             parser.read_file(file)
     except (OSError, UnicodeDecodeError, configparser.Error) as error:
         raise Invalid(f"can't read the configuration '{path}': {str(error).splitlines()[0]}") from None
-    for section in set(parser.sections()) - {'cmres', 'credentials'}:
-        raise Invalid(f"{path}: unknown section [{section}]{nearest(section, ['cmres', 'credentials'])}")
-    return tuple(dict(parser[name]) if parser.has_section(name) else {} for name in ('cmres', 'credentials'))
+    for section in set(parser.sections()) - set(SECTIONS):
+        raise Invalid(f'{path}: unknown section [{section}]{nearest(section, SECTIONS)}')
+    return {name: dict(parser[name]) if parser.has_section(name) else {} for name in SECTIONS}
+
+
+def read_bool(value, here=None) -> bool:
+    words = {'true': True, 'yes': True, '1': True, 'false': False, 'no': False, '0': False}
+    if isinstance(value, bool):
+        return value
+    if isinstance(value, str) and value.lower() in words:
+        return words[value.lower()]
+    raise ValueError(f'{shown(value)} is neither true nor false')
 
 
 def read_setting(name: str, text: str):
@@ -202,9 +250,10 @@ def read_setting(name: str, text: str):
         raise Invalid(f"unknown setting '{name}'{nearest(name, SETTINGS)}")
     field = SETTINGS[name]
     try:
-        value = type(field.default)(text)
+        value = read_bool(text) if isinstance(field.default, bool) else type(field.default)(text)
     except ValueError:
-        raise Invalid(f"setting {name}: '{text}' is not a number such as {field.default}") from None
+        what = 'neither true nor false' if isinstance(field.default, bool) else f'not a number such as {field.default}'
+        raise Invalid(f"setting {name}: '{text}' is {what}") from None
     least, most = field.metadata['least'], field.metadata['most']
     if least is not None and not least <= value <= most:
         raise Invalid(f'setting {name}: {text} is not between {least} and {most}')
@@ -320,6 +369,7 @@ FILTERS = {'label', 'user', 'project', 'resource', 'cell', 'cloud', 'region', 'a
 WORDS = {
     'after': 'the earliest start, or in a list the id of the last line already seen',
     'aggregate': 'host aggregate of the resource',
+    'at_end': 'what becomes of the machines at the end: delete, stop, shelve or snapshot (an image, then delete)',
     'before': 'the latest end',
     'by': 'how much longer, such as +1h',
     'cell': 'cell of the resource',
@@ -340,6 +390,7 @@ WORDS = {
     'metadata': 'metadata of the machines: k=v,k=v',
     'name': 'name of the resource: 1 to 64 letters, digits, . _ -',
     'network': 'network of the machines, by name or id; else what the cloud chooses',
+    'notify': 'mail addresses and http(s) addresses that are told what happens, with commas between',
     'partial': 'take the lines that fit, instead of all or nothing',
     'project': 'project that it belongs to',
     'ram': 'most MiB of memory; with none, or `unlimited`, no limit',
@@ -350,8 +401,11 @@ WORDS = {
     'rows': 'CSV, JSON or YAML with one reservation a line, fields named as in `add`',
     'security_groups': 'security groups of the machines, with commas between',
     'seed': 'the same seed gives the same reservations',
+    'server': 'a machine that you have, by name or id, instead of an image: it is started and stopped, never deleted',
+    'since': 'only what was planned from then on; without it, the last 30 days',
     'start': 'ISO 8601, now, or +2h from now; without an offset it is local time',
     'state': 'states, with commas between; without any, all that are not over',
+    'until': 'an instant, or a length from the present end such as +2h',
     'user': 'user that it belongs to',
     'user_data': 'file that the machines are given for cloud-init',
     'vcpus': 'most vcpus; with none, or `unlimited`, no limit',
@@ -454,11 +508,6 @@ def read_argument(name: str, value, kind, here: Here):
         raise Invalid(f'{name}: {error}') from None
 
 
-def shown(value) -> str:
-    """A value as a sentence quotes it: short, on one line."""
-    return textwrap.shorten(json.dumps(value, ensure_ascii=False, default=str), 60, placeholder='...')
-
-
 def read_str(value, here=None, most: int = 255) -> str:
     if not isinstance(value, str):
         raise ValueError(f'{shown(value)} is not text')
@@ -522,15 +571,6 @@ def read_most(value, here=None) -> int:
     if not 0 <= (number := read_int(value)) <= 10**12:
         raise ValueError(f"{number} is not between 0 and 10^12, nor 'unlimited'")
     return number
-
-
-def read_bool(value, here=None) -> bool:
-    words = {'true': True, 'yes': True, '1': True, 'false': False, 'no': False, '0': False}
-    if isinstance(value, bool):
-        return value
-    if isinstance(value, str) and value.lower() in words:
-        return words[value.lower()]
-    raise ValueError(f'{shown(value)} is neither true nor false')
 
 
 def read_span(value, here=None) -> timedelta:
@@ -654,6 +694,9 @@ class Reservation(Table):
     security_groups = peewee.TextField()  # JSON
     user_data = peewee.TextField()
     metadata = peewee.TextField()  # JSON
+    server = peewee.CharField()  # the id of a machine that its owner has already, in place of an image
+    at_end = peewee.CharField()  # '' or one of ENDS
+    notify = peewee.TextField()  # JSON
     lead = peewee.IntegerField()  # seconds
     description = peewee.TextField()
     added = peewee.IntegerField()
@@ -675,6 +718,7 @@ class Occurrence(Table):
     vcpus = peewee.IntegerField()  # of all its machines
     ram = peewee.IntegerField()    # of all its machines, MiB
     cancelled = peewee.IntegerField(null=True)
+    told = peewee.IntegerField(default=0)  # the latest of SOON, READY, ENDING that was announced
     due = peewee.DoubleField(null=True)  # when the life cycle must look at it next; NULL: never again
 
     class Meta:
@@ -705,18 +749,21 @@ class Server(Table):
     n = peewee.IntegerField()
     name = peewee.CharField()
     account = peewee.CharField()       # the entry of clouds.yaml that it is made with
-    wanted = peewee.BooleanField()
-    state = peewee.CharField()         # planned, then Nova's status in lower case, at last deleted
+    goal = peewee.CharField()          # up, then what becomes of it: one of ENDS
+    state = peewee.CharField()         # planned, then Nova's status in lower case or one of UNDER_WAY, at last FINAL
+    borrowed = peewee.BooleanField()   # it was there before, and will be after: never made, never deleted
     tries = peewee.IntegerField()      # creates begun so far: part of the mark, so that none is used twice
     failures = peewee.IntegerField()   # in a row; the pause grows with them
     uid = peewee.CharField(null=True)  # the cloud's id, once an answer or a look told it
     addresses = peewee.TextField()     # JSON
+    snapshot = peewee.CharField()      # the name of the image that was made of it
+    snapshot_id = peewee.CharField()
     fault = peewee.TextField()
     planned = peewee.DoubleField()
     begun = peewee.DoubleField(null=True)
     ready = peewee.DoubleField(null=True)
     deleted = peewee.DoubleField(null=True)
-    called = peewee.DoubleField(null=True)  # when the last call for it ended
+    called = peewee.DoubleField(null=True)  # when the last call for it was intended, and then when it ended
     due = peewee.DoubleField(null=True)
 
 
@@ -740,6 +787,25 @@ class Event(Table):
     reservation = peewee.ForeignKeyField(Reservation, null=True)
 
 
+class Outbox(Table):
+    """A notice on its way: sent when it is written down with its event, until it has arrived."""
+    event = peewee.ForeignKeyField(Event, index=False)
+    target = peewee.CharField()
+    tries = peewee.IntegerField(default=0)
+    due = peewee.DoubleField(null=True)  # NULL: it has arrived, or was given up
+    fault = peewee.TextField(default='')
+
+
+Outbox.add_index(Outbox.index(Outbox.due, where=Outbox.due.is_null(False), name='outbox_due'))
+
+
+class Lease(Table):
+    """Who may act for the life cycle, and until when unless they say so again."""
+    name = peewee.CharField(primary_key=True)
+    holder = peewee.CharField()
+    until = peewee.DoubleField()
+
+
 class Fact(Table):
     """What this store knows of itself."""
     name = peewee.CharField(primary_key=True)
@@ -754,11 +820,13 @@ class SimulatedServer(Table):
     mark = peewee.CharField()
     made = peewee.DoubleField()
     boots = peewee.DoubleField()  # seconds that its boot takes
+    power = peewee.CharField(default='active')
+    saved = peewee.DoubleField(null=True)  # when the image of it is complete
     fault = peewee.TextField()
     gone = peewee.DoubleField(null=True)
 
 
-TABLES = [Resource, Reservation, Occurrence, Step, Server, Token, Event, Fact, SimulatedServer]
+TABLES = [Resource, Reservation, Occurrence, Step, Server, Token, Event, Outbox, Lease, Fact, SimulatedServer]
 
 #: What brings an older store up to the models above, one function a version.
 MIGRATIONS: list[Callable] = []
@@ -854,9 +922,13 @@ def change_text(model, names: tuple) -> str:
     return f'UPDATE {model._meta.table_name} SET {columns} WHERE id = ?'
 
 
-def journal(at: float, actor: str, code: str, sentence: str, reservation: int | None = None) -> None:
-    """Appends an event; inside the transaction of what it tells."""
-    insert(Event, at=at, actor=actor, code=code, sentence=sentence, reservation=reservation)
+def journal(config: Config, at: float, actor: str, code: str, sentence: str, reservation: int | None = None,
+            notify: Iterable[str] = ()) -> None:
+    """Appends an event, and the notices of it; inside the transaction of what it tells."""
+    event = insert(Event, at=at, actor=actor, code=code, sentence=sentence, reservation=reservation)
+    for target in [config.webhook, *notify] if code in TEXTS else ():
+        if target:
+            insert(Outbox, event=event, target=target, due=at, tries=0, fault='')
 
 
 # What a reservation looks like to everybody: its occurrence's facts and the state derived from
@@ -867,21 +939,22 @@ LISTING = '''
   SELECT o.id, r.id AS reservation, r.label, r.user, r.project,
          s.name AS resource, s.cell, s.cloud, s.region, s.aggregate,
          o.vms, r.flavor, r.image, r.network, r.key, r.security_groups, r.metadata, r.user_data,
-         o.vcpus, o.ram, r.lead, r.description, o.start, o."end", o.cancelled, r.added, r.changed,
+         r.server, r.at_end, r.notify, o.vcpus, o.ram, r.lead, r.description, o.start, o."end", o.cancelled, r.added, r.changed,
          (SELECT count(*) FROM server v
-           WHERE v.occurrence_id = o.id AND v.wanted AND v.state = 'active') AS up,
-         (SELECT v.fault FROM server v WHERE v.occurrence_id = o.id AND v.wanted AND v.fault <> ''
+           WHERE v.occurrence_id = o.id AND v.goal = 'up' AND v.state = 'active') AS up,
+         (SELECT v.fault FROM server v WHERE v.occurrence_id = o.id AND v.goal = 'up' AND v.fault <> ''
            ORDER BY v.n LIMIT 1) AS fault,
-         (SELECT count(*) FROM server v WHERE v.occurrence_id = o.id AND v.state <> 'deleted') AS existing,
+         (SELECT count(*) FROM server v
+           WHERE v.occurrence_id = o.id AND v.state NOT IN ('deleted', 'kept')) AS existing,
          (SELECT count(*) FROM server v WHERE v.occurrence_id = o.id AND v.ready IS NOT NULL) AS ever,
-         clock.now, o.held_from, o.held_until, o.resource_id, r.over, o.due
+         (r.image <> '' OR r.server <> '') AS runs, clock.now, o.told, o.held_from, o.held_until, o.resource_id, r.over, o.due
     FROM (SELECT CAST(? AS INTEGER) AS now) clock, occurrence o
     JOIN reservation r ON r.id = o.reservation_id JOIN resource s ON s.id = o.resource_id'''
 
 STATE = '''
   CASE WHEN cancelled IS NOT NULL THEN CASE WHEN existing > 0 THEN 'ending' ELSE 'cancelled' END
-       WHEN now < held_from OR image = '' AND now < start THEN 'reserved'
-       WHEN image = '' THEN CASE WHEN now < "end" THEN 'active' ELSE 'ended' END
+       WHEN now < held_from OR NOT runs AND now < start THEN 'reserved'
+       WHEN NOT runs THEN CASE WHEN now < "end" THEN 'active' ELSE 'ended' END
        WHEN now >= "end" THEN CASE WHEN existing > 0 THEN 'ending' WHEN ever > 0 THEN 'ended' ELSE 'failed' END
        WHEN up >= vms THEN 'active' WHEN up > 0 THEN 'degraded' ELSE 'starting' END'''
 
@@ -1091,6 +1164,30 @@ class Cloud:
         """Begins to delete a server; it is gone when servers() doesn't show it; one that is gone already is fine."""
         raise NotImplementedError
 
+    def server(self, uid: str) -> Seen | None:
+        """One server by its id, with our mark or without; None if it is not there."""
+        raise NotImplementedError
+
+    def start(self, uid: str) -> None:
+        """Begins to start a server that is stopped or shelved."""
+        raise NotImplementedError
+
+    def stop(self, uid: str) -> None:
+        """Begins to stop a server; it is SHUTOFF then."""
+        raise NotImplementedError
+
+    def shelve(self, uid: str) -> None:
+        """Begins to shelve a server; it frees its host then."""
+        raise NotImplementedError
+
+    def snapshot(self, uid: str, name: str) -> str:
+        """Begins to make an image of a server and tells the image's id."""
+        raise NotImplementedError
+
+    def saved(self, image: str) -> bool | None:
+        """Whether an image is complete; None if it never will be."""
+        raise NotImplementedError
+
     def check(self, named: Iterable[tuple[str, str]]) -> list:
         """What is found for (kind, name) pairs, in their order.
 
@@ -1113,7 +1210,8 @@ class OpenStack(Cloud):
     # In the SDK: service, the verb that finds one, the verb that lists all.
     KINDS = {'flavor': ('compute', 'find_flavor', 'flavors'), 'image': ('image', 'find_image', 'images'),
              'network': ('network', 'find_network', 'networks'), 'key': ('compute', 'find_keypair', 'keypairs'),
-             'security_group': ('network', 'find_security_group', 'security_groups')}
+             'security_group': ('network', 'find_security_group', 'security_groups'),
+             'server': ('compute', 'find_server', 'servers')}
     REMEMBER = 300  # seconds that a found name is taken for granted
 
     def __init__(self, account: str, store: str, timeout: float):
@@ -1132,7 +1230,7 @@ class OpenStack(Cloud):
                 session = openstack.connect(cloud=self.account, api_timeout=self.timeout, app_name='cmres')
                 session.compute.get_endpoint_data()  # logs in, and negotiates versions before threads do
                 self.session = session
-        return self.session
+            return self.session
 
     @contextmanager
     def telling(self, what: str, sure: bool = False):
@@ -1143,6 +1241,8 @@ class OpenStack(Cloud):
             raise
         except Exception as error:  # the SDK's, keystoneauth's, requests', urllib3's and the parser's own kinds
             status = getattr(error, 'status_code', None) or getattr(error, 'http_status', None) or 0
+            if status == 401:  # the operator may put a new credential into clouds.yaml
+                self.session = None
             response = getattr(error, 'response', None)
             details = {'retry_after': response.headers.get('Retry-After')} if response is not None else {}
             text = getattr(error, 'details', None) or str(error) or type(error).__name__
@@ -1202,6 +1302,40 @@ class OpenStack(Cloud):
         with self.telling('delete a server', sure=True):
             compute.delete_server(uid, ignore_missing=True)
 
+    def server(self, uid):
+        compute = self.connection.compute
+        with self.telling('show a server', sure=True):
+            found = compute.find_server(uid, ignore_missing=True)
+            return self.seen(found) if found else None
+
+    def start(self, uid):
+        compute = self.connection.compute
+        with self.telling('start a server', sure=True):
+            shelved = compute.get_server(uid).status.startswith('SHELVED')
+            (compute.unshelve_server if shelved else compute.start_server)(uid)
+
+    def stop(self, uid):
+        compute = self.connection.compute
+        with self.telling('stop a server', sure=True):
+            compute.stop_server(uid)
+
+    def shelve(self, uid):
+        compute = self.connection.compute
+        with self.telling('shelve a server', sure=True):
+            compute.shelve_server(uid)
+
+    def snapshot(self, uid, name):
+        compute = self.connection.compute
+        with self.telling('make an image of a server', sure=True):
+            return compute.create_server_image(uid, name).id
+
+    def saved(self, image):
+        connection = self.connection
+        with self.telling('show an image', sure=True):
+            found = connection.image.find_image(image, ignore_missing=True)
+            gone = found is None or found.status in ('killed', 'deleted', 'pending_delete', 'deactivated')
+            return None if gone else found.status == 'active'
+
 
 class Simulated(Cloud):
     """A cloud inside the store, to see and test everything without one."""
@@ -1216,12 +1350,15 @@ class Simulated(Cloud):
         self.store, self.config, self.clock = store, config, clock
 
     def find(self, kind, name):
+        if kind == 'server':
+            found = self.present().where((SimulatedServer.uid == name) | (SimulatedServer.name == name)).first()
+            return {'id': found.uid} if found else None
         if name not in self.NAMES[kind]:
             return None
         return {'id': name} | (self.FLAVORS[name]._asdict() if kind == 'flavor' else {})
 
     def names(self, kind):
-        return list(self.NAMES[kind])
+        return [each.name for each in self.present()] if kind == 'server' else list(self.NAMES[kind])
 
     def boot(self, machine):
         time.sleep(self.config.simulated_latency)
@@ -1231,7 +1368,7 @@ class Simulated(Cloud):
             full = 0 < self.config.simulated_vms <= self.present().count()
             fault = 'No valid host was found.' if full or random.random() < self.config.simulated_failures else ''
             insert(SimulatedServer, account=self.account, uid=uid, name=machine.name, mark=machine.mark,
-                   made=self.clock(), boots=self.config.simulated_boot, fault=fault)
+                   made=self.clock(), boots=self.config.simulated_boot, power='active', fault=fault)
         return uid
 
     def present(self):
@@ -1239,19 +1376,46 @@ class Simulated(Cloud):
 
     def servers(self):
         time.sleep(self.config.simulated_latency)
-        return [self.seen(server) for server in self.present().order_by(SimulatedServer.id)]
+        ours = SimulatedServer.mark.startswith(self.store)
+        return [self.seen(server) for server in self.present().where(ours).order_by(SimulatedServer.id)]
+
+    def server(self, uid):
+        found = self.present().where(SimulatedServer.uid == uid).first()
+        return self.seen(found) if found else None
 
     def seen(self, server) -> Seen:
         up = self.clock() >= server.made + server.boots
-        state = 'build' if not up else 'error' if server.fault else 'active'
+        state = 'build' if not up else 'error' if server.fault else server.power
         address = f'10.0.{server.id // 250 % 250}.{server.id % 250 + 1}'
         return Seen(server.uid, server.mark, state, server.made, server.fault if up else '', [address] if up else [])
 
     def delete(self, uid):
+        self.set(uid, gone=self.clock())
+
+    def set(self, uid: str, **values) -> None:
         time.sleep(self.config.simulated_latency)
         with transaction():
-            (SimulatedServer.update(gone=self.clock())
-             .where(SimulatedServer.uid == uid, SimulatedServer.gone.is_null()).execute())
+            changed = (SimulatedServer.update(**values)
+                       .where(SimulatedServer.uid == uid, SimulatedServer.gone.is_null()).execute())
+        if not changed and 'gone' not in values:
+            raise CloudError(f'the cloud {self.account} has no server {uid}', sure=True, status=404)
+
+    def start(self, uid):
+        self.set(uid, power='active')
+
+    def stop(self, uid):
+        self.set(uid, power='shutoff')
+
+    def shelve(self, uid):
+        self.set(uid, power='shelved_offloaded')
+
+    def snapshot(self, uid, name):
+        self.set(uid, saved=self.clock() + self.config.simulated_boot)
+        return f'image-{uid}'
+
+    def saved(self, image):
+        found = SimulatedServer.get_or_none(SimulatedServer.uid == image.removeprefix('image-'))
+        return self.clock() >= found.saved if found and found.saved else None
 
 
 class Clouds:
@@ -1270,6 +1434,11 @@ class Clouds:
     def store(self) -> str:
         """What all our marks begin with: two installations on one cloud don't touch each other's servers."""
         return f"cmres-{row('SELECT value FROM fact WHERE name = ?', 'store').value}"
+
+    def accounts(self) -> set[str]:
+        """All accounts that serve the resources there are."""
+        clouds = {each.cloud for each in rows("SELECT DISTINCT cloud FROM resource WHERE cloud <> ''")}
+        return clouds | {entry for key, entry in self.config.credentials.items() if key.rpartition('@')[2] in clouds}
 
     def open(self, account: str) -> Cloud:
         with self.lock:
@@ -1312,6 +1481,9 @@ class Wish(NamedTuple):
     security_groups: list
     user_data: str
     metadata: dict
+    server: str
+    at_end: str
+    notify: list
     lead: int
     description: str
     each: Amount  # what one machine takes
@@ -1330,16 +1502,21 @@ class Wish(NamedTuple):
                 for name in names for value in (getattr(self, name),)}
 
 
+#: What can become of machines at the end of their window.
+ENDS = ('delete', 'stop', 'shelve', 'snapshot')
+#: What was announced of an occurrence, in this order.
+SOON, READY, ENDING = 1, 2, 3
 #: The fields that only the cloud can judge.
-CLOUDY = ('flavor', 'image', 'network', 'key', 'security_groups')
+CLOUDY = ('flavor', 'image', 'network', 'key', 'security_groups', 'server')
 #: The fields of a reservation that a machine is made of; they are fixed once it has begun.
 FIXED = (*CLOUDY, 'resource', 'start', 'lead', 'user_data', 'metadata')
-STORED = ('label', 'user', 'project', *CLOUDY, 'user_data', 'metadata', 'lead', 'description')
+STORED = ('label', 'user', 'project', *CLOUDY, 'user_data', 'metadata', 'at_end', 'notify', 'lead', 'description')
+JSON = ('security_groups', 'metadata', 'notify', 'addresses')
 UNCHANGED = (*STORED, 'resource_id', 'start', 'end', 'held_from', 'held_until', 'vms', 'vcpus', 'ram', 'over')
 OVER = ('ended', 'cancelled', 'failed')
 PLACE = ('cell', 'cloud', 'region', 'aggregate')
 HIDDEN = ('now', 'resource_id', 'held_from', 'held_until', 'over', 'due', 'reservation', 'user_data',
-          'existing', 'ever')
+          'existing', 'ever', 'runs', 'told')
 PATIENCE = 60  # seconds that a start may lie in the past: slow clocks, slow networks
 
 
@@ -1349,13 +1526,20 @@ def public(found) -> dict:
     for name, value in shown.items():
         if name in INSTANTS:
             shown[name] = instant(value)
-        elif name in ('security_groups', 'metadata', 'addresses'):
+        elif name in JSON:
             shown[name] = json.loads(value)
     return shown
 
 
 def in_figures(amount: Amount) -> dict:
     return dict(zip(Amount._fields, amount))
+
+
+def spread(name: str, lateness: list[float]) -> dict:
+    """The median, the 95th of a hundred and the worst of some seconds."""
+    ordered = sorted(max(each, 0) for each in lateness)
+    return {f'{name}_{word}': round(ordered[min(int(len(ordered) * share), len(ordered) - 1)], 3) if ordered else None
+            for word, share in (('median', 0.5), ('95', 0.95), ('worst', 1))}
 
 
 class Reservations:
@@ -1387,21 +1571,22 @@ class Reservations:
     @api('POST', '/reservation/add/<label>/<cell>/<cloud>/<region>/<aggregate>/<vms>/<start>/<end>', resource=ANY)
     def add(self, label: Label, resource: Place, start: When, end: When, vms: Count = 1, flavor: Name = '',
             image: Name = '', network: Name = '', key: Name = '', security_groups: Names = (), user_data: File = '',
-            metadata: Pairs = None, lead: Span = None, description: Text = '',
+            metadata: Pairs = None, server: Name = '', at_end: Name = '', notify: Names = (), lead: Span = None, description: Text = '',
             user: Name = '', project: Name = '', cell: Name = '', cloud: Name = '', region: Name = '',
             aggregate: Name = '', dry_run: bool = False) -> dict:
         """Reserves machines from START to END.
 
-        With an image, they are booted at the start and deleted at the end; without one, capacity is
-        held and nothing boots. With a flavor, its vcpus and ram count against the resource as well.
-        What doesn't fit is refused with what would; `add --file FILE` is `load FILE`.
+        With an image, they are booted at the start and deleted at the end, or what --at-end says;
+        with --server, a machine that you have is started and stopped instead. With neither, capacity
+        is held and nothing boots. With a flavor, its vcpus and ram count against the resource as
+        well. What doesn't fit is refused with what would; `add --file FILE` is `load FILE`.
 
         Example:
           python cmres.py add lab demo 2026-12-01T09:00 +2h --vms 3 --flavor m1.small --image cirros
         """
         asked = {name: value for name, value in locals().items() if name not in ('self', 'dry_run')}
         wish = self.read_wish(asked)
-        with self.explaining(wish), self.writing(dry_run) as now:
+        with self.recording_refusal(wish, dry_run), self.explaining(wish), self.writing(dry_run) as now:
             self.refuse_taken_label(wish, now)
             answer = public(self.occurrence(self.book(wish, now)))
         return answer | ({'warnings': wish.warnings} if wish.warnings else {})
@@ -1536,7 +1721,7 @@ class Reservations:
         """
         found = self.mine(label, project, live=False)
         return [public(each) for each in rows(
-            'SELECT n, name, state, addresses, planned, begun, ready, deleted, tries, fault, account, uid '
+            'SELECT n, name, state, addresses, planned, begun, ready, deleted, snapshot, tries, fault, account, uid '
             'FROM server WHERE occurrence_id = ? ORDER BY n, id', found.id)]
 
     @api('GET', '/reservation/<label>/duration')
@@ -1553,8 +1738,8 @@ class Reservations:
     @api('PATCH', '/reservation/<label>')
     def update(self, label: Label, resource: Label = None, start: When = None, end: When = None, vms: Count = None,
                flavor: Name = None, image: Name = None, network: Name = None, key: Name = None,
-               security_groups: Names = None, user_data: File = None, metadata: Pairs = None, lead: Span = None,
-               description: Text = None, user: Name = None, rename: Label = None, project: Name = '',
+               security_groups: Names = None, user_data: File = None, metadata: Pairs = None, at_end: Name = None,
+               notify: Names = None, lead: Span = None, description: Text = None, user: Name = None, rename: Label = None, project: Name = '',
                dry_run: bool = False) -> dict:
         """Changes a reservation, all of it or nothing.
 
@@ -1579,7 +1764,36 @@ class Reservations:
             raise Invalid(f'by: {to_plain(by)} is no length to extend by; write +1h')
         return self.alter(label, project, {'end': instant(self.mine(label, project).end) + by}, dry_run)
 
-    def alter(self, label: str, project: str, asked: dict, dry_run: bool) -> dict:
+    @api('POST', '/reservation/<label>/keep')
+    def keep(self, label: Label, until: When, project: Name = '', dry_run: bool = False) -> dict:
+        """Lets what runs now go on until a later instant, if that fits.
+
+        Example:
+          python cmres.py keep lab +2h
+        """
+        old = self.mine(label, project)
+        until = instant(old.end) + until if isinstance(until, timedelta) else until
+        if self.clock() < old.held_from:
+            raise Conflict(f"'{label}' has not begun; `update` moves its end")
+        if until.timestamp() <= old.end:
+            raise Invalid(f'until: {to_plain(until)} is not after the end, {to_plain(instant(old.end))}')
+        return self.alter(label, project, {'end': until}, dry_run, 'kept')
+
+    @api('POST', '/reservation/<label>/skip')
+    def skip(self, label: Label, project: Name = '', dry_run: bool = False) -> dict:
+        """Leaves out the next occurrence, which must not have begun.
+
+        Example:
+          python cmres.py skip lab
+        """
+        with self.writing(dry_run) as now:
+            found = self.mine(label, project)
+            if now >= found.held_from:
+                raise Conflict(f"'{label}' has begun; `delete` ends it")
+            self.cancel(found, now, f'skipped by {self.actor.user}')
+            return public(self.occurrence(found.id))
+
+    def alter(self, label: str, project: str, asked: dict, dry_run: bool, code: str = 'updated') -> dict:
         """The one way to change a reservation: release and hold anew in one transaction."""
         if not asked:
             raise Invalid('say what to change, such as --end or --vms')
@@ -1589,29 +1803,28 @@ class Reservations:
             with self.explaining(wish, old), self.writing(dry_run) as now:
                 current = self.occurrence(old.id)
                 if all(getattr(current, name) == getattr(old, name) for name in UNCHANGED):
-                    self.rewrite(old, wish, asked, now)
+                    self.rewrite(old, wish, asked, now, code)
                     answer = public(self.occurrence(old.id))
                     return answer | ({'warnings': wish.warnings} if wish.warnings else {})
         raise Conflict(f"'{label}' is being changed by others all the time; try again")
 
-    def rewrite(self, old, wish: Wish, asked: dict, now: float) -> None:
+    def rewrite(self, old, wish: Wish, asked: dict, now: float, code: str) -> None:
         self.refuse_fixed(old, wish, asked)
         if (wish.label, wish.project) != (old.label, old.project):
             self.refuse_taken_label(wish, now)
         self.rebook(old, wish, now)
-        journal(now, self.actor.user, 'updated', f"changed: {', '.join(asked)}", old.reservation)
+        self.journal(now, code, f"{self.actor.user} changed: {', '.join(asked)}", old.reservation, wish.notify)
 
     def unaltered(self, old) -> dict:
         """What `add` would have to be asked to get the same reservation."""
         kept = {name: getattr(old, name) for name in (*STORED, 'resource', 'vms')}
-        return kept | {'security_groups': json.loads(old.security_groups), 'metadata': json.loads(old.metadata),
+        return kept | {name: json.loads(kept[name]) for name in kept if name in JSON} | {
                        'lead': timedelta(seconds=old.lead), 'start': instant(old.start)}
 
     def refuse_fixed(self, old, wish: Wish, asked: dict) -> None:
         """A reservation that has begun keeps what its machines are made of."""
-        begun = self.clock() >= (old.held_from if old.image else old.start)
-        kept = {name: getattr(old, name) for name in FIXED} | {
-            'security_groups': json.loads(old.security_groups), 'metadata': json.loads(old.metadata)}
+        begun = self.clock() >= (old.held_from if old.runs else old.start)
+        kept = {name: json.loads(getattr(old, name)) if name in JSON else getattr(old, name) for name in FIXED}
         new = {name: getattr(wish, name) for name in FIXED} | {'resource': wish.resource.name}
         changed = [name for name in FIXED if name in asked and new[name] != kept[name]]
         if begun and changed:
@@ -1676,7 +1889,7 @@ class Reservations:
             raise Invalid('duration: a slot has at least one second')
         begin, until = self.resolve(after or self.here.now, before or timedelta(days=366))
         begin = max(begin, int(self.clock()))
-        amount = self.each_takes(place, {'flavor': flavor} if flavor else {}, []) * vms
+        amount = self.each_takes(self.ask_cloud(place, {'flavor': flavor}, [])) * vms
         need, ahead = duration.total_seconds(), (lead or timedelta(0)).total_seconds()
         slots = ((first, last) for first, last in free_windows(place, amount, begin - ahead, until)
                  if last - first >= need + ahead)
@@ -1753,6 +1966,33 @@ class Reservations:
                      f'LIMIT {limit}', *(value for _, value in where))
         return [public(each) for each in (found if after else found[::-1])]
 
+    @api('GET', '/punctuality/')
+    def punctuality(self, since: When = None) -> dict:
+        """Tells how late servers were begun and ready, per cloud, in seconds: median, 95 %, worst; and what failed.
+
+        Example:
+          python cmres.py punctuality --since 2026-11-01
+        """
+        first = self.resolve(since, LAST)[0] if since else int(self.clock()) - 30 * 86400
+        where = [('v.planned >= ?', first), ('NOT v.borrowed', None), *self.visible()]
+        found = rows(f"""
+            SELECT v.account AS cloud, v.name, r.label, v.state, v.tries, v.fault, v.planned, v.ready - v.planned AS ready,
+                   v.begun - v.planned + CASE WHEN v.planned = o.start THEN o.start - o.held_from ELSE 0 END AS begun
+              FROM server v JOIN occurrence o ON o.id = v.occurrence_id JOIN reservation r ON r.id = o.reservation_id
+             WHERE {' AND '.join(text for text, _ in where)} ORDER BY v.account, v.id""",
+                     *(value for text, value in where if '?' in text))
+        late: dict = defaultdict(list)
+        for each in found:
+            late[each.cloud].append(each)
+        failed = [each for each in found if each.ready is None and each.fault]
+        return {'clouds': [{'cloud': cloud, 'servers': len(servers),
+                            **spread('begun', [each.begun for each in servers if each.begun is not None]),
+                            **spread('ready', [each.ready for each in servers if each.ready is not None]),
+                            'tried_again': sum(each.tries > 1 for each in servers)}
+                           for cloud, servers in late.items()],
+                'failed': [{'cloud': each.cloud, 'label': each.label, 'name': each.name, 'planned': instant(each.planned),
+                            'tries': each.tries, 'fault': each.fault} for each in failed[-100:]]}
+
     # Resources
 
     @api('POST', '/resource/', role=ADMIN)
@@ -1770,7 +2010,7 @@ class Reservations:
                        for figure, most in (('vms', vms), ('vcpus', vcpus), ('ram', ram))}
             insert(Resource, name=name, cell=cell, cloud=cloud, region=region, aggregate=aggregate,
                    **figures, added=int(now))
-            journal(now, self.actor.user, 'resource', f"added the resource '{name}'")
+            self.journal(now, 'resource', f"added the resource '{name}'")
             return self.resource_show(name)
 
     @api('GET', '/resource/')
@@ -1820,7 +2060,7 @@ class Reservations:
             if homeless and not force:
                 raise Conflict(f"{len(homeless)} occurrences on '{name}' would no longer fit; --force does it all the "
                                'same and cancels nothing', occurrences=homeless)
-            journal(now, self.actor.user, 'resource', f"changed the resource '{name}': {', '.join(new) or 'nothing'}")
+            self.journal(now, 'resource', f"changed the resource '{name}': {', '.join(new) or 'nothing'}")
             return self.resource_public(found) | {'no_longer_fit': homeless}
 
     @api('DELETE', '/resource/<name>', role=ADMIN)
@@ -1837,7 +2077,7 @@ class Reservations:
                 raise Conflict(f"'{name}' still has reservations; delete or move them first",
                                labels=[each.label for each in busy])
             change(Resource, found.id, removed=int(now))
-            journal(now, self.actor.user, 'resource', f"removed the resource '{name}'")
+            self.journal(now, 'resource', f"removed the resource '{name}'")
             return self.resource_public(found)
 
     # Tokens
@@ -1856,7 +2096,7 @@ class Reservations:
         token = f'cmres_{secrets.token_urlsafe(32)}'
         with self.writing(dry_run) as now:
             insert(Token, user=user, project=project, role=role, hash=hashed(token), added=int(now))
-            journal(now, self.actor.user, 'token', f'made a token for {user} in {project} as {role}')
+            self.journal(now, 'token', f'made a token for {user} in {project} as {role}')
         return {'user': user, 'project': project, 'role': role} if dry_run else {'token': token}
 
     @api('GET', '/token/', role=ADMIN)
@@ -1879,7 +2119,7 @@ class Reservations:
             if not row('SELECT id FROM token WHERE id = ? AND revoked IS NULL', id):
                 raise NotFound(f'there is no token {id} that is in force')
             change(Token, id, revoked=int(now))
-            journal(now, self.actor.user, 'token', f'revoked token {id}')
+            self.journal(now, 'token', f'revoked token {id}')
             return public(row('SELECT id, user, project, role, added, revoked FROM token WHERE id = ?', id))
 
     # What the operations are made of
@@ -1915,18 +2155,36 @@ class Reservations:
         if old and self.actor.role != ADMIN and asked['user'] != old.user:
             raise Forbidden(f"only an admin may give a reservation of '{old.user}' to somebody else")
         user, project = (asked['user'], old.project) if old else self.owner(asked)
-        place = self.resource_at(asked)
-        if asked['image'] and not (asked['flavor'] and place.cloud):
-            raise Invalid('an image needs a flavor to boot it with' if not asked['flavor'] else
-                          f"the resource '{place.name}' has no cloud, so nothing can boot there; leave the image out")
-        warnings: list = []
+        place, warnings = self.resource_at(asked), []
+        self.refuse_unbootable(asked, place)
         if old and not {'resource', *CLOUDY} & set(changes):
-            each = Amount(1, old.vcpus // old.vms, old.ram // old.vms)
+            each, server = Amount(1, old.vcpus // old.vms, old.ram // old.vms), old.server
         else:
-            each = self.each_takes(place, asked | {'project': project}, warnings)
+            found = self.ask_cloud(place, asked | {'project': project}, warnings)
+            each, server = self.each_takes(found), found.get('server', {}).get('id', '')
         return Wish(asked['label'], user, project, place, start, end, asked['vms'], asked['flavor'], asked['image'],
                     asked['network'], asked['key'], [*asked['security_groups']], asked['user_data'],
-                    dict(asked['metadata'] or {}), lead, asked['description'], each, warnings)
+                    dict(asked['metadata'] or {}), server, asked['at_end'] or ('stop' if server else 'delete'),
+                    [*asked['notify']], lead, asked['description'], each, warnings)
+
+    def refuse_unbootable(self, asked: dict, place) -> None:
+        """Refuses combinations that could never boot, end or be told of."""
+        boots, has = asked['image'], asked['server']
+        if boots and has:
+            raise Invalid('an image or a server, not both: a machine is made anew, or it is there already')
+        if boots and not asked['flavor']:
+            raise Invalid('an image needs a flavor to boot it with')
+        if (boots or has) and not place.cloud:
+            raise Invalid(f"the resource '{place.name}' has no cloud, so nothing can boot there; leave the "
+                          f"{'image' if boots else 'server'} out")
+        if has and asked['vms'] != 1:
+            raise Invalid(f"vms: a server is one machine, not {asked['vms']}")
+        ends = ENDS[1:3] if has else ENDS
+        if asked['at_end'] not in ('', *ends):
+            raise Invalid(f"at_end: '{asked['at_end']}' is none of {', '.join(ends)}{nearest(asked['at_end'], ends)}")
+        for target in asked['notify']:
+            if not re.fullmatch(r'https?://\S+|[^@\s,<>]+@[^@\s,<>]+', target) or len(asked['notify']) > 10:
+                raise Invalid(f"notify: '{target}' is no mail address and no http(s) address, or there are more than 10")
 
     def resolve_window(self, asked: dict, old, lead: int) -> tuple[int, int]:
         """Start and end in seconds; without a new end, one that is moved keeps its length."""
@@ -1980,29 +2238,43 @@ class Reservations:
             raise Conflict(f"{len(found)} resources are at {where}; name one of {', '.join(r.name for r in found[:20])}")
         return found[0]
 
-    def each_takes(self, place, asked: dict, warnings: list) -> Amount:
-        """What one machine takes, as the resource's cloud tells; an unknown name is refused.
+    def ask_cloud(self, place, asked: dict, warnings: list) -> dict:
+        """What the resource's cloud knows under the names that are asked for; an unknown one is refused.
 
-        If the cloud can't be asked, that goes to `warnings`, unless only it could tell whether it fits.
+        If the cloud can't be asked, that goes to `warnings`, unless only it could tell what is needed.
         """
-        named = [(kind, asked[kind]) for kind in CLOUDY[:4] if asked.get(kind)]
+        named = [(kind, asked[kind]) for kind in CLOUDY if kind != 'security_groups' and asked.get(kind)]
         named += [('security_group', name) for name in asked.get('security_groups', ())]
-        named = [(kind, name) for kind, name in named if (kind, name) not in (('network', 'auto'), ('network', 'none'))]
+        named = [pair for pair in named if pair not in (('network', 'auto'), ('network', 'none'))]
         if not named:
-            return Amount(1)
+            return {}
         if not place.cloud:
             raise Invalid(f"the resource '{place.name}' has no cloud that knows the {named[0][0].replace('_', ' ')} "
                           f"'{named[0][1]}'; leave it out")
         account = self.clouds.account(place.cloud, asked.get('project', self.actor.project))
         try:
-            found = dict(zip((kind for kind, _ in named), self.clouds.open(account).check(named)))
+            return dict(zip((kind for kind, _ in named), self.clouds.open(account).check(named)))
         except CloudError as error:
             if asked.get('flavor') and (place.vcpus, place.ram) != (None, None):
                 raise CloudError(f"{error}; its flavor '{asked['flavor']}' must be known to count "
                                  f"vcpus and ram on '{place.name}'") from None
+            if asked.get('server'):
+                raise CloudError(f"{error}; it must tell which server '{asked['server']}' is") from None
             warnings.append(f'not checked: {error}')
-            return Amount(1)
+            return {}
+
+    def each_takes(self, found: dict) -> Amount:
+        """What one machine takes, of what the cloud told."""
         return Amount(1, *(found['flavor'][figure] for figure in Flavor._fields)) if 'flavor' in found else Amount(1)
+
+    def refuse_shared_server(self, wish: Wish, own: int = 0) -> None:
+        """A machine that somebody has can be started and stopped by one reservation at a time."""
+        begin, until = wish.held
+        other = row('SELECT r.label FROM occurrence o JOIN reservation r ON r.id = o.reservation_id WHERE r.server = ? '
+                    'AND o.due IS NOT NULL AND o.held_from < ? AND o.held_until > ? AND o.id <> ?',
+                    wish.server, until, begin, own) if wish.server else None
+        if other:
+            raise Conflict(f"the server {wish.server} is reserved by '{other.label}' in that time already")
 
     def refuse_taken_label(self, wish: Wish, now: float) -> None:
         read_argument('label', wish.label, Label, self.here)  # Python may call without `bind`
@@ -2020,12 +2292,14 @@ class Reservations:
         """Writes a reservation and its occurrence, and holds its amount; inside a transaction."""
         place = self.resource_row(wish.resource.name)  # its capacity may have changed since
         begin, until = wish.held
+        self.refuse_shared_server(wish)
         admit(place, begin, until, wish.amount, now)
         reservation = insert(Reservation, **wish.columns(*STORED), added=int(now), changed=int(now), over=wish.end)
         held = wish.amount
         occurrence = insert(Occurrence, reservation=reservation, resource=place.id, start=wish.start, end=wish.end,
-                            held_from=begin, held_until=until, vms=held.vms, vcpus=held.vcpus, ram=held.ram, due=begin)
-        journal(now, self.actor.user, 'added', f'{wish.vms} vms on {place.name}', reservation)
+                            held_from=begin, held_until=until, vms=held.vms, vcpus=held.vcpus, ram=held.ram, told=0,
+                            due=min(begin, wish.start - self.config.notice))
+        self.journal(now, 'added', f'{wish.vms} vms on {place.name}', reservation, wish.notify)
         return occurrence
 
     def rebook(self, old, wish: Wish, now: float) -> None:
@@ -2033,6 +2307,7 @@ class Reservations:
         place = self.resource_row(wish.resource.name)
         begin, until = wish.held
         before, amount = Amount(old.vms, old.vcpus, old.ram), wish.amount
+        self.refuse_shared_server(wish, old.id)
         release(old.resource_id, old.held_from, old.held_until, before)
         smaller = (place.id == old.resource_id and old.held_from <= begin and until <= old.held_until
                    and amount.within(before))
@@ -2042,15 +2317,20 @@ class Reservations:
             admit(place, begin, until, amount, now)
         change(Reservation, old.reservation, **wish.columns(*STORED), changed=int(now), over=wish.end)
         change(Occurrence, old.id, resource=place.id, start=wish.start, end=wish.end, held_from=begin,
-               held_until=until, vms=amount.vms, vcpus=amount.vcpus, ram=amount.ram, due=min(now, begin))
+               held_until=until, vms=amount.vms, vcpus=amount.vcpus, ram=amount.ram, due=min(now, begin),
+               told=0 if wish.start != old.start else min(old.told, READY))
 
-    def cancel(self, found, now: float) -> None:
+    def cancel(self, found, now: float, why: str = '') -> None:
         """Ends a reservation now: what it held from now on is free; inside a transaction."""
         until = min(max(int(now), found.held_from), found.held_until)
         release(found.resource_id, until, found.held_until, Amount(found.vms, found.vcpus, found.ram))
         change(Occurrence, found.id, cancelled=int(now), held_until=until, due=now)
         change(Reservation, found.reservation, over=int(now), changed=int(now))
-        journal(now, self.actor.user, 'cancelled', f'cancelled by {self.actor.user}', found.reservation)
+        self.journal(now, 'released', why or f'cancelled by {self.actor.user}', found.reservation, json.loads(found.notify))
+
+    def journal(self, now: float, code: str, sentence: str, reservation: int | None = None,
+                notify: Iterable[str] = ()) -> None:
+        journal(self.config, now, self.actor.user, code, sentence, reservation, notify)
 
     def resource_public(self, found) -> dict:
         return {name: value for name, value in public(found).items() if name != 'removed'}
@@ -2072,6 +2352,16 @@ class Reservations:
         return [public(self.occurrence(id)) for id in homeless[:1000]]
 
     # What to say when something doesn't fit
+
+    @contextmanager
+    def recording_refusal(self, wish: Wish, dry_run: bool) -> Iterator[None]:
+        try:
+            yield
+        except NoCapacity as refusal:
+            if not dry_run:
+                with transaction():
+                    self.journal(self.clock(), 'refused', f"'{wish.label}' of {wish.user}: {refusal}", None, wish.notify)
+            raise
 
     @contextmanager
     def explaining(self, wish: Wish, old=None) -> Iterator[None]:
@@ -2157,6 +2447,114 @@ def actor_of(token: str) -> Actor:
     return Actor(*found)
 
 
+# Notices #####################################################################
+#
+# A notice is written down with the event that it tells of, in the same transaction; the life cycle
+# delivers it, at least once, with growing pauses for some days. Webhooks get signed JSON, people
+# get mail in the words of the configuration.
+
+GIVE_UP = 3 * 86400  # seconds after which an undeliverable notice is given up
+
+NOTICES = '''SELECT n.id, n.target, n.tries, e.id AS event, e.at, e.actor, e.code, e.sentence, e.reservation_id
+               FROM outbox n JOIN event e ON e.id = n.event_id'''
+
+
+class Undelivered(Error):
+    """A notice did not arrive; it may the next time."""
+
+
+def deliver(config: Config, notice, about: dict) -> None:
+    """Delivers one notice to its target; `about` is its reservation as an answer shows it.
+
+    Raises:
+      Undelivered: it was not accepted.
+    """
+    from http.client import HTTPException
+    try:
+        if re.match('https?://', notice.target):
+            body = {'id': notice.event, 'event': notice.code, 'at': instant(notice.at), 'actor': notice.actor,
+                    'sentence': notice.sentence, 'reservation': about}
+            post(config, notice.target, json_text(body).encode())
+        else:
+            send_mail(config, notice, about)
+    except (OSError, ValueError, HTTPException) as error:  # smtplib's are OSErrors
+        raise Undelivered(f'{type(error).__name__}: {error}') from None
+
+
+def post(config: Config, url: str, body: bytes) -> None:
+    """Posts a webhook: signed if there is a secret, no redirects, and only where that is allowed.
+
+    The header X-Cmres-Signature is `sha256=` and the hex HMAC of X-Cmres-Timestamp, a full stop and the body.
+    """
+    import hmac
+    from http.client import HTTPConnection, HTTPSConnection
+    parts = urlsplit(url)
+    port = parts.port or (443 if parts.scheme == 'https' else 80)
+    address = allowed_address(config, parts.hostname, port)
+    stamp = str(int(time.time())).encode()
+    signature = hmac.new(config.webhook_secret.encode(), stamp + b'.' + body, 'sha256').hexdigest()
+    kind = HTTPSConnection if parts.scheme == 'https' else HTTPConnection
+    connection = kind(parts.hostname, port, timeout=10)
+    # To the address that was checked: the name may mean another one a moment later.
+    connection._create_connection = lambda _, *rest: socket.create_connection((address, port), *rest)
+    connection.request('POST', parts._replace(scheme='', netloc='').geturl() or '/', body, {
+        'Content-Type': 'application/json', 'User-Agent': f'cmres/{__version__}', 'X-Cmres-Timestamp': stamp.decode()}
+        | ({'X-Cmres-Signature': f'sha256={signature}'} if config.webhook_secret else {}))
+    status = connection.getresponse().status
+    connection.close()
+    if not 200 <= status < 300:
+        raise ValueError(f'the webhook answered {status}' + (' and redirects are not followed' if status // 100 == 3 else ''))
+
+
+def allowed_address(config: Config, host: str, port: int) -> str:
+    """The address of a host; ValueError if any of its addresses is private and that is not allowed."""
+    import ipaddress
+    found = [ipaddress.ip_address(each[4][0].partition('%')[0])
+             for each in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
+    for each in found:
+        public_one = getattr(each, 'ipv4_mapped', None) or each
+        if not config.private_addresses and (not public_one.is_global or public_one.is_multicast):
+            raise ValueError(f'{host} is at the private address {each}; the setting private_addresses allows that')
+    return str(found[0])
+
+
+def send_mail(config: Config, notice, about: dict) -> None:
+    if not config.mail_server:
+        raise ValueError('no mail_server is set')
+    import smtplib
+    from email.message import EmailMessage
+    host, _, port = config.mail_server.partition(':')
+    message = EmailMessage()
+    subject, _, text = notice_text(config, notice, about).partition('\n')
+    message['From'], message['To'], message['Subject'] = config.mail_from, notice.target, f'[cmres] {subject}'
+    message['Message-ID'] = f'<event-{notice.event}-{notice.id}@cmres>'  # a repeated one is known as such
+    message.set_content(f'{text}\n\n{notice.sentence}\n' if notice.sentence not in text else f'{text}\n')
+    with smtplib.SMTP(host, int(port or 25), timeout=10) as server:
+        server.send_message(message)
+
+
+def notice_text(config: Config, notice, about: dict) -> str:
+    """The words of the configuration for an event, filled with its reservation."""
+    template = config.texts[notice.code]
+    fields = {name: in_cell(value, config.zone) for name, value in about.items()}
+    return template.format_map(defaultdict(str, fields | {'sentence': notice.sentence, 'actor': notice.actor}))
+
+
+def in_cell(value, zone: ZoneInfo) -> str:
+    """A value for people."""
+    if isinstance(value, datetime):
+        return format_time(value, zone)
+    if isinstance(value, dict):
+        return ' '.join(f'{name}={in_cell(each, zone)}' for name, each in value.items())
+    if isinstance(value, (list, tuple)):
+        return ', '.join(in_cell(each, zone) for each in value)
+    return '-' if value is None else str(value)
+
+
+def json_text(value) -> str:
+    return json.dumps(to_plain(value), ensure_ascii=False) + '\n'
+
+
 # Life cycle ##################################################################
 #
 # One idempotent pass, `converge`, makes of what is wanted what is; repeating it is all there is.
@@ -2170,52 +2568,85 @@ def actor_of(token: str) -> Actor:
 #   (3) the answer is written. Where (3) is missing, a look at the cloud finds the server by its
 #       mark, or, once it can't come any more, finds that there is none: then from (1), a new mark.
 #
-# What a server needs next follows from its row alone; `due` only says when to ask.
+# What a server needs next follows from its goal and its state alone; `due` only says when to ask.
+# Of several processes one acts, by a lease with a deadline: it is renewed while passes are made, it
+# is looked at in every transaction and before every call, and who lost it does nothing more.
+
+UNDER_WAY = {'delete': 'deleting', 'start': 'starting', 'stop': 'stopping', 'shelve': 'shelving', 'snapshot': 'saving'}
+DOWN = ('shutoff', 'paused', 'suspended', 'shelved', 'shelved_offloaded')
+FINAL = ('deleted', 'kept')  # it is gone, or it stays as its owner wished and is no longer ours to watch
+TRIPS = 3  # failures in a row after which a cloud is left alone for a while
+
+SERVERS = '''SELECT v.*, r.flavor, r.image, r.network, r.key, r.security_groups, r.user_data, r.metadata,
+                    r.label, r.notify, o.reservation_id
+               FROM server v JOIN occurrence o ON o.id = v.occurrence_id JOIN reservation r ON r.id = o.reservation_id'''
+
+
+class LostLease(Error):
+    """Another scheduler acts now; this one must not."""
 
 
 class Result(NamedTuple):
     """A call that ended: what for, when, and its answer or its error."""
+    key: tuple
     verb: str
-    target: Any  # a row of server, or an account
+    account: str
+    target: Any
     began: float
     ended: float
     answer: Any = None
     error: Exception | None = None
 
 
-SERVERS = '''SELECT v.*, r.flavor, r.image, r.network, r.key, r.security_groups, r.user_data, r.metadata,
-                    r.label, o.reservation_id
-               FROM server v JOIN occurrence o ON o.id = v.occurrence_id JOIN reservation r ON r.id = o.reservation_id'''
+class Breaker(NamedTuple):
+    """What is remembered of a cloud in trouble: failures in a row, and until when it is left alone."""
+    failures: int = 0
+    until: float = 0
 
 
 class LifeCycle:
-    """Boots what has begun, deletes what is over, and looks whether it is so."""
+    """Boots what has begun, ends what is over, and looks whether it is so."""
 
     def __init__(self, config: Config, clouds: Clouds, clock: Callable[[], float] = time.time):
         self.config, self.clouds, self.clock = config, clouds, clock
-        self.results: queue.SimpleQueue[Result] = queue.SimpleQueue()
+        self.name = f'{socket.gethostname()}:{os.getpid()}:{secrets.token_hex(4)}'
+        self.leased_until = self.latest = 0.0
         self.wake = threading.Event()
         self.flying: set[tuple] = set()  # calls that were handed to a worker and not yet recorded
+        self.results: queue.SimpleQueue[Result] = queue.SimpleQueue()
+        self.ended: list[Result] = []    # results that are not on disk yet
         self.pools: dict[str, ThreadPoolExecutor] = {}
+        self.breakers: dict[str, Breaker] = defaultdict(Breaker)
 
-    def converge(self, now: float) -> None:
-        """One pass; calls that it begins go on after it and are recorded by a later one."""
+    # Repeating
+
+    def converge(self, now: float) -> bool:
+        """One pass, if this process may act; calls that it begins go on after it and are recorded by a later one."""
+        if not self.lead(now):
+            self.forget()
+            return False
+        if now < self.latest - 2:
+            self.pull_forward(now)
+        self.latest = now
         self.record(now)
         self.plan(now)
         self.call(now)
+        return True
 
-    def settle(self) -> None:
-        """Passes until no call is under way: what `tick` does."""
-        self.converge(self.clock())
-        while self.flying:
-            self.wake.wait()
+    def settle(self) -> bool:
+        """Passes until no call is under way: what `tick` does; false if another scheduler acts."""
+        acting = self.converge(self.clock())
+        while acting and self.flying:
+            self.wake.wait(1)
             self.wake.clear()
-            self.converge(self.clock())
+            acting = self.converge(self.clock())
+        return acting
 
     def next_due(self) -> float:
         """When the next pass has something to do; infinity if nothing is planned."""
-        found = row('SELECT min(due) AS due FROM (SELECT min(due) AS due FROM occurrence WHERE due IS NOT NULL '
-                    'UNION ALL SELECT min(due) FROM server WHERE due IS NOT NULL)')
+        found = row('SELECT min(due) AS due FROM (SELECT min(due) AS due FROM occurrence WHERE due IS NOT NULL UNION ALL '
+                    'SELECT min(due) FROM server WHERE due IS NOT NULL UNION ALL '
+                    'SELECT min(due) FROM outbox WHERE due IS NOT NULL)')
         return float('inf') if found.due is None else found.due
 
     def run(self, stop: threading.Event) -> None:
@@ -2223,62 +2654,172 @@ class LifeCycle:
         import schedule
         beat = schedule.Scheduler()
         beat.every(1).seconds.do(lambda: None)  # other processes may change the store; clocks may be set
+        beat.every(max(int(10 * self.config.sweep), 1)).seconds.do(self.sweep)
         while not stop.is_set():
-            wait = beat.idle_seconds
-            try:
-                self.converge(self.clock())
-                if not self.flying:
-                    wait = min(wait, self.next_due() - self.clock())
-            except Exception:  # whatever it is, the next pass may do better; people wait for machines
-                log.exception('this pass failed; the next comes in a second')
-                wait = 1
-            self.wake.wait(max(wait, 0))
+            wait = self.guarded_pass()
+            self.wake.wait(max(min(wait, beat.idle_seconds), 0))
             self.wake.clear()
             beat.run_pending()
         self.finish()
 
+    def guarded_pass(self) -> float:
+        """One pass that survives whatever happens; the seconds until the next one is due."""
+        try:
+            acting = self.converge(self.clock())
+            return 1 if self.flying or not acting else self.next_due() - self.clock()
+        except peewee.DatabaseError as error:
+            log.warning('the store is not available: %s; waiting', error)
+        except LostLease as error:
+            log.warning('%s', error)
+        except Exception:  # whatever it is, the next pass may do better; people wait for machines
+            log.exception('this pass failed; the next comes in a second')
+        return 1
+
     def finish(self, patience: float = 5) -> None:
-        """Lets calls that are under way end, and records them."""
+        """Lets calls that are under way end and records them; then another scheduler may act at once."""
         until = time.monotonic() + patience
-        while self.flying and time.monotonic() < until:
-            self.wake.wait(0.1)
-            self.wake.clear()
-            self.record(self.clock())
+        try:
+            while self.flying and time.monotonic() < until and self.lead(self.clock()):
+                self.wake.wait(0.1)
+                self.wake.clear()
+                self.record(self.clock())
+            with transaction():
+                db.execute_sql('UPDATE lease SET until = 0 WHERE holder = ?', (self.name,))
+        except (peewee.DatabaseError, Error) as error:
+            log.warning('could not end in good order: %s', error)
         for pool in self.pools.values():
             pool.shutdown(wait=False, cancel_futures=True)
+
+    # Who acts
+
+    def lead(self, now: float) -> bool:
+        """Whether this process may act: it has the lease, renews it, or takes one that ran out."""
+        if self.leased_until - self.config.lease <= now < self.leased_until - self.config.lease / 2:
+            return True
+        if self.held_by_another(now):
+            self.leased_until = 0.0
+            return False
+        with transaction():
+            if self.held_by_another(now):
+                return False
+            taken_over = not row('SELECT name FROM lease WHERE holder = ?', self.name)
+            db.execute_sql('INSERT INTO lease (name, holder, until) VALUES (?, ?, ?) ON CONFLICT (name) DO UPDATE '
+                           'SET holder = excluded.holder, until = excluded.until',
+                           ('scheduler', self.name, now + self.config.lease))
+            if taken_over:  # whoever made these calls may never tell of them
+                db.execute_sql("UPDATE server SET due = min(due, ?) WHERE state = 'build' AND uid IS NULL "
+                               'AND due IS NOT NULL', (now,))
+        self.leased_until = now + self.config.lease
+        if taken_over:
+            self.sweep()
+        return True
+
+    def held_by_another(self, now: float) -> bool:
+        found = row('SELECT holder, until FROM lease')
+        # One that ends further ahead than any lease was made before the clock was set back.
+        return bool(found) and found.holder != self.name and now < found.until <= now + 2 * self.config.lease
+
+    @contextmanager
+    def acting(self) -> Iterator[None]:
+        """A transaction of the process that has the lease; LostLease for any other."""
+        with transaction():
+            if not row('SELECT name FROM lease WHERE holder = ?', self.name):
+                self.leased_until = 0.0
+                raise LostLease('another scheduler has taken over; this one waits its turn')
+            yield
+
+    def forget(self) -> None:
+        """What ended is for the process to find out that acts now."""
+        while not self.results.empty():
+            self.ended.append(self.results.get())
+        self.flying -= {result.key for result in self.ended}
+        self.ended.clear()
+
+    def pull_forward(self, now: float) -> None:
+        """After the clock was set back: nothing waits for an instant that was reckoned by the old time."""
+        log.warning('the clock was set back by %.0f seconds', self.latest - now)
+        with self.acting():
+            db.execute_sql('UPDATE server SET due = min(due, ?), called = min(called, ?) WHERE due IS NOT NULL', (now, now))
+            db.execute_sql('UPDATE occurrence SET due = ? WHERE due > ? AND held_from <= ?', (now, now, self.latest))
+        self.breakers.clear()
+
+    def sweep(self) -> None:
+        """Looks at every account, also for servers of ours that nothing in the store tells of."""
+        if self.clock() < self.leased_until:
+            for account in self.clouds.accounts():
+                self.submit(('look', account), 'look', account, self.borrowed(account))
 
     # What is wanted
 
     def plan(self, now: float) -> None:
         """Writes down the servers that occurrences want now, and gives up those they don't."""
-        due = ('SELECT o.*, r.label, r.image, r.project, s.cloud FROM occurrence o JOIN reservation r '
-               'ON r.id = o.reservation_id JOIN resource s ON s.id = o.resource_id WHERE o.due <= ?')
+        due = ('SELECT o.*, r.label, r.image, r.server, r.at_end, r.notify, r.changed, r.project, s.cloud '
+               'FROM occurrence o JOIN reservation r ON r.id = o.reservation_id '
+               'JOIN resource s ON s.id = o.resource_id WHERE o.due <= ?')
         if rows(f'{due} LIMIT 1', now):
-            with transaction():
+            with self.acting():
                 for occurrence in rows(due, now):
                     self.plan_one(occurrence, now)
 
     def plan_one(self, occurrence, now: float) -> None:
         over = occurrence.cancelled is not None or now >= occurrence.end
-        runs = occurrence.image and not over and now >= occurrence.held_from
-        servers = rows("SELECT id, n FROM server WHERE occurrence_id = ? AND wanted AND state <> 'deleted' "
-                       'ORDER BY n', occurrence.id)
-        numbers = {server.n for server in servers}
+        runs = (occurrence.image or occurrence.server) and not over and now >= occurrence.held_from
+        servers = rows("SELECT id, n, state, ready, borrowed, uid FROM server WHERE occurrence_id = ? AND goal = 'up' "
+                       "AND state NOT IN ('deleted', 'kept') ORDER BY n", occurrence.id)
         wanted = occurrence.vms if runs else 0
-        for n in sorted(set(range(1, wanted + 1)) - numbers):
-            insert(Server, occurrence=occurrence.id, n=n, name=f'{occurrence.label}-{occurrence.id}-{n}',
-                   account=self.clouds.account(occurrence.cloud, occurrence.project), wanted=True, state='planned',
-                   tries=0, failures=0, addresses='[]', fault='', planned=occurrence.start, due=now)
+        for n in sorted(set(range(1, wanted + 1)) - {server.n for server in servers}):
+            self.plan_server(occurrence, n, now)
         for server in servers:
             if server.n > wanted:
-                change(Server, server.id, wanted=False, due=now)
-        change(Occurrence, occurrence.id, due=self.next_look(occurrence, over, now))
+                change(Server, server.id, goal=self.goal_after(occurrence, server, over, now), due=now)
+        if over and now >= occurrence.end + self.config.end_grace:
+            self.force(occurrence, now)
+        told = self.announce(occurrence, over, now)
+        change(Occurrence, occurrence.id, told=told, due=self.next_look(occurrence, over, told, now))
 
-    def next_look(self, occurrence, over: bool, now: float) -> float | None:
-        """When an occurrence must be planned again; never, once it is over and its servers are gone."""
+    def plan_server(self, occurrence, n: int, now: float) -> None:
+        borrowed = bool(occurrence.server)
+        insert(Server, occurrence=occurrence.id, n=n, name=f'{occurrence.label}-{occurrence.id}-{n}',
+               account=self.clouds.account(occurrence.cloud, occurrence.project), goal='up', borrowed=borrowed,
+               state='unknown' if borrowed else 'planned', uid=occurrence.server or None, tries=0, failures=0,
+               addresses='[]', snapshot='', snapshot_id='', fault='',
+               # What was asked for after the start can't be ready at the start.
+               planned=max(occurrence.start, occurrence.changed), due=now)
+
+    def goal_after(self, occurrence, server, over: bool, now: float) -> str:
+        """What becomes of a server that is up no longer; one that never was up is not worth keeping."""
+        if server.borrowed:
+            return occurrence.at_end
+        asked = over and occurrence.cancelled is None and server.ready and server.state not in ('error', 'deleting')
+        return occurrence.at_end if asked else 'delete'
+
+    def force(self, occurrence, now: float) -> None:
+        """After the grace time, what could not be stopped, shelved or saved is deleted: others were promised its place."""
+        late = rows("SELECT id, name FROM server WHERE occurrence_id = ? AND goal <> 'delete' AND NOT borrowed "
+                    "AND state NOT IN ('deleted', 'kept')", occurrence.id)
+        for server in late:
+            change(Server, server.id, goal='delete', state='active', due=now)
+            self.journal(now, 'forced', f'{server.name} could not {occurrence.at_end} in time and is deleted', occurrence)
+
+    def announce(self, occurrence, over: bool, now: float) -> int:
+        """Tells of a start or an end that comes soon, once; what was told then."""
+        notice = self.config.notice
+        if not over and occurrence.told < SOON and occurrence.start - notice <= now < occurrence.start:
+            self.journal(now, 'soon', f'starts in {format_duration(occurrence.start - now)}', occurrence)
+            return SOON
+        if not over and occurrence.told < ENDING and occurrence.end - notice <= now and now >= occurrence.start:
+            self.journal(now, 'ending', f'ends in {format_duration(occurrence.end - now)}', occurrence)
+            return ENDING
+        return occurrence.told
+
+    def next_look(self, occurrence, over: bool, told: int, now: float) -> float | None:
+        """When an occurrence must be planned again; never, once it is over and nothing is left to do."""
         if not over:
-            return occurrence.end if now >= occurrence.held_from else occurrence.held_from
-        if row("SELECT id FROM server WHERE occurrence_id = ? AND state <> 'deleted' LIMIT 1", occurrence.id):
+            notice = self.config.notice
+            comes = [occurrence.start - notice if told < SOON else 0, occurrence.held_from, occurrence.start,
+                     occurrence.end - notice if told < ENDING else 0, occurrence.end]
+            return min(each for each in comes if each > now)
+        if row("SELECT id FROM server WHERE occurrence_id = ? AND state NOT IN ('deleted', 'kept') LIMIT 1", occurrence.id):
             return now + self.config.poll
         if occurrence.cancelled is None:
             self.tell_end(occurrence, now)
@@ -2286,10 +2827,14 @@ class LifeCycle:
 
     def tell_end(self, occurrence, now: float) -> None:
         found = row('SELECT count(ready) AS ever, max(fault) AS fault FROM server WHERE occurrence_id = ?', occurrence.id)
-        failed = occurrence.image and not found.ever
-        journal(now, 'cmres', 'failed' if failed else 'ended',
-                f"never up: {found.fault or 'the life cycle did not run'}" if failed else 'its time was over',
-                occurrence.reservation_id)
+        if (occurrence.image or occurrence.server) and not found.ever:
+            self.journal(now, 'failed', f"never up: {found.fault or 'the life cycle did not run'}", occurrence)
+        else:
+            self.journal(now, 'ended', 'its time was over', occurrence)
+
+    def journal(self, now: float, code: str, sentence: str, about) -> None:
+        """An event of the life cycle, about a row that tells its reservation and whom to notify."""
+        journal(self.config, now, 'cmres', code, sentence[:1000], about.reservation_id, json.loads(about.notify))
 
     # What to do
 
@@ -2297,28 +2842,45 @@ class LifeCycle:
         """Hands the calls that are due to workers, each after its intent is written."""
         due = [server for server in rows(f'{SERVERS} WHERE v.due <= ? ORDER BY v.planned, v.id', now)
                if ('server', server.id) not in self.flying]
-        if not due:
-            return
+        notices = [notice for notice in rows(f'{NOTICES} WHERE n.due <= ? ORDER BY n.id LIMIT 1000', now)
+                   if ('notice', notice.id) not in self.flying]
         looks, calls = set(), []
-        with transaction():
-            for server in due:
-                verb = self.next_call(server)
-                if verb == 'look':
-                    looks.add(server.account)
-                else:
-                    calls += self.intend(verb, server, now)
+        if due:
+            with self.acting():
+                for server in due:
+                    verb = 'look' if self.left_alone(server, now) else self.next_call(server)
+                    looks |= {server.account} if verb == 'look' else set()
+                    calls += self.intend(verb, server, now) if verb != 'look' else []
         for verb, server in calls:
             self.submit(('server', server.id), verb, server.account, server)
         for account in looks:
-            self.submit(('look', account), 'look', account, account)
+            if self.breakers[account].until <= now:
+                self.submit(('look', account), 'look', account, self.borrowed(account))
+        for notice in notices:
+            self.submit(('notice', notice.id), 'notice', ' notices', notice)
+
+    def left_alone(self, server, now: float) -> bool:
+        """Whether a cloud is in such trouble that calls to it wait; a look then finds out whether it is over."""
+        breaker = self.breakers[server.account]
+        if breaker.failures < TRIPS and breaker.until <= now:
+            return False
+        change(Server, server.id, due=max(breaker.until, now + self.config.poll))
+        return True
 
     def next_call(self, server) -> str:
         """What a server needs next."""
         if server.state == 'planned':
-            return 'boot' if server.wanted else 'drop'
-        if server.uid and server.state != 'deleting' and (not server.wanted or server.state == 'error'):
+            return 'boot' if server.goal == 'up' else 'drop'
+        if server.state == UNDER_WAY['snapshot']:
+            return 'verify'
+        if server.state in UNDER_WAY.values() or not server.uid:
+            return 'look'
+        if server.goal == 'up' and server.borrowed:
+            return 'start' if server.state in DOWN else 'look'
+        if server.goal == 'delete' or server.goal == 'up' and server.state == 'error':
             return 'delete'
-        return 'look'
+        ready_for = {'stop': ('active',), 'shelve': ('active', *DOWN[:3]), 'snapshot': ('active', *DOWN[:3])}
+        return server.goal if server.state in ready_for.get(server.goal, ()) else 'look'
 
     def intend(self, verb: str, server, now: float) -> list:
         """Writes what will be done; the calls that it takes."""
@@ -2329,10 +2891,14 @@ class LifeCycle:
         if verb == 'boot':
             server = server._replace(tries=server.tries + 1)
             change(Server, server.id, state='build', tries=server.tries, uid=None, begun=server.begun or now,
-                   due=patience)
+                   called=now, due=patience)
         else:
             change(Server, server.id, due=patience)
         return [(verb, server)]
+
+    def borrowed(self, account: str) -> list[str]:
+        """The machines of others that are watched on an account."""
+        return [each.uid for each in rows('SELECT uid FROM server WHERE account = ? AND borrowed AND due IS NOT NULL', account)]
 
     def submit(self, key: tuple, verb: str, account: str, target) -> None:
         if key in self.flying:
@@ -2340,31 +2906,54 @@ class LifeCycle:
         self.flying.add(key)
         if account not in self.pools:  # one pool an account: a cloud that hangs holds nobody else's workers
             self.pools[account] = ThreadPoolExecutor(self.config.workers, thread_name_prefix=account)
-        self.pools[account].submit(self.work, verb, account, target)
+        self.pools[account].submit(self.work, key, verb, account, target)
 
-    def work(self, verb: str, account: str, target) -> None:
+    def work(self, key: tuple, verb: str, account: str, target) -> None:
         """A worker's whole job: one call, its result for the next pass."""
         began = self.clock()
         try:
-            answer, error = getattr(self, f'ask_to_{verb}')(self.clouds.open(account), target), None
+            if began >= self.leased_until:
+                raise LostLease('the lease ran out before the call')
+            answer, error = getattr(self, f'do_{verb}')(account, target), None
         except Exception as caught:  # the pass that records it decides what it means
             answer, error = None, caught
-        self.results.put(Result(verb, target, began, self.clock(), answer, error))
+        self.results.put(Result(key, verb, account, target, began, self.clock(), answer, error))
         self.wake.set()
 
-    def ask_to_boot(self, cloud: Cloud, server) -> str:
-        return cloud.boot(Machine(
+    def do_boot(self, account: str, server) -> str:
+        return self.clouds.open(account).boot(Machine(
             server.name, self.mark(server), server.flavor, server.image, server.network, server.key,
             tuple(json.loads(server.security_groups)), server.user_data, json.loads(server.metadata)))
 
-    def ask_to_delete(self, cloud: Cloud, server) -> None:
-        cloud.delete(server.uid)
+    def do_delete(self, account: str, server) -> None:
+        self.clouds.open(account).delete(server.uid)
 
-    def ask_to_look(self, cloud: Cloud, account: str) -> list[Seen]:
-        return cloud.servers()
+    def do_start(self, account: str, server) -> None:
+        self.clouds.open(account).start(server.uid)
 
-    def ask_to_clear(self, cloud: Cloud, orphan: tuple) -> None:
-        cloud.delete(orphan[1])
+    def do_stop(self, account: str, server) -> None:
+        self.clouds.open(account).stop(server.uid)
+
+    def do_shelve(self, account: str, server) -> None:
+        self.clouds.open(account).shelve(server.uid)
+
+    def do_snapshot(self, account: str, server) -> tuple[str, str]:
+        name = f'{server.name}-{instant(self.clock()):%Y%m%dT%H%M%S}'
+        return name, self.clouds.open(account).snapshot(server.uid, name)
+
+    def do_verify(self, account: str, server) -> bool | None:
+        return self.clouds.open(account).saved(server.snapshot_id)
+
+    def do_look(self, account: str, borrowed: list[str]) -> list[Seen]:
+        cloud = self.clouds.open(account)
+        return cloud.servers() + [seen for seen in map(cloud.server, borrowed) if seen]
+
+    def do_clear(self, account: str, uid: str) -> None:
+        self.clouds.open(account).delete(uid)
+
+    def do_notice(self, account: str, notice) -> None:
+        found = listing(self.clock(), 'r.id = ?', (notice.reservation_id,)) if notice.reservation_id else []
+        deliver(self.config, notice, public(found[-1]) if found else {})
 
     def mark(self, server) -> str:
         return f'{self.clouds.store}-{server.id}-{server.tries}'
@@ -2372,110 +2961,191 @@ class LifeCycle:
     # What became of it
 
     def record(self, now: float) -> None:
-        """Writes down the results of the calls that ended since the last pass."""
-        ended = []
+        """Writes down the results of the calls that ended since the last pass; they wait until that has worked."""
         while not self.results.empty():
-            ended.append(self.results.get())
-        if not ended:
+            self.ended.append(self.results.get())
+        if not self.ended:
             return
-        with transaction():
-            for result in ended:
+        breakers = dict(self.breakers)
+        with self.acting():
+            for result in self.ended:
+                self.note_health(result, now)
                 if result.error and not isinstance(result.error, Error):
                     log.error('%s of %s failed', result.verb, result.target, exc_info=result.error)
-                getattr(self, f'record_{result.verb}')(result, now)
-        for result in ended:
-            name = 'server' if result.verb in ('boot', 'delete') else result.verb
-            self.flying.discard((name, result.target.id if name == 'server' else result.target))
+                self.record_one(result, now)
+        for account in breakers.keys() | self.breakers.keys():
+            self.tell_health(account, breakers.get(account, Breaker()), self.breakers[account])
+        self.flying -= {result.key for result in self.ended}
+        self.ended.clear()
 
-    def record_boot(self, result: Result, now: float) -> None:
-        server = row(f'{SERVERS} WHERE v.id = ?', result.target.id)
-        if server.state == 'deleted' or server.tries != result.target.tries:
+    def record_one(self, result: Result, now: float) -> None:
+        if result.key[0] != 'server':
+            getattr(self, f'record_{result.verb}')(result, now)
             return
-        begun = result.began if server.tries == 1 else server.begun
-        if not result.error:
-            change(Server, server.id, uid=result.answer, begun=begun, called=result.ended,
-                   due=now + self.config.poll if server.wanted else now)
-        elif isinstance(result.error, Error) and getattr(result.error, 'sure', True):
-            self.put_off(server, str(result.error), now, state='planned', begun=begun, called=result.ended)
+        server = row(f'{SERVERS} WHERE v.id = ?', result.target.id)
+        if server.state in FINAL or server.tries != result.target.tries:
+            return
+        if isinstance(result.error, LostLease):
+            change(Server, server.id, due=now, **({'state': 'planned'} if result.verb == 'boot' else {}))
+        elif result.verb == 'boot':
+            self.record_boot(server, result, now)
+        elif result.error:
+            self.put_off(server, self.fault(result.error), now, self.retry_after(result.error), called=result.ended)
+        elif result.verb == 'verify':
+            self.record_verify(server, result.answer, now)
         else:
-            change(Server, server.id, fault=self.fault(result.error), begun=begun, called=result.ended,
+            saved = dict(zip(('snapshot', 'snapshot_id'), result.answer)) if result.verb == 'snapshot' else {}
+            change(Server, server.id, state=UNDER_WAY[result.verb], called=result.ended, due=now + self.config.poll, **saved)
+
+    def record_boot(self, server, result: Result, now: float) -> None:
+        begun = result.began if server.tries == 1 else server.begun
+        error = result.error
+        if not error:
+            due = now + self.config.poll if server.goal == 'up' else now
+            change(Server, server.id, uid=result.answer, begun=begun, called=result.ended, due=due)
+        elif isinstance(error, Error) and getattr(error, 'sure', True):
+            self.put_off(server, str(error), now, self.retry_after(error), state='planned', begun=begun, called=result.ended)
+        else:
+            change(Server, server.id, fault=self.fault(error), begun=begun, called=result.ended,
                    due=result.ended + self.config.settle)
 
-    def put_off(self, server, fault: str, now: float, **values) -> None:
+    def record_verify(self, server, complete: bool | None, now: float) -> None:
+        if complete:
+            self.journal(now, 'snapshot', f'{server.name} is saved as the image {server.snapshot}', server)
+            change(Server, server.id, goal='delete', state='active', due=now)
+        elif complete is None:
+            self.put_off(server, f'the image {server.snapshot} was not completed', now, state='active')
+        else:
+            change(Server, server.id, due=now + self.config.poll)
+
+    def put_off(self, server, fault: str, now: float, at_least: float = 0, **values) -> None:
         """Tries again after a pause that grows with each failure in a row."""
         failures = server.failures + 1
-        pause = min(self.config.retry_first * 2 ** min(failures - 1, 20), self.config.retry_most)
-        change(Server, server.id, failures=failures, fault=fault[:500], due=now + pause * random.uniform(0.8, 1.2),
-               **values)
+        change(Server, server.id, failures=failures, fault=fault[:500], due=now + max(self.pause(failures), at_least), **values)
         if failures == 1 or fault != server.fault:
-            journal(now, 'cmres', 'trouble', f'{server.name}: {fault}'[:500], server.reservation_id)
+            self.journal(now, 'trouble', f'{server.name}: {fault}', server)
+
+    def pause(self, failures: int) -> float:
+        most = min(self.config.retry_first * 2 ** min(failures - 1, 20), self.config.retry_most)
+        return most * random.uniform(0.8, 1.2)
+
+    def retry_after(self, error: Exception) -> float:
+        """The seconds that a cloud asks us to wait; 0 if it doesn't."""
+        text = getattr(error, 'details', {}).get('retry_after') or '0'
+        return min(float(text), 3600) if re.fullmatch(r'[0-9]{1,9}', str(text)) else 0
 
     def fault(self, error: Exception) -> str:
         return str(error) if isinstance(error, Error) else f'{type(error).__name__}: {error}'
 
-    def record_delete(self, result: Result, now: float) -> None:
-        server = row(f'{SERVERS} WHERE v.id = ?', result.target.id)
-        if server.state == 'deleted':
-            return
-        if result.error:
-            self.put_off(server, self.fault(result.error), now, called=result.ended)
-        else:
-            change(Server, server.id, state='deleting', called=result.ended, due=now + self.config.poll)
+    def note_health(self, result: Result, now: float) -> None:
+        """Counts a cloud's failures in a row; after some it is left alone, longer and longer."""
+        ill = isinstance(result.error, CloudError) and result.error.ill
+        if not ill and not isinstance(result.error, LostLease) and result.ended > self.breakers[result.account].until:
+            self.breakers[result.account] = Breaker()
+        if ill:
+            failures = self.breakers[result.account].failures + 1
+            pause = self.pause(failures - TRIPS + 1) if failures >= TRIPS else 0
+            self.breakers[result.account] = Breaker(failures, now + max(pause, self.retry_after(result.error)))
+
+    def tell_health(self, account: str, before: Breaker, after: Breaker) -> None:
+        if before.failures < TRIPS <= after.failures:
+            log.warning('the cloud %s is in trouble and is left alone for a while', account)
+        if after.failures < TRIPS <= before.failures:
+            log.warning('the cloud %s is well again', account)
 
     def record_clear(self, result: Result, now: float) -> None:
         if result.error:
-            log.warning('could not remove the server %s that nothing wants: %s', result.target[1], result.error)
+            log.warning('could not remove the server %s that nothing wants: %s', result.target, result.error)
+
+    def record_notice(self, result: Result, now: float) -> None:
+        notice, error = result.target, result.error
+        if not error:
+            change(Outbox, notice.id, due=None, fault='')
+        elif now - notice.at > GIVE_UP:
+            change(Outbox, notice.id, due=None, fault=f'given up: {error}'[:500])
+            log.warning('gave up telling %s of event %s: %s', notice.target, notice.event, error)
+        else:
+            change(Outbox, notice.id, tries=notice.tries + 1, due=now + self.pause(notice.tries + 1), fault=str(error)[:500])
 
     def record_look(self, result: Result, now: float) -> None:
         """Compares what a cloud shows with what is written."""
-        account = result.target
+        account = result.account
         if result.error:
             pause = now + max(self.config.poll, self.config.retry_first)
-            db.execute_sql('UPDATE server SET due = ? WHERE account = ? AND due <= ?', (pause, account, now))
+            db.execute_sql('UPDATE server SET due = max(due, ?) WHERE account = ? AND due <= ?', (pause, account, pause))
             return
-        seen = {each.mark: each for each in result.answer}
-        ours = {self.mark(server): server for server in rows(
-            f"{SERVERS} WHERE v.state <> 'deleted' AND v.tries > 0")}
-        for mark, server in ours.items():
-            if mark in seen:
-                self.record_seen(server, seen[mark], now)
+        seen = {each.uid: each for each in result.answer}
+        marked = {each.mark: each for each in reversed(result.answer) if each.mark}
+        wanted = set()
+        for server in rows(f"{SERVERS} WHERE v.state <> 'deleted' AND (v.tries > 0 OR v.borrowed)"):
+            found = seen.get(server.uid) or (None if server.borrowed else marked.get(self.mark(server)))
+            if found:
+                wanted.add(found.uid)
+            if server.state in FINAL:
+                continue
+            if found:
+                self.record_seen(server, found, now)
             elif server.account == account:
                 self.record_missing(server, result.began, now)
-        db.execute_sql("UPDATE server SET due = ? WHERE account = ? AND state = 'active' AND wanted",
+        db.execute_sql("UPDATE server SET due = ? WHERE account = ? AND goal = 'up' AND state = 'active'",
                        (now + self.config.sweep, account))
-        for mark in seen.keys() - ours.keys():
-            if now - seen[mark].made >= self.config.orphan_grace:
-                self.submit(('clear', (account, seen[mark].uid)), 'clear', account, (account, seen[mark].uid))
+        self.tell_ready(account, now)
+        for uid in seen.keys() - wanted:
+            if seen[uid].mark and now - seen[uid].made >= self.config.orphan_grace:
+                self.submit(('clear', uid), 'clear', account, uid)
 
     def record_seen(self, server, seen: Seen, now: float) -> None:
         """A server that is there: adopt it, and go on from the state that it is in."""
-        if server.state == 'deleting':
-            stuck = now >= server.called + self.config.call_timeout  # then it is asked to go once more
-            change(Server, server.id, state='error' if stuck else 'deleting', due=now if stuck else now + self.config.poll)
-        elif not server.wanted or seen.state == 'error':
-            known = server.uid and server.state in (seen.state, 'build', 'active')  # then it has its instant already
+        if server.state in UNDER_WAY.values() and not self.arrived(server.state, seen.state):
+            stuck = now >= server.called + self.config.call_timeout  # then it is asked once more
+            state = ('error' if server.state == 'deleting' else seen.state) if stuck else server.state
+            change(Server, server.id, state=state, due=now if stuck else now + self.config.poll)
+        elif server.goal == 'up' and seen.state == 'active':
+            if server.state != 'active' or server.addresses != json.dumps(seen.addresses):
+                change(Server, server.id, uid=seen.uid, state='active', ready=server.ready or now, fault='', failures=0,
+                       addresses=json.dumps(seen.addresses))
+        elif server.goal in ('stop', 'shelve') and self.arrived(UNDER_WAY[server.goal], seen.state):
+            change(Server, server.id, uid=seen.uid, state='kept', due=None)
+            self.journal(now, 'stopped', f'{server.name} is {seen.state} and stays', server)
+        else:
+            known = server.uid and server.state == seen.state  # then its instant is set already
+            soon = now if self.next_call(server._replace(uid=seen.uid, state=seen.state)) != 'look' else now + self.config.poll
             change(Server, server.id, uid=seen.uid, state=seen.state, fault=seen.fault[:500] or server.fault,
-                   due=server.due if known and not server.wanted or server.state == 'error' else now)
-        elif seen.state == 'active' and (server.state != 'active' or server.addresses != json.dumps(seen.addresses)):
-            change(Server, server.id, uid=seen.uid, state='active', ready=server.ready or now, fault='', failures=0,
-                   addresses=json.dumps(seen.addresses))
-        elif seen.state != 'active':
-            pause = self.config.poll if seen.state == 'build' else self.config.sweep
-            change(Server, server.id, uid=seen.uid, state=seen.state, due=now + pause)
+                   due=max(server.due or 0, now + self.config.poll) if known else soon)
+
+    def arrived(self, under_way: str, state: str) -> bool:
+        """Whether a cloud's state is what was asked for."""
+        return state in {'starting': ('active',), 'stopping': DOWN, 'shelving': DOWN[3:]}.get(under_way, ())
 
     def record_missing(self, server, looked: float, now: float) -> None:
         """A server that the look didn't show: gone, never made, or too new to be in it."""
-        if ('server', server.id) in self.flying or looked <= (server.called or 0):
+        called = server.called or 0
+        if ('server', server.id) in self.flying or looked <= called:
             return
-        if not server.uid and looked < server.due:
-            return
-        if not server.wanted:
+        if not server.uid and looked < called + self.config.settle:
+            change(Server, server.id, due=called + self.config.settle)
+        elif server.goal != 'up' and server.state != 'planned':
             change(Server, server.id, state='deleted', deleted=now, due=None)
+        elif server.borrowed:
+            self.put_off(server, 'the server is not there any more', now, state='unknown')
         elif server.state in ('error', 'deleting') or not server.uid:
-            self.put_off(server, server.fault or 'it was never made', now, state='planned', uid=None)
+            if server.state != 'planned':
+                self.put_off(server, server.fault or 'it was never made', now, state='planned', uid=None)
         else:
             change(Server, server.id, state='planned', uid=None, fault='it vanished from the cloud', due=now)
-            journal(now, 'cmres', 'vanished', f'{server.name} vanished from the cloud', server.reservation_id)
+            self.journal(now, 'vanished', f'{server.name} vanished from the cloud', server)
+
+    def tell_ready(self, account: str, now: float) -> None:
+        """Announces, once each, the occurrences all of whose servers are up."""
+        for each in rows("""SELECT o.id, o.start, o.reservation_id, r.notify, count(*) AS up, max(v.ready) AS ready,
+                                   group_concat(v.name || ' ' || v.addresses, ', ') AS servers
+                              FROM occurrence o JOIN reservation r ON r.id = o.reservation_id
+                              JOIN server v ON v.occurrence_id = o.id
+                             WHERE o.due IS NOT NULL AND o.told < ? AND v.account = ? AND v.goal = 'up'
+                               AND v.state = 'active' GROUP BY o.id HAVING count(*) >= o.vms""", READY, account):
+            change(Occurrence, each.id, told=READY)
+            late = max(each.ready - each.start, 0)
+            self.journal(now, 'ready', f'all {each.up} are up, {format_duration(late)} after the start: {each.servers}', each)
 
 
 # REST ########################################################################
@@ -2539,10 +3209,6 @@ def healthy():
     except peewee.DatabaseError as error:
         return bottle.HTTPResponse(json_text({'error': f'the store is not available: {error}'}), 503,
                                    {'Content-Type': 'application/json'})
-
-
-def json_text(value) -> str:
-    return json.dumps(to_plain(value), ensure_ascii=False) + '\n'
 
 
 def error_body(error: Error) -> dict:
@@ -2760,7 +3426,7 @@ FORMATS = ('table', 'json', 'csv', 'yaml')
 #: What a table shows of answers that have more fields than a line has room for.
 COLUMNS = {'list': 'id label user project resource vms flavor start end state fault',
            'delete': 'id label user project resource vms start end state',
-           'servers': 'n name state addresses planned begun ready deleted fault',
+           'servers': 'n name state addresses planned begun ready deleted snapshot fault',
            'resource_list': 'name cell cloud region aggregate vms vcpus ram',
            'refused': 'line label error'}
 
@@ -3115,16 +3781,6 @@ def as_table(answer, zone: ZoneInfo, columns: str | None = None) -> str:
              if any(each.get(name) not in (None, '', [], {}) for each in answer)]
     names = names or list(answer[0])
     return drawn(names, [[in_cell(each.get(name), zone) for name in names] for each in answer])
-
-
-def in_cell(value, zone: ZoneInfo) -> str:
-    if isinstance(value, datetime):
-        return format_time(value, zone)
-    if isinstance(value, dict):
-        return ' '.join(f'{name}={in_cell(each, zone)}' for name, each in value.items())
-    if isinstance(value, (list, tuple)):
-        return ', '.join(in_cell(each, zone) for each in value)
-    return '-' if value is None else str(value)
 
 
 def drawn(names: list[str], lines: list) -> str:

@@ -23,7 +23,6 @@ import subprocess
 import sys
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
@@ -148,7 +147,7 @@ def folder(tmp_path, monkeypatch):
     return lambda name, text: (tmp_path / name).write_text(text, encoding='utf-8') and name
 
 
-OTHER = {str: 'Europe/Paris', int: '9', float: '0.5'}
+OTHER = {str: 'Europe/Paris', int: '9', float: '0.5', bool: 'yes'}
 
 
 def test_without_anything_every_setting_has_its_default(folder):
@@ -168,7 +167,7 @@ def test_the_named_file_goes_before_the_variable_and_that_before_config_ini(fold
 def test_every_setting_has_an_environment_twin_that_goes_before_the_file(folder, name):
     kind = type(SETTINGS[name].default)
     folder('config.ini', f'[cmres]\n{name} = {"UTC" if kind is str else "1"}\n')
-    assert getattr(load_config(environ={f'CMRES_{name.upper()}': OTHER[kind]}), name) == kind(OTHER[kind])
+    assert getattr(load_config(environ={f'CMRES_{name.upper()}': OTHER[kind]}), name) == (kind is bool or kind(OTHER[kind]))
 
 
 @pytest.mark.parametrize('text, sentence', [
@@ -594,7 +593,7 @@ def test_a_resource_name_is_taken_once_and_is_no_dash(service):
         service.resource_add('demo')
     with pytest.raises(Conflict, match="there is a resource 'india' already"):
         service.resource_update('demo', rename='india')
-    with pytest.raises(Invalid, match='stands for any resource'):
+    with pytest.raises(Invalid, match='is not a name of 1 to 64'):
         service.resource_add('-')
 
 
@@ -929,14 +928,17 @@ def test_a_delete_of_nothing_in_particular_is_refused(four):
 
 
 def test_a_delete_by_filter_counts_all_that_it_hits(service):
-    begin, end, many = 1_900_000_000, 2_000_000_000, range(1, 10_002)
-    made = [(n, f'r{n}', 'eva', 'bio', '', '', '', '', '[]', '', '{}', 0, '', 0, 0, end) for n in many]
+    begin, end, many = 1_900_000_000, 2_000_000_000, range(2, 10_002)
+    book(service, user='eva', project='bio')
+    columns = [column.name for column in cmres.db.get_columns('reservation') if column.name not in ('id', 'label', 'over')]
     held = [(n, n, 1, begin, end, begin, end, 1, 0, 0, begin) for n in many]
     with cmres.transaction():
-        cmres.db.connection().executemany(f"INSERT INTO reservation VALUES ({','.join('?' * 16)})", made)
+        names = ', '.join(f'"{name}"' for name in columns)
+        cmres.db.connection().executemany(f'INSERT INTO reservation (id, label, over, {names}) SELECT ?, ?, ?, {names} '
+                                          'FROM reservation WHERE id = 1', [(n, f'r{n}', end) for n in many])
         cmres.db.connection().executemany(
             'INSERT INTO occurrence (id, reservation_id, resource_id, start, "end", held_from, held_until, vms, '
-            f"vcpus, ram, due) VALUES ({','.join('?' * 11)})", held)
+            f"vcpus, ram, due, told) VALUES ({','.join('?' * 11)}, 0)", held)
     with pytest.raises(Conflict, match='this would cancel 10001 reservations'):
         service.delete(user='eva')
 
@@ -1134,7 +1136,7 @@ WRITES = {
     'add': {'label': 'new', 'resource': 'demo', 'start': '+1h', 'end': '+1h', 'image': 'cirros', 'flavor': 'm1.tiny'},
     'load': {'rows': [{'label': 'new', 'resource': 'demo', 'start': '+1h', 'end': '+1h'}]},
     'update': {'label': 'lab', 'vms': 3, 'rename': 'exam'}, 'extend': {'label': 'lab', 'by': '1h'},
-    'delete': {'label': 'lab'},
+    'delete': {'label': 'lab'}, 'keep': {'label': 'on', 'until': '+1h'}, 'skip': {'label': 'lab'},
     'generate': {'count': 3}, 'resource_add': {'name': 'new', 'vms': 3}, 'resource_delete': {'name': 'india'},
     'resource_update': {'name': 'demo', 'vms': 1, 'force': True}, 'token_add': {'user': 'eva'},
     'token_revoke': {'id': 1}}
@@ -1149,6 +1151,7 @@ def test_a_dry_run_answers_as_if_it_were_done_and_keeps_nothing(app, name):
     service = app.world.service
     service.resource_add('india')
     book(service)
+    book(service, 'on', start=0, end=1)
     woken = []
     service.wake = lambda: woken.append(1)
     before, bound = dump(), bind(API[name], WRITES[name], service.here)
@@ -1317,7 +1320,8 @@ def test_only_an_admin_reserves_for_others(world, service):
 
 
 ADMINS = {'resource_add', 'resource_update', 'resource_delete', 'token_add', 'token_list', 'token_revoke', 'check'}
-READERS = {'list', 'show', 'servers', 'duration', 'find', 'usage', 'events', 'resource_list', 'resource_show'}
+READERS = {'list', 'show', 'servers', 'duration', 'find', 'usage', 'events', 'resource_list', 'resource_show',
+           'punctuality'}
 
 
 @pytest.mark.parametrize('name', API)
@@ -2168,8 +2172,8 @@ def fill(world, number: int, resources: int) -> None:
         world.service.resource_add(name, vms=10**9)
     first = cmres.row('SELECT min(id) AS id FROM resource WHERE name LIKE ?', 'place-%').id
     reservation = {'user': 'u', 'project': 'p', 'flavor': '', 'image': '', 'network': '', 'key': '',
-                   'security_groups': '[]', 'user_data': '', 'metadata': '{}', 'lead': 0, 'description': '',
-                   'added': now, 'changed': now}
+                   'security_groups': '[]', 'user_data': '', 'metadata': '{}', 'server': '', 'at_end': 'delete',
+                   'notify': '[]', 'lead': 0, 'description': '', 'added': now, 'changed': now}
     def lines():
         for n in range(1, number + 1):
             start = now + 60 * chance.randrange(-18 * 1440, 162 * 1440)
@@ -2181,7 +2185,7 @@ def fill(world, number: int, resources: int) -> None:
                            ((n, f'r{n}', end, *reservation.values()) for n, _, end, _, _ in lines()))
         chance.seed(number)
         cursor.executemany('INSERT INTO occurrence (id, reservation_id, resource_id, start, "end", held_from, held_until,'
-                           ' vms, vcpus, ram, due) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, 0, ?)',
+                           ' vms, vcpus, ram, due, told) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, 0, ?, 0)',
                            ((n, n, place, start, end, start, end, vms, vms, start if end > now else None)
                             for n, start, end, vms, place in lines()))
         for place in range(first, first + resources):
