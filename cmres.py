@@ -2770,8 +2770,10 @@ class LifeCycle:
         for n in sorted(set(range(1, wanted + 1)) - {server.n for server in servers}):
             self.plan_server(occurrence, n, now)
         for server in servers:
-            if server.n > wanted:
-                change(Server, server.id, goal=self.goal_after(occurrence, server, over, now), due=now)
+            if server.n > wanted and server.borrowed and self.handed_on(occurrence, now):
+                change(Server, server.id, goal=occurrence.at_end, state='kept', due=None)
+            elif server.n > wanted:
+                change(Server, server.id, goal=self.goal_after(occurrence, server, over), due=now)
         if over and now >= occurrence.end + self.config.end_grace:
             self.force(occurrence, now)
         told = self.announce(occurrence, over, now)
@@ -2786,12 +2788,18 @@ class LifeCycle:
                # What was asked for after the start can't be ready at the start.
                planned=max(occurrence.start, occurrence.changed), due=now)
 
-    def goal_after(self, occurrence, server, over: bool, now: float) -> str:
+    def goal_after(self, occurrence, server, over: bool) -> str:
         """What becomes of a server that is up no longer; one that never was up is not worth keeping."""
         if server.borrowed:
             return occurrence.at_end
         asked = over and occurrence.cancelled is None and server.ready and server.state not in ('error', 'deleting')
         return occurrence.at_end if asked else 'delete'
+
+    def handed_on(self, occurrence, now: float) -> bool:
+        """Whether the next reservation of the same machine has begun, so that it must not be stopped between."""
+        return bool(row('SELECT o.id FROM occurrence o JOIN reservation r ON r.id = o.reservation_id WHERE r.server = ? '
+                        'AND o.id <> ? AND o.cancelled IS NULL AND o.due IS NOT NULL AND o.held_from <= ? AND o."end" > ?',
+                        occurrence.server, occurrence.id, now, now))
 
     def force(self, occurrence, now: float) -> None:
         """After the grace time, what could not be stopped, shelved or saved is deleted: others were promised its place."""
@@ -3085,7 +3093,7 @@ class LifeCycle:
                 continue
             if found:
                 self.record_seen(server, found, now)
-            elif server.account == account:
+            elif server.account == account and (not server.borrowed or server.uid in result.target):
                 self.record_missing(server, result.began, now)
         db.execute_sql("UPDATE server SET due = ? WHERE account = ? AND goal = 'up' AND state = 'active'",
                        (now + self.config.sweep, account))

@@ -212,11 +212,11 @@ def test_credentials_keep_their_case_and_choose_the_account(folder):
 def test_the_example_lists_every_setting_at_its_default_with_its_reason(folder):
     text = (MODULE.parent / 'config.example.ini').read_text()
     assert load_config(folder('as-it-is.ini', text), {}) == Config()
-    settings_part = text.partition('[credentials]')[0]
-    taken = folder('taken.ini', '\n'.join(line.removeprefix('#') for line in settings_part.splitlines()
-                                          if not line.startswith('# ')))
-    texts, _ = cmres.read_config_file(taken)
-    assert list(texts) == list(SETTINGS) and load_config(taken, {}) == Config()
+    taken = folder('taken.ini', '\n'.join(line.removeprefix('#') for line in text.splitlines()
+                                          if (not line.startswith('# ') or line.startswith('#    ')) and '@' not in line.partition('=')[0]))
+    sections = cmres.read_config_file(taken)
+    assert list(sections['cmres']) == list(SETTINGS) and list(sections['texts']) == list(cmres.TEXTS)
+    assert load_config(taken, {}) == Config()
     for name, field in SETTINGS.items():
         assert f'# {name}: {field.metadata["why"]}.\n#{name} =' in text
 
@@ -2048,6 +2048,262 @@ def test_the_program_itself_lists_and_ends_with_its_code(tmp_path):
         ended = subprocess.run([sys.executable, '-B', str(MODULE), *words], cwd=tmp_path, env=environment(),
                                capture_output=True, text=True)
         assert ended.returncode == code and 'Traceback' not in ended.stderr
+
+
+# Life cycle: ends, machines that exist, notices ##############################
+
+
+def minutes(number: float) -> float:
+    return number / 60
+
+
+@pytest.mark.parametrize('at_end, power', [('stop', 'shutoff'), ('shelve', 'shelved_offloaded')])
+def test_machines_can_be_kept_stopped_or_shelved_at_the_end(world, at_end, power):
+    boot(world, at_end=at_end)
+    for moment in (1, 1.01, 2, 2.01, 2.02, 3, 4):
+        world.at(moment)
+    assert [each.power for each in world.clouds.open('simulated').present()] == [power] * 3
+    assert world.state('lab') == 'ended'
+    assert {each['state'] for each in world.service.servers('lab')} == {'kept'}
+
+
+def test_a_snapshot_is_complete_before_the_machine_goes_and_its_name_is_told(world):
+    boot(world, vms=1, at_end='snapshot')
+    for moment in (1, 1.01, 2):
+        world.at(moment)
+    assert world.there() == ['lab-1-1'] and world.state('lab') == 'ending'
+    world.at(2.01)
+    world.at(2.02)
+    assert world.there() == [] and world.state('lab') == 'ended'
+    name = world.service.servers('lab')[0]['snapshot']
+    assert name.startswith('lab-1-1-2026')
+    assert any(each['code'] == 'snapshot' and name in each['sentence'] for each in world.service.events('lab'))
+
+
+def test_what_can_not_be_saved_in_time_is_deleted(world):
+    boot(world, vms=1, at_end='snapshot')
+    world.at(1)
+    world.at(1.01)
+    world.clouds.open('simulated').saved = lambda image: False
+    for moment in (2, 2.05, 2.1, 2.15):
+        world.at(moment)
+    assert world.there() == ['lab-1-1']
+    for moment in (2.17, 2.18, 2.19):
+        world.at(moment)
+    assert world.there() == [] and 'forced' in [each['code'] for each in world.service.events('lab')]
+
+
+def test_one_that_was_cancelled_is_deleted_whatever_was_to_become_of_it(world):
+    boot(world, at_end='stop')
+    world.at(1)
+    world.at(1.01)
+    world.service.delete('lab')
+    world.at(1.02)
+    world.at(1.03)
+    assert world.there() == []
+
+
+@pytest.fixture
+def owned(world):
+    """A machine that somebody has already, switched off; its id."""
+    uid = world.clouds.open('simulated').boot(cmres.Machine('mine', '', 'm1.tiny', 'cirros'))
+    world.clouds.open('simulated').stop(uid)
+    return uid
+
+
+def power(world, uid: str) -> str:
+    return cmres.SimulatedServer.get(uid=uid).power
+
+
+@pytest.mark.parametrize('at_end, after', [('', 'shutoff'), ('stop', 'shutoff'), ('shelve', 'shelved_offloaded')])
+def test_a_machine_that_exists_is_started_and_stopped_and_never_deleted(world, owned, at_end, after):
+    world.service.add('desk', 'demo', NOON + hours(1), NOON + hours(2), server='mine', at_end=at_end)
+    world.at(0.99)
+    assert power(world, owned) == 'shutoff'
+    for moment in (1, 1.001, 1.01):
+        world.at(moment)
+    assert power(world, owned) == 'active' and world.state('desk') == 'active'
+    for moment in (2, 2.001, 2.01, 3, 13):
+        world.at(moment)
+    assert power(world, owned) == after and world.state('desk') == 'ended' and world.there() == ['mine']
+    assert cmres.SimulatedServer.select().count() == 1
+
+
+def test_a_machine_that_exists_survives_a_cancel(world, owned):
+    world.service.add('desk', 'demo', NOON + hours(1), NOON + hours(2), server='mine')
+    world.at(1)
+    world.at(1.01)
+    world.service.delete('desk')
+    for moment in (1.02, 1.03, 1.04):
+        world.at(moment)
+    assert world.there() == ['mine'] and power(world, owned) == 'shutoff' and world.state('desk') == 'cancelled'
+
+
+def test_a_machine_that_exists_has_one_reservation_at_a_time(world, owned):
+    world.service.add('desk', 'demo', NOON + hours(1), NOON + hours(2), server='mine')
+    with pytest.raises(Conflict, match="is reserved by 'desk' in that time"):
+        world.service.add('too', 'demo', NOON + hours(1.5), NOON + hours(3), server=owned)
+    world.service.add('then', 'demo', NOON + hours(2), NOON + hours(3), server='mine')
+    for moment in (1, 1.01):
+        world.at(moment)
+    stopped, world.clouds.open('simulated').stop = [], lambda uid: stopped.append(uid)
+    for moment in (2, 2.001, 2.01, 2.02):
+        world.at(moment)
+    assert power(world, owned) == 'active' and not stopped and world.state('then') == 'active' and world.state('desk') == 'ended'
+
+
+@pytest.mark.parametrize('asked, sentence', [
+    ({'server': 'nosuch'}, "has no server 'nosuch'"), ({'server': 'mine', 'vms': 2}, 'a server is one machine, not 2'),
+    ({'server': 'mine', 'image': 'cirros'}, 'an image or a server, not both'),
+    ({'server': 'mine', 'at_end': 'delete'}, "at_end: 'delete' is none of stop, shelve"),
+    ({'at_end': 'stopp'}, "at_end: 'stopp' is none of delete, stop, shelve, snapshot; did you mean 'stop'?"),
+    ({'notify': ['ftp://x']}, "notify: 'ftp://x' is no mail address")])
+def test_what_can_never_end_well_is_refused(world, owned, asked, sentence):
+    with pytest.raises(Invalid, match=re.escape(sentence)):
+        world.service.add('desk', 'demo', NOON + hours(1), NOON + hours(2), **asked)
+
+
+def test_keep_lets_it_go_on_if_that_fits(world):
+    boot(world, vms=10)
+    world.service.add('next', 'demo', NOON + hours(3), NOON + hours(4), vms=10)
+    with pytest.raises(Conflict, match='has not begun'):
+        world.service.keep('lab', hours(1))
+    world.at(1)
+    assert world.service.keep('lab', NOON + hours(3))['end'] == NOON + hours(3)
+    with pytest.raises(NoCapacity):
+        world.service.keep('lab', hours(1))
+    with pytest.raises(Invalid, match='is not after the end'):
+        world.service.keep('lab', NOON + hours(2))
+    assert 'kept' in [each['code'] for each in world.service.events('lab')]
+
+
+def test_skip_leaves_out_what_has_not_begun(world):
+    boot(world)
+    assert world.service.skip('lab')['state'] == 'cancelled'
+    boot(world)
+    world.at(1)
+    with pytest.raises(Conflict, match='has begun'):
+        world.service.skip('lab')
+
+
+def test_punctuality_tells_lateness_per_cloud_and_what_failed(world):
+    boot(world)
+    world.at(1 + minutes(1))
+    world.at(1 + minutes(2))
+    boot(world, 'never', start=2)
+    object.__setattr__(world.config, 'simulated_failures', 1.0)
+    world.at(2)
+    world.at(2 + minutes(1))
+    told = world.service.punctuality()
+    assert told['clouds'] == [{'cloud': 'simulated', 'servers': 6, 'begun_median': 60.0, 'begun_95': 60.0,
+                               'begun_worst': 60.0, 'ready_median': 120.0, 'ready_95': 120.0, 'ready_worst': 120.0,
+                               'tried_again': 0}]
+    assert {(each['label'], each['fault']) for each in told['failed']} == {('never', 'No valid host was found.')}
+    assert world.service.punctuality(since=NOON + hours(3)) == {'clouds': [], 'failed': []}
+
+
+class Inbox:
+    """A webhook's receiver on loopback that answers with the statuses it is given, then 200."""
+
+    def __init__(self, *statuses):
+        from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+        inbox = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self):
+                body = self.rfile.read(int(self.headers['Content-Length']))
+                inbox.came.append((dict(self.headers), body))
+                self.send_response(inbox.statuses.pop(0) if inbox.statuses else 200)
+                self.send_header('Location', f'{inbox.url}/elsewhere')
+                self.end_headers()
+
+            def log_message(self, *_):
+                pass
+        self.statuses, self.came = list(statuses), []
+        self.server = ThreadingHTTPServer(('127.0.0.1', 0), Handler)
+        self.url = f'http://127.0.0.1:{self.server.server_port}'
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+    def codes(self) -> list[str]:
+        return [json.loads(body)['event'] for _, body in self.came]
+
+
+def test_a_webhook_is_told_all_and_signed(tmp_path):
+    import hmac
+    inbox = Inbox()
+    world = World(tmp_path, webhook=inbox.url, webhook_secret='s3cret', private_addresses=True)
+    boot(world)
+    world.at(0)
+    with pytest.raises(NoCapacity):
+        boot(world, 'big', vms=99)
+    for moment in (0.85, 1, 1.01, 1.85, 2, 2.01, 2.02):
+        world.at(moment)
+    assert inbox.codes() == ['added', 'refused', 'soon', 'ready', 'ending', 'ended']
+    headers, body = inbox.came[3]
+    expected = hmac.new(b's3cret', headers['X-Cmres-Timestamp'].encode() + b'.' + body, 'sha256').hexdigest()
+    assert headers['X-Cmres-Signature'] == f'sha256={expected}'
+    told = json.loads(body)
+    assert told['reservation']['label'] == 'lab' and 'user_data' not in told['reservation']
+    assert 'all 3 are up, 36s after the start: lab-1-1 ["10.0.0.2"]' in told['sentence']
+    inbox.server.shutdown()
+
+
+def test_a_notice_is_tried_until_it_arrives_and_follows_no_redirect(tmp_path):
+    inbox = Inbox(500, 302)
+    world = World(tmp_path, private_addresses=True)
+    boot(world, notify=[inbox.url])
+    for moment in (0, 0.01, 0.02, 0.05, 0.06):
+        world.at(moment)
+    assert inbox.codes() == ['added'] * 3
+    assert cmres.rows('SELECT tries, due, fault FROM outbox') == [(2, None, '')]
+    inbox.server.shutdown()
+
+
+def test_a_notice_does_not_reach_into_private_networks(world):
+    inbox = Inbox()
+    boot(world, notify=[inbox.url])
+    world.at(0)
+    assert inbox.came == [] and 'is at the private address 127.0.0.1' in cmres.row('SELECT fault FROM outbox').fault
+    world.at(24 * 4)
+    assert cmres.row('SELECT due FROM outbox WHERE event_id = 2').due is None
+    inbox.server.shutdown()
+
+
+def test_mail_says_it_in_the_words_of_the_configuration(tmp_path):
+    """Spoken to over real SMTP, with a server of twenty lines."""
+    import socketserver
+    mails = []
+
+    class Smtp(socketserver.StreamRequestHandler):
+        def handle(self):
+            self.wfile.write(b'220 here\r\n')
+            while line := self.rfile.readline():
+                verb = line[:4].upper()
+                if verb == b'DATA':
+                    self.wfile.write(b'354 go on\r\n')
+                    mails.append(b''.join(iter(self.rfile.readline, b'.\r\n')).decode())
+                self.wfile.write(b'221 bye\r\n' if verb == b'QUIT' else b'250 ok\r\n')
+    with socketserver.ThreadingTCPServer(('127.0.0.1', 0), Smtp) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        world = World(tmp_path, mail_server=f'127.0.0.1:{server.server_address[1]}',
+                      texts=cmres.TEXTS | {'added': 'Hurrah for {label}\nCome at {start}.'})
+        boot(world, notify=['eva@example.org'])
+        world.at(0)
+        server.shutdown()
+    assert len(mails) == 1 and 'To: eva@example.org' in mails[0]
+    assert 'Subject: [cmres] Hurrah for lab' in mails[0] and 'Come at 2026-12-01 13:00 UTC.' in mails[0]
+
+
+def test_the_journal_always_tells_why_it_ended(world):
+    for label in ('over', 'cancelled', 'skipped', 'failed'):
+        boot(world, label, image='' if label == 'over' else 'cirros', vms=1)
+    world.service.delete('cancelled')
+    world.service.skip('skipped')
+    world.at(2.5)
+    why = {label: world.service.events(label)[-1] for label in ('over', 'cancelled', 'skipped', 'failed')}
+    assert {label: each['code'] for label, each in why.items()} == {
+        'over': 'ended', 'cancelled': 'released', 'skipped': 'released', 'failed': 'failed'}
+    assert why['skipped']['sentence'] == 'skipped by root' and 'never up' in why['failed']['sentence']
 
 
 # OpenStack ###################################################################
