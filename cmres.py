@@ -1955,8 +1955,10 @@ class Reservations:
     def events(self, label: Label = '', project: Name = '', after: int = 0, limit: Page = 100) -> Rows:
         """Shows the journal: when, who, what, why; the newest lines last.
 
+        On the command line, --follow goes on to show each event as it comes, until Ctrl-C.
+
         Example:
-          python cmres.py events lab
+          python cmres.py events lab --follow
         """
         where = [('e.id > ?', after), *self.visible(), *([('r.label = ?', label)] if label else []),
                  *([('r.project = ?', project)] if project else [])]
@@ -3609,7 +3611,7 @@ def main(argv: list[str] | None = None) -> int:
         config = load_config(options.get('config'))
         config = dataclasses.replace(config, timezone=options.get('tz', config.timezone))
         zone = config.zone
-        run_fire(argv, lambda call: make(call, config, options.get('format', 'table')) if isinstance(call, Call) else call)
+        run_fire(argv, lambda call: make(call, config, options) if isinstance(call, Call) else call)
         return 0
     except Error as error:
         print('\n'.join(in_words(error, zone)), file=sys.stderr)
@@ -3639,6 +3641,8 @@ def take_options(argv: list[str], options: dict) -> list[str]:
             options[name[2:]] = value
         elif name == '--file' and rest[:1] == ['add']:
             rest = ['load', value, *rest[1:]]
+        elif word == '--follow' and rest[:1] == ['events']:
+            options['follow'] = True
         else:
             rest.append(word)
     if options.get('format', 'table') not in FORMATS:
@@ -3691,7 +3695,7 @@ def plain_flags(operation: Operation, words: list[str]) -> list[str]:
     return plain
 
 
-def make(call: Call, config: Config, form: str) -> str | None:
+def make(call: Call, config: Config, options: dict) -> str | None:
     """Makes a call that Fire noted, here or on a server, and renders its answer."""
     operation = call._operation
     given = {name: from_file(value, operation.parameters[name].annotation) for name, value in call._given.items()}
@@ -3699,7 +3703,21 @@ def make(call: Call, config: Config, form: str) -> str | None:
     if operation.name in LOCAL:
         return operation.method(config, **bound)
     service = Client(config.url, config.token) if config.url else local_service(config)
-    return render(getattr(service, operation.name)(**bound), form, config.zone, COLUMNS.get(operation.name))
+    form, asked = options.get('format', 'table'), getattr(service, operation.name)
+    if options.get('follow'):
+        follow(asked, bound, form, config.zone)
+    return render(asked(**bound), form, config.zone, COLUMNS.get(operation.name))
+
+
+def follow(events: Callable, bound: dict, form: str, zone: ZoneInfo, pause: float = 1) -> None:
+    """Prints events as they come, a line each, until it is interrupted."""
+    while True:
+        for each in events(**bound):
+            line = json_text(each) if form == 'json' else '  '.join(
+                in_cell(each[name], zone) for name in ('at', 'actor', 'code', 'label', 'sentence')) + '\n'
+            print(line, end='', flush=True)
+            bound = bound | {'after': each['id']}
+        time.sleep(pause)
 
 
 def from_file(value: str, kind):

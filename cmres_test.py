@@ -2306,6 +2306,17 @@ def test_the_journal_always_tells_why_it_ended(world):
     assert why['skipped']['sentence'] == 'skipped by root' and 'never up' in why['failed']['sentence']
 
 
+def test_events_can_be_followed_as_they_come(run, tmp_path):
+    run('resource', 'add', 'demo', '--vms=3')
+    follower = subprocess.Popen([sys.executable, str(MODULE), 'events', '--follow'], cwd=tmp_path, text=True,
+                                stdout=subprocess.PIPE)
+    assert 'resource  -  added the resource' in follower.stdout.readline()
+    run('add', 'lab', 'demo', '+1h', '+1h')
+    assert 'added  lab  1 vms on demo' in follower.stdout.readline()
+    follower.send_signal(2)
+    assert follower.wait(10) == 130
+
+
 # OpenStack ###################################################################
 
 openstack = pytest.mark.openstack
