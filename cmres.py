@@ -3484,7 +3484,8 @@ def scheduler(config: Config) -> None:
 def tick(config: Config) -> None:
     """Makes one pass of the life cycle: for a line of cron such as `* * * * *`.
 
-    Begins what is due, waits for the clouds' answers and records them.
+    Begins what is due, waits for the clouds' answers and records them. Does nothing while another
+    scheduler acts.
 
     Example:
       python cmres.py tick

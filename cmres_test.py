@@ -1745,6 +1745,13 @@ def test_a_dry_run_makes_nothing_so_it_is_not_201(app):
     assert app.call('POST', '/reservation/load', {'rows': [FINE]}, 201).json['refused'] == []
 
 
+def test_the_readme_lists_every_address():
+    listed = set()
+    for verbs, path in re.findall(r'^\| ([A-Z]+(?: or [A-Z]+)?) `(/[^`]*)`', (MODULE.parent / 'README.md').read_text(), re.M):
+        listed |= {(verb, path) for verb in verbs.split(' or ')}
+    assert listed == {(verb, path) for operation in API.values() for verb, path, _ in operation.routes}
+
+
 # Client ######################################################################
 
 
