@@ -179,8 +179,8 @@ class Config:
     retry_most: float = setting(300.0, 'seconds that this pause grows to at most', 0.01)
     lease: float = setting(6.0, 'seconds after which another scheduler takes over from one that is silent', 0.1)
     notice: float = setting(600.0, 'seconds before a start and an end at which they are announced', 0.0)
-    end_grace: float = setting(600.0, 'seconds after an end at which what was not stopped, shelved or saved is deleted', 0.0)
-    webhook: str = setting('', 'an http(s) address that is told of every event in TEXTS')
+    end_grace: float = setting(600.0, 'seconds after an end at which what is not stopped, shelved or saved goes', 0.0)
+    webhook: str = setting('', 'an http(s) address that is told of every event that [texts] has words for')
     webhook_secret: str = setting('', 'the key of the HMAC-SHA256 that signs what webhooks are sent')
     private_addresses: bool = setting(False, 'whether webhooks may be in private networks and on this machine')
     mail_server: str = setting('', 'host:port of the SMTP server that takes notices; without one, no mail is sent')
@@ -268,7 +268,8 @@ def read_setting(name: str, text: str):
 UTC = timezone.utc
 FIRST, LAST = datetime(1970, 1, 1, tzinfo=UTC), datetime(2200, 1, 1, tzinfo=UTC)
 DURATION = re.compile(r'\+?(?:(\d{1,4})w)?(?:(\d{1,5})d)?(?:(\d{1,6})h)?(?:(\d{1,8})m)?(?:(\d{1,10})s)?', re.I | re.A)
-ISO_DURATION = re.compile(r'P(?:(\d{1,4})W)?(?:(\d{1,5})D)?(?:T(?:(\d{1,6})H)?(?:(\d{1,8})M)?(?:(\d{1,10})S)?)?', re.I | re.A)
+ISO_DURATION = re.compile(
+    r'P(?:(\d{1,4})W)?(?:(\d{1,5})D)?(?:T(?:(\d{1,6})H)?(?:(\d{1,8})M)?(?:(\d{1,10})S)?)?', re.I | re.A)
 # An offset's + that an unescaped query made a space.
 LOST_PLUS = re.compile(r'(:\d\d) (\d\d:?\d\d)$')
 
@@ -486,8 +487,9 @@ def bind(operation: Operation, given: dict, here: Here) -> dict:
     """
     parameters = operation.parameters
     refuse_unknown(operation, given)
-    given = {name: value for name, value in given.items()
-             if value is not None and not (value == ANY and name in FILTERS and parameters[name].default is not REQUIRED)}
+    anything = {name for name in FILTERS & given.keys()
+                if given[name] == ANY and parameters[name].default is not REQUIRED}
+    given = {name: value for name, value in given.items() if value is not None and name not in anything}
     missing = [name for name, each in parameters.items() if each.default is REQUIRED and name not in given]
     if missing:
         raise Invalid(f"{missing[0]} is missing: {WORDS[missing[0]]}")
@@ -527,7 +529,8 @@ def read_name(value, here=None) -> str:
 def read_label(value, here=None) -> str:
     if re.fullmatch(r'[A-Za-z0-9._-]{1,64}', text := read_str(value)) and text not in NO_LABELS:
         return text
-    raise ValueError(f"{shown(text)} is not a name of 1 to 64 letters, digits, '.', '_', '-' (nor {', '.join(NO_LABELS)})")
+    raise ValueError(f"{shown(text)} is not a name of 1 to 64 letters, digits, '.', '_', '-' "
+                     f"(nor {', '.join(NO_LABELS)})")
 
 
 def read_place(value, here=None) -> str:
@@ -616,13 +619,15 @@ def read_rows(value, here=None) -> list[dict]:
     return value
 
 
-READERS = {str: read_str, int: read_int, bool: read_bool, Label: read_label, Place: read_place, Name: read_name,
-           Text: read_text, File: read_file, Count: read_count, Page: read_page, Most: read_most, Span: read_span, When: read_when,
-           Names: read_names, Pairs: read_pairs, Rows: read_rows}
+READERS = {
+    str: read_str, int: read_int, bool: read_bool, Label: read_label, Place: read_place, Name: read_name,
+    Text: read_text, File: read_file, Count: read_count, Page: read_page, Most: read_most, Span: read_span, When: read_when,
+    Names: read_names, Pairs: read_pairs, Rows: read_rows}
 
 
 #: The fields that hold instants, wherever they appear.
-INSTANTS = frozenset('added at begun cancelled changed deleted end from next_start planned ready revoked start until'.split())
+INSTANTS = frozenset(
+    'added at begun cancelled changed deleted end next_start planned ready revoked start until'.split())
 
 
 def to_plain(value):
@@ -939,7 +944,8 @@ LISTING = '''
   SELECT o.id, r.id AS reservation, r.label, r.user, r.project,
          s.name AS resource, s.cell, s.cloud, s.region, s.aggregate,
          o.vms, r.flavor, r.image, r.network, r.key, r.security_groups, r.metadata, r.user_data,
-         r.server, r.at_end, r.notify, o.vcpus, o.ram, r.lead, r.description, o.start, o."end", o.cancelled, r.added, r.changed,
+         r.server, r.at_end, r.notify, o.vcpus, o.ram, r.lead, r.description, o.start, o."end", o.cancelled,
+         r.added, r.changed,
          (SELECT count(*) FROM server v
            WHERE v.occurrence_id = o.id AND v.goal = 'up' AND v.state = 'active') AS up,
          (SELECT v.fault FROM server v WHERE v.occurrence_id = o.id AND v.goal = 'up' AND v.fault <> ''
@@ -947,7 +953,8 @@ LISTING = '''
          (SELECT count(*) FROM server v
            WHERE v.occurrence_id = o.id AND v.state NOT IN ('deleted', 'kept')) AS existing,
          (SELECT count(*) FROM server v WHERE v.occurrence_id = o.id AND v.ready IS NOT NULL) AS ever,
-         (r.image <> '' OR r.server <> '') AS runs, clock.now, o.told, o.held_from, o.held_until, o.resource_id, r.over, o.due
+         (r.image <> '' OR r.server <> '') AS runs,
+         clock.now, o.told, o.held_from, o.held_until, o.resource_id, r.over, o.due
     FROM (SELECT CAST(? AS INTEGER) AS now) clock, occurrence o
     JOIN reservation r ON r.id = o.reservation_id JOIN resource s ON s.id = o.resource_id'''
 
@@ -1082,7 +1089,8 @@ def free_windows(resource, amount: Amount, after: float, before: float) -> Itera
 def next_step(resource, amount: Amount, after: float, before: float, free: bool) -> float:
     """The first step in (after, before) at which an amount fits, or with `free` false doesn't; else `before`."""
     rooms = [2**62 if most is None else most - need for most, need in zip(capacity(resource), amount)]
-    found = db.execute_sql(f"SELECT at FROM step WHERE resource_id = ? AND at > ? AND at < ? AND {'' if free else 'NOT'} "
+    fits_or_not = '' if free else 'NOT'
+    found = db.execute_sql(f'SELECT at FROM step WHERE resource_id = ? AND at > ? AND at < ? AND {fits_or_not} '
                            '(vms <= ? AND vcpus <= ? AND ram <= ?) ORDER BY at LIMIT 1',
                            (resource.id, after, before, *rooms)).fetchone()
     return found[0] if found else before
@@ -1571,9 +1579,9 @@ class Reservations:
     @api('POST', '/reservation/add/<label>/<cell>/<cloud>/<region>/<aggregate>/<vms>/<start>/<end>', resource=ANY)
     def add(self, label: Label, resource: Place, start: When, end: When, vms: Count = 1, flavor: Name = '',
             image: Name = '', network: Name = '', key: Name = '', security_groups: Names = (), user_data: File = '',
-            metadata: Pairs = None, server: Name = '', at_end: Name = '', notify: Names = (), lead: Span = None, description: Text = '',
-            user: Name = '', project: Name = '', cell: Name = '', cloud: Name = '', region: Name = '',
-            aggregate: Name = '', dry_run: bool = False) -> dict:
+            metadata: Pairs = None, server: Name = '', at_end: Name = '', notify: Names = (), lead: Span = None,
+            description: Text = '', user: Name = '', project: Name = '', cell: Name = '', cloud: Name = '',
+            region: Name = '', aggregate: Name = '', dry_run: bool = False) -> dict:
         """Reserves machines from START to END.
 
         With an image, they are booted at the start and deleted at the end, or what --at-end says;
@@ -1739,8 +1747,8 @@ class Reservations:
     def update(self, label: Label, resource: Label = None, start: When = None, end: When = None, vms: Count = None,
                flavor: Name = None, image: Name = None, network: Name = None, key: Name = None,
                security_groups: Names = None, user_data: File = None, metadata: Pairs = None, at_end: Name = None,
-               notify: Names = None, lead: Span = None, description: Text = None, user: Name = None, rename: Label = None, project: Name = '',
-               dry_run: bool = False) -> dict:
+               notify: Names = None, lead: Span = None, description: Text = None, user: Name = None,
+               rename: Label = None, project: Name = '', dry_run: bool = False) -> dict:
         """Changes a reservation, all of it or nothing.
 
         A new start alone moves it with its length; a new end alone makes it longer or shorter. One
@@ -1828,8 +1836,8 @@ class Reservations:
         new = {name: getattr(wish, name) for name in FIXED} | {'resource': wish.resource.name}
         changed = [name for name in FIXED if name in asked and new[name] != kept[name]]
         if begun and changed:
-            raise Conflict(f"'{old.label}' has begun, so its {changed[0].replace('_', ' ')} can't change; its end, vms, "
-                           f'user, description and label can')
+            raise Conflict(f"'{old.label}' has begun, so its {changed[0].replace('_', ' ')} can't change; "
+                           'its end, vms, user, description and label can')
 
     @api('DELETE', '/reservation/<label>')
     @api('DELETE', '/reservation/')
@@ -1943,8 +1951,9 @@ class Reservations:
                     'SELECT at, vms, vcpus, ram FROM step WHERE resource_id = ?', (place.id,))}
                 right = dict(held_steps(place.id))
                 steps_seen += len(right)
-                differences += [{'resource': place.name, 'at': instant(at), 'kept': kept.get(at), 'right': right.get(at)}
-                                for at in sorted(kept.keys() | right.keys()) if kept.get(at) != right.get(at)]
+                wrong = sorted(at for at in kept.keys() | right.keys() if kept.get(at) != right.get(at))
+                differences += [{'resource': place.name, 'at': instant(at), 'kept': kept.get(at),
+                                 'right': right.get(at)} for at in wrong]
         if differences:
             raise Error(f'the usage differs from the occurrences at {len(differences)} instants, first on '
                         f"{differences[0]['resource']} at {differences[0]['at']}", differences=differences[:100])
@@ -1978,7 +1987,7 @@ class Reservations:
         first = self.resolve(since, LAST)[0] if since else int(self.clock()) - 30 * 86400
         where = [('v.planned >= ?', first), ('NOT v.borrowed', None), *self.visible()]
         found = rows(f"""
-            SELECT v.account AS cloud, v.name, r.label, v.state, v.tries, v.fault, v.planned, v.ready - v.planned AS ready,
+            SELECT v.account AS cloud, v.name, r.label, v.tries, v.fault, v.planned, v.ready - v.planned AS ready,
                    v.begun - v.planned + CASE WHEN v.planned = o.start THEN o.start - o.held_from ELSE 0 END AS begun
               FROM server v JOIN occurrence o ON o.id = v.occurrence_id JOIN reservation r ON r.id = o.reservation_id
              WHERE {' AND '.join(text for text, _ in where)} ORDER BY v.account, v.id""",
@@ -1992,8 +2001,8 @@ class Reservations:
                             **spread('ready', [each.ready for each in servers if each.ready is not None]),
                             'tried_again': sum(each.tries > 1 for each in servers)}
                            for cloud, servers in late.items()],
-                'failed': [{'cloud': each.cloud, 'label': each.label, 'name': each.name, 'planned': instant(each.planned),
-                            'tries': each.tries, 'fault': each.fault} for each in failed[-100:]]}
+                'failed': [{'cloud': each.cloud, 'label': each.label, 'name': each.name, 'tries': each.tries,
+                            'planned': instant(each.planned), 'fault': each.fault} for each in failed[-100:]]}
 
     # Resources
 
@@ -2186,7 +2195,7 @@ class Reservations:
             raise Invalid(f"at_end: '{asked['at_end']}' is none of {', '.join(ends)}{nearest(asked['at_end'], ends)}")
         for target in asked['notify']:
             if not re.fullmatch(r'https?://\S+|[^@\s,<>]+@[^@\s,<>]+', target) or len(asked['notify']) > 10:
-                raise Invalid(f"notify: '{target}' is no mail address and no http(s) address, or there are more than 10")
+                raise Invalid(f"notify: '{target}' is no mail address and no http(s) address, or they are over 10")
 
     def resolve_window(self, asked: dict, old, lead: int) -> tuple[int, int]:
         """Start and end in seconds; without a new end, one that is moved keeps its length."""
@@ -2231,13 +2240,15 @@ class Reservations:
         if asked['resource'] != ANY:
             found = self.resource_row(asked['resource'])
             if any(wanted not in ('', is_at) for wanted, is_at in zip(place, (getattr(found, each) for each in PLACE))):
-                raise NotFound(f"the resource '{found.name}' is not at {where}; leave the place out, or say - for its name")
+                raise NotFound(f"the resource '{found.name}' is not at {where}; leave the place out, or say - for "
+                               'its name')
             return found
         found = self.places(*place)
         if not found:
             raise NotFound(f'there is no resource at {where}')
         if len(found) > 1:
-            raise Conflict(f"{len(found)} resources are at {where}; name one of {', '.join(r.name for r in found[:20])}")
+            names = ', '.join(each.name for each in found[:20])
+            raise Conflict(f'{len(found)} resources are at {where}; name one of {names}')
         return found[0]
 
     def ask_cloud(self, place, asked: dict, warnings: list) -> dict:
@@ -2282,8 +2293,8 @@ class Reservations:
         read_argument('label', wish.label, Label, self.here)  # Python may call without `bind`
         if row('SELECT id FROM reservation WHERE project = ? AND label = ? AND over > ?',
                wish.project, wish.label, int(now)):
-            raise Conflict(f"the label '{wish.label}' is taken in project '{wish.project}' by a reservation that is not "
-                           'over; choose another')
+            raise Conflict(f"the label '{wish.label}' is taken in project '{wish.project}' by a reservation that is "
+                           'not over; choose another')
 
     def refuse_taken_resource(self, name: str) -> None:
         read_argument('name', name, Label, self.here)
@@ -2328,7 +2339,8 @@ class Reservations:
         release(found.resource_id, until, found.held_until, Amount(found.vms, found.vcpus, found.ram))
         change(Occurrence, found.id, cancelled=int(now), held_until=until, due=now)
         change(Reservation, found.reservation, over=int(now), changed=int(now))
-        self.journal(now, 'released', why or f'cancelled by {self.actor.user}', found.reservation, json.loads(found.notify))
+        self.journal(now, 'released', why or f'cancelled by {self.actor.user}', found.reservation,
+                     json.loads(found.notify))
 
     def journal(self, now: float, code: str, sentence: str, reservation: int | None = None,
                 notify: Iterable[str] = ()) -> None:
@@ -2362,7 +2374,8 @@ class Reservations:
         except NoCapacity as refusal:
             if not dry_run:
                 with transaction():
-                    self.journal(self.clock(), 'refused', f"'{wish.label}' of {wish.user}: {refusal}", None, wish.notify)
+                    sentence = f"'{wish.label}' of {wish.user}: {refusal}"
+                    self.journal(self.clock(), 'refused', sentence, None, wish.notify)
             raise
 
     @contextmanager
@@ -2505,7 +2518,7 @@ def post(config: Config, url: str, body: bytes) -> None:
     status = connection.getresponse().status
     connection.close()
     if not 200 <= status < 300:
-        raise ValueError(f'the webhook answered {status}' + (' and redirects are not followed' if status // 100 == 3 else ''))
+        raise ValueError(f'the webhook answered {status}; 200 to 299 is taken, and no redirect is followed')
 
 
 def allowed_address(config: Config, host: str, port: int) -> str:
@@ -2581,7 +2594,8 @@ TRIPS = 3  # failures in a row after which a cloud is left alone for a while
 
 SERVERS = '''SELECT v.*, r.flavor, r.image, r.network, r.key, r.security_groups, r.user_data, r.metadata,
                     r.label, r.notify, o.reservation_id
-               FROM server v JOIN occurrence o ON o.id = v.occurrence_id JOIN reservation r ON r.id = o.reservation_id'''
+               FROM server v JOIN occurrence o ON o.id = v.occurrence_id
+               JOIN reservation r ON r.id = o.reservation_id'''
 
 
 class LostLease(Error):
@@ -2646,10 +2660,9 @@ class LifeCycle:
 
     def next_due(self) -> float:
         """When the next pass has something to do; infinity if nothing is planned."""
-        found = row('SELECT min(due) AS due FROM (SELECT min(due) AS due FROM occurrence WHERE due IS NOT NULL UNION ALL '
-                    'SELECT min(due) FROM server WHERE due IS NOT NULL UNION ALL '
-                    'SELECT min(due) FROM outbox WHERE due IS NOT NULL)')
-        return float('inf') if found.due is None else found.due
+        found = [row(f'SELECT min(due) AS due FROM {table} WHERE due IS NOT NULL').due
+                 for table in ('occurrence', 'server', 'outbox')]
+        return min((due for due in found if due is not None), default=float('inf'))
 
     def run(self, stop: threading.Event) -> None:
         """Passes at every instant that is due, at every change, and at least every second, until `stop` is set."""
@@ -2741,7 +2754,8 @@ class LifeCycle:
         """After the clock was set back: nothing waits for an instant that was reckoned by the old time."""
         log.warning('the clock was set back by %.0f seconds', self.latest - now)
         with self.acting():
-            db.execute_sql('UPDATE server SET due = min(due, ?), called = min(called, ?) WHERE due IS NOT NULL', (now, now))
+            db.execute_sql('UPDATE server SET due = min(due, ?), called = min(called, ?) WHERE due IS NOT NULL',
+                           (now, now))
             db.execute_sql('UPDATE occurrence SET due = ? WHERE due > ? AND held_from <= ?', (now, now, self.latest))
         self.breakers.clear()
 
@@ -2799,17 +2813,17 @@ class LifeCycle:
 
     def handed_on(self, occurrence, now: float) -> bool:
         """Whether the next reservation of the same machine has begun, so that it must not be stopped between."""
-        return bool(row('SELECT o.id FROM occurrence o JOIN reservation r ON r.id = o.reservation_id WHERE r.server = ? '
-                        'AND o.id <> ? AND o.cancelled IS NULL AND o.due IS NOT NULL AND o.held_from <= ? AND o."end" > ?',
-                        occurrence.server, occurrence.id, now, now))
+        return bool(row('SELECT o.id FROM occurrence o JOIN reservation r ON r.id = o.reservation_id '
+                        'WHERE r.server = ? AND o.id <> ? AND o.cancelled IS NULL AND o.due IS NOT NULL '
+                        'AND o.held_from <= ? AND o."end" > ?', occurrence.server, occurrence.id, now, now))
 
     def force(self, occurrence, now: float) -> None:
-        """After the grace time, what could not be stopped, shelved or saved is deleted: others were promised its place."""
+        """Deletes after the grace time what could not be stopped, shelved or saved: others were promised its place."""
         late = rows("SELECT id, name FROM server WHERE occurrence_id = ? AND goal <> 'delete' AND NOT borrowed "
                     "AND state NOT IN ('deleted', 'kept')", occurrence.id)
         for server in late:
             change(Server, server.id, goal='delete', state='active', due=now)
-            self.journal(now, 'forced', f'{server.name} could not {occurrence.at_end} in time and is deleted', occurrence)
+            self.journal(now, 'forced', f'{server.name} did not {occurrence.at_end} in time and is deleted', occurrence)
 
     def announce(self, occurrence, over: bool, now: float) -> int:
         """Tells of a start or an end that comes soon, once; what was told then."""
@@ -2829,14 +2843,16 @@ class LifeCycle:
             comes = [occurrence.start - notice if told < SOON else 0, occurrence.held_from, occurrence.start,
                      occurrence.end - notice if told < ENDING else 0, occurrence.end]
             return min(each for each in comes if each > now)
-        if row("SELECT id FROM server WHERE occurrence_id = ? AND state NOT IN ('deleted', 'kept') LIMIT 1", occurrence.id):
+        if row("SELECT id FROM server WHERE occurrence_id = ? AND state NOT IN ('deleted', 'kept') LIMIT 1",
+               occurrence.id):
             return now + self.config.poll
         if occurrence.cancelled is None:
             self.tell_end(occurrence, now)
         return None
 
     def tell_end(self, occurrence, now: float) -> None:
-        found = row('SELECT count(ready) AS ever, max(fault) AS fault FROM server WHERE occurrence_id = ?', occurrence.id)
+        found = row('SELECT count(ready) AS ever, max(fault) AS fault FROM server WHERE occurrence_id = ?',
+                    occurrence.id)
         if (occurrence.image or occurrence.server) and not found.ever:
             self.journal(now, 'failed', f"never up: {found.fault or 'the life cycle did not run'}", occurrence)
         else:
@@ -2908,7 +2924,8 @@ class LifeCycle:
 
     def borrowed(self, account: str) -> list[str]:
         """The machines of others that are watched on an account."""
-        return [each.uid for each in rows('SELECT uid FROM server WHERE account = ? AND borrowed AND due IS NOT NULL', account)]
+        return [each.uid for each in rows(
+            'SELECT uid FROM server WHERE account = ? AND borrowed AND due IS NOT NULL', account)]
 
     def submit(self, key: tuple, verb: str, account: str, target) -> None:
         if key in self.flying:
@@ -3005,7 +3022,8 @@ class LifeCycle:
             self.record_verify(server, result.answer, now)
         else:
             saved = dict(zip(('snapshot', 'snapshot_id'), result.answer)) if result.verb == 'snapshot' else {}
-            change(Server, server.id, state=UNDER_WAY[result.verb], called=result.ended, due=now + self.config.poll, **saved)
+            change(Server, server.id, state=UNDER_WAY[result.verb], called=result.ended,
+                   due=now + self.config.poll, **saved)
 
     def record_boot(self, server, result: Result, now: float) -> None:
         begun = result.began if server.tries == 1 else server.begun
@@ -3014,7 +3032,8 @@ class LifeCycle:
             due = now + self.config.poll if server.goal == 'up' else now
             change(Server, server.id, uid=result.answer, begun=begun, called=result.ended, due=due)
         elif isinstance(error, Error) and getattr(error, 'sure', True):
-            self.put_off(server, str(error), now, self.retry_after(error), state='planned', begun=begun, called=result.ended)
+            self.put_off(server, str(error), now, self.retry_after(error), state='planned', begun=begun,
+                         called=result.ended)
         else:
             change(Server, server.id, fault=self.fault(error), begun=begun, called=result.ended,
                    due=result.ended + self.config.settle)
@@ -3031,7 +3050,8 @@ class LifeCycle:
     def put_off(self, server, fault: str, now: float, at_least: float = 0, **values) -> None:
         """Tries again after a pause that grows with each failure in a row."""
         failures = server.failures + 1
-        change(Server, server.id, failures=failures, fault=fault[:500], due=now + max(self.pause(failures), at_least), **values)
+        change(Server, server.id, failures=failures, fault=fault[:500],
+               due=now + max(self.pause(failures), at_least), **values)
         if failures == 1 or fault != server.fault:
             self.journal(now, 'trouble', f'{server.name}: {fault}', server)
 
@@ -3075,14 +3095,16 @@ class LifeCycle:
             change(Outbox, notice.id, due=None, fault=f'given up: {error}'[:500])
             log.warning('gave up telling %s of event %s: %s', notice.target, notice.event, error)
         else:
-            change(Outbox, notice.id, tries=notice.tries + 1, due=now + self.pause(notice.tries + 1), fault=str(error)[:500])
+            tries = notice.tries + 1
+            change(Outbox, notice.id, tries=tries, due=now + self.pause(tries), fault=str(error)[:500])
 
     def record_look(self, result: Result, now: float) -> None:
         """Compares what a cloud shows with what is written."""
         account = result.account
         if result.error:
             pause = now + max(self.config.poll, self.config.retry_first)
-            db.execute_sql('UPDATE server SET due = max(due, ?) WHERE account = ? AND due <= ?', (pause, account, pause))
+            db.execute_sql('UPDATE server SET due = max(due, ?) WHERE account = ? AND due <= ?',
+                           (pause, account, pause))
             return
         seen = {each.uid: each for each in result.answer}
         marked = {each.mark: each for each in reversed(result.answer) if each.mark}
@@ -3118,10 +3140,11 @@ class LifeCycle:
             change(Server, server.id, uid=seen.uid, state='kept', due=None)
             self.journal(now, 'stopped', f'{server.name} is {seen.state} and stays', server)
         else:
+            later = now + self.config.poll
             known = server.uid and server.state == seen.state  # then its instant is set already
-            soon = now if self.next_call(server._replace(uid=seen.uid, state=seen.state)) != 'look' else now + self.config.poll
+            calls = self.next_call(server._replace(uid=seen.uid, state=seen.state)) != 'look'
             change(Server, server.id, uid=seen.uid, state=seen.state, fault=seen.fault[:500] or server.fault,
-                   due=max(server.due or 0, now + self.config.poll) if known else soon)
+                   due=max(server.due or 0, later) if known else now if calls else later)
 
     def arrived(self, under_way: str, state: str) -> bool:
         """Whether a cloud's state is what was asked for."""
@@ -3154,8 +3177,8 @@ class LifeCycle:
                              WHERE o.due IS NOT NULL AND o.told < ? AND v.account = ? AND v.goal = 'up'
                                AND v.state = 'active' GROUP BY o.id HAVING count(*) >= o.vms""", READY, account):
             change(Occurrence, each.id, told=READY)
-            late = max(each.ready - each.start, 0)
-            self.journal(now, 'ready', f'all {each.up} are up, {format_duration(late)} after the start: {each.servers}', each)
+            late = format_duration(max(each.ready - each.start, 0))
+            self.journal(now, 'ready', f'all {each.up} are up, {late} after the start: {each.servers}', each)
 
 
 # REST ########################################################################
@@ -3311,7 +3334,8 @@ def openapi() -> dict:
             fields = {name: each for name, each in operation.parameters.items() if name not in (*named, *fixed)}
             entry = {'operationId': operation.name + (f'_{number}' if number else ''), 'summary': operation.summary,
                      'parameters': [openapi_parameter(name, operation.parameters[name], 'path') for name in named],
-                     'responses': {'200': {'description': 'done'}, 'default': {'description': 'refused: {"error": ...}'}}}
+                     'responses': {'200': {'description': 'done'},
+                                   'default': {'description': 'refused: {"error": "..."}'}}}
             if verb in ('POST', 'PATCH'):
                 entry['requestBody'] = {'content': {'application/json': {'schema': openapi_object(fields)}}}
             else:
@@ -3687,8 +3711,9 @@ def plain_flags(operation: Operation, words: list[str]) -> list[str]:
     for word in words:
         flag, equals, _ = word.partition('=')
         name = flag[2:].replace('-', '_')
-        if flag.startswith('--') and name.removeprefix('no') in operation.parameters and name not in operation.parameters:
-            name, word, equals = name.removeprefix('no'), f"--{name.removeprefix('no')}=false", '='
+        off = name.removeprefix('no')
+        if flag.startswith('--') and off in operation.parameters and name not in operation.parameters:
+            name, word, equals = off, f'--{off}=false', '='
         if flag.startswith('--'):
             refuse_unknown(operation, [name])
             word += '=true' if not equals and operation.parameters[name].annotation is bool else ''
@@ -3729,7 +3754,8 @@ def from_file(value: str, kind):
         with open(value, encoding='utf-8-sig', newline='') as file:
             text = file.read()
     except (OSError, UnicodeDecodeError) as error:
-        raise Invalid(f"can't read the file '{value}': {getattr(error, 'strerror', None) or 'it is not UTF-8'}") from None
+        why = getattr(error, 'strerror', None) or 'it is not UTF-8'
+        raise Invalid(f"can't read the file '{value}': {why}") from None
     return text if kind is File else file_rows(text, value)
 
 
@@ -3800,7 +3826,8 @@ def as_table(answer, zone: ZoneInfo, columns: str | None = None) -> str:
                  and isinstance(each[0], dict)}
         pairs = [(name, in_cell(each, zone)) for name, each in answer.items()
                  if name not in inner and each not in (None, '', [], {})]
-        tables = [f'\n{name}:\n{as_table(each, zone, COLUMNS.get(name, COLUMNS["list"]))}' for name, each in inner.items()]
+        tables = [f'\n{name}:\n{as_table(each, zone, COLUMNS.get(name, COLUMNS["list"]))}'
+                  for name, each in inner.items()]
         return '\n'.join([drawn([], pairs) if pairs else '', *tables]).strip('\n')
     if not answer:
         return 'nothing found'
