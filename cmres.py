@@ -723,7 +723,7 @@ class Occurrence(Table):
     vcpus = peewee.IntegerField()  # of all its machines
     ram = peewee.IntegerField()    # of all its machines, MiB
     cancelled = peewee.IntegerField(null=True)
-    told = peewee.IntegerField(default=0)  # the latest of SOON, READY, ENDING that was announced
+    told = peewee.IntegerField(default=0)  # which of SOON, READY, ENDING were announced
     due = peewee.DoubleField(null=True)  # when the life cycle must look at it next; NULL: never again
 
     class Meta:
@@ -1512,8 +1512,8 @@ class Wish(NamedTuple):
 
 #: What can become of machines at the end of their window.
 ENDS = ('delete', 'stop', 'shelve', 'snapshot')
-#: What was announced of an occurrence, in this order.
-SOON, READY, ENDING = 1, 2, 3
+#: What was announced of an occurrence: a bit each.
+SOON, READY, ENDING = 1, 2, 4
 #: The fields that only the cloud can judge.
 CLOUDY = ('flavor', 'image', 'network', 'key', 'security_groups', 'server')
 #: The fields of a reservation that a machine is made of; they are fixed once it has begun.
@@ -2331,7 +2331,7 @@ class Reservations:
         change(Reservation, old.reservation, **wish.columns(*STORED), changed=int(now), over=wish.end)
         change(Occurrence, old.id, resource=place.id, start=wish.start, end=wish.end, held_from=begin,
                held_until=until, vms=amount.vms, vcpus=amount.vcpus, ram=amount.ram, due=min(now, begin),
-               told=0 if wish.start != old.start else min(old.told, READY))
+               told=0 if wish.start != old.start else old.told & ~(ENDING if wish.end != old.end else 0))
 
     def cancel(self, found, now: float, why: str = '') -> None:
         """Ends a reservation now: what it held from now on is free; inside a transaction."""
@@ -2793,7 +2793,7 @@ class LifeCycle:
         if over and now >= occurrence.end + self.config.end_grace:
             self.force(occurrence, now)
         told = self.announce(occurrence, over, now)
-        change(Occurrence, occurrence.id, told=told, due=self.next_look(occurrence, over, told, now))
+        change(Occurrence, occurrence.id, told=told, due=self.next_look(occurrence, over, now))
 
     def plan_server(self, occurrence, n: int, now: float) -> None:
         borrowed = bool(occurrence.server)
@@ -2826,22 +2826,25 @@ class LifeCycle:
             self.journal(now, 'forced', f'{server.name} did not {occurrence.at_end} in time and is deleted', occurrence)
 
     def announce(self, occurrence, over: bool, now: float) -> int:
-        """Tells of a start or an end that comes soon, once; what was told then."""
-        notice = self.config.notice
-        if not over and occurrence.told < SOON and occurrence.start - notice <= now < occurrence.start:
+        """Tells of a start or an end that comes soon, once; what was told so far."""
+        soon, ending = self.notice_times(occurrence)
+        if not over and not occurrence.told & SOON and soon <= now < occurrence.start:
             self.journal(now, 'soon', f'starts in {format_duration(occurrence.start - now)}', occurrence)
-            return SOON
-        if not over and occurrence.told < ENDING and occurrence.end - notice <= now and now >= occurrence.start:
+            return occurrence.told | SOON
+        if not over and not occurrence.told & ENDING and ending <= now:
             self.journal(now, 'ending', f'ends in {format_duration(occurrence.end - now)}', occurrence)
-            return ENDING
+            return occurrence.told | ENDING
         return occurrence.told
 
-    def next_look(self, occurrence, over: bool, told: int, now: float) -> float | None:
+    def notice_times(self, occurrence) -> tuple[float, float]:
+        """When a start and an end are announced; the end of a short window, in its middle."""
+        length = occurrence.end - occurrence.start
+        return occurrence.start - self.config.notice, occurrence.end - min(self.config.notice, length / 2)
+
+    def next_look(self, occurrence, over: bool, now: float) -> float | None:
         """When an occurrence must be planned again; never, once it is over and nothing is left to do."""
         if not over:
-            notice = self.config.notice
-            comes = [occurrence.start - notice if told < SOON else 0, occurrence.held_from, occurrence.start,
-                     occurrence.end - notice if told < ENDING else 0, occurrence.end]
+            comes = *self.notice_times(occurrence), occurrence.held_from, occurrence.start, occurrence.end
             return min(each for each in comes if each > now)
         if row("SELECT id FROM server WHERE occurrence_id = ? AND state NOT IN ('deleted', 'kept') LIMIT 1",
                occurrence.id):
@@ -3170,13 +3173,13 @@ class LifeCycle:
 
     def tell_ready(self, account: str, now: float) -> None:
         """Announces, once each, the occurrences all of whose servers are up."""
-        for each in rows("""SELECT o.id, o.start, o.reservation_id, r.notify, count(*) AS up, max(v.ready) AS ready,
+        for each in rows("""SELECT o.id, o.start, o.told, o.reservation_id, r.notify, count(*) AS up, max(v.ready) AS ready,
                                    group_concat(v.name || ' ' || v.addresses, ', ') AS servers
                               FROM occurrence o JOIN reservation r ON r.id = o.reservation_id
                               JOIN server v ON v.occurrence_id = o.id
-                             WHERE o.due IS NOT NULL AND o.told < ? AND v.account = ? AND v.goal = 'up'
+                             WHERE o.due IS NOT NULL AND o.told & ? = 0 AND v.account = ? AND v.goal = 'up'
                                AND v.state = 'active' GROUP BY o.id HAVING count(*) >= o.vms""", READY, account):
-            change(Occurrence, each.id, told=READY)
+            change(Occurrence, each.id, told=each.told | READY)
             late = format_duration(max(each.ready - each.start, 0))
             self.journal(now, 'ready', f'all {each.up} are up, {late} after the start: {each.servers}', each)
 

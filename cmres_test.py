@@ -2255,6 +2255,13 @@ def test_a_webhook_is_told_all_and_signed(tmp_path):
     inbox.server.shutdown()
 
 
+def test_a_short_window_is_announced_too(world):
+    boot(world, start=0.05, length=0.1)
+    for moment in (0, 0.05, 0.06, 0.1, 0.15, 0.16, 0.17):
+        world.at(moment)
+    assert [each['code'] for each in world.service.events('lab')] == ['added', 'soon', 'ready', 'ending', 'ended']
+
+
 def test_a_notice_is_tried_until_it_arrives_and_follows_no_redirect(tmp_path):
     inbox = Inbox(500, 302)
     world = World(tmp_path, private_addresses=True)
