@@ -59,6 +59,7 @@ import re
 import secrets
 import signal
 import socket
+import sqlite3
 import sys
 import textwrap
 import threading
@@ -621,8 +622,8 @@ def read_rows(value, here=None) -> list[dict]:
 
 READERS = {
     str: read_str, int: read_int, bool: read_bool, Label: read_label, Place: read_place, Name: read_name,
-    Text: read_text, File: read_file, Count: read_count, Page: read_page, Most: read_most, Span: read_span, When: read_when,
-    Names: read_names, Pairs: read_pairs, Rows: read_rows}
+    Text: read_text, File: read_file, Count: read_count, Page: read_page, Most: read_most, Span: read_span,
+    When: read_when, Names: read_names, Pairs: read_pairs, Rows: read_rows}
 
 
 #: The fields that hold instants, wherever they appear.
@@ -652,7 +653,7 @@ def from_plain(value):
 # Store #######################################################################
 #
 # peewee's models say what is on disk. Everything that is read or written at every request goes
-# through four functions over plain SQL (building peewee's SQL costs ten times what SQLite needs
+# through a few functions over plain SQL (building peewee's SQL costs ten times what SQLite needs
 # to run it). There is one idiom for writing: `with transaction():`, IMMEDIATE, so that what is
 # read in it can't change before it ends. Nothing remote is ever called inside.
 
@@ -888,10 +889,18 @@ def transaction(keep: bool = True) -> Iterator[None]:
         write_lock.release()
 
 
+def run(sql: str, *values) -> sqlite3.Cursor:
+    """Runs one statement on this thread's connection; peewee's kinds of errors, without its cost."""
+    try:
+        return db.connection().execute(sql, values)
+    except sqlite3.Error as error:
+        raise getattr(peewee, type(error).__name__)(*error.args) from error
+
+
 def rows(sql: str, *values) -> list:
     """All rows of a query, as named tuples."""
-    cursor = db.execute_sql(sql, values)
-    return list(map(row_type(tuple(column[0] for column in cursor.description))._make, cursor))
+    cursor = run(sql, *values)
+    return list(map((ROW_TYPES.get(sql) or row_type(sql, cursor))._make, cursor))
 
 
 def row(sql: str, *values):
@@ -900,14 +909,19 @@ def row(sql: str, *values):
     return found[0] if found else None
 
 
-@functools.lru_cache
-def row_type(names: tuple):
-    return namedtuple('Row', names)
+ROW_TYPES: dict = {}
+
+
+def row_type(sql: str, cursor):
+    if len(ROW_TYPES) > 500:  # queries with lists of filters come in many forms
+        ROW_TYPES.clear()
+    ROW_TYPES[sql] = namedtuple('Row', [column[0] for column in cursor.description])
+    return ROW_TYPES[sql]
 
 
 def insert(model: type[Table], **values) -> int:
     """Writes a row and tells its id."""
-    return db.execute_sql(insert_text(model, tuple(values)), tuple(values.values())).lastrowid
+    return run(insert_text(model, tuple(values)), *values.values()).lastrowid
 
 
 @functools.lru_cache
@@ -918,7 +932,7 @@ def insert_text(model, names: tuple) -> str:
 
 def change(model: type[Table], id: int, **values) -> None:
     """Writes some columns of one row."""
-    db.execute_sql(change_text(model, tuple(values)), (*values.values(), id))
+    run(change_text(model, tuple(values)), *values.values(), id)
 
 
 @functools.lru_cache
@@ -1013,15 +1027,15 @@ NOTHING = Amount()
 
 def level(resource: int, at: float) -> Amount:
     """(1)"""
-    found = db.execute_sql('SELECT vms, vcpus, ram FROM step WHERE resource_id = ? AND at <= ? '
-                           'ORDER BY at DESC LIMIT 1', (resource, at)).fetchone()
+    found = run('SELECT vms, vcpus, ram FROM step WHERE resource_id = ? AND at <= ? '
+                           'ORDER BY at DESC LIMIT 1', resource, at).fetchone()
     return Amount(*found) if found else NOTHING
 
 
 def peak(resource: int, begin: float, until: float) -> Amount:
     """(2), each figure on its own."""
-    inside = db.execute_sql('SELECT max(vms), max(vcpus), max(ram) FROM step '
-                            'WHERE resource_id = ? AND at > ? AND at < ?', (resource, begin, until)).fetchone()
+    inside = run('SELECT max(vms), max(vcpus), max(ram) FROM step '
+                            'WHERE resource_id = ? AND at > ? AND at < ?', resource, begin, until).fetchone()
     return Amount(*(max(a, b or 0) for a, b in zip(level(resource, begin), inside)))
 
 
@@ -1030,17 +1044,17 @@ def hold(resource: int, begin: int, until: int, amount: Amount) -> None:
     if begin >= until or amount == NOTHING:
         return
     there_before = [at for at in (begin, until) if not cut(resource, at)]
-    db.execute_sql('UPDATE step SET vms = vms + ?, vcpus = vcpus + ?, ram = ram + ? '
-                   'WHERE resource_id = ? AND at >= ? AND at < ?', (*amount, resource, begin, until))
+    run('UPDATE step SET vms = vms + ?, vcpus = vcpus + ?, ram = ram + ? '
+                   'WHERE resource_id = ? AND at >= ? AND at < ?', *amount, resource, begin, until)
     for at in there_before:  # a new cut is a change of level for sure
         if level(resource, at) == level(resource, at - 1):
-            db.execute_sql('DELETE FROM step WHERE resource_id = ? AND at = ?', (resource, at))
+            run('DELETE FROM step WHERE resource_id = ? AND at = ?', resource, at)
 
 
 def cut(resource: int, at: int) -> bool:
     """Makes sure that there is a row at an instant; whether it is new."""
-    return db.execute_sql('INSERT INTO step (resource_id, at, vms, vcpus, ram) VALUES (?, ?, ?, ?, ?) '
-                          'ON CONFLICT DO NOTHING', (resource, at, *level(resource, at))).rowcount > 0
+    return run('INSERT INTO step (resource_id, at, vms, vcpus, ram) VALUES (?, ?, ?, ?, ?) '
+                          'ON CONFLICT DO NOTHING', resource, at, *level(resource, at)).rowcount > 0
 
 
 def release(resource: int, begin: int, until: int, amount: Amount) -> None:
@@ -1070,8 +1084,8 @@ def admit(resource, begin: int, until: int, amount: Amount, now: float) -> None:
 def steps(resource: int, begin: float, until: float) -> Iterator[tuple[float, Amount]]:
     """The step function in a window: (instant, level from then on), the first at its beginning."""
     yield begin, level(resource, begin)
-    for at, *held in db.execute_sql('SELECT at, vms, vcpus, ram FROM step WHERE resource_id = ? '
-                                    'AND at > ? AND at < ? ORDER BY at', (resource, begin, until)):
+    for at, *held in run('SELECT at, vms, vcpus, ram FROM step WHERE resource_id = ? '
+                                    'AND at > ? AND at < ? ORDER BY at', resource, begin, until):
         yield at, Amount(*held)
 
 
@@ -1090,17 +1104,17 @@ def next_step(resource, amount: Amount, after: float, before: float, free: bool)
     """The first step in (after, before) at which an amount fits, or with `free` false doesn't; else `before`."""
     rooms = [2**62 if most is None else most - need for most, need in zip(capacity(resource), amount)]
     fits_or_not = '' if free else 'NOT'
-    found = db.execute_sql(f'SELECT at FROM step WHERE resource_id = ? AND at > ? AND at < ? AND {fits_or_not} '
+    found = run(f'SELECT at FROM step WHERE resource_id = ? AND at > ? AND at < ? AND {fits_or_not} '
                            '(vms <= ? AND vcpus <= ? AND ram <= ?) ORDER BY at LIMIT 1',
-                           (resource.id, after, before, *rooms)).fetchone()
+                           resource.id, after, before, *rooms).fetchone()
     return found[0] if found else before
 
 
 def held_steps(resource: int) -> Iterator[tuple[int, Amount]]:
     """The step function as the occurrences give it, canonical: what table `step` must hold."""
     changes = defaultdict(lambda: NOTHING)
-    for begin, until, *amount in db.execute_sql('SELECT held_from, held_until, vms, vcpus, ram FROM occurrence '
-                                                'WHERE resource_id = ? AND held_from < held_until', (resource,)):
+    for begin, until, *amount in run('SELECT held_from, held_until, vms, vcpus, ram FROM occurrence '
+                                                'WHERE resource_id = ? AND held_from < held_until', resource):
         changes[begin] += Amount(*amount)
         changes[until] -= Amount(*amount)
     held = NOTHING
@@ -1519,12 +1533,12 @@ CLOUDY = ('flavor', 'image', 'network', 'key', 'security_groups', 'server')
 #: The fields of a reservation that a machine is made of; they are fixed once it has begun.
 FIXED = (*CLOUDY, 'resource', 'start', 'lead', 'user_data', 'metadata')
 STORED = ('label', 'user', 'project', *CLOUDY, 'user_data', 'metadata', 'at_end', 'notify', 'lead', 'description')
-JSON = ('security_groups', 'metadata', 'notify', 'addresses')
+JSON = frozenset(('security_groups', 'metadata', 'notify', 'addresses'))
 UNCHANGED = (*STORED, 'resource_id', 'start', 'end', 'held_from', 'held_until', 'vms', 'vcpus', 'ram', 'over')
 OVER = ('ended', 'cancelled', 'failed')
 PLACE = ('cell', 'cloud', 'region', 'aggregate')
-HIDDEN = ('now', 'resource_id', 'held_from', 'held_until', 'over', 'due', 'reservation', 'user_data',
-          'existing', 'ever', 'runs', 'told')
+HIDDEN = frozenset(('now', 'resource_id', 'held_from', 'held_until', 'over', 'due', 'reservation', 'user_data',
+                    'existing', 'ever', 'runs', 'told'))
 PATIENCE = 60  # seconds that a start may lie in the past: slow clocks, slow networks
 
 
@@ -1947,8 +1961,8 @@ class Reservations:
         differences, steps_seen = [], 0
         with db.atomic('DEFERRED'):  # one snapshot of all tables; nobody waits for it
             for place in self.progress(rows('SELECT id, name FROM resource')):
-                kept = {at: Amount(*held) for at, *held in db.execute_sql(
-                    'SELECT at, vms, vcpus, ram FROM step WHERE resource_id = ?', (place.id,))}
+                kept = {at: Amount(*held) for at, *held in run(
+                    'SELECT at, vms, vcpus, ram FROM step WHERE resource_id = ?', place.id)}
                 right = dict(held_steps(place.id))
                 steps_seen += len(right)
                 wrong = sorted(at for at in kept.keys() | right.keys() if kept.get(at) != right.get(at))
@@ -2699,7 +2713,7 @@ class LifeCycle:
                 self.wake.clear()
                 self.record(self.clock())
             with transaction():
-                db.execute_sql('UPDATE lease SET until = 0 WHERE holder = ?', (self.name,))
+                run('UPDATE lease SET until = 0 WHERE holder = ?', self.name)
         except (peewee.DatabaseError, Error) as error:
             log.warning('could not end in good order: %s', error)
         for pool in self.pools.values():
@@ -2718,12 +2732,12 @@ class LifeCycle:
             if self.held_by_another(now):
                 return False
             taken_over = not row('SELECT name FROM lease WHERE holder = ?', self.name)
-            db.execute_sql('INSERT INTO lease (name, holder, until) VALUES (?, ?, ?) ON CONFLICT (name) DO UPDATE '
+            run('INSERT INTO lease (name, holder, until) VALUES (?, ?, ?) ON CONFLICT (name) DO UPDATE '
                            'SET holder = excluded.holder, until = excluded.until',
-                           ('scheduler', self.name, now + self.config.lease))
+                           'scheduler', self.name, now + self.config.lease)
             if taken_over:  # whoever made these calls may never tell of them
-                db.execute_sql("UPDATE server SET due = min(due, ?) WHERE state = 'build' AND uid IS NULL "
-                               'AND due IS NOT NULL', (now,))
+                run("UPDATE server SET due = min(due, ?) WHERE state = 'build' AND uid IS NULL "
+                               'AND due IS NOT NULL', now)
         self.leased_until = now + self.config.lease
         if taken_over:
             self.sweep()
@@ -2754,9 +2768,9 @@ class LifeCycle:
         """After the clock was set back: nothing waits for an instant that was reckoned by the old time."""
         log.warning('the clock was set back by %.0f seconds', self.latest - now)
         with self.acting():
-            db.execute_sql('UPDATE server SET due = min(due, ?), called = min(called, ?) WHERE due IS NOT NULL',
-                           (now, now))
-            db.execute_sql('UPDATE occurrence SET due = ? WHERE due > ? AND held_from <= ?', (now, now, self.latest))
+            run('UPDATE server SET due = min(due, ?), called = min(called, ?) WHERE due IS NOT NULL',
+                           now, now)
+            run('UPDATE occurrence SET due = ? WHERE due > ? AND held_from <= ?', now, now, self.latest)
         self.breakers.clear()
 
     def sweep(self) -> None:
@@ -3106,8 +3120,8 @@ class LifeCycle:
         account = result.account
         if result.error:
             pause = now + max(self.config.poll, self.config.retry_first)
-            db.execute_sql('UPDATE server SET due = max(due, ?) WHERE account = ? AND due <= ?',
-                           (pause, account, pause))
+            run('UPDATE server SET due = max(due, ?) WHERE account = ? AND due <= ?',
+                           pause, account, pause)
             return
         seen = {each.uid: each for each in result.answer}
         marked = {each.mark: each for each in reversed(result.answer) if each.mark}
@@ -3122,8 +3136,8 @@ class LifeCycle:
                 self.record_seen(server, found, now)
             elif server.account == account and (not server.borrowed or server.uid in result.target):
                 self.record_missing(server, result.began, now)
-        db.execute_sql("UPDATE server SET due = ? WHERE account = ? AND goal = 'up' AND state = 'active'",
-                       (now + self.config.sweep, account))
+        run("UPDATE server SET due = ? WHERE account = ? AND goal = 'up' AND state = 'active'",
+                       now + self.config.sweep, account)
         self.tell_ready(account, now)
         for uid in seen.keys() - wanted:
             if seen[uid].mark and now - seen[uid].made >= self.config.orphan_grace:
@@ -3173,7 +3187,8 @@ class LifeCycle:
 
     def tell_ready(self, account: str, now: float) -> None:
         """Announces, once each, the occurrences all of whose servers are up."""
-        for each in rows("""SELECT o.id, o.start, o.told, o.reservation_id, r.notify, count(*) AS up, max(v.ready) AS ready,
+        for each in rows("""SELECT o.id, o.start, o.told, o.reservation_id, r.notify,
+                                   count(*) AS up, max(v.ready) AS ready,
                                    group_concat(v.name || ' ' || v.addresses, ', ') AS servers
                               FROM occurrence o JOIN reservation r ON r.id = o.reservation_id
                               JOIN server v ON v.occurrence_id = o.id
