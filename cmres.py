@@ -2885,8 +2885,9 @@ class LifeCycle:
         """Hands the calls that are due to workers, each after its intent is written."""
         due = [server for server in rows(f'{SERVERS} WHERE v.due <= ? ORDER BY v.planned, v.id', now)
                if ('server', server.id) not in self.flying]
-        notices = [notice for notice in rows(f'{NOTICES} WHERE n.due <= ? ORDER BY n.id LIMIT 1000', now)
-                   if ('notice', notice.id) not in self.flying]
+        # Each target is told in order, one notice after another.
+        notices = rows(f'{NOTICES} WHERE n.due <= ? AND n.id IN (SELECT min(id) FROM outbox WHERE due IS NOT NULL '
+                       'GROUP BY target)', now)
         looks, calls = set(), []
         if due:
             with self.acting():
@@ -2900,7 +2901,7 @@ class LifeCycle:
             if self.breakers[account].until <= now:
                 self.submit(('look', account), 'look', account, self.borrowed(account))
         for notice in notices:
-            self.submit(('notice', notice.id), 'notice', ' notices', notice)
+            self.submit(('notice', notice.target), 'notice', ' notices', notice)
 
     def left_alone(self, server, now: float) -> bool:
         """Whether a cloud is in such trouble that calls to it wait; a look then finds out whether it is over."""
