@@ -3190,7 +3190,7 @@ class LifeCycle:
         """Announces, once each, the occurrences all of whose servers are up."""
         for each in rows("""SELECT o.id, o.start, o.told, o.reservation_id, r.notify,
                                    count(*) AS up, max(v.ready) AS ready,
-                                   group_concat(v.name || ' ' || v.addresses, ', ') AS servers
+                                   group_concat(v.name || ' ' || trim(replace(v.addresses, '"', ''), '[]'), ', ') AS servers
                               FROM occurrence o JOIN reservation r ON r.id = o.reservation_id
                               JOIN server v ON v.occurrence_id = o.id
                              WHERE o.due IS NOT NULL AND o.told & ? = 0 AND v.account = ? AND v.goal = 'up'
