@@ -173,6 +173,7 @@ class Config:
     timezone: str = setting('UTC', 'the zone of times typed without an offset, and of tables')
     workers: int = setting(32, 'calls to one cloud that run side by side', 1)
     call_timeout: float = setting(60.0, 'seconds after which a call to a cloud is given up', 0.1)
+    boot_timeout: float = setting(900.0, 'seconds after which a server that does not come up is made anew', 0.1)
     settle: float = setting(15.0, 'seconds after a lost answer before a missing server is made again', 0.0)
     poll: float = setting(1.0, 'seconds between looks at servers that are coming or going', 0.01)
     sweep: float = setting(60.0, 'seconds between looks at servers that should just be there', 0.01)
@@ -1203,7 +1204,7 @@ class Cloud:
         raise NotImplementedError
 
     def snapshot(self, uid: str, name: str) -> str:
-        """Begins to make an image of a server and tells the image's id."""
+        """Begins to make an image of a server, unless there is one of that name, and tells the image's id."""
         raise NotImplementedError
 
     def saved(self, image: str) -> bool | None:
@@ -1333,8 +1334,9 @@ class OpenStack(Cloud):
     def start(self, uid):
         compute = self.connection.compute
         with self.telling('start a server', sure=True):
-            shelved = compute.get_server(uid).status.startswith('SHELVED')
-            (compute.unshelve_server if shelved else compute.start_server)(uid)
+            how = {'PAUSED': compute.unpause_server, 'SUSPENDED': compute.resume_server,
+                   'SHELVED': compute.unshelve_server, 'SHELVED_OFFLOADED': compute.unshelve_server}
+            how.get(compute.get_server(uid).status, compute.start_server)(uid)
 
     def stop(self, uid):
         compute = self.connection.compute
@@ -1349,7 +1351,8 @@ class OpenStack(Cloud):
     def snapshot(self, uid, name):
         compute = self.connection.compute
         with self.telling('make an image of a server', sure=True):
-            return compute.create_server_image(uid, name).id
+            made = self.connection.image.find_image(name, ignore_missing=True)  # by a call whose answer was lost
+            return (made or compute.create_server_image(uid, name)).id
 
     def saved(self, image):
         connection = self.connection
@@ -2607,7 +2610,7 @@ FINAL = ('deleted', 'kept')  # it is gone, or it stays as its owner wished and i
 TRIPS = 3  # failures in a row after which a cloud is left alone for a while
 
 SERVERS = '''SELECT v.*, r.flavor, r.image, r.network, r.key, r.security_groups, r.user_data, r.metadata,
-                    r.label, r.notify, o.reservation_id
+                    r.label, r.notify, o.reservation_id, o."end"
                FROM server v JOIN occurrence o ON o.id = v.occurrence_id
                JOIN reservation r ON r.id = o.reservation_id'''
 
@@ -2629,9 +2632,11 @@ class Result(NamedTuple):
 
 
 class Breaker(NamedTuple):
-    """What is remembered of a cloud in trouble: failures in a row, and until when it is left alone."""
+    """What is remembered of a cloud in trouble: failures in a row, the last one, until when it is left alone."""
     failures: int = 0
+    last: float = 0
     until: float = 0
+    fault: str = ''
 
 
 class LifeCycle:
@@ -2642,7 +2647,7 @@ class LifeCycle:
         self.name = f'{socket.gethostname()}:{os.getpid()}:{secrets.token_hex(4)}'
         self.leased_until = self.latest = 0.0
         self.wake = threading.Event()
-        self.flying: set[tuple] = set()  # calls that were handed to a worker and not yet recorded
+        self.flying: dict[tuple, float] = {}  # calls that workers have, and until when they are waited for
         self.results: queue.SimpleQueue[Result] = queue.SimpleQueue()
         self.ended: list[Result] = []    # results that are not on disk yet
         self.pools: dict[str, ThreadPoolExecutor] = {}
@@ -2656,7 +2661,9 @@ class LifeCycle:
             self.forget()
             return False
         if now < self.latest - 2:
+            log.warning('the clock was set back by %.0f seconds', self.latest - now)
             self.pull_forward(now)
+            self.sweep()
         self.latest = now
         self.record(now)
         self.plan(now)
@@ -2666,7 +2673,7 @@ class LifeCycle:
     def settle(self) -> bool:
         """Passes until no call is under way: what `tick` does; false if another scheduler acts."""
         acting = self.converge(self.clock())
-        while acting and self.flying:
+        while acting and any(map(self.busy, [*self.flying])):
             self.wake.wait(1)
             self.wake.clear()
             acting = self.converge(self.clock())
@@ -2686,7 +2693,7 @@ class LifeCycle:
         beat.every(max(int(10 * self.config.sweep), 1)).seconds.do(self.sweep)
         while not stop.is_set():
             wait = self.guarded_pass()
-            self.wake.wait(max(min(wait, beat.idle_seconds), 0))
+            self.wake.wait(max(min(wait, beat.idle_seconds, 1), 0))  # `schedule` goes by a clock that may be set
             self.wake.clear()
             beat.run_pending()
         self.finish()
@@ -2735,11 +2742,9 @@ class LifeCycle:
             run('INSERT INTO lease (name, holder, until) VALUES (?, ?, ?) ON CONFLICT (name) DO UPDATE '
                            'SET holder = excluded.holder, until = excluded.until',
                            'scheduler', self.name, now + self.config.lease)
-            if taken_over:  # whoever made these calls may never tell of them
-                run("UPDATE server SET due = min(due, ?) WHERE state = 'build' AND uid IS NULL "
-                               'AND due IS NOT NULL', now)
         self.leased_until = now + self.config.lease
-        if taken_over:
+        if taken_over:  # whoever made the calls that are under way may never tell of them
+            self.pull_forward(now)
             self.sweep()
         return True
 
@@ -2761,17 +2766,23 @@ class LifeCycle:
         """What ended is for the process to find out that acts now."""
         while not self.results.empty():
             self.ended.append(self.results.get())
-        self.flying -= {result.key for result in self.ended}
+        self.forget_calls()
+
+    def forget_calls(self) -> None:
+        for result in self.ended:
+            self.flying.pop(result.key, None)
         self.ended.clear()
 
     def pull_forward(self, now: float) -> None:
-        """After the clock was set back: nothing waits for an instant that was reckoned by the old time."""
-        log.warning('the clock was set back by %.0f seconds', self.latest - now)
+        """Lets nothing wait for an instant that an older clock or another process has reckoned."""
+        latest, pause = max(self.latest, now), now + self.config.retry_most
         with self.acting():
-            run('UPDATE server SET due = min(due, ?), called = min(called, ?) WHERE due IS NOT NULL',
-                           now, now)
-            run('UPDATE occurrence SET due = ? WHERE due > ? AND held_from <= ?', now, now, self.latest)
+            run("UPDATE server SET due = min(due, iif(state = 'planned', ?, ?)), called = min(called, ?) "
+                'WHERE due IS NOT NULL', pause, now, now)
+            run('UPDATE occurrence SET due = ? WHERE due > ? AND held_from <= ?', now, now, latest)
+            run('UPDATE outbox SET due = min(due, ?) WHERE due IS NOT NULL', pause)
         self.breakers.clear()
+        self.latest = now
 
     def sweep(self) -> None:
         """Looks at every account, also for servers of ours that nothing in the store tells of."""
@@ -2793,9 +2804,10 @@ class LifeCycle:
 
     def plan_one(self, occurrence, now: float) -> None:
         over = occurrence.cancelled is not None or now >= occurrence.end
-        runs = (occurrence.image or occurrence.server) and not over and now >= occurrence.held_from
         servers = rows("SELECT id, n, state, ready, borrowed, uid FROM server WHERE occurrence_id = ? AND goal = 'up' "
                        "AND state NOT IN ('deleted', 'kept') ORDER BY n", occurrence.id)
+        # Machines that are there stay, also where the clock was set back to before their start.
+        runs = (occurrence.image or occurrence.server) and not over and (servers or now >= occurrence.held_from)
         wanted = occurrence.vms if runs else 0
         for n in sorted(set(range(1, wanted + 1)) - {server.n for server in servers}):
             self.plan_server(occurrence, n, now)
@@ -2884,7 +2896,7 @@ class LifeCycle:
     def call(self, now: float) -> None:
         """Hands the calls that are due to workers, each after its intent is written."""
         due = [server for server in rows(f'{SERVERS} WHERE v.due <= ? ORDER BY v.planned, v.id', now)
-               if ('server', server.id) not in self.flying]
+               if not self.busy(('server', server.id))]
         # Each target is told in order, one notice after another.
         notices = rows(f'{NOTICES} WHERE n.due <= ? AND n.id IN (SELECT min(id) FROM outbox WHERE due IS NOT NULL '
                        'GROUP BY target)', now)
@@ -2908,7 +2920,7 @@ class LifeCycle:
         breaker = self.breakers[server.account]
         if breaker.failures < TRIPS and breaker.until <= now:
             return False
-        change(Server, server.id, due=max(breaker.until, now + self.config.poll))
+        change(Server, server.id, due=max(breaker.until, now + self.config.poll), fault=breaker.fault[:500])
         return True
 
     def next_call(self, server) -> str:
@@ -2946,12 +2958,16 @@ class LifeCycle:
             'SELECT uid FROM server WHERE account = ? AND borrowed AND due IS NOT NULL', account)]
 
     def submit(self, key: tuple, verb: str, account: str, target) -> None:
-        if key in self.flying:
+        if self.busy(key):
             return
-        self.flying.add(key)
+        self.flying[key] = self.clock() + self.config.call_timeout + self.config.settle
         if account not in self.pools:  # one pool an account: a cloud that hangs holds nobody else's workers
             self.pools[account] = ThreadPoolExecutor(self.config.workers, thread_name_prefix=account)
         self.pools[account].submit(self.work, key, verb, account, target)
+
+    def busy(self, key: tuple) -> bool:
+        """Whether a call is under way; one that takes much longer than it may is not waited for: a look decides."""
+        return self.flying.get(key, 0) > self.clock()
 
     def work(self, key: tuple, verb: str, account: str, target) -> None:
         """A worker's whole job: one call, its result for the next pass."""
@@ -2983,7 +2999,7 @@ class LifeCycle:
         self.clouds.open(account).shelve(server.uid)
 
     def do_snapshot(self, account: str, server) -> tuple[str, str]:
-        name = f'{server.name}-{instant(self.clock()):%Y%m%dT%H%M%S}'
+        name = f'{server.name}-{instant(server.end):%Y%m%dT%H%M%S}'
         return name, self.clouds.open(account).snapshot(server.uid, name)
 
     def do_verify(self, account: str, server) -> bool | None:
@@ -3008,7 +3024,9 @@ class LifeCycle:
     def record(self, now: float) -> None:
         """Writes down the results of the calls that ended since the last pass; they wait until that has worked."""
         while not self.results.empty():
-            self.ended.append(self.results.get())
+            result = self.results.get()
+            # The clock may have been set back since.
+            self.ended.append(result._replace(began=min(result.began, now), ended=min(result.ended, now)))
         if not self.ended:
             return
         breakers = dict(self.breakers)
@@ -3017,11 +3035,20 @@ class LifeCycle:
                 self.note_health(result, now)
                 if result.error and not isinstance(result.error, Error):
                     log.error('%s of %s failed', result.verb, result.target, exc_info=result.error)
-                self.record_one(result, now)
+                self.record_alone(result, now)
         for account in breakers.keys() | self.breakers.keys():
             self.tell_health(account, breakers.get(account, Breaker()), self.breakers[account])
-        self.flying -= {result.key for result in self.ended}
-        self.ended.clear()
+        self.forget_calls()
+
+    def record_alone(self, result: Result, now: float) -> None:
+        """Records one result; one that can't be recorded costs the others nothing, and a look finds out later."""
+        try:
+            with db.atomic():
+                self.record_one(result, now)
+        except (peewee.DatabaseError, LostLease):
+            raise
+        except Exception:
+            log.exception('the result of %s for %s could not be recorded', result.verb, result.account)
 
     def record_one(self, result: Result, now: float) -> None:
         if result.key[0] != 'server':
@@ -3052,8 +3079,9 @@ class LifeCycle:
         elif isinstance(error, Error) and getattr(error, 'sure', True):
             self.put_off(server, str(error), now, self.retry_after(error), state='planned', begun=begun,
                          called=result.ended)
-        else:
-            change(Server, server.id, fault=self.fault(error), begun=begun, called=result.ended,
+        elif not server.uid:  # a look has not found it yet
+            self.tell_trouble(server, self.fault(error), now)
+            change(Server, server.id, fault=self.fault(error)[:500], begun=begun, called=result.ended,
                    due=result.ended + self.config.settle)
 
     def record_verify(self, server, complete: bool | None, now: float) -> None:
@@ -3070,7 +3098,10 @@ class LifeCycle:
         failures = server.failures + 1
         change(Server, server.id, failures=failures, fault=fault[:500],
                due=now + max(self.pause(failures), at_least), **values)
-        if failures == 1 or fault != server.fault:
+        self.tell_trouble(server, fault, now)
+
+    def tell_trouble(self, server, fault: str, now: float) -> None:
+        if not server.failures or fault[:500] != server.fault:
             self.journal(now, 'trouble', f'{server.name}: {fault}', server)
 
     def pause(self, failures: int) -> float:
@@ -3087,13 +3118,17 @@ class LifeCycle:
 
     def note_health(self, result: Result, now: float) -> None:
         """Counts a cloud's failures in a row; after some it is left alone, longer and longer."""
-        ill = isinstance(result.error, CloudError) and result.error.ill
-        if not ill and not isinstance(result.error, LostLease) and result.ended > self.breakers[result.account].until:
-            self.breakers[result.account] = Breaker()
-        if ill:
-            failures = self.breakers[result.account].failures + 1
-            pause = self.pause(failures - TRIPS + 1) if failures >= TRIPS else 0
-            self.breakers[result.account] = Breaker(failures, now + max(pause, self.retry_after(result.error)))
+        before, error = self.breakers[result.account], result.error
+        if not (isinstance(error, CloudError) and error.ill):
+            if not isinstance(error, LostLease) and result.ended > before.until:
+                self.breakers[result.account] = Breaker()
+            return
+        # Calls that fail side by side are one failure: they met the same moment.
+        failures = before.failures + (result.began >= before.last)
+        pause = self.pause(failures - TRIPS + 1) if failures >= TRIPS else 0
+        until = now + max(pause, self.retry_after(error))
+        self.breakers[result.account] = Breaker(
+            failures, max(before.last, result.ended), max(before.until, until), str(error))
 
     def tell_health(self, account: str, before: Breaker, after: Breaker) -> None:
         if before.failures < TRIPS <= after.failures:
@@ -3157,6 +3192,9 @@ class LifeCycle:
         elif server.goal in ('stop', 'shelve') and self.arrived(UNDER_WAY[server.goal], seen.state):
             change(Server, server.id, uid=seen.uid, state='kept', due=None)
             self.journal(now, 'stopped', f'{server.name} is {seen.state} and stays', server)
+        elif server.goal == 'up' and seen.state == 'build' and now >= (server.called or now) + self.config.boot_timeout:
+            late = f'it did not come up within {format_duration(self.config.boot_timeout)}'
+            change(Server, server.id, uid=seen.uid, state='error', fault=late, due=now)
         else:
             later = now + self.config.poll
             known = server.uid and server.state == seen.state  # then its instant is set already
@@ -3171,17 +3209,18 @@ class LifeCycle:
     def record_missing(self, server, looked: float, now: float) -> None:
         """A server that the look didn't show: gone, never made, or too new to be in it."""
         called = server.called or 0
-        if ('server', server.id) in self.flying or looked <= called:
+        if server.state == 'planned':
+            return
+        if self.busy(('server', server.id)) or looked <= called:
             return
         if not server.uid and looked < called + self.config.settle:
             change(Server, server.id, due=called + self.config.settle)
-        elif server.goal != 'up' and server.state != 'planned':
+        elif server.goal != 'up':
             change(Server, server.id, state='deleted', deleted=now, due=None)
         elif server.borrowed:
             self.put_off(server, 'the server is not there any more', now, state='unknown')
         elif server.state in ('error', 'deleting') or not server.uid:
-            if server.state != 'planned':
-                self.put_off(server, server.fault or 'it was never made', now, state='planned', uid=None)
+            self.put_off(server, server.fault or 'it was never made', now, state='planned', uid=None)
         else:
             change(Server, server.id, state='planned', uid=None, fault='it vanished from the cloud', due=now)
             self.journal(now, 'vanished', f'{server.name} vanished from the cloud', server)
@@ -3190,7 +3229,8 @@ class LifeCycle:
         """Announces, once each, the occurrences all of whose servers are up."""
         for each in rows("""SELECT o.id, o.start, o.told, o.reservation_id, r.notify,
                                    count(*) AS up, max(v.ready) AS ready,
-                                   group_concat(v.name || ' ' || trim(replace(v.addresses, '"', ''), '[]'), ', ') AS servers
+                                   group_concat(v.name || ' ' || trim(replace(v.addresses, '"', ''), '[]'), ', ')
+                                   AS servers
                               FROM occurrence o JOIN reservation r ON r.id = o.reservation_id
                               JOIN server v ON v.occurrence_id = o.id
                              WHERE o.due IS NOT NULL AND o.told & ? = 0 AND v.account = ? AND v.goal = 'up'
