@@ -2606,6 +2606,7 @@ def json_text(value) -> str:
 
 UNDER_WAY = {'delete': 'deleting', 'start': 'starting', 'stop': 'stopping', 'shelve': 'shelving', 'snapshot': 'saving'}
 DOWN = ('shutoff', 'paused', 'suspended', 'shelved', 'shelved_offloaded')
+GONE = ('deleted', 'soft_deleted')  # what Nova may still list for a moment
 FINAL = ('deleted', 'kept')  # it is gone, or it stays as its owner wished and is no longer ours to watch
 TRIPS = 3  # failures in a row after which a cloud is left alone for a while
 
@@ -2652,6 +2653,7 @@ class LifeCycle:
         self.ended: list[Result] = []    # results that are not on disk yet
         self.pools: dict[str, ThreadPoolExecutor] = {}
         self.breakers: dict[str, Breaker] = defaultdict(Breaker)
+        self.building: dict[tuple, float] = {}  # since when servers were seen to boot
 
     # Repeating
 
@@ -2960,21 +2962,21 @@ class LifeCycle:
     def submit(self, key: tuple, verb: str, account: str, target) -> None:
         if self.busy(key):
             return
-        self.flying[key] = self.clock() + self.config.call_timeout + self.config.settle
+        self.flying[key] = deadline = time.monotonic() + self.config.call_timeout + self.config.settle
         if account not in self.pools:  # one pool an account: a cloud that hangs holds nobody else's workers
             self.pools[account] = ThreadPoolExecutor(self.config.workers, thread_name_prefix=account)
-        self.pools[account].submit(self.work, key, verb, account, target)
+        self.pools[account].submit(self.work, deadline, key, verb, account, target)
 
     def busy(self, key: tuple) -> bool:
         """Whether a call is under way; one that takes much longer than it may is not waited for: a look decides."""
-        return self.flying.get(key, 0) > self.clock()
+        return self.flying.get(key, 0) > time.monotonic()
 
-    def work(self, key: tuple, verb: str, account: str, target) -> None:
-        """A worker's whole job: one call, its result for the next pass."""
+    def work(self, deadline: float, key: tuple, verb: str, account: str, target) -> None:
+        """A worker's whole job: one call, if it is not too late for it, and its result for the next pass."""
         began = self.clock()
         try:
-            if began >= self.leased_until:
-                raise LostLease('the lease ran out before the call')
+            if began >= self.leased_until or time.monotonic() >= deadline:
+                raise LostLease('the time for this call ran out before it began')
             answer, error = getattr(self, f'do_{verb}')(account, target), None
         except Exception as caught:  # the pass that records it decides what it means
             answer, error = None, caught
@@ -3124,7 +3126,7 @@ class LifeCycle:
                 self.breakers[result.account] = Breaker()
             return
         # Calls that fail side by side are one failure: they met the same moment.
-        failures = before.failures + (result.began >= before.last)
+        failures = before.failures + (result.began > before.last)
         pause = self.pause(failures - TRIPS + 1) if failures >= TRIPS else 0
         until = now + max(pause, self.retry_after(error))
         self.breakers[result.account] = Breaker(
@@ -3159,8 +3161,8 @@ class LifeCycle:
             run('UPDATE server SET due = max(due, ?) WHERE account = ? AND due <= ?',
                            pause, account, pause)
             return
-        seen = {each.uid: each for each in result.answer}
-        marked = {each.mark: each for each in reversed(result.answer) if each.mark}
+        seen = {each.uid: each for each in result.answer if each.state not in GONE}
+        marked = {each.mark: each for each in reversed(seen.values()) if each.mark}
         wanted = set()
         for server in rows(f"{SERVERS} WHERE v.state <> 'deleted' AND (v.tries > 0 OR v.borrowed)"):
             found = seen.get(server.uid) or (None if server.borrowed else marked.get(self.mark(server)))
@@ -3186,13 +3188,14 @@ class LifeCycle:
             state = ('error' if server.state == 'deleting' else seen.state) if stuck else server.state
             change(Server, server.id, state=state, due=now if stuck else now + self.config.poll)
         elif server.goal == 'up' and seen.state == 'active':
+            self.building.pop((server.id, server.tries), None)
             if server.state != 'active' or server.addresses != json.dumps(seen.addresses):
                 change(Server, server.id, uid=seen.uid, state='active', ready=server.ready or now, fault='', failures=0,
                        addresses=json.dumps(seen.addresses))
         elif server.goal in ('stop', 'shelve') and self.arrived(UNDER_WAY[server.goal], seen.state):
             change(Server, server.id, uid=seen.uid, state='kept', due=None)
             self.journal(now, 'stopped', f'{server.name} is {seen.state} and stays', server)
-        elif server.goal == 'up' and seen.state == 'build' and now >= (server.called or now) + self.config.boot_timeout:
+        elif server.goal == 'up' and seen.state == 'build' and self.too_slow(server):
             late = f'it did not come up within {format_duration(self.config.boot_timeout)}'
             change(Server, server.id, uid=seen.uid, state='error', fault=late, due=now)
         else:
@@ -3201,6 +3204,11 @@ class LifeCycle:
             calls = self.next_call(server._replace(uid=seen.uid, state=seen.state)) != 'look'
             change(Server, server.id, uid=seen.uid, state=seen.state, fault=seen.fault[:500] or server.fault,
                    due=max(server.due or 0, later) if known else now if calls else later)
+
+    def too_slow(self, server) -> bool:
+        """Whether this process has seen a server boot for too long; by a clock that nobody sets."""
+        first = self.building.setdefault((server.id, server.tries), time.monotonic())
+        return time.monotonic() >= first + self.config.boot_timeout
 
     def arrived(self, under_way: str, state: str) -> bool:
         """Whether a cloud's state is what was asked for."""

@@ -17,15 +17,19 @@ import functools
 import io
 import json
 import os
+import queue
 import random
 import re
+import signal
 import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
+import peewee
 import pytest
 import waitress
 import webtest
@@ -2331,6 +2335,1033 @@ def test_events_can_be_followed_as_they_come(run, tmp_path):
     assert follower.wait(10) == 130
 
 
+# Life cycle under faults #####################################################
+#
+# First with real processes, that are killed and frozen; then under a clock that the test sets.
+
+#: Everything of the life cycle that takes seconds takes a tenth of one.
+HASTY = {'lease': 0.5, 'poll': 0.05, 'settle': 0.5, 'retry_first': 0.1, 'retry_most': 0.5, 'orphan_grace': 1,
+         'simulated_boot': 0.2, 'simulated_failures': 0.2, 'simulated_latency': 0.02, 'sweep': 0.5, 'call_timeout': 2,
+         'workers': 8}
+SECONDS = "(julianday('now') - 2440587.5) * 86400"
+
+
+class Watched(cmres.LifeCycle):
+    """Tells its cloud when a worker began, before it looked at the lease."""
+    here = threading.local()
+
+    def work(self, *call):
+        self.here.began = time.time()
+        super().work(*call)
+
+
+class Flaky(cmres.Simulated):
+    """A cloud that refuses, fails, or loses its answers now and then, and writes down who called it."""
+    cycle, calls = None, None
+
+    def note(self, verb, what):
+        os.write(self.calls, (json.dumps([self.cycle.here.began, self.cycle.name, verb, what]) + '\n').encode())
+
+    def boot(self, machine):
+        self.note('boot', machine.mark)
+        luck = random.random()
+        if luck < 0.1:
+            raise cmres.CloudError('503', status=503)
+        if luck < 0.15:
+            raise cmres.CloudError('quota', sure=True, status=403)
+        uid = super().boot(machine)
+        if luck > 0.85:
+            raise cmres.CloudError('500, but it is made', status=500)
+        return uid
+
+    def delete(self, uid):
+        self.note('delete', uid)
+        if random.random() < 0.1:
+            raise cmres.CloudError('500', sure=True, status=500)
+        super().delete(uid)
+
+    def servers(self):
+        if random.random() < 0.05:
+            raise cmres.CloudError('500', sure=True, status=500)
+        return super().servers()
+
+
+class Chaos:
+    """A store in whose schedulers' way is put what can be; runs in a process of its own."""
+
+    def __init__(self, path: str, seed: int, number: int, command: bool):
+        self.path, self.chance, self.number, self.command = Path(path), random.Random(seed), number, command
+        self.config = Config(database=f'{path}/cmres.db', **HASTY)
+        cmres.open_store(self.config.database)
+        self.service = cmres.Reservations(self.config, cmres.Clouds(self.config), Actor('root', 'default', 'admin'))
+        self.service.resource_add('demo', cloud='simulated', vms=10**6)
+        cmres.db.execute_sql('CREATE TABLE lease_log (at, holder, until)')
+        for verb in ('INSERT', 'UPDATE'):
+            cmres.db.execute_sql(f'CREATE TRIGGER log_{verb} AFTER {verb} ON lease BEGIN '
+                                 f'INSERT INTO lease_log VALUES ({SECONDS}, new.holder, new.until); END')
+        self.pids, self.kills, self.felt, self.freezes, self.labels = [], 0, 0, 0, []
+
+    def begin(self, flaky=True) -> None:
+        """One more scheduler: the command, or, much faster, a copy of this process."""
+        if self.command:
+            variables = {f'CMRES_{name.upper()}': str(value) for name, value in HASTY.items()}
+            with open(self.path / 'log', 'a') as log:
+                self.pids.append(subprocess.Popen(
+                    [sys.executable, '-B', str(MODULE), 'scheduler'], stdout=subprocess.DEVNULL, stderr=log,
+                    env=environment() | variables | {'CMRES_DATABASE': self.config.database}).pid)
+            return
+        cmres.close_store()
+        pid = os.fork()
+        if pid:
+            self.pids.append(pid)
+            return
+        try:
+            import logging
+            logging.basicConfig(filename=self.path / 'log', level=logging.WARNING)
+            clouds, stop = cmres.Clouds(self.config), threading.Event()
+            cycle = Watched(self.config, clouds)
+            cloud = (Flaky if flaky else cmres.Simulated)('simulated', clouds.store, self.config, time.time)
+            cloud.cycle, cloud.calls = cycle, os.open(self.path / 'calls', os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+            clouds.opened['simulated'] = cloud
+            signal.signal(signal.SIGTERM, lambda *_: (stop.set(), cycle.wake.set()))
+            cycle.run(stop)
+        finally:
+            os._exit(0)
+
+    def kill(self, pid: int, number=signal.SIGKILL) -> None:
+        holder = cmres.row('SELECT holder FROM lease')
+        self.kills += 1
+        self.felt += bool(holder) and f':{pid}:' in holder.holder
+        os.kill(pid, number)
+        os.waitpid(pid, 0)
+        self.pids.remove(pid)
+
+    def freeze(self, pid: int) -> None:
+        """Nothing is written meanwhile: the frozen one may be in the middle of a transaction."""
+        os.kill(pid, signal.SIGSTOP)
+        time.sleep(self.chance.uniform(0.6, 1.6))
+        os.kill(pid, signal.SIGCONT)
+        self.freezes += 1
+
+    def ask(self) -> None:
+        """What people do meanwhile."""
+        chance, now = self.chance, self.service.here.now
+        label = chance.choice(self.labels or [''])
+        try:
+            verb = chance.choice(['add', 'add', 'delete', 'extend', 'vms'])
+            if verb == 'add':
+                label = f'r{len(self.labels)}'
+                self.service.add(label, 'demo', now + timedelta(seconds=chance.randrange(3)),
+                                 timedelta(seconds=chance.randrange(2, 7)), vms=chance.randrange(1, 5), flavor='m1.tiny',
+                                 image='cirros', at_end=chance.choice(['delete', 'snapshot']))
+                self.labels.append(label)
+            elif verb == 'delete':
+                self.service.delete(label)
+            elif verb == 'extend':
+                self.service.extend(label, timedelta(seconds=2))
+            else:
+                self.service.update(label, vms=chance.randrange(1, 5))
+        except (Conflict, NotFound, Invalid):
+            pass
+
+    def run(self, seconds: float, freezing: bool) -> dict:
+        self.service.add('stays', 'demo', self.service.here.now, hours(1), vms=5, flavor='m1.tiny', image='cirros')
+        until = time.monotonic() + seconds
+        while time.monotonic() < until:
+            while len(self.pids) < self.number:
+                self.begin()
+            for _ in range(3 if self.command or freezing else self.chance.random() < 0.6):
+                self.ask()
+            time.sleep(self.chance.uniform(*(0.3, 1.5) if self.command else (0.05, 0.5) if freezing else (0.02, 0.3)))
+            if freezing and self.chance.random() < 0.5:
+                self.freeze(self.chance.choice(self.pids))
+            else:
+                self.kill(self.chance.choice(self.pids))
+        for pid in list(self.pids):
+            self.kill(pid)
+        self.begin(flaky=False)
+        return self.verdict()
+
+    def quiet(self) -> bool:
+        busy = cmres.row("SELECT count(*) AS n FROM occurrence WHERE due IS NOT NULL AND reservation_id > 1").n
+        return not busy and self.there() == self.wanted() and self.service.list('stays')[0]['state'] == 'active'
+
+    def there(self):
+        return sorted(each.name for each in cmres.rows('SELECT name FROM simulated_server WHERE gone IS NULL'))
+
+    def wanted(self):
+        return sorted(f'stays-1-{n}' for n in range(1, 6))
+
+    def verdict(self) -> dict:
+        """Figures, and what is wrong with what is left."""
+        began, wrong = time.monotonic(), []
+        while not self.quiet() and time.monotonic() < began + 25:
+            time.sleep(0.1)
+        figures = {'quiet': round(time.monotonic() - began, 1)}
+        self.kill(self.pids[0], signal.SIGTERM)
+        rows = cmres.rows
+        if self.there() != self.wanted():
+            wrong.append(f'there are {self.there()}')
+        self.service.check()
+        wrong += [f'made twice: {each}' for each in rows(
+            'SELECT mark, count(*) AS n FROM simulated_server GROUP BY mark HAVING n > 1')]
+        wrong += [f'stuck: {each}' for each in rows(
+            "SELECT v.* FROM server v JOIN occurrence o ON o.id = v.occurrence_id WHERE NOT (v.state IN ('deleted', 'kept') "
+            "AND v.due IS NULL) AND NOT (v.state = 'active' AND o.reservation_id = 1 AND v.goal = 'up')")]
+        wrong += [f'never looked at again: {each}' for each in rows(
+            'SELECT id, due FROM occurrence WHERE (due IS NULL) <> (reservation_id > 1)')]
+        told = {}
+        for each in rows("SELECT reservation_id AS id, code FROM event WHERE code IN ('added', 'ended', 'failed', 'released')"):
+            told.setdefault(each.id, []).append(each.code)
+        for each in rows('SELECT id, label FROM reservation'):
+            codes = told.get(each.id, [])
+            if not (codes == ['added'] if each.id == 1 else len(codes) == 2 and codes[0] == 'added' != codes[1]):
+                wrong.append(f'{each.label} has the journal {codes}')
+        wrong += self.doubles() + self.trespasses(figures)
+        log = (self.path / 'log').read_text() if (self.path / 'log').exists() else ''
+        wrong += [log[log.index('Traceback') - 200:][:3000]] if 'Traceback' in log else []
+        made = cmres.row('SELECT count(*) AS n, sum(gone IS NOT NULL) AS gone FROM simulated_server')
+        return figures | {'kills': self.kills, 'of who acted': self.felt, 'freezes': self.freezes, 'made': made.n,
+                          'reservations': len(told), 'wrong': wrong}
+
+    def calls(self) -> list:
+        path = self.path / 'calls'
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+    def doubles(self) -> list[str]:
+        """Servers that were there at once for one row, unless a call was frozen on its way to the cloud."""
+        began = {what: at for at, _, verb, what in self.calls() if verb == 'boot'}
+        spans, wrong = {}, []
+        for each in cmres.rows('SELECT mark, made, gone FROM simulated_server ORDER BY made'):
+            spans.setdefault(each.mark.rpartition('-')[0], []).append(each)
+        for each in spans.values():
+            for one, next_one in zip(each, each[1:]):
+                delayed = max(x.made - began.get(x.mark, x.made) for x in (one, next_one)) > HASTY['settle'] / 2
+                if (one.gone or 1e99) > next_one.made and not delayed:
+                    wrong.append(f'there at once: {one} {next_one}')
+        return wrong
+
+    def trespasses(self, figures: dict) -> list[str]:
+        """Calls by who had no lease, leases of two at once; the longest time that nobody acted goes to the figures."""
+        log, wrong = cmres.rows('SELECT * FROM lease_log ORDER BY rowid'), []
+        for one, next_one in zip(log, log[1:]):
+            if next_one.holder != one.holder and next_one.at < one.until - 0.02:
+                wrong.append(f'leases overlap: {one} {next_one}')
+        figures['longest without a lease'] = round(max(b.at - max(a.until, a.at) for a, b in zip(log, log[1:])), 2)
+        for began, holder, verb, what in self.calls():
+            if not any(each.holder == holder and each.at - 0.1 <= began <= each.until + 0.02 for each in log):
+                wrong.append(f'{holder} had no lease at {began}: {verb} {what}')
+        return wrong
+
+
+def in_chaos(tmp_path, *stores) -> list[dict]:
+    """Runs several stores side by side: (number of schedulers, whether by the command, seconds, freezing)."""
+    def one(n, number, command, seconds, freezing):
+        path, seed = tmp_path / str(n), random.randrange(10**6)
+        path.mkdir()
+        program = (f'import json, sys; sys.path[:0] = {sys.path!r}; from {Path(__file__).stem} import Chaos; '
+                   f'print(json.dumps(Chaos({str(path)!r}, {seed}, {number}, {command}).run({seconds}, {freezing})))')
+        ended = subprocess.run([sys.executable, '-B', '-W', 'ignore', '-c', program], capture_output=True, text=True,
+                               env=environment(), timeout=seconds + 90)
+        print(f'seed {seed}:', ended.stdout, ended.stderr[-3000:])
+        return json.loads(ended.stdout)
+    with ThreadPoolExecutor() as pool:
+        return list(pool.map(one, range(len(stores)), *zip(*stores)))
+
+
+def test_schedulers_killed_at_random_instants_make_each_server_once_and_leave_none(tmp_path):
+    found = in_chaos(tmp_path, (1, True, 22, False), *[(1, False, 22, False)] * 3)
+    assert [each['wrong'] for each in found] == [[]] * 4
+    assert sum(each['kills'] for each in found) > 100 and all(each['of who acted'] > 2 for each in found)
+
+
+def test_of_two_schedulers_that_are_killed_and_frozen_only_one_acts(tmp_path):
+    found = in_chaos(tmp_path, *[(2, False, 14, True)] * 2)
+    assert [each['wrong'] for each in found] == [[], []]
+    assert all(each['longest without a lease'] < 5 and each['freezes'] >= 5 for each in found)
+
+
+class Sick(cmres.Simulated):
+    """A cloud whose illness the test chooses, by verb; it notes when it was called for what."""
+
+    def __init__(self, world, account='simulated', **ill):
+        self.ahead = 0  # seconds by which the clock of the test goes wrong
+        super().__init__(account, world.clouds.store, world.config, lambda: world.now - self.ahead)
+        self.ill, self.calls = ill, []
+        world.clouds.opened[account] = self
+
+    def meet(self, verb):
+        if verb != 'made':
+            self.calls.append((verb, self.clock()))
+        ill = self.ill.get(verb) or verb != 'made' and self.ill.get('all')
+        if isinstance(ill, threading.Event):
+            ill.wait(30)
+        elif ill:
+            raise ill
+
+    def boot(self, machine):
+        self.meet('boot')
+        uid = super().boot(machine)
+        self.meet('made')
+        return uid
+
+    def delete(self, uid):
+        self.meet('delete')
+        super().delete(uid)
+
+    def servers(self):
+        self.meet('look')
+        return super().servers()
+
+    def instants(self, verb):
+        return [at for each, at in self.calls if each == verb]
+
+
+def ill(status, sentence='ill', sure=False, **details):
+    return cmres.CloudError(sentence, sure, status=status, **details)
+
+
+def live(world, seconds: float) -> None:
+    """Lets the life cycle run for so long, with a pass at each instant that it asks for."""
+    until, passes = world.now + seconds, 0
+    while world.now < until:
+        passes += 1
+        assert passes < 60 + 3 * seconds, 'it never rests'
+        settle(world)
+        world.now = min(max(world.cycle.next_due(), world.now + 0.2), until)
+    settle(world)
+
+
+def settle(world) -> None:
+    """Passes until no call is under way, but not for ever."""
+    for _ in range(200):
+        if not (world.cycle.converge(world.now) and world.cycle.flying):
+            return
+        world.now += 0.001  # time does not stand still while calls are made
+        world.cycle.wake.wait(1)
+        world.cycle.wake.clear()
+    raise AssertionError('it calls on and on')
+
+
+def hurry(world):
+    """The disk is not what is tested here."""
+    cmres.db.execute_sql('PRAGMA synchronous = OFF')
+    return world
+
+
+def made_twice():
+    return cmres.rows('SELECT mark, count(*) AS n FROM simulated_server GROUP BY mark HAVING n > 1')
+
+
+def wait_for(condition, world=None, seconds=10):
+    """Waits until the condition is true, with passes meanwhile if there is a world."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, 'waited in vain'
+        if world:
+            world.cycle.converge(world.now)
+            world.now += 0.05
+        time.sleep(0.005)
+
+
+@pytest.mark.parametrize('verb, error', [
+    ('all', ill(500)), ('all', ill(503)), ('all', ill(429, sure=True, retry_after='120')), ('all', ill(0)),
+    ('all', ill(401, sure=True)), ('boot', ill(403, 'quota exceeded', sure=True)), ('boot', ill(500)), ('look', ill(503)),
+    ('made', ill(500)), ('made', ill(0, 'timed out'))], ids=lambda each: str(getattr(each, 'details', each)))
+def test_when_a_cloud_is_well_again_machines_come_up(world, verb, error):
+    hurry(world)
+    cloud = Sick(world, **{verb: error})
+    boot(world, length=3)
+    world.at(1)
+    live(world, 1200)
+    assert verb == 'made' or world.state('lab') == 'starting'
+    assert len(cloud.calls) < 120, 'it is asked too often'
+    cloud.ill = {}
+    live(world, 700)
+    assert world.state('lab') == 'active' and len(world.there()) == 3 and made_twice() == []
+    assert verb not in ('made', 'look') or {each['tries'] for each in world.service.servers('lab')} == {1}
+    cloud.ill = {} if verb == 'made' else {verb: error}
+    world.at(4)
+    live(world, 600)
+    cloud.ill = {}
+    live(world, 700)
+    assert world.there() == [] and world.state('lab') == 'ended'
+
+
+@pytest.mark.parametrize('verb, error', [
+    *[('all', each) for each in (ill(503, 'no host'), ill(0, 'refused'))],
+    ('boot', ill(403, 'quota', sure=True)), ('boot', ill(500, 'oops'))], ids=str)
+def test_the_reason_for_which_machines_do_not_come_up_is_listed_and_in_the_journal(world, verb, error):
+    hurry(world)
+    Sick(world, **{verb: error})
+    boot(world)
+    world.at(1)
+    live(world, 300)
+    assert str(error) in world.service.list('lab')[0]['fault']
+    assert [each for each in world.service.events('lab') if str(error) in each['sentence']], world.service.events('lab')
+
+
+def test_what_begins_on_a_cloud_that_is_known_to_be_dead_lists_the_reason_too(world):
+    hurry(world)
+    Sick(world, all=ill(503, 'no host'))
+    boot(world, 'first')
+    world.at(1)
+    live(world, 600)
+    boot(world, 'second', start=1.2)
+    live(world, 600)
+    assert 'no host' in (world.service.list('second')[0]['fault'] or ''), 'nothing is told of the second'
+
+
+def test_while_a_cloud_is_well_known_to_be_dead_it_is_called_seldom_and_another_as_ever(tmp_path):
+    world = hurry(World(tmp_path))
+    world.service.resource_add('other', cloud='simulated-2', vms=16)
+    dead, well = Sick(world, 'simulated-2', all=ill(0)), Sick(world)
+    world.service.add('dead', 'other', NOON + hours(1), NOON + hours(3), vms=16, flavor='m1.tiny', image='cirros')
+    boot(world, vms=16)
+    world.at(1)
+    live(world, 10)
+    assert world.state('lab') == 'active' and set(well.instants('boot')) == {NOON.timestamp() + 3600}
+    live(world, 3500)
+    # Each machine once, then a look a pause of five minutes.
+    assert len(dead.calls) <= 16 + 3600 / 240 + 10, dead.calls
+
+
+def test_a_cloud_that_asks_for_a_pause_gets_it(world):
+    hurry(world)
+    cloud = Sick(world, boot=ill(429, sure=True, retry_after='100'))
+    boot(world, vms=1)
+    world.at(0.9)
+    cloud.calls.clear()
+    world.at(1)
+    live(world, 1000)
+    assert not [(at, later) for at in cloud.instants('boot') for _, later in cloud.calls if 0 < later - at < 100]
+    assert 4 <= len(cloud.instants('boot')) <= 10
+
+
+def test_one_bad_moment_when_many_machines_start_costs_less_than_a_minute(tmp_path):
+    world = hurry(World(tmp_path))
+    cloud = Sick(world, all=ill(503))
+    boot(world, vms=16)
+    world.at(1)
+    live(world, 5)
+    cloud.ill = {}
+    live(world, 60)
+    assert world.state('lab') == 'active', world.cycle.breakers
+
+
+def test_pauses_grow_and_have_a_bound(tmp_path):
+    world = hurry(World(tmp_path, retry_first=10, retry_most=160))
+    cloud = Sick(world, boot=ill(403, 'quota', sure=True))
+    boot(world, vms=1)
+    world.at(1)
+    live(world, 1500)
+    instants = cloud.instants('boot')
+    pauses = [later - at for at, later in zip(instants, instants[1:])]
+    for pause, right in zip(pauses, (10, 20, 40, 80, 160, 160, 160, 160)):
+        assert 0.79 * right <= pause <= 1.21 * right + 2, pauses
+    assert len(pauses) >= 8
+
+
+def test_pauses_grow_although_other_machines_are_looked_at_meanwhile(tmp_path):
+    world = hurry(World(tmp_path, retry_first=60, sweep=5))
+    boot(world, 'well', vms=1)
+    world.at(1)
+    live(world, 10)
+    cloud = Sick(world, boot=ill(403, 'quota', sure=True))
+    boot(world, vms=1, start=1.01)
+    live(world, 1500)
+    instants = cloud.instants('boot')
+    assert len(instants) <= 8, [later - at for at, later in zip(instants, instants[1:])]
+
+
+@pytest.mark.parametrize('verb', ['boot', 'look', 'delete'])
+def test_a_cloud_that_hangs_in_any_call_delays_no_other(tmp_path, verb):
+    world, hang = hurry(World(tmp_path, workers=2)), threading.Event()
+    world.service.resource_add('other', cloud='simulated-2', vms=16)
+    world.service.add('a', 'other', NOON + hours(1), NOON + hours(1.5), vms=6, flavor='m1.tiny', image='cirros')
+    boot(world, length=0.5)
+    Sick(world, 'simulated-2', **{verb: hang})
+    try:
+        for moment, there, state in ((1, 3, 'active'), (1.5, 0, 'ended')):
+            world.now = NOON.timestamp() + 3600 * moment
+            wait_for(lambda: len(world.there()) == there and world.state('lab') == state, world)
+    finally:
+        hang.set()
+    live(world, 700)
+    assert not cmres.rows('SELECT * FROM simulated_server WHERE gone IS NULL') and made_twice() == []
+
+
+@pytest.mark.parametrize('after', [5, 200])
+def test_a_server_that_shows_only_some_time_after_its_lost_answer_stays_the_only_one(world, after):
+    hurry(world)
+    cloud = Sick(world, made=ill(500))
+    cloud.servers = lambda: [each for each in cmres.Simulated.servers(cloud) if each.made + after <= world.now or not cloud.ill]
+    boot(world)
+    world.at(1)
+    live(world, after - 1)
+    cloud.ill = {}
+    live(world, 600)
+    world.cycle.sweep()
+    live(world, 60)
+    assert world.there() == ['lab-1-1', 'lab-1-2', 'lab-1-3'] and world.state('lab') == 'active' and made_twice() == []
+    assert after > 15 or cmres.row('SELECT count(*) AS n FROM simulated_server').n == 3
+
+
+def test_servers_that_end_in_error_are_removed_and_made_again(tmp_path):
+    world = hurry(World(tmp_path, simulated_failures=1.0))
+    boot(world)
+    world.at(1)
+    live(world, 120)
+    assert len(world.there()) <= 3 and world.service.list('lab')[0]['fault'] == 'No valid host was found.'
+    object.__setattr__(world.config, 'simulated_failures', 0.0)
+    live(world, 600)
+    assert len(world.there()) == 3 and world.state('lab') == 'active' and made_twice() == []
+
+
+def test_an_account_that_clouds_yaml_does_not_know_is_told_and_costs_no_other_cloud(tmp_path, monkeypatch):
+    (tmp_path / 'clouds.yaml').write_text('clouds: {}')
+    monkeypatch.setenv('OS_CLIENT_CONFIG_FILE', str(tmp_path / 'clouds.yaml'))
+    world = hurry(World(tmp_path))
+    world.service.resource_add('other', cloud='simulated-2', vms=16)
+    world.service.add('a', 'other', NOON + hours(1), NOON + hours(2), vms=2, flavor='m1.tiny', image='cirros')
+    cmres.db.execute_sql("UPDATE resource SET cloud = 'removed' WHERE name = 'other'")
+    boot(world)
+    world.at(1)
+    live(world, 60)
+    assert world.state('lab') == 'active' and 'removed' in world.service.list('a')[0]['fault']
+    assert 'trouble' in [each['code'] for each in world.service.events('a')]
+    Sick(world, 'removed')  # it is back
+    live(world, 600)
+    assert world.state('a') == 'active'
+
+
+def test_a_delete_that_gets_stuck_is_asked_for_again_and_not_too_often(world):
+    hurry(world)
+    cloud = Sick(world)
+    boot(world)
+    world.at(1)
+    live(world, 60)
+    stuck = set()
+    cloud.delete = lambda uid: (cloud.meet('delete'), stuck.add(uid))
+    cloud.servers = lambda: [each._replace(state='deleting') if each.uid in stuck else each
+                             for each in cmres.Simulated.servers(cloud)]
+    world.at(2)
+    live(world, 600)
+    assert 3 * 5 <= len(cloud.instants('delete')) <= 3 * 12 and world.state('lab') == 'ending'
+    del cloud.delete
+    live(world, 100)
+    assert world.there() == [] and world.state('lab') == 'ended'
+
+
+@pytest.mark.parametrize('after', [0, 1, 30])
+def test_a_server_deleted_by_hand_in_mid_boot_or_later_is_made_again_once(world, after):
+    hurry(world)
+    boot(world, length=3)
+    world.at(1)
+    live(world, after)
+    cmres.SimulatedServer.update(gone=world.now).where(cmres.SimulatedServer.name == 'lab-1-2').execute()
+    live(world, 300)
+    assert world.there() == ['lab-1-1', 'lab-1-2', 'lab-1-3'] and world.state('lab') == 'active'
+    assert sorted(each['tries'] for each in world.service.servers('lab')) == [1, 1, 2]
+
+
+def test_an_answer_that_is_lost_after_the_server_was_seen_up_leaves_no_fault(world):
+    hurry(world)
+    hang = threading.Event()
+    cloud = Sick(world)
+    cloud.boot = lambda machine: (cmres.Simulated.boot(cloud, machine), hang.wait(20), cloud.meet('made'))
+    cloud.ill = {'made': ill(0, 'timed out')}
+    boot(world, vms=1, length=3)
+    world.now = NOON.timestamp() + 3600
+    wait_for(lambda: len(world.there()) == 1, world)
+    world.now += 30
+    world.cycle.converge(world.now)
+    world.cycle.sweep()
+    wait_for(lambda: world.state('lab') == 'active', world)
+    hang.set()
+    live(world, 600)
+    assert world.state('lab') == 'active' and not world.service.list('lab')[0]['fault']
+
+
+def test_an_answer_that_can_not_be_recorded_costs_no_other_cloud_anything(tmp_path):
+    world = hurry(World(tmp_path))
+    world.service.resource_add('other', cloud='simulated-2', vms=16)
+    world.service.add('a', 'other', NOON + hours(1), NOON + hours(2), vms=1, flavor='m1.tiny', image='cirros')
+    cloud = Sick(world, 'simulated-2')
+    cloud.servers = lambda: [each._replace(state='error', fault=None) for each in cmres.Simulated.servers(cloud)]
+    boot(world)
+    world.now = NOON.timestamp() + 3600
+    for _ in range(100):
+        world.cycle.guarded_pass()
+        world.cycle.wake.wait(0.02)
+        world.cycle.wake.clear()
+        world.now += 0.5
+    assert world.state('lab') == 'active'
+
+
+# The store
+
+
+def test_while_the_store_is_locked_the_life_cycle_waits_and_then_goes_on(world):
+    import sqlite3
+    cmres.close_store()
+    cmres.db.init(world.config.database, timeout=0.05)
+    boot(world)
+    world.at(0.9)
+    other = sqlite3.connect(world.config.database, isolation_level=None)
+    for moment in (1, 2):
+        other.execute('BEGIN IMMEDIATE')
+        world.now = NOON.timestamp() + 3600 * moment
+        for _ in range(3):
+            assert world.cycle.guarded_pass() == 1
+            world.now += 1
+        other.execute('ROLLBACK')
+        live(world, 100)
+        assert world.state('lab') == {1: 'active', 2: 'ended'}[moment]
+    other.close()
+
+
+class Crash(BaseException):
+    """The end of the process."""
+
+
+class Points:
+    """Counts the points at which something can go wrong, and lets it go wrong at the one that is chosen."""
+
+    def __init__(self, monkeypatch, chosen, crash):
+        self.chosen, self.crash, self.count, self.main, self.crashed = chosen, crash, 0, threading.get_ident(), False
+        self.execute, self.on = cmres.db.execute_sql, True
+        monkeypatch.setattr(cmres.db, 'execute_sql', self.write)
+        self.commit = cmres.db.commit
+        monkeypatch.setattr(cmres.db, 'commit', lambda: (self.here('commit'), self.commit()))
+
+    def here(self, what):
+        if threading.get_ident() == self.main and self.on:
+            self.count += 1
+            if self.count == self.chosen:
+                raise Crash(what) if self.crash else peewee.OperationalError('database or disk is full')
+
+    def write(self, sql, *rest):
+        if not sql.lstrip().startswith(('SELECT', 'PRAGMA', 'ROLLBACK')):
+            self.here(sql)
+        return self.execute(sql, *rest)
+
+    def wrap(self, cycle):
+        """Before a call and between a call and its record: only a crash can be there."""
+        if self.crash:
+            submit, put = cycle.submit, cycle.results.put
+            cycle.submit = lambda *call: (self.here('submit'), submit(*call))
+
+            class Queue(queue.SimpleQueue):
+                def put(it, result):
+                    self.count += 1
+                    if self.count == self.chosen:
+                        self.crashed = True
+                    super().put(result)
+            cycle.results = Queue()
+        return cycle
+
+
+def a_life(path, monkeypatch, chosen, crash) -> int:
+    """Two machines up and down again, with one thing going wrong; the number of points where it can."""
+    path.mkdir()
+    with monkeypatch.context() as patch:
+        world = hurry(World(path, simulated_boot=1, settle=5, call_timeout=10, sweep=20, lease=6, retry_first=2))
+        boot(world, vms=2, length=0.05)
+        points = Points(patch, chosen, crash)
+        points.wrap(world.cycle)
+
+        def run(seconds):
+            until = world.now + seconds
+            while world.now < until:
+                try:
+                    wait = world.cycle.guarded_pass()
+                    deadline = time.monotonic() + 10
+                    while world.cycle.flying and not points.crashed and time.monotonic() < deadline:
+                        world.cycle.wake.wait(0.2)
+                        world.cycle.wake.clear()
+                        wait = world.cycle.guarded_pass()
+                    if points.crashed:
+                        raise Crash
+                except Crash:
+                    points.crashed = False
+                    cmres.close_store()  # with whatever transaction was open
+                    hurry(world)
+                    for pool in world.cycle.pools.values():
+                        pool.shutdown()
+                    world.cycle = points.wrap(cmres.LifeCycle(world.config, world.clouds, lambda: world.now))
+                    wait = world.config.lease + 0.1
+                world.now += max(min(wait, until - world.now), 0.2)
+        world.now = NOON.timestamp() + 3600
+        run(90)
+        up = world.there(), world.state('lab')
+        run(180)
+        points.on = False
+        assert up == (['lab-1-1', 'lab-1-2'], 'active'), (chosen, up)
+        assert (world.there(), world.state('lab')) == ([], 'ended'), (chosen, world.service.servers('lab'))
+        assert made_twice() == [], chosen
+        assert [each['code'] for each in world.service.events('lab')].count('ended') == 1, chosen
+        assert cmres.row('SELECT count(*) AS n FROM simulated_server').n == 2, chosen
+        cmres.close_store()
+    return points.count
+
+
+@pytest.mark.parametrize('crash', [False, True])
+def test_whichever_write_fails_and_wherever_it_crashes_later_passes_reach_what_is_wanted(tmp_path, monkeypatch, crash):
+    number = a_life(tmp_path / 'smooth', monkeypatch, 0, crash)
+    assert number > 15
+    print(number, 'points')
+    for chosen in range(1, number + 1):
+        a_life(tmp_path / str(chosen), monkeypatch, chosen, crash)
+
+
+@pytest.mark.parametrize('verb', ['boot', 'delete'])
+def test_after_a_crash_in_mid_call_the_next_process_goes_on_within_seconds(world, verb):
+    hurry(world)
+    boot(world)
+    if verb == 'delete':
+        world.at(1)
+        live(world, 60)
+    world.now = NOON.timestamp() + (3600 if verb == 'boot' else 7200)
+    world.cycle.submit = lambda *_: None  # dies here
+    world.cycle.converge(world.now)
+    world.cycle = cmres.LifeCycle(world.config, world.clouds, lambda: world.now)
+    world.now += world.config.lease + 0.1
+    live(world, 35)
+    assert world.state('lab') == ('active' if verb == 'boot' else 'ended')
+
+
+# The clock
+
+
+@pytest.mark.parametrize('shift, after', [(-3600, 0), (-3600, 1), (-3600, 60), (3600, 0),
+                                          (3600, 1), (3600, 60)])
+def test_a_clock_that_is_set_in_mid_boot_or_later_changes_nothing(world, shift, after):
+    hurry(world)
+    cloud = Sick(world)
+    boot(world, length=6)
+    world.now = NOON.timestamp() + 3 * 3600  # late: an hour before and after, the window goes on too
+    if after:
+        live(world, after)
+    else:
+        world.cycle.converge(world.now)  # calls are under way, or have ended and are not recorded
+        wait_for(lambda: world.cycle.results.qsize() == 4)  # and the first look
+    world.now += shift
+    cloud.ahead = shift
+    live(world, 120)
+    assert len(world.there()) == 3 and {each['state'] for each in world.service.servers('lab')} == {'active'}
+    cmres.SimulatedServer.update(gone=world.now).where(cmres.SimulatedServer.name == 'lab-1-2').execute()
+    live(world, 180)
+    assert len(world.there()) == 3
+    world.now = NOON.timestamp() + 7 * 3600
+    live(world, 120)
+    assert world.there() == [] and world.state('lab') == 'ended' and made_twice() == []
+    assert sorted(each['tries'] for each in world.service.servers('lab')) == [1, 1, 2]
+
+
+def test_a_clock_that_is_set_back_before_the_start_takes_no_machine_from_who_works_with_it(world):
+    hurry(world)
+    boot(world)
+    world.at(1)
+    live(world, 300)
+    world.now -= 3600
+    live(world, 60)
+    assert len(world.there()) == 3
+
+
+@pytest.mark.parametrize('shift, recorded', [(-3600, False), (-3600, True), (3600, False),
+                                             (3600, True)])
+def test_a_clock_that_is_set_in_mid_delete_changes_nothing(world, shift, recorded):
+    hurry(world)
+    boot(world)
+    world.at(1)
+    live(world, 60)
+    cloud = Sick(world)
+    world.now += 1800
+    live(world, 1)
+    cloud.calls.clear()
+    world.service.delete('lab')
+    world.cycle.converge(world.now)
+    wait_for(lambda: world.cycle.results.qsize() == 3)
+    if recorded:
+        world.cycle.converge(world.now)
+    world.now += shift
+    cloud.ahead = shift
+    live(world, 60)
+    assert world.there() == [] and cmres.rows("SELECT * FROM server WHERE state <> 'deleted'") == []
+    assert len(cloud.calls) < 30, 'it looks on and on'
+
+
+def test_a_clock_that_is_set_back_while_a_failed_boot_waits_does_not_make_it_wait_longer(world):
+    hurry(world)
+    boot(world, length=6)
+    cloud = Sick(world, boot=ill(403, 'quota', sure=True))
+    world.at(3)
+    live(world, 300)
+    world.now -= 3600
+    cloud.ill = {}
+    live(world, 400)
+    assert len(world.there()) == 3
+
+
+def test_a_clock_that_is_set_back_between_two_processes_delays_nothing_by_as_much(world):
+    hurry(world)
+    boot(world, length=6)
+    cloud = Sick(world, boot=ill(403, 'quota', sure=True))
+    world.at(3)
+    live(world, 300)
+    world.cycle.finish()
+    world.cycle = cmres.LifeCycle(world.config, world.clouds, lambda: world.now)
+    world.now -= 3600
+    cloud.ill = {}
+    live(world, 700)
+    assert len(world.there()) == 3
+
+
+def test_a_notice_that_waits_is_not_delayed_by_a_clock_that_is_set_back(tmp_path, monkeypatch):
+    world, sent = hurry(World(tmp_path, webhook='http://127.0.0.1:9/')), []
+
+    def refuse(*_):
+        raise cmres.Undelivered('refused')
+    monkeypatch.setattr(cmres, 'deliver', refuse)
+    book = world.service.add('lab', 'demo', NOON + hours(5), NOON + hours(6))
+    assert book
+    live(world, 300)
+    world.now -= 3600
+    monkeypatch.setattr(cmres, 'deliver', lambda config, notice, about: sent.append(notice.code))
+    live(world, 400)
+    assert sent == ['added']
+
+
+def test_a_clock_that_is_set_back_does_not_stop_the_heart_that_beats_every_second(world, monkeypatch):
+    import schedule
+    import types
+    shift, stop, beats = [0], threading.Event(), []
+
+    class Shifted(datetime):
+        @classmethod
+        def now(cls, tz=None):
+            return datetime.fromtimestamp(time.time() + shift[0], tz)
+    monkeypatch.setattr(schedule, 'datetime', types.SimpleNamespace(datetime=Shifted, timedelta=timedelta))
+    cycle = cmres.LifeCycle(world.config, world.clouds, lambda: time.time() + shift[0])
+    converge = cycle.converge
+    cycle.converge = lambda now: (converge(now), beats.append(now))[0]
+    thread = threading.Thread(target=cycle.run, args=(stop,))
+    thread.start()
+    try:
+        wait_for(lambda: len(beats) >= 3)
+        shift[0] = -3600
+        wait_for(lambda: len([each for each in beats if each < beats[0] - 1000]) >= 3, seconds=6)
+    finally:
+        stop.set()
+        cycle.wake.set()
+        thread.join()
+
+
+@pytest.mark.parametrize('asleep', ['before', 'in mid call', 'in mid boot', 'active'])
+def test_a_machine_that_slept_over_the_end_of_a_window_leaves_nothing(world, asleep):
+    hurry(world)
+    boot(world)
+    world.at(0.99)
+    if asleep != 'before':
+        world.now = NOON.timestamp() + 3600
+        world.cycle.converge(world.now)
+        wait_for(lambda: len(world.there()) == 3)
+        if asleep != 'in mid call':
+            live(world, {'in mid boot': 1, 'active': 60}[asleep])
+    world.at(9)
+    live(world, 120)
+    assert world.there() == [] and world.state('lab') == ('ended' if asleep == 'active' else 'failed')
+    assert world.service.events('lab')[-1]['code'] == world.state('lab')
+
+
+# The lease
+
+
+@pytest.fixture
+def two(world):
+    """Two schedulers on one store."""
+    hurry(world)
+    return world, world.cycle, cmres.LifeCycle(world.config, world.clouds, lambda: world.now)
+
+
+def test_the_second_scheduler_waits_and_takes_over_when_the_lease_is_over(two):
+    world, first, second = two
+    boot(world)
+    assert first.settle() and not second.settle()
+    world.now += world.config.lease - 0.1
+    assert not second.settle()
+    world.now += 0.1
+    assert second.settle() and not first.settle()
+    world.now = NOON.timestamp() + 3600
+    assert second.settle() and not first.settle() and len(world.there()) == 3
+
+
+def test_one_that_goes_on_keeps_its_lease(two):
+    world, first, second = two
+    for _ in range(20):
+        world.now += world.config.lease / 3
+        assert first.settle() and not second.settle()
+
+
+def test_one_that_ends_in_good_order_is_followed_at_once(two):
+    world, first, second = two
+    assert first.settle() and not second.settle()
+    first.finish()
+    assert second.settle()
+
+
+def test_a_lease_of_before_the_clock_was_set_back_is_worth_nothing(two):
+    world, first, second = two
+    assert first.settle()
+    world.now -= 3600
+    assert second.settle() and not first.settle()
+
+
+@pytest.mark.parametrize('step', ['plan', 'record', 'call', 'guarded_pass'])
+def test_who_lost_the_lease_does_nothing_more(two, step):
+    world, first, second = two
+    boot(world)
+    boot(world, 'next', start=1.0005)
+    world.now = NOON.timestamp() + 3600
+    assert first.settle()
+    world.now += 1.5
+    first.submit(('look', 'simulated'), 'look', 'simulated', [])
+    wait_for(lambda: first.results.qsize())
+    cmres.db.execute_sql('UPDATE lease SET holder = ?, until = ?', (second.name, world.now + 6))
+    second.leased_until = world.now + 6
+    cloud, before = Sick(world), dump_without_lease()
+    if step == 'guarded_pass':
+        assert first.guarded_pass() == 1
+    else:
+        with pytest.raises(cmres.LostLease):
+            getattr(first, step)(world.now + (2 if step != 'call' else 5))
+    assert not first.converge(world.now) and not first.flying
+    assert dump_without_lease() == before and cloud.calls == []
+    second.settle()
+    assert len(world.there()) == 6 and made_twice() == []
+
+
+def dump_without_lease():
+    return [line for line in cmres.db.connection().iterdump() if 'INTO "lease"' not in line]
+
+
+def test_a_worker_does_not_call_once_the_lease_has_run_out(tmp_path):
+    world, hang = hurry(World(tmp_path, workers=1)), threading.Event()
+    cloud = Sick(world, boot=hang)
+    boot(world, vms=3)
+    world.at(0.99)
+    cloud.calls.clear()
+    world.now = NOON.timestamp() + 3600
+    world.cycle.converge(world.now)
+    wait_for(lambda: cloud.calls)
+    world.now += world.config.lease + 1
+    hang.set()
+    wait_for(lambda: world.cycle.results.qsize() == 3)
+    assert cloud.instants('boot') == [NOON.timestamp() + 3600]
+    second = cmres.LifeCycle(world.config, world.clouds, lambda: world.now)
+    assert second.settle() and not world.cycle.converge(world.now) and not world.cycle.flying
+    world.cycle = second
+    live(world, 60)
+    assert len(world.there()) == 3 and world.state('lab') == 'active' and made_twice() == []
+
+
+def test_what_was_under_way_when_the_lease_was_lost_is_adopted_by_the_next(two):
+    world, first, second = two
+    boot(world)
+    world.at(0.99)
+    world.now = NOON.timestamp() + 3600
+    first.converge(world.now)
+    wait_for(lambda: len(world.there()) == 3)
+    world.now += world.config.lease + 1
+    assert second.settle() and not first.settle()
+    world.cycle = second
+    live(world, 30)
+    assert world.state('lab') == 'active' and {each['tries'] for each in world.service.servers('lab')} == {1}
+
+
+# Anything in any order
+
+MOMENTS = st.one_of(
+    st.tuples(st.just('wait'), st.sampled_from([0.5, 3, 20, 90, 600, 3600])),
+    st.tuples(st.just('add'), st.integers(0, 2000), st.integers(60, 5000), st.integers(1, 3),
+              st.sampled_from(['delete', 'snapshot'])),
+    st.tuples(st.just('delete'), st.integers(0, 9)), st.tuples(st.just('extend'), st.integers(0, 9)),
+    st.tuples(st.just('vms'), st.integers(0, 9), st.integers(1, 4)),
+    st.tuples(st.just('ill'), st.sampled_from(['all', 'boot', 'made', 'look', 'delete']),
+              st.sampled_from([ill(500), ill(0), ill(403, sure=True), ill(429, sure=True, retry_after='30')])),
+    st.tuples(st.just('ill'), st.just('all'), st.none()),
+    st.tuples(st.just('crash'), st.booleans()), st.tuples(st.just('vanish'), st.integers(0, 9)),
+    st.tuples(st.just('clock'), st.sampled_from([-3600, -60, 60, 3600])), st.tuples(st.just('pass')))
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck), print_blob=True, database=None)
+@given(st.lists(MOMENTS, min_size=5, max_size=25))
+def test_after_anything_in_any_order_there_is_what_is_wanted(tmp_path_factory, moments):
+    world = hurry(World(tmp_path_factory.mktemp('any'), retry_most=60))
+    world.service.resource_add('large', cloud='simulated', vms=10**4)
+    cloud, labels = Sick(world), []
+
+    def renew():
+        world.cycle = cmres.LifeCycle(world.config, world.clouds, lambda: world.now)
+    for verb, *what in moments:
+        label = labels[what[0] % len(labels)] if labels and what and isinstance(what[0], int) else ''
+        try:
+            if verb == 'wait':
+                live(world, what[0])
+            elif verb == 'add':
+                labels.append(f'r{len(labels)}')
+                now = instant_of(world)
+                world.service.add(labels[-1], 'large', now + timedelta(seconds=what[0]), timedelta(seconds=what[1]),
+                                  vms=what[2], flavor='m1.tiny', image='cirros', at_end=what[3])
+            elif verb == 'delete' and label:
+                world.service.delete(label)
+            elif verb == 'extend' and label:
+                world.service.extend(label, timedelta(minutes=10))
+            elif verb == 'vms' and label:
+                world.service.update(label, vms=what[1])
+            elif verb == 'ill':
+                cloud.ill = {what[0]: what[1]} if what[1] else {}
+            elif verb == 'crash':
+                world.cycle.converge(world.now)
+                if what[0]:  # the calls are made and their answers lost; else they are lost before
+                    wait_for(lambda: world.cycle.results.qsize() >= len(world.cycle.flying))
+                else:
+                    for pool in world.cycle.pools.values():
+                        pool.shutdown(cancel_futures=True)
+                renew()
+                world.now += world.config.lease
+            elif verb == 'vanish' and world.there():
+                name = world.there()[what[0] % len(world.there())]
+                cmres.SimulatedServer.update(gone=world.now).where(cmres.SimulatedServer.name == name).execute()
+            elif verb == 'clock':
+                world.now += what[0]
+            elif verb == 'pass':
+                world.cycle.converge(world.now)
+        except (Conflict, NotFound, Invalid):
+            pass
+    cloud.ill = {}
+    live(world, 600)
+    world.cycle.sweep()  # for the orphans, as every ten minutes
+    live(world, 200)
+    while cmres.rows('SELECT id FROM occurrence WHERE held_from BETWEEN ? AND ?', world.now - 30, world.now):
+        live(world, 40)  # what has just begun still boots
+    wanted = []
+    for each in cmres.rows('SELECT id, vms, held_from, "end", cancelled, reservation_id FROM occurrence'):
+        label = cmres.row('SELECT label FROM reservation WHERE id = ?', each.reservation_id).label
+        if each.cancelled is None and each.held_from <= world.now < each.end:
+            wanted += [f'{label}-{each.id}-{n}' for n in range(1, each.vms + 1)]
+    assert world.there() == sorted(wanted) and made_twice() == []
+    up = cmres.rows("SELECT name FROM server WHERE state = 'active' AND goal = 'up' ORDER BY name")
+    assert [each.name for each in up] == sorted(wanted)
+    assert len(cmres.rows("SELECT id FROM server WHERE state NOT IN ('deleted', 'kept')")) == len(wanted)
+    world.service.check()
+
+
+def instant_of(world):
+    return cmres.instant(int(world.now))
+
+
 # OpenStack ###################################################################
 
 openstack = pytest.mark.openstack
@@ -2548,10 +3579,96 @@ def bench_start(folder: Path) -> None:
     show('start-up of `cmres.py list`', *by_turns(15, run(str(MODULE), 'list'), run('-c', 'pass')))
 
 
+class InMemory(cmres.Simulated):
+    """The simulated cloud without its disk: what is measured is ours."""
+    def __init__(self, *given):
+        super().__init__(*given)
+        self.made = {}
+
+    def boot(self, machine):
+        time.sleep(self.config.simulated_latency)
+        self.made[machine.mark] = cmres.Seen(machine.mark, machine.mark, 'active', self.clock())
+        return machine.mark
+
+    def servers(self):
+        time.sleep(self.config.simulated_latency)
+        return list(self.made.values())
+
+
+def bench_starts(folder: Path) -> None:
+    """1000 servers due at once, each call 200 ms, 32 workers: the last begun against the ideal."""
+    for note, kind, hanging in (('', InMemory, False), ('and another cloud hangs', InMemory, True),
+                                ('on the simulated cloud with its disk', cmres.Simulated, False)):
+        path = folder / f'{kind.__name__}-{hanging}'
+        path.mkdir()
+        config = Config(database=str(path / 'cmres.db'), simulated_latency=0.2)
+        cmres.open_store(config.database)
+        clouds, stop, hang = cmres.Clouds(config), threading.Event(), threading.Event()
+        service = cmres.Reservations(config, clouds, Actor('root', 'default', 'admin'))
+        for place, account in (('demo', 'simulated'), ('other', 'simulated-2')):
+            service.resource_add(place, cloud=account, vms=1000)
+            clouds.opened[account] = kind(account, clouds.store, config, time.time)
+        clouds.opened['simulated-2'].boot = lambda machine: hang.wait(60)
+        start = service.here.now + timedelta(seconds=4)
+        for n in range(10):
+            service.add(f'r{n}', 'demo', start, hours(1), vms=100, flavor='m1.tiny', image='cirros')
+        if hanging:
+            service.add('hangs', 'other', start, hours(1), vms=200, flavor='m1.tiny', image='cirros')
+        cycle = cmres.LifeCycle(config, clouds)
+        thread = threading.Thread(target=cycle.run, args=(stop,))
+        thread.start()
+        ours = "FROM server WHERE account = 'simulated'"
+        wait_for(lambda: cmres.row(f'SELECT count(begun) AS n {ours} AND uid IS NOT NULL').n == 1000, seconds=120)
+        last = cmres.row(f'SELECT max(begun) AS at {ours}').at - start.timestamp()
+        first = cmres.row(f'SELECT min(begun) AS at {ours}').at - start.timestamp()
+        # The last begins when all calls but the last round's are done.
+        show('1000 starts, the last begun', last, 1000 * 0.2 / 32, f'{note} (the first after {first:.3f} s)')
+        hang.set(), stop.set(), cycle.wake.set()
+        thread.join()
+        cmres.close_store()
+
+
+def bench_idle(folder: Path) -> None:
+    """The processor time of a scheduler that has nothing to do, and of one that watches machines that are up."""
+    for number in (0, 100):
+        path = folder / str(number)
+        path.mkdir()
+        variables = {'CMRES_DATABASE': str(path / 'cmres.db')}
+        config = Config(database=variables['CMRES_DATABASE'])
+        cmres.open_store(config.database)
+        service = cmres.Reservations(config, cmres.Clouds(config), Actor('root', 'default', 'admin'))
+        service.resource_add('demo', cloud='simulated', vms=1000)
+        service.add('later', 'demo', service.here.now + hours(5), hours(1))
+        if number:
+            service.add('now', 'demo', service.here.now, hours(1), vms=number, flavor='m1.tiny', image='cirros')
+        process = subprocess.Popen([sys.executable, '-B', str(MODULE), 'scheduler'], env=environment() | variables,
+                                   stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+        def used():
+            return sum(int(each.read_text().split()[0]) for each in Path(f'/proc/{process.pid}/task').glob('*/schedstat')) / 1e9
+        wait_for(lambda: cmres.rows('SELECT * FROM lease'))
+        wait_for(lambda: cmres.row("SELECT count(*) AS n FROM server WHERE state = 'active'").n == number, seconds=60)
+        time.sleep(2)
+        before, began = used(), time.monotonic()
+        time.sleep(20)
+        share = (used() - before) / (time.monotonic() - began)
+        print(f'{f"idle scheduler, {number} machines up":58} {share:.3%} of a core')
+        process.terminate()
+        process.wait()
+        cmres.close_store()
+
+
+if __name__ == '__main__':
+    import tempfile
+    for name in sys.argv[1:]:
+        with tempfile.TemporaryDirectory() as folder:
+            globals()[f'bench_{name}'](Path(folder))
+
+
 def bench() -> None:
     """All benchmarks, or those whose names are given."""
     import tempfile
-    for name in sys.argv[1:] or ['start', 'rest', 'add']:
+    for name in sys.argv[1:] or ['start', 'rest', 'add', 'starts', 'idle']:
         with tempfile.TemporaryDirectory() as folder:
             globals()[f'bench_{name}'](Path(folder))
 
