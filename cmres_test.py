@@ -2949,7 +2949,7 @@ class Points:
     def wrap(self, cycle):
         """Before a call and between a call and its record: only a crash can be there."""
         if self.crash:
-            submit, put = cycle.submit, cycle.results.put
+            submit = cycle.submit
             cycle.submit = lambda *call: (self.here('submit'), submit(*call))
 
             class Queue(queue.SimpleQueue):
@@ -3656,13 +3656,6 @@ def bench_idle(folder: Path) -> None:
         process.terminate()
         process.wait()
         cmres.close_store()
-
-
-if __name__ == '__main__':
-    import tempfile
-    for name in sys.argv[1:]:
-        with tempfile.TemporaryDirectory() as folder:
-            globals()[f'bench_{name}'](Path(folder))
 
 
 def bench() -> None:
