@@ -1029,14 +1029,14 @@ NOTHING = Amount()
 def level(resource: int, at: float) -> Amount:
     """(1)"""
     found = run('SELECT vms, vcpus, ram FROM step WHERE resource_id = ? AND at <= ? '
-                           'ORDER BY at DESC LIMIT 1', resource, at).fetchone()
+                'ORDER BY at DESC LIMIT 1', resource, at).fetchone()
     return Amount(*found) if found else NOTHING
 
 
 def peak(resource: int, begin: float, until: float) -> Amount:
     """(2), each figure on its own."""
     inside = run('SELECT max(vms), max(vcpus), max(ram) FROM step '
-                            'WHERE resource_id = ? AND at > ? AND at < ?', resource, begin, until).fetchone()
+                 'WHERE resource_id = ? AND at > ? AND at < ?', resource, begin, until).fetchone()
     return Amount(*(max(a, b or 0) for a, b in zip(level(resource, begin), inside)))
 
 
@@ -1046,7 +1046,7 @@ def hold(resource: int, begin: int, until: int, amount: Amount) -> None:
         return
     there_before = [at for at in (begin, until) if not cut(resource, at)]
     run('UPDATE step SET vms = vms + ?, vcpus = vcpus + ?, ram = ram + ? '
-                   'WHERE resource_id = ? AND at >= ? AND at < ?', *amount, resource, begin, until)
+        'WHERE resource_id = ? AND at >= ? AND at < ?', *amount, resource, begin, until)
     for at in there_before:  # a new cut is a change of level for sure
         if level(resource, at) == level(resource, at - 1):
             run('DELETE FROM step WHERE resource_id = ? AND at = ?', resource, at)
@@ -1055,7 +1055,7 @@ def hold(resource: int, begin: int, until: int, amount: Amount) -> None:
 def cut(resource: int, at: int) -> bool:
     """Makes sure that there is a row at an instant; whether it is new."""
     return run('INSERT INTO step (resource_id, at, vms, vcpus, ram) VALUES (?, ?, ?, ?, ?) '
-                          'ON CONFLICT DO NOTHING', resource, at, *level(resource, at)).rowcount > 0
+               'ON CONFLICT DO NOTHING', resource, at, *level(resource, at)).rowcount > 0
 
 
 def release(resource: int, begin: int, until: int, amount: Amount) -> None:
@@ -1086,7 +1086,7 @@ def steps(resource: int, begin: float, until: float) -> Iterator[tuple[float, Am
     """The step function in a window: (instant, level from then on), the first at its beginning."""
     yield begin, level(resource, begin)
     for at, *held in run('SELECT at, vms, vcpus, ram FROM step WHERE resource_id = ? '
-                                    'AND at > ? AND at < ? ORDER BY at', resource, begin, until):
+                         'AND at > ? AND at < ? ORDER BY at', resource, begin, until):
         yield at, Amount(*held)
 
 
@@ -1106,8 +1106,8 @@ def next_step(resource, amount: Amount, after: float, before: float, free: bool)
     rooms = [2**62 if most is None else most - need for most, need in zip(capacity(resource), amount)]
     fits_or_not = '' if free else 'NOT'
     found = run(f'SELECT at FROM step WHERE resource_id = ? AND at > ? AND at < ? AND {fits_or_not} '
-                           '(vms <= ? AND vcpus <= ? AND ram <= ?) ORDER BY at LIMIT 1',
-                           resource.id, after, before, *rooms).fetchone()
+                '(vms <= ? AND vcpus <= ? AND ram <= ?) ORDER BY at LIMIT 1',
+                resource.id, after, before, *rooms).fetchone()
     return found[0] if found else before
 
 
@@ -1115,7 +1115,7 @@ def held_steps(resource: int) -> Iterator[tuple[int, Amount]]:
     """The step function as the occurrences give it, canonical: what table `step` must hold."""
     changes = defaultdict(lambda: NOTHING)
     for begin, until, *amount in run('SELECT held_from, held_until, vms, vcpus, ram FROM occurrence '
-                                                'WHERE resource_id = ? AND held_from < held_until', resource):
+                                     'WHERE resource_id = ? AND held_from < held_until', resource):
         changes[begin] += Amount(*amount)
         changes[until] -= Amount(*amount)
     held = NOTHING
@@ -2681,9 +2681,9 @@ class LifeCycle:
             acting = self.converge(self.clock())
         return acting
 
-    def next_due(self) -> float:
-        """When the next pass has something to do; infinity if nothing is planned."""
-        found = [row(f'SELECT min(due) AS due FROM {table} WHERE due IS NOT NULL').due
+    def next_due(self, after: float = 0) -> float:
+        """When, after an instant, the next pass has something to do; infinity if nothing is planned."""
+        found = [row(f'SELECT min(due) AS due FROM {table} WHERE due > ?', after).due
                  for table in ('occurrence', 'server', 'outbox')]
         return min((due for due in found if due is not None), default=float('inf'))
 
@@ -2703,8 +2703,11 @@ class LifeCycle:
     def guarded_pass(self) -> float:
         """One pass that survives whatever happens; the seconds until the next one is due."""
         try:
-            acting = self.converge(self.clock())
-            return 1 if self.flying or not acting else self.next_due() - self.clock()
+            now = self.clock()
+            if not self.converge(now):
+                return 1
+            # What is due already while calls are under way waits for one of them, and each of them wakes us.
+            return self.next_due(now if self.flying else 0) - self.clock()
         except peewee.DatabaseError as error:
             log.warning('the store is not available: %s; waiting', error)
         except LostLease as error:
@@ -2742,8 +2745,8 @@ class LifeCycle:
                 return False
             taken_over = not row('SELECT name FROM lease WHERE holder = ?', self.name)
             run('INSERT INTO lease (name, holder, until) VALUES (?, ?, ?) ON CONFLICT (name) DO UPDATE '
-                           'SET holder = excluded.holder, until = excluded.until',
-                           'scheduler', self.name, now + self.config.lease)
+                'SET holder = excluded.holder, until = excluded.until',
+                'scheduler', self.name, now + self.config.lease)
         self.leased_until = now + self.config.lease
         if taken_over:  # whoever made the calls that are under way may never tell of them
             self.pull_forward(now)
@@ -3159,7 +3162,7 @@ class LifeCycle:
         if result.error:
             pause = now + max(self.config.poll, self.config.retry_first)
             run('UPDATE server SET due = max(due, ?) WHERE account = ? AND due <= ?',
-                           pause, account, pause)
+                pause, account, pause)
             return
         seen = {each.uid: each for each in result.answer if each.state not in GONE}
         marked = {each.mark: each for each in reversed(seen.values()) if each.mark}
@@ -3175,7 +3178,7 @@ class LifeCycle:
             elif server.account == account and (not server.borrowed or server.uid in result.target):
                 self.record_missing(server, result.began, now)
         run("UPDATE server SET due = ? WHERE account = ? AND goal = 'up' AND state = 'active'",
-                       now + self.config.sweep, account)
+            now + self.config.sweep, account)
         self.tell_ready(account, now)
         for uid in seen.keys() - wanted:
             if seen[uid].mark and now - seen[uid].made >= self.config.orphan_grace:

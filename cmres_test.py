@@ -2213,6 +2213,19 @@ def test_punctuality_tells_lateness_per_cloud_and_what_failed(world):
     assert world.service.punctuality(since=NOON + hours(3)) == {'clouds': [], 'failed': []}
 
 
+def test_a_call_that_hangs_does_not_keep_the_next_start_from_its_instant(world):
+    hang = threading.Event()
+    world.clouds.open('simulated').boot = lambda machine: hang.wait(60)
+    boot(world, vms=1)
+    boot(world, 'soon', start=1 + 3 / 3600)
+    world.now = NOON.timestamp() + 3600 + 2.4
+    world.cycle.guarded_pass()
+    assert world.cycle.flying
+    assert world.cycle.guarded_pass() == pytest.approx(0.6)
+    hang.set()
+    world.cycle.settle()
+
+
 class Inbox:
     """A webhook's receiver on loopback that answers with the statuses it is given, then 200."""
 
