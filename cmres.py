@@ -2741,6 +2741,7 @@ class LifeCycle:
             self.leased_until = 0.0
             return False
         with transaction():
+            now = self.clock()  # we may have been frozen since; nobody else writes from here on
             if self.held_by_another(now):
                 return False
             taken_over = not row('SELECT name FROM lease WHERE holder = ?', self.name)
@@ -2793,7 +2794,7 @@ class LifeCycle:
         """Looks at every account, also for servers of ours that nothing in the store tells of."""
         if self.clock() < self.leased_until:
             for account in self.clouds.accounts():
-                self.submit(('look', account), 'look', account, self.borrowed(account))
+                self.submit(('look', account), 'look', account, self.known(account))
 
     # What is wanted
 
@@ -2916,7 +2917,7 @@ class LifeCycle:
             self.submit(('server', server.id), verb, server.account, server)
         for account in looks:
             if self.breakers[account].until <= now:
-                self.submit(('look', account), 'look', account, self.borrowed(account))
+                self.submit(('look', account), 'look', account, self.known(account))
         for notice in notices:
             self.submit(('notice', notice.target), 'notice', ' notices', notice)
 
@@ -2957,10 +2958,10 @@ class LifeCycle:
             change(Server, server.id, due=patience)
         return [(verb, server)]
 
-    def borrowed(self, account: str) -> list[str]:
-        """The machines of others that are watched on an account."""
-        return [each.uid for each in rows(
-            'SELECT uid FROM server WHERE account = ? AND borrowed AND due IS NOT NULL', account)]
+    def known(self, account: str) -> list[str]:
+        """The servers that must be there on an account."""
+        return [each.uid for each in rows("SELECT uid FROM server WHERE account = ? AND due IS NOT NULL "
+                                          "AND uid IS NOT NULL AND (goal = 'up' OR borrowed)", account)]
 
     def submit(self, key: tuple, verb: str, account: str, target) -> None:
         if self.busy(key):
@@ -3010,9 +3011,18 @@ class LifeCycle:
     def do_verify(self, account: str, server) -> bool | None:
         return self.clouds.open(account).saved(server.snapshot_id)
 
-    def do_look(self, account: str, borrowed: list[str]) -> list[Seen]:
+    def do_look(self, account: str, known: list[str]) -> tuple[list[Seen], set[str]]:
+        """The servers with our marks, and those of the known ones that are gone for sure.
+
+        Nova lists a server without its tags for a moment between its build request and its cell, so
+        that one which must be there is asked for by its id before it is taken for gone.
+        """
         cloud = self.clouds.open(account)
-        return cloud.servers() + [seen for seen in map(cloud.server, borrowed) if seen]
+        seen = [each for each in cloud.servers() if each.state not in GONE]
+        unseen = sorted(set(known) - {each.uid for each in seen})[:100]  # the others' turn comes with the next look
+        found = {uid: cloud.server(uid) for uid in unseen}
+        gone = {uid for uid, each in found.items() if each is None or each.state in GONE}
+        return seen + [found[uid] for uid in unseen if uid not in gone], gone
 
     def do_clear(self, account: str, uid: str) -> None:
         self.clouds.open(account).delete(uid)
@@ -3164,7 +3174,8 @@ class LifeCycle:
             run('UPDATE server SET due = max(due, ?) WHERE account = ? AND due <= ?',
                 pause, account, pause)
             return
-        seen = {each.uid: each for each in result.answer if each.state not in GONE}
+        answer, gone = result.answer
+        seen = {each.uid: each for each in answer}
         marked = {each.mark: each for each in reversed(seen.values()) if each.mark}
         wanted = set()
         for server in rows(f"{SERVERS} WHERE v.state <> 'deleted' AND (v.tries > 0 OR v.borrowed)"):
@@ -3175,7 +3186,8 @@ class LifeCycle:
                 continue
             if found:
                 self.record_seen(server, found, now)
-            elif server.account == account and (not server.borrowed or server.uid in result.target):
+            elif server.account == account and (server.uid in gone or not server.uid or server.goal != 'up'
+                                                and not server.borrowed):
                 self.record_missing(server, result.began, now)
         run("UPDATE server SET due = ? WHERE account = ? AND goal = 'up' AND state = 'active'",
             now + self.config.sweep, account)
