@@ -34,9 +34,10 @@ The words, used everywhere in one sense:
 
 The file reads from top to bottom; a section uses only the sections above it:
 
-  Errors, Config, Time, Calls         sentences, settings, instants, text that becomes arguments
+  Errors, Time, Config, Calls         sentences, instants, settings, text that becomes arguments
   Store, Capacity                     what is on disk; the rule that admits
-  Clouds, Service, Life cycle         what boots machines; what people ask for; what makes it so
+  Clouds, Service                     what boots machines; what people ask for
+  Notices, Life cycle                 who is told; what makes it so
   REST, Client, Command line          three faces of the service, derived from its signatures
 """
 
@@ -102,6 +103,7 @@ class Unauthorized(Error): status = 401  # noqa: E701
 class Forbidden(Error): status = 403     # noqa: E701
 class NotFound(Error): status = 404      # noqa: E701
 class Conflict(Error): status = 409      # noqa: E701
+class TooLarge(Error): status = 413      # noqa: E701
 class NoCapacity(Conflict): pass         # noqa: E701
 class Unavailable(Error): status = 503   # noqa: E701
 
@@ -122,7 +124,7 @@ class CloudError(Error):
 
 
 ERRORS = {kind.__name__: kind for kind in (
-    Error, Invalid, Unauthorized, Forbidden, NotFound, Conflict, NoCapacity, Unavailable, CloudError)}
+    Error, Invalid, Unauthorized, Forbidden, NotFound, Conflict, TooLarge, NoCapacity, Unavailable, CloudError)}
 
 
 def nearest(word: str, words: Iterable[str]) -> str:
@@ -134,6 +136,87 @@ def nearest(word: str, words: Iterable[str]) -> str:
 def shown(value) -> str:
     """A value as a sentence quotes it: short, on one line."""
     return textwrap.shorten(json.dumps(value, ensure_ascii=False, default=str), 60, placeholder='...')
+
+
+# Time ########################################################################
+#
+# Promised instants are whole seconds since 1970 in the store and aware datetimes in Python;
+# measured ones keep their fraction. Text is read and written at the edges only.
+
+UTC = timezone.utc
+FIRST, LAST = datetime(1970, 1, 1, tzinfo=UTC), datetime(2200, 1, 1, tzinfo=UTC)
+DURATION = re.compile(r'\+?(?:(\d{1,4})w)?(?:(\d{1,5})d)?(?:(\d{1,6})h)?(?:(\d{1,8})m)?(?:(\d{1,10})s)?', re.I | re.A)
+ISO_DURATION = re.compile(
+    r'P(?:(\d{1,4})W)?(?:(\d{1,5})D)?(?:T(?:(\d{1,6})H)?(?:(\d{1,8})M)?(?:(\d{1,10})S)?)?', re.I | re.A)
+# An offset's + that an unescaped query made a space.
+LOST_PLUS = re.compile(r'(:\d\d) (\d\d:?\d\d)$')
+
+
+def instant(seconds: float | None) -> datetime | None:
+    """The aware UTC datetime of seconds since 1970."""
+    return None if seconds is None else datetime.fromtimestamp(seconds, UTC)
+
+
+def read_zone(name: str) -> ZoneInfo:
+    try:
+        return ZoneInfo(name)
+    except (ValueError, OSError, KeyError):
+        raise Invalid(f"unknown time zone '{name}'; write one such as Europe/Paris or UTC") from None
+
+
+def parse_time(text: str, zone: ZoneInfo, now: datetime) -> datetime:
+    """The instant that a person typed, in UTC and whole seconds.
+
+    Args:
+      text: ISO 8601 with or without offset, with `/` for `-` or a space for `T`; `now`; or `+2h`, from now
+      zone: the zone of a time without an offset
+
+    Raises:
+      ValueError: it is none of these, or outside the years 1970 to 2199.
+    """
+    word = LOST_PLUS.sub(r'\1+\2', text.strip())
+    if word == 'now':
+        return now
+    if word.startswith('+'):
+        return now + parse_duration(word)
+    try:
+        if not re.fullmatch('[0-9:TWZ+ .,/-]+', word):  # Python takes any letter between date and time
+            raise ValueError
+        moment = datetime.fromisoformat(word.replace('/', '-'))
+        moment = (moment if moment.tzinfo else moment.replace(tzinfo=zone)).astimezone(UTC)
+    except (ValueError, OverflowError):
+        raise ValueError(f"'{text}' is not a time; write 2026-12-01T09:00, now or +2h") from None
+    if not FIRST <= moment < LAST:
+        raise ValueError(f"'{text}' is not between the years 1970 and 2199")
+    return moment.replace(microsecond=0)
+
+
+def parse_duration(text: str) -> timedelta:
+    """The length that a person typed: 2h, +1d12h, 90m or PT2H; ValueError if it is none."""
+    match = DURATION.fullmatch(text.strip()) or ISO_DURATION.fullmatch(text.strip())
+    if not match or not any(match.groups()):
+        raise ValueError(f"'{text}' is not a duration; write 2h, 1d12h, 90m or PT2H")
+    weeks, days, hours, minutes, seconds = (int(part or 0) for part in match.groups())
+    length = timedelta(weeks=weeks, days=days, hours=hours, minutes=minutes, seconds=seconds)
+    if length > LAST - FIRST:
+        raise ValueError(f"'{text}' is longer than {(LAST - FIRST).days} days")
+    return length
+
+
+def format_time(moment: datetime, zone: ZoneInfo) -> str:
+    """A time for people: 2026-12-01 09:00 CET; seconds only where they are not zero."""
+    local = moment.astimezone(zone)
+    clock = '%H:%M:%S' if local.second else '%H:%M'
+    return local.strftime(f'%Y-%m-%d {clock} %Z')
+
+
+def format_duration(length: float) -> str:
+    """Seconds for people: 1d2h30m; parse_duration reads it back."""
+    parts = []
+    for unit, seconds in (('d', 86400), ('h', 3600), ('m', 60), ('s', 1)):
+        parts.append((int(length // seconds), unit))
+        length %= seconds
+    return ''.join(f'{number}{unit}' for number, unit in parts if number) or '0s'
 
 
 # Config ######################################################################
@@ -260,87 +343,6 @@ def read_setting(name: str, text: str):
     if least is not None and not least <= value <= most:
         raise Invalid(f'setting {name}: {text} is not between {least} and {most}')
     return value
-
-
-# Time ########################################################################
-#
-# Promised instants are whole seconds since 1970 in the store and aware datetimes in Python;
-# measured ones keep their fraction. Text is read and written at the edges only.
-
-UTC = timezone.utc
-FIRST, LAST = datetime(1970, 1, 1, tzinfo=UTC), datetime(2200, 1, 1, tzinfo=UTC)
-DURATION = re.compile(r'\+?(?:(\d{1,4})w)?(?:(\d{1,5})d)?(?:(\d{1,6})h)?(?:(\d{1,8})m)?(?:(\d{1,10})s)?', re.I | re.A)
-ISO_DURATION = re.compile(
-    r'P(?:(\d{1,4})W)?(?:(\d{1,5})D)?(?:T(?:(\d{1,6})H)?(?:(\d{1,8})M)?(?:(\d{1,10})S)?)?', re.I | re.A)
-# An offset's + that an unescaped query made a space.
-LOST_PLUS = re.compile(r'(:\d\d) (\d\d:?\d\d)$')
-
-
-def instant(seconds: float | None) -> datetime | None:
-    """The aware UTC datetime of seconds since 1970."""
-    return None if seconds is None else datetime.fromtimestamp(seconds, UTC)
-
-
-def read_zone(name: str) -> ZoneInfo:
-    try:
-        return ZoneInfo(name)
-    except (ValueError, OSError, KeyError):
-        raise Invalid(f"unknown time zone '{name}'; write one such as Europe/Paris or UTC") from None
-
-
-def parse_time(text: str, zone: ZoneInfo, now: datetime) -> datetime:
-    """The instant that a person typed, in UTC and whole seconds.
-
-    Args:
-      text: ISO 8601 with or without offset, with `/` for `-` or a space for `T`; `now`; or `+2h`, from now
-      zone: the zone of a time without an offset
-
-    Raises:
-      ValueError: it is none of these, or outside the years 1970 to 2199.
-    """
-    word = LOST_PLUS.sub(r'\1+\2', text.strip())
-    if word == 'now':
-        return now
-    if word.startswith('+'):
-        return now + parse_duration(word)
-    try:
-        if not re.fullmatch('[0-9:TWZ+ .,/-]+', word):  # Python takes any letter between date and time
-            raise ValueError
-        moment = datetime.fromisoformat(word.replace('/', '-'))
-        moment = (moment if moment.tzinfo else moment.replace(tzinfo=zone)).astimezone(UTC)
-    except (ValueError, OverflowError):
-        raise ValueError(f"'{text}' is not a time; write 2026-12-01T09:00, now or +2h") from None
-    if not FIRST <= moment < LAST:
-        raise ValueError(f"'{text}' is not between the years 1970 and 2199")
-    return moment.replace(microsecond=0)
-
-
-def parse_duration(text: str) -> timedelta:
-    """The length that a person typed: 2h, +1d12h, 90m or PT2H; ValueError if it is none."""
-    match = DURATION.fullmatch(text.strip()) or ISO_DURATION.fullmatch(text.strip())
-    if not match or not any(match.groups()):
-        raise ValueError(f"'{text}' is not a duration; write 2h, 1d12h, 90m or PT2H")
-    weeks, days, hours, minutes, seconds = (int(part or 0) for part in match.groups())
-    length = timedelta(weeks=weeks, days=days, hours=hours, minutes=minutes, seconds=seconds)
-    if length > LAST - FIRST:
-        raise ValueError(f"'{text}' is longer than {(LAST - FIRST).days} days")
-    return length
-
-
-def format_time(moment: datetime, zone: ZoneInfo) -> str:
-    """A time for people: 2026-12-01 09:00 CET; seconds only where they are not zero."""
-    local = moment.astimezone(zone)
-    clock = '%H:%M:%S' if local.second else '%H:%M'
-    return local.strftime(f'%Y-%m-%d {clock} %Z')
-
-
-def format_duration(length: float) -> str:
-    """Seconds for people: 1d2h30m; parse_duration reads it back."""
-    parts = []
-    for unit, seconds in (('d', 86400), ('h', 3600), ('m', 60), ('s', 1)):
-        parts.append((int(length // seconds), unit))
-        length %= seconds
-    return ''.join(f'{number}{unit}' for number, unit in parts if number) or '0s'
 
 
 # Calls #######################################################################
@@ -3393,10 +3395,6 @@ def given_once(*sources: dict) -> dict:
                 raise Invalid(f'{name} is given twice: {shown(given[name])} and {shown(value)}')
             given[name] = value
     return given
-
-
-class TooLarge(Error):
-    status = 413
 
 
 SCHEMAS = {int: {'type': 'integer'}, bool: {'type': 'boolean'}, Count: {'type': 'integer', 'minimum': 1},

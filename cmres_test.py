@@ -147,6 +147,78 @@ def dump():
     return list(cmres.db.connection().iterdump())
 
 
+# Time ########################################################################
+
+PARIS = read_zone('Europe/Paris')
+
+
+@pytest.mark.parametrize('text, utc', [
+    ('2026-12-01T09:00', '2026-12-01T08:00'),
+    ('2026-12-01 09:00', '2026-12-01T08:00'),
+    ('2026/12/01 09:00:00', '2026-12-01T08:00'),
+    ('2026/12/01 09:00:00 +0100', '2026-12-01T08:00'),
+    ('2026-07-01T09:00', '2026-07-01T07:00'),
+    ('2026-12-01', '2026-11-30T23:00'),
+    ('20261201', '2026-11-30T23:00'),
+    ('2026-12-01T09:00Z', '2026-12-01T09:00'),
+    ('2026-12-01T09:00+05:30', '2026-12-01T03:30'),
+    ('2026-12-01T09:00-0500', '2026-12-01T14:00'),
+    ('2026-12-01T09:00 01:00', '2026-12-01T08:00'),  # a + that a query made a space
+    ('2026-12-01T09:00:01.999', '2026-12-01T08:00:01'),
+    ('  2026-12-01 09:00 ', '2026-12-01T08:00'),
+    ('1970-01-01T00:00Z', '1970-01-01T00:00'),
+    ('2199-12-31T23:59:59Z', '2199-12-31T23:59:59'),
+    ('now', '2026-12-01T12:00'),
+    ('+2h', '2026-12-01T14:00'),
+    ('+1d12h', '2026-12-03T00:00'),
+    ('+90m', '2026-12-01T13:30'),
+])
+def test_a_time_is_read_in_its_zone(text, utc):
+    assert cmres.parse_time(text, PARIS, NOON) == datetime.fromisoformat(utc).replace(tzinfo=UTC)
+
+
+@pytest.mark.parametrize('text', [
+    '', 'tomorrow', '2026', '2026-12', '10:30', '1e3', '1764579600', '2026-02-30', '2026-13-01', '01.12.2026',
+    '2026-12-01T25:00', '2026-12-01T09:00+25:00', '2026-12-01T09:00 Europe/Paris', '-1h', '+', '+2', '+h',
+    '1969-12-31T23:59:59Z', '2200-01-01T00:00Z', '0001-01-01T00:00+14:00', '9999-12-31T23:59-14:00'])
+def test_what_is_no_time_is_refused(text):
+    with pytest.raises(ValueError, match='is not'):
+        cmres.parse_time(text, PARIS, NOON)
+
+
+@pytest.mark.parametrize('text, seconds', [
+    ('2h', 7200), ('+2h', 7200), ('1d12h', 129600), ('+1d12h', 129600), ('90m', 5400), ('1h30m', 5400), ('30s', 30),
+    ('1w', 604800), ('2H', 7200), ('PT2H', 7200), ('PT90M', 5400), ('P1DT2H', 93600), ('P1W', 604800), ('0h', 0)])
+def test_a_duration_is_read(text, seconds):
+    assert cmres.parse_duration(text) == timedelta(seconds=seconds)
+
+
+@pytest.mark.parametrize('text', [
+    '', '+', '2', 'h', '-1h', '1.5h', '1h30', '12h1d', '2h2h', 'two hours', 'P', 'PT', 'P1M', 'P1Y', '99999d', '1:30'])
+def test_what_is_no_duration_is_refused(text):
+    with pytest.raises(ValueError, match='is not a duration|is longer than'):
+        cmres.parse_duration(text)
+
+
+@given(st.integers(1, 10**9))
+def test_a_duration_that_is_shown_can_be_typed(seconds):
+    assert cmres.parse_duration(cmres.format_duration(seconds)) == timedelta(seconds=seconds)
+
+
+def test_people_see_a_time_in_their_zone_without_needless_seconds():
+    assert cmres.format_time(NOON, PARIS) == '2026-12-01 13:00 CET'
+    assert cmres.format_time(NOON + timedelta(seconds=1), read_zone('UTC')) == '2026-12-01 12:00:01 UTC'
+
+
+def test_a_bare_time_is_read_in_the_zone_of_the_line_and_one_with_an_offset_is_not(run):
+    run('resource', 'add', 'demo')
+    code, out, _ = run('add', 'lab', 'demo', '2190/12/01 09:00:00', '2190-12-01T10:00Z', '--tz=Europe/Paris',
+                       '--format=json')
+    found = json.loads(out)
+    assert (found['start'], found['end']) == ('2190-12-01T08:00:00+00:00', '2190-12-01T10:00:00+00:00')
+    assert '2190-12-01 09:00 CET  2190-12-01 11:00 CET' in run('list', '--tz', 'Europe/Paris')[1]
+
+
 # Config ######################################################################
 
 
@@ -230,78 +302,6 @@ def test_the_example_lists_every_setting_at_its_default_with_its_reason(folder):
     assert load_config(taken, {}) == Config()
     for name, field in SETTINGS.items():
         assert f'# {name}: {field.metadata["why"]}.\n#{name} =' in text
-
-
-# Time ########################################################################
-
-PARIS = read_zone('Europe/Paris')
-
-
-@pytest.mark.parametrize('text, utc', [
-    ('2026-12-01T09:00', '2026-12-01T08:00'),
-    ('2026-12-01 09:00', '2026-12-01T08:00'),
-    ('2026/12/01 09:00:00', '2026-12-01T08:00'),
-    ('2026/12/01 09:00:00 +0100', '2026-12-01T08:00'),
-    ('2026-07-01T09:00', '2026-07-01T07:00'),
-    ('2026-12-01', '2026-11-30T23:00'),
-    ('20261201', '2026-11-30T23:00'),
-    ('2026-12-01T09:00Z', '2026-12-01T09:00'),
-    ('2026-12-01T09:00+05:30', '2026-12-01T03:30'),
-    ('2026-12-01T09:00-0500', '2026-12-01T14:00'),
-    ('2026-12-01T09:00 01:00', '2026-12-01T08:00'),  # a + that a query made a space
-    ('2026-12-01T09:00:01.999', '2026-12-01T08:00:01'),
-    ('  2026-12-01 09:00 ', '2026-12-01T08:00'),
-    ('1970-01-01T00:00Z', '1970-01-01T00:00'),
-    ('2199-12-31T23:59:59Z', '2199-12-31T23:59:59'),
-    ('now', '2026-12-01T12:00'),
-    ('+2h', '2026-12-01T14:00'),
-    ('+1d12h', '2026-12-03T00:00'),
-    ('+90m', '2026-12-01T13:30'),
-])
-def test_a_time_is_read_in_its_zone(text, utc):
-    assert cmres.parse_time(text, PARIS, NOON) == datetime.fromisoformat(utc).replace(tzinfo=UTC)
-
-
-@pytest.mark.parametrize('text', [
-    '', 'tomorrow', '2026', '2026-12', '10:30', '1e3', '1764579600', '2026-02-30', '2026-13-01', '01.12.2026',
-    '2026-12-01T25:00', '2026-12-01T09:00+25:00', '2026-12-01T09:00 Europe/Paris', '-1h', '+', '+2', '+h',
-    '1969-12-31T23:59:59Z', '2200-01-01T00:00Z', '0001-01-01T00:00+14:00', '9999-12-31T23:59-14:00'])
-def test_what_is_no_time_is_refused(text):
-    with pytest.raises(ValueError, match='is not'):
-        cmres.parse_time(text, PARIS, NOON)
-
-
-@pytest.mark.parametrize('text, seconds', [
-    ('2h', 7200), ('+2h', 7200), ('1d12h', 129600), ('+1d12h', 129600), ('90m', 5400), ('1h30m', 5400), ('30s', 30),
-    ('1w', 604800), ('2H', 7200), ('PT2H', 7200), ('PT90M', 5400), ('P1DT2H', 93600), ('P1W', 604800), ('0h', 0)])
-def test_a_duration_is_read(text, seconds):
-    assert cmres.parse_duration(text) == timedelta(seconds=seconds)
-
-
-@pytest.mark.parametrize('text', [
-    '', '+', '2', 'h', '-1h', '1.5h', '1h30', '12h1d', '2h2h', 'two hours', 'P', 'PT', 'P1M', 'P1Y', '99999d', '1:30'])
-def test_what_is_no_duration_is_refused(text):
-    with pytest.raises(ValueError, match='is not a duration|is longer than'):
-        cmres.parse_duration(text)
-
-
-@given(st.integers(1, 10**9))
-def test_a_duration_that_is_shown_can_be_typed(seconds):
-    assert cmres.parse_duration(cmres.format_duration(seconds)) == timedelta(seconds=seconds)
-
-
-def test_people_see_a_time_in_their_zone_without_needless_seconds():
-    assert cmres.format_time(NOON, PARIS) == '2026-12-01 13:00 CET'
-    assert cmres.format_time(NOON + timedelta(seconds=1), read_zone('UTC')) == '2026-12-01 12:00:01 UTC'
-
-
-def test_a_bare_time_is_read_in_the_zone_of_the_line_and_one_with_an_offset_is_not(run):
-    run('resource', 'add', 'demo')
-    code, out, _ = run('add', 'lab', 'demo', '2190/12/01 09:00:00', '2190-12-01T10:00Z', '--tz=Europe/Paris',
-                       '--format=json')
-    found = json.loads(out)
-    assert (found['start'], found['end']) == ('2190-12-01T08:00:00+00:00', '2190-12-01T10:00:00+00:00')
-    assert '2190-12-01 09:00 CET  2190-12-01 11:00 CET' in run('list', '--tz', 'Europe/Paris')[1]
 
 
 # Calls #######################################################################
@@ -3487,7 +3487,7 @@ def test_a_project_uses_its_own_credentials(lab):
     until(lambda: theirs.servers() == [])
 
 
-# OpenStack: faults ###########################################################
+# OpenStack: faults ##########################################################
 
 SVC = os.path.join(os.environ.get('LAB', ''), 'svc')
 inlab = pytest.mark.skipif(not os.path.exists(SVC), reason='only openstack-lab lets its services be stopped')
@@ -3527,7 +3527,7 @@ def unique(word):
 
 class ShowsDeleted(cmres.Simulated):
     """As Nova does: a server that was just deleted is listed for a moment more, with the status DELETED."""
-    deletes, looks, ghosts = 0, 0, ()
+    deletes, looks, ghosts, loses = 0, 0, (), False
 
     def servers(self):
         self.looks += 1
@@ -3536,6 +3536,10 @@ class ShowsDeleted(cmres.Simulated):
 
     def delete(self, uid):
         self.deletes += 1
+        if self.loses:
+            self.loses = False
+            self.vanish()
+            raise cmres.CloudError('500, but it is done', sure=True, status=500)
         super().delete(uid)
 
     def vanish(self):
@@ -3562,16 +3566,19 @@ def shows_deleted(tmp_path):
     return world, world.clouds.open('simulated')
 
 
-def test_a_server_that_is_listed_as_deleted_is_deleted_once(tmp_path):
+def test_a_server_that_is_listed_as_deleted_is_not_deleted_for_ever(tmp_path):
     world, cloud = shows_deleted(tmp_path)
+    cloud.loses = True
     world.service.delete('lab')
-    cloud.vanish()
-    world.cycle.sweep()
+    passes(world, 1.1)
+    assert cloud.deletes == 1
+    world.cycle.sweep()  # this look shows it as DELETED
     for n in range(100):
         passes(world, 1.1 + n / 30)
-    assert world.state('lab') == 'cancelled'
     found = cmres.row('SELECT * FROM server')
-    assert (found.state, found.due) == ('deleted', None) and found.deleted and cloud.deletes <= 2
+    print('deletes', cloud.deletes, found.state, found.due, found.deleted)
+    assert world.state('lab') == 'cancelled' and cloud.deletes <= 2
+    assert (found.state, found.due) == ('deleted', None) and found.deleted
     cmres.close_store()
 
 
@@ -3896,15 +3903,20 @@ def test_no_call_lasts_longer_than_the_time_out_though_bytes_keep_coming(tmp_pat
 
 @contextlib.contextmanager
 def service_down(name):
-    subprocess.run([SVC, 'kill', name], check=True, capture_output=True, timeout=60)
+    svc('kill', name)
     try:
         yield lambda: start_service(name)
     finally:
         start_service(name)
 
 
+def svc(*words):
+    done = subprocess.run([SVC, *words], capture_output=True, text=True, timeout=150)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 def start_service(name):
-    subprocess.run([SVC, 'start', name], check=True, capture_output=True, timeout=120)
+    svc('start', name)
     number = name.rpartition('-')[2]
     until(lambda: any(each['host'] == f'lab-compute-{number}' and each['state'] == 'up' for each in
                       sdk('lab-admin').compute.get('/os-services?binary=nova-compute').json()['services']), 60)
@@ -3925,11 +3937,15 @@ def test_a_compute_service_that_dies_during_boots_delays_only_its_own_servers(tm
             assert world.state(label) in ('degraded', 'active', 'starting')
             mend()
             until(lambda: world.state(label) == 'active', 90)
-            assert len(tagged(store)) == 8 == sum(ever_made(label).values())
+            # Nova, started again, boots what waited, or calls it an ERROR; that is made anew.
+            made = ever_made(label)
+            assert len(tagged(store)) == 8 == len(made) and sum(made.values()) <= 8 + len(stuck)
         with service_down('nova-compute-1'):  # and deletes that wait on a dead host are asked for again
             world.service.delete(label)
             until(lambda: world.state(label) == 'cancelled', 120)
             assert tagged(store) == []
+        if not stuck:
+            pytest.skip('Nova sent no server to the dead host')
 
 
 @openstack
@@ -3937,9 +3953,14 @@ def test_a_compute_service_that_dies_during_boots_delays_only_its_own_servers(tm
 @inlab
 def test_servers_of_a_host_that_stays_dead_are_made_elsewhere(tmp_path):
     label = unique('dead')
-    with living(tmp_path, call_timeout=15, boot_timeout=15) as world, service_down('nova-compute-1'):
+    with living(tmp_path, call_timeout=5, boot_timeout=8) as world, service_down('nova-compute-1'):
         world.service.add(label, 'lab', world.service.here.now, hours(1), vms=6, **QUICK)
-        until(lambda: world.state(label) == 'active', 180)
+        until(lambda: world.state(label) == 'active', 90)
+        assert len(tagged(world.clouds.store)) == 6
+        again = [each for each in world.service.servers(label) if each['tries'] > 1]
+        print(len(again), 'made elsewhere')
+        if not again:
+            pytest.skip('Nova sent no server to the dead host')
 
 
 @openstack
