@@ -3387,7 +3387,8 @@ def test_the_program_itself_lists_and_ends_with_its_code(tmp_path):
 def test_events_can_be_followed_as_they_come(run, tmp_path):
     run('resource', 'add', 'demo', '--vms=3')
     follower = subprocess.Popen([sys.executable, str(MODULE), 'events', '--follow'], cwd=tmp_path, text=True,
-                                stdout=subprocess.PIPE)
+                                stdout=subprocess.PIPE,  # a shell's background jobs ignore SIGINT, and hand that on
+                                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     assert 'resource  -  added the resource' in follower.stdout.readline()
     run('add', 'lab', 'demo', '+1h', '+1h')
     assert 'added  lab  1 vms on demo' in follower.stdout.readline()
