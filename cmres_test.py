@@ -3430,6 +3430,11 @@ def lab(tmp_path):
     cmres.close_store()
 
 
+def there(cloud):
+    """The servers of ours that a cloud has; Nova lists one for a moment after it is DELETED."""
+    return [each for each in cloud.servers() if each.state not in cmres.GONE]
+
+
 WISH = {'flavor': 'm1.tiny', 'image': 'tiny', 'network': 'lab-net', 'key': 'lab-key'}
 
 
@@ -3453,7 +3458,7 @@ def test_five_machines_run_on_openstack_from_start_to_end(lab):
         stranger.delete('class')
     assert stranger.list() == []
     until(lambda: lab.state('class') == 'ended')
-    assert lab.cloud.servers() == []
+    assert there(lab.cloud) == []
 
 
 @openstack
@@ -3472,7 +3477,7 @@ def test_a_cancel_in_mid_boot_leaves_nothing_on_openstack(lab):
     until(lambda: any(each['uid'] for each in lab.service.servers('short')))
     lab.service.delete('short')
     until(lambda: lab.state('short') == 'cancelled')
-    assert lab.cloud.servers() == []
+    assert there(lab.cloud) == []
 
 
 @openstack
@@ -3483,7 +3488,7 @@ def test_a_project_uses_its_own_credentials(lab):
     lab.as_user().add('cells', 'lab', lab.service.here.now, hours(1), **WISH)
     until(lambda: lab.state('cells') == 'active')
     theirs = lab.clouds.open('lab-user2')
-    assert len(theirs.servers()) == 1 and lab.cloud.servers() == []
+    assert len(there(theirs)) == 1 and there(lab.cloud) == []
     lab.service.delete('cells')
     until(lambda: theirs.servers() == [])
 
