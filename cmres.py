@@ -5,12 +5,16 @@
 #   "bottle~=0.13.4",          # REST: routes, requests, responses
 #   "fire~=0.7.1",             # command line: commands and help out of functions
 #   "openstacksdk>=4.4,<5",    # clouds: sessions, clouds.yaml, Nova, Glance, Neutron
+#   "icalendar>=7.1,<8",       # calendars: parsing and writing of iCalendar
 #   "peewee~=4.5.3",           # store: models, transactions, one connection a thread
+#   "python-dateutil>=2.9,<3", # repetitions: the slots of an RRULE
 #   "pyyaml~=6.0",             # YAML files of reservations, YAML answers
+#   "recurring-ical-events~=3.8.2",  # calendars: the occurrences of events
 #   "rich>=13,<16",            # tables and progress bars for people
 #   "schedule~=1.2.2",         # heartbeat of the life cycle
 #   "tzdata>=2025.2",          # time zones, where the system has none
 #   "waitress~=3.0.2",         # HTTP server: slow clients hold no thread
+#   "x-wr-timezone~=2.0",      # calendars: those of Google, whose zone stands beside the times
 # ]
 # ///
 """cmres: reservations for virtual machines on OpenStack clouds.
@@ -34,9 +38,11 @@ The words, used everywhere in one sense:
 
 The file reads from top to bottom; a section uses only the sections above it:
 
-  Errors, Time, Config, Calls         sentences, instants, settings, text that becomes arguments
+  Errors, Time, Repetition            sentences, instants, wall times that come again and again
+  Config, Calls                       settings; text that becomes arguments
   Store, Capacity                     what is on disk; the rule that admits
-  Clouds, Service                     what boots machines; what people ask for
+  Clouds, Notices, Calendar           what boots machines; who is told; iCalendar in and out
+  Service, Life cycle                 what people ask for; what makes it so
   Notices, Life cycle                 who is told; what makes it so
   REST, Client, Command line          three faces of the service, derived from its signatures
 """
@@ -65,12 +71,13 @@ import sys
 import textwrap
 import threading
 import time
+import warnings
 from collections import defaultdict, namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
-from datetime import datetime, timedelta, timezone
+from datetime import date, datetime, timedelta, timezone
 from typing import Any, Callable, Iterable, Iterator, NamedTuple, NewType
-from urllib.parse import urlsplit
+from urllib.parse import urljoin, urlsplit
 from zoneinfo import ZoneInfo
 
 import peewee
@@ -104,6 +111,7 @@ class Forbidden(Error): status = 403     # noqa: E701
 class NotFound(Error): status = 404      # noqa: E701
 class Conflict(Error): status = 409      # noqa: E701
 class TooLarge(Error): status = 413      # noqa: E701
+class BadCalendar(Error): status = 422   # noqa: E701
 class NoCapacity(Conflict): pass         # noqa: E701
 class Unavailable(Error): status = 503   # noqa: E701
 
@@ -124,7 +132,8 @@ class CloudError(Error):
 
 
 ERRORS = {kind.__name__: kind for kind in (
-    Error, Invalid, Unauthorized, Forbidden, NotFound, Conflict, TooLarge, NoCapacity, Unavailable, CloudError)}
+    Error, Invalid, Unauthorized, Forbidden, NotFound, Conflict, TooLarge, BadCalendar, NoCapacity, Unavailable,
+    CloudError)}
 
 
 def nearest(word: str, words: Iterable[str]) -> str:
@@ -155,6 +164,16 @@ LOST_PLUS = re.compile(r'(:\d\d) (\d\d:?\d\d)$')
 def instant(seconds: float | None) -> datetime | None:
     """The aware UTC datetime of seconds since 1970."""
     return None if seconds is None else datetime.fromtimestamp(seconds, UTC)
+
+
+def zone_table() -> str:
+    """Which releases of the zone table are here: that of the system, and that of the package tzdata."""
+    from importlib.metadata import version
+    try:
+        with open('/usr/share/zoneinfo/tzdata.zi', encoding='ascii') as file:
+            return f"{file.readline().strip('# ').strip()} {version('tzdata')}"
+    except OSError:
+        return version('tzdata')
 
 
 def read_zone(name: str) -> ZoneInfo:
@@ -219,6 +238,229 @@ def format_duration(length: float) -> str:
     return ''.join(f'{number}{unit}' for number, unit in parts if number) or '0s'
 
 
+# Repetition ##################################################################
+#
+# A series is kept as a person thinks of it: wall times in a zone, a rule of RFC 5545, and what is
+# left out. Only the last step makes instants of that, with the zone table as it is then, so that a
+# class at 9:00 stays at 9:00 when clocks change, and also when a government changes its mind.
+#
+#   An hour that doesn't exist is taken with the offset before the gap: 02:30 becomes 03:30.
+#   An hour that exists twice is taken the first time (both RFC 5545, 3.3.5).
+#   An end is a wall time as well: a night from 22:00 to 06:00 ends at 06:00 on every date.
+
+MOST_OCCURRENCES = 2000  # of a series within the horizon
+#: What may stand in a rule, and between which numbers (RFC 5545, 3.3.10).
+RULE_PARTS = {'FREQ': None, 'UNTIL': None, 'WKST': None, 'BYDAY': None, 'COUNT': (1, 100_000), 'INTERVAL': (1, 1000),
+              'BYMONTH': (1, 12), 'BYMONTHDAY': (1, 31), 'BYYEARDAY': (1, 366), 'BYWEEKNO': (1, 53),
+              'BYSETPOS': (1, 366), 'BYHOUR': (0, 23), 'BYMINUTE': (0, 59), 'BYSECOND': (0, 59)}
+FREQUENCIES = {'day': 'DAILY', 'week': 'WEEKLY', 'month': 'MONTHLY', 'year': 'YEARLY'}
+WEEKDAYS = ('MO', 'TU', 'WE', 'TH', 'FR', 'SA', 'SU')
+ORDINALS = {'first': '1', 'second': '2', 'third': '3', 'fourth': '4', 'fifth': '5', 'last': '-1'}
+REPEAT_HELP = "write daily, weekdays, weekly on tue,thu, every 2 weeks on mon, monthly on first mon, or an RRULE"
+# dateutil gives a rule that never matches up in the year 9999 only. The calendar repeats itself
+# every 400 years, weekdays too, so that rules are followed this much nearer to that end.
+YEARS_AHEAD = 7600
+
+
+class Part(NamedTuple):
+    """A stretch of a series; wall times as ISO text, lengths in seconds of wall time.
+
+    A slot is the wall time at which the rule puts an occurrence: its key, wherever it is moved to.
+    """
+    start: str
+    length: int
+    zone: str
+    vms: int
+    resource: int      # id
+    rule: str = ''     # RRULE
+    dates: tuple = ()  # RDATE: further slots; with /SECONDS, of another length
+    skips: tuple = ()  # EXDATE: slots, or days, without an occurrence
+    since: str = ''    # slots from then on ...
+    until: str = ''    # ... to before then belong to this part
+    shift: int = 0     # how much later than its slot each occurrence starts
+    moved: dict = {}   # slot: (wall time, length, vms) of those that are otherwise
+
+    @property
+    def single(self) -> bool:
+        return not self.rule and not self.dates
+
+
+class Slot(NamedTuple):
+    """An occurrence that a series wants: its key ('' if it is the only one), and seconds since 1970."""
+    key: str
+    start: int
+    end: int
+    vms: int
+    resource: int
+
+
+def to_wall(moment: datetime, zone: ZoneInfo) -> datetime:
+    """What clocks in a zone show at an instant."""
+    return moment.astimezone(zone).replace(tzinfo=None, fold=0)
+
+
+def from_wall(wall: datetime, zone: ZoneInfo) -> datetime:
+    """The instant of a wall time, also of one that doesn't exist or exists twice."""
+    return wall.replace(tzinfo=zone).astimezone(UTC)
+
+
+def read_repeat(text: str, here=None) -> str:
+    """The RRULE that a person typed or meant; its UNTIL, if any, is left as it is.
+
+    Raises:
+      ValueError: it is none, or one that is not for machines, such as FREQ=SECONDLY.
+    """
+    word = ' '.join(text.split()).removeprefix('RRULE:')
+    return checked_rule(word.upper() if '=' in word else spoken_rule(word.lower())) if word else ''
+
+
+def spoken_rule(words: str) -> str:
+    """The RRULE of: daily, weekdays, weekly on tue,thu, every 2 weeks, monthly on last fri, yearly."""
+    if words == 'weekdays':
+        return 'FREQ=WEEKLY;BYDAY=MO,TU,WE,TH,FR'
+    match = re.fullmatch(r'(?:(daily|weekly|monthly|yearly)|every(?: (\d+))? (day|week|month|year)s?)(?: on (.+))?', words)
+    if not match:
+        raise ValueError(f"'{words}' is no repetition; {REPEAT_HELP}")
+    name, interval, unit, days = match.groups()
+    rule = f'FREQ={name.upper() if name else FREQUENCIES[unit]}' + (f';INTERVAL={interval}' if interval else '')
+    return rule + (spoken_days(days, words) if days else '')
+
+
+def spoken_days(text: str, words: str) -> str:
+    days = [day.strip() for day in re.split(',| and ', text)]
+    if all(re.fullmatch(r'-?\d{1,2}', day) for day in days):
+        return f";BYMONTHDAY={','.join(days)}"
+    found = [re.fullmatch(r'(?:(first|second|third|fourth|fifth|last) )?(mo|tu|we|th|fr|sa|su)[a-z]*', day) for day in days]
+    if not all(found):
+        raise ValueError(f"'{words}' is no repetition; {REPEAT_HELP}")
+    return ';BYDAY=' + ','.join(ORDINALS.get(each[1], '') + each[2].upper() for each in found)
+
+
+def checked_rule(rule: str) -> str:
+    """A rule in capitals, its parts allowed and within bounds; ValueError if not."""
+    pairs = [part.partition('=')[::2] for part in rule.strip(';').split(';')]
+    parts = dict(pairs)
+    for name, value in pairs:
+        if name not in RULE_PARTS or len(parts) < len(pairs):
+            raise ValueError(f'{shown(name)} is no part of a repetition, or is there twice')
+        if RULE_PARTS[name]:
+            check_numbers(name, value, *RULE_PARTS[name])
+    if parts.get('FREQ') not in FREQUENCIES.values():
+        raise ValueError(f"FREQ={parts.get('FREQ', '')} is none of {', '.join(FREQUENCIES.values())}")
+    if not all(re.fullmatch(r'([+-]?[1-9]\d?)?(MO|TU|WE|TH|FR|SA|SU)', day)
+               for day in parts.get('BYDAY', 'MO').split(',')) or parts.get('WKST', 'MO') not in WEEKDAYS:
+        raise ValueError(f'{rule}: a day is MO, TU, WE, TH, FR, SA or SU, in BYDAY also 1MO or -1FR')
+    if 'UNTIL' in parts and ('COUNT' in parts or not re.fullmatch(r'\d{8}(T\d{6}Z?)?', parts['UNTIL'])):
+        raise ValueError(f'{rule}: UNTIL is such as 20261231T235959Z, and not beside a COUNT')
+    return ';'.join(f'{name}={value}' for name, value in pairs)
+
+
+def check_numbers(name: str, text: str, least: int, most: int) -> None:
+    signed = name in ('BYMONTHDAY', 'BYYEARDAY', 'BYWEEKNO', 'BYSETPOS')
+    numbers = text.split(',') if name.startswith('BY') else [text]
+    for number in numbers:
+        if not re.fullmatch('[+-]?[0-9]{1,6}' if signed else '[0-9]{1,6}', number) or not (
+                least <= abs(int(number)) <= most):
+            raise ValueError(f'{name}={shown(text)[1:-1]} is not between {least} and {most}')
+
+
+def local_rule(rule: str, zone: ZoneInfo) -> str:
+    """A rule whose UNTIL is a wall time, as its slots are; a day is meant to its end."""
+    def localised(match):
+        text = match[1] if 'T' in match[1] else f'{match[1]}T235959'
+        last = datetime.strptime(text.rstrip('Z'), '%Y%m%dT%H%M%S')
+        last = to_wall(last.replace(tzinfo=UTC), zone) if text.endswith('Z') else last
+        return f'UNTIL={min(last, LAST.replace(tzinfo=None)):%Y%m%dT%H%M%S}'
+    return re.sub(r'UNTIL=([0-9TZ]+)', localised, rule)
+
+
+def walls(part: Part) -> Iterator[datetime]:
+    """The wall times of all slots of a part in order; they may have no end."""
+    from dateutil.rrule import rruleset, rrulestr
+    start, found = datetime.fromisoformat(part.start), rruleset()
+    if part.rule:
+        rule = re.sub(r'UNTIL=(\d{4})', lambda year: f'UNTIL={int(year[1]) + YEARS_AHEAD}', part.rule)
+        found.rrule(rrulestr(rule, dtstart=ahead(start, YEARS_AHEAD)))
+    for each in part.dates if part.rule or part.dates else [part.start]:
+        found.rdate(ahead(datetime.fromisoformat(each.partition('/')[0]), YEARS_AHEAD))
+    skips = frozenset(part.skips)
+    for each in found:
+        wall = ahead(each, -YEARS_AHEAD)
+        key = wall.isoformat()
+        if part.until and key >= part.until:
+            return
+        if key >= part.since and key not in skips and key[:10] not in skips:
+            yield wall
+
+
+def ahead(moment: datetime, years: int) -> datetime:
+    return moment.replace(year=moment.year + years)
+
+
+def slots(part: Part, begin: float, until: float) -> Iterator[Slot]:
+    """What a part wants of the time between two instants, as far as it is not over at the first.
+
+    Raises:
+      Invalid: that is more than MOST_OCCURRENCES.
+    """
+    zone, found = read_zone(part.zone), 0
+    lengths = dict(each.split('/') for each in part.dates if '/' in each)
+    for wall in walls(part):
+        key = wall.isoformat()
+        shifted, length, vms = wall + timedelta(seconds=part.shift), lengths.get(key, part.length), part.vms
+        if key in part.moved:
+            shifted, length, vms = datetime.fromisoformat(part.moved[key][0]), *part.moved[key][1:]
+        start, end = window_of(shifted, int(length), zone)
+        if start >= until and key not in part.moved:
+            return
+        if end > begin and start < until:
+            found += 1
+            yield Slot('' if part.single else key, start, end, vms, part.resource)
+        if found > MOST_OCCURRENCES:
+            raise Invalid(f'the repetition has more than {MOST_OCCURRENCES} occurrences until '
+                          f'{instant(int(until)):%Y-%m-%d}; let it end earlier')
+
+
+def window_of(wall: datetime, length: int, zone: ZoneInfo) -> tuple[int, int]:
+    """The instants of a wall time and of that which is so many seconds later; never none between them."""
+    start, end = from_wall(wall, zone), from_wall(wall + timedelta(seconds=length), zone)
+    end = end if end > start else start + timedelta(seconds=length)
+    return int(start.timestamp()), int(end.timestamp())
+
+
+def all_slots(parts: Iterable[Part], begin: float, until: float) -> list[Slot]:
+    """What all parts of a series want of a stretch of time, the earliest first."""
+    found = {slot.key: slot for part in parts for slot in slots(part, begin, until)}
+    return sorted(found.values(), key=lambda slot: slot.start)
+
+
+def goes_on(parts: Iterable[Part], after: float) -> bool:
+    """Whether a series wants anything that begins after an instant."""
+    return any(slot.start >= after for part in parts for slot in first_after(part, after))
+
+
+def first_after(part: Part, after: float) -> Iterator[Slot]:
+    return (slot for slot, _ in zip(slots(part, after, LAST.timestamp()), range(2)))
+
+
+def cut_parts(parts: list[Part], key: str, **changes) -> list[Part]:
+    """A series that is otherwise from a slot on: shifted by so many seconds more, or with other values."""
+    shift = changes.pop('shift', 0)
+    before = [part._replace(until=min(part.until or key, key)) for part in parts
+              if (part.since or min([part.start, *part.dates])) < key]
+    after = [part._replace(since=max(part.since, key), shift=part.shift + shift, **changes)
+             for part in parts if not part.until or part.until > key]
+    return before + after
+
+
+def stored_parts(parts: Iterable[Part]) -> str:
+    return json.dumps([part._asdict() for part in parts], separators=(',', ':'))
+
+
+def read_parts(text: str) -> list[Part]:
+    return [Part(**part) for part in json.loads(text)] if text else []
+
+
 # Config ######################################################################
 #
 # A setting comes from its environment twin (CMRES_PORT), else from the file, else it has the
@@ -237,6 +479,7 @@ TEXTS = {
     'ended': '{label} has ended\n{sentence}.',
     'kept': '{label} goes on until {end}\n{sentence}.',
     'released': '{label} was released\n{sentence}.',
+    'held': 'your calendar asks for much less than before\n{sentence}',
 }
 
 
@@ -267,9 +510,13 @@ class Config:
     end_grace: float = setting(600.0, 'seconds after an end at which what is not stopped, shelved or saved goes', 0.0)
     webhook: str = setting('', 'an http(s) address that is told of every event that [texts] has words for')
     webhook_secret: str = setting('', 'the key of the HMAC-SHA256 that signs what webhooks are sent')
-    private_addresses: bool = setting(False, 'whether webhooks may be in private networks and on this machine')
+    private_addresses: bool = setting(False, 'whether webhooks and calendars may be in private networks and on this machine')
     mail_server: str = setting('', 'host:port of the SMTP server that takes notices; without one, no mail is sent')
     mail_from: str = setting('cmres@localhost', 'the sender of mails')
+    horizon: int = setting(366, 'days ahead for which the occurrences of a repetition are reserved', 1, 3660)
+    calendar_poll: float = setting(300.0, 'seconds between looks at a calendar that somebody subscribed to', 0.1)
+    address: str = setting('', 'how people reach `serve`, for links, such as https://cmres.example.org')
+    login: str = setting('ssh {address}', 'how people log in to a machine, as their calendar tells them')
     orphan_grace: float = setting(60.0, 'age in seconds at which a server of ours that nothing wants is removed', 0.0)
     simulated_boot: float = setting(3.0, 'seconds that a boot takes on the cloud `simulated`', 0.0)
     simulated_failures: float = setting(0.0, 'share of boots that end in ERROR there, 0 to 1', 0.0, 1.0)
@@ -361,11 +608,19 @@ Page = NewType('Page', int)        # 1 to 10000 lines of a list
 Most = NewType('Most', int)        # a capacity figure; `unlimited` is UNLIMITED
 Span = NewType('Span', timedelta)  # a length of time
 When = datetime | timedelta        # an instant, or a length from what comes before it
+Day = date | datetime | timedelta  # that, or a date: the whole of it, in the zone of what it is about
 Names = NewType('Names', list)     # several names; text is split at commas
 Pairs = NewType('Pairs', dict)     # names with values; text is k=v,k=v
+Zone = NewType('Zone', str)        # a time zone; the zone of the bare times beside it
+Repeat = NewType('Repeat', str)    # a repetition, in words or as an RRULE
+Clash = NewType('Clash', str)      # refuse, skip or shift=DURATION
+Ics = NewType('Ics', str)          # iCalendar text, up to 1 MiB; on the command line, the name of the file that holds it
+Source = NewType('Source', str)    # that, or the http(s) address of it
+Url = NewType('Url', str)          # an http(s) address, which may be a secret
 Rows = NewType('Rows', list)       # many reservations; on the command line, a CSV, JSON or YAML file
 
 UNLIMITED = -1
+CLASHES = ('refuse', 'skip', 'shift')
 NO_LABELS = ('add', 'delete', '-', '.', '..')  # addresses read them in another sense
 ANY = '-'  # for an argument that filters: anything, as if it were not given
 FILTERS = {'label', 'user', 'project', 'resource', 'cell', 'cloud', 'region', 'aggregate', 'vms', 'start', 'end'}
@@ -379,13 +634,16 @@ WORDS = {
     'by': 'how much longer, such as +1h',
     'cell': 'cell of the resource',
     'cloud': 'cloud of the resource: a name in clouds.yaml, or simulated',
-    'count': 'how many; for a delete by filter, the number that it must hit',
+    'count': 'how many; of a series, how many slots; for a delete by filter, the number that it must hit',
     'description': 'free text for people',
     'dry_run': 'check and answer as if it were done, and keep nothing',
     'duration': 'length of the window, such as 2h, 1d12h or PT90M',
     'end': 'an instant, or a length from the start such as +2h',
+    'file': 'an .ics file of at most 1 MiB',
     'flavor': 'flavor of the machines, by name or id; its vcpus and ram count',
     'force': 'do it although occurrences that are admitted already would no longer fit',
+    'following': 'not only that occurrence: all after it too',
+    'holidays': 'an .ics file or address; on the days of its all-day events nothing is reserved',
     'id': 'the id that the list shows',
     'image': 'image to boot, by name or id; without one, capacity is held and nothing boots',
     'key': 'key pair to put into the machines',
@@ -396,22 +654,29 @@ WORDS = {
     'name': 'name of the resource: 1 to 64 letters, digits, . _ -',
     'network': 'network of the machines, by name or id; else what the cloud chooses',
     'notify': 'mail addresses and http(s) addresses that are told what happens, with commas between',
+    'occurrence': 'of a series, the one that starts at this time or on this date',
+    'on_conflict': 'what a series does where an occurrence does not fit: refuse all, skip it, or shift=DURATION at most',
     'partial': 'take the lines that fit, instead of all or nothing',
     'project': 'project that it belongs to',
     'ram': 'most MiB of memory; with none, or `unlimited`, no limit',
     'region': 'region of the resource',
     'rename': 'the new name',
+    'repeat': 'daily, weekdays, weekly on tue,thu, every 2 weeks on mon, monthly on last fri, or an RRULE',
     'resource': 'name of the resource, or - for one found by its place',
     'role': 'admin, user or reader',
     'rows': 'CSV, JSON or YAML with one reservation a line, fields named as in `add`',
     'security_groups': 'security groups of the machines, with commas between',
     'seed': 'the same seed gives the same reservations',
     'server': 'a machine that you have, by name or id, instead of an image: it is started and stopped, never deleted',
+    'skip_dates': 'dates without an occurrence, with commas between',
     'since': 'only what was planned from then on; without it, the last 30 days',
     'start': 'ISO 8601, now, or +2h from now; without an offset it is local time',
     'state': 'states, with commas between; without any, all that are not over',
-    'until': 'an instant, or a length from the present end such as +2h',
+    'tz': 'zone of times without an offset, and the one whose clocks a series goes by',
+    'until': 'an instant, or a length from the present end such as +2h; of a series, its last date',
+    'url': 'the http(s) address of a calendar; it is kept as a secret',
     'user': 'user that it belongs to',
+    'whole_project': 'not only your own reservations: all of the project',
     'user_data': 'file that the machines are given for cloud-init',
     'vcpus': 'most vcpus; with none, or `unlimited`, no limit',
     'vms': 'number of machines',
@@ -438,6 +703,11 @@ class Operation:
     @property
     def changes(self) -> bool:
         return self.routes[0][0] != 'GET'
+
+    @property
+    def words(self) -> str:
+        """The command, as people type it."""
+        return self.name.strip('_').replace('_', ' ')
 
     @property
     def summary(self) -> str:
@@ -471,7 +741,7 @@ def guarded_by_role(method):
     def checked(self, *args, **kwargs):
         needed = API[method.__name__].role
         if ROLES.index(self.actor.role) < ROLES.index(needed):
-            raise Forbidden(f"{method.__name__.replace('_', ' ')} needs the role {needed}; "
+            raise Forbidden(f"{API[method.__name__].words} needs the role {needed}; "
                             f"{self.actor.user} is {self.actor.role}")
         return method(self, *args, **kwargs)
     return checked
@@ -497,13 +767,15 @@ def bind(operation: Operation, given: dict, here: Here) -> dict:
     missing = [name for name, each in parameters.items() if each.default is REQUIRED and name not in given]
     if missing:
         raise Invalid(f"{missing[0]} is missing: {WORDS[missing[0]]}")
+    if given.get('tz'):
+        here = here._replace(zone=read_zone(read_argument('tz', given['tz'], Zone, here)))
     return {name: read_argument(name, value, parameters[name].annotation, here) for name, value in given.items()}
 
 
 def refuse_unknown(operation: Operation, names: Iterable[str]) -> None:
     for name in names:
         if name not in operation.parameters:
-            raise Invalid(f"{operation.name.replace('_', ' ')} has no argument '{name}'"
+            raise Invalid(f"{operation.words} has no argument '{name}'"
                           f'{nearest(name, operation.parameters)}')
 
 
@@ -593,6 +865,14 @@ def read_when(value, here: Here):
     return parse_duration(text) if text[:1] in '+P' and text else parse_time(text, here.zone, here.now)
 
 
+def read_day(value, here: Here):
+    text = value.strip().replace('/', '-') if isinstance(value, str) else ''
+    if re.fullmatch('[0-9]{4}-[0-9]{2}-[0-9]{2}', text):
+        parse_time(text, here.zone, here.now)
+        return date.fromisoformat(text)
+    return value if type(value) is date else read_when(value, here)
+
+
 def read_names(value, here=None) -> list[str]:
     items = value.split(',') if isinstance(value, str) else value
     if not isinstance(items, (list, tuple)) or len(items) > 100:
@@ -613,6 +893,35 @@ def read_pairs(value, here=None) -> dict[str, str]:
     return {name: read_str(each) for name, each in pairs.items()}
 
 
+def read_zone_name(value, here=None) -> str:
+    return read_zone(name).key if (name := read_name(value)) else ''
+
+
+def read_clash(value, here=None) -> str:
+    word, equals, length = read_name(value).partition('=')
+    if word in ('refuse', 'skip') and not equals:
+        return word
+    if word != 'shift':
+        raise ValueError(f"{shown(value)} is none of refuse, skip, shift=DURATION{nearest(word, CLASHES)}")
+    return f'shift={format_duration(parse_duration(length).total_seconds())}'
+
+
+def read_ics(value, here=None) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f'{shown(value)} is not iCalendar text')
+    return value
+
+
+def read_url(value, here=None) -> str:
+    if not re.fullmatch(r'(https?|webcals?)://[!-~]+', url := read_str(value, most=2000)):
+        raise ValueError('an http(s) address is needed, such as https://example.org/eva.ics')
+    return re.sub('^webcal', 'http', url)
+
+
+def read_source(value, here=None) -> str:
+    return read_url(value) if re.match(r'[a-z]+://\S+$', read_ics(value)) else value
+
+
 def read_rows(value, here=None) -> list[dict]:
     if not isinstance(value, list) or not all(isinstance(row, dict) for row in value):
         raise ValueError('a list of reservations is needed, each an object with fields as in `add`')
@@ -626,12 +935,15 @@ def read_rows(value, here=None) -> list[dict]:
 READERS = {
     str: read_str, int: read_int, bool: read_bool, Label: read_label, Place: read_place, Name: read_name,
     Text: read_text, File: read_file, Count: read_count, Page: read_page, Most: read_most, Span: read_span,
-    When: read_when, Names: read_names, Pairs: read_pairs, Rows: read_rows}
+    When: read_when, Day: read_day, Names: read_names, Pairs: read_pairs, Rows: read_rows, Zone: read_zone_name, Clash: read_clash,
+    Repeat: lambda value, here=None: read_repeat(read_str(value, most=500)), Ics: read_ics, Source: read_source,
+    Url: read_url}
 
 
 #: The fields that hold instants, wherever they appear.
 INSTANTS = frozenset(
-    'added at begun cancelled changed deleted end next_start planned ready revoked start until'.split())
+    'added at begun booked_until cancelled changed deleted end next_start planned polled ready revoked start until'
+    .split())
 
 
 def to_plain(value):
@@ -640,6 +952,8 @@ def to_plain(value):
         return {name: to_plain(each) for name, each in value.items()}
     if isinstance(value, (list, tuple)):
         return [to_plain(each) for each in value]
+    if isinstance(value, date) and not isinstance(value, datetime):
+        return value.isoformat()
     if isinstance(value, datetime):
         return value.isoformat(timespec='milliseconds' if value.microsecond else 'seconds')
     return f'PT{int(value.total_seconds())}S' if isinstance(value, timedelta) else value
@@ -708,6 +1022,14 @@ class Reservation(Table):
     notify = peewee.TextField()  # JSON
     lead = peewee.IntegerField()  # seconds
     description = peewee.TextField()
+    repeat = peewee.CharField(default='')        # the RRULE of a series as it was asked for
+    tz = peewee.CharField(default='')            # whose wall times it goes by
+    series = peewee.TextField(default='')        # JSON: its parts
+    on_conflict = peewee.CharField(default='')   # what becomes of an occurrence that the horizon reaches and has no room
+    booked_until = peewee.IntegerField(null=True)  # how far it is in rows, if it goes on after that
+    origin = peewee.CharField(default='')        # a digest of that event, to see whether it is another
+    uid = peewee.CharField(null=True)            # of the event of a calendar that it comes from
+    subscription = peewee.IntegerField(null=True)  # the calendar that brought it
     added = peewee.IntegerField()
     changed = peewee.IntegerField()
     over = peewee.IntegerField()  # from then on its label is free again
@@ -716,8 +1038,15 @@ class Reservation(Table):
         indexes = ((('project', 'label', 'over'), False),)
 
 
+Reservation.add_index(Reservation.index(Reservation.uid, where=Reservation.uid.is_null(False), name='reservation_uid'))
+
+
 class Occurrence(Table):
-    reservation = peewee.ForeignKeyField(Reservation)
+    reservation = peewee.ForeignKeyField(Reservation, index=False)
+    slot = peewee.CharField(default='')  # the wall time at which a series has it: its key; '' if it is the only one
+    altered = peewee.BooleanField(default=False)  # it was changed on its own: the series lets it be
+    revision = peewee.IntegerField(default=0)  # how often something about it was told
+    revised = peewee.IntegerField(default=0)   # when that was last
     resource = peewee.ForeignKeyField(Resource, index=False)
     start = peewee.IntegerField()
     end = peewee.IntegerField()
@@ -732,6 +1061,7 @@ class Occurrence(Table):
 
     class Meta:
         constraints = [peewee.Check('held_from <= start AND start < "end" AND held_until <= "end"')]
+        indexes = ((('reservation', 'start'), False),)
 
 
 LIVE = Occurrence.due.is_null(False)  # partial indexes on it leave history out
@@ -788,12 +1118,46 @@ class Token(Table):
     revoked = peewee.IntegerField(null=True)
 
 
+class Feed(Table):
+    """What a secret address shows as a calendar: of a user, of a project or of a resource."""
+    user = peewee.CharField()
+    project = peewee.CharField()
+    whole_project = peewee.BooleanField()
+    resource = peewee.CharField()
+    hash = peewee.CharField(unique=True)
+    added = peewee.IntegerField()
+    revoked = peewee.IntegerField(null=True)
+
+
+class Subscription(Table):
+    """A person's calendar that is looked at again and again."""
+    user = peewee.CharField()
+    project = peewee.CharField()
+    url = peewee.CharField()       # a secret
+    defaults = peewee.TextField()  # JSON: what its events don't say
+    notify = peewee.TextField()    # JSON
+    etag = peewee.CharField(default='')
+    modified = peewee.CharField(default='')
+    fault = peewee.TextField(default='')
+    held = peewee.TextField(default='')  # what waits for its owner's word
+    confirmed = peewee.BooleanField(default=False)
+    tries = peewee.IntegerField(default=0)
+    polled = peewee.DoubleField(null=True)
+    due = peewee.DoubleField(null=True)  # NULL: it is not looked at any more
+    added = peewee.IntegerField()
+
+
+Subscription.add_index(Subscription.index(Subscription.due, where=Subscription.due.is_null(False),
+                                          name='subscription_due'))
+
+
 class Event(Table):
     at = peewee.DoubleField()
     actor = peewee.CharField()
     code = peewee.CharField()
     sentence = peewee.TextField()
     reservation = peewee.ForeignKeyField(Reservation, null=True)
+    occurrence = peewee.IntegerField(null=True)  # of a series, the one that it is about
 
 
 class Outbox(Table):
@@ -835,7 +1199,8 @@ class SimulatedServer(Table):
     gone = peewee.DoubleField(null=True)
 
 
-TABLES = [Resource, Reservation, Occurrence, Step, Server, Token, Event, Outbox, Lease, Fact, SimulatedServer]
+TABLES = [Resource, Reservation, Occurrence, Step, Server, Token, Feed, Subscription, Event, Outbox, Lease, Fact,
+          SimulatedServer]
 
 #: What brings an older store up to the models above, one function a version.
 MIGRATIONS: list[Callable] = []
@@ -945,9 +1310,17 @@ def change_text(model, names: tuple) -> str:
 
 
 def journal(config: Config, at: float, actor: str, code: str, sentence: str, reservation: int | None = None,
-            notify: Iterable[str] = ()) -> None:
-    """Appends an event, and the notices of it; inside the transaction of what it tells."""
-    event = insert(Event, at=at, actor=actor, code=code, sentence=sentence, reservation=reservation)
+            notify: Iterable[str] = (), occurrence: int | None = None) -> None:
+    """Appends an event, and the notices of it; inside the transaction of what it tells.
+
+    Args:
+      occurrence: the one that it is about; without one, all that are not over
+    """
+    event = insert(Event, at=at, actor=actor, code=code, sentence=sentence, reservation=reservation,
+                   occurrence=occurrence)
+    if reservation:
+        which, id = ('id', occurrence) if occurrence else ('due IS NOT NULL AND reservation_id', reservation)
+        run(f'UPDATE occurrence SET revision = revision + 1, revised = ? WHERE {which} = ?', int(at), id)
     for target in [config.webhook, *notify] if code in TEXTS else ():
         if target:
             insert(Outbox, event=event, target=target, due=at, tries=0, fault='')
@@ -961,8 +1334,8 @@ LISTING = '''
   SELECT o.id, r.id AS reservation, r.label, r.user, r.project,
          s.name AS resource, s.cell, s.cloud, s.region, s.aggregate,
          o.vms, r.flavor, r.image, r.network, r.key, r.security_groups, r.metadata, r.user_data,
-         r.server, r.at_end, r.notify, o.vcpus, o.ram, r.lead, r.description, o.start, o."end", o.cancelled,
-         r.added, r.changed,
+         r.server, r.at_end, r.notify, o.vcpus, o.ram, r.lead, r.description, r.repeat, r.tz, o.start, o."end",
+         o.cancelled, r.added, r.changed,
          (SELECT count(*) FROM server v
            WHERE v.occurrence_id = o.id AND v.goal = 'up' AND v.state = 'active') AS up,
          (SELECT v.fault FROM server v WHERE v.occurrence_id = o.id AND v.goal = 'up' AND v.fault <> ''
@@ -971,7 +1344,8 @@ LISTING = '''
            WHERE v.occurrence_id = o.id AND v.state NOT IN ('deleted', 'kept')) AS existing,
          (SELECT count(*) FROM server v WHERE v.occurrence_id = o.id AND v.ready IS NOT NULL) AS ever,
          (r.image <> '' OR r.server <> '') AS runs,
-         clock.now, o.told, o.held_from, o.held_until, o.resource_id, r.over, o.due
+         clock.now, o.told, o.held_from, o.held_until, o.resource_id, r.over, o.due, o.slot, o.altered, o.revision,
+         o.revised, r.on_conflict, r.booked_until, r.subscription, r.series <> '' AS repeats
     FROM (SELECT CAST(? AS INTEGER) AS now) clock, occurrence o
     JOIN reservation r ON r.id = o.reservation_id JOIN resource s ON s.id = o.resource_id'''
 
@@ -1479,6 +1853,577 @@ class Clouds:
         return OpenStack(account, self.store, self.config.call_timeout)
 
 
+# Notices #####################################################################
+#
+# What goes to addresses that people gave, and comes from there.
+#
+# A notice is written down with the event that it tells of, in the same transaction; the life cycle
+# delivers it, at least once, with growing pauses for some days. Webhooks get signed JSON, people
+# get mail in the words of the configuration.
+
+GIVE_UP = 3 * 86400  # seconds after which an undeliverable notice is given up
+MOST_WAIT = 10  # seconds for an answer from an address that a person gave
+MOST_FETCHED = 2**20  # bytes of it
+
+NOTICES = '''SELECT n.id, n.target, n.tries, e.id AS event, e.at, e.actor, e.code, e.sentence, e.reservation_id, e.occurrence
+               FROM outbox n JOIN event e ON e.id = n.event_id'''
+
+
+class Undelivered(Error):
+    """A notice did not arrive; it may the next time."""
+
+
+def deliver(config: Config, notice, about: dict) -> None:
+    """Delivers one notice to its target; `about` is its reservation as an answer shows it.
+
+    Raises:
+      Undelivered: it was not accepted.
+    """
+    from http.client import HTTPException
+    try:
+        if re.match('https?://', notice.target):
+            body = {'id': notice.event, 'event': notice.code, 'at': instant(notice.at), 'actor': notice.actor,
+                    'sentence': notice.sentence, 'reservation': about}
+            post(config, notice.target, json_text(body).encode())
+        else:
+            send_mail(config, notice, about)
+    except (OSError, ValueError, HTTPException) as error:  # smtplib's are OSErrors
+        raise Undelivered(f'{type(error).__name__}: {error}') from None
+
+
+def post(config: Config, url: str, body: bytes) -> None:
+    """Posts a webhook: signed if there is a secret, no redirects, and only where that is allowed.
+
+    The header X-Cmres-Signature is `sha256=` and the hex HMAC of X-Cmres-Timestamp, a full stop and the body.
+    """
+    import hmac
+    stamp = str(int(time.time())).encode()
+    signature = hmac.new(config.webhook_secret.encode(), stamp + b'.' + body, 'sha256').hexdigest()
+    status, _, _ = exchange(config, 'POST', url, body, {
+        'Content-Type': 'application/json', 'X-Cmres-Timestamp': stamp.decode()}
+        | ({'X-Cmres-Signature': f'sha256={signature}'} if config.webhook_secret else {}))
+    if not 200 <= status < 300:
+        raise ValueError(f'the webhook answered {status}; 200 to 299 is taken, and no redirect is followed')
+
+
+def fetch(config: Config, url: str, headers: dict) -> tuple[int, dict, bytes]:
+    """The answer to a GET of somebody's address, each of at most five redirects checked like the first.
+
+    Raises:
+      Undelivered: there is none, or not where that is allowed; the sentence doesn't tell the address.
+    """
+    from http.client import HTTPException
+    try:
+        for _ in range(6):
+            status, found, body = exchange(config, 'GET', url, None, headers)
+            if status not in (301, 302, 303, 307, 308):
+                return status, found, body
+            target = urljoin(url, found.get('location', ''))
+            if not target.startswith('https://' if url.startswith('https://') else ('http://', 'https://')):
+                raise ValueError('it redirects to an address that is not http(s), or no longer https')
+            url = target
+        raise ValueError('it redirects more than five times')
+    except (OSError, ValueError, HTTPException) as error:
+        raise Undelivered(f'{type(error).__name__}: {error}') from None
+
+
+def exchange(config: Config, verb: str, url: str, body: bytes | None, headers: dict) -> tuple[int, dict, bytes]:
+    """One request to an address that a person gave: its status, headers in lower case and body.
+
+    Raises:
+      OSError, ValueError, HTTPException: no answer within 10 seconds, more than 1 MiB, or a private address.
+    """
+    from http.client import HTTPConnection, HTTPSConnection
+    parts = urlsplit(url)
+    port = parts.port or (443 if parts.scheme == 'https' else 80)
+    address = allowed_address(config, parts.hostname or '', port)
+    kind = HTTPSConnection if parts.scheme == 'https' else HTTPConnection
+    connection = kind(parts.hostname, port, timeout=MOST_WAIT)
+    # To the address that was checked: the name may mean another one a moment later.
+    connection._create_connection = lambda _, *rest: socket.create_connection((address, port), *rest)
+    # The time-out is for each piece; one that comes drop by drop is cut off.
+    watch = threading.Timer(MOST_WAIT, lambda: connection.sock and connection.sock.shutdown(socket.SHUT_RDWR))
+    watch.start()
+    try:
+        connection.request(verb, parts._replace(scheme='', netloc='', fragment='').geturl() or '/', body,
+                           {'User-Agent': f'cmres/{__version__}', **headers})
+        answer = connection.getresponse()
+        text = answer.read(MOST_FETCHED + 1)
+        if len(text) > MOST_FETCHED:
+            raise ValueError(f'it is larger than {MOST_FETCHED} bytes')
+        return answer.status, {name.lower(): value for name, value in answer.getheaders()}, text
+    finally:
+        watch.cancel()
+        connection.close()
+
+
+def allowed_address(config: Config, host: str, port: int) -> str:
+    """The address of a host; ValueError if any of its addresses is private and that is not allowed."""
+    import ipaddress
+    found = [ipaddress.ip_address(each[4][0].partition('%')[0])
+             for each in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
+    for each in found:
+        public_one = getattr(each, 'ipv4_mapped', None) or each
+        if not config.private_addresses and (not public_one.is_global or public_one.is_multicast):
+            raise ValueError(f'{host} is at the private address {each}; the setting private_addresses allows that')
+    return str(found[0])
+
+
+def send_mail(config: Config, notice, about: dict) -> None:
+    if not config.mail_server:
+        raise ValueError('no mail_server is set')
+    import smtplib
+    from email.message import EmailMessage
+    host, _, port = config.mail_server.partition(':')
+    message = EmailMessage()
+    subject, _, text = notice_text(config, notice, about).partition('\n')
+    message['From'], message['To'], message['Subject'] = config.mail_from, notice.target, f'[cmres] {subject}'
+    message['Message-ID'] = f'<event-{notice.event}-{notice.id}@cmres>'  # a repeated one is known as such
+    message.set_content(f'{text}\n\n{notice.sentence}\n' if notice.sentence not in text else f'{text}\n')
+    with smtplib.SMTP(host, int(port or 25), timeout=10) as server:
+        server.send_message(message)
+
+
+def notice_text(config: Config, notice, about: dict) -> str:
+    """The words of the configuration for an event, filled with its reservation."""
+    template = config.texts[notice.code]
+    fields = {name: in_cell(value, config.zone) for name, value in about.items()}
+    return template.format_map(defaultdict(str, fields | {'sentence': notice.sentence, 'actor': notice.actor}))
+
+
+def in_cell(value, zone: ZoneInfo) -> str:
+    """A value for people."""
+    if isinstance(value, datetime):
+        return format_time(value, zone)
+    if isinstance(value, dict):
+        return ' '.join(f'{name}={in_cell(each, zone)}' for name, each in value.items())
+    if isinstance(value, (list, tuple)):
+        return ', '.join(in_cell(each, zone) for each in value)
+    return '-' if value is None else str(value)
+
+
+def json_text(value) -> str:
+    return json.dumps(to_plain(value), ensure_ascii=False) + '\n'
+
+
+# Calendar ####################################################################
+#
+# iCalendar (RFC 5545) in and out. What comes in is hostile until shown otherwise: size, nesting,
+# lists, rules and lengths are bounded before a library works on them, since none bounds them
+# itself. Text goes to the parser as bytes only: it would open a file whose name is given as str.
+
+MOST_ICS = 2**20        # bytes of a calendar
+MOST_LINES = 20_000
+MOST_EVENTS = 2000
+MOST_DATES = 5000       # RDATEs, EXDATEs and CATEGORIES together
+MOST_NESTING = 8
+MOST_LENGTH = 366 * 86400  # seconds of one occurrence
+MOST_EXPANDING = 10     # seconds for the occurrences of a whole calendar
+#: What an event wants: 2 x m1.small, and if it likes an image and a resource: 2 x m1.small cirros on demo.
+WANT = re.compile(r'(\d{1,7})\s*[x×]\s*([^\s,;]+)(?:\s+(?!on\s)([^\s,;]+))?(?:\s+on\s+([A-Za-z0-9._-]{1,64}))?\s*', re.I)
+MARKED = re.compile(r'#vm\b\s*([^\n<]*)', re.I)
+
+
+parsing = threading.Lock()
+
+
+class Want(NamedTuple):
+    """What an event of a calendar asks for; '' is for the defaults of the import."""
+    vms: int = 1
+    flavor: str = ''
+    image: str = ''
+    resource: str = ''
+    network: str = ''
+    key: str = ''
+
+
+class Booking(NamedTuple):
+    """All components of one UID, as a series that wants machines."""
+    uid: str
+    summary: str
+    want: Want
+    parts: list      # of resource 0, until it is known
+    cancelled: bool
+
+
+def read_calendar(text: str, what: str = 'this') -> list:
+    """The calendars in a text, guarded; each event's zone is known and its rule can be followed.
+
+    Raises:
+      BadCalendar: it is none, is cut short, or holds what could not be followed in reasonable time.
+    """
+    import icalendar
+    import x_wr_timezone
+    data = guarded_text(text, what)
+    try:
+        with parsing, warnings.catch_warnings():
+            warnings.simplefilter('ignore')  # it guesses what Evolution's names mean, rightly
+            icalendar.use_zoneinfo()  # else zones that one calendar describes are those of all after it
+            calendars = icalendar.Calendar.from_ical(data, multiple=True)
+        found = [x_wr_timezone.to_standard(each) if 'X-WR-TIMEZONE' in each else each for each in calendars]
+    except Exception as error:  # the parser has many kinds of its own
+        raise BadCalendar(f'{what} is not iCalendar: {first_line(error)}') from None
+    deadline = time.monotonic() + MOST_EXPANDING
+    for event in events_of(found):
+        with naming(event):
+            guard_event(event)
+        if time.monotonic() > deadline:
+            raise BadCalendar(f'{what} has too many rules that are hard to follow')
+    return found
+
+
+def first_line(error: Exception) -> str:
+    return textwrap.shorten(str(error) or type(error).__name__, 200)
+
+
+def guarded_text(text: str, what: str) -> bytes:
+    """The bytes of a calendar that is whole and not too large for the parser, which needs quadratic time for some."""
+    data = text.encode('utf8', 'surrogateescape').removeprefix(b'\xef\xbb\xbf').strip()
+    if len(data) > MOST_ICS:
+        raise BadCalendar(f'{what} is larger than {MOST_ICS} bytes')
+    if not data[:15].upper().startswith(b'BEGIN:VCALENDAR'):
+        raise BadCalendar(f'{what} is not iCalendar: it begins with {shown(data[:20].decode("utf8", "replace"))}, '
+                          'not with BEGIN:VCALENDAR')
+    if not data.upper().endswith(b'END:VCALENDAR'):
+        raise BadCalendar(f'{what} is cut short: it does not end with END:VCALENDAR')
+    if max(data.count(b'\n'), data.count(b'\r')) > MOST_LINES:
+        raise BadCalendar(f'{what} has more than {MOST_LINES} lines')
+    data = re.sub(rb'\r?\n[ \t]', b'', data)  # a fold may stand within a letter
+    try:
+        data.decode('utf8')
+    except UnicodeDecodeError as error:
+        raise BadCalendar(f'{what} is not UTF-8: byte {error.start} is {data[error.start]:#04x}') from None
+    guard_lines(data.upper().splitlines(), what)
+    return data
+
+
+def guard_lines(lines: list[bytes], what: str) -> None:
+    depth = events = dates = 0
+    for line in lines:
+        depth += line.startswith(b'BEGIN:') - line.startswith(b'END:')
+        events += line.startswith(b'BEGIN:VEVENT')
+        dates += line.count(b',') + 1 if line.startswith((b'RDATE', b'EXDATE', b'CATEGORIES')) else 0
+        if depth > MOST_NESTING:
+            raise BadCalendar(f'{what} has components nested more than {MOST_NESTING} deep')
+    if events > MOST_EVENTS or dates > MOST_DATES:
+        raise BadCalendar(f'{what} has more than {MOST_EVENTS} events or {MOST_DATES} entries in lists')
+
+
+def events_of(calendars: list) -> list:
+    return [event for calendar in calendars for event in calendar.walk('VEVENT')]
+
+
+@contextmanager
+def naming(event) -> Iterator[None]:
+    """Makes BadCalendar of whatever is wrong with an event, and names it."""
+    uid = textwrap.shorten(str(event.get('UID', '')) or 'without UID', 100)
+    try:
+        yield
+    except BadCalendar:
+        raise
+    except Exception as error:  # the library tells a broken property when it is looked at, in many kinds
+        raise BadCalendar(f"the event '{uid}': {first_line(error)}") from None
+
+
+def guard_event(event) -> None:
+    """Refuses an event whose occurrences could not be found in reasonable time, or would be wrong in silence."""
+    if 'DTSTART' not in event:
+        raise Invalid('it has no DTSTART')
+    start, length = event_start(event), event_length(event)
+    if not FIRST.year <= start.year < LAST.year:
+        raise Invalid(f'its start {start} is not between the years {FIRST.year} and {LAST.year - 1}')
+    if not timedelta(0) <= length <= timedelta(seconds=MOST_LENGTH):
+        raise Invalid(f'it is {length} long; from nothing to {MOST_LENGTH // 86400} days are possible')
+    for name in ('DTSTART', 'DTEND', 'RECURRENCE-ID', 'RDATE', 'EXDATE'):
+        refuse_unknown_zone(event.get(name))
+    if 'EXRULE' in event or isinstance(event.get('RRULE'), list):
+        raise Invalid('it has more than one rule')
+    if 'RRULE' in event:
+        rule = local_rule(event_rule(event), ZoneInfo('UTC'))
+        if not next(walls(Part(at_midnight(start).isoformat(), 1, 'UTC', 1, 0, rule)), None):
+            raise Invalid(f'its rule {rule} never matches')
+
+
+def refuse_unknown_zone(value) -> None:
+    """A time in a zone that nobody knows is read as one without a zone, in silence."""
+    for each in value if isinstance(value, list) else [value]:
+        for item in getattr(each, 'dts', [each]):
+            name = (getattr(each, 'params', {}) or {}).get('TZID') or (getattr(item, 'params', {}) or {}).get('TZID')
+            moment = getattr(item, 'dt', None)
+            moment = moment[0] if isinstance(moment, tuple) else moment
+            if name and isinstance(moment, datetime) and moment.tzinfo is None:
+                raise Invalid(f'the time zone {shown(str(name))} is not known')
+
+
+def event_start(event) -> date | datetime:
+    return event['DTSTART'].dt
+
+
+def event_length(event) -> timedelta:
+    """By wall clocks; a day for a date without an end, nothing for a time without one (RFC 5545, 3.6.1)."""
+    start = event_start(event)
+    if 'DTEND' in event:
+        return at_midnight(event['DTEND'].dt, start) - at_midnight(start)
+    if 'DURATION' in event:
+        return event['DURATION'].dt
+    return timedelta(0) if isinstance(start, datetime) else timedelta(days=1)
+
+
+def at_midnight(moment: date | datetime, like: date | datetime | None = None) -> datetime:
+    """A date or time as the wall time in its own zone, or in that of another."""
+    if not isinstance(moment, datetime):
+        return datetime(moment.year, moment.month, moment.day)
+    zone = getattr(like, 'tzinfo', None)
+    return (moment.astimezone(zone) if zone and moment.tzinfo else moment).replace(tzinfo=None)
+
+
+def event_rule(event) -> str:
+    return checked_rule(event['RRULE'].to_ical().decode().upper())
+
+
+def occurrences_of(calendars: list, zone: ZoneInfo, begin: datetime, until: datetime) -> list[dict]:
+    """The occurrences in a window, as recurring-ical-events finds them; bare times are in the owner's zone.
+
+    Raises:
+      BadCalendar: they are too many.
+    """
+    found, deadline = [], time.monotonic() + MOST_EXPANDING
+    for uid, events in by_uid(calendars).items():
+        with naming(events[0]):
+            found += uid_occurrences(uid, events, zone, begin, until)
+        if len(found) > 10 * MOST_OCCURRENCES or time.monotonic() > deadline:
+            raise BadCalendar(f'there are too many occurrences from {begin:%Y-%m-%d} to {until:%Y-%m-%d}; '
+                              'ask for a shorter window')
+    return sorted(found, key=lambda each: (each['start'], each['end'], each['uid']))
+
+
+def by_uid(calendars: list) -> dict[str, list]:
+    groups: dict = defaultdict(list)
+    for number, event in enumerate(events_of(calendars)):
+        groups[str(event.get('UID', f'without-uid-{number}'))].append(event)
+    return groups
+
+
+def uid_occurrences(uid: str, events: list, zone: ZoneInfo, begin: datetime, until: datetime) -> list[dict]:
+    import icalendar
+    import recurring_ical_events
+    for event in events:  # counts what it would give, before the library makes objects of them
+        if 'RRULE' in event:
+            part = Part(at_midnight(event_start(event)).isoformat(), 1, 'UTC', 1, 0,
+                        local_rule(event_rule(event), ZoneInfo('UTC')))
+            sum(1 for _ in slots(part, begin.timestamp() - 86400, until.timestamp() + 86400))
+    alone = icalendar.Calendar()
+    alone.subcomponents = events
+    # A day more on each side: the library compares bare times in a zone of its own choosing.
+    day = timedelta(days=1)
+    found = recurring_ical_events.of(alone).between(begin - day, until + day)
+    windows = [(*owned_window(each.start, each.end, zone), str(each.get('STATUS', 'CONFIRMED')).upper())
+               for each in found]
+    return [{'uid': uid, 'start': start, 'end': end, 'status': status} for start, end, status in windows
+            if start < until and (end > begin or start == end >= begin)]
+
+
+def owned_window(first: date | datetime, last: date | datetime, zone: ZoneInfo) -> tuple[datetime, datetime]:
+    """The instants of a start and an end; an hour that doesn't exist may put the one after the other."""
+    start, end = owned(first, zone), owned(last, zone)
+    return start, end if end >= start else start + (at_midnight(last) - at_midnight(first))
+
+
+def owned(moment: date | datetime, zone: ZoneInfo) -> datetime:
+    """The instant of a date or a bare time in its owner's zone, or of a time in its own."""
+    if isinstance(moment, datetime) and moment.tzinfo:
+        return moment.astimezone(UTC)
+    return from_wall(at_midnight(moment), zone)
+
+
+def bookings(calendars: list, zone: ZoneInfo, begin: datetime, until: datetime, defaults: Want) -> list[Booking]:
+    """What the events of calendars want, those that want nothing left out.
+
+    Args:
+      zone: the owner's, for times without one
+      begin, until: the window that a series in a zone of its own making is spelled out for
+    """
+    found = []
+    for uid, events in by_uid(calendars).items():
+        with naming(events[0]):
+            masters = sorted((each for each in events if 'RECURRENCE-ID' not in each),
+                             key=lambda each: int(each.get('SEQUENCE', 0)))
+            master = masters[-1] if masters else events[0]
+            want = want_of(master, defaults)
+            if want:
+                parts = series_of(master, [each for each in events if each is not master and 'RECURRENCE-ID' in each],
+                                  want, zone, begin, until)
+                cancelled = str(master.get('STATUS', '')).upper() == 'CANCELLED'
+                found.append(Booking(uid, str(master.get('SUMMARY', '')), want, parts, cancelled))
+    return found
+
+
+def want_of(event, defaults: Want) -> Want | None:
+    """What an event says that it wants; None if it wants no machines."""
+    title, text, place = (str(event.get(name, '')) for name in ('SUMMARY', 'DESCRIPTION', 'LOCATION'))
+    for match in filter(None, (MARKED.search(title), MARKED.search(text))):
+        said = WANT.fullmatch(match[1].strip())
+        if not said and match[1].strip():
+            raise Invalid(f'{shown(match[0])} is not such as #vm 2 x m1.small')
+        return spoken_want(said, defaults) if said else defaults
+    for line in (re.split(r'\n|<br', text.strip())[0], place.strip()):
+        if said := WANT.fullmatch(line.strip()):
+            return spoken_want(said, defaults)
+    categories = [each.upper() for each in categories_of(event)]
+    return programmed_want(event, defaults) if 'VM' in categories else None
+
+
+def spoken_want(said: re.Match, defaults: Want) -> Want:
+    vms, flavor, image, resource = said.groups()
+    return defaults._replace(vms=read_count(vms), flavor=flavor, image=image or defaults.image,
+                             resource=resource or defaults.resource)
+
+
+def programmed_want(event, defaults: Want) -> Want:
+    """CATEGORIES:VM and X-VM-COUNT, X-VM-FLAVOR, X-VM-IMAGE, X-VM-RESOURCE, X-VM-NETWORK, X-VM-KEY."""
+    said = {name: str(event[f'X-VM-{name}']) for name in ('FLAVOR', 'IMAGE', 'RESOURCE', 'NETWORK', 'KEY')
+            if f'X-VM-{name}' in event}
+    vms = read_count(str(event.get('X-VM-COUNT', defaults.vms)))
+    return defaults._replace(vms=vms, **{name.lower(): read_name(value) for name, value in said.items()})
+
+
+def categories_of(event) -> list[str]:
+    value = event.get('CATEGORIES', [])
+    return [str(name) for each in (value if isinstance(value, list) else [value]) for name in getattr(each, 'cats', ())]
+
+
+def series_of(master, overrides: list, want: Want, zone: ZoneInfo, begin: datetime, until: datetime) -> list[Part]:
+    """The parts of a series: its rule, dates and exceptions, and what RECURRENCE-IDs say otherwise."""
+    name = zone_of(event_start(master), zone)
+    if name is None:
+        return spelled_out([master, *overrides], want, zone, begin, until)
+    here, length = ZoneInfo(name), int(event_length(master).total_seconds())
+    first = wall_in(event_start(master), here, zone)
+    rule = local_rule(event_rule(master), here) if 'RRULE' in master else ''
+    dates = tuple(listed(master, 'RDATE', here, zone))
+    repeats = rule or dates
+    part = Part(first.isoformat(), length, name, want.vms, 0, rule, (first.isoformat(), *dates) if repeats else (),
+                tuple(listed(master, 'EXDATE', here, zone)))
+    parts = [part]
+    for event in sorted(overrides, key=lambda each: wall_in(each['RECURRENCE-ID'].dt, here, zone)):
+        parts = overridden(parts, event, here, zone, want)
+    return parts
+
+
+def zone_of(start: date | datetime, owner: ZoneInfo) -> str | None:
+    """The name of the zone that a start goes by; None for one that only its calendar describes."""
+    if not isinstance(start, datetime) or start.tzinfo is None:
+        return owner.key
+    name = getattr(start.tzinfo, 'key', None)
+    return 'UTC' if start.tzinfo is UTC else name
+
+
+def wall_in(moment: date | datetime, zone: ZoneInfo, owner: ZoneInfo) -> datetime:
+    if isinstance(moment, datetime) and moment.tzinfo:
+        return to_wall(moment, zone)
+    return at_midnight(moment) if zone is owner or not isinstance(moment, datetime) else to_wall(
+        from_wall(moment, owner), zone)
+
+
+def listed(event, name: str, zone: ZoneInfo, owner: ZoneInfo) -> Iterator[str]:
+    """The slots of RDATE or EXDATE; a period has its length in seconds behind a slash."""
+    value = event.get(name, [])
+    for each in value if isinstance(value, list) else [value]:
+        for item in each.dts:
+            begin, end = item.dt if isinstance(item.dt, tuple) else (item.dt, None)
+            wall = wall_in(begin, zone, owner)
+            until = wall + end if isinstance(end, timedelta) else wall_in(end, zone, owner) if end else None
+            plain_day = name == 'EXDATE' and not isinstance(begin, datetime)
+            text = wall.date().isoformat() if plain_day else wall.isoformat()
+            yield f'{text}/{int((until - wall).total_seconds())}' if until else text
+
+
+def overridden(parts: list[Part], event, here: ZoneInfo, owner: ZoneInfo, want: Want) -> list[Part]:
+    """A series with one RECURRENCE-ID: left out, moved, or with RANGE=THISANDFUTURE otherwise from there on."""
+    key = wall_in(event['RECURRENCE-ID'].dt, here, owner).isoformat()
+    start, length = wall_in(event_start(event), here, owner), int(event_length(event).total_seconds())
+    vms = (want_of(event, want) or want).vms
+    cancelled = str(event.get('STATUS', '')).upper() == 'CANCELLED'
+    if event['RECURRENCE-ID'].params.get('RANGE') == 'THISANDFUTURE':
+        if cancelled:
+            return [part._replace(until=min(part.until or key, key)) for part in parts]
+        shift = int((start - datetime.fromisoformat(key)).total_seconds())
+        return cut_parts(parts, key, shift=shift - parts[-1].shift, length=length, vms=vms)
+    if cancelled:
+        return [part._replace(skips=(*part.skips, key)) for part in parts]
+    return [part._replace(moved=part.moved | {key: (start.isoformat(), length, vms)}) for part in parts]
+
+
+def spelled_out(events: list, want: Want, owner: ZoneInfo, begin: datetime, until: datetime) -> list[Part]:
+    """A series in a zone that only its calendar describes, as the list of what it gives in a window."""
+    found = [each for each in uid_occurrences('', events, owner, begin, until) if each['status'] != 'CANCELLED']
+    dates = tuple(f"{to_wall(each['start'], ZoneInfo('UTC')).isoformat()}/"
+                  f"{int((each['end'] - each['start']).total_seconds())}" for each in found)
+    repeats = len(events) > 1 or 'RRULE' in events[0] or 'RDATE' in events[0]
+    if not dates:
+        return []
+    start, length = dates[0].split('/')
+    return [Part(start, int(length), 'UTC', want.vms, 0, dates=dates if repeats else ())]
+
+
+def days_of(calendars: list, zone: ZoneInfo, begin: datetime, until: datetime) -> list[str]:
+    """The days of all all-day events in a window, as skips of a series."""
+    days = set()
+    for each in occurrences_of(calendars, zone, begin, until):
+        first, last = to_wall(each['start'], zone), to_wall(each['end'], zone)
+        if first.time() == last.time() == datetime.min.time() and each['status'] != 'CANCELLED':
+            days |= {(first + timedelta(days=n)).date().isoformat() for n in range((last - first).days)}
+    return sorted(days)
+
+
+def calendar_name(text: str, number: int = 0) -> str:
+    """A label out of a title: its letters and digits."""
+    import unicodedata
+    plain = unicodedata.normalize('NFKD', text).encode('ascii', 'ignore').decode().lower()
+    name = re.sub('[^a-z0-9._-]+', '-', MARKED.sub('', plain)).strip('-.')[:56] or 'event'
+    name = f'{name}-event' if name in NO_LABELS else name
+    return f'{name}-{number}' if number else name
+
+
+class Shown(NamedTuple):
+    """What a feed shows of an occurrence; equal ones are written once."""
+    uid: str
+    start: int
+    end: int
+    revision: int
+    revised: int
+    summary: str
+    description: str
+    location: str
+    status: str
+
+
+@functools.lru_cache(20_000)
+def event_text(shown: Shown) -> str:
+    """The VEVENT of an occurrence (RFC 5545, 3.6.1), in UTC; its times of change are those of the occurrence."""
+    import icalendar
+    event, changed = icalendar.Event(), instant(shown.revised)
+    for name, value in (('uid', shown.uid), ('dtstamp', changed), ('last-modified', changed),
+                        ('sequence', shown.revision), ('dtstart', instant(shown.start)), ('dtend', instant(shown.end)),
+                        ('summary', shown.summary), ('description', shown.description), ('location', shown.location),
+                        ('status', shown.status), ('transp', 'OPAQUE'), ('categories', ['VM'])):
+        if value not in ('', None):
+            event.add(name, value)
+    return event.to_ical().decode()
+
+
+def calendar_text(name: str, shown: Iterable[Shown]) -> str:
+    """A whole feed; how often it is looked at again is the subscriber's choice."""
+    import icalendar
+    calendar = icalendar.Calendar()
+    for field, value in (('prodid', f'-//cmres//{__version__}//EN'), ('version', '2.0'), ('method', 'PUBLISH'),
+                         ('x-wr-calname', name), ('x-published-ttl', 'PT15M')):
+        calendar.add(field, value)
+    calendar.add('refresh-interval', timedelta(minutes=15), parameters={'VALUE': 'DURATION'})
+    head, _, tail = calendar.to_ical().decode().rpartition('END:VCALENDAR')
+    return head + ''.join(map(event_text, shown)) + f'END:VCALENDAR{tail}'
+
+
 # Service #####################################################################
 #
 # What people can ask of cmres. A method reads: what is asked, what the cloud knows of it (outside
@@ -1513,6 +2458,10 @@ class Wish(NamedTuple):
     notify: list
     lead: int
     description: str
+    repeat: str
+    tz: str
+    on_conflict: str
+    parts: list   # of a series; none for a plain reservation
     each: Amount  # what one machine takes
     warnings: list
 
@@ -1537,14 +2486,32 @@ SOON, READY, ENDING = 1, 2, 4
 CLOUDY = ('flavor', 'image', 'network', 'key', 'security_groups', 'server')
 #: The fields of a reservation that a machine is made of; they are fixed once it has begun.
 FIXED = (*CLOUDY, 'resource', 'start', 'lead', 'user_data', 'metadata')
-STORED = ('label', 'user', 'project', *CLOUDY, 'user_data', 'metadata', 'at_end', 'notify', 'lead', 'description')
+STORED = ('label', 'user', 'project', *CLOUDY, 'user_data', 'metadata', 'at_end', 'notify', 'lead', 'description',
+          'repeat', 'tz', 'on_conflict')
+#: What one occurrence of a series may have otherwise than the others.
+OWN = frozenset(('resource', 'start', 'end', 'vms'))
+#: What makes a series.
+REPEATING = frozenset(('repeat', 'until', 'count', 'skip_dates', 'holidays'))
 JSON = frozenset(('security_groups', 'metadata', 'notify', 'addresses'))
 UNCHANGED = (*STORED, 'resource_id', 'start', 'end', 'held_from', 'held_until', 'vms', 'vcpus', 'ram', 'over')
 OVER = ('ended', 'cancelled', 'failed')
 PLACE = ('cell', 'cloud', 'region', 'aggregate')
 HIDDEN = frozenset(('now', 'resource_id', 'held_from', 'held_until', 'over', 'due', 'reservation', 'user_data',
-                    'existing', 'ever', 'runs', 'told'))
+                    'existing', 'ever', 'runs', 'told', 'slot', 'altered', 'revision', 'revised', 'on_conflict',
+                    'booked_until', 'subscription', 'repeats'))
+#: Of a reservation, the occurrence that is now or comes next: no other that is not over comes before it.
+NEXT_OF_ITS = """NOT EXISTS (SELECT 1 FROM occurrence c WHERE c.reservation_id = o.reservation_id AND c.cancelled IS NULL
+                              AND c."end" > clock.now AND (c.start, c.id) < (o.start, o.id))"""
+#: Its occurrences in the order in which people mean them: the present or next, those after it, at last those before.
+NEXT_FIRST = 'cancelled IS NOT NULL OR "end" <= now, iif(cancelled IS NULL AND "end" > now, start, -start), id'
+NOT_OVER = 'o.cancelled IS NULL AND o."end" > clock.now'
 PATIENCE = 60  # seconds that a start may lie in the past: slow clocks, slow networks
+
+
+def told(of, outcome: str, why: str = '') -> dict:
+    """What became of one occurrence of a series."""
+    return {'start': instant(of.start), 'end': instant(of.end), 'vms': of.vms, 'outcome': outcome} | (
+        {'why': why} if why else {})
 
 
 def public(found) -> dict:
@@ -1567,6 +2534,10 @@ def spread(name: str, lateness: list[float]) -> dict:
     ordered = sorted(max(each, 0) for each in lateness)
     return {f'{name}_{word}': round(ordered[min(int(len(ordered) * share), len(ordered) - 1)], 3) if ordered else None
             for word, share in (('median', 0.5), ('95', 0.95), ('worst', 1))}
+
+
+class Held(Error):
+    """A calendar asks for so much less than before that its owner must say that it is meant."""
 
 
 class Reservations:
@@ -1599,24 +2570,37 @@ class Reservations:
     def add(self, label: Label, resource: Place, start: When, end: When, vms: Count = 1, flavor: Name = '',
             image: Name = '', network: Name = '', key: Name = '', security_groups: Names = (), user_data: File = '',
             metadata: Pairs = None, server: Name = '', at_end: Name = '', notify: Names = (), lead: Span = None,
-            description: Text = '', user: Name = '', project: Name = '', cell: Name = '', cloud: Name = '',
-            region: Name = '', aggregate: Name = '', dry_run: bool = False) -> dict:
-        """Reserves machines from START to END.
+            description: Text = '', repeat: Repeat = '', tz: Zone = '', until: Day = None, count: Count = None,
+            skip_dates: Names = (), holidays: Source = '', on_conflict: Clash = 'refuse', user: Name = '',
+            project: Name = '', cell: Name = '', cloud: Name = '', region: Name = '', aggregate: Name = '',
+            dry_run: bool = False) -> dict:
+        """Reserves machines from START to END, once or again and again.
 
         With an image, they are booted at the start and deleted at the end, or what --at-end says;
         with --server, a machine that you have is started and stopped instead. With neither, capacity
         is held and nothing boots. With a flavor, its vcpus and ram count against the resource as
         well. What doesn't fit is refused with what would; `add --file FILE` is `load FILE`.
 
+        With --repeat it is a series by the clocks of --tz: START is when the first may begin, END says
+        how long each takes. What begins in an hour that the change of the clocks leaves out begins an
+        hour later by the clock; in an hour that comes twice, the first time. Its occurrences are
+        reserved as far as the setting `horizon` says, and from day to day further.
+
         Example:
           python cmres.py add lab demo 2026-12-01T09:00 +2h --vms 3 --flavor m1.small --image cirros
+          python cmres.py add class demo 2027-01-12T09:00 +2h --repeat 'weekly on tue,thu' --until 2027-06-30
         """
         asked = {name: value for name, value in locals().items() if name not in ('self', 'dry_run')}
         wish = self.read_wish(asked)
         with self.recording_refusal(wish, dry_run), self.explaining(wish), self.writing(dry_run) as now:
             self.refuse_taken_label(wish, now)
-            answer = public(self.occurrence(self.book(wish, now)))
-        return answer | ({'warnings': wish.warnings} if wish.warnings else {})
+            return self.answer(*self.book(wish, now), wish)
+
+    def answer(self, reservation: int, done: Iterable[dict], wish: Wish, occurrence: int | None = None) -> dict:
+        """What was reserved, of a series the next occurrence and what became of each."""
+        found = self.occurrence(occurrence) if occurrence else self.next_of(reservation)
+        series = {'booked_until': instant(found.booked_until), 'occurrences': [*done]} if wish.parts else {}
+        return public(found) | series | ({'warnings': wish.warnings} if wish.warnings else {})
 
     @api('POST', '/reservation/load')
     def load(self, rows: Rows, partial: bool = False, dry_run: bool = False) -> dict:
@@ -1640,7 +2624,7 @@ class Reservations:
                 try:
                     with db.atomic(), self.explaining(wish):
                         self.refuse_taken_label(wish, now)
-                        taken.append(public(self.occurrence(self.book(wish, now))))
+                        taken.append(self.answer(*self.book(wish, now), wish))
                 except Error as error:
                     refused.append({'line': line, 'label': wish.label, 'error': str(error)})
             refused.sort(key=lambda each: each['line'])
@@ -1665,7 +2649,8 @@ class Reservations:
              end: When = None, limit: Page = 100, after: int = 0) -> Rows:
         """Lists reservations, the earliest first: those that are not over, or all that the filters meet.
 
-        A label, a state or a window [START, END) that they overlap also finds what is over. Each page
+        A label, a state or a window [START, END) that they overlap also finds what is over. Of a series
+        only the present or next occurrence is listed; a label or a window finds all of them. Each page
         has at most --limit lines; --after the id of its last line gives the next.
 
         Example:
@@ -1680,6 +2665,8 @@ class Reservations:
         where += self.window(start, end) + self.visible()
         if after:
             where.append(('(o.start, o.id) > (SELECT start, id FROM occurrence WHERE id = ?)', after))
+        if not (label or start or end):
+            where.append((f'({NEXT_OF_ITS} OR NOT ({NOT_OVER}))', None))
         if not (label or state or start or end):
             state = [word for word in STATES if word not in OVER]
         if state and not set(state) & set(OVER):
@@ -1709,17 +2696,23 @@ class Reservations:
     def occurrence(self, id: int):
         return listing(self.clock(), 'o.id = ?', (id,))[0]
 
-    def mine(self, label: str, project: str = '', live: bool = True):
+    def next_of(self, reservation: int):
+        """Its present or next occurrence, else its last."""
+        return self.search([('r.id = ?', reservation)], tail=f'ORDER BY {NEXT_FIRST}', limit=1)[0]
+
+    def mine(self, label: str, project: str = '', live: bool = True, occurrence: datetime | None = None):
         """The one reservation of that label that the actor means: not over, else (unless `live`) the latest.
+
+        Of a series it is the present or next occurrence, or the one that begins at an instant or on a date.
 
         Raises:
           NotFound: there is none that they may see.
           Conflict: several projects have one; the sentence names them.
         """
         where = [('r.label = ?', label), *self.visible(), *([('r.project = ?', project)] if project else [])]
-        usable = self.search([*where, ('r.over > ?', int(self.clock()))])
+        usable = self.search([*where, ('r.over > ?', int(self.clock())), (NOT_OVER, None), (NEXT_OF_ITS, None)])
         if not usable:
-            past = self.search(where, tail='ORDER BY over DESC, id DESC', limit=1)
+            past = self.search(where, tail=f'ORDER BY over DESC, {NEXT_FIRST}', limit=1)
             if live or not past:
                 raise NotFound(f"there is no reservation '{label}'{' that is not over' if past else ''}")
             usable = past
@@ -1727,29 +2720,56 @@ class Reservations:
         if len(usable) > 1:
             projects = ', '.join(sorted(each.project for each in usable))
             raise Conflict(f"'{label}' is in several projects ({projects}); name one with --project")
-        return usable[0]
+        return self.occurrence_at(usable[0], occurrence, live) if occurrence else usable[0]
+
+    def occurrence_at(self, found, asked: Day, live: bool):
+        """The occurrence of the same reservation that begins then, or on that date by the clocks of its series."""
+        zone = read_zone(found.tz or self.config.timezone)
+        begin, until, text = self.span_of(asked, zone)
+        there = self.search([('r.id = ?', found.reservation), ('o.start >= ?', begin), ('o.start < ?', until),
+                             *([(NOT_OVER, None)] if live else [])], limit=1)
+        if not there:
+            raise NotFound(f"'{found.label}' has no occurrence {'that is not over ' if live else ''}on {text}")
+        return there[0]
+
+    def span_of(self, asked: Day, zone: ZoneInfo) -> tuple[int, int, str]:
+        """The seconds that an instant or a date stands for, and how a sentence calls it."""
+        if type(asked) is date:
+            first = at_midnight(asked)
+            begin, until = (int(from_wall(each, zone).timestamp()) for each in (first, first + timedelta(days=1)))
+            return begin, until, f'{asked}'
+        asked = self.here.now + asked if isinstance(asked, timedelta) else asked
+        return int(asked.timestamp()), int(asked.timestamp()) + 1, format_time(asked, zone)
 
     @api('GET', '/reservation/<label>/show')
-    def show(self, label: Label, project: Name = '') -> dict:
-        """Shows all of one reservation: what was asked, its state, its servers.
+    def show(self, label: Label, project: Name = '', occurrence: Day = None, tz: Zone = '') -> dict:
+        """Shows all of one reservation: what was asked, its state, its servers; of a series also what comes.
 
         Example:
           python cmres.py show lab
         """
-        found = self.mine(label, project, live=False)
-        return public(found) | {'user_data': found.user_data, 'servers': self.servers(label, project)}
+        found = self.mine(label, project, live=False, occurrence=occurrence)
+        answer = public(found) | {'user_data': found.user_data, 'servers': self.servers_of(found.id)}
+        if not found.repeats:
+            return answer
+        comes = self.search([('r.id = ?', found.reservation), ('o.end > ?', int(self.clock()))], limit=1000)
+        fields = ('start', 'end', 'vms', 'resource', 'state')
+        return answer | {'on_conflict': found.on_conflict, 'booked_until': instant(found.booked_until), 'occurrences': [
+            {name: value for name, value in public(each).items() if name in fields} for each in comes]}
 
     @api('GET', '/reservation/<label>/servers')
-    def servers(self, label: Label, project: Name = '') -> Rows:
+    def servers(self, label: Label, project: Name = '', occurrence: Day = None, tz: Zone = '') -> Rows:
         """Lists the servers of a reservation: state, addresses, and when each was planned, begun and ready.
 
         Example:
           python cmres.py servers lab
         """
-        found = self.mine(label, project, live=False)
+        return self.servers_of(self.mine(label, project, live=False, occurrence=occurrence).id)
+
+    def servers_of(self, occurrence: int) -> Rows:
         return [public(each) for each in rows(
             'SELECT n, name, state, addresses, planned, begun, ready, deleted, snapshot, tries, fault, account, uid '
-            'FROM server WHERE occurrence_id = ? ORDER BY n, id', found.id)]
+            'FROM server WHERE occurrence_id = ? ORDER BY n, id', occurrence)]
 
     @api('GET', '/reservation/<label>/duration')
     def duration(self, label: Label, project: Name = '') -> dict:
@@ -1766,34 +2786,42 @@ class Reservations:
     def update(self, label: Label, resource: Label = None, start: When = None, end: When = None, vms: Count = None,
                flavor: Name = None, image: Name = None, network: Name = None, key: Name = None,
                security_groups: Names = None, user_data: File = None, metadata: Pairs = None, at_end: Name = None,
-               notify: Names = None, lead: Span = None, description: Text = None, user: Name = None,
-               rename: Label = None, project: Name = '', dry_run: bool = False) -> dict:
+               notify: Names = None, lead: Span = None, description: Text = None, repeat: Repeat = None,
+               until: Day = None, count: Count = None, skip_dates: Names = None, holidays: Source = None,
+               on_conflict: Clash = None, user: Name = None, rename: Label = None, occurrence: Day = None,
+               following: bool = False, tz: Zone = '', project: Name = '', dry_run: bool = False) -> dict:
         """Changes a reservation, all of it or nothing.
 
         A new start alone moves it with its length; a new end alone makes it longer or shorter. One
-        that has begun keeps its start, its place and what its machines are made of.
+        that has begun keeps its start, its place and what its machines are made of. Of a series, all
+        that has not begun changes; with --occurrence only that one, and with --following those after
+        it as well. An occurrence that was changed on its own lets the others be, and they it.
 
         Example:
           python cmres.py update lab --start 2026-12-01T10:00 --vms 5
+          python cmres.py update class --occurrence 2027-02-02 --start 2027-02-03T09:00
         """
-        asked = {name: value for name, value in locals().items()
-                 if value is not None and name not in ('self', 'label', 'rename', 'project', 'dry_run')}
-        return self.alter(label, project, asked | ({'label': rename} if rename else {}), dry_run)
+        asked = {name: value for name, value in locals().items() if value is not None and name not in (
+            'self', 'label', 'rename', 'project', 'dry_run', 'occurrence', 'following') and (name, value) != ('tz', '')}
+        return self.alter(label, project, asked | ({'label': rename} if rename else {}), dry_run,
+                          occurrence=occurrence, alone=bool(occurrence) and not following)
 
     @api('POST', '/reservation/<label>/extend')
-    def extend(self, label: Label, by: Span, project: Name = '', dry_run: bool = False) -> dict:
-        """Lets a reservation end later; works until its end.
+    def extend(self, label: Label, by: Span, project: Name = '', occurrence: Day = None, tz: Zone = '',
+               dry_run: bool = False) -> dict:
+        """Lets a reservation end later; works until its end. Of a series, only the present or next occurrence.
 
         Example:
           python cmres.py extend lab +1h
         """
         if by <= timedelta(0):
             raise Invalid(f'by: {to_plain(by)} is no length to extend by; write +1h')
-        return self.alter(label, project, {'end': instant(self.mine(label, project).end) + by}, dry_run)
+        old = self.mine(label, project, occurrence=occurrence)
+        return self.alter(label, project, {'end': instant(old.end) + by}, dry_run, occurrence=instant(old.start))
 
     @api('POST', '/reservation/<label>/keep')
-    def keep(self, label: Label, until: When, project: Name = '', dry_run: bool = False) -> dict:
-        """Lets what runs now go on until a later instant, if that fits.
+    def keep(self, label: Label, until: When, project: Name = '', tz: Zone = '', dry_run: bool = False) -> dict:
+        """Lets what runs now go on until a later instant, if that fits; a series goes on after that as planned.
 
         Example:
           python cmres.py keep lab +2h
@@ -1804,43 +2832,88 @@ class Reservations:
             raise Conflict(f"'{label}' has not begun; `update` moves its end")
         if until.timestamp() <= old.end:
             raise Invalid(f'until: {to_plain(until)} is not after the end, {to_plain(instant(old.end))}')
-        return self.alter(label, project, {'end': until}, dry_run, 'kept')
+        return self.alter(label, project, {'end': until}, dry_run, 'kept', occurrence=instant(old.start))
 
     @api('POST', '/reservation/<label>/skip')
-    def skip(self, label: Label, project: Name = '', dry_run: bool = False) -> dict:
+    def skip(self, label: Label, project: Name = '', occurrence: Day = None, tz: Zone = '',
+             dry_run: bool = False) -> dict:
         """Leaves out the next occurrence, which must not have begun.
 
         Example:
           python cmres.py skip lab
         """
         with self.writing(dry_run) as now:
-            found = self.mine(label, project)
+            found = self.mine(label, project, occurrence=occurrence)
+            if now >= found.held_from and found.repeats and not occurrence:
+                coming = [('r.id = ?', found.reservation), (NOT_OVER, None), ('o.held_from > ?', now)]
+                found = (self.search(coming, limit=1) or [found])[0]
             if now >= found.held_from:
                 raise Conflict(f"'{label}' has begun; `delete` ends it")
-            self.cancel(found, now, f'skipped by {self.actor.user}')
+            self.cancel([found], now, f'skipped by {self.actor.user}')
             return public(self.occurrence(found.id))
 
-    def alter(self, label: str, project: str, asked: dict, dry_run: bool, code: str = 'updated') -> dict:
-        """The one way to change a reservation: release and hold anew in one transaction."""
-        if not asked:
+    def alter(self, label: str, project: str, asked: dict, dry_run: bool, code: str = 'updated',
+              occurrence: datetime | None = None, alone: bool = True) -> dict:
+        """The one way to change a reservation: release and hold anew in one transaction.
+
+        Args:
+          occurrence: of a series, the one that is meant; without one, all that has not begun
+          alone: nothing after that occurrence
+        """
+        if not asked.keys() - {'tz'}:
             raise Invalid('say what to change, such as --end or --vms')
         for _ in range(10):  # what the cloud was asked about may be out of date by the time we write
-            old = self.mine(label, project)
-            wish = self.read_wish(self.unaltered(old) | asked, old, asked)
+            old, parts = self.to_alter(label, project, occurrence, asked)
+            only = alone and bool(occurrence) and bool(old.repeats)
+            self.refuse_common(old, asked, occurrence, only)
+            parts = [] if only else parts
+            wish = self.read_wish(self.unaltered(old) | asked, old, asked, parts)
             with self.explaining(wish, old), self.writing(dry_run) as now:
-                current = self.occurrence(old.id)
-                if all(getattr(current, name) == getattr(old, name) for name in UNCHANGED):
-                    self.rewrite(old, wish, asked, now, code)
-                    answer = public(self.occurrence(old.id))
-                    return answer | ({'warnings': wish.warnings} if wish.warnings else {})
+                current, series = self.occurrence(old.id), self.parts(old.reservation)
+                if all(getattr(current, name) == getattr(old, name) for name in UNCHANGED) and (
+                        not parts or series == parts):
+                    return self.answer(*self.rewrite(old, wish, asked, now, code), wish, old.id if only else None)
         raise Conflict(f"'{label}' is being changed by others all the time; try again")
 
-    def rewrite(self, old, wish: Wish, asked: dict, now: float, code: str) -> None:
+    def refuse_common(self, old, asked: dict, occurrence: datetime | None, only: bool) -> None:
+        """Refuses to change for some occurrences of a series what all of them have in common."""
+        own = OWN | {'tz', 'on_conflict'} | (set() if only else REPEATING)
+        if old.repeats and occurrence and asked.keys() - own:
+            raise Invalid(f"the {min(asked.keys() - own).replace('_', ' ')} is the same for all occurrences; some alone "
+                          f"can have another {', '.join(sorted(OWN))}")
+
+    def to_alter(self, label: str, project: str, occurrence: datetime | None, asked: dict) -> tuple:
+        """The occurrence from which on things change, and the parts of its series."""
+        old = self.mine(label, project, occurrence=occurrence)
+        if old.repeats and not occurrence and self.begun(old) and asked.keys() & (OWN | REPEATING):
+            coming = [('r.id = ?', old.reservation), (NOT_OVER, None), ('o.held_from > ?', self.clock())]
+            old = (self.search(coming, limit=1) or [old])[0]
+        return old, self.parts(old.reservation)
+
+    def parts(self, reservation: int) -> list[Part]:
+        return read_parts(row('SELECT series FROM reservation WHERE id = ?', reservation).series)
+
+    def begun(self, found) -> bool:
+        return self.clock() >= (found.held_from if found.runs else found.start)
+
+    def rewrite(self, old, wish: Wish, asked: dict, now: float, code: str) -> tuple[int, list]:
         self.refuse_fixed(old, wish, asked)
         if (wish.label, wish.project) != (old.label, old.project):
             self.refuse_taken_label(wish, now)
-        self.rebook(old, wish, now)
-        self.journal(now, code, f"{self.actor.user} changed: {', '.join(asked)}", old.reservation, wish.notify)
+        done: list = []
+        if wish.parts:
+            done = self.rebook_series(old, wish, now)
+        else:
+            self.rebook(old, wish, now)
+        self.journal(now, code, f"{self.actor.user} changed: {', '.join(sorted(asked.keys() - {'tz'}))}",
+                     old.reservation, wish.notify, None if wish.parts or not old.repeats else old.id)
+        return old.reservation, done
+
+    def wish_of(self, old) -> Wish:
+        """What was wished, as the store has it."""
+        kept = {name: self.unaltered(old)[name] for name in STORED} | {'lead': old.lead}
+        return Wish(resource=None, start=old.start, end=old.end, vms=old.vms, parts=self.parts(old.reservation),
+                    each=Amount(1, old.vcpus // old.vms, old.ram // old.vms), warnings=[], **kept)
 
     def unaltered(self, old) -> dict:
         """What `add` would have to be asked to get the same reservation."""
@@ -1850,7 +2923,7 @@ class Reservations:
 
     def refuse_fixed(self, old, wish: Wish, asked: dict) -> None:
         """A reservation that has begun keeps what its machines are made of."""
-        begun = self.clock() >= (old.held_from if old.runs else old.start)
+        begun = self.begun(old)
         kept = {name: json.loads(getattr(old, name)) if name in JSON else getattr(old, name) for name in FIXED}
         new = {name: getattr(wish, name) for name in FIXED} | {'resource': wish.resource.name}
         changed = [name for name in FIXED if name in asked and new[name] != kept[name]]
@@ -1866,11 +2939,13 @@ class Reservations:
     @api('POST', '/reservation/delete/<label>/<cell>/<cloud>/<region>/<aggregate>/<vms>/<start>/<end>')
     def delete(self, label: Label = '', user: Name = '', project: Name = '', resource: Name = '', cell: Name = '',
                cloud: Name = '', region: Name = '', aggregate: Name = '', vms: Count = None, start: When = None,
-               end: When = None, count: Count = None, dry_run: bool = False) -> Rows:
+               end: When = None, count: Count = None, occurrence: Day = None, following: bool = False,
+               tz: Zone = '', dry_run: bool = False) -> Rows:
         """Cancels a reservation: its capacity is free at once, and its machines are deleted.
 
         Give a label, or filters that must all match exactly (start and end too); without a label,
-        --count must say how many that hits. Nothing that is over is touched.
+        --count must say how many that hits. Nothing that is over is touched. Of a series, --occurrence
+        cancels only that one, and with --following those after it as well.
 
         Example:
           python cmres.py delete --resource demo --user eva --dry-run
@@ -1883,12 +2958,23 @@ class Reservations:
         if not any(exact.values()):
             raise Invalid('say which: a label, or filters such as --resource and --user')
         where = [(f'{column} = ?', value) for column, value in exact.items() if value]
+        if (occurrence or following) and not (label and occurrence):
+            raise Invalid('--occurrence and --following need a label, and --following an --occurrence')
         with self.writing(dry_run) as now:
-            found = self.search([*where, *self.visible(), ('r.over > ?', int(now))])
-            self.refuse_uncounted(found, label, project, count, dry_run)
-            for each in found:
-                self.cancel(each, now)
+            if occurrence:
+                found = [self.mine(label, project, occurrence=occurrence)]
+                self.cancel(self.following(found[0]) if following else found, now, ends=following)
+            else:
+                found = self.search([*where, *self.visible(), ('r.over > ?', int(now)), (NOT_OVER, None),
+                                     (NEXT_OF_ITS, None)])
+                self.refuse_uncounted(found, label, project, count, dry_run)
+                for each in found:
+                    self.cancel(self.following(each), now, ends=True)
             return [public(self.occurrence(each.id)) for each in found]
+
+    def following(self, found) -> list:
+        """An occurrence and, of a series, all after it that are not over."""
+        return self.search([('r.id = ?', found.reservation), (NOT_OVER, None), ('o.start >= ?', found.start)])
 
     def refuse_uncounted(self, found: list, label: str, project: str, count: int | None, dry_run: bool) -> None:
         if not found:
@@ -2102,13 +3188,323 @@ class Reservations:
         """
         with self.writing(dry_run) as now:
             found = self.resource_row(name)
-            busy = self.search([('o.resource_id = ?', found.id), ('r.over > ?', int(now))], limit=100)
+            busy = self.search([('o.resource_id = ?', found.id), ('o.held_until > ?', int(now))], limit=100)
             if busy:
                 raise Conflict(f"'{name}' still has reservations; delete or move them first",
                                labels=[each.label for each in busy])
             change(Resource, found.id, removed=int(now))
             self.journal(now, 'resource', f"removed the resource '{name}'")
             return self.resource_public(found)
+
+    # Calendars
+
+    @api('POST', '/reservation/import')
+    def import_(self, file: Ics, resource: Label = '', flavor: Name = '', image: Name = '', network: Name = '',
+                key: Name = '', vms: Count = 1, at_end: Name = '', notify: Names = (), on_conflict: Clash = 'refuse',
+                tz: Zone = '', user: Name = '', project: Name = '', dry_run: bool = False) -> dict:
+        """Reserves what the events of an iCalendar file ask for, each event on its own.
+
+        An event asks with `2 x m1.small` in the first line of its description or in its place, with
+        `#vm 2 x m1.small` in its title or description, or with CATEGORIES:VM and X-VM-COUNT, X-VM-FLAVOR,
+        X-VM-IMAGE; an image and a resource may follow: `2 x m1.small cirros on demo`. The options
+        here are for what it doesn't say. Events that ask for nothing are left alone. Importing again
+        changes only what changed; nothing is cancelled because it is not in the file any more.
+
+        Example:
+          python cmres.py import class.ics --resource demo --image cirros --tz Europe/Paris --dry-run
+        """
+        said = {name: value for name, value in locals().items() if name not in ('self', 'file', 'dry_run')}
+        return self.take_calendar(file, said, dry_run)
+
+    @api('GET', '/calendar/')
+    def calendar_list(self) -> Rows:
+        """Lists calendars: feeds that show reservations, and subscriptions that make them; no secret of theirs.
+
+        Example:
+          python cmres.py calendar list
+        """
+        own = '' if self.actor.role == ADMIN else 'AND user = ? AND project = ?'
+        who = () if self.actor.role == ADMIN else self.actor[:2]
+        feeds = rows(f"SELECT id, 'feed' AS kind, user, project, iif(resource <> '', resource, iif(whole_project, "
+                     f"'the project', 'the user')) AS shows, added FROM feed WHERE revoked IS NULL {own} ORDER BY id", *who)
+        subscribed = rows(f"SELECT id, 'subscription' AS kind, user, project, url, added, polled, fault, held "
+                          f'FROM subscription WHERE due IS NOT NULL {own} ORDER BY id', *who)
+        return [public(each) for each in feeds] + [
+            {name: value for name, value in public(each).items() if name != 'url'} |
+            {'shows': urlsplit(each.url).hostname} for each in subscribed]
+
+    @api('POST', '/calendar/feed', role=READER)
+    def calendar_feed(self, resource: Label = '', whole_project: bool = False, user: Name = '', project: Name = '',
+                      dry_run: bool = False) -> dict:
+        """Makes an address at which any calendar program can subscribe to your reservations, and prints it.
+
+        The address is a secret and is shown only now; `calendar revoke` makes it worthless. With
+        --resource it shows all of that resource, what is others' as busy only.
+
+        Example:
+          python cmres.py calendar feed --resource demo
+        """
+        user, project = self.owner({'user': user, 'project': project})
+        secret = secrets.token_urlsafe(24)
+        with self.writing(dry_run) as now:
+            if resource:
+                self.resource_row(resource)
+            insert(Feed, user=user, project=project, whole_project=whole_project, resource=resource,
+                   hash=hashed(secret), added=int(now), revoked=None)
+            self.journal(now, 'calendar', f'made a feed for {user} in {project}')
+        return {'user': user, 'project': project} if dry_run else {
+            'feed': f"{self.config.address.rstrip('/') or f'http://{self.config.host}:{self.config.port}'}"
+                    f'/calendar/{secret}.ics'}
+
+    @api('DELETE', '/calendar/<id>')
+    def calendar_revoke(self, id: int, dry_run: bool = False) -> dict:
+        """Makes the address of a feed worthless from now on.
+
+        Example:
+          python cmres.py calendar revoke 1
+        """
+        with self.writing(dry_run) as now:
+            found = self.own_calendar('feed', 'revoked IS NULL', id)
+            change(Feed, id, revoked=int(now))
+            self.journal(now, 'calendar', f'revoked feed {id}')
+            return {'id': id, 'kind': 'feed', 'user': found.user, 'project': found.project, 'revoked': instant(int(now))}
+
+    @api('POST', '/calendar/subscription/')
+    def calendar_subscribe(self, url: Url, resource: Label = '', flavor: Name = '', image: Name = '',
+                           network: Name = '', key: Name = '', vms: Count = 1, at_end: Name = '', notify: Names = (),
+                           on_conflict: Clash = 'refuse', tz: Zone = '', user: Name = '', project: Name = '',
+                           dry_run: bool = False) -> dict:
+        """Lets a calendar of yours book machines: what appears in it is reserved, what moves moves, what goes goes.
+
+        It is looked at every five minutes (`calendar_poll`). Its events ask for machines as those of `import` do.
+        Nothing is cancelled because it could not be read; before more than half would go, or all of
+        it, cmres asks: it does nothing until `calendar confirm`. What runs goes on to its end.
+
+        Example:
+          python cmres.py calendar subscribe https://calendar.example.org/secret/eva.ics --resource demo
+        """
+        said = {name: value for name, value in locals().items() if name not in ('self', 'url', 'dry_run')}
+        said['user'], said['project'] = self.owner(said)
+        if resource:
+            self.resource_row(resource)
+        parts = urlsplit(url)
+        try:
+            allowed_address(self.config, parts.hostname or '', parts.port or 443)
+        except (OSError, ValueError) as error:
+            raise Invalid(f'url: {error}') from None
+        with self.writing(dry_run) as now:
+            id = insert(Subscription, user=said['user'], project=said['project'], url=url, defaults=json.dumps(said),
+                        notify=json.dumps([*notify]), added=int(now), due=now, etag='', modified='', fault='', held='',
+                        confirmed=False, tries=0)
+            self.journal(now, 'calendar', f'subscribed to a calendar at {parts.hostname}')
+        return {'id': id, 'kind': 'subscription', 'user': said['user'], 'project': said['project'],
+                'shows': parts.hostname}
+
+    @api('DELETE', '/calendar/subscription/<id>')
+    def calendar_unsubscribe(self, id: int, dry_run: bool = False) -> dict:
+        """Stops looking at a calendar; what it has booked stays.
+
+        Example:
+          python cmres.py calendar unsubscribe 1
+        """
+        return self.changed_subscription(id, dry_run, 'unsubscribed from calendar', due=None)
+
+    @api('POST', '/calendar/subscription/<id>/confirm')
+    def calendar_confirm(self, id: int, dry_run: bool = False) -> dict:
+        """Lets a calendar cancel what it asked about: most of what it had booked.
+
+        Example:
+          python cmres.py calendar confirm 1
+        """
+        return self.changed_subscription(id, dry_run, 'confirmed calendar', confirmed=True, etag='', modified='',
+                                         due=self.clock())
+
+    def changed_subscription(self, id: int, dry_run: bool, what: str, **values) -> dict:
+        with self.writing(dry_run) as now:
+            found = self.own_calendar('subscription', 'due IS NOT NULL', id)
+            change(Subscription, id, **values)
+            self.journal(now, 'calendar', f'{what} {id}')
+        return {'id': id, 'kind': 'subscription', 'user': found.user, 'project': found.project,
+                'shows': urlsplit(found.url).hostname}
+
+    def own_calendar(self, table: str, condition: str, id: int):
+        found = row(f'SELECT * FROM {table} WHERE id = ? AND {condition}', id)
+        if not found or self.actor.role != ADMIN and (found.user, found.project) != self.actor[:2]:
+            raise NotFound(f'there is no {table} {id} that is in force')
+        return found
+
+    def poll(self, subscription) -> dict:
+        """Looks at a calendar that somebody subscribed to, and books what it asks; what to remember of it.
+
+        Raises:
+          Error: it could not be read, and nothing was changed.
+        """
+        headers = {'If-None-Match': subscription.etag, 'If-Modified-Since': subscription.modified}
+        status, found, body = fetch(self.config, subscription.url, {name: value for name, value in headers.items() if value})
+        if status == 304:
+            return {}
+        if status != 200:
+            raise Unavailable(f'the answer was {status}')
+        said = json.loads(subscription.defaults)
+        acting = self.acting(Actor(subscription.user, subscription.project, USER))
+        answer = acting.take_calendar(body.decode('utf8', 'surrogateescape'), said, False, subscription)
+        kept = {'held': answer.get('held', ''), 'etag': '' if answer.get('held') else found.get('etag', '')[:255],
+                'modified': '' if answer.get('held') else found.get('last-modified', '')[:255]}
+        return kept | ({} if answer.get('held') else {'confirmed': False})
+
+    def take_calendar(self, text: str, said: dict, dry_run: bool, subscription=None) -> dict:
+        """Reserves what the events of a calendar ask for, and of a subscription cancels what is gone.
+
+        Args:
+          said: what the events don't say, named as in `import`
+        """
+        zone, now = read_zone(said['tz'] or self.config.timezone), self.here.now
+        window = now, now + timedelta(days=self.config.horizon)
+        defaults = Want(*(said[name] for name in Want._fields))
+        calendars = read_calendar(text, 'the calendar')
+        wanted = bookings(calendars, zone, *window, defaults)
+        ignored = len(by_uid(calendars)) - len(wanted)
+        lines = [self.read_booking(each, said, zone) for each in self.progress(wanted)]
+        with self.writing(dry_run) as instant_now:
+            try:
+                with db.atomic():
+                    had = self.live_of(subscription, instant_now)
+                    done = [self.take_booking(*line, subscription, instant_now) for line in lines]
+                    done += self.drop_missing(wanted, subscription, instant_now)
+                    self.ask_before_most_goes(subscription, had, instant_now)
+            except Held as held:
+                self.tell_held(subscription, str(held), instant_now)
+                return {'held': str(held), 'events': [], 'ignored': ignored}
+        return {'events': sorted(done, key=lambda each: each['uid']), 'ignored': ignored}
+
+    def read_booking(self, booking: Booking, said: dict, zone: ZoneInfo) -> tuple:
+        """A booking with its wish, or with the error that refuses it; asks clouds, so outside any transaction."""
+        want = booking.want
+        try:
+            coming = all_slots(booking.parts, self.clock(), self.horizon(booking.parts, self.clock()))
+            if booking.cancelled or not coming:
+                return booking, None, None
+            asked = {**said, **want._asdict(), 'label': calendar_name(booking.summary), 'start': instant(coming[0].start),
+                     'end': instant(coming[0].end), 'security_groups': (), 'user_data': '', 'metadata': None, 'server': '',
+                     'lead': None, 'description': booking.summary[:1000], 'repeat': booking.parts[0].rule, 'late': True}
+            if not want.resource:
+                raise Invalid(f"no resource is named; write `{want.vms} x {want.flavor or 'm1.small'} on RESOURCE`, or "
+                              'say --resource')
+            wish = self.read_wish(asked, changes=())
+            parts = [part._replace(resource=wish.resource.id) for part in booking.parts]
+            return booking, wish._replace(parts=parts, tz=parts[0].zone), None
+        except Error as error:
+            return booking, None, error
+
+    def take_booking(self, booking: Booking, wish: Wish | None, error: Error | None, subscription, now: float) -> dict:
+        """What became of an event: booked, changed, unchanged, cancelled, refused, or nothing because it is past."""
+        line = {'uid': booking.uid, 'summary': booking.summary[:200]}
+        if error:
+            return line | {'outcome': 'refused', 'why': str(error)}
+        source = subscription.id if subscription else None
+        known = row('SELECT * FROM reservation WHERE uid = ? AND project = ? AND user = ? AND subscription IS ? '
+                    'ORDER BY id DESC LIMIT 1', booking.uid, *((wish.project, wish.user) if wish else self.actor[1::-1]),
+                    source)
+        live = known and known.over > now
+        if wish is None:
+            if live and booking.cancelled:
+                self.cancel(self.following(self.next_of(known.id)), now, 'cancelled in the calendar', ends=True)
+                return line | {'outcome': 'cancelled', 'label': known.label}
+            return line | {'outcome': 'past' if not booking.cancelled else 'cancelled'}
+        origin = hashed(repr((booking, wish.columns(*STORED))))
+        if known and known.origin == origin and (live or subscription):
+            return line | {'outcome': 'unchanged' if live else 'left out', 'label': known.label} | (
+                {} if live else {'why': 'it was cancelled here'})
+        try:
+            with db.atomic():
+                return line | self.book_event(booking, wish, known if live else None, origin, source, now)
+        except Error as refusal:
+            return line | {'outcome': 'refused', 'why': str(refusal)}
+
+    def book_event(self, booking: Booking, wish: Wish, known, origin: str, source: int | None, now: float) -> dict:
+        if known:
+            head = self.next_of(known.id)
+            wish = wish._replace(label=known.label)
+            self.refuse_fixed(head, wish, {name: 1 for name in FIXED if name not in ('start', 'resource', 'lead')})
+            change(Reservation, known.id, **wish.columns(*STORED), series=stored_parts(wish.parts), origin=origin)
+            done = self.reshape(known.id, wish, now)
+            self.journal(now, 'updated', 'changed in the calendar', known.id, wish.notify)
+        else:
+            wish = wish._replace(label=self.free_label(wish, now))
+            _, done = self.book(wish, now, uid=booking.uid, subscription=source, origin=origin)
+        left_out = [each for each in done if each['outcome'] in ('left out', 'shifted')]
+        return {'label': wish.label, 'outcome': 'changed' if known else 'booked', 'start': instant(wish.start),
+                'vms': wish.vms, 'flavor': wish.flavor, 'count': len(done)} | (
+                {'occurrences': left_out} if left_out else {})
+
+    def free_label(self, wish: Wish, now: float) -> str:
+        """The label of a wish, with a number behind it if somebody has it."""
+        taken = {each.label for each in rows('SELECT label FROM reservation WHERE project = ? AND over > ? AND label >= ? '
+                                             'AND label < ?', wish.project, int(now), wish.label, wish.label + '~')}
+        return next(name for name in (wish.label, *(f'{wish.label}-{n}' for n in range(2, len(taken) + 3)))
+                    if name not in taken)
+
+    def live_of(self, subscription, now: float) -> set[int]:
+        """The occurrences to come that a subscription has booked."""
+        return {each.id for each in rows(
+            'SELECT o.id FROM occurrence o JOIN reservation r ON r.id = o.reservation_id WHERE r.subscription = ? '
+            'AND o.cancelled IS NULL AND o.start > ?', subscription.id, int(now))} if subscription else set()
+
+    def drop_missing(self, wanted: list[Booking], subscription, now: float) -> list[dict]:
+        """Cancels what a subscription has booked and asks for no more; what runs goes on."""
+        if not subscription:
+            return []
+        uids, done = {each.uid for each in wanted}, []
+        for each in rows('SELECT id, uid, label FROM reservation WHERE subscription = ? AND over > ?',
+                         subscription.id, int(now)):
+            coming = [] if each.uid in uids else self.search([('r.id = ?', each.id), (NOT_OVER, None),
+                                                              ('o.held_from > ?', now)])
+            if coming:
+                self.cancel(coming, now, 'gone from the calendar', ends=True)
+                done.append({'uid': each.uid, 'summary': '', 'outcome': 'cancelled', 'label': each.label})
+        return done
+
+    def ask_before_most_goes(self, subscription, had: set[int], now: float) -> None:
+        gone = had - self.live_of(subscription, now)
+        if subscription and not subscription.confirmed and 2 * len(gone) > len(had):
+            raise Held(f'{len(gone)} of {len(had)} occurrences to come would be cancelled, so nothing was done; say: '
+                       f'calendar confirm {subscription.id}')
+
+    def tell_held(self, subscription, why: str, now: float) -> None:
+        if why != subscription.held:
+            self.journal(now, 'held', why, None, json.loads(subscription.notify))
+
+    def feed(self, secret: str) -> tuple[str, Any]:
+        """The name and the row of the feed at a secret address; NotFound if there is none."""
+        found = row('SELECT * FROM feed WHERE hash = ? AND revoked IS NULL', hashed(secret))
+        if not found:
+            raise NotFound('there is no calendar at this address, or no longer')
+        return found.resource or f"{found.project if found.whole_project else found.user} on cmres", found
+
+    def feed_events(self, feed) -> list[Shown]:
+        """What a feed shows: what ended in the last 31 days, and all that is to come; of others only that it is busy."""
+        where = [('o.end > ?', int(self.clock()) - 31 * 86400), *([('s.name = ?', feed.resource)] if feed.resource else
+                 [('r.project = ?', feed.project)]), *([('r.user = ?', feed.user)]
+                 if not feed.resource and not feed.whole_project else [])]
+        found = self.search(where, limit=10_000)
+        servers: dict = defaultdict(list)
+        for each in rows('SELECT occurrence_id, addresses FROM server WHERE due IS NOT NULL AND goal = ?', 'up'):
+            servers[each.occurrence_id] += json.loads(each.addresses)
+        return [self.feed_event(each, feed, servers[each.id]) for each in found
+                if each.project == feed.project or each.state not in ('cancelled', 'failed')]
+
+    def feed_event(self, found, feed, addresses: list[str]) -> Shown:
+        uid = f'occurrence-{found.id}@{self.clouds.store}'
+        if found.project != feed.project:
+            return Shown(uid, found.start, found.end, found.revision, found.revised, 'busy', f'{found.vms} vms are reserved',
+                         found.resource, 'CONFIRMED')
+        lines = [found.state, f"{found.vms} vms {found.flavor} {found.image}".strip(), found.description]
+        lines += [self.config.login.replace('{address}', address) for address in addresses]
+        lines += [f'key pair: {found.key}'] if found.key and addresses else []
+        lines += [found.fault] if found.fault else []
+        return Shown(uid, found.start, found.end, found.revision, found.revised, found.label, '\n'.join(filter(None, lines)),
+                     found.resource, 'CANCELLED' if found.state in ('cancelled', 'failed') else
+                     'TENTATIVE' if found.state in ('waiting', 'pending') else 'CONFIRMED')
 
     # Tokens
 
@@ -2173,12 +3569,13 @@ class Reservations:
             raise Invalid(f'the end {to_plain(end)} is not after the start {to_plain(start)} and before the year 2200')
         return int(start.timestamp()), int(end.timestamp())
 
-    def read_wish(self, asked: dict, old=None, changes: Iterable[str] = STORED) -> Wish:
+    def read_wish(self, asked: dict, old=None, changes: Iterable[str] = STORED, parts: list[Part] = ()) -> Wish:
         """Resolves what is asked, checks it and asks the cloud about it; outside any transaction.
 
         Args:
           old: the row of the reservation that this would change
           changes: the fields that are new in it
+          parts: those of its series, where that is what changes
         """
         lead = int((asked['lead'] or timedelta(0)).total_seconds())
         start, end = self.resolve_window(asked, old, lead)
@@ -2192,10 +3589,88 @@ class Reservations:
         else:
             found = self.ask_cloud(place, asked | {'project': project}, warnings)
             each, server = self.each_takes(found), found.get('server', {}).get('id', '')
-        return Wish(asked['label'], user, project, place, start, end, asked['vms'], asked['flavor'], asked['image'],
+        wish = Wish(asked['label'], user, project, place, start, end, asked['vms'], asked['flavor'], asked['image'],
                     asked['network'], asked['key'], [*asked['security_groups']], asked['user_data'],
                     dict(asked['metadata'] or {}), server, asked['at_end'] or ('stop' if server else 'delete'),
-                    [*asked['notify']], lead, asked['description'], each, warnings)
+                    [*asked['notify']], lead, asked['description'], asked['repeat'], old.tz if old else '',
+                    asked['on_conflict'], [], each, warnings)
+        if parts and old and not REPEATING & set(changes):
+            return wish._replace(parts=self.moved_parts(wish, old, parts, changes))
+        return self.repeating(wish, asked, old, parts, changes) if REPEATING & {
+            name for name in changes if asked.get(name)} else wish
+
+    def moved_parts(self, wish: Wish, old, parts: list[Part], changes: Iterable[str]) -> list[Part]:
+        """A series whose occurrences from one on are where that one is wished to be."""
+        if not OWN & set(changes):
+            return parts
+        part = next(each for each in reversed(parts) if each.since <= old.slot)
+        zone = read_zone(part.zone)
+        start, end = (to_wall(instant(each), zone) for each in (wish.start, wish.end))
+        planned = datetime.fromisoformat(old.slot or part.start) + timedelta(seconds=part.shift)
+        new = {'length': int((end - start).total_seconds())} if 'end' in changes else {}
+        new |= {'vms': wish.vms} if 'vms' in changes else {}
+        new |= {'resource': wish.resource.id} if 'resource' in changes else {}
+        shift = int((start - planned).total_seconds()) if 'start' in changes else 0
+        return cut_parts(parts, old.slot, shift=shift, **new)
+
+    def repeating(self, wish: Wish, asked: dict, old, parts: list[Part], changes: Iterable[str]) -> Wish:
+        """A wish with the series that it asks for, which begins with the first slot of its rule.
+
+        Raises:
+          Invalid: there is no such slot, or it can't be both until and a count.
+        """
+        zone = read_zone(asked.get('tz') or wish.tz or self.config.timezone)
+        first, last = (to_wall(instant(each), zone) for each in (wish.start, wish.end))
+        skips = self.read_skips(asked, zone, wish.start)
+        if not asked['repeat']:
+            raise Invalid(f"{min(REPEATING & set(changes))} is for a series; say --repeat as well")
+        rule = local_rule(self.ended_rule(asked, zone), zone)
+        part = Part(first.isoformat(), int((last - first).total_seconds()), zone.key, wish.vms, wish.resource.id, rule,
+                    skips=skips)
+        slot = next(slots(part, self.clock(), LAST.timestamp()), None)
+        if not slot:
+            raise Invalid(f'the repetition {rule} has no occurrence from {first:%Y-%m-%d %H:%M} on')
+        parts = [*cut_parts(parts, old.slot)[:-1], part] if parts and old else [part]
+        return wish._replace(start=slot.start, end=slot.end, repeat=rule, tz=zone.key, parts=parts)
+
+    def ended_rule(self, asked: dict, zone: ZoneInfo) -> str:
+        """The rule that is asked for with its end; a date is meant to its last second."""
+        rule, until, count = asked['repeat'], asked.get('until'), asked.get('count')
+        if (until is not None) + (count is not None) + bool(re.search('UNTIL|COUNT', rule)) > 1:
+            raise Invalid('a series ends once: by --until, by --count or in its rule')
+        if until is not None:
+            until = self.here.now + until if isinstance(until, timedelta) else until
+            last = datetime.combine(until, datetime.max.time()) if type(until) is date else to_wall(until, zone)
+            return f'{rule};UNTIL={last:%Y%m%dT%H%M%S}'
+        return f'{rule};COUNT={count}' if count else rule
+
+    def read_skips(self, asked: dict, zone: ZoneInfo, start: int) -> tuple[str, ...]:
+        """Days, or wall times, without an occurrence; holidays are fetched, outside any transaction."""
+        skips = []
+        for text in asked.get('skip_dates') or ():
+            try:
+                moment = datetime.fromisoformat(text.replace('/', '-'))
+            except ValueError:
+                raise Invalid(f"skip_dates: '{text}' is no date; write 2026-12-24") from None
+            wall = to_wall(moment, zone) if moment.tzinfo else moment
+            skips.append(wall.date().isoformat() if re.fullmatch('[0-9/-]+', text) else wall.isoformat())
+        if source := asked.get('holidays'):
+            calendars = read_calendar(self.fetched(source), 'the calendar of holidays')
+            begin = instant(start)
+            skips += days_of(calendars, zone, begin - timedelta(days=1), begin + timedelta(days=3653))
+        return tuple(skips)
+
+    def fetched(self, source: str) -> str:
+        """The text of a calendar, or of the one at an address; never of a file of this machine."""
+        if not re.match('https?://', source):
+            return source
+        try:
+            status, _, body = fetch(self.config, source, {})
+        except Undelivered as error:
+            raise Unavailable(f'the calendar could not be fetched: {error}') from None
+        if status != 200:
+            raise Unavailable(f'the calendar could not be fetched: the answer was {status}')
+        return body.decode('utf8', 'surrogateescape')
 
     def refuse_unbootable(self, asked: dict, place) -> None:
         """Refuses combinations that could never boot, end or be told of."""
@@ -2221,7 +3696,7 @@ class Reservations:
         length = timedelta(seconds=old.end - old.start) if old else None
         start, end = self.resolve(asked['start'], asked.get('end', length))
         now = self.clock()
-        if start < now - PATIENCE and not (old and start == old.start):
+        if start < now - PATIENCE and not (old and start == old.start) and not asked.get('late'):
             raise Invalid(f'the start {to_plain(instant(start))} lies in the past')
         if end <= now:
             raise Invalid(f'the end {to_plain(instant(end))} is not in the future')
@@ -2303,7 +3778,7 @@ class Reservations:
         """A machine that somebody has can be started and stopped by one reservation at a time."""
         begin, until = wish.held
         other = row('SELECT r.label FROM occurrence o JOIN reservation r ON r.id = o.reservation_id WHERE r.server = ? '
-                    'AND o.due IS NOT NULL AND o.held_from < ? AND o.held_until > ? AND o.id <> ?',
+                    'AND o.due IS NOT NULL AND o.held_from < ? AND o.held_until > ? AND r.id <> ?',
                     wish.server, until, begin, own) if wish.server else None
         if other:
             raise Conflict(f"the server {wish.server} is reserved by '{other.label}' in that time already")
@@ -2320,50 +3795,254 @@ class Reservations:
         if row('SELECT id FROM resource WHERE name = ? AND removed IS NULL', name):
             raise Conflict(f"there is a resource '{name}' already; choose another name or update that one")
 
-    def book(self, wish: Wish, now: float) -> int:
-        """Writes a reservation and its occurrence, and holds its amount; inside a transaction."""
+    def book(self, wish: Wish, now: float, origin: str = '', **event) -> tuple[int, list]:
+        """Writes a reservation and its occurrences, and holds their amounts; inside a transaction.
+
+        Args:
+          origin, event: the digest, `uid` and `subscription` of the event of a calendar that it comes from
+
+        Returns:
+          its id, and of a series what became of each occurrence.
+        """
+        reservation = insert(Reservation, **wish.columns(*STORED), **event, origin=origin, added=int(now), changed=int(now),
+                             series=stored_parts(wish.parts) if wish.parts else '', over=wish.end)
+        if wish.parts:
+            done = self.reshape(reservation, wish, now)
+            self.journal(now, 'added', self.told_series(wish, done), reservation, wish.notify)
+            return reservation, done
         place = self.resource_row(wish.resource.name)  # its capacity may have changed since
-        begin, until = wish.held
         self.refuse_shared_server(wish)
-        admit(place, begin, until, wish.amount, now)
-        reservation = insert(Reservation, **wish.columns(*STORED), added=int(now), changed=int(now), over=wish.end)
-        held = wish.amount
-        occurrence = insert(Occurrence, reservation=reservation, resource=place.id, start=wish.start, end=wish.end,
-                            held_from=begin, held_until=until, vms=held.vms, vcpus=held.vcpus, ram=held.ram, told=0,
-                            due=min(begin, wish.start - self.config.notice))
+        admit(place, *wish.held, wish.amount, now)
+        self.write_occurrence(None, reservation, wish, Slot('', wish.start, wish.end, wish.vms, place.id), now)
         self.journal(now, 'added', f'{wish.vms} vms on {place.name}', reservation, wish.notify)
-        return occurrence
+        return reservation, []
+
+    def told_series(self, wish: Wish, done: list[dict]) -> str:
+        left_out = sum(each['outcome'] == 'left out' for each in done)
+        return (f"{wish.vms} vms on {wish.resource.name}, {wish.repeat or 'once'}: {len(done) - left_out} occurrences"
+                f"{f', {left_out} left out' if left_out else ''}")
+
+    def write_occurrence(self, id: int | None, reservation: int, wish: Wish, slot: Slot, now: float,
+                         held_from: int | None = None, **more) -> None:
+        """Writes what an occurrence is; what it holds is held already."""
+        begin = slot.start - wish.lead if held_from is None else held_from
+        vms, vcpus, ram = wish.each * slot.vms
+        values = dict(resource=slot.resource, start=slot.start, end=slot.end, held_from=begin, held_until=slot.end,
+                      vms=vms, vcpus=vcpus, ram=ram, due=min(now, begin)) | more
+        if id is None:
+            new = dict(reservation=reservation, slot=slot.key, altered=False, revision=0, revised=int(now), told=0)
+            insert(Occurrence, **(new | values | {'due': min(begin, slot.start - self.config.notice)} | more))
+        else:
+            change(Occurrence, id, **values)
 
     def rebook(self, old, wish: Wish, now: float) -> None:
-        """Releases what an occurrence held and holds what is wished instead; inside a transaction."""
+        """Releases what one occurrence held and holds what is wished instead; inside a transaction."""
         place = self.resource_row(wish.resource.name)
-        begin, until = wish.held
-        before, amount = Amount(old.vms, old.vcpus, old.ram), wish.amount
-        self.refuse_shared_server(wish, old.id)
-        release(old.resource_id, old.held_from, old.held_until, before)
-        smaller = (place.id == old.resource_id and old.held_from <= begin and until <= old.held_until
-                   and amount.within(before))
-        if smaller:  # always allowed, even where a lowered capacity is overfull
+        self.refuse_shared_server(wish, old.reservation)
+        release(old.resource_id, old.held_from, old.held_until, Amount(old.vms, old.vcpus, old.ram))
+        self.hold_instead(old, place, *wish.held, wish.amount, now)
+        slot = Slot(old.slot, wish.start, wish.end, wish.vms, place.id)
+        self.write_occurrence(old.id, old.reservation, wish, slot, now, altered=bool(old.repeats),
+                              told=0 if wish.start != old.start else old.told & ~(ENDING if wish.end != old.end else 0))
+        if not old.repeats:
+            change(Reservation, old.reservation, **wish.columns(*STORED), changed=int(now), over=wish.end)
+
+    def hold_instead(self, old, place, begin: int, until: int, amount: Amount, now: float) -> None:
+        """Holds the new amount of an occurrence, whose old one is released; NoCapacity if it doesn't fit."""
+        before = Amount(old.vms, old.vcpus, old.ram)
+        if (place.id == old.resource_id and old.held_from <= begin and until <= old.held_until
+                and amount.within(before)):  # less is always allowed, even where a lowered capacity is overfull
             hold(place.id, begin, until, amount)
         else:
             admit(place, begin, until, amount, now)
-        change(Reservation, old.reservation, **wish.columns(*STORED), changed=int(now), over=wish.end)
-        change(Occurrence, old.id, resource=place.id, start=wish.start, end=wish.end, held_from=begin,
-               held_until=until, vms=amount.vms, vcpus=amount.vcpus, ram=amount.ram, due=min(now, begin),
-               told=0 if wish.start != old.start else old.told & ~(ENDING if wish.end != old.end else 0))
 
-    def cancel(self, found, now: float, why: str = '') -> None:
-        """Ends a reservation now: what it held from now on is free; inside a transaction."""
-        until = min(max(int(now), found.held_from), found.held_until)
-        release(found.resource_id, until, found.held_until, Amount(found.vms, found.vcpus, found.ram))
-        change(Occurrence, found.id, cancelled=int(now), held_until=until, due=now)
-        change(Reservation, found.reservation, over=int(now), changed=int(now))
-        self.journal(now, 'released', why or f'cancelled by {self.actor.user}', found.reservation,
-                     json.loads(found.notify))
+    def cancel(self, found: list, now: float, why: str = '', ends: bool = False) -> None:
+        """Cancels occurrences of one reservation: what they held from now on is free; inside a transaction.
+
+        Args:
+          ends: nothing of the series comes after them
+        """
+        first = found[0]
+        for each in found:
+            until = min(max(int(now), each.held_from), each.held_until)
+            release(each.resource_id, until, each.held_until, Amount(each.vms, each.vcpus, each.ram))
+            change(Occurrence, each.id, cancelled=int(now), held_until=until, due=now, altered=True)
+        parts = self.parts(first.reservation) if first.repeats else []
+        if parts and ends:
+            parts = [each._replace(until=min(each.until or first.slot, first.slot)) for each in parts]
+            change(Reservation, first.reservation, series=stored_parts(parts))
+        self.close(first.reservation, parts, now)
+        only = first.id if len(found) == 1 and first.repeats else None
+        self.journal(now, 'released', why or f'cancelled by {self.actor.user}', first.reservation,
+                     json.loads(first.notify), only)
+
+    # Series
+
+    def rebook_series(self, old, wish: Wish, now: float) -> list[dict]:
+        """Changes a series from one occurrence on; inside a transaction."""
+        if not old.repeats:  # it was a plain one: what it has becomes the first of the series
+            change(Occurrence, old.id, slot=to_wall(instant(old.start), read_zone(wish.tz)).isoformat())
+        if old.altered:  # who changes a series from here on means this one too
+            change(Occurrence, old.id, altered=False)
+        change(Reservation, old.reservation, **wish.columns(*STORED), series=stored_parts(wish.parts), changed=int(now))
+        return self.reshape(old.reservation, wish, now)
+
+    def reshape(self, reservation: int, wish: Wish, now: float, gentle: bool = False) -> list[dict]:
+        """Makes the occurrences of a series what its parts want, as far as the horizon; inside a transaction.
+
+        First all that changes is released, then each is held where it is wanted, or what --on-conflict
+        says is done. What has begun keeps its start; what was changed, left out or skipped on its own
+        stays as it is.
+
+        Args:
+          gentle: what runs goes on, also if it isn't wanted any more
+
+        Raises:
+          NoCapacity: one doesn't fit and all or nothing was asked for; the caller's transaction ends.
+        """
+        wanted = {slot.key: slot for slot in all_slots(wish.parts, now, self.horizon(wish.parts, now))}
+        there = rows('SELECT * FROM occurrence WHERE reservation_id = ? AND "end" > ? ORDER BY start',
+                     reservation, int(now))
+        done, todo = [], []
+        for old in there:
+            slot = self.settled(old, wanted.pop(old.slot, None), wish, now, gentle)
+            if slot is None and old.cancelled is None:
+                self.give_up(old, now)
+                done.append(told(old, 'cancelled'))
+            elif slot and self.differs(old, slot, wish):
+                if old.cancelled is None:
+                    release(old.resource_id, old.held_from, old.held_until, Amount(old.vms, old.vcpus, old.ram))
+                todo.append((slot, old))
+            elif slot and old.cancelled is None:
+                done.append(told(old, 'unchanged'))
+        todo += [(slot, None) for slot in wanted.values()]
+        done += self.place_all(reservation, wish, sorted(todo, key=lambda each: each[0].start), now)
+        self.close(reservation, wish.parts, now)
+        return sorted(done, key=lambda each: each['start'])
+
+    def horizon(self, parts: list[Part], now: float) -> int:
+        """Until when a series is in rows: at least its next occurrence is."""
+        following = [slot.start + 1 for part in parts for slot in [next(slots(part, now, LAST.timestamp()), None)] if slot]
+        return max(int(now) + self.config.horizon * 86400, min(following, default=0))
+
+    def settled(self, old, slot: Slot | None, wish: Wish, now: float, gentle: bool) -> Slot | None:
+        """What an occurrence that is there is to become, of what its series wants; None: cancelled."""
+        here = Slot(old.slot, old.start, old.end, old.vms, old.resource_id)
+        if old.cancelled is not None:  # one that had no room may have it elsewhere
+            return None if slot is None or old.altered or (slot.start, slot.end) == (old.start, old.end) else slot
+        if now >= (old.held_from if wish.image or wish.server else old.start):
+            return slot._replace(start=old.start, resource=old.resource_id, vms=old.vms) if slot else here if gentle else None
+        return here if slot and old.altered else slot
+
+    def differs(self, old, slot: Slot, wish: Wish) -> bool:
+        return old.cancelled is not None or (old.start, old.end, old.resource_id, old.vms, old.vcpus, old.ram) != (
+            slot.start, slot.end, slot.resource, *(wish.each * slot.vms)) or (
+            slot.start - wish.lead != old.held_from and not old.altered)
+
+    def give_up(self, old, now: float) -> None:
+        """Takes an occurrence out of its series."""
+        until = min(max(int(now), old.held_from), old.held_until)
+        release(old.resource_id, until, old.held_until, Amount(old.vms, old.vcpus, old.ram))
+        change(Occurrence, old.id, cancelled=int(now), held_until=until, due=now)
+
+    def place_all(self, reservation: int, wish: Wish, todo: list, now: float) -> list[dict]:
+        places, done, refused = {}, [], []
+        for slot, old in self.progress(todo):
+            if slot.resource not in places:
+                places[slot.resource] = row('SELECT * FROM resource WHERE id = ? AND removed IS NULL', slot.resource)
+            try:
+                done.append(self.place(reservation, wish, slot, old, places[slot.resource], now))
+            except NoCapacity as error:
+                refused.append((slot, error))
+        if refused:
+            slot, error = refused[0]
+            zone = read_zone(wish.parts[0].zone)
+            raise NoCapacity(
+                f"{len(refused)} of {len(todo)} occurrences do not fit, so nothing was changed; the first from "
+                f"{format_time(instant(slot.start), zone)}: {error}. Take the others with --on-conflict skip",
+                conflicts=[{'start': instant(each.start), 'end': instant(each.end), 'vms': each.vms, 'why': str(why)}
+                           for each, why in refused[:1000]], **error.details)
+        return done
+
+    def place(self, reservation: int, wish: Wish, slot: Slot, old, place, now: float) -> dict:
+        """Holds one occurrence of a series and writes it; inside a transaction.
+
+        Raises:
+          NoCapacity: it doesn't fit, and that refuses the whole series.
+        """
+        if place is None:
+            raise Conflict('the resource of the series is not there any more; move it to another with --resource')
+        one = wish._replace(resource=place, start=slot.start, end=slot.end, vms=slot.vms, parts=[])
+        begin = min(old.held_from, slot.start) if old and old.start == slot.start and old.start <= now else one.held[0]
+        keep = {'told': 0, 'altered': old.altered} if old and old.start != slot.start else {}
+        revived = {'cancelled': None} if old and old.cancelled is not None else {}
+        try:
+            self.refuse_shared_server(one, reservation)
+            if old and old.cancelled is None:
+                self.hold_instead(old, place, begin, slot.end, one.amount, now)
+            else:
+                admit(place, begin, slot.end, one.amount, now)
+        except Conflict as error:
+            return self.placed_otherwise(reservation, one, slot, old, error, now)
+        self.write_occurrence(old.id if old else None, reservation, one, slot, now, begin, **keep, **revived)
+        return told(slot, 'changed' if old and not revived else 'booked')
+
+    def placed_otherwise(self, reservation: int, one: Wish, slot: Slot, old, error: Conflict, now: float) -> dict:
+        """What --on-conflict says of an occurrence that has no room."""
+        why = self.why_not(one) if isinstance(error, NoCapacity) else str(error)
+        if one.on_conflict in ('', 'refuse'):
+            raise NoCapacity(why, **self.in_the_way(one, None), **self.would_fit(one))
+        shifted = self.shifted(one, slot, now) if one.on_conflict.startswith('shift') else None
+        if shifted:
+            hold(slot.resource, shifted.start - one.lead, shifted.end, one.amount)
+            self.write_occurrence(old.id if old else None, reservation, one, shifted, now, altered=True)
+            return told(shifted, 'shifted', why)
+        if old and old.cancelled is None:  # it stays where it was, if that is still free
+            before = Amount(old.vms, old.vcpus, old.ram)
+            if fits(row('SELECT * FROM resource WHERE id = ?', old.resource_id), max(old.held_from, int(now)),
+                    old.held_until, before):
+                hold(old.resource_id, old.held_from, old.held_until, before)
+                change(Occurrence, old.id, altered=True)
+                return told(old, 'unchanged', why)
+        begin = slot.start - one.lead
+        self.write_occurrence(old.id if old else None, reservation, one, slot, now, held_until=begin,
+                              cancelled=int(now), due=None)
+        return told(slot, 'left out', why)
+
+    def shifted(self, one: Wish, slot: Slot, now: float) -> Slot | None:
+        """The slot moved by as little as possible, and not further than --on-conflict allows, to where there is room."""
+        most = int(parse_duration(one.on_conflict.partition('=')[2]).total_seconds())
+        begin, need = slot.start - one.lead, slot.end - slot.start + one.lead
+        earliest = max(begin - most, int(now))
+        nearest_ones = [min(max(begin, int(first)), int(last) - need) for first, last in free_windows(
+            one.resource, one.amount, earliest, begin + most + need) if last - first >= need]
+        for at in sorted(nearest_ones, key=lambda at: (abs(at - begin), at)):
+            return slot._replace(start=at + one.lead, end=at + need)
+        return None
+
+    def close(self, reservation: int, parts: list[Part], now: float) -> None:
+        """Writes until when a reservation's label is taken, and how far a series is in rows."""
+        horizon = self.horizon(parts, now)
+        on = goes_on(parts, horizon)
+        last = row('SELECT max("end") AS last FROM occurrence WHERE reservation_id = ? AND cancelled IS NULL',
+                   reservation).last
+        change(Reservation, reservation, changed=int(now), booked_until=horizon if on else None,
+               over=int(LAST.timestamp()) if on else min(last, 2**62) if last and last > now else int(now))
+
+    def refresh(self, reservation: int, now: float) -> None:
+        """Carries a series on as far as the horizon is now, and by the zone table as it is now; inside a transaction."""
+        head = self.next_of(reservation)
+        clash = head.on_conflict if head.on_conflict.startswith('shift') else 'skip'  # nobody is here to be refused
+        wish = self.wish_of(head)._replace(on_conflict=clash)
+        done = self.reshape(reservation, wish, now, gentle=True)
+        for one in done:
+            if one.get('why') and one['outcome'] in ('left out', 'shifted'):
+                self.journal(now, 'refused', f"{format_time(one['start'], read_zone(head.tz or 'UTC'))} is "
+                             f"{one['outcome']}: {one['why']}", reservation, json.loads(head.notify))
 
     def journal(self, now: float, code: str, sentence: str, reservation: int | None = None,
-                notify: Iterable[str] = ()) -> None:
-        journal(self.config, now, self.actor.user, code, sentence, reservation, notify)
+                notify: Iterable[str] = (), occurrence: int | None = None) -> None:
+        journal(self.config, now, self.actor.user, code, sentence, reservation, notify, occurrence)
 
     def resource_public(self, found) -> dict:
         return {name: value for name, value in public(found).items() if name != 'removed'}
@@ -2402,7 +4081,9 @@ class Reservations:
         """Makes of a bare NoCapacity one that says what is in the way and what would fit."""
         try:
             yield
-        except NoCapacity:
+        except NoCapacity as bare:
+            if str(bare):  # a series tells by itself
+                raise
             with transaction(keep=False) if old else nullcontext():
                 if old:  # it is not in its own way
                     release(old.resource_id, old.held_from, old.held_until, Amount(old.vms, old.vcpus, old.ram))
@@ -2481,114 +4162,6 @@ def actor_of(token: str) -> Actor:
     return Actor(*found)
 
 
-# Notices #####################################################################
-#
-# A notice is written down with the event that it tells of, in the same transaction; the life cycle
-# delivers it, at least once, with growing pauses for some days. Webhooks get signed JSON, people
-# get mail in the words of the configuration.
-
-GIVE_UP = 3 * 86400  # seconds after which an undeliverable notice is given up
-
-NOTICES = '''SELECT n.id, n.target, n.tries, e.id AS event, e.at, e.actor, e.code, e.sentence, e.reservation_id
-               FROM outbox n JOIN event e ON e.id = n.event_id'''
-
-
-class Undelivered(Error):
-    """A notice did not arrive; it may the next time."""
-
-
-def deliver(config: Config, notice, about: dict) -> None:
-    """Delivers one notice to its target; `about` is its reservation as an answer shows it.
-
-    Raises:
-      Undelivered: it was not accepted.
-    """
-    from http.client import HTTPException
-    try:
-        if re.match('https?://', notice.target):
-            body = {'id': notice.event, 'event': notice.code, 'at': instant(notice.at), 'actor': notice.actor,
-                    'sentence': notice.sentence, 'reservation': about}
-            post(config, notice.target, json_text(body).encode())
-        else:
-            send_mail(config, notice, about)
-    except (OSError, ValueError, HTTPException) as error:  # smtplib's are OSErrors
-        raise Undelivered(f'{type(error).__name__}: {error}') from None
-
-
-def post(config: Config, url: str, body: bytes) -> None:
-    """Posts a webhook: signed if there is a secret, no redirects, and only where that is allowed.
-
-    The header X-Cmres-Signature is `sha256=` and the hex HMAC of X-Cmres-Timestamp, a full stop and the body.
-    """
-    import hmac
-    from http.client import HTTPConnection, HTTPSConnection
-    parts = urlsplit(url)
-    port = parts.port or (443 if parts.scheme == 'https' else 80)
-    address = allowed_address(config, parts.hostname, port)
-    stamp = str(int(time.time())).encode()
-    signature = hmac.new(config.webhook_secret.encode(), stamp + b'.' + body, 'sha256').hexdigest()
-    kind = HTTPSConnection if parts.scheme == 'https' else HTTPConnection
-    connection = kind(parts.hostname, port, timeout=10)
-    # To the address that was checked: the name may mean another one a moment later.
-    connection._create_connection = lambda _, *rest: socket.create_connection((address, port), *rest)
-    connection.request('POST', parts._replace(scheme='', netloc='').geturl() or '/', body, {
-        'Content-Type': 'application/json', 'User-Agent': f'cmres/{__version__}', 'X-Cmres-Timestamp': stamp.decode()}
-        | ({'X-Cmres-Signature': f'sha256={signature}'} if config.webhook_secret else {}))
-    status = connection.getresponse().status
-    connection.close()
-    if not 200 <= status < 300:
-        raise ValueError(f'the webhook answered {status}; 200 to 299 is taken, and no redirect is followed')
-
-
-def allowed_address(config: Config, host: str, port: int) -> str:
-    """The address of a host; ValueError if any of its addresses is private and that is not allowed."""
-    import ipaddress
-    found = [ipaddress.ip_address(each[4][0].partition('%')[0])
-             for each in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
-    for each in found:
-        public_one = getattr(each, 'ipv4_mapped', None) or each
-        if not config.private_addresses and (not public_one.is_global or public_one.is_multicast):
-            raise ValueError(f'{host} is at the private address {each}; the setting private_addresses allows that')
-    return str(found[0])
-
-
-def send_mail(config: Config, notice, about: dict) -> None:
-    if not config.mail_server:
-        raise ValueError('no mail_server is set')
-    import smtplib
-    from email.message import EmailMessage
-    host, _, port = config.mail_server.partition(':')
-    message = EmailMessage()
-    subject, _, text = notice_text(config, notice, about).partition('\n')
-    message['From'], message['To'], message['Subject'] = config.mail_from, notice.target, f'[cmres] {subject}'
-    message['Message-ID'] = f'<event-{notice.event}-{notice.id}@cmres>'  # a repeated one is known as such
-    message.set_content(f'{text}\n\n{notice.sentence}\n' if notice.sentence not in text else f'{text}\n')
-    with smtplib.SMTP(host, int(port or 25), timeout=10) as server:
-        server.send_message(message)
-
-
-def notice_text(config: Config, notice, about: dict) -> str:
-    """The words of the configuration for an event, filled with its reservation."""
-    template = config.texts[notice.code]
-    fields = {name: in_cell(value, config.zone) for name, value in about.items()}
-    return template.format_map(defaultdict(str, fields | {'sentence': notice.sentence, 'actor': notice.actor}))
-
-
-def in_cell(value, zone: ZoneInfo) -> str:
-    """A value for people."""
-    if isinstance(value, datetime):
-        return format_time(value, zone)
-    if isinstance(value, dict):
-        return ' '.join(f'{name}={in_cell(each, zone)}' for name, each in value.items())
-    if isinstance(value, (list, tuple)):
-        return ', '.join(in_cell(each, zone) for each in value)
-    return '-' if value is None else str(value)
-
-
-def json_text(value) -> str:
-    return json.dumps(to_plain(value), ensure_ascii=False) + '\n'
-
-
 # Life cycle ##################################################################
 #
 # One idempotent pass, `converge`, makes of what is wanted what is; repeating it is all there is.
@@ -2656,6 +4229,9 @@ class LifeCycle:
         self.pools: dict[str, ThreadPoolExecutor] = {}
         self.breakers: dict[str, Breaker] = defaultdict(Breaker)
         self.building: dict[tuple, float] = {}  # since when servers were seen to boot
+        self.service = Reservations(config, clouds, Actor('cmres', 'default', ADMIN), lambda: self.clock())
+        self.stale: list[int] = []  # reservations whose series are to be carried on
+        self.fresh_until = 0.0
 
     # Repeating
 
@@ -2670,6 +4246,7 @@ class LifeCycle:
             self.sweep()
         self.latest = now
         self.record(now)
+        self.refresh(now)
         self.plan(now)
         self.call(now)
         return True
@@ -2686,7 +4263,7 @@ class LifeCycle:
     def next_due(self, after: float = 0) -> float:
         """When, after an instant, the next pass has something to do; infinity if nothing is planned."""
         found = [row(f'SELECT min(due) AS due FROM {table} WHERE due > ?', after).due
-                 for table in ('occurrence', 'server', 'outbox')]
+                 for table in ('occurrence', 'server', 'outbox', 'subscription')]
         return min((due for due in found if due is not None), default=float('inf'))
 
     def run(self, stop: threading.Event) -> None:
@@ -2800,6 +4377,30 @@ class LifeCycle:
 
     # What is wanted
 
+    def refresh(self, now: float) -> None:
+        """Carries series on, once a day and when the zone table is another; some in each pass, so that none is long."""
+        if now >= self.fresh_until:
+            stamp = f'{instant(int(now)):%Y-%m-%d} {zone_table()}'
+            found = row('SELECT value FROM fact WHERE name = ?', 'refreshed')
+            if not found or found.value != stamp:
+                self.stale = [each.id for each in rows(
+                    "SELECT id FROM reservation WHERE series <> '' AND over > ? ORDER BY id DESC", int(now))]
+                with self.acting():
+                    run('INSERT INTO fact (name, value) VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET value = '
+                        'excluded.value', 'refreshed', stamp)
+            self.fresh_until = (now // 86400 + 1) * 86400
+        batch, self.stale = self.stale[-20:], self.stale[:-20]
+        for reservation in batch:
+            try:
+                with self.acting():
+                    self.service.refresh(reservation, now)
+            except Error as error:
+                if isinstance(error, LostLease):
+                    raise
+                log.warning('the series of reservation %s could not be carried on: %s', reservation, error)
+        if self.stale:
+            self.wake.set()
+
     def plan(self, now: float) -> None:
         """Writes down the servers that occurrences want now, and gives up those they don't."""
         due = ('SELECT o.*, r.label, r.image, r.server, r.at_end, r.notify, r.changed, r.project, s.cloud '
@@ -2897,7 +4498,8 @@ class LifeCycle:
 
     def journal(self, now: float, code: str, sentence: str, about) -> None:
         """An event of the life cycle, about a row that tells its reservation and whom to notify."""
-        journal(self.config, now, 'cmres', code, sentence[:1000], about.reservation_id, json.loads(about.notify))
+        occurrence = getattr(about, 'occurrence_id', about.id)
+        journal(self.config, now, 'cmres', code, sentence[:1000], about.reservation_id, json.loads(about.notify), occurrence)
 
     # What to do
 
@@ -2908,6 +4510,7 @@ class LifeCycle:
         # Each target is told in order, one notice after another.
         notices = rows(f'{NOTICES} WHERE n.due <= ? AND n.id IN (SELECT min(id) FROM outbox WHERE due IS NOT NULL '
                        'GROUP BY target)', now)
+        polls = rows('SELECT * FROM subscription WHERE due <= ?', now)
         looks, calls = set(), []
         if due:
             with self.acting():
@@ -2922,6 +4525,8 @@ class LifeCycle:
                 self.submit(('look', account), 'look', account, self.known(account))
         for notice in notices:
             self.submit(('notice', notice.target), 'notice', ' notices', notice)
+        for each in polls:
+            self.submit(('poll', each.id), 'poll', ' calendars', each)
 
     def left_alone(self, server, now: float) -> bool:
         """Whether a cloud is in such trouble that calls to it wait; a look then finds out whether it is over."""
@@ -3030,8 +4635,12 @@ class LifeCycle:
         self.clouds.open(account).delete(uid)
 
     def do_notice(self, account: str, notice) -> None:
-        found = listing(self.clock(), 'r.id = ?', (notice.reservation_id,)) if notice.reservation_id else []
-        deliver(self.config, notice, public(found[-1]) if found else {})
+        where, id = ('o.id', notice.occurrence) if notice.occurrence else ('r.id', notice.reservation_id)
+        found = listing(self.clock(), f'{where} = ?', (id,), tail=f'ORDER BY {NEXT_FIRST} LIMIT 1') if id else []
+        deliver(self.config, notice, public(found[0]) if found else {})
+
+    def do_poll(self, account: str, subscription) -> dict:
+        return self.service.poll(subscription)
 
     def mark(self, server) -> str:
         return f'{self.clouds.store}-{server.id}-{server.tries}'
@@ -3168,6 +4777,17 @@ class LifeCycle:
             tries = notice.tries + 1
             change(Outbox, notice.id, tries=tries, due=now + self.pause(tries), fault=str(error)[:500])
 
+    def record_poll(self, result: Result, now: float) -> None:
+        """Notes what a look at somebody's calendar gave; what it books is booked already."""
+        subscription, error = result.target, result.error
+        tries = subscription.tries + 1 if error else 0
+        pause = max(self.config.calendar_poll, self.pause(tries) if error else 0)
+        fault = {'fault': self.fault(error)[:500]} if error else {'fault': ''} | result.answer
+        if error and str(error) != subscription.fault:
+            self.service.journal(now, 'trouble', f'the calendar {subscription.id} of {subscription.user}: {error}')
+        run('UPDATE subscription SET due = ? WHERE id = ? AND due IS NOT NULL', now + pause, subscription.id)
+        change(Subscription, subscription.id, tries=tries, polled=now, **fault)
+
     def record_look(self, result: Result, now: float) -> None:
         """Compares what a cloud shows with what is written."""
         account = result.account
@@ -3285,6 +4905,7 @@ def rest(service: Reservations):
         for verb, path, fixed in operation.routes:
             app.route((BASE + path).rstrip('/'), verb, handler(service, operation, fixed))
     app.route('/healthz', 'GET', healthy)
+    app.route('/calendar/<secret>.ics', 'GET', feed_handler(service))
     app.route('/openapi.json', 'GET', handler(service, None, {}))
     return app
 
@@ -3314,6 +4935,34 @@ def handler(service: Reservations, operation: Operation | None, fixed: dict) -> 
             if status == 201 and field in body:
                 headers['Location'] = f'{BASE}/{kind}/{body[field]}'
         return bottle.HTTPResponse(json_text(body), status, {'Content-Type': 'application/json', **headers})
+    return handle
+
+
+def feed_handler(service: Reservations) -> Callable:
+    """Answers calendar programs: nothing but a secret in the address tells who asks."""
+    import bottle
+    kept: dict[int, tuple] = {}  # by feed: the newest event of the journal then, until when the text holds, ETag, text
+
+    def current(secret: str) -> tuple[str, str]:
+        name, feed = service.feed(secret)
+        version, now = row('SELECT max(id) AS newest FROM event').newest, service.clock()
+        if feed.id not in kept or kept[feed.id][0] != version or now >= kept[feed.id][1]:
+            found = service.feed_events(feed)
+            turns = [at for each in found for at in (each.start, each.end) if at > now]
+            text = calendar_text(name, found)
+            if len(kept) > 1000:
+                kept.clear()
+            kept[feed.id] = version, min(turns, default=now + 86400), f'"{hashed(text)[:32]}"', text
+        return kept[feed.id][2:]
+
+    def handle(secret: str):
+        try:
+            etag, text = current(secret)
+        except Error as error:
+            return bottle.HTTPResponse(json_text(error_body(error)), error.status, {'Content-Type': 'application/json'})
+        same = etag in bottle.request.headers.get('If-None-Match', '')
+        return bottle.HTTPResponse('' if same else text, 304 if same else 200, {
+            'Content-Type': 'text/calendar; charset=utf-8', 'ETag': etag, 'Cache-Control': 'private, no-cache'})
     return handle
 
 
@@ -3374,6 +5023,8 @@ def read_body(request) -> dict:
         raise TooLarge(f'the body is larger than {MOST_BODY} bytes; send it in parts')
     if not text.strip():
         return {}
+    if request.content_type.partition(';')[0].strip().lower() == 'text/calendar':
+        return {'file': text.decode('utf8', 'surrogateescape')}
     try:
         body = json.loads(text.decode('utf8'), object_pairs_hook=lambda pairs: given_once(*({k: v} for k, v in pairs)))
         json.dumps(body, ensure_ascii=False).encode()
@@ -3521,6 +5172,10 @@ Example:
 
 Example:
   python cmres.py token add eva --project biology --role user
+""", 'calendar': """Calendars that show reservations, and calendars that make them.
+
+Example:
+  python cmres.py calendar feed
 """}
 
 HELP = '''Reservations for virtual machines on OpenStack clouds.
@@ -3538,11 +5193,13 @@ Example:
 FORMATS = ('table', 'json', 'csv', 'yaml')
 
 #: What a table shows of answers that have more fields than a line has room for.
-COLUMNS = {'list': 'id label user project resource vms flavor start end state fault',
+COLUMNS = {'list': 'id label user project resource vms flavor start end repeat state fault',
            'delete': 'id label user project resource vms start end state',
            'servers': 'n name state addresses planned begun ready deleted snapshot fault',
            'resource_list': 'name cell cloud region aggregate vms vcpus ram',
-           'refused': 'line label error'}
+           'refused': 'line label error', 'occurrences': 'uid start end status vms resource state outcome why',
+           'events': 'uid summary label outcome start vms flavor count why'}
+MOST_SHOWN = 40  # lines of a table within an answer
 
 
 def serve(config: Config, host: Name = '', port: int = None, noscheduler: bool = False) -> None:
@@ -3598,9 +5255,27 @@ def tick(config: Config) -> None:
     LifeCycle(config, service.clouds).settle()
 
 
-LOCAL = {each.__name__: Operation(each.__name__, each, ADMIN, [('POST', '', {})]) for each in (serve, scheduler, tick)}
 WORDS |= {'host': 'address to listen on', 'port': 'port to listen on; 0 takes a free one',
           'noscheduler': 'leave the life cycle to another process'}
+
+
+def occurrences(config: Config, file: Ics, start: When = None, end: When = None, tz: Zone = '') -> Rows:
+    """Tells when the events of an iCalendar file occur, in the next 366 days unless --start and --end say otherwise.
+
+    Nothing is reserved. Times without a zone and whole days are in that of --tz.
+
+    Example:
+      python cmres.py occurrences class.ics --start 2027-01-01 --end 2027-02-01 --tz Europe/Paris
+    """
+    start = start if isinstance(start, datetime) else datetime.now(UTC).replace(microsecond=0) + (start or timedelta(0))
+    end = start + (timedelta(days=366) if end is None else end) if not isinstance(end, datetime) else end
+    if not start < end:
+        raise Invalid(f'the end {to_plain(end)} is not after the start {to_plain(start)}')
+    return occurrences_of(read_calendar(file, 'the file'), read_zone(tz or config.timezone), start, end)
+
+
+LOCAL = {each.__name__: Operation(each.__name__, each, ADMIN, [('POST', '', {})])
+         for each in (serve, scheduler, tick, occurrences)}
 
 
 def in_utc() -> None:
@@ -3704,7 +5379,8 @@ def commands(helping: bool = False) -> Group:
     groups: dict = defaultdict(dict)
     for name, operation in API.items():
         group, _, verb = name.partition('_')
-        (groups[group] if group in GROUPS else tree)[verb if group in GROUPS else name] = command(operation, helping)
+        here, word = (groups[group], verb) if group in GROUPS else (tree, operation.words)
+        here[word] = command(operation, helping)
     return Group(HELP, tree | {name: Group(GROUPS[name], members) for name, members in groups.items()})
 
 
@@ -3805,14 +5481,19 @@ def make(call: Call, config: Config, options: dict) -> str | None:
     """Makes a call that Fire noted, here or on a server, and renders its answer."""
     operation = call._operation
     given = {name: from_file(value, operation.parameters[name].annotation) for name, value in call._given.items()}
+    if 'tz' in operation.parameters:
+        given.setdefault('tz', config.timezone)
     bound = bind(operation, given, Here(config.zone, instant(int(time.time()))))
+    form = options.get('format', 'table')
     if operation.name in LOCAL:
-        return operation.method(config, **bound)
+        answer = operation.method(config, **bound)
+        return answer if answer is None else render(answer, form, config.zone, COLUMNS.get(operation.name))
     service = Client(config.url, config.token) if config.url else local_service(config)
-    form, asked = options.get('format', 'table'), getattr(service, operation.name)
+    asked = getattr(service, operation.name)
     if options.get('follow'):
         follow(asked, bound, form, config.zone)
-    return render(asked(**bound), form, config.zone, COLUMNS.get(operation.name))
+    columns = None if operation.name == 'events' else COLUMNS.get(operation.name)
+    return render(asked(**bound), form, config.zone, columns)
 
 
 def follow(events: Callable, bound: dict, form: str, zone: ZoneInfo, pause: float = 1) -> None:
@@ -3828,9 +5509,12 @@ def follow(events: Callable, bound: dict, form: str, zone: ZoneInfo, pause: floa
 
 def from_file(value: str, kind):
     """What a file argument stands for: the text of the file, or its reservations."""
-    if kind not in (File, Rows) or not value:
+    if kind not in (File, Rows, Ics, Source) or not value or kind is Source and re.match('(https?|webcals?)://', value):
         return value
     try:
+        if kind in (Ics, Source):
+            with open(value, 'rb') as file:  # what is not UTF-8 is for the guard to refuse
+                return file.read(MOST_ICS + 4).decode('utf8', 'surrogateescape')
         with open(value, encoding='utf-8-sig', newline='') as file:
             text = file.read()
     except (OSError, UnicodeDecodeError) as error:
@@ -3906,7 +5590,8 @@ def as_table(answer, zone: ZoneInfo, columns: str | None = None) -> str:
                  and isinstance(each[0], dict)}
         pairs = [(name, in_cell(each, zone)) for name, each in answer.items()
                  if name not in inner and each not in (None, '', [], {})]
-        tables = [f'\n{name}:\n{as_table(each, zone, COLUMNS.get(name, COLUMNS["list"]))}'
+        tables = [f'\n{name}:\n{as_table(each[:MOST_SHOWN], zone, COLUMNS.get(name, COLUMNS["list"]))}'
+                  + (f'\n... and {len(each) - MOST_SHOWN} more; --format json shows all' if len(each) > MOST_SHOWN else '')
                   for name, each in inner.items()]
         return '\n'.join([drawn([], pairs) if pairs else '', *tables]).strip('\n')
     if not answer:
@@ -3941,6 +5626,8 @@ def in_words(error: Error, zone: ZoneInfo) -> list[str]:
     offers = {'next_start': 'the same from {}', 'most_vms': '{} vms at that time', 'longest': '{} from that start'}
     lines += [f'  would fit:  {text.format(in_cell(details[name], zone))}'
               for name, text in offers.items() if name in details]
+    lines += [f"  does not fit: {in_cell(each['start'], zone)}: {each['why']}"
+              for each in details.get('conflicts', [])[1:MOST_SHOWN]]
     lines += [f"  line {each['line']}: {each['label']}: {each['error']}" for each in details.get('refused', [])]
     lines += [f"  {each['label']} of {each['user']}, {each['vms']} vms from {in_cell(each['start'], zone)}"
               for each in details.get('occurrences', [])]

@@ -571,6 +571,486 @@ def test_a_writer_killed_in_mid_transaction_leaves_no_trace(world):
     assert world.service.check()['differences'] == 0
 
 
+# Calendar ####################################################################
+#
+# Hard files, agreed between independent libraries, and those that must be refused as a whole.
+
+
+def event(*lines: str, uid: str = 'one') -> str:
+    return '\n'.join(('BEGIN:VEVENT', f'UID:{uid}', 'DTSTAMP:20260101T000000Z', *lines, 'END:VEVENT', ''))
+
+
+def calendar(body: str | bytes) -> bytes:
+    """The file around a body; bytes are a whole file already, for the cases about line ends."""
+    text = f'BEGIN:VCALENDAR\nVERSION:2.0\nPRODID:-//cmres//tests//EN\n{body}END:VCALENDAR\n'
+    return body if isinstance(body, bytes) else text.replace('\n', '\r\n').encode()
+
+
+def notation(found: list[dict]) -> list[str]:
+    """What `occurrences` printed, as EVENTS writes it: start in UTC, hours, and the status unless CONFIRMED."""
+    spans = [(*(datetime.fromisoformat(row[key]) for key in ('start', 'end')), row['status']) for row in found]
+    return [f'{start:%Y-%m-%dT%H:%M}Z {(end - start) / timedelta(hours=1):g}h {status}'.removesuffix(' CONFIRMED')
+            for start, end, status in spans]
+
+
+def zone(name: str, winter: tuple, summer: tuple) -> str:
+    """A VTIMEZONE; each half is the offset that it brings, its first day, and its rule."""
+    halves = ''.join(f'BEGIN:{kind}\nDTSTART:{first}\nTZOFFSETFROM:{other[0]}\nTZOFFSETTO:{own[0]}\n'
+                     f'RRULE:FREQ=YEARLY;{rule}\nEND:{kind}\n' for kind, own, other in
+                     (('STANDARD', winter, summer), ('DAYLIGHT', summer, winter)) for _, first, rule in [own])
+    return f'BEGIN:VTIMEZONE\nTZID:{name}\n{halves}END:VTIMEZONE\n'
+
+
+AUTUMN = '19701101T020000', 'BYMONTH=11;BYDAY=1SU'
+SPRING = '19700301T020000', 'BYMONTH=3;BYDAY=1SU'
+PLAIN = event('DTSTART:20261201T090000Z', 'DTEND:20261201T103000Z')
+
+#: name: (body, --tz, --start, --end, expected)
+EVENTS = {
+    'an event overlaps the window though it starts before it and ends after it': (
+        PLAIN, 'UTC', '2026-12-01T09:30Z', '2026-12-01T10:00Z', ['2026-12-01T09:00Z 1.5h']),
+    'events that only touch the window are not in it': (
+        PLAIN + event('DTSTART:20261201T113000Z', 'DTEND:20261201T120000Z', uid='two'),
+        'UTC', '2026-12-01T10:30Z', '2026-12-01T11:30Z', []),
+    'a daily night of which three touch the window': (
+        event('DTSTART:20261201T220000Z', 'DTEND:20261202T060000Z', 'RRULE:FREQ=DAILY;COUNT=9'),
+        'UTC', '2026-12-03T06:00Z', '2026-12-05T22:01Z',
+        ['2026-12-03T22:00Z 8h', '2026-12-04T22:00Z 8h', '2026-12-05T22:00Z 8h']),
+    'weekly over the change in Paris': (
+        event('DTSTART;TZID=Europe/Paris:20261017T090000', 'DTEND;TZID=Europe/Paris:20261017T103000',
+              'RRULE:FREQ=WEEKLY;COUNT=4'),
+        'UTC', '2026-10-01T00:00Z', '2026-12-01T00:00Z',
+        ['2026-10-17T07:00Z 1.5h', '2026-10-24T07:00Z 1.5h', '2026-10-31T08:00Z 1.5h', '2026-11-07T08:00Z 1.5h']),
+    'a night that gains an hour ends at six by the clock': (
+        event('DTSTART;TZID=Europe/Paris:20261023T220000', 'DTEND;TZID=Europe/Paris:20261024T060000',
+              'RRULE:FREQ=DAILY;COUNT=3'),
+        'UTC', '2026-10-23T00:00Z', '2026-10-27T00:00Z',
+        ['2026-10-23T20:00Z 8h', '2026-10-24T20:00Z 9h', '2026-10-25T21:00Z 8h']),
+    'a night that loses an hour ends at six by the clock': (
+        event('DTSTART;TZID=America/New_York:20260306T220000', 'DURATION:PT8H', 'RRULE:FREQ=DAILY;COUNT=3'),
+        'UTC', '2026-03-06T00:00Z', '2026-03-10T00:00Z',
+        ['2026-03-07T03:00Z 8h', '2026-03-08T03:00Z 7h', '2026-03-09T02:00Z 8h']),
+    'P1D and PT24H are the same day of 25 hours': (
+        event('DTSTART;TZID=Europe/Paris:20261024T120000', 'DURATION:P1D')
+        + event('DTSTART;TZID=Europe/Paris:20261024T130000', 'DURATION:PT24H', uid='two'),
+        'UTC', '2026-10-24T00:00Z', '2026-10-26T00:00Z', ['2026-10-24T10:00Z 25h', '2026-10-24T11:00Z 25h']),
+    'a start in the gap has the offset before it': (
+        event('DTSTART;TZID=Europe/Paris:20260328T023000', 'DTEND;TZID=Europe/Paris:20260328T040000',
+              'RRULE:FREQ=DAILY;COUNT=3'),
+        'UTC', '2026-03-28T00:00Z', '2026-03-31T00:00Z',
+        ['2026-03-28T01:30Z 1.5h', '2026-03-29T01:30Z 0.5h', '2026-03-30T00:30Z 1.5h']),
+    'an end that the gap overtakes leaves the length as it is': (
+        event('DTSTART;TZID=Europe/Paris:20260328T023000', 'DTEND;TZID=Europe/Paris:20260328T030000',
+              'RRULE:FREQ=DAILY;COUNT=3'),
+        'UTC', '2026-03-28T00:00Z', '2026-03-31T00:00Z',
+        ['2026-03-28T01:30Z 0.5h', '2026-03-29T01:30Z 0.5h', '2026-03-30T00:30Z 0.5h']),
+    'a start in the overlap is the first of the two': (
+        event('DTSTART;TZID=Europe/Paris:20261024T023000', 'DTEND;TZID=Europe/Paris:20261024T040000',
+              'RRULE:FREQ=DAILY;COUNT=3'),
+        'UTC', '2026-10-24T00:00Z', '2026-10-27T00:00Z',
+        ['2026-10-24T00:30Z 1.5h', '2026-10-25T00:30Z 2.5h', '2026-10-26T01:30Z 1.5h']),
+    'floating times are in the zone of the owner': (
+        event('DTSTART:20261024T090000', 'DTEND:20261024T100000', 'RRULE:FREQ=DAILY;COUNT=3'),
+        'Europe/Paris', '2026-10-24T00:00Z', '2026-10-27T00:00Z',
+        ['2026-10-24T07:00Z 1h', '2026-10-25T08:00Z 1h', '2026-10-26T08:00Z 1h']),
+    'an all-day event is a day in the zone of the owner': (
+        event('DTSTART;VALUE=DATE:20261024', 'RRULE:FREQ=DAILY;COUNT=3'),
+        'Europe/Paris', '2026-10-23T00:00Z', '2026-10-28T00:00Z',
+        ['2026-10-23T22:00Z 24h', '2026-10-24T22:00Z 25h', '2026-10-25T23:00Z 24h']),
+    'all-day over three days, its end exclusive': (
+        event('DTSTART;VALUE=DATE:20261230', 'DTEND;VALUE=DATE:20270102'),
+        'America/Los_Angeles', '2027-01-01T00:00Z', '2027-01-03T00:00Z', ['2026-12-30T08:00Z 72h']),
+    'all-day with a length in days': (
+        event('DTSTART;VALUE=DATE:20261201', 'DURATION:P2D', 'RRULE:FREQ=WEEKLY;COUNT=2'),
+        'Asia/Kathmandu', '2026-11-30T00:00Z', '2026-12-15T00:00Z', ['2026-11-30T18:15Z 48h', '2026-12-07T18:15Z 48h']),
+    'an event without an end has no length': (
+        event('DTSTART;TZID=Europe/Paris:20261201T090000', 'RRULE:FREQ=DAILY;COUNT=2'),
+        'UTC', '2026-12-01T00:00Z', '2026-12-05T00:00Z', ['2026-12-01T08:00Z 0h', '2026-12-02T08:00Z 0h']),
+    'start and end in different zones': (
+        event('DTSTART;TZID=Europe/Paris:20261201T200000', 'DTEND;TZID=America/New_York:20261201T220000'),
+        'UTC', '2026-12-01T00:00Z', '2026-12-03T00:00Z', ['2026-12-01T19:00Z 8h']),
+    'Kathmandu is five hours and three quarters ahead': (
+        event('DTSTART;TZID=Asia/Kathmandu:20261201T000000', 'DURATION:PT15M', 'RRULE:FREQ=WEEKLY;COUNT=2;BYDAY=TU'),
+        'UTC', '2026-11-30T00:00Z', '2026-12-09T00:00Z', ['2026-11-30T18:15Z 0.25h', '2026-12-07T18:15Z 0.25h']),
+    'Lord Howe changes by half an hour': (
+        event('DTSTART;TZID=Australia/Lord_Howe:20261003T010000', 'DTEND;TZID=Australia/Lord_Howe:20261003T040000',
+              'RRULE:FREQ=DAILY;COUNT=3'),
+        'UTC', '2026-10-02T00:00Z', '2026-10-06T00:00Z',
+        ['2026-10-02T14:30Z 3h', '2026-10-03T14:30Z 2.5h', '2026-10-04T14:00Z 3h']),
+    'Santiago has a day without midnight': (
+        event('DTSTART;VALUE=DATE:20260905', 'RRULE:FREQ=DAILY;COUNT=3'),
+        'America/Santiago', '2026-09-05T00:00Z', '2026-09-09T00:00Z',
+        ['2026-09-05T04:00Z 24h', '2026-09-06T04:00Z 23h', '2026-09-07T03:00Z 24h']),
+    'Apia went without the 30th of December 2011': (
+        event('DTSTART;TZID=Pacific/Apia:20111229T090000', 'DURATION:PT1H', 'RRULE:FREQ=DAILY;BYDAY=TH,SA,SU;COUNT=3'),
+        'UTC', '2011-12-29T00:00Z', '2012-01-03T00:00Z',
+        ['2011-12-29T19:00Z 1h', '2011-12-30T19:00Z 1h', '2011-12-31T19:00Z 1h']),
+    'until a date counts that day': (
+        event('DTSTART;VALUE=DATE:20261201', 'RRULE:FREQ=DAILY;INTERVAL=2;UNTIL=20261205'),
+        'UTC', '2026-12-01T00:00Z', '2026-12-31T00:00Z',
+        ['2026-12-01T00:00Z 24h', '2026-12-03T00:00Z 24h', '2026-12-05T00:00Z 24h']),
+    'until a date at a timed event': (
+        event('DTSTART;TZID=Europe/Paris:20261201T090000', 'DURATION:PT1H', 'RRULE:FREQ=DAILY;UNTIL=20261203'),
+        'UTC', '2026-12-01T00:00Z', '2026-12-31T00:00Z', ['2026-12-01T08:00Z 1h', '2026-12-02T08:00Z 1h']),
+    'until an instant in UTC counts the one that starts then': (
+        event('DTSTART;TZID=America/New_York:20261201T200000', 'DURATION:PT1H',
+              'RRULE:FREQ=DAILY;UNTIL=20261204T010000Z'),
+        'UTC', '2026-12-01T00:00Z', '2026-12-31T00:00Z',
+        ['2026-12-02T01:00Z 1h', '2026-12-03T01:00Z 1h', '2026-12-04T01:00Z 1h']),
+    'until a local time': (
+        event('DTSTART:20261201T090000', 'DURATION:PT1H', 'RRULE:FREQ=DAILY;UNTIL=20261203T090000'),
+        'Asia/Tokyo', '2026-12-01T00:00Z', '2026-12-31T00:00Z',
+        ['2026-12-01T00:00Z 1h', '2026-12-02T00:00Z 1h', '2026-12-03T00:00Z 1h']),
+    'until a local time though the start has a zone': (
+        event('DTSTART;TZID=America/New_York:20261201T200000', 'DURATION:PT1H',
+              'RRULE:FREQ=DAILY;UNTIL=20261203T200000'),
+        'UTC', '2026-12-01T00:00Z', '2026-12-31T00:00Z', ['2026-12-02T01:00Z 1h', '2026-12-03T01:00Z 1h']),
+    'the last weekday of each month': (
+        event('DTSTART;TZID=Europe/Paris:20261030T090000', 'DURATION:PT1H',
+              'RRULE:FREQ=MONTHLY;BYDAY=MO,TU,WE,TH,FR;BYSETPOS=-1;COUNT=4'),
+        'UTC', '2026-10-01T00:00Z', '2027-06-01T00:00Z',
+        ['2026-10-30T08:00Z 1h', '2026-11-30T08:00Z 1h', '2026-12-31T08:00Z 1h', '2027-01-29T08:00Z 1h']),
+    'the second Tuesday and the last Friday': (
+        event('DTSTART;TZID=Europe/Paris:20261013T090000', 'DURATION:PT1H',
+              'RRULE:FREQ=MONTHLY;BYDAY=2TU,-1FR;COUNT=5'),
+        'UTC', '2026-10-01T00:00Z', '2027-06-01T00:00Z',
+        ['2026-10-13T07:00Z 1h', '2026-10-30T08:00Z 1h', '2026-11-10T08:00Z 1h', '2026-11-27T08:00Z 1h',
+         '2026-12-08T08:00Z 1h']),
+    'the fifth Monday only where there is one': (
+        event('DTSTART:20261130T090000Z', 'DURATION:PT1H', 'RRULE:FREQ=MONTHLY;BYDAY=5MO;COUNT=3'),
+        'UTC', '2026-11-01T00:00Z', '2027-11-01T00:00Z',
+        ['2026-11-30T09:00Z 1h', '2027-03-29T09:00Z 1h', '2027-05-31T09:00Z 1h']),
+    'the last day of each month': (
+        event('DTSTART:20270131T090000Z', 'DURATION:PT1H', 'RRULE:FREQ=MONTHLY;BYMONTHDAY=-1;COUNT=4'),
+        'UTC', '2027-01-01T00:00Z', '2027-12-01T00:00Z',
+        ['2027-01-31T09:00Z 1h', '2027-02-28T09:00Z 1h', '2027-03-31T09:00Z 1h', '2027-04-30T09:00Z 1h']),
+    'the 31st skips the short months': (
+        event('DTSTART;TZID=Europe/Paris:20270131T090000', 'DURATION:PT1H', 'RRULE:FREQ=MONTHLY;COUNT=4'),
+        'UTC', '2027-01-01T00:00Z', '2027-12-01T00:00Z',
+        ['2027-01-31T08:00Z 1h', '2027-03-31T07:00Z 1h', '2027-05-31T07:00Z 1h', '2027-07-31T07:00Z 1h']),
+    'a birthday on a leap day': (
+        event('DTSTART;VALUE=DATE:20240229', 'RRULE:FREQ=YEARLY'),
+        'UTC', '2027-06-01T00:00Z', '2028-05-31T00:00Z', ['2028-02-29T00:00Z 24h']),
+    'daily over the end of the year and of February': (
+        event('DTSTART:20271231T230000Z', 'DURATION:PT2H', 'RRULE:FREQ=DAILY;INTERVAL=30;COUNT=4'),
+        'UTC', '2027-12-31T00:00Z', '2028-12-01T00:00Z',
+        ['2027-12-31T23:00Z 2h', '2028-01-30T23:00Z 2h', '2028-02-29T23:00Z 2h', '2028-03-30T23:00Z 2h']),
+    'Friday the 13th': (
+        event('DTSTART:20260213T090000Z', 'DURATION:PT1H', 'RRULE:FREQ=MONTHLY;BYDAY=FR;BYMONTHDAY=13'),
+        'UTC', '2026-02-01T00:00Z', '2027-02-01T00:00Z',
+        ['2026-02-13T09:00Z 1h', '2026-03-13T09:00Z 1h', '2026-11-13T09:00Z 1h']),
+    'every other week from Sunday on, the week begins on Sunday': (
+        event('DTSTART:20261206T090000Z', 'DURATION:PT1H', 'RRULE:FREQ=WEEKLY;INTERVAL=2;BYDAY=SU,TU;WKST=SU;COUNT=4'),
+        'UTC', '2026-12-01T00:00Z', '2027-02-01T00:00Z',
+        ['2026-12-06T09:00Z 1h', '2026-12-08T09:00Z 1h', '2026-12-20T09:00Z 1h', '2026-12-22T09:00Z 1h']),
+    'every other week from Sunday on, the week begins on Monday': (
+        event('DTSTART:20261206T090000Z', 'DURATION:PT1H', 'RRULE:FREQ=WEEKLY;INTERVAL=2;BYDAY=SU,TU;COUNT=4'),
+        'UTC', '2026-12-01T00:00Z', '2027-02-01T00:00Z',
+        ['2026-12-06T09:00Z 1h', '2026-12-15T09:00Z 1h', '2026-12-20T09:00Z 1h', '2026-12-29T09:00Z 1h']),
+    'week 53 and week 1': (
+        event('DTSTART:20261228T090000Z', 'DURATION:PT1H', 'RRULE:FREQ=YEARLY;BYWEEKNO=1,53;BYDAY=MO,FR;COUNT=4'),
+        'UTC', '2026-12-01T00:00Z', '2027-12-01T00:00Z',
+        ['2026-12-28T09:00Z 1h', '2027-01-01T09:00Z 1h', '2027-01-04T09:00Z 1h', '2027-01-08T09:00Z 1h']),
+    'the first and the last day of the year': (
+        event('DTSTART:20261231T090000Z', 'DURATION:PT1H', 'RRULE:FREQ=YEARLY;BYYEARDAY=1,-1;COUNT=4'),
+        'UTC', '2026-12-31T00:00Z', '2028-01-01T00:00Z',
+        ['2026-12-31T09:00Z 1h', '2027-01-01T09:00Z 1h', '2027-12-31T09:00Z 1h']),
+    'three times a day': (
+        event('DTSTART;TZID=Europe/Paris:20261024T090000', 'DURATION:PT30M',
+              'RRULE:FREQ=DAILY;BYHOUR=9,13;BYMINUTE=0,45;COUNT=6'),
+        'UTC', '2026-10-24T00:00Z', '2026-10-27T00:00Z',
+        ['2026-10-24T07:00Z 0.5h', '2026-10-24T07:45Z 0.5h', '2026-10-24T11:00Z 0.5h', '2026-10-24T11:45Z 0.5h',
+         '2026-10-25T08:00Z 0.5h', '2026-10-25T08:45Z 0.5h']),
+    'EXDATE takes away from what COUNT counted': (
+        event('DTSTART;TZID=Europe/Paris:20261201T090000', 'DURATION:PT1H', 'RRULE:FREQ=DAILY;COUNT=5',
+              'EXDATE;TZID=Europe/Paris:20261202T090000', 'EXDATE:20261204T080000Z'),
+        'UTC', '2026-12-01T00:00Z', '2026-12-31T00:00Z',
+        ['2026-12-01T08:00Z 1h', '2026-12-03T08:00Z 1h', '2026-12-05T08:00Z 1h']),
+    'EXDATE that hits nothing, and one of the first': (
+        event('DTSTART:20261201T090000Z', 'DURATION:PT1H', 'RRULE:FREQ=DAILY;COUNT=3',
+              'EXDATE:20261201T090000Z,20261202T100000Z'),
+        'UTC', '2026-12-01T00:00Z', '2026-12-31T00:00Z', ['2026-12-02T09:00Z 1h', '2026-12-03T09:00Z 1h']),
+    'EXDATE of an all-day series': (
+        event('DTSTART;VALUE=DATE:20261201', 'RRULE:FREQ=WEEKLY;BYDAY=TU,TH;COUNT=4',
+              'EXDATE;VALUE=DATE:20261203,20261208'),
+        'UTC', '2026-12-01T00:00Z', '2026-12-31T00:00Z', ['2026-12-01T00:00Z 24h', '2026-12-10T00:00Z 24h']),
+    'RDATE adds, and adds nothing twice': (
+        event('DTSTART;TZID=Europe/Paris:20261201T090000', 'DURATION:PT1H', 'RRULE:FREQ=DAILY;COUNT=2',
+              'RDATE;TZID=Europe/Paris:20261202T090000,20261205T150000', 'RDATE:20261207T080000Z'),
+        'UTC', '2026-12-01T00:00Z', '2026-12-31T00:00Z',
+        ['2026-12-01T08:00Z 1h', '2026-12-02T08:00Z 1h', '2026-12-05T14:00Z 1h', '2026-12-07T08:00Z 1h']),
+    'RDATE of days without a rule': (
+        event('DTSTART;VALUE=DATE:20261201', 'RDATE;VALUE=DATE:20261204,20261209'),
+        'Europe/Paris', '2026-12-01T00:00Z', '2026-12-31T00:00Z',
+        ['2026-11-30T23:00Z 24h', '2026-12-03T23:00Z 24h', '2026-12-08T23:00Z 24h']),
+    'RDATE with a length of its own': (
+        event('DTSTART:20261201T090000Z', 'DURATION:PT1H',
+              'RDATE;VALUE=PERIOD:20261203T090000Z/20261203T120000Z,20261204T090000Z/PT30M'),
+        'UTC', '2026-12-01T00:00Z', '2026-12-31T00:00Z',
+        ['2026-12-01T09:00Z 1h', '2026-12-03T09:00Z 3h', '2026-12-04T09:00Z 0.5h']),
+    'one is moved, one is longer, one is cancelled': (
+        event('DTSTART;TZID=Europe/Paris:20261201T090000', 'DTEND;TZID=Europe/Paris:20261201T100000',
+              'RRULE:FREQ=DAILY;COUNT=4')
+        + event('RECURRENCE-ID;TZID=Europe/Paris:20261202T090000', 'DTSTART;TZID=Europe/Paris:20261206T140000',
+                'DTEND;TZID=Europe/Paris:20261206T150000')
+        + event('RECURRENCE-ID:20261203T080000Z', 'DTSTART;TZID=Europe/Paris:20261203T090000', 'DURATION:PT5H')
+        + event('RECURRENCE-ID;TZID=Europe/Paris:20261204T090000', 'DTSTART;TZID=Europe/Paris:20261204T090000',
+                'DTEND;TZID=Europe/Paris:20261204T100000', 'STATUS:CANCELLED'),
+        'UTC', '2026-12-01T00:00Z', '2026-12-31T00:00Z',
+        ['2026-12-01T08:00Z 1h', '2026-12-03T08:00Z 5h', '2026-12-04T08:00Z 1h CANCELLED', '2026-12-06T13:00Z 1h']),
+    'one is moved into the window from far away': (
+        event('DTSTART:20261001T090000Z', 'DURATION:PT1H', 'RRULE:FREQ=WEEKLY;COUNT=3')
+        + event('RECURRENCE-ID:20261008T090000Z', 'DTSTART:20261215T090000Z', 'DURATION:PT2H'),
+        'UTC', '2026-12-01T00:00Z', '2026-12-31T00:00Z', ['2026-12-15T09:00Z 2h']),
+    'one is moved out of the window': (
+        event('DTSTART:20261201T090000Z', 'DURATION:PT1H', 'RRULE:FREQ=DAILY;COUNT=3')
+        + event('RECURRENCE-ID:20261202T090000Z', 'DTSTART:20270615T090000Z', 'DURATION:PT1H'),
+        'UTC', '2026-12-01T00:00Z', '2026-12-31T00:00Z', ['2026-12-01T09:00Z 1h', '2026-12-03T09:00Z 1h']),
+    'this and all after it an hour later': (
+        event('DTSTART;TZID=Europe/Paris:20261201T090000', 'DTEND;TZID=Europe/Paris:20261201T100000',
+              'RRULE:FREQ=DAILY;COUNT=4')
+        + event('RECURRENCE-ID;RANGE=THISANDFUTURE;TZID=Europe/Paris:20261203T090000',
+                'DTSTART;TZID=Europe/Paris:20261203T100000', 'DTEND;TZID=Europe/Paris:20261203T120000'),
+        'UTC', '2026-12-01T00:00Z', '2026-12-31T00:00Z',
+        ['2026-12-01T08:00Z 1h', '2026-12-02T08:00Z 1h', '2026-12-03T09:00Z 2h', '2026-12-04T09:00Z 2h']),
+    'a series that is cancelled as a whole': (
+        event('DTSTART:20261201T090000Z', 'DURATION:PT1H', 'RRULE:FREQ=DAILY;COUNT=2', 'STATUS:CANCELLED'),
+        'UTC', '2026-12-01T00:00Z', '2026-12-31T00:00Z',
+        ['2026-12-01T09:00Z 1h CANCELLED', '2026-12-02T09:00Z 1h CANCELLED']),
+    'an occurrence that came without its series': (
+        event('RECURRENCE-ID:20261202T090000Z', 'DTSTART:20261202T100000Z', 'DURATION:PT1H', 'STATUS:TENTATIVE'),
+        'UTC', '2026-12-01T00:00Z', '2026-12-31T00:00Z', ['2026-12-02T10:00Z 1h TENTATIVE']),
+    'a start that does not match its rule counts': (
+        event('DTSTART:20261201T090000Z', 'DURATION:PT1H', 'RRULE:FREQ=WEEKLY;BYDAY=WE;UNTIL=20261216T090000Z'),
+        'UTC', '2026-12-01T00:00Z', '2026-12-31T00:00Z',
+        ['2026-12-01T09:00Z 1h', '2026-12-02T09:00Z 1h', '2026-12-09T09:00Z 1h', '2026-12-16T09:00Z 1h']),
+    'the same UID twice is the one with the higher sequence': (
+        event('DTSTART:20261201T090000Z', 'DURATION:PT1H', 'SEQUENCE:1')
+        + event('DTSTART:20261202T090000Z', 'DURATION:PT1H', 'SEQUENCE:2'),
+        'UTC', '2026-12-01T00:00Z', '2026-12-31T00:00Z', ['2026-12-02T09:00Z 1h']),
+    'two series that overlap': (
+        event('DTSTART:20261201T090000Z', 'DURATION:PT3H', 'RRULE:FREQ=DAILY;COUNT=3')
+        + event('DTSTART:20261202T100000Z', 'DURATION:PT3H', 'RRULE:FREQ=DAILY;COUNT=2', uid='two'),
+        'UTC', '2026-12-01T00:00Z', '2026-12-31T00:00Z',
+        ['2026-12-01T09:00Z 3h', '2026-12-02T09:00Z 3h', '2026-12-02T10:00Z 3h', '2026-12-03T09:00Z 3h',
+         '2026-12-03T10:00Z 3h']),
+    'a series that overlaps itself': (
+        event('DTSTART:20261201T090000Z', 'DURATION:P1DT6H', 'RRULE:FREQ=DAILY;COUNT=3'),
+        'UTC', '2026-12-02T12:00Z', '2026-12-02T16:00Z', ['2026-12-01T09:00Z 30h', '2026-12-02T09:00Z 30h']),
+    'tasks, journals, free times and alarms are no events': (
+        'BEGIN:VTODO\nUID:task\nDTSTAMP:20260101T000000Z\nDTSTART:20261201T090000Z\nDUE:20261201T100000Z\n'
+        'RRULE:FREQ=DAILY\nEND:VTODO\n'
+        'BEGIN:VJOURNAL\nUID:diary\nDTSTAMP:20260101T000000Z\nDTSTART:20261201T090000Z\nEND:VJOURNAL\n'
+        'BEGIN:VFREEBUSY\nUID:free\nDTSTAMP:20260101T000000Z\nFREEBUSY:20261201T090000Z/PT3H\nEND:VFREEBUSY\n'
+        + event('DTSTART:20261203T090000Z', 'DURATION:PT1H', 'BEGIN:VALARM', 'ACTION:DISPLAY', 'DESCRIPTION:soon',
+                'TRIGGER:-PT15M', 'REPEAT:4', 'DURATION:PT5M', 'END:VALARM'),
+        'UTC', '2026-12-01T00:00Z', '2026-12-31T00:00Z', ['2026-12-03T09:00Z 1h']),
+    'a name by Windows without its VTIMEZONE': (
+        event('DTSTART;TZID=W. Europe Standard Time:20261024T090000',
+              'DTEND;TZID="W. Europe Standard Time":20261024T100000', 'RRULE:FREQ=DAILY;COUNT=3'),
+        'UTC', '2026-10-24T00:00Z', '2026-10-27T00:00Z',
+        ['2026-10-24T07:00Z 1h', '2026-10-25T08:00Z 1h', '2026-10-26T08:00Z 1h']),
+    'a name by Evolution without its VTIMEZONE': (
+        event('DTSTART;TZID=/freeassociation.sourceforge.net/Europe/Paris:20261024T090000',
+              'DTEND;TZID=/freeassociation.sourceforge.net/Europe/Paris:20261024T100000', 'RRULE:FREQ=DAILY;COUNT=3'),
+        'UTC', '2026-10-24T00:00Z', '2026-10-27T00:00Z',
+        ['2026-10-24T07:00Z 1h', '2026-10-25T08:00Z 1h', '2026-10-26T08:00Z 1h']),
+    'a name by Evolution with its VTIMEZONE': (
+        zone('/freeassociation.sourceforge.net/Europe/Berlin', ('+0100', '19701025T030000', 'BYDAY=-1SU;BYMONTH=10'),
+             ('+0200', '19700329T020000', 'BYDAY=-1SU;BYMONTH=3'))
+        + event('DTSTART;TZID=/freeassociation.sourceforge.net/Europe/Berlin:20261024T090000',
+                'DTEND;TZID=/freeassociation.sourceforge.net/Europe/Berlin:20261024T100000', 'RRULE:FREQ=DAILY;COUNT=3',
+                'EXDATE;TZID=/freeassociation.sourceforge.net/Europe/Berlin:20261026T090000'),
+        'UTC', '2026-10-24T00:00Z', '2026-10-27T00:00Z', ['2026-10-24T07:00Z 1h', '2026-10-25T08:00Z 1h']),
+    'a name by Outlook with its VTIMEZONE from 1601 on': (
+        zone('Romance Standard Time', ('+0100', '16010101T030000', 'BYDAY=-1SU;BYMONTH=10'),
+             ('+0200', '16010101T020000', 'BYDAY=-1SU;BYMONTH=3'))
+        + event('DTSTART;TZID=Romance Standard Time:20261024T090000',
+                'DTEND;TZID=Romance Standard Time:20261024T100000', 'RRULE:FREQ=DAILY;COUNT=3'),
+        'UTC', '2026-10-24T00:00Z', '2026-10-27T00:00Z',
+        ['2026-10-24T07:00Z 1h', '2026-10-25T08:00Z 1h', '2026-10-26T08:00Z 1h']),
+    'a zone of its own': (
+        zone('Custom Plus 3:30', ('+0330', *AUTUMN), ('+0430', *SPRING))
+        + event('DTSTART;TZID="Custom Plus 3:30":20261031T090000', 'DTEND;TZID="Custom Plus 3:30":20261031T100000',
+                'RRULE:FREQ=DAILY;COUNT=3'),
+        'UTC', '2026-10-31T00:00Z', '2026-11-03T00:00Z',
+        ['2026-10-31T04:30Z 1h', '2026-11-01T05:30Z 1h', '2026-11-02T05:30Z 1h']),
+    'a zone of its own that stands after the event': (
+        event('DTSTART;TZID=Office:20261031T090000', 'DTEND;TZID=Office:20261031T100000',
+              'RRULE:FREQ=DAILY;COUNT=3')
+        + zone('Office', ('-0800', *AUTUMN), ('-0700', *SPRING)),
+        'UTC', '2026-10-31T00:00Z', '2026-11-03T00:00Z',
+        ['2026-10-31T16:00Z 1h', '2026-11-01T17:00Z 1h', '2026-11-02T17:00Z 1h']),
+    'another zone of the same name in another file': (
+        zone('Office', ('+0900', *AUTUMN), ('+1000', *SPRING))
+        + event('DTSTART;TZID=Office:20261031T090000', 'DTEND;TZID=Office:20261031T100000', 'RRULE:FREQ=DAILY;COUNT=3'),
+        'UTC', '2026-10-30T00:00Z', '2026-11-03T00:00Z',
+        ['2026-10-30T23:00Z 1h', '2026-11-01T00:00Z 1h', '2026-11-02T00:00Z 1h']),
+    'a zone that everybody knows goes before that in the file': (
+        zone('Europe/Paris', ('-0500', *AUTUMN), ('-0400', *SPRING))
+        + event('DTSTART;TZID=Europe/Paris:20261031T090000', 'DTEND;TZID=Europe/Paris:20261031T100000',
+                'RRULE:FREQ=DAILY;COUNT=3'),
+        'UTC', '2026-10-31T00:00Z', '2026-11-03T00:00Z',
+        ['2026-10-31T08:00Z 1h', '2026-11-01T08:00Z 1h', '2026-11-02T08:00Z 1h']),
+    'X-WR-TIMEZONE is the zone of floating times': (
+        'X-WR-TIMEZONE:America/New_York\n'
+        + event('DTSTART:20261201T090000', 'DTEND:20261201T100000'),
+        'Europe/Paris', '2026-12-01T00:00Z', '2026-12-03T00:00Z', ['2026-12-01T14:00Z 1h']),
+    'X-WR-TIMEZONE is the clock of a series in UTC': (
+        'X-WR-TIMEZONE:Europe/Paris\n'
+        + event('DTSTART:20261024T070000Z', 'DTEND:20261024T080000Z', 'RRULE:FREQ=DAILY;COUNT=3',
+                'EXDATE:20261025T080000Z'),
+        'UTC', '2026-10-24T00:00Z', '2026-10-27T00:00Z', ['2026-10-24T07:00Z 1h', '2026-10-26T08:00Z 1h']),
+    'lines folded in the midst of names, values and letters': (
+        b'BEGIN:VCALENDAR\r\nVERSION:2.0\r\nPRODID:x\r\nBEGIN:VEV\r\n ENT\r\nUID:one\r\nDTSTAMP:20260101T000000Z\r\n'
+        b'SUMMARY:caf\xc3\r\n \xa9\r\nDTST\r\n ART;TZID=Europe\r\n\t/Paris:2026\r\n 1024T090000\r\nDURATION:PT1H\r\n'
+        b'RRULE:FREQ=DAI\r\n LY;COU\r\n NT=2\r\nEND:VEVENT\r\nEND:VCALENDAR\r\n',
+        'UTC', '2026-10-24T00:00Z', '2026-10-27T00:00Z', ['2026-10-24T07:00Z 1h', '2026-10-25T08:00Z 1h']),
+    'a byte order mark': (
+        b'\xef\xbb\xbf' + calendar(PLAIN), 'UTC', '2026-12-01T00:00Z', '2026-12-02T00:00Z', ['2026-12-01T09:00Z 1.5h']),
+    'bare line feeds': (
+        calendar(PLAIN).replace(b'\r', b''), 'UTC', '2026-12-01T00:00Z', '2026-12-02T00:00Z',
+        ['2026-12-01T09:00Z 1.5h']),
+    'no line end after the last line, empty ones before it': (
+        calendar(PLAIN).replace(b'END:VC', b'\r\n\r\nEND:VC').rstrip(), 'UTC', '2026-12-01T00:00Z', '2026-12-02T00:00Z',
+        ['2026-12-01T09:00Z 1.5h']),
+    'names in lower case': (
+        calendar(event('dtstart;tzid=Europe/Paris:20261024T090000', 'duration:PT1H', 'rrule:freq=daily;count=2',
+                       'status:cancelled'))
+        .replace(b'BEGIN:VEVENT', b'begin:vevent').replace(b'END:', b'end:').replace(b'UID', b'uid'),
+        'UTC', '2026-10-24T00:00Z', '2026-10-27T00:00Z',
+        ['2026-10-24T07:00Z 1h CANCELLED', '2026-10-25T08:00Z 1h CANCELLED']),
+    'a title with separators, tags and line ends in it': (
+        event('SUMMARY;LANGUAGE=en:a\\, b\\; <script>\\nBEGIN:VEVENT\\nDTSTART:20261205T090000Z', 'X-A;X-B="c:d;e":f',
+              'DESCRIPTION:' + '\xe9' * 2000, 'DTSTART:20261201T090000Z', 'DURATION:PT1H',
+              'ATTENDEE;CN="x, y":mailto:a@b'),
+        'UTC', '2026-12-01T00:00Z', '2026-12-31T00:00Z', ['2026-12-01T09:00Z 1h']),
+}
+
+
+def bomb(*lines: str, before: str = '') -> bytes:
+    """A file with one good event, and with one that must make it refused."""
+    return calendar(before + PLAIN + event(*lines, uid='bomb'))
+
+
+def ruled(rule: str, start: str = 'DTSTART:20261201T090000Z') -> bytes:
+    return bomb(start, 'DURATION:PT1H', f'RRULE:{rule}')
+
+
+def instants(number: int) -> str:
+    first = datetime(2027, 1, 1)
+    return ','.join(f'{first + timedelta(hours=each):%Y%m%dT%H%M%SZ}' for each in range(number))
+
+
+def timed(*lines: str) -> bytes:
+    return bomb('DTSTART:20261201T090000Z', 'DURATION:PT1H', *lines)
+
+
+CUT = calendar(event('DTSTART:20261201T090000Z') + event('DTSTART:20261202T090000Z', 'RRULE:FREQ=DAILY;COUNT=12',
+                                                        uid='bomb'))
+
+#: name: the file, or what makes it where it is big
+BOMBS = {
+    'every second': ruled('FREQ=SECONDLY'),
+    'every second, a million times': ruled('FREQ=SECONDLY;COUNT=1000000'),
+    'every second since 1976': ruled('FREQ=SECONDLY', 'DTSTART:19760101T000000Z'),
+    'every second of a day without a clock': ruled('FREQ=SECONDLY', 'DTSTART;VALUE=DATE:20261201'),
+    'every second, in lower case': timed('rrule:freq=secondly'),
+    'every second, folded': timed('RRULE:FREQ=SEC\n ONDLY'),
+    'every second, behind a parameter': timed('RRULE;X-A="b:FREQ=DAILY":FREQ=SECONDLY'),
+    'every second, as the second FREQ': ruled('FREQ=DAILY;FREQ=SECONDLY'),
+    'every second, as a daily one in disguise': ruled(
+        'FREQ=DAILY;BYHOUR={};BYMINUTE={};BYSECOND={}'.format(*(','.join(map(str, range(n))) for n in (24, 60, 60)))),
+    'every second in a component that nobody knows': calendar(
+        PLAIN + 'BEGIN:X-BOX\n' + event('DTSTART:20261201T090000Z', 'RRULE:FREQ=SECONDLY', uid='bomb') + 'END:X-BOX\n'),
+    'every minute': ruled('FREQ=MINUTELY'),
+    'every minute from the year 1 on': ruled('FREQ=MINUTELY', 'DTSTART:00010101T000000Z'),
+    'every hour': ruled('FREQ=HOURLY'),
+    'daily on the 30th of February': ruled('FREQ=DAILY;BYMONTH=2;BYMONTHDAY=30'),
+    'daily on the 30th of February until 2030': ruled('FREQ=DAILY;BYMONTH=2;BYMONTHDAY=30;UNTIL=20300101T000000Z'),
+    'every second of the 30th of February': ruled('FREQ=SECONDLY;BYMONTH=2;BYMONTHDAY=30'),
+    'weekly on the 30th of February': ruled('FREQ=WEEKLY;BYDAY=MO;BYMONTH=2;BYMONTHDAY=30'),
+    'monthly on the 31st of the short months': ruled('FREQ=MONTHLY;BYMONTH=2,4,6,9,11;BYMONTHDAY=31'),
+    'yearly on the 30th of February': ruled('FREQ=YEARLY;BYMONTH=2;BYMONTHDAY=30'),
+    'interval 0': ruled('FREQ=DAILY;INTERVAL=0'),
+    'interval 0 behind a good one': ruled('FREQ=DAILY;INTERVAL=1;INTERVAL=0'),
+    'interval -1': ruled('FREQ=DAILY;INTERVAL=-1'),
+    'interval 10^20': ruled(f'FREQ=DAILY;INTERVAL={10**20}'),
+    'count -1': ruled('FREQ=DAILY;COUNT=-1'),
+    'a rule without FREQ': ruled('COUNT=3'),
+    'a rule for every fortnight': ruled('FREQ=FORTNIGHTLY'),
+    'two rules': timed('RRULE:FREQ=DAILY;COUNT=2', 'RRULE:FREQ=WEEKLY;COUNT=2'),
+    'an end before its start': bomb('DTSTART:20261201T090000Z', 'DTEND:20261201T080000Z'),
+    'a negative length': bomb('DTSTART:20261201T090000Z', 'DURATION:-PT1H'),
+    'a length of 10^9 days': bomb('DTSTART:20261201T090000Z', 'DURATION:P1000000000D'),
+    'a century, daily since 1926': bomb('DTSTART:19261201T090000Z', 'DURATION:P36500D', 'RRULE:FREQ=DAILY'),
+    'an RDATE with an end before its start': timed('RDATE;VALUE=PERIOD:20261203T090000Z/20261203T080000Z'),
+    'an RDATE with a length of 10^9 days': timed('RDATE;VALUE=PERIOD:20261203T090000Z/P999999999D'),
+    'an RDATE that is none': timed('RDATE:yesterday'),
+    'an EXDATE that is none': timed('RRULE:FREQ=DAILY;COUNT=2', 'EXDATE:yesterday'),
+    '100000 RDATE': lambda: timed('RDATE:' + instants(100000)),
+    '100000 EXDATE': lambda: timed('RRULE:FREQ=DAILY', 'EXDATE:' + instants(100000)),
+    'a zone with 100000 changes': lambda: bomb(
+        'DTSTART;TZID=Bomb:20261201T090000', before=zone('Bomb', ('+0100', *AUTUMN), ('+0200', *SPRING)).replace(
+            'END:STANDARD', 'RDATE:' + instants(100000).replace('Z', '') + '\nEND:STANDARD')),
+    '100000 components in each other': lambda: calendar('BEGIN:VEVENT\n' * 100000 + 'END:VEVENT\n' * 100000),
+    'a line of 20 MB': lambda: timed('SUMMARY:' + 'x' * 20_000_000),
+    'a million folds': lambda: timed('SUMMARY:x' + '\n x' * 1_000_000),
+    '300000 properties': lambda: timed(*['X-A:1'] * 300000),
+    'cut within a word': CUT[:-20],
+    'cut within a rule, where it is still one': CUT[:CUT.rindex(b'2\r\nEND:VEVENT')],
+    'cut after a line': CUT[:CUT.rindex(b'END:VEVENT')],
+    'cut between two events': CUT[:CUT.rindex(b'BEGIN:VEVENT')],
+    'cut before its last line': CUT[:CUT.rindex(b'END:VCALENDAR')],
+    'a page of HTML': b'<!DOCTYPE html>\n<html><head><title>Log in</title></head><body>BEGIN:VCALENDAR</body></html>\n',
+    'UTF-16': calendar(PLAIN).decode().encode('utf-16'),
+    'bytes that are no UTF-8': timed('SUMMARY:caf?').replace(b'caf?', b'caf\xe9'),
+    'an empty file': b'',
+    'line ends and nothing else': b'\r\n\r\n',
+    'a start that is none': bomb('DTSTART:tomorrow', 'DURATION:PT1H'),
+    'a start on the 30th of February': bomb('DTSTART:20270230T090000Z', 'DURATION:PT1H'),
+    'no start': bomb('DURATION:PT1H'),
+    'two starts': bomb('DTSTART:20261201T090000Z', 'DTSTART:20261202T090000Z', 'DURATION:PT1H'),
+    'a start in a zone that nobody knows': bomb('DTSTART;TZID=Mars/Base:20261201T090000', 'DURATION:PT1H'),
+    'a start in a zone that only another file knows': bomb('DTSTART;TZID=Office:20261201T090000', 'DURATION:PT1H'),
+    'a start in a zone that is a path': bomb('DTSTART;TZID=../../etc/passwd:20261201T090000', 'DURATION:PT1H'),
+    'an end in a zone that nobody knows': bomb('DTSTART:20261201T090000Z', 'DTEND;TZID=Mars/Base:20261201T100000'),
+    'an RDATE in a zone that nobody knows': timed('RDATE;TZID=Mars/Base:20261202T090000'),
+    'an EXDATE in a zone that nobody knows': timed('RRULE:FREQ=DAILY;COUNT=2', 'EXDATE;TZID=Mars/Base:20261201T090000'),
+    'an occurrence moved in a zone that nobody knows': bomb(
+        'DTSTART:20261202T120000Z', 'DURATION:PT1H', 'RECURRENCE-ID;TZID=Mars/Base:20261202T090000',
+        before=event('DTSTART:20261201T090000Z', 'RRULE:FREQ=DAILY;COUNT=2', uid='bomb')),
+    'a calendar in a zone that nobody knows': bomb('DTSTART:20261201T090000', before='X-WR-TIMEZONE:Mars/Base\n'),
+    'a calendar in a zone that is a path': bomb('DTSTART:20261201T090000', before='X-WR-TIMEZONE:../../etc/passwd\n'),
+}
+
+
+@pytest.fixture
+def occur(run, tmp_path):
+    """`occurrences` for the bytes of a file: (exit code, what it printed, errors)."""
+    def occur(data: bytes, *options):
+        (tmp_path / 'f.ics').write_bytes(data)
+        return run('occurrences', 'f.ics', '--format=json', *options)
+    return occur
+
+
+@pytest.mark.parametrize('name', EVENTS)
+def test_hard_calendars_occur_as_independent_libraries_agree(occur, tmp_path, name):
+    body, tz, start, end, expected = EVENTS[name]
+    code, out, err = occur(calendar(body), '--tz', tz, '--start', start, '--end', end)
+    assert (code, err) == (0, '') and notation(json.loads(out)) == expected
+    assert not (tmp_path / 'cmres.db').exists()
+
+
+@pytest.mark.parametrize('name', BOMBS)
+def test_a_calendar_that_is_none_or_has_no_end_is_refused_soon_and_named(occur, name):
+    data, began = BOMBS[name]() if callable(BOMBS[name]) else BOMBS[name], time.process_time()
+    code, out, err = occur(data, '--start', '2026-12-01', '--end', '2026-12-31')
+    assert (code, out) == (1, '') and err.startswith('cmres: ') and err.count('\n') == 1 and len(err) < 500
+    assert b'UID:bomb' not in data[:2**20] or "'bomb'" in err or 'the file' in err
+    assert time.process_time() - began < 5
+
+
 # Service: resources ##########################################################
 
 
@@ -949,7 +1429,7 @@ def test_a_delete_by_filter_counts_all_that_it_hits(service):
                                           'FROM reservation WHERE id = 1', [(n, f'r{n}', end) for n in many])
         cmres.db.connection().executemany(
             'INSERT INTO occurrence (id, reservation_id, resource_id, start, "end", held_from, held_until, vms, '
-            f"vcpus, ram, due, told) VALUES ({','.join('?' * 11)}, 0)", held)
+            f"vcpus, ram, due, told, slot, altered, revision, revised) VALUES ({','.join('?' * 11)}, 0, '', 0, 0, 0)", held)
     with pytest.raises(Conflict, match='this would cancel 10001 reservations'):
         service.delete(user='eva')
 
@@ -1150,7 +1630,10 @@ WRITES = {
     'delete': {'label': 'lab'}, 'keep': {'label': 'on', 'until': '+1h'}, 'skip': {'label': 'lab'},
     'generate': {'count': 3}, 'resource_add': {'name': 'new', 'vms': 3}, 'resource_delete': {'name': 'india'},
     'resource_update': {'name': 'demo', 'vms': 1, 'force': True}, 'token_add': {'user': 'eva'},
-    'token_revoke': {'id': 1}}
+    'token_revoke': {'id': 1}, 'import_': {'file': calendar(event(
+        'DTSTART:20261202T090000Z', 'DURATION:PT1H', 'LOCATION:2 x m1.tiny on demo')).decode()}, 'calendar_feed': {},
+    'calendar_revoke': {'id': 1}, 'calendar_subscribe': {'url': 'http://127.0.0.1:9/eva.ics', 'resource': 'demo'},
+    'calendar_unsubscribe': {'id': 1}, 'calendar_confirm': {'id': 1}}
 
 
 def test_every_write_is_known_here():
@@ -1158,9 +1641,12 @@ def test_every_write_is_known_here():
 
 
 @pytest.mark.parametrize('name', WRITES)
-def test_a_dry_run_answers_as_if_it_were_done_and_keeps_nothing(app, name):
-    service = app.world.service
+def test_a_dry_run_answers_as_if_it_were_done_and_keeps_nothing(tmp_path, name):
+    service = World(tmp_path, private_addresses=True).service
+    service.token_add('root', 'default', 'admin')
     service.resource_add('india')
+    service.calendar_feed()
+    service.calendar_subscribe('http://127.0.0.1:9/eva.ics')
     book(service)
     book(service, 'on', start=0, end=1)
     woken = []
@@ -1170,7 +1656,7 @@ def test_a_dry_run_answers_as_if_it_were_done_and_keeps_nothing(app, name):
     assert dump() == before and not woken
     real = getattr(service, name)(**bound)
     assert dump() != before and woken
-    assert name in ('generate', 'token_add') or cmres.to_plain(dry) == cmres.to_plain(real)
+    assert name in ('generate', 'token_add', 'calendar_feed', 'calendar_subscribe') or cmres.to_plain(dry) == cmres.to_plain(real)
 
 
 @pytest.mark.parametrize('seed', range(4))
@@ -1332,7 +1818,7 @@ def test_only_an_admin_reserves_for_others(world, service):
 
 ADMINS = {'resource_add', 'resource_update', 'resource_delete', 'token_add', 'token_list', 'token_revoke', 'check'}
 READERS = {'list', 'show', 'servers', 'duration', 'find', 'usage', 'events', 'resource_list', 'resource_show',
-           'punctuality'}
+           'punctuality', 'calendar_list', 'calendar_feed'}
 
 
 @pytest.mark.parametrize('name', API)
@@ -3188,8 +3674,7 @@ def test_the_command_line_talks_to_a_server_where_one_is_set(client, world, run,
 
 # Command line ################################################################
 
-COMMANDS = [name.replace('_', ' ', 1) if name.partition('_')[0] in ('resource', 'token') else name for name in (*API,
-    *cmres.LOCAL)]
+COMMANDS = [operation.words for operation in (*API.values(), *cmres.LOCAL.values())]
 
 
 @pytest.mark.parametrize('line', ['', '--help', '-h', 'help'])
@@ -3200,7 +3685,7 @@ def test_help_at_the_top_names_every_command_and_group(run, line):
         assert re.search(rf'^\s+{name.split()[0]}\b', out, re.M), name
 
 
-@pytest.mark.parametrize('group', ['resource', 'token'])
+@pytest.mark.parametrize('group', ['resource', 'token', 'calendar'])
 @pytest.mark.parametrize('flag', ['', '--help'])
 def test_help_of_a_group_names_its_commands(run, group, flag):
     code, out, err = run(group, *flag.split())
@@ -3209,7 +3694,7 @@ def test_help_of_a_group_names_its_commands(run, group, flag):
         assert (not name.startswith(group)) or re.search(rf'^\s+{name.split()[1]}\b', out, re.M)
 
 
-@pytest.mark.parametrize('group', ['resource', 'token'])
+@pytest.mark.parametrize('group', ['resource', 'token', 'calendar'])
 def test_help_of_a_group_has_an_example(run, group):
     assert 'python cmres.py ' in run(group, '--help')[1]
 
