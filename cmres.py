@@ -3620,6 +3620,7 @@ class Reservations:
           Invalid: there is no such slot, or it can't be both until and a count.
         """
         zone = read_zone(asked.get('tz') or wish.tz or self.config.timezone)
+        wish = wish._replace(on_conflict=read_argument('on_conflict', asked['on_conflict'], Clash, self.here))
         first, last = (to_wall(instant(each), zone) for each in (wish.start, wish.end))
         skips = self.read_skips(asked, zone, wish.start)
         if not asked['repeat']:
@@ -3635,7 +3636,8 @@ class Reservations:
 
     def ended_rule(self, asked: dict, zone: ZoneInfo) -> str:
         """The rule that is asked for with its end; a date is meant to its last second."""
-        rule, until, count = asked['repeat'], asked.get('until'), asked.get('count')
+        rule = read_argument('repeat', asked['repeat'], Repeat, self.here)  # Python may call without `bind`
+        until, count = asked.get('until'), asked.get('count')
         if (until is not None) + (count is not None) + bool(re.search('UNTIL|COUNT', rule)) > 1:
             raise Invalid('a series ends once: by --until, by --count or in its rule')
         if until is not None:

@@ -4722,7 +4722,8 @@ def fill(world, number: int, resources: int) -> None:
     first = cmres.row('SELECT min(id) AS id FROM resource WHERE name LIKE ?', 'place-%').id
     reservation = {'user': 'u', 'project': 'p', 'flavor': '', 'image': '', 'network': '', 'key': '',
                    'security_groups': '[]', 'user_data': '', 'metadata': '{}', 'server': '', 'at_end': 'delete',
-                   'notify': '[]', 'lead': 0, 'description': '', 'added': now, 'changed': now}
+                   'notify': '[]', 'lead': 0, 'description': '', 'repeat': '', 'tz': '', 'series': '',
+                   'on_conflict': '', 'origin': '', 'added': now, 'changed': now}
     def lines():
         for n in range(1, number + 1):
             start = now + 60 * chance.randrange(-18 * 1440, 162 * 1440)
@@ -4734,7 +4735,8 @@ def fill(world, number: int, resources: int) -> None:
                            ((n, f'r{n}', end, *reservation.values()) for n, _, end, _, _ in lines()))
         chance.seed(number)
         cursor.executemany('INSERT INTO occurrence (id, reservation_id, resource_id, start, "end", held_from, held_until,'
-                           ' vms, vcpus, ram, due, told) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, 0, ?, 0)',
+                           " vms, vcpus, ram, due, told, slot, altered, revision, revised) "
+                           "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, 0, ?, 0, '', 0, 0, 0)",
                            ((n, n, place, start, end, start, end, vms, vms, start if end > now else None)
                             for n, start, end, vms, place in lines()))
         for place in range(first, first + resources):
@@ -4769,6 +4771,30 @@ def bench_add(folder: Path) -> None:
             assert number > 10**5 or world.service.check()['differences'] == 0
             cmres.close_store()
         print(f'{"":58} growth from 1e3 to 1e6: {seen[10**6] / seen[10**3]:.2f} x')
+
+
+def bench_series(folder: Path) -> None:
+    """Three years of weekdays on a resource with 1e5 reservations, in one transaction, against as many bare inserts."""
+    world = World(folder, horizon=1100)
+    fill(world, 10**5, 1)
+    columns = 'reservation_id, slot, altered, revision, revised, resource_id, start, "end", held_from, held_until, vms, ' \
+              'vcpus, ram, told, due'
+    cmres.db.execute_sql('CREATE TABLE bare_occurrence AS SELECT * FROM occurrence LIMIT 0')
+    found = []
+
+    def add(turn):
+        start = NOON + timedelta(minutes=10 * turn + 10)
+        answer = world.service.add(f'new-{turn}', 'place-0', start, timedelta(hours=2), vms=2, repeat='weekdays',
+                                   until=(NOON + timedelta(days=3 * 364)).date())
+        found.append(len(answer['occurrences']))
+
+    def bare(turn):
+        with cmres.transaction():
+            for n in range(found[-1]):
+                cmres.run(f'INSERT INTO bare_occurrence ({columns}) SELECT {columns} FROM occurrence WHERE id = ?', n + 1)
+    ours, least = by_turns(9, add, bare)
+    show(f'add a series of {found[-1]} occurrences, 1e5 reservations', ours, least)
+    cmres.close_store()
 
 
 def bench_rest(folder: Path) -> None:
@@ -4898,7 +4924,7 @@ def bench_idle(folder: Path) -> None:
 def bench() -> None:
     """All benchmarks, or those whose names are given."""
     import tempfile
-    for name in sys.argv[1:] or ['start', 'rest', 'add', 'starts', 'idle']:
+    for name in sys.argv[1:] or ['start', 'rest', 'add', 'series', 'starts', 'idle']:
         with tempfile.TemporaryDirectory() as folder:
             globals()[f'bench_{name}'](Path(folder))
 
