@@ -347,12 +347,21 @@ def checked_rule(rule: str) -> str:
             check_numbers(name, value, *RULE_PARTS[name])
     if parts.get('FREQ') not in FREQUENCIES.values():
         raise ValueError(f"FREQ={parts.get('FREQ', '')} is none of {', '.join(FREQUENCIES.values())}")
-    if not all(re.fullmatch(r'([+-]?[1-9]\d?)?(MO|TU|WE|TH|FR|SA|SU)', day)
+    if not all(re.fullmatch(r'([+-]?([1-9]|[1-4]\d|5[0-3]))?(MO|TU|WE|TH|FR|SA|SU)', day)
                for day in parts.get('BYDAY', 'MO').split(',')) or parts.get('WKST', 'MO') not in WEEKDAYS:
         raise ValueError(f'{rule}: a day is MO, TU, WE, TH, FR, SA or SU, in BYDAY also 1MO or -1FR')
-    if 'UNTIL' in parts and ('COUNT' in parts or not re.fullmatch(r'\d{8}(T\d{6}Z?)?', parts['UNTIL'])):
+    if 'UNTIL' in parts and ('COUNT' in parts or not read_until(parts['UNTIL'])):
         raise ValueError(f'{rule}: UNTIL is such as 20261231T235959Z, and not beside a COUNT')
     return ';'.join(f'{name}={value}' for name, value in pairs)
+
+
+def read_until(text: str) -> datetime | None:
+    """The last instant of a rule as it stands there, a day to its end; None if it is none."""
+    whole = text if 'T' in text else f'{text}T235959'
+    try:
+        return datetime.strptime(whole.removesuffix('Z'), '%Y%m%dT%H%M%S') if len(whole) in (15, 16) else None
+    except ValueError:
+        return None
 
 
 def check_numbers(name: str, text: str, least: int, most: int) -> None:
@@ -367,9 +376,8 @@ def check_numbers(name: str, text: str, least: int, most: int) -> None:
 def local_rule(rule: str, zone: ZoneInfo) -> str:
     """A rule whose UNTIL is a wall time, as its slots are; a day is meant to its end."""
     def localised(match):
-        text = match[1] if 'T' in match[1] else f'{match[1]}T235959'
-        last = datetime.strptime(text.rstrip('Z'), '%Y%m%dT%H%M%S')
-        last = to_wall(last.replace(tzinfo=UTC), zone) if text.endswith('Z') else last
+        last = read_until(match[1])
+        last = to_wall(last.replace(tzinfo=UTC), zone) if match[1].endswith('Z') else last
         return f'UNTIL={min(last, LAST.replace(tzinfo=None)):%Y%m%dT%H%M%S}'
     return re.sub(r'UNTIL=([0-9TZ]+)', localised, rule)
 
@@ -436,21 +444,26 @@ def all_slots(parts: Iterable[Part], begin: float, until: float) -> list[Slot]:
 
 def goes_on(parts: Iterable[Part], after: float) -> bool:
     """Whether a series wants anything that begins after an instant."""
-    return any(slot.start >= after for part in parts for slot in first_after(part, after))
+    return any(slot.start >= after for part in parts for slot in slots(part, after, LAST.timestamp()))
 
 
-def first_after(part: Part, after: float) -> Iterator[Slot]:
-    return (slot for slot, _ in zip(slots(part, after, LAST.timestamp()), range(2)))
+def parts_before(parts: list[Part], key: str) -> list[Part]:
+    """What a series is before a slot."""
+    return [part._replace(until=min(part.until or key, key)) for part in parts
+            if (part.since or min([part.start, *part.dates])) < key]
 
 
 def cut_parts(parts: list[Part], key: str, **changes) -> list[Part]:
     """A series that is otherwise from a slot on: shifted by so many seconds more, or with other values."""
     shift = changes.pop('shift', 0)
-    before = [part._replace(until=min(part.until or key, key)) for part in parts
-              if (part.since or min([part.start, *part.dates])) < key]
     after = [part._replace(since=max(part.since, key), shift=part.shift + shift, **changes)
              for part in parts if not part.until or part.until > key]
-    return before + after
+    return parts_before(parts, key) + after
+
+
+def endless(rule: str) -> str:
+    """A rule without its UNTIL or COUNT."""
+    return re.sub('(^|;)(UNTIL|COUNT)=[^;]*', '', rule).strip(';')
 
 
 def stored_parts(parts: Iterable[Part]) -> str:
@@ -467,7 +480,7 @@ def read_parts(text: str) -> list[Part]:
 # default below. The file is --config, else CMRES_CONFIG, else config.ini where there is one.
 
 
-SECTIONS = ('cmres', 'credentials', 'texts')
+SECTIONS = ('cmres', 'credentials', 'identities', 'texts')
 #: What people are told of, and in which words: the first line is the subject.
 TEXTS = {
     'added': '{label} is reserved\n{vms} vms on {resource} from {start} to {end}.',
@@ -517,12 +530,15 @@ class Config:
     calendar_poll: float = setting(300.0, 'seconds between looks at a calendar that somebody subscribed to', 0.1)
     address: str = setting('', 'how people reach `serve`, for links, such as https://cmres.example.org')
     login: str = setting('ssh {address}', 'how people log in to a machine, as their calendar tells them')
+    end_foreign: bool = setting(False, 'whether machines that people booted by themselves on what they had reserved are '
+                                'deleted at its end')
     orphan_grace: float = setting(60.0, 'age in seconds at which a server of ours that nothing wants is removed', 0.0)
     simulated_boot: float = setting(3.0, 'seconds that a boot takes on the cloud `simulated`', 0.0)
     simulated_failures: float = setting(0.0, 'share of boots that end in ERROR there, 0 to 1', 0.0, 1.0)
     simulated_vms: int = setting(0, 'servers that fit there; 0 means any number', 0)
     simulated_latency: float = setting(0.0, 'seconds that each call takes there', 0.0)
     credentials: dict = dataclasses.field(default_factory=dict)
+    identities: dict = dataclasses.field(default_factory=dict)
     texts: dict = dataclasses.field(default_factory=TEXTS.copy)
 
     @property
@@ -548,7 +564,8 @@ def load_config(path: str | None = None, environ: dict = os.environ) -> Config:
         if name not in TEXTS:
             raise Invalid(f"{path}: there is no event '{name}' to be told of{nearest(name, TEXTS)}")
     config = Config(**{name: read_setting(name, text) for name, text in texts.items()},
-                    credentials=sections['credentials'], texts=TEXTS | sections['texts'])
+                    credentials=sections['credentials'], identities=sections['identities'],
+                    texts=TEXTS | sections['texts'])
     config.zone  # an unknown zone is refused here, not at the first table
     return config
 
@@ -664,6 +681,11 @@ WORDS = {
     'repeat': 'daily, weekdays, weekly on tue,thu, every 2 weeks on mon, monthly on last fri, or an RRULE',
     'resource': 'name of the resource, or - for one found by its place',
     'role': 'admin, user or reader',
+    'mode': 'whom Nova lets boot there: exclusive (who has reserved), shared (others too, while it is free), or open',
+    'hold': 'for how long it must stay free for others to boot there, such as 1h',
+    'resources': 'names of resources, with commas between',
+    'aggregates': 'names of aggregates, with commas between; without any, those that are marked already',
+    'personal': 'only the user, not all of the project, may boot there through Nova',
     'rows': 'CSV, JSON or YAML with one reservation a line, fields named as in `add`',
     'security_groups': 'security groups of the machines, with commas between',
     'seed': 'the same seed gives the same reservations',
@@ -999,6 +1021,9 @@ class Resource(Table):
     vms = peewee.IntegerField(null=True)  # NULL in these three is unlimited
     vcpus = peewee.IntegerField(null=True)
     ram = peewee.IntegerField(null=True)  # MiB
+    mode = peewee.CharField(default='')   # '' or one of MODES
+    hold = peewee.IntegerField(default=0)  # seconds
+    hosts = peewee.TextField(default='[]')  # JSON: of its aggregate, as `sync` saw them
     added = peewee.IntegerField()
     removed = peewee.IntegerField(null=True)
 
@@ -1025,6 +1050,7 @@ class Reservation(Table):
     repeat = peewee.CharField(default='')        # the RRULE of a series as it was asked for
     tz = peewee.CharField(default='')            # whose wall times it goes by
     series = peewee.TextField(default='')        # JSON: its parts
+    personal = peewee.BooleanField(default=False)  # only its user may boot on it through Nova
     on_conflict = peewee.CharField(default='')   # what becomes of an occurrence that the horizon reaches and has no room
     booked_until = peewee.IntegerField(null=True)  # how far it is in rows, if it goes on after that
     origin = peewee.CharField(default='')        # a digest of that event, to see whether it is another
@@ -1107,6 +1133,24 @@ class Server(Table):
 
 
 Server.add_index(Server.index(Server.due, where=Server.due.is_null(False), name='server_due'))
+
+
+class Claim(Table):
+    """A server that Nova was let boot on a resource; it counts until it is gone."""
+    resource = peewee.ForeignKeyField(Resource, index=False)
+    occurrence = peewee.IntegerField(null=True)  # what it boots on; NULL: on what nobody has reserved
+    server = peewee.CharField()   # Nova's id
+    project = peewee.CharField()  # Nova's ids
+    user = peewee.CharField()
+    vcpus = peewee.IntegerField()
+    ram = peewee.IntegerField()  # MiB
+    at = peewee.DoubleField()
+    due = peewee.DoubleField(null=True)  # when it is looked for next; NULL: it is gone
+
+
+Claim.add_index(Claim.index(Claim.resource, Claim.server, unique=True, name='claim_server'))
+Claim.add_index(Claim.index(Claim.occurrence, where=Claim.due.is_null(False), name='claim_occurrence'))
+Claim.add_index(Claim.index(Claim.due, where=Claim.due.is_null(False), name='claim_due'))
 
 
 class Token(Table):
@@ -1199,7 +1243,7 @@ class SimulatedServer(Table):
     gone = peewee.DoubleField(null=True)
 
 
-TABLES = [Resource, Reservation, Occurrence, Step, Server, Token, Feed, Subscription, Event, Outbox, Lease, Fact,
+TABLES = [Resource, Reservation, Occurrence, Step, Server, Claim, Token, Feed, Subscription, Event, Outbox, Lease, Fact,
           SimulatedServer]
 
 #: What brings an older store up to the models above, one function a version.
@@ -1334,7 +1378,7 @@ LISTING = '''
   SELECT o.id, r.id AS reservation, r.label, r.user, r.project,
          s.name AS resource, s.cell, s.cloud, s.region, s.aggregate,
          o.vms, r.flavor, r.image, r.network, r.key, r.security_groups, r.metadata, r.user_data,
-         r.server, r.at_end, r.notify, o.vcpus, o.ram, r.lead, r.description, r.repeat, r.tz, o.start, o."end",
+         r.server, r.at_end, r.notify, o.vcpus, o.ram, r.lead, r.description, r.personal, r.repeat, r.tz, o.start, o."end",
          o.cancelled, r.added, r.changed,
          (SELECT count(*) FROM server v
            WHERE v.occurrence_id = o.id AND v.goal = 'up' AND v.state = 'active') AS up,
@@ -1519,6 +1563,16 @@ class Machine(NamedTuple):
     security_groups: tuple = ()
     user_data: str = ''
     metadata: dict = {}
+    hint: str = ''  # the label under which Nova's scheduler is to let it boot
+
+
+class Aggregate(NamedTuple):
+    """A host aggregate as the operator of a cloud sees it: what its hosts hold in all, by Placement."""
+    name: str
+    hosts: list
+    vcpus: int
+    ram: int   # MiB
+    mark: str  # the resource that it is marked with, or ''
 
 
 class Flavor(NamedTuple):
@@ -1585,6 +1639,18 @@ class Cloud:
 
     def saved(self, image: str) -> bool | None:
         """Whether an image is complete; None if it never will be."""
+        raise NotImplementedError
+
+    def aggregates(self) -> list[Aggregate]:
+        """All host aggregates; for the operator of a cloud."""
+        raise NotImplementedError
+
+    def mark(self, aggregate: str, resource: str) -> None:
+        """Marks an aggregate with a resource, so that Nova's scheduler asks for it; '' takes the mark away."""
+        raise NotImplementedError
+
+    def hosts(self, uids: Iterable[str]) -> dict[str, str | None]:
+        """On which host each server is: '' while it is nowhere yet, None if it is gone or failed."""
         raise NotImplementedError
 
     def check(self, named: Iterable[tuple[str, str]]) -> list:
@@ -1678,6 +1744,8 @@ class OpenStack(Cloud):
             wish['key_name'] = machine.key
         if machine.security_groups:
             wish['security_groups'] = [{'name': name} for name in machine.security_groups]
+        if machine.hint:
+            wish['scheduler_hints'] = {'cmres': machine.hint}
         if machine.user_data:
             wish['user_data'] = base64.b64encode(machine.user_data.encode()).decode()
         compute = self.connection.compute
@@ -1738,6 +1806,44 @@ class OpenStack(Cloud):
             return None if gone else found.status == 'active'
 
 
+    def aggregates(self):
+        connection = self.connection
+        with self.telling('list aggregates', sure=True):
+            return [Aggregate(each.name, sorted(each.hosts or []), *map(sum, zip((0, 0), *(
+                self.host_holds(connection.placement, host) for host in each.hosts or []))), (each.metadata or {}).get('cmres', ''))
+                for each in connection.compute.aggregates()]
+
+    def host_holds(self, placement, host: str) -> tuple[int, int]:
+        """What Placement gives out of a host: vcpus, and MiB of ram (Placement's API: total, reserved, ratio)."""
+        found = {'VCPU': 0, 'MEMORY_MB': 0}
+        for provider in placement.resource_providers(name=host):
+            for each in placement.resource_provider_inventories(provider):
+                name = each.resource_class or each.id
+                if name in found:
+                    found[name] += int((each.total - each.reserved) * each.allocation_ratio)
+        return found['VCPU'], found['MEMORY_MB']
+
+    def mark(self, aggregate, resource):
+        compute = self.connection.compute
+        with self.telling('mark an aggregate', sure=True):
+            found = next(each for each in compute.aggregates() if each.name == aggregate)
+            compute.set_aggregate_metadata(found, {'cmres': resource or None})
+
+    def hosts(self, uids):
+        from openstack.exceptions import NotFoundException
+        compute, found = self.connection.compute, {}
+        for uid in uids:
+            with self.telling('tell where a server is', sure=True):
+                try:
+                    server = compute.get_server(uid)
+                    host = server.compute_host or server.hypervisor_hostname or ''
+                    failed = server.status.lower() in GONE or server.status == 'ERROR' and not host
+                    found[uid] = None if failed else host
+                except NotFoundException:
+                    found[uid] = None
+        return found
+
+
 class Simulated(Cloud):
     """A cloud inside the store, to see and test everything without one."""
 
@@ -1771,6 +1877,22 @@ class Simulated(Cloud):
             insert(SimulatedServer, account=self.account, uid=uid, name=machine.name, mark=machine.mark,
                    made=self.clock(), boots=self.config.simulated_boot, power='active', fault=fault)
         return uid
+
+    #: Two hosts, as `resource sync` finds them.
+    AGGREGATES = (Aggregate('gpu', ['gpu-1', 'gpu-2'], 32, 131072, ''),)
+
+    def aggregates(self):
+        marks = dict(run("SELECT substr(name, 6), value FROM fact WHERE name LIKE 'mark-%'").fetchall())
+        return [each._replace(mark=marks.get(each.name, '')) for each in self.AGGREGATES]
+
+    def mark(self, aggregate, resource):
+        with transaction():
+            run('INSERT INTO fact (name, value) VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET value = excluded.value',
+                f'mark-{aggregate}', resource)
+
+    def hosts(self, uids):
+        there = {each.uid for each in self.present()}
+        return {uid: 'gpu-1' if uid in there else None for uid in uids}
 
     def present(self):
         return SimulatedServer.select().where(SimulatedServer.account == self.account, SimulatedServer.gone.is_null())
@@ -2458,6 +2580,7 @@ class Wish(NamedTuple):
     notify: list
     lead: int
     description: str
+    personal: bool
     repeat: str
     tz: str
     on_conflict: str
@@ -2478,21 +2601,23 @@ class Wish(NamedTuple):
                 for name in names for value in (getattr(self, name),)}
 
 
+#: Whom Nova's scheduler lets boot on a resource: who has reserved, or others as well while it is free.
+MODES = ('exclusive', 'shared')
 #: What can become of machines at the end of their window.
 ENDS = ('delete', 'stop', 'shelve', 'snapshot')
 #: What was announced of an occurrence: a bit each.
-SOON, READY, ENDING = 1, 2, 4
+SOON, READY, ENDING, FOREIGN = 1, 2, 4, 8
 #: The fields that only the cloud can judge.
 CLOUDY = ('flavor', 'image', 'network', 'key', 'security_groups', 'server')
 #: The fields of a reservation that a machine is made of; they are fixed once it has begun.
 FIXED = (*CLOUDY, 'resource', 'start', 'lead', 'user_data', 'metadata')
 STORED = ('label', 'user', 'project', *CLOUDY, 'user_data', 'metadata', 'at_end', 'notify', 'lead', 'description',
-          'repeat', 'tz', 'on_conflict')
+          'personal', 'repeat', 'tz', 'on_conflict')
 #: What one occurrence of a series may have otherwise than the others.
 OWN = frozenset(('resource', 'start', 'end', 'vms'))
 #: What makes a series.
 REPEATING = frozenset(('repeat', 'until', 'count', 'skip_dates', 'holidays'))
-JSON = frozenset(('security_groups', 'metadata', 'notify', 'addresses'))
+JSON = frozenset(('security_groups', 'metadata', 'notify', 'addresses', 'hosts'))
 UNCHANGED = (*STORED, 'resource_id', 'start', 'end', 'held_from', 'held_until', 'vms', 'vcpus', 'ram', 'over')
 OVER = ('ended', 'cancelled', 'failed')
 PLACE = ('cell', 'cloud', 'region', 'aggregate')
@@ -2570,7 +2695,7 @@ class Reservations:
     def add(self, label: Label, resource: Place, start: When, end: When, vms: Count = 1, flavor: Name = '',
             image: Name = '', network: Name = '', key: Name = '', security_groups: Names = (), user_data: File = '',
             metadata: Pairs = None, server: Name = '', at_end: Name = '', notify: Names = (), lead: Span = None,
-            description: Text = '', repeat: Repeat = '', tz: Zone = '', until: Day = None, count: Count = None,
+            description: Text = '', personal: bool = False, repeat: Repeat = '', tz: Zone = '', until: Day = None, count: Count = None,
             skip_dates: Names = (), holidays: Source = '', on_conflict: Clash = 'refuse', user: Name = '',
             project: Name = '', cell: Name = '', cloud: Name = '', region: Name = '', aggregate: Name = '',
             dry_run: bool = False) -> dict:
@@ -2786,7 +2911,8 @@ class Reservations:
     def update(self, label: Label, resource: Label = None, start: When = None, end: When = None, vms: Count = None,
                flavor: Name = None, image: Name = None, network: Name = None, key: Name = None,
                security_groups: Names = None, user_data: File = None, metadata: Pairs = None, at_end: Name = None,
-               notify: Names = None, lead: Span = None, description: Text = None, repeat: Repeat = None,
+               notify: Names = None, lead: Span = None, description: Text = None, personal: bool = None,
+               repeat: Repeat = None,
                until: Day = None, count: Count = None, skip_dates: Names = None, holidays: Source = None,
                on_conflict: Clash = None, user: Name = None, rename: Label = None, occurrence: Day = None,
                following: bool = False, tz: Zone = '', project: Name = '', dry_run: bool = False) -> dict:
@@ -2863,16 +2989,17 @@ class Reservations:
         if not asked.keys() - {'tz'}:
             raise Invalid('say what to change, such as --end or --vms')
         for _ in range(10):  # what the cloud was asked about may be out of date by the time we write
-            old, parts = self.to_alter(label, project, occurrence, asked)
+            old, parts, key = self.to_alter(label, project, occurrence, asked)
             only = alone and bool(occurrence) and bool(old.repeats)
             self.refuse_common(old, asked, occurrence, only)
             parts = [] if only else parts
-            wish = self.read_wish(self.unaltered(old) | asked, old, asked, parts)
+            wish = self.read_wish(self.unaltered(old) | asked, old, asked, parts, key)
             with self.explaining(wish, old), self.writing(dry_run) as now:
                 current, series = self.occurrence(old.id), self.parts(old.reservation)
                 if all(getattr(current, name) == getattr(old, name) for name in UNCHANGED) and (
                         not parts or series == parts):
-                    return self.answer(*self.rewrite(old, wish, asked, now, code), wish, old.id if only else None)
+                    named = bool(occurrence) and not only
+                    return self.answer(*self.rewrite(old, wish, asked, now, code, named), wish, old.id if only else None)
         raise Conflict(f"'{label}' is being changed by others all the time; try again")
 
     def refuse_common(self, old, asked: dict, occurrence: datetime | None, only: bool) -> None:
@@ -2883,12 +3010,14 @@ class Reservations:
                           f"can have another {', '.join(sorted(OWN))}")
 
     def to_alter(self, label: str, project: str, occurrence: datetime | None, asked: dict) -> tuple:
-        """The occurrence from which on things change, and the parts of its series."""
+        """The occurrence that a change is told for, the parts of its series, and the slot from which on they change."""
         old = self.mine(label, project, occurrence=occurrence)
-        if old.repeats and not occurrence and self.begun(old) and asked.keys() & (OWN | REPEATING):
-            coming = [('r.id = ?', old.reservation), (NOT_OVER, None), ('o.held_from > ?', self.clock())]
-            old = (self.search(coming, limit=1) or [old])[0]
-        return old, self.parts(old.reservation)
+        key = old.slot
+        if old.repeats and not occurrence and asked.keys() & (OWN | REPEATING):  # all that has not begun
+            coming = self.search([('r.id = ?', old.reservation), (NOT_OVER, None), ('o.held_from > ?', self.clock())])
+            old = (coming or [old])[0]
+            key = min((each.slot for each in coming), default=old.slot)
+        return old, self.parts(old.reservation), key
 
     def parts(self, reservation: int) -> list[Part]:
         return read_parts(row('SELECT series FROM reservation WHERE id = ?', reservation).series)
@@ -2896,24 +3025,26 @@ class Reservations:
     def begun(self, found) -> bool:
         return self.clock() >= (found.held_from if found.runs else found.start)
 
-    def rewrite(self, old, wish: Wish, asked: dict, now: float, code: str) -> tuple[int, list]:
+    def rewrite(self, old, wish: Wish, asked: dict, now: float, code: str, named: bool) -> tuple[int, list]:
         self.refuse_fixed(old, wish, asked)
         if (wish.label, wish.project) != (old.label, old.project):
             self.refuse_taken_label(wish, now)
         done: list = []
         if wish.parts:
-            done = self.rebook_series(old, wish, now)
+            moves = bool(asked.keys() & {*OWN, *REPEATING, 'flavor', 'lead', 'on_conflict'})
+            done = self.rebook_series(old, wish, now, named, moves)
         else:
             self.rebook(old, wish, now)
         self.journal(now, code, f"{self.actor.user} changed: {', '.join(sorted(asked.keys() - {'tz'}))}",
                      old.reservation, wish.notify, None if wish.parts or not old.repeats else old.id)
         return old.reservation, done
 
-    def wish_of(self, old) -> Wish:
-        """What was wished, as the store has it."""
+    def carried_on(self, old) -> Wish:
+        """What was wished of a series, as the store has it; nobody is there to be refused anything."""
+        clash = old.on_conflict if old.on_conflict.startswith('shift') else 'skip'
         kept = {name: self.unaltered(old)[name] for name in STORED} | {'lead': old.lead}
         return Wish(resource=None, start=old.start, end=old.end, vms=old.vms, parts=self.parts(old.reservation),
-                    each=Amount(1, old.vcpus // old.vms, old.ram // old.vms), warnings=[], **kept)
+                    each=Amount(1, old.vcpus // old.vms, old.ram // old.vms), warnings=[], **kept | {'on_conflict': clash})
 
     def unaltered(self, old) -> dict:
         """What `add` would have to be asked to get the same reservation."""
@@ -2963,18 +3094,18 @@ class Reservations:
         with self.writing(dry_run) as now:
             if occurrence:
                 found = [self.mine(label, project, occurrence=occurrence)]
-                self.cancel(self.following(found[0]) if following else found, now, ends=following)
+                self.cancel(self.live(found[0], found[0].slot) if following else found, now, ends=following)
             else:
                 found = self.search([*where, *self.visible(), ('r.over > ?', int(now)), (NOT_OVER, None),
                                      (NEXT_OF_ITS, None)])
                 self.refuse_uncounted(found, label, project, count, dry_run)
                 for each in found:
-                    self.cancel(self.following(each), now, ends=True)
+                    self.cancel(self.live(each), now, ends=True)
             return [public(self.occurrence(each.id)) for each in found]
 
-    def following(self, found) -> list:
-        """An occurrence and, of a series, all after it that are not over."""
-        return self.search([('r.id = ?', found.reservation), (NOT_OVER, None), ('o.start >= ?', found.start)])
+    def live(self, found, since: str = '') -> list:
+        """The occurrences of a reservation that are not over, from a slot on."""
+        return self.search([('r.id = ?', found.reservation), (NOT_OVER, None), ('o.slot >= ?', since)])
 
     def refuse_uncounted(self, found: list, label: str, project: str, count: int | None, dry_run: bool) -> None:
         if not found:
@@ -3113,8 +3244,8 @@ class Reservations:
 
     @api('POST', '/resource/', role=ADMIN)
     def resource_add(self, name: Label, cell: Name = '', cloud: Name = '', region: Name = '', aggregate: Name = '',
-                     vms: Most = UNLIMITED, vcpus: Most = UNLIMITED, ram: Most = UNLIMITED,
-                     dry_run: bool = False) -> dict:
+                     vms: Most = UNLIMITED, vcpus: Most = UNLIMITED, ram: Most = UNLIMITED, mode: Name = '',
+                     hold: Span = None, dry_run: bool = False) -> dict:
         """Adds a resource; a figure that isn't given is unlimited.
 
         Example:
@@ -3124,8 +3255,8 @@ class Reservations:
             self.refuse_taken_resource(name)
             figures = {figure: None if most == UNLIMITED else most
                        for figure, most in (('vms', vms), ('vcpus', vcpus), ('ram', ram))}
-            insert(Resource, name=name, cell=cell, cloud=cloud, region=region, aggregate=aggregate,
-                   **figures, added=int(now))
+            insert(Resource, name=name, cell=cell, cloud=cloud, region=region, aggregate=aggregate, **figures,
+                   mode=self.read_mode(mode), hold=int((hold or timedelta(0)).total_seconds()), hosts='[]', added=int(now))
             self.journal(now, 'resource', f"added the resource '{name}'")
             return self.resource_show(name)
 
@@ -3151,7 +3282,8 @@ class Reservations:
     @api('PATCH', '/resource/<name>', role=ADMIN)
     def resource_update(self, name: Label, rename: Label = '', cell: Name = None, cloud: Name = None,
                         region: Name = None, aggregate: Name = None, vms: Most = None, vcpus: Most = None,
-                        ram: Most = None, force: bool = False, dry_run: bool = False) -> dict:
+                        ram: Most = None, mode: Name = None, hold: Span = None, force: bool = False,
+                        dry_run: bool = False) -> dict:
         """Changes a resource; `unlimited` takes a limit away.
 
         A capacity below what is held already needs --force; nothing is cancelled then, and the
@@ -3161,7 +3293,8 @@ class Reservations:
           python cmres.py resource update demo --vms 8 --dry-run
         """
         asked = {'name': rename or None, 'cell': cell, 'cloud': cloud, 'region': region, 'aggregate': aggregate,
-                 'vms': vms, 'vcpus': vcpus, 'ram': ram}
+                 'vms': vms, 'vcpus': vcpus, 'ram': ram, 'mode': mode if mode is None else self.read_mode(mode),
+                 'hold': hold if hold is None else int(hold.total_seconds())}
         new = {field: None if value == UNLIMITED else value for field, value in asked.items() if value is not None}
         with self.writing(dry_run) as now:
             found = self.resource_row(name)
@@ -3179,6 +3312,60 @@ class Reservations:
             self.journal(now, 'resource', f"changed the resource '{name}': {', '.join(new) or 'nothing'}")
             return self.resource_public(found) | {'no_longer_fit': homeless}
 
+    @api('POST', '/resource/sync', role=ADMIN)
+    def resource_sync(self, cloud: Name, aggregates: Names = (), mode: Name = '', hold: Span = None,
+                      force: bool = False, dry_run: bool = False) -> Rows:
+        """Reads host aggregates of a cloud, makes resources of them or updates those, and marks them for Nova.
+
+        The vcpus and ram of a resource become what Placement gives out of the aggregate's hosts. The
+        entry of clouds.yaml must be an admin's. Each line of the answer is a difference; with
+        --dry-run that is all that happens. Without --aggregates, those that are marked are updated.
+
+        Example:
+          python cmres.py resource sync chameleon --aggregates gpu --mode exclusive --dry-run
+        """
+        there = {each.name: each for each in self.clouds.open(cloud).aggregates()}
+        for name in aggregates:
+            if name not in there:
+                raise NotFound(f"the cloud {cloud} has no aggregate '{name}'{nearest(name, there)}")
+        chosen = [there[name] for name in aggregates or there if aggregates or there[name].mark]
+        wanted = {} if not mode else {'mode': self.read_mode(mode)}
+        wanted |= {'hold': int(hold.total_seconds())} if hold is not None else {}
+        with self.writing(dry_run) as now:
+            synced = [self.sync_one(cloud, each, wanted, force, now) for each in chosen]
+        for each, (name, _) in zip(chosen, synced):  # outside the transaction: it is a call to the cloud
+            if each.mark != name and not dry_run:
+                self.clouds.open(cloud).mark(each.name, name)
+        return [line for (name, lines), each in zip(synced, chosen) for line in lines + (
+            [{'resource': name, 'what': 'mark', 'before': each.mark or None, 'after': name}] if each.mark != name else [])]
+
+    def sync_one(self, cloud: str, aggregate: Aggregate, wanted: dict, force: bool, now: float) -> tuple[str, list[dict]]:
+        """Makes or updates the resource of an aggregate; its name, and a line for each difference."""
+        found = row('SELECT * FROM resource WHERE cloud = ? AND aggregate = ? AND removed IS NULL', cloud, aggregate.name)
+        new = {'vcpus': aggregate.vcpus, 'ram': aggregate.ram, 'hosts': json.dumps(aggregate.hosts)} | wanted
+        if not found:
+            name = calendar_name(aggregate.name)
+            self.refuse_taken_resource(name)
+            insert(Resource, **({'name': name, 'cell': '', 'cloud': cloud, 'region': '', 'aggregate': aggregate.name,
+                                 'vms': None, 'mode': '', 'hold': 0, 'added': int(now)} | new))
+            self.journal(now, 'resource', f"added the resource '{name}' from the aggregate '{aggregate.name}'")
+            return name, [{'resource': name, 'what': field, 'before': None, 'after': value} for field, value in new.items()]
+        lines = [{'resource': found.name, 'what': field, 'before': getattr(found, field), 'after': value}
+                 for field, value in new.items() if getattr(found, field) != value]
+        if lines:
+            change(Resource, found.id, **new)
+            homeless = self.no_longer_fitting(self.resource_row(found.name), now)
+            if homeless and not force:
+                raise Conflict(f"{len(homeless)} occurrences on '{found.name}' would no longer fit; --force does it all the "
+                               'same and cancels nothing', occurrences=homeless)
+            self.journal(now, 'resource', f"synced the resource '{found.name}': {', '.join(each['what'] for each in lines)}")
+        return found.name, lines
+
+    def read_mode(self, mode: str) -> str:
+        if mode not in ('', 'open', *MODES):
+            raise Invalid(f"mode: '{mode}' is none of open, {', '.join(MODES)}{nearest(mode, MODES)}")
+        return '' if mode == 'open' else mode
+
     @api('DELETE', '/resource/<name>', role=ADMIN)
     def resource_delete(self, name: Label, dry_run: bool = False) -> dict:
         """Removes a resource that nothing is reserved on any more; its history stays.
@@ -3195,6 +3382,84 @@ class Reservations:
             change(Resource, found.id, removed=int(now))
             self.journal(now, 'resource', f"removed the resource '{name}'")
             return self.resource_public(found)
+
+    # Nova's scheduler
+
+    @api('POST', '/claim/', role=ADMIN)
+    def claim(self, server: Name, resources: Names, project: Name, user: Name = '', vcpus: int = 0, ram: int = 0,
+              label: Name = '', dry_run: bool = False) -> Rows:
+        """Tells on which resources a server may boot, why, and counts it there: what Nova's scheduler asks.
+
+        Who has an active reservation passes as long as fewer machines, vcpus and ram were booted than
+        reserved. Others pass on a shared resource as far as it is free, and stays so for its hold time.
+        Asking again for the same server counts it once.
+
+        Example:
+          python cmres.py claim 7c1f gpu biology --vcpus 4 --ram 8192
+        """
+        need = Amount(1, vcpus, ram)
+        with self.writing(dry_run) as now:
+            return [{'resource': name, 'passes': bool(passes), 'why': why} for name in resources
+                    for passes, why in [self.claim_on(name, server, self.names_of(project), self.names_of(user), need,
+                                                      label, project, user, now)]]
+
+    def names_of(self, identity: str) -> list[str]:
+        """What cmres calls whom OpenStack knows under an id."""
+        return [name for name, id in self.config.identities.items() if id == identity] or [identity]
+
+    def claim_on(self, name: str, server: str, projects: list[str], users: list[str], need: Amount, label: str,
+                 project: str, user: str, now: float) -> tuple[bool, str]:
+        place = row('SELECT * FROM resource WHERE name = ? AND removed IS NULL', name)
+        if not place:
+            return False, f"there is no resource '{name}'"
+        if not place.mode:
+            return True, f"'{name}' is open to everybody"
+        found, why = self.may_boot(place, server, projects, users, need, label, now)
+        if found is None and not label and place.mode == 'shared':
+            free, why = self.walk_in(place, server, need, now), f"'{name}' is not free for {format_duration(place.hold)}"
+            found = 0 if free else None
+        if found is None:
+            return False, why
+        run('INSERT INTO claim (resource_id, occurrence, server, project, user, vcpus, ram, at, due) '
+            'VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (resource_id, server) DO UPDATE SET occurrence = '
+            'excluded.occurrence, vcpus = excluded.vcpus, ram = excluded.ram, due = excluded.due',
+            place.id, found or None, server, project, user, need.vcpus, need.ram, now, now + self.config.settle)
+        return True, 'reserved' if found else 'free'
+
+    def may_boot(self, place, server: str, projects: list[str], users: list[str], need: Amount, label: str,
+                 now: float) -> tuple[int | None, str]:
+        """The occurrence on which a server may boot, or None and why there is none."""
+        marks = ', '.join('?' * len(projects))
+        mine = rows('SELECT o.*, r.label, r.user, r.personal, r.flavor FROM occurrence o JOIN reservation r '
+                    'ON r.id = o.reservation_id WHERE o.resource_id = ? AND o.due IS NOT NULL AND o.start < ? '
+                    f"AND o.cancelled IS NULL AND r.project IN ({marks}){' AND r.label = ?' if label else ''} "
+                    'ORDER BY o.start', place.id, now + 86400, *projects, *([label] if label else []))
+        why = f"no reservation {shown(label) + ' ' if label else ''}of the project {projects[0]} is active on '{place.name}'"
+        for each in mine:
+            if now < each.held_from:
+                why = f"'{each.label}' begins at {instant(each.held_from)}"
+            elif now >= each.end:
+                why = f"'{each.label}' has ended at {instant(each.end)}"
+            elif each.personal and each.user not in users:
+                why = f"'{each.label}' is for {each.user} alone"
+            else:
+                taken = self.claimed('occurrence = ?', each.id, server) + need
+                limits = Amount(each.vms, *((each.vcpus, each.ram) if each.flavor else (2**62, 2**62)))
+                if taken.within(limits):
+                    return each.id, ''
+                why = f"'{each.label}' has {each.vms} vms, {each.vcpus} vcpus and {each.ram} MiB, and they are in use"
+        return None, why
+
+    def claimed(self, condition: str, value, server: str) -> Amount:
+        """What other servers than this one have claimed and still use."""
+        return Amount(*run('SELECT count(*), coalesce(sum(vcpus), 0), coalesce(sum(ram), 0) FROM claim '
+                           f'WHERE {condition} AND due IS NOT NULL AND server <> ?', value, server).fetchone())
+
+    def walk_in(self, place, server: str, need: Amount, now: float) -> bool:
+        """Whether there is room that nobody has reserved from now for the hold time of a resource."""
+        others = self.claimed('resource_id = ? AND (occurrence IS NULL OR occurrence IN (SELECT id FROM occurrence '
+                              'WHERE due IS NULL))', place.id, server)
+        return (peak(place.id, now, now + max(place.hold, 1)) + others + need).within(capacity(place))
 
     # Calendars
 
@@ -3386,7 +3651,7 @@ class Reservations:
                 return booking, None, None
             asked = {**said, **want._asdict(), 'label': calendar_name(booking.summary), 'start': instant(coming[0].start),
                      'end': instant(coming[0].end), 'security_groups': (), 'user_data': '', 'metadata': None, 'server': '',
-                     'lead': None, 'description': booking.summary[:1000], 'repeat': booking.parts[0].rule, 'late': True}
+                     'personal': False, 'lead': None, 'description': booking.summary[:1000], 'repeat': booking.parts[0].rule, 'late': True}
             if not want.resource:
                 raise Invalid(f"no resource is named; write `{want.vms} x {want.flavor or 'm1.small'} on RESOURCE`, or "
                               'say --resource')
@@ -3408,7 +3673,7 @@ class Reservations:
         live = known and known.over > now
         if wish is None:
             if live and booking.cancelled:
-                self.cancel(self.following(self.next_of(known.id)), now, 'cancelled in the calendar', ends=True)
+                self.cancel(self.live(self.next_of(known.id)), now, 'cancelled in the calendar', ends=True)
                 return line | {'outcome': 'cancelled', 'label': known.label}
             return line | {'outcome': 'past' if not booking.cancelled else 'cancelled'}
         origin = hashed(repr((booking, wish.columns(*STORED))))
@@ -3569,13 +3834,14 @@ class Reservations:
             raise Invalid(f'the end {to_plain(end)} is not after the start {to_plain(start)} and before the year 2200')
         return int(start.timestamp()), int(end.timestamp())
 
-    def read_wish(self, asked: dict, old=None, changes: Iterable[str] = STORED, parts: list[Part] = ()) -> Wish:
+    def read_wish(self, asked: dict, old=None, changes: Iterable[str] = STORED, parts: list[Part] = (), key: str = '') -> Wish:
         """Resolves what is asked, checks it and asks the cloud about it; outside any transaction.
 
         Args:
           old: the row of the reservation that this would change
           changes: the fields that are new in it
           parts: those of its series, where that is what changes
+          key: the slot from which on they change
         """
         lead = int((asked['lead'] or timedelta(0)).total_seconds())
         start, end = self.resolve_window(asked, old, lead)
@@ -3592,28 +3858,41 @@ class Reservations:
         wish = Wish(asked['label'], user, project, place, start, end, asked['vms'], asked['flavor'], asked['image'],
                     asked['network'], asked['key'], [*asked['security_groups']], asked['user_data'],
                     dict(asked['metadata'] or {}), server, asked['at_end'] or ('stop' if server else 'delete'),
-                    [*asked['notify']], lead, asked['description'], asked['repeat'], old.tz if old else '',
+                    [*asked['notify']], lead, asked['description'], bool(asked['personal']), asked['repeat'], old.tz if old else '',
                     asked['on_conflict'], [], each, warnings)
-        if parts and old and not REPEATING & set(changes):
-            return wish._replace(parts=self.moved_parts(wish, old, parts, changes))
-        return self.repeating(wish, asked, old, parts, changes) if REPEATING & {
+        if parts and not {'repeat'} & set(changes):
+            return wish._replace(parts=self.ended_parts(self.moved_parts(wish, old, parts, key, changes), asked, changes))
+        return self.repeating(wish, asked, old, parts, key, changes) if REPEATING & {
             name for name in changes if asked.get(name)} else wish
 
-    def moved_parts(self, wish: Wish, old, parts: list[Part], changes: Iterable[str]) -> list[Part]:
-        """A series whose occurrences from one on are where that one is wished to be."""
+    def moved_parts(self, wish: Wish, old, parts: list[Part], key: str, changes: Iterable[str]) -> list[Part]:
+        """A series whose occurrences from one on are where a certain one is wished to be."""
         if not OWN & set(changes):
             return parts
-        part = next(each for each in reversed(parts) if each.since <= old.slot)
-        zone = read_zone(part.zone)
+        zone, planned = self.planned(old, parts)
         start, end = (to_wall(instant(each), zone) for each in (wish.start, wish.end))
-        planned = datetime.fromisoformat(old.slot or part.start) + timedelta(seconds=part.shift)
         new = {'length': int((end - start).total_seconds())} if 'end' in changes else {}
         new |= {'vms': wish.vms} if 'vms' in changes else {}
         new |= {'resource': wish.resource.id} if 'resource' in changes else {}
         shift = int((start - planned).total_seconds()) if 'start' in changes else 0
-        return cut_parts(parts, old.slot, shift=shift, **new)
+        return cut_parts(parts, key, shift=shift, **new)
 
-    def repeating(self, wish: Wish, asked: dict, old, parts: list[Part], changes: Iterable[str]) -> Wish:
+    def planned(self, old, parts: list[Part]) -> tuple[ZoneInfo, datetime]:
+        """The zone of a series, and the wall time at which it has an occurrence, wherever that was moved to."""
+        part = next(each for each in reversed(parts) if each.since <= old.slot)
+        return read_zone(part.zone), datetime.fromisoformat(old.slot or part.start) + timedelta(seconds=part.shift)
+
+    def ended_parts(self, parts: list[Part], asked: dict, changes: Iterable[str]) -> list[Part]:
+        """A series with further days left out, or with another end."""
+        if not REPEATING & set(changes):
+            return parts
+        zone = read_zone(parts[-1].zone)
+        skips = self.read_skips(asked, zone, int(self.clock()))
+        ends = {'until', 'count'} & set(changes)
+        return [part._replace(skips=(*part.skips, *skips), rule=local_rule(self.ended_rule(
+            asked | {'repeat': endless(part.rule)}, zone), zone) if ends and part.rule else part.rule) for part in parts]
+
+    def repeating(self, wish: Wish, asked: dict, old, parts: list[Part], key: str, changes: Iterable[str]) -> Wish:
         """A wish with the series that it asks for, which begins with the first slot of its rule.
 
         Raises:
@@ -3622,6 +3901,8 @@ class Reservations:
         zone = read_zone(asked.get('tz') or wish.tz or self.config.timezone)
         wish = wish._replace(on_conflict=read_argument('on_conflict', asked['on_conflict'], Clash, self.here))
         first, last = (to_wall(instant(each), zone) for each in (wish.start, wish.end))
+        if parts and 'start' not in changes:
+            first, last = (planned := self.planned(old, parts)[1]), planned + (last - first)
         skips = self.read_skips(asked, zone, wish.start)
         if not asked['repeat']:
             raise Invalid(f"{min(REPEATING & set(changes))} is for a series; say --repeat as well")
@@ -3631,7 +3912,7 @@ class Reservations:
         slot = next(slots(part, self.clock(), LAST.timestamp()), None)
         if not slot:
             raise Invalid(f'the repetition {rule} has no occurrence from {first:%Y-%m-%d %H:%M} on')
-        parts = [*cut_parts(parts, old.slot)[:-1], part] if parts and old else [part]
+        parts = [*parts_before(parts, key), part]
         return wish._replace(start=slot.start, end=slot.end, repeat=rule, tz=zone.key, parts=parts)
 
     def ended_rule(self, asked: dict, zone: ZoneInfo) -> str:
@@ -3869,25 +4150,32 @@ class Reservations:
             until = min(max(int(now), each.held_from), each.held_until)
             release(each.resource_id, until, each.held_until, Amount(each.vms, each.vcpus, each.ram))
             change(Occurrence, each.id, cancelled=int(now), held_until=until, due=now, altered=True)
-        parts = self.parts(first.reservation) if first.repeats else []
-        if parts and ends:
-            parts = [each._replace(until=min(each.until or first.slot, first.slot)) for each in parts]
-            change(Reservation, first.reservation, series=stored_parts(parts))
-        self.close(first.reservation, parts, now)
+        if first.repeats and ends:
+            parts = parts_before(self.parts(first.reservation), min(each.slot for each in found))
+            change(Reservation, first.reservation, series=stored_parts(parts) if parts else '[]')
+        if first.repeats and not ends:  # so that there is a next one
+            self.reshape(first.reservation, self.carried_on(first), now, gentle=True)
+        else:
+            self.close(first.reservation, [], now)
         only = first.id if len(found) == 1 and first.repeats else None
         self.journal(now, 'released', why or f'cancelled by {self.actor.user}', first.reservation,
                      json.loads(first.notify), only)
 
     # Series
 
-    def rebook_series(self, old, wish: Wish, now: float) -> list[dict]:
-        """Changes a series from one occurrence on; inside a transaction."""
+    def rebook_series(self, old, wish: Wish, now: float, named: bool, moves: bool) -> list[dict]:
+        """Changes a series from one occurrence on; inside a transaction.
+
+        Args:
+          named: that one was named, so that it changes also if it was changed on its own before
+          moves: more than what is told about the series
+        """
         if not old.repeats:  # it was a plain one: what it has becomes the first of the series
             change(Occurrence, old.id, slot=to_wall(instant(old.start), read_zone(wish.tz)).isoformat())
-        if old.altered:  # who changes a series from here on means this one too
+        if old.altered and named:
             change(Occurrence, old.id, altered=False)
         change(Reservation, old.reservation, **wish.columns(*STORED), series=stored_parts(wish.parts), changed=int(now))
-        return self.reshape(old.reservation, wish, now)
+        return self.reshape(old.reservation, wish, now) if moves else []
 
     def reshape(self, reservation: int, wish: Wish, now: float, gentle: bool = False) -> list[dict]:
         """Makes the occurrences of a series what its parts want, as far as the horizon; inside a transaction.
@@ -3902,12 +4190,15 @@ class Reservations:
         Raises:
           NoCapacity: one doesn't fit and all or nothing was asked for; the caller's transaction ends.
         """
-        wanted = {slot.key: slot for slot in all_slots(wish.parts, now, self.horizon(wish.parts, now))}
-        there = rows('SELECT * FROM occurrence WHERE reservation_id = ? AND "end" > ? ORDER BY start',
-                     reservation, int(now))
+        there = rows('SELECT * FROM occurrence WHERE reservation_id = ? ORDER BY start', reservation)
+        horizon = self.horizon(wish.parts, now, {old.slot for old in there if old.cancelled is not None and old.altered})
+        wanted = {slot.key: slot for slot in all_slots(wish.parts, self.earliest(there, wish.parts, now), horizon)}
         done, todo = [], []
         for old in there:
-            slot = self.settled(old, wanted.pop(old.slot, None), wish, now, gentle)
+            slot = wanted.pop(old.slot, None)
+            if old.end <= now:
+                continue
+            slot = self.settled(old, slot, wish, now, gentle)
             if slot is None and old.cancelled is None:
                 self.give_up(old, now)
                 done.append(told(old, 'cancelled'))
@@ -3917,24 +4208,34 @@ class Reservations:
                 todo.append((slot, old))
             elif slot and old.cancelled is None:
                 done.append(told(old, 'unchanged'))
-        todo += [(slot, None) for slot in wanted.values()]
+        todo += [(slot, None) for slot in wanted.values() if slot.end > now]
         done += self.place_all(reservation, wish, sorted(todo, key=lambda each: each[0].start), now)
-        self.close(reservation, wish.parts, now)
+        self.close(reservation, wish.parts, now, horizon)
         return sorted(done, key=lambda each: each['start'])
 
-    def horizon(self, parts: list[Part], now: float) -> int:
+    def earliest(self, there: list, parts: list[Part], now: float) -> float:
+        """From when on slots must be known: one that was moved to later has been planned for earlier."""
+        moved = [from_wall(datetime.fromisoformat(old.slot), read_zone(parts[0].zone)).timestamp()
+                 for old in there if old.slot and old.end > now and parts]
+        return min([now, *moved]) - max((abs(part.shift) for part in parts), default=0) - 86400
+
+    def horizon(self, parts: list[Part], now: float, skipped: Iterable[str] = ()) -> int:
         """Until when a series is in rows: at least its next occurrence is."""
-        following = [slot.start + 1 for part in parts for slot in [next(slots(part, now, LAST.timestamp()), None)] if slot]
-        return max(int(now) + self.config.horizon * 86400, min(following, default=0))
+        following = [next((slot.start + 1 for slot in slots(part, now, LAST.timestamp()) if slot.key not in skipped), 0)
+                     for part in parts]
+        return max(int(now) + self.config.horizon * 86400, min(filter(None, following), default=0))
 
     def settled(self, old, slot: Slot | None, wish: Wish, now: float, gentle: bool) -> Slot | None:
-        """What an occurrence that is there is to become, of what its series wants; None: cancelled."""
+        """What an occurrence that is not over is to become, of what its series wants; None: cancelled."""
         here = Slot(old.slot, old.start, old.end, old.vms, old.resource_id)
-        if old.cancelled is not None:  # one that had no room may have it elsewhere
-            return None if slot is None or old.altered or (slot.start, slot.end) == (old.start, old.end) else slot
+        if old.cancelled is not None:  # one that had no room, or was not wanted for a while, may come back
+            same = slot and gentle and (slot.start, slot.end) == (old.start, old.end)
+            return None if old.altered or same else slot
+        if slot and old.altered:
+            return here
         if now >= (old.held_from if wish.image or wish.server else old.start):
             return slot._replace(start=old.start, resource=old.resource_id, vms=old.vms) if slot else here if gentle else None
-        return here if slot and old.altered else slot
+        return slot
 
     def differs(self, old, slot: Slot, wish: Wish) -> bool:
         return old.cancelled is not None or (old.start, old.end, old.resource_id, old.vms, old.vcpus, old.ram) != (
@@ -3999,16 +4300,16 @@ class Reservations:
             hold(slot.resource, shifted.start - one.lead, shifted.end, one.amount)
             self.write_occurrence(old.id if old else None, reservation, one, shifted, now, altered=True)
             return told(shifted, 'shifted', why)
-        if old and old.cancelled is None:  # it stays where it was, if that is still free
+        if old and old.cancelled is None:  # it stays where it was, if that is still free or it has begun
             before = Amount(old.vms, old.vcpus, old.ram)
-            if fits(row('SELECT * FROM resource WHERE id = ?', old.resource_id), max(old.held_from, int(now)),
+            if old.held_from <= now or fits(row('SELECT * FROM resource WHERE id = ?', old.resource_id), max(old.held_from, int(now)),
                     old.held_until, before):
                 hold(old.resource_id, old.held_from, old.held_until, before)
                 change(Occurrence, old.id, altered=True)
                 return told(old, 'unchanged', why)
         begin = slot.start - one.lead
         self.write_occurrence(old.id if old else None, reservation, one, slot, now, held_until=begin,
-                              cancelled=int(now), due=None)
+                              cancelled=int(now), due=now if old else None)
         return told(slot, 'left out', why)
 
     def shifted(self, one: Wish, slot: Slot, now: float) -> Slot | None:
@@ -4022,9 +4323,8 @@ class Reservations:
             return slot._replace(start=at + one.lead, end=at + need)
         return None
 
-    def close(self, reservation: int, parts: list[Part], now: float) -> None:
+    def close(self, reservation: int, parts: list[Part], now: float, horizon: int = 0) -> None:
         """Writes until when a reservation's label is taken, and how far a series is in rows."""
-        horizon = self.horizon(parts, now)
         on = goes_on(parts, horizon)
         last = row('SELECT max("end") AS last FROM occurrence WHERE reservation_id = ? AND cancelled IS NULL',
                    reservation).last
@@ -4034,9 +4334,7 @@ class Reservations:
     def refresh(self, reservation: int, now: float) -> None:
         """Carries a series on as far as the horizon is now, and by the zone table as it is now; inside a transaction."""
         head = self.next_of(reservation)
-        clash = head.on_conflict if head.on_conflict.startswith('shift') else 'skip'  # nobody is here to be refused
-        wish = self.wish_of(head)._replace(on_conflict=clash)
-        done = self.reshape(reservation, wish, now, gentle=True)
+        done = self.reshape(reservation, self.carried_on(head), now, gentle=True)
         for one in done:
             if one.get('why') and one['outcome'] in ('left out', 'shifted'):
                 self.journal(now, 'refused', f"{format_time(one['start'], read_zone(head.tz or 'UTC'))} is "
@@ -4188,9 +4486,9 @@ FINAL = ('deleted', 'kept')  # it is gone, or it stays as its owner wished and i
 TRIPS = 3  # failures in a row after which a cloud is left alone for a while
 
 SERVERS = '''SELECT v.*, r.flavor, r.image, r.network, r.key, r.security_groups, r.user_data, r.metadata,
-                    r.label, r.notify, o.reservation_id, o."end"
+                    r.label, r.notify, o.reservation_id, o."end", s.mode
                FROM server v JOIN occurrence o ON o.id = v.occurrence_id
-               JOIN reservation r ON r.id = o.reservation_id'''
+               JOIN reservation r ON r.id = o.reservation_id JOIN resource s ON s.id = o.resource_id'''
 
 
 class LostLease(Error):
@@ -4265,7 +4563,7 @@ class LifeCycle:
     def next_due(self, after: float = 0) -> float:
         """When, after an instant, the next pass has something to do; infinity if nothing is planned."""
         found = [row(f'SELECT min(due) AS due FROM {table} WHERE due > ?', after).due
-                 for table in ('occurrence', 'server', 'outbox', 'subscription')]
+                 for table in ('occurrence', 'server', 'outbox', 'subscription', 'claim')]
         return min((due for due in found if due is not None), default=float('inf'))
 
     def run(self, stop: threading.Event) -> None:
@@ -4429,6 +4727,9 @@ class LifeCycle:
                 change(Server, server.id, goal=self.goal_after(occurrence, server, over), due=now)
         if over and now >= occurrence.end + self.config.end_grace:
             self.force(occurrence, now)
+        if over and not occurrence.told & FOREIGN:
+            occurrence = occurrence._replace(told=occurrence.told | FOREIGN)
+            self.end_foreign(occurrence, now)
         told = self.announce(occurrence, over, now)
         change(Occurrence, occurrence.id, told=told, due=self.next_look(occurrence, over, now))
 
@@ -4461,6 +4762,17 @@ class LifeCycle:
         for server in late:
             change(Server, server.id, goal='delete', state='active', due=now)
             self.journal(now, 'forced', f'{server.name} did not {occurrence.at_end} in time and is deleted', occurrence)
+
+    def end_foreign(self, occurrence, now: float) -> None:
+        """Reports machines that people booted by themselves on what is over now; deletes them if that is set."""
+        foreign = rows('SELECT c.server FROM claim c WHERE c.occurrence = ? AND c.due IS NOT NULL AND c.server NOT IN '
+                       '(SELECT uid FROM server WHERE uid IS NOT NULL AND occurrence_id = ?)', occurrence.id, occurrence.id)
+        if foreign:
+            deed = 'are deleted' if self.config.end_foreign else 'go on'
+            self.journal(now, 'foreign', f"{len(foreign)} machines that were booted by hand {deed}: "
+                         f"{', '.join(each.server for each in foreign)}", occurrence)
+        for each in foreign if self.config.end_foreign else ():
+            self.submit(('clear', each.server), 'clear', occurrence.cloud, each.server)
 
     def announce(self, occurrence, over: bool, now: float) -> int:
         """Tells of a start or an end that comes soon, once; what was told so far."""
@@ -4513,6 +4825,10 @@ class LifeCycle:
         notices = rows(f'{NOTICES} WHERE n.due <= ? AND n.id IN (SELECT min(id) FROM outbox WHERE due IS NOT NULL '
                        'GROUP BY target)', now)
         polls = rows('SELECT * FROM subscription WHERE due <= ?', now)
+        claims: dict = defaultdict(list)
+        for each in rows('SELECT c.server, s.cloud FROM claim c JOIN resource s ON s.id = c.resource_id WHERE c.due <= ? '
+                         'LIMIT 100', now):
+            claims[each.cloud].append(each.server)
         looks, calls = set(), []
         if due:
             with self.acting():
@@ -4527,6 +4843,8 @@ class LifeCycle:
                 self.submit(('look', account), 'look', account, self.known(account))
         for notice in notices:
             self.submit(('notice', notice.target), 'notice', ' notices', notice)
+        for account, uids in claims.items():
+            self.submit(('claims', account), 'trace', account, uids)
         for each in polls:
             self.submit(('poll', each.id), 'poll', ' calendars', each)
 
@@ -4599,7 +4917,8 @@ class LifeCycle:
     def do_boot(self, account: str, server) -> str:
         return self.clouds.open(account).boot(Machine(
             server.name, self.mark(server), server.flavor, server.image, server.network, server.key,
-            tuple(json.loads(server.security_groups)), server.user_data, json.loads(server.metadata)))
+            tuple(json.loads(server.security_groups)), server.user_data, json.loads(server.metadata),
+            server.label if server.mode else ''))
 
     def do_delete(self, account: str, server) -> None:
         self.clouds.open(account).delete(server.uid)
@@ -4640,6 +4959,9 @@ class LifeCycle:
         where, id = ('o.id', notice.occurrence) if notice.occurrence else ('r.id', notice.reservation_id)
         found = listing(self.clock(), f'{where} = ?', (id,), tail=f'ORDER BY {NEXT_FIRST} LIMIT 1') if id else []
         deliver(self.config, notice, public(found[0]) if found else {})
+
+    def do_trace(self, account: str, uids: list[str]) -> dict[str, str | None]:
+        return self.clouds.open(account).hosts(uids)
 
     def do_poll(self, account: str, subscription) -> dict:
         return self.service.poll(subscription)
@@ -4778,6 +5100,20 @@ class LifeCycle:
         else:
             tries = notice.tries + 1
             change(Outbox, notice.id, tries=tries, due=now + self.pause(tries), fault=str(error)[:500])
+
+    def record_trace(self, result: Result, now: float) -> None:
+        """Lets claims count as long as their servers are there, on a host of the resource."""
+        if result.error:
+            run(f"UPDATE claim SET due = ? WHERE due <= ? AND server IN ({', '.join('?' * len(result.target))})",
+                now + self.config.sweep, now, *result.target)
+            return
+        for uid, host in result.answer.items():
+            for claim in rows('SELECT c.id, c.occurrence, s.hosts FROM claim c JOIN resource s ON s.id = c.resource_id '
+                              'WHERE c.server = ? AND c.due IS NOT NULL AND s.cloud = ?', uid, result.account):
+                hosts = json.loads(claim.hosts)
+                elsewhere = host is None or host and hosts and host not in hosts
+                later = now + (self.config.sweep if host else self.config.poll)
+                change(Claim, claim.id, due=None if elsewhere else later)
 
     def record_poll(self, result: Result, now: float) -> None:
         """Notes what a look at somebody's calendar gave; what it books is booked already."""
@@ -5160,6 +5496,68 @@ for _operation in API.values():
     setattr(Client, _operation.name, client_method(_operation))
 
 
+# Nova filter #################################################################
+#
+# Runs inside nova-scheduler, which loads it from this file: `available_filters =
+# cmres.ReservationFilter`. It asks a cmres server once per request which marked resources the
+# server may boot on, and then decides for each host by the mark of its aggregates. Its settings
+# stand in nova.conf under [cmres].
+
+# Only nova-scheduler has this loaded already; nobody else must pay for it or even have it.
+_nova = sys.modules.get('nova.scheduler.filters')
+
+
+def nova_settings():
+    """The section [cmres] of nova.conf: url, token, timeout in seconds, when_down."""
+    from oslo_config import cfg
+    options = [cfg.StrOpt('url', default='http://127.0.0.1:8080', help='where cmres is served'),
+               cfg.StrOpt('token', default='', secret=True, help="an admin's token"),
+               cfg.FloatOpt('timeout', default=2.0, min=0.1, help='seconds to wait for its answer'),
+               cfg.StrOpt('when_down', default='closed', choices=['closed', 'open'],
+                          help='whether marked hosts pass while there is no answer')]
+    cfg.CONF.register_opts(options, group='cmres')
+    return cfg.CONF.cmres
+
+
+class ReservationFilter(_nova.BaseHostFilter if _nova else object):
+    """Lets a server boot on the hosts of a marked aggregate only if cmres says so; others are not concerned."""
+
+    RUN_ON_REBUILD = False
+
+    def filter_all(self, hosts, spec):
+        """Nova's own entry point: the hosts of a request that pass, asked for at once for all of them."""
+        marks = [(host, self.marks(host)) for host in hosts]
+        resources = sorted(set().union(*(names for _, names in marks)))
+        verdicts = self.ask(resources, spec) if resources and not self.is_rebuild(spec) else {}
+        for host, names in marks:
+            if all(verdicts.get(name, True) for name in names):
+                yield host
+
+    def marks(self, host) -> set[str]:
+        return {each.metadata['cmres'] for each in host.aggregates if each.metadata.get('cmres')}
+
+    def is_rebuild(self, spec) -> bool:
+        return bool(spec.obj_attr_is_set('scheduler_hints') and 'rebuild' in (
+            (spec.scheduler_hints or {}).get('_nova_check_type') or []))
+
+    def ask(self, resources: list[str], spec) -> dict[str, bool]:
+        """Whether each resource may be booted on; what is refused is logged with its reason."""
+        settings = nova_settings()
+        hints = (spec.scheduler_hints or {}) if spec.obj_attr_is_set('scheduler_hints') else {}
+        label = (hints.get('cmres') or [''])[0]
+        try:
+            answer = Client(settings.url, settings.token, settings.timeout).claim(
+                spec.instance_uuid, resources, spec.project_id, spec.user_id or '', spec.flavor.vcpus,
+                spec.flavor.memory_mb, label)
+        except Error as error:
+            log.warning('cmres does not answer, so its hosts are %s: %s', settings.when_down, error)
+            return dict.fromkeys(resources, settings.when_down == 'open')
+        for each in answer:
+            if not each['passes']:
+                log.info('%s may not boot on %s: %s', spec.instance_uuid, each['resource'], each['why'])
+        return {each['resource']: each['passes'] for each in answer}
+
+
 # Command line ################################################################
 #
 # Fire finds the command and its arguments; what it calls only notes the call, and the call is made
@@ -5197,8 +5595,9 @@ FORMATS = ('table', 'json', 'csv', 'yaml')
 #: What a table shows of answers that have more fields than a line has room for.
 COLUMNS = {'list': 'id label user project resource vms flavor start end repeat state fault',
            'delete': 'id label user project resource vms start end state',
+           'resource_sync': 'resource what before after',
            'servers': 'n name state addresses planned begun ready deleted snapshot fault',
-           'resource_list': 'name cell cloud region aggregate vms vcpus ram',
+           'resource_list': 'name cell cloud region aggregate vms vcpus ram mode',
            'refused': 'line label error', 'occurrences': 'uid start end status vms resource state outcome why',
            'events': 'uid summary label outcome start vms flavor count why'}
 MOST_SHOWN = 40  # lines of a table within an answer
@@ -5484,7 +5883,8 @@ def make(call: Call, config: Config, options: dict) -> str | None:
     operation = call._operation
     given = {name: from_file(value, operation.parameters[name].annotation) for name, value in call._given.items()}
     if 'tz' in operation.parameters:
-        given.setdefault('tz', config.timezone)
+        zone = options.get('tz') or (config.timezone if operation.routes[0][0] == 'POST' else '')
+        given.setdefault('tz', zone)
     bound = bind(operation, given, Here(config.zone, instant(int(time.time()))))
     form = options.get('format', 'table')
     if operation.name in LOCAL:
