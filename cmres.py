@@ -147,6 +147,10 @@ def shown(value) -> str:
     return textwrap.shorten(json.dumps(value, ensure_ascii=False, default=str), 60, placeholder='...')
 
 
+def first_line(error: Exception) -> str:
+    return textwrap.shorten(str(error) or type(error).__name__, 200)
+
+
 # Time ########################################################################
 #
 # Promised instants are whole seconds since 1970 in the store and aware datetimes in Python;
@@ -341,7 +345,7 @@ def checked_rule(rule: str) -> str:
     pairs = [part.partition('=')[::2] for part in rule.strip(';').split(';')]
     parts = dict(pairs)
     for name, value in pairs:
-        if name not in RULE_PARTS or len(parts) < len(pairs):
+        if name not in RULE_PARTS or [each for each, _ in pairs].count(name) > 1:
             raise ValueError(f'{shown(name)} is no part of a repetition, or is there twice')
         if RULE_PARTS[name]:
             check_numbers(name, value, *RULE_PARTS[name])
@@ -373,11 +377,14 @@ def check_numbers(name: str, text: str, least: int, most: int) -> None:
             raise ValueError(f'{name}={shown(text)[1:-1]} is not between {least} and {most}')
 
 
-def local_rule(rule: str, zone: ZoneInfo) -> str:
-    """A rule whose UNTIL is a wall time, as its slots are; a day is meant to its end."""
+def local_rule(rule: str, zone: ZoneInfo, literal: bool = False) -> str:
+    """A rule whose UNTIL is a wall time, as its slots are; a day is meant to its end, but in a calendar to its start."""
     def localised(match):
         last = read_until(match[1])
-        last = to_wall(last.replace(tzinfo=UTC), zone) if match[1].endswith('Z') else last
+        if literal and 'T' not in match[1]:
+            last = last.replace(hour=0, minute=0, second=0)
+        utc = match[1].endswith('Z') or literal and 'T' in match[1]
+        last = to_wall(last.replace(tzinfo=UTC), zone) if utc else last
         return f'UNTIL={min(last, LAST.replace(tzinfo=None)):%Y%m%dT%H%M%S}'
     return re.sub(r'UNTIL=([0-9TZ]+)', localised, rule)
 
@@ -492,6 +499,11 @@ TEXTS = {
     'ended': '{label} has ended\n{sentence}.',
     'kept': '{label} goes on until {end}\n{sentence}.',
     'released': '{label} was released\n{sentence}.',
+    'pending': '{label} waits for a word\n{sentence}.',
+    'admitted': '{label} is reserved now\n{vms} vms on {resource} from {start} to {end}, after waiting.',
+    'approved': '{label} is approved\n{sentence}.',
+    'maintenance': '{label} is in the way of a maintenance\n{sentence}.',
+    'unused': '{label} is not used\n{sentence}.',
     'held': 'your calendar asks for much less than before\n{sentence}',
 }
 
@@ -530,6 +542,7 @@ class Config:
     calendar_poll: float = setting(300.0, 'seconds between looks at a calendar that somebody subscribed to', 0.1)
     address: str = setting('', 'how people reach `serve`, for links, such as https://cmres.example.org')
     login: str = setting('ssh {address}', 'how people log in to a machine, as their calendar tells them')
+    patience: float = setting(86400.0, 'seconds after which no later request is let pass one that waits', 0.0)
     end_foreign: bool = setting(False, 'whether machines that people booted by themselves on what they had reserved are '
                                 'deleted at its end')
     orphan_grace: float = setting(60.0, 'age in seconds at which a server of ours that nothing wants is removed', 0.0)
@@ -637,6 +650,7 @@ Url = NewType('Url', str)          # an http(s) address, which may be a secret
 Rows = NewType('Rows', list)       # many reservations; on the command line, a CSV, JSON or YAML file
 
 UNLIMITED = -1
+WEB = 'https?://[!-~]+'
 CLASHES = ('refuse', 'skip', 'shift')
 NO_LABELS = ('add', 'delete', '-', '.', '..')  # addresses read them in another sense
 ANY = '-'  # for an argument that filters: anything, as if it were not given
@@ -685,6 +699,21 @@ WORDS = {
     'hold': 'for how long it must stay free for others to boot there, such as 1h',
     'resources': 'names of resources, with commas between',
     'aggregates': 'names of aggregates, with commas between; without any, those that are marked already',
+    'ahead': 'the furthest start from now, such as 30d',
+    'approval': 'for how long a reservation there is held until an admin approves it, such as 2d; 0s needs none',
+    'by_whom': 'project, user or resource',
+    'confirm': 'for how long it is held for you to `accept` it, once there is room; without one, it is yours at once',
+    'exempt': 'reservations that begin within that from now are not limited, such as 4h',
+    'least_notice': 'the nearest start from now, such as 1h',
+    'longest': 'the longest window, such as 7d',
+    'most_vms': 'most machines at once',
+    'no_show': 'after how long one that nobody boots on is released, such as 30m; 0s never',
+    'priority': 'who comes first of those that wait: the higher',
+    'reason': 'why, for those who read of it',
+    'then': 'what becomes of what is booked already: notify, move or cancel',
+    'vcpu_hours': 'most vcpu-hours that are reserved from now on',
+    'wait': 'if it does not fit, wait until it does',
+    'waiting': 'most requests that wait',
     'personal': 'only the user, not all of the project, may boot there through Nova',
     'rows': 'CSV, JSON or YAML with one reservation a line, fields named as in `add`',
     'security_groups': 'security groups of the machines, with commas between',
@@ -935,7 +964,7 @@ def read_ics(value, here=None) -> str:
 
 
 def read_url(value, here=None) -> str:
-    if not re.fullmatch(r'(https?|webcals?)://[!-~]+', url := read_str(value, most=2000)):
+    if not re.fullmatch('(https?|webcals?)://[!-~]+', url := read_str(value, most=2000)):
         raise ValueError('an http(s) address is needed, such as https://example.org/eva.ics')
     return re.sub('^webcal', 'http', url)
 
@@ -1023,6 +1052,8 @@ class Resource(Table):
     ram = peewee.IntegerField(null=True)  # MiB
     mode = peewee.CharField(default='')   # '' or one of MODES
     hold = peewee.IntegerField(default=0)  # seconds
+    approval = peewee.IntegerField(default=0)  # seconds that a reservation is held for an admin to approve it; 0: no need
+    no_show = peewee.IntegerField(default=0)   # seconds after which one that nobody uses is released; 0: never
     hosts = peewee.TextField(default='[]')  # JSON: of its aggregate, as `sync` saw them
     added = peewee.IntegerField()
     removed = peewee.IntegerField(null=True)
@@ -1050,6 +1081,10 @@ class Reservation(Table):
     repeat = peewee.CharField(default='')        # the RRULE of a series as it was asked for
     tz = peewee.CharField(default='')            # whose wall times it goes by
     series = peewee.TextField(default='')        # JSON: its parts
+    waiting = peewee.IntegerField(null=True)     # since when it waits for room
+    priority = peewee.IntegerField(default=0)
+    confirm = peewee.IntegerField(default=0)     # seconds that room is held for its owner to accept it
+    pending = peewee.IntegerField(null=True)     # until when it is held for somebody's word
     personal = peewee.BooleanField(default=False)  # only its user may boot on it through Nova
     on_conflict = peewee.CharField(default='')   # what becomes of an occurrence that the horizon reaches and has no room
     booked_until = peewee.IntegerField(null=True)  # how far it is in rows, if it goes on after that
@@ -1094,6 +1129,49 @@ LIVE = Occurrence.due.is_null(False)  # partial indexes on it leave history out
 Occurrence.add_index(Occurrence.index(Occurrence.due, where=LIVE, name='occurrence_due'))
 Occurrence.add_index(Occurrence.index(Occurrence.start, where=LIVE, name='occurrence_live'))
 Occurrence.add_index(Occurrence.index(Occurrence.resource, Occurrence.start, where=LIVE, name='occurrence_held'))
+
+
+Reservation.add_index(Reservation.index(Reservation.waiting, where=Reservation.waiting.is_null(False),
+                                        name='reservation_waiting'))
+Reservation.add_index(Reservation.index(Reservation.pending, where=Reservation.pending.is_null(False),
+                                        name='reservation_pending'))
+
+
+class Capacity(Table):
+    """A stretch of time in which a resource has another capacity: a maintenance, a loan of nodes.
+
+    It holds the difference, so that admission needs no rule of its own for it.
+    """
+    resource = peewee.ForeignKeyField(Resource)
+    start = peewee.IntegerField()
+    end = peewee.IntegerField()
+    vms = peewee.IntegerField(null=True)    # NULL in these: as always
+    vcpus = peewee.IntegerField(null=True)
+    ram = peewee.IntegerField(null=True)
+    held_vms = peewee.IntegerField()        # what it holds; less than nothing where there is more than always
+    held_vcpus = peewee.IntegerField()
+    held_ram = peewee.IntegerField()
+    reason = peewee.CharField()
+    added = peewee.IntegerField()
+    removed = peewee.IntegerField(null=True)
+
+
+class Limit(Table):
+    """What a user, a project, or each project without a limit of its own may hold."""
+    project = peewee.CharField()   # '' and no user: every project
+    user = peewee.CharField()
+    resource = peewee.CharField()  # '' all of them together
+    most_vms = peewee.IntegerField(null=True)
+    longest = peewee.IntegerField(null=True)       # seconds
+    ahead = peewee.IntegerField(null=True)         # seconds
+    least_notice = peewee.IntegerField(null=True)  # seconds
+    vcpu_hours = peewee.IntegerField(null=True)
+    waiting = peewee.IntegerField(null=True)
+    exempt = peewee.IntegerField()                 # seconds
+    added = peewee.IntegerField()
+
+    class Meta:
+        table_name = 'limits'  # LIMIT is a word of SQL
 
 
 class Step(Table):
@@ -1146,6 +1224,7 @@ class Claim(Table):
     ram = peewee.IntegerField()  # MiB
     at = peewee.DoubleField()
     due = peewee.DoubleField(null=True)  # when it is looked for next; NULL: it is gone
+    gone = peewee.DoubleField(null=True)
 
 
 Claim.add_index(Claim.index(Claim.resource, Claim.server, unique=True, name='claim_server'))
@@ -1183,6 +1262,7 @@ class Subscription(Table):
     etag = peewee.CharField(default='')
     modified = peewee.CharField(default='')
     fault = peewee.TextField(default='')
+    refused = peewee.TextField(default='{}')  # JSON: by UID, why it could not be booked
     held = peewee.TextField(default='')  # what waits for its owner's word
     confirmed = peewee.BooleanField(default=False)
     tries = peewee.IntegerField(default=0)
@@ -1202,6 +1282,8 @@ class Event(Table):
     sentence = peewee.TextField()
     reservation = peewee.ForeignKeyField(Reservation, null=True)
     occurrence = peewee.IntegerField(null=True)  # of a series, the one that it is about
+    project = peewee.CharField(default='')       # of what was refused, which is no reservation
+    resource = peewee.CharField(default='')
 
 
 class Outbox(Table):
@@ -1243,7 +1325,7 @@ class SimulatedServer(Table):
     gone = peewee.DoubleField(null=True)
 
 
-TABLES = [Resource, Reservation, Occurrence, Step, Server, Claim, Token, Feed, Subscription, Event, Outbox, Lease, Fact,
+TABLES = [Resource, Reservation, Occurrence, Capacity, Limit, Step, Server, Claim, Token, Feed, Subscription, Event, Outbox, Lease, Fact,
           SimulatedServer]
 
 #: What brings an older store up to the models above, one function a version.
@@ -1354,15 +1436,16 @@ def change_text(model, names: tuple) -> str:
 
 
 def journal(config: Config, at: float, actor: str, code: str, sentence: str, reservation: int | None = None,
-            notify: Iterable[str] = (), occurrence: int | None = None) -> None:
+            notify: Iterable[str] = (), occurrence: int | None = None, **refused: str) -> None:
     """Appends an event, and the notices of it; inside the transaction of what it tells.
 
     Args:
       occurrence: the one that it is about; without one, all that are not over
+      refused: project and resource of what is no reservation
     """
     event = insert(Event, at=at, actor=actor, code=code, sentence=sentence, reservation=reservation,
-                   occurrence=occurrence)
-    if reservation:
+                   occurrence=occurrence, **{'project': '', 'resource': ''} | refused)
+    if reservation and (occurrence is None or occurrence > 0):
         which, id = ('id', occurrence) if occurrence else ('due IS NOT NULL AND reservation_id', reservation)
         run(f'UPDATE occurrence SET revision = revision + 1, revised = ? WHERE {which} = ?', int(at), id)
     for target in [config.webhook, *notify] if code in TEXTS else ():
@@ -1389,12 +1472,14 @@ LISTING = '''
          (SELECT count(*) FROM server v WHERE v.occurrence_id = o.id AND v.ready IS NOT NULL) AS ever,
          (r.image <> '' OR r.server <> '') AS runs,
          clock.now, o.told, o.held_from, o.held_until, o.resource_id, r.over, o.due, o.slot, o.altered, o.revision,
-         o.revised, r.on_conflict, r.booked_until, r.subscription, r.series <> '' AS repeats
+         o.revised, r.waiting, r.priority, r.confirm, r.pending, r.on_conflict, r.booked_until, r.subscription, r.series <> '' AS repeats
     FROM (SELECT CAST(? AS INTEGER) AS now) clock, occurrence o
     JOIN reservation r ON r.id = o.reservation_id JOIN resource s ON s.id = o.resource_id'''
 
 STATE = '''
   CASE WHEN cancelled IS NOT NULL THEN CASE WHEN existing > 0 THEN 'ending' ELSE 'cancelled' END
+       WHEN waiting IS NOT NULL THEN CASE WHEN now < "end" THEN 'waiting' ELSE 'cancelled' END
+       WHEN pending IS NOT NULL AND now < "end" THEN 'pending'
        WHEN now < held_from OR NOT runs AND now < start THEN 'reserved'
        WHEN NOT runs THEN CASE WHEN now < "end" THEN 'active' ELSE 'ended' END
        WHEN now >= "end" THEN CASE WHEN existing > 0 THEN 'ending' WHEN ever > 0 THEN 'ended' ELSE 'failed' END
@@ -1532,8 +1617,12 @@ def next_step(resource, amount: Amount, after: float, before: float, free: bool)
 
 
 def held_steps(resource: int) -> Iterator[tuple[int, Amount]]:
-    """The step function as the occurrences give it, canonical: what table `step` must hold."""
+    """The step function as occurrences and changes of capacity give it, canonical: what table `step` must hold."""
     changes = defaultdict(lambda: NOTHING)
+    for begin, until, *amount in run('SELECT start, "end", held_vms, held_vcpus, held_ram FROM capacity '
+                                     'WHERE resource_id = ? AND removed IS NULL', resource):
+        changes[begin] += Amount(*amount)
+        changes[until] -= Amount(*amount)
     for begin, until, *amount in run('SELECT held_from, held_until, vms, vcpus, ram FROM occurrence '
                                      'WHERE resource_id = ? AND held_from < held_until', resource):
         changes[begin] += Amount(*amount)
@@ -2041,12 +2130,12 @@ def fetch(config: Config, url: str, headers: dict) -> tuple[int, dict, bytes]:
             if status not in (301, 302, 303, 307, 308):
                 return status, found, body
             target = urljoin(url, found.get('location', ''))
-            if not target.startswith('https://' if url.startswith('https://') else ('http://', 'https://')):
+            if not re.fullmatch(WEB, target) or url.startswith('https:') and not target.startswith('https:'):
                 raise ValueError('it redirects to an address that is not http(s), or no longer https')
             url = target
         raise ValueError('it redirects more than five times')
     except (OSError, ValueError, HTTPException) as error:
-        raise Undelivered(f'{type(error).__name__}: {error}') from None
+        raise Undelivered(f'{type(error).__name__}: {first_line(error)}') from None
 
 
 def exchange(config: Config, verb: str, url: str, body: bytes | None, headers: dict) -> tuple[int, dict, bytes]:
@@ -2063,8 +2152,9 @@ def exchange(config: Config, verb: str, url: str, body: bytes | None, headers: d
     connection = kind(parts.hostname, port, timeout=MOST_WAIT)
     # To the address that was checked: the name may mean another one a moment later.
     connection._create_connection = lambda _, *rest: socket.create_connection((address, port), *rest)
+    connection.connect()
     # The time-out is for each piece; one that comes drop by drop is cut off.
-    watch = threading.Timer(MOST_WAIT, lambda: connection.sock and connection.sock.shutdown(socket.SHUT_RDWR))
+    watch = threading.Timer(MOST_WAIT, hang_up, [connection.sock])
     watch.start()
     try:
         connection.request(verb, parts._replace(scheme='', netloc='', fragment='').geturl() or '/', body,
@@ -2073,10 +2163,19 @@ def exchange(config: Config, verb: str, url: str, body: bytes | None, headers: d
         text = answer.read(MOST_FETCHED + 1)
         if len(text) > MOST_FETCHED:
             raise ValueError(f'it is larger than {MOST_FETCHED} bytes')
+        if answer.length:
+            raise ValueError(f'it is cut short by {answer.length} bytes')
         return answer.status, {name.lower(): value for name, value in answer.getheaders()}, text
     finally:
         watch.cancel()
         connection.close()
+
+
+def hang_up(line: socket.socket) -> None:
+    try:
+        line.shutdown(socket.SHUT_RDWR)
+    except OSError:  # it is closed already
+        pass
 
 
 def allowed_address(config: Config, host: str, port: int) -> str:
@@ -2147,6 +2246,8 @@ MARKED = re.compile(r'#vm\b\s*([^\n<]*)', re.I)
 
 
 parsing = threading.Lock()
+#: An event of our own feeds: what it shows is booked already.
+FEED_UID = re.compile(r'occurrence-\d+@cmres-[0-9a-f]{8}')
 
 
 class Want(NamedTuple):
@@ -2166,6 +2267,8 @@ class Booking(NamedTuple):
     want: Want
     parts: list      # of resource 0, until it is known
     cancelled: bool
+    digest: str      # of its text, without what changes at each look
+    error: str = ''  # why it can't be understood
 
 
 def read_calendar(text: str, what: str = 'this') -> list:
@@ -2192,10 +2295,6 @@ def read_calendar(text: str, what: str = 'this') -> list:
         if time.monotonic() > deadline:
             raise BadCalendar(f'{what} has too many rules that are hard to follow')
     return found
-
-
-def first_line(error: Exception) -> str:
-    return textwrap.shorten(str(error) or type(error).__name__, 200)
 
 
 def guarded_text(text: str, what: str) -> bytes:
@@ -2365,19 +2464,35 @@ def bookings(calendars: list, zone: ZoneInfo, begin: datetime, until: datetime, 
       zone: the owner's, for times without one
       begin, until: the window that a series in a zone of its own making is spelled out for
     """
-    found = []
-    for uid, events in by_uid(calendars).items():
-        with naming(events[0]):
-            masters = sorted((each for each in events if 'RECURRENCE-ID' not in each),
-                             key=lambda each: int(each.get('SEQUENCE', 0)))
-            master = masters[-1] if masters else events[0]
+    return [found for uid, events in by_uid(calendars).items() if not FEED_UID.fullmatch(uid)
+            for found in [booking_of(uid, events, zone, begin, until, defaults)] if found]
+
+
+def booking_of(uid: str, events: list, zone: ZoneInfo, begin: datetime, until: datetime, defaults: Want) -> Booking | None:
+    """What the components of one UID want; what they say badly refuses them alone."""
+    masters = sorted((each for each in events if 'RECURRENCE-ID' not in each), key=lambda each: int(each.get('SEQUENCE', 0)))
+    master = masters[-1] if masters else events[0]
+    summary = re.sub('[\x00-\x1f\x7f]+', ' ', str(master.get('SUMMARY', '')))[:1000]
+    cancelled = str(master.get('STATUS', '')).upper() == 'CANCELLED'
+    try:
+        with naming(master):
             want = want_of(master, defaults)
-            if want:
-                parts = series_of(master, [each for each in events if each is not master and 'RECURRENCE-ID' in each],
-                                  want, zone, begin, until)
-                cancelled = str(master.get('STATUS', '')).upper() == 'CANCELLED'
-                found.append(Booking(uid, str(master.get('SUMMARY', '')), want, parts, cancelled))
-    return found
+            overrides = [each for each in events if each is not master and 'RECURRENCE-ID' in each]
+            parts = series_of(master, overrides, want, zone, begin, until) if want else []
+    except BadCalendar as error:
+        return Booking(uid, summary, defaults, [], cancelled, '', str(error))
+    if want is None:
+        return None
+    alone = tuple(key for part in parts for key in part.moved) if cancelled else ()
+    if alone:  # exceptions are events of their own
+        parts, cancelled = [parts[0]._replace(rule='', dates=alone, skips=())], False
+    return Booking(uid, summary, want, parts, cancelled, digest_of(events))
+
+
+def digest_of(events: list) -> str:
+    volatile = (b'DTSTAMP', b'LAST-MODIFIED', b'CREATED', b'SEQUENCE')
+    lines = [line for each in events for line in each.to_ical().splitlines() if not line.startswith(volatile)]
+    return hashlib.sha256(b'\n'.join(lines)).hexdigest()
 
 
 def want_of(event, defaults: Want) -> Want | None:
@@ -2421,7 +2536,9 @@ def series_of(master, overrides: list, want: Want, zone: ZoneInfo, begin: dateti
         return spelled_out([master, *overrides], want, zone, begin, until)
     here, length = ZoneInfo(name), int(event_length(master).total_seconds())
     first = wall_in(event_start(master), here, zone)
-    rule = local_rule(event_rule(master), here) if 'RRULE' in master else ''
+    bare = not isinstance(event_start(master), datetime) or event_start(master).tzinfo is None
+    rule = event_rule(master) if 'RRULE' in master else ''
+    rule = local_rule(rule, ZoneInfo('UTC') if bare else here, literal=True)
     dates = tuple(listed(master, 'RDATE', here, zone))
     repeats = rule or dates
     part = Part(first.isoformat(), length, name, want.vms, 0, rule, (first.isoformat(), *dates) if repeats else (),
@@ -2473,7 +2590,9 @@ def overridden(parts: list[Part], event, here: ZoneInfo, owner: ZoneInfo, want: 
         return cut_parts(parts, key, shift=shift - parts[-1].shift, length=length, vms=vms)
     if cancelled:
         return [part._replace(skips=(*part.skips, key)) for part in parts]
-    return [part._replace(moved=part.moved | {key: (start.isoformat(), length, vms)}) for part in parts]
+    # One that stands where the rule has no slot is an occurrence all the same.
+    return [part._replace(moved=part.moved | {key: (start.isoformat(), length, vms)},
+                          dates=part.dates if part.single or key in part.dates else (*part.dates, key)) for part in parts]
 
 
 def spelled_out(events: list, want: Want, owner: ZoneInfo, begin: datetime, until: datetime) -> list[Part]:
@@ -2606,7 +2725,7 @@ MODES = ('exclusive', 'shared')
 #: What can become of machines at the end of their window.
 ENDS = ('delete', 'stop', 'shelve', 'snapshot')
 #: What was announced of an occurrence: a bit each.
-SOON, READY, ENDING, FOREIGN = 1, 2, 4, 8
+SOON, READY, ENDING, FOREIGN, UNUSED = 1, 2, 4, 8, 16
 #: The fields that only the cloud can judge.
 CLOUDY = ('flavor', 'image', 'network', 'key', 'security_groups', 'server')
 #: The fields of a reservation that a machine is made of; they are fixed once it has begun.
@@ -2623,7 +2742,7 @@ OVER = ('ended', 'cancelled', 'failed')
 PLACE = ('cell', 'cloud', 'region', 'aggregate')
 HIDDEN = frozenset(('now', 'resource_id', 'held_from', 'held_until', 'over', 'due', 'reservation', 'user_data',
                     'existing', 'ever', 'runs', 'told', 'slot', 'altered', 'revision', 'revised', 'on_conflict',
-                    'booked_until', 'subscription', 'repeats'))
+                    'booked_until', 'subscription', 'repeats', 'waiting', 'confirm', 'pending', 'priority'))
 #: Of a reservation, the occurrence that is now or comes next: no other that is not over comes before it.
 NEXT_OF_ITS = """NOT EXISTS (SELECT 1 FROM occurrence c WHERE c.reservation_id = o.reservation_id AND c.cancelled IS NULL
                               AND c."end" > clock.now AND (c.start, c.id) < (o.start, o.id))"""
@@ -2643,7 +2762,9 @@ def public(found) -> dict:
     """A row as an answer shows it: instants as datetimes, stored JSON read, nothing internal."""
     shown = {name: value for name, value in found._asdict().items() if name not in HIDDEN}
     for name, value in shown.items():
-        if name in INSTANTS:
+        if name == 'personal':
+            shown[name] = bool(value)
+        elif name in INSTANTS:
             shown[name] = instant(value)
         elif name in JSON:
             shown[name] = json.loads(value)
@@ -2663,6 +2784,17 @@ def spread(name: str, lateness: list[float]) -> dict:
 
 class Held(Error):
     """A calendar asks for so much less than before that its owner must say that it is meant."""
+
+
+#: For an event about a series that tells its occurrences apart by itself.
+NONE_OF_THEM = -1
+#: What becomes of what is booked where there is less room than before.
+THEN = ('notify', 'move', 'cancel')
+FROM_ALL = ('FROM occurrence o JOIN reservation r ON r.id = o.reservation_id JOIN resource s ON s.id = o.resource_id')
+
+
+def in_words_of(seconds: int | None) -> str:
+    return format_duration(seconds or 0)
 
 
 class Reservations:
@@ -2698,7 +2830,7 @@ class Reservations:
             description: Text = '', personal: bool = False, repeat: Repeat = '', tz: Zone = '', until: Day = None, count: Count = None,
             skip_dates: Names = (), holidays: Source = '', on_conflict: Clash = 'refuse', user: Name = '',
             project: Name = '', cell: Name = '', cloud: Name = '', region: Name = '', aggregate: Name = '',
-            dry_run: bool = False) -> dict:
+            wait: bool = False, priority: int = 0, confirm: Span = None, dry_run: bool = False) -> dict:
         """Reserves machines from START to END, once or again and again.
 
         With an image, they are booted at the start and deleted at the end, or what --at-end says;
@@ -2711,15 +2843,29 @@ class Reservations:
         hour later by the clock; in an hour that comes twice, the first time. Its occurrences are
         reserved as far as the setting `horizon` says, and from day to day further.
 
+        With --wait, what doesn't fit waits until it does: the higher priority first, then the older. For
+        a place with gaps instead of a resource, the first in order of names that has room is taken.
+
         Example:
           python cmres.py add lab demo 2026-12-01T09:00 +2h --vms 3 --flavor m1.small --image cirros
           python cmres.py add class demo 2027-01-12T09:00 +2h --repeat 'weekly on tue,thu' --until 2027-06-30
         """
         asked = {name: value for name, value in locals().items() if name not in ('self', 'dry_run')}
-        wish = self.read_wish(asked)
-        with self.recording_refusal(wish, dry_run), self.explaining(wish), self.writing(dry_run) as now:
-            self.refuse_taken_label(wish, now)
-            return self.answer(*self.book(wish, now), wish)
+        if priority and self.actor.role != ADMIN:
+            raise Forbidden('only an admin may give a priority')
+        places = self.resources_at(asked)
+        for place in places:
+            wish = self.read_wish(asked | {'resource': place.name})
+            last = place is places[-1]
+            try:
+                with self.recording_refusal(wish, dry_run or wait or not last), self.explaining(wish), \
+                        self.writing(dry_run) as now:
+                    self.refuse_taken_label(wish, now)
+                    return self.answer(*self.book(wish, now), wish)
+            except NoCapacity:
+                if last and not wait:
+                    raise
+        return self.line_up(self.read_wish(asked | {'resource': places[0].name}), priority, confirm, dry_run)
 
     def answer(self, reservation: int, done: Iterable[dict], wish: Wish, occurrence: int | None = None) -> dict:
         """What was reserved, of a series the next occurrence and what became of each."""
@@ -2797,7 +2943,7 @@ class Reservations:
         if state and not set(state) & set(OVER):
             where.append(('o.due IS NOT NULL', None))
         found = self.search(where, state, limit)
-        if label and not found:
+        if label and not found and not self.search([('r.label = ?', label), *self.visible()], limit=1):
             raise NotFound(f"there is no reservation '{label}'")
         return [public(each) for each in found]
 
@@ -3036,7 +3182,7 @@ class Reservations:
         else:
             self.rebook(old, wish, now)
         self.journal(now, code, f"{self.actor.user} changed: {', '.join(sorted(asked.keys() - {'tz'}))}",
-                     old.reservation, wish.notify, None if wish.parts or not old.repeats else old.id)
+                     old.reservation, wish.notify, NONE_OF_THEM if done else old.id if old.repeats and not wish.parts else None)
         return old.reservation, done
 
     def carried_on(self, old) -> Wish:
@@ -3245,7 +3391,7 @@ class Reservations:
     @api('POST', '/resource/', role=ADMIN)
     def resource_add(self, name: Label, cell: Name = '', cloud: Name = '', region: Name = '', aggregate: Name = '',
                      vms: Most = UNLIMITED, vcpus: Most = UNLIMITED, ram: Most = UNLIMITED, mode: Name = '',
-                     hold: Span = None, dry_run: bool = False) -> dict:
+                     hold: Span = None, approval: Span = None, no_show: Span = None, dry_run: bool = False) -> dict:
         """Adds a resource; a figure that isn't given is unlimited.
 
         Example:
@@ -3256,7 +3402,8 @@ class Reservations:
             figures = {figure: None if most == UNLIMITED else most
                        for figure, most in (('vms', vms), ('vcpus', vcpus), ('ram', ram))}
             insert(Resource, name=name, cell=cell, cloud=cloud, region=region, aggregate=aggregate, **figures,
-                   mode=self.read_mode(mode), hold=int((hold or timedelta(0)).total_seconds()), hosts='[]', added=int(now))
+                   mode=self.read_mode(mode), **self.read_seconds(hold=hold, approval=approval, no_show=no_show),
+                   hosts='[]', added=int(now))
             self.journal(now, 'resource', f"added the resource '{name}'")
             return self.resource_show(name)
 
@@ -3282,8 +3429,8 @@ class Reservations:
     @api('PATCH', '/resource/<name>', role=ADMIN)
     def resource_update(self, name: Label, rename: Label = '', cell: Name = None, cloud: Name = None,
                         region: Name = None, aggregate: Name = None, vms: Most = None, vcpus: Most = None,
-                        ram: Most = None, mode: Name = None, hold: Span = None, force: bool = False,
-                        dry_run: bool = False) -> dict:
+                        ram: Most = None, mode: Name = None, hold: Span = None, approval: Span = None,
+                        no_show: Span = None, force: bool = False, dry_run: bool = False) -> dict:
         """Changes a resource; `unlimited` takes a limit away.
 
         A capacity below what is held already needs --force; nothing is cancelled then, and the
@@ -3294,7 +3441,8 @@ class Reservations:
         """
         asked = {'name': rename or None, 'cell': cell, 'cloud': cloud, 'region': region, 'aggregate': aggregate,
                  'vms': vms, 'vcpus': vcpus, 'ram': ram, 'mode': mode if mode is None else self.read_mode(mode),
-                 'hold': hold if hold is None else int(hold.total_seconds())}
+                 **self.read_seconds(**{field: length for field, length in (
+                     ('hold', hold), ('approval', approval), ('no_show', no_show)) if length is not None})}
         new = {field: None if value == UNLIMITED else value for field, value in asked.items() if value is not None}
         with self.writing(dry_run) as now:
             found = self.resource_row(name)
@@ -3303,6 +3451,7 @@ class Reservations:
             if new:
                 change(Resource, found.id, **new)
             before, found = found, self.resource_row(rename or name)
+            self.rehold_changes(found, now)
             lowered = not all(Amount(most or 0).within([limit]) if most is not None else limit is None
                               for most, limit in zip(capacity(before), capacity(found)))
             homeless = self.no_longer_fitting(found, now) if lowered else []
@@ -3347,19 +3496,24 @@ class Reservations:
             name = calendar_name(aggregate.name)
             self.refuse_taken_resource(name)
             insert(Resource, **({'name': name, 'cell': '', 'cloud': cloud, 'region': '', 'aggregate': aggregate.name,
-                                 'vms': None, 'mode': '', 'hold': 0, 'added': int(now)} | new))
+                                 'vms': None, 'mode': '', **self.read_seconds(hold=None, approval=None, no_show=None),
+                                 'added': int(now)} | new))
             self.journal(now, 'resource', f"added the resource '{name}' from the aggregate '{aggregate.name}'")
             return name, [{'resource': name, 'what': field, 'before': None, 'after': value} for field, value in new.items()]
         lines = [{'resource': found.name, 'what': field, 'before': getattr(found, field), 'after': value}
                  for field, value in new.items() if getattr(found, field) != value]
         if lines:
             change(Resource, found.id, **new)
+            self.rehold_changes(self.resource_row(found.name), now)
             homeless = self.no_longer_fitting(self.resource_row(found.name), now)
             if homeless and not force:
                 raise Conflict(f"{len(homeless)} occurrences on '{found.name}' would no longer fit; --force does it all the "
                                'same and cancels nothing', occurrences=homeless)
             self.journal(now, 'resource', f"synced the resource '{found.name}': {', '.join(each['what'] for each in lines)}")
         return found.name, lines
+
+    def read_seconds(self, **lengths: timedelta | None) -> dict[str, int]:
+        return {name: int((length or timedelta(0)).total_seconds()) for name, length in lengths.items()}
 
     def read_mode(self, mode: str) -> str:
         if mode not in ('', 'open', *MODES):
@@ -3376,9 +3530,11 @@ class Reservations:
         with self.writing(dry_run) as now:
             found = self.resource_row(name)
             busy = self.search([('o.resource_id = ?', found.id), ('o.held_until > ?', int(now))], limit=100)
-            if busy:
+            needed = rows("SELECT label FROM reservation WHERE over > ? AND series LIKE ? LIMIT 100", int(now),
+                          f'%"resource":{found.id},%')  # a series may come back to it
+            if busy or needed:
                 raise Conflict(f"'{name}' still has reservations; delete or move them first",
-                               labels=[each.label for each in busy])
+                               labels=sorted({each.label for each in busy + needed}))
             change(Resource, found.id, removed=int(now))
             self.journal(now, 'resource', f"removed the resource '{name}'")
             return self.resource_public(found)
@@ -3432,7 +3588,7 @@ class Reservations:
         marks = ', '.join('?' * len(projects))
         mine = rows('SELECT o.*, r.label, r.user, r.personal, r.flavor FROM occurrence o JOIN reservation r '
                     'ON r.id = o.reservation_id WHERE o.resource_id = ? AND o.due IS NOT NULL AND o.start < ? '
-                    f"AND o.cancelled IS NULL AND r.project IN ({marks}){' AND r.label = ?' if label else ''} "
+                    f"AND o.cancelled IS NULL AND r.waiting IS NULL AND r.pending IS NULL AND r.project IN ({marks}){' AND r.label = ?' if label else ''} "
                     'ORDER BY o.start', place.id, now + 86400, *projects, *([label] if label else []))
         why = f"no reservation {shown(label) + ' ' if label else ''}of the project {projects[0]} is active on '{place.name}'"
         for each in mine:
@@ -3552,14 +3708,18 @@ class Reservations:
         said['user'], said['project'] = self.owner(said)
         if resource:
             self.resource_row(resource)
-        parts = urlsplit(url)
         try:
-            allowed_address(self.config, parts.hostname or '', parts.port or 443)
+            parts = urlsplit(url)
+            host, port = parts.hostname or '', parts.port or 443
+        except ValueError:
+            raise Invalid('url: its host or port is none; write one such as https://example.org/eva.ics') from None
+        try:
+            allowed_address(self.config, host, port)
         except (OSError, ValueError) as error:
             raise Invalid(f'url: {error}') from None
         with self.writing(dry_run) as now:
             id = insert(Subscription, user=said['user'], project=said['project'], url=url, defaults=json.dumps(said),
-                        notify=json.dumps([*notify]), added=int(now), due=now, etag='', modified='', fault='', held='',
+                        notify=json.dumps([*notify]), added=int(now), due=now, etag='', modified='', fault='', held='', refused='{}',
                         confirmed=False, tries=0)
             self.journal(now, 'calendar', f'subscribed to a calendar at {parts.hostname}')
         return {'id': id, 'kind': 'subscription', 'user': said['user'], 'project': said['project'],
@@ -3581,6 +3741,8 @@ class Reservations:
         Example:
           python cmres.py calendar confirm 1
         """
+        if not self.own_calendar('subscription', 'due IS NOT NULL', id).held:
+            raise Conflict(f'the calendar {id} asks for nothing that would need a word')
         return self.changed_subscription(id, dry_run, 'confirmed calendar', confirmed=True, etag='', modified='',
                                          due=self.clock())
 
@@ -3605,6 +3767,8 @@ class Reservations:
           Error: it could not be read, and nothing was changed.
         """
         headers = {'If-None-Match': subscription.etag, 'If-Modified-Since': subscription.modified}
+        if int(subscription.polled or 0) // 86400 != int(self.clock()) // 86400:  # what is spelled out must go on
+            headers = {}
         status, found, body = fetch(self.config, subscription.url, {name: value for name, value in headers.items() if value})
         if status == 304:
             return {}
@@ -3613,8 +3777,10 @@ class Reservations:
         said = json.loads(subscription.defaults)
         acting = self.acting(Actor(subscription.user, subscription.project, USER))
         answer = acting.take_calendar(body.decode('utf8', 'surrogateescape'), said, False, subscription)
-        kept = {'held': answer.get('held', ''), 'etag': '' if answer.get('held') else found.get('etag', '')[:255],
-                'modified': '' if answer.get('held') else found.get('last-modified', '')[:255]}
+        # What could not be done now is asked for again, also when the calendar is the same.
+        open_end = answer.get('held') or any(each['outcome'] == 'refused' for each in answer['events'])
+        kept = {'held': answer.get('held', ''), 'etag': '' if open_end else found.get('etag', '')[:255],
+                'modified': '' if open_end else found.get('last-modified', '')[:255]}
         return kept | ({} if answer.get('held') else {'confirmed': False})
 
     def take_calendar(self, text: str, said: dict, dry_run: bool, subscription=None) -> dict:
@@ -3629,22 +3795,38 @@ class Reservations:
         calendars = read_calendar(text, 'the calendar')
         wanted = bookings(calendars, zone, *window, defaults)
         ignored = len(by_uid(calendars)) - len(wanted)
+        owner = self.owner(said)
         lines = [self.read_booking(each, said, zone) for each in self.progress(wanted)]
+        self.refuse_too_many(wanted)
         with self.writing(dry_run) as instant_now:
+            if subscription and not row('SELECT id FROM subscription WHERE id = ? AND due IS NOT NULL', subscription.id):
+                raise Conflict('it was unsubscribed meanwhile')
             try:
                 with db.atomic():
                     had = self.live_of(subscription, instant_now)
-                    done = [self.take_booking(*line, subscription, instant_now) for line in lines]
+                    done = [self.take_booking(*line, owner, subscription, instant_now) for line in lines]
                     done += self.drop_missing(wanted, subscription, instant_now)
                     self.ask_before_most_goes(subscription, had, instant_now)
             except Held as held:
                 self.tell_held(subscription, str(held), instant_now)
                 return {'held': str(held), 'events': [], 'ignored': ignored}
+            if subscription:
+                self.tell_refused(subscription, done, instant_now)
         return {'events': sorted(done, key=lambda each: each['uid']), 'ignored': ignored}
+
+    def refuse_too_many(self, wanted: list[Booking]) -> None:
+        """Refuses what others would have to wait for while it is booked."""
+        now, total = self.clock(), 0
+        for booking in wanted:
+            total += len(all_slots(booking.parts, now, self.horizon(booking.parts, now)))
+            if total > 10 * MOST_OCCURRENCES:
+                raise BadCalendar(f'the calendar asks for too many occurrences until the horizon: over {10 * MOST_OCCURRENCES}')
 
     def read_booking(self, booking: Booking, said: dict, zone: ZoneInfo) -> tuple:
         """A booking with its wish, or with the error that refuses it; asks clouds, so outside any transaction."""
         want = booking.want
+        if booking.error:
+            return booking, None, BadCalendar(booking.error)
         try:
             coming = all_slots(booking.parts, self.clock(), self.horizon(booking.parts, self.clock()))
             if booking.cancelled or not coming:
@@ -3661,23 +3843,28 @@ class Reservations:
         except Error as error:
             return booking, None, error
 
-    def take_booking(self, booking: Booking, wish: Wish | None, error: Error | None, subscription, now: float) -> dict:
+    def take_booking(self, booking: Booking, wish: Wish | None, error: Error | None, owner: tuple[str, str], subscription,
+                     now: float) -> dict:
         """What became of an event: booked, changed, unchanged, cancelled, refused, or nothing because it is past."""
         line = {'uid': booking.uid, 'summary': booking.summary[:200]}
         if error:
             return line | {'outcome': 'refused', 'why': str(error)}
         source = subscription.id if subscription else None
         known = row('SELECT * FROM reservation WHERE uid = ? AND project = ? AND user = ? AND subscription IS ? '
-                    'ORDER BY id DESC LIMIT 1', booking.uid, *((wish.project, wish.user) if wish else self.actor[1::-1]),
-                    source)
+                    'ORDER BY id DESC LIMIT 1', booking.uid, *owner[::-1], source)
         live = known and known.over > now
         if wish is None:
-            if live and booking.cancelled:
-                self.cancel(self.live(self.next_of(known.id)), now, 'cancelled in the calendar', ends=True)
+            stops = booking.cancelled and not subscription  # else what runs goes on
+            gone = [each for each in self.live(self.next_of(known.id)) if stops or not self.begun(each)] if live else []
+            if gone:
+                self.cancel(gone, now, 'cancelled in the calendar', ends=True)
                 return line | {'outcome': 'cancelled', 'label': known.label}
             return line | {'outcome': 'past' if not booking.cancelled else 'cancelled'}
-        origin = hashed(repr((booking, wish.columns(*STORED))))
+        origin = hashed(repr((booking.digest, wish.columns(*STORED[1:]))))
         if known and known.origin == origin and (live or subscription):
+            if live and known.series != stored_parts(wish.parts):  # it is spelled out, further than before
+                change(Reservation, known.id, series=stored_parts(wish.parts))
+                self.refresh(known.id, now)
             return line | {'outcome': 'unchanged' if live else 'left out', 'label': known.label} | (
                 {} if live else {'why': 'it was cancelled here'})
         try:
@@ -3692,8 +3879,8 @@ class Reservations:
             wish = wish._replace(label=known.label)
             self.refuse_fixed(head, wish, {name: 1 for name in FIXED if name not in ('start', 'resource', 'lead')})
             change(Reservation, known.id, **wish.columns(*STORED), series=stored_parts(wish.parts), origin=origin)
-            done = self.reshape(known.id, wish, now)
-            self.journal(now, 'updated', 'changed in the calendar', known.id, wish.notify)
+            done = self.reshape(known.id, wish, now, gentle=True)
+            self.journal(now, 'updated', 'changed in the calendar', known.id, wish.notify, NONE_OF_THEM)
         else:
             wish = wish._replace(label=self.free_label(wish, now))
             _, done = self.book(wish, now, uid=booking.uid, subscription=source, origin=origin)
@@ -3709,11 +3896,11 @@ class Reservations:
         return next(name for name in (wish.label, *(f'{wish.label}-{n}' for n in range(2, len(taken) + 3)))
                     if name not in taken)
 
-    def live_of(self, subscription, now: float) -> set[int]:
-        """The occurrences to come that a subscription has booked."""
-        return {each.id for each in rows(
-            'SELECT o.id FROM occurrence o JOIN reservation r ON r.id = o.reservation_id WHERE r.subscription = ? '
-            'AND o.cancelled IS NULL AND o.start > ?', subscription.id, int(now))} if subscription else set()
+    def live_of(self, subscription, now: float) -> dict[int, int]:
+        """How many occurrences to come a subscription has, of each reservation."""
+        return dict(run('SELECT r.id, count(*) FROM occurrence o JOIN reservation r ON r.id = o.reservation_id '
+                        'WHERE r.subscription = ? AND o.cancelled IS NULL AND o.start > ? GROUP BY 1',
+                        subscription.id, int(now)).fetchall()) if subscription else {}
 
     def drop_missing(self, wanted: list[Booking], subscription, now: float) -> list[dict]:
         """Cancels what a subscription has booked and asks for no more; what runs goes on."""
@@ -3729,15 +3916,26 @@ class Reservations:
                 done.append({'uid': each.uid, 'summary': '', 'outcome': 'cancelled', 'label': each.label})
         return done
 
-    def ask_before_most_goes(self, subscription, had: set[int], now: float) -> None:
-        gone = had - self.live_of(subscription, now)
-        if subscription and not subscription.confirmed and 2 * len(gone) > len(had):
-            raise Held(f'{len(gone)} of {len(had)} occurrences to come would be cancelled, so nothing was done; say: '
+    def ask_before_most_goes(self, subscription, had: dict[int, int], now: float) -> None:
+        have, all_of_them = self.live_of(subscription, now), sum(had.values())
+        gone = sum(max(number - have.get(id, 0), 0) for id, number in had.items())
+        if subscription and not subscription.confirmed and 2 * gone > all_of_them:
+            raise Held(f'{gone} of {all_of_them} occurrences to come would be cancelled, so nothing was done; say: '
                        f'calendar confirm {subscription.id}')
 
     def tell_held(self, subscription, why: str, now: float) -> None:
-        if why != subscription.held:
+        if not subscription.held:
             self.journal(now, 'held', why, None, json.loads(subscription.notify))
+
+    def tell_refused(self, subscription, done: list[dict], now: float) -> None:
+        """Tells, once each, what a calendar asks for in vain."""
+        before = json.loads(subscription.refused)
+        refused = {each['uid']: each['why'][:500] for each in done if each['outcome'] == 'refused'}
+        for uid, why in refused.items():
+            if before.get(uid) != why:
+                journal(self.config, now, self.actor.user, 'refused', f"{textwrap.shorten(uid, 100)} in the calendar: {why}",
+                        None, json.loads(subscription.notify), project=self.actor.project)
+        change(Subscription, subscription.id, refused=json.dumps(refused))
 
     def feed(self, secret: str) -> tuple[str, Any]:
         """The name and the row of the feed at a secret address; NotFound if there is none."""
@@ -3746,8 +3944,8 @@ class Reservations:
             raise NotFound('there is no calendar at this address, or no longer')
         return found.resource or f"{found.project if found.whole_project else found.user} on cmres", found
 
-    def feed_events(self, feed) -> list[Shown]:
-        """What a feed shows: what ended in the last 31 days, and all that is to come; of others only that it is busy."""
+    def feed_events(self, feed) -> tuple[list[Shown], float]:
+        """What a feed shows, and until when it holds: what ended in the last 31 days, and all that is to come; of others only that it is busy."""
         where = [('o.end > ?', int(self.clock()) - 31 * 86400), *([('s.name = ?', feed.resource)] if feed.resource else
                  [('r.project = ?', feed.project)]), *([('r.user = ?', feed.user)]
                  if not feed.resource and not feed.whole_project else [])]
@@ -3755,19 +3953,23 @@ class Reservations:
         servers: dict = defaultdict(list)
         for each in rows('SELECT occurrence_id, addresses FROM server WHERE due IS NOT NULL AND goal = ?', 'up'):
             servers[each.occurrence_id] += json.loads(each.addresses)
-        return [self.feed_event(each, feed, servers[each.id]) for each in found
-                if each.project == feed.project or each.state not in ('cancelled', 'failed')]
+        now = self.clock()
+        turns = [at for each in found for at in (each.held_from, each.start, each.end) if at > now]
+        return [self.feed_event(each, feed, servers[each.id]) for each in found if each.project == feed.project
+                or each.state not in ('cancelled', 'failed')], min([now + 60, *turns])
 
     def feed_event(self, found, feed, addresses: list[str]) -> Shown:
         uid = f'occurrence-{found.id}@{self.clouds.store}'
+        passed = [at for at in (found.held_from, found.start, found.end) if at <= found.now]
+        revision, revised = found.revision + len(passed), max([found.revised, *passed])
         if found.project != feed.project:
-            return Shown(uid, found.start, found.end, found.revision, found.revised, 'busy', f'{found.vms} vms are reserved',
+            return Shown(uid, found.start, found.end, revision, revised, 'busy', f'{found.vms} vms are reserved',
                          found.resource, 'CONFIRMED')
         lines = [found.state, f"{found.vms} vms {found.flavor} {found.image}".strip(), found.description]
         lines += [self.config.login.replace('{address}', address) for address in addresses]
         lines += [f'key pair: {found.key}'] if found.key and addresses else []
         lines += [found.fault] if found.fault else []
-        return Shown(uid, found.start, found.end, found.revision, found.revised, found.label, '\n'.join(filter(None, lines)),
+        return Shown(uid, found.start, found.end, revision, revised, found.label, '\n'.join(filter(None, lines)),
                      found.resource, 'CANCELLED' if found.state in ('cancelled', 'failed') else
                      'TENTATIVE' if found.state in ('waiting', 'pending') else 'CONFIRMED')
 
@@ -3834,7 +4036,8 @@ class Reservations:
             raise Invalid(f'the end {to_plain(end)} is not after the start {to_plain(start)} and before the year 2200')
         return int(start.timestamp()), int(end.timestamp())
 
-    def read_wish(self, asked: dict, old=None, changes: Iterable[str] = STORED, parts: list[Part] = (), key: str = '') -> Wish:
+    def read_wish(self, asked: dict, old=None, changes: Iterable[str] = (*STORED, *REPEATING),
+                  parts: list[Part] = (), key: str = '') -> Wish:
         """Resolves what is asked, checks it and asks the cloud about it; outside any transaction.
 
         Args:
@@ -3871,7 +4074,8 @@ class Reservations:
             return parts
         zone, planned = self.planned(old, parts)
         start, end = (to_wall(instant(each), zone) for each in (wish.start, wish.end))
-        new = {'length': int((end - start).total_seconds())} if 'end' in changes else {}
+        begins = start if 'start' in changes or old.altered else planned  # where a gap has put it, by what was planned
+        new = {'length': int((end - begins).total_seconds())} if 'end' in changes else {}
         new |= {'vms': wish.vms} if 'vms' in changes else {}
         new |= {'resource': wish.resource.id} if 'resource' in changes else {}
         shift = int((start - planned).total_seconds()) if 'start' in changes else 0
@@ -3905,7 +4109,7 @@ class Reservations:
             first, last = (planned := self.planned(old, parts)[1]), planned + (last - first)
         skips = self.read_skips(asked, zone, wish.start)
         if not asked['repeat']:
-            raise Invalid(f"{min(REPEATING & set(changes))} is for a series; say --repeat as well")
+            raise Invalid(f"{min(name for name in REPEATING if asked.get(name))} is for a series; say --repeat as well")
         rule = local_rule(self.ended_rule(asked, zone), zone)
         part = Part(first.isoformat(), int((last - first).total_seconds()), zone.key, wish.vms, wish.resource.id, rule,
                     skips=skips)
@@ -4011,22 +4215,29 @@ class Reservations:
                     *(value for _, value in given))
 
     def resource_at(self, asked: dict):
-        """The resource that is named, or the one at the place that is asked for."""
+        """The one resource that is named, or at the place that is asked for."""
+        found = self.resources_at(asked)
+        if len(found) > 1:
+            names = ', '.join(each.name for each in found[:20])
+            raise Conflict(f'{len(found)} resources are at {self.place_of(asked)}; name one of {names}')
+        return found[0]
+
+    def resources_at(self, asked: dict) -> list:
+        """The resource that is named, or all at the place that is asked for, by name."""
         place = [asked.get(column, '') for column in PLACE]
-        where = ', '.join(f'{column} {value}' for column, value in zip(PLACE, place) if value) or 'any place'
         if asked['resource'] != ANY:
             found = self.resource_row(asked['resource'])
             if any(wanted not in ('', is_at) for wanted, is_at in zip(place, (getattr(found, each) for each in PLACE))):
-                raise NotFound(f"the resource '{found.name}' is not at {where}; leave the place out, or say - for "
-                               'its name')
-            return found
+                raise NotFound(f"the resource '{found.name}' is not at {self.place_of(asked)}; leave the place out, or "
+                               'say - for its name')
+            return [found]
         found = self.places(*place)
         if not found:
-            raise NotFound(f'there is no resource at {where}')
-        if len(found) > 1:
-            names = ', '.join(each.name for each in found[:20])
-            raise Conflict(f'{len(found)} resources are at {where}; name one of {names}')
-        return found[0]
+            raise NotFound(f'there is no resource at {self.place_of(asked)}')
+        return found
+
+    def place_of(self, asked: dict) -> str:
+        return ', '.join(f'{column} {asked[column]}' for column in PLACE if asked.get(column)) or 'any place'
 
     def ask_cloud(self, place, asked: dict, warnings: list) -> dict:
         """What the resource's cloud knows under the names that are asked for; an unknown one is refused.
@@ -4087,17 +4298,26 @@ class Reservations:
         Returns:
           its id, and of a series what became of each occurrence.
         """
+        pending = int(now) + wish.resource.approval if wish.resource.approval and self.actor.role != ADMIN else None
         reservation = insert(Reservation, **wish.columns(*STORED), **event, origin=origin, added=int(now), changed=int(now),
+                             pending=pending, priority=0, confirm=0,
                              series=stored_parts(wish.parts) if wish.parts else '', over=wish.end)
         if wish.parts:
             done = self.reshape(reservation, wish, now)
+            if done and all(each['outcome'] == 'left out' for each in done):
+                raise NoCapacity(f"none of {len(done)} occurrences fits; of the first: {done[0]['why']}",
+                                 conflicts=done[:1000])
             self.journal(now, 'added', self.told_series(wish, done), reservation, wish.notify)
             return reservation, done
         place = self.resource_row(wish.resource.name)  # its capacity may have changed since
         self.refuse_shared_server(wish)
+        self.refuse_beyond(wish, 0, now)
+        self.refuse_overtaking(wish, now)
         admit(place, *wish.held, wish.amount, now)
         self.write_occurrence(None, reservation, wish, Slot('', wish.start, wish.end, wish.vms, place.id), now)
         self.journal(now, 'added', f'{wish.vms} vms on {place.name}', reservation, wish.notify)
+        if pending:
+            self.journal(now, 'pending', f'an admin must approve it until {instant(pending)}', reservation, wish.notify)
         return reservation, []
 
     def told_series(self, wish: Wish, done: list[dict]) -> str:
@@ -4117,17 +4337,24 @@ class Reservations:
             insert(Occurrence, **(new | values | {'due': min(begin, slot.start - self.config.notice)} | more))
         else:
             change(Occurrence, id, **values)
+            run('UPDATE occurrence SET revision = revision + 1, revised = ? WHERE id = ?', int(now), id)
 
     def rebook(self, old, wish: Wish, now: float) -> None:
         """Releases what one occurrence held and holds what is wished instead; inside a transaction."""
         place = self.resource_row(wish.resource.name)
         self.refuse_shared_server(wish, old.reservation)
         release(old.resource_id, old.held_from, old.held_until, Amount(old.vms, old.vcpus, old.ram))
-        self.hold_instead(old, place, *wish.held, wish.amount, now)
+        self.refuse_beyond(wish, old.reservation, now, old)
+        if old.waiting is None:
+            self.hold_instead(old, place, *wish.held, wish.amount, now)
         slot = Slot(old.slot, wish.start, wish.end, wish.vms, place.id)
         self.write_occurrence(old.id, old.reservation, wish, slot, now, altered=bool(old.repeats),
-                              told=0 if wish.start != old.start else old.told & ~(ENDING if wish.end != old.end else 0))
-        if not old.repeats:
+                              told=0 if wish.start != old.start else old.told & ~(ENDING if wish.end != old.end else 0),
+                              **({'held_until': wish.held[0]} if old.waiting is not None else {}))
+        if old.repeats:
+            parts = self.parts(old.reservation)
+            self.close(old.reservation, parts, now, self.horizon(parts, now))
+        else:
             change(Reservation, old.reservation, **wish.columns(*STORED), changed=int(now), over=wish.end)
 
     def hold_instead(self, old, place, begin: int, until: int, amount: Amount, now: float) -> None:
@@ -4154,12 +4381,416 @@ class Reservations:
             parts = parts_before(self.parts(first.reservation), min(each.slot for each in found))
             change(Reservation, first.reservation, series=stored_parts(parts) if parts else '[]')
         if first.repeats and not ends:  # so that there is a next one
-            self.reshape(first.reservation, self.carried_on(first), now, gentle=True)
+            self.reshape(first.reservation, self.carried_on(first), now, gentle=True, again=False)
         else:
             self.close(first.reservation, [], now)
         only = first.id if len(found) == 1 and first.repeats else None
         self.journal(now, 'released', why or f'cancelled by {self.actor.user}', first.reservation,
                      json.loads(first.notify), only)
+
+    # Limits
+
+    @api('POST', '/limit/', role=ADMIN)
+    def limit_add(self, project: Name = '', user: Name = '', resource: Label = '', most_vms: Count = None,
+                  longest: Span = None, ahead: Span = None, least_notice: Span = None, vcpu_hours: Count = None,
+                  waiting: int = None, exempt: Span = None, dry_run: bool = False) -> dict:
+        """Limits what a project or a user may reserve; with neither, every project that has no limit of its own.
+
+        With --resource it counts there alone, else everywhere together. What begins within --exempt from
+        now is not limited: tonight's idle machines may be used.
+
+        Example:
+          python cmres.py limit add --project biology --most-vms 20 --longest 7d --ahead 30d --exempt 4h
+        """
+        figures = {'most_vms': most_vms, 'longest': longest, 'ahead': ahead, 'least_notice': least_notice,
+                   'vcpu_hours': vcpu_hours, 'waiting': waiting}
+        if all(each is None for each in figures.values()):
+            raise Invalid(f"say what is limited: {', '.join(figures)}")
+        seconds = {name: int(each.total_seconds()) if isinstance(each, timedelta) else each
+                   for name, each in figures.items()}
+        with self.writing(dry_run) as now:
+            if resource:
+                self.resource_row(resource)
+            id = insert(Limit, project=project, user=user, resource=resource, **seconds, added=int(now),
+                        exempt=int((exempt or timedelta(0)).total_seconds()))
+            self.journal(now, 'limit', f"limited {user or project or 'every project'}")
+            return self.limit_public(row('SELECT * FROM limits WHERE id = ?', id))
+
+    @api('GET', '/limit/')
+    def limit_list(self) -> Rows:
+        """Lists the limits; of those for others, only an admin sees any.
+
+        Example:
+          python cmres.py limit list
+        """
+        found = rows('SELECT * FROM limits ORDER BY id')
+        return [self.limit_public(each) for each in found if self.actor.role == ADMIN
+                or each.project in ('', self.actor.project) and each.user in ('', self.actor.user)]
+
+    @api('DELETE', '/limit/<id>', role=ADMIN)
+    def limit_delete(self, id: int, dry_run: bool = False) -> dict:
+        """Takes a limit away.
+
+        Example:
+          python cmres.py limit delete 1
+        """
+        with self.writing(dry_run) as now:
+            found = row('SELECT * FROM limits WHERE id = ?', id)
+            if not found:
+                raise NotFound(f'there is no limit {id}')
+            run('DELETE FROM limits WHERE id = ?', id)
+            self.journal(now, 'limit', f'took limit {id} away')
+            return self.limit_public(found)
+
+    def limit_public(self, found) -> dict:
+        lengths = ('longest', 'ahead', 'least_notice', 'exempt')
+        return {name: format_duration(value) if name in lengths and value is not None else value
+                for name, value in public(found).items()}
+
+    def limits_for(self, wish: Wish) -> list:
+        """The limits that a wish is under: of its user, of its project, and of every project if that has none."""
+        found = [each for each in rows('SELECT * FROM limits WHERE user IN (?, ?) AND project IN (?, ?) AND resource IN (?, ?)',
+                                       '', wish.user, '', wish.project, '', wish.resource.name)]
+        own = {each.resource for each in found if each.project and not each.user}
+        return [each for each in found if each.user or each.project or each.resource not in own]
+
+    def refuse_beyond(self, wish: Wish, reservation: int, now: float, old=None) -> None:
+        """Refuses what goes beyond a limit; inside the transaction that would admit it.
+
+        Args:
+          reservation: the one that this is or changes: it doesn't count against itself
+          old: its occurrence as it was; what it had already, it may keep
+        """
+        for limit in self.limits_for(wish):
+            if wish.start >= now + limit.exempt:
+                for name, value, fits_it, passes in self.beyond(limit, wish, reservation, now, old):
+                    if value is not None and not fits_it:
+                        whose = limit.user or limit.project or 'every project'
+                        raise Conflict(f"the limit {name.replace('_', ' ')} of {whose} is {passes}",
+                                       limit=name, value=value, passes=passes)
+
+    def beyond(self, limit, wish: Wish, reservation: int, now: float, old) -> Iterator[tuple]:
+        """For each figure of a limit: its name, its value, whether a wish is within it, and what would be."""
+        length, before = wish.end - wish.start, old.end - old.start if old else 0
+        yield 'longest', limit.longest, length <= max(limit.longest or 0, before), in_words_of(limit.longest)
+        moved = not old or wish.start != old.start
+        yield 'ahead', limit.ahead, not moved or wish.start <= now + (limit.ahead or 0), (
+            f'{in_words_of(limit.ahead)}: until {instant(int(now) + (limit.ahead or 0))}')
+        yield 'least_notice', limit.least_notice, not moved or wish.start >= now + (limit.least_notice or 0), (
+            f'{in_words_of(limit.least_notice)}: from {instant(int(now) + (limit.least_notice or 0))}')
+        if limit.most_vms is not None:
+            most = self.most_at_once(limit, wish, reservation)
+            yield 'most_vms', limit.most_vms, most + wish.vms <= limit.most_vms or bool(old) and wish.vms <= old.vms, (
+                f'{limit.most_vms}, of which {max(limit.most_vms - most, 0)} are free at that time')
+        if limit.vcpu_hours is not None:
+            used = self.future_hours(limit, wish, reservation, now)
+            need = wish.amount.vcpus * (wish.end - max(wish.start, int(now))) / 3600
+            yield 'vcpu_hours', limit.vcpu_hours, used + need <= limit.vcpu_hours, (
+                f'{limit.vcpu_hours}, of which {max(limit.vcpu_hours - used, 0):.0f} are left')
+
+    def counted(self, limit, wish: Wish, reservation: int) -> tuple[str, tuple]:
+        """The occurrences that count against a limit, as a condition on o, r and s."""
+        who = ('r.user = ?', wish.user) if limit.user else ('r.project = ?', wish.project)
+        where = f'{who[0]} AND o.due IS NOT NULL AND o.held_until > o.held_from AND r.id <> ?'
+        return (f'{where} AND s.name = ?', (who[1], reservation, limit.resource)) if limit.resource else (
+            where, (who[1], reservation))
+
+    def most_at_once(self, limit, wish: Wish, reservation: int) -> int:
+        """How many machines the limited have at most at the same time in the window of a wish."""
+        where, values = self.counted(limit, wish, reservation)
+        begin, until = wish.held
+        changes = []
+        for each in rows(f'SELECT o.held_from, o.held_until, o.vms {FROM_ALL} WHERE {where} AND o.held_from < ? '
+                         'AND o.held_until > ?', *values, until, begin):
+            changes += [(max(each.held_from, begin), 1, each.vms), (each.held_until, 0, -each.vms)]
+        held = most = 0
+        for _, _, vms in sorted(changes):
+            held += vms
+            most = max(most, held)
+        return most
+
+    def future_hours(self, limit, wish: Wish, reservation: int, now: float) -> float:
+        where, values = self.counted(limit, wish, reservation)
+        return run(f'SELECT coalesce(sum(o.vcpus * (o."end" - max(o.start, ?))), 0) / 3600.0 {FROM_ALL} '
+                   f'WHERE {where} AND o."end" > ?', int(now), *values, int(now)).fetchone()[0]
+
+    # Approval and waiting
+
+    @api('POST', '/reservation/<label>/approve', role=ADMIN)
+    def approve(self, label: Label, project: Name = '', dry_run: bool = False) -> dict:
+        """Lets a pending reservation be.
+
+        Example:
+          python cmres.py approve lab --project biology
+        """
+        return self.settle_pending(label, project, dry_run, 'approved')
+
+    @api('POST', '/reservation/<label>/accept')
+    def accept(self, label: Label, project: Name = '', dry_run: bool = False) -> dict:
+        """Takes the room that is held for a reservation of yours that had waited.
+
+        Example:
+          python cmres.py accept lab
+        """
+        return self.settle_pending(label, project, dry_run, 'accepted')
+
+    def settle_pending(self, label: str, project: str, dry_run: bool, deed: str) -> dict:
+        with self.writing(dry_run) as now:
+            found = self.mine(label, project)
+            if found.state != 'pending':
+                raise Conflict(f"'{label}' is {found.state}, and waits for nobody's word")
+            if deed == 'accepted' and not found.confirm:
+                raise Conflict(f"'{label}' waits for an admin, who says: approve {label}")
+            change(Reservation, found.reservation, pending=None)
+            run('UPDATE occurrence SET due = ? WHERE reservation_id = ? AND due IS NOT NULL', now, found.reservation)
+            self.journal(now, 'approved', f'{deed} by {self.actor.user}', found.reservation, json.loads(found.notify))
+            return public(self.occurrence(found.id))
+
+    @api('POST', '/reservation/<label>/reject', role=ADMIN)
+    def reject(self, label: Label, reason: Text = '', project: Name = '', dry_run: bool = False) -> dict:
+        """Refuses a pending reservation and frees what it held.
+
+        Example:
+          python cmres.py reject lab --reason 'not before the exam'
+        """
+        with self.writing(dry_run) as now:
+            found = self.mine(label, project)
+            if found.state != 'pending':
+                raise Conflict(f"'{label}' is {found.state}, and waits for nobody's word")
+            self.cancel(self.live(found), now, f"rejected by {self.actor.user}{f': {reason}' if reason else ''}", ends=True)
+            return public(self.occurrence(found.id))
+
+    def line_up(self, wish: Wish, priority: int, confirm: timedelta | None, dry_run: bool) -> dict:
+        """Writes down a request that has no room now, and waits."""
+        if wish.parts:
+            raise Invalid('a series can not wait; --on-conflict skip takes the occurrences that fit')
+        with self.explaining(wish), self.writing(dry_run) as now:
+            if not wish.amount.within(capacity(wish.resource)):
+                raise NoCapacity('')
+            self.refuse_taken_label(wish, now)
+            self.refuse_beyond(wish, 0, now)
+            self.refuse_many_waiting(wish)
+            reservation = insert(Reservation, **wish.columns(*STORED), series='', origin='', added=int(now), changed=int(now),
+                                 over=wish.end, waiting=int(now), priority=priority,
+                                 confirm=int((confirm or timedelta(0)).total_seconds()))
+            slot = Slot('', wish.start, wish.end, wish.vms, wish.resource.id)
+            self.write_occurrence(None, reservation, wish, slot, now, held_until=wish.held[0])
+            self.journal(now, 'waiting', f'{wish.vms} vms on {wish.resource.name} are not free', reservation, wish.notify)
+            return self.answer(reservation, [], wish)
+
+    def refuse_many_waiting(self, wish: Wish) -> None:
+        for limit in self.limits_for(wish):
+            who, name = ('user', wish.user) if limit.user else ('project', wish.project)
+            waits = row(f'SELECT count(*) AS n FROM reservation WHERE waiting IS NOT NULL AND {who} = ?', name).n
+            if limit.waiting is not None and waits >= limit.waiting:
+                raise Conflict(f'the limit waiting of {name} is {limit.waiting}, and {waits} wait already',
+                               limit='waiting', value=limit.waiting, passes=0)
+
+    def waiting_line(self, now: float) -> list:
+        """Those that wait for room and still may have it, in the order in which they get it."""
+        return self.search([('r.waiting IS NOT NULL', None), ('o.cancelled IS NULL', None), ('o.end > ?', int(now))],
+                           tail='ORDER BY priority DESC, waiting, id')
+
+    def refuse_overtaking(self, wish: Wish, now: float) -> None:
+        """Refuses to take, before one that has waited for long, room in its window."""
+        begin, until = wish.held
+        for each in self.waiting_line(now):
+            if (each.resource == wish.resource.name and now - each.waiting >= self.config.patience
+                    and each.held_from < until and each.end > begin):
+                raise NoCapacity(f"'{wish.resource.name}' is kept for a request of {each.vms} vms that waits since "
+                                 f'{instant(each.waiting)}', waits_since=instant(each.waiting))
+
+    def admit_waiting(self, now: float) -> None:
+        """Gives room that has become free to those that wait, and frees what waited for a word in vain."""
+        kept: list = []
+        for each in self.waiting_line(now):
+            place = row('SELECT * FROM resource WHERE id = ?', each.resource_id)
+            amount, begin = Amount(each.vms, each.vcpus, each.ram), max(each.held_from, int(now))
+            behind = any(first.resource_id == each.resource_id and first.held_from < each.end and first.end > each.held_from
+                         for first in kept)
+            if behind or not fits(place, begin, each.end, amount):
+                kept += [each] if now - each.waiting >= self.config.patience else []
+                continue
+            self.let_in(each, place, amount, now)
+        for each in self.search([('r.pending <= ?', int(now)), (NOT_OVER, None), (NEXT_OF_ITS, None)]):
+            self.cancel(self.live(each), now, 'nobody has accepted it in time' if each.confirm else
+                        'nobody has approved it in time', ends=True)
+
+    def let_in(self, found, place, amount: Amount, now: float) -> None:
+        begin = max(found.held_from, int(now))
+        hold(place.id, found.held_from, found.end, amount)
+        pending = int(now) + found.confirm if found.confirm else None
+        change(Reservation, found.reservation, waiting=None, pending=pending, changed=int(now))
+        change(Occurrence, found.id, held_until=found.end, due=min(begin, now))
+        code, sentence = ('pending', f'there is room; `accept {found.label}` until {instant(pending)}') if pending else (
+            'admitted', f'{found.vms} vms on {place.name}, after {format_duration(int(now) - found.waiting)}')
+        self.journal(now, code, sentence, found.reservation, json.loads(found.notify))
+
+    # Capacity over time
+
+    @api('POST', '/resource/<name>/capacity', role=ADMIN)
+    def resource_capacity(self, name: Label, start: When, end: When, vms: Most = None, vcpus: Most = None,
+                          ram: Most = None, reason: Text = '', then: Name = 'notify', dry_run: bool = False) -> dict:
+        """Gives a resource another capacity from START to END: a loan of nodes, or less for a while.
+
+        What is booked there and no longer fits is left and its owner told (--then notify), moved to
+        another resource of the same cloud or to the next time that fits (move), or cancelled (cancel).
+
+        Example:
+          python cmres.py resource capacity demo --from 2027-03-01 --to 2027-03-08 --vms 4 --dry-run
+        """
+        if vms is vcpus is ram is None:
+            raise Invalid('say how much there is: --vms, --vcpus or --ram')
+        return self.change_capacity(name, start, end, Amount(vms, vcpus, ram), reason or 'another capacity', then, dry_run)
+
+    @api('POST', '/maintenance/', role=ADMIN)
+    def maintenance_add(self, resource: Label, start: When, end: When, reason: Text = '', then: Name = 'notify',
+                        dry_run: bool = False) -> dict:
+        """Closes a resource from START to END; what is booked in it is left, moved or cancelled, as --then says.
+
+        Example:
+          python cmres.py maintenance add demo 2027-03-01T08:00 +4h --reason 'new disks' --then move --dry-run
+        """
+        return self.change_capacity(resource, start, end, Amount(0, 0, 0), reason or 'maintenance', then, dry_run)
+
+    @api('GET', '/maintenance/')
+    def maintenance_list(self, resource: Label = '') -> Rows:
+        """Lists maintenances and other changes of capacity that are not over.
+
+        Example:
+          python cmres.py maintenance list
+        """
+        found = rows('SELECT c.id, s.name AS resource, c.start, c.end, c.vms, c.vcpus, c.ram, c.reason FROM capacity c '
+                     'JOIN resource s ON s.id = c.resource_id WHERE c.removed IS NULL AND c.end > ? '
+                     f"{'AND s.name = ?' if resource else ''} ORDER BY c.start", int(self.clock()),
+                     *([resource] if resource else []))
+        return [public(each) for each in found]
+
+    @api('DELETE', '/maintenance/<id>', role=ADMIN)
+    def maintenance_delete(self, id: int, dry_run: bool = False) -> dict:
+        """Calls off a maintenance or another change of capacity.
+
+        Example:
+          python cmres.py maintenance delete 1
+        """
+        with self.writing(dry_run) as now:
+            found = row('SELECT * FROM capacity WHERE id = ? AND removed IS NULL', id)
+            if not found:
+                raise NotFound(f'there is no maintenance {id}')
+            release(found.resource_id, found.start, found.end, Amount(found.held_vms, found.held_vcpus, found.held_ram))
+            change(Capacity, id, removed=int(now))
+            self.journal(now, 'resource', f'called off {found.reason} {id}')
+            return {'id': id, 'reason': found.reason}
+
+    def change_capacity(self, name: str, start, end, most: Amount, reason: str, then: str, dry_run: bool) -> dict:
+        if then not in THEN:
+            raise Invalid(f"then: '{then}' is none of {', '.join(THEN)}{nearest(then, THEN)}")
+        with self.writing(dry_run) as now:
+            place = self.resource_row(name)
+            begin, until = self.resolve(start, end)
+            if until <= now:
+                raise Invalid(f'the end {to_plain(instant(until))} is not in the future')
+            held = self.difference(place, most)
+            if held == NOTHING:
+                raise Conflict(f"'{name}' has no limit that this would change; set one with: resource update {name} --vms N")
+            hold(place.id, begin, until, held)
+            id = insert(Capacity, resource=place.id, start=begin, end=until, **in_figures(most), held_vms=held.vms,
+                        held_vcpus=held.vcpus, held_ram=held.ram, reason=reason, added=int(now), removed=None)
+            hit = [self.make_room(each, f'{reason} on {name} from {instant(begin)} to {instant(until)}', then, now)
+                   for each in self.homeless(place, max(begin, int(now)), until)]
+            self.journal(now, 'resource', f"{reason} on '{name}' from {instant(begin)} to {instant(until)}")
+            return {'id': id, 'resource': name, 'start': instant(begin), 'end': instant(until), 'reason': reason, 'hit': hit}
+
+    def difference(self, place, most: Amount) -> Amount:
+        """What must be held so that a resource has another capacity; an unlimited figure stays so."""
+        return Amount(*(0 if always is None or wanted in (None, UNLIMITED) else always - wanted
+                        for always, wanted in zip(capacity(place), most)))
+
+    def rehold_changes(self, place, now: float) -> None:
+        """Lets changes of capacity be what they were meant to be, after the capacity itself has changed."""
+        for each in rows('SELECT * FROM capacity WHERE resource_id = ? AND removed IS NULL AND "end" > ?', place.id, int(now)):
+            held = self.difference(place, Amount(each.vms, each.vcpus, each.ram))
+            release(place.id, each.start, each.end, Amount(each.held_vms, each.held_vcpus, each.held_ram))
+            hold(place.id, each.start, each.end, held)
+            change(Capacity, each.id, held_vms=held.vms, held_vcpus=held.vcpus, held_ram=held.ram)
+
+    def make_room(self, found, why: str, then: str, now: float) -> dict:
+        """Moves or cancels an occurrence for which there is no room any more, or only tells its owner."""
+        line = {name: value for name, value in public(found).items() if name in (
+            'label', 'user', 'project', 'vms', 'start', 'end')}
+        if then == 'cancel':
+            self.cancel([found], now, why)
+            return line | {'outcome': 'cancelled'}
+        place = self.moved_elsewhere(found, now) if then == 'move' else None
+        outcome = f"moved to {place[0]} from {instant(place[1])}" if place else 'left'
+        self.journal(now, 'maintenance', f'{why}; it is {outcome}', found.reservation, json.loads(found.notify), found.id)
+        return line | {'outcome': outcome}
+
+    def moved_elsewhere(self, found, now: float) -> tuple[str, int] | None:
+        """Moves an occurrence that has not begun to another resource of its cloud, else to later: where it is now."""
+        if now >= found.held_from or found.server:
+            return None
+        amount, need = Amount(found.vms, found.vcpus, found.ram), found.held_until - found.held_from
+        here = row('SELECT * FROM resource WHERE id = ?', found.resource_id)
+        release(here.id, found.held_from, found.held_until, amount)
+        others = [each for each in self.places('', here.cloud) if each.id != here.id]
+        place = next((each for each in others if fits(each, found.held_from, found.held_until, amount)), None)
+        first = found.held_from if place else next((int(first) for first, last in free_windows(
+            here, amount, found.held_from, LAST.timestamp()) if last - first >= need), None)
+        if first is None:
+            hold(here.id, found.held_from, found.held_until, amount)
+            return None
+        place, start = place or here, first + found.lead
+        hold(place.id, first, first + need, amount)
+        change(Occurrence, found.id, resource=place.id, start=start, end=start + found.end - found.start, held_from=first,
+               held_until=first + need, due=min(now, first), told=0, altered=bool(found.repeats))
+        if not found.repeats:
+            change(Reservation, found.reservation, over=start + found.end - found.start)
+        return place.name, start
+
+    # Reports
+
+    @api('GET', '/report/')
+    def report(self, since: When = None, until: When = None, by_whom: Name = 'project') -> Rows:
+        """Adds up machine-hours reserved, used and unused, requests refused, and lateness, by project, user or resource.
+
+        Counts the last 30 days unless --since and --until say otherwise.
+
+        Example:
+          python cmres.py report --since 2027-01-01 --by-whom user --format csv
+        """
+        columns = {'project': 'r.project', 'user': 'r.user', 'resource': 's.name'}
+        if by_whom not in columns:
+            raise Invalid(f"by_whom: '{by_whom}' is none of {', '.join(columns)}{nearest(by_whom, columns)}")
+        now = self.clock()
+        last = self.resolve(FIRST, until)[1] if until else int(now)
+        first = self.resolve(since, LAST)[0] if since else last - 30 * 86400
+        own = ' AND '.join(['1', *(text for text, _ in self.visible())])
+        who = [value for _, value in self.visible()]
+        lines: dict = defaultdict(lambda: dict.fromkeys(('reserved', 'used', 'refused', 'late_worst'), 0.0))
+        for name, reserved in run(f'''SELECT {columns[by_whom]}, sum(o.vms * max(0, min(o.held_until, ?) - max(o.start, ?))) / 3600.0
+                                        {FROM_ALL} WHERE {own} AND o.start < ? AND o.held_until > ? GROUP BY 1''',
+                                  last, first, *who, last, first):
+            lines[name]['reserved'] += reserved
+        for name, used, late in run(f'''SELECT {columns[by_whom]}, sum(max(0, min(coalesce(v.deleted, ?), ?) - max(v.ready, ?)))
+                                          / 3600.0, max(v.ready - v.planned) {FROM_ALL} JOIN server v ON v.occurrence_id = o.id
+                                         WHERE {own} AND v.ready < ? AND coalesce(v.deleted, ?) > ? GROUP BY 1''',
+                                    now, last, first, *who, last, now, first):
+            lines[name]['used'] += used
+            lines[name]['late_worst'] = max(lines[name]['late_worst'], late)
+        for name, used in run(f'''SELECT {columns[by_whom]}, sum(max(0, min(coalesce(c.gone, ?), ?) - max(c.at, ?))) / 3600.0
+                                    {FROM_ALL} JOIN claim c ON c.occurrence = o.id WHERE {own} AND c.server NOT IN
+                                  (SELECT uid FROM server WHERE uid IS NOT NULL) AND c.at < ? GROUP BY 1''',
+                              now, last, first, *who, last):
+            lines[name]['used'] += used
+        refused = {'project': 'project', 'user': 'actor', 'resource': 'resource'}[by_whom]
+        mine = '' if self.actor.role == ADMIN else 'AND project = ?'
+        for name, count in run(f"SELECT {refused}, count(*) FROM event WHERE code = 'refused' AND project <> '' AND at >= ? "
+                               f'AND at < ? {mine} GROUP BY 1', first, last, *([self.actor.project] if mine else [])):
+            lines[name]['refused'] += count
+        return [{by_whom: name, 'reserved_hours': round(each['reserved'], 3), 'used_hours': round(each['used'], 3),
+                 'unused_hours': round(max(each['reserved'] - each['used'], 0), 3), 'refused': int(each['refused']),
+                 'late_worst': round(each['late_worst'], 3)} for name, each in sorted(lines.items())]
 
     # Series
 
@@ -4177,7 +4808,7 @@ class Reservations:
         change(Reservation, old.reservation, **wish.columns(*STORED), series=stored_parts(wish.parts), changed=int(now))
         return self.reshape(old.reservation, wish, now) if moves else []
 
-    def reshape(self, reservation: int, wish: Wish, now: float, gentle: bool = False) -> list[dict]:
+    def reshape(self, reservation: int, wish: Wish, now: float, gentle: bool = False, again: bool = True) -> list[dict]:
         """Makes the occurrences of a series what its parts want, as far as the horizon; inside a transaction.
 
         First all that changes is released, then each is held where it is wanted, or what --on-conflict
@@ -4186,6 +4817,7 @@ class Reservations:
 
         Args:
           gentle: what runs goes on, also if it isn't wanted any more
+          again: what had no room, or was not wanted for a while, is tried again
 
         Raises:
           NoCapacity: one doesn't fit and all or nothing was asked for; the caller's transaction ends.
@@ -4198,7 +4830,7 @@ class Reservations:
             slot = wanted.pop(old.slot, None)
             if old.end <= now:
                 continue
-            slot = self.settled(old, slot, wish, now, gentle)
+            slot = self.settled(old, slot, wish, now, gentle, again)
             if slot is None and old.cancelled is None:
                 self.give_up(old, now)
                 done.append(told(old, 'cancelled'))
@@ -4225,11 +4857,11 @@ class Reservations:
                      for part in parts]
         return max(int(now) + self.config.horizon * 86400, min(filter(None, following), default=0))
 
-    def settled(self, old, slot: Slot | None, wish: Wish, now: float, gentle: bool) -> Slot | None:
+    def settled(self, old, slot: Slot | None, wish: Wish, now: float, gentle: bool, again: bool) -> Slot | None:
         """What an occurrence that is not over is to become, of what its series wants; None: cancelled."""
         here = Slot(old.slot, old.start, old.end, old.vms, old.resource_id)
-        if old.cancelled is not None:  # one that had no room, or was not wanted for a while, may come back
-            same = slot and gentle and (slot.start, slot.end) == (old.start, old.end)
+        if old.cancelled is not None:
+            same = slot and not again and (slot.start, slot.end) == (old.start, old.end)
             return None if old.altered or same else slot
         if slot and old.altered:
             return here
@@ -4250,6 +4882,8 @@ class Reservations:
 
     def place_all(self, reservation: int, wish: Wish, todo: list, now: float) -> list[dict]:
         places, done, refused = {}, [], []
+        if wish.server and any(one.end > after.start for (one, _), (after, _) in zip(todo, todo[1:])):
+            raise Conflict(f'the occurrences overlap, and the server {wish.server} is one machine')
         for slot, old in self.progress(todo):
             if slot.resource not in places:
                 places[slot.resource] = row('SELECT * FROM resource WHERE id = ? AND removed IS NULL', slot.resource)
@@ -4275,10 +4909,13 @@ class Reservations:
         """
         if place is None:
             raise Conflict('the resource of the series is not there any more; move it to another with --resource')
+        if old and slot.start != old.start and slot.start < now - PATIENCE:
+            raise Conflict(f'the occurrence of {instant(old.start)} would begin in the past, {instant(slot.start)}')
         one = wish._replace(resource=place, start=slot.start, end=slot.end, vms=slot.vms, parts=[])
         begin = min(old.held_from, slot.start) if old and old.start == slot.start and old.start <= now else one.held[0]
         keep = {'told': 0, 'altered': old.altered} if old and old.start != slot.start else {}
         revived = {'cancelled': None} if old and old.cancelled is not None else {}
+        self.refuse_beyond(one, reservation, now, old)
         try:
             self.refuse_shared_server(one, reservation)
             if old and old.cancelled is None:
@@ -4295,10 +4932,12 @@ class Reservations:
         why = self.why_not(one) if isinstance(error, NoCapacity) else str(error)
         if one.on_conflict in ('', 'refuse'):
             raise NoCapacity(why, **self.in_the_way(one, None), **self.would_fit(one))
-        shifted = self.shifted(one, slot, now) if one.on_conflict.startswith('shift') else None
+        full = isinstance(error, NoCapacity)
+        shifted = self.shifted(one, slot, now) if full and one.on_conflict.startswith('shift') else None
         if shifted:
             hold(slot.resource, shifted.start - one.lead, shifted.end, one.amount)
-            self.write_occurrence(old.id if old else None, reservation, one, shifted, now, altered=True)
+            self.write_occurrence(old.id if old else None, reservation, one, shifted, now, altered=True,
+                                  cancelled=None)
             return told(shifted, 'shifted', why)
         if old and old.cancelled is None:  # it stays where it was, if that is still free or it has begun
             before = Amount(old.vms, old.vcpus, old.ram)
@@ -4334,7 +4973,7 @@ class Reservations:
     def refresh(self, reservation: int, now: float) -> None:
         """Carries a series on as far as the horizon is now, and by the zone table as it is now; inside a transaction."""
         head = self.next_of(reservation)
-        done = self.reshape(reservation, self.carried_on(head), now, gentle=True)
+        done = self.reshape(reservation, self.carried_on(head), now, gentle=True, again=False)
         for one in done:
             if one.get('why') and one['outcome'] in ('left out', 'shifted'):
                 self.journal(now, 'refused', f"{format_time(one['start'], read_zone(head.tz or 'UTC'))} is "
@@ -4348,20 +4987,24 @@ class Reservations:
         return {name: value for name, value in public(found).items() if name != 'removed'}
 
     def no_longer_fitting(self, place, now: float) -> list[dict]:
+        return [public(each) for each in self.homeless(place, int(now), int(LAST.timestamp()))[:1000]]
+
+    def homeless(self, place, begin: int, until: int) -> list:
         """Of the occurrences where more is held than there is, as many of the latest added as must go."""
-        levels = list(steps(place.id, int(now), LAST.timestamp()))
+        levels = list(steps(place.id, begin, until))
         over = {at: held for at, held in levels if not held.within(capacity(place))}
-        ends = {at: after for (at, _), (after, _) in zip(levels, [*levels[1:], (LAST.timestamp(), NOTHING)])}
-        homeless = []
+        ends = {at: after for (at, _), (after, _) in zip(levels, [*levels[1:], (until, NOTHING)])}
+        found = []
         held = rows('SELECT id, held_from, held_until, vms, vcpus, ram FROM occurrence WHERE resource_id = ? '
-                    'AND due IS NOT NULL AND held_until > ? ORDER BY id DESC', place.id, int(now)) if over else []
+                    'AND due IS NOT NULL AND held_until > ? AND held_from < ? ORDER BY id DESC',
+                    place.id, begin, until) if over else []
         for each in held:
             touched = [at for at in over if at < each.held_until and ends[at] > each.held_from]
             if any(not over[at].within(capacity(place)) for at in touched):
-                homeless.append(each.id)
+                found.append(each.id)
                 for at in touched:
                     over[at] -= Amount(each.vms, each.vcpus, each.ram)
-        return [public(self.occurrence(id)) for id in homeless[:1000]]
+        return [self.occurrence(id) for id in found]
 
     # What to say when something doesn't fit
 
@@ -4373,7 +5016,8 @@ class Reservations:
             if not dry_run:
                 with transaction():
                     sentence = f"'{wish.label}' of {wish.user}: {refusal}"
-                    self.journal(self.clock(), 'refused', sentence, None, wish.notify)
+                    journal(self.config, self.clock(), wish.user, 'refused', sentence, None, wish.notify,
+                            project=wish.project, resource=wish.resource.name)
             raise
 
     @contextmanager
@@ -4547,6 +5191,7 @@ class LifeCycle:
         self.latest = now
         self.record(now)
         self.refresh(now)
+        self.admit_waiting(now)
         self.plan(now)
         self.call(now)
         return True
@@ -4564,6 +5209,7 @@ class LifeCycle:
         """When, after an instant, the next pass has something to do; infinity if nothing is planned."""
         found = [row(f'SELECT min(due) AS due FROM {table} WHERE due > ?', after).due
                  for table in ('occurrence', 'server', 'outbox', 'subscription', 'claim')]
+        found.append(row('SELECT min(pending) AS due FROM reservation WHERE pending > ?', after).due)
         return min((due for due in found if due is not None), default=float('inf'))
 
     def run(self, stop: threading.Event) -> None:
@@ -4683,6 +5329,7 @@ class LifeCycle:
             stamp = f'{instant(int(now)):%Y-%m-%d} {zone_table()}'
             found = row('SELECT value FROM fact WHERE name = ?', 'refreshed')
             if not found or found.value != stamp:
+                ZoneInfo.clear_cache()  # the files may be others than when this process began
                 self.stale = [each.id for each in rows(
                     "SELECT id FROM reservation WHERE series <> '' AND over > ? ORDER BY id DESC", int(now))]
                 with self.acting():
@@ -4701,9 +5348,16 @@ class LifeCycle:
         if self.stale:
             self.wake.set()
 
+    def admit_waiting(self, now: float) -> None:
+        if row('SELECT id FROM reservation WHERE waiting IS NOT NULL UNION ALL SELECT id FROM reservation WHERE pending <= ? '
+               'LIMIT 1', int(now)):
+            with self.acting():
+                self.service.admit_waiting(now)
+
     def plan(self, now: float) -> None:
         """Writes down the servers that occurrences want now, and gives up those they don't."""
-        due = ('SELECT o.*, r.label, r.image, r.server, r.at_end, r.notify, r.changed, r.project, s.cloud '
+        due = ('SELECT o.*, r.label, r.image, r.server, r.at_end, r.notify, r.changed, r.project, s.cloud, '
+               'r.waiting IS NOT NULL OR r.pending IS NOT NULL AS idle, s.no_show, s.mode '
                'FROM occurrence o JOIN reservation r ON r.id = o.reservation_id '
                'JOIN resource s ON s.id = o.resource_id WHERE o.due <= ?')
         if rows(f'{due} LIMIT 1', now):
@@ -4716,7 +5370,8 @@ class LifeCycle:
         servers = rows("SELECT id, n, state, ready, borrowed, uid FROM server WHERE occurrence_id = ? AND goal = 'up' "
                        "AND state NOT IN ('deleted', 'kept') ORDER BY n", occurrence.id)
         # Machines that are there stay, also where the clock was set back to before their start.
-        runs = (occurrence.image or occurrence.server) and not over and (servers or now >= occurrence.held_from)
+        runs = (occurrence.image or occurrence.server) and not over and not occurrence.idle and (
+            servers or now >= occurrence.held_from)
         wanted = occurrence.vms if runs else 0
         for n in sorted(set(range(1, wanted + 1)) - {server.n for server in servers}):
             self.plan_server(occurrence, n, now)
@@ -4730,6 +5385,8 @@ class LifeCycle:
         if over and not occurrence.told & FOREIGN:
             occurrence = occurrence._replace(told=occurrence.told | FOREIGN)
             self.end_foreign(occurrence, now)
+        if not over and self.release_unused(occurrence, now):
+            return
         told = self.announce(occurrence, over, now)
         change(Occurrence, occurrence.id, told=told, due=self.next_look(occurrence, over, now))
 
@@ -4763,6 +5420,22 @@ class LifeCycle:
             change(Server, server.id, goal='delete', state='active', due=now)
             self.journal(now, 'forced', f'{server.name} did not {occurrence.at_end} in time and is deleted', occurrence)
 
+    def release_unused(self, occurrence, now: float) -> bool:
+        """Warns of, and then releases, a reservation without machines on which nobody has booted any; whether it did."""
+        if not occurrence.no_show or not occurrence.mode or occurrence.image or occurrence.server or occurrence.idle or row(
+                'SELECT id FROM claim WHERE occurrence = ? LIMIT 1', occurrence.id):
+            return False
+        if now >= occurrence.start + occurrence.no_show:
+            found = self.service.occurrence(occurrence.id)
+            self.service.cancel([found], now, f'nobody has used it within {format_duration(occurrence.no_show)}')
+            return True
+        if now >= occurrence.start + occurrence.no_show // 2 and not occurrence.told & UNUSED:
+            self.journal(now, 'unused', f'it is released at {instant(occurrence.start + occurrence.no_show)} unless a machine '
+                         'is booted on it', occurrence)
+            change(Occurrence, occurrence.id, told=occurrence.told | UNUSED, due=occurrence.start + occurrence.no_show)
+            return True
+        return False
+
     def end_foreign(self, occurrence, now: float) -> None:
         """Reports machines that people booted by themselves on what is over now; deletes them if that is set."""
         foreign = rows('SELECT c.server FROM claim c WHERE c.occurrence = ? AND c.due IS NOT NULL AND c.server NOT IN '
@@ -4793,7 +5466,8 @@ class LifeCycle:
     def next_look(self, occurrence, over: bool, now: float) -> float | None:
         """When an occurrence must be planned again; never, once it is over and nothing is left to do."""
         if not over:
-            comes = *self.notice_times(occurrence), occurrence.held_from, occurrence.start, occurrence.end
+            comes = (*self.notice_times(occurrence), occurrence.held_from, occurrence.start, occurrence.end,
+                     occurrence.start + occurrence.no_show // 2, occurrence.start + occurrence.no_show)
             return min(each for each in comes if each > now)
         if row("SELECT id FROM server WHERE occurrence_id = ? AND state NOT IN ('deleted', 'kept') LIMIT 1",
                occurrence.id):
@@ -4803,6 +5477,9 @@ class LifeCycle:
         return None
 
     def tell_end(self, occurrence, now: float) -> None:
+        if occurrence.idle:
+            self.service.cancel([self.service.occurrence(occurrence.id)], now, 'it waited in vain')
+            return
         found = row('SELECT count(ready) AS ever, max(fault) AS fault FROM server WHERE occurrence_id = ?',
                     occurrence.id)
         if (occurrence.image or occurrence.server) and not found.ever:
@@ -4956,7 +5633,7 @@ class LifeCycle:
         self.clouds.open(account).delete(uid)
 
     def do_notice(self, account: str, notice) -> None:
-        where, id = ('o.id', notice.occurrence) if notice.occurrence else ('r.id', notice.reservation_id)
+        where, id = ('o.id', notice.occurrence) if (notice.occurrence or 0) > 0 else ('r.id', notice.reservation_id)
         found = listing(self.clock(), f'{where} = ?', (id,), tail=f'ORDER BY {NEXT_FIRST} LIMIT 1') if id else []
         deliver(self.config, notice, public(found[0]) if found else {})
 
@@ -5113,7 +5790,7 @@ class LifeCycle:
                 hosts = json.loads(claim.hosts)
                 elsewhere = host is None or host and hosts and host not in hosts
                 later = now + (self.config.sweep if host else self.config.poll)
-                change(Claim, claim.id, due=None if elsewhere else later)
+                change(Claim, claim.id, due=None if elsewhere else later, gone=now if elsewhere else None)
 
     def record_poll(self, result: Result, now: float) -> None:
         """Notes what a look at somebody's calendar gave; what it books is booked already."""
@@ -5167,6 +5844,7 @@ class LifeCycle:
             if server.state != 'active' or server.addresses != json.dumps(seen.addresses):
                 change(Server, server.id, uid=seen.uid, state='active', ready=server.ready or now, fault='', failures=0,
                        addresses=json.dumps(seen.addresses))
+                run('UPDATE occurrence SET revision = revision + 1, revised = ? WHERE id = ?', int(now), server.occurrence_id)
         elif server.goal in ('stop', 'shelve') and self.arrived(UNDER_WAY[server.goal], seen.state):
             change(Server, server.id, uid=seen.uid, state='kept', due=None)
             self.journal(now, 'stopped', f'{server.name} is {seen.state} and stays', server)
@@ -5285,12 +5963,11 @@ def feed_handler(service: Reservations) -> Callable:
         name, feed = service.feed(secret)
         version, now = row('SELECT max(id) AS newest FROM event').newest, service.clock()
         if feed.id not in kept or kept[feed.id][0] != version or now >= kept[feed.id][1]:
-            found = service.feed_events(feed)
-            turns = [at for each in found for at in (each.start, each.end) if at > now]
+            found, until = service.feed_events(feed)
             text = calendar_text(name, found)
             if len(kept) > 1000:
                 kept.clear()
-            kept[feed.id] = version, min(turns, default=now + 86400), f'"{hashed(text)[:32]}"', text
+            kept[feed.id] = version, until, f'"{hashed(text)[:32]}"', text
         return kept[feed.id][2:]
 
     def handle(secret: str):
@@ -5572,6 +6249,14 @@ Example:
 
 Example:
   python cmres.py token add eva --project biology --role user
+""", 'limit': """What projects and users may reserve at most.
+
+Example:
+  python cmres.py limit add --project biology --most-vms 20
+""", 'maintenance': """Times at which there is less of a resource, or nothing.
+
+Example:
+  python cmres.py maintenance add demo 2027-03-01T08:00 +4h --reason 'new disks'
 """, 'calendar': """Calendars that show reservations, and calendars that make them.
 
 Example:
@@ -5595,7 +6280,7 @@ FORMATS = ('table', 'json', 'csv', 'yaml')
 #: What a table shows of answers that have more fields than a line has room for.
 COLUMNS = {'list': 'id label user project resource vms flavor start end repeat state fault',
            'delete': 'id label user project resource vms start end state',
-           'resource_sync': 'resource what before after',
+           'hit': 'label user project vms start end outcome', 'resource_sync': 'resource what before after',
            'servers': 'n name state addresses planned begun ready deleted snapshot fault',
            'resource_list': 'name cell cloud region aggregate vms vcpus ram mode',
            'refused': 'line label error', 'occurrences': 'uid start end status vms resource state outcome why',
@@ -5623,7 +6308,8 @@ def serve(config: Config, host: Name = '', port: int = None, noscheduler: bool =
             asyncore_use_poll=True, max_request_body_size=8 * MOST_BODY, ident=None, clear_untrusted_proxy_headers=True)
     except (OSError, ValueError) as error:
         raise Unavailable(f"can't listen on {config.host}:{config.port}: {error}; choose another with --port") from None
-    url = f'http://{config.host}:{getattr(server, "effective_port", config.port)}'
+    service.config = config = dataclasses.replace(config, port=getattr(server, 'effective_port', config.port))
+    url = f'http://{config.host}:{config.port}'
     print(f'cmres {__version__} serves {url} from {config.database}', *welcome(service, url), sep='\n', flush=True)
     with running(cycle if not noscheduler else None):
         server.run()
@@ -5821,6 +6507,8 @@ def take_options(argv: list[str], options: dict) -> list[str]:
                 raise Invalid(f'{name} needs a value')
         if name in ('--config', '--format', '--tz'):
             options[name[2:]] = value
+        elif name in ('--from', '--to'):
+            rest.append({'--from': '--start', '--to': '--end'}[name] + equals + value)
         elif name == '--file' and rest[:1] == ['add']:
             rest = ['load', value, *rest[1:]]
         elif word == '--follow' and rest[:1] == ['events']:

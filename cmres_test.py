@@ -2,7 +2,9 @@
 # requires-python = ">=3.11"
 # dependencies = [
 #   "hypothesis>=6.100,<7",    # properties: random sequences against models
+#   "khal~=0.14.1",            # a calendar program that reads a feed
 #   "pytest>=8,<10",           # the tests
+#   "vdirsyncer~=0.21.0",      # subscribes to a feed over HTTP
 #   "webtest~=3.0.7",          # REST without a socket
 # ]
 # ///
@@ -19,11 +21,13 @@ import functools
 import http.client
 import http.server
 import io
+import itertools
 import json
 import os
 import queue
 import random
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -31,20 +35,24 @@ import sys
 import threading
 import time
 import uuid
+import zoneinfo
 from concurrent.futures import ThreadPoolExecutor
-from datetime import datetime, timedelta, timezone
+from datetime import date, datetime, timedelta, timezone
 from pathlib import Path
+from urllib.parse import urlsplit
 
+import icalendar
 import peewee
 import pytest
 import waitress
 import webtest
 import yaml
-from hypothesis import HealthCheck, given, settings, strategies as st
+from dateutil.rrule import rrulestr
+from hypothesis import HealthCheck, assume, given, settings, strategies as st
 
 import cmres
 from cmres import (API, BASE, SETTINGS, Actor, Amount, Client, Config, Conflict, Error, Forbidden, Here, Invalid,
-                   NoCapacity, NotFound, Unauthorized, Unavailable, bind, load_config, read_zone)
+                   NoCapacity, NotFound, Unauthorized, Unavailable, bind, load_config, read_repeat, read_zone)
 
 UTC = timezone.utc
 NOON = datetime(2026, 12, 1, 12, tzinfo=UTC)
@@ -1221,11 +1229,17 @@ def test_a_cloud_that_can_not_be_asked_is_told_unless_only_it_knows_what_counts(
         book(service, 'other', resource='counted', flavor='f', image='i')
 
 
-def test_a_resource_is_found_by_its_place_if_there_is_just_one(service):
-    service.resource_add('india', cell='c1', cloud='simulated')
+def test_a_resource_is_found_by_its_place_and_of_several_the_first_by_name_that_has_room(service):
+    service.resource_add('india', cell='c1', cloud='simulated', vms=4)
     assert book(service, 'a', resource='-', cell='c1')['resource'] == 'india'
-    with pytest.raises(Conflict, match='2 resources are at cloud simulated; name one of demo, india'):
-        book(service, 'b', resource='-', cloud='simulated')
+    assert book(service, 'b', resource='-', cloud='simulated', vms=13)['resource'] == 'demo'
+    assert book(service, 'c', resource='-', cloud='simulated', vms=4, start=2, end=3)['resource'] == 'demo'
+    assert book(service, 'd', resource='-', cloud='simulated', vms=3)['resource'] == 'demo'
+    assert book(service, 'e', resource='-', cloud='simulated', vms=3)['resource'] == 'india'
+    before = dump()
+    with pytest.raises(NoCapacity, match="'india' has 0 of 4 vms free"):
+        book(service, 'f', resource='-', cloud='simulated', dry_run=True)
+    assert dump() == before
     with pytest.raises(NotFound, match='there is no resource at cell c2'):
         book(service, 'b', resource='-', cell='c2')
 
@@ -1635,6 +1649,10 @@ WRITES = {
     'calendar_revoke': {'id': 1}, 'calendar_subscribe': {'url': 'http://127.0.0.1:9/eva.ics', 'resource': 'demo'},
     'calendar_unsubscribe': {'id': 1}, 'calendar_confirm': {'id': 1},
     'resource_sync': {'cloud': 'simulated', 'aggregates': ['gpu'], 'mode': 'exclusive'},
+    'limit_add': {'project': 'bio', 'most_vms': 3}, 'limit_delete': {'id': 1}, 'approve': {'label': 'asked'},
+    'reject': {'label': 'asked', 'reason': 'no'}, 'accept': {'label': 'offered'},
+    'resource_capacity': {'name': 'demo', 'start': '+1h', 'end': '+1h', 'vms': 3, 'then': 'move'},
+    'maintenance_add': {'resource': 'demo', 'start': '+1h', 'end': '+1h', 'then': 'cancel'}, 'maintenance_delete': {'id': 1},
     'claim': {'server': 'uid', 'resources': ['guarded'], 'project': 'default'}}
 
 
@@ -1649,8 +1667,19 @@ def test_a_dry_run_answers_as_if_it_were_done_and_keeps_nothing(tmp_path, name):
     service.resource_add('india')
     service.calendar_feed()
     service.calendar_subscribe('http://127.0.0.1:9/eva.ics')
+    cmres.run("UPDATE subscription SET held = 'most'")
     service.resource_add('guarded', mode='exclusive')
     book(service, 'held', start=0, end=1, resource='guarded')
+    service.resource_add('asks', vms=1, approval=hours(3))
+    for label, more in (('asked', {}), ('offered', {'wait': True, 'confirm': hours(1)})):
+        book(service.acting(Actor('eva', 'default', 'user')), label, start=5, end=6, resource='asks', **more)
+    service.delete('offered')
+    book(service.acting(Actor('eva', 'default', 'user')), 'other', start=7, end=8, resource='asks')
+    book(service.acting(Actor('eva', 'default', 'user')), 'offered', start=7, end=8, resource='asks', wait=True, confirm=hours(1))
+    service.delete('other')
+    service.admit_waiting(service.clock())
+    service.limit_add(user='bob', most_vms=1)
+    service.maintenance_add('demo', NOON + hours(50), hours(1))
     book(service)
     book(service, 'on', start=0, end=1)
     woken = []
@@ -1758,6 +1787,1410 @@ def test_what_is_in_several_projects_must_be_named_with_its_project(service):
     assert service.show('lab')['project'] == 'bio'
 
 
+# Service: series #############################################################
+#
+# A class of two hours on Tuesdays from 1 December 2026 (a Tuesday), 14:00 in Paris, an hour after NOON.
+
+WEEK, YEAR = 168, 8784  # hours
+UNLIKE = ('America/New_York', 'Europe/Paris', 'Australia/Lord_Howe', 'America/Santiago', 'Asia/Kathmandu', 'UTC',
+          'Pacific/Apia')
+CHANGING = UNLIKE[:4]
+
+
+def series(service, repeat='weekly', label='class', start=1, end=3, tz='Europe/Paris', **more):
+    return book(service, label, start, end, repeat=read_repeat(repeat), tz=tz, **more)
+
+
+def lesson(number: float, at=1):
+    """When the class of so many weeks later starts, in winter."""
+    return NOON + hours(at + WEEK * number)
+
+
+def at_wall(zone, *wall):
+    return datetime(*wall, tzinfo=read_zone(zone)).astimezone(UTC)
+
+
+def rows_of(label='class') -> list:
+    """What the store has of a reservation, as it is planned; the cancelled too."""
+    return cmres.rows('SELECT o.* FROM occurrence o JOIN reservation r ON r.id = o.reservation_id WHERE r.label = ? '
+                      'ORDER BY o.slot, o.id', label)
+
+
+def kept(label='class') -> list[tuple]:
+    """The starts of what is not cancelled, in hours after noon, with their lengths and machines."""
+    return sorted(((each.start - NOON.timestamp()) / 3600, (each.end - each.start) / 3600, each.vms)
+                  for each in rows_of(label) if each.cancelled is None)
+
+
+def starts(label='class') -> list[float]:
+    return [start for start, _, _ in kept(label)]
+
+
+def walls_of(zone, label='class') -> list[tuple[str, str]]:
+    found = sorted((each.start, each.end) for each in rows_of(label) if each.cancelled is None)
+    return [tuple(f'{cmres.instant(moment).astimezone(read_zone(zone)):%Y-%m-%d %H:%M}' for moment in window)
+            for window in found]
+
+
+def anew(world) -> None:
+    """Empties the store of reservations."""
+    for table in ('outbox', 'event', 'server', 'occurrence', 'reservation', 'step', 'lease'):
+        cmres.run(f'DELETE FROM {table}')
+    cmres.run("DELETE FROM fact WHERE name = 'refreshed'")
+    world.now, world.cycle = NOON.timestamp(), cmres.LifeCycle(world.config, world.clouds, lambda: world.now)
+
+
+def outcomes(answer) -> list[str]:
+    return [each['outcome'] for each in answer['occurrences']]
+
+
+def refused(change, kind=Error):
+    """The refusal of what leaves everything as it was."""
+    before = dump()
+    with pytest.raises(kind) as refusal:
+        change()
+    assert dump() == before
+    return refusal.value
+
+
+def without_events() -> list:
+    return [line for line in dump() if not line.startswith(('INSERT INTO "event"', 'INSERT INTO "sqlite_sequence"'))]
+
+
+# Rules against dateutil
+
+DAYS = st.sampled_from(cmres.WEEKDAYS)
+ORDINALS = st.sampled_from(('', '', '1', '2', '-1', '-2', '5'))
+
+
+@st.composite
+def rules(draw):
+    """A rule without its end."""
+    freq = draw(st.sampled_from(('DAILY', 'WEEKLY', 'MONTHLY', 'YEARLY')))
+    parts = [f'FREQ={freq}']
+
+    def add(name, values, most=3, one_in=3):
+        if draw(st.integers(1, one_in)) == 1:
+            parts.append(f'{name}={",".join(map(str, draw(st.lists(values, min_size=1, max_size=most, unique=True))))}')
+    add('INTERVAL', st.integers(1, 5), 1, 2)
+    ordinal = freq in ('MONTHLY', 'YEARLY')
+    add('BYDAY', st.tuples(ORDINALS, DAYS).map(''.join) if ordinal else DAYS, 4, 2)
+    add('BYMONTHDAY', st.integers(-31, 31).filter(bool)) if freq != 'WEEKLY' else None
+    add('BYMONTH', st.integers(1, 12))
+    add('BYYEARDAY', st.integers(-366, 366).filter(bool), one_in=8) if freq == 'YEARLY' else None
+    add('BYWEEKNO', st.integers(1, 53), one_in=8) if freq == 'YEARLY' else None
+    add('WKST', DAYS, 1, 6)
+    if ordinal and any(part.startswith('BY') for part in parts):
+        add('BYSETPOS', st.integers(-3, 3).filter(bool), 2, 4)
+    return ';'.join(parts)
+
+
+def walked(rule, first: datetime, end, zone, length: timedelta, now: datetime):
+    """What dateutil makes of a rule over naive walls, localised; for forty years."""
+    last, count = first + timedelta(days=40 * 366), end if isinstance(end, int) else None
+    last = min(end, last) if end and not count else last
+    for wall in itertools.islice(rrulestr(rule, dtstart=first).replace(until=last), count):
+        begin, until = (each.replace(tzinfo=zone, fold=0).astimezone(UTC) for each in (wall, wall + length))
+        until = until if until > begin else begin + length
+        if until > now:
+            yield begin, until
+
+
+@given(rule=rules(), name=st.sampled_from(UNLIKE), year=st.integers(1995, 2060), after=st.integers(0, 366 * 1440),
+       minutes=st.integers(1, 30 * 60), end=st.none() | st.integers(1, 60) | st.integers(0, 1500).map(
+           lambda days: timedelta(days=days)), ahead=st.integers(0, 40 * 1440))
+@settings(max_examples=120, deadline=None, suppress_health_check=list(HealthCheck), database=None)
+def test_a_series_is_what_dateutil_makes_of_its_rule_by_the_clocks_of_its_zone(
+        world, rule, name, year, after, minutes, end, ahead):
+    if not cmres.rows("SELECT id FROM resource WHERE name = 'wide'"):
+        world.service.resource_add('wide')
+    now = datetime(year, 1, 1, tzinfo=UTC) + timedelta(minutes=after)
+    world.now, zone, length = now.timestamp(), read_zone(name), timedelta(minutes=minutes)
+    first = (now + timedelta(minutes=ahead)).astimezone(zone).replace(tzinfo=None, fold=0)
+    first += timedelta(hours=2)  # what exists twice is the first
+    start = first.replace(tzinfo=zone).astimezone(UTC)
+    first = start.astimezone(zone).replace(tzinfo=None)
+    last = (first + length).replace(tzinfo=zone).astimezone(UTC)
+    assume(first.replace(tzinfo=zone).astimezone(UTC) == start and last > start
+           and last.astimezone(zone).replace(tzinfo=None) == first + length)
+    until = first + end if isinstance(end, timedelta) else end
+    expected = walked(rule, first, until, zone, length, now)
+    limit = {'count': end} if isinstance(end, int) else {'until': until.replace(tzinfo=zone)} if until else {}
+    if until and not isinstance(until, int):  # as an instant, that of a wall time which exists twice is the first
+        assume(until.replace(tzinfo=zone).astimezone(UTC).astimezone(zone).replace(tzinfo=None) == until)
+
+    def ask():
+        return world.service.add('lab', 'wide', start, last, repeat=read_repeat(rule), tz=name, dry_run=True, **limit)
+    one = next(expected, None)
+    if not one:
+        with contextlib.suppress(Invalid):
+            assert ask()['start'] > now + timedelta(days=40 * 365)
+        return
+    horizon = max(now + timedelta(days=366), one[0] + timedelta(seconds=1))
+    wanted = [one]
+    for each in expected:
+        if each[0] >= horizon:
+            break
+        wanted.append(each)
+    answer = ask()
+    assert [(each['start'], each['end']) for each in answer['occurrences']] == wanted
+    assert (answer['start'], answer['end']) == wanted[0]
+    assert set(outcomes(answer)) == {'booked'}
+    part = cmres.Part(first.isoformat(), minutes * 60, name, 1, 1, answer['repeat'])
+    assert [(cmres.instant(slot.start), cmres.instant(slot.end)) for slot in
+            cmres.all_slots([part], now.timestamp(), horizon.timestamp())] == wanted
+
+
+@pytest.mark.parametrize('rule', ['FREQ=YEARLY;BYMONTH=2;BYMONTHDAY=30', 'FREQ=DAILY;BYMONTH=2;BYMONTHDAY=30',
+                                  'FREQ=MONTHLY;BYMONTH=4;BYMONTHDAY=31', 'FREQ=DAILY;UNTIL=20261130',
+                                  'FREQ=WEEKLY;BYDAY=MO;BYSETPOS=2'])
+def test_a_rule_that_never_matches_is_refused(service, rule):
+    assert 'has no occurrence' in str(refused(lambda: series(service, rule), Invalid))
+
+
+def test_a_rule_that_matches_too_often_is_refused(service):
+    each_minute = f"FREQ=DAILY;BYMINUTE={','.join(map(str, range(60)))}"
+    said = refused(lambda: series(service, each_minute, end=1.01), Invalid)
+    assert 'has more than 2000 occurrences' in str(said)
+
+
+@pytest.mark.parametrize('rule, fits', [('FREQ=YEARLY;BYMONTH=2;BYMONTHDAY=29', [(2028, 2, 29)]),
+                                        ('FREQ=MONTHLY;BYMONTHDAY=31;BYMONTH=2,8', [(2027, 8, 31)])])
+def test_a_rare_day_is_waited_for(service, rule, fits):
+    answer = series(service, rule)
+    assert [(day.year, day.month, day.day) for day in (each['start'] for each in answer['occurrences'])] == fits
+    assert answer['booked_until'] > answer['start']
+
+
+# Clocks
+
+@pytest.mark.parametrize('zone', CHANGING)
+def test_a_weekly_class_starts_at_the_same_wall_time_all_year(service, zone):
+    service.add('class', 'demo', at_wall(zone, 2026, 12, 3, 9), hours(2), repeat='FREQ=WEEKLY', tz=zone)
+    found = walls_of(zone)
+    assert len(found) in (52, 53) and {begin[11:] for begin, _ in found} == {'09:00'}
+    assert {until[11:] for _, until in found} == {'11:00'} and all(a[:10] == b[:10] for a, b in found)
+    assert len({each.start % 86400 for each in rows_of()}) == 2  # by the sun it is at two times
+    assert {each.end - each.start for each in rows_of()} == {7200}
+
+
+@pytest.mark.parametrize('zone', CHANGING)
+def test_a_night_ends_at_its_hour_on_every_date(world, zone):
+    first = at_wall(zone, 2026, 12, 2, 22)
+    world.service.add('class', 'demo', first, at_wall(zone, 2026, 12, 3, 6), repeat='FREQ=DAILY', tz=zone)
+    found = walls_of(zone)
+    assert {(begin[11:], until[11:]) for begin, until in found} == {('22:00', '06:00')}
+    half = 0.5 if 'Lord_Howe' in zone else 1
+    assert {(each.end - each.start) / 3600 for each in rows_of()} == {8 - half, 8, 8 + half}
+    assert all(a.end <= b.start for a, b in zip(rows_of(), rows_of()[1:]))
+
+
+@pytest.mark.parametrize('zone, first, length, day, begin, real', [
+    ('Europe/Paris', (2027, 3, 27, 2, 30), 2, (2027, 3, 28), '03:30', 1),        # 02:30 is not there
+    ('Europe/Paris', (2027, 3, 27, 2, 30), 1, (2027, 3, 28), '03:30', 1),        # nor is any time till 03:30
+    ('Europe/Paris', (2027, 10, 30, 2, 30), 1, (2027, 10, 31), '02:30', 2),      # it is there twice, 03:30 is not
+    ('Europe/Paris', (2027, 10, 30, 2, 0), 0.5, (2027, 10, 31), '02:00', 0.5),   # both in what is there twice
+    ('America/New_York', (2027, 3, 13, 2, 30), 3, (2027, 3, 14), '03:30', 2),
+    ('America/New_York', (2027, 11, 6, 1, 30), 2, (2027, 11, 7), '01:30', 3),
+    ('Australia/Lord_Howe', (2027, 10, 2, 2, 15), 2, (2027, 10, 3), '02:45', 1.5),
+    ('Australia/Lord_Howe', (2027, 4, 3, 1, 45), 2, (2027, 4, 4), '01:45', 2.5),
+    ('America/Santiago', (2027, 9, 4, 0, 30), 3, (2027, 9, 5), '01:30', 2),
+    ('America/Santiago', (2027, 4, 2, 23, 30), 2, (2027, 4, 3), '23:30', 3),
+])
+def test_an_hour_that_is_not_there_begins_later_and_one_that_is_there_twice_the_first_time(
+        world, zone, first, length, day, begin, real):
+    begins = at_wall(zone, *first)
+    world.now = begins.timestamp() - 3600
+    world.service.add('class', 'demo', begins, hours(length), repeat='FREQ=DAILY;COUNT=3', tz=zone)
+    before, changed, after = rows_of()
+    local = cmres.instant(changed.start).astimezone(read_zone(zone))
+    assert (local.year, local.month, local.day) == day and f'{local:%H:%M}' == begin and local.fold == 0
+    assert (changed.end - changed.start) / 3600 == real
+    assert [each.end - each.start for each in (before, after)] == [length * 3600] * 2
+
+
+def test_a_day_that_a_zone_left_out_gives_the_instant_after_it(world):
+    world.now = datetime(2011, 12, 28, tzinfo=UTC).timestamp()  # Samoa had no 30 December 2011
+    begins = at_wall('Pacific/Apia', 2011, 12, 29, 9)
+    world.service.add('class', 'demo', begins, hours(2), repeat='FREQ=DAILY;COUNT=4', tz='Pacific/Apia')
+    assert walls_of('Pacific/Apia')[0] == ('2011-12-29 09:00', '2011-12-29 11:00')
+    assert ('2012-01-01 09:00', '2012-01-01 11:00') in walls_of('Pacific/Apia')
+
+
+# What people type
+
+@pytest.mark.parametrize('words, rule, days', [
+    ('daily', 'FREQ=DAILY', ['12-01', '12-02', '12-03']),
+    ('Daily', 'FREQ=DAILY', ['12-01', '12-02', '12-03']),
+    ('weekdays', 'FREQ=WEEKLY;BYDAY=MO,TU,WE,TH,FR', ['12-01', '12-02', '12-03', '12-04', '12-07']),
+    ('weekly', 'FREQ=WEEKLY', ['12-01', '12-08']),
+    ('weekly on tue,thu', 'FREQ=WEEKLY;BYDAY=TU,TH', ['12-01', '12-03', '12-08']),
+    ('weekly  on tuesday and thursday', 'FREQ=WEEKLY;BYDAY=TU,TH', ['12-01', '12-03', '12-08']),
+    ('every 2 weeks on mon', 'FREQ=WEEKLY;INTERVAL=2;BYDAY=MO', ['12-14', '12-28']),
+    ('every 3 days', 'FREQ=DAILY;INTERVAL=3', ['12-01', '12-04', '12-07']),
+    ('every week', 'FREQ=WEEKLY', ['12-01', '12-08']),
+    ('monthly', 'FREQ=MONTHLY', ['12-01', '01-01', '02-01']),
+    ('monthly on first mon', 'FREQ=MONTHLY;BYDAY=1MO', ['12-07', '01-04']),
+    ('monthly on last fri', 'FREQ=MONTHLY;BYDAY=-1FR', ['12-25', '01-29']),
+    ('monthly on 15,-1', 'FREQ=MONTHLY;BYMONTHDAY=15,-1', ['12-15', '12-31', '01-15']),
+    ('yearly', 'FREQ=YEARLY', ['12-01']),
+    ('RRULE:FREQ=WEEKLY;BYDAY=WE', 'FREQ=WEEKLY;BYDAY=WE', ['12-02', '12-09']),
+    ('freq=weekly;byday=we', 'FREQ=WEEKLY;BYDAY=WE', ['12-02', '12-09']),
+])
+def test_a_repetition_may_be_said_in_words(app, run, words, rule, days):
+    assert read_repeat(words) == rule
+    line = {'label': 'class', 'resource': 'demo', 'start': '2026-12-01T09:00', 'end': '+2h', 'repeat': words,
+            'tz': 'America/New_York', 'dry_run': True}
+    found = app.call('POST', '/reservation/', line).json
+    assert found['repeat'] == rule
+    assert [each['start'][5:10] for each in found['occurrences']][:len(days)] == days
+    assert {each['start'][11:16] for each in found['occurrences'][:len(days)]} == {'14:00'}
+
+
+NO_REPETITION = 'is no repetition; write daily, weekdays, weekly on tue,thu, every 2 weeks on mon'
+
+
+@pytest.mark.parametrize('given, sentence', [
+    ({'repeat': 'sometimes'}, f"repeat: 'sometimes' {NO_REPETITION}"),
+    ({'repeat': 'weekly on blursday'}, f"repeat: 'weekly on blursday' {NO_REPETITION}"),
+    ({'repeat': 'every other week'}, NO_REPETITION),
+    ({'repeat': 'weekly on'}, NO_REPETITION),
+    ({'repeat': 'monthly on seventh mon'}, NO_REPETITION),
+    ({'repeat': 'hourly'}, NO_REPETITION),
+    ({'repeat': 'every 0 days'}, 'repeat: INTERVAL=0 is not between 1 and 1000'),
+    ({'repeat': 'monthly on 32'}, 'repeat: BYMONTHDAY=32 is not between 1 and 31'),
+    ({'repeat': 'FREQ=HOURLY'}, 'repeat: FREQ=HOURLY is none of DAILY, WEEKLY, MONTHLY, YEARLY'),
+    ({'repeat': 'INTERVAL=2'}, 'repeat: FREQ= is none of DAILY'),
+    ({'repeat': 'FREQ=DAILY;BYEASTER=1'}, 'repeat: "BYEASTER" is no part of a repetition, or is there twice'),
+    ({'repeat': 'FREQ=DAILY;FREQ=WEEKLY'}, 'is there twice'),
+    ({'repeat': 'FREQ=DAILY;COUNT=0'}, 'repeat: COUNT=0 is not between 1 and 100000'),
+    ({'repeat': 'FREQ=DAILY;COUNT=3;UNTIL=20270101'}, 'not beside a COUNT'),
+    ({'repeat': 'FREQ=WEEKLY;BYDAY=XX'}, 'a day is MO, TU, WE, TH, FR, SA or SU'),
+    ({'repeat': 'FREQ=DAILY;UNTIL=soon'}, 'UNTIL is such as 20261231T235959Z'),
+    ({'repeat': 'weekly', 'count': '0'}, 'count: 0 is not between 1 and'),
+    ({'repeat': 'weekly', 'until': 'later'}, "until: 'later' is not a time"),
+    ({'repeat': 'weekly', 'tz': 'Europe/Pariss'}, "unknown time zone 'Europe/Pariss'"),
+    ({'repeat': 'weekly', 'on_conflict': 'skipp'}, 'on_conflict: "skipp" is none of refuse, skip, shift=DURATION'),
+    ({'repeat': 'weekly', 'on_conflict': 'shift'}, "on_conflict: '' is not a duration"),
+    ({'repeat': 'weekly', 'on_conflict': 'shift=much'}, "on_conflict: 'much' is not a duration"),
+    ({'repeat': 'weekly', 'skip_dates': 'xmas'}, "skip_dates: 'xmas' is no date; write 2026-12-24"),
+    ({'repeat': 'weekly', 'count': '3', 'until': '2190-01-01'},
+     'a series ends once: by --until, by --count or in its rule'),
+    ({'repeat': 'FREQ=WEEKLY;COUNT=3', 'count': '3'}, 'a series ends once'),
+    ({'repeat': 'FREQ=WEEKLY;UNTIL=20270101', 'until': '2190-01-01'}, 'a series ends once'),
+    ({'count': '3'}, 'count is for a series; say --repeat as well'),
+    ({'until': '2190-01-01'}, 'until is for a series; say --repeat as well'),
+    ({'skip_dates': '2190-01-01'}, 'skip_dates is for a series; say --repeat as well'),
+    ({'repeat': 'FREQ=DAILY;UNTIL=20261399'}, 'UNTIL is such as'),
+    ({'repeat': 'FREQ=DAILY;UNTIL=20270101T250000Z'}, 'UNTIL is such as'),
+    ({'repeat': 'FREQ=DAILY;UNTIL=00000101'}, 'UNTIL is such as'),
+    ({'repeat': 'FREQ=YEARLY;BYDAY=99MO'}, 'a day is MO'),
+])
+def test_what_is_no_series_is_refused_in_the_same_sentence_by_rest_and_on_the_command_line(app, run, given, sentence):
+    line = {'label': 'class', 'resource': 'demo', 'start': '+1h', 'end': '+1h'} | given
+    before = dump()
+    said = app.call('POST', '/reservation/', line, 400).json['error']
+    assert sentence in said and dump() == before
+    words = [line.pop(name) for name in ('label', 'resource', 'start', 'end')]
+    code, out, err = run('add', *words, *(f'--{name}={value}' for name, value in line.items()))
+    assert (code > 0, out, err.rstrip('\n')) == (True, '', f'cmres: {said}')
+
+
+@given(rules(), st.sampled_from(
+    ('', ';COUNT=3', ';UNTIL=20270301', ';UNTIL=20270301T120000Z', ';BYHOUR=9,15')))
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck), database=None)
+def test_whatever_rule_is_accepted_is_kept_so_that_it_reads_the_same(rule, more):
+    once = read_repeat(rule + more)
+    assert read_repeat(once) == read_repeat(once.lower()) == once == rule + more
+
+
+def test_until_a_date_means_its_last_second(service):
+    found = series(service, 'daily', until=date(2026, 12, 5), dry_run=True)
+    assert [each['start'].day for each in found['occurrences']] == [1, 2, 3, 4, 5]
+    assert found['repeat'] == 'FREQ=DAILY;UNTIL=20261205T235959' and found['booked_until'] is None
+    found = series(service, 'FREQ=DAILY;UNTIL=20261205', dry_run=True)
+    assert [each['start'].day for each in found['occurrences']] == [1, 2, 3, 4, 5]
+
+
+def test_until_an_instant_includes_what_starts_at_it(service):
+    for until in (lesson(2), hours(1 + 2 * WEEK), at_wall('America/New_York', 2026, 12, 15, 8)):
+        assert len(series(service, until=until, dry_run=True)['occurrences']) == 3
+    assert len(series(service, until=lesson(2) - timedelta(seconds=1), dry_run=True)['occurrences']) == 2
+    assert len(series(service, 'FREQ=WEEKLY;UNTIL=20261215T130000Z', dry_run=True)['occurrences']) == 3
+    assert len(series(service, 'FREQ=WEEKLY;UNTIL=20261215T125959Z', dry_run=True)['occurrences']) == 2
+
+
+def test_a_count_counts_slots_also_those_that_are_left_out(service):
+    found = series(service, count=4, skip_dates=['2026-12-08', '2026/12/22'])
+    assert [each['start'] for each in found['occurrences']] == [lesson(0), lesson(2)]
+    assert starts() == [1, 1 + 2 * WEEK]
+
+
+def test_one_time_of_a_day_can_be_left_out_and_the_other_not(service):
+    left_out = ['2026-12-02T09:00', '2026-12-03T13:00Z']
+    found = series(service, 'FREQ=DAILY;BYHOUR=9,14;COUNT=5', end=2, skip_dates=left_out)
+    assert [f"{each['start'].astimezone(read_zone('Europe/Paris')):%d %H}" for each in found['occurrences']] == [
+        '01 14', '02 14', '03 09']
+
+
+def test_holidays_are_left_out(service):
+    holidays = ('BEGIN:VCALENDAR\r\nVERSION:2.0\r\nPRODID:x\r\nBEGIN:VEVENT\r\nUID:1\r\nDTSTAMP:20260101T000000Z\r\n'
+                'DTSTART;VALUE=DATE:20261207\r\nDTEND;VALUE=DATE:20261210\r\nSUMMARY:rest\r\nEND:VEVENT\r\n'
+                'END:VCALENDAR\r\n')
+    found = series(service, 'daily', count=11, holidays=holidays)
+    assert [each['start'].day for each in found['occurrences']] == [1, 2, 3, 4, 5, 6, 10, 11]
+
+
+def test_the_series_begins_with_its_first_slot_not_with_its_start(service):
+    found = series(service, 'weekly on thu')
+    assert found['start'] == NOON + hours(49) and found['end'] == NOON + hours(51)
+
+
+def test_by_rest_and_on_the_command_line_a_series_is_the_same(app, run):
+    asked = {'label': 'class', 'resource': 'demo', 'start': '+1d', 'end': '+2h', 'repeat': 'every 3 days', 'count': 3,
+             'dry_run': True}
+    answers = [app.call('POST', '/reservation/', asked).json]
+    run('resource', 'add', 'demo')
+    code, out, _ = run('add', 'class', 'demo', '+1d', '+2h', '--repeat=every 3 days', '--count=3', '--format=json')
+    answers.append(json.loads(out))
+    assert {each['repeat'] for each in answers} == {'FREQ=DAILY;INTERVAL=3;COUNT=3'}
+    first, second = [[datetime.fromisoformat(each['start']) for each in one['occurrences']] for one in answers]
+    for found in first, second:
+        assert [each - found[0] for each in found] == [hours(72 * n) for n in range(3)]
+    assert first[0] == NOON + hours(24)
+
+
+def test_a_start_in_the_past_is_refused_also_for_a_series(service):
+    assert 'lies in the past' in str(refused(lambda: series(service, start=-3, end=-1), Invalid))
+
+
+def test_a_series_whose_zone_is_not_named_goes_by_that_of_the_configuration(tmp_path):
+    world = World(tmp_path, timezone='America/New_York')
+    assert series(world.service, tz='')['tz'] == 'America/New_York'
+    assert {begin[11:] for begin, _ in walls_of('America/New_York')} == {'08:00'}
+    cmres.close_store()
+
+
+# What doesn't fit
+
+@pytest.fixture
+def wall(service):
+    """The machines of the week after next are taken from 12:00 to 17:00."""
+    return book(service, 'wall', 2 * WEEK, 2 * WEEK + 5, vms=14)
+
+
+def test_a_series_is_refused_as_a_whole_and_all_that_does_not_fit_is_named(service, wall):
+    book(service, 'other', 3 * WEEK + 2, 3 * WEEK + 4, vms=13)
+    before = without_events()
+    with pytest.raises(NoCapacity) as refusal:
+        series(service, vms=4)
+    assert without_events() == before
+    said = str(refusal.value)
+    assert '2 of 53 occurrences do not fit, so nothing was changed; the first from 2026-12-15 14:00 CET' in said
+    assert "'demo' has 2 of 16 vms free" in said and '--on-conflict skip' in said
+    details = refusal.value.details
+    assert [(each['start'], each['end'], each['vms']) for each in details['conflicts']] == [
+        (lesson(2), lesson(2, 3), 4), (lesson(3), lesson(3, 3), 4)]
+    assert 'has 3 of 16 vms free' in details['conflicts'][1]['why']
+    assert labels(details['in_the_way']) == ['wall']
+    assert service.check()['differences'] == 0
+    assert service.events()[-1]['code'] == 'refused'
+
+
+def test_by_rest_a_series_that_does_not_fit_is_409_with_what_is_in_the_way(app, world, wall):
+    line = {'label': 'class', 'resource': 'demo', 'start': '2026-12-01T13:00Z', 'end': '+2h', 'vms': 4,
+            'repeat': 'weekly', 'count': 4}
+    for dry_run in (True, False):
+        answer = app.call('POST', '/reservation/', line | {'dry_run': dry_run}, 409).json['details']
+        assert [each['start'] for each in answer['conflicts']] == ['2026-12-15T13:00:00+00:00']
+        assert labels(answer['in_the_way']) == ['wall'] and rows_of() == []
+
+
+@pytest.mark.parametrize('dry_run', [True, False])
+def test_skip_takes_the_others_and_names_what_is_left_out(service, wall, dry_run):
+    before = dump()
+    found = series(service, vms=4, count=4, on_conflict='skip', dry_run=dry_run)
+    assert outcomes(found) == ['booked', 'booked', 'left out', 'booked']
+    assert ['why' in each for each in found['occurrences']] == [False, False, True, False]
+    assert 'has 2 of 16 vms free' in found['occurrences'][2]['why']
+    assert (dump() == before) == dry_run
+    assert starts() == ([] if dry_run else [1, 1 + WEEK, 1 + 3 * WEEK]) and service.check()['differences'] == 0
+
+
+@pytest.mark.parametrize('most, busy, moved', [
+    ('shift=2h', (0, 2), 2),      # to where it ends
+    ('shift=2h', (2, 6), 0),      # or to before it
+    ('shift=2h', (-1, 1.5), 1.5),
+    ('shift=2h', (1.5, 6), -0.5),
+    ('shift=2h', (0.5, 3.5), None),
+    ('shift=90m', (0, 2.75), None),
+    ('shift=1h45m', (0, 2.75), 2.75),
+    ('shift=3h', (0, 4), -2),       # as near on both sides: the earlier
+    ('shift=3h', (0.5, 4), -1.5),
+])
+def test_shift_takes_the_nearest_that_is_free_and_not_too_far(service, most, busy, moved):
+    book(service, 'wall', WEEK + busy[0], WEEK + busy[1], vms=16)
+    before = dump()
+    asked = dict(vms=4, count=3, on_conflict=most)
+    first = series(service, dry_run=True, **asked)
+    assert dump() == before
+    found = series(service, **asked)
+    assert found['occurrences'] == first['occurrences']
+    second = found['occurrences'][1]
+    if moved is None:
+        assert second['outcome'] == 'left out' and 'why' in second
+    else:
+        assert second['outcome'] == 'shifted' and 'why' in second
+        assert second['start'] == lesson(1, moved) and second['end'] - second['start'] == hours(2)
+    assert [found['occurrences'][n]['start'] for n in (0, 2)] == [lesson(0), lesson(2)]
+    assert service.check()['differences'] == 0
+
+
+def test_shift_moves_to_a_neighbour_only_if_there_is_room_for_its_lead_too(service):
+    book(service, 'wall', WEEK, WEEK + 2, vms=16)
+    found = series(service, count=2, on_conflict='shift=2h', lead=hours(0.5))
+    assert (found['occurrences'][1]['outcome'], found['occurrences'][1]['start']) == ('shifted', lesson(1, 2.5))
+
+
+def test_shift_is_never_into_the_past(world, service):
+    book(service, 'wall', 1, 4, vms=16)
+    found = series(service, count=2, on_conflict='shift=2h', end=2.5)
+    assert [each['outcome'] for each in found['occurrences']] == ['left out', 'booked']
+
+
+@given(st.lists(st.tuples(st.integers(0, 40), st.integers(1, 12), st.integers(1, 16)), max_size=12), st.integers(1, 16),
+       st.integers(1, 8), st.integers(0, 12))
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck), database=None)
+def test_shift_finds_what_trying_every_half_hour_would_find(world, busy, vms, length, most):
+    anew(world)
+    held = [0] * 120  # by half hours
+    for n, (begin, long, number) in enumerate(busy):
+        if all(held[at] + number <= 16 for at in range(begin, begin + long)):
+            book(world.service, f'b{n}', begin / 2, (begin + long) / 2, vms=number)
+            for at in range(begin, begin + long):
+                held[at] += number
+
+    def free(at):
+        return at >= 0 and all(each + vms <= 16 for each in held[at:at + length])
+    wish = dict(start=10, end=10 + length / 2, vms=vms, count=1, on_conflict=f'shift={most * 30}m', dry_run=True)
+    try:
+        found = series(world.service, **wish)['occurrences'][0]
+    except NoCapacity:
+        found = {'outcome': 'left out'}
+    nearest = sorted(range(20 - most, 21 + most), key=lambda at: (abs(at - 20), at))
+    expected = next((at for at in nearest if free(at)), None)
+    if expected is None:
+        assert found['outcome'] == 'left out'
+    else:
+        outcome = 'booked' if expected == 20 else 'shifted'
+        assert (found['outcome'], found['start']) == (outcome, NOON + hours(expected / 2))
+
+
+def test_an_overlapping_series_counts_against_itself(service):
+    said = refused(lambda: series(service, 'daily', vms=9, end=30, count=3, dry_run=True), NoCapacity)
+    assert '1 of 3 occurrences do not fit' in str(said)
+    assert outcomes(series(service, 'daily', vms=9, end=30, count=4, on_conflict='skip')) == [
+        'booked', 'left out', 'booked', 'left out']
+
+
+@pytest.mark.parametrize('change', [
+    {'vms': 17}, {'start': NOON + hours(2)}, {'end': hours(5)},
+    {'vms': 3, 'following': True, 'occurrence': date(2026, 12, 8)}, {'repeat': 'FREQ=DAILY'},
+    {'start': NOON + hours(2 * WEEK + 1), 'occurrence': date(2026, 12, 8)}])
+@pytest.mark.parametrize('dry_run', [True, False])
+def test_a_change_of_a_series_that_does_not_fit_leaves_everything_as_it_was(service, change, dry_run):
+    series(service, vms=2, count=5)
+    book(service, 'wall', 2 * WEEK + 3, 2 * WEEK + 5, vms=15)
+    book(service, 'door', 2 * WEEK + 1, 2 * WEEK + 2, vms=14)
+    book(service, 'morning', 24, 26, vms=15)
+    assert refused(lambda: service.update('class', dry_run=dry_run, **change), NoCapacity).details
+
+
+def test_a_dry_run_of_a_change_tells_what_it_would_do_and_keeps_nothing(service):
+    series(service, count=4, vms=2)
+    service.skip('class', occurrence=date(2026, 12, 8))
+    before = dump()
+    said = service.update('class', start=NOON + hours(2), dry_run=True)['occurrences']
+    assert dump() == before
+    assert service.update('class', start=NOON + hours(2))['occurrences'] == said
+    assert [each['outcome'] for each in said] == ['changed'] * 3
+
+
+# Changes against a model
+
+
+class Model:
+    """What a weekly series should be: of each slot start and length in hours, and vms; by its number.
+
+    Args:
+      busy: what others hold: (begin, end, vms)
+    """
+
+    def __init__(self, number, busy):
+        self.plan = {n: [1 + n * WEEK, 2, 2] for n in range(number)}
+        self.alone, self.gone, self.busy, self.now = {}, set(), busy, 0
+
+    def at(self, n):
+        return self.alone.get(n, self.plan[n])
+
+    def live(self):
+        return [n for n in sorted(self.plan) if n not in self.gone and sum(self.at(n)[:2]) > self.now]
+
+    def coming(self):
+        return [n for n in self.live() if self.at(n)[0] > self.now]
+
+    def fits(self):
+        windows = self.busy + [(at, at + long, vms) for n in self.live() for at, long, vms in [self.at(n)]]
+        return all(sum(vms for begin, end, vms in windows if begin <= each < end) <= 16
+                   for each, *_ in windows if each >= self.now)
+
+    def copy(self):
+        new = Model(0, self.busy)
+        new.plan = {n: list(each) for n, each in self.plan.items()}
+        new.alone, new.gone, new.now = {n: list(each) for n, each in self.alone.items()}, set(self.gone), self.now
+        return new
+
+    def rows(self):
+        return {n: (*self.at(n), n in self.gone) for n in self.plan}
+
+
+def in_store():
+    slots = sorted({each.slot for each in rows_of()})
+    assert len(slots) == len(rows_of())
+    return {slots.index(each.slot): ((each.start - NOON.timestamp()) / 3600, (each.end - each.start) / 3600, each.vms,
+                                     each.cancelled is not None) for each in rows_of()}
+
+
+#: Changes of one, with + of that and the following, with * of all.
+KINDS = ['move', 'resize', 'grow', 'cancel', 'skip', 'extend', 'nothing', 'move+', 'resize+', 'grow+', 'both+', 'move*',
+         'resize*', 'grow*'] * 3 + ['cancel+']
+
+
+def change_of(model, service, chance, reach):
+    """A random change: what to call, and what the model is after it."""
+    new, live, coming = model.copy(), model.live(), model.coming()
+    n = chance.choice(live if chance.random() < 0.3 else coming or live)
+    if sum(model.at(each)[0] == model.at(n)[0] for each in live) > 1:
+        return None, None  # which of them is meant can't be said
+    at, long, vms = model.at(n)
+    moment = NOON + hours(at)
+    kind = chance.choice(KINDS)
+    slot = 1 + n * WEEK
+    to, length, number = slot + chance.randrange(-reach, reach + 1) / 2, chance.randint(1, 12) / 2, chance.randint(1, 9)
+    changes = {'move': {'start': NOON + hours(to)}, 'resize': {'end': NOON + hours(at + length)},
+               'grow': {'vms': number}, 'both': {'start': NOON + hours(to), 'end': hours(length)}}
+    if kind.endswith('+') and n not in coming:
+        kind = 'grow'
+    if kind in ('cancel', 'skip'):
+        new.gone.add(n)
+        verb = service.delete if kind == 'cancel' else service.skip
+        return lambda: verb('class', occurrence=moment), new
+    if kind == 'extend':
+        new.alone[n] = [at, long + length, vms]
+        return lambda: service.extend('class', hours(length), occurrence=moment), new
+    if kind == 'cancel+':
+        new.gone |= {each for each in live if each >= n}
+        return lambda: service.delete('class', occurrence=moment, following=True), new
+    if kind == 'nothing':
+        return lambda: service.update('class', description=str(chance.random())), new
+    what = changes[kind.rstrip('+*')]
+    moved = to if 'start' in what else at
+    if kind[-1] not in '+*':
+        new.alone[n] = [moved, length if 'end' in what else long, number if 'vms' in what else vms]
+        return lambda: service.update('class', occurrence=moment, **what), new
+    if kind.endswith('*'):
+        n = min(coming or live, key=lambda each: (model.at(each)[0], each))
+        if kind == 'move*' and n in model.alone:
+            kind = 'grow*'
+        at, long, vms = model.at(n)
+        slot = 1 + n * WEEK
+        to = slot + chance.randrange(-reach, reach + 1) / 2
+        changes |= {'move': {'start': NOON + hours(to)}, 'resize': {'end': hours(length)}}
+        what = changes[kind[:-1]]
+        moved = to if 'start' in what else at
+    else:
+        new.alone.pop(n, None)
+    by = moved - model.plan[n][0] if 'start' in what else 0
+    for each in new.plan:
+        if each in coming and (kind.endswith('*') or each >= n):
+            start, old, machines = model.plan[each]
+            new.plan[each] = [start + by, length if 'end' in what else old, number if 'vms' in what else machines]
+    rest = {'following': True, 'occurrence': moment} if kind.endswith('+') else {}
+    return lambda: service.update('class', **rest, **what), new
+
+
+def play(world, seed, steps, waits, reach=120):
+    chance, service = random.Random(seed), world.service
+    anew(world)
+    busy, tried = [], {True: 0, False: 0}
+    for n in range(12):
+        begin, long, vms = chance.randrange(1, 24 * 80), chance.randint(1, 40), chance.randint(3, 12)
+        try:
+            book(service, f'b{n}', begin, begin + long, vms=vms)
+            busy.append((begin, begin + long, vms))
+        except NoCapacity:
+            pass
+    world.at(0)
+    model = Model(12, busy)
+    try:
+        series(service, 'weekly', vms=2, count=12, tz='UTC')
+    except NoCapacity:
+        assert not model.fits()
+        return tried
+    assert model.fits()
+    for _ in range(steps):
+        if waits and chance.random() < 0.15:
+            model.now += chance.choice([0.5, 1, 5, 24, 70, 160])
+            world.at(model.now)
+            assert in_store() == model.rows()
+        if not model.live():
+            break
+        call, new = change_of(model, service, chance, reach)
+        if not call:
+            continue
+        before = without_events()
+        try:
+            call()
+        except NoCapacity:
+            assert not new.fits()
+            assert without_events() == before
+            tried[False] += 1
+            continue
+        except (Invalid, Conflict) as error:  # into the past, or of one that has begun
+            assert 'past' in str(error) or 'begun' in str(error) or 'future' in str(error), str(error)
+            assert without_events() == before
+            continue
+        tried[True] += 1
+        model = new
+        assert model.fits()
+        assert in_store() == model.rows()
+        assert service.check()['differences'] == 0
+    return tried
+
+
+def test_after_any_changes_a_series_is_what_a_model_says(world):
+    tried = [play(world, seed, 25, waits=False) for seed in range(24)]
+    assert sum(each[True] for each in tried) > 200 and sum(each[False] for each in tried) > 10
+
+
+def test_after_any_changes_in_the_course_of_time_a_series_is_what_a_model_says(world):
+    for seed in range(100, 124):
+        play(world, seed, 25, waits=True)
+
+
+# Changes one by one
+
+def test_an_occurrence_that_was_moved_stays_there_whatever_the_series_does(world, service):
+    series(service, count=5)
+    service.update('class', occurrence=date(2026, 12, 8), start=lesson(1, 50))
+    service.update('class', vms=2)
+    service.update('class', start=NOON + hours(2), end=hours(1))
+    service.update('class', description='new')
+    service.update('class', occurrence=date(2026, 12, 1), following=True, vms=3)
+    assert kept() == [(2, 1, 3), (WEEK + 50, 2, 1), *((2 + WEEK * n, 1, 3) for n in (2, 3, 4))]
+    for day in (1, 7.5, 8, 8.5, 9):
+        world.at(24 * day)
+        assert (WEEK + 50, 2, 1) in kept()
+    assert service.check()['differences'] == 0
+
+
+def test_what_was_kept_longer_goes_on_although_the_series_changes(world, service):
+    series(service, 'daily', start=10, end=11, count=4)
+    world.at(10.5)
+    service.extend('class', hours(6))
+    service.update('class', vms=2)
+    world.at(13)  # a new day: it is carried on
+    service.update('class', vms=3)
+    assert kept() == [(10, 7, 1), *((10 + 24 * n, 1, 3) for n in (1, 2, 3))]
+    assert world.state('class') == 'reserved' and service.show('class')['state'] == 'active'
+
+
+def test_what_was_moved_to_an_earlier_day_or_made_shorter_does_not_come_again(world, service):
+    series(service, 'weekly', end=5, count=3)
+    service.update('class', occurrence=lesson(0), end=hours(1))
+    service.update('class', occurrence=lesson(1), start=NOON + hours(30))
+    world.at(3)
+    service.update('class', vms=2)
+    world.at(40)
+    service.update('class', description='x')
+    world.at(WEEK + 2)
+    assert kept() == [(1, 1, 1), (30, 4, 1), (1 + 2 * WEEK, 4, 2)] and len(rows_of()) == 3
+
+
+def test_a_change_of_all_reaches_those_before_one_that_was_moved_to_the_front(service):
+    series(service, count=5)
+    service.update('class', occurrence=lesson(3), start=NOON + hours(0.5))
+    service.update('class', vms=3)
+    assert [vms for _, _, vms in kept()] == [1, 3, 3, 3, 3]
+
+
+def test_this_and_following_means_the_order_in_which_they_were_planned(world, service):
+    series(service, count=5)
+    service.update('class', occurrence=lesson(1), start=lesson(2, 100))
+    service.delete('class', occurrence=lesson(2, 100), following=True)
+    assert starts() == [1]
+    world.at(30)
+    assert starts() == [1]
+
+
+def test_a_series_may_go_every_other_week_and_back(service):
+    series(service, count=5)
+    service.update('class', repeat=read_repeat('every 2 weeks'), count=3)
+    assert starts() == [1, 1 + 2 * WEEK, 1 + 4 * WEEK]
+    service.update('class', repeat=read_repeat('weekly'), count=5)
+    assert starts() == [1 + n * WEEK for n in range(5)]
+
+
+def test_a_skipped_one_stays_skipped_when_the_series_changes(world, service):
+    series(service, count=5)
+    service.skip('class', occurrence=lesson(1))
+    service.update('class', repeat=read_repeat('every 2 weeks'), count=3)
+    service.update('class', repeat=read_repeat('weekly'), count=5)
+    service.update('class', start=NOON + hours(2), vms=2)
+    world.at(30)
+    assert starts() == [2, *(2 + n * WEEK for n in (2, 3, 4))]
+
+
+def test_another_rule_replaces_all_that_comes_after_it(service):
+    series(service, count=5)
+    service.update('class', occurrence=lesson(2), following=True, start=lesson(2, 3))
+    service.update('class', repeat=read_repeat('weekly on mon'), count=3)
+    assert {NOON + hours(at) for at in starts()} == {lesson(n, 1 - 24) for n in (1, 2, 3)}
+
+
+def test_another_rule_from_one_occurrence_on_leaves_those_before(service):
+    series(service, count=5)
+    service.update('class', occurrence=lesson(2), following=True, repeat=read_repeat('daily'), count=3)
+    assert starts() == [1, 1 + WEEK, *(1 + 2 * WEEK + 24 * n for n in range(3))]
+
+
+def test_the_end_of_a_series_can_be_moved_there_and_back(service):
+    series(service, until=date(2026, 12, 22))
+    service.update('class', until=date(2026, 12, 8))
+    assert starts() == [1, 1 + WEEK]
+    service.update('class', until=date(2026, 12, 29))
+    assert starts() == [1 + n * WEEK for n in range(5)]
+    service.update('class', count=3)
+    assert starts() == [1 + n * WEEK for n in range(3)]
+
+
+def test_days_can_be_left_out_later_and_nothing_else_changes(world, service):
+    series(service, count=5)
+    service.update('class', occurrence=lesson(0), start=NOON + hours(25))
+    world.at(WEEK + 4)
+    service.update('class', skip_dates=['2026-12-22'])
+    assert starts() == [25, 1 + WEEK, 1 + 2 * WEEK, 1 + 4 * WEEK]
+
+
+def test_a_plain_reservation_becomes_a_series(world, service):
+    book(service, 'class', 1, 3)
+    service.update('class', repeat=read_repeat('weekly'), count=3, tz='Europe/Paris')
+    assert starts() == [1, 1 + WEEK, 1 + 2 * WEEK]
+    assert service.show('class')['repeat'] == 'FREQ=WEEKLY;COUNT=3' and len(rows_of()) == 3
+
+
+@pytest.mark.parametrize('change, word', [
+    ({'image': 'cirros', 'flavor': 'm1.small'}, 'flavor'), ({'description': 'x'}, 'description'),
+    ({'rename': 'other'}, 'label'), ({'lead': hours(1)}, 'lead'), ({'repeat': 'FREQ=DAILY'}, 'repeat'),
+    ({'notify': ['a@b']}, 'notify')])
+def test_what_all_have_in_common_can_not_be_another_for_one(service, change, word):
+    series(service, count=5)
+    said = refused(lambda: service.update('class', occurrence=lesson(1), **change), Invalid)
+    assert str(said) == (f'the {word} is the same for all occurrences; some alone can have another end, resource, '
+                         'start, vms')
+
+
+def test_an_occurrence_that_is_not_there_is_named(service):
+    series(service, count=5)
+    for verb in (service.skip, service.delete, lambda *a, **more: service.update(*a, vms=2, **more),
+                 lambda *a, **more: service.extend(*a, hours(1), **more)):
+        said = refused(lambda: verb('class', occurrence=date(2026, 12, 9)), NotFound)
+        assert str(said) == "'class' has no occurrence that is not over on 2026-12-09"
+
+
+def test_an_occurrence_is_named_by_its_date_in_the_zone_of_the_series(service):
+    series(service, tz='Pacific/Apia', count=3, start=20, end=22)  # 21:00 of the 2nd there
+    service.skip('class', occurrence=date(2026, 12, 9))
+    assert starts() == [20, 20 + 2 * WEEK]
+
+
+def test_the_end_of_one_that_begins_in_a_missing_hour_is_where_it_was_put(world):
+    paris = functools.partial(at_wall, 'Europe/Paris', 2027, 3)
+    world.now = paris(20).timestamp()
+    world.service.add('class', 'demo', paris(21, 2, 30), hours(2), repeat='FREQ=WEEKLY;COUNT=3', tz='Europe/Paris')
+    world.service.update('class', occurrence=date(2027, 3, 28), following=True, end=paris(28, 6, 30))
+    assert [end[11:] for _, end in walls_of('Europe/Paris')] == ['04:30', '06:30', '06:30']
+
+
+def test_another_resource_for_all_or_from_one_on_or_for_one(service):
+    service.resource_add('spare', vms=4)
+    series(service, count=5, vms=3)
+    service.update('class', occurrence=lesson(0), resource='spare')
+    service.update('class', occurrence=lesson(3), following=True, resource='spare')
+    names = {each.id: each.name for each in cmres.rows('SELECT id, name FROM resource')}
+    assert [names[each.resource_id] for each in rows_of()] == ['spare', 'demo', 'demo', 'spare', 'spare']
+    assert refused(lambda: service.update('class', resource='spare', vms=5), NoCapacity)
+    service.update('class', resource='demo')
+    assert [names[each.resource_id] for each in rows_of()] == ['spare', *['demo'] * 4]
+    assert service.check()['differences'] == 0
+
+
+def test_what_was_left_out_is_tried_again_when_the_series_asks_for_less(service, wall):
+    series(service, vms=4, count=4, on_conflict='skip')
+    found = service.update('class', vms=2)
+    assert [each['outcome'] for each in found['occurrences']] == ['changed', 'changed', 'booked', 'changed']
+    assert starts() == [1 + n * WEEK for n in range(4)] and service.check()['differences'] == 0
+
+
+def test_what_was_left_out_and_then_finds_room_nearby_is_there(service):
+    book(service, 'wall', WEEK + 1, WEEK + 5, vms=16)
+    series(service, count=3, start=2, end=3, on_conflict='shift=1h')
+    service.update('class', start=NOON + hours(1))
+    assert starts() == [1, WEEK, 1 + 2 * WEEK]
+
+
+def test_a_change_with_skip_leaves_those_where_they_were_that_have_no_room(service):
+    series(service, vms=4, count=3, on_conflict='skip')
+    book(service, 'door', WEEK + 4, WEEK + 6, vms=14)
+    found = service.update('class', start=NOON + hours(3))
+    assert [each['outcome'] for each in found['occurrences']] == ['changed', 'unchanged', 'changed']
+    assert starts() == [3, 1 + WEEK, 3 + 2 * WEEK] and service.check()['differences'] == 0
+
+
+def test_no_one_of_another_project_changes_a_series(world, service):
+    series(service, count=3)
+    eva = world.as_user()
+    for verb in (eva.skip, eva.delete, eva.show, lambda label: eva.update(label, vms=2)):
+        refused(lambda: verb('class'), NotFound)
+
+
+# Skip, keep, extend, delete, list
+
+def test_skip_leaves_out_the_next_that_has_not_begun(world, service):
+    series(service, count=4)
+    assert service.skip('class')['start'] == lesson(0)
+    world.at(WEEK + 2)
+    assert service.skip('class')['start'] == lesson(2)  # the second runs
+    assert starts() == [1 + WEEK, 1 + 3 * WEEK]
+    assert service.skip('class', occurrence=date(2026, 12, 22))['state'] == 'cancelled'
+    refused(lambda: service.skip('class'), Conflict)
+    assert 'skipped by root' in [each['sentence'] for each in service.events('class')]
+
+
+def test_a_skipped_hour_is_free_for_others(world, service):
+    series(service, vms=16, count=3)
+    refused(lambda: world.service.find('demo', hours(2), after=lesson(1), before=lesson(1)), Invalid)
+    service.skip('class', occurrence=lesson(1))
+    assert book(service, 'guest', 1 + WEEK, 3 + WEEK, vms=16)['state'] == 'reserved'
+
+
+def test_keep_lets_only_what_runs_go_on(world, service):
+    series(service, count=3)
+    refused(lambda: service.keep('class', hours(1)), Conflict)
+    world.at(WEEK + 2)
+    assert service.keep('class', hours(1))['start'] == lesson(1)
+    assert kept() == [(1, 2, 1), (1 + WEEK, 3, 1), (1 + 2 * WEEK, 2, 1)]
+
+
+def test_extend_is_of_one_occurrence(world, service):
+    series(service, count=3)
+    service.extend('class', hours(1))
+    service.extend('class', hours(2), occurrence=date(2026, 12, 15))
+    assert [length for _, length, _ in kept()] == [3, 2, 4]
+    book(service, 'wall', 1 + WEEK + 2, 1 + WEEK + 3, vms=16)
+    refused(lambda: service.extend('class', hours(1), occurrence=date(2026, 12, 8)), NoCapacity)
+
+
+def test_delete_is_of_one_of_those_from_one_on_or_of_all(world, service):
+    series(service, count=6)
+    service.delete('class', occurrence=date(2026, 12, 8))
+    assert starts() == [1 + n * WEEK for n in (0, 2, 3, 4, 5)]
+    service.delete('class', occurrence=date(2026, 12, 29), following=True)
+    assert starts() == [1 + n * WEEK for n in (0, 2, 3)]
+    before = dump()
+    assert len(service.delete('class', dry_run=True)) == 1 and dump() == before
+    assert len(service.delete('class')) == 1
+    assert starts() == [] and service.check() == {'steps': 0, 'differences': 0}
+    refused(lambda: service.delete('class'), NotFound)
+
+
+def test_following_needs_an_occurrence(service):
+    series(service, count=3)
+    refused(lambda: service.delete('class', following=True), Invalid)
+    refused(lambda: service.delete(user='root', occurrence=date(2026, 12, 1), count=1), Invalid)
+
+
+def test_delete_ends_a_series_that_has_no_end(world, service):
+    series(service)
+    service.delete('class')
+    world.at(24 * 400)
+    assert starts() == [] and service.list() == []
+
+
+def test_deleted_from_one_on_it_does_not_go_on_at_the_horizon(world, service):
+    series(service, 'daily')
+    service.delete('class', occurrence=date(2026, 12, 4), following=True)
+    world.at(48)
+    assert starts() == [1, 25, 49] and service.show('class')['booked_until'] is None
+    book(service, 'other', 1000, 1001)
+    world.at(75)
+    series(service, 'weekly', start=80, end=81)  # its label is free again
+
+
+@pytest.mark.parametrize('rule', ['weekly', 'yearly', 'every 3 years'])
+def test_a_label_is_taken_until_the_series_is_over(world, service, rule):
+    series(service, rule, start=49, end=50)
+    for moment in (0, 49.5, 60, 24 * 300):
+        world.at(moment)
+        said = refused(lambda: book(service, 'class', 24 * 300 + 1, 24 * 300 + 2), Conflict)
+        assert "the label 'class' is taken" in str(said)
+        assert labels(service.list()) == ['class']
+    service.delete('class')
+    assert book(service, 'class', 24 * 300 + 1, 24 * 300 + 2)
+
+
+@pytest.mark.parametrize('change', [lambda service: service.extend('class', hours(3), occurrence=lesson(1)),
+                                    lambda service: service.update('class', occurrence=lesson(1), start=lesson(1, 4))])
+def test_the_last_occurrence_is_found_until_its_own_end(world, service, change):
+    series(service, count=2)
+    change(service)
+    world.at(WEEK + 4.5)
+    assert service.show('class')['state'] == 'active' and labels(service.list()) == ['class']
+    refused(lambda: book(service, 'class', WEEK + 10, WEEK + 11), Conflict)
+    service.delete('class')
+
+
+def test_a_last_occurrence_that_runs_is_kept_and_kept_again(world, service):
+    series(service, count=2, image='cirros', flavor='m1.small')
+    for moment in (WEEK + 1, WEEK + 1.1, WEEK + 2.5):
+        world.at(moment)
+    service.keep('class', hours(2))
+    world.at(WEEK + 4)
+    service.keep('class', hours(2))
+    world.at(WEEK + 6)
+    assert len(world.there()) == 1
+
+
+def test_a_label_is_free_when_the_last_occurrence_is_over(world, service):
+    series(service, count=2)
+    world.at(WEEK + 2.9)
+    refused(lambda: book(service, 'class', WEEK + 5, WEEK + 6), Conflict)
+    world.at(WEEK + 3)
+    assert book(service, 'class', WEEK + 5, WEEK + 6)
+
+
+@pytest.mark.parametrize('rule', ['yearly', 'every 2 years'])
+def test_a_rare_series_whose_next_is_skipped_can_still_be_seen_and_deleted(world, service, rule):
+    series(service, rule, start=49, end=50)
+    service.skip('class')
+    assert labels(service.list()) == ['class'] and service.list()[0]['start'].year > 2026
+    service.delete('class')
+    assert service.list() == [] and book(service, 'class')
+
+
+def test_a_list_has_one_line_for_each_series_and_all_of_it_when_asked(world, service):
+    series(service, count=5)
+    series(service, 'daily', 'night', 10, 18, count=3)
+    book(service, 'lab', 5, 6)
+    assert labels(service.list()) == ['class', 'lab', 'night']
+    assert [each['start'] for each in service.list('class')] == [lesson(n) for n in range(5)]
+    world.at(WEEK)
+    assert [(each['label'], each['start']) for each in service.list()] == [('class', lesson(1))]
+    assert [each['start'] for each in service.list('class', state=['reserved'])] == [lesson(n) for n in (1, 2, 3, 4)]
+    found = service.list(start=NOON + hours(24), end=lesson(2, 2))
+    assert labels(found) == ['night', 'night', 'class', 'class']
+    assert labels(service.list(state=['ended'])) == ['class', 'lab', 'night', 'night', 'night']
+    assert labels(service.list(start=NOON, end=NOON + hours(24), limit=2)) == ['class', 'lab']
+
+
+def test_pages_of_a_series_follow_each_other(service):
+    series(service, 'daily', count=9)
+    seen, after = [], 0
+    while page := service.list('class', limit=4, after=after):
+        seen += page
+        after = page[-1]['id']
+    assert [each['start'] for each in seen] == [NOON + hours(1 + 24 * n) for n in range(9)]
+
+
+def test_show_tells_what_comes_and_how_far_it_is_booked(world, service):
+    series(service, 'daily')
+    shown = service.show('class')
+    assert shown['booked_until'] == NOON + hours(YEAR) and len(shown['occurrences']) == 366
+    assert shown['occurrences'][1] == {'start': NOON + hours(25), 'end': NOON + hours(27), 'vms': 1, 'resource': 'demo',
+                                       'state': 'reserved'}
+    assert (shown['repeat'], shown['tz'], shown['on_conflict']) == ('FREQ=DAILY', 'Europe/Paris', 'refuse')
+    world.at(49.5)
+    shown = service.show('class')
+    assert shown['state'] == 'active' and shown['occurrences'][0]['start'] == NOON + hours(49)
+    assert service.show('class', occurrence=date(2026, 12, 2))['state'] == 'ended'
+    assert series(service, 'daily', 'three', 60, 61, count=3)['booked_until'] is None
+
+
+# The horizon
+
+def test_a_series_without_end_is_in_rows_for_366_days_and_from_day_to_day_further(world, service):
+    series(service, 'daily', tz='UTC')
+    assert starts() == [1 + 24 * n for n in range(366)]
+    world.at(0.5)
+    assert len(starts()) == 366
+    for day in (1, 2, 5, 100):
+        world.at(24 * day + 0.5)
+        assert starts() == [1 + 24 * n for n in range(366 + day)]
+    assert service.show('class')['booked_until'] == NOON + hours(24 * 466 + 0.5)
+    assert service.check()['differences'] == 0
+
+
+@pytest.mark.parametrize('length', [2, 30, 60, 24 * 8])
+def test_a_series_goes_on_however_long_its_occurrences_are(world, service, length):
+    series(service, 'daily', end=1 + length, tz='UTC')
+    world.at(24 * 20)
+    assert starts() == [1 + 24 * n for n in range(386)]
+
+
+def test_the_horizon_is_a_setting(tmp_path):
+    world = World(tmp_path, horizon=7)
+    series(world.service, 'daily')
+    assert len(starts()) == 7
+    world.at(30)
+    assert len(starts()) == 9
+    cmres.close_store()
+
+
+@pytest.mark.parametrize('rule, days', [('every 2 years', 731), ('every 3 years', 1096),
+                                        ('FREQ=YEARLY;BYMONTH=2;BYMONTHDAY=29', 455)])
+def test_of_a_rare_series_the_next_is_always_there(world, service, rule, days):
+    series(service, rule)
+    for day in (2, 300, days - 1, days + 1, 2 * days):
+        world.at(24 * day)
+        assert max(starts()) > 24 * day and labels(service.list()) == ['class']
+
+
+def test_what_has_no_room_at_the_horizon_is_left_out_and_told(world, service):
+    series(service, 'daily', notify=['https://example.org/'])
+    book(service, 'wall', YEAR + 24, YEAR + 24 + 5, vms=16)
+    world.at(72)
+    assert 1 + YEAR + 24 not in starts() and 1 + YEAR + 48 in starts()
+    told = [each['sentence'] for each in service.events('class') if each['code'] == 'refused']
+    assert len(told) == 1 and told[0].startswith("2027-12-03 14:00 CET is left out: 'demo' has 0 of 16 vms free")
+    world.at(96.5)
+    assert len([each for each in service.events('class', limit=1000) if each['code'] == 'refused']) == 1
+    assert service.check()['differences'] == 0
+
+
+def test_what_has_no_room_at_the_horizon_is_shifted_where_that_was_asked_for(world, service):
+    series(service, 'daily', on_conflict='shift=2h')
+    book(service, 'wall', YEAR + 24, YEAR + 24 + 2, vms=16)
+    world.at(72)
+    assert YEAR + 24 + 2 in starts()
+    assert ' is shifted: ' in [each for each in service.events('class') if each['code'] == 'refused'][0]['sentence']
+    before = kept()
+    world.at(96)
+    assert kept()[:len(before)] == before
+
+
+def test_a_resource_that_was_made_smaller_takes_nothing_away_and_gives_nothing_more(world, service):
+    series(service, 'daily', vms=10)
+    service.resource_update('demo', vms=5, force=True)
+    before = starts()
+    world.at(72)
+    assert starts() == before
+    assert len([each for each in service.events('class', limit=1000) if each['code'] == 'refused']) == 3
+    service.resource_update('demo', vms=10)
+    world.at(96)
+    assert max(starts()) == 1 + 24 * 369 and len(starts()) == 367
+
+
+def test_what_was_skipped_or_moved_stays_so_while_the_series_is_carried_on(world, service):
+    series(service, 'daily', tz='UTC')
+    service.skip('class', occurrence=NOON + hours(25 + 240))
+    service.update('class', occurrence=NOON + hours(1 + 240), start=NOON + hours(10 + 240))
+    service.update('class', occurrence=NOON + hours(1 + 480), following=True, start=NOON + hours(2 + 480), vms=2)
+    for day in range(1, 13):
+        world.at(24 * day)
+    days = [n for n in range(378) if n != 11]
+    assert kept() == [(24 * n + (10 if n == 10 else 1 if n < 20 else 2), 2, 1 if n < 20 else 2) for n in days]
+    assert service.check()['differences'] == 0
+
+
+def test_carrying_on_again_on_the_same_day_changes_nothing(world, service):
+    series(service, 'daily'), series(service, 'weekly', 'other', vms=2)
+    world.at(24)
+    before = [line for line in dump() if 'INTO "lease"' not in line]
+    world.cycle = cmres.LifeCycle(world.config, world.clouds, lambda: world.now)
+    world.cycle.refresh(world.now)
+    assert [line for line in dump() if 'INTO "lease"' not in line] == before
+    for id in (1, 2):
+        with cmres.transaction():
+            service.refresh(id, world.now)
+    assert (len(starts()), len(starts('other'))) == (367, 53) and service.check()['differences'] == 0
+
+
+def test_many_series_are_carried_on_in_small_batches(world, service):
+    service.resource_add('wide')
+    for n in range(45):
+        book(service, f'c{n}', 1, 2, 'wide', repeat='FREQ=WEEKLY', tz='UTC')
+    world.at(0)
+    world.at(WEEK)
+    for _ in range(3):
+        world.cycle.settle()
+    assert {len(starts(f'c{n}')) for n in range(45)} == {54}
+
+
+# Another zone table
+
+class Shifted(zoneinfo.ZoneInfo):
+    """A zone as its government has just changed it: an hour further from 2027 on, say."""
+    since = datetime(2027, 1, 1)
+
+    def utcoffset(self, moment):
+        return super().utcoffset(moment) + hours(moment.replace(tzinfo=None) >= self.since)
+
+    def dst(self, moment):
+        return super().dst(moment)
+
+    def tzname(self, moment):
+        return super().tzname(moment)
+
+    def fromutc(self, moment):
+        local = super().fromutc(moment)
+        return local + hours(local.replace(tzinfo=None) >= self.since)
+
+
+@pytest.fixture
+def government(monkeypatch):
+    """Changes Paris's clocks from 2027 on, and says so in the release of the zone table."""
+    def change():
+        monkeypatch.setattr(cmres, 'read_zone', lambda name: (
+            Shifted.no_cache(name) if name == 'Europe/Paris' else read_zone(name)))
+        monkeypatch.setattr(cmres, 'zone_table', lambda: 'the next')
+    return change
+
+
+def test_when_a_zone_changes_its_offset_the_wall_times_stay(world, service, government):
+    series(service, 'weekly', count=12)
+    series(service, 'weekly', 'fixed', count=12, tz='Asia/Kathmandu')
+    world.at(5)
+    government()
+    world.at(24)
+    assert starts() == [1 + n * WEEK - (n >= 5) for n in range(12)]  # the sixth is in 2027
+    assert starts('fixed') == [1 + n * WEEK for n in range(12)]
+    paris = Shifted.no_cache('Europe/Paris')
+    assert {f'{cmres.instant(each.start).astimezone(paris):%H:%M}' for each in rows_of()} == {'14:00'}
+    assert {each.end - each.start for each in rows_of()} == {7200} and service.check()['differences'] == 0
+
+
+def test_at_once_in_a_new_process_and_not_only_on_the_next_day(world, service, government):
+    series(service, 'weekly', count=12)
+    world.at(5)
+    government()
+    world.cycle = cmres.LifeCycle(world.config, world.clouds, lambda: world.now)
+    world.at(5 + 1 / 60)
+    world.now += 10
+    world.cycle.settle()
+    assert starts()[-1] == 11 * WEEK
+
+
+def test_what_was_changed_on_its_own_or_has_begun_or_is_over_stays_when_a_zone_changes(world, service, government):
+    series(service, 'weekly', count=12)
+    service.update('class', occurrence=lesson(8), start=lesson(8, 30))
+    service.skip('class', occurrence=lesson(9))
+    world.at(7 * WEEK + 2)
+    before = [(each.start, each.end) for each in rows_of()]
+    government()
+    with cmres.transaction():
+        service.refresh(1, world.now)
+    after = [(each.start, each.end) for each in rows_of()]
+    assert after[:7] == before[:7] and after[7][0] == before[7][0] and after[8:10] == before[8:10]
+    assert [a - b for (a, _), (b, _) in zip(after[10:], before[10:])] == [-3600] * 2
+    assert rows_of()[9].cancelled and service.check()['differences'] == 0
+
+
+def test_what_has_no_room_at_its_new_instant_stays_where_it_was(world, service, government):
+    series(service, 'weekly', count=12, vms=4)
+    book(service, 'wall', 6 * WEEK, 6 * WEEK + 1, vms=14)
+    world.at(5)
+    government()
+    world.at(24)
+    assert [at - n * WEEK for n, at in enumerate(starts())] == [1, 1, 1, 1, 1, 0, 1, 0, 0, 0, 0, 0]
+    assert service.check()['differences'] == 0
+
+
+@pytest.fixture
+def other_table(tmp_path, monkeypatch):
+    """Puts another file in the place of Paris's, as an update of the system's zones does while a scheduler runs."""
+    def change():
+        here = next(file for path in zoneinfo.TZPATH if (file := Path(path) / 'Africa/Nairobi').exists())
+        (tmp_path / 'zones/Europe').mkdir(parents=True)
+        shutil.copy(here, tmp_path / 'zones/Europe/Paris')
+        zoneinfo.reset_tzpath([str(tmp_path / 'zones')])
+        monkeypatch.setattr(cmres, 'zone_table', lambda: 'the next')
+    yield change
+    zoneinfo.reset_tzpath()
+    zoneinfo.ZoneInfo.clear_cache()
+
+
+def test_a_scheduler_that_runs_notices_that_the_files_of_the_zones_are_others(world, service, other_table):
+    series(service, 'weekly', count=5)
+    world.at(5)
+    other_table()
+    world.at(24)
+    assert starts() == [1, *(1 + n * WEEK - 2 for n in range(1, 5))]  # 14:00 at +03:00
+
+
+# Machines
+
+def test_each_occurrence_of_a_series_has_its_own_machines(world, service):
+    series(service, vms=2, image='cirros', flavor='m1.small', count=4)
+    ids = [each['id'] for each in service.list('class')]
+    for n, id in enumerate(ids):
+        world.at(WEEK * n)
+        assert world.there() == []
+        world.at(1 + WEEK * n)
+        world.at(1.1 + WEEK * n)
+        assert world.there() == [f'class-{id}-1', f'class-{id}-2']
+        assert (service.show('class')['state'], service.show('class')['id']) == ('active', id)
+        assert {each['state'] for each in service.servers('class')} == {'active'}
+        world.at(3 + WEEK * n)
+        world.at(3.1 + WEEK * n)
+        assert world.there() == []
+    assert [each['state'] for each in service.list('class')] == ['ended'] * 4
+    assert [len(service.servers('class', occurrence=lesson(n))) for n in range(4)] == [2] * 4
+    assert {each['state'] for n in range(4) for each in service.servers('class', occurrence=lesson(n))} == {'deleted'}
+    assert service.check()['differences'] == 0
+
+
+def test_machines_come_ahead_by_the_lead_at_every_occurrence(world, service):
+    series(service, image='cirros', flavor='m1.small', lead=hours(0.5), count=3)
+    for n in range(3):
+        world.at(0.4 + WEEK * n)
+        assert world.there() == []
+        world.at(0.5 + WEEK * n)
+        assert len(world.there()) == 1
+        world.at(4 + WEEK * n)
+        world.at(5 + WEEK * n)
+
+
+def test_a_skipped_or_moved_occurrence_boots_nothing_at_its_old_time(world, service):
+    series(service, image='cirros', flavor='m1.small', count=4)
+    service.skip('class', occurrence=lesson(1))
+    service.update('class', occurrence=lesson(2), start=lesson(2, 48))
+    there = {}
+    for moment in (2, 4, 5, WEEK + 2, WEEK + 4, 2 * WEEK + 2, 2 * WEEK + 24, 2 * WEEK + 49, 2 * WEEK + 51,
+                   3 * WEEK + 2):
+        world.at(moment), world.at(moment + 0.1)
+        there[moment] = len(world.there())
+    assert [moment for moment, number in there.items() if number] == [2, 2 * WEEK + 49, 3 * WEEK + 2]
+
+
+def test_what_runs_goes_on_while_the_series_is_changed_or_ended_after_it(world, service):
+    series(service, image='cirros', flavor='m1.small', count=4)
+    world.at(1), world.at(1.1)
+    running = world.there()
+    service.update('class', start=lesson(1, 2), vms=3)
+    service.update('class', repeat=read_repeat('daily'), count=2)
+    service.delete('class', occurrence=date(2026, 12, 8), following=True)
+    world.at(1.5)
+    assert world.there() == running and service.show('class')['state'] == 'active'
+    world.at(3), world.at(3.1)
+    assert world.there() == []
+
+
+def test_deleting_a_series_deletes_the_machines_that_run(world, service):
+    series(service, image='cirros', flavor='m1.small')
+    world.at(1), world.at(1.1)
+    assert len(world.there()) == 1
+    service.delete('class')
+    world.at(1.2), world.at(1.3)
+    assert world.there() == []
+
+
+def test_machines_of_one_that_runs_are_not_left_over_when_the_resource_was_made_smaller(world, service):
+    series(service, vms=10, image='cirros', flavor='m1.small', count=3, on_conflict='skip')
+    world.at(1), world.at(1.1)
+    service.resource_update('demo', vms=5, force=True)
+    service.update('class', occurrence=lesson(0), following=True, end=hours(3))
+    world.at(1.2), world.at(1.3)
+    assert len(world.there()) == 10
+    for moment in (3, 3.1, 4, 4.1, 5):
+        world.at(moment)
+    assert world.there() == [] and service.check()['differences'] == 0
+
+
+def test_a_machine_that_exists_is_started_at_every_occurrence(world, service):
+    uid = world.clouds.open('simulated').boot(cmres.Machine('mine', '', 'm1.tiny', 'cirros'))
+    world.clouds.open('simulated').stop(uid)
+    series(service, server='mine', count=3)
+    power = []
+    for n in range(3):
+        for moment in (0.5, 1, 1.1, 3, 3.1):
+            world.at(WEEK * n + moment)
+            power.append(cmres.SimulatedServer.get(uid=uid).power)
+    assert power == ['shutoff', 'active', 'active', 'shutoff', 'shutoff'] * 3
+
+
+def test_shift_does_not_give_one_machine_to_two_at_a_time(world, service):
+    uid = world.clouds.open('simulated').boot(cmres.Machine('mine', '', 'm1.tiny', 'cirros'))
+    book(service, 'first', WEEK, WEEK + 2, server=uid)
+    found = series(service, server=uid, count=3, on_conflict='shift=2h')
+    second = found['occurrences'][1]
+    assert second['outcome'] == 'left out' or second['start'] >= NOON + hours(WEEK + 2)
+
+
+def test_who_wants_to_be_told_is_told_of_every_occurrence(world, service):
+    series(service, image='cirros', flavor='m1.small', count=3)
+    for n in range(3):
+        for moment in (0.9, 1, 1.1, 2.9, 3, 3.1, 3.2):
+            world.at(WEEK * n + moment)
+    codes = [each['code'] for each in service.events('class')]
+    assert [codes.count(code) for code in ('soon', 'ready', 'ending', 'ended')] == [3] * 4
+
+
+def test_occurrences_of_a_series_do_not_share_a_machine_that_exists(world, service):
+    uid = world.clouds.open('simulated').boot(cmres.Machine('mine', '', 'm1.tiny', 'cirros'))
+    refused(lambda: series(service, 'daily', server=uid, end=40, count=2, dry_run=True), Conflict)
+
+
+def test_a_resource_that_a_series_still_needs_can_not_be_deleted(world, service):
+    service.resource_add('spare')
+    series(service, 'every 3 years')
+    world.at(5)
+    service.update('class', occurrence=date(2029, 12, 1), resource='spare')
+    refused(lambda: service.resource_delete('demo'), Conflict)
+
+
+def test_changes_by_rest_are_those_of_the_service(app, world):
+    series(world.service, count=5)
+    moved = app.call('PATCH', '/reservation/class', {'occurrence': '2026-12-08', 'start': '2026-12-09T13:00Z'}).json
+    assert moved['start'] == '2026-12-09T13:00:00+00:00'
+    app.call('PATCH', '/reservation/class', {'occurrence': '2026-12-22', 'following': True, 'vms': 3})
+    app.call('POST', '/reservation/class/skip', {'occurrence': '2026-12-15'})
+    app.call('DELETE', '/reservation/class?occurrence=2026-12-29T13:00Z')
+    assert kept() == [(1, 2, 1), (1 + WEEK + 24, 2, 1), (1 + 3 * WEEK, 2, 3)]
+    assert len(app.call('GET', '/reservation/class').json) == 5 and len(app.call('GET', '/reservation/').json) == 1
+    assert len(app.call('GET', '/reservation/class/show').json['occurrences']) == 5
+    app.call('DELETE', '/reservation/class?occurrence=2026-12-08', status=404)
+    app.call('DELETE', '/reservation/class')
+    assert kept() == []
+
+
+def test_changes_on_the_command_line_are_those_of_the_service(run):
+    run('resource', 'add', 'demo')
+    run('add', 'class', 'demo', '2100-01-04T09:00', '+2h', '--repeat=weekly', '--count=4', '--tz=Europe/Paris')
+    assert run('update', 'class', '--start', '2100-01-04T10:00', '--tz=Europe/Paris')[0] == 0
+    assert run('skip', 'class')[0] == 0
+    assert run('skip', 'class', '--occurrence', '2100-01-12')[0] == 1
+    assert run('list', 'class')[0] == 0 and run('delete', 'class')[0] == 0 and run('delete', 'class')[0] == 1
+
+
+def test_a_file_of_reservations_may_have_series(service):
+    lab = {'label': 'lab', 'resource': 'demo', 'start': '+1h', 'end': '+2h'}
+    lesson = lab | {'label': 'class', 'start': '2026-12-02T09:00', 'repeat': 'weekly', 'count': '3',
+                    'tz': 'Europe/Paris'}
+    found = service.load([lesson, lab])
+    assert [len(each.get('occurrences', [])) for each in found['taken']] == [3, 0]
+    refused(lambda: service.load([lesson | {'label': 'other', 'repeat': 'never'}]))
+
+
 # Service: who may what #######################################################
 
 
@@ -1820,9 +3253,10 @@ def test_only_an_admin_reserves_for_others(world, service):
     assert book(service, user='bob', project='chemistry')['user'] == 'bob'
 
 
-ADMINS = {'claim', 'resource_sync', 'resource_add', 'resource_update', 'resource_delete', 'token_add', 'token_list', 'token_revoke', 'check'}
+ADMINS = {'limit_add', 'limit_delete', 'approve', 'reject', 'resource_capacity', 'maintenance_add',
+          'maintenance_delete', 'claim', 'resource_sync', 'resource_add', 'resource_update', 'resource_delete', 'token_add', 'token_list', 'token_revoke', 'check'}
 READERS = {'list', 'show', 'servers', 'duration', 'find', 'usage', 'events', 'resource_list', 'resource_show',
-           'punctuality', 'calendar_list', 'calendar_feed'}
+           'punctuality', 'calendar_list', 'calendar_feed', 'limit_list', 'maintenance_list', 'report'}
 
 
 @pytest.mark.parametrize('name', API)
@@ -3331,7 +4765,9 @@ def test_after_anything_in_any_order_there_is_what_is_wanted(tmp_path_factory, m
     wanted = []
     for each in cmres.rows('SELECT id, vms, held_from, "end", cancelled, reservation_id FROM occurrence'):
         label = cmres.row('SELECT label FROM reservation WHERE id = ?', each.reservation_id).label
-        if each.cancelled is None and each.held_from <= world.now < each.end:
+        begun = each.held_from <= world.now or cmres.rows(  # what runs stays, where the clock was set back
+            "SELECT id FROM server WHERE occurrence_id = ? AND goal = 'up' AND begun IS NOT NULL", each.id)
+        if each.cancelled is None and begun and world.now < each.end:
             wanted += [f'{label}-{each.id}-{n}' for n in range(1, each.vms + 1)]
     assert world.there() == sorted(wanted) and made_twice() == []
     up = cmres.rows("SELECT name FROM server WHERE state = 'active' AND goal = 'up' ORDER BY name")
@@ -3689,7 +5125,7 @@ def test_help_at_the_top_names_every_command_and_group(run, line):
         assert re.search(rf'^\s+{name.split()[0]}\b', out, re.M), name
 
 
-@pytest.mark.parametrize('group', ['resource', 'token', 'calendar'])
+@pytest.mark.parametrize('group', list(cmres.GROUPS))
 @pytest.mark.parametrize('flag', ['', '--help'])
 def test_help_of_a_group_names_its_commands(run, group, flag):
     code, out, err = run(group, *flag.split())
@@ -3698,7 +5134,7 @@ def test_help_of_a_group_names_its_commands(run, group, flag):
         assert (not name.startswith(group)) or re.search(rf'^\s+{name.split()[1]}\b', out, re.M)
 
 
-@pytest.mark.parametrize('group', ['resource', 'token', 'calendar'])
+@pytest.mark.parametrize('group', list(cmres.GROUPS))
 def test_help_of_a_group_has_an_example(run, group):
     assert 'python cmres.py ' in run(group, '--help')[1]
 
@@ -3883,6 +5319,1624 @@ def test_events_can_be_followed_as_they_come(run, tmp_path):
     assert 'added  lab  1 vms on demo' in follower.stdout.readline()
     follower.send_signal(2)
     assert follower.wait(10) == 130
+
+
+# Calendar: feeds, imports, subscriptions #####################################
+#
+# What comes out is read by others' programs (icalendar, ical.js, vdirsyncer and khal), what comes in
+# comes from a real web server on loopback. No answer is made up inside of cmres.
+
+
+def ends_at(hour: int, minute: int = 0, day: int = 1) -> str:
+    return f'202612{day:02}T{hour:02}{minute:02}00Z'
+
+
+def asks(start: int, end: int, *lines: str, uid: str = 'one', day: int = 1, want: str = '2 x m1.small', **names) -> str:
+    """An event of a day in December 2026, by hours in UTC, that asks for machines."""
+    return event(f'DTSTART:{ends_at(start, day=day)}', f'DTEND:{ends_at(end, day=day)}', f'SUMMARY:{uid}',
+                 *([f'LOCATION:{want}'] if want else []), *lines, uid=uid)
+
+
+def wanting(data: bytes, want: str = '1 x m1.tiny') -> bytes:
+    """The same file with a want in each of its events."""
+    return re.sub(rb'(?i)(\r?\n)(END:VEVENT)', rb'\1LOCATION:' + want.encode() + rb'\1\2', data)
+
+
+def booked(until: float = 2**62) -> list[str]:
+    """All occurrences that are not cancelled, as EVENTS writes them."""
+    found = cmres.rows('SELECT start, "end" FROM occurrence WHERE cancelled IS NULL AND start < ? '
+                       'ORDER BY start, "end"', int(until))
+    return notation([{'start': str(cmres.instant(each.start)), 'end': str(cmres.instant(each.end)),
+                      'status': 'CONFIRMED'} for each in found])
+
+
+def shown_by(data: bytes, tz: str = 'UTC') -> list[str]:
+    """What recurring-ical-events finds in a calendar in the year after NOON, as EVENTS writes it."""
+    found = cmres.occurrences_of(cmres.read_calendar(data.decode()), cmres.read_zone(tz), NOON, NOON + timedelta(366))
+    return notation([cmres.to_plain(each) for each in found if each['status'] != 'CANCELLED'])
+
+
+def by_uid(answer: dict) -> dict:
+    return {each['uid']: each['outcome'] for each in answer['events']}
+
+
+def take(service, body: str | bytes, resource: str = 'demo', **more) -> dict:
+    """`import` of a calendar around a body."""
+    return service.import_(calendar(body).decode('utf8', 'surrogateescape'), resource=resource, **more)
+
+
+# Feeds
+
+
+def feed(app, **asked) -> str:
+    """The path of a new feed."""
+    return urlsplit(app.call('POST', '/calendar/feed', asked).json['feed']).path
+
+
+def fetch(app, path: str, status: int = 200, **headers):
+    return app.web.get(path, headers={name.replace('_', '-'): value for name, value in headers.items()}, status=status)
+
+
+def events_in(data: bytes) -> dict:
+    """The events of a feed by their titles."""
+    with_titles = icalendar.Calendar.from_ical(data).walk('VEVENT')
+    return {str(each['SUMMARY']): each for each in with_titles}
+
+
+TEXT = re.compile(r'(?:[^\\;,\x00-\x08\x0a-\x1f\x7f]|\\[\\;,nN])*')
+
+
+def check_by_the_rules(data: bytes) -> list[dict]:
+    """Checks a feed against RFC 5545, without any library; its events as {name: value}."""
+    lines = data.split(b'\r\n')
+    assert lines.pop() == b'' and not re.search(rb'[\r\n]', b''.join(lines))  # 3.1: CRLF, nothing else
+    assert max(map(len, lines)) <= 75 and not any(line in (b'', b' ') for line in lines)  # 3.1: at most 75 octets
+    text = data.decode('utf8').replace('\r\n ', '').replace('\r\n\t', '').split('\r\n')[:-1]
+    assert not re.search('[\x00-\x08\x0b-\x1f\x7f]', ''.join(text))  # 3.1: no CONTROL
+    assert (text[0], text[-1]) == ('BEGIN:VCALENDAR', 'END:VCALENDAR')
+    assert text.count('BEGIN:VCALENDAR') == 1 and text.count('BEGIN:VEVENT') == text.count('END:VEVENT')
+    assert len([line for line in text if line.startswith('BEGIN:')]) == 1 + text.count('BEGIN:VEVENT')
+    found, inside = [[]], False
+    for line in text[1:-1]:  # 3.1: contentline
+        name, value = re.fullmatch(r'([A-Z0-9-]+)(?:;[A-Z0-9-]+=[^:;,"]+)*:(.*)', line, re.S).groups()
+        if (name, value) == ('BEGIN', 'VEVENT'):
+            assert not inside
+            inside, found = True, [*found, []]
+        elif (name, value) == ('END', 'VEVENT'):
+            inside = False
+        else:
+            found[-1 if inside else 0].append((name, value))
+    head, events = dict(found[0]), [dict(each) for each in found[1:]]
+    assert len(head) == len(found[0]) and [*map(len, events)] == [*map(len, found[1:])]  # 3.6.1: each once
+    assert head['VERSION'] == '2.0' and head['PRODID'] and head['METHOD'] == 'PUBLISH'  # 3.6, 3.7
+    for each in events:
+        assert {'UID', 'DTSTAMP', 'DTSTART', 'DTEND', 'SUMMARY', 'SEQUENCE', 'LAST-MODIFIED', 'STATUS'} <= set(each)
+        assert all(re.fullmatch(r'\d{8}T\d{6}Z', each[name]) for name in (
+            'DTSTAMP', 'DTSTART', 'DTEND', 'LAST-MODIFIED'))
+        assert each['DTSTART'] < each['DTEND'] and each['STATUS'] in ('TENTATIVE', 'CONFIRMED', 'CANCELLED')
+        assert each['SEQUENCE'].isdigit() and each.get('TRANSP', 'OPAQUE') in ('OPAQUE', 'TRANSPARENT')
+        assert all(TEXT.fullmatch(each.get(name, '')) for name in ('SUMMARY', 'DESCRIPTION', 'LOCATION', 'UID'))
+    assert len({each['UID'] for each in events}) == len(events)  # 3.8.4.7: unique
+    return events
+
+
+def test_an_empty_feed_is_a_whole_calendar(app):
+    answer = fetch(app, feed(app))
+    assert answer.headers['Content-Type'] == 'text/calendar; charset=utf-8'
+    assert check_by_the_rules(answer.body) == []
+
+
+def test_a_feed_shows_a_reservation_in_utc(app, world):
+    book(world.service, start=1, end=2.5, vms=3, description='a course')
+    [one] = check_by_the_rules(fetch(app, feed(app)).body)
+    assert (one['DTSTART'], one['DTEND']) == ('20261201T130000Z', '20261201T143000Z')
+    assert (one['SUMMARY'], one['LOCATION'], one['STATUS']) == ('lab', 'demo', 'CONFIRMED')
+    assert 'reserved' in one['DESCRIPTION'] and '3 vms' in one['DESCRIPTION'] and 'a course' in one['DESCRIPTION']
+
+
+def test_a_feed_shows_what_it_is_for_a_user_a_project_or_a_resource(app, world):
+    world.service.resource_add('other', cloud='simulated', vms=16)
+    for user, project, resource in (('eva', 'bio', 'demo'), ('tom', 'bio', 'demo'), ('eva', 'chem', 'demo'),
+                                    ('eva', 'bio', 'other')):
+        book(world.as_user(user, project), f'{user}-{project}-{resource}', resource=resource)
+    eva = app.as_user('eva', 'bio')
+    titles = [sorted(str(each['SUMMARY']) for each in icalendar.Calendar.from_ical(fetch(app, path).body).events)
+              for path in (feed(eva), feed(eva, whole_project=True), feed(eva, resource='demo'))]
+    assert titles == [['eva-bio-demo', 'eva-bio-other'], ['eva-bio-demo', 'eva-bio-other', 'tom-bio-demo'],
+                      ['busy', 'eva-bio-demo', 'tom-bio-demo']]
+
+
+def test_a_feed_tells_nothing_of_others_but_that_they_are_busy(app, world):
+    secret = book(world.as_user('mallory', 'chem'), 'classified', flavor='m1.medium', image='debian-12',
+                  description='of great secrecy', notify=['m@example.org'])
+    boot(world, 'hidden', project='physics', user='zoe', start=1)
+    world.at(1.1)
+    text = fetch(app, feed(app.as_user(), resource='demo')).text
+    for word in ('classified', 'mallory', 'chem', 'secrecy', 'm1.', 'debian', 'example.org', 'hidden', 'zoe',
+                 'physics', '10.0.0', 'ssh', 'active', str(secret['user'])):
+        assert word not in text
+    assert text.count('SUMMARY:busy') == 2 and '1 vms are reserved' in text
+
+
+def test_what_others_cancelled_keeps_nobody_from_anything(app, world):
+    book(world.as_user('mallory', 'chem'), 'classified')
+    path = feed(app.as_user(), resource='demo')
+    world.as_user('mallory', 'chem').delete('classified')
+    assert check_by_the_rules(fetch(app, path).body) == []
+
+
+def test_a_cancelled_reservation_stays_in_the_feed_as_cancelled(app, world):
+    book(world.service)
+    path = feed(app)
+    before = check_by_the_rules(fetch(app, path).body)[0]
+    world.at(0.5)
+    world.service.delete('lab')
+    after = check_by_the_rules(fetch(app, path).body)[0]
+    assert (after['UID'], after['STATUS']) == (before['UID'], 'CANCELLED')
+    assert int(after['SEQUENCE']) > int(before['SEQUENCE']) and after['LAST-MODIFIED'] == '20261201T123000Z'
+
+
+def test_a_change_raises_the_sequence_and_the_date_of_that_event_only(app, world):
+    for label in ('lab', 'other'):
+        book(world.service, label)
+    path = feed(app)
+    before = {each['SUMMARY']: each for each in check_by_the_rules(fetch(app, path).body)}
+    for turn in range(1, 4):
+        world.now += 60
+        world.service.update('lab', end=NOON + hours(2 + turn))
+        after = {each['SUMMARY']: each for each in check_by_the_rules(fetch(app, path).body)}
+        assert after['other'] == before['other'] and after['lab']['UID'] == before['lab']['UID']
+        assert int(after['lab']['SEQUENCE']) > int(before['lab']['SEQUENCE'])
+        assert after['lab']['DTSTAMP'] == after['lab']['LAST-MODIFIED'] == f'20261201T120{turn}00Z'
+        before = after
+
+
+def test_a_change_of_one_occurrence_leaves_the_others_of_its_series_as_they_are(app, world):
+    book(world.service, repeat='daily', count=3)
+    path = feed(app)
+    before = {each['UID']: each for each in check_by_the_rules(fetch(app, path).body)}
+    world.now += 60
+    world.service.update('lab', occurrence=NOON + hours(25), end=NOON + hours(28))
+    after = {each['UID']: each for each in check_by_the_rules(fetch(app, path).body)}
+    changed = [uid for uid in before if after[uid] != before[uid]]
+    assert len(changed) == 1 and after[changed[0]]['DTEND'] == '20261202T160000Z' and set(after) == set(before)
+
+
+def test_what_a_change_of_series_leaves_alone_keeps_its_sequence(app, world):
+    take(world.service, asks(13, 14, 'RRULE:FREQ=DAILY;COUNT=3'))
+    path = feed(app)
+    before = {each['UID']: each for each in check_by_the_rules(fetch(app, path).body)}
+    world.now += 60
+    take(world.service, asks(13, 14, 'RRULE:FREQ=DAILY;COUNT=3') + event(
+        'RECURRENCE-ID:20261202T130000Z', 'DTSTART:20261202T150000Z', 'DURATION:PT1H'))
+    after = {each['UID']: each for each in check_by_the_rules(fetch(app, path).body)}
+    assert [uid for uid in before if after[uid] != before[uid]] == [
+        uid for uid in after if after[uid]['DTSTART'] == '20261202T150000Z']
+
+
+def test_every_text_that_changes_has_a_higher_sequence(app, world):
+    """A client that goes by SEQUENCE would show `reserved` for ever."""
+    boot(world, vms=1)
+    book(world.service, 'plain', vms=1)
+    path, seen = feed(app), {}
+    for moment in (0, 0.5, 0.9, 1, 1.001, 1.01, 1.5, 1.9, 2, 2.01, 2.1):
+        world.at(moment)
+        for each in check_by_the_rules(fetch(app, path).body):
+            sequence, text = int(each.pop('SEQUENCE')), each
+            before = seen.get(each['UID'], (-1, None))
+            assert sequence > before[0] or sequence == before[0] and text == before[1], (moment, before, text)
+            seen[each['UID']] = sequence, text
+
+
+def test_two_requests_at_different_clocks_are_equal_to_the_byte(app, world):
+    book(world.service, description='x' * 300)
+    path = feed(app)
+    first = fetch(app, path)
+    world.now += 1200
+    other = Rest(world, app.token)  # a process that has kept nothing
+    second = fetch(other, path)
+    assert first.body == second.body and first.headers['ETag'] == second.headers['ETag']
+
+
+def test_an_unchanged_feed_is_answered_with_304_and_a_changed_one_is_not(app, world):
+    book(world.service)
+    path = feed(app)
+    etag = fetch(app, path).headers['ETag']
+    assert re.fullmatch('"[^"]+"', etag)
+    for header in (etag, f'W/{etag}', f'"x", {etag}'):
+        unchanged = fetch(app, path, 304, If_None_Match=header)
+        assert unchanged.body == b'' and unchanged.headers['ETag'] == etag
+    world.service.update('lab', vms=2)
+    changed = fetch(app, path, 200, If_None_Match=etag)
+    assert changed.headers['ETag'] != etag and b'2 vms' in changed.body
+
+
+def test_a_change_of_others_does_not_change_my_feed(app, world):
+    book(world.as_user('eva', 'bio'))
+    path = feed(app.as_user('eva', 'bio'))
+    etag = fetch(app, path).headers['ETag']
+    book(world.as_user('tom', 'chem'), 'other')
+    fetch(app, path, 304, If_None_Match=etag)
+
+
+def test_the_feed_tells_how_to_log_in_while_machines_are_up(app, world):
+    boot(world, vms=2)
+    path = feed(app)
+    texts = {}
+    for moment in (0.5, 1.0, 1.1, 2.0, 2.1, 2.2):
+        world.at(moment)
+        texts[moment] = str(events_in(fetch(app, path).body)['lab']['DESCRIPTION'])
+    addresses = [each['addresses'][0] for each in world.service.servers('lab')]
+    assert len(addresses) == 2 and 'active' in texts[1.1]
+    for address in addresses:
+        assert f'ssh {address}' in texts[1.1].splitlines() and address not in texts[0.5] + texts[1.0] + texts[2.2]
+    assert 'reserved' in texts[0.5] and 'starting' in texts[1.0] and 'ended' in texts[2.2]
+
+
+def test_the_line_to_log_in_is_that_of_the_configuration(tmp_path):
+    world = World(tmp_path, login='ssh -J jump.example.org debian@{address}')
+    app = Rest(world, world.service.token_add('root', 'default', 'admin')['token'])
+    boot(world, vms=1)
+    world.at(1)
+    world.at(1.1)
+    text = str(events_in(fetch(app, feed(app)).body)['lab']['DESCRIPTION'])
+    cmres.close_store()
+    assert re.search(r'^ssh -J jump\.example\.org debian@10\.0\.0\.\d+$', text, re.M)
+
+
+def test_a_machine_that_is_up_before_its_start_is_shown_at_once(app, world):
+    boot(world, vms=1, lead=timedelta(minutes=30))
+    path = feed(app)
+    assert 'reserved' in str(events_in(fetch(app, path).body)['lab']['DESCRIPTION'])
+    world.at(0.5)
+    assert 'starting' in str(events_in(fetch(app, path).body)['lab']['DESCRIPTION'])
+    world.at(0.51)
+    assert 'ssh 10.' in str(events_in(fetch(app, path).body)['lab']['DESCRIPTION'])
+
+
+def test_an_address_that_is_nobodys_or_was_revoked_gives_404(app, world):
+    book(world.service)
+    path = feed(app)
+    etag = fetch(app, path).headers['ETag']
+    [known] = app.call('GET', '/calendar').json
+    app.call('DELETE', f"/calendar/{known['id']}")
+    for wrong in (path, '/calendar/x.ics', '/calendar/.ics', '/calendar/' + 'x' * 5000 + '.ics',
+                  '/calendar/%27%20OR%201=1.ics', '/calendar/..%2f..%2fetc%2fpasswd.ics', '/calendar/1.ics',
+                  '/calendar/%00.ics'):
+        answer = fetch(app, wrong, 404, If_None_Match=etag)
+        assert b'lab' not in answer.body and 'ETag' not in answer.headers
+
+
+def test_the_address_of_a_feed_is_told_once_and_kept_nowhere(app, world):
+    path = feed(app)
+    secret = path.removeprefix('/calendar/').removesuffix('.ics')
+    assert len(secret) >= 32 and secret not in '\n'.join(dump())
+    assert secret not in app.call('GET', '/calendar').text + app.call('GET', '/event').text
+    assert feed(app) != path
+
+
+def test_what_ended_long_ago_leaves_the_feed(app, world):
+    book(world.service, start=1, end=2)
+    book(world.service, 'later', start=1000, end=1001)
+    path = feed(app)
+    world.at(24 * 30)
+    assert set(events_in(fetch(app, path).body)) == {'lab', 'later'}
+    world.at(24 * 32)
+    assert set(events_in(fetch(app, path).body)) == {'later'}
+
+
+def test_a_feed_keeps_its_events_uids_while_they_move_from_day_to_day(app, world):
+    book(world.service, repeat='daily', count=4)
+    path = feed(app)
+    before = {each['UID'] for each in check_by_the_rules(fetch(app, path).body)}
+    world.service.update('lab', start=NOON + hours(3), end=NOON + hours(4))
+    after = check_by_the_rules(fetch(app, path).body)
+    assert {each['UID'] for each in after if each['STATUS'] == 'CONFIRMED'} == before and len(after) == 4
+
+
+def test_the_first_line_says_how_it_is_also_when_something_is_wrong(tmp_path):
+    world = World(tmp_path, simulated_failures=1.0)
+    app = Rest(world, world.service.token_add('root', 'default', 'admin')['token'])
+    boot(world, vms=1)
+    path = feed(app)
+    for moment in (1, 1.01, 1.02, 1.5):
+        world.at(moment)
+    found = world.service.show('lab')
+    text = str(events_in(fetch(app, path).body)['lab']['DESCRIPTION'])
+    cmres.close_store()
+    assert text.splitlines()[0] == found['state'] and found['fault'] and found['fault'] in text
+
+
+def test_a_feed_has_no_other_verb(app, world):
+    path = feed(app)
+    for verb in ('POST', 'PUT', 'DELETE', 'PATCH'):
+        assert app.web.request(path, method=verb, status='*').status_int == 405
+    assert app.web.head(path).headers['ETag'] == fetch(app, path).headers['ETag']
+
+
+HOSTILE = ['a\nBEGIN:VEVENT\nUID:x', 'a\r\nDTSTART:20200101T000000Z\r\n', 'a;b,c\\d\\n\\;\\,',
+           '<script>alert(1)</script>', '\u202eright to left\u202c \u200f', '"quotes" \'and\' :colons:', 'x' * 20000,
+           '\u00e9\U0001f680' * 1500, '\\', ' leading and trailing ', 'a\n\n\nb', '\ttab', 'END:VCALENDAR',
+           '\u2028\u2029\x85', '%s {address} {0}']
+
+
+@pytest.mark.parametrize('text', HOSTILE, ids=range(len(HOSTILE)))
+def test_a_hostile_description_is_text_and_nothing_else(app, world, text):
+    book(world.service, description=text.replace('\r\n', '\n'))
+    data = fetch(app, feed(app)).body
+    [one] = check_by_the_rules(data)
+    assert one['DTSTART'] == '20261201T130000Z'
+    [found] = icalendar.Calendar.from_ical(data).events
+    assert str(found['DESCRIPTION']).split('\n', 2)[2] == text.replace('\r\n', '\n')
+
+
+def test_a_carriage_return_makes_no_line(app, world):
+    try:
+        app.call('POST', '/reservation', {'label': 'lab', 'resource': 'demo', 'start': '+1h', 'end': '+1h',
+                                          'description': 'a\rSTATUS:CANCELLED\rb'})
+    except webtest.AppError as refusal:
+        assert '400' in str(refusal)
+    check_by_the_rules(fetch(app, feed(app)).body)
+
+
+def test_a_title_that_came_in_from_a_calendar_goes_out_as_text(app, world):
+    take(world.service, event('DTSTART:20261201T130000Z', 'DURATION:PT1H', 'LOCATION:1 x m1.tiny',
+                              'SUMMARY:<b>x</b>\\nBEGIN:VALARM\\, \x1b[2J\x07' + '\u202e' + 'y' * 20000))
+    data = fetch(app, feed(app)).body
+    [one] = check_by_the_rules(data)
+    assert re.fullmatch('[a-z0-9.-]{1,64}', one['SUMMARY'])
+    text = world.service.list()[0]['description']
+    assert '\x1b' not in text and len(text) < 2000
+
+
+def test_icalendar_reads_every_property_of_a_feed(app, world):
+    boot(world, vms=2)
+    book(world.service, 'series', repeat='weekly on tue,thu', count=5, tz='Europe/Paris', description='a;b,c\n"d"')
+    world.at(1.1)
+    found = icalendar.Calendar.from_ical(fetch(app, feed(app)).body)
+    assert not found.errors and len(found.events) == 6
+    for each in found.walk():
+        assert not each.errors
+        for name in each:
+            value = each[name]
+            assert type(value).__name__ != 'vBrokenProperty' and value.to_ical() is not None
+    assert all(each.start.tzinfo is not None and each.end > each.start for each in found.events)
+
+
+ICAL_JS = '''
+const ICAL = require('ical.js').default || require('ical.js');
+const root = new ICAL.Component(ICAL.parse(require('fs').readFileSync(0, 'utf8')));
+console.log(JSON.stringify(root.getAllSubcomponents('vevent').map(each => new ICAL.Event(each)).map(each => [
+  each.summary, each.description, each.startDate.toJSDate().toISOString(), each.endDate.toJSDate().toISOString(),
+  each.sequence])));
+'''
+
+
+@pytest.mark.skipif(not shutil.which('node') or not os.environ.get('ICAL_JS'),
+                    reason='needs node, and ICAL_JS: a folder in which `npm install ical.js` was run')
+def test_ical_js_reads_a_feed(app, world, tmp_path):
+    book(world.service, description=''.join(HOSTILE[:6]).replace('\r', ''))
+    data = fetch(app, feed(app)).body
+    ended = subprocess.run(['node', '-e', ICAL_JS], input=data, capture_output=True, timeout=30,
+                           cwd=os.environ['ICAL_JS'], env=environment() | {'NODE_PATH': 'node_modules'})
+    assert not ended.stderr
+    [[title, text, start, end, sequence]] = json.loads(ended.stdout)
+    assert (title, start, end) == ('lab', '2026-12-01T13:00:00.000Z', '2026-12-01T14:00:00.000Z')
+    assert text == str(events_in(data)['lab']['DESCRIPTION']) and isinstance(sequence, int)
+
+
+def test_an_unchanged_feed_of_5000_occurrences_is_not_made_again(app, world):
+    world.service.resource_update('demo', vms=100000)
+    with cmres.transaction():  # six a day for some years: written as `add` would, but at once
+        for n in range(13):
+            world.service.add(f'series-{n}', 'demo', NOON + hours(1 + n / 10), timedelta(minutes=5), repeat='daily',
+                              count=366)
+    count = cmres.row('SELECT count(*) AS n FROM occurrence').n
+    assert count >= 4700
+    path = feed(app)
+
+    def cost(**headers):
+        began = time.process_time()
+        answer = fetch(app, path, '*', **headers)
+        return time.process_time() - began, answer
+    first, answer = cost()
+    again, same = cost()
+    none, unchanged = cost(If_None_Match=answer.headers['ETag'])
+    assert (answer.status_int, same.status_int, unchanged.status_int) == (200, 200, 304)
+    assert same.body == answer.body and answer.body.count(b'BEGIN:VEVENT') == count
+    assert again < first / 10 and none < first / 20
+    world.service.update('series-0', end=timedelta(minutes=10), occurrence=NOON + hours(1))
+    changed, new = cost(If_None_Match=answer.headers['ETag'])
+    assert new.status_int == 200 and changed < first / 2  # of what is the same, the text is
+
+
+# Clients
+
+@pytest.fixture
+def served(tmp_path):
+    """`cmres.py serve` as a process: call('POST', '/reservation', {...}), and its address."""
+    (tmp_path / 'home').mkdir()
+    env = environment() | {'CMRES_DATABASE': str(tmp_path / 'serve.db'), 'HOME': str(tmp_path / 'home')}
+    process = subprocess.Popen([sys.executable, '-B', str(MODULE), 'serve', '--port', '0'], cwd=tmp_path, env=env,
+                               stdout=subprocess.PIPE, text=True)
+    lines = [process.stdout.readline() for _ in range(2)]
+    while not re.search('cmres_[A-Za-z0-9_-]{20,}', lines[-1]) and len(lines) < 20:
+        lines.append(process.stdout.readline())
+    text = ''.join(lines)
+    url, token = re.search(r'http://[\d.]+:\d+', text)[0], re.search('cmres_[A-Za-z0-9_-]{20,}', text)[0]
+
+    def call(verb, path, body=None):
+        parts = urlsplit(url)
+        connection = http.client.HTTPConnection(parts.hostname, parts.port, timeout=10)
+        connection.request(verb, cmres.BASE + path, json.dumps(body or {}), {
+            'Authorization': f'Bearer {token}', 'Content-Type': 'application/json'})
+        return json.loads(connection.getresponse().read())
+    yield call, url, env
+    process.terminate()
+    process.wait(10)
+
+
+def program(name: str) -> str:
+    """A program that was installed beside this Python, or that is there anyway."""
+    return shutil.which(name, path=f'{Path(sys.executable).parent}{os.pathsep}{os.environ["PATH"]}') or ''
+
+
+VDIRSYNCER = '''
+[general]
+status_path = "{folder}/status/"
+[pair feed]
+a = "local"
+b = "remote"
+collections = null
+conflict_resolution = "b wins"
+partial_sync = "ignore"
+[storage local]
+type = "filesystem"
+path = "{folder}/calendar/"
+fileext = ".ics"
+[storage remote]
+type = "http"
+url = "{url}"
+'''
+KHAL = '''
+[calendars]
+[[feed]]
+path = {folder}/calendar/
+readonly = True
+[locale]
+local_timezone = UTC
+default_timezone = UTC
+timeformat = %H:%M
+dateformat = %Y-%m-%d
+longdateformat = %Y-%m-%d
+datetimeformat = %Y-%m-%d %H:%M
+longdatetimeformat = %Y-%m-%d %H:%M
+[sqlite]
+path = {folder}/khal.db
+'''
+
+
+@pytest.mark.skipif(not program('vdirsyncer') or not program('khal'), reason='needs vdirsyncer and khal')
+def test_a_person_subscribes_with_vdirsyncer_and_sees_it_in_khal(served, tmp_path):
+    call, url, env = served
+    call('POST', '/reservation', {'label': 'lab', 'resource': 'demo', 'start': '2190-12-01T09:00Z', 'end': '+2h',
+                                  'description': 'bring; a, pen\nand \\ paper'})
+    call('POST', '/reservation', {'label': 'class', 'resource': 'demo', 'start': '2190-12-02T09:00Z', 'end': '+1h'})
+    address = call('POST', '/calendar/feed')['feed']
+    fields = {'folder': tmp_path, 'url': url + urlsplit(address).path}
+    (tmp_path / 'vdirsyncer.conf').write_text(VDIRSYNCER.format(**fields))
+    (tmp_path / 'khal.conf').write_text(KHAL.format(**fields))
+    (tmp_path / 'calendar').mkdir()
+
+    def does(*words):
+        ended = subprocess.run([program(words[0]), *words[1:]], env=env, cwd=tmp_path, capture_output=True, text=True,
+                               timeout=60)
+        assert ended.returncode == 0, ended.stdout + ended.stderr
+        return ended.stdout
+
+    def seen():
+        does('vdirsyncer', '-c', 'vdirsyncer.conf', 'sync')
+        return does('khal', '-c', 'khal.conf', 'list', '--format',
+                    '{start} {end} {title}|{description}|{location}|{status}', '--day-format', '', '2190-12-01', '7d')
+    does('vdirsyncer', '-c', 'vdirsyncer.conf', 'discover')
+    before = seen()
+    assert '2190-12-01 09:00 2190-12-01 11:00 lab|reserved' in before and 'bring; a, pen' in before
+    assert 'and \\ paper' in before and 'demo' in before and 'class' in before
+    call('PATCH', '/reservation/lab', {'start': '2190-12-03T10:00Z'})
+    call('DELETE', '/reservation/class')
+    after = seen()
+    assert '2190-12-03 10:00 2190-12-03 12:00 lab' in after and '2190-12-01' not in after
+    assert 'class' not in after or 'CANCELLED' in after[after.index('class'):].upper()
+
+
+def test_a_server_on_a_free_port_gives_addresses_that_lead_to_it(served):
+    call, url, _ = served
+    assert call('POST', '/calendar/feed')['feed'].startswith(f'{url}/calendar/')
+
+
+# Imports
+
+
+@pytest.mark.parametrize('lines, found', [
+    (['LOCATION:3 x m1.medium'], (3, 'm1.medium', '')),
+    (['LOCATION:3x m1.medium'], (3, 'm1.medium', '')),
+    (['LOCATION: 3 \u00d7 m1.medium '], (3, 'm1.medium', '')),
+    (['LOCATION:2 x m1.small cirros'], (2, 'm1.small', 'cirros')),
+    (['LOCATION:2 x m1.small on demo'], (2, 'm1.small', '')),
+    (['LOCATION:2 X m1.small cirros ON demo'], (2, 'm1.small', 'cirros')),
+    (['DESCRIPTION:2 x m1.small\\nBring a pen.'], (2, 'm1.small', '')),
+    (['DESCRIPTION:2 x m1.small<br>Bring a pen.'], (2, 'm1.small', '')),
+    (['DESCRIPTION:Bring a pen.\\n#vm 2 x m1.small cirros\\nThanks.'], (2, 'm1.small', 'cirros')),
+    (['DESCRIPTION:  \\n2 x m1.small'], (2, 'm1.small', '')),
+    (['SUMMARY:Class #vm 2 x m1.small'], (2, 'm1.small', '')),
+    (['SUMMARY:#VM 2 x m1.small', 'LOCATION:5 x m1.tiny'], (2, 'm1.small', '')),
+    (['SUMMARY:Class #vm'], (1, '', '')),
+    (['CATEGORIES:VM'], (1, '', '')),
+    (['CATEGORIES:WORK,vm', 'X-VM-COUNT:4', 'X-VM-FLAVOR:m1.small', 'X-VM-IMAGE:cirros'], (4, 'm1.small', 'cirros')),
+    (['CATEGORIES:WORK', 'CATEGORIES:VM', 'X-VM-FLAVOR:m1.small'], (1, 'm1.small', '')),
+    (['CATEGORIES:VM', 'X-VM-RESOURCE:demo', 'X-VM-NETWORK:private', 'X-VM-FLAVOR:m1.small'], (1, 'm1.small', '')),
+])
+def test_an_event_says_what_it_wants(service, lines, found):
+    body = event('DTSTART:20261201T130000Z', 'DTEND:20261201T140000Z',
+                 *([] if any(line.startswith('SUMMARY') for line in lines) else ['SUMMARY:Class']), *lines)
+    answer = take(service, body)
+    assert by_uid(answer) == {'one': 'booked'} and answer['ignored'] == 0
+    [one] = service.list()
+    assert (one['vms'], one['flavor'], one['image'], one['label']) == (*found, 'class' if 'Class' in body else 'event')
+
+
+@pytest.mark.parametrize('lines', [
+    ['SUMMARY:Lunch'], ['DESCRIPTION:we take 2 x m1.small'], ['DESCRIPTION:Hello\\n2 x m1.small'],
+    ['LOCATION:room 3'], ['CATEGORIES:WORK'], ['X-VM-COUNT:3', 'X-VM-FLAVOR:m1.small'], ['SUMMARY:#vmware'],
+    ['COMMENT:#vm 1 x m1.small'], ['LOCATION:']])
+def test_an_event_that_wants_nothing_is_counted_and_left_alone(service, lines):
+    one = event('DTSTART:20261201T130000Z', 'DTEND:20261201T140000Z', *lines)
+    answer = take(service, one + asks(15, 16, uid='two'))
+    assert by_uid(answer) == {'two': 'booked'} and answer['ignored'] == 1
+
+
+@pytest.mark.parametrize('lines', [
+    ['SUMMARY:talk about #vm quotas'], ['CATEGORIES:VM', 'X-VM-COUNT:many'], ['LOCATION:0 x m1.small'],
+    ['CATEGORIES:VM', 'X-VM-FLAVOR:a\\nb'], ['LOCATION:1 x m1.none']])
+def test_a_want_that_is_none_refuses_its_own_event_only(service, lines):
+    one = event('DTSTART:20261201T130000Z', 'DTEND:20261201T140000Z', *lines)
+    answer = take(service, one + asks(15, 16, uid='two'))
+    assert by_uid(answer).get('one') in ('refused', None) and by_uid(answer)['two'] == 'booked'
+
+
+def test_an_unknown_flavor_is_refused_by_name_while_others_are_booked(service):
+    answer = take(service, asks(13, 14, want='2 x m1.smal') + asks(13, 14, uid='two') + asks(
+        15, 16, uid='three', want='1 x m1.small cirros on nowhere'))
+    why = {each['uid']: each.get('why', '') for each in answer['events']}
+    assert by_uid(answer) == {'one': 'refused', 'two': 'booked', 'three': 'refused'}
+    assert 'm1.smal' in why['one'] and 'nowhere' in why['three'] and labels(service.list()) == ['two']
+
+
+def test_without_a_resource_the_event_must_name_one(service):
+    answer = take(service, asks(13, 14) + asks(13, 14, uid='two', want='1 x m1.small on demo'), resource='')
+    assert by_uid(answer) == {'one': 'refused', 'two': 'booked'} and 'resource' in answer['events'][0]['why']
+
+
+def test_titles_make_labels_that_are_unique_and_can_be_typed(service):
+    book(service, 'class')
+    titles = ['Class', 'class', 'Caf\u00e9 & <b>', '', 'add', '../..', 'x' * 300, '\u6f22\u5b57', '#vm', 'Class-2']
+    answer = take(service, ''.join(event(
+        'DTSTART:20261201T150000Z', 'DURATION:PT1H', f'SUMMARY:{title}', 'LOCATION:1 x m1.tiny', uid=f'u{n}')
+        for n, title in enumerate(titles)))
+    found = [each['label'] for each in answer['events']]
+    assert set(by_uid(answer).values()) == {'booked'} and len({*found, 'class'}) == len(titles) + 1
+    assert all(re.fullmatch(r'[A-Za-z0-9._-]{1,64}', each) and each not in cmres.NO_LABELS for each in found)
+    assert {'class-2', 'cafe-b', 'add-event'} <= set(found)
+
+
+def test_what_is_past_is_not_booked(service):
+    answer = take(service, asks(9, 10) + asks(9, 10, 'RRULE:FREQ=DAILY;COUNT=2', uid='two') + asks(11, 13, uid='three'))
+    assert by_uid(answer) == {'one': 'past', 'two': 'booked', 'three': 'booked'}
+    assert booked() == ['2026-12-01T11:00Z 2h', '2026-12-02T09:00Z 1h']
+
+
+def test_a_dry_run_keeps_nothing_and_tells_what_fits(service):
+    body = asks(13, 14) + asks(13, 14, uid='big', want='17 x m1.small') + asks(13, 14, want='', uid='none')
+    before = dump()
+    dry = take(service, body, dry_run=True)
+    assert dump() == before and by_uid(dry) == {'one': 'booked', 'big': 'refused'} and dry['ignored'] == 1
+    assert '16' in {each['uid']: each for each in dry['events']}['big']['why']
+    assert by_uid(take(service, body)) == by_uid(dry)
+
+
+def test_a_dry_run_tells_which_occurrences_do_not_fit(service):
+    book(service, 'there', start=25, end=26, vms=16)
+    body = asks(13, 14, 'RRULE:FREQ=DAILY;COUNT=3')
+    refused = take(service, body, dry_run=True)
+    assert by_uid(refused) == {'one': 'refused'} and '2026-12-02' in refused['events'][0]['why']
+    skipped = take(service, body, on_conflict='skip', dry_run=True)
+    assert by_uid(skipped) == {'one': 'booked'}
+    assert [str(each['start']) for each in skipped['events'][0]['occurrences']] == ['2026-12-02 13:00:00+00:00']
+    assert labels(service.list()) == ['there']
+
+
+def test_importing_again_changes_nothing(service):
+    body = (asks(13, 14) + asks(13, 14, 'RRULE:FREQ=WEEKLY;BYDAY=TU,TH', 'EXDATE:20261208T130000Z', uid='series')
+            + event('DTSTART;TZID=Europe/Paris:20261201T220000', 'DURATION:PT8H', 'RRULE:FREQ=DAILY;COUNT=4',
+                    'CATEGORIES:VM', uid='night') + asks(9, 10, uid='past')
+            + asks(13, 14, want='99 x m1.tiny', uid='big'))
+    take(service, body)
+    before = dump()
+    again = take(service, body)
+    assert by_uid(again) == {'one': 'unchanged', 'series': 'unchanged', 'night': 'unchanged', 'past': 'past',
+                               'big': 'refused'}
+    assert dump() == before
+
+
+def test_importing_again_later_changes_nothing(world):
+    own = zone('Office', ('+0900', *AUTUMN), ('+1000', *SPRING))
+    body = own + event('DTSTART;TZID=Office:20261202T090000', 'DURATION:PT1H', 'RRULE:FREQ=DAILY;COUNT=9',
+                       'LOCATION:1 x m1.tiny', uid='own') + asks(13, 14, 'RRULE:FREQ=DAILY', uid='series')
+    take(world.service, body)
+    world.at(49)
+    before, events = booked(), world.service.events()
+    assert by_uid(take(world.service, body)) == {'own': 'unchanged', 'series': 'unchanged'}
+    assert (booked(), world.service.events()) == (before, events)
+
+
+def test_a_changed_event_changes_itself_alone(service):
+    take(service, asks(13, 14) + asks(13, 14, uid='two'))
+    two = service.show('two')
+    answer = take(service, asks(15, 18, 'SEQUENCE:1', want='3 x m1.small') + asks(13, 14, uid='two'))
+    assert by_uid(answer) == {'one': 'changed', 'two': 'unchanged'}
+    one = service.show('one')
+    assert (one['start'], one['end'], one['vms']) == (NOON + hours(3), NOON + hours(6), 3)
+    assert service.show('two') == two
+    assert len(cmres.rows('SELECT id FROM occurrence')) == 2
+
+
+def test_what_is_not_in_the_file_any_more_stays(service):
+    take(service, asks(13, 14) + asks(13, 14, uid='two'))
+    take(service, asks(13, 14))
+    assert labels(service.list()) == ['one', 'two']
+
+
+def test_a_change_that_does_not_fit_leaves_the_event_where_it_was(service):
+    take(service, asks(13, 14))
+    book(service, 'there', start=3, end=4, vms=16)
+    answer = take(service, asks(15, 16))
+    assert by_uid(answer) == {'one': 'refused'} and service.show('one')['start'] == NOON + hours(1)
+    assert 'free' in answer['events'][0]['why'] and by_uid(take(service, asks(13, 14))) == {'one': 'unchanged'}
+
+
+def test_a_running_event_keeps_its_machines_while_its_end_moves(world):
+    take(world.service, asks(13, 14), image='cirros')
+    world.at(1)
+    world.at(1.1)
+    before = [each['uid'] for each in world.service.servers('one')]
+    assert by_uid(take(world.service, asks(13, 16), image='cirros')) == {'one': 'changed'}
+    world.at(2.5)
+    assert [each['uid'] for each in world.service.servers('one')] == before and len(before) == 2
+    assert world.state('one') == 'active' and world.service.show('one')['end'] == NOON + hours(4)
+
+
+def test_a_running_event_can_not_become_another_machine(world):
+    take(world.service, asks(13, 14), image='cirros')
+    world.at(1)
+    world.at(1.1)
+    before = world.there()
+    answer = take(world.service, asks(13, 14, want='2 x m1.medium'), image='cirros')
+    world.at(1.2)
+    assert by_uid(answer) == {'one': 'refused'} and world.there() == before and world.state('one') == 'active'
+
+
+def test_a_series_that_moves_leaves_alone_what_runs(world):
+    take(world.service, asks(13, 15, 'RRULE:FREQ=DAILY;COUNT=3'), image='cirros')
+    world.at(1)
+    world.at(1.1)
+    before = world.there()
+    take(world.service, asks(16, 18, 'RRULE:FREQ=DAILY;COUNT=3'), image='cirros')
+    world.at(1.2)
+    assert world.there() == before and booked()[-2:] == ['2026-12-02T16:00Z 2h', '2026-12-03T16:00Z 2h']
+
+
+def test_an_event_that_is_cancelled_in_the_file_is_cancelled_here(service):
+    take(service, asks(13, 14) + asks(13, 14, 'RRULE:FREQ=DAILY', uid='series') + asks(13, 14, uid='two'))
+    body = (asks(13, 14, 'STATUS:CANCELLED') + asks(13, 14, 'RRULE:FREQ=DAILY', 'STATUS:CANCELLED', uid='series')
+            + asks(13, 14, uid='two') + asks(15, 16, 'STATUS:CANCELLED', uid='never'))
+    answer = take(service, body)
+    assert by_uid(answer) == {'one': 'cancelled', 'series': 'cancelled', 'two': 'unchanged', 'never': 'cancelled'}
+    assert labels(service.list()) == ['two'] and booked() == ['2026-12-01T13:00Z 1h']
+    before = dump()
+    take(service, body)
+    assert dump() == before
+
+
+def test_an_admin_cancels_what_he_imported_for_somebody(service):
+    take(service, asks(13, 14), user='eva', project='biology')
+    take(service, asks(13, 14, 'STATUS:CANCELLED'), user='eva', project='biology')
+    assert booked() == []
+
+
+def test_an_event_that_was_cancelled_comes_back(service):
+    take(service, asks(13, 14))
+    take(service, asks(13, 14, 'STATUS:CANCELLED'))
+    assert by_uid(take(service, asks(13, 14, 'SEQUENCE:2'))) == {'one': 'booked'}
+    assert booked() == ['2026-12-01T13:00Z 1h']
+
+
+def since_yesterday(rule: str) -> str:
+    return event('DTSTART:20261130T130000Z', 'DURATION:PT1H', f'RRULE:FREQ=DAILY{rule}', 'LOCATION:1 x m1.tiny')
+
+
+@pytest.mark.parametrize('before, after', [
+    (asks(13, 14), asks(9, 10)), (since_yesterday(''), since_yesterday(';UNTIL=20261201T110000Z')),
+    (since_yesterday(';COUNT=9'), since_yesterday(';COUNT=1'))], ids=['moved into the past', 'UNTIL', 'COUNT'])
+def test_an_event_without_future_holds_nothing_in_the_future(service, before, after):
+    take(service, before)
+    assert booked()
+    take(service, after)
+    assert booked() == []
+
+
+def test_exceptions_of_a_series_come_and_go(service):
+    rule = 'RRULE:FREQ=DAILY;COUNT=4'
+    moved = event('RECURRENCE-ID:20261202T130000Z', 'DTSTART:20261202T180000Z', 'DURATION:PT2H')
+    gone = event('RECURRENCE-ID:20261203T130000Z', 'DTSTART:20261203T130000Z', 'DURATION:PT1H', 'STATUS:CANCELLED')
+    later = event('RECURRENCE-ID;RANGE=THISANDFUTURE:20261203T130000Z', 'DTSTART:20261203T140000Z', 'DURATION:PT3H')
+    plain = ['2026-12-01T13:00Z 1h', '2026-12-02T13:00Z 1h', '2026-12-03T13:00Z 1h', '2026-12-04T13:00Z 1h']
+    for body, expected in (
+            (asks(13, 14, rule), plain),
+            (asks(13, 14, rule) + moved, [plain[0], '2026-12-02T18:00Z 2h', *plain[2:]]),
+            (asks(13, 14, rule) + moved + gone, [plain[0], '2026-12-02T18:00Z 2h', plain[3]]),
+            (asks(13, 14, rule, 'EXDATE:20261204T130000Z') + moved + gone, [plain[0], '2026-12-02T18:00Z 2h']),
+            (asks(13, 14, rule), plain),
+            (asks(13, 14, rule) + later, [*plain[:2], '2026-12-03T14:00Z 3h', '2026-12-04T14:00Z 3h']),
+            (asks(13, 14, rule, 'RDATE:20261210T090000Z'), [*plain, '2026-12-10T09:00Z 1h']),
+            (asks(13, 14), plain[:1]),
+            (asks(13, 14, rule), plain)):
+        take(service, body)
+        assert booked() == expected
+
+
+@pytest.mark.parametrize('name', EVENTS)
+def test_what_an_import_books_is_what_occurs(tmp_path, name):
+    body, tz, start, end, expected = EVENTS[name]
+    begin, until = (datetime.fromisoformat(each) for each in (start, end))
+    world = World(tmp_path, horizon=-(-(until - begin) // timedelta(days=1)))
+    world.now = begin.timestamp()
+    text = wanting(calendar(body)).decode('utf8', 'surrogateescape')
+    answer = world.service.import_(text, resource='demo', tz=tz)
+    found = booked(until.timestamp())
+    again = by_uid(world.service.import_(text, resource='demo', tz=tz))
+    cmres.close_store()
+    assert found == [each.removesuffix(' TENTATIVE') for each in expected
+                     if 'CANCELLED' not in each and ' 0h' not in each]
+    assert {outcome for outcome in again.values()} <= {'unchanged', 'past', 'cancelled', 'refused'}
+    assert ('refused' in by_uid(answer).values()) == any(' 0h' in each for each in expected)
+
+
+PARIS_9 = ('DTSTART;TZID=Europe/Paris:20261202T090000', 'DURATION:PT1H', 'RRULE:FREQ=DAILY;COUNT=6')
+FIXED_9 = ('DTSTART:20261202T090000Z', 'DURATION:PT1H', 'RRULE:FREQ=DAILY;COUNT=6')
+OWN = zone('Office', ('+0900', *AUTUMN), ('+1000', *SPRING))
+OWN_9 = ('DTSTART;TZID=Office:20261202T090000', 'DURATION:PT1H', 'RRULE:FREQ=DAILY;COUNT=6')
+
+
+def instead(slot: str, start: str, *lines: str, length: str = 'PT1H') -> str:
+    return event(f'RECURRENCE-ID{slot}', f'DTSTART{start}', f'DURATION:{length}', *lines)
+
+
+#: Exceptions of all kinds, for which `occurrences` is the judge.
+EXCEPTIONS = {
+    'moved to another day': event(*PARIS_9) + instead(':20261203T080000Z', ':20261210T120000Z'),
+    'moved onto another': event(*FIXED_9) + instead(':20261203T090000Z', ':20261204T090000Z'),
+    'moved before its series': event(*FIXED_9) + instead(':20261203T090000Z', ':20261201T150000Z'),
+    'moved to another zone': event(*PARIS_9) + instead(
+        ';TZID=Europe/Paris:20261203T090000', ';TZID=America/New_York:20261203T090000', length='PT3H'),
+    'moved in a zone of its own': OWN + event(*OWN_9) + instead(
+        ';TZID=Office:20261203T090000', ';TZID=Office:20261203T150000') + instead(
+        ';TZID=Office:20261205T090000', ';TZID=Office:20261205T090000', 'STATUS:CANCELLED'),
+    'from there on in a zone of its own': OWN + event(*OWN_9) + instead(
+        ';RANGE=THISANDFUTURE;TZID=Office:20261204T090000', ';TZID=Office:20261204T110000', length='PT2H'),
+    'from there on, and one of these otherwise': event(*FIXED_9) + instead(
+        ';RANGE=THISANDFUTURE:20261204T090000Z', ':20261204T110000Z', length='PT2H') + instead(
+        ':20261206T090000Z', ':20261206T150000Z'),
+    'one otherwise, and from a later one on': event(*FIXED_9) + instead(
+        ':20261203T090000Z', ':20261203T150000Z') + instead(
+        ';RANGE=THISANDFUTURE:20261205T090000Z', ':20261205T110000Z', length='PT2H'),
+    'from there on twice': event(*FIXED_9) + instead(
+        ';RANGE=THISANDFUTURE:20261203T090000Z', ':20261203T100000Z', length='PT2H') + instead(
+        ';RANGE=THISANDFUTURE:20261205T090000Z', ':20261205T130000Z', length='PT3H'),
+    'one of the added dates': event(*FIXED_9, 'RDATE:20261220T090000Z') + instead(
+        ':20261220T090000Z', ':20261220T150000Z'),
+    'a day of an all-day series': event('DTSTART;VALUE=DATE:20261202', 'RRULE:FREQ=DAILY;COUNT=4') + event(
+        'RECURRENCE-ID;VALUE=DATE:20261203', 'DTSTART;VALUE=DATE:20261210', 'DTEND;VALUE=DATE:20261212'),
+    'a day of an all-day series that gets a clock': event(
+        'DTSTART;VALUE=DATE:20261202', 'RRULE:FREQ=DAILY;COUNT=3') + event(
+        'RECURRENCE-ID;VALUE=DATE:20261203', 'DTSTART:20261203T090000Z', 'DURATION:PT1H'),
+    'EXDATE of a day in a series with a clock': event(*PARIS_9, 'EXDATE;VALUE=DATE:20261203'),
+    'EXDATE of one that is moved': event(*FIXED_9, 'EXDATE:20261203T090000Z') + instead(
+        ':20261203T090000Z', ':20261203T150000Z'),
+    'the exception stands before its series': instead(':20261203T090000Z', ':20261203T150000Z') + event(*FIXED_9),
+    'the exception of a floating series': event(
+        'DTSTART:20261202T090000', 'DURATION:PT1H', 'RRULE:FREQ=DAILY;COUNT=3') + instead(
+        ':20261203T090000', ':20261203T150000'),
+    'an exception that is longer than a day': event(*FIXED_9) + instead(
+        ':20261203T090000Z', ':20261203T090000Z', length='P3D'),
+    'an exception in a series over the change': event(
+        'DTSTART;TZID=Europe/Paris:20270326T023000', 'DURATION:PT1H', 'RRULE:FREQ=DAILY;COUNT=5') + instead(
+        ';TZID=Europe/Paris:20270328T023000', ';TZID=Europe/Paris:20270328T060000'),
+    'from there on over the change': event(
+        'DTSTART;TZID=Europe/Paris:20270326T220000', 'DURATION:PT8H', 'RRULE:FREQ=DAILY;COUNT=5') + instead(
+        ';RANGE=THISANDFUTURE;TZID=Europe/Paris:20270327T220000', ';TZID=Europe/Paris:20270327T230000', length='PT6H'),
+    'two versions of an exception': event(*FIXED_9) + instead(
+        ':20261203T090000Z', ':20261203T150000Z', 'SEQUENCE:1') + instead(
+        ':20261203T090000Z', ':20261203T180000Z', 'SEQUENCE:2'),
+    'a zone that Google gives beside the times': 'X-WR-TIMEZONE:Europe/Paris\n' + event(*FIXED_9) + instead(
+        ':20261203T090000Z', ':20261203T150000Z'),
+    'an exception of nothing': event(*FIXED_9) + instead(':20261203T093000Z', ':20261203T150000Z'),
+    'a cancelled series with an exception that is not': event(*FIXED_9, 'STATUS:CANCELLED') + instead(
+        ':20261203T090000Z', ':20261203T150000Z'),
+}
+
+
+@pytest.mark.parametrize('name', EXCEPTIONS)
+def test_an_import_with_exceptions_books_what_occurs(world, name):
+    data = wanting(calendar(EXCEPTIONS[name]))
+    take(world.service, data, tz='Europe/Paris')
+    assert booked() == shown_by(data, 'Europe/Paris')
+
+
+def test_an_import_is_bounded_as_occurrences_are(service, monkeypatch):
+    """All of it is one transaction: nobody else writes while it lasts."""
+    monkeypatch.setattr(cmres, 'MOST_OCCURRENCES', 100)
+    data = calendar(''.join(asks(13, 14, 'RRULE:FREQ=DAILY;COUNT=90', want='1 x m1.tiny', uid=f'u{n}')
+                            for n in range(15)))
+    with pytest.raises(Error, match='too many'):
+        cmres.occurrences_of(cmres.read_calendar(data.decode()), cmres.read_zone('UTC'), NOON, NOON + timedelta(366))
+    with pytest.raises(Error, match='too many'):
+        take(service, data)
+
+
+def test_import_answers_the_same_on_the_line_over_rest_and_in_the_service(app, run, world, tmp_path):
+    data = calendar(asks(13, 14) + asks(13, 14, uid='two', want=''))
+    answer = app.call('POST', '/reservation/import?resource=demo&dry_run=true', data,
+                      **{'Content-Type': 'text/calendar'})
+    assert by_uid(answer.json) == {'one': 'booked'} and answer.json['ignored'] == 1
+    asked = {'file': data.decode(), 'resource': 'demo', 'dry_run': True}
+    assert app.call('POST', '/reservation/import', asked).json == answer.json
+    assert cmres.to_plain(world.service.import_(data.decode(), resource='demo', dry_run=True)) == answer.json
+    assert app.call('POST', '/reservation/import?resource=demo', data,
+                    **{'Content-Type': 'text/calendar; charset=utf-8'}).status_int == 200
+    assert labels(world.service.list()) == ['one']
+
+
+def test_a_file_is_imported_from_the_line(run, tmp_path):
+    run('resource', 'add', 'demo', '--vms=16', '--cloud=simulated')
+    body = asks(13, 14).replace('202612', '219012') + asks(9, 10, want='', uid='no')
+    (tmp_path / 'f.ics').write_bytes(calendar(body))
+    code, out, err = run('import', 'f.ics', '--resource=demo', '--dry-run')
+    assert (code, err) == (0, '') and 'booked' in out and 'one' in out
+    code, out, err = run('import', 'f.ics', '--resource=demo', '--format=json')
+    assert (code, err) == (0, '') and by_uid(json.loads(out)) == {'one': 'booked'}
+    assert by_uid(json.loads(run('import', 'f.ics', '--resource=demo', '--format=json')[1])) == {'one': 'unchanged'}
+    assert labels(json.loads(run('list', '--format=json')[1])) == ['one']
+    code, out, err = run('import', 'no.ics', '--resource=demo')
+    assert code in (1, 2) and out == '' and 'no.ics' in err
+
+
+@pytest.mark.parametrize('name', ['a page of HTML', 'an empty file', 'every second', 'cut before its last line',
+                                  'a start in a zone that nobody knows', 'a start in a zone that is a path'])
+def test_a_file_that_is_no_calendar_books_nothing(app, name):
+    before = dump()
+    answer = app.call('POST', '/reservation/import?resource=demo', wanting(BOMBS[name]) or b' ', '*',
+                      **{'Content-Type': 'text/calendar'})
+    assert answer.status_int in (400, 422) and answer.json['error'] and dump() == before
+
+
+def test_a_file_of_this_machine_is_not_read(app, tmp_path):
+    (tmp_path / 'f.ics').write_bytes(calendar(asks(13, 14)))
+    for text in (str(tmp_path / 'f.ics'), '/etc/hostname', f"file://{tmp_path / 'f.ics'}"):
+        answer = app.call('POST', '/reservation/import', {'file': text, 'resource': 'demo'}, 422)
+        assert socket.gethostname() not in answer.text
+
+
+def test_two_people_may_import_the_same_file(world):
+    eva, tom = world.as_user('eva', 'bio'), world.as_user('tom', 'bio')
+    for each in (eva, tom):
+        assert by_uid(take(each, asks(13, 14))) == {'one': 'booked'}
+    take(tom, asks(13, 14, 'STATUS:CANCELLED'))
+    assert [each['user'] for each in world.service.list()] == ['eva']
+
+
+def test_what_a_feed_shows_is_not_booked_again(app, world):
+    """Else who subscribes to a calendar that shows the feed too doubles all with each look."""
+    book(world.service)
+    data = fetch(app, feed(app)).body
+    world.service.import_(data.decode(), resource='demo')
+    assert labels(world.service.list()) == ['lab']
+
+
+# Subscriptions
+
+
+class Shelf:
+    """A web server on loopback with one calendar, or whatever `answer` makes of a request."""
+
+    def __init__(self):
+        shelf = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            protocol_version = 'HTTP/1.1'
+
+            def do_GET(self):
+                shelf.seen.append((self.path, dict(self.headers)))
+                if not self.path.startswith(shelf.path):
+                    return self.say(404, b'')
+                shelf.answer(self)
+
+            def say(self, status, body, **headers):
+                self.send_response(status)
+                headers = {name.replace('_', '-'): value for name, value in headers.items()}
+                for name, value in {'Content-Length': str(len(body)), **headers}.items():
+                    self.send_header(name, value)
+                self.end_headers()
+                with contextlib.suppress(OSError):
+                    self.wfile.write(body)
+
+            def log_message(self, *_):
+                pass
+        self.body, self.seen, self.etags = b'', [], True
+        self.path = '/s3cr3t-path/eva.ics'
+        self.server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), Handler)
+        self.server.daemon_threads = True
+        self.url = f'http://127.0.0.1:{self.server.server_port}{self.path}?token=s3cr3t-token'
+        threading.Thread(target=self.server.serve_forever, args=[0.01], daemon=True).start()
+        self.well()
+
+    def well(self):
+        """Answers with the calendar from now on, or with 304."""
+        self.answer = self.calendar
+
+    def calendar(self, request):
+        etag = f'"{abs(hash(self.body))}"'
+        if self.etags and request.headers.get('If-None-Match') == etag:
+            return request.say(304, b'', ETag=etag)
+        request.say(200, self.body, Content_Type='text/calendar', **({'ETag': etag} if self.etags else {}))
+
+    def shows(self, *bodies: str):
+        self.body = calendar(''.join(bodies))
+
+
+@pytest.fixture
+def shelf():
+    shelf = Shelf()
+    yield shelf
+    shelf.server.shutdown()
+    shelf.server.server_close()
+
+
+@pytest.fixture
+def lan(tmp_path):
+    """A world that may look into its own network."""
+    yield World(tmp_path, private_addresses=True)
+    cmres.close_store()
+
+
+def look(world, minutes: float = 5):
+    """Time passes, and all calendars are looked at."""
+    world.now += 60 * minutes
+    world.cycle.settle()
+
+
+def subscribe(world, shelf, **asked) -> int:
+    id = world.as_user().calendar_subscribe(shelf.url, resource='demo', **asked)['id']
+    world.cycle.settle()
+    return id
+
+
+FIVE = [asks(13, 14, uid=uid, day=2 + n) for n, uid in enumerate(('one', 'two', 'three', 'four', 'five'))]
+
+
+def test_a_calendar_books_what_appears_moves_what_moves_and_cancels_what_goes(lan, shelf):
+    shelf.shows(asks(13, 14), asks(15, 16, uid='two'), asks(17, 18, uid='three'), asks(9, 10, uid='x', want=''))
+    subscribe(lan, shelf)
+    assert booked() == ['2026-12-01T13:00Z 1h', '2026-12-01T15:00Z 1h', '2026-12-01T17:00Z 1h']
+    [one, *_] = lan.service.list()
+    assert (one['user'], one['project'], one['vms'], one['flavor']) == ('eva', 'biology', 2, 'm1.small')
+    shelf.shows(asks(14, 16), asks(15, 16, uid='two'), asks(20, 21, uid='four'))
+    look(lan)
+    assert booked() == ['2026-12-01T14:00Z 2h', '2026-12-01T15:00Z 1h', '2026-12-01T20:00Z 1h']
+    assert lan.service.list('one')[0]['id'] == one['id'] and lan.service.list('three')[0]['state'] == 'cancelled'
+
+
+def test_a_calendar_is_looked_at_again_only_after_a_while_and_with_its_etag(lan, shelf):
+    shelf.shows(asks(13, 14))
+    subscribe(lan, shelf)
+    for minutes in (1, 1, 1):
+        look(lan, minutes)
+    assert len(shelf.seen) == 1 and 'If-None-Match' not in shelf.seen[0][1]
+    before = booked(), lan.service.events(limit=1000)
+    look(lan, 3)
+    assert len(shelf.seen) == 2 and shelf.seen[1][1]['If-None-Match'].startswith('"')
+    assert (booked(), lan.service.events(limit=1000)) == before
+
+
+def test_an_unchanged_calendar_without_etags_writes_nothing_down(lan, shelf):
+    shelf.etags = False
+    shelf.shows(asks(13, 14), asks(13, 14, 'RRULE:FREQ=DAILY', uid='series'),
+                asks(13, 14, want='99 x m1.tiny', uid='big'))
+    subscribe(lan, shelf)
+    look(lan)
+    before = lan.service.events(limit=1000)
+    for _ in range(3):
+        look(lan)
+    assert lan.service.events(limit=1000) == before
+
+
+def drip(request):
+    request.send_response(200)
+    request.send_header('Content-Length', '100000')
+    request.end_headers()
+    with contextlib.suppress(OSError):
+        for _ in range(40):
+            request.wfile.write(b'X')
+            time.sleep(0.05)
+
+
+def drip_without_length(request):
+    """As servers of HTTP/1.0, and those that close, do."""
+    request.send_response(200)
+    request.send_header('Connection', 'close')
+    request.end_headers()
+    with contextlib.suppress(OSError):
+        for _ in range(40):
+            request.wfile.write(b'X')
+            time.sleep(0.05)
+    request.close_connection = True
+
+
+def cut(data: bytes):
+    def answer(request):
+        request.say(200, data, Content_Length=str(len(data) + 500), Connection='close')
+        request.close_connection = True
+    return answer
+
+
+WHOLE = calendar(FIVE[0] + FIVE[1] + FIVE[2])
+#: What an address may answer instead of a calendar.
+TROUBLE = {
+    'the server is broken': lambda request: request.say(500, WHOLE),
+    'the server is busy': lambda request: request.say(503, b'', Retry_After='5'),
+    'the calendar is gone': lambda request: request.say(404, b''),
+    'nobody may see it any more': lambda request: request.say(401, b'', WWW_Authenticate='Basic'),
+    'an empty answer': lambda request: request.say(200, b''),
+    'no content': lambda request: request.say(204, b''),
+    'a page to log in': lambda request: request.say(200, b'<!DOCTYPE html><title>Log in</title>' + WHOLE),
+    'a body cut short': lambda request: request.say(200, WHOLE[:-40]),
+    'a body shorter than it says': cut(WHOLE[:-40]),
+    'a body that is cut between two calendars': cut(WHOLE),
+    'nothing for a long time': lambda request: time.sleep(1),
+    'a drop now and then': drip,
+    'a drop now and then, and it closes': drip_without_length,
+    'more than 1 MiB': lambda request: request.say(
+        200, WHOLE.replace(b'END:VCAL', b'X-A:x\r\n' * 200000 + b'END:VCAL')),
+    'a calendar with a bomb': lambda request: request.say(200, BOMBS['every second']),
+    'a redirect to a file': lambda request: request.say(302, b'', Location='file:///etc/passwd'),
+    'a redirect to nowhere': lambda request: request.say(302, b''),
+    'a redirect to itself': lambda request: request.say(302, b'', Location=request.path),
+    'a redirect to an address that is none': lambda request: request.say(302, b'', Location='s3cr3t a b'),
+    'something compressed': lambda request: request.say(200, b'\x1f\x8b' + os.urandom(100), Content_Encoding='gzip'),
+    'no HTTP at all': lambda request: (request.wfile.write(b'\x1b[2J what? ' * 5000 + b'\r\n\r\n'),
+                                       setattr(request, 'close_connection', True)),
+}
+
+
+@pytest.mark.parametrize('name', TROUBLE)
+def test_nothing_is_cancelled_because_a_calendar_could_not_be_read(lan, shelf, monkeypatch, caplog, name):
+    monkeypatch.setattr(cmres, 'MOST_WAIT', 0.4)
+    caplog.set_level(0)
+    shelf.shows(*FIVE)
+    id = subscribe(lan, shelf)
+    before = booked()
+    shelf.answer, began = TROUBLE[name], time.monotonic()
+    look(lan)
+    assert time.monotonic() - began < 1.5
+    [shown] = lan.as_user().calendar_list()
+    assert booked() == before and len(before) == 5 and shown['fault'] and not shown['held']
+    told = lan.service.events(limit=1000)
+    assert [each['code'] for each in told].count('trouble') == 1
+    look(lan, 24 * 60 / 5)
+    assert [each['code'] for each in lan.service.events(limit=1000)].count('trouble') <= 2
+    shelf.well()
+    shelf.shows(*FIVE[:4])
+    look(lan, 60)
+    assert len(booked()) == 4 and not lan.as_user().calendar_list()[0]['fault']
+    assert max(len(each['sentence']) for each in told) < 1000 and '\x1b' not in str(told)
+    everything = f'{told} {lan.service.events(limit=1000)} {shown} {caplog.text} {id} {lan.service.check()}'
+    assert 's3cr3t' not in everything and shelf.path not in everything
+
+
+@pytest.mark.parametrize('rest', [[], FIVE[:1], FIVE[:2]], ids=['all', 'four of five', 'three of five'])
+def test_before_most_of_a_calendar_goes_its_owner_is_asked(lan, shelf, rest):
+    shelf.shows(*FIVE)
+    id = subscribe(lan, shelf)
+    before = booked()
+    shelf.shows(*rest)
+    for _ in range(3):
+        look(lan)
+    [shown] = lan.as_user().calendar_list()
+    assert booked() == before and f'calendar confirm {id}' in shown['held'] and not shown['fault']
+    held = [each for each in lan.service.events(limit=1000) if each['code'] == 'held']
+    assert len(held) == 1 and f'{5 - len(rest)} of 5' in held[0]['sentence']
+    lan.as_user().calendar_confirm(id)
+    lan.cycle.settle()
+    assert len(booked()) == len(rest) and not lan.as_user().calendar_list()[0]['held']
+
+
+def test_less_than_half_goes_without_a_question(lan, shelf):
+    shelf.shows(*FIVE)
+    subscribe(lan, shelf)
+    shelf.shows(*FIVE[2:])
+    look(lan)
+    assert len(booked()) == 3
+
+
+def test_a_calendar_that_is_well_again_asks_no_more(lan, shelf):
+    shelf.shows(*FIVE)
+    subscribe(lan, shelf)
+    shelf.shows()
+    look(lan)
+    shelf.shows(*FIVE)
+    look(lan)
+    assert len(booked()) == 5 and not lan.as_user().calendar_list()[0]['held']
+
+
+def test_a_word_is_for_what_was_asked_and_for_nothing_later(lan, shelf):
+    shelf.shows(*FIVE)
+    id = subscribe(lan, shelf)
+    shelf.shows(*FIVE[:2])
+    look(lan)
+    lan.as_user().calendar_confirm(id)
+    lan.cycle.settle()
+    shelf.shows()
+    look(lan)
+    assert len(booked()) == 2 and lan.as_user().calendar_list()[0]['held']
+
+
+def test_a_word_that_nobody_asked_for_lets_nothing_go(lan, shelf):
+    shelf.shows(*FIVE)
+    id = subscribe(lan, shelf)
+    with contextlib.suppress(Error):
+        lan.as_user().calendar_confirm(id)
+    shelf.answer = TROUBLE['the server is broken']
+    look(lan)
+    shelf.well()
+    shelf.shows()
+    look(lan, 60)
+    assert len(booked()) == 5
+
+
+def test_the_owner_is_told_of_what_is_held(lan, shelf):
+    inbox = Inbox()
+    shelf.shows(*FIVE)
+    subscribe(lan, shelf, notify=[inbox.url])
+    shelf.shows()
+    look(lan)
+    look(lan)
+    assert inbox.codes().count('held') == 1 and 's3cr3t' not in str(inbox.came)
+    inbox.server.shutdown()
+
+
+def test_a_series_that_moves_by_an_hour_is_no_cancellation(lan, shelf):
+    shelf.shows(asks(13, 14, 'RRULE:FREQ=DAILY;COUNT=3', day=2))
+    subscribe(lan, shelf)
+    shelf.shows(asks(14, 15, 'RRULE:FREQ=DAILY;COUNT=3', day=2))
+    look(lan)
+    assert booked() == ['2026-12-02T14:00Z 1h', '2026-12-03T14:00Z 1h', '2026-12-04T14:00Z 1h']
+    assert not lan.as_user().calendar_list()[0]['held']
+
+
+def test_what_runs_is_not_cancelled_by_absence(lan, shelf):
+    shelf.shows(asks(13, 14, want='2 x m1.small cirros', uid='now'), *FIVE)
+    subscribe(lan, shelf)
+    lan.at(1)
+    lan.at(1.1)
+    before = lan.there()
+    shelf.shows(*FIVE)
+    look(lan)
+    assert lan.there() == before and len(before) == 2 and lan.state('now') == 'active'
+    lan.at(2.1)
+    lan.at(2.2)
+    assert lan.there() == [] and lan.state('now') == 'ended'
+
+
+@pytest.mark.parametrize('lines', [['RRULE:FREQ=DAILY;COUNT=4', 'EXDATE:20261201T130000Z'],
+                                   ['RRULE:FREQ=DAILY;COUNT=4;BYDAY=WE,TH,FR']], ids=['EXDATE', 'another rule'])
+def test_what_runs_goes_on_when_its_series_lets_it_out(lan, shelf, lines):
+    shelf.shows(asks(13, 14, 'RRULE:FREQ=DAILY;COUNT=4', want='2 x m1.small cirros'))
+    subscribe(lan, shelf)
+    lan.at(1)
+    lan.at(1.1)
+    before = lan.there()
+    shelf.shows(asks(13, 14, *lines, want='2 x m1.small cirros') if len(lines) == 2 else asks(
+        13, 14, *lines, want='2 x m1.small cirros', day=2))
+    look(lan)
+    look(lan, 1)
+    assert len(before) == 2 and lan.there() == before
+
+
+def test_a_series_that_is_gone_but_for_what_runs_goes_on_to_its_end(lan, shelf):
+    shelf.shows(asks(13, 14, 'RRULE:FREQ=DAILY;COUNT=2', want='2 x m1.small cirros', uid='now'), *FIVE)
+    subscribe(lan, shelf)
+    lan.at(1)
+    lan.at(1.1)
+    before = lan.there()
+    shelf.shows(*FIVE)
+    look(lan)
+    look(lan, 1)
+    assert lan.there() == before and len(before) == 2
+    lan.at(2.1)
+    assert lan.there() == []
+
+
+def test_what_a_calendar_asks_for_in_vain_is_told(lan, shelf):
+    inbox = Inbox()
+    shelf.shows(asks(13, 14, want='99 x m1.small'), *FIVE[1:])
+    subscribe(lan, shelf, notify=[inbox.url])
+    look(lan)
+    told = [each['sentence'] for each in lan.service.events(limit=1000) if each['code'] == 'refused']
+    assert len(told) == 1 and 'one' in told[0] and inbox.codes().count('refused') == 1
+    inbox.server.shutdown()
+
+
+def test_what_had_no_room_is_booked_when_there_is_some(lan, shelf):
+    book(lan.service, 'there', start=1, end=2, vms=16)
+    shelf.shows(asks(13, 14))
+    subscribe(lan, shelf)
+    assert booked() == ['2026-12-01T13:00Z 1h']
+    lan.service.delete('there')
+    look(lan)
+    assert labels(lan.service.list()) == ['one']
+
+
+def test_what_was_cancelled_here_does_not_come_back_by_itself(lan, shelf):
+    shelf.etags = False
+    shelf.shows(*FIVE)
+    subscribe(lan, shelf)
+    lan.as_user().delete('one')
+    look(lan)
+    look(lan)
+    assert len(booked()) == 4
+    shelf.shows(asks(15, 16, 'SEQUENCE:2', day=2), *FIVE[1:])
+    look(lan)
+    assert len(booked()) == 5
+
+
+def test_a_calendar_that_drops_the_mark_of_an_event_gives_up_its_machines(lan, shelf):
+    shelf.shows(*FIVE)
+    subscribe(lan, shelf)
+    shelf.shows(asks(13, 14, day=2, want=''), *FIVE[1:])
+    look(lan)
+    assert len(booked()) == 4
+
+
+def test_who_unsubscribes_is_left_alone_and_keeps_what_is_booked(lan, shelf):
+    shelf.shows(*FIVE)
+    id = subscribe(lan, shelf)
+    lan.as_user().calendar_unsubscribe(id)
+    shelf.shows()
+    for _ in range(3):
+        look(lan)
+    assert len(shelf.seen) == 1 and len(booked()) == 5 and lan.as_user().calendar_list() == []
+    with pytest.raises(NotFound):
+        lan.as_user().calendar_confirm(id)
+
+
+def test_the_address_of_a_calendar_is_told_to_nobody(lan, shelf, caplog):
+    caplog.set_level(0)
+    shelf.shows(*FIVE)
+    app = Rest(lan, lan.service.token_add('eva', 'biology')['token'])
+    answers = [app.call('POST', '/calendar/subscription', {'url': shelf.url, 'resource': 'demo'})]
+    look(lan)
+    shelf.shows()
+    look(lan)
+    answers += [app.call('GET', '/calendar'), app.call('GET', '/event'), app.call('GET', '/reservation/one/show'),
+                app.call('POST', '/calendar/subscription/1/confirm'), app.call('DELETE', '/calendar/subscription/1'),
+                app.call('POST', '/calendar/subscription', {'url': shelf.url, 'resource': 'nowhere'}, 404)]
+    text = ' '.join(answer.text for answer in answers) + caplog.text
+    assert 's3cr3t' not in text and '127.0.0.1' in text
+
+
+@pytest.mark.parametrize('url', [
+    'file:///etc/passwd', 'ftp://example.org/s3cr3t.ics', '/etc/passwd', 'javascript:alert(1)', 'http://',
+    'http:///s3cr3t', 'http://a b/s3cr3t', 'http://127.0.0.1/s3cr3t\nHost: x', '',
+    'http://[::1/s3cr3t', 'http://127.0.0.1:s3cr3t/',
+    'http://127.0.0.1:99999/s3cr3t', 'x' * 3000])
+def test_what_is_no_address_is_refused_without_repeating_it(lan, url):
+    app = Rest(lan, lan.service.token_add('eva', 'biology')['token'])
+    answer = app.call('POST', '/calendar/subscription', {'url': url, 'resource': 'demo'}, '*')
+    assert answer.status_int == 400 and 's3cr3t' not in answer.text and 'url' in answer.json['error']
+
+
+@pytest.mark.parametrize('host', ['127.0.0.1', 'localhost', '[::1]', '10.0.0.1', '192.168.1.1', '172.16.0.1', '0.0.0.0',
+                                  '169.254.169.254', '[::ffff:127.0.0.1]', '2130706433', '0x7f.1', '[fd00::1]',
+                                  '100.64.0.1', '224.0.0.1', '[::ffff:10.0.0.1]', 'eva:pw@127.0.0.1'])
+def test_a_private_address_is_refused_at_once(world, host):
+    with pytest.raises(Invalid, match='private') as refusal:
+        world.as_user().calendar_subscribe(f'http://{host}/s3cr3t/eva.ics', resource='demo')
+    assert 's3cr3t' not in str(refusal.value) and world.as_user().calendar_list() == []
+
+
+def test_a_redirect_to_a_private_address_is_refused(world, shelf, monkeypatch, caplog):
+    """8.8.8.8 stands for any public server: its packets are led to the shelf, all else is real."""
+    caplog.set_level(0)
+    connect, resolve, port = socket.create_connection, socket.getaddrinfo, shelf.server.server_port
+    went = []
+
+    def led(address, *rest, **more):
+        went.append(address[0])
+        return connect(('127.0.0.1', port) if address[0] == '8.8.8.8' else address, *rest, **more)
+    monkeypatch.setattr(socket, 'create_connection', led)
+    monkeypatch.setattr(socket, 'getaddrinfo', lambda host, *rest, **more: resolve(
+        '8.8.8.8' if host == 'calendar.example.org' else host, *rest, **more))
+    shelf.shows(*FIVE)
+    world.as_user().calendar_subscribe(f'http://calendar.example.org{shelf.path}', resource='demo')
+    world.cycle.settle()
+    assert len(booked()) == 5 and '8.8.8.8' in went
+    for target in (shelf.url, 'http://localhost/s3cr3t', 'http://169.254.169.254/latest/s3cr3t', 'http://[::1]/'):
+        went.clear()
+        shelf.answer = lambda request: request.say(302, b'', Location=target)
+        world.now += 3600
+        world.cycle.settle()
+        assert {*went} == {'8.8.8.8'} and 'private' in world.as_user().calendar_list()[0]['fault']
+        assert len(booked()) == 5
+    assert 's3cr3t' not in f'{world.service.events(limit=1000)} {world.as_user().calendar_list()} {caplog.text}'
+
+
+def test_a_redirect_is_followed_where_it_is_allowed(lan, shelf):
+    shelf.shows(*FIVE)
+    shelf.answer = lambda request: shelf.calendar(request) if request.path.endswith('/moved') else request.say(
+        307, b'', Location=f'{shelf.path}/moved')
+    subscribe(lan, shelf)
+    assert len(booked()) == 5
+
+
+def test_nobody_else_sees_or_changes_a_calendar_of_mine(lan, shelf):
+    shelf.shows(*FIVE)
+    id = subscribe(lan, shelf)
+    shelf.shows()
+    look(lan)
+    lan.as_user().calendar_feed()
+    for other in (lan.as_user('tom', 'chemistry'), lan.as_user('eva', 'chemistry'), lan.as_user('tom', 'biology')):
+        assert other.calendar_list() == []
+        for act in (other.calendar_confirm, other.calendar_unsubscribe, other.calendar_revoke):
+            with pytest.raises(NotFound):
+                act(id)
+        with pytest.raises(Forbidden):
+            other.calendar_feed(user='eva', project='biology')
+        with pytest.raises(Forbidden):
+            other.calendar_subscribe(shelf.url, resource='demo', user='eva', project='biology')
+    assert len(lan.as_user().calendar_list()) == 2 and len(booked()) == 5
+    assert len(lan.service.calendar_list()) == 2
+
+
+def test_a_reader_sees_feeds_and_subscribes_to_nothing(lan, shelf):
+    reader = lan.as_user(role='reader')
+    assert reader.calendar_feed()['feed']
+    with pytest.raises(Forbidden):
+        reader.calendar_subscribe(shelf.url, resource='demo')
+    with pytest.raises(Forbidden):
+        take(reader, asks(13, 14))
+
+
+def test_two_calendars_with_the_same_event_do_not_fight(lan, shelf):
+    other = Shelf()
+    for each in (shelf, other):
+        each.shows(*FIVE)
+        subscribe(lan, each)
+    assert len(booked()) == 10
+    other.shows(*FIVE[:3])
+    for _ in range(3):
+        look(lan)
+    assert len(booked()) == 8
+    other.server.shutdown()
+
+
+def test_a_dead_calendar_does_not_keep_another_from_being_read(lan, shelf, monkeypatch):
+    monkeypatch.setattr(cmres, 'MOST_WAIT', 0.3)
+    dead = Shelf()
+    dead.answer = TROUBLE['nothing for a long time']
+    shelf.shows(*FIVE)
+    for each in (dead, shelf):
+        lan.as_user().calendar_subscribe(each.url, resource='demo')
+    lan.cycle.settle()
+    assert len(booked()) == 5
+    dead.server.shutdown()
+
+
+def test_a_calendar_that_gives_only_a_date_is_asked_with_it(lan, shelf):
+    stamp = 'Tue, 01 Dec 2026 10:00:00 GMT'
+    shelf.shows(*FIVE)
+    shelf.answer = lambda request: request.say(304, b'') if request.headers.get(
+        'If-Modified-Since') == stamp else request.say(200, shelf.body, Last_Modified=stamp)
+    subscribe(lan, shelf)
+    look(lan)
+    assert shelf.seen[1][1]['If-Modified-Since'] == stamp and len(booked()) == 5
+
+
+@pytest.mark.parametrize('moment, want', [(0.99, '3 x m1.medium cirros'), (1.1, '3 x m1.small cirros')])
+def test_as_many_machines_are_there_as_the_reservation_of_an_event_says(lan, shelf, moment, want):
+    shelf.shows(asks(13, 14, want='2 x m1.small cirros'))
+    subscribe(lan, shelf)
+    lan.at(0.98)
+    shelf.shows(asks(13, 14, want=want))
+    lan.at(moment)
+    lan.at(1.2)
+    lan.at(1.21)
+    found = lan.service.show('one')
+    assert lan.state('one') == 'active' and len(lan.there()) == found['vms']
+
+
+def test_a_running_event_of_a_calendar_is_made_longer_and_shorter(lan, shelf):
+    shelf.shows(asks(13, 14, want='2 x m1.small cirros'))
+    subscribe(lan, shelf)
+    lan.at(1)
+    lan.at(1.1)
+    before = [each['uid'] for each in lan.service.servers('one')]
+    shelf.shows(asks(13, 16, want='2 x m1.small cirros'))
+    look(lan)
+    lan.at(2.5)
+    assert [each['uid'] for each in lan.service.servers('one')] == before and lan.state('one') == 'active'
+    shelf.shows(asks(13, 15, want='2 x m1.small cirros'))
+    look(lan)
+    for moment in (3, 3.1, 3.2):
+        lan.at(moment)
+    assert lan.there() == [] and lan.state('one') == 'ended'
+
+
+def test_a_calendar_that_is_dragged_to_an_earlier_start_of_what_runs_changes_nothing(lan, shelf):
+    shelf.shows(asks(13, 15, want='2 x m1.small cirros'))
+    subscribe(lan, shelf)
+    lan.at(1)
+    lan.at(1.1)
+    before = lan.there()
+    shelf.shows(asks(14, 16, want='2 x m1.small cirros'))
+    look(lan)
+    found = lan.service.show('one')
+    assert lan.there() == before and (found['start'], found['end']) == (NOON + hours(1), NOON + hours(4))
+
+
+def test_a_series_of_a_calendar_goes_on_from_day_to_day(tmp_path, shelf):
+    world = World(tmp_path, private_addresses=True, horizon=3)
+    shelf.shows(asks(13, 14, 'RRULE:FREQ=DAILY', 'EXDATE:20261207T130000Z'))
+    subscribe(world, shelf)
+    assert len(booked()) == 3
+    for day in range(1, 8):
+        world.at(24 * day)
+    found = booked()
+    cmres.close_store()
+    assert found[-1] == '2026-12-10T13:00Z 1h' and len(found) == 9
+
+
+def test_a_series_in_a_zone_of_its_own_goes_on_from_day_to_day(tmp_path, shelf):
+    world = World(tmp_path, private_addresses=True, horizon=3)
+    shelf.shows(OWN, event(*OWN_9[:2], 'RRULE:FREQ=DAILY', 'LOCATION:1 x m1.tiny'))
+    subscribe(world, shelf)
+    for day in range(1, 8):
+        world.at(24 * day)
+    found = booked()
+    cmres.close_store()
+    assert found[-1] == '2026-12-11T00:00Z 1h'
+
+
+def test_a_calendar_unsubscribed_while_it_is_read_books_nothing(lan, shelf):
+    asked, go_on = threading.Event(), threading.Event()
+
+    def slowly(request):
+        asked.set()
+        go_on.wait(5)
+        shelf.calendar(request)
+    shelf.shows(*FIVE)
+    shelf.answer = slowly
+    id = lan.as_user().calendar_subscribe(shelf.url, resource='demo')['id']
+    reading = threading.Thread(target=lan.cycle.settle)
+    reading.start()
+    asked.wait(5)
+    lan.as_user().calendar_unsubscribe(id)
+    go_on.set()
+    reading.join(10)
+    assert booked() == [] and lan.as_user().calendar_list() == []
+
+
+def test_a_word_that_comes_while_the_calendar_is_read_is_not_lost(lan, shelf):
+    shelf.shows(*FIVE)
+    id = subscribe(lan, shelf)
+    shelf.shows()
+    look(lan)
+    asked, go_on = threading.Event(), threading.Event()
+
+    def slowly(request):
+        asked.set()
+        go_on.wait(5)
+        shelf.calendar(request)
+    shelf.answer = slowly
+    lan.now += 300
+    reading = threading.Thread(target=lan.cycle.settle)
+    reading.start()
+    asked.wait(5)
+    lan.as_user().calendar_confirm(id)
+    go_on.set()
+    reading.join(10)
+    shelf.well()
+    look(lan)
+    assert booked() == [] and not lan.as_user().calendar_list()[0]['held']
+
+
+def test_the_same_held_is_told_once_though_time_goes_on(lan, shelf):
+    shelf.shows(*FIVE)
+    subscribe(lan, shelf)
+    shelf.shows()
+    for _ in range(3):
+        look(lan, 24 * 60)
+    held = [each for each in lan.service.events(limit=1000) if each['code'] == 'held']
+    assert len(held) == 1
+
+
+def test_two_feeds_in_one_answer_are_both_read(lan, shelf):
+    shelf.body = calendar(FIVE[0]) + calendar(FIVE[1])
+    subscribe(lan, shelf)
+    assert len(booked()) == 2
+
+
+def test_floating_times_of_a_calendar_are_in_the_zone_that_was_said(lan, shelf):
+    shelf.shows(event('DTSTART:20261202T090000', 'DURATION:PT1H', 'LOCATION:1 x m1.tiny'))
+    subscribe(lan, shelf, tz='Asia/Tokyo')
+    assert booked() == ['2026-12-02T00:00Z 1h']
+
+
+def test_webcal_is_http(lan, shelf):
+    shelf.shows(*FIVE)
+    lan.as_user().calendar_subscribe(shelf.url.replace('http', 'webcal'), resource='demo')
+    lan.cycle.settle()
+    assert len(booked()) == 5
+
+
+def any_event(chance, uid: str) -> str:
+    """An event of any kind, of whose slots some are left out or otherwise."""
+    zone_name = chance.choice(['UTC', 'Europe/Paris', 'America/New_York'])
+    count, step = chance.choice([1, 4, 9]), chance.choice([1, 7])
+    first = datetime(2026, 12, chance.randint(3, 9), chance.randint(0, 23), chance.choice([0, 30]))
+    rule = f"RRULE:FREQ={'DAILY' if step == 1 else 'WEEKLY'};COUNT={count}"
+    slots = [first + timedelta(days=step * n) for n in range(count)]
+
+    def at(name, moment):
+        text = f'{moment:%Y%m%dT%H%M%S}'
+        return f'{name}:{text}Z' if zone_name == 'UTC' else f'{name};TZID={zone_name}:{text}'
+    chosen = chance.sample(slots, min(count - 1, chance.choice([0, 0, 1, 3])))
+    out, other = chosen[:len(chosen) // 2], chosen[len(chosen) // 2:]
+    lines = [at('DTSTART', first), f'DURATION:PT{chance.choice([1, 8, 30])}H', 'LOCATION:1 x m1.tiny', f'SUMMARY:{uid}',
+             *([rule] if count > 1 else []), *(at('EXDATE', each) for each in out)]
+    return event(*lines, uid=uid) + ''.join(event(
+        at('RECURRENCE-ID', each), at('DTSTART', each + hours(chance.choice([-5, 0, 3, 50]))),
+        f'DURATION:PT{chance.choice([1, 5])}H', 'LOCATION:1 x m1.tiny', *chance.choice([[], [], ['STATUS:CANCELLED']]),
+        uid=uid) for each in other)
+
+
+@pytest.mark.parametrize('seed', range(6))
+def test_after_any_edits_what_is_booked_is_what_the_calendar_shows(lan, shelf, seed):
+    chance, shown, id = random.Random(seed), {}, None
+    lan.service.resource_update('demo', vms=1000)
+    for _ in range(25):
+        for uid in chance.sample(['a', 'b', 'c', 'd', 'e'], 2):
+            shown.pop(uid, None)
+            if chance.random() < 0.8:
+                shown[uid] = any_event(chance, uid)
+        shelf.shows(*shown.values())
+        if id is None:
+            id = subscribe(lan, shelf)
+        look(lan)
+        if lan.as_user().calendar_list()[0]['held']:
+            lan.as_user().calendar_confirm(id)
+            look(lan)
+        assert booked() == shown_by(shelf.body)
+        assert not lan.as_user().calendar_list()[0]['fault']
+    lan.service.check()
 
 
 # OpenStack ###################################################################
