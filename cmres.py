@@ -31,7 +31,7 @@ The words, used everywhere in one sense:
   resource     a place with a capacity: what its cell, cloud, region, aggregate holds at most
   reservation  what somebody asked for, under a label: a resource, machines, a window of time
   occurrence   one interval of a reservation; it holds capacity and has its own state and servers
-  state        reserved, starting, active, degraded, ending, ended, cancelled or failed
+  state        waiting, pending, reserved, starting, active, degraded, ending, ended, cancelled or failed
   server       one virtual machine that a cloud made for an occurrence
   usage        how much of a resource is held at each instant: a step function of time
   event        one line of the journal: when, who, what, to which reservation, why
@@ -45,6 +45,7 @@ The file reads from top to bottom; a section uses only the sections above it:
   Service, Life cycle                 what people ask for; what makes it so
   Notices, Life cycle                 who is told; what makes it so
   REST, Client, Command line          three faces of the service, derived from its signatures
+  Nova filter                         what nova-scheduler loads from this file
 """
 
 from __future__ import annotations
@@ -4722,7 +4723,7 @@ class Reservations:
             self.cancel([found], now, why)
             return line | {'outcome': 'cancelled'}
         place = self.moved_elsewhere(found, now) if then == 'move' else None
-        outcome = f"moved to {place[0]} from {instant(place[1])}" if place else 'left'
+        outcome = f'moved to {place[0]} from {format_time(instant(place[1]), self.config.zone)}' if place else 'left'
         self.journal(now, 'maintenance', f'{why}; it is {outcome}', found.reservation, json.loads(found.notify), found.id)
         return line | {'outcome': outcome}
 

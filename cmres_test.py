@@ -7749,6 +7749,212 @@ def test_two_projects_use_one_resource_with_their_own_credentials(tmp_path):
                 theirs.delete_server(each)
 
 
+# OpenStack: Nova's scheduler asks ############################################
+
+
+class Guarded:
+    """Two hosts of the lab under cmres, and a nova-scheduler that runs the filter from this cmres.py."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.users = folder, {'bio': 'lab-user', 'chem': 'lab-user2'}
+        self.world = World(folder, poll=0.5, settle=4, sweep=2,
+                           identities={name: sdk(entry).current_project_id for name, entry in self.users.items()},
+                           credentials={f'{name}@lab-admin': entry for name, entry in self.users.items()})
+        self.world.service.clock = self.world.cycle.clock = self.world.clouds.clock = time.time
+        self.world.service.wake = self.world.cycle.wake.set
+        self.service, self.stop = self.world.service, threading.Event()
+        admin = sdk('lab-admin').compute
+        self.aggregate = admin.create_aggregate(name=unique('guarded-'))
+        for host in ('lab-compute-1', 'lab-compute-2'):
+            admin.add_host_to_aggregate(self.aggregate, host)
+        self.thread = threading.Thread(target=self.world.cycle.run, args=(self.stop,))
+        self.thread.start()
+        self.token = self.service.token_add('nova', 'default', 'admin')['token']
+        self.serve()
+        self.name = self.aggregate.name
+
+    def serve(self, port=0):
+        self.server = waitress.create_server(cmres.rest(self.service), host='127.0.0.1', port=port, threads=8)
+        self.port = self.server.effective_port
+        self.serving = threading.Thread(target=self.server.run, daemon=True)
+        self.serving.start()
+
+    def hang_up(self):
+        with contextlib.suppress(OSError):  # its loop may be looking at what is closed here
+            self.server.close()
+        self.server.task_dispatcher.shutdown()
+
+    def schedule(self, when_down='closed'):
+        """Lets the lab's nova-scheduler run the filter, with the few lines that the README shows."""
+        filters = self.folder / 'filters'
+        filters.mkdir(exist_ok=True)
+        for module in (MODULE, Path(peewee.__file__)):
+            (filters / module.name).unlink(missing_ok=True)
+            (filters / module.name).symlink_to(module)
+        (self.folder / 'nova.conf').write_text(
+            '[filter_scheduler]\navailable_filters = nova.scheduler.filters.all_filters\n'
+            'available_filters = cmres.ReservationFilter\n'
+            'enabled_filters = ComputeFilter,ComputeCapabilitiesFilter,ImagePropertiesFilter,ReservationFilter\n'
+            f'[cmres]\nurl = http://127.0.0.1:{self.port}\ntoken = {self.token}\nwhen_down = {when_down}\n')
+        self.restart(LAB_NOVA_EXTRA_CONF=str(self.folder / 'nova.conf'), LAB_NOVA_PYTHONPATH=str(filters))
+
+    def restart(self, **settings):
+        subprocess.run([os.path.join(os.environ['LAB'], 'restart-scheduler')], check=True,
+                       env=os.environ | {'LAB_NOVA_EXTRA_CONF': '', 'LAB_NOVA_PYTHONPATH': ''} | settings,
+                       stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+    def others_enabled(self, wanted: bool):
+        admin = sdk('lab-admin').compute
+        for each in admin.services(binary='nova-compute'):
+            if each.host not in ('lab-compute-1', 'lab-compute-2'):
+                (admin.enable_service if wanted else admin.disable_service)(each, each.host, 'nova-compute')
+
+    def boots(self, user='lab-user', number=1, label='', multi=1) -> list[str]:
+        """Boots machines by hand: 'guarded' or 'elsewhere' for each that came up, 'refused' for the others."""
+        compute, flavor = sdk(user).compute, sdk(user).compute.find_flavor('m1.tiny', ignore_missing=False).id
+        image, name = sdk(user).image.find_image('tiny', ignore_missing=False).id, unique('by-hand-')
+        wish = {'name': name, 'flavor_id': flavor, 'image_id': image, 'networks': 'none', 'min_count': multi,
+                'max_count': multi} | ({'scheduler_hints': {'cmres': label}} if label else {})
+        with ThreadPoolExecutor(number) as pool:
+            list(pool.map(lambda _: compute.create_server(**wish), range(number)))
+        admin = sdk('lab-admin').compute
+
+        def settled():
+            found = [each for each in admin.servers(all_projects=True, name=name)]
+            return len(found) >= number * multi and all(each.status in ('ACTIVE', 'ERROR') for each in found) and found
+        found = until(settled)
+        guarded = ('lab-compute-1', 'lab-compute-2')
+        return sorted('refused' if each.status == 'ERROR' else 'guarded' if each.compute_host in guarded else 'elsewhere'
+                      for each in found)
+
+    def clear(self):
+        """Deletes all that was booted by hand, and waits until cmres counts it no more."""
+        for user in self.users.values():
+            for each in sdk(user).compute.servers():
+                sdk(user).compute.delete_server(each, ignore_missing=True)
+        until(lambda: not cmres.rows('SELECT id FROM claim WHERE due IS NOT NULL'))
+
+    def reserve(self, vms=3, start=None, end=hours(1), project='bio', **more) -> str:
+        label = unique('r')
+        self.service.add(label, self.name, start or self.service.here.now, end, vms=vms, flavor='m1.tiny', project=project,
+                         **more)
+        return label
+
+    def end(self):
+        self.stop.set()
+        self.world.cycle.wake.set()
+        self.thread.join()
+        self.others_enabled(True)
+        for user in self.users.values():
+            for each in sdk(user).compute.servers():
+                sdk(user).compute.delete_server(each, ignore_missing=True)
+        admin = sdk('lab-admin').compute
+        for host in ('lab-compute-1', 'lab-compute-2'):
+            admin.remove_host_from_aggregate(self.aggregate, host)
+        admin.delete_aggregate(self.aggregate)
+        self.restart()
+        self.hang_up()
+        cmres.close_store()
+
+
+@openstack
+@real
+@inlab
+class TestNovaAsks:
+    """The table of cases, each on the real Nova; one after the other, on the same two hosts."""
+
+    @pytest.fixture(scope='class')
+    def guarded(self, tmp_path_factory):
+        guarded = Guarded(tmp_path_factory.mktemp('guarded'))
+        try:
+            yield guarded
+        finally:
+            guarded.end()
+
+    @pytest.fixture
+    def only(self, guarded):
+        """With no other host to boot on than the guarded ones; what was booted and reserved goes at the end."""
+        guarded.others_enabled(False)
+        yield guarded
+        guarded.others_enabled(True)
+        for each in guarded.service.list(resource=guarded.name):
+            guarded.service.delete(each['label'], project=each['project'])
+        guarded.clear()
+
+    def test_sync_shows_what_is_different_and_marks_the_aggregate(self, guarded):
+        said = {'cloud': 'lab-admin', 'aggregates': [guarded.name], 'mode': 'exclusive'}
+        first = guarded.service.resource_sync(**said, dry_run=True)
+        assert guarded.service.resource_list(aggregate=guarded.name) == []
+        assert {each['what']: each['after'] for each in first}['vcpus'] == 256
+        assert guarded.service.resource_sync(**said) == first
+        assert guarded.service.resource_sync(**said) == []
+        found = next(each for each in sdk('lab-admin').compute.aggregates() if each.name == guarded.name)
+        assert found.metadata['cmres'] == guarded.name
+        guarded.schedule()
+
+    def test_hosts_outside_are_not_concerned(self, guarded):
+        assert guarded.boots(number=2) == ['elsewhere', 'elsewhere']
+        guarded.clear()
+
+    def test_without_a_reservation_nobody_boots(self, only):
+        assert only.boots() == ['refused']
+
+    def test_as_many_as_reserved_boot_without_any_hint_and_no_more(self, only):
+        only.reserve(vms=3)
+        assert only.boots(number=5) == ['guarded'] * 3 + ['refused'] * 2
+        only.clear()
+        assert only.boots(number=2) == ['guarded'] * 2  # what is gone counts no more
+
+    def test_of_fifty_at_once_as_many_as_reserved_boot(self, only):
+        only.reserve(vms=10)
+        assert collections.Counter(only.boots(number=50)) == {'guarded': 10, 'refused': 40}
+
+    def test_a_multi_create_counts_each(self, only):
+        label = only.reserve(vms=3)
+        assert only.boots(multi=4, label=label) == ['refused'] * 4
+        only.clear()
+        assert only.boots(multi=3, label=label) == ['guarded'] * 3
+
+    def test_neither_another_project_nor_its_label_nor_one_that_is_made_up_passes(self, only):
+        label = only.reserve(vms=3)
+        assert only.boots('lab-user2') == ['refused']
+        assert only.boots('lab-user2', label=label) == ['refused']
+        assert only.boots(label='made-up') == ['refused']
+
+    def test_before_its_start_and_after_its_end_it_does_not_pass(self, only):
+        only.reserve(vms=3, start=only.service.here.now + hours(1))
+        assert only.boots() == ['refused']
+        only.reserve(vms=3, end=timedelta(seconds=8))
+        assert only.boots() == ['guarded']
+        end = only.service.here.now + timedelta(seconds=8)
+        until(lambda: only.service.here.now > end)
+        assert only.boots() == ['refused']
+
+    def test_cmres_itself_boots_there(self, only):
+        label = only.reserve(vms=2, image='tiny', network='none')
+        until(lambda: only.world.state(label) == 'active')
+        assert only.boots() == ['refused']
+
+    def test_a_shared_resource_lets_others_in_as_far_as_it_stays_free(self, only):
+        only.service.resource_update(only.name, mode='shared', hold=hours(1))
+        assert only.boots('lab-user2') == ['guarded']
+        only.reserve(vms=256, start=only.service.here.now + timedelta(minutes=30))
+        assert only.boots('lab-user2') == ['refused']
+        only.service.resource_update(only.name, mode='exclusive')
+
+    @pytest.mark.parametrize('when_down, boots', [('closed', 'refused'), ('open', 'guarded')])
+    def test_without_an_answer_of_cmres_it_is_as_nova_conf_says(self, only, when_down, boots):
+        only.schedule(when_down)
+        only.reserve(vms=3)
+        only.hang_up()
+        only.others_enabled(True)
+        assert set(only.boots(number=2)) <= {'elsewhere', boots} - {'refused'}
+        only.others_enabled(False)
+        assert only.boots() == [boots]
+        only.serve()
+        only.schedule()
+
+
 # Benchmarks ##################################################################
 #
 # Each figure is a ratio to the least that could be done, measured by turns in one run on the same
