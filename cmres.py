@@ -1543,7 +1543,7 @@ def peak(resource: int, begin: float, until: float) -> Amount:
     """(2), each figure on its own."""
     inside = run('SELECT max(vms), max(vcpus), max(ram) FROM step '
                  'WHERE resource_id = ? AND at > ? AND at < ?', resource, begin, until).fetchone()
-    return Amount(*(max(a, b or 0) for a, b in zip(level(resource, begin), inside)))
+    return Amount(*(a if b is None else max(a, b) for a, b in zip(level(resource, begin), inside)))
 
 
 def hold(resource: int, begin: int, until: int, amount: Amount) -> None:

@@ -3191,6 +3191,380 @@ def test_a_file_of_reservations_may_have_series(service):
     refused(lambda: service.load([lesson | {'label': 'other', 'repeat': 'never'}]))
 
 
+# Service: one plan for all ###################################################
+
+
+@pytest.fixture
+def gpu(world):
+    """A resource of ten machines under Nova's scheduler: gpu(project, **asked) claims for one server, and tells why not."""
+    world.service.resource_add('gpu', cloud='simulated', vms=10, mode='exclusive')
+    counter = itertools.count()
+
+    def claim(project='bio', server=None, vcpus=1, ram=512, resource='gpu', **asked):
+        server = server or f'server-{next(counter)}'
+        answer, = world.service.claim(server, [resource], project, vcpus=vcpus, ram=ram, **asked)
+        return answer['passes'] or answer['why']
+    return claim
+
+
+def reserve(world, label='lab', start=0, end=2, project='bio', user='eva', resource='gpu', **more):
+    return book(world.service, label, start, end, resource, project=project, user=user, **more)
+
+
+def test_who_has_reserved_boots_as_many_as_reserved_and_no_more(world, gpu):
+    reserve(world, vms=2, flavor='m1.small')
+    assert [gpu(ram=2048) is True for _ in range(3)] == [True, True, False]
+    assert 'they are in use' in gpu()
+    assert gpu(server='server-0', ram=2048) is True  # asking again counts once
+
+
+@pytest.mark.parametrize('more, passes', [({'vcpus': 2, 'ram': 4096}, True), ({'vcpus': 3}, False), ({'ram': 4097}, False)])
+def test_vcpus_and_ram_count_as_machines_do(world, gpu, more, passes):
+    reserve(world, vms=2, flavor='m1.small')
+    assert (gpu(**more) is True) is passes
+
+
+def test_nobody_else_boots_there_whatever_they_say(world, gpu):
+    reserve(world)
+    assert gpu('chem') == "no reservation of the project chem is active on 'gpu'"
+    assert gpu('chem', label='lab') == "no reservation \"lab\" of the project chem is active on 'gpu'"
+    assert 'no reservation "made-up"' in gpu(label='made-up')
+    assert gpu(label='lab') is True
+
+
+def test_time_counts_to_the_second(world, gpu):
+    reserve(world, start=1, end=2, vms=3)
+    for at, said in ((0.999, "'lab' begins at"), (1, True), (1.999, True), (2, "'lab' has ended at")):
+        world.now = NOON.timestamp() + 3600 * at
+        found = gpu(server=f'at-{at}')
+        assert found is said or said is not True and found.startswith(said)
+
+
+def test_slots_that_touch_do_not_count_against_each_other(world, gpu):
+    reserve(world, 'first', 0, 1, vms=10)
+    reserve(world, 'second', 1, 2, vms=10, project='chem')
+    assert gpu('bio') is True and gpu('chem') is not True
+    world.now += 3600
+    assert gpu('bio') is not True and gpu('chem') is True
+
+
+def test_a_hint_chooses_among_reservations_of_a_project(world, gpu):
+    reserve(world, 'small', vms=1)
+    reserve(world, 'large', vms=3)
+    assert gpu(label='small') is True and gpu(label='small') is not True
+    assert [gpu() is True for _ in range(4)] == [True, True, True, False]
+
+
+def test_a_personal_reservation_is_for_its_user_alone(world, gpu):
+    reserve(world, personal=True)
+    assert gpu(user='bob') == "'lab' is for eva alone" and gpu(user='eva') is True
+
+
+def test_a_project_is_known_by_the_id_that_the_configuration_tells(tmp_path):
+    world = World(tmp_path, identities={'bio': 'f2af'})
+    world.service.resource_add('gpu', mode='exclusive')
+    reserve(world)
+    assert world.service.claim('s', ['gpu'], 'f2af')[0]['passes'] and not world.service.claim('t', ['gpu'], 'abcd')[0]['passes']
+    cmres.close_store()
+
+
+def test_what_is_gone_counts_no_more_and_what_is_there_does(world, gpu):
+    reserve(world, vms=1)
+    uid = world.clouds.open('simulated').boot(cmres.Machine('mine', '', 'm1.tiny', 'cirros'))
+    assert gpu(server=uid) is True
+    for hours_on in (0.1, 0.2, 0.3):
+        world.at(hours_on)
+        assert gpu() is not True
+    world.clouds.open('simulated').delete(uid)
+    world.at(0.5)
+    assert gpu() is True
+
+
+def test_of_fifty_claims_at_once_as_many_pass_as_are_reserved(world, gpu):
+    reserve(world, vms=10)
+
+    def ask(n):
+        with cmres.db.connection_context():
+            return gpu(server=f's{n}') is True
+    with ThreadPoolExecutor(8) as pool:
+        assert sum(pool.map(ask, range(50))) == 10
+
+
+def test_an_open_resource_lets_everybody_boot_and_counts_nobody(world, gpu):
+    world.service.resource_update('gpu', mode='open')
+    assert gpu('chem') is True and not cmres.rows('SELECT * FROM claim')
+
+
+def test_a_shared_resource_lets_others_in_as_far_as_it_is_and_stays_free(world, gpu):
+    world.service.resource_update('gpu', mode='shared', hold=hours(1))
+    reserve(world, start=2, end=3, vms=8)
+    assert [gpu('chem', server=f'now-{n}') is True for n in range(11)] == [True] * 10 + [False]
+    world.now = NOON.timestamp() + 3600 * 1.5  # the reservation begins within the hold time
+    assert gpu('chem', server='later') == "'gpu' is not free for 1h"
+    cmres.run('UPDATE claim SET due = NULL')
+    assert [gpu('chem', server=f'then-{n}') is True for n in range(3)] == [True, True, False]
+
+
+def test_machines_booted_by_hand_are_told_when_their_reservation_ends(world, gpu):
+    reserve(world, vms=2)
+    uid = world.clouds.open('simulated').boot(cmres.Machine('mine', '', 'm1.tiny', 'cirros'))
+    assert gpu(server=uid) is True
+    for at in (0.5, 2, 2.1):
+        world.at(at)
+    told = [each['sentence'] for each in world.service.events('lab') if each['code'] == 'foreign']
+    assert told == [f'1 machines that were booted by hand go on: {uid}'] and world.there() == ['mine']
+
+
+def test_machines_booted_by_hand_are_deleted_at_the_end_if_that_is_set(tmp_path):
+    world = World(tmp_path, end_foreign=True)
+    world.service.resource_add('gpu', cloud='simulated', mode='exclusive')
+    reserve(world)
+    uid = world.clouds.open('simulated').boot(cmres.Machine('mine', '', 'm1.tiny', 'cirros'))
+    world.service.claim(uid, ['gpu'], 'bio')
+    for at in (0.5, 2, 2.1):
+        world.at(at)
+    assert world.there() == []
+    cmres.close_store()
+
+
+def test_what_nobody_uses_is_warned_of_and_released(world, gpu):
+    world.service.resource_update('gpu', no_show=timedelta(minutes=30))
+    reserve(world, 'used', vms=5)
+    reserve(world, 'unused', vms=5)
+    assert gpu(label='used') is True
+    world.at(0.26)
+    assert [each['label'] for each in world.service.events() if each['code'] == 'unused'] == ['unused']
+    world.at(0.5)
+    assert (world.state('unused'), world.state('used')) == ('cancelled', 'active')
+    assert 'nobody has used it within 30m' in world.service.events('unused')[-1]['sentence']
+    reserve(world, 'next', start=0.6, end=2, vms=5)
+
+
+def test_sync_makes_and_updates_resources_of_aggregates_and_marks_them(service):
+    said = {'cloud': 'simulated', 'aggregates': ['gpu'], 'mode': 'shared', 'hold': hours(1)}
+    assert service.resource_sync(**said, dry_run=True) == service.resource_sync(**said)
+    found = service.resource_show('gpu')
+    assert (found['vcpus'], found['ram'], found['mode'], found['hosts']) == (32, 131072, 'shared', ['gpu-1', 'gpu-2'])
+    assert service.resource_sync('simulated') == []
+    service.resource_update('gpu', vcpus=64)
+    assert service.resource_sync('simulated') == [{'resource': 'gpu', 'what': 'vcpus', 'before': 64, 'after': 32}]
+    with pytest.raises(NotFound, match="no aggregate 'gpus'; did you mean 'gpu'?"):
+        service.resource_sync('simulated', aggregates=['gpus'])
+
+
+def test_who_waits_is_let_in_when_there_is_room_by_priority_and_then_by_age(world, service):
+    book(service, 'first', vms=16)
+    for label, more in (('old', {}), ('young', {}), ('urgent', {'priority': 5}), ('small', {'vms': 4})):
+        world.now += 1
+        assert book(service, label, **{'vms': 12, 'wait': True} | more)['state'] == 'waiting'
+    assert service.usage('demo', NOON + hours(1), hours(1))[0]['vms'] == 16
+    service.delete('first')
+    world.at(0.1)
+    assert {label: world.state(label) for label in ('urgent', 'old', 'young', 'small')} == {
+        'urgent': 'reserved', 'old': 'waiting', 'young': 'waiting', 'small': 'reserved'}
+    service.delete('urgent')
+    world.at(0.2)
+    assert (world.state('old'), world.state('young')) == ('reserved', 'waiting')
+    world.at(2.1)
+    assert world.state('young') == 'cancelled' and service.check()['differences'] == 0
+
+
+def test_one_that_has_waited_for_long_is_overtaken_by_nobody(tmp_path):
+    world = World(tmp_path, patience=3600)
+    book(world.service, 'half', start=30, end=40, vms=8)
+    book(world.service, 'large', start=30, end=40, vms=16, wait=True)
+    book(world.service, 'fits', start=30, end=31, vms=8)
+    world.service.delete('fits')
+    world.now += 3601
+    with pytest.raises(NoCapacity, match='is kept for a request of 16 vms that waits since'):
+        book(world.service, 'later', start=30, end=31, vms=8)
+    book(world.service, 'beside', start=50, end=51, vms=8)
+    world.service.delete('half')
+    world.cycle.settle()
+    assert world.state('large') == 'reserved'
+    cmres.close_store()
+
+
+def test_room_is_held_for_who_must_accept_it_and_then_for_the_next(world, service):
+    book(service, 'first', start=5, end=6, vms=16)
+    book(service, 'asked', start=5, end=6, vms=16, wait=True, confirm=hours(1), image='cirros', flavor='m1.tiny')
+    book(service, 'next', start=5, end=6, vms=16, wait=True, confirm=hours(1))
+    service.delete('first')
+    world.at(0.1)
+    assert (world.state('asked'), world.state('next')) == ('pending', 'waiting')
+    world.at(1.2)
+    world.at(1.3)
+    assert (world.state('asked'), world.state('next')) == ('cancelled', 'pending')
+    assert service.accept('next')['state'] == 'reserved'
+    world.at(5.1)
+    assert world.there() == [] and world.state('next') == 'active' and service.check()['differences'] == 0
+
+
+def test_a_reservation_that_needs_approval_holds_room_and_boots_nothing_before_it(world, service):
+    service.resource_update('demo', approval=hours(3))
+    eva = world.as_user()
+    for label in ('good', 'bad', 'slow'):
+        assert book(eva, label, vms=5, image='cirros', flavor='m1.tiny')['state'] == 'pending'
+    with pytest.raises(Forbidden):
+        eva.approve('good')
+    with pytest.raises(NoCapacity):
+        book(service, 'more', vms=2)
+    assert service.approve('good', project='biology')['state'] == 'reserved'
+    assert service.reject('bad', 'not now', project='biology')['state'] == 'cancelled'
+    world.at(1.1)
+    world.at(1.2)
+    assert (world.state('good'), world.state('slow')) == ('active', 'pending') and len(world.there()) == 5
+    assert 'rejected by root: not now' in service.events('bad')[-1]['sentence']
+    service.extend('good', hours(5), project='biology')
+    world.at(3.1)
+    assert world.state('slow') == 'cancelled' and service.check()['differences'] == 0
+
+
+LIMITED = {'project': 'biology'}
+
+
+@pytest.mark.parametrize('limit, fits_in, beyond, said', [
+    ({'most_vms': 3}, {'vms': 3}, {'vms': 4}, 'the limit most vms of biology is 3, of which 3 are free at that time'),
+    ({'longest': hours(2)}, {'end': 3}, {'end': 4}, 'the limit longest of biology is 2h'),
+    ({'ahead': hours(5)}, {'start': 5, 'end': 6}, {'start': 6, 'end': 7},
+     'the limit ahead of biology is 5h: until 2026-12-01 17:00:00+00:00'),
+    ({'least_notice': hours(2)}, {'start': 2, 'end': 3}, {'start': 1}, 'the limit least notice of biology is 2h: from'),
+    ({'vcpu_hours': 4}, {'vms': 4, 'flavor': 'm1.small'}, {'vms': 5, 'flavor': 'm1.small'},
+     'the limit vcpu hours of biology is 4, of which 4 are left')])
+def test_a_limit_is_named_with_its_value_and_what_would_pass(world, limit, fits_in, beyond, said):
+    world.service.limit_add(**LIMITED, **limit)
+    before = dump()
+    with pytest.raises(Conflict) as refusal:
+        book(world.as_user(), **beyond)
+    assert said in str(refusal.value) and refusal.value.details['limit'] in limit and dump() == before
+    book(world.as_user(), **fits_in)
+    book(world.as_user('bob', 'chemistry'), **{'start': 1, 'end': 2} | beyond)
+
+
+def test_a_limit_does_not_count_what_begins_within_its_exemption(world):
+    world.service.limit_add(**LIMITED, most_vms=1, exempt=hours(2))
+    book(world.as_user(), start=1, end=2, vms=9)
+    with pytest.raises(Conflict):
+        book(world.as_user(), 'later', start=3, end=4, vms=9)
+
+
+def test_each_project_is_under_the_limit_for_all_unless_it_has_its_own(world):
+    world.service.limit_add(most_vms=2)
+    world.service.limit_add(**LIMITED, most_vms=5)
+    book(world.as_user(), vms=5)
+    with pytest.raises(Conflict, match='of every project is 2'):
+        book(world.as_user('bob', 'chemistry'), vms=3)
+    world.service.limit_delete(1)
+    book(world.as_user('bob', 'chemistry'), vms=3)
+    assert len(world.as_user('bob', 'chemistry').limit_list()) == 0
+
+
+def test_a_limit_holds_for_changes_and_for_each_occurrence_of_a_series(world):
+    world.service.limit_add(**LIMITED, most_vms=3)
+    eva = world.as_user()
+    book(eva, vms=3)
+    for change in (lambda: eva.update('lab', vms=4), lambda: book(eva, 'second'), lambda: eva.add(
+            'class', 'demo', NOON + hours(1), hours(1), repeat='daily', count=3, vms=1)):
+        with pytest.raises(Conflict, match='the limit most vms'):
+            change()
+    assert eva.extend('lab', hours(1)) and eva.update('lab', vms=2)
+
+
+@pytest.mark.parametrize('seed', range(3))
+def test_at_no_time_has_a_limited_project_more_than_its_limit(world, seed):
+    chance = random.Random(seed)
+    world.service.resource_add('india', vms=30)
+    world.service.limit_add(**LIMITED, most_vms=7)
+    eva, held, admitted, refused = world.as_user(), [], 0, 0
+    for n in range(150):
+        start, length, vms = chance.randrange(1, 40), chance.randrange(1, 8), chance.randint(1, 4)
+        most = max(sum(v for s, e, v in held if s <= at < e) for at in range(start, start + length))
+        try:
+            book(eva, f'r{n}', start, start + length, 'india', vms=vms)
+            held.append((start, start + length, vms))
+            admitted += 1
+            assert most + vms <= 7
+        except Conflict:
+            refused += 1
+            assert most + vms > 7
+    assert admitted > 10 and refused > 10
+
+
+@pytest.mark.parametrize('then, outcome, state', [
+    ('notify', 'left', 'reserved'), ('move', 'moved to india from 2026-12-01 13:00 UTC', 'reserved'),
+    ('cancel', 'cancelled', 'cancelled')])
+def test_a_maintenance_does_with_what_is_in_its_way_as_the_operator_says(world, service, then, outcome, state):
+    service.resource_add('india', cloud='simulated', vms=4)
+    book(service, 'hit', vms=4)
+    book(service, 'clear', start=5, end=6)
+    before = dump()
+    said = {'resource': 'demo', 'start': NOON + hours(1), 'end': hours(3), 'reason': 'new disks', 'then': then}
+    dry = service.maintenance_add(**said, dry_run=True)
+    assert dump() == before
+    found = service.maintenance_add(**said)
+    assert found == dry and [(each['label'], each['outcome']) for each in found['hit']] == [('hit', outcome)]
+    assert world.state('hit') == state and service.events('hit')[-1]['code'] in ('maintenance', 'released')
+    with pytest.raises(NoCapacity):
+        book(service, 'new', start=2, end=3)
+    book(service, 'after', start=4, end=5, vms=15)
+    assert service.check()['differences'] == 0
+    service.maintenance_delete(found['id'])
+    book(service, 'new', start=2, end=3)
+    assert service.maintenance_list() == [] and service.check()['differences'] == 0
+
+
+def test_what_finds_no_other_resource_is_moved_to_the_next_time_that_fits(service):
+    book(service, 'hit', vms=10)
+    book(service, 'wall', start=4, end=5, vms=10)
+    found = service.maintenance_add('demo', NOON + hours(1), hours(3), then='move')
+    assert [each['outcome'] for each in found['hit']] == ['moved to demo from 2026-12-01 17:00 UTC']
+    assert service.check()['differences'] == 0
+
+
+def test_a_loan_gives_more_for_a_while_and_changes_with_the_capacity_itself(service):
+    service.resource_capacity('demo', NOON + hours(1), hours(1), vms=20)
+    book(service, 'large', vms=20)
+    with pytest.raises(NoCapacity):
+        book(service, 'late', start=2, end=3, vms=17)
+    service.resource_update('demo', vms=18)
+    book(service, 'late', start=2, end=3, vms=18)
+    with pytest.raises(NoCapacity):
+        book(service, 'more', vms=1)
+    assert service.check()['differences'] == 0
+    with pytest.raises(Conflict, match='no limit that this would change'):
+        service.resource_add('open')
+        service.resource_capacity('open', NOON + hours(1), hours(1), vms=1)
+
+
+def test_a_report_adds_up_what_was_reserved_used_and_refused(world, service):
+    book(service, 'ran', 0, 2, vms=2, image='cirros', flavor='m1.tiny', project='bio', user='eva')
+    book(service, 'idle', 0, 1, vms=4, project='chem', user='bob')
+    with pytest.raises(NoCapacity):
+        book(service, 'no', 0, 1, vms=16, project='bio', user='eva')
+    for at in (0, 0.01, 2, 2.1):
+        world.at(at)
+    lines = {each['project']: each for each in service.report()}
+    assert (lines['bio']['reserved_hours'], lines['bio']['refused'], lines['chem']['reserved_hours']) == (4, 1, 4)
+    assert 3.9 < lines['bio']['used_hours'] < 4.2 and lines['chem']['used_hours'] == 0 == lines['chem']['refused']
+    assert [each['project'] for each in world.as_user('bob', 'chem').report()] == ['chem']
+    assert {each['resource'] for each in service.report(by_whom='resource')} == {'demo'}
+
+
+def test_on_the_command_line_waiting_limits_and_maintenance_read_as_in_the_readme(run):
+    run('resource', 'add', 'demo', '--cloud=simulated', '--vms=16')
+    run('add', 'exam', 'demo', '2190-01-11T09:00', '+2h', '--vms', '12')
+    assert 'waiting' in run('add', 'late', 'demo', '2190-01-11T10:00', '+2h', '--vms', '10', '--wait')[1]
+    assert run('delete', 'exam')[0] == run('tick')[0] == 0
+    assert re.search(r'late .* reserved', run('list')[1])
+    code, out, err = run('resource', 'capacity', 'demo', '--from', '2190-01-11T11:00', '--to', '2190-01-12', '--vms', '3')
+    assert (code, err) == (0, '') and re.search(r'late .* left', out)
+    assert run('maintenance', 'add', 'demo', '2190-01-11', '+1d', '--then', 'delete')[::2] == (
+        2, "cmres: then: 'delete' is none of notify, move, cancel\n")
+    run('limit', 'add', '--project', 'biology', '--most-vms', '4')
+    assert run('add', 'big', 'demo', '+5d', '+1h', '--vms', '6', '--project', 'biology')[::2] == (
+        1, 'cmres: the limit most vms of biology is 4, of which 4 are free at that time\n')
+
+
 # Service: who may what #######################################################
 
 
