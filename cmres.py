@@ -323,7 +323,8 @@ def spoken_rule(words: str) -> str:
     """The RRULE of: daily, weekdays, weekly on tue,thu, every 2 weeks, monthly on last fri, yearly."""
     if words == 'weekdays':
         return 'FREQ=WEEKLY;BYDAY=MO,TU,WE,TH,FR'
-    match = re.fullmatch(r'(?:(daily|weekly|monthly|yearly)|every(?: (\d+))? (day|week|month|year)s?)(?: on (.+))?', words)
+    match = re.fullmatch(r'(?:(daily|weekly|monthly|yearly)|every(?: (\d+))? (day|week|month|year)s?)(?: on (.+))?',
+                         words)
     if not match:
         raise ValueError(f"'{words}' is no repetition; {REPEAT_HELP}")
     name, interval, unit, days = match.groups()
@@ -335,7 +336,8 @@ def spoken_days(text: str, words: str) -> str:
     days = [day.strip() for day in re.split(',| and ', text)]
     if all(re.fullmatch(r'-?\d{1,2}', day) for day in days):
         return f";BYMONTHDAY={','.join(days)}"
-    found = [re.fullmatch(r'(?:(first|second|third|fourth|fifth|last) )?(mo|tu|we|th|fr|sa|su)[a-z]*', day) for day in days]
+    pattern = r'(?:(first|second|third|fourth|fifth|last) )?(mo|tu|we|th|fr|sa|su)[a-z]*'
+    found = [re.fullmatch(pattern, day) for day in days]
     if not all(found):
         raise ValueError(f"'{words}' is no repetition; {REPEAT_HELP}")
     return ';BYDAY=' + ','.join(ORDINALS.get(each[1], '') + each[2].upper() for each in found)
@@ -379,7 +381,7 @@ def check_numbers(name: str, text: str, least: int, most: int) -> None:
 
 
 def local_rule(rule: str, zone: ZoneInfo, literal: bool = False) -> str:
-    """A rule whose UNTIL is a wall time, as its slots are; a day is meant to its end, but in a calendar to its start."""
+    """A rule whose UNTIL is a wall time, as its slots are; a day is meant to its end, in a calendar to its start."""
     def localised(match):
         last = read_until(match[1])
         if literal and 'T' not in match[1]:
@@ -536,7 +538,8 @@ class Config:
     end_grace: float = setting(600.0, 'seconds after an end at which what is not stopped, shelved or saved goes', 0.0)
     webhook: str = setting('', 'an http(s) address that is told of every event that [texts] has words for')
     webhook_secret: str = setting('', 'the key of the HMAC-SHA256 that signs what webhooks are sent')
-    private_addresses: bool = setting(False, 'whether webhooks and calendars may be in private networks and on this machine')
+    private_addresses: bool = setting(
+        False, 'whether webhooks and calendars may be in private networks and on this machine')
     mail_server: str = setting('', 'host:port of the SMTP server that takes notices; without one, no mail is sent')
     mail_from: str = setting('cmres@localhost', 'the sender of mails')
     horizon: int = setting(366, 'days ahead for which the occurrences of a repetition are reserved', 1, 3660)
@@ -544,7 +547,7 @@ class Config:
     address: str = setting('', 'how people reach `serve`, for links, such as https://cmres.example.org')
     login: str = setting('ssh {address}', 'how people log in to a machine, as their calendar tells them')
     patience: float = setting(86400.0, 'seconds after which no later request is let pass one that waits', 0.0)
-    end_foreign: bool = setting(False, 'whether machines that people booted by themselves on what they had reserved are '
+    end_foreign: bool = setting(False, 'whether machines that people booted by hand on what they had reserved are '
                                 'deleted at its end')
     orphan_grace: float = setting(60.0, 'age in seconds at which a server of ours that nothing wants is removed', 0.0)
     simulated_boot: float = setting(3.0, 'seconds that a boot takes on the cloud `simulated`', 0.0)
@@ -645,7 +648,7 @@ Pairs = NewType('Pairs', dict)     # names with values; text is k=v,k=v
 Zone = NewType('Zone', str)        # a time zone; the zone of the bare times beside it
 Repeat = NewType('Repeat', str)    # a repetition, in words or as an RRULE
 Clash = NewType('Clash', str)      # refuse, skip or shift=DURATION
-Ics = NewType('Ics', str)          # iCalendar text, up to 1 MiB; on the command line, the name of the file that holds it
+Ics = NewType('Ics', str)          # iCalendar text, up to 1 MiB; on the command line, the file that holds it
 Source = NewType('Source', str)    # that, or the http(s) address of it
 Url = NewType('Url', str)          # an http(s) address, which may be a secret
 Rows = NewType('Rows', list)       # many reservations; on the command line, a CSV, JSON or YAML file
@@ -687,7 +690,7 @@ WORDS = {
     'network': 'network of the machines, by name or id; else what the cloud chooses',
     'notify': 'mail addresses and http(s) addresses that are told what happens, with commas between',
     'occurrence': 'of a series, the one that starts at this time or on this date',
-    'on_conflict': 'what a series does where an occurrence does not fit: refuse all, skip it, or shift=DURATION at most',
+    'on_conflict': 'what a series does where one does not fit: refuse all, skip it, or shift=DURATION at most',
     'partial': 'take the lines that fit, instead of all or nothing',
     'project': 'project that it belongs to',
     'ram': 'most MiB of memory; with none, or `unlimited`, no limit',
@@ -987,7 +990,8 @@ def read_rows(value, here=None) -> list[dict]:
 READERS = {
     str: read_str, int: read_int, bool: read_bool, Label: read_label, Place: read_place, Name: read_name,
     Text: read_text, File: read_file, Count: read_count, Page: read_page, Most: read_most, Span: read_span,
-    When: read_when, Day: read_day, Names: read_names, Pairs: read_pairs, Rows: read_rows, Zone: read_zone_name, Clash: read_clash,
+    When: read_when, Day: read_day, Names: read_names, Pairs: read_pairs, Rows: read_rows, Zone: read_zone_name,
+    Clash: read_clash,
     Repeat: lambda value, here=None: read_repeat(read_str(value, most=500)), Ics: read_ics, Source: read_source,
     Url: read_url}
 
@@ -1053,7 +1057,7 @@ class Resource(Table):
     ram = peewee.IntegerField(null=True)  # MiB
     mode = peewee.CharField(default='')   # '' or one of MODES
     hold = peewee.IntegerField(default=0)  # seconds
-    approval = peewee.IntegerField(default=0)  # seconds that a reservation is held for an admin to approve it; 0: no need
+    approval = peewee.IntegerField(default=0)  # seconds that one is held for an admin to approve it; 0: no need
     no_show = peewee.IntegerField(default=0)   # seconds after which one that nobody uses is released; 0: never
     hosts = peewee.TextField(default='[]')  # JSON: of its aggregate, as `sync` saw them
     added = peewee.IntegerField()
@@ -1087,7 +1091,7 @@ class Reservation(Table):
     confirm = peewee.IntegerField(default=0)     # seconds that room is held for its owner to accept it
     pending = peewee.IntegerField(null=True)     # until when it is held for somebody's word
     personal = peewee.BooleanField(default=False)  # only its user may boot on it through Nova
-    on_conflict = peewee.CharField(default='')   # what becomes of an occurrence that the horizon reaches and has no room
+    on_conflict = peewee.CharField(default='')   # what becomes of an occurrence that has no room
     booked_until = peewee.IntegerField(null=True)  # how far it is in rows, if it goes on after that
     origin = peewee.CharField(default='')        # a digest of that event, to see whether it is another
     uid = peewee.CharField(null=True)            # of the event of a calendar that it comes from
@@ -1326,7 +1330,8 @@ class SimulatedServer(Table):
     gone = peewee.DoubleField(null=True)
 
 
-TABLES = [Resource, Reservation, Occurrence, Capacity, Limit, Step, Server, Claim, Token, Feed, Subscription, Event, Outbox, Lease, Fact,
+TABLES = [Resource, Reservation, Occurrence, Capacity, Limit, Step, Server, Claim, Token, Feed, Subscription, Event,
+          Outbox, Lease, Fact,
           SimulatedServer]
 
 #: What brings an older store up to the models above, one function a version.
@@ -1462,7 +1467,8 @@ LISTING = '''
   SELECT o.id, r.id AS reservation, r.label, r.user, r.project,
          s.name AS resource, s.cell, s.cloud, s.region, s.aggregate,
          o.vms, r.flavor, r.image, r.network, r.key, r.security_groups, r.metadata, r.user_data,
-         r.server, r.at_end, r.notify, o.vcpus, o.ram, r.lead, r.description, r.personal, r.repeat, r.tz, o.start, o."end",
+         r.server, r.at_end, r.notify, o.vcpus, o.ram, r.lead, r.description, r.personal, r.repeat, r.tz, o.start,
+         o."end",
          o.cancelled, r.added, r.changed,
          (SELECT count(*) FROM server v
            WHERE v.occurrence_id = o.id AND v.goal = 'up' AND v.state = 'active') AS up,
@@ -1473,7 +1479,8 @@ LISTING = '''
          (SELECT count(*) FROM server v WHERE v.occurrence_id = o.id AND v.ready IS NOT NULL) AS ever,
          (r.image <> '' OR r.server <> '') AS runs,
          clock.now, o.told, o.held_from, o.held_until, o.resource_id, r.over, o.due, o.slot, o.altered, o.revision,
-         o.revised, r.waiting, r.priority, r.confirm, r.pending, r.on_conflict, r.booked_until, r.subscription, r.series <> '' AS repeats
+         o.revised, r.waiting, r.priority, r.confirm, r.pending, r.on_conflict, r.booked_until, r.subscription,
+         r.series <> '' AS repeats
     FROM (SELECT CAST(? AS INTEGER) AS now) clock, occurrence o
     JOIN reservation r ON r.id = o.reservation_id JOIN resource s ON s.id = o.resource_id'''
 
@@ -1900,7 +1907,8 @@ class OpenStack(Cloud):
         connection = self.connection
         with self.telling('list aggregates', sure=True):
             return [Aggregate(each.name, sorted(each.hosts or []), *map(sum, zip((0, 0), *(
-                self.host_holds(connection.placement, host) for host in each.hosts or []))), (each.metadata or {}).get('cmres', ''))
+                self.host_holds(connection.placement, host) for host in each.hosts or []))),
+                (each.metadata or {}).get('cmres', ''))
                 for each in connection.compute.aggregates()]
 
     def host_holds(self, placement, host: str) -> tuple[int, int]:
@@ -2077,7 +2085,8 @@ GIVE_UP = 3 * 86400  # seconds after which an undeliverable notice is given up
 MOST_WAIT = 10  # seconds for an answer from an address that a person gave
 MOST_FETCHED = 2**20  # bytes of it
 
-NOTICES = '''SELECT n.id, n.target, n.tries, e.id AS event, e.at, e.actor, e.code, e.sentence, e.reservation_id, e.occurrence
+NOTICES = '''SELECT n.id, n.target, n.tries, e.id AS event, e.at, e.actor, e.code, e.sentence, e.reservation_id,
+                    e.occurrence
                FROM outbox n JOIN event e ON e.id = n.event_id'''
 
 
@@ -2242,7 +2251,8 @@ MOST_NESTING = 8
 MOST_LENGTH = 366 * 86400  # seconds of one occurrence
 MOST_EXPANDING = 10     # seconds for the occurrences of a whole calendar
 #: What an event wants: 2 x m1.small, and if it likes an image and a resource: 2 x m1.small cirros on demo.
-WANT = re.compile(r'(\d{1,7})\s*[x×]\s*([^\s,;]+)(?:\s+(?!on\s)([^\s,;]+))?(?:\s+on\s+([A-Za-z0-9._-]{1,64}))?\s*', re.I)
+WANT = re.compile(
+    r'(\d{1,7})\s*[x×]\s*([^\s,;]+)(?:\s+(?!on\s)([^\s,;]+))?(?:\s+on\s+([A-Za-z0-9._-]{1,64}))?\s*', re.I)
 MARKED = re.compile(r'#vm\b\s*([^\n<]*)', re.I)
 
 
@@ -2469,9 +2479,11 @@ def bookings(calendars: list, zone: ZoneInfo, begin: datetime, until: datetime, 
             for found in [booking_of(uid, events, zone, begin, until, defaults)] if found]
 
 
-def booking_of(uid: str, events: list, zone: ZoneInfo, begin: datetime, until: datetime, defaults: Want) -> Booking | None:
+def booking_of(uid: str, events: list, zone: ZoneInfo, begin: datetime, until: datetime,
+               defaults: Want) -> Booking | None:
     """What the components of one UID want; what they say badly refuses them alone."""
-    masters = sorted((each for each in events if 'RECURRENCE-ID' not in each), key=lambda each: int(each.get('SEQUENCE', 0)))
+    masters = sorted((each for each in events if 'RECURRENCE-ID' not in each),
+                     key=lambda each: int(each.get('SEQUENCE', 0)))
     master = masters[-1] if masters else events[0]
     summary = re.sub('[\x00-\x1f\x7f]+', ' ', str(master.get('SUMMARY', '')))[:1000]
     cancelled = str(master.get('STATUS', '')).upper() == 'CANCELLED'
@@ -2593,7 +2605,8 @@ def overridden(parts: list[Part], event, here: ZoneInfo, owner: ZoneInfo, want: 
         return [part._replace(skips=(*part.skips, key)) for part in parts]
     # One that stands where the rule has no slot is an occurrence all the same.
     return [part._replace(moved=part.moved | {key: (start.isoformat(), length, vms)},
-                          dates=part.dates if part.single or key in part.dates else (*part.dates, key)) for part in parts]
+                          dates=part.dates if part.single or key in part.dates else (*part.dates, key))
+            for part in parts]
 
 
 def spelled_out(events: list, want: Want, owner: ZoneInfo, begin: datetime, until: datetime) -> list[Part]:
@@ -2745,7 +2758,8 @@ HIDDEN = frozenset(('now', 'resource_id', 'held_from', 'held_until', 'over', 'du
                     'existing', 'ever', 'runs', 'told', 'slot', 'altered', 'revision', 'revised', 'on_conflict',
                     'booked_until', 'subscription', 'repeats', 'waiting', 'confirm', 'pending', 'priority'))
 #: Of a reservation, the occurrence that is now or comes next: no other that is not over comes before it.
-NEXT_OF_ITS = """NOT EXISTS (SELECT 1 FROM occurrence c WHERE c.reservation_id = o.reservation_id AND c.cancelled IS NULL
+NEXT_OF_ITS = """NOT EXISTS (SELECT 1 FROM occurrence c
+                              WHERE c.reservation_id = o.reservation_id AND c.cancelled IS NULL
                               AND c."end" > clock.now AND (c.start, c.id) < (o.start, o.id))"""
 #: Its occurrences in the order in which people mean them: the present or next, those after it, at last those before.
 NEXT_FIRST = 'cancelled IS NOT NULL OR "end" <= now, iif(cancelled IS NULL AND "end" > now, start, -start), id'
@@ -2828,7 +2842,8 @@ class Reservations:
     def add(self, label: Label, resource: Place, start: When, end: When, vms: Count = 1, flavor: Name = '',
             image: Name = '', network: Name = '', key: Name = '', security_groups: Names = (), user_data: File = '',
             metadata: Pairs = None, server: Name = '', at_end: Name = '', notify: Names = (), lead: Span = None,
-            description: Text = '', personal: bool = False, repeat: Repeat = '', tz: Zone = '', until: Day = None, count: Count = None,
+            description: Text = '', personal: bool = False, repeat: Repeat = '', tz: Zone = '', until: Day = None,
+            count: Count = None,
             skip_dates: Names = (), holidays: Source = '', on_conflict: Clash = 'refuse', user: Name = '',
             project: Name = '', cell: Name = '', cloud: Name = '', region: Name = '', aggregate: Name = '',
             wait: bool = False, priority: int = 0, confirm: Span = None, dry_run: bool = False) -> dict:
@@ -3146,15 +3161,17 @@ class Reservations:
                 if all(getattr(current, name) == getattr(old, name) for name in UNCHANGED) and (
                         not parts or series == parts):
                     named = bool(occurrence) and not only
-                    return self.answer(*self.rewrite(old, wish, asked, now, code, named), wish, old.id if only else None)
+                    done = self.rewrite(old, wish, asked, now, code, named)
+                    return self.answer(*done, wish, old.id if only else None)
         raise Conflict(f"'{label}' is being changed by others all the time; try again")
 
     def refuse_common(self, old, asked: dict, occurrence: datetime | None, only: bool) -> None:
         """Refuses to change for some occurrences of a series what all of them have in common."""
         own = OWN | {'tz', 'on_conflict'} | (set() if only else REPEATING)
         if old.repeats and occurrence and asked.keys() - own:
-            raise Invalid(f"the {min(asked.keys() - own).replace('_', ' ')} is the same for all occurrences; some alone "
-                          f"can have another {', '.join(sorted(OWN))}")
+            common = min(asked.keys() - own).replace('_', ' ')
+            raise Invalid(f'the {common} is the same for all occurrences; some alone can have another '
+                          f"{', '.join(sorted(OWN))}")
 
     def to_alter(self, label: str, project: str, occurrence: datetime | None, asked: dict) -> tuple:
         """The occurrence that a change is told for, the parts of its series, and the slot from which on they change."""
@@ -3183,7 +3200,8 @@ class Reservations:
         else:
             self.rebook(old, wish, now)
         self.journal(now, code, f"{self.actor.user} changed: {', '.join(sorted(asked.keys() - {'tz'}))}",
-                     old.reservation, wish.notify, NONE_OF_THEM if done else old.id if old.repeats and not wish.parts else None)
+                     old.reservation, wish.notify,
+                     NONE_OF_THEM if done else old.id if old.repeats and not wish.parts else None)
         return old.reservation, done
 
     def carried_on(self, old) -> Wish:
@@ -3191,7 +3209,8 @@ class Reservations:
         clash = old.on_conflict if old.on_conflict.startswith('shift') else 'skip'
         kept = {name: self.unaltered(old)[name] for name in STORED} | {'lead': old.lead}
         return Wish(resource=None, start=old.start, end=old.end, vms=old.vms, parts=self.parts(old.reservation),
-                    each=Amount(1, old.vcpus // old.vms, old.ram // old.vms), warnings=[], **kept | {'on_conflict': clash})
+                    each=Amount(1, old.vcpus // old.vms, old.ram // old.vms), warnings=[],
+                    **kept | {'on_conflict': clash})
 
     def unaltered(self, old) -> dict:
         """What `add` would have to be asked to get the same reservation."""
@@ -3487,11 +3506,14 @@ class Reservations:
             if each.mark != name and not dry_run:
                 self.clouds.open(cloud).mark(each.name, name)
         return [line for (name, lines), each in zip(synced, chosen) for line in lines + (
-            [{'resource': name, 'what': 'mark', 'before': each.mark or None, 'after': name}] if each.mark != name else [])]
+            [{'resource': name, 'what': 'mark', 'before': each.mark or None, 'after': name}]
+            if each.mark != name else [])]
 
-    def sync_one(self, cloud: str, aggregate: Aggregate, wanted: dict, force: bool, now: float) -> tuple[str, list[dict]]:
+    def sync_one(self, cloud: str, aggregate: Aggregate, wanted: dict, force: bool,
+                 now: float) -> tuple[str, list[dict]]:
         """Makes or updates the resource of an aggregate; its name, and a line for each difference."""
-        found = row('SELECT * FROM resource WHERE cloud = ? AND aggregate = ? AND removed IS NULL', cloud, aggregate.name)
+        found = row('SELECT * FROM resource WHERE cloud = ? AND aggregate = ? AND removed IS NULL',
+                    cloud, aggregate.name)
         new = {'vcpus': aggregate.vcpus, 'ram': aggregate.ram, 'hosts': json.dumps(aggregate.hosts)} | wanted
         if not found:
             name = calendar_name(aggregate.name)
@@ -3500,7 +3522,8 @@ class Reservations:
                                  'vms': None, 'mode': '', **self.read_seconds(hold=None, approval=None, no_show=None),
                                  'added': int(now)} | new))
             self.journal(now, 'resource', f"added the resource '{name}' from the aggregate '{aggregate.name}'")
-            return name, [{'resource': name, 'what': field, 'before': None, 'after': value} for field, value in new.items()]
+            return name, [{'resource': name, 'what': field, 'before': None, 'after': value}
+                          for field, value in new.items()]
         lines = [{'resource': found.name, 'what': field, 'before': getattr(found, field), 'after': value}
                  for field, value in new.items() if getattr(found, field) != value]
         if lines:
@@ -3508,9 +3531,10 @@ class Reservations:
             self.rehold_changes(self.resource_row(found.name), now)
             homeless = self.no_longer_fitting(self.resource_row(found.name), now)
             if homeless and not force:
-                raise Conflict(f"{len(homeless)} occurrences on '{found.name}' would no longer fit; --force does it all the "
-                               'same and cancels nothing', occurrences=homeless)
-            self.journal(now, 'resource', f"synced the resource '{found.name}': {', '.join(each['what'] for each in lines)}")
+                raise Conflict(f"{len(homeless)} occurrences on '{found.name}' would no longer fit; --force does it "
+                               'all the same and cancels nothing', occurrences=homeless)
+            fields = ', '.join(each['what'] for each in lines)
+            self.journal(now, 'resource', f"synced the resource '{found.name}': {fields}")
         return found.name, lines
 
     def read_seconds(self, **lengths: timedelta | None) -> dict[str, int]:
@@ -3573,7 +3597,8 @@ class Reservations:
             return True, f"'{name}' is open to everybody"
         found, why = self.may_boot(place, server, projects, users, need, label, now)
         if found is None and not label and place.mode == 'shared':
-            free, why = self.walk_in(place, server, need, now), f"'{name}' is not free for {format_duration(place.hold)}"
+            free = self.walk_in(place, server, need, now)
+            why = f"'{name}' is not free for {format_duration(place.hold)}"
             found = 0 if free else None
         if found is None:
             return False, why
@@ -3589,9 +3614,11 @@ class Reservations:
         marks = ', '.join('?' * len(projects))
         mine = rows('SELECT o.*, r.label, r.user, r.personal, r.flavor FROM occurrence o JOIN reservation r '
                     'ON r.id = o.reservation_id WHERE o.resource_id = ? AND o.due IS NOT NULL AND o.start < ? '
-                    f"AND o.cancelled IS NULL AND r.waiting IS NULL AND r.pending IS NULL AND r.project IN ({marks}){' AND r.label = ?' if label else ''} "
+                    'AND o.cancelled IS NULL AND r.waiting IS NULL AND r.pending IS NULL '
+                    f"AND r.project IN ({marks}){' AND r.label = ?' if label else ''} "
                     'ORDER BY o.start', place.id, now + 86400, *projects, *([label] if label else []))
-        why = f"no reservation {shown(label) + ' ' if label else ''}of the project {projects[0]} is active on '{place.name}'"
+        named = f'{shown(label)} ' if label else ''
+        why = f"no reservation {named}of the project {projects[0]} is active on '{place.name}'"
         for each in mine:
             if now < each.held_from:
                 why = f"'{each.label}' begins at {instant(each.held_from)}"
@@ -3648,7 +3675,8 @@ class Reservations:
         own = '' if self.actor.role == ADMIN else 'AND user = ? AND project = ?'
         who = () if self.actor.role == ADMIN else self.actor[:2]
         feeds = rows(f"SELECT id, 'feed' AS kind, user, project, iif(resource <> '', resource, iif(whole_project, "
-                     f"'the project', 'the user')) AS shows, added FROM feed WHERE revoked IS NULL {own} ORDER BY id", *who)
+                     f"'the project', 'the user')) AS shows, added FROM feed WHERE revoked IS NULL {own} ORDER BY id",
+                     *who)
         subscribed = rows(f"SELECT id, 'subscription' AS kind, user, project, url, added, polled, fault, held "
                           f'FROM subscription WHERE due IS NOT NULL {own} ORDER BY id', *who)
         return [public(each) for each in feeds] + [
@@ -3689,7 +3717,8 @@ class Reservations:
             found = self.own_calendar('feed', 'revoked IS NULL', id)
             change(Feed, id, revoked=int(now))
             self.journal(now, 'calendar', f'revoked feed {id}')
-            return {'id': id, 'kind': 'feed', 'user': found.user, 'project': found.project, 'revoked': instant(int(now))}
+            return {'id': id, 'kind': 'feed', 'user': found.user, 'project': found.project,
+                    'revoked': instant(int(now))}
 
     @api('POST', '/calendar/subscription/')
     def calendar_subscribe(self, url: Url, resource: Label = '', flavor: Name = '', image: Name = '',
@@ -3720,7 +3749,8 @@ class Reservations:
             raise Invalid(f'url: {error}') from None
         with self.writing(dry_run) as now:
             id = insert(Subscription, user=said['user'], project=said['project'], url=url, defaults=json.dumps(said),
-                        notify=json.dumps([*notify]), added=int(now), due=now, etag='', modified='', fault='', held='', refused='{}',
+                        notify=json.dumps([*notify]), added=int(now), due=now, etag='', modified='', fault='', held='',
+                        refused='{}',
                         confirmed=False, tries=0)
             self.journal(now, 'calendar', f'subscribed to a calendar at {parts.hostname}')
         return {'id': id, 'kind': 'subscription', 'user': said['user'], 'project': said['project'],
@@ -3770,7 +3800,8 @@ class Reservations:
         headers = {'If-None-Match': subscription.etag, 'If-Modified-Since': subscription.modified}
         if int(subscription.polled or 0) // 86400 != int(self.clock()) // 86400:  # what is spelled out must go on
             headers = {}
-        status, found, body = fetch(self.config, subscription.url, {name: value for name, value in headers.items() if value})
+        status, found, body = fetch(self.config, subscription.url,
+                                    {name: value for name, value in headers.items() if value})
         if status == 304:
             return {}
         if status != 200:
@@ -3790,30 +3821,38 @@ class Reservations:
         Args:
           said: what the events don't say, named as in `import`
         """
-        zone, now = read_zone(said['tz'] or self.config.timezone), self.here.now
-        window = now, now + timedelta(days=self.config.horizon)
-        defaults = Want(*(said[name] for name in Want._fields))
-        calendars = read_calendar(text, 'the calendar')
-        wanted = bookings(calendars, zone, *window, defaults)
+        zone, here = read_zone(said['tz'] or self.config.timezone), self.here.now
+        calendars, owner = read_calendar(text, 'the calendar'), self.owner(said)
+        wanted = bookings(calendars, zone, here, here + timedelta(days=self.config.horizon),
+                          Want(*(said[name] for name in Want._fields)))
         ignored = len(by_uid(calendars)) - len(wanted)
-        owner = self.owner(said)
         lines = [self.read_booking(each, said, zone) for each in self.progress(wanted)]
         self.refuse_too_many(wanted)
-        with self.writing(dry_run) as instant_now:
-            if subscription and not row('SELECT id FROM subscription WHERE id = ? AND due IS NOT NULL', subscription.id):
-                raise Conflict('it was unsubscribed meanwhile')
+        with self.writing(dry_run) as now:
             try:
-                with db.atomic():
-                    had = self.live_of(subscription, instant_now)
-                    done = [self.take_booking(*line, owner, subscription, instant_now) for line in lines]
-                    done += self.drop_missing(wanted, subscription, instant_now)
-                    self.ask_before_most_goes(subscription, had, instant_now)
+                done = self.take_bookings(wanted, lines, owner, subscription, now)
             except Held as held:
-                self.tell_held(subscription, str(held), instant_now)
+                self.tell_held(subscription, str(held), now)
                 return {'held': str(held), 'events': [], 'ignored': ignored}
-            if subscription:
-                self.tell_refused(subscription, done, instant_now)
         return {'events': sorted(done, key=lambda each: each['uid']), 'ignored': ignored}
+
+    def take_bookings(self, wanted: list[Booking], lines: list[tuple], owner: tuple[str, str], subscription,
+                      now: float) -> list[dict]:
+        """What became of each event; inside a transaction.
+
+        Raises:
+          Held: of a subscription more than half would go, and nothing was done.
+        """
+        if subscription and not row('SELECT id FROM subscription WHERE id = ? AND due IS NOT NULL', subscription.id):
+            raise Conflict('it was unsubscribed meanwhile')
+        with db.atomic():
+            had = self.live_of(subscription, now)
+            done = [self.take_booking(*line, owner, subscription, now) for line in lines]
+            done += self.drop_missing(wanted, subscription, now)
+            self.ask_before_most_goes(subscription, had, now)
+        if subscription:
+            self.tell_refused(subscription, done, now)
+        return done
 
     def refuse_too_many(self, wanted: list[Booking]) -> None:
         """Refuses what others would have to wait for while it is booked."""
@@ -3821,7 +3860,8 @@ class Reservations:
         for booking in wanted:
             total += len(all_slots(booking.parts, now, self.horizon(booking.parts, now)))
             if total > 10 * MOST_OCCURRENCES:
-                raise BadCalendar(f'the calendar asks for too many occurrences until the horizon: over {10 * MOST_OCCURRENCES}')
+                raise BadCalendar('the calendar asks for too many occurrences until the horizon: '
+                                  f'over {10 * MOST_OCCURRENCES}')
 
     def read_booking(self, booking: Booking, said: dict, zone: ZoneInfo) -> tuple:
         """A booking with its wish, or with the error that refuses it; asks clouds, so outside any transaction."""
@@ -3832,9 +3872,11 @@ class Reservations:
             coming = all_slots(booking.parts, self.clock(), self.horizon(booking.parts, self.clock()))
             if booking.cancelled or not coming:
                 return booking, None, None
-            asked = {**said, **want._asdict(), 'label': calendar_name(booking.summary), 'start': instant(coming[0].start),
-                     'end': instant(coming[0].end), 'security_groups': (), 'user_data': '', 'metadata': None, 'server': '',
-                     'personal': False, 'lead': None, 'description': booking.summary[:1000], 'repeat': booking.parts[0].rule, 'late': True}
+            asked = said | want._asdict() | {
+                'label': calendar_name(booking.summary), 'start': instant(coming[0].start),
+                'end': instant(coming[0].end), 'security_groups': (), 'user_data': '', 'metadata': None, 'server': '',
+                'personal': False, 'lead': None, 'description': booking.summary[:1000],
+                'repeat': booking.parts[0].rule, 'late': True}
             if not want.resource:
                 raise Invalid(f"no resource is named; write `{want.vms} x {want.flavor or 'm1.small'} on RESOURCE`, or "
                               'say --resource')
@@ -3844,7 +3886,8 @@ class Reservations:
         except Error as error:
             return booking, None, error
 
-    def take_booking(self, booking: Booking, wish: Wish | None, error: Error | None, owner: tuple[str, str], subscription,
+    def take_booking(self, booking: Booking, wish: Wish | None, error: Error | None, owner: tuple[str, str],
+                     subscription,
                      now: float) -> dict:
         """What became of an event: booked, changed, unchanged, cancelled, refused, or nothing because it is past."""
         line = {'uid': booking.uid, 'summary': booking.summary[:200]}
@@ -3892,7 +3935,8 @@ class Reservations:
 
     def free_label(self, wish: Wish, now: float) -> str:
         """The label of a wish, with a number behind it if somebody has it."""
-        taken = {each.label for each in rows('SELECT label FROM reservation WHERE project = ? AND over > ? AND label >= ? '
+        taken = {each.label for each in rows('SELECT label FROM reservation WHERE project = ? AND over > ? '
+                                             'AND label >= ? '
                                              'AND label < ?', wish.project, int(now), wish.label, wish.label + '~')}
         return next(name for name in (wish.label, *(f'{wish.label}-{n}' for n in range(2, len(taken) + 3)))
                     if name not in taken)
@@ -3934,7 +3978,8 @@ class Reservations:
         refused = {each['uid']: each['why'][:500] for each in done if each['outcome'] == 'refused'}
         for uid, why in refused.items():
             if before.get(uid) != why:
-                journal(self.config, now, self.actor.user, 'refused', f"{textwrap.shorten(uid, 100)} in the calendar: {why}",
+                journal(self.config, now, self.actor.user, 'refused',
+                        f'{textwrap.shorten(uid, 100)} in the calendar: {why}',
                         None, json.loads(subscription.notify), project=self.actor.project)
         change(Subscription, subscription.id, refused=json.dumps(refused))
 
@@ -3946,7 +3991,10 @@ class Reservations:
         return found.resource or f"{found.project if found.whole_project else found.user} on cmres", found
 
     def feed_events(self, feed) -> tuple[list[Shown], float]:
-        """What a feed shows, and until when it holds: what ended in the last 31 days, and all that is to come; of others only that it is busy."""
+        """What a feed shows, and until when it holds: what ended in the last 31 days, and all that is to come.
+
+        What is others' is shown as busy only.
+        """
         where = [('o.end > ?', int(self.clock()) - 31 * 86400), *([('s.name = ?', feed.resource)] if feed.resource else
                  [('r.project = ?', feed.project)]), *([('r.user = ?', feed.user)]
                  if not feed.resource and not feed.whole_project else [])]
@@ -4062,10 +4110,12 @@ class Reservations:
         wish = Wish(asked['label'], user, project, place, start, end, asked['vms'], asked['flavor'], asked['image'],
                     asked['network'], asked['key'], [*asked['security_groups']], asked['user_data'],
                     dict(asked['metadata'] or {}), server, asked['at_end'] or ('stop' if server else 'delete'),
-                    [*asked['notify']], lead, asked['description'], bool(asked['personal']), asked['repeat'], old.tz if old else '',
+                    [*asked['notify']], lead, asked['description'], bool(asked['personal']), asked['repeat'],
+                    old.tz if old else '',
                     asked['on_conflict'], [], each, warnings)
         if parts and not {'repeat'} & set(changes):
-            return wish._replace(parts=self.ended_parts(self.moved_parts(wish, old, parts, key, changes), asked, changes))
+            moved = self.moved_parts(wish, old, parts, key, changes)
+            return wish._replace(parts=self.ended_parts(moved, asked, changes))
         return self.repeating(wish, asked, old, parts, key, changes) if REPEATING & {
             name for name in changes if asked.get(name)} else wish
 
@@ -4095,7 +4145,8 @@ class Reservations:
         skips = self.read_skips(asked, zone, int(self.clock()))
         ends = {'until', 'count'} & set(changes)
         return [part._replace(skips=(*part.skips, *skips), rule=local_rule(self.ended_rule(
-            asked | {'repeat': endless(part.rule)}, zone), zone) if ends and part.rule else part.rule) for part in parts]
+            asked | {'repeat': endless(part.rule)}, zone), zone) if ends and part.rule else part.rule)
+                for part in parts]
 
     def repeating(self, wish: Wish, asked: dict, old, parts: list[Part], key: str, changes: Iterable[str]) -> Wish:
         """A wish with the series that it asks for, which begins with the first slot of its rule.
@@ -4300,7 +4351,8 @@ class Reservations:
           its id, and of a series what became of each occurrence.
         """
         pending = int(now) + wish.resource.approval if wish.resource.approval and self.actor.role != ADMIN else None
-        reservation = insert(Reservation, **wish.columns(*STORED), **event, origin=origin, added=int(now), changed=int(now),
+        reservation = insert(Reservation, **wish.columns(*STORED), **event, origin=origin, added=int(now),
+                             changed=int(now),
                              pending=pending, priority=0, confirm=0,
                              series=stored_parts(wish.parts) if wish.parts else '', over=wish.end)
         if wish.parts:
@@ -4332,12 +4384,13 @@ class Reservations:
         begin = slot.start - wish.lead if held_from is None else held_from
         vms, vcpus, ram = wish.each * slot.vms
         values = dict(resource=slot.resource, start=slot.start, end=slot.end, held_from=begin, held_until=slot.end,
-                      vms=vms, vcpus=vcpus, ram=ram, due=min(now, begin)) | more
+                      vms=vms, vcpus=vcpus, ram=ram)
         if id is None:
-            new = dict(reservation=reservation, slot=slot.key, altered=False, revision=0, revised=int(now), told=0)
-            insert(Occurrence, **(new | values | {'due': min(begin, slot.start - self.config.notice)} | more))
+            new = dict(reservation=reservation, slot=slot.key, altered=False, revision=0, revised=int(now), told=0,
+                       due=min(begin, slot.start - self.config.notice))
+            insert(Occurrence, **new | values | more)
         else:
-            change(Occurrence, id, **values)
+            change(Occurrence, id, **values | {'due': min(now, begin)} | more)
             run('UPDATE occurrence SET revision = revision + 1, revised = ? WHERE id = ?', int(now), id)
 
     def rebook(self, old, wish: Wish, now: float) -> None:
@@ -4450,7 +4503,8 @@ class Reservations:
 
     def limits_for(self, wish: Wish) -> list:
         """The limits that a wish is under: of its user, of its project, and of every project if that has none."""
-        found = [each for each in rows('SELECT * FROM limits WHERE user IN (?, ?) AND project IN (?, ?) AND resource IN (?, ?)',
+        found = [each for each in rows('SELECT * FROM limits WHERE user IN (?, ?) AND project IN (?, ?) '
+                                       'AND resource IN (?, ?)',
                                        '', wish.user, '', wish.project, '', wish.resource.name)]
         own = {each.resource for each in found if each.project and not each.user}
         return [each for each in found if each.user or each.project or each.resource not in own]
@@ -4558,7 +4612,8 @@ class Reservations:
             found = self.mine(label, project)
             if found.state != 'pending':
                 raise Conflict(f"'{label}' is {found.state}, and waits for nobody's word")
-            self.cancel(self.live(found), now, f"rejected by {self.actor.user}{f': {reason}' if reason else ''}", ends=True)
+            why = f"rejected by {self.actor.user}{f': {reason}' if reason else ''}"
+            self.cancel(self.live(found), now, why, ends=True)
             return public(self.occurrence(found.id))
 
     def line_up(self, wish: Wish, priority: int, confirm: timedelta | None, dry_run: bool) -> dict:
@@ -4571,12 +4626,14 @@ class Reservations:
             self.refuse_taken_label(wish, now)
             self.refuse_beyond(wish, 0, now)
             self.refuse_many_waiting(wish)
-            reservation = insert(Reservation, **wish.columns(*STORED), series='', origin='', added=int(now), changed=int(now),
+            reservation = insert(Reservation, **wish.columns(*STORED), series='', origin='', added=int(now),
+                                 changed=int(now),
                                  over=wish.end, waiting=int(now), priority=priority,
                                  confirm=int((confirm or timedelta(0)).total_seconds()))
             slot = Slot('', wish.start, wish.end, wish.vms, wish.resource.id)
             self.write_occurrence(None, reservation, wish, slot, now, held_until=wish.held[0])
-            self.journal(now, 'waiting', f'{wish.vms} vms on {wish.resource.name} are not free', reservation, wish.notify)
+            sentence = f'{wish.vms} vms on {wish.resource.name} are not free'
+            self.journal(now, 'waiting', sentence, reservation, wish.notify)
             return self.answer(reservation, [], wish)
 
     def refuse_many_waiting(self, wish: Wish) -> None:
@@ -4607,7 +4664,8 @@ class Reservations:
         for each in self.waiting_line(now):
             place = row('SELECT * FROM resource WHERE id = ?', each.resource_id)
             amount, begin = Amount(each.vms, each.vcpus, each.ram), max(each.held_from, int(now))
-            behind = any(first.resource_id == each.resource_id and first.held_from < each.end and first.end > each.held_from
+            behind = any(first.resource_id == each.resource_id and first.held_from < each.end
+                         and first.end > each.held_from
                          for first in kept)
             if behind or not fits(place, begin, each.end, amount):
                 kept += [each] if now - each.waiting >= self.config.patience else []
@@ -4623,7 +4681,8 @@ class Reservations:
         pending = int(now) + found.confirm if found.confirm else None
         change(Reservation, found.reservation, waiting=None, pending=pending, changed=int(now))
         change(Occurrence, found.id, held_until=found.end, due=min(begin, now))
-        code, sentence = ('pending', f'there is room; `accept {found.label}` until {instant(pending)}') if pending else (
+        asks = f'there is room; `accept {found.label}` until {instant(pending)}' if pending else ''
+        code, sentence = ('pending', asks) if pending else (
             'admitted', f'{found.vms} vms on {place.name}, after {format_duration(int(now) - found.waiting)}')
         self.journal(now, code, sentence, found.reservation, json.loads(found.notify))
 
@@ -4642,7 +4701,8 @@ class Reservations:
         """
         if vms is vcpus is ram is None:
             raise Invalid('say how much there is: --vms, --vcpus or --ram')
-        return self.change_capacity(name, start, end, Amount(vms, vcpus, ram), reason or 'another capacity', then, dry_run)
+        most = Amount(vms, vcpus, ram)
+        return self.change_capacity(name, start, end, most, reason or 'another capacity', then, dry_run)
 
     @api('POST', '/maintenance/', role=ADMIN)
     def maintenance_add(self, resource: Label, start: When, end: When, reason: Text = '', then: Name = 'notify',
@@ -4693,14 +4753,16 @@ class Reservations:
                 raise Invalid(f'the end {to_plain(instant(until))} is not in the future')
             held = self.difference(place, most)
             if held == NOTHING:
-                raise Conflict(f"'{name}' has no limit that this would change; set one with: resource update {name} --vms N")
+                raise Conflict(f"'{name}' has no limit that this would change; set one with: "
+                               f'resource update {name} --vms N')
             hold(place.id, begin, until, held)
             id = insert(Capacity, resource=place.id, start=begin, end=until, **in_figures(most), held_vms=held.vms,
                         held_vcpus=held.vcpus, held_ram=held.ram, reason=reason, added=int(now), removed=None)
             hit = [self.make_room(each, f'{reason} on {name} from {instant(begin)} to {instant(until)}', then, now)
                    for each in self.homeless(place, max(begin, int(now)), until)]
             self.journal(now, 'resource', f"{reason} on '{name}' from {instant(begin)} to {instant(until)}")
-            return {'id': id, 'resource': name, 'start': instant(begin), 'end': instant(until), 'reason': reason, 'hit': hit}
+            return {'id': id, 'resource': name, 'start': instant(begin), 'end': instant(until), 'reason': reason,
+                    'hit': hit}
 
     def difference(self, place, most: Amount) -> Amount:
         """What must be held so that a resource has another capacity; an unlimited figure stays so."""
@@ -4709,7 +4771,8 @@ class Reservations:
 
     def rehold_changes(self, place, now: float) -> None:
         """Lets changes of capacity be what they were meant to be, after the capacity itself has changed."""
-        for each in rows('SELECT * FROM capacity WHERE resource_id = ? AND removed IS NULL AND "end" > ?', place.id, int(now)):
+        for each in rows('SELECT * FROM capacity WHERE resource_id = ? AND removed IS NULL AND "end" > ?',
+                         place.id, int(now)):
             held = self.difference(place, Amount(each.vms, each.vcpus, each.ram))
             release(place.id, each.start, each.end, Amount(each.held_vms, each.held_vcpus, each.held_ram))
             hold(place.id, each.start, each.end, held)
@@ -4724,7 +4787,8 @@ class Reservations:
             return line | {'outcome': 'cancelled'}
         place = self.moved_elsewhere(found, now) if then == 'move' else None
         outcome = f'moved to {place[0]} from {format_time(instant(place[1]), self.config.zone)}' if place else 'left'
-        self.journal(now, 'maintenance', f'{why}; it is {outcome}', found.reservation, json.loads(found.notify), found.id)
+        self.journal(now, 'maintenance', f'{why}; it is {outcome}', found.reservation, json.loads(found.notify),
+                     found.id)
         return line | {'outcome': outcome}
 
     def moved_elsewhere(self, found, now: float) -> tuple[str, int] | None:
@@ -4743,7 +4807,8 @@ class Reservations:
             return None
         place, start = place or here, first + found.lead
         hold(place.id, first, first + need, amount)
-        change(Occurrence, found.id, resource=place.id, start=start, end=start + found.end - found.start, held_from=first,
+        change(Occurrence, found.id, resource=place.id, start=start, end=start + found.end - found.start,
+               held_from=first,
                held_until=first + need, due=min(now, first), told=0, altered=bool(found.repeats))
         if not found.repeats:
             change(Reservation, found.reservation, over=start + found.end - found.start)
@@ -4753,7 +4818,7 @@ class Reservations:
 
     @api('GET', '/report/')
     def report(self, since: When = None, until: When = None, by_whom: Name = 'project') -> Rows:
-        """Adds up machine-hours reserved, used and unused, requests refused, and lateness, by project, user or resource.
+        """Adds up machine-hours reserved, used and unused, requests refused, and lateness, for each of some kind.
 
         Counts the last 30 days unless --since and --until say otherwise.
 
@@ -4769,24 +4834,29 @@ class Reservations:
         own = ' AND '.join(['1', *(text for text, _ in self.visible())])
         who = [value for _, value in self.visible()]
         lines: dict = defaultdict(lambda: dict.fromkeys(('reserved', 'used', 'refused', 'late_worst'), 0.0))
-        for name, reserved in run(f'''SELECT {columns[by_whom]}, sum(o.vms * max(0, min(o.held_until, ?) - max(o.start, ?))) / 3600.0
+        for name, reserved in run(f'''SELECT {columns[by_whom]}, sum(o.vms * max(0, min(o.held_until, ?)
+                                             - max(o.start, ?))) / 3600.0
                                         {FROM_ALL} WHERE {own} AND o.start < ? AND o.held_until > ? GROUP BY 1''',
                                   last, first, *who, last, first):
             lines[name]['reserved'] += reserved
-        for name, used, late in run(f'''SELECT {columns[by_whom]}, sum(max(0, min(coalesce(v.deleted, ?), ?) - max(v.ready, ?)))
-                                          / 3600.0, max(v.ready - v.planned) {FROM_ALL} JOIN server v ON v.occurrence_id = o.id
+        for name, used, late in run(f'''SELECT {columns[by_whom]},
+                                               sum(max(0, min(coalesce(v.deleted, ?), ?) - max(v.ready, ?)))
+                                               / 3600.0, max(v.ready - v.planned)
+                                          {FROM_ALL} JOIN server v ON v.occurrence_id = o.id
                                          WHERE {own} AND v.ready < ? AND coalesce(v.deleted, ?) > ? GROUP BY 1''',
                                     now, last, first, *who, last, now, first):
             lines[name]['used'] += used
             lines[name]['late_worst'] = max(lines[name]['late_worst'], late)
-        for name, used in run(f'''SELECT {columns[by_whom]}, sum(max(0, min(coalesce(c.gone, ?), ?) - max(c.at, ?))) / 3600.0
+        for name, used in run(f'''SELECT {columns[by_whom]},
+                                         sum(max(0, min(coalesce(c.gone, ?), ?) - max(c.at, ?))) / 3600.0
                                     {FROM_ALL} JOIN claim c ON c.occurrence = o.id WHERE {own} AND c.server NOT IN
                                   (SELECT uid FROM server WHERE uid IS NOT NULL) AND c.at < ? GROUP BY 1''',
                               now, last, first, *who, last):
             lines[name]['used'] += used
         refused = {'project': 'project', 'user': 'actor', 'resource': 'resource'}[by_whom]
         mine = '' if self.actor.role == ADMIN else 'AND project = ?'
-        for name, count in run(f"SELECT {refused}, count(*) FROM event WHERE code = 'refused' AND project <> '' AND at >= ? "
+        for name, count in run(f"SELECT {refused}, count(*) FROM event WHERE code = 'refused' AND project <> '' "
+                               'AND at >= ? '
                                f'AND at < ? {mine} GROUP BY 1', first, last, *([self.actor.project] if mine else [])):
             lines[name]['refused'] += count
         return [{by_whom: name, 'reserved_hours': round(each['reserved'], 3), 'used_hours': round(each['used'], 3),
@@ -4824,7 +4894,8 @@ class Reservations:
           NoCapacity: one doesn't fit and all or nothing was asked for; the caller's transaction ends.
         """
         there = rows('SELECT * FROM occurrence WHERE reservation_id = ? ORDER BY start', reservation)
-        horizon = self.horizon(wish.parts, now, {old.slot for old in there if old.cancelled is not None and old.altered})
+        skipped = {old.slot for old in there if old.cancelled is not None and old.altered}
+        horizon = self.horizon(wish.parts, now, skipped)
         wanted = {slot.key: slot for slot in all_slots(wish.parts, self.earliest(there, wish.parts, now), horizon)}
         done, todo = [], []
         for old in there:
@@ -4867,7 +4938,8 @@ class Reservations:
         if slot and old.altered:
             return here
         if now >= (old.held_from if wish.image or wish.server else old.start):
-            return slot._replace(start=old.start, resource=old.resource_id, vms=old.vms) if slot else here if gentle else None
+            begun = slot and slot._replace(start=old.start, resource=old.resource_id, vms=old.vms)
+            return begun or (here if gentle else None)
         return slot
 
     def differs(self, old, slot: Slot, wish: Wish) -> bool:
@@ -4942,7 +5014,8 @@ class Reservations:
             return told(shifted, 'shifted', why)
         if old and old.cancelled is None:  # it stays where it was, if that is still free or it has begun
             before = Amount(old.vms, old.vcpus, old.ram)
-            if old.held_from <= now or fits(row('SELECT * FROM resource WHERE id = ?', old.resource_id), max(old.held_from, int(now)),
+            place = row('SELECT * FROM resource WHERE id = ?', old.resource_id)
+            if old.held_from <= now or fits(place, max(old.held_from, int(now)),
                     old.held_until, before):
                 hold(old.resource_id, old.held_from, old.held_until, before)
                 change(Occurrence, old.id, altered=True)
@@ -4953,7 +5026,7 @@ class Reservations:
         return told(slot, 'left out', why)
 
     def shifted(self, one: Wish, slot: Slot, now: float) -> Slot | None:
-        """The slot moved by as little as possible, and not further than --on-conflict allows, to where there is room."""
+        """The slot moved by as little as possible to where there is room; None if that is further than it may be."""
         most = int(parse_duration(one.on_conflict.partition('=')[2]).total_seconds())
         begin, need = slot.start - one.lead, slot.end - slot.start + one.lead
         earliest = max(begin - most, int(now))
@@ -4972,7 +5045,7 @@ class Reservations:
                over=int(LAST.timestamp()) if on else min(last, 2**62) if last and last > now else int(now))
 
     def refresh(self, reservation: int, now: float) -> None:
-        """Carries a series on as far as the horizon is now, and by the zone table as it is now; inside a transaction."""
+        """Carries a series on as far as the horizon is now, by the zone table as it is now; inside a transaction."""
         head = self.next_of(reservation)
         done = self.reshape(reservation, self.carried_on(head), now, gentle=True, again=False)
         for one in done:
@@ -5350,7 +5423,8 @@ class LifeCycle:
             self.wake.set()
 
     def admit_waiting(self, now: float) -> None:
-        if row('SELECT id FROM reservation WHERE waiting IS NOT NULL UNION ALL SELECT id FROM reservation WHERE pending <= ? '
+        if row('SELECT id FROM reservation WHERE waiting IS NOT NULL '
+               'UNION ALL SELECT id FROM reservation WHERE pending <= ? '
                'LIMIT 1', int(now)):
             with self.acting():
                 self.service.admit_waiting(now)
@@ -5422,8 +5496,9 @@ class LifeCycle:
             self.journal(now, 'forced', f'{server.name} did not {occurrence.at_end} in time and is deleted', occurrence)
 
     def release_unused(self, occurrence, now: float) -> bool:
-        """Warns of, and then releases, a reservation without machines on which nobody has booted any; whether it did."""
-        if not occurrence.no_show or not occurrence.mode or occurrence.image or occurrence.server or occurrence.idle or row(
+        """Warns of, and then releases, one without machines on which nobody has booted any; whether it did."""
+        boots = occurrence.image or occurrence.server or occurrence.idle
+        if not occurrence.no_show or not occurrence.mode or boots or row(
                 'SELECT id FROM claim WHERE occurrence = ? LIMIT 1', occurrence.id):
             return False
         if now >= occurrence.start + occurrence.no_show:
@@ -5431,7 +5506,8 @@ class LifeCycle:
             self.service.cancel([found], now, f'nobody has used it within {format_duration(occurrence.no_show)}')
             return True
         if now >= occurrence.start + occurrence.no_show // 2 and not occurrence.told & UNUSED:
-            self.journal(now, 'unused', f'it is released at {instant(occurrence.start + occurrence.no_show)} unless a machine '
+            until = instant(occurrence.start + occurrence.no_show)
+            self.journal(now, 'unused', f'it is released at {until} unless a machine '
                          'is booted on it', occurrence)
             change(Occurrence, occurrence.id, told=occurrence.told | UNUSED, due=occurrence.start + occurrence.no_show)
             return True
@@ -5440,7 +5516,8 @@ class LifeCycle:
     def end_foreign(self, occurrence, now: float) -> None:
         """Reports machines that people booted by themselves on what is over now; deletes them if that is set."""
         foreign = rows('SELECT c.server FROM claim c WHERE c.occurrence = ? AND c.due IS NOT NULL AND c.server NOT IN '
-                       '(SELECT uid FROM server WHERE uid IS NOT NULL AND occurrence_id = ?)', occurrence.id, occurrence.id)
+                       '(SELECT uid FROM server WHERE uid IS NOT NULL AND occurrence_id = ?)',
+                       occurrence.id, occurrence.id)
         if foreign:
             deed = 'are deleted' if self.config.end_foreign else 'go on'
             self.journal(now, 'foreign', f"{len(foreign)} machines that were booted by hand {deed}: "
@@ -5491,7 +5568,8 @@ class LifeCycle:
     def journal(self, now: float, code: str, sentence: str, about) -> None:
         """An event of the life cycle, about a row that tells its reservation and whom to notify."""
         occurrence = getattr(about, 'occurrence_id', about.id)
-        journal(self.config, now, 'cmres', code, sentence[:1000], about.reservation_id, json.loads(about.notify), occurrence)
+        journal(self.config, now, 'cmres', code, sentence[:1000], about.reservation_id, json.loads(about.notify),
+                occurrence)
 
     # What to do
 
@@ -5504,7 +5582,8 @@ class LifeCycle:
                        'GROUP BY target)', now)
         polls = rows('SELECT * FROM subscription WHERE due <= ?', now)
         claims: dict = defaultdict(list)
-        for each in rows('SELECT c.server, s.cloud FROM claim c JOIN resource s ON s.id = c.resource_id WHERE c.due <= ? '
+        for each in rows('SELECT c.server, s.cloud FROM claim c JOIN resource s ON s.id = c.resource_id '
+                         'WHERE c.due <= ? '
                          'LIMIT 100', now):
             claims[each.cloud].append(each.server)
         looks, calls = set(), []
@@ -5845,7 +5924,8 @@ class LifeCycle:
             if server.state != 'active' or server.addresses != json.dumps(seen.addresses):
                 change(Server, server.id, uid=seen.uid, state='active', ready=server.ready or now, fault='', failures=0,
                        addresses=json.dumps(seen.addresses))
-                run('UPDATE occurrence SET revision = revision + 1, revised = ? WHERE id = ?', int(now), server.occurrence_id)
+                run('UPDATE occurrence SET revision = revision + 1, revised = ? WHERE id = ?', int(now),
+                    server.occurrence_id)
         elif server.goal in ('stop', 'shelve') and self.arrived(UNDER_WAY[server.goal], seen.state):
             change(Server, server.id, uid=seen.uid, state='kept', due=None)
             self.journal(now, 'stopped', f'{server.name} is {seen.state} and stays', server)
@@ -6682,7 +6762,8 @@ def as_table(answer, zone: ZoneInfo, columns: str | None = None) -> str:
         pairs = [(name, in_cell(each, zone)) for name, each in answer.items()
                  if name not in inner and each not in (None, '', [], {})]
         tables = [f'\n{name}:\n{as_table(each[:MOST_SHOWN], zone, COLUMNS.get(name, COLUMNS["list"]))}'
-                  + (f'\n... and {len(each) - MOST_SHOWN} more; --format json shows all' if len(each) > MOST_SHOWN else '')
+                  + (f'\n... and {len(each) - MOST_SHOWN} more; --format json shows all'
+                     if len(each) > MOST_SHOWN else '')
                   for name, each in inner.items()]
         return '\n'.join([drawn([], pairs) if pairs else '', *tables]).strip('\n')
     if not answer:
