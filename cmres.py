@@ -639,6 +639,7 @@ Text = NewType('Text', str)        # free text, up to 64 KiB
 File = NewType('File', str)        # text too; on the command line, the name of the file that holds it
 Count = NewType('Count', int)      # 1 to a million
 Page = NewType('Page', int)        # 1 to 10000 lines of a list
+Figure = NewType('Figure', int)    # 0 to 10^12
 Most = NewType('Most', int)        # a capacity figure; `unlimited` is UNLIMITED
 Span = NewType('Span', timedelta)  # a length of time
 When = datetime | timedelta        # an instant, or a length from what comes before it
@@ -899,12 +900,19 @@ def read_page(value, here=None) -> int:
     return number
 
 
+def read_figure(value, here=None) -> int:
+    if not 0 <= (number := read_int(value)) <= 10**12:
+        raise ValueError(f'{number} is not between 0 and 10^12')
+    return number
+
+
 def read_most(value, here=None) -> int:
     if value == 'unlimited':
         return UNLIMITED
-    if not 0 <= (number := read_int(value)) <= 10**12:
-        raise ValueError(f"{number} is not between 0 and 10^12, nor 'unlimited'")
-    return number
+    try:
+        return read_figure(value)
+    except ValueError as error:
+        raise ValueError(f"{error}, nor 'unlimited'") from None
 
 
 def read_span(value, here=None) -> timedelta:
@@ -989,7 +997,7 @@ def read_rows(value, here=None) -> list[dict]:
 
 READERS = {
     str: read_str, int: read_int, bool: read_bool, Label: read_label, Place: read_place, Name: read_name,
-    Text: read_text, File: read_file, Count: read_count, Page: read_page, Most: read_most, Span: read_span,
+    Text: read_text, File: read_file, Count: read_count, Page: read_page, Figure: read_figure, Most: read_most, Span: read_span,
     When: read_when, Day: read_day, Names: read_names, Pairs: read_pairs, Rows: read_rows, Zone: read_zone_name,
     Clash: read_clash,
     Repeat: lambda value, here=None: read_repeat(read_str(value, most=500)), Ics: read_ics, Source: read_source,
@@ -2881,7 +2889,10 @@ class Reservations:
             except NoCapacity:
                 if last and not wait:
                     raise
-        return self.line_up(self.read_wish(asked | {'resource': places[0].name}), priority, confirm, dry_run)
+        # It waits where it could be: the first of them that is large enough.
+        wishes = [self.read_wish(asked | {'resource': place.name}) for place in places]
+        wish = next((each for each in wishes if each.amount.within(self.most_ever(each))), wishes[0])
+        return self.line_up(wish, priority, confirm, dry_run)
 
     def answer(self, reservation: int, done: Iterable[dict], wish: Wish, occurrence: int | None = None) -> dict:
         """What was reserved, of a series the next occurrence and what became of each."""
@@ -3567,8 +3578,8 @@ class Reservations:
     # Nova's scheduler
 
     @api('POST', '/claim/', role=ADMIN)
-    def claim(self, server: Name, resources: Names, project: Name, user: Name = '', vcpus: int = 0, ram: int = 0,
-              label: Name = '', dry_run: bool = False) -> Rows:
+    def claim(self, server: Name, resources: Names, project: Name, user: Name = '', vcpus: Figure = 0,
+              ram: Figure = 0, label: Name = '', dry_run: bool = False) -> Rows:
         """Tells on which resources a server may boot, why, and counts it there: what Nova's scheduler asks.
 
         Who has an active reservation passes as long as fewer machines, vcpus and ram were booted than
@@ -3613,7 +3624,7 @@ class Reservations:
         """The occurrence on which a server may boot, or None and why there is none."""
         marks = ', '.join('?' * len(projects))
         mine = rows('SELECT o.*, r.label, r.user, r.personal, r.flavor FROM occurrence o JOIN reservation r '
-                    'ON r.id = o.reservation_id WHERE o.resource_id = ? AND o.due IS NOT NULL AND o.start < ? '
+                    'ON r.id = o.reservation_id WHERE o.resource_id = ? AND o.due IS NOT NULL AND o.held_from < ? '
                     'AND o.cancelled IS NULL AND r.waiting IS NULL AND r.pending IS NULL '
                     f"AND r.project IN ({marks}){' AND r.label = ?' if label else ''} "
                     'ORDER BY o.start', place.id, now + 86400, *projects, *([label] if label else []))
@@ -3629,7 +3640,8 @@ class Reservations:
             else:
                 taken = self.claimed('occurrence = ?', each.id, server) + need
                 limits = Amount(each.vms, *((each.vcpus, each.ram) if each.flavor else (2**62, 2**62)))
-                if taken.within(limits):
+                # What was reserved without a flavor holds no vcpus: its machines take what is free of them.
+                if taken.within(limits) and (each.flavor or self.walk_in(place, server, need._replace(vms=0), now)):
                     return each.id, ''
                 why = f"'{each.label}' has {each.vms} vms, {each.vcpus} vcpus and {each.ram} MiB, and they are in use"
         return None, why
@@ -3641,8 +3653,12 @@ class Reservations:
 
     def walk_in(self, place, server: str, need: Amount, now: float) -> bool:
         """Whether there is room that nobody has reserved from now for the hold time of a resource."""
-        others = self.claimed('resource_id = ? AND (occurrence IS NULL OR occurrence IN (SELECT id FROM occurrence '
-                              'WHERE due IS NULL))', place.id, server)
+        others = self.claimed('resource_id = ? AND occurrence IS NULL', place.id, server)
+        for each in rows('SELECT o.id, o.cancelled, o."end", o.vms, o.vcpus, o.ram FROM occurrence o WHERE o.id IN '
+                         '(SELECT occurrence FROM claim WHERE resource_id = ? AND due IS NOT NULL)', place.id):
+            held = NOTHING if each.cancelled is not None or each.end <= now else Amount(each.vms, each.vcpus, each.ram)
+            beyond = self.claimed('occurrence = ?', each.id, server) - held  # what is there and nobody holds
+            others += Amount(*(max(figure, 0) for figure in beyond))
         return (peak(place.id, now, now + max(place.hold, 1)) + others + need).within(capacity(place))
 
     # Calendars
@@ -4365,7 +4381,7 @@ class Reservations:
         place = self.resource_row(wish.resource.name)  # its capacity may have changed since
         self.refuse_shared_server(wish)
         self.refuse_beyond(wish, 0, now)
-        self.refuse_overtaking(wish, now)
+        self.refuse_overtaking(place, *wish.held, now)
         admit(place, *wish.held, wish.amount, now)
         self.write_occurrence(None, reservation, wish, Slot('', wish.start, wish.end, wish.vms, place.id), now)
         self.journal(now, 'added', f'{wish.vms} vms on {place.name}', reservation, wish.notify)
@@ -4399,8 +4415,13 @@ class Reservations:
         self.refuse_shared_server(wish, old.reservation)
         release(old.resource_id, old.held_from, old.held_until, Amount(old.vms, old.vcpus, old.ram))
         self.refuse_beyond(wish, old.reservation, now, old)
+        grows = self.grows(old, place, *wish.held, wish.amount)
         if old.waiting is None:
             self.hold_instead(old, place, *wish.held, wish.amount, now)
+        if grows and place.approval and self.actor.role != ADMIN and old.waiting is None:
+            change(Reservation, old.reservation, pending=int(now) + place.approval)
+            self.journal(now, 'pending', f'an admin must approve it until {instant(int(now) + place.approval)}',
+                         old.reservation, wish.notify)
         slot = Slot(old.slot, wish.start, wish.end, wish.vms, place.id)
         self.write_occurrence(old.id, old.reservation, wish, slot, now, altered=bool(old.repeats),
                               told=0 if wish.start != old.start else old.told & ~(ENDING if wish.end != old.end else 0),
@@ -4413,12 +4434,16 @@ class Reservations:
 
     def hold_instead(self, old, place, begin: int, until: int, amount: Amount, now: float) -> None:
         """Holds the new amount of an occurrence, whose old one is released; NoCapacity if it doesn't fit."""
-        before = Amount(old.vms, old.vcpus, old.ram)
-        if (place.id == old.resource_id and old.held_from <= begin and until <= old.held_until
-                and amount.within(before)):  # less is always allowed, even where a lowered capacity is overfull
-            hold(place.id, begin, until, amount)
-        else:
+        if self.grows(old, place, begin, until, amount):
+            self.refuse_overtaking(place, begin, until, now)
             admit(place, begin, until, amount, now)
+        else:  # less is always allowed, even where a lowered capacity is overfull
+            hold(place.id, begin, until, amount)
+
+    def grows(self, old, place, begin: int, until: int, amount: Amount) -> bool:
+        """Whether a change wants anything that an occurrence doesn't hold."""
+        return not (place.id == old.resource_id and old.held_from <= begin and until <= old.held_until
+                    and amount.within(Amount(old.vms, old.vcpus, old.ram)))
 
     def cancel(self, found: list, now: float, why: str = '', ends: bool = False) -> None:
         """Cancels occurrences of one reservation: what they held from now on is free; inside a transaction.
@@ -4517,7 +4542,8 @@ class Reservations:
           old: its occurrence as it was; what it had already, it may keep
         """
         for limit in self.limits_for(wish):
-            if wish.start >= now + limit.exempt:
+            near = limit.exempt and int(now) - PATIENCE <= wish.start < now + limit.exempt and not (old and old.start <= now)
+            if not near:
                 for name, value, fits_it, passes in self.beyond(limit, wish, reservation, now, old):
                     if value is not None and not fits_it:
                         whose = limit.user or limit.project or 'every project'
@@ -4527,6 +4553,7 @@ class Reservations:
     def beyond(self, limit, wish: Wish, reservation: int, now: float, old) -> Iterator[tuple]:
         """For each figure of a limit: its name, its value, whether a wish is within it, and what would be."""
         length, before = wish.end - wish.start, old.end - old.start if old else 0
+        less = old and old.start <= wish.start and wish.end <= old.end and wish.vms <= old.vms
         yield 'longest', limit.longest, length <= max(limit.longest or 0, before), in_words_of(limit.longest)
         moved = not old or wish.start != old.start
         yield 'ahead', limit.ahead, not moved or wish.start <= now + (limit.ahead or 0), (
@@ -4535,12 +4562,12 @@ class Reservations:
             f'{in_words_of(limit.least_notice)}: from {instant(int(now) + (limit.least_notice or 0))}')
         if limit.most_vms is not None:
             most = self.most_at_once(limit, wish, reservation)
-            yield 'most_vms', limit.most_vms, most + wish.vms <= limit.most_vms or bool(old) and wish.vms <= old.vms, (
+            yield 'most_vms', limit.most_vms, less or most + wish.vms <= limit.most_vms, (
                 f'{limit.most_vms}, of which {max(limit.most_vms - most, 0)} are free at that time')
         if limit.vcpu_hours is not None:
             used = self.future_hours(limit, wish, reservation, now)
             need = wish.amount.vcpus * (wish.end - max(wish.start, int(now))) / 3600
-            yield 'vcpu_hours', limit.vcpu_hours, used + need <= limit.vcpu_hours, (
+            yield 'vcpu_hours', limit.vcpu_hours, less or used + need <= limit.vcpu_hours, (
                 f'{limit.vcpu_hours}, of which {max(limit.vcpu_hours - used, 0):.0f} are left')
 
     def counted(self, limit, wish: Wish, reservation: int) -> tuple[str, tuple]:
@@ -4596,7 +4623,7 @@ class Reservations:
                 raise Conflict(f"'{label}' is {found.state}, and waits for nobody's word")
             if deed == 'accepted' and not found.confirm:
                 raise Conflict(f"'{label}' waits for an admin, who says: approve {label}")
-            change(Reservation, found.reservation, pending=None)
+            change(Reservation, found.reservation, pending=None, changed=int(now))
             run('UPDATE occurrence SET due = ? WHERE reservation_id = ? AND due IS NOT NULL', now, found.reservation)
             self.journal(now, 'approved', f'{deed} by {self.actor.user}', found.reservation, json.loads(found.notify))
             return public(self.occurrence(found.id))
@@ -4621,7 +4648,7 @@ class Reservations:
         if wish.parts:
             raise Invalid('a series can not wait; --on-conflict skip takes the occurrences that fit')
         with self.explaining(wish), self.writing(dry_run) as now:
-            if not wish.amount.within(capacity(wish.resource)):
+            if not wish.amount.within(self.most_ever(wish)):
                 raise NoCapacity('')
             self.refuse_taken_label(wish, now)
             self.refuse_beyond(wish, 0, now)
@@ -4636,10 +4663,18 @@ class Reservations:
             self.journal(now, 'waiting', sentence, reservation, wish.notify)
             return self.answer(reservation, [], wish)
 
+    def most_ever(self, wish: Wish) -> Amount:
+        """What a resource holds at most in the window of a wish, loans included, if nothing is booked."""
+        begin, until = wish.held
+        loans = rows('SELECT held_vms, held_vcpus, held_ram FROM capacity WHERE resource_id = ? AND removed IS NULL '
+                     'AND start < ? AND "end" > ?', wish.resource.id, until, begin)
+        lent = [sum(max(-each[n], 0) for each in loans) for n in range(3)]
+        return Amount(*(None if most is None else most + more for most, more in zip(capacity(wish.resource), lent)))
+
     def refuse_many_waiting(self, wish: Wish) -> None:
         for limit in self.limits_for(wish):
             who, name = ('user', wish.user) if limit.user else ('project', wish.project)
-            waits = row(f'SELECT count(*) AS n FROM reservation WHERE waiting IS NOT NULL AND {who} = ?', name).n
+            waits = sum(getattr(each, who) == name for each in self.waiting_line(self.clock()))
             if limit.waiting is not None and waits >= limit.waiting:
                 raise Conflict(f'the limit waiting of {name} is {limit.waiting}, and {waits} wait already',
                                limit='waiting', value=limit.waiting, passes=0)
@@ -4649,13 +4684,12 @@ class Reservations:
         return self.search([('r.waiting IS NOT NULL', None), ('o.cancelled IS NULL', None), ('o.end > ?', int(now))],
                            tail='ORDER BY priority DESC, waiting, id')
 
-    def refuse_overtaking(self, wish: Wish, now: float) -> None:
+    def refuse_overtaking(self, place, begin: int, until: int, now: float) -> None:
         """Refuses to take, before one that has waited for long, room in its window."""
-        begin, until = wish.held
         for each in self.waiting_line(now):
-            if (each.resource == wish.resource.name and now - each.waiting >= self.config.patience
+            if (each.resource_id == place.id and now - each.waiting >= self.config.patience
                     and each.held_from < until and each.end > begin):
-                raise NoCapacity(f"'{wish.resource.name}' is kept for a request of {each.vms} vms that waits since "
+                raise NoCapacity(f"'{place.name}' is kept for a request of {each.vms} vms that waits since "
                                  f'{instant(each.waiting)}', waits_since=instant(each.waiting))
 
     def admit_waiting(self, now: float) -> None:
@@ -4670,6 +4704,11 @@ class Reservations:
             if behind or not fits(place, begin, each.end, amount):
                 kept += [each] if now - each.waiting >= self.config.patience else []
                 continue
+            try:
+                wish = self.carried_on(each)._replace(resource=place)
+                self.refuse_beyond(wish, each.reservation, now)
+            except Conflict:  # it was within a limit when it was asked for, and is not any more
+                continue
             self.let_in(each, place, amount, now)
         for each in self.search([('r.pending <= ?', int(now)), (NOT_OVER, None), (NEXT_OF_ITS, None)]):
             self.cancel(self.live(each), now, 'nobody has accepted it in time' if each.confirm else
@@ -4678,10 +4717,12 @@ class Reservations:
     def let_in(self, found, place, amount: Amount, now: float) -> None:
         begin = max(found.held_from, int(now))
         hold(place.id, found.held_from, found.end, amount)
-        pending = int(now) + found.confirm if found.confirm else None
-        change(Reservation, found.reservation, waiting=None, pending=pending, changed=int(now))
+        pending = int(now) + (place.approval or found.confirm) if place.approval or found.confirm else None
+        change(Reservation, found.reservation, waiting=None, pending=pending, changed=int(now),
+               confirm=0 if place.approval else found.confirm)
         change(Occurrence, found.id, held_until=found.end, due=min(begin, now))
-        asks = f'there is room; `accept {found.label}` until {instant(pending)}' if pending else ''
+        whose = 'an admin must approve it' if place.approval else f'`accept {found.label}`'
+        asks = f'there is room; {whose} until {instant(pending)}' if pending else ''
         code, sentence = ('pending', asks) if pending else (
             'admitted', f'{found.vms} vms on {place.name}, after {format_duration(int(now) - found.waiting)}')
         self.journal(now, code, sentence, found.reservation, json.loads(found.notify))
@@ -4798,7 +4839,7 @@ class Reservations:
         amount, need = Amount(found.vms, found.vcpus, found.ram), found.held_until - found.held_from
         here = row('SELECT * FROM resource WHERE id = ?', found.resource_id)
         release(here.id, found.held_from, found.held_until, amount)
-        others = [each for each in self.places('', here.cloud) if each.id != here.id]
+        others = [each for each in self.places() if each.cloud == here.cloud and each.id != here.id]
         place = next((each for each in others if fits(each, found.held_from, found.held_until, amount)), None)
         first = found.held_from if place else next((int(first) for first, last in free_windows(
             here, amount, found.held_from, LAST.timestamp()) if last - first >= need), None)
@@ -4848,7 +4889,7 @@ class Reservations:
             lines[name]['used'] += used
             lines[name]['late_worst'] = max(lines[name]['late_worst'], late)
         for name, used in run(f'''SELECT {columns[by_whom]},
-                                         sum(max(0, min(coalesce(c.gone, ?), ?) - max(c.at, ?))) / 3600.0
+                                         sum(max(0, min(coalesce(c.gone, ?), ?, o.held_until) - max(c.at, ?))) / 3600.0
                                     {FROM_ALL} JOIN claim c ON c.occurrence = o.id WHERE {own} AND c.server NOT IN
                                   (SELECT uid FROM server WHERE uid IS NOT NULL) AND c.at < ? GROUP BY 1''',
                               now, last, first, *who, last):
@@ -4994,6 +5035,7 @@ class Reservations:
             if old and old.cancelled is None:
                 self.hold_instead(old, place, begin, slot.end, one.amount, now)
             else:
+                self.refuse_overtaking(place, begin, slot.end, now)
                 admit(place, begin, slot.end, one.amount, now)
         except Conflict as error:
             return self.placed_otherwise(reservation, one, slot, old, error, now)
@@ -5002,7 +5044,7 @@ class Reservations:
 
     def placed_otherwise(self, reservation: int, one: Wish, slot: Slot, old, error: Conflict, now: float) -> dict:
         """What --on-conflict says of an occurrence that has no room."""
-        why = self.why_not(one) if isinstance(error, NoCapacity) else str(error)
+        why = str(error) or self.why_not(one)
         if one.on_conflict in ('', 'refuse'):
             raise NoCapacity(why, **self.in_the_way(one, None), **self.would_fit(one))
         full = isinstance(error, NoCapacity)
@@ -5070,7 +5112,7 @@ class Reservations:
         ends = {at: after for (at, _), (after, _) in zip(levels, [*levels[1:], (until, NOTHING)])}
         found = []
         held = rows('SELECT id, held_from, held_until, vms, vcpus, ram FROM occurrence WHERE resource_id = ? '
-                    'AND due IS NOT NULL AND held_until > ? AND held_from < ? ORDER BY id DESC',
+                    'AND due IS NOT NULL AND held_until > ? AND held_from < ? AND held_until > held_from ORDER BY id DESC',
                     place.id, begin, until) if over else []
         for each in held:
             touched = [at for at in over if at < each.held_until and ends[at] > each.held_from]
@@ -5501,15 +5543,16 @@ class LifeCycle:
         if not occurrence.no_show or not occurrence.mode or boots or row(
                 'SELECT id FROM claim WHERE occurrence = ? LIMIT 1', occurrence.id):
             return False
-        if now >= occurrence.start + occurrence.no_show:
+        begun = max(occurrence.start, occurrence.changed)  # who was let in late has as long
+        if now >= begun + occurrence.no_show:
             found = self.service.occurrence(occurrence.id)
             self.service.cancel([found], now, f'nobody has used it within {format_duration(occurrence.no_show)}')
             return True
-        if now >= occurrence.start + occurrence.no_show // 2 and not occurrence.told & UNUSED:
-            until = instant(occurrence.start + occurrence.no_show)
+        if now >= begun + occurrence.no_show // 2 and not occurrence.told & UNUSED:
+            until = instant(begun + occurrence.no_show)
             self.journal(now, 'unused', f'it is released at {until} unless a machine '
                          'is booted on it', occurrence)
-            change(Occurrence, occurrence.id, told=occurrence.told | UNUSED, due=occurrence.start + occurrence.no_show)
+            change(Occurrence, occurrence.id, told=occurrence.told | UNUSED, due=begun + occurrence.no_show)
             return True
         return False
 
@@ -5545,7 +5588,8 @@ class LifeCycle:
         """When an occurrence must be planned again; never, once it is over and nothing is left to do."""
         if not over:
             comes = (*self.notice_times(occurrence), occurrence.held_from, occurrence.start, occurrence.end,
-                     occurrence.start + occurrence.no_show // 2, occurrence.start + occurrence.no_show)
+                     *(max(occurrence.start, occurrence.changed) + each
+                       for each in (occurrence.no_show // 2, occurrence.no_show)))
             return min(each for each in comes if each > now)
         if row("SELECT id FROM server WHERE occurrence_id = ? AND state NOT IN ('deleted', 'kept') LIMIT 1",
                occurrence.id):

@@ -1670,12 +1670,12 @@ def test_a_dry_run_answers_as_if_it_were_done_and_keeps_nothing(tmp_path, name):
     cmres.run("UPDATE subscription SET held = 'most'")
     service.resource_add('guarded', mode='exclusive')
     book(service, 'held', start=0, end=1, resource='guarded')
+    eva = service.acting(Actor('eva', 'default', 'user'))
     service.resource_add('asks', vms=1, approval=hours(3))
-    for label, more in (('asked', {}), ('offered', {'wait': True, 'confirm': hours(1)})):
-        book(service.acting(Actor('eva', 'default', 'user')), label, start=5, end=6, resource='asks', **more)
-    service.delete('offered')
-    book(service.acting(Actor('eva', 'default', 'user')), 'other', start=7, end=8, resource='asks')
-    book(service.acting(Actor('eva', 'default', 'user')), 'offered', start=7, end=8, resource='asks', wait=True, confirm=hours(1))
+    book(eva, 'asked', start=5, end=6, resource='asks')
+    service.resource_add('frees', vms=1)
+    book(eva, 'other', start=7, end=8, resource='frees')
+    book(eva, 'offered', start=7, end=8, resource='frees', wait=True, confirm=hours(1))
     service.delete('other')
     service.admit_waiting(service.clock())
     service.limit_add(user='bob', most_vms=1)
@@ -3194,360 +3194,1304 @@ def test_a_file_of_reservations_may_have_series(service):
 # Service: one plan for all ###################################################
 
 
-@pytest.fixture
-def gpu(world):
-    """A resource of ten machines under Nova's scheduler: gpu(project, **asked) claims for one server, and tells why not."""
-    world.service.resource_add('gpu', cloud='simulated', vms=10, mode='exclusive')
-    counter = itertools.count()
-
-    def claim(project='bio', server=None, vcpus=1, ram=512, resource='gpu', **asked):
-        server = server or f'server-{next(counter)}'
-        answer, = world.service.claim(server, [resource], project, vcpus=vcpus, ram=ram, **asked)
-        return answer['passes'] or answer['why']
-    return claim
+def guarded(world, name='gpu', start=0, end=2, mode='exclusive', project='biology', user='eva', vms=2, **more):
+    """A resource that Nova asks about, and a reservation on it."""
+    world.service.resource_add(name, cloud='simulated', mode=mode, vms=16, **more)
+    return book(world.as_user(user, project), start=start, end=end, resource=name, vms=vms)
 
 
-def reserve(world, label='lab', start=0, end=2, project='bio', user='eva', resource='gpu', **more):
-    return book(world.service, label, start, end, resource, project=project, user=user, **more)
+def boots(world, server='s1', project='biology', on='gpu', **more):
+    """What the filter is told about one server on one resource: (passed, why)."""
+    found, = world.service.claim(server, [on], project, **more)
+    return found['passes'], found['why']
 
 
-def test_who_has_reserved_boots_as_many_as_reserved_and_no_more(world, gpu):
-    reserve(world, vms=2, flavor='m1.small')
-    assert [gpu(ram=2048) is True for _ in range(3)] == [True, True, False]
-    assert 'they are in use' in gpu()
-    assert gpu(server='server-0', ram=2048) is True  # asking again counts once
+def boots_there(world, *args, **more):
+    return boots(world, *args, **more)[0]
 
 
-@pytest.mark.parametrize('more, passes', [({'vcpus': 2, 'ram': 4096}, True), ({'vcpus': 3}, False), ({'ram': 4097}, False)])
-def test_vcpus_and_ram_count_as_machines_do(world, gpu, more, passes):
-    reserve(world, vms=2, flavor='m1.small')
-    assert (gpu(**more) is True) is passes
+def machine(world, uid):
+    """Lets the simulated cloud have a server that somebody booted by hand."""
+    with cmres.transaction():
+        cmres.insert(cmres.SimulatedServer, account='simulated', uid=uid, name=uid, mark='', made=world.now, boots=0,
+                     power='active', fault='')
+    return uid
 
 
-def test_nobody_else_boots_there_whatever_they_say(world, gpu):
-    reserve(world)
-    assert gpu('chem') == "no reservation of the project chem is active on 'gpu'"
-    assert gpu('chem', label='lab') == "no reservation \"lab\" of the project chem is active on 'gpu'"
-    assert 'no reservation "made-up"' in gpu(label='made-up')
-    assert gpu(label='lab') is True
-
-
-def test_time_counts_to_the_second(world, gpu):
-    reserve(world, start=1, end=2, vms=3)
-    for at, said in ((0.999, "'lab' begins at"), (1, True), (1.999, True), (2, "'lab' has ended at")):
-        world.now = NOON.timestamp() + 3600 * at
-        found = gpu(server=f'at-{at}')
-        assert found is said or said is not True and found.startswith(said)
-
-
-def test_slots_that_touch_do_not_count_against_each_other(world, gpu):
-    reserve(world, 'first', 0, 1, vms=10)
-    reserve(world, 'second', 1, 2, vms=10, project='chem')
-    assert gpu('bio') is True and gpu('chem') is not True
-    world.now += 3600
-    assert gpu('bio') is not True and gpu('chem') is True
-
-
-def test_a_hint_chooses_among_reservations_of_a_project(world, gpu):
-    reserve(world, 'small', vms=1)
-    reserve(world, 'large', vms=3)
-    assert gpu(label='small') is True and gpu(label='small') is not True
-    assert [gpu() is True for _ in range(4)] == [True, True, True, False]
-
-
-def test_a_personal_reservation_is_for_its_user_alone(world, gpu):
-    reserve(world, personal=True)
-    assert gpu(user='bob') == "'lab' is for eva alone" and gpu(user='eva') is True
-
-
-def test_a_project_is_known_by_the_id_that_the_configuration_tells(tmp_path):
-    world = World(tmp_path, identities={'bio': 'f2af'})
-    world.service.resource_add('gpu', mode='exclusive')
-    reserve(world)
-    assert world.service.claim('s', ['gpu'], 'f2af')[0]['passes'] and not world.service.claim('t', ['gpu'], 'abcd')[0]['passes']
-    cmres.close_store()
-
-
-def test_what_is_gone_counts_no_more_and_what_is_there_does(world, gpu):
-    reserve(world, vms=1)
-    uid = world.clouds.open('simulated').boot(cmres.Machine('mine', '', 'm1.tiny', 'cirros'))
-    assert gpu(server=uid) is True
-    for hours_on in (0.1, 0.2, 0.3):
-        world.at(hours_on)
-        assert gpu() is not True
-    world.clouds.open('simulated').delete(uid)
-    world.at(0.5)
-    assert gpu() is True
-
-
-def test_of_fifty_claims_at_once_as_many_pass_as_are_reserved(world, gpu):
-    reserve(world, vms=10)
-
-    def ask(n):
-        with cmres.db.connection_context():
-            return gpu(server=f's{n}') is True
-    with ThreadPoolExecutor(8) as pool:
-        assert sum(pool.map(ask, range(50))) == 10
-
-
-def test_an_open_resource_lets_everybody_boot_and_counts_nobody(world, gpu):
-    world.service.resource_update('gpu', mode='open')
-    assert gpu('chem') is True and not cmres.rows('SELECT * FROM claim')
-
-
-def test_a_shared_resource_lets_others_in_as_far_as_it_is_and_stays_free(world, gpu):
-    world.service.resource_update('gpu', mode='shared', hold=hours(1))
-    reserve(world, start=2, end=3, vms=8)
-    assert [gpu('chem', server=f'now-{n}') is True for n in range(11)] == [True] * 10 + [False]
-    world.now = NOON.timestamp() + 3600 * 1.5  # the reservation begins within the hold time
-    assert gpu('chem', server='later') == "'gpu' is not free for 1h"
-    cmres.run('UPDATE claim SET due = NULL')
-    assert [gpu('chem', server=f'then-{n}') is True for n in range(3)] == [True, True, False]
-
-
-def test_machines_booted_by_hand_are_told_when_their_reservation_ends(world, gpu):
-    reserve(world, vms=2)
-    uid = world.clouds.open('simulated').boot(cmres.Machine('mine', '', 'm1.tiny', 'cirros'))
-    assert gpu(server=uid) is True
-    for at in (0.5, 2, 2.1):
-        world.at(at)
-    told = [each['sentence'] for each in world.service.events('lab') if each['code'] == 'foreign']
-    assert told == [f'1 machines that were booted by hand go on: {uid}'] and world.there() == ['mine']
-
-
-def test_machines_booted_by_hand_are_deleted_at_the_end_if_that_is_set(tmp_path):
-    world = World(tmp_path, end_foreign=True)
-    world.service.resource_add('gpu', cloud='simulated', mode='exclusive')
-    reserve(world)
-    uid = world.clouds.open('simulated').boot(cmres.Machine('mine', '', 'm1.tiny', 'cirros'))
-    world.service.claim(uid, ['gpu'], 'bio')
-    for at in (0.5, 2, 2.1):
-        world.at(at)
-    assert world.there() == []
-    cmres.close_store()
-
-
-def test_what_nobody_uses_is_warned_of_and_released(world, gpu):
-    world.service.resource_update('gpu', no_show=timedelta(minutes=30))
-    reserve(world, 'used', vms=5)
-    reserve(world, 'unused', vms=5)
-    assert gpu(label='used') is True
-    world.at(0.26)
-    assert [each['label'] for each in world.service.events() if each['code'] == 'unused'] == ['unused']
-    world.at(0.5)
-    assert (world.state('unused'), world.state('used')) == ('cancelled', 'active')
-    assert 'nobody has used it within 30m' in world.service.events('unused')[-1]['sentence']
-    reserve(world, 'next', start=0.6, end=2, vms=5)
-
-
-def test_sync_makes_and_updates_resources_of_aggregates_and_marks_them(service):
-    said = {'cloud': 'simulated', 'aggregates': ['gpu'], 'mode': 'shared', 'hold': hours(1)}
-    assert service.resource_sync(**said, dry_run=True) == service.resource_sync(**said)
-    found = service.resource_show('gpu')
-    assert (found['vcpus'], found['ram'], found['mode'], found['hosts']) == (32, 131072, 'shared', ['gpu-1', 'gpu-2'])
-    assert service.resource_sync('simulated') == []
-    service.resource_update('gpu', vcpus=64)
-    assert service.resource_sync('simulated') == [{'resource': 'gpu', 'what': 'vcpus', 'before': 64, 'after': 32}]
-    with pytest.raises(NotFound, match="no aggregate 'gpus'; did you mean 'gpu'?"):
-        service.resource_sync('simulated', aggregates=['gpus'])
-
-
-def test_who_waits_is_let_in_when_there_is_room_by_priority_and_then_by_age(world, service):
-    book(service, 'first', vms=16)
-    for label, more in (('old', {}), ('young', {}), ('urgent', {'priority': 5}), ('small', {'vms': 4})):
-        world.now += 1
-        assert book(service, label, **{'vms': 12, 'wait': True} | more)['state'] == 'waiting'
-    assert service.usage('demo', NOON + hours(1), hours(1))[0]['vms'] == 16
-    service.delete('first')
-    world.at(0.1)
-    assert {label: world.state(label) for label in ('urgent', 'old', 'young', 'small')} == {
-        'urgent': 'reserved', 'old': 'waiting', 'young': 'waiting', 'small': 'reserved'}
-    service.delete('urgent')
-    world.at(0.2)
-    assert (world.state('old'), world.state('young')) == ('reserved', 'waiting')
-    world.at(2.1)
-    assert world.state('young') == 'cancelled' and service.check()['differences'] == 0
-
-
-def test_one_that_has_waited_for_long_is_overtaken_by_nobody(tmp_path):
-    world = World(tmp_path, patience=3600)
-    book(world.service, 'half', start=30, end=40, vms=8)
-    book(world.service, 'large', start=30, end=40, vms=16, wait=True)
-    book(world.service, 'fits', start=30, end=31, vms=8)
-    world.service.delete('fits')
-    world.now += 3601
-    with pytest.raises(NoCapacity, match='is kept for a request of 16 vms that waits since'):
-        book(world.service, 'later', start=30, end=31, vms=8)
-    book(world.service, 'beside', start=50, end=51, vms=8)
-    world.service.delete('half')
+def later(world, seconds):
+    world.now += seconds
     world.cycle.settle()
-    assert world.state('large') == 'reserved'
+
+
+def codes(world, label='lab', **more):
+    return [each['code'] for each in world.service.events(label, **more)]
+
+
+# What Nova's scheduler asks
+
+
+def test_who_has_reserved_boots_without_any_hint(world):
+    guarded(world)
+    assert boots(world) == (True, 'reserved')
+
+
+def test_who_has_reserved_nothing_does_not_boot(world):
+    guarded(world)
+    assert boots(world, project='chemistry') == (
+        False, "no reservation of the project chemistry is active on 'gpu'")
+
+
+def test_hosts_of_a_resource_without_a_mode_are_open_to_everybody_and_not_counted(world):
+    assert boots(world, on='demo') == (True, "'demo' is open to everybody")
+    assert cmres.rows('SELECT * FROM claim') == []
+
+
+def test_a_mark_that_names_no_resource_lets_nobody_boot(world):
+    assert boots(world, on='made-up') == (False, "there is no resource 'made-up'")
+
+
+def test_as_many_machines_boot_as_were_reserved_and_no_more(world):
+    guarded(world, vms=2)
+    assert [boots_there(world, f's{n}') for n in range(4)] == [True, True, False, False]
+    assert boots(world, 's9')[1] == "'lab' has 2 vms, 0 vcpus and 0 MiB, and they are in use"
+
+
+@pytest.mark.parametrize('need, allowed', [
+    ({'vcpus': 2, 'ram': 4096}, True), ({'vcpus': 4, 'ram': 8192}, True), ({'vcpus': 5, 'ram': 1}, False),
+    ({'vcpus': 1, 'ram': 8193}, False)])
+def test_vcpus_and_ram_of_a_reserved_flavor_are_counted(world, need, allowed):
+    world.service.resource_add('gpu', cloud='simulated', mode='exclusive', vcpus=32)
+    book(world.as_user(), resource='gpu', start=0, vms=2, flavor='m1.medium')
+    assert boots_there(world, **need) is allowed
+
+
+def test_many_small_machines_do_not_take_more_vcpus_than_reserved(world):
+    world.service.resource_add('gpu', cloud='simulated', mode='exclusive', vcpus=32)
+    book(world.as_user(), resource='gpu', start=0, vms=4, flavor='m1.small')
+    assert [boots_there(world, f's{n}', vcpus=3, ram=512) for n in range(3)] == [True, False, False]
+
+
+def test_asking_twice_counts_once(world):
+    guarded(world, vms=1)
+    assert all(boots_there(world, 's1') for _ in range(5)) and not boots_there(world, 's2')
+
+
+def test_a_server_that_is_not_there_in_time_counts_no_more(world):
+    guarded(world, vms=1)
+    assert boots_there(world, 's1')
+    later(world, world.config.settle + 1)
+    assert boots_there(world, 's2')
+
+
+def test_what_is_booted_counts_until_it_is_gone(world):
+    guarded(world, vms=1)
+    assert boots_there(world, machine(world, 's1'))
+    for _ in range(5):
+        later(world, 61)
+        assert not boots_there(world, 's2')
+    world.clouds.open('simulated').delete('s1')
+    later(world, 61)
+    assert boots_there(world, 's2')
+
+
+def test_a_server_that_landed_on_another_host_does_not_count(world):
+    world.service.resource_sync('simulated', ['gpu'], mode='exclusive')
+    cmres.run("UPDATE resource SET hosts = '[\"gpu-9\"]' WHERE name = 'gpu'")
+    book(world.as_user(), resource='gpu', start=0)
+    assert boots_there(world, machine(world, 's1'))
+    later(world, world.config.settle + 1)
+    assert boots_there(world, 's2')
+
+
+def test_a_refusal_counts_nothing(world):
+    guarded(world, vms=1)
+    assert not boots_there(world, 's1', project='chemistry') and cmres.rows('SELECT * FROM claim') == []
+
+
+def test_a_dry_claim_counts_nothing(world):
+    guarded(world, vms=1)
+    assert boots_there(world, 's1', dry_run=True) and boots_there(world, 's2') and not boots_there(world, 's3', dry_run=True)
+
+
+def test_a_hint_chooses_the_reservation_that_counts(world):
+    guarded(world, vms=1)
+    book(world.as_user(), 'exam', start=0, end=2, resource='gpu')
+    assert boots_there(world, 's1', label='exam') and not boots_there(world, 's2', label='exam')
+    assert boots_there(world, 's3') and not boots_there(world, 's4')
+
+
+def test_without_a_hint_several_reservations_add_up(world):
+    guarded(world, vms=1)
+    book(world.as_user(), 'exam', start=0, end=2, resource='gpu', vms=2)
+    assert [boots_there(world, f's{n}') for n in range(4)] == [True, True, True, False]
+
+
+@pytest.mark.parametrize('label', ['made-up', "' OR 1=1 --", 'LAB'])
+@pytest.mark.parametrize('mode', cmres.MODES)
+def test_a_made_up_label_lets_nobody_boot(world, label, mode):
+    guarded(world, mode=mode)
+    passed, why = boots(world, label=label)
+    assert not passed and json.dumps(label) in why
+
+
+@pytest.mark.parametrize('mode', cmres.MODES)
+def test_the_label_of_another_project_lets_nobody_boot(world, mode):
+    guarded(world, mode=mode)
+    assert boots(world, project='chemistry', label='lab') == (
+        False, "no reservation \"lab\" of the project chemistry is active on 'gpu'")
+
+
+def test_a_label_of_another_resource_lets_nobody_boot(world):
+    guarded(world)
+    world.service.resource_add('disks', cloud='simulated', mode='exclusive', vms=4)
+    assert not boots_there(world, on='disks', label='lab') and not boots_there(world, on='disks')
+
+
+@pytest.mark.parametrize('at, allowed, word', [
+    (0.99, False, 'begins at'), (1, True, 'reserved'), (1.99, True, 'reserved'), (2, False, 'no reservation|ended'),
+    (9, False, 'no reservation|ended')])
+@pytest.mark.parametrize('passed', [True, False])
+def test_nobody_boots_before_from_or_from_to_on_whether_or_not_the_life_cycle_has_looked(world, at, allowed, word, passed):
+    guarded(world, start=1, end=2)
+    world.at(at) if passed else setattr(world, 'now', NOON.timestamp() + at * 3600)
+    found, why = boots(world)
+    assert found is allowed and re.search(word, why)
+
+
+def test_machines_of_the_lead_time_boot_before_the_start(world):
+    world.service.resource_add('gpu', cloud='simulated', mode='exclusive', vms=2)
+    book(world.as_user(), start=2, end=3, resource='gpu', lead=hours(1))
+    assert not boots_there(world)
+    world.at(1)
+    assert boots_there(world)
+
+
+def test_machines_of_a_lead_time_of_days_boot_when_it_begins(world):
+    world.service.resource_add('gpu', cloud='simulated', mode='exclusive', vms=2)
+    book(world.as_user(), start=72, end=73, resource='gpu', lead=hours(48))
+    world.at(24)
+    assert boots_there(world)
+
+
+def test_a_personal_reservation_boots_its_user_alone(world):
+    world.service.resource_add('gpu', cloud='simulated', mode='exclusive', vms=2)
+    book(world.as_user(), start=0, resource='gpu', personal=True)
+    assert boots(world, user='bob') == (False, "'lab' is for eva alone")
+    assert not boots_there(world) and boots_there(world, user='eva')
+
+
+def test_other_users_of_the_project_boot_on_what_is_not_personal(world):
+    guarded(world)
+    assert boots_there(world, user='bob')
+
+
+def test_ids_of_openstack_are_read_as_the_names_that_the_configuration_gives(tmp_path):
+    world = World(tmp_path, identities={'biology': '6f70', 'eva': '0be1'})
+    world.service.resource_add('gpu', cloud='simulated', mode='exclusive', vms=2)
+    book(world.as_user(), start=0, resource='gpu', personal=True)
+    assert boots_there(world, project='6f70', user='0be1') and not boots_there(world, project='6f71', user='0be1')
+
+
+@pytest.mark.parametrize('made', ['waiting', 'pending', 'cancelled'])
+def test_what_is_not_granted_lets_nobody_boot(world, made):
+    world.service.resource_add('gpu', cloud='simulated', mode='exclusive', vms=2,
+                               approval=hours(5) if made == 'pending' else None)
+    if made == 'waiting':
+        book(world.service, 'first', start=0, end=2, resource='gpu', vms=2)
+    book(world.as_user(), start=0, end=2, resource='gpu', wait=made == 'waiting')
+    if made == 'cancelled':
+        world.as_user().delete('lab')
+    assert not boots_there(world)
+
+
+def test_each_machine_of_a_multi_create_is_counted(world):
+    guarded(world, vms=3)
+    found = [world.service.claim(f's{n}', ['gpu', 'gpu'], 'biology')[0]['passes'] for n in range(5)]  # a mark twice
+    assert found == [True, True, True, False, False]
+
+
+@pytest.mark.parametrize('mode', cmres.MODES)
+def test_a_flavor_of_whatever_size_does_not_pass_on_what_another_project_has_reserved(world, mode):
+    world.service.resource_add('gpu', cloud='simulated', mode=mode, vcpus=4)
+    book(world.as_user(), start=0, resource='gpu', flavor='m1.large')
+    assert not boots_there(world, project='chemistry', vcpus=1, ram=512)
+    assert boots_there(world, vcpus=4, ram=8192)
+
+
+def test_a_claim_after_the_end_of_one_counts_on_the_next_that_touches(world):
+    guarded(world, start=0, end=1, vms=1)
+    book(world.as_user(), 'next', start=1, end=2, resource='gpu')
+    assert boots_there(world, machine(world, 's1')) and not boots_there(world, 's2')
+    world.at(1)
+    assert boots_there(world, 's2')
+
+
+def test_slots_that_touch_are_each_for_their_own_project(world):
+    guarded(world, start=0, end=1, vms=16)
+    book(world.as_user('bob', 'chemistry'), start=1, end=2, resource='gpu', vms=16)
+    assert boots_there(world) and not boots_there(world, 's2', project='chemistry')
+    world.at(1)
+    assert not boots_there(world, 's3') and boots_there(world, 's4', project='chemistry')
+
+
+def test_a_server_one_minute_before_the_end_is_told_of_when_it_is_over(world):
+    guarded(world, start=0, end=2)
+    world.at(2 - 1 / 60)
+    assert boots_there(world, machine(world, 's1'))
+    world.at(2.01)
+    foreign, = [each for each in world.service.events('lab') if each['code'] == 'foreign']
+    assert 's1' in foreign['sentence'] and 'go on' in foreign['sentence']
+
+
+@pytest.mark.parametrize('ends', [False, True])
+def test_machines_that_people_booted_go_at_the_end_if_that_is_set(tmp_path, ends):
+    world = World(tmp_path, end_foreign=ends)
+    guarded(world, start=0, end=2)
+    boots_there(world, machine(world, 's1'))
+    machine(world, 'bystander')
+    world.at(2)
+    world.cycle.settle()
+    assert world.there() == (['bystander'] if ends else ['bystander', 's1'])
     cmres.close_store()
 
 
-def test_room_is_held_for_who_must_accept_it_and_then_for_the_next(world, service):
-    book(service, 'first', start=5, end=6, vms=16)
-    book(service, 'asked', start=5, end=6, vms=16, wait=True, confirm=hours(1), image='cirros', flavor='m1.tiny')
-    book(service, 'next', start=5, end=6, vms=16, wait=True, confirm=hours(1))
-    service.delete('first')
-    world.at(0.1)
-    assert (world.state('asked'), world.state('next')) == ('pending', 'waiting')
-    world.at(1.2)
-    world.at(1.3)
-    assert (world.state('asked'), world.state('next')) == ('cancelled', 'pending')
-    assert service.accept('next')['state'] == 'reserved'
-    world.at(5.1)
-    assert world.there() == [] and world.state('next') == 'active' and service.check()['differences'] == 0
+def test_on_an_exclusive_resource_others_never_boot(world):
+    world.service.resource_add('gpu', cloud='simulated', mode='exclusive', vms=16)
+    assert not boots_there(world)
 
 
-def test_a_reservation_that_needs_approval_holds_room_and_boots_nothing_before_it(world, service):
-    service.resource_update('demo', approval=hours(3))
-    eva = world.as_user()
-    for label in ('good', 'bad', 'slow'):
-        assert book(eva, label, vms=5, image='cirros', flavor='m1.tiny')['state'] == 'pending'
-    with pytest.raises(Forbidden):
-        eva.approve('good')
-    with pytest.raises(NoCapacity):
-        book(service, 'more', vms=2)
-    assert service.approve('good', project='biology')['state'] == 'reserved'
-    assert service.reject('bad', 'not now', project='biology')['state'] == 'cancelled'
-    world.at(1.1)
-    world.at(1.2)
-    assert (world.state('good'), world.state('slow')) == ('active', 'pending') and len(world.there()) == 5
-    assert 'rejected by root: not now' in service.events('bad')[-1]['sentence']
-    service.extend('good', hours(5), project='biology')
-    world.at(3.1)
-    assert world.state('slow') == 'cancelled' and service.check()['differences'] == 0
+def test_on_a_shared_resource_others_boot_as_far_as_it_is_free(world):
+    guarded(world, mode='shared', vms=14)
+    assert [boots_there(world, f's{n}', project='chemistry') for n in range(3)] == [True, True, False]
+    assert boots(world, 's9', project='chemistry')[1].startswith("'gpu' is not free for ")
 
 
-LIMITED = {'project': 'biology'}
+@pytest.mark.parametrize('start, allowed', [(0.5, False), (0.99, False), (1, True), (3, True)])
+def test_on_a_shared_resource_others_boot_only_if_it_stays_free_for_the_hold_time(world, start, allowed):
+    guarded(world, mode='shared', vms=16, start=start, end=5, hold=hours(1))
+    assert boots_there(world, project='chemistry') is allowed
 
 
-@pytest.mark.parametrize('limit, fits_in, beyond, said', [
-    ({'most_vms': 3}, {'vms': 3}, {'vms': 4}, 'the limit most vms of biology is 3, of which 3 are free at that time'),
-    ({'longest': hours(2)}, {'end': 3}, {'end': 4}, 'the limit longest of biology is 2h'),
-    ({'ahead': hours(5)}, {'start': 5, 'end': 6}, {'start': 6, 'end': 7},
-     'the limit ahead of biology is 5h: until 2026-12-01 17:00:00+00:00'),
-    ({'least_notice': hours(2)}, {'start': 2, 'end': 3}, {'start': 1}, 'the limit least notice of biology is 2h: from'),
-    ({'vcpu_hours': 4}, {'vms': 4, 'flavor': 'm1.small'}, {'vms': 5, 'flavor': 'm1.small'},
-     'the limit vcpu hours of biology is 4, of which 4 are left')])
-def test_a_limit_is_named_with_its_value_and_what_would_pass(world, limit, fits_in, beyond, said):
-    world.service.limit_add(**LIMITED, **limit)
-    before = dump()
-    with pytest.raises(Conflict) as refusal:
-        book(world.as_user(), **beyond)
-    assert said in str(refusal.value) and refusal.value.details['limit'] in limit and dump() == before
-    book(world.as_user(), **fits_in)
-    book(world.as_user('bob', 'chemistry'), **{'start': 1, 'end': 2} | beyond)
+def test_others_do_not_boot_into_a_maintenance_that_is_near(world):
+    world.service.resource_add('gpu', cloud='simulated', mode='shared', vms=4, hold=hours(1))
+    world.service.maintenance_add('gpu', NOON + hours(0.5), hours(1))
+    assert not boots_there(world)
 
 
-def test_a_limit_does_not_count_what_begins_within_its_exemption(world):
-    world.service.limit_add(**LIMITED, most_vms=1, exempt=hours(2))
-    book(world.as_user(), start=1, end=2, vms=9)
-    with pytest.raises(Conflict):
-        book(world.as_user(), 'later', start=3, end=4, vms=9)
+def test_others_do_not_take_more_vcpus_or_ram_than_the_hosts_have(world):
+    world.service.resource_sync('simulated', ['gpu'], mode='shared')
+    assert not boots_there(world, vcpus=33) and not boots_there(world, ram=131073) and boots_there(world, vcpus=32, ram=131072)
+    assert not boots_there(world, 's2', vcpus=1)
 
 
-def test_each_project_is_under_the_limit_for_all_unless_it_has_its_own(world):
-    world.service.limit_add(most_vms=2)
-    world.service.limit_add(**LIMITED, most_vms=5)
-    book(world.as_user(), vms=5)
-    with pytest.raises(Conflict, match='of every project is 2'):
-        book(world.as_user('bob', 'chemistry'), vms=3)
-    world.service.limit_delete(1)
-    book(world.as_user('bob', 'chemistry'), vms=3)
-    assert len(world.as_user('bob', 'chemistry').limit_list()) == 0
+def test_who_has_used_up_a_reservation_may_walk_in_on_a_shared_resource_as_others_do(world):
+    guarded(world, mode='shared', vms=1)
+    assert [boots(world, f's{n}')[1] for n in range(2)] == ['reserved', 'free']
 
 
-def test_a_limit_holds_for_changes_and_for_each_occurrence_of_a_series(world):
-    world.service.limit_add(**LIMITED, most_vms=3)
-    eva = world.as_user()
-    book(eva, vms=3)
-    for change in (lambda: eva.update('lab', vms=4), lambda: book(eva, 'second'), lambda: eva.add(
-            'class', 'demo', NOON + hours(1), hours(1), repeat='daily', count=3, vms=1)):
-        with pytest.raises(Conflict, match='the limit most vms'):
-            change()
-    assert eva.extend('lab', hours(1)) and eva.update('lab', vms=2)
+@pytest.mark.parametrize('deed', ['end', 'delete'])
+def test_machines_of_what_has_just_ended_still_count_before_the_life_cycle_looks(world, deed):
+    guarded(world, mode='shared', vms=16)
+    for n in range(16):
+        assert boots_there(world, machine(world, f's{n}'))
+    if deed == 'end':
+        world.now += 7200
+    else:
+        world.as_user().delete('lab')
+    assert not boots_there(world, 'walk-in', project='chemistry')
+
+
+def test_machines_of_what_has_ended_count_while_they_are_there(world):
+    guarded(world, mode='shared', vms=16)
+    for n in range(16):
+        boots_there(world, machine(world, f's{n}'))
+    world.at(2)
+    assert not boots_there(world, 'walk-in', project='chemistry')
+
+
+def test_machines_beyond_a_reservation_that_shrank_still_count(world):
+    guarded(world, mode='shared', vms=16)
+    for n in range(16):
+        boots_there(world, machine(world, f's{n}'))
+    world.as_user().update('lab', vms=8)
+    assert not boots_there(world, 'walk-in', project='chemistry')
+
+
+def test_a_reservation_without_a_flavor_does_not_boot_more_vcpus_than_the_hosts_have(world):
+    world.service.resource_sync('simulated', ['gpu'], mode='exclusive')  # 32 vcpus
+    book(world.as_user(), start=0, end=2, resource='gpu', vms=8)
+    book(world.as_user('bob', 'chemistry'), start=0, end=2, resource='gpu', vms=4, flavor='m1.xlarge')  # all 32
+    assert sum(boots_there(world, f's{n}', vcpus=8, ram=1024) for n in range(8)) == 0
+
+
+@pytest.mark.parametrize('flavor', ['', 'm1.tiny'])
+def test_fifty_boots_at_once_get_ten_of_ten(world, flavor):
+    world.service.resource_add('gpu', cloud='simulated', mode='exclusive', vms=16)
+    book(world.as_user(), start=0, resource='gpu', vms=10, flavor=flavor)
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda n: boots_there(world, f's{n}', vcpus=1, ram=512), range(50)))
+    assert sum(found) == 10 and len(cmres.rows('SELECT * FROM claim')) == 10
+
+
+def test_fifty_walk_ins_at_once_get_what_is_free(world):
+    guarded(world, mode='shared', vms=6)
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda n: boots_there(world, f's{n}', project='chemistry'), range(50)))
+    assert sum(found) == 10
+
+
+def test_one_question_about_several_resources_is_answered_for_each(world):
+    guarded(world)
+    found = world.service.claim('s1', ['demo', 'gpu', 'no'], 'chemistry')
+    assert [(each['resource'], each['passes']) for each in found] == [('demo', True), ('gpu', False), ('no', False)]
+
+
+@pytest.mark.parametrize('figure', ['vcpus', 'ram'])
+def test_a_claim_of_less_than_nothing_is_refused(world, figure):
+    guarded(world)
+    with pytest.raises(Invalid):
+        world.service.claim(**bind(cmres.API['claim'], {
+            'server': 's1', 'resources': ['gpu'], 'project': 'biology', figure: -8}, world.service.here))
 
 
 @pytest.mark.parametrize('seed', range(3))
-def test_at_no_time_has_a_limited_project_more_than_its_limit(world, seed):
-    chance = random.Random(seed)
-    world.service.resource_add('india', vms=30)
-    world.service.limit_add(**LIMITED, most_vms=7)
-    eva, held, admitted, refused = world.as_user(), [], 0, 0
-    for n in range(150):
-        start, length, vms = chance.randrange(1, 40), chance.randrange(1, 8), chance.randint(1, 4)
-        most = max(sum(v for s, e, v in held if s <= at < e) for at in range(start, start + length))
+def test_claims_agree_with_counting(world, seed):
+    chance, there = random.Random(seed), {}
+    world.service.resource_add('gpu', cloud='simulated', mode='shared', vms=12)
+    for project, vms in (('biology', 4), ('chemistry', 5)):
+        book(world.as_user(project=project), start=0, end=20, resource='gpu', vms=vms)
+    room = {'biology': 4, 'chemistry': 5, '': 3}
+    for _ in range(120):
+        if there and chance.random() < 0.3:
+            gone = chance.choice(list(there))
+            del there[gone]
+            world.clouds.open('simulated').delete(gone)
+            cmres.run('UPDATE claim SET due = 0 WHERE due IS NOT NULL')
+            world.cycle.settle()
+            continue
+        uid, project = f's{chance.randrange(20)}', chance.choice(['biology', 'chemistry', 'physics'])
+        if uid in there:
+            continue
+        taken = list(there.values())
+        wanted = next((key for key in (project, '') if taken.count(key) < room.get(key, 0)), None)
+        assert boots_there(world, uid, project) is (wanted is not None)
+        if wanted is not None:
+            there[uid] = wanted
+            if not cmres.SimulatedServer.get_or_none(uid=uid):
+                machine(world, uid)
+            cmres.run('UPDATE simulated_server SET gone = NULL WHERE uid = ?', uid)
+
+
+# Limits
+
+
+@pytest.mark.parametrize('limit, asked, value, word', [
+    ({'most_vms': 3}, {'vms': 4}, 3, '3, of which 3 are free at that time'),
+    ({'longest': hours(2)}, {'end': 4}, 7200, '2h'),
+    ({'ahead': hours(5)}, {'start': 6, 'end': 7}, 18000, '5h: until 2026-12-01 17:00:00'),
+    ({'least_notice': hours(2)}, {}, 7200, '2h: from 2026-12-01 14:00:00'),
+    ({'vcpu_hours': 4}, {'vms': 5, 'flavor': 'm1.small'}, 4, '4, of which 4 are left')])
+@pytest.mark.parametrize('whose', [{'project': 'biology'}, {'user': 'eva'}, {}, {'project': 'biology', 'resource': 'demo'}])
+def test_a_refusal_names_the_limit_its_value_and_what_would_pass(world, limit, asked, value, word, whose):
+    world.service.limit_add(**whose, **limit)
+    with pytest.raises(Conflict, match='the limit ') as refusal:
+        book(world.as_user(), **asked)
+    assert refusal.value.details['limit'] == next(iter(limit)) and refusal.value.details['value'] == value
+    assert word in str(refusal.value) and word in refusal.value.details['passes']
+    assert labels(world.service.list()) == []
+
+
+@pytest.mark.parametrize('limit, asked', [
+    ({'most_vms': 3}, {'vms': 3}), ({'longest': hours(2)}, {'end': 3}), ({'ahead': hours(5)}, {'start': 5, 'end': 9}),
+    ({'least_notice': hours(1)}, {}), ({'vcpu_hours': 4}, {'vms': 4, 'flavor': 'm1.small'})])
+def test_what_is_exactly_at_a_limit_passes(world, limit, asked):
+    world.service.limit_add(project='biology', **limit)
+    assert book(world.as_user(), **asked)['state'] == 'reserved'
+
+
+def test_a_limit_of_one_project_does_not_bind_another(world):
+    world.service.limit_add(project='biology', most_vms=1)
+    assert book(world.as_user('bob', 'chemistry'), vms=5)['vms'] == 5
+
+
+def test_the_limit_of_every_project_gives_way_to_its_own(world):
+    world.service.limit_add(most_vms=1)
+    world.service.limit_add(project='biology', most_vms=5)
+    book(world.as_user(), vms=5)
+    with pytest.raises(Conflict, match='every project'):
+        book(world.as_user('bob', 'chemistry'), vms=2)
+
+
+def test_the_limit_of_every_project_counts_each_by_itself(world):
+    world.service.limit_add(most_vms=2)
+    for project in ('biology', 'chemistry'):
+        book(world.as_user(project=project), vms=2)
+    with pytest.raises(Conflict):
+        book(world.as_user(), 'more')
+
+
+def test_most_vms_counts_those_at_the_same_time_on_all_resources(world):
+    world.service.resource_add('india', vms=8)
+    world.service.limit_add(project='biology', most_vms=3)
+    eva = world.as_user()
+    book(eva, 'one', 1, 2, vms=3)
+    book(eva, 'touches', 2, 3, resource='india', vms=3)
+    with pytest.raises(Conflict, match='0 are free'):
+        book(eva, 'across', 1.5, 4, resource='india')
+
+
+def test_a_limit_of_a_resource_counts_there_alone(world):
+    world.service.resource_add('india', vms=8)
+    world.service.limit_add(project='biology', resource='india', most_vms=2)
+    book(world.as_user(), vms=9)
+    book(world.as_user(), 'two', resource='india', vms=2)
+    with pytest.raises(Conflict):
+        book(world.as_user(), 'three', resource='india')
+
+
+def test_what_begins_within_the_exemption_is_not_limited(world):
+    world.service.limit_add(project='biology', most_vms=1, exempt=hours(4))
+    assert book(world.as_user(), start=3.9, end=9, vms=9)['vms'] == 9
+    with pytest.raises(Conflict):
+        book(world.as_user(), 'far', start=4, end=5, vms=2)
+
+
+def test_what_is_cancelled_counts_no_more(world):
+    world.service.limit_add(project='biology', most_vms=2, vcpu_hours=4)
+    for n in range(3):
+        book(world.as_user(), vms=2, flavor='m1.medium')
+        world.as_user().delete('lab')
+
+
+def test_what_is_too_many_after_a_change_is_refused(world):
+    world.service.limit_add(project='biology', most_vms=2)
+    book(world.as_user(), vms=2)
+    with pytest.raises(Conflict, match='the limit most vms'):
+        world.as_user().update('lab', vms=3)
+    assert world.as_user().show('lab')['vms'] == 2
+
+
+def test_what_one_had_before_the_limit_one_may_keep_and_make_less(world):
+    eva = world.as_user()
+    book(eva, start=1, end=9, vms=6)
+    world.service.limit_add(project='biology', most_vms=2, longest=hours(1), ahead=hours(0.5), least_notice=hours(5))
+    assert eva.update('lab', description='kept')['vms'] == 6 and eva.update('lab', vms=5)['vms'] == 5
+    assert eva.update('lab', end=NOON + hours(8))['end'] == NOON + hours(8)
+
+
+@pytest.mark.parametrize('change', [{'description': 'kept'}, {'vms': 3}])
+def test_vcpu_hours_that_one_had_before_the_limit_one_may_keep_and_make_less(world, change):
+    book(world.as_user(), vms=4, flavor='m1.large')
+    world.service.limit_add(project='biology', vcpu_hours=2)
+    world.as_user().update('lab', **change)
+
+
+def test_moving_a_reservation_beside_another_is_counted(world):
+    eva = world.as_user()
+    world.service.limit_add(project='biology', most_vms=4)
+    book(eva, 'one', 1, 2, vms=4)
+    book(eva, 'two', 3, 4, vms=4)
+    with pytest.raises(Conflict, match='the limit most vms'):
+        eva.update('one', start=NOON + hours(3))
+
+
+@pytest.mark.parametrize('limit', [{'most_vms': 1}, {'longest': hours(0.5)}, {'least_notice': hours(1)}])
+def test_what_begins_now_is_limited_whatever_the_fraction_of_the_second(world, limit):
+    world.now += 0.5
+    world.service.limit_add(project='biology', **limit)
+    with pytest.raises(Conflict, match='the limit'):
+        world.as_user().add('lab', 'demo', datetime.fromtimestamp(int(world.now), UTC), hours(1), vms=2)
+
+
+@pytest.mark.parametrize('change', [{'vms': 9}, {'end': NOON + hours(40)}])
+def test_what_has_begun_does_not_grow_beyond_a_limit(world, change):
+    world.service.limit_add(project='biology', most_vms=2, longest=hours(4))
+    book(world.as_user(), vms=2)
+    world.at(1.5)
+    with pytest.raises(Conflict, match='the limit'):
+        world.as_user().update('lab', **change)
+
+
+def test_occurrences_of_a_series_are_limited(world):
+    world.service.limit_add(project='biology', most_vms=2)
+    with pytest.raises(Conflict, match='the limit most vms'):
+        book(world.as_user(), repeat='daily', count=3, vms=3)
+    assert book(world.as_user(), repeat='daily', count=3, vms=2)['state'] == 'reserved'
+
+
+def test_a_limit_that_limits_nothing_is_refused(service):
+    with pytest.raises(Invalid, match='say what is limited: most_vms'):
+        service.limit_add(project='biology')
+    with pytest.raises(NotFound):
+        service.limit_add(resource='no', most_vms=1)
+    with pytest.raises(NotFound, match='there is no limit 7'):
+        service.limit_delete(7)
+
+
+def test_a_deleted_limit_binds_nobody(world):
+    limit = world.service.limit_add(project='biology', most_vms=1)
+    world.service.limit_delete(limit['id'])
+    assert book(world.as_user(), vms=3)['vms'] == 3 and world.service.limit_list() == []
+
+
+def test_of_the_limits_of_others_one_sees_none(world):
+    for whose in ({'project': 'biology'}, {'user': 'eva'}, {'project': 'chemistry'}, {'user': 'bob'}, {}):
+        world.service.limit_add(most_vms=3, **whose)
+    seen = [(each['project'], each['user']) for each in world.as_user('bob', 'chemistry').limit_list()]
+    assert seen == [('chemistry', ''), ('', 'bob'), ('', '')] and len(world.service.limit_list()) == 5
+
+
+def test_eight_at_once_do_not_get_beyond_a_limit(world):
+    world.service.limit_add(project='biology', most_vms=5)
+
+    def one(n):
         try:
-            book(eva, f'r{n}', start, start + length, 'india', vms=vms)
-            held.append((start, start + length, vms))
-            admitted += 1
-            assert most + vms <= 7
+            return bool(book(world.as_user(), f'r{n}'))
         except Conflict:
-            refused += 1
-            assert most + vms > 7
-    assert admitted > 10 and refused > 10
+            return False
+    with ThreadPoolExecutor(8) as pool:
+        assert sum(pool.map(one, range(24))) == 5
 
 
-@pytest.mark.parametrize('then, outcome, state', [
-    ('notify', 'left', 'reserved'), ('move', 'moved to india from 2026-12-01 13:00 UTC', 'reserved'),
-    ('cancel', 'cancelled', 'cancelled')])
-def test_a_maintenance_does_with_what_is_in_its_way_as_the_operator_says(world, service, then, outcome, state):
-    service.resource_add('india', cloud='simulated', vms=4)
-    book(service, 'hit', vms=4)
-    book(service, 'clear', start=5, end=6)
+# Approval
+
+
+@pytest.fixture
+def approving(world):
+    """A user of a resource that needs approval."""
+    world.service.resource_add('asks', cloud='simulated', vms=4, approval=hours(3))
+    return world.as_user()
+
+
+def test_what_needs_approval_is_pending_and_holds_its_room(world, approving):
+    assert book(approving, start=9, end=10, resource='asks', vms=4)['state'] == 'pending'
+    with pytest.raises(NoCapacity):
+        book(approving, 'more', start=9, end=10, resource='asks')
+    assert world.service.approve('lab')['state'] == 'reserved' and 'approved' in codes(world)
+
+
+def test_an_admin_needs_no_approval(world, approving):
+    assert book(world.service, start=9, end=10, resource='asks')['state'] == 'reserved'
+
+
+def test_what_nobody_approves_is_freed_in_time(world, approving):
+    book(approving, start=9, end=10, resource='asks', vms=4)
+    world.at(2.9)
+    assert world.state('lab') == 'pending'
+    world.at(3)
+    assert world.state('lab') == 'cancelled' and world.service.check()['differences'] == 0
+    assert 'nobody has approved it in time' in [each['sentence'] for each in approving.events('lab')]
+    book(approving, 'again', start=9, end=10, resource='asks', vms=4)
+
+
+def test_a_rejection_frees_the_room_and_tells_why(world, approving):
+    book(approving, start=9, end=10, resource='asks', vms=4)
+    assert world.service.reject('lab', 'not before the exam')['state'] == 'cancelled'
+    assert 'rejected by root: not before the exam' in [each['sentence'] for each in approving.events('lab')]
+    book(approving, 'again', start=9, end=10, resource='asks', vms=4)
+
+
+def test_nobody_accepts_what_an_admin_must_approve(world, approving):
+    book(approving, start=9, end=10, resource='asks')
+    with pytest.raises(Conflict, match="waits for an admin, who says: approve lab"):
+        approving.accept('lab')
+
+
+@pytest.mark.parametrize('deed', ['approve', 'reject', 'accept'])
+def test_what_waits_for_no_word_gets_none(world, deed):
+    book(world.service)
+    with pytest.raises(Conflict, match="'lab' is reserved, and waits for nobody's word"):
+        getattr(world.service, deed)('lab')
+
+
+def test_nothing_boots_before_it_is_approved(world, approving):
+    book(approving, start=1, end=3, resource='asks', image='cirros', flavor='m1.tiny')
+    world.at(1.5)
+    assert world.there() == [] and world.state('lab') == 'pending'
+    world.service.approve('lab')
+    world.cycle.settle()
+    assert len(world.there()) == 1
+
+
+def test_who_waits_for_a_resource_that_needs_approval_needs_it_all_the_same(world, approving):
+    book(world.service, 'first', start=9, end=10, resource='asks', vms=4)
+    book(approving, start=9, end=10, resource='asks', wait=True)
+    world.service.delete('first')
+    world.cycle.settle()
+    assert world.state('lab') == 'pending'
+    with pytest.raises(Conflict, match='waits for an admin'):
+        approving.accept('lab')
+
+
+def test_a_move_to_a_resource_that_needs_approval_needs_it(world, approving):
+    book(approving, start=9, end=10)
+    try:
+        approving.update('lab', resource='asks')
+    except Error:
+        return
+    assert world.state('lab') == 'pending'
+
+
+def test_what_grows_after_its_approval_needs_it_again(world, approving):
+    book(approving, start=9, end=10, resource='asks')
+    world.service.approve('lab')
+    try:
+        approving.update('lab', vms=4)
+    except Error:
+        return
+    assert world.state('lab') == 'pending'
+
+
+# Waiting
+
+
+def full(world, end=9, **more):
+    return book(world.service, 'full', 1, end, vms=16, **more)
+
+
+def test_what_does_not_fit_waits_and_holds_nothing(world):
+    full(world)
+    before = cmres.rows('SELECT * FROM step')
+    assert book(world.as_user(), vms=4, wait=True)['state'] == 'waiting'
+    assert cmres.rows('SELECT * FROM step') == before and world.service.check()['differences'] == 0
+
+
+def test_what_fits_does_not_wait(world):
+    assert book(world.as_user(), vms=4, wait=True)['state'] == 'reserved'
+
+
+def test_what_never_fits_does_not_wait(world):
+    with pytest.raises(NoCapacity, match='holds at most 16 vms; 17 are asked for'):
+        book(world.as_user(), vms=17, wait=True)
+
+
+@pytest.mark.parametrize('free', [
+    lambda service: service.delete('full'), lambda service: service.update('full', vms=12),
+    lambda service: service.update('full', start=NOON + hours(5)),
+    lambda service: service.resource_update('demo', vms=20)])
+def test_whatever_frees_room_lets_those_in_that_wait(world, free):
+    full(world)
+    book(world.as_user(), vms=4, wait=True)
+    free(world.service)
+    world.cycle.settle()
+    assert world.state('lab') == 'reserved' and 'admitted' in codes(world)
+    assert world.service.check()['differences'] == 0
+
+
+def test_the_higher_priority_goes_first_and_then_the_older(world):
+    full(world)
+    for label, priority in (('old', 0), ('young', 0), ('urgent', 5)):
+        book(world.service, label, vms=6, wait=True, priority=priority)
+        world.now += 1
+    world.service.delete('full')
+    world.cycle.settle()
+    assert [world.state(label) for label in ('urgent', 'old', 'young')] == ['reserved', 'reserved', 'waiting']
+
+
+def test_only_an_admin_gives_a_priority(world):
+    with pytest.raises(Forbidden, match='only an admin may give a priority'):
+        book(world.as_user(), wait=True, priority=1)
+
+
+def test_a_smaller_one_that_fits_goes_before_an_older_that_does_not_yet(world):
+    full(world)
+    book(world.as_user(), 'big', vms=10, wait=True)
+    book(world.as_user(), 'small', vms=4, wait=True)
+    world.service.update('full', vms=12)
+    world.cycle.settle()
+    assert [world.state(label) for label in ('big', 'small')] == ['waiting', 'reserved']
+
+
+@pytest.fixture
+def starved(tmp_path):
+    """A world in which `big` has waited longer than it need to: `full` leaves 4 of 16 in hours 30 to 40."""
+    world = World(tmp_path, patience=3600)
+    book(world.service, 'full', 30, 40, vms=12)
+    book(world.as_user(), 'big', 30, 40, vms=10, wait=True)
+    world.at(1)
+    yield world
+    cmres.close_store()
+
+
+def test_nobody_overtakes_one_that_has_waited_for_long(starved):
+    with pytest.raises(NoCapacity, match="'demo' is kept for a request of 10 vms that waits since"):
+        book(starved.as_user('bob', 'chemistry'), 'small', 39, 41)
+    assert book(starved.as_user('bob', 'chemistry'), 'beside', 40, 41)['state'] == 'reserved'
+    book(starved.as_user('bob', 'chemistry'), 'later', 39, 41, wait=True)
+    starved.cycle.settle()
+    assert starved.state('later') == 'waiting'
+    starved.service.delete('full')
+    starved.cycle.settle()
+    assert [starved.state(label) for label in ('big', 'later')] == ['reserved', 'reserved']
+
+
+@pytest.mark.parametrize('how', ['series', 'grow', 'extend', 'move'])
+def test_nobody_overtakes_by_a_series_or_by_a_change(starved, how):
+    bob = starved.as_user('bob', 'chemistry')
+    if how != 'series':
+        book(bob, 'small', 25, 30)
+    with pytest.raises(NoCapacity, match='is kept for a request'):
+        if how == 'series':
+            book(bob, 'small', 31, 32, repeat='daily', count=2)
+        elif how == 'grow':
+            bob.update('small', end=NOON + hours(32), vms=4)
+        elif how == 'extend':
+            bob.extend('small', hours(2))
+        else:
+            bob.update('small', start=NOON + hours(31))
+
+
+def test_with_confirm_the_room_is_held_until_its_owner_accepts(world):
+    full(world)
+    eva = world.as_user()
+    book(eva, vms=4, start=1, end=9, wait=True, confirm=hours(0.5))
+    world.service.delete('full')
+    world.cycle.settle()
+    assert world.state('lab') == 'pending'
+    with pytest.raises(NoCapacity):
+        book(eva, 'all', vms=16)
+    assert eva.accept('lab')['state'] == 'reserved'
+    world.at(0.75)
+    assert world.state('lab') == 'reserved'
+
+
+def test_room_that_is_not_accepted_goes_to_the_next(world):
+    full(world)
+    eva = world.as_user()
+    book(eva, vms=16, start=2, end=9, wait=True, confirm=hours(0.5))
+    book(eva, 'next', vms=16, start=2, end=9, wait=True)
+    world.service.delete('full')
+    world.cycle.settle()
+    assert (world.state('lab'), world.state('next')) == ('pending', 'waiting')
+    world.at(0.5)
+    later(world, 1)
+    assert (world.state('lab'), world.state('next')) == ('cancelled', 'reserved')
+    assert world.service.check()['differences'] == 0
+
+
+def test_who_waits_may_give_up(world):
+    full(world)
+    book(world.as_user(), vms=4, wait=True)
+    world.as_user().delete('lab')
+    world.service.delete('full')
+    world.cycle.settle()
+    assert world.state('lab') == 'cancelled' and world.service.check()['differences'] == 0
+
+
+def test_what_waited_until_its_end_never_is(world):
+    full(world)
+    book(world.as_user(), vms=4, wait=True)
+    world.at(2)
+    world.service.delete('full')
+    world.cycle.settle()
+    assert world.state('lab') == 'cancelled' and world.service.check()['differences'] == 0
+
+
+def test_what_is_let_in_after_its_start_boots_at_once(world):
+    full(world)
+    book(world.as_user(), vms=2, end=8, wait=True, image='cirros', flavor='m1.tiny')
+    world.at(3)
+    world.service.delete('full')
+    world.cycle.settle()
+    later(world, 5)
+    assert world.state('lab') == 'active' and len(world.there()) == 2 and world.service.check()['differences'] == 0
+
+
+def test_waiting_requests_are_limited(world):
+    full(world)
+    world.service.limit_add(project='biology', waiting=1)
+    book(world.as_user(), vms=4, wait=True)
+    with pytest.raises(Conflict, match='the limit waiting of biology is 1, and 1 wait already') as refusal:
+        book(world.as_user(), 'more', wait=True)
+    assert refusal.value.details['limit'] == 'waiting'
+
+
+@pytest.mark.parametrize('over', ['given up', 'never was'])
+def test_what_waits_no_more_does_not_count_as_waiting(world, over):
+    full(world)
+    world.service.limit_add(project='biology', waiting=1)
+    book(world.as_user(), vms=4, wait=True)
+    if over == 'given up':
+        world.as_user().delete('lab')
+    else:
+        world.at(3)
+    book(world.as_user(), 'more', start=4, end=5, wait=True)
+
+
+def test_two_that_wait_do_not_get_beyond_a_limit_together(world):
+    full(world)
+    world.service.limit_add(project='biology', most_vms=4)
+    for label in ('one', 'two'):
+        book(world.as_user(), label, vms=4, wait=True)
+    world.service.delete('full')
+    world.cycle.settle()
+    assert sorted(world.state(label) for label in ('one', 'two')) == ['reserved', 'waiting']
+
+
+def test_a_series_does_not_wait(world):
+    full(world)
+    with pytest.raises(Invalid, match='a series can not wait'):
+        book(world.as_user(), repeat='daily', count=2, wait=True)
+
+
+def test_the_first_resource_of_a_place_that_has_room_is_taken(world):
+    for name in ('a', 'b', 'c'):
+        world.service.resource_add(name, cloud='nimbus', aggregate='gpu', vms=2)
+    taken = [book(world.service, f'r{n}', resource=cmres.ANY, cloud='nimbus', vms=2)['resource'] for n in range(3)]
+    assert taken == ['a', 'b', 'c']
+    with pytest.raises(NoCapacity):
+        book(world.service, 'r3', resource=cmres.ANY, cloud='nimbus')
+    with pytest.raises(NotFound, match='there is no resource at cloud no'):
+        book(world.service, 'r4', resource=cmres.ANY, cloud='no')
+
+
+# Capacity over time
+
+
+@pytest.mark.parametrize('most, free', [(4, 4), (0, 0), (16, 16), (40, 40)])
+def test_a_resource_has_another_capacity_for_a_while(world, most, free):
+    if most != 16:
+        world.service.resource_capacity('demo', NOON + hours(2), NOON + hours(4), vms=most)
+    for start, room in ((0.5, 16), (2, free), (3, free), (4, 16)):
+        with pytest.raises(NoCapacity):
+            book(world.service, start=start, end=start + 1, vms=room + 1, dry_run=True)
+        if room:
+            book(world.service, start=start, end=start + 1, vms=room, dry_run=True)
+    assert world.service.check()['differences'] == 0
+
+
+def test_a_capacity_over_time_follows_that_of_its_resource(world):
+    world.service.resource_capacity('demo', NOON + hours(2), NOON + hours(4), vms=4)
+    world.service.resource_update('demo', vms=30)
+    for start, room in ((1, 30), (2, 4), (4, 30)):
+        assert book(world.service, start=start, end=start + 1, vms=room, dry_run=True)['vms'] == room
+        with pytest.raises(NoCapacity):
+            book(world.service, start=start, end=start + 1, vms=room + 1, dry_run=True)
+    assert world.service.check()['differences'] == 0
+
+
+@pytest.mark.parametrize('then, state, start, outcome', [
+    ('notify', 'reserved', 1, 'left'), ('move', 'reserved', 3, 'moved to demo from'),
+    ('cancel', 'cancelled', 1, 'cancelled')])
+def test_what_is_booked_in_a_maintenance_is_left_moved_or_cancelled(world, then, state, start, outcome):
+    book(world.as_user(), vms=4)
     before = dump()
-    said = {'resource': 'demo', 'start': NOON + hours(1), 'end': hours(3), 'reason': 'new disks', 'then': then}
-    dry = service.maintenance_add(**said, dry_run=True)
+    dry = world.service.maintenance_add('demo', NOON + hours(1.5), NOON + hours(3), 'new disks', then, dry_run=True)
     assert dump() == before
-    found = service.maintenance_add(**said)
-    assert found == dry and [(each['label'], each['outcome']) for each in found['hit']] == [('hit', outcome)]
-    assert world.state('hit') == state and service.events('hit')[-1]['code'] in ('maintenance', 'released')
+    real = world.service.maintenance_add('demo', NOON + hours(1.5), NOON + hours(3), 'new disks', then)
+    assert dry == real and [(each['label'], each['outcome'][:len(outcome)]) for each in real['hit']] == [('lab', outcome)]
+    found = world.service.list('lab')[-1]
+    assert (found['state'], found['start'], found['vms']) == (state, NOON + hours(start), 4)
+    assert 'new disks on demo' in ' '.join(each['sentence'] for each in world.as_user().events('lab'))
+    assert world.service.check()['differences'] == 0
+
+
+def test_a_move_prefers_another_resource_of_the_cloud_at_the_same_time(world):
+    world.service.resource_add('elsewhere', cloud='nimbus', vms=16)
+    world.service.resource_add('india', cloud='simulated', vms=16)
+    book(world.as_user(), vms=4)
+    world.service.maintenance_add('demo', NOON, hours(3), then='move')
+    found = world.as_user().show('lab')
+    assert (found['resource'], found['start']) == ('india', NOON + hours(1))
+    assert world.service.check()['differences'] == 0
+
+
+def test_a_move_from_a_resource_without_a_cloud_goes_to_no_cloud(world):
+    world.service.resource_add('rack', vms=4)
+    book(world.as_user(), resource='rack')
+    world.service.maintenance_add('rack', NOON, hours(3), then='move')
+    assert world.as_user().show('lab')['resource'] == 'rack'
+
+
+def test_what_has_begun_is_not_moved(world):
+    book(world.as_user(), start=0, end=5)
+    world.at(1)
+    hit = world.service.maintenance_add('demo', NOON + hours(2), hours(1), then='move')['hit']
+    assert [each['outcome'] for each in hit] == ['left'] and world.service.check()['differences'] == 0
+
+
+def test_only_as_many_as_must_go_are_hit_the_latest_first(world):
+    for n in range(4):
+        book(world.as_user(), f'r{n}', vms=4)
+    hit = world.service.resource_capacity('demo', NOON + hours(1), NOON + hours(2), vms=9, then='cancel')['hit']
+    assert labels(hit) == ['r3', 'r2']
+    assert [world.state(f'r{n}') for n in range(4)] == ['reserved', 'reserved', 'cancelled', 'cancelled']
+
+
+@pytest.mark.parametrize('then', ['cancel', 'notify'])
+def test_a_maintenance_does_not_hit_those_that_wait_instead_of_those_that_are_booked(world, then):
+    book(world.as_user(), 'booked', 1, 5, vms=12)
+    book(world.as_user(), 'waits', 2, 4, vms=12, wait=True)
+    hit = world.service.maintenance_add('demo', NOON + hours(1), NOON + hours(5), then=then)['hit']
+    assert labels(hit) == ['booked'] and world.state('waits') == 'waiting'
+
+
+def test_an_occurrence_of_a_series_in_a_maintenance_goes_and_the_others_stay(world):
+    book(world.as_user(), repeat='daily', count=3)
+    world.service.maintenance_add('demo', NOON + hours(24), hours(4), then='cancel')
+    found = world.as_user().list('lab', start=NOON, end=NOON + hours(99))
+    assert [each['state'] for each in found] == ['reserved', 'cancelled', 'reserved']
+    assert world.service.check()['differences'] == 0
+
+
+def test_a_maintenance_is_listed_until_it_is_over_or_called_off(world):
+    one = world.service.maintenance_add('demo', NOON + hours(1), hours(1), 'new disks')['id']
+    two = world.service.maintenance_add('demo', NOON + hours(3), hours(1))['id']
+    assert [each['id'] for each in world.as_user().maintenance_list()] == [one, two]
+    world.at(2)
+    assert [each['reason'] for each in world.service.maintenance_list('demo')] == ['maintenance']
+    world.service.maintenance_delete(two)
+    assert world.service.maintenance_list() == [] and world.service.check()['differences'] == 0
+    book(world.service, start=3, end=4, vms=16)
+    with pytest.raises(NotFound):
+        world.service.maintenance_delete(two)
+
+
+def test_a_maintenance_that_is_called_off_lets_those_in_that_wait(world):
+    one = world.service.maintenance_add('demo', NOON + hours(1), hours(5))['id']
+    book(world.as_user(), vms=4, wait=True)
+    world.service.maintenance_delete(one)
+    world.cycle.settle()
+    assert world.state('lab') == 'reserved'
+
+
+@pytest.mark.parametrize('given, sentence', [
+    ({'then': 'mvoe'}, "then: 'mvoe' is none of notify, move, cancel; did you mean 'move'"),
+    ({'end': NOON - hours(1), 'start': NOON - hours(2)}, 'is not in the future'), ({'end': NOON}, 'is not after the start')])
+def test_a_maintenance_with_a_mistake_is_refused(service, given, sentence):
+    with pytest.raises(Invalid, match=sentence):
+        service.maintenance_add(**{'resource': 'demo', 'start': NOON + hours(1), 'end': hours(1)} | given)
+    with pytest.raises(Invalid, match='say how much there is'):
+        service.resource_capacity('demo', NOON, hours(1))
+
+
+def test_what_fits_into_a_loan_of_nodes_may_wait_for_it(world):
+    world.service.resource_capacity('demo', NOON + hours(1), NOON + hours(9), vms=40)
+    book(world.service, 'full', 1, 9, vms=30)
+    assert book(world.as_user(), vms=20, wait=True)['state'] == 'waiting'
+
+
+# No-show
+
+
+def nobody_came(world, **more):
+    world.service.resource_add('gpu', cloud='simulated', mode='exclusive', vms=4, no_show=hours(0.5), **more)
+    book(world.as_user(), start=1, end=5, resource='gpu')
+
+
+def test_what_nobody_uses_is_warned_of_and_then_released(world):
+    nobody_came(world)
+    world.at(1.24)
+    assert 'unused' not in codes(world)
+    world.at(1.25)
+    assert codes(world).count('unused') == 1 and world.state('lab') == 'active'
+    world.at(1.4)
+    assert codes(world).count('unused') == 1
+    world.at(1.5)
+    assert world.state('lab') == 'cancelled' and world.service.check()['differences'] == 0
+    assert 'nobody has used it within 30m' in [each['sentence'] for each in world.as_user().events('lab')]
+    book(world.service, 'all', start=2, end=4, resource='gpu', vms=4)
+
+
+def test_what_somebody_uses_is_not_released(world):
+    nobody_came(world)
+    world.at(1.3)
+    assert boots_there(world)
+    world.at(2)
+    assert world.state('lab') == 'active'
+
+
+@pytest.mark.parametrize('resource', [{'mode': 'exclusive', 'no_show': None}, {'mode': '', 'no_show': hours(0.5)}])
+def test_by_default_nothing_is_released(world, resource):
+    world.service.resource_add('gpu', cloud='simulated', vms=4, **resource)
+    book(world.as_user(), start=1, end=5, resource='gpu')
+    world.at(4)
+    assert world.state('lab') == 'active'
+
+
+def test_what_boots_by_itself_is_not_a_no_show(world):
+    world.service.resource_add('gpu', cloud='simulated', mode='exclusive', vms=4, no_show=hours(0.5))
+    book(world.as_user(), start=1, end=5, resource='gpu', image='cirros', flavor='m1.tiny')
+    world.at(1)
+    world.at(3)
+    assert world.state('lab') == 'active'
+
+
+def test_what_a_no_show_frees_goes_to_those_that_wait(world):
+    nobody_came(world)
+    book(world.as_user(), 'next', 1, 5, resource='gpu', vms=4, wait=True, image='cirros', flavor='m1.tiny')
+    world.at(1.3)
+    world.at(1.5)
+    world.cycle.settle()
+    later(world, 5)
+    assert world.state('next') == 'active'
+
+
+def test_who_was_let_in_or_approved_after_the_start_has_the_time_of_no_show_from_then(world):
+    world.service.resource_add('gpu', cloud='simulated', mode='exclusive', vms=4, no_show=hours(0.5))
+    book(world.service, 'full', start=0, end=9, resource='gpu', vms=4, image='cirros', flavor='m1.tiny')
+    book(world.as_user(), start=1, end=9, resource='gpu', vms=4, wait=True)
+    world.at(3)
+    world.service.delete('full')
+    world.cycle.settle()
+    later(world, 60)
+    assert world.state('lab') == 'active'
+
+
+# Resource sync
+
+
+def test_resource_sync_tells_differences_makes_resources_and_marks(world):
+    before = dump()
+    dry = world.service.resource_sync('simulated', ['gpu'], mode='shared', dry_run=True)
+    assert dump() == before
+    assert world.service.resource_sync('simulated', ['gpu'], mode='shared') == dry
+    assert {each['what']: each['after'] for each in dry} == {
+        'vcpus': 32, 'ram': 131072, 'hosts': '["gpu-1", "gpu-2"]', 'mode': 'shared', 'mark': 'gpu'}
+    assert world.service.resource_sync('simulated') == []
+    world.service.resource_update('gpu', vcpus=8)
+    assert [(each['before'], each['after']) for each in world.service.resource_sync('simulated')] == [(8, 32)]
+
+
+def test_resource_sync_of_an_aggregate_that_is_not_there_is_refused(service):
+    with pytest.raises(NotFound, match="the cloud simulated has no aggregate 'gpus'; did you mean 'gpu'"):
+        service.resource_sync('simulated', ['gpus'])
+
+
+# Reports
+
+
+def test_a_report_sums_up_hours_and_refusals(world):
+    guarded(world, start=0, end=2, vms=2)
+    boots_there(world, machine(world, 's1'))
     with pytest.raises(NoCapacity):
-        book(service, 'new', start=2, end=3)
-    book(service, 'after', start=4, end=5, vms=15)
-    assert service.check()['differences'] == 0
-    service.maintenance_delete(found['id'])
-    book(service, 'new', start=2, end=3)
-    assert service.maintenance_list() == [] and service.check()['differences'] == 0
+        book(world.as_user(), 'more', start=0, end=2, resource='gpu', vms=15)
+    world.at(1)
+    line, = world.as_user().report()
+    assert line == {'project': 'biology', 'reserved_hours': 2, 'used_hours': 1, 'unused_hours': 1, 'refused': 1,
+                    'late_worst': 0}
+    assert [each['resource'] for each in world.service.report(by_whom='resource')] == ['gpu']
+    assert [each['user'] for each in world.service.report(by_whom='user')] == ['eva']
 
 
-def test_what_finds_no_other_resource_is_moved_to_the_next_time_that_fits(service):
-    book(service, 'hit', vms=10)
-    book(service, 'wall', start=4, end=5, vms=10)
-    found = service.maintenance_add('demo', NOON + hours(1), hours(3), then='move')
-    assert [each['outcome'] for each in found['hit']] == ['moved to demo from 2026-12-01 17:00 UTC']
-    assert service.check()['differences'] == 0
+def test_a_report_counts_only_what_lies_in_its_window(world):
+    book(world.as_user(), start=1, end=5, vms=2)
+    world.at(6)
+    line, = world.as_user().report(since=NOON + hours(2), until=NOON + hours(3))
+    assert (line['reserved_hours'], line['used_hours'], line['unused_hours']) == (2, 0, 2)
+    with pytest.raises(Invalid, match="by_whom: 'usr' is none of project, user, resource; did you mean 'user'"):
+        world.service.report(by_whom='usr')
 
 
-def test_a_loan_gives_more_for_a_while_and_changes_with_the_capacity_itself(service):
-    service.resource_capacity('demo', NOON + hours(1), hours(1), vms=20)
-    book(service, 'large', vms=20)
-    with pytest.raises(NoCapacity):
-        book(service, 'late', start=2, end=3, vms=17)
-    service.resource_update('demo', vms=18)
-    book(service, 'late', start=2, end=3, vms=18)
-    with pytest.raises(NoCapacity):
-        book(service, 'more', vms=1)
-    assert service.check()['differences'] == 0
-    with pytest.raises(Conflict, match='no limit that this would change'):
-        service.resource_add('open')
-        service.resource_capacity('open', NOON + hours(1), hours(1), vms=1)
+def test_machines_that_go_on_after_the_end_do_not_hide_what_others_left_unused(world):
+    guarded(world, start=0, end=1, vms=1)
+    book(world.as_user(), 'idle', start=0, end=4, resource='gpu', vms=2)
+    boots_there(world, machine(world, 's1'), label='lab')
+    world.at(8)
+    line, = world.as_user().report()
+    assert (line['reserved_hours'], line['unused_hours']) == (9, 8)
 
 
-def test_a_report_adds_up_what_was_reserved_used_and_refused(world, service):
-    book(service, 'ran', 0, 2, vms=2, image='cirros', flavor='m1.tiny', project='bio', user='eva')
-    book(service, 'idle', 0, 1, vms=4, project='chem', user='bob')
-    with pytest.raises(NoCapacity):
-        book(service, 'no', 0, 1, vms=16, project='bio', user='eva')
-    for at in (0, 0.01, 2, 2.1):
-        world.at(at)
-    lines = {each['project']: each for each in service.report()}
-    assert (lines['bio']['reserved_hours'], lines['bio']['refused'], lines['chem']['reserved_hours']) == (4, 1, 4)
-    assert 3.9 < lines['bio']['used_hours'] < 4.2 and lines['chem']['used_hours'] == 0 == lines['chem']['refused']
-    assert [each['project'] for each in world.as_user('bob', 'chem').report()] == ['chem']
-    assert {each['resource'] for each in service.report(by_whom='resource')} == {'demo'}
+def test_what_only_waited_was_not_reserved(world):
+    full(world, end=3)
+    book(world.as_user(), vms=4, wait=True)
+    world.at(5)
+    assert {each['project']: each['reserved_hours'] for each in world.service.report()} == {'biology': 0, 'default': 32}
+
+
+# Who may what
+
+
+def test_nobody_settles_sees_or_reports_what_is_in_another_project(world):
+    full(world)
+    book(world.as_user(), 'secret', vms=4, wait=True, confirm=hours(1))
+    world.service.delete('full')
+    world.cycle.settle()
+    bob, before = world.as_user('bob', 'chemistry'), dump()
+    for deed in (bob.accept, bob.show, bob.delete):
+        with pytest.raises(NotFound):
+            deed('secret')
+    assert bob.report() == bob.list() == bob.events('secret') == [] and dump() == before
+    assert labels(world.as_user().list()) == ['secret']
+
+
+@pytest.mark.parametrize('name, given', [
+    ('approve', {'label': 'lab'}), ('reject', {'label': 'lab'}), ('limit_add', {'most_vms': 9}), ('limit_delete', {'id': 1}),
+    ('maintenance_add', {'resource': 'demo', 'start': NOON + hours(1), 'end': hours(1)}), ('maintenance_delete', {'id': 1}),
+    ('resource_capacity', {'name': 'demo', 'start': NOON, 'end': hours(1), 'vms': 1}),
+    ('claim', {'server': 's1', 'resources': ['demo'], 'project': 'biology'}), ('resource_sync', {'cloud': 'simulated'})])
+def test_a_user_changes_nothing_of_the_plan(world, name, given):
+    before = dump()
+    with pytest.raises(Forbidden):
+        getattr(world.as_user(), name)(**given)
+    assert dump() == before
+
+
+# Faces
+
+
+def test_the_plan_over_rest(app):
+    user = app.as_user()
+    app.call('POST', '/resource/', {'name': 'gpu', 'cloud': 'simulated', 'vms': 4, 'mode': 'exclusive',
+                                    'approval': '2h'}, status=201)
+    limit = app.call('POST', '/limit/', {'project': 'biology', 'most_vms': 2}, status=201).json
+    one = {'label': 'lab', 'resource': 'gpu', 'start': '2026-12-01T13:00Z', 'end': '+2h'}
+    refusal = user.call('POST', '/reservation/', one | {'vms': 3}, status=409).json
+    assert refusal['limit' if 'limit' in refusal else 'details'] and '2, of which 2 are free' in json.dumps(refusal)
+    assert user.call('POST', '/reservation/', one, status=201).json['state'] == 'pending'
+    user.call('POST', '/reservation/lab/approve', status=403)
+    assert app.call('POST', '/reservation/lab/approve').json['state'] == 'reserved'
+    claim = {'server': 's1', 'resources': ['gpu'], 'project': 'biology'}
+    assert [each['passes'] for each in app.call('POST', '/claim/', claim).json] == [False]
+    app.world.at(1)
+    assert [each['passes'] for each in app.call('POST', '/claim/', claim).json] == [True]
+    user.call('POST', '/claim/', claim, status=403)
+    asked = {'resource': 'gpu', 'start': '+1d', 'end': '+2h', 'reason': 'disks'}
+    made = app.call('POST', '/maintenance/', asked, status=201).json
+    assert [each['reason'] for each in user.call('GET', '/maintenance/').json] == ['disks']
+    app.call('DELETE', f"/maintenance/{made['id']}")
+    app.call('DELETE', f"/limit/{limit['id']}")
+    assert user.call('GET', '/limit/').json == [] == user.call('GET', '/maintenance/').json
+    app.world.at(2)
+    assert user.call('GET', '/report/?by_whom=user').json[0]['user'] == 'eva'
+
+
+def test_the_plan_on_the_command_line(run):
+    def said(*line):
+        code, out, err = run(*line, '--format=json')
+        assert code == 0, err
+        return json.loads(out)
+    run('resource', 'add', 'gpu', '--cloud=simulated', '--vms=4', '--mode=exclusive')
+    assert said('limit', 'add', '--most-vms=4', '--exempt=1h')['exempt'] == '1h'
+    assert run('add', 'big', 'gpu', '+2h', '+1h', '--vms=5')[0] == 1
+    said('add', 'full', 'gpu', '+2d', '+4h', '--vms=4', '--project=one')
+    assert said('add', 'lab', 'gpu', '+2d', '+1h', '--wait')['state'] == 'waiting'
+    assert said('maintenance', 'add', 'gpu', '+2d', '+4h', '--then=notify', '--dry-run')['hit']
+    assert said('resource', 'capacity', 'gpu', '+9d', '+1d', '--vms=2')['resource'] == 'gpu'
+    assert [each['vms'] for each in said('maintenance', 'list')] == [2]
+    assert said('claim', 's1', 'gpu', 'biology')[0]['passes'] is False
+    said('report')
+    code, out, err = run('approve', 'lab')
+    assert code == 1 and "waits for nobody's word" in err
+    assert [each['id'] for each in said('limit', 'list')] == [1] and said('limit', 'delete', '1')['id'] == 1
+
+
+# Properties
+
+
+def sums(held, begin, until):
+    """The most machines at once in a window, from the list of (begin, until, vms)."""
+    instants = [begin, *(b for b, _, _ in held if begin <= b < until)]
+    return max(sum(vms for b, u, vms in held if b <= at < u) for at in instants)
+
+
+class Plan:
+    """What limits, waiting and capacity over time should allow: lists, and a look at every hour; vms on `demo`."""
+
+    def __init__(self, limit, patience):
+        self.most, self.limit, self.patience = 16, limit, patience
+        self.booked, self.line, self.changes, self.now = {}, [], {}, 0
+
+    def room(self, at):
+        return 16 + sum(most - 16 for begin, until, most in self.changes.values() if begin <= at < until)
+
+    def held(self, at, project=None):
+        return sum(vms for p, b, u, vms in self.booked.values() if b <= at < u and project in (None, p))
+
+    def fits(self, begin, until, vms):
+        return all(self.held(at) + vms <= self.room(at) for at in range(max(begin, self.now), until))
+
+    def within(self, project, begin, until, vms):
+        return all(self.held(at, project) + vms <= self.limit for at in range(begin, until))
+
+    def kept(self, begin, until):
+        return any(self.now - since >= self.patience and b < until and u > begin
+                   for _, _, since, (_, b, u, _), _ in self.line if u > self.now)
+
+    def admit(self):
+        kept = []
+        for entry in sorted((e for e in self.line if e[3][2] > self.now), key=lambda e: (-e[0], e[2], e[1])):
+            _, _, since, (_, b, u, vms), _ = entry
+            if any(x < u and y > b for x, y in kept) or not self.fits(b, u, vms):
+                kept += [(b, u)] if self.now - since >= self.patience else []
+            else:
+                self.line.remove(entry)
+                self.booked[entry[4]] = entry[3]
+
+
+@pytest.mark.parametrize('seed', range(4))
+@pytest.mark.parametrize('patience', [2, 1000])
+def test_any_sequence_of_waiting_limits_and_capacities_is_as_lists_would_have_it(tmp_path_factory, patience, seed):
+    """Limits bind requests that go in directly: those that wait are of another project, without one."""
+    chance, verbs = random.Random(seed), ('add', 'add', 'wait', 'wait', 'delete', 'capacity', 'off', 'tick')
+    sequence = [(chance.choice(verbs), *(chance.randint(*ends) for ends in ((0, 9), (1, 12), (1, 6), (1, 12))))
+                for _ in range(40)]
+    world, plan = World(tmp_path_factory.mktemp('w'), patience=patience * 3600), Plan(12, patience)
+    world.service.limit_add(project='limited', most_vms=12)
+    for step, (verb, who, begin, length, vms) in enumerate(sequence):
+        b, u, label = plan.now + begin, plan.now + begin + length, f'r{step}'
+        window = (NOON + hours(b), NOON + hours(u))
+        if verb in ('add', 'wait'):
+            project = 'limited' if verb == 'add' else 'free'
+            fits = plan.fits(b, u, vms) and not plan.kept(b, u)
+            within = verb == 'wait' or plan.within(project, b, u, vms)
+            try:
+                found = world.service.add(label, 'demo', *window, vms=vms, project=project, wait=verb == 'wait',
+                                          priority=who % 3 if verb == 'wait' else 0)
+            except NoCapacity:
+                assert within and not fits and verb == 'add'
+            except Conflict as refusal:
+                assert not within and refusal.details['limit'] == 'most_vms'
+            else:
+                assert within and found['state'] == ('reserved' if fits else 'waiting')
+                if fits:
+                    plan.booked[label] = (project, b, u, vms)
+                else:
+                    plan.line.append((who % 3, step, plan.now, (project, b, u, vms), label))
+        elif verb == 'delete' and plan.booked:
+            label = sorted(plan.booked)[who % len(plan.booked)]
+            project, b, u, vms = plan.booked[label]
+            if u > plan.now:
+                world.service.delete(label)
+                del plan.booked[label]
+                if b < plan.now:
+                    plan.booked[label] = (project, b, plan.now, vms)
+        elif verb == 'capacity':
+            if all(plan.room(at) == 16 for at in range(b, u)) and vms < 4:
+                made = world.service.resource_capacity('demo', *window, vms=vms * 4)
+                plan.changes[made['id']] = (b, u, vms * 4)
+        elif verb == 'off' and plan.changes:
+            id = sorted(plan.changes)[who % len(plan.changes)]
+            world.service.maintenance_delete(id)
+            del plan.changes[id]
+        elif verb == 'tick':
+            plan.now += 1
+        world.at(plan.now)
+        plan.admit()
+        assert world.service.check()['differences'] == 0
+        waits = {each['label'] for each in world.service.list(state=['waiting'])}
+        assert waits == {entry[4] for entry in plan.line if entry[3][2] > plan.now}
+        for at in range(plan.now, plan.now + 24):
+            assert cmres.level(world.service.resource_row('demo').id, (NOON + hours(at)).timestamp()).vms == (
+                plan.held(at) + 16 - plan.room(at))
+    cmres.close_store()
+
+
+def test_eight_at_once_that_add_wait_and_cancel_never_overbook(world):
+    def one(n):
+        chance = random.Random(n)
+        try:
+            book(world.as_user(project=f'p{n % 4}'), f'r{n}', chance.randint(1, 4), chance.randint(5, 8),
+                 vms=chance.randint(1, 8), wait=n % 2 == 0)
+            if n % 3 == 0:
+                world.service.delete(f'r{n}')
+        except Conflict:
+            pass
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(one, range(48)))
+    world.cycle.settle()
+    assert world.service.check()['differences'] == 0
+    assert all(each.vms <= 16 for each in cmres.rows('SELECT * FROM step'))
 
 
 def test_on_the_command_line_waiting_limits_and_maintenance_read_as_in_the_readme(run):
