@@ -2809,10 +2809,11 @@ class Held(Error):
     """A calendar asks for so much less than before that its owner must say that it is meant."""
 
 
-#: For an event about a series that tells its occurrences apart by itself.
+#: For an event that changes no occurrence, or each by itself: their revisions are counted already.
 NONE_OF_THEM = -1
 #: What becomes of what is booked where there is less room than before.
 THEN = ('notify', 'move', 'cancel')
+ANY_WAITING = 'SELECT id FROM reservation WHERE waiting IS NOT NULL LIMIT 1'
 FROM_ALL = ('FROM occurrence o JOIN reservation r ON r.id = o.reservation_id JOIN resource s ON s.id = o.resource_id')
 
 
@@ -4384,7 +4385,7 @@ class Reservations:
         self.refuse_overtaking(place, *wish.held, now)
         admit(place, *wish.held, wish.amount, now)
         self.write_occurrence(None, reservation, wish, Slot('', wish.start, wish.end, wish.vms, place.id), now)
-        self.journal(now, 'added', f'{wish.vms} vms on {place.name}', reservation, wish.notify)
+        self.journal(now, 'added', f'{wish.vms} vms on {place.name}', reservation, wish.notify, NONE_OF_THEM)
         if pending:
             self.journal(now, 'pending', f'an admin must approve it until {instant(pending)}', reservation, wish.notify)
         return reservation, []
@@ -4686,7 +4687,7 @@ class Reservations:
 
     def refuse_overtaking(self, place, begin: int, until: int, now: float) -> None:
         """Refuses to take, before one that has waited for long, room in its window."""
-        for each in self.waiting_line(now):
+        for each in self.waiting_line(now) if row(ANY_WAITING) else ():
             if (each.resource_id == place.id and now - each.waiting >= self.config.patience
                     and each.held_from < until and each.end > begin):
                 raise NoCapacity(f"'{place.name}' is kept for a request of {each.vms} vms that waits since "
