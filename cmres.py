@@ -259,6 +259,7 @@ RULE_PARTS = {'FREQ': None, 'UNTIL': None, 'WKST': None, 'BYDAY': None, 'COUNT':
               'BYMONTH': (1, 12), 'BYMONTHDAY': (1, 31), 'BYYEARDAY': (1, 366), 'BYWEEKNO': (1, 53),
               'BYSETPOS': (1, 366), 'BYHOUR': (0, 23), 'BYMINUTE': (0, 59), 'BYSECOND': (0, 59)}
 FREQUENCIES = {'day': 'DAILY', 'week': 'WEEKLY', 'month': 'MONTHLY', 'year': 'YEARLY'}
+DAY_NAMES = ('monday', 'tuesday', 'wednesday', 'thursday', 'friday', 'saturday', 'sunday')
 WEEKDAYS = ('MO', 'TU', 'WE', 'TH', 'FR', 'SA', 'SU')
 ORDINALS = {'first': '1', 'second': '2', 'third': '3', 'fourth': '4', 'fifth': '5', 'last': '-1'}
 REPEAT_HELP = "write daily, weekdays, weekly on tue,thu, every 2 weeks on mon, monthly on first mon, or an RRULE"
@@ -336,11 +337,10 @@ def spoken_days(text: str, words: str) -> str:
     days = [day.strip() for day in re.split(',| and ', text)]
     if all(re.fullmatch(r'-?\d{1,2}', day) for day in days):
         return f";BYMONTHDAY={','.join(days)}"
-    pattern = r'(?:(first|second|third|fourth|fifth|last) )?(mo|tu|we|th|fr|sa|su)[a-z]*'
-    found = [re.fullmatch(pattern, day) for day in days]
-    if not all(found):
+    found = [re.fullmatch(r'(?:(first|second|third|fourth|fifth|last) )?([a-z]{2,})', day) for day in days]
+    if not all(each and any(name.startswith(each[2]) for name in DAY_NAMES) for each in found):
         raise ValueError(f"'{words}' is no repetition; {REPEAT_HELP}")
-    return ';BYDAY=' + ','.join(ORDINALS.get(each[1], '') + each[2].upper() for each in found)
+    return ';BYDAY=' + ','.join(ORDINALS.get(each[1], '') + each[2][:2].upper() for each in found)
 
 
 def checked_rule(rule: str) -> str:
@@ -997,7 +997,8 @@ def read_rows(value, here=None) -> list[dict]:
 
 READERS = {
     str: read_str, int: read_int, bool: read_bool, Label: read_label, Place: read_place, Name: read_name,
-    Text: read_text, File: read_file, Count: read_count, Page: read_page, Figure: read_figure, Most: read_most, Span: read_span,
+    Text: read_text, File: read_file, Count: read_count, Page: read_page, Figure: read_figure, Most: read_most,
+    Span: read_span,
     When: read_when, Day: read_day, Names: read_names, Pairs: read_pairs, Rows: read_rows, Zone: read_zone_name,
     Clash: read_clash,
     Repeat: lambda value, here=None: read_repeat(read_str(value, most=500)), Ics: read_ics, Source: read_source,
@@ -3103,6 +3104,8 @@ class Reservations:
         """
         asked = {name: value for name, value in locals().items() if value is not None and name not in (
             'self', 'label', 'rename', 'project', 'dry_run', 'occurrence', 'following') and (name, value) != ('tz', '')}
+        if following and not occurrence:
+            raise Invalid('--following needs an --occurrence, from which on things change')
         return self.alter(label, project, asked | ({'label': rename} if rename else {}), dry_run,
                           occurrence=occurrence, alone=bool(occurrence) and not following)
 
@@ -3191,7 +3194,8 @@ class Reservations:
         key = old.slot
         if old.repeats and not occurrence and asked.keys() & (OWN | REPEATING):  # all that has not begun
             coming = self.search([('r.id = ?', old.reservation), (NOT_OVER, None), ('o.held_from > ?', self.clock())])
-            old = (coming or [old])[0]
+            # One that was moved on its own is no measure for the others.
+            old = next((each for each in coming if not each.altered), (coming or [old])[0])
             key = min((each.slot for each in coming), default=old.slot)
         return old, self.parts(old.reservation), key
 
@@ -3292,7 +3296,7 @@ class Reservations:
         if label and len(found) > 1:
             self.mine(label, project)  # refuses, naming the projects, unless one of them is the actor's own
             found[:] = [each for each in found if each.project == self.actor.project]
-        if not label and count != len(found) and not dry_run:
+        if (not label or count) and count != len(found) and not dry_run:
             raise Conflict(f'this would cancel {len(found)} reservations; say --count {len(found)} to do it',
                            labels=[each.label for each in found[:100]], count=len(found))
 
@@ -3765,6 +3769,9 @@ class Reservations:
         except (OSError, ValueError) as error:
             raise Invalid(f'url: {error}') from None
         with self.writing(dry_run) as now:
+            if row('SELECT id FROM subscription WHERE url = ? AND user = ? AND project = ? AND due IS NOT NULL',
+                   url, said['user'], said['project']):
+                raise Conflict('you are subscribed to this calendar already; `calendar list` shows it')
             id = insert(Subscription, user=said['user'], project=said['project'], url=url, defaults=json.dumps(said),
                         notify=json.dumps([*notify]), added=int(now), due=now, etag='', modified='', fault='', held='',
                         refused='{}',
@@ -4131,8 +4138,8 @@ class Reservations:
                     old.tz if old else '',
                     asked['on_conflict'], [], each, warnings)
         if parts and not {'repeat'} & set(changes):
-            moved = self.moved_parts(wish, old, parts, key, changes)
-            return wish._replace(parts=self.ended_parts(moved, asked, changes))
+            parts = self.ended_parts(self.moved_parts(wish, old, parts, key, changes), asked, changes)
+            return wish._replace(parts=parts, repeat=parts[-1].rule)
         return self.repeating(wish, asked, old, parts, key, changes) if REPEATING & {
             name for name in changes if asked.get(name)} else wish
 
@@ -4525,7 +4532,7 @@ class Reservations:
     def limit_public(self, found) -> dict:
         lengths = ('longest', 'ahead', 'least_notice', 'exempt')
         return {name: format_duration(value) if name in lengths and value is not None else value
-                for name, value in public(found).items()}
+                for name, value in (public(found) | {'waiting': found.waiting}).items()}
 
     def limits_for(self, wish: Wish) -> list:
         """The limits that a wish is under: of its user, of its project, and of every project if that has none."""
@@ -4543,8 +4550,8 @@ class Reservations:
           old: its occurrence as it was; what it had already, it may keep
         """
         for limit in self.limits_for(wish):
-            near = limit.exempt and int(now) - PATIENCE <= wish.start < now + limit.exempt and not (old and old.start <= now)
-            if not near:
+            near = limit.exempt and int(now) - PATIENCE <= wish.start < now + limit.exempt
+            if not near or old and old.start <= now:
                 for name, value, fits_it, passes in self.beyond(limit, wish, reservation, now, old):
                     if value is not None and not fits_it:
                         whose = limit.user or limit.project or 'every project'
@@ -5113,7 +5120,8 @@ class Reservations:
         ends = {at: after for (at, _), (after, _) in zip(levels, [*levels[1:], (until, NOTHING)])}
         found = []
         held = rows('SELECT id, held_from, held_until, vms, vcpus, ram FROM occurrence WHERE resource_id = ? '
-                    'AND due IS NOT NULL AND held_until > ? AND held_from < ? AND held_until > held_from ORDER BY id DESC',
+                    'AND due IS NOT NULL AND held_until > ? AND held_from < ? AND held_until > held_from '
+                    'ORDER BY id DESC',
                     place.id, begin, until) if over else []
         for each in held:
             touched = [at for at in over if at < each.held_until and ends[at] > each.held_from]
@@ -5129,8 +5137,8 @@ class Reservations:
     def recording_refusal(self, wish: Wish, dry_run: bool) -> Iterator[None]:
         try:
             yield
-        except NoCapacity as refusal:
-            if not dry_run:
+        except Conflict as refusal:
+            if not dry_run and (isinstance(refusal, NoCapacity) or 'limit' in refusal.details):
                 with transaction():
                     sentence = f"'{wish.label}' of {wish.user}: {refusal}"
                     journal(self.config, self.clock(), wish.user, 'refused', sentence, None, wish.notify,
@@ -6254,10 +6262,10 @@ class Client:
         from urllib.error import HTTPError, URLError
         from urllib.request import Request, urlopen
         verb, address, body = self.address(operation, to_plain(given))
-        request = Request(self.url + address, body, {'Authorization': f'Bearer {self.token}'}, method=verb)
-        if body:
-            request.add_header('Content-Type', 'application/json')
         try:
+            request = Request(self.url + address, body, {'Authorization': f'Bearer {self.token}'}, method=verb)
+            if body:
+                request.add_header('Content-Type', 'application/json')
             with urlopen(request, timeout=self.timeout) as answer:
                 return from_plain(json.load(answer))
         except HTTPError as error:
@@ -6406,6 +6414,7 @@ FORMATS = ('table', 'json', 'csv', 'yaml')
 #: What a table shows of answers that have more fields than a line has room for.
 COLUMNS = {'list': 'id label user project resource vms flavor start end repeat state fault',
            'delete': 'id label user project resource vms start end state',
+           'calendar_list': 'id kind user project shows added polled fault held',
            'hit': 'label user project vms start end outcome', 'resource_sync': 'resource what before after',
            'servers': 'n name state addresses planned begun ready deleted snapshot fault',
            'resource_list': 'name cell cloud region aggregate vms vcpus ram mode',
@@ -6582,7 +6591,7 @@ def command(operation: Operation, helping: bool) -> Callable:
         for each in operation.parameters.values()])
     words = ''.join(f'\n  {name}: {WORDS[name]}' for name in operation.parameters)
     note.__doc__ = inspect.getdoc(operation.method) + (f'\n\nArgs:{words}' if words else '')
-    note.__name__, note.operation = operation.name, operation
+    note.__name__, note._operation = operation.name, operation
     return note
 
 
@@ -6652,7 +6661,8 @@ def run_fire(argv: list[str], finish: Callable) -> None:
     from contextlib import redirect_stderr
     os.environ['PAGER'] = 'cat'
     fire.parser.DefaultParseValue = str  # else gpu#1, 1e3 and 2026 are guessed to be Python
-    if argv[:1] in ([], ['help'], ['-h']):
+    argv = ['--help' if word == '-h' else word for word in argv]  # Fire would take it for a short --holidays
+    if argv[:1] in ([], ['help']):
         argv = [*argv[1:], '--help']
     helping = '--help' in argv
     tree = commands(helping)
@@ -6661,7 +6671,7 @@ def run_fire(argv: list[str], finish: Callable) -> None:
         with redirect_stderr(sys.stdout):
             fire.Fire(tree, path + ['--', '--help'], 'cmres', finish)
     # Fire's own flags, such as --interactive, are not ours to offer; a lone `-` is a word of ours.
-    fire.Fire(tree, path + plain_flags(here.operation, argv[len(path):]) + ['--', '--separator=\0'], 'cmres', finish)
+    fire.Fire(tree, path + plain_flags(here._operation, argv[len(path):]) + ['--', '--separator=\0'], 'cmres', finish)
 
 
 def command_path(tree: Group, argv: list[str]) -> tuple[list[str], Any]:
@@ -6805,7 +6815,7 @@ def as_table(answer, zone: ZoneInfo, columns: str | None = None) -> str:
         inner = {name: each for name, each in answer.items() if each and isinstance(each, list)
                  and isinstance(each[0], dict)}
         pairs = [(name, in_cell(each, zone)) for name, each in answer.items()
-                 if name not in inner and each not in (None, '', [], {})]
+                 if name not in inner and each is not False and each not in (None, '', [], {})]
         tables = [f'\n{name}:\n{as_table(each[:MOST_SHOWN], zone, COLUMNS.get(name, COLUMNS["list"]))}'
                   + (f'\n... and {len(each) - MOST_SHOWN} more; --format json shows all'
                      if len(each) > MOST_SHOWN else '')

@@ -1646,7 +1646,7 @@ WRITES = {
     'resource_update': {'name': 'demo', 'vms': 1, 'force': True}, 'token_add': {'user': 'eva'},
     'token_revoke': {'id': 1}, 'import_': {'file': calendar(event(
         'DTSTART:20261202T090000Z', 'DURATION:PT1H', 'LOCATION:2 x m1.tiny on demo')).decode()}, 'calendar_feed': {},
-    'calendar_revoke': {'id': 1}, 'calendar_subscribe': {'url': 'http://127.0.0.1:9/eva.ics', 'resource': 'demo'},
+    'calendar_revoke': {'id': 1}, 'calendar_subscribe': {'url': 'http://127.0.0.1:9/bob.ics', 'resource': 'demo'},
     'calendar_unsubscribe': {'id': 1}, 'calendar_confirm': {'id': 1},
     'resource_sync': {'cloud': 'simulated', 'aggregates': ['gpu'], 'mode': 'exclusive'},
     'limit_add': {'project': 'bio', 'most_vms': 3}, 'limit_delete': {'id': 1}, 'approve': {'label': 'asked'},
@@ -3189,6 +3189,59 @@ def test_a_file_of_reservations_may_have_series(service):
     found = service.load([lesson, lab])
     assert [len(each.get('occurrences', [])) for each in found['taken']] == [3, 0]
     refused(lambda: service.load([lesson | {'label': 'other', 'repeat': 'never'}]))
+
+
+@pytest.mark.parametrize('words', ['weekly on tux', 'weekly on thirsty', 'monthly on last monkey', 'weekly on m'])
+def test_a_day_is_called_by_its_name_or_the_beginning_of_it(words):
+    with pytest.raises(ValueError, match='is no repetition'):
+        read_repeat(words)
+
+
+def test_a_series_goes_where_its_next_unmoved_occurrence_is_told_to_go(service):
+    series(service, 'daily', count=4)
+    service.update('class', occurrence=date(2026, 12, 3), start=NOON + hours(0.5))
+    service.update('class', start=NOON + hours(1 + 240))
+    assert starts() == [0.5, 241, 265, 313]
+
+
+def test_the_rule_that_is_shown_is_the_one_that_is_in_force(service):
+    series(service, 'daily', count=4)
+    assert service.update('class', count=2)['repeat'] == 'FREQ=DAILY;COUNT=2'
+
+
+def test_following_needs_an_occurrence_and_a_count_must_be_right(service):
+    series(service, 'daily', count=4)
+    refused(lambda: service.update('class', following=True, vms=3), Invalid)
+    refused(lambda: service.delete('class', count=7), Conflict)
+
+
+def test_a_calendar_is_subscribed_to_once(tmp_path):
+    service = World(tmp_path, private_addresses=True).service
+    service.calendar_subscribe('http://127.0.0.1:9/eva.ics')
+    with pytest.raises(Conflict, match='subscribed to this calendar already'):
+        service.calendar_subscribe('http://127.0.0.1:9/eva.ics')
+    cmres.close_store()
+
+
+def test_a_limit_of_waiting_requests_is_shown_and_what_it_refuses_is_reported(world):
+    assert world.service.limit_add(project='biology', waiting=2, most_vms=1)['waiting'] == 2
+    with pytest.raises(Conflict):
+        book(world.as_user(), vms=2)
+    world.now += 1
+    assert [(each['project'], each['refused']) for each in world.service.report()] == [('biology', 1)]
+
+
+@pytest.mark.parametrize('url', ['foo', 'http://[', 'ftp://x'])
+def test_an_address_of_no_server_is_told_in_a_sentence(run, monkeypatch, url):
+    monkeypatch.setenv('CMRES_URL', url)
+    code, out, err = run('list')
+    assert code == 1 and err.startswith(f'cmres: no answer from {url}') and err.count('\n') == 1
+
+
+@pytest.mark.parametrize('line', ['add -h', 'update -h', 'resource sync -h', 'calendar feed -h'])
+def test_a_short_h_is_help_and_help_shows_nothing_of_the_inside(run, line):
+    code, out, err = run(*line.split())
+    assert (code, err) == (0, '') and 'Example:' in out and 'A published method' not in out
 
 
 # Service: one plan for all ###################################################
