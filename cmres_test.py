@@ -5349,7 +5349,7 @@ def in_chaos(tmp_path, *stores) -> list[dict]:
         program = (f'import json, sys; sys.path[:0] = {sys.path!r}; from {Path(__file__).stem} import Chaos; '
                    f'print(json.dumps(Chaos({str(path)!r}, {seed}, {number}, {command}).run({seconds}, {freezing})))')
         ended = subprocess.run([sys.executable, '-B', '-W', 'ignore', '-c', program], capture_output=True, text=True,
-                               env=environment(), timeout=seconds + 90)
+                               env=environment(), timeout=seconds + 180)
         print(f'seed {seed}:', ended.stdout, ended.stderr[-3000:])
         return json.loads(ended.stdout)
     with ThreadPoolExecutor() as pool:
