@@ -268,7 +268,7 @@ REPEAT_HELP = "write daily, weekdays, weekly on tue,thu, every 2 weeks on mon, m
 YEARS_AHEAD = 7600
 
 
-class Part(NamedTuple):
+class Stretch(NamedTuple):
     """A stretch of a series; wall times as ISO text, lengths in seconds of wall time.
 
     A slot is the wall time at which the rule puts an occurrence: its key, wherever it is moved to.
@@ -282,7 +282,7 @@ class Part(NamedTuple):
     dates: tuple = ()  # RDATE: further slots; with /SECONDS, of another length
     skips: tuple = ()  # EXDATE: slots, or days, without an occurrence
     since: str = ''    # slots from then on ...
-    until: str = ''    # ... to before then belong to this part
+    until: str = ''    # ... to before then belong to this stretch
     shift: int = 0     # how much later than its slot each occurrence starts
     moved: dict = {}   # slot: (wall time, length, vms) of those that are otherwise
 
@@ -392,22 +392,22 @@ def local_rule(rule: str, zone: ZoneInfo, literal: bool = False) -> str:
     return re.sub(r'UNTIL=([0-9TZ]+)', localised, rule)
 
 
-def walls(part: Part) -> Iterator[datetime]:
-    """The wall times of all slots of a part in order; they may have no end."""
+def walls(stretch: Stretch) -> Iterator[datetime]:
+    """The wall times of all slots of a stretch in order; they may have no end."""
     from dateutil.rrule import rruleset, rrulestr
-    start, found = datetime.fromisoformat(part.start), rruleset()
-    if part.rule:
-        rule = re.sub(r'UNTIL=(\d{4})', lambda year: f'UNTIL={int(year[1]) + YEARS_AHEAD}', part.rule)
+    start, found = datetime.fromisoformat(stretch.start), rruleset()
+    if stretch.rule:
+        rule = re.sub(r'UNTIL=(\d{4})', lambda year: f'UNTIL={int(year[1]) + YEARS_AHEAD}', stretch.rule)
         found.rrule(rrulestr(rule, dtstart=ahead(start, YEARS_AHEAD)))
-    for each in part.dates if part.rule or part.dates else [part.start]:
+    for each in stretch.dates if stretch.rule or stretch.dates else [stretch.start]:
         found.rdate(ahead(datetime.fromisoformat(each.partition('/')[0]), YEARS_AHEAD))
-    skips = frozenset(part.skips)
+    skips = frozenset(stretch.skips)
     for each in found:
         wall = ahead(each, -YEARS_AHEAD)
         key = wall.isoformat()
-        if part.until and key >= part.until:
+        if stretch.until and key >= stretch.until:
             return
-        if key >= part.since and key not in skips and key[:10] not in skips:
+        if key >= stretch.since and key not in skips and key[:10] not in skips:
             yield wall
 
 
@@ -415,25 +415,25 @@ def ahead(moment: datetime, years: int) -> datetime:
     return moment.replace(year=moment.year + years)
 
 
-def slots(part: Part, begin: float, until: float) -> Iterator[Slot]:
-    """What a part wants of the time between two instants, as far as it is not over at the first.
+def slots(stretch: Stretch, begin: float, until: float) -> Iterator[Slot]:
+    """What a stretch wants of the time between two instants, as far as it is not over at the first.
 
     Raises:
       Invalid: that is more than MOST_OCCURRENCES.
     """
-    zone, found = read_zone(part.zone), 0
-    lengths = dict(each.split('/') for each in part.dates if '/' in each)
-    for wall in walls(part):
+    zone, found = read_zone(stretch.zone), 0
+    lengths = dict(each.split('/') for each in stretch.dates if '/' in each)
+    for wall in walls(stretch):
         key = wall.isoformat()
-        shifted, length, vms = wall + timedelta(seconds=part.shift), lengths.get(key, part.length), part.vms
-        if key in part.moved:
-            shifted, length, vms = datetime.fromisoformat(part.moved[key][0]), *part.moved[key][1:]
+        shifted, length, vms = wall + timedelta(seconds=stretch.shift), lengths.get(key, stretch.length), stretch.vms
+        if key in stretch.moved:
+            shifted, length, vms = datetime.fromisoformat(stretch.moved[key][0]), *stretch.moved[key][1:]
         start, end = window_of(shifted, int(length), zone)
-        if start >= until and key not in part.moved:
+        if start >= until and key not in stretch.moved:
             return
         if end > begin and start < until:
             found += 1
-            yield Slot('' if part.single else key, start, end, vms, part.resource)
+            yield Slot('' if stretch.single else key, start, end, vms, stretch.resource)
         if found > MOST_OCCURRENCES:
             raise Invalid(f'the repetition has more than {MOST_OCCURRENCES} occurrences until '
                           f'{instant(int(until)):%Y-%m-%d}; let it end earlier')
@@ -446,29 +446,29 @@ def window_of(wall: datetime, length: int, zone: ZoneInfo) -> tuple[int, int]:
     return int(start.timestamp()), int(end.timestamp())
 
 
-def all_slots(parts: Iterable[Part], begin: float, until: float) -> list[Slot]:
-    """What all parts of a series want of a stretch of time, the earliest first."""
-    found = {slot.key: slot for part in parts for slot in slots(part, begin, until)}
+def all_slots(stretches: Iterable[Stretch], begin: float, until: float) -> list[Slot]:
+    """What all stretches of a series want of a span of time, the earliest first."""
+    found = {slot.key: slot for stretch in stretches for slot in slots(stretch, begin, until)}
     return sorted(found.values(), key=lambda slot: slot.start)
 
 
-def goes_on(parts: Iterable[Part], after: float) -> bool:
+def goes_on(stretches: Iterable[Stretch], after: float) -> bool:
     """Whether a series wants anything that begins after an instant."""
-    return any(slot.start >= after for part in parts for slot in slots(part, after, LAST.timestamp()))
+    return any(slot.start >= after for stretch in stretches for slot in slots(stretch, after, LAST.timestamp()))
 
 
-def parts_before(parts: list[Part], key: str) -> list[Part]:
+def stretches_before(stretches: list[Stretch], key: str) -> list[Stretch]:
     """What a series is before a slot."""
-    return [part._replace(until=min(part.until or key, key)) for part in parts
-            if (part.since or min([part.start, *part.dates])) < key]
+    return [stretch._replace(until=min(stretch.until or key, key)) for stretch in stretches
+            if (stretch.since or min([stretch.start, *stretch.dates])) < key]
 
 
-def cut_parts(parts: list[Part], key: str, **changes) -> list[Part]:
+def cut_stretches(stretches: list[Stretch], key: str, **changes) -> list[Stretch]:
     """A series that is otherwise from a slot on: shifted by so many seconds more, or with other values."""
     shift = changes.pop('shift', 0)
-    after = [part._replace(since=max(part.since, key), shift=part.shift + shift, **changes)
-             for part in parts if not part.until or part.until > key]
-    return parts_before(parts, key) + after
+    after = [stretch._replace(since=max(stretch.since, key), shift=stretch.shift + shift, **changes)
+             for stretch in stretches if not stretch.until or stretch.until > key]
+    return stretches_before(stretches, key) + after
 
 
 def endless(rule: str) -> str:
@@ -476,12 +476,12 @@ def endless(rule: str) -> str:
     return re.sub('(^|;)(UNTIL|COUNT)=[^;]*', '', rule).strip(';')
 
 
-def stored_parts(parts: Iterable[Part]) -> str:
-    return json.dumps([part._asdict() for part in parts], separators=(',', ':'))
+def stored_stretches(stretches: Iterable[Stretch]) -> str:
+    return json.dumps([stretch._asdict() for stretch in stretches], separators=(',', ':'))
 
 
-def read_parts(text: str) -> list[Part]:
-    return [Part(**part) for part in json.loads(text)] if text else []
+def read_stretches(text: str) -> list[Stretch]:
+    return [Stretch(**stretch) for stretch in json.loads(text)] if text else []
 
 
 # Config ######################################################################
@@ -646,6 +646,9 @@ When = datetime | timedelta        # an instant, or a length from what comes bef
 Day = date | datetime | timedelta  # that, or a date: the whole of it, in the zone of what it is about
 Names = NewType('Names', list)     # several names; text is split at commas
 Pairs = NewType('Pairs', dict)     # names with values; text is k=v,k=v
+Classes = NewType('Classes', dict)  # resource classes with figures; text is CUSTOM_GPU=2,...
+Hosts = NewType('Hosts', list)     # names of hosts; text is m01,m02 or m[01-02]
+Parts = NewType('Parts', list)     # parts of a request, each with a resource or place and vms; text is gpu:2,cpu:20
 Zone = NewType('Zone', str)        # a time zone; the zone of the bare times beside it
 Repeat = NewType('Repeat', str)    # a repetition, in words or as an RRULE
 Clash = NewType('Clash', str)      # refuse, skip or shift=DURATION
@@ -669,6 +672,7 @@ WORDS = {
     'before': 'the latest end',
     'by': 'how much longer, such as +1h',
     'cell': 'cell of the resource',
+    'classes': 'other resource classes of Placement, with figures: CUSTOM_GPU=2',
     'cloud': 'cloud of the resource: a name in clouds.yaml, or simulated',
     'count': 'how many; of a series, how many slots; for a delete by filter, the number that it must hit',
     'description': 'free text for people',
@@ -680,6 +684,7 @@ WORDS = {
     'force': 'do it although occurrences that are admitted already would no longer fit',
     'following': 'not only that occurrence: all after it too',
     'holidays': 'an .ics file or address; on the days of its all-day events nothing is reserved',
+    'host': 'all of a host of the resource, by its name, m[01-05] for several; of `serve`, the address to listen on',
     'id': 'the id that the list shows',
     'image': 'image to boot, by name or id; without one, capacity is held and nothing boots',
     'key': 'key pair to put into the machines',
@@ -692,6 +697,8 @@ WORDS = {
     'notify': 'mail addresses and http(s) addresses that are told what happens, with commas between',
     'occurrence': 'of a series, the one that starts at this time or on this date',
     'on_conflict': 'what a series does where one does not fit: refuse all, skip it, or shift=DURATION at most',
+    'named': 'whether hosts can be reserved by their names',
+    'part': 'one of several parts that are reserved together or not at all: RESOURCE:VMS, or :FLAVOR:IMAGE as well',
     'partial': 'take the lines that fit, instead of all or nothing',
     'project': 'project that it belongs to',
     'ram': 'most MiB of memory; with none, or `unlimited`, no limit',
@@ -820,6 +827,9 @@ def bind(operation: Operation, given: dict, here: Here) -> dict:
     anything = {name for name in FILTERS & given.keys()
                 if given[name] == ANY and parameters[name].default is not REQUIRED}
     given = {name: value for name, value in given.items() if value is not None and name not in anything}
+    if given.get('part'):  # the parts name the resources
+        given = {'resource': ANY} | (given if 'end' in given or 'resource' not in given else given | {
+            'resource': ANY, 'start': given['resource'], 'end': given.get('start')})
     missing = [name for name, each in parameters.items() if each.default is REQUIRED and name not in given]
     if missing:
         raise Invalid(f"{missing[0]} is missing: {WORDS[missing[0]]}")
@@ -956,6 +966,62 @@ def read_pairs(value, here=None) -> dict[str, str]:
     return {name: read_str(each) for name, each in pairs.items()}
 
 
+def read_classes(value, here=None) -> dict[str, int]:
+    """Names as Placement has them, each with a figure; `unlimited` is UNLIMITED."""
+    classes = value
+    if isinstance(value, str):
+        classes = dict(pair.split('=', 1) if '=' in pair else (pair, None) for pair in value.split(',') if pair)
+    if not isinstance(classes, dict) or len(classes) > 50:
+        raise ValueError(f'{shown(value)} is not such as CUSTOM_GPU=2, with at most 50 classes')
+    for name in classes:
+        if not re.fullmatch('[A-Z0-9_]{1,255}', name) or name in ('VCPU', 'MEMORY_MB'):
+            raise ValueError(f'{shown(name)} is not a resource class such as CUSTOM_GPU; vcpus and ram count anyway')
+    return {name: read_most(most) for name, most in classes.items()}
+
+
+def read_hosts(value, here=None) -> list[str]:
+    """Names of hosts, those in brackets spelled out: m[01-03,7] is m01, m02, m03 and m7."""
+    words = re.split(r',(?![^\[]*\])', value) if isinstance(value, str) else read_names(value)
+    hosts = [host for word in words if word for host in hosts_in(word.strip())]
+    if len(hosts) > MOST_PARTS or any(not re.fullmatch('[A-Za-z0-9._-]{1,255}', host) for host in hosts):
+        raise ValueError(f'{shown(value)} is not such as m01,m02 or m[01-05], with at most {MOST_PARTS} hosts')
+    return list(dict.fromkeys(hosts))
+
+
+def hosts_in(word: str) -> Iterator[str]:
+    head, bracket, rest = word.partition('[')
+    inside, closed, tail = rest.partition(']')
+    for span in inside.split(',') if bracket and closed else ():
+        first, _, last = span.partition('-')
+        if not re.fullmatch('[0-9]{1,9}(-[0-9]{1,9})?', span) or int(last or first) - int(first) > MOST_PARTS:
+            raise ValueError(f'{shown(span)} is no range such as 01-05, with at most {MOST_PARTS} hosts')
+        for number in range(int(first), int(last or first) + 1):
+            yield from hosts_in(f'{head}{number:0{len(first)}}{tail}')
+    if not (bracket and closed):
+        yield word
+
+
+def read_parts(value, here=None) -> list[dict]:
+    """The parts of a request as objects; what they don't say is as in all of the request."""
+    parts = value.split(',') if isinstance(value, str) else value
+    if not isinstance(parts, (list, tuple)) or not 0 < len(parts) <= MOST_PARTS:
+        raise ValueError(f'{shown(value)} is not a list of 1 to {MOST_PARTS} parts such as gpu:2,cpu:20')
+    return [read_part(part.split(':') if isinstance(part, str) else part, here) for part in parts]
+
+
+def read_part(part, here) -> dict:
+    if isinstance(part, list):
+        if not 1 <= len(part) <= len(PART_WORDS):
+            raise ValueError(f"{shown(':'.join(part))} is not RESOURCE:VMS, with :FLAVOR and :IMAGE behind it")
+        part = {name: word for name, word in zip(PART_WORDS, part) if word}
+    if not isinstance(part, dict):
+        raise ValueError(f'{shown(part)} is not such as gpu:2, nor an object')
+    for name in part:
+        if name not in PART_FIELDS:
+            raise ValueError(f"a part has no '{name}'{nearest(str(name), PART_FIELDS)}")
+    return {name: read_argument(name, each, PART_FIELDS[name], here) for name, each in part.items()}
+
+
 def read_zone_name(value, here=None) -> str:
     return read_zone(name).key if (name := read_name(value)) else ''
 
@@ -995,11 +1061,18 @@ def read_rows(value, here=None) -> list[dict]:
     return value
 
 
+MOST_PARTS = 100
+PART_WORDS = ('resource', 'vms', 'flavor', 'image')
+#: What may be otherwise in a part than in the rest of a request.
+PART_FIELDS = {'resource': Place, 'vms': Count, 'flavor': Name, 'image': Name, 'network': Name, 'host': Name,
+               'cell': Name, 'cloud': Name, 'region': Name, 'aggregate': Name}
+
 READERS = {
     str: read_str, int: read_int, bool: read_bool, Label: read_label, Place: read_place, Name: read_name,
     Text: read_text, File: read_file, Count: read_count, Page: read_page, Figure: read_figure, Most: read_most,
     Span: read_span,
-    When: read_when, Day: read_day, Names: read_names, Pairs: read_pairs, Rows: read_rows, Zone: read_zone_name,
+    When: read_when, Day: read_day, Names: read_names, Pairs: read_pairs,
+    Classes: read_classes, Hosts: read_hosts, Parts: read_parts, Rows: read_rows, Zone: read_zone_name,
     Clash: read_clash,
     Repeat: lambda value, here=None: read_repeat(read_str(value, most=500)), Ics: read_ics, Source: read_source,
     Url: read_url}
@@ -1068,7 +1141,9 @@ class Resource(Table):
     hold = peewee.IntegerField(default=0)  # seconds
     approval = peewee.IntegerField(default=0)  # seconds that one is held for an admin to approve it; 0: no need
     no_show = peewee.IntegerField(default=0)   # seconds after which one that nobody uses is released; 0: never
+    classes = peewee.TextField(default='')  # JSON: what it holds of other resource classes of Placement; '': none
     hosts = peewee.TextField(default='[]')  # JSON: of its aggregate, as `sync` saw them
+    named = peewee.TextField(default='')    # JSON: what each of them holds, where they are reserved by name
     added = peewee.IntegerField()
     removed = peewee.IntegerField(null=True)
 
@@ -1094,7 +1169,10 @@ class Reservation(Table):
     description = peewee.TextField()
     repeat = peewee.CharField(default='')        # the RRULE of a series as it was asked for
     tz = peewee.CharField(default='')            # whose wall times it goes by
-    series = peewee.TextField(default='')        # JSON: its parts
+    series = peewee.TextField(default='')        # JSON: its stretches
+    request = peewee.CharField(default='')       # the label of the request of which this is a part
+    host = peewee.CharField(default='')          # all of it is reserved, by its name
+    choices = peewee.TextField(default='')       # JSON: while it waits for one of several resources, those
     waiting = peewee.IntegerField(null=True)     # since when it waits for room
     priority = peewee.IntegerField(default=0)
     confirm = peewee.IntegerField(default=0)     # seconds that room is held for its owner to accept it
@@ -1130,6 +1208,7 @@ class Occurrence(Table):
     vms = peewee.IntegerField()
     vcpus = peewee.IntegerField()  # of all its machines
     ram = peewee.IntegerField()    # of all its machines, MiB
+    classes = peewee.TextField(default='')  # of all its machines, JSON
     cancelled = peewee.IntegerField(null=True)
     told = peewee.IntegerField(default=0)  # which of SOON, READY, ENDING were announced
     due = peewee.DoubleField(null=True)  # when the life cycle must look at it next; NULL: never again
@@ -1145,6 +1224,8 @@ Occurrence.add_index(Occurrence.index(Occurrence.start, where=LIVE, name='occurr
 Occurrence.add_index(Occurrence.index(Occurrence.resource, Occurrence.start, where=LIVE, name='occurrence_held'))
 
 
+Reservation.add_index(Reservation.index(Reservation.request, where=Reservation.request != '',
+                                        name='reservation_request'))
 Reservation.add_index(Reservation.index(Reservation.waiting, where=Reservation.waiting.is_null(False),
                                         name='reservation_waiting'))
 Reservation.add_index(Reservation.index(Reservation.pending, where=Reservation.pending.is_null(False),
@@ -1165,6 +1246,8 @@ class Capacity(Table):
     held_vms = peewee.IntegerField()        # what it holds; less than nothing where there is more than always
     held_vcpus = peewee.IntegerField()
     held_ram = peewee.IntegerField()
+    classes = peewee.TextField(default='')
+    held_classes = peewee.TextField(default='')
     reason = peewee.CharField()
     added = peewee.IntegerField()
     removed = peewee.IntegerField(null=True)
@@ -1189,15 +1272,16 @@ class Limit(Table):
 
 
 class Step(Table):
-    """Of `resource`, this much is held from `at` until the next step."""
+    """Of `resource`, this much is held from `at` until the next step of the same track."""
     resource = peewee.ForeignKeyField(Resource, index=False)
+    track = peewee.CharField()  # '' of the three figures; else a resource class, whose figure stands in `vms`
     at = peewee.IntegerField()
     vms = peewee.IntegerField()
     vcpus = peewee.IntegerField()
     ram = peewee.IntegerField()
 
     class Meta:
-        primary_key = peewee.CompositeKey('resource', 'at')
+        primary_key = peewee.CompositeKey('resource', 'track', 'at')
         without_rowid = True
 
 
@@ -1236,6 +1320,7 @@ class Claim(Table):
     user = peewee.CharField()
     vcpus = peewee.IntegerField()
     ram = peewee.IntegerField()  # MiB
+    classes = peewee.TextField(default='')
     at = peewee.DoubleField()
     due = peewee.DoubleField(null=True)  # when it is looked for next; NULL: it is gone
     gone = peewee.DoubleField(null=True)
@@ -1476,9 +1561,8 @@ LISTING = '''
   SELECT o.id, r.id AS reservation, r.label, r.user, r.project,
          s.name AS resource, s.cell, s.cloud, s.region, s.aggregate,
          o.vms, r.flavor, r.image, r.network, r.key, r.security_groups, r.metadata, r.user_data,
-         r.server, r.at_end, r.notify, o.vcpus, o.ram, r.lead, r.description, r.personal, r.repeat, r.tz, o.start,
-         o."end",
-         o.cancelled, r.added, r.changed,
+         r.server, r.at_end, r.notify, o.vcpus, o.ram, o.classes, r.lead, r.description, r.personal,
+         r.repeat, r.tz, o.start, o."end", o.cancelled, r.added, r.changed,
          (SELECT count(*) FROM server v
            WHERE v.occurrence_id = o.id AND v.goal = 'up' AND v.state = 'active') AS up,
          (SELECT v.fault FROM server v WHERE v.occurrence_id = o.id AND v.goal = 'up' AND v.fault <> ''
@@ -1489,7 +1573,7 @@ LISTING = '''
          (r.image <> '' OR r.server <> '') AS runs,
          clock.now, o.told, o.held_from, o.held_until, o.resource_id, r.over, o.due, o.slot, o.altered, o.revision,
          o.revised, r.waiting, r.priority, r.confirm, r.pending, r.on_conflict, r.booked_until, r.subscription,
-         r.series <> '' AS repeats
+         r.series <> '' AS repeats, r.request, r.host, r.choices
     FROM (SELECT CAST(? AS INTEGER) AS now) clock, occurrence o
     JOIN reservation r ON r.id = o.reservation_id JOIN resource s ON s.id = o.resource_id'''
 
@@ -1526,6 +1610,9 @@ def listing(now: float, where: str = '1', values: tuple = (), state: str = '1', 
 #   (3) holding cuts the function at both ends of the window, adds in between, and drops a cut
 #       where the level doesn't change after all; releasing is holding the negative amount.
 #
+# There is one such function of the three figures, and one of each other resource class of Placement
+# that is counted, such as CUSTOM_GPU: a track each, and (1) to (3) are said of every track.
+#
 # Cost: a few index look-ups and one row per change of level inside the window, whatever the number
 # of reservations. `check` derives the same function from the occurrences and compares.
 
@@ -1534,50 +1621,107 @@ class Amount(NamedTuple):
     vms: int = 0
     vcpus: int = 0
     ram: int = 0
+    classes: tuple = ()  # (name, figure) of Placement's other resource classes, by name; none with nothing
 
-    def __add__(self, other): return Amount(*(a + b for a, b in zip(self, other)))
+    def __add__(self, other): return Amount(*(a + b for a, b in zip(self[:3], other)), added(self, other, 1))
 
-    def __sub__(self, other): return Amount(*(a - b for a, b in zip(self, other)))
+    def __sub__(self, other): return Amount(*(a - b for a, b in zip(self[:3], other)), added(self, other, -1))
 
-    def __mul__(self, factor: int): return Amount(*(each * factor for each in self))
+    def __mul__(self, factor: int):
+        return Amount(*(each * factor for each in self[:3]), tuple((name, n * factor) for name, n in self.classes))
+
+    def __floordiv__(self, parts: int):
+        return Amount(*(each // parts for each in self[:3]), tuple((name, n // parts) for name, n in self.classes))
 
     def within(self, capacity) -> bool:
-        return all(most is None or each <= most for each, most in zip(self, capacity))
+        return all(most is None or each <= most for each, most in zip(self[:3], capacity)) and all(
+            capacity.most(name) is None or each <= capacity.most(name) for name, each in self.classes)
+
+    def most(self, name: str) -> int | None:
+        """Of a capacity, the figure of a class; what isn't told is unlimited, but each host is there once."""
+        return dict(self.classes).get(name, 1 if name.startswith(HOST) else None)
+
+    @property
+    def names(self) -> list[str]:
+        return [name for name, _ in self.classes]
+
+    @property
+    def tracks(self) -> Iterator[tuple[str, tuple]]:
+        """The step functions that it is a part of: that of the three figures, and one of each class."""
+        if any(self[:3]):
+            yield '', self[:3]
+        for name, each in self.classes:
+            yield name, (each, 0, 0)
 
 
+FIGURES = Amount._fields[:3]
 NOTHING = Amount()
+HOST = 'host:'  # begins the class of a host that is reserved by its name
 
 
-def level(resource: int, at: float) -> Amount:
-    """(1)"""
-    found = run('SELECT vms, vcpus, ram FROM step WHERE resource_id = ? AND at <= ? '
-                'ORDER BY at DESC LIMIT 1', resource, at).fetchone()
-    return Amount(*found) if found else NOTHING
+def added(one: Amount, other: Amount, sign: int) -> tuple:
+    """The classes of a sum."""
+    if not other.classes:
+        return one.classes
+    sums = dict(one.classes)
+    for name, each in other.classes:
+        sums[name] = sums.get(name, 0) + sign * each
+    return tuple(sorted((name, each) for name, each in sums.items() if each))
 
 
-def peak(resource: int, begin: float, until: float) -> Amount:
+def amount_of(row, prefix: str = '') -> Amount:
+    """What an occurrence, a resource or another row holds."""
+    vms, vcpus, ram, classes = (getattr(row, prefix + name) for name in Amount._fields)
+    return Amount(vms, vcpus, ram, tuple(sorted(json.loads(classes).items())) if classes else ())
+
+
+capacity = amount_of  # of the row of a resource
+
+
+def stored(amount: Amount, prefix: str = '') -> dict:
+    """An amount as the columns of a row."""
+    return {prefix + name: each for name, each in zip(FIGURES, amount)} | {
+        f'{prefix}classes': json.dumps(dict(amount.classes)) if amount.classes else ''}
+
+
+def level(resource: int, at: float, classes: Iterable[str] = ()) -> Amount:
+    """(1), also of some classes."""
+    found = ((name, level_of(resource, name, at)[0]) for name in classes)
+    return Amount(*level_of(resource, '', at), tuple(each for each in found if each[1]))
+
+
+def level_of(resource: int, track: str, at: float) -> tuple[int, int, int]:
+    return run('SELECT vms, vcpus, ram FROM step WHERE resource_id = ? AND track = ? AND at <= ? '
+               'ORDER BY at DESC LIMIT 1', resource, track, at).fetchone() or (0, 0, 0)
+
+
+def peak(resource: int, begin: float, until: float, classes: Iterable[str] = ()) -> Amount:
     """(2), each figure on its own."""
+    return Amount(*peak_of(resource, '', begin, until),
+                  tuple((name, peak_of(resource, name, begin, until)[0]) for name in classes))
+
+
+def peak_of(resource: int, track: str, begin: float, until: float) -> tuple[int, ...]:
     inside = run('SELECT max(vms), max(vcpus), max(ram) FROM step '
-                 'WHERE resource_id = ? AND at > ? AND at < ?', resource, begin, until).fetchone()
-    return Amount(*(a if b is None else max(a, b) for a, b in zip(level(resource, begin), inside)))
+                 'WHERE resource_id = ? AND track = ? AND at > ? AND at < ?', resource, track, begin, until).fetchone()
+    return tuple(a if b is None else max(a, b) for a, b in zip(level_of(resource, track, begin), inside))
 
 
 def hold(resource: int, begin: int, until: int, amount: Amount) -> None:
     """(3), without asking whether it fits."""
-    if begin >= until or amount == NOTHING:
-        return
-    there_before = [at for at in (begin, until) if not cut(resource, at)]
-    run('UPDATE step SET vms = vms + ?, vcpus = vcpus + ?, ram = ram + ? '
-        'WHERE resource_id = ? AND at >= ? AND at < ?', *amount, resource, begin, until)
-    for at in there_before:  # a new cut is a change of level for sure
-        if level(resource, at) == level(resource, at - 1):
-            run('DELETE FROM step WHERE resource_id = ? AND at = ?', resource, at)
+    for track, figures in amount.tracks if begin < until else ():
+        there_before = [at for at in (begin, until) if not cut(resource, track, at)]
+        run('UPDATE step SET vms = vms + ?, vcpus = vcpus + ?, ram = ram + ? '
+            'WHERE resource_id = ? AND track = ? AND at >= ? AND at < ?', *figures, resource, track, begin, until)
+        for at in there_before:  # a new cut is a change of level for sure
+            if level_of(resource, track, at) == level_of(resource, track, at - 1):
+                run('DELETE FROM step WHERE resource_id = ? AND track = ? AND at = ?', resource, track, at)
 
 
-def cut(resource: int, at: int) -> bool:
+def cut(resource: int, track: str, at: int) -> bool:
     """Makes sure that there is a row at an instant; whether it is new."""
-    return run('INSERT INTO step (resource_id, at, vms, vcpus, ram) VALUES (?, ?, ?, ?, ?) '
-               'ON CONFLICT DO NOTHING', resource, at, *level(resource, at)).rowcount > 0
+    return run('INSERT INTO step (resource_id, track, at, vms, vcpus, ram) VALUES (?, ?, ?, ?, ?, ?) '
+               'ON CONFLICT DO NOTHING', resource, track, at, *level_of(resource, track, at)).rowcount > 0
 
 
 def release(resource: int, begin: int, until: int, amount: Amount) -> None:
@@ -1586,11 +1730,7 @@ def release(resource: int, begin: int, until: int, amount: Amount) -> None:
 
 def fits(resource, begin: float, until: float, amount: Amount) -> bool:
     """Whether a resource row has room for an amount during all of a window."""
-    return (peak(resource.id, begin, until) + amount).within(capacity(resource))
-
-
-def capacity(resource) -> Amount:
-    return Amount(resource.vms, resource.vcpus, resource.ram)
+    return (peak(resource.id, begin, until, amount.names) + amount).within(capacity(resource))
 
 
 def admit(resource, begin: int, until: int, amount: Amount, now: float) -> None:
@@ -1604,51 +1744,80 @@ def admit(resource, begin: int, until: int, amount: Amount, now: float) -> None:
     hold(resource.id, begin, until, amount)
 
 
-def steps(resource: int, begin: float, until: float) -> Iterator[tuple[float, Amount]]:
+def steps(resource: int, begin: float, until: float, classes: Iterable[str] = ()) -> Iterator[tuple[float, Amount]]:
     """The step function in a window: (instant, level from then on), the first at its beginning."""
-    yield begin, level(resource, begin)
-    for at, *held in run('SELECT at, vms, vcpus, ram FROM step WHERE resource_id = ? '
-                         'AND at > ? AND at < ? ORDER BY at', resource, begin, until):
-        yield at, Amount(*held)
+    tracks = ['', *classes]
+    levels = {track: level_of(resource, track, begin) for track in tracks}
+    marks = ', '.join('?' * len(tracks))
+    changes = run(f'SELECT at, track, vms, vcpus, ram FROM step WHERE resource_id = ? AND track IN ({marks}) '
+                  'AND at > ? AND at < ? ORDER BY at', resource, *tracks, begin, until)
+    at = begin
+    for after, track, *figures in [*changes, (until, '', 0, 0, 0)]:
+        if after > at:
+            yield at, Amount(*levels[''], tuple((name, levels[name][0]) for name in tracks[1:] if levels[name][0]))
+        at, levels[track] = after, figures
 
 
 def free_windows(resource, amount: Amount, after: float, before: float) -> Iterator[tuple[float, float]]:
     """The longest windows [begin, until) within [after, before) in which an amount fits, earliest first."""
-    begin = after if (level(resource.id, after) + amount).within(capacity(resource)) else None
+    most = capacity(resource)
+    found = free_of(resource.id, '', amount[:3], most[:3], after, before)
+    for name, need in amount.classes:
+        found = overlaps(found, free_of(resource.id, name, (need,), (most.most(name),), after, before))
+    return found
+
+
+def free_of(resource: int, track: str, need: tuple, most: tuple, after: float,
+            before: float) -> Iterator[tuple[float, float]]:
+    """The free windows of one step function."""
+    rooms = [2**62 if limit is None else limit - each for limit, each in zip(most, need)]
+    begin = after if all(each <= room for each, room in zip(level_of(resource, track, after), rooms)) else None
     at = after
     while at < before:
-        at = next_step(resource, amount, at, before, free=begin is None)
+        at = next_step(resource, track, rooms, at, before, free=begin is None)
         if begin is not None:
             yield begin, at
         begin = at if begin is None else None
 
 
-def next_step(resource, amount: Amount, after: float, before: float, free: bool) -> float:
-    """The first step in (after, before) at which an amount fits, or with `free` false doesn't; else `before`."""
-    rooms = [2**62 if most is None else most - need for most, need in zip(capacity(resource), amount)]
-    fits_or_not = '' if free else 'NOT'
-    found = run(f'SELECT at FROM step WHERE resource_id = ? AND at > ? AND at < ? AND {fits_or_not} '
-                '(vms <= ? AND vcpus <= ? AND ram <= ?) ORDER BY at LIMIT 1',
-                resource.id, after, before, *rooms).fetchone()
+def next_step(resource: int, track: str, rooms: list, after: float, before: float, free: bool) -> float:
+    """The first step in (after, before) within some figures, or with `free` false beyond them; else `before`."""
+    within = ' AND '.join(f'{figure} <= ?' for figure, _ in zip(FIGURES, rooms))
+    found = run(f"SELECT at FROM step WHERE resource_id = ? AND track = ? AND at > ? AND at < ? AND "
+                f"{'' if free else 'NOT'} ({within}) ORDER BY at LIMIT 1",
+                resource, track, after, before, *rooms).fetchone()
     return found[0] if found else before
 
 
-def held_steps(resource: int) -> Iterator[tuple[int, Amount]]:
-    """The step function as occurrences and changes of capacity give it, canonical: what table `step` must hold."""
+def overlaps(ones: Iterator, others: Iterator) -> Iterator[tuple[float, float]]:
+    """What windows of two kinds have in common, each in order and apart from one another."""
+    one, other = next(ones, None), next(others, None)
+    while one and other:
+        begin, until = max(one[0], other[0]), min(one[1], other[1])
+        if begin < until:
+            yield begin, until
+        if one[1] <= other[1]:
+            one = next(ones, None)
+        else:
+            other = next(others, None)
+
+
+def held_steps(resource: int) -> Iterator[tuple[tuple[str, int], tuple]]:
+    """The step functions as occurrences and changes of capacity give them, canonical: what table `step` must hold."""
     changes = defaultdict(lambda: NOTHING)
-    for begin, until, *amount in run('SELECT start, "end", held_vms, held_vcpus, held_ram FROM capacity '
-                                     'WHERE resource_id = ? AND removed IS NULL', resource):
-        changes[begin] += Amount(*amount)
-        changes[until] -= Amount(*amount)
-    for begin, until, *amount in run('SELECT held_from, held_until, vms, vcpus, ram FROM occurrence '
-                                     'WHERE resource_id = ? AND held_from < held_until', resource):
-        changes[begin] += Amount(*amount)
-        changes[until] -= Amount(*amount)
-    held = NOTHING
+    held = rows('SELECT start AS held_from, "end" AS held_until, held_vms AS vms, held_vcpus AS vcpus, '
+                'held_ram AS ram, held_classes AS classes FROM capacity '
+                'WHERE resource_id = ? AND removed IS NULL', resource)
+    held += rows('SELECT held_from, held_until, vms, vcpus, ram, classes FROM occurrence '
+                 'WHERE resource_id = ? AND held_from < held_until', resource)
+    for each in held:
+        changes[each.held_from] += amount_of(each)
+        changes[each.held_until] -= amount_of(each)
+    levels = defaultdict(lambda: (0, 0, 0))
     for at in sorted(changes):
-        if changes[at] != NOTHING:
-            held += changes[at]
-            yield at, held
+        for track, figures in changes[at].tracks:
+            levels[track] = tuple(a + b for a, b in zip(levels[track], figures))
+            yield (track, at), levels[track]
 
 
 # Clouds ######################################################################
@@ -1673,18 +1842,31 @@ class Machine(NamedTuple):
 
 
 class Aggregate(NamedTuple):
-    """A host aggregate as the operator of a cloud sees it: what its hosts hold in all, by Placement."""
+    """A host aggregate as the operator of a cloud sees it."""
     name: str
-    hosts: list
-    vcpus: int
-    ram: int   # MiB
+    hosts: dict[str, Amount]  # what each holds, by Placement
     mark: str  # the resource that it is marked with, or ''
 
 
 class Flavor(NamedTuple):
-    """What one machine takes: vcpus and ram in MiB."""
+    """What one machine takes: vcpus, ram in MiB, and of other resource classes as an Amount has them."""
     vcpus: int
     ram: int
+    classes: tuple = ()
+
+
+def classes_of(extra_specs: dict) -> tuple:
+    """The resource classes that a flavor asks for, of all its groups (Nova's extra specs resources*:CLASS)."""
+    found: dict = defaultdict(int)
+    for key, value in extra_specs.items():
+        match = re.fullmatch('resources[A-Za-z0-9_-]*:([A-Z0-9_]+)', key)
+        if match and match[1] not in PLAIN and re.fullmatch('[0-9]{1,9}', str(value)):
+            found[match[1]] += int(value)
+    return tuple(sorted((name, each) for name, each in found.items() if each))
+
+
+#: Placement's classes that vcpus and ram are, and disks, which are not counted.
+PLAIN = ('VCPU', 'MEMORY_MB', 'DISK_GB')
 
 
 class Seen(NamedTuple):
@@ -1826,9 +2008,11 @@ class OpenStack(Cloud):
             return thing
         service, verb, _ = self.KINDS[kind]
         with self.telling(f'find the {kind}', sure=True):
-            thing = getattr(getattr(self.connection, service), verb)(name, ignore_missing=True)
+            more = {'get_extra_specs': True} if kind == 'flavor' else {}
+            thing = getattr(getattr(self.connection, service), verb)(name, ignore_missing=True, **more)
         if thing is not None:
-            thing = Flavor(thing.vcpus, thing.ram)._asdict() | {'id': thing.id} if kind == 'flavor' else thing.to_dict()
+            thing = Flavor(thing.vcpus, thing.ram, classes_of(thing.extra_specs or {}))._asdict() | {
+                'id': thing.id} if kind == 'flavor' else thing.to_dict()
             self.found[kind, name] = time.monotonic() + self.REMEMBER, thing
         return thing
 
@@ -1915,20 +2099,20 @@ class OpenStack(Cloud):
     def aggregates(self):
         connection = self.connection
         with self.telling('list aggregates', sure=True):
-            return [Aggregate(each.name, sorted(each.hosts or []), *map(sum, zip((0, 0), *(
-                self.host_holds(connection.placement, host) for host in each.hosts or []))),
-                (each.metadata or {}).get('cmres', ''))
-                for each in connection.compute.aggregates()]
+            return [Aggregate(each.name, {host: self.host_holds(connection.placement, host)
+                                          for host in sorted(each.hosts or [])}, (each.metadata or {}).get('cmres', ''))
+                    for each in connection.compute.aggregates()]
 
-    def host_holds(self, placement, host: str) -> tuple[int, int]:
-        """What Placement gives out of a host: vcpus, and MiB of ram (Placement's API: total, reserved, ratio)."""
-        found = {'VCPU': 0, 'MEMORY_MB': 0}
-        for provider in placement.resource_providers(name=host):
-            for each in placement.resource_provider_inventories(provider):
-                name = each.resource_class or each.id
-                if name in found:
+    def host_holds(self, placement, host: str) -> Amount:
+        """What Placement gives out of a host and of what is in it (Placement's API: total, reserved, ratio)."""
+        found: dict = defaultdict(int)
+        for root in placement.resource_providers(name=host):
+            for provider in placement.resource_providers(in_tree=root.id):
+                for each in placement.resource_provider_inventories(provider):
+                    name = each.resource_class or each.id
                     found[name] += int((each.total - each.reserved) * each.allocation_ratio)
-        return found['VCPU'], found['MEMORY_MB']
+        return Amount(0, found['VCPU'], found['MEMORY_MB'], tuple(sorted(
+            (name, each) for name, each in found.items() if name not in PLAIN and each)))
 
     def mark(self, aggregate, resource):
         compute = self.connection.compute
@@ -1955,7 +2139,8 @@ class Simulated(Cloud):
     """A cloud inside the store, to see and test everything without one."""
 
     FLAVORS = {'m1.tiny': Flavor(1, 512), 'm1.small': Flavor(1, 2048), 'm1.medium': Flavor(2, 4096),
-               'm1.large': Flavor(4, 8192), 'm1.xlarge': Flavor(8, 16384)}
+               'm1.large': Flavor(4, 8192), 'm1.xlarge': Flavor(8, 16384),
+               'g1.medium': Flavor(2, 4096, (('CUSTOM_GPU', 1),))}
     NAMES = {'flavor': FLAVORS, 'image': ('cirros', 'debian-12', 'ubuntu-24.04'), 'network': ('private', 'public'),
              'key': ('default',), 'security_group': ('default',)}
 
@@ -1986,7 +2171,7 @@ class Simulated(Cloud):
         return uid
 
     #: Two hosts, as `resource sync` finds them.
-    AGGREGATES = (Aggregate('gpu', ['gpu-1', 'gpu-2'], 32, 131072, ''),)
+    AGGREGATES = (Aggregate('gpu', dict.fromkeys(('gpu-1', 'gpu-2'), Amount(0, 16, 65536, (('CUSTOM_GPU', 4),))), ''),)
 
     def aggregates(self):
         marks = dict(run("SELECT substr(name, 6), value FROM fact WHERE name LIKE 'mark-%'").fetchall())
@@ -2285,7 +2470,7 @@ class Booking(NamedTuple):
     uid: str
     summary: str
     want: Want
-    parts: list      # of resource 0, until it is known
+    stretches: list      # of resource 0, until it is known
     cancelled: bool
     digest: str      # of its text, without what changes at each look
     error: str = ''  # why it can't be understood
@@ -2381,7 +2566,7 @@ def guard_event(event) -> None:
         raise Invalid('it has more than one rule')
     if 'RRULE' in event:
         rule = local_rule(event_rule(event), ZoneInfo('UTC'))
-        if not next(walls(Part(at_midnight(start).isoformat(), 1, 'UTC', 1, 0, rule)), None):
+        if not next(walls(Stretch(at_midnight(start).isoformat(), 1, 'UTC', 1, 0, rule)), None):
             raise Invalid(f'its rule {rule} never matches')
 
 
@@ -2450,9 +2635,9 @@ def uid_occurrences(uid: str, events: list, zone: ZoneInfo, begin: datetime, unt
     import recurring_ical_events
     for event in events:  # counts what it would give, before the library makes objects of them
         if 'RRULE' in event:
-            part = Part(at_midnight(event_start(event)).isoformat(), 1, 'UTC', 1, 0,
+            stretch = Stretch(at_midnight(event_start(event)).isoformat(), 1, 'UTC', 1, 0,
                         local_rule(event_rule(event), ZoneInfo('UTC')))
-            sum(1 for _ in slots(part, begin.timestamp() - 86400, until.timestamp() + 86400))
+            sum(1 for _ in slots(stretch, begin.timestamp() - 86400, until.timestamp() + 86400))
     alone = icalendar.Calendar()
     alone.subcomponents = events
     # A day more on each side: the library compares bare times in a zone of its own choosing.
@@ -2500,15 +2685,15 @@ def booking_of(uid: str, events: list, zone: ZoneInfo, begin: datetime, until: d
         with naming(master):
             want = want_of(master, defaults)
             overrides = [each for each in events if each is not master and 'RECURRENCE-ID' in each]
-            parts = series_of(master, overrides, want, zone, begin, until) if want else []
+            stretches = series_of(master, overrides, want, zone, begin, until) if want else []
     except BadCalendar as error:
         return Booking(uid, summary, defaults, [], cancelled, '', str(error))
     if want is None:
         return None
-    alone = tuple(key for part in parts for key in part.moved) if cancelled else ()
+    alone = tuple(key for stretch in stretches for key in stretch.moved) if cancelled else ()
     if alone:  # exceptions are events of their own
-        parts, cancelled = [parts[0]._replace(rule='', dates=alone, skips=())], False
-    return Booking(uid, summary, want, parts, cancelled, digest_of(events))
+        stretches, cancelled = [stretches[0]._replace(rule='', dates=alone, skips=())], False
+    return Booking(uid, summary, want, stretches, cancelled, digest_of(events))
 
 
 def digest_of(events: list) -> str:
@@ -2551,8 +2736,8 @@ def categories_of(event) -> list[str]:
     return [str(name) for each in (value if isinstance(value, list) else [value]) for name in getattr(each, 'cats', ())]
 
 
-def series_of(master, overrides: list, want: Want, zone: ZoneInfo, begin: datetime, until: datetime) -> list[Part]:
-    """The parts of a series: its rule, dates and exceptions, and what RECURRENCE-IDs say otherwise."""
+def series_of(master, overrides: list, want: Want, zone: ZoneInfo, begin: datetime, until: datetime) -> list[Stretch]:
+    """The stretches of a series: its rule, dates and exceptions, and what RECURRENCE-IDs say otherwise."""
     name = zone_of(event_start(master), zone)
     if name is None:
         return spelled_out([master, *overrides], want, zone, begin, until)
@@ -2563,12 +2748,13 @@ def series_of(master, overrides: list, want: Want, zone: ZoneInfo, begin: dateti
     rule = local_rule(rule, ZoneInfo('UTC') if bare else here, literal=True)
     dates = tuple(listed(master, 'RDATE', here, zone))
     repeats = rule or dates
-    part = Part(first.isoformat(), length, name, want.vms, 0, rule, (first.isoformat(), *dates) if repeats else (),
+    stretch = Stretch(first.isoformat(), length, name, want.vms, 0, rule,
+                      (first.isoformat(), *dates) if repeats else (),
                 tuple(listed(master, 'EXDATE', here, zone)))
-    parts = [part]
+    stretches = [stretch]
     for event in sorted(overrides, key=lambda each: wall_in(each['RECURRENCE-ID'].dt, here, zone)):
-        parts = overridden(parts, event, here, zone, want)
-    return parts
+        stretches = overridden(stretches, event, here, zone, want)
+    return stretches
 
 
 def zone_of(start: date | datetime, owner: ZoneInfo) -> str | None:
@@ -2599,7 +2785,7 @@ def listed(event, name: str, zone: ZoneInfo, owner: ZoneInfo) -> Iterator[str]:
             yield f'{text}/{int((until - wall).total_seconds())}' if until else text
 
 
-def overridden(parts: list[Part], event, here: ZoneInfo, owner: ZoneInfo, want: Want) -> list[Part]:
+def overridden(stretches: list[Stretch], event, here: ZoneInfo, owner: ZoneInfo, want: Want) -> list[Stretch]:
     """A series with one RECURRENCE-ID: left out, moved, or with RANGE=THISANDFUTURE otherwise from there on."""
     key = wall_in(event['RECURRENCE-ID'].dt, here, owner).isoformat()
     start, length = wall_in(event_start(event), here, owner), int(event_length(event).total_seconds())
@@ -2607,18 +2793,18 @@ def overridden(parts: list[Part], event, here: ZoneInfo, owner: ZoneInfo, want: 
     cancelled = str(event.get('STATUS', '')).upper() == 'CANCELLED'
     if event['RECURRENCE-ID'].params.get('RANGE') == 'THISANDFUTURE':
         if cancelled:
-            return [part._replace(until=min(part.until or key, key)) for part in parts]
+            return [stretch._replace(until=min(stretch.until or key, key)) for stretch in stretches]
         shift = int((start - datetime.fromisoformat(key)).total_seconds())
-        return cut_parts(parts, key, shift=shift - parts[-1].shift, length=length, vms=vms)
+        return cut_stretches(stretches, key, shift=shift - stretches[-1].shift, length=length, vms=vms)
     if cancelled:
-        return [part._replace(skips=(*part.skips, key)) for part in parts]
+        return [stretch._replace(skips=(*stretch.skips, key)) for stretch in stretches]
     # One that stands where the rule has no slot is an occurrence all the same.
-    return [part._replace(moved=part.moved | {key: (start.isoformat(), length, vms)},
-                          dates=part.dates if part.single or key in part.dates else (*part.dates, key))
-            for part in parts]
+    return [stretch._replace(moved=stretch.moved | {key: (start.isoformat(), length, vms)},
+                          dates=stretch.dates if stretch.single or key in stretch.dates else (*stretch.dates, key))
+            for stretch in stretches]
 
 
-def spelled_out(events: list, want: Want, owner: ZoneInfo, begin: datetime, until: datetime) -> list[Part]:
+def spelled_out(events: list, want: Want, owner: ZoneInfo, begin: datetime, until: datetime) -> list[Stretch]:
     """A series in a zone that only its calendar describes, as the list of what it gives in a window."""
     found = [each for each in uid_occurrences('', events, owner, begin, until) if each['status'] != 'CANCELLED']
     dates = tuple(f"{to_wall(each['start'], ZoneInfo('UTC')).isoformat()}/"
@@ -2627,7 +2813,7 @@ def spelled_out(events: list, want: Want, owner: ZoneInfo, begin: datetime, unti
     if not dates:
         return []
     start, length = dates[0].split('/')
-    return [Part(start, int(length), 'UTC', want.vms, 0, dates=dates if repeats else ())]
+    return [Stretch(start, int(length), 'UTC', want.vms, 0, dates=dates if repeats else ())]
 
 
 def days_of(calendars: list, zone: ZoneInfo, begin: datetime, until: datetime) -> list[str]:
@@ -2726,13 +2912,19 @@ class Wish(NamedTuple):
     repeat: str
     tz: str
     on_conflict: str
-    parts: list   # of a series; none for a plain reservation
+    stretches: list   # of a series; none for a plain reservation
     each: Amount  # what one machine takes
     warnings: list
+    host: str = ''               # all of it is reserved, by its name
+    whole: Amount | None = None  # what it holds
 
     @property
     def amount(self) -> Amount:
-        return self.each * self.vms
+        return self.takes(self.vms)
+
+    def takes(self, vms: int) -> Amount:
+        """What so many machines take: what each does, or the whole of a host that is reserved by name."""
+        return self.whole._replace(vms=vms) if self.whole else self.each * vms
 
     @property
     def held(self) -> tuple[int, int]:
@@ -2741,6 +2933,39 @@ class Wish(NamedTuple):
     def columns(self, *names) -> dict:
         return {name: json.dumps(value) if isinstance(value, (list, dict)) else value
                 for name in names for value in (getattr(self, name),)}
+
+
+class Request(NamedTuple):
+    """What somebody asks for under one label: its parts, each as the wishes of which the first that fits will do."""
+    label: str
+    parts: list[list[Wish]]
+    wait: bool
+    priority: int
+    confirm: int  # seconds
+
+    @property
+    def name(self) -> str:
+        """What its parts are told to belong to; nothing, if there is only one."""
+        return self.label if len(self.parts) > 1 else ''
+
+    @property
+    def last(self) -> Wish:
+        return self.parts[-1][-1]
+
+
+def for_each_part(method):
+    """Lets an operation on a label act on each part of a request of that label: on all of them, or on none."""
+    @functools.wraps(method)
+    def acting(self, *args, **kwargs):
+        given = inspect.signature(method).bind(self, *args, **kwargs).arguments
+        parts = self.parts_of(given.get('label', ''), given.get('project', ''))
+        if not parts:
+            return method(**given)
+        with self.writing(given.get('dry_run', False)) if API[method.__name__].changes else nullcontext():
+            answers = [method(**given | {'label': each.label, 'project': each.project} | (
+                {'dry_run': False} if 'dry_run' in given else {})) for each in parts]
+        return sum(answers, []) if isinstance(answers[0], list) else {'label': given['label'], 'parts': answers}
+    return acting
 
 
 #: Whom Nova's scheduler lets boot on a resource: who has reserved, or others as well while it is free.
@@ -2752,20 +2977,21 @@ SOON, READY, ENDING, FOREIGN, UNUSED = 1, 2, 4, 8, 16
 #: The fields that only the cloud can judge.
 CLOUDY = ('flavor', 'image', 'network', 'key', 'security_groups', 'server')
 #: The fields of a reservation that a machine is made of; they are fixed once it has begun.
-FIXED = (*CLOUDY, 'resource', 'start', 'lead', 'user_data', 'metadata')
+FIXED = (*CLOUDY, 'resource', 'start', 'lead', 'user_data', 'metadata', 'host')
 STORED = ('label', 'user', 'project', *CLOUDY, 'user_data', 'metadata', 'at_end', 'notify', 'lead', 'description',
-          'personal', 'repeat', 'tz', 'on_conflict')
+          'personal', 'repeat', 'tz', 'on_conflict', 'host')
 #: What one occurrence of a series may have otherwise than the others.
 OWN = frozenset(('resource', 'start', 'end', 'vms'))
 #: What makes a series.
 REPEATING = frozenset(('repeat', 'until', 'count', 'skip_dates', 'holidays'))
-JSON = frozenset(('security_groups', 'metadata', 'notify', 'addresses', 'hosts'))
-UNCHANGED = (*STORED, 'resource_id', 'start', 'end', 'held_from', 'held_until', 'vms', 'vcpus', 'ram', 'over')
+JSON = frozenset(('security_groups', 'metadata', 'notify', 'addresses', 'hosts', 'classes', 'named'))
+UNCHANGED = (*STORED, 'resource_id', 'start', 'end', 'held_from', 'held_until', *Amount._fields, 'over')
 OVER = ('ended', 'cancelled', 'failed')
 PLACE = ('cell', 'cloud', 'region', 'aggregate')
 HIDDEN = frozenset(('now', 'resource_id', 'held_from', 'held_until', 'over', 'due', 'reservation', 'user_data',
                     'existing', 'ever', 'runs', 'told', 'slot', 'altered', 'revision', 'revised', 'on_conflict',
-                    'booked_until', 'subscription', 'repeats', 'waiting', 'confirm', 'pending', 'priority'))
+                    'booked_until', 'subscription', 'repeats', 'waiting', 'confirm', 'pending', 'priority', 'choices',
+                    'named'))
 #: Of a reservation, the occurrence that is now or comes next: no other that is not over comes before it.
 NEXT_OF_ITS = """NOT EXISTS (SELECT 1 FROM occurrence c
                               WHERE c.reservation_id = o.reservation_id AND c.cancelled IS NULL
@@ -2773,6 +2999,7 @@ NEXT_OF_ITS = """NOT EXISTS (SELECT 1 FROM occurrence c
 #: Its occurrences in the order in which people mean them: the present or next, those after it, at last those before.
 NEXT_FIRST = 'cancelled IS NOT NULL OR "end" <= now, iif(cancelled IS NULL AND "end" > now, start, -start), id'
 NOT_OVER = 'o.cancelled IS NULL AND o."end" > clock.now'
+MOST_TRIES = 500  # of ways to spread the parts of a request over resources
 PATIENCE = 60  # seconds that a start may lie in the past: slow clocks, slow networks
 
 
@@ -2791,12 +3018,29 @@ def public(found) -> dict:
         elif name in INSTANTS:
             shown[name] = instant(value)
         elif name in JSON:
-            shown[name] = json.loads(value)
+            shown[name] = json.loads(value or '{}')
     return shown
 
 
 def in_figures(amount: Amount) -> dict:
-    return dict(zip(Amount._fields, amount))
+    return dict(zip(FIGURES, amount)) | dict(amount.classes)
+
+
+def added_host(whole: Amount, name: str) -> Amount:
+    """What a host holds, and the host itself, which is there once."""
+    return whole + Amount(classes=((HOST + name, 1),))
+
+
+def known_classes(before: str, given: dict | None) -> str:
+    """The classes of a resource, with other figures of some of them; an unlimited one is not counted."""
+    classes = json.loads(before or '{}') | (given or {})
+    return json.dumps({name: most for name, most in sorted(classes.items()) if most != UNLIMITED}) if classes else ''
+
+
+def lowered(before: Amount, after: Amount) -> bool:
+    """Whether a capacity is less than another in any figure."""
+    pairs = [*zip(before[:3], after[:3]), *((before.most(name), most) for name, most in after.classes)]
+    return any(most is not None and (was is None or most < was) for was, most in pairs)
 
 
 def spread(name: str, lateness: list[float]) -> dict:
@@ -2856,7 +3100,8 @@ class Reservations:
             count: Count = None,
             skip_dates: Names = (), holidays: Source = '', on_conflict: Clash = 'refuse', user: Name = '',
             project: Name = '', cell: Name = '', cloud: Name = '', region: Name = '', aggregate: Name = '',
-            wait: bool = False, priority: int = 0, confirm: Span = None, dry_run: bool = False) -> dict:
+            part: Parts = (), host: Hosts = (), wait: bool = False, priority: int = 0, confirm: Span = None,
+            dry_run: bool = False) -> dict:
         """Reserves machines from START to END, once or again and again.
 
         With an image, they are booted at the start and deleted at the end, or what --at-end says;
@@ -2872,34 +3117,91 @@ class Reservations:
         With --wait, what doesn't fit waits until it does: the higher priority first, then the older. For
         a place with gaps instead of a resource, the first in order of names that has room is taken.
 
+        With several --part, also on several clouds, all of them are reserved or none; they are LABEL-1,
+        LABEL-2 and so on, and what is said of LABEL is said of each. With --host, all of that host is
+        reserved, where `resource sync --named` has told its name; m[01-05] are five parts.
+
         Example:
           python cmres.py add lab demo 2026-12-01T09:00 +2h --vms 3 --flavor m1.small --image cirros
           python cmres.py add class demo 2027-01-12T09:00 +2h --repeat 'weekly on tue,thu' --until 2027-06-30
+          python cmres.py add exam 2027-01-12T09:00 +2h --part gpu:2 --part cpu:20
         """
-        asked = {name: value for name, value in locals().items() if name not in ('self', 'dry_run')}
-        if priority and self.actor.role != ADMIN:
+        request = self.read_request({name: value for name, value in locals().items() if name != 'self'})
+        refused = request.last._replace(label=label)
+        with self.recording_refusal(refused, dry_run), self.explaining(request.last), self.writing(dry_run) as now:
+            return self.take(request, now)
+
+    def read_request(self, asked: dict) -> Request:
+        """What `add` was asked, resolved for each part and each resource on which that could be."""
+        if asked['priority'] and self.actor.role != ADMIN:
             raise Forbidden('only an admin may give a priority')
-        places = self.resources_at(asked)
+        parts = self.parts_asked(asked)
+        names = [f"{asked['label']}-{n}" for n, _ in enumerate(parts, 1)] if len(parts) > 1 else [asked['label']]
+        return Request(asked['label'], [self.wishes(part | {'label': name}) for part, name in zip(parts, names)],
+                       asked['wait'], asked['priority'], int((asked['confirm'] or timedelta(0)).total_seconds()))
+
+    def parts_asked(self, asked: dict) -> list[dict]:
+        """The arguments of each part of a request, a part for each host that is named."""
+        if asked['part'] and asked['resource'] != ANY:
+            raise Invalid(f"a resource or parts, not both: '{asked['resource']}' would be a part of its own")
+        parts = [asked | part for part in read_argument('part', asked['part'], Parts, self.here)
+                 ] if asked['part'] else [asked]
+        parts = [part | {'host': host} for part in parts
+                 for host in read_argument('host', part['host'] or '', Hosts, self.here) or ['']]
+        if len(parts) > MOST_PARTS:
+            raise Invalid(f'a request has at most {MOST_PARTS} parts, not {len(parts)}')
+        return parts
+
+    def wishes(self, asked: dict) -> list[Wish]:
+        """A wish for each resource that is meant, without those where it could never be."""
+        found, refusal, places = [], None, self.resources_at(asked)
         for place in places:
-            wish = self.read_wish(asked | {'resource': place.name})
-            last = place is places[-1]
             try:
-                with self.recording_refusal(wish, dry_run or wait or not last), self.explaining(wish), \
-                        self.writing(dry_run) as now:
-                    self.refuse_taken_label(wish, now)
-                    return self.answer(*self.book(wish, now), wish)
-            except NoCapacity:
-                if last and not wait:
-                    raise
-        # It waits where it could be: the first of them that is large enough.
-        wishes = [self.read_wish(asked | {'resource': place.name}) for place in places]
-        wish = next((each for each in wishes if each.amount.within(self.most_ever(each))), wishes[0])
-        return self.line_up(wish, priority, confirm, dry_run)
+                found.append(self.read_wish(asked | {'resource': place.name}, place=place))
+            except Error as error:
+                refusal = refusal or error
+        if not found:
+            raise refusal
+        return found
+
+    def take(self, request: Request, now: float) -> dict:
+        """Books a request, or lines it up if it may wait; inside a transaction."""
+        try:
+            with db.atomic() if request.wait else nullcontext():
+                return self.answer_all(request, self.book_all(request, now))
+        except NoCapacity:
+            if not request.wait:
+                raise
+        return self.line_up(request, now)
+
+    def book_all(self, request: Request, now: float) -> list[tuple]:
+        """Books all parts of a request: of each its wish, its reservation, and what became of its occurrences."""
+        for name in {request.label, *(part[0].label for part in request.parts)}:
+            self.refuse_taken_label(request.last._replace(label=name), now)
+        return self.book_parts(request.parts, request.name, now, iter(range(MOST_TRIES)))
+
+    def book_parts(self, parts: list[list[Wish]], name: str, now: float, tries: Iterator) -> list[tuple]:
+        """Books each part where the first of its wishes fits that lets the parts behind it fit as well."""
+        refusal = NoCapacity(f"no room for all parts was found in {MOST_TRIES} tries; name a resource for each")
+        alone = len(parts) == len(parts[0]) == 1
+        for wish, _ in zip(parts[0], tries):
+            try:
+                with nullcontext() if alone and not name else db.atomic(), (
+                        self.explaining(wish) if name else nullcontext()):
+                    booked = (wish, *self.book(wish, now, request=name))
+                    return [booked, *(self.book_parts(parts[1:], name, now, tries) if parts[1:] else [])]
+            except NoCapacity as error:
+                refusal = error
+        raise refusal
+
+    def answer_all(self, request: Request, booked: list[tuple]) -> dict:
+        answers = [self.answer(reservation, done, wish) for wish, reservation, done in booked]
+        return {'label': request.label, 'parts': answers} if request.name else answers[0]
 
     def answer(self, reservation: int, done: Iterable[dict], wish: Wish, occurrence: int | None = None) -> dict:
         """What was reserved, of a series the next occurrence and what became of each."""
         found = self.occurrence(occurrence) if occurrence else self.next_of(reservation)
-        series = {'booked_until': instant(found.booked_until), 'occurrences': [*done]} if wish.parts else {}
+        series = {'booked_until': instant(found.booked_until), 'occurrences': [*done]} if wish.stretches else {}
         return public(found) | series | ({'warnings': wish.warnings} if wish.warnings else {})
 
     @api('POST', '/reservation/load')
@@ -2912,21 +3214,20 @@ class Reservations:
         Example:
           python cmres.py load class.csv --partial
         """
-        refused, wishes, taken = [], [], []
+        refused, requests, taken = [], [], []
         for number, given in enumerate(self.progress(rows), 1):
             line = given.get('line', number)
             try:
-                wishes.append((line, self.read_wish(self.read_line(given))))
+                requests.append((line, self.read_request(self.read_line(given))))
             except Error as error:
                 refused.append({'line': line, 'label': given.get('label', ''), 'error': str(error)})
         with self.writing(dry_run or bool(refused) and not partial) as now:
-            for line, wish in wishes:
+            for line, request in requests:
                 try:
-                    with db.atomic(), self.explaining(wish):
-                        self.refuse_taken_label(wish, now)
-                        taken.append(self.answer(*self.book(wish, now), wish))
+                    with db.atomic(), self.explaining(request.last):
+                        taken.append(self.take(request, now))
                 except Error as error:
-                    refused.append({'line': line, 'label': wish.label, 'error': str(error)})
+                    refused.append({'line': line, 'label': request.label, 'error': str(error)})
             refused.sort(key=lambda each: each['line'])
             if refused and not partial:
                 raise Conflict(f'{len(refused)} of {len(rows)} lines were refused, so nothing was reserved',
@@ -2959,9 +3260,10 @@ class Reservations:
         for word in state:
             if word not in STATES:
                 raise Invalid(f"state: '{word}' is none of {', '.join(STATES)}{nearest(word, STATES)}")
-        exact = {'r.label': label, 'r.user': user, 'r.project': project, 's.name': resource, 's.cell': cell,
+        exact = {'r.user': user, 'r.project': project, 's.name': resource, 's.cell': cell,
                  's.cloud': cloud, 's.region': region, 's.aggregate': aggregate}
         where = [(f'{column} = ?', value) for column, value in exact.items() if value]
+        where += self.labelled(label, project)
         where += self.window(start, end) + self.visible()
         if after:
             where.append(('(o.start, o.id) > (SELECT start, id FROM occurrence WHERE id = ?)', after))
@@ -2972,7 +3274,7 @@ class Reservations:
         if state and not set(state) & set(OVER):
             where.append(('o.due IS NOT NULL', None))
         found = self.search(where, state, limit)
-        if label and not found and not self.search([('r.label = ?', label), *self.visible()], limit=1):
+        if label and not found and not self.search([*self.labelled(label, project), *self.visible()], limit=1):
             raise NotFound(f"there is no reservation '{label}'")
         return [public(each) for each in found]
 
@@ -2980,6 +3282,27 @@ class Reservations:
         first = self.here.now if isinstance(end, timedelta) else FIRST
         begin, until = self.resolve(start or first, end or LAST)
         return ([('o.end > ?', begin)] if start else []) + ([('o.start < ?', until)] if end else [])
+
+    def labelled(self, label: str, project: str) -> list:
+        """The condition on reservations of a label, or parts of a request of that label."""
+        if not label:
+            return []
+        parts = [each.label for each in self.parts_of(label, project, any_project=True)]
+        return [('r.label IN (SELECT value FROM json_each(?))', json.dumps([label, *parts]))] if parts else [
+                ('r.label = ?', label)]
+
+    def parts_of(self, label: str, project: str, any_project: bool = False) -> list:
+        """The reservations that are the parts of a request: those that are not over, else those of the latest."""
+        where = [('request = ?', label), *self.visible(), *([('project = ?', project)] if project else [])]
+        found = rows("SELECT id, label, project, over, added FROM reservation r WHERE request <> '' AND "
+                     f"{' AND '.join(text for text, _ in where)} ORDER BY id", *(value for _, value in where))
+        live = [each for each in found if each.over > self.clock()]
+        found = live or [each for each in found if each.added == found[-1].added]
+        if not any_project and len({each.project for each in found}) > 1:
+            found = [each for each in found if each.project == self.actor.project]
+            if not found:
+                raise Conflict(f"'{label}' is in several projects; name one with --project")
+        return found
 
     def visible(self) -> list:
         """The condition that keeps an actor to what is theirs."""
@@ -3042,6 +3365,7 @@ class Reservations:
         return int(asked.timestamp()), int(asked.timestamp()) + 1, format_time(asked, zone)
 
     @api('GET', '/reservation/<label>/show')
+    @for_each_part
     def show(self, label: Label, project: Name = '', occurrence: Day = None, tz: Zone = '') -> dict:
         """Shows all of one reservation: what was asked, its state, its servers; of a series also what comes.
 
@@ -3058,6 +3382,7 @@ class Reservations:
             {name: value for name, value in public(each).items() if name in fields} for each in comes]}
 
     @api('GET', '/reservation/<label>/servers')
+    @for_each_part
     def servers(self, label: Label, project: Name = '', occurrence: Day = None, tz: Zone = '') -> Rows:
         """Lists the servers of a reservation: state, addresses, and when each was planned, begun and ready.
 
@@ -3072,6 +3397,7 @@ class Reservations:
             'FROM server WHERE occurrence_id = ? ORDER BY n, id', occurrence)]
 
     @api('GET', '/reservation/<label>/duration')
+    @for_each_part
     def duration(self, label: Label, project: Name = '') -> dict:
         """Tells how long a reservation is.
 
@@ -3083,12 +3409,13 @@ class Reservations:
         return {'label': label, 'duration': format_duration(seconds), 'seconds': seconds}
 
     @api('PATCH', '/reservation/<label>')
+    @for_each_part
     def update(self, label: Label, resource: Label = None, start: When = None, end: When = None, vms: Count = None,
                flavor: Name = None, image: Name = None, network: Name = None, key: Name = None,
                security_groups: Names = None, user_data: File = None, metadata: Pairs = None, at_end: Name = None,
                notify: Names = None, lead: Span = None, description: Text = None, personal: bool = None,
-               repeat: Repeat = None,
-               until: Day = None, count: Count = None, skip_dates: Names = None, holidays: Source = None,
+               host: Name = None, repeat: Repeat = None, until: Day = None, count: Count = None,
+               skip_dates: Names = None, holidays: Source = None,
                on_conflict: Clash = None, user: Name = None, rename: Label = None, occurrence: Day = None,
                following: bool = False, tz: Zone = '', project: Name = '', dry_run: bool = False) -> dict:
         """Changes a reservation, all of it or nothing.
@@ -3110,6 +3437,7 @@ class Reservations:
                           occurrence=occurrence, alone=bool(occurrence) and not following)
 
     @api('POST', '/reservation/<label>/extend')
+    @for_each_part
     def extend(self, label: Label, by: Span, project: Name = '', occurrence: Day = None, tz: Zone = '',
                dry_run: bool = False) -> dict:
         """Lets a reservation end later; works until its end. Of a series, only the present or next occurrence.
@@ -3123,6 +3451,7 @@ class Reservations:
         return self.alter(label, project, {'end': instant(old.end) + by}, dry_run, occurrence=instant(old.start))
 
     @api('POST', '/reservation/<label>/keep')
+    @for_each_part
     def keep(self, label: Label, until: When, project: Name = '', tz: Zone = '', dry_run: bool = False) -> dict:
         """Lets what runs now go on until a later instant, if that fits; a series goes on after that as planned.
 
@@ -3138,6 +3467,7 @@ class Reservations:
         return self.alter(label, project, {'end': until}, dry_run, 'kept', occurrence=instant(old.start))
 
     @api('POST', '/reservation/<label>/skip')
+    @for_each_part
     def skip(self, label: Label, project: Name = '', occurrence: Day = None, tz: Zone = '',
              dry_run: bool = False) -> dict:
         """Leaves out the next occurrence, which must not have begun.
@@ -3166,15 +3496,15 @@ class Reservations:
         if not asked.keys() - {'tz'}:
             raise Invalid('say what to change, such as --end or --vms')
         for _ in range(10):  # what the cloud was asked about may be out of date by the time we write
-            old, parts, key = self.to_alter(label, project, occurrence, asked)
+            old, stretches, key = self.to_alter(label, project, occurrence, asked)
             only = alone and bool(occurrence) and bool(old.repeats)
             self.refuse_common(old, asked, occurrence, only)
-            parts = [] if only else parts
-            wish = self.read_wish(self.unaltered(old) | asked, old, asked, parts, key)
+            stretches = [] if only else stretches
+            wish = self.read_wish(self.unaltered(old) | asked, old, asked, stretches, key)
             with self.explaining(wish, old), self.writing(dry_run) as now:
-                current, series = self.occurrence(old.id), self.parts(old.reservation)
+                current, series = self.occurrence(old.id), self.stretches(old.reservation)
                 if all(getattr(current, name) == getattr(old, name) for name in UNCHANGED) and (
-                        not parts or series == parts):
+                        not stretches or series == stretches):
                     named = bool(occurrence) and not only
                     done = self.rewrite(old, wish, asked, now, code, named)
                     return self.answer(*done, wish, old.id if only else None)
@@ -3189,7 +3519,7 @@ class Reservations:
                           f"{', '.join(sorted(OWN))}")
 
     def to_alter(self, label: str, project: str, occurrence: datetime | None, asked: dict) -> tuple:
-        """The occurrence that a change is told for, the parts of its series, and the slot from which on they change."""
+        """The occurrence that a change is told for, the stretches of its series, and from which slot they change."""
         old = self.mine(label, project, occurrence=occurrence)
         key = old.slot
         if old.repeats and not occurrence and asked.keys() & (OWN | REPEATING):  # all that has not begun
@@ -3197,10 +3527,10 @@ class Reservations:
             # One that was moved on its own is no measure for the others.
             old = next((each for each in coming if not each.altered), (coming or [old])[0])
             key = min((each.slot for each in coming), default=old.slot)
-        return old, self.parts(old.reservation), key
+        return old, self.stretches(old.reservation), key
 
-    def parts(self, reservation: int) -> list[Part]:
-        return read_parts(row('SELECT series FROM reservation WHERE id = ?', reservation).series)
+    def stretches(self, reservation: int) -> list[Stretch]:
+        return read_stretches(row('SELECT series FROM reservation WHERE id = ?', reservation).series)
 
     def begun(self, found) -> bool:
         return self.clock() >= (found.held_from if found.runs else found.start)
@@ -3210,22 +3540,22 @@ class Reservations:
         if (wish.label, wish.project) != (old.label, old.project):
             self.refuse_taken_label(wish, now)
         done: list = []
-        if wish.parts:
+        if wish.stretches:
             moves = bool(asked.keys() & {*OWN, *REPEATING, 'flavor', 'lead', 'on_conflict'})
             done = self.rebook_series(old, wish, now, named, moves)
         else:
             self.rebook(old, wish, now)
         self.journal(now, code, f"{self.actor.user} changed: {', '.join(sorted(asked.keys() - {'tz'}))}",
                      old.reservation, wish.notify,
-                     NONE_OF_THEM if done else old.id if old.repeats and not wish.parts else None)
+                     NONE_OF_THEM if done else old.id if old.repeats and not wish.stretches else None)
         return old.reservation, done
 
     def carried_on(self, old) -> Wish:
         """What was wished of a series, as the store has it; nobody is there to be refused anything."""
         clash = old.on_conflict if old.on_conflict.startswith('shift') else 'skip'
         kept = {name: self.unaltered(old)[name] for name in STORED} | {'lead': old.lead}
-        return Wish(resource=None, start=old.start, end=old.end, vms=old.vms, parts=self.parts(old.reservation),
-                    each=Amount(1, old.vcpus // old.vms, old.ram // old.vms), warnings=[],
+        return Wish(resource=None, start=old.start, end=old.end, vms=old.vms, stretches=self.stretches(old.reservation),
+                    each=amount_of(old) // old.vms, warnings=[], whole=amount_of(old) if old.host else None,
                     **kept | {'on_conflict': clash})
 
     def unaltered(self, old) -> dict:
@@ -3250,6 +3580,7 @@ class Reservations:
     @api('POST', '/reservation/delete/<label>')
     @api('DELETE', '/reservation/delete/<label>/<cell>/<cloud>/<region>/<aggregate>/<vms>/<start>/<end>')
     @api('POST', '/reservation/delete/<label>/<cell>/<cloud>/<region>/<aggregate>/<vms>/<start>/<end>')
+    @for_each_part
     def delete(self, label: Label = '', user: Name = '', project: Name = '', resource: Name = '', cell: Name = '',
                cloud: Name = '', region: Name = '', aggregate: Name = '', vms: Count = None, start: When = None,
                end: When = None, count: Count = None, occurrence: Day = None, following: bool = False,
@@ -3334,7 +3665,7 @@ class Reservations:
         """
         place = self.resource_row(resource)
         begin, until = self.resolve(start or self.here.now, end or timedelta(days=7))
-        levels = [*steps(place.id, begin, until), (until, NOTHING)]
+        levels = [*steps(place.id, begin, until, capacity(place).names), (until, NOTHING)]
         return [{'start': instant(at), 'end': instant(after), **in_figures(held),
                  'free_vms': None if place.vms is None else place.vms - held.vms}
                 for (at, held), (after, _) in zip(levels, levels[1:])]
@@ -3365,13 +3696,13 @@ class Reservations:
         differences, steps_seen = [], 0
         with db.atomic('DEFERRED'):  # one snapshot of all tables; nobody waits for it
             for place in self.progress(rows('SELECT id, name FROM resource')):
-                kept = {at: Amount(*held) for at, *held in run(
-                    'SELECT at, vms, vcpus, ram FROM step WHERE resource_id = ?', place.id)}
+                kept = {(track, at): tuple(held) for track, at, *held in run(
+                    'SELECT track, at, vms, vcpus, ram FROM step WHERE resource_id = ?', place.id)}
                 right = dict(held_steps(place.id))
                 steps_seen += len(right)
-                wrong = sorted(at for at in kept.keys() | right.keys() if kept.get(at) != right.get(at))
-                differences += [{'resource': place.name, 'at': instant(at), 'kept': kept.get(at),
-                                 'right': right.get(at)} for at in wrong]
+                wrong = sorted(step for step in kept.keys() | right.keys() if kept.get(step) != right.get(step))
+                differences += [{'resource': place.name, 'at': instant(step[1]), 'kept': kept.get(step),
+                                 'right': right.get(step)} for step in wrong]
         if differences:
             raise Error(f'the usage differs from the occurrences at {len(differences)} instants, first on '
                         f"{differences[0]['resource']} at {differences[0]['at']}", differences=differences[:100])
@@ -3387,7 +3718,7 @@ class Reservations:
         Example:
           python cmres.py events lab --follow
         """
-        where = [('e.id > ?', after), *self.visible(), *([('r.label = ?', label)] if label else []),
+        where = [('e.id > ?', after), *self.visible(), *self.labelled(label, project),
                  *([('r.project = ?', project)] if project else [])]
         found = rows('SELECT e.id, e.at, e.actor, e.code, r.label, r.project, e.sentence '
                      'FROM event e LEFT JOIN reservation r ON r.id = e.reservation_id WHERE '
@@ -3426,9 +3757,13 @@ class Reservations:
 
     @api('POST', '/resource/', role=ADMIN)
     def resource_add(self, name: Label, cell: Name = '', cloud: Name = '', region: Name = '', aggregate: Name = '',
-                     vms: Most = UNLIMITED, vcpus: Most = UNLIMITED, ram: Most = UNLIMITED, mode: Name = '',
-                     hold: Span = None, approval: Span = None, no_show: Span = None, dry_run: bool = False) -> dict:
+                     vms: Most = UNLIMITED, vcpus: Most = UNLIMITED, ram: Most = UNLIMITED, classes: Classes = None,
+                     mode: Name = '', hold: Span = None, approval: Span = None, no_show: Span = None,
+                     dry_run: bool = False) -> dict:
         """Adds a resource; a figure that isn't given is unlimited.
+
+        With --classes, other resource classes of Placement count as well: what flavors take of them
+        stands in their extra specs, such as resources:CUSTOM_GPU=1.
 
         Example:
           python cmres.py resource add india --cloud simulated --vms 40 --vcpus 320 --ram 655360
@@ -3439,7 +3774,7 @@ class Reservations:
                        for figure, most in (('vms', vms), ('vcpus', vcpus), ('ram', ram))}
             insert(Resource, name=name, cell=cell, cloud=cloud, region=region, aggregate=aggregate, **figures,
                    mode=self.read_mode(mode), **self.read_seconds(hold=hold, approval=approval, no_show=no_show),
-                   hosts='[]', added=int(now))
+                   classes=known_classes('', classes), hosts='[]', named='', added=int(now))
             self.journal(now, 'resource', f"added the resource '{name}'")
             return self.resource_show(name)
 
@@ -3460,13 +3795,15 @@ class Reservations:
           python cmres.py resource show demo
         """
         found = self.resource_row(name)
-        return self.resource_public(found) | {'held_now': in_figures(level(found.id, self.clock()))}
+        held = level(found.id, self.clock(), capacity(found).names)
+        return self.resource_public(found) | {'held_now': in_figures(held)}
 
     @api('PATCH', '/resource/<name>', role=ADMIN)
     def resource_update(self, name: Label, rename: Label = '', cell: Name = None, cloud: Name = None,
                         region: Name = None, aggregate: Name = None, vms: Most = None, vcpus: Most = None,
-                        ram: Most = None, mode: Name = None, hold: Span = None, approval: Span = None,
-                        no_show: Span = None, force: bool = False, dry_run: bool = False) -> dict:
+                        ram: Most = None, classes: Classes = None, mode: Name = None, hold: Span = None,
+                        approval: Span = None, no_show: Span = None, force: bool = False,
+                        dry_run: bool = False) -> dict:
         """Changes a resource; `unlimited` takes a limit away.
 
         A capacity below what is held already needs --force; nothing is cancelled then, and the
@@ -3484,13 +3821,13 @@ class Reservations:
             found = self.resource_row(name)
             if rename and rename != name:
                 self.refuse_taken_resource(rename)
+            if classes:
+                new['classes'] = known_classes(found.classes, classes)
             if new:
                 change(Resource, found.id, **new)
             before, found = found, self.resource_row(rename or name)
             self.rehold_changes(found, now)
-            lowered = not all(Amount(most or 0).within([limit]) if most is not None else limit is None
-                              for most, limit in zip(capacity(before), capacity(found)))
-            homeless = self.no_longer_fitting(found, now) if lowered else []
+            homeless = self.no_longer_fitting(found, now) if lowered(capacity(before), capacity(found)) else []
             if homeless and not force:
                 raise Conflict(f"{len(homeless)} occurrences on '{name}' would no longer fit; --force does it all the "
                                'same and cancels nothing', occurrences=homeless)
@@ -3499,12 +3836,13 @@ class Reservations:
 
     @api('POST', '/resource/sync', role=ADMIN)
     def resource_sync(self, cloud: Name, aggregates: Names = (), mode: Name = '', hold: Span = None,
-                      force: bool = False, dry_run: bool = False) -> Rows:
+                      named: bool = None, force: bool = False, dry_run: bool = False) -> Rows:
         """Reads host aggregates of a cloud, makes resources of them or updates those, and marks them for Nova.
 
-        The vcpus and ram of a resource become what Placement gives out of the aggregate's hosts. The
-        entry of clouds.yaml must be an admin's. Each line of the answer is a difference; with
+        The vcpus, ram and other classes of a resource become what Placement gives out of the aggregate's
+        hosts. The entry of clouds.yaml must be an admin's. Each line of the answer is a difference; with
         --dry-run that is all that happens. Without --aggregates, those that are marked are updated.
+        With --named, a reservation may ask for a host by its name: add ... --host NAME.
 
         Example:
           python cmres.py resource sync chameleon --aggregates gpu --mode exclusive --dry-run
@@ -3517,7 +3855,7 @@ class Reservations:
         wanted = {} if not mode else {'mode': self.read_mode(mode)}
         wanted |= {'hold': int(hold.total_seconds())} if hold is not None else {}
         with self.writing(dry_run) as now:
-            synced = [self.sync_one(cloud, each, wanted, force, now) for each in chosen]
+            synced = [self.sync_one(cloud, each, wanted, named, force, now) for each in chosen]
         for each, (name, _) in zip(chosen, synced):  # outside the transaction: it is a call to the cloud
             if each.mark != name and not dry_run:
                 self.clouds.open(cloud).mark(each.name, name)
@@ -3525,18 +3863,23 @@ class Reservations:
             [{'resource': name, 'what': 'mark', 'before': each.mark or None, 'after': name}]
             if each.mark != name else [])]
 
-    def sync_one(self, cloud: str, aggregate: Aggregate, wanted: dict, force: bool,
+    def sync_one(self, cloud: str, aggregate: Aggregate, wanted: dict, named: bool | None, force: bool,
                  now: float) -> tuple[str, list[dict]]:
         """Makes or updates the resource of an aggregate; its name, and a line for each difference."""
         found = row('SELECT * FROM resource WHERE cloud = ? AND aggregate = ? AND removed IS NULL',
                     cloud, aggregate.name)
-        new = {'vcpus': aggregate.vcpus, 'ram': aggregate.ram, 'hosts': json.dumps(aggregate.hosts)} | wanted
+        total = sum(aggregate.hosts.values(), NOTHING)
+        new = {name: each for name, each in stored(total).items() if name != 'vms'} | {
+            'hosts': json.dumps([*aggregate.hosts]), **wanted}
+        if named or named is None and found and found.named or named is False:
+            new['named'] = json.dumps({host: in_figures(each) for host, each in aggregate.hosts.items()}
+                                      ) if named is not False else ''
         if not found:
             name = calendar_name(aggregate.name)
             self.refuse_taken_resource(name)
             insert(Resource, **({'name': name, 'cell': '', 'cloud': cloud, 'region': '', 'aggregate': aggregate.name,
-                                 'vms': None, 'mode': '', **self.read_seconds(hold=None, approval=None, no_show=None),
-                                 'added': int(now)} | new))
+                                 'vms': None, 'mode': '', 'named': '', 'added': int(now),
+                                 **self.read_seconds(hold=None, approval=None, no_show=None)} | new))
             self.journal(now, 'resource', f"added the resource '{name}' from the aggregate '{aggregate.name}'")
             return name, [{'resource': name, 'what': field, 'before': None, 'after': value}
                           for field, value in new.items()]
@@ -3584,7 +3927,7 @@ class Reservations:
 
     @api('POST', '/claim/', role=ADMIN)
     def claim(self, server: Name, resources: Names, project: Name, user: Name = '', vcpus: Figure = 0,
-              ram: Figure = 0, label: Name = '', dry_run: bool = False) -> Rows:
+              ram: Figure = 0, classes: Classes = None, label: Name = '', dry_run: bool = False) -> Rows:
         """Tells on which resources a server may boot, why, and counts it there: what Nova's scheduler asks.
 
         Who has an active reservation passes as long as fewer machines, vcpus and ram were booted than
@@ -3594,44 +3937,56 @@ class Reservations:
         Example:
           python cmres.py claim 7c1f gpu biology --vcpus 4 --ram 8192
         """
-        need = Amount(1, vcpus, ram)
+        need = Amount(1, vcpus, ram, tuple(sorted((classes or {}).items())))
         with self.writing(dry_run) as now:
-            return [{'resource': name, 'passes': bool(passes), 'why': why} for name in resources
-                    for passes, why in [self.claim_on(name, server, self.names_of(project), self.names_of(user), need,
-                                                      label, project, user, now)]]
+            return [{'resource': name} | self.claim_on(name, server, self.names_of(project), self.names_of(user), need,
+                                                       label, project, user, now) for name in resources]
 
     def names_of(self, identity: str) -> list[str]:
         """What cmres calls whom OpenStack knows under an id."""
         return [name for name, id in self.config.identities.items() if id == identity] or [identity]
 
     def claim_on(self, name: str, server: str, projects: list[str], users: list[str], need: Amount, label: str,
-                 project: str, user: str, now: float) -> tuple[bool, str]:
+                 project: str, user: str, now: float) -> dict:
         place = row('SELECT * FROM resource WHERE name = ? AND removed IS NULL', name)
-        if not place:
-            return False, f"there is no resource '{name}'"
-        if not place.mode:
-            return True, f"'{name}' is open to everybody"
+        if not place or not place.mode:
+            why = f"'{name}' is open to everybody" if place else f"there is no resource '{name}'"
+            return {'passes': bool(place), 'why': why, 'hosts': None}
         found, why = self.may_boot(place, server, projects, users, need, label, now)
-        if found is None and not label and place.mode == 'shared':
-            free = self.walk_in(place, server, need, now)
-            why = f"'{name}' is not free for {format_duration(place.hold)}"
-            found = 0 if free else None
-        if found is None:
-            return False, why
-        run('INSERT INTO claim (resource_id, occurrence, server, project, user, vcpus, ram, at, due) '
-            'VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (resource_id, server) DO UPDATE SET occurrence = '
-            'excluded.occurrence, vcpus = excluded.vcpus, ram = excluded.ram, due = excluded.due',
-            place.id, found or None, server, project, user, need.vcpus, need.ram, now, now + self.config.settle)
-        return True, 'reserved' if found else 'free'
+        walks_in = False
+        if not found and not label and place.mode == 'shared':
+            walks_in, why = self.walk_in(place, server, need, now), (
+                f"'{name}' is not free for {format_duration(place.hold)}")
+        if not found and not walks_in:
+            return {'passes': False, 'why': why, 'hosts': None}
+        classes = stored(need)['classes']
+        run('INSERT INTO claim (resource_id, occurrence, server, project, user, vcpus, ram, classes, at, due) '
+            'VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (resource_id, server) DO UPDATE SET occurrence = '
+            'excluded.occurrence, vcpus = excluded.vcpus, ram = excluded.ram, classes = excluded.classes, '
+            'due = excluded.due', place.id, found.id if found else None, server, project, user, need.vcpus, need.ram,
+            classes, now, now + self.config.settle)
+        return {'passes': True, 'why': 'reserved' if found else 'free', 'hosts': self.hosts_for(place, found, now)}
+
+    def hosts_for(self, place, found, now: float) -> list[str] | None:
+        """The hosts on which a server may boot; None: any. One that is reserved by name is its owner's alone."""
+        if not place.named:
+            return None
+        if found and found.host:
+            return [found.host]
+        until = found.end if found else now + max(place.hold, 1)
+        taken = {each.host for each in rows(
+            'SELECT r.host FROM occurrence o JOIN reservation r ON r.id = o.reservation_id WHERE o.resource_id = ? AND '
+            "o.due IS NOT NULL AND r.host <> '' AND o.held_from < ? AND o.held_until > ?", place.id, until, now)}
+        return [host for host in json.loads(place.hosts) if host not in taken] if taken else None
 
     def may_boot(self, place, server: str, projects: list[str], users: list[str], need: Amount, label: str,
-                 now: float) -> tuple[int | None, str]:
+                 now: float) -> tuple[Any, str]:
         """The occurrence on which a server may boot, or None and why there is none."""
         marks = ', '.join('?' * len(projects))
-        mine = rows('SELECT o.*, r.label, r.user, r.personal, r.flavor FROM occurrence o JOIN reservation r '
+        mine = rows('SELECT o.*, r.label, r.user, r.personal, r.flavor, r.host FROM occurrence o JOIN reservation r '
                     'ON r.id = o.reservation_id WHERE o.resource_id = ? AND o.due IS NOT NULL AND o.held_from < ? '
                     'AND o.cancelled IS NULL AND r.waiting IS NULL AND r.pending IS NULL '
-                    f"AND r.project IN ({marks}){' AND r.label = ?' if label else ''} "
+                    f"AND r.project IN ({marks}){' AND ? IN (r.label, r.request)' if label else ''} "
                     'ORDER BY o.start', place.id, now + 86400, *projects, *([label] if label else []))
         named = f'{shown(label)} ' if label else ''
         why = f"no reservation {named}of the project {projects[0]} is active on '{place.name}'"
@@ -3642,29 +3997,42 @@ class Reservations:
                 why = f"'{each.label}' has ended at {instant(each.end)}"
             elif each.personal and each.user not in users:
                 why = f"'{each.label}' is for {each.user} alone"
+            elif self.has_left(place, each, server, need, now):
+                return each, ''
             else:
-                taken = self.claimed('occurrence = ?', each.id, server) + need
-                limits = Amount(each.vms, *((each.vcpus, each.ram) if each.flavor else (2**62, 2**62)))
-                # What was reserved without a flavor holds no vcpus: its machines take what is free of them.
-                if taken.within(limits) and (each.flavor or self.walk_in(place, server, need._replace(vms=0), now)):
-                    return each.id, ''
                 why = f"'{each.label}' has {each.vms} vms, {each.vcpus} vcpus and {each.ram} MiB, and they are in use"
         return None, why
 
+    def has_left(self, place, found, server: str, need: Amount, now: float) -> bool:
+        """Whether of what an occurrence has reserved there is still enough for one more server."""
+        taken, reserved = self.claimed('occurrence = ?', found.id, server) + need, amount_of(found)
+        if found.flavor or found.host:
+            return taken.within(reserved._replace(classes=tuple((name, dict(reserved.classes).get(name, 0))
+                                                                for name in taken.names)))
+        # What was reserved without a flavor holds no vcpus: its machines take what is free of them.
+        return taken.vms <= reserved.vms and self.walk_in(place, server, need._replace(vms=0), now)
+
     def claimed(self, condition: str, value, server: str) -> Amount:
         """What other servers than this one have claimed and still use."""
-        return Amount(*run('SELECT count(*), coalesce(sum(vcpus), 0), coalesce(sum(ram), 0) FROM claim '
-                           f'WHERE {condition} AND due IS NOT NULL AND server <> ?', value, server).fetchone())
+        where = f'FROM claim WHERE {condition} AND due IS NOT NULL AND server <> ?'
+        total = Amount(*run(f'SELECT count(*), coalesce(sum(vcpus), 0), coalesce(sum(ram), 0) {where}',
+                            value, server).fetchone())
+        for (classes,) in run(f"SELECT classes {where} AND classes <> ''", value, server).fetchall():
+            total += Amount(classes=tuple(sorted(json.loads(classes).items())))
+        return total
 
     def walk_in(self, place, server: str, need: Amount, now: float) -> bool:
         """Whether there is room that nobody has reserved from now for the hold time of a resource."""
         others = self.claimed('resource_id = ? AND occurrence IS NULL', place.id, server)
-        for each in rows('SELECT o.id, o.cancelled, o."end", o.vms, o.vcpus, o.ram FROM occurrence o WHERE o.id IN '
-                         '(SELECT occurrence FROM claim WHERE resource_id = ? AND due IS NOT NULL)', place.id):
-            held = NOTHING if each.cancelled is not None or each.end <= now else Amount(each.vms, each.vcpus, each.ram)
+        for each in rows('SELECT o.id, o.cancelled, o."end", o.vms, o.vcpus, o.ram, o.classes FROM occurrence o '
+                         'WHERE o.id IN (SELECT occurrence FROM claim WHERE resource_id = ? AND due IS NOT NULL)',
+                         place.id):
+            held = NOTHING if each.cancelled is not None or each.end <= now else amount_of(each)
             beyond = self.claimed('occurrence = ?', each.id, server) - held  # what is there and nobody holds
-            others += Amount(*(max(figure, 0) for figure in beyond))
-        return (peak(place.id, now, now + max(place.hold, 1)) + others + need).within(capacity(place))
+            others += Amount(*(max(figure, 0) for figure in beyond[:3]),
+                             tuple(one for one in beyond.classes if one[1] > 0))
+        used = peak(place.id, now, now + max(place.hold, 1), need.names)
+        return (used + others + need).within(capacity(place))
 
     # Calendars
 
@@ -3882,7 +4250,7 @@ class Reservations:
         """Refuses what others would have to wait for while it is booked."""
         now, total = self.clock(), 0
         for booking in wanted:
-            total += len(all_slots(booking.parts, now, self.horizon(booking.parts, now)))
+            total += len(all_slots(booking.stretches, now, self.horizon(booking.stretches, now)))
             if total > 10 * MOST_OCCURRENCES:
                 raise BadCalendar('the calendar asks for too many occurrences until the horizon: '
                                   f'over {10 * MOST_OCCURRENCES}')
@@ -3893,20 +4261,20 @@ class Reservations:
         if booking.error:
             return booking, None, BadCalendar(booking.error)
         try:
-            coming = all_slots(booking.parts, self.clock(), self.horizon(booking.parts, self.clock()))
+            coming = all_slots(booking.stretches, self.clock(), self.horizon(booking.stretches, self.clock()))
             if booking.cancelled or not coming:
                 return booking, None, None
             asked = said | want._asdict() | {
                 'label': calendar_name(booking.summary), 'start': instant(coming[0].start),
                 'end': instant(coming[0].end), 'security_groups': (), 'user_data': '', 'metadata': None, 'server': '',
                 'personal': False, 'lead': None, 'description': booking.summary[:1000],
-                'repeat': booking.parts[0].rule, 'late': True}
+                'repeat': booking.stretches[0].rule, 'late': True}
             if not want.resource:
                 raise Invalid(f"no resource is named; write `{want.vms} x {want.flavor or 'm1.small'} on RESOURCE`, or "
                               'say --resource')
             wish = self.read_wish(asked, changes=())
-            parts = [part._replace(resource=wish.resource.id) for part in booking.parts]
-            return booking, wish._replace(parts=parts, tz=parts[0].zone), None
+            stretches = [stretch._replace(resource=wish.resource.id) for stretch in booking.stretches]
+            return booking, wish._replace(stretches=stretches, tz=stretches[0].zone), None
         except Error as error:
             return booking, None, error
 
@@ -3930,8 +4298,8 @@ class Reservations:
             return line | {'outcome': 'past' if not booking.cancelled else 'cancelled'}
         origin = hashed(repr((booking.digest, wish.columns(*STORED[1:]))))
         if known and known.origin == origin and (live or subscription):
-            if live and known.series != stored_parts(wish.parts):  # it is spelled out, further than before
-                change(Reservation, known.id, series=stored_parts(wish.parts))
+            if live and known.series != stored_stretches(wish.stretches):  # it is spelled out, further than before
+                change(Reservation, known.id, series=stored_stretches(wish.stretches))
                 self.refresh(known.id, now)
             return line | {'outcome': 'unchanged' if live else 'left out', 'label': known.label} | (
                 {} if live else {'why': 'it was cancelled here'})
@@ -3946,7 +4314,8 @@ class Reservations:
             head = self.next_of(known.id)
             wish = wish._replace(label=known.label)
             self.refuse_fixed(head, wish, {name: 1 for name in FIXED if name not in ('start', 'resource', 'lead')})
-            change(Reservation, known.id, **wish.columns(*STORED), series=stored_parts(wish.parts), origin=origin)
+            change(Reservation, known.id, **wish.columns(*STORED), origin=origin,
+                   series=stored_stretches(wish.stretches))
             done = self.reshape(known.id, wish, now, gentle=True)
             self.journal(now, 'updated', 'changed in the calendar', known.id, wish.notify, NONE_OF_THEM)
         else:
@@ -4110,24 +4479,26 @@ class Reservations:
         return int(start.timestamp()), int(end.timestamp())
 
     def read_wish(self, asked: dict, old=None, changes: Iterable[str] = (*STORED, *REPEATING),
-                  parts: list[Part] = (), key: str = '') -> Wish:
+                  stretches: list[Stretch] = (), key: str = '', place=None) -> Wish:
         """Resolves what is asked, checks it and asks the cloud about it; outside any transaction.
 
         Args:
           old: the row of the reservation that this would change
           changes: the fields that are new in it
-          parts: those of its series, where that is what changes
+          stretches: those of its series, where that is what changes
           key: the slot from which on they change
+          place: the row of its resource, where that is known
         """
         lead = int((asked['lead'] or timedelta(0)).total_seconds())
         start, end = self.resolve_window(asked, old, lead)
         if old and self.actor.role != ADMIN and asked['user'] != old.user:
             raise Forbidden(f"only an admin may give a reservation of '{old.user}' to somebody else")
         user, project = (asked['user'], old.project) if old else self.owner(asked)
-        place, warnings = self.resource_at(asked), []
+        place, warnings = place or self.resource_at(asked), []
         self.refuse_unbootable(asked, place)
-        if old and not {'resource', *CLOUDY} & set(changes):
-            each, server = Amount(1, old.vcpus // old.vms, old.ram // old.vms), old.server
+        asks = {'resource', *CLOUDY} | ({'vms', 'host'} if asked.get('host') else set())
+        if old and not asks & set(changes):
+            each, server = Amount(1) if old.host else amount_of(old) // old.vms, old.server
         else:
             found = self.ask_cloud(place, asked | {'project': project}, warnings)
             each, server = self.each_takes(found), found.get('server', {}).get('id', '')
@@ -4136,43 +4507,46 @@ class Reservations:
                     dict(asked['metadata'] or {}), server, asked['at_end'] or ('stop' if server else 'delete'),
                     [*asked['notify']], lead, asked['description'], bool(asked['personal']), asked['repeat'],
                     old.tz if old else '',
-                    asked['on_conflict'], [], each, warnings)
-        if parts and not {'repeat'} & set(changes):
-            parts = self.ended_parts(self.moved_parts(wish, old, parts, key, changes), asked, changes)
-            return wish._replace(parts=parts, repeat=parts[-1].rule)
-        return self.repeating(wish, asked, old, parts, key, changes) if REPEATING & {
+                    asked['on_conflict'], [], each, warnings, *self.whole_host(place, asked, each))
+        if stretches and not {'repeat'} & set(changes):
+            stretches = self.ended_stretches(self.moved_stretches(wish, old, stretches, key, changes), asked, changes)
+            return wish._replace(stretches=stretches, repeat=stretches[-1].rule)
+        return self.repeating(wish, asked, old, stretches, key, changes) if REPEATING & {
             name for name in changes if asked.get(name)} else wish
 
-    def moved_parts(self, wish: Wish, old, parts: list[Part], key: str, changes: Iterable[str]) -> list[Part]:
+    def moved_stretches(self, wish: Wish, old, stretches: list[Stretch], key: str,
+                        changes: Iterable[str]) -> list[Stretch]:
         """A series whose occurrences from one on are where a certain one is wished to be."""
         if not OWN & set(changes):
-            return parts
-        zone, planned = self.planned(old, parts)
+            return stretches
+        zone, planned = self.planned(old, stretches)
         start, end = (to_wall(instant(each), zone) for each in (wish.start, wish.end))
         begins = start if 'start' in changes or old.altered else planned  # where a gap has put it, by what was planned
         new = {'length': int((end - begins).total_seconds())} if 'end' in changes else {}
         new |= {'vms': wish.vms} if 'vms' in changes else {}
         new |= {'resource': wish.resource.id} if 'resource' in changes else {}
         shift = int((start - planned).total_seconds()) if 'start' in changes else 0
-        return cut_parts(parts, key, shift=shift, **new)
+        return cut_stretches(stretches, key, shift=shift, **new)
 
-    def planned(self, old, parts: list[Part]) -> tuple[ZoneInfo, datetime]:
+    def planned(self, old, stretches: list[Stretch]) -> tuple[ZoneInfo, datetime]:
         """The zone of a series, and the wall time at which it has an occurrence, wherever that was moved to."""
-        part = next(each for each in reversed(parts) if each.since <= old.slot)
-        return read_zone(part.zone), datetime.fromisoformat(old.slot or part.start) + timedelta(seconds=part.shift)
+        stretch = next(each for each in reversed(stretches) if each.since <= old.slot)
+        slot = datetime.fromisoformat(old.slot or stretch.start)
+        return read_zone(stretch.zone), slot + timedelta(seconds=stretch.shift)
 
-    def ended_parts(self, parts: list[Part], asked: dict, changes: Iterable[str]) -> list[Part]:
+    def ended_stretches(self, stretches: list[Stretch], asked: dict, changes: Iterable[str]) -> list[Stretch]:
         """A series with further days left out, or with another end."""
         if not REPEATING & set(changes):
-            return parts
-        zone = read_zone(parts[-1].zone)
+            return stretches
+        zone = read_zone(stretches[-1].zone)
         skips = self.read_skips(asked, zone, int(self.clock()))
         ends = {'until', 'count'} & set(changes)
-        return [part._replace(skips=(*part.skips, *skips), rule=local_rule(self.ended_rule(
-            asked | {'repeat': endless(part.rule)}, zone), zone) if ends and part.rule else part.rule)
-                for part in parts]
+        return [stretch._replace(skips=(*stretch.skips, *skips), rule=local_rule(self.ended_rule(
+            asked | {'repeat': endless(stretch.rule)}, zone), zone) if ends and stretch.rule else stretch.rule)
+                for stretch in stretches]
 
-    def repeating(self, wish: Wish, asked: dict, old, parts: list[Part], key: str, changes: Iterable[str]) -> Wish:
+    def repeating(self, wish: Wish, asked: dict, old, stretches: list[Stretch], key: str,
+                  changes: Iterable[str]) -> Wish:
         """A wish with the series that it asks for, which begins with the first slot of its rule.
 
         Raises:
@@ -4181,19 +4555,19 @@ class Reservations:
         zone = read_zone(asked.get('tz') or wish.tz or self.config.timezone)
         wish = wish._replace(on_conflict=read_argument('on_conflict', asked['on_conflict'], Clash, self.here))
         first, last = (to_wall(instant(each), zone) for each in (wish.start, wish.end))
-        if parts and 'start' not in changes:
-            first, last = (planned := self.planned(old, parts)[1]), planned + (last - first)
+        if stretches and 'start' not in changes:
+            first, last = (planned := self.planned(old, stretches)[1]), planned + (last - first)
         skips = self.read_skips(asked, zone, wish.start)
         if not asked['repeat']:
             raise Invalid(f"{min(name for name in REPEATING if asked.get(name))} is for a series; say --repeat as well")
         rule = local_rule(self.ended_rule(asked, zone), zone)
-        part = Part(first.isoformat(), int((last - first).total_seconds()), zone.key, wish.vms, wish.resource.id, rule,
-                    skips=skips)
-        slot = next(slots(part, self.clock(), LAST.timestamp()), None)
+        stretch = Stretch(first.isoformat(), int((last - first).total_seconds()), zone.key, wish.vms,
+                          wish.resource.id, rule, skips=skips)
+        slot = next(slots(stretch, self.clock(), LAST.timestamp()), None)
         if not slot:
             raise Invalid(f'the repetition {rule} has no occurrence from {first:%Y-%m-%d %H:%M} on')
-        parts = [*parts_before(parts, key), part]
-        return wish._replace(start=slot.start, end=slot.end, repeat=rule, tz=zone.key, parts=parts)
+        stretches = [*stretches_before(stretches, key), stretch]
+        return wish._replace(start=slot.start, end=slot.end, repeat=rule, tz=zone.key, stretches=stretches)
 
     def ended_rule(self, asked: dict, zone: ZoneInfo) -> str:
         """The rule that is asked for with its end; a date is meant to its last second."""
@@ -4340,6 +4714,25 @@ class Reservations:
             warnings.append(f'not checked: {error}')
             return {}
 
+    def whole_host(self, place, asked: dict, each: Amount) -> tuple[str, Amount | None]:
+        """The host that is reserved by its name, and what it holds."""
+        name = asked.get('host') or ''
+        if not name:
+            return '', None
+        named = json.loads(place.named or '{}')
+        if name not in named:
+            raise NotFound(f"the resource '{place.name}' has no host named '{name}'{nearest(name, named)}" + (
+                           '' if named else '; an admin names hosts with: resource sync --named'))
+        holds = {figure: most for figure, most in named[name].items() if figure != 'vms'}
+        classes = tuple(sorted((figure, most) for figure, most in holds.items() if figure not in FIGURES))
+        whole = Amount(asked['vms'], holds['vcpus'], holds['ram'], classes)
+        need = each * asked['vms']
+        missing = tuple((each, 0) for each in need.names if each not in holds)
+        if not need.within(whole._replace(classes=classes + missing)):
+            raise Invalid(f"vms: {asked['vms']} machines of {asked['flavor']} are more than the host '{name}' holds: "
+                          f"{', '.join(f'{most} {figure}' for figure, most in holds.items())}")
+        return name, added_host(whole, name)
+
     def each_takes(self, found: dict) -> Amount:
         """What one machine takes, of what the cloud told."""
         return Amount(1, *(found['flavor'][figure] for figure in Flavor._fields)) if 'flavor' in found else Amount(1)
@@ -4355,8 +4748,9 @@ class Reservations:
 
     def refuse_taken_label(self, wish: Wish, now: float) -> None:
         read_argument('label', wish.label, Label, self.here)  # Python may call without `bind`
-        if row('SELECT id FROM reservation WHERE project = ? AND label = ? AND over > ?',
-               wish.project, wish.label, int(now)):
+        if row('SELECT id FROM reservation WHERE project = ? AND label = ? AND over > ? UNION ALL SELECT id FROM '
+               "reservation WHERE request = ? AND request <> '' AND project = ? AND over > ?", wish.project, wish.label,
+               int(now), wish.label, wish.project, int(now)):
             raise Conflict(f"the label '{wish.label}' is taken in project '{wish.project}' by a reservation that is "
                            'not over; choose another')
 
@@ -4365,10 +4759,11 @@ class Reservations:
         if row('SELECT id FROM resource WHERE name = ? AND removed IS NULL', name):
             raise Conflict(f"there is a resource '{name}' already; choose another name or update that one")
 
-    def book(self, wish: Wish, now: float, origin: str = '', **event) -> tuple[int, list]:
+    def book(self, wish: Wish, now: float, origin: str = '', request: str = '', **event) -> tuple[int, list]:
         """Writes a reservation and its occurrences, and holds their amounts; inside a transaction.
 
         Args:
+          request: the label of the request of which this is a part
           origin, event: the digest, `uid` and `subscription` of the event of a calendar that it comes from
 
         Returns:
@@ -4376,10 +4771,9 @@ class Reservations:
         """
         pending = int(now) + wish.resource.approval if wish.resource.approval and self.actor.role != ADMIN else None
         reservation = insert(Reservation, **wish.columns(*STORED), **event, origin=origin, added=int(now),
-                             changed=int(now),
-                             pending=pending, priority=0, confirm=0,
-                             series=stored_parts(wish.parts) if wish.parts else '', over=wish.end)
-        if wish.parts:
+                             changed=int(now), pending=pending, priority=0, confirm=0, request=request, choices='',
+                             series=stored_stretches(wish.stretches) if wish.stretches else '', over=wish.end)
+        if wish.stretches:
             done = self.reshape(reservation, wish, now)
             if done and all(each['outcome'] == 'left out' for each in done):
                 raise NoCapacity(f"none of {len(done)} occurrences fits; of the first: {done[0]['why']}",
@@ -4406,9 +4800,8 @@ class Reservations:
                          held_from: int | None = None, **more) -> None:
         """Writes what an occurrence is; what it holds is held already."""
         begin = slot.start - wish.lead if held_from is None else held_from
-        vms, vcpus, ram = wish.each * slot.vms
         values = dict(resource=slot.resource, start=slot.start, end=slot.end, held_from=begin, held_until=slot.end,
-                      vms=vms, vcpus=vcpus, ram=ram)
+                      **stored(wish.takes(slot.vms)))
         if id is None:
             new = dict(reservation=reservation, slot=slot.key, altered=False, revision=0, revised=int(now), told=0,
                        due=min(begin, slot.start - self.config.notice))
@@ -4421,7 +4814,7 @@ class Reservations:
         """Releases what one occurrence held and holds what is wished instead; inside a transaction."""
         place = self.resource_row(wish.resource.name)
         self.refuse_shared_server(wish, old.reservation)
-        release(old.resource_id, old.held_from, old.held_until, Amount(old.vms, old.vcpus, old.ram))
+        release(old.resource_id, old.held_from, old.held_until, amount_of(old))
         self.refuse_beyond(wish, old.reservation, now, old)
         grows = self.grows(old, place, *wish.held, wish.amount)
         if old.waiting is None:
@@ -4434,9 +4827,11 @@ class Reservations:
         self.write_occurrence(old.id, old.reservation, wish, slot, now, altered=bool(old.repeats),
                               told=0 if wish.start != old.start else old.told & ~(ENDING if wish.end != old.end else 0),
                               **({'held_until': wish.held[0]} if old.waiting is not None else {}))
+        if old.choices and (place.id, wish.each) != (old.resource_id, amount_of(old) // old.vms):
+            change(Reservation, old.reservation, choices='')
         if old.repeats:
-            parts = self.parts(old.reservation)
-            self.close(old.reservation, parts, now, self.horizon(parts, now))
+            stretches = self.stretches(old.reservation)
+            self.close(old.reservation, stretches, now, self.horizon(stretches, now))
         else:
             change(Reservation, old.reservation, **wish.columns(*STORED), changed=int(now), over=wish.end)
 
@@ -4451,7 +4846,7 @@ class Reservations:
     def grows(self, old, place, begin: int, until: int, amount: Amount) -> bool:
         """Whether a change wants anything that an occurrence doesn't hold."""
         return not (place.id == old.resource_id and old.held_from <= begin and until <= old.held_until
-                    and amount.within(Amount(old.vms, old.vcpus, old.ram)))
+                    and amount.within(amount_of(old)))
 
     def cancel(self, found: list, now: float, why: str = '', ends: bool = False) -> None:
         """Cancels occurrences of one reservation: what they held from now on is free; inside a transaction.
@@ -4462,11 +4857,11 @@ class Reservations:
         first = found[0]
         for each in found:
             until = min(max(int(now), each.held_from), each.held_until)
-            release(each.resource_id, until, each.held_until, Amount(each.vms, each.vcpus, each.ram))
+            release(each.resource_id, until, each.held_until, amount_of(each))
             change(Occurrence, each.id, cancelled=int(now), held_until=until, due=now, altered=True)
         if first.repeats and ends:
-            parts = parts_before(self.parts(first.reservation), min(each.slot for each in found))
-            change(Reservation, first.reservation, series=stored_parts(parts) if parts else '[]')
+            stretches = stretches_before(self.stretches(first.reservation), min(each.slot for each in found))
+            change(Reservation, first.reservation, series=stored_stretches(stretches) if stretches else '[]')
         if first.repeats and not ends:  # so that there is a next one
             self.reshape(first.reservation, self.carried_on(first), now, gentle=True, again=False)
         else:
@@ -4607,6 +5002,7 @@ class Reservations:
     # Approval and waiting
 
     @api('POST', '/reservation/<label>/approve', role=ADMIN)
+    @for_each_part
     def approve(self, label: Label, project: Name = '', dry_run: bool = False) -> dict:
         """Lets a pending reservation be.
 
@@ -4616,6 +5012,7 @@ class Reservations:
         return self.settle_pending(label, project, dry_run, 'approved')
 
     @api('POST', '/reservation/<label>/accept')
+    @for_each_part
     def accept(self, label: Label, project: Name = '', dry_run: bool = False) -> dict:
         """Takes the room that is held for a reservation of yours that had waited.
 
@@ -4637,6 +5034,7 @@ class Reservations:
             return public(self.occurrence(found.id))
 
     @api('POST', '/reservation/<label>/reject', role=ADMIN)
+    @for_each_part
     def reject(self, label: Label, reason: Text = '', project: Name = '', dry_run: bool = False) -> dict:
         """Refuses a pending reservation and frees what it held.
 
@@ -4651,38 +5049,61 @@ class Reservations:
             self.cancel(self.live(found), now, why, ends=True)
             return public(self.occurrence(found.id))
 
-    def line_up(self, wish: Wish, priority: int, confirm: timedelta | None, dry_run: bool) -> dict:
-        """Writes down a request that has no room now, and waits."""
-        if wish.parts:
+    def line_up(self, request: Request, now: float) -> dict:
+        """Writes down a request that has no room now, and waits; inside a transaction."""
+        if any(part[0].stretches for part in request.parts):
             raise Invalid('a series can not wait; --on-conflict skip takes the occurrences that fit')
-        with self.explaining(wish), self.writing(dry_run) as now:
-            if not wish.amount.within(self.most_ever(wish)):
-                raise NoCapacity('')
-            self.refuse_taken_label(wish, now)
-            self.refuse_beyond(wish, 0, now)
-            self.refuse_many_waiting(wish)
-            reservation = insert(Reservation, **wish.columns(*STORED), series='', origin='', added=int(now),
-                                 changed=int(now),
-                                 over=wish.end, waiting=int(now), priority=priority,
-                                 confirm=int((confirm or timedelta(0)).total_seconds()))
-            slot = Slot('', wish.start, wish.end, wish.vms, wish.resource.id)
-            self.write_occurrence(None, reservation, wish, slot, now, held_until=wish.held[0])
-            sentence = f'{wish.vms} vms on {wish.resource.name} are not free'
-            self.journal(now, 'waiting', sentence, reservation, wish.notify)
-            return self.answer(reservation, [], wish)
+        parts = [[wish for wish in part if wish.amount.within(self.most_ever(wish))] for part in request.parts]
+        for possible, part in zip(parts, request.parts):
+            if not possible:
+                with self.explaining(part[0]):
+                    raise NoCapacity('')
+        self.refuse_many_waiting(request.last)
+        return self.answer_all(request, [self.wait_for(part, request, now) for part in parts])
+
+    def wait_for(self, wishes: list[Wish], request: Request, now: float) -> tuple:
+        """Writes down one part of it, which waits for the first of some resources that has room."""
+        wish = wishes[0]
+        self.refuse_beyond(wish, 0, now)
+        choices = [[each.resource.id, each.each.vcpus, each.each.ram, dict(each.each.classes)] for each in wishes]
+        reservation = insert(Reservation, **wish.columns(*STORED), series='', origin='', added=int(now),
+                             changed=int(now), over=wish.end, waiting=int(now), priority=request.priority,
+                             confirm=request.confirm, request=request.name,
+                             choices=json.dumps(choices) if len(choices) > 1 else '')
+        slot = Slot('', wish.start, wish.end, wish.vms, wish.resource.id)
+        self.write_occurrence(None, reservation, wish, slot, now, held_until=wish.held[0])
+        self.journal(now, 'waiting', f"{wish.vms} vms on {' or '.join(each.resource.name for each in wishes[:20])} "
+                     'are not free', reservation, wish.notify)
+        return wish, reservation, []
+
+    def choices(self, found) -> Iterator[tuple]:
+        """The resources on one of which what waits can be, in order, and what it takes there."""
+        wanted = [(resource, Amount(1, vcpus, ram, tuple(sorted(classes.items()))) * found.vms)
+                  for resource, vcpus, ram, classes in json.loads(found.choices or '[]')]
+        for resource, amount in wanted or [(found.resource_id, amount_of(found))]:
+            if place := row('SELECT * FROM resource WHERE id = ? AND removed IS NULL', resource):
+                yield place, amount
+
+    def may_be_at(self, found, resource: int) -> bool:
+        """Whether what waits could be on a resource."""
+        return resource in [each[0] for each in json.loads(found.choices or '[]')] or resource == found.resource_id
 
     def most_ever(self, wish: Wish) -> Amount:
         """What a resource holds at most in the window of a wish, loans included, if nothing is booked."""
         begin, until = wish.held
-        loans = rows('SELECT held_vms, held_vcpus, held_ram FROM capacity WHERE resource_id = ? AND removed IS NULL '
-                     'AND start < ? AND "end" > ?', wish.resource.id, until, begin)
-        lent = [sum(max(-each[n], 0) for each in loans) for n in range(3)]
-        return Amount(*(None if most is None else most + more for most, more in zip(capacity(wish.resource), lent)))
+        most, lent = capacity(wish.resource), NOTHING
+        for each in rows('SELECT held_vms, held_vcpus, held_ram, held_classes FROM capacity WHERE resource_id = ? '
+                         'AND removed IS NULL AND start < ? AND "end" > ?', wish.resource.id, until, begin):
+            held = amount_of(each, 'held_')
+            lent -= Amount(*(min(figure, 0) for figure in held[:3]), tuple(one for one in held.classes if one[1] < 0))
+        return Amount(*(None if each is None else each + more for each, more in zip(most[:3], lent)),
+                      added(most, lent, 1))
 
     def refuse_many_waiting(self, wish: Wish) -> None:
         for limit in self.limits_for(wish):
             who, name = ('user', wish.user) if limit.user else ('project', wish.project)
-            waits = sum(getattr(each, who) == name for each in self.waiting_line(self.clock()))
+            waits = len({each.request or each.id for each in self.waiting_line(self.clock())
+                         if getattr(each, who) == name})
             if limit.waiting is not None and waits >= limit.waiting:
                 raise Conflict(f'the limit waiting of {name} is {limit.waiting}, and {waits} wait already',
                                limit='waiting', value=limit.waiting, passes=0)
@@ -4695,7 +5116,7 @@ class Reservations:
     def refuse_overtaking(self, place, begin: int, until: int, now: float) -> None:
         """Refuses to take, before one that has waited for long, room in its window."""
         for each in self.waiting_line(now) if row(ANY_WAITING) else ():
-            if (each.resource_id == place.id and now - each.waiting >= self.config.patience
+            if (self.may_be_at(each, place.id) and now - each.waiting >= self.config.patience
                     and each.held_from < until and each.end > begin):
                 raise NoCapacity(f"'{place.name}' is kept for a request of {each.vms} vms that waits since "
                                  f'{instant(each.waiting)}', waits_since=instant(each.waiting))
@@ -4703,33 +5124,56 @@ class Reservations:
     def admit_waiting(self, now: float) -> None:
         """Gives room that has become free to those that wait, and frees what waited for a word in vain."""
         kept: list = []
-        for each in self.waiting_line(now):
-            place = row('SELECT * FROM resource WHERE id = ?', each.resource_id)
-            amount, begin = Amount(each.vms, each.vcpus, each.ram), max(each.held_from, int(now))
-            behind = any(first.resource_id == each.resource_id and first.held_from < each.end
-                         and first.end > each.held_from
-                         for first in kept)
-            if behind or not fits(place, begin, each.end, amount):
-                kept += [each] if now - each.waiting >= self.config.patience else []
-                continue
+        for request in self.waiting_requests(now):
             try:
-                wish = self.carried_on(each)._replace(resource=place)
-                self.refuse_beyond(wish, each.reservation, now)
+                with db.atomic():
+                    for each in request:
+                        self.let_in(each, *self.room_for(each, kept, now), now)
+            except NoCapacity:
+                kept += request if now - request[0].waiting >= self.config.patience else []
             except Conflict:  # it was within a limit when it was asked for, and is not any more
                 continue
-            self.let_in(each, place, amount, now)
         for each in self.search([('r.pending <= ?', int(now)), (NOT_OVER, None), (NEXT_OF_ITS, None)]):
             self.cancel(self.live(each), now, 'nobody has accepted it in time' if each.confirm else
                         'nobody has approved it in time', ends=True)
+
+    def waiting_requests(self, now: float) -> list[list]:
+        """Those that wait, the parts of one request together."""
+        found: dict = defaultdict(list)
+        for each in self.waiting_line(now):
+            found[(each.project, each.request) if each.request else each.id].append(each)
+        return [*found.values()]
+
+    def room_for(self, found, kept: list, now: float) -> tuple:
+        """The first resource that has room for what waits, and what it takes there.
+
+        Args:
+          kept: those that wait for longer than `patience`, and come first in their windows
+
+        Raises:
+          Conflict: there is none; NoCapacity, if it is room that is missing.
+        """
+        begin, refusal = max(found.held_from, int(now)), NoCapacity('')
+        for place, amount in self.choices(found):
+            behind = any(self.may_be_at(first, place.id) and first.held_from < found.end and first.end > found.held_from
+                         for first in kept)
+            if not behind and fits(place, begin, found.end, amount):
+                try:
+                    wish = self.carried_on(found)._replace(resource=place, each=amount // found.vms)
+                    self.refuse_beyond(wish, found.reservation, now)
+                    return place, amount
+                except Conflict as error:
+                    refusal = error
+        raise refusal
 
     def let_in(self, found, place, amount: Amount, now: float) -> None:
         begin = max(found.held_from, int(now))
         hold(place.id, found.held_from, found.end, amount)
         pending = int(now) + (place.approval or found.confirm) if place.approval or found.confirm else None
-        change(Reservation, found.reservation, waiting=None, pending=pending, changed=int(now),
+        change(Reservation, found.reservation, waiting=None, pending=pending, changed=int(now), choices='',
                confirm=0 if place.approval else found.confirm)
-        change(Occurrence, found.id, held_until=found.end, due=min(begin, now))
-        whose = 'an admin must approve it' if place.approval else f'`accept {found.label}`'
+        change(Occurrence, found.id, resource=place.id, **stored(amount), held_until=found.end, due=min(begin, now))
+        whose = 'an admin must approve it' if place.approval else f'`accept {found.request or found.label}`'
         asks = f'there is room; {whose} until {instant(pending)}' if pending else ''
         code, sentence = ('pending', asks) if pending else (
             'admitted', f'{found.vms} vms on {place.name}, after {format_duration(int(now) - found.waiting)}')
@@ -4739,7 +5183,8 @@ class Reservations:
 
     @api('POST', '/resource/<name>/capacity', role=ADMIN)
     def resource_capacity(self, name: Label, start: When, end: When, vms: Most = None, vcpus: Most = None,
-                          ram: Most = None, reason: Text = '', then: Name = 'notify', dry_run: bool = False) -> dict:
+                          ram: Most = None, classes: Classes = None, reason: Text = '', then: Name = 'notify',
+                          dry_run: bool = False) -> dict:
         """Gives a resource another capacity from START to END: a loan of nodes, or less for a while.
 
         What is booked there and no longer fits is left and its owner told (--then notify), moved to
@@ -4748,9 +5193,9 @@ class Reservations:
         Example:
           python cmres.py resource capacity demo --from 2027-03-01 --to 2027-03-08 --vms 4 --dry-run
         """
-        if vms is vcpus is ram is None:
-            raise Invalid('say how much there is: --vms, --vcpus or --ram')
-        most = Amount(vms, vcpus, ram)
+        if vms is vcpus is ram is None and not classes:
+            raise Invalid('say how much there is: --vms, --vcpus, --ram or --classes')
+        most = Amount(vms, vcpus, ram, tuple(sorted((classes or {}).items())))
         return self.change_capacity(name, start, end, most, reason or 'another capacity', then, dry_run)
 
     @api('POST', '/maintenance/', role=ADMIN)
@@ -4761,7 +5206,7 @@ class Reservations:
         Example:
           python cmres.py maintenance add demo 2027-03-01T08:00 +4h --reason 'new disks' --then move --dry-run
         """
-        return self.change_capacity(resource, start, end, Amount(0, 0, 0), reason or 'maintenance', then, dry_run)
+        return self.change_capacity(resource, start, end, None, reason or 'maintenance', then, dry_run)
 
     @api('GET', '/maintenance/')
     def maintenance_list(self, resource: Label = '') -> Rows:
@@ -4770,8 +5215,8 @@ class Reservations:
         Example:
           python cmres.py maintenance list
         """
-        found = rows('SELECT c.id, s.name AS resource, c.start, c.end, c.vms, c.vcpus, c.ram, c.reason FROM capacity c '
-                     'JOIN resource s ON s.id = c.resource_id WHERE c.removed IS NULL AND c.end > ? '
+        found = rows('SELECT c.id, s.name AS resource, c.start, c.end, c.vms, c.vcpus, c.ram, c.classes, c.reason '
+                     'FROM capacity c JOIN resource s ON s.id = c.resource_id WHERE c.removed IS NULL AND c.end > ? '
                      f"{'AND s.name = ?' if resource else ''} ORDER BY c.start", int(self.clock()),
                      *([resource] if resource else []))
         return [public(each) for each in found]
@@ -4787,12 +5232,13 @@ class Reservations:
             found = row('SELECT * FROM capacity WHERE id = ? AND removed IS NULL', id)
             if not found:
                 raise NotFound(f'there is no maintenance {id}')
-            release(found.resource_id, found.start, found.end, Amount(found.held_vms, found.held_vcpus, found.held_ram))
+            release(found.resource_id, found.start, found.end, amount_of(found, 'held_'))
             change(Capacity, id, removed=int(now))
             self.journal(now, 'resource', f'called off {found.reason} {id}')
             return {'id': id, 'reason': found.reason}
 
-    def change_capacity(self, name: str, start, end, most: Amount, reason: str, then: str, dry_run: bool) -> dict:
+    def change_capacity(self, name: str, start, end, most: Amount | None, reason: str, then: str,
+                        dry_run: bool) -> dict:
         if then not in THEN:
             raise Invalid(f"then: '{then}' is none of {', '.join(THEN)}{nearest(then, THEN)}")
         with self.writing(dry_run) as now:
@@ -4800,13 +5246,14 @@ class Reservations:
             begin, until = self.resolve(start, end)
             if until <= now:
                 raise Invalid(f'the end {to_plain(instant(until))} is not in the future')
+            most = most or Amount(0, 0, 0, tuple((name, 0) for name in capacity(place).names))
             held = self.difference(place, most)
             if held == NOTHING:
                 raise Conflict(f"'{name}' has no limit that this would change; set one with: "
                                f'resource update {name} --vms N')
             hold(place.id, begin, until, held)
-            id = insert(Capacity, resource=place.id, start=begin, end=until, **in_figures(most), held_vms=held.vms,
-                        held_vcpus=held.vcpus, held_ram=held.ram, reason=reason, added=int(now), removed=None)
+            id = insert(Capacity, resource=place.id, start=begin, end=until, **stored(most), **stored(held, 'held_'),
+                        reason=reason, added=int(now), removed=None)
             hit = [self.make_room(each, f'{reason} on {name} from {instant(begin)} to {instant(until)}', then, now)
                    for each in self.homeless(place, max(begin, int(now)), until)]
             self.journal(now, 'resource', f"{reason} on '{name}' from {instant(begin)} to {instant(until)}")
@@ -4815,17 +5262,20 @@ class Reservations:
 
     def difference(self, place, most: Amount) -> Amount:
         """What must be held so that a resource has another capacity; an unlimited figure stays so."""
-        return Amount(*(0 if always is None or wanted in (None, UNLIMITED) else always - wanted
-                        for always, wanted in zip(capacity(place), most)))
+        always = capacity(place)
+        return Amount(*(0 if each is None or wanted in (None, UNLIMITED) else each - wanted
+                        for each, wanted in zip(always[:3], most)),
+                      tuple((name, each - dict(most.classes).get(name, each)) for name, each in always.classes
+                            if dict(most.classes).get(name, each) not in (UNLIMITED, each)))
 
     def rehold_changes(self, place, now: float) -> None:
         """Lets changes of capacity be what they were meant to be, after the capacity itself has changed."""
         for each in rows('SELECT * FROM capacity WHERE resource_id = ? AND removed IS NULL AND "end" > ?',
                          place.id, int(now)):
-            held = self.difference(place, Amount(each.vms, each.vcpus, each.ram))
-            release(place.id, each.start, each.end, Amount(each.held_vms, each.held_vcpus, each.held_ram))
+            held = self.difference(place, amount_of(each))
+            release(place.id, each.start, each.end, amount_of(each, 'held_'))
             hold(place.id, each.start, each.end, held)
-            change(Capacity, each.id, held_vms=held.vms, held_vcpus=held.vcpus, held_ram=held.ram)
+            change(Capacity, each.id, **stored(held, 'held_'))
 
     def make_room(self, found, why: str, then: str, now: float) -> dict:
         """Moves or cancels an occurrence for which there is no room any more, or only tells its owner."""
@@ -4844,7 +5294,7 @@ class Reservations:
         """Moves an occurrence that has not begun to another resource of its cloud, else to later: where it is now."""
         if now >= found.held_from or found.server:
             return None
-        amount, need = Amount(found.vms, found.vcpus, found.ram), found.held_until - found.held_from
+        amount, need = amount_of(found), found.held_until - found.held_from
         here = row('SELECT * FROM resource WHERE id = ?', found.resource_id)
         release(here.id, found.held_from, found.held_until, amount)
         others = [each for each in self.places() if each.cloud == here.cloud and each.id != here.id]
@@ -4925,11 +5375,12 @@ class Reservations:
             change(Occurrence, old.id, slot=to_wall(instant(old.start), read_zone(wish.tz)).isoformat())
         if old.altered and named:
             change(Occurrence, old.id, altered=False)
-        change(Reservation, old.reservation, **wish.columns(*STORED), series=stored_parts(wish.parts), changed=int(now))
+        change(Reservation, old.reservation, **wish.columns(*STORED), series=stored_stretches(wish.stretches),
+               changed=int(now))
         return self.reshape(old.reservation, wish, now) if moves else []
 
     def reshape(self, reservation: int, wish: Wish, now: float, gentle: bool = False, again: bool = True) -> list[dict]:
-        """Makes the occurrences of a series what its parts want, as far as the horizon; inside a transaction.
+        """Makes the occurrences of a series what its stretches want, as far as the horizon; inside a transaction.
 
         First all that changes is released, then each is held where it is wanted, or what --on-conflict
         says is done. What has begun keeps its start; what was changed, left out or skipped on its own
@@ -4944,8 +5395,9 @@ class Reservations:
         """
         there = rows('SELECT * FROM occurrence WHERE reservation_id = ? ORDER BY start', reservation)
         skipped = {old.slot for old in there if old.cancelled is not None and old.altered}
-        horizon = self.horizon(wish.parts, now, skipped)
-        wanted = {slot.key: slot for slot in all_slots(wish.parts, self.earliest(there, wish.parts, now), horizon)}
+        horizon = self.horizon(wish.stretches, now, skipped)
+        earliest = self.earliest(there, wish.stretches, now)
+        wanted = {slot.key: slot for slot in all_slots(wish.stretches, earliest, horizon)}
         done, todo = [], []
         for old in there:
             slot = wanted.pop(old.slot, None)
@@ -4957,25 +5409,25 @@ class Reservations:
                 done.append(told(old, 'cancelled'))
             elif slot and self.differs(old, slot, wish):
                 if old.cancelled is None:
-                    release(old.resource_id, old.held_from, old.held_until, Amount(old.vms, old.vcpus, old.ram))
+                    release(old.resource_id, old.held_from, old.held_until, amount_of(old))
                 todo.append((slot, old))
             elif slot and old.cancelled is None:
                 done.append(told(old, 'unchanged'))
         todo += [(slot, None) for slot in wanted.values() if slot.end > now]
         done += self.place_all(reservation, wish, sorted(todo, key=lambda each: each[0].start), now)
-        self.close(reservation, wish.parts, now, horizon)
+        self.close(reservation, wish.stretches, now, horizon)
         return sorted(done, key=lambda each: each['start'])
 
-    def earliest(self, there: list, parts: list[Part], now: float) -> float:
+    def earliest(self, there: list, stretches: list[Stretch], now: float) -> float:
         """From when on slots must be known: one that was moved to later has been planned for earlier."""
-        moved = [from_wall(datetime.fromisoformat(old.slot), read_zone(parts[0].zone)).timestamp()
-                 for old in there if old.slot and old.end > now and parts]
-        return min([now, *moved]) - max((abs(part.shift) for part in parts), default=0) - 86400
+        moved = [from_wall(datetime.fromisoformat(old.slot), read_zone(stretches[0].zone)).timestamp()
+                 for old in there if old.slot and old.end > now and stretches]
+        return min([now, *moved]) - max((abs(stretch.shift) for stretch in stretches), default=0) - 86400
 
-    def horizon(self, parts: list[Part], now: float, skipped: Iterable[str] = ()) -> int:
+    def horizon(self, stretches: list[Stretch], now: float, skipped: Iterable[str] = ()) -> int:
         """Until when a series is in rows: at least its next occurrence is."""
-        following = [next((slot.start + 1 for slot in slots(part, now, LAST.timestamp()) if slot.key not in skipped), 0)
-                     for part in parts]
+        following = [next((slot.start + 1 for slot in slots(stretch, now, LAST.timestamp())
+                           if slot.key not in skipped), 0) for stretch in stretches]
         return max(int(now) + self.config.horizon * 86400, min(filter(None, following), default=0))
 
     def settled(self, old, slot: Slot | None, wish: Wish, now: float, gentle: bool, again: bool) -> Slot | None:
@@ -4992,14 +5444,14 @@ class Reservations:
         return slot
 
     def differs(self, old, slot: Slot, wish: Wish) -> bool:
-        return old.cancelled is not None or (old.start, old.end, old.resource_id, old.vms, old.vcpus, old.ram) != (
-            slot.start, slot.end, slot.resource, *(wish.each * slot.vms)) or (
+        return old.cancelled is not None or (old.start, old.end, old.resource_id, *amount_of(old)) != (
+            slot.start, slot.end, slot.resource, *wish.takes(slot.vms)) or (
             slot.start - wish.lead != old.held_from and not old.altered)
 
     def give_up(self, old, now: float) -> None:
         """Takes an occurrence out of its series."""
         until = min(max(int(now), old.held_from), old.held_until)
-        release(old.resource_id, until, old.held_until, Amount(old.vms, old.vcpus, old.ram))
+        release(old.resource_id, until, old.held_until, amount_of(old))
         change(Occurrence, old.id, cancelled=int(now), held_until=until, due=now)
 
     def place_all(self, reservation: int, wish: Wish, todo: list, now: float) -> list[dict]:
@@ -5015,7 +5467,7 @@ class Reservations:
                 refused.append((slot, error))
         if refused:
             slot, error = refused[0]
-            zone = read_zone(wish.parts[0].zone)
+            zone = read_zone(wish.stretches[0].zone)
             raise NoCapacity(
                 f"{len(refused)} of {len(todo)} occurrences do not fit, so nothing was changed; the first from "
                 f"{format_time(instant(slot.start), zone)}: {error}. Take the others with --on-conflict skip",
@@ -5033,7 +5485,7 @@ class Reservations:
             raise Conflict('the resource of the series is not there any more; move it to another with --resource')
         if old and slot.start != old.start and slot.start < now - PATIENCE:
             raise Conflict(f'the occurrence of {instant(old.start)} would begin in the past, {instant(slot.start)}')
-        one = wish._replace(resource=place, start=slot.start, end=slot.end, vms=slot.vms, parts=[])
+        one = wish._replace(resource=place, start=slot.start, end=slot.end, vms=slot.vms, stretches=[])
         begin = min(old.held_from, slot.start) if old and old.start == slot.start and old.start <= now else one.held[0]
         keep = {'told': 0, 'altered': old.altered} if old and old.start != slot.start else {}
         revived = {'cancelled': None} if old and old.cancelled is not None else {}
@@ -5063,7 +5515,7 @@ class Reservations:
                                   cancelled=None)
             return told(shifted, 'shifted', why)
         if old and old.cancelled is None:  # it stays where it was, if that is still free or it has begun
-            before = Amount(old.vms, old.vcpus, old.ram)
+            before = amount_of(old)
             place = row('SELECT * FROM resource WHERE id = ?', old.resource_id)
             if old.held_from <= now or fits(place, max(old.held_from, int(now)),
                     old.held_until, before):
@@ -5086,9 +5538,9 @@ class Reservations:
             return slot._replace(start=at + one.lead, end=at + need)
         return None
 
-    def close(self, reservation: int, parts: list[Part], now: float, horizon: int = 0) -> None:
+    def close(self, reservation: int, stretches: list[Stretch], now: float, horizon: int = 0) -> None:
         """Writes until when a reservation's label is taken, and how far a series is in rows."""
-        on = goes_on(parts, horizon)
+        on = goes_on(stretches, horizon)
         last = row('SELECT max("end") AS last FROM occurrence WHERE reservation_id = ? AND cancelled IS NULL',
                    reservation).last
         change(Reservation, reservation, changed=int(now), booked_until=horizon if on else None,
@@ -5115,11 +5567,11 @@ class Reservations:
 
     def homeless(self, place, begin: int, until: int) -> list:
         """Of the occurrences where more is held than there is, as many of the latest added as must go."""
-        levels = list(steps(place.id, begin, until))
+        levels = list(steps(place.id, begin, until, capacity(place).names))
         over = {at: held for at, held in levels if not held.within(capacity(place))}
         ends = {at: after for (at, _), (after, _) in zip(levels, [*levels[1:], (until, NOTHING)])}
         found = []
-        held = rows('SELECT id, held_from, held_until, vms, vcpus, ram FROM occurrence WHERE resource_id = ? '
+        held = rows('SELECT id, held_from, held_until, vms, vcpus, ram, classes FROM occurrence WHERE resource_id = ? '
                     'AND due IS NOT NULL AND held_until > ? AND held_from < ? AND held_until > held_from '
                     'ORDER BY id DESC',
                     place.id, begin, until) if over else []
@@ -5128,7 +5580,7 @@ class Reservations:
             if any(not over[at].within(capacity(place)) for at in touched):
                 found.append(each.id)
                 for at in touched:
-                    over[at] -= Amount(each.vms, each.vcpus, each.ram)
+                    over[at] -= amount_of(each)
         return [self.occurrence(id) for id in found]
 
     # What to say when something doesn't fit
@@ -5155,25 +5607,29 @@ class Reservations:
                 raise
             with transaction(keep=False) if old else nullcontext():
                 if old:  # it is not in its own way
-                    release(old.resource_id, old.held_from, old.held_until, Amount(old.vms, old.vcpus, old.ram))
+                    release(old.resource_id, old.held_from, old.held_until, amount_of(old))
                 wish = wish._replace(resource=self.resource_row(wish.resource.name))
                 raise NoCapacity(self.why_not(wish), **self.in_the_way(wish, old), **self.would_fit(wish)) from None
 
     def why_not(self, wish: Wish) -> str:
         begin, until = wish.held
-        most = capacity(wish.resource)
-        used = peak(wish.resource.id, max(begin, int(self.clock())), until)
-        lacking = [name for name, limit, held, need in zip(Amount._fields, most, used, wish.amount)
-                   if limit is not None and held + need > limit]
+        amount, limits = wish.amount, capacity(wish.resource)
+        held = peak(wish.resource.id, max(begin, int(self.clock())), until, amount.names)
+        most, used, needs = in_figures(limits), in_figures(held), in_figures(amount)
+        most |= {name: limits.most(name) for name in amount.names}
+        lacking = [name for name, need in needs.items()
+                   if most[name] is not None and used.get(name, 0) + need > most[name]]
         if not lacking:  # somebody has just given something back
             return f"'{wish.resource.name}' was full a moment ago; try again"
-        figure = min(lacking, key=lambda name: getattr(wish.amount, name) <= getattr(most, name))
-        limit, need = getattr(most, figure), getattr(wish.amount, figure)
+        figure = min(lacking, key=lambda name: needs[name] <= most[name])
+        limit, need, zone = most[figure], needs[figure], self.config.zone
         unit = 'MiB of ram' if figure == 'ram' else figure
+        if figure.startswith(HOST):
+            return (f"the host '{wish.host}' is reserved already between {format_time(instant(begin), zone)} "
+                    f'and {format_time(instant(until), zone)}')
         if need > limit:
             return f"'{wish.resource.name}' holds at most {limit} {unit}; {need} are asked for"
-        zone = self.config.zone
-        return (f"'{wish.resource.name}' has {max(limit - getattr(used, figure), 0)} of {limit} {unit} free from "
+        return (f"'{wish.resource.name}' has {max(limit - used.get(figure, 0), 0)} of {limit} {unit} free from "
                 f'{format_time(instant(begin), zone)} to {format_time(instant(until), zone)}; {need} are asked for')
 
     def in_the_way(self, wish: Wish, old) -> dict:
@@ -5200,10 +5656,11 @@ class Reservations:
             if last - first >= need:
                 offers['next_start'] = instant(int(first) + wish.lead)
                 break
-        used = peak(place.id, begin, until)
-        rooms = [(limit - held) // need_each for limit, held, need_each in zip(capacity(place), used, wish.each)
-                 if limit is not None and need_each]
-        if rooms and 0 < min(rooms) < wish.vms:
+        most, used = capacity(place), peak(place.id, begin, until, amount.names)
+        left = {name: most.most(name) - held for name, held in used.classes if most.most(name) is not None} | {
+                name: limit - held for name, limit, held in zip(FIGURES, most, used) if limit is not None}
+        rooms = [left[name] // need for name, need in in_figures(wish.each).items() if need and name in left]
+        if rooms and not wish.whole and 0 < min(rooms) < wish.vms:
             offers['most_vms'] = min(rooms)
         return {name: offer for name, offer in offers.items() if self.holds_true(wish, name, offer)}
 
@@ -6341,8 +6798,11 @@ class ReservationFilter(_nova.BaseHostFilter if _nova else object):
         resources = sorted(set().union(*(names for _, names in marks)))
         verdicts = self.ask(resources, spec) if resources and not self.is_rebuild(spec) else {}
         for host, names in marks:
-            if all(verdicts.get(name, True) for name in names):
+            if all(self.lets(verdicts.get(name, True), host) for name in names):
                 yield host
+
+    def lets(self, verdict: bool | list, host) -> bool:
+        return host.host in verdict if isinstance(verdict, list) else verdict
 
     def marks(self, host) -> set[str]:
         return {each.metadata['cmres'] for each in host.aggregates if each.metadata.get('cmres')}
@@ -6351,22 +6811,25 @@ class ReservationFilter(_nova.BaseHostFilter if _nova else object):
         return bool(spec.obj_attr_is_set('scheduler_hints') and 'rebuild' in (
             (spec.scheduler_hints or {}).get('_nova_check_type') or []))
 
-    def ask(self, resources: list[str], spec) -> dict[str, bool]:
-        """Whether each resource may be booted on; what is refused is logged with its reason."""
+    def ask(self, resources: list[str], spec) -> dict[str, bool | list]:
+        """Whether each resource may be booted on, or on which of its hosts; a refusal is logged with its reason."""
         settings = nova_settings()
         hints = (spec.scheduler_hints or {}) if spec.obj_attr_is_set('scheduler_hints') else {}
         label = (hints.get('cmres') or [''])[0]
         try:
             answer = Client(settings.url, settings.token, settings.timeout).claim(
                 spec.instance_uuid, resources, spec.project_id, spec.user_id or '', spec.flavor.vcpus,
-                spec.flavor.memory_mb, label)
+                spec.flavor.memory_mb, dict(classes_of(self.extra_specs(spec.flavor))), label)
         except Error as error:
             log.warning('cmres does not answer, so its hosts are %s: %s', settings.when_down, error)
             return dict.fromkeys(resources, settings.when_down == 'open')
         for each in answer:
             if not each['passes']:
                 log.info('%s may not boot on %s: %s', spec.instance_uuid, each['resource'], each['why'])
-        return {each['resource']: each['passes'] for each in answer}
+        return {each['resource']: each['passes'] and (each['hosts'] or True) for each in answer}
+
+    def extra_specs(self, flavor) -> dict:
+        return flavor.extra_specs if flavor.obj_attr_is_set('extra_specs') and flavor.extra_specs else {}
 
 
 # Command line ################################################################
@@ -6477,7 +6940,7 @@ def tick(config: Config) -> None:
     LifeCycle(config, service.clouds).settle()
 
 
-WORDS |= {'host': 'address to listen on', 'port': 'port to listen on; 0 takes a free one',
+WORDS |= {'port': 'port to listen on; 0 takes a free one',
           'noscheduler': 'leave the life cycle to another process'}
 
 
@@ -6686,10 +7149,23 @@ def command_path(tree: Group, argv: list[str]) -> tuple[list[str], Any]:
     return path, here
 
 
+def joined_flags(operation: Operation, words: list[str]) -> list[str]:
+    """The words after a command, those of a list that come under one flag again and again with commas between."""
+    rest, lists, each = [], {}, iter(words)
+    for word in each:
+        flag, equals, value = word.partition('=')
+        kind = operation.parameters.get(flag[2:].replace('-', '_')) if flag.startswith('--') else None
+        if kind and kind.annotation in (Names, Parts, Hosts):
+            lists.setdefault(flag, []).append(value if equals else next(each, ''))
+        else:
+            rest.append(word)
+    return rest + [f"{flag}={','.join(values)}" for flag, values in lists.items()]
+
+
 def plain_flags(operation: Operation, words: list[str]) -> list[str]:
     """The words after a command, flags checked, and `--flag` of a yes-or-no argument closed by its value."""
     plain = []
-    for word in words:
+    for word in joined_flags(operation, words):
         flag, equals, _ = word.partition('=')
         name = flag[2:].replace('-', '_')
         off = name.removeprefix('no')

@@ -391,14 +391,26 @@ def test_a_description_may_be_a_dash(app):
 def brute_force_peak(held: dict, begin: int, until: int) -> tuple:
     """The greatest sums held at any instant of a window, from nothing but the list of what is held."""
     instants = [begin, *(at for b, u, _ in held.values() for at in (b, u) if begin <= at < until)]
-    return tuple(max(sum(amount[i] for b, u, amount in held.values() if b <= at < u) for at in instants)
-                 for i in range(3))
+    def used(at):
+        figures = [(*amount[:3], dict(amount.classes).get('CUSTOM_GPU', 0))
+                   for b, u, amount in held.values() if b <= at < u]
+        return [sum(each) for each in zip((0, 0, 0, 0), *figures)]
+    return tuple(map(max, zip(*map(used, instants))))
+
+
+def brute_force_windows(held: dict, begin: int, until: int, need: tuple) -> tuple:
+    """The runs of seconds at which there is room."""
+    def room(at):
+        return all(used + more <= most for used, more, most in zip(
+            brute_force_peak(held, at, at + 1), need, (12, 30, 60, 9 if need[3] else 10**9)))
+    free = [at for at in range(begin, until) if room(at)]
+    return tuple((at, next(end for end in range(at, until + 1) if end not in free)) for at in free if at - 1 not in free)
 
 
 def test_steps_agree_with_brute_force_over_thousands_of_random_changes(world):
     """THE RULE against a model that looks at every instant; refusals and the kept usage as well."""
     chance, held, refused = random.Random(20), {}, 0
-    place = world.service.resource_row('demo')._replace(vms=12, vcpus=30, ram=60)
+    place = world.service.resource_row('demo')._replace(vms=12, vcpus=30, ram=60, classes='{"CUSTOM_GPU": 9}')
     for turn in range(4000):
         if held and chance.random() < 0.45:
             begin, until, amount = held.pop(chance.choice(list(held)))
@@ -406,10 +418,16 @@ def test_steps_agree_with_brute_force_over_thousands_of_random_changes(world):
                 cmres.release(place.id, begin, until, amount)
             continue
         begin = chance.randrange(200)
-        until, amount = begin + chance.randrange(1, 60), Amount(*(chance.randrange(1, n) for n in (6, 15, 30)))
+        gpus = chance.choice((0, 0, 1, 2, 5))
+        until, amount = begin + chance.randrange(1, 60), Amount(
+            *(chance.randrange(1, n) for n in (6, 15, 30)), (('CUSTOM_GPU', gpus),) if gpus else ())
         peak = brute_force_peak(held, begin, until)
-        room = all(used + need <= most for used, need, most in zip(peak, amount, (12, 30, 60)))
-        assert tuple(cmres.peak(place.id, begin, until)) == peak
+        room = all(used + need <= most for used, need, most in zip(
+            peak, (*amount[:3], gpus), (12, 30, 60, 9 if gpus else 10**9)))
+        found = cmres.peak(place.id, begin, until, ['CUSTOM_GPU'])
+        assert (*found[:3], found.classes[0][1]) == peak
+        assert tuple(cmres.free_windows(place, amount, begin, until)) == brute_force_windows(
+            held, begin, until, (*amount[:3], gpus))
         try:
             with cmres.transaction():
                 cmres.admit(place, begin, until, amount, now=0)
@@ -1443,7 +1461,8 @@ def test_a_delete_by_filter_counts_all_that_it_hits(service):
                                           'FROM reservation WHERE id = 1', [(n, f'r{n}', end) for n in many])
         cmres.db.connection().executemany(
             'INSERT INTO occurrence (id, reservation_id, resource_id, start, "end", held_from, held_until, vms, '
-            f"vcpus, ram, due, told, slot, altered, revision, revised) VALUES ({','.join('?' * 11)}, 0, '', 0, 0, 0)", held)
+            f"vcpus, ram, due, told, slot, altered, revision, revised, classes) VALUES ({','.join('?' * 11)}, "
+            "0, '', 0, 0, 0, '')", held)
     with pytest.raises(Conflict, match='this would cancel 10001 reservations'):
         service.delete(user='eva')
 
@@ -1509,7 +1528,7 @@ def test_generate_adds_random_reservations_that_fit_and_the_same_for_a_seed(serv
 @pytest.mark.parametrize('damage', [
     'UPDATE step SET vms = vms + 1 WHERE at = (SELECT min(at) FROM step)',
     'UPDATE step SET ram = 1', 'DELETE FROM step WHERE at = (SELECT max(at) FROM step)', 'DELETE FROM step',
-    "INSERT INTO step (resource_id, at, vms, vcpus, ram) VALUES (1, 5, 0, 0, 0)",
+    "INSERT INTO step (resource_id, track, at, vms, vcpus, ram) VALUES (1, '', 5, 0, 0, 0)",
     'UPDATE occurrence SET vms = vms + 1 WHERE id = 1', 'UPDATE occurrence SET held_until = held_until - 1'])
 def test_check_sees_every_difference_between_usage_and_occurrences(service, damage):
     book(service, 'a', 1, 3)
@@ -1936,7 +1955,7 @@ def test_a_series_is_what_dateutil_makes_of_its_rule_by_the_clocks_of_its_zone(
     assert [(each['start'], each['end']) for each in answer['occurrences']] == wanted
     assert (answer['start'], answer['end']) == wanted[0]
     assert set(outcomes(answer)) == {'booked'}
-    part = cmres.Part(first.isoformat(), minutes * 60, name, 1, 1, answer['repeat'])
+    part = cmres.Stretch(first.isoformat(), minutes * 60, name, 1, 1, answer['repeat'])
     assert [(cmres.instant(slot.start), cmres.instant(slot.end)) for slot in
             cmres.all_slots([part], now.timestamp(), horizon.timestamp())] == wanted
 
@@ -4300,7 +4319,8 @@ def test_resource_sync_tells_differences_makes_resources_and_marks(world):
     assert dump() == before
     assert world.service.resource_sync('simulated', ['gpu'], mode='shared') == dry
     assert {each['what']: each['after'] for each in dry} == {
-        'vcpus': 32, 'ram': 131072, 'hosts': '["gpu-1", "gpu-2"]', 'mode': 'shared', 'mark': 'gpu'}
+        'vcpus': 32, 'ram': 131072, 'classes': '{"CUSTOM_GPU": 8}', 'hosts': '["gpu-1", "gpu-2"]', 'mode': 'shared',
+        'mark': 'gpu'}
     assert world.service.resource_sync('simulated') == []
     world.service.resource_update('gpu', vcpus=8)
     assert [(each['before'], each['after']) for each in world.service.resource_sync('simulated')] == [(8, 32)]
@@ -4545,6 +4565,451 @@ def test_eight_at_once_that_add_wait_and_cancel_never_overbook(world):
     world.cycle.settle()
     assert world.service.check()['differences'] == 0
     assert all(each.vms <= 16 for each in cmres.rows('SELECT * FROM step'))
+
+
+LINER = """
+import random, sys
+import cmres
+path, process = sys.argv[1], int(sys.argv[2])
+cmres.open_store(path)
+config = cmres.Config(database=path, patience=float(sys.argv[3]))
+now = [float(sys.argv[4])]
+service = cmres.Reservations(config, cmres.Clouds(config), cmres.Actor('u', 'p', 'admin'), lambda: now[0])
+chance, mine = random.Random(process), []
+start = service.here.now + cmres.timedelta(hours=1)
+for n in range(30):
+    label = f'r-{process}-{n}'
+    try:
+        service.add(label, 'ten', start, cmres.timedelta(hours=1), vms=chance.randint(1, 5), wait=chance.random() < 0.8,
+                    priority=chance.randint(0, 2))
+        mine.append(label)
+    except cmres.NoCapacity:
+        pass
+    here = [each for each in mine if chance.random() < 0.9 and service.list(each)[0]['state'] == 'reserved']
+    if here:
+        service.delete(here[0])
+        mine.remove(here[0])
+    with cmres.transaction():
+        service.admit_waiting(now[0])
+print('done')
+"""
+
+
+@pytest.mark.parametrize('patience', [0, 1000])
+def test_eight_processes_that_add_wait_and_cancel_admit_nobody_out_of_order(world, patience):
+    """The journal is replayed: whoever was let in came before all that waited and would have fitted."""
+    world.service.resource_add('ten', vms=10)
+    crowd = [subprocess.Popen([sys.executable, '-c', LINER, world.config.database, str(n), str(patience), str(world.now)],
+                              cwd=MODULE.parent, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+             for n in range(8)]
+    for each in crowd:
+        out, err = each.communicate(timeout=120)
+        assert out == 'done\n', err
+    asked = {each.label: (-each.priority, each.id, each.vms) for each in cmres.rows(
+        'SELECT r.label, r.priority, r.id, o.vms FROM reservation r JOIN occurrence o ON o.reservation_id = r.id')}
+    held, line, let_in = {}, {}, 0
+    for code, label in cmres.run('SELECT e.code, r.label FROM event e JOIN reservation r ON r.id = e.reservation_id '
+                                 'ORDER BY e.id'):
+        free = 10 - sum(held.values())
+        if code == 'waiting':
+            line[label] = asked[label]
+        elif code == 'released':
+            held.pop(label, None), line.pop(label, None)
+        elif code in ('added', 'admitted'):
+            first = [other for other in line if code == 'admitted' and line[other] < asked[label]]
+            assert all(asked[other][2] > free for other in first), f'{label} came before {first}'
+            assert patience or not (line if code == 'added' else first), f'{label} overtook {line}'
+            line.pop(label, None)
+            held[label] = asked[label][2]
+            let_in += code == 'admitted'
+        assert sum(held.values()) <= 10
+    assert let_in > 20 and world.service.check()['differences'] == 0
+
+
+# Parts, hosts and resource classes
+
+
+def regions(world, **vms):
+    for name, most in vms.items():
+        world.service.resource_add(name, cloud='simulated', region=name[0], vms=most)
+
+
+def test_parts_are_reserved_together_and_answered_one_by_one(world):
+    regions(world, gpu=2, cpu=20)
+    answer = book(world.as_user(), 'exam', resource='-', part=[{'resource': 'gpu', 'vms': 2}, {'resource': 'cpu', 'vms': 5}])
+    assert answer['label'] == 'exam'
+    assert [(each['label'], each['resource'], each['vms'], each['request']) for each in answer['parts']] == [
+        ('exam-1', 'gpu', 2, 'exam'), ('exam-2', 'cpu', 5, 'exam')]
+    assert labels(world.as_user().list('exam')) == ['exam-1', 'exam-2']
+    assert world.as_user().show('exam')['parts'][1]['state'] == 'reserved'
+    assert {each['label'] for each in world.as_user().events('exam')} == {'exam-1', 'exam-2'}
+
+
+def test_parts_are_reserved_all_or_none(world):
+    regions(world, gpu=2, cpu=20)
+    before = [each for each in dump() if 'event' not in each]
+    with pytest.raises(NoCapacity, match="'gpu' holds at most 2 vms; 3 are asked for"):
+        book(world.as_user(), 'exam', resource='-', part='cpu:5,gpu:3'.split(','))
+    assert [each for each in dump() if 'event' not in each] == before
+
+
+def test_parts_on_one_resource_count_together(world):
+    regions(world, gpu=5)
+    with pytest.raises(NoCapacity, match="'gpu' has 2 of 5 vms free") as refusal:
+        book(world.as_user(), 'exam', resource='-', part=['gpu:3', 'gpu:3'])
+    assert refusal.value.details['most_vms'] == 2
+    assert len(book(world.as_user(), 'exam', resource='-', part=['gpu:3', 'gpu:2'])['parts']) == 2
+
+
+@pytest.mark.parametrize('seed', range(6))
+def test_parts_take_the_first_resources_that_fit_all_of_them(tmp_path_factory, seed):
+    """Against a search through all ways to spread the parts, in the order of names."""
+    chance, world = random.Random(seed), World(tmp_path_factory.mktemp('p'))
+    names = {'a1': 6, 'a2': 4, 'b1': 5, 'b2': 7}
+    regions(world, **names)
+    held = []
+
+    def room(name, begin, until, vms, taken):
+        return all(sum(v for n, b, u, v in held + taken if n == name and b <= at < u) + vms <= names[name]
+                   for at in range(begin, until))
+
+    def spread(parts, begin, until, taken):
+        if not parts:
+            return taken
+        (choices, vms), *rest = parts
+        for name in choices:
+            if room(name, begin, until, vms, taken):
+                found = spread(rest, begin, until, [*taken, (name, begin, until, vms)])
+                if found is not None:
+                    return found
+        return None
+
+    refused = 0
+    for step in range(40):
+        begin = chance.randint(1, 8)
+        until, parts, asked = begin + chance.randint(1, 4), [], []
+        for _ in range(chance.randint(1, 3)):
+            vms, region, name = chance.randint(1, 5), chance.choice('ab'), chance.choice(sorted(names))
+            here = chance.random() < 0.5
+            parts.append(([name], vms) if here else (sorted(n for n in names if n[0] == region), vms))
+            asked.append({'resource': name, 'vms': vms} if here else {'resource': '-', 'region': region, 'vms': vms})
+        wanted = spread(parts, begin, until, [])
+        try:
+            found = book(world.service, f'r{step}', begin, until, resource='-', part=asked)
+            assert [(each['resource'], each['vms']) for each in found.get('parts', [found])] == [
+                (name, vms) for name, _, _, vms in wanted]
+            held += wanted
+        except NoCapacity:
+            assert wanted is None
+            refused += 1
+    assert refused > 3 and world.service.check()['differences'] == 0
+    cmres.close_store()
+
+
+@pytest.mark.parametrize('change', [
+    lambda service, dry: service.extend('exam', hours(1), dry_run=dry),
+    lambda service, dry: service.update('exam', start=NOON + hours(5), dry_run=dry),
+    lambda service, dry: service.delete('exam', dry_run=dry), lambda service, dry: service.skip('exam', dry_run=dry)])
+def test_what_is_said_of_a_request_is_done_to_each_part(world, change):
+    regions(world, gpu=2, cpu=20)
+    book(world.as_user(), 'exam', resource='-', part=['gpu:1', 'cpu:1'])
+    before = dump()
+    dry = change(world.as_user(), True)
+    assert dump() == before
+    done = change(world.as_user(), False)
+    whole = [(each['label'], each['start'], each['end'], each['state'])
+             for each in (done if isinstance(done, list) else done['parts'])]
+    assert whole == [(each['label'], each['start'], each['end'], each['state'])
+                     for each in (dry if isinstance(dry, list) else dry['parts'])]
+    assert [each[0] for each in whole] == ['exam-1', 'exam-2'] and len({each[1:] for each in whole}) == 1
+
+
+def test_a_request_is_extended_as_a_whole_or_not_at_all(world):
+    regions(world, gpu=2, cpu=20)
+    book(world.as_user(), 'exam', resource='-', part=['cpu:1', 'gpu:1'])
+    book(world.service, 'other', start=2, end=3, resource='gpu', vms=2)
+    before = dump()
+    with pytest.raises(NoCapacity, match="'gpu' has 0 of 2 vms free"):
+        world.as_user().extend('exam', hours(1))
+    assert dump() == before
+
+
+def test_labels_of_requests_and_of_parts_are_taken(world):
+    regions(world, gpu=9)
+    book(world.as_user(), 'exam', resource='-', part=['gpu:1', 'gpu:1'])
+    for label in ('exam', 'exam-2'):
+        with pytest.raises(Conflict, match=f"the label '{label}' is taken"):
+            book(world.as_user(), label, resource='gpu')
+    with pytest.raises(Conflict, match="the label 'exam' is taken"):
+        book(world.as_user(), 'exam', resource='-', part=['gpu:1', 'gpu:1'])
+    world.as_user().delete('exam')
+    assert book(world.as_user(), 'exam', resource='gpu')['state'] == 'reserved'
+
+
+def test_others_do_not_see_the_parts_of_a_request(world):
+    regions(world, gpu=9)
+    book(world.as_user(), 'exam', resource='-', part=['gpu:1', 'gpu:1'])
+    for deed in (lambda s: s.show('exam'), lambda s: s.delete('exam'), lambda s: s.list('exam')):
+        with pytest.raises(NotFound, match="there is no reservation"):
+            deed(world.as_user('tom', 'physics'))
+
+
+@pytest.mark.parametrize('part, sentence', [
+    ([], 'is not a list of 1 to 100 parts'), (['gpu:1'] * 101, 'is not a list of 1 to 100 parts'),
+    (['gpu:x'], "'x' is not|is not a whole number"), (['gpu:0'], '0 is not between 1'), ([7], 'is not such as gpu:2'),
+    ([{'vm': 1}], "a part has no 'vm'; did you mean 'vms'"), (['gpu:1:a:b:c'], 'is not RESOURCE:VMS'),
+    (['nope:1'], "there is no resource 'nope'")])
+def test_a_part_that_is_none_is_refused_with_what_is_wrong(app, part, sentence):
+    regions(app.world, gpu=9)
+    body = {'label': 'exam', 'start': '2190-01-01', 'end': '+1h', 'part': part}
+    answer = app.call('POST', '/reservation/', body, status='*')
+    assert answer.status_code in (400, 404)
+    assert re.search(sentence, answer.json['error']) or not part
+
+
+def test_parts_by_rest(app):
+    regions(app.world, gpu=9, cpu=9)
+    body = {'label': 'exam', 'start': '2190-01-01', 'end': '+1h',
+            'part': [{'resource': 'gpu', 'vms': 2, 'flavor': 'm1.small', 'image': 'cirros'}, {'resource': 'cpu'}]}
+    answer = app.call('POST', '/reservation/', body, status=201).json
+    assert [(each['vms'], each['image']) for each in answer['parts']] == [(2, 'cirros'), (1, '')]
+    assert len(app.call('DELETE', '/reservation/exam', status=200).json) == 2
+
+
+def test_parts_on_the_command_line(run):
+    run('resource', 'add', 'gpu', '--vms=4'), run('resource', 'add', 'cpu', '--vms=40')
+    code, out, err = run('add', 'exam', '2190-01-01T09:00', '+2h', '--part', 'gpu:2', '--part', 'cpu:20', '--format=json')
+    assert code == 0, err
+    assert [each['resource'] for each in json.loads(out)['parts']] == ['gpu', 'cpu']
+    code, _, err = run('add', 'more', '-', '2190-01-01T09:00', '+2h', '--part=gpu:3,cpu:1')
+    assert code == 1 and "'gpu' has 2 of 4 vms free" in err
+    code, _, err = run('add', 'more', 'gpu', '2190-01-01T09:00', '+2h', '--part=gpu:1')
+    assert code == 2 and "a resource or parts, not both: 'gpu'" in err
+
+
+def test_many_lines_may_have_parts_and_may_wait(world):
+    regions(world, gpu=2, cpu=9)
+    window = {'start': '2190-01-01', 'end': '+1h'}
+    answer = world.as_user().load([{'label': 'a', 'part': ['gpu:1', 'cpu:1'], **window},
+                                   {'label': 'b', 'resource': 'gpu', 'vms': 2, 'wait': True, **window}])
+    assert len(answer['taken'][0]['parts']) == 2 and answer['taken'][1]['state'] == 'waiting'
+
+
+def test_parts_that_wait_are_admitted_together(world):
+    regions(world, gpu=2, cpu=2)
+    book(world.service, 'g', resource='gpu', vms=2)
+    book(world.service, 'c', resource='cpu', vms=2)
+    answer = book(world.as_user(), 'exam', resource='-', part=['gpu:1', 'cpu:1'], wait=True)
+    assert [each['state'] for each in answer['parts']] == ['waiting', 'waiting']
+    world.service.delete('g')
+    world.cycle.settle()
+    assert [each['state'] for each in world.as_user().list('exam')] == ['waiting', 'waiting']
+    world.service.delete('c')
+    world.cycle.settle()
+    assert [each['state'] for each in world.as_user().list('exam')] == ['reserved', 'reserved']
+    assert world.service.check()['differences'] == 0
+
+
+def test_parts_that_waited_are_accepted_together(world):
+    regions(world, gpu=2, cpu=2)
+    book(world.service, 'g', resource='gpu', vms=2)
+    book(world.as_user(), 'exam', resource='-', part=['gpu:1', 'cpu:1'], wait=True, confirm=timedelta(minutes=30))
+    world.service.delete('g')
+    world.cycle.settle()
+    assert [each['state'] for each in world.as_user().list('exam')] == ['pending', 'pending']
+    assert [each['state'] for each in world.as_user().accept('exam')['parts']] == ['reserved', 'reserved']
+
+
+@pytest.mark.parametrize('frees', ['a1', 'a2'])
+def test_what_waits_at_a_place_takes_whichever_resource_frees_first(world, frees):
+    regions(world, a1=2, a2=3, b1=9)
+    for name, vms in (('a1', 2), ('a2', 3)):
+        book(world.service, f'on-{name}', resource=name, vms=vms)
+    assert book(world.as_user(), resource='-', region='a', vms=2, wait=True)['state'] == 'waiting'
+    world.service.delete(f'on-{frees}')
+    world.cycle.settle()
+    found, = world.as_user().list('lab')
+    assert (found['state'], found['resource'], found['vms']) == ('reserved', frees, 2)
+    assert world.service.check()['differences'] == 0
+
+
+def test_what_has_waited_for_long_at_a_place_is_not_overtaken_on_any_of_its_resources(tmp_path):
+    world = World(tmp_path, patience=0)
+    regions(world, a1=2, a2=3)
+    for name in ('a1', 'a2'):
+        book(world.service, f'on-{name}', resource=name, vms=1)
+    book(world.as_user(), resource='-', region='a', vms=3, wait=True)
+    with pytest.raises(NoCapacity, match="'a2' is kept for a request of 3 vms"):
+        book(world.as_user(), 'small', resource='a2', vms=1)
+    cmres.close_store()
+
+
+def test_a_place_with_a_cloud_that_does_not_know_the_flavor_is_passed_over(world):
+    world.service.resource_add('a1', region='a', vms=5)
+    world.service.resource_add('a2', cloud='simulated', region='a', vms=5)
+    assert book(world.as_user(), resource='-', region='a', flavor='m1.small')['resource'] == 'a2'
+
+
+@pytest.mark.parametrize('text, hosts', [
+    ('m01', ['m01']), ('m[01-03,7],n', ['m01', 'm02', 'm03', 'm7', 'n']), ('r[1-2]c[08-10].x', [
+        'r1c08.x', 'r1c09.x', 'r1c10.x', 'r2c08.x', 'r2c09.x', 'r2c10.x']), ('a,a', ['a'])])
+def test_lists_of_hosts_are_spelled_out(text, hosts):
+    assert cmres.read_hosts(text) == hosts
+
+
+@pytest.mark.parametrize('text', ['m[1-1000]', 'm[1-', 'm[a-b]', 'm[]', 'm 1', 'm[1-50],n[1-60]', '[1-9][1-9][1-9]', '../x'])
+def test_what_is_no_list_of_hosts_is_refused(text):
+    with pytest.raises(ValueError, match='is not such as m01,m02|is no range such as'):
+        cmres.read_hosts(text)
+
+
+@pytest.fixture
+def named(world):
+    """An aggregate of two hosts of 16 vcpus and 4 GPUs, reserved by their names."""
+    world.service.resource_sync('simulated', ['gpu'], mode='exclusive', named=True)
+    return world
+
+
+def test_a_host_is_reserved_as_a_whole_by_its_name(named):
+    found = book(named.as_user(), resource='gpu', host='gpu-1', flavor='m1.small', vms=3)
+    assert (found['host'], found['vms'], found['vcpus'], found['ram']) == ('gpu-1', 3, 16, 65536)
+    assert found['classes'] == {'CUSTOM_GPU': 4, 'host:gpu-1': 1}
+    with pytest.raises(NoCapacity, match="the host 'gpu-1' is reserved already between") as refusal:
+        book(named.as_user(), 'more', resource='gpu', host='gpu-1')
+    assert refusal.value.details['next_start'] == found['end']
+    with pytest.raises(NoCapacity, match="'gpu' has 16 of 32 vcpus free"):
+        book(named.as_user(), 'more', resource='gpu', flavor='m1.small', vms=17)
+    assert book(named.as_user(), 'more', resource='gpu', host='gpu-2')['state'] == 'reserved'
+    assert book(named.as_user(), 'next', start=2, end=3, resource='gpu', host='gpu-1')['state'] == 'reserved'
+    assert named.service.check()['differences'] == 0
+
+
+def test_a_list_of_hosts_is_a_request_of_as_many_parts(named):
+    answer = book(named.as_user(), resource='gpu', host='gpu-[1-2]')
+    assert [(each['label'], each['host']) for each in answer['parts']] == [('lab-1', 'gpu-1'), ('lab-2', 'gpu-2')]
+    with pytest.raises(NotFound, match="the resource 'gpu' has no host named 'gpu-3'; did you mean 'gpu-2'"):
+        book(named.as_user(), 'more', start=5, end=6, resource='gpu', host='gpu-[2-3]')
+
+
+@pytest.mark.parametrize('wish, sentence', [
+    ({'resource': 'demo', 'host': 'gpu-1'}, "has no host named 'gpu-1'; an admin names hosts with: resource sync --named"),
+    ({'resource': 'gpu', 'host': 'gpu-1', 'flavor': 'm1.xlarge', 'vms': 3}, "3 machines of m1.xlarge are more than the host"),
+    ({'resource': 'gpu', 'host': 'gpu-1', 'flavor': 'g1.medium', 'vms': 5}, "5 machines of g1.medium are more than the host")])
+def test_a_host_that_is_not_there_or_too_small_is_refused(named, wish, sentence):
+    with pytest.raises(Error, match=sentence):
+        book(named.as_user(), **wish)
+
+
+def test_a_reserved_host_can_be_longer_moved_and_have_other_machines(named):
+    book(named.as_user(), resource='gpu', host='gpu-1', flavor='m1.small', vms=3)
+    named.as_user().extend('lab', hours(1))
+    assert named.as_user().update('lab', vms=16)['vcpus'] == 16
+    with pytest.raises(Invalid, match='17 machines of m1.small are more than the host'):
+        named.as_user().update('lab', vms=17)
+    assert named.as_user().update('lab', host='gpu-2')['classes'] == {'CUSTOM_GPU': 4, 'host:gpu-2': 1}
+    assert named.service.check()['differences'] == 0
+    named.as_user().delete('lab')
+    assert cmres.rows('SELECT * FROM step') == []
+
+
+def test_a_series_on_a_host_holds_all_of_it_each_time(named):
+    book(named.as_user(), resource='gpu', host='gpu-1', repeat='daily', count=3)
+    named.at(25)
+    with pytest.raises(NoCapacity, match="the host 'gpu-1' is reserved"):
+        book(named.as_user(), 'more', start=49, end=50, resource='gpu', host='gpu-1')
+    assert named.service.check()['differences'] == 0
+
+
+def test_nova_lets_boot_on_a_reserved_host_its_owner_alone(named):
+    book(named.as_user(), start=0, end=2, resource='gpu', host='gpu-1', vms=2)
+    book(named.as_user('tom', 'physics'), 'other', start=0, end=2, resource='gpu', flavor='m1.small', vms=2)
+    mine, = named.service.claim('s1', ['gpu'], 'biology', vcpus=8, ram=1024)
+    assert (mine['passes'], mine['hosts']) == (True, ['gpu-1'])
+    other, = named.service.claim('s2', ['gpu'], 'physics', vcpus=1, ram=2048)
+    assert (other['passes'], other['hosts']) == (True, ['gpu-2'])
+    assert not named.service.claim('s3', ['gpu'], 'biology', vcpus=9, ram=1024)[0]['passes']  # the host has 16
+
+
+def test_nova_keeps_a_host_free_that_is_reserved_before_the_end_of_others(named):
+    book(named.as_user(), start=1, end=2, resource='gpu', host='gpu-1')
+    book(named.as_user('tom', 'physics'), 'short', start=0, end=1, resource='gpu', flavor='m1.small')
+    assert named.service.claim('s1', ['gpu'], 'physics', vcpus=1, ram=2048)[0]['hosts'] is None
+    book(named.as_user('ann', 'maths'), 'long', start=0, end=3, resource='gpu', flavor='m1.small')
+    assert named.service.claim('s2', ['gpu'], 'maths', vcpus=1, ram=2048)[0]['hosts'] == ['gpu-2']
+
+
+def test_syncing_again_keeps_hosts_named_and_can_unname_them(named):
+    assert named.service.resource_sync('simulated') == []
+    assert {each['what'] for each in named.service.resource_sync('simulated', named=False)} == {'named'}
+    with pytest.raises(NotFound, match="has no host named"):
+        book(named.as_user(), resource='gpu', host='gpu-1')
+
+
+def test_resource_classes_are_admitted_like_vcpus(world):
+    world.service.resource_add('gpu', cloud='simulated', vcpus=100, classes={'CUSTOM_GPU': 3})
+    found = book(world.as_user(), resource='gpu', flavor='g1.medium', vms=2)
+    assert found['classes'] == {'CUSTOM_GPU': 2}
+    with pytest.raises(NoCapacity, match="'gpu' has 1 of 3 CUSTOM_GPU free") as refusal:
+        book(world.as_user(), 'more', resource='gpu', flavor='g1.medium', vms=2)
+    assert refusal.value.details['most_vms'] == 1 and refusal.value.details['next_start'] == found['end']
+    with pytest.raises(NoCapacity, match="'gpu' holds at most 3 CUSTOM_GPU; 4 are asked for"):
+        book(world.as_user(), 'more', resource='gpu', flavor='g1.medium', vms=4)
+    assert book(world.as_user(), 'plain', resource='gpu', flavor='m1.small', vms=20)['classes'] == {}
+    assert world.service.usage('gpu', NOON, NOON + hours(3))[1]['CUSTOM_GPU'] == 2
+    slot = world.service.find('gpu', hours(1), 2, 'g1.medium', after=NOON + hours(1))[0]
+    assert slot['start'] == found['end']
+    assert world.service.resource_show('gpu')['held_now'] == {'vms': 0, 'vcpus': 0, 'ram': 0}
+    world.at(1.5)
+    assert world.service.resource_show('gpu')['held_now'] == {'vms': 22, 'vcpus': 24, 'ram': 49152, 'CUSTOM_GPU': 2}
+    assert world.service.check()['differences'] == 0
+
+
+def test_a_class_that_nothing_limits_is_held_all_the_same(world):
+    world.service.resource_add('gpu', cloud='simulated', vms=9)
+    book(world.as_user(), resource='gpu', flavor='g1.medium', vms=4)
+    with pytest.raises(Conflict, match='1 occurrences on .gpu. would no longer fit'):
+        world.service.resource_update('gpu', classes={'CUSTOM_GPU': 3})
+    assert world.service.resource_update('gpu', classes={'CUSTOM_GPU': 4})['classes'] == {'CUSTOM_GPU': 4}
+    assert world.service.resource_update('gpu', classes={'CUSTOM_GPU': -1})['classes'] == {}
+
+
+def test_a_maintenance_closes_classes_too_and_a_loan_adds_to_them(world):
+    world.service.resource_add('gpu', cloud='simulated', classes={'CUSTOM_GPU': 3})
+    world.service.maintenance_add('gpu', NOON, NOON + hours(1))
+    with pytest.raises(NoCapacity, match='0 of 3 CUSTOM_GPU free'):
+        book(world.as_user(), start=0.5, end=2, resource='gpu', flavor='g1.medium')
+    loan = world.service.resource_capacity('gpu', NOON + hours(4), NOON + hours(6), classes={'CUSTOM_GPU': 5})
+    assert book(world.as_user(), start=4, end=6, resource='gpu', flavor='g1.medium', vms=5)['vms'] == 5
+    assert world.service.maintenance_list()[1]['classes'] == {'CUSTOM_GPU': 5}
+    world.service.maintenance_delete(loan['id'])
+    world.service.resource_update('gpu', classes={'CUSTOM_GPU': 2}, force=True)
+    assert world.service.check()['differences'] == 0
+
+
+def test_nova_counts_classes_of_its_requests(world):
+    world.service.resource_add('gpu', cloud='simulated', mode='shared', vcpus=99, ram=99999, classes={'CUSTOM_GPU': 3})
+    book(world.as_user(), start=0, end=2, resource='gpu', flavor='g1.medium', vms=2)
+    need = {'vcpus': 2, 'ram': 4096, 'classes': {'CUSTOM_GPU': 1}}
+    assert boots_there(world, 's1', on='gpu', **need) and boots_there(world, 's2', on='gpu', **need)
+    assert boots_there(world, 's3', project='physics', on='gpu', **need)
+    assert not boots_there(world, 's4', project='physics', on='gpu', **need)
+    assert boots_there(world, 's5', project='physics', on='gpu', vcpus=1, ram=1)
+    book(world.as_user('ann', 'maths'), start=0, end=2, resource='gpu', flavor='m1.small', vms=2)
+    assert not boots_there(world, 's6', project='maths', on='gpu', vcpus=1, ram=1, classes={'CUSTOM_GPU': 1})
+
+
+@pytest.mark.parametrize('specs, classes', [
+    ({}, ()), ({'resources:CUSTOM_GPU': '2'}, (('CUSTOM_GPU', 2),)), ({'resources:VCPU': '2', 'hw:numa': '1'}, ()),
+    ({'resources1:VGPU': '1', 'resources_2:VGPU': 1, 'resources:CUSTOM_A': '0'}, (('VGPU', 2),)),
+    ({'resources:CUSTOM_GPU': 'many', 'trait:CUSTOM_GPU': 'required'}, ())])
+def test_what_a_flavor_takes_of_other_classes_stands_in_its_extra_specs(specs, classes):
+    assert cmres.classes_of(specs) == classes
+
+
+@pytest.mark.parametrize('classes', ['gpu=1', 'VCPU=1', 'CUSTOM_GPU', 'CUSTOM_GPU=x', 'CUSTOM_GPU=-2'])
+def test_classes_that_are_none_are_refused(app, classes):
+    answer = app.call('POST', '/resource/', {'name': 'gpu', 'classes': classes}, status=400)
+    assert answer.json['error'].startswith('classes: ')
 
 
 def test_on_the_command_line_waiting_limits_and_maintenance_read_as_in_the_readme(run):
@@ -9358,7 +9823,7 @@ def fill(world, number: int, resources: int) -> None:
     reservation = {'user': 'u', 'project': 'p', 'flavor': '', 'image': '', 'network': '', 'key': '',
                    'security_groups': '[]', 'user_data': '', 'metadata': '{}', 'server': '', 'at_end': 'delete',
                    'notify': '[]', 'lead': 0, 'description': '', 'repeat': '', 'tz': '', 'series': '',
-                   'on_conflict': '', 'origin': '', 'priority': 0, 'confirm': 0,
+                   'on_conflict': '', 'origin': '', 'priority': 0, 'confirm': 0, 'request': '', 'host': '', 'choices': '',
                    'personal': False, 'added': now, 'changed': now}
     def lines():
         for n in range(1, number + 1):
@@ -9371,13 +9836,13 @@ def fill(world, number: int, resources: int) -> None:
                            ((n, f'r{n}', end, *reservation.values()) for n, _, end, _, _ in lines()))
         chance.seed(number)
         cursor.executemany('INSERT INTO occurrence (id, reservation_id, resource_id, start, "end", held_from, held_until,'
-                           " vms, vcpus, ram, due, told, slot, altered, revision, revised) "
-                           "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, 0, ?, 0, '', 0, 0, 0)",
+                           " vms, vcpus, ram, due, told, slot, altered, revision, revised, classes) "
+                           "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, 0, ?, 0, '', 0, 0, 0, '')",
                            ((n, n, place, start, end, start, end, vms, vms, start if end > now else None)
                             for n, start, end, vms, place in lines()))
         for place in range(first, first + resources):
-            cursor.executemany('INSERT INTO step VALUES (?, ?, ?, ?, ?)',
-                               ((place, at, *held) for at, held in cmres.held_steps(place)))
+            cursor.executemany('INSERT INTO step VALUES (?, ?, ?, ?, ?, ?)',
+                               ((place, *step, *held) for step, held in cmres.held_steps(place)))
         cursor.execute('CREATE TABLE bare AS SELECT * FROM reservation LIMIT 0')
         cursor.execute('CREATE INDEX bare_label ON bare (project, label, over)')
     cmres.db.execute_sql('ANALYZE')
