@@ -3037,6 +3037,11 @@ def known_classes(before: str, given: dict | None) -> str:
     return json.dumps({name: most for name, most in sorted(classes.items()) if most != UNLIMITED}) if classes else ''
 
 
+def in_brief(field: str, value):
+    """A figure of a resource as a line about its difference shows it: of named hosts only the names."""
+    return ', '.join(json.loads(value)) if field == 'named' and value else value
+
+
 def lowered(before: Amount, after: Amount) -> bool:
     """Whether a capacity is less than another in any figure."""
     pairs = [*zip(before[:3], after[:3]), *((before.most(name), most) for name, most in after.classes)]
@@ -3176,7 +3181,7 @@ class Reservations:
 
     def book_all(self, request: Request, now: float) -> list[tuple]:
         """Books all parts of a request: of each its wish, its reservation, and what became of its occurrences."""
-        for name in {request.label, *(part[0].label for part in request.parts)}:
+        for name in dict.fromkeys([request.label, *(part[0].label for part in request.parts)]):
             self.refuse_taken_label(request.last._replace(label=name), now)
         return self.book_parts(request.parts, request.name, now, iter(range(MOST_TRIES)))
 
@@ -3872,8 +3877,8 @@ class Reservations:
         new = {name: each for name, each in stored(total).items() if name != 'vms'} | {
             'hosts': json.dumps([*aggregate.hosts]), **wanted}
         if named or named is None and found and found.named or named is False:
-            new['named'] = json.dumps({host: in_figures(each) for host, each in aggregate.hosts.items()}
-                                      ) if named is not False else ''
+            new['named'] = json.dumps({host: {'vcpus': each.vcpus, 'ram': each.ram} | dict(each.classes)
+                                       for host, each in aggregate.hosts.items()}) if named is not False else ''
         if not found:
             name = calendar_name(aggregate.name)
             self.refuse_taken_resource(name)
@@ -3881,9 +3886,10 @@ class Reservations:
                                  'vms': None, 'mode': '', 'named': '', 'added': int(now),
                                  **self.read_seconds(hold=None, approval=None, no_show=None)} | new))
             self.journal(now, 'resource', f"added the resource '{name}' from the aggregate '{aggregate.name}'")
-            return name, [{'resource': name, 'what': field, 'before': None, 'after': value}
+            return name, [{'resource': name, 'what': field, 'before': None, 'after': in_brief(field, value)}
                           for field, value in new.items()]
-        lines = [{'resource': found.name, 'what': field, 'before': getattr(found, field), 'after': value}
+        lines = [{'resource': found.name, 'what': field, 'before': in_brief(field, getattr(found, field)),
+                  'after': in_brief(field, value)}
                  for field, value in new.items() if getattr(found, field) != value]
         if lines:
             change(Resource, found.id, **new)
@@ -4723,7 +4729,7 @@ class Reservations:
         if name not in named:
             raise NotFound(f"the resource '{place.name}' has no host named '{name}'{nearest(name, named)}" + (
                            '' if named else '; an admin names hosts with: resource sync --named'))
-        holds = {figure: most for figure, most in named[name].items() if figure != 'vms'}
+        holds = named[name]
         classes = tuple(sorted((figure, most) for figure, most in holds.items() if figure not in FIGURES))
         whole = Amount(asked['vms'], holds['vcpus'], holds['ram'], classes)
         need = each * asked['vms']
@@ -5297,7 +5303,7 @@ class Reservations:
         amount, need = amount_of(found), found.held_until - found.held_from
         here = row('SELECT * FROM resource WHERE id = ?', found.resource_id)
         release(here.id, found.held_from, found.held_until, amount)
-        others = [each for each in self.places() if each.cloud == here.cloud and each.id != here.id]
+        others = [each for each in self.places() if each.cloud == here.cloud and each.id != here.id and not found.host]
         place = next((each for each in others if fits(each, found.held_from, found.held_until, amount)), None)
         first = found.held_from if place else next((int(first) for first, last in free_windows(
             here, amount, found.held_from, LAST.timestamp()) if last - first >= need), None)
@@ -5621,7 +5627,7 @@ class Reservations:
                    if most[name] is not None and used.get(name, 0) + need > most[name]]
         if not lacking:  # somebody has just given something back
             return f"'{wish.resource.name}' was full a moment ago; try again"
-        figure = min(lacking, key=lambda name: needs[name] <= most[name])
+        figure = min(lacking, key=lambda name: (not name.startswith(HOST), needs[name] <= most[name]))
         limit, need, zone = most[figure], needs[figure], self.config.zone
         unit = 'MiB of ram' if figure == 'ram' else figure
         if figure.startswith(HOST):
@@ -6875,12 +6881,12 @@ Example:
 FORMATS = ('table', 'json', 'csv', 'yaml')
 
 #: What a table shows of answers that have more fields than a line has room for.
-COLUMNS = {'list': 'id label user project resource vms flavor start end repeat state fault',
+COLUMNS = {'list': 'id label user project resource host vms flavor start end repeat state fault',
            'delete': 'id label user project resource vms start end state',
            'calendar_list': 'id kind user project shows added polled fault held',
            'hit': 'label user project vms start end outcome', 'resource_sync': 'resource what before after',
            'servers': 'n name state addresses planned begun ready deleted snapshot fault',
-           'resource_list': 'name cell cloud region aggregate vms vcpus ram mode',
+           'resource_list': 'name cell cloud region aggregate vms vcpus ram classes mode',
            'refused': 'line label error', 'occurrences': 'uid start end status vms resource state outcome why',
            'events': 'uid summary label outcome start vms flavor count why'}
 MOST_SHOWN = 40  # lines of a table within an answer
