@@ -1221,7 +1221,7 @@ class Occurrence(Table):
 LIVE = Occurrence.due.is_null(False)  # partial indexes on it leave history out
 Occurrence.add_index(Occurrence.index(Occurrence.due, where=LIVE, name='occurrence_due'))
 Occurrence.add_index(Occurrence.index(Occurrence.start, where=LIVE, name='occurrence_live'))
-Occurrence.add_index(Occurrence.index(Occurrence.resource, Occurrence.start, where=LIVE, name='occurrence_held'))
+Occurrence.add_index(Occurrence.index(Occurrence.resource, Occurrence.held_from, where=LIVE, name='occurrence_held'))
 
 
 Reservation.add_index(Reservation.index(Reservation.request, where=Reservation.request != '',
@@ -3988,18 +3988,11 @@ class Reservations:
     def may_boot(self, place, server: str, projects: list[str], users: list[str], need: Amount, label: str,
                  now: float) -> tuple[Any, str]:
         """The occurrence on which a server may boot, or None and why there is none."""
-        marks = ', '.join('?' * len(projects))
-        mine = rows('SELECT o.*, r.label, r.user, r.personal, r.flavor, r.host FROM occurrence o JOIN reservation r '
-                    'ON r.id = o.reservation_id WHERE o.resource_id = ? AND o.due IS NOT NULL AND o.held_from < ? '
-                    'AND o.cancelled IS NULL AND r.waiting IS NULL AND r.pending IS NULL '
-                    f"AND r.project IN ({marks}){' AND ? IN (r.label, r.request)' if label else ''} "
-                    'ORDER BY o.start', place.id, now + 86400, *projects, *([label] if label else []))
         named = f'{shown(label)} ' if label else ''
         why = f"no reservation {named}of the project {projects[0]} is active on '{place.name}'"
+        mine = self.booked_by(projects, label, place, 0, now)
         for each in mine:
-            if now < each.held_from:
-                why = f"'{each.label}' begins at {instant(each.held_from)}"
-            elif now >= each.end:
+            if now >= each.end:
                 why = f"'{each.label}' has ended at {instant(each.end)}"
             elif each.personal and each.user not in users:
                 why = f"'{each.label}' is for {each.user} alone"
@@ -4007,7 +4000,20 @@ class Reservations:
                 return each, ''
             else:
                 why = f"'{each.label}' has {each.vms} vms, {each.vcpus} vcpus and {each.ram} MiB, and they are in use"
+        for each in [] if mine else self.booked_by(projects, label, place, now, now + 86400)[:1]:
+            why = f"'{each.label}' begins at {instant(each.held_from)}"
         return None, why
+
+    def booked_by(self, projects: list[str], label: str, place, after: float, until: float) -> list:
+        """What projects have booked on a resource that is held from an instant in (after, until] on."""
+        marks = ', '.join('?' * len(projects))
+        # CROSS JOIN and +: SQLite is to begin with what is held there then, not with all that anybody has reserved.
+        return rows('SELECT o.*, r.label, r.user, r.personal, r.flavor, r.host FROM occurrence o '
+                    'CROSS JOIN reservation r ON r.id = o.reservation_id WHERE o.resource_id = ? AND o.due IS NOT NULL '
+                    'AND o.held_from > ? AND o.held_from <= ? AND o.cancelled IS NULL AND r.waiting IS NULL '
+                    'AND r.pending IS NULL '
+                    f"AND r.project IN ({marks}){' AND ? IN (r.label, r.request)' if label else ''} ORDER BY +o.start",
+                    place.id, after, until, *projects, *([label] if label else []))
 
     def has_left(self, place, found, server: str, need: Amount, now: float) -> bool:
         """Whether of what an occurrence has reserved there is still enough for one more server."""
@@ -5642,9 +5648,9 @@ class Reservations:
         """At most ten of the occurrences that hold something in the window; of others' only how much and when."""
         begin, until = wish.held
         found = self.search([('o.resource_id = ?', wish.resource.id), ('o.due IS NOT NULL', None),
-                             ('o.start < ?', until + 86400), ('o.held_from < ?', until),
-                             ('o.held_until > ?', max(begin, int(self.clock()))), ('o.id <> ?', old.id if old else 0)],
-                            limit=10, tail='ORDER BY start DESC, id DESC')[::-1]
+                             ('o.held_from < ?', until), ('o.held_until > ?', max(begin, int(self.clock()))),
+                             ('o.id <> ?', old.id if old else 0)],
+                            limit=10, tail='ORDER BY held_from DESC, id DESC')[::-1]
         fields = ('label', 'user', 'project', 'vms', 'start', 'end')
         seen = self.actor.role == ADMIN
         return {'in_the_way': [{name: value for name, value in public(each).items()
