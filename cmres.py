@@ -43,8 +43,7 @@ The file reads from top to bottom; a section uses only the sections above it:
   Store, Capacity                     what is on disk; the rule that admits
   Clouds, Notices, Calendar           what boots machines; who is told; iCalendar in and out
   Service, Life cycle                 what people ask for; what makes it so
-  Notices, Life cycle                 who is told; what makes it so
-  REST, Client, Command line          three faces of the service, derived from its signatures
+  REST, Page, Client, Command line    four faces of the service; all but the page derived from its signatures
   Nova filter                         what nova-scheduler loads from this file
 """
 
@@ -78,7 +77,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from datetime import date, datetime, timedelta, timezone
 from typing import Any, Callable, Iterable, Iterator, NamedTuple, NewType
-from urllib.parse import urljoin, urlsplit
+from urllib.parse import parse_qsl, quote, unquote, urlencode, urljoin, urlsplit
 from zoneinfo import ZoneInfo
 
 import peewee
@@ -545,6 +544,7 @@ class Config:
     horizon: int = setting(366, 'days ahead for which the occurrences of a repetition are reserved', 1, 3660)
     calendar_poll: float = setting(300.0, 'seconds between looks at a calendar that somebody subscribed to', 0.1)
     address: str = setting('', 'how people reach `serve`, for links, such as https://cmres.example.org')
+    signed_in: float = setting(43200.0, 'seconds after which people sign in to the page anew', 1.0)
     login: str = setting('ssh {address}', 'how people log in to a machine, as their calendar tells them')
     patience: float = setting(86400.0, 'seconds after which no later request is let pass one that waits', 0.0)
     end_foreign: bool = setting(False, 'whether machines that people booted by hand on what they had reserved are '
@@ -1756,6 +1756,23 @@ def steps(resource: int, begin: float, until: float, classes: Iterable[str] = ()
         if after > at:
             yield at, Amount(*levels[''], tuple((name, levels[name][0]) for name in tracks[1:] if levels[name][0]))
         at, levels[track] = after, figures
+
+
+def peaks(resource: int, begin: int, width: int, number: int) -> list[Amount]:
+    """The peaks of so many spans of so many seconds, one after the other; of the three figures."""
+    spans = {n: (first, peak, last) for n, first, *peak, last in run(
+        'SELECT (at - ?) / ?, min(at), max(vms), max(vcpus), max(ram), max(at) FROM step WHERE resource_id = ? '
+        "AND track = '' AND at >= ? AND at < ? GROUP BY 1", begin, width, resource, begin, begin + width * number)}
+    at_last = dict((at, figures) for at, *figures in run(
+        "SELECT at, vms, vcpus, ram FROM step WHERE resource_id = ? AND track = '' AND at IN "
+        '(SELECT value FROM json_each(?))', resource, json.dumps([last for _, _, last in spans.values()])))
+    carried, found = level_of(resource, '', begin), []
+    for n in range(number):
+        first, inside, last = spans.get(n, (None, carried, None))
+        # What holds at the beginning counts, unless there is a step just there.
+        found.append(Amount(*(inside if first in (None, begin + n * width) else map(max, inside, carried))))
+        carried = at_last.get(last, carried)
+    return found
 
 
 def free_windows(resource, amount: Amount, after: float, before: float) -> Iterator[tuple[float, float]]:
@@ -6628,7 +6645,6 @@ def bearer(request) -> str:
 
 
 def read_query(request) -> dict:
-    from urllib.parse import parse_qsl
     try:
         pairs = parse_qsl(request.query_string, keep_blank_values=True, errors='strict', max_num_fields=100)
     except (UnicodeDecodeError, ValueError):
@@ -6707,6 +6723,1204 @@ def openapi_object(fields: dict) -> dict:
             'required': [name for name, each in fields.items() if each.default is each.empty]}
 
 
+# Page ########################################################################
+#
+# What people see in a browser: pages drawn here, forms that call the service. A form names the
+# operation that it is for, and its fields are read by `bind`, so that a person can do on the page
+# exactly what their token can do by REST. Scripts only add to it: dragging, live state, checks
+# while one types. Nothing comes from another host, and nothing is inline.
+
+VIEWS = {'day': 1, 'week': 7, 'month': 31}  # and the days that each shows at most
+MOST_PLACES = 20   # resources on one time line
+MOST_BARS = 200    # reservations on one time line
+MOST_LANES = 8     # of them, one below the other on one resource
+MOST_LINES_SHOWN = 50  # reservations on one page of the list
+ROOM = 9           # percent of a time line that a label takes
+SAFE = {'Content-Security-Policy': "default-src 'none'; style-src 'self'; script-src 'self'; connect-src 'self'; "
+                                   "form-action 'self'; base-uri 'none'; frame-ancestors 'none'",
+        'X-Frame-Options': 'DENY', 'X-Content-Type-Options': 'nosniff', 'Referrer-Policy': 'same-origin',
+        'Cache-Control': 'no-store', 'Content-Type': 'text/html; charset=utf-8'}
+#: A sign beside the word of each state, for those who don't tell colours apart.
+SIGNS = {'waiting': '…', 'pending': '?', 'reserved': '○', 'starting': '◔', 'active': '●', 'degraded': '◑',
+         'ending': '◕', 'ended': '□', 'cancelled': '×', 'failed': '!'}
+
+STYLE = '''
+:root { color-scheme: light dark; --back: #f6f7f9; --card: #fff; --text: #1b2430; --soft: #51606f; --line: #d5dbe1;
+  --busy: #b9c3ce; --full: #8494a5; --mine: #0b62a4; --on-mine: #fff; --good: #0a6b4d; --warn: #8a5a00; --bad: #a63a00;
+  --now: #c2410c; --tint: #e8f1f9; --focus: #0b62a4 }
+@media (prefers-color-scheme: dark) { :root { --back: #11161c; --card: #1a212a; --text: #e8edf2; --soft: #a9b6c3;
+  --line: #33404d; --busy: #4a5968; --full: #74869a; --mine: #7cbcf0; --on-mine: #0c1620; --good: #6fd3ae; --warn: #f0b95a;
+  --bad: #ff9d73; --now: #ff9d73; --tint: #1f3040; --focus: #7cbcf0 } }
+* { box-sizing: border-box }
+body { margin: 0; font: 15px/1.5 system-ui, 'Segoe UI', Roboto, 'Noto Sans', sans-serif; background: var(--back);
+  color: var(--text) }
+a { color: var(--mine) } a:focus-visible, button:focus-visible, input:focus-visible, select:focus-visible,
+textarea:focus-visible, summary:focus-visible, [tabindex]:focus-visible {
+  outline: 3px solid var(--focus); outline-offset: 2px }
+.skip { position: absolute; left: -99rem } .skip:focus { left: 1rem; top: .5rem; background: var(--card); z-index: 2 }
+header { display: flex; flex-wrap: wrap; gap: .3rem 1.2rem; align-items: center; padding: .6rem 1.2rem;
+  background: var(--card); border-bottom: 1px solid var(--line) }
+header nav { display: flex; flex-wrap: wrap; gap: 1rem; flex: 1 } header nav a { text-decoration: none; padding: .2rem 0 }
+header nav a[aria-current] { font-weight: 600; border-bottom: 2px solid }
+.brand { font-weight: 700; font-size: 1.15rem; letter-spacing: .02em; text-decoration: none; color: var(--text) }
+main { max-width: 78rem; margin: 0 auto; padding: 1rem 1.2rem 3rem } main:focus { outline: none }
+footer { max-width: 78rem; margin: 0 auto; padding: 0 1.2rem 2rem; color: var(--soft); font-size: .9rem }
+h1 { font-size: 1.5rem; margin: .4rem 0 .8rem } h2 { font-size: 1.1rem; margin: 1.6rem 0 .5rem }
+h3 { font-size: 1rem; margin: 0 }
+.card { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: .8rem 1rem; margin: .6rem 0 }
+.soft { color: var(--soft) } .small { font-size: .88rem }
+.bar-top { display: flex; flex-wrap: wrap; gap: .5rem 1rem; align-items: center; justify-content: space-between }
+.tabs { display: flex; flex-wrap: wrap; gap: .35rem } .tabs a { padding: .25rem .7rem; border: 1px solid var(--line);
+  border-radius: 999px; text-decoration: none; background: var(--card) }
+.tabs a[aria-current] { background: var(--mine); color: var(--on-mine); border-color: var(--mine) }
+button, .button { font: inherit; padding: .3rem .8rem; border-radius: 7px; border: 1px solid var(--mine);
+  background: var(--card); color: var(--mine); cursor: pointer; text-decoration: none; display: inline-block }
+button.main, .button.main { background: var(--mine); color: var(--on-mine) }
+button.bad { border-color: var(--bad); color: var(--bad) }
+input, select, textarea { font: inherit; padding: .3rem .5rem; border: 1px solid var(--full); border-radius: 6px;
+  background: var(--back); color: var(--text); max-width: 100% }
+label { display: block; font-size: .9rem } label input:not([type=checkbox]), label select, label textarea { display: block;
+  width: 100%; margin-top: .15rem }
+.fields { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(13rem, 100%), 1fr)); gap: .7rem 1rem }
+.wide { grid-column: 1 / -1 }
+.row { display: flex; flex-wrap: wrap; gap: .5rem; align-items: end } h1 + .card, .card > :first-child { margin-top: 0 }
+.card > p:last-child { margin-bottom: 0 } #verdict { margin: .8rem 0 }
+.scroll { overflow-x: auto } table { border-collapse: collapse; width: 100% }
+th, td { text-align: left; padding: .35rem .7rem .35rem 0; border-bottom: 1px solid var(--line); vertical-align: top }
+th { font-size: .85rem; color: var(--soft); font-weight: 600 } 
+.deed { display: inline-flex; gap: .3rem; margin: 0 .5rem .3rem 0 } .deed input { width: 5rem }
+dl { display: grid; grid-template-columns: max-content 1fr; gap: .2rem 1rem; margin: 0 } dt { color: var(--soft) }
+dd { margin: 0; overflow-wrap: anywhere }
+.state { white-space: nowrap; font-weight: 600 } .state i { font-style: normal; display: inline-block; width: 1.2em }
+.active, .ended { color: var(--good) } .waiting, .pending, .starting, .degraded, .ending { color: var(--warn) }
+.failed { color: var(--bad) } .cancelled { color: var(--soft) } .reserved { color: var(--mine) }
+.note { border-left: 4px solid var(--good); background: var(--card); padding: .5rem .8rem }
+.refused { border-left: 4px solid var(--bad); background: var(--card); padding: .5rem .8rem }
+.refused p, .note p { margin: .2rem 0 } .offers { display: flex; flex-wrap: wrap; gap: .4rem; margin-top: .4rem }
+.place { display: grid; grid-template-columns: 11rem 1fr; gap: .2rem 1rem; padding: .6rem 0;
+  border-top: 1px solid var(--line) } .place:first-of-type { border-top: 0 }
+.days { display: grid; grid-template-columns: 11rem 1fr; gap: 1rem } .days svg { height: 1.4rem }
+svg { display: block; width: 100% } svg text { font-size: 12px; fill: var(--soft) }
+svg .cell { fill: transparent } svg a:hover .cell, svg a:focus .cell { fill: var(--tint) }
+svg .grid { stroke: var(--line) } svg .most { stroke: var(--full); stroke-dasharray: 2 3 }
+svg .room { fill: var(--tint) } svg .held { fill: var(--busy) } svg .bar .beside {
+  fill: var(--text); font-weight: 600 } svg .own rect { fill: var(--mine) } svg .own text { fill: var(--on-mine);
+  font-weight: 600 }
+svg .other rect { fill: var(--full) } svg .other text { fill: var(--back) }
+svg .own.dashed rect { fill: var(--card); stroke: var(--mine); stroke-width: 2; stroke-dasharray: 4 3 }
+svg .own.dashed text { fill: var(--mine) } svg .closed { fill: url(#hatch) } svg .hatch { stroke: var(--bad) }
+svg .now { stroke: var(--now); stroke-width: 2 } svg .drag { fill: var(--mine); opacity: .35; pointer-events: none }
+svg.plot { touch-action: pan-y; cursor: crosshair; user-select: none }
+@media (max-width: 40rem) { .place, .days { grid-template-columns: 1fr } .days > :first-child { display: none }
+  main, header, footer { padding-left: .8rem; padding-right: .8rem } svg text.free.month, svg text.free tspan { display: none }
+  svg text { font-size: 10.5px } svg .beside { display: none }
+  table, tbody, tr, td { display: block } thead { display: none } tr { border-bottom: 1px solid var(--line);
+  padding: .4rem 0 } td { border: 0; padding: .1rem 0; display: grid; grid-template-columns: 6.5rem 1fr; gap: .5rem;
+  overflow-wrap: anywhere } td:empty { display: none }
+  td::before { content: attr(data-name); color: var(--soft); font-size: .88rem } }
+'''
+
+SCRIPT = '''
+'use strict';
+const zone = Intl.DateTimeFormat().resolvedOptions().timeZone;
+if (zone && !/(^|; )zone=/.test(document.cookie)) {
+  document.cookie = `zone=${encodeURIComponent(zone)}; path=/; max-age=31536000; samesite=strict`;
+  if (/(^|; )zone=/.test(document.cookie) && document.body.dataset.zone !== zone) location.reload();
+}
+for (const plot of document.querySelectorAll('svg.plot')) {
+  const {resource, begin, end, snap} = plot.dataset, shade = plot.querySelector('.drag');
+  let from = null, dragged = false;
+  const at = event => {
+    const box = plot.getBoundingClientRect();
+    const share = Math.min(Math.max((event.clientX - box.left) / box.width, 0), 1);
+    return +begin + Math.round(share * (end - begin) / snap) * snap;
+  };
+  const percent = seconds => `${100 * (seconds - begin) / (end - begin)}%`;
+  plot.addEventListener('dragstart', event => event.preventDefault());
+  plot.addEventListener('pointerdown', event => {
+    dragged = false;
+    from = event.button || event.target.closest('.bar') ? null : at(event);
+  });
+  plot.addEventListener('pointermove', event => {
+    if (from === null || at(event) === from) return;
+    dragged = true;
+    plot.setPointerCapture(event.pointerId);
+    const ends = [from, at(event)].sort((a, b) => a - b);
+    shade.setAttribute('x', percent(ends[0]));
+    shade.setAttribute('width', `${100 * (ends[1] - ends[0]) / (end - begin)}%`);
+  });
+  plot.addEventListener('pointerup', event => {
+    if (from !== null && dragged && at(event) !== from) {
+      const [start, stop] = [from, at(event)].sort((a, b) => a - b).map(each => new Date(1000 * each).toISOString());
+      location.assign('/book?' + new URLSearchParams({resource, start, end: stop}));
+    }
+    from = null;
+  });
+  plot.addEventListener('pointercancel', () => { from = null; });
+  plot.addEventListener('click', event => { if (dragged) event.preventDefault(); }, true);
+}
+const form = document.querySelector('form.booking'), verdict = document.getElementById('verdict');
+if (form) {
+  let timer, asked = 0;
+  const check = async () => {
+    const fields = new FormData(form), turn = ++asked;
+    fields.delete('form');
+    const answer = await fetch('/book/check?' + new URLSearchParams(fields)).catch(() => null);
+    if (answer && answer.ok && turn === asked) verdict.innerHTML = await answer.text();
+  };
+  form.addEventListener('input', () => { clearTimeout(timer); timer = setTimeout(check, 300); });
+}
+const live = document.getElementById('live');
+if (live) {
+  let shown = null;
+  setInterval(async () => {
+    if (document.hidden) return;
+    const answer = await fetch(live.dataset.href).catch(() => null);
+    if (!answer || !answer.ok) return;
+    const text = await answer.text();
+    if (text !== shown) live.innerHTML = shown = text;
+  }, 1500);
+}
+'''
+
+TEMPLATES = {'layout': '''<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{{title}} · cmres</title>
+<link rel="stylesheet" href="/page.css?{{version}}"><script src="/page.js?{{version}}" defer></script>
+</head>
+<body data-zone="{{visit.zone.key}}">
+<a class="skip" href="#main">Skip to content</a>
+<header><a class="brand" href="/">cmres</a>
+% if visit.actor:
+<nav aria-label="Main">
+% for href, name in visit.links:
+<a href="{{href}}"{{!' aria-current="page"' if href == here else ''}}>{{name}}</a>
+% end
+</nav>
+<span class="soft small"><bdi>{{visit.actor.user}}</bdi> in <bdi>{{visit.actor.project}}</bdi>, {{visit.actor.role}}</span>
+<form method="post" action="/sign-out">{{!visit.guard}}<button>Sign out</button></form>
+% end
+</header>
+<main id="main" tabindex="-1">
+% if note:
+<p class="note" role="status">{{note}}</p>
+% end
+<h1>{{title}}</h1>
+{{!body}}
+</main>
+<footer>
+<form method="post" action="/zone" class="row">{{!visit.guard}}<label>Times are in the zone
+<input name="zone" value="{{visit.zone.key}}" autocomplete="off"></label><input type="hidden" name="next" value="{{back}}">
+<button>Change</button></form>
+</footer>
+</body>
+</html>
+''', 'sign in': '''
+<div class="card">
+% if refusal:
+<div class="refused" role="alert"><p>{{refusal}}</p></div>
+% end
+<p>Sign in with the token that an admin gave you.</p>
+<form method="post" action="/sign-in" class="fields">
+<label class="wide">Token <input name="token" type="password" value="{{token}}" autocomplete="current-password" required></label>
+<input type="hidden" name="next" value="{{back}}">
+<div><button class="main">Sign in</button></div>
+</form>
+</div>
+''', 'refused': '''
+<div class="refused" role="alert"><p>{{sentence}}</p></div>
+<p><a href="{{back}}">Back</a></p>
+''', 'answer': '''
+<div class="card"><p>It is shown only now:</p><dl>
+% for name, value in answer.items():
+<dt>{{name}}</dt><dd><code>{{value}}</code></dd>
+% end
+</dl></div>
+<p><a href="{{back}}">Back</a></p>
+''', 'plan': '''
+<div class="bar-top">
+<div class="tabs" role="group" aria-label="How much is shown">
+% for each in views:
+<a href="/?view={{each}}&amp;at={{at}}{{more}}"{{!' aria-current="true"' if each == view else ''}}>{{each.capitalize()}}</a>
+% end
+</div>
+<strong>{{span}}</strong>
+<div class="tabs" role="group" aria-label="When">
+<a href="/?view={{view}}&amp;at={{before}}{{more}}" aria-label="Earlier">‹ Earlier</a>
+<a href="/?view={{view}}{{more}}">Today</a>
+<a href="/?view={{view}}&amp;at={{after}}{{more}}" aria-label="Later">Later ›</a>
+</div>
+</div>
+<svg class="hidden" width="0" height="0" aria-hidden="true"><defs><pattern id="hatch" width="7" height="7"
+patternUnits="userSpaceOnUse" patternTransform="rotate(45)"><line class="hatch" x1="0" y1="0" x2="0" y2="7"
+stroke-width="2"/></pattern></defs></svg>
+% if not groups:
+<div class="card"><p>There is nothing to reserve yet{{'' if visit.actor.role != 'admin' else ': add a resource under Admin'}}.</p></div>
+% end
+% for name, places in groups:
+<section class="card" aria-label="{{name}}">
+<h2>{{name}}</h2>
+<div class="days" aria-hidden="true"><span></span><svg>
+% for each in cells:
+<text x="{{each.left}}%" dx="3" y="15">{{each.name}}</text>
+% end
+</svg></div>
+% for place in places:
+<div class="place">
+<div><h3><bdi>{{place.name}}</bdi></h3><span class="soft small">{{place.holds}}</span><br>
+% if visit.writes:
+<a class="small" href="/book?resource={{place.name}}">Book<span class="soft"> on {{place.name}}</span></a>
+% end
+</div>
+<svg class="plot" height="{{place.height}}" data-resource="{{place.name}}" data-begin="{{begin}}" data-end="{{end}}"
+data-snap="{{snap}}" role="group" aria-label="{{place.name}}: {{place.summary}}">
+% for each in place.cells:
+% if visit.writes:
+<a href="/book?resource={{place.name}}&amp;start={{each.start}}" tabindex="-1" aria-label="Book {{place.name}}, {{each.words}}">
+% end
+<rect class="cell" x="{{each.left}}%" width="{{each.width}}%" y="0" height="64"><title>{{each.words}}</title></rect>
+% if visit.writes:
+</a>
+% end
+% end
+<rect class="room" x="0" y="14" width="100%" height="50" pointer-events="none"/>
+<svg x="0" y="14" width="100%" height="50" viewBox="0 0 1000 50" preserveAspectRatio="none" pointer-events="none"><path
+class="held" d="{{place.path}}"/></svg>
+<line class="most" x1="0" x2="100%" y1="14" y2="14"/>
+% for each in place.cells:
+<line class="grid" x1="{{each.left}}%" x2="{{each.left}}%" y1="0" y2="{{place.height}}"/>
+<text class="free {{view}}" x="{{each.left}}%" dx="3" y="11" pointer-events="none">{{each.free}}
+% if each.free and view != 'month':
+<tspan>free</tspan>
+% end
+</text>
+% end
+% for each in place.closed:
+<rect class="closed" x="{{each.left}}%" width="{{each.width}}%" y="14" height="50"><title>{{each.words}}</title></rect>
+% end
+% for each in place.bars:
+<a class="bar {{each.kind}}" href="{{each.href}}" aria-label="{{each.words}}"><title>{{each.words}}</title>
+<svg x="{{each.left}}%" width="{{each.width}}%" y="{{each.top}}" height="18"><rect width="100%" height="100%" rx="4"/>
+% if not each.narrow:
+<text x="5" y="13">{{each.text}}</text>
+% end
+</svg>
+% if each.narrow:
+<text class="beside" x="{{each.beside}}%" dx="{{4 if each.beside > each.left else -4}}" y="{{each.top + 13}}"
+text-anchor="{{'start' if each.beside > each.left else 'end'}}">{{each.text}}</text>
+% end
+</a>
+% end
+% if now_at is not None:
+<line class="now" x1="{{now_at}}%" x2="{{now_at}}%" y1="0" y2="{{place.height}}"/>
+% end
+<rect class="drag" x="0" y="0" width="0" height="{{place.height}}"/>
+</svg>
+</div>
+% end
+</section>
+% end
+% if next_places:
+<p><a href="/?view={{view}}&amp;at={{at}}&amp;page={{next_places}}">More resources</a></p>
+% end
+% if left_out:
+<p class="soft">Only the first {{bars}} reservations are drawn; <a href="/list">the list</a> has them all.</p>
+% end
+<p class="soft small">Grey is what is held, up to the dashed line of the capacity; the figures are what is free. Yours are
+the bars below by label; dashed ones wait or are pending. Hatched is maintenance; the line across is now.
+% if visit.writes:
+Drag over free time, or follow a day or Book, to reserve.
+% end
+</p>
+''', 'state': '''<span class="state {{state}}"><i aria-hidden="true">{{sign}}</i>{{state}}</span>''', 'list': '''
+% if visit.writes:
+<p><a class="button main" href="/book">Book machines</a></p>
+% end
+% if not lines:
+<div class="card"><p>Nothing is reserved{{'' if visit.writes else ' in your project'}}.</p></div>
+% else:
+<div class="card scroll" tabindex="0" role="region" aria-label="Reservations"><table>
+<thead><tr><th scope="col">Label</th><th scope="col">State</th><th scope="col">Where</th><th scope="col">Machines</th>
+<th scope="col">From</th><th scope="col">To</th><th scope="col">Addresses</th>
+{{!'<th scope="col">Change</th>' if visit.writes else ''}}</tr></thead>
+<tbody>
+% for each in lines:
+<tr><td data-name="Label"><div><a href="{{each['href']}}">{{each['label']}}</a>
+% if visit.actor.role == 'admin':
+<br><span class="soft small"><bdi>{{each['user']}}</bdi> in <bdi>{{each['project']}}</bdi></span>
+% end
+</div></td>
+<td data-name="State"><div>{{!visit.state(each['state'])}}
+% if each['fault']:
+<br><span class="small">{{each['fault'][:200]}}</span>
+% end
+% if each['late']:
+<br><span class="soft small">{{each['late']}}</span>
+% end
+</div></td>
+<td data-name="Where"><bdi>{{each['resource']}}</bdi></td>
+<td data-name="Machines"><span>{{each['vms']}} <bdi>{{each['flavor']}}</bdi></span></td>
+<td data-name="From"><span>{{!visit.at(each['start'])}}</span></td>
+<td data-name="To"><span>{{!visit.at(each['end'])}}</span></td>
+<td data-name="Addresses">{{', '.join(each['addresses'])}}</td>
+% if visit.writes:
+<td data-name="Change"><div>
+% for deed in each['deeds']:
+{{!visit.deed(deed, each)}}
+% end
+</div></td>
+% end
+</tr>
+% end
+</tbody></table></div>
+% end
+% if after:
+<p><a href="/list?after={{after}}">Later ones</a></p>
+% end
+''', 'verdict': '''
+% if refusal is None and not answer:
+<p class="soft">It says here whether it fits.</p>
+% elif refusal is None:
+<div class="note"><p>It fits: {{answer['words']}}.</p></div>
+% else:
+<div class="refused"><p>{{refusal}}</p>
+% if offers:
+<p>What would fit:</p><div class="offers">
+% for href, words in offers:
+<a class="button" href="{{href}}">{{words}}</a>
+% end
+</div>
+% end
+</div>
+% end
+''', 'book': '''
+<form method="post" action="/book" class="card booking">{{!visit.guard}}
+<div class="fields">
+<label>Label <input name="label" value="{{said['label']}}" required maxlength="64" pattern="[A-Za-z0-9._\\-]+"
+placeholder="lab" title="letters, digits, . _ -"></label>
+<label>Resource <select name="resource">
+% for each in places:
+<option value="{{each}}"{{!' selected' if each == said['resource'] else ''}}>{{each}}</option>
+% end
+</select></label>
+<label>From <input name="start" type="datetime-local" value="{{said['start']}}" required></label>
+<label>To <input name="end" type="datetime-local" value="{{said['end']}}" required></label>
+<label>Machines <input name="vms" type="number" min="1" max="1000000" value="{{said['vms']}}" required></label>
+<label>Flavor <input name="flavor" value="{{said['flavor']}}" list="flavors" autocomplete="off"></label>
+<label>Image <input name="image" value="{{said['image']}}" list="images" autocomplete="off"
+placeholder="none: nothing boots"></label>
+<label>At the end <select name="at_end">
+% for each in ends:
+<option{{!' selected' if each == said['at_end'] else ''}}>{{each}}</option>
+% end
+</select></label>
+<label>Repeat <input name="repeat" value="{{said['repeat']}}" list="repeats" autocomplete="off" placeholder="once"></label>
+<label>Until <input name="until" type="date" value="{{said['until']}}"></label>
+<label>Notify <input name="notify" value="{{said['notify']}}" placeholder="eva@example.org"></label>
+<label class="wide">Description <textarea name="description" rows="2">{{said['description']}}</textarea></label>
+<label><input type="checkbox" name="wait" value="true"{{!' checked' if said['wait'] else ''}}> If it does not fit, wait</label>
+</div>
+% for kind, names in names.items():
+<datalist id="{{kind}}s">
+% for each in names:
+<option value="{{each}}"></option>
+% end
+</datalist>
+% end
+<datalist id="repeats"><option value="daily"></option><option value="weekdays"></option><option value="weekly on tue,thu"></option>
+<option value="every 2 weeks on mon"></option><option value="monthly on first mon"></option></datalist>
+<div id="verdict" role="status" aria-live="polite">{{!verdict}}</div>
+<div class="row"><button class="main">Book</button><button formaction="/book" formmethod="get">Check</button></div>
+</form>
+''', 'reservation': '''
+<div id="live" data-href="{{href}}/live{{query}}">{{!live}}</div>
+% if deeds:
+<h2>Change</h2>
+<div class="card row">
+% for deed in deeds:
+{{!visit.deed(deed, found, True)}}
+% end
+</div>
+% end
+% if visit.writes and found['state'] not in over:
+<form method="post" action="/do/update" class="card">{{!visit.guard}}<div class="fields">
+<input type="hidden" name="label" value="{{found['label']}}"><input type="hidden" name="project" value="{{found['project']}}">
+<input type="hidden" name="next" value="{{href}}{{query}}">
+% if occurrence:
+<input type="hidden" name="occurrence" value="{{occurrence}}">
+% end
+% if found['state'] in ('reserved', 'waiting', 'pending'):
+<label>From <input name="start" type="datetime-local" value="{{start}}"></label>
+% end
+<label>To <input name="end" type="datetime-local" value="{{end}}"></label>
+<label>Machines <input name="vms" type="number" min="1" value="{{found['vms']}}"></label>
+</div><p><button>Change</button></p></form>
+% end
+''', 'live': '''
+<div class="card" role="status"><dl>
+<dt>State</dt><dd>{{!visit.state(found['state'])}}
+% if found['fault']:
+<span class="small">{{found['fault']}}</span>
+% end
+</dd>
+% for name, value in facts:
+<dt>{{name}}</dt><dd>{{!value}}</dd>
+% end
+</dl></div>
+% if found.get('occurrences'):
+<h2>Occurrences</h2><div class="card scroll" tabindex="0" role="region" aria-label="Occurrences"><table>
+<thead><tr><th scope="col">From</th><th scope="col">To</th><th scope="col">Machines</th><th scope="col">State</th></tr></thead>
+<tbody>
+% for each in found['occurrences'][:60]:
+<tr><td data-name="From"><a href="{{visit.href(found['label'], found['project'], each['start'])}}">
+{{!visit.at(each['start'])}}</a></td>
+<td data-name="To"><span>{{!visit.at(each['end'])}}</span></td>
+<td data-name="Machines"><span>{{each['vms']}} on <bdi>{{each['resource']}}</bdi></span></td>
+<td data-name="State">{{!visit.state(each['state'])}}</td></tr>
+% end
+</tbody></table></div>
+% end
+% if found['servers']:
+<h2>Servers</h2><div class="card scroll" tabindex="0" role="region" aria-label="Servers"><table>
+<thead><tr><th scope="col">Name</th><th scope="col">State</th><th scope="col">Addresses</th><th scope="col">Ready</th>
+<th scope="col">Fault</th></tr></thead><tbody>
+% for each in found['servers']:
+<tr><td data-name="Name">{{each['name']}}</td><td data-name="State">{{each['state']}}</td>
+<td data-name="Addresses">{{', '.join(each['addresses'])}}</td><td data-name="Ready">{{late(each)}}</td>
+<td data-name="Fault">{{each['fault']}}</td></tr>
+% end
+</tbody></table></div>
+% end
+<h2>Journal</h2><div class="card scroll" tabindex="0" role="region" aria-label="Journal"><table>
+<thead><tr><th scope="col">When</th><th scope="col">Who</th><th scope="col">What</th><th scope="col">Why</th></tr></thead><tbody>
+% for each in events:
+<tr><td data-name="When"><span>{{!visit.at(each['at'])}}</span></td>
+<td data-name="Who"><bdi>{{each['actor']}}</bdi></td><td data-name="What">{{each['code']}}</td>
+<td data-name="Why"><bdi>{{each['sentence']}}</bdi></td></tr>
+% end
+</tbody></table></div>
+''', 'table': '''
+<div class="card scroll" tabindex="0" role="region" aria-label="{{name}}">
+% if lines:
+<table><thead><tr>
+% for each in columns:
+<th scope="col">{{each.replace('_', ' ')}}</th>
+% end
+% if deeds:
+<th scope="col">change</th>
+% end
+</tr></thead><tbody>
+% for line in lines:
+<tr>
+% for each in columns:
+<td data-name="{{each.replace('_', ' ')}}"><span>{{!visit.cell(line.get(each))}}</span></td>
+% end
+% if deeds:
+<td data-name="change"><div>
+% for deed in deeds:
+{{!visit.deed(deed, line)}}
+% end
+</div></td>
+% end
+</tr>
+% end
+</tbody></table>
+% else:
+<p class="soft">None.</p>
+% end
+</div>
+''', 'form': '''
+<details class="card"><summary>{{title}}</summary>
+<form method="post" action="/do/{{operation}}">{{!visit.guard}}<input type="hidden" name="next" value="/admin">
+<p class="soft small">{{summary}}</p><div class="fields">
+% for name, words, required in fields:
+<label>{{name.replace('_', ' ').capitalize()}} <input name="{{name}}"{{!' required' if required else ''}}>
+<span class="soft small">{{words}}</span></label>
+% end
+</div><p><button class="main">{{title}}</button></p></form></details>
+''', 'deed': '''<form class="deed" method="post" action="/do/{{operation}}">{{!visit.guard}}
+% for name, value in fields.items():
+<input type="hidden" name="{{name}}" value="{{value}}">
+% end
+<button{{!' class="bad"' if bad else ''}} aria-label="{{words}} {{about}}">{{words}}</button>
+% if field:
+<input name="{{field[0]}}" value="{{field[2]}}" aria-label="{{words}} {{about}} {{field[1]}}" placeholder="{{field[1]}}">
+% end
+</form>'''}
+
+#: What a button does: its word, the field beside it (argument, word, default), and whether it takes something away.
+DEEDS = {'extend': ('Extend', ('by', 'by', '+1h'), False), 'keep': ('Keep on', ('until', 'for', '+1h'), False),
+         'skip': ('Skip', None, True), 'delete': ('Cancel', None, True), 'accept': ('Accept', None, False),
+         'approve': ('Approve', None, False), 'reject': ('Reject', ('reason', 'because', ''), True),
+         'maintenance_delete': ('Call off', None, True), 'token_revoke': ('Revoke', None, True),
+         'limit_delete': ('Take away', None, True), 'resource_delete': ('Remove', None, True)}
+#: What can be done to a reservation in each state; to a pending one, what its holder or an admin says.
+DEEDS_IN = {'waiting': ('delete',), 'pending': ('delete',), 'reserved': ('extend', 'skip', 'delete'),
+            **dict.fromkeys(('starting', 'active', 'degraded'), ('extend', 'keep', 'delete'))}
+#: The fields of the admin's forms, in the order in which people think of them.
+FORMS = {'resource_add': ('name', 'cloud', 'region', 'aggregate', 'vms', 'vcpus', 'ram', 'classes', 'mode', 'approval'),
+         'resource_update': ('name', 'vms', 'vcpus', 'ram', 'classes', 'mode', 'hold', 'approval', 'no_show'),
+         'maintenance_add': ('resource', 'start', 'end', 'reason', 'then'),
+         'limit_add': ('project', 'user', 'resource', 'most_vms', 'longest', 'ahead', 'least_notice', 'vcpu_hours',
+                       'waiting', 'exempt'),
+         'token_add': ('user', 'project', 'role')}
+TITLES = {'resource_add': 'Add a resource', 'resource_update': 'Change a resource', 'token_add': 'Make a token',
+          'maintenance_add': 'Plan a maintenance', 'limit_add': 'Set a limit'}
+DONE = {'extend': 'is longer now', 'keep': 'goes on', 'skip': 'is left out', 'delete': 'is cancelled',
+        'update': 'is changed', 'accept': 'is yours', 'approve': 'is approved', 'reject': 'is rejected'}
+BOOKING = ('label', 'resource', 'start', 'end', 'vms', 'flavor', 'image', 'at_end', 'repeat', 'until', 'notify',
+           'description', 'wait')
+SECRETS = ('token_add', 'calendar_feed')  # operations whose answers are shown once
+
+
+class Cell(NamedTuple):
+    """A day, or some hours, of a time line; where it is in percent of its width."""
+    left: float
+    width: float
+    name: str
+    start: str
+    words: str = ''
+    free: str = ''
+
+
+class Bar(NamedTuple):
+    """A reservation, or a maintenance, on a time line."""
+    left: float
+    width: float
+    words: str
+    top: int = 0
+    text: str = ''
+    href: str = ''
+    kind: str = ''
+
+    @property
+    def narrow(self) -> bool:
+        """Whether its text has no room in it, and stands beside it."""
+        return self.width < ROOM
+
+    @property
+    def beside(self) -> float:
+        """Where that text begins, or ends where there is no room behind it."""
+        behind = round(self.left + self.width, 3)
+        return behind if behind <= 100 - ROOM else self.left
+
+
+class Drawn(NamedTuple):
+    """A resource on a time line: what it holds in words, its curve, and what stands on it."""
+    name: str
+    holds: str
+    summary: str
+    path: str
+    cells: list[Cell]
+    closed: list[Bar]
+    bars: list[Bar]
+    height: int
+
+
+def render_page(template: str, /, **values) -> str:
+    """A template with its values, all of them escaped."""
+    return template_of(template).render(**values).strip('\n')
+
+
+@functools.lru_cache
+def template_of(name: str):
+    import bottle
+    return bottle.SimpleTemplate(TEMPLATES[name])
+
+
+@dataclasses.dataclass
+class Visit:
+    """A request from a browser: who has signed in, if anybody, and how pages are written for them."""
+    service: Reservations
+    actor: Actor | None
+    zone: ZoneInfo
+    form: str  # what a form of theirs must carry
+
+    @property
+    def writes(self) -> bool:
+        return self.actor is not None and self.actor.role != READER
+
+    @property
+    def links(self) -> list[tuple[str, str]]:
+        return [('/', 'Plan'), ('/list', 'Reservations'), *([('/book', 'Book')] if self.writes else []),
+                *([('/admin', 'Admin')] if self.actor.role == ADMIN else [])]
+
+    @property
+    def here(self) -> Here:
+        return self.service.here._replace(zone=self.zone)
+
+    @property
+    def guard(self) -> str:
+        return f'<input type="hidden" name="form" value="{self.form}">'
+
+    def at(self, moment: datetime) -> str:
+        """A time for people, and where clocks differ from the service's own, that one too."""
+        here, there = moment.astimezone(self.zone), moment.astimezone(self.service.config.zone)
+        other = '' if here.utcoffset() == there.utcoffset() else (
+            f' <span class="soft small">({there:%H:%M} {there:%Z})</span>')
+        return f'<time datetime="{moment:%Y-%m-%dT%H:%MZ}">{here:%a} {here.day} {here:%b %Y %H:%M}</time>{other}'
+
+    def plain(self, moment: datetime) -> str:
+        here = moment.astimezone(self.zone)
+        return f'{here:%a} {here.day} {here:%b %H:%M}'
+
+    def state(self, word: str) -> str:
+        return render_page('state', state=word, sign=SIGNS[word])
+
+    def cell(self, value) -> str:
+        """Any value of an answer, as a table shows it."""
+        if isinstance(value, datetime):
+            return self.at(value)
+        import bottle
+        return f'<bdi>{bottle.html_escape(in_cell(value, self.zone))}</bdi>'
+
+    def href(self, label: str, project: str, start: datetime | None = None) -> str:
+        which = {'project': project} | ({'occurrence': to_plain(start)} if start else {})
+        return f'/r/{quote(label)}?{urlencode(which)}'
+
+    def deed(self, name: str, line: dict, wide: bool = False) -> str:
+        """The button that does something to what a line is about."""
+        words, field, bad = DEEDS[name]
+        fields = {'label': line['label'], 'project': line['project']} if 'label' in line else {
+            'id': line['id']} if name != 'resource_delete' else {'name': line['name']}
+        fields['next'] = '/admin' if 'label' not in line else '/list' if not wide or bad else self.href(*fields.values())
+        return render_page('deed', visit=self, operation=name, fields=fields, words=words, bad=bad,
+                           field=field if wide or name in ('extend', 'keep') else None, about=next(iter(fields.values())))
+
+    def deeds(self, found: dict) -> list[str]:
+        """What this person can do to a reservation."""
+        asks = []
+        if found['state'] == 'pending':
+            held = self.service.occurrence(found['id'])
+            asks = ['accept'] if held.confirm else ['approve', 'reject'] if self.actor.role == ADMIN else []
+        return [*asks, *DEEDS_IN.get(found['state'], ())] if self.writes else []
+
+
+class Pages:
+    """The handlers of all pages of a service."""
+
+    def __init__(self, service: Reservations):
+        self.service = service
+        self.known: dict[tuple, tuple] = {}  # names of flavors and images by account: until when, which
+
+    def mount(self, app) -> None:
+        for verb, path, handle in (
+                ('GET', '/', self.plan), ('GET', '/list', self.list), ('GET', '/book', self.book),
+                ('POST', '/book', self.add), ('GET', '/book/check', self.check), ('GET', '/r/<label>', self.reservation),
+                ('GET', '/r/<label>/live', self.live), ('GET', '/admin', self.admin), ('POST', '/do/<name>', self.do)):
+            app.route(path, verb, self.visited(handle))
+        for verb, path, handle in (('GET', '/sign-in', self.ask), ('POST', '/sign-in', self.sign_in),
+                                   ('POST', '/sign-out', self.sign_out), ('POST', '/zone', self.choose_zone)):
+            app.route(path, verb, self.visited(handle, signed_in=False))
+        for path, text, kind in (('/page.css', STYLE, 'text/css'), ('/page.js', SCRIPT, 'text/javascript')):
+            app.route(path, 'GET', lambda text=text, kind=kind: answered(text, headers={
+                'Content-Type': f'{kind}; charset=utf-8', 'Cache-Control': 'public, max-age=31536000, immutable'}))
+
+    # Who visits
+
+    @functools.cached_property
+    def key(self) -> bytes:
+        """What cookies and forms are signed with; made once for a store."""
+        with transaction():
+            run("INSERT INTO fact (name, value) VALUES ('page', ?) ON CONFLICT DO NOTHING", secrets.token_hex(32))
+        return bytes.fromhex(row("SELECT value FROM fact WHERE name = 'page'").value)
+
+    def sign(self, text: str) -> str:
+        import hmac
+        return hmac.new(self.key, text.encode(), 'sha256').hexdigest()
+
+    def signed(self, text: str) -> str:
+        return f'{text}.{self.sign(text)}'
+
+    def unsigned(self, text: str) -> str | None:
+        """What was signed, if it was by us."""
+        said, _, sign = text.rpartition('.')
+        return said if secrets.compare_digest(sign.encode(), self.sign(said).encode()) else None
+
+    def visit(self, request) -> Visit:
+        cookie = request.get_cookie('cmres') or ''
+        id, _, until = (self.unsigned(cookie) or '').partition('.')
+        actor = None
+        if id and float(until) > self.service.clock():
+            found = row('SELECT user, project, role FROM token WHERE id = ? AND revoked IS NULL', int(id))
+            actor = Actor(*found) if found else None
+        try:
+            zone = read_zone(unquote(request.get_cookie('zone') or '') or self.service.config.timezone)
+        except Invalid:
+            zone = self.service.config.zone
+        return Visit(self.service.acting(actor) if actor else self.service, actor, zone, self.sign(f'form {cookie}'))
+
+    def visited(self, handle: Callable, signed_in: bool = True) -> Callable:
+        """A handler of a page: who visits, what a form says, and what becomes of an error."""
+        import bottle
+
+        def handler(**path):
+            request = bottle.request
+            visit = self.visit(request)
+            try:
+                given = read_query(request) if request.method == 'GET' else read_form(request)
+                if signed_in and not visit.actor:
+                    return self.asking(visit, request)
+                if request.method == 'POST':
+                    self.refuse_foreign(request, given, visit, signed_in)
+                return handle(visit, **path, given=given)
+            except Error as error:
+                return self.page(visit, 'Refused', render_page('refused', sentence=str(error), back='/'), error.status)
+            except peewee.DatabaseError as error:
+                sentence = f'the store is not available: {error}; try again'
+                return self.page(visit, 'Refused', render_page('refused', sentence=sentence, back='/'), 503)
+        return handler
+
+    def refuse_foreign(self, request, given: dict, visit: Visit, signed_in: bool) -> None:
+        """Refuses what another site's page sends: by where it comes from, and by what only our forms know."""
+        origin = request.get_header('Origin')
+        elsewhere = origin and urlsplit(origin).netloc != request.get_header('Host')
+        if elsewhere or request.get_header('Sec-Fetch-Site', 'same-origin') not in ('same-origin', 'none'):
+            raise Forbidden('this form comes from another site')
+        if not secrets.compare_digest(given.pop('form', '').encode(), visit.form.encode()) and signed_in:
+            raise Forbidden('this form is too old, or comes from elsewhere; go back and load the page again')
+
+    def page(self, visit: Visit, title: str, body: str, status: int = 200):
+        """A whole page; what the last form did is said once."""
+        import bottle
+        note = self.unsigned(unquote(bottle.request.get_cookie('note') or ''))
+        here = bottle.request.path
+        back = here + (f'?{bottle.request.query_string}' if bottle.request.query_string else '')
+        text = render_page('layout', title=title, body=body, visit=visit, note=note, here=here, version=LOOK,
+                           back=back if bottle.request.method == 'GET' and visit.actor else '/')
+        made = answered(text, status)
+        if note:
+            made.delete_cookie('note', path='/')
+        return made
+
+    def asking(self, visit: Visit, request):
+        """The form to sign in, which leads back to what was asked for."""
+        back = request.path + (f'?{request.query_string}' if request.query_string else '')
+        back = back if request.method == 'GET' and not request.path.endswith(('/live', '/check')) else '/'
+        status = 200 if request.method == 'GET' and back != '/' or request.path == '/' else 401
+        return self.page(visit, 'Sign in', render_page('sign in', refusal='', token='', back=back), status)
+
+    def ask(self, visit: Visit, given: dict):
+        return self.page(visit, 'Sign in', render_page('sign in', refusal='', token=given.get('token', ''), back='/'))
+
+    def sign_in(self, visit: Visit, given: dict):
+        token = given.get('token', '').strip()
+        try:
+            actor_of(token)
+        except Unauthorized as error:
+            return self.page(visit, 'Sign in', render_page(
+                'sign in', refusal=str(error), token='', back=local(given.get('next'))), 401)
+        id, lasts = row('SELECT id FROM token WHERE hash = ?', hashed(token)).id, self.service.config.signed_in
+        made = self.onward(local(given.get('next')))
+        self.set_cookie(made, 'cmres', self.signed(f'{id}.{int(self.service.clock() + lasts)}'), int(lasts))
+        return made
+
+    def sign_out(self, visit: Visit, given: dict):
+        made = self.onward('/')
+        made.delete_cookie('cmres', path='/')
+        return made
+
+    def choose_zone(self, visit: Visit, given: dict):
+        zone, made = read_zone(given.get('zone', '')), self.onward(local(given.get('next')))
+        made.set_cookie('zone', quote(zone.key, safe=''), path='/', samesite='strict', max_age=31536000)
+        return made
+
+    def onward(self, href: str, note: str = ''):
+        """Leads on after a form, so that loading again does not send it again."""
+        made = answered('', 303, {'Location': href})
+        if note:
+            self.set_cookie(made, 'note', quote(self.signed(note), safe=''), 60)
+        return made
+
+    def set_cookie(self, made, name: str, value: str, lasts: int) -> None:
+        made.set_cookie(name, value, path='/', httponly=True, samesite='strict', max_age=lasts,
+                        secure=self.service.config.address.startswith('https:'))
+
+    # The time line
+
+    def plan(self, visit: Visit, given: dict):
+        """Resources against time: what is held, what is one's own, what is free."""
+        view = given.get('view', 'week') if given.get('view') in VIEWS else 'week'
+        today = visit.here.now.astimezone(visit.zone).date()
+        first, after = span_of_view(view, read_date(given.get('at')) or today)
+        cells = cells_of(view, first, after, visit.zone)
+        begin, end = (int(from_wall(at_midnight(each), visit.zone).timestamp()) for each in (first, after))
+        page = int(given['page']) if re.fullmatch('[0-9]{1,4}', given.get('page', '')) else 0
+        places = sorted(visit.service.places(), key=lambda each: (each.cloud, each.region, each.name))
+        shown = places[page * MOST_PLACES:(page + 1) * MOST_PLACES]
+        found = self.on_plan(visit, shown, begin, end)
+        drawn = [(place, self.draw(visit, place, cells, begin, end, view, [
+            each for each in found[:MOST_BARS] if each.resource_id == place.id])) for place in shown]
+        groups: dict = defaultdict(list)
+        for place, each in drawn:
+            groups[', '.join(filter(None, (place.cloud or 'no cloud', place.region)))].append(each)
+        now = visit.service.clock()
+        return self.page(visit, 'Plan', render_page(
+            'plan', visit=visit, views=VIEWS, view=view, at=first, before=first - timedelta(days=1), after=after,
+            span=named_span(view, first, after), cells=cells, groups=groups.items(), begin=begin, end=end,
+            snap=900 if view == 'day' else 3600 if view == 'week' else 86400, bars=MOST_BARS,
+            now_at=percent(now, begin, end) if begin <= now < end else None, left_out=len(found) > MOST_BARS,
+            more=f'&page={page}' if page else '', next_places=page + 1 if len(places) > (page + 1) * MOST_PLACES else 0))
+
+    def on_plan(self, visit: Visit, places: list, begin: int, end: int) -> list:
+        """The reservations that are drawn, one more than there may be if there are more."""
+        where = [('o.resource_id IN (SELECT value FROM json_each(?))', json.dumps([each.id for each in places])),
+                 ('o.start < ?', end), ('o."end" > ?', begin), *visit.service.visible()]
+        # By id first: states are not derived of what is not drawn.
+        ids = [each.id for each in rows(f"SELECT o.id {FROM_ALL} WHERE {' AND '.join(text for text, _ in where)} "
+                                        f'AND o.cancelled IS NULL ORDER BY o.start LIMIT {MOST_BARS + 1}',
+                                        *(value for _, value in where))]
+        return visit.service.search([('o.id IN (SELECT value FROM json_each(?))', json.dumps(ids))])
+
+    def draw(self, visit: Visit, place, cells: list[Cell], begin: int, end: int, view: str, found: list) -> Drawn:
+        most = capacity(place)
+        width = {'day': 900, 'week': 3600, 'month': 10800}[view]
+        levels = peaks(place.id, begin, width, -(-(end - begin) // width))
+        highest = max((each.vms for each in levels), default=0)
+        shares = [share_of(each, most, highest) for each in levels]
+        figure = next((name for name in FIGURES if getattr(most, name) is not None), '')
+        filled = []
+        for cell in cells:
+            here = levels[int(cell.left / 100 * len(levels)):max(int((cell.left + cell.width) / 100 * len(levels)), 1)]
+            least = max(getattr(most, figure) - max(getattr(each, figure) for each in here), 0) if figure and here else ''
+            words = f'{cell.name}: {least} of {getattr(most, figure)} {figure} free' if figure else cell.name
+            filled.append(cell._replace(words=words, free=str(least)))
+        bars, lanes = bars_of(visit, found, begin, end)
+        closed = [Bar(*extent(each.start.timestamp(), each.end.timestamp(), begin, end), each.reason)
+                  for each in map(as_row, visit.service.maintenance_list(place.name))
+                  if each.start.timestamp() < end and each.end.timestamp() > begin]
+        holds = ', '.join(f'{n} {name}' for name, n in in_figures(most).items() if n is not None) or 'without a limit'
+        free = [each.free for each in filled if each.free]
+        summary = f'{min(map(int, free))} {figure} are free all the time' if free else 'nothing limits it'
+        return Drawn(place.name, holds, summary, curve(shares), filled, closed, bars, 68 + 21 * lanes)
+
+    # Reservations
+
+    def list(self, visit: Visit, given: dict):
+        """One's own reservations, an admin's all, with what can be done to them."""
+        after = given.get('after', '')
+        found = visit.service.list(limit=MOST_LINES_SHOWN, after=int(after) if re.fullmatch('[0-9]{1,15}', after) else 0)
+        return self.page(visit, 'Reservations', render_page(
+            'list', visit=visit, lines=self.lines(visit, found), after=found[-1]['id'] if len(found) == MOST_LINES_SHOWN else 0))
+
+    def lines(self, visit: Visit, found: list[dict]) -> list[dict]:
+        """Reservations with their addresses, how late they were ready, and what can be done to them."""
+        servers: dict = defaultdict(list)
+        for each in rows('SELECT occurrence_id, addresses, ready, planned FROM server WHERE occurrence_id IN '
+                         '(SELECT value FROM json_each(?))', json.dumps([each['id'] for each in found])):
+            servers[each.occurrence_id].append(each)
+        return [each | {'addresses': sum((json.loads(server.addresses) for server in servers[each['id']]), []),
+                        'late': lateness_of(servers[each['id']]), 'deeds': visit.deeds(each),
+                        'href': visit.href(each['label'], each['project'])} for each in found]
+
+    def reservation(self, visit: Visit, label: str, given: dict):
+        """All of one reservation; what is live in it is loaded again and again."""
+        found, live, occurrence = self.shown(visit, label, given)
+        if 'parts' in found:
+            body = render_page('list', visit=visit, lines=self.lines(visit, found['parts']), after=0)
+            return self.page(visit, label, body)
+        query = {'project': found['project']} | ({'occurrence': occurrence} if occurrence else {})
+        return self.page(visit, label, render_page(
+            'reservation', visit=visit, found=found, live=live, href=f'/r/{quote(label)}', query=f'?{urlencode(query)}',
+            deeds=visit.deeds(found), over=(*OVER, 'ending'), occurrence=occurrence,
+            **{name: local_time(found[name], visit.zone) for name in ('start', 'end')}))
+
+    def live(self, visit: Visit, label: str, given: dict):
+        return answered(self.shown(visit, label, given)[1])
+
+    def shown(self, visit: Visit, label: str, given: dict) -> tuple[dict, str, str]:
+        """A reservation, its live part, and the occurrence that was asked for."""
+        asked = {name: given[name] for name in ('project', 'occurrence') if given.get(name)}
+        found = visit.service.show(**bind(API['show'], asked | {'label': label}, visit.here))
+        if 'parts' in found:
+            return found, '', ''
+        facts = [('Machines', f"{found['vms']} {found['flavor']} {found['image']}"), ('Resource', found['resource']),
+                 ('Host', found['host']), ('Owner', f"{found['user']} in {found['project']}"),
+                 ('From', found['start']), ('To', found['end']), ('Repeats', found['repeat']),
+                 ('At the end', found['at_end'] if found['image'] or found['server'] else ''),
+                 ('Part of', found['request']), ('Description', found['description'])]
+        events = visit.service.events(label, found['project'], limit=50)[::-1]
+        return found, render_page('live', visit=visit, found=found, events=events, late=lateness_told, facts=[
+            (name, visit.cell(value)) for name, value in facts if value]), asked.get('occurrence', '')
+
+    # Booking
+
+    def book(self, visit: Visit, given: dict):
+        """The form, filled in with what was clicked on, and whether that fits."""
+        said = self.said(visit, given)
+        checked = self.tried(visit, said) if given.get('start') or given.get('resource') else {}
+        return self.booking(visit, said, checked)
+
+    def booking(self, visit: Visit, said: dict, checked: dict, status: int = 200):
+        return self.page(visit, 'Book', render_page(
+            'book', visit=visit, said=said, places=[each.name for each in visit.service.places()], ends=ENDS,
+            names=self.names(visit, said['resource']), verdict=self.verdict(**checked)), status)
+
+    def verdict(self, answer: dict | None = None, refusal: str | None = None, offers: Iterable = ()) -> str:
+        return render_page('verdict', answer=answer, refusal=refusal, offers=[*offers])
+
+    def said(self, visit: Visit, given: dict) -> dict:
+        """The fields of the form: as given, times as clocks show them there."""
+        given = {name: given[name] for name in BOOKING if given.get(name)}
+        hour = visit.here.now.replace(minute=0, second=0) + timedelta(hours=1)
+        start = read_argument('start', given['start'], When, visit.here) if 'start' in given else hour
+        start = visit.here.now + start if isinstance(start, timedelta) else max(start, visit.here.now)
+        end = read_argument('end', given['end'], When, visit.here) if 'end' in given else timedelta(hours=1)
+        end = start + end if isinstance(end, timedelta) else end
+        places = visit.service.places()
+        return dict.fromkeys(BOOKING, '') | {'resource': places[0].name if places else '', 'vms': '1'} | given | {
+            'start': local_time(start, visit.zone), 'end': local_time(end, visit.zone)}
+
+    def asked(self, visit: Visit, said: dict) -> dict:
+        """The arguments of `add` that the fields stand for."""
+        given = {name: said[name] for name in BOOKING if said.get(name)}
+        return bind(API['add'], given | {'tz': visit.zone.key}, visit.here)
+
+    def tried(self, visit: Visit, said: dict) -> dict:
+        """Whether it fits, and if not, what would: the values of the verdict."""
+        said = said | {'label': said['label'] or f'new-{secrets.token_hex(4)}'}
+        try:
+            answer = visit.service.add(**self.asked(visit, said), dry_run=True)
+            state = '; it will wait' if answer['state'] == 'waiting' else (
+                '; an admin must approve it' if answer['state'] == 'pending' else '')
+            return {'answer': {'words': f"{answer['vms']} vms on {answer['resource']} from {visit.plain(answer['start'])} "
+                               f"to {visit.plain(answer['end'])}{state}"}}
+        except Error as error:
+            return {'refusal': str(error), 'offers': self.offers(visit, said, error)}
+
+    def offers(self, visit: Visit, said: dict, error: Error) -> Iterator[tuple[str, str]]:
+        """Links to the same form with what would fit; each was checked by THE RULE."""
+        start, end = (from_wall(datetime.fromisoformat(said[name]), visit.zone) for name in ('start', 'end'))
+
+        def link(words, **other):
+            other = {name: to_plain(each) if isinstance(each, datetime) else each for name, each in other.items()}
+            fields = {name: value for name, value in (said | other).items() if value and not value.startswith('new-')}
+            return f'/book?{urlencode(fields)}', words
+        if 'most_vms' in error.details:
+            yield link(f"{error.details['most_vms']} machines then", vms=str(error.details['most_vms']))
+        if 'longest' in error.details:
+            longest = error.details['longest']
+            yield link(f'for {longest} only', end=start + parse_duration(longest))
+        if isinstance(error, NoCapacity):
+            for slot in self.slots(visit, said, start, end):
+                yield link(f"from {visit.plain(slot['start'])}", start=slot['start'], end=slot['start'] + (end - start))
+
+    def slots(self, visit: Visit, said: dict, start: datetime, end: datetime) -> list[dict]:
+        try:
+            return visit.service.find(said['resource'], end - start, int(said['vms']), said['flavor'], after=start, limit=3)
+        except Error:
+            return []
+
+    def check(self, visit: Visit, given: dict):
+        return answered(self.verdict(**self.tried(visit, self.said(visit, given))))
+
+    def add(self, visit: Visit, given: dict):
+        said = {name: given.get(name, '') for name in BOOKING}
+        try:
+            found = visit.service.add(**self.asked(visit, said))
+        except Error as error:
+            said = self.said(visit, given)
+            refused = {'refusal': str(error), 'offers': self.offers(visit, said, error)}
+            return self.booking(visit, said, refused, error.status)
+        return self.onward(visit.href(found['label'], found['project']), f"'{found['label']}' is {found['state']}")
+
+    def names(self, visit: Visit, resource: str) -> dict[str, list[str]]:
+        """Flavors and images of a resource's cloud; none while that does not answer."""
+        place = row('SELECT * FROM resource WHERE name = ? AND removed IS NULL', resource)
+        account = self.service.clouds.account(place.cloud, visit.actor.project) if place and place.cloud else ''
+        return {kind: self.known_names(account, kind) if account else [] for kind in ('flavor', 'image')}
+
+    def known_names(self, account: str, kind: str) -> list[str]:
+        until, names = self.known.get((account, kind), (0, []))
+        if time.monotonic() >= until:
+            try:
+                names = sorted(self.service.clouds.open(account).names(kind))[:500]
+            except CloudError as error:
+                log.warning('the form offers no %s names: %s', kind, error)
+            self.known[account, kind] = time.monotonic() + 60, names
+        return names
+
+    # Admins, and all forms
+
+    def admin(self, visit: Visit, given: dict):
+        """What an operator looks after."""
+        service, tokens = visit.service, visit.service.token_list()  # which is for admins alone
+        late = service.punctuality()
+        sections = (
+            ('Resources', service.resource_list(), 'name cell cloud region aggregate vms vcpus ram classes mode',
+             ('resource_delete',), ('resource_add', 'resource_update')),
+            ('Maintenance', service.maintenance_list(), 'id resource start end vms vcpus ram reason',
+             ('maintenance_delete',), ('maintenance_add',)),
+            ('Waiting and pending', service.list(state=['waiting', 'pending']),
+             'label user project resource vms start end state', ('approve', 'reject', 'delete'), ()),
+            ('Tokens', tokens, 'id user project role added revoked', ('token_revoke',), ('token_add',)),
+            ('Limits', service.limit_list(), 'id project user resource most_vms longest ahead least_notice vcpu_hours '
+             'waiting exempt', ('limit_delete',), ('limit_add',)),
+            ('Punctuality of the last 30 days, in seconds', late['clouds'], 'cloud servers begun_median begun_95 '
+             'begun_worst ready_median ready_95 ready_worst tried_again', (), ()),
+            ('Failed', late['failed'], 'cloud label name tries planned fault', (), ()))
+        return self.page(visit, 'Admin', '\n'.join(self.section(visit, *each) for each in sections))
+
+    def section(self, visit: Visit, name: str, lines: list, columns: str, deeds: tuple, forms: tuple) -> str:
+        table = render_page('table', visit=visit, name=name, lines=lines, columns=columns.split(), deeds=deeds)
+        return f'<h2>{name}</h2>{table}' + ''.join(render_page(
+            'form', visit=visit, operation=each, title=TITLES[each], summary=API[each].summary, fields=[
+                (field, WORDS[field], API[each].parameters[field].default is REQUIRED) for field in FORMS[each]])
+            for each in forms)
+
+    def do(self, visit: Visit, name: str, given: dict):
+        """Whatever a form asks for: an operation by its name, its fields read as those of REST are."""
+        operation = API.get(name)
+        if not operation or not operation.changes:
+            raise NotFound(f"there is no operation '{name}' that changes something")
+        onward = local(given.pop('next', '/'))
+        given = {field: value for field, value in given.items() if value != ''}
+        if 'tz' in operation.parameters:
+            given.setdefault('tz', visit.zone.key)
+        answer = getattr(visit.service, name)(**bind(operation, given, visit.here))
+        if name in SECRETS and 'dry_run' not in given:
+            return self.page(visit, operation.words.capitalize(), render_page('answer', answer=answer, back=onward), 201)
+        about = given.get('rename') or given.get('label') or given.get('name') or given.get('id') or ''
+        return self.onward(onward, f"'{about}' {DONE[name]}" if name in DONE else f'done: {operation.words} {about}')
+
+
+def answered(text: str, status: int = 200, headers: dict | None = None):
+    import bottle
+    return bottle.HTTPResponse(text, status, SAFE | (headers or {}))
+
+
+def read_form(request) -> dict:
+    """The fields of a form (application/x-www-form-urlencoded), each once."""
+    if (request.content_length or 0) > MOST_BODY or len(body := request.body.read(MOST_BODY + 1)) > MOST_BODY:
+        raise TooLarge(f'the form is larger than {MOST_BODY} bytes')
+    try:
+        pairs = parse_qsl(body.decode(), keep_blank_values=True, errors='strict', max_num_fields=100)
+    except (UnicodeDecodeError, ValueError):
+        raise Invalid('the form is not UTF-8 or has more than 100 fields') from None
+    return given_once(*({name: value} for name, value in pairs))
+
+
+def local(href: str | None) -> str:
+    """An address on this site; whatever leads elsewhere becomes the first page."""
+    return href if href and re.fullmatch(r'/(?![/\\])[!-\[\]-~]*', href) else '/'
+
+
+def local_time(moment: datetime, zone: ZoneInfo) -> str:
+    """A time as a form's field has it."""
+    return to_wall(moment, zone).isoformat(timespec='minutes')
+
+
+def read_date(text: str | None) -> date | None:
+    try:
+        day = date.fromisoformat(text or '')
+        return day if 1971 <= day.year < 2199 else None
+    except ValueError:
+        return None
+
+
+def span_of_view(view: str, day: date) -> tuple[date, date]:
+    """The first day that is shown, and the first that is not any more."""
+    if view == 'month':
+        first = day.replace(day=1)
+        return first, (first + timedelta(days=31)).replace(day=1)
+    first = day - timedelta(days=day.weekday() if view == 'week' else 0)
+    return first, first + timedelta(days=VIEWS[view])
+
+
+def named_span(view: str, first: date, after: date) -> str:
+    last = after - timedelta(days=1)
+    return (f'{first:%B %Y}' if view == 'month' else f'{first:%A} {first.day} {first:%B %Y}' if view == 'day' else
+            f'{first.day} {first:%b} to {last.day} {last:%b %Y}')
+
+
+def cells_of(view: str, first: date, after: date, zone: ZoneInfo) -> list[Cell]:
+    """The days of a time line, or of one day every third hour."""
+    begin, end = (from_wall(at_midnight(each), zone).timestamp() for each in (first, after))
+    walls = [at_midnight(first) + timedelta(hours=hour) for hour in (
+        range(0, 24, 3) if view == 'day' else range(0, 24 * (after - first).days, 24))]
+    ends = [from_wall(each, zone).timestamp() for each in walls[1:]] + [end]
+    return [Cell(*extent(from_wall(wall, zone).timestamp(), until, begin, end),
+                 f'{wall:%H:%M}' if view == 'day' else f'{wall.day}' if view == 'month' else f'{wall:%a} {wall.day}',
+                 local_time(from_wall(wall, zone), zone)) for wall, until in zip(walls, ends)]
+
+
+def percent(at: float, begin: float, end: float) -> float:
+    return round(100 * (min(max(at, begin), end) - begin) / (end - begin), 3)
+
+
+def extent(start: float, until: float, begin: float, end: float) -> tuple[float, float]:
+    """Where a window is on a time line, and how wide, in percent."""
+    left = percent(start, begin, end)
+    return left, round(percent(until, begin, end) - left, 3)
+
+
+def share_of(held: Amount, most: Amount, highest: int) -> float:
+    """How full a resource is, 0 to 1; where nothing limits it, against the highest that is shown."""
+    shares = [each / limit if limit else float(each > 0) for each, limit in zip(held[:3], most) if limit is not None]
+    return min(max(shares) if shares else held.vms / (1.25 * highest or 1), 1)
+
+
+def curve(shares: list[float]) -> str:
+    """The area under a step function, as the path of a drawing that is 1000 wide and 50 high."""
+    path, before = ['M0 50'], 0.0
+    for number, share in enumerate(shares):
+        if share != before:
+            path.append(f'H{round(1000 * number / len(shares), 1):g}V{round(50 - 50 * share, 1):g}')
+            before = share
+    return ''.join(path) + 'H1000V50Z'
+
+
+def bars_of(visit: Visit, found: list, begin: int, end: int) -> tuple[list[Bar], int]:
+    """Reservations as bars in lanes, none over another, and the number of lanes; what finds no lane is not drawn."""
+    lanes: list[float] = []  # until where each is taken, in percent
+    bars = []
+    for each in found:
+        left, width = extent(each.start, each.end, begin, end)
+        first, last = left, left + width + (ROOM if width < ROOM else 0)
+        if last > 100 and width < ROOM:
+            first, last = left - ROOM, left + width
+        lane = next((n for n, until in enumerate(lanes) if until <= first), len(lanes))
+        if lane == MOST_LANES:
+            continue
+        lanes[lane:lane + 1] = [last]
+        mine = each.project == visit.actor.project
+        kind = ('own' if mine else 'other') + (' dashed' if mine and each.state in ('waiting', 'pending') else '')
+        text = f'{SIGNS[each.state]} {each.label}'
+        words = (f'{each.label}, {each.state}, {each.vms} vms {each.flavor}, {visit.plain(instant(each.start))} to '
+                 f'{visit.plain(instant(each.end))}, {each.user}')
+        start = instant(each.start) if each.repeats else None
+        bars.append(Bar(left, width, words, 68 + 21 * lane, text,
+                        visit.href(each.label, each.project, start), kind))
+    return bars, len(lanes)
+
+
+def as_row(values: dict):
+    return namedtuple('Line', values)(*values.values())
+
+
+def lateness_of(servers: list) -> str:
+    """How late the last of some servers was ready, in words."""
+    late = [max(each.ready - each.planned, 0) for each in servers if each.ready]
+    return f'ready {format_duration(round(max(late)))} after the start' if late else ''
+
+
+def lateness_told(server: dict) -> str:
+    late = server['ready'] and (server['ready'] - server['planned']).total_seconds()
+    return '' if late is None else f'{format_duration(round(max(late, 0)))} after the start'
+
+
+LOOK = hashed(STYLE + SCRIPT + ''.join(TEMPLATES.values()))[:12]
+
+
+def web(service: Reservations):
+    """The WSGI application of a service: REST and the page."""
+    app = rest(service)
+    Pages(service).mount(app)
+    return app
+
+
 # Client ######################################################################
 
 
@@ -6744,7 +7958,6 @@ class Client:
 
     def address(self, operation: Operation, given: dict) -> tuple[str, str, bytes | None]:
         """The verb, the first of the addresses whose parts are all given, and the body."""
-        from urllib.parse import quote, urlencode
         given = {name: value for name, value in given.items() if value is not None}
         verb, path, _ = next(each for each in operation.routes
                              if set(re.findall(r'<(\w+)>', each[1])) <= given.keys() and not each[2])
@@ -6914,7 +8127,7 @@ def serve(config: Config, host: Name = '', port: int = None, noscheduler: bool =
     service.wake = cycle.wake.set
     try:
         server = waitress.create_server(
-            rest(service), host=config.host, port=config.port, threads=config.threads, connection_limit=1000,
+            web(service), host=config.host, port=config.port, threads=config.threads, connection_limit=1000,
             asyncore_use_poll=True, max_request_body_size=8 * MOST_BODY, ident=None, clear_untrusted_proxy_headers=True)
     except (OSError, ValueError) as error:
         raise Unavailable(f"can't listen on {config.host}:{config.port}: {error}; choose another with --port") from None
@@ -7024,7 +8237,7 @@ def welcome(service: Reservations, url: str) -> list[str]:
     if not service.token_list():
         token = service.token_add(service.actor.user, service.actor.project, ADMIN)['token']
         lines += [f'Made a token for {service.actor.user}, who is admin; it is shown only now: {token}',
-                  'Try:', f"  curl -H 'Authorization: Bearer {token}' {url}{BASE}/resource/"]
+                  f'Sign in: {url}/sign-in?token={token}', 'Try:', f"  curl -H 'Authorization: Bearer {token}' {url}{BASE}/resource/"]
     return lines
 
 

@@ -1,8 +1,10 @@
 # /// script
 # requires-python = ">=3.11"
 # dependencies = [
+#   "axe-playwright-python~=0.1.8",  # what keeps people out of a page
 #   "hypothesis>=6.100,<7",    # properties: random sequences against models
 #   "khal~=0.14.1",            # a calendar program that reads a feed
+#   "playwright~=1.65.2",      # drives Debian's Chromium
 #   "pytest>=8,<10",           # the tests
 #   "vdirsyncer~=0.21.0",      # subscribes to a feed over HTTP
 #   "webtest~=3.0.7",          # REST without a socket
