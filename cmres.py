@@ -544,7 +544,7 @@ class Config:
     horizon: int = setting(366, 'days ahead for which the occurrences of a repetition are reserved', 1, 3660)
     calendar_poll: float = setting(300.0, 'seconds between looks at a calendar that somebody subscribed to', 0.1)
     address: str = setting('', 'how people reach `serve`, for links, such as https://cmres.example.org')
-    signed_in: float = setting(43200.0, 'seconds after which people sign in to the page anew', 1.0)
+    signed_in: float = setting(43200.0, 'seconds after which people sign in to the page anew', 0.1)
     login: str = setting('ssh {address}', 'how people log in to a machine, as their calendar tells them')
     patience: float = setting(86400.0, 'seconds after which no later request is let pass one that waits', 0.0)
     end_foreign: bool = setting(False, 'whether machines that people booted by hand on what they had reserved are '
@@ -6731,8 +6731,8 @@ def openapi_object(fields: dict) -> dict:
 # while one types. Nothing comes from another host, and nothing is inline.
 
 VIEWS = {'day': 1, 'week': 7, 'month': 31}  # and the days that each shows at most
-MOST_PLACES = 20   # resources on one time line
-MOST_BARS = 200    # reservations on one time line
+MOST_PLACES = 12   # resources on one time line
+MOST_BARS = 150    # reservations on one time line
 MOST_LANES = 8     # of them, one below the other on one resource
 MOST_LINES_SHOWN = 50  # reservations on one page of the list
 ROOM = 9           # percent of a time line that a label takes
@@ -6801,9 +6801,9 @@ dd { margin: 0; overflow-wrap: anywhere }
   border-top: 1px solid var(--line) } .place:first-of-type { border-top: 0 }
 .days { display: grid; grid-template-columns: 11rem 1fr; gap: 1rem } .days svg { height: 1.4rem }
 svg { display: block; width: 100% } svg text { font-size: 12px; fill: var(--soft) }
-svg .cell { fill: transparent } svg a:hover .cell, svg a:focus .cell { fill: var(--tint) }
+svg .cell { fill: transparent } svg a:hover .cell { fill: var(--mine); opacity: .15 }
 svg .grid { stroke: var(--line) } svg .most { stroke: var(--full); stroke-dasharray: 2 3 }
-svg .room { fill: var(--tint) } svg .held { fill: var(--busy) } svg .bar .beside {
+svg .room { fill: var(--tint) } .room, .held, .free, .most, .now, use { pointer-events: none } svg .held { fill: var(--busy) } svg .bar .beside {
   fill: var(--text); font-weight: 600 } svg .own rect { fill: var(--mine) } svg .own text { fill: var(--on-mine);
   font-weight: 600 }
 svg .other rect { fill: var(--full) } svg .other text { fill: var(--back) }
@@ -6812,7 +6812,7 @@ svg .own.dashed text { fill: var(--mine) } svg .closed { fill: url(#hatch) } svg
 svg .now { stroke: var(--now); stroke-width: 2 } svg .drag { fill: var(--mine); opacity: .35; pointer-events: none }
 svg.plot { touch-action: pan-y; cursor: crosshair; user-select: none }
 @media (max-width: 40rem) { .place, .days { grid-template-columns: 1fr } .days > :first-child { display: none }
-  main, header, footer { padding-left: .8rem; padding-right: .8rem } svg text.free.month, svg text.free tspan { display: none }
+  main, header, footer { padding-left: .8rem; padding-right: .8rem } .free.month, .free tspan { display: none }
   svg text { font-size: 10.5px } svg .beside { display: none }
   table, tbody, tr, td { display: block } thead { display: none } tr { border-bottom: 1px solid var(--line);
   padding: .4rem 0 } td { border: 0; padding: .1rem 0; display: grid; grid-template-columns: 6.5rem 1fr; gap: .5rem;
@@ -6876,6 +6876,7 @@ if (live) {
   setInterval(async () => {
     if (document.hidden) return;
     const answer = await fetch(live.dataset.href).catch(() => null);
+    if (answer && answer.status === 401) location.reload();
     if (!answer || !answer.ok) return;
     const text = await answer.text();
     if (text !== shown) live.innerHTML = shown = text;
@@ -6955,7 +6956,11 @@ TEMPLATES = {'layout': '''<!doctype html>
 </div>
 <svg class="hidden" width="0" height="0" aria-hidden="true"><defs><pattern id="hatch" width="7" height="7"
 patternUnits="userSpaceOnUse" patternTransform="rotate(45)"><line class="hatch" x1="0" y1="0" x2="0" y2="7"
-stroke-width="2"/></pattern></defs></svg>
+stroke-width="2"/></pattern><g id="grid">
+% for each in cells:
+<line class="grid" x1="{{each.left}}%" x2="{{each.left}}%" y1="0" y2="100%"/>
+% end
+</g></defs></svg>
 % if not groups:
 <div class="card"><p>There is nothing to reserve yet{{'' if visit.actor.role != 'admin' else ': add a resource under Admin'}}.</p></div>
 % end
@@ -6976,32 +6981,30 @@ stroke-width="2"/></pattern></defs></svg>
 </div>
 <svg class="plot" height="{{place.height}}" data-resource="{{place.name}}" data-begin="{{begin}}" data-end="{{end}}"
 data-snap="{{snap}}" role="group" aria-label="{{place.name}}: {{place.summary}}">
+<rect class="room" x="0" y="14" width="100%" height="50"/>
+<svg x="0" y="14" width="100%" height="50" viewBox="0 0 1000 50" preserveAspectRatio="none"><path class="held"
+d="{{place.path}}"/></svg>
+<line class="most" x1="0" x2="100%" y1="14" y2="14"/><use href="#grid"/><g class="free {{view}}">
+% for each in place.cells:
+% if each.free:
+<text x="{{each.left}}%" dx="3" y="11">{{each.free}}{{!' <tspan>free</tspan>' if view != 'month' else ''}}</text>
+% end
+% end
+</g>
 % for each in place.cells:
 % if visit.writes:
-<a href="/book?resource={{place.name}}&amp;start={{each.start}}" tabindex="-1" aria-label="Book {{place.name}}, {{each.words}}">
+<a href="/book?resource={{place.name}}&amp;start={{each.start}}" tabindex="-1">
 % end
-<rect class="cell" x="{{each.left}}%" width="{{each.width}}%" y="0" height="64"><title>{{each.words}}</title></rect>
+<rect class="cell" x="{{each.left}}%" width="{{each.width}}%" height="64"><title>{{each.words}}</title></rect>
 % if visit.writes:
 </a>
 % end
-% end
-<rect class="room" x="0" y="14" width="100%" height="50" pointer-events="none"/>
-<svg x="0" y="14" width="100%" height="50" viewBox="0 0 1000 50" preserveAspectRatio="none" pointer-events="none"><path
-class="held" d="{{place.path}}"/></svg>
-<line class="most" x1="0" x2="100%" y1="14" y2="14"/>
-% for each in place.cells:
-<line class="grid" x1="{{each.left}}%" x2="{{each.left}}%" y1="0" y2="{{place.height}}"/>
-<text class="free {{view}}" x="{{each.left}}%" dx="3" y="11" pointer-events="none">{{each.free}}
-% if each.free and view != 'month':
-<tspan>free</tspan>
-% end
-</text>
 % end
 % for each in place.closed:
 <rect class="closed" x="{{each.left}}%" width="{{each.width}}%" y="14" height="50"><title>{{each.words}}</title></rect>
 % end
 % for each in place.bars:
-<a class="bar {{each.kind}}" href="{{each.href}}" aria-label="{{each.words}}"><title>{{each.words}}</title>
+<a class="bar {{each.kind}}" href="{{each.href}}"><title>{{each.words}}</title>
 <svg x="{{each.left}}%" width="{{each.width}}%" y="{{each.top}}" height="18"><rect width="100%" height="100%" rx="4"/>
 % if not each.narrow:
 <text x="5" y="13">{{each.text}}</text>
@@ -7215,7 +7218,7 @@ placeholder="none: nothing boots"></label>
 % for line in lines:
 <tr>
 % for each in columns:
-<td data-name="{{each.replace('_', ' ')}}"><span>{{!visit.cell(line.get(each))}}</span></td>
+<td data-name="{{each.replace('_', ' ')}}">{{!visit.cell(line.get(each))}}</td>
 % end
 % if deeds:
 <td data-name="change"><div>
@@ -7371,10 +7374,10 @@ class Visit:
 
     def cell(self, value) -> str:
         """Any value of an answer, as a table shows it."""
-        if isinstance(value, datetime):
-            return self.at(value)
         import bottle
-        return f'<bdi>{bottle.html_escape(in_cell(value, self.zone))}</bdi>'
+        if value in (None, '', {}, []):
+            return ''
+        return f"<span>{self.at(value) if isinstance(value, datetime) else bottle.html_escape(in_cell(value, self.zone))}</span>"
 
     def href(self, label: str, project: str, start: datetime | None = None) -> str:
         which = {'project': project} | ({'occurrence': to_plain(start)} if start else {})
@@ -7395,7 +7398,8 @@ class Visit:
         if found['state'] == 'pending':
             held = self.service.occurrence(found['id'])
             asks = ['accept'] if held.confirm else ['approve', 'reject'] if self.actor.role == ADMIN else []
-        return [*asks, *DEEDS_IN.get(found['state'], ())] if self.writes else []
+        can = [deed for deed in DEEDS_IN.get(found['state'], ()) if deed != 'skip' or found['repeat']]
+        return [*asks, *can] if self.writes else []
 
 
 class Pages:
@@ -7404,6 +7408,9 @@ class Pages:
     def __init__(self, service: Reservations):
         self.service = service
         self.known: dict[tuple, tuple] = {}  # names of flavors and images by account: until when, which
+        with transaction():  # what cookies and forms are signed with is made once for a store
+            run("INSERT INTO fact (name, value) VALUES ('page', ?) ON CONFLICT DO NOTHING", secrets.token_hex(32))
+        self.key = bytes.fromhex(row("SELECT value FROM fact WHERE name = 'page'").value)
 
     def mount(self, app) -> None:
         for verb, path, handle in (
@@ -7419,13 +7426,6 @@ class Pages:
                 'Content-Type': f'{kind}; charset=utf-8', 'Cache-Control': 'public, max-age=31536000, immutable'}))
 
     # Who visits
-
-    @functools.cached_property
-    def key(self) -> bytes:
-        """What cookies and forms are signed with; made once for a store."""
-        with transaction():
-            run("INSERT INTO fact (name, value) VALUES ('page', ?) ON CONFLICT DO NOTHING", secrets.token_hex(32))
-        return bytes.fromhex(row("SELECT value FROM fact WHERE name = 'page'").value)
 
     def sign(self, text: str) -> str:
         import hmac
@@ -7843,7 +7843,7 @@ def cells_of(view: str, first: date, after: date, zone: ZoneInfo) -> list[Cell]:
     ends = [from_wall(each, zone).timestamp() for each in walls[1:]] + [end]
     return [Cell(*extent(from_wall(wall, zone).timestamp(), until, begin, end),
                  f'{wall:%H:%M}' if view == 'day' else f'{wall.day}' if view == 'month' else f'{wall:%a} {wall.day}',
-                 local_time(from_wall(wall, zone), zone)) for wall, until in zip(walls, ends)]
+                 wall.isoformat(timespec='minutes').removesuffix('T00:00')) for wall, until in zip(walls, ends)]
 
 
 def percent(at: float, begin: float, end: float) -> float:

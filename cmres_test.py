@@ -2,6 +2,7 @@
 # requires-python = ">=3.11"
 # dependencies = [
 #   "axe-playwright-python~=0.1.8",  # what keeps people out of a page
+#   "beautifulsoup4~=4.12",    # the links of a page
 #   "hypothesis>=6.100,<7",    # properties: random sequences against models
 #   "khal~=0.14.1",            # a calendar program that reads a feed
 #   "playwright~=1.65.2",      # drives Debian's Chromium
@@ -16,10 +17,12 @@ A test plays time itself: `world.now` is the clock of everything in it. Tests ma
 need a real cloud, named by OS_CLOUD, and are skipped where there is none.
 """
 
+import asyncio
 import collections
 import contextlib
 import csv
 import functools
+import html
 import http.client
 import http.server
 import io
@@ -41,7 +44,7 @@ import zoneinfo
 from concurrent.futures import ThreadPoolExecutor
 from datetime import date, datetime, timedelta, timezone
 from pathlib import Path
-from urllib.parse import urlsplit
+from urllib.parse import urlencode, urlsplit
 
 import icalendar
 import peewee
@@ -6843,6 +6846,635 @@ def test_the_readme_lists_every_address():
     assert listed == {(verb, path) for operation in API.values() for verb, path, _ in operation.routes}
 
 
+# Page ########################################################################
+
+
+def as_visitor(world, user='eva', project='biology', role='user'):
+    """A browser without scripts, in which somebody has signed in."""
+    visitor = webtest.TestApp(cmres.web(world.service))
+    token = world.service.token_add(user, project, role)['token']
+    form = visitor.get('/').forms[0]
+    form['token'] = token
+    assert form.submit().status_int == 303
+    visitor.bearer = token
+    return visitor
+
+
+def form_of(page, action):
+    return next(form for form in page.forms.values() if form.action == action)
+
+
+def test_who_has_not_signed_in_sees_the_form_and_nothing_else(world):
+    visitor = webtest.TestApp(cmres.web(world.service))
+    for path in ('/', '/list', '/book', '/admin', '/r/lab'):
+        page = visitor.get(path)
+        assert page.forms[0].action == '/sign-in' and 'demo' not in page
+    assert visitor.get('/r/lab/live', status=401) and visitor.get('/book/check', status=401)
+    assert visitor.post('/do/delete', {'label': 'lab'}, status=401)
+    assert visitor.post('/book', {'label': 'lab'}, status=401)
+
+
+def test_a_token_signs_in_for_a_while_in_a_cookie_that_scripts_and_other_sites_have_no_use_of(world):
+    visitor = webtest.TestApp(cmres.web(world.service))
+    form = visitor.get('/list?after=3').forms[0]
+    form['token'] = world.service.token_add('eva', 'biology')['token']
+    answer = form.submit(status=303)
+    assert answer.location.endswith('/list?after=3')
+    cookie = answer.headers['Set-Cookie']
+    assert {'HttpOnly', 'SameSite=strict', 'Path=/', 'Max-Age=43200'} <= set(cookie.split('; ')), cookie
+    assert 'cmres_' not in cookie and 'Secure' not in cookie
+    assert 'eva' in visitor.get('/')
+    world.now += 43201
+    assert visitor.get('/').forms[0].action == '/sign-in'
+
+
+def test_behind_https_the_cookie_is_for_https_alone(tmp_path):
+    world = World(tmp_path, address='https://cmres.example.org')
+    form = webtest.TestApp(cmres.web(world.service)).get('/').forms[0]
+    form['token'] = world.service.token_add('eva', 'biology')['token']
+    assert 'Secure' in form.submit(status=303).headers['Set-Cookie'].split('; ')
+    cmres.close_store()
+
+
+def test_a_wrong_token_does_not_sign_in(world):
+    form = webtest.TestApp(cmres.web(world.service)).get('/').forms[0]
+    form['token'] = 'cmres_wrong'
+    answer = form.submit(status=401)
+    assert 'this token is not known or was revoked' in answer and 'Set-Cookie' not in answer.headers
+
+
+def test_a_revoked_token_is_signed_out(world):
+    visitor = as_visitor(world)
+    assert 'Sign out' in visitor.get('/')
+    world.service.token_revoke(1)
+    assert 'Sign out' not in visitor.get('/')
+
+
+def test_a_cookie_that_is_not_ours_signs_nobody_in(world):
+    visitor = as_visitor(world)
+    cookie = visitor.cookies['cmres'].strip('"')
+    id, until, sign = cookie.split('.')
+    for forged in (f'2.{until}.{sign}', f'{id}.{int(until) + 9}.{sign}', f'{id}.{until}', f'{id}.{until}.', 'x', '..', '',
+                   f'{id}.{until}.{sign[:-1]}é', '1.' + '9' * 400 + f'.{sign}'):
+        other = webtest.TestApp(cmres.web(world.service))
+        answer = other.get('/', headers={'Cookie': f'cmres={forged}'.encode().decode('latin1')})
+        assert answer.forms[0].action == '/sign-in'
+
+
+def test_after_signing_out_nothing_is_shown(world):
+    visitor = as_visitor(world)
+    form_of(visitor.get('/'), '/sign-out').submit(status=303)
+    assert visitor.get('/').forms[0].action == '/sign-in'
+
+
+@pytest.mark.parametrize('change', [
+    lambda form, headers: form.pop('form'), lambda form, headers: form.update(form='0' * 64),
+    lambda form, headers: form.update(form=''), lambda form, headers: form.update(form='é'),
+    lambda form, headers: headers.update(Origin='https://evil.example.org'), lambda form, headers: headers.update(Origin='null'),
+    lambda form, headers: headers.update({'Sec-Fetch-Site': 'cross-site'}),
+    lambda form, headers: headers.update({'Sec-Fetch-Site': 'same-site'})])
+def test_forms_of_other_sites_change_nothing(world, change):
+    visitor = as_visitor(world)
+    book(world.as_user(), start=1, end=2)
+    form = dict(form_of(visitor.get('/list'), '/do/delete').submit_fields())
+    headers = {'Origin': 'http://localhost:80', 'Host': 'localhost:80'}
+    change(form, headers)
+    assert 'this form' in visitor.post('/do/delete', form, headers=headers, status=403)
+    assert world.state('lab') == 'reserved'
+
+
+def test_a_form_of_ours_changes_what_it_says(world):
+    visitor = as_visitor(world)
+    book(world.as_user(), start=1, end=2)
+    form = form_of(visitor.get('/list'), '/do/extend')
+    form['by'] = '+90m'
+    page = form.submit(status=303).follow()
+    assert '&#039;lab&#039; is longer now' in page or "'lab' is longer now" in page.html.text
+    assert world.service.show('lab')['end'] == NOON + hours(3.5)
+    assert 'is longer now' not in visitor.get('/list')  # it is said once
+
+
+def test_the_form_of_somebody_else_is_of_no_use(world):
+    eva, tom = as_visitor(world), as_visitor(world, 'tom', 'biology')
+    book(world.as_user(), start=1, end=2)
+    form = dict(form_of(eva.get('/list'), '/do/delete').submit_fields())
+    assert tom.post('/do/delete', form, status=403)
+
+
+@pytest.mark.parametrize('path', ['/', '/?view=month', '/list', '/book', '/r/lab', '/admin', '/nothing-of/do', '/sign-in'])
+def test_every_page_is_guarded_by_headers(world, path):
+    visitor = as_visitor(world, role='admin')
+    book(world.as_user(), start=1, end=2)
+    answer = visitor.get(path, status='*')
+    if answer.content_type == 'text/html':
+        policy = answer.headers['Content-Security-Policy']
+        assert "default-src 'none'" in policy and 'unsafe' not in policy and "frame-ancestors 'none'" in policy
+        assert answer.headers['X-Frame-Options'] == 'DENY' and answer.headers['X-Content-Type-Options'] == 'nosniff'
+        assert answer.headers['Cache-Control'] == 'no-store'
+        assert ' style=' not in answer and ' onclick' not in answer and 'http://' not in answer.text.replace(
+            'http://www.w3.org', '')
+
+
+@pytest.mark.parametrize('href, onward', [
+    ('/list?after=3', '/list?after=3'), ('//evil.example.org', '/'), ('/\\evil.example.org', '/'), ('https://evil', '/'),
+    ('', '/'), (None, '/'), ('/a\r\nX: y', '/'), ('javascript:alert(1)', '/'), ('/r/lab?project=a%20b', '/r/lab?project=a%20b')])
+def test_forms_lead_on_to_this_site_only(href, onward):
+    assert cmres.local(href) == onward
+
+
+HOSTILE = ['<script>document.title = "taken"</script>', '"><img src=x onerror=alert(1)>', "' onmouseover='alert(1)",
+           '\u202egnp.exe', '{{7*7}} % import os', 'ä' * 10_000, 'a\nSet-Cookie: x=y', '</title></svg>&lt;b&gt;']
+
+
+@pytest.mark.parametrize('text', HOSTILE)
+def test_hostile_text_is_text_everywhere(world, text):
+    visitor = as_visitor(world, text[:200].replace('\n', ' '), 'biology', 'admin')
+    name = text[:200].replace('\n', ' ')
+    book(world.as_user(name, 'biology'), start=0, end=2, description=text)
+    world.service.maintenance_add('demo', NOON, NOON + hours(1), text)
+    world.service.limit_add(user=name, most_vms=99)
+    world.service.resource_add('place', cloud=name, region=name, vms=3)
+    world.at(0.1)
+    with contextlib.suppress(Error):
+        book(world.as_user(name, 'biology'), 'refused', start=0, end=2, vms=99, description=text)
+    said = urlencode({'label': text, 'resource': text, 'start': '2026-12-01T13:00', 'vms': '1', 'description': text,
+                      'flavor': text[:200], 'repeat': text[:200]})
+    pages = [visitor.get(path, status='*') for path in (
+        '/', '/?view=month', '/list', '/r/lab', '/r/lab/live', '/admin', f'/book?{said}', f'/book/check?{said}',
+        '/?' + urlencode({'at': text, 'view': text, 'page': text}), '/sign-in?' + urlencode({'token': text}))]
+    for page in pages:
+        assert page.status_int < 500
+        for tag in ('<script>document', '<img', "' onmouseover='alert(1)", '49 %', '</title></svg>'):
+            assert tag not in page.text
+        assert 'Set-Cookie' not in page.headers
+    assert html.escape(text, quote=False)[:30].splitlines()[0] in pages[3].text.replace('&#039;', "'").replace('&quot;', '"')
+
+
+def test_a_form_that_is_refused_says_why_and_keeps_what_was_typed(world):
+    visitor = as_visitor(world)
+    form = visitor.get('/book?resource=demo').forms[1]
+    form['label'], form['vms'], form['description'] = 'lab', '17', 'for <all>'
+    page = form.submit(status=409)
+    assert "'demo' holds at most 16 vms; 17 are asked for" in page.html.text
+    form = next(each for each in page.forms.values() if 'label' in each.fields)
+    assert (form['label'].value, form['description'].value) == ('lab', 'for <all>')
+    offer = page.click('16 machines then')
+    assert 'It fits: 16 vms on demo' in offer
+    assert next(each for each in offer.forms.values() if 'label' in each.fields)['vms'].value == '16'
+
+
+def test_booking_without_scripts(world):
+    visitor = as_visitor(world)
+    page = visitor.get('/?view=day').click(href='/book\\?resource=demo$')
+    form = next(each for each in page.forms.values() if 'label' in each.fields)
+    form['label'], form['start'], form['end'] = 'lab', '2026-12-02T09:00', '2026-12-02T11:00'
+    form['flavor'], form['image'], form['repeat'], form['until'] = 'm1.small', 'cirros', 'weekly', '2026-12-20'
+    checked = visitor.get('/book', params=[each for each in form.submit_fields() if each[0] != 'form'])
+    assert 'It fits: 1 vms on demo from Wed 2 Dec 09:00 to Wed 2 Dec 11:00' in checked
+    page = form.submit(status=303).follow()
+    assert "'lab' is reserved" in page.html.text and 'FREQ=WEEKLY' in page
+    assert len(world.service.list('lab')) == 3
+
+
+def test_times_on_the_page_are_those_of_the_persons_zone(world):
+    visitor = as_visitor(world)
+    form = form_of(visitor.get('/list'), '/zone')
+    form['zone'] = 'America/Chicago'
+    form.submit(status=303)
+    page = visitor.get('/book?resource=demo&start=2026-12-02T15:00Z')
+    form = next(each for each in page.forms.values() if 'label' in each.fields)
+    assert form['start'].value == '2026-12-02T09:00'
+    form['label'] = 'lab'
+    page = form.submit(status=303).follow()
+    assert 'Wed 2 Dec 2026 09:00' in page and '(15:00 UTC)' in page
+    assert world.service.show('lab')['start'] == datetime(2026, 12, 2, 15, tzinfo=UTC)
+    form = form_of(page, '/zone')
+    form['zone'] = 'Mars/Olympus'
+    assert "unknown time zone 'Mars/Olympus'" in form.submit(status=400).html.text
+
+
+@pytest.mark.parametrize('view', ['day', 'week', 'month'])
+@pytest.mark.parametrize('zone, at', [('Europe/Paris', '2027-03-28'), ('Europe/Paris', '2026-10-25'), ('UTC', '2028-02-29'),
+                                      ('Australia/Lord_Howe', '2027-04-04'), ('Africa/Cairo', '2027-04-30'),
+                                      ('UTC', '1971-01-01'), ('UTC', '2198-12-31')])
+def test_cells_fill_a_time_line_also_where_clocks_change(view, zone, at):
+    first, after = cmres.span_of_view(view, date.fromisoformat(at))
+    cells = cmres.cells_of(view, first, after, zoneinfo.ZoneInfo(zone))
+    assert cells[0].left == 0 and first <= date.fromisoformat(at) < after
+    for one, other in zip(cells, [*cells[1:], cmres.Cell(100, 0, '', '')]):
+        assert one.left + one.width == pytest.approx(other.left, abs=0.002) and one.width > 0
+
+
+def test_peaks_are_those_of_each_span(world):
+    chance, place = random.Random(5), world.service.resource_row('demo')
+    for _ in range(60):
+        begin = chance.randrange(0, 900)
+        cmres.hold(place.id, begin, begin + chance.randrange(1, 200), Amount(*(chance.randrange(1, 5) for _ in range(3))))
+    for begin, width, number in ((0, 50, 20), (13, 7, 100), (100, 100, 3), (0, 1000, 1), (5000, 10, 3)):
+        assert cmres.peaks(place.id, begin, width, number) == [
+            cmres.peak(place.id, begin + n * width, begin + (n + 1) * width) for n in range(number)]
+
+
+def test_a_curve_is_drawn_where_it_changes():
+    assert cmres.curve([0, 0.5, 0.5, 1, 0]) == 'M0 50H200V25H600V0H800V50H1000V50Z'
+    assert cmres.curve([0] * 500) == 'M0 50H1000V50Z'
+
+
+def test_the_time_line_shows_ones_own_by_label_and_others_as_busy(world):
+    book(world.as_user(), 'mine', start=0, end=8, vms=4)
+    book(world.as_user('tom', 'physics'), 'theirs', start=2, end=6, vms=7)
+    world.service.maintenance_add('demo', NOON + hours(20), NOON + hours(22), 'new disks')
+    page = as_visitor(world).get('/')
+    assert 'mine, active' in page and 'theirs' not in page and 'new disks' in page
+    assert 'Tue 1: 5 of 16 vms free' in page and 'Wed 2: 0 of 16 vms free' in page and 'Thu 3: 16 of 16 vms free' in page
+    assert 'theirs' in as_visitor(world, role='admin').get('/')
+    assert 'mine' not in as_visitor(world).get('/?at=2027-01-01')
+
+
+def test_a_page_of_a_month_stays_small(world):
+    for n in range(45):
+        world.service.resource_add(f'place-{n:02}', cloud='simulated', vms=900)
+    for n in range(210):
+        book(world.as_user(), f'reservation-{n}', start=n * 3, end=n * 3 + 5, resource=f'place-{n % 12:02}', vms=3)
+    visitor = as_visitor(world)
+    page = visitor.get('/?view=month')
+    assert len(page.body) < 200_000 and 'Only the first 150 reservations are drawn' in page
+    following = page.click('More resources')
+    assert 'place-15' in following and 'place-05' not in following
+    assert len(visitor.get('/list').body) < 200_000
+
+
+def test_admins_look_after_everything_on_one_page(world):
+    visitor = as_visitor(world, 'root', 'default', 'admin')
+
+    def fill(action, **fields):
+        form = form_of(visitor.get('/admin'), f'/do/{action}')
+        for name, value in fields.items():
+            form[name] = value
+        return form.submit(status='*')
+    assert fill('resource_add', name='gpu', vms='4', approval='2d').status_int == 303
+    assert "mode: 'shred' is none of" in fill('resource_update', name='gpu', mode='shred').html.text
+    assert fill('maintenance_add', resource='gpu', start='2026-12-24T08:00', end='+2h', reason='disks').status_int == 303
+    assert fill('limit_add', project='biology', most_vms='3').status_int == 303
+    made = fill('token_add', user='ann', role='reader', project='maths')
+    assert made.status_int == 201 and 'cmres_' in made
+    book(world.as_user(), start=1, end=2, resource='gpu')
+    assert form_of(visitor.get('/admin'), '/do/approve').submit().status_int == 303
+    assert world.state('lab') == 'reserved'
+    page = visitor.get('/admin').html.text
+    for word in ('gpu', 'disks', 'biology', 'ann', 'Punctuality'):
+        assert word in page
+    form_of(visitor.get('/admin'), '/do/maintenance_delete').submit(status=303)
+    form_of(visitor.get('/admin'), '/do/limit_delete').submit(status=303)
+    assert world.service.maintenance_list() == [] and world.service.limit_list() == []
+
+
+def test_what_waits_for_a_word_can_get_it_on_the_page(world):
+    book(world.service, 'full', vms=16)
+    book(world.as_user(), wait=True, confirm=timedelta(minutes=30))
+    world.service.delete('full')
+    world.cycle.settle()
+    form_of(as_visitor(world).get('/r/lab'), '/do/accept').submit(status=303)
+    assert world.state('lab') == 'reserved'
+
+
+def walked(visitor):
+    """All pages that links lead to, and all forms on them, as (action, fields)."""
+    todo, seen, forms = ['/'], set(), {}
+    while todo:
+        path = todo.pop()
+        key = re.sub(r'(at|start)=[^&]*', r'\1', path)
+        if key in seen:
+            continue
+        seen.add(key)
+        page = visitor.get(path)
+        assert page.status_int == 200, path
+        if page.content_type != 'text/html':
+            continue
+        todo += [each['href'] for each in page.html.find_all('a') if each['href'].startswith('/')]
+        for form in page.forms.values():
+            fields = dict(form.submit_fields())
+            fields.pop('form', None), fields.pop('next', None)
+            forms[form.action, tuple(sorted(fields))] = fields
+    return seen, forms
+
+
+def test_on_the_page_each_role_can_do_exactly_what_it_can_by_rest(world):
+    """Every link is followed and every form sent, as each role; the same call by REST has the same outcome."""
+    world.service.resource_add('gpu', cloud='simulated', vms=4, approval=timedelta(days=2))
+    book(world.as_user(), start=0, end=5, flavor='m1.small', image='cirros')
+    book(world.as_user(), 'class', start=10, end=11, repeat='daily', count=4)
+    book(world.as_user(), 'asks', start=1, end=2, resource='gpu')
+    book(world.as_user(), 'parts', start=20, end=21, resource='-', part=['demo:1', 'demo:2'])
+    book(world.service, 'full', start=40, end=41, vms=16)
+    book(world.as_user(), 'waits', start=40, end=41, wait=True)
+    world.service.maintenance_add('demo', NOON + hours(60), NOON + hours(61))
+    world.service.limit_add(project='maths', most_vms=3)
+    world.at(0.1)
+    api = webtest.TestApp(cmres.rest(world.service))
+    roles = [('root', 'default', 'admin'), ('eva', 'biology', 'user'), ('tom', 'physics', 'user'), ('ann', 'biology', 'reader')]
+    visitors = {role: as_visitor(world, *role) for role in roles}
+    forms = {}
+    for role, visitor in visitors.items():
+        seen, found = walked(visitor)
+        assert ('/admin' in seen) == (role[2] == 'admin') and len(seen) > 4
+        assert role[2] != 'reader' or not any(action.startswith('/do/') or action == '/book' for action, _ in found)
+        forms |= found
+    done = collections.Counter()
+    for (action, _), fields in forms.items():
+        name = 'add' if action == '/book' else action.removeprefix('/do/')
+        if name not in API:
+            continue
+        if name == 'add':
+            fields = {**fields, 'label': 'new'}
+        if name in ('token_add', 'resource_add', 'resource_update', 'maintenance_add', 'limit_add'):
+            fields = {**fields, **{'token_add': {'user': 'ada'}, 'resource_add': {'name': 'new'}, 'resource_update': {
+                'name': 'gpu', 'vms': '9'}, 'maintenance_add': {'resource': 'demo', 'start': '+1d', 'end': '+1h'},
+                'limit_add': {'project': 'x', 'most_vms': '3'}}[name]}
+        given = {field: value for field, value in fields.items() if value != ''} | {'dry_run': 'true'}
+        for role, visitor in visitors.items():
+            page = visitor.get('/')
+            guard = form_of(page, '/sign-out')['form'].value
+            client = Client('http://x', visitor.bearer)
+            verb, address, body = client.address(API[name], given)
+            answer = api.request(address, method=verb, body=body or b'', status='*', content_type='application/json',
+                                 headers={'Authorization': f'Bearer {visitor.bearer}'})
+            before = dump()
+            result = visitor.post(f'/do/{name}', given | {'form': guard}, status='*')
+            assert dump() == before
+            fine = result.status_int in (200, 201, 303)
+            assert fine == (answer.status_int < 300) and (fine or result.status_int == answer.status_int), (name, role)
+            done[role[2], fine] += 1
+    assert all(done[role, True] > 5 for role in ('admin', 'user')) and done['reader', True] == 0
+
+
+def test_no_page_that_is_got_changes_anything(world):
+    book(world.as_user(), start=0, end=5, flavor='m1.small', image='cirros')
+    visitor = as_visitor(world, role='admin')
+    visitor.get('/')
+    before = dump()
+    walked(visitor)
+    for operation in API.values():
+        visitor.get(f'/do/{operation.name}', status=405)
+    assert dump() == before
+
+
+@pytest.mark.parametrize('path', ['/r/nothing', '/r/' + 'x' * 300, '/r/lab?occurrence=2020-01-01', '/book?start=soon',
+                                  '/list?after=' + '9' * 30, '/?page=99999', '/?at=0001-01-01', '/book/check?end=x', '/?a=%ff'])
+def test_what_is_not_there_or_makes_no_sense_is_said_on_a_page(world, path):
+    book(world.as_user(), start=1, end=2)
+    answer = as_visitor(world).get(path, status='*')
+    assert answer.status_int in (200, 400, 404) and 'Traceback' not in answer
+
+
+def test_a_form_that_is_too_large_or_not_utf8_is_refused(world):
+    visitor = as_visitor(world)
+    assert visitor.post('/do/delete', b'label=' + b'x' * 2**20, status=413)
+    assert 'UTF-8' in visitor.post('/do/delete', b'label=%ff', status=400)
+    assert 'given twice' in visitor.post('/do/delete', b'label=a&label=b', status=400)
+    guard = form_of(visitor.get('/'), '/sign-out')['form'].value
+    assert 'there is no operation' in visitor.post('/do/nothing', {'form': guard}, status=404)
+    assert 'there is no operation' in visitor.post('/do/list', {'form': guard}, status=404).html.text
+
+
+def test_style_and_script_are_kept_by_browsers_until_they_change(world):
+    visitor = webtest.TestApp(cmres.web(world.service))
+    for path, kind in (('/page.css', 'text/css'), ('/page.js', 'text/javascript')):
+        answer = visitor.get(path)
+        assert answer.content_type == kind and 'immutable' in answer.headers['Cache-Control']
+    assert f'/page.css?{cmres.LOOK}' in visitor.get('/')
+
+
+def test_serve_tells_where_to_sign_in(world):
+    lines = cmres.welcome(world.service, 'http://127.0.0.1:8080')
+    link = next(line for line in lines if line.startswith('Sign in: ')).removeprefix('Sign in: http://127.0.0.1:8080')
+    visitor = webtest.TestApp(cmres.web(world.service))
+    before = dump()
+    form = visitor.get(link).forms[0]
+    assert dump()[:-1] == before[:-1]  # a link that is followed changes nothing
+    assert form.submit(status=303).follow().html.find('h1').text == 'Plan'
+
+
+# Page: in a real browser
+
+
+@contextlib.contextmanager
+def loop_running(loop):
+    """Marks a loop as this thread's running one for a while: playwright's, or none, for it never unmarks its own."""
+    before = asyncio._get_running_loop()
+    asyncio._set_running_loop(loop)
+    try:
+        yield
+    finally:
+        asyncio._set_running_loop(before)
+
+
+@pytest.fixture(scope='session')
+def chromium():
+    """The browser, started once, which reaches no other host; skips tests where there is none, but fails them in CI."""
+    program = shutil.which('chromium')
+    if not program:
+        (pytest.fail if os.environ.get('CI') else pytest.skip)('no chromium')
+    from playwright.sync_api import sync_playwright
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=program, args=[
+            '--no-proxy-server', '--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1'])
+        browser.loop = asyncio.get_running_loop()
+        with loop_running(None):
+            yield browser
+        browser.close()
+
+
+@contextlib.contextmanager
+def browsing(chromium, base, width=1280, java_script_enabled=True, **options):
+    """A page of a new visitor; in the end it must have logged no error and asked no other host."""
+    context = chromium.new_context(base_url=base, viewport={'width': width, 'height': 800}, locale='en-GB',
+                                   java_script_enabled=java_script_enabled, **{'timezone_id': 'UTC'} | options)
+    page = context.new_page()
+    page.faults = []
+    context.on('console', lambda said: page.faults.append(said.text) if said.type == 'error' else None)
+    context.on('weberror', lambda said: page.faults.append(str(said.error)))
+    context.on('dialog', lambda dialog: page.faults.append(f'dialog: {dialog.message}'))
+    context.on('request', lambda asked: page.faults.append(f'request: {asked.url}')
+               if urlsplit(asked.url).netloc != urlsplit(base).netloc else None)
+    try:
+        yield page
+    finally:
+        context.close()
+    assert page.faults == []
+
+
+@pytest.fixture
+def site(world):
+    """The page of a world over real HTTP: where it is."""
+    server = waitress.create_server(cmres.web(world.service), host='127.0.0.1', port=0, threads=8)
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    yield f'http://127.0.0.1:{server.effective_port}'
+    server.close()
+    thread.join(10)
+
+
+@pytest.fixture
+def browse(chromium, site):
+    """Opens pages, each of a new visitor: browse(width=360, color_scheme='dark', timezone_id='America/Chicago')."""
+    with loop_running(chromium.loop), contextlib.ExitStack() as pages:
+        yield lambda **options: pages.enter_context(browsing(chromium, site, **options))
+
+
+def drag(page, selector, start, end):
+    """Drags the mouse inside an element, from one fraction of its width to another."""
+    element = page.locator(selector)
+    element.scroll_into_view_if_needed()
+    box = element.bounding_box()
+    middle = box['y'] + box['height'] / 2
+    page.mouse.move(box['x'] + start * box['width'], middle)
+    page.mouse.down()
+    page.mouse.move(box['x'] + end * box['width'], middle, steps=8)
+    page.mouse.up()
+
+
+def accessible(page):
+    """Asserts that axe finds nothing serious or critical on a page, and that nothing is wider than its window."""
+    from axe_playwright_python.sync_playwright import Axe
+    found = Axe().run(page).response['violations']
+    assert {each['id']: [node['html'] for node in each['nodes']]
+            for each in found if each['impact'] in ('serious', 'critical')} == {}, page.url
+    assert page.evaluate('document.documentElement.scrollWidth') <= page.viewport_size['width'], page.url
+
+
+def signs_in(world, page, user='eva', project='biology', role='user'):
+    page.goto('/')
+    page.get_by_label('Token').fill(world.service.token_add(user, project, role)['token'])
+    page.get_by_role('button', name='Sign in').click()
+    page.get_by_role('heading', name='Plan').wait_for()
+
+
+def test_in_a_browser_from_signing_in_to_signing_out(world, browse):
+    """Book by dragging, watch machines boot, extend, cancel."""
+    from playwright.sync_api import expect
+    page = browse()
+    page.goto('/')
+    page.get_by_label('Token').fill('cmres_wrong')
+    page.get_by_role('button', name='Sign in').click()
+    expect(page.get_by_role('alert')).to_contain_text('this token is not known')
+    assert 'status of 401' in page.faults.pop()
+    signs_in(world, page)
+    drag(page, 'svg.plot[data-resource=demo]', (1 + 14 / 24) / 7, (1 + 17 / 24) / 7)  # Tuesday, 14 to 17
+    expect(page.get_by_label('From')).to_have_value('2026-12-01T14:00')
+    expect(page.get_by_label('To', exact=True)).to_have_value('2026-12-01T17:00')
+    page.get_by_label('Label').fill('lab')
+    page.get_by_label('Flavor').fill('m1.small')
+    page.get_by_label('Image').fill('cirros')
+    page.get_by_label('Machines').fill('3')
+    expect(page.locator('#verdict')).to_contain_text('It fits: 3 vms on demo from Tue 1 Dec 14:00 to Tue 1 Dec 17:00')
+    page.get_by_role('button', name='Book').click()
+    expect(page.get_by_role('heading', name='lab')).to_be_visible()
+    expect(page.locator('#live .state').first).to_contain_text('reserved')
+    world.at(2)
+    expect(page.locator('#live .state').first).to_contain_text('starting')
+    world.at(2.01)
+    expect(page.locator('#live .state').first).to_contain_text('active')
+    expect(page.get_by_role('region', name='Servers')).to_contain_text('10.0.0.')
+    page.get_by_role('button', name='Extend lab').click()
+    expect(page.get_by_text("'lab' is longer now")).to_be_visible()
+    assert world.service.show('lab')['end'] == NOON + hours(6)
+    page.get_by_role('button', name='Cancel lab').click()
+    expect(page.get_by_text("'lab' is cancelled")).to_be_visible()
+    world.at(2.02)
+    assert world.there() == []
+    page.get_by_role('button', name='Sign out').click()
+    expect(page.get_by_label('Token')).to_be_visible()
+
+
+def test_in_a_browser_a_refusal_offers_slots_and_one_is_taken(world, browse):
+    from playwright.sync_api import expect
+    book(world.service, 'full', start=20, end=24, vms=10)
+    page = browse()
+    signs_in(world, page)
+    page.goto('/book?resource=demo&start=2026-12-02T09:00&end=2026-12-02T11:00')
+    expect(page.locator('#verdict')).to_contain_text('It fits')
+    page.get_by_label('Label').fill('lab')
+    page.get_by_label('Machines').fill('8')
+    expect(page.locator('#verdict')).to_contain_text("'demo' has 6 of 16 vms free")
+    page.get_by_role('link', name='from Wed 2 Dec 12:00').click()
+    expect(page.get_by_label('From')).to_have_value('2026-12-02T12:00')
+    expect(page.get_by_label('Label')).to_have_value('lab')
+    page.get_by_role('button', name='Book').click()
+    expect(page.get_by_role('heading', name='lab')).to_be_visible()
+    assert world.service.show('lab')['start'] == NOON + hours(24)
+
+
+def test_in_a_browser_times_are_local_and_a_day_can_be_clicked(world, browse):
+    from playwright.sync_api import expect
+    page = browse(timezone_id='America/Chicago')
+    signs_in(world, page)
+    page.goto('/?view=day&at=2026-12-02')
+    box = page.locator('svg.plot').bounding_box()
+    page.mouse.click(box['x'] + box['width'] * 0.55, box['y'] + 40)
+    expect(page.get_by_label('From')).to_have_value('2026-12-02T12:00')
+    page.get_by_label('Label').fill('lab')
+    page.get_by_role('button', name='Book').click()
+    expect(page.locator('#live')).to_contain_text('Wed 2 Dec 2026 12:00 (18:00 UTC)')
+
+
+def test_in_a_browser_without_scripts_one_can_look_and_book(world, browse):
+    page = browse(java_script_enabled=False)
+    signs_in(world, page)
+    page.get_by_role('link', name='Book on demo').click()
+    page.get_by_label('Label').fill('lab')
+    page.get_by_role('button', name='Check').click()
+    page.get_by_text('It fits: 1 vms on demo').wait_for()
+    page.get_by_role('button', name='Book').click()
+    page.get_by_role('heading', name='lab').wait_for()
+    assert world.state('lab') == 'reserved'
+
+
+def test_in_a_browser_everything_can_be_done_by_keyboard(world, browse):
+    page = browse()
+    signs_in(world, page)
+    page.keyboard.press('Tab')
+    assert page.evaluate('document.activeElement.textContent') == 'Skip to content'
+    for _ in range(30):
+        page.keyboard.press('Tab')
+        if page.evaluate('document.activeElement.textContent').startswith('Book on'):
+            break
+    page.keyboard.press('Enter')
+    page.get_by_label('Label').focus()
+    page.keyboard.type('lab')
+    page.keyboard.press('Enter')
+    page.get_by_role('heading', name='lab').wait_for()
+    assert world.state('lab') == 'reserved'
+
+
+@pytest.mark.parametrize('scheme', ['light', 'dark'])
+@pytest.mark.parametrize('width', [1280, 360])
+def test_in_a_browser_no_page_keeps_anybody_out(world, browse, width, scheme):
+    """axe on every page, with reservations in every state, and hostile text in them."""
+    world.service.resource_add('gpu', cloud='simulated', region='india', vms=4, approval=timedelta(days=2))
+    book(world.as_user(), start=0, end=30, vms=2, flavor='m1.small', image='cirros', description=HOSTILE[0] + HOSTILE[1])
+    book(world.as_user(), 'class', start=40, end=41, repeat='daily', count=4)
+    book(world.as_user(), 'asks', start=1, end=2, resource='gpu')
+    book(world.as_user('tom', 'physics'), 'full', start=50, end=60, vms=13)
+    book(world.as_user(), 'waits', start=50, end=60, vms=4, wait=True)
+    world.service.maintenance_add('gpu', NOON + hours(70), NOON + hours(90), HOSTILE[2])
+    world.at(0.1)
+    world.at(0.2)
+    page = browse(width=width, color_scheme=scheme)
+    page.goto('/')
+    accessible(page)
+    signs_in(world, page, role='admin')
+    for path in ('/', '/?view=day', '/?view=month', '/list', '/book', '/r/lab', '/r/class', '/admin',
+                 '/book?resource=demo&vms=14&start=2026-12-03T15:00'):
+        page.goto(path)
+        if path == '/admin':
+            page.locator('summary').first.click()
+        accessible(page)
+    page.goto('/r/nothing')
+    accessible(page)
+    assert 'status of 404' in page.faults.pop()
+
+
 # Client ######################################################################
 
 
@@ -10050,6 +10682,27 @@ def bench_rest(folder: Path) -> None:
     cmres.close_store()
 
 
+def bench_page(folder: Path) -> None:
+    """A month on the page, at 1e5 reservations, for a user and for an admin, against a bare page of that size."""
+    import bottle
+    for resources in (1, 100):
+        path = folder / str(resources)
+        path.mkdir()
+        world = World(path)
+        fill(world, 10**5, resources)
+        app = cmres.web(world.service)
+        for role in ('user', 'admin'):
+            visitor = webtest.TestApp(app)
+            form = visitor.get('/').forms[0]
+            form['token'] = world.service.token_add('u', 'p', role)['token']
+            form.submit()
+            size = len(visitor.get('/?view=month').body)
+            app.route(f'/bare-{role}', 'GET', lambda size=size: bottle.HTTPResponse('x' * size))
+            show(f'a month, 1e5 reservations on {resources} resources, {role}', *by_turns(
+                20, lambda turn: visitor.get('/?view=month'), lambda turn: visitor.get(f'/bare-{role}')), f'{size // 1000} kB')
+        cmres.close_store()
+
+
 def bench_start(folder: Path) -> None:
     environment = os.environ | {'CMRES_DATABASE': str(folder / 'cmres.db')}
 
@@ -10140,7 +10793,7 @@ def bench_idle(folder: Path) -> None:
 def bench() -> None:
     """All benchmarks, or those whose names are given."""
     import tempfile
-    for name in sys.argv[1:] or ['start', 'rest', 'add', 'series', 'claim', 'filter', 'starts', 'idle']:
+    for name in sys.argv[1:] or ['start', 'rest', 'page', 'add', 'series', 'claim', 'filter', 'starts', 'idle']:
         with tempfile.TemporaryDirectory() as folder:
             globals()[f'bench_{name}'](Path(folder))
 
