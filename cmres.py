@@ -42,7 +42,11 @@ The file reads from top to bottom; a section uses only the sections above it:
   Config, Calls                       settings; text that becomes arguments
   Store, Capacity                     what is on disk; the rule that admits
   Clouds, Notices, Calendar           what boots machines; who is told; iCalendar in and out
-  Service, Life cycle                 what people ask for; what makes it so
+  Service, Wishes, Limits             who asks; what is asked; how much anybody may have
+  Holding, Series, Admission          one occurrence, many, whole reservations, by the rule
+  Waiting, Requests, Plan             the waiting list; what people ask for; what operators do
+  Claims, Calendars, Records          what Nova asks; imports and feeds; what was
+  Life cycle                          what makes it so
   REST, Page, Client, Command line    four faces of the service; all but the page derived from its signatures
   Nova filter                         what nova-scheduler loads from this file
 """
@@ -2893,8 +2897,11 @@ def calendar_text(name: str, shown: Iterable[Shown]) -> str:
 
 # Service #####################################################################
 #
-# What people can ask of cmres. A method reads: what is asked, what the cloud knows of it (outside
-# any transaction), then one transaction that admits or refuses, then the answer read back.
+# What people can ask of cmres, built in layers, each a class upon the one before it: who asks and
+# what they may see; what is asked, read and resolved; limits; what is held; series; admission; the
+# waiting list; and then the operations themselves. A method reads: what is asked, what the cloud
+# knows of it (outside any transaction), then one transaction that admits or refuses, then the
+# answer read back.
 
 
 class Actor(NamedTuple):
@@ -3088,7 +3095,19 @@ def in_words_of(seconds: int | None) -> str:
     return format_duration(seconds or 0)
 
 
-class Reservations:
+def hashed(token: str) -> str:
+    return hashlib.sha256(token.encode()).hexdigest()
+
+
+def actor_of(token: str) -> Actor:
+    """Whose token this is; Unauthorized if it is nobody's or revoked."""
+    found = row('SELECT user, project, role FROM token WHERE hash = ? AND revoked IS NULL', hashed(token))
+    if not found:
+        raise Unauthorized('this token is not known or was revoked; an admin makes one with: token add USER')
+    return Actor(*found)
+
+
+class Service:
     """The service, on behalf of one actor.
 
     Args:
@@ -3102,203 +3121,58 @@ class Reservations:
         self.config, self.clouds, self.actor = config, clouds, actor
         self.clock, self.wake, self.progress = clock, wake, progress
 
-    def acting(self, actor: Actor) -> Reservations:
+    def acting(self, actor: Actor) -> Service:
         """The same service on behalf of somebody else."""
-        return Reservations(self.config, self.clouds, actor, self.clock, self.wake, self.progress)
+        return type(self)(self.config, self.clouds, actor, self.clock, self.wake, self.progress)
 
     @property
     def here(self) -> Here:
         return Here(self.config.zone, instant(int(self.clock())))
 
-    # Reservations
+    @contextmanager
+    def writing(self, dry_run: bool = False) -> Iterator[float]:
+        """A transaction that yields its instant and wakes the life cycle when it has changed something."""
+        with transaction(keep=not dry_run):
+            yield self.clock()
+        if not dry_run:
+            self.wake()
 
-    @api('POST', '/reservation/')
-    @api('POST', '/reservation/add/<label>/<resource>/<start>/<end>')
-    @api('POST', '/reservation/add/<label>/<cell>/<cloud>/<region>/<aggregate>/<vms>/<start>/<end>', resource=ANY)
-    def add(self, label: Label, resource: Place, start: When, end: When, vms: Count = 1, flavor: Name = '',
-            image: Name = '', network: Name = '', key: Name = '', security_groups: Names = (), user_data: File = '',
-            metadata: Pairs = None, server: Name = '', at_end: Name = '', notify: Names = (), lead: Span = None,
-            description: Text = '', personal: bool = False, repeat: Repeat = '', tz: Zone = '', until: Day = None,
-            count: Count = None,
-            skip_dates: Names = (), holidays: Source = '', on_conflict: Clash = 'refuse', user: Name = '',
-            project: Name = '', cell: Name = '', cloud: Name = '', region: Name = '', aggregate: Name = '',
-            part: Parts = (), host: Hosts = (), wait: bool = False, priority: int = 0, confirm: Span = None,
-            dry_run: bool = False) -> dict:
-        """Reserves machines from START to END, once or again and again.
+    def journal(self, now: float, code: str, sentence: str, reservation: int | None = None,
+                notify: Iterable[str] = (), occurrence: int | None = None) -> None:
+        journal(self.config, now, self.actor.user, code, sentence, reservation, notify, occurrence)
 
-        With an image, they are booted at the start and deleted at the end, or what --at-end says;
-        with --server, a machine that you have is started and stopped instead. With neither, capacity
-        is held and nothing boots. With a flavor, its vcpus and ram count against the resource as
-        well. What doesn't fit is refused with what would; `add --file FILE` is `load FILE`.
-
-        With --repeat it is a series by the clocks of --tz: START is when the first may begin, END says
-        how long each takes. What begins in an hour that the change of the clocks leaves out begins an
-        hour later by the clock; in an hour that comes twice, the first time. Its occurrences are
-        reserved as far as the setting `horizon` says, and from day to day further.
-
-        With --wait, what doesn't fit waits until it does: the higher priority first, then the older. For
-        a place with gaps instead of a resource, the first in order of names that has room is taken.
-
-        With several --part, also on several clouds, all of them are reserved or none; they are LABEL-1,
-        LABEL-2 and so on, and what is said of LABEL is said of each. With --host, all of that host is
-        reserved, where `resource sync --named` has told its name; m[01-05] are five parts.
-
-        Example:
-          python cmres.py add lab demo 2026-12-01T09:00 +2h --vms 3 --flavor m1.small --image cirros
-          python cmres.py add class demo 2027-01-12T09:00 +2h --repeat 'weekly on tue,thu' --until 2027-06-30
-          python cmres.py add exam 2027-01-12T09:00 +2h --part gpu:2 --part cpu:20
-        """
-        request = self.read_request({name: value for name, value in locals().items() if name != 'self'})
-        refused = request.last._replace(label=label)
-        with self.recording_refusal(refused, dry_run), self.explaining(request.last), self.writing(dry_run) as now:
-            return self.take(request, now)
-
-    def read_request(self, asked: dict) -> Request:
-        """What `add` was asked, resolved for each part and each resource on which that could be."""
-        if asked['priority'] and self.actor.role != ADMIN:
-            raise Forbidden('only an admin may give a priority')
-        parts = self.parts_asked(asked)
-        names = [f"{asked['label']}-{n}" for n, _ in enumerate(parts, 1)] if len(parts) > 1 else [asked['label']]
-        return Request(asked['label'], [self.wishes(part | {'label': name}) for part, name in zip(parts, names)],
-                       asked['wait'], asked['priority'], int((asked['confirm'] or timedelta(0)).total_seconds()))
-
-    def parts_asked(self, asked: dict) -> list[dict]:
-        """The arguments of each part of a request, a part for each host that is named."""
-        if asked['part'] and asked['resource'] != ANY:
-            raise Invalid(f"a resource or parts, not both: '{asked['resource']}' would be a part of its own")
-        parts = [asked | part for part in read_argument('part', asked['part'], Parts, self.here)
-                 ] if asked['part'] else [asked]
-        parts = [part | {'host': host} for part in parts
-                 for host in read_argument('host', part['host'] or '', Hosts, self.here) or ['']]
-        if len(parts) > MOST_PARTS:
-            raise Invalid(f'a request has at most {MOST_PARTS} parts, not {len(parts)}')
-        return parts
-
-    def wishes(self, asked: dict) -> list[Wish]:
-        """A wish for each resource that is meant, without those where it could never be."""
-        found, refusal, places = [], None, self.resources_at(asked)
-        for place in places:
-            try:
-                found.append(self.read_wish(asked | {'resource': place.name}, place=place))
-            except Error as error:
-                refusal = refusal or error
-        if not found:
-            raise refusal
-        return found
-
-    def take(self, request: Request, now: float) -> dict:
-        """Books a request, or lines it up if it may wait; inside a transaction."""
+    def resolve(self, start, end) -> tuple[int, int]:
+        """The seconds of a window: a length for a start counts from now, for an end from the start."""
+        start = self.here.now + start if isinstance(start, timedelta) else start
         try:
-            with db.atomic() if request.wait else nullcontext():
-                return self.answer_all(request, self.book_all(request, now))
-        except NoCapacity:
-            if not request.wait:
-                raise
-        return self.line_up(request, now)
+            end = start + end if isinstance(end, timedelta) else end
+        except OverflowError:
+            end = LAST
+        if not start < end <= LAST:
+            raise Invalid(f'the end {to_plain(end)} is not after the start {to_plain(start)} and before the year 2200')
+        return int(start.timestamp()), int(end.timestamp())
 
-    def book_all(self, request: Request, now: float) -> list[tuple]:
-        """Books all parts of a request: of each its wish, its reservation, and what became of its occurrences."""
-        for name in dict.fromkeys([request.label, *(part[0].label for part in request.parts)]):
-            self.refuse_taken_label(request.last._replace(label=name), now)
-        return self.book_parts(request.parts, request.name, now, iter(range(MOST_TRIES)))
+    def span_of(self, asked: Day, zone: ZoneInfo) -> tuple[int, int, str]:
+        """The seconds that an instant or a date stands for, and how a sentence calls it."""
+        if type(asked) is date:
+            first = at_midnight(asked)
+            begin, until = (int(from_wall(each, zone).timestamp()) for each in (first, first + timedelta(days=1)))
+            return begin, until, f'{asked}'
+        asked = self.here.now + asked if isinstance(asked, timedelta) else asked
+        return int(asked.timestamp()), int(asked.timestamp()) + 1, format_time(asked, zone)
 
-    def book_parts(self, parts: list[list[Wish]], name: str, now: float, tries: Iterator) -> list[tuple]:
-        """Books each part where the first of its wishes fits that lets the parts behind it fit as well."""
-        refusal = NoCapacity(f"no room for all parts was found in {MOST_TRIES} tries; name a resource for each")
-        alone = len(parts) == len(parts[0]) == 1
-        for wish, _ in zip(parts[0], tries):
-            try:
-                with nullcontext() if alone and not name else db.atomic(), (
-                        self.explaining(wish) if name else nullcontext()):
-                    booked = (wish, *self.book(wish, now, request=name))
-                    return [booked, *(self.book_parts(parts[1:], name, now, tries) if parts[1:] else [])]
-            except NoCapacity as error:
-                refusal = error
-        raise refusal
+    def owner(self, asked: dict) -> tuple[str, str]:
+        """Whose it will be: only an admin may reserve for others."""
+        user, project = asked['user'] or self.actor.user, asked['project'] or self.actor.project
+        if self.actor.role != ADMIN and project != self.actor.project:
+            raise Forbidden(f"only an admin may act in another project than their own, '{self.actor.project}'")
+        if self.actor.role != ADMIN and asked['user'] not in ('', self.actor.user):
+            raise Forbidden(f"only an admin may reserve for another user than themselves, '{self.actor.user}'")
+        return user, project
 
-    def answer_all(self, request: Request, booked: list[tuple]) -> dict:
-        answers = [self.answer(reservation, done, wish) for wish, reservation, done in booked]
-        return {'label': request.label, 'parts': answers} if request.name else answers[0]
-
-    def answer(self, reservation: int, done: Iterable[dict], wish: Wish, occurrence: int | None = None) -> dict:
-        """What was reserved, of a series the next occurrence and what became of each."""
-        found = self.occurrence(occurrence) if occurrence else self.next_of(reservation)
-        series = {'booked_until': instant(found.booked_until), 'occurrences': [*done]} if wish.stretches else {}
-        return public(found) | series | ({'warnings': wish.warnings} if wish.warnings else {})
-
-    @api('POST', '/reservation/load')
-    def load(self, rows: Rows, partial: bool = False, dry_run: bool = False) -> dict:
-        """Adds many reservations at once: all of them, or with --partial those that fit.
-
-        Each refused line is named with its number and the reason. In a CSV file the first line
-        names the fields. Does not read more than 100000 lines.
-
-        Example:
-          python cmres.py load class.csv --partial
-        """
-        refused, requests, taken = [], [], []
-        for number, given in enumerate(self.progress(rows), 1):
-            line = given.get('line', number)
-            try:
-                requests.append((line, self.read_request(self.read_line(given))))
-            except Error as error:
-                refused.append({'line': line, 'label': given.get('label', ''), 'error': str(error)})
-        with self.writing(dry_run or bool(refused) and not partial) as now:
-            for line, request in requests:
-                try:
-                    with db.atomic(), self.explaining(request.last):
-                        taken.append(self.take(request, now))
-                except Error as error:
-                    refused.append({'line': line, 'label': request.label, 'error': str(error)})
-            refused.sort(key=lambda each: each['line'])
-            if refused and not partial:
-                raise Conflict(f'{len(refused)} of {len(rows)} lines were refused, so nothing was reserved',
-                               refused=refused)
-        return {'taken': taken, 'refused': refused}
-
-    def read_line(self, given: dict) -> dict:
-        """The arguments of `add` that one line of many stands for; empty cells are not given."""
-        operation = API['add']
-        given = {name: value for name, value in given.items() if name != 'line' and value not in ('', None)}
-        if 'dry_run' in given:
-            raise Invalid('dry_run is for all lines together')
-        defaults = {name: each.default for name, each in operation.parameters.items()}
-        return defaults | bind(operation, given, self.here)
-
-    @api('GET', '/reservation/')
-    @api('GET', '/reservation/<label>')
-    def list(self, label: Label = '', user: Name = '', project: Name = '', resource: Name = '', cell: Name = '',
-             cloud: Name = '', region: Name = '', aggregate: Name = '', state: Names = (), start: When = None,
-             end: When = None, limit: Page = 100, after: int = 0) -> Rows:
-        """Lists reservations, the earliest first: those that are not over, or all that the filters meet.
-
-        A label, a state or a window [START, END) that they overlap also finds what is over. Of a series
-        only the present or next occurrence is listed; a label or a window finds all of them. Each page
-        has at most --limit lines; --after the id of its last line gives the next.
-
-        Example:
-          python cmres.py list --resource demo --state starting,active
-        """
-        for word in state:
-            if word not in STATES:
-                raise Invalid(f"state: '{word}' is none of {', '.join(STATES)}{nearest(word, STATES)}")
-        exact = {'r.user': user, 'r.project': project, 's.name': resource, 's.cell': cell,
-                 's.cloud': cloud, 's.region': region, 's.aggregate': aggregate}
-        where = [(f'{column} = ?', value) for column, value in exact.items() if value]
-        where += self.labelled(label, project)
-        where += self.window(start, end) + self.visible()
-        if after:
-            where.append(('(o.start, o.id) > (SELECT start, id FROM occurrence WHERE id = ?)', after))
-        if not (label or start or end):
-            where.append((f'({NEXT_OF_ITS} OR NOT ({NOT_OVER}))', None))
-        if not (label or state or start or end):
-            state = [word for word in STATES if word not in OVER]
-        if state and not set(state) & set(OVER):
-            where.append(('o.due IS NOT NULL', None))
-        found = self.search(where, state, limit)
-        if label and not found and not self.search([*self.labelled(label, project), *self.visible()], limit=1):
-            raise NotFound(f"there is no reservation '{label}'")
-        return [public(each) for each in found]
+    def visible(self) -> list:
+        """The condition that keeps an actor to what is theirs."""
+        return [] if self.actor.role == ADMIN else [('r.project = ?', self.actor.project)]
 
     def window(self, start, end) -> list:
         first = self.here.now if isinstance(end, timedelta) else FIRST
@@ -3325,10 +3199,6 @@ class Reservations:
             if not found:
                 raise Conflict(f"'{label}' is in several projects; name one with --project")
         return found
-
-    def visible(self) -> list:
-        """The condition that keeps an actor to what is theirs."""
-        return [] if self.actor.role == ADMIN else [('r.project = ?', self.actor.project)]
 
     def search(self, where: list, state: Iterable[str] = (), limit: int = -1, tail: str = 'ORDER BY start, id') -> list:
         """Rows of the listing that meet all conditions, a page of them."""
@@ -3377,179 +3247,9 @@ class Reservations:
             raise NotFound(f"'{found.label}' has no occurrence {'that is not over ' if live else ''}on {text}")
         return there[0]
 
-    def span_of(self, asked: Day, zone: ZoneInfo) -> tuple[int, int, str]:
-        """The seconds that an instant or a date stands for, and how a sentence calls it."""
-        if type(asked) is date:
-            first = at_midnight(asked)
-            begin, until = (int(from_wall(each, zone).timestamp()) for each in (first, first + timedelta(days=1)))
-            return begin, until, f'{asked}'
-        asked = self.here.now + asked if isinstance(asked, timedelta) else asked
-        return int(asked.timestamp()), int(asked.timestamp()) + 1, format_time(asked, zone)
-
-    @api('GET', '/reservation/<label>/show')
-    @for_each_part
-    def show(self, label: Label, project: Name = '', occurrence: Day = None, tz: Zone = '') -> dict:
-        """Shows all of one reservation: what was asked, its state, its servers; of a series also what comes.
-
-        Example:
-          python cmres.py show lab
-        """
-        found = self.mine(label, project, live=False, occurrence=occurrence)
-        answer = public(found) | {'user_data': found.user_data, 'servers': self.servers_of(found.id)}
-        if not found.repeats:
-            return answer
-        comes = self.search([('r.id = ?', found.reservation), ('o.end > ?', int(self.clock()))], limit=1000)
-        fields = ('start', 'end', 'vms', 'resource', 'state')
-        return answer | {'on_conflict': found.on_conflict, 'booked_until': instant(found.booked_until), 'occurrences': [
-            {name: value for name, value in public(each).items() if name in fields} for each in comes]}
-
-    @api('GET', '/reservation/<label>/servers')
-    @for_each_part
-    def servers(self, label: Label, project: Name = '', occurrence: Day = None, tz: Zone = '') -> Rows:
-        """Lists the servers of a reservation: state, addresses, and when each was planned, begun and ready.
-
-        Example:
-          python cmres.py servers lab
-        """
-        return self.servers_of(self.mine(label, project, live=False, occurrence=occurrence).id)
-
-    def servers_of(self, occurrence: int) -> Rows:
-        return [public(each) for each in rows(
-            'SELECT n, name, state, addresses, planned, begun, ready, deleted, snapshot, tries, fault, account, uid '
-            'FROM server WHERE occurrence_id = ? ORDER BY n, id', occurrence)]
-
-    @api('GET', '/reservation/<label>/duration')
-    @for_each_part
-    def duration(self, label: Label, project: Name = '') -> dict:
-        """Tells how long a reservation is.
-
-        Example:
-          python cmres.py duration lab
-        """
-        found = self.mine(label, project, live=False)
-        seconds = found.end - found.start
-        return {'label': label, 'duration': format_duration(seconds), 'seconds': seconds}
-
-    @api('PATCH', '/reservation/<label>')
-    @for_each_part
-    def update(self, label: Label, resource: Label = None, start: When = None, end: When = None, vms: Count = None,
-               flavor: Name = None, image: Name = None, network: Name = None, key: Name = None,
-               security_groups: Names = None, user_data: File = None, metadata: Pairs = None, at_end: Name = None,
-               notify: Names = None, lead: Span = None, description: Text = None, personal: bool = None,
-               host: Name = None, repeat: Repeat = None, until: Day = None, count: Count = None,
-               skip_dates: Names = None, holidays: Source = None,
-               on_conflict: Clash = None, user: Name = None, rename: Label = None, occurrence: Day = None,
-               following: bool = False, tz: Zone = '', project: Name = '', dry_run: bool = False) -> dict:
-        """Changes a reservation, all of it or nothing.
-
-        A new start alone moves it with its length; a new end alone makes it longer or shorter. One
-        that has begun keeps its start, its place and what its machines are made of. Of a series, all
-        that has not begun changes; with --occurrence only that one, and with --following those after
-        it as well. An occurrence that was changed on its own lets the others be, and they it.
-
-        Example:
-          python cmres.py update lab --start 2026-12-01T10:00 --vms 5
-          python cmres.py update class --occurrence 2027-02-02 --start 2027-02-03T09:00
-        """
-        asked = {name: value for name, value in locals().items() if value is not None and name not in (
-            'self', 'label', 'rename', 'project', 'dry_run', 'occurrence', 'following') and (name, value) != ('tz', '')}
-        if following and not occurrence:
-            raise Invalid('--following needs an --occurrence, from which on things change')
-        return self.alter(label, project, asked | ({'label': rename} if rename else {}), dry_run,
-                          occurrence=occurrence, alone=bool(occurrence) and not following)
-
-    @api('POST', '/reservation/<label>/extend')
-    @for_each_part
-    def extend(self, label: Label, by: Span, project: Name = '', occurrence: Day = None, tz: Zone = '',
-               dry_run: bool = False) -> dict:
-        """Lets a reservation end later; works until its end. Of a series, only the present or next occurrence.
-
-        Example:
-          python cmres.py extend lab +1h
-        """
-        if by <= timedelta(0):
-            raise Invalid(f'by: {to_plain(by)} is no length to extend by; write +1h')
-        old = self.mine(label, project, occurrence=occurrence)
-        return self.alter(label, project, {'end': instant(old.end) + by}, dry_run, occurrence=instant(old.start))
-
-    @api('POST', '/reservation/<label>/keep')
-    @for_each_part
-    def keep(self, label: Label, until: When, project: Name = '', tz: Zone = '', dry_run: bool = False) -> dict:
-        """Lets what runs now go on until a later instant, if that fits; a series goes on after that as planned.
-
-        Example:
-          python cmres.py keep lab +2h
-        """
-        old = self.mine(label, project)
-        until = instant(old.end) + until if isinstance(until, timedelta) else until
-        if self.clock() < old.held_from:
-            raise Conflict(f"'{label}' has not begun; `update` moves its end")
-        if until.timestamp() <= old.end:
-            raise Invalid(f'until: {to_plain(until)} is not after the end, {to_plain(instant(old.end))}')
-        return self.alter(label, project, {'end': until}, dry_run, 'kept', occurrence=instant(old.start))
-
-    @api('POST', '/reservation/<label>/skip')
-    @for_each_part
-    def skip(self, label: Label, project: Name = '', occurrence: Day = None, tz: Zone = '',
-             dry_run: bool = False) -> dict:
-        """Leaves out the next occurrence, which must not have begun.
-
-        Example:
-          python cmres.py skip lab
-        """
-        with self.writing(dry_run) as now:
-            found = self.mine(label, project, occurrence=occurrence)
-            if now >= found.held_from and found.repeats and not occurrence:
-                coming = [('r.id = ?', found.reservation), (NOT_OVER, None), ('o.held_from > ?', now)]
-                found = (self.search(coming, limit=1) or [found])[0]
-            if now >= found.held_from:
-                raise Conflict(f"'{label}' has begun; `delete` ends it")
-            self.cancel([found], now, f'skipped by {self.actor.user}')
-            return public(self.occurrence(found.id))
-
-    def alter(self, label: str, project: str, asked: dict, dry_run: bool, code: str = 'updated',
-              occurrence: datetime | None = None, alone: bool = True) -> dict:
-        """The one way to change a reservation: release and hold anew in one transaction.
-
-        Args:
-          occurrence: of a series, the one that is meant; without one, all that has not begun
-          alone: nothing after that occurrence
-        """
-        if not asked.keys() - {'tz'}:
-            raise Invalid('say what to change, such as --end or --vms')
-        for _ in range(10):  # what the cloud was asked about may be out of date by the time we write
-            old, stretches, key = self.to_alter(label, project, occurrence, asked)
-            only = alone and bool(occurrence) and bool(old.repeats)
-            self.refuse_common(old, asked, occurrence, only)
-            stretches = [] if only else stretches
-            wish = self.read_wish(self.unaltered(old) | asked, old, asked, stretches, key)
-            with self.explaining(wish, old), self.writing(dry_run) as now:
-                current, series = self.occurrence(old.id), self.stretches(old.reservation)
-                if all(getattr(current, name) == getattr(old, name) for name in UNCHANGED) and (
-                        not stretches or series == stretches):
-                    named = bool(occurrence) and not only
-                    done = self.rewrite(old, wish, asked, now, code, named)
-                    return self.answer(*done, wish, old.id if only else None)
-        raise Conflict(f"'{label}' is being changed by others all the time; try again")
-
-    def refuse_common(self, old, asked: dict, occurrence: datetime | None, only: bool) -> None:
-        """Refuses to change for some occurrences of a series what all of them have in common."""
-        own = OWN | {'tz', 'on_conflict'} | (set() if only else REPEATING)
-        if old.repeats and occurrence and asked.keys() - own:
-            common = min(asked.keys() - own).replace('_', ' ')
-            raise Invalid(f'the {common} is the same for all occurrences; some alone can have another '
-                          f"{', '.join(sorted(OWN))}")
-
-    def to_alter(self, label: str, project: str, occurrence: datetime | None, asked: dict) -> tuple:
-        """The occurrence that a change is told for, the stretches of its series, and from which slot they change."""
-        old = self.mine(label, project, occurrence=occurrence)
-        key = old.slot
-        if old.repeats and not occurrence and asked.keys() & (OWN | REPEATING):  # all that has not begun
-            coming = self.search([('r.id = ?', old.reservation), (NOT_OVER, None), ('o.held_from > ?', self.clock())])
-            # One that was moved on its own is no measure for the others.
-            old = next((each for each in coming if not each.altered), (coming or [old])[0])
-            key = min((each.slot for each in coming), default=old.slot)
-        return old, self.stretches(old.reservation), key
+    def live(self, found, since: str = '') -> list:
+        """The occurrences of a reservation that are not over, from a slot on."""
+        return self.search([('r.id = ?', found.reservation), (NOT_OVER, None), ('o.slot >= ?', since)])
 
     def stretches(self, reservation: int) -> list[Stretch]:
         return read_stretches(row('SELECT series FROM reservation WHERE id = ?', reservation).series)
@@ -3557,955 +3257,59 @@ class Reservations:
     def begun(self, found) -> bool:
         return self.clock() >= (found.held_from if found.runs else found.start)
 
-    def rewrite(self, old, wish: Wish, asked: dict, now: float, code: str, named: bool) -> tuple[int, list]:
-        self.refuse_fixed(old, wish, asked)
-        if (wish.label, wish.project) != (old.label, old.project):
-            self.refuse_taken_label(wish, now)
-        done: list = []
-        if wish.stretches:
-            moves = bool(asked.keys() & {*OWN, *REPEATING, 'flavor', 'lead', 'on_conflict'})
-            done = self.rebook_series(old, wish, now, named, moves)
-        else:
-            self.rebook(old, wish, now)
-        self.journal(now, code, f"{self.actor.user} changed: {', '.join(sorted(asked.keys() - {'tz'}))}",
-                     old.reservation, wish.notify,
-                     NONE_OF_THEM if done else old.id if old.repeats and not wish.stretches else None)
-        return old.reservation, done
-
-    def carried_on(self, old) -> Wish:
-        """What was wished of a series, as the store has it; nobody is there to be refused anything."""
-        clash = old.on_conflict if old.on_conflict.startswith('shift') else 'skip'
-        kept = {name: self.unaltered(old)[name] for name in STORED} | {'lead': old.lead}
-        return Wish(resource=None, start=old.start, end=old.end, vms=old.vms, stretches=self.stretches(old.reservation),
-                    each=amount_of(old) // old.vms, warnings=[], whole=amount_of(old) if old.host else None,
-                    **kept | {'on_conflict': clash})
-
-    def unaltered(self, old) -> dict:
-        """What `add` would have to be asked to get the same reservation."""
-        kept = {name: getattr(old, name) for name in (*STORED, 'resource', 'vms')}
-        return kept | {name: json.loads(kept[name]) for name in kept if name in JSON} | {
-                       'lead': timedelta(seconds=old.lead), 'start': instant(old.start)}
-
-    def refuse_fixed(self, old, wish: Wish, asked: dict) -> None:
-        """A reservation that has begun keeps what its machines are made of."""
-        begun = self.begun(old)
-        kept = {name: json.loads(getattr(old, name)) if name in JSON else getattr(old, name) for name in FIXED}
-        new = {name: getattr(wish, name) for name in FIXED} | {'resource': wish.resource.name}
-        changed = [name for name in FIXED if name in asked and new[name] != kept[name]]
-        if begun and changed:
-            raise Conflict(f"'{old.label}' has begun, so its {changed[0].replace('_', ' ')} can't change; "
-                           'its end, vms, user, description and label can')
-
-    @api('DELETE', '/reservation/<label>')
-    @api('DELETE', '/reservation/')
-    @api('DELETE', '/reservation/delete/<label>')
-    @api('POST', '/reservation/delete/<label>')
-    @api('DELETE', '/reservation/delete/<label>/<cell>/<cloud>/<region>/<aggregate>/<vms>/<start>/<end>')
-    @api('POST', '/reservation/delete/<label>/<cell>/<cloud>/<region>/<aggregate>/<vms>/<start>/<end>')
-    @for_each_part
-    def delete(self, label: Label = '', user: Name = '', project: Name = '', resource: Name = '', cell: Name = '',
-               cloud: Name = '', region: Name = '', aggregate: Name = '', vms: Count = None, start: When = None,
-               end: When = None, count: Count = None, occurrence: Day = None, following: bool = False,
-               tz: Zone = '', dry_run: bool = False) -> Rows:
-        """Cancels a reservation: its capacity is free at once, and its machines are deleted.
-
-        Give a label, or filters that must all match exactly (start and end too); without a label,
-        --count must say how many that hits. Nothing that is over is touched. Of a series, --occurrence
-        cancels only that one, and with --following those after it as well.
-
-        Example:
-          python cmres.py delete --resource demo --user eva --dry-run
-        """
-        exact = {'r.label': label, 'r.user': user, 'r.project': project, 's.name': resource, 's.cell': cell,
-                 's.cloud': cloud, 's.region': region, 's.aggregate': aggregate, 'o.vms': vms}
-        if start or end:
-            begin, until = self.resolve(start or FIRST, end or LAST)
-            exact |= ({'o.start': begin} if start else {}) | ({'"end"': until} if end else {})
-        if not any(exact.values()):
-            raise Invalid('say which: a label, or filters such as --resource and --user')
-        where = [(f'{column} = ?', value) for column, value in exact.items() if value]
-        if (occurrence or following) and not (label and occurrence):
-            raise Invalid('--occurrence and --following need a label, and --following an --occurrence')
-        with self.writing(dry_run) as now:
-            if occurrence:
-                found = [self.mine(label, project, occurrence=occurrence)]
-                self.cancel(self.live(found[0], found[0].slot) if following else found, now, ends=following)
-            else:
-                found = self.search([*where, *self.visible(), ('r.over > ?', int(now)), (NOT_OVER, None),
-                                     (NEXT_OF_ITS, None)])
-                self.refuse_uncounted(found, label, project, count, dry_run)
-                for each in found:
-                    self.cancel(self.live(each), now, ends=True)
-            return [public(self.occurrence(each.id)) for each in found]
-
-    def live(self, found, since: str = '') -> list:
-        """The occurrences of a reservation that are not over, from a slot on."""
-        return self.search([('r.id = ?', found.reservation), (NOT_OVER, None), ('o.slot >= ?', since)])
-
-    def refuse_uncounted(self, found: list, label: str, project: str, count: int | None, dry_run: bool) -> None:
+    def resource_row(self, name: str):
+        found = row('SELECT * FROM resource WHERE name = ? AND removed IS NULL', name)
         if not found:
-            raise NotFound(f"there is no reservation {shown(label) + ' ' if label else ''}that is not over"
-                           f"{'' if label else ' and meets all of these filters'}")
-        if label and len(found) > 1:
-            self.mine(label, project)  # refuses, naming the projects, unless one of them is the actor's own
-            found[:] = [each for each in found if each.project == self.actor.project]
-        if (not label or count) and count != len(found) and not dry_run:
-            raise Conflict(f'this would cancel {len(found)} reservations; say --count {len(found)} to do it',
-                           labels=[each.label for each in found[:100]], count=len(found))
-
-    @api('GET', '/resource/<resource>/find')
-    def find(self, resource: Label, duration: Span, vms: Count = 1, flavor: Name = '', lead: Span = None,
-             after: When = None, before: When = None, limit: Page = 10) -> Rows:
-        """Finds the earliest slots that are free for so many machines for so long.
-
-        Each slot says from when until when it is free. Looks a year ahead unless --before says how far.
-
-        Example:
-          python cmres.py find demo 2h --vms 4
-        """
-        place = self.resource_row(resource)
-        if duration < timedelta(seconds=1):
-            raise Invalid('duration: a slot has at least one second')
-        begin, until = self.resolve(after or self.here.now, before or timedelta(days=366))
-        begin = max(begin, int(self.clock()))
-        amount = self.each_takes(self.ask_cloud(place, {'flavor': flavor}, [])) * vms
-        need, ahead = duration.total_seconds(), (lead or timedelta(0)).total_seconds()
-        slots = ((first, last) for first, last in free_windows(place, amount, begin - ahead, until)
-                 if last - first >= need + ahead)
-        return [{'start': instant(int(first + ahead)), 'until': instant(int(last)),
-                 'duration': format_duration(last - first - ahead), 'vms': vms}
-                for (first, last), _ in zip(slots, range(limit))]
-
-    @api('GET', '/resource/<resource>/usage')
-    def usage(self, resource: Label, start: When = None, end: When = None) -> Rows:
-        """Tells how much of a resource is held, when; by whom it doesn't tell.
-
-        Shows the next 7 days unless --start or --end say otherwise.
-
-        Example:
-          python cmres.py usage demo --end +1d
-        """
-        place = self.resource_row(resource)
-        begin, until = self.resolve(start or self.here.now, end or timedelta(days=7))
-        levels = [*steps(place.id, begin, until, capacity(place).names), (until, NOTHING)]
-        return [{'start': instant(at), 'end': instant(after), **in_figures(held),
-                 'free_vms': None if place.vms is None else place.vms - held.vms}
-                for (at, held), (after, _) in zip(levels, levels[1:])]
-
-    @api('POST', '/reservation/generate')
-    def generate(self, resource: Label = 'demo', count: Page = 10, seed: int = None, flavor: Name = '',
-                 image: Name = '', dry_run: bool = False) -> dict:
-        """Adds random reservations within the next week, for trying things out; those that don't fit are left out.
-
-        Example:
-          python cmres.py generate demo --count 20
-        """
-        chance, place, now = random.Random(seed), self.resource_row(resource), self.here.now
-        most = min(place.vms or 8, 8)
-        wanted = [{'label': f'random-{secrets.token_hex(4)}', 'resource': resource,
-                   'start': now + timedelta(minutes=15 * chance.randrange(1, 600)),
-                   'end': timedelta(minutes=30 * chance.randrange(1, 17)), 'vms': chance.randint(1, most),
-                   'flavor': flavor, 'image': image} for _ in range(count)]
-        return self.load(wanted, partial=True, dry_run=dry_run)
-
-    @api('GET', '/check', role=ADMIN)
-    def check(self) -> dict:
-        """Rebuilds the usage from the occurrences and compares it with what is kept; fails on any difference.
-
-        Example:
-          python cmres.py check
-        """
-        differences, steps_seen = [], 0
-        with db.atomic('DEFERRED'):  # one snapshot of all tables; nobody waits for it
-            for place in self.progress(rows('SELECT id, name FROM resource')):
-                kept = {(track, at): tuple(held) for track, at, *held in run(
-                    'SELECT track, at, vms, vcpus, ram FROM step WHERE resource_id = ?', place.id)}
-                right = dict(held_steps(place.id))
-                steps_seen += len(right)
-                wrong = sorted(step for step in kept.keys() | right.keys() if kept.get(step) != right.get(step))
-                differences += [{'resource': place.name, 'at': instant(step[1]), 'kept': kept.get(step),
-                                 'right': right.get(step)} for step in wrong]
-        if differences:
-            raise Error(f'the usage differs from the occurrences at {len(differences)} instants, first on '
-                        f"{differences[0]['resource']} at {differences[0]['at']}", differences=differences[:100])
-        return {'steps': steps_seen, 'differences': 0}
-
-    @api('GET', '/event/')
-    @api('GET', '/reservation/<label>/events')
-    def events(self, label: Label = '', project: Name = '', after: int = 0, limit: Page = 100) -> Rows:
-        """Shows the journal: when, who, what, why; the newest lines last.
-
-        On the command line, --follow goes on to show each event as it comes, until Ctrl-C.
-
-        Example:
-          python cmres.py events lab --follow
-        """
-        where = [('e.id > ?', after), *self.visible(), *self.labelled(label, project),
-                 *([('r.project = ?', project)] if project else [])]
-        found = rows('SELECT e.id, e.at, e.actor, e.code, r.label, r.project, e.sentence '
-                     'FROM event e LEFT JOIN reservation r ON r.id = e.reservation_id WHERE '
-                     f"{' AND '.join(text for text, _ in where)} ORDER BY e.id {'ASC' if after else 'DESC'} "
-                     f'LIMIT {limit}', *(value for _, value in where))
-        return [public(each) for each in (found if after else found[::-1])]
-
-    @api('GET', '/punctuality/')
-    def punctuality(self, since: When = None) -> dict:
-        """Tells how late servers were begun and ready, per cloud, in seconds: median, 95 %, worst; and what failed.
-
-        Example:
-          python cmres.py punctuality --since 2026-11-01
-        """
-        first = self.resolve(since, LAST)[0] if since else int(self.clock()) - 30 * 86400
-        where = [('v.planned >= ?', first), ('NOT v.borrowed', None), *self.visible()]
-        found = rows(f"""
-            SELECT v.account AS cloud, v.name, r.label, v.tries, v.fault, v.planned, v.ready - v.planned AS ready,
-                   v.begun - v.planned + CASE WHEN v.planned = o.start THEN o.start - o.held_from ELSE 0 END AS begun
-              FROM server v JOIN occurrence o ON o.id = v.occurrence_id JOIN reservation r ON r.id = o.reservation_id
-             WHERE {' AND '.join(text for text, _ in where)} ORDER BY v.account, v.id""",
-                     *(value for text, value in where if '?' in text))
-        late: dict = defaultdict(list)
-        for each in found:
-            late[each.cloud].append(each)
-        failed = [each for each in found if each.ready is None and each.fault]
-        return {'clouds': [{'cloud': cloud, 'servers': len(servers),
-                            **spread('begun', [each.begun for each in servers if each.begun is not None]),
-                            **spread('ready', [each.ready for each in servers if each.ready is not None]),
-                            'tried_again': sum(each.tries > 1 for each in servers)}
-                           for cloud, servers in late.items()],
-                'failed': [{'cloud': each.cloud, 'label': each.label, 'name': each.name, 'tries': each.tries,
-                            'planned': instant(each.planned), 'fault': each.fault} for each in failed[-100:]]}
-
-    # Resources
-
-    @api('POST', '/resource/', role=ADMIN)
-    def resource_add(self, name: Label, cell: Name = '', cloud: Name = '', region: Name = '', aggregate: Name = '',
-                     vms: Most = UNLIMITED, vcpus: Most = UNLIMITED, ram: Most = UNLIMITED, classes: Classes = None,
-                     mode: Name = '', hold: Span = None, approval: Span = None, no_show: Span = None,
-                     dry_run: bool = False) -> dict:
-        """Adds a resource; a figure that isn't given is unlimited.
-
-        With --classes, other resource classes of Placement count as well: what flavors take of them
-        stands in their extra specs, such as resources:CUSTOM_GPU=1.
-
-        Example:
-          python cmres.py resource add india --cloud simulated --vms 40 --vcpus 320 --ram 655360
-        """
-        with self.writing(dry_run) as now:
-            self.refuse_taken_resource(name)
-            figures = {figure: None if most == UNLIMITED else most
-                       for figure, most in (('vms', vms), ('vcpus', vcpus), ('ram', ram))}
-            insert(Resource, name=name, cell=cell, cloud=cloud, region=region, aggregate=aggregate, **figures,
-                   mode=self.read_mode(mode), **self.read_seconds(hold=hold, approval=approval, no_show=no_show),
-                   classes=known_classes('', classes), hosts='[]', named='', added=int(now))
-            self.journal(now, 'resource', f"added the resource '{name}'")
-            return self.resource_show(name)
-
-    @api('GET', '/resource/')
-    def resource_list(self, cell: Name = '', cloud: Name = '', region: Name = '', aggregate: Name = '') -> Rows:
-        """Lists the resources: their places and what they hold at most.
-
-        Example:
-          python cmres.py resource list --cloud simulated
-        """
-        return [self.resource_public(each) for each in self.places(cell, cloud, region, aggregate)]
-
-    @api('GET', '/resource/<name>')
-    def resource_show(self, name: Label) -> dict:
-        """Shows a resource, and what is held of it now.
-
-        Example:
-          python cmres.py resource show demo
-        """
-        found = self.resource_row(name)
-        held = level(found.id, self.clock(), capacity(found).names)
-        return self.resource_public(found) | {'held_now': in_figures(held)}
-
-    @api('PATCH', '/resource/<name>', role=ADMIN)
-    def resource_update(self, name: Label, rename: Label = '', cell: Name = None, cloud: Name = None,
-                        region: Name = None, aggregate: Name = None, vms: Most = None, vcpus: Most = None,
-                        ram: Most = None, classes: Classes = None, mode: Name = None, hold: Span = None,
-                        approval: Span = None, no_show: Span = None, force: bool = False,
-                        dry_run: bool = False) -> dict:
-        """Changes a resource; `unlimited` takes a limit away.
-
-        A capacity below what is held already needs --force; nothing is cancelled then, and the
-        answer lists the occurrences that no longer fit, the latest added first.
-
-        Example:
-          python cmres.py resource update demo --vms 8 --dry-run
-        """
-        asked = {'name': rename or None, 'cell': cell, 'cloud': cloud, 'region': region, 'aggregate': aggregate,
-                 'vms': vms, 'vcpus': vcpus, 'ram': ram, 'mode': mode if mode is None else self.read_mode(mode),
-                 **self.read_seconds(**{field: length for field, length in (
-                     ('hold', hold), ('approval', approval), ('no_show', no_show)) if length is not None})}
-        new = {field: None if value == UNLIMITED else value for field, value in asked.items() if value is not None}
-        with self.writing(dry_run) as now:
-            found = self.resource_row(name)
-            if rename and rename != name:
-                self.refuse_taken_resource(rename)
-            if classes:
-                new['classes'] = known_classes(found.classes, classes)
-            if new:
-                change(Resource, found.id, **new)
-            before, found = found, self.resource_row(rename or name)
-            self.rehold_changes(found, now)
-            homeless = self.no_longer_fitting(found, now) if lowered(capacity(before), capacity(found)) else []
-            if homeless and not force:
-                raise Conflict(f"{len(homeless)} occurrences on '{name}' would no longer fit; --force does it all the "
-                               'same and cancels nothing', occurrences=homeless)
-            self.journal(now, 'resource', f"changed the resource '{name}': {', '.join(new) or 'nothing'}")
-            return self.resource_public(found) | {'no_longer_fit': homeless}
-
-    @api('POST', '/resource/sync', role=ADMIN)
-    def resource_sync(self, cloud: Name, aggregates: Names = (), mode: Name = '', hold: Span = None,
-                      named: bool = None, force: bool = False, dry_run: bool = False) -> Rows:
-        """Reads host aggregates of a cloud, makes resources of them or updates those, and marks them for Nova.
-
-        The vcpus, ram and other classes of a resource become what Placement gives out of the aggregate's
-        hosts. The entry of clouds.yaml must be an admin's. Each line of the answer is a difference; with
-        --dry-run that is all that happens. Without --aggregates, those that are marked are updated.
-        With --named, a reservation may ask for a host by its name: add ... --host NAME.
-
-        Example:
-          python cmres.py resource sync chameleon --aggregates gpu --mode exclusive --dry-run
-        """
-        there = {each.name: each for each in self.clouds.open(cloud).aggregates()}
-        for name in aggregates:
-            if name not in there:
-                raise NotFound(f"the cloud {cloud} has no aggregate '{name}'{nearest(name, there)}")
-        chosen = [there[name] for name in aggregates or there if aggregates or there[name].mark]
-        wanted = {} if not mode else {'mode': self.read_mode(mode)}
-        wanted |= {'hold': int(hold.total_seconds())} if hold is not None else {}
-        with self.writing(dry_run) as now:
-            synced = [self.sync_one(cloud, each, wanted, named, force, now) for each in chosen]
-        for each, (name, _) in zip(chosen, synced):  # outside the transaction: it is a call to the cloud
-            if each.mark != name and not dry_run:
-                self.clouds.open(cloud).mark(each.name, name)
-        return [line for (name, lines), each in zip(synced, chosen) for line in lines + (
-            [{'resource': name, 'what': 'mark', 'before': each.mark or None, 'after': name}]
-            if each.mark != name else [])]
-
-    def sync_one(self, cloud: str, aggregate: Aggregate, wanted: dict, named: bool | None, force: bool,
-                 now: float) -> tuple[str, list[dict]]:
-        """Makes or updates the resource of an aggregate; its name, and a line for each difference."""
-        found = row('SELECT * FROM resource WHERE cloud = ? AND aggregate = ? AND removed IS NULL',
-                    cloud, aggregate.name)
-        total = sum(aggregate.hosts.values(), NOTHING)
-        new = {name: each for name, each in stored(total).items() if name != 'vms'} | {
-            'hosts': json.dumps([*aggregate.hosts]), **wanted}
-        if named or named is None and found and found.named or named is False:
-            new['named'] = json.dumps({host: {'vcpus': each.vcpus, 'ram': each.ram} | dict(each.classes)
-                                       for host, each in aggregate.hosts.items()}) if named is not False else ''
-        if not found:
-            name = calendar_name(aggregate.name)
-            self.refuse_taken_resource(name)
-            insert(Resource, **({'name': name, 'cell': '', 'cloud': cloud, 'region': '', 'aggregate': aggregate.name,
-                                 'vms': None, 'mode': '', 'named': '', 'added': int(now),
-                                 **self.read_seconds(hold=None, approval=None, no_show=None)} | new))
-            self.journal(now, 'resource', f"added the resource '{name}' from the aggregate '{aggregate.name}'")
-            return name, [{'resource': name, 'what': field, 'before': None, 'after': in_brief(field, value)}
-                          for field, value in new.items()]
-        lines = [{'resource': found.name, 'what': field, 'before': in_brief(field, getattr(found, field)),
-                  'after': in_brief(field, value)}
-                 for field, value in new.items() if getattr(found, field) != value]
-        if lines:
-            change(Resource, found.id, **new)
-            self.rehold_changes(self.resource_row(found.name), now)
-            homeless = self.no_longer_fitting(self.resource_row(found.name), now)
-            if homeless and not force:
-                raise Conflict(f"{len(homeless)} occurrences on '{found.name}' would no longer fit; --force does it "
-                               'all the same and cancels nothing', occurrences=homeless)
-            fields = ', '.join(each['what'] for each in lines)
-            self.journal(now, 'resource', f"synced the resource '{found.name}': {fields}")
-        return found.name, lines
-
-    def read_seconds(self, **lengths: timedelta | None) -> dict[str, int]:
-        return {name: int((length or timedelta(0)).total_seconds()) for name, length in lengths.items()}
-
-    def read_mode(self, mode: str) -> str:
-        if mode not in ('', 'open', *MODES):
-            raise Invalid(f"mode: '{mode}' is none of open, {', '.join(MODES)}{nearest(mode, MODES)}")
-        return '' if mode == 'open' else mode
-
-    @api('DELETE', '/resource/<name>', role=ADMIN)
-    def resource_delete(self, name: Label, dry_run: bool = False) -> dict:
-        """Removes a resource that nothing is reserved on any more; its history stays.
-
-        Example:
-          python cmres.py resource delete demo
-        """
-        with self.writing(dry_run) as now:
-            found = self.resource_row(name)
-            busy = self.search([('o.resource_id = ?', found.id), ('o.held_until > ?', int(now))], limit=100)
-            needed = rows("SELECT label FROM reservation WHERE over > ? AND series LIKE ? LIMIT 100", int(now),
-                          f'%"resource":{found.id},%')  # a series may come back to it
-            if busy or needed:
-                raise Conflict(f"'{name}' still has reservations; delete or move them first",
-                               labels=sorted({each.label for each in busy + needed}))
-            change(Resource, found.id, removed=int(now))
-            self.journal(now, 'resource', f"removed the resource '{name}'")
-            return self.resource_public(found)
-
-    # Nova's scheduler
-
-    @api('POST', '/claim/', role=ADMIN)
-    def claim(self, server: Name, resources: Names, project: Name, user: Name = '', vcpus: Figure = 0,
-              ram: Figure = 0, classes: Classes = None, label: Name = '', dry_run: bool = False) -> Rows:
-        """Tells on which resources a server may boot, why, and counts it there: what Nova's scheduler asks.
-
-        Who has an active reservation passes as long as fewer machines, vcpus and ram were booted than
-        reserved. Others pass on a shared resource as far as it is free, and stays so for its hold time.
-        Asking again for the same server counts it once.
-
-        Example:
-          python cmres.py claim 7c1f gpu biology --vcpus 4 --ram 8192
-        """
-        need = Amount(1, vcpus, ram, tuple(sorted((classes or {}).items())))
-        with self.writing(dry_run) as now:
-            return [{'resource': name} | self.claim_on(name, server, self.names_of(project), self.names_of(user), need,
-                                                       label, project, user, now) for name in resources]
-
-    def names_of(self, identity: str) -> list[str]:
-        """What cmres calls whom OpenStack knows under an id."""
-        return [name for name, id in self.config.identities.items() if id == identity] or [identity]
-
-    def claim_on(self, name: str, server: str, projects: list[str], users: list[str], need: Amount, label: str,
-                 project: str, user: str, now: float) -> dict:
-        place = row('SELECT * FROM resource WHERE name = ? AND removed IS NULL', name)
-        if not place or not place.mode:
-            why = f"'{name}' is open to everybody" if place else f"there is no resource '{name}'"
-            return {'passes': bool(place), 'why': why, 'hosts': None}
-        found, why = self.may_boot(place, server, projects, users, need, label, now)
-        walks_in = False
-        if not found and not label and place.mode == 'shared':
-            walks_in, why = self.walk_in(place, server, need, now), (
-                f"'{name}' is not free for {format_duration(place.hold)}")
-        if not found and not walks_in:
-            return {'passes': False, 'why': why, 'hosts': None}
-        classes = stored(need)['classes']
-        run('INSERT INTO claim (resource_id, occurrence, server, project, user, vcpus, ram, classes, at, due) '
-            'VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (resource_id, server) DO UPDATE SET occurrence = '
-            'excluded.occurrence, vcpus = excluded.vcpus, ram = excluded.ram, classes = excluded.classes, '
-            'due = excluded.due', place.id, found.id if found else None, server, project, user, need.vcpus, need.ram,
-            classes, now, now + self.config.settle)
-        return {'passes': True, 'why': 'reserved' if found else 'free', 'hosts': self.hosts_for(place, found, now)}
-
-    def hosts_for(self, place, found, now: float) -> list[str] | None:
-        """The hosts on which a server may boot; None: any. One that is reserved by name is its owner's alone."""
-        if not place.named:
-            return None
-        if found and found.host:
-            return [found.host]
-        until = found.end if found else now + max(place.hold, 1)
-        taken = {each.host for each in rows(
-            'SELECT r.host FROM occurrence o JOIN reservation r ON r.id = o.reservation_id WHERE o.resource_id = ? AND '
-            "o.due IS NOT NULL AND r.host <> '' AND o.held_from < ? AND o.held_until > ?", place.id, until, now)}
-        return [host for host in json.loads(place.hosts) if host not in taken] if taken else None
-
-    def may_boot(self, place, server: str, projects: list[str], users: list[str], need: Amount, label: str,
-                 now: float) -> tuple[Any, str]:
-        """The occurrence on which a server may boot, or None and why there is none."""
-        named = f'{shown(label)} ' if label else ''
-        why = f"no reservation {named}of the project {projects[0]} is active on '{place.name}'"
-        mine = self.booked_by(projects, label, place, 0, now)
-        for each in mine:
-            if now >= each.end:
-                why = f"'{each.label}' has ended at {instant(each.end)}"
-            elif each.personal and each.user not in users:
-                why = f"'{each.label}' is for {each.user} alone"
-            elif self.has_left(place, each, server, need, now):
-                return each, ''
-            else:
-                why = f"'{each.label}' has {each.vms} vms, {each.vcpus} vcpus and {each.ram} MiB, and they are in use"
-        for each in [] if mine else self.booked_by(projects, label, place, now, now + 86400)[:1]:
-            why = f"'{each.label}' begins at {instant(each.held_from)}"
-        return None, why
-
-    def booked_by(self, projects: list[str], label: str, place, after: float, until: float) -> list:
-        """What projects have booked on a resource that is held from an instant in (after, until] on."""
-        marks = ', '.join('?' * len(projects))
-        # CROSS JOIN and +: SQLite is to begin with what is held there then, not with all that anybody has reserved.
-        return rows('SELECT o.*, r.label, r.user, r.personal, r.flavor, r.host FROM occurrence o '
-                    'CROSS JOIN reservation r ON r.id = o.reservation_id WHERE o.resource_id = ? AND o.due IS NOT NULL '
-                    'AND o.held_from > ? AND o.held_from <= ? AND o.cancelled IS NULL AND r.waiting IS NULL '
-                    'AND r.pending IS NULL '
-                    f"AND r.project IN ({marks}){' AND ? IN (r.label, r.request)' if label else ''} ORDER BY +o.start",
-                    place.id, after, until, *projects, *([label] if label else []))
-
-    def has_left(self, place, found, server: str, need: Amount, now: float) -> bool:
-        """Whether of what an occurrence has reserved there is still enough for one more server."""
-        taken, reserved = self.claimed('occurrence = ?', found.id, server) + need, amount_of(found)
-        if found.flavor or found.host:
-            return taken.within(reserved._replace(classes=tuple((name, dict(reserved.classes).get(name, 0))
-                                                                for name in taken.names)))
-        # What was reserved without a flavor holds no vcpus: its machines take what is free of them.
-        return taken.vms <= reserved.vms and self.walk_in(place, server, need._replace(vms=0), now)
-
-    def claimed(self, condition: str, value, server: str) -> Amount:
-        """What other servers than this one have claimed and still use."""
-        where = f'FROM claim WHERE {condition} AND due IS NOT NULL AND server <> ?'
-        total = Amount(*run(f'SELECT count(*), coalesce(sum(vcpus), 0), coalesce(sum(ram), 0) {where}',
-                            value, server).fetchone())
-        for (classes,) in run(f"SELECT classes {where} AND classes <> ''", value, server).fetchall():
-            total += Amount(classes=tuple(sorted(json.loads(classes).items())))
-        return total
-
-    def walk_in(self, place, server: str, need: Amount, now: float) -> bool:
-        """Whether there is room that nobody has reserved from now for the hold time of a resource."""
-        others = self.claimed('resource_id = ? AND occurrence IS NULL', place.id, server)
-        for each in rows('SELECT o.id, o.cancelled, o."end", o.vms, o.vcpus, o.ram, o.classes FROM occurrence o '
-                         'WHERE o.id IN (SELECT occurrence FROM claim WHERE resource_id = ? AND due IS NOT NULL)',
-                         place.id):
-            held = NOTHING if each.cancelled is not None or each.end <= now else amount_of(each)
-            beyond = self.claimed('occurrence = ?', each.id, server) - held  # what is there and nobody holds
-            others += Amount(*(max(figure, 0) for figure in beyond[:3]),
-                             tuple(one for one in beyond.classes if one[1] > 0))
-        used = peak(place.id, now, now + max(place.hold, 1), need.names)
-        return (used + others + need).within(capacity(place))
-
-    # Calendars
-
-    @api('POST', '/reservation/import')
-    def import_(self, file: Ics, resource: Label = '', flavor: Name = '', image: Name = '', network: Name = '',
-                key: Name = '', vms: Count = 1, at_end: Name = '', notify: Names = (), on_conflict: Clash = 'refuse',
-                tz: Zone = '', user: Name = '', project: Name = '', dry_run: bool = False) -> dict:
-        """Reserves what the events of an iCalendar file ask for, each event on its own.
-
-        An event asks with `2 x m1.small` in the first line of its description or in its place, with
-        `#vm 2 x m1.small` in its title or description, or with CATEGORIES:VM and X-VM-COUNT, X-VM-FLAVOR,
-        X-VM-IMAGE; an image and a resource may follow: `2 x m1.small cirros on demo`. The options
-        here are for what it doesn't say. Events that ask for nothing are left alone. Importing again
-        changes only what changed; nothing is cancelled because it is not in the file any more.
-
-        Example:
-          python cmres.py import class.ics --resource demo --image cirros --tz Europe/Paris --dry-run
-        """
-        said = {name: value for name, value in locals().items() if name not in ('self', 'file', 'dry_run')}
-        return self.take_calendar(file, said, dry_run)
-
-    @api('GET', '/calendar/')
-    def calendar_list(self) -> Rows:
-        """Lists calendars: feeds that show reservations, and subscriptions that make them; no secret of theirs.
-
-        Example:
-          python cmres.py calendar list
-        """
-        own = '' if self.actor.role == ADMIN else 'AND user = ? AND project = ?'
-        who = () if self.actor.role == ADMIN else self.actor[:2]
-        feeds = rows(f"SELECT id, 'feed' AS kind, user, project, iif(resource <> '', resource, iif(whole_project, "
-                     f"'the project', 'the user')) AS shows, added FROM feed WHERE revoked IS NULL {own} ORDER BY id",
-                     *who)
-        subscribed = rows(f"SELECT id, 'subscription' AS kind, user, project, url, added, polled, fault, held "
-                          f'FROM subscription WHERE due IS NOT NULL {own} ORDER BY id', *who)
-        return [public(each) for each in feeds] + [
-            {name: value for name, value in public(each).items() if name != 'url'} |
-            {'shows': urlsplit(each.url).hostname} for each in subscribed]
-
-    @api('POST', '/calendar/feed', role=READER)
-    def calendar_feed(self, resource: Label = '', whole_project: bool = False, user: Name = '', project: Name = '',
-                      dry_run: bool = False) -> dict:
-        """Makes an address at which any calendar program can subscribe to your reservations, and prints it.
-
-        The address is a secret and is shown only now; `calendar revoke` makes it worthless. With
-        --resource it shows all of that resource, what is others' as busy only.
-
-        Example:
-          python cmres.py calendar feed --resource demo
-        """
-        user, project = self.owner({'user': user, 'project': project})
-        secret = secrets.token_urlsafe(24)
-        with self.writing(dry_run) as now:
-            if resource:
-                self.resource_row(resource)
-            insert(Feed, user=user, project=project, whole_project=whole_project, resource=resource,
-                   hash=hashed(secret), added=int(now), revoked=None)
-            self.journal(now, 'calendar', f'made a feed for {user} in {project}')
-        return {'user': user, 'project': project} if dry_run else {
-            'feed': f"{self.config.address.rstrip('/') or f'http://{self.config.host}:{self.config.port}'}"
-                    f'/calendar/{secret}.ics'}
-
-    @api('DELETE', '/calendar/<id>')
-    def calendar_revoke(self, id: int, dry_run: bool = False) -> dict:
-        """Makes the address of a feed worthless from now on.
-
-        Example:
-          python cmres.py calendar revoke 1
-        """
-        with self.writing(dry_run) as now:
-            found = self.own_calendar('feed', 'revoked IS NULL', id)
-            change(Feed, id, revoked=int(now))
-            self.journal(now, 'calendar', f'revoked feed {id}')
-            return {'id': id, 'kind': 'feed', 'user': found.user, 'project': found.project,
-                    'revoked': instant(int(now))}
-
-    @api('POST', '/calendar/subscription/')
-    def calendar_subscribe(self, url: Url, resource: Label = '', flavor: Name = '', image: Name = '',
-                           network: Name = '', key: Name = '', vms: Count = 1, at_end: Name = '', notify: Names = (),
-                           on_conflict: Clash = 'refuse', tz: Zone = '', user: Name = '', project: Name = '',
-                           dry_run: bool = False) -> dict:
-        """Lets a calendar of yours book machines: what appears in it is reserved, what moves moves, what goes goes.
-
-        It is looked at every five minutes (`calendar_poll`). Its events ask for machines as those of `import` do.
-        Nothing is cancelled because it could not be read; before more than half would go, or all of
-        it, cmres asks: it does nothing until `calendar confirm`. What runs goes on to its end.
-
-        Example:
-          python cmres.py calendar subscribe https://calendar.example.org/secret/eva.ics --resource demo
-        """
-        said = {name: value for name, value in locals().items() if name not in ('self', 'url', 'dry_run')}
-        said['user'], said['project'] = self.owner(said)
-        if resource:
-            self.resource_row(resource)
-        try:
-            parts = urlsplit(url)
-            host, port = parts.hostname or '', parts.port or 443
-        except ValueError:
-            raise Invalid('url: its host or port is none; write one such as https://example.org/eva.ics') from None
-        try:
-            allowed_address(self.config, host, port)
-        except (OSError, ValueError) as error:
-            raise Invalid(f'url: {error}') from None
-        with self.writing(dry_run) as now:
-            if row('SELECT id FROM subscription WHERE url = ? AND user = ? AND project = ? AND due IS NOT NULL',
-                   url, said['user'], said['project']):
-                raise Conflict('you are subscribed to this calendar already; `calendar list` shows it')
-            id = insert(Subscription, user=said['user'], project=said['project'], url=url, defaults=json.dumps(said),
-                        notify=json.dumps([*notify]), added=int(now), due=now, etag='', modified='', fault='', held='',
-                        refused='{}',
-                        confirmed=False, tries=0)
-            self.journal(now, 'calendar', f'subscribed to a calendar at {parts.hostname}')
-        return {'id': id, 'kind': 'subscription', 'user': said['user'], 'project': said['project'],
-                'shows': parts.hostname}
-
-    @api('DELETE', '/calendar/subscription/<id>')
-    def calendar_unsubscribe(self, id: int, dry_run: bool = False) -> dict:
-        """Stops looking at a calendar; what it has booked stays.
-
-        Example:
-          python cmres.py calendar unsubscribe 1
-        """
-        return self.changed_subscription(id, dry_run, 'unsubscribed from calendar', due=None)
-
-    @api('POST', '/calendar/subscription/<id>/confirm')
-    def calendar_confirm(self, id: int, dry_run: bool = False) -> dict:
-        """Lets a calendar cancel what it asked about: most of what it had booked.
-
-        Example:
-          python cmres.py calendar confirm 1
-        """
-        if not self.own_calendar('subscription', 'due IS NOT NULL', id).held:
-            raise Conflict(f'the calendar {id} asks for nothing that would need a word')
-        return self.changed_subscription(id, dry_run, 'confirmed calendar', confirmed=True, etag='', modified='',
-                                         due=self.clock())
-
-    def changed_subscription(self, id: int, dry_run: bool, what: str, **values) -> dict:
-        with self.writing(dry_run) as now:
-            found = self.own_calendar('subscription', 'due IS NOT NULL', id)
-            change(Subscription, id, **values)
-            self.journal(now, 'calendar', f'{what} {id}')
-        return {'id': id, 'kind': 'subscription', 'user': found.user, 'project': found.project,
-                'shows': urlsplit(found.url).hostname}
-
-    def own_calendar(self, table: str, condition: str, id: int):
-        found = row(f'SELECT * FROM {table} WHERE id = ? AND {condition}', id)
-        if not found or self.actor.role != ADMIN and (found.user, found.project) != self.actor[:2]:
-            raise NotFound(f'there is no {table} {id} that is in force')
+            names = [each.name for each in self.places()]
+            raise NotFound(f"there is no resource '{name}'{nearest(name, names)}")
         return found
 
-    def poll(self, subscription) -> dict:
-        """Looks at a calendar that somebody subscribed to, and books what it asks; what to remember of it.
+    def places(self, *place: str) -> list:
+        """Resources by cell, cloud, region and aggregate, as far as these are given."""
+        given = [(column, value) for column, value in zip(PLACE, place) if value]
+        condition = ''.join(f' AND "{column}" = ?' for column, _ in given)
+        return rows(f'SELECT * FROM resource WHERE removed IS NULL{condition} ORDER BY name',
+                    *(value for _, value in given))
 
-        Raises:
-          Error: it could not be read, and nothing was changed.
-        """
-        headers = {'If-None-Match': subscription.etag, 'If-Modified-Since': subscription.modified}
-        if int(subscription.polled or 0) // 86400 != int(self.clock()) // 86400:  # what is spelled out must go on
-            headers = {}
-        status, found, body = fetch(self.config, subscription.url,
-                                    {name: value for name, value in headers.items() if value})
-        if status == 304:
-            return {}
-        if status != 200:
-            raise Unavailable(f'the answer was {status}')
-        said = json.loads(subscription.defaults)
-        acting = self.acting(Actor(subscription.user, subscription.project, USER))
-        answer = acting.take_calendar(body.decode('utf8', 'surrogateescape'), said, False, subscription)
-        # What could not be done now is asked for again, also when the calendar is the same.
-        open_end = answer.get('held') or any(each['outcome'] == 'refused' for each in answer['events'])
-        kept = {'held': answer.get('held', ''), 'etag': '' if open_end else found.get('etag', '')[:255],
-                'modified': '' if open_end else found.get('last-modified', '')[:255]}
-        return kept | ({} if answer.get('held') else {'confirmed': False})
+    def resource_at(self, asked: dict):
+        """The one resource that is named, or at the place that is asked for."""
+        found = self.resources_at(asked)
+        if len(found) > 1:
+            names = ', '.join(each.name for each in found[:20])
+            raise Conflict(f'{len(found)} resources are at {self.place_of(asked)}; name one of {names}')
+        return found[0]
 
-    def take_calendar(self, text: str, said: dict, dry_run: bool, subscription=None) -> dict:
-        """Reserves what the events of a calendar ask for, and of a subscription cancels what is gone.
-
-        Args:
-          said: what the events don't say, named as in `import`
-        """
-        zone, here = read_zone(said['tz'] or self.config.timezone), self.here.now
-        calendars, owner = read_calendar(text, 'the calendar'), self.owner(said)
-        wanted = bookings(calendars, zone, here, here + timedelta(days=self.config.horizon),
-                          Want(*(said[name] for name in Want._fields)))
-        ignored = len(by_uid(calendars)) - len(wanted)
-        lines = [self.read_booking(each, said, zone) for each in self.progress(wanted)]
-        self.refuse_too_many(wanted)
-        with self.writing(dry_run) as now:
-            try:
-                done = self.take_bookings(wanted, lines, owner, subscription, now)
-            except Held as held:
-                self.tell_held(subscription, str(held), now)
-                return {'held': str(held), 'events': [], 'ignored': ignored}
-        return {'events': sorted(done, key=lambda each: each['uid']), 'ignored': ignored}
-
-    def take_bookings(self, wanted: list[Booking], lines: list[tuple], owner: tuple[str, str], subscription,
-                      now: float) -> list[dict]:
-        """What became of each event; inside a transaction.
-
-        Raises:
-          Held: of a subscription more than half would go, and nothing was done.
-        """
-        if subscription and not row('SELECT id FROM subscription WHERE id = ? AND due IS NOT NULL', subscription.id):
-            raise Conflict('it was unsubscribed meanwhile')
-        with db.atomic():
-            had = self.live_of(subscription, now)
-            done = [self.take_booking(*line, owner, subscription, now) for line in lines]
-            done += self.drop_missing(wanted, subscription, now)
-            self.ask_before_most_goes(subscription, had, now)
-        if subscription:
-            self.tell_refused(subscription, done, now)
-        return done
-
-    def refuse_too_many(self, wanted: list[Booking]) -> None:
-        """Refuses what others would have to wait for while it is booked."""
-        now, total = self.clock(), 0
-        for booking in wanted:
-            total += len(all_slots(booking.stretches, now, self.horizon(booking.stretches, now)))
-            if total > 10 * MOST_OCCURRENCES:
-                raise BadCalendar('the calendar asks for too many occurrences until the horizon: '
-                                  f'over {10 * MOST_OCCURRENCES}')
-
-    def read_booking(self, booking: Booking, said: dict, zone: ZoneInfo) -> tuple:
-        """A booking with its wish, or with the error that refuses it; asks clouds, so outside any transaction."""
-        want = booking.want
-        if booking.error:
-            return booking, None, BadCalendar(booking.error)
-        try:
-            coming = all_slots(booking.stretches, self.clock(), self.horizon(booking.stretches, self.clock()))
-            if booking.cancelled or not coming:
-                return booking, None, None
-            asked = said | want._asdict() | {
-                'label': calendar_name(booking.summary), 'start': instant(coming[0].start),
-                'end': instant(coming[0].end), 'security_groups': (), 'user_data': '', 'metadata': None, 'server': '',
-                'personal': False, 'lead': None, 'description': booking.summary[:1000],
-                'repeat': booking.stretches[0].rule, 'late': True}
-            if not want.resource:
-                raise Invalid(f"no resource is named; write `{want.vms} x {want.flavor or 'm1.small'} on RESOURCE`, or "
-                              'say --resource')
-            wish = self.read_wish(asked, changes=())
-            stretches = [stretch._replace(resource=wish.resource.id) for stretch in booking.stretches]
-            return booking, wish._replace(stretches=stretches, tz=stretches[0].zone), None
-        except Error as error:
-            return booking, None, error
-
-    def take_booking(self, booking: Booking, wish: Wish | None, error: Error | None, owner: tuple[str, str],
-                     subscription,
-                     now: float) -> dict:
-        """What became of an event: booked, changed, unchanged, cancelled, refused, or nothing because it is past."""
-        line = {'uid': booking.uid, 'summary': booking.summary[:200]}
-        if error:
-            return line | {'outcome': 'refused', 'why': str(error)}
-        source = subscription.id if subscription else None
-        known = row('SELECT * FROM reservation WHERE uid = ? AND project = ? AND user = ? AND subscription IS ? '
-                    'ORDER BY id DESC LIMIT 1', booking.uid, *owner[::-1], source)
-        live = known and known.over > now
-        if wish is None:
-            stops = booking.cancelled and not subscription  # else what runs goes on
-            gone = [each for each in self.live(self.next_of(known.id)) if stops or not self.begun(each)] if live else []
-            if gone:
-                self.cancel(gone, now, 'cancelled in the calendar', ends=True)
-                return line | {'outcome': 'cancelled', 'label': known.label}
-            return line | {'outcome': 'past' if not booking.cancelled else 'cancelled'}
-        origin = hashed(repr((booking.digest, wish.columns(*STORED[1:]))))
-        if known and known.origin == origin and (live or subscription):
-            if live and known.series != stored_stretches(wish.stretches):  # it is spelled out, further than before
-                change(Reservation, known.id, series=stored_stretches(wish.stretches))
-                self.refresh(known.id, now)
-            return line | {'outcome': 'unchanged' if live else 'left out', 'label': known.label} | (
-                {} if live else {'why': 'it was cancelled here'})
-        try:
-            with db.atomic():
-                return line | self.book_event(booking, wish, known if live else None, origin, source, now)
-        except Error as refusal:
-            return line | {'outcome': 'refused', 'why': str(refusal)}
-
-    def book_event(self, booking: Booking, wish: Wish, known, origin: str, source: int | None, now: float) -> dict:
-        if known:
-            head = self.next_of(known.id)
-            wish = wish._replace(label=known.label)
-            self.refuse_fixed(head, wish, {name: 1 for name in FIXED if name not in ('start', 'resource', 'lead')})
-            change(Reservation, known.id, **wish.columns(*STORED), origin=origin,
-                   series=stored_stretches(wish.stretches))
-            done = self.reshape(known.id, wish, now, gentle=True)
-            self.journal(now, 'updated', 'changed in the calendar', known.id, wish.notify, NONE_OF_THEM)
-        else:
-            wish = wish._replace(label=self.free_label(wish, now))
-            _, done = self.book(wish, now, uid=booking.uid, subscription=source, origin=origin)
-        left_out = [each for each in done if each['outcome'] in ('left out', 'shifted')]
-        return {'label': wish.label, 'outcome': 'changed' if known else 'booked', 'start': instant(wish.start),
-                'vms': wish.vms, 'flavor': wish.flavor, 'count': len(done)} | (
-                {'occurrences': left_out} if left_out else {})
-
-    def free_label(self, wish: Wish, now: float) -> str:
-        """The label of a wish, with a number behind it if somebody has it."""
-        taken = {each.label for each in rows('SELECT label FROM reservation WHERE project = ? AND over > ? '
-                                             'AND label >= ? '
-                                             'AND label < ?', wish.project, int(now), wish.label, wish.label + '~')}
-        return next(name for name in (wish.label, *(f'{wish.label}-{n}' for n in range(2, len(taken) + 3)))
-                    if name not in taken)
-
-    def live_of(self, subscription, now: float) -> dict[int, int]:
-        """How many occurrences to come a subscription has, of each reservation."""
-        return dict(run('SELECT r.id, count(*) FROM occurrence o JOIN reservation r ON r.id = o.reservation_id '
-                        'WHERE r.subscription = ? AND o.cancelled IS NULL AND o.start > ? GROUP BY 1',
-                        subscription.id, int(now)).fetchall()) if subscription else {}
-
-    def drop_missing(self, wanted: list[Booking], subscription, now: float) -> list[dict]:
-        """Cancels what a subscription has booked and asks for no more; what runs goes on."""
-        if not subscription:
-            return []
-        uids, done = {each.uid for each in wanted}, []
-        for each in rows('SELECT id, uid, label FROM reservation WHERE subscription = ? AND over > ?',
-                         subscription.id, int(now)):
-            coming = [] if each.uid in uids else self.search([('r.id = ?', each.id), (NOT_OVER, None),
-                                                              ('o.held_from > ?', now)])
-            if coming:
-                self.cancel(coming, now, 'gone from the calendar', ends=True)
-                done.append({'uid': each.uid, 'summary': '', 'outcome': 'cancelled', 'label': each.label})
-        return done
-
-    def ask_before_most_goes(self, subscription, had: dict[int, int], now: float) -> None:
-        have, all_of_them = self.live_of(subscription, now), sum(had.values())
-        gone = sum(max(number - have.get(id, 0), 0) for id, number in had.items())
-        if subscription and not subscription.confirmed and 2 * gone > all_of_them:
-            raise Held(f'{gone} of {all_of_them} occurrences to come would be cancelled, so nothing was done; say: '
-                       f'calendar confirm {subscription.id}')
-
-    def tell_held(self, subscription, why: str, now: float) -> None:
-        if not subscription.held:
-            self.journal(now, 'held', why, None, json.loads(subscription.notify))
-
-    def tell_refused(self, subscription, done: list[dict], now: float) -> None:
-        """Tells, once each, what a calendar asks for in vain."""
-        before = json.loads(subscription.refused)
-        refused = {each['uid']: each['why'][:500] for each in done if each['outcome'] == 'refused'}
-        for uid, why in refused.items():
-            if before.get(uid) != why:
-                journal(self.config, now, self.actor.user, 'refused',
-                        f'{textwrap.shorten(uid, 100)} in the calendar: {why}',
-                        None, json.loads(subscription.notify), project=self.actor.project)
-        change(Subscription, subscription.id, refused=json.dumps(refused))
-
-    def feed(self, secret: str) -> tuple[str, Any]:
-        """The name and the row of the feed at a secret address; NotFound if there is none."""
-        found = row('SELECT * FROM feed WHERE hash = ? AND revoked IS NULL', hashed(secret))
+    def resources_at(self, asked: dict) -> list:
+        """The resource that is named, or all at the place that is asked for, by name."""
+        place = [asked.get(column, '') for column in PLACE]
+        if asked['resource'] != ANY:
+            found = self.resource_row(asked['resource'])
+            if any(wanted not in ('', is_at) for wanted, is_at in zip(place, (getattr(found, each) for each in PLACE))):
+                raise NotFound(f"the resource '{found.name}' is not at {self.place_of(asked)}; leave the place out, or "
+                               'say - for its name')
+            return [found]
+        found = self.places(*place)
         if not found:
-            raise NotFound('there is no calendar at this address, or no longer')
-        return found.resource or f"{found.project if found.whole_project else found.user} on cmres", found
+            raise NotFound(f'there is no resource at {self.place_of(asked)}')
+        return found
 
-    def feed_events(self, feed) -> tuple[list[Shown], float]:
-        """What a feed shows, and until when it holds: what ended in the last 31 days, and all that is to come.
+    def place_of(self, asked: dict) -> str:
+        return ', '.join(f'{column} {asked[column]}' for column in PLACE if asked.get(column)) or 'any place'
 
-        What is others' is shown as busy only.
-        """
-        where = [('o.end > ?', int(self.clock()) - 31 * 86400), *([('s.name = ?', feed.resource)] if feed.resource else
-                 [('r.project = ?', feed.project)]), *([('r.user = ?', feed.user)]
-                 if not feed.resource and not feed.whole_project else [])]
-        found = self.search(where, limit=10_000)
-        servers: dict = defaultdict(list)
-        for each in rows('SELECT occurrence_id, addresses FROM server WHERE due IS NOT NULL AND goal = ?', 'up'):
-            servers[each.occurrence_id] += json.loads(each.addresses)
-        now = self.clock()
-        turns = [at for each in found for at in (each.held_from, each.start, each.end) if at > now]
-        return [self.feed_event(each, feed, servers[each.id]) for each in found if each.project == feed.project
-                or each.state not in ('cancelled', 'failed')], min([now + 60, *turns])
+    def servers_of(self, occurrence: int) -> Rows:
+        return [public(each) for each in rows(
+            'SELECT n, name, state, addresses, planned, begun, ready, deleted, snapshot, tries, fault, account, uid '
+            'FROM server WHERE occurrence_id = ? ORDER BY n, id', occurrence)]
 
-    def feed_event(self, found, feed, addresses: list[str]) -> Shown:
-        uid = f'occurrence-{found.id}@{self.clouds.store}'
-        passed = [at for at in (found.held_from, found.start, found.end) if at <= found.now]
-        revision, revised = found.revision + len(passed), max([found.revised, *passed])
-        if found.project != feed.project:
-            return Shown(uid, found.start, found.end, revision, revised, 'busy', f'{found.vms} vms are reserved',
-                         found.resource, 'CONFIRMED')
-        lines = [found.state, f"{found.vms} vms {found.flavor} {found.image}".strip(), found.description]
-        lines += [self.config.login.replace('{address}', address) for address in addresses]
-        lines += [f'key pair: {found.key}'] if found.key and addresses else []
-        lines += [found.fault] if found.fault else []
-        return Shown(uid, found.start, found.end, revision, revised, found.label, '\n'.join(filter(None, lines)),
-                     found.resource, 'CANCELLED' if found.state in ('cancelled', 'failed') else
-                     'TENTATIVE' if found.state in ('waiting', 'pending') else 'CONFIRMED')
 
-    # Tokens
+# Wishes ######################################################################
+#
+# What somebody asks for, read and resolved, with what the cloud knows of it; and what to say when
+# it doesn't fit: what is in the way, and what would fit instead.
 
-    @api('POST', '/token/', role=ADMIN)
-    def token_add(self, user: Name, project: Name = 'default', role: Name = USER, dry_run: bool = False) -> dict:
-        """Makes a token for a user in a project, and prints it: it is shown only now.
 
-        Example:
-          python cmres.py token add eva --project biology --role user
-        """
-        if role not in ROLES:
-            raise Invalid(f"role: '{role}' is none of {', '.join(ROLES)}{nearest(role, ROLES)}")
-        if not user or not project:
-            raise Invalid('a token needs a user and a project')
-        token = f'cmres_{secrets.token_urlsafe(32)}'
-        with self.writing(dry_run) as now:
-            insert(Token, user=user, project=project, role=role, hash=hashed(token), added=int(now))
-            self.journal(now, 'token', f'made a token for {user} in {project} as {role}')
-        return {'user': user, 'project': project, 'role': role} if dry_run else {'token': token}
-
-    @api('GET', '/token/', role=ADMIN)
-    def token_list(self) -> Rows:
-        """Lists the tokens: whose, which role; never the tokens themselves, of which only hashes are kept.
-
-        Example:
-          python cmres.py token list
-        """
-        return [public(each) for each in rows('SELECT id, user, project, role, added, revoked FROM token ORDER BY id')]
-
-    @api('DELETE', '/token/<id>', role=ADMIN)
-    def token_revoke(self, id: int, dry_run: bool = False) -> dict:
-        """Makes a token worthless from now on.
-
-        Example:
-          python cmres.py token revoke 3
-        """
-        with self.writing(dry_run) as now:
-            if not row('SELECT id FROM token WHERE id = ? AND revoked IS NULL', id):
-                raise NotFound(f'there is no token {id} that is in force')
-            change(Token, id, revoked=int(now))
-            self.journal(now, 'token', f'revoked token {id}')
-            return public(row('SELECT id, user, project, role, added, revoked FROM token WHERE id = ?', id))
-
-    # What the operations are made of
-
-    @contextmanager
-    def writing(self, dry_run: bool = False) -> Iterator[float]:
-        """A transaction that yields its instant and wakes the life cycle when it has changed something."""
-        with transaction(keep=not dry_run):
-            yield self.clock()
-        if not dry_run:
-            self.wake()
-
-    def resolve(self, start, end) -> tuple[int, int]:
-        """The seconds of a window: a length for a start counts from now, for an end from the start."""
-        start = self.here.now + start if isinstance(start, timedelta) else start
-        try:
-            end = start + end if isinstance(end, timedelta) else end
-        except OverflowError:
-            end = LAST
-        if not start < end <= LAST:
-            raise Invalid(f'the end {to_plain(end)} is not after the start {to_plain(start)} and before the year 2200')
-        return int(start.timestamp()), int(end.timestamp())
+class Wishes(Service):
+    """What is asked, resolved: resources, clouds, repetitions; and why it does not fit."""
 
     def read_wish(self, asked: dict, old=None, changes: Iterable[str] = (*STORED, *REPEATING),
                   stretches: list[Stretch] = (), key: str = '', place=None) -> Wish:
@@ -4543,6 +3347,124 @@ class Reservations:
         return self.repeating(wish, asked, old, stretches, key, changes) if REPEATING & {
             name for name in changes if asked.get(name)} else wish
 
+    def resolve_window(self, asked: dict, old, lead: int) -> tuple[int, int]:
+        """Start and end in seconds; without a new end, one that is moved keeps its length."""
+        length = timedelta(seconds=old.end - old.start) if old else None
+        start, end = self.resolve(asked['start'], asked.get('end', length))
+        now = self.clock()
+        if start < now - PATIENCE and not (old and start == old.start) and not asked.get('late'):
+            raise Invalid(f'the start {to_plain(instant(start))} lies in the past')
+        if end <= now:
+            raise Invalid(f'the end {to_plain(instant(end))} is not in the future')
+        if start < lead:
+            raise Invalid('the lead reaches before the year 1970')
+        return start, end
+
+    def refuse_unbootable(self, asked: dict, place) -> None:
+        """Refuses combinations that could never boot, end or be told of."""
+        boots, has = asked['image'], asked['server']
+        if boots and has:
+            raise Invalid('an image or a server, not both: a machine is made anew, or it is there already')
+        if boots and not asked['flavor']:
+            raise Invalid('an image needs a flavor to boot it with')
+        if (boots or has) and not place.cloud:
+            raise Invalid(f"the resource '{place.name}' has no cloud, so nothing can boot there; leave the "
+                          f"{'image' if boots else 'server'} out")
+        if has and asked['vms'] != 1:
+            raise Invalid(f"vms: a server is one machine, not {asked['vms']}")
+        ends = ENDS[1:3] if has else ENDS
+        if asked['at_end'] not in ('', *ends):
+            raise Invalid(f"at_end: '{asked['at_end']}' is none of {', '.join(ends)}{nearest(asked['at_end'], ends)}")
+        for target in asked['notify']:
+            if not re.fullmatch(r'https?://\S+|[^@\s,<>]+@[^@\s,<>]+', target) or len(asked['notify']) > 10:
+                raise Invalid(f"notify: '{target}' is no mail address and no http(s) address, or they are over 10")
+
+    def ask_cloud(self, place, asked: dict, warnings: list) -> dict:
+        """What the resource's cloud knows under the names that are asked for; an unknown one is refused.
+
+        If the cloud can't be asked, that goes to `warnings`, unless only it could tell what is needed.
+        """
+        named = [(kind, asked[kind]) for kind in CLOUDY if kind != 'security_groups' and asked.get(kind)]
+        named += [('security_group', name) for name in asked.get('security_groups', ())]
+        named = [pair for pair in named if pair not in (('network', 'auto'), ('network', 'none'))]
+        if not named:
+            return {}
+        if not place.cloud:
+            raise Invalid(f"the resource '{place.name}' has no cloud that knows the {named[0][0].replace('_', ' ')} "
+                          f"'{named[0][1]}'; leave it out")
+        account = self.clouds.account(place.cloud, asked.get('project', self.actor.project))
+        try:
+            return dict(zip((kind for kind, _ in named), self.clouds.open(account).check(named)))
+        except CloudError as error:
+            if asked.get('flavor') and (place.vcpus, place.ram) != (None, None):
+                raise CloudError(f"{error}; its flavor '{asked['flavor']}' must be known to count "
+                                 f"vcpus and ram on '{place.name}'") from None
+            if asked.get('server'):
+                raise CloudError(f"{error}; it must tell which server '{asked['server']}' is") from None
+            warnings.append(f'not checked: {error}')
+            return {}
+
+    def each_takes(self, found: dict) -> Amount:
+        """What one machine takes, of what the cloud told."""
+        return Amount(1, *(found['flavor'][figure] for figure in Flavor._fields)) if 'flavor' in found else Amount(1)
+
+    def whole_host(self, place, asked: dict, each: Amount) -> tuple[str, Amount | None]:
+        """The host that is reserved by its name, and what it holds."""
+        name = asked.get('host') or ''
+        if not name:
+            return '', None
+        named = json.loads(place.named or '{}')
+        if name not in named:
+            raise NotFound(f"the resource '{place.name}' has no host named '{name}'{nearest(name, named)}" + (
+                           '' if named else '; an admin names hosts with: resource sync --named'))
+        holds = named[name]
+        classes = tuple(sorted((figure, most) for figure, most in holds.items() if figure not in FIGURES))
+        whole = Amount(asked['vms'], holds['vcpus'], holds['ram'], classes)
+        need = each * asked['vms']
+        missing = tuple((each, 0) for each in need.names if each not in holds)
+        if not need.within(whole._replace(classes=classes + missing)):
+            raise Invalid(f"vms: {asked['vms']} machines of {asked['flavor']} are more than the host '{name}' holds: "
+                          f"{', '.join(f'{most} {figure}' for figure, most in holds.items())}")
+        return name, added_host(whole, name)
+
+    def unaltered(self, old) -> dict:
+        """What `add` would have to be asked to get the same reservation."""
+        kept = {name: getattr(old, name) for name in (*STORED, 'resource', 'vms')}
+        return kept | {name: json.loads(kept[name]) for name in kept if name in JSON} | {
+                       'lead': timedelta(seconds=old.lead), 'start': instant(old.start)}
+
+    def carried_on(self, old) -> Wish:
+        """What was wished of a series, as the store has it; nobody is there to be refused anything."""
+        clash = old.on_conflict if old.on_conflict.startswith('shift') else 'skip'
+        kept = {name: self.unaltered(old)[name] for name in STORED} | {'lead': old.lead}
+        return Wish(resource=None, start=old.start, end=old.end, vms=old.vms, stretches=self.stretches(old.reservation),
+                    each=amount_of(old) // old.vms, warnings=[], whole=amount_of(old) if old.host else None,
+                    **kept | {'on_conflict': clash})
+
+    def repeating(self, wish: Wish, asked: dict, old, stretches: list[Stretch], key: str,
+                  changes: Iterable[str]) -> Wish:
+        """A wish with the series that it asks for, which begins with the first slot of its rule.
+
+        Raises:
+          Invalid: there is no such slot, or it can't be both until and a count.
+        """
+        zone = read_zone(asked.get('tz') or wish.tz or self.config.timezone)
+        wish = wish._replace(on_conflict=read_argument('on_conflict', asked['on_conflict'], Clash, self.here))
+        first, last = (to_wall(instant(each), zone) for each in (wish.start, wish.end))
+        if stretches and 'start' not in changes:
+            first, last = (planned := self.planned(old, stretches)[1]), planned + (last - first)
+        skips = self.read_skips(asked, zone, wish.start)
+        if not asked['repeat']:
+            raise Invalid(f"{min(name for name in REPEATING if asked.get(name))} is for a series; say --repeat as well")
+        rule = local_rule(self.ended_rule(asked, zone), zone)
+        stretch = Stretch(first.isoformat(), int((last - first).total_seconds()), zone.key, wish.vms,
+                          wish.resource.id, rule, skips=skips)
+        slot = next(slots(stretch, self.clock(), LAST.timestamp()), None)
+        if not slot:
+            raise Invalid(f'the repetition {rule} has no occurrence from {first:%Y-%m-%d %H:%M} on')
+        stretches = [*stretches_before(stretches, key), stretch]
+        return wish._replace(start=slot.start, end=slot.end, repeat=rule, tz=zone.key, stretches=stretches)
+
     def moved_stretches(self, wish: Wish, old, stretches: list[Stretch], key: str,
                         changes: Iterable[str]) -> list[Stretch]:
         """A series whose occurrences from one on are where a certain one is wished to be."""
@@ -4573,30 +3495,6 @@ class Reservations:
         return [stretch._replace(skips=(*stretch.skips, *skips), rule=local_rule(self.ended_rule(
             asked | {'repeat': endless(stretch.rule)}, zone), zone) if ends and stretch.rule else stretch.rule)
                 for stretch in stretches]
-
-    def repeating(self, wish: Wish, asked: dict, old, stretches: list[Stretch], key: str,
-                  changes: Iterable[str]) -> Wish:
-        """A wish with the series that it asks for, which begins with the first slot of its rule.
-
-        Raises:
-          Invalid: there is no such slot, or it can't be both until and a count.
-        """
-        zone = read_zone(asked.get('tz') or wish.tz or self.config.timezone)
-        wish = wish._replace(on_conflict=read_argument('on_conflict', asked['on_conflict'], Clash, self.here))
-        first, last = (to_wall(instant(each), zone) for each in (wish.start, wish.end))
-        if stretches and 'start' not in changes:
-            first, last = (planned := self.planned(old, stretches)[1]), planned + (last - first)
-        skips = self.read_skips(asked, zone, wish.start)
-        if not asked['repeat']:
-            raise Invalid(f"{min(name for name in REPEATING if asked.get(name))} is for a series; say --repeat as well")
-        rule = local_rule(self.ended_rule(asked, zone), zone)
-        stretch = Stretch(first.isoformat(), int((last - first).total_seconds()), zone.key, wish.vms,
-                          wish.resource.id, rule, skips=skips)
-        slot = next(slots(stretch, self.clock(), LAST.timestamp()), None)
-        if not slot:
-            raise Invalid(f'the repetition {rule} has no occurrence from {first:%Y-%m-%d %H:%M} on')
-        stretches = [*stretches_before(stretches, key), stretch]
-        return wish._replace(start=slot.start, end=slot.end, repeat=rule, tz=zone.key, stretches=stretches)
 
     def ended_rule(self, asked: dict, zone: ZoneInfo) -> str:
         """The rule that is asked for with its end; a date is meant to its last second."""
@@ -4638,268 +3536,104 @@ class Reservations:
             raise Unavailable(f'the calendar could not be fetched: the answer was {status}')
         return body.decode('utf8', 'surrogateescape')
 
-    def refuse_unbootable(self, asked: dict, place) -> None:
-        """Refuses combinations that could never boot, end or be told of."""
-        boots, has = asked['image'], asked['server']
-        if boots and has:
-            raise Invalid('an image or a server, not both: a machine is made anew, or it is there already')
-        if boots and not asked['flavor']:
-            raise Invalid('an image needs a flavor to boot it with')
-        if (boots or has) and not place.cloud:
-            raise Invalid(f"the resource '{place.name}' has no cloud, so nothing can boot there; leave the "
-                          f"{'image' if boots else 'server'} out")
-        if has and asked['vms'] != 1:
-            raise Invalid(f"vms: a server is one machine, not {asked['vms']}")
-        ends = ENDS[1:3] if has else ENDS
-        if asked['at_end'] not in ('', *ends):
-            raise Invalid(f"at_end: '{asked['at_end']}' is none of {', '.join(ends)}{nearest(asked['at_end'], ends)}")
-        for target in asked['notify']:
-            if not re.fullmatch(r'https?://\S+|[^@\s,<>]+@[^@\s,<>]+', target) or len(asked['notify']) > 10:
-                raise Invalid(f"notify: '{target}' is no mail address and no http(s) address, or they are over 10")
-
-    def resolve_window(self, asked: dict, old, lead: int) -> tuple[int, int]:
-        """Start and end in seconds; without a new end, one that is moved keeps its length."""
-        length = timedelta(seconds=old.end - old.start) if old else None
-        start, end = self.resolve(asked['start'], asked.get('end', length))
-        now = self.clock()
-        if start < now - PATIENCE and not (old and start == old.start) and not asked.get('late'):
-            raise Invalid(f'the start {to_plain(instant(start))} lies in the past')
-        if end <= now:
-            raise Invalid(f'the end {to_plain(instant(end))} is not in the future')
-        if start < lead:
-            raise Invalid('the lead reaches before the year 1970')
-        return start, end
-
-    def owner(self, asked: dict) -> tuple[str, str]:
-        """Whose it will be: only an admin may reserve for others."""
-        user, project = asked['user'] or self.actor.user, asked['project'] or self.actor.project
-        if self.actor.role != ADMIN and project != self.actor.project:
-            raise Forbidden(f"only an admin may act in another project than their own, '{self.actor.project}'")
-        if self.actor.role != ADMIN and asked['user'] not in ('', self.actor.user):
-            raise Forbidden(f"only an admin may reserve for another user than themselves, '{self.actor.user}'")
-        return user, project
-
-    def resource_row(self, name: str):
-        found = row('SELECT * FROM resource WHERE name = ? AND removed IS NULL', name)
-        if not found:
-            names = [each.name for each in self.places()]
-            raise NotFound(f"there is no resource '{name}'{nearest(name, names)}")
-        return found
-
-    def places(self, *place: str) -> list:
-        """Resources by cell, cloud, region and aggregate, as far as these are given."""
-        given = [(column, value) for column, value in zip(PLACE, place) if value]
-        condition = ''.join(f' AND "{column}" = ?' for column, _ in given)
-        return rows(f'SELECT * FROM resource WHERE removed IS NULL{condition} ORDER BY name',
-                    *(value for _, value in given))
-
-    def resource_at(self, asked: dict):
-        """The one resource that is named, or at the place that is asked for."""
-        found = self.resources_at(asked)
-        if len(found) > 1:
-            names = ', '.join(each.name for each in found[:20])
-            raise Conflict(f'{len(found)} resources are at {self.place_of(asked)}; name one of {names}')
-        return found[0]
-
-    def resources_at(self, asked: dict) -> list:
-        """The resource that is named, or all at the place that is asked for, by name."""
-        place = [asked.get(column, '') for column in PLACE]
-        if asked['resource'] != ANY:
-            found = self.resource_row(asked['resource'])
-            if any(wanted not in ('', is_at) for wanted, is_at in zip(place, (getattr(found, each) for each in PLACE))):
-                raise NotFound(f"the resource '{found.name}' is not at {self.place_of(asked)}; leave the place out, or "
-                               'say - for its name')
-            return [found]
-        found = self.places(*place)
-        if not found:
-            raise NotFound(f'there is no resource at {self.place_of(asked)}')
-        return found
-
-    def place_of(self, asked: dict) -> str:
-        return ', '.join(f'{column} {asked[column]}' for column in PLACE if asked.get(column)) or 'any place'
-
-    def ask_cloud(self, place, asked: dict, warnings: list) -> dict:
-        """What the resource's cloud knows under the names that are asked for; an unknown one is refused.
-
-        If the cloud can't be asked, that goes to `warnings`, unless only it could tell what is needed.
-        """
-        named = [(kind, asked[kind]) for kind in CLOUDY if kind != 'security_groups' and asked.get(kind)]
-        named += [('security_group', name) for name in asked.get('security_groups', ())]
-        named = [pair for pair in named if pair not in (('network', 'auto'), ('network', 'none'))]
-        if not named:
-            return {}
-        if not place.cloud:
-            raise Invalid(f"the resource '{place.name}' has no cloud that knows the {named[0][0].replace('_', ' ')} "
-                          f"'{named[0][1]}'; leave it out")
-        account = self.clouds.account(place.cloud, asked.get('project', self.actor.project))
+    @contextmanager
+    def recording_refusal(self, wish: Wish, dry_run: bool) -> Iterator[None]:
         try:
-            return dict(zip((kind for kind, _ in named), self.clouds.open(account).check(named)))
-        except CloudError as error:
-            if asked.get('flavor') and (place.vcpus, place.ram) != (None, None):
-                raise CloudError(f"{error}; its flavor '{asked['flavor']}' must be known to count "
-                                 f"vcpus and ram on '{place.name}'") from None
-            if asked.get('server'):
-                raise CloudError(f"{error}; it must tell which server '{asked['server']}' is") from None
-            warnings.append(f'not checked: {error}')
-            return {}
+            yield
+        except Conflict as refusal:
+            if not dry_run and (isinstance(refusal, NoCapacity) or 'limit' in refusal.details):
+                with transaction():
+                    sentence = f"'{wish.label}' of {wish.user}: {refusal}"
+                    journal(self.config, self.clock(), wish.user, 'refused', sentence, None, wish.notify,
+                            project=wish.project, resource=wish.resource.name)
+            raise
 
-    def whole_host(self, place, asked: dict, each: Amount) -> tuple[str, Amount | None]:
-        """The host that is reserved by its name, and what it holds."""
-        name = asked.get('host') or ''
-        if not name:
-            return '', None
-        named = json.loads(place.named or '{}')
-        if name not in named:
-            raise NotFound(f"the resource '{place.name}' has no host named '{name}'{nearest(name, named)}" + (
-                           '' if named else '; an admin names hosts with: resource sync --named'))
-        holds = named[name]
-        classes = tuple(sorted((figure, most) for figure, most in holds.items() if figure not in FIGURES))
-        whole = Amount(asked['vms'], holds['vcpus'], holds['ram'], classes)
-        need = each * asked['vms']
-        missing = tuple((each, 0) for each in need.names if each not in holds)
-        if not need.within(whole._replace(classes=classes + missing)):
-            raise Invalid(f"vms: {asked['vms']} machines of {asked['flavor']} are more than the host '{name}' holds: "
-                          f"{', '.join(f'{most} {figure}' for figure, most in holds.items())}")
-        return name, added_host(whole, name)
+    @contextmanager
+    def explaining(self, wish: Wish, old=None) -> Iterator[None]:
+        """Makes of a bare NoCapacity one that says what is in the way and what would fit."""
+        try:
+            yield
+        except NoCapacity as bare:
+            if str(bare):  # a series tells by itself
+                raise
+            with transaction(keep=False) if old else nullcontext():
+                if old:  # it is not in its own way
+                    release(old.resource_id, old.held_from, old.held_until, amount_of(old))
+                wish = wish._replace(resource=self.resource_row(wish.resource.name))
+                raise NoCapacity(self.why_not(wish), **self.in_the_way(wish, old), **self.would_fit(wish)) from None
 
-    def each_takes(self, found: dict) -> Amount:
-        """What one machine takes, of what the cloud told."""
-        return Amount(1, *(found['flavor'][figure] for figure in Flavor._fields)) if 'flavor' in found else Amount(1)
-
-    def refuse_shared_server(self, wish: Wish, own: int = 0) -> None:
-        """A machine that somebody has can be started and stopped by one reservation at a time."""
+    def why_not(self, wish: Wish) -> str:
         begin, until = wish.held
-        other = row('SELECT r.label FROM occurrence o JOIN reservation r ON r.id = o.reservation_id WHERE r.server = ? '
-                    'AND o.due IS NOT NULL AND o.held_from < ? AND o.held_until > ? AND r.id <> ?',
-                    wish.server, until, begin, own) if wish.server else None
-        if other:
-            raise Conflict(f"the server {wish.server} is reserved by '{other.label}' in that time already")
+        amount, limits = wish.amount, capacity(wish.resource)
+        held = peak(wish.resource.id, max(begin, int(self.clock())), until, amount.names)
+        most, used, needs = in_figures(limits), in_figures(held), in_figures(amount)
+        most |= {name: limits.most(name) for name in amount.names}
+        lacking = [name for name, need in needs.items()
+                   if most[name] is not None and used.get(name, 0) + need > most[name]]
+        if not lacking:  # somebody has just given something back
+            return f"'{wish.resource.name}' was full a moment ago; try again"
+        figure = min(lacking, key=lambda name: (not name.startswith(HOST), needs[name] <= most[name]))
+        limit, need, zone = most[figure], needs[figure], self.config.zone
+        unit = 'MiB of ram' if figure == 'ram' else figure
+        if figure.startswith(HOST):
+            return (f"the host '{wish.host}' is reserved already between {format_time(instant(begin), zone)} "
+                    f'and {format_time(instant(until), zone)}')
+        if need > limit:
+            return f"'{wish.resource.name}' holds at most {limit} {unit}; {need} are asked for"
+        return (f"'{wish.resource.name}' has {max(limit - used.get(figure, 0), 0)} of {limit} {unit} free from "
+                f'{format_time(instant(begin), zone)} to {format_time(instant(until), zone)}; {need} are asked for')
 
-    def refuse_taken_label(self, wish: Wish, now: float) -> None:
-        read_argument('label', wish.label, Label, self.here)  # Python may call without `bind`
-        if row('SELECT id FROM reservation WHERE project = ? AND label = ? AND over > ? UNION ALL SELECT id FROM '
-               "reservation WHERE request = ? AND request <> '' AND project = ? AND over > ?", wish.project, wish.label,
-               int(now), wish.label, wish.project, int(now)):
-            raise Conflict(f"the label '{wish.label}' is taken in project '{wish.project}' by a reservation that is "
-                           'not over; choose another')
+    def in_the_way(self, wish: Wish, old) -> dict:
+        """At most ten of the occurrences that hold something in the window; of others' only how much and when."""
+        begin, until = wish.held
+        found = self.search([('o.resource_id = ?', wish.resource.id), ('o.due IS NOT NULL', None),
+                             ('o.held_from < ?', until), ('o.held_until > ?', max(begin, int(self.clock()))),
+                             ('o.id <> ?', old.id if old else 0)],
+                            limit=10, tail='ORDER BY held_from DESC, id DESC')[::-1]
+        fields = ('label', 'user', 'project', 'vms', 'start', 'end')
+        seen = self.actor.role == ADMIN
+        return {'in_the_way': [{name: value for name, value in public(each).items()
+                                if name in (fields if seen or each.project == self.actor.project else fields[3:])}
+                               for each in found]}
 
-    def refuse_taken_resource(self, name: str) -> None:
-        read_argument('name', name, Label, self.here)
-        if row('SELECT id FROM resource WHERE name = ? AND removed IS NULL', name):
-            raise Conflict(f"there is a resource '{name}' already; choose another name or update that one")
+    def would_fit(self, wish: Wish) -> dict:
+        """What could be had instead: the next start, the most machines, the longest duration; each that there is."""
+        begin, until = max(wish.held[0], int(self.clock())), wish.held[1]
+        need = until - wish.held[0]
+        place, amount, offers = wish.resource, wish.amount, {}
+        for first, last in free_windows(place, amount, begin, LAST.timestamp()):
+            if first == begin and last > wish.start:
+                offers['longest'] = format_duration(last - wish.start)
+            if last - first >= need:
+                offers['next_start'] = instant(int(first) + wish.lead)
+                break
+        most, used = capacity(place), peak(place.id, begin, until, amount.names)
+        left = {name: most.most(name) - held for name, held in used.classes if most.most(name) is not None} | {
+                name: limit - held for name, limit, held in zip(FIGURES, most, used) if limit is not None}
+        rooms = [left[name] // need for name, need in in_figures(wish.each).items() if need and name in left]
+        if rooms and not wish.whole and 0 < min(rooms) < wish.vms:
+            offers['most_vms'] = min(rooms)
+        return {name: offer for name, offer in offers.items() if self.holds_true(wish, name, offer)}
 
-    def book(self, wish: Wish, now: float, origin: str = '', request: str = '', **event) -> tuple[int, list]:
-        """Writes a reservation and its occurrences, and holds their amounts; inside a transaction.
-
-        Args:
-          request: the label of the request of which this is a part
-          origin, event: the digest, `uid` and `subscription` of the event of a calendar that it comes from
-
-        Returns:
-          its id, and of a series what became of each occurrence.
-        """
-        pending = int(now) + wish.resource.approval if wish.resource.approval and self.actor.role != ADMIN else None
-        reservation = insert(Reservation, **wish.columns(*STORED), **event, origin=origin, added=int(now),
-                             changed=int(now), pending=pending, priority=0, confirm=0, request=request, choices='',
-                             series=stored_stretches(wish.stretches) if wish.stretches else '', over=wish.end)
-        if wish.stretches:
-            done = self.reshape(reservation, wish, now)
-            if done and all(each['outcome'] == 'left out' for each in done):
-                raise NoCapacity(f"none of {len(done)} occurrences fits; of the first: {done[0]['why']}",
-                                 conflicts=done[:1000])
-            self.journal(now, 'added', self.told_series(wish, done), reservation, wish.notify)
-            return reservation, done
-        place = self.resource_row(wish.resource.name)  # its capacity may have changed since
-        self.refuse_shared_server(wish)
-        self.refuse_beyond(wish, 0, now)
-        self.refuse_overtaking(place, *wish.held, now)
-        admit(place, *wish.held, wish.amount, now)
-        self.write_occurrence(None, reservation, wish, Slot('', wish.start, wish.end, wish.vms, place.id), now)
-        self.journal(now, 'added', f'{wish.vms} vms on {place.name}', reservation, wish.notify, NONE_OF_THEM)
-        if pending:
-            self.journal(now, 'pending', f'an admin must approve it until {instant(pending)}', reservation, wish.notify)
-        return reservation, []
-
-    def told_series(self, wish: Wish, done: list[dict]) -> str:
-        left_out = sum(each['outcome'] == 'left out' for each in done)
-        return (f"{wish.vms} vms on {wish.resource.name}, {wish.repeat or 'once'}: {len(done) - left_out} occurrences"
-                f"{f', {left_out} left out' if left_out else ''}")
-
-    def write_occurrence(self, id: int | None, reservation: int, wish: Wish, slot: Slot, now: float,
-                         held_from: int | None = None, **more) -> None:
-        """Writes what an occurrence is; what it holds is held already."""
-        begin = slot.start - wish.lead if held_from is None else held_from
-        values = dict(resource=slot.resource, start=slot.start, end=slot.end, held_from=begin, held_until=slot.end,
-                      **stored(wish.takes(slot.vms)))
-        if id is None:
-            new = dict(reservation=reservation, slot=slot.key, altered=False, revision=0, revised=int(now), told=0,
-                       due=min(begin, slot.start - self.config.notice))
-            insert(Occurrence, **new | values | more)
+    def holds_true(self, wish: Wish, name: str, offer) -> bool:
+        """Whether an offer would be admitted: nothing is offered that wasn't checked by THE RULE."""
+        if name == 'next_start':
+            start = int(offer.timestamp())
+            wish = wish._replace(start=start, end=start + wish.end - wish.start)
+        elif name == 'longest':
+            wish = wish._replace(end=wish.start + int(parse_duration(offer).total_seconds()))
         else:
-            change(Occurrence, id, **values | {'due': min(now, begin)} | more)
-            run('UPDATE occurrence SET revision = revision + 1, revised = ? WHERE id = ?', int(now), id)
+            wish = wish._replace(vms=offer)
+        return fits(wish.resource, *wish.held, wish.amount)
 
-    def rebook(self, old, wish: Wish, now: float) -> None:
-        """Releases what one occurrence held and holds what is wished instead; inside a transaction."""
-        place = self.resource_row(wish.resource.name)
-        self.refuse_shared_server(wish, old.reservation)
-        release(old.resource_id, old.held_from, old.held_until, amount_of(old))
-        self.refuse_beyond(wish, old.reservation, now, old)
-        grows = self.grows(old, place, *wish.held, wish.amount)
-        if old.waiting is None:
-            self.hold_instead(old, place, *wish.held, wish.amount, now)
-        if grows and place.approval and self.actor.role != ADMIN and old.waiting is None:
-            change(Reservation, old.reservation, pending=int(now) + place.approval)
-            self.journal(now, 'pending', f'an admin must approve it until {instant(int(now) + place.approval)}',
-                         old.reservation, wish.notify)
-        slot = Slot(old.slot, wish.start, wish.end, wish.vms, place.id)
-        self.write_occurrence(old.id, old.reservation, wish, slot, now, altered=bool(old.repeats),
-                              told=0 if wish.start != old.start else old.told & ~(ENDING if wish.end != old.end else 0),
-                              **({'held_until': wish.held[0]} if old.waiting is not None else {}))
-        if old.choices and (place.id, wish.each) != (old.resource_id, amount_of(old) // old.vms):
-            change(Reservation, old.reservation, choices='')
-        if old.repeats:
-            stretches = self.stretches(old.reservation)
-            self.close(old.reservation, stretches, now, self.horizon(stretches, now))
-        else:
-            change(Reservation, old.reservation, **wish.columns(*STORED), changed=int(now), over=wish.end)
 
-    def hold_instead(self, old, place, begin: int, until: int, amount: Amount, now: float) -> None:
-        """Holds the new amount of an occurrence, whose old one is released; NoCapacity if it doesn't fit."""
-        if self.grows(old, place, begin, until, amount):
-            self.refuse_overtaking(place, begin, until, now)
-            admit(place, begin, until, amount, now)
-        else:  # less is always allowed, even where a lowered capacity is overfull
-            hold(place.id, begin, until, amount)
+# Limits ######################################################################
+#
+# How much a user or a project may have; looked at in the transaction that admits.
 
-    def grows(self, old, place, begin: int, until: int, amount: Amount) -> bool:
-        """Whether a change wants anything that an occurrence doesn't hold."""
-        return not (place.id == old.resource_id and old.held_from <= begin and until <= old.held_until
-                    and amount.within(amount_of(old)))
 
-    def cancel(self, found: list, now: float, why: str = '', ends: bool = False) -> None:
-        """Cancels occurrences of one reservation: what they held from now on is free; inside a transaction.
-
-        Args:
-          ends: nothing of the series comes after them
-        """
-        first = found[0]
-        for each in found:
-            until = min(max(int(now), each.held_from), each.held_until)
-            release(each.resource_id, until, each.held_until, amount_of(each))
-            change(Occurrence, each.id, cancelled=int(now), held_until=until, due=now, altered=True)
-        if first.repeats and ends:
-            stretches = stretches_before(self.stretches(first.reservation), min(each.slot for each in found))
-            change(Reservation, first.reservation, series=stored_stretches(stretches) if stretches else '[]')
-        if first.repeats and not ends:  # so that there is a next one
-            self.reshape(first.reservation, self.carried_on(first), now, gentle=True, again=False)
-        else:
-            self.close(first.reservation, [], now)
-        only = first.id if len(found) == 1 and first.repeats else None
-        self.journal(now, 'released', why or f'cancelled by {self.actor.user}', first.reservation,
-                     json.loads(first.notify), only)
-
-    # Limits
+class Limits(Wishes):
+    """What users and projects may reserve at most."""
 
     @api('POST', '/limit/', role=ADMIN)
     def limit_add(self, project: Name = '', user: Name = '', resource: Label = '', most_vms: Count = None,
@@ -5028,119 +3762,46 @@ class Reservations:
         return run(f'SELECT coalesce(sum(o.vcpus * (o."end" - max(o.start, ?))), 0) / 3600.0 {FROM_ALL} '
                    f'WHERE {where} AND o."end" > ?', int(now), *values, int(now)).fetchone()[0]
 
-    # Approval and waiting
 
-    @api('POST', '/reservation/<label>/approve', role=ADMIN)
-    @for_each_part
-    def approve(self, label: Label, project: Name = '', dry_run: bool = False) -> dict:
-        """Lets a pending reservation be.
+# Holding #####################################################################
+#
+# What every reservation, change and occurrence of a series goes through: labels, machines that
+# exist, those that have waited for long, and then THE RULE.
 
-        Example:
-          python cmres.py approve lab --project biology
-        """
-        return self.settle_pending(label, project, dry_run, 'approved')
 
-    @api('POST', '/reservation/<label>/accept')
-    @for_each_part
-    def accept(self, label: Label, project: Name = '', dry_run: bool = False) -> dict:
-        """Takes the room that is held for a reservation of yours that had waited.
+class Holding(Limits):
+    """What is taken and written for one occurrence; inside a transaction."""
 
-        Example:
-          python cmres.py accept lab
-        """
-        return self.settle_pending(label, project, dry_run, 'accepted')
+    def refuse_taken_label(self, wish: Wish, now: float) -> None:
+        read_argument('label', wish.label, Label, self.here)  # Python may call without `bind`
+        if row('SELECT id FROM reservation WHERE project = ? AND label = ? AND over > ? UNION ALL SELECT id FROM '
+               "reservation WHERE request = ? AND request <> '' AND project = ? AND over > ?", wish.project, wish.label,
+               int(now), wish.label, wish.project, int(now)):
+            raise Conflict(f"the label '{wish.label}' is taken in project '{wish.project}' by a reservation that is "
+                           'not over; choose another')
 
-    def settle_pending(self, label: str, project: str, dry_run: bool, deed: str) -> dict:
-        with self.writing(dry_run) as now:
-            found = self.mine(label, project)
-            if found.state != 'pending':
-                raise Conflict(f"'{label}' is {found.state}, and waits for nobody's word")
-            if deed == 'accepted' and not found.confirm:
-                raise Conflict(f"'{label}' waits for an admin, who says: approve {label}")
-            change(Reservation, found.reservation, pending=None, changed=int(now))
-            run('UPDATE occurrence SET due = ? WHERE reservation_id = ? AND due IS NOT NULL', now, found.reservation)
-            self.journal(now, 'approved', f'{deed} by {self.actor.user}', found.reservation, json.loads(found.notify))
-            return public(self.occurrence(found.id))
+    def refuse_taken_resource(self, name: str) -> None:
+        read_argument('name', name, Label, self.here)
+        if row('SELECT id FROM resource WHERE name = ? AND removed IS NULL', name):
+            raise Conflict(f"there is a resource '{name}' already; choose another name or update that one")
 
-    @api('POST', '/reservation/<label>/reject', role=ADMIN)
-    @for_each_part
-    def reject(self, label: Label, reason: Text = '', project: Name = '', dry_run: bool = False) -> dict:
-        """Refuses a pending reservation and frees what it held.
-
-        Example:
-          python cmres.py reject lab --reason 'not before the exam'
-        """
-        with self.writing(dry_run) as now:
-            found = self.mine(label, project)
-            if found.state != 'pending':
-                raise Conflict(f"'{label}' is {found.state}, and waits for nobody's word")
-            why = f"rejected by {self.actor.user}{f': {reason}' if reason else ''}"
-            self.cancel(self.live(found), now, why, ends=True)
-            return public(self.occurrence(found.id))
-
-    def line_up(self, request: Request, now: float) -> dict:
-        """Writes down a request that has no room now, and waits; inside a transaction."""
-        if any(part[0].stretches for part in request.parts):
-            raise Invalid('a series can not wait; --on-conflict skip takes the occurrences that fit')
-        parts = [[wish for wish in part if wish.amount.within(self.most_ever(wish))] for part in request.parts]
-        for possible, part in zip(parts, request.parts):
-            if not possible:
-                with self.explaining(part[0]):
-                    raise NoCapacity('')
-        self.refuse_many_waiting(request.last)
-        return self.answer_all(request, [self.wait_for(part, request, now) for part in parts])
-
-    def wait_for(self, wishes: list[Wish], request: Request, now: float) -> tuple:
-        """Writes down one part of it, which waits for the first of some resources that has room."""
-        wish = wishes[0]
-        self.refuse_beyond(wish, 0, now)
-        choices = [[each.resource.id, each.each.vcpus, each.each.ram, dict(each.each.classes)] for each in wishes]
-        reservation = insert(Reservation, **wish.columns(*STORED), series='', origin='', added=int(now),
-                             changed=int(now), over=wish.end, waiting=int(now), priority=request.priority,
-                             confirm=request.confirm, request=request.name,
-                             choices=json.dumps(choices) if len(choices) > 1 else '')
-        slot = Slot('', wish.start, wish.end, wish.vms, wish.resource.id)
-        self.write_occurrence(None, reservation, wish, slot, now, held_until=wish.held[0])
-        self.journal(now, 'waiting', f"{wish.vms} vms on {' or '.join(each.resource.name for each in wishes[:20])} "
-                     'are not free', reservation, wish.notify)
-        return wish, reservation, []
-
-    def choices(self, found) -> Iterator[tuple]:
-        """The resources on one of which what waits can be, in order, and what it takes there."""
-        wanted = [(resource, Amount(1, vcpus, ram, tuple(sorted(classes.items()))) * found.vms)
-                  for resource, vcpus, ram, classes in json.loads(found.choices or '[]')]
-        for resource, amount in wanted or [(found.resource_id, amount_of(found))]:
-            if place := row('SELECT * FROM resource WHERE id = ? AND removed IS NULL', resource):
-                yield place, amount
-
-    def may_be_at(self, found, resource: int) -> bool:
-        """Whether what waits could be on a resource."""
-        return resource in [each[0] for each in json.loads(found.choices or '[]')] or resource == found.resource_id
-
-    def most_ever(self, wish: Wish) -> Amount:
-        """What a resource holds at most in the window of a wish, loans included, if nothing is booked."""
+    def refuse_shared_server(self, wish: Wish, own: int = 0) -> None:
+        """A machine that somebody has can be started and stopped by one reservation at a time."""
         begin, until = wish.held
-        most, lent = capacity(wish.resource), NOTHING
-        for each in rows('SELECT held_vms, held_vcpus, held_ram, held_classes FROM capacity WHERE resource_id = ? '
-                         'AND removed IS NULL AND start < ? AND "end" > ?', wish.resource.id, until, begin):
-            held = amount_of(each, 'held_')
-            lent -= Amount(*(min(figure, 0) for figure in held[:3]), tuple(one for one in held.classes if one[1] < 0))
-        return Amount(*(None if each is None else each + more for each, more in zip(most[:3], lent)),
-                      added(most, lent, 1))
-
-    def refuse_many_waiting(self, wish: Wish) -> None:
-        for limit in self.limits_for(wish):
-            who, name = ('user', wish.user) if limit.user else ('project', wish.project)
-            waits = len({each.request or each.id for each in self.waiting_line(self.clock())
-                         if getattr(each, who) == name})
-            if limit.waiting is not None and waits >= limit.waiting:
-                raise Conflict(f'the limit waiting of {name} is {limit.waiting}, and {waits} wait already',
-                               limit='waiting', value=limit.waiting, passes=0)
+        other = row('SELECT r.label FROM occurrence o JOIN reservation r ON r.id = o.reservation_id WHERE r.server = ? '
+                    'AND o.due IS NOT NULL AND o.held_from < ? AND o.held_until > ? AND r.id <> ?',
+                    wish.server, until, begin, own) if wish.server else None
+        if other:
+            raise Conflict(f"the server {wish.server} is reserved by '{other.label}' in that time already")
 
     def waiting_line(self, now: float) -> list:
         """Those that wait for room and still may have it, in the order in which they get it."""
         return self.search([('r.waiting IS NOT NULL', None), ('o.cancelled IS NULL', None), ('o.end > ?', int(now))],
                            tail='ORDER BY priority DESC, waiting, id')
+
+    def may_be_at(self, found, resource: int) -> bool:
+        """Whether what waits could be on a resource."""
+        return resource in [each[0] for each in json.loads(found.choices or '[]')] or resource == found.resource_id
 
     def refuse_overtaking(self, place, begin: int, until: int, now: float) -> None:
         """Refuses to take, before one that has waited for long, room in its window."""
@@ -5150,263 +3811,41 @@ class Reservations:
                 raise NoCapacity(f"'{place.name}' is kept for a request of {each.vms} vms that waits since "
                                  f'{instant(each.waiting)}', waits_since=instant(each.waiting))
 
-    def admit_waiting(self, now: float) -> None:
-        """Gives room that has become free to those that wait, and frees what waited for a word in vain."""
-        kept: list = []
-        for request in self.waiting_requests(now):
-            try:
-                with db.atomic():
-                    for each in request:
-                        self.let_in(each, *self.room_for(each, kept, now), now)
-            except NoCapacity:
-                kept += request if now - request[0].waiting >= self.config.patience else []
-            except Conflict:  # it was within a limit when it was asked for, and is not any more
-                continue
-        for each in self.search([('r.pending <= ?', int(now)), (NOT_OVER, None), (NEXT_OF_ITS, None)]):
-            self.cancel(self.live(each), now, 'nobody has accepted it in time' if each.confirm else
-                        'nobody has approved it in time', ends=True)
+    def hold_instead(self, old, place, begin: int, until: int, amount: Amount, now: float) -> None:
+        """Holds the new amount of an occurrence, whose old one is released; NoCapacity if it doesn't fit."""
+        if self.grows(old, place, begin, until, amount):
+            self.refuse_overtaking(place, begin, until, now)
+            admit(place, begin, until, amount, now)
+        else:  # less is always allowed, even where a lowered capacity is overfull
+            hold(place.id, begin, until, amount)
 
-    def waiting_requests(self, now: float) -> list[list]:
-        """Those that wait, the parts of one request together."""
-        found: dict = defaultdict(list)
-        for each in self.waiting_line(now):
-            found[(each.project, each.request) if each.request else each.id].append(each)
-        return [*found.values()]
+    def grows(self, old, place, begin: int, until: int, amount: Amount) -> bool:
+        """Whether a change wants anything that an occurrence doesn't hold."""
+        return not (place.id == old.resource_id and old.held_from <= begin and until <= old.held_until
+                    and amount.within(amount_of(old)))
 
-    def room_for(self, found, kept: list, now: float) -> tuple:
-        """The first resource that has room for what waits, and what it takes there.
+    def write_occurrence(self, id: int | None, reservation: int, wish: Wish, slot: Slot, now: float,
+                         held_from: int | None = None, **more) -> None:
+        """Writes what an occurrence is; what it holds is held already."""
+        begin = slot.start - wish.lead if held_from is None else held_from
+        values = dict(resource=slot.resource, start=slot.start, end=slot.end, held_from=begin, held_until=slot.end,
+                      **stored(wish.takes(slot.vms)))
+        if id is None:
+            new = dict(reservation=reservation, slot=slot.key, altered=False, revision=0, revised=int(now), told=0,
+                       due=min(begin, slot.start - self.config.notice))
+            insert(Occurrence, **new | values | more)
+        else:
+            change(Occurrence, id, **values | {'due': min(now, begin)} | more)
+            run('UPDATE occurrence SET revision = revision + 1, revised = ? WHERE id = ?', int(now), id)
 
-        Args:
-          kept: those that wait for longer than `patience`, and come first in their windows
 
-        Raises:
-          Conflict: there is none; NoCapacity, if it is room that is missing.
-        """
-        begin, refusal = max(found.held_from, int(now)), NoCapacity('')
-        for place, amount in self.choices(found):
-            behind = any(self.may_be_at(first, place.id) and first.held_from < found.end and first.end > found.held_from
-                         for first in kept)
-            if not behind and fits(place, begin, found.end, amount):
-                try:
-                    wish = self.carried_on(found)._replace(resource=place, each=amount // found.vms)
-                    self.refuse_beyond(wish, found.reservation, now)
-                    return place, amount
-                except Conflict as error:
-                    refusal = error
-        raise refusal
+# Series ######################################################################
+#
+# Makes the occurrences of a series what its stretches want, as far as the horizon.
 
-    def let_in(self, found, place, amount: Amount, now: float) -> None:
-        begin = max(found.held_from, int(now))
-        hold(place.id, found.held_from, found.end, amount)
-        pending = int(now) + (place.approval or found.confirm) if place.approval or found.confirm else None
-        change(Reservation, found.reservation, waiting=None, pending=pending, changed=int(now), choices='',
-               confirm=0 if place.approval else found.confirm)
-        change(Occurrence, found.id, resource=place.id, **stored(amount), held_until=found.end, due=min(begin, now))
-        whose = 'an admin must approve it' if place.approval else f'`accept {found.request or found.label}`'
-        asks = f'there is room; {whose} until {instant(pending)}' if pending else ''
-        code, sentence = ('pending', asks) if pending else (
-            'admitted', f'{found.vms} vms on {place.name}, after {format_duration(int(now) - found.waiting)}')
-        self.journal(now, code, sentence, found.reservation, json.loads(found.notify))
 
-    # Capacity over time
-
-    @api('POST', '/resource/<name>/capacity', role=ADMIN)
-    def resource_capacity(self, name: Label, start: When, end: When, vms: Most = None, vcpus: Most = None,
-                          ram: Most = None, classes: Classes = None, reason: Text = '', then: Name = 'notify',
-                          dry_run: bool = False) -> dict:
-        """Gives a resource another capacity from START to END: a loan of nodes, or less for a while.
-
-        What is booked there and no longer fits is left and its owner told (--then notify), moved to
-        another resource of the same cloud or to the next time that fits (move), or cancelled (cancel).
-
-        Example:
-          python cmres.py resource capacity demo --from 2027-03-01 --to 2027-03-08 --vms 4 --dry-run
-        """
-        if vms is vcpus is ram is None and not classes:
-            raise Invalid('say how much there is: --vms, --vcpus, --ram or --classes')
-        most = Amount(vms, vcpus, ram, tuple(sorted((classes or {}).items())))
-        return self.change_capacity(name, start, end, most, reason or 'another capacity', then, dry_run)
-
-    @api('POST', '/maintenance/', role=ADMIN)
-    def maintenance_add(self, resource: Label, start: When, end: When, reason: Text = '', then: Name = 'notify',
-                        dry_run: bool = False) -> dict:
-        """Closes a resource from START to END; what is booked in it is left, moved or cancelled, as --then says.
-
-        Example:
-          python cmres.py maintenance add demo 2027-03-01T08:00 +4h --reason 'new disks' --then move --dry-run
-        """
-        return self.change_capacity(resource, start, end, None, reason or 'maintenance', then, dry_run)
-
-    @api('GET', '/maintenance/')
-    def maintenance_list(self, resource: Label = '') -> Rows:
-        """Lists maintenances and other changes of capacity that are not over.
-
-        Example:
-          python cmres.py maintenance list
-        """
-        found = rows('SELECT c.id, s.name AS resource, c.start, c.end, c.vms, c.vcpus, c.ram, c.classes, c.reason '
-                     'FROM capacity c JOIN resource s ON s.id = c.resource_id WHERE c.removed IS NULL AND c.end > ? '
-                     f"{'AND s.name = ?' if resource else ''} ORDER BY c.start", int(self.clock()),
-                     *([resource] if resource else []))
-        return [public(each) for each in found]
-
-    @api('DELETE', '/maintenance/<id>', role=ADMIN)
-    def maintenance_delete(self, id: int, dry_run: bool = False) -> dict:
-        """Calls off a maintenance or another change of capacity.
-
-        Example:
-          python cmres.py maintenance delete 1
-        """
-        with self.writing(dry_run) as now:
-            found = row('SELECT * FROM capacity WHERE id = ? AND removed IS NULL', id)
-            if not found:
-                raise NotFound(f'there is no maintenance {id}')
-            release(found.resource_id, found.start, found.end, amount_of(found, 'held_'))
-            change(Capacity, id, removed=int(now))
-            self.journal(now, 'resource', f'called off {found.reason} {id}')
-            return {'id': id, 'reason': found.reason}
-
-    def change_capacity(self, name: str, start, end, most: Amount | None, reason: str, then: str,
-                        dry_run: bool) -> dict:
-        if then not in THEN:
-            raise Invalid(f"then: '{then}' is none of {', '.join(THEN)}{nearest(then, THEN)}")
-        with self.writing(dry_run) as now:
-            place = self.resource_row(name)
-            begin, until = self.resolve(start, end)
-            if until <= now:
-                raise Invalid(f'the end {to_plain(instant(until))} is not in the future')
-            most = most or Amount(0, 0, 0, tuple((name, 0) for name in capacity(place).names))
-            held = self.difference(place, most)
-            if held == NOTHING:
-                raise Conflict(f"'{name}' has no limit that this would change; set one with: "
-                               f'resource update {name} --vms N')
-            hold(place.id, begin, until, held)
-            id = insert(Capacity, resource=place.id, start=begin, end=until, **stored(most), **stored(held, 'held_'),
-                        reason=reason, added=int(now), removed=None)
-            hit = [self.make_room(each, f'{reason} on {name} from {instant(begin)} to {instant(until)}', then, now)
-                   for each in self.homeless(place, max(begin, int(now)), until)]
-            self.journal(now, 'resource', f"{reason} on '{name}' from {instant(begin)} to {instant(until)}")
-            return {'id': id, 'resource': name, 'start': instant(begin), 'end': instant(until), 'reason': reason,
-                    'hit': hit}
-
-    def difference(self, place, most: Amount) -> Amount:
-        """What must be held so that a resource has another capacity; an unlimited figure stays so."""
-        always = capacity(place)
-        return Amount(*(0 if each is None or wanted in (None, UNLIMITED) else each - wanted
-                        for each, wanted in zip(always[:3], most)),
-                      tuple((name, each - dict(most.classes).get(name, each)) for name, each in always.classes
-                            if dict(most.classes).get(name, each) not in (UNLIMITED, each)))
-
-    def rehold_changes(self, place, now: float) -> None:
-        """Lets changes of capacity be what they were meant to be, after the capacity itself has changed."""
-        for each in rows('SELECT * FROM capacity WHERE resource_id = ? AND removed IS NULL AND "end" > ?',
-                         place.id, int(now)):
-            held = self.difference(place, amount_of(each))
-            release(place.id, each.start, each.end, amount_of(each, 'held_'))
-            hold(place.id, each.start, each.end, held)
-            change(Capacity, each.id, **stored(held, 'held_'))
-
-    def make_room(self, found, why: str, then: str, now: float) -> dict:
-        """Moves or cancels an occurrence for which there is no room any more, or only tells its owner."""
-        line = {name: value for name, value in public(found).items() if name in (
-            'label', 'user', 'project', 'vms', 'start', 'end')}
-        if then == 'cancel':
-            self.cancel([found], now, why)
-            return line | {'outcome': 'cancelled'}
-        place = self.moved_elsewhere(found, now) if then == 'move' else None
-        outcome = f'moved to {place[0]} from {format_time(instant(place[1]), self.config.zone)}' if place else 'left'
-        self.journal(now, 'maintenance', f'{why}; it is {outcome}', found.reservation, json.loads(found.notify),
-                     found.id)
-        return line | {'outcome': outcome}
-
-    def moved_elsewhere(self, found, now: float) -> tuple[str, int] | None:
-        """Moves an occurrence that has not begun to another resource of its cloud, else to later: where it is now."""
-        if now >= found.held_from or found.server:
-            return None
-        amount, need = amount_of(found), found.held_until - found.held_from
-        here = row('SELECT * FROM resource WHERE id = ?', found.resource_id)
-        release(here.id, found.held_from, found.held_until, amount)
-        others = [each for each in self.places() if each.cloud == here.cloud and each.id != here.id and not found.host]
-        place = next((each for each in others if fits(each, found.held_from, found.held_until, amount)), None)
-        first = found.held_from if place else next((int(first) for first, last in free_windows(
-            here, amount, found.held_from, LAST.timestamp()) if last - first >= need), None)
-        if first is None:
-            hold(here.id, found.held_from, found.held_until, amount)
-            return None
-        place, start = place or here, first + found.lead
-        hold(place.id, first, first + need, amount)
-        change(Occurrence, found.id, resource=place.id, start=start, end=start + found.end - found.start,
-               held_from=first,
-               held_until=first + need, due=min(now, first), told=0, altered=bool(found.repeats))
-        if not found.repeats:
-            change(Reservation, found.reservation, over=start + found.end - found.start)
-        return place.name, start
-
-    # Reports
-
-    @api('GET', '/report/')
-    def report(self, since: When = None, until: When = None, by_whom: Name = 'project') -> Rows:
-        """Adds up machine-hours reserved, used and unused, requests refused, and lateness, for each of some kind.
-
-        Counts the last 30 days unless --since and --until say otherwise.
-
-        Example:
-          python cmres.py report --since 2027-01-01 --by-whom user --format csv
-        """
-        columns = {'project': 'r.project', 'user': 'r.user', 'resource': 's.name'}
-        if by_whom not in columns:
-            raise Invalid(f"by_whom: '{by_whom}' is none of {', '.join(columns)}{nearest(by_whom, columns)}")
-        now = self.clock()
-        last = self.resolve(FIRST, until)[1] if until else int(now)
-        first = self.resolve(since, LAST)[0] if since else last - 30 * 86400
-        own = ' AND '.join(['1', *(text for text, _ in self.visible())])
-        who = [value for _, value in self.visible()]
-        lines: dict = defaultdict(lambda: dict.fromkeys(('reserved', 'used', 'refused', 'late_worst'), 0.0))
-        for name, reserved in run(f'''SELECT {columns[by_whom]}, sum(o.vms * max(0, min(o.held_until, ?)
-                                             - max(o.start, ?))) / 3600.0
-                                        {FROM_ALL} WHERE {own} AND o.start < ? AND o.held_until > ? GROUP BY 1''',
-                                  last, first, *who, last, first):
-            lines[name]['reserved'] += reserved
-        for name, used, late in run(f'''SELECT {columns[by_whom]},
-                                               sum(max(0, min(coalesce(v.deleted, ?), ?) - max(v.ready, ?)))
-                                               / 3600.0, max(v.ready - v.planned)
-                                          {FROM_ALL} JOIN server v ON v.occurrence_id = o.id
-                                         WHERE {own} AND v.ready < ? AND coalesce(v.deleted, ?) > ? GROUP BY 1''',
-                                    now, last, first, *who, last, now, first):
-            lines[name]['used'] += used
-            lines[name]['late_worst'] = max(lines[name]['late_worst'], late)
-        for name, used in run(f'''SELECT {columns[by_whom]},
-                                         sum(max(0, min(coalesce(c.gone, ?), ?, o.held_until) - max(c.at, ?))) / 3600.0
-                                    {FROM_ALL} JOIN claim c ON c.occurrence = o.id WHERE {own} AND c.server NOT IN
-                                  (SELECT uid FROM server WHERE uid IS NOT NULL) AND c.at < ? GROUP BY 1''',
-                              now, last, first, *who, last):
-            lines[name]['used'] += used
-        refused = {'project': 'project', 'user': 'actor', 'resource': 'resource'}[by_whom]
-        mine = '' if self.actor.role == ADMIN else 'AND project = ?'
-        for name, count in run(f"SELECT {refused}, count(*) FROM event WHERE code = 'refused' AND project <> '' "
-                               'AND at >= ? '
-                               f'AND at < ? {mine} GROUP BY 1', first, last, *([self.actor.project] if mine else [])):
-            lines[name]['refused'] += count
-        return [{by_whom: name, 'reserved_hours': round(each['reserved'], 3), 'used_hours': round(each['used'], 3),
-                 'unused_hours': round(max(each['reserved'] - each['used'], 0), 3), 'refused': int(each['refused']),
-                 'late_worst': round(each['late_worst'], 3)} for name, each in sorted(lines.items())]
-
-    # Series
-
-    def rebook_series(self, old, wish: Wish, now: float, named: bool, moves: bool) -> list[dict]:
-        """Changes a series from one occurrence on; inside a transaction.
-
-        Args:
-          named: that one was named, so that it changes also if it was changed on its own before
-          moves: more than what is told about the series
-        """
-        if not old.repeats:  # it was a plain one: what it has becomes the first of the series
-            change(Occurrence, old.id, slot=to_wall(instant(old.start), read_zone(wish.tz)).isoformat())
-        if old.altered and named:
-            change(Occurrence, old.id, altered=False)
-        change(Reservation, old.reservation, **wish.columns(*STORED), series=stored_stretches(wish.stretches),
-               changed=int(now))
-        return self.reshape(old.reservation, wish, now) if moves else []
+class Series(Holding):
+    """The occurrences of series."""
 
     def reshape(self, reservation: int, wish: Wish, now: float, gentle: bool = False, again: bool = True) -> list[dict]:
         """Makes the occurrences of a series what its stretches want, as far as the horizon; inside a transaction.
@@ -5584,12 +4023,1087 @@ class Reservations:
                 self.journal(now, 'refused', f"{format_time(one['start'], read_zone(head.tz or 'UTC'))} is "
                              f"{one['outcome']}: {one['why']}", reservation, json.loads(head.notify))
 
-    def journal(self, now: float, code: str, sentence: str, reservation: int | None = None,
-                notify: Iterable[str] = (), occurrence: int | None = None) -> None:
-        journal(self.config, now, self.actor.user, code, sentence, reservation, notify, occurrence)
+    def rebook_series(self, old, wish: Wish, now: float, named: bool, moves: bool) -> list[dict]:
+        """Changes a series from one occurrence on; inside a transaction.
+
+        Args:
+          named: that one was named, so that it changes also if it was changed on its own before
+          moves: more than what is told about the series
+        """
+        if not old.repeats:  # it was a plain one: what it has becomes the first of the series
+            change(Occurrence, old.id, slot=to_wall(instant(old.start), read_zone(wish.tz)).isoformat())
+        if old.altered and named:
+            change(Occurrence, old.id, altered=False)
+        change(Reservation, old.reservation, **wish.columns(*STORED), series=stored_stretches(wish.stretches),
+               changed=int(now))
+        return self.reshape(old.reservation, wish, now) if moves else []
+
+
+# Admission ###################################################################
+#
+# Books, changes and cancels whole reservations; of a request all of its parts, or none.
+
+
+class Admission(Series):
+    """Reservations as a whole, and requests of several; inside a transaction."""
+
+    def book(self, wish: Wish, now: float, origin: str = '', request: str = '', **event) -> tuple[int, list]:
+        """Writes a reservation and its occurrences, and holds their amounts; inside a transaction.
+
+        Args:
+          request: the label of the request of which this is a part
+          origin, event: the digest, `uid` and `subscription` of the event of a calendar that it comes from
+
+        Returns:
+          its id, and of a series what became of each occurrence.
+        """
+        pending = int(now) + wish.resource.approval if wish.resource.approval and self.actor.role != ADMIN else None
+        reservation = insert(Reservation, **wish.columns(*STORED), **event, origin=origin, added=int(now),
+                             changed=int(now), pending=pending, priority=0, confirm=0, request=request, choices='',
+                             series=stored_stretches(wish.stretches) if wish.stretches else '', over=wish.end)
+        if wish.stretches:
+            done = self.reshape(reservation, wish, now)
+            if done and all(each['outcome'] == 'left out' for each in done):
+                raise NoCapacity(f"none of {len(done)} occurrences fits; of the first: {done[0]['why']}",
+                                 conflicts=done[:1000])
+            self.journal(now, 'added', self.told_series(wish, done), reservation, wish.notify)
+            return reservation, done
+        place = self.resource_row(wish.resource.name)  # its capacity may have changed since
+        self.refuse_shared_server(wish)
+        self.refuse_beyond(wish, 0, now)
+        self.refuse_overtaking(place, *wish.held, now)
+        admit(place, *wish.held, wish.amount, now)
+        self.write_occurrence(None, reservation, wish, Slot('', wish.start, wish.end, wish.vms, place.id), now)
+        self.journal(now, 'added', f'{wish.vms} vms on {place.name}', reservation, wish.notify, NONE_OF_THEM)
+        if pending:
+            self.journal(now, 'pending', f'an admin must approve it until {instant(pending)}', reservation, wish.notify)
+        return reservation, []
+
+    def told_series(self, wish: Wish, done: list[dict]) -> str:
+        left_out = sum(each['outcome'] == 'left out' for each in done)
+        return (f"{wish.vms} vms on {wish.resource.name}, {wish.repeat or 'once'}: {len(done) - left_out} occurrences"
+                f"{f', {left_out} left out' if left_out else ''}")
+
+    def rebook(self, old, wish: Wish, now: float) -> None:
+        """Releases what one occurrence held and holds what is wished instead; inside a transaction."""
+        place = self.resource_row(wish.resource.name)
+        self.refuse_shared_server(wish, old.reservation)
+        release(old.resource_id, old.held_from, old.held_until, amount_of(old))
+        self.refuse_beyond(wish, old.reservation, now, old)
+        grows = self.grows(old, place, *wish.held, wish.amount)
+        if old.waiting is None:
+            self.hold_instead(old, place, *wish.held, wish.amount, now)
+        if grows and place.approval and self.actor.role != ADMIN and old.waiting is None:
+            change(Reservation, old.reservation, pending=int(now) + place.approval)
+            self.journal(now, 'pending', f'an admin must approve it until {instant(int(now) + place.approval)}',
+                         old.reservation, wish.notify)
+        slot = Slot(old.slot, wish.start, wish.end, wish.vms, place.id)
+        self.write_occurrence(old.id, old.reservation, wish, slot, now, altered=bool(old.repeats),
+                              told=0 if wish.start != old.start else old.told & ~(ENDING if wish.end != old.end else 0),
+                              **({'held_until': wish.held[0]} if old.waiting is not None else {}))
+        if old.choices and (place.id, wish.each) != (old.resource_id, amount_of(old) // old.vms):
+            change(Reservation, old.reservation, choices='')
+        if old.repeats:
+            stretches = self.stretches(old.reservation)
+            self.close(old.reservation, stretches, now, self.horizon(stretches, now))
+        else:
+            change(Reservation, old.reservation, **wish.columns(*STORED), changed=int(now), over=wish.end)
+
+    def cancel(self, found: list, now: float, why: str = '', ends: bool = False) -> None:
+        """Cancels occurrences of one reservation: what they held from now on is free; inside a transaction.
+
+        Args:
+          ends: nothing of the series comes after them
+        """
+        first = found[0]
+        for each in found:
+            until = min(max(int(now), each.held_from), each.held_until)
+            release(each.resource_id, until, each.held_until, amount_of(each))
+            change(Occurrence, each.id, cancelled=int(now), held_until=until, due=now, altered=True)
+        if first.repeats and ends:
+            stretches = stretches_before(self.stretches(first.reservation), min(each.slot for each in found))
+            change(Reservation, first.reservation, series=stored_stretches(stretches) if stretches else '[]')
+        if first.repeats and not ends:  # so that there is a next one
+            self.reshape(first.reservation, self.carried_on(first), now, gentle=True, again=False)
+        else:
+            self.close(first.reservation, [], now)
+        only = first.id if len(found) == 1 and first.repeats else None
+        self.journal(now, 'released', why or f'cancelled by {self.actor.user}', first.reservation,
+                     json.loads(first.notify), only)
+
+    def book_all(self, request: Request, now: float) -> list[tuple]:
+        """Books all parts of a request: of each its wish, its reservation, and what became of its occurrences."""
+        for name in dict.fromkeys([request.label, *(part[0].label for part in request.parts)]):
+            self.refuse_taken_label(request.last._replace(label=name), now)
+        return self.book_parts(request.parts, request.name, now, iter(range(MOST_TRIES)))
+
+    def book_parts(self, parts: list[list[Wish]], name: str, now: float, tries: Iterator) -> list[tuple]:
+        """Books each part where the first of its wishes fits that lets the parts behind it fit as well."""
+        refusal = NoCapacity(f"no room for all parts was found in {MOST_TRIES} tries; name a resource for each")
+        alone = len(parts) == len(parts[0]) == 1
+        for wish, _ in zip(parts[0], tries):
+            try:
+                with nullcontext() if alone and not name else db.atomic(), (
+                        self.explaining(wish) if name else nullcontext()):
+                    booked = (wish, *self.book(wish, now, request=name))
+                    return [booked, *(self.book_parts(parts[1:], name, now, tries) if parts[1:] else [])]
+            except NoCapacity as error:
+                refusal = error
+        raise refusal
+
+    def answer_all(self, request: Request, booked: list[tuple]) -> dict:
+        answers = [self.answer(reservation, done, wish) for wish, reservation, done in booked]
+        return {'label': request.label, 'parts': answers} if request.name else answers[0]
+
+    def answer(self, reservation: int, done: Iterable[dict], wish: Wish, occurrence: int | None = None) -> dict:
+        """What was reserved, of a series the next occurrence and what became of each."""
+        found = self.occurrence(occurrence) if occurrence else self.next_of(reservation)
+        series = {'booked_until': instant(found.booked_until), 'occurrences': [*done]} if wish.stretches else {}
+        return public(found) | series | ({'warnings': wish.warnings} if wish.warnings else {})
+
+
+# Waiting #####################################################################
+#
+# What has no room waits for it, in order of priority, then of age; what needs somebody's word is
+# held for a while. Room that becomes free is given in the transaction of the next pass.
+
+
+class Waiting(Admission):
+    """Requests that wait for room, and reservations that wait for a word."""
+
+    def take(self, request: Request, now: float) -> dict:
+        """Books a request, or lines it up if it may wait; inside a transaction."""
+        try:
+            with db.atomic() if request.wait else nullcontext():
+                return self.answer_all(request, self.book_all(request, now))
+        except NoCapacity:
+            if not request.wait:
+                raise
+        return self.line_up(request, now)
+
+    def line_up(self, request: Request, now: float) -> dict:
+        """Writes down a request that has no room now, and waits; inside a transaction."""
+        if any(part[0].stretches for part in request.parts):
+            raise Invalid('a series can not wait; --on-conflict skip takes the occurrences that fit')
+        parts = [[wish for wish in part if wish.amount.within(self.most_ever(wish))] for part in request.parts]
+        for possible, part in zip(parts, request.parts):
+            if not possible:
+                with self.explaining(part[0]):
+                    raise NoCapacity('')
+        self.refuse_many_waiting(request.last)
+        return self.answer_all(request, [self.wait_for(part, request, now) for part in parts])
+
+    def wait_for(self, wishes: list[Wish], request: Request, now: float) -> tuple:
+        """Writes down one part of it, which waits for the first of some resources that has room."""
+        wish = wishes[0]
+        self.refuse_beyond(wish, 0, now)
+        choices = [[each.resource.id, each.each.vcpus, each.each.ram, dict(each.each.classes)] for each in wishes]
+        reservation = insert(Reservation, **wish.columns(*STORED), series='', origin='', added=int(now),
+                             changed=int(now), over=wish.end, waiting=int(now), priority=request.priority,
+                             confirm=request.confirm, request=request.name,
+                             choices=json.dumps(choices) if len(choices) > 1 else '')
+        slot = Slot('', wish.start, wish.end, wish.vms, wish.resource.id)
+        self.write_occurrence(None, reservation, wish, slot, now, held_until=wish.held[0])
+        self.journal(now, 'waiting', f"{wish.vms} vms on {' or '.join(each.resource.name for each in wishes[:20])} "
+                     'are not free', reservation, wish.notify)
+        return wish, reservation, []
+
+    def choices(self, found) -> Iterator[tuple]:
+        """The resources on one of which what waits can be, in order, and what it takes there."""
+        wanted = [(resource, Amount(1, vcpus, ram, tuple(sorted(classes.items()))) * found.vms)
+                  for resource, vcpus, ram, classes in json.loads(found.choices or '[]')]
+        for resource, amount in wanted or [(found.resource_id, amount_of(found))]:
+            if place := row('SELECT * FROM resource WHERE id = ? AND removed IS NULL', resource):
+                yield place, amount
+
+    def most_ever(self, wish: Wish) -> Amount:
+        """What a resource holds at most in the window of a wish, loans included, if nothing is booked."""
+        begin, until = wish.held
+        most, lent = capacity(wish.resource), NOTHING
+        for each in rows('SELECT held_vms, held_vcpus, held_ram, held_classes FROM capacity WHERE resource_id = ? '
+                         'AND removed IS NULL AND start < ? AND "end" > ?', wish.resource.id, until, begin):
+            held = amount_of(each, 'held_')
+            lent -= Amount(*(min(figure, 0) for figure in held[:3]), tuple(one for one in held.classes if one[1] < 0))
+        return Amount(*(None if each is None else each + more for each, more in zip(most[:3], lent)),
+                      added(most, lent, 1))
+
+    def refuse_many_waiting(self, wish: Wish) -> None:
+        for limit in self.limits_for(wish):
+            who, name = ('user', wish.user) if limit.user else ('project', wish.project)
+            waits = len({each.request or each.id for each in self.waiting_line(self.clock())
+                         if getattr(each, who) == name})
+            if limit.waiting is not None and waits >= limit.waiting:
+                raise Conflict(f'the limit waiting of {name} is {limit.waiting}, and {waits} wait already',
+                               limit='waiting', value=limit.waiting, passes=0)
+
+    def admit_waiting(self, now: float) -> None:
+        """Gives room that has become free to those that wait, and frees what waited for a word in vain."""
+        kept: list = []
+        for request in self.waiting_requests(now):
+            try:
+                with db.atomic():
+                    for each in request:
+                        self.let_in(each, *self.room_for(each, kept, now), now)
+            except NoCapacity:
+                kept += request if now - request[0].waiting >= self.config.patience else []
+            except Conflict:  # it was within a limit when it was asked for, and is not any more
+                continue
+        for each in self.search([('r.pending <= ?', int(now)), (NOT_OVER, None), (NEXT_OF_ITS, None)]):
+            self.cancel(self.live(each), now, 'nobody has accepted it in time' if each.confirm else
+                        'nobody has approved it in time', ends=True)
+
+    def waiting_requests(self, now: float) -> list[list]:
+        """Those that wait, the parts of one request together."""
+        found: dict = defaultdict(list)
+        for each in self.waiting_line(now):
+            found[(each.project, each.request) if each.request else each.id].append(each)
+        return [*found.values()]
+
+    def room_for(self, found, kept: list, now: float) -> tuple:
+        """The first resource that has room for what waits, and what it takes there.
+
+        Args:
+          kept: those that wait for longer than `patience`, and come first in their windows
+
+        Raises:
+          Conflict: there is none; NoCapacity, if it is room that is missing.
+        """
+        begin, refusal = max(found.held_from, int(now)), NoCapacity('')
+        for place, amount in self.choices(found):
+            behind = any(self.may_be_at(first, place.id) and first.held_from < found.end and first.end > found.held_from
+                         for first in kept)
+            if not behind and fits(place, begin, found.end, amount):
+                try:
+                    wish = self.carried_on(found)._replace(resource=place, each=amount // found.vms)
+                    self.refuse_beyond(wish, found.reservation, now)
+                    return place, amount
+                except Conflict as error:
+                    refusal = error
+        raise refusal
+
+    def let_in(self, found, place, amount: Amount, now: float) -> None:
+        begin = max(found.held_from, int(now))
+        hold(place.id, found.held_from, found.end, amount)
+        pending = int(now) + (place.approval or found.confirm) if place.approval or found.confirm else None
+        change(Reservation, found.reservation, waiting=None, pending=pending, changed=int(now), choices='',
+               confirm=0 if place.approval else found.confirm)
+        change(Occurrence, found.id, resource=place.id, **stored(amount), held_until=found.end, due=min(begin, now))
+        whose = 'an admin must approve it' if place.approval else f'`accept {found.request or found.label}`'
+        asks = f'there is room; {whose} until {instant(pending)}' if pending else ''
+        code, sentence = ('pending', asks) if pending else (
+            'admitted', f'{found.vms} vms on {place.name}, after {format_duration(int(now) - found.waiting)}')
+        self.journal(now, code, sentence, found.reservation, json.loads(found.notify))
+
+    @api('POST', '/reservation/<label>/approve', role=ADMIN)
+    @for_each_part
+    def approve(self, label: Label, project: Name = '', dry_run: bool = False) -> dict:
+        """Lets a pending reservation be.
+
+        Example:
+          python cmres.py approve lab --project biology
+        """
+        return self.settle_pending(label, project, dry_run, 'approved')
+
+    @api('POST', '/reservation/<label>/accept')
+    @for_each_part
+    def accept(self, label: Label, project: Name = '', dry_run: bool = False) -> dict:
+        """Takes the room that is held for a reservation of yours that had waited.
+
+        Example:
+          python cmres.py accept lab
+        """
+        return self.settle_pending(label, project, dry_run, 'accepted')
+
+    @api('POST', '/reservation/<label>/reject', role=ADMIN)
+    @for_each_part
+    def reject(self, label: Label, reason: Text = '', project: Name = '', dry_run: bool = False) -> dict:
+        """Refuses a pending reservation and frees what it held.
+
+        Example:
+          python cmres.py reject lab --reason 'not before the exam'
+        """
+        with self.writing(dry_run) as now:
+            found = self.mine(label, project)
+            if found.state != 'pending':
+                raise Conflict(f"'{label}' is {found.state}, and waits for nobody's word")
+            why = f"rejected by {self.actor.user}{f': {reason}' if reason else ''}"
+            self.cancel(self.live(found), now, why, ends=True)
+            return public(self.occurrence(found.id))
+
+    def settle_pending(self, label: str, project: str, dry_run: bool, deed: str) -> dict:
+        with self.writing(dry_run) as now:
+            found = self.mine(label, project)
+            if found.state != 'pending':
+                raise Conflict(f"'{label}' is {found.state}, and waits for nobody's word")
+            if deed == 'accepted' and not found.confirm:
+                raise Conflict(f"'{label}' waits for an admin, who says: approve {label}")
+            change(Reservation, found.reservation, pending=None, changed=int(now))
+            run('UPDATE occurrence SET due = ? WHERE reservation_id = ? AND due IS NOT NULL', now, found.reservation)
+            self.journal(now, 'approved', f'{deed} by {self.actor.user}', found.reservation, json.loads(found.notify))
+            return public(self.occurrence(found.id))
+
+
+# Requests ####################################################################
+#
+# What people do with reservations: add, list, show, change, end them.
+
+
+class Requests(Waiting):
+    """The operations on reservations."""
+
+    @api('POST', '/reservation/')
+    @api('POST', '/reservation/add/<label>/<resource>/<start>/<end>')
+    @api('POST', '/reservation/add/<label>/<cell>/<cloud>/<region>/<aggregate>/<vms>/<start>/<end>', resource=ANY)
+    def add(self, label: Label, resource: Place, start: When, end: When, vms: Count = 1, flavor: Name = '',
+            image: Name = '', network: Name = '', key: Name = '', security_groups: Names = (), user_data: File = '',
+            metadata: Pairs = None, server: Name = '', at_end: Name = '', notify: Names = (), lead: Span = None,
+            description: Text = '', personal: bool = False, repeat: Repeat = '', tz: Zone = '', until: Day = None,
+            count: Count = None,
+            skip_dates: Names = (), holidays: Source = '', on_conflict: Clash = 'refuse', user: Name = '',
+            project: Name = '', cell: Name = '', cloud: Name = '', region: Name = '', aggregate: Name = '',
+            part: Parts = (), host: Hosts = (), wait: bool = False, priority: int = 0, confirm: Span = None,
+            dry_run: bool = False) -> dict:
+        """Reserves machines from START to END, once or again and again.
+
+        With an image, they are booted at the start and deleted at the end, or what --at-end says;
+        with --server, a machine that you have is started and stopped instead. With neither, capacity
+        is held and nothing boots. With a flavor, its vcpus and ram count against the resource as
+        well. What doesn't fit is refused with what would; `add --file FILE` is `load FILE`.
+
+        With --repeat it is a series by the clocks of --tz: START is when the first may begin, END says
+        how long each takes. What begins in an hour that the change of the clocks leaves out begins an
+        hour later by the clock; in an hour that comes twice, the first time. Its occurrences are
+        reserved as far as the setting `horizon` says, and from day to day further.
+
+        With --wait, what doesn't fit waits until it does: the higher priority first, then the older. For
+        a place with gaps instead of a resource, the first in order of names that has room is taken.
+
+        With several --part, also on several clouds, all of them are reserved or none; they are LABEL-1,
+        LABEL-2 and so on, and what is said of LABEL is said of each. With --host, all of that host is
+        reserved, where `resource sync --named` has told its name; m[01-05] are five parts.
+
+        Example:
+          python cmres.py add lab demo 2026-12-01T09:00 +2h --vms 3 --flavor m1.small --image cirros
+          python cmres.py add class demo 2027-01-12T09:00 +2h --repeat 'weekly on tue,thu' --until 2027-06-30
+          python cmres.py add exam 2027-01-12T09:00 +2h --part gpu:2 --part cpu:20
+        """
+        request = self.read_request({name: value for name, value in locals().items() if name != 'self'})
+        refused = request.last._replace(label=label)
+        with self.recording_refusal(refused, dry_run), self.explaining(request.last), self.writing(dry_run) as now:
+            return self.take(request, now)
+
+    def read_request(self, asked: dict) -> Request:
+        """What `add` was asked, resolved for each part and each resource on which that could be."""
+        if asked['priority'] and self.actor.role != ADMIN:
+            raise Forbidden('only an admin may give a priority')
+        parts = self.parts_asked(asked)
+        names = [f"{asked['label']}-{n}" for n, _ in enumerate(parts, 1)] if len(parts) > 1 else [asked['label']]
+        return Request(asked['label'], [self.wishes(part | {'label': name}) for part, name in zip(parts, names)],
+                       asked['wait'], asked['priority'], int((asked['confirm'] or timedelta(0)).total_seconds()))
+
+    def parts_asked(self, asked: dict) -> list[dict]:
+        """The arguments of each part of a request, a part for each host that is named."""
+        if asked['part'] and asked['resource'] != ANY:
+            raise Invalid(f"a resource or parts, not both: '{asked['resource']}' would be a part of its own")
+        parts = [asked | part for part in read_argument('part', asked['part'], Parts, self.here)
+                 ] if asked['part'] else [asked]
+        parts = [part | {'host': host} for part in parts
+                 for host in read_argument('host', part['host'] or '', Hosts, self.here) or ['']]
+        if len(parts) > MOST_PARTS:
+            raise Invalid(f'a request has at most {MOST_PARTS} parts, not {len(parts)}')
+        return parts
+
+    def wishes(self, asked: dict) -> list[Wish]:
+        """A wish for each resource that is meant, without those where it could never be."""
+        found, refusal, places = [], None, self.resources_at(asked)
+        for place in places:
+            try:
+                found.append(self.read_wish(asked | {'resource': place.name}, place=place))
+            except Error as error:
+                refusal = refusal or error
+        if not found:
+            raise refusal
+        return found
+
+    @api('POST', '/reservation/load')
+    def load(self, rows: Rows, partial: bool = False, dry_run: bool = False) -> dict:
+        """Adds many reservations at once: all of them, or with --partial those that fit.
+
+        Each refused line is named with its number and the reason. In a CSV file the first line
+        names the fields. Does not read more than 100000 lines.
+
+        Example:
+          python cmres.py load class.csv --partial
+        """
+        refused, requests, taken = [], [], []
+        for number, given in enumerate(self.progress(rows), 1):
+            line = given.get('line', number)
+            try:
+                requests.append((line, self.read_request(self.read_line(given))))
+            except Error as error:
+                refused.append({'line': line, 'label': given.get('label', ''), 'error': str(error)})
+        with self.writing(dry_run or bool(refused) and not partial) as now:
+            for line, request in requests:
+                try:
+                    with db.atomic(), self.explaining(request.last):
+                        taken.append(self.take(request, now))
+                except Error as error:
+                    refused.append({'line': line, 'label': request.label, 'error': str(error)})
+            refused.sort(key=lambda each: each['line'])
+            if refused and not partial:
+                raise Conflict(f'{len(refused)} of {len(rows)} lines were refused, so nothing was reserved',
+                               refused=refused)
+        return {'taken': taken, 'refused': refused}
+
+    def read_line(self, given: dict) -> dict:
+        """The arguments of `add` that one line of many stands for; empty cells are not given."""
+        operation = API['add']
+        given = {name: value for name, value in given.items() if name != 'line' and value not in ('', None)}
+        if 'dry_run' in given:
+            raise Invalid('dry_run is for all lines together')
+        defaults = {name: each.default for name, each in operation.parameters.items()}
+        return defaults | bind(operation, given, self.here)
+
+    @api('POST', '/reservation/generate')
+    def generate(self, resource: Label = 'demo', count: Page = 10, seed: int = None, flavor: Name = '',
+                 image: Name = '', dry_run: bool = False) -> dict:
+        """Adds random reservations within the next week, for trying things out; those that don't fit are left out.
+
+        Example:
+          python cmres.py generate demo --count 20
+        """
+        chance, place, now = random.Random(seed), self.resource_row(resource), self.here.now
+        most = min(place.vms or 8, 8)
+        wanted = [{'label': f'random-{secrets.token_hex(4)}', 'resource': resource,
+                   'start': now + timedelta(minutes=15 * chance.randrange(1, 600)),
+                   'end': timedelta(minutes=30 * chance.randrange(1, 17)), 'vms': chance.randint(1, most),
+                   'flavor': flavor, 'image': image} for _ in range(count)]
+        return self.load(wanted, partial=True, dry_run=dry_run)
+
+    @api('GET', '/reservation/')
+    @api('GET', '/reservation/<label>')
+    def list(self, label: Label = '', user: Name = '', project: Name = '', resource: Name = '', cell: Name = '',
+             cloud: Name = '', region: Name = '', aggregate: Name = '', state: Names = (), start: When = None,
+             end: When = None, limit: Page = 100, after: int = 0) -> Rows:
+        """Lists reservations, the earliest first: those that are not over, or all that the filters meet.
+
+        A label, a state or a window [START, END) that they overlap also finds what is over. Of a series
+        only the present or next occurrence is listed; a label or a window finds all of them. Each page
+        has at most --limit lines; --after the id of its last line gives the next.
+
+        Example:
+          python cmres.py list --resource demo --state starting,active
+        """
+        for word in state:
+            if word not in STATES:
+                raise Invalid(f"state: '{word}' is none of {', '.join(STATES)}{nearest(word, STATES)}")
+        exact = {'r.user': user, 'r.project': project, 's.name': resource, 's.cell': cell,
+                 's.cloud': cloud, 's.region': region, 's.aggregate': aggregate}
+        where = [(f'{column} = ?', value) for column, value in exact.items() if value]
+        where += self.labelled(label, project)
+        where += self.window(start, end) + self.visible()
+        if after:
+            where.append(('(o.start, o.id) > (SELECT start, id FROM occurrence WHERE id = ?)', after))
+        if not (label or start or end):
+            where.append((f'({NEXT_OF_ITS} OR NOT ({NOT_OVER}))', None))
+        if not (label or state or start or end):
+            state = [word for word in STATES if word not in OVER]
+        if state and not set(state) & set(OVER):
+            where.append(('o.due IS NOT NULL', None))
+        found = self.search(where, state, limit)
+        if label and not found and not self.search([*self.labelled(label, project), *self.visible()], limit=1):
+            raise NotFound(f"there is no reservation '{label}'")
+        return [public(each) for each in found]
+
+    @api('GET', '/reservation/<label>/show')
+    @for_each_part
+    def show(self, label: Label, project: Name = '', occurrence: Day = None, tz: Zone = '') -> dict:
+        """Shows all of one reservation: what was asked, its state, its servers; of a series also what comes.
+
+        Example:
+          python cmres.py show lab
+        """
+        found = self.mine(label, project, live=False, occurrence=occurrence)
+        answer = public(found) | {'user_data': found.user_data, 'servers': self.servers_of(found.id)}
+        if not found.repeats:
+            return answer
+        comes = self.search([('r.id = ?', found.reservation), ('o.end > ?', int(self.clock()))], limit=1000)
+        fields = ('start', 'end', 'vms', 'resource', 'state')
+        return answer | {'on_conflict': found.on_conflict, 'booked_until': instant(found.booked_until), 'occurrences': [
+            {name: value for name, value in public(each).items() if name in fields} for each in comes]}
+
+    @api('GET', '/reservation/<label>/servers')
+    @for_each_part
+    def servers(self, label: Label, project: Name = '', occurrence: Day = None, tz: Zone = '') -> Rows:
+        """Lists the servers of a reservation: state, addresses, and when each was planned, begun and ready.
+
+        Example:
+          python cmres.py servers lab
+        """
+        return self.servers_of(self.mine(label, project, live=False, occurrence=occurrence).id)
+
+    @api('GET', '/reservation/<label>/duration')
+    @for_each_part
+    def duration(self, label: Label, project: Name = '') -> dict:
+        """Tells how long a reservation is.
+
+        Example:
+          python cmres.py duration lab
+        """
+        found = self.mine(label, project, live=False)
+        seconds = found.end - found.start
+        return {'label': label, 'duration': format_duration(seconds), 'seconds': seconds}
+
+    @api('PATCH', '/reservation/<label>')
+    @for_each_part
+    def update(self, label: Label, resource: Label = None, start: When = None, end: When = None, vms: Count = None,
+               flavor: Name = None, image: Name = None, network: Name = None, key: Name = None,
+               security_groups: Names = None, user_data: File = None, metadata: Pairs = None, at_end: Name = None,
+               notify: Names = None, lead: Span = None, description: Text = None, personal: bool = None,
+               host: Name = None, repeat: Repeat = None, until: Day = None, count: Count = None,
+               skip_dates: Names = None, holidays: Source = None,
+               on_conflict: Clash = None, user: Name = None, rename: Label = None, occurrence: Day = None,
+               following: bool = False, tz: Zone = '', project: Name = '', dry_run: bool = False) -> dict:
+        """Changes a reservation, all of it or nothing.
+
+        A new start alone moves it with its length; a new end alone makes it longer or shorter. One
+        that has begun keeps its start, its place and what its machines are made of. Of a series, all
+        that has not begun changes; with --occurrence only that one, and with --following those after
+        it as well. An occurrence that was changed on its own lets the others be, and they it.
+
+        Example:
+          python cmres.py update lab --start 2026-12-01T10:00 --vms 5
+          python cmres.py update class --occurrence 2027-02-02 --start 2027-02-03T09:00
+        """
+        asked = {name: value for name, value in locals().items() if value is not None and name not in (
+            'self', 'label', 'rename', 'project', 'dry_run', 'occurrence', 'following') and (name, value) != ('tz', '')}
+        if following and not occurrence:
+            raise Invalid('--following needs an --occurrence, from which on things change')
+        return self.alter(label, project, asked | ({'label': rename} if rename else {}), dry_run,
+                          occurrence=occurrence, alone=bool(occurrence) and not following)
+
+    @api('POST', '/reservation/<label>/extend')
+    @for_each_part
+    def extend(self, label: Label, by: Span, project: Name = '', occurrence: Day = None, tz: Zone = '',
+               dry_run: bool = False) -> dict:
+        """Lets a reservation end later; works until its end. Of a series, only the present or next occurrence.
+
+        Example:
+          python cmres.py extend lab +1h
+        """
+        if by <= timedelta(0):
+            raise Invalid(f'by: {to_plain(by)} is no length to extend by; write +1h')
+        old = self.mine(label, project, occurrence=occurrence)
+        return self.alter(label, project, {'end': instant(old.end) + by}, dry_run, occurrence=instant(old.start))
+
+    @api('POST', '/reservation/<label>/keep')
+    @for_each_part
+    def keep(self, label: Label, until: When, project: Name = '', tz: Zone = '', dry_run: bool = False) -> dict:
+        """Lets what runs now go on until a later instant, if that fits; a series goes on after that as planned.
+
+        Example:
+          python cmres.py keep lab +2h
+        """
+        old = self.mine(label, project)
+        until = instant(old.end) + until if isinstance(until, timedelta) else until
+        if self.clock() < old.held_from:
+            raise Conflict(f"'{label}' has not begun; `update` moves its end")
+        if until.timestamp() <= old.end:
+            raise Invalid(f'until: {to_plain(until)} is not after the end, {to_plain(instant(old.end))}')
+        return self.alter(label, project, {'end': until}, dry_run, 'kept', occurrence=instant(old.start))
+
+    @api('POST', '/reservation/<label>/skip')
+    @for_each_part
+    def skip(self, label: Label, project: Name = '', occurrence: Day = None, tz: Zone = '',
+             dry_run: bool = False) -> dict:
+        """Leaves out the next occurrence, which must not have begun.
+
+        Example:
+          python cmres.py skip lab
+        """
+        with self.writing(dry_run) as now:
+            found = self.mine(label, project, occurrence=occurrence)
+            if now >= found.held_from and found.repeats and not occurrence:
+                coming = [('r.id = ?', found.reservation), (NOT_OVER, None), ('o.held_from > ?', now)]
+                found = (self.search(coming, limit=1) or [found])[0]
+            if now >= found.held_from:
+                raise Conflict(f"'{label}' has begun; `delete` ends it")
+            self.cancel([found], now, f'skipped by {self.actor.user}')
+            return public(self.occurrence(found.id))
+
+    def alter(self, label: str, project: str, asked: dict, dry_run: bool, code: str = 'updated',
+              occurrence: datetime | None = None, alone: bool = True) -> dict:
+        """The one way to change a reservation: release and hold anew in one transaction.
+
+        Args:
+          occurrence: of a series, the one that is meant; without one, all that has not begun
+          alone: nothing after that occurrence
+        """
+        if not asked.keys() - {'tz'}:
+            raise Invalid('say what to change, such as --end or --vms')
+        for _ in range(10):  # what the cloud was asked about may be out of date by the time we write
+            old, stretches, key = self.to_alter(label, project, occurrence, asked)
+            only = alone and bool(occurrence) and bool(old.repeats)
+            self.refuse_common(old, asked, occurrence, only)
+            stretches = [] if only else stretches
+            wish = self.read_wish(self.unaltered(old) | asked, old, asked, stretches, key)
+            with self.explaining(wish, old), self.writing(dry_run) as now:
+                current, series = self.occurrence(old.id), self.stretches(old.reservation)
+                if all(getattr(current, name) == getattr(old, name) for name in UNCHANGED) and (
+                        not stretches or series == stretches):
+                    named = bool(occurrence) and not only
+                    done = self.rewrite(old, wish, asked, now, code, named)
+                    return self.answer(*done, wish, old.id if only else None)
+        raise Conflict(f"'{label}' is being changed by others all the time; try again")
+
+    def refuse_common(self, old, asked: dict, occurrence: datetime | None, only: bool) -> None:
+        """Refuses to change for some occurrences of a series what all of them have in common."""
+        own = OWN | {'tz', 'on_conflict'} | (set() if only else REPEATING)
+        if old.repeats and occurrence and asked.keys() - own:
+            common = min(asked.keys() - own).replace('_', ' ')
+            raise Invalid(f'the {common} is the same for all occurrences; some alone can have another '
+                          f"{', '.join(sorted(OWN))}")
+
+    def to_alter(self, label: str, project: str, occurrence: datetime | None, asked: dict) -> tuple:
+        """The occurrence that a change is told for, the stretches of its series, and from which slot they change."""
+        old = self.mine(label, project, occurrence=occurrence)
+        key = old.slot
+        if old.repeats and not occurrence and asked.keys() & (OWN | REPEATING):  # all that has not begun
+            coming = self.search([('r.id = ?', old.reservation), (NOT_OVER, None), ('o.held_from > ?', self.clock())])
+            # One that was moved on its own is no measure for the others.
+            old = next((each for each in coming if not each.altered), (coming or [old])[0])
+            key = min((each.slot for each in coming), default=old.slot)
+        return old, self.stretches(old.reservation), key
+
+    def rewrite(self, old, wish: Wish, asked: dict, now: float, code: str, named: bool) -> tuple[int, list]:
+        self.refuse_fixed(old, wish, asked)
+        if (wish.label, wish.project) != (old.label, old.project):
+            self.refuse_taken_label(wish, now)
+        done: list = []
+        if wish.stretches:
+            moves = bool(asked.keys() & {*OWN, *REPEATING, 'flavor', 'lead', 'on_conflict'})
+            done = self.rebook_series(old, wish, now, named, moves)
+        else:
+            self.rebook(old, wish, now)
+        self.journal(now, code, f"{self.actor.user} changed: {', '.join(sorted(asked.keys() - {'tz'}))}",
+                     old.reservation, wish.notify,
+                     NONE_OF_THEM if done else old.id if old.repeats and not wish.stretches else None)
+        return old.reservation, done
+
+    def refuse_fixed(self, old, wish: Wish, asked: dict) -> None:
+        """A reservation that has begun keeps what its machines are made of."""
+        begun = self.begun(old)
+        kept = {name: json.loads(getattr(old, name)) if name in JSON else getattr(old, name) for name in FIXED}
+        new = {name: getattr(wish, name) for name in FIXED} | {'resource': wish.resource.name}
+        changed = [name for name in FIXED if name in asked and new[name] != kept[name]]
+        if begun and changed:
+            raise Conflict(f"'{old.label}' has begun, so its {changed[0].replace('_', ' ')} can't change; "
+                           'its end, vms, user, description and label can')
+
+    @api('DELETE', '/reservation/<label>')
+    @api('DELETE', '/reservation/')
+    @api('DELETE', '/reservation/delete/<label>')
+    @api('POST', '/reservation/delete/<label>')
+    @api('DELETE', '/reservation/delete/<label>/<cell>/<cloud>/<region>/<aggregate>/<vms>/<start>/<end>')
+    @api('POST', '/reservation/delete/<label>/<cell>/<cloud>/<region>/<aggregate>/<vms>/<start>/<end>')
+    @for_each_part
+    def delete(self, label: Label = '', user: Name = '', project: Name = '', resource: Name = '', cell: Name = '',
+               cloud: Name = '', region: Name = '', aggregate: Name = '', vms: Count = None, start: When = None,
+               end: When = None, count: Count = None, occurrence: Day = None, following: bool = False,
+               tz: Zone = '', dry_run: bool = False) -> Rows:
+        """Cancels a reservation: its capacity is free at once, and its machines are deleted.
+
+        Give a label, or filters that must all match exactly (start and end too); without a label,
+        --count must say how many that hits. Nothing that is over is touched. Of a series, --occurrence
+        cancels only that one, and with --following those after it as well.
+
+        Example:
+          python cmres.py delete --resource demo --user eva --dry-run
+        """
+        exact = {'r.label': label, 'r.user': user, 'r.project': project, 's.name': resource, 's.cell': cell,
+                 's.cloud': cloud, 's.region': region, 's.aggregate': aggregate, 'o.vms': vms}
+        if start or end:
+            begin, until = self.resolve(start or FIRST, end or LAST)
+            exact |= ({'o.start': begin} if start else {}) | ({'"end"': until} if end else {})
+        if not any(exact.values()):
+            raise Invalid('say which: a label, or filters such as --resource and --user')
+        where = [(f'{column} = ?', value) for column, value in exact.items() if value]
+        if (occurrence or following) and not (label and occurrence):
+            raise Invalid('--occurrence and --following need a label, and --following an --occurrence')
+        with self.writing(dry_run) as now:
+            if occurrence:
+                found = [self.mine(label, project, occurrence=occurrence)]
+                self.cancel(self.live(found[0], found[0].slot) if following else found, now, ends=following)
+            else:
+                found = self.search([*where, *self.visible(), ('r.over > ?', int(now)), (NOT_OVER, None),
+                                     (NEXT_OF_ITS, None)])
+                self.refuse_uncounted(found, label, project, count, dry_run)
+                for each in found:
+                    self.cancel(self.live(each), now, ends=True)
+            return [public(self.occurrence(each.id)) for each in found]
+
+    def refuse_uncounted(self, found: list, label: str, project: str, count: int | None, dry_run: bool) -> None:
+        if not found:
+            raise NotFound(f"there is no reservation {shown(label) + ' ' if label else ''}that is not over"
+                           f"{'' if label else ' and meets all of these filters'}")
+        if label and len(found) > 1:
+            self.mine(label, project)  # refuses, naming the projects, unless one of them is the actor's own
+            found[:] = [each for each in found if each.project == self.actor.project]
+        if (not label or count) and count != len(found) and not dry_run:
+            raise Conflict(f'this would cancel {len(found)} reservations; say --count {len(found)} to do it',
+                           labels=[each.label for each in found[:100]], count=len(found))
+
+    @api('GET', '/resource/<resource>/find')
+    def find(self, resource: Label, duration: Span, vms: Count = 1, flavor: Name = '', lead: Span = None,
+             after: When = None, before: When = None, limit: Page = 10) -> Rows:
+        """Finds the earliest slots that are free for so many machines for so long.
+
+        Each slot says from when until when it is free. Looks a year ahead unless --before says how far.
+
+        Example:
+          python cmres.py find demo 2h --vms 4
+        """
+        place = self.resource_row(resource)
+        if duration < timedelta(seconds=1):
+            raise Invalid('duration: a slot has at least one second')
+        begin, until = self.resolve(after or self.here.now, before or timedelta(days=366))
+        begin = max(begin, int(self.clock()))
+        amount = self.each_takes(self.ask_cloud(place, {'flavor': flavor}, [])) * vms
+        need, ahead = duration.total_seconds(), (lead or timedelta(0)).total_seconds()
+        slots = ((first, last) for first, last in free_windows(place, amount, begin - ahead, until)
+                 if last - first >= need + ahead)
+        return [{'start': instant(int(first + ahead)), 'until': instant(int(last)),
+                 'duration': format_duration(last - first - ahead), 'vms': vms}
+                for (first, last), _ in zip(slots, range(limit))]
+
+    @api('GET', '/resource/<resource>/usage')
+    def usage(self, resource: Label, start: When = None, end: When = None) -> Rows:
+        """Tells how much of a resource is held, when; by whom it doesn't tell.
+
+        Shows the next 7 days unless --start or --end say otherwise.
+
+        Example:
+          python cmres.py usage demo --end +1d
+        """
+        place = self.resource_row(resource)
+        begin, until = self.resolve(start or self.here.now, end or timedelta(days=7))
+        levels = [*steps(place.id, begin, until, capacity(place).names), (until, NOTHING)]
+        return [{'start': instant(at), 'end': instant(after), **in_figures(held),
+                 'free_vms': None if place.vms is None else place.vms - held.vms}
+                for (at, held), (after, _) in zip(levels, levels[1:])]
+
+
+# Plan ########################################################################
+#
+# What operators do: resources, their capacity over time, maintenance; and the proof that all adds up.
+
+
+class Plan(Requests):
+    """The operations on resources and their capacity."""
+
+    @api('POST', '/resource/', role=ADMIN)
+    def resource_add(self, name: Label, cell: Name = '', cloud: Name = '', region: Name = '', aggregate: Name = '',
+                     vms: Most = UNLIMITED, vcpus: Most = UNLIMITED, ram: Most = UNLIMITED, classes: Classes = None,
+                     mode: Name = '', hold: Span = None, approval: Span = None, no_show: Span = None,
+                     dry_run: bool = False) -> dict:
+        """Adds a resource; a figure that isn't given is unlimited.
+
+        With --classes, other resource classes of Placement count as well: what flavors take of them
+        stands in their extra specs, such as resources:CUSTOM_GPU=1.
+
+        Example:
+          python cmres.py resource add india --cloud simulated --vms 40 --vcpus 320 --ram 655360
+        """
+        with self.writing(dry_run) as now:
+            self.refuse_taken_resource(name)
+            figures = {figure: None if most == UNLIMITED else most
+                       for figure, most in (('vms', vms), ('vcpus', vcpus), ('ram', ram))}
+            insert(Resource, name=name, cell=cell, cloud=cloud, region=region, aggregate=aggregate, **figures,
+                   mode=self.read_mode(mode), **self.read_seconds(hold=hold, approval=approval, no_show=no_show),
+                   classes=known_classes('', classes), hosts='[]', named='', added=int(now))
+            self.journal(now, 'resource', f"added the resource '{name}'")
+            return self.resource_show(name)
+
+    @api('GET', '/resource/')
+    def resource_list(self, cell: Name = '', cloud: Name = '', region: Name = '', aggregate: Name = '') -> Rows:
+        """Lists the resources: their places and what they hold at most.
+
+        Example:
+          python cmres.py resource list --cloud simulated
+        """
+        return [self.resource_public(each) for each in self.places(cell, cloud, region, aggregate)]
+
+    @api('GET', '/resource/<name>')
+    def resource_show(self, name: Label) -> dict:
+        """Shows a resource, and what is held of it now.
+
+        Example:
+          python cmres.py resource show demo
+        """
+        found = self.resource_row(name)
+        held = level(found.id, self.clock(), capacity(found).names)
+        return self.resource_public(found) | {'held_now': in_figures(held)}
+
+    @api('PATCH', '/resource/<name>', role=ADMIN)
+    def resource_update(self, name: Label, rename: Label = '', cell: Name = None, cloud: Name = None,
+                        region: Name = None, aggregate: Name = None, vms: Most = None, vcpus: Most = None,
+                        ram: Most = None, classes: Classes = None, mode: Name = None, hold: Span = None,
+                        approval: Span = None, no_show: Span = None, force: bool = False,
+                        dry_run: bool = False) -> dict:
+        """Changes a resource; `unlimited` takes a limit away.
+
+        A capacity below what is held already needs --force; nothing is cancelled then, and the
+        answer lists the occurrences that no longer fit, the latest added first.
+
+        Example:
+          python cmres.py resource update demo --vms 8 --dry-run
+        """
+        asked = {'name': rename or None, 'cell': cell, 'cloud': cloud, 'region': region, 'aggregate': aggregate,
+                 'vms': vms, 'vcpus': vcpus, 'ram': ram, 'mode': mode if mode is None else self.read_mode(mode),
+                 **self.read_seconds(**{field: length for field, length in (
+                     ('hold', hold), ('approval', approval), ('no_show', no_show)) if length is not None})}
+        new = {field: None if value == UNLIMITED else value for field, value in asked.items() if value is not None}
+        with self.writing(dry_run) as now:
+            found = self.resource_row(name)
+            if rename and rename != name:
+                self.refuse_taken_resource(rename)
+            if classes:
+                new['classes'] = known_classes(found.classes, classes)
+            if new:
+                change(Resource, found.id, **new)
+            before, found = found, self.resource_row(rename or name)
+            self.rehold_changes(found, now)
+            homeless = self.no_longer_fitting(found, now) if lowered(capacity(before), capacity(found)) else []
+            if homeless and not force:
+                raise Conflict(f"{len(homeless)} occurrences on '{name}' would no longer fit; --force does it all the "
+                               'same and cancels nothing', occurrences=homeless)
+            self.journal(now, 'resource', f"changed the resource '{name}': {', '.join(new) or 'nothing'}")
+            return self.resource_public(found) | {'no_longer_fit': homeless}
+
+    @api('DELETE', '/resource/<name>', role=ADMIN)
+    def resource_delete(self, name: Label, dry_run: bool = False) -> dict:
+        """Removes a resource that nothing is reserved on any more; its history stays.
+
+        Example:
+          python cmres.py resource delete demo
+        """
+        with self.writing(dry_run) as now:
+            found = self.resource_row(name)
+            busy = self.search([('o.resource_id = ?', found.id), ('o.held_until > ?', int(now))], limit=100)
+            needed = rows("SELECT label FROM reservation WHERE over > ? AND series LIKE ? LIMIT 100", int(now),
+                          f'%"resource":{found.id},%')  # a series may come back to it
+            if busy or needed:
+                raise Conflict(f"'{name}' still has reservations; delete or move them first",
+                               labels=sorted({each.label for each in busy + needed}))
+            change(Resource, found.id, removed=int(now))
+            self.journal(now, 'resource', f"removed the resource '{name}'")
+            return self.resource_public(found)
 
     def resource_public(self, found) -> dict:
         return {name: value for name, value in public(found).items() if name != 'removed'}
+
+    def read_seconds(self, **lengths: timedelta | None) -> dict[str, int]:
+        return {name: int((length or timedelta(0)).total_seconds()) for name, length in lengths.items()}
+
+    def read_mode(self, mode: str) -> str:
+        if mode not in ('', 'open', *MODES):
+            raise Invalid(f"mode: '{mode}' is none of open, {', '.join(MODES)}{nearest(mode, MODES)}")
+        return '' if mode == 'open' else mode
+
+    @api('POST', '/resource/sync', role=ADMIN)
+    def resource_sync(self, cloud: Name, aggregates: Names = (), mode: Name = '', hold: Span = None,
+                      named: bool = None, force: bool = False, dry_run: bool = False) -> Rows:
+        """Reads host aggregates of a cloud, makes resources of them or updates those, and marks them for Nova.
+
+        The vcpus, ram and other classes of a resource become what Placement gives out of the aggregate's
+        hosts. The entry of clouds.yaml must be an admin's. Each line of the answer is a difference; with
+        --dry-run that is all that happens. Without --aggregates, those that are marked are updated.
+        With --named, a reservation may ask for a host by its name: add ... --host NAME.
+
+        Example:
+          python cmres.py resource sync chameleon --aggregates gpu --mode exclusive --dry-run
+        """
+        there = {each.name: each for each in self.clouds.open(cloud).aggregates()}
+        for name in aggregates:
+            if name not in there:
+                raise NotFound(f"the cloud {cloud} has no aggregate '{name}'{nearest(name, there)}")
+        chosen = [there[name] for name in aggregates or there if aggregates or there[name].mark]
+        wanted = {} if not mode else {'mode': self.read_mode(mode)}
+        wanted |= {'hold': int(hold.total_seconds())} if hold is not None else {}
+        with self.writing(dry_run) as now:
+            synced = [self.sync_one(cloud, each, wanted, named, force, now) for each in chosen]
+        for each, (name, _) in zip(chosen, synced):  # outside the transaction: it is a call to the cloud
+            if each.mark != name and not dry_run:
+                self.clouds.open(cloud).mark(each.name, name)
+        return [line for (name, lines), each in zip(synced, chosen) for line in lines + (
+            [{'resource': name, 'what': 'mark', 'before': each.mark or None, 'after': name}]
+            if each.mark != name else [])]
+
+    def sync_one(self, cloud: str, aggregate: Aggregate, wanted: dict, named: bool | None, force: bool,
+                 now: float) -> tuple[str, list[dict]]:
+        """Makes or updates the resource of an aggregate; its name, and a line for each difference."""
+        found = row('SELECT * FROM resource WHERE cloud = ? AND aggregate = ? AND removed IS NULL',
+                    cloud, aggregate.name)
+        total = sum(aggregate.hosts.values(), NOTHING)
+        new = {name: each for name, each in stored(total).items() if name != 'vms'} | {
+            'hosts': json.dumps([*aggregate.hosts]), **wanted}
+        if named or named is None and found and found.named or named is False:
+            new['named'] = json.dumps({host: {'vcpus': each.vcpus, 'ram': each.ram} | dict(each.classes)
+                                       for host, each in aggregate.hosts.items()}) if named is not False else ''
+        if not found:
+            name = calendar_name(aggregate.name)
+            self.refuse_taken_resource(name)
+            insert(Resource, **({'name': name, 'cell': '', 'cloud': cloud, 'region': '', 'aggregate': aggregate.name,
+                                 'vms': None, 'mode': '', 'named': '', 'added': int(now),
+                                 **self.read_seconds(hold=None, approval=None, no_show=None)} | new))
+            self.journal(now, 'resource', f"added the resource '{name}' from the aggregate '{aggregate.name}'")
+            return name, [{'resource': name, 'what': field, 'before': None, 'after': in_brief(field, value)}
+                          for field, value in new.items()]
+        lines = [{'resource': found.name, 'what': field, 'before': in_brief(field, getattr(found, field)),
+                  'after': in_brief(field, value)}
+                 for field, value in new.items() if getattr(found, field) != value]
+        if lines:
+            change(Resource, found.id, **new)
+            self.rehold_changes(self.resource_row(found.name), now)
+            homeless = self.no_longer_fitting(self.resource_row(found.name), now)
+            if homeless and not force:
+                raise Conflict(f"{len(homeless)} occurrences on '{found.name}' would no longer fit; --force does it "
+                               'all the same and cancels nothing', occurrences=homeless)
+            fields = ', '.join(each['what'] for each in lines)
+            self.journal(now, 'resource', f"synced the resource '{found.name}': {fields}")
+        return found.name, lines
+
+    @api('POST', '/resource/<name>/capacity', role=ADMIN)
+    def resource_capacity(self, name: Label, start: When, end: When, vms: Most = None, vcpus: Most = None,
+                          ram: Most = None, classes: Classes = None, reason: Text = '', then: Name = 'notify',
+                          dry_run: bool = False) -> dict:
+        """Gives a resource another capacity from START to END: a loan of nodes, or less for a while.
+
+        What is booked there and no longer fits is left and its owner told (--then notify), moved to
+        another resource of the same cloud or to the next time that fits (move), or cancelled (cancel).
+
+        Example:
+          python cmres.py resource capacity demo --from 2027-03-01 --to 2027-03-08 --vms 4 --dry-run
+        """
+        if vms is vcpus is ram is None and not classes:
+            raise Invalid('say how much there is: --vms, --vcpus, --ram or --classes')
+        most = Amount(vms, vcpus, ram, tuple(sorted((classes or {}).items())))
+        return self.change_capacity(name, start, end, most, reason or 'another capacity', then, dry_run)
+
+    @api('POST', '/maintenance/', role=ADMIN)
+    def maintenance_add(self, resource: Label, start: When, end: When, reason: Text = '', then: Name = 'notify',
+                        dry_run: bool = False) -> dict:
+        """Closes a resource from START to END; what is booked in it is left, moved or cancelled, as --then says.
+
+        Example:
+          python cmres.py maintenance add demo 2027-03-01T08:00 +4h --reason 'new disks' --then move --dry-run
+        """
+        return self.change_capacity(resource, start, end, None, reason or 'maintenance', then, dry_run)
+
+    @api('GET', '/maintenance/')
+    def maintenance_list(self, resource: Label = '') -> Rows:
+        """Lists maintenances and other changes of capacity that are not over.
+
+        Example:
+          python cmres.py maintenance list
+        """
+        found = rows('SELECT c.id, s.name AS resource, c.start, c.end, c.vms, c.vcpus, c.ram, c.classes, c.reason '
+                     'FROM capacity c JOIN resource s ON s.id = c.resource_id WHERE c.removed IS NULL AND c.end > ? '
+                     f"{'AND s.name = ?' if resource else ''} ORDER BY c.start", int(self.clock()),
+                     *([resource] if resource else []))
+        return [public(each) for each in found]
+
+    @api('DELETE', '/maintenance/<id>', role=ADMIN)
+    def maintenance_delete(self, id: int, dry_run: bool = False) -> dict:
+        """Calls off a maintenance or another change of capacity.
+
+        Example:
+          python cmres.py maintenance delete 1
+        """
+        with self.writing(dry_run) as now:
+            found = row('SELECT * FROM capacity WHERE id = ? AND removed IS NULL', id)
+            if not found:
+                raise NotFound(f'there is no maintenance {id}')
+            release(found.resource_id, found.start, found.end, amount_of(found, 'held_'))
+            change(Capacity, id, removed=int(now))
+            self.journal(now, 'resource', f'called off {found.reason} {id}')
+            return {'id': id, 'reason': found.reason}
+
+    def change_capacity(self, name: str, start, end, most: Amount | None, reason: str, then: str,
+                        dry_run: bool) -> dict:
+        if then not in THEN:
+            raise Invalid(f"then: '{then}' is none of {', '.join(THEN)}{nearest(then, THEN)}")
+        with self.writing(dry_run) as now:
+            place = self.resource_row(name)
+            begin, until = self.resolve(start, end)
+            if until <= now:
+                raise Invalid(f'the end {to_plain(instant(until))} is not in the future')
+            most = most or Amount(0, 0, 0, tuple((name, 0) for name in capacity(place).names))
+            held = self.difference(place, most)
+            if held == NOTHING:
+                raise Conflict(f"'{name}' has no limit that this would change; set one with: "
+                               f'resource update {name} --vms N')
+            hold(place.id, begin, until, held)
+            id = insert(Capacity, resource=place.id, start=begin, end=until, **stored(most), **stored(held, 'held_'),
+                        reason=reason, added=int(now), removed=None)
+            hit = [self.make_room(each, f'{reason} on {name} from {instant(begin)} to {instant(until)}', then, now)
+                   for each in self.homeless(place, max(begin, int(now)), until)]
+            self.journal(now, 'resource', f"{reason} on '{name}' from {instant(begin)} to {instant(until)}")
+            return {'id': id, 'resource': name, 'start': instant(begin), 'end': instant(until), 'reason': reason,
+                    'hit': hit}
+
+    def difference(self, place, most: Amount) -> Amount:
+        """What must be held so that a resource has another capacity; an unlimited figure stays so."""
+        always = capacity(place)
+        return Amount(*(0 if each is None or wanted in (None, UNLIMITED) else each - wanted
+                        for each, wanted in zip(always[:3], most)),
+                      tuple((name, each - dict(most.classes).get(name, each)) for name, each in always.classes
+                            if dict(most.classes).get(name, each) not in (UNLIMITED, each)))
+
+    def rehold_changes(self, place, now: float) -> None:
+        """Lets changes of capacity be what they were meant to be, after the capacity itself has changed."""
+        for each in rows('SELECT * FROM capacity WHERE resource_id = ? AND removed IS NULL AND "end" > ?',
+                         place.id, int(now)):
+            held = self.difference(place, amount_of(each))
+            release(place.id, each.start, each.end, amount_of(each, 'held_'))
+            hold(place.id, each.start, each.end, held)
+            change(Capacity, each.id, **stored(held, 'held_'))
+
+    def make_room(self, found, why: str, then: str, now: float) -> dict:
+        """Moves or cancels an occurrence for which there is no room any more, or only tells its owner."""
+        line = {name: value for name, value in public(found).items() if name in (
+            'label', 'user', 'project', 'vms', 'start', 'end')}
+        if then == 'cancel':
+            self.cancel([found], now, why)
+            return line | {'outcome': 'cancelled'}
+        place = self.moved_elsewhere(found, now) if then == 'move' else None
+        outcome = f'moved to {place[0]} from {format_time(instant(place[1]), self.config.zone)}' if place else 'left'
+        self.journal(now, 'maintenance', f'{why}; it is {outcome}', found.reservation, json.loads(found.notify),
+                     found.id)
+        return line | {'outcome': outcome}
+
+    def moved_elsewhere(self, found, now: float) -> tuple[str, int] | None:
+        """Moves an occurrence that has not begun to another resource of its cloud, else to later: where it is now."""
+        if now >= found.held_from or found.server:
+            return None
+        amount, need = amount_of(found), found.held_until - found.held_from
+        here = row('SELECT * FROM resource WHERE id = ?', found.resource_id)
+        release(here.id, found.held_from, found.held_until, amount)
+        others = [each for each in self.places() if each.cloud == here.cloud and each.id != here.id and not found.host]
+        place = next((each for each in others if fits(each, found.held_from, found.held_until, amount)), None)
+        first = found.held_from if place else next((int(first) for first, last in free_windows(
+            here, amount, found.held_from, LAST.timestamp()) if last - first >= need), None)
+        if first is None:
+            hold(here.id, found.held_from, found.held_until, amount)
+            return None
+        place, start = place or here, first + found.lead
+        hold(place.id, first, first + need, amount)
+        change(Occurrence, found.id, resource=place.id, start=start, end=start + found.end - found.start,
+               held_from=first,
+               held_until=first + need, due=min(now, first), told=0, altered=bool(found.repeats))
+        if not found.repeats:
+            change(Reservation, found.reservation, over=start + found.end - found.start)
+        return place.name, start
 
     def no_longer_fitting(self, place, now: float) -> list[dict]:
         return [public(each) for each in self.homeless(place, int(now), int(LAST.timestamp()))[:1000]]
@@ -5612,109 +5126,680 @@ class Reservations:
                     over[at] -= amount_of(each)
         return [self.occurrence(id) for id in found]
 
-    # What to say when something doesn't fit
+    @api('GET', '/check', role=ADMIN)
+    def check(self) -> dict:
+        """Rebuilds the usage from the occurrences and compares it with what is kept; fails on any difference.
 
-    @contextmanager
-    def recording_refusal(self, wish: Wish, dry_run: bool) -> Iterator[None]:
+        Example:
+          python cmres.py check
+        """
+        differences, steps_seen = [], 0
+        with db.atomic('DEFERRED'):  # one snapshot of all tables; nobody waits for it
+            for place in self.progress(rows('SELECT id, name FROM resource')):
+                kept = {(track, at): tuple(held) for track, at, *held in run(
+                    'SELECT track, at, vms, vcpus, ram FROM step WHERE resource_id = ?', place.id)}
+                right = dict(held_steps(place.id))
+                steps_seen += len(right)
+                wrong = sorted(step for step in kept.keys() | right.keys() if kept.get(step) != right.get(step))
+                differences += [{'resource': place.name, 'at': instant(step[1]), 'kept': kept.get(step),
+                                 'right': right.get(step)} for step in wrong]
+        if differences:
+            raise Error(f'the usage differs from the occurrences at {len(differences)} instants, first on '
+                        f"{differences[0]['resource']} at {differences[0]['at']}", differences=differences[:100])
+        return {'steps': steps_seen, 'differences': 0}
+
+
+# Claims ######################################################################
+#
+# What Nova's scheduler asks of a server that somebody boots: on which resources it may, and why.
+
+
+class Claims(Plan):
+    """What may be booted through Nova."""
+
+    @api('POST', '/claim/', role=ADMIN)
+    def claim(self, server: Name, resources: Names, project: Name, user: Name = '', vcpus: Figure = 0,
+              ram: Figure = 0, classes: Classes = None, label: Name = '', dry_run: bool = False) -> Rows:
+        """Tells on which resources a server may boot, why, and counts it there: what Nova's scheduler asks.
+
+        Who has an active reservation passes as long as fewer machines, vcpus and ram were booted than
+        reserved. Others pass on a shared resource as far as it is free, and stays so for its hold time.
+        Asking again for the same server counts it once.
+
+        Example:
+          python cmres.py claim 7c1f gpu biology --vcpus 4 --ram 8192
+        """
+        need = Amount(1, vcpus, ram, tuple(sorted((classes or {}).items())))
+        with self.writing(dry_run) as now:
+            return [{'resource': name} | self.claim_on(name, server, self.names_of(project), self.names_of(user), need,
+                                                       label, project, user, now) for name in resources]
+
+    def names_of(self, identity: str) -> list[str]:
+        """What cmres calls whom OpenStack knows under an id."""
+        return [name for name, id in self.config.identities.items() if id == identity] or [identity]
+
+    def claim_on(self, name: str, server: str, projects: list[str], users: list[str], need: Amount, label: str,
+                 project: str, user: str, now: float) -> dict:
+        place = row('SELECT * FROM resource WHERE name = ? AND removed IS NULL', name)
+        if not place or not place.mode:
+            why = f"'{name}' is open to everybody" if place else f"there is no resource '{name}'"
+            return {'passes': bool(place), 'why': why, 'hosts': None}
+        found, why = self.may_boot(place, server, projects, users, need, label, now)
+        walks_in = False
+        if not found and not label and place.mode == 'shared':
+            walks_in, why = self.walk_in(place, server, need, now), (
+                f"'{name}' is not free for {format_duration(place.hold)}")
+        if not found and not walks_in:
+            return {'passes': False, 'why': why, 'hosts': None}
+        classes = stored(need)['classes']
+        run('INSERT INTO claim (resource_id, occurrence, server, project, user, vcpus, ram, classes, at, due) '
+            'VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (resource_id, server) DO UPDATE SET occurrence = '
+            'excluded.occurrence, vcpus = excluded.vcpus, ram = excluded.ram, classes = excluded.classes, '
+            'due = excluded.due', place.id, found.id if found else None, server, project, user, need.vcpus, need.ram,
+            classes, now, now + self.config.settle)
+        return {'passes': True, 'why': 'reserved' if found else 'free', 'hosts': self.hosts_for(place, found, now)}
+
+    def hosts_for(self, place, found, now: float) -> list[str] | None:
+        """The hosts on which a server may boot; None: any. One that is reserved by name is its owner's alone."""
+        if not place.named:
+            return None
+        if found and found.host:
+            return [found.host]
+        until = found.end if found else now + max(place.hold, 1)
+        taken = {each.host for each in rows(
+            'SELECT r.host FROM occurrence o JOIN reservation r ON r.id = o.reservation_id WHERE o.resource_id = ? AND '
+            "o.due IS NOT NULL AND r.host <> '' AND o.held_from < ? AND o.held_until > ?", place.id, until, now)}
+        return [host for host in json.loads(place.hosts) if host not in taken] if taken else None
+
+    def may_boot(self, place, server: str, projects: list[str], users: list[str], need: Amount, label: str,
+                 now: float) -> tuple[Any, str]:
+        """The occurrence on which a server may boot, or None and why there is none."""
+        named = f'{shown(label)} ' if label else ''
+        why = f"no reservation {named}of the project {projects[0]} is active on '{place.name}'"
+        mine = self.booked_by(projects, label, place, 0, now)
+        for each in mine:
+            if now >= each.end:
+                why = f"'{each.label}' has ended at {instant(each.end)}"
+            elif each.personal and each.user not in users:
+                why = f"'{each.label}' is for {each.user} alone"
+            elif self.has_left(place, each, server, need, now):
+                return each, ''
+            else:
+                why = f"'{each.label}' has {each.vms} vms, {each.vcpus} vcpus and {each.ram} MiB, and they are in use"
+        for each in [] if mine else self.booked_by(projects, label, place, now, now + 86400)[:1]:
+            why = f"'{each.label}' begins at {instant(each.held_from)}"
+        return None, why
+
+    def booked_by(self, projects: list[str], label: str, place, after: float, until: float) -> list:
+        """What projects have booked on a resource that is held from an instant in (after, until] on."""
+        marks = ', '.join('?' * len(projects))
+        # CROSS JOIN and +: SQLite is to begin with what is held there then, not with all that anybody has reserved.
+        return rows('SELECT o.*, r.label, r.user, r.personal, r.flavor, r.host FROM occurrence o '
+                    'CROSS JOIN reservation r ON r.id = o.reservation_id WHERE o.resource_id = ? AND o.due IS NOT NULL '
+                    'AND o.held_from > ? AND o.held_from <= ? AND o.cancelled IS NULL AND r.waiting IS NULL '
+                    'AND r.pending IS NULL '
+                    f"AND r.project IN ({marks}){' AND ? IN (r.label, r.request)' if label else ''} ORDER BY +o.start",
+                    place.id, after, until, *projects, *([label] if label else []))
+
+    def has_left(self, place, found, server: str, need: Amount, now: float) -> bool:
+        """Whether of what an occurrence has reserved there is still enough for one more server."""
+        taken, reserved = self.claimed('occurrence = ?', found.id, server) + need, amount_of(found)
+        if found.flavor or found.host:
+            return taken.within(reserved._replace(classes=tuple((name, dict(reserved.classes).get(name, 0))
+                                                                for name in taken.names)))
+        # What was reserved without a flavor holds no vcpus: its machines take what is free of them.
+        return taken.vms <= reserved.vms and self.walk_in(place, server, need._replace(vms=0), now)
+
+    def claimed(self, condition: str, value, server: str) -> Amount:
+        """What other servers than this one have claimed and still use."""
+        where = f'FROM claim WHERE {condition} AND due IS NOT NULL AND server <> ?'
+        total = Amount(*run(f'SELECT count(*), coalesce(sum(vcpus), 0), coalesce(sum(ram), 0) {where}',
+                            value, server).fetchone())
+        for (classes,) in run(f"SELECT classes {where} AND classes <> ''", value, server).fetchall():
+            total += Amount(classes=tuple(sorted(json.loads(classes).items())))
+        return total
+
+    def walk_in(self, place, server: str, need: Amount, now: float) -> bool:
+        """Whether there is room that nobody has reserved from now for the hold time of a resource."""
+        others = self.claimed('resource_id = ? AND occurrence IS NULL', place.id, server)
+        for each in rows('SELECT o.id, o.cancelled, o."end", o.vms, o.vcpus, o.ram, o.classes FROM occurrence o '
+                         'WHERE o.id IN (SELECT occurrence FROM claim WHERE resource_id = ? AND due IS NOT NULL)',
+                         place.id):
+            held = NOTHING if each.cancelled is not None or each.end <= now else amount_of(each)
+            beyond = self.claimed('occurrence = ?', each.id, server) - held  # what is there and nobody holds
+            others += Amount(*(max(figure, 0) for figure in beyond[:3]),
+                             tuple(one for one in beyond.classes if one[1] > 0))
+        used = peak(place.id, now, now + max(place.hold, 1), need.names)
+        return (used + others + need).within(capacity(place))
+
+
+# Calendars ###################################################################
+#
+# Calendars that make reservations, once or again and again, and calendars that show them.
+
+
+class Calendars(Claims):
+    """Imports, subscriptions and feeds."""
+
+    @api('POST', '/reservation/import')
+    def import_(self, file: Ics, resource: Label = '', flavor: Name = '', image: Name = '', network: Name = '',
+                key: Name = '', vms: Count = 1, at_end: Name = '', notify: Names = (), on_conflict: Clash = 'refuse',
+                tz: Zone = '', user: Name = '', project: Name = '', dry_run: bool = False) -> dict:
+        """Reserves what the events of an iCalendar file ask for, each event on its own.
+
+        An event asks with `2 x m1.small` in the first line of its description or in its place, with
+        `#vm 2 x m1.small` in its title or description, or with CATEGORIES:VM and X-VM-COUNT, X-VM-FLAVOR,
+        X-VM-IMAGE; an image and a resource may follow: `2 x m1.small cirros on demo`. The options
+        here are for what it doesn't say. Events that ask for nothing are left alone. Importing again
+        changes only what changed; nothing is cancelled because it is not in the file any more.
+
+        Example:
+          python cmres.py import class.ics --resource demo --image cirros --tz Europe/Paris --dry-run
+        """
+        said = {name: value for name, value in locals().items() if name not in ('self', 'file', 'dry_run')}
+        return self.take_calendar(file, said, dry_run)
+
+    def take_calendar(self, text: str, said: dict, dry_run: bool, subscription=None) -> dict:
+        """Reserves what the events of a calendar ask for, and of a subscription cancels what is gone.
+
+        Args:
+          said: what the events don't say, named as in `import`
+        """
+        zone, here = read_zone(said['tz'] or self.config.timezone), self.here.now
+        calendars, owner = read_calendar(text, 'the calendar'), self.owner(said)
+        wanted = bookings(calendars, zone, here, here + timedelta(days=self.config.horizon),
+                          Want(*(said[name] for name in Want._fields)))
+        ignored = len(by_uid(calendars)) - len(wanted)
+        lines = [self.read_booking(each, said, zone) for each in self.progress(wanted)]
+        self.refuse_too_many(wanted)
+        with self.writing(dry_run) as now:
+            try:
+                done = self.take_bookings(wanted, lines, owner, subscription, now)
+            except Held as held:
+                self.tell_held(subscription, str(held), now)
+                return {'held': str(held), 'events': [], 'ignored': ignored}
+        return {'events': sorted(done, key=lambda each: each['uid']), 'ignored': ignored}
+
+    def take_bookings(self, wanted: list[Booking], lines: list[tuple], owner: tuple[str, str], subscription,
+                      now: float) -> list[dict]:
+        """What became of each event; inside a transaction.
+
+        Raises:
+          Held: of a subscription more than half would go, and nothing was done.
+        """
+        if subscription and not row('SELECT id FROM subscription WHERE id = ? AND due IS NOT NULL', subscription.id):
+            raise Conflict('it was unsubscribed meanwhile')
+        with db.atomic():
+            had = self.live_of(subscription, now)
+            done = [self.take_booking(*line, owner, subscription, now) for line in lines]
+            done += self.drop_missing(wanted, subscription, now)
+            self.ask_before_most_goes(subscription, had, now)
+        if subscription:
+            self.tell_refused(subscription, done, now)
+        return done
+
+    def refuse_too_many(self, wanted: list[Booking]) -> None:
+        """Refuses what others would have to wait for while it is booked."""
+        now, total = self.clock(), 0
+        for booking in wanted:
+            total += len(all_slots(booking.stretches, now, self.horizon(booking.stretches, now)))
+            if total > 10 * MOST_OCCURRENCES:
+                raise BadCalendar('the calendar asks for too many occurrences until the horizon: '
+                                  f'over {10 * MOST_OCCURRENCES}')
+
+    def read_booking(self, booking: Booking, said: dict, zone: ZoneInfo) -> tuple:
+        """A booking with its wish, or with the error that refuses it; asks clouds, so outside any transaction."""
+        want = booking.want
+        if booking.error:
+            return booking, None, BadCalendar(booking.error)
         try:
-            yield
-        except Conflict as refusal:
-            if not dry_run and (isinstance(refusal, NoCapacity) or 'limit' in refusal.details):
-                with transaction():
-                    sentence = f"'{wish.label}' of {wish.user}: {refusal}"
-                    journal(self.config, self.clock(), wish.user, 'refused', sentence, None, wish.notify,
-                            project=wish.project, resource=wish.resource.name)
-            raise
+            coming = all_slots(booking.stretches, self.clock(), self.horizon(booking.stretches, self.clock()))
+            if booking.cancelled or not coming:
+                return booking, None, None
+            asked = said | want._asdict() | {
+                'label': calendar_name(booking.summary), 'start': instant(coming[0].start),
+                'end': instant(coming[0].end), 'security_groups': (), 'user_data': '', 'metadata': None, 'server': '',
+                'personal': False, 'lead': None, 'description': booking.summary[:1000],
+                'repeat': booking.stretches[0].rule, 'late': True}
+            if not want.resource:
+                raise Invalid(f"no resource is named; write `{want.vms} x {want.flavor or 'm1.small'} on RESOURCE`, or "
+                              'say --resource')
+            wish = self.read_wish(asked, changes=())
+            stretches = [stretch._replace(resource=wish.resource.id) for stretch in booking.stretches]
+            return booking, wish._replace(stretches=stretches, tz=stretches[0].zone), None
+        except Error as error:
+            return booking, None, error
 
-    @contextmanager
-    def explaining(self, wish: Wish, old=None) -> Iterator[None]:
-        """Makes of a bare NoCapacity one that says what is in the way and what would fit."""
+    def take_booking(self, booking: Booking, wish: Wish | None, error: Error | None, owner: tuple[str, str],
+                     subscription,
+                     now: float) -> dict:
+        """What became of an event: booked, changed, unchanged, cancelled, refused, or nothing because it is past."""
+        line = {'uid': booking.uid, 'summary': booking.summary[:200]}
+        if error:
+            return line | {'outcome': 'refused', 'why': str(error)}
+        source = subscription.id if subscription else None
+        known = row('SELECT * FROM reservation WHERE uid = ? AND project = ? AND user = ? AND subscription IS ? '
+                    'ORDER BY id DESC LIMIT 1', booking.uid, *owner[::-1], source)
+        live = known and known.over > now
+        if wish is None:
+            stops = booking.cancelled and not subscription  # else what runs goes on
+            gone = [each for each in self.live(self.next_of(known.id)) if stops or not self.begun(each)] if live else []
+            if gone:
+                self.cancel(gone, now, 'cancelled in the calendar', ends=True)
+                return line | {'outcome': 'cancelled', 'label': known.label}
+            return line | {'outcome': 'past' if not booking.cancelled else 'cancelled'}
+        origin = hashed(repr((booking.digest, wish.columns(*STORED[1:]))))
+        if known and known.origin == origin and (live or subscription):
+            if live and known.series != stored_stretches(wish.stretches):  # it is spelled out, further than before
+                change(Reservation, known.id, series=stored_stretches(wish.stretches))
+                self.refresh(known.id, now)
+            return line | {'outcome': 'unchanged' if live else 'left out', 'label': known.label} | (
+                {} if live else {'why': 'it was cancelled here'})
         try:
-            yield
-        except NoCapacity as bare:
-            if str(bare):  # a series tells by itself
-                raise
-            with transaction(keep=False) if old else nullcontext():
-                if old:  # it is not in its own way
-                    release(old.resource_id, old.held_from, old.held_until, amount_of(old))
-                wish = wish._replace(resource=self.resource_row(wish.resource.name))
-                raise NoCapacity(self.why_not(wish), **self.in_the_way(wish, old), **self.would_fit(wish)) from None
+            with db.atomic():
+                return line | self.book_event(booking, wish, known if live else None, origin, source, now)
+        except Error as refusal:
+            return line | {'outcome': 'refused', 'why': str(refusal)}
 
-    def why_not(self, wish: Wish) -> str:
-        begin, until = wish.held
-        amount, limits = wish.amount, capacity(wish.resource)
-        held = peak(wish.resource.id, max(begin, int(self.clock())), until, amount.names)
-        most, used, needs = in_figures(limits), in_figures(held), in_figures(amount)
-        most |= {name: limits.most(name) for name in amount.names}
-        lacking = [name for name, need in needs.items()
-                   if most[name] is not None and used.get(name, 0) + need > most[name]]
-        if not lacking:  # somebody has just given something back
-            return f"'{wish.resource.name}' was full a moment ago; try again"
-        figure = min(lacking, key=lambda name: (not name.startswith(HOST), needs[name] <= most[name]))
-        limit, need, zone = most[figure], needs[figure], self.config.zone
-        unit = 'MiB of ram' if figure == 'ram' else figure
-        if figure.startswith(HOST):
-            return (f"the host '{wish.host}' is reserved already between {format_time(instant(begin), zone)} "
-                    f'and {format_time(instant(until), zone)}')
-        if need > limit:
-            return f"'{wish.resource.name}' holds at most {limit} {unit}; {need} are asked for"
-        return (f"'{wish.resource.name}' has {max(limit - used.get(figure, 0), 0)} of {limit} {unit} free from "
-                f'{format_time(instant(begin), zone)} to {format_time(instant(until), zone)}; {need} are asked for')
-
-    def in_the_way(self, wish: Wish, old) -> dict:
-        """At most ten of the occurrences that hold something in the window; of others' only how much and when."""
-        begin, until = wish.held
-        found = self.search([('o.resource_id = ?', wish.resource.id), ('o.due IS NOT NULL', None),
-                             ('o.held_from < ?', until), ('o.held_until > ?', max(begin, int(self.clock()))),
-                             ('o.id <> ?', old.id if old else 0)],
-                            limit=10, tail='ORDER BY held_from DESC, id DESC')[::-1]
-        fields = ('label', 'user', 'project', 'vms', 'start', 'end')
-        seen = self.actor.role == ADMIN
-        return {'in_the_way': [{name: value for name, value in public(each).items()
-                                if name in (fields if seen or each.project == self.actor.project else fields[3:])}
-                               for each in found]}
-
-    def would_fit(self, wish: Wish) -> dict:
-        """What could be had instead: the next start, the most machines, the longest duration; each that there is."""
-        begin, until = max(wish.held[0], int(self.clock())), wish.held[1]
-        need = until - wish.held[0]
-        place, amount, offers = wish.resource, wish.amount, {}
-        for first, last in free_windows(place, amount, begin, LAST.timestamp()):
-            if first == begin and last > wish.start:
-                offers['longest'] = format_duration(last - wish.start)
-            if last - first >= need:
-                offers['next_start'] = instant(int(first) + wish.lead)
-                break
-        most, used = capacity(place), peak(place.id, begin, until, amount.names)
-        left = {name: most.most(name) - held for name, held in used.classes if most.most(name) is not None} | {
-                name: limit - held for name, limit, held in zip(FIGURES, most, used) if limit is not None}
-        rooms = [left[name] // need for name, need in in_figures(wish.each).items() if need and name in left]
-        if rooms and not wish.whole and 0 < min(rooms) < wish.vms:
-            offers['most_vms'] = min(rooms)
-        return {name: offer for name, offer in offers.items() if self.holds_true(wish, name, offer)}
-
-    def holds_true(self, wish: Wish, name: str, offer) -> bool:
-        """Whether an offer would be admitted: nothing is offered that wasn't checked by THE RULE."""
-        if name == 'next_start':
-            start = int(offer.timestamp())
-            wish = wish._replace(start=start, end=start + wish.end - wish.start)
-        elif name == 'longest':
-            wish = wish._replace(end=wish.start + int(parse_duration(offer).total_seconds()))
+    def book_event(self, booking: Booking, wish: Wish, known, origin: str, source: int | None, now: float) -> dict:
+        if known:
+            head = self.next_of(known.id)
+            wish = wish._replace(label=known.label)
+            self.refuse_fixed(head, wish, {name: 1 for name in FIXED if name not in ('start', 'resource', 'lead')})
+            change(Reservation, known.id, **wish.columns(*STORED), origin=origin,
+                   series=stored_stretches(wish.stretches))
+            done = self.reshape(known.id, wish, now, gentle=True)
+            self.journal(now, 'updated', 'changed in the calendar', known.id, wish.notify, NONE_OF_THEM)
         else:
-            wish = wish._replace(vms=offer)
-        return fits(wish.resource, *wish.held, wish.amount)
+            wish = wish._replace(label=self.free_label(wish, now))
+            _, done = self.book(wish, now, uid=booking.uid, subscription=source, origin=origin)
+        left_out = [each for each in done if each['outcome'] in ('left out', 'shifted')]
+        return {'label': wish.label, 'outcome': 'changed' if known else 'booked', 'start': instant(wish.start),
+                'vms': wish.vms, 'flavor': wish.flavor, 'count': len(done)} | (
+                {'occurrences': left_out} if left_out else {})
+
+    def free_label(self, wish: Wish, now: float) -> str:
+        """The label of a wish, with a number behind it if somebody has it."""
+        taken = {each.label for each in rows('SELECT label FROM reservation WHERE project = ? AND over > ? '
+                                             'AND label >= ? '
+                                             'AND label < ?', wish.project, int(now), wish.label, wish.label + '~')}
+        return next(name for name in (wish.label, *(f'{wish.label}-{n}' for n in range(2, len(taken) + 3)))
+                    if name not in taken)
+
+    @api('GET', '/calendar/')
+    def calendar_list(self) -> Rows:
+        """Lists calendars: feeds that show reservations, and subscriptions that make them; no secret of theirs.
+
+        Example:
+          python cmres.py calendar list
+        """
+        own = '' if self.actor.role == ADMIN else 'AND user = ? AND project = ?'
+        who = () if self.actor.role == ADMIN else self.actor[:2]
+        feeds = rows(f"SELECT id, 'feed' AS kind, user, project, iif(resource <> '', resource, iif(whole_project, "
+                     f"'the project', 'the user')) AS shows, added FROM feed WHERE revoked IS NULL {own} ORDER BY id",
+                     *who)
+        subscribed = rows(f"SELECT id, 'subscription' AS kind, user, project, url, added, polled, fault, held "
+                          f'FROM subscription WHERE due IS NOT NULL {own} ORDER BY id', *who)
+        return [public(each) for each in feeds] + [
+            {name: value for name, value in public(each).items() if name != 'url'} |
+            {'shows': urlsplit(each.url).hostname} for each in subscribed]
+
+    @api('POST', '/calendar/feed', role=READER)
+    def calendar_feed(self, resource: Label = '', whole_project: bool = False, user: Name = '', project: Name = '',
+                      dry_run: bool = False) -> dict:
+        """Makes an address at which any calendar program can subscribe to your reservations, and prints it.
+
+        The address is a secret and is shown only now; `calendar revoke` makes it worthless. With
+        --resource it shows all of that resource, what is others' as busy only.
+
+        Example:
+          python cmres.py calendar feed --resource demo
+        """
+        user, project = self.owner({'user': user, 'project': project})
+        secret = secrets.token_urlsafe(24)
+        with self.writing(dry_run) as now:
+            if resource:
+                self.resource_row(resource)
+            insert(Feed, user=user, project=project, whole_project=whole_project, resource=resource,
+                   hash=hashed(secret), added=int(now), revoked=None)
+            self.journal(now, 'calendar', f'made a feed for {user} in {project}')
+        return {'user': user, 'project': project} if dry_run else {
+            'feed': f"{self.config.address.rstrip('/') or f'http://{self.config.host}:{self.config.port}'}"
+                    f'/calendar/{secret}.ics'}
+
+    @api('DELETE', '/calendar/<id>')
+    def calendar_revoke(self, id: int, dry_run: bool = False) -> dict:
+        """Makes the address of a feed worthless from now on.
+
+        Example:
+          python cmres.py calendar revoke 1
+        """
+        with self.writing(dry_run) as now:
+            found = self.own_calendar('feed', 'revoked IS NULL', id)
+            change(Feed, id, revoked=int(now))
+            self.journal(now, 'calendar', f'revoked feed {id}')
+            return {'id': id, 'kind': 'feed', 'user': found.user, 'project': found.project,
+                    'revoked': instant(int(now))}
+
+    @api('POST', '/calendar/subscription/')
+    def calendar_subscribe(self, url: Url, resource: Label = '', flavor: Name = '', image: Name = '',
+                           network: Name = '', key: Name = '', vms: Count = 1, at_end: Name = '', notify: Names = (),
+                           on_conflict: Clash = 'refuse', tz: Zone = '', user: Name = '', project: Name = '',
+                           dry_run: bool = False) -> dict:
+        """Lets a calendar of yours book machines: what appears in it is reserved, what moves moves, what goes goes.
+
+        It is looked at every five minutes (`calendar_poll`). Its events ask for machines as those of `import` do.
+        Nothing is cancelled because it could not be read; before more than half would go, or all of
+        it, cmres asks: it does nothing until `calendar confirm`. What runs goes on to its end.
+
+        Example:
+          python cmres.py calendar subscribe https://calendar.example.org/secret/eva.ics --resource demo
+        """
+        said = {name: value for name, value in locals().items() if name not in ('self', 'url', 'dry_run')}
+        said['user'], said['project'] = self.owner(said)
+        if resource:
+            self.resource_row(resource)
+        try:
+            parts = urlsplit(url)
+            host, port = parts.hostname or '', parts.port or 443
+        except ValueError:
+            raise Invalid('url: its host or port is none; write one such as https://example.org/eva.ics') from None
+        try:
+            allowed_address(self.config, host, port)
+        except (OSError, ValueError) as error:
+            raise Invalid(f'url: {error}') from None
+        with self.writing(dry_run) as now:
+            if row('SELECT id FROM subscription WHERE url = ? AND user = ? AND project = ? AND due IS NOT NULL',
+                   url, said['user'], said['project']):
+                raise Conflict('you are subscribed to this calendar already; `calendar list` shows it')
+            id = insert(Subscription, user=said['user'], project=said['project'], url=url, defaults=json.dumps(said),
+                        notify=json.dumps([*notify]), added=int(now), due=now, etag='', modified='', fault='', held='',
+                        refused='{}',
+                        confirmed=False, tries=0)
+            self.journal(now, 'calendar', f'subscribed to a calendar at {parts.hostname}')
+        return {'id': id, 'kind': 'subscription', 'user': said['user'], 'project': said['project'],
+                'shows': parts.hostname}
+
+    @api('DELETE', '/calendar/subscription/<id>')
+    def calendar_unsubscribe(self, id: int, dry_run: bool = False) -> dict:
+        """Stops looking at a calendar; what it has booked stays.
+
+        Example:
+          python cmres.py calendar unsubscribe 1
+        """
+        return self.changed_subscription(id, dry_run, 'unsubscribed from calendar', due=None)
+
+    @api('POST', '/calendar/subscription/<id>/confirm')
+    def calendar_confirm(self, id: int, dry_run: bool = False) -> dict:
+        """Lets a calendar cancel what it asked about: most of what it had booked.
+
+        Example:
+          python cmres.py calendar confirm 1
+        """
+        if not self.own_calendar('subscription', 'due IS NOT NULL', id).held:
+            raise Conflict(f'the calendar {id} asks for nothing that would need a word')
+        return self.changed_subscription(id, dry_run, 'confirmed calendar', confirmed=True, etag='', modified='',
+                                         due=self.clock())
+
+    def changed_subscription(self, id: int, dry_run: bool, what: str, **values) -> dict:
+        with self.writing(dry_run) as now:
+            found = self.own_calendar('subscription', 'due IS NOT NULL', id)
+            change(Subscription, id, **values)
+            self.journal(now, 'calendar', f'{what} {id}')
+        return {'id': id, 'kind': 'subscription', 'user': found.user, 'project': found.project,
+                'shows': urlsplit(found.url).hostname}
+
+    def own_calendar(self, table: str, condition: str, id: int):
+        found = row(f'SELECT * FROM {table} WHERE id = ? AND {condition}', id)
+        if not found or self.actor.role != ADMIN and (found.user, found.project) != self.actor[:2]:
+            raise NotFound(f'there is no {table} {id} that is in force')
+        return found
+
+    def poll(self, subscription) -> dict:
+        """Looks at a calendar that somebody subscribed to, and books what it asks; what to remember of it.
+
+        Raises:
+          Error: it could not be read, and nothing was changed.
+        """
+        headers = {'If-None-Match': subscription.etag, 'If-Modified-Since': subscription.modified}
+        if int(subscription.polled or 0) // 86400 != int(self.clock()) // 86400:  # what is spelled out must go on
+            headers = {}
+        status, found, body = fetch(self.config, subscription.url,
+                                    {name: value for name, value in headers.items() if value})
+        if status == 304:
+            return {}
+        if status != 200:
+            raise Unavailable(f'the answer was {status}')
+        said = json.loads(subscription.defaults)
+        acting = self.acting(Actor(subscription.user, subscription.project, USER))
+        answer = acting.take_calendar(body.decode('utf8', 'surrogateescape'), said, False, subscription)
+        # What could not be done now is asked for again, also when the calendar is the same.
+        open_end = answer.get('held') or any(each['outcome'] == 'refused' for each in answer['events'])
+        kept = {'held': answer.get('held', ''), 'etag': '' if open_end else found.get('etag', '')[:255],
+                'modified': '' if open_end else found.get('last-modified', '')[:255]}
+        return kept | ({} if answer.get('held') else {'confirmed': False})
+
+    def live_of(self, subscription, now: float) -> dict[int, int]:
+        """How many occurrences to come a subscription has, of each reservation."""
+        return dict(run('SELECT r.id, count(*) FROM occurrence o JOIN reservation r ON r.id = o.reservation_id '
+                        'WHERE r.subscription = ? AND o.cancelled IS NULL AND o.start > ? GROUP BY 1',
+                        subscription.id, int(now)).fetchall()) if subscription else {}
+
+    def drop_missing(self, wanted: list[Booking], subscription, now: float) -> list[dict]:
+        """Cancels what a subscription has booked and asks for no more; what runs goes on."""
+        if not subscription:
+            return []
+        uids, done = {each.uid for each in wanted}, []
+        for each in rows('SELECT id, uid, label FROM reservation WHERE subscription = ? AND over > ?',
+                         subscription.id, int(now)):
+            coming = [] if each.uid in uids else self.search([('r.id = ?', each.id), (NOT_OVER, None),
+                                                              ('o.held_from > ?', now)])
+            if coming:
+                self.cancel(coming, now, 'gone from the calendar', ends=True)
+                done.append({'uid': each.uid, 'summary': '', 'outcome': 'cancelled', 'label': each.label})
+        return done
+
+    def ask_before_most_goes(self, subscription, had: dict[int, int], now: float) -> None:
+        have, all_of_them = self.live_of(subscription, now), sum(had.values())
+        gone = sum(max(number - have.get(id, 0), 0) for id, number in had.items())
+        if subscription and not subscription.confirmed and 2 * gone > all_of_them:
+            raise Held(f'{gone} of {all_of_them} occurrences to come would be cancelled, so nothing was done; say: '
+                       f'calendar confirm {subscription.id}')
+
+    def tell_held(self, subscription, why: str, now: float) -> None:
+        if not subscription.held:
+            self.journal(now, 'held', why, None, json.loads(subscription.notify))
+
+    def tell_refused(self, subscription, done: list[dict], now: float) -> None:
+        """Tells, once each, what a calendar asks for in vain."""
+        before = json.loads(subscription.refused)
+        refused = {each['uid']: each['why'][:500] for each in done if each['outcome'] == 'refused'}
+        for uid, why in refused.items():
+            if before.get(uid) != why:
+                journal(self.config, now, self.actor.user, 'refused',
+                        f'{textwrap.shorten(uid, 100)} in the calendar: {why}',
+                        None, json.loads(subscription.notify), project=self.actor.project)
+        change(Subscription, subscription.id, refused=json.dumps(refused))
+
+    def feed(self, secret: str) -> tuple[str, Any]:
+        """The name and the row of the feed at a secret address; NotFound if there is none."""
+        found = row('SELECT * FROM feed WHERE hash = ? AND revoked IS NULL', hashed(secret))
+        if not found:
+            raise NotFound('there is no calendar at this address, or no longer')
+        return found.resource or f"{found.project if found.whole_project else found.user} on cmres", found
+
+    def feed_events(self, feed) -> tuple[list[Shown], float]:
+        """What a feed shows, and until when it holds: what ended in the last 31 days, and all that is to come.
+
+        What is others' is shown as busy only.
+        """
+        where = [('o.end > ?', int(self.clock()) - 31 * 86400), *([('s.name = ?', feed.resource)] if feed.resource else
+                 [('r.project = ?', feed.project)]), *([('r.user = ?', feed.user)]
+                 if not feed.resource and not feed.whole_project else [])]
+        found = self.search(where, limit=10_000)
+        servers: dict = defaultdict(list)
+        for each in rows('SELECT occurrence_id, addresses FROM server WHERE due IS NOT NULL AND goal = ?', 'up'):
+            servers[each.occurrence_id] += json.loads(each.addresses)
+        now = self.clock()
+        turns = [at for each in found for at in (each.held_from, each.start, each.end) if at > now]
+        return [self.feed_event(each, feed, servers[each.id]) for each in found if each.project == feed.project
+                or each.state not in ('cancelled', 'failed')], min([now + 60, *turns])
+
+    def feed_event(self, found, feed, addresses: list[str]) -> Shown:
+        uid = f'occurrence-{found.id}@{self.clouds.store}'
+        passed = [at for at in (found.held_from, found.start, found.end) if at <= found.now]
+        revision, revised = found.revision + len(passed), max([found.revised, *passed])
+        if found.project != feed.project:
+            return Shown(uid, found.start, found.end, revision, revised, 'busy', f'{found.vms} vms are reserved',
+                         found.resource, 'CONFIRMED')
+        lines = [found.state, f"{found.vms} vms {found.flavor} {found.image}".strip(), found.description]
+        lines += [self.config.login.replace('{address}', address) for address in addresses]
+        lines += [f'key pair: {found.key}'] if found.key and addresses else []
+        lines += [found.fault] if found.fault else []
+        return Shown(uid, found.start, found.end, revision, revised, found.label, '\n'.join(filter(None, lines)),
+                     found.resource, 'CANCELLED' if found.state in ('cancelled', 'failed') else
+                     'TENTATIVE' if found.state in ('waiting', 'pending') else 'CONFIRMED')
 
 
-def hashed(token: str) -> str:
-    return hashlib.sha256(token.encode()).hexdigest()
+# Records #####################################################################
+#
+# What was: the journal, punctuality, reports; and who may ask at all. The class on top is the service.
 
 
-def actor_of(token: str) -> Actor:
-    """Whose token this is; Unauthorized if it is nobody's or revoked."""
-    found = row('SELECT user, project, role FROM token WHERE hash = ? AND revoked IS NULL', hashed(token))
-    if not found:
-        raise Unauthorized('this token is not known or was revoked; an admin makes one with: token add USER')
-    return Actor(*found)
+class Reservations(Calendars):
+    """The whole service, on behalf of one actor; see Service for its arguments."""
+
+    @api('GET', '/event/')
+    @api('GET', '/reservation/<label>/events')
+    def events(self, label: Label = '', project: Name = '', after: int = 0, limit: Page = 100) -> Rows:
+        """Shows the journal: when, who, what, why; the newest lines last.
+
+        On the command line, --follow goes on to show each event as it comes, until Ctrl-C.
+
+        Example:
+          python cmres.py events lab --follow
+        """
+        where = [('e.id > ?', after), *self.visible(), *self.labelled(label, project),
+                 *([('r.project = ?', project)] if project else [])]
+        found = rows('SELECT e.id, e.at, e.actor, e.code, r.label, r.project, e.sentence '
+                     'FROM event e LEFT JOIN reservation r ON r.id = e.reservation_id WHERE '
+                     f"{' AND '.join(text for text, _ in where)} ORDER BY e.id {'ASC' if after else 'DESC'} "
+                     f'LIMIT {limit}', *(value for _, value in where))
+        return [public(each) for each in (found if after else found[::-1])]
+
+    @api('GET', '/punctuality/')
+    def punctuality(self, since: When = None) -> dict:
+        """Tells how late servers were begun and ready, per cloud, in seconds: median, 95 %, worst; and what failed.
+
+        Example:
+          python cmres.py punctuality --since 2026-11-01
+        """
+        first = self.resolve(since, LAST)[0] if since else int(self.clock()) - 30 * 86400
+        where = [('v.planned >= ?', first), ('NOT v.borrowed', None), *self.visible()]
+        found = rows(f"""
+            SELECT v.account AS cloud, v.name, r.label, v.tries, v.fault, v.planned, v.ready - v.planned AS ready,
+                   v.begun - v.planned + CASE WHEN v.planned = o.start THEN o.start - o.held_from ELSE 0 END AS begun
+              FROM server v JOIN occurrence o ON o.id = v.occurrence_id JOIN reservation r ON r.id = o.reservation_id
+             WHERE {' AND '.join(text for text, _ in where)} ORDER BY v.account, v.id""",
+                     *(value for text, value in where if '?' in text))
+        late: dict = defaultdict(list)
+        for each in found:
+            late[each.cloud].append(each)
+        failed = [each for each in found if each.ready is None and each.fault]
+        return {'clouds': [{'cloud': cloud, 'servers': len(servers),
+                            **spread('begun', [each.begun for each in servers if each.begun is not None]),
+                            **spread('ready', [each.ready for each in servers if each.ready is not None]),
+                            'tried_again': sum(each.tries > 1 for each in servers)}
+                           for cloud, servers in late.items()],
+                'failed': [{'cloud': each.cloud, 'label': each.label, 'name': each.name, 'tries': each.tries,
+                            'planned': instant(each.planned), 'fault': each.fault} for each in failed[-100:]]}
+
+    @api('GET', '/report/')
+    def report(self, since: When = None, until: When = None, by_whom: Name = 'project') -> Rows:
+        """Adds up machine-hours reserved, used and unused, requests refused, and lateness, for each of some kind.
+
+        Counts the last 30 days unless --since and --until say otherwise.
+
+        Example:
+          python cmres.py report --since 2027-01-01 --by-whom user --format csv
+        """
+        columns = {'project': 'r.project', 'user': 'r.user', 'resource': 's.name'}
+        if by_whom not in columns:
+            raise Invalid(f"by_whom: '{by_whom}' is none of {', '.join(columns)}{nearest(by_whom, columns)}")
+        now = self.clock()
+        last = self.resolve(FIRST, until)[1] if until else int(now)
+        first = self.resolve(since, LAST)[0] if since else last - 30 * 86400
+        own = ' AND '.join(['1', *(text for text, _ in self.visible())])
+        who = [value for _, value in self.visible()]
+        lines: dict = defaultdict(lambda: dict.fromkeys(('reserved', 'used', 'refused', 'late_worst'), 0.0))
+        for name, reserved in run(f'''SELECT {columns[by_whom]}, sum(o.vms * max(0, min(o.held_until, ?)
+                                             - max(o.start, ?))) / 3600.0
+                                        {FROM_ALL} WHERE {own} AND o.start < ? AND o.held_until > ? GROUP BY 1''',
+                                  last, first, *who, last, first):
+            lines[name]['reserved'] += reserved
+        for name, used, late in run(f'''SELECT {columns[by_whom]},
+                                               sum(max(0, min(coalesce(v.deleted, ?), ?) - max(v.ready, ?)))
+                                               / 3600.0, max(v.ready - v.planned)
+                                          {FROM_ALL} JOIN server v ON v.occurrence_id = o.id
+                                         WHERE {own} AND v.ready < ? AND coalesce(v.deleted, ?) > ? GROUP BY 1''',
+                                    now, last, first, *who, last, now, first):
+            lines[name]['used'] += used
+            lines[name]['late_worst'] = max(lines[name]['late_worst'], late)
+        for name, used in run(f'''SELECT {columns[by_whom]},
+                                         sum(max(0, min(coalesce(c.gone, ?), ?, o.held_until) - max(c.at, ?))) / 3600.0
+                                    {FROM_ALL} JOIN claim c ON c.occurrence = o.id WHERE {own} AND c.server NOT IN
+                                  (SELECT uid FROM server WHERE uid IS NOT NULL) AND c.at < ? GROUP BY 1''',
+                              now, last, first, *who, last):
+            lines[name]['used'] += used
+        refused = {'project': 'project', 'user': 'actor', 'resource': 'resource'}[by_whom]
+        mine = '' if self.actor.role == ADMIN else 'AND project = ?'
+        for name, count in run(f"SELECT {refused}, count(*) FROM event WHERE code = 'refused' AND project <> '' "
+                               'AND at >= ? '
+                               f'AND at < ? {mine} GROUP BY 1', first, last, *([self.actor.project] if mine else [])):
+            lines[name]['refused'] += count
+        return [{by_whom: name, 'reserved_hours': round(each['reserved'], 3), 'used_hours': round(each['used'], 3),
+                 'unused_hours': round(max(each['reserved'] - each['used'], 0), 3), 'refused': int(each['refused']),
+                 'late_worst': round(each['late_worst'], 3)} for name, each in sorted(lines.items())]
+
+    @api('POST', '/token/', role=ADMIN)
+    def token_add(self, user: Name, project: Name = 'default', role: Name = USER, dry_run: bool = False) -> dict:
+        """Makes a token for a user in a project, and prints it: it is shown only now.
+
+        Example:
+          python cmres.py token add eva --project biology --role user
+        """
+        if role not in ROLES:
+            raise Invalid(f"role: '{role}' is none of {', '.join(ROLES)}{nearest(role, ROLES)}")
+        if not user or not project:
+            raise Invalid('a token needs a user and a project')
+        token = f'cmres_{secrets.token_urlsafe(32)}'
+        with self.writing(dry_run) as now:
+            insert(Token, user=user, project=project, role=role, hash=hashed(token), added=int(now))
+            self.journal(now, 'token', f'made a token for {user} in {project} as {role}')
+        return {'user': user, 'project': project, 'role': role} if dry_run else {'token': token}
+
+    @api('GET', '/token/', role=ADMIN)
+    def token_list(self) -> Rows:
+        """Lists the tokens: whose, which role; never the tokens themselves, of which only hashes are kept.
+
+        Example:
+          python cmres.py token list
+        """
+        return [public(each) for each in rows('SELECT id, user, project, role, added, revoked FROM token ORDER BY id')]
+
+    @api('DELETE', '/token/<id>', role=ADMIN)
+    def token_revoke(self, id: int, dry_run: bool = False) -> dict:
+        """Makes a token worthless from now on.
+
+        Example:
+          python cmres.py token revoke 3
+        """
+        with self.writing(dry_run) as now:
+            if not row('SELECT id FROM token WHERE id = ? AND revoked IS NULL', id):
+                raise NotFound(f'there is no token {id} that is in force')
+            change(Token, id, revoked=int(now))
+            self.journal(now, 'token', f'revoked token {id}')
+            return public(row('SELECT id, user, project, role, added, revoked FROM token WHERE id = ?', id))
 
 
 # Life cycle ##################################################################

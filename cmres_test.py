@@ -7138,7 +7138,7 @@ def test_what_waits_for_a_word_can_get_it_on_the_page(world):
     assert world.state('lab') == 'reserved'
 
 
-def walked(visitor):
+def crawled(visitor):
     """All pages that links lead to, and all forms on them, as (action, fields)."""
     todo, seen, forms = ['/'], set(), {}
     while todo:
@@ -7176,7 +7176,7 @@ def test_on_the_page_each_role_can_do_exactly_what_it_can_by_rest(world):
     visitors = {role: as_visitor(world, *role) for role in roles}
     forms = {}
     for role, visitor in visitors.items():
-        seen, found = walked(visitor)
+        seen, found = crawled(visitor)
         assert ('/admin' in seen) == (role[2] == 'admin') and len(seen) > 4
         assert role[2] != 'reader' or not any(action.startswith('/do/') or action == '/book' for action, _ in found)
         forms |= found
@@ -7213,7 +7213,7 @@ def test_no_page_that_is_got_changes_anything(world):
     visitor = as_visitor(world, role='admin')
     visitor.get('/')
     before = dump()
-    walked(visitor)
+    crawled(visitor)
     for operation in API.values():
         visitor.get(f'/do/{operation.name}', status=405)
     assert dump() == before
