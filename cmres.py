@@ -61,6 +61,7 @@ import getpass
 import hashlib
 import inspect
 import io
+import itertools
 import json
 import logging
 import os
@@ -832,8 +833,7 @@ def bind(operation: Operation, given: dict, here: Here) -> dict:
                 if given[name] == ANY and parameters[name].default is not REQUIRED}
     given = {name: value for name, value in given.items() if value is not None and name not in anything}
     if given.get('part'):  # the parts name the resources
-        given = {'resource': ANY} | (given if 'end' in given or 'resource' not in given else given | {
-            'resource': ANY, 'start': given['resource'], 'end': given.get('start')})
+        given = {'resource': ANY} | given
     missing = [name for name, each in parameters.items() if each.default is REQUIRED and name not in given]
     if missing:
         raise Invalid(f"{missing[0]} is missing: {WORDS[missing[0]]}")
@@ -978,31 +978,34 @@ def read_classes(value, here=None) -> dict[str, int]:
     if not isinstance(classes, dict) or len(classes) > 50:
         raise ValueError(f'{shown(value)} is not such as CUSTOM_GPU=2, with at most 50 classes')
     for name in classes:
-        if not re.fullmatch('[A-Z0-9_]{1,255}', name) or name in ('VCPU', 'MEMORY_MB'):
+        if not re.fullmatch('[A-Z0-9_]{1,255}', name) or name in PLAIN:
             raise ValueError(f'{shown(name)} is not a resource class such as CUSTOM_GPU; vcpus and ram count anyway')
     return {name: read_most(most) for name, most in classes.items()}
 
 
 def read_hosts(value, here=None) -> list[str]:
     """Names of hosts, those in brackets spelled out: m[01-03,7] is m01, m02, m03 and m7."""
-    words = re.split(r',(?![^\[]*\])', value) if isinstance(value, str) else read_names(value)
-    hosts = [host for word in words if word for host in hosts_in(word.strip())]
-    if len(hosts) > MOST_PARTS or any(not re.fullmatch('[A-Za-z0-9._-]{1,255}', host) for host in hosts):
+    words = re.split(r',(?![^\[]*\])', read_str(value, most=2000)) if isinstance(value, str) else read_names(value)
+    spelled = (host for word in words if word for host in hosts_in(word.strip()))
+    hosts = list(dict.fromkeys(itertools.islice(spelled, MOST_PARTS + 1)))
+    if not 0 < len(hosts) <= MOST_PARTS or any(not re.fullmatch('[A-Za-z0-9._-]{1,255}', host) for host in hosts):
         raise ValueError(f'{shown(value)} is not such as m01,m02 or m[01-05], with at most {MOST_PARTS} hosts')
-    return list(dict.fromkeys(hosts))
+    return hosts
 
 
-def hosts_in(word: str) -> Iterator[str]:
+def hosts_in(word: str, brackets: int = 3) -> Iterator[str]:
+    """The hosts that a word with some brackets stands for, one by one."""
     head, bracket, rest = word.partition('[')
     inside, closed, tail = rest.partition(']')
-    for span in inside.split(',') if bracket and closed else ():
-        first, _, last = span.partition('-')
-        if not re.fullmatch('[0-9]{1,9}(-[0-9]{1,9})?', span) or int(last or first) - int(first) > MOST_PARTS:
-            raise ValueError(f'{shown(span)} is no range such as 01-05, with at most {MOST_PARTS} hosts')
-        for number in range(int(first), int(last or first) + 1):
-            yield from hosts_in(f'{head}{number:0{len(first)}}{tail}')
-    if not (bracket and closed):
+    if not (bracket and closed and brackets):
         yield word
+        return
+    for span in inside.split(','):
+        first, _, last = span.partition('-')
+        if not re.fullmatch('[0-9]{1,9}(-[0-9]{1,9})?', span) or int(last or first) < int(first):
+            raise ValueError(f'{shown(span)} is no range such as 01-05')
+        for number in range(int(first), int(last or first) + 1):
+            yield from hosts_in(f'{head}{number:0{len(first)}}{tail}', brackets - 1)
 
 
 def read_parts(value, here=None) -> list[dict]:
@@ -1023,7 +1026,7 @@ def read_part(part, here) -> dict:
     for name in part:
         if name not in PART_FIELDS:
             raise ValueError(f"a part has no '{name}'{nearest(str(name), PART_FIELDS)}")
-    return {name: read_argument(name, each, PART_FIELDS[name], here) for name, each in part.items()}
+    return {name: read_argument(name, each, PART_FIELDS[name], here) for name, each in part.items() if each is not None}
 
 
 def read_zone_name(value, here=None) -> str:
@@ -1066,6 +1069,8 @@ def read_rows(value, here=None) -> list[dict]:
 
 
 MOST_PARTS = 100
+#: Placement's classes that vcpus and ram are, and disks, which are not counted.
+PLAIN = ('VCPU', 'MEMORY_MB', 'DISK_GB')
 PART_WORDS = ('resource', 'vms', 'flavor', 'image')
 #: What may be otherwise in a part than in the rest of a request.
 PART_FIELDS = {'resource': Place, 'vms': Count, 'flavor': Name, 'image': Name, 'network': Name, 'host': Name,
@@ -1632,10 +1637,12 @@ class Amount(NamedTuple):
     def __sub__(self, other): return Amount(*(a - b for a, b in zip(self[:3], other)), added(self, other, -1))
 
     def __mul__(self, factor: int):
-        return Amount(*(each * factor for each in self[:3]), tuple((name, n * factor) for name, n in self.classes))
+        return Amount(*(each * factor for each in self[:3]),
+                      tuple((name, n * factor) for name, n in self.classes if n * factor))
 
     def __floordiv__(self, parts: int):
-        return Amount(*(each // parts for each in self[:3]), tuple((name, n // parts) for name, n in self.classes))
+        return Amount(*(each // parts for each in self[:3]),
+                      tuple((name, n // parts) for name, n in self.classes if n // parts))
 
     def within(self, capacity) -> bool:
         return all(most is None or each <= most for each, most in zip(self[:3], capacity)) and all(
@@ -1643,11 +1650,12 @@ class Amount(NamedTuple):
 
     def most(self, name: str) -> int | None:
         """Of a capacity, the figure of a class; what isn't told is unlimited, but each host is there once."""
-        return dict(self.classes).get(name, 1 if name.startswith(HOST) else None)
+        known = dict(self.classes)
+        return known.get(name, 1 if name.startswith(HOST) else known.get(OTHERS))
 
     @property
     def names(self) -> list[str]:
-        return [name for name, _ in self.classes]
+        return [name for name, _ in self.classes if name != OTHERS]
 
     @property
     def tracks(self) -> Iterator[tuple[str, tuple]]:
@@ -1655,11 +1663,13 @@ class Amount(NamedTuple):
         if any(self[:3]):
             yield '', self[:3]
         for name, each in self.classes:
-            yield name, (each, 0, 0)
+            if each:
+                yield name, (each, 0, 0)
 
 
 FIGURES = Amount._fields[:3]
 NOTHING = Amount()
+OTHERS = '*'    # of a capacity, all classes that are not told
 HOST = 'host:'  # begins the class of a host that is reserved by its name
 
 
@@ -1679,7 +1689,15 @@ def amount_of(row, prefix: str = '') -> Amount:
     return Amount(vms, vcpus, ram, tuple(sorted(json.loads(classes).items())) if classes else ())
 
 
-capacity = amount_of  # of the row of a resource
+def of_columns(columns: dict) -> Amount:
+    """The amount that `stored` has made columns of."""
+    return Amount(*(columns[name] for name in FIGURES), tuple(json.loads(columns['classes'] or '{}').items()))
+
+
+def capacity(resource) -> Amount:
+    """What the row of a resource holds; of what Placement has not told for its hosts, nothing."""
+    most = amount_of(resource)
+    return most if resource.hosts in ('', '[]') else most._replace(classes=(*most.classes, (OTHERS, 0)))
 
 
 def stored(amount: Amount, prefix: str = '') -> dict:
@@ -1884,10 +1902,6 @@ def classes_of(extra_specs: dict) -> tuple:
         if match and match[1] not in PLAIN and re.fullmatch('[0-9]{1,9}', str(value)):
             found[match[1]] += int(value)
     return tuple(sorted((name, each) for name, each in found.items() if each))
-
-
-#: Placement's classes that vcpus and ram are, and disks, which are not counted.
-PLAIN = ('VCPU', 'MEMORY_MB', 'DISK_GB')
 
 
 class Seen(NamedTuple):
@@ -2982,9 +2996,14 @@ def for_each_part(method):
     @functools.wraps(method)
     def acting(self, *args, **kwargs):
         given = inspect.signature(method).bind(self, *args, **kwargs).arguments
-        parts = self.parts_of(given.get('label', ''), given.get('project', ''))
+        parts = self.parts_of(given['label'], given.get('project', ''))
         if not parts:
             return method(**given)
+        alone = {'rename', 'holidays', *CLOUDY} | ({'vms'} if any(each.host and each.flavor for each in parts) else set())
+        alone &= given.keys()
+        if alone:  # clouds are not asked while all others wait
+            raise Invalid(f"the {min(alone)} of a request is changed part by part: "
+                          f"{', '.join(each.label for each in parts[:20])}")
         with self.writing(given.get('dry_run', False)) if API[method.__name__].changes else nullcontext():
             answers = [method(**given | {'label': each.label, 'project': each.project} | (
                 {'dry_run': False} if 'dry_run' in given else {})) for each in parts]
@@ -3047,7 +3066,7 @@ def public(found) -> dict:
 
 
 def in_figures(amount: Amount) -> dict:
-    return dict(zip(FIGURES, amount)) | dict(amount.classes)
+    return dict(zip(FIGURES, amount)) | {name: each for name, each in amount.classes if name != OTHERS}
 
 
 def added_host(whole: Amount, name: str) -> Amount:
@@ -3179,26 +3198,38 @@ class Service:
         begin, until = self.resolve(start or first, end or LAST)
         return ([('o.end > ?', begin)] if start else []) + ([('o.start < ?', until)] if end else [])
 
-    def labelled(self, label: str, project: str) -> list:
+    def labelled(self, label: str) -> list:
         """The condition on reservations of a label, or parts of a request of that label."""
         if not label:
             return []
-        parts = [each.label for each in self.parts_of(label, project, any_project=True)]
-        return [('r.label IN (SELECT value FROM json_each(?))', json.dumps([label, *parts]))] if parts else [
-                ('r.label = ?', label)]
+        parts = rows("SELECT id FROM reservation WHERE request = ? AND request <> ''", label)
+        ids = ', '.join(str(each.id) for each in parts)
+        return [(f'(r.label = ? OR r.id IN ({ids}))' if parts else 'r.label = ?', label)]
 
-    def parts_of(self, label: str, project: str, any_project: bool = False) -> list:
-        """The reservations that are the parts of a request: those that are not over, else those of the latest."""
-        where = [('request = ?', label), *self.visible(), *([('project = ?', project)] if project else [])]
-        found = rows("SELECT id, label, project, over, added FROM reservation r WHERE request <> '' AND "
-                     f"{' AND '.join(text for text, _ in where)} ORDER BY id", *(value for _, value in where))
-        live = [each for each in found if each.over > self.clock()]
-        found = live or [each for each in found if each.added == found[-1].added]
-        if not any_project and len({each.project for each in found}) > 1:
-            found = [each for each in found if each.project == self.actor.project]
-            if not found:
-                raise Conflict(f"'{label}' is in several projects; name one with --project")
-        return found
+    def parts_of(self, label: str, project: str = '') -> list:
+        """The parts of the request that a label means; none if it means a reservation.
+
+        What is not over comes first, then what is one's own, then the latest.
+
+        Raises:
+          Conflict: several projects have a request of that label; the sentence names them.
+        """
+        where = [*self.visible(), *([('r.project = ?', project)] if project else [])]
+        also, values = ''.join(f' AND {text}' for text, _ in where), [value for _, value in where]
+        parts = rows('SELECT id, label, project, over, added, host, flavor FROM reservation r '
+                     f"WHERE request = ? AND request <> ''{also} ORDER BY id", label, *values)
+        if not parts:
+            return []
+        plain = rows('SELECT id, label, project, over, added FROM reservation r '
+                     f'WHERE label = ?{also} ORDER BY id', label, *values)
+        live = [each for each in parts + plain if each.over > self.clock()]
+        meant = live or parts + plain
+        meant = [each for each in meant if each.project == self.actor.project] or meant
+        if len({each.project for each in meant}) > 1:
+            projects = ', '.join(sorted({each.project for each in meant}))
+            raise Conflict(f"'{label}' is in several projects ({projects}); name one with --project")
+        latest = max(meant, key=lambda each: (each.added, each.id))
+        return [each for each in meant if each in parts and each.added == latest.added] if latest in parts else []
 
     def search(self, where: list, state: Iterable[str] = (), limit: int = -1, tail: str = 'ORDER BY start, id') -> list:
         """Rows of the listing that meet all conditions, a page of them."""
@@ -3329,7 +3360,7 @@ class Wishes(Service):
         user, project = (asked['user'], old.project) if old else self.owner(asked)
         place, warnings = place or self.resource_at(asked), []
         self.refuse_unbootable(asked, place)
-        asks = {'resource', *CLOUDY} | ({'vms', 'host'} if asked.get('host') else set())
+        asks = {'resource', 'host', *CLOUDY} | ({'vms'} if asked.get('host') else set())
         if old and not asks & set(changes):
             each, server = Amount(1) if old.host else amount_of(old) // old.vms, old.server
         else:
@@ -3340,7 +3371,9 @@ class Wishes(Service):
                     dict(asked['metadata'] or {}), server, asked['at_end'] or ('stop' if server else 'delete'),
                     [*asked['notify']], lead, asked['description'], bool(asked['personal']), asked['repeat'],
                     old.tz if old else '',
-                    asked['on_conflict'], [], each, warnings, *self.whole_host(place, asked, each))
+                    asked['on_conflict'], [], each, warnings, *(
+                        (old.host, amount_of(old)) if old and old.host and not {*asks, 'vms'} & set(changes)
+                        else self.whole_host(place, asked, each)))
         if stretches and not {'repeat'} & set(changes):
             stretches = self.ended_stretches(self.moved_stretches(wish, old, stretches, key, changes), asked, changes)
             return wish._replace(stretches=stretches, repeat=stretches[-1].rule)
@@ -3556,6 +3589,7 @@ class Wishes(Service):
         except NoCapacity as bare:
             if str(bare):  # a series tells by itself
                 raise
+            wish = getattr(bare, 'wish', wish)
             with transaction(keep=False) if old else nullcontext():
                 if old:  # it is not in its own way
                     release(old.resource_id, old.held_from, old.held_until, amount_of(old))
@@ -4044,6 +4078,24 @@ class Series(Holding):
 # Books, changes and cancels whole reservations; of a request all of its parts, or none.
 
 
+def choose(parts: list[list], take: Callable, tries: Iterator | None = None) -> list:
+    """Takes of each part the first choice that lets the parts behind it be taken as well; what that gave.
+
+    Raises:
+      NoCapacity: there is no such way, or none within MOST_TRIES; another Conflict, if it isn't room that is missing.
+    """
+    refusals, tries = [], tries or iter(range(MOST_TRIES))
+    for choice, _ in zip(parts[0], tries):
+        try:
+            with db.atomic():
+                return [take(choice), *(choose(parts[1:], take, tries) if parts[1:] else [])]
+        except Conflict as error:
+            refusals.append(error)
+    refusals.sort(key=lambda each: isinstance(each, NoCapacity))
+    raise refusals[-1] if refusals else NoCapacity(
+        f'no room for all parts was found in {MOST_TRIES} tries; name a resource for each')
+
+
 class Admission(Series):
     """Reservations as a whole, and requests of several; inside a transaction."""
 
@@ -4093,6 +4145,10 @@ class Admission(Series):
         grows = self.grows(old, place, *wish.held, wish.amount)
         if old.waiting is None:
             self.hold_instead(old, place, *wish.held, wish.amount, now)
+        elif not wish.amount.within(self.most_ever(wish)):
+            raise NoCapacity('')
+        elif grows:  # it goes to the end of the line
+            change(Reservation, old.reservation, waiting=int(now))
         if grows and place.approval and self.actor.role != ADMIN and old.waiting is None:
             change(Reservation, old.reservation, pending=int(now) + place.approval)
             self.journal(now, 'pending', f'an admin must approve it until {instant(int(now) + place.approval)}',
@@ -4101,8 +4157,6 @@ class Admission(Series):
         self.write_occurrence(old.id, old.reservation, wish, slot, now, altered=bool(old.repeats),
                               told=0 if wish.start != old.start else old.told & ~(ENDING if wish.end != old.end else 0),
                               **({'held_until': wish.held[0]} if old.waiting is not None else {}))
-        if old.choices and (place.id, wish.each) != (old.resource_id, amount_of(old) // old.vms):
-            change(Reservation, old.reservation, choices='')
         if old.repeats:
             stretches = self.stretches(old.reservation)
             self.close(old.reservation, stretches, now, self.horizon(stretches, now))
@@ -4135,21 +4189,27 @@ class Admission(Series):
         """Books all parts of a request: of each its wish, its reservation, and what became of its occurrences."""
         for name in dict.fromkeys([request.label, *(part[0].label for part in request.parts)]):
             self.refuse_taken_label(request.last._replace(label=name), now)
-        return self.book_parts(request.parts, request.name, now, iter(range(MOST_TRIES)))
+        try:
+            if len(request.parts) == len(request.parts[0]) == 1:
+                return [self.book_part(request.last, '', now)]
+            return choose(request.parts, lambda wish: self.book_part(wish, request.name, now))
+        except NoCapacity as refusal:
+            refusal.wish = self.summed(request, getattr(refusal, 'wish', request.last))
+            raise
 
-    def book_parts(self, parts: list[list[Wish]], name: str, now: float, tries: Iterator) -> list[tuple]:
-        """Books each part where the first of its wishes fits that lets the parts behind it fit as well."""
-        refusal = NoCapacity(f"no room for all parts was found in {MOST_TRIES} tries; name a resource for each")
-        alone = len(parts) == len(parts[0]) == 1
-        for wish, _ in zip(parts[0], tries):
-            try:
-                with nullcontext() if alone and not name else db.atomic(), (
-                        self.explaining(wish) if name else nullcontext()):
-                    booked = (wish, *self.book(wish, now, request=name))
-                    return [booked, *(self.book_parts(parts[1:], name, now, tries) if parts[1:] else [])]
-            except NoCapacity as error:
-                refusal = error
-        raise refusal
+    def book_part(self, wish: Wish, name: str, now: float) -> tuple:
+        try:
+            return wish, *self.book(wish, now, request=name)
+        except NoCapacity as refusal:
+            refusal.wish = wish
+            raise
+
+    def summed(self, request: Request, wish: Wish) -> Wish:
+        """What a request asks for in all where one of its parts has found no room."""
+        there = [part[0].amount for part in request.parts
+                 if len(part) == 1 and part[0].resource.id == wish.resource.id]
+        total = sum(there, NOTHING)
+        return wish._replace(vms=total.vms, whole=total) if len(there) > 1 else wish
 
     def answer_all(self, request: Request, booked: list[tuple]) -> dict:
         answers = [self.answer(reservation, done, wish) for wish, reservation, done in booked]
@@ -4186,18 +4246,34 @@ class Waiting(Admission):
         if any(part[0].stretches for part in request.parts):
             raise Invalid('a series can not wait; --on-conflict skip takes the occurrences that fit')
         parts = [[wish for wish in part if wish.amount.within(self.most_ever(wish))] for part in request.parts]
-        for possible, part in zip(parts, request.parts):
-            if not possible:
-                with self.explaining(part[0]):
-                    raise NoCapacity('')
+        if not all(parts) or not self.could_be(parts, (), iter(range(MOST_TRIES))):
+            lacking = next((part[0] for part, left in zip(request.parts, parts) if not left), request.last)
+            with self.explaining(self.summed(request, lacking)):
+                raise NoCapacity('')
+        self.refuse_beyond_together([part[0] for part in parts], now)
         self.refuse_many_waiting(request.last)
         return self.answer_all(request, [self.wait_for(part, request, now) for part in parts])
+
+    def could_be(self, parts: list[list[Wish]], taken: tuple, tries: Iterator) -> bool:
+        """Whether all parts of a request would fit if nothing else were booked."""
+        if not parts:
+            return True
+        return any(sum((each.amount for each in taken if each.resource.id == wish.resource.id), wish.amount).within(
+                       self.most_ever(wish)) and self.could_be(parts[1:], (*taken, wish), tries)
+                   for wish, _ in zip(parts[0], tries))
+
+    def refuse_beyond_together(self, wishes: list[Wish], now: float) -> None:
+        """Refuses what goes beyond a limit, as all parts of a request count: on each resource, and in all."""
+        for name in dict.fromkeys(['', *(wish.resource.name for wish in wishes)]):
+            there = [wish for wish in wishes if name in ('', wish.resource.name)]
+            total = sum((wish.amount for wish in there), NOTHING)
+            place = there[0].resource._replace(name=name)
+            self.refuse_beyond(there[0]._replace(resource=place, vms=total.vms, whole=total), 0, now)
 
     def wait_for(self, wishes: list[Wish], request: Request, now: float) -> tuple:
         """Writes down one part of it, which waits for the first of some resources that has room."""
         wish = wishes[0]
-        self.refuse_beyond(wish, 0, now)
-        choices = [[each.resource.id, each.each.vcpus, each.each.ram, dict(each.each.classes)] for each in wishes]
+        choices = [[each.resource.id, bool(each.whole), stored(each.whole or each.each)] for each in wishes]
         reservation = insert(Reservation, **wish.columns(*STORED), series='', origin='', added=int(now),
                              changed=int(now), over=wish.end, waiting=int(now), priority=request.priority,
                              confirm=request.confirm, request=request.name,
@@ -4210,8 +4286,8 @@ class Waiting(Admission):
 
     def choices(self, found) -> Iterator[tuple]:
         """The resources on one of which what waits can be, in order, and what it takes there."""
-        wanted = [(resource, Amount(1, vcpus, ram, tuple(sorted(classes.items()))) * found.vms)
-                  for resource, vcpus, ram, classes in json.loads(found.choices or '[]')]
+        wanted = [(resource, of_columns(columns) if whole else of_columns(columns) * found.vms)
+                  for resource, whole, columns in json.loads(found.choices or '[]')]
         for resource, amount in wanted or [(found.resource_id, amount_of(found))]:
             if place := row('SELECT * FROM resource WHERE id = ? AND removed IS NULL', resource):
                 yield place, amount
@@ -4240,17 +4316,24 @@ class Waiting(Admission):
         """Gives room that has become free to those that wait, and frees what waited for a word in vain."""
         kept: list = []
         for request in self.waiting_requests(now):
+            parts = [[(each, *choice) for choice in self.choices(each)] for each in request]
             try:
-                with db.atomic():
-                    for each in request:
-                        self.let_in(each, *self.room_for(each, kept, now), now)
+                choose(parts, lambda choice: self.let_in(*choice, kept, now))
             except NoCapacity:
                 kept += request if now - request[0].waiting >= self.config.patience else []
             except Conflict:  # it was within a limit when it was asked for, and is not any more
                 continue
         for each in self.search([('r.pending <= ?', int(now)), (NOT_OVER, None), (NEXT_OF_ITS, None)]):
-            self.cancel(self.live(each), now, 'nobody has accepted it in time' if each.confirm else
-                        'nobody has approved it in time', ends=True)
+            why = f"nobody has {'accepted' if each.confirm else 'approved'} it in time"
+            for part in self.together(each):
+                self.cancel(self.live(part), now, why, ends=True)
+
+    def together(self, found) -> list:
+        """A reservation and, if it is a part of a request, the other parts that are not over."""
+        if not found.request:
+            return [found]
+        return self.search([('r.request = ?', found.request), ('r.project = ?', found.project), (NOT_OVER, None),
+                            (NEXT_OF_ITS, None)], tail='ORDER BY reservation')
 
     def waiting_requests(self, now: float) -> list[list]:
         """Those that wait, the parts of one request together."""
@@ -4259,30 +4342,23 @@ class Waiting(Admission):
             found[(each.project, each.request) if each.request else each.id].append(each)
         return [*found.values()]
 
-    def room_for(self, found, kept: list, now: float) -> tuple:
-        """The first resource that has room for what waits, and what it takes there.
+    def let_in(self, found, place, amount: Amount, kept: list, now: float) -> None:
+        """Gives room on a resource to what waits.
 
         Args:
           kept: those that wait for longer than `patience`, and come first in their windows
 
         Raises:
-          Conflict: there is none; NoCapacity, if it is room that is missing.
+          NoCapacity: there is no room; another Conflict, if it has come to be beyond a limit.
         """
-        begin, refusal = max(found.held_from, int(now)), NoCapacity('')
-        for place, amount in self.choices(found):
-            behind = any(self.may_be_at(first, place.id) and first.held_from < found.end and first.end > found.held_from
-                         for first in kept)
-            if not behind and fits(place, begin, found.end, amount):
-                try:
-                    wish = self.carried_on(found)._replace(resource=place, each=amount // found.vms)
-                    self.refuse_beyond(wish, found.reservation, now)
-                    return place, amount
-                except Conflict as error:
-                    refusal = error
-        raise refusal
-
-    def let_in(self, found, place, amount: Amount, now: float) -> None:
         begin = max(found.held_from, int(now))
+        behind = any(self.may_be_at(first, place.id) and first.held_from < found.end and first.end > found.held_from
+                     for first in kept)
+        if behind or not fits(place, begin, found.end, amount):
+            raise NoCapacity('')
+        wish = self.carried_on(found)._replace(resource=place, each=amount // found.vms)
+        self.refuse_shared_server(wish, found.reservation)
+        self.refuse_beyond(wish, found.reservation, now)
         hold(place.id, found.held_from, found.end, amount)
         pending = int(now) + (place.approval or found.confirm) if place.approval or found.confirm else None
         change(Reservation, found.reservation, waiting=None, pending=pending, changed=int(now), choices='',
@@ -4295,7 +4371,6 @@ class Waiting(Admission):
         self.journal(now, code, sentence, found.reservation, json.loads(found.notify))
 
     @api('POST', '/reservation/<label>/approve', role=ADMIN)
-    @for_each_part
     def approve(self, label: Label, project: Name = '', dry_run: bool = False) -> dict:
         """Lets a pending reservation be.
 
@@ -4305,7 +4380,6 @@ class Waiting(Admission):
         return self.settle_pending(label, project, dry_run, 'approved')
 
     @api('POST', '/reservation/<label>/accept')
-    @for_each_part
     def accept(self, label: Label, project: Name = '', dry_run: bool = False) -> dict:
         """Takes the room that is held for a reservation of yours that had waited.
 
@@ -4315,32 +4389,45 @@ class Waiting(Admission):
         return self.settle_pending(label, project, dry_run, 'accepted')
 
     @api('POST', '/reservation/<label>/reject', role=ADMIN)
-    @for_each_part
     def reject(self, label: Label, reason: Text = '', project: Name = '', dry_run: bool = False) -> dict:
-        """Refuses a pending reservation and frees what it held.
+        """Refuses a pending reservation and frees what it held; of a request, all parts.
 
         Example:
           python cmres.py reject lab --reason 'not before the exam'
         """
         with self.writing(dry_run) as now:
-            found = self.mine(label, project)
-            if found.state != 'pending':
-                raise Conflict(f"'{label}' is {found.state}, and waits for nobody's word")
+            found = self.pending_of(label, project)
             why = f"rejected by {self.actor.user}{f': {reason}' if reason else ''}"
-            self.cancel(self.live(found), now, why, ends=True)
-            return public(self.occurrence(found.id))
+            parts = self.together(found[0])
+            for each in parts:
+                self.cancel(self.live(each), now, why, ends=True)
+            return self.told_parts(label, parts)
 
     def settle_pending(self, label: str, project: str, dry_run: bool, deed: str) -> dict:
         with self.writing(dry_run) as now:
-            found = self.mine(label, project)
-            if found.state != 'pending':
-                raise Conflict(f"'{label}' is {found.state}, and waits for nobody's word")
-            if deed == 'accepted' and not found.confirm:
+            found = self.pending_of(label, project)
+            settled = [each for each in found if each.confirm or deed == 'approved']
+            if not settled:
                 raise Conflict(f"'{label}' waits for an admin, who says: approve {label}")
-            change(Reservation, found.reservation, pending=None, changed=int(now))
-            run('UPDATE occurrence SET due = ? WHERE reservation_id = ? AND due IS NOT NULL', now, found.reservation)
-            self.journal(now, 'approved', f'{deed} by {self.actor.user}', found.reservation, json.loads(found.notify))
-            return public(self.occurrence(found.id))
+            for each in settled:
+                change(Reservation, each.reservation, pending=None, changed=int(now))
+                run('UPDATE occurrence SET due = ? WHERE reservation_id = ? AND due IS NOT NULL', now, each.reservation)
+                self.journal(now, 'approved', f'{deed} by {self.actor.user}', each.reservation, json.loads(each.notify))
+            return self.told_parts(label, found)
+
+    def pending_of(self, label: str, project: str) -> list:
+        """What waits for a word under a label: a reservation, or some parts of a request."""
+        parts = self.parts_of(label, project)
+        found = [self.mine(each.label, each.project) for each in parts] or [self.mine(label, project)]
+        pending = [each for each in found if each.state == 'pending']
+        if not pending:
+            raise Conflict(f"'{label}' is {found[0].state}, and waits for nobody's word")
+        return pending
+
+    def told_parts(self, label: str, found: list) -> dict:
+        """Reservations as they are now: that of a label, or as the parts of a request."""
+        answers = [public(self.occurrence(each.id)) for each in found]
+        return answers[0] if found[0].label == label else {'label': label, 'parts': answers}
 
 
 # Requests ####################################################################
@@ -4408,7 +4495,7 @@ class Requests(Waiting):
         parts = [asked | part for part in read_argument('part', asked['part'], Parts, self.here)
                  ] if asked['part'] else [asked]
         parts = [part | {'host': host} for part in parts
-                 for host in read_argument('host', part['host'] or '', Hosts, self.here) or ['']]
+                 for host in (read_argument('host', part['host'], Hosts, self.here) if part['host'] else [''])]
         if len(parts) > MOST_PARTS:
             raise Invalid(f'a request has at most {MOST_PARTS} parts, not {len(parts)}')
         return parts
@@ -4500,7 +4587,7 @@ class Requests(Waiting):
         exact = {'r.user': user, 'r.project': project, 's.name': resource, 's.cell': cell,
                  's.cloud': cloud, 's.region': region, 's.aggregate': aggregate}
         where = [(f'{column} = ?', value) for column, value in exact.items() if value]
-        where += self.labelled(label, project)
+        where += self.labelled(label)
         where += self.window(start, end) + self.visible()
         if after:
             where.append(('(o.start, o.id) > (SELECT start, id FROM occurrence WHERE id = ?)', after))
@@ -4511,7 +4598,7 @@ class Requests(Waiting):
         if state and not set(state) & set(OVER):
             where.append(('o.due IS NOT NULL', None))
         found = self.search(where, state, limit)
-        if label and not found and not self.search([*self.labelled(label, project), *self.visible()], limit=1):
+        if label and not found and not self.search([*self.labelled(label), *self.visible()], limit=1):
             raise NotFound(f"there is no reservation '{label}'")
         return [public(each) for each in found]
 
@@ -4677,11 +4764,13 @@ class Requests(Waiting):
 
     def rewrite(self, old, wish: Wish, asked: dict, now: float, code: str, named: bool) -> tuple[int, list]:
         self.refuse_fixed(old, wish, asked)
+        if old.choices and asked.keys() & {'resource', 'host', 'flavor'}:  # it waits for this one alone
+            change(Reservation, old.reservation, choices='')
         if (wish.label, wish.project) != (old.label, old.project):
             self.refuse_taken_label(wish, now)
         done: list = []
         if wish.stretches:
-            moves = bool(asked.keys() & {*OWN, *REPEATING, 'flavor', 'lead', 'on_conflict'})
+            moves = bool(asked.keys() & {*OWN, *REPEATING, 'flavor', 'host', 'lead', 'on_conflict'})
             done = self.rebook_series(old, wish, now, named, moves)
         else:
             self.rebook(old, wish, now)
@@ -4706,7 +4795,6 @@ class Requests(Waiting):
     @api('POST', '/reservation/delete/<label>')
     @api('DELETE', '/reservation/delete/<label>/<cell>/<cloud>/<region>/<aggregate>/<vms>/<start>/<end>')
     @api('POST', '/reservation/delete/<label>/<cell>/<cloud>/<region>/<aggregate>/<vms>/<start>/<end>')
-    @for_each_part
     def delete(self, label: Label = '', user: Name = '', project: Name = '', resource: Name = '', cell: Name = '',
                cloud: Name = '', region: Name = '', aggregate: Name = '', vms: Count = None, start: When = None,
                end: When = None, count: Count = None, occurrence: Day = None, following: bool = False,
@@ -4720,35 +4808,39 @@ class Requests(Waiting):
         Example:
           python cmres.py delete --resource demo --user eva --dry-run
         """
-        exact = {'r.label': label, 'r.user': user, 'r.project': project, 's.name': resource, 's.cell': cell,
+        exact = {'r.user': user, 'r.project': project, 's.name': resource, 's.cell': cell,
                  's.cloud': cloud, 's.region': region, 's.aggregate': aggregate, 'o.vms': vms}
         if start or end:
             begin, until = self.resolve(start or FIRST, end or LAST)
             exact |= ({'o.start': begin} if start else {}) | ({'"end"': until} if end else {})
-        if not any(exact.values()):
+        if not any([label, *exact.values()]):
             raise Invalid('say which: a label, or filters such as --resource and --user')
-        where = [(f'{column} = ?', value) for column, value in exact.items() if value]
+        where = [(f'{column} = ?', value) for column, value in exact.items() if value] + self.labelled(label)
         if (occurrence or following) and not (label and occurrence):
             raise Invalid('--occurrence and --following need a label, and --following an --occurrence')
         with self.writing(dry_run) as now:
             if occurrence:
-                found = [self.mine(label, project, occurrence=occurrence)]
-                self.cancel(self.live(found[0], found[0].slot) if following else found, now, ends=following)
+                found = [self.mine(each, project, occurrence=occurrence) for each in (
+                    [part.label for part in self.parts_of(label, project)] or [label])]
+                for each in found:
+                    self.cancel(self.live(each, each.slot) if following else [each], now, ends=following)
             else:
                 found = self.search([*where, *self.visible(), ('r.over > ?', int(now)), (NOT_OVER, None),
                                      (NEXT_OF_ITS, None)])
-                self.refuse_uncounted(found, label, project, count, dry_run)
+                self.refuse_uncounted(found, label, count, dry_run)
                 for each in found:
                     self.cancel(self.live(each), now, ends=True)
             return [public(self.occurrence(each.id)) for each in found]
 
-    def refuse_uncounted(self, found: list, label: str, project: str, count: int | None, dry_run: bool) -> None:
+    def refuse_uncounted(self, found: list, label: str, count: int | None, dry_run: bool) -> None:
         if not found:
             raise NotFound(f"there is no reservation {shown(label) + ' ' if label else ''}that is not over"
                            f"{'' if label else ' and meets all of these filters'}")
-        if label and len(found) > 1:
-            self.mine(label, project)  # refuses, naming the projects, unless one of them is the actor's own
+        if label and len({each.project for each in found}) > 1:
+            projects = ', '.join(sorted({each.project for each in found}))
             found[:] = [each for each in found if each.project == self.actor.project]
+            if not found:
+                raise Conflict(f"'{label}' is in several projects ({projects}); name one with --project")
         if (not label or count) and count != len(found) and not dry_run:
             raise Conflict(f'this would cancel {len(found)} reservations; say --count {len(found)} to do it',
                            labels=[each.label for each in found[:100]], count=len(found))
@@ -4966,6 +5058,7 @@ class Plan(Requests):
             change(Resource, found.id, **new)
             self.rehold_changes(self.resource_row(found.name), now)
             homeless = self.no_longer_fitting(self.resource_row(found.name), now)
+            homeless += self.without_host(found, new, now)
             if homeless and not force:
                 raise Conflict(f"{len(homeless)} occurrences on '{found.name}' would no longer fit; --force does it "
                                'all the same and cancels nothing', occurrences=homeless)
@@ -5105,6 +5198,13 @@ class Plan(Requests):
             change(Reservation, found.reservation, over=start + found.end - found.start)
         return place.name, start
 
+    def without_host(self, place, new: dict, now: float) -> list[dict]:
+        """What is reserved on hosts that a resource has no more, or no more by their names."""
+        left = json.loads(new.get('named', place.named) or '{}')
+        found = self.search([('o.resource_id = ?', place.id), ("r.host <> ''", None), (NOT_OVER, None),
+                             ('o.held_until > ?', int(now))], limit=1000)
+        return [public(each) for each in found if each.host not in left]
+
     def no_longer_fitting(self, place, now: float) -> list[dict]:
         return [public(each) for each in self.homeless(place, int(now), int(LAST.timestamp()))[:1000]]
 
@@ -5169,7 +5269,7 @@ class Claims(Plan):
         Example:
           python cmres.py claim 7c1f gpu biology --vcpus 4 --ram 8192
         """
-        need = Amount(1, vcpus, ram, tuple(sorted((classes or {}).items())))
+        need = Amount(1, vcpus, ram, tuple(sorted(each for each in (classes or {}).items() if each[1] > 0)))
         with self.writing(dry_run) as now:
             return [{'resource': name} | self.claim_on(name, server, self.names_of(project), self.names_of(user), need,
                                                        label, project, user, now) for name in resources]
@@ -5189,7 +5289,11 @@ class Claims(Plan):
         if not found and not label and place.mode == 'shared':
             walks_in, why = self.walk_in(place, server, need, now), (
                 f"'{name}' is not free for {format_duration(place.hold)}")
-        if not found and not walks_in:
+        hosts = self.hosts_for(place, found, now) if found or walks_in else None
+        if hosts == []:
+            why = f"'{found.host}' is no host of '{name}' any more" if found and found.host else (
+                f"all hosts of '{name}' are reserved by their names until then")
+        if not (found or walks_in) or hosts == []:
             return {'passes': False, 'why': why, 'hosts': None}
         classes = stored(need)['classes']
         run('INSERT INTO claim (resource_id, occurrence, server, project, user, vcpus, ram, classes, at, due) '
@@ -5197,18 +5301,19 @@ class Claims(Plan):
             'excluded.occurrence, vcpus = excluded.vcpus, ram = excluded.ram, classes = excluded.classes, '
             'due = excluded.due', place.id, found.id if found else None, server, project, user, need.vcpus, need.ram,
             classes, now, now + self.config.settle)
-        return {'passes': True, 'why': 'reserved' if found else 'free', 'hosts': self.hosts_for(place, found, now)}
+        return {'passes': True, 'why': 'reserved' if found else 'free', 'hosts': hosts}
 
     def hosts_for(self, place, found, now: float) -> list[str] | None:
         """The hosts on which a server may boot; None: any. One that is reserved by name is its owner's alone."""
+        if found and found.host:
+            return [host for host in json.loads(place.hosts) if host == found.host]
         if not place.named:
             return None
-        if found and found.host:
-            return [found.host]
         until = found.end if found else now + max(place.hold, 1)
         taken = {each.host for each in rows(
             'SELECT r.host FROM occurrence o JOIN reservation r ON r.id = o.reservation_id WHERE o.resource_id = ? AND '
-            "o.due IS NOT NULL AND r.host <> '' AND o.held_from < ? AND o.held_until > ?", place.id, until, now)}
+            "o.due IS NOT NULL AND r.host <> '' AND o.held_from < ? AND o.held_until > ? "
+            'AND o.held_until > o.held_from', place.id, until, now)}
         return [host for host in json.loads(place.hosts) if host not in taken] if taken else None
 
     def may_boot(self, place, server: str, projects: list[str], users: list[str], need: Amount, label: str,
@@ -5420,9 +5525,11 @@ class Calendars(Claims):
 
     def free_label(self, wish: Wish, now: float) -> str:
         """The label of a wish, with a number behind it if somebody has it."""
-        taken = {each.label for each in rows('SELECT label FROM reservation WHERE project = ? AND over > ? '
-                                             'AND label >= ? '
-                                             'AND label < ?', wish.project, int(now), wish.label, wish.label + '~')}
+        between = (wish.project, int(now), wish.label, wish.label + '~')
+        taken = {each.label for each in rows(
+            'SELECT label FROM reservation WHERE project = ? AND over > ? AND label >= ? AND label < ? UNION '
+            "SELECT request FROM reservation WHERE project = ? AND over > ? AND request >= ? AND request < ? "
+            "AND request <> ''", *between, *between)}
         return next(name for name in (wish.label, *(f'{wish.label}-{n}' for n in range(2, len(taken) + 3)))
                     if name not in taken)
 
@@ -5679,7 +5786,7 @@ class Reservations(Calendars):
         Example:
           python cmres.py events lab --follow
         """
-        where = [('e.id > ?', after), *self.visible(), *self.labelled(label, project),
+        where = [('e.id > ?', after), *self.visible(), *self.labelled(label),
                  *([('r.project = ?', project)] if project else [])]
         found = rows('SELECT e.id, e.at, e.actor, e.code, r.label, r.project, e.sentence '
                      'FROM event e LEFT JOIN reservation r ON r.id = e.reservation_id WHERE '
@@ -6772,7 +6879,12 @@ SCHEMAS = {int: {'type': 'integer'}, bool: {'type': 'boolean'}, Count: {'type': 
            Label: {'type': 'string', 'pattern': '^[A-Za-z0-9._-]{1,64}$'},
            Names: {'type': 'array', 'items': {'type': 'string'}},
            Pairs: {'type': 'object', 'additionalProperties': {'type': 'string'}},
-           Rows: {'type': 'array', 'items': {'type': 'object'}}}
+           Rows: {'type': 'array', 'items': {'type': 'object'}},
+           Classes: {'type': 'object', 'additionalProperties': {'type': 'integer', 'minimum': 0}},
+           Hosts: {'type': 'array', 'items': {'type': 'string'}, 'maxItems': MOST_PARTS},
+           Parts: {'type': 'array', 'maxItems': MOST_PARTS, 'items': {'oneOf': [
+               {'type': 'string'}, {'type': 'object', 'additionalProperties': False, 'properties': {
+                   name: {'type': 'integer' if kind is Count else 'string'} for name, kind in PART_FIELDS.items()}}]}}}
 
 
 def openapi() -> dict:
@@ -6805,7 +6917,8 @@ def openapi_object(fields: dict) -> dict:
     return {'type': 'object', 'additionalProperties': False,
             'properties': {name: SCHEMAS.get(each.annotation, {'type': 'string'}) | {'description': WORDS[name]}
                            for name, each in fields.items()},
-            'required': [name for name, each in fields.items() if each.default is each.empty]}
+            'required': [name for name, each in fields.items() if each.default is each.empty
+                         and (name, 'part') != ('resource', 'part' if 'part' in fields else '')]}
 
 
 # Page ########################################################################
@@ -8465,7 +8578,7 @@ def joined_flags(operation: Operation, words: list[str]) -> list[str]:
     for word in each:
         flag, equals, value = word.partition('=')
         kind = operation.parameters.get(flag[2:].replace('-', '_')) if flag.startswith('--') else None
-        if kind and kind.annotation in (Names, Parts, Hosts):
+        if kind and kind.annotation in (Names, Parts, Hosts, Classes, Pairs):
             lists.setdefault(flag, []).append(value if equals else next(each, ''))
         else:
             rest.append(word)
@@ -8492,6 +8605,8 @@ def make(call: Call, config: Config, options: dict) -> str | None:
     """Makes a call that Fire noted, here or on a server, and renders its answer."""
     operation = call._operation
     given = {name: from_file(value, operation.parameters[name].annotation) for name, value in call._given.items()}
+    if 'part' in given and 'end' not in given and 'resource' in given:  # which the parts name, so the rest comes earlier
+        given |= {'resource': ANY, 'start': given['resource']} | ({'end': given['start']} if 'start' in given else {})
     if 'tz' in operation.parameters:
         zone = options.get('tz') or (config.timezone if operation.routes[0][0] == 'POST' else '')
         given.setdefault('tz', zone)

@@ -4660,9 +4660,13 @@ def test_parts_are_reserved_all_or_none(world):
 
 def test_parts_on_one_resource_count_together(world):
     regions(world, gpu=5)
-    with pytest.raises(NoCapacity, match="'gpu' has 2 of 5 vms free") as refusal:
+    with pytest.raises(NoCapacity, match="'gpu' holds at most 5 vms; 6 are asked for"):
         book(world.as_user(), 'exam', resource='-', part=['gpu:3', 'gpu:3'])
-    assert refusal.value.details['most_vms'] == 2
+    book(world.service, 'other', start=1, end=3, resource='gpu')
+    with pytest.raises(NoCapacity, match="'gpu' has 4 of 5 vms free .*; 5 are asked for") as refusal:
+        book(world.as_user(), 'exam', resource='-', part=['gpu:3', 'gpu:2'])
+    assert refusal.value.details['next_start'] == NOON + hours(3)
+    world.service.delete('other')
     assert len(book(world.as_user(), 'exam', resource='-', part=['gpu:3', 'gpu:2'])['parts']) == 2
 
 
@@ -5015,6 +5019,640 @@ def test_what_a_flavor_takes_of_other_classes_stands_in_its_extra_specs(specs, c
 def test_classes_that_are_none_are_refused(app, classes):
     answer = app.call('POST', '/resource/', {'name': 'gpu', 'classes': classes}, status=400)
     assert answer.json['error'].startswith('classes: ')
+
+
+def test_a_series_that_goes_to_another_host_holds_that_one(named):
+    book(named.as_user(), 'ser', resource='gpu', host='gpu-1', repeat='daily', count=3)
+    named.as_user().update('ser', host='gpu-2')
+    with pytest.raises(NoCapacity, match="the host 'gpu-2' is reserved already"):
+        book(named.as_user(), 'other', resource='gpu', host='gpu-2')
+    assert book(named.as_user(), 'other', resource='gpu', host='gpu-1')['state'] == 'reserved'
+    assert named.service.check()['differences'] == 0
+
+
+def test_what_gives_its_host_up_takes_what_its_flavor_takes(named):
+    book(named.as_user(), resource='gpu', host='gpu-1', flavor='m1.small', vms=3)
+    found = named.as_user().update('lab', host='')
+    assert (found['host'], found['vcpus'], found['ram'], found['classes']) == ('', 3, 6144, {})
+    series = book(named.as_user(), 'ser', start=5, end=6, resource='gpu', host='gpu-1', repeat='daily', count=3,
+                  flavor='m1.small', vms=5)
+    assert series['vcpus'] == 16
+    named.as_user().update('ser', host='')
+    named.as_user().extend('ser', hours(1))
+    assert named.service.check()['differences'] == 0
+
+
+def test_a_request_that_is_over_hides_nothing_of_its_label(world):
+    regions(world, gpu=9)
+    eva = world.as_user()
+    book(eva, 'exam', resource='-', part=['gpu:1', 'gpu:1'])
+    eva.delete('exam')
+    assert [each['state'] for each in eva.show('exam')['parts']] == ['cancelled', 'cancelled']
+    world.now += 60
+    book(eva, 'exam', resource='gpu')
+    assert eva.show('exam')['state'] == 'reserved' and eva.extend('exam', hours(1))['end'] == NOON + hours(3)
+    assert labels(eva.delete('exam')) == ['exam']
+
+
+def test_an_admin_means_their_own_reservation_before_the_request_of_others(world):
+    regions(world, gpu=9)
+    book(world.as_user(), 'exam', resource='-', part=['gpu:1', 'gpu:1'])
+    book(world.service, 'exam', resource='gpu')
+    assert labels(world.service.delete('exam')) == ['exam']
+    assert len(world.as_user().list('exam')) == 2
+    book(world.as_user('tom', 'physics'), 'exam', resource='-', part=['gpu:1', 'gpu:1'])
+    with pytest.raises(Conflict, match=r"'exam' is in several projects \(biology, physics\); name one with --project"):
+        world.service.extend('exam', hours(1))
+    assert len(world.service.delete('exam', project='physics')) == 2
+
+
+@pytest.mark.parametrize('text', ['[1]' * 600, '[1-99]' * 4, 'a[' + ',' * 1900, 'a' * 2001, 'm[9-1]', ',', '', 'm[1-9999999]'])
+def test_hosts_that_would_be_too_many_or_none_are_refused_at_once(app, text):
+    answer = app.call('POST', '/reservation/', {'label': 'x', 'resource': 'demo', 'start': '2190-01-01', 'end': '+1h',
+                                                'host': text}, status=400)
+    assert answer.json['error'].startswith('host: ')
+
+
+def test_what_never_fits_does_not_wait(world):
+    regions(world, a1=5)
+    with pytest.raises(NoCapacity, match="'a1' holds at most 5 vms; 6 are asked for"):
+        book(world.as_user(), 'exam', resource='-', part=['a1:3', 'a1:3'], wait=True)
+    world.service.limit_add(project='biology', most_vms=4)
+    book(world.service, 'full', resource='a1', vms=5)
+    with pytest.raises(Conflict, match='the limit most vms of biology is 4'):
+        book(world.as_user(), 'exam', resource='-', part=['a1:3', 'a1:2'], wait=True)
+    book(world.as_user(), resource='a1', vms=1, wait=True)
+    with pytest.raises(Conflict):
+        world.as_user().update('lab', vms=9)
+
+
+def test_what_waits_for_more_goes_to_the_end_of_the_line(tmp_path):
+    world = World(tmp_path, patience=3600)
+    regions(world, a1=5)
+    book(world.service, 'full', start=10, end=11, resource='a1', vms=5)
+    book(world.as_user(), start=10, end=11, resource='a1', wait=True)
+    world.at(2)
+    world.as_user().update('lab', start=NOON + hours(9), end=NOON + hours(20))
+    assert book(world.as_user(), 'small', start=12, end=13, resource='a1')['state'] == 'reserved'
+    cmres.close_store()
+
+
+def test_parts_that_wait_are_spread_like_those_that_do_not(world):
+    regions(world, a1=2, a2=2)
+    for name in ('a1', 'a2'):
+        book(world.service, f'on-{name}', resource=name, vms=2)
+    book(world.as_user(), 'exam', resource='-', part=[{'resource': '-', 'region': 'a', 'vms': 2}, 'a1:2'], wait=True)
+    for name in ('a1', 'a2'):
+        world.service.delete(f'on-{name}')
+    world.cycle.settle()
+    assert [(each['resource'], each['state']) for each in world.as_user().list('exam')] == [
+        ('a2', 'reserved'), ('a1', 'reserved')]
+
+
+def test_an_event_of_a_calendar_does_not_take_the_label_of_a_request(world):
+    regions(world, a1=9)
+    book(world.as_user(), 'exam', resource='-', part=['a1:1', 'a1:1'])
+    text = ('BEGIN:VCALENDAR\r\nVERSION:2.0\r\nPRODID:x\r\nBEGIN:VEVENT\r\nUID:u\r\nDTSTAMP:20261201T000000Z\r\n'
+            'DTSTART:20261203T100000Z\r\nDTEND:20261203T110000Z\r\nSUMMARY:exam #vm 1 x m1.small\r\nEND:VEVENT\r\n'
+            'END:VCALENDAR\r\n')
+    event, = world.as_user().import_(text, resource='a1')['events']
+    assert event['outcome'] == 'booked' and event['label'] not in ('exam', 'exam-1', 'exam-2')
+
+
+def test_of_a_request_the_parts_that_wait_for_a_word_are_settled_and_rejected_with_all(world):
+    regions(world, a1=9)
+    world.service.resource_add('app', vms=9, approval=timedelta(days=2))
+    eva = world.as_user()
+    book(eva, 'exam', start=90, end=91, resource='-', part=['a1:1', 'app:1'])
+    assert [each['state'] for each in eva.list('exam')] == ['reserved', 'pending']
+    with pytest.raises(Conflict, match="'exam' waits for an admin, who says: approve exam"):
+        eva.accept('exam')
+    assert world.service.approve('exam')['parts'][0]['label'] == 'exam-2'
+    assert [each['state'] for each in eva.list('exam')] == ['reserved', 'reserved']
+    book(eva, 'test', start=90, end=91, resource='-', part=['a1:1', 'app:1'])
+    assert [each['state'] for each in world.service.reject('test', 'no')['parts']] == ['cancelled', 'cancelled']
+    book(eva, 'late', start=90, end=91, resource='-', part=['a1:1', 'app:1'])
+    world.at(49)
+    assert [each['state'] for each in eva.list('late')] == ['cancelled', 'cancelled']
+
+
+def test_a_request_is_deleted_by_count_and_by_filters_too(world):
+    regions(world, a1=9, gpu=9)
+    eva = world.as_user()
+    book(eva, 'exam', resource='-', part=['a1:1', 'gpu:1'])
+    with pytest.raises(Conflict, match='this would cancel 2 reservations'):
+        eva.delete('exam', count=1)
+    assert labels(eva.delete('exam', resource='gpu')) == ['exam-2']
+    assert labels(eva.delete('exam', count=1)) == ['exam-1']
+    assert [each['state'] for each in eva.list('exam')] == ['cancelled', 'cancelled']
+
+
+@pytest.mark.parametrize('change', [{'rename': 'foo'}, {'flavor': 'm1.small'}, {'image': 'cirros'}])
+def test_what_a_request_has_not_as_a_whole_is_changed_part_by_part(world, change):
+    regions(world, a1=9)
+    book(world.as_user(), 'exam', resource='-', part=['a1:1', 'a1:1'])
+    with pytest.raises(Invalid, match=f'the {min(change)} of a request is changed part by part: exam-1, exam-2'):
+        world.as_user().update('exam', **change)
+
+
+def test_a_host_that_has_left_its_aggregate_is_told_of_and_what_it_had_can_change_otherwise(named, monkeypatch):
+    book(named.as_user(), start=0, end=2, resource='gpu', host='gpu-2', vms=2)
+    one, = cmres.Simulated.AGGREGATES
+    monkeypatch.setattr(cmres.Simulated, 'AGGREGATES', (one._replace(hosts={'gpu-1': one.hosts['gpu-1']}),))
+    with pytest.raises(Conflict, match="1 occurrences on 'gpu' would no longer fit"):
+        named.service.resource_sync('simulated')
+    with pytest.raises(Conflict, match="1 occurrences on 'gpu' would no longer fit"):
+        named.service.resource_sync('simulated', named=False)
+    named.service.resource_sync('simulated', force=True)
+    assert named.as_user().update('lab', description='x')['host'] == 'gpu-2'
+    claimed, = named.service.claim('s1', ['gpu'], 'biology', vcpus=1, ram=1)
+    assert (claimed['passes'], claimed['why']) == (False, "'gpu-2' is no host of 'gpu' any more")
+    assert named.as_user().extend('lab', timedelta(seconds=1), dry_run=True)
+
+
+def test_what_only_waits_for_a_host_keeps_nobody_from_it(named):
+    book(named.service, 'b2', start=2, end=3, resource='gpu', host='gpu-1')
+    book(named.service, 'waits', start=1.5, end=3, resource='gpu', host='gpu-1', wait=True)
+    book(named.as_user(), start=0, end=2, resource='gpu', flavor='m1.small')
+    assert named.service.claim('s1', ['gpu'], 'biology', vcpus=1, ram=2048)[0]['hosts'] is None
+
+
+def test_where_all_hosts_are_reserved_by_name_nobody_else_boots(named):
+    book(named.as_user('tom', 'physics'), 'h', start=1, end=2, resource='gpu', host='gpu-[1-2]')
+    book(named.as_user(), start=0, end=3, resource='gpu', vms=2)
+    claimed, = named.service.claim('s1', ['gpu'], 'biology', vcpus=0, ram=0)
+    assert not claimed['passes'] and 'are reserved by their names until then' in claimed['why']
+    assert cmres.rows('SELECT id FROM claim') == []
+
+
+def test_what_placement_has_not_told_of_synced_hosts_is_none(world, monkeypatch):
+    plain = cmres.Aggregate('plain', {'p-1': Amount(0, 16, 65536)}, '')
+    monkeypatch.setattr(cmres.Simulated, 'AGGREGATES', (*cmres.Simulated.AGGREGATES, plain))
+    world.service.resource_sync('simulated', ['gpu', 'plain'])
+    with pytest.raises(NoCapacity, match="'plain' holds at most 0 CUSTOM_GPU; 1 are asked for"):
+        book(world.as_user(), resource='plain', flavor='g1.medium')
+    book(world.as_user(), start=1, end=2, resource='gpu', flavor='g1.medium')
+    assert '*' not in cmres.json_text([world.service.resource_list(), world.service.usage('plain')])
+    assert world.service.maintenance_add('gpu', NOON, NOON + hours(5), then='cancel')['hit'][0]['outcome'] == 'cancelled'
+
+
+def test_a_limit_on_one_resource_of_a_place_leaves_the_others(world):
+    regions(world, a1=5, a2=5)
+    world.service.limit_add(project='biology', resource='a1', most_vms=1)
+    assert book(world.as_user(), resource='-', region='a', vms=2)['resource'] == 'a2'
+    answer = book(world.as_user(), 'exam', resource='-', part=[{'resource': '-', 'region': 'a', 'vms': 2}, 'a1:1'])
+    assert [each['resource'] for each in answer['parts']] == ['a2', 'a1']
+
+
+def test_a_host_that_waits_at_a_place_is_let_in_as_a_whole(world, monkeypatch):
+    one, = cmres.Simulated.AGGREGATES
+    monkeypatch.setattr(cmres.Simulated, 'AGGREGATES', (one, one._replace(name='gpv')))
+    world.service.resource_sync('simulated', ['gpu', 'gpv'], named=True)
+    for name in ('gpu', 'gpv'):
+        book(world.service, f'on-{name}', resource=name, host='gpu-1')
+    book(world.as_user(), resource='-', cloud='simulated', host='gpu-1', flavor='m1.small', vms=2, wait=True)
+    world.cycle.settle()
+    assert world.state('lab') == 'waiting'
+    world.service.delete('on-gpv')
+    world.cycle.settle()
+    found, = world.as_user().list('lab')
+    assert (found['resource'], found['vcpus'], found['classes']) == ('gpv', 16, {'CUSTOM_GPU': 4, 'host:gpu-1': 1})
+    assert world.service.check()['differences'] == 0
+
+
+def test_two_that_wait_with_one_server_are_not_let_in_together(world):
+    uid = machine(world, 'mine')
+    for name in ('a1', 'b1'):
+        world.service.resource_add(name, cloud='simulated', vms=1)
+        book(world.service, f'on-{name}', resource=name)
+        book(world.as_user(), f'waits-{name}', resource=name, server=uid, wait=True)
+        world.service.delete(f'on-{name}', dry_run=True)
+    world.service.delete('on-a1'), world.service.delete('on-b1')
+    world.cycle.settle()
+    assert sorted(world.state(f'waits-{name}') for name in ('a1', 'b1')) == ['reserved', 'waiting']
+
+
+def test_openapi_tells_what_parts_hosts_and_classes_are(app):
+    found = app.call('GET', '/openapi.json').json['paths']
+    add = found[f'{BASE}/reservation/']['post']['requestBody']['content']['application/json']['schema']
+    assert add['properties']['part']['type'] == 'array' and add['properties']['host']['type'] == 'array'
+    assert 'resource' not in add['required'] and {'label', 'start', 'end'} <= set(add['required'])
+    resource = found[f'{BASE}/resource/']['post']['requestBody']['content']['application/json']['schema']
+    assert resource['properties']['classes']['type'] == 'object'
+
+
+def test_on_the_command_line_parts_and_classes_are_read_as_meant(run):
+    run('resource', 'add', 'gpu', '--vms=9', '--classes', 'CUSTOM_A=1', '--classes', 'CUSTOM_B=2')
+    code, out, _ = run('resource', 'show', 'gpu', '--format=json')
+    assert code == 0 and json.loads(out)['classes'] == {'CUSTOM_A': 1, 'CUSTOM_B': 2}
+    code, _, err = run('add', 'exam', '2190-01-01T09:00', '--part', 'gpu:2')
+    assert code == 2 and 'end is missing' in err
+    code, _, err = run('resource', 'add', 'x', '--classes', 'DISK_GB=5')
+    assert code == 2 and 'is not a resource class' in err
+    code, _, err = run('add', 'lab', 'gpu', '+1h', '+1h', '--host')
+    assert code == 2 and err.startswith('cmres: host: ')
+
+
+FIGURES5 = ('vms', 'vcpus', 'ram', 'CUSTOM_A', 'CUSTOM_B')
+
+
+@pytest.fixture
+def flavors(monkeypatch):
+    """Flavors of the simulated cloud that take of two classes in all ways, and what each takes of five figures."""
+    made = {'none': (1, 1024, ()), 'a': (2, 1024, (('CUSTOM_A', 1),)), 'b': (1, 2048, (('CUSTOM_B', 3),)),
+            'ab': (3, 512, (('CUSTOM_A', 2), ('CUSTOM_B', 1)))}
+    for name, (vcpus, ram, classes) in made.items():
+        monkeypatch.setitem(cmres.Simulated.FLAVORS, name, cmres.Flavor(vcpus, ram, classes))
+    return {name: (1, vcpus, ram, dict(classes).get('CUSTOM_A', 0), dict(classes).get('CUSTOM_B', 0))
+            for name, (vcpus, ram, classes) in made.items()} | {'': (1, 0, 0, 0, 0)}
+
+
+@pytest.mark.parametrize('seed', range(6))
+def test_three_figures_and_two_classes_are_admitted_as_brute_force_admits(tmp_path_factory, flavors, seed):
+    """Adds, changes and ends at random, with loans; every verdict, the usage and the free slots as lists have them."""
+    chance, world = random.Random(seed), World(tmp_path_factory.mktemp('c'))
+    most = [chance.choice([None, n, n]) for n in (9, 20, 16000, 7, 10)]
+    world.service.resource_add('gpu', cloud='simulated', **{name: -1 if n is None else n for name, n in zip(
+        FIGURES5[:3], most)}, classes={name: n for name, n in zip(FIGURES5[3:], most[3:]) if n is not None})
+    held, lent, verdicts = {}, [], collections.Counter()
+
+    def level(at, without=''):
+        return [sum(each[i] for label, (b, u, each) in held.items() if b <= at < u and label != without) for i in range(5)]
+
+    def room(at):
+        return [None if n is None else n + sum(more[i] for b, u, more in lent if b <= at < u) for i, n in enumerate(most)]
+
+    def free(begin, until, need, without=''):
+        return all(n is None or have + want <= n for at in range(begin, until)
+                   for have, want, n in zip(level(at, without), need, room(at)))
+
+    def amount(flavor, vms):
+        return [vms * each for each in flavors[flavor]]
+
+    def agrees(right, act):
+        try:
+            act()
+            assert right
+        except NoCapacity:
+            assert not right
+        verdicts[right] += 1
+        return right
+
+    for step in range(60):
+        begin, flavor, vms, deed = chance.randint(1, 20), chance.choice([*flavors]), chance.randint(1, 4), chance.random()
+        until, label = begin + chance.randint(1, 6), chance.choice([*held, 'new'])
+        if deed < 0.5 or label == 'new':
+            need = amount(flavor, vms)
+            if agrees(free(begin, until, need), lambda: book(
+                    world.service, f'r{step}', begin, until, 'gpu', flavor=flavor, vms=vms)):
+                held[f'r{step}'] = begin, until, need
+        elif deed < 0.6:
+            world.service.delete(label)
+            del held[label]
+        elif deed < 0.9:
+            b, u, old = held[label]
+            need = amount(flavor, vms)
+            less = b <= begin and until <= u and all(new <= was for new, was in zip(need, old))
+            if agrees(less or free(begin, until, need, label), lambda: world.service.update(
+                    label, start=NOON + hours(begin), end=NOON + hours(until), flavor=flavor, vms=vms)):
+                held[label] = begin, until, need
+        elif most[3] is not None:
+            world.service.resource_capacity('gpu', NOON + hours(begin), NOON + hours(until), classes={'CUSTOM_A': 9})
+            lent.append((begin, until, (0, 0, 0, 9 - most[3], 0)))
+    for at in range(1, 26):
+        usage, = world.service.usage('gpu', NOON + hours(at), NOON + hours(at + 1))
+        kept = [usage.get(name, 0) + sum(more[i] for b, u, more in lent if b <= at < u)
+                for i, name in enumerate(FIGURES5)]
+        assert [each for each, n in zip(kept, most) if n is not None] == [
+            each for each, n in zip(level(at), most) if n is not None]
+    for flavor in ('a', 'ab'):
+        found = world.service.find('gpu', hours(2), 2, flavor, after=NOON + hours(1), before=NOON + hours(25))
+        assert [each['start'] for each in found] == [
+            NOON + hours(b) for b in range(1, 24) if free(b, b + 2, amount(flavor, 2))
+            and (b == 1 or not free(b - 1, b, amount(flavor, 2)))]
+    assert verdicts.total() > 40 and world.service.check()['differences'] == 0
+    cmres.close_store()
+
+
+@pytest.mark.parametrize('seed', range(8))
+def test_any_sequence_with_parts_hosts_classes_and_waiting_leaves_no_drift(tmp_path_factory, seed):
+    chance = random.Random(seed)
+    world = World(tmp_path_factory.mktemp('s'), patience=chance.choice([0, 3600, 86400]))
+    service = world.service
+    service.resource_sync('simulated', ['gpu'], mode='exclusive', named=True)
+    regions(world, a1=4, a2=6)
+    service.resource_add('b1', cloud='simulated', region='b', vms=5, classes={'CUSTOM_GPU': 3},
+                         approval=chance.choice([None, hours(3)]))
+    wishes = ['a1:2', 'a2:3', 'b1:2:g1.medium', {'resource': '-', 'region': 'a', 'vms': 3},
+              {'resource': 'gpu', 'host': 'gpu-[1-2]'}, {'resource': 'gpu', 'host': 'gpu-1', 'flavor': 'm1.small'},
+              {'resource': 'gpu', 'flavor': 'g1.medium', 'vms': 2, 'image': 'cirros'}]
+
+    def one(label, who, when):
+        return [
+            lambda: book(who, f'r{step}', when, when + chance.randint(1, 5), '-', wait=chance.random() < 0.5,
+                         part=chance.sample(wishes, chance.randint(1, 3)), confirm=chance.choice([None, hours(1)]),
+                         dry_run=chance.random() < 0.1),
+            lambda: book(who, f's{step}', when, when + 1, '-', part=chance.sample(wishes, 2), repeat='daily', count=3,
+                         on_conflict=chance.choice(['refuse', 'skip', 'shift=2h'])),
+            lambda: who.extend(label, hours(1)), lambda: who.update(label, vms=chance.randint(1, 5)),
+            lambda: who.update(label, start=NOON + hours(when)), lambda: who.delete(label), lambda: who.skip(label),
+            lambda: who.update(f'{label}-1', rename=f'x{step}'), lambda: service.approve(label), lambda: who.accept(label),
+            lambda: service.reject(label), lambda: who.update(f'{label}-1', host=chance.choice(['', 'gpu-2'])),
+            lambda: service.maintenance_add(chance.choice(['gpu', 'a1', 'b1']), NOON + hours(when), NOON + hours(when + 2),
+                                            then=chance.choice(cmres.THEN), dry_run=chance.random() < 0.3),
+            lambda: service.resource_capacity('b1', NOON + hours(when), NOON + hours(when + 3),
+                                              classes={'CUSTOM_GPU': chance.randint(0, 6)}),
+            lambda: service.maintenance_delete(chance.randint(1, 5)),
+            lambda: service.resource_update('b1', classes={'CUSTOM_GPU': chance.choice([-1, 1, 3])}, force=True),
+            lambda: service.resource_sync('simulated', force=True),
+            lambda: world.at((world.now - NOON.timestamp()) / 3600 + chance.random())]
+
+    for step in range(120):
+        known = [each['request'] or each['label'] for each in service.list()]
+        label, who = chance.choice([*known, 'nobody']), chance.choice([service, world.as_user(), world.as_user('t', 'phys')])
+        with contextlib.suppress(Error):
+            chance.choice(one(label, who, chance.randint(1, 40)))()
+        assert service.check()['differences'] == 0
+    for each in service.maintenance_list():
+        service.maintenance_delete(each['id'])
+    for each in service.list(state=[word for word in cmres.STATES if word not in cmres.OVER], limit=1000):
+        with contextlib.suppress(NotFound):
+            service.delete(each['label'], project=each['project'])
+    assert cmres.rows('SELECT * FROM step WHERE at > ? AND (vms, vcpus, ram) <> (0, 0, 0)', int(world.now)) == []
+    assert service.check()['differences'] == 0
+    cmres.close_store()
+
+
+def test_each_part_boots_and_ends_on_its_own(world):
+    regions(world, a1=9, a2=9)
+    eva = world.as_user()
+    book(eva, 'exam', resource='-', part=['a1:2:m1.small:cirros', 'a2:1:m1.small:cirros'])
+    world.at(1), world.at(1.1)
+    assert world.there() == ['exam-1-1-1', 'exam-1-1-2', 'exam-2-2-1']
+    assert [each['name'] for each in eva.servers('exam')] == world.there()
+    assert [each['state'] for each in eva.list('exam')] == ['active', 'active']
+    with pytest.raises(Conflict, match="'exam-1' has begun, so its image can't change"):
+        eva.update('exam-1', image='debian-12')
+    assert {each['end'] for each in eva.keep('exam', hours(1))['parts']} == {NOON + hours(3)}
+    eva.delete('exam-1')
+    world.at(1.2)
+    assert world.there() == ['exam-2-2-1']
+    world.at(3.1)
+    assert world.there() == [] and world.service.check()['differences'] == 0
+
+
+def test_parts_and_hosts_may_be_a_series(named):
+    regions(named, a1=2)
+    eva = named.as_user()
+    answer = book(eva, 'class', resource='-', part=['a1:1', {'resource': 'gpu', 'host': 'gpu-[1-2]'}], repeat='daily', count=3)
+    assert [len(each['occurrences']) for each in answer['parts']] == [3, 3, 3]
+    eva.update('class', occurrence=(NOON + hours(24)).date(), start=NOON + hours(30))
+    before = dump()
+    with pytest.raises(NoCapacity, match="'a1' holds at most 2 vms; 3 are asked for"):
+        eva.update('class', vms=3)
+    assert dump() == before
+    with pytest.raises(NoCapacity, match="the host 'gpu-1' is reserved already"):
+        book(eva, 'more', start=30, end=31, resource='gpu', host='gpu-1')
+    assert {each['start'] for each in eva.skip('class')['parts']} == {NOON + hours(1)}
+    eva.delete('class', occurrence=(NOON + hours(48)).date(), following=True)
+    assert {(each['label'], each['start']) for each in eva.list('class') if each['state'] == 'reserved'} == {
+        (f'class-{n}', NOON + hours(30)) for n in (1, 2, 3)}
+    assert named.service.check()['differences'] == 0
+
+
+def test_a_series_with_parts_takes_resources_where_each_occurrence_has_room(world):
+    regions(world, a1=2, a2=5)
+    book(world.service, 'block', start=26, end=27, resource='a1', vms=1)
+    answer = book(world.as_user(), 'class', start=2, end=3, resource='-', repeat='daily', count=3,
+                  part=[{'resource': '-', 'region': 'a', 'vms': 2}, 'a2:3'])
+    assert [each['resource'] for each in answer['parts']] == ['a2', 'a2']
+    with pytest.raises(NoCapacity):
+        book(world.as_user(), 'more', start=2, end=3, resource='-', repeat='daily', count=3, part=['a1:1', 'a2:1'])
+
+
+def test_two_projects_have_requests_of_one_label_and_each_acts_on_its_own(world):
+    regions(world, a1=9)
+    eva, tom = world.as_user(), world.as_user('tom', 'physics')
+    for who in (eva, tom):
+        book(who, 'exam', resource='-', part=['a1:1', 'a1:2'])
+    assert {each['project'] for each in tom.list('exam') + tom.events('exam') + tom.show('exam')['parts']} == {'physics'}
+    with pytest.raises(NotFound):
+        tom.delete('exam', project='biology')
+    with pytest.raises(Conflict, match="'exam' is in several projects .*; name one with --project"):
+        world.service.delete('exam')
+    assert {each['project'] for each in world.service.delete('exam', project='physics')} == {'physics'}
+    assert {each['project'] for each in world.service.extend('exam', hours(1))['parts']} == {'biology'}
+
+
+def test_a_part_may_be_renamed_or_ended_alone_and_the_request_goes_on(world):
+    regions(world, a1=9)
+    eva = world.as_user()
+    book(eva, 'exam', resource='-', part=['a1:1', 'a1:2', 'a1:3'])
+    assert eva.update('exam-1', rename='first')['request'] == 'exam'
+    with pytest.raises(Conflict, match="the label 'exam' is taken"):
+        eva.update('exam-2', rename='exam')
+    eva.delete('exam-3')
+    assert book(eva, 'exam-1', resource='a1')['request'] == ''  # nobody has that label any more
+    assert [each['label'] for each in eva.extend('exam', hours(1))['parts']] == ['first', 'exam-2']
+    assert labels(eva.delete('exam')) == ['first', 'exam-2'] and labels(eva.list()) == ['exam-1']
+
+
+def test_of_parts_that_wait_some_may_be_given_up(world):
+    regions(world, a1=2, a2=2)
+    book(world.service, 'block', resource='a1', vms=2)
+    book(world.as_user(), 'exam', resource='-', part=['a1:1', 'a2:2'], wait=True)
+    world.as_user().delete('exam-1')
+    world.cycle.settle()
+    assert (world.state('exam-1'), world.state('exam-2')) == ('cancelled', 'reserved')
+
+
+@pytest.mark.parametrize('deed', [
+    lambda s: book(s, 'new', 5, 6, '-', part=['gpu:1', {'resource': 'gpu', 'host': 'gpu-1'}], dry_run=True),
+    lambda s: book(s, 'new', 1, 2, 'gpu', host='gpu-[1-2]', wait=True, dry_run=True),
+    lambda s: s.update('node', host='gpu-2', dry_run=True), 
+    lambda s: s.resource_sync('simulated', named=False, force=True, dry_run=True),
+    lambda s: s.resource_update('gpu', classes={'CUSTOM_GPU': 1}, force=True, dry_run=True),
+    lambda s: s.resource_capacity('gpu', NOON, NOON + hours(5), classes={'CUSTOM_GPU': 0}, then='move', dry_run=True)])
+def test_a_dry_run_with_parts_hosts_or_classes_leaves_no_trace(named, deed):
+    book(named.service, 'node', resource='gpu', host='gpu-1')
+    before = dump()
+    assert deed(named.service)
+    assert dump() == before
+
+
+def test_parts_stand_in_files_of_all_kinds(run, tmp_path):
+    run('resource', 'add', 'gpu', '--vms=9'), run('resource', 'add', 'cpu', '--vms=9')
+    (tmp_path / 'a.csv').write_text('label,start,end,part\nc1,2190-02-01,+1h,"gpu:1,cpu:2"\nc2,2190-02-01,+1h,gpu:10\n')
+    (tmp_path / 'a.yaml').write_text('- label: y1\n  start: 2190-02-02\n  end: +1h\n  part:\n  - resource: gpu\n'
+                                     '    vms: 2\n  - cpu:3\n')
+    (tmp_path / 'a.json').write_text(json.dumps([{'label': 'j1', 'start': '2190-02-03', 'end': '+1h',
+                                                  'part': [{'resource': 'gpu', 'vms': 2}, 'cpu:3']}]))
+    code, _, err = run('load', 'a.csv')
+    assert code == 1 and "line 3: c2: 'gpu' holds at most 9 vms; 10 are asked for" in err
+    assert run('load', 'a.csv', '--partial')[0] == run('load', 'a.yaml')[0] == run('add', '--file', 'a.json')[0] == 0
+    listed = json.loads(run('list', '--format=json')[1])
+    assert [(each['label'], each['resource'], each['vms']) for each in listed] == [
+        ('c1-1', 'gpu', 1), ('c1-2', 'cpu', 2), ('y1-1', 'gpu', 2), ('y1-2', 'cpu', 3), ('j1-1', 'gpu', 2), ('j1-2', 'cpu', 3)]
+
+
+def test_hosts_on_the_command_line(run):
+    run('resource', 'sync', 'simulated', '--aggregates', 'gpu', '--named')
+    for label, words in (('a', ['--host', 'gpu-[1-2]']), ('b', ['--host', 'gpu-1', '--host=gpu-2']), ('c', ['--host=gpu-1,gpu-2'])):
+        code, out, err = run('add', label, 'gpu', f'2190-01-0{ord(label) - 96}', '+8h', *words)
+        assert code == 0, err
+        assert all(re.search(rf'{label}-{n} .*gpu-{n} ', out) for n in (1, 2))
+    code, _, err = run('add', 'd', 'gpu', '2190-01-01', '+8h', '--host=gpu-1')
+    assert code == 1 and "the host 'gpu-1' is reserved already" in err
+    assert run('add', 'd', 'gpu', '2190-01-09', '+8h', '--host=[1]')[::2] == (1, "cmres: the resource 'gpu' has no host named '1'\n")
+
+
+def test_parts_hosts_and_classes_are_the_same_for_a_client(named, client):
+    eva = Client(client.url, named.service.token_add('eva', 'biology')['token'])
+    regions(named, a1=5)
+    answer = eva.add('exam', '-', NOON + hours(1), hours(2), part=[{'resource': 'a1', 'vms': 2}, 'a1:3'])
+    assert [each['vms'] for each in answer['parts']] == [2, 3] and eva.show('exam') == named.as_user().show('exam')
+    node = eva.add('node', 'gpu', NOON + hours(1), hours(2), host='gpu-[1-2]')
+    assert [each['classes'] for each in node['parts']] == [{'CUSTOM_GPU': 4, f'host:gpu-{n}': 1} for n in (1, 2)]
+    with pytest.raises(NoCapacity, match="the host 'gpu-2' is reserved already") as refusal:
+        eva.add('more', 'gpu', NOON + hours(1), hours(2), host=['gpu-2'])
+    assert refusal.value.details['next_start'] == NOON + hours(3)
+    assert client.resource_add('fpga', classes={'CUSTOM_FPGA': 2})['classes'] == {'CUSTOM_FPGA': 2}
+    assert client.resource_update('fpga', classes={'CUSTOM_FPGA': 'unlimited'})['classes'] == {}
+    assert labels(eva.delete('exam')) == ['exam-1', 'exam-2']
+
+
+def test_nova_boots_on_the_parts_of_a_request_one_after_the_other(named):
+    book(named.as_user(), 'exam', start=0, end=2, resource='-', part=[
+        {'resource': 'gpu', 'host': 'gpu-1', 'vms': 2}, {'resource': 'gpu', 'flavor': 'm1.small', 'vms': 1}])
+    there = [named.service.claim(f's{n}', ['gpu'], 'biology', vcpus=1, ram=2048, label='exam')[0] for n in range(4)]
+    assert [each['hosts'] for each in there] == [['gpu-1'], ['gpu-1'], ['gpu-2'], None]
+    assert not there[3]['passes'] and "'exam-2' has 1 vms, 1 vcpus and 2048 MiB" in there[3]['why']
+
+
+def test_a_feed_shows_each_part(app):
+    regions(app.world, a1=9, a2=9)
+    book(app.world.service, 'exam', resource='-', part=['a1:1', 'a2:2'])
+    address = app.world.service.calendar_feed()['feed']
+    text = app.web.get('/calendar/' + address.rsplit('/', 1)[1]).text
+    assert re.findall('SUMMARY:(.*?)\r|LOCATION:(.*?)\r', text) == [('exam-1', ''), ('', 'a1'), ('exam-2', ''), ('', 'a2')]
+
+
+def test_what_waits_at_a_place_takes_what_it_needs_of_the_classes_there(world):
+    for name, most in (('g1', 2), ('g2', 3)):
+        world.service.resource_add(name, cloud='simulated', region='g', classes={'CUSTOM_GPU': most})
+        book(world.service, f'on-{name}', resource=name, flavor='g1.medium', vms=most)
+    for label, vms in (('three', 3), ('two', 2)):
+        book(world.as_user(), label, resource='-', region='g', flavor='g1.medium', vms=vms, wait=True)
+    world.service.delete('on-g2')
+    world.cycle.settle()
+    assert [(world.state(label), world.service.show(label)['resource']) for label in ('three', 'two')] == [
+        ('reserved', 'g2'), ('waiting', 'g1')]
+    world.service.resource_update('g1', classes={'CUSTOM_GPU': 4})
+    world.cycle.settle()
+    assert world.service.show('two')['classes'] == {'CUSTOM_GPU': 2} and world.state('two') == 'reserved'
+    assert world.service.check()['differences'] == 0
+
+
+def test_what_waits_at_a_place_finds_a_resource_by_its_new_name(world):
+    regions(world, a1=2, a2=2)
+    for name in ('a1', 'a2'):
+        book(world.service, f'on-{name}', resource=name, vms=2)
+    book(world.as_user(), resource='-', region='a', vms=2, wait=True)
+    with pytest.raises(Conflict, match="'a1' still has reservations"):
+        world.service.resource_delete('a1')
+    world.service.resource_update('a2', rename='zz', vms=4)
+    world.cycle.settle()
+    assert world.as_user().show('lab')['resource'] == 'zz' and world.state('lab') == 'reserved'
+
+
+def test_what_waits_at_a_place_goes_on_when_a_resource_there_is_removed(world):
+    regions(world, a1=2, a2=2, a3=2)
+    for name in ('a1', 'a2', 'a3'):
+        book(world.service, f'on-{name}', end=1.5 if name == 'a2' else 2, resource=name, vms=2)
+    book(world.as_user(), start=1, end=5, resource='-', region='a', vms=2, wait=True)
+    world.now += 5400
+    world.service.resource_delete('a2')
+    world.service.delete('on-a3')
+    world.cycle.settle()
+    assert world.as_user().show('lab')['resource'] == 'a3' and world.service.check()['differences'] == 0
+
+
+def test_hosts_that_wait_for_the_end_of_a_maintenance_are_admitted_together(named):
+    closed = named.service.maintenance_add('gpu', NOON, NOON + hours(9))
+    answer = book(named.as_user(), resource='gpu', host='gpu-[1-2]', wait=True)
+    assert [each['state'] for each in answer['parts']] == ['waiting', 'waiting']
+    named.service.maintenance_delete(closed['id'])
+    named.cycle.settle()
+    assert [(each['state'], each['classes']) for each in named.as_user().list('lab')] == [
+        ('reserved', {'CUSTOM_GPU': 4, f'host:gpu-{n}': 1}) for n in (1, 2)]
+    assert named.service.check()['differences'] == 0
+
+
+@pytest.mark.parametrize('then, outcome', [
+    ('notify', 'left'), ('move', 'moved to gpu from 2026-12-01 14:00 UTC'), ('cancel', 'cancelled')])
+def test_a_maintenance_hits_the_parts_on_its_resource_alone_and_a_host_stays_itself(named, then, outcome):
+    regions(named, a1=9)
+    book(named.as_user(), 'exam', resource='-', part=['a1:2', {'resource': 'gpu', 'host': 'gpu-[1-2]'}])
+    hit = named.service.maintenance_add('gpu', NOON, NOON + hours(2), then=then)['hit']
+    assert sorted((each['label'], each['outcome']) for each in hit) == [('exam-2', outcome), ('exam-3', outcome)]
+    assert {each['classes'].get('host:gpu-1', 0) + each['classes'].get('host:gpu-2', 0)
+            for each in named.as_user().list('exam') if each['host']} == {1}
+    assert named.service.check()['differences'] == 0
+
+
+def test_a_request_that_grows_is_approved_anew_as_a_whole(world):
+    world.service.resource_add('app', cloud='simulated', vms=9, approval=timedelta(days=2))
+    book(world.as_user(), 'exam', resource='-', part=['app:1', 'app:1'])
+    assert {each['state'] for each in world.service.approve('exam')['parts']} == {'reserved'}
+    assert {each['state'] for each in world.as_user().extend('exam', hours(1))['parts']} == {'pending'}
+    assert {each['state'] for each in world.service.reject('exam')['parts']} == {'cancelled'}
+    assert world.service.check()['differences'] == 0
+
+
+def test_all_of_a_host_counts_against_a_limit_of_vcpu_hours(named):
+    named.service.limit_add(project='biology', vcpu_hours=20)
+    before = [each for each in dump() if 'event' not in each]
+    with pytest.raises(Conflict, match='the limit vcpu hours of biology is 20, of which 4 are left'):
+        book(named.as_user(), resource='gpu', host='gpu-[1-2]')
+    assert [each for each in dump() if 'event' not in each] == before
+    assert book(named.as_user(), resource='gpu', host='gpu-1')['vcpus'] == 16
+
+
+def test_eight_at_once_with_parts_and_hosts_never_overbook_nor_take_half_a_request(named):
+    regions(named, a1=7, a2=5, b1=6)
+
+    def one(n):
+        chance, who = random.Random(n), named.as_user(project=f'p{n % 3}')
+        part = [{'resource': '-', 'region': 'a', 'vms': chance.randint(1, 3)}, 'b1:2',
+                {'resource': 'gpu', 'host': f'gpu-{chance.randint(1, 2)}'}][:chance.randint(2, 3)]
+        with contextlib.suppress(Conflict, NotFound):
+            book(who, f'r{n}', chance.randint(1, 4), chance.randint(5, 8), '-', wait=n % 2 == 0, part=part)
+            if n % 3 == 0:
+                who.delete(f'r{n}')
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(one, range(64)))
+    named.cycle.settle()
+    states = collections.defaultdict(set)
+    for each in named.service.list(limit=1000):
+        states[each['project'], each['request']].add(each['state'])
+    assert {len(each) for each in states.values()} == {1} and {'reserved'} in states.values()
+    for name, most in (('a1', 7), ('a2', 5), ('b1', 6)):
+        assert max(each['vms'] for each in named.service.usage(name, NOON, NOON + hours(10))) <= most
+    assert max(each.vms for each in cmres.rows("SELECT vms FROM step WHERE track LIKE 'host:%'")) == 1
+    assert named.service.check()['differences'] == 0
+
+
+def test_a_series_on_a_host_without_an_end_holds_all_of_it_as_far_as_the_horizon_goes(tmp_path):
+    world = World(tmp_path, horizon=10)
+    world.service.resource_sync('simulated', ['gpu'], mode='exclusive', named=True)
+    book(world.as_user(), resource='gpu', host='gpu-1', repeat='daily', vms=3, flavor='m1.small')
+    world.as_user().update('lab', occurrence=(NOON + hours(48)).date(), vms=7)
+    for day in range(1, 15):
+        world.at(24 * day + 0.5)
+    held = cmres.rows('SELECT vms, vcpus, classes FROM occurrence')
+    assert {tuple(each) for each in held} == {(vms, 16, '{"CUSTOM_GPU": 4, "host:gpu-1": 1}') for vms in (3, 7)}
+    assert len(held) > 20 and world.service.check()['differences'] == 0
+    cmres.close_store()
 
 
 def test_on_the_command_line_waiting_limits_and_maintenance_read_as_in_the_readme(run):
@@ -5826,14 +6464,21 @@ def in_chaos(tmp_path, *stores) -> list[dict]:
         return list(pool.map(one, range(len(stores)), *zip(*stores)))
 
 
-def test_schedulers_killed_at_random_instants_make_each_server_once_and_leave_none(tmp_path):
-    found = in_chaos(tmp_path, (1, True, 22, False), *[(1, False, 22, False)] * 3)
+@pytest.fixture(scope='module')
+def chaos(tmp_path_factory):
+    """Four stores whose scheduler is killed at random instants, and two with schedulers that are frozen as well."""
+    return in_chaos(tmp_path_factory.mktemp('chaos'), (1, True, 22, False), *[(1, False, 22, False)] * 3,
+                    *[(2, False, 20, True)] * 2)
+
+
+def test_schedulers_killed_at_random_instants_make_each_server_once_and_leave_none(chaos):
+    found = chaos[:4]
     assert [each['wrong'] for each in found] == [[]] * 4
     assert sum(each['kills'] for each in found) > 100 and all(each['of who acted'] > 2 for each in found)
 
 
-def test_of_two_schedulers_that_are_killed_and_frozen_only_one_acts(tmp_path):
-    found = in_chaos(tmp_path, *[(2, False, 14, True)] * 2)
+def test_of_two_schedulers_that_are_killed_and_frozen_only_one_acts(chaos):
+    found = chaos[4:]
     assert [each['wrong'] for each in found] == [[], []]
     assert all(each['longest without a lease'] < 5 and each['freezes'] >= 5 for each in found)
 
