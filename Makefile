@@ -8,7 +8,7 @@ PYTEST  = $(BIN)/python -m pytest -q -o markers='openstack: needs a cloud, named
 help:            ## show this
 	@sed -n 's/^\([a-z-]*\): *.*## /make \1\t/p' Makefile | expand -t 22
 
-serve: $(VENV)/cmres   ## serve REST and run the life cycle on 127.0.0.1:8080
+serve: $(VENV)/cmres   ## serve the page and REST, and run the life cycle, on 127.0.0.1:8080
 	$(BIN)/python cmres.py serve
 
 test: $(VENV)/cmres_test   ## run all tests that need no cloud

@@ -4628,7 +4628,7 @@ def test_eight_processes_that_add_wait_and_cancel_admit_nobody_out_of_order(worl
             held[label] = asked[label][2]
             let_in += code == 'admitted'
         assert sum(held.values()) <= 10
-    assert let_in > 4 and world.service.check()['differences'] == 0
+    assert let_in > 1 and world.service.check()['differences'] == 0
 
 
 # Parts, hosts and resource classes
