@@ -1780,19 +1780,25 @@ def steps(resource: int, begin: float, until: float, classes: Iterable[str] = ()
         at, levels[track] = after, figures
 
 
-def peaks(resource: int, begin: int, width: int, number: int) -> list[Amount]:
-    """The peaks of so many spans of so many seconds, one after the other; of the three figures."""
+def peaks(resource: int, begin: int, width: int, number: int, classes: Iterable[str] = ()) -> list[Amount]:
+    """The peaks of so many spans of so many seconds, one after the other."""
+    tracks = {track: peaks_of(resource, track, begin, width, number) for track in ('', *classes)}
+    return [Amount(*tracks[''][n], tuple((name, tracks[name][n][0]) for name in tracks if name and tracks[name][n][0]))
+            for n in range(number)]
+
+
+def peaks_of(resource: int, track: str, begin: int, width: int, number: int) -> list[tuple]:
     spans = {n: (first, peak, last) for n, first, *peak, last in run(
         'SELECT (at - ?) / ?, min(at), max(vms), max(vcpus), max(ram), max(at) FROM step WHERE resource_id = ? '
-        "AND track = '' AND at >= ? AND at < ? GROUP BY 1", begin, width, resource, begin, begin + width * number)}
+        'AND track = ? AND at >= ? AND at < ? GROUP BY 1', begin, width, resource, track, begin, begin + width * number)}
     at_last = dict((at, figures) for at, *figures in run(
-        "SELECT at, vms, vcpus, ram FROM step WHERE resource_id = ? AND track = '' AND at IN "
-        '(SELECT value FROM json_each(?))', resource, json.dumps([last for _, _, last in spans.values()])))
-    carried, found = level_of(resource, '', begin), []
+        'SELECT at, vms, vcpus, ram FROM step WHERE resource_id = ? AND track = ? AND at IN '
+        '(SELECT value FROM json_each(?))', resource, track, json.dumps([last for _, _, last in spans.values()])))
+    carried, found = level_of(resource, track, begin), []
     for n in range(number):
         first, inside, last = spans.get(n, (None, carried, None))
         # What holds at the beginning counts, unless there is a step just there.
-        found.append(Amount(*(inside if first in (None, begin + n * width) else map(max, inside, carried))))
+        found.append(tuple(inside if first in (None, begin + n * width) else map(max, inside, carried)))
         carried = at_last.get(last, carried)
     return found
 
@@ -2001,6 +2007,7 @@ class OpenStack(Cloud):
              'security_group': ('network', 'find_security_group', 'security_groups'),
              'server': ('compute', 'find_server', 'servers')}
     REMEMBER = 300  # seconds that a found name is taken for granted
+    DOOR_SHUT = 2   # seconds that nobody else waits at a cloud which has just refused to log us in
 
     def __init__(self, account: str, store: str, timeout: float):
         super().__init__(account)
@@ -2008,17 +2015,26 @@ class OpenStack(Cloud):
         self.found: dict = {}
         self.lock = threading.Lock()
         self.session = None
+        self.refused: tuple = (0, None)  # until when, by which error, those who waited for the door are refused as well
 
     @property
     def connection(self):
-        """One authenticated connection for all threads; one that failed is tried anew."""
+        """One authenticated connection for all threads; one that failed is tried anew after some seconds."""
         with self.lock, self.telling('be reached', sure=True):
-            if self.session is None:
-                import openstack
-                session = openstack.connect(cloud=self.account, api_timeout=self.timeout, app_name='cmres')
-                session.compute.get_endpoint_data()  # logs in, and negotiates versions before threads do
-                self.session = session
+            if time.monotonic() < self.refused[0]:
+                raise self.refused[1]
+            try:
+                self.session = self.session or self.log_in()
+            except Exception as error:
+                self.refused = time.monotonic() + self.DOOR_SHUT, error
+                raise
             return self.session
+
+    def log_in(self):
+        import openstack
+        session = openstack.connect(cloud=self.account, api_timeout=self.timeout, app_name='cmres')
+        session.compute.get_endpoint_data()  # negotiates versions before threads do
+        return session
 
     @contextmanager
     def telling(self, what: str, sure: bool = False):
@@ -2999,8 +3015,8 @@ def for_each_part(method):
         parts = self.parts_of(given['label'], given.get('project', ''))
         if not parts:
             return method(**given)
-        alone = {'rename', 'holidays', *CLOUDY} | ({'vms'} if any(each.host and each.flavor for each in parts) else set())
-        alone &= given.keys()
+        sized = {'vms'} if any(each.host and each.flavor for each in parts) else set()
+        alone = {'rename', 'holidays', *CLOUDY, *sized} & given.keys()
         if alone:  # clouds are not asked while all others wait
             raise Invalid(f"the {min(alone)} of a request is changed part by part: "
                           f"{', '.join(each.label for each in parts[:20])}")
@@ -6722,12 +6738,12 @@ BASE = '/cm/v1.0'
 MOST_BODY = 2**20  # bytes
 
 
-def rest(service: Reservations):
-    """The WSGI application that answers for a service."""
+def rest(service: Reservations, told: Callable | None = None):
+    """The WSGI application that answers for a service; `told` words what never reaches one of its handlers."""
     import bottle
     app = bottle.Bottle()
     app.uninstall('json')  # it knows neither lists nor instants
-    app.default_error_handler = lambda failure: error_text(failure, bottle.request, bottle.response)
+    app.default_error_handler = told or (lambda failure: error_text(failure, bottle.request, bottle.response))
     app.add_hook('before_request', lambda: plain_path(bottle.request.environ))
     for operation in API.values():
         for verb, path, fixed in operation.routes:
@@ -6966,11 +6982,13 @@ footer { max-width: 78rem; margin: 0 auto; padding: 0 1.2rem 2rem; color: var(--
 h1 { font-size: 1.5rem; margin: .4rem 0 .8rem } h2 { font-size: 1.1rem; margin: 1.6rem 0 .5rem }
 h3 { font-size: 1rem; margin: 0 }
 .card { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: .8rem 1rem; margin: .6rem 0 }
-.soft { color: var(--soft) } .small { font-size: .88rem }
+.soft { color: var(--soft) } .small { font-size: .88rem } .aside { position: absolute; left: -99rem }
+time { white-space: nowrap } main { overflow-wrap: anywhere } .place > div { min-width: 0 }
+::placeholder { color: var(--soft); opacity: 1 }
 .bar-top { display: flex; flex-wrap: wrap; gap: .5rem 1rem; align-items: center; justify-content: space-between }
 .tabs { display: flex; flex-wrap: wrap; gap: .35rem } .tabs a { padding: .25rem .7rem; border: 1px solid var(--line);
   border-radius: 999px; text-decoration: none; background: var(--card) }
-.tabs a[aria-current] { background: var(--mine); color: var(--on-mine); border-color: var(--mine) }
+.tabs a[aria-current] { text-decoration: underline; background: var(--mine); color: var(--on-mine); border-color: var(--mine) }
 button, .button { font: inherit; padding: .3rem .8rem; border-radius: 7px; border: 1px solid var(--mine);
   background: var(--card); color: var(--mine); cursor: pointer; text-decoration: none; display: inline-block }
 button.main, .button.main { background: var(--mine); color: var(--on-mine) }
@@ -6995,7 +7013,7 @@ dd { margin: 0; overflow-wrap: anywhere }
 .note { border-left: 4px solid var(--good); background: var(--card); padding: .5rem .8rem }
 .refused { border-left: 4px solid var(--bad); background: var(--card); padding: .5rem .8rem }
 .refused p, .note p { margin: .2rem 0 } .offers { display: flex; flex-wrap: wrap; gap: .4rem; margin-top: .4rem }
-.place { display: grid; grid-template-columns: 11rem 1fr; gap: .2rem 1rem; padding: .6rem 0;
+.place { display: grid; grid-template-columns: 11rem minmax(0, 1fr); gap: .2rem 1rem; padding: .6rem 0;
   border-top: 1px solid var(--line) } .place:first-of-type { border-top: 0 }
 .days { display: grid; grid-template-columns: 11rem 1fr; gap: 1rem } .days svg { height: 1.4rem }
 svg { display: block; width: 100% } svg text { font-size: 12px; fill: var(--soft) }
@@ -7009,13 +7027,14 @@ svg .own.dashed rect { fill: var(--card); stroke: var(--mine); stroke-width: 2; 
 svg .own.dashed text { fill: var(--mine) } svg .closed { fill: url(#hatch) } svg .hatch { stroke: var(--bad) }
 svg .now { stroke: var(--now); stroke-width: 2 } svg .drag { fill: var(--mine); opacity: .35; pointer-events: none }
 svg.plot { touch-action: pan-y; cursor: crosshair; user-select: none }
-@media (max-width: 40rem) { .place, .days { grid-template-columns: 1fr } .days > :first-child { display: none }
-  main, header, footer { padding-left: .8rem; padding-right: .8rem } .free.month, .free tspan { display: none }
+@media (max-width: 40rem) { .place, .days { grid-template-columns: minmax(0, 1fr) } .days > :first-child { display: none }
+  main, header, footer { padding-left: .8rem; padding-right: .8rem } .free.month, .free tspan, .thin { display: none }
   svg text { font-size: 10.5px } svg .beside { display: none }
   table, tbody, tr, td { display: block } thead { display: none } tr { border-bottom: 1px solid var(--line);
   padding: .4rem 0 } td { border: 0; padding: .1rem 0; display: grid; grid-template-columns: 6.5rem 1fr; gap: .5rem;
   overflow-wrap: anywhere } td:empty { display: none }
   td::before { content: attr(data-name); color: var(--soft); font-size: .88rem } }
+@media print { header nav, header form, footer, form, .tabs, .button, .skip { display: none } .card { border: 0 } }
 '''
 
 SCRIPT = '''
@@ -7027,57 +7046,75 @@ if (zone && !/(^|; )zone=/.test(document.cookie)) {
 }
 for (const plot of document.querySelectorAll('svg.plot')) {
   const {resource, begin, end, snap} = plot.dataset, shade = plot.querySelector('.drag');
+  const edges = plot.dataset.edges ? plot.dataset.edges.split(',').map(Number) : null;
   let from = null, dragged = false;
-  const at = event => {
+  const near = seconds => edges ? edges.reduce((a, b) => Math.abs(b - seconds) < Math.abs(a - seconds) ? b : a)
+                                : +begin + Math.round((seconds - begin) / snap) * snap;
+  const exact = event => {
     const box = plot.getBoundingClientRect();
-    const share = Math.min(Math.max((event.clientX - box.left) / box.width, 0), 1);
-    return +begin + Math.round(share * (end - begin) / snap) * snap;
+    return +begin + Math.min(Math.max((event.clientX - box.left) / box.width, 0), 1) * (end - begin);
   };
-  const percent = seconds => `${100 * (seconds - begin) / (end - begin)}%`;
+  const at = event => near(exact(event));
+  const draw = (one, other) => {
+    shade.setAttribute('x', `${100 * (one - begin) / (end - begin)}%`);
+    shade.setAttribute('width', `${100 * (other - one) / (end - begin)}%`);
+  };
+  const book = (...ends) => {
+    const [start, stop] = ends.map(each => new Date(1000 * each).toISOString());
+    location.assign('/book?' + new URLSearchParams(stop ? {resource, start, end: stop} : {resource, start}));
+  };
   plot.addEventListener('dragstart', event => event.preventDefault());
   plot.addEventListener('pointerdown', event => {
     dragged = false;
     from = event.button || event.target.closest('.bar') ? null : at(event);
   });
   plot.addEventListener('pointermove', event => {
-    if (from === null || at(event) === from) return;
+    if (from === null || !dragged && at(event) === from) return;
     dragged = true;
     plot.setPointerCapture(event.pointerId);
-    const ends = [from, at(event)].sort((a, b) => a - b);
-    shade.setAttribute('x', percent(ends[0]));
-    shade.setAttribute('width', `${100 * (ends[1] - ends[0]) / (end - begin)}%`);
+    draw(Math.min(from, at(event)), Math.max(from, at(event)));
   });
   plot.addEventListener('pointerup', event => {
-    if (from !== null && dragged && at(event) !== from) {
-      const [start, stop] = [from, at(event)].sort((a, b) => a - b).map(each => new Date(1000 * each).toISOString());
-      location.assign('/book?' + new URLSearchParams({resource, start, end: stop}));
-    }
+    if (from !== null && dragged && at(event) !== from) book(Math.min(from, at(event)), Math.max(from, at(event)));
+    else draw(0, 0);
     from = null;
   });
-  plot.addEventListener('pointercancel', () => { from = null; });
-  plot.addEventListener('click', event => { if (dragged) event.preventDefault(); }, true);
+  plot.addEventListener('pointercancel', () => { from = null; draw(0, 0); });
+  plot.addEventListener('click', event => {
+    const cell = event.target.closest('a');
+    if (dragged) event.preventDefault();
+    else if (cell && !cell.matches('.bar') && !edges && !event.ctrlKey && !event.metaKey) {
+      event.preventDefault();
+      book(Math.floor((exact(event) - begin) / snap) * snap + +begin);
+    }
+  }, true);
 }
 const form = document.querySelector('form.booking'), verdict = document.getElementById('verdict');
 if (form) {
   let timer, asked = 0;
+  const fields = () => { const all = new FormData(form); all.delete('form'); return new URLSearchParams(all); };
   const check = async () => {
-    const fields = new FormData(form), turn = ++asked;
-    fields.delete('form');
-    const answer = await fetch('/book/check?' + new URLSearchParams(fields)).catch(() => null);
-    if (answer && answer.ok && turn === asked) verdict.innerHTML = await answer.text();
+    const turn = ++asked, answer = await fetch('/book/check?' + fields()).catch(() => null);
+    if (turn !== asked) return;
+    if (answer && answer.ok) verdict.innerHTML = await answer.text();
+    else verdict.textContent = 'It could not be checked; load the page again.';
   };
   form.addEventListener('input', () => { clearTimeout(timer); timer = setTimeout(check, 300); });
+  form.elements.resource.addEventListener('change', () => location.replace('/book?' + fields()));
 }
-const live = document.getElementById('live');
+const live = document.getElementById('live'), told = document.getElementById('told');
 if (live) {
-  let shown = null;
+  let tag = `"${live.dataset.tag}"`;
   setInterval(async () => {
     if (document.hidden) return;
-    const answer = await fetch(live.dataset.href).catch(() => null);
+    const answer = await fetch(live.dataset.href, {headers: {'If-None-Match': tag}}).catch(() => null);
     if (answer && answer.status === 401) location.reload();
     if (!answer || !answer.ok) return;
-    const text = await answer.text();
-    if (text !== shown) live.innerHTML = shown = text;
+    tag = answer.headers.get('ETag');
+    const before = live.querySelector('.state').textContent;
+    live.innerHTML = await answer.text();
+    const now = live.querySelector('.state').textContent;
+    if (now !== before) told.textContent = now;
   }, 1500);
 }
 '''
@@ -7131,13 +7168,14 @@ TEMPLATES = {'layout': '''<!doctype html>
 ''', 'refused': '''
 <div class="refused" role="alert"><p>{{sentence}}</p></div>
 <p><a href="{{back}}">Back</a></p>
-''', 'answer': '''
-<div class="card"><p>It is shown only now:</p><dl>
-% for name, value in answer.items():
-<dt>{{name}}</dt><dd><code>{{value}}</code></dd>
+''', 'sure': '''
+<div class="card"><p>{{words}} <strong><bdi>{{about}}</bdi></strong>{{f', the one of {which[:16].replace("T", " ")}' if which else ''}}? This can not be undone.</p>
+<form method="post" action="/do/{{operation}}" class="row">{{!visit.guard}}
+% for name, value in fields.items():
+<input type="hidden" name="{{name}}" value="{{value}}">
 % end
-</dl></div>
-<p><a href="{{back}}">Back</a></p>
+<input type="hidden" name="sure" value="yes"><button class="bad">Yes, {{words.lower()}}</button>
+<a class="button" href="{{back}}">No</a></form></div>
 ''', 'plan': '''
 <div class="bar-top">
 <div class="tabs" role="group" aria-label="How much is shown">
@@ -7167,7 +7205,7 @@ stroke-width="2"/></pattern><g id="grid">
 <h2>{{name}}</h2>
 <div class="days" aria-hidden="true"><span></span><svg>
 % for each in cells:
-<text x="{{each.left}}%" dx="3" y="15">{{each.name}}</text>
+<text x="{{each.left}}%" dx="3" y="15"{{!' class="thin"' if view == 'month' and int(each.name) % 5 != 1 else ''}}>{{each.name}}</text>
 % end
 </svg></div>
 % for place in places:
@@ -7176,16 +7214,28 @@ stroke-width="2"/></pattern><g id="grid">
 % if visit.writes:
 <a class="small" href="/book?resource={{place.name}}">Book<span class="soft"> on {{place.name}}</span></a>
 % end
+% if place.left_out:
+<br><a class="small" href="/list">{{place.left_out}} more in the list</a>
+% end
 </div>
 <svg class="plot" height="{{place.height}}" data-resource="{{place.name}}" data-begin="{{begin}}" data-end="{{end}}"
-data-snap="{{snap}}" role="group" aria-label="{{place.name}}: {{place.summary}}">
+data-snap="{{snap}}" data-edges="{{edges}}" role="group" aria-label="{{place.name}}: {{place.summary}}">
+% if place.open:
 <rect class="room" x="0" y="14" width="100%" height="50"/>
+% end
 <svg x="0" y="14" width="100%" height="50" viewBox="0 0 1000 50" preserveAspectRatio="none"><path class="held"
 d="{{place.path}}"/></svg>
-<line class="most" x1="0" x2="100%" y1="14" y2="14"/><use href="#grid"/><g class="free {{view}}">
+% if place.limited:
+<line class="most" x1="0" x2="100%" y1="14" y2="14"/>
+% end
+<use href="#grid"/><g class="free {{view}}">
 % for each in place.cells:
 % if each.free:
-<text x="{{each.left}}%" dx="3" y="11">{{each.free}}{{!' <tspan>free</tspan>' if view != 'month' else ''}}</text>
+<text x="{{each.left}}%" dx="3" y="11">{{brief(each.free)}}
+% if view != 'month':
+<tspan>{{each.unit}} free</tspan>
+% end
+</text>
 % end
 % end
 </g>
@@ -7223,9 +7273,14 @@ text-anchor="{{'start' if each.beside > each.left else 'end'}}">{{each.text}}</t
 % end
 </section>
 % end
-% if next_places:
-<p><a href="/?view={{view}}&amp;at={{at}}&amp;page={{next_places}}">More resources</a></p>
+<p>
+% if page:
+<a href="/?view={{view}}&amp;at={{at}}&amp;page={{page - 1}}">Resources before</a>
 % end
+% if next_places:
+<a href="/?view={{view}}&amp;at={{at}}&amp;page={{next_places}}">More resources</a>
+% end
+</p>
 % if left_out:
 <p class="soft">Only the first {{bars}} reservations are drawn; <a href="/list">the list</a> has them all.</p>
 % end
@@ -7236,11 +7291,17 @@ Drag over free time, or follow a day or Book, to reserve.
 % end
 </p>
 ''', 'state': '''<span class="state {{state}}"><i aria-hidden="true">{{sign}}</i>{{state}}</span>''', 'list': '''
+% if over is not None:
+<div class="bar-top"><div class="tabs" role="group" aria-label="Which">
+<a href="/list"{{!'' if over else ' aria-current="true"'}}>Now and to come</a>
+<a href="/list?over=1"{{!' aria-current="true"' if over else ''}}>Over</a></div>
 % if visit.writes:
-<p><a class="button main" href="/book">Book machines</a></p>
+<a class="button main" href="/book">Book machines</a>
+% end
+</div>
 % end
 % if not lines:
-<div class="card"><p>Nothing is reserved{{'' if visit.writes else ' in your project'}}.</p></div>
+<div class="card"><p>{{'Nothing is over yet' if over else 'Nothing is reserved'}}.</p></div>
 % else:
 <div class="card scroll" tabindex="0" role="region" aria-label="Reservations"><table>
 <thead><tr><th scope="col">Label</th><th scope="col">State</th><th scope="col">Where</th><th scope="col">Machines</th>
@@ -7278,13 +7339,17 @@ Drag over free time, or follow a day or Book, to reserve.
 </tbody></table></div>
 % end
 % if after:
-<p><a href="/list?after={{after}}">Later ones</a></p>
+<p><a href="/list?{{'over=1&amp;' if over else ''}}after={{after}}">{{'Earlier' if over else 'Later'}} ones</a></p>
 % end
 ''', 'verdict': '''
-% if refusal is None and not answer:
+% if refusal is None and not fits:
 <p class="soft">It says here whether it fits.</p>
 % elif refusal is None:
-<div class="note"><p>It fits: {{answer['words']}}.</p></div>
+<div class="note"><p>{{fits}}.</p>
+% for each in warnings:
+<p>{{each}}</p>
+% end
+</div>
 % else:
 <div class="refused"><p>{{refusal}}</p>
 % if offers:
@@ -7319,10 +7384,21 @@ placeholder="none: nothing boots"></label>
 </select></label>
 <label>Repeat <input name="repeat" value="{{said['repeat']}}" list="repeats" autocomplete="off" placeholder="once"></label>
 <label>Until <input name="until" type="date" value="{{said['until']}}"></label>
-<label>Notify <input name="notify" value="{{said['notify']}}" placeholder="eva@example.org"></label>
 <label class="wide">Description <textarea name="description" rows="2">{{said['description']}}</textarea></label>
 <label><input type="checkbox" name="wait" value="true"{{!' checked' if said['wait'] else ''}}> If it does not fit, wait</label>
 </div>
+<details><summary>More</summary><div class="fields">
+% for name, words in (('network', 'Network'), ('key', 'Key pair'), ('lead', 'Boot before the start by'), ('notify', 'Notify'), ('skip_dates', 'Not on these dates')):
+<label>{{words}} <input name="{{name}}" value="{{said[name]}}"></label>
+% end
+<label>Where one of a series does not fit <select name="on_conflict">
+% for each in ('', 'skip'):
+<option value="{{each}}"{{!' selected' if each == said['on_conflict'] else ''}}>{{'leave it out' if each else 'refuse all'}}</option>
+% end
+</select></label></div></details>
+% if why:
+<p class="soft small">No flavors and images are offered: {{why}}</p>
+% end
 % for kind, names in names.items():
 <datalist id="{{kind}}s">
 % for each in names:
@@ -7333,22 +7409,17 @@ placeholder="none: nothing boots"></label>
 <datalist id="repeats"><option value="daily"></option><option value="weekdays"></option><option value="weekly on tue,thu"></option>
 <option value="every 2 weeks on mon"></option><option value="monthly on first mon"></option></datalist>
 <div id="verdict" role="status" aria-live="polite">{{!verdict}}</div>
-<div class="row"><button class="main">Book</button><button formaction="/book" formmethod="get">Check</button></div>
+<div class="row"><button class="main">Book</button><button name="check" value="yes" formnovalidate>Check</button></div>
 </form>
 ''', 'reservation': '''
-<div id="live" data-href="{{href}}/live{{query}}">{{!live}}</div>
-% if deeds:
-<h2>Change</h2>
-<div class="card row">
-% for deed in deeds:
-{{!visit.deed(deed, found, True)}}
-% end
-</div>
-% end
+<p id="told" class="aside" role="status"></p>
+<div id="live" data-href="{{href}}/live{{query}}" data-tag="{{tag}}">{{!live}}</div>
 % if visit.writes and found['state'] not in over:
+<h2>Change</h2>
 <form method="post" action="/do/update" class="card">{{!visit.guard}}<div class="fields">
 <input type="hidden" name="label" value="{{found['label']}}"><input type="hidden" name="project" value="{{found['project']}}">
-<input type="hidden" name="next" value="{{href}}{{query}}">
+<input type="hidden" name="next" value="{{back}}"><input type="hidden" name="was_start" value="{{start}}">
+<input type="hidden" name="was_end" value="{{end}}"><input type="hidden" name="was_vms" value="{{found['vms']}}">
 % if occurrence:
 <input type="hidden" name="occurrence" value="{{occurrence}}">
 % end
@@ -7357,10 +7428,10 @@ placeholder="none: nothing boots"></label>
 % end
 <label>To <input name="end" type="datetime-local" value="{{end}}"></label>
 <label>Machines <input name="vms" type="number" min="1" value="{{found['vms']}}"></label>
-</div><p><button>Change</button></p></form>
+</div><p><button>Change</button> {{'only this one' if occurrence else 'all that has not begun' if found['repeat'] else ''}}</p></form>
 % end
 ''', 'live': '''
-<div class="card" role="status"><dl>
+<div class="card"><dl>
 <dt>State</dt><dd>{{!visit.state(found['state'])}}
 % if found['fault']:
 <span class="small">{{found['fault']}}</span>
@@ -7370,6 +7441,13 @@ placeholder="none: nothing boots"></label>
 <dt>{{name}}</dt><dd>{{!value}}</dd>
 % end
 </dl></div>
+% if deeds:
+<div class="row">
+% for each in deeds:
+{{!each}}
+% end
+</div>
+% end
 % if found.get('occurrences'):
 <h2>Occurrences</h2><div class="card scroll" tabindex="0" role="region" aria-label="Occurrences"><table>
 <thead><tr><th scope="col">From</th><th scope="col">To</th><th scope="col">Machines</th><th scope="col">State</th></tr></thead>
@@ -7382,6 +7460,9 @@ placeholder="none: nothing boots"></label>
 <td data-name="State">{{!visit.state(each['state'])}}</td></tr>
 % end
 </tbody></table></div>
+% if len(found['occurrences']) > 60:
+<p class="soft">and {{len(found['occurrences']) - 60}} more</p>
+% end
 % end
 % if found['servers']:
 <h2>Servers</h2><div class="card scroll" tabindex="0" role="region" aria-label="Servers"><table>
@@ -7436,8 +7517,17 @@ placeholder="none: nothing boots"></label>
 <details class="card"><summary>{{title}}</summary>
 <form method="post" action="/do/{{operation}}">{{!visit.guard}}<input type="hidden" name="next" value="/admin">
 <p class="soft small">{{summary}}</p><div class="fields">
-% for name, words, required in fields:
-<label>{{name.replace('_', ' ').capitalize()}} <input name="{{name}}"{{!' required' if required else ''}}>
+% for name, words, required, choices in fields:
+<label>{{name.replace('_', ' ').capitalize()}}
+% if choices:
+<select name="{{name}}">
+% for each in choices:
+<option>{{each}}</option>
+% end
+</select>
+% else:
+<input name="{{name}}"{{!' required' if required else ''}}>
+% end
 <span class="soft small">{{words}}</span></label>
 % end
 </div><p><button class="main">{{title}}</button></p></form></details>
@@ -7457,6 +7547,7 @@ DEEDS = {'extend': ('Extend', ('by', 'by', '+1h'), False), 'keep': ('Keep on', (
          'approve': ('Approve', None, False), 'reject': ('Reject', ('reason', 'because', ''), True),
          'maintenance_delete': ('Call off', None, True), 'token_revoke': ('Revoke', None, True),
          'limit_delete': ('Take away', None, True), 'resource_delete': ('Remove', None, True)}
+ASKS = ('delete', 'resource_delete', 'token_revoke')  # what is asked for twice
 #: What can be done to a reservation in each state; to a pending one, what its holder or an admin says.
 DEEDS_IN = {'waiting': ('delete',), 'pending': ('delete',), 'reserved': ('extend', 'skip', 'delete'),
             **dict.fromkeys(('starting', 'active', 'degraded'), ('extend', 'keep', 'delete'))}
@@ -7467,23 +7558,26 @@ FORMS = {'resource_add': ('name', 'cloud', 'region', 'aggregate', 'vms', 'vcpus'
          'limit_add': ('project', 'user', 'resource', 'most_vms', 'longest', 'ahead', 'least_notice', 'vcpu_hours',
                        'waiting', 'exempt'),
          'token_add': ('user', 'project', 'role')}
+CHOICES = {'mode': ('', 'open', *MODES), 'then': THEN, 'role': (USER, READER, ADMIN)}  # of those fields
 TITLES = {'resource_add': 'Add a resource', 'resource_update': 'Change a resource', 'token_add': 'Make a token',
           'maintenance_add': 'Plan a maintenance', 'limit_add': 'Set a limit'}
 DONE = {'extend': 'is longer now', 'keep': 'goes on', 'skip': 'is left out', 'delete': 'is cancelled',
         'update': 'is changed', 'accept': 'is yours', 'approve': 'is approved', 'reject': 'is rejected'}
-BOOKING = ('label', 'resource', 'start', 'end', 'vms', 'flavor', 'image', 'at_end', 'repeat', 'until', 'notify',
-           'description', 'wait')
-SECRETS = ('token_add', 'calendar_feed')  # operations whose answers are shown once
+BOOKING = ('label', 'resource', 'start', 'end', 'vms', 'flavor', 'image', 'at_end', 'repeat', 'until', 'skip_dates',
+           'on_conflict', 'network', 'key', 'lead', 'notify', 'description', 'wait')
 
 
 class Cell(NamedTuple):
-    """A day, or some hours, of a time line; where it is in percent of its width."""
+    """A day, or some hours, of a time line; where it is in percent of its width; instants in seconds."""
     left: float
     width: float
+    begin: int
+    until: int
     name: str
     start: str
     words: str = ''
     free: str = ''
+    unit: str = ''
 
 
 class Bar(NamedTuple):
@@ -7513,11 +7607,14 @@ class Drawn(NamedTuple):
     name: str
     holds: str
     summary: str
+    limited: bool
+    open: bool
     path: str
     cells: list[Cell]
     closed: list[Bar]
     bars: list[Bar]
     height: int
+    left_out: int
 
 
 def render_page(template: str, /, **values) -> str:
@@ -7537,7 +7634,8 @@ class Visit:
     service: Reservations
     actor: Actor | None
     zone: ZoneInfo
-    form: str  # what a form of theirs must carry
+    site: ZoneInfo  # in which the service itself lives
+    form: str       # what a form of theirs must carry
 
     @property
     def writes(self) -> bool:
@@ -7550,7 +7648,7 @@ class Visit:
 
     @property
     def here(self) -> Here:
-        return self.service.here._replace(zone=self.zone)
+        return self.service.here
 
     @property
     def guard(self) -> str:
@@ -7558,9 +7656,10 @@ class Visit:
 
     def at(self, moment: datetime) -> str:
         """A time for people, and where clocks differ from the service's own, that one too."""
-        here, there = moment.astimezone(self.zone), moment.astimezone(self.service.config.zone)
+        here, there = moment.astimezone(self.zone), moment.astimezone(self.site)
+        day = '' if here.date() == there.date() else f'{there:%a} '
         other = '' if here.utcoffset() == there.utcoffset() else (
-            f' <span class="soft small">({there:%H:%M} {there:%Z})</span>')
+            f' <span class="soft small">({day}{there:%H:%M} {there:%Z})</span>')
         return f'<time datetime="{moment:%Y-%m-%dT%H:%MZ}">{here:%a} {here.day} {here:%b %Y %H:%M}</time>{other}'
 
     def plain(self, moment: datetime) -> str:
@@ -7581,13 +7680,23 @@ class Visit:
         which = {'project': project} | ({'occurrence': to_plain(start)} if start else {})
         return f'/r/{quote(label)}?{urlencode(which)}'
 
-    def deed(self, name: str, line: dict, wide: bool = False) -> str:
-        """The button that does something to what a line is about."""
+    def deed(self, name: str, line: dict, wide: bool = False, occurrence: str = '') -> str:
+        """The button that does something to what a line is about.
+
+        Args:
+          wide: there is room for a field beside it, and it leads back to the page of the reservation
+          occurrence: of a series, the one that is meant
+        """
         words, field, bad = DEEDS[name]
-        fields = {'label': line['label'], 'project': line['project']} if 'label' in line else {
-            'id': line['id']} if name != 'resource_delete' else {'name': line['name']}
-        fields['next'] = '/admin' if 'label' not in line else '/list' if not wide or bad else self.href(*fields.values())
-        return render_page('deed', visit=self, operation=name, fields=fields, words=words, bad=bad,
+        if 'label' in line:
+            fields = {'label': line['label'], 'project': line['project']}
+            onward = '/list' if not wide or bad and not occurrence else self.href(*fields.values())
+            fields |= {'occurrence': occurrence} if occurrence else {}
+            words += (' this one' if occurrence else ' all' if line.get('repeat') else '') if name == 'delete' else ''
+        else:
+            fields, onward = {key: line[key] for key in ('name', 'id') if key in line}, '/admin'
+            fields = dict([next(iter(fields.items()))])
+        return render_page('deed', visit=self, operation=name, fields=fields | {'next': onward}, words=words, bad=bad,
                            field=field if wide or name in ('extend', 'keep') else None, about=next(iter(fields.values())))
 
     def deeds(self, found: dict) -> list[str]:
@@ -7600,12 +7709,41 @@ class Visit:
         return [*asks, *can] if self.writes else []
 
 
+class CloudNames:
+    """The names of flavors and images on clouds, looked up aside: nobody waits long for a cloud that is slow."""
+
+    def __init__(self, clouds: Clouds):
+        self.clouds, self.lock = clouds, threading.Lock()
+        self.found: dict[str, tuple[float, dict, str]] = {}  # by account: until when, names by kind, why there are none
+        self.asking: dict[str, threading.Thread] = {}
+
+    def of(self, account: str, patience: float = 1) -> tuple[dict[str, list[str]], str]:
+        """The names that are known of an account, by kind; and why, if it does not answer within some seconds."""
+        nothing = (0.0, {'flavor': [], 'image': []}, f'the cloud {account} does not answer yet')
+        with self.lock:
+            thread = self.asking.get(account)
+            if time.monotonic() >= self.found.get(account, nothing)[0] and not (thread and thread.is_alive()):
+                thread = self.asking[account] = threading.Thread(target=self.ask, args=(account,), daemon=True)
+                thread.start()
+        if thread:
+            thread.join(patience if account not in self.found else 0)
+        return self.found.get(account, nothing)[1:]
+
+    def ask(self, account: str) -> None:
+        try:
+            cloud = self.clouds.open(account)
+            names, why = {kind: sorted(cloud.names(kind))[:500] for kind in ('flavor', 'image')}, ''
+        except CloudError as error:
+            names, why = {'flavor': [], 'image': []}, str(error)
+        self.found[account] = time.monotonic() + (10 if why else 60), names, why
+
+
 class Pages:
     """The handlers of all pages of a service."""
 
     def __init__(self, service: Reservations):
         self.service = service
-        self.known: dict[tuple, tuple] = {}  # names of flavors and images by account: until when, which
+        self.names = CloudNames(service.clouds)
         with transaction():  # what cookies and forms are signed with is made once for a store
             run("INSERT INTO fact (name, value) VALUES ('page', ?) ON CONFLICT DO NOTHING", secrets.token_hex(32))
         self.key = bytes.fromhex(row("SELECT value FROM fact WHERE name = 'page'").value)
@@ -7625,65 +7763,71 @@ class Pages:
 
     # Who visits
 
-    def sign(self, text: str) -> str:
+    def sign(self, purpose: str, text: str) -> str:
         import hmac
-        return hmac.new(self.key, text.encode(), 'sha256').hexdigest()
+        return hmac.new(self.key, f'{purpose}\0{text}'.encode(), 'sha256').hexdigest()
 
-    def signed(self, text: str) -> str:
-        return f'{text}.{self.sign(text)}'
+    def signed(self, purpose: str, text: str) -> str:
+        return f'{text}.{self.sign(purpose, text)}'
 
-    def unsigned(self, text: str) -> str | None:
-        """What was signed, if it was by us."""
+    def unsigned(self, purpose: str, text: str) -> str | None:
+        """What was signed, if it was by us, for this."""
         said, _, sign = text.rpartition('.')
-        return said if secrets.compare_digest(sign.encode(), self.sign(said).encode()) else None
+        return said if secrets.compare_digest(sign.encode(), self.sign(purpose, said).encode()) else None
 
     def visit(self, request) -> Visit:
-        cookie = request.get_cookie('cmres') or ''
-        id, _, until = (self.unsigned(cookie) or '').partition('.')
-        actor = None
-        if id and float(until) > self.service.clock():
-            found = row('SELECT user, project, role FROM token WHERE id = ? AND revoked IS NULL', int(id))
-            actor = Actor(*found) if found else None
+        """Who sends a request: by a cookie of ours that has not ended, of a token that is in force."""
+        session = self.unsigned('session', request.get_cookie('cmres') or '') or ''
+        id, until, _ = session.split('.') if session.count('.') == 2 else ('0', '0', '')
+        found = row('SELECT user, project, role FROM token WHERE id = ? AND revoked IS NULL AND NOT EXISTS '
+                    '(SELECT 1 FROM fact WHERE name = ?)', int(id), f'out {session}') if (
+            int(until) > self.service.clock()) else None
+        actor = Actor(*found) if found else None
         try:
             zone = read_zone(unquote(request.get_cookie('zone') or '') or self.service.config.timezone)
         except Invalid:
             zone = self.service.config.zone
-        return Visit(self.service.acting(actor) if actor else self.service, actor, zone, self.sign(f'form {cookie}'))
+        service = self.service.acting(actor or Actor('', '', READER))
+        service.config = dataclasses.replace(service.config, timezone=zone.key)  # sentences speak in the person's zone
+        return Visit(service, actor, zone, self.service.config.zone, self.sign('form', id if actor else ''))
 
     def visited(self, handle: Callable, signed_in: bool = True) -> Callable:
         """A handler of a page: who visits, what a form says, and what becomes of an error."""
         import bottle
 
         def handler(**path):
-            request = bottle.request
+            request, given = bottle.request, {}
             visit = self.visit(request)
             try:
                 given = read_query(request) if request.method == 'GET' else read_form(request)
                 if signed_in and not visit.actor:
-                    return self.asking(visit, request)
+                    return self.asking(visit, request, given)
                 if request.method == 'POST':
                     self.refuse_foreign(request, given, visit, signed_in)
                 return handle(visit, **path, given=given)
             except Error as error:
-                return self.page(visit, 'Refused', render_page('refused', sentence=str(error), back='/'), error.status)
+                return self.refusal(visit, error, local(given.get('next')))
             except peewee.DatabaseError as error:
-                sentence = f'the store is not available: {error}; try again'
-                return self.page(visit, 'Refused', render_page('refused', sentence=sentence, back='/'), 503)
+                return self.refusal(visit, Unavailable(f'the store is not available: {error}; try again'), '/')
         return handler
+
+    def refusal(self, visit: Visit, error: Error, back: str):
+        return self.page(visit, 'Refused', render_page('refused', sentence=str(error), back=back), error.status)
 
     def refuse_foreign(self, request, given: dict, visit: Visit, signed_in: bool) -> None:
         """Refuses what another site's page sends: by where it comes from, and by what only our forms know."""
         origin = request.get_header('Origin')
-        elsewhere = origin and urlsplit(origin).netloc != request.get_header('Host')
+        ours = (request.get_header('Host'), urlsplit(self.service.config.address).netloc or None)
+        elsewhere = origin and (urlsplit(origin).netloc or '-') not in ours
         if elsewhere or request.get_header('Sec-Fetch-Site', 'same-origin') not in ('same-origin', 'none'):
             raise Forbidden('this form comes from another site')
         if not secrets.compare_digest(given.pop('form', '').encode(), visit.form.encode()) and signed_in:
-            raise Forbidden('this form is too old, or comes from elsewhere; go back and load the page again')
+            raise Forbidden('this form is of another person, or comes from elsewhere; go back and load the page again')
 
     def page(self, visit: Visit, title: str, body: str, status: int = 200):
         """A whole page; what the last form did is said once."""
         import bottle
-        note = self.unsigned(unquote(bottle.request.get_cookie('note') or ''))
+        note = self.unsigned('note', unquote(bottle.request.get_cookie('note') or ''))
         here = bottle.request.path
         back = here + (f'?{bottle.request.query_string}' if bottle.request.query_string else '')
         text = render_page('layout', title=title, body=body, visit=visit, note=note, here=here, version=LOOK,
@@ -7693,12 +7837,15 @@ class Pages:
             made.delete_cookie('note', path='/')
         return made
 
-    def asking(self, visit: Visit, request):
-        """The form to sign in, which leads back to what was asked for."""
-        back = request.path + (f'?{request.query_string}' if request.query_string else '')
-        back = back if request.method == 'GET' and not request.path.endswith(('/live', '/check')) else '/'
-        status = 200 if request.method == 'GET' and back != '/' or request.path == '/' else 401
-        return self.page(visit, 'Sign in', render_page('sign in', refusal='', token='', back=back), status)
+    def asking(self, visit: Visit, request, given: dict):
+        """The form to sign in, which leads back to what was asked for, and to what was typed."""
+        typed = {name: value for name, value in given.items() if name in BOOKING and value}
+        query = f'?{urlencode(typed)}' if request.method == 'POST' else f'?{request.query_string}'.rstrip('?')
+        aside = request.path.endswith(('/live', '/check'))
+        goes = request.method == 'GET' and not aside or request.path == '/book'
+        status = 200 if request.method == 'GET' and not aside else 401
+        return self.page(visit, 'Sign in', render_page(
+            'sign in', refusal='', token='', back=request.path + query if goes else '/'), status)
 
     def ask(self, visit: Visit, given: dict):
         return self.page(visit, 'Sign in', render_page('sign in', refusal='', token=given.get('token', ''), back='/'))
@@ -7712,10 +7859,20 @@ class Pages:
                 'sign in', refusal=str(error), token='', back=local(given.get('next'))), 401)
         id, lasts = row('SELECT id FROM token WHERE hash = ?', hashed(token)).id, self.service.config.signed_in
         made = self.onward(local(given.get('next')))
-        self.set_cookie(made, 'cmres', self.signed(f'{id}.{int(self.service.clock() + lasts)}'), int(lasts))
+        session = f'{id}.{int(self.service.clock() + lasts)}.{secrets.token_hex(8)}'
+        self.set_cookie(made, 'cmres', self.signed('session', session), int(lasts))
         return made
 
     def sign_out(self, visit: Visit, given: dict):
+        """Ends the session, also for whoever has a copy of its cookie."""
+        import bottle
+        session = self.unsigned('session', bottle.request.get_cookie('cmres') or '')
+        with transaction():
+            for old in rows("SELECT name FROM fact WHERE name LIKE 'out %'") if session else ():
+                if int(old.name.split('.')[1]) < self.service.clock():
+                    run('DELETE FROM fact WHERE name = ?', old.name)
+            if session:
+                run("INSERT INTO fact (name, value) VALUES (?, '') ON CONFLICT DO NOTHING", f'out {session}')
         made = self.onward('/')
         made.delete_cookie('cmres', path='/')
         return made
@@ -7729,7 +7886,7 @@ class Pages:
         """Leads on after a form, so that loading again does not send it again."""
         made = answered('', 303, {'Location': href})
         if note:
-            self.set_cookie(made, 'note', quote(self.signed(note), safe=''), 60)
+            self.set_cookie(made, 'note', quote(self.signed('note', note[:800]), safe=''), 60)
         return made
 
     def set_cookie(self, made, name: str, value: str, lasts: int) -> None:
@@ -7756,9 +7913,10 @@ class Pages:
             groups[', '.join(filter(None, (place.cloud or 'no cloud', place.region)))].append(each)
         now = visit.service.clock()
         return self.page(visit, 'Plan', render_page(
-            'plan', visit=visit, views=VIEWS, view=view, at=first, before=first - timedelta(days=1), after=after,
+            'plan', visit=visit, brief=in_brief_figures, views=VIEWS, view=view, at=first, before=first - timedelta(days=1), after=after,
             span=named_span(view, first, after), cells=cells, groups=groups.items(), begin=begin, end=end,
-            snap=900 if view == 'day' else 3600 if view == 'week' else 86400, bars=MOST_BARS,
+            snap=900 if view == 'day' else 3600, bars=MOST_BARS, page=page,
+            edges=','.join(str(each.begin) for each in cells) + f',{end}' if view == 'month' else '',
             now_at=percent(now, begin, end) if begin <= now < end else None, left_out=len(found) > MOST_BARS,
             more=f'&page={page}' if page else '', next_places=page + 1 if len(places) > (page + 1) * MOST_PLACES else 0))
 
@@ -7775,33 +7933,38 @@ class Pages:
     def draw(self, visit: Visit, place, cells: list[Cell], begin: int, end: int, view: str, found: list) -> Drawn:
         most = capacity(place)
         width = {'day': 900, 'week': 3600, 'month': 10800}[view]
-        levels = peaks(place.id, begin, width, -(-(end - begin) // width))
+        levels = peaks(place.id, begin, width, -(-(end - begin) // width), most.names)
+        limits = {name: n for name, n in in_figures(most).items() if n is not None}
         highest = max((each.vms for each in levels), default=0)
-        shares = [share_of(each, most, highest) for each in levels]
-        figure = next((name for name in FIGURES if getattr(most, name) is not None), '')
-        filled = []
-        for cell in cells:
-            here = levels[int(cell.left / 100 * len(levels)):max(int((cell.left + cell.width) / 100 * len(levels)), 1)]
-            least = max(getattr(most, figure) - max(getattr(each, figure) for each in here), 0) if figure and here else ''
-            words = f'{cell.name}: {least} of {getattr(most, figure)} {figure} free' if figure else cell.name
-            filled.append(cell._replace(words=words, free=str(least)))
+        shares = [share_of(in_figures(each), limits, highest) for each in levels]
+        filled = [told_free(cell, levels[(cell.begin - begin) // width:-(-(cell.until - begin) // width)], limits)
+                  for cell in cells]
         bars, lanes = bars_of(visit, found, begin, end)
         closed = [Bar(*extent(each.start.timestamp(), each.end.timestamp(), begin, end), each.reason)
                   for each in map(as_row, visit.service.maintenance_list(place.name))
                   if each.start.timestamp() < end and each.end.timestamp() > begin]
-        holds = ', '.join(f'{n} {name}' for name, n in in_figures(most).items() if n is not None) or 'without a limit'
-        free = [each.free for each in filled if each.free]
-        summary = f'{min(map(int, free))} {figure} are free all the time' if free else 'nothing limits it'
-        return Drawn(place.name, holds, summary, curve(shares), filled, closed, bars, 68 + 21 * lanes)
+        holds = ', '.join(f'{n} {name}' for name, n in limits.items()) or 'without a limit'
+        least = min((each for each in filled if each.free), key=lambda each: int(each.free), default=None)
+        summary = f'at least {least.free} {least.unit} free at any time' if least else 'nothing limits it'
+        return Drawn(place.name, holds, summary, bool(limits), not limits or all(limits.values()), curve(shares), filled,
+                     closed, bars, 68 + 21 * lanes, len(found) - len(bars))
 
     # Reservations
 
     def list(self, visit: Visit, given: dict):
         """One's own reservations, an admin's all, with what can be done to them."""
-        after = given.get('after', '')
-        found = visit.service.list(limit=MOST_LINES_SHOWN, after=int(after) if re.fullmatch('[0-9]{1,15}', after) else 0)
+        after, over = int(given['after']) if re.fullmatch('[0-9]{1,15}', given.get('after', '')) else 0, 'over' in given
+        found = self.over(visit, after) if over else visit.service.list(limit=MOST_LINES_SHOWN, after=after)
         return self.page(visit, 'Reservations', render_page(
-            'list', visit=visit, lines=self.lines(visit, found), after=found[-1]['id'] if len(found) == MOST_LINES_SHOWN else 0))
+            'list', visit=visit, lines=self.lines(visit, found), over=over,
+            after=found[-1]['id'] if len(found) == MOST_LINES_SHOWN else 0))
+
+    def over(self, visit: Visit, before: int) -> list[dict]:
+        """What has ended or was cancelled, the latest first."""
+        return [public(each) for each in visit.service.search(
+            [('o.start <= ?', int(visit.service.clock())), *visit.service.visible(),
+             *([('(o.start, o.id) < (SELECT start, id FROM occurrence WHERE id = ?)', before)] if before else [])],
+            OVER, MOST_LINES_SHOWN, 'ORDER BY start DESC, id DESC')]
 
     def lines(self, visit: Visit, found: list[dict]) -> list[dict]:
         """Reservations with their addresses, how late they were ready, and what can be done to them."""
@@ -7815,18 +7978,29 @@ class Pages:
 
     def reservation(self, visit: Visit, label: str, given: dict):
         """All of one reservation; what is live in it is loaded again and again."""
-        found, live, occurrence = self.shown(visit, label, given)
+        try:
+            found, live, occurrence = self.shown(visit, label, given)
+        except Conflict:  # it is in several projects
+            found = {'parts': visit.service.list(label)}
         if 'parts' in found:
-            body = render_page('list', visit=visit, lines=self.lines(visit, found['parts']), after=0)
-            return self.page(visit, label, body)
+            whole = [visit.deed(deed, {'label': label, 'project': found['parts'][0]['project'], 'repeat': ''}, True)
+                     for deed in ('extend', 'delete')] if 'label' in found and visit.writes else []
+            return self.page(visit, label, render_page('list', visit=visit, lines=self.lines(visit, found['parts']),
+                                                       after=0, over=None) + ''.join(whole))
         query = {'project': found['project']} | ({'occurrence': occurrence} if occurrence else {})
+        running = found['repeat'] and found['state'] in ('starting', 'active', 'degraded')
+        only = occurrence or (to_plain(found['start']) if running else '')
         return self.page(visit, label, render_page(
             'reservation', visit=visit, found=found, live=live, href=f'/r/{quote(label)}', query=f'?{urlencode(query)}',
-            deeds=visit.deeds(found), over=(*OVER, 'ending'), occurrence=occurrence,
+            back=visit.href(label, found['project']), over=(*OVER, 'ending'), occurrence=only, tag=hashed(live)[:20],
             **{name: local_time(found[name], visit.zone) for name in ('start', 'end')}))
 
     def live(self, visit: Visit, label: str, given: dict):
-        return answered(self.shown(visit, label, given)[1])
+        import bottle
+        text = self.shown(visit, label, given)[1]
+        tag = f'"{hashed(text)[:20]}"'
+        same = tag == bottle.request.get_header('If-None-Match')
+        return answered('' if same else text, 304 if same else 200, {'ETag': tag})
 
     def shown(self, visit: Visit, label: str, given: dict) -> tuple[dict, str, str]:
         """A reservation, its live part, and the occurrence that was asked for."""
@@ -7839,36 +8013,47 @@ class Pages:
                  ('From', found['start']), ('To', found['end']), ('Repeats', found['repeat']),
                  ('At the end', found['at_end'] if found['image'] or found['server'] else ''),
                  ('Part of', found['request']), ('Description', found['description'])]
-        events = visit.service.events(label, found['project'], limit=50)[::-1]
-        return found, render_page('live', visit=visit, found=found, events=events, late=lateness_told, facts=[
-            (name, visit.cell(value)) for name, value in facts if value]), asked.get('occurrence', '')
+        events, occurrence = visit.service.events(label, found['project'], limit=50)[::-1], asked.get('occurrence', '')
+        deeds = [visit.deed(each, found, True, occurrence if each in ('extend', 'skip', 'delete') else '')
+                 for each in visit.deeds(found)]
+        return found, render_page('live', visit=visit, found=found, events=events, late=lateness_told, deeds=deeds, facts=[
+            (name, visit.cell(value)) for name, value in facts if value]), occurrence
 
     # Booking
 
     def book(self, visit: Visit, given: dict):
         """The form, filled in with what was clicked on, and whether that fits."""
-        said = self.said(visit, given)
+        said = self.filled(visit, given)
         checked = self.tried(visit, said) if given.get('start') or given.get('resource') else {}
         return self.booking(visit, said, checked)
 
     def booking(self, visit: Visit, said: dict, checked: dict, status: int = 200):
+        names, why = self.offered(visit, said['resource'])
         return self.page(visit, 'Book', render_page(
             'book', visit=visit, said=said, places=[each.name for each in visit.service.places()], ends=ENDS,
-            names=self.names(visit, said['resource']), verdict=self.verdict(**checked)), status)
+            names=names, why=why, verdict=self.verdict(**checked)), status)
 
-    def verdict(self, answer: dict | None = None, refusal: str | None = None, offers: Iterable = ()) -> str:
-        return render_page('verdict', answer=answer, refusal=refusal, offers=[*offers])
+    def verdict(self, fits: str = '', refusal: str | None = None, offers: Iterable = (), warnings: Iterable = ()) -> str:
+        return render_page('verdict', fits=fits, refusal=refusal, offers=[*offers], warnings=[*warnings])
 
-    def said(self, visit: Visit, given: dict) -> dict:
-        """The fields of the form: as given, times as clocks show them there."""
-        given = {name: given[name] for name in BOOKING if given.get(name)}
+    def offered(self, visit: Visit, resource: str) -> tuple[dict, str]:
+        """The names of flavors and images on a resource's cloud, and why there are none."""
+        place = row('SELECT * FROM resource WHERE name = ? AND removed IS NULL', resource)
+        if not visit.writes or not place or not place.cloud:
+            return {'flavor': [], 'image': []}, ''
+        return self.names.of(self.service.clouds.account(place.cloud, visit.actor.project))
+
+    def filled(self, visit: Visit, given: dict) -> dict:
+        """The fields of the form: as given, times as clocks show them there; what was clicked on starts now at least."""
         hour = visit.here.now.replace(minute=0, second=0) + timedelta(hours=1)
-        start = read_argument('start', given['start'], When, visit.here) if 'start' in given else hour
-        start = visit.here.now + start if isinstance(start, timedelta) else max(start, visit.here.now)
-        end = read_argument('end', given['end'], When, visit.here) if 'end' in given else timedelta(hours=1)
-        end = start + end if isinstance(end, timedelta) else end
+        start = read_argument('start', given['start'], When, visit.here) if given.get('start') else hour
+        start = visit.here.now + start if isinstance(start, timedelta) else start
+        start = max(start, visit.here.now) if 'label' not in given else start
+        end = read_argument('end', given['end'], When, visit.here) if given.get('end') else timedelta(hours=1)
+        end = start + end if isinstance(end, timedelta) else max(end, start + timedelta(minutes=1))
         places = visit.service.places()
-        return dict.fromkeys(BOOKING, '') | {'resource': places[0].name if places else '', 'vms': '1'} | given | {
+        return dict.fromkeys(BOOKING, '') | {'resource': places[0].name if places else '', 'vms': '1'} | {
+            name: given[name] for name in BOOKING if given.get(name)} | {
             'start': local_time(start, visit.zone), 'end': local_time(end, visit.zone)}
 
     def asked(self, visit: Visit, said: dict) -> dict:
@@ -7878,82 +8063,104 @@ class Pages:
 
     def tried(self, visit: Visit, said: dict) -> dict:
         """Whether it fits, and if not, what would: the values of the verdict."""
-        said = said | {'label': said['label'] or f'new-{secrets.token_hex(4)}'}
+        why = self.offered(visit, said.get('resource', ''))[1] if said.get('flavor') or said.get('image') else ''
+        if why:  # nobody waits for that cloud before they book
+            return {'refusal': f'not checked: {why}; to book asks once more'}
         try:
-            answer = visit.service.add(**self.asked(visit, said), dry_run=True)
-            state = '; it will wait' if answer['state'] == 'waiting' else (
-                '; an admin must approve it' if answer['state'] == 'pending' else '')
-            return {'answer': {'words': f"{answer['vms']} vms on {answer['resource']} from {visit.plain(answer['start'])} "
-                               f"to {visit.plain(answer['end'])}{state}"}}
+            answer = visit.service.add(**self.asked(visit, said | {'label': said.get('label') or self.unused_label}),
+                                       dry_run=True)
+            return {'fits': self.told(visit, answer), 'warnings': answer.get('warnings', ())}
         except Error as error:
             return {'refusal': str(error), 'offers': self.offers(visit, said, error)}
 
-    def offers(self, visit: Visit, said: dict, error: Error) -> Iterator[tuple[str, str]]:
-        """Links to the same form with what would fit; each was checked by THE RULE."""
-        start, end = (from_wall(datetime.fromisoformat(said[name]), visit.zone) for name in ('start', 'end'))
+    @property
+    def unused_label(self) -> str:
+        return f'new-{secrets.token_hex(4)}'
 
-        def link(words, **other):
+    def told(self, visit: Visit, answer: dict) -> str:
+        """What would be, of the answer of a dry run."""
+        taken = [each for each in answer.get('occurrences', ()) if each['outcome'] != 'left out']
+        words = (f"{answer['vms']} vms on {answer['resource']} from {visit.plain(answer['start'])} "
+                 f"to {visit.plain(answer['end'])}")
+        if 'occurrences' in answer:
+            left_out = len(answer['occurrences']) - len(taken)
+            return (f'It fits: {len(taken)} times, the first {words}, the last on {visit.plain(taken[-1]["start"])}' + (
+                    f'; {left_out} times it does not fit and is left out' if left_out else ''))
+        return f'It does not fit now, and will wait: {words}' if answer['state'] == 'waiting' else (
+            f"It fits: {words}{'; an admin must approve it' if answer['state'] == 'pending' else ''}")
+
+    def offers(self, visit: Visit, said: dict, error: Error) -> Iterator[tuple[str, str]]:
+        """Links to the same form with what would fit; each was tried."""
+        for words, other in self.offered_instead(visit, said, error):
             other = {name: to_plain(each) if isinstance(each, datetime) else each for name, each in other.items()}
-            fields = {name: value for name, value in (said | other).items() if value and not value.startswith('new-')}
-            return f'/book?{urlencode(fields)}', words
+            wish = {name: value for name, value in (said | other).items() if value}
+            try:
+                visit.service.add(**self.asked(visit, wish | {'label': self.unused_label}), dry_run=True)
+            except Error:
+                continue
+            yield f"/book?{urlencode(wish | {'label': said.get('label', '')})}", words
+
+    def offered_instead(self, visit: Visit, said: dict, error: Error) -> Iterator[tuple[str, dict]]:
+        try:
+            start, end = (from_wall(datetime.fromisoformat(said[name]), visit.zone) for name in ('start', 'end'))
+        except (KeyError, ValueError):
+            return
         if 'most_vms' in error.details:
-            yield link(f"{error.details['most_vms']} machines then", vms=str(error.details['most_vms']))
+            yield f"{error.details['most_vms']} machines then", {'vms': str(error.details['most_vms'])}
         if 'longest' in error.details:
             longest = error.details['longest']
-            yield link(f'for {longest} only', end=start + parse_duration(longest))
-        if isinstance(error, NoCapacity):
+            yield f'for {longest} only', {'end': start + parse_duration(longest)}
+        if said.get('repeat') and isinstance(error, NoCapacity):
+            yield 'where it fits, without the others', {'on_conflict': 'skip'}
+        elif isinstance(error, NoCapacity):
             for slot in self.slots(visit, said, start, end):
-                yield link(f"from {visit.plain(slot['start'])}", start=slot['start'], end=slot['start'] + (end - start))
+                yield f"from {visit.plain(slot['start'])}", {'start': slot['start'], 'end': slot['start'] + (end - start)}
 
     def slots(self, visit: Visit, said: dict, start: datetime, end: datetime) -> list[dict]:
         try:
-            return visit.service.find(said['resource'], end - start, int(said['vms']), said['flavor'], after=start, limit=3)
+            return visit.service.find(said['resource'], end - start, int(said['vms']), said.get('flavor', ''), after=start,
+                                      limit=3)
         except Error:
             return []
 
     def check(self, visit: Visit, given: dict):
-        return answered(self.verdict(**self.tried(visit, self.said(visit, given))))
+        """The verdict alone, also on what can't be read."""
+        return answered(self.verdict(**self.tried(visit, given)))
 
     def add(self, visit: Visit, given: dict):
         said = {name: given.get(name, '') for name in BOOKING}
-        try:
-            found = visit.service.add(**self.asked(visit, said))
-        except Error as error:
-            said = self.said(visit, given)
-            refused = {'refusal': str(error), 'offers': self.offers(visit, said, error)}
-            return self.booking(visit, said, refused, error.status)
-        return self.onward(visit.href(found['label'], found['project']), f"'{found['label']}' is {found['state']}")
-
-    def names(self, visit: Visit, resource: str) -> dict[str, list[str]]:
-        """Flavors and images of a resource's cloud; none while that does not answer."""
-        place = row('SELECT * FROM resource WHERE name = ? AND removed IS NULL', resource)
-        account = self.service.clouds.account(place.cloud, visit.actor.project) if place and place.cloud else ''
-        return {kind: self.known_names(account, kind) if account else [] for kind in ('flavor', 'image')}
-
-    def known_names(self, account: str, kind: str) -> list[str]:
-        until, names = self.known.get((account, kind), (0, []))
-        if time.monotonic() >= until:
+        checked, status = self.tried(visit, said) if 'check' in given else {}, 200
+        if 'check' not in given:
             try:
-                names = sorted(self.service.clouds.open(account).names(kind))[:500]
-            except CloudError as error:
-                log.warning('the form offers no %s names: %s', kind, error)
-            self.known[account, kind] = time.monotonic() + 60, names
-        return names
+                found = visit.service.add(**self.asked(visit, said))
+                about = found.get('parts', [found])[0]
+                warnings = ''.join(f'; {each}' for each in found.get('warnings', ()))
+                return self.onward(visit.href(found['label'], about['project']),
+                                   f"'{found['label']}' is {about['state']}{warnings}")
+            except Error as error:
+                checked, status = {'refusal': str(error), 'offers': [*self.offers(visit, said, error)]}, error.status
+        try:
+            said = self.filled(visit, given)
+        except Error:  # what can't be read stands there as it was typed
+            pass
+        return self.booking(visit, said, checked, status)
 
     # Admins, and all forms
 
     def admin(self, visit: Visit, given: dict):
         """What an operator looks after."""
-        service, tokens = visit.service, visit.service.token_list()  # which is for admins alone
+        service = visit.service
+        tokens = [each for each in service.token_list() if not each['revoked']]  # which is for admins alone
         late = service.punctuality()
         sections = (
             ('Resources', service.resource_list(), 'name cell cloud region aggregate vms vcpus ram classes mode',
              ('resource_delete',), ('resource_add', 'resource_update')),
             ('Maintenance', service.maintenance_list(), 'id resource start end vms vcpus ram reason',
              ('maintenance_delete',), ('maintenance_add',)),
-            ('Waiting and pending', service.list(state=['waiting', 'pending']),
-             'label user project resource vms start end state', ('approve', 'reject', 'delete'), ()),
-            ('Tokens', tokens, 'id user project role added revoked', ('token_revoke',), ('token_add',)),
+            ('Pending', service.list(state=['pending']), 'label user project resource vms start end',
+             ('approve', 'reject'), ()),
+            ('Waiting', service.list(state=['waiting']), 'label user project resource vms start end', ('delete',), ()),
+            ('Tokens', tokens, 'id user project role added', ('token_revoke',), ('token_add',)),
             ('Limits', service.limit_list(), 'id project user resource most_vms longest ahead least_notice vcpu_hours '
              'waiting exempt', ('limit_delete',), ('limit_add',)),
             ('Punctuality of the last 30 days, in seconds', late['clouds'], 'cloud servers begun_median begun_95 '
@@ -7965,7 +8172,8 @@ class Pages:
         table = render_page('table', visit=visit, name=name, lines=lines, columns=columns.split(), deeds=deeds)
         return f'<h2>{name}</h2>{table}' + ''.join(render_page(
             'form', visit=visit, operation=each, title=TITLES[each], summary=API[each].summary, fields=[
-                (field, WORDS[field], API[each].parameters[field].default is REQUIRED) for field in FORMS[each]])
+                (field, WORDS[field], API[each].parameters[field].default is REQUIRED, CHOICES.get(field))
+                for field in FORMS[each]])
             for each in forms)
 
     def do(self, visit: Visit, name: str, given: dict):
@@ -7973,15 +8181,30 @@ class Pages:
         operation = API.get(name)
         if not operation or not operation.changes:
             raise NotFound(f"there is no operation '{name}' that changes something")
-        onward = local(given.pop('next', '/'))
-        given = {field: value for field, value in given.items() if value != ''}
+        onward, sure = local(given.get('next')), given.pop('sure', '')
+        said = {field: value for field, value in given.items() if field != 'next'}
+        if name in ASKS and not sure:
+            return self.page(visit, 'Are you sure?', render_page(
+                'sure', visit=visit, operation=name, fields=given, words=DEEDS[name][0], back=onward,
+                about=said.get('label') or said.get('name') or said.get('id'), which=said.get('occurrence')))
+        # What a form has shown and nobody has changed is not asked for.
+        said = {field: value for field, value in said.items()
+                if value != '' and not field.startswith('was_') and said.get(f'was_{field}') != value}
         if 'tz' in operation.parameters:
-            given.setdefault('tz', visit.zone.key)
-        answer = getattr(visit.service, name)(**bind(operation, given, visit.here))
-        if name in SECRETS and 'dry_run' not in given:
-            return self.page(visit, operation.words.capitalize(), render_page('answer', answer=answer, back=onward), 201)
-        about = given.get('rename') or given.get('label') or given.get('name') or given.get('id') or ''
-        return self.onward(onward, f"'{about}' {DONE[name]}" if name in DONE else f'done: {operation.words} {about}')
+            said.setdefault('tz', visit.zone.key)
+        answer = getattr(visit.service, name)(**bind(operation, said, visit.here))
+        return self.onward(onward, told_done(name, said, answer))
+
+
+def told_done(name: str, said: dict, answer) -> str:
+    """What a form has done, in a sentence."""
+    about = said.get('rename') or said.get('label') or said.get('name') or said.get('id') or said.get('user') or ''
+    if name == 'token_add':
+        return f"the token of {about}, shown only now: {answer.get('token', '')}"
+    hit = answer.get('hit', []) if isinstance(answer, dict) else []
+    told = ', '.join(f"{each['label']} of {each['user']} ({each['outcome']})" for each in hit[:20])
+    return (f"'{about}' {DONE[name]}" if name in DONE else f'done: {API[name].words} {about}') + (
+        f'; {len(hit)} were in the way: {told}' if hit else '')
 
 
 def answered(text: str, status: int = 200, headers: dict | None = None):
@@ -8039,9 +8262,22 @@ def cells_of(view: str, first: date, after: date, zone: ZoneInfo) -> list[Cell]:
     walls = [at_midnight(first) + timedelta(hours=hour) for hour in (
         range(0, 24, 3) if view == 'day' else range(0, 24 * (after - first).days, 24))]
     ends = [from_wall(each, zone).timestamp() for each in walls[1:]] + [end]
-    return [Cell(*extent(from_wall(wall, zone).timestamp(), until, begin, end),
-                 f'{wall:%H:%M}' if view == 'day' else f'{wall.day}' if view == 'month' else f'{wall:%a} {wall.day}',
-                 wall.isoformat(timespec='minutes').removesuffix('T00:00')) for wall, until in zip(walls, ends)]
+    return [Cell(*extent(from_wall(wall, zone).timestamp(), until, begin, end), int(from_wall(wall, zone).timestamp()),
+                 int(until), f'{wall:%H:%M}' if view == 'day' else f'{wall.day}' if view == 'month' else
+                 f'{wall:%a} {wall.day}', wall.isoformat(timespec='minutes').removesuffix('T00:00'))
+            for wall, until in zip(walls, ends)]
+
+
+def told_free(cell: Cell, levels: list[Amount], limits: dict[str, int]) -> Cell:
+    """A cell with how much of the scarcest figure is free in it at any time."""
+    if not limits:
+        return cell._replace(words=cell.name)
+    used = [in_figures(each) for each in levels]
+    free = {name: limit - max(each.get(name, 0) for each in used) for name, limit in limits.items()}
+    scarcest = min(free, key=lambda name: free[name] / limits[name] if limits[name] else 0)
+    least = max(free[scarcest], 0)
+    return cell._replace(words=f'{cell.name}: {least} of {limits[scarcest]} {scarcest} free', free=str(least),
+                         unit='' if scarcest == 'vms' else scarcest)
 
 
 def percent(at: float, begin: float, end: float) -> float:
@@ -8054,10 +8290,16 @@ def extent(start: float, until: float, begin: float, end: float) -> tuple[float,
     return left, round(percent(until, begin, end) - left, 3)
 
 
-def share_of(held: Amount, most: Amount, highest: int) -> float:
+def share_of(held: dict[str, int], limits: dict[str, int], highest: int) -> float:
     """How full a resource is, 0 to 1; where nothing limits it, against the highest that is shown."""
-    shares = [each / limit if limit else float(each > 0) for each, limit in zip(held[:3], most) if limit is not None]
-    return min(max(shares) if shares else held.vms / (1.25 * highest or 1), 1)
+    shares = [held.get(name, 0) / limit if limit else 1.0 for name, limit in limits.items()]
+    return min(max(shares) if shares else held['vms'] / (1.6 * highest or 1), 1)
+
+
+def in_brief_figures(figure: str) -> str:
+    """A figure as short as a column of a month has room for."""
+    n = int(figure)
+    return figure if n < 1000 else f'{n // 1000}k' if n < 1_000_000 else f'{n // 1_000_000}M'
 
 
 def curve(shares: list[float]) -> str:
@@ -8114,8 +8356,20 @@ LOOK = hashed(STYLE + SCRIPT + ''.join(TEMPLATES.values()))[:12]
 
 def web(service: Reservations):
     """The WSGI application of a service: REST and the page."""
-    app = rest(service)
-    Pages(service).mount(app)
+    import bottle
+    pages = Pages(service)
+
+    def told(failure):
+        request, sentence = bottle.request, error_text(failure, bottle.request, bottle.response)
+        if 'text/html' not in request.get_header('Accept', '') or request.path.startswith((BASE, '/calendar/')):
+            return sentence
+        for name, value in SAFE.items():
+            bottle.response.set_header(name, value)
+        body = render_page('refused', sentence=json.loads(sentence)['error'], back='/')
+        return render_page('layout', title='Not here', body=body, visit=pages.visit(request), note='', here='',
+                           version=LOOK, back='/')
+    app = rest(service, told)
+    pages.mount(app)
     return app
 
 

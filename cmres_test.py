@@ -7558,9 +7558,9 @@ def test_a_revoked_token_is_signed_out(world):
 def test_a_cookie_that_is_not_ours_signs_nobody_in(world):
     visitor = as_visitor(world)
     cookie = visitor.cookies['cmres'].strip('"')
-    id, until, sign = cookie.split('.')
-    for forged in (f'2.{until}.{sign}', f'{id}.{int(until) + 9}.{sign}', f'{id}.{until}', f'{id}.{until}.', 'x', '..', '',
-                   f'{id}.{until}.{sign[:-1]}é', '1.' + '9' * 400 + f'.{sign}'):
+    id, until, nonce, sign = cookie.split('.')
+    for forged in (f'2.{until}.{nonce}.{sign}', f'{id}.{int(until) + 9}.{nonce}.{sign}', f'{id}.{until}.{nonce}', f'{id}.{until}',
+                   'x', '...', '', f'{id}.{until}.{nonce}.{sign[:-1]}é', '1.' + '9' * 400 + f'.{nonce}.{sign}'):
         other = webtest.TestApp(cmres.web(world.service))
         answer = other.get('/', headers={'Cookie': f'cmres={forged}'.encode().decode('latin1')})
         assert answer.forms[0].action == '/sign-in'
@@ -7581,7 +7581,7 @@ def test_after_signing_out_nothing_is_shown(world):
 def test_forms_of_other_sites_change_nothing(world, change):
     visitor = as_visitor(world)
     book(world.as_user(), start=1, end=2)
-    form = dict(form_of(visitor.get('/list'), '/do/delete').submit_fields())
+    form = dict(form_of(visitor.get('/list'), '/do/delete').submit_fields()) | {'sure': 'yes'}
     headers = {'Origin': 'http://localhost:80', 'Host': 'localhost:80'}
     change(form, headers)
     assert 'this form' in visitor.post('/do/delete', form, headers=headers, status=403)
@@ -7603,7 +7603,7 @@ def test_the_form_of_somebody_else_is_of_no_use(world):
     eva, tom = as_visitor(world), as_visitor(world, 'tom', 'biology')
     book(world.as_user(), start=1, end=2)
     form = dict(form_of(eva.get('/list'), '/do/delete').submit_fields())
-    assert tom.post('/do/delete', form, status=403)
+    assert tom.post('/do/delete', form | {'sure': 'yes'}, status=403)
 
 
 @pytest.mark.parametrize('path', ['/', '/?view=month', '/list', '/book', '/r/lab', '/admin', '/nothing-of/do', '/sign-in'])
@@ -7674,8 +7674,8 @@ def test_booking_without_scripts(world):
     form = next(each for each in page.forms.values() if 'label' in each.fields)
     form['label'], form['start'], form['end'] = 'lab', '2026-12-02T09:00', '2026-12-02T11:00'
     form['flavor'], form['image'], form['repeat'], form['until'] = 'm1.small', 'cirros', 'weekly', '2026-12-20'
-    checked = visitor.get('/book', params=[each for each in form.submit_fields() if each[0] != 'form'])
-    assert 'It fits: 1 vms on demo from Wed 2 Dec 09:00 to Wed 2 Dec 11:00' in checked
+    checked = form.submit('check')
+    assert 'It fits: 3 times, the first 1 vms on demo from Wed 2 Dec 09:00 to Wed 2 Dec 11:00' in checked
     page = form.submit(status=303).follow()
     assert "'lab' is reserved" in page.html.text and 'FREQ=WEEKLY' in page
     assert len(world.service.list('lab')) == 3
@@ -7706,7 +7706,7 @@ def test_cells_fill_a_time_line_also_where_clocks_change(view, zone, at):
     first, after = cmres.span_of_view(view, date.fromisoformat(at))
     cells = cmres.cells_of(view, first, after, zoneinfo.ZoneInfo(zone))
     assert cells[0].left == 0 and first <= date.fromisoformat(at) < after
-    for one, other in zip(cells, [*cells[1:], cmres.Cell(100, 0, '', '')]):
+    for one, other in zip(cells, [*cells[1:], cmres.Cell(100, 0, 0, 0, '', '')]):
         assert one.left + one.width == pytest.approx(other.left, abs=0.002) and one.width > 0
 
 
@@ -7758,11 +7758,11 @@ def test_admins_look_after_everything_on_one_page(world):
             form[name] = value
         return form.submit(status='*')
     assert fill('resource_add', name='gpu', vms='4', approval='2d').status_int == 303
-    assert "mode: 'shred' is none of" in fill('resource_update', name='gpu', mode='shred').html.text
+    assert 'vms: "many" is not a whole number' in fill('resource_update', name='gpu', vms='many').html.text
     assert fill('maintenance_add', resource='gpu', start='2026-12-24T08:00', end='+2h', reason='disks').status_int == 303
     assert fill('limit_add', project='biology', most_vms='3').status_int == 303
     made = fill('token_add', user='ann', role='reader', project='maths')
-    assert made.status_int == 201 and 'cmres_' in made
+    assert made.status_int == 303 and 'shown only now: cmres_' in made.follow() and 'cmres_' not in visitor.get('/admin')
     book(world.as_user(), start=1, end=2, resource='gpu')
     assert form_of(visitor.get('/admin'), '/do/approve').submit().status_int == 303
     assert world.state('lab') == 'reserved'
@@ -7799,7 +7799,8 @@ def crawled(visitor):
         todo += [each['href'] for each in page.html.find_all('a') if each['href'].startswith('/')]
         for form in page.forms.values():
             fields = dict(form.submit_fields())
-            fields.pop('form', None), fields.pop('next', None)
+            fields = {field: value for field, value in fields.items()
+                      if field not in ('form', 'next', 'check') and not field.startswith('was_')}
             forms[form.action, tuple(sorted(fields))] = fields
     return seen, forms
 
@@ -7845,9 +7846,9 @@ def test_on_the_page_each_role_can_do_exactly_what_it_can_by_rest(world):
             answer = api.request(address, method=verb, body=body or b'', status='*', content_type='application/json',
                                  headers={'Authorization': f'Bearer {visitor.bearer}'})
             before = dump()
-            result = visitor.post(f'/do/{name}', given | {'form': guard}, status='*')
+            result = visitor.post(f'/do/{name}', given | {'form': guard, 'sure': 'yes'}, status='*')
             assert dump() == before
-            fine = result.status_int in (200, 201, 303)
+            fine = result.status_int == 303
             assert fine == (answer.status_int < 300) and (fine or result.status_int == answer.status_int), (name, role)
             done[role[2], fine] += 1
     assert all(done[role, True] > 5 for role in ('admin', 'user')) and done['reader', True] == 0
@@ -7898,6 +7899,318 @@ def test_serve_tells_where_to_sign_in(world):
     form = visitor.get(link).forms[0]
     assert dump()[:-1] == before[:-1]  # a link that is followed changes nothing
     assert form.submit(status=303).follow().html.find('h1').text == 'Plan'
+
+
+def occurrence_page(visitor, label, number):
+    """The page of one occurrence, which is linked from that of its series."""
+    links = [each['href'] for each in visitor.get(f'/r/{label}').html.find_all('a') if 'occurrence=' in each.get('href', '')]
+    return visitor.get(links[number])
+
+
+def states(world, label='class'):
+    return [each['state'] for each in world.service.list(label)]
+
+
+def free_figures(page):
+    return [int(each) for each in re.findall(r'<title>[^<]*: (\d+) of \d+ \w+ free', page.text)]
+
+
+def verdict_of(page):
+    return page.html.find(id='verdict').get_text(' ').strip()
+
+
+def test_cancel_on_the_page_of_an_occurrence_cancels_that_one(world):
+    book(world.as_user(), 'class', start=10, end=11, repeat='daily', count=4)
+    asks = form_of(occurrence_page(as_visitor(world), 'class', 2), '/do/delete').submit(status=200)
+    assert 'Are you sure?' in asks and states(world) == ['reserved'] * 4
+    form_of(asks, '/do/delete').submit(status=303)
+    assert states(world) == ['reserved', 'reserved', 'cancelled', 'reserved']
+
+
+@pytest.mark.parametrize('deed', ['skip', 'extend'])
+def test_a_deed_on_the_page_of_an_occurrence_is_done_to_that_one(world, deed):
+    book(world.as_user(), 'class', start=10, end=11, repeat='daily', count=4)
+    before = world.service.list('class')
+    form_of(occurrence_page(as_visitor(world), 'class', 2), f'/do/{deed}').submit(status=303)
+    changed = [a['id'] for a, b in zip(before, world.service.list('class')) if (a['end'], a['state']) != (b['end'], b['state'])]
+    assert changed == [before[2]['id']]
+
+
+def test_an_occurrence_that_is_moved_leads_on_to_a_page_that_is_there(world):
+    book(world.as_user(), 'class', start=10, end=11, repeat='daily', count=4)
+    form = form_of(occurrence_page(as_visitor(world), 'class', 3), '/do/update')
+    form['start'], form['end'] = '2026-12-05T10:00', '2026-12-05T11:00'
+    assert form.submit(status=303).follow(status='*').status_int == 200
+
+
+def test_machines_can_be_changed_of_a_series_that_is_on(world):
+    book(world.as_user(), 'class', start=1, end=2, repeat='daily', count=4)
+    world.at(1.5)
+    form = form_of(as_visitor(world).get('/r/class'), '/do/update')
+    form['vms'] = '3'
+    assert form.submit(status='*').status_int == 303
+
+
+def test_a_change_of_machines_leaves_times_alone(world):
+    start = NOON + timedelta(seconds=55)
+    world.as_user().add('lab', 'demo', start, start + hours(1))
+    form = form_of(as_visitor(world).get('/r/lab'), '/do/update')
+    form['vms'] = '2'
+    form.submit(status=303)
+    assert [world.service.show('lab')[each] for each in ('vms', 'start', 'end')] == [2, start, start + hours(1)]
+
+
+def test_the_verdict_on_a_series_says_that_it_is_one(world):
+    page = as_visitor(world).get('/book?' + urlencode({'resource': 'demo', 'start': '2026-12-02T09:00', 'repeat': 'daily',
+                                                       'until': '2026-12-06'}))
+    assert '5' in verdict_of(page)
+
+
+def test_offers_for_a_series_fit_as_a_series(world):
+    book(world.service, 'full', start=69, end=72, vms=16)
+    visitor = as_visitor(world)
+    page = visitor.get('/book?' + urlencode({'resource': 'demo', 'label': 'class', 'start': '2026-12-02T09:00', 'vms': '2',
+                                             'end': '2026-12-02T11:00', 'repeat': 'daily', 'until': '2026-12-06'}))
+    offers = page.html.find(id='verdict').find_all('a')
+    for each in offers:
+        assert 'It fits' in verdict_of(visitor.get(each['href']))
+
+
+def test_offers_are_within_the_limits(world):
+    world.service.limit_add(project='biology', ahead=timedelta(days=5))
+    book(world.service, 'full', start=20, end=400, vms=16)
+    visitor = as_visitor(world)
+    page = visitor.get('/book?resource=demo&start=2026-12-02T13:00&end=2026-12-02T14:00')
+    for each in page.html.find(id='verdict').find_all('a'):
+        assert 'It fits' in verdict_of(visitor.get(each['href']))
+
+
+@pytest.mark.parametrize('view', ['day', 'week', 'month'])
+def test_what_is_free_is_told_at_the_time_where_it_is(world, view):
+    """The last hour of a cell counts for that cell, and for no other."""
+    zone = world.config.zone
+    first, after = cmres.span_of_view(view, NOON.date() + timedelta(days=7))
+    cells = cmres.cells_of(view, first, after, zone)
+    begins = [datetime.fromisoformat(each.start).replace(tzinfo=zone) for each in cells]
+    visitor = as_visitor(world)
+    for number, end in enumerate([*begins[1:], datetime(after.year, after.month, after.day, tzinfo=zone)]):
+        if end <= NOON + hours(1):
+            continue
+        world.as_user().add('lab', 'demo', end - hours(1), end, vms=16)
+        figures = free_figures(visitor.get(f'/?view={view}&at={first}'))
+        assert [n for n, figure in enumerate(figures) if figure == 0] == [number]
+        world.service.delete('lab')
+
+
+def test_nothing_is_told_to_be_free_where_vcpus_are_all_held(world):
+    world.service.resource_add('cpu', cloud='simulated', vms=16, vcpus=4)
+    world.service.resource_delete('demo')
+    book(world.service, 'lab', start=24, end=25, vms=4, flavor='m1.small', resource='cpu')
+    assert free_figures(as_visitor(world).get('/'))[2] == 0
+
+
+def test_other_resource_classes_are_on_the_plan(world):
+    world.service.resource_add('gpu', cloud='simulated', classes={'CUSTOM_GPU': 8})
+    page = as_visitor(world).get('/')
+    assert 'gpu: nothing limits it' not in page
+
+
+def test_reservations_that_have_no_lane_are_told_of(world):
+    for n in range(12):
+        book(world.as_user(), f'lab-{n}', start=24, end=48)
+    page = as_visitor(world).get('/')
+    assert len(page.html.find_all('a', class_='bar')) == 12 or 'the list' in page.html.text
+
+
+def test_a_cloud_that_does_not_answer_holds_up_nobody(world, monkeypatch):
+    world.service.resource_add('far', cloud='far', vms=4)
+    class Mute(cmres.Cloud):
+        def names(self, kind):
+            time.sleep(8)
+            raise cmres.CloudError('the cloud far does not answer')
+    real = world.clouds.open
+    monkeypatch.setattr(world.clouds, 'open', lambda account: object.__new__(Mute) if account == 'far' else real(account))
+    visitor = as_visitor(world)
+    begun = time.monotonic()
+    page = visitor.get('/book?resource=far')
+    assert time.monotonic() - begun < 4
+    assert 'far' in verdict_of(page) or 'does not answer' in page.html.text
+
+
+def test_what_could_not_be_checked_is_said_on_the_page(world):
+    world.service.resource_add('nw', cloud='nowhere', vms=3)
+    visitor = as_visitor(world)
+    form = form_of(visitor.get('/book?resource=nw'), '/book')
+    form['label'], form['flavor'] = 'lab', 'm1.small'
+    checked = visitor.get('/book/check?' + urlencode([each for each in form.submit_fields() if each[0] != 'form']))
+    assert 'not checked' in checked
+    assert 'not checked' in form.submit(status=303).follow()
+
+
+def test_the_check_says_what_booking_says(world):
+    visitor = as_visitor(world)
+    said = {'resource': 'demo', 'label': 'lab', 'start': '2026-11-30T10:00', 'end': '2026-12-02T10:00', 'vms': '1'}
+    fits = 'It fits' in visitor.get('/book/check?' + urlencode(said))
+    guard = form_of(visitor.get('/'), '/sign-out')['form'].value
+    assert fits == (visitor.post('/book', said | {'form': guard}, status='*').status_int == 303)
+
+
+def test_the_guard_of_a_form_stays_out_of_addresses(world):
+    form = form_of(as_visitor(world).get('/book?resource=demo'), '/book')
+    by_get = form.html.find('button', attrs={'formmethod': 'get'}) if hasattr(form, 'html') else re.search(
+        'formmethod="?get', form.text)
+    assert not by_get or 'form' not in form.fields
+
+
+def test_who_signs_in_again_does_not_lose_what_was_typed(tmp_path):
+    world = World(tmp_path, signed_in=60)
+    visitor = as_visitor(world)
+    form = form_of(visitor.get('/book?resource=demo'), '/book')
+    form['label'] = 'lab'
+    world.now += 61
+    form = form_of(form.submit(status=401), '/sign-in')
+    form['token'] = visitor.bearer
+    page = form.submit(status=303).follow()
+    assert form_of(page, '/book')['label'].value == 'lab'
+    cmres.close_store()
+
+
+def test_forms_of_other_tabs_hold_after_signing_in_again(world):
+    visitor = as_visitor(world)
+    book(world.as_user())
+    form = form_of(visitor.get('/list'), '/do/extend')
+    world.now += 1
+    again = form_of(visitor.get('/sign-in'), '/sign-in')
+    again['token'] = visitor.bearer
+    again.submit(status=303)
+    form.submit(status=303)
+
+
+def test_refusals_speak_in_the_persons_zone(world):
+    book(world.service, 'full', start=20, end=24, vms=16)
+    visitor = as_visitor(world)
+    visitor.set_cookie('zone', 'America%2FChicago')
+    assert '09:00 UTC' not in verdict_of(visitor.get('/book?resource=demo&start=2026-12-02T03:00&end=2026-12-02T05:00'))
+
+
+@pytest.mark.parametrize('label', ['new-course', 'new-'])
+def test_offers_keep_labels_that_begin_with_new(world, label):
+    page = as_visitor(world).get('/book?' + urlencode({'resource': 'demo', 'vms': '17', 'label': label}))
+    assert form_of(page.click('16 machines|14 machines|machines then'), '/book')['label'].value == label
+
+
+def test_a_refused_deed_leads_back_to_where_it_was(world):
+    book(world.as_user())
+    form = form_of(as_visitor(world).get('/r/lab'), '/do/extend')
+    form['by'] = 'soon'
+    page = form.submit(status=400)
+    assert '/r/lab' in page.html.find('main').find('a')['href']
+
+
+def test_a_form_that_is_sent_twice_books_once(world):
+    form = form_of(as_visitor(world).get('/book?resource=demo'), '/book')
+    form['label'] = 'lab'
+    form.submit(status=303)
+    assert 'is taken' in form.submit(status=409)
+    assert len(world.service.list()) == 1
+
+
+def test_who_is_hit_by_a_maintenance_is_told(world):
+    book(world.as_user(), 'hit', start=100, end=101)
+    visitor = as_visitor(world, 'root', 'default', 'admin')
+    form = form_of(visitor.get('/admin'), '/do/maintenance_add')
+    form['resource'], form['start'], form['end'], form['then'] = 'demo', '2026-12-05T10:00', '+24h', 'cancel'
+    page = form.submit(status='*')
+    page = page.follow() if page.status_int == 303 else page
+    assert world.state('hit') == 'cancelled' and 'hit' in page.html.find('main').text
+
+
+def test_admins_are_offered_what_can_be_done(world):
+    book(world.service, 'full', vms=16)
+    book(world.as_user(), 'waits', wait=True)
+    visitor = as_visitor(world, 'root', 'default', 'admin')
+    world.service.token_add('ann', 'biology')
+    world.service.token_revoke(2)
+    page = visitor.get('/admin')
+    forms = [(each.action, dict(each.submit_fields())) for each in page.forms.values()]
+    assert [fields['id'] for action, fields in forms if action == '/do/token_revoke'] == ['1']
+    assert not [fields for action, fields in forms if action == '/do/approve']
+
+
+def test_a_token_that_was_made_is_not_made_again_by_loading_the_page_again(world):
+    visitor = as_visitor(world, 'root', 'default', 'admin')
+    form = form_of(visitor.get('/admin'), '/do/token_add')
+    form['user'] = 'ann'
+    page = form.submit(status=303).follow()
+    assert 'shown only now: cmres_' in page and 'cmres_' not in visitor.get('/admin')
+
+
+def test_what_is_over_can_be_found(world):
+    book(world.service, 'full', start=1, end=2, vms=16)
+    book(world.as_user(), 'waits', start=1, end=2, wait=True)
+    visitor = as_visitor(world)
+    world.at(3)
+    assert world.state('waits') == 'cancelled'
+    page = visitor.get('/list')
+    assert 'waits' in page or any('state' in each.get('href', '') for each in page.html.find_all('a'))
+
+
+def test_nothing_but_a_sign_in_signs_in(world):
+    """A guard of a form is a signature of words of the visitor's choice; it must be none of a cookie."""
+    visitor = webtest.TestApp(cmres.web(world.service))
+    world.service.token_add('root', 'default', 'admin')
+    guard = form_of(visitor.get('/', headers={'Cookie': 'cmres=1.9999999999'}), '/zone')['form'].value
+    other = webtest.TestApp(cmres.web(world.service))
+    answer = other.get('/', headers={'Cookie': f'cmres="form 1.9999999999.{guard}"'}, status='*')
+    assert answer.status_int == 200 and answer.forms[0].action == '/sign-in'
+
+
+def test_a_guard_signs_no_note(world):
+    visitor = as_visitor(world)
+    other = webtest.TestApp(cmres.web(world.service))
+    guard = form_of(other.get('/', headers={'Cookie': 'cmres=call-0900'}), '/zone')['form'].value
+    visitor.set_cookie('note', cmres.quote(f'form call-0900.{guard}', safe=''))
+    assert 'call-0900' not in visitor.get('/').html.find('main').text
+
+
+def test_behind_a_proxy_that_names_another_host_forms_work(tmp_path):
+    world = World(tmp_path, address='https://cmres.example.org')
+    visitor = webtest.TestApp(cmres.web(world.service))
+    form = visitor.get('/').forms[0]
+    form['token'] = world.service.token_add('eva', 'biology')['token']
+    assert form.submit(headers={'Origin': 'https://cmres.example.org', 'Host': '127.0.0.1:8080'}, status='*').status_int == 303
+    cmres.close_store()
+
+
+def test_a_cookie_is_worth_nothing_after_signing_out(world):
+    visitor = as_visitor(world)
+    cookie = visitor.cookies['cmres']
+    form_of(visitor.get('/'), '/sign-out').submit(status=303)
+    other = webtest.TestApp(cmres.web(world.service))
+    assert 'Sign out' not in other.get('/', headers={'Cookie': f'cmres={cookie}'})
+
+
+@pytest.mark.parametrize('path, status', [('/nothing', 404), ('/r/a/b', 404), ('/do/delete', 405)])
+def test_people_are_told_on_a_page_that_there_is_nothing(world, path, status):
+    answer = as_visitor(world).get(path, headers={'Accept': 'text/html'}, status=status)
+    assert answer.content_type == 'text/html' and 'Content-Security-Policy' in answer.headers
+
+
+@pytest.mark.parametrize('zone', ['Europe', '../../../etc/passwd', 'a' * 5000, '%00', 'tzdata.zi', '%ff', '/etc/passwd'])
+def test_a_zone_that_is_none_does_no_harm(world, zone):
+    assert webtest.TestApp(cmres.web(world.service)).get('/', headers={'Cookie': f'cmres=x; zone={zone}'}).status_int == 200
+
+
+def test_another_projects_reservation_is_not_there(world):
+    book(world.as_user('tom', 'physics'), 'secret')
+    visitor = as_visitor(world)
+    guard = form_of(visitor.get('/'), '/sign-out')['form'].value
+    for path in ('/r/secret', '/r/secret?project=physics', '/r/secret/live?project=physics'):
+        assert visitor.get(path, status=404)
+    for deed, more in (('delete', {}), ('extend', {'by': '+1h'}), ('update', {'vms': '2'}), ('skip', {}), ('approve', {})):
+        said = {'label': 'secret', 'project': 'physics', 'form': guard} | more
+        assert visitor.post(f'/do/{deed}', said, status='*').status_int in (403, 404)
+    assert world.state('secret') == 'reserved' and 'secret' not in visitor.get('/')
 
 
 # Page: in a real browser
@@ -8025,6 +8338,7 @@ def test_in_a_browser_from_signing_in_to_signing_out(world, browse):
     expect(page.get_by_text("'lab' is longer now")).to_be_visible()
     assert world.service.show('lab')['end'] == NOON + hours(6)
     page.get_by_role('button', name='Cancel lab').click()
+    page.get_by_role('button', name='Yes, cancel').click()
     expect(page.get_by_text("'lab' is cancelled")).to_be_visible()
     world.at(2.02)
     assert world.there() == []
@@ -8057,10 +8371,10 @@ def test_in_a_browser_times_are_local_and_a_day_can_be_clicked(world, browse):
     page.goto('/?view=day&at=2026-12-02')
     box = page.locator('svg.plot').bounding_box()
     page.mouse.click(box['x'] + box['width'] * 0.55, box['y'] + 40)
-    expect(page.get_by_label('From')).to_have_value('2026-12-02T12:00')
+    expect(page.get_by_label('From')).to_have_value('2026-12-02T13:00')
     page.get_by_label('Label').fill('lab')
     page.get_by_role('button', name='Book').click()
-    expect(page.locator('#live')).to_contain_text('Wed 2 Dec 2026 12:00 (18:00 UTC)')
+    expect(page.locator('#live')).to_contain_text('Wed 2 Dec 2026 13:00 (19:00 UTC)')
 
 
 def test_in_a_browser_without_scripts_one_can_look_and_book(world, browse):
@@ -8090,6 +8404,94 @@ def test_in_a_browser_everything_can_be_done_by_keyboard(world, browse):
     page.keyboard.press('Enter')
     page.get_by_role('heading', name='lab').wait_for()
     assert world.state('lab') == 'reserved'
+
+
+def test_in_a_browser_days_that_are_dragged_over_are_days_also_where_clocks_change(world, browse):
+    page = browse(timezone_id='Europe/Paris')
+    signs_in(world, page)
+    page.goto('/?view=month&at=2027-03-10')
+    drag(page, 'svg.plot', 28.1 / 31, 29.9 / 31)
+    page.get_by_label('From').wait_for()
+    assert page.get_by_label('From').input_value() == '2027-03-29T00:00'
+
+
+@pytest.mark.parametrize('one, other', [(9, 11), (11, 9)])
+def test_in_a_browser_one_can_drag_both_ways(world, browse, one, other):
+    from playwright.sync_api import expect
+    page = browse()
+    signs_in(world, page)
+    drag(page, 'svg.plot', (3 + one / 24) / 7, (3 + other / 24) / 7)
+    expect(page.get_by_label('From')).to_have_value('2026-12-03T09:00')
+    expect(page.get_by_label('To', exact=True)).to_have_value('2026-12-03T11:00')
+
+
+def test_in_a_browser_a_click_in_a_week_means_that_hour(world, browse):
+    page = browse()
+    signs_in(world, page)
+    box = page.locator('svg.plot').bounding_box()
+    page.mouse.click(box['x'] + box['width'] * (3 + 14.2 / 24) / 7, box['y'] + 40)
+    page.get_by_label('From').wait_for()
+    assert page.get_by_label('From').input_value() == '2026-12-03T14:00'
+
+
+def test_in_a_browser_a_check_that_fails_leaves_no_old_verdict(world, browse):
+    page = browse()
+    signs_in(world, page)
+    page.goto('/book?resource=demo&start=2027-01-05T09:00')
+    page.get_by_label('From').fill('3026-12-05T09:00')
+    page.wait_for_timeout(1000)
+    page.faults.clear()
+    assert 'It fits' not in page.locator('#verdict').inner_text()
+
+
+def test_in_a_browser_live_pages_leave_the_focus_where_it_is(world, browse):
+    book(world.as_user(), 'class', start=10, end=11, repeat='daily', count=4)
+    page = browse()
+    signs_in(world, page)
+    page.goto('/r/class')
+    page.locator('#live a').nth(1).focus()
+    page.wait_for_timeout(2000)
+    assert page.evaluate('document.activeElement.tagName') == 'A'
+
+
+def test_in_a_browser_buttons_are_those_of_the_state_that_is_shown(world, browse):
+    from playwright.sync_api import expect
+    book(world.as_user(), start=1, end=2)
+    page = browse()
+    signs_in(world, page)
+    page.goto('/r/lab')
+    world.at(2.1)
+    expect(page.locator('#live .state').first).to_contain_text('ended')
+    assert [each.inner_text() for each in page.locator('form.deed button').all()] == []
+
+
+def test_in_a_browser_a_shade_goes_when_nothing_was_dragged_over(world, browse):
+    page = browse()
+    signs_in(world, page)
+    box = page.locator('svg.plot').bounding_box()
+    page.mouse.move(box['x'] + box['width'] * .6, box['y'] + 40)
+    page.mouse.down()
+    page.mouse.move(box['x'] + box['width'] * .7, box['y'] + 40, steps=8)
+    page.mouse.move(box['x'] + box['width'] * .6, box['y'] + 40, steps=8)
+    page.mouse.up()
+    assert page.locator('.drag').get_attribute('width') in ('0', '0%')
+
+
+def test_in_a_browser_flavors_are_those_of_the_chosen_resource(world, browse):
+    world.service.resource_add('bare', vms=4)  # on no cloud: there are no flavors
+    page = browse()
+    signs_in(world, page)
+    page.goto('/book?resource=demo')
+    page.get_by_label('Resource').select_option('bare')
+    page.wait_for_timeout(1000)
+    assert page.evaluate("document.querySelectorAll('#flavors option').length") == 0
+
+
+def test_in_a_browser_long_names_fit_a_phone(world, browse):
+    world.service.resource_add('n' * 64, cloud='c' * 60, region='r' * 60, vms=1_000_000)
+    page = browse(width=360)
+    signs_in(world, page)
+    accessible(page)
 
 
 @pytest.mark.parametrize('scheme', ['light', 'dark'])
