@@ -1790,7 +1790,8 @@ def peaks(resource: int, begin: int, width: int, number: int, classes: Iterable[
 def peaks_of(resource: int, track: str, begin: int, width: int, number: int) -> list[tuple]:
     spans = {n: (first, peak, last) for n, first, *peak, last in run(
         'SELECT (at - ?) / ?, min(at), max(vms), max(vcpus), max(ram), max(at) FROM step WHERE resource_id = ? '
-        'AND track = ? AND at >= ? AND at < ? GROUP BY 1', begin, width, resource, track, begin, begin + width * number)}
+        'AND track = ? AND at >= ? AND at < ? GROUP BY 1', begin, width, resource, track, begin,
+        begin + width * number)}
     at_last = dict((at, figures) for at, *figures in run(
         'SELECT at, vms, vcpus, ram FROM step WHERE resource_id = ? AND track = ? AND at IN '
         '(SELECT value FROM json_each(?))', resource, track, json.dumps([last for _, _, last in spans.values()])))
@@ -6949,6 +6950,7 @@ MOST_PLACES = 12   # resources on one time line
 MOST_BARS = 150    # reservations on one time line
 MOST_LANES = 8     # of them, one below the other on one resource
 MOST_LINES_SHOWN = 50  # reservations on one page of the list
+THINNEST = 0.7     # percent of a time line that a bar takes at least
 ROOM = 9           # percent of a time line that a label takes
 SAFE = {'Content-Security-Policy': "default-src 'none'; style-src 'self'; script-src 'self'; connect-src 'self'; "
                                    "form-action 'self'; base-uri 'none'; frame-ancestors 'none'",
@@ -6959,82 +6961,133 @@ SIGNS = {'waiting': '…', 'pending': '?', 'reserved': '○', 'starting': '◔',
          'ending': '◕', 'ended': '□', 'cancelled': '×', 'failed': '!'}
 
 STYLE = '''
-:root { color-scheme: light dark; --back: #f6f7f9; --card: #fff; --text: #1b2430; --soft: #51606f; --line: #d5dbe1;
-  --busy: #b9c3ce; --full: #8494a5; --mine: #0b62a4; --on-mine: #fff; --good: #0a6b4d; --warn: #8a5a00; --bad: #a63a00;
-  --now: #c2410c; --tint: #e8f1f9; --focus: #0b62a4 }
-@media (prefers-color-scheme: dark) { :root { --back: #11161c; --card: #1a212a; --text: #e8edf2; --soft: #a9b6c3;
-  --line: #33404d; --busy: #4a5968; --full: #74869a; --mine: #7cbcf0; --on-mine: #0c1620; --good: #6fd3ae; --warn: #f0b95a;
-  --bad: #ff9d73; --now: #ff9d73; --tint: #1f3040; --focus: #7cbcf0 } }
+:root { color-scheme: light dark; --back: #f6f7f9; --card: #fff; --text: #1b2430; --soft: #51606f;
+  --line: #d5dbe1; --busy: #b9c3ce; --full: #8494a5; --mine: #0b62a4; --on-mine: #fff; --good: #0a6b4d;
+  --warn: #8a5a00; --bad: #a63a00; --now: #c2410c; --tint: #e8f1f9; --focus: #0b62a4 }
+@media (prefers-color-scheme: dark) {
+  :root { --back: #11161c; --card: #1a212a; --text: #e8edf2; --soft: #a9b6c3; --line: #33404d; --busy: #4a5968;
+    --full: #74869a; --mine: #7cbcf0; --on-mine: #0c1620; --good: #6fd3ae; --warn: #f0b95a; --bad: #ff9d73;
+    --now: #ff9d73; --tint: #1f3040; --focus: #7cbcf0 }
+}
 * { box-sizing: border-box }
-body { margin: 0; font: 15px/1.5 system-ui, 'Segoe UI', Roboto, 'Noto Sans', sans-serif; background: var(--back);
-  color: var(--text) }
-a { color: var(--mine) } a:focus-visible, button:focus-visible, input:focus-visible, select:focus-visible,
-textarea:focus-visible, summary:focus-visible, [tabindex]:focus-visible {
-  outline: 3px solid var(--focus); outline-offset: 2px }
-.skip { position: absolute; left: -99rem } .skip:focus { left: 1rem; top: .5rem; background: var(--card); z-index: 2 }
+body { margin: 0; font: 15px/1.5 system-ui, 'Segoe UI', Roboto, 'Noto Sans', sans-serif;
+  background: var(--back); color: var(--text) }
+a { color: var(--mine) }
+a:focus-visible, button:focus-visible, input:focus-visible, select:focus-visible, textarea:focus-visible,
+  summary:focus-visible, [tabindex]:focus-visible { outline: 3px solid var(--focus); outline-offset: 2px }
+.skip { position: absolute; left: -99rem }
+.skip:focus { left: 1rem; top: .5rem; background: var(--card); z-index: 2 }
 header { display: flex; flex-wrap: wrap; gap: .3rem 1.2rem; align-items: center; padding: .6rem 1.2rem;
   background: var(--card); border-bottom: 1px solid var(--line) }
-header nav { display: flex; flex-wrap: wrap; gap: 1rem; flex: 1 } header nav a { text-decoration: none; padding: .2rem 0 }
+header nav { display: flex; flex-wrap: wrap; gap: 1rem; flex: 1 }
+header nav a { text-decoration: none; padding: .2rem 0 }
 header nav a[aria-current] { font-weight: 600; border-bottom: 2px solid }
-.brand { font-weight: 700; font-size: 1.15rem; letter-spacing: .02em; text-decoration: none; color: var(--text) }
-main { max-width: 78rem; margin: 0 auto; padding: 1rem 1.2rem 3rem } main:focus { outline: none }
+.brand { font-weight: 700; font-size: 1.15rem; letter-spacing: .02em; text-decoration: none;
+  color: var(--text) }
+main { max-width: 78rem; margin: 0 auto; padding: 1rem 1.2rem 3rem }
+main:focus { outline: none }
 footer { max-width: 78rem; margin: 0 auto; padding: 0 1.2rem 2rem; color: var(--soft); font-size: .9rem }
-h1 { font-size: 1.5rem; margin: .4rem 0 .8rem } h2 { font-size: 1.1rem; margin: 1.6rem 0 .5rem }
+h1 { font-size: 1.5rem; margin: .4rem 0 .8rem }
+h2 { font-size: 1.1rem; margin: 1.6rem 0 .5rem }
 h3 { font-size: 1rem; margin: 0 }
-.card { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: .8rem 1rem; margin: .6rem 0 }
-.soft { color: var(--soft) } .small { font-size: .88rem } .aside { position: absolute; left: -99rem }
-time { white-space: nowrap } main { overflow-wrap: anywhere } .place > div { min-width: 0 }
+.card { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: .8rem 1rem;
+  margin: .6rem 0 }
+.soft { color: var(--soft) }
+.small { font-size: .88rem }
+.aside { position: absolute; left: -99rem }
+time { white-space: nowrap }
+main { overflow-wrap: anywhere }
+.place > div { min-width: 0 }
 ::placeholder { color: var(--soft); opacity: 1 }
-.bar-top { display: flex; flex-wrap: wrap; gap: .5rem 1rem; align-items: center; justify-content: space-between }
-.tabs { display: flex; flex-wrap: wrap; gap: .35rem } .tabs a { padding: .25rem .7rem; border: 1px solid var(--line);
-  border-radius: 999px; text-decoration: none; background: var(--card) }
-.tabs a[aria-current] { text-decoration: underline; background: var(--mine); color: var(--on-mine); border-color: var(--mine) }
+.bar-top { display: flex; flex-wrap: wrap; gap: .5rem 1rem; align-items: center;
+  justify-content: space-between }
+.tabs { display: flex; flex-wrap: wrap; gap: .35rem }
+.tabs a { padding: .25rem .7rem; border: 1px solid var(--line); border-radius: 999px; text-decoration: none;
+  background: var(--card) }
+.tabs a[aria-current] { text-decoration: underline; background: var(--mine); color: var(--on-mine);
+  border-color: var(--mine) }
 button, .button { font: inherit; padding: .3rem .8rem; border-radius: 7px; border: 1px solid var(--mine);
   background: var(--card); color: var(--mine); cursor: pointer; text-decoration: none; display: inline-block }
 button.main, .button.main { background: var(--mine); color: var(--on-mine) }
 button.bad { border-color: var(--bad); color: var(--bad) }
-input, select, textarea { font: inherit; padding: .3rem .5rem; border: 1px solid var(--full); border-radius: 6px;
-  background: var(--back); color: var(--text); max-width: 100% }
-label { display: block; font-size: .9rem } label input:not([type=checkbox]), label select, label textarea { display: block;
-  width: 100%; margin-top: .15rem }
-.fields { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(13rem, 100%), 1fr)); gap: .7rem 1rem }
+input, select, textarea { font: inherit; padding: .3rem .5rem; border: 1px solid var(--full);
+  border-radius: 6px; background: var(--back); color: var(--text); max-width: 100% }
+label { display: block; font-size: .9rem }
+label input:not([type=checkbox]), label select, label textarea { display: block; width: 100%;
+  margin-top: .15rem }
+.fields { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(13rem, 100%), 1fr));
+  gap: .7rem 1rem }
 .wide { grid-column: 1 / -1 }
-.row { display: flex; flex-wrap: wrap; gap: .5rem; align-items: end } h1 + .card, .card > :first-child { margin-top: 0 }
-.card > p:last-child { margin-bottom: 0 } #verdict { margin: .8rem 0 }
-.scroll { overflow-x: auto } table { border-collapse: collapse; width: 100% }
-th, td { text-align: left; padding: .35rem .7rem .35rem 0; border-bottom: 1px solid var(--line); vertical-align: top }
-th { font-size: .85rem; color: var(--soft); font-weight: 600 } 
-.deed { display: inline-flex; gap: .3rem; margin: 0 .5rem .3rem 0 } .deed input { width: 5rem }
-dl { display: grid; grid-template-columns: max-content 1fr; gap: .2rem 1rem; margin: 0 } dt { color: var(--soft) }
+.row { display: flex; flex-wrap: wrap; gap: .5rem; align-items: end }
+h1 + .card, .card > :first-child { margin-top: 0 }
+.card > p:last-child { margin-bottom: 0 }
+#verdict { margin: .8rem 0 }
+.scroll { overflow-x: auto }
+table { border-collapse: collapse; width: 100% }
+th, td { text-align: left; padding: .35rem .7rem .35rem 0; border-bottom: 1px solid var(--line);
+  vertical-align: top }
+th { font-size: .85rem; color: var(--soft); font-weight: 600 }
+.deed { display: inline-flex; gap: .3rem; margin: 0 .5rem .3rem 0 }
+.deed input { width: 5rem }
+dl { display: grid; grid-template-columns: max-content 1fr; gap: .2rem 1rem; margin: 0 }
+dt { color: var(--soft) }
 dd { margin: 0; overflow-wrap: anywhere }
-.state { white-space: nowrap; font-weight: 600 } .state i { font-style: normal; display: inline-block; width: 1.2em }
-.active, .ended { color: var(--good) } .waiting, .pending, .starting, .degraded, .ending { color: var(--warn) }
-.failed { color: var(--bad) } .cancelled { color: var(--soft) } .reserved { color: var(--mine) }
+.state { white-space: nowrap; font-weight: 600 }
+.state i { font-style: normal; display: inline-block; width: 1.2em }
+.active, .ended { color: var(--good) }
+.waiting, .pending, .starting, .degraded, .ending { color: var(--warn) }
+.failed { color: var(--bad) }
+.cancelled { color: var(--soft) }
+.reserved { color: var(--mine) }
 .note { border-left: 4px solid var(--good); background: var(--card); padding: .5rem .8rem }
 .refused { border-left: 4px solid var(--bad); background: var(--card); padding: .5rem .8rem }
-.refused p, .note p { margin: .2rem 0 } .offers { display: flex; flex-wrap: wrap; gap: .4rem; margin-top: .4rem }
+.refused p, .note p { margin: .2rem 0 }
+.offers { display: flex; flex-wrap: wrap; gap: .4rem; margin-top: .4rem }
 .place { display: grid; grid-template-columns: 11rem minmax(0, 1fr); gap: .2rem 1rem; padding: .6rem 0;
-  border-top: 1px solid var(--line) } .place:first-of-type { border-top: 0 }
-.days { display: grid; grid-template-columns: 11rem 1fr; gap: 1rem } .days svg { height: 1.4rem }
-svg { display: block; width: 100% } svg text { font-size: 12px; fill: var(--soft) }
-svg .cell { fill: transparent } svg a:hover .cell { fill: var(--mine); opacity: .15 }
-svg .grid { stroke: var(--line) } svg .most { stroke: var(--full); stroke-dasharray: 2 3 }
-svg .room { fill: var(--tint) } .room, .held, .free, .most, .now, use { pointer-events: none } svg .held { fill: var(--busy) } svg .bar .beside {
-  fill: var(--text); font-weight: 600 } svg .own rect { fill: var(--mine) } svg .own text { fill: var(--on-mine);
-  font-weight: 600 }
-svg .other rect { fill: var(--full) } svg .other text { fill: var(--back) }
+  border-top: 1px solid var(--line) }
+.place:first-of-type { border-top: 0 }
+.days { display: grid; grid-template-columns: 11rem 1fr; gap: 1rem }
+.days svg { height: 1.4rem }
+svg { display: block; width: 100% }
+svg text { font-size: 12px; fill: var(--soft) }
+svg .cell { fill: transparent }
+svg a:hover .cell { fill: var(--mine); opacity: .15 }
+svg .grid { stroke: var(--line) }
+svg .most { stroke: var(--full); stroke-dasharray: 2 3 }
+svg .room { fill: var(--tint) }
+.room, .held, .free, .most, .now, .grid { pointer-events: none }
+svg .held { fill: var(--busy) }
+svg .bar .beside { fill: var(--text); font-weight: 600 }
+svg .own rect { fill: var(--mine) }
+svg .own text { fill: var(--on-mine); font-weight: 600 }
+svg .other rect { fill: var(--full) }
+svg .other text { fill: var(--back) }
 svg .own.dashed rect { fill: var(--card); stroke: var(--mine); stroke-width: 2; stroke-dasharray: 4 3 }
-svg .own.dashed text { fill: var(--mine) } svg .closed { fill: url(#hatch) } svg .hatch { stroke: var(--bad) }
-svg .now { stroke: var(--now); stroke-width: 2 } svg .drag { fill: var(--mine); opacity: .35; pointer-events: none }
+svg .own.dashed text { fill: var(--mine) }
+svg .closed { fill: url(#hatch) }
+svg .hatch { stroke: var(--bad) }
+svg .now { stroke: var(--now); stroke-width: 2 }
+svg .drag { fill: var(--mine); opacity: .35; pointer-events: none }
 svg.plot { touch-action: pan-y; cursor: crosshair; user-select: none }
-@media (max-width: 40rem) { .place, .days { grid-template-columns: minmax(0, 1fr) } .days > :first-child { display: none }
-  main, header, footer { padding-left: .8rem; padding-right: .8rem } .free.month, .free tspan, .thin { display: none }
-  svg text { font-size: 10.5px } svg .beside { display: none }
-  table, tbody, tr, td { display: block } thead { display: none } tr { border-bottom: 1px solid var(--line);
-  padding: .4rem 0 } td { border: 0; padding: .1rem 0; display: grid; grid-template-columns: 6.5rem 1fr; gap: .5rem;
-  overflow-wrap: anywhere } td:empty { display: none }
-  td::before { content: attr(data-name); color: var(--soft); font-size: .88rem } }
-@media print { header nav, header form, footer, form, .tabs, .button, .skip { display: none } .card { border: 0 } }
+@media (max-width: 40rem) {
+  .place, .days { grid-template-columns: minmax(0, 1fr) }
+  .days > :first-child { display: none }
+  main, header, footer { padding-left: .8rem; padding-right: .8rem }
+  .free.month, .free tspan, .thin { display: none }
+  svg text { font-size: 10.5px }
+  svg .beside { display: none }
+  table, tbody, tr, td { display: block }
+  thead { display: none }
+  tr { border-bottom: 1px solid var(--line); padding: .4rem 0 }
+  td { border: 0; padding: .1rem 0; display: grid; grid-template-columns: 6.5rem 1fr; gap: .5rem;
+    overflow-wrap: anywhere }
+  td:empty { display: none }
+  td::before { content: attr(data-name); color: var(--soft); font-size: .88rem }
+}
+@media print {
+  header nav, header form, footer, form, .tabs, .button, .skip { display: none }
+  .card { border: 0 }
+}
 '''
 
 SCRIPT = '''
@@ -7135,7 +7188,8 @@ TEMPLATES = {'layout': '''<!doctype html>
 <a href="{{href}}"{{!' aria-current="page"' if href == here else ''}}>{{name}}</a>
 % end
 </nav>
-<span class="soft small"><bdi>{{visit.actor.user}}</bdi> in <bdi>{{visit.actor.project}}</bdi>, {{visit.actor.role}}</span>
+<span class="soft small"><bdi>{{visit.actor.user}}</bdi> in <bdi>{{visit.actor.project}}</bdi>,
+{{visit.actor.role}}</span>
 <form method="post" action="/sign-out">{{!visit.guard}}<button>Sign out</button></form>
 % end
 </header>
@@ -7148,7 +7202,8 @@ TEMPLATES = {'layout': '''<!doctype html>
 </main>
 <footer>
 <form method="post" action="/zone" class="row">{{!visit.guard}}<label>Times are in the zone
-<input name="zone" value="{{visit.zone.key}}" autocomplete="off"></label><input type="hidden" name="next" value="{{back}}">
+<input name="zone" value="{{visit.zone.key}}" autocomplete="off"></label>
+<input type="hidden" name="next" value="{{back}}">
 <button>Change</button></form>
 </footer>
 </body>
@@ -7160,7 +7215,8 @@ TEMPLATES = {'layout': '''<!doctype html>
 % end
 <p>Sign in with the token that an admin gave you.</p>
 <form method="post" action="/sign-in" class="fields">
-<label class="wide">Token <input name="token" type="password" value="{{token}}" autocomplete="current-password" required></label>
+<label class="wide">Token
+<input name="token" type="password" value="{{token}}" autocomplete="current-password" required></label>
 <input type="hidden" name="next" value="{{back}}">
 <div><button class="main">Sign in</button></div>
 </form>
@@ -7169,7 +7225,8 @@ TEMPLATES = {'layout': '''<!doctype html>
 <div class="refused" role="alert"><p>{{sentence}}</p></div>
 <p><a href="{{back}}">Back</a></p>
 ''', 'sure': '''
-<div class="card"><p>{{words}} <strong><bdi>{{about}}</bdi></strong>{{f', the one of {which[:16].replace("T", " ")}' if which else ''}}? This can not be undone.</p>
+<div class="card"><p>{{words}} <strong><bdi>{{about}}</bdi></strong>
+{{f', the one of {which[:16].replace("T", " ")}' if which else ''}}? This can not be undone.</p>
 <form method="post" action="/do/{{operation}}" class="row">{{!visit.guard}}
 % for name, value in fields.items():
 <input type="hidden" name="{{name}}" value="{{value}}">
@@ -7180,7 +7237,8 @@ TEMPLATES = {'layout': '''<!doctype html>
 <div class="bar-top">
 <div class="tabs" role="group" aria-label="How much is shown">
 % for each in views:
-<a href="/?view={{each}}&amp;at={{at}}{{more}}"{{!' aria-current="true"' if each == view else ''}}>{{each.capitalize()}}</a>
+<a href="/?view={{each}}&amp;at={{at}}{{more}}"
+{{!'aria-current="true"' if each == view else ''}}>{{each.capitalize()}}</a>
 % end
 </div>
 <strong>{{span}}</strong>
@@ -7192,20 +7250,17 @@ TEMPLATES = {'layout': '''<!doctype html>
 </div>
 <svg class="hidden" width="0" height="0" aria-hidden="true"><defs><pattern id="hatch" width="7" height="7"
 patternUnits="userSpaceOnUse" patternTransform="rotate(45)"><line class="hatch" x1="0" y1="0" x2="0" y2="7"
-stroke-width="2"/></pattern><g id="grid">
-% for each in cells:
-<line class="grid" x1="{{each.left}}%" x2="{{each.left}}%" y1="0" y2="100%"/>
-% end
-</g></defs></svg>
+stroke-width="2"/></pattern></defs></svg>
 % if not groups:
-<div class="card"><p>There is nothing to reserve yet{{'' if visit.actor.role != 'admin' else ': add a resource under Admin'}}.</p></div>
+<div class="card"><p>There is nothing to reserve yet{{': add a resource' if visit.actor.role == 'admin' else ''}}.</p></div>
 % end
 % for name, places in groups:
 <section class="card" aria-label="{{name}}">
 <h2>{{name}}</h2>
 <div class="days" aria-hidden="true"><span></span><svg>
 % for each in cells:
-<text x="{{each.left}}%" dx="3" y="15"{{!' class="thin"' if view == 'month' and int(each.name) % 5 != 1 else ''}}>{{each.name}}</text>
+<text x="{{each.left}}%" dx="3" y="15"
+{{!'class="thin"' if view == 'month' and int(each.name) % 5 != 1 else ''}}>{{each.name}}</text>
 % end
 </svg></div>
 % for place in places:
@@ -7228,7 +7283,9 @@ d="{{place.path}}"/></svg>
 % if place.limited:
 <line class="most" x1="0" x2="100%" y1="14" y2="14"/>
 % end
-<use href="#grid"/><g class="free {{view}}">
+<svg width="100%" height="100%" viewBox="0 0 1000 9" preserveAspectRatio="none"><path class="grid"
+d="{{''.join(f'M{10 * each.left:.0f} 0V9' for each in cells)}}" vector-effect="non-scaling-stroke"/></svg>
+<g class="free {{view}}">
 % for each in place.cells:
 % if each.free:
 <text x="{{each.left}}%" dx="3" y="11">{{brief(each.free)}}
@@ -7284,8 +7341,8 @@ text-anchor="{{'start' if each.beside > each.left else 'end'}}">{{each.text}}</t
 % if left_out:
 <p class="soft">Only the first {{bars}} reservations are drawn; <a href="/list">the list</a> has them all.</p>
 % end
-<p class="soft small">Grey is what is held, up to the dashed line of the capacity; the figures are what is free. Yours are
-the bars below by label; dashed ones wait or are pending. Hatched is maintenance; the line across is now.
+<p class="soft small">Grey is what is held, up to the dashed line of the capacity; the figures are what is free.
+Yours are the bars below, by label; dashed ones wait or are pending. Hatched is maintenance; the line across is now.
 % if visit.writes:
 Drag over free time, or follow a day or Book, to reserve.
 % end
@@ -7382,18 +7439,21 @@ placeholder="none: nothing boots"></label>
 <option{{!' selected' if each == said['at_end'] else ''}}>{{each}}</option>
 % end
 </select></label>
-<label>Repeat <input name="repeat" value="{{said['repeat']}}" list="repeats" autocomplete="off" placeholder="once"></label>
+<label>Repeat
+<input name="repeat" value="{{said['repeat']}}" list="repeats" autocomplete="off" placeholder="once"></label>
 <label>Until <input name="until" type="date" value="{{said['until']}}"></label>
 <label class="wide">Description <textarea name="description" rows="2">{{said['description']}}</textarea></label>
-<label><input type="checkbox" name="wait" value="true"{{!' checked' if said['wait'] else ''}}> If it does not fit, wait</label>
+<label><input type="checkbox" name="wait" value="true"{{!' checked' if said['wait'] else ''}}>
+If it does not fit, wait</label>
 </div>
 <details><summary>More</summary><div class="fields">
-% for name, words in (('network', 'Network'), ('key', 'Key pair'), ('lead', 'Boot before the start by'), ('notify', 'Notify'), ('skip_dates', 'Not on these dates')):
+% for name, words in more.items():
 <label>{{words}} <input name="{{name}}" value="{{said[name]}}"></label>
 % end
 <label>Where one of a series does not fit <select name="on_conflict">
 % for each in ('', 'skip'):
-<option value="{{each}}"{{!' selected' if each == said['on_conflict'] else ''}}>{{'leave it out' if each else 'refuse all'}}</option>
+<option value="{{each}}"{{!' selected' if each == said['on_conflict'] else ''}}>
+{{'leave it out' if each else 'refuse all'}}</option>
 % end
 </select></label></div></details>
 % if why:
@@ -7406,8 +7466,11 @@ placeholder="none: nothing boots"></label>
 % end
 </datalist>
 % end
-<datalist id="repeats"><option value="daily"></option><option value="weekdays"></option><option value="weekly on tue,thu"></option>
-<option value="every 2 weeks on mon"></option><option value="monthly on first mon"></option></datalist>
+<datalist id="repeats">
+% for each in ('daily', 'weekdays', 'weekly on tue,thu', 'every 2 weeks on mon', 'monthly on first mon'):
+<option value="{{each}}"></option>
+% end
+</datalist>
 <div id="verdict" role="status" aria-live="polite">{{!verdict}}</div>
 <div class="row"><button class="main">Book</button><button name="check" value="yes" formnovalidate>Check</button></div>
 </form>
@@ -7417,7 +7480,8 @@ placeholder="none: nothing boots"></label>
 % if visit.writes and found['state'] not in over:
 <h2>Change</h2>
 <form method="post" action="/do/update" class="card">{{!visit.guard}}<div class="fields">
-<input type="hidden" name="label" value="{{found['label']}}"><input type="hidden" name="project" value="{{found['project']}}">
+<input type="hidden" name="label" value="{{found['label']}}">
+<input type="hidden" name="project" value="{{found['project']}}">
 <input type="hidden" name="next" value="{{back}}"><input type="hidden" name="was_start" value="{{start}}">
 <input type="hidden" name="was_end" value="{{end}}"><input type="hidden" name="was_vms" value="{{found['vms']}}">
 % if occurrence:
@@ -7428,7 +7492,8 @@ placeholder="none: nothing boots"></label>
 % end
 <label>To <input name="end" type="datetime-local" value="{{end}}"></label>
 <label>Machines <input name="vms" type="number" min="1" value="{{found['vms']}}"></label>
-</div><p><button>Change</button> {{'only this one' if occurrence else 'all that has not begun' if found['repeat'] else ''}}</p></form>
+</div><p><button>Change</button>
+{{'only this one' if occurrence else 'all that has not begun' if found['repeat'] else ''}}</p></form>
 % end
 ''', 'live': '''
 <div class="card"><dl>
@@ -7450,7 +7515,8 @@ placeholder="none: nothing boots"></label>
 % end
 % if found.get('occurrences'):
 <h2>Occurrences</h2><div class="card scroll" tabindex="0" role="region" aria-label="Occurrences"><table>
-<thead><tr><th scope="col">From</th><th scope="col">To</th><th scope="col">Machines</th><th scope="col">State</th></tr></thead>
+<thead><tr><th scope="col">From</th><th scope="col">To</th><th scope="col">Machines</th>
+<th scope="col">State</th></tr></thead>
 <tbody>
 % for each in found['occurrences'][:60]:
 <tr><td data-name="From"><a href="{{visit.href(found['label'], found['project'], each['start'])}}">
@@ -7476,7 +7542,8 @@ placeholder="none: nothing boots"></label>
 </tbody></table></div>
 % end
 <h2>Journal</h2><div class="card scroll" tabindex="0" role="region" aria-label="Journal"><table>
-<thead><tr><th scope="col">When</th><th scope="col">Who</th><th scope="col">What</th><th scope="col">Why</th></tr></thead><tbody>
+<thead><tr><th scope="col">When</th><th scope="col">Who</th><th scope="col">What</th>
+<th scope="col">Why</th></tr></thead><tbody>
 % for each in events:
 <tr><td data-name="When"><span>{{!visit.at(each['at'])}}</span></td>
 <td data-name="Who"><bdi>{{each['actor']}}</bdi></td><td data-name="What">{{each['code']}}</td>
@@ -7537,7 +7604,8 @@ placeholder="none: nothing boots"></label>
 % end
 <button{{!' class="bad"' if bad else ''}} aria-label="{{words}} {{about}}">{{words}}</button>
 % if field:
-<input name="{{field[0]}}" value="{{field[2]}}" aria-label="{{words}} {{about}} {{field[1]}}" placeholder="{{field[1]}}">
+<input name="{{field[0]}}" value="{{field[2]}}" placeholder="{{field[1]}}"
+aria-label="{{words}} {{about}} {{field[1]}}">
 % end
 </form>'''}
 
@@ -7563,6 +7631,8 @@ TITLES = {'resource_add': 'Add a resource', 'resource_update': 'Change a resourc
           'maintenance_add': 'Plan a maintenance', 'limit_add': 'Set a limit'}
 DONE = {'extend': 'is longer now', 'keep': 'goes on', 'skip': 'is left out', 'delete': 'is cancelled',
         'update': 'is changed', 'accept': 'is yours', 'approve': 'is approved', 'reject': 'is rejected'}
+MORE = {'network': 'Network', 'key': 'Key pair', 'lead': 'Boot before the start by', 'notify': 'Notify',
+        'skip_dates': 'Not on these dates'}  # further fields of the form to book
 BOOKING = ('label', 'resource', 'start', 'end', 'vms', 'flavor', 'image', 'at_end', 'repeat', 'until', 'skip_dates',
            'on_conflict', 'network', 'key', 'lead', 'notify', 'description', 'wait')
 
@@ -7674,7 +7744,8 @@ class Visit:
         import bottle
         if value in (None, '', {}, []):
             return ''
-        return f"<span>{self.at(value) if isinstance(value, datetime) else bottle.html_escape(in_cell(value, self.zone))}</span>"
+        text = self.at(value) if isinstance(value, datetime) else bottle.html_escape(in_cell(value, self.zone))
+        return f'<span>{text}</span>'
 
     def href(self, label: str, project: str, start: datetime | None = None) -> str:
         which = {'project': project} | ({'occurrence': to_plain(start)} if start else {})
@@ -7696,8 +7767,9 @@ class Visit:
         else:
             fields, onward = {key: line[key] for key in ('name', 'id') if key in line}, '/admin'
             fields = dict([next(iter(fields.items()))])
+        field = field if wide or name in ('extend', 'keep') else None
         return render_page('deed', visit=self, operation=name, fields=fields | {'next': onward}, words=words, bad=bad,
-                           field=field if wide or name in ('extend', 'keep') else None, about=next(iter(fields.values())))
+                           field=field, about=next(iter(fields.values())))
 
     def deeds(self, found: dict) -> list[str]:
         """What this person can do to a reservation."""
@@ -7751,8 +7823,9 @@ class Pages:
     def mount(self, app) -> None:
         for verb, path, handle in (
                 ('GET', '/', self.plan), ('GET', '/list', self.list), ('GET', '/book', self.book),
-                ('POST', '/book', self.add), ('GET', '/book/check', self.check), ('GET', '/r/<label>', self.reservation),
-                ('GET', '/r/<label>/live', self.live), ('GET', '/admin', self.admin), ('POST', '/do/<name>', self.do)):
+                ('POST', '/book', self.add), ('GET', '/book/check', self.check),
+                ('GET', '/r/<label>', self.reservation), ('GET', '/r/<label>/live', self.live),
+                ('GET', '/admin', self.admin), ('POST', '/do/<name>', self.do)):
             app.route(path, verb, self.visited(handle))
         for verb, path, handle in (('GET', '/sign-in', self.ask), ('POST', '/sign-in', self.sign_in),
                                    ('POST', '/sign-out', self.sign_out), ('POST', '/zone', self.choose_zone)):
@@ -7913,12 +7986,14 @@ class Pages:
             groups[', '.join(filter(None, (place.cloud or 'no cloud', place.region)))].append(each)
         now = visit.service.clock()
         return self.page(visit, 'Plan', render_page(
-            'plan', visit=visit, brief=in_brief_figures, views=VIEWS, view=view, at=first, before=first - timedelta(days=1), after=after,
+            'plan', visit=visit, brief=in_brief_figures, views=VIEWS, view=view, at=first,
+            before=first - timedelta(days=1), after=after,
             span=named_span(view, first, after), cells=cells, groups=groups.items(), begin=begin, end=end,
             snap=900 if view == 'day' else 3600, bars=MOST_BARS, page=page,
             edges=','.join(str(each.begin) for each in cells) + f',{end}' if view == 'month' else '',
             now_at=percent(now, begin, end) if begin <= now < end else None, left_out=len(found) > MOST_BARS,
-            more=f'&page={page}' if page else '', next_places=page + 1 if len(places) > (page + 1) * MOST_PLACES else 0))
+            more=f'&page={page}' if page else '',
+            next_places=page + 1 if len(places) > (page + 1) * MOST_PLACES else 0))
 
     def on_plan(self, visit: Visit, places: list, begin: int, end: int) -> list:
         """The reservations that are drawn, one more than there may be if there are more."""
@@ -7946,8 +8021,9 @@ class Pages:
         holds = ', '.join(f'{n} {name}' for name, n in limits.items()) or 'without a limit'
         least = min((each for each in filled if each.free), key=lambda each: int(each.free), default=None)
         summary = f'at least {least.free} {least.unit} free at any time' if least else 'nothing limits it'
-        return Drawn(place.name, holds, summary, bool(limits), not limits or all(limits.values()), curve(shares), filled,
-                     closed, bars, 68 + 21 * lanes, len(found) - len(bars))
+        opened = not limits or all(limits.values())
+        return Drawn(place.name, holds, summary, bool(limits), opened, curve(shares), filled, closed, bars,
+                     68 + 21 * lanes, len(found) - len(bars))
 
     # Reservations
 
@@ -8016,8 +8092,9 @@ class Pages:
         events, occurrence = visit.service.events(label, found['project'], limit=50)[::-1], asked.get('occurrence', '')
         deeds = [visit.deed(each, found, True, occurrence if each in ('extend', 'skip', 'delete') else '')
                  for each in visit.deeds(found)]
-        return found, render_page('live', visit=visit, found=found, events=events, late=lateness_told, deeds=deeds, facts=[
-            (name, visit.cell(value)) for name, value in facts if value]), occurrence
+        facts = [(name, visit.cell(value)) for name, value in facts if value]
+        return found, render_page('live', visit=visit, found=found, events=events, late=lateness_told, deeds=deeds,
+                                  facts=facts), occurrence
 
     # Booking
 
@@ -8031,9 +8108,10 @@ class Pages:
         names, why = self.offered(visit, said['resource'])
         return self.page(visit, 'Book', render_page(
             'book', visit=visit, said=said, places=[each.name for each in visit.service.places()], ends=ENDS,
-            names=names, why=why, verdict=self.verdict(**checked)), status)
+            names=names, why=why, more=MORE, verdict=self.verdict(**checked)), status)
 
-    def verdict(self, fits: str = '', refusal: str | None = None, offers: Iterable = (), warnings: Iterable = ()) -> str:
+    def verdict(self, fits: str = '', refusal: str | None = None, offers: Iterable = (),
+                warnings: Iterable = ()) -> str:
         return render_page('verdict', fits=fits, refusal=refusal, offers=[*offers], warnings=[*warnings])
 
     def offered(self, visit: Visit, resource: str) -> tuple[dict, str]:
@@ -8044,7 +8122,7 @@ class Pages:
         return self.names.of(self.service.clouds.account(place.cloud, visit.actor.project))
 
     def filled(self, visit: Visit, given: dict) -> dict:
-        """The fields of the form: as given, times as clocks show them there; what was clicked on starts now at least."""
+        """The fields of the form: as given, times as clocks show them there; what was clicked on, not before now."""
         hour = visit.here.now.replace(minute=0, second=0) + timedelta(hours=1)
         start = read_argument('start', given['start'], When, visit.here) if given.get('start') else hour
         start = visit.here.now + start if isinstance(start, timedelta) else start
@@ -8114,12 +8192,13 @@ class Pages:
             yield 'where it fits, without the others', {'on_conflict': 'skip'}
         elif isinstance(error, NoCapacity):
             for slot in self.slots(visit, said, start, end):
-                yield f"from {visit.plain(slot['start'])}", {'start': slot['start'], 'end': slot['start'] + (end - start)}
+                begin = slot['start']
+                yield f'from {visit.plain(begin)}', {'start': begin, 'end': begin + (end - start)}
 
     def slots(self, visit: Visit, said: dict, start: datetime, end: datetime) -> list[dict]:
         try:
-            return visit.service.find(said['resource'], end - start, int(said['vms']), said.get('flavor', ''), after=start,
-                                      limit=3)
+            return visit.service.find(said['resource'], end - start, int(said['vms']), said.get('flavor', ''),
+                                      after=start, limit=3)
         except Error:
             return []
 
@@ -8318,6 +8397,7 @@ def bars_of(visit: Visit, found: list, begin: int, end: int) -> tuple[list[Bar],
     bars = []
     for each in found:
         left, width = extent(each.start, each.end, begin, end)
+        width = max(width, THINNEST)
         first, last = left, left + width + (ROOM if width < ROOM else 0)
         if last > 100 and width < ROOM:
             first, last = left - ROOM, left + width
@@ -8689,7 +8769,8 @@ def welcome(service: Reservations, url: str) -> list[str]:
     if not service.token_list():
         token = service.token_add(service.actor.user, service.actor.project, ADMIN)['token']
         lines += [f'Made a token for {service.actor.user}, who is admin; it is shown only now: {token}',
-                  f'Sign in: {url}/sign-in?token={token}', 'Try:', f"  curl -H 'Authorization: Bearer {token}' {url}{BASE}/resource/"]
+                  f'Sign in: {url}/sign-in?token={token}', 'Try:',
+                  f"  curl -H 'Authorization: Bearer {token}' {url}{BASE}/resource/"]
     return lines
 
 
@@ -8859,7 +8940,7 @@ def make(call: Call, config: Config, options: dict) -> str | None:
     """Makes a call that Fire noted, here or on a server, and renders its answer."""
     operation = call._operation
     given = {name: from_file(value, operation.parameters[name].annotation) for name, value in call._given.items()}
-    if 'part' in given and 'end' not in given and 'resource' in given:  # which the parts name, so the rest comes earlier
+    if 'part' in given and 'end' not in given and 'resource' in given:  # the parts name resources: the rest came early
         given |= {'resource': ANY, 'start': given['resource']} | ({'end': given['start']} if 'start' in given else {})
     if 'tz' in operation.parameters:
         zone = options.get('tz') or (config.timezone if operation.routes[0][0] == 'POST' else '')
@@ -9017,4 +9098,6 @@ def in_words(error: Error, zone: ZoneInfo) -> list[str]:
 
 
 if __name__ == '__main__':
-    sys.exit(main())
+    code = main()
+    sys.stdout.flush()
+    os._exit(code)  # workers may wait for a cloud that hangs; what became of their calls, the next pass finds out
