@@ -6996,7 +6996,8 @@ h3 { font-size: 1rem; margin: 0 }
 .small { font-size: .88rem }
 .aside { position: absolute; left: -99rem }
 time { white-space: nowrap }
-main { overflow-wrap: anywhere }
+main { overflow-wrap: break-word }
+time + span { white-space: nowrap }
 .place > div { min-width: 0 }
 ::placeholder { color: var(--soft); opacity: 1 }
 .bar-top { display: flex; flex-wrap: wrap; gap: .5rem 1rem; align-items: center;
@@ -7079,7 +7080,7 @@ svg.plot { touch-action: pan-y; cursor: crosshair; user-select: none }
   table, tbody, tr, td { display: block }
   thead { display: none }
   tr { border-bottom: 1px solid var(--line); padding: .4rem 0 }
-  td { border: 0; padding: .1rem 0; display: grid; grid-template-columns: 6.5rem 1fr; gap: .5rem;
+  td { border: 0; padding: .1rem 0; display: grid; grid-template-columns: 6.5rem minmax(0, 1fr); gap: .5rem;
     overflow-wrap: anywhere }
   td:empty { display: none }
   td::before { content: attr(data-name); color: var(--soft); font-size: .88rem }

@@ -96,8 +96,19 @@ class World:
         return sorted(server.name for server in self.clouds.open('simulated').present())
 
 
+@pytest.fixture(scope='session')
+def empty(tmp_path_factory):
+    """A store that is made once: copying it is faster than making one for each test."""
+    path = tmp_path_factory.mktemp('empty')
+    cmres.open_store(str(path / 'cmres.db'))
+    cmres.db.execute_sql('PRAGMA wal_checkpoint(TRUNCATE)')
+    cmres.close_store()
+    return path / 'cmres.db'
+
+
 @pytest.fixture
-def world(tmp_path):
+def world(tmp_path, empty):
+    shutil.copy(empty, tmp_path)
     yield World(tmp_path)
     cmres.close_store()
 
@@ -6460,25 +6471,25 @@ def in_chaos(tmp_path, *stores) -> list[dict]:
                                env=environment(), timeout=seconds + 180)
         print(f'seed {seed}:', ended.stdout, ended.stderr[-3000:])
         return json.loads(ended.stdout)
-    with ThreadPoolExecutor() as pool:
+    with ThreadPoolExecutor(len(stores)) as pool:
         return list(pool.map(one, range(len(stores)), *zip(*stores)))
 
 
 @pytest.fixture(scope='module')
 def chaos(tmp_path_factory):
-    """Four stores whose scheduler is killed at random instants, and two with schedulers that are frozen as well."""
-    return in_chaos(tmp_path_factory.mktemp('chaos'), (1, True, 22, False), *[(1, False, 22, False)] * 3,
-                    *[(2, False, 20, True)] * 2)
+    """Five stores whose scheduler is killed at random instants, and two with schedulers that are frozen as well."""
+    return in_chaos(tmp_path_factory.mktemp('chaos'), (1, True, 15, False), *[(1, False, 15, False)] * 4,
+                    *[(2, False, 14, True)] * 2)
 
 
 def test_schedulers_killed_at_random_instants_make_each_server_once_and_leave_none(chaos):
-    found = chaos[:4]
-    assert [each['wrong'] for each in found] == [[]] * 4
-    assert sum(each['kills'] for each in found) > 100 and all(each['of who acted'] > 2 for each in found)
+    found = chaos[:5]
+    assert [each['wrong'] for each in found] == [[]] * 5
+    assert sum(each['kills'] for each in found) > 60 and all(each['of who acted'] > 2 for each in found)
 
 
 def test_of_two_schedulers_that_are_killed_and_frozen_only_one_acts(chaos):
-    found = chaos[4:]
+    found = chaos[5:]
     assert [each['wrong'] for each in found] == [[], []]
     assert all(each['longest without a lease'] < 5 and each['freezes'] >= 5 for each in found)
 
@@ -8152,7 +8163,7 @@ def test_what_is_over_can_be_found(world):
     world.at(3)
     assert world.state('waits') == 'cancelled'
     page = visitor.get('/list')
-    assert 'waits' in page or any('state' in each.get('href', '') for each in page.html.find_all('a'))
+    assert 'waits' not in page and 'waits' in page.click('Over')
 
 
 def test_nothing_but_a_sign_in_signs_in(world):
@@ -8208,7 +8219,7 @@ def test_another_projects_reservation_is_not_there(world):
     for path in ('/r/secret', '/r/secret?project=physics', '/r/secret/live?project=physics'):
         assert visitor.get(path, status=404)
     for deed, more in (('delete', {}), ('extend', {'by': '+1h'}), ('update', {'vms': '2'}), ('skip', {}), ('approve', {})):
-        said = {'label': 'secret', 'project': 'physics', 'form': guard} | more
+        said = {'label': 'secret', 'project': 'physics', 'form': guard, 'sure': 'yes'} | more
         assert visitor.post(f'/do/{deed}', said, status='*').status_int in (403, 404)
     assert world.state('secret') == 'reserved' and 'secret' not in visitor.get('/')
 
@@ -8435,13 +8446,12 @@ def test_in_a_browser_a_click_in_a_week_means_that_hour(world, browse):
 
 
 def test_in_a_browser_a_check_that_fails_leaves_no_old_verdict(world, browse):
+    from playwright.sync_api import expect
     page = browse()
     signs_in(world, page)
     page.goto('/book?resource=demo&start=2027-01-05T09:00')
     page.get_by_label('From').fill('3026-12-05T09:00')
-    page.wait_for_timeout(1000)
-    page.faults.clear()
-    assert 'It fits' not in page.locator('#verdict').inner_text()
+    expect(page.locator('#verdict')).to_contain_text("start: '3026-12-05T09:00' is not between the years 1970 and 2199")
 
 
 def test_in_a_browser_live_pages_leave_the_focus_where_it_is(world, browse):
@@ -8450,7 +8460,9 @@ def test_in_a_browser_live_pages_leave_the_focus_where_it_is(world, browse):
     signs_in(world, page)
     page.goto('/r/class')
     page.locator('#live a').nth(1).focus()
-    page.wait_for_timeout(2000)
+    with page.expect_response('**/live**') as answer:
+        pass
+    assert answer.value.status == 304
     assert page.evaluate('document.activeElement.tagName') == 'A'
 
 
@@ -8479,12 +8491,13 @@ def test_in_a_browser_a_shade_goes_when_nothing_was_dragged_over(world, browse):
 
 def test_in_a_browser_flavors_are_those_of_the_chosen_resource(world, browse):
     world.service.resource_add('bare', vms=4)  # on no cloud: there are no flavors
+    from playwright.sync_api import expect
     page = browse()
     signs_in(world, page)
     page.goto('/book?resource=demo')
+    expect(page.locator('#flavors option')).to_have_count(len(cmres.Simulated.FLAVORS))
     page.get_by_label('Resource').select_option('bare')
-    page.wait_for_timeout(1000)
-    assert page.evaluate("document.querySelectorAll('#flavors option').length") == 0
+    expect(page.locator('#flavors option')).to_have_count(0)
 
 
 def test_in_a_browser_long_names_fit_a_phone(world, browse):
@@ -8494,10 +8507,14 @@ def test_in_a_browser_long_names_fit_a_phone(world, browse):
     accessible(page)
 
 
-@pytest.mark.parametrize('scheme', ['light', 'dark'])
-@pytest.mark.parametrize('width', [1280, 360])
-def test_in_a_browser_no_page_keeps_anybody_out(world, browse, width, scheme):
-    """axe on every page, with reservations in every state, and hostile text in them."""
+def test_in_a_browser_no_page_keeps_anybody_out(world, browse):
+    """axe on every page, wide and narrow, light and dark, with reservations in every state, and hostile text in them."""
+    def looked_at(page):
+        for width, scheme in itertools.product((1280, 360), ('light', 'dark')):
+            page.set_viewport_size({'width': width, 'height': 800})
+            page.emulate_media(color_scheme=scheme)
+            accessible(page)
+
     world.service.resource_add('gpu', cloud='simulated', region='india', vms=4, approval=timedelta(days=2))
     book(world.as_user(), start=0, end=30, vms=2, flavor='m1.small', image='cirros', description=HOSTILE[0] + HOSTILE[1])
     book(world.as_user(), 'class', start=40, end=41, repeat='daily', count=4)
@@ -8507,18 +8524,18 @@ def test_in_a_browser_no_page_keeps_anybody_out(world, browse, width, scheme):
     world.service.maintenance_add('gpu', NOON + hours(70), NOON + hours(90), HOSTILE[2])
     world.at(0.1)
     world.at(0.2)
-    page = browse(width=width, color_scheme=scheme)
+    page = browse()
     page.goto('/')
-    accessible(page)
+    looked_at(page)
     signs_in(world, page, role='admin')
-    for path in ('/', '/?view=day', '/?view=month', '/list', '/book', '/r/lab', '/r/class', '/admin',
+    for path in ('/', '/?view=day', '/?view=month', '/list', '/list?over=1', '/book', '/r/lab', '/r/class', '/admin',
                  '/book?resource=demo&vms=14&start=2026-12-03T15:00'):
         page.goto(path)
         if path == '/admin':
             page.locator('summary').first.click()
-        accessible(page)
+        looked_at(page)
     page.goto('/r/nothing')
-    accessible(page)
+    looked_at(page)
     assert 'status of 404' in page.faults.pop()
 
 
