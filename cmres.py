@@ -7028,8 +7028,9 @@ table { border-collapse: collapse; width: 100% }
 th, td { text-align: left; padding: .35rem .7rem .35rem 0; border-bottom: 1px solid var(--line);
   vertical-align: top }
 th { font-size: .85rem; color: var(--soft); font-weight: 600 }
-.deed { display: inline-flex; gap: .3rem; margin: 0 .5rem .3rem 0 }
-.deed input { width: 5rem }
+.deed { display: inline-flex; gap: .25rem; margin: 0 .3rem .3rem 0 }
+.deed input { width: 4rem }
+td[data-name=Label] { min-width: 5.5rem }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .2rem 1rem; margin: 0 }
 dt { color: var(--soft) }
 dd { margin: 0; overflow-wrap: anywhere }
