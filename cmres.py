@@ -5030,7 +5030,7 @@ class Plan(Requests):
         With --named, a reservation may ask for a host by its name: add ... --host NAME.
 
         Example:
-          python cmres.py resource sync chameleon --aggregates gpu --mode exclusive --dry-run
+          python cmres.py resource sync chameleon --aggregate gpu --mode exclusive --dry-run
         """
         there = {each.name: each for each in self.clouds.open(cloud).aggregates()}
         for name in aggregates:
@@ -5845,7 +5845,7 @@ class Reservations(Calendars):
         Counts the last 30 days unless --since and --until say otherwise.
 
         Example:
-          python cmres.py report --since 2027-01-01 --by-whom user --format csv
+          python cmres.py report --since 2027-01-01 --by user --format csv
         """
         columns = {'project': 'r.project', 'user': 'r.user', 'resource': 's.name'}
         if by_whom not in columns:
@@ -8632,6 +8632,9 @@ Example:
 '''
 
 FORMATS = ('table', 'json', 'csv', 'yaml')
+#: Other names that people give to options, and of which commands.
+ALSO = {'--from': ([], '--start'), '--to': ([], '--end'), '--by': (['report'], '--by-whom'),
+        '--aggregate': (['resource', 'sync'], '--aggregates')}
 
 #: What a table shows of answers that have more fields than a line has room for.
 COLUMNS = {'list': 'id label user project resource host vms flavor start end repeat state fault',
@@ -8865,8 +8868,8 @@ def take_options(argv: list[str], options: dict) -> list[str]:
                 raise Invalid(f'{name} needs a value')
         if name in ('--config', '--format', '--tz'):
             options[name[2:]] = value
-        elif name in ('--from', '--to'):
-            rest.append({'--from': '--start', '--to': '--end'}[name] + equals + value)
+        elif name in ALSO and rest[:len(ALSO[name][0])] == ALSO[name][0]:
+            rest.append(ALSO[name][1] + equals + value)
         elif name == '--file' and rest[:1] == ['add']:
             rest = ['load', value, *rest[1:]]
         elif word == '--follow' and rest[:1] == ['events']:

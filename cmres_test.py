@@ -5252,6 +5252,15 @@ def test_openapi_tells_what_parts_hosts_and_classes_are(app):
     assert resource['properties']['classes']['type'] == 'object'
 
 
+def test_on_the_command_line_options_have_the_names_that_people_give_them(run):
+    assert run('resource', 'sync', 'simulated', '--aggregate', 'gpu', '--mode=shared')[0] == 0
+    code, out, _ = run('resource', 'list', '--aggregate=gpu', '--format=json')
+    assert code == 0 and json.loads(out)[0]['mode'] == 'shared'
+    assert run('report', '--by', 'resource')[0] == 0
+    assert "by_whom: 'place' is none of project, user, resource" in run('report', '--by=place')[2]
+    assert "report has no argument 'to_whom'; did you mean 'by_whom'" in run('report', '--to-whom=x')[2]
+
+
 def test_on_the_command_line_parts_and_classes_are_read_as_meant(run):
     run('resource', 'add', 'gpu', '--vms=9', '--classes', 'CUSTOM_A=1', '--classes', 'CUSTOM_B=2')
     code, out, _ = run('resource', 'show', 'gpu', '--format=json')
