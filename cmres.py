@@ -186,6 +186,11 @@ def zone_table() -> str:
 
 
 def read_zone(name: str) -> ZoneInfo:
+    """The time zone of a name.
+
+    Raises:
+      Invalid: there is none of that name.
+    """
     try:
         return ZoneInfo(name)
     except (ValueError, OSError, KeyError):
@@ -850,6 +855,11 @@ def refuse_unknown(operation: Operation, names: Iterable[str]) -> None:
 
 
 def read_argument(name: str, value, kind, here: Here):
+    """One argument of a call, by the type that the operation gives it.
+
+    Raises:
+      Invalid: it is malformed; the sentence names the argument.
+    """
     try:
         return READERS[kind](value, here)
     except (ValueError, TypeError) as error:
@@ -3083,6 +3093,7 @@ def public(found) -> dict:
 
 
 def in_figures(amount: Amount) -> dict:
+    """An amount with the names of its figures."""
     return dict(zip(FIGURES, amount)) | {name: each for name, each in amount.classes if name != OTHERS}
 
 
@@ -3163,6 +3174,7 @@ class Service:
 
     @property
     def here(self) -> Here:
+        """The zone of bare times, and the instant that it is."""
         return Here(self.config.zone, instant(int(self.clock())))
 
     @contextmanager
@@ -3175,6 +3187,7 @@ class Service:
 
     def journal(self, now: float, code: str, sentence: str, reservation: int | None = None,
                 notify: Iterable[str] = (), occurrence: int | None = None) -> None:
+        """Appends an event in the name of the actor; inside the transaction of what it tells."""
         journal(self.config, now, self.actor.user, code, sentence, reservation, notify, occurrence)
 
     def resolve(self, start, end) -> tuple[int, int]:
@@ -3211,6 +3224,7 @@ class Service:
         return [] if self.actor.role == ADMIN else [('r.project = ?', self.actor.project)]
 
     def window(self, start, end) -> list:
+        """The conditions on occurrences that overlap a window, either end of which may be missing."""
         first = self.here.now if isinstance(end, timedelta) else FIRST
         begin, until = self.resolve(start or first, end or LAST)
         return ([('o.end > ?', begin)] if start else []) + ([('o.start < ?', until)] if end else [])
@@ -3257,6 +3271,7 @@ class Service:
                        f'{tail} LIMIT {limit}')
 
     def occurrence(self, id: int):
+        """The listing of one occurrence, by its id."""
         return listing(self.clock(), 'o.id = ?', (id,))[0]
 
     def next_of(self, reservation: int):
@@ -3300,12 +3315,15 @@ class Service:
         return self.search([('r.id = ?', found.reservation), (NOT_OVER, None), ('o.slot >= ?', since)])
 
     def stretches(self, reservation: int) -> list[Stretch]:
+        """The stretches of a series; none of a plain reservation."""
         return read_stretches(row('SELECT series FROM reservation WHERE id = ?', reservation).series)
 
     def begun(self, found) -> bool:
+        """Whether an occurrence has begun: with machines, from its lead on."""
         return self.clock() >= (found.held_from if found.runs else found.start)
 
     def resource_row(self, name: str):
+        """The resource of a name; NotFound names the nearest."""
         found = row('SELECT * FROM resource WHERE name = ? AND removed IS NULL', name)
         if not found:
             names = [each.name for each in self.places()]
@@ -3342,9 +3360,11 @@ class Service:
         return found
 
     def place_of(self, asked: dict) -> str:
+        """The place that was asked for, in words."""
         return ', '.join(f'{column} {asked[column]}' for column in PLACE if asked.get(column)) or 'any place'
 
     def servers_of(self, occurrence: int) -> Rows:
+        """The servers of an occurrence, as answers show them."""
         return [public(each) for each in rows(
             'SELECT n, name, state, addresses, planned, begun, ready, deleted, snapshot, tries, fault, account, uid '
             'FROM server WHERE occurrence_id = ? ORDER BY n, id', occurrence)]
@@ -3588,6 +3608,7 @@ class Wishes(Service):
 
     @contextmanager
     def recording_refusal(self, wish: Wish, dry_run: bool) -> Iterator[None]:
+        """Writes down that a request was refused for want of room or by a limit, for reports and notices."""
         try:
             yield
         except Conflict as refusal:
@@ -3614,6 +3635,7 @@ class Wishes(Service):
                 raise NoCapacity(self.why_not(wish), **self.in_the_way(wish, old), **self.would_fit(wish)) from None
 
     def why_not(self, wish: Wish) -> str:
+        """The sentence that says which figure of a resource is lacking, when, and how much of it there is."""
         begin, until = wish.held
         amount, limits = wish.amount, capacity(wish.resource)
         held = peak(wish.resource.id, max(begin, int(self.clock())), until, amount.names)
@@ -3739,6 +3761,7 @@ class Limits(Wishes):
             return self.limit_public(found)
 
     def limit_public(self, found) -> dict:
+        """A limit as answers show it: lengths in words."""
         lengths = ('longest', 'ahead', 'least_notice', 'exempt')
         return {name: format_duration(value) if name in lengths and value is not None else value
                 for name, value in (public(found) | {'waiting': found.waiting}).items()}
@@ -3809,6 +3832,7 @@ class Limits(Wishes):
         return most
 
     def future_hours(self, limit, wish: Wish, reservation: int, now: float) -> float:
+        """The vcpu-hours that the limited hold from now on."""
         where, values = self.counted(limit, wish, reservation)
         return run(f'SELECT coalesce(sum(o.vcpus * (o."end" - max(o.start, ?))), 0) / 3600.0 {FROM_ALL} '
                    f'WHERE {where} AND o."end" > ?', int(now), *values, int(now)).fetchone()[0]
@@ -3824,6 +3848,7 @@ class Holding(Limits):
     """What is taken and written for one occurrence; inside a transaction."""
 
     def refuse_taken_label(self, wish: Wish, now: float) -> None:
+        """Refuses a label that a reservation or a request of the project has, as long as it is not over."""
         read_argument('label', wish.label, Label, self.here)  # Python may call without `bind`
         if row('SELECT id FROM reservation WHERE project = ? AND label = ? AND over > ? UNION ALL SELECT id FROM '
                "reservation WHERE request = ? AND request <> '' AND project = ? AND over > ?", wish.project, wish.label,
@@ -3832,6 +3857,7 @@ class Holding(Limits):
                            'not over; choose another')
 
     def refuse_taken_resource(self, name: str) -> None:
+        """Refuses the name of a resource that there is."""
         read_argument('name', name, Label, self.here)
         if row('SELECT id FROM resource WHERE name = ? AND removed IS NULL', name):
             raise Conflict(f"there is a resource '{name}' already; choose another name or update that one")
@@ -3963,6 +3989,7 @@ class Series(Holding):
         return slot
 
     def differs(self, old, slot: Slot, wish: Wish) -> bool:
+        """Whether an occurrence is otherwise than its series wants it."""
         return old.cancelled is not None or (old.start, old.end, old.resource_id, *amount_of(old)) != (
             slot.start, slot.end, slot.resource, *wish.takes(slot.vms)) or (
             slot.start - wish.lead != old.held_from and not old.altered)
@@ -3974,6 +4001,7 @@ class Series(Holding):
         change(Occurrence, old.id, cancelled=int(now), held_until=until, due=now)
 
     def place_all(self, reservation: int, wish: Wish, todo: list, now: float) -> list[dict]:
+        """Holds many occurrences of a series, and tells all that have no room at once."""
         places, done, refused = {}, [], []
         if wish.server and any(one.end > after.start for (one, _), (after, _) in zip(todo, todo[1:])):
             raise Conflict(f'the occurrences overlap, and the server {wish.server} is one machine')
@@ -4149,6 +4177,7 @@ class Admission(Series):
         return reservation, []
 
     def told_series(self, wish: Wish, done: list[dict]) -> str:
+        """What was booked of a series, for the journal."""
         left_out = sum(each['outcome'] == 'left out' for each in done)
         return (f"{wish.vms} vms on {wish.resource.name}, {wish.repeat or 'once'}: {len(done) - left_out} occurrences"
                 f"{f', {left_out} left out' if left_out else ''}")
@@ -4215,6 +4244,7 @@ class Admission(Series):
             raise
 
     def book_part(self, wish: Wish, name: str, now: float) -> tuple:
+        """Books one part of a request; a refusal tells which."""
         try:
             return wish, *self.book(wish, now, request=name)
         except NoCapacity as refusal:
@@ -4229,6 +4259,7 @@ class Admission(Series):
         return wish._replace(vms=total.vms, whole=total) if len(there) > 1 else wish
 
     def answer_all(self, request: Request, booked: list[tuple]) -> dict:
+        """What was reserved: one reservation, or the parts of a request."""
         answers = [self.answer(reservation, done, wish) for wish, reservation, done in booked]
         return {'label': request.label, 'parts': answers} if request.name else answers[0]
 
@@ -4321,6 +4352,7 @@ class Waiting(Admission):
                       added(most, lent, 1))
 
     def refuse_many_waiting(self, wish: Wish) -> None:
+        """Refuses to let a user or a project wait with more requests than a limit says."""
         for limit in self.limits_for(wish):
             who, name = ('user', wish.user) if limit.user else ('project', wish.project)
             waits = len({each.request or each.id for each in self.waiting_line(self.clock())
@@ -4421,6 +4453,7 @@ class Waiting(Admission):
             return self.told_parts(label, parts)
 
     def settle_pending(self, label: str, project: str, dry_run: bool, deed: str) -> dict:
+        """Lets be what waits for a word: a reservation, or of a request all parts that do."""
         with self.writing(dry_run) as now:
             found = self.pending_of(label, project)
             settled = [each for each in found if each.confirm or deed == 'approved']
@@ -4780,6 +4813,7 @@ class Requests(Waiting):
         return old, self.stretches(old.reservation), key
 
     def rewrite(self, old, wish: Wish, asked: dict, now: float, code: str, named: bool) -> tuple[int, list]:
+        """Writes a change of a reservation; inside the transaction that looked whether it is still as it was read."""
         self.refuse_fixed(old, wish, asked)
         if old.choices and asked.keys() & {'resource', 'host', 'flavor'}:  # it waits for this one alone
             change(Reservation, old.reservation, choices='')
@@ -4850,6 +4884,7 @@ class Requests(Waiting):
             return [public(self.occurrence(each.id)) for each in found]
 
     def refuse_uncounted(self, found: list, label: str, count: int | None, dry_run: bool) -> None:
+        """Refuses a delete that would hit none, another number than was said, or several projects."""
         if not found:
             raise NotFound(f"there is no reservation {shown(label) + ' ' if label else ''}that is not over"
                            f"{'' if label else ' and meets all of these filters'}")
@@ -5009,12 +5044,15 @@ class Plan(Requests):
             return self.resource_public(found)
 
     def resource_public(self, found) -> dict:
+        """A resource as answers show it."""
         return {name: value for name, value in public(found).items() if name != 'removed'}
 
     def read_seconds(self, **lengths: timedelta | None) -> dict[str, int]:
+        """Lengths as the store has them; none is 0."""
         return {name: int((length or timedelta(0)).total_seconds()) for name, length in lengths.items()}
 
     def read_mode(self, mode: str) -> str:
+        """The mode of a resource as the store has it."""
         if mode not in ('', 'open', *MODES):
             raise Invalid(f"mode: '{mode}' is none of open, {', '.join(MODES)}{nearest(mode, MODES)}")
         return '' if mode == 'open' else mode
@@ -5141,6 +5179,7 @@ class Plan(Requests):
 
     def change_capacity(self, name: str, start, end, most: Amount | None, reason: str, then: str,
                         dry_run: bool) -> dict:
+        """Gives a resource another capacity for a while; without `most`, none."""
         if then not in THEN:
             raise Invalid(f"then: '{then}' is none of {', '.join(THEN)}{nearest(then, THEN)}")
         with self.writing(dry_run) as now:
@@ -5223,6 +5262,7 @@ class Plan(Requests):
         return [public(each) for each in found if each.host not in left]
 
     def no_longer_fitting(self, place, now: float) -> list[dict]:
+        """The occurrences for which there is no room any more, as answers show them."""
         return [public(each) for each in self.homeless(place, int(now), int(LAST.timestamp()))[:1000]]
 
     def homeless(self, place, begin: int, until: int) -> list:
@@ -5297,6 +5337,7 @@ class Claims(Plan):
 
     def claim_on(self, name: str, server: str, projects: list[str], users: list[str], need: Amount, label: str,
                  project: str, user: str, now: float) -> dict:
+        """Whether a server may boot on one resource, why, and on which of its hosts; if so, it counts from now on."""
         place = row('SELECT * FROM resource WHERE name = ? AND removed IS NULL', name)
         if not place or not place.mode:
             why = f"'{name}' is open to everybody" if place else f"there is no resource '{name}'"
@@ -5524,6 +5565,7 @@ class Calendars(Claims):
             return line | {'outcome': 'refused', 'why': str(refusal)}
 
     def book_event(self, booking: Booking, wish: Wish, known, origin: str, source: int | None, now: float) -> dict:
+        """Books an event, or makes of its reservation what the event says now."""
         if known:
             head = self.next_of(known.id)
             wish = wish._replace(label=known.label)
@@ -5666,6 +5708,7 @@ class Calendars(Claims):
                                          due=self.clock())
 
     def changed_subscription(self, id: int, dry_run: bool, what: str, **values) -> dict:
+        """Changes a subscription of one's own, and tells which it was."""
         with self.writing(dry_run) as now:
             found = self.own_calendar('subscription', 'due IS NOT NULL', id)
             change(Subscription, id, **values)
@@ -5674,6 +5717,7 @@ class Calendars(Claims):
                 'shows': urlsplit(found.url).hostname}
 
     def own_calendar(self, table: str, condition: str, id: int):
+        """A feed or a subscription that is in force and one's own; NotFound if there is none."""
         found = row(f'SELECT * FROM {table} WHERE id = ? AND {condition}', id)
         if not found or self.actor.role != ADMIN and (found.user, found.project) != self.actor[:2]:
             raise NotFound(f'there is no {table} {id} that is in force')
@@ -5724,6 +5768,7 @@ class Calendars(Claims):
         return done
 
     def ask_before_most_goes(self, subscription, had: dict[int, int], now: float) -> None:
+        """Raises Held where a calendar would cancel most of what it had, and nobody has said that this is meant."""
         have, all_of_them = self.live_of(subscription, now), sum(had.values())
         gone = sum(max(number - have.get(id, 0), 0) for id, number in had.items())
         if subscription and not subscription.confirmed and 2 * gone > all_of_them:
@@ -5731,6 +5776,7 @@ class Calendars(Claims):
                        f'calendar confirm {subscription.id}')
 
     def tell_held(self, subscription, why: str, now: float) -> None:
+        """Tells the owner of a calendar, once, that it waits for a word."""
         if not subscription.held:
             self.journal(now, 'held', why, None, json.loads(subscription.notify))
 
@@ -5770,6 +5816,7 @@ class Calendars(Claims):
                 or each.state not in ('cancelled', 'failed')], min([now + 60, *turns])
 
     def feed_event(self, found, feed, addresses: list[str]) -> Shown:
+        """An occurrence as a feed shows it: one's own with all that helps, others' as busy."""
         uid = f'occurrence-{found.id}@{self.clouds.store}'
         passed = [at for at in (found.held_from, found.start, found.end) if at <= found.now]
         revision, revised = found.revision + len(passed), max([found.revised, *passed])
@@ -7254,7 +7301,8 @@ TEMPLATES = {'layout': '''<!doctype html>
 patternUnits="userSpaceOnUse" patternTransform="rotate(45)"><line class="hatch" x1="0" y1="0" x2="0" y2="7"
 stroke-width="2"/></pattern></defs></svg>
 % if not groups:
-<div class="card"><p>There is nothing to reserve yet{{': add a resource' if visit.actor.role == 'admin' else ''}}.</p></div>
+<div class="card">
+<p>There is nothing to reserve yet{{': add a resource' if visit.actor.role == 'admin' else ''}}.</p></div>
 % end
 % for name, places in groups:
 <section class="card" aria-label="{{name}}">
@@ -7711,19 +7759,23 @@ class Visit:
 
     @property
     def writes(self) -> bool:
+        """Whether they may change anything at all."""
         return self.actor is not None and self.actor.role != READER
 
     @property
     def links(self) -> list[tuple[str, str]]:
+        """The pages that this person has a use for."""
         return [('/', 'Plan'), ('/list', 'Reservations'), *([('/book', 'Book')] if self.writes else []),
                 *([('/admin', 'Admin')] if self.actor.role == ADMIN else [])]
 
     @property
     def here(self) -> Here:
+        """Where and when what they type is read."""
         return self.service.here
 
     @property
     def guard(self) -> str:
+        """What proves that a form is one of ours."""
         return f'<input type="hidden" name="form" value="{self.form}">'
 
     def at(self, moment: datetime) -> str:
@@ -7735,10 +7787,12 @@ class Visit:
         return f'<time datetime="{moment:%Y-%m-%dT%H:%MZ}">{here:%a} {here.day} {here:%b %Y %H:%M}</time>{other}'
 
     def plain(self, moment: datetime) -> str:
+        """A time within a sentence."""
         here = moment.astimezone(self.zone)
         return f'{here:%a} {here.day} {here:%b %H:%M}'
 
     def state(self, word: str) -> str:
+        """A state as a word with its sign."""
         return render_page('state', state=word, sign=SIGNS[word])
 
     def cell(self, value) -> str:
@@ -7750,6 +7804,7 @@ class Visit:
         return f'<span>{text}</span>'
 
     def href(self, label: str, project: str, start: datetime | None = None) -> str:
+        """The address of the page of a reservation, or of one of its occurrences."""
         which = {'project': project} | ({'occurrence': to_plain(start)} if start else {})
         return f'/r/{quote(label)}?{urlencode(which)}'
 
@@ -7804,6 +7859,7 @@ class CloudNames:
         return self.found.get(account, nothing)[1:]
 
     def ask(self, account: str) -> None:
+        """Looks the names up, however long that takes."""
         try:
             cloud = self.clouds.open(account)
             names, why = {kind: sorted(cloud.names(kind))[:500] for kind in ('flavor', 'image')}, ''
@@ -7823,6 +7879,7 @@ class Pages:
         self.key = bytes.fromhex(row("SELECT value FROM fact WHERE name = 'page'").value)
 
     def mount(self, app) -> None:
+        """Gives an application the addresses of all pages."""
         for verb, path, handle in (
                 ('GET', '/', self.plan), ('GET', '/list', self.list), ('GET', '/book', self.book),
                 ('POST', '/book', self.add), ('GET', '/book/check', self.check),
@@ -7839,10 +7896,12 @@ class Pages:
     # Who visits
 
     def sign(self, purpose: str, text: str) -> str:
+        """What only we can know of a text, for one purpose."""
         import hmac
         return hmac.new(self.key, f'{purpose}\0{text}'.encode(), 'sha256').hexdigest()
 
     def signed(self, purpose: str, text: str) -> str:
+        """A text with its signature."""
         return f'{text}.{self.sign(purpose, text)}'
 
     def unsigned(self, purpose: str, text: str) -> str | None:
@@ -7887,6 +7946,7 @@ class Pages:
         return handler
 
     def refusal(self, visit: Visit, error: Error, back: str):
+        """The page that says what could not be done."""
         return self.page(visit, 'Refused', render_page('refused', sentence=str(error), back=back), error.status)
 
     def refuse_foreign(self, request, given: dict, visit: Visit, signed_in: bool) -> None:
@@ -7923,9 +7983,11 @@ class Pages:
             'sign in', refusal='', token='', back=request.path + query if goes else '/'), status)
 
     def ask(self, visit: Visit, given: dict):
+        """The form to sign in; a token in the address is filled in, and sent by whoever means it."""
         return self.page(visit, 'Sign in', render_page('sign in', refusal='', token=given.get('token', ''), back='/'))
 
     def sign_in(self, visit: Visit, given: dict):
+        """Signs in by a token, for as long as `signed_in` says."""
         token = given.get('token', '').strip()
         try:
             actor_of(token)
@@ -7953,6 +8015,7 @@ class Pages:
         return made
 
     def choose_zone(self, visit: Visit, given: dict):
+        """Shows times in another zone from now on."""
         zone, made = read_zone(given.get('zone', '')), self.onward(local(given.get('next')))
         made.set_cookie('zone', quote(zone.key, safe=''), path='/', samesite='strict', max_age=31536000)
         return made
@@ -7965,6 +8028,7 @@ class Pages:
         return made
 
     def set_cookie(self, made, name: str, value: str, lasts: int) -> None:
+        """Sets a cookie that scripts and other sites can't use."""
         made.set_cookie(name, value, path='/', httponly=True, samesite='strict', max_age=lasts,
                         secure=self.service.config.address.startswith('https:'))
 
@@ -8008,6 +8072,7 @@ class Pages:
         return visit.service.search([('o.id IN (SELECT value FROM json_each(?))', json.dumps(ids))])
 
     def draw(self, visit: Visit, place, cells: list[Cell], begin: int, end: int, view: str, found: list) -> Drawn:
+        """A resource on a time line: its curve, what is free in each cell, and what stands on it."""
         most = capacity(place)
         width = {'day': 900, 'week': 3600, 'month': 10800}[view]
         levels = peaks(place.id, begin, width, -(-(end - begin) // width), most.names)
@@ -8074,6 +8139,7 @@ class Pages:
             **{name: local_time(found[name], visit.zone) for name in ('start', 'end')}))
 
     def live(self, visit: Visit, label: str, given: dict):
+        """What is live of a reservation's page, if it is another than the browser has."""
         import bottle
         text = self.shown(visit, label, given)[1]
         tag = f'"{hashed(text)[:20]}"'
@@ -8107,6 +8173,7 @@ class Pages:
         return self.booking(visit, said, checked)
 
     def booking(self, visit: Visit, said: dict, checked: dict, status: int = 200):
+        """The page with the form."""
         names, why = self.offered(visit, said['resource'])
         return self.page(visit, 'Book', render_page(
             'book', visit=visit, said=said, places=[each.name for each in visit.service.places()], ends=ENDS,
@@ -8114,6 +8181,7 @@ class Pages:
 
     def verdict(self, fits: str = '', refusal: str | None = None, offers: Iterable = (),
                 warnings: Iterable = ()) -> str:
+        """What the form says of itself: it fits, or why not and what would."""
         return render_page('verdict', fits=fits, refusal=refusal, offers=[*offers], warnings=[*warnings])
 
     def offered(self, visit: Visit, resource: str) -> tuple[dict, str]:
@@ -8155,6 +8223,7 @@ class Pages:
 
     @property
     def unused_label(self) -> str:
+        """A label for a dry run of what has none yet."""
         return f'new-{secrets.token_hex(4)}'
 
     def told(self, visit: Visit, answer: dict) -> str:
@@ -8181,6 +8250,7 @@ class Pages:
             yield f"/book?{urlencode(wish | {'label': said.get('label', '')})}", words
 
     def offered_instead(self, visit: Visit, said: dict, error: Error) -> Iterator[tuple[str, dict]]:
+        """What might fit instead of a wish, in words and as other fields of the form."""
         try:
             start, end = (from_wall(datetime.fromisoformat(said[name]), visit.zone) for name in ('start', 'end'))
         except (KeyError, ValueError):
@@ -8198,6 +8268,7 @@ class Pages:
                 yield f'from {visit.plain(begin)}', {'start': begin, 'end': begin + (end - start)}
 
     def slots(self, visit: Visit, said: dict, start: datetime, end: datetime) -> list[dict]:
+        """The next free slots for a wish; none where that can't be told."""
         try:
             return visit.service.find(said['resource'], end - start, int(said['vms']), said.get('flavor', ''),
                                       after=start, limit=3)
@@ -8209,6 +8280,7 @@ class Pages:
         return answered(self.verdict(**self.tried(visit, given)))
 
     def add(self, visit: Visit, given: dict):
+        """Books what the form says, or with its other button only checks it."""
         said = {name: given.get(name, '') for name in BOOKING}
         checked, status = self.tried(visit, said) if 'check' in given else {}, 200
         if 'check' not in given:
@@ -8250,6 +8322,7 @@ class Pages:
         return self.page(visit, 'Admin', '\n'.join(self.section(visit, *each) for each in sections))
 
     def section(self, visit: Visit, name: str, lines: list, columns: str, deeds: tuple, forms: tuple) -> str:
+        """One part of the admin's page: a table, and the forms that belong to it."""
         table = render_page('table', visit=visit, name=name, lines=lines, columns=columns.split(), deeds=deeds)
         return f'<h2>{name}</h2>{table}' + ''.join(render_page(
             'form', visit=visit, operation=each, title=TITLES[each], summary=API[each].summary, fields=[
@@ -8289,6 +8362,7 @@ def told_done(name: str, said: dict, answer) -> str:
 
 
 def answered(text: str, status: int = 200, headers: dict | None = None):
+    """An answer of the page, with the headers that guard it."""
     import bottle
     return bottle.HTTPResponse(text, status, SAFE | (headers or {}))
 
@@ -8315,6 +8389,7 @@ def local_time(moment: datetime, zone: ZoneInfo) -> str:
 
 
 def read_date(text: str | None) -> date | None:
+    """A date that is in an address; None if it is none."""
     try:
         day = date.fromisoformat(text or '')
         return day if 1971 <= day.year < 2199 else None
@@ -8332,6 +8407,7 @@ def span_of_view(view: str, day: date) -> tuple[date, date]:
 
 
 def named_span(view: str, first: date, after: date) -> str:
+    """What a time line shows, in words."""
     last = after - timedelta(days=1)
     return (f'{first:%B %Y}' if view == 'month' else f'{first:%A} {first.day} {first:%B %Y}' if view == 'day' else
             f'{first.day} {first:%b} to {last.day} {last:%b %Y}')
@@ -8362,6 +8438,7 @@ def told_free(cell: Cell, levels: list[Amount], limits: dict[str, int]) -> Cell:
 
 
 def percent(at: float, begin: float, end: float) -> float:
+    """Where an instant is on a time line, in percent of its width."""
     return round(100 * (min(max(at, begin), end) - begin) / (end - begin), 3)
 
 
@@ -8429,6 +8506,7 @@ def lateness_of(servers: list) -> str:
 
 
 def lateness_told(server: dict) -> str:
+    """How late one server was ready, in words."""
     late = server['ready'] and (server['ready'] - server['planned']).total_seconds()
     return '' if late is None else f'{format_duration(round(max(late, 0)))} after the start'
 
