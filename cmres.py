@@ -8087,7 +8087,7 @@ class Pages:
                   if each.start.timestamp() < end and each.end.timestamp() > begin]
         holds = ', '.join(f'{n} {name}' for name, n in limits.items()) or 'without a limit'
         least = min((each for each in filled if each.free), key=lambda each: int(each.free), default=None)
-        summary = f'at least {least.free} {least.unit} free at any time' if least else 'nothing limits it'
+        summary = f"at least {least.free} {least.unit or 'vms'} free at any time" if least else 'nothing limits it'
         opened = not limits or all(limits.values())
         return Drawn(place.name, holds, summary, bool(limits), opened, curve(shares), filled, closed, bars,
                      68 + 21 * lanes, len(found) - len(bars))
