@@ -1448,7 +1448,7 @@ TABLES = [Resource, Reservation, Occurrence, Capacity, Limit, Step, Server, Clai
           SimulatedServer]
 
 #: What brings an older store up to the models above, one function a version.
-MIGRATIONS: list[Callable] = []
+MIGRATIONS: list[Callable] = [lambda: add_tracks()]
 
 
 def open_store(path: str) -> None:
@@ -1486,6 +1486,23 @@ def migrate() -> None:
         for step in MIGRATIONS[max(version - 1, 0):] if version else ():
             step()
         db.user_version, db.application_id = len(MIGRATIONS) + 1, OURS
+        ROW_TYPES.clear()  # columns may stand in another order now
+
+
+def add_tracks() -> None:
+    """Version 2: parts, hosts and resource classes; the steps have tracks, and are reckoned anew."""
+    for model in (Resource, Reservation, Occurrence, Capacity, Claim):
+        table = model._meta.table_name
+        known = {each[1] for each in run(f'PRAGMA table_info({table})')}
+        for field in model._meta.sorted_fields:
+            if field.column_name not in known:  # each of them is text, with nothing in it
+                run(f"ALTER TABLE {table} ADD COLUMN {field.column_name} TEXT NOT NULL DEFAULT ''")
+    run('DROP TABLE step')
+    run('DROP INDEX IF EXISTS occurrence_held')
+    db.create_tables(TABLES)
+    for place in rows('SELECT id FROM resource'):
+        for (track, at), figures in held_steps(place.id):
+            run('INSERT INTO step VALUES (?, ?, ?, ?, ?, ?)', place.id, track, at, *figures)
 
 
 @contextmanager

@@ -404,6 +404,39 @@ def test_a_description_may_be_a_dash(app):
 # Capacity ####################################################################
 
 
+def test_a_store_of_the_first_version_is_brought_up_to_this_one(world):
+    """Parts, hosts and classes are younger than version 1; so are the tracks of the steps."""
+    world.service.resource_add('gpu', cloud='simulated', vcpus=32)
+    book(world.as_user(), start=1, end=3, vms=2)
+    book(world.as_user(), 'other', start=2, end=4, resource='gpu', flavor='m1.large', vms=3)
+    book(world.service, 'full', start=9, end=10, vms=16)
+    book(world.as_user(), 'waits', start=9, end=10, wait=True)
+    steps = dump_of('step')
+    with cmres.transaction():
+        for index in ('reservation_request', 'occurrence_held'):
+            cmres.run(f'DROP INDEX {index}')
+        for table, columns in {'reservation': 'request host choices', 'occurrence': 'classes', 'claim': 'classes',
+                               'resource': 'classes named', 'capacity': 'classes held_classes'}.items():
+            for column in columns.split():
+                cmres.run(f'ALTER TABLE {table} DROP COLUMN {column}')
+        cmres.run('CREATE TABLE old (resource_id INTEGER, at INTEGER, vms INTEGER, vcpus INTEGER, ram INTEGER, '
+                  'PRIMARY KEY (resource_id, at)) WITHOUT ROWID')
+        cmres.run("INSERT INTO old SELECT resource_id, at, vms, vcpus, ram FROM step WHERE track = ''")
+        cmres.run('DROP TABLE step')
+        cmres.run('ALTER TABLE old RENAME TO step')
+        cmres.db.user_version = 1
+    cmres.open_store(world.config.database)
+    assert cmres.db.user_version == 2 and dump_of('step') == steps and world.service.check()['differences'] == 0
+    assert book(world.as_user(), 'new', start=5, end=6, resource='-', part=['demo:1', 'gpu:1'])['parts'][1]['vms'] == 1
+    world.service.delete('full')
+    world.cycle.settle()
+    assert world.state('waits') == 'reserved' and world.service.check()['differences'] == 0
+
+
+def dump_of(table: str) -> list:
+    return [tuple(each) for each in cmres.rows(f'SELECT * FROM {table} ORDER BY 1, 2, 3')]
+
+
 def brute_force_peak(held: dict, begin: int, until: int) -> tuple:
     """The greatest sums held at any instant of a window, from nothing but the list of what is held."""
     instants = [begin, *(at for b, u, _ in held.values() for at in (b, u) if begin <= at < until)]
