@@ -1466,6 +1466,7 @@ def open_store(path: str) -> None:
             raise Unavailable(f"'{path}' is a database of something else; name another file")
         if db.user_version != len(MIGRATIONS) + 1:
             migrate()
+        ROW_TYPES.clear()  # in another store, columns may stand in another order
     except peewee.DatabaseError as error:
         raise Unavailable(f"can't open the database '{path}': {error}") from None
 
@@ -1486,7 +1487,6 @@ def migrate() -> None:
         for step in MIGRATIONS[max(version - 1, 0):] if version else ():
             step()
         db.user_version, db.application_id = len(MIGRATIONS) + 1, OURS
-        ROW_TYPES.clear()  # columns may stand in another order now
 
 
 def add_tracks() -> None:
