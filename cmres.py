@@ -2053,7 +2053,7 @@ class OpenStack(Cloud):
                 raise self.refused[1]
             try:
                 self.session = self.session or self.log_in()
-            except Exception as error:
+            except Exception as error:  # of any kind: it is raised on, and `telling` words it
                 self.refused = time.monotonic() + self.DOOR_SHUT, error
                 raise
             return self.session
@@ -3044,7 +3044,7 @@ def for_each_part(method):
         if not parts:
             return method(**given)
         sized = {'vms'} if any(each.host and each.flavor for each in parts) else set()
-        alone = {'rename', 'holidays', *CLOUDY, *sized} & given.keys()
+        alone = {'rename', 'holidays', 'resource', 'host', *CLOUDY, *sized} & given.keys()
         if alone:  # clouds are not asked while all others wait
             raise Invalid(f"the {min(alone)} of a request is changed part by part: "
                           f"{', '.join(each.label for each in parts[:20])}")
@@ -6918,16 +6918,28 @@ def bearer(request) -> str:
 
 
 def read_query(request) -> dict:
+    """The fields of an address, each once."""
+    return fields_of(request.query_string.encode(), 'query')
+
+
+def fields_of(text: bytes, what: str) -> dict:
+    """The fields of a query or of a form; Invalid if they are not UTF-8, too many, or given twice with two values."""
     try:
-        pairs = parse_qsl(request.query_string, keep_blank_values=True, errors='strict', max_num_fields=100)
+        pairs = parse_qsl(text.decode(), keep_blank_values=True, errors='strict', max_num_fields=100)
     except (UnicodeDecodeError, ValueError):
-        raise Invalid('the query is not UTF-8 or has more than 100 fields') from None
+        raise Invalid(f'the {what} is not UTF-8 or has more than 100 fields') from None
     return given_once(*({name: value} for name, value in pairs))
 
 
-def read_body(request) -> dict:
-    if (request.content_length or 0) > MOST_BODY or len(text := request.body.read(MOST_BODY + 1)) > MOST_BODY:
+def whole_body(request) -> bytes:
+    """The body of a request; TooLarge if it has more than MOST_BODY bytes."""
+    if (request.content_length or 0) > MOST_BODY or len(body := request.body.read(MOST_BODY + 1)) > MOST_BODY:
         raise TooLarge(f'the body is larger than {MOST_BODY} bytes; send it in parts')
+    return body
+
+
+def read_body(request) -> dict:
+    text = whole_body(request)
     if not text.strip():
         return {}
     if request.content_type.partition(';')[0].strip().lower() == 'text/calendar':
@@ -8099,9 +8111,10 @@ class Pages:
         filled = [told_free(cell, levels[(cell.begin - begin) // width:-(-(cell.until - begin) // width)], limits)
                   for cell in cells]
         bars, lanes = bars_of(visit, found, begin, end)
-        closed = [Bar(*extent(each.start.timestamp(), each.end.timestamp(), begin, end), each.reason)
-                  for each in map(as_row, visit.service.maintenance_list(place.name))
-                  if each.start.timestamp() < end and each.end.timestamp() > begin]
+        changes = [(each['start'].timestamp(), each['end'].timestamp(), each['reason'])
+                   for each in visit.service.maintenance_list(place.name)]
+        closed = [Bar(*extent(start, until, begin, end), why) for start, until, why in changes
+                  if start < end and until > begin]
         holds = ', '.join(f'{n} {name}' for name, n in limits.items()) or 'without a limit'
         least = min((each for each in filled if each.free), key=lambda each: int(each.free), default=None)
         summary = f"at least {least.free} {least.unit or 'vms'} free at any time" if least else 'nothing limits it'
@@ -8386,13 +8399,7 @@ def answered(text: str, status: int = 200, headers: dict | None = None):
 
 def read_form(request) -> dict:
     """The fields of a form (application/x-www-form-urlencoded), each once."""
-    if (request.content_length or 0) > MOST_BODY or len(body := request.body.read(MOST_BODY + 1)) > MOST_BODY:
-        raise TooLarge(f'the form is larger than {MOST_BODY} bytes')
-    try:
-        pairs = parse_qsl(body.decode(), keep_blank_values=True, errors='strict', max_num_fields=100)
-    except (UnicodeDecodeError, ValueError):
-        raise Invalid('the form is not UTF-8 or has more than 100 fields') from None
-    return given_once(*({name: value} for name, value in pairs))
+    return fields_of(whole_body(request), 'form')
 
 
 def local(href: str | None) -> str:
@@ -8510,10 +8517,6 @@ def bars_of(visit: Visit, found: list, begin: int, end: int) -> tuple[list[Bar],
         bars.append(Bar(left, width, words, 68 + 21 * lane, text,
                         visit.href(each.label, each.project, start), kind))
     return bars, len(lanes)
-
-
-def as_row(values: dict):
-    return namedtuple('Line', values)(*values.values())
 
 
 def lateness_of(servers: list) -> str:

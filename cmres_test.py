@@ -5191,7 +5191,8 @@ def test_a_request_is_deleted_by_count_and_by_filters_too(world):
     assert [each['state'] for each in eva.list('exam')] == ['cancelled', 'cancelled']
 
 
-@pytest.mark.parametrize('change', [{'rename': 'foo'}, {'flavor': 'm1.small'}, {'image': 'cirros'}])
+@pytest.mark.parametrize('change', [{'rename': 'foo'}, {'flavor': 'm1.small'}, {'image': 'cirros'}, {'host': ''},
+                                    {'resource': 'demo'}])
 def test_what_a_request_has_not_as_a_whole_is_changed_part_by_part(world, change):
     regions(world, a1=9)
     book(world.as_user(), 'exam', resource='-', part=['a1:1', 'a1:1'])
@@ -7706,6 +7707,23 @@ def test_hostile_text_is_text_everywhere(world, text):
             assert tag not in page.text
         assert 'Set-Cookie' not in page.headers
     assert html.escape(text, quote=False)[:30].splitlines()[0] in pages[3].text.replace('&#039;', "'").replace('&quot;', '"')
+
+
+@pytest.mark.parametrize('text', HOSTILE)
+def test_hostile_text_of_a_calendar_is_text_on_the_page(world, text):
+    calendar, event = icalendar.Calendar(), icalendar.Event()
+    for name, value in {'uid': text[:200], 'dtstamp': NOON, 'dtstart': NOON + hours(20), 'dtend': NOON + hours(21),
+                        'summary': text, 'description': f'1 x m1.small\n{text}'}.items():
+        event.add(name, value)
+    calendar.add('version', '2.0'), calendar.add('prodid', 'x'), calendar.add_component(event)
+    done, = world.as_user().import_(calendar.to_ical().decode(), resource='demo', image='cirros')['events']
+    assert done['outcome'] == 'booked'
+    visitor = as_visitor(world)
+    for path in ('/', '/list', f"/r/{done['label']}", f"/r/{done['label']}/live"):
+        page = visitor.get(path)
+        assert done['label'] in page
+        for tag in ('<script>document', '<img', "' onmouseover='alert(1)", '49 %', '</title></svg>'):
+            assert tag not in page.text
 
 
 def test_a_form_that_is_refused_says_why_and_keeps_what_was_typed(world):
