@@ -163,11 +163,26 @@ def first_line(error: Exception) -> str:
 
 UTC = timezone.utc
 FIRST, LAST = datetime(1970, 1, 1, tzinfo=UTC), datetime(2200, 1, 1, tzinfo=UTC)
+ZONED = re.compile(r'(.*)\[([A-Za-z0-9_+/-]{1,64})\]')  # a time and the zone of its clock (RFC 9557)
 DURATION = re.compile(r'\+?(?:(\d{1,4})w)?(?:(\d{1,5})d)?(?:(\d{1,6})h)?(?:(\d{1,8})m)?(?:(\d{1,10})s)?', re.I | re.A)
 ISO_DURATION = re.compile(
     r'P(?:(\d{1,4})W)?(?:(\d{1,5})D)?(?:T(?:(\d{1,6})H)?(?:(\d{1,8})M)?(?:(\d{1,10})S)?)?', re.I | re.A)
 # An offset's + that an unescaped query made a space.
 LOST_PLUS = re.compile(r'(:\d\d) (\d\d:?\d\d)$')
+
+
+class Typed(datetime):
+    """An instant that was typed as a time on the clocks of a zone; `wall` and `zone` are that.
+
+    It differs from what those clocks show at the instant where the time doesn't exist there.
+    """
+    wall: datetime | None = None  # of a result of arithmetic: not known
+    zone: ZoneInfo | None = None
+
+
+class Length(timedelta):
+    """A length that was typed: days are `nominal`, hours and less exact (RFC 5545, 3.3.6)."""
+    nominal: int = 0  # seconds of its whole days
 
 
 def instant(seconds: float | None) -> datetime | None:
@@ -201,8 +216,12 @@ def parse_time(text: str, zone: ZoneInfo, now: datetime) -> datetime:
     """The instant that a person typed, in UTC and whole seconds.
 
     Args:
-      text: ISO 8601 with or without offset, with `/` for `-` or a space for `T`; `now`; or `+2h`, from now
+      text: ISO 8601 with or without offset, with `/` for `-` or a space for `T`; `now`; or `+2h`, from now;
+        a zone in brackets goes before `zone`
       zone: the zone of a time without an offset
+
+    Returns:
+      a Typed one where the text was a time without an offset.
 
     Raises:
       ValueError: it is none of these, or outside the years 1970 to 2199.
@@ -213,24 +232,34 @@ def parse_time(text: str, zone: ZoneInfo, now: datetime) -> datetime:
     if word.startswith('+'):
         return now + parse_duration(word)
     try:
+        if named := ZONED.fullmatch(word):
+            word, zone = named[1], read_zone(named[2])
         if not re.fullmatch('[0-9:TWZ+ .,/-]+', word):  # Python takes any letter between date and time
             raise ValueError
-        moment = datetime.fromisoformat(word.replace('/', '-'))
-        moment = (moment if moment.tzinfo else moment.replace(tzinfo=zone)).astimezone(UTC)
-    except (ValueError, OverflowError):
+        wall = datetime.fromisoformat(word.replace('/', '-')).replace(microsecond=0)
+        moment = (wall if wall.tzinfo else wall.replace(tzinfo=zone)).astimezone(UTC)
+    except (ValueError, OverflowError, Invalid):
         raise ValueError(f"'{text}' is not a time; write 2026-12-01T09:00, now or +2h") from None
     if not FIRST <= moment < LAST:
         raise ValueError(f"'{text}' is not between the years 1970 and 2199")
-    return moment.replace(microsecond=0)
+    return moment if wall.tzinfo else typed_at(moment, wall, zone)
 
 
-def parse_duration(text: str) -> timedelta:
+def typed_at(moment: datetime, wall: datetime, zone: ZoneInfo) -> Typed:
+    """An instant with the time that was typed for it."""
+    typed = Typed.fromtimestamp(moment.timestamp(), UTC)
+    typed.wall, typed.zone = wall, zone
+    return typed
+
+
+def parse_duration(text: str) -> Length:
     """The length that a person typed: 2h, +1d12h, 90m or PT2H; ValueError if it is none."""
     match = DURATION.fullmatch(text.strip()) or ISO_DURATION.fullmatch(text.strip())
     if not match or not any(match.groups()):
         raise ValueError(f"'{text}' is not a duration; write 2h, 1d12h, 90m or PT2H")
     weeks, days, hours, minutes, seconds = (int(part or 0) for part in match.groups())
-    length = timedelta(weeks=weeks, days=days, hours=hours, minutes=minutes, seconds=seconds)
+    length = Length(weeks=weeks, days=days, hours=hours, minutes=minutes, seconds=seconds)
+    length.nominal = 86400 * (7 * weeks + days)
     if length > LAST - FIRST:
         raise ValueError(f"'{text}' is longer than {(LAST - FIRST).days} days")
     return length
@@ -260,7 +289,9 @@ def format_duration(length: float) -> str:
 #
 #   An hour that doesn't exist is taken with the offset before the gap: 02:30 becomes 03:30.
 #   An hour that exists twice is taken the first time (both RFC 5545, 3.3.5).
-#   An end is a wall time as well: a night from 22:00 to 06:00 ends at 06:00 on every date.
+#   An end that was typed as a time is a wall time as well: a night from 22:00 to 06:00 ends at 06:00
+#   on every date. A length is a length on every date: six hours are six, a day is to the same hour
+#   of the next day (RFC 5545, 3.3.6).
 
 MOST_OCCURRENCES = 2000  # of a series within the horizon
 #: What may stand in a rule, and between which numbers (RFC 5545, 3.3.10).
@@ -278,7 +309,7 @@ YEARS_AHEAD = 7600
 
 
 class Stretch(NamedTuple):
-    """A stretch of a series; wall times as ISO text, lengths in seconds of wall time.
+    """A stretch of a series; wall times as ISO text, lengths in seconds of wall time, but `exact`.
 
     A slot is the wall time at which the rule puts an occurrence: its key, wherever it is moved to.
     """
@@ -293,7 +324,8 @@ class Stretch(NamedTuple):
     since: str = ''    # slots from then on ...
     until: str = ''    # ... to before then belong to this stretch
     shift: int = 0     # how much later than its slot each occurrence starts
-    moved: dict = {}   # slot: (wall time, length, vms) of those that are otherwise
+    moved: dict = {}   # slot: (wall time, length, vms, exact) of those that are otherwise
+    exact: int = 0     # elapsed seconds from the end of `length` on: what clocks show of them may differ
 
     @property
     def single(self) -> bool:
@@ -312,6 +344,27 @@ class Slot(NamedTuple):
 def to_wall(moment: datetime, zone: ZoneInfo) -> datetime:
     """What clocks in a zone show at an instant."""
     return moment.astimezone(zone).replace(tzinfo=None, fold=0)
+
+
+def typed_wall(moment: datetime, zone: ZoneInfo) -> datetime:
+    """The wall time that was typed for an instant in a zone, else what clocks show there."""
+    typed = getattr(moment, 'wall', None)
+    return typed if typed and moment.zone.key == zone.key else to_wall(moment, zone)
+
+
+def typed_length(end: datetime | timedelta, start: datetime, first: datetime,
+                 zone: ZoneInfo) -> tuple[int, int]:
+    """The length of a stretch that an end asks for: seconds by the clocks, and exact ones after that.
+
+    Args:
+      end: a length keeps its hours; a time is one on the clocks
+      start, first: the instant and the wall time that it counts from
+    """
+    if not isinstance(end, timedelta):
+        by_clocks = int((typed_wall(end, zone) - first).total_seconds())
+        return (by_clocks, 0) if by_clocks > 0 else (0, int((end - start).total_seconds()))
+    nominal = getattr(end, 'nominal', 0)
+    return nominal, int(end.total_seconds()) - nominal
 
 
 def from_wall(wall: datetime, zone: ZoneInfo) -> datetime:
@@ -434,10 +487,12 @@ def slots(stretch: Stretch, begin: float, until: float) -> Iterator[Slot]:
     lengths = dict(each.split('/') for each in stretch.dates if '/' in each)
     for wall in walls(stretch):
         key = wall.isoformat()
-        shifted, length, vms = wall + timedelta(seconds=stretch.shift), lengths.get(key, stretch.length), stretch.vms
+        shifted, vms = wall + timedelta(seconds=stretch.shift), stretch.vms
+        length, exact = (lengths[key], 0) if key in lengths else (stretch.length, stretch.exact)
         if key in stretch.moved:
-            shifted, length, vms = datetime.fromisoformat(stretch.moved[key][0]), *stretch.moved[key][1:]
-        start, end = window_of(shifted, int(length), zone)
+            shifted, length, vms, exact = [*stretch.moved[key], 0][:4]
+            shifted = datetime.fromisoformat(shifted)
+        start, end = window_of(shifted, int(length), zone, exact)
         if start >= until and key not in stretch.moved:
             return
         if end > begin and start < until:
@@ -448,10 +503,16 @@ def slots(stretch: Stretch, begin: float, until: float) -> Iterator[Slot]:
                           f'{instant(int(until)):%Y-%m-%d}; let it end earlier')
 
 
-def window_of(wall: datetime, length: int, zone: ZoneInfo) -> tuple[int, int]:
-    """The instants of a wall time and of that which is so many seconds later; never none between them."""
-    start, end = from_wall(wall, zone), from_wall(wall + timedelta(seconds=length), zone)
-    end = end if end > start else start + timedelta(seconds=length)
+def window_of(wall: datetime, length: int, zone: ZoneInfo, exact: int = 0) -> tuple[int, int]:
+    """The instants of a wall time and of its end; never none between them.
+
+    Args:
+      length: seconds from there to the end by the clocks, and `exact` elapsed ones after that
+    """
+    start = from_wall(wall, zone)
+    end = from_wall(wall + timedelta(seconds=length), zone) if length else start
+    end += timedelta(seconds=exact)
+    end = end if end > start else start + timedelta(seconds=length + exact)
     return int(start.timestamp()), int(end.timestamp())
 
 
@@ -1109,11 +1170,19 @@ def to_plain(value):
         return {name: to_plain(each) for name, each in value.items()}
     if isinstance(value, (list, tuple)):
         return [to_plain(each) for each in value]
+    if isinstance(value, Typed):  # only on the way to a server: answers hold plain instants
+        return f'{value.wall.isoformat()}[{value.zone.key}]'
     if isinstance(value, date) and not isinstance(value, datetime):
         return value.isoformat()
     if isinstance(value, datetime):
         return value.isoformat(timespec='milliseconds' if value.microsecond else 'seconds')
-    return f'PT{int(value.total_seconds())}S' if isinstance(value, timedelta) else value
+    return plain_length(value) if isinstance(value, timedelta) else value
+
+
+def plain_length(length: timedelta) -> str:
+    """A length in ISO 8601, with the days that were typed as days."""
+    days, seconds = divmod(getattr(length, 'nominal', 0), 86400)[0], int(length.total_seconds())
+    return f'P{days}DT{seconds - 86400 * days}S' if days else f'PT{seconds}S'
 
 
 def from_plain(value):
@@ -3211,12 +3280,20 @@ class Service:
         """The seconds of a window: a length for a start counts from now, for an end from the start."""
         start = self.here.now + start if isinstance(start, timedelta) else start
         try:
-            end = start + end if isinstance(end, timedelta) else end
+            end = self.end_after(start, end) if isinstance(end, timedelta) else end
         except OverflowError:
             end = LAST
         if not start < end <= LAST:
             raise Invalid(f'the end {to_plain(end)} is not after the start {to_plain(start)} and before the year 2200')
         return int(start.timestamp()), int(end.timestamp())
+
+    def end_after(self, start: datetime, length: timedelta) -> datetime:
+        """The instant that is so much later: typed days to the same hour of the clocks, hours exactly."""
+        zone = getattr(start, 'zone', None) or self.config.zone
+        nominal = timedelta(seconds=getattr(length, 'nominal', 0))
+        if not nominal:
+            return start + length
+        return from_wall(typed_wall(start, zone) + nominal, zone) + (length - nominal)
 
     def span_of(self, asked: Day, zone: ZoneInfo) -> tuple[int, int, str]:
         """The seconds that an instant or a date stands for, and how a sentence calls it."""
@@ -3429,7 +3506,8 @@ class Wishes(Service):
                         (old.host, amount_of(old)) if old and old.host and not {*asks, 'vms'} & set(changes)
                         else self.whole_host(place, asked, each)))
         if stretches and not {'repeat'} & set(changes):
-            stretches = self.ended_stretches(self.moved_stretches(wish, old, stretches, key, changes), asked, changes)
+            stretches = self.moved_stretches(wish, asked, old, stretches, key, changes)
+            stretches = self.ended_stretches(stretches, asked, changes)
             return wish._replace(stretches=stretches, repeat=stretches[-1].rule)
         return self.repeating(wish, asked, old, stretches, key, changes) if REPEATING & {
             name for name in changes if asked.get(name)} else wish
@@ -3537,30 +3615,37 @@ class Wishes(Service):
         """
         zone = read_zone(asked.get('tz') or wish.tz or self.config.timezone)
         wish = wish._replace(on_conflict=read_argument('on_conflict', asked['on_conflict'], Clash, self.here))
-        first, last = (to_wall(instant(each), zone) for each in (wish.start, wish.end))
+        begins = asked['start'] if isinstance(asked['start'], datetime) else instant(wish.start)
+        first, ends = typed_wall(begins, zone), asked.get('end', instant(wish.end))
+        length, exact = typed_length(ends, instant(wish.start), first, zone)
+        if stretches and 'end' not in changes:
+            length, exact = self.stretch_of(old, stretches)[1:]
         if stretches and 'start' not in changes:
-            first, last = (planned := self.planned(old, stretches)[1]), planned + (last - first)
+            first = self.planned(old, stretches)[1]
         skips = self.read_skips(asked, zone, wish.start)
         if not asked['repeat']:
             raise Invalid(f"{min(name for name in REPEATING if asked.get(name))} is for a series; say --repeat as well")
         rule = local_rule(self.ended_rule(asked, zone), zone)
-        stretch = Stretch(first.isoformat(), int((last - first).total_seconds()), zone.key, wish.vms,
-                          wish.resource.id, rule, skips=skips)
+        stretch = Stretch(first.isoformat(), length, zone.key, wish.vms, wish.resource.id, rule,
+                          skips=skips, exact=exact)
         slot = next(slots(stretch, self.clock(), LAST.timestamp()), None)
         if not slot:
             raise Invalid(f'the repetition {rule} has no occurrence from {first:%Y-%m-%d %H:%M} on')
         stretches = [*stretches_before(stretches, key), stretch]
         return wish._replace(start=slot.start, end=slot.end, repeat=rule, tz=zone.key, stretches=stretches)
 
-    def moved_stretches(self, wish: Wish, old, stretches: list[Stretch], key: str,
+    def moved_stretches(self, wish: Wish, asked: dict, old, stretches: list[Stretch], key: str,
                         changes: Iterable[str]) -> list[Stretch]:
         """A series whose occurrences from one on are where a certain one is wished to be."""
         if not OWN & set(changes):
             return stretches
         zone, planned = self.planned(old, stretches)
-        start, end = (to_wall(instant(each), zone) for each in (wish.start, wish.end))
-        begins = start if 'start' in changes or old.altered else planned  # where a gap has put it, by what was planned
-        new = {'length': int((end - begins).total_seconds())} if 'end' in changes else {}
+        begins = asked['start'] if isinstance(asked['start'], datetime) else instant(wish.start)
+        start = typed_wall(begins, zone)
+        first = start if 'start' in changes or old.altered else planned  # where a gap has put it, by what was planned
+        ends = asked['end'] if 'end' in changes else instant(wish.end)
+        length, exact = typed_length(ends, instant(wish.start), first, zone)
+        new = {'length': length, 'exact': exact} if 'end' in changes else {}
         new |= {'vms': wish.vms} if 'vms' in changes else {}
         new |= {'resource': wish.resource.id} if 'resource' in changes else {}
         shift = int((start - planned).total_seconds()) if 'start' in changes else 0
@@ -3568,9 +3653,14 @@ class Wishes(Service):
 
     def planned(self, old, stretches: list[Stretch]) -> tuple[ZoneInfo, datetime]:
         """The zone of a series, and the wall time at which it has an occurrence, wherever that was moved to."""
-        stretch = next(each for each in reversed(stretches) if each.since <= old.slot)
+        stretch, _, _ = self.stretch_of(old, stretches)
         slot = datetime.fromisoformat(old.slot or stretch.start)
         return read_zone(stretch.zone), slot + timedelta(seconds=stretch.shift)
+
+    def stretch_of(self, old, stretches: list[Stretch]) -> tuple[Stretch, int, int]:
+        """The stretch that an occurrence belongs to, and its length by the clocks and exactly."""
+        stretch = next(each for each in reversed(stretches) if each.since <= old.slot)
+        return stretch, stretch.length, stretch.exact
 
     def ended_stretches(self, stretches: list[Stretch], asked: dict, changes: Iterable[str]) -> list[Stretch]:
         """A series with further days left out, or with another end."""

@@ -2069,12 +2069,68 @@ def test_an_hour_that_is_not_there_begins_later_and_one_that_is_there_twice_the_
         world, zone, first, length, day, begin, real):
     begins = at_wall(zone, *first)
     world.now = begins.timestamp() - 3600
-    world.service.add('class', 'demo', begins, hours(length), repeat='FREQ=DAILY;COUNT=3', tz=zone)
+    world.service.add('class', 'demo', begins, begins + hours(length), repeat='FREQ=DAILY;COUNT=3', tz=zone)
     before, changed, after = rows_of()
     local = cmres.instant(changed.start).astimezone(read_zone(zone))
     assert (local.year, local.month, local.day) == day and f'{local:%H:%M}' == begin and local.fold == 0
     assert (changed.end - changed.start) / 3600 == real
     assert [each.end - each.start for each in (before, after)] == [length * 3600] * 2
+    world.service.delete('class')
+    world.service.add('exact', 'demo', begins, hours(length), repeat='FREQ=DAILY;COUNT=3', tz=zone)
+    assert {each['end'] - each['start'] for each in world.service.show('exact')['occurrences']} == {hours(length)}
+
+
+@pytest.mark.parametrize('deed', [
+    lambda service, start: typed(service, 'add', label='n', resource='demo', start=start, end='+6h', repeat='daily', count=4),
+    lambda service, start: (
+        typed(service, 'add', label='n', resource='demo', start=start, end='+1h', repeat='daily', count=4),
+        typed(service, 'update', label='n', end='+6h')),
+    lambda service, start: (
+        typed(service, 'add', label='n', resource='demo', start=start, end='+1h'),
+        typed(service, 'update', label='n', start=start, end='+6h', repeat='daily', count=4))])
+@pytest.mark.parametrize('start', ['2027-10-30T23:00', '2027-03-27T22:00', '2027-10-31T02:30', '2027-03-28T02:30'])
+def test_six_hours_are_six_hours_in_every_occurrence(world, deed, start):
+    world.now = at_wall('Europe/Paris', 2027, 3, 1).timestamp()
+    deed(world.service, start)
+    found = world.service.show('n')['occurrences']
+    assert {each['end'] - each['start'] for each in found} == {hours(6)} and len(found) == 4
+    clocks = {each['start'].astimezone(PARIS).strftime('%H:%M') for each in found[1:]}
+    assert clocks == {start[11:]}, 'what began in a gap goes on at its hour'
+
+
+def typed(service, name, **given):
+    """An operation with what a person typed in Paris."""
+    return getattr(service, name)(**bind(API[name], given | {'tz': 'Europe/Paris'}, service.here))
+
+
+@pytest.mark.parametrize('end, lengths', [
+    ('+1d', {23, 24}), ('+24h', {24}), ('+1d12h', {35, 36}), ('P1DT6H', {29, 30}), ('+30m', {0.5}), ('PT30H', {30})])
+def test_days_of_a_length_are_days_of_the_clocks_and_hours_are_hours(world, end, lengths):
+    world.now = at_wall('Europe/Paris', 2027, 3, 1).timestamp()
+    typed(world.service, 'add', label='n', resource='demo', start='2027-03-25T09:00', end=end, repeat='every 3 days', count=4)
+    typed(world.service, 'add', label='once', resource='demo', start='2027-03-27T09:00', end=end)
+    found = world.service.show('n')['occurrences']
+    assert {(each['end'] - each['start']) / hours(1) for each in found} | {
+        (world.service.show('once')['end'] - world.service.show('once')['start']) / hours(1)} <= lengths
+
+
+def test_what_clients_are_typed_reaches_the_server_as_it_was_typed(world):
+    here = Here(PARIS, NOON)
+    start = cmres.read_when('2027-03-28T02:30', here)
+    assert cmres.to_plain(start) == '2027-03-28T02:30:00[Europe/Paris]'
+    again = cmres.read_when(cmres.to_plain(start), Here(UTC, NOON))
+    assert (again, again.wall, again.zone) == (start, start.wall, PARIS)
+    for text in ('+1d12h', '+2w', '+36h', 'PT90M', '+0s'):
+        length = cmres.parse_duration(text)
+        again = cmres.parse_duration(cmres.to_plain(length))
+        assert (again, again.nominal) == (length, length.nominal)
+
+
+def test_a_series_that_was_stored_before_lengths_were_exact_ends_by_the_clocks():
+    old = json.dumps([{'start': '2027-10-30T23:00:00', 'length': 21600, 'zone': 'Europe/Paris', 'vms': 1, 'resource': 1,
+                       'rule': 'FREQ=DAILY;COUNT=3', 'moved': {'2027-10-31T23:00:00': ['2027-10-31T22:00:00', 3600, 2]}}])
+    found = cmres.all_slots(cmres.read_stretches(old), 0, at_wall('Europe/Paris', 2028, 1, 1).timestamp())
+    assert [(each.end - each.start) // 3600 for each in found] == [7, 1, 6]
 
 
 def test_a_day_that_a_zone_left_out_gives_the_instant_after_it(world):
