@@ -4217,7 +4217,9 @@ class Series(Holding):
           moves: more than what is told about the series
         """
         if not old.repeats:  # it was a plain one: what it has becomes the first of the series
-            change(Occurrence, old.id, slot=to_wall(instant(old.start), read_zone(wish.tz)).isoformat())
+            first = next(slots(wish.stretches[-1], now, LAST.timestamp()))
+            key = to_wall(instant(old.start), read_zone(wish.tz)).isoformat()
+            change(Occurrence, old.id, slot=key if self.begun(old) else first.key)
         if old.altered and named:
             change(Occurrence, old.id, altered=False)
         change(Reservation, old.reservation, **wish.columns(*STORED), series=stored_stretches(wish.stretches),
