@@ -575,6 +575,7 @@ TEXTS = {
     'pending': '{label} waits for a word\n{sentence}.',
     'admitted': '{label} is reserved now\n{vms} vms on {resource} from {start} to {end}, after waiting.',
     'approved': '{label} is approved\n{sentence}.',
+    'rejected': '{label} stays as it was\n{sentence}.',
     'maintenance': '{label} is in the way of a maintenance\n{sentence}.',
     'unused': '{label} is not used\n{sentence}.',
     'held': 'your calendar asks for much less than before\n{sentence}',
@@ -618,6 +619,8 @@ class Config:
     signed_in: float = setting(43200.0, 'seconds after which people sign in to the page anew', 0.1)
     login: str = setting('ssh {address}', 'how people log in to a machine, as their calendar tells them')
     patience: float = setting(86400.0, 'seconds after which no later request is let pass one that waits', 0.0)
+    exempt_longest: float = setting(
+        86400.0, 'seconds that a reservation may take at most to be exempt from limits', 0.0)
     end_foreign: bool = setting(False, 'whether machines that people booted by hand on what they had reserved are '
                                 'deleted at its end')
     orphan_grace: float = setting(60.0, 'age in seconds at which a server of ours that nothing wants is removed', 0.0)
@@ -758,6 +761,7 @@ WORDS = {
     'host': 'all of a host of the resource, by its name, m[01-05] for several; of `serve`, the address to listen on',
     'id': 'the id that the list shows',
     'image': 'image to boot, by name or id; without one, capacity is held and nothing boots',
+    'kept': 'the VMs that were stopped or shelved at the end of a reservation and stay',
     'key': 'key pair to put into the machines',
     'label': 'your own name for it: 1 to 64 letters, digits, . _ -',
     'lead': 'how long before the start the machines are booted; held as well',
@@ -786,7 +790,7 @@ WORDS = {
     'approval': 'for how long a reservation there is held until an admin approves it, such as 2d; 0s needs none',
     'by_whom': 'project, user or resource',
     'confirm': 'for how long it is held for you to `accept` it, once there is room; without one, it is yours at once',
-    'exempt': 'reservations that begin within that from now are not limited, such as 4h',
+    'exempt': 'reservations of at most a day that begin within that from now are not limited, such as 4h',
     'least_notice': 'the nearest start from now, such as 1h',
     'longest': 'the longest window, such as 7d',
     'most_vms': 'most machines at once',
@@ -1160,7 +1164,7 @@ READERS = {
 
 #: The fields that hold instants, wherever they appear.
 INSTANTS = frozenset(
-    'added at begun booked_until cancelled changed deleted end next_start planned polled ready revoked start until'
+    'added at begun booked_until cancelled changed decide_before deleted end next_start planned polled ready revoked start until'
     .split())
 
 
@@ -1341,6 +1345,36 @@ class Capacity(Table):
     removed = peewee.IntegerField(null=True)
 
 
+class Proposal(Table):
+    """A change that would take more of what needs approval: it waits, and what it is about goes on as it is."""
+    reservation = peewee.ForeignKeyField(Reservation)
+    occurrence = peewee.IntegerField()           # the one that it is told for
+    alone = peewee.BooleanField()                # it changes no other
+    user = peewee.CharField()                    # who asks
+    code = peewee.CharField()                    # of the event that tells of the change
+    asked = peewee.TextField()                   # JSON: the names of what is to be otherwise
+    named = peewee.BooleanField()                # that occurrence was named, not only found
+    wish = peewee.TextField()                    # JSON: what the reservation would be
+    shown = peewee.TextField()                   # JSON: what of that is told to people
+    until = peewee.IntegerField()                # it is dropped then
+
+
+Proposal.add_index(Proposal.index(Proposal.until, name='proposal_until'))
+
+
+class ExtraHold(Table):
+    """What a reservation holds beside its occurrences: what a proposal takes more, or VMs that stay stopped."""
+    reservation = peewee.ForeignKeyField(Reservation)
+    proposal = peewee.ForeignKeyField(Proposal, null=True)  # NULL: for VMs that stay
+    resource = peewee.ForeignKeyField(Resource)
+    held_from = peewee.IntegerField()
+    held_until = peewee.IntegerField()
+    vms = peewee.IntegerField()
+    vcpus = peewee.IntegerField()
+    ram = peewee.IntegerField()
+    classes = peewee.TextField()
+
+
 class Limit(Table):
     """What a user, a project, or each project without a limit of its own may hold."""
     project = peewee.CharField()   # '' and no user: every project
@@ -1396,6 +1430,7 @@ class Server(Table):
     due = peewee.DoubleField(null=True)
 
 
+Server.add_index(Server.index(Server.account, where=Server.state == 'kept', name='server_kept'))
 Server.add_index(Server.index(Server.due, where=Server.due.is_null(False), name='server_due'))
 
 
@@ -1512,12 +1547,11 @@ class SimulatedServer(Table):
     gone = peewee.DoubleField(null=True)
 
 
-TABLES = [Resource, Reservation, Occurrence, Capacity, Limit, Step, Server, Claim, Token, Feed, Subscription, Event,
-          Outbox, Lease, Fact,
-          SimulatedServer]
+TABLES = [Resource, Reservation, Occurrence, Capacity, Proposal, ExtraHold, Limit, Step, Server, Claim, Token, Feed,
+          Subscription, Event, Outbox, Lease, Fact, SimulatedServer]
 
 #: What brings an older store up to the models above, one function a version.
-MIGRATIONS: list[Callable] = [lambda: add_tracks()]
+MIGRATIONS: list[Callable] = [lambda: add_tracks(), lambda: add_proposals()]
 
 
 def open_store(path: str) -> None:
@@ -1572,6 +1606,27 @@ def add_tracks() -> None:
     for place in rows('SELECT id FROM resource'):
         for (track, at), figures in held_steps(place.id):
             run('INSERT INTO step VALUES (?, ?, ?, ?, ?, ?)', place.id, track, at, *figures)
+
+
+def add_proposals() -> None:
+    """Version 3: changes that await approval, and what is held beside occurrences."""
+    for statement in """
+        CREATE TABLE IF NOT EXISTS proposal (id INTEGER NOT NULL PRIMARY KEY,
+          reservation_id INTEGER NOT NULL REFERENCES reservation (id), occurrence INTEGER NOT NULL,
+          alone INTEGER NOT NULL, user VARCHAR(255) NOT NULL, code VARCHAR(255) NOT NULL, asked TEXT NOT NULL,
+          named INTEGER NOT NULL, wish TEXT NOT NULL, shown TEXT NOT NULL, until INTEGER NOT NULL);
+        CREATE INDEX IF NOT EXISTS proposal_reservation_id ON proposal (reservation_id);
+        CREATE INDEX IF NOT EXISTS proposal_until ON proposal (until);
+        CREATE TABLE IF NOT EXISTS extra_hold (id INTEGER NOT NULL PRIMARY KEY,
+          reservation_id INTEGER NOT NULL REFERENCES reservation (id), proposal_id INTEGER REFERENCES proposal (id),
+          resource_id INTEGER NOT NULL REFERENCES resource (id), held_from INTEGER NOT NULL,
+          held_until INTEGER NOT NULL, vms INTEGER NOT NULL, vcpus INTEGER NOT NULL, ram INTEGER NOT NULL,
+          classes TEXT NOT NULL);
+        CREATE INDEX IF NOT EXISTS extra_hold_reservation_id ON extra_hold (reservation_id);
+        CREATE INDEX IF NOT EXISTS extra_hold_proposal_id ON extra_hold (proposal_id);
+        CREATE INDEX IF NOT EXISTS extra_hold_resource_id ON extra_hold (resource_id);
+        CREATE INDEX IF NOT EXISTS server_kept ON server (account) WHERE state = 'kept'""".split(';'):
+        run(statement)
 
 
 @contextmanager
@@ -1678,14 +1733,16 @@ LISTING = '''
          (r.image <> '' OR r.server <> '') AS runs,
          clock.now, o.told, o.held_from, o.held_until, o.resource_id, r.over, o.due, o.slot, o.altered, o.revision,
          o.revised, r.waiting, r.priority, r.confirm, r.pending, r.on_conflict, r.booked_until, r.subscription,
-         r.series <> '' AS repeats, r.request, r.host, r.choices
+         r.series <> '' AS repeats, r.request, r.host, r.choices,
+         (SELECT p.shown FROM proposal p WHERE p.reservation_id = r.id AND (p.occurrence = o.id OR NOT p.alone)
+           ORDER BY p.id DESC LIMIT 1) AS change
     FROM (SELECT CAST(? AS INTEGER) AS now) clock, occurrence o
     JOIN reservation r ON r.id = o.reservation_id JOIN resource s ON s.id = o.resource_id'''
 
 STATE = '''
   CASE WHEN cancelled IS NOT NULL THEN CASE WHEN existing > 0 THEN 'ending' ELSE 'cancelled' END
        WHEN waiting IS NOT NULL THEN CASE WHEN now < "end" THEN 'waiting' ELSE 'cancelled' END
-       WHEN pending IS NOT NULL AND now < "end" THEN 'pending'
+       WHEN pending IS NOT NULL AND now < "end" OR change IS NOT NULL AND now < held_from THEN 'pending'
        WHEN now < held_from OR NOT runs AND now < start THEN 'reserved'
        WHEN NOT runs THEN CASE WHEN now < "end" THEN 'active' ELSE 'ended' END
        WHEN now >= "end" THEN CASE WHEN existing > 0 THEN 'ending' WHEN ever > 0 THEN 'ended' ELSE 'failed' END
@@ -1705,6 +1762,10 @@ def listing(now: float, where: str = '1', values: tuple = (), state: str = '1', 
 # THE RULE. An occurrence holds an amount (vms, vcpus, ram) of its resource during the half-open
 # window [held_from, held_until). It is admitted if, at every instant of that window, what is held
 # already plus what it asks for stays within the resource's capacity.
+#
+# A change first gives back what it holds no more (`beyond` of the old and the new), keeps held what
+# it keeps, and takes only what it wants more. Of several changes all give back first, then each
+# takes in turn: so a chain of moves goes through, and nobody takes what another still has.
 #
 # The sum that is held is a step function of time. Table `step` keeps it, canonical: a row where
 # the level changes and nowhere else; before the first row nothing is held. It changes in the same
@@ -1749,6 +1810,11 @@ class Amount(NamedTuple):
         known = dict(self.classes)
         return known.get(name, 1 if name.startswith(HOST) else known.get(OTHERS))
 
+    def beyond(self, other):
+        """What is more of it than in another amount."""
+        return Amount(*(max(a - b, 0) for a, b in zip(self[:3], other)),
+                      tuple(each for each in added(self, other, -1) if each[1] > 0))
+
     @property
     def names(self) -> list[str]:
         return [name for name, _ in self.classes if name != OTHERS]
@@ -1777,6 +1843,41 @@ def added(one: Amount, other: Amount, sign: int) -> tuple:
     for name, each in other.classes:
         sums[name] = sums.get(name, 0) + sign * each
     return tuple(sorted((name, each) for name, each in sums.items() if each))
+
+
+class Hold(NamedTuple):
+    """An amount of a resource that is held during [begin, until)."""
+    resource: int  # id
+    begin: int
+    until: int
+    amount: Amount
+
+
+def hold_of(row) -> Hold:
+    """What the row of an occurrence, or another one with its columns, holds."""
+    return Hold(row.resource_id, row.held_from, row.held_until, amount_of(row))
+
+
+def beyond(some: list[Hold], others: list[Hold]) -> list[Hold]:
+    """What some holds have in all that others have not, in pieces that don't overlap."""
+    return [piece for resource in dict.fromkeys(each.resource for each in some)
+            for piece in beyond_at(resource, some, others)]
+
+
+def beyond_at(resource: int, *sides: list[Hold]) -> Iterator[Hold]:
+    """The pieces of one resource, in order: what the first side has more of than the second."""
+    changes: dict[int, list] = defaultdict(lambda: [NOTHING, NOTHING])
+    for side, holds in enumerate(sides):
+        for each in holds:
+            if each.resource == resource:
+                changes[each.begin][side] += each.amount
+                changes[each.until][side] -= each.amount
+    has = had = NOTHING
+    for begin, until in itertools.pairwise(sorted(changes)):
+        more, there = changes[begin]
+        has, had = has + more, had + there
+        if (growth := has.beyond(had)) != NOTHING:
+            yield Hold(resource, begin, until, growth)
 
 
 def amount_of(row, prefix: str = '') -> Amount:
@@ -1860,6 +1961,29 @@ def admit(resource, begin: int, until: int, amount: Amount, now: float) -> None:
     if not fits(resource, max(begin, int(now)), until, amount):
         raise NoCapacity('')
     hold(resource.id, begin, until, amount)
+
+
+def give(pieces: Iterable[Hold]) -> None:
+    """Releases what is held in some pieces."""
+    for each in pieces:
+        release(*each)
+
+
+def take(pieces: list[Hold], now: float, given: list[Hold] = ()) -> None:
+    """Holds all pieces, which don't overlap, if they fit from now on.
+
+    Args:
+      given: what the same change has given back before: that much is there
+
+    Raises:
+      NoCapacity: one doesn't; nothing was changed.
+    """
+    for each in beyond(pieces, given):
+        place = row('SELECT * FROM resource WHERE id = ?', each.resource)
+        if each.until > now and not fits(place, max(each.begin, int(now)), each.until, each.amount):
+            raise NoCapacity('')
+    for each in pieces:
+        hold(*each)
 
 
 def steps(resource: int, begin: float, until: float, classes: Iterable[str] = ()) -> Iterator[tuple[float, Amount]]:
@@ -1950,8 +2074,9 @@ def held_steps(resource: int) -> Iterator[tuple[tuple[str, int], tuple]]:
     held = rows('SELECT start AS held_from, "end" AS held_until, held_vms AS vms, held_vcpus AS vcpus, '
                 'held_ram AS ram, held_classes AS classes FROM capacity '
                 'WHERE resource_id = ? AND removed IS NULL', resource)
-    held += rows('SELECT held_from, held_until, vms, vcpus, ram, classes FROM occurrence '
-                 'WHERE resource_id = ? AND held_from < held_until', resource)
+    for table in ('occurrence', 'extra_hold'):
+        held += rows(f'SELECT held_from, held_until, vms, vcpus, ram, classes FROM {table} '
+                     'WHERE resource_id = ? AND held_from < held_until', resource)
     for each in held:
         changes[each.held_from] += amount_of(each)
         changes[each.held_until] -= amount_of(each)
@@ -3086,6 +3211,23 @@ class Wish(NamedTuple):
                 for name in names for value in (getattr(self, name),)}
 
 
+def stored_wish(wish: Wish) -> str:
+    """A wish as JSON that `restored_wish` reads."""
+    return json.dumps(wish._asdict() | {'resource': wish.resource.id, 'warnings': [],
+                                        'stretches': [each._asdict() for each in wish.stretches]})
+
+
+def restored_wish(text: str) -> Wish:
+    """The wish that was stored; its resource is as it is now."""
+    values = json.loads(text)
+    for name in ('each', 'whole'):
+        *figures, classes = values[name] or [None]
+        values[name] = Amount(*figures, tuple(map(tuple, classes))) if figures else None
+    stretches = [Stretch(**each) for each in values['stretches']]
+    return Wish(**values | {'resource': row('SELECT * FROM resource WHERE id = ?', values['resource']),
+                            'stretches': stretches})
+
+
 class Request(NamedTuple):
     """What somebody asks for under one label: its parts, each as the wishes of which the first that fits will do."""
     label: str
@@ -3109,6 +3251,7 @@ def for_each_part(method):
     @functools.wraps(method)
     def acting(self, *args, **kwargs):
         given = inspect.signature(method).bind(self, *args, **kwargs).arguments
+        dry_run = given.get('dry_run', False)
         parts = self.parts_of(given['label'], given.get('project', ''))
         if not parts:
             return method(**given)
@@ -3117,9 +3260,18 @@ def for_each_part(method):
         if alone:  # clouds are not asked while all others wait
             raise Invalid(f"the {min(alone)} of a request is changed part by part: "
                           f"{', '.join(each.label for each in parts[:20])}")
-        with self.writing(given.get('dry_run', False)) if API[method.__name__].changes else nullcontext():
-            answers = [method(**given | {'label': each.label, 'project': each.project} | (
-                {'dry_run': False} if 'dry_run' in given else {})) for each in parts]
+        given |= {'dry_run': False} if 'dry_run' in given else {}
+        each_given = [given | {'label': each.label, 'project': each.project} for each in parts]
+        with self.writing(dry_run) if API[method.__name__].changes else nullcontext():
+            with db.atomic() as attempt:
+                answers = [method(**each) for each in each_given]
+                waits = ['change' in each for each in answers if isinstance(each, dict)]
+                if any(waits) and not all(waits):
+                    attempt.rollback()
+            if any(waits) and not all(waits):  # a part needs approval: so the change of all parts waits for it
+                acting = self.acting(self.actor)
+                acting.proposes_all = True
+                answers = [method(**each | {'self': acting}) for each in each_given]
         return sum(answers, []) if isinstance(answers[0], list) else {'label': given['label'], 'parts': answers}
     return acting
 
@@ -3138,6 +3290,9 @@ STORED = ('label', 'user', 'project', *CLOUDY, 'user_data', 'metadata', 'at_end'
           'personal', 'repeat', 'tz', 'on_conflict', 'host')
 #: What one occurrence of a series may have otherwise than the others.
 OWN = frozenset(('resource', 'start', 'end', 'vms'))
+#: What needs more or less capacity, or other one, when it changes.
+SHAPE = OWN | {'repeat', 'until', 'count', 'skip_dates', 'holidays', 'flavor', 'image', 'host', 'lead', 'on_conflict',
+               'at_end', 'calendar'}
 #: What makes a series.
 REPEATING = frozenset(('repeat', 'until', 'count', 'skip_dates', 'holidays'))
 JSON = frozenset(('security_groups', 'metadata', 'notify', 'addresses', 'hosts', 'classes', 'named'))
@@ -3171,10 +3326,14 @@ def public(found) -> dict:
     for name, value in shown.items():
         if name == 'personal':
             shown[name] = bool(value)
+        elif name == 'change':
+            shown[name] = from_plain(json.loads(value or 'null'))
         elif name in INSTANTS:
             shown[name] = instant(value)
         elif name in JSON:
             shown[name] = json.loads(value or '{}')
+    if not shown.get('change', True):
+        del shown['change']  # nothing of it awaits approval
     return shown
 
 
@@ -3220,8 +3379,10 @@ class Held(Error):
 NONE_OF_THEM = -1
 #: What becomes of what is booked where there is less room than before.
 THEN = ('notify', 'move', 'cancel')
+ANY_APPROVAL = 'SELECT id FROM resource WHERE approval > 0 AND removed IS NULL LIMIT 1'
 ANY_WAITING = 'SELECT id FROM reservation WHERE waiting IS NOT NULL LIMIT 1'
 FROM_ALL = ('FROM occurrence o JOIN reservation r ON r.id = o.reservation_id JOIN resource s ON s.id = o.resource_id')
+FROM_EXTRA = ('FROM extra_hold x JOIN reservation r ON r.id = x.reservation_id JOIN resource s ON s.id = x.resource_id')
 
 
 def in_words_of(seconds: int | None) -> str:
@@ -3812,6 +3973,33 @@ class Wishes(Service):
 # How much a user or a project may have; looked at in the transaction that admits.
 
 
+class Others:
+    """The other occurrences of a series while it is changed, one by one: what counts against limits.
+
+    The store has the old of those that are not written yet; here each is what it keeps, then what it gets.
+    """
+
+    def __init__(self, reservation: int, names: dict[int, str]):
+        self.reservation, self.names = reservation, names  # of resources, by id
+        self.holds: dict[str, list[tuple[Hold, int]]] = {}  # by slot: with the start, from which on hours count
+
+    def put(self, slot: str, holds: Iterable[Hold], start: int) -> None:
+        self.holds[slot] = [(each, start) for each in holds]
+
+    def there(self, resource: str) -> Iterator[tuple[Hold, int]]:
+        """All of them, or those on a resource."""
+        return (each for holds in self.holds.values() for each in holds
+                if resource in ('', self.names.get(each[0].resource)))
+
+    def holding(self, resource: str, begin: int, until: int) -> list[tuple[int, int, int]]:
+        return [(each.begin, each.until, each.amount.vms) for each, _ in self.there(resource)
+                if each.begin < until and each.until > begin]
+
+    def vcpu_seconds(self, resource: str, now: int) -> int:
+        return sum(each.amount.vcpus * max(each.until - max(each.begin, start, now), 0)
+                   for each, start in self.there(resource))
+
+
 class Limits(Wishes):
     """What users and projects may reserve at most."""
 
@@ -3822,7 +4010,7 @@ class Limits(Wishes):
         """Limits what a project or a user may reserve; with neither, every project that has no limit of its own.
 
         With --resource it counts there alone, else everywhere together. What begins within --exempt from
-        now is not limited: tonight's idle machines may be used.
+        now and takes no longer than a day (`exempt_longest`) is not limited: tonight's idle VMs may be used.
 
         Example:
           python cmres.py limit add --project biology --most-vms 20 --longest 7d --ahead 30d --exempt 4h
@@ -3881,26 +4069,28 @@ class Limits(Wishes):
         own = {each.resource for each in found if each.project and not each.user}
         return [each for each in found if each.user or each.project or each.resource not in own]
 
-    def refuse_beyond(self, wish: Wish, reservation: int, now: float, old=None) -> None:
+    def refuse_beyond(self, wish: Wish, now: float, old=None, others: Others | None = None) -> None:
         """Refuses what goes beyond a limit; inside the transaction that would admit it.
 
         Args:
-          reservation: the one that this is or changes: it doesn't count against itself
-          old: its occurrence as it was; what it had already, it may keep
+          old: its occurrence as it was, which doesn't count against it; what it had already, it may keep
+          others: the other occurrences of its series as they will be, instead of what the store has of it
         """
         for limit in self.limits_for(wish):
-            near = limit.exempt and int(now) - PATIENCE <= wish.start < now + limit.exempt
+            near = limit.exempt and int(now) - PATIENCE <= wish.start < now + limit.exempt and (
+                wish.end - wish.start <= self.config.exempt_longest)
             if not near or old and old.start <= now:
-                for name, value, fits_it, passes in self.beyond(limit, wish, reservation, now, old):
+                for name, value, fits_it, passes in self.beyond(limit, wish, now, old, others):
                     if value is not None and not fits_it:
                         whose = limit.user or limit.project or 'every project'
                         raise Conflict(f"the limit {name.replace('_', ' ')} of {whose} is {passes}",
                                        limit=name, value=value, passes=passes)
 
-    def beyond(self, limit, wish: Wish, reservation: int, now: float, old) -> Iterator[tuple]:
+    def beyond(self, limit, wish: Wish, now: float, old, others: Others | None) -> Iterator[tuple]:
         """For each figure of a limit: its name, its value, whether a wish is within it, and what would be."""
         length, before = wish.end - wish.start, old.end - old.start if old else 0
-        less = old and old.start <= wish.start and wish.end <= old.end and wish.vms <= old.vms
+        stays = old and (not limit.resource or old.resource_id == wish.resource.id)
+        less = stays and old.start <= wish.start and wish.end <= old.end and wish.vms <= old.vms
         yield 'longest', limit.longest, length <= max(limit.longest or 0, before), in_words_of(limit.longest)
         moved = not old or wish.start != old.start
         yield 'ahead', limit.ahead, not moved or wish.start <= now + (limit.ahead or 0), (
@@ -3908,41 +4098,47 @@ class Limits(Wishes):
         yield 'least_notice', limit.least_notice, not moved or wish.start >= now + (limit.least_notice or 0), (
             f'{in_words_of(limit.least_notice)}: from {instant(int(now) + (limit.least_notice or 0))}')
         if limit.most_vms is not None:
-            most = self.most_at_once(limit, wish, reservation)
+            most = self.most_at_once(limit, wish, old, others)
             yield 'most_vms', limit.most_vms, less or most + wish.vms <= limit.most_vms, (
                 f'{limit.most_vms}, of which {max(limit.most_vms - most, 0)} are free at that time')
         if limit.vcpu_hours is not None:
-            used = self.future_hours(limit, wish, reservation, now)
+            used = self.future_hours(limit, wish, now, old, others)
             need = wish.amount.vcpus * (wish.end - max(wish.start, int(now))) / 3600
             yield 'vcpu_hours', limit.vcpu_hours, less or used + need <= limit.vcpu_hours, (
                 f'{limit.vcpu_hours}, of which {max(limit.vcpu_hours - used, 0):.0f} are left')
 
-    def counted(self, limit, wish: Wish, reservation: int) -> tuple[str, tuple]:
-        """The occurrences that count against a limit, as a condition on o, r and s."""
+    def counted(self, limit, wish: Wish, old, others: Others | None) -> tuple[str, tuple]:
+        """What counts against a limit, as conditions on r and s and values of theirs."""
         who = ('r.user = ?', wish.user) if limit.user else ('r.project = ?', wish.project)
-        where = f'{who[0]} AND o.due IS NOT NULL AND o.held_until > o.held_from AND r.id <> ?'
-        return (f'{where} AND s.name = ?', (who[1], reservation, limit.resource)) if limit.resource else (
-            where, (who[1], reservation))
+        conditions = [who, *([('r.project = ?', limit.project)] if limit.user and limit.project else []),
+                      ('r.id <> ?', others.reservation if others else 0),
+                      *([('s.name = ?', limit.resource)] if limit.resource else [])]
+        return ' AND '.join(text for text, _ in conditions), tuple(value for _, value in conditions)
 
-    def most_at_once(self, limit, wish: Wish, reservation: int) -> int:
+    def most_at_once(self, limit, wish: Wish, old, others: Others | None) -> int:
         """How many machines the limited have at most at the same time in the window of a wish."""
-        where, values = self.counted(limit, wish, reservation)
+        where, values = self.counted(limit, wish, old, others)
         begin, until = wish.held
-        changes = []
-        for each in rows(f'SELECT o.held_from, o.held_until, o.vms {FROM_ALL} WHERE {where} AND o.held_from < ? '
-                         'AND o.held_until > ?', *values, until, begin):
-            changes += [(max(each.held_from, begin), 1, each.vms), (each.held_until, 0, -each.vms)]
-        held = most = 0
-        for _, _, vms in sorted(changes):
-            held += vms
-            most = max(most, held)
-        return most
+        found = run(f'SELECT o.held_from, o.held_until, o.vms {FROM_ALL} WHERE {where} AND o.due IS NOT NULL '
+                    'AND o.held_until > o.held_from AND o.id <> ? AND o.held_from < ? AND o.held_until > ? UNION ALL '
+                    f'SELECT x.held_from, x.held_until, x.vms {FROM_EXTRA} WHERE {where} AND x.held_from < ? '
+                    'AND x.held_until > ? AND (x.proposal_id IS NOT NULL OR r.id <> ?)',
+                    *values, old.id if old else 0, until, begin, *values, until, begin,
+                    old.reservation if old and not others else 0).fetchall()
+        found += others.holding(limit.resource, begin, until) if others else []
+        changes = [change for first, last, vms in found for change in ((max(first, begin), 1, vms), (last, 0, -vms))]
+        return max(itertools.accumulate((vms for _, _, vms in sorted(changes)), initial=0))
 
-    def future_hours(self, limit, wish: Wish, reservation: int, now: float) -> float:
-        """The vcpu-hours that the limited hold from now on."""
-        where, values = self.counted(limit, wish, reservation)
-        return run(f'SELECT coalesce(sum(o.vcpus * (o."end" - max(o.start, ?))), 0) / 3600.0 {FROM_ALL} '
-                   f'WHERE {where} AND o."end" > ?', int(now), *values, int(now)).fetchone()[0]
+    def future_hours(self, limit, wish: Wish, now: float, old, others: Others | None) -> float:
+        """The vcpu-hours that the limited have reserved from now on."""
+        where, values = self.counted(limit, wish, old, others)
+        own = others.vcpu_seconds(limit.resource, int(now)) if others else 0
+        return (own + run(
+            f'SELECT coalesce(sum(o.vcpus * (o."end" - max(o.start, ?))), 0) {FROM_ALL} WHERE {where} AND '
+            'o.due IS NOT NULL AND o.held_until > o.held_from AND o.id <> ? AND o."end" > ?',
+            int(now), *values, old.id if old else 0, int(now)).fetchone()[0] + run(
+            f'SELECT coalesce(sum(x.vcpus * (x.held_until - max(x.held_from, ?))), 0) {FROM_EXTRA} WHERE {where} '
+            'AND x.proposal_id IS NOT NULL AND x.held_until > ?', int(now), *values, int(now)).fetchone()[0]) / 3600
 
 
 # Holding #####################################################################
@@ -3995,18 +4191,92 @@ class Holding(Limits):
                 raise NoCapacity(f"'{place.name}' is kept for a request of {each.vms} vms that waits since "
                                  f'{instant(each.waiting)}', waits_since=instant(each.waiting))
 
-    def hold_instead(self, old, place, begin: int, until: int, amount: Amount, now: float) -> None:
-        """Holds the new amount of an occurrence, whose old one is released; NoCapacity if it doesn't fit."""
-        if self.grows(old, place, begin, until, amount):
-            self.refuse_overtaking(place, begin, until, now)
-            admit(place, begin, until, amount, now)
-        else:  # less is always allowed, even where a lowered capacity is overfull
-            hold(place.id, begin, until, amount)
+    def retake(self, had: list[Hold], wants: list[Hold], now: float) -> None:
+        """Gives back what is wanted no more and takes what is wanted more; NoCapacity if that doesn't fit."""
+        growth = beyond(wants, had)
+        self.refuse_overtaken(growth, now)
+        give(beyond(had, wants))
+        take(growth, now)
 
-    def grows(self, old, place, begin: int, until: int, amount: Amount) -> bool:
-        """Whether a change wants anything that an occurrence doesn't hold."""
-        return not (place.id == old.resource_id and old.held_from <= begin and until <= old.held_until
-                    and amount.within(amount_of(old)))
+    def refuse_overtaken(self, pieces: list[Hold], now: float) -> None:
+        """Refuses to take what is kept for one that has waited for long."""
+        for each in pieces if row(ANY_WAITING) else ():
+            place = row('SELECT * FROM resource WHERE id = ?', each.resource)
+            self.refuse_overtaking(place, each.begin, each.until, now)
+
+    def holds(self, reservation: int) -> list[Hold]:
+        """What a reservation holds: its occurrences, and its VMs that stay after them."""
+        own = 'resource_id, held_from, held_until, vms, vcpus, ram, classes'
+        return [hold_of(each) for each in rows(
+            f'SELECT {own} FROM occurrence WHERE reservation_id = ? AND due IS NOT NULL AND held_until > held_from '
+            f'UNION ALL SELECT {own} FROM extra_hold WHERE reservation_id = ? AND proposal_id IS NULL',
+            reservation, reservation)]
+
+    def hold_beside(self, reservation: int, proposal: int | None, holds: Iterable[Hold]) -> None:
+        """Writes down what is held beside the occurrences; it is held already."""
+        for each in holds:
+            insert(ExtraHold, reservation=reservation, proposal=proposal, resource=each.resource,
+                   held_from=each.begin, held_until=each.until, **stored(each.amount))
+
+    def drop_proposals(self, reservation: int, occurrence: int | None = None) -> int:
+        """Forgets the changes of a reservation, or of one occurrence, that await approval; how many there were.
+
+        What they are about stays as it is.
+        """
+        found = rows('SELECT id FROM proposal WHERE reservation_id = ? AND (NOT alone OR occurrence = coalesce(?, '
+                     'occurrence))', reservation, occurrence)
+        for each in found:
+            give([hold_of(extra) for extra in rows('SELECT * FROM extra_hold WHERE proposal_id = ?', each.id)])
+            run('DELETE FROM extra_hold WHERE proposal_id = ?', each.id)
+            run('DELETE FROM proposal WHERE id = ?', each.id)
+        return len(found)
+
+    def keep_stopped(self, reservation: int, now: float, given: list[Hold] = ()) -> None:
+        """Holds what VMs take that are stopped at the end and stay: until the next occurrence, or for good.
+
+        Args:
+          given: what the same change has given back
+
+        Raises:
+          NoCapacity: others have that capacity.
+        """
+        had = [hold_of(each) for each in rows(
+            'SELECT * FROM extra_hold WHERE reservation_id = ? AND proposal_id IS NULL', reservation)]
+        wants = sorted(self.stopped_holds(reservation, now))
+        if wants == sorted(had):
+            return
+        give(beyond(had, wants))
+        try:
+            take(beyond(wants, had), now, given)
+        except NoCapacity:
+            raise NoCapacity('stopped VMs keep their capacity after the end until they are deleted, and others have '
+                             'reserved it by then; end with --at-end delete or shelve') from None
+        run('DELETE FROM extra_hold WHERE reservation_id = ? AND proposal_id IS NULL', reservation)
+        self.hold_beside(reservation, None, wants)
+
+    def count_stopped(self, reservation: int, now: float) -> None:
+        """Holds what stopped VMs take, also where others have it: the VMs are there."""
+        self.keep_stopped(reservation, now, [*self.stopped_holds(reservation, now)])
+
+    def stopped_holds(self, reservation: int, now: float) -> Iterator[Hold]:
+        """What the VMs of a reservation hold that are stopped or will be, from the end of each occurrence on."""
+        found = rows("""
+            SELECT o.*, r.host, (SELECT count(*) FROM server v WHERE v.occurrence_id = o.id AND v.goal = 'stop'
+                                    AND v.state = 'kept' AND NOT v.borrowed) AS stopped
+              FROM occurrence o JOIN reservation r ON r.id = o.reservation_id
+             WHERE r.id = ? AND r.image <> '' AND r.waiting IS NULL AND (o.cancelled IS NULL OR o.due IS NULL) AND (
+                   o.due IS NOT NULL AND r.at_end = 'stop' OR o.id IN (
+                     SELECT occurrence_id FROM server WHERE state = 'kept' AND goal = 'stop' AND NOT borrowed))
+             ORDER BY o.start""", reservation)
+        for each, after in zip(found, [*found[1:], None]):
+            there = each.vms if each.due is not None else each.stopped
+            starts_them = after and after.held_from > now and after.resource_id == each.resource_id
+            again = min(there, after.vms) if starts_them else 0
+            one = amount_of(each) if each.host else amount_of(each) // each.vms
+            for number, until in ((again, after.held_from if again else 0), (there - again, int(LAST.timestamp()))):
+                if number and each.held_until < until:
+                    amount = one if each.host else one * number
+                    yield Hold(each.resource_id, each.held_until, until, amount)
 
     def write_occurrence(self, id: int | None, reservation: int, wish: Wish, slot: Slot, now: float,
                          held_from: int | None = None, **more) -> None:
@@ -4028,13 +4298,26 @@ class Holding(Limits):
 # Makes the occurrences of a series what its stretches want, as far as the horizon.
 
 
+class Turn(NamedTuple):
+    """An occurrence of a series that is to be otherwise, and its row if there is one."""
+    slot: Slot
+    old: Any
+    had: list[Hold]    # nothing, if it is new or comes back
+    wants: list[Hold]
+
+    @property
+    def kept(self) -> list[Hold]:
+        """What it has and goes on to have."""
+        return beyond(self.had, beyond(self.had, self.wants))
+
+
 class Series(Holding):
     """The occurrences of series."""
 
     def reshape(self, reservation: int, wish: Wish, now: float, gentle: bool = False, again: bool = True) -> list[dict]:
         """Makes the occurrences of a series what its stretches want, as far as the horizon; inside a transaction.
 
-        First all that changes is released, then each is held where it is wanted, or what --on-conflict
+        First all give back what they want no more, then each takes what it wants more, or what --on-conflict
         says is done. What has begun keeps its start; what was changed, left out or skipped on its own
         stays as it is.
 
@@ -4050,24 +4333,24 @@ class Series(Holding):
         horizon = self.horizon(wish.stretches, now, skipped)
         earliest = self.earliest(there, wish.stretches, now)
         wanted = {slot.key: slot for slot in all_slots(wish.stretches, earliest, horizon)}
-        done, todo = [], []
+        done, todo, freed = [], [], []
         for old in there:
             slot = wanted.pop(old.slot, None)
             if old.end <= now:
                 continue
             slot = self.settled(old, slot, wish, now, gentle, again)
             if slot is None and old.cancelled is None:
+                freed.append(hold_of(old))
                 self.give_up(old, now)
                 done.append(told(old, 'cancelled'))
             elif slot and self.differs(old, slot, wish):
-                if old.cancelled is None:
-                    release(old.resource_id, old.held_from, old.held_until, amount_of(old))
                 todo.append((slot, old))
             elif slot and old.cancelled is None:
                 done.append(told(old, 'unchanged'))
         todo += [(slot, None) for slot in wanted.values() if slot.end > now]
         done += self.place_all(reservation, wish, sorted(todo, key=lambda each: each[0].start), now)
         self.close(reservation, wish.stretches, now, horizon)
+        self.keep_stopped(reservation, now, freed)
         return sorted(done, key=lambda each: each['start'])
 
     def earliest(self, there: list, stretches: list[Stretch], now: float) -> float:
@@ -4109,14 +4392,18 @@ class Series(Holding):
 
     def place_all(self, reservation: int, wish: Wish, todo: list, now: float) -> list[dict]:
         """Holds many occurrences of a series, and tells all that have no room at once."""
-        places, done, refused = {}, [], []
+        done, refused, others = [], [], self.others_of(reservation, todo)
         if wish.server and any(one.end > after.start for (one, _), (after, _) in zip(todo, todo[1:])):
             raise Conflict(f'the occurrences overlap, and the server {wish.server} is one machine')
-        for slot, old in self.progress(todo):
-            if slot.resource not in places:
-                places[slot.resource] = row('SELECT * FROM resource WHERE id = ? AND removed IS NULL', slot.resource)
+        todo = [Turn(slot, old, [hold_of(old)] if old and old.cancelled is None else [],
+                     [self.hold_at(wish, slot, old, now)]) for slot, old in todo]
+        for turn in todo:
+            give(beyond(turn.had, turn.wants))
+            others.put(turn.slot.key, turn.kept, turn.slot.start)
+        for turn in self.progress(todo):
+            slot = turn.slot
             try:
-                done.append(self.place(reservation, wish, slot, old, places[slot.resource], now))
+                done.append(self.place(reservation, wish, turn, others, now))
             except NoCapacity as error:
                 refused.append((slot, error))
         if refused:
@@ -4129,67 +4416,104 @@ class Series(Holding):
                            for each, why in refused[:1000]], **error.details)
         return done
 
-    def place(self, reservation: int, wish: Wish, slot: Slot, old, place, now: float) -> dict:
+    def others_of(self, reservation: int, todo: list) -> Others:
+        """What counts against limits of the occurrences that stay as they are while others change."""
+        changing = {old.id for _, old in todo if old}
+        others = Others(reservation, dict(run('SELECT id, name FROM resource').fetchall()))
+        for each in rows('SELECT * FROM occurrence WHERE reservation_id = ? AND due IS NOT NULL '
+                         'AND held_until > held_from', reservation):
+            if each.id not in changing:
+                others.put(each.slot, [hold_of(each)], each.start)
+        return others
+
+    def hold_at(self, wish: Wish, slot: Slot, old, now: float) -> Hold:
+        """What an occurrence is to hold; one that has begun keeps the lead that it had."""
+        begun = old and old.start == slot.start and old.start <= now
+        begin = min(old.held_from, slot.start) if begun else slot.start - wish.lead
+        return Hold(slot.resource, begin, slot.end, wish.takes(slot.vms))
+
+    def place(self, reservation: int, wish: Wish, turn: Turn, others: Others, now: float) -> dict:
         """Holds one occurrence of a series and writes it; inside a transaction.
 
         Raises:
           NoCapacity: it doesn't fit, and that refuses the whole series.
         """
+        slot, old, (wants,) = turn.slot, turn.old, turn.wants
+        place = row('SELECT * FROM resource WHERE id = ? AND removed IS NULL', slot.resource)
         if place is None:
             raise Conflict('the resource of the series is not there any more; move it to another with --resource')
         if old and slot.start != old.start and slot.start < now - PATIENCE:
             raise Conflict(f'the occurrence of {instant(old.start)} would begin in the past, {instant(slot.start)}')
         one = wish._replace(resource=place, start=slot.start, end=slot.end, vms=slot.vms, stretches=[])
-        begin = min(old.held_from, slot.start) if old and old.start == slot.start and old.start <= now else one.held[0]
-        keep = {'told': 0, 'altered': old.altered} if old and old.start != slot.start else {}
-        revived = {'cancelled': None} if old and old.cancelled is not None else {}
-        self.refuse_beyond(one, reservation, now, old)
+        others.put(slot.key, (), slot.start)
         try:
+            self.refuse_beyond(one, now, old if turn.had else None, others)
             self.refuse_shared_server(one, reservation)
-            if old and old.cancelled is None:
-                self.hold_instead(old, place, begin, slot.end, one.amount, now)
-            else:
-                self.refuse_overtaking(place, begin, slot.end, now)
-                admit(place, begin, slot.end, one.amount, now)
+            growth = beyond(turn.wants, turn.had)
+            self.refuse_overtaken(growth, now)
+            take(growth, now)
         except Conflict as error:
-            return self.placed_otherwise(reservation, one, slot, old, error, now)
-        self.write_occurrence(old.id if old else None, reservation, one, slot, now, begin, **keep, **revived)
-        return told(slot, 'changed' if old and not revived else 'booked')
+            return self.placed_otherwise(reservation, one, turn, others, error, now)
+        keep = {'told': 0, 'altered': old.altered} if old and old.start != slot.start else {}
+        revived = {'cancelled': None} if old and not turn.had else {}
+        self.write_occurrence(old.id if old else None, reservation, one, slot, now, wants.begin, **keep, **revived)
+        others.put(slot.key, turn.wants, slot.start)
+        return told(slot, 'changed' if turn.had else 'booked')
 
-    def placed_otherwise(self, reservation: int, one: Wish, slot: Slot, old, error: Conflict, now: float) -> dict:
+    def placed_otherwise(self, reservation: int, one: Wish, turn: Turn, others: Others, error: Conflict,
+                         now: float) -> dict:
         """What --on-conflict says of an occurrence that has no room."""
-        why = str(error) or self.why_not(one)
+        slot, old, why = turn.slot, turn.old, str(error) or self.why_not(one)
         if one.on_conflict in ('', 'refuse'):
+            if 'limit' in error.details:
+                raise error
             raise NoCapacity(why, **self.in_the_way(one, None), **self.would_fit(one))
+        give(turn.kept)
         full = isinstance(error, NoCapacity)
-        shifted = self.shifted(one, slot, now) if full and one.on_conflict.startswith('shift') else None
+        shifted = self.shifted(one, slot, others, now) if full and one.on_conflict.startswith('shift') else None
         if shifted:
-            hold(slot.resource, shifted.start - one.lead, shifted.end, one.amount)
+            holds = [Hold(slot.resource, shifted.start - one.lead, shifted.end, one.amount)]
+            take(holds, now)
+            others.put(slot.key, holds, shifted.start)
             self.write_occurrence(old.id if old else None, reservation, one, shifted, now, altered=True,
                                   cancelled=None)
             return told(shifted, 'shifted', why)
-        if old and old.cancelled is None:  # it stays where it was, if that is still free or it has begun
-            before = amount_of(old)
-            place = row('SELECT * FROM resource WHERE id = ?', old.resource_id)
-            if old.held_from <= now or fits(place, max(old.held_from, int(now)),
-                    old.held_until, before):
-                hold(old.resource_id, old.held_from, old.held_until, before)
-                change(Occurrence, old.id, altered=True)
-                return told(old, 'unchanged', why)
+        if self.stays(turn, now):
+            others.put(slot.key, turn.had, old.start)
+            change(Occurrence, old.id, altered=True)
+            return told(old, 'unchanged', why)
         begin = slot.start - one.lead
         self.write_occurrence(old.id if old else None, reservation, one, slot, now, held_until=begin,
                               cancelled=int(now), due=now if old else None)
         return told(slot, 'left out', why)
 
-    def shifted(self, one: Wish, slot: Slot, now: float) -> Slot | None:
-        """The slot moved by as little as possible to where there is room; None if that is further than it may be."""
+    def stays(self, turn: Turn, now: float) -> bool:
+        """Holds again what an occurrence had, which has begun or still fits; whether it does."""
+        if not turn.had:
+            return False
+        begun = turn.old.held_from <= now
+        try:
+            take(turn.had, now, given=turn.had if begun else turn.kept)
+        except NoCapacity:
+            return False
+        return True
+
+    def shifted(self, one: Wish, slot: Slot, others: Others, now: float) -> Slot | None:
+        """The slot moved by as little as possible to where there is room; None if that is further than it may be,
+        or beyond a limit.
+        """
         most = int(parse_duration(one.on_conflict.partition('=')[2]).total_seconds())
         begin, need = slot.start - one.lead, slot.end - slot.start + one.lead
         earliest = max(begin - most, int(now))
         nearest_ones = [min(max(begin, int(first)), int(last) - need) for first, last in free_windows(
             one.resource, one.amount, earliest, begin + most + need) if last - first >= need]
         for at in sorted(nearest_ones, key=lambda at: (abs(at - begin), at)):
-            return slot._replace(start=at + one.lead, end=at + need)
+            found = slot._replace(start=at + one.lead, end=at + need)
+            try:
+                self.refuse_beyond(one._replace(start=found.start, end=found.end), now, None, others)
+                return found
+            except Conflict:
+                continue
         return None
 
     def close(self, reservation: int, stretches: list[Stretch], now: float, horizon: int = 0) -> None:
@@ -4208,6 +4532,11 @@ class Series(Holding):
             if one.get('why') and one['outcome'] in ('left out', 'shifted'):
                 self.journal(now, 'refused', f"{format_time(one['start'], read_zone(head.tz or 'UTC'))} is "
                              f"{one['outcome']}: {one['why']}", reservation, json.loads(head.notify))
+
+    def rebook_event(self, reservation: int, wish: Wish, now: float) -> list[dict]:
+        """Makes of a reservation what the event of a calendar says now; inside a transaction."""
+        change(Reservation, reservation, **wish.columns(*STORED), series=stored_stretches(wish.stretches))
+        return self.reshape(reservation, wish, now, gentle=True)
 
     def rebook_series(self, old, wish: Wish, now: float, named: bool, moves: bool) -> list[dict]:
         """Changes a series from one occurrence on; inside a transaction.
@@ -4276,10 +4605,12 @@ class Admission(Series):
             return reservation, done
         place = self.resource_row(wish.resource.name)  # its capacity may have changed since
         self.refuse_shared_server(wish)
-        self.refuse_beyond(wish, 0, now)
+        self.refuse_beyond(wish, now)
         self.refuse_overtaking(place, *wish.held, now)
         admit(place, *wish.held, wish.amount, now)
         self.write_occurrence(None, reservation, wish, Slot('', wish.start, wish.end, wish.vms, place.id), now)
+        if wish.at_end == 'stop':
+            self.keep_stopped(reservation, now)
         self.journal(now, 'added', f'{wish.vms} vms on {place.name}', reservation, wish.notify, NONE_OF_THEM)
         if pending:
             self.journal(now, 'pending', f'an admin must approve it until {instant(pending)}', reservation, wish.notify)
@@ -4292,22 +4623,17 @@ class Admission(Series):
                 f"{f', {left_out} left out' if left_out else ''}")
 
     def rebook(self, old, wish: Wish, now: float) -> None:
-        """Releases what one occurrence held and holds what is wished instead; inside a transaction."""
+        """Makes one occurrence what is wished; inside a transaction."""
         place = self.resource_row(wish.resource.name)
         self.refuse_shared_server(wish, old.reservation)
-        release(old.resource_id, old.held_from, old.held_until, amount_of(old))
-        self.refuse_beyond(wish, old.reservation, now, old)
-        grows = self.grows(old, place, *wish.held, wish.amount)
+        self.refuse_beyond(wish, now, old)
+        wants = [Hold(place.id, *wish.held, wish.amount)]
         if old.waiting is None:
-            self.hold_instead(old, place, *wish.held, wish.amount, now)
+            self.retake([hold_of(old)], wants, now)
         elif not wish.amount.within(self.most_ever(wish)):
             raise NoCapacity('')
-        elif grows:  # it goes to the end of the line
+        elif beyond(wants, [hold_of(old)._replace(until=old.end)]):  # it goes to the end of the line
             change(Reservation, old.reservation, waiting=int(now))
-        if grows and place.approval and self.actor.role != ADMIN and old.waiting is None:
-            change(Reservation, old.reservation, pending=int(now) + place.approval)
-            self.journal(now, 'pending', f'an admin must approve it until {instant(int(now) + place.approval)}',
-                         old.reservation, wish.notify)
         slot = Slot(old.slot, wish.start, wish.end, wish.vms, place.id)
         self.write_occurrence(old.id, old.reservation, wish, slot, now, altered=bool(old.repeats),
                               told=0 if wish.start != old.start else old.told & ~(ENDING if wish.end != old.end else 0),
@@ -4317,6 +4643,7 @@ class Admission(Series):
             self.close(old.reservation, stretches, now, self.horizon(stretches, now))
         else:
             change(Reservation, old.reservation, **wish.columns(*STORED), changed=int(now), over=wish.end)
+        self.keep_stopped(old.reservation, now)
 
     def cancel(self, found: list, now: float, why: str = '', ends: bool = False) -> None:
         """Cancels occurrences of one reservation: what they held from now on is free; inside a transaction.
@@ -4324,8 +4651,9 @@ class Admission(Series):
         Args:
           ends: nothing of the series comes after them
         """
-        first = found[0]
+        first, freed = found[0], [hold_of(each) for each in found]
         for each in found:
+            self.drop_proposals(each.reservation, each.id)
             until = min(max(int(now), each.held_from), each.held_until)
             release(each.resource_id, until, each.held_until, amount_of(each))
             change(Occurrence, each.id, cancelled=int(now), held_until=until, due=now, altered=True)
@@ -4336,6 +4664,7 @@ class Admission(Series):
             self.reshape(first.reservation, self.carried_on(first), now, gentle=True, again=False)
         else:
             self.close(first.reservation, [], now)
+        self.keep_stopped(first.reservation, now, freed)
         only = first.id if len(found) == 1 and first.repeats else None
         self.journal(now, 'released', why or f'cancelled by {self.actor.user}', first.reservation,
                      json.loads(first.notify), only)
@@ -4425,7 +4754,7 @@ class Waiting(Admission):
             there = [wish for wish in wishes if name in ('', wish.resource.name)]
             total = sum((wish.amount for wish in there), NOTHING)
             place = there[0].resource._replace(name=name)
-            self.refuse_beyond(there[0]._replace(resource=place, vms=total.vms, whole=total), 0, now)
+            self.refuse_beyond(there[0]._replace(resource=place, vms=total.vms, whole=total), now)
 
     def wait_for(self, wishes: list[Wish], request: Request, now: float) -> tuple:
         """Writes down one part of it, which waits for the first of some resources that has room."""
@@ -4485,6 +4814,14 @@ class Waiting(Admission):
             why = f"nobody has {'accepted' if each.confirm else 'approved'} it in time"
             for part in self.together(each):
                 self.cancel(self.live(part), now, why, ends=True)
+        for each in rows('SELECT DISTINCT reservation_id AS reservation FROM proposal WHERE until <= ?', int(now)):
+            self.leave_as_it_was(each.reservation, now, 'nobody has approved the change in time')
+
+    def leave_as_it_was(self, reservation: int, now: float, why: str) -> None:
+        """Drops what is asked of a reservation and of the other parts of its request, and tells of it."""
+        for part in self.together(self.next_of(reservation)):
+            if self.drop_proposals(part.reservation):
+                self.journal(now, 'rejected', why, part.reservation, json.loads(part.notify))
 
     def together(self, found) -> list:
         """A reservation and, if it is a part of a request, the other parts that are not over."""
@@ -4516,26 +4853,141 @@ class Waiting(Admission):
             raise NoCapacity('')
         wish = self.carried_on(found)._replace(resource=place, each=amount // found.vms)
         self.refuse_shared_server(wish, found.reservation)
-        self.refuse_beyond(wish, found.reservation, now)
+        self.refuse_beyond(wish, now)
         hold(place.id, found.held_from, found.end, amount)
         pending = int(now) + (place.approval or found.confirm) if place.approval or found.confirm else None
         change(Reservation, found.reservation, waiting=None, pending=pending, changed=int(now), choices='',
                confirm=0 if place.approval else found.confirm)
         change(Occurrence, found.id, resource=place.id, **stored(amount), held_until=found.end, due=min(begin, now))
+        self.keep_stopped(found.reservation, now)
         whose = 'an admin must approve it' if place.approval else f'`accept {found.request or found.label}`'
         asks = f'there is room; {whose} until {instant(pending)}' if pending else ''
         code, sentence = ('pending', asks) if pending else (
             'admitted', f'{found.vms} vms on {place.name}, after {format_duration(int(now) - found.waiting)}')
         self.journal(now, code, sentence, found.reservation, json.loads(found.notify))
 
+
+# Approval ####################################################################
+#
+# A resource can ask that an admin approves what is reserved there. A new reservation is pending until
+# then. A change of one that is approved takes effect at once as far as it takes nothing more; else it
+# is kept as a proposal, which holds what it takes more, and what was approved goes on unchanged.
+# Approved, the change is made; rejected, or forgotten for as long as the resource says, it is dropped.
+
+
+class Approval(Waiting):
+    """Reservations and changes that wait for somebody's word."""
+
+    proposes_all = False  # also what needs no approval by itself: it belongs to a request of which a part does
+
+    def unless_it_grows(self, old, wish: Wish, asked: Iterable[str], now: float, code: str, named: bool,
+                        alone: bool, deed: Callable[[], list]) -> list | None:
+        """Makes a change; one that takes more of what needs approval is proposed instead, and None.
+
+        Args:
+          old: the occurrence that the change is told for, as the store has it
+          asked: the names of what is to be otherwise
+          alone: no other occurrence changes
+          deed: makes the change, and tells what became of each occurrence of a series
+        """
+        if SHAPE & set(asked):  # another change settles those that were proposed before
+            self.drop_proposals(old.reservation, old.id if alone else None)
+        if self.actor.role == ADMIN or old.waiting is not None or not (row(ANY_APPROVAL) or self.proposes_all):
+            return deed()
+        before = self.holds(old.reservation)
+        with db.atomic() as attempt:
+            done = deed()
+            growth = [each for each in beyond(self.holds(old.reservation), before) if each.until > now]
+            span = max((row('SELECT approval FROM resource WHERE id = ?', each.resource).approval
+                        for each in growth), default=0)
+            if not growth or not span and not self.proposes_all:
+                return done
+            if old.pending is not None:
+                self.await_approval(old.reservation, int(now) + span, wish, now)
+                return done
+            attempt.rollback()
+        last = old.end if alone or not old.repeats else int(LAST.timestamp())
+        until = min(int(now) + (span or int(LAST.timestamp())), last)
+        self.propose(old, wish, sorted(asked), until, now, code, named, alone, growth)
+        return None
+
+    def await_approval(self, reservation: int, until: int, wish: Wish, now: float) -> None:
+        """Lets a reservation wait for an admin until an instant."""
+        change(Reservation, reservation, pending=until, confirm=0)
+        self.journal(now, 'pending', f'an admin must approve it until {instant(until)}', reservation, wish.notify)
+
+    def propose(self, old, wish: Wish, asked: list[str], until: int, now: float, code: str, named: bool, alone: bool,
+                growth: list[Hold]) -> None:
+        """Writes down a change that waits for approval, and holds what it takes more."""
+        take(growth, now)  # it fits: the deed had that, and at each instant what was or what will be is held
+        shown = self.shown_change(old, wish, asked) | {'asked_by': self.actor.user, 'decide_before': instant(until)}
+        id = insert(Proposal, reservation=old.reservation, occurrence=old.id, alone=alone, named=named,
+                    user=self.actor.user, code=code, asked=json.dumps(asked), wish=stored_wish(wish), until=until,
+                    shown=json.dumps(to_plain(shown)))
+        self.hold_beside(old.reservation, id, growth)
+        self.journal(now, 'pending', f"an admin must approve the change of {', '.join(asked)} until {instant(until)}; "
+                     'what was approved goes on as it is', old.reservation, wish.notify)
+
+    def shown_change(self, old, wish: Wish, asked: list[str]) -> dict:
+        """What would be otherwise, as answers show it."""
+        new = wish.columns(*STORED) | {'resource': wish.resource.name, 'start': instant(wish.start),
+                                       'end': instant(wish.end), 'vms': wish.vms}
+        return {name: new[name] for name in (*STORED, 'resource', 'start', 'end', 'vms')
+                if name in asked or name in OWN and new[name] != public(old)[name]}
+
+    def grant(self, proposal, now: float) -> None:
+        """Makes a change that was proposed."""
+        old = self.occurrence(proposal.occurrence)
+        if old.state in OVER:
+            old = self.next_of(proposal.reservation_id)
+        asked, wish = dict.fromkeys(json.loads(proposal.asked)), restored_wish(proposal.wish)
+        current = self.unaltered(old)
+        wish = wish._replace(**{name: current[name] for name in STORED if name not in asked and name not in (
+            'lead', 'repeat', 'tz', 'on_conflict')} if not proposal.code == 'calendar' else {})
+        self.drop_proposals(old.reservation, old.id if proposal.alone else None)
+        if proposal.code == 'calendar':
+            self.rebook_event(old.reservation, wish, now)
+        else:
+            self.rewrite(old, wish, asked, now, bool(proposal.named))
+
+    def rewrite(self, old, wish: Wish, asked: dict, now: float, named: bool) -> list:
+        """Writes a change of a reservation; inside the transaction that looked whether it is still as it was read."""
+        self.refuse_fixed(old, wish, asked)
+        if old.choices and asked.keys() & {'resource', 'host', 'flavor'}:  # it waits for this one alone
+            change(Reservation, old.reservation, choices='')
+        if (wish.label, wish.project) != (old.label, old.project):
+            self.refuse_taken_label(wish, now)
+        if wish.stretches:
+            return self.rebook_series(old, wish, now, named, bool(asked.keys() & SHAPE))
+        self.rebook(old, wish, now)
+        return []
+
+    def refuse_fixed(self, old, wish: Wish, asked: dict) -> None:
+        """A reservation that has begun keeps what its machines are made of."""
+        begun = self.begun(old)
+        kept = {name: json.loads(getattr(old, name)) if name in JSON else getattr(old, name) for name in FIXED}
+        new = {name: getattr(wish, name) for name in FIXED} | {'resource': wish.resource.name}
+        changed = [name for name in FIXED if name in asked and new[name] != kept[name]]
+        if begun and changed:
+            raise Conflict(f"'{old.label}' has begun, so its {changed[0].replace('_', ' ')} can't change; "
+                           'its end, vms, user, description and label can')
+
     @api('POST', '/reservation/<label>/approve', role=ADMIN)
     def approve(self, label: Label, project: Name = '', dry_run: bool = False) -> dict:
-        """Lets a pending reservation be.
+        """Lets a pending reservation be, or a change of one that is approved.
 
         Example:
           python cmres.py approve lab --project biology
         """
-        return self.settle_pending(label, project, dry_run, 'approved')
+        with self.writing(dry_run) as now:
+            found, pending, proposals = self.pending_of(label, project)
+            for each in pending:
+                self.settle(each, 'approved', now)
+            for proposal, each in proposals:
+                self.grant(proposal, now)
+                self.journal(now, 'approved', f'the change was approved by {self.actor.user}', each.reservation,
+                             json.loads(each.notify))
+            return self.told_parts(label, pending or found)
 
     @api('POST', '/reservation/<label>/accept')
     def accept(self, label: Label, project: Name = '', dry_run: bool = False) -> dict:
@@ -4544,44 +4996,50 @@ class Waiting(Admission):
         Example:
           python cmres.py accept lab
         """
-        return self.settle_pending(label, project, dry_run, 'accepted')
+        with self.writing(dry_run) as now:
+            _, pending, _ = self.pending_of(label, project)
+            mine = [each for each in pending if each.confirm]
+            if not mine:
+                raise Conflict(f"'{label}' waits for an admin, who says: approve {label}")
+            for each in mine:
+                self.settle(each, 'accepted', now)
+            return self.told_parts(label, pending)
 
     @api('POST', '/reservation/<label>/reject', role=ADMIN)
     def reject(self, label: Label, reason: Text = '', project: Name = '', dry_run: bool = False) -> dict:
         """Refuses a pending reservation and frees what it held; of a request, all parts.
 
+        A change of a reservation that was approved before is refused alone: that goes on as it was.
+
         Example:
           python cmres.py reject lab --reason 'not before the exam'
         """
         with self.writing(dry_run) as now:
-            found = self.pending_of(label, project)
+            found, pending, proposals = self.pending_of(label, project)
             why = f"rejected by {self.actor.user}{f': {reason}' if reason else ''}"
-            parts = self.together(found[0])
-            for each in parts:
+            parts = self.together(pending[0]) if pending else found
+            for each in parts if pending else ():
                 self.cancel(self.live(each), now, why, ends=True)
+            for _, each in proposals if not pending else ():
+                self.leave_as_it_was(each.reservation, now, f'the change was {why}')
             return self.told_parts(label, parts)
 
-    def settle_pending(self, label: str, project: str, dry_run: bool, deed: str) -> dict:
-        """Lets be what waits for a word: a reservation, or of a request all parts that do."""
-        with self.writing(dry_run) as now:
-            found = self.pending_of(label, project)
-            settled = [each for each in found if each.confirm or deed == 'approved']
-            if not settled:
-                raise Conflict(f"'{label}' waits for an admin, who says: approve {label}")
-            for each in settled:
-                change(Reservation, each.reservation, pending=None, changed=int(now))
-                run('UPDATE occurrence SET due = ? WHERE reservation_id = ? AND due IS NOT NULL', now, each.reservation)
-                self.journal(now, 'approved', f'{deed} by {self.actor.user}', each.reservation, json.loads(each.notify))
-            return self.told_parts(label, found)
+    def settle(self, found, deed: str, now: float) -> None:
+        """Lets a reservation be that waited for a word."""
+        change(Reservation, found.reservation, pending=None, changed=int(now))
+        run('UPDATE occurrence SET due = ? WHERE reservation_id = ? AND due IS NOT NULL', now, found.reservation)
+        self.journal(now, 'approved', f'{deed} by {self.actor.user}', found.reservation, json.loads(found.notify))
 
-    def pending_of(self, label: str, project: str) -> list:
-        """What waits for a word under a label: a reservation, or some parts of a request."""
+    def pending_of(self, label: str, project: str) -> tuple[list, list, list[tuple]]:
+        """What a label means, which of it waits for a word, and the changes of it that do, each with its reservation."""
         parts = self.parts_of(label, project)
         found = [self.mine(each.label, each.project) for each in parts] or [self.mine(label, project)]
-        pending = [each for each in found if each.state == 'pending']
-        if not pending:
+        pending = [each for each in found if each.pending is not None and each.state == 'pending']
+        proposals = [(proposal, each) for each in found for proposal in rows(
+            'SELECT * FROM proposal WHERE reservation_id = ? ORDER BY id', each.reservation)]
+        if not pending and not proposals:
             raise Conflict(f"'{label}' is {found[0].state}, and waits for nobody's word")
-        return pending
+        return found, pending, proposals
 
     def told_parts(self, label: str, found: list) -> dict:
         """Reservations as they are now: that of a label, or as the parts of a request."""
@@ -4594,7 +5052,7 @@ class Waiting(Admission):
 # What people do with reservations: add, list, show, change, end them.
 
 
-class Requests(Waiting):
+class Requests(Approval):
     """The operations on reservations."""
 
     @api('POST', '/reservation/')
@@ -4778,15 +5236,35 @@ class Requests(Waiting):
         return answer | {'on_conflict': found.on_conflict, 'booked_until': instant(found.booked_until), 'occurrences': [
             {name: value for name, value in public(each).items() if name in fields} for each in comes]}
 
+    @api('GET', '/server/')
     @api('GET', '/reservation/<label>/servers')
-    @for_each_part
-    def servers(self, label: Label, project: Name = '', occurrence: Day = None, tz: Zone = '') -> Rows:
+    def servers(self, label: Label = '', project: Name = '', occurrence: Day = None, kept: bool = False,
+                tz: Zone = '') -> Rows:
         """Lists the servers of a reservation: state, addresses, and when each was planned, begun and ready.
+
+        With --kept, those that were stopped or shelved at their end and stay: of a label, or all.
 
         Example:
           python cmres.py servers lab
+          python cmres.py servers --kept
         """
-        return self.servers_of(self.mine(label, project, live=False, occurrence=occurrence).id)
+        if kept:
+            return [public(each) for each in self.kept_servers(label, project)]
+        if not label:
+            raise Invalid('say which: the label of a reservation, or --kept')
+        found = self.parts_of(label, project)
+        return [line for each in found or [None] for line in self.servers_of(self.mine(
+            each.label if each else label, each.project if each else project, live=False, occurrence=occurrence).id)]
+
+    def kept_servers(self, label: str, project: str) -> list:
+        """The servers that stay after their end, of a label or all, that the actor may see."""
+        where = [*self.visible(), *self.labelled(label), *([('r.project = ?', project)] if project else [])]
+        return rows(f"""SELECT v.name, r.label, r.project, r.user, iif(v.goal = 'stop', 'stopped', 'shelved') AS state,
+                               v.addresses, o."end", v.account, v.uid, v.id, r.id AS reservation
+                          FROM server v JOIN occurrence o ON o.id = v.occurrence_id
+                          JOIN reservation r ON r.id = o.reservation_id
+                         WHERE v.state = 'kept' AND NOT v.borrowed{''.join(f' AND {text}' for text, _ in where)}
+                         ORDER BY v.id""", *(value for _, value in where))
 
     @api('GET', '/reservation/<label>/duration')
     @for_each_part
@@ -4898,8 +5376,11 @@ class Requests(Waiting):
                 if all(getattr(current, name) == getattr(old, name) for name in UNCHANGED) and (
                         not stretches or series == stretches):
                     named = bool(occurrence) and not only
-                    done = self.rewrite(old, wish, asked, now, code, named)
-                    return self.answer(*done, wish, old.id if only else None)
+                    done = self.unless_it_grows(old, wish, asked, now, code, named, only,
+                                                lambda: self.rewrite(old, wish, asked, now, named))
+                    if done is not None:
+                        self.tell_change(old, wish, asked, done, code, now)
+                    return self.answer(old.reservation, done or [], wish, old.id if only else None)
         raise Conflict(f"'{label}' is being changed by others all the time; try again")
 
     def refuse_common(self, old, asked: dict, occurrence: datetime | None, only: bool) -> None:
@@ -4921,33 +5402,11 @@ class Requests(Waiting):
             key = min((each.slot for each in coming), default=old.slot)
         return old, self.stretches(old.reservation), key
 
-    def rewrite(self, old, wish: Wish, asked: dict, now: float, code: str, named: bool) -> tuple[int, list]:
-        """Writes a change of a reservation; inside the transaction that looked whether it is still as it was read."""
-        self.refuse_fixed(old, wish, asked)
-        if old.choices and asked.keys() & {'resource', 'host', 'flavor'}:  # it waits for this one alone
-            change(Reservation, old.reservation, choices='')
-        if (wish.label, wish.project) != (old.label, old.project):
-            self.refuse_taken_label(wish, now)
-        done: list = []
-        if wish.stretches:
-            moves = bool(asked.keys() & {*OWN, *REPEATING, 'flavor', 'host', 'lead', 'on_conflict'})
-            done = self.rebook_series(old, wish, now, named, moves)
-        else:
-            self.rebook(old, wish, now)
+    def tell_change(self, old, wish: Wish, asked: dict, done: list, code: str, now: float) -> None:
+        """Writes down that a reservation was changed."""
         self.journal(now, code, f"{self.actor.user} changed: {', '.join(sorted(asked.keys() - {'tz'}))}",
                      old.reservation, wish.notify,
                      NONE_OF_THEM if done else old.id if old.repeats and not wish.stretches else None)
-        return old.reservation, done
-
-    def refuse_fixed(self, old, wish: Wish, asked: dict) -> None:
-        """A reservation that has begun keeps what its machines are made of."""
-        begun = self.begun(old)
-        kept = {name: json.loads(getattr(old, name)) if name in JSON else getattr(old, name) for name in FIXED}
-        new = {name: getattr(wish, name) for name in FIXED} | {'resource': wish.resource.name}
-        changed = [name for name in FIXED if name in asked and new[name] != kept[name]]
-        if begun and changed:
-            raise Conflict(f"'{old.label}' has begun, so its {changed[0].replace('_', ' ')} can't change; "
-                           'its end, vms, user, description and label can')
 
     @api('DELETE', '/reservation/<label>')
     @api('DELETE', '/reservation/')
@@ -4958,12 +5417,13 @@ class Requests(Waiting):
     def delete(self, label: Label = '', user: Name = '', project: Name = '', resource: Name = '', cell: Name = '',
                cloud: Name = '', region: Name = '', aggregate: Name = '', vms: Count = None, start: When = None,
                end: When = None, count: Count = None, occurrence: Day = None, following: bool = False,
-               tz: Zone = '', dry_run: bool = False) -> Rows:
+               kept: bool = False, tz: Zone = '', dry_run: bool = False) -> Rows:
         """Cancels a reservation: its capacity is free at once, and its machines are deleted.
 
         Give a label, or filters that must all match exactly (start and end too); without a label,
         --count must say how many that hits. Nothing that is over is touched. Of a series, --occurrence
-        cancels only that one, and with --following those after it as well.
+        cancels only that one, and with --following those after it as well. With --kept, nothing is
+        cancelled: the VMs are deleted that were stopped or shelved at the end and stay.
 
         Example:
           python cmres.py delete --resource demo --user eva --dry-run
@@ -4975,6 +5435,8 @@ class Requests(Waiting):
             exact |= ({'o.start': begin} if start else {}) | ({'"end"': until} if end else {})
         if not any([label, *exact.values()]):
             raise Invalid('say which: a label, or filters such as --resource and --user')
+        if kept:
+            return self.delete_kept(label, project, dry_run)
         where = [(f'{column} = ?', value) for column, value in exact.items() if value] + self.labelled(label)
         if (occurrence or following) and not (label and occurrence):
             raise Invalid('--occurrence and --following need a label, and --following an --occurrence')
@@ -4991,6 +5453,25 @@ class Requests(Waiting):
                 for each in found:
                     self.cancel(self.live(each), now, ends=True)
             return [public(self.occurrence(each.id)) for each in found]
+
+    def delete_kept(self, label: str, project: str, dry_run: bool) -> Rows:
+        """Deletes the VMs of a label that stay after their end; what they hold is free at once."""
+        if not label:
+            raise Invalid('--kept needs the label of a reservation')
+        with self.writing(dry_run) as now:
+            found = self.kept_servers(label, project)
+            projects = sorted({each.project for each in found})
+            if len(projects) > 1:
+                raise Conflict(f"'{label}' is in several projects ({', '.join(projects)}); name one with --project")
+            if not found:
+                raise NotFound(f"no VM of '{label}' was stopped or shelved at its end and stays")
+            for each in found:
+                change(Server, each.id, goal='delete', state='shutoff', due=now)
+            for reservation in {each.reservation for each in found}:
+                self.count_stopped(reservation, now)
+            self.journal(now, 'released', f'{self.actor.user} deletes {len(found)} VMs that stayed: '
+                         f"{', '.join(each.name for each in found[:20])}", found[0].reservation, (), NONE_OF_THEM)
+            return [public(each) for each in found]
 
     def refuse_uncounted(self, found: list, label: str, count: int | None, dry_run: bool) -> None:
         """Refuses a delete that would hit none, another number than was said, or several projects."""
@@ -5347,13 +5828,16 @@ class Plan(Requests):
         amount, need = amount_of(found), found.held_until - found.held_from
         here = row('SELECT * FROM resource WHERE id = ?', found.resource_id)
         release(here.id, found.held_from, found.held_until, amount)
-        others = [each for each in self.places() if each.cloud == here.cloud and each.id != here.id and not found.host]
-        place = next((each for each in others if fits(each, found.held_from, found.held_until, amount)), None)
+        others = [each for each in self.places() if each.cloud == here.cloud and each.id != here.id and not found.host
+                  and not each.approval and each.mode == here.mode]
+        place = next((each for each in others if fits(each, found.held_from, found.held_until, amount)
+                      and self.within_limits(found, each, found.start, now)), None)
         first = found.held_from if place else next((int(first) for first, last in free_windows(
             here, amount, found.held_from, LAST.timestamp()) if last - first >= need), None)
-        if first is None:
+        if first is None or not place and not self.within_limits(found, here, first + found.lead, now):
             hold(here.id, found.held_from, found.held_until, amount)
             return None
+        self.drop_proposals(found.reservation)
         place, start = place or here, first + found.lead
         hold(place.id, first, first + need, amount)
         change(Occurrence, found.id, resource=place.id, start=start, end=start + found.end - found.start,
@@ -5362,6 +5846,15 @@ class Plan(Requests):
         if not found.repeats:
             change(Reservation, found.reservation, over=start + found.end - found.start)
         return place.name, start
+
+    def within_limits(self, found, place, start: int, now: float) -> bool:
+        """Whether the limits of its owner let an occurrence be on a resource from an instant on."""
+        wish = self.carried_on(found)._replace(resource=place, start=start, end=start + found.end - found.start)
+        try:
+            self.refuse_beyond(wish, now, found)
+            return True
+        except Conflict:
+            return False
 
     def without_host(self, place, new: dict, now: float) -> list[dict]:
         """What is reserved on hosts that a resource has no more, or no more by their names."""
@@ -5679,9 +6172,11 @@ class Calendars(Claims):
             head = self.next_of(known.id)
             wish = wish._replace(label=known.label)
             self.refuse_fixed(head, wish, {name: 1 for name in FIXED if name not in ('start', 'resource', 'lead')})
-            change(Reservation, known.id, **wish.columns(*STORED), origin=origin,
-                   series=stored_stretches(wish.stretches))
-            done = self.reshape(known.id, wish, now, gentle=True)
+            change(Reservation, known.id, origin=origin)
+            done = self.unless_it_grows(head, wish, {'calendar': 1}, now, 'calendar', False, False,
+                                        lambda: self.rebook_event(known.id, wish, now))
+            if done is None:
+                return {'label': wish.label, 'outcome': 'pending', 'why': 'an admin must approve the change'}
             self.journal(now, 'updated', 'changed in the calendar', known.id, wish.notify, NONE_OF_THEM)
         else:
             wish = wish._replace(label=self.free_label(wish, now))
@@ -6186,6 +6681,7 @@ class LifeCycle:
         found = [row(f'SELECT min(due) AS due FROM {table} WHERE due > ?', after).due
                  for table in ('occurrence', 'server', 'outbox', 'subscription', 'claim')]
         found.append(row('SELECT min(pending) AS due FROM reservation WHERE pending > ?', after).due)
+        found.append(row('SELECT min(until) AS due FROM proposal WHERE until > ?', after).due)
         return min((due for due in found if due is not None), default=float('inf'))
 
     def run(self, stop: threading.Event) -> None:
@@ -6327,7 +6823,7 @@ class LifeCycle:
     def admit_waiting(self, now: float) -> None:
         if row('SELECT id FROM reservation WHERE waiting IS NOT NULL '
                'UNION ALL SELECT id FROM reservation WHERE pending <= ? '
-               'LIMIT 1', int(now)):
+               'UNION ALL SELECT id FROM proposal WHERE until <= ? LIMIT 1', int(now), int(now)):
             with self.acting():
                 self.service.admit_waiting(now)
 
@@ -6350,8 +6846,15 @@ class LifeCycle:
         runs = (occurrence.image or occurrence.server) and not over and not occurrence.idle and (
             servers or now >= occurrence.held_from)
         wanted = occurrence.vms if runs else 0
-        for n in sorted(set(range(1, wanted + 1)) - {server.n for server in servers}):
-            self.plan_server(occurrence, n, now)
+        missing = sorted(set(range(1, wanted + 1)) - {server.n for server in servers})
+        if missing and self.still_stopping(occurrence):  # a series starts those again
+            change(Occurrence, occurrence.id, due=now + self.config.poll)
+            return
+        stopped = self.stopped_before(occurrence) if missing else []
+        for n, before in itertools.zip_longest(missing, stopped[:len(missing)]):
+            self.plan_server(occurrence, n, now, before)
+        if stopped:
+            self.service.count_stopped(occurrence.reservation_id, now)
         for server in servers:
             if server.n > wanted and server.borrowed and self.handed_on(occurrence, now):
                 change(Server, server.id, goal=occurrence.at_end, state='kept', due=None)
@@ -6367,14 +6870,33 @@ class LifeCycle:
         told = self.announce(occurrence, over, now)
         change(Occurrence, occurrence.id, told=told, due=self.next_look(occurrence, over, now))
 
-    def plan_server(self, occurrence, n: int, now: float) -> None:
+    def plan_server(self, occurrence, n: int, now: float, before=None) -> None:
+        """Writes down a server that is wanted: a new one, one that was there, or a series' own from `before`."""
         borrowed = bool(occurrence.server)
-        insert(Server, occurrence=occurrence.id, n=n, name=f'{occurrence.label}-{occurrence.id}-{n}',
-               account=self.clouds.account(occurrence.cloud, occurrence.project), goal='up', borrowed=borrowed,
-               state='unknown' if borrowed else 'planned', uid=occurrence.server or None, tries=0, failures=0,
-               addresses='[]', snapshot='', snapshot_id='', fault='',
+        values = dict(name=f'{occurrence.label}-{occurrence.id}-{n}', uid=occurrence.server or None, tries=0,
+                      state='unknown' if borrowed else 'planned', begun=None,
+                      account=self.clouds.account(occurrence.cloud, occurrence.project))
+        if before:
+            change(Server, before.id, state='deleted', deleted=now)  # from now on it is the new row's
+            values = dict(name=before.name, uid=before.uid, tries=1, state=DOWN[0], begun=now, account=before.account)
+        insert(Server, occurrence=occurrence.id, n=n, goal='up', borrowed=borrowed, failures=0, addresses='[]',
+               snapshot='', snapshot_id='', fault='', due=now,
                # What was asked for after the start can't be ready at the start.
-               planned=max(occurrence.start, occurrence.changed), due=now)
+               planned=max(occurrence.start, occurrence.changed), **values)
+
+    def still_stopping(self, occurrence) -> bool:
+        """Whether VMs of an earlier occurrence of the same series are on their way to be stopped or shelved."""
+        return bool(row("SELECT v.id FROM occurrence o JOIN server v ON v.occurrence_id = o.id "
+                        "WHERE o.reservation_id = ? AND o.id <> ? AND v.goal IN ('stop', 'shelve') AND NOT v.borrowed "
+                        "AND v.state NOT IN ('deleted', 'kept') LIMIT 1", occurrence.reservation_id, occurrence.id))
+
+    def stopped_before(self, occurrence) -> list:
+        """The VMs that earlier occurrences of a series have left, stopped or shelved, on the same account."""
+        account = self.clouds.account(occurrence.cloud, occurrence.project)
+        return rows("SELECT v.id, v.uid, v.name, v.account FROM occurrence o JOIN server v ON v.occurrence_id = o.id "
+                    "WHERE o.reservation_id = ? AND o.resource_id = ? AND v.state = 'kept' AND NOT v.borrowed "
+                    "AND v.goal IN ('stop', 'shelve') AND v.account = ? ORDER BY v.n, v.id",
+                    occurrence.reservation_id, occurrence.resource_id, account)
 
     def goal_after(self, occurrence, server, over: bool) -> str:
         """What becomes of a server that is up no longer; one that never was up is not worth keeping."""
@@ -6456,6 +6978,9 @@ class LifeCycle:
             return now + self.config.poll
         if occurrence.cancelled is None:
             self.tell_end(occurrence, now)
+        if occurrence.at_end == 'stop':
+            change(Occurrence, occurrence.id, due=None)
+            self.service.count_stopped(occurrence.reservation_id, now)
         return None
 
     def tell_end(self, occurrence, now: float) -> None:
@@ -6525,8 +7050,10 @@ class LifeCycle:
             return 'verify'
         if server.state in UNDER_WAY.values() or not server.uid:
             return 'look'
+        if server.goal == 'up' and server.state in DOWN and (server.borrowed or not server.ready):
+            return 'start'
         if server.goal == 'up' and server.borrowed:
-            return 'start' if server.state in DOWN else 'look'
+            return 'look'
         if server.goal == 'delete' or server.goal == 'up' and server.state == 'error':
             return 'delete'
         ready_for = {'stop': ('active',), 'shelve': ('active', *DOWN[:3]), 'snapshot': ('active', *DOWN[:3])}
@@ -6548,8 +7075,10 @@ class LifeCycle:
 
     def known(self, account: str) -> list[str]:
         """The servers that must be there on an account."""
-        return [each.uid for each in rows("SELECT uid FROM server WHERE account = ? AND due IS NOT NULL "
-                                          "AND uid IS NOT NULL AND (goal = 'up' OR borrowed)", account)]
+        return [each.uid for each in rows(
+            "SELECT uid FROM server WHERE account = ? AND due IS NOT NULL AND uid IS NOT NULL "
+            "AND (goal = 'up' OR borrowed) UNION ALL "
+            "SELECT uid FROM server WHERE account = ? AND state = 'kept' AND NOT borrowed", account, account)]
 
     def submit(self, key: tuple, verb: str, account: str, target) -> None:
         if self.busy(key):
@@ -6804,6 +7333,9 @@ class LifeCycle:
             if found:
                 wanted.add(found.uid)
             if server.state in FINAL:
+                if not found and server.account == account and server.uid in gone and not server.borrowed:
+                    change(Server, server.id, state='deleted', deleted=now)
+                    self.service.count_stopped(server.reservation_id, now)
                 continue
             if found:
                 self.record_seen(server, found, now)
