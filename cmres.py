@@ -77,6 +77,7 @@ import textwrap
 import threading
 import time
 import warnings
+from bisect import bisect_left
 from collections import defaultdict, namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
@@ -5041,6 +5042,12 @@ class Approval(Waiting):
             raise Conflict(f"'{label}' is {found[0].state}, and waits for nobody's word")
         return found, pending, proposals
 
+    def awaiting_approval(self) -> list[dict]:
+        """The reservations that are pending, and those of which a change is; as answers show them."""
+        waits = 'SELECT id FROM reservation WHERE pending IS NOT NULL UNION SELECT reservation_id FROM proposal'
+        return [public(each) for each in self.search(
+            [*self.visible(), (f'r.id IN ({waits})', None), (NOT_OVER, None), (NEXT_OF_ITS, None)], limit=1000)]
+
     def told_parts(self, label: str, found: list) -> dict:
         """Reservations as they are now: that of a label, or as the parts of a request."""
         answers = [public(self.occurrence(each.id)) for each in found]
@@ -5848,10 +5855,11 @@ class Plan(Requests):
         return place.name, start
 
     def within_limits(self, found, place, start: int, now: float) -> bool:
-        """Whether the limits of its owner let an occurrence be on a resource from an instant on."""
+        """Whether an occurrence may be on a resource from an instant on: by the limits of its owner, and in its turn."""
         wish = self.carried_on(found)._replace(resource=place, start=start, end=start + found.end - found.start)
         try:
             self.refuse_beyond(wish, now, found)
+            self.refuse_overtaken([Hold(place.id, *wish.held, wish.amount)], now)
             return True
         except Conflict:
             return False
@@ -5869,20 +5877,23 @@ class Plan(Requests):
 
     def homeless(self, place, begin: int, until: int) -> list:
         """Of the occurrences where more is held than there is, as many of the latest added as must go."""
-        levels = list(steps(place.id, begin, until, capacity(place).names))
-        over = {at: held for at, held in levels if not held.within(capacity(place))}
-        ends = {at: after for (at, _), (after, _) in zip(levels, [*levels[1:], (until, NOTHING)])}
+        most = capacity(place)
+        levels = dict(steps(place.id, begin, until, most.names))
+        if all(held.within(most) for held in levels.values()):
+            return []
+        held = rows('SELECT id, resource_id, held_from, held_until, vms, vcpus, ram, classes FROM occurrence '
+                    'WHERE resource_id = ? AND due IS NOT NULL AND held_until > ? AND held_from < ? '
+                    'AND held_until > held_from ORDER BY id DESC', place.id, begin, until)
+        # Between two cuts the same occurrences hold, so that what one of them gives back is all of it there.
+        cuts = sorted({*levels, *(min(max(at, begin), until) for each in held for at in each[2:4])} - {until})
+        there = list(itertools.accumulate((levels.get(at) for at in cuts), lambda before, after: after or before))
         found = []
-        held = rows('SELECT id, held_from, held_until, vms, vcpus, ram, classes FROM occurrence WHERE resource_id = ? '
-                    'AND due IS NOT NULL AND held_until > ? AND held_from < ? AND held_until > held_from '
-                    'ORDER BY id DESC',
-                    place.id, begin, until) if over else []
         for each in held:
-            touched = [at for at in over if at < each.held_until and ends[at] > each.held_from]
-            if any(not over[at].within(capacity(place)) for at in touched):
+            touched = range(bisect_left(cuts, max(each.held_from, begin)), bisect_left(cuts, each.held_until))
+            if not all(there[n].within(most) for n in touched):
                 found.append(each.id)
-                for at in touched:
-                    over[at] -= amount_of(each)
+                for n in touched:
+                    there[n] -= amount_of(each)
         return [self.occurrence(id) for id in found]
 
     @api('GET', '/check', role=ADMIN)
@@ -8484,7 +8495,7 @@ class Visit:
     def deeds(self, found: dict) -> list[str]:
         """What this person can do to a reservation."""
         asks = []
-        if found['state'] == 'pending':
+        if found['state'] == 'pending' or 'change' in found:
             held = self.service.occurrence(found['id'])
             asks = ['accept'] if held.confirm else ['approve', 'reject'] if self.actor.role == ADMIN else []
         can = [deed for deed in DEEDS_IN.get(found['state'], ()) if deed != 'skip' or found['repeat']]
@@ -8807,6 +8818,7 @@ class Pages:
         if 'parts' in found:
             return found, '', ''
         facts = [('Machines', f"{found['vms']} {found['flavor']} {found['image']}"), ('Resource', found['resource']),
+                 ('Waits for approval', found.get('change')),
                  ('Host', found['host']), ('Owner', f"{found['user']} in {found['project']}"),
                  ('From', found['start']), ('To', found['end']), ('Repeats', found['repeat']),
                  ('At the end', found['at_end'] if found['image'] or found['server'] else ''),
@@ -8964,7 +8976,7 @@ class Pages:
              ('resource_delete',), ('resource_add', 'resource_update')),
             ('Maintenance', service.maintenance_list(), 'id resource start end vms vcpus ram reason',
              ('maintenance_delete',), ('maintenance_add',)),
-            ('Pending', service.list(state=['pending']), 'label user project resource vms start end',
+            ('Pending', service.awaiting_approval(), 'label user project resource vms start end change',
              ('approve', 'reject'), ()),
             ('Waiting', service.list(state=['waiting']), 'label user project resource vms start end', ('delete',), ()),
             ('Tokens', tokens, 'id user project role added', ('token_revoke',), ('token_add',)),
@@ -9359,7 +9371,7 @@ ALSO = {'--from': ([], '--start'), '--to': ([], '--end'), '--by': (['report'], '
         '--aggregate': (['resource', 'sync'], '--aggregates')}
 
 #: What a table shows of answers that have more fields than a line has room for.
-COLUMNS = {'list': 'id label user project resource host vms flavor start end repeat state fault',
+COLUMNS = {'list': 'id label user project resource host vms flavor start end repeat state change fault',
            'delete': 'id label user project resource vms start end state',
            'calendar_list': 'id kind user project shows added polled fault held',
            'hit': 'label user project vms start end outcome', 'resource_sync': 'resource what before after',
