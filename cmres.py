@@ -1861,6 +1861,8 @@ def hold_of(row) -> Hold:
 
 def beyond(some: list[Hold], others: list[Hold]) -> list[Hold]:
     """What some holds have in all that others have not, in pieces that don't overlap."""
+    if not others and len(some) == 1 and some[0].begin < some[0].until:  # as most are
+        return some
     return [piece for resource in dict.fromkeys(each.resource for each in some)
             for piece in beyond_at(resource, some, others)]
 
@@ -3980,25 +3982,31 @@ class Others:
     The store has the old of those that are not written yet; here each is what it keeps, then what it gets.
     """
 
-    def __init__(self, reservation: int, names: dict[int, str]):
-        self.reservation, self.names = reservation, names  # of resources, by id
+    def __init__(self, reservation: int, names: dict[int, str], now: float):
+        self.reservation, self.names, self.now = reservation, names, int(now)  # names of resources, by id
         self.holds: dict[str, list[tuple[Hold, int]]] = {}  # by slot: with the start, from which on hours count
+        self.days: dict[int, set[str]] = defaultdict(set)   # the slots that hold something on a day since 1970
+        self.seconds: dict[str, int] = defaultdict(int)     # to come, of vcpus; by resource, '' of all
 
     def put(self, slot: str, holds: Iterable[Hold], start: int) -> None:
+        """What an occurrence holds from now on."""
+        self.count(slot, -1)
         self.holds[slot] = [(each, start) for each in holds]
+        self.count(slot, 1)
 
-    def there(self, resource: str) -> Iterator[tuple[Hold, int]]:
-        """All of them, or those on a resource."""
-        return (each for holds in self.holds.values() for each in holds
-                if resource in ('', self.names.get(each[0].resource)))
+    def count(self, slot: str, sign: int) -> None:
+        for each, start in self.holds.get(slot, ()):
+            seconds = sign * each.amount.vcpus * max(each.until - max(each.begin, start, self.now), 0)
+            for name in ('', self.names.get(each.resource)):
+                self.seconds[name] += seconds
+            for day in range(each.begin // 86400, each.until // 86400 + 1):
+                (self.days[day].add if sign > 0 else self.days[day].discard)(slot)
 
     def holding(self, resource: str, begin: int, until: int) -> list[tuple[int, int, int]]:
-        return [(each.begin, each.until, each.amount.vms) for each, _ in self.there(resource)
-                if each.begin < until and each.until > begin]
-
-    def vcpu_seconds(self, resource: str, now: int) -> int:
-        return sum(each.amount.vcpus * max(each.until - max(each.begin, start, now), 0)
-                   for each, start in self.there(resource))
+        """The holds on a resource, or on any, that overlap a window: when, and of how many VMs."""
+        slots = set().union(*(self.days.get(day, ()) for day in range(begin // 86400, until // 86400 + 1)))
+        return [(each.begin, each.until, each.amount.vms) for slot in slots for each, _ in self.holds[slot]
+                if each.begin < until and each.until > begin and resource in ('', self.names.get(each.resource))]
 
 
 class Limits(Wishes):
@@ -4133,7 +4141,7 @@ class Limits(Wishes):
     def future_hours(self, limit, wish: Wish, now: float, old, others: Others | None) -> float:
         """The vcpu-hours that the limited have reserved from now on."""
         where, values = self.counted(limit, wish, old, others)
-        own = others.vcpu_seconds(limit.resource, int(now)) if others else 0
+        own = others.seconds[limit.resource] if others else 0
         return (own + run(
             f'SELECT coalesce(sum(o.vcpus * (o."end" - max(o.start, ?))), 0) {FROM_ALL} WHERE {where} AND '
             'o.due IS NOT NULL AND o.held_until > o.held_from AND o.id <> ? AND o."end" > ?',
@@ -4393,7 +4401,7 @@ class Series(Holding):
 
     def place_all(self, reservation: int, wish: Wish, todo: list, now: float) -> list[dict]:
         """Holds many occurrences of a series, and tells all that have no room at once."""
-        done, refused, others = [], [], self.others_of(reservation, todo)
+        done, refused, others = [], [], self.others_of(reservation, todo, now)
         if wish.server and any(one.end > after.start for (one, _), (after, _) in zip(todo, todo[1:])):
             raise Conflict(f'the occurrences overlap, and the server {wish.server} is one machine')
         todo = [Turn(slot, old, [hold_of(old)] if old and old.cancelled is None else [],
@@ -4417,10 +4425,10 @@ class Series(Holding):
                            for each, why in refused[:1000]], **error.details)
         return done
 
-    def others_of(self, reservation: int, todo: list) -> Others:
+    def others_of(self, reservation: int, todo: list, now: float) -> Others:
         """What counts against limits of the occurrences that stay as they are while others change."""
         changing = {old.id for _, old in todo if old}
-        others = Others(reservation, dict(run('SELECT id, name FROM resource').fetchall()))
+        others = Others(reservation, dict(run('SELECT id, name FROM resource').fetchall()), now)
         for each in rows('SELECT * FROM occurrence WHERE reservation_id = ? AND due IS NOT NULL '
                          'AND held_until > held_from', reservation):
             if each.id not in changing:

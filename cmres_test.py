@@ -6835,103 +6835,103 @@ def stays(service, label='lab', start=1, end=2, **more):
 
 
 @pytest.fixture
-def four(world):
+def small(world):
     world.service.resource_update('demo', vms=4)
     return world.service
 
 
-def test_stopped_vms_hold_their_capacity_until_they_are_deleted(world, four):
-    stays(four)
+def test_stopped_vms_hold_their_capacity_until_they_are_deleted(world, small):
+    stays(small)
     for start in (2, 3, 999):
         with pytest.raises(NoCapacity):
-            book(four, 'later', start, start + 1)
+            book(small, 'later', start, start + 1)
     for hour in (1, 1.01, 2, 2.01, 2.02, 5):
         world.at(hour)
     assert len(world.there()) == 4 and world.state('lab') == 'ended'
     with pytest.raises(NoCapacity):
-        book(four, 'later', 6, 7)
-    assert [each['state'] for each in four.servers(kept=True)] == ['stopped'] * 4
-    assert [each['name'] for each in four.servers('lab', kept=True)] == world.there()
-    assert four.check()['differences'] == 0 and world.as_user().servers(kept=True) == []
+        book(small, 'later', 6, 7)
+    assert [each['state'] for each in small.servers(kept=True)] == ['stopped'] * 4
+    assert [each['name'] for each in small.servers('lab', kept=True)] == world.there()
+    assert small.check()['differences'] == 0 and world.as_user().servers(kept=True) == []
     with pytest.raises(NotFound):
         world.as_user().delete('lab', kept=True)
-    assert len(four.delete('lab', kept=True, dry_run=True)) == len(four.delete('lab', kept=True)) == 4
-    assert book(four, 'later', 6, 7, vms=4)['state'] == 'reserved' and four.servers(kept=True) == []
+    assert len(small.delete('lab', kept=True, dry_run=True)) == len(small.delete('lab', kept=True)) == 4
+    assert book(small, 'later', 6, 7, vms=4)['state'] == 'reserved' and small.servers(kept=True) == []
     for hour in (5.1, 5.2):
         world.at(hour)
-    assert world.there() == [] and codes(world).count('ended') == 1 and four.check()['differences'] == 0
+    assert world.there() == [] and codes(world).count('ended') == 1 and small.check()['differences'] == 0
     with pytest.raises(NotFound, match="no VM of 'lab' was stopped or shelved"):
-        four.delete('lab', kept=True)
+        small.delete('lab', kept=True)
 
 
-def test_what_is_reserved_after_it_keeps_a_reservation_from_staying(world, four):
-    book(four, 'later', 5, 6)
+def test_what_is_reserved_after_it_keeps_a_reservation_from_staying(world, small):
+    book(small, 'later', 5, 6)
     with pytest.raises(NoCapacity, match='end with --at-end delete or shelve'):
-        stays(four)
-    assert stays(four, at_end='shelve')['state'] == 'reserved'
+        stays(small)
+    assert stays(small, at_end='shelve')['state'] == 'reserved'
     with pytest.raises(NoCapacity):
-        four.update('lab', at_end='stop')
-    four.delete('later')
-    assert four.update('lab', at_end='stop')['at_end'] == 'stop'
+        small.update('lab', at_end='stop')
+    small.delete('later')
+    assert small.update('lab', at_end='stop')['at_end'] == 'stop'
     with pytest.raises(NoCapacity):
-        book(four, 'later', 5, 6)
-    four.update('lab', at_end='delete')
-    assert book(four, 'later', 5, 6, vms=4)['vms'] == 4 and four.check()['differences'] == 0
+        book(small, 'later', 5, 6)
+    small.update('lab', at_end='delete')
+    assert book(small, 'later', 5, 6, vms=4)['vms'] == 4 and small.check()['differences'] == 0
 
 
 @pytest.mark.parametrize('how', ['never up', 'deleted by hand', 'cancelled', 'fewer'])
-def test_capacity_is_held_for_vms_that_are_there_alone(world, four, how):
+def test_capacity_is_held_for_vms_that_are_there_alone(world, small, how):
     cloud = world.clouds.open('simulated')
     if how == 'never up':
         cloud.boot = lambda machine: (_ for _ in ()).throw(cmres.CloudError('no valid host', sure=True))
-    stays(four)
+    stays(small)
     for hour in (1, 1.01):
         world.at(hour)
     if how == 'cancelled':
-        four.delete('lab')
+        small.delete('lab')
     if how == 'fewer':
-        four.update('lab', vms=3)
+        small.update('lab', vms=3)
     for hour in (1.5, 2, 2.01, 2.02):
         world.at(hour)
     if how == 'deleted by hand':
-        for each in four.servers(kept=True):
+        for each in small.servers(kept=True):
             cloud.delete(each['uid'])
         world.at(2.2)
         world.cycle.sweep()
         world.cycle.settle()
     held = 3 if how == 'fewer' else 0
-    assert four.usage('demo', NOON + hours(9), NOON + hours(10))[0]['vms'] == held == len(world.there())
-    assert four.check()['differences'] == 0
+    assert small.usage('demo', NOON + hours(9), NOON + hours(10))[0]['vms'] == held == len(world.there())
+    assert small.check()['differences'] == 0
 
 
 @pytest.mark.parametrize('at_end, between', [('stop', 4), ('shelve', 0)])
-def test_a_series_starts_its_own_vms_again(world, four, at_end, between):
-    stays(four, at_end=at_end, repeat='daily', count=3)
-    levels = [four.usage('demo', NOON + hours(hour), NOON + hours(hour + 1))[0]['vms'] for hour in (0, 1, 9, 25, 30, 49, 60)]
+def test_a_series_starts_its_own_vms_again(world, small, at_end, between):
+    stays(small, at_end=at_end, repeat='daily', count=3)
+    levels = [small.usage('demo', NOON + hours(hour), NOON + hours(hour + 1))[0]['vms'] for hour in (0, 1, 9, 25, 30, 49, 60)]
     assert levels == [0, 4, between, 4, between, 4, between]
     uids = set()
     for day in range(3):
         for hour in (1, 1.01, 1.02, 1.5):
             world.at(24 * day + hour)
         assert world.service.list('lab')[day]['state'] == 'active', day
-        uids |= {each['uid'] for each in four.servers('lab', occurrence=(NOON + hours(24 * day)).date())}
+        uids |= {each['uid'] for each in small.servers('lab', occurrence=(NOON + hours(24 * day)).date())}
         for hour in (2, 2.01, 2.02, 2.1):
             world.at(24 * day + hour)
-        assert len(four.servers(kept=True)) == 4 == len(world.there())
+        assert len(small.servers(kept=True)) == 4 == len(world.there())
     assert len(uids) == 4 and cmres.SimulatedServer.select().count() == 4
-    assert four.check()['differences'] == 0 and codes(world).count('ended') == 3
+    assert small.check()['differences'] == 0 and codes(world).count('ended') == 3
     assert [each['state'] for each in world.service.list('lab')] == ['ended'] * 3
-    four.delete('lab', kept=True)
+    small.delete('lab', kept=True)
     for hour in (60, 60.1):
         world.at(hour)
-    assert world.there() == [] and four.usage('demo', NOON + hours(70), NOON + hours(71))[0]['vms'] == 0
+    assert world.there() == [] and small.usage('demo', NOON + hours(70), NOON + hours(71))[0]['vms'] == 0
 
 
-def test_a_vm_that_its_owner_stops_while_it_is_wanted_is_not_started_against_their_will(world, four):
-    stays(four, repeat='daily', count=2, vms=1)
+def test_a_vm_that_its_owner_stops_while_it_is_wanted_is_not_started_against_their_will(world, small):
+    stays(small, repeat='daily', count=2, vms=1)
     for hour in (1, 1.01, 2, 2.01, 2.02, 25, 25.01, 25.02):
         world.at(hour)
-    uid, = {each['uid'] for each in four.servers('lab')}
+    uid, = {each['uid'] for each in small.servers('lab')}
     world.clouds.open('simulated').stop(uid)
     for hour in (25.2, 25.4, 25.6):
         world.at(hour)
