@@ -578,6 +578,12 @@ TEXTS = {
     'rejected': '{label} stays as it was\n{sentence}.',
     'maintenance': '{label} is in the way of a maintenance\n{sentence}.',
     'unused': '{label} is not used\n{sentence}.',
+    'trouble': '{label}: not all VMs are up\n{sentence}.',
+    'vanished': '{label}: VMs have vanished\n{sentence}.',
+    'stopped': '{label}: VMs are stopped\n{sentence}.',
+    'snapshot': '{label}: VMs are saved as images\n{sentence}.',
+    'forced': '{label}: VMs were deleted without what was agreed\n{sentence}.',
+    'foreign': '{label}: VMs that people started themselves\n{sentence}.',
     'held': 'your calendar asks for much less than before\n{sentence}',
 }
 
@@ -588,7 +594,7 @@ def setting(default, why: str, least=None, most=10**9):
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Everything that can be set, once read never changed."""
+    """Everything that can be set; once read, only what `read_again` takes is ever changed."""
     database: str = setting('cmres.db', 'the SQLite file that holds everything; not on a network file system')
     host: str = setting('127.0.0.1', 'the address that `serve` listens on; put a TLS proxy before any other')
     port: int = setting(8080, 'the port that `serve` listens on', 0, 65535)
@@ -631,13 +637,33 @@ class Config:
     credentials: dict = dataclasses.field(default_factory=dict)
     identities: dict = dataclasses.field(default_factory=dict)
     texts: dict = dataclasses.field(default_factory=TEXTS.copy)
+    path: str = dataclasses.field(default='', compare=False)      # its file, if there is one
+    stamp: tuple = dataclasses.field(default=(), compare=False)   # of that file, when it was read
 
     @property
     def zone(self) -> ZoneInfo:
         return read_zone(self.timezone)
 
+    def read_again(self) -> Config:
+        """Itself, with the sections of AGAIN from its file if that has changed since.
 
-SETTINGS = {field.name: field for field in dataclasses.fields(Config) if field.name not in SECTIONS}
+        A file that can't be read leaves them as they were; the log says why, once.
+        """
+        stamp = file_stamp(self.path)
+        if stamp != self.stamp:
+            object.__setattr__(self, 'stamp', stamp)
+            try:
+                sections = read_config_file(self.path)
+                for name in AGAIN:
+                    object.__setattr__(self, name, sections[name])
+            except Invalid as error:
+                log.warning("%s; what it said before in %s stays", error, ' and '.join(f'[{name}]' for name in AGAIN))
+        return self
+
+
+SETTINGS = {field.name: field for field in dataclasses.fields(Config) if 'why' in field.metadata}
+#: The sections that need no restart: a new project wants its account, and running VMs go on meanwhile.
+AGAIN = ('credentials', 'identities')
 
 
 def load_config(path: str | None = None, environ: dict = os.environ) -> Config:
@@ -646,7 +672,8 @@ def load_config(path: str | None = None, environ: dict = os.environ) -> Config:
     Raises:
       Invalid: the file can't be read, a key is unknown or a value is of the wrong kind.
     """
-    path = path or environ.get('CMRES_CONFIG') or ('config.ini' if os.path.exists('config.ini') else None)
+    path = path or environ.get('CMRES_CONFIG') or ('config.ini' if os.path.exists('config.ini') else '')
+    stamp = file_stamp(path)  # before it is read: what changes meanwhile is read again
     sections = read_config_file(path) if path else dict.fromkeys(SECTIONS, {})
     texts = dict(sections['cmres'])
     texts |= {name[6:].lower(): text for name, text in environ.items()
@@ -656,9 +683,18 @@ def load_config(path: str | None = None, environ: dict = os.environ) -> Config:
             raise Invalid(f"{path}: there is no event '{name}' to be told of{nearest(name, TEXTS)}")
     config = Config(**{name: read_setting(name, text) for name, text in texts.items()},
                     credentials=sections['credentials'], identities=sections['identities'],
-                    texts=TEXTS | sections['texts'])
+                    texts=TEXTS | sections['texts'], path=path, stamp=stamp)
     config.zone  # an unknown zone is refused here, not at the first table
     return config
+
+
+def file_stamp(path: str) -> tuple:
+    """What changes when a file does; nothing if there is none."""
+    try:
+        found = os.stat(path)
+        return found.st_mtime_ns, found.st_size, found.st_ino
+    except OSError:
+        return ()
 
 
 def read_config_file(path: str) -> dict[str, dict]:
@@ -1304,6 +1340,8 @@ class Occurrence(Table):
     cancelled = peewee.IntegerField(null=True)
     told = peewee.IntegerField(default=0)  # which of SOON, READY, ENDING were announced
     due = peewee.DoubleField(null=True)  # when the life cycle must look at it next; NULL: never again
+    up_told = peewee.IntegerField(null=True)  # of its servers, as many were up when that was last told
+    up_check = peewee.DoubleField(null=True)  # when another number is told, if it is another one still
 
     class Meta:
         constraints = [peewee.Check('held_from <= start AND start < "end" AND held_until <= "end"')]
@@ -1551,7 +1589,7 @@ TABLES = [Resource, Reservation, Occurrence, Capacity, Proposal, ExtraHold, Limi
           Subscription, Event, Outbox, Lease, Fact, SimulatedServer]
 
 #: What brings an older store up to the models above, one function a version.
-MIGRATIONS: list[Callable] = [lambda: add_tracks(), lambda: add_proposals()]
+MIGRATIONS: list[Callable] = [lambda: add_tracks(), lambda: add_proposals(), lambda: add_up_told()]
 
 
 def open_store(path: str) -> None:
@@ -1592,14 +1630,22 @@ def migrate() -> None:
         db.user_version, db.application_id = len(MIGRATIONS) + 1, OURS
 
 
+#: The columns of version 2.
+TRACKS = {'resource': 'classes named', 'reservation': 'request host choices', 'occurrence': 'classes',
+          'capacity': 'classes held_classes', 'claim': 'classes'}
+
+
+def add_columns(table: str, columns: dict[str, str]) -> None:
+    """Gives a table the columns, name by type, that it has not yet."""
+    known = {each[1] for each in run(f'PRAGMA table_info({table})')}
+    for name in columns.keys() - known:
+        run(f'ALTER TABLE {table} ADD COLUMN {name} {columns[name]}')
+
+
 def add_tracks() -> None:
     """Version 2: parts, hosts and resource classes; the steps have tracks, and are reckoned anew."""
-    for model in (Resource, Reservation, Occurrence, Capacity, Claim):
-        table = model._meta.table_name
-        known = {each[1] for each in run(f'PRAGMA table_info({table})')}
-        for field in model._meta.sorted_fields:
-            if field.column_name not in known:  # each of them is text, with nothing in it
-                run(f"ALTER TABLE {table} ADD COLUMN {field.column_name} TEXT NOT NULL DEFAULT ''")
+    for table, columns in TRACKS.items():
+        add_columns(table, dict.fromkeys(columns.split(), "TEXT NOT NULL DEFAULT ''"))
     run('DROP TABLE step')
     run('DROP INDEX IF EXISTS occurrence_held')
     db.create_tables(TABLES)
@@ -1627,6 +1673,13 @@ def add_proposals() -> None:
         CREATE INDEX IF NOT EXISTS extra_hold_resource_id ON extra_hold (resource_id);
         CREATE INDEX IF NOT EXISTS server_kept ON server (account) WHERE state = 'kept'""".split(';'):
         run(statement)
+
+
+def add_up_told() -> None:
+    """Version 4: how many servers were told to be up."""
+    add_columns('occurrence', {'up_told': 'INTEGER', 'up_check': 'REAL'})
+    # Of what was ready before this version, that was told.
+    run('UPDATE occurrence SET up_told = vms WHERE due IS NOT NULL AND told & 2')
 
 
 @contextmanager
@@ -1696,10 +1749,11 @@ def change_text(model, names: tuple) -> str:
 
 
 def journal(config: Config, at: float, actor: str, code: str, sentence: str, reservation: int | None = None,
-            notify: Iterable[str] = (), occurrence: int | None = None, **refused: str) -> None:
+            notify: Iterable[str] | None = (), occurrence: int | None = None, **refused: str) -> None:
     """Appends an event, and the notices of it; inside the transaction of what it tells.
 
     Args:
+      notify: who hears of it beside the webhook of the configuration; None: nobody, it is only logged
       occurrence: the one that it is about; without one, all that are not over
       refused: project and resource of what is no reservation
     """
@@ -1708,7 +1762,7 @@ def journal(config: Config, at: float, actor: str, code: str, sentence: str, res
     if reservation and (occurrence is None or occurrence > 0):
         which, id = ('id', occurrence) if occurrence else ('due IS NOT NULL AND reservation_id', reservation)
         run(f'UPDATE occurrence SET revision = revision + 1, revised = ? WHERE {which} = ?', int(at), id)
-    for target in [config.webhook, *notify] if code in TEXTS else ():
+    for target in [config.webhook, *notify] if code in TEXTS and notify is not None else ():
         if target:
             insert(Outbox, event=event, target=target, due=at, tries=0, fault='')
 
@@ -2516,7 +2570,7 @@ class Clouds:
 
     def account(self, cloud: str, project: str) -> str:
         """The project's own entry of clouds.yaml, else the resource's."""
-        return self.config.credentials.get(f'{project}@{cloud}', cloud)
+        return self.config.read_again().credentials.get(f'{project}@{cloud}', cloud)
 
     @functools.cached_property
     def store(self) -> str:
@@ -2526,7 +2580,8 @@ class Clouds:
     def accounts(self) -> set[str]:
         """All accounts that serve the resources there are."""
         clouds = {each.cloud for each in rows("SELECT DISTINCT cloud FROM resource WHERE cloud <> ''")}
-        return clouds | {entry for key, entry in self.config.credentials.items() if key.rpartition('@')[2] in clouds}
+        known = self.config.read_again().credentials
+        return clouds | {entry for key, entry in known.items() if key.rpartition('@')[2] in clouds}
 
     def open(self, account: str) -> Cloud:
         with self.lock:
@@ -3281,7 +3336,7 @@ MODES = ('exclusive', 'shared')
 #: What can become of machines at the end of their window.
 ENDS = ('delete', 'stop', 'shelve', 'snapshot')
 #: What was announced of an occurrence: a bit each.
-SOON, READY, ENDING, FOREIGN, UNUSED = 1, 2, 4, 8, 16
+SOON, READY, ENDING, FOREIGN, UNUSED, SHORT, LEFT = 1, 2, 4, 8, 16, 32, 64
 #: The fields that only the cloud can judge.
 CLOUDY = ('flavor', 'image', 'network', 'key', 'security_groups', 'server')
 #: The fields of a reservation that a machine is made of; they are fixed once it has begun.
@@ -5929,13 +5984,15 @@ class Claims(Plan):
           python cmres.py claim 7c1f gpu biology --vcpus 4 --ram 8192
         """
         need = Amount(1, vcpus, ram, tuple(sorted(each for each in (classes or {}).items() if each[1] > 0)))
+        projects, users = self.names_of(project), self.names_of(user)
         with self.writing(dry_run) as now:
-            return [{'resource': name} | self.claim_on(name, server, self.names_of(project), self.names_of(user), need,
-                                                       label, project, user, now) for name in resources]
+            return [{'resource': name} | self.claim_on(name, server, projects, users, need, label, project, user, now)
+                    for name in resources]
 
     def names_of(self, identity: str) -> list[str]:
         """What cmres calls whom OpenStack knows under an id."""
-        return [name for name, id in self.config.identities.items() if id == identity] or [identity]
+        known = self.config.read_again().identities
+        return [name for name, id in known.items() if id == identity] or [identity]
 
     def claim_on(self, name: str, server: str, projects: list[str], users: list[str], need: Amount, label: str,
                  project: str, user: str, now: float) -> dict:
@@ -6595,9 +6652,13 @@ class Reservations(Calendars):
 # is looked at in every transaction and before every call, and who lost it does nothing more.
 
 UNDER_WAY = {'delete': 'deleting', 'start': 'starting', 'stop': 'stopping', 'shelve': 'shelving', 'snapshot': 'saving'}
-DOWN = ('shutoff', 'paused', 'suspended', 'shelved', 'shelved_offloaded')
+#: What wakes a server that somebody put to rest, by its state: a word of `openstack server`.
+WAKES = {'shutoff': 'start', 'paused': 'unpause', 'suspended': 'resume', 'shelved': 'unshelve',
+         'shelved_offloaded': 'unshelve'}
+DOWN = tuple(WAKES)
 GONE = ('deleted', 'soft_deleted')  # what Nova may still list for a moment
 FINAL = ('deleted', 'kept')  # it is gone, or it stays as its owner wished and is no longer ours to watch
+CALM = 60  # seconds that another number of servers must be up before it is told
 TRIPS = 3  # failures in a row after which a cloud is left alone for a while
 
 SERVERS = '''SELECT v.*, r.flavor, r.image, r.network, r.key, r.security_groups, r.user_data, r.metadata,
@@ -6628,6 +6689,20 @@ class Breaker(NamedTuple):
     last: float = 0
     until: float = 0
     fault: str = ''
+
+
+def grouped(found: Iterable, name: str) -> list[list]:
+    """Rows with the same value of a column together."""
+    groups: dict = defaultdict(list)
+    for each in found:
+        groups[getattr(each, name)].append(each)
+    return [*groups.values()]
+
+
+def named(found: list, most: int = 5) -> str:
+    """The names of some rows, as a sentence lists them."""
+    names = ', '.join(each.name for each in found[:most])
+    return f'{names} and {len(found) - most} more' if len(found) > most else names
 
 
 class LifeCycle:
@@ -6857,7 +6932,7 @@ class LifeCycle:
             self.service.count_stopped(occurrence.reservation_id, now)
         for server in servers:
             if server.n > wanted and server.borrowed and self.handed_on(occurrence, now):
-                change(Server, server.id, goal=occurrence.at_end, state='kept', due=None)
+                change(Server, server.id, goal='up', state='kept', due=None)
             elif server.n > wanted:
                 change(Server, server.id, goal=self.goal_after(occurrence, server, over), due=now)
         if over and now >= occurrence.end + self.config.end_grace:
@@ -6865,10 +6940,15 @@ class LifeCycle:
         if over and not occurrence.told & FOREIGN:
             occurrence = occurrence._replace(told=occurrence.told | FOREIGN)
             self.end_foreign(occurrence, now)
+        if over and not occurrence.told & LEFT:
+            occurrence = occurrence._replace(told=occurrence.told | self.tell_left(occurrence, now))
         if not over and self.release_unused(occurrence, now):
             return
+        if wanted:
+            occurrence = self.tell_up(occurrence, now)
         told = self.announce(occurrence, over, now)
-        change(Occurrence, occurrence.id, told=told, due=self.next_look(occurrence, over, now))
+        change(Occurrence, occurrence.id, told=told, up_told=occurrence.up_told, up_check=occurrence.up_check,
+               due=self.next_look(occurrence, over, now))
 
     def plan_server(self, occurrence, n: int, now: float, before=None) -> None:
         """Writes down a server that is wanted: a new one, one that was there, or a series' own from `before`."""
@@ -6915,9 +6995,12 @@ class LifeCycle:
         """Deletes after the grace time what could not be stopped, shelved or saved: others were promised its place."""
         late = rows("SELECT id, name FROM server WHERE occurrence_id = ? AND goal <> 'delete' AND NOT borrowed "
                     "AND state NOT IN ('deleted', 'kept')", occurrence.id)
-        for server in late:
-            change(Server, server.id, goal='delete', state='active', due=now)
-            self.journal(now, 'forced', f'{server.name} did not {occurrence.at_end} in time and is deleted', occurrence)
+        for server in late:  # an image that is not complete by now never will be
+            change(Server, server.id, goal='delete', state='active', snapshot='', due=now)
+        if late:
+            self.journal(now, 'forced', f'the agreed {occurrence.at_end} was not done within '
+                         f'{format_duration(self.config.end_grace)} after the end, so these VMs are deleted: '
+                         f'{named(late)}', occurrence)
 
     def release_unused(self, occurrence, now: float) -> bool:
         """Warns of, and then releases, one without machines on which nobody has booted any; whether it did."""
@@ -6950,6 +7033,65 @@ class LifeCycle:
         for each in foreign if self.config.end_foreign else ():
             self.submit(('clear', each.server), 'clear', occurrence.cloud, each.server)
 
+    def tell_up(self, occurrence, now: float):
+        """Tells how many servers are up, if that was not told yet; the occurrence with what was.
+
+        That all are up is told at once the first time, and from the start on that some are not, if it
+        is known why. Any other change is told when it has lasted for CALM.
+        """
+        servers = rows("SELECT name, state, fault, ready, addresses FROM server WHERE occurrence_id = ? "
+                       "AND goal = 'up' AND state NOT IN ('deleted', 'kept') ORDER BY n", occurrence.id)
+        up = sum(each.state == 'active' for each in servers)
+        full = up >= occurrence.vms
+        short = bool(occurrence.told & SHORT)  # what was told last
+        known = occurrence.up_told is not None and (
+            not short and occurrence.up_told >= occurrence.vms if full else short and occurrence.up_told == up)
+        if known or not full and now < occurrence.start:
+            return occurrence._replace(up_check=None)
+        lacking = [each for each in servers if each.state != 'active']
+        first = not occurrence.told & READY if full else not occurrence.told & (READY | SHORT) and any(
+            each.fault or each.state in DOWN for each in lacking)
+        check = now if first else occurrence.up_check or now + CALM
+        if check > now:
+            return occurrence._replace(up_check=check)
+        if full:
+            self.tell_ready(occurrence, servers, now)
+        else:
+            code = 'stopped' if any(each.state in DOWN for each in lacking) else 'trouble'
+            self.journal(now, code, f'{up} of {occurrence.vms} VMs are up; {self.why_not_up(lacking)}', occurrence)
+        told = occurrence.told & ~SHORT | READY if full else occurrence.told | SHORT
+        return occurrence._replace(up_told=up, up_check=None, told=told)
+
+    def tell_ready(self, occurrence, servers: list, now: float) -> None:
+        late = format_duration(max(max(each.ready for each in servers) - occurrence.start, 0))
+        when = ' again' if occurrence.told & READY else f', {late} after the start'
+        there = ', '.join(f"{each.name} {' '.join(json.loads(each.addresses))}" for each in servers)
+        self.journal(now, 'ready', f'all {len(servers)} are up{when}: {there}', occurrence)
+
+    def why_not_up(self, servers: list) -> str:
+        """The reasons for which servers are not up, each with those that it concerns."""
+        reasons: dict = defaultdict(list)
+        for each in servers:
+            stopped = each.state in DOWN and (
+                f'{each.state}; cmres starts nothing that somebody has stopped, so its owner must do that: '
+                f'openstack server {WAKES[each.state]} NAME')
+            reasons[stopped or each.fault.rstrip('.') or 'the cloud is still starting them'].append(each)
+        return '; '.join(f'{named(those)}: {reason}' for reason, those in reasons.items())
+
+    def tell_left(self, occurrence, now: float) -> int:
+        """Tells what has become of servers that were to stay or to be saved, once it has; whether that was told."""
+        left = rows("SELECT name, goal, state, snapshot FROM server WHERE occurrence_id = ? "
+                    "AND (goal IN ('stop', 'shelve', 'snapshot') OR snapshot <> '') ORDER BY n", occurrence.id)
+        if any(each.state not in FINAL and each.goal != 'delete' for each in left):
+            return 0
+        saved = ', '.join(f'{each.name} as {each.snapshot}' for each in left if each.snapshot)
+        if saved:
+            self.journal(now, 'snapshot', f'saved: {saved}', occurrence)
+        for stay in grouped([each for each in left if each.state == 'kept'], 'goal'):
+            how = 'shelved' if stay[0].goal == 'shelve' else 'stopped'
+            self.journal(now, 'stopped', f'{how} and not deleted: {named(stay)}', occurrence)
+        return LEFT
+
     def announce(self, occurrence, over: bool, now: float) -> int:
         """Tells of a start or an end that comes soon, once; what was told so far."""
         soon, ending = self.notice_times(occurrence)
@@ -6971,7 +7113,7 @@ class LifeCycle:
         if not over:
             comes = (*self.notice_times(occurrence), occurrence.held_from, occurrence.start, occurrence.end,
                      *(max(occurrence.start, occurrence.changed) + each
-                       for each in (occurrence.no_show // 2, occurrence.no_show)))
+                       for each in (occurrence.no_show // 2, occurrence.no_show)), occurrence.up_check or 0)
             return min(each for each in comes if each > now)
         if row("SELECT id FROM server WHERE occurrence_id = ? AND state NOT IN ('deleted', 'kept') LIMIT 1",
                occurrence.id):
@@ -6990,15 +7132,22 @@ class LifeCycle:
         found = row('SELECT count(ready) AS ever, max(fault) AS fault FROM server WHERE occurrence_id = ?',
                     occurrence.id)
         if (occurrence.image or occurrence.server) and not found.ever:
-            self.journal(now, 'failed', f"never up: {found.fault or 'the life cycle did not run'}", occurrence)
+            self.journal(now, 'failed', f"never up: {(found.fault or '').rstrip('.') or 'the life cycle did not run'}", occurrence)
         else:
             self.journal(now, 'ended', 'its time was over', occurrence)
 
     def journal(self, now: float, code: str, sentence: str, about) -> None:
         """An event of the life cycle, about a row that tells its reservation and whom to notify."""
+        self.note(now, code, sentence, about, json.loads(about.notify))
+
+    def note(self, now: float, code: str, sentence: str, about, notify: Iterable[str] | None = None) -> None:
+        """An event of one server, which is only logged: `tell_up` tells of all of them together."""
         occurrence = getattr(about, 'occurrence_id', about.id)
-        journal(self.config, now, 'cmres', code, sentence[:1000], about.reservation_id, json.loads(about.notify),
-                occurrence)
+        journal(self.config, now, 'cmres', code, sentence[:1000], about.reservation_id, notify, occurrence)
+
+    def look_again(self, occurrence: int, now: float) -> None:
+        """Lets this pass plan an occurrence whose servers are no longer as they were."""
+        run('UPDATE occurrence SET due = ? WHERE id = ? AND due > ?', now, occurrence, now)
 
     # What to do
 
@@ -7040,6 +7189,8 @@ class LifeCycle:
         if breaker.failures < TRIPS and breaker.until <= now:
             return False
         change(Server, server.id, due=max(breaker.until, now + self.config.poll), fault=breaker.fault[:500])
+        if server.fault != breaker.fault[:500]:
+            self.look_again(server.occurrence_id, now)
         return True
 
     def next_call(self, server) -> str:
@@ -7226,8 +7377,8 @@ class LifeCycle:
 
     def record_verify(self, server, complete: bool | None, now: float) -> None:
         if complete:
-            self.journal(now, 'snapshot', f'{server.name} is saved as the image {server.snapshot}', server)
             change(Server, server.id, goal='delete', state='active', due=now)
+            self.look_again(server.occurrence_id, now)
         elif complete is None:
             self.put_off(server, f'the image {server.snapshot} was not completed', now, state='active')
         else:
@@ -7242,7 +7393,8 @@ class LifeCycle:
 
     def tell_trouble(self, server, fault: str, now: float) -> None:
         if not server.failures or fault[:500] != server.fault:
-            self.journal(now, 'trouble', f'{server.name}: {fault}', server)
+            self.note(now, 'trouble', f'{server.name}: {fault}', server)
+            self.look_again(server.occurrence_id, now)
 
     def pause(self, failures: int) -> float:
         most = min(self.config.retry_first * 2 ** min(failures - 1, 20), self.config.retry_most)
@@ -7327,7 +7479,7 @@ class LifeCycle:
         answer, gone = result.answer
         seen = {each.uid: each for each in answer}
         marked = {each.mark: each for each in reversed(seen.values()) if each.mark}
-        wanted = set()
+        wanted, vanished = set(), []
         for server in rows(f"{SERVERS} WHERE v.state <> 'deleted' AND (v.tries > 0 OR v.borrowed)"):
             found = seen.get(server.uid) or (None if server.borrowed else marked.get(self.mark(server)))
             if found:
@@ -7341,10 +7493,10 @@ class LifeCycle:
                 self.record_seen(server, found, now)
             elif server.account == account and (server.uid in gone or not server.uid or server.goal != 'up'
                                                 and not server.borrowed):
-                self.record_missing(server, result.began, now)
+                vanished += self.record_missing(server, result.began, now)
+        self.tell_vanished(vanished, now)
         run("UPDATE server SET due = ? WHERE account = ? AND goal = 'up' AND state = 'active'",
             now + self.config.sweep, account)
-        self.tell_ready(account, now)
         for uid in seen.keys() - wanted:
             if seen[uid].mark and now - seen[uid].made >= self.config.orphan_grace:
                 self.submit(('clear', uid), 'clear', account, uid)
@@ -7362,18 +7514,22 @@ class LifeCycle:
                        addresses=json.dumps(seen.addresses))
                 run('UPDATE occurrence SET revision = revision + 1, revised = ? WHERE id = ?', int(now),
                     server.occurrence_id)
+                self.look_again(server.occurrence_id, now)
         elif server.goal in ('stop', 'shelve') and self.arrived(UNDER_WAY[server.goal], seen.state):
             change(Server, server.id, uid=seen.uid, state='kept', due=None)
-            self.journal(now, 'stopped', f'{server.name} is {seen.state} and stays', server)
+            self.look_again(server.occurrence_id, now)
         elif server.goal == 'up' and seen.state == 'build' and self.too_slow(server):
             late = f'it did not come up within {format_duration(self.config.boot_timeout)}'
             change(Server, server.id, uid=seen.uid, state='error', fault=late, due=now)
+            self.look_again(server.occurrence_id, now)
         else:
             later = now + self.config.poll
             known = server.uid and server.state == seen.state  # then its instant is set already
             calls = self.next_call(server._replace(uid=seen.uid, state=seen.state)) != 'look'
             change(Server, server.id, uid=seen.uid, state=seen.state, fault=seen.fault[:500] or server.fault,
                    due=max(server.due or 0, later) if known else now if calls else later)
+            if not known:
+                self.look_again(server.occurrence_id, now)
 
     def too_slow(self, server) -> bool:
         """Whether this process has seen a server boot for too long; by a clock that nobody sets."""
@@ -7384,13 +7540,13 @@ class LifeCycle:
         """Whether a cloud's state is what was asked for."""
         return state in {'starting': ('active',), 'stopping': DOWN, 'shelving': DOWN[3:]}.get(under_way, ())
 
-    def record_missing(self, server, looked: float, now: float) -> None:
-        """A server that the look didn't show: gone, never made, or too new to be in it."""
+    def record_missing(self, server, looked: float, now: float) -> list:
+        """A server that the look didn't show: gone, never made, or too new to be in it; it, if it has vanished."""
         called = server.called or 0
         if server.state == 'planned':
-            return
+            return []
         if self.busy(('server', server.id)) or looked <= called:
-            return
+            return []
         if not server.uid and looked < called + self.config.settle:
             change(Server, server.id, due=called + self.config.settle)
         elif server.goal != 'up':
@@ -7401,21 +7557,18 @@ class LifeCycle:
             self.put_off(server, server.fault or 'it was never made', now, state='planned', uid=None)
         else:
             change(Server, server.id, state='planned', uid=None, fault='it vanished from the cloud', due=now)
-            self.journal(now, 'vanished', f'{server.name} vanished from the cloud', server)
+            return [server]
+        return []
 
-    def tell_ready(self, account: str, now: float) -> None:
-        """Announces, once each, the occurrences all of whose servers are up."""
-        for each in rows("""SELECT o.id, o.start, o.told, o.reservation_id, r.notify,
-                                   count(*) AS up, max(v.ready) AS ready,
-                                   group_concat(v.name || ' ' || trim(replace(v.addresses, '"', ''), '[]'), ', ')
-                                   AS servers
-                              FROM occurrence o JOIN reservation r ON r.id = o.reservation_id
-                              JOIN server v ON v.occurrence_id = o.id
-                             WHERE o.due IS NOT NULL AND o.told & ? = 0 AND v.account = ? AND v.goal = 'up'
-                               AND v.state = 'active' GROUP BY o.id HAVING count(*) >= o.vms""", READY, account):
-            change(Occurrence, each.id, told=each.told | READY)
-            late = format_duration(max(each.ready - each.start, 0))
-            self.journal(now, 'ready', f'all {each.up} are up, {late} after the start: {each.servers}', each)
+    def tell_vanished(self, servers: list, now: float) -> None:
+        """Tells of the servers of each occurrence that have vanished; once, as long as they come and vanish again."""
+        for those in grouped(servers, 'occurrence_id'):
+            id = those[0].occurrence_id
+            again = row('SELECT up_told FROM occurrence WHERE id = ?', id).up_told is None
+            self.note(now, 'vanished', f'these VMs vanished from the cloud with all that was on them, and are made '
+                      f'anew: {named(those)}', those[0], None if again else json.loads(those[0].notify))
+            change(Occurrence, id, up_told=None)  # so that it is told when they are up, whatever it was before
+            self.look_again(id, now)
 
 
 # REST ########################################################################

@@ -316,6 +316,35 @@ def test_credentials_keep_their_case_and_choose_the_account(folder):
     assert clouds.account('Chameleon', 'chem') == 'Chameleon'
 
 
+def test_a_new_project_needs_no_restart(folder, caplog):
+    """Only its two sections are read again, and a broken file changes nothing."""
+    path = folder('c.ini', '[cmres]\nport = 1234\n[credentials]\nbio@lab = lab-bio\n')
+    config = load_config(path, {})
+    clouds = cmres.Clouds(config)
+    folder('c.ini', '[cmres]\nport = 4321\n[credentials]\nbio@lab = lab-bio\nchem@lab = lab-chem\n')
+    assert clouds.account('lab', 'chem') == 'lab-chem' and config.port == 1234
+    folder('c.ini', '[credentials\nbio@lab = other\n')
+    assert [clouds.account('lab', each) for each in ('bio', 'chem', 'bio')] == ['lab-bio', 'lab-chem', 'lab-bio']
+    assert [each.getMessage().partition(';')[2] for each in caplog.records] == [
+        ' what it said before in [credentials] and [identities] stays']
+    os.unlink(path)
+    assert clouds.account('lab', 'chem') == 'lab-chem'
+    folder('c.ini', '[credentials]\nchem@lab = lab-new\n')
+    assert clouds.account('lab', 'chem') == 'lab-new' and clouds.account('lab', 'bio') == 'lab'
+
+
+def test_a_new_identity_needs_no_restart(folder, world):
+    path = folder('c.ini', '')
+    service = cmres.Reservations(load_config(path, {'CMRES_DATABASE': world.config.database}), world.clouds,
+                                 Actor('root', 'default', 'admin'), lambda: world.now)
+    service.resource_update('demo', mode='exclusive')
+    book(world.as_user(), start=-0.01, end=1)
+    asked = {'server': 's1', 'resources': ['demo'], 'project': 'id-of-biology', 'user': 'id-of-eva'}
+    assert not service.claim(**asked)[0]['passes']
+    folder('c.ini', '[identities]\nbiology = id-of-biology\neva = id-of-eva\n')
+    assert service.claim(**asked)[0]['passes']
+
+
 def test_the_example_lists_every_setting_at_its_default_with_its_reason(folder):
     text = (MODULE.parent / 'config.example.ini').read_text()
     assert load_config(folder('as-it-is.ini', text), {}) == Config()
@@ -6614,6 +6643,155 @@ def test_mail_says_it_in_the_words_of_the_configuration(tmp_path):
         server.shutdown()
     assert len(mails) == 1 and 'To: eva@example.org' in mails[0]
     assert 'Subject: [cmres] Hurrah for lab' in mails[0] and 'Come at 2026-12-01 13:00 UTC.' in mails[0]
+
+
+@pytest.fixture
+def heard(tmp_path):
+    """A world by its settings, and the inbox to which all its reservations tell what becomes of them."""
+    inbox = Inbox()
+
+    def make(**settings):
+        return World(tmp_path, private_addresses=True, **settings), inbox
+    yield make
+    inbox.server.shutdown()
+    cmres.close_store()
+
+
+def look_at(world, begin: float, seconds) -> None:
+    """Lets the life cycle look so many seconds after an hour."""
+    for each in seconds:
+        world.at(begin + each / 3600)
+
+
+def told_of(inbox, *codes: str) -> list[tuple]:
+    """What has been told of these codes, or of all that is not about time alone."""
+    said = [json.loads(body) for _, body in inbox.came]
+    return [(each['event'], each['sentence']) for each in said
+            if each['event'] in codes or not codes and each['event'] not in ('added', 'soon', 'ending')]
+
+
+def test_owners_hear_at_the_start_that_vms_are_not_there_and_why(heard):
+    world, inbox = heard(simulated_vms=1)
+    boot(world, notify=[inbox.url])
+    look_at(world, 1, (-1, 0, 2))
+    assert told_of(inbox) == []  # the cloud is still starting them
+    look_at(world, 1, (4, 5, 6))
+    (code, sentence), = told_of(inbox)
+    assert code == 'trouble' and sentence.startswith('1 of 3 VMs are up; lab-1-')
+    assert sentence.endswith(': No valid host was found')
+    look_at(world, 1, range(7, 600, 7))
+    assert len(told_of(inbox)) == 1  # nothing is told twice, however often it is tried
+    object.__setattr__(world.config, 'simulated_vms', 2)
+    look_at(world, 1, range(600, 1300, 20))
+    assert [sentence[:17] for _, sentence in told_of(inbox)] == ['1 of 3 VMs are up', '2 of 3 VMs are up']
+    object.__setattr__(world.config, 'simulated_vms', 3)
+    look_at(world, 1, range(1300, 2000, 20))
+    assert [code for code, _ in told_of(inbox)] == ['trouble', 'trouble', 'ready']
+
+
+def test_owners_hear_after_a_minute_of_vms_that_are_only_slow(heard):
+    world, inbox = heard(simulated_boot=300)
+    boot(world, notify=[inbox.url])
+    look_at(world, 1, (0, 2, 30, 59))
+    assert told_of(inbox) == []
+    look_at(world, 1, (61, 62, 200))
+    assert told_of(inbox) == [('trouble', '0 of 3 VMs are up; lab-1-1, lab-1-2, lab-1-3: the cloud is still starting them')]
+    look_at(world, 1, (301, 302))
+    assert [code for code, _ in told_of(inbox)] == ['trouble', 'ready']
+
+
+def test_owners_hear_that_a_cloud_is_not_there_at_all(heard):
+    world, inbox = heard()
+    boot(world, notify=[inbox.url])
+
+    def away(*_):
+        raise cmres.CloudError('the cloud simulated could not be reached: timed out', status=0)
+    cloud = world.clouds.open('simulated')
+    cloud.boot = cloud.servers = away
+    look_at(world, 1, range(0, 400, 5))
+    assert told_of(inbox) == [('trouble', '0 of 3 VMs are up; lab-1-1, lab-1-2, lab-1-3: '
+                               'the cloud simulated could not be reached: timed out')]
+
+
+def test_what_comes_and_goes_within_a_minute_is_told_to_nobody(heard):
+    world, inbox = heard(sweep=5)
+    boot(world, notify=[inbox.url])
+    look_at(world, 1, (0, 4, 5))
+    cloud = world.clouds.open('simulated')
+    uid = cmres.row('SELECT uid FROM server WHERE n = 2').uid
+    for begin in (100, 130, 160):
+        cloud.stop(uid)
+        look_at(world, 1, (begin, begin + 6, begin + 12))
+        assert world.state('lab') == 'degraded'
+        cloud.start(uid)
+        look_at(world, 1, (begin + 18, begin + 24))
+    assert [code for code, _ in told_of(inbox)] == ['ready']
+
+
+@pytest.mark.parametrize('state, word', [('shutoff', 'start'), ('paused', 'unpause'), ('suspended', 'resume'),
+                                         ('shelved_offloaded', 'unshelve')])
+def test_owners_hear_who_must_start_a_vm_that_was_stopped_by_hand(heard, state, word):
+    world, inbox = heard()
+    boot(world, notify=[inbox.url])
+    look_at(world, 1, (0, 4, 5))
+    cmres.SimulatedServer.update(power=state).where(cmres.SimulatedServer.name == 'lab-1-2').execute()
+    look_at(world, 1, range(60, 400, 10))
+    assert world.state('lab') == 'degraded'
+    (_, _), (code, sentence) = told_of(inbox)
+    assert code == 'stopped' and sentence.startswith(f'2 of 3 VMs are up; lab-1-2: {state}; ')
+    assert f'its owner must do that: openstack server {word} NAME' in sentence
+    cmres.SimulatedServer.update(power='active').where(cmres.SimulatedServer.name == 'lab-1-2').execute()
+    look_at(world, 1, range(400, 700, 10))
+    assert [code for code, _ in told_of(inbox)] == ['ready', 'stopped', 'ready']
+    assert told_of(inbox)[2][1].startswith('all 3 are up again: lab-1-1 10.0.0.')
+
+
+def test_vms_that_vanish_are_told_of_once_for_all_and_where_the_new_ones_are(heard):
+    world, inbox = heard(sweep=5)
+    boot(world, notify=[inbox.url])
+    look_at(world, 1, (0, 4, 5))
+    cmres.SimulatedServer.update(gone=world.now).where(cmres.SimulatedServer.name != 'lab-1-1').execute()
+    look_at(world, 1, range(60, 300, 5))
+    assert [code for code, _ in told_of(inbox)] == ['ready', 'vanished', 'ready']
+    assert told_of(inbox, 'vanished')[0][1].endswith('are made anew: lab-1-2, lab-1-3')
+    addresses = [each['addresses'][0] for each in world.service.servers('lab')]
+    assert all(each in told_of(inbox)[2][1] for each in addresses) and '10.0.0.5' in addresses
+
+
+def test_owners_hear_when_vms_were_added_that_are_up(heard):
+    world, inbox = heard()
+    boot(world, notify=[inbox.url])
+    look_at(world, 1, (0, 4, 5))
+    world.service.update('lab', vms=5)
+    look_at(world, 1, range(6, 100, 5))
+    assert [sentence[:13] for _, sentence in told_of(inbox, 'ready')] == ['all 3 are up,', 'all 5 are up ']
+
+
+@pytest.mark.parametrize('at_end, codes', [
+    ('snapshot', ['ready', 'snapshot', 'ended']), ('stop', ['ready', 'stopped', 'ended']),
+    ('shelve', ['ready', 'stopped', 'ended']), ('delete', ['ready', 'ended'])])
+def test_owners_hear_once_what_has_become_of_all_vms_at_the_end(heard, at_end, codes):
+    world, inbox = heard()
+    boot(world, notify=[inbox.url], at_end=at_end)
+    look_at(world, 1, (0, 4, 5))
+    look_at(world, 2, range(0, 60, 3))
+    assert [code for code, _ in told_of(inbox)] == codes
+    said = ' '.join(sentence for _, sentence in told_of(inbox, 'snapshot', 'stopped'))
+    assert all(name in said for name in ('lab-1-1', 'lab-1-2', 'lab-1-3')) or at_end == 'delete'
+
+
+def test_owners_hear_once_of_vms_that_could_not_be_saved_in_time(heard):
+    world, inbox = heard()
+    boot(world, notify=[inbox.url], at_end='snapshot')
+    look_at(world, 1, (0, 4, 5))
+    cloud = world.clouds.open('simulated')
+    slow = cmres.row('SELECT uid FROM server WHERE n < 3').uid
+    saved, cloud.saved = cloud.saved, lambda image: saved(image) if not image.endswith(slow) else False
+    look_at(world, 2, range(0, 700, 10))
+    assert [code for code, _ in told_of(inbox)] == ['ready', 'forced', 'snapshot', 'ended']
+    assert 'the agreed snapshot was not done within 10m after the end' in told_of(inbox, 'forced')[0][1]
+    name, = [each['name'] for each in world.service.servers('lab') if not each['snapshot']]
+    assert name in told_of(inbox, 'forced')[0][1] and name not in told_of(inbox, 'snapshot')[0][1]
 
 
 def test_the_journal_always_tells_why_it_ended(world):
