@@ -334,7 +334,7 @@ def test_a_new_project_needs_no_restart(folder, caplog):
 
 
 def test_a_new_identity_needs_no_restart(folder, world):
-    path = folder('c.ini', '')
+    path = folder('c.ini', '[cmres]\n')
     service = cmres.Reservations(load_config(path, {'CMRES_DATABASE': world.config.database}), world.clouds,
                                  Actor('root', 'default', 'admin'), lambda: world.now)
     service.resource_update('demo', mode='exclusive')
