@@ -5819,6 +5819,7 @@ class Plan(Requests):
                 raise NotFound(f'there is no maintenance {id}')
             release(found.resource_id, found.start, found.end, amount_of(found, 'held_'))
             change(Capacity, id, removed=int(now))
+            self.let_start(found.resource_id, now)
             self.journal(now, 'resource', f'called off {found.reason} {id}')
             return {'id': id, 'reason': found.reason}
 
@@ -5862,6 +5863,7 @@ class Plan(Requests):
             release(place.id, each.start, each.end, amount_of(each, 'held_'))
             hold(place.id, each.start, each.end, held)
             change(Capacity, each.id, **stored(held, 'held_'))
+        self.let_start(place.id, now)
 
     def make_room(self, found, why: str, then: str, now: float) -> dict:
         """Moves or cancels an occurrence for which there is no room any more, or only tells its owner."""
@@ -5872,7 +5874,8 @@ class Plan(Requests):
             return line | {'outcome': 'cancelled'}
         place = self.moved_elsewhere(found, now) if then == 'move' else None
         outcome = f'moved to {place[0]} from {format_time(instant(place[1]), self.config.zone)}' if place else 'left'
-        self.journal(now, 'maintenance', f'{why}; it is {outcome}', found.reservation, json.loads(found.notify),
+        becomes = outcome if place else f'{outcome}, and VMs that do not run yet start when that is over'
+        self.journal(now, 'maintenance', f'{why}; it is {becomes}', found.reservation, json.loads(found.notify),
                      found.id)
         return line | {'outcome': outcome}
 
@@ -5924,6 +5927,10 @@ class Plan(Requests):
 
     def homeless(self, place, begin: int, until: int) -> list:
         """Of the occurrences where more is held than there is, as many of the latest added as must go."""
+        return [self.occurrence(id) for id in self.must_go(place, begin, until)]
+
+    def must_go(self, place, begin: int, until: int) -> list[int]:
+        """The ids of those."""
         levels = list(steps(place.id, begin, until, capacity(place).names))
         over = {at: held for at, held in levels if not held.within(capacity(place))}
         ends = {at: after for (at, _), (after, _) in zip(levels, [*levels[1:], (until, NOTHING)])}
@@ -5938,7 +5945,28 @@ class Plan(Requests):
                 found.append(each.id)
                 for at in touched:
                     over[at] -= amount_of(each)
-        return [self.occurrence(id) for id in found]
+        return found
+
+    def waits_for(self, place, now: float) -> tuple[str, int, set | None]:
+        """What keeps VMs of a resource from starting now: why, until when, and which occurrences'; None: all.
+
+        What is closed starts nothing. Where there is less than is booked, what was added last waits.
+        """
+        changes = rows('SELECT reason, "end", coalesce(max(vms, vcpus, ram), 1) AS left FROM capacity '
+                       'WHERE resource_id = ? AND removed IS NULL AND start <= ? AND "end" > ? ORDER BY left, "end" DESC',
+                       place.id, int(now), int(now))
+        if changes and changes[0].left == 0:
+            until = format_time(instant(changes[0].end), self.config.zone)
+            return f"{changes[0].reason} on '{place.name}' until {until}", changes[0].end, None
+        why = f"'{place.name}' has less than is reserved now, and what was reserved earlier comes first"
+        return why, min((each.end for each in changes), default=int(now) + 86400), set(
+            self.must_go(place, int(now), int(now) + 1))
+
+    def let_start(self, resource: int, now: float) -> None:
+        """Lets start at once what has waited for a resource to be open, or to have as much as is booked."""
+        run("UPDATE server SET due = ? WHERE due > ? AND goal = 'up' AND (state = 'planned' OR borrowed) "
+            'AND occurrence_id IN (SELECT id FROM occurrence WHERE resource_id = ? AND due IS NOT NULL '
+            'AND held_from <= ?)', now, now, resource, int(now))
 
     @api('GET', '/check', role=ADMIN)
     def check(self) -> dict:
@@ -6662,7 +6690,7 @@ CALM = 60  # seconds that another number of servers must be up before it is told
 TRIPS = 3  # failures in a row after which a cloud is left alone for a while
 
 SERVERS = '''SELECT v.*, r.flavor, r.image, r.network, r.key, r.security_groups, r.user_data, r.metadata,
-                    r.label, r.notify, o.reservation_id, o."end", s.mode
+                    r.label, r.notify, o.reservation_id, o."end", o.resource_id, s.mode
                FROM server v JOIN occurrence o ON o.id = v.occurrence_id
                JOIN reservation r ON r.id = o.reservation_id JOIN resource s ON s.id = o.resource_id'''
 
@@ -7039,7 +7067,7 @@ class LifeCycle:
         That all are up is told at once the first time, and from the start on that some are not, if it
         is known why. Any other change is told when it has lasted for CALM.
         """
-        servers = rows("SELECT name, state, fault, ready, addresses FROM server WHERE occurrence_id = ? "
+        servers = rows("SELECT name, state, fault, ready, addresses, borrowed FROM server WHERE occurrence_id = ? "
                        "AND goal = 'up' AND state NOT IN ('deleted', 'kept') ORDER BY n", occurrence.id)
         up = sum(each.state == 'active' for each in servers)
         full = up >= occurrence.vms
@@ -7050,14 +7078,14 @@ class LifeCycle:
             return occurrence._replace(up_check=None)
         lacking = [each for each in servers if each.state != 'active']
         first = not occurrence.told & READY if full else not occurrence.told & (READY | SHORT) and any(
-            each.fault or each.state in DOWN for each in lacking)
+            each.fault or self.by_hand(each) for each in lacking)
         check = now if first else occurrence.up_check or now + CALM
         if check > now:
             return occurrence._replace(up_check=check)
         if full:
             self.tell_ready(occurrence, servers, now)
         else:
-            code = 'stopped' if any(each.state in DOWN for each in lacking) else 'trouble'
+            code = 'stopped' if any(map(self.by_hand, lacking)) else 'trouble'
             self.journal(now, code, f'{up} of {occurrence.vms} VMs are up; {self.why_not_up(lacking)}', occurrence)
         told = occurrence.told & ~SHORT | READY if full else occurrence.told | SHORT
         return occurrence._replace(up_told=up, up_check=None, told=told)
@@ -7068,11 +7096,15 @@ class LifeCycle:
         there = ', '.join(f"{each.name} {' '.join(json.loads(each.addresses))}" for each in servers)
         self.journal(now, 'ready', f'all {len(servers)} are up{when}: {there}', occurrence)
 
+    def by_hand(self, server) -> bool:
+        """Whether somebody has put a server to rest; what was there before us, we start ourselves."""
+        return server.state in DOWN and not server.borrowed
+
     def why_not_up(self, servers: list) -> str:
         """The reasons for which servers are not up, each with those that it concerns."""
         reasons: dict = defaultdict(list)
         for each in servers:
-            stopped = each.state in DOWN and (
+            stopped = self.by_hand(each) and (
                 f'{each.state}; cmres starts nothing that somebody has stopped, so its owner must do that: '
                 f'openstack server {WAKES[each.state]} NAME')
             reasons[stopped or each.fault.rstrip('.') or 'the cloud is still starting them'].append(each)
@@ -7164,11 +7196,13 @@ class LifeCycle:
                          'WHERE c.due <= ? '
                          'LIMIT 100', now):
             claims[each.cloud].append(each.server)
-        looks, calls = set(), []
+        looks, calls, waits = set(), [], {}
         if due:
             with self.acting():
                 for server in due:
                     verb = 'look' if self.left_alone(server, now) else self.next_call(server)
+                    if verb in ('boot', 'start') and server.goal == 'up' and self.must_wait(server, waits, now):
+                        continue
                     looks |= {server.account} if verb == 'look' else set()
                     calls += self.intend(verb, server, now) if verb != 'look' else []
         for verb, server in calls:
@@ -7190,6 +7224,23 @@ class LifeCycle:
             return False
         change(Server, server.id, due=max(breaker.until, now + self.config.poll), fault=breaker.fault[:500])
         if server.fault != breaker.fault[:500]:
+            self.look_again(server.occurrence_id, now)
+        return True
+
+    def must_wait(self, server, waits: dict, now: float) -> bool:
+        """Whether a server can't start since its resource is closed or has less than is booked.
+
+        Args:
+          waits: by resource, what is known of that in this pass
+        """
+        if server.resource_id not in waits:
+            place = row('SELECT * FROM resource WHERE id = ?', server.resource_id)
+            waits[place.id] = self.service.waits_for(place, now)
+        why, until, which = waits[server.resource_id]
+        if which is not None and server.occurrence_id not in which:
+            return False
+        change(Server, server.id, due=min(until, now + CALM), fault=why[:500])
+        if server.fault != why[:500]:
             self.look_again(server.occurrence_id, now)
         return True
 

@@ -6794,6 +6794,87 @@ def test_owners_hear_once_of_vms_that_could_not_be_saved_in_time(heard):
     assert name in told_of(inbox, 'forced')[0][1] and name not in told_of(inbox, 'snapshot')[0][1]
 
 
+def test_what_is_closed_starts_nothing_until_it_is_over(heard):
+    world, inbox = heard()
+    boot(world, notify=[inbox.url], length=3)
+    assert world.service.maintenance_add('demo', NOON + hours(0.5), NOON + hours(2), reason='new disks')['hit']
+    look_at(world, 1, (0, 5, 60, 120, 1800, 3599))
+    assert world.there() == [] and world.state('lab') == 'starting'
+    assert told_of(inbox, 'trouble') == [('trouble', "0 of 3 VMs are up; lab-1-1, lab-1-2, lab-1-3: new disks on "
+                                          "'demo' until 2026-12-01 14:00 UTC")]
+    assert "new disks on 'demo'" in world.service.list('lab')[0]['fault']
+    look_at(world, 2, (0, 4, 5))
+    assert len(world.there()) == 3 and world.state('lab') == 'active'
+
+
+def test_what_waits_for_a_maintenance_starts_when_that_is_called_off(world):
+    boot(world, length=3)
+    id = world.service.maintenance_add('demo', NOON + hours(0.5), NOON + hours(2))['id']
+    look_at(world, 1, (0, 5, 30))
+    world.service.maintenance_delete(id)
+    look_at(world, 1, (31, 35))
+    assert len(world.there()) == 3 and world.state('lab') == 'active'
+
+
+def test_what_ends_before_a_maintenance_does_has_failed_for_it(world):
+    boot(world)
+    world.service.maintenance_add('demo', NOON + hours(0.5), NOON + hours(9), reason='new disks')
+    look_at(world, 1, (0, 5, 3599))
+    look_at(world, 2, (0, 5))
+    assert world.there() == [] and world.state('lab') == 'failed'
+    assert "never up: new disks on 'demo' until" in world.service.events('lab')[-1]['sentence']
+
+
+@pytest.mark.parametrize('close', [
+    lambda service: service.maintenance_add('synced', NOON + hours(0.5), NOON + hours(9)),
+    lambda service: service.resource_capacity('synced', NOON + hours(0.5), NOON + hours(9), vcpus=0)])
+def test_nothing_that_is_affected_starts_in_any_way(world, owned, close):
+    """Neither what is new, nor what vanished, nor what grows, nor a machine that exists."""
+    world.service.resource_add('synced', cloud='simulated', vcpus=100)
+    some = dict(resource='synced', flavor='m1.small', image='cirros', vms=2)
+    book(world.service, 'runs', 0.2, 3, **some)
+    book(world.service, 'grows', 0.2, 3, **some)
+    book(world.service, 'begins', 1, 3, **some)
+    look_at(world, 0.2, (0, 4, 5))
+    there = [each for each in world.there() if each != 'runs-1-2']
+    close(world.service)
+    look_at(world, 0.51, (0, 5))
+    cmres.SimulatedServer.update(gone=world.now).where(cmres.SimulatedServer.name == 'runs-1-2').execute()
+    look_at(world, 0.6, range(0, 200, 10))
+    look_at(world, 1, range(0, 200, 10))
+    assert world.there() == there and [world.state(each) for each in ('runs', 'begins')] == ['degraded', 'starting']
+
+
+def test_a_machine_that_exists_is_not_started_on_what_is_closed(world, owned):
+    world.service.add('desk', 'demo', NOON + hours(1), NOON + hours(3), server='mine')
+    world.service.maintenance_add('demo', NOON + hours(0.5), NOON + hours(2))
+    look_at(world, 1, (0, 4, 100))
+    assert power(world, owned) == 'shutoff' and world.state('desk') == 'starting'
+    look_at(world, 2, (0, 4, 8))
+    assert power(world, owned) == 'active' and world.state('desk') == 'active'
+
+
+@pytest.mark.parametrize('lower', [
+    lambda service: service.resource_update('demo', vms=8, force=True),
+    lambda service: service.resource_capacity('demo', NOON, NOON + hours(9), vms=8)])
+def test_of_what_no_longer_fits_the_latest_added_waits_and_the_others_start(world, lower):
+    world.now -= 60
+    for label in ('first', 'second', 'third'):
+        boot(world, label, vms=5)
+    lower(world.service)
+    look_at(world, 1, (0, 4, 5, 100))
+    assert [world.state(each) for each in ('first', 'second', 'third')] == ['active', 'starting', 'starting']
+    assert "'demo' has less than is reserved now" in world.service.list('third')[0]['fault']
+    world.service.delete('first')
+    look_at(world, 1, range(101, 200, 10))
+    assert [world.state(each) for each in ('second', 'third')] == ['active', 'starting']
+    world.service.resource_update('demo', vms=32)
+    for each in world.service.maintenance_list():
+        world.service.maintenance_delete(each['id'])
+    look_at(world, 1, (201, 205))
+    assert world.state('third') == 'active'
+
+
 def test_the_journal_always_tells_why_it_ended(world):
     for label in ('over', 'cancelled', 'skipped', 'failed'):
         boot(world, label, image='' if label == 'over' else 'cirros', vms=1)
