@@ -2227,7 +2227,7 @@ class Cloud:
         raise NotImplementedError
 
     def start(self, uid: str) -> None:
-        """Begins to start a server that is stopped or shelved."""
+        """Begins to make a server active that is stopped, paused, suspended, shelved, in rescue or newly resized."""
         raise NotImplementedError
 
     def stop(self, uid: str) -> None:
@@ -2396,6 +2396,7 @@ class OpenStack(Cloud):
         compute = self.connection.compute
         with self.telling('start a server', sure=True):
             how = {'PAUSED': compute.unpause_server, 'SUSPENDED': compute.resume_server,
+                   'RESCUE': compute.unrescue_server, 'VERIFY_RESIZE': compute.confirm_server_resize,
                    'SHELVED': compute.unshelve_server, 'SHELVED_OFFLOADED': compute.unshelve_server}
             how.get(compute.get_server(uid).status, compute.start_server)(uid)
 
@@ -2534,25 +2535,33 @@ class Simulated(Cloud):
     def delete(self, uid):
         self.set(uid, gone=self.clock())
 
-    def set(self, uid: str, **values) -> None:
+    #: What Nova can shelve, or make an image of (its API: shelve, createImage); it stops only what is active.
+    AT_HAND = ('active', 'shutoff', 'paused', 'suspended')
+
+    def set(self, uid: str, states: tuple = (), **values) -> None:
+        """Changes a server that is in one of some states; without any, in whatever state."""
         time.sleep(self.config.simulated_latency)
         with transaction():
-            changed = (SimulatedServer.update(**values)
-                       .where(SimulatedServer.uid == uid, SimulatedServer.gone.is_null()).execute())
-        if not changed and 'gone' not in values:
+            found = self.present().where(SimulatedServer.uid == uid).first()
+            if found and (not states or found.power in states):
+                SimulatedServer.update(**values).where(SimulatedServer.id == found.id).execute()
+            elif found:
+                raise CloudError(f'the cloud {self.account} can not do that while the server is {found.power}',
+                                 sure=True, status=409)
+        if not found and 'gone' not in values:
             raise CloudError(f'the cloud {self.account} has no server {uid}', sure=True, status=404)
 
     def start(self, uid):
         self.set(uid, power='active')
 
     def stop(self, uid):
-        self.set(uid, power='shutoff')
+        self.set(uid, ('active',), power='shutoff')
 
     def shelve(self, uid):
-        self.set(uid, power='shelved_offloaded')
+        self.set(uid, self.AT_HAND, power='shelved_offloaded')
 
     def snapshot(self, uid, name):
-        self.set(uid, saved=self.clock() + self.config.simulated_boot)
+        self.set(uid, self.AT_HAND, saved=self.clock() + self.config.simulated_boot)
         return f'image-{uid}'
 
     def saved(self, image):
@@ -6682,8 +6691,13 @@ class Reservations(Calendars):
 UNDER_WAY = {'delete': 'deleting', 'start': 'starting', 'stop': 'stopping', 'shelve': 'shelving', 'snapshot': 'saving'}
 #: What wakes a server that somebody put to rest, by its state: a word of `openstack server`.
 WAKES = {'shutoff': 'start', 'paused': 'unpause', 'suspended': 'resume', 'shelved': 'unshelve',
-         'shelved_offloaded': 'unshelve'}
-DOWN = tuple(WAKES)
+         'shelved_offloaded': 'unshelve', 'rescue': 'unrescue', 'verify_resize': 'resize confirm'}
+DOWN = tuple(WAKES)[:5]
+#: From which states an end can be asked for (Nova's API); from others of WAKES, a server is woken first. The image
+#: that a shelved one has already will not do: Nova deletes it with the server.
+ENDS_FROM = {'stop': ('active',), 'shelve': ('active', *DOWN[:3]), 'snapshot': ('active', *DOWN[:3])}
+#: What is under way has arrived in these states. What is paused still fills its host.
+ARRIVED = {'starting': ('active',), 'stopping': ('shutoff', *DOWN[2:]), 'shelving': DOWN[3:]}
 GONE = ('deleted', 'soft_deleted')  # what Nova may still list for a moment
 FINAL = ('deleted', 'kept')  # it is gone, or it stays as its owner wished and is no longer ours to watch
 CALM = 60  # seconds that another number of servers must be up before it is told
@@ -6943,8 +6957,8 @@ class LifeCycle:
 
     def plan_one(self, occurrence, now: float) -> None:
         over = occurrence.cancelled is not None or now >= occurrence.end
-        servers = rows("SELECT id, n, state, ready, borrowed, uid FROM server WHERE occurrence_id = ? AND goal = 'up' "
-                       "AND state NOT IN ('deleted', 'kept') ORDER BY n", occurrence.id)
+        servers = rows("SELECT id, n, name, state, ready, borrowed, uid FROM server WHERE occurrence_id = ? "
+                       "AND goal = 'up' AND state NOT IN ('deleted', 'kept') ORDER BY n", occurrence.id)
         # Machines that are there stay, also where the clock was set back to before their start.
         runs = (occurrence.image or occurrence.server) and not over and not occurrence.idle and (
             servers or now >= occurrence.held_from)
@@ -6963,6 +6977,7 @@ class LifeCycle:
                 change(Server, server.id, goal='up', state='kept', due=None)
             elif server.n > wanted:
                 change(Server, server.id, goal=self.goal_after(occurrence, server, over), due=now)
+        self.tell_in_error(occurrence, [each for each in servers if each.n > wanted], over, now)
         if over and now >= occurrence.end + self.config.end_grace:
             self.force(occurrence, now)
         if over and not occurrence.told & FOREIGN:
@@ -7012,6 +7027,13 @@ class LifeCycle:
             return occurrence.at_end
         asked = over and occurrence.cancelled is None and server.ready and server.state not in ('error', 'deleting')
         return occurrence.at_end if asked else 'delete'
+
+    def tell_in_error(self, occurrence, servers: list, over: bool, now: float) -> None:
+        """Tells of servers that were up once, and at the end are in a state from which nothing agreed can be done."""
+        lost = [each for each in servers if each.state == 'error' and each.ready and not each.borrowed]
+        if lost and over and occurrence.cancelled is None and occurrence.at_end != 'delete':
+            self.journal(now, 'forced', f'the agreed {occurrence.at_end} can not be done with VMs in error, so these '
+                         f'are deleted: {named(lost)}', occurrence)
 
     def handed_on(self, occurrence, now: float) -> bool:
         """Whether the next reservation of the same machine has begun, so that it must not be stopped between."""
@@ -7098,7 +7120,7 @@ class LifeCycle:
 
     def by_hand(self, server) -> bool:
         """Whether somebody has put a server to rest; what was there before us, we start ourselves."""
-        return server.state in DOWN and not server.borrowed
+        return server.state in WAKES and not server.borrowed
 
     def why_not_up(self, servers: list) -> str:
         """The reasons for which servers are not up, each with those that it concerns."""
@@ -7258,8 +7280,10 @@ class LifeCycle:
             return 'look'
         if server.goal == 'delete' or server.goal == 'up' and server.state == 'error':
             return 'delete'
-        ready_for = {'stop': ('active',), 'shelve': ('active', *DOWN[:3]), 'snapshot': ('active', *DOWN[:3])}
-        return server.goal if server.state in ready_for.get(server.goal, ()) else 'look'
+        if server.state in ENDS_FROM.get(server.goal, ()):
+            return server.goal
+        asleep = server.state in WAKES and not self.arrived(UNDER_WAY.get(server.goal, ''), server.state)
+        return 'start' if server.goal in ENDS_FROM and asleep else 'look'
 
     def intend(self, verb: str, server, now: float) -> list:
         """Writes what will be done; the calls that it takes."""
@@ -7404,7 +7428,10 @@ class LifeCycle:
         elif result.verb == 'boot':
             self.record_boot(server, result, now)
         elif result.error:
-            self.put_off(server, self.fault(result.error), now, self.retry_after(result.error), called=result.ended)
+            # A server that can't do that is not in the state that was thought: a look tells which it is in.
+            otherwise = getattr(result.error, 'details', {}).get('status') == 409 and server.state != 'deleting'
+            self.put_off(server, self.fault(result.error), now, self.retry_after(result.error), called=result.ended,
+                         **({'state': 'unknown'} if otherwise else {}))
         elif result.verb == 'verify':
             self.record_verify(server, result.answer, now)
         else:
@@ -7589,7 +7616,7 @@ class LifeCycle:
 
     def arrived(self, under_way: str, state: str) -> bool:
         """Whether a cloud's state is what was asked for."""
-        return state in {'starting': ('active',), 'stopping': DOWN, 'shelving': DOWN[3:]}.get(under_way, ())
+        return state in ARRIVED.get(under_way, ())
 
     def record_missing(self, server, looked: float, now: float) -> list:
         """A server that the look didn't show: gone, never made, or too new to be in it; it, if it has vanished."""

@@ -6875,6 +6875,62 @@ def test_of_what_no_longer_fits_the_latest_added_waits_and_the_others_start(worl
     assert world.state('third') == 'active'
 
 
+ASLEEP = ('active', 'shutoff', 'paused', 'suspended', 'shelved', 'shelved_offloaded', 'rescue', 'verify_resize')
+
+
+@pytest.mark.parametrize('state', ASLEEP)
+@pytest.mark.parametrize('at_end', ['delete', 'stop', 'shelve', 'snapshot'])
+def test_what_is_agreed_for_the_end_is_done_from_every_state(world, at_end, state):
+    boot(world, vms=1, at_end=at_end)
+    look_at(world, 1, (0, 4, 5))
+    cmres.SimulatedServer.update(power=state).execute()
+    look_at(world, 1.9, (0, 100))
+    look_at(world, 2, range(0, 500, 2) if state == 'verify_resize' else range(0, 60, 2))
+    server, = world.service.servers('lab')
+    after = [each.power for each in world.clouds.open('simulated').present()]
+    stays = {'stop': state if state in ('suspended', 'shelved', 'shelved_offloaded') else 'shutoff',
+             'shelve': state if state == 'shelved' else 'shelved_offloaded'}
+    assert after == ([stays[at_end]] if at_end in stays else [])
+    assert bool(server['snapshot']) == (at_end == 'snapshot') and world.state('lab') == 'ended'
+    assert bool(cmres.SimulatedServer.get().saved) == (at_end == 'snapshot')
+    assert 'forced' not in [each['code'] for each in world.service.events('lab')]
+
+
+@pytest.mark.parametrize('state', ASLEEP)
+@pytest.mark.parametrize('at_end', ['stop', 'shelve'])
+def test_a_machine_that_exists_ends_as_agreed_from_every_state(world, owned, at_end, state):
+    world.service.add('desk', 'demo', NOON + hours(1), NOON + hours(2), server='mine', at_end=at_end)
+    look_at(world, 1, (0, 4, 8))
+    cmres.SimulatedServer.update(power=state).execute()
+    look_at(world, 2, range(0, 60, 2))
+    assert power(world, owned) in cmres.ARRIVED[cmres.UNDER_WAY[at_end]] and world.state('desk') == 'ended'
+
+
+def test_what_nova_can_not_do_is_tried_until_the_grace_time_is_over(heard):
+    world, inbox = heard()
+    boot(world, vms=1, at_end='snapshot', notify=[inbox.url])
+    look_at(world, 1, (0, 4, 5))
+    cmres.SimulatedServer.update(power='migrating').execute()
+    look_at(world, 2, range(0, 599, 30))
+    assert world.there() == ['lab-1-1'] and world.state('lab') == 'ending'
+    look_at(world, 2, range(600, 630, 2))
+    assert world.there() == [] and [code for code, _ in told_of(inbox)][-2:] == ['forced', 'ended']
+
+
+def test_owners_hear_that_a_vm_in_error_was_not_saved(heard):
+    world, inbox = heard(sweep=1)
+    boot(world, vms=1, at_end='snapshot', notify=[inbox.url])
+    look_at(world, 1, (0, 4, 5))
+    cmres.SimulatedServer.update(fault='Resize failed.').execute()
+    cloud = world.clouds.open('simulated')
+    cloud.delete = lambda uid: None
+    look_at(world, 1.999, (0, 1))
+    cmres.run("UPDATE server SET state = 'error'")
+    look_at(world, 2, (0, 1))
+    assert [code for code, _ in told_of(inbox)] == ['ready', 'forced']
+    assert told_of(inbox, 'forced')[0][1].endswith('with VMs in error, so these are deleted: lab-1-1')
+
+
 def test_the_journal_always_tells_why_it_ended(world):
     for label in ('over', 'cancelled', 'skipped', 'failed'):
         boot(world, label, image='' if label == 'over' else 'cirros', vms=1)
