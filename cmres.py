@@ -4730,8 +4730,21 @@ class Admission(Series):
             self.close(first.reservation, [], now)
         self.keep_stopped(first.reservation, now, freed)
         only = first.id if len(found) == 1 and first.repeats else None
-        self.journal(now, 'released', why or f'cancelled by {self.actor.user}', first.reservation,
+        instead = ''.join(f'; {warning}' for each in found for warning in self.ends_with(each)['warnings'])
+        self.journal(now, 'released', f'{why or f"cancelled by {self.actor.user}"}{instead}', first.reservation,
                      json.loads(first.notify), only)
+
+    def ends_with(self, found) -> dict:
+        """What becomes of VMs that run if their occurrence is cancelled, for its answer: `ends_with`, `warnings`.
+
+        A server that its owner had before ends as agreed; all others are deleted.
+        """
+        if not found.existing:
+            return {'ends_with': '', 'warnings': []}
+        if found.server or found.at_end in ('', 'delete'):
+            return {'ends_with': found.at_end or 'delete', 'warnings': []}
+        return {'ends_with': 'delete', 'warnings': [
+            f"the VMs of '{found.label}' are deleted; the agreed {found.at_end} is not done"]}
 
     def book_all(self, request: Request, now: float) -> list[tuple]:
         """Books all parts of a request: of each its wish, its reservation, and what became of its occurrences."""
@@ -5482,7 +5495,7 @@ class Requests(Approval):
                cloud: Name = '', region: Name = '', aggregate: Name = '', vms: Count = None, start: When = None,
                end: When = None, count: Count = None, occurrence: Day = None, following: bool = False,
                kept: bool = False, tz: Zone = '', dry_run: bool = False) -> Rows:
-        """Cancels a reservation: its capacity is free at once, and its machines are deleted.
+        """Cancels a reservation: its capacity is free at once, and its VMs are deleted, whatever --at-end said.
 
         Give a label, or filters that must all match exactly (start and end too); without a label,
         --count must say how many that hits. Nothing that is over is touched. Of a series, --occurrence
@@ -5516,7 +5529,7 @@ class Requests(Approval):
                 self.refuse_uncounted(found, label, count, dry_run)
                 for each in found:
                     self.cancel(self.live(each), now, ends=True)
-            return [public(self.occurrence(each.id)) for each in found]
+            return [public(self.occurrence(each.id)) | self.ends_with(each) for each in found]
 
     def delete_kept(self, label: str, project: str, dry_run: bool) -> Rows:
         """Deletes the VMs of a label that stay after their end; what they hold is free at once."""
@@ -8160,6 +8173,9 @@ TEMPLATES = {'layout': '''<!doctype html>
 ''', 'sure': '''
 <div class="card"><p>{{words}} <strong><bdi>{{about}}</bdi></strong>
 {{f', the one of {which[:16].replace("T", " ")}' if which else ''}}? This can not be undone.</p>
+% for each in warnings:
+<p><strong>{{each}}.</strong></p>
+% end
 <form method="post" action="/do/{{operation}}" class="row">{{!visit.guard}}
 % for name, value in fields.items():
 <input type="hidden" name="{{name}}" value="{{value}}">
@@ -9225,6 +9241,7 @@ class Pages:
         if name in ASKS and not sure:
             return self.page(visit, 'Are you sure?', render_page(
                 'sure', visit=visit, operation=name, fields=given, words=DEEDS[name][0], back=onward,
+                warnings=self.warned(visit, operation, said) if name == 'delete' else [],
                 about=said.get('label') or said.get('name') or said.get('id'), which=said.get('occurrence')))
         # What a form has shown and nobody has changed is not asked for.
         said = {field: value for field, value in said.items()
@@ -9234,6 +9251,12 @@ class Pages:
         answer = getattr(visit.service, name)(**bind(operation, said, visit.here))
         return self.onward(onward, told_done(name, said, answer))
 
+    def warned(self, visit: Visit, operation: Operation, said: dict) -> list[str]:
+        """What a delete would warn of, if it were meant."""
+        said = {field: value for field, value in said.items() if value != ''}
+        bound = bind(operation, {'tz': visit.zone.key} | said | {'dry_run': True}, visit.here)
+        return [warning for each in visit.service.delete(**bound) for warning in each.get('warnings', ())]
+
 
 def told_done(name: str, said: dict, answer) -> str:
     """What a form has done, in a sentence."""
@@ -9242,7 +9265,8 @@ def told_done(name: str, said: dict, answer) -> str:
         return f"the token of {about}, shown only now: {answer.get('token', '')}"
     hit = answer.get('hit', []) if isinstance(answer, dict) else []
     told = ', '.join(f"{each['label']} of {each['user']} ({each['outcome']})" for each in hit[:20])
-    return (f"'{about}' {DONE[name]}" if name in DONE else f'done: {API[name].words} {about}') + (
+    warned = [warning for each in (answer if name == 'delete' else ()) for warning in each.get('warnings', ())]
+    return '; '.join([f"'{about}' {DONE[name]}" if name in DONE else f'done: {API[name].words} {about}', *warned]) + (
         f'; {len(hit)} were in the way: {told}' if hit else '')
 
 
@@ -9591,7 +9615,7 @@ ALSO = {'--from': ([], '--start'), '--to': ([], '--end'), '--by': (['report'], '
 
 #: What a table shows of answers that have more fields than a line has room for.
 COLUMNS = {'list': 'id label user project resource host vms flavor start end repeat state fault',
-           'delete': 'id label user project resource vms start end state',
+           'delete': 'id label user project resource vms start end state ends_with warnings',
            'calendar_list': 'id kind user project shows added polled fault held',
            'hit': 'label user project vms start end outcome', 'resource_sync': 'resource what before after',
            'servers': 'n name state addresses planned begun ready deleted snapshot fault',

@@ -6931,6 +6931,40 @@ def test_owners_hear_that_a_vm_in_error_was_not_saved(heard):
     assert told_of(inbox, 'forced')[0][1].endswith('with VMs in error, so these are deleted: lab-1-1')
 
 
+@pytest.mark.parametrize('asked, ends_with, warned', [
+    ({'at_end': 'snapshot'}, 'delete', 'snapshot'), ({'at_end': 'stop'}, 'delete', 'stop'),
+    ({'at_end': 'shelve'}, 'delete', 'shelve'), ({'at_end': 'delete'}, 'delete', ''), ({}, 'delete', ''),
+    ({'image': '', 'flavor': ''}, '', ''), ({'server': 'mine', 'image': '', 'flavor': '', 'at_end': 'shelve'}, 'shelve', '')])
+def test_delete_says_what_becomes_of_vms(heard_owned, asked, ends_with, warned):
+    world, inbox = heard_owned
+    boot(world, **{'vms': 1, 'notify': [inbox.url]} | asked)
+    not_begun, = world.service.delete('lab', dry_run=True)
+    assert (not_begun['ends_with'], not_begun['warnings']) == ('', [])
+    look_at(world, 1, (0, 4, 8))
+    warnings = [f"the VMs of 'lab' are deleted; the agreed {warned} is not done"] if warned else []
+    for dry_run in (True, False):
+        gone, = world.service.delete('lab', dry_run=dry_run)
+        assert (gone['ends_with'], gone['warnings']) == (ends_with, warnings)
+    look_at(world, 1, (9, 12))
+    said = told_of(inbox, 'released')[0][1]
+    assert said == '; '.join(['cancelled by root', *warnings])
+
+
+@pytest.fixture
+def heard_owned(heard):
+    world, inbox = heard()
+    uid = world.clouds.open('simulated').boot(cmres.Machine('mine', '', 'm1.tiny', 'cirros'))
+    world.clouds.open('simulated').stop(uid)
+    return world, inbox
+
+
+def test_whatever_cancels_a_reservation_says_what_becomes_of_its_vms(world):
+    boot(world, at_end='snapshot')
+    look_at(world, 1, (0, 4, 5))
+    world.service.maintenance_add('demo', NOON + hours(1), NOON + hours(2), then='cancel')
+    assert world.service.events('lab')[-1]['sentence'].endswith('; the agreed snapshot is not done')
+
+
 def test_the_journal_always_tells_why_it_ended(world):
     for label in ('over', 'cancelled', 'skipped', 'failed'):
         boot(world, label, image='' if label == 'over' else 'cirros', vms=1)
@@ -8431,6 +8465,17 @@ def test_a_form_of_ours_changes_what_it_says(world):
     assert 'is longer now' not in visitor.get('/list')  # it is said once
 
 
+def test_the_page_asks_and_warns_of_an_end_that_is_not_done(world):
+    visitor = as_visitor(world)
+    book(world.as_user(), flavor='m1.small', image='cirros', at_end='snapshot')
+    for moment in (1, 1.01):
+        world.at(moment)
+    warning = "the VMs of 'lab' are deleted; the agreed snapshot is not done"
+    asks = form_of(visitor.get('/list'), '/do/delete').submit()
+    assert warning in asks.html.text and len(world.there()) == 1
+    assert warning in form_of(asks, '/do/delete').submit(status=303).follow().html.text
+
+
 def test_the_form_of_somebody_else_is_of_no_use(world):
     eva, tom = as_visitor(world), as_visitor(world, 'tom', 'biology')
     book(world.as_user(), start=1, end=2)
@@ -9526,6 +9571,15 @@ def test_help_of_every_command_answers_on_standard_output_with_an_example(run, t
 def test_nothing_that_was_not_published_is_a_command(run, tmp_path, line):
     code, out, err = run(*line.split())
     assert (code, out) == (2, '') and f"there is no command '{line}'" in err and not list(tmp_path.iterdir())
+
+
+def test_delete_on_the_command_line_warns_of_an_end_that_is_not_done(run):
+    assert run('resource', 'add', 'demo', '--cloud', 'simulated')[0] == 0
+    assert run('add', 'lab', 'demo', 'now', '+1h', '--image', 'cirros', '--flavor', 'm1.tiny', '--at-end', 'stop')[0] == 0
+    assert run('tick')[0] == 0
+    for more in ('--dry-run', ''):
+        code, out, _ = run('delete', 'lab', *more.split())
+        assert code == 0 and "the VMs of 'lab' are deleted; the agreed stop is not done" in out
 
 
 def test_an_unknown_command_names_the_nearest(run):
