@@ -272,6 +272,13 @@ def format_time(moment: datetime, zone: ZoneInfo) -> str:
     return local.strftime(f'%Y-%m-%d {clock} %Z')
 
 
+def format_moment(moment: datetime, zone: ZoneInfo) -> str:
+    """A time for people who may be elsewhere: Tue 1 Dec 2026, 09:00 (Europe/Paris)."""
+    local = moment.astimezone(zone)
+    clock = '%H:%M:%S' if local.second else '%H:%M'
+    return local.strftime(f'%a {local.day} %b %Y, {clock} ({zone.key})')
+
+
 def format_duration(length: float) -> str:
     """Seconds for people: 1d2h30m; parse_duration reads it back."""
     parts = []
@@ -586,6 +593,11 @@ TEXTS = {
     'foreign': '{label}: VMs that people started themselves\n{sentence}.',
     'held': 'your calendar asks for much less than before\n{sentence}',
 }
+#: What stands in braces there: the fields of a reservation as answers show it, and of the event.
+TEXT_FIELDS = frozenset((
+    'sentence message actor id label user project resource cell cloud region aggregate vms flavor image network key '
+    'security_groups metadata server at_end notify vcpus ram classes lead description personal repeat tz start end '
+    'cancelled added changed up fault request host state').split())
 
 
 def setting(default, why: str, least=None, most=10**9):
@@ -644,6 +656,10 @@ class Config:
     def zone(self) -> ZoneInfo:
         return read_zone(self.timezone)
 
+    def told_time(self, seconds: float, tz: str = '') -> str:
+        """An instant as sentences tell it: in the zone of a reservation, else of the service, which is named."""
+        return format_moment(instant(seconds), read_zone(tz or self.timezone))
+
     def read_again(self) -> Config:
         """Itself, with the sections of AGAIN from its file if that has changed since.
 
@@ -681,11 +697,25 @@ def load_config(path: str | None = None, environ: dict = os.environ) -> Config:
     for name in sections['texts']:
         if name not in TEXTS:
             raise Invalid(f"{path}: there is no event '{name}' to be told of{nearest(name, TEXTS)}")
+        check_template(f'{path}: [texts] {name}', sections['texts'][name])
     config = Config(**{name: read_setting(name, text) for name, text in texts.items()},
                     credentials=sections['credentials'], identities=sections['identities'],
                     texts=TEXTS | sections['texts'], path=path, stamp=stamp)
     config.zone  # an unknown zone is refused here, not at the first table
     return config
+
+
+def check_template(where: str, template: str) -> None:
+    """Refuses words for an event that could not be filled in; Invalid says where, and what is wrong."""
+    from string import Formatter
+    try:
+        fields = [field for _, field, _, _ in Formatter().parse(template) if field is not None]
+        for field in fields:
+            if field not in TEXT_FIELDS:
+                raise Invalid(f"{where}: there is no field {{{field}}}{nearest(field, TEXT_FIELDS)}")
+        template.format_map(dict.fromkeys(TEXT_FIELDS, 'text'))
+    except (ValueError, LookupError) as error:  # LookupError: a field inside the format of another
+        raise Invalid(f"{where}: '{first_line(error)}'; write fields as {{label}}, and {{{{ for a brace") from None
 
 
 def file_stamp(path: str) -> tuple:
@@ -2736,10 +2766,12 @@ def send_mail(config: Config, notice, about: dict) -> None:
         raise ValueError('no mail_server is set')
     import smtplib
     from email.message import EmailMessage
+    from email.utils import formatdate
     host, _, port = config.mail_server.partition(':')
     message = EmailMessage()
     subject, _, text = notice_text(config, notice, about).partition('\n')
     message['From'], message['To'], message['Subject'] = config.mail_from, notice.target, f'[cmres] {subject}'
+    message['Date'] = formatdate()  # RFC 5322 wants one, and spam filters miss it
     message['Message-ID'] = f'<event-{notice.event}-{notice.id}@cmres>'  # a repeated one is known as such
     message.set_content(f'{text}\n\n{notice.sentence}\n' if notice.sentence not in text else f'{text}\n')
     with smtplib.SMTP(host, int(port or 25), timeout=10) as server:
@@ -2748,9 +2780,11 @@ def send_mail(config: Config, notice, about: dict) -> None:
 
 def notice_text(config: Config, notice, about: dict) -> str:
     """The words of the configuration for an event, filled with its reservation."""
-    template = config.texts[notice.code]
-    fields = {name: in_cell(value, config.zone) for name, value in about.items()}
-    return template.format_map(defaultdict(str, fields | {'sentence': notice.sentence, 'actor': notice.actor}))
+    zone = read_zone(about.get('tz') or config.timezone)
+    fields = {name: format_moment(value, zone) if isinstance(value, datetime) else in_cell(value, zone)
+              for name, value in about.items()}
+    fields |= {'sentence': notice.sentence, 'message': notice.sentence, 'actor': notice.actor}
+    return config.texts[notice.code].format_map(defaultdict(str, fields))
 
 
 def in_cell(value, zone: ZoneInfo) -> str:
@@ -4677,7 +4711,8 @@ class Admission(Series):
             self.keep_stopped(reservation, now)
         self.journal(now, 'added', f'{wish.vms} vms on {place.name}', reservation, wish.notify, NONE_OF_THEM)
         if pending:
-            self.journal(now, 'pending', f'an admin must approve it until {instant(pending)}', reservation, wish.notify)
+            self.journal(now, 'pending', f'an admin must approve it until {self.config.told_time(pending, wish.tz)}',
+                         reservation, wish.notify)
         return reservation, []
 
     def told_series(self, wish: Wish, done: list[dict]) -> str:
@@ -4938,7 +4973,7 @@ class Waiting(Admission):
         change(Occurrence, found.id, resource=place.id, **stored(amount), held_until=found.end, due=min(begin, now))
         self.keep_stopped(found.reservation, now)
         whose = 'an admin must approve it' if place.approval else f'`accept {found.request or found.label}`'
-        asks = f'there is room; {whose} until {instant(pending)}' if pending else ''
+        asks = f'there is room; {whose} until {self.config.told_time(pending, found.tz)}' if pending else ''
         code, sentence = ('pending', asks) if pending else (
             'admitted', f'{found.vms} vms on {place.name}, after {format_duration(int(now) - found.waiting)}')
         self.journal(now, code, sentence, found.reservation, json.loads(found.notify))
@@ -4991,7 +5026,8 @@ class Approval(Waiting):
     def await_approval(self, reservation: int, until: int, wish: Wish, now: float) -> None:
         """Lets a reservation wait for an admin until an instant."""
         change(Reservation, reservation, pending=until, confirm=0)
-        self.journal(now, 'pending', f'an admin must approve it until {instant(until)}', reservation, wish.notify)
+        self.journal(now, 'pending', f'an admin must approve it until {self.config.told_time(until, wish.tz)}',
+                     reservation, wish.notify)
 
     def propose(self, old, wish: Wish, asked: list[str], until: int, now: float, code: str, named: bool, alone: bool,
                 growth: list[Hold]) -> None:
@@ -5002,8 +5038,8 @@ class Approval(Waiting):
                     user=self.actor.user, code=code, asked=json.dumps(asked), wish=stored_wish(wish), until=until,
                     shown=json.dumps(to_plain(shown)))
         self.hold_beside(old.reservation, id, growth)
-        self.journal(now, 'pending', f"an admin must approve the change of {', '.join(asked)} until {instant(until)}; "
-                     'what was approved goes on as it is', old.reservation, wish.notify)
+        self.journal(now, 'pending', f"an admin must approve the change of {', '.join(asked)} until "
+                     f'{self.config.told_time(until, wish.tz)}; what was approved goes on as it is', old.reservation, wish.notify)
 
     def shown_change(self, old, wish: Wish, asked: list[str]) -> dict:
         """What would be otherwise, as answers show it."""
@@ -5453,9 +5489,14 @@ class Requests(Approval):
                 if all(getattr(current, name) == getattr(old, name) for name in UNCHANGED) and (
                         not stretches or series == stretches):
                     named = bool(occurrence) and not only
-                    done = self.unless_it_grows(old, wish, asked, now, code, named, only,
-                                                lambda: self.rewrite(old, wish, asked, now, named))
-                    if done is not None:
+                    before = self.as_stored(old.reservation)
+                    with db.atomic() as rewriting:
+                        done = self.unless_it_grows(old, wish, asked, now, code, named, only,
+                                                    lambda: self.rewrite(old, wish, asked, now, named))
+                        same = done is not None and self.as_stored(old.reservation) == before
+                        if same:
+                            rewriting.rollback()
+                    if done is not None and not same:  # what changes nothing is told to nobody
                         self.tell_change(old, wish, asked, done, code, now)
                     return self.answer(old.reservation, done or [], wish, old.id if only else None)
         raise Conflict(f"'{label}' is being changed by others all the time; try again")
@@ -5478,6 +5519,12 @@ class Requests(Approval):
             old = next((each for each in coming if not each.altered), (coming or [old])[0])
             key = min((each.slot for each in coming), default=old.slot)
         return old, self.stretches(old.reservation), key
+
+    def as_stored(self, reservation: int) -> tuple:
+        """All of a reservation that somebody could change."""
+        return (row('SELECT * FROM reservation WHERE id = ?', reservation)._replace(changed=0),
+                rows('SELECT slot, resource_id, start, "end", held_from, held_until, vms, vcpus, ram, classes, cancelled '
+                     'FROM occurrence WHERE reservation_id = ? ORDER BY id', reservation))
 
     def tell_change(self, old, wish: Wish, asked: dict, done: list, code: str, now: float) -> None:
         """Writes down that a reservation was changed."""
@@ -5863,9 +5910,10 @@ class Plan(Requests):
             hold(place.id, begin, until, held)
             id = insert(Capacity, resource=place.id, start=begin, end=until, **stored(most), **stored(held, 'held_'),
                         reason=reason, added=int(now), removed=None)
-            hit = [self.make_room(each, f'{reason} on {name} from {instant(begin)} to {instant(until)}', then, now)
+            why = f"{reason} on '{name}' from {self.config.told_time(begin)} to {self.config.told_time(until)}"
+            hit = [self.make_room(each, why, then, now)
                    for each in self.homeless(place, max(begin, int(now)), until)]
-            self.journal(now, 'resource', f"{reason} on '{name}' from {instant(begin)} to {instant(until)}")
+            self.journal(now, 'resource', why)
             return {'id': id, 'resource': name, 'start': instant(begin), 'end': instant(until), 'reason': reason,
                     'hit': hit}
 
@@ -5978,7 +6026,7 @@ class Plan(Requests):
                        'WHERE resource_id = ? AND removed IS NULL AND start <= ? AND "end" > ? ORDER BY left, "end" DESC',
                        place.id, int(now), int(now))
         if changes and changes[0].left == 0:
-            until = format_time(instant(changes[0].end), self.config.zone)
+            until = self.config.told_time(changes[0].end)
             return f"{changes[0].reason} on '{place.name}' until {until}", changes[0].end, None
         why = f"'{place.name}' has less than is reserved now, and what was reserved earlier comes first"
         return why, min((each.end for each in changes), default=int(now) + 86400), set(
@@ -7077,7 +7125,7 @@ class LifeCycle:
             self.service.cancel([found], now, f'nobody has used it within {format_duration(occurrence.no_show)}')
             return True
         if now >= begun + occurrence.no_show // 2 and not occurrence.told & UNUSED:
-            until = instant(begun + occurrence.no_show)
+            until = self.config.told_time(begun + occurrence.no_show)
             self.journal(now, 'unused', f'it is released at {until} unless a machine '
                          'is booted on it', occurrence)
             change(Occurrence, occurrence.id, told=occurrence.told | UNUSED, due=begun + occurrence.no_show)

@@ -21,6 +21,8 @@ import asyncio
 import collections
 import contextlib
 import csv
+import email.policy
+import email.utils
 import functools
 import html
 import http.client
@@ -314,6 +316,28 @@ def test_credentials_keep_their_case_and_choose_the_account(folder):
     clouds = cmres.Clouds(config)
     assert clouds.account('Chameleon', 'Bio') == 'chameleon-Bio'
     assert clouds.account('Chameleon', 'chem') == 'Chameleon'
+
+
+@pytest.mark.parametrize('text, sentence', [
+    ('{label is reserved', "'expected '}' before end of string'"), ('{labell}', "there is no field {labell}; did you mean 'label'?"),
+    ('{vms.nope}', 'there is no field {vms.nope}'), ('{label[0]}', 'there is no field {label[0]}'), ('{}', 'there is no field {}'),
+    ('{0}', 'there is no field {0}'), ('{vms:d}', 'Unknown format code'), ('{label:{width}}', "'width'"), ('a } b', "Single '}'"),
+    ('{user_data}', 'there is no field {user_data}')])
+def test_words_that_can_not_be_filled_in_are_refused_at_the_start(folder, text, sentence):
+    path = folder('c.ini', f'[texts]\nended = {text}\n')
+    with pytest.raises(Invalid, match=re.escape(sentence)) as refusal:
+        load_config(path, {})
+    assert str(refusal.value).startswith('c.ini: [texts] ended: ')
+
+
+def test_words_may_have_every_field_of_an_answer(folder, world):
+    """Also braces as such, and formats."""
+    fields = {*cmres.public(cmres.listing(0, tail='LIMIT 1')[0])} if book(world.service) else set()
+    assert cmres.TEXT_FIELDS == fields | {'sentence', 'message', 'actor'}
+    text = ' '.join(f'{{{each}}}' for each in cmres.TEXT_FIELDS)
+    assert load_config(folder('c.ini', f'[texts]\nended = {text} {{{{}}}} {{label:>9}}\n'), {}).texts['ended']
+    for each in cmres.TEXTS.values():
+        cmres.check_template('here', each)
 
 
 def test_a_new_project_needs_no_restart(folder, caplog):
@@ -6620,10 +6644,11 @@ def test_a_notice_does_not_reach_into_private_networks(world):
     inbox.server.shutdown()
 
 
-def test_mail_says_it_in_the_words_of_the_configuration(tmp_path):
-    """Spoken to over real SMTP, with a server of twenty lines."""
+@pytest.fixture
+def mails(tmp_path):
+    """A world by its settings, and the mails that reach an SMTP server of twenty lines."""
     import socketserver
-    mails = []
+    came = []
 
     class Smtp(socketserver.StreamRequestHandler):
         def handle(self):
@@ -6632,17 +6657,65 @@ def test_mail_says_it_in_the_words_of_the_configuration(tmp_path):
                 verb = line[:4].upper()
                 if verb == b'DATA':
                     self.wfile.write(b'354 go on\r\n')
-                    mails.append(b''.join(iter(self.rfile.readline, b'.\r\n')).decode())
+                    text = b''.join(iter(self.rfile.readline, b'.\r\n'))
+                    came.append(email.message_from_bytes(text, policy=email.policy.default))
                 self.wfile.write(b'221 bye\r\n' if verb == b'QUIT' else b'250 ok\r\n')
+
+    def make(**settings):
+        return World(tmp_path, mail_server=f'127.0.0.1:{server.server_address[1]}', **settings), came
     with socketserver.ThreadingTCPServer(('127.0.0.1', 0), Smtp) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        world = World(tmp_path, mail_server=f'127.0.0.1:{server.server_address[1]}',
-                      texts=cmres.TEXTS | {'added': 'Hurrah for {label}\nCome at {start}.'})
-        boot(world, notify=['eva@example.org'])
-        world.at(0)
+        yield make
         server.shutdown()
-    assert len(mails) == 1 and 'To: eva@example.org' in mails[0]
-    assert 'Subject: [cmres] Hurrah for lab' in mails[0] and 'Come at 2026-12-01 13:00 UTC.' in mails[0]
+    cmres.close_store()
+
+
+def test_mail_says_it_in_the_words_of_the_configuration(mails):
+    world, came = mails(texts=cmres.TEXTS | {'added': 'Hurrah for {label}\nCome at {start}.'})
+    boot(world, notify=['eva@example.org'])
+    world.at(0)
+    mail, = came
+    assert mail['To'] == 'eva@example.org' and mail['Subject'] == '[cmres] Hurrah for lab'
+    assert 'Come at Tue 1 Dec 2026, 13:00 (UTC).' in mail.get_content()
+
+
+def test_a_mail_has_a_date_and_the_times_of_its_reservation(mails):
+    world, came = mails(timezone='America/New_York')
+    book(world.service, 'plain', notify=['eva@example.org'])
+    world.service.add('class', 'demo', NOON + hours(24), NOON + hours(26), repeat='daily', count=2, tz='Europe/Paris',
+                      notify=['eva@example.org'])
+    world.at(0)
+    plain, of_series = came
+    assert abs(email.utils.parsedate_to_datetime(plain['Date']).timestamp() - time.time()) < 600
+    assert 'from Tue 1 Dec 2026, 08:00 (America/New_York) to Tue 1 Dec 2026, 09:00 (America/New_York).' in plain.get_content()
+    assert 'from Wed 2 Dec 2026, 13:00 (Europe/Paris) to Wed 2 Dec 2026, 15:00 (Europe/Paris).' in of_series.get_content()
+
+
+def test_the_times_in_sentences_name_their_zone(tmp_path):
+    world = World(tmp_path, timezone='Europe/Paris')
+    world.service.resource_update('demo', approval=hours(1))
+    book(world.as_user(), 'asks')
+    assert world.service.events('asks')[-1]['sentence'] == (
+        'an admin must approve it until Tue 1 Dec 2026, 14:00 (Europe/Paris)')
+    world.service.maintenance_add('demo', NOON + hours(1), NOON + hours(2))
+    assert ("maintenance on 'demo' from Tue 1 Dec 2026, 14:00 (Europe/Paris) to Tue 1 Dec 2026, 15:00 (Europe/Paris)"
+            in world.service.events('asks')[-1]['sentence'])
+    cmres.close_store()
+
+
+@pytest.mark.parametrize('more, changes', [
+    ({}, {'vms': 2}), ({}, {'description': 'the same'}), ({}, {'end': NOON + hours(2)}),
+    ({}, {'notify': ['http://example.org/x'], 'start': NOON + hours(1)}),
+    ({'repeat': 'daily', 'count': 3}, {'vms': 2}), ({'repeat': 'daily', 'count': 3}, {'description': 'the same'}),
+    ({'repeat': 'daily', 'count': 3}, {'occurrence': NOON + hours(25), 'vms': 2})])
+def test_an_update_that_changes_nothing_is_told_to_nobody(world, more, changes):
+    book(world.service, vms=2, description='the same', notify=['http://example.org/x'], **more)
+    world.now += 60
+    before = dump()
+    answer = world.service.update('lab', **changes)
+    assert answer['label'] == 'lab' and dump() == before
+    assert world.service.update('lab', **changes | {'vms': 3})['vms'] == 3
+    assert [each['code'] for each in world.service.events('lab')] == ['added', 'updated']
 
 
 @pytest.fixture
