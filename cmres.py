@@ -77,7 +77,7 @@ import textwrap
 import threading
 import time
 import warnings
-from collections import defaultdict, namedtuple
+from collections import Counter, defaultdict, namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from datetime import date, datetime, timedelta, timezone
@@ -592,6 +592,7 @@ TEXTS = {
     'forced': '{label}: VMs were deleted without what was agreed\n{sentence}.',
     'foreign': '{label}: VMs that people started themselves\n{sentence}.',
     'held': 'your calendar asks for much less than before\n{sentence}',
+    'dropped': 'no more mails today\n{sentence}.',
 }
 #: What stands in braces there: the fields of a reservation as answers show it, and of the event.
 TEXT_FIELDS = frozenset((
@@ -631,6 +632,8 @@ class Config:
         False, 'whether webhooks and calendars may be in private networks and on this machine')
     mail_server: str = setting('', 'host:port of the SMTP server that takes notices; without one, no mail is sent')
     mail_from: str = setting('cmres@localhost', 'the sender of mails')
+    mail_domains: str = setting('', 'the domains that mails may go to, with commas between; empty: any')
+    notices_per_day: int = setting(200, 'mails that are sent for one user within a day; what is beyond is dropped', 0)
     horizon: int = setting(366, 'days ahead for which the occurrences of a repetition are reserved', 1, 3660)
     calendar_poll: float = setting(300.0, 'seconds between looks at a calendar that somebody subscribed to', 0.1)
     address: str = setting('', 'how people reach `serve`, for links, such as https://cmres.example.org')
@@ -655,6 +658,11 @@ class Config:
     @property
     def zone(self) -> ZoneInfo:
         return read_zone(self.timezone)
+
+    def may_tell(self, target: str) -> bool:
+        """Whether notices may go to an address: to a web address, or a mail address of `mail_domains`."""
+        domains = self.mail_domains.lower().replace(',', ' ').split()
+        return is_web(target) or not domains or target.rpartition('@')[2].lower() in domains
 
     def told_time(self, seconds: float, tz: str = '') -> str:
         """An instant as sentences tell it: in the zone of a reservation, else of the service, which is named."""
@@ -716,6 +724,11 @@ def check_template(where: str, template: str) -> None:
         template.format_map(dict.fromkeys(TEXT_FIELDS, 'text'))
     except (ValueError, LookupError) as error:  # LookupError: a field inside the format of another
         raise Invalid(f"{where}: '{first_line(error)}'; write fields as {{label}}, and {{{{ for a brace") from None
+
+
+def is_web(target: str) -> bool:
+    """Whether somebody is told by a webhook, and not by mail."""
+    return target.startswith(('http://', 'https://'))
 
 
 def file_stamp(path: str) -> tuple:
@@ -1580,12 +1593,20 @@ class Outbox(Table):
     """A notice on its way: sent when it is written down with its event, until it has arrived."""
     event = peewee.ForeignKeyField(Event, index=False)
     target = peewee.CharField()
+    owner = peewee.CharField(default='')  # who wants it told, PROJECT/USER; '': the operator
     tries = peewee.IntegerField(default=0)
     due = peewee.DoubleField(null=True)  # NULL: it has arrived, or was given up
     fault = peewee.TextField(default='')
 
 
 Outbox.add_index(Outbox.index(Outbox.due, where=Outbox.due.is_null(False), name='outbox_due'))
+
+
+class Mailed(Table):
+    """How many mails were written down on a day, by whose they are."""
+    owner = peewee.CharField(primary_key=True)  # PROJECT/USER
+    day = peewee.IntegerField()                 # since 1970
+    number = peewee.IntegerField()
 
 
 class Lease(Table):
@@ -1616,10 +1637,11 @@ class SimulatedServer(Table):
 
 
 TABLES = [Resource, Reservation, Occurrence, Capacity, Proposal, ExtraHold, Limit, Step, Server, Claim, Token, Feed,
-          Subscription, Event, Outbox, Lease, Fact, SimulatedServer]
+          Subscription, Event, Outbox, Mailed, Lease, Fact, SimulatedServer]
 
 #: What brings an older store up to the models above, one function a version.
-MIGRATIONS: list[Callable] = [lambda: add_tracks(), lambda: add_proposals(), lambda: add_up_told()]
+MIGRATIONS: list[Callable] = [lambda: add_tracks(), lambda: add_proposals(), lambda: add_up_told(),
+                              lambda: add_owners()]
 
 
 def open_store(path: str) -> None:
@@ -1712,6 +1734,13 @@ def add_up_told() -> None:
     run('UPDATE occurrence SET up_told = vms WHERE due IS NOT NULL AND told & 2')
 
 
+def add_owners() -> None:
+    """Version 5: whose notices are on their way, and how many mails somebody has had sent."""
+    add_columns('outbox', {'owner': "VARCHAR(255) NOT NULL DEFAULT ''"})
+    run('CREATE TABLE IF NOT EXISTS mailed (owner VARCHAR(255) NOT NULL PRIMARY KEY, day INTEGER NOT NULL, '
+        'number INTEGER NOT NULL)')
+
+
 @contextmanager
 def transaction(keep: bool = True) -> Iterator[None]:
     """All of it or nothing, on disk when it ends; alone in this process; without `keep`, undone at its end."""
@@ -1787,14 +1816,45 @@ def journal(config: Config, at: float, actor: str, code: str, sentence: str, res
       occurrence: the one that it is about; without one, all that are not over
       refused: project and resource of what is no reservation
     """
-    event = insert(Event, at=at, actor=actor, code=code, sentence=sentence, reservation=reservation,
-                   occurrence=occurrence, **{'project': '', 'resource': ''} | refused)
+    about = dict(reservation=reservation, occurrence=occurrence, **{'project': '', 'resource': ''} | refused)
+    event = insert(Event, at=at, actor=actor, code=code, sentence=sentence, **about)
     if reservation and (occurrence is None or occurrence > 0):
         which, id = ('id', occurrence) if occurrence else ('due IS NOT NULL AND reservation_id', reservation)
         run(f'UPDATE occurrence SET revision = revision + 1, revised = ? WHERE {which} = ?', int(at), id)
-    for target in [config.webhook, *notify] if code in TEXTS and notify is not None else ():
-        if target:
-            insert(Outbox, event=event, target=target, due=at, tries=0, fault='')
+    if code not in TEXTS or notify is None:
+        return
+    if config.webhook:
+        send_later(event, [config.webhook], '', at)
+    targets = [target for target in notify if config.may_tell(target)]
+    if targets:
+        owner = owner_of(reservation) or f"{about['project']}/{actor}"
+        mails = [target for target in targets if not is_web(target)]
+        left = mails_left(config, owner, len(mails), at) if mails else 0
+        send_later(event, [target for target in targets if is_web(target)] + mails[:max(left, 0)], owner, at)
+        if 0 <= left < len(mails):
+            sentence = (f'{config.notices_per_day} mails were sent for {owner} today, so no more are sent until '
+                        f"{config.told_time((at // 86400 + 1) * 86400)}; the event log has everything")
+            send_later(insert(Event, at=at, actor='cmres', code='dropped', sentence=sentence, **about), mails, owner, at)
+
+
+def owner_of(reservation: int | None) -> str:
+    """Whose a reservation is, as PROJECT/USER."""
+    found = row("SELECT project || '/' || user AS owner FROM reservation WHERE id = ?", reservation)
+    return found.owner if found else ''
+
+
+def mails_left(config: Config, owner: str, number: int, at: float) -> int:
+    """How many of some mails may be sent for somebody today; -1: none, and that was told already."""
+    total, = run('INSERT INTO mailed (owner, day, number) VALUES (?, ?, ?) ON CONFLICT (owner) DO UPDATE SET '
+                 'number = excluded.number + iif(day = excluded.day, number, 0), day = excluded.day RETURNING number',
+                 owner, int(at // 86400), number).fetchone()
+    left = config.notices_per_day - (total - number)
+    return -1 if left < 0 else min(left, number)
+
+
+def send_later(event: int, targets: list[str], owner: str, at: float) -> None:
+    for target in targets:
+        insert(Outbox, event=event, target=target, owner=owner, due=at, tries=0, fault='')
 
 
 # What a reservation looks like to everybody: its occurrence's facts and the state derived from
@@ -2644,11 +2704,21 @@ class Clouds:
 
 GIVE_UP = 3 * 86400  # seconds after which an undeliverable notice is given up
 MOST_WAIT = 10  # seconds for an answer from an address that a person gave
+MAIL_WAIT = 30  # seconds for all that a mail server says: some let one wait
+PER_HOST = 2  # notices that are on their way to one host at the same time
 MOST_FETCHED = 2**20  # bytes of it
 
-NOTICES = '''SELECT n.id, n.target, n.tries, e.id AS event, e.at, e.actor, e.code, e.sentence, e.reservation_id,
+NOTICES = '''SELECT n.id, n.target, n.owner, n.tries, e.id AS event, e.at, e.actor, e.code, e.sentence, e.reservation_id,
                     e.occurrence
                FROM outbox n JOIN event e ON e.id = n.event_id'''
+
+
+def host_of(target: str) -> str:
+    """The host that a notice goes to; '' for mails, which all go to our own server."""
+    try:
+        return urlsplit(target).hostname or target if is_web(target) else ''
+    except ValueError:  # such as http://[x; whoever delivers it finds that out as well
+        return target
 
 
 class Undelivered(Error):
@@ -2663,7 +2733,7 @@ def deliver(config: Config, notice, about: dict) -> None:
     """
     from http.client import HTTPException
     try:
-        if re.match('https?://', notice.target):
+        if is_web(notice.target):
             body = {'id': notice.event, 'event': notice.code, 'at': instant(notice.at), 'actor': notice.actor,
                     'sentence': notice.sentence, 'reservation': about}
             post(config, notice.target, json_text(body).encode())
@@ -2721,25 +2791,50 @@ def exchange(config: Config, verb: str, url: str, body: bytes | None, headers: d
     address = allowed_address(config, parts.hostname or '', port)
     kind = HTTPSConnection if parts.scheme == 'https' else HTTPConnection
     connection = kind(parts.hostname, port, timeout=MOST_WAIT)
-    # To the address that was checked: the name may mean another one a moment later.
-    connection._create_connection = lambda _, *rest: socket.create_connection((address, port), *rest)
-    connection.connect()
-    # The time-out is for each piece; one that comes drop by drop is cut off.
-    watch = threading.Timer(MOST_WAIT, hang_up, [connection.sock])
+    with cut_off(MOST_WAIT) as connect:
+        try:
+            # To the address that was checked: the name may mean another one a moment later.
+            connection._create_connection = lambda _, *rest: connect((address, port), *rest)
+            connection.request(verb, parts._replace(scheme='', netloc='', fragment='').geturl() or '/', body,
+                               {'User-Agent': f'cmres/{__version__}', **headers})
+            answer = connection.getresponse()
+            text = answer.read(MOST_FETCHED + 1)
+            if len(text) > MOST_FETCHED:
+                raise ValueError(f'it is larger than {MOST_FETCHED} bytes')
+            if answer.length:
+                raise ValueError(f'it is cut short by {answer.length} bytes')
+            return answer.status, {name.lower(): value for name, value in answer.getheaders()}, text
+        finally:
+            connection.close()
+
+
+@contextmanager
+def cut_off(seconds: float) -> Iterator[Callable]:
+    """A `create_connection` whose connections end after so many seconds, also those that come drop by drop.
+
+    A socket's own time-out is for each piece; this one is for all, a handshake of TLS included.
+    """
+    lines, over = [], threading.Event()
+
+    def connect(*asked) -> socket.socket:
+        made = socket.create_connection(*asked)
+        lines.append(made.dup())  # what becomes of `made` is not known here: TLS takes it apart
+        if over.is_set():
+            hang_up(made)
+        return made
+
+    def end() -> None:
+        over.set()
+        for line in [*lines]:
+            hang_up(line)
+    watch = threading.Timer(seconds, end)
     watch.start()
     try:
-        connection.request(verb, parts._replace(scheme='', netloc='', fragment='').geturl() or '/', body,
-                           {'User-Agent': f'cmres/{__version__}', **headers})
-        answer = connection.getresponse()
-        text = answer.read(MOST_FETCHED + 1)
-        if len(text) > MOST_FETCHED:
-            raise ValueError(f'it is larger than {MOST_FETCHED} bytes')
-        if answer.length:
-            raise ValueError(f'it is cut short by {answer.length} bytes')
-        return answer.status, {name.lower(): value for name, value in answer.getheaders()}, text
+        yield connect
     finally:
         watch.cancel()
-        connection.close()
+        for line in lines:
+            line.close()
 
 
 def hang_up(line: socket.socket) -> None:
@@ -2774,7 +2869,9 @@ def send_mail(config: Config, notice, about: dict) -> None:
     message['Date'] = formatdate()  # RFC 5322 wants one, and spam filters miss it
     message['Message-ID'] = f'<event-{notice.event}-{notice.id}@cmres>'  # a repeated one is known as such
     message.set_content(f'{text}\n\n{notice.sentence}\n' if notice.sentence not in text else f'{text}\n')
-    with smtplib.SMTP(host, int(port or 25), timeout=10) as server:
+    with cut_off(MAIL_WAIT) as connect, smtplib.SMTP(timeout=MOST_WAIT) as server:
+        server._get_socket = lambda host, port, timeout: connect((host, port), timeout)
+        server.connect(host, int(port or 25))
         server.send_message(message)
 
 
@@ -3802,6 +3899,9 @@ class Wishes(Service):
         for target in asked['notify']:
             if not re.fullmatch(r'https?://\S+|[^@\s,<>]+@[^@\s,<>]+', target) or len(asked['notify']) > 10:
                 raise Invalid(f"notify: '{target}' is no mail address and no http(s) address, or they are over 10")
+            if not self.config.may_tell(target):
+                raise Invalid(f"notify: no mails are sent to '{target}'; here they may go to addresses of "
+                              f'{self.config.mail_domains} only')
 
     def ask_cloud(self, place, asked: dict, warnings: list) -> dict:
         """What the resource's cloud knows under the names that are asked for; an unknown one is refused.
@@ -3974,14 +4074,17 @@ class Wishes(Service):
 
     @contextmanager
     def recording_refusal(self, wish: Wish, dry_run: bool) -> Iterator[None]:
-        """Writes down that a request was refused for want of room or by a limit, for reports and notices."""
+        """Writes down that a request was refused for want of capacity or by a limit: for reports and the operator.
+
+        Nobody else is told: who asks has the answer, and may have named anybody as to be notified.
+        """
         try:
             yield
         except Conflict as refusal:
             if not dry_run and (isinstance(refusal, NoCapacity) or 'limit' in refusal.details):
                 with transaction():
                     sentence = f"'{wish.label}' of {wish.user}: {refusal}"
-                    journal(self.config, self.clock(), wish.user, 'refused', sentence, None, wish.notify,
+                    journal(self.config, self.clock(), wish.user, 'refused', sentence, None,
                             project=wish.project, resource=wish.resource.name)
             raise
 
@@ -7180,8 +7283,8 @@ class LifeCycle:
         self.journal(now, 'ready', f'all {len(servers)} are up{when}: {there}', occurrence)
 
     def by_hand(self, server) -> bool:
-        """Whether somebody has put a server to rest; what was there before us, we start ourselves."""
-        return server.state in WAKES and not server.borrowed
+        """Whether somebody has put a server to rest; what was at rest when its time began, we start ourselves."""
+        return server.state in WAKES and bool(server.ready) and not server.borrowed
 
     def why_not_up(self, servers: list) -> str:
         """The reasons for which servers are not up, each with those that it concerns."""
@@ -7270,9 +7373,7 @@ class LifeCycle:
         """Hands the calls that are due to workers, each after its intent is written."""
         due = [server for server in rows(f'{SERVERS} WHERE v.due <= ? ORDER BY v.planned, v.id', now)
                if not self.busy(('server', server.id))]
-        # Each target is told in order, one notice after another.
-        notices = rows(f'{NOTICES} WHERE n.due <= ? AND n.id IN (SELECT min(id) FROM outbox WHERE due IS NOT NULL '
-                       'GROUP BY target)', now)
+        notices = self.next_notices(now)
         polls = rows('SELECT * FROM subscription WHERE due <= ?', now)
         claims: dict = defaultdict(list)
         for each in rows('SELECT c.server, s.cloud FROM claim c JOIN resource s ON s.id = c.resource_id '
@@ -7294,11 +7395,43 @@ class LifeCycle:
             if self.breakers[account].until <= now:
                 self.submit(('look', account), 'look', account, self.known(account))
         for notice in notices:
-            self.submit(('notice', notice.target), 'notice', ' notices', notice)
+            self.submit(('notice', notice.target, notice.owner), 'notice', ' notices', notice)
         for account, uids in claims.items():
             self.submit(('claims', account), 'trace', account, uids)
         for each in polls:
             self.submit(('poll', each.id), 'poll', ' calendars', each)
+
+    def next_notices(self, now: float) -> list:
+        """The notices that go out now: by turns of those whose they are, and not many to one host at a time.
+
+        Each target is told in order, one notice of an owner after another. An owner has a quarter of the
+        workers and mail half of them, so that silent hosts and many notices of some delay nobody else's.
+        """
+        under_way = [key for key in self.flying if key[0] == 'notice' and self.busy(key)]
+        if len(under_way) >= self.config.workers:
+            return []
+        owners, hosts = Counter(key[2] for key in under_way), Counter(host_of(key[1]) for key in under_way)
+        heads = rows(f'{NOTICES} WHERE n.due <= ? AND n.id IN (SELECT min(id) FROM outbox WHERE due IS NOT NULL '
+                     'GROUP BY target, owner) ORDER BY n.id', now)
+        queues = {those[0].owner: iter(those) for those in grouped(heads, 'owner')}
+        chosen: list = []
+        while queues and len(under_way) + len(chosen) < self.config.workers:
+            owner = min(queues, key=owners.__getitem__)
+            notice = next((each for each in queues[owner] if self.has_room(each, hosts)), None)
+            if notice is None or owners[owner] >= max(self.config.workers // 4, 1):
+                del queues[owner]
+                continue
+            chosen.append(notice)
+            owners[owner] += 1
+            hosts[host_of(notice.target)] += 1
+        return chosen
+
+    def has_room(self, notice, hosts: Counter) -> bool:
+        """Whether a notice can go out although so many are on their way to each host; the operator's always can."""
+        if self.busy(('notice', notice.target, notice.owner)):
+            return False
+        host = host_of(notice.target)
+        return not notice.owner or hosts[host] < (PER_HOST if host else max(self.config.workers // 2, 1))
 
     def left_alone(self, server, now: float) -> bool:
         """Whether a cloud is in such trouble that calls to it wait; a look then finds out whether it is over."""

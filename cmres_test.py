@@ -7038,6 +7038,142 @@ def test_whatever_cancels_a_reservation_says_what_becomes_of_its_vms(world):
     assert world.service.events('lab')[-1]['sentence'].endswith('; the agreed snapshot is not done')
 
 
+@pytest.fixture
+def silent():
+    """Addresses on one host that takes connections and never answers: silent(3)."""
+    with socket.create_server(('127.0.0.1', 0), backlog=512) as server:
+        yield lambda number: [f'http://127.0.0.1:{server.getsockname()[1]}/{n}' for n in range(number)]
+
+
+def under_way(world) -> list[tuple]:
+    return [key for key in world.cycle.flying if key[0] == 'notice']
+
+
+def test_hosts_that_are_silent_delay_nobody_else(heard, silent):
+    """A hundred notices wait for ever at one host; those of others are there when their turn comes, which is at once."""
+    world, inbox = heard()
+    for number in range(10):
+        book(world.as_user('tom', 'physics'), f'tom-{number}', start=number, end=number + 1, notify=silent(10))
+    book(world.as_user(), 'lab', start=20, end=21, notify=[inbox.url.replace('127.0.0.1', 'localhost')])
+    world.cycle.converge(world.now)
+    assert len(under_way(world)) == cmres.PER_HOST + 1
+    until = time.monotonic() + 60
+    while not inbox.came and time.monotonic() < until:
+        world.cycle.wake.wait(1)
+    assert inbox.codes() == ['added']
+    assert len(under_way(world)) == cmres.PER_HOST + 1
+
+
+def test_an_owner_has_a_quarter_of_the_workers(tmp_path, monkeypatch):
+    """Whatever the hosts are called."""
+    world, release = World(tmp_path, workers=8), threading.Event()
+    monkeypatch.setattr(cmres, 'deliver', lambda config, notice, about: release.wait(60))
+    for user in ('tom', 'ann'):
+        book(world.as_user(user, 'physics'), user, notify=[f'http://{user}{n}.example.org' for n in range(10)])
+    book(world.as_user(), 'lab', notify=['http://eva.example.org'])
+    world.cycle.converge(world.now)
+    assert collections.Counter(key[2] for key in under_way(world)) == {'physics/tom': 2, 'physics/ann': 2, 'biology/eva': 1}
+    release.set()
+    world.cycle.settle()
+    assert not cmres.rows('SELECT id FROM outbox WHERE due IS NOT NULL')
+    cmres.close_store()
+
+
+def test_of_one_owner_a_target_is_told_in_order_and_of_others_beside_it(tmp_path, monkeypatch):
+    world, told = World(tmp_path), []
+    monkeypatch.setattr(cmres, 'deliver', lambda config, notice, about: told.append((notice.owner, notice.event)))
+    for number in range(5):
+        for user in ('tom', 'ann'):
+            book(world.as_user(user, 'physics'), f'{user}-{number}', number, number + 1, notify=['http://example.org'])
+    world.at(0)
+    assert len(told) == 10
+    for user in ('tom', 'ann'):
+        mine = [event for owner, event in told if owner == f'physics/{user}']
+        assert mine == sorted(mine) and len(mine) == 5
+    cmres.close_store()
+
+
+def test_a_target_that_is_no_address_stops_nobody(heard):
+    world, inbox = heard()
+    book(world.service, 'odd', notify=['http://[x', 'https://:99999/', 'http://a b'.replace(' ', '\u2028x')])
+    book(world.as_user(), notify=[inbox.url])
+    world.at(0)
+    assert inbox.codes() == ['added']
+
+
+def test_mails_beyond_the_rate_of_a_day_are_dropped_and_that_is_said_once(mails):
+    world, came = mails(notices_per_day=5)
+    for number in range(4):
+        book(world.as_user(), f'lab-{number}', number + 1, number + 2, notify=['a@example.org', 'b@example.org'])
+    book(world.as_user('tom'), 'tom', 5, 6, notify=['tom@example.org'])
+    world.at(0)
+    said = collections.Counter(mail['Subject'] for mail in came)
+    assert said == {'[cmres] lab-0 is reserved': 2, '[cmres] lab-1 is reserved': 2, '[cmres] lab-2 is reserved': 1,
+                    '[cmres] no more mails today': 2, '[cmres] tom is reserved': 1}
+    dropped = [(each['label'], each['sentence']) for each in world.as_user().events(limit=100) if each['code'] == 'dropped']
+    assert dropped == [('lab-2', '5 mails were sent for biology/eva today, so no more are sent until '
+                        'Wed 2 Dec 2026, 00:00 (UTC); the event log has everything')]
+    world.at(12)
+    book(world.as_user(), 'next', 20, 21, notify=['a@example.org'])
+    world.at(12)
+    assert '[cmres] next is reserved' in [mail['Subject'] for mail in came]
+
+
+def test_webhooks_are_told_however_many_mails_there_were(mails, tmp_path):
+    inbox = Inbox()
+    world, came = mails(notices_per_day=0, private_addresses=True)
+    book(world.as_user(), notify=['a@example.org', inbox.url])
+    world.at(0)
+    assert inbox.codes() == ['added'] and [mail['Subject'] for mail in came] == ['[cmres] no more mails today']
+    inbox.server.shutdown()
+
+
+def test_mails_go_to_allowed_domains_only(mails):
+    world, came = mails(mail_domains='example.org, Uni.example')
+    with pytest.raises(Invalid, match="no mails are sent to 'x@evil.example.org'; here they may go to addresses of "):
+        book(world.as_user(), notify=['x@evil.example.org'])
+    book(world.as_user(), notify=['a@EXAMPLE.org', 'b@uni.example'])
+    cmres.run("UPDATE reservation SET notify = ?", json.dumps(['x@evil.example.org', 'a@example.org']))  # of older days
+    world.service.extend('lab', hours(1))
+    world.at(0.9)
+    assert {mail['To'] for mail in came} == {'a@EXAMPLE.org', 'b@uni.example', 'a@example.org'}
+
+
+def test_a_refusal_is_told_to_who_asked_and_to_the_operator(heard):
+    world, inbox = heard()
+    object.__setattr__(world.config, 'webhook', f'{inbox.url}/operator')
+    for number in range(5):
+        with pytest.raises(NoCapacity):
+            book(world.as_user(), vms=99, notify=['stranger@example.org', f'{inbox.url}/stranger'])
+    world.at(0)
+    assert inbox.codes() == ['refused'] * 5
+    assert {each.target for each in cmres.rows('SELECT target FROM outbox')} == {f'{inbox.url}/operator'}
+
+
+@pytest.mark.parametrize('web', [True, False])
+def test_a_delivery_has_so_long_in_all_however_slowly_it_is_answered(mails, monkeypatch, web):
+    """The other side sends a byte now and then, for ever."""
+    monkeypatch.setattr(cmres, 'MOST_WAIT', 1)
+    monkeypatch.setattr(cmres, 'MAIL_WAIT', 1)
+    ended = threading.Event()
+
+    def drip(server):
+        line, _ = server.accept()
+        with contextlib.suppress(OSError):
+            line.sendall(b'HTTP/1.1 200 OK\r\nX: ' if web else b'220-')
+            while not ended.wait(0.1):
+                line.sendall(b'.')
+        ended.set()
+    with socket.create_server(('127.0.0.1', 0)) as server:
+        threading.Thread(target=drip, args=(server,), daemon=True).start()
+        address = f'127.0.0.1:{server.getsockname()[1]}'
+        world, _ = mails(private_addresses=True)
+        object.__setattr__(world.config, 'mail_server', address)
+        book(world.as_user(), notify=[f'http://{address}' if web else 'eva@example.org'])
+        world.at(0)
+        assert cmres.row('SELECT tries FROM outbox').tries == 1 and ended.wait(60)
+
+
 def test_the_journal_always_tells_why_it_ended(world):
     for label in ('over', 'cancelled', 'skipped', 'failed'):
         boot(world, label, image='' if label == 'over' else 'cirros', vms=1)
