@@ -78,7 +78,7 @@ import threading
 import time
 import warnings
 from bisect import bisect_left
-from collections import defaultdict, namedtuple
+from collections import Counter, defaultdict, namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from datetime import date, datetime, timedelta, timezone
@@ -271,6 +271,13 @@ def format_time(moment: datetime, zone: ZoneInfo) -> str:
     local = moment.astimezone(zone)
     clock = '%H:%M:%S' if local.second else '%H:%M'
     return local.strftime(f'%Y-%m-%d {clock} %Z')
+
+
+def format_moment(moment: datetime, zone: ZoneInfo) -> str:
+    """A time for people who may be elsewhere: Tue 1 Dec 2026, 09:00 (Europe/Paris)."""
+    local = moment.astimezone(zone)
+    clock = '%H:%M:%S' if local.second else '%H:%M'
+    return local.strftime(f'%a {local.day} %b %Y, {clock} ({zone.key})')
 
 
 def format_duration(length: float) -> str:
@@ -537,8 +544,11 @@ def stretches_before(stretches: list[Stretch], key: str) -> list[Stretch]:
 def cut_stretches(stretches: list[Stretch], key: str, **changes) -> list[Stretch]:
     """A series that is otherwise from a slot on: shifted by so many seconds more, or with other values."""
     shift = changes.pop('shift', 0)
+    there = [stretch for stretch in stretches if not stretch.until or stretch.until > key]
+    if not shift and all(stretch._replace(**changes) == stretch for stretch in there):
+        return stretches
     after = [stretch._replace(since=max(stretch.since, key), shift=stretch.shift + shift, **changes)
-             for stretch in stretches if not stretch.until or stretch.until > key]
+             for stretch in there]
     return stretches_before(stretches, key) + after
 
 
@@ -579,8 +589,20 @@ TEXTS = {
     'rejected': '{label} stays as it was\n{sentence}.',
     'maintenance': '{label} is in the way of a maintenance\n{sentence}.',
     'unused': '{label} is not used\n{sentence}.',
+    'trouble': '{label}: not all VMs are up\n{sentence}.',
+    'vanished': '{label}: VMs have vanished\n{sentence}.',
+    'stopped': '{label}: VMs are stopped\n{sentence}.',
+    'snapshot': '{label}: VMs are saved as images\n{sentence}.',
+    'forced': '{label}: VMs were deleted without what was agreed\n{sentence}.',
+    'foreign': '{label}: VMs that people started themselves\n{sentence}.',
     'held': 'your calendar asks for much less than before\n{sentence}',
+    'dropped': 'no more mails today\n{sentence}.',
 }
+#: What stands in braces there: the fields of a reservation as answers show it, and of the event.
+TEXT_FIELDS = frozenset((
+    'sentence message actor id label user project resource cell cloud region aggregate vms flavor image network key '
+    'security_groups metadata server at_end notify vcpus ram classes lead description personal repeat tz start end '
+    'cancelled added changed up fault request host state').split())
 
 
 def setting(default, why: str, least=None, most=10**9):
@@ -589,7 +611,7 @@ def setting(default, why: str, least=None, most=10**9):
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Everything that can be set, once read never changed."""
+    """Everything that can be set; once read, only what `read_again` takes is ever changed."""
     database: str = setting('cmres.db', 'the SQLite file that holds everything; not on a network file system')
     host: str = setting('127.0.0.1', 'the address that `serve` listens on; put a TLS proxy before any other')
     port: int = setting(8080, 'the port that `serve` listens on', 0, 65535)
@@ -614,6 +636,8 @@ class Config:
         False, 'whether webhooks and calendars may be in private networks and on this machine')
     mail_server: str = setting('', 'host:port of the SMTP server that takes notices; without one, no mail is sent')
     mail_from: str = setting('cmres@localhost', 'the sender of mails')
+    mail_domains: str = setting('', 'the domains that mails may go to, with commas between; empty: any')
+    notices_per_day: int = setting(200, 'mails that are sent for one user within a day; what is beyond is dropped', 0)
     horizon: int = setting(366, 'days ahead for which the occurrences of a repetition are reserved', 1, 3660)
     calendar_poll: float = setting(300.0, 'seconds between looks at a calendar that somebody subscribed to', 0.1)
     address: str = setting('', 'how people reach `serve`, for links, such as https://cmres.example.org')
@@ -632,13 +656,42 @@ class Config:
     credentials: dict = dataclasses.field(default_factory=dict)
     identities: dict = dataclasses.field(default_factory=dict)
     texts: dict = dataclasses.field(default_factory=TEXTS.copy)
+    path: str = dataclasses.field(default='', compare=False)      # its file, if there is one
+    stamp: tuple = dataclasses.field(default=(), compare=False)   # of that file, when it was read
 
     @property
     def zone(self) -> ZoneInfo:
         return read_zone(self.timezone)
 
+    def may_tell(self, target: str) -> bool:
+        """Whether notices may go to an address: to a web address, or a mail address of `mail_domains`."""
+        domains = self.mail_domains.lower().replace(',', ' ').split()
+        return is_web(target) or not domains or target.rpartition('@')[2].lower() in domains
 
-SETTINGS = {field.name: field for field in dataclasses.fields(Config) if field.name not in SECTIONS}
+    def told_time(self, seconds: float, tz: str = '') -> str:
+        """An instant as sentences tell it: in the zone of a reservation, else of the service, which is named."""
+        return format_moment(instant(seconds), read_zone(tz or self.timezone))
+
+    def read_again(self) -> Config:
+        """Itself, with the sections of AGAIN from its file if that has changed since.
+
+        A file that can't be read leaves them as they were; the log says why, once.
+        """
+        stamp = file_stamp(self.path)
+        if stamp != self.stamp:
+            object.__setattr__(self, 'stamp', stamp)
+            try:
+                sections = read_config_file(self.path)
+                for name in AGAIN:
+                    object.__setattr__(self, name, sections[name])
+            except Invalid as error:
+                log.warning("%s; what it said before in %s stays", error, ' and '.join(f'[{name}]' for name in AGAIN))
+        return self
+
+
+SETTINGS = {field.name: field for field in dataclasses.fields(Config) if 'why' in field.metadata}
+#: The sections that need no restart: a new project wants its account, and running VMs go on meanwhile.
+AGAIN = ('credentials', 'identities')
 
 
 def load_config(path: str | None = None, environ: dict = os.environ) -> Config:
@@ -647,7 +700,8 @@ def load_config(path: str | None = None, environ: dict = os.environ) -> Config:
     Raises:
       Invalid: the file can't be read, a key is unknown or a value is of the wrong kind.
     """
-    path = path or environ.get('CMRES_CONFIG') or ('config.ini' if os.path.exists('config.ini') else None)
+    path = path or environ.get('CMRES_CONFIG') or ('config.ini' if os.path.exists('config.ini') else '')
+    stamp = file_stamp(path)  # before it is read: what changes meanwhile is read again
     sections = read_config_file(path) if path else dict.fromkeys(SECTIONS, {})
     texts = dict(sections['cmres'])
     texts |= {name[6:].lower(): text for name, text in environ.items()
@@ -655,11 +709,39 @@ def load_config(path: str | None = None, environ: dict = os.environ) -> Config:
     for name in sections['texts']:
         if name not in TEXTS:
             raise Invalid(f"{path}: there is no event '{name}' to be told of{nearest(name, TEXTS)}")
+        check_template(f'{path}: [texts] {name}', sections['texts'][name])
     config = Config(**{name: read_setting(name, text) for name, text in texts.items()},
                     credentials=sections['credentials'], identities=sections['identities'],
-                    texts=TEXTS | sections['texts'])
+                    texts=TEXTS | sections['texts'], path=path, stamp=stamp)
     config.zone  # an unknown zone is refused here, not at the first table
     return config
+
+
+def check_template(where: str, template: str) -> None:
+    """Refuses words for an event that could not be filled in; Invalid says where, and what is wrong."""
+    from string import Formatter
+    try:
+        fields = [field for _, field, _, _ in Formatter().parse(template) if field is not None]
+        for field in fields:
+            if field not in TEXT_FIELDS:
+                raise Invalid(f"{where}: there is no field {{{field}}}{nearest(field, TEXT_FIELDS)}")
+        template.format_map(dict.fromkeys(TEXT_FIELDS, 'text'))
+    except (ValueError, LookupError) as error:  # LookupError: a field inside the format of another
+        raise Invalid(f"{where}: '{first_line(error)}'; write fields as {{label}}, and {{{{ for a brace") from None
+
+
+def is_web(target: str) -> bool:
+    """Whether somebody is told by a webhook, and not by mail."""
+    return target.startswith(('http://', 'https://'))
+
+
+def file_stamp(path: str) -> tuple:
+    """What changes when a file does; nothing if there is none."""
+    try:
+        found = os.stat(path)
+        return found.st_mtime_ns, found.st_size, found.st_ino
+    except OSError:
+        return ()
 
 
 def read_config_file(path: str) -> dict[str, dict]:
@@ -1305,6 +1387,8 @@ class Occurrence(Table):
     cancelled = peewee.IntegerField(null=True)
     told = peewee.IntegerField(default=0)  # which of SOON, READY, ENDING were announced
     due = peewee.DoubleField(null=True)  # when the life cycle must look at it next; NULL: never again
+    up_told = peewee.IntegerField(null=True)  # of its servers, as many were up when that was last told
+    up_check = peewee.DoubleField(null=True)  # when another number is told, if it is another one still
 
     class Meta:
         constraints = [peewee.Check('held_from <= start AND start < "end" AND held_until <= "end"')]
@@ -1513,12 +1597,20 @@ class Outbox(Table):
     """A notice on its way: sent when it is written down with its event, until it has arrived."""
     event = peewee.ForeignKeyField(Event, index=False)
     target = peewee.CharField()
+    owner = peewee.CharField(default='')  # who wants it told, PROJECT/USER; '': the operator
     tries = peewee.IntegerField(default=0)
     due = peewee.DoubleField(null=True)  # NULL: it has arrived, or was given up
     fault = peewee.TextField(default='')
 
 
 Outbox.add_index(Outbox.index(Outbox.due, where=Outbox.due.is_null(False), name='outbox_due'))
+
+
+class Mailed(Table):
+    """How many mails were written down on a day, by whose they are."""
+    owner = peewee.CharField(primary_key=True)  # PROJECT/USER
+    day = peewee.IntegerField()                 # since 1970
+    number = peewee.IntegerField()
 
 
 class Lease(Table):
@@ -1549,10 +1641,11 @@ class SimulatedServer(Table):
 
 
 TABLES = [Resource, Reservation, Occurrence, Capacity, Proposal, ExtraHold, Limit, Step, Server, Claim, Token, Feed,
-          Subscription, Event, Outbox, Lease, Fact, SimulatedServer]
+          Subscription, Event, Outbox, Mailed, Lease, Fact, SimulatedServer]
 
 #: What brings an older store up to the models above, one function a version.
-MIGRATIONS: list[Callable] = [lambda: add_tracks(), lambda: add_proposals()]
+MIGRATIONS: list[Callable] = [lambda: add_tracks(), lambda: add_proposals(), lambda: add_up_told(),
+                              lambda: add_owners()]
 
 
 def open_store(path: str) -> None:
@@ -1593,14 +1686,22 @@ def migrate() -> None:
         db.user_version, db.application_id = len(MIGRATIONS) + 1, OURS
 
 
+#: The columns of version 2.
+TRACKS = {'resource': 'classes named', 'reservation': 'request host choices', 'occurrence': 'classes',
+          'capacity': 'classes held_classes', 'claim': 'classes'}
+
+
+def add_columns(table: str, columns: dict[str, str]) -> None:
+    """Gives a table the columns, name by type, that it has not yet."""
+    known = {each[1] for each in run(f'PRAGMA table_info({table})')}
+    for name in columns.keys() - known:
+        run(f'ALTER TABLE {table} ADD COLUMN {name} {columns[name]}')
+
+
 def add_tracks() -> None:
     """Version 2: parts, hosts and resource classes; the steps have tracks, and are reckoned anew."""
-    for model in (Resource, Reservation, Occurrence, Capacity, Claim):
-        table = model._meta.table_name
-        known = {each[1] for each in run(f'PRAGMA table_info({table})')}
-        for field in model._meta.sorted_fields:
-            if field.column_name not in known:  # each of them is text, with nothing in it
-                run(f"ALTER TABLE {table} ADD COLUMN {field.column_name} TEXT NOT NULL DEFAULT ''")
+    for table, columns in TRACKS.items():
+        add_columns(table, dict.fromkeys(columns.split(), "TEXT NOT NULL DEFAULT ''"))
     run('DROP TABLE step')
     run('DROP INDEX IF EXISTS occurrence_held')
     db.create_tables(TABLES)
@@ -1628,6 +1729,20 @@ def add_proposals() -> None:
         CREATE INDEX IF NOT EXISTS extra_hold_resource_id ON extra_hold (resource_id);
         CREATE INDEX IF NOT EXISTS server_kept ON server (account) WHERE state = 'kept'""".split(';'):
         run(statement)
+
+
+def add_up_told() -> None:
+    """Version 4: how many servers were told to be up."""
+    add_columns('occurrence', {'up_told': 'INTEGER', 'up_check': 'REAL'})
+    # Of what was ready before this version, that was told.
+    run('UPDATE occurrence SET up_told = vms WHERE due IS NOT NULL AND told & 2')
+
+
+def add_owners() -> None:
+    """Version 5: whose notices are on their way, and how many mails somebody has had sent."""
+    add_columns('outbox', {'owner': "VARCHAR(255) NOT NULL DEFAULT ''"})
+    run('CREATE TABLE IF NOT EXISTS mailed (owner VARCHAR(255) NOT NULL PRIMARY KEY, day INTEGER NOT NULL, '
+        'number INTEGER NOT NULL)')
 
 
 @contextmanager
@@ -1697,21 +1812,53 @@ def change_text(model, names: tuple) -> str:
 
 
 def journal(config: Config, at: float, actor: str, code: str, sentence: str, reservation: int | None = None,
-            notify: Iterable[str] = (), occurrence: int | None = None, **refused: str) -> None:
+            notify: Iterable[str] | None = (), occurrence: int | None = None, **refused: str) -> None:
     """Appends an event, and the notices of it; inside the transaction of what it tells.
 
     Args:
+      notify: who hears of it beside the webhook of the configuration; None: nobody, it is only logged
       occurrence: the one that it is about; without one, all that are not over
       refused: project and resource of what is no reservation
     """
-    event = insert(Event, at=at, actor=actor, code=code, sentence=sentence, reservation=reservation,
-                   occurrence=occurrence, **{'project': '', 'resource': ''} | refused)
+    about = dict(reservation=reservation, occurrence=occurrence, **{'project': '', 'resource': ''} | refused)
+    event = insert(Event, at=at, actor=actor, code=code, sentence=sentence, **about)
     if reservation and (occurrence is None or occurrence > 0):
         which, id = ('id', occurrence) if occurrence else ('due IS NOT NULL AND reservation_id', reservation)
         run(f'UPDATE occurrence SET revision = revision + 1, revised = ? WHERE {which} = ?', int(at), id)
-    for target in [config.webhook, *notify] if code in TEXTS else ():
-        if target:
-            insert(Outbox, event=event, target=target, due=at, tries=0, fault='')
+    if code not in TEXTS or notify is None:
+        return
+    if config.webhook:
+        send_later(event, [config.webhook], '', at)
+    targets = [target for target in notify if config.may_tell(target)]
+    if targets:
+        owner = owner_of(reservation) or f"{about['project']}/{actor}"
+        mails = [target for target in targets if not is_web(target)]
+        left = mails_left(config, owner, len(mails), at) if mails else 0
+        send_later(event, [target for target in targets if is_web(target)] + mails[:max(left, 0)], owner, at)
+        if 0 <= left < len(mails):
+            sentence = (f'{config.notices_per_day} mails were sent for {owner} today, so no more are sent until '
+                        f"{config.told_time((at // 86400 + 1) * 86400)}; the event log has everything")
+            send_later(insert(Event, at=at, actor='cmres', code='dropped', sentence=sentence, **about), mails, owner, at)
+
+
+def owner_of(reservation: int | None) -> str:
+    """Whose a reservation is, as PROJECT/USER."""
+    found = row("SELECT project || '/' || user AS owner FROM reservation WHERE id = ?", reservation)
+    return found.owner if found else ''
+
+
+def mails_left(config: Config, owner: str, number: int, at: float) -> int:
+    """How many of some mails may be sent for somebody today; -1: none, and that was told already."""
+    total, = run('INSERT INTO mailed (owner, day, number) VALUES (?, ?, ?) ON CONFLICT (owner) DO UPDATE SET '
+                 'number = excluded.number + iif(day = excluded.day, number, 0), day = excluded.day RETURNING number',
+                 owner, int(at // 86400), number).fetchone()
+    left = config.notices_per_day - (total - number)
+    return -1 if left < 0 else min(left, number)
+
+
+def send_later(event: int, targets: list[str], owner: str, at: float) -> None:
+    for target in targets:
+        insert(Outbox, event=event, target=target, owner=owner, due=at, tries=0, fault='')
 
 
 # What a reservation looks like to everybody: its occurrence's facts and the state derived from
@@ -2176,7 +2323,7 @@ class Cloud:
         raise NotImplementedError
 
     def start(self, uid: str) -> None:
-        """Begins to start a server that is stopped or shelved."""
+        """Begins to make a server active that is stopped, paused, suspended, shelved, in rescue or newly resized."""
         raise NotImplementedError
 
     def stop(self, uid: str) -> None:
@@ -2345,6 +2492,7 @@ class OpenStack(Cloud):
         compute = self.connection.compute
         with self.telling('start a server', sure=True):
             how = {'PAUSED': compute.unpause_server, 'SUSPENDED': compute.resume_server,
+                   'RESCUE': compute.unrescue_server, 'VERIFY_RESIZE': compute.confirm_server_resize,
                    'SHELVED': compute.unshelve_server, 'SHELVED_OFFLOADED': compute.unshelve_server}
             how.get(compute.get_server(uid).status, compute.start_server)(uid)
 
@@ -2483,25 +2631,33 @@ class Simulated(Cloud):
     def delete(self, uid):
         self.set(uid, gone=self.clock())
 
-    def set(self, uid: str, **values) -> None:
+    #: What Nova can shelve, or make an image of (its API: shelve, createImage); it stops only what is active.
+    AT_HAND = ('active', 'shutoff', 'paused', 'suspended')
+
+    def set(self, uid: str, states: tuple = (), **values) -> None:
+        """Changes a server that is in one of some states; without any, in whatever state."""
         time.sleep(self.config.simulated_latency)
         with transaction():
-            changed = (SimulatedServer.update(**values)
-                       .where(SimulatedServer.uid == uid, SimulatedServer.gone.is_null()).execute())
-        if not changed and 'gone' not in values:
+            found = self.present().where(SimulatedServer.uid == uid).first()
+            if found and (not states or found.power in states):
+                SimulatedServer.update(**values).where(SimulatedServer.id == found.id).execute()
+            elif found:
+                raise CloudError(f'the cloud {self.account} can not do that while the server is {found.power}',
+                                 sure=True, status=409)
+        if not found and 'gone' not in values:
             raise CloudError(f'the cloud {self.account} has no server {uid}', sure=True, status=404)
 
     def start(self, uid):
         self.set(uid, power='active')
 
     def stop(self, uid):
-        self.set(uid, power='shutoff')
+        self.set(uid, ('active',), power='shutoff')
 
     def shelve(self, uid):
-        self.set(uid, power='shelved_offloaded')
+        self.set(uid, self.AT_HAND, power='shelved_offloaded')
 
     def snapshot(self, uid, name):
-        self.set(uid, saved=self.clock() + self.config.simulated_boot)
+        self.set(uid, self.AT_HAND, saved=self.clock() + self.config.simulated_boot)
         return f'image-{uid}'
 
     def saved(self, image):
@@ -2519,7 +2675,7 @@ class Clouds:
 
     def account(self, cloud: str, project: str) -> str:
         """The project's own entry of clouds.yaml, else the resource's."""
-        return self.config.credentials.get(f'{project}@{cloud}', cloud)
+        return self.config.read_again().credentials.get(f'{project}@{cloud}', cloud)
 
     @functools.cached_property
     def store(self) -> str:
@@ -2529,7 +2685,8 @@ class Clouds:
     def accounts(self) -> set[str]:
         """All accounts that serve the resources there are."""
         clouds = {each.cloud for each in rows("SELECT DISTINCT cloud FROM resource WHERE cloud <> ''")}
-        return clouds | {entry for key, entry in self.config.credentials.items() if key.rpartition('@')[2] in clouds}
+        known = self.config.read_again().credentials
+        return clouds | {entry for key, entry in known.items() if key.rpartition('@')[2] in clouds}
 
     def open(self, account: str) -> Cloud:
         with self.lock:
@@ -2553,11 +2710,21 @@ class Clouds:
 
 GIVE_UP = 3 * 86400  # seconds after which an undeliverable notice is given up
 MOST_WAIT = 10  # seconds for an answer from an address that a person gave
+MAIL_WAIT = 30  # seconds for all that a mail server says: some let one wait
+PER_HOST = 2  # notices that are on their way to one host at the same time
 MOST_FETCHED = 2**20  # bytes of it
 
-NOTICES = '''SELECT n.id, n.target, n.tries, e.id AS event, e.at, e.actor, e.code, e.sentence, e.reservation_id,
+NOTICES = '''SELECT n.id, n.target, n.owner, n.tries, e.id AS event, e.at, e.actor, e.code, e.sentence, e.reservation_id,
                     e.occurrence
                FROM outbox n JOIN event e ON e.id = n.event_id'''
+
+
+def host_of(target: str) -> str:
+    """The host that a notice goes to; '' for mails, which all go to our own server."""
+    try:
+        return urlsplit(target).hostname or target if is_web(target) else ''
+    except ValueError:  # such as http://[x; whoever delivers it finds that out as well
+        return target
 
 
 class Undelivered(Error):
@@ -2572,7 +2739,7 @@ def deliver(config: Config, notice, about: dict) -> None:
     """
     from http.client import HTTPException
     try:
-        if re.match('https?://', notice.target):
+        if is_web(notice.target):
             body = {'id': notice.event, 'event': notice.code, 'at': instant(notice.at), 'actor': notice.actor,
                     'sentence': notice.sentence, 'reservation': about}
             post(config, notice.target, json_text(body).encode())
@@ -2630,25 +2797,50 @@ def exchange(config: Config, verb: str, url: str, body: bytes | None, headers: d
     address = allowed_address(config, parts.hostname or '', port)
     kind = HTTPSConnection if parts.scheme == 'https' else HTTPConnection
     connection = kind(parts.hostname, port, timeout=MOST_WAIT)
-    # To the address that was checked: the name may mean another one a moment later.
-    connection._create_connection = lambda _, *rest: socket.create_connection((address, port), *rest)
-    connection.connect()
-    # The time-out is for each piece; one that comes drop by drop is cut off.
-    watch = threading.Timer(MOST_WAIT, hang_up, [connection.sock])
+    with cut_off(MOST_WAIT) as connect:
+        try:
+            # To the address that was checked: the name may mean another one a moment later.
+            connection._create_connection = lambda _, *rest: connect((address, port), *rest)
+            connection.request(verb, parts._replace(scheme='', netloc='', fragment='').geturl() or '/', body,
+                               {'User-Agent': f'cmres/{__version__}', **headers})
+            answer = connection.getresponse()
+            text = answer.read(MOST_FETCHED + 1)
+            if len(text) > MOST_FETCHED:
+                raise ValueError(f'it is larger than {MOST_FETCHED} bytes')
+            if answer.length:
+                raise ValueError(f'it is cut short by {answer.length} bytes')
+            return answer.status, {name.lower(): value for name, value in answer.getheaders()}, text
+        finally:
+            connection.close()
+
+
+@contextmanager
+def cut_off(seconds: float) -> Iterator[Callable]:
+    """A `create_connection` whose connections end after so many seconds, also those that come drop by drop.
+
+    A socket's own time-out is for each piece; this one is for all, a handshake of TLS included.
+    """
+    lines, over = [], threading.Event()
+
+    def connect(*asked) -> socket.socket:
+        made = socket.create_connection(*asked)
+        lines.append(made.dup())  # what becomes of `made` is not known here: TLS takes it apart
+        if over.is_set():
+            hang_up(made)
+        return made
+
+    def end() -> None:
+        over.set()
+        for line in [*lines]:
+            hang_up(line)
+    watch = threading.Timer(seconds, end)
     watch.start()
     try:
-        connection.request(verb, parts._replace(scheme='', netloc='', fragment='').geturl() or '/', body,
-                           {'User-Agent': f'cmres/{__version__}', **headers})
-        answer = connection.getresponse()
-        text = answer.read(MOST_FETCHED + 1)
-        if len(text) > MOST_FETCHED:
-            raise ValueError(f'it is larger than {MOST_FETCHED} bytes')
-        if answer.length:
-            raise ValueError(f'it is cut short by {answer.length} bytes')
-        return answer.status, {name.lower(): value for name, value in answer.getheaders()}, text
+        yield connect
     finally:
         watch.cancel()
-        connection.close()
+        for line in lines:
+            line.close()
 
 
 def hang_up(line: socket.socket) -> None:
@@ -2675,21 +2867,27 @@ def send_mail(config: Config, notice, about: dict) -> None:
         raise ValueError('no mail_server is set')
     import smtplib
     from email.message import EmailMessage
+    from email.utils import formatdate
     host, _, port = config.mail_server.partition(':')
     message = EmailMessage()
     subject, _, text = notice_text(config, notice, about).partition('\n')
     message['From'], message['To'], message['Subject'] = config.mail_from, notice.target, f'[cmres] {subject}'
+    message['Date'] = formatdate()  # RFC 5322 wants one, and spam filters miss it
     message['Message-ID'] = f'<event-{notice.event}-{notice.id}@cmres>'  # a repeated one is known as such
     message.set_content(f'{text}\n\n{notice.sentence}\n' if notice.sentence not in text else f'{text}\n')
-    with smtplib.SMTP(host, int(port or 25), timeout=10) as server:
+    with cut_off(MAIL_WAIT) as connect, smtplib.SMTP(timeout=MOST_WAIT) as server:
+        server._get_socket = lambda host, port, timeout: connect((host, port), timeout)
+        server.connect(host, int(port or 25))
         server.send_message(message)
 
 
 def notice_text(config: Config, notice, about: dict) -> str:
     """The words of the configuration for an event, filled with its reservation."""
-    template = config.texts[notice.code]
-    fields = {name: in_cell(value, config.zone) for name, value in about.items()}
-    return template.format_map(defaultdict(str, fields | {'sentence': notice.sentence, 'actor': notice.actor}))
+    zone = read_zone(about.get('tz') or config.timezone)
+    fields = {name: format_moment(value, zone) if isinstance(value, datetime) else in_cell(value, zone)
+              for name, value in about.items()}
+    fields |= {'sentence': notice.sentence, 'message': notice.sentence, 'actor': notice.actor}
+    return config.texts[notice.code].format_map(defaultdict(str, fields))
 
 
 def in_cell(value, zone: ZoneInfo) -> str:
@@ -3284,7 +3482,7 @@ MODES = ('exclusive', 'shared')
 #: What can become of machines at the end of their window.
 ENDS = ('delete', 'stop', 'shelve', 'snapshot')
 #: What was announced of an occurrence: a bit each.
-SOON, READY, ENDING, FOREIGN, UNUSED = 1, 2, 4, 8, 16
+SOON, READY, ENDING, FOREIGN, UNUSED, SHORT, LEFT = 1, 2, 4, 8, 16, 32, 64
 #: The fields that only the cloud can judge.
 CLOUDY = ('flavor', 'image', 'network', 'key', 'security_groups', 'server')
 #: The fields of a reservation that a machine is made of; they are fixed once it has begun.
@@ -3707,6 +3905,9 @@ class Wishes(Service):
         for target in asked['notify']:
             if not re.fullmatch(r'https?://\S+|[^@\s,<>]+@[^@\s,<>]+', target) or len(asked['notify']) > 10:
                 raise Invalid(f"notify: '{target}' is no mail address and no http(s) address, or they are over 10")
+            if not self.config.may_tell(target):
+                raise Invalid(f"notify: no mails are sent to '{target}'; here they may go to addresses of "
+                              f'{self.config.mail_domains} only')
 
     def ask_cloud(self, place, asked: dict, warnings: list) -> dict:
         """What the resource's cloud knows under the names that are asked for; an unknown one is refused.
@@ -3879,14 +4080,17 @@ class Wishes(Service):
 
     @contextmanager
     def recording_refusal(self, wish: Wish, dry_run: bool) -> Iterator[None]:
-        """Writes down that a request was refused for want of room or by a limit, for reports and notices."""
+        """Writes down that a request was refused for want of capacity or by a limit: for reports and the operator.
+
+        Nobody else is told: who asks has the answer, and may have named anybody as to be notified.
+        """
         try:
             yield
         except Conflict as refusal:
             if not dry_run and (isinstance(refusal, NoCapacity) or 'limit' in refusal.details):
                 with transaction():
                     sentence = f"'{wish.label}' of {wish.user}: {refusal}"
-                    journal(self.config, self.clock(), wish.user, 'refused', sentence, None, wish.notify,
+                    journal(self.config, self.clock(), wish.user, 'refused', sentence, None,
                             project=wish.project, resource=wish.resource.name)
             raise
 
@@ -4622,7 +4826,8 @@ class Admission(Series):
             self.keep_stopped(reservation, now)
         self.journal(now, 'added', f'{wish.vms} vms on {place.name}', reservation, wish.notify, NONE_OF_THEM)
         if pending:
-            self.journal(now, 'pending', f'an admin must approve it until {instant(pending)}', reservation, wish.notify)
+            self.journal(now, 'pending', f'an admin must approve it until {self.config.told_time(pending, wish.tz)}',
+                         reservation, wish.notify)
         return reservation, []
 
     def told_series(self, wish: Wish, done: list[dict]) -> str:
@@ -4675,8 +4880,21 @@ class Admission(Series):
             self.close(first.reservation, [], now)
         self.keep_stopped(first.reservation, now, freed)
         only = first.id if len(found) == 1 and first.repeats else None
-        self.journal(now, 'released', why or f'cancelled by {self.actor.user}', first.reservation,
+        instead = ''.join(f'; {warning}' for each in found for warning in self.ends_with(each)['warnings'])
+        self.journal(now, 'released', f'{why or f"cancelled by {self.actor.user}"}{instead}', first.reservation,
                      json.loads(first.notify), only)
+
+    def ends_with(self, found) -> dict:
+        """What becomes of VMs that run if their occurrence is cancelled, for its answer: `ends_with`, `warnings`.
+
+        A server that its owner had before ends as agreed; all others are deleted.
+        """
+        if not found.existing:
+            return {'ends_with': '', 'warnings': []}
+        if found.server or found.at_end in ('', 'delete'):
+            return {'ends_with': found.at_end or 'delete', 'warnings': []}
+        return {'ends_with': 'delete', 'warnings': [
+            f"the VMs of '{found.label}' are deleted; the agreed {found.at_end} is not done"]}
 
     def book_all(self, request: Request, now: float) -> list[tuple]:
         """Books all parts of a request: of each its wish, its reservation, and what became of its occurrences."""
@@ -4870,7 +5088,7 @@ class Waiting(Admission):
         change(Occurrence, found.id, resource=place.id, **stored(amount), held_until=found.end, due=min(begin, now))
         self.keep_stopped(found.reservation, now)
         whose = 'an admin must approve it' if place.approval else f'`accept {found.request or found.label}`'
-        asks = f'there is room; {whose} until {instant(pending)}' if pending else ''
+        asks = f'there is room; {whose} until {self.config.told_time(pending, found.tz)}' if pending else ''
         code, sentence = ('pending', asks) if pending else (
             'admitted', f'{found.vms} vms on {place.name}, after {format_duration(int(now) - found.waiting)}')
         self.journal(now, code, sentence, found.reservation, json.loads(found.notify))
@@ -4923,7 +5141,8 @@ class Approval(Waiting):
     def await_approval(self, reservation: int, until: int, wish: Wish, now: float) -> None:
         """Lets a reservation wait for an admin until an instant."""
         change(Reservation, reservation, pending=until, confirm=0)
-        self.journal(now, 'pending', f'an admin must approve it until {instant(until)}', reservation, wish.notify)
+        self.journal(now, 'pending', f'an admin must approve it until {self.config.told_time(until, wish.tz)}',
+                     reservation, wish.notify)
 
     def propose(self, old, wish: Wish, asked: list[str], until: int, now: float, code: str, named: bool, alone: bool,
                 growth: list[Hold]) -> None:
@@ -4934,8 +5153,8 @@ class Approval(Waiting):
                     user=self.actor.user, code=code, asked=json.dumps(asked), wish=stored_wish(wish), until=until,
                     shown=json.dumps(to_plain(shown)))
         self.hold_beside(old.reservation, id, growth)
-        self.journal(now, 'pending', f"an admin must approve the change of {', '.join(asked)} until {instant(until)}; "
-                     'what was approved goes on as it is', old.reservation, wish.notify)
+        self.journal(now, 'pending', f"an admin must approve the change of {', '.join(asked)} until "
+                     f'{self.config.told_time(until, wish.tz)}; what was approved goes on as it is', old.reservation, wish.notify)
 
     def shown_change(self, old, wish: Wish, asked: list[str]) -> dict:
         """What would be otherwise, as answers show it."""
@@ -5391,9 +5610,14 @@ class Requests(Approval):
                 if all(getattr(current, name) == getattr(old, name) for name in UNCHANGED) and (
                         not stretches or series == stretches):
                     named = bool(occurrence) and not only
-                    done = self.unless_it_grows(old, wish, asked, now, code, named, only,
-                                                lambda: self.rewrite(old, wish, asked, now, named))
-                    if done is not None:
+                    before = self.as_stored(old.reservation)
+                    with db.atomic() as rewriting:
+                        done = self.unless_it_grows(old, wish, asked, now, code, named, only,
+                                                    lambda: self.rewrite(old, wish, asked, now, named))
+                        same = done is not None and self.as_stored(old.reservation) == before
+                        if same:
+                            rewriting.rollback()
+                    if done is not None and not same:  # what changes nothing is told to nobody
                         self.tell_change(old, wish, asked, done, code, now)
                     return self.answer(old.reservation, done or [], wish, old.id if only else None)
         raise Conflict(f"'{label}' is being changed by others all the time; try again")
@@ -5417,6 +5641,12 @@ class Requests(Approval):
             key = min((each.slot for each in coming), default=old.slot)
         return old, self.stretches(old.reservation), key
 
+    def as_stored(self, reservation: int) -> tuple:
+        """All of a reservation that somebody could change."""
+        return (row('SELECT * FROM reservation WHERE id = ?', reservation)._replace(changed=0),
+                rows('SELECT slot, resource_id, start, "end", held_from, held_until, vms, vcpus, ram, classes, cancelled, altered '
+                     'FROM occurrence WHERE reservation_id = ? ORDER BY id', reservation))
+
     def tell_change(self, old, wish: Wish, asked: dict, done: list, code: str, now: float) -> None:
         """Writes down that a reservation was changed."""
         self.journal(now, code, f"{self.actor.user} changed: {', '.join(sorted(asked.keys() - {'tz'}))}",
@@ -5433,7 +5663,7 @@ class Requests(Approval):
                cloud: Name = '', region: Name = '', aggregate: Name = '', vms: Count = None, start: When = None,
                end: When = None, count: Count = None, occurrence: Day = None, following: bool = False,
                kept: bool = False, tz: Zone = '', dry_run: bool = False) -> Rows:
-        """Cancels a reservation: its capacity is free at once, and its machines are deleted.
+        """Cancels a reservation: its capacity is free at once, and its VMs are deleted, whatever --at-end said.
 
         Give a label, or filters that must all match exactly (start and end too); without a label,
         --count must say how many that hits. Nothing that is over is touched. Of a series, --occurrence
@@ -5467,7 +5697,7 @@ class Requests(Approval):
                 self.refuse_uncounted(found, label, count, dry_run)
                 for each in found:
                     self.cancel(self.live(each), now, ends=True)
-            return [public(self.occurrence(each.id)) for each in found]
+            return [public(self.occurrence(each.id)) | self.ends_with(each) for each in found]
 
     def delete_kept(self, label: str, project: str, dry_run: bool) -> Rows:
         """Deletes the VMs of a label that stay after their end; what they hold is free at once."""
@@ -5779,6 +6009,7 @@ class Plan(Requests):
                 raise NotFound(f'there is no maintenance {id}')
             release(found.resource_id, found.start, found.end, amount_of(found, 'held_'))
             change(Capacity, id, removed=int(now))
+            self.let_start(found.resource_id, now)
             self.journal(now, 'resource', f'called off {found.reason} {id}')
             return {'id': id, 'reason': found.reason}
 
@@ -5800,9 +6031,10 @@ class Plan(Requests):
             hold(place.id, begin, until, held)
             id = insert(Capacity, resource=place.id, start=begin, end=until, **stored(most), **stored(held, 'held_'),
                         reason=reason, added=int(now), removed=None)
-            hit = [self.make_room(each, f'{reason} on {name} from {instant(begin)} to {instant(until)}', then, now)
+            why = f"{reason} on {name} from {self.config.told_time(begin)} to {self.config.told_time(until)}"
+            hit = [self.make_room(each, why, then, now)
                    for each in self.homeless(place, max(begin, int(now)), until)]
-            self.journal(now, 'resource', f"{reason} on '{name}' from {instant(begin)} to {instant(until)}")
+            self.journal(now, 'resource', why)
             return {'id': id, 'resource': name, 'start': instant(begin), 'end': instant(until), 'reason': reason,
                     'hit': hit}
 
@@ -5822,6 +6054,7 @@ class Plan(Requests):
             release(place.id, each.start, each.end, amount_of(each, 'held_'))
             hold(place.id, each.start, each.end, held)
             change(Capacity, each.id, **stored(held, 'held_'))
+        self.let_start(place.id, now)
 
     def make_room(self, found, why: str, then: str, now: float) -> dict:
         """Moves or cancels an occurrence for which there is no room any more, or only tells its owner."""
@@ -5832,7 +6065,8 @@ class Plan(Requests):
             return line | {'outcome': 'cancelled'}
         place = self.moved_elsewhere(found, now) if then == 'move' else None
         outcome = f'moved to {place[0]} from {format_time(instant(place[1]), self.config.zone)}' if place else 'left'
-        self.journal(now, 'maintenance', f'{why}; it is {outcome}', found.reservation, json.loads(found.notify),
+        becomes = outcome if place else f'{outcome}, and VMs that do not run yet start when that is over'
+        self.journal(now, 'maintenance', f'{why}; it is {becomes}', found.reservation, json.loads(found.notify),
                      found.id)
         return line | {'outcome': outcome}
 
@@ -5885,6 +6119,10 @@ class Plan(Requests):
 
     def homeless(self, place, begin: int, until: int) -> list:
         """Of the occurrences where more is held than there is, as many of the latest added as must go."""
+        return [self.occurrence(id) for id in self.must_go(place, begin, until)]
+
+    def must_go(self, place, begin: int, until: int) -> list[int]:
+        """The ids of those."""
         most = capacity(place)
         levels = dict(steps(place.id, begin, until, most.names))
         if all(held.within(most) for held in levels.values()):
@@ -5902,7 +6140,28 @@ class Plan(Requests):
                 found.append(each.id)
                 for n in touched:
                     there[n] -= amount_of(each)
-        return [self.occurrence(id) for id in found]
+        return found
+
+    def waits_for(self, place, now: float) -> tuple[str, int, set | None]:
+        """What keeps VMs of a resource from starting now: why, until when, and which occurrences'; None: all.
+
+        What is closed starts nothing. Where there is less than is booked, what was added last waits.
+        """
+        changes = rows('SELECT reason, "end", coalesce(max(vms, vcpus, ram), 1) AS left FROM capacity '
+                       'WHERE resource_id = ? AND removed IS NULL AND start <= ? AND "end" > ? ORDER BY left, "end" DESC',
+                       place.id, int(now), int(now))
+        if changes and changes[0].left == 0:
+            until = self.config.told_time(changes[0].end)
+            return f"{changes[0].reason} on '{place.name}' until {until}", changes[0].end, None
+        why = f"'{place.name}' has less than is reserved now, and what was reserved earlier comes first"
+        return why, min((each.end for each in changes), default=int(now) + 86400), set(
+            self.must_go(place, int(now), int(now) + 1))
+
+    def let_start(self, resource: int, now: float) -> None:
+        """Lets start at once what has waited for a resource to be open, or to have as much as is booked."""
+        run("UPDATE server SET due = ? WHERE due > ? AND goal = 'up' AND (state = 'planned' OR borrowed) "
+            'AND occurrence_id IN (SELECT id FROM occurrence WHERE resource_id = ? AND due IS NOT NULL '
+            'AND held_from <= ?)', now, now, resource, int(now))
 
     @api('GET', '/check', role=ADMIN)
     def check(self) -> dict:
@@ -5948,13 +6207,15 @@ class Claims(Plan):
           python cmres.py claim 7c1f gpu biology --vcpus 4 --ram 8192
         """
         need = Amount(1, vcpus, ram, tuple(sorted(each for each in (classes or {}).items() if each[1] > 0)))
+        projects, users = self.names_of(project), self.names_of(user)
         with self.writing(dry_run) as now:
-            return [{'resource': name} | self.claim_on(name, server, self.names_of(project), self.names_of(user), need,
-                                                       label, project, user, now) for name in resources]
+            return [{'resource': name} | self.claim_on(name, server, projects, users, need, label, project, user, now)
+                    for name in resources]
 
     def names_of(self, identity: str) -> list[str]:
         """What cmres calls whom OpenStack knows under an id."""
-        return [name for name, id in self.config.identities.items() if id == identity] or [identity]
+        known = self.config.read_again().identities
+        return [name for name, id in known.items() if id == identity] or [identity]
 
     def claim_on(self, name: str, server: str, projects: list[str], users: list[str], need: Amount, label: str,
                  project: str, user: str, now: float) -> dict:
@@ -6614,13 +6875,22 @@ class Reservations(Calendars):
 # is looked at in every transaction and before every call, and who lost it does nothing more.
 
 UNDER_WAY = {'delete': 'deleting', 'start': 'starting', 'stop': 'stopping', 'shelve': 'shelving', 'snapshot': 'saving'}
-DOWN = ('shutoff', 'paused', 'suspended', 'shelved', 'shelved_offloaded')
+#: What wakes a server that somebody put to rest, by its state: a word of `openstack server`.
+WAKES = {'shutoff': 'start', 'paused': 'unpause', 'suspended': 'resume', 'shelved': 'unshelve',
+         'shelved_offloaded': 'unshelve', 'rescue': 'unrescue', 'verify_resize': 'resize confirm'}
+DOWN = tuple(WAKES)[:5]
+#: From which states an end can be asked for (Nova's API); from others of WAKES, a server is woken first. The image
+#: that a shelved one has already will not do: Nova deletes it with the server.
+ENDS_FROM = {'stop': ('active',), 'shelve': ('active', *DOWN[:3]), 'snapshot': ('active', *DOWN[:3])}
+#: What is under way has arrived in these states. What is paused still fills its host.
+ARRIVED = {'starting': ('active',), 'stopping': ('shutoff', *DOWN[2:]), 'shelving': DOWN[3:]}
 GONE = ('deleted', 'soft_deleted')  # what Nova may still list for a moment
 FINAL = ('deleted', 'kept')  # it is gone, or it stays as its owner wished and is no longer ours to watch
+CALM = 60  # seconds that another number of servers must be up before it is told
 TRIPS = 3  # failures in a row after which a cloud is left alone for a while
 
 SERVERS = '''SELECT v.*, r.flavor, r.image, r.network, r.key, r.security_groups, r.user_data, r.metadata,
-                    r.label, r.notify, o.reservation_id, o."end", s.mode
+                    r.label, r.notify, o.reservation_id, o."end", o.resource_id, s.mode
                FROM server v JOIN occurrence o ON o.id = v.occurrence_id
                JOIN reservation r ON r.id = o.reservation_id JOIN resource s ON s.id = o.resource_id'''
 
@@ -6647,6 +6917,20 @@ class Breaker(NamedTuple):
     last: float = 0
     until: float = 0
     fault: str = ''
+
+
+def grouped(found: Iterable, name: str) -> list[list]:
+    """Rows with the same value of a column together."""
+    groups: dict = defaultdict(list)
+    for each in found:
+        groups[getattr(each, name)].append(each)
+    return [*groups.values()]
+
+
+def named(found: list, most: int = 5) -> str:
+    """The names of some rows, as a sentence lists them."""
+    names = ', '.join(each.name for each in found[:most])
+    return f'{names} and {len(found) - most} more' if len(found) > most else names
 
 
 class LifeCycle:
@@ -6859,8 +7143,8 @@ class LifeCycle:
 
     def plan_one(self, occurrence, now: float) -> None:
         over = occurrence.cancelled is not None or now >= occurrence.end
-        servers = rows("SELECT id, n, state, ready, borrowed, uid FROM server WHERE occurrence_id = ? AND goal = 'up' "
-                       "AND state NOT IN ('deleted', 'kept') ORDER BY n", occurrence.id)
+        servers = rows("SELECT id, n, name, state, ready, borrowed, uid FROM server WHERE occurrence_id = ? "
+                       "AND goal = 'up' AND state NOT IN ('deleted', 'kept') ORDER BY n", occurrence.id)
         # Machines that are there stay, also where the clock was set back to before their start.
         runs = (occurrence.image or occurrence.server) and not over and not occurrence.idle and (
             servers or now >= occurrence.held_from)
@@ -6876,18 +7160,24 @@ class LifeCycle:
             self.service.count_stopped(occurrence.reservation_id, now)
         for server in servers:
             if server.n > wanted and server.borrowed and self.handed_on(occurrence, now):
-                change(Server, server.id, goal=occurrence.at_end, state='kept', due=None)
+                change(Server, server.id, goal='up', state='kept', due=None)
             elif server.n > wanted:
                 change(Server, server.id, goal=self.goal_after(occurrence, server, over), due=now)
+        self.tell_in_error(occurrence, [each for each in servers if each.n > wanted], over, now)
         if over and now >= occurrence.end + self.config.end_grace:
             self.force(occurrence, now)
         if over and not occurrence.told & FOREIGN:
             occurrence = occurrence._replace(told=occurrence.told | FOREIGN)
             self.end_foreign(occurrence, now)
+        if over and not occurrence.told & LEFT:
+            occurrence = occurrence._replace(told=occurrence.told | self.tell_left(occurrence, now))
         if not over and self.release_unused(occurrence, now):
             return
+        if wanted:
+            occurrence = self.tell_up(occurrence, now)
         told = self.announce(occurrence, over, now)
-        change(Occurrence, occurrence.id, told=told, due=self.next_look(occurrence, over, now))
+        change(Occurrence, occurrence.id, told=told, up_told=occurrence.up_told, up_check=occurrence.up_check,
+               due=self.next_look(occurrence, over, now))
 
     def plan_server(self, occurrence, n: int, now: float, before=None) -> None:
         """Writes down a server that is wanted: a new one, one that was there, or a series' own from `before`."""
@@ -6924,6 +7214,13 @@ class LifeCycle:
         asked = over and occurrence.cancelled is None and server.ready and server.state not in ('error', 'deleting')
         return occurrence.at_end if asked else 'delete'
 
+    def tell_in_error(self, occurrence, servers: list, over: bool, now: float) -> None:
+        """Tells of servers that were up once, and at the end are in a state from which nothing agreed can be done."""
+        lost = [each for each in servers if each.state == 'error' and each.ready and not each.borrowed]
+        if lost and over and occurrence.cancelled is None and occurrence.at_end != 'delete':
+            self.journal(now, 'forced', f'the agreed {occurrence.at_end} can not be done with VMs in error, so these '
+                         f'are deleted: {named(lost)}', occurrence)
+
     def handed_on(self, occurrence, now: float) -> bool:
         """Whether the next reservation of the same machine has begun, so that it must not be stopped between."""
         return bool(row('SELECT o.id FROM occurrence o JOIN reservation r ON r.id = o.reservation_id '
@@ -6934,9 +7231,12 @@ class LifeCycle:
         """Deletes after the grace time what could not be stopped, shelved or saved: others were promised its place."""
         late = rows("SELECT id, name FROM server WHERE occurrence_id = ? AND goal <> 'delete' AND NOT borrowed "
                     "AND state NOT IN ('deleted', 'kept')", occurrence.id)
-        for server in late:
-            change(Server, server.id, goal='delete', state='active', due=now)
-            self.journal(now, 'forced', f'{server.name} did not {occurrence.at_end} in time and is deleted', occurrence)
+        for server in late:  # an image that is not complete by now never will be
+            change(Server, server.id, goal='delete', state='active', snapshot='', due=now)
+        if late:
+            self.journal(now, 'forced', f'the agreed {occurrence.at_end} was not done within '
+                         f'{format_duration(self.config.end_grace)} after the end, so these VMs are deleted: '
+                         f'{named(late)}', occurrence)
 
     def release_unused(self, occurrence, now: float) -> bool:
         """Warns of, and then releases, one without machines on which nobody has booted any; whether it did."""
@@ -6950,7 +7250,7 @@ class LifeCycle:
             self.service.cancel([found], now, f'nobody has used it within {format_duration(occurrence.no_show)}')
             return True
         if now >= begun + occurrence.no_show // 2 and not occurrence.told & UNUSED:
-            until = instant(begun + occurrence.no_show)
+            until = self.config.told_time(begun + occurrence.no_show)
             self.journal(now, 'unused', f'it is released at {until} unless a machine '
                          'is booted on it', occurrence)
             change(Occurrence, occurrence.id, told=occurrence.told | UNUSED, due=begun + occurrence.no_show)
@@ -6968,6 +7268,69 @@ class LifeCycle:
                          f"{', '.join(each.server for each in foreign)}", occurrence)
         for each in foreign if self.config.end_foreign else ():
             self.submit(('clear', each.server), 'clear', occurrence.cloud, each.server)
+
+    def tell_up(self, occurrence, now: float):
+        """Tells how many servers are up, if that was not told yet; the occurrence with what was.
+
+        That all are up is told at once the first time, and from the start on that some are not, if it
+        is known why. Any other change is told when it has lasted for CALM.
+        """
+        servers = rows("SELECT name, state, fault, ready, addresses, borrowed FROM server WHERE occurrence_id = ? "
+                       "AND goal = 'up' AND state NOT IN ('deleted', 'kept') ORDER BY n", occurrence.id)
+        up = sum(each.state == 'active' for each in servers)
+        full = up >= occurrence.vms
+        short = bool(occurrence.told & SHORT)  # what was told last
+        known = occurrence.up_told is not None and (
+            not short and occurrence.up_told >= occurrence.vms if full else short and occurrence.up_told == up)
+        if known or not full and now < occurrence.start:
+            return occurrence._replace(up_check=None)
+        lacking = [each for each in servers if each.state != 'active']
+        first = not occurrence.told & READY if full else not occurrence.told & (READY | SHORT) and any(
+            each.fault or self.by_hand(each) for each in lacking)
+        check = now if first else occurrence.up_check or now + CALM
+        if check > now:
+            return occurrence._replace(up_check=check)
+        if full:
+            self.tell_ready(occurrence, servers, now)
+        else:
+            code = 'stopped' if any(map(self.by_hand, lacking)) else 'trouble'
+            self.journal(now, code, f'{up} of {occurrence.vms} VMs are up; {self.why_not_up(lacking)}', occurrence)
+        told = occurrence.told & ~SHORT | READY if full else occurrence.told | SHORT
+        return occurrence._replace(up_told=up, up_check=None, told=told)
+
+    def tell_ready(self, occurrence, servers: list, now: float) -> None:
+        late = format_duration(max(max(each.ready for each in servers) - occurrence.start, 0))
+        when = ' again' if occurrence.told & READY else f', {late} after the start'
+        there = ', '.join(f"{each.name} {' '.join(json.loads(each.addresses))}" for each in servers)
+        self.journal(now, 'ready', f'all {len(servers)} are up{when}: {there}', occurrence)
+
+    def by_hand(self, server) -> bool:
+        """Whether somebody has put a server to rest; what was at rest when its time began, we start ourselves."""
+        return server.state in WAKES and bool(server.ready) and not server.borrowed
+
+    def why_not_up(self, servers: list) -> str:
+        """The reasons for which servers are not up, each with those that it concerns."""
+        reasons: dict = defaultdict(list)
+        for each in servers:
+            stopped = self.by_hand(each) and (
+                f'{each.state}; cmres starts nothing that somebody has stopped, so its owner must do that: '
+                f'openstack server {WAKES[each.state]} NAME')
+            reasons[stopped or each.fault.rstrip('.') or 'the cloud is still starting them'].append(each)
+        return '; '.join(f'{named(those)}: {reason}' for reason, those in reasons.items())
+
+    def tell_left(self, occurrence, now: float) -> int:
+        """Tells what has become of servers that were to stay or to be saved, once it has; whether that was told."""
+        left = rows("SELECT name, goal, state, snapshot FROM server WHERE occurrence_id = ? "
+                    "AND (goal IN ('stop', 'shelve', 'snapshot') OR snapshot <> '') ORDER BY n", occurrence.id)
+        if any(each.state not in FINAL and each.goal != 'delete' for each in left):
+            return 0
+        saved = ', '.join(f'{each.name} as {each.snapshot}' for each in left if each.snapshot)
+        if saved:
+            self.journal(now, 'snapshot', f'saved: {saved}', occurrence)
+        for stay in grouped([each for each in left if each.state == 'kept'], 'goal'):
+            how = 'shelved' if stay[0].goal == 'shelve' else 'stopped'
+            self.journal(now, 'stopped', f'{how} and not deleted: {named(stay)}', occurrence)
+        return LEFT
 
     def announce(self, occurrence, over: bool, now: float) -> int:
         """Tells of a start or an end that comes soon, once; what was told so far."""
@@ -6990,7 +7353,7 @@ class LifeCycle:
         if not over:
             comes = (*self.notice_times(occurrence), occurrence.held_from, occurrence.start, occurrence.end,
                      *(max(occurrence.start, occurrence.changed) + each
-                       for each in (occurrence.no_show // 2, occurrence.no_show)))
+                       for each in (occurrence.no_show // 2, occurrence.no_show)), occurrence.up_check or 0)
             return min(each for each in comes if each > now)
         if row("SELECT id FROM server WHERE occurrence_id = ? AND state NOT IN ('deleted', 'kept') LIMIT 1",
                occurrence.id):
@@ -7009,15 +7372,22 @@ class LifeCycle:
         found = row('SELECT count(ready) AS ever, max(fault) AS fault FROM server WHERE occurrence_id = ?',
                     occurrence.id)
         if (occurrence.image or occurrence.server) and not found.ever:
-            self.journal(now, 'failed', f"never up: {found.fault or 'the life cycle did not run'}", occurrence)
+            self.journal(now, 'failed', f"never up: {(found.fault or '').rstrip('.') or 'the life cycle did not run'}", occurrence)
         else:
             self.journal(now, 'ended', 'its time was over', occurrence)
 
     def journal(self, now: float, code: str, sentence: str, about) -> None:
         """An event of the life cycle, about a row that tells its reservation and whom to notify."""
+        self.note(now, code, sentence, about, json.loads(about.notify))
+
+    def note(self, now: float, code: str, sentence: str, about, notify: Iterable[str] | None = None) -> None:
+        """An event of one server, which is only logged: `tell_up` tells of all of them together."""
         occurrence = getattr(about, 'occurrence_id', about.id)
-        journal(self.config, now, 'cmres', code, sentence[:1000], about.reservation_id, json.loads(about.notify),
-                occurrence)
+        journal(self.config, now, 'cmres', code, sentence[:1000], about.reservation_id, notify, occurrence)
+
+    def look_again(self, occurrence: int, now: float) -> None:
+        """Lets this pass plan an occurrence whose servers are no longer as they were."""
+        run('UPDATE occurrence SET due = ? WHERE id = ? AND due > ?', now, occurrence, now)
 
     # What to do
 
@@ -7025,20 +7395,20 @@ class LifeCycle:
         """Hands the calls that are due to workers, each after its intent is written."""
         due = [server for server in rows(f'{SERVERS} WHERE v.due <= ? ORDER BY v.planned, v.id', now)
                if not self.busy(('server', server.id))]
-        # Each target is told in order, one notice after another.
-        notices = rows(f'{NOTICES} WHERE n.due <= ? AND n.id IN (SELECT min(id) FROM outbox WHERE due IS NOT NULL '
-                       'GROUP BY target)', now)
+        notices = self.next_notices(now)
         polls = rows('SELECT * FROM subscription WHERE due <= ?', now)
         claims: dict = defaultdict(list)
         for each in rows('SELECT c.server, s.cloud FROM claim c JOIN resource s ON s.id = c.resource_id '
                          'WHERE c.due <= ? '
                          'LIMIT 100', now):
             claims[each.cloud].append(each.server)
-        looks, calls = set(), []
+        looks, calls, waits = set(), [], {}
         if due:
             with self.acting():
                 for server in due:
                     verb = 'look' if self.left_alone(server, now) else self.next_call(server)
+                    if verb in ('boot', 'start') and server.goal == 'up' and self.must_wait(server, waits, now):
+                        continue
                     looks |= {server.account} if verb == 'look' else set()
                     calls += self.intend(verb, server, now) if verb != 'look' else []
         for verb, server in calls:
@@ -7047,11 +7417,43 @@ class LifeCycle:
             if self.breakers[account].until <= now:
                 self.submit(('look', account), 'look', account, self.known(account))
         for notice in notices:
-            self.submit(('notice', notice.target), 'notice', ' notices', notice)
+            self.submit(('notice', notice.target, notice.owner), 'notice', ' notices', notice)
         for account, uids in claims.items():
             self.submit(('claims', account), 'trace', account, uids)
         for each in polls:
             self.submit(('poll', each.id), 'poll', ' calendars', each)
+
+    def next_notices(self, now: float) -> list:
+        """The notices that go out now: by turns of those whose they are, and not many to one host at a time.
+
+        Each target is told in order, one notice of an owner after another. An owner has a quarter of the
+        workers and mail half of them, so that silent hosts and many notices of some delay nobody else's.
+        """
+        under_way = [key for key in self.flying if key[0] == 'notice' and self.busy(key)]
+        if len(under_way) >= self.config.workers:
+            return []
+        owners, hosts = Counter(key[2] for key in under_way), Counter(host_of(key[1]) for key in under_way)
+        heads = rows(f'{NOTICES} WHERE n.due <= ? AND n.id IN (SELECT min(id) FROM outbox WHERE due IS NOT NULL '
+                     'GROUP BY target, owner) ORDER BY n.id', now)
+        queues = {those[0].owner: iter(those) for those in grouped(heads, 'owner')}
+        chosen: list = []
+        while queues and len(under_way) + len(chosen) < self.config.workers:
+            owner = min(queues, key=owners.__getitem__)
+            notice = next((each for each in queues[owner] if self.has_room(each, hosts)), None)
+            if notice is None or owners[owner] >= max(self.config.workers // 4, 1):
+                del queues[owner]
+                continue
+            chosen.append(notice)
+            owners[owner] += 1
+            hosts[host_of(notice.target)] += 1
+        return chosen
+
+    def has_room(self, notice, hosts: Counter) -> bool:
+        """Whether a notice can go out although so many are on their way to each host; the operator's always can."""
+        if self.busy(('notice', notice.target, notice.owner)):
+            return False
+        host = host_of(notice.target)
+        return not notice.owner or hosts[host] < (PER_HOST if host else max(self.config.workers // 2, 1))
 
     def left_alone(self, server, now: float) -> bool:
         """Whether a cloud is in such trouble that calls to it wait; a look then finds out whether it is over."""
@@ -7059,6 +7461,25 @@ class LifeCycle:
         if breaker.failures < TRIPS and breaker.until <= now:
             return False
         change(Server, server.id, due=max(breaker.until, now + self.config.poll), fault=breaker.fault[:500])
+        if server.fault != breaker.fault[:500]:
+            self.look_again(server.occurrence_id, now)
+        return True
+
+    def must_wait(self, server, waits: dict, now: float) -> bool:
+        """Whether a server can't start since its resource is closed or has less than is booked.
+
+        Args:
+          waits: by resource, what is known of that in this pass
+        """
+        if server.resource_id not in waits:
+            place = row('SELECT * FROM resource WHERE id = ?', server.resource_id)
+            waits[place.id] = self.service.waits_for(place, now)
+        why, until, which = waits[server.resource_id]
+        if which is not None and server.occurrence_id not in which:
+            return False
+        change(Server, server.id, due=min(until, now + CALM), fault=why[:500])
+        if server.fault != why[:500]:
+            self.look_again(server.occurrence_id, now)
         return True
 
     def next_call(self, server) -> str:
@@ -7075,8 +7496,10 @@ class LifeCycle:
             return 'look'
         if server.goal == 'delete' or server.goal == 'up' and server.state == 'error':
             return 'delete'
-        ready_for = {'stop': ('active',), 'shelve': ('active', *DOWN[:3]), 'snapshot': ('active', *DOWN[:3])}
-        return server.goal if server.state in ready_for.get(server.goal, ()) else 'look'
+        if server.state in ENDS_FROM.get(server.goal, ()):
+            return server.goal
+        asleep = server.state in WAKES and not self.arrived(UNDER_WAY.get(server.goal, ''), server.state)
+        return 'start' if server.goal in ENDS_FROM and asleep else 'look'
 
     def intend(self, verb: str, server, now: float) -> list:
         """Writes what will be done; the calls that it takes."""
@@ -7221,7 +7644,10 @@ class LifeCycle:
         elif result.verb == 'boot':
             self.record_boot(server, result, now)
         elif result.error:
-            self.put_off(server, self.fault(result.error), now, self.retry_after(result.error), called=result.ended)
+            # A server that can't do that is not in the state that was thought: a look tells which it is in.
+            otherwise = getattr(result.error, 'details', {}).get('status') == 409 and server.state != 'deleting'
+            self.put_off(server, self.fault(result.error), now, self.retry_after(result.error), called=result.ended,
+                         **({'state': 'unknown'} if otherwise else {}))
         elif result.verb == 'verify':
             self.record_verify(server, result.answer, now)
         else:
@@ -7245,8 +7671,8 @@ class LifeCycle:
 
     def record_verify(self, server, complete: bool | None, now: float) -> None:
         if complete:
-            self.journal(now, 'snapshot', f'{server.name} is saved as the image {server.snapshot}', server)
             change(Server, server.id, goal='delete', state='active', due=now)
+            self.look_again(server.occurrence_id, now)
         elif complete is None:
             self.put_off(server, f'the image {server.snapshot} was not completed', now, state='active')
         else:
@@ -7261,7 +7687,8 @@ class LifeCycle:
 
     def tell_trouble(self, server, fault: str, now: float) -> None:
         if not server.failures or fault[:500] != server.fault:
-            self.journal(now, 'trouble', f'{server.name}: {fault}', server)
+            self.note(now, 'trouble', f'{server.name}: {fault}', server)
+            self.look_again(server.occurrence_id, now)
 
     def pause(self, failures: int) -> float:
         most = min(self.config.retry_first * 2 ** min(failures - 1, 20), self.config.retry_most)
@@ -7346,7 +7773,7 @@ class LifeCycle:
         answer, gone = result.answer
         seen = {each.uid: each for each in answer}
         marked = {each.mark: each for each in reversed(seen.values()) if each.mark}
-        wanted = set()
+        wanted, vanished = set(), []
         for server in rows(f"{SERVERS} WHERE v.state <> 'deleted' AND (v.tries > 0 OR v.borrowed)"):
             found = seen.get(server.uid) or (None if server.borrowed else marked.get(self.mark(server)))
             if found:
@@ -7360,10 +7787,10 @@ class LifeCycle:
                 self.record_seen(server, found, now)
             elif server.account == account and (server.uid in gone or not server.uid or server.goal != 'up'
                                                 and not server.borrowed):
-                self.record_missing(server, result.began, now)
+                vanished += self.record_missing(server, result.began, now)
+        self.tell_vanished(vanished, now)
         run("UPDATE server SET due = ? WHERE account = ? AND goal = 'up' AND state = 'active'",
             now + self.config.sweep, account)
-        self.tell_ready(account, now)
         for uid in seen.keys() - wanted:
             if seen[uid].mark and now - seen[uid].made >= self.config.orphan_grace:
                 self.submit(('clear', uid), 'clear', account, uid)
@@ -7381,18 +7808,22 @@ class LifeCycle:
                        addresses=json.dumps(seen.addresses))
                 run('UPDATE occurrence SET revision = revision + 1, revised = ? WHERE id = ?', int(now),
                     server.occurrence_id)
+                self.look_again(server.occurrence_id, now)
         elif server.goal in ('stop', 'shelve') and self.arrived(UNDER_WAY[server.goal], seen.state):
             change(Server, server.id, uid=seen.uid, state='kept', due=None)
-            self.journal(now, 'stopped', f'{server.name} is {seen.state} and stays', server)
+            self.look_again(server.occurrence_id, now)
         elif server.goal == 'up' and seen.state == 'build' and self.too_slow(server):
             late = f'it did not come up within {format_duration(self.config.boot_timeout)}'
             change(Server, server.id, uid=seen.uid, state='error', fault=late, due=now)
+            self.look_again(server.occurrence_id, now)
         else:
             later = now + self.config.poll
             known = server.uid and server.state == seen.state  # then its instant is set already
             calls = self.next_call(server._replace(uid=seen.uid, state=seen.state)) != 'look'
             change(Server, server.id, uid=seen.uid, state=seen.state, fault=seen.fault[:500] or server.fault,
                    due=max(server.due or 0, later) if known else now if calls else later)
+            if not known:
+                self.look_again(server.occurrence_id, now)
 
     def too_slow(self, server) -> bool:
         """Whether this process has seen a server boot for too long; by a clock that nobody sets."""
@@ -7401,15 +7832,15 @@ class LifeCycle:
 
     def arrived(self, under_way: str, state: str) -> bool:
         """Whether a cloud's state is what was asked for."""
-        return state in {'starting': ('active',), 'stopping': DOWN, 'shelving': DOWN[3:]}.get(under_way, ())
+        return state in ARRIVED.get(under_way, ())
 
-    def record_missing(self, server, looked: float, now: float) -> None:
-        """A server that the look didn't show: gone, never made, or too new to be in it."""
+    def record_missing(self, server, looked: float, now: float) -> list:
+        """A server that the look didn't show: gone, never made, or too new to be in it; it, if it has vanished."""
         called = server.called or 0
         if server.state == 'planned':
-            return
+            return []
         if self.busy(('server', server.id)) or looked <= called:
-            return
+            return []
         if not server.uid and looked < called + self.config.settle:
             change(Server, server.id, due=called + self.config.settle)
         elif server.goal != 'up':
@@ -7420,21 +7851,18 @@ class LifeCycle:
             self.put_off(server, server.fault or 'it was never made', now, state='planned', uid=None)
         else:
             change(Server, server.id, state='planned', uid=None, fault='it vanished from the cloud', due=now)
-            self.journal(now, 'vanished', f'{server.name} vanished from the cloud', server)
+            return [server]
+        return []
 
-    def tell_ready(self, account: str, now: float) -> None:
-        """Announces, once each, the occurrences all of whose servers are up."""
-        for each in rows("""SELECT o.id, o.start, o.told, o.reservation_id, r.notify,
-                                   count(*) AS up, max(v.ready) AS ready,
-                                   group_concat(v.name || ' ' || trim(replace(v.addresses, '"', ''), '[]'), ', ')
-                                   AS servers
-                              FROM occurrence o JOIN reservation r ON r.id = o.reservation_id
-                              JOIN server v ON v.occurrence_id = o.id
-                             WHERE o.due IS NOT NULL AND o.told & ? = 0 AND v.account = ? AND v.goal = 'up'
-                               AND v.state = 'active' GROUP BY o.id HAVING count(*) >= o.vms""", READY, account):
-            change(Occurrence, each.id, told=each.told | READY)
-            late = format_duration(max(each.ready - each.start, 0))
-            self.journal(now, 'ready', f'all {each.up} are up, {late} after the start: {each.servers}', each)
+    def tell_vanished(self, servers: list, now: float) -> None:
+        """Tells of the servers of each occurrence that have vanished; once, as long as they come and vanish again."""
+        for those in grouped(servers, 'occurrence_id'):
+            id = those[0].occurrence_id
+            again = row('SELECT up_told FROM occurrence WHERE id = ?', id).up_told is None
+            self.note(now, 'vanished', f'these VMs vanished from the cloud with all that was on them, and are made '
+                      f'anew: {named(those)}', those[0], None if again else json.loads(those[0].notify))
+            change(Occurrence, id, up_told=None)  # so that it is told when they are up, whatever it was before
+            self.look_again(id, now)
 
 
 # REST ########################################################################
@@ -7948,6 +8376,9 @@ TEMPLATES = {'layout': '''<!doctype html>
 ''', 'sure': '''
 <div class="card"><p>{{words}} <strong><bdi>{{about}}</bdi></strong>
 {{f', the one of {which[:16].replace("T", " ")}' if which else ''}}? This can not be undone.</p>
+% for each in warnings:
+<p><strong>{{each}}.</strong></p>
+% end
 <form method="post" action="/do/{{operation}}" class="row">{{!visit.guard}}
 % for name, value in fields.items():
 <input type="hidden" name="{{name}}" value="{{value}}">
@@ -9014,6 +9445,7 @@ class Pages:
         if name in ASKS and not sure:
             return self.page(visit, 'Are you sure?', render_page(
                 'sure', visit=visit, operation=name, fields=given, words=DEEDS[name][0], back=onward,
+                warnings=self.warned(visit, operation, said) if name == 'delete' else [],
                 about=said.get('label') or said.get('name') or said.get('id'), which=said.get('occurrence')))
         # What a form has shown and nobody has changed is not asked for.
         said = {field: value for field, value in said.items()
@@ -9023,6 +9455,12 @@ class Pages:
         answer = getattr(visit.service, name)(**bind(operation, said, visit.here))
         return self.onward(onward, told_done(name, said, answer))
 
+    def warned(self, visit: Visit, operation: Operation, said: dict) -> list[str]:
+        """What a delete would warn of, if it were meant."""
+        said = {field: value for field, value in said.items() if value != ''}
+        bound = bind(operation, {'tz': visit.zone.key} | said | {'dry_run': True}, visit.here)
+        return [warning for each in visit.service.delete(**bound) for warning in each.get('warnings', ())]
+
 
 def told_done(name: str, said: dict, answer) -> str:
     """What a form has done, in a sentence."""
@@ -9031,7 +9469,8 @@ def told_done(name: str, said: dict, answer) -> str:
         return f"the token of {about}, shown only now: {answer.get('token', '')}"
     hit = answer.get('hit', []) if isinstance(answer, dict) else []
     told = ', '.join(f"{each['label']} of {each['user']} ({each['outcome']})" for each in hit[:20])
-    return (f"'{about}' {DONE[name]}" if name in DONE else f'done: {API[name].words} {about}') + (
+    warned = [warning for each in (answer if name == 'delete' else ()) for warning in each.get('warnings', ())]
+    return '; '.join([f"'{about}' {DONE[name]}" if name in DONE else f'done: {API[name].words} {about}', *warned]) + (
         f'; {len(hit)} were in the way: {told}' if hit else '')
 
 
@@ -9380,7 +9819,7 @@ ALSO = {'--from': ([], '--start'), '--to': ([], '--end'), '--by': (['report'], '
 
 #: What a table shows of answers that have more fields than a line has room for.
 COLUMNS = {'list': 'id label user project resource host vms flavor start end repeat state change fault',
-           'delete': 'id label user project resource vms start end state',
+           'delete': 'id label user project resource vms start end state ends_with warnings',
            'calendar_list': 'id kind user project shows added polled fault held',
            'hit': 'label user project vms start end outcome', 'resource_sync': 'resource what before after',
            'servers': 'n name state addresses planned begun ready deleted snapshot fault',

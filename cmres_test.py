@@ -21,6 +21,8 @@ import asyncio
 import collections
 import contextlib
 import csv
+import email.policy
+import email.utils
 import functools
 import html
 import http.client
@@ -314,6 +316,57 @@ def test_credentials_keep_their_case_and_choose_the_account(folder):
     clouds = cmres.Clouds(config)
     assert clouds.account('Chameleon', 'Bio') == 'chameleon-Bio'
     assert clouds.account('Chameleon', 'chem') == 'Chameleon'
+
+
+@pytest.mark.parametrize('text, sentence', [
+    ('{label is reserved', "'expected '}' before end of string'"), ('{labell}', "there is no field {labell}; did you mean 'label'?"),
+    ('{vms.nope}', 'there is no field {vms.nope}'), ('{label[0]}', 'there is no field {label[0]}'), ('{}', 'there is no field {}'),
+    ('{0}', 'there is no field {0}'), ('{vms:d}', 'Unknown format code'), ('{label:{width}}', "'width'"), ('a } b', "Single '}'"),
+    ('{user_data}', 'there is no field {user_data}')])
+def test_words_that_can_not_be_filled_in_are_refused_at_the_start(folder, text, sentence):
+    path = folder('c.ini', f'[texts]\nended = {text}\n')
+    with pytest.raises(Invalid, match=re.escape(sentence)) as refusal:
+        load_config(path, {})
+    assert str(refusal.value).startswith('c.ini: [texts] ended: ')
+
+
+def test_words_may_have_every_field_of_an_answer(folder, world):
+    """Also braces as such, and formats."""
+    fields = {*cmres.public(cmres.listing(0, tail='LIMIT 1')[0])} if book(world.service) else set()
+    assert cmres.TEXT_FIELDS == fields | {'sentence', 'message', 'actor'}
+    text = ' '.join(f'{{{each}}}' for each in cmres.TEXT_FIELDS)
+    assert load_config(folder('c.ini', f'[texts]\nended = {text} {{{{}}}} {{label:>9}}\n'), {}).texts['ended']
+    for each in cmres.TEXTS.values():
+        cmres.check_template('here', each)
+
+
+def test_a_new_project_needs_no_restart(folder, caplog):
+    """Only its two sections are read again, and a broken file changes nothing."""
+    path = folder('c.ini', '[cmres]\nport = 1234\n[credentials]\nbio@lab = lab-bio\n')
+    config = load_config(path, {})
+    clouds = cmres.Clouds(config)
+    folder('c.ini', '[cmres]\nport = 4321\n[credentials]\nbio@lab = lab-bio\nchem@lab = lab-chem\n')
+    assert clouds.account('lab', 'chem') == 'lab-chem' and config.port == 1234
+    folder('c.ini', '[credentials\nbio@lab = other\n')
+    assert [clouds.account('lab', each) for each in ('bio', 'chem', 'bio')] == ['lab-bio', 'lab-chem', 'lab-bio']
+    assert [each.getMessage().partition(';')[2] for each in caplog.records] == [
+        ' what it said before in [credentials] and [identities] stays']
+    os.unlink(path)
+    assert clouds.account('lab', 'chem') == 'lab-chem'
+    folder('c.ini', '[credentials]\nchem@lab = lab-new\n')
+    assert clouds.account('lab', 'chem') == 'lab-new' and clouds.account('lab', 'bio') == 'lab'
+
+
+def test_a_new_identity_needs_no_restart(folder, world):
+    path = folder('c.ini', '[cmres]\n')
+    service = cmres.Reservations(load_config(path, {'CMRES_DATABASE': world.config.database}), world.clouds,
+                                 Actor('root', 'default', 'admin'), lambda: world.now)
+    service.resource_update('demo', mode='exclusive')
+    book(world.as_user(), start=-0.01, end=1)
+    asked = {'server': 's1', 'resources': ['demo'], 'project': 'id-of-biology', 'user': 'id-of-eva'}
+    assert not service.claim(**asked)[0]['passes']
+    folder('c.ini', '[identities]\nbiology = id-of-biology\neva = id-of-eva\n')
+    assert service.claim(**asked)[0]['passes']
 
 
 def test_the_example_lists_every_setting_at_its_default_with_its_reason(folder):
@@ -6790,10 +6843,11 @@ def test_a_notice_does_not_reach_into_private_networks(world):
     inbox.server.shutdown()
 
 
-def test_mail_says_it_in_the_words_of_the_configuration(tmp_path):
-    """Spoken to over real SMTP, with a server of twenty lines."""
+@pytest.fixture
+def mails(tmp_path):
+    """A world by its settings, and the mails that reach an SMTP server of twenty lines."""
     import socketserver
-    mails = []
+    came = []
 
     class Smtp(socketserver.StreamRequestHandler):
         def handle(self):
@@ -6802,17 +6856,520 @@ def test_mail_says_it_in_the_words_of_the_configuration(tmp_path):
                 verb = line[:4].upper()
                 if verb == b'DATA':
                     self.wfile.write(b'354 go on\r\n')
-                    mails.append(b''.join(iter(self.rfile.readline, b'.\r\n')).decode())
+                    text = b''.join(iter(self.rfile.readline, b'.\r\n'))
+                    came.append(email.message_from_bytes(text, policy=email.policy.default))
                 self.wfile.write(b'221 bye\r\n' if verb == b'QUIT' else b'250 ok\r\n')
+
+    def make(**settings):
+        return World(tmp_path, mail_server=f'127.0.0.1:{server.server_address[1]}', **settings), came
     with socketserver.ThreadingTCPServer(('127.0.0.1', 0), Smtp) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        world = World(tmp_path, mail_server=f'127.0.0.1:{server.server_address[1]}',
-                      texts=cmres.TEXTS | {'added': 'Hurrah for {label}\nCome at {start}.'})
-        boot(world, notify=['eva@example.org'])
-        world.at(0)
+        yield make
         server.shutdown()
-    assert len(mails) == 1 and 'To: eva@example.org' in mails[0]
-    assert 'Subject: [cmres] Hurrah for lab' in mails[0] and 'Come at 2026-12-01 13:00 UTC.' in mails[0]
+    cmres.close_store()
+
+
+def test_mail_says_it_in_the_words_of_the_configuration(mails):
+    world, came = mails(texts=cmres.TEXTS | {'added': 'Hurrah for {label}\nCome at {start}.'})
+    boot(world, notify=['eva@example.org'])
+    world.at(0)
+    mail, = came
+    assert mail['To'] == 'eva@example.org' and mail['Subject'] == '[cmres] Hurrah for lab'
+    assert 'Come at Tue 1 Dec 2026, 13:00 (UTC).' in mail.get_content()
+
+
+def test_a_mail_has_a_date_and_the_times_of_its_reservation(mails):
+    world, came = mails(timezone='America/New_York')
+    book(world.service, 'plain', notify=['eva@example.org'])
+    world.service.add('class', 'demo', NOON + hours(24), NOON + hours(26), repeat='daily', count=2, tz='Europe/Paris',
+                      notify=['eva@example.org'])
+    world.at(0)
+    plain, of_series = came
+    assert abs(email.utils.parsedate_to_datetime(plain['Date']).timestamp() - time.time()) < 600
+    assert 'from Tue 1 Dec 2026, 08:00 (America/New_York) to Tue 1 Dec 2026, 09:00 (America/New_York).' in plain.get_content()
+    assert 'from Wed 2 Dec 2026, 13:00 (Europe/Paris) to Wed 2 Dec 2026, 15:00 (Europe/Paris).' in of_series.get_content()
+
+
+def test_the_times_in_sentences_name_their_zone(tmp_path):
+    world = World(tmp_path, timezone='Europe/Paris')
+    world.service.resource_update('demo', approval=hours(1))
+    book(world.as_user(), 'asks')
+    assert world.service.events('asks')[-1]['sentence'] == (
+        'an admin must approve it until Tue 1 Dec 2026, 14:00 (Europe/Paris)')
+    world.service.maintenance_add('demo', NOON + hours(1), NOON + hours(2))
+    assert ("maintenance on demo from Tue 1 Dec 2026, 14:00 (Europe/Paris) to Tue 1 Dec 2026, 15:00 (Europe/Paris)"
+            in world.service.events('asks')[-1]['sentence'])
+    cmres.close_store()
+
+
+@pytest.mark.parametrize('more, changes', [
+    ({}, {'vms': 2}), ({}, {'description': 'the same'}), ({}, {'end': NOON + hours(2)}),
+    ({}, {'notify': ['http://example.org/x'], 'start': NOON + hours(1)}),
+    ({'repeat': 'daily', 'count': 3}, {'vms': 2}), ({'repeat': 'daily', 'count': 3}, {'description': 'the same'})])
+def test_an_update_that_changes_nothing_is_told_to_nobody(world, more, changes):
+    book(world.service, vms=2, description='the same', notify=['http://example.org/x'], **more)
+    world.now += 60
+    before = dump()
+    answer = world.service.update('lab', **changes)
+    assert answer['label'] == 'lab' and dump() == before
+    assert world.service.update('lab', **changes | {'vms': 3})['vms'] == 3
+    assert [each['code'] for each in world.service.events('lab')] == ['added', 'updated']
+
+
+@pytest.fixture
+def heard(tmp_path):
+    """A world by its settings, and the inbox to which all its reservations tell what becomes of them."""
+    inbox = Inbox()
+
+    def make(**settings):
+        return World(tmp_path, private_addresses=True, **settings), inbox
+    yield make
+    inbox.server.shutdown()
+    cmres.close_store()
+
+
+def look_at(world, begin: float, seconds) -> None:
+    """Lets the life cycle look so many seconds after an hour."""
+    for each in seconds:
+        world.at(begin + each / 3600)
+
+
+def told_of(inbox, *codes: str) -> list[tuple]:
+    """What has been told of these codes, or of all that is not about time alone."""
+    said = [json.loads(body) for _, body in inbox.came]
+    return [(each['event'], each['sentence']) for each in said
+            if each['event'] in codes or not codes and each['event'] not in ('added', 'soon', 'ending')]
+
+
+def test_owners_hear_at_the_start_that_vms_are_not_there_and_why(heard):
+    world, inbox = heard(simulated_vms=1)
+    boot(world, notify=[inbox.url])
+    look_at(world, 1, (-1, 0, 2))
+    assert told_of(inbox) == []  # the cloud is still starting them
+    look_at(world, 1, (4, 5, 6))
+    (code, sentence), = told_of(inbox)
+    assert code == 'trouble' and sentence.startswith('1 of 3 VMs are up; lab-1-')
+    assert sentence.endswith(': No valid host was found')
+    look_at(world, 1, range(7, 600, 7))
+    assert len(told_of(inbox)) == 1  # nothing is told twice, however often it is tried
+    object.__setattr__(world.config, 'simulated_vms', 2)
+    look_at(world, 1, range(600, 1300, 20))
+    assert [sentence[:17] for _, sentence in told_of(inbox)] == ['1 of 3 VMs are up', '2 of 3 VMs are up']
+    object.__setattr__(world.config, 'simulated_vms', 3)
+    look_at(world, 1, range(1300, 2000, 20))
+    assert [code for code, _ in told_of(inbox)] == ['trouble', 'trouble', 'ready']
+
+
+def test_owners_hear_after_a_minute_of_vms_that_are_only_slow(heard):
+    world, inbox = heard(simulated_boot=300)
+    boot(world, notify=[inbox.url])
+    look_at(world, 1, (0, 2, 30, 59))
+    assert told_of(inbox) == []
+    look_at(world, 1, (61, 62, 200))
+    assert told_of(inbox) == [('trouble', '0 of 3 VMs are up; lab-1-1, lab-1-2, lab-1-3: the cloud is still starting them')]
+    look_at(world, 1, (301, 302))
+    assert [code for code, _ in told_of(inbox)] == ['trouble', 'ready']
+
+
+def test_owners_hear_that_a_cloud_is_not_there_at_all(heard):
+    world, inbox = heard()
+    boot(world, notify=[inbox.url])
+
+    def away(*_):
+        raise cmres.CloudError('the cloud simulated could not be reached: timed out', status=0)
+    cloud = world.clouds.open('simulated')
+    cloud.boot = cloud.servers = away
+    look_at(world, 1, range(0, 400, 5))
+    assert told_of(inbox) == [('trouble', '0 of 3 VMs are up; lab-1-1, lab-1-2, lab-1-3: '
+                               'the cloud simulated could not be reached: timed out')]
+
+
+def test_what_comes_and_goes_within_a_minute_is_told_to_nobody(heard):
+    world, inbox = heard(sweep=5)
+    boot(world, notify=[inbox.url])
+    look_at(world, 1, (0, 4, 5))
+    cloud = world.clouds.open('simulated')
+    uid = cmres.row('SELECT uid FROM server WHERE n = 2').uid
+    for begin in (100, 130, 160):
+        cloud.stop(uid)
+        look_at(world, 1, (begin, begin + 6, begin + 12))
+        assert world.state('lab') == 'degraded'
+        cloud.start(uid)
+        look_at(world, 1, (begin + 18, begin + 24))
+    assert [code for code, _ in told_of(inbox)] == ['ready']
+
+
+@pytest.mark.parametrize('state, word', [('shutoff', 'start'), ('paused', 'unpause'), ('suspended', 'resume'),
+                                         ('shelved_offloaded', 'unshelve')])
+def test_owners_hear_who_must_start_a_vm_that_was_stopped_by_hand(heard, state, word):
+    world, inbox = heard()
+    boot(world, notify=[inbox.url])
+    look_at(world, 1, (0, 4, 5))
+    cmres.SimulatedServer.update(power=state).where(cmres.SimulatedServer.name == 'lab-1-2').execute()
+    look_at(world, 1, range(60, 400, 10))
+    assert world.state('lab') == 'degraded'
+    (_, _), (code, sentence) = told_of(inbox)
+    assert code == 'stopped' and sentence.startswith(f'2 of 3 VMs are up; lab-1-2: {state}; ')
+    assert f'its owner must do that: openstack server {word} NAME' in sentence
+    cmres.SimulatedServer.update(power='active').where(cmres.SimulatedServer.name == 'lab-1-2').execute()
+    look_at(world, 1, range(400, 700, 10))
+    assert [code for code, _ in told_of(inbox)] == ['ready', 'stopped', 'ready']
+    assert told_of(inbox)[2][1].startswith('all 3 are up again: lab-1-1 10.0.0.')
+
+
+def test_vms_that_vanish_are_told_of_once_for_all_and_where_the_new_ones_are(heard):
+    world, inbox = heard(sweep=5)
+    boot(world, notify=[inbox.url])
+    look_at(world, 1, (0, 4, 5))
+    cmres.SimulatedServer.update(gone=world.now).where(cmres.SimulatedServer.name != 'lab-1-1').execute()
+    look_at(world, 1, range(60, 300, 5))
+    assert [code for code, _ in told_of(inbox)] == ['ready', 'vanished', 'ready']
+    assert told_of(inbox, 'vanished')[0][1].endswith('are made anew: lab-1-2, lab-1-3')
+    addresses = [each['addresses'][0] for each in world.service.servers('lab')]
+    assert all(each in told_of(inbox)[2][1] for each in addresses) and '10.0.0.5' in addresses
+
+
+def test_owners_hear_when_vms_were_added_that_are_up(heard):
+    world, inbox = heard()
+    boot(world, notify=[inbox.url])
+    look_at(world, 1, (0, 4, 5))
+    world.service.update('lab', vms=5)
+    look_at(world, 1, range(6, 100, 5))
+    assert [sentence[:13] for _, sentence in told_of(inbox, 'ready')] == ['all 3 are up,', 'all 5 are up ']
+
+
+@pytest.mark.parametrize('at_end, codes', [
+    ('snapshot', ['ready', 'snapshot', 'ended']), ('stop', ['ready', 'stopped', 'ended']),
+    ('shelve', ['ready', 'stopped', 'ended']), ('delete', ['ready', 'ended'])])
+def test_owners_hear_once_what_has_become_of_all_vms_at_the_end(heard, at_end, codes):
+    world, inbox = heard()
+    boot(world, notify=[inbox.url], at_end=at_end)
+    look_at(world, 1, (0, 4, 5))
+    look_at(world, 2, range(0, 60, 3))
+    assert [code for code, _ in told_of(inbox)] == codes
+    said = ' '.join(sentence for _, sentence in told_of(inbox, 'snapshot', 'stopped'))
+    assert all(name in said for name in ('lab-1-1', 'lab-1-2', 'lab-1-3')) or at_end == 'delete'
+
+
+def test_owners_hear_once_of_vms_that_could_not_be_saved_in_time(heard):
+    world, inbox = heard()
+    boot(world, notify=[inbox.url], at_end='snapshot')
+    look_at(world, 1, (0, 4, 5))
+    cloud = world.clouds.open('simulated')
+    slow = cmres.row('SELECT uid FROM server WHERE n < 3').uid
+    saved, cloud.saved = cloud.saved, lambda image: saved(image) if not image.endswith(slow) else False
+    look_at(world, 2, range(0, 700, 10))
+    assert [code for code, _ in told_of(inbox)] == ['ready', 'forced', 'snapshot', 'ended']
+    assert 'the agreed snapshot was not done within 10m after the end' in told_of(inbox, 'forced')[0][1]
+    name, = [each['name'] for each in world.service.servers('lab') if not each['snapshot']]
+    assert name in told_of(inbox, 'forced')[0][1] and name not in told_of(inbox, 'snapshot')[0][1]
+
+
+def test_what_is_closed_starts_nothing_until_it_is_over(heard):
+    world, inbox = heard()
+    boot(world, notify=[inbox.url], length=3)
+    assert world.service.maintenance_add('demo', NOON + hours(0.5), NOON + hours(2), reason='new disks')['hit']
+    look_at(world, 1, (0, 5, 60, 120, 1800, 3599))
+    assert world.there() == [] and world.state('lab') == 'starting'
+    assert told_of(inbox, 'trouble') == [('trouble', "0 of 3 VMs are up; lab-1-1, lab-1-2, lab-1-3: new disks on "
+                                          "'demo' until 2026-12-01 14:00 UTC")]
+    assert "new disks on 'demo'" in world.service.list('lab')[0]['fault']
+    look_at(world, 2, (0, 4, 5))
+    assert len(world.there()) == 3 and world.state('lab') == 'active'
+
+
+def test_what_waits_for_a_maintenance_starts_when_that_is_called_off(world):
+    boot(world, length=3)
+    id = world.service.maintenance_add('demo', NOON + hours(0.5), NOON + hours(2))['id']
+    look_at(world, 1, (0, 5, 30))
+    world.service.maintenance_delete(id)
+    look_at(world, 1, (31, 35))
+    assert len(world.there()) == 3 and world.state('lab') == 'active'
+
+
+def test_what_ends_before_a_maintenance_does_has_failed_for_it(world):
+    boot(world)
+    world.service.maintenance_add('demo', NOON + hours(0.5), NOON + hours(9), reason='new disks')
+    look_at(world, 1, (0, 5, 3599))
+    look_at(world, 2, (0, 5))
+    assert world.there() == [] and world.state('lab') == 'failed'
+    assert "never up: new disks on 'demo' until" in world.service.events('lab')[-1]['sentence']
+
+
+@pytest.mark.parametrize('close', [
+    lambda service: service.maintenance_add('synced', NOON + hours(0.5), NOON + hours(9)),
+    lambda service: service.resource_capacity('synced', NOON + hours(0.5), NOON + hours(9), vcpus=0)])
+def test_nothing_that_is_affected_starts_in_any_way(world, owned, close):
+    """Neither what is new, nor what vanished, nor what grows, nor a machine that exists."""
+    world.service.resource_add('synced', cloud='simulated', vcpus=100)
+    some = dict(resource='synced', flavor='m1.small', image='cirros', vms=2)
+    book(world.service, 'runs', 0.2, 3, **some)
+    book(world.service, 'grows', 0.2, 3, **some)
+    book(world.service, 'begins', 1, 3, **some)
+    look_at(world, 0.2, (0, 4, 5))
+    there = [each for each in world.there() if each != 'runs-1-2']
+    close(world.service)
+    look_at(world, 0.51, (0, 5))
+    cmres.SimulatedServer.update(gone=world.now).where(cmres.SimulatedServer.name == 'runs-1-2').execute()
+    look_at(world, 0.6, range(0, 200, 10))
+    look_at(world, 1, range(0, 200, 10))
+    assert world.there() == there and [world.state(each) for each in ('runs', 'begins')] == ['degraded', 'starting']
+
+
+def test_a_machine_that_exists_is_not_started_on_what_is_closed(world, owned):
+    world.service.add('desk', 'demo', NOON + hours(1), NOON + hours(3), server='mine')
+    world.service.maintenance_add('demo', NOON + hours(0.5), NOON + hours(2))
+    look_at(world, 1, (0, 4, 100))
+    assert power(world, owned) == 'shutoff' and world.state('desk') == 'starting'
+    look_at(world, 2, (0, 4, 8))
+    assert power(world, owned) == 'active' and world.state('desk') == 'active'
+
+
+@pytest.mark.parametrize('lower', [
+    lambda service: service.resource_update('demo', vms=8, force=True),
+    lambda service: service.resource_capacity('demo', NOON, NOON + hours(9), vms=8)])
+def test_of_what_no_longer_fits_the_latest_added_waits_and_the_others_start(world, lower):
+    world.now -= 60
+    for label in ('first', 'second', 'third'):
+        boot(world, label, vms=5)
+    lower(world.service)
+    look_at(world, 1, (0, 4, 5, 100))
+    assert [world.state(each) for each in ('first', 'second', 'third')] == ['active', 'starting', 'starting']
+    assert "'demo' has less than is reserved now" in world.service.list('third')[0]['fault']
+    world.service.delete('first')
+    look_at(world, 1, range(101, 200, 10))
+    assert [world.state(each) for each in ('second', 'third')] == ['active', 'starting']
+    world.service.resource_update('demo', vms=32)
+    for each in world.service.maintenance_list():
+        world.service.maintenance_delete(each['id'])
+    look_at(world, 1, (201, 205))
+    assert world.state('third') == 'active'
+
+
+ASLEEP = ('active', 'shutoff', 'paused', 'suspended', 'shelved', 'shelved_offloaded', 'rescue', 'verify_resize')
+
+
+@pytest.mark.parametrize('state', ASLEEP)
+@pytest.mark.parametrize('at_end', ['delete', 'stop', 'shelve', 'snapshot'])
+def test_what_is_agreed_for_the_end_is_done_from_every_state(world, at_end, state):
+    boot(world, vms=1, at_end=at_end)
+    look_at(world, 1, (0, 4, 5))
+    cmres.SimulatedServer.update(power=state).execute()
+    look_at(world, 1.9, (0, 100))
+    look_at(world, 2, range(0, 500, 2) if state == 'verify_resize' else range(0, 60, 2))
+    server, = world.service.servers('lab')
+    after = [each.power for each in world.clouds.open('simulated').present()]
+    stays = {'stop': state if state in ('suspended', 'shelved', 'shelved_offloaded') else 'shutoff',
+             'shelve': state if state == 'shelved' else 'shelved_offloaded'}
+    assert after == ([stays[at_end]] if at_end in stays else [])
+    assert bool(server['snapshot']) == (at_end == 'snapshot') and world.state('lab') == 'ended'
+    assert bool(cmres.SimulatedServer.get().saved) == (at_end == 'snapshot')
+    assert 'forced' not in [each['code'] for each in world.service.events('lab')]
+
+
+@pytest.mark.parametrize('state', ASLEEP)
+@pytest.mark.parametrize('at_end', ['stop', 'shelve'])
+def test_a_machine_that_exists_ends_as_agreed_from_every_state(world, owned, at_end, state):
+    world.service.add('desk', 'demo', NOON + hours(1), NOON + hours(2), server='mine', at_end=at_end)
+    look_at(world, 1, (0, 4, 8))
+    cmres.SimulatedServer.update(power=state).execute()
+    look_at(world, 2, range(0, 60, 2))
+    assert power(world, owned) in cmres.ARRIVED[cmres.UNDER_WAY[at_end]] and world.state('desk') == 'ended'
+
+
+def test_what_nova_can_not_do_is_tried_until_the_grace_time_is_over(heard):
+    world, inbox = heard()
+    boot(world, vms=1, at_end='snapshot', notify=[inbox.url])
+    look_at(world, 1, (0, 4, 5))
+    cmres.SimulatedServer.update(power='migrating').execute()
+    look_at(world, 2, range(0, 599, 30))
+    assert world.there() == ['lab-1-1'] and world.state('lab') == 'ending'
+    look_at(world, 2, range(600, 630, 2))
+    assert world.there() == [] and [code for code, _ in told_of(inbox)][-2:] == ['forced', 'ended']
+
+
+def test_owners_hear_that_a_vm_in_error_was_not_saved(heard):
+    world, inbox = heard(sweep=1)
+    boot(world, vms=1, at_end='snapshot', notify=[inbox.url])
+    look_at(world, 1, (0, 4, 5))
+    cmres.SimulatedServer.update(fault='Resize failed.').execute()
+    cloud = world.clouds.open('simulated')
+    cloud.delete = lambda uid: None
+    look_at(world, 1.999, (0, 1))
+    cmres.run("UPDATE server SET state = 'error'")
+    look_at(world, 2, (0, 1))
+    assert [code for code, _ in told_of(inbox)] == ['ready', 'forced']
+    assert told_of(inbox, 'forced')[0][1].endswith('with VMs in error, so these are deleted: lab-1-1')
+
+
+@pytest.mark.parametrize('asked, ends_with, warned', [
+    ({'at_end': 'snapshot'}, 'delete', 'snapshot'), ({'at_end': 'stop'}, 'delete', 'stop'),
+    ({'at_end': 'shelve'}, 'delete', 'shelve'), ({'at_end': 'delete'}, 'delete', ''), ({}, 'delete', ''),
+    ({'image': '', 'flavor': ''}, '', ''), ({'server': 'mine', 'image': '', 'flavor': '', 'at_end': 'shelve'}, 'shelve', '')])
+def test_delete_says_what_becomes_of_vms(heard_owned, asked, ends_with, warned):
+    world, inbox = heard_owned
+    boot(world, **{'vms': 1, 'notify': [inbox.url]} | asked)
+    not_begun, = world.service.delete('lab', dry_run=True)
+    assert (not_begun['ends_with'], not_begun['warnings']) == ('', [])
+    look_at(world, 1, (0, 4, 8))
+    warnings = [f"the VMs of 'lab' are deleted; the agreed {warned} is not done"] if warned else []
+    for dry_run in (True, False):
+        gone, = world.service.delete('lab', dry_run=dry_run)
+        assert (gone['ends_with'], gone['warnings']) == (ends_with, warnings)
+    look_at(world, 1, (9, 12))
+    said = told_of(inbox, 'released')[0][1]
+    assert said == '; '.join(['cancelled by root', *warnings])
+
+
+@pytest.fixture
+def heard_owned(heard):
+    world, inbox = heard()
+    uid = world.clouds.open('simulated').boot(cmres.Machine('mine', '', 'm1.tiny', 'cirros'))
+    world.clouds.open('simulated').stop(uid)
+    return world, inbox
+
+
+def test_whatever_cancels_a_reservation_says_what_becomes_of_its_vms(world):
+    boot(world, at_end='snapshot')
+    look_at(world, 1, (0, 4, 5))
+    world.service.maintenance_add('demo', NOON + hours(1), NOON + hours(2), then='cancel')
+    assert world.service.events('lab')[-1]['sentence'].endswith('; the agreed snapshot is not done')
+
+
+@pytest.fixture
+def silent():
+    """Addresses on one host that takes connections and never answers: silent(3)."""
+    with socket.create_server(('127.0.0.1', 0), backlog=512) as server:
+        yield lambda number: [f'http://127.0.0.1:{server.getsockname()[1]}/{n}' for n in range(number)]
+
+
+def under_way(world) -> list[tuple]:
+    return [key for key in world.cycle.flying if key[0] == 'notice']
+
+
+def test_hosts_that_are_silent_delay_nobody_else(heard, silent):
+    """A hundred notices wait for ever at one host; those of others are there when their turn comes, which is at once."""
+    world, inbox = heard()
+    for number in range(10):
+        book(world.as_user('tom', 'physics'), f'tom-{number}', start=number, end=number + 1, notify=silent(10))
+    book(world.as_user(), 'lab', start=20, end=21, notify=[inbox.url.replace('127.0.0.1', 'localhost')])
+    world.cycle.converge(world.now)
+    assert len(under_way(world)) == cmres.PER_HOST + 1
+    until = time.monotonic() + 60
+    while not inbox.came and time.monotonic() < until:
+        world.cycle.wake.wait(1)
+    assert inbox.codes() == ['added']
+    assert len(under_way(world)) == cmres.PER_HOST + 1
+
+
+def test_an_owner_has_a_quarter_of_the_workers(tmp_path, monkeypatch):
+    """Whatever the hosts are called."""
+    world, release = World(tmp_path, workers=8), threading.Event()
+    monkeypatch.setattr(cmres, 'deliver', lambda config, notice, about: release.wait(60))
+    for user in ('tom', 'ann'):
+        book(world.as_user(user, 'physics'), user, notify=[f'http://{user}{n}.example.org' for n in range(10)])
+    book(world.as_user(), 'lab', notify=['http://eva.example.org'])
+    world.cycle.converge(world.now)
+    assert collections.Counter(key[2] for key in under_way(world)) == {'physics/tom': 2, 'physics/ann': 2, 'biology/eva': 1}
+    release.set()
+    world.cycle.settle()
+    assert not cmres.rows('SELECT id FROM outbox WHERE due IS NOT NULL')
+    cmres.close_store()
+
+
+def test_of_one_owner_a_target_is_told_in_order_and_of_others_beside_it(tmp_path, monkeypatch):
+    world, told = World(tmp_path), []
+    monkeypatch.setattr(cmres, 'deliver', lambda config, notice, about: told.append((notice.owner, notice.event)))
+    for number in range(5):
+        for user in ('tom', 'ann'):
+            book(world.as_user(user, 'physics'), f'{user}-{number}', number, number + 1, notify=['http://example.org'])
+    world.at(0)
+    assert len(told) == 10
+    for user in ('tom', 'ann'):
+        mine = [event for owner, event in told if owner == f'physics/{user}']
+        assert mine == sorted(mine) and len(mine) == 5
+    cmres.close_store()
+
+
+def test_a_target_that_is_no_address_stops_nobody(heard):
+    world, inbox = heard()
+    book(world.service, 'odd', notify=['http://[x', 'https://:99999/', 'http://a b'.replace(' ', '\u2028x')])
+    book(world.as_user(), notify=[inbox.url])
+    world.at(0)
+    assert inbox.codes() == ['added']
+
+
+def test_mails_beyond_the_rate_of_a_day_are_dropped_and_that_is_said_once(mails):
+    world, came = mails(notices_per_day=5)
+    for number in range(4):
+        book(world.as_user(), f'lab-{number}', number + 1, number + 2, notify=['a@example.org', 'b@example.org'])
+    book(world.as_user('tom'), 'tom', 5, 6, notify=['tom@example.org'])
+    world.at(0)
+    said = collections.Counter(mail['Subject'] for mail in came)
+    assert said == {'[cmres] lab-0 is reserved': 2, '[cmres] lab-1 is reserved': 2, '[cmres] lab-2 is reserved': 1,
+                    '[cmres] no more mails today': 2, '[cmres] tom is reserved': 1}
+    dropped = [(each['label'], each['sentence']) for each in world.as_user().events(limit=100) if each['code'] == 'dropped']
+    assert dropped == [('lab-2', '5 mails were sent for biology/eva today, so no more are sent until '
+                        'Wed 2 Dec 2026, 00:00 (UTC); the event log has everything')]
+    world.at(12)
+    book(world.as_user(), 'next', 20, 21, notify=['a@example.org'])
+    world.at(12)
+    assert '[cmres] next is reserved' in [mail['Subject'] for mail in came]
+
+
+def test_webhooks_are_told_however_many_mails_there_were(mails, tmp_path):
+    inbox = Inbox()
+    world, came = mails(notices_per_day=0, private_addresses=True)
+    book(world.as_user(), notify=['a@example.org', inbox.url])
+    world.at(0)
+    assert inbox.codes() == ['added'] and [mail['Subject'] for mail in came] == ['[cmres] no more mails today']
+    inbox.server.shutdown()
+
+
+def test_mails_go_to_allowed_domains_only(mails):
+    world, came = mails(mail_domains='example.org, Uni.example')
+    with pytest.raises(Invalid, match="no mails are sent to 'x@evil.example.org'; here they may go to addresses of "):
+        book(world.as_user(), notify=['x@evil.example.org'])
+    book(world.as_user(), notify=['a@EXAMPLE.org', 'b@uni.example'])
+    cmres.run("UPDATE reservation SET notify = ?", json.dumps(['x@evil.example.org', 'a@example.org']))  # of older days
+    world.service.extend('lab', hours(1))
+    world.at(0.9)
+    assert {mail['To'] for mail in came} == {'a@EXAMPLE.org', 'b@uni.example', 'a@example.org'}
+
+
+def test_a_refusal_is_told_to_who_asked_and_to_the_operator(heard):
+    world, inbox = heard()
+    object.__setattr__(world.config, 'webhook', f'{inbox.url}/operator')
+    for number in range(5):
+        with pytest.raises(NoCapacity):
+            book(world.as_user(), vms=99, notify=['stranger@example.org', f'{inbox.url}/stranger'])
+    world.at(0)
+    assert inbox.codes() == ['refused'] * 5
+    assert {each.target for each in cmres.rows('SELECT target FROM outbox')} == {f'{inbox.url}/operator'}
+
+
+@pytest.mark.parametrize('web', [True, False])
+def test_a_delivery_has_so_long_in_all_however_slowly_it_is_answered(mails, monkeypatch, web):
+    """The other side sends a byte now and then, for ever."""
+    monkeypatch.setattr(cmres, 'MOST_WAIT', 1)
+    monkeypatch.setattr(cmres, 'MAIL_WAIT', 1)
+    ended = threading.Event()
+
+    def drip(server):
+        line, _ = server.accept()
+        with contextlib.suppress(OSError):
+            line.sendall(b'HTTP/1.1 200 OK\r\nX: ' if web else b'220-')
+            while not ended.wait(0.1):
+                line.sendall(b'.')
+        ended.set()
+    with socket.create_server(('127.0.0.1', 0)) as server:
+        threading.Thread(target=drip, args=(server,), daemon=True).start()
+        address = f'127.0.0.1:{server.getsockname()[1]}'
+        world, _ = mails(private_addresses=True)
+        object.__setattr__(world.config, 'mail_server', address)
+        book(world.as_user(), notify=[f'http://{address}' if web else 'eva@example.org'])
+        world.at(0)
+        assert cmres.row('SELECT tries FROM outbox').tries == 1 and ended.wait(60)
 
 
 def test_the_journal_always_tells_why_it_ended(world):
@@ -8315,6 +8872,17 @@ def test_a_form_of_ours_changes_what_it_says(world):
     assert 'is longer now' not in visitor.get('/list')  # it is said once
 
 
+def test_the_page_asks_and_warns_of_an_end_that_is_not_done(world):
+    visitor = as_visitor(world)
+    book(world.as_user(), flavor='m1.small', image='cirros', at_end='snapshot')
+    for moment in (1, 1.01):
+        world.at(moment)
+    warning = "the VMs of 'lab' are deleted; the agreed snapshot is not done"
+    asks = form_of(visitor.get('/list'), '/do/delete').submit()
+    assert warning in asks.html.text and len(world.there()) == 1
+    assert warning in form_of(asks, '/do/delete').submit(status=303).follow().html.text
+
+
 def test_the_form_of_somebody_else_is_of_no_use(world):
     eva, tom = as_visitor(world), as_visitor(world, 'tom', 'biology')
     book(world.as_user(), start=1, end=2)
@@ -9410,6 +9978,15 @@ def test_help_of_every_command_answers_on_standard_output_with_an_example(run, t
 def test_nothing_that_was_not_published_is_a_command(run, tmp_path, line):
     code, out, err = run(*line.split())
     assert (code, out) == (2, '') and f"there is no command '{line}'" in err and not list(tmp_path.iterdir())
+
+
+def test_delete_on_the_command_line_warns_of_an_end_that_is_not_done(run):
+    assert run('resource', 'add', 'demo', '--cloud', 'simulated')[0] == 0
+    assert run('add', 'lab', 'demo', 'now', '+1h', '--image', 'cirros', '--flavor', 'm1.tiny', '--at-end', 'stop')[0] == 0
+    assert run('tick')[0] == 0
+    for more in ('--dry-run', ''):
+        code, out, _ = run('delete', 'lab', *more.split())
+        assert code == 0 and "the VMs of 'lab' are deleted; the agreed stop is not done" in out
 
 
 def test_an_unknown_command_names_the_nearest(run):
