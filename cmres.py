@@ -5,16 +5,14 @@
 #   "bottle~=0.13.4",          # REST: routes, requests, responses
 #   "fire~=0.7.1",             # command line: commands and help out of functions
 #   "openstacksdk>=4.4,<5",    # clouds: sessions, clouds.yaml, Nova, Glance, Neutron
-#   "icalendar>=7.1,<8",       # calendars: parsing and writing of iCalendar
+#   "icalendar>=7.1,<8",       # calendars: what zones are called on Windows
 #   "peewee~=4.5.3",           # store: models, transactions, one connection a thread
 #   "python-dateutil>=2.9,<3", # repetitions: the slots of an RRULE
 #   "pyyaml~=6.0",             # YAML files of reservations, YAML answers
-#   "recurring-ical-events~=3.8.2",  # calendars: the occurrences of events
 #   "rich>=13,<16",            # tables and progress bars for people
 #   "schedule~=1.2.2",         # heartbeat of the life cycle
 #   "tzdata>=2025.2",          # time zones, where the system has none
 #   "waitress~=3.0.2",         # HTTP server: slow clients hold no thread
-#   "x-wr-timezone~=2.0",      # calendars: those of Google, whose zone stands beside the times
 # ]
 # ///
 """cmres: reservations for virtual machines on OpenStack clouds.
@@ -59,11 +57,13 @@ import difflib
 import functools
 import getpass
 import hashlib
+import heapq
 import inspect
 import io
 import itertools
 import json
 import logging
+import math
 import os
 import queue
 import random
@@ -76,12 +76,12 @@ import sys
 import textwrap
 import threading
 import time
-import warnings
 from bisect import bisect_left
 from collections import Counter, defaultdict, namedtuple
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
-from datetime import date, datetime, timedelta, timezone
+from contextlib import contextmanager, nullcontext, suppress
+from datetime import date, datetime, timedelta, timezone, tzinfo
+from html import unescape
 from typing import Any, Callable, Iterable, Iterator, NamedTuple, NewType
 from urllib.parse import parse_qsl, quote, unquote, urlencode, urljoin, urlsplit
 from zoneinfo import ZoneInfo
@@ -302,13 +302,17 @@ def format_duration(length: float) -> str:
 #   of the next day (RFC 5545, 3.3.6).
 
 MOST_OCCURRENCES = 2000  # of a series within the horizon
+MOST_A_DAY = 100
 #: What may stand in a rule, and between which numbers (RFC 5545, 3.3.10).
 RULE_PARTS = {'FREQ': None, 'UNTIL': None, 'WKST': None, 'BYDAY': None, 'COUNT': (1, 100_000), 'INTERVAL': (1, 1000),
               'BYMONTH': (1, 12), 'BYMONTHDAY': (1, 31), 'BYYEARDAY': (1, 366), 'BYWEEKNO': (1, 53),
               'BYSETPOS': (1, 366), 'BYHOUR': (0, 23), 'BYMINUTE': (0, 59), 'BYSECOND': (0, 59)}
+CLOCK_PARTS = ('BYHOUR', 'BYMINUTE', 'BYSECOND')
 FREQUENCIES = {'day': 'DAILY', 'week': 'WEEKLY', 'month': 'MONTHLY', 'year': 'YEARLY'}
 DAY_NAMES = ('monday', 'tuesday', 'wednesday', 'thursday', 'friday', 'saturday', 'sunday')
 WEEKDAYS = ('MO', 'TU', 'WE', 'TH', 'FR', 'SA', 'SU')
+#: Days that these leave of a week, or of some days, differ from one to the next.
+UNEVEN = {'BYMONTH', 'BYMONTHDAY', 'BYYEARDAY', 'BYWEEKNO', 'BYSETPOS'}
 ORDINALS = {'first': '1', 'second': '2', 'third': '3', 'fourth': '4', 'fifth': '5', 'last': '-1'}
 REPEAT_HELP = "write daily, weekdays, weekly on tue,thu, every 2 weeks on mon, monthly on first mon, or an RRULE"
 # dateutil gives a rule that never matches up in the year 9999 only. The calendar repeats itself
@@ -380,6 +384,11 @@ def from_wall(wall: datetime, zone: ZoneInfo) -> datetime:
     return wall.replace(tzinfo=zone).astimezone(UTC)
 
 
+def at_midnight(day: date) -> datetime:
+    """The wall time at which a day begins."""
+    return datetime(day.year, day.month, day.day)
+
+
 def read_repeat(text: str, here=None) -> str:
     """The RRULE that a person typed or meant; its UNTIL, if any, is left as it is.
 
@@ -422,6 +431,8 @@ def checked_rule(rule: str) -> str:
             raise ValueError(f'{shown(name)} is no part of a repetition, or is there twice')
         if RULE_PARTS[name]:
             check_numbers(name, value, *RULE_PARTS[name])
+    if math.prod(parts.get(name, '').count(',') + 1 for name in CLOCK_PARTS) > MOST_A_DAY:
+        raise ValueError(f'it is more than {MOST_A_DAY} times a day')
     if parts.get('FREQ') not in FREQUENCIES.values():
         raise ValueError(f"FREQ={parts.get('FREQ', '')} is none of {', '.join(FREQUENCIES.values())}")
     if not all(re.fullmatch(r'([+-]?([1-9]|[1-4]\d|5[0-3]))?(MO|TU|WE|TH|FR|SA|SU)', day)
@@ -450,50 +461,128 @@ def check_numbers(name: str, text: str, least: int, most: int) -> None:
             raise ValueError(f'{name}={shown(text)[1:-1]} is not between {least} and {most}')
 
 
-def local_rule(rule: str, zone: ZoneInfo, literal: bool = False) -> str:
-    """A rule whose UNTIL is a wall time, as its slots are; a day is meant to its end, in a calendar to its start."""
+def local_rule(rule: str, zone: ZoneInfo) -> str:
+    """A rule whose UNTIL is a wall time, as its slots are; a day is meant to its end."""
     def localised(match):
         last = read_until(match[1])
-        if literal and 'T' not in match[1]:
-            last = last.replace(hour=0, minute=0, second=0)
-        utc = match[1].endswith('Z') or literal and 'T' in match[1]
-        last = to_wall(last.replace(tzinfo=UTC), zone) if utc else last
+        last = to_wall(last.replace(tzinfo=UTC), zone) if match[1].endswith('Z') else last
         return f'UNTIL={min(last, LAST.replace(tzinfo=None)):%Y%m%dT%H%M%S}'
     return re.sub(r'UNTIL=([0-9TZ]+)', localised, rule)
 
 
-def walls(stretch: Stretch) -> Iterator[datetime]:
-    """The wall times of all slots of a stretch in order; they may have no end."""
-    from dateutil.rrule import rruleset, rrulestr
-    start, found = datetime.fromisoformat(stretch.start), rruleset()
-    if stretch.rule:
-        rule = re.sub(r'UNTIL=(\d{4})', lambda year: f'UNTIL={int(year[1]) + YEARS_AHEAD}', stretch.rule)
-        found.rrule(rrulestr(rule, dtstart=ahead(start, YEARS_AHEAD)))
-    for each in stretch.dates if stretch.rule or stretch.dates else [stretch.start]:
-        found.rdate(ahead(datetime.fromisoformat(each.partition('/')[0]), YEARS_AHEAD))
-    skips = frozenset(stretch.skips)
-    for each in found:
-        wall = ahead(each, -YEARS_AHEAD)
-        key = wall.isoformat()
-        if stretch.until and key >= stretch.until:
-            return
-        if key >= stretch.since and key not in skips and key[:10] not in skips:
-            yield wall
+def parts_of(rule: str) -> dict[str, str]:
+    return dict(part.split('=') for part in rule.split(';'))
+
+
+def explicit(rule: str, start: datetime) -> str:
+    """A rule that names its days, where it left that to its start (RFC 5545, 3.3.10)."""
+    parts = parts_of(rule)
+    if parts['FREQ'] == 'DAILY' or {'BYDAY', 'BYMONTHDAY', 'BYYEARDAY'} & set(parts):
+        return rule
+    if parts['FREQ'] == 'WEEKLY' or 'BYWEEKNO' in parts:
+        return f'{rule};BYDAY={WEEKDAYS[start.weekday()]}'
+    month = '' if parts['FREQ'] == 'MONTHLY' or 'BYMONTH' in parts else f';BYMONTH={start.month}'
+    return f'{rule}{month};BYMONTHDAY={start.day}'
+
+
+def followed(rule: str, start: datetime, near: datetime) -> Iterator[datetime]:
+    """The wall times of a rule from one on, as if it was followed from its start; begun near."""
+    rule = explicit(rule, start)
+    begun = near_months if parts_of(rule)['FREQ'] in ('MONTHLY', 'YEARLY') else near_weeks
+    return itertools.dropwhile(lambda wall: wall < near, rule_walls(*begun(rule, start, near)))
+
+
+def near_months(rule: str, start: datetime, near: datetime) -> tuple[str, datetime]:
+    """A rule with the first day of one of its months, or years, shortly before a wall time.
+
+    A COUNT needs them all.
+    """
+    parts = parts_of(rule)
+    yearly = parts['FREQ'] == 'YEARLY'
+    step = int(parts.get('INTERVAL', 1)) * (12 if yearly else 1)
+    turns = ((near.year - start.year) * 12 + near.month - start.month) // step - 1
+    if turns <= 0 or 'COUNT' in parts:
+        return rule, start
+    years, months = divmod(start.year * 12 + (0 if yearly else start.month - 1) + turns * step, 12)
+    return rule, start.replace(year=years, month=months + 1, day=1)
+
+
+def near_weeks(rule: str, start: datetime, near: datetime) -> tuple[str, datetime]:
+    """A rule of days or weeks with a later start, on the same weekday and in its rhythm.
+
+    It has what is left of COUNT; of what isn't alike in all weeks (UNEVEN) a COUNT needs them all.
+    """
+    parts = parts_of(rule)
+    step = int(parts.get('INTERVAL', 1)) * (7 if parts['FREQ'] == 'WEEKLY' else 1)
+    turn = timedelta(days=math.lcm(step, 7))
+    turns = (near - start) // turn - 1
+    if turns <= 0 or 'COUNT' in parts and UNEVEN & set(parts):
+        return rule, start
+    if 'COUNT' in parts:
+        first = rule_walls(endless(rule), start)
+        first = itertools.takewhile(lambda wall: wall < start + turn, first)
+        left = max(int(parts['COUNT']) - turns * sum(1 for _ in first), 0)
+        rule = re.sub('COUNT=[0-9]+', f'COUNT={left}', rule)
+    return rule, start + turns * turn
+
+
+def rule_walls(rule: str, start: datetime) -> Iterator[datetime]:
+    """The wall times of a rule from its start on, in order; they may have no end."""
+    from dateutil.rrule import rrulestr
+    if parts_of(rule).get('COUNT') == '0':
+        return iter(())
+    rule = re.sub(r'UNTIL=(\d{4})', lambda year: f'UNTIL={int(year[1]) + YEARS_AHEAD}', rule)
+    return (ahead(each, -YEARS_AHEAD) for each in rrulestr(rule, dtstart=ahead(start, YEARS_AHEAD)))
 
 
 def ahead(moment: datetime, years: int) -> datetime:
     return moment.replace(year=moment.year + years)
 
 
-def slots(stretch: Stretch, begin: float, until: float) -> Iterator[Slot]:
+def walls(stretch: Stretch, near: datetime = datetime.min) -> Iterator[datetime]:
+    """The wall times of all slots of a stretch in order, those of its rule from one on; maybe for ever."""
+    start = datetime.fromisoformat(stretch.start)
+    listed = stretch.dates if stretch.rule or stretch.dates else [stretch.start]
+    listed = sorted({datetime.fromisoformat(each.partition('/')[0]) for each in listed})
+    ruled = followed(stretch.rule, start, near) if stretch.rule else ()
+    skips, before = frozenset(stretch.skips), None
+    for wall in heapq.merge(ruled, listed):
+        key = wall.isoformat()
+        if stretch.until and key >= stretch.until:
+            return
+        if wall != before and key >= stretch.since and not {key, key[:10]} & skips:
+            yield wall
+        before = wall
+
+
+def moved_walls(stretch: Stretch) -> Iterator[datetime]:
+    """The wall times of those slots of a stretch that are otherwise, in order."""
+    dates = tuple({*stretch.moved} & {*stretch.dates})  # these need no rule
+    listed = {*walls(stretch._replace(rule='', dates=dates))} if dates else ()
+    for wall in map(datetime.fromisoformat, sorted(stretch.moved)):
+        until_there = itertools.takewhile(lambda each: each <= wall, walls(stretch, wall))
+        if wall in listed or wall in until_there:
+            yield wall
+
+
+def slots(stretch: Stretch, begin: float, until: float,
+          zone: tzinfo | None = None) -> Iterator[Slot]:
     """What a stretch wants of the time between two instants, as far as it is not over at the first.
+
+    Args:
+      zone: the zone of its wall times, where that has no name
 
     Raises:
       Invalid: that is more than MOST_OCCURRENCES.
     """
-    zone, found = read_zone(stretch.zone), 0
-    lengths = dict(each.split('/') for each in stretch.dates if '/' in each)
-    for wall in walls(stretch):
+    zone, found = zone or read_zone(stretch.zone), 0
+    day, lengths = timedelta(days=1), dict(each.split('/') for each in stretch.dates if '/' in each)
+    longest = timedelta(seconds=stretch.length + stretch.exact + stretch.shift)
+    first, last = (to_wall(instant(each), zone) for each in (begin, until))
+    last += day - timedelta(seconds=stretch.shift)
+    ruled = itertools.takewhile(lambda wall: wall < last, walls(stretch, first - longest - day))
+    ruled = (wall for wall in ruled if wall.isoformat() not in stretch.moved)
+    for wall in heapq.merge(ruled, moved_walls(stretch)):
         key = wall.isoformat()
         shifted, vms = wall + timedelta(seconds=stretch.shift), stretch.vms
         length, exact = (lengths[key], 0) if key in lengths else (stretch.length, stretch.exact)
@@ -501,8 +590,6 @@ def slots(stretch: Stretch, begin: float, until: float) -> Iterator[Slot]:
             shifted, length, vms, exact = [*stretch.moved[key], 0][:4]
             shifted = datetime.fromisoformat(shifted)
         start, end = window_of(shifted, int(length), zone, exact)
-        if start >= until and key not in stretch.moved:
-            return
         if end > begin and start < until:
             found += 1
             yield Slot('' if stretch.single else key, start, end, vms, stretch.resource)
@@ -524,9 +611,10 @@ def window_of(wall: datetime, length: int, zone: ZoneInfo, exact: int = 0) -> tu
     return int(start.timestamp()), int(end.timestamp())
 
 
-def all_slots(stretches: Iterable[Stretch], begin: float, until: float) -> list[Slot]:
+def all_slots(stretches: Iterable[Stretch], begin: float, until: float,
+              zone: tzinfo | None = None) -> list[Slot]:
     """What all stretches of a series want of a span of time, the earliest first."""
-    found = {slot.key: slot for stretch in stretches for slot in slots(stretch, begin, until)}
+    found = {slot.key: slot for stretch in stretches for slot in slots(stretch, begin, until, zone)}
     return sorted(found.values(), key=lambda slot: slot.start)
 
 
@@ -705,7 +793,7 @@ def load_config(path: str | None = None, environ: dict = os.environ) -> Config:
     sections = read_config_file(path) if path else dict.fromkeys(SECTIONS, {})
     texts = dict(sections['cmres'])
     texts |= {name[6:].lower(): text for name, text in environ.items()
-              if name.startswith('CMRES_') and name != 'CMRES_CONFIG'}
+              if name.startswith('CMRES_') and name not in ('CMRES_CONFIG', 'CMRES_CALENDARS')}
     for name in sections['texts']:
         if name not in TEXTS:
             raise Invalid(f"{path}: there is no event '{name}' to be told of{nearest(name, TEXTS)}")
@@ -809,7 +897,7 @@ Parts = NewType('Parts', list)     # parts of a request, each with a resource or
 Zone = NewType('Zone', str)        # a time zone; the zone of the bare times beside it
 Repeat = NewType('Repeat', str)    # a repetition, in words or as an RRULE
 Clash = NewType('Clash', str)      # refuse, skip or shift=DURATION
-Ics = NewType('Ics', str)          # iCalendar text, up to 1 MiB; on the command line, the file that holds it
+Ics = NewType('Ics', str)          # iCalendar text, up to 16 MiB; on the command line, the file that holds it
 Source = NewType('Source', str)    # that, or the http(s) address of it
 Url = NewType('Url', str)          # an http(s) address, which may be a secret
 Rows = NewType('Rows', list)       # many reservations; on the command line, a CSV, JSON or YAML file
@@ -836,7 +924,7 @@ WORDS = {
     'dry_run': 'check and answer as if it were done, and keep nothing',
     'duration': 'length of the window, such as 2h, 1d12h or PT90M',
     'end': 'an instant, or a length from the start such as +2h',
-    'file': 'an .ics file of at most 1 MiB',
+    'file': 'an .ics file of at most 16 MiB',
     'flavor': 'flavor of the machines, by name or id; its vcpus and ram count',
     'force': 'do it although occurrences that are admitted already would no longer fit',
     'following': 'not only that occurrence: all after it too',
@@ -2712,7 +2800,7 @@ GIVE_UP = 3 * 86400  # seconds after which an undeliverable notice is given up
 MOST_WAIT = 10  # seconds for an answer from an address that a person gave
 MAIL_WAIT = 30  # seconds for all that a mail server says: some let one wait
 PER_HOST = 2  # notices that are on their way to one host at the same time
-MOST_FETCHED = 2**20  # bytes of it
+MOST_FETCHED = 2**24  # bytes of it: a calendar
 
 NOTICES = '''SELECT n.id, n.target, n.owner, n.tries, e.id AS event, e.at, e.actor, e.code, e.sentence, e.reservation_id,
                     e.occurrence
@@ -2789,7 +2877,8 @@ def exchange(config: Config, verb: str, url: str, body: bytes | None, headers: d
     """One request to an address that a person gave: its status, headers in lower case and body.
 
     Raises:
-      OSError, ValueError, HTTPException: no answer within 10 seconds, more than 1 MiB, or a private address.
+      OSError, ValueError, HTTPException: no answer within 10 seconds, more than MOST_FETCHED
+        bytes, or a private address.
     """
     from http.client import HTTPConnection, HTTPSConnection
     parts = urlsplit(url)
@@ -2907,26 +2996,34 @@ def json_text(value) -> str:
 
 # Calendar ####################################################################
 #
-# iCalendar (RFC 5545) in and out. What comes in is hostile until shown otherwise: size, nesting,
-# lists, rules and lengths are bounded before a library works on them, since none bounds them
-# itself. Text goes to the parser as bytes only: it would open a file whose name is given as str.
+# iCalendar (RFC 5545) in and out. What comes in is hostile until shown otherwise, and most of it
+# wants nothing from us. So it is read a line at a time, and of an event only what is asked for: a
+# fault refuses its own event, and only if that matters. No library sees what isn't bounded.
 
-MOST_ICS = 2**20        # bytes of a calendar
-MOST_LINES = 20_000
-MOST_EVENTS = 2000
-MOST_DATES = 5000       # RDATEs, EXDATEs and CATEGORIES together
+MOST_ICS = MOST_FETCHED  # bytes of a calendar
+MOST_TEXT = 20_000      # letters of a text that are looked at
+MOST_EVENTS = 2000      # that want machines
+MOST_DATES = 5000       # RDATEs and EXDATEs of an event, exceptions of a series
+MOST_ZONE = 50_000      # letters that describe a time zone
 MOST_NESTING = 8
 MOST_LENGTH = 366 * 86400  # seconds of one occurrence
-MOST_EXPANDING = 10     # seconds for the occurrences of a whole calendar
+MOST_EXPANDING = 10     # seconds of computing for the occurrences of a whole calendar
+MOST_SHOWN_BY_FEED = 100_000
 #: What an event wants: 2 x m1.small, and if it likes an image and a resource: 2 x m1.small cirros on demo.
 WANT = re.compile(
     r'(\d{1,7})\s*[x×]\s*([^\s,;]+)(?:\s+(?!on\s)([^\s,;]+))?(?:\s+on\s+([A-Za-z0-9._-]{1,64}))?\s*', re.I)
 MARKED = re.compile(r'#vm\b\s*([^\n<]*)', re.I)
-
-
-parsing = threading.Lock()
 #: An event of our own feeds: what it shows is booked already.
 FEED_UID = re.compile(r'occurrence-\d+@cmres-[0-9a-f]{8}')
+PROPERTY = re.compile(r'([A-Za-z0-9-]+)((?:;[^":;]*(?:"[^"]*"[^":;]*)*)*):(.*)', re.S)
+TIMES = ('DTSTART', 'DTEND', 'RECURRENCE-ID', 'RDATE', 'EXDATE')
+PROGRAMMED = ('FLAVOR', 'IMAGE', 'RESOURCE', 'NETWORK', 'KEY')
+TOLD_OF_ZONES = ('BEGIN', 'END', 'TZID', 'DTSTART', 'RRULE', 'RDATE', 'TZOFFSETFROM', 'TZOFFSETTO')
+KEPT = frozenset((*TIMES, 'UID', 'SUMMARY', 'DESCRIPTION', 'LOCATION', 'CATEGORIES', 'STATUS',
+                  'SEQUENCE', 'DURATION', 'RRULE', 'EXRULE', 'X-VM-COUNT',
+                  *(f'X-VM-{name}' for name in PROGRAMMED)))
+MOMENT = re.compile(r'(\d{4})(\d\d)(\d\d)(?:T(\d\d)(\d\d)(\d\d)(Z?))?', re.A)
+OFFSET = re.compile(r'[+-]([01]\d|2[0-3])[0-5]\d([0-5]\d)?', re.A)
 
 
 class Want(NamedTuple):
@@ -2946,249 +3043,696 @@ class Booking(NamedTuple):
     want: Want
     stretches: list      # of resource 0, until it is known
     cancelled: bool
-    digest: str      # of its text, without what changes at each look
-    error: str = ''  # why it can't be understood
+    digest: str          # of its text, without what changes at each look
+    name: str = ''       # as a sentence calls it
+    error: str = ''      # why it can't be understood
+    guess: str = ''      # the flavor in words that only look like a wish
+
+    def why(self, error: Error) -> str:
+        """The sentence that refuses it, by its title and date."""
+        return str(error) if isinstance(error, BadCalendar) else f'{self.name}: {error}'
 
 
-def read_calendar(text: str, what: str = 'this') -> list:
-    """The calendars in a text, guarded; each event's zone is known and its rule can be followed.
+class Frame:
+    """What stands around the events of a VCALENDAR: zones that it describes or names."""
+
+    def __init__(self):
+        self.beside, self.described, self.known = '', {}, {}
+
+    def zone(self, name: str) -> tzinfo:
+        """The zone of a name, of the zone table rather than of the calendar.
+
+        Raises:
+          Invalid: neither knows it; such a time would be read as one without a zone, in silence.
+        """
+        name = name.strip(' "')
+        if name not in self.known:
+            self.known[name] = table_zone(name) or described_zone(self.described.get(name, ()))
+        if self.known[name] is None:
+            raise Invalid(f'the time zone {shown(name)} is not known, nor described in a way that '
+                          'can be followed')
+        return self.known[name]
+
+    def clock(self) -> tzinfo:
+        """The zone by which a series in UTC goes, as Google writes it (X-WR-TIMEZONE)."""
+        return self.zone(self.beside) if self.beside else UTC
+
+
+def table_zone(name: str) -> ZoneInfo | None:
+    """A zone by its name in the zone table, maybe behind a path (Evolution), or by that of Windows."""
+    words = name.split('/')
+    ends = ('/'.join(words[number:]) for number in range(1, len(words) if not words[0] else 1))
+    for each in (name, *ends):
+        with suppress(ValueError, OSError, KeyError):
+            return ZoneInfo(each)
+    from icalendar.timezone.windows_to_olson import WINDOWS_TO_OLSON
+    return table_zone(WINDOWS_TO_OLSON[name]) if name in WINDOWS_TO_OLSON else None
+
+
+def described_zone(lines: Iterable[str]) -> tzinfo | None:
+    """The zone that a VTIMEZONE describes; None if it can't be followed in reasonable time."""
+    from dateutil.tz import tzical
+    try:
+        said = filter(None, map(read_property, lines))
+        told = [f'{name}:{zone_value(name, value.strip())}' for name, _, value in said
+                if name in TOLD_OF_ZONES]
+        return tzical(io.StringIO('\n'.join(told))).get()
+    except Exception:  # it has many kinds of its own for what is none
+        return None
+
+
+def zone_value(name: str, value: str) -> str:
+    """A value of a VTIMEZONE; ValueError for offsets of days and rules that take long."""
+    if name.startswith('TZOFFSET') and not OFFSET.fullmatch(value):
+        raise ValueError(value)
+    if name != 'RRULE':
+        return value
+    rule = parts_of(checked_rule(re.sub(r'\s', '', value).upper()))
+    if rule['FREQ'] != 'YEARLY':
+        raise ValueError(value)
+    if 'UNTIL' in rule:  # it is an instant; by the clock a day more holds no other change
+        rule['UNTIL'] = f"{read_until(rule['UNTIL']) + timedelta(days=1):%Y%m%dT%H%M%S}"
+    return ';'.join('='.join(each) for each in rule.items())
+
+
+def read_property(line: str) -> tuple[str, str, str] | None:
+    """A content line (RFC 5545, 3.1) as name, parameters and value; None if it is none."""
+    name = re.match('[A-Za-z0-9-]*', line)[0].upper()
+    if name in TIMES:  # their values have no colon, but some zones do, without quotes
+        head, colon, value = line.rpartition(':')
+        return (name, head[len(name):], value) if colon else None
+    match = PROPERTY.fullmatch(line[:2 * MOST_TEXT])
+    return (name, match[2], match[3]) if match else None
+
+
+class Moment(NamedTuple):
+    """A time of a calendar: what its clock shows, and in which zone; None is that of its owner."""
+    wall: datetime
+    zone: tzinfo | None = None
+    whole: bool = False  # a day
+
+    def at(self, owner: tzinfo) -> datetime:
+        return from_wall(self.wall, self.zone or owner)
+
+
+def read_moment(text: str, parameters: str, frame: Frame) -> Moment:
+    """A DATE or DATE-TIME (RFC 5545, 3.3.4 and 3.3.5); of a day no zone counts.
 
     Raises:
-      BadCalendar: it is none, is cut short, or holds what could not be followed in reasonable time.
+      Invalid: it is none, or in a zone that nobody knows.
     """
-    import icalendar
-    import x_wr_timezone
-    data = guarded_text(text, what)
+    match = MOMENT.fullmatch(text.strip())
     try:
-        with parsing, warnings.catch_warnings():
-            warnings.simplefilter('ignore')  # it guesses what Evolution's names mean, rightly
-            icalendar.use_zoneinfo()  # else zones that one calendar describes are those of all after it
-            calendars = icalendar.Calendar.from_ical(data, multiple=True)
-        found = [x_wr_timezone.to_standard(each) if 'X-WR-TIMEZONE' in each else each for each in calendars]
-    except Exception as error:  # the parser has many kinds of its own
-        raise BadCalendar(f'{what} is not iCalendar: {first_line(error)}') from None
-    deadline = time.monotonic() + MOST_EXPANDING
-    for event in events_of(found):
-        with naming(event):
-            guard_event(event)
-        if time.monotonic() > deadline:
-            raise BadCalendar(f'{what} has too many rules that are hard to follow')
-    return found
+        *numbers, second = (int(each or 0) for each in match.groups()[:6])
+        wall = datetime(*numbers, min(second, 59))  # a leap second
+    except (AttributeError, ValueError):
+        raise Invalid(f'{shown(text)} is no time; it should be such as 20270301T090000Z') from None
+    if not 1 < wall.year < LAST.year:
+        raise Invalid(f'the time {wall} is not before the year {LAST.year}')
+    if match[4] is None:
+        return Moment(wall, None, True)
+    if match[7]:
+        return Moment(wall, UTC)
+    name = re.search('(?i);TZID=("[^"]*"|[^;]*)', parameters)
+    named = name[1] if name else frame.beside
+    return Moment(wall, frame.zone(named) if named else None)
 
 
-def guarded_text(text: str, what: str) -> bytes:
-    """The bytes of a calendar that is whole and not too large for the parser, which needs quadratic time for some."""
-    data = text.encode('utf8', 'surrogateescape').removeprefix(b'\xef\xbb\xbf').strip()
-    if len(data) > MOST_ICS:
-        raise BadCalendar(f'{what} is larger than {MOST_ICS} bytes')
-    if not data[:15].upper().startswith(b'BEGIN:VCALENDAR'):
-        raise BadCalendar(f'{what} is not iCalendar: it begins with {shown(data[:20].decode("utf8", "replace"))}, '
-                          'not with BEGIN:VCALENDAR')
-    if not data.upper().endswith(b'END:VCALENDAR'):
-        raise BadCalendar(f'{what} is cut short: it does not end with END:VCALENDAR')
-    if max(data.count(b'\n'), data.count(b'\r')) > MOST_LINES:
-        raise BadCalendar(f'{what} has more than {MOST_LINES} lines')
-    data = re.sub(rb'\r?\n[ \t]', b'', data)  # a fold may stand within a letter
-    try:
-        data.decode('utf8')
-    except UnicodeDecodeError as error:
-        raise BadCalendar(f'{what} is not UTF-8: byte {error.start} is {data[error.start]:#04x}') from None
-    guard_lines(data.upper().splitlines(), what)
-    return data
+def read_length(text: str) -> timedelta:
+    """A DURATION (RFC 5545, 3.3.6) that is not negative."""
+    plain = text.strip().removeprefix('+')
+    if not plain.upper().startswith('P'):
+        raise Invalid(f'{shown(text)} is no length; it should be such as PT2H')
+    return parse_duration(plain)
 
 
-def guard_lines(lines: list[bytes], what: str) -> None:
-    depth = events = dates = 0
-    for line in lines:
-        depth += line.startswith(b'BEGIN:') - line.startswith(b'END:')
-        events += line.startswith(b'BEGIN:VEVENT')
-        dates += line.count(b',') + 1 if line.startswith((b'RDATE', b'EXDATE', b'CATEGORIES')) else 0
-        if depth > MOST_NESTING:
-            raise BadCalendar(f'{what} has components nested more than {MOST_NESTING} deep')
-    if events > MOST_EVENTS or dates > MOST_DATES:
-        raise BadCalendar(f'{what} has more than {MOST_EVENTS} events or {MOST_DATES} entries in lists')
+class Entry:
+    """A VEVENT as it stands in a text; what it says is read only when it is asked for."""
 
+    def __init__(self, line: int, frame: Frame):
+        self.line, self.frame = line, frame
+        self.said: dict[str, list[tuple[str, str]]] = defaultdict(list)
 
-def events_of(calendars: list) -> list:
-    return [event for calendar in calendars for event in calendar.walk('VEVENT')]
+    def one(self, name: str) -> tuple[str, str]:
+        """Parameters and value of what may be there once; both '' without it."""
+        found = self.said.get(name, [('', '')])
+        if len(found) > 1:
+            raise Invalid(f'it has more than one {name}')
+        return found[0]
+
+    def text(self, name: str) -> str:
+        """The first of a text, without what is for machines only; '' without it."""
+        value = self.said.get(name, [('', '')])[0][1][:MOST_TEXT]
+        value = value.replace('\\\\', '\0').replace('\\n', '\n').replace('\\N', '\n')
+        return value.replace('\\,', ',').replace('\\;', ';').replace('\0', '\\')
+
+    def moment(self, name: str) -> Moment:
+        parameters, value = self.one(name)
+        return read_moment(value, parameters, self.frame)
+
+    def listed(self, name: str) -> Iterator[tuple[Moment, Moment | timedelta | None]]:
+        """The times of RDATE or EXDATE, with the end or the length of periods (RFC 5545, 3.3.9)."""
+        for parameters, values in self.said.get(name, ()):
+            for value in filter(str.strip, values.split(',')):
+                begin, _, end = value.partition('/')
+                timed = end.strip()[:1].isdigit()
+                yield (read_moment(begin, parameters, self.frame), None if not end else
+                       read_moment(end, parameters, self.frame) if timed else read_length(end))
+
+    @functools.cached_property
+    def start(self) -> Moment:
+        if 'DTSTART' not in self.said:
+            raise Invalid('it has no DTSTART')
+        return self.moment('DTSTART')
+
+    @functools.cached_property
+    def length(self) -> timedelta:
+        """By wall clocks; without an end a day for a date, nothing for a time (RFC 5545, 3.6.1)."""
+        if 'DTEND' in self.said:
+            end, zone = self.moment('DTEND'), self.start.zone
+            if zone and end.zone and end.zone is not zone:
+                end = Moment(to_wall(end.at(zone), zone))
+            if end.wall < self.start.wall:
+                raise Invalid(f'it ends at {end.wall}, before it begins')
+            return end.wall - self.start.wall
+        if 'DURATION' in self.said:
+            return read_length(self.one('DURATION')[1])
+        return timedelta(days=self.start.whole)
+
+    @property
+    def exception(self) -> bool:
+        """Whether it is an occurrence of a series that is otherwise, or the rest of it."""
+        return 'RECURRENCE-ID' in self.said
+
+    @property
+    def repeats(self) -> bool:
+        return 'RRULE' in self.said or 'RDATE' in self.said
+
+    @property
+    def status(self) -> str:
+        return self.text('STATUS').strip().upper() or 'CONFIRMED'
+
+    @property
+    def sequence(self) -> int:
+        number = self.text('SEQUENCE').strip()
+        return int(number) if re.fullmatch('[0-9]{1,9}', number) else 0
+
+    @functools.cached_property
+    def uid(self) -> str:
+        """Its UID; for one without it a name by its start and title, which stays while they do."""
+        if uid := self.text('UID').strip():
+            return uid
+        named = repr([self.said.get(name) for name in ('DTSTART', 'SUMMARY')])
+        return f'without-uid-{hashlib.sha256(named.encode()).hexdigest()[:12]}'
+
+    @property
+    def name(self) -> str:
+        """What a sentence calls it, so that its owner finds it."""
+        title = re.sub('[\x00-\x20\x7f]+', ' ', self.text('SUMMARY')).strip() or self.uid
+        day = re.match(r'(\d{4})(\d\d)(\d\d)', self.said.get('DTSTART', [('', '')])[0][1])
+        return f"the event '{textwrap.shorten(title, 80)}'" + (
+            f" of {'-'.join(day.groups())}" if day else '') + f' (line {self.line})'
 
 
 @contextmanager
-def naming(event) -> Iterator[None]:
-    """Makes BadCalendar of whatever is wrong with an event, and names it."""
-    uid = textwrap.shorten(str(event.get('UID', '')) or 'without UID', 100)
+def naming(entry: Entry) -> Iterator[None]:
+    """Makes BadCalendar of what is wrong with an event, and names it."""
     try:
         yield
     except BadCalendar:
         raise
-    except Exception as error:  # the library tells a broken property when it is looked at, in many kinds
-        raise BadCalendar(f"the event '{uid}': {first_line(error)}") from None
+    except (Error, ValueError, OverflowError) as error:  # numbers may be too large for any clock
+        raise BadCalendar(f'{entry.name}: {first_line(error)}') from None
 
 
-def guard_event(event) -> None:
-    """Refuses an event whose occurrences could not be found in reasonable time, or would be wrong in silence."""
-    if 'DTSTART' not in event:
-        raise Invalid('it has no DTSTART')
-    start, length = event_start(event), event_length(event)
-    if not FIRST.year <= start.year < LAST.year:
-        raise Invalid(f'its start {start} is not between the years {FIRST.year} and {LAST.year - 1}')
-    if not timedelta(0) <= length <= timedelta(seconds=MOST_LENGTH):
-        raise Invalid(f'it is {length} long; from nothing to {MOST_LENGTH // 86400} days are possible')
-    for name in ('DTSTART', 'DTEND', 'RECURRENCE-ID', 'RDATE', 'EXDATE'):
-        refuse_unknown_zone(event.get(name))
-    if 'EXRULE' in event or isinstance(event.get('RRULE'), list):
-        raise Invalid('it has more than one rule')
-    if 'RRULE' in event:
-        rule = local_rule(event_rule(event), ZoneInfo('UTC'))
-        if not next(walls(Stretch(at_midnight(start).isoformat(), 1, 'UTC', 1, 0, rule)), None):
-            raise Invalid(f'its rule {rule} never matches')
+def read_calendar(text: str, what: str = 'this') -> list[Entry]:
+    """The events of the calendars in a text, as they stand there.
+
+    Raises:
+      BadCalendar: it is none, is cut short, or is larger than MOST_ICS.
+    """
+    reader = Reader(what)
+    for number, line in content_lines(guarded_text(text, what)):
+        kind = line[:6].upper()
+        if kind == 'BEGIN:':
+            reader.begin(line[6:].strip().upper(), number)
+        elif kind.startswith('END:'):
+            reader.end(line[4:].strip().upper())
+        elif reader.path:
+            reader.take(line)
+    if reader.path:
+        raise BadCalendar(f'{what} is cut short: it does not end with END:VCALENDAR')
+    return reader.entries
 
 
-def refuse_unknown_zone(value) -> None:
-    """A time in a zone that nobody knows is read as one without a zone, in silence."""
-    for each in value if isinstance(value, list) else [value]:
-        for item in getattr(each, 'dts', [each]):
-            name = (getattr(each, 'params', {}) or {}).get('TZID') or (getattr(item, 'params', {}) or {}).get('TZID')
-            moment = getattr(item, 'dt', None)
-            moment = moment[0] if isinstance(moment, tuple) else moment
-            if name and isinstance(moment, datetime) and moment.tzinfo is None:
-                raise Invalid(f'the time zone {shown(str(name))} is not known')
+def guarded_text(text: str, what: str) -> bytes:
+    """The bytes of what may be a calendar; what is no UTF-8 only spoils its own text."""
+    data = text.encode('utf8', 'surrogateescape').removeprefix(b'\xef\xbb\xbf').strip()
+    if len(data) > MOST_ICS:
+        raise BadCalendar(f'{what} is larger than {MOST_ICS} bytes')
+    if not data[:15].upper().startswith(b'BEGIN:VCALENDAR'):
+        begins = shown(data[:20].decode('utf8', 'replace'))
+        raise BadCalendar(f'{what} is not iCalendar: it begins with {begins}, '
+                          'not with BEGIN:VCALENDAR')
+    return data
 
 
-def event_start(event) -> date | datetime:
-    return event['DTSTART'].dt
+def content_lines(data: bytes) -> Iterator[tuple[int, str]]:
+    """The lines of a calendar with their numbers; a fold may be within a letter (RFC 5545, 3.1)."""
+    first, parts = 0, []
+    for number, line in enumerate(io.BytesIO(data), 1):
+        line = line.rstrip(b'\r\n')
+        if line[:1] in (b' ', b'\t'):
+            parts.append(line[1:])
+        elif line:
+            if parts:
+                yield first, b''.join(parts).decode('utf8', 'replace')
+            first, parts = number, [line]
+    yield first, b''.join(parts).decode('utf8', 'replace')
 
 
-def event_length(event) -> timedelta:
-    """By wall clocks; a day for a date without an end, nothing for a time without one (RFC 5545, 3.6.1)."""
-    start = event_start(event)
-    if 'DTEND' in event:
-        return at_midnight(event['DTEND'].dt, start) - at_midnight(start)
-    if 'DURATION' in event:
-        return event['DURATION'].dt
-    return timedelta(0) if isinstance(start, datetime) else timedelta(days=1)
+class Reader:
+    """Takes a calendar a line at a time; what is neither an event nor a zone is passed over."""
+
+    def __init__(self, what: str):
+        self.what, self.path, self.entries = what, [], []
+        self.frame, self.zone, self.room = Frame(), [], 0
+
+    def begin(self, kind: str, number: int) -> None:
+        self.end(kind)  # no component is within its like: an end is missing
+        if not self.path and kind != 'VCALENDAR':  # behind the end of the calendar
+            return
+        self.path.append(kind)
+        if len(self.path) > MOST_NESTING:
+            raise BadCalendar(f'{self.what} has components nested more than {MOST_NESTING} deep')
+        if kind == 'VCALENDAR':
+            self.frame = Frame()
+        elif kind == 'VEVENT':
+            self.entries.append(Entry(number, self.frame))
+        elif kind == 'VTIMEZONE':
+            self.zone, self.room = [], MOST_ZONE
+        self.describe(f'BEGIN:{kind}')
+
+    def end(self, kind: str) -> None:
+        """Ends the component of a kind that is open, with all that was left open in it."""
+        if kind in self.path:
+            self.describe(f'END:{kind}')
+            del self.path[len(self.path) - 1 - self.path[::-1].index(kind):]
+
+    def describe(self, line: str) -> None:
+        if 'VTIMEZONE' in self.path and self.room > 0:  # one that is cut off is none
+            self.zone.append(line[:self.room])
+            self.room -= len(line)
+
+    def take(self, line: str) -> None:
+        """Keeps a property if it is one that may be asked for."""
+        self.describe(line)
+        if self.path[-1] == 'VEVENT' and re.match('[A-Za-z0-9-]*', line)[0].upper() in KEPT:
+            if found := read_property(line):
+                self.entries[-1].said[found[0]].append(found[1:])
+        elif self.path[-1] == 'VTIMEZONE' and line[:4].upper() == 'TZID':
+            self.frame.described[line.partition(':')[2].strip(' "')] = self.zone
+        elif self.path[-1] == 'VCALENDAR' and line[:13].upper() == 'X-WR-TIMEZONE':
+            self.frame.beside = line.rpartition(':')[2].strip()
 
 
-def at_midnight(moment: date | datetime, like: date | datetime | None = None) -> datetime:
-    """A date or time as the wall time in its own zone, or in that of another."""
-    if not isinstance(moment, datetime):
-        return datetime(moment.year, moment.month, moment.day)
-    zone = getattr(like, 'tzinfo', None)
-    return (moment.astimezone(zone) if zone and moment.tzinfo else moment).replace(tzinfo=None)
+def by_uid(entries: list[Entry]) -> dict[str, list[Entry]]:
+    """The events by UID, each series before its exceptions; of versions of one the newest.
+
+    Two of one UID that are no versions of each other are told apart by a number: both are wanted.
+    """
+    groups: dict = defaultdict(list)
+    for entry in entries:
+        groups[entry.uid].append(entry)
+    return {key: group for uid, found in groups.items() for key, group in told_apart(uid, found)}
 
 
-def event_rule(event) -> str:
-    return checked_rule(event['RRULE'].to_ical().decode().upper())
+def told_apart(uid: str, found: list[Entry]) -> Iterator[tuple[str, list[Entry]]]:
+    exceptions = [each for each in found if each.exception]
+    newest = max((each.sequence for each in found if not each.exception), default=0)
+    masters = [*{str(each.said.get('DTSTART')): each for each in found
+                 if not each.exception and each.sequence == newest}.values()]
+    yield uid, masters[:1] + exceptions
+    for number, master in enumerate(masters[1:], 2):
+        yield f'{uid} ({number})', [master]
 
 
-def occurrences_of(calendars: list, zone: ZoneInfo, begin: datetime, until: datetime) -> list[dict]:
-    """The occurrences in a window, as recurring-ical-events finds them; bare times are in the owner's zone.
+class Clock(NamedTuple):
+    """By what a series goes."""
+    first: Moment    # its first start
+    here: tzinfo     # the zone of its wall times
+    owner: tzinfo    # that of times that name none
+    days: tzinfo     # that of times in whole-day series, as Exchange writes them
+
+    def wall(self, moment: Moment) -> datetime:
+        """What the clock of the series shows at a time."""
+        if (moment.zone or self.owner) is self.here:
+            return moment.wall
+        return to_wall(moment.at(self.owner), self.here)
+
+    def slot(self, moment: Moment) -> datetime:
+        """The slot that a RECURRENCE-ID, RDATE or EXDATE names; in a series of days a day."""
+        if self.first.whole:
+            day = to_wall(moment.at(UTC), self.days) if moment.zone is UTC else moment.wall
+            return at_midnight(day)
+        return self.wall(moment) if moment.zone else moment.wall
+
+
+def clock_of(entries: list[Entry], owner: tzinfo) -> Clock:
+    """The clock of a series and its exceptions."""
+    head = entries[0]
+    here = head.start.zone or owner
+    if here is UTC and (head.repeats or len(entries) > 1):
+        here = head.frame.clock()
+    days = owner
+    if head.start.whole:
+        named = [each.moment('RECURRENCE-ID') for each in entries if each.exception]
+        named += [moment for moment, _ in head.listed('EXDATE')]
+        days = next((each.zone for each in named if each.zone not in (None, UTC)), owner)
+    return Clock(head.start, here, owner, days)
+
+
+def rule_of(entry: Entry, clock: Clock) -> str:
+    """The rule of a series, its UNTIL a wall time; '' without one."""
+    rule = re.sub(r'\s', '', entry.one('RRULE')[1]).upper()
+    if 'EXRULE' in entry.said:
+        raise Invalid('it has an EXRULE, which no longer is iCalendar')
+    if not rule:
+        return ''
+    rule = re.sub('(?<=UNTIL=)[^;]*', lambda until: plain_until(until[0], clock),
+                  checked_rule(rule))
+    start = clock.wall(clock.first)
+    if UNEVEN & set(parts_of(rule)) and not next(followed(endless(rule), start, start), None):
+        raise Invalid(f'its rule {rule} never matches')
+    return local_rule(rule, clock.here)
+
+
+def plain_until(text: str, clock: Clock) -> str:
+    """The end of a rule as programs mean it: in a series of days a day, in a zone an instant."""
+    last = read_until(text)
+    if 'T' not in text:
+        return text
+    if clock.first.whole:
+        if f'{last:%H%M%S}' not in ('000000', '235959'):  # else it is a day, and no instant
+            last = to_wall(last.replace(tzinfo=UTC), clock.days)
+        return f'{last:%Y%m%d}'
+    return text if text.endswith('Z') or clock.first.zone is None else f'{text}Z'
+
+
+class Timetable(NamedTuple):
+    """When the events of one UID occur: stretches by a zone, and the status of slots."""
+    stretches: list[Stretch]
+    zone: tzinfo
+    usual: str               # status of a slot
+    status: dict[str, str]   # of those that are otherwise
+
+    def slots(self, begin: float, until: float) -> list[Slot]:
+        return all_slots(self.stretches, begin, until, self.zone)
+
+
+def timetable(entries: list[Entry], owner: tzinfo,
+              vms: Callable[[Entry], int] = lambda entry: 1) -> Timetable:
+    """When a series and its exceptions occur, cancelled ones too.
+
+    Raises:
+      Error: one of them can't be understood; BadCalendar names it.
+    """
+    head, clock = entries[0], clock_of(entries, owner)
+    refuse_too_many_dates(entries)
+    stretches = [plain_stretch(head, clock, vms(head))]
+    exceptions = exceptions_of(entries, clock)
+    if head.exception:  # without their series they are all there is
+        keys = tuple(sorted(exceptions))
+        exceptions = exceptions if len(keys) > 1 else {}
+        stretches = [stretches[0]._replace(dates=keys if len(keys) > 1 else ())]
+    for key, entry in sorted(exceptions.items()):
+        with naming(entry):
+            stretches = overridden(stretches, key, entry, clock, vms(entry))
+    return Timetable(stretches, clock.here, head.status,
+                     {key: entry.status for key, entry in exceptions.items()})
+
+
+def refuse_too_many_dates(entries: list[Entry]) -> None:
+    head = entries[0]
+    lists = (values for name in ('RDATE', 'EXDATE') for _, values in head.said.get(name, ()))
+    if sum(values.count(',') + 1 for values in lists) + len(entries) > MOST_DATES:
+        raise Invalid(f'it has more than {MOST_DATES} dates and exceptions')
+
+
+def exceptions_of(entries: list[Entry], clock: Clock) -> dict[str, Entry]:
+    """Exceptions by slots; of two for one that with the higher SEQUENCE, else the later."""
+    found = {}
+    for entry in sorted(entries, key=lambda each: each.sequence):
+        if entry.exception:
+            with naming(entry):
+                found[clock.slot(entry.moment('RECURRENCE-ID')).isoformat()] = entry
+    return found
+
+
+def plain_stretch(entry: Entry, clock: Clock, vms: int) -> Stretch:
+    """A series as if it had no exceptions."""
+    first, length = clock.wall(entry.start).isoformat(), int(entry.length.total_seconds())
+    name = 'UTC' if clock.here is UTC else getattr(clock.here, 'key', '')
+    if entry.exception:
+        return Stretch(first, length, name, vms, 0)
+    rule, dates = rule_of(entry, clock), tuple(added_dates(entry, clock))
+    skips = tuple(clock.slot(moment).isoformat()[:10 if moment.whole or clock.first.whole else None]
+                  for moment, _ in entry.listed('EXDATE'))
+    dates = (first, *dates) if rule or dates else ()
+    return Stretch(first, length, name, vms, 0, rule, dates, skips)
+
+
+def added_dates(entry: Entry, clock: Clock) -> Iterator[str]:
+    """The slots of RDATE; a period has its length in seconds behind a slash."""
+    for moment, end in entry.listed('RDATE'):
+        wall = clock.slot(moment)
+        until = clock.wall(end) if isinstance(end, Moment) else wall + end if end else None
+        if until and until < wall:
+            raise Invalid(f'its RDATE ends at {until}, before it begins')
+        length = f'/{int((until - wall).total_seconds())}' if until else ''
+        yield f'{wall.isoformat()}{length}'
+
+
+def overridden(stretches: list[Stretch], key: str, entry: Entry, clock: Clock,
+               vms: int) -> list[Stretch]:
+    """A series with one exception: moved, or with RANGE=THISANDFUTURE otherwise from there on."""
+    start, length = clock.wall(entry.start), int(entry.length.total_seconds())
+    rest = 'RANGE=THISANDFUTURE' in entry.one('RECURRENCE-ID')[0].upper()
+    if rest and is_ruled(stretches[-1], key):
+        return following(stretches, key, entry, start, length=length, vms=vms)
+    # One that stands where the rule has no slot is an occurrence all the same.
+    return [stretch._replace(
+        moved=stretch.moved | {key: (start.isoformat(), length, vms)},
+        dates=stretch.dates if key in (stretch.dates or [stretch.start])
+        else (*(stretch.dates or [stretch.start]), key)) for stretch in stretches]
+
+
+def is_ruled(stretch: Stretch, key: str) -> bool:
+    """Whether a slot is one of a rule; what was added by hand has none that follow."""
+    start, wall = datetime.fromisoformat(stretch.start), datetime.fromisoformat(key)
+    ruled = followed(stretch.rule, start, wall) if stretch.rule else iter(())
+    return wall == start or next(ruled, None) == wall
+
+
+def following(stretches: list[Stretch], key: str, entry: Entry, start: datetime,
+              **changes) -> list[Stretch]:
+    """A series that is otherwise from a slot on, or over."""
+    if entry.status == 'CANCELLED':
+        return [each._replace(until=min(each.until or key, key)) for each in stretches]
+    last, shift = stretches[-1], start - datetime.fromisoformat(key)
+    if day := re.search(r'UNTIL=(\d{8}T235959)', last.rule):  # after that day nothing begins
+        end = (read_until(day[1]) - shift + timedelta(seconds=1)).isoformat()
+        stretches = [*stretches[:-1], last._replace(until=min(last.until or end, end))]
+    return cut_stretches(stretches, key, shift=int(shift.total_seconds()) - last.shift, **changes)
+
+
+def occurrences_of(entries: list[Entry], owner: ZoneInfo, begin: datetime,
+                   until: datetime) -> tuple[list[dict], list[BadCalendar]]:
+    """The occurrences in a window, and why some events have none; bare times are the owner's.
 
     Raises:
       BadCalendar: they are too many.
     """
-    found, deadline = [], time.monotonic() + MOST_EXPANDING
-    for uid, events in by_uid(calendars).items():
-        with naming(events[0]):
-            found += uid_occurrences(uid, events, zone, begin, until)
-        if len(found) > 10 * MOST_OCCURRENCES or time.monotonic() > deadline:
+    found, refused, deadline = [], [], Deadline()
+    for group in by_uid(entries).values():
+        try:
+            with naming(group[0]):
+                found += group_occurrences(group, owner, begin, until)
+        except BadCalendar as error:
+            refused.append(error)
+        if len(found) > 10 * MOST_OCCURRENCES or deadline.over:
             raise BadCalendar(f'there are too many occurrences from {begin:%Y-%m-%d} to {until:%Y-%m-%d}; '
                               'ask for a shorter window')
-    return sorted(found, key=lambda each: (each['start'], each['end'], each['uid']))
+    return sorted(found, key=lambda each: (each['start'], each['end'], each['uid'])), refused
 
 
-def by_uid(calendars: list) -> dict[str, list]:
-    groups: dict = defaultdict(list)
-    for number, event in enumerate(events_of(calendars)):
-        groups[str(event.get('UID', f'without-uid-{number}'))].append(event)
-    return groups
+class Deadline:
+    """Until when the rules of a calendar may be followed: seconds of this thread's own work."""
+
+    def __init__(self):
+        self.began = time.thread_time()
+
+    @property
+    def over(self) -> bool:
+        return time.thread_time() - self.began > MOST_EXPANDING
 
 
-def uid_occurrences(uid: str, events: list, zone: ZoneInfo, begin: datetime, until: datetime) -> list[dict]:
-    import icalendar
-    import recurring_ical_events
-    for event in events:  # counts what it would give, before the library makes objects of them
-        if 'RRULE' in event:
-            stretch = Stretch(at_midnight(event_start(event)).isoformat(), 1, 'UTC', 1, 0,
-                        local_rule(event_rule(event), ZoneInfo('UTC')))
-            sum(1 for _ in slots(stretch, begin.timestamp() - 86400, until.timestamp() + 86400))
-    alone = icalendar.Calendar()
-    alone.subcomponents = events
-    # A day more on each side: the library compares bare times in a zone of its own choosing.
-    day = timedelta(days=1)
-    found = recurring_ical_events.of(alone).between(begin - day, until + day)
-    windows = [(*owned_window(each.start, each.end, zone), str(each.get('STATUS', 'CONFIRMED')).upper())
-               for each in found]
-    return [{'uid': uid, 'start': start, 'end': end, 'status': status} for start, end, status in windows
-            if start < until and (end > begin or start == end >= begin)]
+def group_occurrences(group: list[Entry], owner: ZoneInfo, begin: datetime,
+                      until: datetime) -> list[dict]:
+    """The occurrences of one UID in a window; one without length is in it if it begins there."""
+    table = timetable(group, owner)
+    return [{'uid': group[0].uid, 'start': instant(slot.start), 'end': instant(slot.end),
+             'status': table.status.get(slot.key, table.usual)}
+            for slot in table.slots(begin.timestamp() - 1, until.timestamp())
+            if slot.end > begin.timestamp() or slot.start == slot.end >= begin.timestamp()]
 
 
-def owned_window(first: date | datetime, last: date | datetime, zone: ZoneInfo) -> tuple[datetime, datetime]:
-    """The instants of a start and an end; an hour that doesn't exist may put the one after the other."""
-    start, end = owned(first, zone), owned(last, zone)
-    return start, end if end >= start else start + (at_midnight(last) - at_midnight(first))
-
-
-def owned(moment: date | datetime, zone: ZoneInfo) -> datetime:
-    """The instant of a date or a bare time in its owner's zone, or of a time in its own."""
-    if isinstance(moment, datetime) and moment.tzinfo:
-        return moment.astimezone(UTC)
-    return from_wall(at_midnight(moment), zone)
-
-
-def bookings(calendars: list, zone: ZoneInfo, begin: datetime, until: datetime, defaults: Want) -> list[Booking]:
-    """What the events of calendars want, those that want nothing left out.
+def bookings(groups: dict[str, list[Entry]], owner: ZoneInfo, begin: datetime, until: datetime,
+             defaults: Want) -> list[Booking]:
+    """What the events of calendars want, those that want nothing left out unread.
 
     Args:
-      zone: the owner's, for times without one
+      groups: the events by UID
+      owner: the zone of times without one
       begin, until: the window that a series in a zone of its own making is spelled out for
+
+    Raises:
+      BadCalendar: they are too many.
     """
-    return [found for uid, events in by_uid(calendars).items() if not FEED_UID.fullmatch(uid)
-            for found in [booking_of(uid, events, zone, begin, until, defaults)] if found]
+    found, deadline = [], Deadline()
+    for uid, group in groups.items():
+        if not FEED_UID.fullmatch(uid):
+            found.append(booking_of(uid, group, owner, begin, until, defaults))
+            if found[-1] is None:  # it wants nothing
+                found.pop()
+        if len(found) > MOST_EVENTS or deadline.over:
+            raise BadCalendar(f'the calendar asks for too much at once: over {MOST_EVENTS} events, '
+                              'or rules that are hard to follow')
+    return found
 
 
-def booking_of(uid: str, events: list, zone: ZoneInfo, begin: datetime, until: datetime,
+def booking_of(uid: str, group: list[Entry], owner: ZoneInfo, begin: datetime, until: datetime,
                defaults: Want) -> Booking | None:
-    """What the components of one UID want; what they say badly refuses them alone."""
-    masters = sorted((each for each in events if 'RECURRENCE-ID' not in each),
-                     key=lambda each: int(each.get('SEQUENCE', 0)))
-    master = masters[-1] if masters else events[0]
-    summary = re.sub('[\x00-\x1f\x7f]+', ' ', str(master.get('SUMMARY', '')))[:1000]
-    cancelled = str(master.get('STATUS', '')).upper() == 'CANCELLED'
+    """What the events of one UID want; what they say badly refuses them alone."""
+    head = group[0]
     try:
-        with naming(master):
-            want = want_of(master, defaults)
-            overrides = [each for each in events if each is not master and 'RECURRENCE-ID' in each]
-            stretches = series_of(master, overrides, want, zone, begin, until) if want else []
+        wants = wants_of(group, defaults)
+        group = [each for each in group if each.line in wants]
+        if not group:
+            return None
+        head = group[0]
+        with naming(head):
+            table = timetable(group, owner, lambda entry: wants[entry.line].vms)
+            stretches, cancelled = wanted_stretches(table, group, begin, until)
+        return Booking(uid, title_of(head), wants[head.line], stretches, cancelled,
+                       digest_of(group), head.name, guess=guessed(head))
     except BadCalendar as error:
-        return Booking(uid, summary, defaults, [], cancelled, '', str(error))
-    if want is None:
-        return None
-    alone = tuple(key for stretch in stretches for key in stretch.moved) if cancelled else ()
-    if alone:  # exceptions are events of their own
-        stretches, cancelled = [stretches[0]._replace(rule='', dates=alone, skips=())], False
-    return Booking(uid, summary, want, stretches, cancelled, digest_of(events))
+        return Booking(uid, title_of(head), defaults, [], False, '', head.name, str(error),
+                       guessed(head))
 
 
-def digest_of(events: list) -> str:
-    volatile = (b'DTSTAMP', b'LAST-MODIFIED', b'CREATED', b'SEQUENCE')
-    lines = [line for each in events for line in each.to_ical().splitlines() if not line.startswith(volatile)]
-    return hashlib.sha256(b'\n'.join(lines)).hexdigest()
+def title_of(entry: Entry) -> str:
+    return re.sub('[\x00-\x1f\x7f]+', ' ', entry.text('SUMMARY'))[:1000]
 
 
-def want_of(event, defaults: Want) -> Want | None:
+def wants_of(group: list[Entry], defaults: Want) -> dict[int, Want]:
+    """What events want, by their lines; exceptions as their series unless they say."""
+    wants: dict[int, Want] = {}
+    head = group[0]
+    for entry in group:
+        with naming(entry):
+            if want := want_of(entry, wants.get(head.line, defaults)) or wants.get(head.line):
+                wants[entry.line] = want
+    kinds = {want._replace(vms=1) for want in wants.values()}
+    if len(kinds) > 1:
+        raise BadCalendar(f'{head.name}: not all of its occurrences want the same flavor, image '
+                          'and resource; make those that want another an event of their own')
+    return wants
+
+
+def wanted_stretches(table: Timetable, group: list[Entry], begin: datetime,
+                     until: datetime) -> tuple[list[Stretch], bool]:
+    """The stretches of a series without what is cancelled, and whether all of it is."""
+    gone = [key for key in table.status if table.status[key] == 'CANCELLED']
+    stretches, cancelled = table.stretches, table.usual == 'CANCELLED'
+    if cancelled and len(gone) < len(table.status):  # exceptions are events of their own
+        left = tuple(key for key in table.status if key not in gone)
+        stretches, cancelled = [stretches[0]._replace(rule='', dates=left, skips=())], False
+    elif group[0].exception and table.status:
+        cancelled = len(gone) == len(table.status)
+    if gone:
+        stretches = [stretch._replace(skips=(*stretch.skips, *gone)) for stretch in stretches]
+    longest = max(length for stretch in stretches for length in lengths_of(stretch))
+    if longest > MOST_LENGTH:
+        raise Invalid(f'it is {format_duration(longest)} long; up to {MOST_LENGTH // 86400} days '
+                      'are possible')
+    if not stretches[0].zone:
+        stretches = spelled_out(table._replace(stretches=stretches), begin, until)
+    return stretches, cancelled
+
+
+def lengths_of(stretch: Stretch) -> list[int]:
+    """All lengths of its occurrences, in seconds."""
+    periods = (int(each.partition('/')[2]) for each in stretch.dates if '/' in each)
+    return [stretch.length, *(each[1] for each in stretch.moved.values()), *periods]
+
+
+def spelled_out(table: Timetable, begin: datetime, until: datetime) -> list[Stretch]:
+    """A series in a zone that only its calendar describes, as the list of what is in a window."""
+    found = table.slots(begin.timestamp(), until.timestamp())
+    if not found:
+        return []
+    walls = [to_wall(instant(slot.start), UTC).isoformat() for slot in found]
+    dates = tuple(f'{wall}/{slot.end - slot.start}' for wall, slot in zip(walls, found))
+    moved = {wall: (wall, slot.end - slot.start, slot.vms) for wall, slot in zip(walls, found)
+             if slot.vms != found[0].vms}
+    return [Stretch(walls[0], found[0].end - found[0].start, 'UTC', found[0].vms, 0,
+                    dates=() if table.stretches[0].single else dates, moved=moved)]
+
+
+def digest_of(group: list[Entry]) -> str:
+    """By what a change of events is known; SEQUENCE alone is none."""
+    said = [sorted((name, each.said[name]) for name in each.said if name != 'SEQUENCE')
+            for each in group]
+    return hashlib.sha256(repr(said).encode('utf8', 'surrogatepass')).hexdigest()
+
+
+def plain_text(text: str) -> str:
+    """A text without the tags and entities of HTML; each tag begins a line."""
+    if re.search('[<&]', text):
+        text = unescape(re.sub('<[^<>]*>', '\n', text))
+    return text.strip()
+
+
+def marks_of(entry: Entry) -> list[re.Match]:
+    """Where an event says in so many words that it wants machines."""
+    texts = entry.text('SUMMARY'), plain_text(entry.text('DESCRIPTION'))
+    return [*filter(None, map(MARKED.search, texts))]
+
+
+def spoken(entry: Entry) -> re.Match | None:
+    """What looks like a wish in the first line of its description, or as its place."""
+    text, place = (plain_text(entry.text(name)) for name in ('DESCRIPTION', 'LOCATION'))
+    lines = (line.strip() for line in (text.partition('\n')[0], place) if len(line) < 500)
+    return next(filter(None, map(WANT.fullmatch, lines)), None)
+
+
+def guessed(entry: Entry) -> str:
+    """The flavor in words that look like a wish; '' where it is said that there is one."""
+    said = None if marks_of(entry) else spoken(entry)
+    return said[2] if said else ''
+
+
+def want_of(entry: Entry, defaults: Want) -> Want | None:
     """What an event says that it wants; None if it wants no machines."""
-    title, text, place = (str(event.get(name, '')) for name in ('SUMMARY', 'DESCRIPTION', 'LOCATION'))
-    for match in filter(None, (MARKED.search(title), MARKED.search(text))):
+    for match in marks_of(entry):
         said = WANT.fullmatch(match[1].strip())
         if not said and match[1].strip():
             raise Invalid(f'{shown(match[0])} is not such as #vm 2 x m1.small')
         return spoken_want(said, defaults) if said else defaults
-    for line in (re.split(r'\n|<br', text.strip())[0], place.strip()):
-        if said := WANT.fullmatch(line.strip()):
-            return spoken_want(said, defaults)
-    categories = [each.upper() for each in categories_of(event)]
-    return programmed_want(event, defaults) if 'VM' in categories else None
+    if said := spoken(entry):
+        return spoken_want(said, defaults)
+    return programmed_want(entry, defaults) if 'VM' in categories_of(entry) else None
 
 
 def spoken_want(said: re.Match, defaults: Want) -> Want:
@@ -3197,107 +3741,27 @@ def spoken_want(said: re.Match, defaults: Want) -> Want:
                              resource=resource or defaults.resource)
 
 
-def programmed_want(event, defaults: Want) -> Want:
+def programmed_want(entry: Entry, defaults: Want) -> Want:
     """CATEGORIES:VM and X-VM-COUNT, X-VM-FLAVOR, X-VM-IMAGE, X-VM-RESOURCE, X-VM-NETWORK, X-VM-KEY."""
-    said = {name: str(event[f'X-VM-{name}']) for name in ('FLAVOR', 'IMAGE', 'RESOURCE', 'NETWORK', 'KEY')
-            if f'X-VM-{name}' in event}
-    vms = read_count(str(event.get('X-VM-COUNT', defaults.vms)))
+    said = {name: entry.text(f'X-VM-{name}') for name in PROGRAMMED if f'X-VM-{name}' in entry.said}
+    vms = read_count(entry.text('X-VM-COUNT') or str(defaults.vms))
     return defaults._replace(vms=vms, **{name.lower(): read_name(value) for name, value in said.items()})
 
 
-def categories_of(event) -> list[str]:
-    value = event.get('CATEGORIES', [])
-    return [str(name) for each in (value if isinstance(value, list) else [value]) for name in getattr(each, 'cats', ())]
+def categories_of(entry: Entry) -> list[str]:
+    values = (value for _, value in entry.said.get('CATEGORIES', ()))
+    return [name.strip().upper() for value in values for name in value.split(',')]
 
 
-def series_of(master, overrides: list, want: Want, zone: ZoneInfo, begin: datetime, until: datetime) -> list[Stretch]:
-    """The stretches of a series: its rule, dates and exceptions, and what RECURRENCE-IDs say otherwise."""
-    name = zone_of(event_start(master), zone)
-    if name is None:
-        return spelled_out([master, *overrides], want, zone, begin, until)
-    here, length = ZoneInfo(name), int(event_length(master).total_seconds())
-    first = wall_in(event_start(master), here, zone)
-    bare = not isinstance(event_start(master), datetime) or event_start(master).tzinfo is None
-    rule = event_rule(master) if 'RRULE' in master else ''
-    rule = local_rule(rule, ZoneInfo('UTC') if bare else here, literal=True)
-    dates = tuple(listed(master, 'RDATE', here, zone))
-    repeats = rule or dates
-    stretch = Stretch(first.isoformat(), length, name, want.vms, 0, rule,
-                      (first.isoformat(), *dates) if repeats else (),
-                tuple(listed(master, 'EXDATE', here, zone)))
-    stretches = [stretch]
-    for event in sorted(overrides, key=lambda each: wall_in(each['RECURRENCE-ID'].dt, here, zone)):
-        stretches = overridden(stretches, event, here, zone, want)
-    return stretches
-
-
-def zone_of(start: date | datetime, owner: ZoneInfo) -> str | None:
-    """The name of the zone that a start goes by; None for one that only its calendar describes."""
-    if not isinstance(start, datetime) or start.tzinfo is None:
-        return owner.key
-    name = getattr(start.tzinfo, 'key', None)
-    return 'UTC' if start.tzinfo is UTC else name
-
-
-def wall_in(moment: date | datetime, zone: ZoneInfo, owner: ZoneInfo) -> datetime:
-    if isinstance(moment, datetime) and moment.tzinfo:
-        return to_wall(moment, zone)
-    return at_midnight(moment) if zone is owner or not isinstance(moment, datetime) else to_wall(
-        from_wall(moment, owner), zone)
-
-
-def listed(event, name: str, zone: ZoneInfo, owner: ZoneInfo) -> Iterator[str]:
-    """The slots of RDATE or EXDATE; a period has its length in seconds behind a slash."""
-    value = event.get(name, [])
-    for each in value if isinstance(value, list) else [value]:
-        for item in each.dts:
-            begin, end = item.dt if isinstance(item.dt, tuple) else (item.dt, None)
-            wall = wall_in(begin, zone, owner)
-            until = wall + end if isinstance(end, timedelta) else wall_in(end, zone, owner) if end else None
-            plain_day = name == 'EXDATE' and not isinstance(begin, datetime)
-            text = wall.date().isoformat() if plain_day else wall.isoformat()
-            yield f'{text}/{int((until - wall).total_seconds())}' if until else text
-
-
-def overridden(stretches: list[Stretch], event, here: ZoneInfo, owner: ZoneInfo, want: Want) -> list[Stretch]:
-    """A series with one RECURRENCE-ID: left out, moved, or with RANGE=THISANDFUTURE otherwise from there on."""
-    key = wall_in(event['RECURRENCE-ID'].dt, here, owner).isoformat()
-    start, length = wall_in(event_start(event), here, owner), int(event_length(event).total_seconds())
-    vms = (want_of(event, want) or want).vms
-    cancelled = str(event.get('STATUS', '')).upper() == 'CANCELLED'
-    if event['RECURRENCE-ID'].params.get('RANGE') == 'THISANDFUTURE':
-        if cancelled:
-            return [stretch._replace(until=min(stretch.until or key, key)) for stretch in stretches]
-        shift = int((start - datetime.fromisoformat(key)).total_seconds())
-        return cut_stretches(stretches, key, shift=shift - stretches[-1].shift, length=length, vms=vms)
-    if cancelled:
-        return [stretch._replace(skips=(*stretch.skips, key)) for stretch in stretches]
-    # One that stands where the rule has no slot is an occurrence all the same.
-    return [stretch._replace(moved=stretch.moved | {key: (start.isoformat(), length, vms)},
-                          dates=stretch.dates if stretch.single or key in stretch.dates else (*stretch.dates, key))
-            for stretch in stretches]
-
-
-def spelled_out(events: list, want: Want, owner: ZoneInfo, begin: datetime, until: datetime) -> list[Stretch]:
-    """A series in a zone that only its calendar describes, as the list of what it gives in a window."""
-    found = [each for each in uid_occurrences('', events, owner, begin, until) if each['status'] != 'CANCELLED']
-    dates = tuple(f"{to_wall(each['start'], ZoneInfo('UTC')).isoformat()}/"
-                  f"{int((each['end'] - each['start']).total_seconds())}" for each in found)
-    repeats = len(events) > 1 or 'RRULE' in events[0] or 'RDATE' in events[0]
-    if not dates:
-        return []
-    start, length = dates[0].split('/')
-    return [Stretch(start, int(length), 'UTC', want.vms, 0, dates=dates if repeats else ())]
-
-
-def days_of(calendars: list, zone: ZoneInfo, begin: datetime, until: datetime) -> list[str]:
-    """The days of all all-day events in a window, as skips of a series."""
-    days = set()
-    for each in occurrences_of(calendars, zone, begin, until):
+def days_of(entries: list[Entry], zone: ZoneInfo, begin: datetime,
+            until: datetime) -> tuple[list[str], list[str]]:
+    """The days of all-day events in a window, as skips of a series; why some have none."""
+    days, (found, refused) = set(), occurrences_of(entries, zone, begin, until)
+    for each in found:
         first, last = to_wall(each['start'], zone), to_wall(each['end'], zone)
         if first.time() == last.time() == datetime.min.time() and each['status'] != 'CANCELLED':
             days |= {(first + timedelta(days=n)).date().isoformat() for n in range((last - first).days)}
-    return sorted(days)
+    return sorted(days), [str(error) for error in refused]
 
 
 def calendar_name(text: str, number: int = 0) -> str:
@@ -3325,27 +3789,40 @@ class Shown(NamedTuple):
 @functools.lru_cache(20_000)
 def event_text(shown: Shown) -> str:
     """The VEVENT of an occurrence (RFC 5545, 3.6.1), in UTC; its times of change are those of the occurrence."""
-    import icalendar
-    event, changed = icalendar.Event(), instant(shown.revised)
-    for name, value in (('uid', shown.uid), ('dtstamp', changed), ('last-modified', changed),
-                        ('sequence', shown.revision), ('dtstart', instant(shown.start)), ('dtend', instant(shown.end)),
-                        ('summary', shown.summary), ('description', shown.description), ('location', shown.location),
-                        ('status', shown.status), ('transp', 'OPAQUE'), ('categories', ['VM'])):
-        if value not in ('', None):
-            event.add(name, value)
-    return event.to_ical().decode()
+    times = shown.start, shown.end, shown.revised
+    start, end, changed = (f'{instant(each):%Y%m%dT%H%M%SZ}' for each in times)
+    said = {'BEGIN': 'VEVENT', 'UID': shown.uid, 'DTSTAMP': changed, 'LAST-MODIFIED': changed,
+            'SEQUENCE': str(shown.revision), 'DTSTART': start, 'DTEND': end, 'STATUS': shown.status,
+            'SUMMARY': escaped(shown.summary), 'DESCRIPTION': escaped(shown.description),
+            'LOCATION': escaped(shown.location), 'TRANSP': 'OPAQUE', 'CATEGORIES': 'VM',
+            'END': 'VEVENT'}
+    return ''.join(folded(f'{name}:{value}') for name, value in said.items() if value)
+
+
+def escaped(text: str) -> str:
+    """A TEXT (RFC 5545, 3.3.11), which has no control characters but tabs."""
+    text = re.sub(r'([\\;,])', r'\\\1', text).replace('\r\n', '\n').replace('\n', '\\n')
+    return re.sub('[\x00-\x08\x0a-\x1f\x7f]', '', text)
+
+
+def folded(line: str) -> str:
+    """A content line in pieces of at most 75 octets, of whole letters (RFC 5545, 3.1)."""
+    data, pieces, begin = line.encode('utf8', 'replace'), [], 0
+    while begin < len(data):
+        end = begin + 75 - bool(pieces)
+        while end < len(data) and data[end] & 0xC0 == 0x80:
+            end -= 1
+        pieces.append(data[begin:end])
+        begin = end
+    return b'\r\n '.join(pieces).decode() + '\r\n'
 
 
 def calendar_text(name: str, shown: Iterable[Shown]) -> str:
     """A whole feed; how often it is looked at again is the subscriber's choice."""
-    import icalendar
-    calendar = icalendar.Calendar()
-    for field, value in (('prodid', f'-//cmres//{__version__}//EN'), ('version', '2.0'), ('method', 'PUBLISH'),
-                         ('x-wr-calname', name), ('x-published-ttl', 'PT15M')):
-        calendar.add(field, value)
-    calendar.add('refresh-interval', timedelta(minutes=15), parameters={'VALUE': 'DURATION'})
-    head, _, tail = calendar.to_ical().decode().rpartition('END:VCALENDAR')
-    return head + ''.join(map(event_text, shown)) + f'END:VCALENDAR{tail}'
+    head = ('BEGIN:VCALENDAR', 'VERSION:2.0', f'PRODID:-//cmres//{__version__}//EN',
+            'METHOD:PUBLISH', f'X-WR-CALNAME:{escaped(name)}',
+            'REFRESH-INTERVAL;VALUE=DURATION:PT15M', 'X-PUBLISHED-TTL:PT15M')
+    return ''.join([*map(folded, head), *map(event_text, shown), 'END:VCALENDAR\r\n'])
 
 
 # Service #####################################################################
@@ -3869,7 +4346,7 @@ class Wishes(Service):
                         else self.whole_host(place, asked, each)))
         if stretches and not {'repeat'} & set(changes):
             stretches = self.moved_stretches(wish, asked, old, stretches, key, changes)
-            stretches = self.ended_stretches(stretches, asked, changes)
+            stretches = self.ended_stretches(stretches, asked, changes, warnings)
             return wish._replace(stretches=stretches, repeat=stretches[-1].rule)
         return self.repeating(wish, asked, old, stretches, key, changes) if REPEATING & {
             name for name in changes if asked.get(name)} else wish
@@ -3987,7 +4464,7 @@ class Wishes(Service):
             length, exact = self.stretch_of(old, stretches)[1:]
         if stretches and 'start' not in changes:
             first = self.planned(old, stretches)[1]
-        skips = self.read_skips(asked, zone, wish.start)
+        skips = self.read_skips(asked, zone, wish.start, wish.warnings)
         if not asked['repeat']:
             raise Invalid(f"{min(name for name in REPEATING if asked.get(name))} is for a series; say --repeat as well")
         rule = local_rule(self.ended_rule(asked, zone), zone)
@@ -4027,12 +4504,13 @@ class Wishes(Service):
         stretch = next(each for each in reversed(stretches) if each.since <= old.slot)
         return stretch, stretch.length, stretch.exact
 
-    def ended_stretches(self, stretches: list[Stretch], asked: dict, changes: Iterable[str]) -> list[Stretch]:
+    def ended_stretches(self, stretches: list[Stretch], asked: dict, changes: Iterable[str],
+                        warnings: list) -> list[Stretch]:
         """A series with further days left out, or with another end."""
         if not REPEATING & set(changes):
             return stretches
         zone = read_zone(stretches[-1].zone)
-        skips = self.read_skips(asked, zone, int(self.clock()))
+        skips = self.read_skips(asked, zone, int(self.clock()), warnings)
         ends = {'until', 'count'} & set(changes)
         return [stretch._replace(skips=(*stretch.skips, *skips), rule=local_rule(self.ended_rule(
             asked | {'repeat': endless(stretch.rule)}, zone), zone) if ends and stretch.rule else stretch.rule)
@@ -4050,7 +4528,8 @@ class Wishes(Service):
             return f'{rule};UNTIL={last:%Y%m%dT%H%M%S}'
         return f'{rule};COUNT={count}' if count else rule
 
-    def read_skips(self, asked: dict, zone: ZoneInfo, start: int) -> tuple[str, ...]:
+    def read_skips(self, asked: dict, zone: ZoneInfo, start: int,
+                   warnings: list) -> tuple[str, ...]:
         """Days, or wall times, without an occurrence; holidays are fetched, outside any transaction."""
         skips = []
         for text in asked.get('skip_dates') or ():
@@ -4061,10 +4540,22 @@ class Wishes(Service):
             wall = to_wall(moment, zone) if moment.tzinfo else moment
             skips.append(wall.date().isoformat() if re.fullmatch('[0-9/-]+', text) else wall.isoformat())
         if source := asked.get('holidays'):
-            calendars = read_calendar(self.fetched(source), 'the calendar of holidays')
-            begin = instant(start)
-            skips += days_of(calendars, zone, begin - timedelta(days=1), begin + timedelta(days=3653))
+            skips += self.holidays(source, zone, instant(start), warnings)
         return tuple(skips)
+
+    def holidays(self, source: str, zone: ZoneInfo, begin: datetime, warnings: list) -> list[str]:
+        """The days of the all-day events of a calendar for ten years; what can't be read is told.
+
+        Raises:
+          BadCalendar: it is none, or nothing in it can be understood.
+        """
+        entries = read_calendar(self.fetched(source), 'the calendar of holidays')
+        begin, until = begin - timedelta(days=1), begin + timedelta(days=3653)
+        found, refused = days_of(entries, zone, begin, until)
+        if refused and not found:
+            raise BadCalendar(f'the calendar of holidays: {refused[0]}')
+        warnings += [f'no holiday: {why}' for why in refused[:10]]
+        return found
 
     def fetched(self, source: str) -> str:
         """The text of a calendar, or of the one at an address; never of a file of this machine."""
@@ -4601,7 +5092,8 @@ class Series(Holding):
         """Takes an occurrence out of its series."""
         until = min(max(int(now), old.held_from), old.held_until)
         release(old.resource_id, until, old.held_until, amount_of(old))
-        change(Occurrence, old.id, cancelled=int(now), held_until=until, due=now)
+        change(Occurrence, old.id, cancelled=int(now), held_until=until, due=now,
+               revision=old.revision + 1, revised=int(now))
 
     def place_all(self, reservation: int, wish: Wish, todo: list, now: float) -> list[dict]:
         """Holds many occurrences of a series, and tells all that have no room at once."""
@@ -4749,7 +5241,30 @@ class Series(Holding):
     def rebook_event(self, reservation: int, wish: Wish, now: float) -> list[dict]:
         """Makes of a reservation what the event of a calendar says now; inside a transaction."""
         change(Reservation, reservation, **wish.columns(*STORED), series=stored_stretches(wish.stretches))
+        self.keep_identities(reservation, wish, now)
         return self.reshape(reservation, wish, now, gentle=True)
+
+    def keep_identities(self, reservation: int, wish: Wish, now: float) -> None:
+        """Gives occurrences whose slots are gone the new slots, first of the same day.
+
+        So an event that is moved is one event in feeds, and no program shows it twice.
+        """
+        there = rows('SELECT * FROM occurrence WHERE reservation_id = ? ORDER BY start',
+                     reservation)
+        slots = all_slots(wish.stretches, self.earliest(there, wish.stretches, now),
+                          self.horizon(wish.stretches, now))
+        wanted, taken = {slot.key for slot in slots}, {old.slot for old in there}
+        lost = {old.slot: old.id for old in there if old.cancelled is None and old.held_from > now
+                and not old.altered and old.slot not in wanted}
+        new = {slot.key: slot.key[:10] for slot in slots
+               if slot.key not in taken and slot.end > now}
+        days = {day: key for key, day in new.items()}
+        pairs = {slot: days.pop(slot[:10]) for slot in lost if slot[:10] in days}
+        given = {*pairs.values()}
+        rest = [key for key in new if key not in given]
+        pairs |= zip((slot for slot in lost if slot not in pairs), rest)
+        for slot, key in pairs.items():
+            change(Occurrence, lost[slot], slot=key)
 
     def rebook_series(self, old, wish: Wish, now: float, named: bool, moves: bool) -> list[dict]:
         """Changes a series from one occurrence on; inside a transaction.
@@ -6335,8 +6850,9 @@ class Calendars(Claims):
         An event asks with `2 x m1.small` in the first line of its description or in its place, with
         `#vm 2 x m1.small` in its title or description, or with CATEGORIES:VM and X-VM-COUNT, X-VM-FLAVOR,
         X-VM-IMAGE; an image and a resource may follow: `2 x m1.small cirros on demo`. The options
-        here are for what it doesn't say. Events that ask for nothing are left alone. Importing again
-        changes only what changed; nothing is cancelled because it is not in the file any more.
+        here are for what it doesn't say. Events that ask for nothing are left alone, whatever they
+        are; what is refused is refused alone. Importing again changes only what changed; nothing is
+        cancelled because it is not in the file any more.
 
         Example:
           python cmres.py import class.ics --resource demo --image cirros --tz Europe/Paris --dry-run
@@ -6351,12 +6867,12 @@ class Calendars(Claims):
           said: what the events don't say, named as in `import`
         """
         zone, here = read_zone(said['tz'] or self.config.timezone), self.here.now
-        calendars, owner = read_calendar(text, 'the calendar'), self.owner(said)
-        wanted = bookings(calendars, zone, here, here + timedelta(days=self.config.horizon),
+        groups, owner = by_uid(read_calendar(text, 'the calendar')), self.owner(said)
+        wanted = bookings(groups, zone, here, here + timedelta(days=self.config.horizon),
                           Want(*(said[name] for name in Want._fields)))
-        ignored = len(by_uid(calendars)) - len(wanted)
-        lines = [self.read_booking(each, said, zone) for each in self.progress(wanted)]
-        self.refuse_too_many(wanted)
+        wanted = self.without_lookalikes(wanted, said, owner, subscription)
+        ignored = len(groups) - len(wanted)
+        lines = self.read_bookings(wanted, said, zone)
         with self.writing(dry_run) as now:
             try:
                 done = self.take_bookings(wanted, lines, owner, subscription, now)
@@ -6364,6 +6880,34 @@ class Calendars(Claims):
                 self.tell_held(subscription, str(held), now)
                 return {'held': str(held), 'events': [], 'ignored': ignored}
         return {'events': sorted(done, key=lambda each: each['uid']), 'ignored': ignored}
+
+    def without_lookalikes(self, wanted: list[Booking], said: dict, owner: tuple[str, str],
+                           subscription) -> list[Booking]:
+        """The bookings without lookalikes: no cloud has a flavor as that of `3 x pizza`.
+
+        What is booked is one, whatever became of its flavor; and so is all while a cloud is silent.
+        """
+        if all(not each.guess for each in wanted):
+            return wanted
+        booked = {each.uid for each in rows(
+            'SELECT uid FROM reservation WHERE user = ? AND project = ? AND subscription IS ? '
+            'AND over > ?', *owner, subscription.id if subscription else None, int(self.clock()))}
+        try:
+            names = {name for cloud in self.clouds_of(said) for name in self.clouds.open(
+                self.clouds.account(cloud, owner[1])).names('flavor')}
+        except CloudError:
+            return wanted
+        return [each for each in wanted if not each.guess or each.uid in booked or not names
+                or difflib.get_close_matches(each.guess, names, 1)]
+
+    def clouds_of(self, said: dict) -> list[str]:
+        """The clouds on which a calendar may book: that of its resource, else those of all."""
+        named = row('SELECT cloud FROM resource WHERE name = ? AND removed IS NULL',
+                    said['resource'])
+        if named and named.cloud:
+            return [named.cloud]
+        return [each.cloud for each in rows(
+            "SELECT DISTINCT cloud FROM resource WHERE cloud <> '' AND removed IS NULL")]
 
     def take_bookings(self, wanted: list[Booking], lines: list[tuple], owner: tuple[str, str], subscription,
                       now: float) -> list[dict]:
@@ -6383,14 +6927,18 @@ class Calendars(Claims):
             self.tell_refused(subscription, done, now)
         return done
 
-    def refuse_too_many(self, wanted: list[Booking]) -> None:
-        """Refuses what others would have to wait for while it is booked."""
-        now, total = self.clock(), 0
-        for booking in wanted:
-            total += len(all_slots(booking.stretches, now, self.horizon(booking.stretches, now)))
-            if total > 10 * MOST_OCCURRENCES:
+    def read_bookings(self, wanted: list[Booking], said: dict, zone: ZoneInfo) -> list[tuple]:
+        """Bookings with their wishes; all refused where others would wait too long for them."""
+        lines, total, now, deadline = [], 0, self.clock(), Deadline()
+        for booking in self.progress(wanted):
+            lines.append(self.read_booking(booking, said, zone))
+            if lines[-1][1]:
+                horizon = self.horizon(booking.stretches, now)
+                total += len(all_slots(booking.stretches, now, horizon))
+            if total > 10 * MOST_OCCURRENCES or deadline.over:
                 raise BadCalendar('the calendar asks for too many occurrences until the horizon: '
-                                  f'over {10 * MOST_OCCURRENCES}')
+                                  f'over {10 * MOST_OCCURRENCES}, or for rules that are hard to follow')
+        return lines
 
     def read_booking(self, booking: Booking, said: dict, zone: ZoneInfo) -> tuple:
         """A booking with its wish, or with the error that refuses it; asks clouds, so outside any transaction."""
@@ -6421,7 +6969,7 @@ class Calendars(Claims):
         """What became of an event: booked, changed, unchanged, cancelled, refused, or nothing because it is past."""
         line = {'uid': booking.uid, 'summary': booking.summary[:200]}
         if error:
-            return line | {'outcome': 'refused', 'why': str(error)}
+            return line | {'outcome': 'refused', 'why': booking.why(error)}
         source = subscription.id if subscription else None
         known = row('SELECT * FROM reservation WHERE uid = ? AND project = ? AND user = ? AND subscription IS ? '
                     'ORDER BY id DESC LIMIT 1', booking.uid, *owner[::-1], source)
@@ -6444,7 +6992,7 @@ class Calendars(Claims):
             with db.atomic():
                 return line | self.book_event(booking, wish, known if live else None, origin, source, now)
         except Error as refusal:
-            return line | {'outcome': 'refused', 'why': str(refusal)}
+            return line | {'outcome': 'refused', 'why': booking.why(refusal)}
 
     def book_event(self, booking: Booking, wish: Wish, known, origin: str, source: int | None, now: float) -> dict:
         """Books an event, or makes of its reservation what the event says now."""
@@ -6513,9 +7061,10 @@ class Calendars(Claims):
             insert(Feed, user=user, project=project, whole_project=whole_project, resource=resource,
                    hash=hashed(secret), added=int(now), revoked=None)
             self.journal(now, 'calendar', f'made a feed for {user} in {project}')
+        name = quote(resource or (project if whole_project else user), safe='')
         return {'user': user, 'project': project} if dry_run else {
             'feed': f"{self.config.address.rstrip('/') or f'http://{self.config.host}:{self.config.port}'}"
-                    f'/calendar/{secret}.ics'}
+                    f'/calendar/{secret}/{name}.ics'}
 
     @api('DELETE', '/calendar/<id>')
     def calendar_revoke(self, id: int, dry_run: bool = False) -> dict:
@@ -6667,12 +7216,12 @@ class Calendars(Claims):
     def tell_refused(self, subscription, done: list[dict], now: float) -> None:
         """Tells, once each, what a calendar asks for in vain."""
         before = json.loads(subscription.refused)
-        refused = {each['uid']: each['why'][:500] for each in done if each['outcome'] == 'refused'}
+        refused = {each['uid']: re.sub(r' \(line \d+\)', '', each['why'])[:500]  # which change
+                   for each in done if each['outcome'] == 'refused'}
         for uid, why in refused.items():
             if before.get(uid) != why:
-                journal(self.config, now, self.actor.user, 'refused',
-                        f'{textwrap.shorten(uid, 100)} in the calendar: {why}',
-                        None, json.loads(subscription.notify), project=self.actor.project)
+                journal(self.config, now, self.actor.user, 'refused', f'your calendar: {why}', None,
+                        json.loads(subscription.notify), project=self.actor.project)
         change(Subscription, subscription.id, refused=json.dumps(refused))
 
     def feed(self, secret: str) -> tuple[str, Any]:
@@ -6690,14 +7239,23 @@ class Calendars(Claims):
         where = [('o.end > ?', int(self.clock()) - 31 * 86400), *([('s.name = ?', feed.resource)] if feed.resource else
                  [('r.project = ?', feed.project)]), *([('r.user = ?', feed.user)]
                  if not feed.resource and not feed.whole_project else [])]
-        found = self.search(where, limit=10_000)
+        found = self.search(where, limit=MOST_SHOWN_BY_FEED + 1)
         servers: dict = defaultdict(list)
         for each in rows('SELECT occurrence_id, addresses FROM server WHERE due IS NOT NULL AND goal = ?', 'up'):
             servers[each.occurrence_id] += json.loads(each.addresses)
         now = self.clock()
         turns = [at for each in found for at in (each.held_from, each.start, each.end) if at > now]
-        return [self.feed_event(each, feed, servers[each.id]) for each in found if each.project == feed.project
-                or each.state not in ('cancelled', 'failed')], min([now + 60, *turns])
+        shown = [self.feed_event(each, feed, servers[each.id]) for each in found[:MOST_SHOWN_BY_FEED]
+                 if each.project == feed.project or each.state not in ('cancelled', 'failed')]
+        shown += [self.not_shown(each) for each in found[MOST_SHOWN_BY_FEED:]]
+        return shown, min([now + 60, *turns])
+
+    def not_shown(self, first) -> Shown:
+        """What a feed says in the place of the first occurrence that is too many for it."""
+        uid, words = f'more-{first.start}@{self.clouds.store}', 'more is reserved from here on'
+        return Shown(uid, first.start, first.end, 0, first.start, words,
+                     f'This calendar shows {MOST_SHOWN_BY_FEED} occurrences. See the others with: list',
+                     '', 'TENTATIVE')
 
     def feed_event(self, found, feed, addresses: list[str]) -> Shown:
         """An occurrence as a feed shows it: one's own with all that helps, others' as busy."""
@@ -7885,7 +8443,8 @@ def rest(service: Reservations, told: Callable | None = None):
         for verb, path, fixed in operation.routes:
             app.route((BASE + path).rstrip('/'), verb, handler(service, operation, fixed))
     app.route('/healthz', 'GET', healthy)
-    app.route('/calendar/<secret>.ics', 'GET', feed_handler(service))
+    for path in ('/calendar/<secret>/<name>.ics', '/calendar/<secret>.ics'):  # programs show the end
+        app.route(path, 'GET', feed_handler(service))
     app.route('/openapi.json', 'GET', handler(service, None, {}))
     return app
 
@@ -7899,7 +8458,8 @@ def handler(service: Reservations, operation: Operation | None, fixed: dict) -> 
             acting = service.acting(actor_of(bearer(bottle.request)))
             if operation is None:
                 return reply(200, openapi())
-            given = given_once(read_query(bottle.request), read_body(bottle.request), path, fixed)
+            body = read_body(bottle.request, most_body(operation))
+            given = given_once(read_query(bottle.request), body, path, fixed)
             bound = bind(operation, given, acting.here)
             answer = getattr(acting, operation.name)(**bound)
         except Error as error:
@@ -7934,7 +8494,7 @@ def feed_handler(service: Reservations) -> Callable:
             kept[feed.id] = version, until, f'"{hashed(text)[:32]}"', text
         return kept[feed.id][2:]
 
-    def handle(secret: str):
+    def handle(secret: str, name: str = ''):
         try:
             etag, text = current(secret)
         except Error as error:
@@ -8002,15 +8562,21 @@ def fields_of(text: bytes, what: str) -> dict:
     return given_once(*({name: value} for name, value in pairs))
 
 
-def whole_body(request) -> bytes:
-    """The body of a request; TooLarge if it has more than MOST_BODY bytes."""
-    if (request.content_length or 0) > MOST_BODY or len(body := request.body.read(MOST_BODY + 1)) > MOST_BODY:
-        raise TooLarge(f'the body is larger than {MOST_BODY} bytes; send it in parts')
+def whole_body(request, most: int = MOST_BODY) -> bytes:
+    """The body of a request; TooLarge if it has more than `most` bytes."""
+    if (request.content_length or 0) > most or len(body := request.body.read(most + 1)) > most:
+        raise TooLarge(f'the body is larger than {most} bytes; send it in parts')
     return body
 
 
-def read_body(request) -> dict:
-    text = whole_body(request)
+def most_body(operation: Operation) -> int:
+    """How many bytes its body may have: a calendar in JSON is longer than in a file."""
+    takes_calendar = any(each.annotation is Ics for each in operation.parameters.values())
+    return 2 * MOST_ICS if takes_calendar else MOST_BODY
+
+
+def read_body(request, most: int) -> dict:
+    text = whole_body(request, most)
     if not text.strip():
         return {}
     if request.content_type.partition(';')[0].strip().lower() == 'text/calendar':
@@ -9846,7 +10412,8 @@ def serve(config: Config, host: Name = '', port: int = None, noscheduler: bool =
     try:
         server = waitress.create_server(
             web(service), host=config.host, port=config.port, threads=config.threads, connection_limit=1000,
-            asyncore_use_poll=True, max_request_body_size=8 * MOST_BODY, ident=None, clear_untrusted_proxy_headers=True)
+            asyncore_use_poll=True, max_request_body_size=4 * MOST_ICS, ident=None,
+            clear_untrusted_proxy_headers=True)
     except (OSError, ValueError) as error:
         raise Unavailable(f"can't listen on {config.host}:{config.port}: {error}; choose another with --port") from None
     service.config = config = dataclasses.replace(config, port=getattr(server, 'effective_port', config.port))
@@ -9890,7 +10457,8 @@ WORDS |= {'port': 'port to listen on; 0 takes a free one',
 def occurrences(config: Config, file: Ics, start: When = None, end: When = None, tz: Zone = '') -> Rows:
     """Tells when the events of an iCalendar file occur, in the next 366 days unless --start and --end say otherwise.
 
-    Nothing is reserved. Times without a zone and whole days are in that of --tz.
+    Nothing is reserved. Times without a zone and whole days are in that of --tz. Events that can't be
+    understood are not listed but named on the error output.
 
     Example:
       python cmres.py occurrences class.ics --start 2027-01-01 --end 2027-02-01 --tz Europe/Paris
@@ -9899,7 +10467,13 @@ def occurrences(config: Config, file: Ics, start: When = None, end: When = None,
     end = start + (timedelta(days=366) if end is None else end) if not isinstance(end, datetime) else end
     if not start < end:
         raise Invalid(f'the end {to_plain(end)} is not after the start {to_plain(start)}')
-    return occurrences_of(read_calendar(file, 'the file'), read_zone(tz or config.timezone), start, end)
+    zone = read_zone(tz or config.timezone)
+    found, refused = occurrences_of(read_calendar(file, 'the file'), zone, start, end)
+    if refused and not found:
+        raise refused[0]
+    for error in refused:
+        print(f'cmres: not listed: {error}', file=sys.stderr)
+    return found
 
 
 LOCAL = {each.__name__: Operation(each.__name__, each, ADMIN, [('POST', '', {})])
@@ -10141,7 +10715,13 @@ def make(call: Call, config: Config, options: dict) -> str | None:
     if options.get('follow'):
         follow(asked, bound, form, config.zone)
     columns = None if operation.name == 'events' else COLUMNS.get(operation.name)
-    return render(asked(**bound), form, config.zone, columns)
+    answer = asked(**bound)
+    text = render(answer, form, config.zone, columns)
+    outcomes = {each['outcome'] for each in answer['events']} if operation.name == 'import_' else ()
+    if outcomes == {'refused'}:
+        print(text)
+        raise BadCalendar(f"all events that ask for VMs are refused: {len(answer['events'])}")
+    return text
 
 
 def follow(events: Callable, bound: dict, form: str, zone: ZoneInfo, pause: float = 1) -> None:
