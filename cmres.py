@@ -632,11 +632,8 @@ def stretches_before(stretches: list[Stretch], key: str) -> list[Stretch]:
 def cut_stretches(stretches: list[Stretch], key: str, **changes) -> list[Stretch]:
     """A series that is otherwise from a slot on: shifted by so many seconds more, or with other values."""
     shift = changes.pop('shift', 0)
-    there = [stretch for stretch in stretches if not stretch.until or stretch.until > key]
-    if not shift and all(stretch._replace(**changes) == stretch for stretch in there):
-        return stretches
     after = [stretch._replace(since=max(stretch.since, key), shift=stretch.shift + shift, **changes)
-             for stretch in there]
+             for stretch in stretches if not stretch.until or stretch.until > key]
     return stretches_before(stretches, key) + after
 
 
@@ -688,9 +685,10 @@ TEXTS = {
 }
 #: What stands in braces there: the fields of a reservation as answers show it, and of the event.
 TEXT_FIELDS = frozenset((
-    'sentence message actor id label user project resource cell cloud region aggregate vms flavor image network key '
-    'security_groups metadata server at_end notify vcpus ram classes lead description personal repeat tz start end '
-    'cancelled added changed up fault request host state').split())
+    'sentence message actor id label user project resource cell cloud region aggregate vms flavor '
+    'image network key security_groups metadata server at_end notify vcpus ram classes lead '
+    'description personal repeat tz start end cancelled added changed up fault request host '
+    'state').split())
 
 
 def setting(default, why: str, least=None, most=10**9):
@@ -724,8 +722,10 @@ class Config:
         False, 'whether webhooks and calendars may be in private networks and on this machine')
     mail_server: str = setting('', 'host:port of the SMTP server that takes notices; without one, no mail is sent')
     mail_from: str = setting('cmres@localhost', 'the sender of mails')
-    mail_domains: str = setting('', 'the domains that mails may go to, with commas between; empty: any')
-    notices_per_day: int = setting(200, 'mails that are sent for one user within a day; what is beyond is dropped', 0)
+    mail_domains: str = setting(
+        '', 'the domains that mails may go to, with commas between; empty: any')
+    notices_per_day: int = setting(
+        200, 'mails that are sent for one user within a day; what is beyond is dropped', 0)
     horizon: int = setting(366, 'days ahead for which the occurrences of a repetition are reserved', 1, 3660)
     calendar_poll: float = setting(300.0, 'seconds between looks at a calendar that somebody subscribed to', 0.1)
     address: str = setting('', 'how people reach `serve`, for links, such as https://cmres.example.org')
@@ -752,12 +752,12 @@ class Config:
         return read_zone(self.timezone)
 
     def may_tell(self, target: str) -> bool:
-        """Whether notices may go to an address: to a web address, or a mail address of `mail_domains`."""
+        """Whether notices may go to an address: of the web, or a mail address of `mail_domains`."""
         domains = self.mail_domains.lower().replace(',', ' ').split()
         return is_web(target) or not domains or target.rpartition('@')[2].lower() in domains
 
     def told_time(self, seconds: float, tz: str = '') -> str:
-        """An instant as sentences tell it: in the zone of a reservation, else of the service, which is named."""
+        """An instant as sentences tell it: in the zone of a reservation, else of the service."""
         return format_moment(instant(seconds), read_zone(tz or self.timezone))
 
     def read_again(self) -> Config:
@@ -773,12 +773,13 @@ class Config:
                 for name in AGAIN:
                     object.__setattr__(self, name, sections[name])
             except Invalid as error:
-                log.warning("%s; what it said before in %s stays", error, ' and '.join(f'[{name}]' for name in AGAIN))
+                stays = ' and '.join(f'[{name}]' for name in AGAIN)
+                log.warning('%s; what it said before in %s stays', error, stays)
         return self
 
 
 SETTINGS = {field.name: field for field in dataclasses.fields(Config) if 'why' in field.metadata}
-#: The sections that need no restart: a new project wants its account, and running VMs go on meanwhile.
+#: The sections that need no restart: a new project wants its account, and VMs go on meanwhile.
 AGAIN = ('credentials', 'identities')
 
 
@@ -788,7 +789,8 @@ def load_config(path: str | None = None, environ: dict = os.environ) -> Config:
     Raises:
       Invalid: the file can't be read, a key is unknown or a value is of the wrong kind.
     """
-    path = path or environ.get('CMRES_CONFIG') or ('config.ini' if os.path.exists('config.ini') else '')
+    path = path or environ.get('CMRES_CONFIG') or (
+        'config.ini' if os.path.exists('config.ini') else '')
     stamp = file_stamp(path)  # before it is read: what changes meanwhile is read again
     sections = read_config_file(path) if path else dict.fromkeys(SECTIONS, {})
     texts = dict(sections['cmres'])
@@ -806,16 +808,18 @@ def load_config(path: str | None = None, environ: dict = os.environ) -> Config:
 
 
 def check_template(where: str, template: str) -> None:
-    """Refuses words for an event that could not be filled in; Invalid says where, and what is wrong."""
+    """Refuses words for an event that could not be filled in; Invalid says where and why."""
     from string import Formatter
     try:
         fields = [field for _, field, _, _ in Formatter().parse(template) if field is not None]
         for field in fields:
             if field not in TEXT_FIELDS:
-                raise Invalid(f"{where}: there is no field {{{field}}}{nearest(field, TEXT_FIELDS)}")
+                hint = nearest(field, TEXT_FIELDS)
+                raise Invalid(f'{where}: there is no field {{{field}}}{hint}')
         template.format_map(dict.fromkeys(TEXT_FIELDS, 'text'))
     except (ValueError, LookupError) as error:  # LookupError: a field inside the format of another
-        raise Invalid(f"{where}: '{first_line(error)}'; write fields as {{label}}, and {{{{ for a brace") from None
+        raise Invalid(f"{where}: '{first_line(error)}'; write fields as {{label}}, and {{{{ for "
+                      'a brace') from None
 
 
 def is_web(target: str) -> bool:
@@ -1475,8 +1479,8 @@ class Occurrence(Table):
     cancelled = peewee.IntegerField(null=True)
     told = peewee.IntegerField(default=0)  # which of SOON, READY, ENDING were announced
     due = peewee.DoubleField(null=True)  # when the life cycle must look at it next; NULL: never again
-    up_told = peewee.IntegerField(null=True)  # of its servers, as many were up when that was last told
-    up_check = peewee.DoubleField(null=True)  # when another number is told, if it is another one still
+    up_told = peewee.IntegerField(null=True)  # so many servers were up when that was last told
+    up_check = peewee.DoubleField(null=True)  # when another number is told, if it is one still
 
     class Meta:
         constraints = [peewee.Check('held_from <= start AND start < "end" AND held_until <= "end"')]
@@ -1775,8 +1779,8 @@ def migrate() -> None:
 
 
 #: The columns of version 2.
-TRACKS = {'resource': 'classes named', 'reservation': 'request host choices', 'occurrence': 'classes',
-          'capacity': 'classes held_classes', 'claim': 'classes'}
+TRACKS = {'resource': 'classes named', 'reservation': 'request host choices',
+          'occurrence': 'classes', 'capacity': 'classes held_classes', 'claim': 'classes'}
 
 
 def add_columns(table: str, columns: dict[str, str]) -> None:
@@ -1829,8 +1833,8 @@ def add_up_told() -> None:
 def add_owners() -> None:
     """Version 5: whose notices are on their way, and how many mails somebody has had sent."""
     add_columns('outbox', {'owner': "VARCHAR(255) NOT NULL DEFAULT ''"})
-    run('CREATE TABLE IF NOT EXISTS mailed (owner VARCHAR(255) NOT NULL PRIMARY KEY, day INTEGER NOT NULL, '
-        'number INTEGER NOT NULL)')
+    run('CREATE TABLE IF NOT EXISTS mailed (owner VARCHAR(255) NOT NULL PRIMARY KEY, '
+        'day INTEGER NOT NULL, number INTEGER NOT NULL)')
 
 
 @contextmanager
@@ -1900,15 +1904,17 @@ def change_text(model, names: tuple) -> str:
 
 
 def journal(config: Config, at: float, actor: str, code: str, sentence: str, reservation: int | None = None,
-            notify: Iterable[str] | None = (), occurrence: int | None = None, **refused: str) -> None:
+            notify: Iterable[str] | None = (), occurrence: int | None = None,
+            **refused: str) -> None:
     """Appends an event, and the notices of it; inside the transaction of what it tells.
 
     Args:
-      notify: who hears of it beside the webhook of the configuration; None: nobody, it is only logged
+      notify: who hears of it beside the operator's webhook; None: nobody, it is only logged
       occurrence: the one that it is about; without one, all that are not over
       refused: project and resource of what is no reservation
     """
-    about = dict(reservation=reservation, occurrence=occurrence, **{'project': '', 'resource': ''} | refused)
+    about = {'reservation': reservation, 'occurrence': occurrence, 'project': '',
+             'resource': ''} | refused
     event = insert(Event, at=at, actor=actor, code=code, sentence=sentence, **about)
     if reservation and (occurrence is None or occurrence > 0):
         which, id = ('id', occurrence) if occurrence else ('due IS NOT NULL AND reservation_id', reservation)
@@ -1918,15 +1924,25 @@ def journal(config: Config, at: float, actor: str, code: str, sentence: str, res
     if config.webhook:
         send_later(event, [config.webhook], '', at)
     targets = [target for target in notify if config.may_tell(target)]
-    if targets:
-        owner = owner_of(reservation) or f"{about['project']}/{actor}"
-        mails = [target for target in targets if not is_web(target)]
-        left = mails_left(config, owner, len(mails), at) if mails else 0
-        send_later(event, [target for target in targets if is_web(target)] + mails[:max(left, 0)], owner, at)
-        if 0 <= left < len(mails):
-            sentence = (f'{config.notices_per_day} mails were sent for {owner} today, so no more are sent until '
-                        f"{config.told_time((at // 86400 + 1) * 86400)}; the event log has everything")
-            send_later(insert(Event, at=at, actor='cmres', code='dropped', sentence=sentence, **about), mails, owner, at)
+    tell_owners(config, event, targets, about, actor, at)
+
+
+def tell_owners(config: Config, event: int, targets: list[str], about: dict, actor: str,
+                at: float) -> None:
+    """Writes down the notices of an event for its owner; as many mails as a day may have."""
+    if not targets:
+        return
+    owner = owner_of(about['reservation']) or f"{about['project']}/{actor}"
+    mails = [target for target in targets if not is_web(target)]
+    left = mails_left(config, owner, len(mails), at) if mails else 0
+    may_go = mails[:max(left, 0)]
+    send_later(event, [target for target in targets if is_web(target)] + may_go, owner, at)
+    if 0 <= left < len(mails):
+        tomorrow = config.told_time((at // 86400 + 1) * 86400)
+        last = insert(Event, at=at, actor='cmres', code='dropped', **about, sentence=(
+            f'{config.notices_per_day} mails were sent for {owner} today, so no more are sent '
+            f'until {tomorrow}; the event log has everything'))
+        send_later(last, mails, owner, at)
 
 
 def owner_of(reservation: int | None) -> str:
@@ -1936,9 +1952,10 @@ def owner_of(reservation: int | None) -> str:
 
 
 def mails_left(config: Config, owner: str, number: int, at: float) -> int:
-    """How many of some mails may be sent for somebody today; -1: none, and that was told already."""
-    total, = run('INSERT INTO mailed (owner, day, number) VALUES (?, ?, ?) ON CONFLICT (owner) DO UPDATE SET '
-                 'number = excluded.number + iif(day = excluded.day, number, 0), day = excluded.day RETURNING number',
+    """How many of some mails may be sent for somebody today; -1: none, which was told already."""
+    total, = run('INSERT INTO mailed (owner, day, number) VALUES (?, ?, ?) '
+                 'ON CONFLICT (owner) DO UPDATE SET day = excluded.day, '
+                 'number = excluded.number + iif(day = excluded.day, number, 0) RETURNING number',
                  owner, int(at // 86400), number).fetchone()
     left = config.notices_per_day - (total - number)
     return -1 if left < 0 else min(left, number)
@@ -2411,7 +2428,7 @@ class Cloud:
         raise NotImplementedError
 
     def start(self, uid: str) -> None:
-        """Begins to make a server active that is stopped, paused, suspended, shelved, in rescue or newly resized."""
+        """Begins to make a server active that is at rest, in rescue, or was resized just now."""
         raise NotImplementedError
 
     def stop(self, uid: str) -> None:
@@ -2580,7 +2597,8 @@ class OpenStack(Cloud):
         compute = self.connection.compute
         with self.telling('start a server', sure=True):
             how = {'PAUSED': compute.unpause_server, 'SUSPENDED': compute.resume_server,
-                   'RESCUE': compute.unrescue_server, 'VERIFY_RESIZE': compute.confirm_server_resize,
+                   'RESCUE': compute.unrescue_server,
+                   'VERIFY_RESIZE': compute.confirm_server_resize,
                    'SHELVED': compute.unshelve_server, 'SHELVED_OFFLOADED': compute.unshelve_server}
             how.get(compute.get_server(uid).status, compute.start_server)(uid)
 
@@ -2719,7 +2737,7 @@ class Simulated(Cloud):
     def delete(self, uid):
         self.set(uid, gone=self.clock())
 
-    #: What Nova can shelve, or make an image of (its API: shelve, createImage); it stops only what is active.
+    #: What Nova can shelve or make an image of (its API: shelve, createImage).
     AT_HAND = ('active', 'shutoff', 'paused', 'suspended')
 
     def set(self, uid: str, states: tuple = (), **values) -> None:
@@ -2730,8 +2748,8 @@ class Simulated(Cloud):
             if found and (not states or found.power in states):
                 SimulatedServer.update(**values).where(SimulatedServer.id == found.id).execute()
             elif found:
-                raise CloudError(f'the cloud {self.account} can not do that while the server is {found.power}',
-                                 sure=True, status=409)
+                raise CloudError(f'the cloud {self.account} can not do that while the server is '
+                                 f'{found.power}', sure=True, status=409)
         if not found and 'gone' not in values:
             raise CloudError(f'the cloud {self.account} has no server {uid}', sure=True, status=404)
 
@@ -2802,8 +2820,8 @@ MAIL_WAIT = 30  # seconds for all that a mail server says: some let one wait
 PER_HOST = 2  # notices that are on their way to one host at the same time
 MOST_FETCHED = 2**24  # bytes of it: a calendar
 
-NOTICES = '''SELECT n.id, n.target, n.owner, n.tries, e.id AS event, e.at, e.actor, e.code, e.sentence, e.reservation_id,
-                    e.occurrence
+NOTICES = '''SELECT n.id, n.target, n.owner, n.tries, e.id AS event, e.at, e.actor, e.code,
+                    e.sentence, e.reservation_id, e.occurrence
                FROM outbox n JOIN event e ON e.id = n.event_id'''
 
 
@@ -2890,7 +2908,8 @@ def exchange(config: Config, verb: str, url: str, body: bytes | None, headers: d
         try:
             # To the address that was checked: the name may mean another one a moment later.
             connection._create_connection = lambda _, *rest: connect((address, port), *rest)
-            connection.request(verb, parts._replace(scheme='', netloc='', fragment='').geturl() or '/', body,
+            path = parts._replace(scheme='', netloc='', fragment='').geturl()
+            connection.request(verb, path or '/', body,
                                {'User-Agent': f'cmres/{__version__}', **headers})
             answer = connection.getresponse()
             text = answer.read(MOST_FETCHED + 1)
@@ -2905,7 +2924,7 @@ def exchange(config: Config, verb: str, url: str, body: bytes | None, headers: d
 
 @contextmanager
 def cut_off(seconds: float) -> Iterator[Callable]:
-    """A `create_connection` whose connections end after so many seconds, also those that come drop by drop.
+    """A `create_connection` whose connections end after so many seconds, however slow they are.
 
     A socket's own time-out is for each piece; this one is for all, a handshake of TLS included.
     """
@@ -2930,6 +2949,8 @@ def cut_off(seconds: float) -> Iterator[Callable]:
         watch.cancel()
         for line in lines:
             line.close()
+    if over.is_set():  # what was read may look complete: HTTP headers end where a connection does
+        raise TimeoutError(f'there was no complete answer within {seconds} seconds')
 
 
 def hang_up(line: socket.socket) -> None:
@@ -2973,8 +2994,9 @@ def send_mail(config: Config, notice, about: dict) -> None:
 def notice_text(config: Config, notice, about: dict) -> str:
     """The words of the configuration for an event, filled with its reservation."""
     zone = read_zone(about.get('tz') or config.timezone)
-    fields = {name: format_moment(value, zone) if isinstance(value, datetime) else in_cell(value, zone)
-              for name, value in about.items()}
+    fields = {name: in_cell(value, zone) for name, value in about.items()}
+    fields |= {name: format_moment(value, zone) for name, value in about.items()
+               if isinstance(value, datetime)}
     fields |= {'sentence': notice.sentence, 'message': notice.sentence, 'actor': notice.actor}
     return config.texts[notice.code].format_map(defaultdict(str, fields))
 
@@ -4330,6 +4352,8 @@ class Wishes(Service):
         user, project = (asked['user'], old.project) if old else self.owner(asked)
         place, warnings = place or self.resource_at(asked), []
         self.refuse_unbootable(asked, place)
+        if 'notify' in changes:
+            self.refuse_untellable(asked['notify'])
         asks = {'resource', 'host', *CLOUDY} | ({'vms'} if asked.get('host') else set())
         if old and not asks & set(changes):
             each, server = Amount(1) if old.host else amount_of(old) // old.vms, old.server
@@ -4364,6 +4388,13 @@ class Wishes(Service):
             raise Invalid('the lead reaches before the year 1970')
         return start, end
 
+    def refuse_untellable(self, targets: Iterable[str]) -> None:
+        """Refuses mail addresses to which nothing would ever be sent."""
+        for target in targets:
+            if not self.config.may_tell(target):
+                raise Invalid(f"notify: no mails are sent to '{target}'; here they may go to "
+                              f'addresses of {self.config.mail_domains} only')
+
     def refuse_unbootable(self, asked: dict, place) -> None:
         """Refuses combinations that could never boot, end or be told of."""
         boots, has = asked['image'], asked['server']
@@ -4382,9 +4413,6 @@ class Wishes(Service):
         for target in asked['notify']:
             if not re.fullmatch(r'https?://\S+|[^@\s,<>]+@[^@\s,<>]+', target) or len(asked['notify']) > 10:
                 raise Invalid(f"notify: '{target}' is no mail address and no http(s) address, or they are over 10")
-            if not self.config.may_tell(target):
-                raise Invalid(f"notify: no mails are sent to '{target}'; here they may go to addresses of "
-                              f'{self.config.mail_domains} only')
 
     def ask_cloud(self, place, asked: dict, warnings: list) -> dict:
         """What the resource's cloud knows under the names that are asked for; an unknown one is refused.
@@ -4571,9 +4599,9 @@ class Wishes(Service):
 
     @contextmanager
     def recording_refusal(self, wish: Wish, dry_run: bool) -> Iterator[None]:
-        """Writes down that a request was refused for want of capacity or by a limit: for reports and the operator.
+        """Writes down that a request was refused for want of capacity or by a limit.
 
-        Nobody else is told: who asks has the answer, and may have named anybody as to be notified.
+        Only the operator is told: who asks has the answer, and may have named anybody to notify.
         """
         try:
             yield
@@ -5341,8 +5369,9 @@ class Admission(Series):
             self.keep_stopped(reservation, now)
         self.journal(now, 'added', f'{wish.vms} vms on {place.name}', reservation, wish.notify, NONE_OF_THEM)
         if pending:
-            self.journal(now, 'pending', f'an admin must approve it until {self.config.told_time(pending, wish.tz)}',
-                         reservation, wish.notify)
+            until = self.config.told_time(pending, wish.tz)
+            self.journal(now, 'pending', f'an admin must approve it until {until}', reservation,
+                         wish.notify)
         return reservation, []
 
     def told_series(self, wish: Wish, done: list[dict]) -> str:
@@ -5395,19 +5424,20 @@ class Admission(Series):
             self.close(first.reservation, [], now)
         self.keep_stopped(first.reservation, now, freed)
         only = first.id if len(found) == 1 and first.repeats else None
-        instead = ''.join(f'; {warning}' for each in found for warning in self.ends_with(each)['warnings'])
-        self.journal(now, 'released', f'{why or f"cancelled by {self.actor.user}"}{instead}', first.reservation,
-                     json.loads(first.notify), only)
+        said = [why or f'cancelled by {self.actor.user}']
+        said += [warning for each in found for warning in self.ends_with(each).get('warnings', ())]
+        self.journal(now, 'released', '; '.join(said), first.reservation, json.loads(first.notify),
+                     only)
 
     def ends_with(self, found) -> dict:
-        """What becomes of VMs that run if their occurrence is cancelled, for its answer: `ends_with`, `warnings`.
+        """What becomes of the VMs, if there are any, of an occurrence that is cancelled: `ends_with`, `warnings`.
 
         A server that its owner had before ends as agreed; all others are deleted.
         """
         if not found.existing:
-            return {'ends_with': '', 'warnings': []}
+            return {}
         if found.server or found.at_end in ('', 'delete'):
-            return {'ends_with': found.at_end or 'delete', 'warnings': []}
+            return {'ends_with': found.at_end or 'delete'}
         return {'ends_with': 'delete', 'warnings': [
             f"the VMs of '{found.label}' are deleted; the agreed {found.at_end} is not done"]}
 
@@ -5603,7 +5633,8 @@ class Waiting(Admission):
         change(Occurrence, found.id, resource=place.id, **stored(amount), held_until=found.end, due=min(begin, now))
         self.keep_stopped(found.reservation, now)
         whose = 'an admin must approve it' if place.approval else f'`accept {found.request or found.label}`'
-        asks = f'there is room; {whose} until {self.config.told_time(pending, found.tz)}' if pending else ''
+        until = self.config.told_time(pending or now, found.tz)
+        asks = f'there is room; {whose} until {until}' if pending else ''
         code, sentence = ('pending', asks) if pending else (
             'admitted', f'{found.vms} vms on {place.name}, after {format_duration(int(now) - found.waiting)}')
         self.journal(now, code, sentence, found.reservation, json.loads(found.notify))
@@ -5656,8 +5687,9 @@ class Approval(Waiting):
     def await_approval(self, reservation: int, until: int, wish: Wish, now: float) -> None:
         """Lets a reservation wait for an admin until an instant."""
         change(Reservation, reservation, pending=until, confirm=0)
-        self.journal(now, 'pending', f'an admin must approve it until {self.config.told_time(until, wish.tz)}',
-                     reservation, wish.notify)
+        said = self.config.told_time(until, wish.tz)
+        self.journal(now, 'pending', f'an admin must approve it until {said}', reservation,
+                     wish.notify)
 
     def propose(self, old, wish: Wish, asked: list[str], until: int, now: float, code: str, named: bool, alone: bool,
                 growth: list[Hold]) -> None:
@@ -5668,8 +5700,10 @@ class Approval(Waiting):
                     user=self.actor.user, code=code, asked=json.dumps(asked), wish=stored_wish(wish), until=until,
                     shown=json.dumps(to_plain(shown)))
         self.hold_beside(old.reservation, id, growth)
-        self.journal(now, 'pending', f"an admin must approve the change of {', '.join(asked)} until "
-                     f'{self.config.told_time(until, wish.tz)}; what was approved goes on as it is', old.reservation, wish.notify)
+        said = self.config.told_time(until, wish.tz)
+        self.journal(now, 'pending', f"an admin must approve the change of {', '.join(asked)} "
+                     f'until {said}; what was approved goes on as it is', old.reservation,
+                     wish.notify)
 
     def shown_change(self, old, wish: Wish, asked: list[str]) -> dict:
         """What would be otherwise, as answers show it."""
@@ -6127,8 +6161,9 @@ class Requests(Approval):
                     named = bool(occurrence) and not only
                     before = self.as_stored(old.reservation)
                     with db.atomic() as rewriting:
-                        done = self.unless_it_grows(old, wish, asked, now, code, named, only,
-                                                    lambda: self.rewrite(old, wish, asked, now, named))
+                        done = self.unless_it_grows(
+                            old, wish, asked, now, code, named, only,
+                            lambda: self.rewrite(old, wish, asked, now, named))
                         same = done is not None and self.as_stored(old.reservation) == before
                         if same:
                             rewriting.rollback()
@@ -6157,10 +6192,14 @@ class Requests(Approval):
         return old, self.stretches(old.reservation), key
 
     def as_stored(self, reservation: int) -> tuple:
-        """All of a reservation that somebody could change."""
-        return (row('SELECT * FROM reservation WHERE id = ?', reservation)._replace(changed=0),
-                rows('SELECT slot, resource_id, start, "end", held_from, held_until, vms, vcpus, ram, classes, cancelled, altered '
-                     'FROM occurrence WHERE reservation_id = ? ORDER BY id', reservation))
+        """All of a reservation that somebody could change, wherever its stretches are cut."""
+        found = row('SELECT * FROM reservation WHERE id = ?', reservation)
+        stretches = {json.dumps(each | {'since': '', 'until': ''}, sort_keys=True)
+                     for each in json.loads(found.series or '[]')}
+        return (found._replace(changed=0, series=stretches),
+                rows('SELECT slot, altered, resource_id, start, "end", held_from, held_until, vms, '
+                     'vcpus, ram, classes, cancelled FROM occurrence WHERE reservation_id = ? ORDER BY id',
+                     reservation))
 
     def tell_change(self, old, wish: Wish, asked: dict, done: list, code: str, now: float) -> None:
         """Writes down that a reservation was changed."""
@@ -6178,7 +6217,7 @@ class Requests(Approval):
                cloud: Name = '', region: Name = '', aggregate: Name = '', vms: Count = None, start: When = None,
                end: When = None, count: Count = None, occurrence: Day = None, following: bool = False,
                kept: bool = False, tz: Zone = '', dry_run: bool = False) -> Rows:
-        """Cancels a reservation: its capacity is free at once, and its VMs are deleted, whatever --at-end said.
+        """Cancels a reservation: its capacity is free at once, and its VMs are deleted.
 
         Give a label, or filters that must all match exactly (start and end too); without a label,
         --count must say how many that hits. Nothing that is over is touched. Of a series, --occurrence
@@ -6546,7 +6585,8 @@ class Plan(Requests):
             hold(place.id, begin, until, held)
             id = insert(Capacity, resource=place.id, start=begin, end=until, **stored(most), **stored(held, 'held_'),
                         reason=reason, added=int(now), removed=None)
-            why = f"{reason} on {name} from {self.config.told_time(begin)} to {self.config.told_time(until)}"
+            first, last = self.config.told_time(begin), self.config.told_time(until)
+            why = f"{reason} on {name} from {first} to {last}"
             hit = [self.make_room(each, why, then, now)
                    for each in self.homeless(place, max(begin, int(now)), until)]
             self.journal(now, 'resource', why)
@@ -6580,9 +6620,9 @@ class Plan(Requests):
             return line | {'outcome': 'cancelled'}
         place = self.moved_elsewhere(found, now) if then == 'move' else None
         outcome = f'moved to {place[0]} from {format_time(instant(place[1]), self.config.zone)}' if place else 'left'
-        becomes = outcome if place else f'{outcome}, and VMs that do not run yet start when that is over'
-        self.journal(now, 'maintenance', f'{why}; it is {becomes}', found.reservation, json.loads(found.notify),
-                     found.id)
+        later = '' if place else ', and VMs that do not run yet start when that is over'
+        self.journal(now, 'maintenance', f'{why}; it is {outcome}{later}', found.reservation,
+                     json.loads(found.notify), found.id)
         return line | {'outcome': outcome}
 
     def moved_elsewhere(self, found, now: float) -> tuple[str, int] | None:
@@ -6658,24 +6698,25 @@ class Plan(Requests):
         return found
 
     def waits_for(self, place, now: float) -> tuple[str, int, set | None]:
-        """What keeps VMs of a resource from starting now: why, until when, and which occurrences'; None: all.
+        """Why VMs of a resource can't start now, until when, and of which occurrences; None: all.
 
-        What is closed starts nothing. Where there is less than is booked, what was added last waits.
+        What is closed starts nothing. Where there is less than is booked, the last added waits.
         """
-        changes = rows('SELECT reason, "end", coalesce(max(vms, vcpus, ram), 1) AS left FROM capacity '
-                       'WHERE resource_id = ? AND removed IS NULL AND start <= ? AND "end" > ? ORDER BY left, "end" DESC',
-                       place.id, int(now), int(now))
+        changes = rows('SELECT reason, "end", coalesce(max(vms, vcpus, ram), 1) AS left '
+                       'FROM capacity WHERE resource_id = ? AND removed IS NULL AND start <= ? '
+                       'AND "end" > ? ORDER BY left, "end" DESC', place.id, int(now), int(now))
         if changes and changes[0].left == 0:
             until = self.config.told_time(changes[0].end)
             return f"{changes[0].reason} on '{place.name}' until {until}", changes[0].end, None
-        why = f"'{place.name}' has less than is reserved now, and what was reserved earlier comes first"
+        why = f"'{place.name}' has less than is reserved now; what was reserved earlier comes first"
         return why, min((each.end for each in changes), default=int(now) + 86400), set(
             self.must_go(place, int(now), int(now) + 1))
 
     def let_start(self, resource: int, now: float) -> None:
-        """Lets start at once what has waited for a resource to be open, or to have as much as is booked."""
-        run("UPDATE server SET due = ? WHERE due > ? AND goal = 'up' AND (state = 'planned' OR borrowed) "
-            'AND occurrence_id IN (SELECT id FROM occurrence WHERE resource_id = ? AND due IS NOT NULL '
+        """Lets start at once what has waited for a resource to have as much as is booked."""
+        run("UPDATE server SET due = ? WHERE due > ? AND goal = 'up' "
+            "AND (state = 'planned' OR ready IS NULL OR borrowed) AND occurrence_id IN "
+            '(SELECT id FROM occurrence WHERE resource_id = ? AND due IS NOT NULL '
             'AND held_from <= ?)', now, now, resource, int(now))
 
     @api('GET', '/check', role=ADMIN)
@@ -6724,8 +6765,8 @@ class Claims(Plan):
         need = Amount(1, vcpus, ram, tuple(sorted(each for each in (classes or {}).items() if each[1] > 0)))
         projects, users = self.names_of(project), self.names_of(user)
         with self.writing(dry_run) as now:
-            return [{'resource': name} | self.claim_on(name, server, projects, users, need, label, project, user, now)
-                    for name in resources]
+            return [{'resource': name} | self.claim_on(name, server, projects, users, need, label,
+                                                       project, user, now) for name in resources]
 
     def names_of(self, identity: str) -> list[str]:
         """What cmres calls whom OpenStack knows under an id."""
@@ -7437,9 +7478,10 @@ UNDER_WAY = {'delete': 'deleting', 'start': 'starting', 'stop': 'stopping', 'she
 WAKES = {'shutoff': 'start', 'paused': 'unpause', 'suspended': 'resume', 'shelved': 'unshelve',
          'shelved_offloaded': 'unshelve', 'rescue': 'unrescue', 'verify_resize': 'resize confirm'}
 DOWN = tuple(WAKES)[:5]
-#: From which states an end can be asked for (Nova's API); from others of WAKES, a server is woken first. The image
-#: that a shelved one has already will not do: Nova deletes it with the server.
-ENDS_FROM = {'stop': ('active',), 'shelve': ('active', *DOWN[:3]), 'snapshot': ('active', *DOWN[:3])}
+#: From which states an end can be asked for (Nova's API); from others of WAKES, a server is woken
+#: first. The image that a shelved one has already will not do: Nova deletes it with the server.
+ENDS_FROM = {'stop': ('active',), 'shelve': ('active', *DOWN[:3]),
+             'snapshot': ('active', *DOWN[:3])}
 #: What is under way has arrived in these states. What is paused still fills its host.
 ARRIVED = {'starting': ('active',), 'stopping': ('shutoff', *DOWN[2:]), 'shelving': DOWN[3:]}
 GONE = ('deleted', 'soft_deleted')  # what Nova may still list for a moment
@@ -7701,8 +7743,9 @@ class LifeCycle:
 
     def plan_one(self, occurrence, now: float) -> None:
         over = occurrence.cancelled is not None or now >= occurrence.end
-        servers = rows("SELECT id, n, name, state, ready, borrowed, uid FROM server WHERE occurrence_id = ? "
-                       "AND goal = 'up' AND state NOT IN ('deleted', 'kept') ORDER BY n", occurrence.id)
+        servers = rows("SELECT id, n, name, state, ready, borrowed, uid FROM server "
+                       "WHERE occurrence_id = ? AND goal = 'up' "
+                       "AND state NOT IN ('deleted', 'kept') ORDER BY n", occurrence.id)
         # Machines that are there stay, also where the clock was set back to before their start.
         runs = (occurrence.image or occurrence.server) and not over and not occurrence.idle and (
             servers or now >= occurrence.held_from)
@@ -7734,8 +7777,8 @@ class LifeCycle:
         if wanted:
             occurrence = self.tell_up(occurrence, now)
         told = self.announce(occurrence, over, now)
-        change(Occurrence, occurrence.id, told=told, up_told=occurrence.up_told, up_check=occurrence.up_check,
-               due=self.next_look(occurrence, over, now))
+        change(Occurrence, occurrence.id, told=told, up_told=occurrence.up_told,
+               up_check=occurrence.up_check, due=self.next_look(occurrence, over, now))
 
     def plan_server(self, occurrence, n: int, now: float, before=None) -> None:
         """Writes down a server that is wanted: a new one, one that was there, or a series' own from `before`."""
@@ -7773,11 +7816,12 @@ class LifeCycle:
         return occurrence.at_end if asked else 'delete'
 
     def tell_in_error(self, occurrence, servers: list, over: bool, now: float) -> None:
-        """Tells of servers that were up once, and at the end are in a state from which nothing agreed can be done."""
-        lost = [each for each in servers if each.state == 'error' and each.ready and not each.borrowed]
+        """Tells of servers that were up once and are in error at the end: nothing can be done."""
+        lost = [each for each in servers
+                if each.state == 'error' and each.ready and not each.borrowed]
         if lost and over and occurrence.cancelled is None and occurrence.at_end != 'delete':
-            self.journal(now, 'forced', f'the agreed {occurrence.at_end} can not be done with VMs in error, so these '
-                         f'are deleted: {named(lost)}', occurrence)
+            self.journal(now, 'forced', f'the agreed {occurrence.at_end} can not be done with VMs '
+                         f'in error, so these are deleted: {named(lost)}', occurrence)
 
     def handed_on(self, occurrence, now: float) -> bool:
         """Whether the next reservation of the same machine has begun, so that it must not be stopped between."""
@@ -7793,8 +7837,8 @@ class LifeCycle:
             change(Server, server.id, goal='delete', state='active', snapshot='', due=now)
         if late:
             self.journal(now, 'forced', f'the agreed {occurrence.at_end} was not done within '
-                         f'{format_duration(self.config.end_grace)} after the end, so these VMs are deleted: '
-                         f'{named(late)}', occurrence)
+                         f'{format_duration(self.config.end_grace)} after the end, so these VMs '
+                         f'are deleted: {named(late)}', occurrence)
 
     def release_unused(self, occurrence, now: float) -> bool:
         """Warns of, and then releases, one without machines on which nobody has booted any; whether it did."""
@@ -7830,21 +7874,19 @@ class LifeCycle:
     def tell_up(self, occurrence, now: float):
         """Tells how many servers are up, if that was not told yet; the occurrence with what was.
 
-        That all are up is told at once the first time, and from the start on that some are not, if it
-        is known why. Any other change is told when it has lasted for CALM.
+        That all are up is told at once the first time, and from the start on that some are not, if
+        it is known why. Any other change is told when it has lasted for CALM.
         """
-        servers = rows("SELECT name, state, fault, ready, addresses, borrowed FROM server WHERE occurrence_id = ? "
-                       "AND goal = 'up' AND state NOT IN ('deleted', 'kept') ORDER BY n", occurrence.id)
-        up = sum(each.state == 'active' for each in servers)
-        full = up >= occurrence.vms
-        short = bool(occurrence.told & SHORT)  # what was told last
-        known = occurrence.up_told is not None and (
-            not short and occurrence.up_told >= occurrence.vms if full else short and occurrence.up_told == up)
-        if known or not full and now < occurrence.start:
-            return occurrence._replace(up_check=None)
+        servers = rows('SELECT name, state, fault, ready, addresses, borrowed FROM server '
+                       "WHERE occurrence_id = ? AND goal = 'up' "
+                       "AND state NOT IN ('deleted', 'kept') ORDER BY n", occurrence.id)
         lacking = [each for each in servers if each.state != 'active']
-        first = not occurrence.told & READY if full else not occurrence.told & (READY | SHORT) and any(
-            each.fault or self.by_hand(each) for each in lacking)
+        up = len(servers) - len(lacking)
+        full = up >= occurrence.vms
+        if self.up_is_told(occurrence, up, full) or not full and now < occurrence.start:
+            return occurrence._replace(up_check=None)
+        reason = any(each.fault or self.by_hand(each) for each in lacking)
+        first = not occurrence.told & (READY if full else READY | SHORT) and (full or reason)
         check = now if first else occurrence.up_check or now + CALM
         if check > now:
             return occurrence._replace(up_check=check)
@@ -7852,9 +7894,18 @@ class LifeCycle:
             self.tell_ready(occurrence, servers, now)
         else:
             code = 'stopped' if any(map(self.by_hand, lacking)) else 'trouble'
-            self.journal(now, code, f'{up} of {occurrence.vms} VMs are up; {self.why_not_up(lacking)}', occurrence)
+            self.journal(now, code, f'{up} of {occurrence.vms} VMs are up; '
+                         f'{self.why_not_up(lacking)}', occurrence)
         told = occurrence.told & ~SHORT | READY if full else occurrence.told | SHORT
         return occurrence._replace(up_told=up, up_check=None, told=told)
+
+    def up_is_told(self, occurrence, up: int, full: bool) -> bool:
+        """Whether what was told last is that so many servers are up."""
+        if occurrence.up_told is None:
+            return False
+        short = bool(occurrence.told & SHORT)
+        return not short and occurrence.up_told >= occurrence.vms if full else (
+            short and occurrence.up_told == up)
 
     def tell_ready(self, occurrence, servers: list, now: float) -> None:
         late = format_duration(max(max(each.ready for each in servers) - occurrence.start, 0))
@@ -7863,7 +7914,7 @@ class LifeCycle:
         self.journal(now, 'ready', f'all {len(servers)} are up{when}: {there}', occurrence)
 
     def by_hand(self, server) -> bool:
-        """Whether somebody has put a server to rest; what was at rest when its time began, we start ourselves."""
+        """Whether somebody has put a server to rest; what was so before, we start ourselves."""
         return server.state in WAKES and bool(server.ready) and not server.borrowed
 
     def why_not_up(self, servers: list) -> str:
@@ -7871,15 +7922,17 @@ class LifeCycle:
         reasons: dict = defaultdict(list)
         for each in servers:
             stopped = self.by_hand(each) and (
-                f'{each.state}; cmres starts nothing that somebody has stopped, so its owner must do that: '
-                f'openstack server {WAKES[each.state]} NAME')
-            reasons[stopped or each.fault.rstrip('.') or 'the cloud is still starting them'].append(each)
+                f'{each.state}; cmres starts nothing that somebody has stopped, so its owner must '
+                f'do that: openstack server {WAKES[each.state]} NAME')
+            fault = each.fault.rstrip('.') or 'the cloud is still starting them'
+            reasons[stopped or fault].append(each)
         return '; '.join(f'{named(those)}: {reason}' for reason, those in reasons.items())
 
     def tell_left(self, occurrence, now: float) -> int:
-        """Tells what has become of servers that were to stay or to be saved, once it has; whether that was told."""
-        left = rows("SELECT name, goal, state, snapshot FROM server WHERE occurrence_id = ? "
-                    "AND (goal IN ('stop', 'shelve', 'snapshot') OR snapshot <> '') ORDER BY n", occurrence.id)
+        """Tells what has become of servers that were to stay or to be saved; LEFT once it has."""
+        left = rows('SELECT name, goal, state, snapshot FROM server WHERE occurrence_id = ? '
+                    "AND (goal IN ('stop', 'shelve', 'snapshot') OR snapshot <> '') ORDER BY n",
+                    occurrence.id)
         if any(each.state not in FINAL and each.goal != 'delete' for each in left):
             return 0
         saved = ', '.join(f'{each.name} as {each.snapshot}' for each in left if each.snapshot)
@@ -7911,7 +7964,8 @@ class LifeCycle:
         if not over:
             comes = (*self.notice_times(occurrence), occurrence.held_from, occurrence.start, occurrence.end,
                      *(max(occurrence.start, occurrence.changed) + each
-                       for each in (occurrence.no_show // 2, occurrence.no_show)), occurrence.up_check or 0)
+                       for each in (occurrence.no_show // 2, occurrence.no_show)),
+                     occurrence.up_check or 0)
             return min(each for each in comes if each > now)
         if row("SELECT id FROM server WHERE occurrence_id = ? AND state NOT IN ('deleted', 'kept') LIMIT 1",
                occurrence.id):
@@ -7930,7 +7984,8 @@ class LifeCycle:
         found = row('SELECT count(ready) AS ever, max(fault) AS fault FROM server WHERE occurrence_id = ?',
                     occurrence.id)
         if (occurrence.image or occurrence.server) and not found.ever:
-            self.journal(now, 'failed', f"never up: {(found.fault or '').rstrip('.') or 'the life cycle did not run'}", occurrence)
+            fault = (found.fault or '').rstrip('.') or 'the life cycle did not run'
+            self.journal(now, 'failed', f'never up: {fault}', occurrence)
         else:
             self.journal(now, 'ended', 'its time was over', occurrence)
 
@@ -7938,10 +7993,12 @@ class LifeCycle:
         """An event of the life cycle, about a row that tells its reservation and whom to notify."""
         self.note(now, code, sentence, about, json.loads(about.notify))
 
-    def note(self, now: float, code: str, sentence: str, about, notify: Iterable[str] | None = None) -> None:
+    def note(self, now: float, code: str, sentence: str, about,
+             notify: Iterable[str] | None = None) -> None:
         """An event of one server, which is only logged: `tell_up` tells of all of them together."""
         occurrence = getattr(about, 'occurrence_id', about.id)
-        journal(self.config, now, 'cmres', code, sentence[:1000], about.reservation_id, notify, occurrence)
+        journal(self.config, now, 'cmres', code, sentence[:1000], about.reservation_id, notify,
+                occurrence)
 
     def look_again(self, occurrence: int, now: float) -> None:
         """Lets this pass plan an occurrence whose servers are no longer as they were."""
@@ -7965,7 +8022,8 @@ class LifeCycle:
             with self.acting():
                 for server in due:
                     verb = 'look' if self.left_alone(server, now) else self.next_call(server)
-                    if verb in ('boot', 'start') and server.goal == 'up' and self.must_wait(server, waits, now):
+                    starts = verb in ('boot', 'start') and server.goal == 'up'
+                    if starts and self.must_wait(server, waits, now):
                         continue
                     looks |= {server.account} if verb == 'look' else set()
                     calls += self.intend(verb, server, now) if verb != 'look' else []
@@ -7982,17 +8040,18 @@ class LifeCycle:
             self.submit(('poll', each.id), 'poll', ' calendars', each)
 
     def next_notices(self, now: float) -> list:
-        """The notices that go out now: by turns of those whose they are, and not many to one host at a time.
+        """The notices that go out now: by turns of their owners, and few to one host at a time.
 
-        Each target is told in order, one notice of an owner after another. An owner has a quarter of the
-        workers and mail half of them, so that silent hosts and many notices of some delay nobody else's.
+        Each target is told in order, one notice of an owner after another. An owner has a quarter
+        of the workers and mail half of them: silent hosts of some delay nobody else's notices.
         """
         under_way = [key for key in self.flying if key[0] == 'notice' and self.busy(key)]
         if len(under_way) >= self.config.workers:
             return []
-        owners, hosts = Counter(key[2] for key in under_way), Counter(host_of(key[1]) for key in under_way)
-        heads = rows(f'{NOTICES} WHERE n.due <= ? AND n.id IN (SELECT min(id) FROM outbox WHERE due IS NOT NULL '
-                     'GROUP BY target, owner) ORDER BY n.id', now)
+        owners = Counter(key[2] for key in under_way)
+        hosts = Counter(host_of(key[1]) for key in under_way)
+        heads = rows(f'{NOTICES} WHERE n.due <= ? AND n.id IN (SELECT min(id) FROM outbox '
+                     'WHERE due IS NOT NULL GROUP BY target, owner) ORDER BY n.id', now)
         queues = {those[0].owner: iter(those) for those in grouped(heads, 'owner')}
         chosen: list = []
         while queues and len(under_way) + len(chosen) < self.config.workers:
@@ -8007,11 +8066,12 @@ class LifeCycle:
         return chosen
 
     def has_room(self, notice, hosts: Counter) -> bool:
-        """Whether a notice can go out although so many are on their way to each host; the operator's always can."""
+        """Whether a notice can go out while so many are on their way; the operator's can."""
         if self.busy(('notice', notice.target, notice.owner)):
             return False
         host = host_of(notice.target)
-        return not notice.owner or hosts[host] < (PER_HOST if host else max(self.config.workers // 2, 1))
+        most = PER_HOST if host else max(self.config.workers // 2, 1)
+        return not notice.owner or hosts[host] < most
 
     def left_alone(self, server, now: float) -> bool:
         """Whether a cloud is in such trouble that calls to it wait; a look then finds out whether it is over."""
@@ -8056,7 +8116,8 @@ class LifeCycle:
             return 'delete'
         if server.state in ENDS_FROM.get(server.goal, ()):
             return server.goal
-        asleep = server.state in WAKES and not self.arrived(UNDER_WAY.get(server.goal, ''), server.state)
+        arrived = self.arrived(UNDER_WAY.get(server.goal, ''), server.state)
+        asleep = server.state in WAKES and not arrived
         return 'start' if server.goal in ENDS_FROM and asleep else 'look'
 
     def intend(self, verb: str, server, now: float) -> list:
@@ -8202,10 +8263,10 @@ class LifeCycle:
         elif result.verb == 'boot':
             self.record_boot(server, result, now)
         elif result.error:
-            # A server that can't do that is not in the state that was thought: a look tells which it is in.
-            otherwise = getattr(result.error, 'details', {}).get('status') == 409 and server.state != 'deleting'
-            self.put_off(server, self.fault(result.error), now, self.retry_after(result.error), called=result.ended,
-                         **({'state': 'unknown'} if otherwise else {}))
+            # A server that can't do that is in another state than was thought: a look tells which.
+            otherwise = getattr(result.error, 'details', {}).get('status') == 409
+            self.put_off(server, self.fault(result.error), now, self.retry_after(result.error),
+                         called=result.ended, **({'state': 'unknown'} if otherwise else {}))
         elif result.verb == 'verify':
             self.record_verify(server, result.answer, now)
         else:
@@ -8393,7 +8454,7 @@ class LifeCycle:
         return state in ARRIVED.get(under_way, ())
 
     def record_missing(self, server, looked: float, now: float) -> list:
-        """A server that the look didn't show: gone, never made, or too new to be in it; it, if it has vanished."""
+        """A server that the look didn't show: gone, never made, or too new; it, if it vanished."""
         called = server.called or 0
         if server.state == 'planned':
             return []
@@ -8413,13 +8474,14 @@ class LifeCycle:
         return []
 
     def tell_vanished(self, servers: list, now: float) -> None:
-        """Tells of the servers of each occurrence that have vanished; once, as long as they come and vanish again."""
+        """Tells of the servers of each occurrence that vanished; once, while they come and go."""
         for those in grouped(servers, 'occurrence_id'):
             id = those[0].occurrence_id
             again = row('SELECT up_told FROM occurrence WHERE id = ?', id).up_told is None
-            self.note(now, 'vanished', f'these VMs vanished from the cloud with all that was on them, and are made '
-                      f'anew: {named(those)}', those[0], None if again else json.loads(those[0].notify))
-            change(Occurrence, id, up_told=None)  # so that it is told when they are up, whatever it was before
+            self.note(now, 'vanished', 'these VMs vanished from the cloud with all that was on '
+                      f'them, and are made anew: {named(those)}', those[0],
+                      None if again else json.loads(those[0].notify))
+            change(Occurrence, id, up_told=None)  # so that it is told when they are up
             self.look_again(id, now)
 
 
@@ -10025,7 +10087,8 @@ class Pages:
         """What a delete would warn of, if it were meant."""
         said = {field: value for field, value in said.items() if value != ''}
         bound = bind(operation, {'tz': visit.zone.key} | said | {'dry_run': True}, visit.here)
-        return [warning for each in visit.service.delete(**bound) for warning in each.get('warnings', ())]
+        gone = visit.service.delete(**bound)
+        return [warning for each in gone for warning in each.get('warnings', ())]
 
 
 def told_done(name: str, said: dict, answer) -> str:
@@ -10035,8 +10098,10 @@ def told_done(name: str, said: dict, answer) -> str:
         return f"the token of {about}, shown only now: {answer.get('token', '')}"
     hit = answer.get('hit', []) if isinstance(answer, dict) else []
     told = ', '.join(f"{each['label']} of {each['user']} ({each['outcome']})" for each in hit[:20])
-    warned = [warning for each in (answer if name == 'delete' else ()) for warning in each.get('warnings', ())]
-    return '; '.join([f"'{about}' {DONE[name]}" if name in DONE else f'done: {API[name].words} {about}', *warned]) + (
+    gone = answer if name == 'delete' else ()
+    warned = [warning for each in gone for warning in each.get('warnings', ())]
+    done = f"'{about}' {DONE[name]}" if name in DONE else f'done: {API[name].words} {about}'
+    return '; '.join([done, *warned]) + (
         f'; {len(hit)} were in the way: {told}' if hit else '')
 
 

@@ -7139,8 +7139,9 @@ def test_owners_hear_that_a_cloud_is_not_there_at_all(heard):
     cloud = world.clouds.open('simulated')
     cloud.boot = cloud.servers = away
     look_at(world, 1, range(0, 400, 5))
-    assert told_of(inbox) == [('trouble', '0 of 3 VMs are up; lab-1-1, lab-1-2, lab-1-3: '
-                               'the cloud simulated could not be reached: timed out')]
+    (code, sentence), = told_of(inbox)
+    assert code == 'trouble' and sentence.startswith('0 of 3 VMs are up; lab-1-')
+    assert 'the cloud simulated could not be reached: timed out' in sentence
 
 
 def test_what_comes_and_goes_within_a_minute_is_told_to_nobody(heard):
@@ -7231,7 +7232,7 @@ def test_what_is_closed_starts_nothing_until_it_is_over(heard):
     look_at(world, 1, (0, 5, 60, 120, 1800, 3599))
     assert world.there() == [] and world.state('lab') == 'starting'
     assert told_of(inbox, 'trouble') == [('trouble', "0 of 3 VMs are up; lab-1-1, lab-1-2, lab-1-3: new disks on "
-                                          "'demo' until 2026-12-01 14:00 UTC")]
+                                          "'demo' until Tue 1 Dec 2026, 14:00 (UTC)")]
     assert "new disks on 'demo'" in world.service.list('lab')[0]['fault']
     look_at(world, 2, (0, 4, 5))
     assert len(world.there()) == 3 and world.state('lab') == 'active'
@@ -7241,6 +7242,7 @@ def test_what_waits_for_a_maintenance_starts_when_that_is_called_off(world):
     boot(world, length=3)
     id = world.service.maintenance_add('demo', NOON + hours(0.5), NOON + hours(2))['id']
     look_at(world, 1, (0, 5, 30))
+    assert world.there() == []
     world.service.maintenance_delete(id)
     look_at(world, 1, (31, 35))
     assert len(world.there()) == 3 and world.state('lab') == 'active'
@@ -7369,12 +7371,12 @@ def test_delete_says_what_becomes_of_vms(heard_owned, asked, ends_with, warned):
     world, inbox = heard_owned
     boot(world, **{'vms': 1, 'notify': [inbox.url]} | asked)
     not_begun, = world.service.delete('lab', dry_run=True)
-    assert (not_begun['ends_with'], not_begun['warnings']) == ('', [])
+    assert not {'ends_with', 'warnings'} & not_begun.keys()
     look_at(world, 1, (0, 4, 8))
     warnings = [f"the VMs of 'lab' are deleted; the agreed {warned} is not done"] if warned else []
     for dry_run in (True, False):
         gone, = world.service.delete('lab', dry_run=dry_run)
-        assert (gone['ends_with'], gone['warnings']) == (ends_with, warnings)
+        assert (gone.get('ends_with', ''), gone.get('warnings', [])) == (ends_with, warnings)
     look_at(world, 1, (9, 12))
     said = told_of(inbox, 'released')[0][1]
     assert said == '; '.join(['cancelled by root', *warnings])
@@ -7452,7 +7454,7 @@ def test_of_one_owner_a_target_is_told_in_order_and_of_others_beside_it(tmp_path
 
 def test_a_target_that_is_no_address_stops_nobody(heard):
     world, inbox = heard()
-    book(world.service, 'odd', notify=['http://[x', 'https://:99999/', 'http://a b'.replace(' ', '\u2028x')])
+    book(world.service, 'odd', notify=['http://[x', 'https://:99999/'])
     book(world.as_user(), notify=[inbox.url])
     world.at(0)
     assert inbox.codes() == ['added']
@@ -7461,8 +7463,8 @@ def test_a_target_that_is_no_address_stops_nobody(heard):
 def test_mails_beyond_the_rate_of_a_day_are_dropped_and_that_is_said_once(mails):
     world, came = mails(notices_per_day=5)
     for number in range(4):
-        book(world.as_user(), f'lab-{number}', number + 1, number + 2, notify=['a@example.org', 'b@example.org'])
-    book(world.as_user('tom'), 'tom', 5, 6, notify=['tom@example.org'])
+        book(world.as_user(), f'lab-{number}', number + 99, number + 100, notify=['a@example.org', 'b@example.org'])
+    book(world.as_user('tom'), 'tom', 99, 100, notify=['tom@example.org'])
     world.at(0)
     said = collections.Counter(mail['Subject'] for mail in came)
     assert said == {'[cmres] lab-0 is reserved': 2, '[cmres] lab-1 is reserved': 2, '[cmres] lab-2 is reserved': 1,
