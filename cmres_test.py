@@ -46,7 +46,7 @@ import zoneinfo
 from concurrent.futures import ThreadPoolExecutor
 from datetime import date, datetime, timedelta, timezone
 from pathlib import Path
-from urllib.parse import urlencode, urlsplit
+from urllib.parse import parse_qsl, urlencode, urlsplit
 
 import icalendar
 import peewee
@@ -255,7 +255,7 @@ def folder(tmp_path, monkeypatch):
     return lambda name, text: (tmp_path / name).write_text(text, encoding='utf-8') and name
 
 
-OTHER = {str: 'Europe/Paris', int: '9', float: '0.5', bool: 'yes'}
+OTHER = {str: 'Europe/Paris', int: '9', float: '0.5', bool: 'yes', 'common_names': 'key:course'}
 
 
 def test_without_anything_every_setting_has_its_default(folder):
@@ -275,8 +275,9 @@ def test_the_named_file_goes_before_the_variable_and_that_before_config_ini(fold
 def test_every_setting_has_an_environment_twin_that_goes_before_the_file(folder, name):
     kind = type(SETTINGS[name].default)
     folder('config.ini', f'[cmres]\n{name} = {"UTC" if kind is str else "1"}\n')
-    found = getattr(load_config(environ={f"CMRES_{name.upper()}": OTHER[kind]}), name)
-    assert found == (kind is bool or kind(OTHER[kind]))
+    other = OTHER.get(name, OTHER[kind])
+    found = getattr(load_config(environ={f"CMRES_{name.upper()}": other}), name)
+    assert found == (kind is bool or kind(other))
 
 
 @pytest.mark.parametrize('text, sentence', [
@@ -288,6 +289,8 @@ def test_every_setting_has_an_environment_twin_that_goes_before_the_file(folder,
     ('[cmres]\npoll = nan\n', 'setting poll: nan is not between'),
     ('[cmres]\ncall_timeout = 0\n', 'setting call_timeout: 0 is not between'),
     ('[cmres]\ntimezone = Mars/Olympus\n', "unknown time zone 'Mars/Olympus'"),
+    ('[cmres]\ncommon_names = keys:course\n', "'keys:course' is not KIND:NAME, such as key:course"),
+    ('[cmres]\ncommon_names = course\n', "'course' is not KIND:NAME, such as key:course"),
     ('[cmres]\nport = 1\nport = 2\n', "can't read the configuration"),
     ('port = 1\n', "can't read the configuration"),
 ])
@@ -5863,6 +5866,7 @@ def test_a_host_that_waits_at_a_place_is_let_in_as_a_whole(world, monkeypatch):
 
 def test_two_that_wait_with_one_server_are_not_let_in_together(world):
     uid = machine(world, 'mine')
+    object.__setattr__(world.config, 'common_names', 'server:mine')
     for name in ('a1', 'b1'):
         world.service.resource_add(name, cloud='simulated', vms=1)
         book(world.service, f'on-{name}', resource=name)
@@ -9326,7 +9330,7 @@ def test_reservations_that_have_no_lane_are_told_of(world):
 def test_a_cloud_that_does_not_answer_holds_up_nobody(world, monkeypatch):
     world.service.resource_add('far', cloud='far', vms=4)
     class Mute(cmres.Cloud):
-        def names(self, kind):
+        def things(self, kind, name=''):
             time.sleep(8)
             raise cmres.CloudError('the cloud far does not answer')
     real = world.clouds.open
@@ -12080,7 +12084,7 @@ def test_a_scheduler_killed_again_and_again_boots_twenty_and_removes_twenty(tmp_
         cmres.close_store()
 
 
-FORWARDED = ('', '500 after', 'cut', 'hang', 'trickle')  # the request does its work, and only its answer suffers
+FORWARDED = ('', '500 after', 'cut', 'hang', 'trickle', 'late')  # the request does its work, and only its answer suffers
 
 
 @openstack
@@ -12118,9 +12122,10 @@ class Proxy(http.server.ThreadingHTTPServer):
     daemon_threads = True
     request_queue_size = 100
     RETRY_AFTER = 3
+    LATE = 1.0  # seconds that an answer takes which comes late
 
-    def __init__(self, upstream='http://127.0.0.1:18774'):
-        super().__init__(('127.0.0.1', 0), Relay)
+    def __init__(self, upstream='http://127.0.0.1:18774', handler=None):
+        super().__init__(('127.0.0.1', 0), handler or Relay)
         self.upstream, self.faults, self.seen = upstream.removeprefix('http://'), {}, []
         self.lock = threading.Lock()
         self.released = threading.Event()
@@ -12163,6 +12168,9 @@ class Relay(http.server.BaseHTTPRequestHandler):
         status, headers, answer = self.forward(body) if fault in FORWARDED else (0, [], b'')
         with self.server.lock:
             self.server.seen.append((kind, fault, status, time.time()))
+        if fault == 'late':
+            self.server.released.wait(self.server.LATE)
+            fault = ''
         if fault == 'cut':
             self.close_connection = True
             self.connection.shutdown(socket.SHUT_RDWR)
@@ -12580,6 +12588,505 @@ def test_two_projects_use_one_resource_with_their_own_credentials(tmp_path):
         finally:
             for each in theirs.servers(tags=store):
                 theirs.delete_server(each)
+
+
+# OpenStack: a stand-in #######################################################
+#
+# Keystone, Nova, Glance, Neutron and Placement as far as cmres asks them, in one server on loopback.
+# openstacksdk speaks to it as to any cloud; what differs from the real ones is told by the lab.
+
+
+class StandIn(Proxy):
+    """A cloud with a project for each user, where `faults` go wrong as with a Proxy; an admin is shown everything.
+
+    `made` counts the servers that were ever made, by name; `untagged` is for how many lists a server has no tags yet.
+    """
+
+    ADMIN = 'admin'
+
+    def __init__(self):
+        super().__init__(handler=Answering)
+        self.now = NOON.timestamp
+        self.servers, self.ghosts, self.untagged, self.busiest, self.open_now = {}, [], 0, 0, 0
+        self.made, self.flavor_specs, self.full, self.logins = collections.Counter(), True, False, 0
+        self.flavors = {'m1.tiny': (1, 512, {}), 'g1': (4, 8192, {'resources:CUSTOM_GPU': '1', 'hw:x': 'y'})}
+        self.hidden_flavors = {'chem-only': (1, 512, {})}  # given to another project
+        self.images = [self.image('tiny', 'admin', 'public'), self.image('lab-private', 'lab', 'private'),
+                       self.image('bio-private', 'bio', 'private'), self.image('anybody', 'chem', 'community'),
+                       self.image('offered', 'chem', 'shared')]
+        self.members = {self.id_of('offered'): [('bio', 'accepted'), ('lab', 'pending')]}
+        self.networks = [self.network('lab-net', 'admin', shared=True), self.network('lab-only', 'lab'),
+                         self.network('bio-net', 'bio'), self.network('wan', 'admin', external=True)]
+        self.groups = [self.network(name, project) for project in ('lab', 'bio', 'admin') for name in ('default', 'web')]
+        self.keys = {'lab': ['lab-key', 'course'], 'bio': ['bio-key']}
+        self.aggregates = [{'id': 1, 'name': 'gpu', 'hosts': ['gpu-1'], 'metadata': {}}]
+        self.inventories = {'gpu-1': {'VCPU': (16, 0, 4.0), 'MEMORY_MB': (65536, 1024, 1.0)},
+                            'gpu-1-cards': {'CUSTOM_GPU': (4, 0, 1.0)}}
+
+    def image(self, name, owner, visibility='private', status='active'):
+        return {'id': str(uuid.uuid4()), 'name': name, 'owner': owner, 'visibility': visibility, 'status': status}
+
+    def network(self, name, owner, shared=False, external=False):
+        return {'id': str(uuid.uuid4()), 'name': name, 'project_id': owner, 'tenant_id': owner, 'shared': shared,
+                'router:external': external}
+
+    def id_of(self, name):
+        return next(each['id'] for each in [*self.images, *getattr(self, 'networks', ())] if each['name'] == name)
+
+    def server(self, name, project='lab', tags=(), status='ACTIVE', **more):
+        """A server that is there already."""
+        made = {'id': str(uuid.uuid4()), 'name': name, 'tenant_id': project, 'tags': [*tags], 'status': status,
+                'created': datetime.fromtimestamp(self.now(), UTC).strftime('%Y-%m-%dT%H:%M:%SZ'), 'shown': 0,
+                'OS-EXT-SRV-ATTR:host': 'gpu-1', 'addresses': {}} | more
+        self.servers[made['id']] = made
+        return made['id']
+
+    def write_clouds(self, path, **changes):
+        """A clouds.yaml with an entry for each user; `changes` are made in the entry `lab`."""
+        entries = {user: {'region_name': 'one', 'auth': {
+            'auth_url': f'{self.url}/v3', 'username': user, 'password': user, 'project_name': user,
+            'user_domain_name': 'Default', 'project_domain_name': 'Default'}} for user in ('lab', 'bio', 'admin')}
+        entries['lab']['auth'] |= changes
+        path.write_text(yaml.safe_dump({'clouds': entries}))
+
+    # Keystone
+
+    def log_in(self, user, query, said):
+        self.logins += 1
+        who = said['auth']['identity']['password']['user']
+        if who['name'] != who['password']:
+            return 401, self.refusal(401, 'The request you have made requires authentication.')
+        later = (datetime.now(UTC) + timedelta(days=1)).strftime('%Y-%m-%dT%H:%M:%S.000000Z')
+        catalog = [{'type': kind, 'name': kind, 'id': kind, 'endpoints': [
+            {'id': kind, 'interface': 'public', 'region': 'one', 'region_id': 'one', 'url': f'{self.url}{path}'}]}
+            for kind, path in (('identity', '/v3'), ('compute', '/v2.1'), ('image', '/image'), ('network', '/'),
+                               ('placement', '/placement'))]
+        domain = {'id': 'default', 'name': 'Default'}
+        token = {'methods': ['password'], 'expires_at': later, 'catalog': catalog, 'is_domain': False,
+                 'user': {'id': who['name'], 'name': who['name'], 'domain': domain},
+                 'project': {'id': who['name'], 'name': who['name'], 'domain': domain}, 'roles': []}
+        return 201, {'token': token}, [('X-Subject-Token', who['name'])]
+
+    def versions(self, user, query, said, path):
+        if path.strip('/') == 'image':
+            return 300, {'versions': [{'id': 'v2.9', 'status': 'CURRENT', 'links': [
+                {'rel': 'self', 'href': f'{self.url}/v2/'}]}]}
+        if path.strip('/') == 'placement':
+            return 200, {'versions': [{'id': 'v1.0', 'min_version': '1.0', 'max_version': '1.39', 'status': 'CURRENT',
+                                       'links': [{'rel': 'self', 'href': ''}]}]}
+        keystone = path.strip('/') == 'v3'
+        return 200, {'version': {'id': 'v3.14' if keystone else 'v2.1', 'links': [
+            {'rel': 'self', 'href': f'{self.url}{path}'}], 'status': 'stable' if keystone else 'CURRENT'} | (
+                {} if keystone else {'version': '2.100', 'min_version': '2.1'})}
+
+    def refusal(self, status, text):
+        return {'error': {'message': text, 'code': status}}
+
+    # Nova
+
+    def list_servers(self, user, query, said):
+        tags = set(query['tags'].split(',')) if 'tags' in query else set()
+        found = [each for each in self.servers.values() if each['tenant_id'] == user]
+        self.ghosts, ghosts = [], self.ghosts
+        shown = [self.shown(each) for each in [*found, *ghosts] if re.search(query.get('name', ''), each['name'])]
+        return 200, {'servers': [each for each in shown if tags <= set(each['tags'])]}
+
+    def shown(self, server):
+        """A server as Nova shows it: at first being built, maybe without its tags, then up."""
+        server['shown'] += 1
+        if server['status'] == 'BUILD' and server['shown'] > self.untagged:
+            server |= {'status': 'ACTIVE', 'addresses': {'net': [{'addr': '10.9.0.4', 'version': 4}]}}
+        hidden = {'tags': []} if server['status'] == 'BUILD' else {}
+        return {name: value for name, value in server.items() if name not in ('shown', 'asked')} | hidden
+
+    def found(self, user, id):
+        server = self.servers.get(id)
+        return server if server and (user == self.ADMIN or server['tenant_id'] == user) else None
+
+    def show_server(self, user, query, said, id):
+        server = self.found(user, id)
+        return (200, {'server': self.shown(server)}) if server else (404, self.refusal(404, 'Instance not found.'))
+
+    def make_server(self, user, query, said):
+        wish = said['server']
+        networks = wish['networks'] if isinstance(wish['networks'], list) else []
+        missing = [f'{word} {each}' for word, each, there in (
+            ('Flavor', wish['flavorRef'], self.flavors), ('Image', wish['imageRef'], {i['id'] for i in self.images}),
+            *(('Network', each['uuid'], {n['id'] for n in self.networks}) for each in networks),
+            ('Keypair', wish.get('key_name', ''), ['', *self.keys.get(user, ())]),
+            *(('Security group', each['name'], {g['id'] for g in self.groups})
+              for each in wish.get('security_groups', ()))) if each not in there]
+        if missing:
+            return 400, self.refusal(400, f'{missing[0]} could not be found.')
+        if self.full:
+            return 403, self.refusal(403, 'Quota exceeded for instances.')
+        self.made[wish['name']] += 1
+        id = self.server(wish['name'], user, wish['tags'], 'BUILD', asked=said)
+        return 202, {'server': {'id': id, 'links': []}}
+
+    def delete_server(self, user, query, said, id):
+        if not self.found(user, id):
+            return 404, self.refusal(404, 'Instance not found.')
+        self.ghosts.append(self.servers.pop(id) | {'status': 'DELETED'})
+        return 204, None
+
+    STATUSES = {'os-stop': ('ACTIVE', 'SHUTOFF'), 'os-start': ('SHUTOFF', 'ACTIVE'), 'unpause': ('PAUSED', 'ACTIVE'),
+                'resume': ('SUSPENDED', 'ACTIVE'), 'shelve': ('ACTIVE SHUTOFF', 'SHELVED_OFFLOADED'),
+                'unshelve': ('SHELVED SHELVED_OFFLOADED', 'ACTIVE')}
+
+    def act(self, user, query, said, id):
+        server, (action, words) = self.found(user, id), next(iter(said.items()))
+        if not server:
+            return 404, self.refusal(404, 'Instance not found.')
+        if action == 'createImage':
+            self.images.append(self.image(words['name'], user, status='queued'))
+            return 202, {'image_id': self.images[-1]['id']}
+        before, after = self.STATUSES[action]
+        if server['status'] not in before.split():
+            return 409, self.refusal(409, f"Cannot '{action}' while it is in vm_state {server['status']}")
+        server['status'] = after
+        return 202, None
+
+    def list_flavors(self, user, query, said):
+        listed = self.flavors | (self.hidden_flavors if query.get('is_public') == 'None' and user == self.ADMIN else {})
+        return 200, {'flavors': [{'id': name, 'name': name, 'vcpus': vcpus, 'ram': ram} | (
+            {'extra_specs': specs} if self.flavor_specs else {}) for name, (vcpus, ram, specs) in listed.items()]}
+
+    def show_specs(self, user, query, said, id):
+        return 200, {'extra_specs': self.flavors[id][2]}
+
+    def list_keys(self, user, query, said):
+        return 200, {'keypairs': [{'keypair': {'name': each}} for each in self.keys.get(user, ())]}
+
+    def list_aggregates(self, user, query, said):
+        return (200, {'aggregates': self.aggregates}) if user == self.ADMIN else (
+            403, self.refusal(403, "Policy doesn't allow os_compute_api:os-aggregates:index to be performed."))
+
+    def mark_aggregate(self, user, query, said, id):
+        self.aggregates[int(id) - 1]['metadata'] |= said['set_metadata']['metadata']
+        return 200, {'aggregate': self.aggregates[int(id) - 1]}
+
+    # Glance, Neutron, Placement
+
+    def sees_image(self, user, image):
+        member = (user, 'accepted') in self.members.get(image['id'], ())
+        return user in (self.ADMIN, image['owner']) or image['visibility'] == 'public' or member
+
+    def list_images(self, user, query, said):
+        return 200, {'images': [each for each in self.images if self.sees_image(user, each)
+                                and query.get('name', each['name']) == each['name']]}
+
+    def show_image(self, user, query, said, id):
+        found = [each for each in self.images if each['id'] == id and (
+            self.sees_image(user, each) or each['visibility'] == 'community')]
+        return (200, found[0]) if found else (404, self.refusal(404, 'No image found.'))
+
+    def list_members(self, user, query, said, id):
+        return 200, {'members': [{'member_id': member, 'image_id': id, 'status': status}
+                                 for member, status in self.members.get(id, ())]}
+
+    def list_nets(self, user, query, said, kind, id=''):
+        there = self.networks if kind == 'networks' else self.groups
+        found = [each for each in there if user in (self.ADMIN, each['project_id']) or each['shared']
+                 or each['router:external']]
+        found = [each for each in found if all(query[name] == each[name] for name in ('name', 'project_id')
+                                               if name in query) and id in ('', each['id'])]
+        if id:
+            return (200, {kind[:-1].replace('-', '_'): found[0]}) if found else (404, self.refusal(404, 'Not found.'))
+        return 200, {kind.replace('-', '_'): found}
+
+    def list_providers(self, user, query, said):
+        names = [name for name in self.inventories if query.get('name', name) == name
+                 and name.startswith(query.get('in_tree', ''))]
+        return 200, {'resource_providers': [{'uuid': name, 'name': name, 'generation': 0} for name in names]}
+
+    def list_inventories(self, user, query, said, id):
+        return 200, {'resource_provider_generation': 0, 'inventories': {
+            name: {'total': total, 'reserved': reserved, 'allocation_ratio': ratio}
+            for name, (total, reserved, ratio) in self.inventories[id].items()}}
+
+
+ROUTES = [(re.compile(pattern), getattr(StandIn, name)) for pattern, name in (
+    ('POST /v3/auth/tokens', 'log_in'), ('GET (/|/v3/?|/v2.1/?|/image/?|/placement/?)', 'versions'),
+    ('GET /v2.1/servers/detail', 'list_servers'), ('GET /v2.1/servers/([^/]+)', 'show_server'),
+    ('POST /v2.1/servers', 'make_server'), ('DELETE /v2.1/servers/([^/]+)', 'delete_server'),
+    ('POST /v2.1/servers/([^/]+)/action', 'act'), ('GET /v2.1/flavors/detail', 'list_flavors'),
+    ('GET /v2.1/flavors/([^/]+)/os-extra_specs', 'show_specs'), ('GET /v2.1/os-keypairs', 'list_keys'),
+    ('GET /v2.1/os-aggregates', 'list_aggregates'), ('POST /v2.1/os-aggregates/([^/]+)/action', 'mark_aggregate'),
+    ('GET /v2/images', 'list_images'), ('GET /v2/images/([^/]+)', 'show_image'),
+    ('GET /v2/images/([^/]+)/members', 'list_members'),
+    ('GET /v2.0/(networks|security-groups)', 'list_nets'), ('GET /v2.0/(networks|security-groups)/([^/]+)', 'list_nets'),
+    ('GET /placement/resource_providers', 'list_providers'),
+    ('GET /placement/resource_providers/([^/]+)/inventories', 'list_inventories'))]
+
+
+class Answering(Relay):
+    """Answers itself what a Relay forwards."""
+
+    def forward(self, body):
+        cloud, (path, _, query) = self.server, self.path.partition('?')
+        user, said = self.headers.get('X-Auth-Token'), json.loads(body) if body else {}
+        for pattern, method in ROUTES:
+            if match := pattern.fullmatch(f'{self.command} {path}'):
+                break
+        else:
+            return 404, [], json.dumps(cloud.refusal(404, f'no {self.command} {path} here')).encode()
+        if not user and method not in (StandIn.log_in, StandIn.versions):
+            return 401, [], b'{}'
+        with cloud.lock:
+            status, answer, *headers = method(cloud, user, dict(parse_qsl(query)), said, *match.groups())
+            content = b'' if answer is None else json.dumps(answer).encode()
+        return status, [('Content-Type', 'application/json'), *(headers[0] if headers else [])], content
+
+
+@pytest.fixture
+def nova(tmp_path, monkeypatch):
+    """A stand-in, which clouds.yaml calls `lab`, `bio` and `admin`, each a project and a user of it."""
+    cloud = StandIn()
+    cloud.write_clouds(tmp_path / 'clouds.yaml')
+    monkeypatch.setenv('OS_CLIENT_CONFIG_FILE', str(tmp_path / 'clouds.yaml'))
+    yield cloud
+    cloud.stop()
+
+
+@pytest.fixture
+def far(nova, tmp_path):
+    """A world on the stand-in: biology has the account `bio` there, the others have that of the cloud, `lab`."""
+    world = World(tmp_path, credentials={'biology@lab': 'bio'}, call_timeout=10)
+    nova.now = lambda: world.now
+    world.service.resource_add('lab', cloud='lab', vms=40, vcpus=80)
+    yield world
+    nova.released.set()
+    cmres.close_store()
+
+
+def named(service, kind, name, resource='lab', label=None, **more):
+    """Books something with one name of the cloud in it."""
+    field = {'security_group': {'security_groups': [name]}, 'image': {'image': name, 'flavor': 'm1.tiny'},
+             'flavor': {'flavor': name, 'image': 'tiny'}}.get(kind, {kind: name})
+    return book(service, label or unique('n'), **{'resource': resource} | field | more)
+
+
+def refused_by(service, kind, name, **more):
+    with pytest.raises(Invalid) as refusal:
+        named(service, kind, name, **more)
+    assert not refusal.value.details
+    return str(refusal.value)
+
+
+STRANGER, OWNER, ADMIN = ('mallory', 'chem', 'user'), ('eva', 'biology', 'user'), ('root', 'default', 'admin')
+#: Whose each thing is, and which of the three may name it.
+OPEN_TO = [
+    ('flavor', 'm1.tiny', (STRANGER, OWNER, ADMIN)), ('flavor', 'chem-only', ()),
+    ('image', 'tiny', (STRANGER, OWNER, ADMIN)), ('image', 'lab-private', (ADMIN,)), ('image', 'bio-private', (OWNER,)),
+    ('image', 'offered', (OWNER,)), ('image', 'anybody', ()),
+    ('network', 'lab-net', (STRANGER, OWNER, ADMIN)), ('network', 'wan', (STRANGER, OWNER, ADMIN)),
+    ('network', 'lab-only', (ADMIN,)), ('network', 'bio-net', (OWNER,)), ('network', 'auto', (STRANGER, OWNER, ADMIN)),
+    ('security_group', 'default', (STRANGER, OWNER, ADMIN)), ('security_group', 'web', (OWNER, ADMIN)),
+    ('key', 'lab-key', (ADMIN,)), ('key', 'bio-key', (OWNER,)),
+    ('server', 'lab-ws', (ADMIN,)), ('server', 'bio-ws', (OWNER,)), ('server', 'other-store', ()),
+    ('server', 'being-built', ())]
+
+
+def furnish(nova):
+    """Machines that people booted by themselves, one of another cmres, one that shows no tags yet."""
+    nova.server('lab-ws'), nova.server('bio-ws', 'bio')
+    nova.server('other-store', tags=['cmres-12345678', 'cmres-12345678-1-1'])
+    nova.server('being-built', status='BUILD')
+    nova.untagged = 1000
+
+
+@pytest.mark.parametrize('actor', [STRANGER, OWNER, ADMIN], ids=lambda actor: actor[1])
+def test_names_of_a_cloud_are_those_that_who_asks_may_use(far, nova, actor):
+    furnish(nova)
+    service = far.as_user(*actor)
+    for n, (kind, name, who) in enumerate(OPEN_TO):
+        if actor in who:
+            named(service, kind, name, start=n + 1, end=n + 2)
+        else:
+            assert re.fullmatch(f"the cloud (lab|bio) has no {kind.replace('_', ' ')} '{name}'(; did you mean '(.*)'.)?",
+                                sentence := refused_by(service, kind, name)) and sentence.count(name) == 1
+
+
+@pytest.mark.parametrize('kind, name', [('server', 'lab-ws'), ('image', 'lab-private'), ('network', 'lab-only'),
+                                        ('key', 'lab-key'), ('security_group', 'web')])
+def test_what_is_out_of_sight_is_refused_by_the_same_calls_as_what_is_not_there(far, nova, kind, name):
+    """By name and by id, the first time and the next: neither the sentence nor the work tells that it is there."""
+    furnish(nova)
+    ids = {each['name']: each['id'] for each in [*nova.servers.values(), *nova.images, *nova.networks, *nova.groups]
+           if each.get('tenant_id', 'lab') == 'lab'}
+    mallory = far.as_user(*STRANGER)
+    named(far.service, kind, name)  # an admin may, and that is remembered for admins only
+    named(mallory, 'flavor', 'm1.tiny', start=3, end=4)
+    for there, missing in ((name, name[:-1] + 'z'), (ids.get(name, name), str(uuid.uuid4()))):
+        seen = []
+        for each in (there, missing, there):
+            del nova.seen[:]
+            said = refused_by(mallory, kind, each).replace(each, '?')
+            seen.append((said, [re.sub('/[0-9a-f-]{36}', '/ID', line[0]) for line in nova.seen]))
+        assert seen[0] == seen[1] == seen[2]
+
+
+def test_what_an_operator_calls_common_may_be_named_by_all(far, nova):
+    furnish(nova)
+    mallory = far.as_user(*STRANGER)
+    common = {'server': 'lab-ws', 'network': 'lab-only', 'key': 'course', 'image': 'lab-private', 'security_group': 'web'}
+    object.__setattr__(far.config, 'common_names', ', '.join(f'{kind}:{name}' for kind, name in common.items()))
+    for kind, name in common.items():
+        named(mallory, kind, name, label=f'common-{kind}')
+    assert 'lab-key' not in refused_by(mallory, 'key', 'lab-kez')
+    assert "did you mean 'course'?" in refused_by(mallory, 'key', 'coursf')
+    uid = next(each['id'] for each in nova.servers.values() if each['name'] == 'lab-ws')
+    book(mallory, 'by-id', 5, 6, resource='lab', server=uid)
+    assert mallory.show('by-id')['server'] == uid
+
+
+def test_hints_are_names_in_sight(far, nova):
+    furnish(nova)
+    for kind, typo, right, who in (('image', 'lab-privat', 'lab-private', ADMIN), ('image', 'bio-privat', 'bio-private', OWNER),
+                                   ('key', 'lab-kez', 'lab-key', ADMIN), ('server', 'bio-wz', 'bio-ws', OWNER),
+                                   ('network', 'lab-nez', 'lab-net', STRANGER), ('flavor', 'm1.tin', 'm1.tiny', STRANGER)):
+        for actor in (STRANGER, OWNER, ADMIN):
+            sentence = refused_by(far.as_user(*actor), kind, typo)
+            assert (right in sentence) == (actor == who or who == STRANGER), (sentence, actor)
+
+
+def test_an_account_that_is_shown_everything_gives_only_what_is_its_own(far, nova):
+    """An admin's credential: Keystone, Nova, Glance and Neutron show it what belongs to all projects."""
+    furnish(nova)
+    far.service.resource_add('high', cloud='admin', vms=9)
+    named(far.service, 'security_group', 'default', resource='high')  # there is one in each project
+    nova.images.append(nova.image('of-admin', 'admin', 'private'))
+    named(far.service, 'image', 'of-admin', resource='high')
+    uid = next(each['id'] for each in nova.servers.values() if each['name'] == 'bio-ws')
+    for kind, name in (('image', 'bio-private'), ('network', 'bio-net'), ('server', uid), ('flavor', 'chem-only'),
+                       ('image', nova.id_of('offered')), ('security_group', nova.groups[0]['id'])):
+        refused_by(far.service, kind, name, resource='high')
+
+
+def test_of_several_of_a_name_one_is_named_by_its_id(far, nova):
+    nova.images.append(nova.image('tiny', 'bio', 'private'))
+    with pytest.raises(Invalid, match="has 2 of the name 'tiny'; give the image by its id"):
+        named(far.as_user(*OWNER), 'image', 'tiny')
+    named(far.as_user(*OWNER), 'image', nova.images[-1]['id'])
+    named(far.as_user(*STRANGER), 'image', 'tiny')  # who sees one only has no choice to make
+    named(far.as_user(*STRANGER), 'image', nova.id_of('anybody'))  # a community image, by its id
+    assert 'no image' in refused_by(far.as_user(*STRANGER), 'image', nova.id_of('bio-private'))
+
+
+@pytest.mark.parametrize('change', [{'network': 'lab-only'}, {'key': 'lab-key'}, {'security_groups': ['web']},
+                                    {'image': 'lab-private'}])
+def test_a_change_names_no_more_than_a_booking(far, nova, change):
+    mallory = far.as_user(*STRANGER)
+    named(mallory, 'image', 'tiny', label='lab')
+    with pytest.raises(Invalid, match='the cloud lab has no'):
+        mallory.update('lab', **change)
+    far.service.update('lab', **change)  # what an admin gives it, it keeps, also when others change
+    assert mallory.update('lab', flavor='g1', vms=2)['vms'] == 2
+    far.service.resource_add('low', cloud='admin', vms=40)
+    with pytest.raises(Invalid, match='the cloud admin has no'):  # on another cloud, a name is another thing
+        mallory.update('lab', resource='low')
+
+
+def test_calendars_name_what_their_user_may(far, nova):
+    event = ('BEGIN:VCALENDAR\nVERSION:2.0\nPRODID:x\nBEGIN:VEVENT\nUID:{0}\nDTSTART:20261202T120000Z\n'
+             'DTEND:20261202T130000Z\nSUMMARY:{0}\nDESCRIPTION:1 x m1.tiny {1} on lab\nEND:VEVENT\nEND:VCALENDAR\n')
+    mallory = far.as_user(*STRANGER)
+    assert mallory.import_(event.format('a', 'tiny'))['events'][0]['outcome'] == 'booked'
+    line, = mallory.import_(event.format('b', 'lab-private'))['events']
+    assert line['outcome'] == 'refused' and line['why'] == "the cloud lab has no image 'lab-private'"
+    line, = mallory.import_(event.format('c', 'tiny'), key='lab-key')['events']
+    assert line['why'] == "the cloud lab has no key 'lab-key'"
+
+
+def test_the_page_offers_names_in_sight(far, nova):
+    offered = {actor: {each['value'] for each in as_visitor(far, *actor).get('/book?resource=lab').html.select(
+        '#images option')} for actor in (STRANGER, OWNER, ADMIN)}
+    assert offered == {STRANGER: {'tiny'}, OWNER: {'tiny', 'bio-private', 'offered'}, ADMIN: {'tiny', 'lab-private'}}
+
+
+def test_at_the_start_a_name_is_looked_at_once_more_with_the_rights_of_who_booked(far, nova):
+    """What could not be checked when it was booked; and an image whose name has come to be another's."""
+    mallory, uncounted = far.as_user(*STRANGER), {'image': 'tiny', 'flavor': 'm1.tiny', 'resource': 'free'}
+    far.service.resource_add('free', cloud='lab')
+    nova.faults = {'GET /os-keypairs': ['503'] * 2}
+    for service, label in ((mallory, 'keyed'), (far.service, 'admins')):
+        made = named(service, 'key', 'lab-key', label=label, project='chem', **uncounted)
+        assert 'not checked' in made['warnings'][0]
+    nova.images.append(nova.image('popular', 'chem', 'public'))
+    named(mallory, 'image', 'popular', label='popular')
+    nova.images[-1] = nova.image('popular', 'lab', 'private')
+    far.clouds.open('lab').found.clear()
+    far.at(1)
+    far.at(1.01)
+    assert {label: far.state(label) for label in ('keyed', 'admins', 'popular')} == {
+        'keyed': 'starting', 'admins': 'active', 'popular': 'starting'}
+    assert [far.service.servers(label)[0]['fault'] for label in ('keyed', 'popular')] == [
+        "the cloud lab has no key 'lab-key'", "the cloud lab has no image 'popular'"]
+    assert [name.split('-')[0] for name in nova.made] == ['admins']
+
+
+def test_what_was_booked_before_goes_on(world):
+    """A store of the second version, in which a user had named what only an admin may now."""
+    uid = machine(world, 'mine')
+    book(world.service, image='cirros', flavor='m1.tiny', key='default', project='biology')
+    book(world.service, 'desk', server='mine', project='biology')
+    given = [each.trusted for each in cmres.rows('SELECT trusted FROM reservation ORDER BY id')]
+    with cmres.transaction():
+        cmres.run('ALTER TABLE reservation DROP COLUMN trusted')
+        cmres.run('DROP INDEX server_uid')
+        cmres.db.user_version = 2
+    cmres.open_store(world.config.database)
+    migrated = [each.trusted for each in cmres.rows('SELECT trusted FROM reservation ORDER BY id')]
+    assert [set(json.loads(each)) for each in migrated] == [set(json.loads(each)) for each in given] == [
+        {'image:cirros', 'flavor:m1.tiny', 'key:default'}, {f'server:{uid}'}]
+    assert world.as_user().update('lab', vms=2, flavor='m1.small')['vms'] == 2
+    world.at(1)
+    world.at(1.01)
+    assert (world.state('lab'), world.state('desk')) == ('active', 'active')
+
+
+def test_a_server_that_cmres_made_may_be_named_by_its_own_project_alone(world):
+    eva, mallory = world.as_user(), world.as_user(*STRANGER)
+    eva.add('lab', 'demo', NOON + hours(1), NOON + hours(2), image='cirros', flavor='m1.tiny', at_end='stop')
+    for moment in (1, 1.01, 2, 2.01, 2.02):
+        world.at(moment)
+    name, = world.there()
+    for service in (mallory, world.service):  # an admin acts for the project default here
+        assert named_as(refused_by(service, 'server', name, start=3, end=4, resource='demo'), name) == named_as(
+            refused_by(service, 'server', 'lab-9-9', start=3, end=4, resource='demo'), 'lab-9-9')
+    assert named(eva, 'server', name, start=3, end=4, resource='demo')['server']
+    assert named(world.service, 'server', name, start=5, end=6, resource='demo', project='biology')['server']
+
+
+def named_as(sentence, name):
+    return sentence.replace(name, '?')
+
+
+def test_labels_of_other_projects_are_in_no_sentence(far, nova):
+    """A machine that all may name is reserved by another project, also where a series meets it."""
+    furnish(nova)
+    object.__setattr__(far.config, 'common_names', 'server:lab-ws')
+    mallory, eva = far.as_user(*STRANGER), far.as_user('ann', 'physics')
+    named(eva, 'server', 'lab-ws', label='secret')
+    with pytest.raises(Conflict) as refusal:
+        named(mallory, 'server', 'lab-ws')
+    assert str(refusal.value).endswith('is reserved in that time already')
+    assert [each.keys() for each in refusal.value.details['in_the_way']] == [{'vms', 'start', 'end'}]
+    with pytest.raises(Conflict, match="is reserved by 'secret' in that time") as refusal:
+        named(far.as_user('bob', 'physics'), 'server', 'lab-ws')
+    with pytest.raises(Conflict) as refusal:
+        named(far.service, 'server', 'lab-ws')
+    assert refusal.value.details['in_the_way'][0]['label'] == 'secret'
+    made = named(mallory, 'server', 'lab-ws', label='mine', repeat='daily', count=3, on_conflict='skip')
+    assert made['occurrences'][0]['outcome'] == 'left out' and 'secret' not in json.dumps(made, default=str)
+    listed = mallory.list() + mallory.events() + mallory.report() + mallory.usage('lab') + [mallory.show('mine')]
+    assert 'secret' not in json.dumps(listed, default=str)
+    visitor = as_visitor(far, *STRANGER)
+    for path in ('/', '/list', '/book?resource=lab', '/r/mine'):
+        assert 'secret' not in visitor.get(path).html.text
+    address = urlsplit(mallory.calendar_feed(resource='lab')['feed']).path
+    assert b'secret' not in Rest(far, '').web.get(address).body
 
 
 # OpenStack: Nova's scheduler asks ############################################
