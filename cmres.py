@@ -675,8 +675,8 @@ class Config:
         for each in names:
             kind, _, name = each.partition(':')
             if kind not in KINDS or not name:
-                raise Invalid(f"setting common_names: '{each}' is not KIND:NAME, such as key:course; "
-                              f"the kinds are {', '.join(KINDS)}{nearest(kind, KINDS)}")
+                raise Invalid(f"setting common_names: '{each}' is not KIND:NAME, such as "
+                              f"key:course; the kinds are {', '.join(KINDS)}{nearest(kind, KINDS)}")
         return frozenset(names)
 
     def may_tell(self, target: str) -> bool:
@@ -729,7 +729,7 @@ def load_config(path: str | None = None, environ: dict = os.environ) -> Config:
     config = Config(**{name: read_setting(name, text) for name, text in texts.items()},
                     credentials=sections['credentials'], identities=sections['identities'],
                     texts=TEXTS | sections['texts'], path=path, stamp=stamp)
-    config.zone, config.common  # what is wrong with them is told here, not at the first table or name
+    config.zone, config.common  # what is wrong with them is told here, not when they are used
     return config
 
 
@@ -2276,7 +2276,7 @@ def held_steps(resource: int) -> Iterator[tuple[tuple[str, int], tuple]]:
 
 
 class Flavor(NamedTuple):
-    """What one machine takes: vcpus, ram in MiB, and other resource classes as an Amount has them."""
+    """What one machine takes: vcpus, ram in MiB, other resource classes as an Amount has them."""
     vcpus: int
     ram: int
     classes: tuple = ()
@@ -2319,12 +2319,12 @@ EVERYTHING = Sight('', True)
 def made_for(uid: str, project: str) -> bool:
     """Whether a server was made for a reservation of a project."""
     return bool(row('SELECT r.id FROM server v JOIN occurrence o ON o.id = v.occurrence_id '
-                    'JOIN reservation r ON r.id = o.reservation_id WHERE v.uid = ? AND r.project = ?',
-                    uid, project))
+                    'JOIN reservation r ON r.id = o.reservation_id '
+                    'WHERE v.uid = ? AND r.project = ?', uid, project))
 
 
 def named_by(wish: dict) -> list[tuple[str, str]]:
-    """What a cloud must know of a wish: kinds and names; the networks `auto` and `none` are Nova's."""
+    """What a cloud must know of a wish: kinds and names, without the networks `auto` and `none`."""
     named = [(kind, wish[kind]) for kind in KINDS if wish.get(kind)]
     named += [('security_group', name) for name in wish.get('security_groups') or ()]
     return [pair for pair in named if pair not in (('network', 'auto'), ('network', 'none'))]
@@ -2373,7 +2373,11 @@ class Seen(NamedTuple):
 
 
 class Cloud:
-    """One account on one cloud. Every verb may raise CloudError; none of them waits longer than the time-out."""
+    """One account on one cloud. Every verb may raise CloudError.
+
+    All requests of a verb together have `call_timeout`: none is begun after that, and none waits
+    longer for its headers. `aggregates` and `hosts` have that time for each host or server.
+    """
 
     def __init__(self, account: str):
         self.account = account
@@ -2391,8 +2395,8 @@ class Cloud:
         found = [each for each in self.things(kind, name) if sight.shows(kind, each)]
         found = [each for each in found if each.id == name] or found
         if len(found) > 1:
-            raise Invalid(f"the cloud {self.account} has {len(found)} of the name '{name}'; give the "
-                          f"{kind.replace('_', ' ')} by its id")
+            raise Invalid(f"the cloud {self.account} has {len(found)} of the name '{name}'; "
+                          f"give the {kind.replace('_', ' ')} by its id")
         return found[0] if found else None
 
     def names(self, kind: str, sight: Sight = EVERYTHING) -> list[str]:
@@ -2416,15 +2420,16 @@ class Cloud:
         raise NotImplementedError
 
     def start(self, uid: str) -> None:
-        """Begins to make a server active that is stopped, paused, suspended, shelved, in rescue or newly resized."""
+        """Begins to make a server active that is stopped, paused, suspended, shelved, in rescue or newly
+        resized; one that is active already is fine."""
         raise NotImplementedError
 
     def stop(self, uid: str) -> None:
-        """Begins to stop a server; it is SHUTOFF then."""
+        """Begins to stop a server; it is SHUTOFF then. One that is so already is fine."""
         raise NotImplementedError
 
     def shelve(self, uid: str) -> None:
-        """Begins to shelve a server; it frees its host then."""
+        """Begins to shelve a server; it frees its host then. One that is so already is fine."""
         raise NotImplementedError
 
     def snapshot(self, uid: str, name: str) -> str:
@@ -2451,7 +2456,7 @@ class Cloud:
         """What is found for (kind, name) pairs, in their order.
 
         Raises:
-          Invalid: no such thing is in sight; the sentence names it, the cloud and the nearest name in sight.
+          Invalid: no such thing is in sight; the sentence tells the nearest name that is.
         """
         found = []
         for kind, name in named:
@@ -2469,25 +2474,51 @@ UUID = re.compile('[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}')
 class OpenStack(Cloud):
     """An entry of clouds.yaml, through openstacksdk."""
 
-    # In the SDK: service, the verbs that list all and get one by its id, if not all are listed in one go anyway.
-    VERBS = {'flavor': ('compute', 'flavors', ''), 'image': ('image', 'images', 'get_image'),
-             'network': ('network', 'networks', 'get_network'), 'key': ('compute', 'keypairs', ''),
-             'security_group': ('network', 'security_groups', 'get_security_group'),
-             'server': ('compute', 'servers', 'get_server')}
+    # In the SDK: service, the verb that lists all, and the one that gets one by its id.
+    VERBS = {'flavor': ('compute', 'flavors', ''), 'key': ('compute', 'keypairs', ''),
+             'image': ('image', 'images', 'get_image'),
+             'server': ('compute', 'servers', 'get_server'),
+             'network': ('network', 'networks', 'get_network'),
+             'security_group': ('network', 'security_groups', 'get_security_group')}
     REMEMBER = 300  # seconds that a found name is taken for granted
     DOOR_SHUT = 2   # seconds that nobody else waits at a cloud which has just refused to log us in
 
-    def __init__(self, account: str, store: str, timeout: float):
+    def __init__(self, account: str, store: str, config: Config):
         super().__init__(account)
-        self.store, self.timeout = store, timeout
-        self.found: dict = {}
+        self.store, self.config = store, config
+        self.found: dict = {}  # by kind, name and sight: when it was found, and what
         self.lock = threading.Lock()
+        self.verb = threading.local()  # since when this thread is at it
         self.session = None
-        self.refused: tuple = (0, None)  # until when, by which error, those who waited for the door are refused as well
+        self.refused: tuple = (0, None)  # until when nobody else is let to the door, and why
+
+    @contextmanager
+    def calling(self, what: str, sure: bool = False):
+        """The connection, for a verb that has `call_timeout` for all of its requests together."""
+        before = getattr(self.verb, 'began', None)
+        self.verb.began = before or time.monotonic()
+        try:
+            with self.telling(what, sure):
+                yield self.connection
+        finally:
+            self.verb.began = before
+
+    def time_left(self) -> float:
+        """The seconds that this thread's verb may still take.
+
+        Raises:
+          CloudError: none; it is sure, as no request is begun then.
+        """
+        most = self.config.call_timeout
+        left = (getattr(self.verb, 'began', None) or time.monotonic()) + most - time.monotonic()
+        if left <= 0:
+            raise CloudError(f'the cloud {self.account} did not answer within {most:g} seconds, '
+                             'so it was asked nothing more', sure=True)
+        return left
 
     @property
     def connection(self):
-        """One authenticated connection for all threads; one that failed is tried anew after some seconds."""
+        """One authenticated connection for all threads; after a failure, a new one in a while."""
         with self.lock, self.telling('be reached', sure=True):
             if time.monotonic() < self.refused[0]:
                 raise self.refused[1]
@@ -2500,9 +2531,23 @@ class OpenStack(Cloud):
 
     def log_in(self):
         import openstack
-        session = openstack.connect(cloud=self.account, api_timeout=self.timeout, app_name='cmres')
-        session.compute.get_endpoint_data()  # negotiates versions before threads do
-        return session
+        connection = openstack.connect(cloud=self.account, api_timeout=self.config.call_timeout,
+                                       app_name='cmres')
+        door = self.door()
+        for scheme in ('http://', 'https://'):
+            connection.session.session.mount(scheme, door)
+        connection.compute.get_endpoint_data()  # negotiates versions before threads do
+        return connection
+
+    def door(self):
+        """What all requests go through: a connection for each thread, and a look at the time."""
+        from keystoneauth1.session import TCPKeepAliveAdapter
+        time_left = self.time_left
+
+        class Door(TCPKeepAliveAdapter):
+            def send(self, request, *args, **options):
+                return super().send(request, *args, **options | {'timeout': time_left()})
+        return Door(pool_maxsize=self.config.workers + self.config.threads)
 
     @contextmanager
     def telling(self, what: str, sure: bool = False):
@@ -2522,78 +2567,119 @@ class OpenStack(Cloud):
                              sure or 400 <= status < 500 and status != 408, status=status, **details) from error
 
     def find(self, kind, name, sight=EVERYTHING):
-        key = kind, name, sight
-        expires, thing = self.found.get(key, (0, None))
-        if time.monotonic() < expires:
+        key, oldest = (kind, name, sight), time.monotonic() - self.REMEMBER
+        found, thing = self.found.get(key, (oldest, None))
+        if found > oldest:
+            self.verb.remembered = True
             return thing
         thing = super().find(kind, name, sight)
-        if thing and kind != 'server':  # what is not there, or out of sight, is looked up anew each time
-            self.found = {each: kept for each, kept in self.found.items() if kept[0] > time.monotonic()}
-            self.found[key] = time.monotonic() + self.REMEMBER, thing
+        if thing and kind != 'server':  # what is not in sight is looked up anew each time
+            self.found = {each: kept for each, kept in self.found.items() if kept[0] > oldest}
+            self.found[key] = time.monotonic(), thing
         return thing
 
-    def things(self, kind, name=''):
-        from openstack.exceptions import ForbiddenException, NotFoundException
-        service, listing, getter = self.VERBS[kind]
-        connection = self.connection
-        with self.telling(f"find the {kind.replace('_', ' ')}", sure=True):
-            proxy = getattr(connection, service)
-            if getter and UUID.fullmatch(name):
-                try:
-                    found = [getattr(proxy, getter)(name)]
-                except (ForbiddenException, NotFoundException):
-                    return []
-            else:
-                found = [each for each in getattr(proxy, listing)(**self.only(connection, kind, name))
-                         if name in ('', each.name, each.id)]
-            return [self.thing(connection, kind, each, bool(name)) for each in found]
+    def forget(self, named: list[tuple[str, str]]) -> None:
+        """Lets names be looked up anew: one of them stands for something else by now."""
+        for key in [*self.found]:
+            if key[:2] in named:
+                self.found.pop(key, None)
 
-    def only(self, connection, kind: str, name: str) -> dict:
+    def things(self, kind, name=''):
+        service, listing, getter = self.VERBS[kind]
+        with self.calling(f"find the {kind.replace('_', ' ')}", sure=True) as cloud:
+            if getter and UUID.fullmatch(name):
+                found = self.by_id(getattr(getattr(cloud, service), getter), name)
+            else:
+                listed = getattr(getattr(cloud, service), listing)(**self.only(cloud, kind, name))
+                found = [each for each in listed if name in ('', each.name, each.id)]
+            if kind == 'flavor' and name:  # where Nova does not list them with the flavors
+                found = [each if each.extra_specs else each.fetch_extra_specs(cloud.compute)
+                         for each in found]
+            return [getattr(self, f'{kind}_thing')(cloud, each) for each in found]
+
+    def by_id(self, verb: Callable, id: str) -> list:
+        """The one thing of an id, or none: what is another's, a cloud may also forbid to see."""
+        from openstack.exceptions import ForbiddenException
+        try:
+            return [each for each in [self.got(verb, id)] if each]
+        except ForbiddenException:
+            return []
+
+    def got(self, verb: Callable, id: str):
+        """One thing by its id; None if it is not there."""
+        from openstack.exceptions import NotFoundException
+        try:
+            return verb(id)
+        except NotFoundException:
+            return None
+
+    def only(self, cloud, kind: str, name: str) -> dict:
         """How the list of a kind is asked for.
 
-        Nova lists public flavors and those that the project was given, whoever asks, and takes the
-        name of a server for a regular expression; an admin sees the security groups of all projects.
+        Whoever asks, Nova lists public flavors and those that the project was given; it takes the
+        name of a server for a regular expression. To an admin, Neutron lists all projects' groups.
         """
         if kind == 'flavor':
             return {'is_public': True}
-        if kind == 'security_group':
-            return {'project_id': connection.current_project_id} | ({'name': name} if name else {})
-        return {'name': f'^{re.escape(name)}$' if kind == 'server' else name} if name and kind != 'key' else {}
+        if kind == 'key' or not name and kind != 'security_group':
+            return {}
+        named = {'name': f'^{re.escape(name)}$' if kind == 'server' else name} if name else {}
+        own = {'project_id': cloud.current_project_id} if kind == 'security_group' else {}
+        return named | own
 
-    def thing(self, connection, kind: str, found, in_full: bool) -> Thing:
-        """Whose something is: an admin's account is shown what belongs to others as well."""
-        if kind == 'key':
-            return Thing(found.id, found.name, own=True)
-        if kind == 'flavor':
-            found = found.fetch_extra_specs(connection.compute) if in_full and not found.extra_specs else found
-            return Thing(found.id, found.name, own=True, open=True, flavor=Flavor(
-                found.vcpus, found.ram, classes_of(found.extra_specs or {})))
-        if kind == 'image':
-            return Thing(found.id, found.name, self.owns_image(connection, found),
-                         open=found.visibility in ('public', 'community'))
-        own = found.project_id == connection.current_project_id
-        if kind == 'network':
-            return Thing(found.id, found.name, own, open=bool(found.is_shared or found.is_router_external))
-        if kind == 'security_group':
-            return Thing(found.id, found.name, own, open=own and found.name == 'default')
+    # Whose each thing is: the account of an admin is shown what belongs to others as well.
+
+    def flavor_thing(self, cloud, found) -> Thing:
+        takes = Flavor(found.vcpus, found.ram, classes_of(found.extra_specs or {}))
+        return Thing(found.id, found.name, own=True, open=True, flavor=takes)
+
+    def key_thing(self, cloud, found) -> Thing:
+        return Thing(found.id, found.name, own=True)
+
+    def image_thing(self, cloud, found) -> Thing:
+        project = cloud.current_project_id
+        own = found.owner_id == project
+        if not own and found.visibility == 'shared':
+            own = any((each.member_id, each.status) == (project, 'accepted')
+                      for each in cloud.image.members(found.id))
+        return Thing(found.id, found.name, own, open=found.visibility in ('public', 'community'))
+
+    def network_thing(self, cloud, found) -> Thing:
+        own = found.project_id == cloud.current_project_id
+        shared = bool(found.is_shared or found.is_router_external)
+        return Thing(found.id, found.name, own, open=shared)
+
+    def security_group_thing(self, cloud, found) -> Thing:
+        own = found.project_id == cloud.current_project_id
+        return Thing(found.id, found.name, own, open=own and found.name == 'default')
+
+    def server_thing(self, cloud, found) -> Thing:
+        # Until it has a host, Nova may show a server without its tags: it may be anybody's.
+        own = found.project_id == cloud.current_project_id and found.status != 'BUILD'
         mark = next((tag for tag in found.tags or () if tag.startswith('cmres-')), '')
-        # Until it has a host, Nova may show a server without its tags: whose it is can't be told yet.
-        return Thing(found.id, found.name, own and found.status != 'BUILD', mark=mark)
-
-    def owns_image(self, connection, image) -> bool:
-        """Whether an image is the project's, or was shared with it and taken."""
-        project = connection.current_project_id
-        return image.owner_id == project or image.visibility == 'shared' and any(
-            each.member_id == project and each.status == 'accepted' for each in connection.image.members(image.id))
+        return Thing(found.id, found.name, own, mark=mark)
 
     def boot(self, machine):
+        with self.calling('make a server'):
+            self.verb.remembered = False
+            try:
+                return self.create(machine)
+            except CloudError as error:
+                if error.details.get('status') not in (400, 404):
+                    raise
+                self.forget(named_by(machine._asdict()))
+                if not self.verb.remembered:  # they were new
+                    raise
+                return self.create(machine)
+
+    def create(self, machine: Machine) -> str:
+        """Makes a server of what the names stand for."""
         import base64
-        named = named_by(machine._asdict())
-        found: dict = defaultdict(list)
+        named, found = named_by(machine._asdict()), defaultdict(list)
         for (kind, _), thing in zip(named, self.check(named, machine.sight)):
             found[kind].append(thing.id)
-        wish = {'name': machine.name, 'flavor_id': found['flavor'][0], 'image_id': found['image'][0],
-                'metadata': machine.metadata, 'tags': [self.store, machine.mark],
+        wish = {'name': machine.name, 'metadata': machine.metadata,
+                'flavor_id': found['flavor'][0], 'image_id': found['image'][0], 'tags': [self.store, machine.mark],
                 'networks': [{'uuid': id} for id in found['network']] or machine.network or 'auto'}
         if machine.key:
             wish['key_name'] = machine.key
@@ -2603,14 +2689,12 @@ class OpenStack(Cloud):
             wish['scheduler_hints'] = {'cmres': machine.hint}
         if machine.user_data:
             wish['user_data'] = base64.b64encode(machine.user_data.encode()).decode()
-        compute = self.connection.compute
-        with self.telling('make a server'):
-            return compute.create_server(**wish).id
+        with self.calling('make a server') as cloud:
+            return cloud.compute.create_server(**wish).id
 
     def servers(self):
-        compute = self.connection.compute
-        with self.telling('list servers', sure=True):
-            return [self.seen(server) for server in compute.servers(tags=self.store)]
+        with self.calling('list servers', sure=True) as cloud:
+            return [self.seen(server) for server in cloud.compute.servers(tags=self.store)]
 
     def seen(self, server) -> Seen:
         mark = next((tag for tag in server.tags or () if tag.startswith(f'{self.store}-')), '')
@@ -2620,85 +2704,97 @@ class OpenStack(Cloud):
         return Seen(server.id, mark, (server.status or 'unknown').lower(), made, fault, addresses)
 
     def delete(self, uid):
-        compute = self.connection.compute
-        with self.telling('delete a server', sure=True):
-            compute.delete_server(uid, ignore_missing=True)
+        with self.calling('delete a server', sure=True) as cloud:
+            cloud.compute.delete_server(uid, ignore_missing=True)
 
     def server(self, uid):
-        compute = self.connection.compute
-        with self.telling('show a server', sure=True):
-            found = compute.find_server(uid, ignore_missing=True)
+        with self.calling('show a server', sure=True) as cloud:
+            found = self.got(cloud.compute.get_server, uid)
             return self.seen(found) if found else None
 
     def start(self, uid):
-        compute = self.connection.compute
-        with self.telling('start a server', sure=True):
+        with self.calling('start a server', sure=True) as cloud:
+            compute = cloud.compute
             how = {'PAUSED': compute.unpause_server, 'SUSPENDED': compute.resume_server,
                    'RESCUE': compute.unrescue_server, 'VERIFY_RESIZE': compute.confirm_server_resize,
                    'SHELVED': compute.unshelve_server, 'SHELVED_OFFLOADED': compute.unshelve_server}
-            how.get(compute.get_server(uid).status, compute.start_server)(uid)
+            verb = how.get(compute.get_server(uid).status, compute.start_server)
+            tasks = 'powering-on|unpausing|resuming|unrescuing|unshelving|spawning'
+            self.once(compute, verb, uid, 'ACTIVE', tasks)
 
     def stop(self, uid):
-        compute = self.connection.compute
-        with self.telling('stop a server', sure=True):
-            compute.stop_server(uid)
+        with self.calling('stop a server', sure=True) as cloud:
+            self.once(cloud.compute, cloud.compute.stop_server, uid, 'SHUTOFF', 'powering-off')
 
     def shelve(self, uid):
-        compute = self.connection.compute
-        with self.telling('shelve a server', sure=True):
-            compute.shelve_server(uid)
+        with self.calling('shelve a server', sure=True) as cloud:
+            self.once(cloud.compute, cloud.compute.shelve_server, uid, 'SHELVED.*', 'shelving.*')
+
+    def once(self, compute, verb: Callable, uid: str, status: str, task: str) -> None:
+        """Begins what an earlier call may have begun, whose answer was lost: then Nova refuses it.
+
+        Args:
+          status, task: Nova's status of a server when that is done, its task while it is under way
+        """
+        from openstack.exceptions import ConflictException
+        try:
+            verb(uid)
+        except ConflictException:
+            found = compute.get_server(uid)
+            done = re.fullmatch(status, found.status)
+            if not done and not re.fullmatch(task, found.task_state or ''):
+                raise
 
     def snapshot(self, uid, name):
-        compute = self.connection.compute
-        with self.telling('make an image of a server', sure=True):
-            made = self.connection.image.find_image(name, ignore_missing=True)  # by a call whose answer was lost
-            return (made or compute.create_server_image(uid, name)).id
+        with self.calling('make an image of a server', sure=True) as cloud:
+            # Of a call whose answer was lost; somebody else's of that name is none.
+            made = [each for each in cloud.image.images(name=name)
+                    if each.owner_id == cloud.current_project_id]
+            return (made[0] if made else cloud.compute.create_server_image(uid, name)).id
 
     def saved(self, image):
-        connection = self.connection
-        with self.telling('show an image', sure=True):
-            found = connection.image.find_image(image, ignore_missing=True)
+        with self.calling('show an image', sure=True) as cloud:
+            found = self.got(cloud.image.get_image, image)
             gone = found is None or found.status in ('killed', 'deleted', 'pending_delete', 'deactivated')
             return None if gone else found.status == 'active'
 
-
     def aggregates(self):
-        connection = self.connection
-        with self.telling('list aggregates', sure=True):
-            return [Aggregate(each.name, {host: self.host_holds(connection.placement, host)
-                                          for host in sorted(each.hosts or [])}, (each.metadata or {}).get('cmres', ''))
-                    for each in connection.compute.aggregates()]
+        with self.calling('list aggregates', sure=True) as cloud:
+            found = [*cloud.compute.aggregates()]
+        return [Aggregate(each.name,
+                          {host: self.host_holds(host) for host in sorted(each.hosts or [])},
+                          (each.metadata or {}).get('cmres', '')) for each in found]
 
-    def host_holds(self, placement, host: str) -> Amount:
-        """What Placement gives out of a host and of what is in it (Placement's API: total, reserved, ratio)."""
+    def host_holds(self, host: str) -> Amount:
+        """What Placement gives out of a host and of what is in it (total, reserved, ratio)."""
         found: dict = defaultdict(int)
-        for root in placement.resource_providers(name=host):
-            for provider in placement.resource_providers(in_tree=root.id):
-                for each in placement.resource_provider_inventories(provider):
-                    name = each.resource_class or each.id
-                    found[name] += int((each.total - each.reserved) * each.allocation_ratio)
+        with self.calling('tell what a host holds', sure=True) as cloud:
+            placement = cloud.placement
+            for root in placement.resource_providers(name=host):
+                for provider in placement.resource_providers(in_tree=root.id):
+                    for each in placement.resource_provider_inventories(provider):
+                        name = each.resource_class or each.id
+                        found[name] += int((each.total - each.reserved) * each.allocation_ratio)
         return Amount(0, found['VCPU'], found['MEMORY_MB'], tuple(sorted(
             (name, each) for name, each in found.items() if name not in PLAIN and each)))
 
     def mark(self, aggregate, resource):
-        compute = self.connection.compute
-        with self.telling('mark an aggregate', sure=True):
-            found = next(each for each in compute.aggregates() if each.name == aggregate)
-            compute.set_aggregate_metadata(found, {'cmres': resource or None})
+        with self.calling('mark an aggregate', sure=True) as cloud:
+            found = next(each for each in cloud.compute.aggregates() if each.name == aggregate)
+            cloud.compute.set_aggregate_metadata(found, {'cmres': resource or None})
 
     def hosts(self, uids):
-        from openstack.exceptions import NotFoundException
-        compute, found = self.connection.compute, {}
-        for uid in uids:
-            with self.telling('tell where a server is', sure=True):
-                try:
-                    server = compute.get_server(uid)
-                    host = server.compute_host or server.hypervisor_hostname or ''
-                    failed = server.status.lower() in GONE or server.status == 'ERROR' and not host
-                    found[uid] = None if failed else host
-                except NotFoundException:
-                    found[uid] = None
-        return found
+        return {uid: self.host_of(uid) for uid in uids}
+
+    def host_of(self, uid: str) -> str | None:
+        """The host of a server: '' while it is nowhere yet, None if it is gone or failed."""
+        with self.calling('tell where a server is', sure=True) as cloud:
+            server = self.got(cloud.compute.get_server, uid)
+            if not server:
+                return None
+            host = server.compute_host or server.hypervisor_hostname or ''
+            failed = server.status.lower() in GONE or server.status == 'ERROR' and not host
+            return None if failed else host
 
 
 class Simulated(Cloud):
@@ -2815,17 +2911,21 @@ class Clouds:
         """The project's own entry of clouds.yaml, else the resource's."""
         return self.config.read_again().credentials.get(f'{project}@{cloud}', cloud)
 
-    def sight(self, account: str, project: str, trusted: Iterable[str] = (), admin: bool = False) -> Sight:
-        """What may be named of an account for a project: all, if it is that project's alone or an admin asks.
+    def sight(self, account: str, project: str, trusted: Iterable[str] = (),
+              admin: bool = False) -> Sight:
+        """What may be named of an account for a project.
 
         Args:
           trusted: KIND:NAME of what the reservation was given by an admin
+          admin: an admin asks, who may name all of it; else that takes an account of one's own
         """
-        return Sight(project, admin or self.owners(account) == {project}, self.config.common | {*trusted})
+        all_own = admin or self.owners(account) == {project}
+        return Sight(project, all_own, self.config.common | {*trusted})
 
     def owners(self, account: str) -> set[str]:
-        """The projects whose own account it is; of one that serves a cloud's other projects, none."""
-        return {key.rpartition('@')[0] for key, entry in self.config.credentials.items() if entry == account}
+        """The projects for which it was written down as their own account."""
+        return {key.rpartition('@')[0] for key, entry in self.config.credentials.items()
+                if entry == account}
 
     @functools.cached_property
     def store(self) -> str:
@@ -2847,7 +2947,7 @@ class Clouds:
     def make(self, account: str) -> Cloud:
         if account == 'simulated' or account.startswith('simulated-'):
             return Simulated(account, self.store, self.config, self.clock)
-        return OpenStack(account, self.store, self.config.call_timeout)
+        return OpenStack(account, self.store, self.config)
 
 
 # Notices #####################################################################
@@ -3647,7 +3747,8 @@ SHAPE = OWN | {'repeat', 'until', 'count', 'skip_dates', 'holidays', 'flavor', '
                'at_end', 'calendar'}
 #: What makes a series.
 REPEATING = frozenset(('repeat', 'until', 'count', 'skip_dates', 'holidays'))
-JSON = frozenset(('trusted', 'security_groups', 'metadata', 'notify', 'addresses', 'hosts', 'classes', 'named'))
+JSON = frozenset(('security_groups', 'metadata', 'notify', 'addresses', 'hosts', 'classes', 'named',
+                  'trusted'))
 UNCHANGED = (*STORED, 'resource_id', 'start', 'end', 'held_from', 'held_until', *Amount._fields, 'over')
 OVER = ('ended', 'cancelled', 'failed')
 PLACE = ('cell', 'cloud', 'region', 'aggregate')
@@ -4012,7 +4113,8 @@ class Wishes(Service):
             kept = asked['trusted'] if old and old.cloud == place.cloud else []
             found = self.ask_cloud(place, asked | {'project': project, 'trusted': kept}, warnings)
             each, server = self.each_takes(found), found['server'].id if 'server' in found else ''
-            trusted = self.trusted(asked | {'server': server}, kept, set(changes) if old else {'resource'})
+            new = set(changes) if old else {'resource'}
+            trusted = self.trusted(asked | {'server': server}, kept, new)
         wish = Wish(asked['label'], user, project, place, start, end, asked['vms'], asked['flavor'], asked['image'],
                     asked['network'], asked['key'], [*asked['security_groups']], asked['user_data'],
                     dict(asked['metadata'] or {}), server, asked['at_end'] or ('stop' if server else 'delete'),
@@ -4076,9 +4178,11 @@ class Wishes(Service):
                           f"'{named[0][1]}'; leave it out")
         project = asked.get('project', self.actor.project)
         account = self.clouds.account(place.cloud, project)
-        sight = self.clouds.sight(account, project, asked.get('trusted', ()), self.actor.role == ADMIN)
+        admin = self.actor.role == ADMIN
+        sight = self.clouds.sight(account, project, asked.get('trusted', ()), admin)
         try:
-            return dict(zip((kind for kind, _ in named), self.clouds.open(account).check(named, sight)))
+            found = self.clouds.open(account).check(named, sight)
+            return dict(zip((kind for kind, _ in named), found))
         except CloudError as error:
             if asked.get('flavor') and (place.vcpus, place.ram) != (None, None):
                 raise CloudError(f"{error}; its flavor '{asked['flavor']}' must be known to count "
@@ -4089,7 +4193,7 @@ class Wishes(Service):
             return {}
 
     def trusted(self, asked: dict, kept: list, changes: set) -> list[str]:
-        """The names that a reservation may have though its owner may not: an admin's, and those it had before."""
+        """The names that an admin gave a reservation, now or before, as KIND:NAME."""
         fields = {'security_group': 'security_groups'}
         return [f'{kind}:{name}' for kind, name in named_by(asked) if f'{kind}:{name}' in kept or (
                 self.actor.role == ADMIN and {'resource', fields.get(kind, kind)} & changes)]
@@ -4543,11 +4647,12 @@ class Holding(Limits):
     def refuse_shared_server(self, wish: Wish, own: int = 0) -> None:
         """A machine that somebody has can be started and stopped by one reservation at a time."""
         begin, until = wish.held
-        other = row('SELECT o.id, r.label, r.project FROM occurrence o JOIN reservation r ON r.id = o.reservation_id WHERE r.server = ? '
+        other = row('SELECT o.id, r.label, r.project FROM occurrence o '
+                    'JOIN reservation r ON r.id = o.reservation_id WHERE r.server = ? '
                     'AND o.due IS NOT NULL AND o.held_from < ? AND o.held_until > ? AND r.id <> ?',
                     wish.server, until, begin, own) if wish.server else None
         if other:
-            # The sentence is also for the event log, which the project of the wish reads, whoever acts.
+            # The sentence goes to the event log as well, which the project of the wish reads.
             whose = f" by '{other.label}'" if other.project == wish.project else ''
             raise Conflict(f'the server {wish.server} is reserved{whose} in that time already',
                            in_the_way=[self.in_brief_for_actor(self.occurrence(other.id))])
@@ -9117,13 +9222,15 @@ class CloudNames:
         self.found: dict[tuple[str, Sight], tuple[float, dict, str]] = {}
         self.asking: dict[tuple[str, Sight], threading.Thread] = {}
 
-    def of(self, account: str, sight: Sight, patience: float = 1) -> tuple[dict[str, list[str]], str]:
-        """The names in sight of an account, by kind; and why, if it does not answer within some seconds."""
+    def of(self, account: str, sight: Sight,
+           patience: float = 1) -> tuple[dict[str, list[str]], str]:
+        """The names in sight, by kind; and why, if the cloud does not answer within some seconds."""
         nothing = (0.0, {'flavor': [], 'image': []}, f'the cloud {account} does not answer yet')
         key = account, sight._replace(project='')  # that is for servers only
         with self.lock:
             thread = self.asking.get(key)
-            if time.monotonic() >= self.found.get(key, nothing)[0] and not (thread and thread.is_alive()):
+            under_way = thread and thread.is_alive()
+            if time.monotonic() >= self.found.get(key, nothing)[0] and not under_way:
                 thread = self.asking[key] = threading.Thread(target=self.ask, args=key, daemon=True)
                 thread.start()
         if thread:
@@ -9134,7 +9241,8 @@ class CloudNames:
         """Looks the names up, however long that takes."""
         try:
             cloud = self.clouds.open(account)
-            names, why = {kind: sorted(cloud.names(kind, sight))[:500] for kind in ('flavor', 'image')}, ''
+            names, why = {kind: sorted(cloud.names(kind, sight))[:500]
+                          for kind in ('flavor', 'image')}, ''
         except CloudError as error:
             names, why = {'flavor': [], 'image': []}, str(error)
         self.found[account, sight] = time.monotonic() + (10 if why else 60), names, why
@@ -9465,7 +9573,8 @@ class Pages:
             return {'flavor': [], 'image': []}, ''
         clouds, project = self.service.clouds, visit.actor.project
         account = clouds.account(place.cloud, project)
-        return self.names.of(account, clouds.sight(account, project, admin=visit.actor.role == ADMIN))
+        sight = clouds.sight(account, project, admin=visit.actor.role == ADMIN)
+        return self.names.of(account, sight)
 
     def filled(self, visit: Visit, given: dict) -> dict:
         """The fields of the form: as given, times as clocks show them there; what was clicked on, not before now."""

@@ -18,6 +18,7 @@ need a real cloud, named by OS_CLOUD, and are skipped where there is none.
 """
 
 import asyncio
+import base64
 import collections
 import contextlib
 import csv
@@ -12163,7 +12164,7 @@ class Relay(http.server.BaseHTTPRequestHandler):
         body = self.rfile.read(int(self.headers.get('Content-Length') or 0))
         path = self.path.partition('?')[0]
         kind = f"{self.command} /{'/'.join(path.split('/')[2:])}"
-        kind = re.sub(r'/servers/[0-9a-f-]{36}', '/servers/ID', kind)
+        kind = re.sub(r'/(servers|networks)/[0-9a-f-]{36}', r'/\1/ID', kind)
         fault = self.server.next_fault(kind)
         status, headers, answer = self.forward(body) if fault in FORWARDED else (0, [], b'')
         with self.server.lock:
@@ -12972,6 +12973,9 @@ def test_of_several_of_a_name_one_is_named_by_its_id(far, nova):
     named(far.as_user(*STRANGER), 'image', 'tiny')  # who sees one only has no choice to make
     named(far.as_user(*STRANGER), 'image', nova.id_of('anybody'))  # a community image, by its id
     assert 'no image' in refused_by(far.as_user(*STRANGER), 'image', nova.id_of('bio-private'))
+    nova.faults = {'GET /networks/ID': ['403']}  # as some clouds answer for what is another's
+    nova.networks[2]['id'] = str(uuid.uuid4())
+    assert 'no network' in refused_by(far.as_user(*STRANGER), 'network', nova.networks[2]['id'])
 
 
 @pytest.mark.parametrize('change', [{'network': 'lab-only'}, {'key': 'lab-key'}, {'security_groups': ['web']},
@@ -13089,7 +13093,408 @@ def test_labels_of_other_projects_are_in_no_sentence(far, nova):
     assert b'secret' not in Rest(far, '').web.get(address).body
 
 
+def verbs(nova, account='lab', **settings):
+    """The account itself, in a world without anything else."""
+    return cmres.OpenStack(account, 'cmres-0', cmres.Config(call_timeout=5, **settings))
+
+
+PLAIN = cmres.Machine('lab-1-1', 'cmres-0-1-1', 'm1.tiny', 'tiny')
+
+
+def test_a_server_is_made_as_it_was_asked_for_and_every_verb_does_its_deed(nova):
+    cloud = verbs(nova)
+    whole = PLAIN._replace(network='lab-net', key='lab-key', security_groups=('default', 'web'), user_data='#!/bin/sh',
+                           metadata={'course': 'os'}, hint='lab')
+    uid = cloud.boot(whole)
+    said = nova.servers[uid]['asked']
+    assert said['os:scheduler_hints' if 'os:scheduler_hints' in said else 'OS-SCH-HNT:scheduler_hints'] == {'cmres': 'lab'}
+    asked, net = said['server'], next(each['id'] for each in nova.networks if each['name'] == 'lab-net')
+    groups = [each['id'] for each in nova.groups if each['tenant_id'] == 'lab']
+    assert {name: asked[name] for name in asked if name != 'user_data'} == {
+        'name': 'lab-1-1', 'flavorRef': 'm1.tiny', 'imageRef': nova.id_of('tiny'), 'networks': [{'uuid': net}],
+        'key_name': 'lab-key', 'metadata': {'course': 'os'}, 'tags': ['cmres-0', 'cmres-0-1-1'],
+        'security_groups': [{'name': each} for each in groups]}
+    assert base64.b64decode(asked['user_data']) == b'#!/bin/sh'
+    assert [nova.servers[cloud.boot(PLAIN._replace(network=each))]['asked']['server']['networks']
+            for each in ('', 'auto', 'none')] == ['auto', 'auto', 'none']
+    seen = cloud.server(uid)
+    assert (seen.state, seen.mark, seen.addresses, seen.made) == ('active', 'cmres-0-1-1', ['10.9.0.4'], NOON.timestamp())
+    for verb, status in ((cloud.stop, 'SHUTOFF'), (cloud.start, 'ACTIVE'), (cloud.shelve, 'SHELVED_OFFLOADED'),
+                         (cloud.start, 'ACTIVE')):
+        verb(uid)
+        assert nova.servers[uid]['status'] == status
+    for status in ('PAUSED', 'SUSPENDED', 'SHELVED'):
+        nova.servers[uid]['status'] = status
+        cloud.start(uid)
+        assert nova.servers[uid]['status'] == 'ACTIVE'
+    assert cloud.hosts([uid, str(uuid.uuid4())]).popitem()[1] is None and cloud.hosts([uid]) == {uid: 'gpu-1'}
+    for more, host in (({'status': 'ERROR', 'OS-EXT-SRV-ATTR:host': None}, None), ({'status': 'BUILD'}, '')):
+        nova.servers[uid] |= more
+        nova.untagged = 99
+        assert cloud.hosts([uid]) == {uid: host}
+    nova.servers[uid] |= {'status': 'ERROR', 'fault': {'message': 'No valid host was found. '}}
+    assert (cloud.server(uid).state, cloud.server(uid).fault) == ('error', 'No valid host was found. ')
+    cloud.delete(uid)
+    cloud.delete(uid)  # that it is gone already is fine
+    assert cloud.server(uid) is None and uid not in nova.servers
+
+
+def test_what_a_flavor_takes_is_known_whether_nova_lists_it_or_not(nova):
+    for listed in (True, False):
+        nova.flavor_specs = listed
+        assert verbs(nova).find('flavor', 'g1').flavor == cmres.Flavor(4, 8192, (('CUSTOM_GPU', 1),))
+        assert verbs(nova).find('flavor', 'm1.tiny').flavor == cmres.Flavor(1, 512)
+
+
+def test_a_snapshot_is_the_projects_own_and_is_made_once(nova):
+    cloud = verbs(nova, 'admin')
+    uid = nova.server('x', 'admin')
+    nova.images.append(nova.image('lab-1', 'bio', 'private'))  # an admin is shown it
+    made = cloud.snapshot(uid, 'lab-1')
+    assert made == nova.images[-1]['id'] and nova.images[-1]['owner'] == 'admin'
+    assert cloud.snapshot(uid, 'lab-1') == made  # the answer was lost, say
+    assert cloud.saved(made) is False
+    for status, complete in (('active', True), ('killed', None)):
+        nova.images[-1]['status'] = status
+        assert cloud.saved(made) is complete
+    assert cloud.saved(str(uuid.uuid4())) is None
+
+
+def test_aggregates_are_read_with_what_placement_gives_and_marked(far, nova):
+    far.service.resource_sync('admin', ['gpu'], mode='exclusive')
+    found = next(each for each in far.service.resource_list() if each['name'] == 'gpu')
+    assert (found['vcpus'], found['ram'], found['classes']) == (64, 64512, {'CUSTOM_GPU': 4})
+    assert nova.aggregates[0]['metadata'] == {'cmres': 'gpu'}
+    verbs(nova, 'admin').mark('gpu', '')
+    assert nova.aggregates[0]['metadata'] == {'cmres': None}
+    with pytest.raises(cmres.CloudError, match="could not list aggregates: Policy doesn't allow"):
+        far.service.resource_sync('lab')
+
+
+@pytest.mark.parametrize('fault, sure, ill, wait', [
+    ('400', True, False, None), ('403', True, False, None), ('404', True, False, None), ('409', True, False, None),
+    ('413', True, False, None), ('429', True, True, '3'), ('408', False, True, None), ('500', False, True, None),
+    ('500 after', False, True, None), ('503', False, True, None), ('cut', False, True, None)])
+def test_what_goes_wrong_with_a_create_is_told_and_whether_it_can_have_been_made(nova, fault, sure, ill, wait):
+    cloud = verbs(nova)
+    nova.faults = {CREATE: [fault] * 2}
+    with pytest.raises(cmres.CloudError, match='the cloud lab could not make a server: .') as failure:
+        cloud.boot(PLAIN)
+    error = failure.value
+    assert (error.sure, error.ill, error.details.get('retry_after')) == (sure, ill, wait)
+    assert sum(nova.made.values()) == (fault in FORWARDED)
+    assert nova.count(CREATE) == 1 and len(str(error)) < 400
+
+
+def test_a_look_or_a_deed_that_fails_has_changed_nothing_for_sure(nova):
+    cloud, uid = verbs(nova), nova.server('x')
+    for kind, deed in ((LOOK, cloud.servers), ('GET /servers/ID', lambda: cloud.server(uid)),
+                       (DELETE, lambda: cloud.delete(uid)), ('POST /servers/ID/action', lambda: cloud.stop(uid))):
+        nova.faults = {kind: ['500']}
+        with pytest.raises(cmres.CloudError) as failure:
+            deed()
+        assert failure.value.sure and failure.value.details['status'] == 500
+
+
+def test_what_is_done_or_under_way_already_is_fine_and_what_can_not_be_is_told(nova):
+    cloud, uid = verbs(nova), nova.server('x')
+    for deed, done, task in ((cloud.start, 'ACTIVE', 'powering-on'), (cloud.stop, 'SHUTOFF', 'powering-off'),
+                             (cloud.shelve, 'SHELVED', 'shelving_image_uploading')):
+        nova.servers[uid] |= {'status': done, 'OS-EXT-STS:task_state': None}
+        deed(uid)
+        nova.servers[uid] |= {'status': 'ERROR', 'OS-EXT-STS:task_state': task}
+        deed(uid)
+        nova.servers[uid]['OS-EXT-STS:task_state'] = None
+        with pytest.raises(cmres.CloudError, match='could not (start|stop|shelve) a server: .*vm_state') as failure:
+            deed(uid)
+        assert failure.value.details['status'] == 409 and not failure.value.ill
+
+
+def test_a_credential_is_read_anew_after_a_401_and_nobody_else_knocks_for_a_while(nova, tmp_path):
+    cloud = verbs(nova)
+    nova.write_clouds(tmp_path / 'clouds.yaml', password='wrong')
+    for _ in range(3):
+        with pytest.raises(cmres.CloudError, match='could not be reached: .*requires authentication') as failure:
+            cloud.servers()
+        assert failure.value.sure and failure.value.ill
+    assert nova.logins == 1
+    nova.write_clouds(tmp_path / 'clouds.yaml')
+    cloud.refused = (0, None)  # two seconds later
+    assert cloud.servers() == []
+    first = cloud.session
+    nova.faults = {LOOK: ['401'] * 2}
+    with pytest.raises(cmres.CloudError):
+        cloud.servers()
+    assert cloud.servers() == [] and cloud.session is not first
+
+
+def test_a_cloud_that_is_not_there_or_not_in_the_file_is_told_of(nova, tmp_path):
+    with pytest.raises(cmres.CloudError, match='the cloud nosuch could not be reached: Cloud nosuch was not found'):
+        verbs(nova, 'nosuch').servers()
+    nova.stop()
+    with pytest.raises(cmres.CloudError, match='the cloud lab could not be reached: .') as failure:
+        verbs(nova).servers()
+    assert failure.value.sure and failure.value.ill
+
+
+# Names are remembered
+
+def test_a_name_that_stands_for_something_else_by_now_is_looked_up_and_the_call_made_again_at_once(nova):
+    cloud = verbs(nova)
+    machine = PLAIN._replace(network='lab-net', security_groups=('default',))
+    cloud.boot(machine)
+    cloud.check([('network', 'wan')])  # another's, which stays
+    for renew in (lambda: nova.images.__setitem__(0, nova.image('tiny', 'admin', 'public')),
+                  lambda: nova.networks.__setitem__(0, nova.network('lab-net', 'admin', shared=True)),
+                  lambda: nova.groups.__setitem__(0, nova.network('default', 'lab'))):
+        renew()
+        before = nova.count(CREATE)
+        cloud.boot(machine)
+        assert nova.count(CREATE) == before + 2
+        del nova.seen[:]
+        cloud.boot(machine)
+        assert [each[0] for each in nova.seen] == [CREATE]  # what is right is remembered
+    assert set(nova.made.values()) == {7}
+
+
+def test_a_call_with_new_names_that_is_refused_is_not_made_again(nova):
+    cloud = verbs(nova)
+    nova.faults = {CREATE: ['400']}
+    with pytest.raises(cmres.CloudError):
+        cloud.boot(PLAIN)
+    assert nova.count(CREATE) == 1
+    nova.faults = {CREATE: ['403']}  # no name is wrong
+    cloud.check([('image', 'tiny')])
+    with pytest.raises(cmres.CloudError):
+        cloud.boot(PLAIN)
+    assert nova.count(CREATE) == 2
+
+
+def test_that_a_name_is_not_there_is_not_remembered(nova):
+    cloud = verbs(nova)
+    for kind, there in (('image', nova.images), ('network', nova.networks)):
+        with pytest.raises(Invalid):
+            cloud.check([(kind, 'new')])
+        there.append(nova.image('new', 'lab') if kind == 'image' else nova.network('new', 'lab'))
+        assert cloud.check([(kind, 'new')])[0].id == there[-1]['id']
+
+
+def test_an_image_that_was_replaced_delays_no_start(far, nova):
+    """A machine is up, then its image is made anew under its name: the next comes up at its instant."""
+    for label, start in (('first', 1), ('second', 1.05)):
+        named(far.service, 'image', 'tiny', label=label, start=start)
+        far.at(start)
+        far.at(start + 2 / 3600)
+        assert far.state(label) == 'active' and far.service.servers(label)[0]['tries'] == 1
+        nova.images[0] = nova.image('tiny', 'admin', 'public')
+
+
+# Time and connections
+
+def test_nothing_is_begun_when_the_time_for_a_verb_is_over(nova):
+    """Each answer alone comes in time; together they don't, and then no server is made."""
+    cloud = cmres.OpenStack('lab', 'cmres-0', cmres.Config(call_timeout=1.5))
+    cloud.servers()
+    nova.faults = {'GET /flavors/detail': ['late'], 'GET /images': ['late']}
+    with pytest.raises(cmres.CloudError) as failure:
+        cloud.boot(PLAIN)
+    assert failure.value.sure and failure.value.ill and not nova.made and nova.count(CREATE) == 0
+    cloud.boot(PLAIN)
+    cloud.verb.began = time.monotonic() - 2  # as if its names had taken that long
+    with pytest.raises(cmres.CloudError, match='the cloud lab did not answer within 1.5 seconds, so it was') as failure:
+        cloud.boot(PLAIN)
+    assert failure.value.sure and nova.count(CREATE) == 1
+    cloud.verb.began = None
+    assert cloud.servers()
+
+
+def test_as_many_connections_are_kept_as_there_are_workers(nova, caplog):
+    nova.LATE = 0.5
+    cloud = verbs(nova, workers=24)
+    cloud.servers()
+    nova.faults = {LOOK: ['late'] * 24}
+    with caplog.at_level('WARNING'), ThreadPoolExecutor(24) as pool:
+        assert list(pool.map(lambda _: cloud.servers(), range(24))) == [[]] * 24
+    assert 'Connection pool is full' not in caplog.text
+
+
+# Whole lives
+
+def test_servers_live_from_start_to_end_on_a_faulty_cloud(far, nova):
+    """Lost answers, refusals, no tags yet: as many are made as are wanted, none twice, and all go."""
+    nova.faults = {CREATE: ['cut', '500 after', '503', '429'], LOOK: ['500', ''], DELETE: ['cut', '500', '']}
+    nova.untagged = 2
+    named(far.service, 'image', 'tiny', label='lab', vms=4)
+    for n in range(60):
+        far.at(1 + 2 * n / 3600)
+    assert far.state('lab') == 'active'
+    assert len(nova.made) == 4 and set(nova.made.values()) == {1}  # one whose answer was lost is found, not made again
+    assert nova.count(CREATE) == 6  # four, and the two that were refused for sure
+    assert len({tuple(each['tags']) for each in nova.servers.values()}) == 4
+    for n in range(60):
+        far.at(2 + 2 * n / 3600)
+    assert far.state('lab') == 'ended' and not nova.servers and set(nova.made.values()) == {1}
+
+
+def test_a_cloud_that_asks_to_wait_is_not_asked_before(far, nova):
+    nova.RETRY_AFTER = 120
+    nova.faults = {CREATE: ['429']}
+    named(far.service, 'image', 'tiny', label='lab')
+    for seconds in (0, 10, 60, 118):
+        far.at(1 + seconds / 3600)
+        assert nova.count(CREATE) == 1
+    far.at(1 + 125 / 3600)
+    assert nova.count(CREATE) == 2
+
+
+@pytest.mark.parametrize('at_end, status', [('stop', 'SHUTOFF'), ('shelve', 'SHELVED_OFFLOADED'), ('snapshot', '')])
+def test_what_becomes_of_servers_at_the_end(far, nova, at_end, status):
+    named(far.service, 'image', 'tiny', label='lab', at_end=at_end)
+    nova.faults = {'POST /servers/ID/action': ['500 after']}  # the deed is done, and the answer lost
+    for moment in (1, 1.01, 2, 2.005, 2.01, 2.015, 2.02, 2.03, 2.04):
+        far.at(moment)
+        if at_end == 'snapshot' and moment == 2.015:
+            assert nova.servers, 'it went before its image was complete'
+            nova.images[-1]['status'] = 'active'
+    assert far.state('lab') == 'ended' and {each['status'] for each in nova.servers.values()} == ({status} - {''})
+    assert len([each for each in nova.images if each['name'].startswith('lab-1')]) == (at_end == 'snapshot')
+
+
+def test_over_quota_is_told_and_mended(far, nova):
+    nova.full = True
+    named(far.service, 'image', 'tiny', label='lab')
+    far.at(1)
+    assert 'Quota exceeded' in far.service.servers('lab')[0]['fault']
+    nova.full = False
+    for moment in (1.1, 1.11):
+        far.at(moment)
+    assert far.state('lab') == 'active'
+
+
 # OpenStack: Nova's scheduler asks ############################################
+#
+# First with what Nova hands to a filter, and a real cmres over HTTP; then in the lab, with Nova itself.
+
+
+class Handed:
+    """An object of Nova's, in which some fields may not be set."""
+
+    def __init__(self, **fields):
+        self.__dict__.update(fields)
+
+    def obj_attr_is_set(self, name):
+        return name in self.__dict__
+
+
+def spec_of(uuid='s1', project='biology', hints=None, vcpus=1, ram=512, specs=None, user='eva'):
+    more = {} if hints is None else {'scheduler_hints': hints}
+    flavor = Handed(vcpus=vcpus, memory_mb=ram, **{} if specs is None else {'extra_specs': specs})
+    return Handed(instance_uuid=uuid, project_id=project, user_id=user, flavor=flavor, **more)
+
+
+def host_of(name, *marks):
+    return Handed(host=name, aggregates=[Handed(metadata={'cmres': mark} if mark else {'ssd': 'true'}) for mark in marks])
+
+
+@pytest.fixture
+def scheduler(world, monkeypatch):
+    """The filter as nova-scheduler loads it, asking a cmres on loopback; `scheduler.conf` is [cmres] of nova.conf."""
+    import importlib.util
+    import types
+
+    class Option:
+        def __init__(self, name, default=None, choices=None, min=None, **_):
+            assert choices is None or default in choices
+            self.name, self.default = name, default
+
+    class Conf:
+        def register_opts(self, options, group):
+            setattr(self, group, types.SimpleNamespace(**{each.name: each.default for each in options} | conf))
+
+    class BaseHostFilter:
+        RUN_ON_REBUILD = False
+    conf, filters, cfg = {}, types.ModuleType('filters'), types.ModuleType('cfg')
+    filters.BaseHostFilter, cfg.CONF, cfg.StrOpt, cfg.FloatOpt = BaseHostFilter, Conf(), Option, Option
+    oslo = types.ModuleType('oslo_config')
+    oslo.cfg = cfg
+    monkeypatch.setitem(sys.modules, 'nova.scheduler.filters', filters)
+    monkeypatch.setitem(sys.modules, 'oslo_config', oslo)
+    loaded = importlib.util.spec_from_file_location('cmres', MODULE)
+    module = importlib.util.module_from_spec(loaded)
+    monkeypatch.setitem(sys.modules, 'cmres', module)  # as dataclasses look it up
+    loaded.loader.exec_module(module)
+    assert issubclass(module.ReservationFilter, BaseHostFilter)
+    server = waitress.create_server(cmres.rest(world.service), host='127.0.0.1', port=0, threads=2)
+
+    def serve():
+        with contextlib.suppress(OSError):  # its loop may be looking at what is closed below
+            server.run()
+    threading.Thread(target=serve, daemon=True).start()
+    token = world.service.token_add('nova', 'default', 'admin')['token']
+    conf.update(url=f'http://127.0.0.1:{server.effective_port}', token=token)
+    found = module.ReservationFilter()
+    found.conf = conf
+    yield found
+    with contextlib.suppress(OSError):
+        server.close()
+    server.task_dispatcher.shutdown()
+
+
+def passing(scheduler, hosts, spec):
+    return [each.host for each in scheduler.filter_all(hosts, spec)]
+
+
+HOSTS = [host_of('gpu-1', None, 'gpu'), host_of('gpu-2', 'gpu'), host_of('plain', None), host_of('bare')]
+
+
+def test_only_hosts_of_a_marked_aggregate_are_asked_about(scheduler, world, caplog):
+    guarded(world, 'gpu', vms=1)
+    world.now += 1
+    assert passing(scheduler, HOSTS, spec_of()) == ['gpu-1', 'gpu-2', 'plain', 'bare']
+    with caplog.at_level('INFO'):
+        assert passing(scheduler, HOSTS, spec_of('s2')) == ['plain', 'bare']
+    assert "s2 may not boot on gpu: 'lab' has 1 vms, 0 vcpus and 0 MiB, and they are in use" in caplog.text
+    assert passing(scheduler, HOSTS, spec_of('s3', project='chem')) == ['plain', 'bare']
+    scheduler.conf['url'] = 'http://127.0.0.1:9'
+    assert passing(scheduler, HOSTS[2:], spec_of('s4')) == ['plain', 'bare']
+
+
+def test_a_host_of_two_resources_passes_if_both_let_it(scheduler, world):
+    guarded(world, 'gpu')
+    world.service.resource_add('fast', cloud='simulated', mode='exclusive', vms=4)
+    world.now += 1
+    both = [host_of('both', 'gpu', 'fast'), host_of('one', 'gpu')]
+    assert passing(scheduler, both, spec_of()) == ['one']
+
+
+def test_hints_say_under_which_label_and_a_rebuild_is_let_pass(scheduler, world):
+    label = guarded(world, 'gpu')['label']
+    world.now += 1
+    hosts = HOSTS[:1]
+    assert passing(scheduler, hosts, spec_of(hints={'cmres': [label]})) == ['gpu-1']
+    assert passing(scheduler, hosts, spec_of('s2', hints={'cmres': ['other']})) == []
+    assert passing(scheduler, hosts, spec_of('s3', hints=None)) == ['gpu-1']
+    assert passing(scheduler, hosts, spec_of('s4', 'chem', hints={'_nova_check_type': ['rebuild']})) == ['gpu-1']
+    assert passing(scheduler, hosts, spec_of('s5', 'chem', hints={})) == []
+
+
+def test_a_flavor_with_other_classes_and_a_host_by_name(scheduler, world):
+    world.service.resource_sync('simulated', ['gpu'], mode='exclusive', named=True)
+    book(world.as_user(), 'lab', 0, 2, resource='gpu', flavor='g1.medium', vms=2, host=['gpu-2'])
+    world.now += 1
+    specs = {'resources:CUSTOM_GPU': '1', 'hw:cpu_policy': 'shared'}
+    assert passing(scheduler, HOSTS[:2], spec_of(vcpus=2, ram=4096, specs=specs)) == ['gpu-2']
+    assert passing(scheduler, HOSTS[:2], spec_of('s2', vcpus=2, specs={'resources:CUSTOM_GPU': '9'})) == []
+    assert passing(scheduler, HOSTS[:2], spec_of('s3', specs={}, user=None)) == ['gpu-2']
+
+
+@pytest.mark.parametrize('when_down, passes', [('closed', ['plain', 'bare']), ('open', [each.host for each in HOSTS])])
+def test_without_an_answer_it_is_as_nova_conf_says(scheduler, caplog, when_down, passes):
+    scheduler.conf.update(when_down=when_down, token='wrong')
+    assert passing(scheduler, HOSTS, spec_of()) == passes
+    scheduler.conf.update(url='http://127.0.0.1:9')
+    assert passing(scheduler, HOSTS, spec_of()) == passes
+    assert caplog.text.count(f'cmres does not answer, so its hosts are {when_down}') == 2
 
 
 class Guarded:
