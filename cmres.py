@@ -2320,7 +2320,7 @@ def made_for(uid: str, project: str) -> bool:
     """Whether a server was made for a reservation of a project."""
     return bool(row('SELECT r.id FROM server v JOIN occurrence o ON o.id = v.occurrence_id '
                     'JOIN reservation r ON r.id = o.reservation_id '
-                    'WHERE v.uid = ? AND r.project = ?', uid, project))
+                    'WHERE v.uid = ? AND NOT v.borrowed AND r.project = ?', uid, project))
 
 
 def named_by(wish: dict) -> list[tuple[str, str]]:
