@@ -657,6 +657,8 @@ def read_stretches(text: str) -> list[Stretch]:
 
 
 SECTIONS = ('cmres', 'credentials', 'identities', 'texts')
+#: What has a name on a cloud.
+KINDS = ('flavor', 'image', 'network', 'key', 'security_group', 'server')
 #: What people are told of, and in which words: the first line is the subject.
 TEXTS = {
     'added': '{label} is reserved\n{vms} vms on {resource} from {start} to {end}.',
@@ -709,6 +711,9 @@ class Config:
     call_timeout: float = setting(60.0, 'seconds after which a call to a cloud is given up', 0.1)
     boot_timeout: float = setting(900.0, 'seconds after which a server that does not come up is made anew', 0.1)
     settle: float = setting(15.0, 'seconds after a lost answer before a missing server is made again', 0.0)
+    common_names: str = setting(
+        '', "what users may name on an account that is not their own project's, besides what is "
+        'public there: KIND:NAME,KIND:NAME')
     poll: float = setting(1.0, 'seconds between looks at servers that are coming or going', 0.01)
     sweep: float = setting(60.0, 'seconds between looks at servers that should just be there', 0.01)
     retry_first: float = setting(5.0, 'seconds before a failed boot or delete is tried again; doubles each time', 0.01)
@@ -750,6 +755,17 @@ class Config:
     @property
     def zone(self) -> ZoneInfo:
         return read_zone(self.timezone)
+
+    @property
+    def common(self) -> frozenset[str]:
+        """The setting `common_names`, one by one; Invalid if one of them is none."""
+        names = [each.strip() for each in self.common_names.split(',') if each.strip()]
+        for each in names:
+            kind, _, name = each.partition(':')
+            if kind not in KINDS or not name:
+                raise Invalid(f"setting common_names: '{each}' is not KIND:NAME, such as "
+                              f"key:course; the kinds are {', '.join(KINDS)}{nearest(kind, KINDS)}")
+        return frozenset(names)
 
     def may_tell(self, target: str) -> bool:
         """Whether notices may go to an address: of the web, or a mail address of `mail_domains`."""
@@ -803,7 +819,7 @@ def load_config(path: str | None = None, environ: dict = os.environ) -> Config:
     config = Config(**{name: read_setting(name, text) for name, text in texts.items()},
                     credentials=sections['credentials'], identities=sections['identities'],
                     texts=TEXTS | sections['texts'], path=path, stamp=stamp)
-    config.zone  # an unknown zone is refused here, not at the first table
+    config.zone, config.common  # what is wrong with them is told here, not when they are used
     return config
 
 
@@ -1446,6 +1462,7 @@ class Reservation(Table):
     pending = peewee.IntegerField(null=True)     # until when it is held for somebody's word
     personal = peewee.BooleanField(default=False)  # only its user may boot on it through Nova
     on_conflict = peewee.CharField(default='')   # what becomes of an occurrence that has no room
+    trusted = peewee.TextField(default='[]')     # JSON: KIND:NAME that an admin gave it
     booked_until = peewee.IntegerField(null=True)  # how far it is in rows, if it goes on after that
     origin = peewee.CharField(default='')        # a digest of that event, to see whether it is another
     uid = peewee.CharField(null=True)            # of the event of a calendar that it comes from
@@ -1608,6 +1625,7 @@ class Server(Table):
 
 
 Server.add_index(Server.index(Server.account, where=Server.state == 'kept', name='server_kept'))
+Server.add_index(Server.index(Server.uid, where=Server.uid.is_null(False), name='server_uid'))
 Server.add_index(Server.index(Server.due, where=Server.due.is_null(False), name='server_due'))
 
 
@@ -1737,7 +1755,7 @@ TABLES = [Resource, Reservation, Occurrence, Capacity, Proposal, ExtraHold, Limi
 
 #: What brings an older store up to the models above, one function a version.
 MIGRATIONS: list[Callable] = [lambda: add_tracks(), lambda: add_proposals(), lambda: add_up_told(),
-                              lambda: add_owners()]
+                              lambda: add_owners(), lambda: trust_names()]
 
 
 def open_store(path: str) -> None:
@@ -1835,6 +1853,19 @@ def add_owners() -> None:
     add_columns('outbox', {'owner': "VARCHAR(255) NOT NULL DEFAULT ''"})
     run('CREATE TABLE IF NOT EXISTS mailed (owner VARCHAR(255) NOT NULL PRIMARY KEY, '
         'day INTEGER NOT NULL, number INTEGER NOT NULL)')
+
+
+def trust_names() -> None:
+    """Names are looked at with the rights of who asks; what was booked before that goes on."""
+    add_columns('reservation', {'trusted': "TEXT NOT NULL DEFAULT '[]'"})
+    run('''UPDATE reservation SET trusted = (SELECT json_group_array(name) FROM (
+             SELECT 'flavor:' || flavor AS name WHERE flavor <> '' UNION ALL
+             SELECT 'image:' || image WHERE image <> '' UNION ALL
+             SELECT 'network:' || network WHERE network <> '' UNION ALL
+             SELECT 'key:' || key WHERE key <> '' UNION ALL
+             SELECT 'server:' || server WHERE server <> '' UNION ALL
+             SELECT 'security_group:' || value FROM json_each(security_groups)))''')
+    run('CREATE INDEX IF NOT EXISTS server_uid ON server (uid) WHERE uid IS NOT NULL')
 
 
 @contextmanager
@@ -1986,7 +2017,7 @@ LISTING = '''
          (r.image <> '' OR r.server <> '') AS runs,
          clock.now, o.told, o.held_from, o.held_until, o.resource_id, r.over, o.due, o.slot, o.altered, o.revision,
          o.revised, r.waiting, r.priority, r.confirm, r.pending, r.on_conflict, r.booked_until, r.subscription,
-         r.series <> '' AS repeats, r.request, r.host, r.choices,
+         r.series <> '' AS repeats, r.request, r.host, r.choices, r.trusted,
          (SELECT p.shown FROM proposal p WHERE p.reservation_id = r.id AND (p.occurrence = o.id OR NOT p.alone)
            ORDER BY p.id DESC LIMIT 1) AS change
     FROM (SELECT CAST(? AS INTEGER) AS now) clock, occurrence o
@@ -2349,6 +2380,61 @@ def held_steps(resource: int) -> Iterator[tuple[tuple[str, int], tuple]]:
 # create call itself, so that a server whose answer was lost is found again.
 
 
+class Flavor(NamedTuple):
+    """What one machine takes: vcpus, ram in MiB, other resource classes as an Amount has them."""
+    vcpus: int
+    ram: int
+    classes: tuple = ()
+
+
+class Thing(NamedTuple):
+    """Something on a cloud that goes by a name, and who may use it."""
+    id: str
+    name: str
+    own: bool           # it is of the project of the account, or shared with it
+    open: bool = False  # everybody on that cloud may use it
+    mark: str = ''      # a server's tag of cmres, of whatever store
+    flavor: Flavor | None = None
+
+
+class Sight(NamedTuple):
+    """Which names of an account somebody may use; for them, nothing else is there.
+
+    Args:
+      project: for whom; of the servers that cmres made, those of its reservations are in sight
+      all_own: whether all that is the account's own is in sight, not only what is open to everybody
+      named: KIND:NAME of what is in sight besides
+    """
+    project: str
+    all_own: bool
+    named: frozenset = frozenset()
+
+    def shows(self, kind: str, thing: Thing) -> bool:
+        """Whether something is in sight."""
+        ours = bool(thing.mark) and made_for(thing.id, self.project)
+        if thing.mark and not ours:
+            return False
+        named = {f'{kind}:{thing.name}', f'{kind}:{thing.id}'} & self.named
+        return thing.open or thing.own and bool(self.all_own or ours or named)
+
+
+EVERYTHING = Sight('', True)
+
+
+def made_for(uid: str, project: str) -> bool:
+    """Whether a server was made for a reservation of a project."""
+    return bool(row('SELECT r.id FROM server v JOIN occurrence o ON o.id = v.occurrence_id '
+                    'JOIN reservation r ON r.id = o.reservation_id '
+                    'WHERE v.uid = ? AND NOT v.borrowed AND r.project = ?', uid, project))
+
+
+def named_by(wish: dict) -> list[tuple[str, str]]:
+    """What a cloud must know of a wish: kinds and names, without the networks `auto` and `none`."""
+    named = [(kind, wish[kind]) for kind in KINDS if wish.get(kind)]
+    named += [('security_group', name) for name in wish.get('security_groups') or ()]
+    return [pair for pair in named if pair not in (('network', 'auto'), ('network', 'none'))]
+
+
 class Machine(NamedTuple):
     """One machine to boot, in the words of the person who asked for it."""
     name: str
@@ -2361,6 +2447,7 @@ class Machine(NamedTuple):
     user_data: str = ''
     metadata: dict = {}
     hint: str = ''  # the label under which Nova's scheduler is to let it boot
+    sight: Sight = EVERYTHING  # what it may be made of
 
 
 class Aggregate(NamedTuple):
@@ -2368,13 +2455,6 @@ class Aggregate(NamedTuple):
     name: str
     hosts: dict[str, Amount]  # what each holds, by Placement
     mark: str  # the resource that it is marked with, or ''
-
-
-class Flavor(NamedTuple):
-    """What one machine takes: vcpus, ram in MiB, and of other resource classes as an Amount has them."""
-    vcpus: int
-    ram: int
-    classes: tuple = ()
 
 
 def classes_of(extra_specs: dict) -> tuple:
@@ -2398,18 +2478,35 @@ class Seen(NamedTuple):
 
 
 class Cloud:
-    """One account on one cloud. Every verb may raise CloudError; none of them waits longer than the time-out."""
+    """One account on one cloud. Every verb may raise CloudError.
+
+    All requests of a verb together have `call_timeout`: none is begun after that, and none waits
+    longer for its headers. `aggregates` and `hosts` have that time for each host or server.
+    """
 
     def __init__(self, account: str):
         self.account = account
 
-    def find(self, kind: str, name: str):
-        """The flavor, image, network, key or security group of that name or id; None if there is none."""
+    def things(self, kind: str, name: str = '') -> list[Thing]:
+        """What there is of one of KINDS; with a name, only what has it as its name or id."""
         raise NotImplementedError
 
-    def names(self, kind: str) -> list[str]:
-        """The names there are of a kind."""
-        raise NotImplementedError
+    def find(self, kind: str, name: str, sight: Sight = EVERYTHING) -> Thing | None:
+        """The one thing in sight of that name or id; None if there is none.
+
+        Raises:
+          Invalid: there are several.
+        """
+        found = [each for each in self.things(kind, name) if sight.shows(kind, each)]
+        found = [each for each in found if each.id == name] or found
+        if len(found) > 1:
+            raise Invalid(f"the cloud {self.account} has {len(found)} of the name '{name}'; "
+                          f"give the {kind.replace('_', ' ')} by its id")
+        return found[0] if found else None
+
+    def names(self, kind: str, sight: Sight = EVERYTHING) -> list[str]:
+        """The names of what is in sight, of a kind."""
+        return [each.name for each in self.things(kind) if each.name and sight.shows(kind, each)]
 
     def boot(self, machine: Machine) -> str:
         """Begins to make one server and tells its id; unless CloudError is `sure`, it may exist all the same."""
@@ -2428,15 +2525,15 @@ class Cloud:
         raise NotImplementedError
 
     def start(self, uid: str) -> None:
-        """Begins to make a server active that is at rest, in rescue, or was resized just now."""
+        """Begins to make a server active that is at rest, in rescue or resized; one that is active is fine."""
         raise NotImplementedError
 
     def stop(self, uid: str) -> None:
-        """Begins to stop a server; it is SHUTOFF then."""
+        """Begins to stop a server; it is SHUTOFF then. One that is so already is fine."""
         raise NotImplementedError
 
     def shelve(self, uid: str) -> None:
-        """Begins to shelve a server; it frees its host then."""
+        """Begins to shelve a server; it frees its host then. One that is so already is fine."""
         raise NotImplementedError
 
     def snapshot(self, uid: str, name: str) -> str:
@@ -2459,44 +2556,73 @@ class Cloud:
         """On which host each server is: '' while it is nowhere yet, None if it is gone or failed."""
         raise NotImplementedError
 
-    def check(self, named: Iterable[tuple[str, str]]) -> list:
+    def check(self, named: Iterable[tuple[str, str]], sight: Sight = EVERYTHING) -> list[Thing]:
         """What is found for (kind, name) pairs, in their order.
 
         Raises:
-          Invalid: there is no such thing; the sentence names it, the cloud and the nearest name.
+          Invalid: no such thing is in sight; the sentence tells the nearest name that is.
         """
         found = []
         for kind, name in named:
-            thing = self.find(kind, name)
+            thing = self.find(kind, name, sight)
             if thing is None:
                 raise Invalid(f"the cloud {self.account} has no {kind.replace('_', ' ')} '{name}'"
-                              f"{nearest(name, self.names(kind))}")
+                              f"{nearest(name, self.names(kind, sight))}")
             found.append(thing)
         return found
+
+
+UUID = re.compile('[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}')
 
 
 class OpenStack(Cloud):
     """An entry of clouds.yaml, through openstacksdk."""
 
-    # In the SDK: service, the verb that finds one, the verb that lists all.
-    KINDS = {'flavor': ('compute', 'find_flavor', 'flavors'), 'image': ('image', 'find_image', 'images'),
-             'network': ('network', 'find_network', 'networks'), 'key': ('compute', 'find_keypair', 'keypairs'),
-             'security_group': ('network', 'find_security_group', 'security_groups'),
-             'server': ('compute', 'find_server', 'servers')}
+    # In the SDK: service, the verb that lists all, and the one that gets one by its id.
+    VERBS = {'flavor': ('compute', 'flavors', ''), 'key': ('compute', 'keypairs', ''),
+             'image': ('image', 'images', 'get_image'),
+             'server': ('compute', 'servers', 'get_server'),
+             'network': ('network', 'networks', 'get_network'),
+             'security_group': ('network', 'security_groups', 'get_security_group')}
     REMEMBER = 300  # seconds that a found name is taken for granted
     DOOR_SHUT = 2   # seconds that nobody else waits at a cloud which has just refused to log us in
 
-    def __init__(self, account: str, store: str, timeout: float):
+    def __init__(self, account: str, store: str, config: Config):
         super().__init__(account)
-        self.store, self.timeout = store, timeout
-        self.found: dict = {}
+        self.store, self.config = store, config
+        self.found: dict = {}  # by kind, name and sight: when it was found, and what
         self.lock = threading.Lock()
+        self.verb = threading.local()  # since when this thread is at it
         self.session = None
-        self.refused: tuple = (0, None)  # until when, by which error, those who waited for the door are refused as well
+        self.refused: tuple = (0, None)  # until when nobody else is let to the door, and why
+
+    @contextmanager
+    def calling(self, what: str, sure: bool = False):
+        """The connection, for a verb that has `call_timeout` for all of its requests together."""
+        before = getattr(self.verb, 'began', None)
+        self.verb.began = before or time.monotonic()
+        try:
+            with self.telling(what, sure):
+                yield self.connection
+        finally:
+            self.verb.began = before
+
+    def time_left(self) -> float:
+        """The seconds that this thread's verb may still take.
+
+        Raises:
+          CloudError: none; it is sure, as no request is begun then.
+        """
+        most = self.config.call_timeout
+        left = (getattr(self.verb, 'began', None) or time.monotonic()) + most - time.monotonic()
+        if left <= 0:
+            raise CloudError(f'the cloud {self.account} did not answer within {most:g} seconds, '
+                             'so it was asked nothing more', sure=True)
+        return left
 
     @property
     def connection(self):
-        """One authenticated connection for all threads; one that failed is tried anew after some seconds."""
+        """One authenticated connection for all threads; after a failure, a new one in a while."""
         with self.lock, self.telling('be reached', sure=True):
             if time.monotonic() < self.refused[0]:
                 raise self.refused[1]
@@ -2509,9 +2635,23 @@ class OpenStack(Cloud):
 
     def log_in(self):
         import openstack
-        session = openstack.connect(cloud=self.account, api_timeout=self.timeout, app_name='cmres')
-        session.compute.get_endpoint_data()  # negotiates versions before threads do
-        return session
+        connection = openstack.connect(cloud=self.account, api_timeout=self.config.call_timeout,
+                                       app_name='cmres')
+        door = self.door()
+        for scheme in ('http://', 'https://'):
+            connection.session.session.mount(scheme, door)
+        connection.compute.get_endpoint_data()  # negotiates versions before threads do
+        return connection
+
+    def door(self):
+        """What all requests go through: a connection for each thread, and a look at the time."""
+        from keystoneauth1.session import TCPKeepAliveAdapter
+        time_left = self.time_left
+
+        class Door(TCPKeepAliveAdapter):
+            def send(self, request, *args, **options):
+                return super().send(request, *args, **options | {'timeout': time_left()})
+        return Door(pool_maxsize=self.config.workers + self.config.threads)
 
     @contextmanager
     def telling(self, what: str, sure: bool = False):
@@ -2530,50 +2670,135 @@ class OpenStack(Cloud):
             raise CloudError(f"the cloud {self.account} could not {what}: {textwrap.shorten(str(text), 300)}",
                              sure or 400 <= status < 500 and status != 408, status=status, **details) from error
 
-    def find(self, kind, name):
-        expires, thing = self.found.get((kind, name), (0, None))
-        if time.monotonic() < expires:
+    def find(self, kind, name, sight=EVERYTHING):
+        key, oldest = (kind, name, sight), time.monotonic() - self.REMEMBER
+        found, thing = self.found.get(key, (oldest, None))
+        if found > oldest:
+            self.verb.remembered = True
             return thing
-        service, verb, _ = self.KINDS[kind]
-        with self.telling(f'find the {kind}', sure=True):
-            more = {'get_extra_specs': True} if kind == 'flavor' else {}
-            thing = getattr(getattr(self.connection, service), verb)(name, ignore_missing=True, **more)
-        if thing is not None:
-            thing = Flavor(thing.vcpus, thing.ram, classes_of(thing.extra_specs or {}))._asdict() | {
-                'id': thing.id} if kind == 'flavor' else thing.to_dict()
-            self.found[kind, name] = time.monotonic() + self.REMEMBER, thing
+        thing = super().find(kind, name, sight)
+        if thing and kind != 'server':  # what is not in sight is looked up anew each time
+            self.found = {each: kept for each, kept in self.found.items() if kept[0] > oldest}
+            self.found[key] = time.monotonic(), thing
         return thing
 
-    def names(self, kind):
-        service, _, verb = self.KINDS[kind]
-        with self.telling(f'list each {kind}', sure=True):
-            return [thing.name for thing in getattr(getattr(self.connection, service), verb)() if thing.name]
+    def forget(self, named: list[tuple[str, str]]) -> None:
+        """Lets names be looked up anew: one of them stands for something else by now."""
+        for key in [*self.found]:
+            if key[:2] in named:
+                self.found.pop(key, None)
+
+    def things(self, kind, name=''):
+        service, listing, getter = self.VERBS[kind]
+        with self.calling(f"find the {kind.replace('_', ' ')}", sure=True) as cloud:
+            if getter and UUID.fullmatch(name):
+                found = self.by_id(getattr(getattr(cloud, service), getter), name)
+            else:
+                listed = getattr(getattr(cloud, service), listing)(**self.only(cloud, kind, name))
+                found = [each for each in listed if name in ('', each.name, each.id)]
+            if kind == 'flavor' and name:  # where Nova does not list them with the flavors
+                found = [each if each.extra_specs else each.fetch_extra_specs(cloud.compute)
+                         for each in found]
+            return [getattr(self, f'{kind}_thing')(cloud, each) for each in found]
+
+    def by_id(self, verb: Callable, id: str) -> list:
+        """The one thing of an id, or none: what is another's, a cloud may also forbid to see."""
+        from openstack.exceptions import ForbiddenException
+        try:
+            return [each for each in [self.got(verb, id)] if each]
+        except ForbiddenException:
+            return []
+
+    def got(self, verb: Callable, id: str):
+        """One thing by its id; None if it is not there."""
+        from openstack.exceptions import NotFoundException
+        try:
+            return verb(id)
+        except NotFoundException:
+            return None
+
+    def only(self, cloud, kind: str, name: str) -> dict:
+        """How the list of a kind is asked for.
+
+        Whoever asks, Nova lists public flavors and those that the project was given; it takes the
+        name of a server for a regular expression. To an admin, Neutron lists all projects' groups.
+        """
+        if kind == 'flavor':
+            return {'is_public': True}
+        if kind == 'key' or not name and kind != 'security_group':
+            return {}
+        named = {'name': f'^{re.escape(name)}$' if kind == 'server' else name} if name else {}
+        own = {'project_id': cloud.current_project_id} if kind == 'security_group' else {}
+        return named | own
+
+    # Whose each thing is: the account of an admin is shown what belongs to others as well.
+
+    def flavor_thing(self, cloud, found) -> Thing:
+        takes = Flavor(found.vcpus, found.ram, classes_of(found.extra_specs or {}))
+        return Thing(found.id, found.name, own=True, open=True, flavor=takes)
+
+    def key_thing(self, cloud, found) -> Thing:
+        return Thing(found.id, found.name, own=True)
+
+    def image_thing(self, cloud, found) -> Thing:
+        project = cloud.current_project_id
+        own = found.owner_id == project
+        if not own and found.visibility == 'shared':
+            own = any((each.member_id, each.status) == (project, 'accepted')
+                      for each in cloud.image.members(found.id))
+        return Thing(found.id, found.name, own, open=found.visibility in ('public', 'community'))
+
+    def network_thing(self, cloud, found) -> Thing:
+        own = found.project_id == cloud.current_project_id
+        shared = bool(found.is_shared or found.is_router_external)
+        return Thing(found.id, found.name, own, open=shared)
+
+    def security_group_thing(self, cloud, found) -> Thing:
+        own = found.project_id == cloud.current_project_id
+        return Thing(found.id, found.name, own, open=own and found.name == 'default')
+
+    def server_thing(self, cloud, found) -> Thing:
+        # Until it has a host, Nova may show a server without its tags: it may be anybody's.
+        own = found.project_id == cloud.current_project_id and found.status != 'BUILD'
+        mark = next((tag for tag in found.tags or () if tag.startswith('cmres-')), '')
+        return Thing(found.id, found.name, own, mark=mark)
 
     def boot(self, machine):
+        with self.calling('make a server'):
+            self.verb.remembered = False
+            try:
+                return self.create(machine)
+            except CloudError as error:
+                if error.details.get('status') not in (400, 404):
+                    raise
+                self.forget(named_by(machine._asdict()))
+                if not self.verb.remembered:  # they were new
+                    raise
+                return self.create(machine)
+
+    def create(self, machine: Machine) -> str:
+        """Makes a server of what the names stand for."""
         import base64
-        named = [('flavor', machine.flavor), ('image', machine.image)]
-        plain = machine.network or 'auto'
-        if plain not in ('auto', 'none'):
-            named.append(('network', plain))
-        flavor, image, *network = (thing['id'] for thing in self.check(named))
-        wish = {'name': machine.name, 'flavor_id': flavor, 'image_id': image, 'metadata': machine.metadata,
-                'networks': [{'uuid': network[0]}] if network else plain, 'tags': [self.store, machine.mark]}
+        named, found = named_by(machine._asdict()), defaultdict(list)
+        for (kind, _), thing in zip(named, self.check(named, machine.sight)):
+            found[kind].append(thing.id)
+        wish = {'name': machine.name, 'metadata': machine.metadata,
+                'flavor_id': found['flavor'][0], 'image_id': found['image'][0], 'tags': [self.store, machine.mark],
+                'networks': [{'uuid': id} for id in found['network']] or machine.network or 'auto'}
         if machine.key:
             wish['key_name'] = machine.key
         if machine.security_groups:
-            wish['security_groups'] = [{'name': name} for name in machine.security_groups]
+            wish['security_groups'] = [{'name': id} for id in found['security_group']]
         if machine.hint:
             wish['scheduler_hints'] = {'cmres': machine.hint}
         if machine.user_data:
             wish['user_data'] = base64.b64encode(machine.user_data.encode()).decode()
-        compute = self.connection.compute
-        with self.telling('make a server'):
-            return compute.create_server(**wish).id
+        with self.calling('make a server') as cloud:
+            return cloud.compute.create_server(**wish).id
 
     def servers(self):
-        compute = self.connection.compute
-        with self.telling('list servers', sure=True):
-            return [self.seen(server) for server in compute.servers(tags=self.store)]
+        with self.calling('list servers', sure=True) as cloud:
+            return [self.seen(server) for server in cloud.compute.servers(tags=self.store)]
 
     def seen(self, server) -> Seen:
         mark = next((tag for tag in server.tags or () if tag.startswith(f'{self.store}-')), '')
@@ -2583,86 +2808,98 @@ class OpenStack(Cloud):
         return Seen(server.id, mark, (server.status or 'unknown').lower(), made, fault, addresses)
 
     def delete(self, uid):
-        compute = self.connection.compute
-        with self.telling('delete a server', sure=True):
-            compute.delete_server(uid, ignore_missing=True)
+        with self.calling('delete a server', sure=True) as cloud:
+            cloud.compute.delete_server(uid, ignore_missing=True)
 
     def server(self, uid):
-        compute = self.connection.compute
-        with self.telling('show a server', sure=True):
-            found = compute.find_server(uid, ignore_missing=True)
+        with self.calling('show a server', sure=True) as cloud:
+            found = self.got(cloud.compute.get_server, uid)
             return self.seen(found) if found else None
 
     def start(self, uid):
-        compute = self.connection.compute
-        with self.telling('start a server', sure=True):
+        with self.calling('start a server', sure=True) as cloud:
+            compute = cloud.compute
             how = {'PAUSED': compute.unpause_server, 'SUSPENDED': compute.resume_server,
                    'RESCUE': compute.unrescue_server,
                    'VERIFY_RESIZE': compute.confirm_server_resize,
                    'SHELVED': compute.unshelve_server, 'SHELVED_OFFLOADED': compute.unshelve_server}
-            how.get(compute.get_server(uid).status, compute.start_server)(uid)
+            verb = how.get(compute.get_server(uid).status, compute.start_server)
+            tasks = 'powering-on|unpausing|resuming|unrescuing|unshelving|spawning'
+            self.once(compute, verb, uid, 'ACTIVE', tasks)
 
     def stop(self, uid):
-        compute = self.connection.compute
-        with self.telling('stop a server', sure=True):
-            compute.stop_server(uid)
+        with self.calling('stop a server', sure=True) as cloud:
+            self.once(cloud.compute, cloud.compute.stop_server, uid, 'SHUTOFF', 'powering-off')
 
     def shelve(self, uid):
-        compute = self.connection.compute
-        with self.telling('shelve a server', sure=True):
-            compute.shelve_server(uid)
+        with self.calling('shelve a server', sure=True) as cloud:
+            self.once(cloud.compute, cloud.compute.shelve_server, uid, 'SHELVED.*', 'shelving.*')
+
+    def once(self, compute, verb: Callable, uid: str, status: str, task: str) -> None:
+        """Begins what an earlier call may have begun, whose answer was lost: then Nova refuses it.
+
+        Args:
+          status, task: Nova's status of a server when that is done, its task while it is under way
+        """
+        from openstack.exceptions import ConflictException
+        try:
+            verb(uid)
+        except ConflictException:
+            found = compute.get_server(uid)
+            done = re.fullmatch(status, found.status)
+            if not done and not re.fullmatch(task, found.task_state or ''):
+                raise
 
     def snapshot(self, uid, name):
-        compute = self.connection.compute
-        with self.telling('make an image of a server', sure=True):
-            made = self.connection.image.find_image(name, ignore_missing=True)  # by a call whose answer was lost
-            return (made or compute.create_server_image(uid, name)).id
+        with self.calling('make an image of a server', sure=True) as cloud:
+            # Of a call whose answer was lost; somebody else's of that name is none.
+            made = [each for each in cloud.image.images(name=name)
+                    if each.owner_id == cloud.current_project_id]
+            return (made[0] if made else cloud.compute.create_server_image(uid, name)).id
 
     def saved(self, image):
-        connection = self.connection
-        with self.telling('show an image', sure=True):
-            found = connection.image.find_image(image, ignore_missing=True)
+        with self.calling('show an image', sure=True) as cloud:
+            found = self.got(cloud.image.get_image, image)
             gone = found is None or found.status in ('killed', 'deleted', 'pending_delete', 'deactivated')
             return None if gone else found.status == 'active'
 
-
     def aggregates(self):
-        connection = self.connection
-        with self.telling('list aggregates', sure=True):
-            return [Aggregate(each.name, {host: self.host_holds(connection.placement, host)
-                                          for host in sorted(each.hosts or [])}, (each.metadata or {}).get('cmres', ''))
-                    for each in connection.compute.aggregates()]
+        with self.calling('list aggregates', sure=True) as cloud:
+            found = [*cloud.compute.aggregates()]
+        return [Aggregate(each.name,
+                          {host: self.host_holds(host) for host in sorted(each.hosts or [])},
+                          (each.metadata or {}).get('cmres', '')) for each in found]
 
-    def host_holds(self, placement, host: str) -> Amount:
-        """What Placement gives out of a host and of what is in it (Placement's API: total, reserved, ratio)."""
+    def host_holds(self, host: str) -> Amount:
+        """What Placement gives out of a host and of what is in it (total, reserved, ratio)."""
         found: dict = defaultdict(int)
-        for root in placement.resource_providers(name=host):
-            for provider in placement.resource_providers(in_tree=root.id):
-                for each in placement.resource_provider_inventories(provider):
-                    name = each.resource_class or each.id
-                    found[name] += int((each.total - each.reserved) * each.allocation_ratio)
+        with self.calling('tell what a host holds', sure=True) as cloud:
+            placement = cloud.placement
+            for root in placement.resource_providers(name=host):
+                for provider in placement.resource_providers(in_tree=root.id):
+                    for each in placement.resource_provider_inventories(provider):
+                        name = each.resource_class or each.id
+                        found[name] += int((each.total - each.reserved) * each.allocation_ratio)
         return Amount(0, found['VCPU'], found['MEMORY_MB'], tuple(sorted(
             (name, each) for name, each in found.items() if name not in PLAIN and each)))
 
     def mark(self, aggregate, resource):
-        compute = self.connection.compute
-        with self.telling('mark an aggregate', sure=True):
-            found = next(each for each in compute.aggregates() if each.name == aggregate)
-            compute.set_aggregate_metadata(found, {'cmres': resource or None})
+        with self.calling('mark an aggregate', sure=True) as cloud:
+            found = next(each for each in cloud.compute.aggregates() if each.name == aggregate)
+            cloud.compute.set_aggregate_metadata(found, {'cmres': resource or None})
 
     def hosts(self, uids):
-        from openstack.exceptions import NotFoundException
-        compute, found = self.connection.compute, {}
-        for uid in uids:
-            with self.telling('tell where a server is', sure=True):
-                try:
-                    server = compute.get_server(uid)
-                    host = server.compute_host or server.hypervisor_hostname or ''
-                    failed = server.status.lower() in GONE or server.status == 'ERROR' and not host
-                    found[uid] = None if failed else host
-                except NotFoundException:
-                    found[uid] = None
-        return found
+        return {uid: self.host_of(uid) for uid in uids}
+
+    def host_of(self, uid: str) -> str | None:
+        """The host of a server: '' while it is nowhere yet, None if it is gone or failed."""
+        with self.calling('tell where a server is', sure=True) as cloud:
+            server = self.got(cloud.compute.get_server, uid)
+            if not server:
+                return None
+            host = server.compute_host or server.hypervisor_hostname or ''
+            failed = server.status.lower() in GONE or server.status == 'ERROR' and not host
+            return None if failed else host
 
 
 class Simulated(Cloud):
@@ -2678,20 +2915,16 @@ class Simulated(Cloud):
         super().__init__(account)
         self.store, self.config, self.clock = store, config, clock
 
-    def find(self, kind, name):
+    def things(self, kind, name=''):
         if kind == 'server':
-            found = self.present().where((SimulatedServer.uid == name) | (SimulatedServer.name == name)).first()
-            return {'id': found.uid} if found else None
-        if name not in self.NAMES[kind]:
-            return None
-        return {'id': name} | (self.FLAVORS[name]._asdict() if kind == 'flavor' else {})
-
-    def names(self, kind):
-        return [each.name for each in self.present()] if kind == 'server' else list(self.NAMES[kind])
+            return [Thing(each.uid, each.name, own=True, mark=each.mark) for each in self.present()
+                    if name in ('', each.uid, each.name)]
+        return [Thing(each, each, own=True, open=kind != 'key', flavor=self.FLAVORS.get(each))
+                for each in self.NAMES[kind] if name in ('', each)]
 
     def boot(self, machine):
         time.sleep(self.config.simulated_latency)
-        self.check([('flavor', machine.flavor), ('image', machine.image)])
+        self.check(named_by(machine._asdict()), machine.sight)
         uid = secrets.token_hex(8)
         with transaction():
             full = 0 < self.config.simulated_vms <= self.present().count()
@@ -2783,6 +3016,22 @@ class Clouds:
         """The project's own entry of clouds.yaml, else the resource's."""
         return self.config.read_again().credentials.get(f'{project}@{cloud}', cloud)
 
+    def sight(self, account: str, project: str, trusted: Iterable[str] = (),
+              admin: bool = False) -> Sight:
+        """What may be named of an account for a project.
+
+        Args:
+          trusted: KIND:NAME of what the reservation was given by an admin
+          admin: an admin asks, who may name all of it; else that takes an account of one's own
+        """
+        all_own = admin or self.owners(account) == {project}
+        return Sight(project, all_own, self.config.common | {*trusted})
+
+    def owners(self, account: str) -> set[str]:
+        """The projects for which it was written down as their own account."""
+        return {key.rpartition('@')[0] for key, entry in self.config.credentials.items()
+                if entry == account}
+
     @functools.cached_property
     def store(self) -> str:
         """What all our marks begin with: two installations on one cloud don't touch each other's servers."""
@@ -2803,7 +3052,7 @@ class Clouds:
     def make(self, account: str) -> Cloud:
         if account == 'simulated' or account.startswith('simulated-'):
             return Simulated(account, self.store, self.config, self.clock)
-        return OpenStack(account, self.store, self.config.call_timeout)
+        return OpenStack(account, self.store, self.config)
 
 
 # Notices #####################################################################
@@ -3893,6 +4142,7 @@ class Wish(NamedTuple):
     warnings: list
     host: str = ''               # all of it is reserved, by its name
     whole: Amount | None = None  # what it holds
+    trusted: list = []           # KIND:NAME that an admin gave it
 
     @property
     def amount(self) -> Amount:
@@ -3987,7 +4237,7 @@ CLOUDY = ('flavor', 'image', 'network', 'key', 'security_groups', 'server')
 #: The fields of a reservation that a machine is made of; they are fixed once it has begun.
 FIXED = (*CLOUDY, 'resource', 'start', 'lead', 'user_data', 'metadata', 'host')
 STORED = ('label', 'user', 'project', *CLOUDY, 'user_data', 'metadata', 'at_end', 'notify', 'lead', 'description',
-          'personal', 'repeat', 'tz', 'on_conflict', 'host')
+          'personal', 'repeat', 'tz', 'on_conflict', 'host', 'trusted')
 #: What one occurrence of a series may have otherwise than the others.
 OWN = frozenset(('resource', 'start', 'end', 'vms'))
 #: What needs more or less capacity, or other one, when it changes.
@@ -3995,14 +4245,15 @@ SHAPE = OWN | {'repeat', 'until', 'count', 'skip_dates', 'holidays', 'flavor', '
                'at_end', 'calendar'}
 #: What makes a series.
 REPEATING = frozenset(('repeat', 'until', 'count', 'skip_dates', 'holidays'))
-JSON = frozenset(('security_groups', 'metadata', 'notify', 'addresses', 'hosts', 'classes', 'named'))
+JSON = frozenset(('security_groups', 'metadata', 'notify', 'addresses', 'hosts', 'classes', 'named',
+                  'trusted'))
 UNCHANGED = (*STORED, 'resource_id', 'start', 'end', 'held_from', 'held_until', *Amount._fields, 'over')
 OVER = ('ended', 'cancelled', 'failed')
 PLACE = ('cell', 'cloud', 'region', 'aggregate')
 HIDDEN = frozenset(('now', 'resource_id', 'held_from', 'held_until', 'over', 'due', 'reservation', 'user_data',
                     'existing', 'ever', 'runs', 'told', 'slot', 'altered', 'revision', 'revised', 'on_conflict',
                     'booked_until', 'subscription', 'repeats', 'waiting', 'confirm', 'pending', 'priority', 'choices',
-                    'named'))
+                    'named', 'trusted'))
 #: Of a reservation, the occurrence that is now or comes next: no other that is not over comes before it.
 NEXT_OF_ITS = """NOT EXISTS (SELECT 1 FROM occurrence c
                               WHERE c.reservation_id = o.reservation_id AND c.cancelled IS NULL
@@ -4357,9 +4608,13 @@ class Wishes(Service):
         asks = {'resource', 'host', *CLOUDY} | ({'vms'} if asked.get('host') else set())
         if old and not asks & set(changes):
             each, server = Amount(1) if old.host else amount_of(old) // old.vms, old.server
+            trusted = asked['trusted']
         else:
-            found = self.ask_cloud(place, asked | {'project': project}, warnings)
-            each, server = self.each_takes(found), found.get('server', {}).get('id', '')
+            kept = asked['trusted'] if old and old.cloud == place.cloud else []
+            found = self.ask_cloud(place, asked | {'project': project, 'trusted': kept}, warnings)
+            each, server = self.each_takes(found), found['server'].id if 'server' in found else ''
+            new = set(changes) if old else {'resource'}
+            trusted = self.trusted(asked | {'server': server}, kept, new)
         wish = Wish(asked['label'], user, project, place, start, end, asked['vms'], asked['flavor'], asked['image'],
                     asked['network'], asked['key'], [*asked['security_groups']], asked['user_data'],
                     dict(asked['metadata'] or {}), server, asked['at_end'] or ('stop' if server else 'delete'),
@@ -4367,7 +4622,7 @@ class Wishes(Service):
                     old.tz if old else '',
                     asked['on_conflict'], [], each, warnings, *(
                         (old.host, amount_of(old)) if old and old.host and not {*asks, 'vms'} & set(changes)
-                        else self.whole_host(place, asked, each)))
+                        else self.whole_host(place, asked, each)), trusted=trusted)
         if stretches and not {'repeat'} & set(changes):
             stretches = self.moved_stretches(wish, asked, old, stretches, key, changes)
             stretches = self.ended_stretches(stretches, asked, changes, warnings)
@@ -4419,17 +4674,19 @@ class Wishes(Service):
 
         If the cloud can't be asked, that goes to `warnings`, unless only it could tell what is needed.
         """
-        named = [(kind, asked[kind]) for kind in CLOUDY if kind != 'security_groups' and asked.get(kind)]
-        named += [('security_group', name) for name in asked.get('security_groups', ())]
-        named = [pair for pair in named if pair not in (('network', 'auto'), ('network', 'none'))]
+        named = named_by(asked)
         if not named:
             return {}
         if not place.cloud:
             raise Invalid(f"the resource '{place.name}' has no cloud that knows the {named[0][0].replace('_', ' ')} "
                           f"'{named[0][1]}'; leave it out")
-        account = self.clouds.account(place.cloud, asked.get('project', self.actor.project))
+        project = asked.get('project', self.actor.project)
+        account = self.clouds.account(place.cloud, project)
+        admin = self.actor.role == ADMIN
+        sight = self.clouds.sight(account, project, asked.get('trusted', ()), admin)
         try:
-            return dict(zip((kind for kind, _ in named), self.clouds.open(account).check(named)))
+            found = self.clouds.open(account).check(named, sight)
+            return dict(zip((kind for kind, _ in named), found))
         except CloudError as error:
             if asked.get('flavor') and (place.vcpus, place.ram) != (None, None):
                 raise CloudError(f"{error}; its flavor '{asked['flavor']}' must be known to count "
@@ -4439,9 +4696,15 @@ class Wishes(Service):
             warnings.append(f'not checked: {error}')
             return {}
 
+    def trusted(self, asked: dict, kept: list, changes: set) -> list[str]:
+        """The names that an admin gave a reservation, now or before, as KIND:NAME."""
+        fields = {'security_group': 'security_groups'}
+        return [f'{kind}:{name}' for kind, name in named_by(asked) if f'{kind}:{name}' in kept or (
+                self.actor.role == ADMIN and {'resource', fields.get(kind, kind)} & changes)]
+
     def each_takes(self, found: dict) -> Amount:
         """What one machine takes, of what the cloud told."""
-        return Amount(1, *(found['flavor'][figure] for figure in Flavor._fields)) if 'flavor' in found else Amount(1)
+        return Amount(1, *found['flavor'].flavor) if 'flavor' in found else Amount(1)
 
     def whole_host(self, place, asked: dict, each: Amount) -> tuple[str, Amount | None]:
         """The host that is reserved by its name, and what it holds."""
@@ -4657,11 +4920,13 @@ class Wishes(Service):
                              ('o.held_from < ?', until), ('o.held_until > ?', max(begin, int(self.clock()))),
                              ('o.id <> ?', old.id if old else 0)],
                             limit=10, tail='ORDER BY held_from DESC, id DESC')[::-1]
-        fields = ('label', 'user', 'project', 'vms', 'start', 'end')
-        seen = self.actor.role == ADMIN
-        return {'in_the_way': [{name: value for name, value in public(each).items()
-                                if name in (fields if seen or each.project == self.actor.project else fields[3:])}
-                               for each in found]}
+        return {'in_the_way': [self.in_brief_for_actor(each) for each in found]}
+
+    def in_brief_for_actor(self, found) -> dict:
+        """When an occurrence holds how much; whose it is, only for those who may see it."""
+        seen = self.actor.role == ADMIN or found.project == self.actor.project
+        fields = ('label', 'user', 'project', 'vms', 'start', 'end')[0 if seen else 3:]
+        return {name: value for name, value in public(found).items() if name in fields}
 
     def would_fit(self, wish: Wish) -> dict:
         """What could be had instead: the next start, the most machines, the longest duration; each that there is."""
@@ -4900,11 +5165,15 @@ class Holding(Limits):
     def refuse_shared_server(self, wish: Wish, own: int = 0) -> None:
         """A machine that somebody has can be started and stopped by one reservation at a time."""
         begin, until = wish.held
-        other = row('SELECT r.label FROM occurrence o JOIN reservation r ON r.id = o.reservation_id WHERE r.server = ? '
+        other = row('SELECT o.id, r.label, r.project FROM occurrence o '
+                    'JOIN reservation r ON r.id = o.reservation_id WHERE r.server = ? '
                     'AND o.due IS NOT NULL AND o.held_from < ? AND o.held_until > ? AND r.id <> ?',
                     wish.server, until, begin, own) if wish.server else None
         if other:
-            raise Conflict(f"the server {wish.server} is reserved by '{other.label}' in that time already")
+            # The sentence goes to the event log as well, which the project of the wish reads.
+            whose = f" by '{other.label}'" if other.project == wish.project else ''
+            raise Conflict(f'the server {wish.server} is reserved{whose} in that time already',
+                           in_the_way=[self.in_brief_for_actor(self.occurrence(other.id))])
 
     def waiting_line(self, now: float) -> list:
         """Those that wait for room and still may have it, in the order in which they get it."""
@@ -7022,7 +7291,8 @@ class Calendars(Claims):
                 self.cancel(gone, now, 'cancelled in the calendar', ends=True)
                 return line | {'outcome': 'cancelled', 'label': known.label}
             return line | {'outcome': 'past' if not booking.cancelled else 'cancelled'}
-        origin = hashed(repr((booking.digest, wish.columns(*STORED[1:]))))
+        asked = (name for name in STORED if name not in ('label', 'trusted'))
+        origin = hashed(repr((booking.digest, wish.columns(*asked))))
         if known and known.origin == origin and (live or subscription):
             if live and known.series != stored_stretches(wish.stretches):  # it is spelled out, further than before
                 change(Reservation, known.id, series=stored_stretches(wish.stretches))
@@ -7490,7 +7760,7 @@ CALM = 60  # seconds that another number of servers must be up before it is told
 TRIPS = 3  # failures in a row after which a cloud is left alone for a while
 
 SERVERS = '''SELECT v.*, r.flavor, r.image, r.network, r.key, r.security_groups, r.user_data, r.metadata,
-                    r.label, r.notify, o.reservation_id, o."end", o.resource_id, s.mode
+                    r.label, r.project, r.trusted, r.notify, o.reservation_id, o."end", o.resource_id, s.mode
                FROM server v JOIN occurrence o ON o.id = v.occurrence_id
                JOIN reservation r ON r.id = o.reservation_id JOIN resource s ON s.id = o.resource_id'''
 
@@ -8169,7 +8439,8 @@ class LifeCycle:
         return self.clouds.open(account).boot(Machine(
             server.name, self.mark(server), server.flavor, server.image, server.network, server.key,
             tuple(json.loads(server.security_groups)), server.user_data, json.loads(server.metadata),
-            server.label if server.mode else ''))
+            server.label if server.mode else '',
+            self.clouds.sight(account, server.project, json.loads(server.trusted))))
 
     def do_delete(self, account: str, server) -> None:
         self.clouds.open(account).delete(server.uid)
@@ -9574,29 +9845,34 @@ class CloudNames:
 
     def __init__(self, clouds: Clouds):
         self.clouds, self.lock = clouds, threading.Lock()
-        self.found: dict[str, tuple[float, dict, str]] = {}  # by account: until when, names by kind, why there are none
-        self.asking: dict[str, threading.Thread] = {}
+        # By account and what of it is in sight: until when, names by kind, why there are none.
+        self.found: dict[tuple[str, Sight], tuple[float, dict, str]] = {}
+        self.asking: dict[tuple[str, Sight], threading.Thread] = {}
 
-    def of(self, account: str, patience: float = 1) -> tuple[dict[str, list[str]], str]:
-        """The names that are known of an account, by kind; and why, if it does not answer within some seconds."""
+    def of(self, account: str, sight: Sight,
+           patience: float = 1) -> tuple[dict[str, list[str]], str]:
+        """The names in sight, by kind; and why, if the cloud does not answer within some seconds."""
         nothing = (0.0, {'flavor': [], 'image': []}, f'the cloud {account} does not answer yet')
+        key = account, sight._replace(project='')  # that is for servers only
         with self.lock:
-            thread = self.asking.get(account)
-            if time.monotonic() >= self.found.get(account, nothing)[0] and not (thread and thread.is_alive()):
-                thread = self.asking[account] = threading.Thread(target=self.ask, args=(account,), daemon=True)
+            thread = self.asking.get(key)
+            under_way = thread and thread.is_alive()
+            if time.monotonic() >= self.found.get(key, nothing)[0] and not under_way:
+                thread = self.asking[key] = threading.Thread(target=self.ask, args=key, daemon=True)
                 thread.start()
         if thread:
-            thread.join(patience if account not in self.found else 0)
-        return self.found.get(account, nothing)[1:]
+            thread.join(patience if key not in self.found else 0)
+        return self.found.get(key, nothing)[1:]
 
-    def ask(self, account: str) -> None:
+    def ask(self, account: str, sight: Sight) -> None:
         """Looks the names up, however long that takes."""
         try:
             cloud = self.clouds.open(account)
-            names, why = {kind: sorted(cloud.names(kind))[:500] for kind in ('flavor', 'image')}, ''
+            names, why = {kind: sorted(cloud.names(kind, sight))[:500]
+                          for kind in ('flavor', 'image')}, ''
         except CloudError as error:
             names, why = {'flavor': [], 'image': []}, str(error)
-        self.found[account] = time.monotonic() + (10 if why else 60), names, why
+        self.found[account, sight] = time.monotonic() + (10 if why else 60), names, why
 
 
 class Pages:
@@ -9922,7 +10198,10 @@ class Pages:
         place = row('SELECT * FROM resource WHERE name = ? AND removed IS NULL', resource)
         if not visit.writes or not place or not place.cloud:
             return {'flavor': [], 'image': []}, ''
-        return self.names.of(self.service.clouds.account(place.cloud, visit.actor.project))
+        clouds, project = self.service.clouds, visit.actor.project
+        account = clouds.account(place.cloud, project)
+        sight = clouds.sight(account, project, admin=visit.actor.role == ADMIN)
+        return self.names.of(account, sight)
 
     def filled(self, visit: Visit, given: dict) -> dict:
         """The fields of the form: as given, times as clocks show them there; what was clicked on, not before now."""

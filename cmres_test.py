@@ -19,6 +19,7 @@ need a real cloud, named by OS_CLOUD, and are skipped where there is none.
 """
 
 import asyncio
+import base64
 import collections
 import contextlib
 import csv
@@ -47,7 +48,7 @@ import zoneinfo
 from concurrent.futures import ThreadPoolExecutor
 from datetime import date, datetime, timedelta, timezone
 from pathlib import Path
-from urllib.parse import urlencode, urlsplit
+from urllib.parse import parse_qsl, urlencode, urlsplit
 
 import icalendar
 import peewee
@@ -257,7 +258,7 @@ def folder(tmp_path, monkeypatch):
     return lambda name, text: (tmp_path / name).write_text(text, encoding='utf-8') and name
 
 
-OTHER = {str: 'Europe/Paris', int: '9', float: '0.5', bool: 'yes'}
+OTHER = {str: 'Europe/Paris', int: '9', float: '0.5', bool: 'yes', 'common_names': 'key:course'}
 
 
 def test_without_anything_every_setting_has_its_default(folder):
@@ -281,8 +282,9 @@ def test_the_folder_of_calendars_for_these_tests_is_no_setting(folder):
 def test_every_setting_has_an_environment_twin_that_goes_before_the_file(folder, name):
     kind = type(SETTINGS[name].default)
     folder('config.ini', f'[cmres]\n{name} = {"UTC" if kind is str else "1"}\n')
-    found = getattr(load_config(environ={f"CMRES_{name.upper()}": OTHER[kind]}), name)
-    assert found == (kind is bool or kind(OTHER[kind]))
+    other = OTHER.get(name, OTHER[kind])
+    found = getattr(load_config(environ={f"CMRES_{name.upper()}": other}), name)
+    assert found == (kind is bool or kind(other))
 
 
 @pytest.mark.parametrize('text, sentence', [
@@ -294,6 +296,8 @@ def test_every_setting_has_an_environment_twin_that_goes_before_the_file(folder,
     ('[cmres]\npoll = nan\n', 'setting poll: nan is not between'),
     ('[cmres]\ncall_timeout = 0\n', 'setting call_timeout: 0 is not between'),
     ('[cmres]\ntimezone = Mars/Olympus\n', "unknown time zone 'Mars/Olympus'"),
+    ('[cmres]\ncommon_names = keys:course\n', "'keys:course' is not KIND:NAME, such as key:course"),
+    ('[cmres]\ncommon_names = course\n', "'course' is not KIND:NAME, such as key:course"),
     ('[cmres]\nport = 1\nport = 2\n', "can't read the configuration"),
     ('port = 1\n', "can't read the configuration"),
 ])
@@ -485,7 +489,8 @@ def test_a_store_of_the_first_version_is_brought_up_to_this_one(world):
         cmres.run('ALTER TABLE old RENAME TO step')
         cmres.db.user_version = 1
     cmres.open_store(world.config.database)
-    assert cmres.db.user_version == len(cmres.MIGRATIONS) + 1 and dump_of('step') == steps and world.service.check()['differences'] == 0
+    assert cmres.db.user_version == len(cmres.MIGRATIONS) + 1
+    assert dump_of('step') == steps and world.service.check()['differences'] == 0
     assert book(world.as_user(), 'new', start=5, end=6, resource='-', part=['demo:1', 'gpu:1'])['parts'][1]['vms'] == 1
     world.service.delete('full')
     world.cycle.settle()
@@ -6022,6 +6027,7 @@ def test_a_host_that_waits_at_a_place_is_let_in_as_a_whole(world, monkeypatch):
 
 def test_two_that_wait_with_one_server_are_not_let_in_together(world):
     uid = machine(world, 'mine')
+    object.__setattr__(world.config, 'common_names', 'server:mine')
     for name in ('a1', 'b1'):
         world.service.resource_add(name, cloud='simulated', vms=1)
         book(world.service, f'on-{name}', resource=name)
@@ -9487,7 +9493,7 @@ def test_reservations_that_have_no_lane_are_told_of(world):
 def test_a_cloud_that_does_not_answer_holds_up_nobody(world, monkeypatch):
     world.service.resource_add('far', cloud='far', vms=4)
     class Mute(cmres.Cloud):
-        def names(self, kind):
+        def things(self, kind, name=''):
             time.sleep(8)
             raise cmres.CloudError('the cloud far does not answer')
     real = world.clouds.open
@@ -12532,7 +12538,7 @@ def test_a_scheduler_killed_again_and_again_boots_twenty_and_removes_twenty(tmp_
         cmres.close_store()
 
 
-FORWARDED = ('', '500 after', 'cut', 'hang', 'trickle')  # the request does its work, and only its answer suffers
+FORWARDED = ('', '500 after', 'cut', 'hang', 'trickle', 'late')  # the request does its work, and only its answer suffers
 
 
 @openstack
@@ -12570,9 +12576,10 @@ class Proxy(http.server.ThreadingHTTPServer):
     daemon_threads = True
     request_queue_size = 100
     RETRY_AFTER = 3
+    LATE = 1.0  # seconds that an answer takes which comes late
 
-    def __init__(self, upstream='http://127.0.0.1:18774'):
-        super().__init__(('127.0.0.1', 0), Relay)
+    def __init__(self, upstream='http://127.0.0.1:18774', handler=None):
+        super().__init__(('127.0.0.1', 0), handler or Relay)
         self.upstream, self.faults, self.seen = upstream.removeprefix('http://'), {}, []
         self.lock = threading.Lock()
         self.released = threading.Event()
@@ -12610,11 +12617,14 @@ class Relay(http.server.BaseHTTPRequestHandler):
         body = self.rfile.read(int(self.headers.get('Content-Length') or 0))
         path = self.path.partition('?')[0]
         kind = f"{self.command} /{'/'.join(path.split('/')[2:])}"
-        kind = re.sub(r'/servers/[0-9a-f-]{36}', '/servers/ID', kind)
+        kind = re.sub(r'/(servers|networks)/[0-9a-f-]{36}', r'/\1/ID', kind)
         fault = self.server.next_fault(kind)
         status, headers, answer = self.forward(body) if fault in FORWARDED else (0, [], b'')
         with self.server.lock:
             self.server.seen.append((kind, fault, status, time.time()))
+        if fault == 'late':
+            self.server.released.wait(self.server.LATE)
+            fault = ''
         if fault == 'cut':
             self.close_connection = True
             self.connection.shutdown(socket.SHUT_RDWR)
@@ -13034,7 +13044,920 @@ def test_two_projects_use_one_resource_with_their_own_credentials(tmp_path):
                 theirs.delete_server(each)
 
 
+# OpenStack: a stand-in #######################################################
+#
+# Keystone, Nova, Glance, Neutron and Placement as far as cmres asks them, in one server on loopback.
+# openstacksdk speaks to it as to any cloud; what differs from the real ones is told by the lab.
+
+
+class StandIn(Proxy):
+    """A cloud with a project for each user, where `faults` go wrong as with a Proxy; an admin is shown everything.
+
+    `made` counts the servers that were ever made, by name; `untagged` is for how many lists a server has no tags yet.
+    """
+
+    ADMIN = 'admin'
+
+    def __init__(self):
+        super().__init__(handler=Answering)
+        self.now = NOON.timestamp
+        self.servers, self.ghosts, self.untagged, self.busiest, self.open_now = {}, [], 0, 0, 0
+        self.made, self.flavor_specs, self.full, self.logins = collections.Counter(), True, False, 0
+        self.flavors = {'m1.tiny': (1, 512, {}), 'g1': (4, 8192, {'resources:CUSTOM_GPU': '1', 'hw:x': 'y'})}
+        self.hidden_flavors = {'chem-only': (1, 512, {})}  # given to another project
+        self.images = [self.image('tiny', 'admin', 'public'), self.image('lab-private', 'lab', 'private'),
+                       self.image('bio-private', 'bio', 'private'), self.image('anybody', 'chem', 'community'),
+                       self.image('offered', 'chem', 'shared')]
+        self.members = {self.id_of('offered'): [('bio', 'accepted'), ('lab', 'pending')]}
+        self.networks = [self.network('lab-net', 'admin', shared=True), self.network('lab-only', 'lab'),
+                         self.network('bio-net', 'bio'), self.network('wan', 'admin', external=True)]
+        self.groups = [self.network(name, project) for project in ('lab', 'bio', 'admin') for name in ('default', 'web')]
+        self.keys = {'lab': ['lab-key', 'course'], 'bio': ['bio-key']}
+        self.aggregates = [{'id': 1, 'name': 'gpu', 'hosts': ['gpu-1'], 'metadata': {}}]
+        self.inventories = {'gpu-1': {'VCPU': (16, 0, 4.0), 'MEMORY_MB': (65536, 1024, 1.0)},
+                            'gpu-1-cards': {'CUSTOM_GPU': (4, 0, 1.0)}}
+
+    def image(self, name, owner, visibility='private', status='active'):
+        return {'id': str(uuid.uuid4()), 'name': name, 'owner': owner, 'visibility': visibility, 'status': status}
+
+    def network(self, name, owner, shared=False, external=False):
+        return {'id': str(uuid.uuid4()), 'name': name, 'project_id': owner, 'tenant_id': owner, 'shared': shared,
+                'router:external': external}
+
+    def id_of(self, name):
+        return next(each['id'] for each in [*self.images, *getattr(self, 'networks', ())] if each['name'] == name)
+
+    def server(self, name, project='lab', tags=(), status='ACTIVE', **more):
+        """A server that is there already."""
+        made = {'id': str(uuid.uuid4()), 'name': name, 'tenant_id': project, 'tags': [*tags], 'status': status,
+                'created': datetime.fromtimestamp(self.now(), UTC).strftime('%Y-%m-%dT%H:%M:%SZ'), 'shown': 0,
+                'OS-EXT-SRV-ATTR:host': 'gpu-1', 'addresses': {}} | more
+        self.servers[made['id']] = made
+        return made['id']
+
+    def write_clouds(self, path, **changes):
+        """A clouds.yaml with an entry for each user; `changes` are made in the entry `lab`."""
+        entries = {user: {'region_name': 'one', 'auth': {
+            'auth_url': f'{self.url}/v3', 'username': user, 'password': user, 'project_name': user,
+            'user_domain_name': 'Default', 'project_domain_name': 'Default'}} for user in ('lab', 'bio', 'admin')}
+        entries['lab']['auth'] |= changes
+        path.write_text(yaml.safe_dump({'clouds': entries}))
+
+    # Keystone
+
+    def log_in(self, user, query, said):
+        self.logins += 1
+        who = said['auth']['identity']['password']['user']
+        if who['name'] != who['password']:
+            return 401, self.refusal(401, 'The request you have made requires authentication.')
+        later = (datetime.now(UTC) + timedelta(days=1)).strftime('%Y-%m-%dT%H:%M:%S.000000Z')
+        catalog = [{'type': kind, 'name': kind, 'id': kind, 'endpoints': [
+            {'id': kind, 'interface': 'public', 'region': 'one', 'region_id': 'one', 'url': f'{self.url}{path}'}]}
+            for kind, path in (('identity', '/v3'), ('compute', '/v2.1'), ('image', '/image'), ('network', '/'),
+                               ('placement', '/placement'))]
+        domain = {'id': 'default', 'name': 'Default'}
+        token = {'methods': ['password'], 'expires_at': later, 'catalog': catalog, 'is_domain': False,
+                 'user': {'id': who['name'], 'name': who['name'], 'domain': domain},
+                 'project': {'id': who['name'], 'name': who['name'], 'domain': domain}, 'roles': []}
+        return 201, {'token': token}, [('X-Subject-Token', who['name'])]
+
+    def versions(self, user, query, said, path):
+        if path.strip('/') == 'image':
+            return 300, {'versions': [{'id': 'v2.9', 'status': 'CURRENT', 'links': [
+                {'rel': 'self', 'href': f'{self.url}/v2/'}]}]}
+        if path.strip('/') == 'placement':
+            return 200, {'versions': [{'id': 'v1.0', 'min_version': '1.0', 'max_version': '1.39', 'status': 'CURRENT',
+                                       'links': [{'rel': 'self', 'href': ''}]}]}
+        keystone = path.strip('/') == 'v3'
+        return 200, {'version': {'id': 'v3.14' if keystone else 'v2.1', 'links': [
+            {'rel': 'self', 'href': f'{self.url}{path}'}], 'status': 'stable' if keystone else 'CURRENT'} | (
+                {} if keystone else {'version': '2.100', 'min_version': '2.1'})}
+
+    def refusal(self, status, text):
+        return {'error': {'message': text, 'code': status}}
+
+    # Nova
+
+    def list_servers(self, user, query, said):
+        tags = set(query['tags'].split(',')) if 'tags' in query else set()
+        found = [each for each in self.servers.values() if each['tenant_id'] == user]
+        self.ghosts, ghosts = [], self.ghosts
+        shown = [self.shown(each) for each in [*found, *ghosts] if re.search(query.get('name', ''), each['name'])]
+        return 200, {'servers': [each for each in shown if tags <= set(each['tags'])]}
+
+    def shown(self, server):
+        """A server as Nova shows it: at first being built, maybe without its tags, then up."""
+        server['shown'] += 1
+        if server['status'] == 'BUILD' and server['shown'] > self.untagged:
+            server |= {'status': 'ACTIVE', 'addresses': {'net': [{'addr': '10.9.0.4', 'version': 4}]}}
+        hidden = {'tags': []} if server['status'] == 'BUILD' else {}
+        return {name: value for name, value in server.items() if name not in ('shown', 'asked')} | hidden
+
+    def found(self, user, id):
+        server = self.servers.get(id)
+        return server if server and (user == self.ADMIN or server['tenant_id'] == user) else None
+
+    def show_server(self, user, query, said, id):
+        server = self.found(user, id)
+        return (200, {'server': self.shown(server)}) if server else (404, self.refusal(404, 'Instance not found.'))
+
+    def make_server(self, user, query, said):
+        wish = said['server']
+        networks = wish['networks'] if isinstance(wish['networks'], list) else []
+        missing = [f'{word} {each}' for word, each, there in (
+            ('Flavor', wish['flavorRef'], self.flavors), ('Image', wish['imageRef'], {i['id'] for i in self.images}),
+            *(('Network', each['uuid'], {n['id'] for n in self.networks}) for each in networks),
+            ('Keypair', wish.get('key_name', ''), ['', *self.keys.get(user, ())]),
+            *(('Security group', each['name'], {g['id'] for g in self.groups})
+              for each in wish.get('security_groups', ()))) if each not in there]
+        if missing:
+            return 400, self.refusal(400, f'{missing[0]} could not be found.')
+        if self.full:
+            return 403, self.refusal(403, 'Quota exceeded for instances.')
+        self.made[wish['name']] += 1
+        id = self.server(wish['name'], user, wish['tags'], 'BUILD', asked=said)
+        return 202, {'server': {'id': id, 'links': []}}
+
+    def delete_server(self, user, query, said, id):
+        if not self.found(user, id):
+            return 404, self.refusal(404, 'Instance not found.')
+        self.ghosts.append(self.servers.pop(id) | {'status': 'DELETED'})
+        return 204, None
+
+    STATUSES = {'os-stop': ('ACTIVE', 'SHUTOFF'), 'os-start': ('SHUTOFF', 'ACTIVE'), 'unpause': ('PAUSED', 'ACTIVE'),
+                'resume': ('SUSPENDED', 'ACTIVE'), 'shelve': ('ACTIVE SHUTOFF', 'SHELVED_OFFLOADED'),
+                'unshelve': ('SHELVED SHELVED_OFFLOADED', 'ACTIVE')}
+
+    def act(self, user, query, said, id):
+        server, (action, words) = self.found(user, id), next(iter(said.items()))
+        if not server:
+            return 404, self.refusal(404, 'Instance not found.')
+        if action == 'createImage':
+            self.images.append(self.image(words['name'], user, status='queued'))
+            return 202, {'image_id': self.images[-1]['id']}
+        before, after = self.STATUSES[action]
+        if server['status'] not in before.split():
+            return 409, self.refusal(409, f"Cannot '{action}' while it is in vm_state {server['status']}")
+        server['status'] = after
+        return 202, None
+
+    def list_flavors(self, user, query, said):
+        listed = self.flavors | (self.hidden_flavors if query.get('is_public') == 'None' and user == self.ADMIN else {})
+        return 200, {'flavors': [{'id': name, 'name': name, 'vcpus': vcpus, 'ram': ram} | (
+            {'extra_specs': specs} if self.flavor_specs else {}) for name, (vcpus, ram, specs) in listed.items()]}
+
+    def show_specs(self, user, query, said, id):
+        return 200, {'extra_specs': self.flavors[id][2]}
+
+    def list_keys(self, user, query, said):
+        return 200, {'keypairs': [{'keypair': {'name': each}} for each in self.keys.get(user, ())]}
+
+    def list_aggregates(self, user, query, said):
+        return (200, {'aggregates': self.aggregates}) if user == self.ADMIN else (
+            403, self.refusal(403, "Policy doesn't allow os_compute_api:os-aggregates:index to be performed."))
+
+    def mark_aggregate(self, user, query, said, id):
+        self.aggregates[int(id) - 1]['metadata'] |= said['set_metadata']['metadata']
+        return 200, {'aggregate': self.aggregates[int(id) - 1]}
+
+    # Glance, Neutron, Placement
+
+    def sees_image(self, user, image):
+        member = (user, 'accepted') in self.members.get(image['id'], ())
+        return user in (self.ADMIN, image['owner']) or image['visibility'] == 'public' or member
+
+    def list_images(self, user, query, said):
+        return 200, {'images': [each for each in self.images if self.sees_image(user, each)
+                                and query.get('name', each['name']) == each['name']]}
+
+    def show_image(self, user, query, said, id):
+        found = [each for each in self.images if each['id'] == id and (
+            self.sees_image(user, each) or each['visibility'] == 'community')]
+        return (200, found[0]) if found else (404, self.refusal(404, 'No image found.'))
+
+    def list_members(self, user, query, said, id):
+        return 200, {'members': [{'member_id': member, 'image_id': id, 'status': status}
+                                 for member, status in self.members.get(id, ())]}
+
+    def list_nets(self, user, query, said, kind, id=''):
+        there = self.networks if kind == 'networks' else self.groups
+        found = [each for each in there if user in (self.ADMIN, each['project_id']) or each['shared']
+                 or each['router:external']]
+        found = [each for each in found if all(query[name] == each[name] for name in ('name', 'project_id')
+                                               if name in query) and id in ('', each['id'])]
+        if id:
+            return (200, {kind[:-1].replace('-', '_'): found[0]}) if found else (404, self.refusal(404, 'Not found.'))
+        return 200, {kind.replace('-', '_'): found}
+
+    def list_providers(self, user, query, said):
+        names = [name for name in self.inventories if query.get('name', name) == name
+                 and name.startswith(query.get('in_tree', ''))]
+        return 200, {'resource_providers': [{'uuid': name, 'name': name, 'generation': 0} for name in names]}
+
+    def list_inventories(self, user, query, said, id):
+        return 200, {'resource_provider_generation': 0, 'inventories': {
+            name: {'total': total, 'reserved': reserved, 'allocation_ratio': ratio}
+            for name, (total, reserved, ratio) in self.inventories[id].items()}}
+
+
+ROUTES = [(re.compile(pattern), getattr(StandIn, name)) for pattern, name in (
+    ('POST /v3/auth/tokens', 'log_in'), ('GET (/|/v3/?|/v2.1/?|/image/?|/placement/?)', 'versions'),
+    ('GET /v2.1/servers/detail', 'list_servers'), ('GET /v2.1/servers/([^/]+)', 'show_server'),
+    ('POST /v2.1/servers', 'make_server'), ('DELETE /v2.1/servers/([^/]+)', 'delete_server'),
+    ('POST /v2.1/servers/([^/]+)/action', 'act'), ('GET /v2.1/flavors/detail', 'list_flavors'),
+    ('GET /v2.1/flavors/([^/]+)/os-extra_specs', 'show_specs'), ('GET /v2.1/os-keypairs', 'list_keys'),
+    ('GET /v2.1/os-aggregates', 'list_aggregates'), ('POST /v2.1/os-aggregates/([^/]+)/action', 'mark_aggregate'),
+    ('GET /v2/images', 'list_images'), ('GET /v2/images/([^/]+)', 'show_image'),
+    ('GET /v2/images/([^/]+)/members', 'list_members'),
+    ('GET /v2.0/(networks|security-groups)', 'list_nets'), ('GET /v2.0/(networks|security-groups)/([^/]+)', 'list_nets'),
+    ('GET /placement/resource_providers', 'list_providers'),
+    ('GET /placement/resource_providers/([^/]+)/inventories', 'list_inventories'))]
+
+
+class Answering(Relay):
+    """Answers itself what a Relay forwards."""
+
+    def forward(self, body):
+        cloud, (path, _, query) = self.server, self.path.partition('?')
+        user, said = self.headers.get('X-Auth-Token'), json.loads(body) if body else {}
+        for pattern, method in ROUTES:
+            if match := pattern.fullmatch(f'{self.command} {path}'):
+                break
+        else:
+            return 404, [], json.dumps(cloud.refusal(404, f'no {self.command} {path} here')).encode()
+        if not user and method not in (StandIn.log_in, StandIn.versions):
+            return 401, [], b'{}'
+        with cloud.lock:
+            status, answer, *headers = method(cloud, user, dict(parse_qsl(query)), said, *match.groups())
+            content = b'' if answer is None else json.dumps(answer).encode()
+        return status, [('Content-Type', 'application/json'), *(headers[0] if headers else [])], content
+
+
+@pytest.fixture
+def nova(tmp_path, monkeypatch):
+    """A stand-in, which clouds.yaml calls `lab`, `bio` and `admin`, each a project and a user of it."""
+    cloud = StandIn()
+    cloud.write_clouds(tmp_path / 'clouds.yaml')
+    monkeypatch.setenv('OS_CLIENT_CONFIG_FILE', str(tmp_path / 'clouds.yaml'))
+    yield cloud
+    cloud.stop()
+
+
+@pytest.fixture
+def far(nova, tmp_path):
+    """A world on the stand-in: biology has the account `bio` there, the others have that of the cloud, `lab`."""
+    world = World(tmp_path, credentials={'biology@lab': 'bio'}, call_timeout=10)
+    nova.now = lambda: world.now
+    world.service.resource_add('lab', cloud='lab', vms=40, vcpus=80)
+    yield world
+    nova.released.set()
+    cmres.close_store()
+
+
+def book_named(service, kind, name, resource='lab', label=None, **more):
+    """Books something with one name of the cloud in it."""
+    field = {'security_group': {'security_groups': [name]}, 'image': {'image': name, 'flavor': 'm1.tiny'},
+             'flavor': {'flavor': name, 'image': 'tiny'}}.get(kind, {kind: name})
+    return book(service, label or unique('n'), **{'resource': resource} | field | more)
+
+
+def refused_by(service, kind, name, **more):
+    with pytest.raises(Invalid) as refusal:
+        book_named(service, kind, name, **more)
+    assert not refusal.value.details
+    return str(refusal.value)
+
+
+STRANGER, OWNER, ADMIN = ('mallory', 'chem', 'user'), ('eva', 'biology', 'user'), ('root', 'default', 'admin')
+#: Whose each thing is, and which of the three may name it.
+OPEN_TO = [
+    ('flavor', 'm1.tiny', (STRANGER, OWNER, ADMIN)), ('flavor', 'chem-only', ()),
+    ('image', 'tiny', (STRANGER, OWNER, ADMIN)), ('image', 'lab-private', (ADMIN,)), ('image', 'bio-private', (OWNER,)),
+    ('image', 'offered', (OWNER,)), ('image', 'anybody', ()),
+    ('network', 'lab-net', (STRANGER, OWNER, ADMIN)), ('network', 'wan', (STRANGER, OWNER, ADMIN)),
+    ('network', 'lab-only', (ADMIN,)), ('network', 'bio-net', (OWNER,)), ('network', 'auto', (STRANGER, OWNER, ADMIN)),
+    ('security_group', 'default', (STRANGER, OWNER, ADMIN)), ('security_group', 'web', (OWNER, ADMIN)),
+    ('key', 'lab-key', (ADMIN,)), ('key', 'bio-key', (OWNER,)),
+    ('server', 'lab-ws', (ADMIN,)), ('server', 'bio-ws', (OWNER,)), ('server', 'other-store', ()),
+    ('server', 'being-built', ())]
+
+
+def furnish(nova):
+    """Machines that people booted by themselves, one of another cmres, one that shows no tags yet."""
+    nova.server('lab-ws'), nova.server('bio-ws', 'bio')
+    nova.server('other-store', tags=['cmres-12345678', 'cmres-12345678-1-1'])
+    nova.server('being-built', status='BUILD')
+    nova.untagged = 1000
+
+
+@pytest.mark.parametrize('actor', [STRANGER, OWNER, ADMIN], ids=lambda actor: actor[1])
+def test_names_of_a_cloud_are_those_that_who_asks_may_use(far, nova, actor):
+    furnish(nova)
+    service = far.as_user(*actor)
+    for n, (kind, name, who) in enumerate(OPEN_TO):
+        if actor in who:
+            book_named(service, kind, name, start=n + 1, end=n + 2)
+        else:
+            assert re.fullmatch(f"the cloud (lab|bio) has no {kind.replace('_', ' ')} '{name}'(; did you mean '(.*)'.)?",
+                                sentence := refused_by(service, kind, name)) and sentence.count(name) == 1
+
+
+@pytest.mark.parametrize('kind, name', [('server', 'lab-ws'), ('image', 'lab-private'), ('network', 'lab-only'),
+                                        ('key', 'lab-key'), ('security_group', 'web')])
+def test_what_is_out_of_sight_is_refused_by_the_same_calls_as_what_is_not_there(far, nova, kind, name):
+    """By name and by id, the first time and the next: neither the sentence nor the work tells that it is there."""
+    furnish(nova)
+    ids = {each['name']: each['id'] for each in [*nova.servers.values(), *nova.images, *nova.networks, *nova.groups]
+           if each.get('tenant_id', 'lab') == 'lab'}
+    mallory = far.as_user(*STRANGER)
+    book_named(far.service, kind, name)  # an admin may, and that is remembered for admins only
+    book_named(mallory, 'flavor', 'm1.tiny', start=3, end=4)
+    for there, missing in ((name, name[:-1] + 'z'), (ids.get(name, name), str(uuid.uuid4()))):
+        seen = []
+        for each in (there, missing, there):
+            del nova.seen[:]
+            said = refused_by(mallory, kind, each).replace(each, '?')
+            seen.append((said, [re.sub('/[0-9a-f-]{36}', '/ID', line[0]) for line in nova.seen]))
+        assert seen[0] == seen[1] == seen[2]
+
+
+def test_what_an_operator_calls_common_may_be_named_by_all(far, nova):
+    furnish(nova)
+    mallory = far.as_user(*STRANGER)
+    common = {'server': 'lab-ws', 'network': 'lab-only', 'key': 'course', 'image': 'lab-private',
+              'security_group': 'web'}
+    object.__setattr__(far.config, 'common_names', ', '.join(f'{kind}:{name}' for kind, name in common.items()))
+    for kind, name in common.items():
+        book_named(mallory, kind, name, label=f'common-{kind}')
+    assert 'lab-key' not in refused_by(mallory, 'key', 'lab-kez')
+    assert "did you mean 'course'?" in refused_by(mallory, 'key', 'coursf')
+    uid = next(each['id'] for each in nova.servers.values() if each['name'] == 'lab-ws')
+    book(mallory, 'by-id', 5, 6, resource='lab', server=uid)
+    assert mallory.show('by-id')['server'] == uid
+
+
+def test_hints_are_names_in_sight(far, nova):
+    furnish(nova)
+    for kind, typo, right, who in (
+            ('image', 'lab-privat', 'lab-private', ADMIN), ('image', 'bio-privat', 'bio-private', OWNER),
+            ('key', 'lab-kez', 'lab-key', ADMIN), ('server', 'bio-wz', 'bio-ws', OWNER),
+            ('network', 'lab-nez', 'lab-net', STRANGER), ('flavor', 'm1.tin', 'm1.tiny', STRANGER)):
+        for actor in (STRANGER, OWNER, ADMIN):
+            sentence = refused_by(far.as_user(*actor), kind, typo)
+            assert (right in sentence) == (actor == who or who == STRANGER), (sentence, actor)
+
+
+def test_an_account_that_is_shown_everything_gives_only_what_is_its_own(far, nova):
+    """An admin's credential: Keystone, Nova, Glance and Neutron show it what belongs to all projects."""
+    furnish(nova)
+    far.service.resource_add('high', cloud='admin', vms=9)
+    book_named(far.service, 'security_group', 'default', resource='high')  # there is one in each project
+    nova.images.append(nova.image('of-admin', 'admin', 'private'))
+    book_named(far.service, 'image', 'of-admin', resource='high')
+    uid = next(each['id'] for each in nova.servers.values() if each['name'] == 'bio-ws')
+    for kind, name in (('image', 'bio-private'), ('network', 'bio-net'), ('server', uid), ('flavor', 'chem-only'),
+                       ('image', nova.id_of('offered')), ('security_group', nova.groups[0]['id'])):
+        refused_by(far.service, kind, name, resource='high')
+
+
+def test_of_several_of_a_name_one_is_named_by_its_id(far, nova):
+    nova.images.append(nova.image('tiny', 'bio', 'private'))
+    with pytest.raises(Invalid, match="has 2 of the name 'tiny'; give the image by its id"):
+        book_named(far.as_user(*OWNER), 'image', 'tiny')
+    book_named(far.as_user(*OWNER), 'image', nova.images[-1]['id'])
+    book_named(far.as_user(*STRANGER), 'image', 'tiny')  # who sees one only has no choice to make
+    book_named(far.as_user(*STRANGER), 'image', nova.id_of('anybody'))  # a community image, by its id
+    assert 'no image' in refused_by(far.as_user(*STRANGER), 'image', nova.id_of('bio-private'))
+    nova.faults = {'GET /networks/ID': ['403']}  # as some clouds answer for what is another's
+    nova.networks[2]['id'] = str(uuid.uuid4())
+    assert 'no network' in refused_by(far.as_user(*STRANGER), 'network', nova.networks[2]['id'])
+
+
+@pytest.mark.parametrize('change', [{'network': 'lab-only'}, {'key': 'lab-key'}, {'security_groups': ['web']},
+                                    {'image': 'lab-private'}])
+def test_a_change_names_no_more_than_a_booking(far, nova, change):
+    mallory = far.as_user(*STRANGER)
+    book_named(mallory, 'image', 'tiny', label='lab')
+    with pytest.raises(Invalid, match='the cloud lab has no'):
+        mallory.update('lab', **change)
+    far.service.update('lab', **change)  # what an admin gives it, it keeps, also when others change
+    assert mallory.update('lab', flavor='g1', vms=2)['vms'] == 2
+    far.service.resource_add('low', cloud='admin', vms=40)
+    with pytest.raises(Invalid, match='the cloud admin has no'):  # on another cloud, a name is another thing
+        mallory.update('lab', resource='low')
+
+
+def test_calendars_name_what_their_user_may(far, nova):
+    event = ('BEGIN:VCALENDAR\nVERSION:2.0\nPRODID:x\nBEGIN:VEVENT\nUID:{0}\nDTSTART:20261202T120000Z\n'
+             'DTEND:20261202T130000Z\nSUMMARY:{0}\nDESCRIPTION:1 x m1.tiny {1} on lab\nEND:VEVENT\nEND:VCALENDAR\n')
+    mallory = far.as_user(*STRANGER)
+    assert mallory.import_(event.format('a', 'tiny'))['events'][0]['outcome'] == 'booked'
+    line, = mallory.import_(event.format('b', 'lab-private'))['events']
+    assert line['outcome'] == 'refused' and line['why'] == "the cloud lab has no image 'lab-private'"
+    line, = mallory.import_(event.format('c', 'tiny'), key='lab-key')['events']
+    assert line['why'] == "the cloud lab has no key 'lab-key'"
+
+
+def test_the_page_offers_names_in_sight(far, nova):
+    offered = {actor: {each['value'] for each in as_visitor(far, *actor).get('/book?resource=lab').html.select(
+        '#images option')} for actor in (STRANGER, OWNER, ADMIN)}
+    assert offered == {STRANGER: {'tiny'}, OWNER: {'tiny', 'bio-private', 'offered'}, ADMIN: {'tiny', 'lab-private'}}
+
+
+def test_at_the_start_a_name_is_looked_at_once_more_with_the_rights_of_who_booked(far, nova):
+    """What could not be checked when it was booked; and an image whose name has come to be another's."""
+    mallory, uncounted = far.as_user(*STRANGER), {'image': 'tiny', 'flavor': 'm1.tiny', 'resource': 'free'}
+    far.service.resource_add('free', cloud='lab')
+    nova.faults = {'GET /os-keypairs': ['503'] * 2}
+    for service, label in ((mallory, 'keyed'), (far.service, 'admins')):
+        made = book_named(service, 'key', 'lab-key', label=label, project='chem', **uncounted)
+        assert 'not checked' in made['warnings'][0]
+    nova.images.append(nova.image('popular', 'chem', 'public'))
+    book_named(mallory, 'image', 'popular', label='popular')
+    nova.images[-1] = nova.image('popular', 'lab', 'private')
+    far.clouds.open('lab').found.clear()
+    far.at(1)
+    far.at(1.01)
+    assert {label: far.state(label) for label in ('keyed', 'admins', 'popular')} == {
+        'keyed': 'starting', 'admins': 'active', 'popular': 'starting'}
+    assert [far.service.servers(label)[0]['fault'] for label in ('keyed', 'popular')] == [
+        "the cloud lab has no key 'lab-key'", "the cloud lab has no image 'popular'"]
+    assert [name.split('-')[0] for name in nova.made] == ['admins']
+
+
+def test_what_was_booked_before_goes_on(world):
+    """A store of the second version, in which a user had named what only an admin may now."""
+    uid = machine(world, 'mine')
+    book(world.service, image='cirros', flavor='m1.tiny', key='default', project='biology')
+    book(world.service, 'desk', server='mine', project='biology')
+    given = [each.trusted for each in cmres.rows('SELECT trusted FROM reservation ORDER BY id')]
+    with cmres.transaction():
+        cmres.run('ALTER TABLE reservation DROP COLUMN trusted')
+        cmres.run('DROP INDEX server_uid')
+        cmres.db.user_version = 2
+    cmres.open_store(world.config.database)
+    migrated = [each.trusted for each in cmres.rows('SELECT trusted FROM reservation ORDER BY id')]
+    assert [set(json.loads(each)) for each in migrated] == [set(json.loads(each)) for each in given] == [
+        {'image:cirros', 'flavor:m1.tiny', 'key:default'}, {f'server:{uid}'}]
+    assert world.as_user().update('lab', vms=2, flavor='m1.small')['vms'] == 2
+    world.at(1)
+    world.at(1.01)
+    assert (world.state('lab'), world.state('desk')) == ('active', 'active')
+
+
+def test_a_server_that_cmres_made_may_be_named_by_its_own_project_alone(world):
+    eva, mallory = world.as_user(), world.as_user(*STRANGER)
+    eva.add('lab', 'demo', NOON + hours(1), NOON + hours(2), image='cirros', flavor='m1.tiny', at_end='stop')
+    for moment in (1, 1.01, 2, 2.01, 2.02):
+        world.at(moment)
+    name, = world.there()
+    for service in (mallory, world.service):  # an admin acts for the project default here
+        assert named_as(refused_by(service, 'server', name, start=3, end=4, resource='demo'), name) == named_as(
+            refused_by(service, 'server', 'lab-9-9', start=3, end=4, resource='demo'), 'lab-9-9')
+    book(mallory, 'before', 2.5, 2.7)  # somebody had booked it before that was looked at
+    cmres.run("UPDATE reservation SET server = ? WHERE label = 'before'", cmres.SimulatedServer.get(name=name).uid)
+    world.at(2.5)
+    world.at(2.51)
+    assert world.state('before') == 'active'
+    refused_by(mallory, 'server', name, start=3, end=4, resource='demo')
+    assert book_named(eva, 'server', name, start=3, end=4, resource='demo')['server']
+    assert book_named(world.service, 'server', name, start=5, end=6, resource='demo', project='biology')['server']
+
+
+def named_as(sentence, name):
+    return sentence.replace(name, '?')
+
+
+def test_labels_of_other_projects_are_in_no_sentence(far, nova):
+    """A machine that all may name is reserved by another project, also where a series meets it."""
+    furnish(nova)
+    object.__setattr__(far.config, 'common_names', 'server:lab-ws')
+    mallory, eva = far.as_user(*STRANGER), far.as_user('ann', 'physics')
+    book_named(eva, 'server', 'lab-ws', label='secret')
+    with pytest.raises(Conflict) as refusal:
+        book_named(mallory, 'server', 'lab-ws')
+    assert str(refusal.value).endswith('is reserved in that time already')
+    assert [each.keys() for each in refusal.value.details['in_the_way']] == [{'vms', 'start', 'end'}]
+    with pytest.raises(Conflict, match="is reserved by 'secret' in that time") as refusal:
+        book_named(far.as_user('bob', 'physics'), 'server', 'lab-ws')
+    with pytest.raises(Conflict) as refusal:
+        book_named(far.service, 'server', 'lab-ws')
+    assert refusal.value.details['in_the_way'][0]['label'] == 'secret'
+    made = book_named(mallory, 'server', 'lab-ws', label='mine', repeat='daily', count=3, on_conflict='skip')
+    assert made['occurrences'][0]['outcome'] == 'left out' and 'secret' not in json.dumps(made, default=str)
+    listed = mallory.list() + mallory.events() + mallory.report() + mallory.usage('lab') + [mallory.show('mine')]
+    assert 'secret' not in json.dumps(listed, default=str)
+    visitor = as_visitor(far, *STRANGER)
+    for path in ('/', '/list', '/book?resource=lab', '/r/mine'):
+        assert 'secret' not in visitor.get(path).html.text
+    address = urlsplit(mallory.calendar_feed(resource='lab')['feed']).path
+    assert b'secret' not in Rest(far, '').web.get(address).body
+
+
+def verbs(nova, account='lab', **settings):
+    """The account itself, in a world without anything else."""
+    return cmres.OpenStack(account, 'cmres-0', cmres.Config(call_timeout=5, **settings))
+
+
+PLAIN_SERVER = cmres.Machine('lab-1-1', 'cmres-0-1-1', 'm1.tiny', 'tiny')
+
+
+def test_a_server_is_made_as_it_was_asked_for_and_every_verb_does_its_deed(nova):
+    cloud = verbs(nova)
+    whole = PLAIN_SERVER._replace(network='lab-net', key='lab-key', security_groups=('default', 'web'), user_data='#!/bin/sh',
+                           metadata={'course': 'os'}, hint='lab')
+    uid = cloud.boot(whole)
+    said = nova.servers[uid]['asked']
+    assert said['OS-SCH-HNT:scheduler_hints'] == {'cmres': 'lab'}
+    asked, net = said['server'], next(each['id'] for each in nova.networks if each['name'] == 'lab-net')
+    groups = [each['id'] for each in nova.groups if each['tenant_id'] == 'lab']
+    assert {name: asked[name] for name in asked if name != 'user_data'} == {
+        'name': 'lab-1-1', 'flavorRef': 'm1.tiny', 'imageRef': nova.id_of('tiny'), 'networks': [{'uuid': net}],
+        'key_name': 'lab-key', 'metadata': {'course': 'os'}, 'tags': ['cmres-0', 'cmres-0-1-1'],
+        'security_groups': [{'name': each} for each in groups]}
+    assert base64.b64decode(asked['user_data']) == b'#!/bin/sh'
+    assert [nova.servers[cloud.boot(PLAIN_SERVER._replace(network=each))]['asked']['server']['networks']
+            for each in ('', 'auto', 'none')] == ['auto', 'auto', 'none']
+    seen = cloud.server(uid)
+    assert (seen.state, seen.mark, seen.addresses) == ('active', 'cmres-0-1-1', ['10.9.0.4'])
+    assert seen.made == NOON.timestamp()
+    for verb, status in ((cloud.stop, 'SHUTOFF'), (cloud.start, 'ACTIVE'), (cloud.shelve, 'SHELVED_OFFLOADED'),
+                         (cloud.start, 'ACTIVE')):
+        verb(uid)
+        assert nova.servers[uid]['status'] == status
+    for status in ('PAUSED', 'SUSPENDED', 'SHELVED'):
+        nova.servers[uid]['status'] = status
+        cloud.start(uid)
+        assert nova.servers[uid]['status'] == 'ACTIVE'
+    assert cloud.hosts([uid, str(uuid.uuid4())]).popitem()[1] is None and cloud.hosts([uid]) == {uid: 'gpu-1'}
+    for more, host in (({'status': 'ERROR', 'OS-EXT-SRV-ATTR:host': None}, None), ({'status': 'BUILD'}, '')):
+        nova.servers[uid] |= more
+        nova.untagged = 99
+        assert cloud.hosts([uid]) == {uid: host}
+    nova.servers[uid] |= {'status': 'ERROR', 'fault': {'message': 'No valid host was found. '}}
+    assert (cloud.server(uid).state, cloud.server(uid).fault) == ('error', 'No valid host was found. ')
+    cloud.delete(uid)
+    cloud.delete(uid)  # that it is gone already is fine
+    assert cloud.server(uid) is None and uid not in nova.servers
+
+
+def test_what_a_flavor_takes_is_known_whether_nova_lists_it_or_not(nova):
+    for listed in (True, False):
+        nova.flavor_specs = listed
+        assert verbs(nova).find('flavor', 'g1').flavor == cmres.Flavor(4, 8192, (('CUSTOM_GPU', 1),))
+        assert verbs(nova).find('flavor', 'm1.tiny').flavor == cmres.Flavor(1, 512)
+
+
+def test_a_snapshot_is_the_projects_own_and_is_made_once(nova):
+    cloud = verbs(nova, 'admin')
+    uid = nova.server('x', 'admin')
+    nova.images.append(nova.image('lab-1', 'bio', 'private'))  # an admin is shown it
+    made = cloud.snapshot(uid, 'lab-1')
+    assert made == nova.images[-1]['id'] and nova.images[-1]['owner'] == 'admin'
+    assert cloud.snapshot(uid, 'lab-1') == made  # the answer was lost, say
+    assert cloud.saved(made) is False
+    for status, complete in (('active', True), ('killed', None)):
+        nova.images[-1]['status'] = status
+        assert cloud.saved(made) is complete
+    assert cloud.saved(str(uuid.uuid4())) is None
+
+
+def test_aggregates_are_read_with_what_placement_gives_and_marked(far, nova):
+    far.service.resource_sync('admin', ['gpu'], mode='exclusive')
+    found = next(each for each in far.service.resource_list() if each['name'] == 'gpu')
+    assert (found['vcpus'], found['ram'], found['classes']) == (64, 64512, {'CUSTOM_GPU': 4})
+    assert nova.aggregates[0]['metadata'] == {'cmres': 'gpu'}
+    verbs(nova, 'admin').mark('gpu', '')
+    assert nova.aggregates[0]['metadata'] == {'cmres': None}
+    with pytest.raises(cmres.CloudError, match="could not list aggregates: Policy doesn't allow"):
+        far.service.resource_sync('lab')
+
+
+@pytest.mark.parametrize('fault, sure, ill, wait', [
+    ('400', True, False, None), ('403', True, False, None), ('404', True, False, None), ('409', True, False, None),
+    ('413', True, False, None), ('429', True, True, '3'), ('408', False, True, None), ('500', False, True, None),
+    ('500 after', False, True, None), ('503', False, True, None), ('cut', False, True, None)])
+def test_what_goes_wrong_with_a_create_is_told_and_whether_it_can_have_been_made(nova, fault, sure, ill, wait):
+    cloud = verbs(nova)
+    nova.faults = {CREATE: [fault] * 2}
+    with pytest.raises(cmres.CloudError, match='the cloud lab could not make a server: .') as failure:
+        cloud.boot(PLAIN_SERVER)
+    error = failure.value
+    assert (error.sure, error.ill, error.details.get('retry_after')) == (sure, ill, wait)
+    assert sum(nova.made.values()) == (fault in FORWARDED)
+    assert nova.count(CREATE) == 1 and len(str(error)) < 400
+
+
+def test_a_look_or_a_deed_that_fails_has_changed_nothing_for_sure(nova):
+    cloud, uid = verbs(nova), nova.server('x')
+    for kind, deed in ((LOOK, cloud.servers), ('GET /servers/ID', lambda: cloud.server(uid)),
+                       (DELETE, lambda: cloud.delete(uid)), ('POST /servers/ID/action', lambda: cloud.stop(uid))):
+        nova.faults = {kind: ['500']}
+        with pytest.raises(cmres.CloudError) as failure:
+            deed()
+        assert failure.value.sure and failure.value.details['status'] == 500
+
+
+def test_what_is_done_or_under_way_already_is_fine_and_what_can_not_be_is_told(nova):
+    cloud, uid = verbs(nova), nova.server('x')
+    for deed, done, task in ((cloud.start, 'ACTIVE', 'powering-on'), (cloud.stop, 'SHUTOFF', 'powering-off'),
+                             (cloud.shelve, 'SHELVED', 'shelving_image_uploading')):
+        nova.servers[uid] |= {'status': done, 'OS-EXT-STS:task_state': None}
+        deed(uid)
+        nova.servers[uid] |= {'status': 'ERROR', 'OS-EXT-STS:task_state': task}
+        deed(uid)
+        nova.servers[uid]['OS-EXT-STS:task_state'] = None
+        with pytest.raises(cmres.CloudError, match='could not (start|stop|shelve) a server: .*vm_state') as failure:
+            deed(uid)
+        assert failure.value.details['status'] == 409 and not failure.value.ill
+
+
+def test_a_credential_is_read_anew_after_a_401_and_nobody_else_knocks_for_a_while(nova, tmp_path):
+    cloud = verbs(nova)
+    nova.write_clouds(tmp_path / 'clouds.yaml', password='wrong')
+    for _ in range(3):
+        with pytest.raises(cmres.CloudError, match='could not be reached: .*requires authentication') as failure:
+            cloud.servers()
+        assert failure.value.sure and failure.value.ill
+    assert nova.logins == 1
+    nova.write_clouds(tmp_path / 'clouds.yaml')
+    cloud.refused = (0, None)  # two seconds later
+    assert cloud.servers() == []
+    first = cloud.session
+    nova.faults = {LOOK: ['401'] * 2}
+    with pytest.raises(cmres.CloudError):
+        cloud.servers()
+    assert cloud.servers() == [] and cloud.session is not first
+
+
+def test_a_cloud_that_is_not_there_or_not_in_the_file_is_told_of(nova, tmp_path):
+    with pytest.raises(cmres.CloudError, match='the cloud nosuch could not be reached: Cloud nosuch was not found'):
+        verbs(nova, 'nosuch').servers()
+    nova.stop()
+    with pytest.raises(cmres.CloudError, match='the cloud lab could not be reached: .') as failure:
+        verbs(nova).servers()
+    assert failure.value.sure and failure.value.ill
+
+
+# Names are remembered
+
+def test_a_name_that_stands_for_something_else_by_now_is_looked_up_and_the_call_made_again_at_once(nova):
+    cloud = verbs(nova)
+    machine = PLAIN_SERVER._replace(network='lab-net', security_groups=('default',))
+    cloud.boot(machine)
+    cloud.check([('network', 'wan')])  # another's, which stays
+    for renew in (lambda: nova.images.__setitem__(0, nova.image('tiny', 'admin', 'public')),
+                  lambda: nova.networks.__setitem__(0, nova.network('lab-net', 'admin', shared=True)),
+                  lambda: nova.groups.__setitem__(0, nova.network('default', 'lab'))):
+        renew()
+        before = nova.count(CREATE)
+        cloud.boot(machine)
+        assert nova.count(CREATE) == before + 2
+        del nova.seen[:]
+        cloud.boot(machine)
+        assert [each[0] for each in nova.seen] == [CREATE]  # what is right is remembered
+    assert set(nova.made.values()) == {7}
+
+
+def test_a_call_with_new_names_that_is_refused_is_not_made_again(nova):
+    cloud = verbs(nova)
+    nova.faults = {CREATE: ['400']}
+    with pytest.raises(cmres.CloudError):
+        cloud.boot(PLAIN_SERVER)
+    assert nova.count(CREATE) == 1
+    nova.faults = {CREATE: ['403']}  # no name is wrong
+    cloud.check([('image', 'tiny')])
+    with pytest.raises(cmres.CloudError):
+        cloud.boot(PLAIN_SERVER)
+    assert nova.count(CREATE) == 2
+
+
+def test_that_a_name_is_not_there_is_not_remembered(nova):
+    cloud = verbs(nova)
+    for kind, there in (('image', nova.images), ('network', nova.networks)):
+        with pytest.raises(Invalid):
+            cloud.check([(kind, 'new')])
+        there.append(nova.image('new', 'lab') if kind == 'image' else nova.network('new', 'lab'))
+        assert cloud.check([(kind, 'new')])[0].id == there[-1]['id']
+
+
+def test_an_image_that_was_replaced_delays_no_start(far, nova):
+    """A machine is up, then its image is made anew under its name: the next comes up at its instant."""
+    for label, start in (('first', 1), ('second', 1.05)):
+        book_named(far.service, 'image', 'tiny', label=label, start=start)
+        far.at(start)
+        far.at(start + 2 / 3600)
+        assert far.state(label) == 'active' and far.service.servers(label)[0]['tries'] == 1
+        nova.images[0] = nova.image('tiny', 'admin', 'public')
+
+
+# Time and connections
+
+def test_nothing_is_begun_when_the_time_for_a_verb_is_over(nova):
+    """Each answer alone comes in time; together they don't, and then no server is made."""
+    cloud = cmres.OpenStack('lab', 'cmres-0', cmres.Config(call_timeout=1.5))
+    cloud.servers()
+    nova.faults = {'GET /flavors/detail': ['late'], 'GET /images': ['late']}
+    with pytest.raises(cmres.CloudError) as failure:
+        cloud.boot(PLAIN_SERVER)
+    assert failure.value.sure and failure.value.ill and not nova.made and nova.count(CREATE) == 0
+    cloud.boot(PLAIN_SERVER)
+    cloud.verb.began = time.monotonic() - 2  # as if its names had taken that long
+    with pytest.raises(cmres.CloudError, match='the cloud lab did not answer within 1.5 seconds, so it was') as failure:
+        cloud.boot(PLAIN_SERVER)
+    assert failure.value.sure and nova.count(CREATE) == 1
+    cloud.verb.began = None
+    assert cloud.servers()
+
+
+def test_as_many_connections_are_kept_as_there_are_workers(nova, caplog):
+    nova.LATE = 0.5
+    cloud = verbs(nova, workers=24)
+    cloud.servers()
+    nova.faults = {LOOK: ['late'] * 24}
+    with caplog.at_level('WARNING'), ThreadPoolExecutor(24) as pool:
+        assert list(pool.map(lambda _: cloud.servers(), range(24))) == [[]] * 24
+    assert 'Connection pool is full' not in caplog.text
+
+
+# Whole lives
+
+def test_servers_live_from_start_to_end_on_a_faulty_cloud(far, nova):
+    """Lost answers, refusals, no tags yet: as many are made as are wanted, none twice, and all go."""
+    nova.faults = {CREATE: ['cut', '500 after', '503', '429'], LOOK: ['500', ''], DELETE: ['cut', '500', '']}
+    nova.untagged = 2
+    book_named(far.service, 'image', 'tiny', label='lab', vms=4)
+    for n in range(60):
+        far.at(1 + 2 * n / 3600)
+    assert far.state('lab') == 'active'
+    assert len(nova.made) == 4 and set(nova.made.values()) == {1}  # one whose answer was lost is found, not made again
+    assert nova.count(CREATE) == 6  # four, and the two that were refused for sure
+    assert len({tuple(each['tags']) for each in nova.servers.values()}) == 4
+    for n in range(60):
+        far.at(2 + 2 * n / 3600)
+    assert far.state('lab') == 'ended' and not nova.servers and set(nova.made.values()) == {1}
+
+
+def test_a_cloud_that_asks_to_wait_is_not_asked_before(far, nova):
+    nova.RETRY_AFTER = 120
+    nova.faults = {CREATE: ['429']}
+    book_named(far.service, 'image', 'tiny', label='lab')
+    for seconds in (0, 10, 60, 118):
+        far.at(1 + seconds / 3600)
+        assert nova.count(CREATE) == 1
+    far.at(1 + 125 / 3600)
+    assert nova.count(CREATE) == 2
+
+
+@pytest.mark.parametrize('at_end, status', [('stop', 'SHUTOFF'), ('shelve', 'SHELVED_OFFLOADED'), ('snapshot', '')])
+def test_what_becomes_of_servers_at_the_end(far, nova, at_end, status):
+    book_named(far.service, 'image', 'tiny', label='lab', at_end=at_end)
+    nova.faults = {'POST /servers/ID/action': ['500 after']}  # the deed is done, and the answer lost
+    for moment in (1, 1.01, 2, 2.005, 2.01, 2.015, 2.02, 2.03, 2.04):
+        far.at(moment)
+        if at_end == 'snapshot' and moment == 2.015:
+            assert nova.servers, 'it went before its image was complete'
+            nova.images[-1]['status'] = 'active'
+    assert far.state('lab') == 'ended' and {each['status'] for each in nova.servers.values()} == ({status} - {''})
+    assert len([each for each in nova.images if each['name'].startswith('lab-1')]) == (at_end == 'snapshot')
+
+
+def test_over_quota_is_told_and_mended(far, nova):
+    nova.full = True
+    book_named(far.service, 'image', 'tiny', label='lab')
+    far.at(1)
+    assert 'Quota exceeded' in far.service.servers('lab')[0]['fault']
+    nova.full = False
+    for moment in (1.1, 1.11):
+        far.at(moment)
+    assert far.state('lab') == 'active'
+
+
 # OpenStack: Nova's scheduler asks ############################################
+#
+# First with what Nova hands to a filter, and a real cmres over HTTP; then in the lab, with Nova itself.
+
+
+class Handed:
+    """An object of Nova's, in which some fields may not be set."""
+
+    def __init__(self, **fields):
+        self.__dict__.update(fields)
+
+    def obj_attr_is_set(self, name):
+        return name in self.__dict__
+
+
+def spec_of(uuid='s1', project='biology', hints=None, vcpus=1, ram=512, specs=None, user='eva'):
+    more = {} if hints is None else {'scheduler_hints': hints}
+    flavor = Handed(vcpus=vcpus, memory_mb=ram, **{} if specs is None else {'extra_specs': specs})
+    return Handed(instance_uuid=uuid, project_id=project, user_id=user, flavor=flavor, **more)
+
+
+def host_of(name, *marks):
+    return Handed(host=name, aggregates=[Handed(metadata={'cmres': mark} if mark else {'ssd': 'true'})
+                                         for mark in marks])
+
+
+@pytest.fixture
+def scheduler(world, monkeypatch):
+    """The filter as nova-scheduler loads it, asking a cmres on loopback; `scheduler.conf` is [cmres] of nova.conf."""
+    import importlib.util
+    import types
+
+    class Option:
+        def __init__(self, name, default=None, choices=None, min=None, **_):
+            assert choices is None or default in choices
+            self.name, self.default = name, default
+
+    class Conf:
+        def register_opts(self, options, group):
+            setattr(self, group, types.SimpleNamespace(**{each.name: each.default for each in options} | conf))
+
+    class BaseHostFilter:
+        RUN_ON_REBUILD = False
+    conf, filters, cfg = {}, types.ModuleType('filters'), types.ModuleType('cfg')
+    filters.BaseHostFilter, cfg.CONF, cfg.StrOpt, cfg.FloatOpt = BaseHostFilter, Conf(), Option, Option
+    oslo = types.ModuleType('oslo_config')
+    oslo.cfg = cfg
+    monkeypatch.setitem(sys.modules, 'nova.scheduler.filters', filters)
+    monkeypatch.setitem(sys.modules, 'oslo_config', oslo)
+    loaded = importlib.util.spec_from_file_location('cmres', MODULE)
+    module = importlib.util.module_from_spec(loaded)
+    monkeypatch.setitem(sys.modules, 'cmres', module)  # as dataclasses look it up
+    loaded.loader.exec_module(module)
+    assert issubclass(module.ReservationFilter, BaseHostFilter)
+    server = waitress.create_server(cmres.rest(world.service), host='127.0.0.1', port=0, threads=2)
+
+    def serve():
+        with contextlib.suppress(OSError):  # its loop may be looking at what is closed below
+            server.run()
+    threading.Thread(target=serve, daemon=True).start()
+    token = world.service.token_add('nova', 'default', 'admin')['token']
+    conf.update(url=f'http://127.0.0.1:{server.effective_port}', token=token)
+    found = module.ReservationFilter()
+    found.conf = conf
+    yield found
+    with contextlib.suppress(OSError):
+        server.close()
+    server.task_dispatcher.shutdown()
+
+
+def passing(scheduler, hosts, spec):
+    return [each.host for each in scheduler.filter_all(hosts, spec)]
+
+
+HOSTS = [host_of('gpu-1', None, 'gpu'), host_of('gpu-2', 'gpu'), host_of('plain', None), host_of('bare')]
+
+
+def test_only_hosts_of_a_marked_aggregate_are_asked_about(scheduler, world, caplog):
+    guarded(world, 'gpu', vms=1)
+    world.now += 1
+    assert passing(scheduler, HOSTS, spec_of()) == ['gpu-1', 'gpu-2', 'plain', 'bare']
+    with caplog.at_level('INFO'):
+        assert passing(scheduler, HOSTS, spec_of('s2')) == ['plain', 'bare']
+    assert "s2 may not boot on gpu: 'lab' has 1 vms, 0 vcpus and 0 MiB, and they are in use" in caplog.text
+    assert passing(scheduler, HOSTS, spec_of('s3', project='chem')) == ['plain', 'bare']
+    scheduler.conf['url'] = 'http://127.0.0.1:9'
+    assert passing(scheduler, HOSTS[2:], spec_of('s4')) == ['plain', 'bare']
+
+
+def test_a_host_of_two_resources_passes_if_both_let_it(scheduler, world):
+    guarded(world, 'gpu')
+    world.service.resource_add('fast', cloud='simulated', mode='exclusive', vms=4)
+    world.now += 1
+    both = [host_of('both', 'gpu', 'fast'), host_of('one', 'gpu')]
+    assert passing(scheduler, both, spec_of()) == ['one']
+
+
+def test_hints_say_under_which_label_and_a_rebuild_is_let_pass(scheduler, world):
+    label = guarded(world, 'gpu')['label']
+    world.now += 1
+    hosts = HOSTS[:1]
+    assert passing(scheduler, hosts, spec_of(hints={'cmres': [label]})) == ['gpu-1']
+    assert passing(scheduler, hosts, spec_of('s2', hints={'cmres': ['other']})) == []
+    assert passing(scheduler, hosts, spec_of('s3', hints=None)) == ['gpu-1']
+    assert passing(scheduler, hosts, spec_of('s4', 'chem', hints={'_nova_check_type': ['rebuild']})) == ['gpu-1']
+    assert passing(scheduler, hosts, spec_of('s5', 'chem', hints={})) == []
+
+
+def test_a_flavor_with_other_classes_and_a_host_by_name(scheduler, world):
+    world.service.resource_sync('simulated', ['gpu'], mode='exclusive', named=True)
+    book(world.as_user(), 'lab', 0, 2, resource='gpu', flavor='g1.medium', vms=2, host=['gpu-2'])
+    world.now += 1
+    specs = {'resources:CUSTOM_GPU': '1', 'hw:cpu_policy': 'shared'}
+    assert passing(scheduler, HOSTS[:2], spec_of(vcpus=2, ram=4096, specs=specs)) == ['gpu-2']
+    assert passing(scheduler, HOSTS[:2], spec_of('s2', vcpus=2, specs={'resources:CUSTOM_GPU': '9'})) == []
+    assert passing(scheduler, HOSTS[:2], spec_of('s3', specs={}, user=None)) == ['gpu-2']
+
+
+@pytest.mark.parametrize('when_down, passes', [('closed', ['plain', 'bare']), ('open', [each.host for each in HOSTS])])
+def test_without_an_answer_it_is_as_nova_conf_says(scheduler, caplog, when_down, passes):
+    scheduler.conf.update(when_down=when_down, token='wrong')
+    assert passing(scheduler, HOSTS, spec_of()) == passes
+    scheduler.conf.update(url='http://127.0.0.1:9')
+    assert passing(scheduler, HOSTS, spec_of()) == passes
+    assert caplog.text.count(f'cmres does not answer, so its hosts are {when_down}') == 2
 
 
 class Guarded:
