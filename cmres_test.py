@@ -4650,7 +4650,7 @@ def test_every_change_of_every_kind_under_every_rule_does_what_the_model_says(tm
             if why := blank.left_out(deed):
                 left_out[why] += 1
                 continue
-            cell = cell or Cell(World(path, patience=0), kind, rule)
+            cell = cell or Cell(World(path, patience=0, common_names='server:mine'), kind, rule)
             cells += 1
             (decision, sentence, factor, events), seen = cell.expected(deed), cell.seen(deed)
             if deed == 'skip' and kind == 'pending' or kind == 'pending' and seen[0] == 'pending':
@@ -13185,7 +13185,8 @@ class StandIn(Proxy):
         return 204, None
 
     STATUSES = {'os-stop': ('ACTIVE', 'SHUTOFF'), 'os-start': ('SHUTOFF', 'ACTIVE'), 'unpause': ('PAUSED', 'ACTIVE'),
-                'resume': ('SUSPENDED', 'ACTIVE'), 'shelve': ('ACTIVE SHUTOFF', 'SHELVED_OFFLOADED'),
+                'resume': ('SUSPENDED', 'ACTIVE'), 'unrescue': ('RESCUE', 'ACTIVE'),
+                'confirmResize': ('VERIFY_RESIZE', 'ACTIVE'), 'shelve': ('ACTIVE SHUTOFF', 'SHELVED_OFFLOADED'),
                 'unshelve': ('SHELVED SHELVED_OFFLOADED', 'ACTIVE')}
 
     def act(self, user, query, said, id):
@@ -13585,7 +13586,7 @@ def test_a_server_is_made_as_it_was_asked_for_and_every_verb_does_its_deed(nova)
                          (cloud.start, 'ACTIVE')):
         verb(uid)
         assert nova.servers[uid]['status'] == status
-    for status in ('PAUSED', 'SUSPENDED', 'SHELVED'):
+    for status in ('PAUSED', 'SUSPENDED', 'SHELVED', 'RESCUE', 'VERIFY_RESIZE'):
         nova.servers[uid]['status'] = status
         cloud.start(uid)
         assert nova.servers[uid]['status'] == 'ACTIVE'
