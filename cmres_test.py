@@ -509,7 +509,7 @@ def schema() -> dict:
     return columns | {each.name: re.sub(r'["()]|IF NOT EXISTS ', '', each.sql).split() for each in indexes}
 
 
-@pytest.mark.parametrize('version', ['first', 'ends', 'plan', 'tracks', 'parts'])
+@pytest.mark.parametrize('version', ['first', 'ends', 'plan', 'tracks', 'parts', 'proposals'])
 def test_a_store_of_each_version_that_landed_is_brought_up_to_this_one(tmp_path, empty, version):
     """Running reservations go on with their VMs, and end; what was reserved starts; nothing is made twice."""
     shutil.copy(empty, tmp_path / 'new.db')
@@ -518,10 +518,9 @@ def test_a_store_of_each_version_that_landed_is_brought_up_to_this_one(tmp_path,
     path = from_dump(tmp_path / 'cmres.db', FROZEN[version])
     with pytest.raises(Unavailable, match='run `store migrate`'):
         cmres.open_store(path)
-    before = Path(path).read_bytes()
     done = cmres.migrate_store(path)
     assert cmres.verify_store(done['copy'])['version'] == done['before'] < done['after'] == cmres.latest_version()
-    assert Path(before and path).stat().st_mode & 0o777 == 0o600
+    assert Path(path).stat().st_mode & 0o777 == 0o600
     cmres.open_store(path)
     assert schema() == new
     world = World.__new__(World)
@@ -1533,6 +1532,207 @@ CREATE INDEX "occurrence_live" ON "occurrence" ("start") WHERE ("due" IS NOT NUL
 CREATE INDEX "occurrence_held" ON "occurrence" ("resource_id", "held_from") WHERE ("due" IS NOT NULL);
 CREATE INDEX "outbox_due" ON "outbox" ("due") WHERE ("due" IS NOT NULL);
 CREATE INDEX "server_occurrence_id" ON "server" ("occurrence_id");
+CREATE INDEX "server_due" ON "server" ("due") WHERE ("due" IS NOT NULL);
+CREATE UNIQUE INDEX "simulated_server_uid" ON "simulated_server" ("uid");
+CREATE INDEX "subscription_due" ON "subscription" ("due") WHERE ("due" IS NOT NULL);
+CREATE UNIQUE INDEX "token_hash" ON "token" ("hash");
+COMMIT;
+""", 'proposals': r"""
+PRAGMA user_version = 3;
+PRAGMA application_id = 1668117093;
+BEGIN TRANSACTION;
+CREATE TABLE "capacity" ("id" INTEGER NOT NULL PRIMARY KEY, "resource_id" INTEGER NOT NULL, "start" INTEGER NOT
+  NULL, "end" INTEGER NOT NULL, "vms" INTEGER, "vcpus" INTEGER, "ram" INTEGER, "held_vms" INTEGER NOT NULL,
+  "held_vcpus" INTEGER NOT NULL, "held_ram" INTEGER NOT NULL, "classes" TEXT NOT NULL, "held_classes" TEXT NOT NULL,
+   "reason" VARCHAR(255) NOT NULL, "added" INTEGER NOT NULL, "removed" INTEGER, FOREIGN KEY ("resource_id")
+  REFERENCES "resource" ("id"));
+CREATE TABLE "claim" ("id" INTEGER NOT NULL PRIMARY KEY, "resource_id" INTEGER NOT NULL, "occurrence" INTEGER,
+  "server" VARCHAR(255) NOT NULL, "project" VARCHAR(255) NOT NULL, "user" VARCHAR(255) NOT NULL, "vcpus" INTEGER
+  NOT NULL, "ram" INTEGER NOT NULL, "classes" TEXT NOT NULL, "at" REAL NOT NULL, "due" REAL, "gone" REAL, FOREIGN
+  KEY ("resource_id") REFERENCES "resource" ("id"));
+CREATE TABLE "event" ("id" INTEGER NOT NULL PRIMARY KEY, "at" REAL NOT NULL, "actor" VARCHAR(255) NOT NULL, "code"
+  VARCHAR(255) NOT NULL, "sentence" TEXT NOT NULL, "reservation_id" INTEGER, "occurrence" INTEGER, "project"
+  VARCHAR(255) NOT NULL, "resource" VARCHAR(255) NOT NULL, FOREIGN KEY ("reservation_id") REFERENCES "reservation"
+  ("id"));
+INSERT INTO "event" VALUES(1,1796126400.0,'root','resource','added the resource ''demo''',NULL,NULL,'','');
+INSERT INTO "event" VALUES(2,1796126400.0,'eva','added','2 vms on demo',1,-1,'','');
+INSERT INTO "event" VALUES(3,1796126400.0,'eva','added','3 vms on demo',2,-1,'','');
+INSERT INTO "event" VALUES(4,1796126400.0,'eva','added','9 vms on demo',3,-1,'','');
+INSERT INTO "event" VALUES(5,1796126400.0,'eva','released','cancelled by eva',3,NULL,'','');
+INSERT INTO "event" VALUES(6,1796126400.0,'eva','added','4 vms on demo, FREQ=DAILY;COUNT=3: 3 occurrences',4,NULL,
+  '','');
+INSERT INTO "event" VALUES(7,1796126400.0,'eva','waiting','12 vms on demo are not free',5,NULL,'','');
+INSERT INTO "event" VALUES(8,1796126400.0,'root','added','1 vms on demo',6,-1,'','');
+INSERT INTO "event" VALUES(9,1796126400.0,'root','added','2 vms on demo',7,-1,'','');
+INSERT INTO "event" VALUES(10,1796126400.0,'root','resource','added the resource ''ask''',NULL,NULL,'','');
+INSERT INTO "event" VALUES(11,1796126400.0,'eva','added','2 vms on ask',8,-1,'','');
+INSERT INTO "event" VALUES(12,1796126400.0,'eva','pending',
+  'an admin must approve it until 2026-12-03 12:00:00+00:00',8,NULL,'','');
+INSERT INTO "event" VALUES(13,1796126400.0,'root','approved','approved by root',8,NULL,'','');
+INSERT INTO "event" VALUES(14,1796126400.0,'eva','pending',
+  'an admin must approve the change of vms until 2026-12-01 18:00:00+00:00; what was approved goes on as it is',8,
+  NULL,'','');
+INSERT INTO "event" VALUES(15,1796126405.0,'cmres','ready',
+  'all 2 are up, 5s after the start: lab-1-1 10.0.0.3, lab-1-2 10.0.0.2',1,1,'','');
+CREATE TABLE "extra_hold" ("id" INTEGER NOT NULL PRIMARY KEY, "reservation_id" INTEGER NOT NULL, "proposal_id"
+  INTEGER, "resource_id" INTEGER NOT NULL, "held_from" INTEGER NOT NULL, "held_until" INTEGER NOT NULL, "vms"
+  INTEGER NOT NULL, "vcpus" INTEGER NOT NULL, "ram" INTEGER NOT NULL, "classes" TEXT NOT NULL, FOREIGN KEY
+  ("reservation_id") REFERENCES "reservation" ("id"), FOREIGN KEY ("proposal_id") REFERENCES "proposal" ("id"),
+  FOREIGN KEY ("resource_id") REFERENCES "resource" ("id"));
+INSERT INTO "extra_hold" VALUES(1,8,1,2,1796144400,1796148000,2,0,0,'');
+CREATE TABLE "fact" ("name" VARCHAR(255) NOT NULL PRIMARY KEY, "value" VARCHAR(255) NOT NULL);
+INSERT INTO "fact" VALUES('store','b30cd4bd');
+INSERT INTO "fact" VALUES('refreshed','2026-12-01 version 2025b 2026.6');
+INSERT INTO "fact" VALUES('page','abababababababababababababababababababababababababababababababab');
+INSERT INTO "fact" VALUES('out 1.1796133600.0123456789abcdef','');
+CREATE TABLE "feed" ("id" INTEGER NOT NULL PRIMARY KEY, "user" VARCHAR(255) NOT NULL, "project" VARCHAR(255) NOT
+  NULL, "whole_project" INTEGER NOT NULL, "resource" VARCHAR(255) NOT NULL, "hash" VARCHAR(255) NOT NULL, "added"
+  INTEGER NOT NULL, "revoked" INTEGER);
+CREATE TABLE "lease" ("name" VARCHAR(255) NOT NULL PRIMARY KEY, "holder" VARCHAR(255) NOT NULL, "until" REAL NOT
+  NULL);
+INSERT INTO "lease" VALUES('scheduler','vm:19503:99544deb',1796126411.0);
+CREATE TABLE "limits" ("id" INTEGER NOT NULL PRIMARY KEY, "project" VARCHAR(255) NOT NULL, "user" VARCHAR(255) NOT
+  NULL, "resource" VARCHAR(255) NOT NULL, "most_vms" INTEGER, "longest" INTEGER, "ahead" INTEGER, "least_notice"
+  INTEGER, "vcpu_hours" INTEGER, "waiting" INTEGER, "exempt" INTEGER NOT NULL, "added" INTEGER NOT NULL);
+CREATE TABLE "occurrence" ("id" INTEGER NOT NULL PRIMARY KEY, "reservation_id" INTEGER NOT NULL, "slot"
+  VARCHAR(255) NOT NULL, "altered" INTEGER NOT NULL, "revision" INTEGER NOT NULL, "revised" INTEGER NOT NULL,
+  "resource_id" INTEGER NOT NULL, "start" INTEGER NOT NULL, "end" INTEGER NOT NULL, "held_from" INTEGER NOT NULL,
+  "held_until" INTEGER NOT NULL, "vms" INTEGER NOT NULL, "vcpus" INTEGER NOT NULL, "ram" INTEGER NOT NULL,
+  "classes" TEXT NOT NULL, "cancelled" INTEGER, "told" INTEGER NOT NULL, "due" REAL, FOREIGN KEY ("reservation_id")
+  REFERENCES "reservation" ("id"), FOREIGN KEY ("resource_id") REFERENCES "resource" ("id"), CHECK (held_from <=
+  start AND start < "end" AND held_until <= "end"));
+INSERT INTO "occurrence" VALUES(1,1,'',0,3,1796126405,1,1796126400,1796133600,1796126400,1796133600,2,2,4096,'',
+  NULL,2,1796133000.0);
+INSERT INTO "occurrence" VALUES(2,2,'',0,0,1796126400,1,1796130000,1796137200,1796129100,1796137200,3,3,1536,'',
+  NULL,0,1796129100.0);
+INSERT INTO "occurrence" VALUES(3,3,'',1,1,1796126400,1,1796130000,1796133600,1796130000,1796130000,9,0,0,'',
+  1796126400,8,NULL);
+INSERT INTO "occurrence" VALUES(4,4,'2026-12-02T12:00:00',0,1,1796126400,1,1796212800,1796216400,1796212800,
+  1796216400,4,0,0,'',NULL,0,1796212200.0);
+INSERT INTO "occurrence" VALUES(5,4,'2026-12-03T12:00:00',0,1,1796126400,1,1796299200,1796302800,1796299200,
+  1796302800,4,0,0,'',NULL,0,1796298600.0);
+INSERT INTO "occurrence" VALUES(6,4,'2026-12-04T12:00:00',0,1,1796126400,1,1796385600,1796389200,1796385600,
+  1796389200,4,0,0,'',NULL,0,1796385000.0);
+INSERT INTO "occurrence" VALUES(7,5,'',0,1,1796126400,1,1796130000,1796133600,1796130000,1796130000,12,0,0,'',NULL,
+  0,1796129400.0);
+INSERT INTO "occurrence" VALUES(8,6,'',0,0,1796126400,1,1796306400,1796310000,1796306400,1796310000,1,0,0,'',NULL,0,
+  1796305800.0);
+INSERT INTO "occurrence" VALUES(9,7,'',0,0,1796126400,1,1796306400,1796310000,1796306400,1796310000,2,0,0,'',NULL,0,
+  1796305800.0);
+INSERT INTO "occurrence" VALUES(10,8,'',0,3,1796126400,2,1796144400,1796148000,1796144400,1796148000,2,0,0,'',NULL,
+  0,1796143800.0);
+CREATE TABLE "outbox" ("id" INTEGER NOT NULL PRIMARY KEY, "event_id" INTEGER NOT NULL, "target" VARCHAR(255) NOT
+  NULL, "tries" INTEGER NOT NULL, "due" REAL, "fault" TEXT NOT NULL, FOREIGN KEY ("event_id") REFERENCES "event"
+  ("id"));
+CREATE TABLE "proposal" ("id" INTEGER NOT NULL PRIMARY KEY, "reservation_id" INTEGER NOT NULL, "occurrence" INTEGER
+  NOT NULL, "alone" INTEGER NOT NULL, "user" VARCHAR(255) NOT NULL, "code" VARCHAR(255) NOT NULL, "asked" TEXT NOT
+  NULL, "named" INTEGER NOT NULL, "wish" TEXT NOT NULL, "shown" TEXT NOT NULL, "until" INTEGER NOT NULL, FOREIGN
+  KEY ("reservation_id") REFERENCES "reservation" ("id"));
+INSERT INTO "proposal" VALUES(1,8,10,0,'eva','updated','["vms"]',0,
+  '{"label": "asks", "user": "eva", "project": "biology", "resource": 2, "start": 1796144400, "end": 1796148000, "vms": 4, "flavor": "", "image": "", "network": "", "key": "", "security_groups": [], "user_data": "", "metadata": {}, "server": "", "at_end": "delete", "notify": [], "lead": 0, "description": "", "personal": false, "repeat": "", "tz": "", "on_conflict": "refuse", "stretches": [], "each": [1, 0, 0, []], "warnings": [], "host": "", "whole": null}',
+  '{"vms": 4, "asked_by": "eva", "decide_before": "2026-12-01T18:00:00+00:00"}',1796148000);
+CREATE TABLE "reservation" ("id" INTEGER NOT NULL PRIMARY KEY, "label" VARCHAR(255) NOT NULL, "user" VARCHAR(255)
+  NOT NULL, "project" VARCHAR(255) NOT NULL, "flavor" VARCHAR(255) NOT NULL, "image" VARCHAR(255) NOT NULL,
+  "network" VARCHAR(255) NOT NULL, "key" VARCHAR(255) NOT NULL, "security_groups" TEXT NOT NULL, "user_data" TEXT
+  NOT NULL, "metadata" TEXT NOT NULL, "server" VARCHAR(255) NOT NULL, "at_end" VARCHAR(255) NOT NULL, "notify" TEXT
+  NOT NULL, "lead" INTEGER NOT NULL, "description" TEXT NOT NULL, "repeat" VARCHAR(255) NOT NULL, "tz" VARCHAR(255)
+  NOT NULL, "series" TEXT NOT NULL, "request" VARCHAR(255) NOT NULL, "host" VARCHAR(255) NOT NULL, "choices" TEXT
+  NOT NULL, "waiting" INTEGER, "priority" INTEGER NOT NULL, "confirm" INTEGER NOT NULL, "pending" INTEGER,
+  "personal" INTEGER NOT NULL, "on_conflict" VARCHAR(255) NOT NULL, "booked_until" INTEGER, "origin" VARCHAR(255)
+  NOT NULL, "uid" VARCHAR(255), "subscription" INTEGER, "added" INTEGER NOT NULL, "changed" INTEGER NOT NULL,
+  "over" INTEGER NOT NULL);
+INSERT INTO "reservation" VALUES(1,'lab','eva','biology','m1.small','cirros','','','[]','','{}','','delete','[]',0,
+  '','','','','','','',NULL,0,0,NULL,0,'refuse',NULL,'',NULL,NULL,1796126400,1796126400,1796133600);
+INSERT INTO "reservation" VALUES(2,'later','eva','biology','m1.tiny','cirros','','','[]','','{}','','delete','[]',
+  900,'','','','','','','',NULL,0,0,NULL,0,'refuse',NULL,'',NULL,NULL,1796126400,1796126400,1796137200);
+INSERT INTO "reservation" VALUES(3,'gone','eva','biology','','','','','[]','','{}','','delete','[]',0,'','','','',
+  '','','',NULL,0,0,NULL,0,'refuse',NULL,'',NULL,NULL,1796126400,1796126400,1796126400);
+INSERT INTO "reservation" VALUES(4,'class','eva','biology','','','','','[]','','{}','','delete','[]',0,'',
+  'FREQ=DAILY;COUNT=3','UTC',
+  '[{"start":"2026-12-02T12:00:00","length":3600,"zone":"UTC","vms":4,"resource":1,"rule":"FREQ=DAILY;COUNT=3","dates":[],"skips":[],"since":"","until":"","shift":0,"moved":{},"exact":0}]',
+  '','','',NULL,0,0,NULL,0,'refuse',NULL,'',NULL,NULL,1796126400,1796126400,1796389200);
+INSERT INTO "reservation" VALUES(5,'waits','eva','biology','','','','','[]','','{}','','delete','[]',0,'','','','',
+  '','','',1796126400,0,0,NULL,0,'refuse',NULL,'',NULL,NULL,1796126400,1796126400,1796133600);
+INSERT INTO "reservation" VALUES(6,'pair-1','root','default','','','','','[]','','{}','','delete','[]',0,'','','',
+  '','pair','','',NULL,0,0,NULL,0,'refuse',NULL,'',NULL,NULL,1796126400,1796126400,1796310000);
+INSERT INTO "reservation" VALUES(7,'pair-2','root','default','','','','','[]','','{}','','delete','[]',0,'','','',
+  '','pair','','',NULL,0,0,NULL,0,'refuse',NULL,'',NULL,NULL,1796126400,1796126400,1796310000);
+INSERT INTO "reservation" VALUES(8,'asks','eva','biology','','','','','[]','','{}','','delete','[]',0,'','','','',
+  '','','',NULL,0,0,NULL,0,'refuse',NULL,'',NULL,NULL,1796126400,1796126400,1796148000);
+CREATE TABLE "resource" ("id" INTEGER NOT NULL PRIMARY KEY, "name" VARCHAR(255) NOT NULL, "cell" VARCHAR(255) NOT
+  NULL, "cloud" VARCHAR(255) NOT NULL, "region" VARCHAR(255) NOT NULL, "aggregate" VARCHAR(255) NOT NULL, "vms"
+  INTEGER, "vcpus" INTEGER, "ram" INTEGER, "mode" VARCHAR(255) NOT NULL, "hold" INTEGER NOT NULL, "approval"
+  INTEGER NOT NULL, "no_show" INTEGER NOT NULL, "classes" TEXT NOT NULL, "hosts" TEXT NOT NULL, "named" TEXT NOT
+  NULL, "added" INTEGER NOT NULL, "removed" INTEGER);
+INSERT INTO "resource" VALUES(1,'demo','','simulated','','',16,NULL,NULL,'',0,0,0,'','[]','',1796126400,NULL);
+INSERT INTO "resource" VALUES(2,'ask','','simulated','','',8,NULL,NULL,'',0,172800,0,'','[]','',1796126400,NULL);
+CREATE TABLE "server" ("id" INTEGER NOT NULL PRIMARY KEY, "occurrence_id" INTEGER NOT NULL, "n" INTEGER NOT NULL,
+  "name" VARCHAR(255) NOT NULL, "account" VARCHAR(255) NOT NULL, "goal" VARCHAR(255) NOT NULL, "state" VARCHAR(255)
+  NOT NULL, "borrowed" INTEGER NOT NULL, "tries" INTEGER NOT NULL, "failures" INTEGER NOT NULL, "uid" VARCHAR(255),
+  "addresses" TEXT NOT NULL, "snapshot" VARCHAR(255) NOT NULL, "snapshot_id" VARCHAR(255) NOT NULL, "fault" TEXT
+  NOT NULL, "planned" REAL NOT NULL, "begun" REAL, "ready" REAL, "deleted" REAL, "called" REAL, "due" REAL, FOREIGN
+  KEY ("occurrence_id") REFERENCES "occurrence" ("id"));
+INSERT INTO "server" VALUES(1,1,1,'lab-1-1','simulated','up','active',0,1,0,'79c96bd531c43cd2','["10.0.0.3"]','','',
+  '',1796126400.0,1796126400.0,1796126405.0,NULL,1796126400.0,1796126465.0);
+INSERT INTO "server" VALUES(2,1,2,'lab-1-2','simulated','up','active',0,1,0,'2ba53d2111ce45ce','["10.0.0.2"]','','',
+  '',1796126400.0,1796126400.0,1796126405.0,NULL,1796126400.0,1796126465.0);
+CREATE TABLE "simulated_server" ("id" INTEGER NOT NULL PRIMARY KEY, "account" VARCHAR(255) NOT NULL, "uid"
+  VARCHAR(255) NOT NULL, "name" VARCHAR(255) NOT NULL, "mark" VARCHAR(255) NOT NULL, "made" REAL NOT NULL, "boots"
+  REAL NOT NULL, "power" VARCHAR(255) NOT NULL, "saved" REAL, "fault" TEXT NOT NULL, "gone" REAL);
+INSERT INTO "simulated_server" VALUES(1,'simulated','2ba53d2111ce45ce','lab-1-2','cmres-b30cd4bd-2-1',1796126400.0,
+  3.0,'active',NULL,'',NULL);
+INSERT INTO "simulated_server" VALUES(2,'simulated','79c96bd531c43cd2','lab-1-1','cmres-b30cd4bd-1-1',1796126400.0,
+  3.0,'active',NULL,'',NULL);
+CREATE TABLE "step" ("resource_id" INTEGER NOT NULL, "track" VARCHAR(255) NOT NULL, "at" INTEGER NOT NULL, "vms"
+  INTEGER NOT NULL, "vcpus" INTEGER NOT NULL, "ram" INTEGER NOT NULL, PRIMARY KEY ("resource_id", "track", "at"),
+  FOREIGN KEY ("resource_id") REFERENCES "resource" ("id")) WITHOUT ROWID;
+INSERT INTO "step" VALUES(1,'',1796126400,2,2,4096);
+INSERT INTO "step" VALUES(1,'',1796129100,5,5,5632);
+INSERT INTO "step" VALUES(1,'',1796133600,3,3,1536);
+INSERT INTO "step" VALUES(1,'',1796137200,0,0,0);
+INSERT INTO "step" VALUES(1,'',1796212800,4,0,0);
+INSERT INTO "step" VALUES(1,'',1796216400,0,0,0);
+INSERT INTO "step" VALUES(1,'',1796299200,4,0,0);
+INSERT INTO "step" VALUES(1,'',1796302800,0,0,0);
+INSERT INTO "step" VALUES(1,'',1796306400,3,0,0);
+INSERT INTO "step" VALUES(1,'',1796310000,0,0,0);
+INSERT INTO "step" VALUES(1,'',1796385600,4,0,0);
+INSERT INTO "step" VALUES(1,'',1796389200,0,0,0);
+INSERT INTO "step" VALUES(2,'',1796144400,4,0,0);
+INSERT INTO "step" VALUES(2,'',1796148000,0,0,0);
+CREATE TABLE "subscription" ("id" INTEGER NOT NULL PRIMARY KEY, "user" VARCHAR(255) NOT NULL, "project"
+  VARCHAR(255) NOT NULL, "url" VARCHAR(255) NOT NULL, "defaults" TEXT NOT NULL, "notify" TEXT NOT NULL, "etag"
+  VARCHAR(255) NOT NULL, "modified" VARCHAR(255) NOT NULL, "fault" TEXT NOT NULL, "refused" TEXT NOT NULL, "held"
+  TEXT NOT NULL, "confirmed" INTEGER NOT NULL, "tries" INTEGER NOT NULL, "polled" REAL, "due" REAL, "added" INTEGER
+  NOT NULL);
+CREATE TABLE "token" ("id" INTEGER NOT NULL PRIMARY KEY, "user" VARCHAR(255) NOT NULL, "project" VARCHAR(255) NOT
+  NULL, "role" VARCHAR(255) NOT NULL, "hash" VARCHAR(255) NOT NULL, "added" INTEGER NOT NULL, "revoked" INTEGER);
+INSERT INTO "token" VALUES(1,'eva','biology','user',
+  '61c307e039c7b244cc880524991f9f3d1dcabd7cd8917948fb72fc5046b20d37',1,NULL);
+CREATE UNIQUE INDEX "resource_name" ON "resource" ("name") WHERE ("removed" IS NULL);
+CREATE INDEX "capacity_resource_id" ON "capacity" ("resource_id");
+CREATE UNIQUE INDEX "claim_server" ON "claim" ("resource_id", "server");
+CREATE INDEX "claim_occurrence" ON "claim" ("occurrence") WHERE ("due" IS NOT NULL);
+CREATE INDEX "claim_due" ON "claim" ("due") WHERE ("due" IS NOT NULL);
+CREATE INDEX "reservation_project_label_over" ON "reservation" ("project", "label", "over");
+CREATE INDEX "reservation_uid" ON "reservation" ("uid") WHERE ("uid" IS NOT NULL);
+CREATE INDEX "reservation_request" ON "reservation" ("request") WHERE ("request" != '');
+CREATE INDEX "reservation_waiting" ON "reservation" ("waiting") WHERE ("waiting" IS NOT NULL);
+CREATE INDEX "reservation_pending" ON "reservation" ("pending") WHERE ("pending" IS NOT NULL);
+CREATE INDEX "event_reservation_id" ON "event" ("reservation_id");
+CREATE INDEX "proposal_reservation_id" ON "proposal" ("reservation_id");
+CREATE INDEX "proposal_until" ON "proposal" ("until");
+CREATE INDEX "extra_hold_reservation_id" ON "extra_hold" ("reservation_id");
+CREATE INDEX "extra_hold_proposal_id" ON "extra_hold" ("proposal_id");
+CREATE INDEX "extra_hold_resource_id" ON "extra_hold" ("resource_id");
+CREATE UNIQUE INDEX "feed_hash" ON "feed" ("hash");
+CREATE INDEX "occurrence_reservation_id_start" ON "occurrence" ("reservation_id", "start");
+CREATE INDEX "occurrence_due" ON "occurrence" ("due") WHERE ("due" IS NOT NULL);
+CREATE INDEX "occurrence_live" ON "occurrence" ("start") WHERE ("due" IS NOT NULL);
+CREATE INDEX "occurrence_held" ON "occurrence" ("resource_id", "held_from") WHERE ("due" IS NOT NULL);
+CREATE INDEX "outbox_due" ON "outbox" ("due") WHERE ("due" IS NOT NULL);
+CREATE INDEX "server_occurrence_id" ON "server" ("occurrence_id");
+CREATE INDEX "server_kept" ON "server" ("account") WHERE ("state" = 'kept');
 CREATE INDEX "server_due" ON "server" ("due") WHERE ("due" IS NOT NULL);
 CREATE UNIQUE INDEX "simulated_server_uid" ON "simulated_server" ("uid");
 CREATE INDEX "subscription_due" ON "subscription" ("due") WHERE ("due" IS NOT NULL);
