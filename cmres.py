@@ -2326,7 +2326,7 @@ def transaction(keep: bool = True) -> Iterator[None]:
     try:
         store_file.check()
         with db.atomic() as current:
-            store_file.refuse_other(store_file.store and fact('store'))
+            store_file.refuse_other(stored_id())
             yield
             if not keep:
                 current.rollback()
@@ -2361,6 +2361,12 @@ def row(sql: str, *values):
 
 
 ROW_TYPES: dict = {}
+
+
+def stored_id() -> str:
+    """The id of the store that is in the file, as this connection reads it; '' before it is made."""
+    found = store_file.store and run("SELECT value FROM fact WHERE name = 'store'").fetchone()
+    return found[0] if found else ''
 
 
 def row_type(sql: str, cursor):
@@ -8269,7 +8275,7 @@ def answering(handle: Callable) -> Callable:
     def answer(*args, **path):
         try:
             store_file.check()
-            store_file.refuse_other(fact('store'))
+            store_file.refuse_other(stored_id())
             return handle(*args, **path)
         except bottle.HTTPResponse:
             raise
