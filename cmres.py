@@ -79,7 +79,7 @@ import time
 from bisect import bisect_left
 from collections import Counter, defaultdict, namedtuple
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import closing, contextmanager, nullcontext, suppress
 from datetime import date, datetime, timedelta, timezone, tzinfo
 from html import unescape
 from typing import Any, Callable, Iterable, Iterator, NamedTuple, NewType
@@ -701,6 +701,8 @@ def setting(default, why: str, least=None, most=10**9):
 class Config:
     """Everything that can be set; once read, only what `read_again` takes is ever changed."""
     database: str = setting('cmres.db', 'the SQLite file that holds everything; not on a network file system')
+    key: str = setting('', 'the file that signs cookies and remembers the database; if empty, the '
+                       'database with .key')
     host: str = setting('127.0.0.1', 'the address that `serve` listens on; put a TLS proxy before any other')
     port: int = setting(8080, 'the port that `serve` listens on', 0, 65535)
     threads: int = setting(8, 'requests that are answered side by side', 1)
@@ -742,6 +744,10 @@ class Config:
     end_foreign: bool = setting(False, 'whether machines that people booted by hand on what they had reserved are '
                                 'deleted at its end')
     orphan_grace: float = setting(60.0, 'age in seconds at which a server of ours that nothing wants is removed', 0.0)
+    verify_every: float = setting(
+        3600.0, 'seconds between two checks of the database file for damage', 0.1)
+    max_pass_age: float = setting(
+        180.0, 'seconds after the last pass of the life cycle at which /readyz warns', 0.1)
     simulated_boot: float = setting(3.0, 'seconds that a boot takes on the cloud `simulated`', 0.0)
     simulated_failures: float = setting(0.0, 'share of boots that end in ERROR there, 0 to 1', 0.0, 1.0)
     simulated_vms: int = setting(0, 'servers that fit there; 0 means any number', 0)
@@ -1397,8 +1403,162 @@ def from_plain(value):
 
 PATIENT = 30  # seconds that a writer waits for others
 OURS = 0x636d7265  # the application id of our databases: 'cmre'
+SIDES = ('', '-wal', '-shm')  # the files of an open database: itself, its log, the log's index
 
-db = peewee.SqliteDatabase(None, lock_type='IMMEDIATE', pragmas={
+
+class StoreFile:
+    """The files of the open database, known by device and inode, and the lock beside them.
+
+    What is written to a file that was removed or replaced is lost, and SQLite does not notice.
+    """
+
+    def __init__(self):
+        self.path, self.identity, self.store = '', (), ''  # the last is the id that is in the file
+        self.lock = self.guard = None  # the guard is a connection that keeps log and index in place
+        self.damage = ''  # what a statement or a check met, until a check meets nothing
+        self.lost = ''    # the sentence that was logged of a loss
+
+    def hold(self, path: str) -> None:
+        """Says to other processes that the file is in use, and connects the guard."""
+        self.path = os.path.abspath(path)
+        self.lock = lock_store(path, alone=False)
+        self.guard = connect(path)
+
+    def release(self) -> None:
+        """Forgets the file."""
+        if self.guard:
+            self.guard.close()
+        if self.lock is not None:
+            os.close(self.lock)
+        self.__init__()
+
+    def recognise(self) -> None:
+        """From now on only these files are ours."""
+        self.guard.execute('PRAGMA journal_mode = wal').fetchone()
+        self.guard.execute('SELECT count(*) FROM sqlite_master').fetchone()  # opens log and index
+        self.identity = identity_of(self.path)
+
+    def check(self) -> None:
+        """Raises Unavailable unless the path leads to the files that are open."""
+        if self.identity and (found := identity_of(self.path)) != self.identity:
+            raise Unavailable(self.loss(found))
+        if self.lost:  # until the cause is gone
+            self.refuse_other(store_in(self.path))
+            self.lost = ''
+
+    def loss(self, found: tuple) -> str:
+        """What became of the files, as people read it; logged once."""
+        side = next(n for n in range(len(SIDES)) if found[n] != self.identity[n])
+        what = 'was replaced by another file' if found[side] else 'was removed'
+        if side == 1 and not found[1] and not self.lost:  # what the log alone holds is saved
+            self.guard.execute('PRAGMA wal_checkpoint(PASSIVE)')
+        return self.told_of(SIDES[side], what, RESTART if side else PUT_BACK)
+
+    def told_of(self, side: str, what: str, then: str) -> str:
+        """The sentence about a loss; it is logged when it is a new one."""
+        name = os.path.basename(self.path) + side
+        lost = f"the database file '{name}' {what} while cmres used it: nothing is saved now. {then}"
+        if lost != self.lost:
+            self.lost = lost
+            log.critical('%s', lost)
+        return lost
+
+    def refuse_other(self, store: str) -> None:
+        """Raises Unavailable if the file holds another store than when it was opened."""
+        if self.store and store != self.store:
+            what = f"was overwritten with {f'the store {store}' if store else 'an empty one'}"
+            raise Unavailable(self.told_of('', what, PUT_BACK))
+
+
+RESTART = 'Stop all processes of cmres and start them again'
+PUT_BACK = ('Put the first file back; or stop cmres, restore a backup with `store restore FILE`, '
+            'and start it again')
+store_file = StoreFile()
+
+
+def identity_of(path: str) -> tuple:
+    """Device and inode of each of the files of a database; None for one that is not there."""
+    return tuple(inode_of(path + side) for side in SIDES)
+
+
+def inode_of(path: str) -> tuple | None:
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
+
+
+def file_uri(path: str) -> str:
+    """The name under which SQLite opens a file that must be there: it makes none."""
+    return f'file:{quote(os.path.abspath(path))}?mode=rw'
+
+
+def connect(path: str, timeout: float = PATIENT) -> sqlite3.Connection:
+    """A connection of its own to a database file that is there."""
+    return sqlite3.connect(
+        file_uri(path), timeout, isolation_level=None, uri=True, check_same_thread=False)
+
+
+def lock_store(path: str, alone: bool) -> int:
+    """Takes the lock beside a database: alone to replace or migrate it, else together with others.
+
+    The lock ends with the process or when the file descriptor is closed.
+
+    Raises:
+      Unavailable: others use the database, or one replaces it.
+    """
+    import fcntl
+    try:
+        file = os.open(f'{path}.lock', os.O_RDONLY | os.O_CREAT, mode_of(path))
+    except OSError as error:
+        raise Unavailable(f"can't open the lock '{path}.lock': {error.strerror}") from None
+    kind, refusal = (fcntl.LOCK_EX, IN_USE) if alone else (fcntl.LOCK_SH, BEING_REPLACED)
+    until = time.monotonic() + (0 if alone else PATIENT)
+    while True:
+        try:
+            fcntl.flock(file, kind | fcntl.LOCK_NB)
+            return file
+        except BlockingIOError:
+            if time.monotonic() >= until:
+                os.close(file)
+                raise Unavailable(refusal.format(path)) from None
+        time.sleep(0.05)
+
+
+IN_USE = ("other processes use the database '{}': stop `serve`, `scheduler` and other commands of "
+          'cmres first')
+BEING_REPLACED = "another process migrates or restores the database '{}'; try again in a minute"
+
+
+def mode_of(path: str) -> int:
+    """The permissions of a database, for the files beside it; of none, its owner's alone."""
+    try:
+        return os.stat(path).st_mode & 0o777
+    except OSError:
+        return 0o600
+
+
+class Database(peewee.SqliteDatabase):
+    """SQLite whose connections all lead to the same file, and whose errors tell the first cause."""
+
+    def _connect(self):
+        store_file.check()
+        connection = super()._connect()
+        try:
+            store_file.check()  # also after it: no thread may write to another file than the others
+        except Unavailable:
+            connection.close()
+            raise
+        return connection
+
+    def rollback(self):
+        """Undoes a transaction, unless SQLite did so already: on a full disk, say."""
+        if self.connection().in_transaction:
+            super().rollback()
+
+
+db = Database(None, lock_type='IMMEDIATE', pragmas={
     'journal_mode': 'wal', 'synchronous': 'full', 'foreign_keys': 1, 'cache_size': -32_000})
 
 # SQLite's busy handler is unfair: writers of one process queue here, those of others there.
@@ -1658,6 +1818,13 @@ class Token(Table):
     revoked = peewee.IntegerField(null=True)
 
 
+class Session(Table):
+    """Somebody who has signed in to the page, by the hash of what their cookie says."""
+    hash = peewee.CharField(primary_key=True)
+    token = peewee.ForeignKeyField(Token, index=False)
+    until = peewee.IntegerField(index=True)
+
+
 class Feed(Table):
     """What a secret address shows as a calendar: of a user, of a project or of a resource."""
     user = peewee.CharField()
@@ -1750,79 +1917,488 @@ class SimulatedServer(Table):
     gone = peewee.DoubleField(null=True)
 
 
-TABLES = [Resource, Reservation, Occurrence, Capacity, Proposal, ExtraHold, Limit, Step, Server, Claim, Token, Feed,
-          Subscription, Event, Outbox, Mailed, Lease, Fact, SimulatedServer]
+TABLES = [Resource, Reservation, Occurrence, Capacity, Proposal, ExtraHold, Limit, Step, Server,
+          Claim, Token, Session, Feed, Subscription, Event, Outbox, Mailed, Lease, Fact,
+          SimulatedServer]
 
-#: What brings an older store up to the models above, one function a version.
-MIGRATIONS: list[Callable] = [lambda: add_tracks(), lambda: add_proposals(), lambda: add_up_told(),
-                              lambda: add_owners(), lambda: trust_names()]
+#: What brings an older store up to the models above, one function a version. None reads the models,
+#: which tell of today: each names its tables and columns.
+MIGRATIONS: list[Callable] = [
+    lambda: add_tracks(), lambda: add_proposals(), lambda: add_up_told(), lambda: add_owners(),
+    lambda: trust_names(), lambda: add_sessions()]
 
 
-def open_store(path: str) -> None:
-    """Opens the database, makes or migrates its tables; every thread then has its own connection.
+def open_store(path: str, key: str = '') -> None:
+    """Opens the database for all threads. Where none ever was, it and its key are made.
+
+    Args:
+      key: the file of the key, if it is not the one beside the database
 
     Raises:
-      Unavailable: the file can't be opened, or a newer cmres wrote it.
+      Unavailable: the file can't be opened, is gone, or is of something else, of another store or
+        of another version.
     """
     close_store()
     if not path:
         raise Invalid('setting database: a file name is needed, such as cmres.db')
-    db.init(path, timeout=PATIENT)
+    file = key_file(path, key)
+    known = known_store(file)
+    if known and not os.path.exists(path):
+        raise Unavailable(STORE_GONE.format(path, file))
     try:
-        if db.application_id != OURS and db.get_tables():
-            raise Unavailable(f"'{path}' is a database of something else; name another file")
-        if db.user_version != len(MIGRATIONS) + 1:
-            migrate()
-        ROW_TYPES.clear()  # in another store, columns may stand in another order
-    except peewee.DatabaseError as error:
-        raise Unavailable(f"can't open the database '{path}': {error}") from None
+        take_file(path, known)
+        remember(file, store_file.store)
+    except (Error, OSError, *STORE_ERRORS) as error:
+        close_store()
+        if isinstance(error, Error):
+            raise
+        raise Unavailable(f"can't open the database '{path}': {first_line(error)}") from None
+
+
+def take_file(path: str, known: str) -> None:
+    """Takes a database file into use, and makes it if it is not there."""
+    with suppress(FileExistsError):
+        make_private(path)
+    store_file.hold(path)
+    version = refuse_other(path, known)
+    db.init(file_uri(path), timeout=PATIENT, uri=True)
+    if not version:
+        make_tables()
+    store_file.recognise()
+    store_file.store = fact('store')
+    ROW_TYPES.clear()  # in another store, columns may stand in another order
+
+
+STORE_GONE = ("the database '{0}' is gone, and there was one: '{1}' remembers it. Bring it back "
+              "with `store restore FILE`. To begin with an empty one, delete '{1}'")
+STORE_OLDER = ("the database '{0}' is of version {1}, this cmres needs version {2}. Stop all "
+               'processes of cmres, then run `store migrate`; `serve`, `scheduler` and `tick` do '
+               'it as well')
+STORE_NEWER = ("a newer cmres wrote the database '{0}' (version {1}, here {2}): use that version "
+               'or a later one')
+OTHER_KEY = ("the database '{}' is {}, but its key is of store {}: put the right file back, or "
+             'restore a backup with `store restore FILE`')
+
+
+def latest_version() -> int:
+    """The version of the database that this program reads and writes."""
+    return len(MIGRATIONS) + 1
+
+
+def refuse_other(path: str, known: str) -> int:
+    """The version of a database, 0 of an empty one; refuses what is not the store of this key."""
+    application, version, store = told_by(store_file.guard)
+    latest = latest_version()
+    if application != OURS and version is None:
+        raise Unavailable(f"'{path}' is a database of something else; name another file")
+    if known and store != known:
+        raise Unavailable(OTHER_KEY.format(path, f'store {store}' if store else 'empty', known))
+    if version and version != latest:
+        refusal = STORE_OLDER if version < latest else STORE_NEWER
+        raise Unavailable(refusal.format(path, version, latest))
+    return version
+
+
+def told_by(connection: sqlite3.Connection) -> tuple[int, int | None, str]:
+    """Of a database: application id; version, None if not ours, 0 if empty; id of the store."""
+    application, version = (connection.execute(f'PRAGMA {each}').fetchone()[0]
+                            for each in ('application_id', 'user_version'))
+    tables = {each[0] for each in connection.execute(
+        "SELECT name FROM sqlite_master WHERE type = 'table'")}
+    if not tables:
+        return OURS, 0, ''
+    if not {'fact', 'reservation', 'occurrence'} <= tables or application not in (0, OURS):
+        return application, None, ''
+    found = connection.execute("SELECT value FROM fact WHERE name = 'store'").fetchone()
+    return OURS, version, found[0] if found else ''
 
 
 def close_store() -> None:
+    """Closes this thread's connection, and lets other processes replace the file."""
     if not db.deferred and not db.is_closed():
         db.close()
+    store_file.release()
 
 
-def migrate() -> None:
+def make_tables() -> None:
+    """Makes the tables of an empty database, unless another process was faster."""
     with transaction():
-        version = db.user_version
-        if version > len(MIGRATIONS) + 1:
-            raise Unavailable(f'a newer cmres wrote this database (version {version}); use that one')
-        if version == 0:
+        if db.user_version == 0:
             db.create_tables(TABLES)
             insert(Fact, name='store', value=secrets.token_hex(4))
-        for step in MIGRATIONS[max(version - 1, 0):] if version else ():
+            db.user_version, db.application_id = latest_version(), OURS
+
+
+# The key is not in the store: whoever reads a backup must not be able to sign in. Its second line
+# is the id of the store, so that a store that is gone is missed and not made anew.
+
+
+def key_file(path: str, key: str = '') -> str:
+    """Where the key of a database is."""
+    return key or f'{path}.key'
+
+
+def known_store(file: str) -> str:
+    """The id of the store that a key remembers; '' if there is none."""
+    try:
+        with open(file, encoding='ascii') as lines:
+            return lines.read().partition('\n')[2].strip()
+    except FileNotFoundError:
+        return ''
+    except (OSError, UnicodeDecodeError) as error:
+        raise Unavailable(f"can't read the key '{file}': {first_line(error)}") from None
+
+
+def read_key(file: str) -> bytes:
+    """The key that cookies are signed with.
+
+    Raises:
+      Unavailable: the file can't be read, or is no key.
+    """
+    try:
+        with open(file, encoding='ascii') as lines:
+            key = bytes.fromhex(lines.readline())
+    except (OSError, ValueError) as error:
+        raise Unavailable(f"can't read the key '{file}': {first_line(error)}") from None
+    if len(key) < 32:
+        raise Unavailable(f"'{file}' is no key: its first line must be 64 hexadecimal digits")
+    return key
+
+
+def remember(file: str, store: str) -> None:
+    """Makes the key, or notes in it which store it is of."""
+    if known_store(file) == store:
+        return
+    key = read_key(file).hex() if os.path.exists(file) else secrets.token_hex(32)
+    part = f'{file}.{secrets.token_hex(4)}'
+    make_private(part)
+    with open(part, 'w', encoding='ascii') as lines:
+        lines.write(f'{key}\n{store}\n')
+        lines.flush()
+        os.fsync(lines.fileno())
+    os.replace(part, file)
+
+
+def make_private(path: str) -> None:
+    """Makes an empty file that only its owner can read; FileExistsError if there is one."""
+    os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
+
+
+# Copies, migrations and restored stores.
+
+
+def copy_store(source: str, target: str) -> None:
+    """Copies a database as it is at one instant, also while others write; whole, or not at all.
+
+    Raises:
+      Conflict: the target is there already.
+      Unavailable: it can't be read or written.
+    """
+    if os.path.exists(target):
+        raise Conflict(f"'{target}' is there already: choose another name")
+    part = f'{target}.{secrets.token_hex(4)}'
+    try:
+        make_private(part)
+        with closing(connect(source)) as old, closing(connect(part)) as new:
+            old.backup(new)
+            new.execute('PRAGMA journal_mode = DELETE')  # a copy is one file
+        os.replace(part, target)
+    except (OSError, sqlite3.Error) as error:
+        raise Unavailable(f"can't copy '{source}' to '{target}': {first_line(error)}") from None
+    finally:
+        if os.path.exists(part):
+            os.remove(part)
+
+
+@contextmanager
+def alone_with(path: str) -> Iterator[None]:
+    """Holds a database for this process alone, also against older programs, which know no lock."""
+    close_store()
+    lock = lock_store(path, alone=True)
+    try:
+        if os.path.exists(path):
+            leave_wal(path)
+        yield
+    finally:
+        os.close(lock)
+
+
+def leave_wal(path: str) -> None:
+    """Brings the log of a database into it; Unavailable where anybody else has it open."""
+    try:
+        with closing(connect(path, timeout=1)) as connection:
+            connection.execute('PRAGMA journal_mode = DELETE').fetchone()
+    except sqlite3.Error as error:
+        if error.sqlite_errorcode & 0xff == sqlite3.SQLITE_BUSY:
+            raise Unavailable(IN_USE.format(path)) from None
+
+
+def migrate_store(path: str) -> dict | None:
+    """Brings a database of an older version up to this one, after a copy of it was made beside it.
+
+    Returns:
+      the versions before and after and the name of the copy; None if there was nothing to do.
+
+    Raises:
+      Unavailable: other processes use the database, or there is no space for the copy.
+    """
+    before = version_of(path)
+    if not 0 < before < latest_version():
+        return None
+    with alone_with(path):
+        copy = f'{path}.version-{before}-{stamp()}'
+        copy_store(path, copy)
+        db.init(file_uri(path), timeout=PATIENT, uri=True)
+        try:
+            run_migrations(before)
+        finally:
+            db.close()
+        os.chmod(path, 0o600)  # older programs let everybody read it
+    return {'database': path, 'before': before, 'after': latest_version(), 'copy': copy}
+
+
+def run_migrations(before: int) -> None:
+    """Brings the tables of a version up to those of today, all in one transaction."""
+    with transaction():
+        for step in MIGRATIONS[before - 1:]:
             step()
-        db.user_version, db.application_id = len(MIGRATIONS) + 1, OURS
+        db.user_version, db.application_id = latest_version(), OURS
 
 
-#: The columns of version 2.
-TRACKS = {'resource': 'classes named', 'reservation': 'request host choices',
-          'occurrence': 'classes', 'capacity': 'classes held_classes', 'claim': 'classes'}
+def version_of(path: str) -> int:
+    """The version of a database of ours; 0 of any other file, and of none."""
+    try:
+        with closing(connect(path)) as connection:
+            return told_by(connection)[1] or 0
+    except sqlite3.Error:
+        return 0
+
+
+def stamp() -> str:
+    """The present instant for the name of a file."""
+    return f'{datetime.now(UTC):%Y%m%dT%H%M%S.%f}'
+
+
+def verify_store(path: str) -> dict:
+    """Reads all of a database file, and tells its version and the number of its reservations.
+
+    Raises:
+      NotFound: there is no such file.
+      Unavailable: it is damaged, or no database of ours; the sentence says what was found.
+    """
+    if not os.path.exists(path):
+        raise NotFound(f"there is no file '{path}'")
+    try:
+        with closing(connect(path)) as connection:
+            faults = damage_of(connection, 'integrity_check') or loose_row(connection)
+            _, version, store = told_by(connection)
+            count = connection.execute('SELECT count(*) FROM reservation') if version else [(0,)]
+            found = {'version': version, 'store': store, 'reservations': next(iter(count))[0]}
+    except sqlite3.Error as error:
+        raise Unavailable(f"'{path}' is damaged or no database: {error}") from None
+    if faults:
+        raise Unavailable(f"'{path}' is damaged: {faults}")
+    if version is None:
+        raise Unavailable(f"'{path}' is a database of something else")
+    return {'file': path} | found | {'result': 'ok'}
+
+
+def loose_row(connection: sqlite3.Connection) -> str:
+    """Which table has a row that points to one that is not there; '' if none has."""
+    found = connection.execute('PRAGMA foreign_key_check').fetchone()
+    return f'a row of {found[0]} points to one that is not there' if found else ''
+
+
+def damage_of(connection: sqlite3.Connection, check: str = 'quick_check') -> str:
+    """What SQLite finds wrong with a file; '' if nothing."""
+    found = [each[0] for each in connection.execute(f'PRAGMA {check}(3)')]
+    return '' if found == ['ok'] else shown('; '.join(found))
+
+
+def restore_store(path: str, copy: str, key: str = '') -> dict:
+    """Puts a copy in the place of a database, which is kept beside it.
+
+    Servers made since the copy was written are unknown to it. So the copy notes that it was
+    restored, which keeps them from being deleted until an admin decides, and numbers new servers
+    far behind those that it doesn't know, so that no mark is used twice.
+
+    Raises:
+      Unavailable: the copy is damaged or of a newer cmres, or other processes use the database.
+    """
+    found = verify_store(copy)
+    if not found['version']:
+        raise Unavailable(f"'{copy}' is empty")
+    if found['version'] > latest_version():
+        raise Unavailable(STORE_NEWER.format(copy, found['version'], latest_version()))
+    with alone_with(path):
+        part = f'{path}.restored-{stamp()}'
+        copy_store(copy, part)
+        note_restored(part)
+        aside = set_aside(path)
+        os.rename(part, path)
+        remember(key_file(path, key), found['store'])
+    answer = {'database': path, 'from': copy, 'reservations': found['reservations']}
+    return answer | ({'before': aside} if os.path.exists(aside) else {})
+
+
+def set_aside(path: str) -> str:
+    """Gives the files of a database another name, and tells it."""
+    aside = f'{path}.before-{stamp()}'
+    for side in SIDES:
+        if os.path.exists(path + side):
+            os.rename(path + side, aside + side)
+    return aside
+
+
+def note_restored(path: str) -> None:
+    with closing(connect(path)) as connection:
+        last = connection.execute('SELECT coalesce(max(id), 0) FROM server').fetchone()[0]
+        connection.executemany('INSERT OR REPLACE INTO fact (name, value) VALUES (?, ?)', [
+            ('restored', f'{int(time.time())}'), ('next server', f'{last + 1_000_000}')])
+
+
+def next_server() -> int:
+    """An id that no server had before, nor one made between a backup and its restoring."""
+    last = row('SELECT coalesce(max(id), 0) AS id FROM server').id
+    return max(last + 1, int(fact('next server') or 0))
+
+
+def fact(name: str) -> str:
+    """What the store knows of itself under a name; '' if nothing."""
+    found = row('SELECT value FROM fact WHERE name = ?', name)
+    return found.value if found else ''
+
+
+def note_fact(name: str, value: str) -> None:
+    """Notes a fact, in the place of what it was before."""
+    run('INSERT INTO fact (name, value) VALUES (?, ?) '
+        'ON CONFLICT (name) DO UPDATE SET value = excluded.value', name, value)
+
+
+#: The columns that the store got while its version was 1, by their types.
+COLUMNS_OF_1 = {
+    "VARCHAR(255) NOT NULL DEFAULT ''": """
+        reservation.server reservation.at_end reservation.repeat reservation.tz reservation.origin
+        reservation.on_conflict reservation.request reservation.host server.snapshot
+        server.snapshot_id occurrence.slot resource.mode event.project event.resource""",
+    "VARCHAR(255) NOT NULL DEFAULT 'up'": 'server.goal',
+    "VARCHAR(255) NOT NULL DEFAULT 'active'": 'simulated_server.power',
+    'VARCHAR(255)': 'reservation.uid',
+    "TEXT NOT NULL DEFAULT ''": """
+        reservation.series reservation.choices resource.classes resource.named occurrence.classes
+        claim.classes capacity.classes capacity.held_classes""",
+    "TEXT NOT NULL DEFAULT '[]'": 'reservation.notify resource.hosts',
+    "TEXT NOT NULL DEFAULT '{}'": 'subscription.refused',
+    'INTEGER NOT NULL DEFAULT 0': """
+        occurrence.told occurrence.altered occurrence.revision occurrence.revised server.borrowed
+        reservation.personal reservation.priority reservation.confirm resource.hold
+        resource.approval resource.no_show""",
+    'INTEGER': """
+        event.occurrence reservation.booked_until reservation.subscription reservation.waiting
+        reservation.pending""",
+    'REAL': 'simulated_server.saved claim.gone'}
+
+#: The tables that came while the version was 1, and all indexes of version 2.
+TABLES_OF_2 = """
+    CREATE TABLE IF NOT EXISTS outbox (
+      id INTEGER NOT NULL PRIMARY KEY, event_id INTEGER NOT NULL REFERENCES event (id),
+      target VARCHAR(255) NOT NULL, tries INTEGER NOT NULL, due REAL, fault TEXT NOT NULL);
+    CREATE TABLE IF NOT EXISTS lease (
+      name VARCHAR(255) NOT NULL PRIMARY KEY, holder VARCHAR(255) NOT NULL, until REAL NOT NULL);
+    CREATE TABLE IF NOT EXISTS feed (
+      id INTEGER NOT NULL PRIMARY KEY, user VARCHAR(255) NOT NULL, project VARCHAR(255) NOT NULL,
+      whole_project INTEGER NOT NULL, resource VARCHAR(255) NOT NULL, hash VARCHAR(255) NOT NULL,
+      added INTEGER NOT NULL, revoked INTEGER);
+    CREATE TABLE IF NOT EXISTS subscription (
+      id INTEGER NOT NULL PRIMARY KEY, user VARCHAR(255) NOT NULL, project VARCHAR(255) NOT NULL,
+      url VARCHAR(255) NOT NULL, defaults TEXT NOT NULL, notify TEXT NOT NULL,
+      etag VARCHAR(255) NOT NULL, modified VARCHAR(255) NOT NULL, fault TEXT NOT NULL,
+      refused TEXT NOT NULL, held TEXT NOT NULL, confirmed INTEGER NOT NULL,
+      tries INTEGER NOT NULL, polled REAL, due REAL, added INTEGER NOT NULL);
+    CREATE TABLE IF NOT EXISTS claim (
+      id INTEGER NOT NULL PRIMARY KEY, resource_id INTEGER NOT NULL REFERENCES resource (id),
+      occurrence INTEGER, server VARCHAR(255) NOT NULL, project VARCHAR(255) NOT NULL,
+      user VARCHAR(255) NOT NULL, vcpus INTEGER NOT NULL, ram INTEGER NOT NULL,
+      classes TEXT NOT NULL, at REAL NOT NULL, due REAL, gone REAL);
+    CREATE TABLE IF NOT EXISTS capacity (
+      id INTEGER NOT NULL PRIMARY KEY, resource_id INTEGER NOT NULL REFERENCES resource (id),
+      start INTEGER NOT NULL, "end" INTEGER NOT NULL, vms INTEGER, vcpus INTEGER, ram INTEGER,
+      held_vms INTEGER NOT NULL, held_vcpus INTEGER NOT NULL, held_ram INTEGER NOT NULL,
+      classes TEXT NOT NULL, held_classes TEXT NOT NULL, reason VARCHAR(255) NOT NULL,
+      added INTEGER NOT NULL, removed INTEGER);
+    CREATE TABLE IF NOT EXISTS limits (
+      id INTEGER NOT NULL PRIMARY KEY, project VARCHAR(255) NOT NULL, user VARCHAR(255) NOT NULL,
+      resource VARCHAR(255) NOT NULL, most_vms INTEGER, longest INTEGER, ahead INTEGER,
+      least_notice INTEGER, vcpu_hours INTEGER, waiting INTEGER, exempt INTEGER NOT NULL,
+      added INTEGER NOT NULL);
+    DROP INDEX IF EXISTS occurrence_held;
+    DROP INDEX IF EXISTS occurrence_reservation_id;
+    CREATE INDEX occurrence_held ON occurrence (resource_id, held_from) WHERE due IS NOT NULL;
+    CREATE INDEX IF NOT EXISTS occurrence_reservation_id_start
+      ON occurrence (reservation_id, start);
+    CREATE INDEX IF NOT EXISTS outbox_due ON outbox (due) WHERE due IS NOT NULL;
+    CREATE UNIQUE INDEX IF NOT EXISTS feed_hash ON feed (hash);
+    CREATE INDEX IF NOT EXISTS subscription_due ON subscription (due) WHERE due IS NOT NULL;
+    CREATE UNIQUE INDEX IF NOT EXISTS claim_server ON claim (resource_id, server);
+    CREATE INDEX IF NOT EXISTS claim_occurrence ON claim (occurrence) WHERE due IS NOT NULL;
+    CREATE INDEX IF NOT EXISTS claim_due ON claim (due) WHERE due IS NOT NULL;
+    CREATE INDEX IF NOT EXISTS capacity_resource_id ON capacity (resource_id);
+    CREATE INDEX IF NOT EXISTS reservation_uid ON reservation (uid) WHERE uid IS NOT NULL;
+    CREATE INDEX IF NOT EXISTS reservation_request ON reservation (request) WHERE request != '';
+    CREATE INDEX IF NOT EXISTS reservation_waiting
+      ON reservation (waiting) WHERE waiting IS NOT NULL;
+    CREATE INDEX IF NOT EXISTS reservation_pending
+      ON reservation (pending) WHERE pending IS NOT NULL"""
+
+STEPS_OF_2 = """
+    ALTER TABLE step RENAME TO old_step;
+    CREATE TABLE step (
+      resource_id INTEGER NOT NULL REFERENCES resource (id), track VARCHAR(255) NOT NULL,
+      at INTEGER NOT NULL, vms INTEGER NOT NULL, vcpus INTEGER NOT NULL, ram INTEGER NOT NULL,
+      PRIMARY KEY (resource_id, track, at)) WITHOUT ROWID;
+    INSERT INTO step SELECT resource_id, '', at, vms, vcpus, ram FROM old_step;
+    DROP TABLE old_step"""
+
+#: Before there were ends and goals, every machine was deleted at the end.
+GOALS_OF_2 = """
+    UPDATE reservation SET at_end = 'delete' WHERE image <> '';
+    UPDATE server SET goal = iif(wanted, 'up', 'delete');
+    ALTER TABLE server DROP COLUMN wanted"""
+
+
+def columns_of(table: str) -> set[str]:
+    """The columns that a table has in the file; none if there is no such table."""
+    return {each[1] for each in run(f'PRAGMA table_info({table})')}
+
+
+def run_all(statements: str) -> None:
+    """Runs statements with semicolons between, within the present transaction."""
+    for each in statements.split(';'):
+        run(each)
 
 
 def add_columns(table: str, columns: dict[str, str]) -> None:
     """Gives a table the columns, name by type, that it has not yet."""
-    known = {each[1] for each in run(f'PRAGMA table_info({table})')}
-    for name in columns.keys() - known:
+    for name in columns.keys() - columns_of(table):
         run(f'ALTER TABLE {table} ADD COLUMN {name} {columns[name]}')
 
 
 def add_tracks() -> None:
-    """Version 2: parts, hosts and resource classes; the steps have tracks, and are reckoned anew."""
-    for table, columns in TRACKS.items():
-        add_columns(table, dict.fromkeys(columns.split(), "TEXT NOT NULL DEFAULT ''"))
-    run('DROP TABLE step')
-    run('DROP INDEX IF EXISTS occurrence_held')
-    db.create_tables(TABLES)
-    for place in rows('SELECT id FROM resource'):
-        for (track, at), figures in held_steps(place.id):
-            run('INSERT INTO step VALUES (?, ?, ?, ?, ?, ?)', place.id, track, at, *figures)
+    """Version 2: parts, hosts, resource classes, tracks of steps; what version 1 got on its way."""
+    for kind, names in COLUMNS_OF_1.items():
+        for table, column in (each.split('.') for each in names.split()):
+            if (known := columns_of(table)) and column not in known:
+                run(f'ALTER TABLE {table} ADD COLUMN {column} {kind}')
+    if 'wanted' in columns_of('server'):
+        run_all(GOALS_OF_2)
+    run_all(TABLES_OF_2)
+    if 'track' not in columns_of('step'):
+        run_all(STEPS_OF_2)
 
 
 def add_proposals() -> None:
     """Version 3: changes that await approval, and what is held beside occurrences."""
-    for statement in """
+    run_all("""
         CREATE TABLE IF NOT EXISTS proposal (id INTEGER NOT NULL PRIMARY KEY,
           reservation_id INTEGER NOT NULL REFERENCES reservation (id), occurrence INTEGER NOT NULL,
           alone INTEGER NOT NULL, user VARCHAR(255) NOT NULL, code VARCHAR(255) NOT NULL, asked TEXT NOT NULL,
@@ -1837,8 +2413,7 @@ def add_proposals() -> None:
         CREATE INDEX IF NOT EXISTS extra_hold_reservation_id ON extra_hold (reservation_id);
         CREATE INDEX IF NOT EXISTS extra_hold_proposal_id ON extra_hold (proposal_id);
         CREATE INDEX IF NOT EXISTS extra_hold_resource_id ON extra_hold (resource_id);
-        CREATE INDEX IF NOT EXISTS server_kept ON server (account) WHERE state = 'kept'""".split(';'):
-        run(statement)
+        CREATE INDEX IF NOT EXISTS server_kept ON server (account) WHERE state = 'kept'""")
 
 
 def add_up_told() -> None:
@@ -1856,7 +2431,7 @@ def add_owners() -> None:
 
 
 def trust_names() -> None:
-    """Names are looked at with the rights of who asks; what was booked before that goes on."""
+    """Version 6: names are looked at with the rights of who asks; what was booked before goes on."""
     add_columns('reservation', {'trusted': "TEXT NOT NULL DEFAULT '[]'"})
     run('''UPDATE reservation SET trusted = (SELECT json_group_array(name) FROM (
              SELECT 'flavor:' || flavor AS name WHERE flavor <> '' UNION ALL
@@ -1868,16 +2443,132 @@ def trust_names() -> None:
     run('CREATE INDEX IF NOT EXISTS server_uid ON server (uid) WHERE uid IS NOT NULL')
 
 
+def add_sessions() -> None:
+    """Version 7: who has signed in, by hashes; the key that signs is not in the store any more."""
+    run_all("""
+        CREATE TABLE session (
+          hash VARCHAR(255) NOT NULL PRIMARY KEY, token_id INTEGER NOT NULL REFERENCES token (id),
+          until INTEGER NOT NULL);
+        CREATE INDEX session_until ON session (until);
+        DELETE FROM fact WHERE name = 'page' OR name LIKE 'out %'""")
+
+
+# What goes wrong with the store. SQLite's first error is what the user is told, with what helps.
+
+STORE_ERRORS = (peewee.DatabaseError, sqlite3.Error)
+DAMAGED = 'the database is damaged: {}. Stop cmres and restore a backup with `store restore FILE`'
+#: What SQLite's errors mean to people. Any other is a mistake of ours.
+TROUBLES = {
+    sqlite3.SQLITE_BUSY: f'the database was busy for {PATIENT} seconds. Nothing was changed. '
+                         'Try again',
+    sqlite3.SQLITE_LOCKED: 'the database was busy. Nothing was changed. Try again',
+    sqlite3.SQLITE_NOMEM: 'there is not enough memory for the database: {}',
+    sqlite3.SQLITE_FULL: 'the disk of the database is full: {}. Nothing was changed. An operator '
+                         'must free space there',
+    sqlite3.SQLITE_READONLY: 'the database is read-only: {}. Nothing was changed. An operator must '
+                             'make it and its folder writable',
+    sqlite3.SQLITE_IOERR: 'the disk of the database fails, or a quota is used up: {}. An operator '
+                          'must look at the disk',
+    sqlite3.SQLITE_CANTOPEN: 'the database can not be opened: {}. An operator must look at its '
+                             'folder and its permissions',
+    sqlite3.SQLITE_PROTOCOL: 'the database could not be locked: {}. Nothing was changed',
+    sqlite3.SQLITE_CORRUPT: DAMAGED, sqlite3.SQLITE_NOTADB: DAMAGED}
+
+
+def trouble(error: BaseException) -> Unavailable | None:
+    """What is wrong with the store, for its users; None if the error is a mistake of ours."""
+    if not isinstance(error, STORE_ERRORS):
+        return None
+    try:
+        store_file.check()  # any error may follow from this one
+        store_file.refuse_other(store_in(store_file.path))
+    except Unavailable as lost:
+        return lost
+    return in_trouble(error)
+
+
+def in_trouble(error: BaseException) -> Unavailable | None:
+    """What SQLite's own error says of the store."""
+    cause: BaseException | None = error
+    while cause and not hasattr(cause, 'sqlite_errorcode'):
+        cause = cause.__cause__ or cause.__context__
+    code = cause.sqlite_errorcode & 0xff if cause else None  # the rest of it is for experts
+    if code not in TROUBLES:
+        return None
+    sentence = TROUBLES[code].format(f'{cause} ({cause.sqlite_errorname})')
+    if TROUBLES[code] is DAMAGED:
+        store_file.damage = sentence
+    return Unavailable(sentence)
+
+
+def store_in(path: str) -> str:
+    """The id of the store that a file holds now; the one that is open, where that can't be read."""
+    try:
+        with closing(connect(path, timeout=1)) as connection:
+            return told_by(connection)[2]
+    except sqlite3.Error:
+        return store_file.store
+
+
+def look_for_damage(path: str) -> str:
+    """Reads a database file anew, and tells what is damaged; '' if nothing."""
+    store_file.check()
+    try:
+        with closing(connect(path)) as connection:
+            return damage_of(connection)
+    except sqlite3.Error as error:
+        if error.sqlite_errorcode & 0xff not in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
+            raise
+        return f'{error}'
+
+
+def note_check(now: float, damage: str) -> None:
+    """Remembers what a check of the file has found, for all processes and for this one."""
+    store_file.damage = DAMAGED.format(damage) if damage else ''
+    if damage:
+        log.critical('%s', store_file.damage)
+    note_fact('checked', json.dumps({'at': int(now), 'result': damage or 'ok'}))
+
+
+def probe(path: str) -> str:
+    """Writes to the database on a connection of its own; what prevents that, '' if nothing."""
+    try:
+        store_file.check()
+        with closing(connect(path, timeout=5)) as connection:
+            store_file.refuse_other(told_by(connection)[2])
+            connection.execute("INSERT OR REPLACE INTO fact (name, value) VALUES ('probe', ?)",
+                               (f'{time.time()}',))
+    except (Unavailable, sqlite3.Error) as error:
+        return str(error if isinstance(error, Unavailable) else trouble(error) or error)
+    return ''
+
+
+def first_cause(error: Exception) -> Exception:
+    """The error that made SQLite undo all, where an inner transaction finds nothing to undo."""
+    while 'no such savepoint' in str(error) and isinstance(error.__context__, BaseException):
+        error = error.__context__
+    return error
+
+
 @contextmanager
 def transaction(keep: bool = True) -> Iterator[None]:
-    """All of it or nothing, on disk when it ends; alone in this process; without `keep`, undone at its end."""
+    """All of it or nothing, on disk when it ends; alone in this process; without `keep`, undone.
+
+    Raises:
+      Unavailable: others have been writing for too long, or the file is not there any more.
+    """
     if not write_lock.acquire(timeout=PATIENT):
-        raise Unavailable(f'others have been writing for {PATIENT} seconds; try again')
+        raise Unavailable(TROUBLES[sqlite3.SQLITE_BUSY])
     try:
+        store_file.check()
         with db.atomic() as current:
+            store_file.refuse_other(stored_id())
             yield
             if not keep:
                 current.rollback()
+        store_file.check()  # what was written to a file that has gone meanwhile is lost
+    except STORE_ERRORS as error:
+        raise first_cause(error)
     finally:
         write_lock.release()
 
@@ -1893,7 +2584,10 @@ def run(sql: str, *values) -> sqlite3.Cursor:
 def rows(sql: str, *values) -> list:
     """All rows of a query, as named tuples."""
     cursor = run(sql, *values)
-    return list(map((ROW_TYPES.get(sql) or row_type(sql, cursor))._make, cursor))
+    try:
+        return list(map((ROW_TYPES.get(sql) or row_type(sql, cursor))._make, cursor))
+    except sqlite3.Error as error:  # a later row may be on a damaged page
+        raise getattr(peewee, type(error).__name__)(*error.args) from error
 
 
 def row(sql: str, *values):
@@ -1903,6 +2597,12 @@ def row(sql: str, *values):
 
 
 ROW_TYPES: dict = {}
+
+
+def stored_id() -> str:
+    """The id of the store that is in the file, as this connection reads it; '' before it is made."""
+    found = store_file.store and run("SELECT value FROM fact WHERE name = 'store'").fetchone()
+    return found[0] if found else ''
 
 
 def row_type(sql: str, cursor):
@@ -2942,8 +3642,7 @@ class Simulated(Cloud):
 
     def mark(self, aggregate, resource):
         with transaction():
-            run('INSERT INTO fact (name, value) VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET value = excluded.value',
-                f'mark-{aggregate}', resource)
+            note_fact(f'mark-{aggregate}', resource)
 
     def hosts(self, uids):
         there = {each.uid for each in self.present()}
@@ -3035,7 +3734,7 @@ class Clouds:
     @functools.cached_property
     def store(self) -> str:
         """What all our marks begin with: two installations on one cloud don't touch each other's servers."""
-        return f"cmres-{row('SELECT value FROM fact WHERE name = ?', 'store').value}"
+        return f"cmres-{fact('store')}"
 
     def accounts(self) -> set[str]:
         """All accounts that serve the resources there are."""
@@ -4271,6 +4970,13 @@ def told(of, outcome: str, why: str = '') -> dict:
         {'why': why} if why else {})
 
 
+def without_secrets(found):
+    """A row of the listing for readers: no user data, of web addresses only the host."""
+    targets = [re.sub('(?<=://)[^/]*@|(?<=[^:/])[/?#].*', '', each) if '://' in each else each
+               for each in json.loads(found.notify)]
+    return found._replace(user_data='', notify=json.dumps(targets))
+
+
 def public(found) -> dict:
     """A row as an answer shows it: instants as datetimes, stored JSON read, nothing internal."""
     shown = {name: value for name, value in found._asdict().items() if name not in HIDDEN}
@@ -4473,8 +5179,9 @@ class Service:
         condition = ' AND '.join(text for text, _ in where) or '1'
         values = tuple(value for text, value in where if '?' in text)
         in_state = f"state IN ({', '.join('?' * len(state))})" if state else '1'
-        return listing(self.clock(), condition, (*values, *state), in_state,
-                       f'{tail} LIMIT {limit}')
+        found = listing(self.clock(), condition, (*values, *state), in_state,
+                        f'{tail} LIMIT {limit}')
+        return list(map(without_secrets, found)) if self.actor.role == READER else found
 
     def occurrence(self, id: int):
         """The listing of one occurrence, by its id."""
@@ -7765,6 +8472,21 @@ SERVERS = '''SELECT v.*, r.flavor, r.image, r.network, r.key, r.security_groups,
                JOIN reservation r ON r.id = o.reservation_id JOIN resource s ON s.id = o.resource_id'''
 
 
+UNKNOWN = ('the VM {} on {} is unknown since the database was restored: `store orphans` lists such '
+           'VMs and says what can be done')
+
+
+def adopted() -> set[str]:
+    """Servers with our mark that an admin left to people after a restore."""
+    return set(json.loads(fact('adopted') or '[]'))
+
+
+def orphans_in(seen: dict[str, Seen], matched: list[tuple]) -> list[Seen]:
+    """Of what a cloud shows, the servers with our mark of which the store tells nothing."""
+    wanted = {found.uid for _, found in matched if found}
+    return [each for uid, each in seen.items() if each.mark and uid not in wanted]
+
+
 class LostLease(Error):
     """Another scheduler acts now; this one must not."""
 
@@ -7818,6 +8540,7 @@ class LifeCycle:
         self.breakers: dict[str, Breaker] = defaultdict(Breaker)
         self.building: dict[tuple, float] = {}  # since when servers were seen to boot
         self.service = Reservations(config, clouds, Actor('cmres', 'default', ADMIN), lambda: self.clock())
+        self.reported: set[str] = set()  # orphans that wait for an admin
         self.stale: list[int] = []  # reservations whose series are to be carried on
         self.fresh_until = 0.0
 
@@ -7863,6 +8586,7 @@ class LifeCycle:
         beat = schedule.Scheduler()
         beat.every(1).seconds.do(lambda: None)  # other processes may change the store; clocks may be set
         beat.every(max(int(10 * self.config.sweep), 1)).seconds.do(self.sweep)
+        beat.every(max(int(self.config.verify_every), 1)).seconds.do(self.check_file)
         while not stop.is_set():
             wait = self.guarded_pass()
             self.wake.wait(max(min(wait, beat.idle_seconds, 1), 0))  # `schedule` goes by a clock that may be set
@@ -7878,10 +8602,13 @@ class LifeCycle:
                 return 1
             # What is due already while calls are under way waits for one of them, and each of them wakes us.
             return self.next_due(now if self.flying else 0) - self.clock()
-        except peewee.DatabaseError as error:
-            log.warning('the store is not available: %s; waiting', error)
         except LostLease as error:
             log.warning('%s', error)
+        except (Unavailable, *STORE_ERRORS) as error:
+            if not (refusal := error if isinstance(error, Unavailable) else trouble(error)):
+                log.exception('this pass failed by a mistake of cmres; the next comes in a second')
+            else:
+                log.warning('waiting: %s', refusal)
         except Exception:  # whatever it is, the next pass may do better; people wait for machines
             log.exception('this pass failed; the next comes in a second')
         return 1
@@ -7895,8 +8622,8 @@ class LifeCycle:
                 self.wake.clear()
                 self.record(self.clock())
             with transaction():
-                run('UPDATE lease SET until = 0 WHERE holder = ?', self.name)
-        except (peewee.DatabaseError, Error) as error:
+                run('UPDATE lease SET until = ? WHERE holder = ?', self.clock(), self.name)
+        except (*STORE_ERRORS, Error) as error:
             log.warning('could not end in good order: %s', error)
         for pool in self.pools.values():
             pool.shutdown(wait=False, cancel_futures=True)
@@ -7966,20 +8693,22 @@ class LifeCycle:
             for account in self.clouds.accounts():
                 self.submit(('look', account), 'look', account, self.known(account))
 
+    def check_file(self) -> None:
+        """Looks for damage in the database file, aside; /readyz tells what was found."""
+        self.submit(('integrity',), 'integrity', ' store', store_file.path)
+
     # What is wanted
 
     def refresh(self, now: float) -> None:
         """Carries series on, once a day and when the zone table is another; some in each pass, so that none is long."""
         if now >= self.fresh_until:
             stamp = f'{instant(int(now)):%Y-%m-%d} {zone_table()}'
-            found = row('SELECT value FROM fact WHERE name = ?', 'refreshed')
-            if not found or found.value != stamp:
+            if fact('refreshed') != stamp:
                 ZoneInfo.clear_cache()  # the files may be others than when this process began
                 self.stale = [each.id for each in rows(
                     "SELECT id FROM reservation WHERE series <> '' AND over > ? ORDER BY id DESC", int(now))]
                 with self.acting():
-                    run('INSERT INTO fact (name, value) VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET value = '
-                        'excluded.value', 'refreshed', stamp)
+                    note_fact('refreshed', stamp)
             self.fresh_until = (now // 86400 + 1) * 86400
         batch, self.stale = self.stale[-20:], self.stale[:-20]
         for reservation in batch:
@@ -8059,8 +8788,8 @@ class LifeCycle:
         if before:
             change(Server, before.id, state='deleted', deleted=now)  # from now on it is the new row's
             values = dict(name=before.name, uid=before.uid, tries=1, state=DOWN[0], begun=now, account=before.account)
-        insert(Server, occurrence=occurrence.id, n=n, goal='up', borrowed=borrowed, failures=0, addresses='[]',
-               snapshot='', snapshot_id='', fault='', due=now,
+        insert(Server, id=next_server(), occurrence=occurrence.id, n=n, goal='up', borrowed=borrowed,
+               failures=0, addresses='[]', snapshot='', snapshot_id='', fault='', due=now,
                # What was asked for after the start can't be ready at the start.
                planned=max(occurrence.start, occurrence.changed), **values)
 
@@ -8458,6 +9187,9 @@ class LifeCycle:
         name = f'{server.name}-{instant(server.end):%Y%m%dT%H%M%S}'
         return name, self.clouds.open(account).snapshot(server.uid, name)
 
+    def do_integrity(self, account: str, path: str) -> str:
+        return look_for_damage(path)
+
     def do_verify(self, account: str, server) -> bool | None:
         return self.clouds.open(account).saved(server.snapshot_id)
 
@@ -8517,7 +9249,7 @@ class LifeCycle:
         try:
             with db.atomic():
                 self.record_one(result, now)
-        except (peewee.DatabaseError, LostLease):
+        except (*STORE_ERRORS, LostLease):
             raise
         except Exception:
             log.exception('the result of %s for %s could not be recorded', result.verb, result.account)
@@ -8616,6 +9348,10 @@ class LifeCycle:
         if result.error:
             log.warning('could not remove the server %s that nothing wants: %s', result.target, result.error)
 
+    def record_integrity(self, result: Result, now: float) -> None:
+        if not result.error:
+            note_check(now, result.answer)
+
     def record_notice(self, result: Result, now: float) -> None:
         notice, error = result.target, result.error
         if not error:
@@ -8662,12 +9398,8 @@ class LifeCycle:
             return
         answer, gone = result.answer
         seen = {each.uid: each for each in answer}
-        marked = {each.mark: each for each in reversed(seen.values()) if each.mark}
-        wanted, vanished = set(), []
-        for server in rows(f"{SERVERS} WHERE v.state <> 'deleted' AND (v.tries > 0 OR v.borrowed)"):
-            found = seen.get(server.uid) or (None if server.borrowed else marked.get(self.mark(server)))
-            if found:
-                wanted.add(found.uid)
+        vanished, matched = [], self.matched(seen)
+        for server, found in matched:
             if server.state in FINAL:
                 if not found and server.account == account and server.uid in gone and not server.borrowed:
                     change(Server, server.id, state='deleted', deleted=now)
@@ -8681,9 +9413,26 @@ class LifeCycle:
         self.tell_vanished(vanished, now)
         run("UPDATE server SET due = ? WHERE account = ? AND goal = 'up' AND state = 'active'",
             now + self.config.sweep, account)
-        for uid in seen.keys() - wanted:
-            if seen[uid].mark and now - seen[uid].made >= self.config.orphan_grace:
-                self.submit(('clear', uid), 'clear', account, uid)
+        self.clear_orphans(account, orphans_in(seen, matched), now)
+
+    def matched(self, seen: dict[str, Seen]) -> list[tuple]:
+        """The servers that the store tells of, each with what a cloud shows of it, if anything."""
+        marked = {each.mark: each for each in reversed(seen.values()) if each.mark}
+        known = rows(f"{SERVERS} WHERE v.state <> 'deleted' AND (v.tries > 0 OR v.borrowed)")
+        return [(server, seen.get(server.uid) or (
+            None if server.borrowed else marked.get(self.mark(server)))) for server in known]
+
+    def clear_orphans(self, account: str, orphans: list[Seen], now: float) -> None:
+        """Removes servers of ours that nothing wants; after a restore, once an admin says so."""
+        left, restored = adopted(), fact('restored')
+        for each in orphans:
+            if each.uid in left or now - each.made < self.config.orphan_grace:
+                continue
+            if not restored:
+                self.submit(('clear', each.uid), 'clear', account, each.uid)
+            elif each.uid not in self.reported:
+                self.reported.add(each.uid)
+                self.service.journal(now, 'orphan', UNKNOWN.format(each.uid, account))
 
     def record_seen(self, server, seen: Seen, now: float) -> None:
         """A server that is there: adopt it, and go on from the state that it is in."""
@@ -8771,6 +9520,7 @@ def rest(service: Reservations, told: Callable | None = None):
     app = bottle.Bottle()
     app.uninstall('json')  # it knows neither lists nor instants
     app.default_error_handler = told or (lambda failure: error_text(failure, bottle.request, bottle.response))
+    app.install(answering)
     app.add_hook('before_request', lambda: plain_path(bottle.request.environ))
     for operation in API.values():
         for verb, path, fixed in operation.routes:
@@ -8778,6 +9528,7 @@ def rest(service: Reservations, told: Callable | None = None):
     app.route('/healthz', 'GET', healthy)
     for path in ('/calendar/<secret>/<name>.ics', '/calendar/<secret>.ics'):  # programs show the end
         app.route(path, 'GET', feed_handler(service))
+    app.route('/readyz', 'GET', Readiness(service).answer, skip=[answering])
     app.route('/openapi.json', 'GET', handler(service, None, {}))
     return app
 
@@ -8797,8 +9548,6 @@ def handler(service: Reservations, operation: Operation | None, fixed: dict) -> 
             answer = getattr(acting, operation.name)(**bound)
         except Error as error:
             return reply(error.status, error_body(error))
-        except peewee.DatabaseError as error:
-            return reply(503, error_body(Unavailable(f'the store is not available: {error}; try again')))
         made = operation.name.rsplit('_')[-1] in ('add', 'load', 'generate') and not bound.get('dry_run')
         return reply(201 if made else 200, answer)
 
@@ -8838,15 +9587,94 @@ def feed_handler(service: Reservations) -> Callable:
     return handle
 
 
-def healthy():
-    """Says that requests are answered and the store can be read; the one address that needs no token."""
+def answering(handle: Callable) -> Callable:
+    """A handler that is not asked while the store is lost, and whose failures are told."""
     import bottle
-    try:
-        row('SELECT 1 AS one')
-        return bottle.HTTPResponse('{"status": "ok"}\n', 200, {'Content-Type': 'application/json'})
-    except peewee.DatabaseError as error:
-        return bottle.HTTPResponse(json_text({'error': f'the store is not available: {error}'}), 503,
+
+    def answer(*args, **path):
+        try:
+            store_file.check()
+            store_file.refuse_other(stored_id())
+            return handle(*args, **path)
+        except bottle.HTTPResponse:
+            raise
+        except Exception as error:
+            refusal = error if isinstance(error, Error) else trouble(error)
+            refusal = refusal or mistake(error, bottle.request)
+            return bottle.HTTPError(refusal.status, refusal)
+    return answer
+
+
+def mistake(error: Exception, request) -> Error:
+    """What is said of a mistake of ours: where the log has all of it."""
+    id = secrets.token_hex(4)
+    log.error('%s: %s %s failed', id, request.method, request.path, exc_info=error)
+    return Error(f'cmres made a mistake. Please tell an admin this number: {id}. It is in the log '
+                 'of the server', id=id)
+
+
+def healthy():
+    """Says that requests are answered and the store can be read; needs no token."""
+    import bottle
+    row('SELECT 1 AS one')
+    return bottle.HTTPResponse('{"status": "ok"}\n', 200, {'Content-Type': 'application/json'})
+
+
+class Readiness:
+    """Tells whether the store can be written and is whole, and the life cycle makes its passes.
+
+    It needs no token; whoever asks often gets the answer of the second before.
+    """
+
+    def __init__(self, service: Reservations):
+        self.service, self.lock = service, threading.Lock()
+        self.until, self.found = 0.0, {}
+
+    def answer(self):
+        import bottle
+        with self.lock:
+            if time.monotonic() >= self.until:
+                self.found, self.until = self.look_safely(), time.monotonic() + 1
+            found = self.found
+        return bottle.HTTPResponse(json_text(found), 200 if found['status'] == 'ready' else 503,
                                    {'Content-Type': 'application/json'})
+
+    def look_safely(self) -> dict:
+        """What is so now, also where that can't be read."""
+        try:
+            return self.look()
+        except (Unavailable, *STORE_ERRORS) as error:
+            return {'status': 'not ready', 'store': {'fault': str(trouble(error) or error)}}
+
+    def look(self) -> dict:
+        """What is so now: each part with a fault, if it has one."""
+        store = {'fault': probe(store_file.path)}
+        found = {'store': store, 'integrity': self.integrity(store['fault']),
+                 'scheduler': {} if store['fault'] else self.scheduler()}
+        ready = not any(each.get('fault') for each in found.values())
+        return {'status': 'ready' if ready else 'not ready'} | {
+            name: {key: value for key, value in each.items() if value != ''}
+            for name, each in found.items()}
+
+    def integrity(self, fault: str) -> dict:
+        """What the last check of the file found; a new one, where damage was met since."""
+        if store_file.damage and not fault and not (damage := look_for_damage(store_file.path)):
+            with transaction():
+                note_check(self.service.clock(), damage)
+        last = {} if fault else json.loads(fact('checked') or '{}')
+        checked = {'checked': instant(last['at'])} if last else {}
+        return checked | {'fault': store_file.damage or (
+            DAMAGED.format(last['result']) if last and last['result'] != 'ok' else '')}
+
+    def scheduler(self) -> dict:
+        """How long ago a scheduler renewed its right to act, which it does in its passes."""
+        found, most = row('SELECT until FROM lease'), self.service.config.max_pass_age
+        if not found:
+            return {'fault': 'no scheduler has run yet: start `serve` or `scheduler`'}
+        age = round(max(self.service.clock() - found.until + self.service.config.lease, 0), 1)
+        late = (f'the last pass was {format_duration(int(age))} ago: start `serve` or `scheduler`, '
+                'or look at its log')
+        return {'last_pass': age, 'fault': late if age > most else ''}
 
 
 def error_body(error: Error) -> dict:
@@ -8859,8 +9687,10 @@ def error_text(failure, request, response) -> str:
     allow = failure.headers.get('Allow')
     sentences = {404: f'there is nothing at {request.path}; /openapi.json lists all addresses',
                  405: f"{request.method} is not for this address; use {' or '.join((allow or '').split(','))}"}
+    if isinstance(failure.body, Error):
+        return json_text(error_body(failure.body))
     if failure.status_code == 500:
-        log.error('%s %s failed', request.method, request.path, exc_info=failure.exception)
+        return json_text(error_body(mistake(failure.exception, request)))
     return json_text({'error': sentences.get(failure.status_code, f'{failure.body}'.lower())})
 
 
@@ -9881,9 +10711,7 @@ class Pages:
     def __init__(self, service: Reservations):
         self.service = service
         self.names = CloudNames(service.clouds)
-        with transaction():  # what cookies and forms are signed with is made once for a store
-            run("INSERT INTO fact (name, value) VALUES ('page', ?) ON CONFLICT DO NOTHING", secrets.token_hex(32))
-        self.key = bytes.fromhex(row("SELECT value FROM fact WHERE name = 'page'").value)
+        self.key = read_key(key_file(service.config.database, service.config.key))
 
     def mount(self, app) -> None:
         """Gives an application the addresses of all pages."""
@@ -9917,20 +10745,29 @@ class Pages:
         return said if secrets.compare_digest(sign.encode(), self.sign(purpose, said).encode()) else None
 
     def visit(self, request) -> Visit:
-        """Who sends a request: by a cookie of ours that has not ended, of a token that is in force."""
-        session = self.unsigned('session', request.get_cookie('cmres') or '') or ''
-        id, until, _ = session.split('.') if session.count('.') == 2 else ('0', '0', '')
-        found = row('SELECT user, project, role FROM token WHERE id = ? AND revoked IS NULL AND NOT EXISTS '
-                    '(SELECT 1 FROM fact WHERE name = ?)', int(id), f'out {session}') if (
-            int(until) > self.service.clock()) else None
-        actor = Actor(*found) if found else None
+        """Who sends a request: by the cookie of a session that lasts, of a token in force."""
+        session = hashed(self.unsigned('session', request.get_cookie('cmres') or '') or '')
+        found = row('SELECT t.user, t.project, t.role, t.id '
+                    'FROM session s JOIN token t ON t.id = s.token_id '
+                    'WHERE s.hash = ? AND s.until > ? AND t.revoked IS NULL',
+                    session, int(self.service.clock()))
+        actor = Actor(*found[:3]) if found else None
         try:
             zone = read_zone(unquote(request.get_cookie('zone') or '') or self.service.config.timezone)
         except Invalid:
             zone = self.service.config.zone
         service = self.service.acting(actor or Actor('', '', READER))
         service.config = dataclasses.replace(service.config, timezone=zone.key)  # sentences speak in the person's zone
-        return Visit(service, actor, zone, self.service.config.zone, self.sign('form', id if actor else ''))
+        form = self.sign('form', f'{found.id}' if found else '')
+        return Visit(service, actor, zone, self.service.config.zone, form)
+
+    def anybody(self, request) -> Visit:
+        """Who sends a request, or nobody in particular while the store can't be read."""
+        try:
+            return self.visit(request)
+        except (Unavailable, *STORE_ERRORS):
+            zone = self.service.config.zone
+            return Visit(self.service.acting(Actor('', '', READER)), None, zone, zone, '')
 
     def visited(self, handle: Callable, signed_in: bool = True) -> Callable:
         """A handler of a page: who visits, what a form says, and what becomes of an error."""
@@ -9948,8 +10785,6 @@ class Pages:
                 return handle(visit, **path, given=given)
             except Error as error:
                 return self.refusal(visit, error, local(given.get('next')))
-            except peewee.DatabaseError as error:
-                return self.refusal(visit, Unavailable(f'the store is not available: {error}; try again'), '/')
         return handler
 
     def refusal(self, visit: Visit, error: Error, back: str):
@@ -10001,9 +10836,13 @@ class Pages:
         except Unauthorized as error:
             return self.page(visit, 'Sign in', render_page(
                 'sign in', refusal=str(error), token='', back=local(given.get('next'))), 401)
-        id, lasts = row('SELECT id FROM token WHERE hash = ?', hashed(token)).id, self.service.config.signed_in
+        session, lasts = secrets.token_urlsafe(24), self.service.config.signed_in
         made = self.onward(local(given.get('next')))
-        session = f'{id}.{int(self.service.clock() + lasts)}.{secrets.token_hex(8)}'
+        with transaction():
+            run('DELETE FROM session WHERE until <= ?', int(self.service.clock()))
+            run('INSERT INTO session (hash, token_id, until) '
+                'SELECT ?, id, ? FROM token WHERE hash = ?',
+                hashed(session), int(self.service.clock() + lasts), hashed(token))
         self.set_cookie(made, 'cmres', self.signed('session', session), int(lasts))
         return made
 
@@ -10011,12 +10850,9 @@ class Pages:
         """Ends the session, also for whoever has a copy of its cookie."""
         import bottle
         session = self.unsigned('session', bottle.request.get_cookie('cmres') or '')
-        with transaction():
-            for old in rows("SELECT name FROM fact WHERE name LIKE 'out %'") if session else ():
-                if int(old.name.split('.')[1]) < self.service.clock():
-                    run('DELETE FROM fact WHERE name = ?', old.name)
-            if session:
-                run("INSERT INTO fact (name, value) VALUES (?, '') ON CONFLICT DO NOTHING", f'out {session}')
+        if session:
+            with transaction():
+                run('DELETE FROM session WHERE hash = ?', hashed(session))
         made = self.onward('/')
         made.delete_cookie('cmres', path='/')
         return made
@@ -10539,8 +11375,9 @@ def web(service: Reservations):
         for name, value in SAFE.items():
             bottle.response.set_header(name, value)
         body = render_page('refused', sentence=json.loads(sentence)['error'], back='/')
-        return render_page('layout', title='Not here', body=body, visit=pages.visit(request), note='', here='',
-                           version=LOOK, back='/')
+        title = 'Not available' if failure.status_code >= 500 else 'Not here'
+        return render_page('layout', title=title, body=body, visit=pages.anybody(request), note='',
+                           here='', version=LOOK, back='/')
     app = rest(service, told)
     pages.mount(app)
     return app
@@ -10708,6 +11545,10 @@ Example:
 
 Example:
   python cmres.py calendar feed
+""", 'store': """The database file: copies, checks, migrations; on this machine only.
+
+Example:
+  python cmres.py store backup cmres-monday.db
 """}
 
 HELP = '''Reservations for virtual machines on OpenStack clouds.
@@ -10739,10 +11580,13 @@ COLUMNS = {'list': 'id label user project resource host vms flavor start end rep
 MOST_SHOWN = 40  # lines of a table within an answer
 
 
-def serve(config: Config, host: Name = '', port: int = None, noscheduler: bool = False) -> None:
+def serve(config: Config, host: Name = '', port: int = None, noscheduler: bool = False,
+          demo: bool = False) -> None:
     """Serves REST, and unless --noscheduler runs the life cycle too, until it is stopped.
 
-    An empty store gets the resource `demo` and a token for an admin, both shown once.
+    Where there never was a database, one is made. In a folder without database, key and
+    configuration, and with --demo, it gets the resource `demo` and a token for an admin, which is
+    shown once.
 
     Example:
       python cmres.py serve --port 8080
@@ -10750,6 +11594,9 @@ def serve(config: Config, host: Name = '', port: int = None, noscheduler: bool =
     import waitress
     in_utc()
     config = dataclasses.replace(config, host=host or config.host, port=config.port if port is None else port)
+    told = prepared(config)
+    demo = demo or not (config.path or any(map(os.path.exists, (
+        config.database, key_file(config.database, config.key)))))
     service = local_service(config)
     cycle = LifeCycle(config, service.clouds)
     service.wake = cycle.wake.set
@@ -10762,7 +11609,8 @@ def serve(config: Config, host: Name = '', port: int = None, noscheduler: bool =
         raise Unavailable(f"can't listen on {config.host}:{config.port}: {error}; choose another with --port") from None
     service.config = config = dataclasses.replace(config, port=getattr(server, 'effective_port', config.port))
     url = f'http://{config.host}:{config.port}'
-    print(f'cmres {__version__} serves {url} from {config.database}', *welcome(service, url), sep='\n', flush=True)
+    told += welcome(service, url) if demo else []
+    print(f'cmres {__version__} serves {url} from {config.database}', *told, sep='\n', flush=True)
     with running(cycle if not noscheduler else None):
         server.run()
         server.close()
@@ -10775,8 +11623,10 @@ def scheduler(config: Config) -> None:
       python cmres.py scheduler
     """
     in_utc()
+    told = prepared(config)
     service = local_service(config)
-    print(f'cmres {__version__} runs the life cycle of {config.database}', flush=True)
+    first = f'cmres {__version__} runs the life cycle of {config.database}'
+    print(first, *told, sep='\n', flush=True)
     with running(LifeCycle(config, service.clouds)) as stop:
         stop.wait()
 
@@ -10790,11 +11640,118 @@ def tick(config: Config) -> None:
     Example:
       python cmres.py tick
     """
+    for line in prepared(config):
+        print(line, file=sys.stderr)
     service = local_service(config)
     LifeCycle(config, service.clouds).settle()
 
 
-WORDS |= {'port': 'port to listen on; 0 takes a free one',
+def store_backup(config: Config, path: Name) -> dict:
+    """Writes a copy of the database to a new file, as it is at one instant, also while cmres works.
+
+    The key is not in the copy: whoever has the copy can't sign in. A restored copy gets along with
+    a new key; then people sign in to the page anew.
+
+    Example:
+      python cmres.py store backup cmres-monday.db
+    """
+    refuse_missing(config)
+    copy_store(config.database, path)
+    return {'file': path, 'bytes': os.path.getsize(path), 'key': 'not in the copy'}
+
+
+def store_verify(config: Config, path: Name = '') -> dict:
+    """Reads all of the database, or of a copy of it, and tells whether it is whole.
+
+    Exit code 1 if it is damaged. /readyz of `serve` tells what was found last.
+
+    Example:
+      python cmres.py store verify cmres-monday.db
+    """
+    return verify_store(path or config.database)
+
+
+def store_restore(config: Config, path: Name) -> dict:
+    """Puts a copy in the place of the database, once `serve` and all other commands are stopped.
+
+    What was there is kept beside it. VMs started since the copy was written are not deleted until
+    an admin says `store orphans --delete` or `--adopt`.
+
+    Example:
+      python cmres.py store restore cmres-monday.db
+    """
+    return restore_store(config.database, path, config.key)
+
+
+def store_migrate(config: Config) -> dict:
+    """Brings the database of an older cmres up to this one, once all its processes are stopped.
+
+    A copy is made beside it first. `serve`, `scheduler` and `tick` do the same when they start.
+
+    Example:
+      python cmres.py store migrate
+    """
+    refuse_missing(config)
+    done = migrate_store(config.database)
+    open_store(config.database, config.key)
+    return done or {'database': config.database, 'version': latest_version(),
+                    'result': 'nothing to do'}
+
+
+def store_orphans(config: Config, delete: bool = False, adopt: bool = False) -> Rows:
+    """Lists the VMs with the mark of cmres that the database does not know, as after a restore.
+
+    After a restore they stay until an admin decides for all of them: with --delete the life cycle
+    deletes them, with --adopt cmres leaves them to people for ever. `add --server ID` reserves one.
+
+    Example:
+      python cmres.py store orphans --adopt
+    """
+    if delete and adopt:
+        raise Invalid('say either --delete or --adopt')
+    service = local_service(config)
+    found = all_orphans(LifeCycle(config, service.clouds))
+    if delete or adopt:
+        with service.writing() as now:
+            left = adopted() | ({each['id'] for each in found} if adopt else set())
+            note_fact('adopted', json.dumps(sorted(left)))
+            run("DELETE FROM fact WHERE name = 'restored'")
+            then = 'left to people' if adopt else 'deleted'
+            service.journal(now, 'orphan', f'{len(found)} unknown VMs are {then}')
+    return found
+
+
+def all_orphans(cycle: LifeCycle) -> list[dict]:
+    """The orphans on all clouds; CloudError if one does not answer."""
+    found = []
+    for account in sorted(cycle.clouds.accounts()):
+        seen = {each.uid: each for each in cycle.clouds.open(account).servers()}
+        found += [{'cloud': account, 'id': each.uid, 'state': each.state,
+                   'added': instant(each.made), 'addresses': each.addresses}
+                  for each in orphans_in(seen, cycle.matched(seen)) if each.uid not in adopted()]
+    return found
+
+
+def refuse_missing(config: Config) -> None:
+    """NotFound if there is no database."""
+    if not os.path.exists(config.database):
+        raise NotFound(f"there is no database '{config.database}'")
+
+
+def prepared(config: Config) -> list[str]:
+    """Migrates an older database; what is to be said of that, or of one that will be made."""
+    if not os.path.exists(config.database):
+        file = key_file(config.database, config.key)
+        return [f"Made the database '{config.database}' and its key '{file}'."]
+    done = migrate_store(config.database)
+    return [MIGRATED.format(**done)] if done else []
+
+
+MIGRATED = "Migrated the database from version {before} to {after}; '{copy}' is a copy of before."
+WORDS |= {'adopt': 'leave them to people for ever', 'delete': 'let the life cycle delete them',
+          'demo': 'make the resource demo and a token, where there are none',
+          'path': 'the name of the file that is the copy',
+          'port': 'port to listen on; 0 takes a free one',
           'noscheduler': 'leave the life cycle to another process'}
 
 
@@ -10821,7 +11778,8 @@ def occurrences(config: Config, file: Ics, start: When = None, end: When = None,
 
 
 LOCAL = {each.__name__: Operation(each.__name__, each, ADMIN, [('POST', '', {})])
-         for each in (serve, scheduler, tick, occurrences)}
+         for each in (serve, scheduler, tick, occurrences, store_backup, store_verify,
+                      store_restore, store_migrate, store_orphans)}
 
 
 def in_utc() -> None:
@@ -10856,7 +11814,7 @@ def running(cycle: LifeCycle | None) -> Iterator[threading.Event]:
 
 def local_service(config: Config) -> Reservations:
     """The service on the local database; whoever can write that file acts as admin."""
-    open_store(config.database)
+    open_store(config.database, config.key)
     try:
         user = getpass.getuser()
     except (KeyError, OSError):  # a user id without a name
@@ -10865,7 +11823,7 @@ def local_service(config: Config) -> Reservations:
 
 
 def welcome(service: Reservations, url: str) -> list[str]:
-    """Furnishes an empty store, and tells so."""
+    """Makes a resource and a token where there are none, and tells so."""
     lines = []
     if not service.resource_list():
         service.resource_add('demo', cloud='simulated', vms=16)
@@ -10922,9 +11880,9 @@ def command(operation: Operation, helping: bool) -> Callable:
 
 def commands(helping: bool = False) -> Group:
     """The tree of all commands: those of the service, and those of this machine."""
-    tree: dict = {name: command(operation, helping) for name, operation in LOCAL.items()}
+    tree: dict = {}
     groups: dict = defaultdict(dict)
-    for name, operation in API.items():
+    for name, operation in (LOCAL | API).items():
         group, _, verb = name.partition('_')
         here, word = (groups[group], verb) if group in GROUPS else (tree, operation.words)
         here[word] = command(operation, helping)
@@ -10944,8 +11902,10 @@ def main(argv: list[str] | None = None) -> int:
     except Error as error:
         print('\n'.join(in_words(error, zone)), file=sys.stderr)
         return 2 if isinstance(error, Invalid) else 1
-    except peewee.DatabaseError as error:
-        print(f'cmres: the store is not available: {error}; try again', file=sys.stderr)
+    except STORE_ERRORS as error:
+        if not (refusal := trouble(error)):
+            raise
+        print(f'cmres: {refusal}', file=sys.stderr)
         return 1
     except SystemExit as leaving:  # Fire's way to end: 0 after help, 2 after a mistake
         return leaving.code or 0
