@@ -78,7 +78,7 @@ import threading
 import time
 import warnings
 from bisect import bisect_left
-from collections import defaultdict, namedtuple
+from collections import Counter, defaultdict, namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from datetime import date, datetime, timedelta, timezone
@@ -1427,7 +1427,8 @@ class Server(Table):
     begun = peewee.DoubleField(null=True)
     ready = peewee.DoubleField(null=True)
     deleted = peewee.DoubleField(null=True)
-    called = peewee.DoubleField(null=True)  # when the last call for it was intended, and then when it ended
+    intended = peewee.DoubleField(null=True)  # since when a call for it is intended whose end is not known
+    called = peewee.DoubleField(null=True)  # when the last call for it has ended, at the latest
     due = peewee.DoubleField(null=True)
 
 
@@ -1552,7 +1553,7 @@ TABLES = [Resource, Reservation, Occurrence, Capacity, Proposal, ExtraHold, Limi
           Subscription, Event, Outbox, Lease, Fact, SimulatedServer]
 
 #: What brings an older store up to the models above, one function a version.
-MIGRATIONS: list[Callable] = [lambda: add_tracks(), lambda: add_proposals()]
+MIGRATIONS: list[Callable] = [lambda: add_tracks(), lambda: add_proposals(), lambda: add_ends_of_calls()]
 
 
 def open_store(path: str) -> None:
@@ -1628,6 +1629,12 @@ def add_proposals() -> None:
         CREATE INDEX IF NOT EXISTS extra_hold_resource_id ON extra_hold (resource_id);
         CREATE INDEX IF NOT EXISTS server_kept ON server (account) WHERE state = 'kept'""".split(';'):
         run(statement)
+
+
+def add_ends_of_calls() -> None:
+    """Version 4: a call whose end is not known is told from one that ended."""
+    run('ALTER TABLE server ADD COLUMN intended REAL')
+    run("UPDATE server SET intended = called WHERE state = 'build' AND uid IS NULL AND due IS NOT NULL")
 
 
 @contextmanager
@@ -2109,6 +2116,7 @@ class Machine(NamedTuple):
     user_data: str = ''
     metadata: dict = {}
     hint: str = ''  # the label under which Nova's scheduler is to let it boot
+    fence: Callable[[], None] = lambda: None  # called just before the request that makes it; raises if it is too late
 
 
 class Aggregate(NamedTuple):
@@ -2160,7 +2168,10 @@ class Cloud:
         raise NotImplementedError
 
     def boot(self, machine: Machine) -> str:
-        """Begins to make one server and tells its id; unless CloudError is `sure`, it may exist all the same."""
+        """Begins to make one server and tells its id; unless CloudError is `sure`, it may exist all the same.
+
+        Calls the machine's `fence` just before the one request that makes it, and lets through what that raises.
+        """
         raise NotImplementedError
 
     def servers(self) -> list[Seen]:
@@ -2315,6 +2326,7 @@ class OpenStack(Cloud):
         if machine.user_data:
             wish['user_data'] = base64.b64encode(machine.user_data.encode()).decode()
         compute = self.connection.compute
+        machine.fence()
         with self.telling('make a server'):
             return compute.create_server(**wish).id
 
@@ -2439,6 +2451,7 @@ class Simulated(Cloud):
         time.sleep(self.config.simulated_latency)
         self.check([('flavor', machine.flavor), ('image', machine.image)])
         uid = secrets.token_hex(8)
+        machine.fence()
         with transaction():
             full = 0 < self.config.simulated_vms <= self.present().count()
             fault = 'No valid host was found.' if full or random.random() < self.config.simulated_failures else ''
@@ -6609,6 +6622,11 @@ class Reservations(Calendars):
 #   (3) the answer is written. Where (3) is missing, a look at the cloud finds the server by its
 #       mark, or, once it can't come any more, finds that there is none: then from (1), a new mark.
 #
+# When can't it come any more? A call has `call_timeout` from the instant that a worker begins it,
+# and from the request that makes the server once more; where that is over it is fenced, so that
+# what it has not asked for by then it never will. Calls of another process began before it lost
+# the lease. From the latest end that is possible, `settle` goes by before a look is believed.
+#
 # What a server needs next follows from its goal and its state alone; `due` only says when to ask.
 # Of several processes one acts, by a lease with a deadline: it is renewed while passes are made, it
 # is looked at in every transaction and before every call, and who lost it does nothing more.
@@ -6629,14 +6647,17 @@ class LostLease(Error):
     """Another scheduler acts now; this one must not."""
 
 
-class Result(NamedTuple):
-    """A call that ended: what for, when, and its answer or its error."""
+@dataclasses.dataclass(eq=False)
+class Job:
+    """What a worker is to do, and once that ended, when, and its answer or its error."""
     key: tuple
     verb: str
     account: str
     target: Any
-    began: float
-    ended: float
+    taken: float | None = None  # the uptime from which its time counts; None: it waits for a worker
+    fenced: bool = False        # its time is over, and it must not make anything any more
+    began: float = 0.0
+    ended: float = 0.0
     answer: Any = None
     error: Exception | None = None
 
@@ -6649,17 +6670,31 @@ class Breaker(NamedTuple):
     fault: str = ''
 
 
-class LifeCycle:
-    """Boots what has begun, ends what is over, and looks whether it is so."""
+def seconds_up() -> float:
+    """Seconds since this computer was started, also while it slept, by a clock that nobody sets."""
+    return time.clock_gettime(getattr(time, 'CLOCK_BOOTTIME', time.CLOCK_MONOTONIC))
 
-    def __init__(self, config: Config, clouds: Clouds, clock: Callable[[], float] = time.time):
+
+class LifeCycle:
+    """Boots what has begun, ends what is over, and looks whether it is so.
+
+    Args:
+      clock: seconds since 1970, by a clock that people and programs may set
+      uptime: seconds on a clock that nobody sets; without it, a clock that is passed in counts as both
+    """
+
+    def __init__(self, config: Config, clouds: Clouds, clock: Callable[[], float] = time.time,
+                 uptime: Callable[[], float] | None = None):
         self.config, self.clouds, self.clock = config, clouds, clock
+        self.uptime = uptime or (seconds_up if clock is time.time else clock)
         self.name = f'{socket.gethostname()}:{os.getpid()}:{secrets.token_hex(4)}'
         self.leased_until = self.latest = 0.0
         self.wake = threading.Event()
-        self.flying: dict[tuple, float] = {}  # calls that workers have, and until when they are waited for
-        self.results: queue.SimpleQueue[Result] = queue.SimpleQueue()
-        self.ended: list[Result] = []    # results that are not on disk yet
+        self.flying: dict[tuple, Job] = {}  # calls that workers have or will have
+        self.hanging: set[Job] = set()      # calls that workers have although their time is over
+        self.fence = threading.Lock()        # whether a call may go on is decided by one thread at a time
+        self.results: queue.SimpleQueue[Job] = queue.SimpleQueue()
+        self.ended: list[Job] = []          # calls that ended, which is not on disk yet
         self.pools: dict[str, ThreadPoolExecutor] = {}
         self.breakers: dict[str, Breaker] = defaultdict(Breaker)
         self.building: dict[tuple, float] = {}  # since when servers were seen to boot
@@ -6680,6 +6715,7 @@ class LifeCycle:
             self.sweep()
         self.latest = now
         self.record(now)
+        self.give_up()
         self.refresh(now)
         self.admit_waiting(now)
         self.plan(now)
@@ -6689,11 +6725,16 @@ class LifeCycle:
     def settle(self) -> bool:
         """Passes until no call is under way: what `tick` does; false if another scheduler acts."""
         acting = self.converge(self.clock())
-        while acting and any(map(self.busy, [*self.flying])):
+        while acting and self.under_way():
             self.wake.wait(1)
             self.wake.clear()
             acting = self.converge(self.clock())
         return acting
+
+    def under_way(self) -> bool:
+        """Whether a call may still end in time: a worker has it, or will be free for it."""
+        hanging = Counter(call.account for call in self.hanging)
+        return any(hanging[call.account] < self.config.workers for call in self.flying.values())
 
     def next_due(self, after: float = 0) -> float:
         """When, after an instant, the next pass has something to do; infinity if nothing is planned."""
@@ -6740,8 +6781,13 @@ class LifeCycle:
                 self.wake.wait(0.1)
                 self.wake.clear()
                 self.record(self.clock())
+            with self.fence:  # no worker begins anything after another process has begun to act
+                self.leased_until = 0.0
             with transaction():
                 run('UPDATE lease SET until = 0 WHERE holder = ?', self.name)
+                for call in self.flying.values():
+                    if call.verb == 'boot' and call.taken is None:
+                        change(Server, call.target.id, state='planned', intended=None, due=self.clock())
         except (peewee.DatabaseError, Error) as error:
             log.warning('could not end in good order: %s', error)
         for pool in self.pools.values():
@@ -6766,6 +6812,7 @@ class LifeCycle:
                 'scheduler', self.name, now + self.config.lease)
         self.leased_until = now + self.config.lease
         if taken_over:  # whoever made the calls that are under way may never tell of them
+            self.bound_calls(now)
             self.pull_forward(now)
             self.sweep()
         return True
@@ -6792,15 +6839,29 @@ class LifeCycle:
 
     def forget_calls(self) -> None:
         for result in self.ended:
-            self.flying.pop(result.key, None)
+            self.hanging.discard(result)
+            if self.flying.get(result.key) is result:
+                del self.flying[result.key]
         self.ended.clear()
+
+    def bound_calls(self, now: float) -> None:
+        """Notes when the calls of who acted before will have ended at the latest; a server may appear until then."""
+        latest = now + self.config.call_timeout
+        with self.acting():
+            run('UPDATE server SET called = ? WHERE intended IS NOT NULL AND due IS NOT NULL AND uid IS NULL', latest)
+            run("UPDATE server SET due = ? WHERE intended IS NOT NULL AND due IS NOT NULL AND goal = 'snapshot' "
+                'AND state <> ?', latest, UNDER_WAY['snapshot'])  # a second one would make a second image
+            run('UPDATE server SET intended = NULL WHERE intended IS NOT NULL AND due IS NOT NULL')
 
     def pull_forward(self, now: float) -> None:
         """Lets nothing wait for an instant that an older clock or another process has reckoned."""
         latest, pause = max(self.latest, now), now + self.config.retry_most
+        longest = now + self.config.call_timeout
         with self.acting():
-            run("UPDATE server SET due = min(due, iif(state = 'planned', ?, ?)), called = min(called, ?) "
-                'WHERE due IS NOT NULL', pause, now, now)
+            run("UPDATE server SET due = min(due, CASE WHEN state = 'planned' THEN ? "
+                "WHEN goal = 'snapshot' AND uid IS NOT NULL THEN ? ELSE ? END), "
+                'called = min(called, iif(uid IS NULL, ?, ?)) WHERE due IS NOT NULL',
+                pause, longest, now, longest, now)
             run('UPDATE occurrence SET due = ? WHERE due > ? AND held_from <= ?', now, now, latest)
             run('UPDATE outbox SET due = min(due, ?) WHERE due IS NOT NULL', pause)
         self.breakers.clear()
@@ -7038,6 +7099,9 @@ class LifeCycle:
         if due:
             with self.acting():
                 for server in due:
+                    if server.intended is not None:  # the call was given up, or never reached a worker
+                        change(Server, server.id, intended=None, called=now, fault=f'the cloud {server.account} '
+                               f'did not answer within {self.config.call_timeout:g} seconds')
                     verb = 'look' if self.left_alone(server, now) else self.next_call(server)
                     looks |= {server.account} if verb == 'look' else set()
                     calls += self.intend(verb, server, now) if verb != 'look' else []
@@ -7083,13 +7147,10 @@ class LifeCycle:
         if verb == 'drop':
             change(Server, server.id, state='deleted', deleted=now, due=None)
             return []
-        patience = now + self.config.call_timeout + self.config.settle
+        change(Server, server.id, intended=now, due=now + self.config.call_timeout)
         if verb == 'boot':
             server = server._replace(tries=server.tries + 1)
-            change(Server, server.id, state='build', tries=server.tries, uid=None, begun=server.begun or now,
-                   called=now, due=patience)
-        else:
-            change(Server, server.id, due=patience)
+            change(Server, server.id, state='build', tries=server.tries, uid=None, begun=server.begun or now)
         return [(verb, server)]
 
     def known(self, account: str) -> list[str]:
@@ -7102,78 +7163,109 @@ class LifeCycle:
     def submit(self, key: tuple, verb: str, account: str, target) -> None:
         if self.busy(key):
             return
-        self.flying[key] = deadline = time.monotonic() + self.config.call_timeout + self.config.settle
-        if account not in self.pools:  # one pool an account: a cloud that hangs holds nobody else's workers
-            self.pools[account] = ThreadPoolExecutor(self.config.workers, thread_name_prefix=account)
-        self.pools[account].submit(self.work, deadline, key, verb, account, target)
+        self.flying[key] = call = Job(key, verb, account, target)
+        try:
+            if account not in self.pools:  # one pool an account: a cloud that hangs holds nobody else's workers
+                self.pools[account] = ThreadPoolExecutor(self.config.workers, thread_name_prefix=account)
+            self.pools[account].submit(self.work, call)
+        except RuntimeError:  # no thread can be started, so that nobody would ever tell of it
+            del self.flying[key]
+            raise
 
     def busy(self, key: tuple) -> bool:
-        """Whether a call is under way; one that takes much longer than it may is not waited for: a look decides."""
-        return self.flying.get(key, 0) > time.monotonic()
+        """Whether a call is under way, or waits for a worker, however long."""
+        return key in self.flying
 
-    def work(self, deadline: float, key: tuple, verb: str, account: str, target) -> None:
-        """A worker's whole job: one call, if it is not too late for it, and its result for the next pass."""
-        began = self.clock()
-        try:
-            if began >= self.leased_until or time.monotonic() >= deadline:
+    def give_up(self) -> None:
+        """Fences the calls whose own time is over; a look decides what became of them."""
+        with self.fence:
+            for key, call in [*self.flying.items()]:
+                call.fenced = call.taken is not None and self.uptime() >= call.taken + self.config.call_timeout
+                if call.fenced:
+                    self.hanging.add(self.flying.pop(key))
+
+    def go_on(self, call: Job) -> None:
+        """Gives a call its time from now on.
+
+        Raises:
+          LostLease: another process may act.
+          CloudError: its time is over already; what it was going to ask for has not been asked.
+        """
+        with self.fence:
+            up, now = self.uptime(), self.clock()
+            if not self.leased_until - self.config.lease <= now < self.leased_until:
                 raise LostLease('the time for this call ran out before it began')
-            answer, error = getattr(self, f'do_{verb}')(account, target), None
+            if call.fenced or call.taken is not None and up >= call.taken + self.config.call_timeout:
+                raise CloudError(f'the cloud {call.account} did not answer within {self.config.call_timeout:g} '
+                                 'seconds, so that nothing was asked for', sure=True)
+            call.taken = up
+
+    def work(self, call: Job) -> None:
+        """A worker's whole job: one call, if it is not too late for it; the next pass records what became of it."""
+        call.began = self.clock()
+        try:
+            self.go_on(call)
+            call.answer = getattr(self, f'do_{call.verb}')(call)
         except Exception as caught:  # the pass that records it decides what it means
-            answer, error = None, caught
-        self.results.put(Result(key, verb, account, target, began, self.clock(), answer, error))
+            call.error = caught
+        call.ended = self.clock()
+        self.results.put(call)
         self.wake.set()
 
-    def do_boot(self, account: str, server) -> str:
-        return self.clouds.open(account).boot(Machine(
+    def do_boot(self, call: Job) -> str:
+        server = call.target
+        return self.clouds.open(call.account).boot(Machine(
             server.name, self.mark(server), server.flavor, server.image, server.network, server.key,
             tuple(json.loads(server.security_groups)), server.user_data, json.loads(server.metadata),
-            server.label if server.mode else ''))
+            server.label if server.mode else '', lambda: self.go_on(call)))
 
-    def do_delete(self, account: str, server) -> None:
-        self.clouds.open(account).delete(server.uid)
+    def do_delete(self, call: Job) -> None:
+        self.clouds.open(call.account).delete(call.target.uid)
 
-    def do_start(self, account: str, server) -> None:
-        self.clouds.open(account).start(server.uid)
+    def do_start(self, call: Job) -> None:
+        self.clouds.open(call.account).start(call.target.uid)
 
-    def do_stop(self, account: str, server) -> None:
-        self.clouds.open(account).stop(server.uid)
+    def do_stop(self, call: Job) -> None:
+        self.clouds.open(call.account).stop(call.target.uid)
 
-    def do_shelve(self, account: str, server) -> None:
-        self.clouds.open(account).shelve(server.uid)
+    def do_shelve(self, call: Job) -> None:
+        self.clouds.open(call.account).shelve(call.target.uid)
 
-    def do_snapshot(self, account: str, server) -> tuple[str, str]:
+    def do_snapshot(self, call: Job) -> tuple[str, str]:
+        server = call.target
         name = f'{server.name}-{instant(server.end):%Y%m%dT%H%M%S}'
-        return name, self.clouds.open(account).snapshot(server.uid, name)
+        return name, self.clouds.open(call.account).snapshot(server.uid, name)
 
-    def do_verify(self, account: str, server) -> bool | None:
-        return self.clouds.open(account).saved(server.snapshot_id)
+    def do_verify(self, call: Job) -> bool | None:
+        return self.clouds.open(call.account).saved(call.target.snapshot_id)
 
-    def do_look(self, account: str, known: list[str]) -> tuple[list[Seen], set[str]]:
+    def do_look(self, call: Job) -> tuple[list[Seen], set[str]]:
         """The servers with our marks, and those of the known ones that are gone for sure.
 
         Nova lists a server without its tags for a moment between its build request and its cell, so
         that one which must be there is asked for by its id before it is taken for gone.
         """
-        cloud = self.clouds.open(account)
+        cloud = self.clouds.open(call.account)
         seen = [each for each in cloud.servers() if each.state not in GONE]
-        unseen = sorted(set(known) - {each.uid for each in seen})[:100]  # the others' turn comes with the next look
+        unseen = sorted(set(call.target) - {each.uid for each in seen})[:100]  # the others' turn comes with the next
         found = {uid: cloud.server(uid) for uid in unseen}
         gone = {uid for uid, each in found.items() if each is None or each.state in GONE}
         return seen + [found[uid] for uid in unseen if uid not in gone], gone
 
-    def do_clear(self, account: str, uid: str) -> None:
-        self.clouds.open(account).delete(uid)
+    def do_clear(self, call: Job) -> None:
+        self.clouds.open(call.account).delete(call.target)
 
-    def do_notice(self, account: str, notice) -> None:
+    def do_notice(self, call: Job) -> None:
+        notice = call.target
         where, id = ('o.id', notice.occurrence) if (notice.occurrence or 0) > 0 else ('r.id', notice.reservation_id)
         found = listing(self.clock(), f'{where} = ?', (id,), tail=f'ORDER BY {NEXT_FIRST} LIMIT 1') if id else []
         deliver(self.config, notice, public(found[0]) if found else {})
 
-    def do_trace(self, account: str, uids: list[str]) -> dict[str, str | None]:
-        return self.clouds.open(account).hosts(uids)
+    def do_trace(self, call: Job) -> dict[str, str | None]:
+        return self.clouds.open(call.account).hosts(call.target)
 
-    def do_poll(self, account: str, subscription) -> dict:
-        return self.service.poll(subscription)
+    def do_poll(self, call: Job) -> dict:
+        return self.service.poll(call.target)
 
     def mark(self, server) -> str:
         return f'{self.clouds.store}-{server.id}-{server.tries}'
@@ -7185,7 +7277,8 @@ class LifeCycle:
         while not self.results.empty():
             result = self.results.get()
             # The clock may have been set back since.
-            self.ended.append(result._replace(began=min(result.began, now), ended=min(result.ended, now)))
+            result.began, result.ended = min(result.began, now), min(result.ended, now)
+            self.ended.append(result)
         if not self.ended:
             return
         breakers = dict(self.breakers)
@@ -7199,7 +7292,7 @@ class LifeCycle:
             self.tell_health(account, breakers.get(account, Breaker()), self.breakers[account])
         self.forget_calls()
 
-    def record_alone(self, result: Result, now: float) -> None:
+    def record_alone(self, result: Job, now: float) -> None:
         """Records one result; one that can't be recorded costs the others nothing, and a look finds out later."""
         try:
             with db.atomic():
@@ -7209,13 +7302,14 @@ class LifeCycle:
         except Exception:
             log.exception('the result of %s for %s could not be recorded', result.verb, result.account)
 
-    def record_one(self, result: Result, now: float) -> None:
+    def record_one(self, result: Job, now: float) -> None:
         if result.key[0] != 'server':
             getattr(self, f'record_{result.verb}')(result, now)
             return
         server = row(f'{SERVERS} WHERE v.id = ?', result.target.id)
         if server.state in FINAL or server.tries != result.target.tries:
             return
+        change(Server, server.id, intended=None)
         if isinstance(result.error, LostLease):
             change(Server, server.id, due=now, **({'state': 'planned'} if result.verb == 'boot' else {}))
         elif result.verb == 'boot':
@@ -7229,12 +7323,13 @@ class LifeCycle:
             change(Server, server.id, state=UNDER_WAY[result.verb], called=result.ended,
                    due=now + self.config.poll, **saved)
 
-    def record_boot(self, server, result: Result, now: float) -> None:
+    def record_boot(self, server, result: Job, now: float) -> None:
         begun = result.began if server.tries == 1 else server.begun
         error = result.error
         if not error:
             due = now + self.config.poll if server.goal == 'up' else now
-            change(Server, server.id, uid=result.answer, begun=begun, called=result.ended, due=due)
+            state = 'build' if server.state == 'planned' else server.state  # it was given up too early
+            change(Server, server.id, state=state, uid=result.answer, begun=begun, called=result.ended, due=due)
         elif isinstance(error, Error) and getattr(error, 'sure', True):
             self.put_off(server, str(error), now, self.retry_after(error), state='planned', begun=begun,
                          called=result.ended)
@@ -7275,7 +7370,7 @@ class LifeCycle:
     def fault(self, error: Exception) -> str:
         return str(error) if isinstance(error, Error) else f'{type(error).__name__}: {error}'
 
-    def note_health(self, result: Result, now: float) -> None:
+    def note_health(self, result: Job, now: float) -> None:
         """Counts a cloud's failures in a row; after some it is left alone, longer and longer."""
         before, error = self.breakers[result.account], result.error
         if not (isinstance(error, CloudError) and error.ill):
@@ -7295,11 +7390,11 @@ class LifeCycle:
         if after.failures < TRIPS <= before.failures:
             log.warning('the cloud %s is well again', account)
 
-    def record_clear(self, result: Result, now: float) -> None:
+    def record_clear(self, result: Job, now: float) -> None:
         if result.error:
             log.warning('could not remove the server %s that nothing wants: %s', result.target, result.error)
 
-    def record_notice(self, result: Result, now: float) -> None:
+    def record_notice(self, result: Job, now: float) -> None:
         notice, error = result.target, result.error
         if not error:
             change(Outbox, notice.id, due=None, fault='')
@@ -7310,7 +7405,7 @@ class LifeCycle:
             tries = notice.tries + 1
             change(Outbox, notice.id, tries=tries, due=now + self.pause(tries), fault=str(error)[:500])
 
-    def record_trace(self, result: Result, now: float) -> None:
+    def record_trace(self, result: Job, now: float) -> None:
         """Lets claims count as long as their servers are there, on a host of the resource."""
         if result.error:
             run(f"UPDATE claim SET due = ? WHERE due <= ? AND server IN ({', '.join('?' * len(result.target))})",
@@ -7324,7 +7419,7 @@ class LifeCycle:
                 later = now + (self.config.sweep if host else self.config.poll)
                 change(Claim, claim.id, due=None if elsewhere else later, gone=now if elsewhere else None)
 
-    def record_poll(self, result: Result, now: float) -> None:
+    def record_poll(self, result: Job, now: float) -> None:
         """Notes what a look at somebody's calendar gave; what it books is booked already."""
         subscription, error = result.target, result.error
         tries = subscription.tries + 1 if error else 0
@@ -7335,7 +7430,7 @@ class LifeCycle:
         run('UPDATE subscription SET due = ? WHERE id = ? AND due IS NOT NULL', now + pause, subscription.id)
         change(Subscription, subscription.id, tries=tries, polled=now, **fault)
 
-    def record_look(self, result: Result, now: float) -> None:
+    def record_look(self, result: Job, now: float) -> None:
         """Compares what a cloud shows with what is written."""
         account = result.account
         if result.error:
@@ -7405,13 +7500,14 @@ class LifeCycle:
 
     def record_missing(self, server, looked: float, now: float) -> None:
         """A server that the look didn't show: gone, never made, or too new to be in it."""
-        called = server.called or 0
-        if server.state == 'planned':
-            return
-        if self.busy(('server', server.id)) or looked <= called:
+        called, due = server.called or 0, server.due or 0
+        if server.state == 'planned' or server.intended is not None:
             return
         if not server.uid and looked < called + self.config.settle:
-            change(Server, server.id, due=called + self.config.settle)
+            soon = now + max(self.config.poll, self.config.retry_first)
+            change(Server, server.id, due=min(called + self.config.settle, max(due, soon)))
+        elif looked <= called:
+            return
         elif server.goal != 'up':
             change(Server, server.id, state='deleted', deleted=now, due=None)
         elif server.borrowed:

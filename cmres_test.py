@@ -6494,7 +6494,7 @@ def test_a_crash_after_the_intent_and_before_the_call_boots_once(world):
     world.cycle.converge(world.now)
     assert {each['state'] for each in world.service.servers('lab')} == {'build'}
     world.cycle = cmres.LifeCycle(world.config, world.clouds, lambda: world.now)
-    for minutes in (1, 2, 3, 4):
+    for minutes in range(1, 7):
         world.at(1 + minutes / 60)
     assert len(world.there()) == 3 and world.state('lab') == 'active'
 
@@ -7634,7 +7634,8 @@ def test_whichever_write_fails_and_wherever_it_crashes_later_passes_reach_what_i
 
 
 @pytest.mark.parametrize('verb', ['boot', 'delete'])
-def test_after_a_crash_in_mid_call_the_next_process_goes_on_within_seconds(world, verb):
+def test_after_a_crash_in_mid_call_the_next_process_goes_on(world, verb):
+    """A delete at once; a boot when the server that the lost call may have made can't come any more."""
     hurry(world)
     boot(world)
     if verb == 'delete':
@@ -7645,8 +7646,185 @@ def test_after_a_crash_in_mid_call_the_next_process_goes_on_within_seconds(world
     world.cycle.converge(world.now)
     world.cycle = cmres.LifeCycle(world.config, world.clouds, lambda: world.now)
     world.now += world.config.lease + 0.1
-    live(world, 35)
+    live(world, 35 + (world.config.call_timeout + world.config.settle if verb == 'boot' else 0))
     assert world.state('lab') == ('active' if verb == 'boot' else 'ended')
+
+
+# Slow clouds
+
+
+class Busy(cmres.LifeCycle):
+    """Knows how many of its workers are at work."""
+    counting, working = threading.Lock(), 0
+
+    def work(self, call):
+        self.add(1)
+        super().work(call)
+        self.add(-1)
+
+    def add(self, number):
+        with self.counting:
+            self.working += number
+
+
+class Slow(cmres.Simulated):
+    """A cloud that takes its time, by the clock of the test, before, while and after it makes a server."""
+
+    def __init__(self, world, seconds):
+        super().__init__('simulated', world.clouds.store, world.config, lambda: world.now)
+        self.world, self.seconds, self.turn, self.until = world, seconds, threading.Condition(), {}
+        self.ended = False
+        world.clouds.opened['simulated'] = self
+        world.cycles = []
+        self.begin()
+
+    def begin(self):
+        """Another process; what those before it have begun goes on."""
+        self.world.cycle = Busy(self.world.config, self.world.clouds, lambda: self.world.now)
+        self.world.cycles.append(self.world.cycle)
+
+    def wait(self, seconds):
+        with self.turn:
+            until = self.until[threading.get_ident()] = self.world.now + seconds
+            self.turn.wait_for(lambda: self.world.now >= until or self.ended)
+            del self.until[threading.get_ident()]
+
+    def boot(self, machine):
+        before, meanwhile, after = self.seconds()
+        self.wait(before)
+        uid = super().boot(machine._replace(fence=lambda: (machine.fence(), self.wait(meanwhile))))
+        self.wait(after)
+        if meanwhile + after >= self.config.call_timeout:
+            raise ill(0, 'timed out')
+        return uid
+
+    def rests(self) -> bool:
+        """Whether every call waits for the clock, and every worker has one that can."""
+        cycle = self.world.cycle
+        with self.turn:
+            working = sum(each.working for each in self.world.cycles)
+            waiting = len([until for until in self.until.values() if until > self.world.now])
+        queued = [call for call in [*cycle.flying.values()] if call.taken is None]
+        return working == waiting and (not queued or cycle.working == self.config.workers) and not cycle.results.qsize()
+
+    def live(self, seconds: float, wanted: int):
+        """Lets time go by; there is never a server too many."""
+        for _ in range(int(seconds)):
+            with self.turn:
+                self.world.now += 1
+                self.turn.notify_all()
+            wait_for(lambda: self.rests() or self.world.cycle.results.qsize(), seconds=60)
+            for _ in range(3):
+                self.world.cycle.converge(self.world.now)
+                wait_for(lambda: self.rests() or self.world.cycle.results.qsize(), seconds=60)
+            assert len(self.world.there()) <= wanted, [tuple(each) for each in cmres.rows(
+                'SELECT name, mark, made FROM simulated_server')]
+
+
+SLOW = {'workers': 3, 'call_timeout': 20, 'settle': 2, 'lease': 6}
+
+
+@contextlib.contextmanager
+def slow_world(path, seconds, **settings):
+    world = hurry(World(path, **SLOW | settings))
+    cloud = Slow(world, seconds)
+    try:
+        yield world, cloud
+    finally:
+        with cloud.turn:
+            cloud.ended = True
+            cloud.turn.notify_all()
+        for cycle in world.cycles:
+            for pool in cycle.pools.values():
+                pool.shutdown(cancel_futures=True)
+
+
+def test_a_call_that_waits_for_a_worker_is_not_taken_for_dead(tmp_path):
+    with slow_world(tmp_path, lambda: (0, 14, 0)) as (world, cloud):
+        boot(world, vms=16, length=3)
+        world.now = NOON.timestamp() + 3600
+        cloud.live(120, 16)
+        assert len(world.there()) == 16 and {each['tries'] for each in world.service.servers('lab')} == {1}
+        assert world.state('lab') == 'active'
+
+
+def test_what_makes_a_server_is_not_asked_for_once_nobody_waits_for_it_any_more(tmp_path):
+    """A cloud that takes long to say what its flavors are."""
+    slow = [25]
+    with slow_world(tmp_path, lambda: (slow[0], 1, 0), retry_first=1, retry_most=1) as (world, cloud):
+        boot(world, vms=2, length=3)
+        world.now = NOON.timestamp() + 3600
+        cloud.live(60, 0)
+        assert 'did not answer within 20 seconds' in world.service.list('lab')[0]['fault']
+        assert 'trouble' in [each['code'] for each in world.service.events('lab')]
+        slow[0] = 1
+        cloud.live(400, 2)
+        assert len(world.there()) == 2 and world.state('lab') == 'active'
+
+
+@pytest.mark.parametrize('times', [1, 3])
+def test_a_server_that_a_process_was_making_when_it_was_replaced_is_waited_for(tmp_path, times):
+    with slow_world(tmp_path, lambda: (0, 19, 0)) as (world, cloud):
+        boot(world, vms=3, length=3)
+        world.now = NOON.timestamp() + 3600
+        cloud.live(1, 3)
+        for _ in range(times):
+            cloud.begin()
+            cloud.live(7, 3)
+        cloud.live(40, 3)
+        assert len(world.there()) == 3 and {each['tries'] for each in world.service.servers('lab')} == {1}
+        assert cmres.row('SELECT count(*) AS n FROM simulated_server').n == 3
+
+
+def test_what_no_worker_has_begun_is_begun_at_once_by_the_process_that_follows_in_good_order(tmp_path):
+    with slow_world(tmp_path, lambda: (0, 4, 0)) as (world, cloud):
+        boot(world, vms=6, length=3)
+        world.now = NOON.timestamp() + 3600
+        cloud.live(1, 6)
+        world.cycle.finish(patience=0)
+        cloud.begin()
+        cloud.live(8, 6)
+        assert len(world.there()) == 6 and made_twice() == []
+
+
+def test_of_one_snapshot_that_is_under_way_when_a_process_is_replaced_no_second_is_made(tmp_path):
+    with slow_world(tmp_path, lambda: (0, 1, 0)) as (world, cloud):
+        boot(world, vms=1, at_end='snapshot')
+        world.now, saved = NOON.timestamp() + 3600, []
+        cloud.live(20, 1)
+
+        def snapshot(uid, name):
+            saved.append(uid)
+            cloud.wait(15)
+            return cmres.Simulated.snapshot(cloud, uid, name)
+        cloud.snapshot = snapshot
+        world.now = NOON.timestamp() + 7200
+        cloud.live(2, 1)
+        cloud.begin()
+        cloud.live(13, 1)
+        assert len(saved) == 1
+        cloud.live(60, 1)
+        assert world.there() == [] and world.state('lab') == 'ended'
+
+
+@settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck), print_blob=True, database=None)
+@given(st.integers(0, 10**6), st.lists(st.integers(1, 40), max_size=4), st.integers(1, 5))
+def test_whatever_time_calls_take_and_whenever_processes_are_replaced_no_server_is_too_many(
+        tmp_path_factory, seed, lives, workers):
+    chance = random.Random(seed)
+
+    def seconds():
+        meanwhile = chance.choice([0, 1, 5, 12, 19])
+        return chance.choice([0, 0, 1, 10, 19, 25]), meanwhile, chance.choice([0, 0, 1, 20 - meanwhile])
+    with slow_world(tmp_path_factory.mktemp('slow'), seconds, workers=workers, retry_first=1, retry_most=5) as (world, cloud):
+        boot(world, vms=6, length=3)
+        world.now = NOON.timestamp() + 3600
+        for each in lives:
+            cloud.live(each, 6)
+            cloud.begin()
+        cloud.seconds = lambda: (0, 1, 0)
+        cloud.live(150, 6)
+        assert len(world.there()) == 6 and world.state('lab') == 'active' and made_twice() == []
 
 
 # The clock
@@ -7880,7 +8058,7 @@ def test_a_worker_does_not_call_once_the_lease_has_run_out(tmp_path):
     second = cmres.LifeCycle(world.config, world.clouds, lambda: world.now)
     assert second.settle() and not world.cycle.converge(world.now) and not world.cycle.flying
     world.cycle = second
-    live(world, 60)
+    live(world, 120)
     assert len(world.there()) == 3 and world.state('lab') == 'active' and made_twice() == []
 
 
