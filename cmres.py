@@ -1313,6 +1313,9 @@ class Occurrence(Table):
 
 LIVE = Occurrence.due.is_null(False)  # partial indexes on it leave history out
 Occurrence.add_index(Occurrence.index(Occurrence.due, where=LIVE, name='occurrence_due'))
+# What has ended; where its end is still to come, a wrong clock has ended it.
+Occurrence.add_index(Occurrence.index(Occurrence.end, where=Occurrence.due.is_null() & Occurrence.cancelled.is_null(),
+                                      name='occurrence_ended'))
 Occurrence.add_index(Occurrence.index(Occurrence.start, where=LIVE, name='occurrence_live'))
 Occurrence.add_index(Occurrence.index(Occurrence.resource, Occurrence.held_from, where=LIVE, name='occurrence_held'))
 
@@ -1632,7 +1635,8 @@ def add_proposals() -> None:
 
 
 def add_ends_of_calls() -> None:
-    """Version 4: a call whose end is not known is told from one that ended."""
+    """Version 4: a call whose end is not known is told from one that ended; what a wrong clock ended is found."""
+    run('CREATE INDEX IF NOT EXISTS occurrence_ended ON occurrence ("end") WHERE due IS NULL AND cancelled IS NULL')
     run('ALTER TABLE server ADD COLUMN intended REAL')
     run("UPDATE server SET intended = called WHERE state = 'build' AND uid IS NULL AND due IS NOT NULL")
 
@@ -2218,6 +2222,10 @@ class Cloud:
         """On which host each server is: '' while it is nowhere yet, None if it is gone or failed."""
         raise NotImplementedError
 
+    def time(self) -> float | None:
+        """The cloud's own clock, in seconds since 1970, good to about a second; None where it tells none."""
+        return None
+
     def check(self, named: Iterable[tuple[str, str]]) -> list:
         """What is found for (kind, name) pairs, in their order.
 
@@ -2421,6 +2429,13 @@ class OpenStack(Cloud):
                 except NotFoundException:
                     found[uid] = None
         return found
+
+    def time(self):  # the header Date of any answer, RFC 9110, section 6.6.1
+        from email.utils import parsedate_to_datetime
+        compute = self.connection.compute
+        with self.telling('tell the time', sure=True):
+            said = compute.get('/flavors', params={'limit': 1}).headers.get('Date')
+            return parsedate_to_datetime(said).timestamp() if said else None
 
 
 class Simulated(Cloud):
@@ -6627,6 +6642,9 @@ class Reservations(Calendars):
 # what it has not asked for by then it never will. Calls of another process began before it lost
 # the lease. From the latest end that is possible, `settle` goes by before a look is believed.
 #
+# Two clocks must agree before anything ends: the wall clock and the uptime. One that jumps ahead is
+# doubted, and until something confirms it a pass goes by the instant to which the uptime leads.
+#
 # What a server needs next follows from its goal and its state alone; `due` only says when to ask.
 # Of several processes one acts, by a lease with a deadline: it is renewed while passes are made, it
 # is looked at in every transaction and before every call, and who lost it does nothing more.
@@ -6635,6 +6653,7 @@ UNDER_WAY = {'delete': 'deleting', 'start': 'starting', 'stop': 'stopping', 'she
 DOWN = ('shutoff', 'paused', 'suspended', 'shelved', 'shelved_offloaded')
 GONE = ('deleted', 'soft_deleted')  # what Nova may still list for a moment
 FINAL = ('deleted', 'kept')  # it is gone, or it stays as its owner wished and is no longer ours to watch
+DRIFT = 1e-4  # seconds by which two clocks may part in one, without either being wrong
 TRIPS = 3  # failures in a row after which a cloud is left alone for a while
 
 SERVERS = '''SELECT v.*, r.flavor, r.image, r.network, r.key, r.security_groups, r.user_data, r.metadata,
@@ -6662,6 +6681,15 @@ class Job:
     error: Exception | None = None
 
 
+class Trust(NamedTuple):
+    """How the wall clock stood to the uptime when it was believed last, and what it shows that nothing confirms."""
+    boot: str      # since which start of this computer the uptime counts
+    offset: float  # seconds of the wall clock less those of the uptime
+    uptime: float
+    doubted: float | None = None  # another offset
+    since: float = 0.0            # the uptime at which that was first seen, or contradicted last
+
+
 class Breaker(NamedTuple):
     """What is remembered of a cloud in trouble: failures in a row, the last one, until when it is left alone."""
     failures: int = 0
@@ -6675,6 +6703,15 @@ def seconds_up() -> float:
     return time.clock_gettime(getattr(time, 'CLOCK_BOOTTIME', time.CLOCK_MONOTONIC))
 
 
+def boot_id() -> str:
+    """A name for the time since this computer was started; where there is none, for that of this process."""
+    try:
+        with open('/proc/sys/kernel/random/boot_id', encoding='ascii') as file:
+            return file.read().strip()
+    except OSError:
+        return secrets.token_hex(8)
+
+
 class LifeCycle:
     """Boots what has begun, ends what is over, and looks whether it is so.
 
@@ -6686,7 +6723,8 @@ class LifeCycle:
     def __init__(self, config: Config, clouds: Clouds, clock: Callable[[], float] = time.time,
                  uptime: Callable[[], float] | None = None):
         self.config, self.clouds, self.clock = config, clouds, clock
-        self.uptime = uptime or (seconds_up if clock is time.time else clock)
+        self.uptime = uptime or (seconds_up if clock is time.time else lambda: self.clock())
+        self.boot, self.trust, self.asked = boot_id(), None, float('-inf')
         self.name = f'{socket.gethostname()}:{os.getpid()}:{secrets.token_hex(4)}'
         self.leased_until = self.latest = 0.0
         self.wake = threading.Event()
@@ -6698,7 +6736,7 @@ class LifeCycle:
         self.pools: dict[str, ThreadPoolExecutor] = {}
         self.breakers: dict[str, Breaker] = defaultdict(Breaker)
         self.building: dict[tuple, float] = {}  # since when servers were seen to boot
-        self.service = Reservations(config, clouds, Actor('cmres', 'default', ADMIN), lambda: self.clock())
+        self.service = Reservations(config, clouds, Actor('cmres', 'default', ADMIN), self.now)
         self.stale: list[int] = []  # reservations whose series are to be carried on
         self.fresh_until = 0.0
 
@@ -6709,6 +6747,7 @@ class LifeCycle:
         if not self.lead(now):
             self.forget()
             return False
+        now = self.believed(now)
         if now < self.latest - 2:
             log.warning('the clock was set back by %.0f seconds', self.latest - now)
             self.pull_forward(now)
@@ -6764,7 +6803,7 @@ class LifeCycle:
             if not self.converge(now):
                 return 1
             # What is due already while calls are under way waits for one of them, and each of them wakes us.
-            return self.next_due(now if self.flying else 0) - self.clock()
+            return self.next_due(now if self.flying else 0) - self.now()
         except peewee.DatabaseError as error:
             log.warning('the store is not available: %s; waiting', error)
         except LostLease as error:
@@ -6780,14 +6819,14 @@ class LifeCycle:
             while self.flying and time.monotonic() < until and self.lead(self.clock()):
                 self.wake.wait(0.1)
                 self.wake.clear()
-                self.record(self.clock())
+                self.record(self.now())
             with self.fence:  # no worker begins anything after another process has begun to act
                 self.leased_until = 0.0
             with transaction():
                 run('UPDATE lease SET until = 0 WHERE holder = ?', self.name)
                 for call in self.flying.values():
                     if call.verb == 'boot' and call.taken is None:
-                        change(Server, call.target.id, state='planned', intended=None, due=self.clock())
+                        change(Server, call.target.id, state='planned', intended=None, due=self.now())
         except (peewee.DatabaseError, Error) as error:
             log.warning('could not end in good order: %s', error)
         for pool in self.pools.values():
@@ -6810,10 +6849,13 @@ class LifeCycle:
             run('INSERT INTO lease (name, holder, until) VALUES (?, ?, ?) ON CONFLICT (name) DO UPDATE '
                 'SET holder = excluded.holder, until = excluded.until',
                 'scheduler', self.name, now + self.config.lease)
+            if taken_over or not self.trust:
+                self.recall()
+            self.judge()
         self.leased_until = now + self.config.lease
         if taken_over:  # whoever made the calls that are under way may never tell of them
-            self.bound_calls(now)
-            self.pull_forward(now)
+            self.bound_calls(self.now())
+            self.pull_forward(self.now())
             self.sweep()
         return True
 
@@ -6864,6 +6906,11 @@ class LifeCycle:
                 pause, longest, now, longest, now)
             run('UPDATE occurrence SET due = ? WHERE due > ? AND held_from <= ?', now, now, latest)
             run('UPDATE outbox SET due = min(due, ?) WHERE due IS NOT NULL', pause)
+            for each in rows('SELECT o.id, o.reservation_id, r.notify FROM occurrence o JOIN reservation r '
+                             'ON r.id = o.reservation_id WHERE o.due IS NULL AND o.cancelled IS NULL AND o."end" > ?',
+                             now):
+                change(Occurrence, each.id, due=now, told=0)
+                self.journal(now, 'clock', 'a wrong clock has ended it too early; it goes on', each)
         self.breakers.clear()
         self.latest = now
 
@@ -6872,6 +6919,71 @@ class LifeCycle:
         if self.clock() < self.leased_until:
             for account in self.clouds.accounts():
                 self.submit(('look', account), 'look', account, self.known(account))
+
+    # What time it is
+
+    def now(self) -> float:
+        """Seconds since 1970 by the wall clock, or while that is doubted, by the uptime since it was believed."""
+        return self.judged()[1]
+
+    def judged(self) -> tuple[Trust, float]:
+        """What to think of the two clocks as they are now, and what time it is then."""
+        wall, up = self.read_clocks()
+        trust, offset = self.trust, wall - up
+        if trust and trust.boot != self.boot:  # for how long it was off, only others can tell
+            trust = Trust(self.boot, trust.offset + trust.uptime - up, up)
+        if not trust or offset - trust.offset <= self.config.lease + (up - trust.uptime) * DRIFT:
+            return Trust(self.boot, offset, up), wall
+        if trust.doubted is None or abs(offset - trust.doubted) > self.config.lease:
+            trust = trust._replace(doubted=offset, since=up)
+        if up >= trust.since + self.config.settle and trust.since < up:
+            return Trust(self.boot, offset, up), wall
+        return trust, trust.offset + up
+
+    def read_clocks(self) -> tuple[float, float]:
+        """Both clocks at one moment: again, if something came between."""
+        while True:
+            before, wall, up = self.uptime(), self.clock(), self.uptime()
+            if up - before < 0.05:
+                return wall, up
+
+    def recall(self) -> None:
+        """What the process that acted before thought of the clocks, and when that was; inside a transaction."""
+        found = row('SELECT value FROM fact WHERE name = ?', 'clocks')
+        if found:
+            self.trust = Trust(*json.loads(found.value))
+            self.latest = max(self.latest, self.trust.offset + self.trust.uptime)
+
+    def judge(self, said: Trust | None = None) -> None:
+        """Keeps what is thought of the clocks, and tells of a doubt and of its end; inside a transaction."""
+        before, self.trust = self.trust, said or self.judged()[0]
+        run('INSERT INTO fact (name, value) VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET value = excluded.value',
+            'clocks', json.dumps(self.trust))
+        if self.trust.doubted == (before and before.doubted):
+            return
+        sentence = 'the clock of this computer is believed again'
+        if self.trust.doubted is not None:
+            ahead = format_duration(self.trust.doubted - self.trust.offset)
+            sentence = (f'the clock of this computer has jumped ahead by {ahead}, and nothing confirms that yet; '
+                        'until then nothing is stopped or deleted because of it')
+        log.warning('%s', sentence)
+        journal(self.config, self.now(), 'cmres', 'clock', sentence)
+
+    def believed(self, now: float) -> float:
+        """The instant by which a pass acts that was begun at `now` by the wall clock."""
+        trust, instead = self.judged()
+        if trust.doubted != (self.trust and self.trust.doubted):
+            with self.acting():
+                self.judge()
+        else:
+            self.trust = trust
+        if trust.doubted is None:
+            return now
+        if self.uptime() >= self.asked + self.config.settle / 3:
+            self.asked = self.uptime()
+            for account in self.clouds.accounts():
+                self.submit(('time', account), 'time', account, None)
+        return instead
 
     # What is wanted
 
@@ -7202,13 +7314,13 @@ class LifeCycle:
 
     def work(self, call: Job) -> None:
         """A worker's whole job: one call, if it is not too late for it; the next pass records what became of it."""
-        call.began = self.clock()
+        call.began = self.now()
         try:
             self.go_on(call)
             call.answer = getattr(self, f'do_{call.verb}')(call)
         except Exception as caught:  # the pass that records it decides what it means
             call.error = caught
-        call.ended = self.clock()
+        call.ended = self.now()
         self.results.put(call)
         self.wake.set()
 
@@ -7258,11 +7370,16 @@ class LifeCycle:
     def do_notice(self, call: Job) -> None:
         notice = call.target
         where, id = ('o.id', notice.occurrence) if (notice.occurrence or 0) > 0 else ('r.id', notice.reservation_id)
-        found = listing(self.clock(), f'{where} = ?', (id,), tail=f'ORDER BY {NEXT_FIRST} LIMIT 1') if id else []
+        found = listing(self.now(), f'{where} = ?', (id,), tail=f'ORDER BY {NEXT_FIRST} LIMIT 1') if id else []
         deliver(self.config, notice, public(found[0]) if found else {})
 
     def do_trace(self, call: Job) -> dict[str, str | None]:
         return self.clouds.open(call.account).hosts(call.target)
+
+    def do_time(self, call: Job) -> float | None:
+        """By how much the clock of a cloud is ahead of the uptime."""
+        said = self.clouds.open(call.account).time()
+        return None if said is None else said - self.uptime()
 
     def do_poll(self, call: Job) -> dict:
         return self.service.poll(call.target)
@@ -7418,6 +7535,17 @@ class LifeCycle:
                 elsewhere = host is None or host and hosts and host not in hosts
                 later = now + (self.config.sweep if host else self.config.poll)
                 change(Claim, claim.id, due=None if elsewhere else later, gone=now if elsewhere else None)
+
+    def record_time(self, result: Job, now: float) -> None:
+        """Lets a cloud's clock confirm a doubted one, or contradict it for as long as it does."""
+        trust, said, slack = self.trust, result.answer, self.config.lease + result.ended - result.began
+        if said is None or trust.doubted is None or said < trust.offset - slack:
+            return
+        up = self.uptime()
+        if abs(said - trust.doubted) <= slack:
+            self.judge(Trust(self.boot, trust.doubted, up))
+        else:
+            self.judge(trust._replace(offset=min(max(said, trust.offset), trust.doubted), since=up))
 
     def record_poll(self, result: Job, now: float) -> None:
         """Notes what a look at somebody's calendar gave; what it books is booked already."""

@@ -7841,7 +7841,7 @@ def test_a_clock_that_is_set_in_mid_boot_or_later_changes_nothing(world, shift, 
         live(world, after)
     else:
         world.cycle.converge(world.now)  # calls are under way, or have ended and are not recorded
-        wait_for(lambda: world.cycle.results.qsize() == 4)  # and the first look
+        wait_for(lambda: world.cycle.results.qsize() == len(world.cycle.flying))
     world.now += shift
     cloud.ahead = shift
     live(world, 120)
@@ -7952,6 +7952,226 @@ def test_a_clock_that_is_set_back_does_not_stop_the_heart_that_beats_every_secon
         stop.set()
         cycle.wake.set()
         thread.join()
+
+
+class Jumping(cmres.Simulated):
+    """A cloud with the right time, which it tells if it is let."""
+    tells = False
+
+    def __init__(self, world):
+        super().__init__('simulated', world.clouds.store, world.config, lambda: world.up)
+        self.world = world
+        world.clouds.opened['simulated'] = self
+
+    def time(self):
+        return self.world.up if self.tells else None
+
+
+@pytest.fixture
+def jumping(world):
+    """A wall clock, `world.now`, that goes wrong, and an uptime, `world.up`, that doesn't: both show the same at first."""
+    hurry(world)
+    world.up = world.now
+    world.cloud = Jumping(world)
+    renew(world)
+    return world
+
+
+def renew(world):
+    """Another process, with both clocks."""
+    world.cycle = cmres.LifeCycle(world.config, world.clouds, lambda: world.now, lambda: world.up)
+
+
+def both_go(world, seconds: float):
+    """Lets both clocks go on by so much, with some passes in every second."""
+    for _ in range(int(seconds)):
+        world.now, world.up = world.now + 1, world.up + 1
+        for _ in range(5):
+            world.cycle.converge(world.now)
+            wait_for(lambda: world.cycle.results.qsize() == len(world.cycle.flying))
+
+
+DAY = 86400
+
+
+def clock_events(world):
+    return [each for each in cmres.rows("SELECT sentence FROM event WHERE code = 'clock'")]
+
+
+def a_day(world):
+    """One reservation of each kind that something final happens to at its end, an hour after noon and later."""
+    world.service.resource_add('used', cloud='simulated', vms=8, mode='exclusive', no_show=timedelta(hours=2))
+    world.service.resource_add('asks', cloud='simulated', vms=8, approval=timedelta(hours=2))
+    for at_end in cmres.ENDS:
+        boot(world, f'at-{at_end}', vms=1, at_end=at_end, start=0, length=3)
+    uid = world.cloud.boot(cmres.Machine('mine', '', 'm1.tiny', 'cirros'))
+    world.service.add('desk', 'demo', NOON, NOON + hours(3), server=uid)
+    world.service.add('hand', 'used', NOON, NOON + hours(3), vms=1, flavor='m1.tiny')
+    world.as_user().add('word', 'asks', NOON + hours(2), NOON + hours(3), vms=1, flavor='m1.tiny')
+    book(world.service, 'full', start=2, end=3, vms=10)
+    book(world.service, 'wait', start=2, end=3, vms=10, wait=True)
+    book(world.service, 'series', start=0, end=3, vms=1, repeat='daily', count=3, image='cirros', flavor='m1.tiny')
+
+
+STANDING = '''SELECT o.id, o.cancelled, o.due IS NULL AS done, r.waiting, r.pending FROM occurrence o
+                JOIN reservation r ON r.id = o.reservation_id ORDER BY o.id'''
+
+
+def standing():
+    """All that can only be lost once."""
+    return [tuple(each) for query in (STANDING, 'SELECT uid, power, saved, gone FROM simulated_server ORDER BY id',
+                                      'SELECT id, goal, state FROM server ORDER BY id') for each in cmres.rows(query)]
+
+
+@pytest.mark.parametrize('restarted', [False, True])
+@pytest.mark.parametrize('shift, seconds', [(DAY, 9), (8, 3), (4 * 3600, 14)])
+def test_a_clock_that_jumps_ahead_for_seconds_ends_nothing(jumping, shift, seconds, restarted):
+    world = jumping
+    a_day(world)
+    both_go(world, 30)
+    before = standing()
+    assert world.state('at-delete') == world.state('desk') == 'active'
+    world.now += shift
+    both_go(world, 1)
+    if restarted:
+        renew(world)
+    both_go(world, seconds - 1)
+    assert standing() == before
+    world.now -= shift
+    both_go(world, 30)
+    assert standing() == before
+    told = [each.sentence for each in clock_events(world)]
+    assert len(told) == 2 and f'jumped ahead by {cmres.format_duration(shift)}' in told[0] and 'believed again' in told[1]
+
+
+def test_a_clock_that_a_cloud_contradicts_ends_nothing_however_long_it_is_wrong(jumping):
+    world = jumping
+    a_day(world)
+    world.cloud.tells = True
+    both_go(world, 30)
+    before = standing()
+    world.now += DAY
+    both_go(world, 100)
+    assert standing() == before
+    world.now -= DAY
+    both_go(world, 30)
+    assert standing() == before
+
+
+@pytest.mark.parametrize('tells', [False, True])
+def test_a_clock_that_was_wrong_and_is_put_right_is_believed(jumping, tells):
+    """By a cloud at once, or else after the time that is waited for a lost answer."""
+    world = jumping
+    world.cloud.tells = tells
+    boot(world, vms=1, start=0, length=1)
+    both_go(world, 30)
+    assert world.state('lab') == 'active'
+    world.now += DAY
+    world.cloud.clock = lambda: world.now
+    world.cloud.time = lambda: world.now if tells else None
+    both_go(world, 2 if tells else world.config.settle - 2)
+    assert world.there() == ([] if tells else ['lab-1-1'])
+    both_go(world, 10)
+    assert world.there() == [] and world.state('lab') == 'ended'
+
+
+@pytest.mark.parametrize('restarted', [False, True])
+def test_what_a_wrong_clock_has_ended_is_made_again_when_it_is_right_again(jumping, restarted):
+    world = jumping
+    boot(world, vms=2, start=0, length=3)
+    book(world.service, 'over', start=0, end=0.01)
+    book(world.service, 'plain', start=0, end=3)
+    both_go(world, 60)
+    world.now += DAY
+    both_go(world, 40)
+    assert world.there() == [] and world.state('lab') == 'ended'
+    world.now -= DAY
+    if restarted:
+        renew(world)
+    both_go(world, 30)
+    assert world.state('lab') == 'active' and world.there() == ['lab-1-1', 'lab-1-2']
+    assert world.state('plain') == 'active' and world.state('over') == 'ended'
+    both_go(world, 30)
+    assert len(world.there()) == 2 and made_twice() == []
+    world.now, world.up = world.now + 3 * 3600, world.up + 3 * 3600
+    both_go(world, 30)
+    assert world.there() == [] and world.state('lab') == world.state('plain') == 'ended'
+    assert cmres.rows('SELECT id FROM occurrence WHERE due IS NOT NULL') == []
+
+
+def test_a_line_of_cron_that_meets_a_wrong_clock_ends_nothing(jumping):
+    world = jumping
+    boot(world, vms=1, start=0, length=3)
+    for minute in range(6):
+        renew(world)
+        world.now, world.up = world.now + 60, world.up + 60
+        world.now += {2: DAY, 3: -DAY}.get(minute, 0)
+        world.cycle.settle()
+        assert minute < 1 or world.there() == ['lab-1-1']
+    assert world.state('lab') == 'active' and len(clock_events(world)) == 2
+
+
+@pytest.mark.parametrize('tells, shift, ended', [(True, DAY, False), (True, 0, False), (False, DAY, True),
+                                                 (False, 0, False), (True, -DAY, False)])
+def test_after_the_computer_was_started_anew_a_cloud_says_how_late_it_is(jumping, tells, shift, ended):
+    world = jumping
+    world.cloud.tells = tells
+    boot(world, vms=1, start=0, length=3)
+    both_go(world, 30)
+    world.now, world.up = world.now + 600 + shift, world.up + 600
+    renew(world)
+    world.cycle.boot = 'another'
+    world.cycle.uptime = lambda: world.up - NOON.timestamp() - 600
+    world.cloud.time = lambda: world.up if tells else None
+    both_go(world, 10)
+    assert world.there() == ['lab-1-1']
+    both_go(world, 40)
+    assert world.there() == ([] if ended else ['lab-1-1'])
+
+
+def test_time_that_a_computer_slept_is_time_that_went_by(jumping):
+    world = jumping
+    boot(world, vms=1, start=0, length=1)
+    both_go(world, 30)
+    world.now, world.up = world.now + DAY, world.up + DAY
+    both_go(world, 3)
+    assert world.there() == [] and clock_events(world) == []
+
+
+def test_a_clock_that_drifts_is_believed(jumping):
+    world = jumping
+    boot(world, vms=1, start=0, length=0.02)
+    for _ in range(100):
+        both_go(world, 1)
+        world.now += 0.2
+    assert world.there() == [] and clock_events(world) == []
+
+
+def test_openstack_tells_its_time_in_the_header_of_an_answer(world, tmp_path, monkeypatch):
+    class Nova(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            body = json.dumps({'flavors': [], 'version': {
+                'id': 'v2.1', 'status': 'CURRENT', 'version': '2.90', 'min_version': '2.1',
+                'links': [{'rel': 'self', 'href': f'http://{self.headers["Host"]}/v2.1'}]}}).encode()
+            self.send_response(200)
+            self.send_header('Content-Type', 'application/json')
+            self.send_header('Content-Length', str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def date_time_string(self, timestamp=None):
+            return 'Wed, 02 Dec 2026 12:00:07 GMT'
+
+        def log_message(self, *_):
+            pass
+    with http.server.ThreadingHTTPServer(('127.0.0.1', 0), Nova) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f'http://127.0.0.1:{server.server_port}/v2.1'
+        (tmp_path / 'clouds.yaml').write_text(yaml.safe_dump({'clouds': {'nova': {
+            'auth_type': 'none', 'auth': {'endpoint': url}, 'compute_endpoint_override': url}}}))
+        monkeypatch.setenv('OS_CLIENT_CONFIG_FILE', str(tmp_path / 'clouds.yaml'))
+        assert world.clouds.open('nova').time() == NOON.timestamp() + DAY + 7
+        server.shutdown()
 
 
 @pytest.mark.parametrize('asleep', ['before', 'in mid call', 'in mid boot', 'active'])
