@@ -485,6 +485,8 @@ def slots(stretch: Stretch, begin: float, until: float) -> Iterator[Slot]:
       Invalid: that is more than MOST_OCCURRENCES.
     """
     zone, found = read_zone(stretch.zone), 0
+    # Later ones may have been moved to before that; their wall times tell, a day more for their zones.
+    last, moved = (instant(int(min(until, LAST.timestamp()))) + timedelta(days=1)).isoformat()[:19], set()
     lengths = dict(each.split('/') for each in stretch.dates if '/' in each)
     for wall in walls(stretch):
         key = wall.isoformat()
@@ -495,7 +497,10 @@ def slots(stretch: Stretch, begin: float, until: float) -> Iterator[Slot]:
             shifted = datetime.fromisoformat(shifted)
         start, end = window_of(shifted, int(length), zone, exact)
         if start >= until and key not in stretch.moved:
-            return
+            moved = moved or {each for each, there in stretch.moved.items() if each > key and there[0] < last}
+            if not any(each > key for each in moved):
+                return
+            continue
         if end > begin and start < until:
             found += 1
             yield Slot('' if stretch.single else key, start, end, vms, stretch.resource)
@@ -1279,6 +1284,7 @@ class Reservation(Table):
     added = peewee.IntegerField()
     changed = peewee.IntegerField()
     over = peewee.IntegerField()  # from then on its label is free again
+    carried = peewee.CharField(null=True)  # the day and the zone table by which a series was carried on last
 
     class Meta:
         indexes = ((('project', 'label', 'over'), False),)
@@ -1322,6 +1328,10 @@ Occurrence.add_index(Occurrence.index(Occurrence.resource, Occurrence.held_from,
 
 Reservation.add_index(Reservation.index(Reservation.request, where=Reservation.request != '',
                                         name='reservation_request'))
+Reservation.add_index(Reservation.index(Reservation.waiting, where=Reservation.waiting.is_null(False),
+                                        name='reservation_waiting'))
+Reservation.add_index(Reservation.index(Reservation.over, Reservation.carried, where=Reservation.series != '',
+                                        name='reservation_series'))
 Reservation.add_index(Reservation.index(Reservation.waiting, where=Reservation.waiting.is_null(False),
                                         name='reservation_waiting'))
 Reservation.add_index(Reservation.index(Reservation.pending, where=Reservation.pending.is_null(False),
@@ -1638,6 +1648,12 @@ def add_ends_of_calls() -> None:
     """Version 4: a call whose end is not known is told from one that ended; what a wrong clock ended is found."""
     run('CREATE INDEX IF NOT EXISTS occurrence_ended ON occurrence ("end") WHERE due IS NULL AND cancelled IS NULL')
     run('ALTER TABLE server ADD COLUMN intended REAL')
+    if 'carried' not in {each[1] for each in run('PRAGMA table_info(reservation)')}:
+        run('ALTER TABLE reservation ADD COLUMN carried VARCHAR(255)')
+    run("CREATE INDEX IF NOT EXISTS reservation_series ON reservation (over, carried) WHERE series <> ''")
+    run('CREATE INDEX IF NOT EXISTS reservation_waiting ON reservation (waiting) WHERE waiting IS NOT NULL')
+    run('UPDATE reservation SET waiting = NULL, pending = NULL WHERE (waiting IS NOT NULL OR pending IS NOT NULL) '
+        'AND NOT EXISTS (SELECT 1 FROM occurrence WHERE reservation_id = reservation.id AND cancelled IS NULL)')
     run("UPDATE server SET intended = called WHERE state = 'build' AND uid IS NULL AND due IS NOT NULL")
 
 
@@ -3445,10 +3461,14 @@ class Service:
                  wake: Callable[[], None] = lambda: None, progress: Callable[[list], Iterable] = iter):
         self.config, self.clouds, self.actor = config, clouds, actor
         self.clock, self.wake, self.progress = clock, wake, progress
+        self.fence: Callable[[], None] = lambda: None  # called in each transaction that writes; raises to end it
+        self.age: Callable[[], float] | None = None  # seconds since the life cycle of this process has made a pass
 
     def acting(self, actor: Actor) -> Service:
         """The same service on behalf of somebody else."""
-        return type(self)(self.config, self.clouds, actor, self.clock, self.wake, self.progress)
+        other = type(self)(self.config, self.clouds, actor, self.clock, self.wake, self.progress)
+        other.fence = self.fence
+        return other
 
     @property
     def here(self) -> Here:
@@ -3459,6 +3479,7 @@ class Service:
     def writing(self, dry_run: bool = False) -> Iterator[float]:
         """A transaction that yields its instant and wakes the life cycle when it has changed something."""
         with transaction(keep=not dry_run):
+            self.fence()
             yield self.clock()
         if not dry_run:
             self.wake()
@@ -4701,6 +4722,9 @@ class Admission(Series):
             self.reshape(first.reservation, self.carried_on(first), now, gentle=True, again=False)
         else:
             self.close(first.reservation, [], now)
+        run('UPDATE reservation SET waiting = NULL, pending = NULL WHERE id = ? AND NOT EXISTS '
+            '(SELECT 1 FROM occurrence o WHERE o.reservation_id = ? AND o.cancelled IS NULL)',
+            first.reservation, first.reservation)  # there is nothing left to wait for
         self.keep_stopped(first.reservation, now, freed)
         only = first.id if len(found) == 1 and first.repeats else None
         self.journal(now, 'released', why or f'cancelled by {self.actor.user}', first.reservation,
@@ -4853,6 +4877,12 @@ class Waiting(Admission):
                 self.cancel(self.live(part), now, why, ends=True)
         for each in rows('SELECT DISTINCT reservation_id AS reservation FROM proposal WHERE until <= ?', int(now)):
             self.leave_as_it_was(each.reservation, now, 'nobody has approved the change in time')
+
+    def may_admit(self, now: float) -> bool:
+        """Whether there is room for something that waits; only reads."""
+        requests = self.waiting_requests(now) if row(ANY_WAITING) else []
+        return any(all(any(fits(place, max(each.held_from, int(now)), each.end, amount)
+                           for place, amount in self.choices(each)) for each in request) for request in requests)
 
     def leave_as_it_was(self, reservation: int, now: float, why: str) -> None:
         """Drops what is asked of a reservation and of the other parts of its request, and tells of it."""
@@ -6656,6 +6686,13 @@ FINAL = ('deleted', 'kept')  # it is gone, or it stays as its owner wished and i
 DRIFT = 1e-4  # seconds by which two clocks may part in one, without either being wrong
 TRIPS = 3  # failures in a row after which a cloud is left alone for a while
 
+#: What a pass looks at once its instant has come, and when the next pass must be: table, column, and which rows.
+DUE = {'occurrence': ('occurrence o', 'o.due', '1'), 'server': ('server v', 'v.due', '1'),
+       # Each target is told in order, one notice after another.
+       'notice': ('outbox n', 'n.due', 'n.id IN (SELECT min(id) FROM outbox WHERE due IS NOT NULL GROUP BY target)'),
+       'subscription': ('subscription u', 'u.due', '1'), 'claim': ('claim c', 'c.due', '1'),
+       'pending': ('reservation r', 'r.pending', '1'), 'proposal': ('proposal p', 'p.until', '1')}
+
 SERVERS = '''SELECT v.*, r.flavor, r.image, r.network, r.key, r.security_groups, r.user_data, r.metadata,
                     r.label, r.notify, o.reservation_id, o."end", s.mode
                FROM server v JOIN occurrence o ON o.id = v.occurrence_id
@@ -6728,6 +6765,7 @@ class LifeCycle:
         self.name = f'{socket.gethostname()}:{os.getpid()}:{secrets.token_hex(4)}'
         self.leased_until = self.latest = 0.0
         self.wake = threading.Event()
+        self.passed = time.monotonic()  # when a pass has worked last
         self.flying: dict[tuple, Job] = {}  # calls that workers have or will have
         self.hanging: set[Job] = set()      # calls that workers have although their time is over
         self.fence = threading.Lock()        # whether a call may go on is decided by one thread at a time
@@ -6735,10 +6773,11 @@ class LifeCycle:
         self.ended: list[Job] = []          # calls that ended, which is not on disk yet
         self.pools: dict[str, ThreadPoolExecutor] = {}
         self.breakers: dict[str, Breaker] = defaultdict(Breaker)
-        self.building: dict[tuple, float] = {}  # since when servers were seen to boot
+        self.building: dict[str, dict] = defaultdict(dict)  # by account, since when servers were seen to boot
         self.service = Reservations(config, clouds, Actor('cmres', 'default', ADMIN), self.now)
-        self.stale: list[int] = []  # reservations whose series are to be carried on
-        self.fresh_until = 0.0
+        self.service.fence = self.refuse_without_lease
+        self.stale = False  # whether series are still to be carried on
+        self.zones, self.fresh_until = '', 0.0
 
     # Repeating
 
@@ -6764,8 +6803,8 @@ class LifeCycle:
     def settle(self) -> bool:
         """Passes until no call is under way: what `tick` does; false if another scheduler acts."""
         acting = self.converge(self.clock())
-        while acting and self.under_way():
-            self.wake.wait(1)
+        while acting and (self.stale or self.under_way()):
+            self.wake.wait(0 if self.stale else 1)
             self.wake.clear()
             acting = self.converge(self.clock())
         return acting
@@ -6777,33 +6816,49 @@ class LifeCycle:
 
     def next_due(self, after: float = 0) -> float:
         """When, after an instant, the next pass has something to do; infinity if nothing is planned."""
-        found = [row(f'SELECT min(due) AS due FROM {table} WHERE due > ?', after).due
-                 for table in ('occurrence', 'server', 'outbox', 'subscription', 'claim')]
-        found.append(row('SELECT min(pending) AS due FROM reservation WHERE pending > ?', after).due)
-        found.append(row('SELECT min(until) AS due FROM proposal WHERE until > ?', after).due)
+        found = [row(f'SELECT min({column}) AS due FROM {table} WHERE {column} > ? AND {which}', after).due
+                 for table, column, which in DUE.values()]
         return min((due for due in found if due is not None), default=float('inf'))
+
+    def is_due(self, what: str, now: float) -> bool:
+        """Whether anything of a kind is due."""
+        table, column, which = DUE[what]
+        return bool(row(f'SELECT 1 AS one FROM {table} WHERE {column} <= ? AND {which} LIMIT 1', now))
 
     def run(self, stop: threading.Event) -> None:
         """Passes at every instant that is due, at every change, and at least every second, until `stop` is set."""
         import schedule
         beat = schedule.Scheduler()
         beat.every(1).seconds.do(lambda: None)  # other processes may change the store; clocks may be set
-        beat.every(max(int(10 * self.config.sweep), 1)).seconds.do(self.sweep)
+        beat.every(max(int(10 * self.config.sweep), 1)).seconds.do(self.guarded, self.sweep)
         while not stop.is_set():
             wait = self.guarded_pass()
-            self.wake.wait(max(min(wait, beat.idle_seconds, 1), 0))  # `schedule` goes by a clock that may be set
-            self.wake.clear()
-            beat.run_pending()
-        self.finish()
+            stop.wait(self.guarded(lambda: self.rest(wait, beat)))
+        self.guarded(self.finish)
+
+    def rest(self, wait: float, beat) -> float:
+        """Waits until the next pass is due; 0, so that nothing else is waited for."""
+        self.wake.wait(max(min(wait, beat.idle_seconds, 1), 0))  # `schedule` goes by a clock that may be set
+        self.wake.clear()
+        beat.run_pending()
+        return 0
 
     def guarded_pass(self) -> float:
         """One pass that survives whatever happens; the seconds until the next one is due."""
+        return self.guarded(self.one_pass)
+
+    def one_pass(self) -> float:
+        now, acts = self.now(), self.converge(self.clock())
+        self.passed = time.monotonic()
+        if not acts:
+            return 1
+        # What was due already is done, or waits for a call, and each of them wakes us when it ends.
+        return 0 if self.stale else self.next_due(now) - self.now()
+
+    def guarded(self, deed: Callable[[], float]) -> float:
+        """Does what is done again and again: whatever happens, it is only logged; 1 then, the seconds to wait."""
         try:
-            now = self.clock()
-            if not self.converge(now):
-                return 1
-            # What is due already while calls are under way waits for one of them, and each of them wakes us.
-            return self.next_due(now if self.flying else 0) - self.now()
+            return deed()
         except peewee.DatabaseError as error:
             log.warning('the store is not available: %s; waiting', error)
         except LostLease as error:
@@ -6812,25 +6867,32 @@ class LifeCycle:
             log.exception('this pass failed; the next comes in a second')
         return 1
 
+    def age(self) -> float:
+        """The seconds since a pass has worked, be it that another scheduler acts."""
+        return time.monotonic() - self.passed
+
     def finish(self, patience: float = 5) -> None:
         """Lets calls that are under way end and records them; then another scheduler may act at once."""
-        until = time.monotonic() + patience
-        try:
-            while self.flying and time.monotonic() < until and self.lead(self.clock()):
-                self.wake.wait(0.1)
-                self.wake.clear()
-                self.record(self.now())
-            with self.fence:  # no worker begins anything after another process has begun to act
-                self.leased_until = 0.0
-            with transaction():
-                run('UPDATE lease SET until = 0 WHERE holder = ?', self.name)
+        self.guarded(lambda: self.wait_for_calls(time.monotonic() + patience))
+        with self.fence:  # no worker begins anything after another process has begun to act
+            self.leased_until = 0.0
+        self.guarded(self.hand_over)
+        for pool in self.pools.values():
+            pool.shutdown(wait=False, cancel_futures=True)
+
+    def wait_for_calls(self, until: float) -> None:
+        while self.flying and time.monotonic() < until and self.lead(self.clock()):
+            self.wake.wait(0.1)
+            self.wake.clear()
+            self.record(self.now())
+
+    def hand_over(self) -> None:
+        """Gives the lease back, and what no worker has begun to who acts next."""
+        with transaction():
+            if run('UPDATE lease SET until = 0 WHERE holder = ?', self.name).rowcount:
                 for call in self.flying.values():
                     if call.verb == 'boot' and call.taken is None:
                         change(Server, call.target.id, state='planned', intended=None, due=self.now())
-        except (peewee.DatabaseError, Error) as error:
-            log.warning('could not end in good order: %s', error)
-        for pool in self.pools.values():
-            pool.shutdown(wait=False, cancel_futures=True)
 
     # Who acts
 
@@ -6852,10 +6914,11 @@ class LifeCycle:
             if taken_over or not self.trust:
                 self.recall()
             self.judge()
+            if taken_over:  # whoever made the calls that are under way may never tell of them
+                self.bound_calls(self.now())
+                self.pull_forward(self.now())
         self.leased_until = now + self.config.lease
-        if taken_over:  # whoever made the calls that are under way may never tell of them
-            self.bound_calls(self.now())
-            self.pull_forward(self.now())
+        if taken_over:
             self.sweep()
         return True
 
@@ -6868,10 +6931,13 @@ class LifeCycle:
     def acting(self) -> Iterator[None]:
         """A transaction of the process that has the lease; LostLease for any other."""
         with transaction():
-            if not row('SELECT name FROM lease WHERE holder = ?', self.name):
-                self.leased_until = 0.0
-                raise LostLease('another scheduler has taken over; this one waits its turn')
+            self.refuse_without_lease()
             yield
+
+    def refuse_without_lease(self) -> None:
+        if not row('SELECT name FROM lease WHERE holder = ?', self.name):
+            self.leased_until = 0.0
+            raise LostLease('another scheduler has taken over; this one waits its turn')
 
     def forget(self) -> None:
         """What ended is for the process to find out that acts now."""
@@ -6989,33 +7055,42 @@ class LifeCycle:
 
     def refresh(self, now: float) -> None:
         """Carries series on, once a day and when the zone table is another; some in each pass, so that none is long."""
-        if now >= self.fresh_until:
-            stamp = f'{instant(int(now)):%Y-%m-%d} {zone_table()}'
-            found = row('SELECT value FROM fact WHERE name = ?', 'refreshed')
-            if not found or found.value != stamp:
-                ZoneInfo.clear_cache()  # the files may be others than when this process began
-                self.stale = [each.id for each in rows(
-                    "SELECT id FROM reservation WHERE series <> '' AND over > ? ORDER BY id DESC", int(now))]
-                with self.acting():
-                    run('INSERT INTO fact (name, value) VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET value = '
-                        'excluded.value', 'refreshed', stamp)
+        if now < self.fresh_until:
+            return
+        stamp, found = f'{instant(int(now)):%Y-%m-%d} {zone_table()}', row('SELECT value FROM fact WHERE name = ?',
+                                                                            'refreshed')
+        if stamp != self.zones:
+            ZoneInfo.clear_cache()  # the files may be others than when this process began
+            self.zones = stamp
+        stale = [] if found and found.value == stamp else rows(
+            "SELECT id FROM reservation WHERE series <> '' AND over > ? AND carried IS NOT ? LIMIT 20", int(now), stamp)
+        for each in stale:
+            self.carry_on(each.id, stamp, now)
+        self.stale = bool(stale)
+        if not stale:
             self.fresh_until = (now // 86400 + 1) * 86400
-        batch, self.stale = self.stale[-20:], self.stale[:-20]
-        for reservation in batch:
-            try:
-                with self.acting():
-                    self.service.refresh(reservation, now)
-            except Error as error:
-                if isinstance(error, LostLease):
-                    raise
-                log.warning('the series of reservation %s could not be carried on: %s', reservation, error)
-        if self.stale:
-            self.wake.set()
+            with self.acting():
+                run('INSERT INTO fact (name, value) VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET value = '
+                    'excluded.value', 'refreshed', stamp)
+
+    def carry_on(self, reservation: int, stamp: str, now: float) -> None:
+        """Carries one series on; what is wrong with it is told, costs the others nothing, and is tried the next day."""
+        try:
+            with self.acting():
+                self.service.refresh(reservation, now)
+                change(Reservation, reservation, carried=stamp)
+        except (peewee.OperationalError, Unavailable, LostLease):  # that is wrong with the store, or with all
+            raise
+        except Exception as error:
+            log.warning('the series of reservation %s could not be carried on: %s', reservation, error,
+                        exc_info=not isinstance(error, Error))
+            with self.acting():
+                change(Reservation, reservation, carried=stamp)
+                journal(self.config, now, 'cmres', 'trouble', f'it could not be carried on: {self.fault(error)}'[:1000],
+                        reservation)
 
     def admit_waiting(self, now: float) -> None:
-        if row('SELECT id FROM reservation WHERE waiting IS NOT NULL '
-               'UNION ALL SELECT id FROM reservation WHERE pending <= ? '
-               'UNION ALL SELECT id FROM proposal WHERE until <= ? LIMIT 1', int(now), int(now)):
+        if self.is_due('pending', now) or self.is_due('proposal', now) or self.service.may_admit(now):
             with self.acting():
                 self.service.admit_waiting(now)
 
@@ -7025,7 +7100,7 @@ class LifeCycle:
                'r.waiting IS NOT NULL OR r.pending IS NOT NULL AS idle, s.no_show, s.mode '
                'FROM occurrence o JOIN reservation r ON r.id = o.reservation_id '
                'JOIN resource s ON s.id = o.resource_id WHERE o.due <= ?')
-        if rows(f'{due} LIMIT 1', now):
+        if self.is_due('occurrence', now):
             with self.acting():
                 for occurrence in rows(due, now):
                     self.plan_one(occurrence, now)
@@ -7198,10 +7273,8 @@ class LifeCycle:
         """Hands the calls that are due to workers, each after its intent is written."""
         due = [server for server in rows(f'{SERVERS} WHERE v.due <= ? ORDER BY v.planned, v.id', now)
                if not self.busy(('server', server.id))]
-        # Each target is told in order, one notice after another.
-        notices = rows(f'{NOTICES} WHERE n.due <= ? AND n.id IN (SELECT min(id) FROM outbox WHERE due IS NOT NULL '
-                       'GROUP BY target)', now)
-        polls = rows('SELECT * FROM subscription WHERE due <= ?', now)
+        notices = rows(f'{NOTICES} WHERE n.due <= ? AND {DUE["notice"][2]} ORDER BY n.due', now)
+        polls = rows('SELECT * FROM subscription WHERE due <= ? ORDER BY due', now)
         claims: dict = defaultdict(list)
         for each in rows('SELECT c.server, s.cloud FROM claim c JOIN resource s ON s.id = c.resource_id '
                          'WHERE c.due <= ? '
@@ -7222,12 +7295,14 @@ class LifeCycle:
         for account in looks:
             if self.breakers[account].until <= now:
                 self.submit(('look', account), 'look', account, self.known(account))
+        # One call at a time to each host: one that is slow holds no more than a worker.
         for notice in notices:
-            self.submit(('notice', notice.target), 'notice', ' notices', notice)
+            host = urlsplit(notice.target).hostname
+            self.submit(('notice', host or notice.target), 'notice', ' webhooks' if host else ' mails', notice)
         for account, uids in claims.items():
             self.submit(('claims', account), 'trace', account, uids)
         for each in polls:
-            self.submit(('poll', each.id), 'poll', ' calendars', each)
+            self.submit(('poll', urlsplit(each.url).hostname), 'poll', ' calendars', each)
 
     def left_alone(self, server, now: float) -> bool:
         """Whether a cloud is in such trouble that calls to it wait; a look then finds out whether it is over."""
@@ -7421,7 +7496,8 @@ class LifeCycle:
 
     def record_one(self, result: Job, now: float) -> None:
         if result.key[0] != 'server':
-            getattr(self, f'record_{result.verb}')(result, now)
+            if not isinstance(result.error, LostLease):  # else it is due still
+                getattr(self, f'record_{result.verb}')(result, now)
             return
         server = row(f'{SERVERS} WHERE v.id = ?', result.target.id)
         if server.state in FINAL or server.tries != result.target.tries:
@@ -7569,7 +7645,9 @@ class LifeCycle:
         answer, gone = result.answer
         seen = {each.uid: each for each in answer}
         marked = {each.mark: each for each in reversed(seen.values()) if each.mark}
-        wanted = set()
+        wanted, builds = set(), {each.mark for each in answer if each.state == 'build'}
+        self.building[account] = {each: since for each, since in self.building[account].items()
+                                  if f'{self.clouds.store}-{each[0]}-{each[1]}' in builds}
         for server in rows(f"{SERVERS} WHERE v.state <> 'deleted' AND (v.tries > 0 OR v.borrowed)"):
             found = seen.get(server.uid) or (None if server.borrowed else marked.get(self.mark(server)))
             if found:
@@ -7598,7 +7676,6 @@ class LifeCycle:
             state = ('error' if server.state == 'deleting' else seen.state) if stuck else server.state
             change(Server, server.id, state=state, due=now if stuck else now + self.config.poll)
         elif server.goal == 'up' and seen.state == 'active':
-            self.building.pop((server.id, server.tries), None)
             if server.state != 'active' or server.addresses != json.dumps(seen.addresses):
                 change(Server, server.id, uid=seen.uid, state='active', ready=server.ready or now, fault='', failures=0,
                        addresses=json.dumps(seen.addresses))
@@ -7619,7 +7696,7 @@ class LifeCycle:
 
     def too_slow(self, server) -> bool:
         """Whether this process has seen a server boot for too long; by a clock that nobody sets."""
-        first = self.building.setdefault((server.id, server.tries), time.monotonic())
+        first = self.building[server.account].setdefault((server.id, server.tries), time.monotonic())
         return time.monotonic() >= first + self.config.boot_timeout
 
     def arrived(self, under_way: str, state: str) -> bool:
@@ -7668,6 +7745,7 @@ class LifeCycle:
 
 BASE = '/cm/v1.0'
 MOST_BODY = 2**20  # bytes
+LATE = 60  # seconds without a pass after which a life cycle is taken for broken
 
 
 def rest(service: Reservations, told: Callable | None = None):
@@ -7680,7 +7758,7 @@ def rest(service: Reservations, told: Callable | None = None):
     for operation in API.values():
         for verb, path, fixed in operation.routes:
             app.route((BASE + path).rstrip('/'), verb, handler(service, operation, fixed))
-    app.route('/healthz', 'GET', healthy)
+    app.route('/healthz', 'GET', health_handler(service))
     app.route('/calendar/<secret>.ics', 'GET', feed_handler(service))
     app.route('/openapi.json', 'GET', handler(service, None, {}))
     return app
@@ -7741,15 +7819,24 @@ def feed_handler(service: Reservations) -> Callable:
     return handle
 
 
-def healthy():
-    """Says that requests are answered and the store can be read; the one address that needs no token."""
+def health_handler(service: Reservations) -> Callable:
+    """Says whether requests are answered, the store can be read and the life cycle goes on; it needs no token."""
     import bottle
-    try:
-        row('SELECT 1 AS one')
-        return bottle.HTTPResponse('{"status": "ok"}\n', 200, {'Content-Type': 'application/json'})
-    except peewee.DatabaseError as error:
-        return bottle.HTTPResponse(json_text({'error': f'the store is not available: {error}'}), 503,
-                                   {'Content-Type': 'application/json'})
+
+    def reply(status: int, body: dict):
+        return bottle.HTTPResponse(json_text(body), status, {'Content-Type': 'application/json'})
+
+    def handle():
+        age = service.age() if service.age else 0
+        try:
+            row('SELECT 1 AS one')
+        except peewee.DatabaseError as error:
+            return reply(503, {'error': f'the store is not available: {error}'})
+        if age > LATE:
+            return reply(503, {'error': f'no VM was started or ended for {format_duration(age)}: the life cycle of '
+                                        'this server hangs or fails; its log says why', 'last_pass': round(age, 1)})
+        return reply(200, {'status': 'ok'} | ({'last_pass': round(age, 1)} if service.age else {}))
+    return handle
 
 
 def error_body(error: Error) -> dict:
@@ -9627,7 +9714,7 @@ def serve(config: Config, host: Name = '', port: int = None, noscheduler: bool =
     config = dataclasses.replace(config, host=host or config.host, port=config.port if port is None else port)
     service = local_service(config)
     cycle = LifeCycle(config, service.clouds)
-    service.wake = cycle.wake.set
+    service.wake, service.age = cycle.wake.set, None if noscheduler else cycle.age
     try:
         server = waitress.create_server(
             web(service), host=config.host, port=config.port, threads=config.threads, connection_limit=1000,
@@ -9709,16 +9796,35 @@ def running(cycle: LifeCycle | None) -> Iterator[threading.Event]:
         raise SystemExit(0)
     signal.signal(signal.SIGTERM, leave)
     signal.signal(signal.SIGINT, leave)
-    thread = threading.Thread(target=cycle.run, args=(stop,), name='life cycle') if cycle else None
+    watch = threading.Thread(target=keep_running, args=(cycle, stop), name='watch') if cycle else None
     try:
-        if thread:
-            thread.start()
+        if watch:
+            watch.start()
         yield stop
     finally:
         stop.set()
-        if thread:
-            cycle.wake.set()
-            thread.join()
+        if watch:
+            watch.join()
+
+
+def keep_running(cycle: LifeCycle, stop: threading.Event, every: float = 5) -> None:
+    """Runs a life cycle in a thread until `stop` is set: begins another if it dies, and tells if it hangs."""
+    import traceback
+    thread, told = None, False
+    while not stop.is_set():
+        if not thread or not thread.is_alive():
+            if thread:
+                log.error('the life cycle has died; it begins anew')
+            thread = threading.Thread(target=cycle.run, args=(stop,), name='life cycle', daemon=True)
+            thread.start()
+        hangs = cycle.age() > LATE
+        if hangs and not told:
+            where = ''.join(traceback.format_stack(sys._current_frames().get(thread.ident)))
+            log.error('the life cycle has made no pass for %s; it is here:\n%s', format_duration(cycle.age()), where)
+        told = hangs
+        stop.wait(every)
+    cycle.wake.set()
+    thread.join(30)  # one that hangs is left behind
 
 
 def local_service(config: Config) -> Reservations:
