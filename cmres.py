@@ -1645,16 +1645,16 @@ def add_proposals() -> None:
 
 
 def add_ends_of_calls() -> None:
-    """Version 4: a call whose end is not known is told from one that ended; what a wrong clock ended is found."""
+    """Version 4: calls whose end is not known, how far series were carried on, and indexes of what waits or has ended."""
+    for table, column, kind in (('server', 'intended', 'REAL'), ('reservation', 'carried', 'VARCHAR(255)')):
+        if column not in {each[1] for each in run(f'PRAGMA table_info({table})')}:
+            run(f'ALTER TABLE {table} ADD COLUMN {column} {kind}')
+    run("UPDATE server SET intended = called WHERE state = 'build' AND uid IS NULL AND due IS NOT NULL")
     run('CREATE INDEX IF NOT EXISTS occurrence_ended ON occurrence ("end") WHERE due IS NULL AND cancelled IS NULL')
-    run('ALTER TABLE server ADD COLUMN intended REAL')
-    if 'carried' not in {each[1] for each in run('PRAGMA table_info(reservation)')}:
-        run('ALTER TABLE reservation ADD COLUMN carried VARCHAR(255)')
     run("CREATE INDEX IF NOT EXISTS reservation_series ON reservation (over, carried) WHERE series <> ''")
     run('CREATE INDEX IF NOT EXISTS reservation_waiting ON reservation (waiting) WHERE waiting IS NOT NULL')
     run('UPDATE reservation SET waiting = NULL, pending = NULL WHERE (waiting IS NOT NULL OR pending IS NOT NULL) '
         'AND NOT EXISTS (SELECT 1 FROM occurrence WHERE reservation_id = reservation.id AND cancelled IS NULL)')
-    run("UPDATE server SET intended = called WHERE state = 'build' AND uid IS NULL AND due IS NOT NULL")
 
 
 @contextmanager

@@ -433,6 +433,31 @@ def test_a_store_of_the_first_version_is_brought_up_to_this_one(world):
     assert world.state('waits') == 'reserved' and world.service.check()['differences'] == 0
 
 
+def test_a_store_of_before_calls_had_ends_is_brought_up(world):
+    """What a process was making then is waited for, and what was cancelled waits no more."""
+    boot(world, start=0, length=3)
+    book(world.service, 'full', start=30, end=31, vms=16)
+    book(world.service, 'waits', start=30, end=31, wait=True)
+    world.cycle.submit = lambda *_: None
+    world.cycle.converge(world.now)
+    world.service.delete('waits')
+    with cmres.transaction():
+        for index in ('occurrence_ended', 'reservation_series', 'reservation_waiting'):
+            cmres.run(f'DROP INDEX {index}')
+        cmres.run('UPDATE server SET called = intended')
+        cmres.run('ALTER TABLE server DROP COLUMN intended')
+        cmres.run('ALTER TABLE reservation DROP COLUMN carried')
+        cmres.run("UPDATE reservation SET waiting = 1 WHERE label = 'waits'")
+        cmres.db.user_version = 3
+    cmres.open_store(world.config.database)
+    assert {each.intended for each in cmres.rows('SELECT intended FROM server')} == {world.now}
+    assert cmres.rows('SELECT id FROM reservation WHERE waiting IS NOT NULL') == []
+    world.cycle = cmres.LifeCycle(world.config, world.clouds, lambda: world.now)
+    world.now += world.config.lease + 1
+    live(world, 120)
+    assert world.state('lab') == 'active' and len(world.there()) == 3
+
+
 def dump_of(table: str) -> list:
     return [tuple(each) for each in cmres.rows(f'SELECT * FROM {table} ORDER BY 1, 2, 3')]
 
