@@ -486,7 +486,8 @@ def slots(stretch: Stretch, begin: float, until: float) -> Iterator[Slot]:
     """
     zone, found = read_zone(stretch.zone), 0
     # Later ones may have been moved to before that; their wall times tell, a day more for their zones.
-    last, moved = (instant(int(min(until, LAST.timestamp()))) + timedelta(days=1)).isoformat()[:19], set()
+    last = (instant(int(min(until, LAST.timestamp()))) + timedelta(days=1)).isoformat()[:19]
+    moved: set[str] = set()
     lengths = dict(each.split('/') for each in stretch.dates if '/' in each)
     for wall in walls(stretch):
         key = wall.isoformat()
@@ -497,7 +498,8 @@ def slots(stretch: Stretch, begin: float, until: float) -> Iterator[Slot]:
             shifted = datetime.fromisoformat(shifted)
         start, end = window_of(shifted, int(length), zone, exact)
         if start >= until and key not in stretch.moved:
-            moved = moved or {each for each, there in stretch.moved.items() if each > key and there[0] < last}
+            moved = moved or {each for each, there in stretch.moved.items()
+                              if each > key and there[0] < last}
             if not any(each > key for each in moved):
                 return
             continue
@@ -1284,7 +1286,7 @@ class Reservation(Table):
     added = peewee.IntegerField()
     changed = peewee.IntegerField()
     over = peewee.IntegerField()  # from then on its label is free again
-    carried = peewee.CharField(null=True)  # the day and the zone table by which a series was carried on last
+    carried = peewee.CharField(null=True)  # by which day and zone table a series was carried on last
 
     class Meta:
         indexes = ((('project', 'label', 'over'), False),)
@@ -1320,8 +1322,8 @@ class Occurrence(Table):
 LIVE = Occurrence.due.is_null(False)  # partial indexes on it leave history out
 Occurrence.add_index(Occurrence.index(Occurrence.due, where=LIVE, name='occurrence_due'))
 # What has ended; where its end is still to come, a wrong clock has ended it.
-Occurrence.add_index(Occurrence.index(Occurrence.end, where=Occurrence.due.is_null() & Occurrence.cancelled.is_null(),
-                                      name='occurrence_ended'))
+Occurrence.add_index(Occurrence.index(
+    Occurrence.end, where=Occurrence.due.is_null() & Occurrence.cancelled.is_null(), name='occurrence_ended'))
 Occurrence.add_index(Occurrence.index(Occurrence.start, where=LIVE, name='occurrence_live'))
 Occurrence.add_index(Occurrence.index(Occurrence.resource, Occurrence.held_from, where=LIVE, name='occurrence_held'))
 
@@ -1330,10 +1332,10 @@ Reservation.add_index(Reservation.index(Reservation.request, where=Reservation.r
                                         name='reservation_request'))
 Reservation.add_index(Reservation.index(Reservation.waiting, where=Reservation.waiting.is_null(False),
                                         name='reservation_waiting'))
-Reservation.add_index(Reservation.index(Reservation.over, Reservation.carried, where=Reservation.series != '',
-                                        name='reservation_series'))
-Reservation.add_index(Reservation.index(Reservation.waiting, where=Reservation.waiting.is_null(False),
-                                        name='reservation_waiting'))
+Reservation.add_index(Reservation.index(
+    Reservation.over, Reservation.carried, where=Reservation.series != '', name='reservation_series'))
+Reservation.add_index(Reservation.index(
+    Reservation.waiting, where=Reservation.waiting.is_null(False), name='reservation_waiting'))
 Reservation.add_index(Reservation.index(Reservation.pending, where=Reservation.pending.is_null(False),
                                         name='reservation_pending'))
 
@@ -1440,7 +1442,7 @@ class Server(Table):
     begun = peewee.DoubleField(null=True)
     ready = peewee.DoubleField(null=True)
     deleted = peewee.DoubleField(null=True)
-    intended = peewee.DoubleField(null=True)  # since when a call for it is intended whose end is not known
+    intended = peewee.DoubleField(null=True)  # when a call whose end is not known was intended
     called = peewee.DoubleField(null=True)  # when the last call for it has ended, at the latest
     due = peewee.DoubleField(null=True)
 
@@ -1645,16 +1647,19 @@ def add_proposals() -> None:
 
 
 def add_ends_of_calls() -> None:
-    """Version 4: calls whose end is not known, how far series were carried on, and indexes of what waits or has ended."""
-    for table, column, kind in (('server', 'intended', 'REAL'), ('reservation', 'carried', 'VARCHAR(255)')):
+    """Version 4: calls whose end is not known, how far series are, indexes of what waits or has ended."""
+    for table, column, kind in (('server', 'intended', 'REAL'),
+                                ('reservation', 'carried', 'VARCHAR(255)')):
         if column not in {each[1] for each in run(f'PRAGMA table_info({table})')}:
             run(f'ALTER TABLE {table} ADD COLUMN {column} {kind}')
     run("UPDATE server SET intended = called WHERE state = 'build' AND uid IS NULL AND due IS NOT NULL")
-    run('CREATE INDEX IF NOT EXISTS occurrence_ended ON occurrence ("end") WHERE due IS NULL AND cancelled IS NULL')
+    run('CREATE INDEX IF NOT EXISTS occurrence_ended ON occurrence ("end") '
+        'WHERE due IS NULL AND cancelled IS NULL')
     run("CREATE INDEX IF NOT EXISTS reservation_series ON reservation (over, carried) WHERE series <> ''")
-    run('CREATE INDEX IF NOT EXISTS reservation_waiting ON reservation (waiting) WHERE waiting IS NOT NULL')
-    run('UPDATE reservation SET waiting = NULL, pending = NULL WHERE (waiting IS NOT NULL OR pending IS NOT NULL) '
-        'AND NOT EXISTS (SELECT 1 FROM occurrence WHERE reservation_id = reservation.id AND cancelled IS NULL)')
+    run('CREATE INDEX IF NOT EXISTS reservation_waiting ON reservation (waiting) '
+        'WHERE waiting IS NOT NULL')
+    run('UPDATE reservation SET waiting = NULL, pending = NULL '
+        'WHERE (waiting IS NOT NULL OR pending IS NOT NULL) AND NOT EXISTS (SELECT 1 FROM occurrence WHERE reservation_id = reservation.id AND cancelled IS NULL)')
 
 
 @contextmanager
@@ -2136,7 +2141,8 @@ class Machine(NamedTuple):
     user_data: str = ''
     metadata: dict = {}
     hint: str = ''  # the label under which Nova's scheduler is to let it boot
-    fence: Callable[[], None] = lambda: None  # called just before the request that makes it; raises if it is too late
+    #: Called just before the request that makes it; raises if it is too late for that.
+    fence: Callable[[], None] = lambda: None
 
 
 class Aggregate(NamedTuple):
@@ -2239,7 +2245,7 @@ class Cloud:
         raise NotImplementedError
 
     def time(self) -> float | None:
-        """The cloud's own clock, in seconds since 1970, good to about a second; None where it tells none."""
+        """The cloud's own clock, in seconds since 1970, to about a second; None where it tells none."""
         return None
 
     def check(self, named: Iterable[tuple[str, str]]) -> list:
@@ -3461,8 +3467,10 @@ class Service:
                  wake: Callable[[], None] = lambda: None, progress: Callable[[list], Iterable] = iter):
         self.config, self.clouds, self.actor = config, clouds, actor
         self.clock, self.wake, self.progress = clock, wake, progress
-        self.fence: Callable[[], None] = lambda: None  # called in each transaction that writes; raises to end it
-        self.age: Callable[[], float] | None = None  # seconds since the life cycle of this process has made a pass
+        # Called in each transaction that writes; raises to end it.
+        self.fence: Callable[[], None] = lambda: None
+        # The seconds since the life cycle of this process has made a pass; None: it has none.
+        self.age: Callable[[], float] | None = None
 
     def acting(self, actor: Actor) -> Service:
         """The same service on behalf of somebody else."""
@@ -4882,7 +4890,8 @@ class Waiting(Admission):
         """Whether there is room for something that waits; only reads."""
         requests = self.waiting_requests(now) if row(ANY_WAITING) else []
         return any(all(any(fits(place, max(each.held_from, int(now)), each.end, amount)
-                           for place, amount in self.choices(each)) for each in request) for request in requests)
+                           for place, amount in self.choices(each))
+                       for each in request) for request in requests)
 
     def leave_as_it_was(self, reservation: int, now: float, why: str) -> None:
         """Drops what is asked of a reservation and of the other parts of its request, and tells of it."""
@@ -6686,10 +6695,11 @@ FINAL = ('deleted', 'kept')  # it is gone, or it stays as its owner wished and i
 DRIFT = 1e-4  # seconds by which two clocks may part in one, without either being wrong
 TRIPS = 3  # failures in a row after which a cloud is left alone for a while
 
-#: What a pass looks at once its instant has come, and when the next pass must be: table, column, and which rows.
+#: What a pass looks at once its instant has come, and the next pass waits for: table, column, rows.
 DUE = {'occurrence': ('occurrence o', 'o.due', '1'), 'server': ('server v', 'v.due', '1'),
        # Each target is told in order, one notice after another.
-       'notice': ('outbox n', 'n.due', 'n.id IN (SELECT min(id) FROM outbox WHERE due IS NOT NULL GROUP BY target)'),
+       'notice': ('outbox n', 'n.due',
+                  'n.id IN (SELECT min(id) FROM outbox WHERE due IS NOT NULL GROUP BY target)'),
        'subscription': ('subscription u', 'u.due', '1'), 'claim': ('claim c', 'c.due', '1'),
        'pending': ('reservation r', 'r.pending', '1'), 'proposal': ('proposal p', 'p.until', '1')}
 
@@ -6719,7 +6729,7 @@ class Job:
 
 
 class Trust(NamedTuple):
-    """How the wall clock stood to the uptime when it was believed last, and what it shows that nothing confirms."""
+    """How the wall clock stood to the uptime when it was believed last, and what is doubted since."""
     boot: str      # since which start of this computer the uptime counts
     offset: float  # seconds of the wall clock less those of the uptime
     uptime: float
@@ -6741,7 +6751,7 @@ def seconds_up() -> float:
 
 
 def boot_id() -> str:
-    """A name for the time since this computer was started; where there is none, for that of this process."""
+    """A name for the time since this computer was started; else one for this process."""
     try:
         with open('/proc/sys/kernel/random/boot_id', encoding='ascii') as file:
             return file.read().strip()
@@ -6754,7 +6764,7 @@ class LifeCycle:
 
     Args:
       clock: seconds since 1970, by a clock that people and programs may set
-      uptime: seconds on a clock that nobody sets; without it, a clock that is passed in counts as both
+      uptime: seconds on a clock that nobody sets; without it, a clock that is passed in is both
     """
 
     def __init__(self, config: Config, clouds: Clouds, clock: Callable[[], float] = time.time,
@@ -6773,7 +6783,8 @@ class LifeCycle:
         self.ended: list[Job] = []          # calls that ended, which is not on disk yet
         self.pools: dict[str, ThreadPoolExecutor] = {}
         self.breakers: dict[str, Breaker] = defaultdict(Breaker)
-        self.building: dict[str, dict] = defaultdict(dict)  # by account, since when servers were seen to boot
+        # Since when servers were seen to boot, by account.
+        self.building: dict[str, dict] = defaultdict(dict)
         self.service = Reservations(config, clouds, Actor('cmres', 'default', ADMIN), self.now)
         self.service.fence = self.refuse_without_lease
         self.stale = False  # whether series are still to be carried on
@@ -6856,7 +6867,7 @@ class LifeCycle:
         return 0 if self.stale else self.next_due(now) - self.now()
 
     def guarded(self, deed: Callable[[], float]) -> float:
-        """Does what is done again and again: whatever happens, it is only logged; 1 then, the seconds to wait."""
+        """Does what is done again and again: what goes wrong is only logged, and 1 the seconds to wait."""
         try:
             return deed()
         except peewee.DatabaseError as error:
@@ -6953,12 +6964,14 @@ class LifeCycle:
         self.ended.clear()
 
     def bound_calls(self, now: float) -> None:
-        """Notes when the calls of who acted before will have ended at the latest; a server may appear until then."""
+        """Notes when the calls of who acted before will have ended; until then a server may appear."""
         latest = now + self.config.call_timeout
         with self.acting():
-            run('UPDATE server SET called = ? WHERE intended IS NOT NULL AND due IS NOT NULL AND uid IS NULL', latest)
-            run("UPDATE server SET due = ? WHERE intended IS NOT NULL AND due IS NOT NULL AND goal = 'snapshot' "
-                'AND state <> ?', latest, UNDER_WAY['snapshot'])  # a second one would make a second image
+            run('UPDATE server SET called = ? '
+                'WHERE intended IS NOT NULL AND due IS NOT NULL AND uid IS NULL', latest)
+            # A second snapshot would make a second image.
+            run('UPDATE server SET due = ? WHERE intended IS NOT NULL AND due IS NOT NULL '
+                "AND goal = 'snapshot' AND state <> ?", latest, UNDER_WAY['snapshot'])
             run('UPDATE server SET intended = NULL WHERE intended IS NOT NULL AND due IS NOT NULL')
 
     def pull_forward(self, now: float) -> None:
@@ -6972,9 +6985,9 @@ class LifeCycle:
                 pause, longest, now, longest, now)
             run('UPDATE occurrence SET due = ? WHERE due > ? AND held_from <= ?', now, now, latest)
             run('UPDATE outbox SET due = min(due, ?) WHERE due IS NOT NULL', pause)
-            for each in rows('SELECT o.id, o.reservation_id, r.notify FROM occurrence o JOIN reservation r '
-                             'ON r.id = o.reservation_id WHERE o.due IS NULL AND o.cancelled IS NULL AND o."end" > ?',
-                             now):
+            for each in rows('SELECT o.id, o.reservation_id, r.notify FROM occurrence o '
+                             'JOIN reservation r ON r.id = o.reservation_id WHERE o.due IS NULL '
+                             'AND o.cancelled IS NULL AND o."end" > ?', now):
                 change(Occurrence, each.id, due=now, told=0)
                 self.journal(now, 'clock', 'a wrong clock has ended it too early; it goes on', each)
         self.breakers.clear()
@@ -6989,7 +7002,7 @@ class LifeCycle:
     # What time it is
 
     def now(self) -> float:
-        """Seconds since 1970 by the wall clock, or while that is doubted, by the uptime since it was believed."""
+        """Seconds since 1970 by the wall clock; while that is doubted, by the uptime."""
         return self.judged()[1]
 
     def judged(self) -> tuple[Trust, float]:
@@ -7014,14 +7027,14 @@ class LifeCycle:
                 return wall, up
 
     def recall(self) -> None:
-        """What the process that acted before thought of the clocks, and when that was; inside a transaction."""
+        """Recalls what the process that acted before thought of the clocks, and when."""
         found = row('SELECT value FROM fact WHERE name = ?', 'clocks')
         if found:
             self.trust = Trust(*json.loads(found.value))
             self.latest = max(self.latest, self.trust.offset + self.trust.uptime)
 
     def judge(self, said: Trust | None = None) -> None:
-        """Keeps what is thought of the clocks, and tells of a doubt and of its end; inside a transaction."""
+        """Keeps what is thought of the clocks, and tells when that is another; in a transaction."""
         before, self.trust = self.trust, said or self.judged()[0]
         run('INSERT INTO fact (name, value) VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET value = excluded.value',
             'clocks', json.dumps(self.trust))
@@ -7057,13 +7070,14 @@ class LifeCycle:
         """Carries series on, once a day and when the zone table is another; some in each pass, so that none is long."""
         if now < self.fresh_until:
             return
-        stamp, found = f'{instant(int(now)):%Y-%m-%d} {zone_table()}', row('SELECT value FROM fact WHERE name = ?',
-                                                                            'refreshed')
+        stamp = f'{instant(int(now)):%Y-%m-%d} {zone_table()}'
+        found = row('SELECT value FROM fact WHERE name = ?', 'refreshed')
         if stamp != self.zones:
             ZoneInfo.clear_cache()  # the files may be others than when this process began
             self.zones = stamp
         stale = [] if found and found.value == stamp else rows(
-            "SELECT id FROM reservation WHERE series <> '' AND over > ? AND carried IS NOT ? LIMIT 20", int(now), stamp)
+            "SELECT id FROM reservation WHERE series <> '' AND over > ? AND carried IS NOT ? LIMIT 20",
+            int(now), stamp)
         for each in stale:
             self.carry_on(each.id, stamp, now)
         self.stale = bool(stale)
@@ -7074,7 +7088,7 @@ class LifeCycle:
                     'excluded.value', 'refreshed', stamp)
 
     def carry_on(self, reservation: int, stamp: str, now: float) -> None:
-        """Carries one series on; what is wrong with it is told, costs the others nothing, and is tried the next day."""
+        """Carries one series on; one that can't be is told of, and is tried again the next day."""
         try:
             with self.acting():
                 self.service.refresh(reservation, now)
@@ -7086,11 +7100,12 @@ class LifeCycle:
                         exc_info=not isinstance(error, Error))
             with self.acting():
                 change(Reservation, reservation, carried=stamp)
-                journal(self.config, now, 'cmres', 'trouble', f'it could not be carried on: {self.fault(error)}'[:1000],
-                        reservation)
+                journal(self.config, now, 'cmres', 'trouble',
+                        f'it could not be carried on: {self.fault(error)}'[:1000], reservation)
 
     def admit_waiting(self, now: float) -> None:
-        if self.is_due('pending', now) or self.is_due('proposal', now) or self.service.may_admit(now):
+        expired = self.is_due('pending', now) or self.is_due('proposal', now)
+        if expired or self.service.may_admit(now):
             with self.acting():
                 self.service.admit_waiting(now)
 
@@ -7285,8 +7300,9 @@ class LifeCycle:
             with self.acting():
                 for server in due:
                     if server.intended is not None:  # the call was given up, or never reached a worker
-                        change(Server, server.id, intended=None, called=now, fault=f'the cloud {server.account} '
-                               f'did not answer within {self.config.call_timeout:g} seconds')
+                        late = (f'the cloud {server.account} did not answer within '
+                                f'{self.config.call_timeout:g} seconds')
+                        change(Server, server.id, intended=None, called=now, fault=late)
                     verb = 'look' if self.left_alone(server, now) else self.next_call(server)
                     looks |= {server.account} if verb == 'look' else set()
                     calls += self.intend(verb, server, now) if verb != 'look' else []
@@ -7298,7 +7314,8 @@ class LifeCycle:
         # One call at a time to each host: one that is slow holds no more than a worker.
         for notice in notices:
             host = urlsplit(notice.target).hostname
-            self.submit(('notice', host or notice.target), 'notice', ' webhooks' if host else ' mails', notice)
+            pool = ' webhooks' if host else ' mails'
+            self.submit(('notice', host or notice.target), 'notice', pool, notice)
         for account, uids in claims.items():
             self.submit(('claims', account), 'trace', account, uids)
         for each in polls:
@@ -7388,7 +7405,7 @@ class LifeCycle:
             call.taken = up
 
     def work(self, call: Job) -> None:
-        """A worker's whole job: one call, if it is not too late for it; the next pass records what became of it."""
+        """A worker's whole job: one call, if it is not too late for it; the next pass records it."""
         call.began = self.now()
         try:
             self.go_on(call)
@@ -7820,7 +7837,7 @@ def feed_handler(service: Reservations) -> Callable:
 
 
 def health_handler(service: Reservations) -> Callable:
-    """Says whether requests are answered, the store can be read and the life cycle goes on; it needs no token."""
+    """Says whether the store can be read and the life cycle goes on; the address needs no token."""
     import bottle
 
     def reply(status: int, body: dict):
@@ -7833,8 +7850,8 @@ def health_handler(service: Reservations) -> Callable:
         except peewee.DatabaseError as error:
             return reply(503, {'error': f'the store is not available: {error}'})
         if age > LATE:
-            return reply(503, {'error': f'no VM was started or ended for {format_duration(age)}: the life cycle of '
-                                        'this server hangs or fails; its log says why', 'last_pass': round(age, 1)})
+            return reply(503, {'last_pass': round(age, 1), 'error': 'no VM was started or ended for '
+                               f'{format_duration(age)}; the log of this server says why'})
         return reply(200, {'status': 'ok'} | ({'last_pass': round(age, 1)} if service.age else {}))
     return handle
 
@@ -9796,7 +9813,7 @@ def running(cycle: LifeCycle | None) -> Iterator[threading.Event]:
         raise SystemExit(0)
     signal.signal(signal.SIGTERM, leave)
     signal.signal(signal.SIGINT, leave)
-    watch = threading.Thread(target=keep_running, args=(cycle, stop), name='watch') if cycle else None
+    watch = cycle and threading.Thread(target=keep_running, args=(cycle, stop), name='watch')
     try:
         if watch:
             watch.start()
@@ -9815,12 +9832,13 @@ def keep_running(cycle: LifeCycle, stop: threading.Event, every: float = 5) -> N
         if not thread or not thread.is_alive():
             if thread:
                 log.error('the life cycle has died; it begins anew')
-            thread = threading.Thread(target=cycle.run, args=(stop,), name='life cycle', daemon=True)
+            thread = threading.Thread(target=cycle.run, args=(stop,), daemon=True)
             thread.start()
         hangs = cycle.age() > LATE
         if hangs and not told:
             where = ''.join(traceback.format_stack(sys._current_frames().get(thread.ident)))
-            log.error('the life cycle has made no pass for %s; it is here:\n%s', format_duration(cycle.age()), where)
+            log.error('the life cycle has made no pass for %.0f seconds; it is here:\n%s',
+                      cycle.age(), where)
         told = hangs
         stop.wait(every)
     cycle.wake.set()
