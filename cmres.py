@@ -5,16 +5,14 @@
 #   "bottle~=0.13.4",          # REST: routes, requests, responses
 #   "fire~=0.7.1",             # command line: commands and help out of functions
 #   "openstacksdk>=4.4,<5",    # clouds: sessions, clouds.yaml, Nova, Glance, Neutron
-#   "icalendar>=7.1,<8",       # calendars: parsing and writing of iCalendar
+#   "icalendar>=7.1,<8",       # calendars: what zones are called on Windows
 #   "peewee~=4.5.3",           # store: models, transactions, one connection a thread
 #   "python-dateutil>=2.9,<3", # repetitions: the slots of an RRULE
 #   "pyyaml~=6.0",             # YAML files of reservations, YAML answers
-#   "recurring-ical-events~=3.8.2",  # calendars: the occurrences of events
 #   "rich>=13,<16",            # tables and progress bars for people
 #   "schedule~=1.2.2",         # heartbeat of the life cycle
 #   "tzdata>=2025.2",          # time zones, where the system has none
 #   "waitress~=3.0.2",         # HTTP server: slow clients hold no thread
-#   "x-wr-timezone~=2.0",      # calendars: those of Google, whose zone stands beside the times
 # ]
 # ///
 """cmres: reservations for virtual machines on OpenStack clouds.
@@ -59,11 +57,13 @@ import difflib
 import functools
 import getpass
 import hashlib
+import heapq
 import inspect
 import io
 import itertools
 import json
 import logging
+import math
 import os
 import queue
 import random
@@ -76,12 +76,12 @@ import sys
 import textwrap
 import threading
 import time
-import warnings
 from bisect import bisect_left
 from collections import Counter, defaultdict, namedtuple
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
-from datetime import date, datetime, timedelta, timezone
+from contextlib import contextmanager, nullcontext, suppress
+from datetime import date, datetime, timedelta, timezone, tzinfo
+from html import unescape
 from typing import Any, Callable, Iterable, Iterator, NamedTuple, NewType
 from urllib.parse import parse_qsl, quote, unquote, urlencode, urljoin, urlsplit
 from zoneinfo import ZoneInfo
@@ -273,6 +273,13 @@ def format_time(moment: datetime, zone: ZoneInfo) -> str:
     return local.strftime(f'%Y-%m-%d {clock} %Z')
 
 
+def format_moment(moment: datetime, zone: ZoneInfo) -> str:
+    """A time for people who may be elsewhere: Tue 1 Dec 2026, 09:00 (Europe/Paris)."""
+    local = moment.astimezone(zone)
+    clock = '%H:%M:%S' if local.second else '%H:%M'
+    return local.strftime(f'%a {local.day} %b %Y, {clock} ({zone.key})')
+
+
 def format_duration(length: float) -> str:
     """Seconds for people: 1d2h30m; parse_duration reads it back."""
     parts = []
@@ -295,13 +302,17 @@ def format_duration(length: float) -> str:
 #   of the next day (RFC 5545, 3.3.6).
 
 MOST_OCCURRENCES = 2000  # of a series within the horizon
+MOST_A_DAY = 100
 #: What may stand in a rule, and between which numbers (RFC 5545, 3.3.10).
 RULE_PARTS = {'FREQ': None, 'UNTIL': None, 'WKST': None, 'BYDAY': None, 'COUNT': (1, 100_000), 'INTERVAL': (1, 1000),
               'BYMONTH': (1, 12), 'BYMONTHDAY': (1, 31), 'BYYEARDAY': (1, 366), 'BYWEEKNO': (1, 53),
               'BYSETPOS': (1, 366), 'BYHOUR': (0, 23), 'BYMINUTE': (0, 59), 'BYSECOND': (0, 59)}
+CLOCK_PARTS = ('BYHOUR', 'BYMINUTE', 'BYSECOND')
 FREQUENCIES = {'day': 'DAILY', 'week': 'WEEKLY', 'month': 'MONTHLY', 'year': 'YEARLY'}
 DAY_NAMES = ('monday', 'tuesday', 'wednesday', 'thursday', 'friday', 'saturday', 'sunday')
 WEEKDAYS = ('MO', 'TU', 'WE', 'TH', 'FR', 'SA', 'SU')
+#: Days that these leave of a week, or of some days, differ from one to the next.
+UNEVEN = {'BYMONTH', 'BYMONTHDAY', 'BYYEARDAY', 'BYWEEKNO', 'BYSETPOS'}
 ORDINALS = {'first': '1', 'second': '2', 'third': '3', 'fourth': '4', 'fifth': '5', 'last': '-1'}
 REPEAT_HELP = "write daily, weekdays, weekly on tue,thu, every 2 weeks on mon, monthly on first mon, or an RRULE"
 # dateutil gives a rule that never matches up in the year 9999 only. The calendar repeats itself
@@ -373,6 +384,11 @@ def from_wall(wall: datetime, zone: ZoneInfo) -> datetime:
     return wall.replace(tzinfo=zone).astimezone(UTC)
 
 
+def at_midnight(day: date) -> datetime:
+    """The wall time at which a day begins."""
+    return datetime(day.year, day.month, day.day)
+
+
 def read_repeat(text: str, here=None) -> str:
     """The RRULE that a person typed or meant; its UNTIL, if any, is left as it is.
 
@@ -415,6 +431,8 @@ def checked_rule(rule: str) -> str:
             raise ValueError(f'{shown(name)} is no part of a repetition, or is there twice')
         if RULE_PARTS[name]:
             check_numbers(name, value, *RULE_PARTS[name])
+    if math.prod(parts.get(name, '').count(',') + 1 for name in CLOCK_PARTS) > MOST_A_DAY:
+        raise ValueError(f'it is more than {MOST_A_DAY} times a day')
     if parts.get('FREQ') not in FREQUENCIES.values():
         raise ValueError(f"FREQ={parts.get('FREQ', '')} is none of {', '.join(FREQUENCIES.values())}")
     if not all(re.fullmatch(r'([+-]?([1-9]|[1-4]\d|5[0-3]))?(MO|TU|WE|TH|FR|SA|SU)', day)
@@ -443,53 +461,128 @@ def check_numbers(name: str, text: str, least: int, most: int) -> None:
             raise ValueError(f'{name}={shown(text)[1:-1]} is not between {least} and {most}')
 
 
-def local_rule(rule: str, zone: ZoneInfo, literal: bool = False) -> str:
-    """A rule whose UNTIL is a wall time, as its slots are; a day is meant to its end, in a calendar to its start."""
+def local_rule(rule: str, zone: ZoneInfo) -> str:
+    """A rule whose UNTIL is a wall time, as its slots are; a day is meant to its end."""
     def localised(match):
         last = read_until(match[1])
-        if literal and 'T' not in match[1]:
-            last = last.replace(hour=0, minute=0, second=0)
-        utc = match[1].endswith('Z') or literal and 'T' in match[1]
-        last = to_wall(last.replace(tzinfo=UTC), zone) if utc else last
+        last = to_wall(last.replace(tzinfo=UTC), zone) if match[1].endswith('Z') else last
         return f'UNTIL={min(last, LAST.replace(tzinfo=None)):%Y%m%dT%H%M%S}'
     return re.sub(r'UNTIL=([0-9TZ]+)', localised, rule)
 
 
-def walls(stretch: Stretch) -> Iterator[datetime]:
-    """The wall times of all slots of a stretch in order; they may have no end."""
-    from dateutil.rrule import rruleset, rrulestr
-    start, found = datetime.fromisoformat(stretch.start), rruleset()
-    if stretch.rule:
-        rule = re.sub(r'UNTIL=(\d{4})', lambda year: f'UNTIL={int(year[1]) + YEARS_AHEAD}', stretch.rule)
-        found.rrule(rrulestr(rule, dtstart=ahead(start, YEARS_AHEAD)))
-    for each in stretch.dates if stretch.rule or stretch.dates else [stretch.start]:
-        found.rdate(ahead(datetime.fromisoformat(each.partition('/')[0]), YEARS_AHEAD))
-    skips = frozenset(stretch.skips)
-    for each in found:
-        wall = ahead(each, -YEARS_AHEAD)
-        key = wall.isoformat()
-        if stretch.until and key >= stretch.until:
-            return
-        if key >= stretch.since and key not in skips and key[:10] not in skips:
-            yield wall
+def parts_of(rule: str) -> dict[str, str]:
+    return dict(part.split('=') for part in rule.split(';'))
+
+
+def explicit(rule: str, start: datetime) -> str:
+    """A rule that names its days, where it left that to its start (RFC 5545, 3.3.10)."""
+    parts = parts_of(rule)
+    if parts['FREQ'] == 'DAILY' or {'BYDAY', 'BYMONTHDAY', 'BYYEARDAY'} & set(parts):
+        return rule
+    if parts['FREQ'] == 'WEEKLY' or 'BYWEEKNO' in parts:
+        return f'{rule};BYDAY={WEEKDAYS[start.weekday()]}'
+    month = '' if parts['FREQ'] == 'MONTHLY' or 'BYMONTH' in parts else f';BYMONTH={start.month}'
+    return f'{rule}{month};BYMONTHDAY={start.day}'
+
+
+def followed(rule: str, start: datetime, near: datetime) -> Iterator[datetime]:
+    """The wall times of a rule from one on, as if it was followed from its start; begun near."""
+    rule = explicit(rule, start)
+    begun = near_months if parts_of(rule)['FREQ'] in ('MONTHLY', 'YEARLY') else near_weeks
+    return itertools.dropwhile(lambda wall: wall < near, rule_walls(*begun(rule, start, near)))
+
+
+def near_months(rule: str, start: datetime, near: datetime) -> tuple[str, datetime]:
+    """A rule with the first day of one of its months, or years, shortly before a wall time.
+
+    A COUNT needs them all.
+    """
+    parts = parts_of(rule)
+    yearly = parts['FREQ'] == 'YEARLY'
+    step = int(parts.get('INTERVAL', 1)) * (12 if yearly else 1)
+    turns = ((near.year - start.year) * 12 + near.month - start.month) // step - 1
+    if turns <= 0 or 'COUNT' in parts:
+        return rule, start
+    years, months = divmod(start.year * 12 + (0 if yearly else start.month - 1) + turns * step, 12)
+    return rule, start.replace(year=years, month=months + 1, day=1)
+
+
+def near_weeks(rule: str, start: datetime, near: datetime) -> tuple[str, datetime]:
+    """A rule of days or weeks with a later start, on the same weekday and in its rhythm.
+
+    It has what is left of COUNT; of what isn't alike in all weeks (UNEVEN) a COUNT needs them all.
+    """
+    parts = parts_of(rule)
+    step = int(parts.get('INTERVAL', 1)) * (7 if parts['FREQ'] == 'WEEKLY' else 1)
+    turn = timedelta(days=math.lcm(step, 7))
+    turns = (near - start) // turn - 1
+    if turns <= 0 or 'COUNT' in parts and UNEVEN & set(parts):
+        return rule, start
+    if 'COUNT' in parts:
+        first = rule_walls(endless(rule), start)
+        first = itertools.takewhile(lambda wall: wall < start + turn, first)
+        left = max(int(parts['COUNT']) - turns * sum(1 for _ in first), 0)
+        rule = re.sub('COUNT=[0-9]+', f'COUNT={left}', rule)
+    return rule, start + turns * turn
+
+
+def rule_walls(rule: str, start: datetime) -> Iterator[datetime]:
+    """The wall times of a rule from its start on, in order; they may have no end."""
+    from dateutil.rrule import rrulestr
+    if parts_of(rule).get('COUNT') == '0':
+        return iter(())
+    rule = re.sub(r'UNTIL=(\d{4})', lambda year: f'UNTIL={int(year[1]) + YEARS_AHEAD}', rule)
+    return (ahead(each, -YEARS_AHEAD) for each in rrulestr(rule, dtstart=ahead(start, YEARS_AHEAD)))
 
 
 def ahead(moment: datetime, years: int) -> datetime:
     return moment.replace(year=moment.year + years)
 
 
-def slots(stretch: Stretch, begin: float, until: float) -> Iterator[Slot]:
+def walls(stretch: Stretch, near: datetime = datetime.min) -> Iterator[datetime]:
+    """The wall times of all slots of a stretch in order, those of its rule from one on; maybe for ever."""
+    start = datetime.fromisoformat(stretch.start)
+    listed = stretch.dates if stretch.rule or stretch.dates else [stretch.start]
+    listed = sorted({datetime.fromisoformat(each.partition('/')[0]) for each in listed})
+    ruled = followed(stretch.rule, start, near) if stretch.rule else ()
+    skips, before = frozenset(stretch.skips), None
+    for wall in heapq.merge(ruled, listed):
+        key = wall.isoformat()
+        if stretch.until and key >= stretch.until:
+            return
+        if wall != before and key >= stretch.since and not {key, key[:10]} & skips:
+            yield wall
+        before = wall
+
+
+def moved_walls(stretch: Stretch) -> Iterator[datetime]:
+    """The wall times of those slots of a stretch that are otherwise, in order."""
+    dates = tuple({*stretch.moved} & {*stretch.dates})  # these need no rule
+    listed = {*walls(stretch._replace(rule='', dates=dates))} if dates else ()
+    for wall in map(datetime.fromisoformat, sorted(stretch.moved)):
+        until_there = itertools.takewhile(lambda each: each <= wall, walls(stretch, wall))
+        if wall in listed or wall in until_there:
+            yield wall
+
+
+def slots(stretch: Stretch, begin: float, until: float,
+          zone: tzinfo | None = None) -> Iterator[Slot]:
     """What a stretch wants of the time between two instants, as far as it is not over at the first.
+
+    Args:
+      zone: the zone of its wall times, where that has no name
 
     Raises:
       Invalid: that is more than MOST_OCCURRENCES.
     """
-    zone, found = read_zone(stretch.zone), 0
-    # Later ones may have been moved to before that; their wall times tell, a day more for their zones.
-    last = (instant(int(min(until, LAST.timestamp()))) + timedelta(days=1)).isoformat()[:19]
-    moved: set[str] = set()
-    lengths = dict(each.split('/') for each in stretch.dates if '/' in each)
-    for wall in walls(stretch):
+    zone, found = zone or read_zone(stretch.zone), 0
+    day, lengths = timedelta(days=1), dict(each.split('/') for each in stretch.dates if '/' in each)
+    longest = timedelta(seconds=stretch.length + stretch.exact + stretch.shift)
+    first, last = (to_wall(instant(each), zone) for each in (begin, until))
+    last += day - timedelta(seconds=stretch.shift)
+    ruled = itertools.takewhile(lambda wall: wall < last, walls(stretch, first - longest - day))
+    ruled = (wall for wall in ruled if wall.isoformat() not in stretch.moved)
+    for wall in heapq.merge(ruled, moved_walls(stretch)):
         key = wall.isoformat()
         shifted, vms = wall + timedelta(seconds=stretch.shift), stretch.vms
         length, exact = (lengths[key], 0) if key in lengths else (stretch.length, stretch.exact)
@@ -497,12 +590,6 @@ def slots(stretch: Stretch, begin: float, until: float) -> Iterator[Slot]:
             shifted, length, vms, exact = [*stretch.moved[key], 0][:4]
             shifted = datetime.fromisoformat(shifted)
         start, end = window_of(shifted, int(length), zone, exact)
-        if start >= until and key not in stretch.moved:
-            moved = moved or {each for each, there in stretch.moved.items()
-                              if each > key and there[0] < last}
-            if not any(each > key for each in moved):
-                return
-            continue
         if end > begin and start < until:
             found += 1
             yield Slot('' if stretch.single else key, start, end, vms, stretch.resource)
@@ -524,9 +611,10 @@ def window_of(wall: datetime, length: int, zone: ZoneInfo, exact: int = 0) -> tu
     return int(start.timestamp()), int(end.timestamp())
 
 
-def all_slots(stretches: Iterable[Stretch], begin: float, until: float) -> list[Slot]:
+def all_slots(stretches: Iterable[Stretch], begin: float, until: float,
+              zone: tzinfo | None = None) -> list[Slot]:
     """What all stretches of a series want of a span of time, the earliest first."""
-    found = {slot.key: slot for stretch in stretches for slot in slots(stretch, begin, until)}
+    found = {slot.key: slot for stretch in stretches for slot in slots(stretch, begin, until, zone)}
     return sorted(found.values(), key=lambda slot: slot.start)
 
 
@@ -569,6 +657,8 @@ def read_stretches(text: str) -> list[Stretch]:
 
 
 SECTIONS = ('cmres', 'credentials', 'identities', 'texts')
+#: What has a name on a cloud.
+KINDS = ('flavor', 'image', 'network', 'key', 'security_group', 'server')
 #: What people are told of, and in which words: the first line is the subject.
 TEXTS = {
     'added': '{label} is reserved\n{vms} vms on {resource} from {start} to {end}.',
@@ -586,8 +676,21 @@ TEXTS = {
     'rejected': '{label} stays as it was\n{sentence}.',
     'maintenance': '{label} is in the way of a maintenance\n{sentence}.',
     'unused': '{label} is not used\n{sentence}.',
+    'trouble': '{label}: not all VMs are up\n{sentence}.',
+    'vanished': '{label}: VMs have vanished\n{sentence}.',
+    'stopped': '{label}: VMs are stopped\n{sentence}.',
+    'snapshot': '{label}: VMs are saved as images\n{sentence}.',
+    'forced': '{label}: VMs were deleted without what was agreed\n{sentence}.',
+    'foreign': '{label}: VMs that people started themselves\n{sentence}.',
     'held': 'your calendar asks for much less than before\n{sentence}',
+    'dropped': 'no more mails today\n{sentence}.',
 }
+#: What stands in braces there: the fields of a reservation as answers show it, and of the event.
+TEXT_FIELDS = frozenset((
+    'sentence message actor id label user project resource cell cloud region aggregate vms flavor '
+    'image network key security_groups metadata server at_end notify vcpus ram classes lead '
+    'description personal repeat tz start end cancelled added changed up fault request host '
+    'state').split())
 
 
 def setting(default, why: str, least=None, most=10**9):
@@ -596,7 +699,7 @@ def setting(default, why: str, least=None, most=10**9):
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Everything that can be set, once read never changed."""
+    """Everything that can be set; once read, only what `read_again` takes is ever changed."""
     database: str = setting('cmres.db', 'the SQLite file that holds everything; not on a network file system')
     host: str = setting('127.0.0.1', 'the address that `serve` listens on; put a TLS proxy before any other')
     port: int = setting(8080, 'the port that `serve` listens on', 0, 65535)
@@ -608,6 +711,9 @@ class Config:
     call_timeout: float = setting(60.0, 'seconds after which a call to a cloud is given up', 0.1)
     boot_timeout: float = setting(900.0, 'seconds after which a server that does not come up is made anew', 0.1)
     settle: float = setting(15.0, 'seconds after a lost answer before a missing server is made again', 0.0)
+    common_names: str = setting(
+        '', "what users may name on an account that is not their own project's, besides what is "
+        'public there: KIND:NAME,KIND:NAME')
     poll: float = setting(1.0, 'seconds between looks at servers that are coming or going', 0.01)
     sweep: float = setting(60.0, 'seconds between looks at servers that should just be there', 0.01)
     retry_first: float = setting(5.0, 'seconds before a failed boot or delete is tried again; doubles each time', 0.01)
@@ -621,6 +727,10 @@ class Config:
         False, 'whether webhooks and calendars may be in private networks and on this machine')
     mail_server: str = setting('', 'host:port of the SMTP server that takes notices; without one, no mail is sent')
     mail_from: str = setting('cmres@localhost', 'the sender of mails')
+    mail_domains: str = setting(
+        '', 'the domains that mails may go to, with commas between; empty: any')
+    notices_per_day: int = setting(
+        200, 'mails that are sent for one user within a day; what is beyond is dropped', 0)
     horizon: int = setting(366, 'days ahead for which the occurrences of a repetition are reserved', 1, 3660)
     calendar_poll: float = setting(300.0, 'seconds between looks at a calendar that somebody subscribed to', 0.1)
     address: str = setting('', 'how people reach `serve`, for links, such as https://cmres.example.org')
@@ -639,13 +749,54 @@ class Config:
     credentials: dict = dataclasses.field(default_factory=dict)
     identities: dict = dataclasses.field(default_factory=dict)
     texts: dict = dataclasses.field(default_factory=TEXTS.copy)
+    path: str = dataclasses.field(default='', compare=False)      # its file, if there is one
+    stamp: tuple = dataclasses.field(default=(), compare=False)   # of that file, when it was read
 
     @property
     def zone(self) -> ZoneInfo:
         return read_zone(self.timezone)
 
+    @property
+    def common(self) -> frozenset[str]:
+        """The setting `common_names`, one by one; Invalid if one of them is none."""
+        names = [each.strip() for each in self.common_names.split(',') if each.strip()]
+        for each in names:
+            kind, _, name = each.partition(':')
+            if kind not in KINDS or not name:
+                raise Invalid(f"setting common_names: '{each}' is not KIND:NAME, such as "
+                              f"key:course; the kinds are {', '.join(KINDS)}{nearest(kind, KINDS)}")
+        return frozenset(names)
 
-SETTINGS = {field.name: field for field in dataclasses.fields(Config) if field.name not in SECTIONS}
+    def may_tell(self, target: str) -> bool:
+        """Whether notices may go to an address: of the web, or a mail address of `mail_domains`."""
+        domains = self.mail_domains.lower().replace(',', ' ').split()
+        return is_web(target) or not domains or target.rpartition('@')[2].lower() in domains
+
+    def told_time(self, seconds: float, tz: str = '') -> str:
+        """An instant as sentences tell it: in the zone of a reservation, else of the service."""
+        return format_moment(instant(seconds), read_zone(tz or self.timezone))
+
+    def read_again(self) -> Config:
+        """Itself, with the sections of AGAIN from its file if that has changed since.
+
+        A file that can't be read leaves them as they were; the log says why, once.
+        """
+        stamp = file_stamp(self.path)
+        if stamp != self.stamp:
+            object.__setattr__(self, 'stamp', stamp)
+            try:
+                sections = read_config_file(self.path)
+                for name in AGAIN:
+                    object.__setattr__(self, name, sections[name])
+            except Invalid as error:
+                stays = ' and '.join(f'[{name}]' for name in AGAIN)
+                log.warning('%s; what it said before in %s stays', error, stays)
+        return self
+
+
+SETTINGS = {field.name: field for field in dataclasses.fields(Config) if 'why' in field.metadata}
+#: The sections that need no restart: a new project wants its account, and VMs go on meanwhile.
+AGAIN = ('credentials', 'identities')
 
 
 def load_config(path: str | None = None, environ: dict = os.environ) -> Config:
@@ -654,19 +805,51 @@ def load_config(path: str | None = None, environ: dict = os.environ) -> Config:
     Raises:
       Invalid: the file can't be read, a key is unknown or a value is of the wrong kind.
     """
-    path = path or environ.get('CMRES_CONFIG') or ('config.ini' if os.path.exists('config.ini') else None)
+    path = path or environ.get('CMRES_CONFIG') or (
+        'config.ini' if os.path.exists('config.ini') else '')
+    stamp = file_stamp(path)  # before it is read: what changes meanwhile is read again
     sections = read_config_file(path) if path else dict.fromkeys(SECTIONS, {})
     texts = dict(sections['cmres'])
     texts |= {name[6:].lower(): text for name, text in environ.items()
-              if name.startswith('CMRES_') and name != 'CMRES_CONFIG'}
+              if name.startswith('CMRES_') and name not in ('CMRES_CONFIG', 'CMRES_CALENDARS')}
     for name in sections['texts']:
         if name not in TEXTS:
             raise Invalid(f"{path}: there is no event '{name}' to be told of{nearest(name, TEXTS)}")
+        check_template(f'{path}: [texts] {name}', sections['texts'][name])
     config = Config(**{name: read_setting(name, text) for name, text in texts.items()},
                     credentials=sections['credentials'], identities=sections['identities'],
-                    texts=TEXTS | sections['texts'])
-    config.zone  # an unknown zone is refused here, not at the first table
+                    texts=TEXTS | sections['texts'], path=path, stamp=stamp)
+    config.zone, config.common  # what is wrong with them is told here, not when they are used
     return config
+
+
+def check_template(where: str, template: str) -> None:
+    """Refuses words for an event that could not be filled in; Invalid says where and why."""
+    from string import Formatter
+    try:
+        fields = [field for _, field, _, _ in Formatter().parse(template) if field is not None]
+        for field in fields:
+            if field not in TEXT_FIELDS:
+                hint = nearest(field, TEXT_FIELDS)
+                raise Invalid(f'{where}: there is no field {{{field}}}{hint}')
+        template.format_map(dict.fromkeys(TEXT_FIELDS, 'text'))
+    except (ValueError, LookupError) as error:  # LookupError: a field inside the format of another
+        raise Invalid(f"{where}: '{first_line(error)}'; write fields as {{label}}, and {{{{ for "
+                      'a brace') from None
+
+
+def is_web(target: str) -> bool:
+    """Whether somebody is told by a webhook, and not by mail."""
+    return target.startswith(('http://', 'https://'))
+
+
+def file_stamp(path: str) -> tuple:
+    """What changes when a file does; nothing if there is none."""
+    try:
+        found = os.stat(path)
+        return found.st_mtime_ns, found.st_size, found.st_ino
+    except OSError:
+        return ()
 
 
 def read_config_file(path: str) -> dict[str, dict]:
@@ -734,7 +917,7 @@ Parts = NewType('Parts', list)     # parts of a request, each with a resource or
 Zone = NewType('Zone', str)        # a time zone; the zone of the bare times beside it
 Repeat = NewType('Repeat', str)    # a repetition, in words or as an RRULE
 Clash = NewType('Clash', str)      # refuse, skip or shift=DURATION
-Ics = NewType('Ics', str)          # iCalendar text, up to 1 MiB; on the command line, the file that holds it
+Ics = NewType('Ics', str)          # iCalendar text, up to 16 MiB; on the command line, the file that holds it
 Source = NewType('Source', str)    # that, or the http(s) address of it
 Url = NewType('Url', str)          # an http(s) address, which may be a secret
 Rows = NewType('Rows', list)       # many reservations; on the command line, a CSV, JSON or YAML file
@@ -761,7 +944,7 @@ WORDS = {
     'dry_run': 'check and answer as if it were done, and keep nothing',
     'duration': 'length of the window, such as 2h, 1d12h or PT90M',
     'end': 'an instant, or a length from the start such as +2h',
-    'file': 'an .ics file of at most 1 MiB',
+    'file': 'an .ics file of at most 16 MiB',
     'flavor': 'flavor of the machines, by name or id; its vcpus and ram count',
     'force': 'do it although occurrences that are admitted already would no longer fit',
     'following': 'not only that occurrence: all after it too',
@@ -1279,6 +1462,7 @@ class Reservation(Table):
     pending = peewee.IntegerField(null=True)     # until when it is held for somebody's word
     personal = peewee.BooleanField(default=False)  # only its user may boot on it through Nova
     on_conflict = peewee.CharField(default='')   # what becomes of an occurrence that has no room
+    trusted = peewee.TextField(default='[]')     # JSON: KIND:NAME that an admin gave it
     booked_until = peewee.IntegerField(null=True)  # how far it is in rows, if it goes on after that
     origin = peewee.CharField(default='')        # a digest of that event, to see whether it is another
     uid = peewee.CharField(null=True)            # of the event of a calendar that it comes from
@@ -1313,6 +1497,8 @@ class Occurrence(Table):
     cancelled = peewee.IntegerField(null=True)
     told = peewee.IntegerField(default=0)  # which of SOON, READY, ENDING were announced
     due = peewee.DoubleField(null=True)  # when the life cycle must look at it next; NULL: never again
+    up_told = peewee.IntegerField(null=True)  # so many servers were up when that was last told
+    up_check = peewee.DoubleField(null=True)  # when another number is told, if it is one still
 
     class Meta:
         constraints = [peewee.Check('held_from <= start AND start < "end" AND held_until <= "end"')]
@@ -1448,6 +1634,7 @@ class Server(Table):
 
 
 Server.add_index(Server.index(Server.account, where=Server.state == 'kept', name='server_kept'))
+Server.add_index(Server.index(Server.uid, where=Server.uid.is_null(False), name='server_uid'))
 Server.add_index(Server.index(Server.due, where=Server.due.is_null(False), name='server_due'))
 
 
@@ -1529,12 +1716,20 @@ class Outbox(Table):
     """A notice on its way: sent when it is written down with its event, until it has arrived."""
     event = peewee.ForeignKeyField(Event, index=False)
     target = peewee.CharField()
+    owner = peewee.CharField(default='')  # who wants it told, PROJECT/USER; '': the operator
     tries = peewee.IntegerField(default=0)
     due = peewee.DoubleField(null=True)  # NULL: it has arrived, or was given up
     fault = peewee.TextField(default='')
 
 
 Outbox.add_index(Outbox.index(Outbox.due, where=Outbox.due.is_null(False), name='outbox_due'))
+
+
+class Mailed(Table):
+    """How many mails were written down on a day, by whose they are."""
+    owner = peewee.CharField(primary_key=True)  # PROJECT/USER
+    day = peewee.IntegerField()                 # since 1970
+    number = peewee.IntegerField()
 
 
 class Lease(Table):
@@ -1565,10 +1760,11 @@ class SimulatedServer(Table):
 
 
 TABLES = [Resource, Reservation, Occurrence, Capacity, Proposal, ExtraHold, Limit, Step, Server, Claim, Token, Feed,
-          Subscription, Event, Outbox, Lease, Fact, SimulatedServer]
+          Subscription, Event, Outbox, Mailed, Lease, Fact, SimulatedServer]
 
 #: What brings an older store up to the models above, one function a version.
-MIGRATIONS: list[Callable] = [lambda: add_tracks(), lambda: add_proposals(), lambda: add_ends_of_calls()]
+MIGRATIONS: list[Callable] = [lambda: add_tracks(), lambda: add_proposals(), lambda: add_up_told(),
+                              lambda: add_owners(), lambda: trust_names(), lambda: add_ends_of_calls()]
 
 
 def open_store(path: str) -> None:
@@ -1609,14 +1805,22 @@ def migrate() -> None:
         db.user_version, db.application_id = len(MIGRATIONS) + 1, OURS
 
 
+#: The columns of version 2.
+TRACKS = {'resource': 'classes named', 'reservation': 'request host choices',
+          'occurrence': 'classes', 'capacity': 'classes held_classes', 'claim': 'classes'}
+
+
+def add_columns(table: str, columns: dict[str, str]) -> None:
+    """Gives a table the columns, name by type, that it has not yet."""
+    known = {each[1] for each in run(f'PRAGMA table_info({table})')}
+    for name in columns.keys() - known:
+        run(f'ALTER TABLE {table} ADD COLUMN {name} {columns[name]}')
+
+
 def add_tracks() -> None:
     """Version 2: parts, hosts and resource classes; the steps have tracks, and are reckoned anew."""
-    for model in (Resource, Reservation, Occurrence, Capacity, Claim):
-        table = model._meta.table_name
-        known = {each[1] for each in run(f'PRAGMA table_info({table})')}
-        for field in model._meta.sorted_fields:
-            if field.column_name not in known:  # each of them is text, with nothing in it
-                run(f"ALTER TABLE {table} ADD COLUMN {field.column_name} TEXT NOT NULL DEFAULT ''")
+    for table, columns in TRACKS.items():
+        add_columns(table, dict.fromkeys(columns.split(), "TEXT NOT NULL DEFAULT ''"))
     run('DROP TABLE step')
     run('DROP INDEX IF EXISTS occurrence_held')
     db.create_tables(TABLES)
@@ -1646,12 +1850,37 @@ def add_proposals() -> None:
         run(statement)
 
 
+def add_up_told() -> None:
+    """Version 4: how many servers were told to be up."""
+    add_columns('occurrence', {'up_told': 'INTEGER', 'up_check': 'REAL'})
+    # Of what was ready before this version, that was told.
+    run('UPDATE occurrence SET up_told = vms WHERE due IS NOT NULL AND told & 2')
+
+
+def add_owners() -> None:
+    """Version 5: whose notices are on their way, and how many mails somebody has had sent."""
+    add_columns('outbox', {'owner': "VARCHAR(255) NOT NULL DEFAULT ''"})
+    run('CREATE TABLE IF NOT EXISTS mailed (owner VARCHAR(255) NOT NULL PRIMARY KEY, '
+        'day INTEGER NOT NULL, number INTEGER NOT NULL)')
+
+
+def trust_names() -> None:
+    """Names are looked at with the rights of who asks; what was booked before that goes on."""
+    add_columns('reservation', {'trusted': "TEXT NOT NULL DEFAULT '[]'"})
+    run('''UPDATE reservation SET trusted = (SELECT json_group_array(name) FROM (
+             SELECT 'flavor:' || flavor AS name WHERE flavor <> '' UNION ALL
+             SELECT 'image:' || image WHERE image <> '' UNION ALL
+             SELECT 'network:' || network WHERE network <> '' UNION ALL
+             SELECT 'key:' || key WHERE key <> '' UNION ALL
+             SELECT 'server:' || server WHERE server <> '' UNION ALL
+             SELECT 'security_group:' || value FROM json_each(security_groups)))''')
+    run('CREATE INDEX IF NOT EXISTS server_uid ON server (uid) WHERE uid IS NOT NULL')
+
+
 def add_ends_of_calls() -> None:
-    """Version 4: calls whose end is not known, how far series are, indexes of what waits or has ended."""
-    for table, column, kind in (('server', 'intended', 'REAL'),
-                                ('reservation', 'carried', 'VARCHAR(255)')):
-        if column not in {each[1] for each in run(f'PRAGMA table_info({table})')}:
-            run(f'ALTER TABLE {table} ADD COLUMN {column} {kind}')
+    """Version 7: calls whose end is not known, how far series are, indexes of what waits or has ended."""
+    add_columns('server', {'intended': 'REAL'})
+    add_columns('reservation', {'carried': 'VARCHAR(255)'})
     run("UPDATE server SET intended = called WHERE state = 'build' AND uid IS NULL AND due IS NOT NULL")
     run('CREATE INDEX IF NOT EXISTS occurrence_ended ON occurrence ("end") '
         'WHERE due IS NULL AND cancelled IS NULL')
@@ -1659,7 +1888,8 @@ def add_ends_of_calls() -> None:
     run('CREATE INDEX IF NOT EXISTS reservation_waiting ON reservation (waiting) '
         'WHERE waiting IS NOT NULL')
     run('UPDATE reservation SET waiting = NULL, pending = NULL '
-        'WHERE (waiting IS NOT NULL OR pending IS NOT NULL) AND NOT EXISTS (SELECT 1 FROM occurrence WHERE reservation_id = reservation.id AND cancelled IS NULL)')
+        'WHERE (waiting IS NOT NULL OR pending IS NOT NULL) AND NOT EXISTS '
+        '(SELECT 1 FROM occurrence WHERE reservation_id = reservation.id AND cancelled IS NULL)')
 
 
 @contextmanager
@@ -1729,21 +1959,66 @@ def change_text(model, names: tuple) -> str:
 
 
 def journal(config: Config, at: float, actor: str, code: str, sentence: str, reservation: int | None = None,
-            notify: Iterable[str] = (), occurrence: int | None = None, **refused: str) -> None:
+            notify: Iterable[str] | None = (), occurrence: int | None = None,
+            **refused: str) -> None:
     """Appends an event, and the notices of it; inside the transaction of what it tells.
 
     Args:
+      notify: who hears of it beside the operator's webhook; None: nobody, it is only logged
       occurrence: the one that it is about; without one, all that are not over
       refused: project and resource of what is no reservation
     """
-    event = insert(Event, at=at, actor=actor, code=code, sentence=sentence, reservation=reservation,
-                   occurrence=occurrence, **{'project': '', 'resource': ''} | refused)
+    about = {'reservation': reservation, 'occurrence': occurrence, 'project': '',
+             'resource': ''} | refused
+    event = insert(Event, at=at, actor=actor, code=code, sentence=sentence, **about)
     if reservation and (occurrence is None or occurrence > 0):
         which, id = ('id', occurrence) if occurrence else ('due IS NOT NULL AND reservation_id', reservation)
         run(f'UPDATE occurrence SET revision = revision + 1, revised = ? WHERE {which} = ?', int(at), id)
-    for target in [config.webhook, *notify] if code in TEXTS else ():
-        if target:
-            insert(Outbox, event=event, target=target, due=at, tries=0, fault='')
+    if code not in TEXTS or notify is None:
+        return
+    if config.webhook:
+        send_later(event, [config.webhook], '', at)
+    targets = [target for target in notify if config.may_tell(target)]
+    tell_owners(config, event, targets, about, actor, at)
+
+
+def tell_owners(config: Config, event: int, targets: list[str], about: dict, actor: str,
+                at: float) -> None:
+    """Writes down the notices of an event for its owner; as many mails as a day may have."""
+    if not targets:
+        return
+    owner = owner_of(about['reservation']) or f"{about['project']}/{actor}"
+    mails = [target for target in targets if not is_web(target)]
+    left = mails_left(config, owner, len(mails), at) if mails else 0
+    may_go = mails[:max(left, 0)]
+    send_later(event, [target for target in targets if is_web(target)] + may_go, owner, at)
+    if 0 <= left < len(mails):
+        tomorrow = config.told_time((at // 86400 + 1) * 86400)
+        last = insert(Event, at=at, actor='cmres', code='dropped', **about, sentence=(
+            f'{config.notices_per_day} mails were sent for {owner} today, so no more are sent '
+            f'until {tomorrow}; the event log has everything'))
+        send_later(last, mails, owner, at)
+
+
+def owner_of(reservation: int | None) -> str:
+    """Whose a reservation is, as PROJECT/USER."""
+    found = row("SELECT project || '/' || user AS owner FROM reservation WHERE id = ?", reservation)
+    return found.owner if found else ''
+
+
+def mails_left(config: Config, owner: str, number: int, at: float) -> int:
+    """How many of some mails may be sent for somebody today; -1: none, which was told already."""
+    total, = run('INSERT INTO mailed (owner, day, number) VALUES (?, ?, ?) '
+                 'ON CONFLICT (owner) DO UPDATE SET day = excluded.day, '
+                 'number = excluded.number + iif(day = excluded.day, number, 0) RETURNING number',
+                 owner, int(at // 86400), number).fetchone()
+    left = config.notices_per_day - (total - number)
+    return -1 if left < 0 else min(left, number)
+
+
+def send_later(event: int, targets: list[str], owner: str, at: float) -> None:
+    for target in targets:
+        insert(Outbox, event=event, target=target, owner=owner, due=at, tries=0, fault='')
 
 
 # What a reservation looks like to everybody: its occurrence's facts and the state derived from
@@ -1766,7 +2041,7 @@ LISTING = '''
          (r.image <> '' OR r.server <> '') AS runs,
          clock.now, o.told, o.held_from, o.held_until, o.resource_id, r.over, o.due, o.slot, o.altered, o.revision,
          o.revised, r.waiting, r.priority, r.confirm, r.pending, r.on_conflict, r.booked_until, r.subscription,
-         r.series <> '' AS repeats, r.request, r.host, r.choices,
+         r.series <> '' AS repeats, r.request, r.host, r.choices, r.trusted,
          (SELECT p.shown FROM proposal p WHERE p.reservation_id = r.id AND (p.occurrence = o.id OR NOT p.alone)
            ORDER BY p.id DESC LIMIT 1) AS change
     FROM (SELECT CAST(? AS INTEGER) AS now) clock, occurrence o
@@ -2129,6 +2404,61 @@ def held_steps(resource: int) -> Iterator[tuple[tuple[str, int], tuple]]:
 # create call itself, so that a server whose answer was lost is found again.
 
 
+class Flavor(NamedTuple):
+    """What one machine takes: vcpus, ram in MiB, other resource classes as an Amount has them."""
+    vcpus: int
+    ram: int
+    classes: tuple = ()
+
+
+class Thing(NamedTuple):
+    """Something on a cloud that goes by a name, and who may use it."""
+    id: str
+    name: str
+    own: bool           # it is of the project of the account, or shared with it
+    open: bool = False  # everybody on that cloud may use it
+    mark: str = ''      # a server's tag of cmres, of whatever store
+    flavor: Flavor | None = None
+
+
+class Sight(NamedTuple):
+    """Which names of an account somebody may use; for them, nothing else is there.
+
+    Args:
+      project: for whom; of the servers that cmres made, those of its reservations are in sight
+      all_own: whether all that is the account's own is in sight, not only what is open to everybody
+      named: KIND:NAME of what is in sight besides
+    """
+    project: str
+    all_own: bool
+    named: frozenset = frozenset()
+
+    def shows(self, kind: str, thing: Thing) -> bool:
+        """Whether something is in sight."""
+        ours = bool(thing.mark) and made_for(thing.id, self.project)
+        if thing.mark and not ours:
+            return False
+        named = {f'{kind}:{thing.name}', f'{kind}:{thing.id}'} & self.named
+        return thing.open or thing.own and bool(self.all_own or ours or named)
+
+
+EVERYTHING = Sight('', True)
+
+
+def made_for(uid: str, project: str) -> bool:
+    """Whether a server was made for a reservation of a project."""
+    return bool(row('SELECT r.id FROM server v JOIN occurrence o ON o.id = v.occurrence_id '
+                    'JOIN reservation r ON r.id = o.reservation_id '
+                    'WHERE v.uid = ? AND NOT v.borrowed AND r.project = ?', uid, project))
+
+
+def named_by(wish: dict) -> list[tuple[str, str]]:
+    """What a cloud must know of a wish: kinds and names, without the networks `auto` and `none`."""
+    named = [(kind, wish[kind]) for kind in KINDS if wish.get(kind)]
+    named += [('security_group', name) for name in wish.get('security_groups') or ()]
+    return [pair for pair in named if pair not in (('network', 'auto'), ('network', 'none'))]
+
+
 class Machine(NamedTuple):
     """One machine to boot, in the words of the person who asked for it."""
     name: str
@@ -2141,6 +2471,7 @@ class Machine(NamedTuple):
     user_data: str = ''
     metadata: dict = {}
     hint: str = ''  # the label under which Nova's scheduler is to let it boot
+    sight: Sight = EVERYTHING  # what it may be made of
     #: Called just before the request that makes it; raises if it is too late for that.
     fence: Callable[[], None] = lambda: None
 
@@ -2150,13 +2481,6 @@ class Aggregate(NamedTuple):
     name: str
     hosts: dict[str, Amount]  # what each holds, by Placement
     mark: str  # the resource that it is marked with, or ''
-
-
-class Flavor(NamedTuple):
-    """What one machine takes: vcpus, ram in MiB, and of other resource classes as an Amount has them."""
-    vcpus: int
-    ram: int
-    classes: tuple = ()
 
 
 def classes_of(extra_specs: dict) -> tuple:
@@ -2180,18 +2504,35 @@ class Seen(NamedTuple):
 
 
 class Cloud:
-    """One account on one cloud. Every verb may raise CloudError; none of them waits longer than the time-out."""
+    """One account on one cloud. Every verb may raise CloudError.
+
+    All requests of a verb together have `call_timeout`: none is begun after that, and none waits
+    longer for its headers. `aggregates` and `hosts` have that time for each host or server.
+    """
 
     def __init__(self, account: str):
         self.account = account
 
-    def find(self, kind: str, name: str):
-        """The flavor, image, network, key or security group of that name or id; None if there is none."""
+    def things(self, kind: str, name: str = '') -> list[Thing]:
+        """What there is of one of KINDS; with a name, only what has it as its name or id."""
         raise NotImplementedError
 
-    def names(self, kind: str) -> list[str]:
-        """The names there are of a kind."""
-        raise NotImplementedError
+    def find(self, kind: str, name: str, sight: Sight = EVERYTHING) -> Thing | None:
+        """The one thing in sight of that name or id; None if there is none.
+
+        Raises:
+          Invalid: there are several.
+        """
+        found = [each for each in self.things(kind, name) if sight.shows(kind, each)]
+        found = [each for each in found if each.id == name] or found
+        if len(found) > 1:
+            raise Invalid(f"the cloud {self.account} has {len(found)} of the name '{name}'; "
+                          f"give the {kind.replace('_', ' ')} by its id")
+        return found[0] if found else None
+
+    def names(self, kind: str, sight: Sight = EVERYTHING) -> list[str]:
+        """The names of what is in sight, of a kind."""
+        return [each.name for each in self.things(kind) if each.name and sight.shows(kind, each)]
 
     def boot(self, machine: Machine) -> str:
         """Begins to make one server and tells its id; unless CloudError is `sure`, it may exist all the same.
@@ -2213,15 +2554,15 @@ class Cloud:
         raise NotImplementedError
 
     def start(self, uid: str) -> None:
-        """Begins to start a server that is stopped or shelved."""
+        """Begins to make a server active that is at rest, in rescue or resized; one that is active is fine."""
         raise NotImplementedError
 
     def stop(self, uid: str) -> None:
-        """Begins to stop a server; it is SHUTOFF then."""
+        """Begins to stop a server; it is SHUTOFF then. One that is so already is fine."""
         raise NotImplementedError
 
     def shelve(self, uid: str) -> None:
-        """Begins to shelve a server; it frees its host then."""
+        """Begins to shelve a server; it frees its host then. One that is so already is fine."""
         raise NotImplementedError
 
     def snapshot(self, uid: str, name: str) -> str:
@@ -2248,44 +2589,73 @@ class Cloud:
         """The cloud's own clock, in seconds since 1970, to about a second; None where it tells none."""
         return None
 
-    def check(self, named: Iterable[tuple[str, str]]) -> list:
+    def check(self, named: Iterable[tuple[str, str]], sight: Sight = EVERYTHING) -> list[Thing]:
         """What is found for (kind, name) pairs, in their order.
 
         Raises:
-          Invalid: there is no such thing; the sentence names it, the cloud and the nearest name.
+          Invalid: no such thing is in sight; the sentence tells the nearest name that is.
         """
         found = []
         for kind, name in named:
-            thing = self.find(kind, name)
+            thing = self.find(kind, name, sight)
             if thing is None:
                 raise Invalid(f"the cloud {self.account} has no {kind.replace('_', ' ')} '{name}'"
-                              f"{nearest(name, self.names(kind))}")
+                              f"{nearest(name, self.names(kind, sight))}")
             found.append(thing)
         return found
+
+
+UUID = re.compile('[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}')
 
 
 class OpenStack(Cloud):
     """An entry of clouds.yaml, through openstacksdk."""
 
-    # In the SDK: service, the verb that finds one, the verb that lists all.
-    KINDS = {'flavor': ('compute', 'find_flavor', 'flavors'), 'image': ('image', 'find_image', 'images'),
-             'network': ('network', 'find_network', 'networks'), 'key': ('compute', 'find_keypair', 'keypairs'),
-             'security_group': ('network', 'find_security_group', 'security_groups'),
-             'server': ('compute', 'find_server', 'servers')}
+    # In the SDK: service, the verb that lists all, and the one that gets one by its id.
+    VERBS = {'flavor': ('compute', 'flavors', ''), 'key': ('compute', 'keypairs', ''),
+             'image': ('image', 'images', 'get_image'),
+             'server': ('compute', 'servers', 'get_server'),
+             'network': ('network', 'networks', 'get_network'),
+             'security_group': ('network', 'security_groups', 'get_security_group')}
     REMEMBER = 300  # seconds that a found name is taken for granted
     DOOR_SHUT = 2   # seconds that nobody else waits at a cloud which has just refused to log us in
 
-    def __init__(self, account: str, store: str, timeout: float):
+    def __init__(self, account: str, store: str, config: Config):
         super().__init__(account)
-        self.store, self.timeout = store, timeout
-        self.found: dict = {}
+        self.store, self.config = store, config
+        self.found: dict = {}  # by kind, name and sight: when it was found, and what
         self.lock = threading.Lock()
+        self.verb = threading.local()  # since when this thread is at it
         self.session = None
-        self.refused: tuple = (0, None)  # until when, by which error, those who waited for the door are refused as well
+        self.refused: tuple = (0, None)  # until when nobody else is let to the door, and why
+
+    @contextmanager
+    def calling(self, what: str, sure: bool = False):
+        """The connection, for a verb that has `call_timeout` for all of its requests together."""
+        before = getattr(self.verb, 'began', None)
+        self.verb.began = before or time.monotonic()
+        try:
+            with self.telling(what, sure):
+                yield self.connection
+        finally:
+            self.verb.began = before
+
+    def time_left(self) -> float:
+        """The seconds that this thread's verb may still take.
+
+        Raises:
+          CloudError: none; it is sure, as no request is begun then.
+        """
+        most = self.config.call_timeout
+        left = (getattr(self.verb, 'began', None) or time.monotonic()) + most - time.monotonic()
+        if left <= 0:
+            raise CloudError(f'the cloud {self.account} did not answer within {most:g} seconds, '
+                             'so it was asked nothing more', sure=True)
+        return left
 
     @property
     def connection(self):
-        """One authenticated connection for all threads; one that failed is tried anew after some seconds."""
+        """One authenticated connection for all threads; after a failure, a new one in a while."""
         with self.lock, self.telling('be reached', sure=True):
             if time.monotonic() < self.refused[0]:
                 raise self.refused[1]
@@ -2298,9 +2668,23 @@ class OpenStack(Cloud):
 
     def log_in(self):
         import openstack
-        session = openstack.connect(cloud=self.account, api_timeout=self.timeout, app_name='cmres')
-        session.compute.get_endpoint_data()  # negotiates versions before threads do
-        return session
+        connection = openstack.connect(cloud=self.account, api_timeout=self.config.call_timeout,
+                                       app_name='cmres')
+        door = self.door()
+        for scheme in ('http://', 'https://'):
+            connection.session.session.mount(scheme, door)
+        connection.compute.get_endpoint_data()  # negotiates versions before threads do
+        return connection
+
+    def door(self):
+        """What all requests go through: a connection for each thread, and a look at the time."""
+        from keystoneauth1.session import TCPKeepAliveAdapter
+        time_left = self.time_left
+
+        class Door(TCPKeepAliveAdapter):
+            def send(self, request, *args, **options):
+                return super().send(request, *args, **options | {'timeout': time_left()})
+        return Door(pool_maxsize=self.config.workers + self.config.threads)
 
     @contextmanager
     def telling(self, what: str, sure: bool = False):
@@ -2319,51 +2703,136 @@ class OpenStack(Cloud):
             raise CloudError(f"the cloud {self.account} could not {what}: {textwrap.shorten(str(text), 300)}",
                              sure or 400 <= status < 500 and status != 408, status=status, **details) from error
 
-    def find(self, kind, name):
-        expires, thing = self.found.get((kind, name), (0, None))
-        if time.monotonic() < expires:
+    def find(self, kind, name, sight=EVERYTHING):
+        key, oldest = (kind, name, sight), time.monotonic() - self.REMEMBER
+        found, thing = self.found.get(key, (oldest, None))
+        if found > oldest:
+            self.verb.remembered = True
             return thing
-        service, verb, _ = self.KINDS[kind]
-        with self.telling(f'find the {kind}', sure=True):
-            more = {'get_extra_specs': True} if kind == 'flavor' else {}
-            thing = getattr(getattr(self.connection, service), verb)(name, ignore_missing=True, **more)
-        if thing is not None:
-            thing = Flavor(thing.vcpus, thing.ram, classes_of(thing.extra_specs or {}))._asdict() | {
-                'id': thing.id} if kind == 'flavor' else thing.to_dict()
-            self.found[kind, name] = time.monotonic() + self.REMEMBER, thing
+        thing = super().find(kind, name, sight)
+        if thing and kind != 'server':  # what is not in sight is looked up anew each time
+            self.found = {each: kept for each, kept in self.found.items() if kept[0] > oldest}
+            self.found[key] = time.monotonic(), thing
         return thing
 
-    def names(self, kind):
-        service, _, verb = self.KINDS[kind]
-        with self.telling(f'list each {kind}', sure=True):
-            return [thing.name for thing in getattr(getattr(self.connection, service), verb)() if thing.name]
+    def forget(self, named: list[tuple[str, str]]) -> None:
+        """Lets names be looked up anew: one of them stands for something else by now."""
+        for key in [*self.found]:
+            if key[:2] in named:
+                self.found.pop(key, None)
+
+    def things(self, kind, name=''):
+        service, listing, getter = self.VERBS[kind]
+        with self.calling(f"find the {kind.replace('_', ' ')}", sure=True) as cloud:
+            if getter and UUID.fullmatch(name):
+                found = self.by_id(getattr(getattr(cloud, service), getter), name)
+            else:
+                listed = getattr(getattr(cloud, service), listing)(**self.only(cloud, kind, name))
+                found = [each for each in listed if name in ('', each.name, each.id)]
+            if kind == 'flavor' and name:  # where Nova does not list them with the flavors
+                found = [each if each.extra_specs else each.fetch_extra_specs(cloud.compute)
+                         for each in found]
+            return [getattr(self, f'{kind}_thing')(cloud, each) for each in found]
+
+    def by_id(self, verb: Callable, id: str) -> list:
+        """The one thing of an id, or none: what is another's, a cloud may also forbid to see."""
+        from openstack.exceptions import ForbiddenException
+        try:
+            return [each for each in [self.got(verb, id)] if each]
+        except ForbiddenException:
+            return []
+
+    def got(self, verb: Callable, id: str):
+        """One thing by its id; None if it is not there."""
+        from openstack.exceptions import NotFoundException
+        try:
+            return verb(id)
+        except NotFoundException:
+            return None
+
+    def only(self, cloud, kind: str, name: str) -> dict:
+        """How the list of a kind is asked for.
+
+        Whoever asks, Nova lists public flavors and those that the project was given; it takes the
+        name of a server for a regular expression. To an admin, Neutron lists all projects' groups.
+        """
+        if kind == 'flavor':
+            return {'is_public': True}
+        if kind == 'key' or not name and kind != 'security_group':
+            return {}
+        named = {'name': f'^{re.escape(name)}$' if kind == 'server' else name} if name else {}
+        own = {'project_id': cloud.current_project_id} if kind == 'security_group' else {}
+        return named | own
+
+    # Whose each thing is: the account of an admin is shown what belongs to others as well.
+
+    def flavor_thing(self, cloud, found) -> Thing:
+        takes = Flavor(found.vcpus, found.ram, classes_of(found.extra_specs or {}))
+        return Thing(found.id, found.name, own=True, open=True, flavor=takes)
+
+    def key_thing(self, cloud, found) -> Thing:
+        return Thing(found.id, found.name, own=True)
+
+    def image_thing(self, cloud, found) -> Thing:
+        project = cloud.current_project_id
+        own = found.owner_id == project
+        if not own and found.visibility == 'shared':
+            own = any((each.member_id, each.status) == (project, 'accepted')
+                      for each in cloud.image.members(found.id))
+        return Thing(found.id, found.name, own, open=found.visibility in ('public', 'community'))
+
+    def network_thing(self, cloud, found) -> Thing:
+        own = found.project_id == cloud.current_project_id
+        shared = bool(found.is_shared or found.is_router_external)
+        return Thing(found.id, found.name, own, open=shared)
+
+    def security_group_thing(self, cloud, found) -> Thing:
+        own = found.project_id == cloud.current_project_id
+        return Thing(found.id, found.name, own, open=own and found.name == 'default')
+
+    def server_thing(self, cloud, found) -> Thing:
+        # Until it has a host, Nova may show a server without its tags: it may be anybody's.
+        own = found.project_id == cloud.current_project_id and found.status != 'BUILD'
+        mark = next((tag for tag in found.tags or () if tag.startswith('cmres-')), '')
+        return Thing(found.id, found.name, own, mark=mark)
 
     def boot(self, machine):
+        with self.calling('make a server'):
+            self.verb.remembered = False
+            try:
+                return self.create(machine)
+            except CloudError as error:
+                if error.details.get('status') not in (400, 404):
+                    raise
+                self.forget(named_by(machine._asdict()))
+                if not self.verb.remembered:  # they were new
+                    raise
+                return self.create(machine)
+
+    def create(self, machine: Machine) -> str:
+        """Makes a server of what the names stand for."""
         import base64
-        named = [('flavor', machine.flavor), ('image', machine.image)]
-        plain = machine.network or 'auto'
-        if plain not in ('auto', 'none'):
-            named.append(('network', plain))
-        flavor, image, *network = (thing['id'] for thing in self.check(named))
-        wish = {'name': machine.name, 'flavor_id': flavor, 'image_id': image, 'metadata': machine.metadata,
-                'networks': [{'uuid': network[0]}] if network else plain, 'tags': [self.store, machine.mark]}
+        named, found = named_by(machine._asdict()), defaultdict(list)
+        for (kind, _), thing in zip(named, self.check(named, machine.sight)):
+            found[kind].append(thing.id)
+        wish = {'name': machine.name, 'metadata': machine.metadata,
+                'flavor_id': found['flavor'][0], 'image_id': found['image'][0], 'tags': [self.store, machine.mark],
+                'networks': [{'uuid': id} for id in found['network']] or machine.network or 'auto'}
         if machine.key:
             wish['key_name'] = machine.key
         if machine.security_groups:
-            wish['security_groups'] = [{'name': name} for name in machine.security_groups]
+            wish['security_groups'] = [{'name': id} for id in found['security_group']]
         if machine.hint:
             wish['scheduler_hints'] = {'cmres': machine.hint}
         if machine.user_data:
             wish['user_data'] = base64.b64encode(machine.user_data.encode()).decode()
-        compute = self.connection.compute
         machine.fence()
-        with self.telling('make a server'):
-            return compute.create_server(**wish).id
+        with self.calling('make a server') as cloud:
+            return cloud.compute.create_server(**wish).id
 
     def servers(self):
-        compute = self.connection.compute
-        with self.telling('list servers', sure=True):
-            return [self.seen(server) for server in compute.servers(tags=self.store)]
+        with self.calling('list servers', sure=True) as cloud:
+            return [self.seen(server) for server in cloud.compute.servers(tags=self.store)]
 
     def seen(self, server) -> Seen:
         mark = next((tag for tag in server.tags or () if tag.startswith(f'{self.store}-')), '')
@@ -2373,90 +2842,103 @@ class OpenStack(Cloud):
         return Seen(server.id, mark, (server.status or 'unknown').lower(), made, fault, addresses)
 
     def delete(self, uid):
-        compute = self.connection.compute
-        with self.telling('delete a server', sure=True):
-            compute.delete_server(uid, ignore_missing=True)
+        with self.calling('delete a server', sure=True) as cloud:
+            cloud.compute.delete_server(uid, ignore_missing=True)
 
     def server(self, uid):
-        compute = self.connection.compute
-        with self.telling('show a server', sure=True):
-            found = compute.find_server(uid, ignore_missing=True)
+        with self.calling('show a server', sure=True) as cloud:
+            found = self.got(cloud.compute.get_server, uid)
             return self.seen(found) if found else None
 
     def start(self, uid):
-        compute = self.connection.compute
-        with self.telling('start a server', sure=True):
+        with self.calling('start a server', sure=True) as cloud:
+            compute = cloud.compute
             how = {'PAUSED': compute.unpause_server, 'SUSPENDED': compute.resume_server,
+                   'RESCUE': compute.unrescue_server,
+                   'VERIFY_RESIZE': compute.confirm_server_resize,
                    'SHELVED': compute.unshelve_server, 'SHELVED_OFFLOADED': compute.unshelve_server}
-            how.get(compute.get_server(uid).status, compute.start_server)(uid)
+            verb = how.get(compute.get_server(uid).status, compute.start_server)
+            tasks = 'powering-on|unpausing|resuming|unrescuing|unshelving|spawning'
+            self.once(compute, verb, uid, 'ACTIVE', tasks)
 
     def stop(self, uid):
-        compute = self.connection.compute
-        with self.telling('stop a server', sure=True):
-            compute.stop_server(uid)
+        with self.calling('stop a server', sure=True) as cloud:
+            self.once(cloud.compute, cloud.compute.stop_server, uid, 'SHUTOFF', 'powering-off')
 
     def shelve(self, uid):
-        compute = self.connection.compute
-        with self.telling('shelve a server', sure=True):
-            compute.shelve_server(uid)
+        with self.calling('shelve a server', sure=True) as cloud:
+            self.once(cloud.compute, cloud.compute.shelve_server, uid, 'SHELVED.*', 'shelving.*')
+
+    def once(self, compute, verb: Callable, uid: str, status: str, task: str) -> None:
+        """Begins what an earlier call may have begun, whose answer was lost: then Nova refuses it.
+
+        Args:
+          status, task: Nova's status of a server when that is done, its task while it is under way
+        """
+        from openstack.exceptions import ConflictException
+        try:
+            verb(uid)
+        except ConflictException:
+            found = compute.get_server(uid)
+            done = re.fullmatch(status, found.status)
+            if not done and not re.fullmatch(task, found.task_state or ''):
+                raise
 
     def snapshot(self, uid, name):
-        compute = self.connection.compute
-        with self.telling('make an image of a server', sure=True):
-            made = self.connection.image.find_image(name, ignore_missing=True)  # by a call whose answer was lost
-            return (made or compute.create_server_image(uid, name)).id
+        with self.calling('make an image of a server', sure=True) as cloud:
+            # Of a call whose answer was lost; somebody else's of that name is none.
+            made = [each for each in cloud.image.images(name=name)
+                    if each.owner_id == cloud.current_project_id]
+            return (made[0] if made else cloud.compute.create_server_image(uid, name)).id
 
     def saved(self, image):
-        connection = self.connection
-        with self.telling('show an image', sure=True):
-            found = connection.image.find_image(image, ignore_missing=True)
+        with self.calling('show an image', sure=True) as cloud:
+            found = self.got(cloud.image.get_image, image)
             gone = found is None or found.status in ('killed', 'deleted', 'pending_delete', 'deactivated')
             return None if gone else found.status == 'active'
 
-
     def aggregates(self):
-        connection = self.connection
-        with self.telling('list aggregates', sure=True):
-            return [Aggregate(each.name, {host: self.host_holds(connection.placement, host)
-                                          for host in sorted(each.hosts or [])}, (each.metadata or {}).get('cmres', ''))
-                    for each in connection.compute.aggregates()]
+        with self.calling('list aggregates', sure=True) as cloud:
+            found = [*cloud.compute.aggregates()]
+        return [Aggregate(each.name,
+                          {host: self.host_holds(host) for host in sorted(each.hosts or [])},
+                          (each.metadata or {}).get('cmres', '')) for each in found]
 
-    def host_holds(self, placement, host: str) -> Amount:
-        """What Placement gives out of a host and of what is in it (Placement's API: total, reserved, ratio)."""
+    def host_holds(self, host: str) -> Amount:
+        """What Placement gives out of a host and of what is in it (total, reserved, ratio)."""
         found: dict = defaultdict(int)
-        for root in placement.resource_providers(name=host):
-            for provider in placement.resource_providers(in_tree=root.id):
-                for each in placement.resource_provider_inventories(provider):
-                    name = each.resource_class or each.id
-                    found[name] += int((each.total - each.reserved) * each.allocation_ratio)
+        with self.calling('tell what a host holds', sure=True) as cloud:
+            placement = cloud.placement
+            for root in placement.resource_providers(name=host):
+                for provider in placement.resource_providers(in_tree=root.id):
+                    for each in placement.resource_provider_inventories(provider):
+                        name = each.resource_class or each.id
+                        found[name] += int((each.total - each.reserved) * each.allocation_ratio)
         return Amount(0, found['VCPU'], found['MEMORY_MB'], tuple(sorted(
             (name, each) for name, each in found.items() if name not in PLAIN and each)))
 
     def mark(self, aggregate, resource):
-        compute = self.connection.compute
-        with self.telling('mark an aggregate', sure=True):
-            found = next(each for each in compute.aggregates() if each.name == aggregate)
-            compute.set_aggregate_metadata(found, {'cmres': resource or None})
+        with self.calling('mark an aggregate', sure=True) as cloud:
+            found = next(each for each in cloud.compute.aggregates() if each.name == aggregate)
+            cloud.compute.set_aggregate_metadata(found, {'cmres': resource or None})
 
     def hosts(self, uids):
-        from openstack.exceptions import NotFoundException
-        compute, found = self.connection.compute, {}
-        for uid in uids:
-            with self.telling('tell where a server is', sure=True):
-                try:
-                    server = compute.get_server(uid)
-                    host = server.compute_host or server.hypervisor_hostname or ''
-                    failed = server.status.lower() in GONE or server.status == 'ERROR' and not host
-                    found[uid] = None if failed else host
-                except NotFoundException:
-                    found[uid] = None
-        return found
+        return {uid: self.host_of(uid) for uid in uids}
+
+    def host_of(self, uid: str) -> str | None:
+        """The host of a server: '' while it is nowhere yet, None if it is gone or failed."""
+        with self.calling('tell where a server is', sure=True) as cloud:
+            server = self.got(cloud.compute.get_server, uid)
+            if not server:
+                return None
+            host = server.compute_host or server.hypervisor_hostname or ''
+            failed = server.status.lower() in GONE or server.status == 'ERROR' and not host
+            return None if failed else host
 
     def time(self):  # the header Date of any answer, RFC 9110, section 6.6.1
         from email.utils import parsedate_to_datetime
-        compute = self.connection.compute
-        with self.telling('tell the time', sure=True):
-            said = compute.get('/flavors', params={'limit': 1}).headers.get('Date')
+        with self.calling('tell the time', sure=True) as cloud:
+            said = cloud.compute.get('/flavors', params={'limit': 1}).headers.get('Date')
             return parsedate_to_datetime(said).timestamp() if said else None
 
 
@@ -2473,20 +2955,16 @@ class Simulated(Cloud):
         super().__init__(account)
         self.store, self.config, self.clock = store, config, clock
 
-    def find(self, kind, name):
+    def things(self, kind, name=''):
         if kind == 'server':
-            found = self.present().where((SimulatedServer.uid == name) | (SimulatedServer.name == name)).first()
-            return {'id': found.uid} if found else None
-        if name not in self.NAMES[kind]:
-            return None
-        return {'id': name} | (self.FLAVORS[name]._asdict() if kind == 'flavor' else {})
-
-    def names(self, kind):
-        return [each.name for each in self.present()] if kind == 'server' else list(self.NAMES[kind])
+            return [Thing(each.uid, each.name, own=True, mark=each.mark) for each in self.present()
+                    if name in ('', each.uid, each.name)]
+        return [Thing(each, each, own=True, open=kind != 'key', flavor=self.FLAVORS.get(each))
+                for each in self.NAMES[kind] if name in ('', each)]
 
     def boot(self, machine):
         time.sleep(self.config.simulated_latency)
-        self.check([('flavor', machine.flavor), ('image', machine.image)])
+        self.check(named_by(machine._asdict()), machine.sight)
         uid = secrets.token_hex(8)
         machine.fence()
         with transaction():
@@ -2533,25 +3011,33 @@ class Simulated(Cloud):
     def delete(self, uid):
         self.set(uid, gone=self.clock())
 
-    def set(self, uid: str, **values) -> None:
+    #: What Nova can shelve or make an image of (its API: shelve, createImage).
+    AT_HAND = ('active', 'shutoff', 'paused', 'suspended')
+
+    def set(self, uid: str, states: tuple = (), **values) -> None:
+        """Changes a server that is in one of some states; without any, in whatever state."""
         time.sleep(self.config.simulated_latency)
         with transaction():
-            changed = (SimulatedServer.update(**values)
-                       .where(SimulatedServer.uid == uid, SimulatedServer.gone.is_null()).execute())
-        if not changed and 'gone' not in values:
+            found = self.present().where(SimulatedServer.uid == uid).first()
+            if found and (not states or found.power in states):
+                SimulatedServer.update(**values).where(SimulatedServer.id == found.id).execute()
+            elif found:
+                raise CloudError(f'the cloud {self.account} can not do that while the server is '
+                                 f'{found.power}', sure=True, status=409)
+        if not found and 'gone' not in values:
             raise CloudError(f'the cloud {self.account} has no server {uid}', sure=True, status=404)
 
     def start(self, uid):
         self.set(uid, power='active')
 
     def stop(self, uid):
-        self.set(uid, power='shutoff')
+        self.set(uid, ('active',), power='shutoff')
 
     def shelve(self, uid):
-        self.set(uid, power='shelved_offloaded')
+        self.set(uid, self.AT_HAND, power='shelved_offloaded')
 
     def snapshot(self, uid, name):
-        self.set(uid, saved=self.clock() + self.config.simulated_boot)
+        self.set(uid, self.AT_HAND, saved=self.clock() + self.config.simulated_boot)
         return f'image-{uid}'
 
     def saved(self, image):
@@ -2569,7 +3055,23 @@ class Clouds:
 
     def account(self, cloud: str, project: str) -> str:
         """The project's own entry of clouds.yaml, else the resource's."""
-        return self.config.credentials.get(f'{project}@{cloud}', cloud)
+        return self.config.read_again().credentials.get(f'{project}@{cloud}', cloud)
+
+    def sight(self, account: str, project: str, trusted: Iterable[str] = (),
+              admin: bool = False) -> Sight:
+        """What may be named of an account for a project.
+
+        Args:
+          trusted: KIND:NAME of what the reservation was given by an admin
+          admin: an admin asks, who may name all of it; else that takes an account of one's own
+        """
+        all_own = admin or self.owners(account) == {project}
+        return Sight(project, all_own, self.config.common | {*trusted})
+
+    def owners(self, account: str) -> set[str]:
+        """The projects for which it was written down as their own account."""
+        return {key.rpartition('@')[0] for key, entry in self.config.credentials.items()
+                if entry == account}
 
     @functools.cached_property
     def store(self) -> str:
@@ -2579,7 +3081,8 @@ class Clouds:
     def accounts(self) -> set[str]:
         """All accounts that serve the resources there are."""
         clouds = {each.cloud for each in rows("SELECT DISTINCT cloud FROM resource WHERE cloud <> ''")}
-        return clouds | {entry for key, entry in self.config.credentials.items() if key.rpartition('@')[2] in clouds}
+        known = self.config.read_again().credentials
+        return clouds | {entry for key, entry in known.items() if key.rpartition('@')[2] in clouds}
 
     def open(self, account: str) -> Cloud:
         with self.lock:
@@ -2590,7 +3093,7 @@ class Clouds:
     def make(self, account: str) -> Cloud:
         if account == 'simulated' or account.startswith('simulated-'):
             return Simulated(account, self.store, self.config, self.clock)
-        return OpenStack(account, self.store, self.config.call_timeout)
+        return OpenStack(account, self.store, self.config)
 
 
 # Notices #####################################################################
@@ -2603,11 +3106,21 @@ class Clouds:
 
 GIVE_UP = 3 * 86400  # seconds after which an undeliverable notice is given up
 MOST_WAIT = 10  # seconds for an answer from an address that a person gave
-MOST_FETCHED = 2**20  # bytes of it
+MAIL_WAIT = 30  # seconds for all that a mail server says: some let one wait
+PER_HOST = 2  # notices that are on their way to one host at the same time
+MOST_FETCHED = 2**24  # bytes of it: a calendar
 
-NOTICES = '''SELECT n.id, n.target, n.tries, e.id AS event, e.at, e.actor, e.code, e.sentence, e.reservation_id,
-                    e.occurrence
+NOTICES = '''SELECT n.id, n.target, n.owner, n.tries, e.id AS event, e.at, e.actor, e.code,
+                    e.sentence, e.reservation_id, e.occurrence
                FROM outbox n JOIN event e ON e.id = n.event_id'''
+
+
+def host_of(target: str) -> str:
+    """The host that a notice goes to; '' for mails, which all go to our own server."""
+    try:
+        return urlsplit(target).hostname or target if is_web(target) else ''
+    except ValueError:  # such as http://[x; whoever delivers it finds that out as well
+        return target
 
 
 class Undelivered(Error):
@@ -2622,7 +3135,7 @@ def deliver(config: Config, notice, about: dict) -> None:
     """
     from http.client import HTTPException
     try:
-        if re.match('https?://', notice.target):
+        if is_web(notice.target):
             body = {'id': notice.event, 'event': notice.code, 'at': instant(notice.at), 'actor': notice.actor,
                     'sentence': notice.sentence, 'reservation': about}
             post(config, notice.target, json_text(body).encode())
@@ -2672,7 +3185,8 @@ def exchange(config: Config, verb: str, url: str, body: bytes | None, headers: d
     """One request to an address that a person gave: its status, headers in lower case and body.
 
     Raises:
-      OSError, ValueError, HTTPException: no answer within 10 seconds, more than 1 MiB, or a private address.
+      OSError, ValueError, HTTPException: no answer within 10 seconds, more than MOST_FETCHED
+        bytes, or a private address.
     """
     from http.client import HTTPConnection, HTTPSConnection
     parts = urlsplit(url)
@@ -2680,25 +3194,53 @@ def exchange(config: Config, verb: str, url: str, body: bytes | None, headers: d
     address = allowed_address(config, parts.hostname or '', port)
     kind = HTTPSConnection if parts.scheme == 'https' else HTTPConnection
     connection = kind(parts.hostname, port, timeout=MOST_WAIT)
-    # To the address that was checked: the name may mean another one a moment later.
-    connection._create_connection = lambda _, *rest: socket.create_connection((address, port), *rest)
-    connection.connect()
-    # The time-out is for each piece; one that comes drop by drop is cut off.
-    watch = threading.Timer(MOST_WAIT, hang_up, [connection.sock])
+    with cut_off(MOST_WAIT) as connect:
+        try:
+            # To the address that was checked: the name may mean another one a moment later.
+            connection._create_connection = lambda _, *rest: connect((address, port), *rest)
+            path = parts._replace(scheme='', netloc='', fragment='').geturl()
+            connection.request(verb, path or '/', body,
+                               {'User-Agent': f'cmres/{__version__}', **headers})
+            answer = connection.getresponse()
+            text = answer.read(MOST_FETCHED + 1)
+            if len(text) > MOST_FETCHED:
+                raise ValueError(f'it is larger than {MOST_FETCHED} bytes')
+            if answer.length:
+                raise ValueError(f'it is cut short by {answer.length} bytes')
+            return answer.status, {name.lower(): value for name, value in answer.getheaders()}, text
+        finally:
+            connection.close()
+
+
+@contextmanager
+def cut_off(seconds: float) -> Iterator[Callable]:
+    """A `create_connection` whose connections end after so many seconds, however slow they are.
+
+    A socket's own time-out is for each piece; this one is for all, a handshake of TLS included.
+    """
+    lines, over = [], threading.Event()
+
+    def connect(*asked) -> socket.socket:
+        made = socket.create_connection(*asked)
+        lines.append(made.dup())  # what becomes of `made` is not known here: TLS takes it apart
+        if over.is_set():
+            hang_up(made)
+        return made
+
+    def end() -> None:
+        over.set()
+        for line in [*lines]:
+            hang_up(line)
+    watch = threading.Timer(seconds, end)
     watch.start()
     try:
-        connection.request(verb, parts._replace(scheme='', netloc='', fragment='').geturl() or '/', body,
-                           {'User-Agent': f'cmres/{__version__}', **headers})
-        answer = connection.getresponse()
-        text = answer.read(MOST_FETCHED + 1)
-        if len(text) > MOST_FETCHED:
-            raise ValueError(f'it is larger than {MOST_FETCHED} bytes')
-        if answer.length:
-            raise ValueError(f'it is cut short by {answer.length} bytes')
-        return answer.status, {name.lower(): value for name, value in answer.getheaders()}, text
+        yield connect
     finally:
         watch.cancel()
-        connection.close()
+        for line in lines:
+            line.close()
+    if over.is_set():  # what was read may look complete: HTTP headers end where a connection does
+        raise TimeoutError(f'there was no complete answer within {seconds} seconds')
 
 
 def hang_up(line: socket.socket) -> None:
@@ -2725,21 +3267,28 @@ def send_mail(config: Config, notice, about: dict) -> None:
         raise ValueError('no mail_server is set')
     import smtplib
     from email.message import EmailMessage
+    from email.utils import formatdate
     host, _, port = config.mail_server.partition(':')
     message = EmailMessage()
     subject, _, text = notice_text(config, notice, about).partition('\n')
     message['From'], message['To'], message['Subject'] = config.mail_from, notice.target, f'[cmres] {subject}'
+    message['Date'] = formatdate()  # RFC 5322 wants one, and spam filters miss it
     message['Message-ID'] = f'<event-{notice.event}-{notice.id}@cmres>'  # a repeated one is known as such
     message.set_content(f'{text}\n\n{notice.sentence}\n' if notice.sentence not in text else f'{text}\n')
-    with smtplib.SMTP(host, int(port or 25), timeout=10) as server:
+    with cut_off(MAIL_WAIT) as connect, smtplib.SMTP(timeout=MOST_WAIT) as server:
+        server._get_socket = lambda host, port, timeout: connect((host, port), timeout)
+        server.connect(host, int(port or 25))
         server.send_message(message)
 
 
 def notice_text(config: Config, notice, about: dict) -> str:
     """The words of the configuration for an event, filled with its reservation."""
-    template = config.texts[notice.code]
-    fields = {name: in_cell(value, config.zone) for name, value in about.items()}
-    return template.format_map(defaultdict(str, fields | {'sentence': notice.sentence, 'actor': notice.actor}))
+    zone = read_zone(about.get('tz') or config.timezone)
+    fields = {name: in_cell(value, zone) for name, value in about.items()}
+    fields |= {name: format_moment(value, zone) for name, value in about.items()
+               if isinstance(value, datetime)}
+    fields |= {'sentence': notice.sentence, 'message': notice.sentence, 'actor': notice.actor}
+    return config.texts[notice.code].format_map(defaultdict(str, fields))
 
 
 def in_cell(value, zone: ZoneInfo) -> str:
@@ -2759,26 +3308,34 @@ def json_text(value) -> str:
 
 # Calendar ####################################################################
 #
-# iCalendar (RFC 5545) in and out. What comes in is hostile until shown otherwise: size, nesting,
-# lists, rules and lengths are bounded before a library works on them, since none bounds them
-# itself. Text goes to the parser as bytes only: it would open a file whose name is given as str.
+# iCalendar (RFC 5545) in and out. What comes in is hostile until shown otherwise, and most of it
+# wants nothing from us. So it is read a line at a time, and of an event only what is asked for: a
+# fault refuses its own event, and only if that matters. No library sees what isn't bounded.
 
-MOST_ICS = 2**20        # bytes of a calendar
-MOST_LINES = 20_000
-MOST_EVENTS = 2000
-MOST_DATES = 5000       # RDATEs, EXDATEs and CATEGORIES together
+MOST_ICS = MOST_FETCHED  # bytes of a calendar
+MOST_TEXT = 20_000      # letters of a text that are looked at
+MOST_EVENTS = 2000      # that want machines
+MOST_DATES = 5000       # RDATEs and EXDATEs of an event, exceptions of a series
+MOST_ZONE = 50_000      # letters that describe a time zone
 MOST_NESTING = 8
 MOST_LENGTH = 366 * 86400  # seconds of one occurrence
-MOST_EXPANDING = 10     # seconds for the occurrences of a whole calendar
+MOST_EXPANDING = 10     # seconds of computing for the occurrences of a whole calendar
+MOST_SHOWN_BY_FEED = 100_000
 #: What an event wants: 2 x m1.small, and if it likes an image and a resource: 2 x m1.small cirros on demo.
 WANT = re.compile(
     r'(\d{1,7})\s*[x×]\s*([^\s,;]+)(?:\s+(?!on\s)([^\s,;]+))?(?:\s+on\s+([A-Za-z0-9._-]{1,64}))?\s*', re.I)
 MARKED = re.compile(r'#vm\b\s*([^\n<]*)', re.I)
-
-
-parsing = threading.Lock()
 #: An event of our own feeds: what it shows is booked already.
 FEED_UID = re.compile(r'occurrence-\d+@cmres-[0-9a-f]{8}')
+PROPERTY = re.compile(r'([A-Za-z0-9-]+)((?:;[^":;]*(?:"[^"]*"[^":;]*)*)*):(.*)', re.S)
+TIMES = ('DTSTART', 'DTEND', 'RECURRENCE-ID', 'RDATE', 'EXDATE')
+PROGRAMMED = ('FLAVOR', 'IMAGE', 'RESOURCE', 'NETWORK', 'KEY')
+TOLD_OF_ZONES = ('BEGIN', 'END', 'TZID', 'DTSTART', 'RRULE', 'RDATE', 'TZOFFSETFROM', 'TZOFFSETTO')
+KEPT = frozenset((*TIMES, 'UID', 'SUMMARY', 'DESCRIPTION', 'LOCATION', 'CATEGORIES', 'STATUS',
+                  'SEQUENCE', 'DURATION', 'RRULE', 'EXRULE', 'X-VM-COUNT',
+                  *(f'X-VM-{name}' for name in PROGRAMMED)))
+MOMENT = re.compile(r'(\d{4})(\d\d)(\d\d)(?:T(\d\d)(\d\d)(\d\d)(Z?))?', re.A)
+OFFSET = re.compile(r'[+-]([01]\d|2[0-3])[0-5]\d([0-5]\d)?', re.A)
 
 
 class Want(NamedTuple):
@@ -2798,249 +3355,696 @@ class Booking(NamedTuple):
     want: Want
     stretches: list      # of resource 0, until it is known
     cancelled: bool
-    digest: str      # of its text, without what changes at each look
-    error: str = ''  # why it can't be understood
+    digest: str          # of its text, without what changes at each look
+    name: str = ''       # as a sentence calls it
+    error: str = ''      # why it can't be understood
+    guess: str = ''      # the flavor in words that only look like a wish
+
+    def why(self, error: Error) -> str:
+        """The sentence that refuses it, by its title and date."""
+        return str(error) if isinstance(error, BadCalendar) else f'{self.name}: {error}'
 
 
-def read_calendar(text: str, what: str = 'this') -> list:
-    """The calendars in a text, guarded; each event's zone is known and its rule can be followed.
+class Frame:
+    """What stands around the events of a VCALENDAR: zones that it describes or names."""
+
+    def __init__(self):
+        self.beside, self.described, self.known = '', {}, {}
+
+    def zone(self, name: str) -> tzinfo:
+        """The zone of a name, of the zone table rather than of the calendar.
+
+        Raises:
+          Invalid: neither knows it; such a time would be read as one without a zone, in silence.
+        """
+        name = name.strip(' "')
+        if name not in self.known:
+            self.known[name] = table_zone(name) or described_zone(self.described.get(name, ()))
+        if self.known[name] is None:
+            raise Invalid(f'the time zone {shown(name)} is not known, nor described in a way that '
+                          'can be followed')
+        return self.known[name]
+
+    def clock(self) -> tzinfo:
+        """The zone by which a series in UTC goes, as Google writes it (X-WR-TIMEZONE)."""
+        return self.zone(self.beside) if self.beside else UTC
+
+
+def table_zone(name: str) -> ZoneInfo | None:
+    """A zone by its name in the zone table, maybe behind a path (Evolution), or by that of Windows."""
+    words = name.split('/')
+    ends = ('/'.join(words[number:]) for number in range(1, len(words) if not words[0] else 1))
+    for each in (name, *ends):
+        with suppress(ValueError, OSError, KeyError):
+            return ZoneInfo(each)
+    from icalendar.timezone.windows_to_olson import WINDOWS_TO_OLSON
+    return table_zone(WINDOWS_TO_OLSON[name]) if name in WINDOWS_TO_OLSON else None
+
+
+def described_zone(lines: Iterable[str]) -> tzinfo | None:
+    """The zone that a VTIMEZONE describes; None if it can't be followed in reasonable time."""
+    from dateutil.tz import tzical
+    try:
+        said = filter(None, map(read_property, lines))
+        told = [f'{name}:{zone_value(name, value.strip())}' for name, _, value in said
+                if name in TOLD_OF_ZONES]
+        return tzical(io.StringIO('\n'.join(told))).get()
+    except Exception:  # it has many kinds of its own for what is none
+        return None
+
+
+def zone_value(name: str, value: str) -> str:
+    """A value of a VTIMEZONE; ValueError for offsets of days and rules that take long."""
+    if name.startswith('TZOFFSET') and not OFFSET.fullmatch(value):
+        raise ValueError(value)
+    if name != 'RRULE':
+        return value
+    rule = parts_of(checked_rule(re.sub(r'\s', '', value).upper()))
+    if rule['FREQ'] != 'YEARLY':
+        raise ValueError(value)
+    if 'UNTIL' in rule:  # it is an instant; by the clock a day more holds no other change
+        rule['UNTIL'] = f"{read_until(rule['UNTIL']) + timedelta(days=1):%Y%m%dT%H%M%S}"
+    return ';'.join('='.join(each) for each in rule.items())
+
+
+def read_property(line: str) -> tuple[str, str, str] | None:
+    """A content line (RFC 5545, 3.1) as name, parameters and value; None if it is none."""
+    name = re.match('[A-Za-z0-9-]*', line)[0].upper()
+    if name in TIMES:  # their values have no colon, but some zones do, without quotes
+        head, colon, value = line.rpartition(':')
+        return (name, head[len(name):], value) if colon else None
+    match = PROPERTY.fullmatch(line[:2 * MOST_TEXT])
+    return (name, match[2], match[3]) if match else None
+
+
+class Moment(NamedTuple):
+    """A time of a calendar: what its clock shows, and in which zone; None is that of its owner."""
+    wall: datetime
+    zone: tzinfo | None = None
+    whole: bool = False  # a day
+
+    def at(self, owner: tzinfo) -> datetime:
+        return from_wall(self.wall, self.zone or owner)
+
+
+def read_moment(text: str, parameters: str, frame: Frame) -> Moment:
+    """A DATE or DATE-TIME (RFC 5545, 3.3.4 and 3.3.5); of a day no zone counts.
 
     Raises:
-      BadCalendar: it is none, is cut short, or holds what could not be followed in reasonable time.
+      Invalid: it is none, or in a zone that nobody knows.
     """
-    import icalendar
-    import x_wr_timezone
-    data = guarded_text(text, what)
+    match = MOMENT.fullmatch(text.strip())
     try:
-        with parsing, warnings.catch_warnings():
-            warnings.simplefilter('ignore')  # it guesses what Evolution's names mean, rightly
-            icalendar.use_zoneinfo()  # else zones that one calendar describes are those of all after it
-            calendars = icalendar.Calendar.from_ical(data, multiple=True)
-        found = [x_wr_timezone.to_standard(each) if 'X-WR-TIMEZONE' in each else each for each in calendars]
-    except Exception as error:  # the parser has many kinds of its own
-        raise BadCalendar(f'{what} is not iCalendar: {first_line(error)}') from None
-    deadline = time.monotonic() + MOST_EXPANDING
-    for event in events_of(found):
-        with naming(event):
-            guard_event(event)
-        if time.monotonic() > deadline:
-            raise BadCalendar(f'{what} has too many rules that are hard to follow')
-    return found
+        *numbers, second = (int(each or 0) for each in match.groups()[:6])
+        wall = datetime(*numbers, min(second, 59))  # a leap second
+    except (AttributeError, ValueError):
+        raise Invalid(f'{shown(text)} is no time; it should be such as 20270301T090000Z') from None
+    if not 1 < wall.year < LAST.year:
+        raise Invalid(f'the time {wall} is not before the year {LAST.year}')
+    if match[4] is None:
+        return Moment(wall, None, True)
+    if match[7]:
+        return Moment(wall, UTC)
+    name = re.search('(?i);TZID=("[^"]*"|[^;]*)', parameters)
+    named = name[1] if name else frame.beside
+    return Moment(wall, frame.zone(named) if named else None)
 
 
-def guarded_text(text: str, what: str) -> bytes:
-    """The bytes of a calendar that is whole and not too large for the parser, which needs quadratic time for some."""
-    data = text.encode('utf8', 'surrogateescape').removeprefix(b'\xef\xbb\xbf').strip()
-    if len(data) > MOST_ICS:
-        raise BadCalendar(f'{what} is larger than {MOST_ICS} bytes')
-    if not data[:15].upper().startswith(b'BEGIN:VCALENDAR'):
-        raise BadCalendar(f'{what} is not iCalendar: it begins with {shown(data[:20].decode("utf8", "replace"))}, '
-                          'not with BEGIN:VCALENDAR')
-    if not data.upper().endswith(b'END:VCALENDAR'):
-        raise BadCalendar(f'{what} is cut short: it does not end with END:VCALENDAR')
-    if max(data.count(b'\n'), data.count(b'\r')) > MOST_LINES:
-        raise BadCalendar(f'{what} has more than {MOST_LINES} lines')
-    data = re.sub(rb'\r?\n[ \t]', b'', data)  # a fold may stand within a letter
-    try:
-        data.decode('utf8')
-    except UnicodeDecodeError as error:
-        raise BadCalendar(f'{what} is not UTF-8: byte {error.start} is {data[error.start]:#04x}') from None
-    guard_lines(data.upper().splitlines(), what)
-    return data
+def read_length(text: str) -> timedelta:
+    """A DURATION (RFC 5545, 3.3.6) that is not negative."""
+    plain = text.strip().removeprefix('+')
+    if not plain.upper().startswith('P'):
+        raise Invalid(f'{shown(text)} is no length; it should be such as PT2H')
+    return parse_duration(plain)
 
 
-def guard_lines(lines: list[bytes], what: str) -> None:
-    depth = events = dates = 0
-    for line in lines:
-        depth += line.startswith(b'BEGIN:') - line.startswith(b'END:')
-        events += line.startswith(b'BEGIN:VEVENT')
-        dates += line.count(b',') + 1 if line.startswith((b'RDATE', b'EXDATE', b'CATEGORIES')) else 0
-        if depth > MOST_NESTING:
-            raise BadCalendar(f'{what} has components nested more than {MOST_NESTING} deep')
-    if events > MOST_EVENTS or dates > MOST_DATES:
-        raise BadCalendar(f'{what} has more than {MOST_EVENTS} events or {MOST_DATES} entries in lists')
+class Entry:
+    """A VEVENT as it stands in a text; what it says is read only when it is asked for."""
 
+    def __init__(self, line: int, frame: Frame):
+        self.line, self.frame = line, frame
+        self.said: dict[str, list[tuple[str, str]]] = defaultdict(list)
 
-def events_of(calendars: list) -> list:
-    return [event for calendar in calendars for event in calendar.walk('VEVENT')]
+    def one(self, name: str) -> tuple[str, str]:
+        """Parameters and value of what may be there once; both '' without it."""
+        found = self.said.get(name, [('', '')])
+        if len(found) > 1:
+            raise Invalid(f'it has more than one {name}')
+        return found[0]
+
+    def text(self, name: str) -> str:
+        """The first of a text, without what is for machines only; '' without it."""
+        value = self.said.get(name, [('', '')])[0][1][:MOST_TEXT]
+        value = value.replace('\\\\', '\0').replace('\\n', '\n').replace('\\N', '\n')
+        return value.replace('\\,', ',').replace('\\;', ';').replace('\0', '\\')
+
+    def moment(self, name: str) -> Moment:
+        parameters, value = self.one(name)
+        return read_moment(value, parameters, self.frame)
+
+    def listed(self, name: str) -> Iterator[tuple[Moment, Moment | timedelta | None]]:
+        """The times of RDATE or EXDATE, with the end or the length of periods (RFC 5545, 3.3.9)."""
+        for parameters, values in self.said.get(name, ()):
+            for value in filter(str.strip, values.split(',')):
+                begin, _, end = value.partition('/')
+                timed = end.strip()[:1].isdigit()
+                yield (read_moment(begin, parameters, self.frame), None if not end else
+                       read_moment(end, parameters, self.frame) if timed else read_length(end))
+
+    @functools.cached_property
+    def start(self) -> Moment:
+        if 'DTSTART' not in self.said:
+            raise Invalid('it has no DTSTART')
+        return self.moment('DTSTART')
+
+    @functools.cached_property
+    def length(self) -> timedelta:
+        """By wall clocks; without an end a day for a date, nothing for a time (RFC 5545, 3.6.1)."""
+        if 'DTEND' in self.said:
+            end, zone = self.moment('DTEND'), self.start.zone
+            if zone and end.zone and end.zone is not zone:
+                end = Moment(to_wall(end.at(zone), zone))
+            if end.wall < self.start.wall:
+                raise Invalid(f'it ends at {end.wall}, before it begins')
+            return end.wall - self.start.wall
+        if 'DURATION' in self.said:
+            return read_length(self.one('DURATION')[1])
+        return timedelta(days=self.start.whole)
+
+    @property
+    def exception(self) -> bool:
+        """Whether it is an occurrence of a series that is otherwise, or the rest of it."""
+        return 'RECURRENCE-ID' in self.said
+
+    @property
+    def repeats(self) -> bool:
+        return 'RRULE' in self.said or 'RDATE' in self.said
+
+    @property
+    def status(self) -> str:
+        return self.text('STATUS').strip().upper() or 'CONFIRMED'
+
+    @property
+    def sequence(self) -> int:
+        number = self.text('SEQUENCE').strip()
+        return int(number) if re.fullmatch('[0-9]{1,9}', number) else 0
+
+    @functools.cached_property
+    def uid(self) -> str:
+        """Its UID; for one without it a name by its start and title, which stays while they do."""
+        if uid := self.text('UID').strip():
+            return uid
+        named = repr([self.said.get(name) for name in ('DTSTART', 'SUMMARY')])
+        return f'without-uid-{hashlib.sha256(named.encode()).hexdigest()[:12]}'
+
+    @property
+    def name(self) -> str:
+        """What a sentence calls it, so that its owner finds it."""
+        title = re.sub('[\x00-\x20\x7f]+', ' ', self.text('SUMMARY')).strip() or self.uid
+        day = re.match(r'(\d{4})(\d\d)(\d\d)', self.said.get('DTSTART', [('', '')])[0][1])
+        return f"the event '{textwrap.shorten(title, 80)}'" + (
+            f" of {'-'.join(day.groups())}" if day else '') + f' (line {self.line})'
 
 
 @contextmanager
-def naming(event) -> Iterator[None]:
-    """Makes BadCalendar of whatever is wrong with an event, and names it."""
-    uid = textwrap.shorten(str(event.get('UID', '')) or 'without UID', 100)
+def naming(entry: Entry) -> Iterator[None]:
+    """Makes BadCalendar of what is wrong with an event, and names it."""
     try:
         yield
     except BadCalendar:
         raise
-    except Exception as error:  # the library tells a broken property when it is looked at, in many kinds
-        raise BadCalendar(f"the event '{uid}': {first_line(error)}") from None
+    except (Error, ValueError, OverflowError) as error:  # numbers may be too large for any clock
+        raise BadCalendar(f'{entry.name}: {first_line(error)}') from None
 
 
-def guard_event(event) -> None:
-    """Refuses an event whose occurrences could not be found in reasonable time, or would be wrong in silence."""
-    if 'DTSTART' not in event:
-        raise Invalid('it has no DTSTART')
-    start, length = event_start(event), event_length(event)
-    if not FIRST.year <= start.year < LAST.year:
-        raise Invalid(f'its start {start} is not between the years {FIRST.year} and {LAST.year - 1}')
-    if not timedelta(0) <= length <= timedelta(seconds=MOST_LENGTH):
-        raise Invalid(f'it is {length} long; from nothing to {MOST_LENGTH // 86400} days are possible')
-    for name in ('DTSTART', 'DTEND', 'RECURRENCE-ID', 'RDATE', 'EXDATE'):
-        refuse_unknown_zone(event.get(name))
-    if 'EXRULE' in event or isinstance(event.get('RRULE'), list):
-        raise Invalid('it has more than one rule')
-    if 'RRULE' in event:
-        rule = local_rule(event_rule(event), ZoneInfo('UTC'))
-        if not next(walls(Stretch(at_midnight(start).isoformat(), 1, 'UTC', 1, 0, rule)), None):
-            raise Invalid(f'its rule {rule} never matches')
+def read_calendar(text: str, what: str = 'this') -> list[Entry]:
+    """The events of the calendars in a text, as they stand there.
+
+    Raises:
+      BadCalendar: it is none, is cut short, or is larger than MOST_ICS.
+    """
+    reader = Reader(what)
+    for number, line in content_lines(guarded_text(text, what)):
+        kind = line[:6].upper()
+        if kind == 'BEGIN:':
+            reader.begin(line[6:].strip().upper(), number)
+        elif kind.startswith('END:'):
+            reader.end(line[4:].strip().upper())
+        elif reader.path:
+            reader.take(line)
+    if reader.path:
+        raise BadCalendar(f'{what} is cut short: it does not end with END:VCALENDAR')
+    return reader.entries
 
 
-def refuse_unknown_zone(value) -> None:
-    """A time in a zone that nobody knows is read as one without a zone, in silence."""
-    for each in value if isinstance(value, list) else [value]:
-        for item in getattr(each, 'dts', [each]):
-            name = (getattr(each, 'params', {}) or {}).get('TZID') or (getattr(item, 'params', {}) or {}).get('TZID')
-            moment = getattr(item, 'dt', None)
-            moment = moment[0] if isinstance(moment, tuple) else moment
-            if name and isinstance(moment, datetime) and moment.tzinfo is None:
-                raise Invalid(f'the time zone {shown(str(name))} is not known')
+def guarded_text(text: str, what: str) -> bytes:
+    """The bytes of what may be a calendar; what is no UTF-8 only spoils its own text."""
+    data = text.encode('utf8', 'surrogateescape').removeprefix(b'\xef\xbb\xbf').strip()
+    if len(data) > MOST_ICS:
+        raise BadCalendar(f'{what} is larger than {MOST_ICS} bytes')
+    if not data[:15].upper().startswith(b'BEGIN:VCALENDAR'):
+        begins = shown(data[:20].decode('utf8', 'replace'))
+        raise BadCalendar(f'{what} is not iCalendar: it begins with {begins}, '
+                          'not with BEGIN:VCALENDAR')
+    return data
 
 
-def event_start(event) -> date | datetime:
-    return event['DTSTART'].dt
+def content_lines(data: bytes) -> Iterator[tuple[int, str]]:
+    """The lines of a calendar with their numbers; a fold may be within a letter (RFC 5545, 3.1)."""
+    first, parts = 0, []
+    for number, line in enumerate(io.BytesIO(data), 1):
+        line = line.rstrip(b'\r\n')
+        if line[:1] in (b' ', b'\t'):
+            parts.append(line[1:])
+        elif line:
+            if parts:
+                yield first, b''.join(parts).decode('utf8', 'replace')
+            first, parts = number, [line]
+    yield first, b''.join(parts).decode('utf8', 'replace')
 
 
-def event_length(event) -> timedelta:
-    """By wall clocks; a day for a date without an end, nothing for a time without one (RFC 5545, 3.6.1)."""
-    start = event_start(event)
-    if 'DTEND' in event:
-        return at_midnight(event['DTEND'].dt, start) - at_midnight(start)
-    if 'DURATION' in event:
-        return event['DURATION'].dt
-    return timedelta(0) if isinstance(start, datetime) else timedelta(days=1)
+class Reader:
+    """Takes a calendar a line at a time; what is neither an event nor a zone is passed over."""
+
+    def __init__(self, what: str):
+        self.what, self.path, self.entries = what, [], []
+        self.frame, self.zone, self.room = Frame(), [], 0
+
+    def begin(self, kind: str, number: int) -> None:
+        self.end(kind)  # no component is within its like: an end is missing
+        if not self.path and kind != 'VCALENDAR':  # behind the end of the calendar
+            return
+        self.path.append(kind)
+        if len(self.path) > MOST_NESTING:
+            raise BadCalendar(f'{self.what} has components nested more than {MOST_NESTING} deep')
+        if kind == 'VCALENDAR':
+            self.frame = Frame()
+        elif kind == 'VEVENT':
+            self.entries.append(Entry(number, self.frame))
+        elif kind == 'VTIMEZONE':
+            self.zone, self.room = [], MOST_ZONE
+        self.describe(f'BEGIN:{kind}')
+
+    def end(self, kind: str) -> None:
+        """Ends the component of a kind that is open, with all that was left open in it."""
+        if kind in self.path:
+            self.describe(f'END:{kind}')
+            del self.path[len(self.path) - 1 - self.path[::-1].index(kind):]
+
+    def describe(self, line: str) -> None:
+        if 'VTIMEZONE' in self.path and self.room > 0:  # one that is cut off is none
+            self.zone.append(line[:self.room])
+            self.room -= len(line)
+
+    def take(self, line: str) -> None:
+        """Keeps a property if it is one that may be asked for."""
+        self.describe(line)
+        if self.path[-1] == 'VEVENT' and re.match('[A-Za-z0-9-]*', line)[0].upper() in KEPT:
+            if found := read_property(line):
+                self.entries[-1].said[found[0]].append(found[1:])
+        elif self.path[-1] == 'VTIMEZONE' and line[:4].upper() == 'TZID':
+            self.frame.described[line.partition(':')[2].strip(' "')] = self.zone
+        elif self.path[-1] == 'VCALENDAR' and line[:13].upper() == 'X-WR-TIMEZONE':
+            self.frame.beside = line.rpartition(':')[2].strip()
 
 
-def at_midnight(moment: date | datetime, like: date | datetime | None = None) -> datetime:
-    """A date or time as the wall time in its own zone, or in that of another."""
-    if not isinstance(moment, datetime):
-        return datetime(moment.year, moment.month, moment.day)
-    zone = getattr(like, 'tzinfo', None)
-    return (moment.astimezone(zone) if zone and moment.tzinfo else moment).replace(tzinfo=None)
+def by_uid(entries: list[Entry]) -> dict[str, list[Entry]]:
+    """The events by UID, each series before its exceptions; of versions of one the newest.
+
+    Two of one UID that are no versions of each other are told apart by a number: both are wanted.
+    """
+    groups: dict = defaultdict(list)
+    for entry in entries:
+        groups[entry.uid].append(entry)
+    return {key: group for uid, found in groups.items() for key, group in told_apart(uid, found)}
 
 
-def event_rule(event) -> str:
-    return checked_rule(event['RRULE'].to_ical().decode().upper())
+def told_apart(uid: str, found: list[Entry]) -> Iterator[tuple[str, list[Entry]]]:
+    exceptions = [each for each in found if each.exception]
+    newest = max((each.sequence for each in found if not each.exception), default=0)
+    masters = [*{str(each.said.get('DTSTART')): each for each in found
+                 if not each.exception and each.sequence == newest}.values()]
+    yield uid, masters[:1] + exceptions
+    for number, master in enumerate(masters[1:], 2):
+        yield f'{uid} ({number})', [master]
 
 
-def occurrences_of(calendars: list, zone: ZoneInfo, begin: datetime, until: datetime) -> list[dict]:
-    """The occurrences in a window, as recurring-ical-events finds them; bare times are in the owner's zone.
+class Clock(NamedTuple):
+    """By what a series goes."""
+    first: Moment    # its first start
+    here: tzinfo     # the zone of its wall times
+    owner: tzinfo    # that of times that name none
+    days: tzinfo     # that of times in whole-day series, as Exchange writes them
+
+    def wall(self, moment: Moment) -> datetime:
+        """What the clock of the series shows at a time."""
+        if (moment.zone or self.owner) is self.here:
+            return moment.wall
+        return to_wall(moment.at(self.owner), self.here)
+
+    def slot(self, moment: Moment) -> datetime:
+        """The slot that a RECURRENCE-ID, RDATE or EXDATE names; in a series of days a day."""
+        if self.first.whole:
+            day = to_wall(moment.at(UTC), self.days) if moment.zone is UTC else moment.wall
+            return at_midnight(day)
+        return self.wall(moment) if moment.zone else moment.wall
+
+
+def clock_of(entries: list[Entry], owner: tzinfo) -> Clock:
+    """The clock of a series and its exceptions."""
+    head = entries[0]
+    here = head.start.zone or owner
+    if here is UTC and (head.repeats or len(entries) > 1):
+        here = head.frame.clock()
+    days = owner
+    if head.start.whole:
+        named = [each.moment('RECURRENCE-ID') for each in entries if each.exception]
+        named += [moment for moment, _ in head.listed('EXDATE')]
+        days = next((each.zone for each in named if each.zone not in (None, UTC)), owner)
+    return Clock(head.start, here, owner, days)
+
+
+def rule_of(entry: Entry, clock: Clock) -> str:
+    """The rule of a series, its UNTIL a wall time; '' without one."""
+    rule = re.sub(r'\s', '', entry.one('RRULE')[1]).upper()
+    if 'EXRULE' in entry.said:
+        raise Invalid('it has an EXRULE, which no longer is iCalendar')
+    if not rule:
+        return ''
+    rule = re.sub('(?<=UNTIL=)[^;]*', lambda until: plain_until(until[0], clock),
+                  checked_rule(rule))
+    start = clock.wall(clock.first)
+    if UNEVEN & set(parts_of(rule)) and not next(followed(endless(rule), start, start), None):
+        raise Invalid(f'its rule {rule} never matches')
+    return local_rule(rule, clock.here)
+
+
+def plain_until(text: str, clock: Clock) -> str:
+    """The end of a rule as programs mean it: in a series of days a day, in a zone an instant."""
+    last = read_until(text)
+    if 'T' not in text:
+        return text
+    if clock.first.whole:
+        if f'{last:%H%M%S}' not in ('000000', '235959'):  # else it is a day, and no instant
+            last = to_wall(last.replace(tzinfo=UTC), clock.days)
+        return f'{last:%Y%m%d}'
+    return text if text.endswith('Z') or clock.first.zone is None else f'{text}Z'
+
+
+class Timetable(NamedTuple):
+    """When the events of one UID occur: stretches by a zone, and the status of slots."""
+    stretches: list[Stretch]
+    zone: tzinfo
+    usual: str               # status of a slot
+    status: dict[str, str]   # of those that are otherwise
+
+    def slots(self, begin: float, until: float) -> list[Slot]:
+        return all_slots(self.stretches, begin, until, self.zone)
+
+
+def timetable(entries: list[Entry], owner: tzinfo,
+              vms: Callable[[Entry], int] = lambda entry: 1) -> Timetable:
+    """When a series and its exceptions occur, cancelled ones too.
+
+    Raises:
+      Error: one of them can't be understood; BadCalendar names it.
+    """
+    head, clock = entries[0], clock_of(entries, owner)
+    refuse_too_many_dates(entries)
+    stretches = [plain_stretch(head, clock, vms(head))]
+    exceptions = exceptions_of(entries, clock)
+    if head.exception:  # without their series they are all there is
+        keys = tuple(sorted(exceptions))
+        exceptions = exceptions if len(keys) > 1 else {}
+        stretches = [stretches[0]._replace(dates=keys if len(keys) > 1 else ())]
+    for key, entry in sorted(exceptions.items()):
+        with naming(entry):
+            stretches = overridden(stretches, key, entry, clock, vms(entry))
+    return Timetable(stretches, clock.here, head.status,
+                     {key: entry.status for key, entry in exceptions.items()})
+
+
+def refuse_too_many_dates(entries: list[Entry]) -> None:
+    head = entries[0]
+    lists = (values for name in ('RDATE', 'EXDATE') for _, values in head.said.get(name, ()))
+    if sum(values.count(',') + 1 for values in lists) + len(entries) > MOST_DATES:
+        raise Invalid(f'it has more than {MOST_DATES} dates and exceptions')
+
+
+def exceptions_of(entries: list[Entry], clock: Clock) -> dict[str, Entry]:
+    """Exceptions by slots; of two for one that with the higher SEQUENCE, else the later."""
+    found = {}
+    for entry in sorted(entries, key=lambda each: each.sequence):
+        if entry.exception:
+            with naming(entry):
+                found[clock.slot(entry.moment('RECURRENCE-ID')).isoformat()] = entry
+    return found
+
+
+def plain_stretch(entry: Entry, clock: Clock, vms: int) -> Stretch:
+    """A series as if it had no exceptions."""
+    first, length = clock.wall(entry.start).isoformat(), int(entry.length.total_seconds())
+    name = 'UTC' if clock.here is UTC else getattr(clock.here, 'key', '')
+    if entry.exception:
+        return Stretch(first, length, name, vms, 0)
+    rule, dates = rule_of(entry, clock), tuple(added_dates(entry, clock))
+    skips = tuple(clock.slot(moment).isoformat()[:10 if moment.whole or clock.first.whole else None]
+                  for moment, _ in entry.listed('EXDATE'))
+    dates = (first, *dates) if rule or dates else ()
+    return Stretch(first, length, name, vms, 0, rule, dates, skips)
+
+
+def added_dates(entry: Entry, clock: Clock) -> Iterator[str]:
+    """The slots of RDATE; a period has its length in seconds behind a slash."""
+    for moment, end in entry.listed('RDATE'):
+        wall = clock.slot(moment)
+        until = clock.wall(end) if isinstance(end, Moment) else wall + end if end else None
+        if until and until < wall:
+            raise Invalid(f'its RDATE ends at {until}, before it begins')
+        length = f'/{int((until - wall).total_seconds())}' if until else ''
+        yield f'{wall.isoformat()}{length}'
+
+
+def overridden(stretches: list[Stretch], key: str, entry: Entry, clock: Clock,
+               vms: int) -> list[Stretch]:
+    """A series with one exception: moved, or with RANGE=THISANDFUTURE otherwise from there on."""
+    start, length = clock.wall(entry.start), int(entry.length.total_seconds())
+    rest = 'RANGE=THISANDFUTURE' in entry.one('RECURRENCE-ID')[0].upper()
+    if rest and is_ruled(stretches[-1], key):
+        return following(stretches, key, entry, start, length=length, vms=vms)
+    # One that stands where the rule has no slot is an occurrence all the same.
+    return [stretch._replace(
+        moved=stretch.moved | {key: (start.isoformat(), length, vms)},
+        dates=stretch.dates if key in (stretch.dates or [stretch.start])
+        else (*(stretch.dates or [stretch.start]), key)) for stretch in stretches]
+
+
+def is_ruled(stretch: Stretch, key: str) -> bool:
+    """Whether a slot is one of a rule; what was added by hand has none that follow."""
+    start, wall = datetime.fromisoformat(stretch.start), datetime.fromisoformat(key)
+    ruled = followed(stretch.rule, start, wall) if stretch.rule else iter(())
+    return wall == start or next(ruled, None) == wall
+
+
+def following(stretches: list[Stretch], key: str, entry: Entry, start: datetime,
+              **changes) -> list[Stretch]:
+    """A series that is otherwise from a slot on, or over."""
+    if entry.status == 'CANCELLED':
+        return [each._replace(until=min(each.until or key, key)) for each in stretches]
+    last, shift = stretches[-1], start - datetime.fromisoformat(key)
+    if day := re.search(r'UNTIL=(\d{8}T235959)', last.rule):  # after that day nothing begins
+        end = (read_until(day[1]) - shift + timedelta(seconds=1)).isoformat()
+        stretches = [*stretches[:-1], last._replace(until=min(last.until or end, end))]
+    return cut_stretches(stretches, key, shift=int(shift.total_seconds()) - last.shift, **changes)
+
+
+def occurrences_of(entries: list[Entry], owner: ZoneInfo, begin: datetime,
+                   until: datetime) -> tuple[list[dict], list[BadCalendar]]:
+    """The occurrences in a window, and why some events have none; bare times are the owner's.
 
     Raises:
       BadCalendar: they are too many.
     """
-    found, deadline = [], time.monotonic() + MOST_EXPANDING
-    for uid, events in by_uid(calendars).items():
-        with naming(events[0]):
-            found += uid_occurrences(uid, events, zone, begin, until)
-        if len(found) > 10 * MOST_OCCURRENCES or time.monotonic() > deadline:
+    found, refused, deadline = [], [], Deadline()
+    for group in by_uid(entries).values():
+        try:
+            with naming(group[0]):
+                found += group_occurrences(group, owner, begin, until)
+        except BadCalendar as error:
+            refused.append(error)
+        if len(found) > 10 * MOST_OCCURRENCES or deadline.over:
             raise BadCalendar(f'there are too many occurrences from {begin:%Y-%m-%d} to {until:%Y-%m-%d}; '
                               'ask for a shorter window')
-    return sorted(found, key=lambda each: (each['start'], each['end'], each['uid']))
+    return sorted(found, key=lambda each: (each['start'], each['end'], each['uid'])), refused
 
 
-def by_uid(calendars: list) -> dict[str, list]:
-    groups: dict = defaultdict(list)
-    for number, event in enumerate(events_of(calendars)):
-        groups[str(event.get('UID', f'without-uid-{number}'))].append(event)
-    return groups
+class Deadline:
+    """Until when the rules of a calendar may be followed: seconds of this thread's own work."""
+
+    def __init__(self):
+        self.began = time.thread_time()
+
+    @property
+    def over(self) -> bool:
+        return time.thread_time() - self.began > MOST_EXPANDING
 
 
-def uid_occurrences(uid: str, events: list, zone: ZoneInfo, begin: datetime, until: datetime) -> list[dict]:
-    import icalendar
-    import recurring_ical_events
-    for event in events:  # counts what it would give, before the library makes objects of them
-        if 'RRULE' in event:
-            stretch = Stretch(at_midnight(event_start(event)).isoformat(), 1, 'UTC', 1, 0,
-                        local_rule(event_rule(event), ZoneInfo('UTC')))
-            sum(1 for _ in slots(stretch, begin.timestamp() - 86400, until.timestamp() + 86400))
-    alone = icalendar.Calendar()
-    alone.subcomponents = events
-    # A day more on each side: the library compares bare times in a zone of its own choosing.
-    day = timedelta(days=1)
-    found = recurring_ical_events.of(alone).between(begin - day, until + day)
-    windows = [(*owned_window(each.start, each.end, zone), str(each.get('STATUS', 'CONFIRMED')).upper())
-               for each in found]
-    return [{'uid': uid, 'start': start, 'end': end, 'status': status} for start, end, status in windows
-            if start < until and (end > begin or start == end >= begin)]
+def group_occurrences(group: list[Entry], owner: ZoneInfo, begin: datetime,
+                      until: datetime) -> list[dict]:
+    """The occurrences of one UID in a window; one without length is in it if it begins there."""
+    table = timetable(group, owner)
+    return [{'uid': group[0].uid, 'start': instant(slot.start), 'end': instant(slot.end),
+             'status': table.status.get(slot.key, table.usual)}
+            for slot in table.slots(begin.timestamp() - 1, until.timestamp())
+            if slot.end > begin.timestamp() or slot.start == slot.end >= begin.timestamp()]
 
 
-def owned_window(first: date | datetime, last: date | datetime, zone: ZoneInfo) -> tuple[datetime, datetime]:
-    """The instants of a start and an end; an hour that doesn't exist may put the one after the other."""
-    start, end = owned(first, zone), owned(last, zone)
-    return start, end if end >= start else start + (at_midnight(last) - at_midnight(first))
-
-
-def owned(moment: date | datetime, zone: ZoneInfo) -> datetime:
-    """The instant of a date or a bare time in its owner's zone, or of a time in its own."""
-    if isinstance(moment, datetime) and moment.tzinfo:
-        return moment.astimezone(UTC)
-    return from_wall(at_midnight(moment), zone)
-
-
-def bookings(calendars: list, zone: ZoneInfo, begin: datetime, until: datetime, defaults: Want) -> list[Booking]:
-    """What the events of calendars want, those that want nothing left out.
+def bookings(groups: dict[str, list[Entry]], owner: ZoneInfo, begin: datetime, until: datetime,
+             defaults: Want) -> list[Booking]:
+    """What the events of calendars want, those that want nothing left out unread.
 
     Args:
-      zone: the owner's, for times without one
+      groups: the events by UID
+      owner: the zone of times without one
       begin, until: the window that a series in a zone of its own making is spelled out for
+
+    Raises:
+      BadCalendar: they are too many.
     """
-    return [found for uid, events in by_uid(calendars).items() if not FEED_UID.fullmatch(uid)
-            for found in [booking_of(uid, events, zone, begin, until, defaults)] if found]
+    found, deadline = [], Deadline()
+    for uid, group in groups.items():
+        if not FEED_UID.fullmatch(uid):
+            found.append(booking_of(uid, group, owner, begin, until, defaults))
+            if found[-1] is None:  # it wants nothing
+                found.pop()
+        if len(found) > MOST_EVENTS or deadline.over:
+            raise BadCalendar(f'the calendar asks for too much at once: over {MOST_EVENTS} events, '
+                              'or rules that are hard to follow')
+    return found
 
 
-def booking_of(uid: str, events: list, zone: ZoneInfo, begin: datetime, until: datetime,
+def booking_of(uid: str, group: list[Entry], owner: ZoneInfo, begin: datetime, until: datetime,
                defaults: Want) -> Booking | None:
-    """What the components of one UID want; what they say badly refuses them alone."""
-    masters = sorted((each for each in events if 'RECURRENCE-ID' not in each),
-                     key=lambda each: int(each.get('SEQUENCE', 0)))
-    master = masters[-1] if masters else events[0]
-    summary = re.sub('[\x00-\x1f\x7f]+', ' ', str(master.get('SUMMARY', '')))[:1000]
-    cancelled = str(master.get('STATUS', '')).upper() == 'CANCELLED'
+    """What the events of one UID want; what they say badly refuses them alone."""
+    head = group[0]
     try:
-        with naming(master):
-            want = want_of(master, defaults)
-            overrides = [each for each in events if each is not master and 'RECURRENCE-ID' in each]
-            stretches = series_of(master, overrides, want, zone, begin, until) if want else []
+        wants = wants_of(group, defaults)
+        group = [each for each in group if each.line in wants]
+        if not group:
+            return None
+        head = group[0]
+        with naming(head):
+            table = timetable(group, owner, lambda entry: wants[entry.line].vms)
+            stretches, cancelled = wanted_stretches(table, group, begin, until)
+        return Booking(uid, title_of(head), wants[head.line], stretches, cancelled,
+                       digest_of(group), head.name, guess=guessed(head))
     except BadCalendar as error:
-        return Booking(uid, summary, defaults, [], cancelled, '', str(error))
-    if want is None:
-        return None
-    alone = tuple(key for stretch in stretches for key in stretch.moved) if cancelled else ()
-    if alone:  # exceptions are events of their own
-        stretches, cancelled = [stretches[0]._replace(rule='', dates=alone, skips=())], False
-    return Booking(uid, summary, want, stretches, cancelled, digest_of(events))
+        return Booking(uid, title_of(head), defaults, [], False, '', head.name, str(error),
+                       guessed(head))
 
 
-def digest_of(events: list) -> str:
-    volatile = (b'DTSTAMP', b'LAST-MODIFIED', b'CREATED', b'SEQUENCE')
-    lines = [line for each in events for line in each.to_ical().splitlines() if not line.startswith(volatile)]
-    return hashlib.sha256(b'\n'.join(lines)).hexdigest()
+def title_of(entry: Entry) -> str:
+    return re.sub('[\x00-\x1f\x7f]+', ' ', entry.text('SUMMARY'))[:1000]
 
 
-def want_of(event, defaults: Want) -> Want | None:
+def wants_of(group: list[Entry], defaults: Want) -> dict[int, Want]:
+    """What events want, by their lines; exceptions as their series unless they say."""
+    wants: dict[int, Want] = {}
+    head = group[0]
+    for entry in group:
+        with naming(entry):
+            if want := want_of(entry, wants.get(head.line, defaults)) or wants.get(head.line):
+                wants[entry.line] = want
+    kinds = {want._replace(vms=1) for want in wants.values()}
+    if len(kinds) > 1:
+        raise BadCalendar(f'{head.name}: not all of its occurrences want the same flavor, image '
+                          'and resource; make those that want another an event of their own')
+    return wants
+
+
+def wanted_stretches(table: Timetable, group: list[Entry], begin: datetime,
+                     until: datetime) -> tuple[list[Stretch], bool]:
+    """The stretches of a series without what is cancelled, and whether all of it is."""
+    gone = [key for key in table.status if table.status[key] == 'CANCELLED']
+    stretches, cancelled = table.stretches, table.usual == 'CANCELLED'
+    if cancelled and len(gone) < len(table.status):  # exceptions are events of their own
+        left = tuple(key for key in table.status if key not in gone)
+        stretches, cancelled = [stretches[0]._replace(rule='', dates=left, skips=())], False
+    elif group[0].exception and table.status:
+        cancelled = len(gone) == len(table.status)
+    if gone:
+        stretches = [stretch._replace(skips=(*stretch.skips, *gone)) for stretch in stretches]
+    longest = max(length for stretch in stretches for length in lengths_of(stretch))
+    if longest > MOST_LENGTH:
+        raise Invalid(f'it is {format_duration(longest)} long; up to {MOST_LENGTH // 86400} days '
+                      'are possible')
+    if not stretches[0].zone:
+        stretches = spelled_out(table._replace(stretches=stretches), begin, until)
+    return stretches, cancelled
+
+
+def lengths_of(stretch: Stretch) -> list[int]:
+    """All lengths of its occurrences, in seconds."""
+    periods = (int(each.partition('/')[2]) for each in stretch.dates if '/' in each)
+    return [stretch.length, *(each[1] for each in stretch.moved.values()), *periods]
+
+
+def spelled_out(table: Timetable, begin: datetime, until: datetime) -> list[Stretch]:
+    """A series in a zone that only its calendar describes, as the list of what is in a window."""
+    found = table.slots(begin.timestamp(), until.timestamp())
+    if not found:
+        return []
+    walls = [to_wall(instant(slot.start), UTC).isoformat() for slot in found]
+    dates = tuple(f'{wall}/{slot.end - slot.start}' for wall, slot in zip(walls, found))
+    moved = {wall: (wall, slot.end - slot.start, slot.vms) for wall, slot in zip(walls, found)
+             if slot.vms != found[0].vms}
+    return [Stretch(walls[0], found[0].end - found[0].start, 'UTC', found[0].vms, 0,
+                    dates=() if table.stretches[0].single else dates, moved=moved)]
+
+
+def digest_of(group: list[Entry]) -> str:
+    """By what a change of events is known; SEQUENCE alone is none."""
+    said = [sorted((name, each.said[name]) for name in each.said if name != 'SEQUENCE')
+            for each in group]
+    return hashlib.sha256(repr(said).encode('utf8', 'surrogatepass')).hexdigest()
+
+
+def plain_text(text: str) -> str:
+    """A text without the tags and entities of HTML; each tag begins a line."""
+    if re.search('[<&]', text):
+        text = unescape(re.sub('<[^<>]*>', '\n', text))
+    return text.strip()
+
+
+def marks_of(entry: Entry) -> list[re.Match]:
+    """Where an event says in so many words that it wants machines."""
+    texts = entry.text('SUMMARY'), plain_text(entry.text('DESCRIPTION'))
+    return [*filter(None, map(MARKED.search, texts))]
+
+
+def spoken(entry: Entry) -> re.Match | None:
+    """What looks like a wish in the first line of its description, or as its place."""
+    text, place = (plain_text(entry.text(name)) for name in ('DESCRIPTION', 'LOCATION'))
+    lines = (line.strip() for line in (text.partition('\n')[0], place) if len(line) < 500)
+    return next(filter(None, map(WANT.fullmatch, lines)), None)
+
+
+def guessed(entry: Entry) -> str:
+    """The flavor in words that look like a wish; '' where it is said that there is one."""
+    said = None if marks_of(entry) else spoken(entry)
+    return said[2] if said else ''
+
+
+def want_of(entry: Entry, defaults: Want) -> Want | None:
     """What an event says that it wants; None if it wants no machines."""
-    title, text, place = (str(event.get(name, '')) for name in ('SUMMARY', 'DESCRIPTION', 'LOCATION'))
-    for match in filter(None, (MARKED.search(title), MARKED.search(text))):
+    for match in marks_of(entry):
         said = WANT.fullmatch(match[1].strip())
         if not said and match[1].strip():
             raise Invalid(f'{shown(match[0])} is not such as #vm 2 x m1.small')
         return spoken_want(said, defaults) if said else defaults
-    for line in (re.split(r'\n|<br', text.strip())[0], place.strip()):
-        if said := WANT.fullmatch(line.strip()):
-            return spoken_want(said, defaults)
-    categories = [each.upper() for each in categories_of(event)]
-    return programmed_want(event, defaults) if 'VM' in categories else None
+    if said := spoken(entry):
+        return spoken_want(said, defaults)
+    return programmed_want(entry, defaults) if 'VM' in categories_of(entry) else None
 
 
 def spoken_want(said: re.Match, defaults: Want) -> Want:
@@ -3049,107 +4053,27 @@ def spoken_want(said: re.Match, defaults: Want) -> Want:
                              resource=resource or defaults.resource)
 
 
-def programmed_want(event, defaults: Want) -> Want:
+def programmed_want(entry: Entry, defaults: Want) -> Want:
     """CATEGORIES:VM and X-VM-COUNT, X-VM-FLAVOR, X-VM-IMAGE, X-VM-RESOURCE, X-VM-NETWORK, X-VM-KEY."""
-    said = {name: str(event[f'X-VM-{name}']) for name in ('FLAVOR', 'IMAGE', 'RESOURCE', 'NETWORK', 'KEY')
-            if f'X-VM-{name}' in event}
-    vms = read_count(str(event.get('X-VM-COUNT', defaults.vms)))
+    said = {name: entry.text(f'X-VM-{name}') for name in PROGRAMMED if f'X-VM-{name}' in entry.said}
+    vms = read_count(entry.text('X-VM-COUNT') or str(defaults.vms))
     return defaults._replace(vms=vms, **{name.lower(): read_name(value) for name, value in said.items()})
 
 
-def categories_of(event) -> list[str]:
-    value = event.get('CATEGORIES', [])
-    return [str(name) for each in (value if isinstance(value, list) else [value]) for name in getattr(each, 'cats', ())]
+def categories_of(entry: Entry) -> list[str]:
+    values = (value for _, value in entry.said.get('CATEGORIES', ()))
+    return [name.strip().upper() for value in values for name in value.split(',')]
 
 
-def series_of(master, overrides: list, want: Want, zone: ZoneInfo, begin: datetime, until: datetime) -> list[Stretch]:
-    """The stretches of a series: its rule, dates and exceptions, and what RECURRENCE-IDs say otherwise."""
-    name = zone_of(event_start(master), zone)
-    if name is None:
-        return spelled_out([master, *overrides], want, zone, begin, until)
-    here, length = ZoneInfo(name), int(event_length(master).total_seconds())
-    first = wall_in(event_start(master), here, zone)
-    bare = not isinstance(event_start(master), datetime) or event_start(master).tzinfo is None
-    rule = event_rule(master) if 'RRULE' in master else ''
-    rule = local_rule(rule, ZoneInfo('UTC') if bare else here, literal=True)
-    dates = tuple(listed(master, 'RDATE', here, zone))
-    repeats = rule or dates
-    stretch = Stretch(first.isoformat(), length, name, want.vms, 0, rule,
-                      (first.isoformat(), *dates) if repeats else (),
-                tuple(listed(master, 'EXDATE', here, zone)))
-    stretches = [stretch]
-    for event in sorted(overrides, key=lambda each: wall_in(each['RECURRENCE-ID'].dt, here, zone)):
-        stretches = overridden(stretches, event, here, zone, want)
-    return stretches
-
-
-def zone_of(start: date | datetime, owner: ZoneInfo) -> str | None:
-    """The name of the zone that a start goes by; None for one that only its calendar describes."""
-    if not isinstance(start, datetime) or start.tzinfo is None:
-        return owner.key
-    name = getattr(start.tzinfo, 'key', None)
-    return 'UTC' if start.tzinfo is UTC else name
-
-
-def wall_in(moment: date | datetime, zone: ZoneInfo, owner: ZoneInfo) -> datetime:
-    if isinstance(moment, datetime) and moment.tzinfo:
-        return to_wall(moment, zone)
-    return at_midnight(moment) if zone is owner or not isinstance(moment, datetime) else to_wall(
-        from_wall(moment, owner), zone)
-
-
-def listed(event, name: str, zone: ZoneInfo, owner: ZoneInfo) -> Iterator[str]:
-    """The slots of RDATE or EXDATE; a period has its length in seconds behind a slash."""
-    value = event.get(name, [])
-    for each in value if isinstance(value, list) else [value]:
-        for item in each.dts:
-            begin, end = item.dt if isinstance(item.dt, tuple) else (item.dt, None)
-            wall = wall_in(begin, zone, owner)
-            until = wall + end if isinstance(end, timedelta) else wall_in(end, zone, owner) if end else None
-            plain_day = name == 'EXDATE' and not isinstance(begin, datetime)
-            text = wall.date().isoformat() if plain_day else wall.isoformat()
-            yield f'{text}/{int((until - wall).total_seconds())}' if until else text
-
-
-def overridden(stretches: list[Stretch], event, here: ZoneInfo, owner: ZoneInfo, want: Want) -> list[Stretch]:
-    """A series with one RECURRENCE-ID: left out, moved, or with RANGE=THISANDFUTURE otherwise from there on."""
-    key = wall_in(event['RECURRENCE-ID'].dt, here, owner).isoformat()
-    start, length = wall_in(event_start(event), here, owner), int(event_length(event).total_seconds())
-    vms = (want_of(event, want) or want).vms
-    cancelled = str(event.get('STATUS', '')).upper() == 'CANCELLED'
-    if event['RECURRENCE-ID'].params.get('RANGE') == 'THISANDFUTURE':
-        if cancelled:
-            return [stretch._replace(until=min(stretch.until or key, key)) for stretch in stretches]
-        shift = int((start - datetime.fromisoformat(key)).total_seconds())
-        return cut_stretches(stretches, key, shift=shift - stretches[-1].shift, length=length, vms=vms)
-    if cancelled:
-        return [stretch._replace(skips=(*stretch.skips, key)) for stretch in stretches]
-    # One that stands where the rule has no slot is an occurrence all the same.
-    return [stretch._replace(moved=stretch.moved | {key: (start.isoformat(), length, vms)},
-                          dates=stretch.dates if stretch.single or key in stretch.dates else (*stretch.dates, key))
-            for stretch in stretches]
-
-
-def spelled_out(events: list, want: Want, owner: ZoneInfo, begin: datetime, until: datetime) -> list[Stretch]:
-    """A series in a zone that only its calendar describes, as the list of what it gives in a window."""
-    found = [each for each in uid_occurrences('', events, owner, begin, until) if each['status'] != 'CANCELLED']
-    dates = tuple(f"{to_wall(each['start'], ZoneInfo('UTC')).isoformat()}/"
-                  f"{int((each['end'] - each['start']).total_seconds())}" for each in found)
-    repeats = len(events) > 1 or 'RRULE' in events[0] or 'RDATE' in events[0]
-    if not dates:
-        return []
-    start, length = dates[0].split('/')
-    return [Stretch(start, int(length), 'UTC', want.vms, 0, dates=dates if repeats else ())]
-
-
-def days_of(calendars: list, zone: ZoneInfo, begin: datetime, until: datetime) -> list[str]:
-    """The days of all all-day events in a window, as skips of a series."""
-    days = set()
-    for each in occurrences_of(calendars, zone, begin, until):
+def days_of(entries: list[Entry], zone: ZoneInfo, begin: datetime,
+            until: datetime) -> tuple[list[str], list[str]]:
+    """The days of all-day events in a window, as skips of a series; why some have none."""
+    days, (found, refused) = set(), occurrences_of(entries, zone, begin, until)
+    for each in found:
         first, last = to_wall(each['start'], zone), to_wall(each['end'], zone)
         if first.time() == last.time() == datetime.min.time() and each['status'] != 'CANCELLED':
             days |= {(first + timedelta(days=n)).date().isoformat() for n in range((last - first).days)}
-    return sorted(days)
+    return sorted(days), [str(error) for error in refused]
 
 
 def calendar_name(text: str, number: int = 0) -> str:
@@ -3177,27 +4101,40 @@ class Shown(NamedTuple):
 @functools.lru_cache(20_000)
 def event_text(shown: Shown) -> str:
     """The VEVENT of an occurrence (RFC 5545, 3.6.1), in UTC; its times of change are those of the occurrence."""
-    import icalendar
-    event, changed = icalendar.Event(), instant(shown.revised)
-    for name, value in (('uid', shown.uid), ('dtstamp', changed), ('last-modified', changed),
-                        ('sequence', shown.revision), ('dtstart', instant(shown.start)), ('dtend', instant(shown.end)),
-                        ('summary', shown.summary), ('description', shown.description), ('location', shown.location),
-                        ('status', shown.status), ('transp', 'OPAQUE'), ('categories', ['VM'])):
-        if value not in ('', None):
-            event.add(name, value)
-    return event.to_ical().decode()
+    times = shown.start, shown.end, shown.revised
+    start, end, changed = (f'{instant(each):%Y%m%dT%H%M%SZ}' for each in times)
+    said = {'BEGIN': 'VEVENT', 'UID': shown.uid, 'DTSTAMP': changed, 'LAST-MODIFIED': changed,
+            'SEQUENCE': str(shown.revision), 'DTSTART': start, 'DTEND': end, 'STATUS': shown.status,
+            'SUMMARY': escaped(shown.summary), 'DESCRIPTION': escaped(shown.description),
+            'LOCATION': escaped(shown.location), 'TRANSP': 'OPAQUE', 'CATEGORIES': 'VM',
+            'END': 'VEVENT'}
+    return ''.join(folded(f'{name}:{value}') for name, value in said.items() if value)
+
+
+def escaped(text: str) -> str:
+    """A TEXT (RFC 5545, 3.3.11), which has no control characters but tabs."""
+    text = re.sub(r'([\\;,])', r'\\\1', text).replace('\r\n', '\n').replace('\n', '\\n')
+    return re.sub('[\x00-\x08\x0a-\x1f\x7f]', '', text)
+
+
+def folded(line: str) -> str:
+    """A content line in pieces of at most 75 octets, of whole letters (RFC 5545, 3.1)."""
+    data, pieces, begin = line.encode('utf8', 'replace'), [], 0
+    while begin < len(data):
+        end = begin + 75 - bool(pieces)
+        while end < len(data) and data[end] & 0xC0 == 0x80:
+            end -= 1
+        pieces.append(data[begin:end])
+        begin = end
+    return b'\r\n '.join(pieces).decode() + '\r\n'
 
 
 def calendar_text(name: str, shown: Iterable[Shown]) -> str:
     """A whole feed; how often it is looked at again is the subscriber's choice."""
-    import icalendar
-    calendar = icalendar.Calendar()
-    for field, value in (('prodid', f'-//cmres//{__version__}//EN'), ('version', '2.0'), ('method', 'PUBLISH'),
-                         ('x-wr-calname', name), ('x-published-ttl', 'PT15M')):
-        calendar.add(field, value)
-    calendar.add('refresh-interval', timedelta(minutes=15), parameters={'VALUE': 'DURATION'})
-    head, _, tail = calendar.to_ical().decode().rpartition('END:VCALENDAR')
-    return head + ''.join(map(event_text, shown)) + f'END:VCALENDAR{tail}'
+    head = ('BEGIN:VCALENDAR', 'VERSION:2.0', f'PRODID:-//cmres//{__version__}//EN',
+            'METHOD:PUBLISH', f'X-WR-CALNAME:{escaped(name)}',
+            'REFRESH-INTERVAL;VALUE=DURATION:PT15M', 'X-PUBLISHED-TTL:PT15M')
+    return ''.join([*map(folded, head), *map(event_text, shown), 'END:VCALENDAR\r\n'])
 
 
 # Service #####################################################################
@@ -3246,6 +4183,7 @@ class Wish(NamedTuple):
     warnings: list
     host: str = ''               # all of it is reserved, by its name
     whole: Amount | None = None  # what it holds
+    trusted: list = []           # KIND:NAME that an admin gave it
 
     @property
     def amount(self) -> Amount:
@@ -3334,13 +4272,13 @@ MODES = ('exclusive', 'shared')
 #: What can become of machines at the end of their window.
 ENDS = ('delete', 'stop', 'shelve', 'snapshot')
 #: What was announced of an occurrence: a bit each.
-SOON, READY, ENDING, FOREIGN, UNUSED = 1, 2, 4, 8, 16
+SOON, READY, ENDING, FOREIGN, UNUSED, SHORT, LEFT = 1, 2, 4, 8, 16, 32, 64
 #: The fields that only the cloud can judge.
 CLOUDY = ('flavor', 'image', 'network', 'key', 'security_groups', 'server')
 #: The fields of a reservation that a machine is made of; they are fixed once it has begun.
 FIXED = (*CLOUDY, 'resource', 'start', 'lead', 'user_data', 'metadata', 'host')
 STORED = ('label', 'user', 'project', *CLOUDY, 'user_data', 'metadata', 'at_end', 'notify', 'lead', 'description',
-          'personal', 'repeat', 'tz', 'on_conflict', 'host')
+          'personal', 'repeat', 'tz', 'on_conflict', 'host', 'trusted')
 #: What one occurrence of a series may have otherwise than the others.
 OWN = frozenset(('resource', 'start', 'end', 'vms'))
 #: What needs more or less capacity, or other one, when it changes.
@@ -3348,14 +4286,15 @@ SHAPE = OWN | {'repeat', 'until', 'count', 'skip_dates', 'holidays', 'flavor', '
                'at_end', 'calendar'}
 #: What makes a series.
 REPEATING = frozenset(('repeat', 'until', 'count', 'skip_dates', 'holidays'))
-JSON = frozenset(('security_groups', 'metadata', 'notify', 'addresses', 'hosts', 'classes', 'named'))
+JSON = frozenset(('security_groups', 'metadata', 'notify', 'addresses', 'hosts', 'classes', 'named',
+                  'trusted'))
 UNCHANGED = (*STORED, 'resource_id', 'start', 'end', 'held_from', 'held_until', *Amount._fields, 'over')
 OVER = ('ended', 'cancelled', 'failed')
 PLACE = ('cell', 'cloud', 'region', 'aggregate')
 HIDDEN = frozenset(('now', 'resource_id', 'held_from', 'held_until', 'over', 'due', 'reservation', 'user_data',
                     'existing', 'ever', 'runs', 'told', 'slot', 'altered', 'revision', 'revised', 'on_conflict',
                     'booked_until', 'subscription', 'repeats', 'waiting', 'confirm', 'pending', 'priority', 'choices',
-                    'named'))
+                    'named', 'trusted'))
 #: Of a reservation, the occurrence that is now or comes next: no other that is not over comes before it.
 NEXT_OF_ITS = """NOT EXISTS (SELECT 1 FROM occurrence c
                               WHERE c.reservation_id = o.reservation_id AND c.cancelled IS NULL
@@ -3712,12 +4651,18 @@ class Wishes(Service):
         user, project = (asked['user'], old.project) if old else self.owner(asked)
         place, warnings = place or self.resource_at(asked), []
         self.refuse_unbootable(asked, place)
+        if 'notify' in changes:
+            self.refuse_untellable(asked['notify'])
         asks = {'resource', 'host', *CLOUDY} | ({'vms'} if asked.get('host') else set())
         if old and not asks & set(changes):
             each, server = Amount(1) if old.host else amount_of(old) // old.vms, old.server
+            trusted = asked['trusted']
         else:
-            found = self.ask_cloud(place, asked | {'project': project}, warnings)
-            each, server = self.each_takes(found), found.get('server', {}).get('id', '')
+            kept = asked['trusted'] if old and old.cloud == place.cloud else []
+            found = self.ask_cloud(place, asked | {'project': project, 'trusted': kept}, warnings)
+            each, server = self.each_takes(found), found['server'].id if 'server' in found else ''
+            new = set(changes) if old else {'resource'}
+            trusted = self.trusted(asked | {'server': server}, kept, new)
         wish = Wish(asked['label'], user, project, place, start, end, asked['vms'], asked['flavor'], asked['image'],
                     asked['network'], asked['key'], [*asked['security_groups']], asked['user_data'],
                     dict(asked['metadata'] or {}), server, asked['at_end'] or ('stop' if server else 'delete'),
@@ -3725,10 +4670,10 @@ class Wishes(Service):
                     old.tz if old else '',
                     asked['on_conflict'], [], each, warnings, *(
                         (old.host, amount_of(old)) if old and old.host and not {*asks, 'vms'} & set(changes)
-                        else self.whole_host(place, asked, each)))
+                        else self.whole_host(place, asked, each)), trusted=trusted)
         if stretches and not {'repeat'} & set(changes):
             stretches = self.moved_stretches(wish, asked, old, stretches, key, changes)
-            stretches = self.ended_stretches(stretches, asked, changes)
+            stretches = self.ended_stretches(stretches, asked, changes, warnings)
             return wish._replace(stretches=stretches, repeat=stretches[-1].rule)
         return self.repeating(wish, asked, old, stretches, key, changes) if REPEATING & {
             name for name in changes if asked.get(name)} else wish
@@ -3745,6 +4690,13 @@ class Wishes(Service):
         if start < lead:
             raise Invalid('the lead reaches before the year 1970')
         return start, end
+
+    def refuse_untellable(self, targets: Iterable[str]) -> None:
+        """Refuses mail addresses to which nothing would ever be sent."""
+        for target in targets:
+            if not self.config.may_tell(target):
+                raise Invalid(f"notify: no mails are sent to '{target}'; here they may go to "
+                              f'addresses of {self.config.mail_domains} only')
 
     def refuse_unbootable(self, asked: dict, place) -> None:
         """Refuses combinations that could never boot, end or be told of."""
@@ -3770,17 +4722,19 @@ class Wishes(Service):
 
         If the cloud can't be asked, that goes to `warnings`, unless only it could tell what is needed.
         """
-        named = [(kind, asked[kind]) for kind in CLOUDY if kind != 'security_groups' and asked.get(kind)]
-        named += [('security_group', name) for name in asked.get('security_groups', ())]
-        named = [pair for pair in named if pair not in (('network', 'auto'), ('network', 'none'))]
+        named = named_by(asked)
         if not named:
             return {}
         if not place.cloud:
             raise Invalid(f"the resource '{place.name}' has no cloud that knows the {named[0][0].replace('_', ' ')} "
                           f"'{named[0][1]}'; leave it out")
-        account = self.clouds.account(place.cloud, asked.get('project', self.actor.project))
+        project = asked.get('project', self.actor.project)
+        account = self.clouds.account(place.cloud, project)
+        admin = self.actor.role == ADMIN
+        sight = self.clouds.sight(account, project, asked.get('trusted', ()), admin)
         try:
-            return dict(zip((kind for kind, _ in named), self.clouds.open(account).check(named)))
+            found = self.clouds.open(account).check(named, sight)
+            return dict(zip((kind for kind, _ in named), found))
         except CloudError as error:
             if asked.get('flavor') and (place.vcpus, place.ram) != (None, None):
                 raise CloudError(f"{error}; its flavor '{asked['flavor']}' must be known to count "
@@ -3790,9 +4744,15 @@ class Wishes(Service):
             warnings.append(f'not checked: {error}')
             return {}
 
+    def trusted(self, asked: dict, kept: list, changes: set) -> list[str]:
+        """The names that an admin gave a reservation, now or before, as KIND:NAME."""
+        fields = {'security_group': 'security_groups'}
+        return [f'{kind}:{name}' for kind, name in named_by(asked) if f'{kind}:{name}' in kept or (
+                self.actor.role == ADMIN and {'resource', fields.get(kind, kind)} & changes)]
+
     def each_takes(self, found: dict) -> Amount:
         """What one machine takes, of what the cloud told."""
-        return Amount(1, *(found['flavor'][figure] for figure in Flavor._fields)) if 'flavor' in found else Amount(1)
+        return Amount(1, *found['flavor'].flavor) if 'flavor' in found else Amount(1)
 
     def whole_host(self, place, asked: dict, each: Amount) -> tuple[str, Amount | None]:
         """The host that is reserved by its name, and what it holds."""
@@ -3843,7 +4803,7 @@ class Wishes(Service):
             length, exact = self.stretch_of(old, stretches)[1:]
         if stretches and 'start' not in changes:
             first = self.planned(old, stretches)[1]
-        skips = self.read_skips(asked, zone, wish.start)
+        skips = self.read_skips(asked, zone, wish.start, wish.warnings)
         if not asked['repeat']:
             raise Invalid(f"{min(name for name in REPEATING if asked.get(name))} is for a series; say --repeat as well")
         rule = local_rule(self.ended_rule(asked, zone), zone)
@@ -3883,12 +4843,13 @@ class Wishes(Service):
         stretch = next(each for each in reversed(stretches) if each.since <= old.slot)
         return stretch, stretch.length, stretch.exact
 
-    def ended_stretches(self, stretches: list[Stretch], asked: dict, changes: Iterable[str]) -> list[Stretch]:
+    def ended_stretches(self, stretches: list[Stretch], asked: dict, changes: Iterable[str],
+                        warnings: list) -> list[Stretch]:
         """A series with further days left out, or with another end."""
         if not REPEATING & set(changes):
             return stretches
         zone = read_zone(stretches[-1].zone)
-        skips = self.read_skips(asked, zone, int(self.clock()))
+        skips = self.read_skips(asked, zone, int(self.clock()), warnings)
         ends = {'until', 'count'} & set(changes)
         return [stretch._replace(skips=(*stretch.skips, *skips), rule=local_rule(self.ended_rule(
             asked | {'repeat': endless(stretch.rule)}, zone), zone) if ends and stretch.rule else stretch.rule)
@@ -3906,7 +4867,8 @@ class Wishes(Service):
             return f'{rule};UNTIL={last:%Y%m%dT%H%M%S}'
         return f'{rule};COUNT={count}' if count else rule
 
-    def read_skips(self, asked: dict, zone: ZoneInfo, start: int) -> tuple[str, ...]:
+    def read_skips(self, asked: dict, zone: ZoneInfo, start: int,
+                   warnings: list) -> tuple[str, ...]:
         """Days, or wall times, without an occurrence; holidays are fetched, outside any transaction."""
         skips = []
         for text in asked.get('skip_dates') or ():
@@ -3917,10 +4879,22 @@ class Wishes(Service):
             wall = to_wall(moment, zone) if moment.tzinfo else moment
             skips.append(wall.date().isoformat() if re.fullmatch('[0-9/-]+', text) else wall.isoformat())
         if source := asked.get('holidays'):
-            calendars = read_calendar(self.fetched(source), 'the calendar of holidays')
-            begin = instant(start)
-            skips += days_of(calendars, zone, begin - timedelta(days=1), begin + timedelta(days=3653))
+            skips += self.holidays(source, zone, instant(start), warnings)
         return tuple(skips)
+
+    def holidays(self, source: str, zone: ZoneInfo, begin: datetime, warnings: list) -> list[str]:
+        """The days of the all-day events of a calendar for ten years; what can't be read is told.
+
+        Raises:
+          BadCalendar: it is none, or nothing in it can be understood.
+        """
+        entries = read_calendar(self.fetched(source), 'the calendar of holidays')
+        begin, until = begin - timedelta(days=1), begin + timedelta(days=3653)
+        found, refused = days_of(entries, zone, begin, until)
+        if refused and not found:
+            raise BadCalendar(f'the calendar of holidays: {refused[0]}')
+        warnings += [f'no holiday: {why}' for why in refused[:10]]
+        return found
 
     def fetched(self, source: str) -> str:
         """The text of a calendar, or of the one at an address; never of a file of this machine."""
@@ -3936,14 +4910,17 @@ class Wishes(Service):
 
     @contextmanager
     def recording_refusal(self, wish: Wish, dry_run: bool) -> Iterator[None]:
-        """Writes down that a request was refused for want of room or by a limit, for reports and notices."""
+        """Writes down that a request was refused for want of capacity or by a limit.
+
+        Only the operator is told: who asks has the answer, and may have named anybody to notify.
+        """
         try:
             yield
         except Conflict as refusal:
             if not dry_run and (isinstance(refusal, NoCapacity) or 'limit' in refusal.details):
                 with transaction():
                     sentence = f"'{wish.label}' of {wish.user}: {refusal}"
-                    journal(self.config, self.clock(), wish.user, 'refused', sentence, None, wish.notify,
+                    journal(self.config, self.clock(), wish.user, 'refused', sentence, None,
                             project=wish.project, resource=wish.resource.name)
             raise
 
@@ -3991,11 +4968,13 @@ class Wishes(Service):
                              ('o.held_from < ?', until), ('o.held_until > ?', max(begin, int(self.clock()))),
                              ('o.id <> ?', old.id if old else 0)],
                             limit=10, tail='ORDER BY held_from DESC, id DESC')[::-1]
-        fields = ('label', 'user', 'project', 'vms', 'start', 'end')
-        seen = self.actor.role == ADMIN
-        return {'in_the_way': [{name: value for name, value in public(each).items()
-                                if name in (fields if seen or each.project == self.actor.project else fields[3:])}
-                               for each in found]}
+        return {'in_the_way': [self.in_brief_for_actor(each) for each in found]}
+
+    def in_brief_for_actor(self, found) -> dict:
+        """When an occurrence holds how much; whose it is, only for those who may see it."""
+        seen = self.actor.role == ADMIN or found.project == self.actor.project
+        fields = ('label', 'user', 'project', 'vms', 'start', 'end')[0 if seen else 3:]
+        return {name: value for name, value in public(found).items() if name in fields}
 
     def would_fit(self, wish: Wish) -> dict:
         """What could be had instead: the next start, the most machines, the longest duration; each that there is."""
@@ -4234,11 +5213,15 @@ class Holding(Limits):
     def refuse_shared_server(self, wish: Wish, own: int = 0) -> None:
         """A machine that somebody has can be started and stopped by one reservation at a time."""
         begin, until = wish.held
-        other = row('SELECT r.label FROM occurrence o JOIN reservation r ON r.id = o.reservation_id WHERE r.server = ? '
+        other = row('SELECT o.id, r.label, r.project FROM occurrence o '
+                    'JOIN reservation r ON r.id = o.reservation_id WHERE r.server = ? '
                     'AND o.due IS NOT NULL AND o.held_from < ? AND o.held_until > ? AND r.id <> ?',
                     wish.server, until, begin, own) if wish.server else None
         if other:
-            raise Conflict(f"the server {wish.server} is reserved by '{other.label}' in that time already")
+            # The sentence goes to the event log as well, which the project of the wish reads.
+            whose = f" by '{other.label}'" if other.project == wish.project else ''
+            raise Conflict(f'the server {wish.server} is reserved{whose} in that time already',
+                           in_the_way=[self.in_brief_for_actor(self.occurrence(other.id))])
 
     def waiting_line(self, now: float) -> list:
         """Those that wait for room and still may have it, in the order in which they get it."""
@@ -4454,7 +5437,8 @@ class Series(Holding):
         """Takes an occurrence out of its series."""
         until = min(max(int(now), old.held_from), old.held_until)
         release(old.resource_id, until, old.held_until, amount_of(old))
-        change(Occurrence, old.id, cancelled=int(now), held_until=until, due=now)
+        change(Occurrence, old.id, cancelled=int(now), held_until=until, due=now,
+               revision=old.revision + 1, revised=int(now))
 
     def place_all(self, reservation: int, wish: Wish, todo: list, now: float) -> list[dict]:
         """Holds many occurrences of a series, and tells all that have no room at once."""
@@ -4602,7 +5586,30 @@ class Series(Holding):
     def rebook_event(self, reservation: int, wish: Wish, now: float) -> list[dict]:
         """Makes of a reservation what the event of a calendar says now; inside a transaction."""
         change(Reservation, reservation, **wish.columns(*STORED), series=stored_stretches(wish.stretches))
+        self.keep_identities(reservation, wish, now)
         return self.reshape(reservation, wish, now, gentle=True)
+
+    def keep_identities(self, reservation: int, wish: Wish, now: float) -> None:
+        """Gives occurrences whose slots are gone the new slots, first of the same day.
+
+        So an event that is moved is one event in feeds, and no program shows it twice.
+        """
+        there = rows('SELECT * FROM occurrence WHERE reservation_id = ? ORDER BY start',
+                     reservation)
+        slots = all_slots(wish.stretches, self.earliest(there, wish.stretches, now),
+                          self.horizon(wish.stretches, now))
+        wanted, taken = {slot.key for slot in slots}, {old.slot for old in there}
+        lost = {old.slot: old.id for old in there if old.cancelled is None and old.held_from > now
+                and not old.altered and old.slot not in wanted}
+        new = {slot.key: slot.key[:10] for slot in slots
+               if slot.key not in taken and slot.end > now}
+        days = {day: key for key, day in new.items()}
+        pairs = {slot: days.pop(slot[:10]) for slot in lost if slot[:10] in days}
+        given = {*pairs.values()}
+        rest = [key for key in new if key not in given]
+        pairs |= zip((slot for slot in lost if slot not in pairs), rest)
+        for slot, key in pairs.items():
+            change(Occurrence, lost[slot], slot=key)
 
     def rebook_series(self, old, wish: Wish, now: float, named: bool, moves: bool) -> list[dict]:
         """Changes a series from one occurrence on; inside a transaction.
@@ -4679,7 +5686,9 @@ class Admission(Series):
             self.keep_stopped(reservation, now)
         self.journal(now, 'added', f'{wish.vms} vms on {place.name}', reservation, wish.notify, NONE_OF_THEM)
         if pending:
-            self.journal(now, 'pending', f'an admin must approve it until {instant(pending)}', reservation, wish.notify)
+            until = self.config.told_time(pending, wish.tz)
+            self.journal(now, 'pending', f'an admin must approve it until {until}', reservation,
+                         wish.notify)
         return reservation, []
 
     def told_series(self, wish: Wish, done: list[dict]) -> str:
@@ -4735,8 +5744,22 @@ class Admission(Series):
             first.reservation, first.reservation)  # there is nothing left to wait for
         self.keep_stopped(first.reservation, now, freed)
         only = first.id if len(found) == 1 and first.repeats else None
-        self.journal(now, 'released', why or f'cancelled by {self.actor.user}', first.reservation,
-                     json.loads(first.notify), only)
+        said = [why or f'cancelled by {self.actor.user}']
+        said += [warning for each in found for warning in self.ends_with(each).get('warnings', ())]
+        self.journal(now, 'released', '; '.join(said), first.reservation, json.loads(first.notify),
+                     only)
+
+    def ends_with(self, found) -> dict:
+        """What becomes of the VMs, if there are any, of an occurrence that is cancelled: `ends_with`, `warnings`.
+
+        A server that its owner had before ends as agreed; all others are deleted.
+        """
+        if not found.existing:
+            return {}
+        if found.server or found.at_end in ('', 'delete'):
+            return {'ends_with': found.at_end or 'delete'}
+        return {'ends_with': 'delete', 'warnings': [
+            f"the VMs of '{found.label}' are deleted; the agreed {found.at_end} is not done"]}
 
     def book_all(self, request: Request, now: float) -> list[tuple]:
         """Books all parts of a request: of each its wish, its reservation, and what became of its occurrences."""
@@ -4937,7 +5960,8 @@ class Waiting(Admission):
         change(Occurrence, found.id, resource=place.id, **stored(amount), held_until=found.end, due=min(begin, now))
         self.keep_stopped(found.reservation, now)
         whose = 'an admin must approve it' if place.approval else f'`accept {found.request or found.label}`'
-        asks = f'there is room; {whose} until {instant(pending)}' if pending else ''
+        until = self.config.told_time(pending or now, found.tz)
+        asks = f'there is room; {whose} until {until}' if pending else ''
         code, sentence = ('pending', asks) if pending else (
             'admitted', f'{found.vms} vms on {place.name}, after {format_duration(int(now) - found.waiting)}')
         self.journal(now, code, sentence, found.reservation, json.loads(found.notify))
@@ -4990,7 +6014,9 @@ class Approval(Waiting):
     def await_approval(self, reservation: int, until: int, wish: Wish, now: float) -> None:
         """Lets a reservation wait for an admin until an instant."""
         change(Reservation, reservation, pending=until, confirm=0)
-        self.journal(now, 'pending', f'an admin must approve it until {instant(until)}', reservation, wish.notify)
+        said = self.config.told_time(until, wish.tz)
+        self.journal(now, 'pending', f'an admin must approve it until {said}', reservation,
+                     wish.notify)
 
     def propose(self, old, wish: Wish, asked: list[str], until: int, now: float, code: str, named: bool, alone: bool,
                 growth: list[Hold]) -> None:
@@ -5001,8 +6027,10 @@ class Approval(Waiting):
                     user=self.actor.user, code=code, asked=json.dumps(asked), wish=stored_wish(wish), until=until,
                     shown=json.dumps(to_plain(shown)))
         self.hold_beside(old.reservation, id, growth)
-        self.journal(now, 'pending', f"an admin must approve the change of {', '.join(asked)} until {instant(until)}; "
-                     'what was approved goes on as it is', old.reservation, wish.notify)
+        said = self.config.told_time(until, wish.tz)
+        self.journal(now, 'pending', f"an admin must approve the change of {', '.join(asked)} "
+                     f'until {said}; what was approved goes on as it is', old.reservation,
+                     wish.notify)
 
     def shown_change(self, old, wish: Wish, asked: list[str]) -> dict:
         """What would be otherwise, as answers show it."""
@@ -5458,9 +6486,15 @@ class Requests(Approval):
                 if all(getattr(current, name) == getattr(old, name) for name in UNCHANGED) and (
                         not stretches or series == stretches):
                     named = bool(occurrence) and not only
-                    done = self.unless_it_grows(old, wish, asked, now, code, named, only,
-                                                lambda: self.rewrite(old, wish, asked, now, named))
-                    if done is not None:
+                    before = self.as_stored(old.reservation)
+                    with db.atomic() as rewriting:
+                        done = self.unless_it_grows(
+                            old, wish, asked, now, code, named, only,
+                            lambda: self.rewrite(old, wish, asked, now, named))
+                        same = done is not None and self.as_stored(old.reservation) == before
+                        if same:
+                            rewriting.rollback()
+                    if done is not None and not same:  # what changes nothing is told to nobody
                         self.tell_change(old, wish, asked, done, code, now)
                     return self.answer(old.reservation, done or [], wish, old.id if only else None)
         raise Conflict(f"'{label}' is being changed by others all the time; try again")
@@ -5484,6 +6518,16 @@ class Requests(Approval):
             key = min((each.slot for each in coming), default=old.slot)
         return old, self.stretches(old.reservation), key
 
+    def as_stored(self, reservation: int) -> tuple:
+        """All of a reservation that somebody could change, wherever its stretches are cut."""
+        found = row('SELECT * FROM reservation WHERE id = ?', reservation)
+        stretches = {json.dumps(each | {'since': '', 'until': ''}, sort_keys=True)
+                     for each in json.loads(found.series or '[]')}
+        return (found._replace(changed=0, series=stretches),
+                rows('SELECT slot, altered, resource_id, start, "end", held_from, held_until, vms, '
+                     'vcpus, ram, classes, cancelled FROM occurrence WHERE reservation_id = ? ORDER BY id',
+                     reservation))
+
     def tell_change(self, old, wish: Wish, asked: dict, done: list, code: str, now: float) -> None:
         """Writes down that a reservation was changed."""
         self.journal(now, code, f"{self.actor.user} changed: {', '.join(sorted(asked.keys() - {'tz'}))}",
@@ -5500,7 +6544,7 @@ class Requests(Approval):
                cloud: Name = '', region: Name = '', aggregate: Name = '', vms: Count = None, start: When = None,
                end: When = None, count: Count = None, occurrence: Day = None, following: bool = False,
                kept: bool = False, tz: Zone = '', dry_run: bool = False) -> Rows:
-        """Cancels a reservation: its capacity is free at once, and its machines are deleted.
+        """Cancels a reservation: its capacity is free at once, and its VMs are deleted.
 
         Give a label, or filters that must all match exactly (start and end too); without a label,
         --count must say how many that hits. Nothing that is over is touched. Of a series, --occurrence
@@ -5534,7 +6578,7 @@ class Requests(Approval):
                 self.refuse_uncounted(found, label, count, dry_run)
                 for each in found:
                     self.cancel(self.live(each), now, ends=True)
-            return [public(self.occurrence(each.id)) for each in found]
+            return [public(self.occurrence(each.id)) | self.ends_with(each) for each in found]
 
     def delete_kept(self, label: str, project: str, dry_run: bool) -> Rows:
         """Deletes the VMs of a label that stay after their end; what they hold is free at once."""
@@ -5846,6 +6890,7 @@ class Plan(Requests):
                 raise NotFound(f'there is no maintenance {id}')
             release(found.resource_id, found.start, found.end, amount_of(found, 'held_'))
             change(Capacity, id, removed=int(now))
+            self.let_start(found.resource_id, now)
             self.journal(now, 'resource', f'called off {found.reason} {id}')
             return {'id': id, 'reason': found.reason}
 
@@ -5867,9 +6912,11 @@ class Plan(Requests):
             hold(place.id, begin, until, held)
             id = insert(Capacity, resource=place.id, start=begin, end=until, **stored(most), **stored(held, 'held_'),
                         reason=reason, added=int(now), removed=None)
-            hit = [self.make_room(each, f'{reason} on {name} from {instant(begin)} to {instant(until)}', then, now)
+            first, last = self.config.told_time(begin), self.config.told_time(until)
+            why = f"{reason} on {name} from {first} to {last}"
+            hit = [self.make_room(each, why, then, now)
                    for each in self.homeless(place, max(begin, int(now)), until)]
-            self.journal(now, 'resource', f"{reason} on '{name}' from {instant(begin)} to {instant(until)}")
+            self.journal(now, 'resource', why)
             return {'id': id, 'resource': name, 'start': instant(begin), 'end': instant(until), 'reason': reason,
                     'hit': hit}
 
@@ -5889,6 +6936,7 @@ class Plan(Requests):
             release(place.id, each.start, each.end, amount_of(each, 'held_'))
             hold(place.id, each.start, each.end, held)
             change(Capacity, each.id, **stored(held, 'held_'))
+        self.let_start(place.id, now)
 
     def make_room(self, found, why: str, then: str, now: float) -> dict:
         """Moves or cancels an occurrence for which there is no room any more, or only tells its owner."""
@@ -5899,8 +6947,9 @@ class Plan(Requests):
             return line | {'outcome': 'cancelled'}
         place = self.moved_elsewhere(found, now) if then == 'move' else None
         outcome = f'moved to {place[0]} from {format_time(instant(place[1]), self.config.zone)}' if place else 'left'
-        self.journal(now, 'maintenance', f'{why}; it is {outcome}', found.reservation, json.loads(found.notify),
-                     found.id)
+        later = '' if place else ', and VMs that do not run yet start when that is over'
+        self.journal(now, 'maintenance', f'{why}; it is {outcome}{later}', found.reservation,
+                     json.loads(found.notify), found.id)
         return line | {'outcome': outcome}
 
     def moved_elsewhere(self, found, now: float) -> tuple[str, int] | None:
@@ -5952,6 +7001,10 @@ class Plan(Requests):
 
     def homeless(self, place, begin: int, until: int) -> list:
         """Of the occurrences where more is held than there is, as many of the latest added as must go."""
+        return [self.occurrence(id) for id in self.must_go(place, begin, until)]
+
+    def must_go(self, place, begin: int, until: int) -> list[int]:
+        """The ids of those."""
         most = capacity(place)
         levels = dict(steps(place.id, begin, until, most.names))
         if all(held.within(most) for held in levels.values()):
@@ -5969,7 +7022,29 @@ class Plan(Requests):
                 found.append(each.id)
                 for n in touched:
                     there[n] -= amount_of(each)
-        return [self.occurrence(id) for id in found]
+        return found
+
+    def waits_for(self, place, now: float) -> tuple[str, int, set | None]:
+        """Why VMs of a resource can't start now, until when, and of which occurrences; None: all.
+
+        What is closed starts nothing. Where there is less than is booked, the last added waits.
+        """
+        changes = rows('SELECT reason, "end", coalesce(max(vms, vcpus, ram), 1) AS left '
+                       'FROM capacity WHERE resource_id = ? AND removed IS NULL AND start <= ? '
+                       'AND "end" > ? ORDER BY left, "end" DESC', place.id, int(now), int(now))
+        if changes and changes[0].left == 0:
+            until = self.config.told_time(changes[0].end)
+            return f"{changes[0].reason} on '{place.name}' until {until}", changes[0].end, None
+        why = f"'{place.name}' has less than is reserved now; what was reserved earlier comes first"
+        return why, min((each.end for each in changes), default=int(now) + 86400), set(
+            self.must_go(place, int(now), int(now) + 1))
+
+    def let_start(self, resource: int, now: float) -> None:
+        """Lets start at once what has waited for a resource to have as much as is booked."""
+        run("UPDATE server SET due = ? WHERE due > ? AND goal = 'up' "
+            "AND (state = 'planned' OR ready IS NULL OR borrowed) AND occurrence_id IN "
+            '(SELECT id FROM occurrence WHERE resource_id = ? AND due IS NOT NULL '
+            'AND held_from <= ?)', now, now, resource, int(now))
 
     @api('GET', '/check', role=ADMIN)
     def check(self) -> dict:
@@ -6015,13 +7090,15 @@ class Claims(Plan):
           python cmres.py claim 7c1f gpu biology --vcpus 4 --ram 8192
         """
         need = Amount(1, vcpus, ram, tuple(sorted(each for each in (classes or {}).items() if each[1] > 0)))
+        projects, users = self.names_of(project), self.names_of(user)
         with self.writing(dry_run) as now:
-            return [{'resource': name} | self.claim_on(name, server, self.names_of(project), self.names_of(user), need,
-                                                       label, project, user, now) for name in resources]
+            return [{'resource': name} | self.claim_on(name, server, projects, users, need, label,
+                                                       project, user, now) for name in resources]
 
     def names_of(self, identity: str) -> list[str]:
         """What cmres calls whom OpenStack knows under an id."""
-        return [name for name, id in self.config.identities.items() if id == identity] or [identity]
+        known = self.config.read_again().identities
+        return [name for name, id in known.items() if id == identity] or [identity]
 
     def claim_on(self, name: str, server: str, projects: list[str], users: list[str], need: Amount, label: str,
                  project: str, user: str, now: float) -> dict:
@@ -6141,8 +7218,9 @@ class Calendars(Claims):
         An event asks with `2 x m1.small` in the first line of its description or in its place, with
         `#vm 2 x m1.small` in its title or description, or with CATEGORIES:VM and X-VM-COUNT, X-VM-FLAVOR,
         X-VM-IMAGE; an image and a resource may follow: `2 x m1.small cirros on demo`. The options
-        here are for what it doesn't say. Events that ask for nothing are left alone. Importing again
-        changes only what changed; nothing is cancelled because it is not in the file any more.
+        here are for what it doesn't say. Events that ask for nothing are left alone, whatever they
+        are; what is refused is refused alone. Importing again changes only what changed; nothing is
+        cancelled because it is not in the file any more.
 
         Example:
           python cmres.py import class.ics --resource demo --image cirros --tz Europe/Paris --dry-run
@@ -6157,12 +7235,12 @@ class Calendars(Claims):
           said: what the events don't say, named as in `import`
         """
         zone, here = read_zone(said['tz'] or self.config.timezone), self.here.now
-        calendars, owner = read_calendar(text, 'the calendar'), self.owner(said)
-        wanted = bookings(calendars, zone, here, here + timedelta(days=self.config.horizon),
+        groups, owner = by_uid(read_calendar(text, 'the calendar')), self.owner(said)
+        wanted = bookings(groups, zone, here, here + timedelta(days=self.config.horizon),
                           Want(*(said[name] for name in Want._fields)))
-        ignored = len(by_uid(calendars)) - len(wanted)
-        lines = [self.read_booking(each, said, zone) for each in self.progress(wanted)]
-        self.refuse_too_many(wanted)
+        wanted = self.without_lookalikes(wanted, said, owner, subscription)
+        ignored = len(groups) - len(wanted)
+        lines = self.read_bookings(wanted, said, zone)
         with self.writing(dry_run) as now:
             try:
                 done = self.take_bookings(wanted, lines, owner, subscription, now)
@@ -6170,6 +7248,34 @@ class Calendars(Claims):
                 self.tell_held(subscription, str(held), now)
                 return {'held': str(held), 'events': [], 'ignored': ignored}
         return {'events': sorted(done, key=lambda each: each['uid']), 'ignored': ignored}
+
+    def without_lookalikes(self, wanted: list[Booking], said: dict, owner: tuple[str, str],
+                           subscription) -> list[Booking]:
+        """The bookings without lookalikes: no cloud has a flavor as that of `3 x pizza`.
+
+        What is booked is one, whatever became of its flavor; and so is all while a cloud is silent.
+        """
+        if all(not each.guess for each in wanted):
+            return wanted
+        booked = {each.uid for each in rows(
+            'SELECT uid FROM reservation WHERE user = ? AND project = ? AND subscription IS ? '
+            'AND over > ?', *owner, subscription.id if subscription else None, int(self.clock()))}
+        try:
+            names = {name for cloud in self.clouds_of(said) for name in self.clouds.open(
+                self.clouds.account(cloud, owner[1])).names('flavor')}
+        except CloudError:
+            return wanted
+        return [each for each in wanted if not each.guess or each.uid in booked or not names
+                or difflib.get_close_matches(each.guess, names, 1)]
+
+    def clouds_of(self, said: dict) -> list[str]:
+        """The clouds on which a calendar may book: that of its resource, else those of all."""
+        named = row('SELECT cloud FROM resource WHERE name = ? AND removed IS NULL',
+                    said['resource'])
+        if named and named.cloud:
+            return [named.cloud]
+        return [each.cloud for each in rows(
+            "SELECT DISTINCT cloud FROM resource WHERE cloud <> '' AND removed IS NULL")]
 
     def take_bookings(self, wanted: list[Booking], lines: list[tuple], owner: tuple[str, str], subscription,
                       now: float) -> list[dict]:
@@ -6189,14 +7295,18 @@ class Calendars(Claims):
             self.tell_refused(subscription, done, now)
         return done
 
-    def refuse_too_many(self, wanted: list[Booking]) -> None:
-        """Refuses what others would have to wait for while it is booked."""
-        now, total = self.clock(), 0
-        for booking in wanted:
-            total += len(all_slots(booking.stretches, now, self.horizon(booking.stretches, now)))
-            if total > 10 * MOST_OCCURRENCES:
+    def read_bookings(self, wanted: list[Booking], said: dict, zone: ZoneInfo) -> list[tuple]:
+        """Bookings with their wishes; all refused where others would wait too long for them."""
+        lines, total, now, deadline = [], 0, self.clock(), Deadline()
+        for booking in self.progress(wanted):
+            lines.append(self.read_booking(booking, said, zone))
+            if lines[-1][1]:
+                horizon = self.horizon(booking.stretches, now)
+                total += len(all_slots(booking.stretches, now, horizon))
+            if total > 10 * MOST_OCCURRENCES or deadline.over:
                 raise BadCalendar('the calendar asks for too many occurrences until the horizon: '
-                                  f'over {10 * MOST_OCCURRENCES}')
+                                  f'over {10 * MOST_OCCURRENCES}, or for rules that are hard to follow')
+        return lines
 
     def read_booking(self, booking: Booking, said: dict, zone: ZoneInfo) -> tuple:
         """A booking with its wish, or with the error that refuses it; asks clouds, so outside any transaction."""
@@ -6227,7 +7337,7 @@ class Calendars(Claims):
         """What became of an event: booked, changed, unchanged, cancelled, refused, or nothing because it is past."""
         line = {'uid': booking.uid, 'summary': booking.summary[:200]}
         if error:
-            return line | {'outcome': 'refused', 'why': str(error)}
+            return line | {'outcome': 'refused', 'why': booking.why(error)}
         source = subscription.id if subscription else None
         known = row('SELECT * FROM reservation WHERE uid = ? AND project = ? AND user = ? AND subscription IS ? '
                     'ORDER BY id DESC LIMIT 1', booking.uid, *owner[::-1], source)
@@ -6239,7 +7349,8 @@ class Calendars(Claims):
                 self.cancel(gone, now, 'cancelled in the calendar', ends=True)
                 return line | {'outcome': 'cancelled', 'label': known.label}
             return line | {'outcome': 'past' if not booking.cancelled else 'cancelled'}
-        origin = hashed(repr((booking.digest, wish.columns(*STORED[1:]))))
+        asked = (name for name in STORED if name not in ('label', 'trusted'))
+        origin = hashed(repr((booking.digest, wish.columns(*asked))))
         if known and known.origin == origin and (live or subscription):
             if live and known.series != stored_stretches(wish.stretches):  # it is spelled out, further than before
                 change(Reservation, known.id, series=stored_stretches(wish.stretches))
@@ -6250,7 +7361,7 @@ class Calendars(Claims):
             with db.atomic():
                 return line | self.book_event(booking, wish, known if live else None, origin, source, now)
         except Error as refusal:
-            return line | {'outcome': 'refused', 'why': str(refusal)}
+            return line | {'outcome': 'refused', 'why': booking.why(refusal)}
 
     def book_event(self, booking: Booking, wish: Wish, known, origin: str, source: int | None, now: float) -> dict:
         """Books an event, or makes of its reservation what the event says now."""
@@ -6319,9 +7430,10 @@ class Calendars(Claims):
             insert(Feed, user=user, project=project, whole_project=whole_project, resource=resource,
                    hash=hashed(secret), added=int(now), revoked=None)
             self.journal(now, 'calendar', f'made a feed for {user} in {project}')
+        name = quote(resource or (project if whole_project else user), safe='')
         return {'user': user, 'project': project} if dry_run else {
             'feed': f"{self.config.address.rstrip('/') or f'http://{self.config.host}:{self.config.port}'}"
-                    f'/calendar/{secret}.ics'}
+                    f'/calendar/{secret}/{name}.ics'}
 
     @api('DELETE', '/calendar/<id>')
     def calendar_revoke(self, id: int, dry_run: bool = False) -> dict:
@@ -6473,12 +7585,12 @@ class Calendars(Claims):
     def tell_refused(self, subscription, done: list[dict], now: float) -> None:
         """Tells, once each, what a calendar asks for in vain."""
         before = json.loads(subscription.refused)
-        refused = {each['uid']: each['why'][:500] for each in done if each['outcome'] == 'refused'}
+        refused = {each['uid']: re.sub(r' \(line \d+\)', '', each['why'])[:500]  # which change
+                   for each in done if each['outcome'] == 'refused'}
         for uid, why in refused.items():
             if before.get(uid) != why:
-                journal(self.config, now, self.actor.user, 'refused',
-                        f'{textwrap.shorten(uid, 100)} in the calendar: {why}',
-                        None, json.loads(subscription.notify), project=self.actor.project)
+                journal(self.config, now, self.actor.user, 'refused', f'your calendar: {why}', None,
+                        json.loads(subscription.notify), project=self.actor.project)
         change(Subscription, subscription.id, refused=json.dumps(refused))
 
     def feed(self, secret: str) -> tuple[str, Any]:
@@ -6496,14 +7608,23 @@ class Calendars(Claims):
         where = [('o.end > ?', int(self.clock()) - 31 * 86400), *([('s.name = ?', feed.resource)] if feed.resource else
                  [('r.project = ?', feed.project)]), *([('r.user = ?', feed.user)]
                  if not feed.resource and not feed.whole_project else [])]
-        found = self.search(where, limit=10_000)
+        found = self.search(where, limit=MOST_SHOWN_BY_FEED + 1)
         servers: dict = defaultdict(list)
         for each in rows('SELECT occurrence_id, addresses FROM server WHERE due IS NOT NULL AND goal = ?', 'up'):
             servers[each.occurrence_id] += json.loads(each.addresses)
         now = self.clock()
         turns = [at for each in found for at in (each.held_from, each.start, each.end) if at > now]
-        return [self.feed_event(each, feed, servers[each.id]) for each in found if each.project == feed.project
-                or each.state not in ('cancelled', 'failed')], min([now + 60, *turns])
+        shown = [self.feed_event(each, feed, servers[each.id]) for each in found[:MOST_SHOWN_BY_FEED]
+                 if each.project == feed.project or each.state not in ('cancelled', 'failed')]
+        shown += [self.not_shown(each) for each in found[MOST_SHOWN_BY_FEED:]]
+        return shown, min([now + 60, *turns])
+
+    def not_shown(self, first) -> Shown:
+        """What a feed says in the place of the first occurrence that is too many for it."""
+        uid, words = f'more-{first.start}@{self.clouds.store}', 'more is reserved from here on'
+        return Shown(uid, first.start, first.end, 0, first.start, words,
+                     f'This calendar shows {MOST_SHOWN_BY_FEED} occurrences. See the others with: list',
+                     '', 'TENTATIVE')
 
     def feed_event(self, found, feed, addresses: list[str]) -> Shown:
         """An occurrence as a feed shows it: one's own with all that helps, others' as busy."""
@@ -6689,22 +7810,32 @@ class Reservations(Calendars):
 # is looked at in every transaction and before every call, and who lost it does nothing more.
 
 UNDER_WAY = {'delete': 'deleting', 'start': 'starting', 'stop': 'stopping', 'shelve': 'shelving', 'snapshot': 'saving'}
-DOWN = ('shutoff', 'paused', 'suspended', 'shelved', 'shelved_offloaded')
+#: What wakes a server that somebody put to rest, by its state: a word of `openstack server`.
+WAKES = {'shutoff': 'start', 'paused': 'unpause', 'suspended': 'resume', 'shelved': 'unshelve',
+         'shelved_offloaded': 'unshelve', 'rescue': 'unrescue', 'verify_resize': 'resize confirm'}
+DOWN = tuple(WAKES)[:5]
+#: From which states an end can be asked for (Nova's API); from others of WAKES, a server is woken
+#: first. The image that a shelved one has already will not do: Nova deletes it with the server.
+ENDS_FROM = {'stop': ('active',), 'shelve': ('active', *DOWN[:3]),
+             'snapshot': ('active', *DOWN[:3])}
+#: What is under way has arrived in these states. What is paused still fills its host.
+ARRIVED = {'starting': ('active',), 'stopping': ('shutoff', *DOWN[2:]), 'shelving': DOWN[3:]}
 GONE = ('deleted', 'soft_deleted')  # what Nova may still list for a moment
 FINAL = ('deleted', 'kept')  # it is gone, or it stays as its owner wished and is no longer ours to watch
 DRIFT = 1e-4  # seconds by which two clocks may part in one, without either being wrong
+CALM = 60  # seconds that another number of servers must be up before it is told
 TRIPS = 3  # failures in a row after which a cloud is left alone for a while
 
 #: What a pass looks at once its instant has come, and the next pass waits for: table, column, rows.
 DUE = {'occurrence': ('occurrence o', 'o.due', '1'), 'server': ('server v', 'v.due', '1'),
-       # Each target is told in order, one notice after another.
+       # Each target is told in order, one notice of an owner after another.
        'notice': ('outbox n', 'n.due',
-                  'n.id IN (SELECT min(id) FROM outbox WHERE due IS NOT NULL GROUP BY target)'),
+                  'n.id IN (SELECT min(id) FROM outbox WHERE due IS NOT NULL GROUP BY target, owner)'),
        'subscription': ('subscription u', 'u.due', '1'), 'claim': ('claim c', 'c.due', '1'),
        'pending': ('reservation r', 'r.pending', '1'), 'proposal': ('proposal p', 'p.until', '1')}
 
 SERVERS = '''SELECT v.*, r.flavor, r.image, r.network, r.key, r.security_groups, r.user_data, r.metadata,
-                    r.label, r.notify, o.reservation_id, o."end", s.mode
+                    r.label, r.project, r.trusted, r.notify, o.reservation_id, o."end", o.resource_id, s.mode
                FROM server v JOIN occurrence o ON o.id = v.occurrence_id
                JOIN reservation r ON r.id = o.reservation_id JOIN resource s ON s.id = o.resource_id'''
 
@@ -6743,6 +7874,20 @@ class Breaker(NamedTuple):
     last: float = 0
     until: float = 0
     fault: str = ''
+
+
+def grouped(found: Iterable, name: str) -> list[list]:
+    """Rows with the same value of a column together."""
+    groups: dict = defaultdict(list)
+    for each in found:
+        groups[getattr(each, name)].append(each)
+    return [*groups.values()]
+
+
+def named(found: list, most: int = 5) -> str:
+    """The names of some rows, as a sentence lists them."""
+    names = ', '.join(each.name for each in found[:most])
+    return f'{names} and {len(found) - most} more' if len(found) > most else names
 
 
 def seconds_up() -> float:
@@ -6988,7 +8133,7 @@ class LifeCycle:
             for each in rows('SELECT o.id, o.reservation_id, r.notify FROM occurrence o '
                              'JOIN reservation r ON r.id = o.reservation_id WHERE o.due IS NULL '
                              'AND o.cancelled IS NULL AND o."end" > ?', now):
-                change(Occurrence, each.id, due=now, told=0)
+                change(Occurrence, each.id, due=now, told=0, up_told=None)
                 self.journal(now, 'clock', 'a wrong clock has ended it too early; it goes on', each)
         self.breakers.clear()
         self.latest = now
@@ -7122,7 +8267,8 @@ class LifeCycle:
 
     def plan_one(self, occurrence, now: float) -> None:
         over = occurrence.cancelled is not None or now >= occurrence.end
-        servers = rows("SELECT id, n, state, ready, borrowed, uid FROM server WHERE occurrence_id = ? AND goal = 'up' "
+        servers = rows("SELECT id, n, name, state, ready, borrowed, uid FROM server "
+                       "WHERE occurrence_id = ? AND goal = 'up' "
                        "AND state NOT IN ('deleted', 'kept') ORDER BY n", occurrence.id)
         # Machines that are there stay, also where the clock was set back to before their start.
         runs = (occurrence.image or occurrence.server) and not over and not occurrence.idle and (
@@ -7139,18 +8285,24 @@ class LifeCycle:
             self.service.count_stopped(occurrence.reservation_id, now)
         for server in servers:
             if server.n > wanted and server.borrowed and self.handed_on(occurrence, now):
-                change(Server, server.id, goal=occurrence.at_end, state='kept', due=None)
+                change(Server, server.id, goal='up', state='kept', due=None)
             elif server.n > wanted:
                 change(Server, server.id, goal=self.goal_after(occurrence, server, over), due=now)
+        self.tell_in_error(occurrence, [each for each in servers if each.n > wanted], over, now)
         if over and now >= occurrence.end + self.config.end_grace:
             self.force(occurrence, now)
         if over and not occurrence.told & FOREIGN:
             occurrence = occurrence._replace(told=occurrence.told | FOREIGN)
             self.end_foreign(occurrence, now)
+        if over and not occurrence.told & LEFT:
+            occurrence = occurrence._replace(told=occurrence.told | self.tell_left(occurrence, now))
         if not over and self.release_unused(occurrence, now):
             return
+        if wanted:
+            occurrence = self.tell_up(occurrence, now)
         told = self.announce(occurrence, over, now)
-        change(Occurrence, occurrence.id, told=told, due=self.next_look(occurrence, over, now))
+        change(Occurrence, occurrence.id, told=told, up_told=occurrence.up_told,
+               up_check=occurrence.up_check, due=self.next_look(occurrence, over, now))
 
     def plan_server(self, occurrence, n: int, now: float, before=None) -> None:
         """Writes down a server that is wanted: a new one, one that was there, or a series' own from `before`."""
@@ -7187,6 +8339,14 @@ class LifeCycle:
         asked = over and occurrence.cancelled is None and server.ready and server.state not in ('error', 'deleting')
         return occurrence.at_end if asked else 'delete'
 
+    def tell_in_error(self, occurrence, servers: list, over: bool, now: float) -> None:
+        """Tells of servers that were up once and are in error at the end: nothing can be done."""
+        lost = [each for each in servers
+                if each.state == 'error' and each.ready and not each.borrowed]
+        if lost and over and occurrence.cancelled is None and occurrence.at_end != 'delete':
+            self.journal(now, 'forced', f'the agreed {occurrence.at_end} can not be done with VMs '
+                         f'in error, so these are deleted: {named(lost)}', occurrence)
+
     def handed_on(self, occurrence, now: float) -> bool:
         """Whether the next reservation of the same machine has begun, so that it must not be stopped between."""
         return bool(row('SELECT o.id FROM occurrence o JOIN reservation r ON r.id = o.reservation_id '
@@ -7197,9 +8357,12 @@ class LifeCycle:
         """Deletes after the grace time what could not be stopped, shelved or saved: others were promised its place."""
         late = rows("SELECT id, name FROM server WHERE occurrence_id = ? AND goal <> 'delete' AND NOT borrowed "
                     "AND state NOT IN ('deleted', 'kept')", occurrence.id)
-        for server in late:
-            change(Server, server.id, goal='delete', state='active', due=now)
-            self.journal(now, 'forced', f'{server.name} did not {occurrence.at_end} in time and is deleted', occurrence)
+        for server in late:  # an image that is not complete by now never will be
+            change(Server, server.id, goal='delete', state='active', snapshot='', due=now)
+        if late:
+            self.journal(now, 'forced', f'the agreed {occurrence.at_end} was not done within '
+                         f'{format_duration(self.config.end_grace)} after the end, so these VMs '
+                         f'are deleted: {named(late)}', occurrence)
 
     def release_unused(self, occurrence, now: float) -> bool:
         """Warns of, and then releases, one without machines on which nobody has booted any; whether it did."""
@@ -7213,7 +8376,7 @@ class LifeCycle:
             self.service.cancel([found], now, f'nobody has used it within {format_duration(occurrence.no_show)}')
             return True
         if now >= begun + occurrence.no_show // 2 and not occurrence.told & UNUSED:
-            until = instant(begun + occurrence.no_show)
+            until = self.config.told_time(begun + occurrence.no_show)
             self.journal(now, 'unused', f'it is released at {until} unless a machine '
                          'is booted on it', occurrence)
             change(Occurrence, occurrence.id, told=occurrence.told | UNUSED, due=begun + occurrence.no_show)
@@ -7231,6 +8394,78 @@ class LifeCycle:
                          f"{', '.join(each.server for each in foreign)}", occurrence)
         for each in foreign if self.config.end_foreign else ():
             self.submit(('clear', each.server), 'clear', occurrence.cloud, each.server)
+
+    def tell_up(self, occurrence, now: float):
+        """Tells how many servers are up, if that was not told yet; the occurrence with what was.
+
+        That all are up is told at once the first time, and from the start on that some are not, if
+        it is known why. Any other change is told when it has lasted for CALM.
+        """
+        servers = rows('SELECT name, state, fault, ready, addresses, borrowed FROM server '
+                       "WHERE occurrence_id = ? AND goal = 'up' "
+                       "AND state NOT IN ('deleted', 'kept') ORDER BY n", occurrence.id)
+        lacking = [each for each in servers if each.state != 'active']
+        up = len(servers) - len(lacking)
+        full = up >= occurrence.vms
+        if self.up_is_told(occurrence, up, full) or not full and now < occurrence.start:
+            return occurrence._replace(up_check=None)
+        reason = any(each.fault or self.by_hand(each) for each in lacking)
+        first = not occurrence.told & (READY if full else READY | SHORT) and (full or reason)
+        check = now if first else occurrence.up_check or now + CALM
+        if check > now:
+            return occurrence._replace(up_check=check)
+        if full:
+            self.tell_ready(occurrence, servers, now)
+        else:
+            code = 'stopped' if any(map(self.by_hand, lacking)) else 'trouble'
+            self.journal(now, code, f'{up} of {occurrence.vms} VMs are up; '
+                         f'{self.why_not_up(lacking)}', occurrence)
+        told = occurrence.told & ~SHORT | READY if full else occurrence.told | SHORT
+        return occurrence._replace(up_told=up, up_check=None, told=told)
+
+    def up_is_told(self, occurrence, up: int, full: bool) -> bool:
+        """Whether what was told last is that so many servers are up."""
+        if occurrence.up_told is None:
+            return False
+        short = bool(occurrence.told & SHORT)
+        return not short and occurrence.up_told >= occurrence.vms if full else (
+            short and occurrence.up_told == up)
+
+    def tell_ready(self, occurrence, servers: list, now: float) -> None:
+        late = format_duration(max(max(each.ready for each in servers) - occurrence.start, 0))
+        when = ' again' if occurrence.told & READY else f', {late} after the start'
+        there = ', '.join(f"{each.name} {' '.join(json.loads(each.addresses))}" for each in servers)
+        self.journal(now, 'ready', f'all {len(servers)} are up{when}: {there}', occurrence)
+
+    def by_hand(self, server) -> bool:
+        """Whether somebody has put a server to rest; what was so before, we start ourselves."""
+        return server.state in WAKES and bool(server.ready) and not server.borrowed
+
+    def why_not_up(self, servers: list) -> str:
+        """The reasons for which servers are not up, each with those that it concerns."""
+        reasons: dict = defaultdict(list)
+        for each in servers:
+            stopped = self.by_hand(each) and (
+                f'{each.state}; cmres starts nothing that somebody has stopped, so its owner must '
+                f'do that: openstack server {WAKES[each.state]} NAME')
+            fault = each.fault.rstrip('.') or 'the cloud is still starting them'
+            reasons[stopped or fault].append(each)
+        return '; '.join(f'{named(those)}: {reason}' for reason, those in reasons.items())
+
+    def tell_left(self, occurrence, now: float) -> int:
+        """Tells what has become of servers that were to stay or to be saved; LEFT once it has."""
+        left = rows('SELECT name, goal, state, snapshot FROM server WHERE occurrence_id = ? '
+                    "AND (goal IN ('stop', 'shelve', 'snapshot') OR snapshot <> '') ORDER BY n",
+                    occurrence.id)
+        if any(each.state not in FINAL and each.goal != 'delete' for each in left):
+            return 0
+        saved = ', '.join(f'{each.name} as {each.snapshot}' for each in left if each.snapshot)
+        if saved:
+            self.journal(now, 'snapshot', f'saved: {saved}', occurrence)
+        for stay in grouped([each for each in left if each.state == 'kept'], 'goal'):
+            how = 'shelved' if stay[0].goal == 'shelve' else 'stopped'
+            self.journal(now, 'stopped', f'{how} and not deleted: {named(stay)}', occurrence)
+        return LEFT
 
     def announce(self, occurrence, over: bool, now: float) -> int:
         """Tells of a start or an end that comes soon, once; what was told so far."""
@@ -7253,7 +8488,8 @@ class LifeCycle:
         if not over:
             comes = (*self.notice_times(occurrence), occurrence.held_from, occurrence.start, occurrence.end,
                      *(max(occurrence.start, occurrence.changed) + each
-                       for each in (occurrence.no_show // 2, occurrence.no_show)))
+                       for each in (occurrence.no_show // 2, occurrence.no_show)),
+                     occurrence.up_check or 0)
             return min(each for each in comes if each > now)
         if row("SELECT id FROM server WHERE occurrence_id = ? AND state NOT IN ('deleted', 'kept') LIMIT 1",
                occurrence.id):
@@ -7272,15 +8508,25 @@ class LifeCycle:
         found = row('SELECT count(ready) AS ever, max(fault) AS fault FROM server WHERE occurrence_id = ?',
                     occurrence.id)
         if (occurrence.image or occurrence.server) and not found.ever:
-            self.journal(now, 'failed', f"never up: {found.fault or 'the life cycle did not run'}", occurrence)
+            fault = (found.fault or '').rstrip('.') or 'the life cycle did not run'
+            self.journal(now, 'failed', f'never up: {fault}', occurrence)
         else:
             self.journal(now, 'ended', 'its time was over', occurrence)
 
     def journal(self, now: float, code: str, sentence: str, about) -> None:
         """An event of the life cycle, about a row that tells its reservation and whom to notify."""
+        self.note(now, code, sentence, about, json.loads(about.notify))
+
+    def note(self, now: float, code: str, sentence: str, about,
+             notify: Iterable[str] | None = None) -> None:
+        """An event of one server, which is only logged: `tell_up` tells of all of them together."""
         occurrence = getattr(about, 'occurrence_id', about.id)
-        journal(self.config, now, 'cmres', code, sentence[:1000], about.reservation_id, json.loads(about.notify),
+        journal(self.config, now, 'cmres', code, sentence[:1000], about.reservation_id, notify,
                 occurrence)
+
+    def look_again(self, occurrence: int, now: float) -> None:
+        """Lets this pass plan an occurrence whose servers are no longer as they were."""
+        run('UPDATE occurrence SET due = ? WHERE id = ? AND due > ?', now, occurrence, now)
 
     # What to do
 
@@ -7288,14 +8534,14 @@ class LifeCycle:
         """Hands the calls that are due to workers, each after its intent is written."""
         due = [server for server in rows(f'{SERVERS} WHERE v.due <= ? ORDER BY v.planned, v.id', now)
                if not self.busy(('server', server.id))]
-        notices = rows(f'{NOTICES} WHERE n.due <= ? AND {DUE["notice"][2]} ORDER BY n.due', now)
+        notices = self.next_notices(now)
         polls = rows('SELECT * FROM subscription WHERE due <= ? ORDER BY due', now)
         claims: dict = defaultdict(list)
         for each in rows('SELECT c.server, s.cloud FROM claim c JOIN resource s ON s.id = c.resource_id '
                          'WHERE c.due <= ? '
                          'LIMIT 100', now):
             claims[each.cloud].append(each.server)
-        looks, calls = set(), []
+        looks, calls, waits = set(), [], {}
         if due:
             with self.acting():
                 for server in due:
@@ -7304,6 +8550,9 @@ class LifeCycle:
                                 f'{self.config.call_timeout:g} seconds')
                         change(Server, server.id, intended=None, called=now, fault=late)
                     verb = 'look' if self.left_alone(server, now) else self.next_call(server)
+                    starts = verb in ('boot', 'start') and server.goal == 'up'
+                    if starts and self.must_wait(server, waits, now):
+                        continue
                     looks |= {server.account} if verb == 'look' else set()
                     calls += self.intend(verb, server, now) if verb != 'look' else []
         for verb, server in calls:
@@ -7311,15 +8560,45 @@ class LifeCycle:
         for account in looks:
             if self.breakers[account].until <= now:
                 self.submit(('look', account), 'look', account, self.known(account))
-        # One call at a time to each host: one that is slow holds no more than a worker.
         for notice in notices:
-            host = urlsplit(notice.target).hostname
-            pool = ' webhooks' if host else ' mails'
-            self.submit(('notice', host or notice.target), 'notice', pool, notice)
+            self.submit(('notice', notice.target, notice.owner), 'notice', ' notices', notice)
         for account, uids in claims.items():
             self.submit(('claims', account), 'trace', account, uids)
-        for each in polls:
+        for each in polls:  # one at a time of each host: one that is slow holds no more than a worker
             self.submit(('poll', urlsplit(each.url).hostname), 'poll', ' calendars', each)
+
+    def next_notices(self, now: float) -> list:
+        """The notices that go out now: by turns of their owners, and few to one host at a time.
+
+        Each target is told in order, one notice of an owner after another. An owner has a quarter
+        of the workers and mail half of them: silent hosts of some delay nobody else's notices.
+        """
+        under_way = [key for key in self.flying if key[0] == 'notice' and self.busy(key)]
+        if len(under_way) >= self.config.workers:
+            return []
+        owners = Counter(key[2] for key in under_way)
+        hosts = Counter(host_of(key[1]) for key in under_way)
+        heads = rows(f'{NOTICES} WHERE n.due <= ? AND {DUE["notice"][2]} ORDER BY n.id', now)
+        queues = {those[0].owner: iter(those) for those in grouped(heads, 'owner')}
+        chosen: list = []
+        while queues and len(under_way) + len(chosen) < self.config.workers:
+            owner = min(queues, key=owners.__getitem__)
+            notice = next((each for each in queues[owner] if self.has_room(each, hosts)), None)
+            if notice is None or owners[owner] >= max(self.config.workers // 4, 1):
+                del queues[owner]
+                continue
+            chosen.append(notice)
+            owners[owner] += 1
+            hosts[host_of(notice.target)] += 1
+        return chosen
+
+    def has_room(self, notice, hosts: Counter) -> bool:
+        """Whether a notice can go out while so many are on their way; the operator's can."""
+        if self.busy(('notice', notice.target, notice.owner)):
+            return False
+        host = host_of(notice.target)
+        most = PER_HOST if host else max(self.config.workers // 2, 1)
+        return not notice.owner or hosts[host] < most
 
     def left_alone(self, server, now: float) -> bool:
         """Whether a cloud is in such trouble that calls to it wait; a look then finds out whether it is over."""
@@ -7327,6 +8606,25 @@ class LifeCycle:
         if breaker.failures < TRIPS and breaker.until <= now:
             return False
         change(Server, server.id, due=max(breaker.until, now + self.config.poll), fault=breaker.fault[:500])
+        if server.fault != breaker.fault[:500]:
+            self.look_again(server.occurrence_id, now)
+        return True
+
+    def must_wait(self, server, waits: dict, now: float) -> bool:
+        """Whether a server can't start since its resource is closed or has less than is booked.
+
+        Args:
+          waits: by resource, what is known of that in this pass
+        """
+        if server.resource_id not in waits:
+            place = row('SELECT * FROM resource WHERE id = ?', server.resource_id)
+            waits[place.id] = self.service.waits_for(place, now)
+        why, until, which = waits[server.resource_id]
+        if which is not None and server.occurrence_id not in which:
+            return False
+        change(Server, server.id, due=min(until, now + CALM), fault=why[:500])
+        if server.fault != why[:500]:
+            self.look_again(server.occurrence_id, now)
         return True
 
     def next_call(self, server) -> str:
@@ -7343,8 +8641,11 @@ class LifeCycle:
             return 'look'
         if server.goal == 'delete' or server.goal == 'up' and server.state == 'error':
             return 'delete'
-        ready_for = {'stop': ('active',), 'shelve': ('active', *DOWN[:3]), 'snapshot': ('active', *DOWN[:3])}
-        return server.goal if server.state in ready_for.get(server.goal, ()) else 'look'
+        if server.state in ENDS_FROM.get(server.goal, ()):
+            return server.goal
+        arrived = self.arrived(UNDER_WAY.get(server.goal, ''), server.state)
+        asleep = server.state in WAKES and not arrived
+        return 'start' if server.goal in ENDS_FROM and asleep else 'look'
 
     def intend(self, verb: str, server, now: float) -> list:
         """Writes what will be done; the calls that it takes."""
@@ -7421,7 +8722,9 @@ class LifeCycle:
         return self.clouds.open(call.account).boot(Machine(
             server.name, self.mark(server), server.flavor, server.image, server.network, server.key,
             tuple(json.loads(server.security_groups)), server.user_data, json.loads(server.metadata),
-            server.label if server.mode else '', lambda: self.go_on(call)))
+            server.label if server.mode else '',
+            self.clouds.sight(call.account, server.project, json.loads(server.trusted)),
+            lambda: self.go_on(call)))
 
     def do_delete(self, call: Job) -> None:
         self.clouds.open(call.account).delete(call.target.uid)
@@ -7525,7 +8828,10 @@ class LifeCycle:
         elif result.verb == 'boot':
             self.record_boot(server, result, now)
         elif result.error:
-            self.put_off(server, self.fault(result.error), now, self.retry_after(result.error), called=result.ended)
+            # A server that can't do that is in another state than was thought: a look tells which.
+            otherwise = getattr(result.error, 'details', {}).get('status') == 409
+            self.put_off(server, self.fault(result.error), now, self.retry_after(result.error),
+                         called=result.ended, **({'state': 'unknown'} if otherwise else {}))
         elif result.verb == 'verify':
             self.record_verify(server, result.answer, now)
         else:
@@ -7550,8 +8856,8 @@ class LifeCycle:
 
     def record_verify(self, server, complete: bool | None, now: float) -> None:
         if complete:
-            self.journal(now, 'snapshot', f'{server.name} is saved as the image {server.snapshot}', server)
             change(Server, server.id, goal='delete', state='active', due=now)
+            self.look_again(server.occurrence_id, now)
         elif complete is None:
             self.put_off(server, f'the image {server.snapshot} was not completed', now, state='active')
         else:
@@ -7566,7 +8872,8 @@ class LifeCycle:
 
     def tell_trouble(self, server, fault: str, now: float) -> None:
         if not server.failures or fault[:500] != server.fault:
-            self.journal(now, 'trouble', f'{server.name}: {fault}', server)
+            self.note(now, 'trouble', f'{server.name}: {fault}', server)
+            self.look_again(server.occurrence_id, now)
 
     def pause(self, failures: int) -> float:
         most = min(self.config.retry_first * 2 ** min(failures - 1, 20), self.config.retry_most)
@@ -7662,7 +8969,8 @@ class LifeCycle:
         answer, gone = result.answer
         seen = {each.uid: each for each in answer}
         marked = {each.mark: each for each in reversed(seen.values()) if each.mark}
-        wanted, builds = set(), {each.mark for each in answer if each.state == 'build'}
+        wanted, vanished = set(), []
+        builds = {each.mark for each in answer if each.state == 'build'}
         self.building[account] = {each: since for each, since in self.building[account].items()
                                   if f'{self.clouds.store}-{each[0]}-{each[1]}' in builds}
         for server in rows(f"{SERVERS} WHERE v.state <> 'deleted' AND (v.tries > 0 OR v.borrowed)"):
@@ -7678,10 +8986,10 @@ class LifeCycle:
                 self.record_seen(server, found, now)
             elif server.account == account and (server.uid in gone or not server.uid or server.goal != 'up'
                                                 and not server.borrowed):
-                self.record_missing(server, result.began, now)
+                vanished += self.record_missing(server, result.began, now)
+        self.tell_vanished(vanished, now)
         run("UPDATE server SET due = ? WHERE account = ? AND goal = 'up' AND state = 'active'",
             now + self.config.sweep, account)
-        self.tell_ready(account, now)
         for uid in seen.keys() - wanted:
             if seen[uid].mark and now - seen[uid].made >= self.config.orphan_grace:
                 self.submit(('clear', uid), 'clear', account, uid)
@@ -7698,18 +9006,22 @@ class LifeCycle:
                        addresses=json.dumps(seen.addresses))
                 run('UPDATE occurrence SET revision = revision + 1, revised = ? WHERE id = ?', int(now),
                     server.occurrence_id)
+                self.look_again(server.occurrence_id, now)
         elif server.goal in ('stop', 'shelve') and self.arrived(UNDER_WAY[server.goal], seen.state):
             change(Server, server.id, uid=seen.uid, state='kept', due=None)
-            self.journal(now, 'stopped', f'{server.name} is {seen.state} and stays', server)
+            self.look_again(server.occurrence_id, now)
         elif server.goal == 'up' and seen.state == 'build' and self.too_slow(server):
             late = f'it did not come up within {format_duration(self.config.boot_timeout)}'
             change(Server, server.id, uid=seen.uid, state='error', fault=late, due=now)
+            self.look_again(server.occurrence_id, now)
         else:
             later = now + self.config.poll
             known = server.uid and server.state == seen.state  # then its instant is set already
             calls = self.next_call(server._replace(uid=seen.uid, state=seen.state)) != 'look'
             change(Server, server.id, uid=seen.uid, state=seen.state, fault=seen.fault[:500] or server.fault,
                    due=max(server.due or 0, later) if known else now if calls else later)
+            if not known:
+                self.look_again(server.occurrence_id, now)
 
     def too_slow(self, server) -> bool:
         """Whether this process has seen a server boot for too long; by a clock that nobody sets."""
@@ -7718,18 +9030,18 @@ class LifeCycle:
 
     def arrived(self, under_way: str, state: str) -> bool:
         """Whether a cloud's state is what was asked for."""
-        return state in {'starting': ('active',), 'stopping': DOWN, 'shelving': DOWN[3:]}.get(under_way, ())
+        return state in ARRIVED.get(under_way, ())
 
-    def record_missing(self, server, looked: float, now: float) -> None:
-        """A server that the look didn't show: gone, never made, or too new to be in it."""
+    def record_missing(self, server, looked: float, now: float) -> list:
+        """A server that the look didn't show: gone, never made, or too new; it, if it vanished."""
         called, due = server.called or 0, server.due or 0
         if server.state == 'planned' or server.intended is not None:
-            return
+            return []
         if not server.uid and looked < called + self.config.settle:
             soon = now + max(self.config.poll, self.config.retry_first)
             change(Server, server.id, due=min(called + self.config.settle, max(due, soon)))
         elif looked <= called:
-            return
+            return []
         elif server.goal != 'up':
             change(Server, server.id, state='deleted', deleted=now, due=None)
         elif server.borrowed:
@@ -7738,21 +9050,19 @@ class LifeCycle:
             self.put_off(server, server.fault or 'it was never made', now, state='planned', uid=None)
         else:
             change(Server, server.id, state='planned', uid=None, fault='it vanished from the cloud', due=now)
-            self.journal(now, 'vanished', f'{server.name} vanished from the cloud', server)
+            return [server]
+        return []
 
-    def tell_ready(self, account: str, now: float) -> None:
-        """Announces, once each, the occurrences all of whose servers are up."""
-        for each in rows("""SELECT o.id, o.start, o.told, o.reservation_id, r.notify,
-                                   count(*) AS up, max(v.ready) AS ready,
-                                   group_concat(v.name || ' ' || trim(replace(v.addresses, '"', ''), '[]'), ', ')
-                                   AS servers
-                              FROM occurrence o JOIN reservation r ON r.id = o.reservation_id
-                              JOIN server v ON v.occurrence_id = o.id
-                             WHERE o.due IS NOT NULL AND o.told & ? = 0 AND v.account = ? AND v.goal = 'up'
-                               AND v.state = 'active' GROUP BY o.id HAVING count(*) >= o.vms""", READY, account):
-            change(Occurrence, each.id, told=each.told | READY)
-            late = format_duration(max(each.ready - each.start, 0))
-            self.journal(now, 'ready', f'all {each.up} are up, {late} after the start: {each.servers}', each)
+    def tell_vanished(self, servers: list, now: float) -> None:
+        """Tells of the servers of each occurrence that vanished; once, while they come and go."""
+        for those in grouped(servers, 'occurrence_id'):
+            id = those[0].occurrence_id
+            again = row('SELECT up_told FROM occurrence WHERE id = ?', id).up_told is None
+            self.note(now, 'vanished', 'these VMs vanished from the cloud with all that was on '
+                      f'them, and are made anew: {named(those)}', those[0],
+                      None if again else json.loads(those[0].notify))
+            change(Occurrence, id, up_told=None)  # so that it is told when they are up
+            self.look_again(id, now)
 
 
 # REST ########################################################################
@@ -7776,7 +9086,8 @@ def rest(service: Reservations, told: Callable | None = None):
         for verb, path, fixed in operation.routes:
             app.route((BASE + path).rstrip('/'), verb, handler(service, operation, fixed))
     app.route('/healthz', 'GET', health_handler(service))
-    app.route('/calendar/<secret>.ics', 'GET', feed_handler(service))
+    for path in ('/calendar/<secret>/<name>.ics', '/calendar/<secret>.ics'):  # programs show the end
+        app.route(path, 'GET', feed_handler(service))
     app.route('/openapi.json', 'GET', handler(service, None, {}))
     return app
 
@@ -7790,7 +9101,8 @@ def handler(service: Reservations, operation: Operation | None, fixed: dict) -> 
             acting = service.acting(actor_of(bearer(bottle.request)))
             if operation is None:
                 return reply(200, openapi())
-            given = given_once(read_query(bottle.request), read_body(bottle.request), path, fixed)
+            body = read_body(bottle.request, most_body(operation))
+            given = given_once(read_query(bottle.request), body, path, fixed)
             bound = bind(operation, given, acting.here)
             answer = getattr(acting, operation.name)(**bound)
         except Error as error:
@@ -7825,7 +9137,7 @@ def feed_handler(service: Reservations) -> Callable:
             kept[feed.id] = version, until, f'"{hashed(text)[:32]}"', text
         return kept[feed.id][2:]
 
-    def handle(secret: str):
+    def handle(secret: str, name: str = ''):
         try:
             etag, text = current(secret)
         except Error as error:
@@ -7902,15 +9214,21 @@ def fields_of(text: bytes, what: str) -> dict:
     return given_once(*({name: value} for name, value in pairs))
 
 
-def whole_body(request) -> bytes:
-    """The body of a request; TooLarge if it has more than MOST_BODY bytes."""
-    if (request.content_length or 0) > MOST_BODY or len(body := request.body.read(MOST_BODY + 1)) > MOST_BODY:
-        raise TooLarge(f'the body is larger than {MOST_BODY} bytes; send it in parts')
+def whole_body(request, most: int = MOST_BODY) -> bytes:
+    """The body of a request; TooLarge if it has more than `most` bytes."""
+    if (request.content_length or 0) > most or len(body := request.body.read(most + 1)) > most:
+        raise TooLarge(f'the body is larger than {most} bytes; send it in parts')
     return body
 
 
-def read_body(request) -> dict:
-    text = whole_body(request)
+def most_body(operation: Operation) -> int:
+    """How many bytes its body may have: a calendar in JSON is longer than in a file."""
+    takes_calendar = any(each.annotation is Ics for each in operation.parameters.values())
+    return 2 * MOST_ICS if takes_calendar else MOST_BODY
+
+
+def read_body(request, most: int) -> dict:
+    text = whole_body(request, most)
     if not text.strip():
         return {}
     if request.content_type.partition(';')[0].strip().lower() == 'text/calendar':
@@ -8276,6 +9594,9 @@ TEMPLATES = {'layout': '''<!doctype html>
 ''', 'sure': '''
 <div class="card"><p>{{words}} <strong><bdi>{{about}}</bdi></strong>
 {{f', the one of {which[:16].replace("T", " ")}' if which else ''}}? This can not be undone.</p>
+% for each in warnings:
+<p><strong>{{each}}.</strong></p>
+% end
 <form method="post" action="/do/{{operation}}" class="row">{{!visit.guard}}
 % for name, value in fields.items():
 <input type="hidden" name="{{name}}" value="{{value}}">
@@ -8843,29 +10164,34 @@ class CloudNames:
 
     def __init__(self, clouds: Clouds):
         self.clouds, self.lock = clouds, threading.Lock()
-        self.found: dict[str, tuple[float, dict, str]] = {}  # by account: until when, names by kind, why there are none
-        self.asking: dict[str, threading.Thread] = {}
+        # By account and what of it is in sight: until when, names by kind, why there are none.
+        self.found: dict[tuple[str, Sight], tuple[float, dict, str]] = {}
+        self.asking: dict[tuple[str, Sight], threading.Thread] = {}
 
-    def of(self, account: str, patience: float = 1) -> tuple[dict[str, list[str]], str]:
-        """The names that are known of an account, by kind; and why, if it does not answer within some seconds."""
+    def of(self, account: str, sight: Sight,
+           patience: float = 1) -> tuple[dict[str, list[str]], str]:
+        """The names in sight, by kind; and why, if the cloud does not answer within some seconds."""
         nothing = (0.0, {'flavor': [], 'image': []}, f'the cloud {account} does not answer yet')
+        key = account, sight._replace(project='')  # that is for servers only
         with self.lock:
-            thread = self.asking.get(account)
-            if time.monotonic() >= self.found.get(account, nothing)[0] and not (thread and thread.is_alive()):
-                thread = self.asking[account] = threading.Thread(target=self.ask, args=(account,), daemon=True)
+            thread = self.asking.get(key)
+            under_way = thread and thread.is_alive()
+            if time.monotonic() >= self.found.get(key, nothing)[0] and not under_way:
+                thread = self.asking[key] = threading.Thread(target=self.ask, args=key, daemon=True)
                 thread.start()
         if thread:
-            thread.join(patience if account not in self.found else 0)
-        return self.found.get(account, nothing)[1:]
+            thread.join(patience if key not in self.found else 0)
+        return self.found.get(key, nothing)[1:]
 
-    def ask(self, account: str) -> None:
+    def ask(self, account: str, sight: Sight) -> None:
         """Looks the names up, however long that takes."""
         try:
             cloud = self.clouds.open(account)
-            names, why = {kind: sorted(cloud.names(kind))[:500] for kind in ('flavor', 'image')}, ''
+            names, why = {kind: sorted(cloud.names(kind, sight))[:500]
+                          for kind in ('flavor', 'image')}, ''
         except CloudError as error:
             names, why = {'flavor': [], 'image': []}, str(error)
-        self.found[account] = time.monotonic() + (10 if why else 60), names, why
+        self.found[account, sight] = time.monotonic() + (10 if why else 60), names, why
 
 
 class Pages:
@@ -9191,7 +10517,10 @@ class Pages:
         place = row('SELECT * FROM resource WHERE name = ? AND removed IS NULL', resource)
         if not visit.writes or not place or not place.cloud:
             return {'flavor': [], 'image': []}, ''
-        return self.names.of(self.service.clouds.account(place.cloud, visit.actor.project))
+        clouds, project = self.service.clouds, visit.actor.project
+        account = clouds.account(place.cloud, project)
+        sight = clouds.sight(account, project, admin=visit.actor.role == ADMIN)
+        return self.names.of(account, sight)
 
     def filled(self, visit: Visit, given: dict) -> dict:
         """The fields of the form: as given, times as clocks show them there; what was clicked on, not before now."""
@@ -9342,6 +10671,7 @@ class Pages:
         if name in ASKS and not sure:
             return self.page(visit, 'Are you sure?', render_page(
                 'sure', visit=visit, operation=name, fields=given, words=DEEDS[name][0], back=onward,
+                warnings=self.warned(visit, operation, said) if name == 'delete' else [],
                 about=said.get('label') or said.get('name') or said.get('id'), which=said.get('occurrence')))
         # What a form has shown and nobody has changed is not asked for.
         said = {field: value for field, value in said.items()
@@ -9351,6 +10681,13 @@ class Pages:
         answer = getattr(visit.service, name)(**bind(operation, said, visit.here))
         return self.onward(onward, told_done(name, said, answer))
 
+    def warned(self, visit: Visit, operation: Operation, said: dict) -> list[str]:
+        """What a delete would warn of, if it were meant."""
+        said = {field: value for field, value in said.items() if value != ''}
+        bound = bind(operation, {'tz': visit.zone.key} | said | {'dry_run': True}, visit.here)
+        gone = visit.service.delete(**bound)
+        return [warning for each in gone for warning in each.get('warnings', ())]
+
 
 def told_done(name: str, said: dict, answer) -> str:
     """What a form has done, in a sentence."""
@@ -9359,7 +10696,10 @@ def told_done(name: str, said: dict, answer) -> str:
         return f"the token of {about}, shown only now: {answer.get('token', '')}"
     hit = answer.get('hit', []) if isinstance(answer, dict) else []
     told = ', '.join(f"{each['label']} of {each['user']} ({each['outcome']})" for each in hit[:20])
-    return (f"'{about}' {DONE[name]}" if name in DONE else f'done: {API[name].words} {about}') + (
+    gone = answer if name == 'delete' else ()
+    warned = [warning for each in gone for warning in each.get('warnings', ())]
+    done = f"'{about}' {DONE[name]}" if name in DONE else f'done: {API[name].words} {about}'
+    return '; '.join([done, *warned]) + (
         f'; {len(hit)} were in the way: {told}' if hit else '')
 
 
@@ -9708,7 +11048,7 @@ ALSO = {'--from': ([], '--start'), '--to': ([], '--end'), '--by': (['report'], '
 
 #: What a table shows of answers that have more fields than a line has room for.
 COLUMNS = {'list': 'id label user project resource host vms flavor start end repeat state change fault',
-           'delete': 'id label user project resource vms start end state',
+           'delete': 'id label user project resource vms start end state ends_with warnings',
            'calendar_list': 'id kind user project shows added polled fault held',
            'hit': 'label user project vms start end outcome', 'resource_sync': 'resource what before after',
            'servers': 'n name state addresses planned begun ready deleted snapshot fault',
@@ -9735,7 +11075,8 @@ def serve(config: Config, host: Name = '', port: int = None, noscheduler: bool =
     try:
         server = waitress.create_server(
             web(service), host=config.host, port=config.port, threads=config.threads, connection_limit=1000,
-            asyncore_use_poll=True, max_request_body_size=8 * MOST_BODY, ident=None, clear_untrusted_proxy_headers=True)
+            asyncore_use_poll=True, max_request_body_size=4 * MOST_ICS, ident=None,
+            clear_untrusted_proxy_headers=True)
     except (OSError, ValueError) as error:
         raise Unavailable(f"can't listen on {config.host}:{config.port}: {error}; choose another with --port") from None
     service.config = config = dataclasses.replace(config, port=getattr(server, 'effective_port', config.port))
@@ -9779,7 +11120,8 @@ WORDS |= {'port': 'port to listen on; 0 takes a free one',
 def occurrences(config: Config, file: Ics, start: When = None, end: When = None, tz: Zone = '') -> Rows:
     """Tells when the events of an iCalendar file occur, in the next 366 days unless --start and --end say otherwise.
 
-    Nothing is reserved. Times without a zone and whole days are in that of --tz.
+    Nothing is reserved. Times without a zone and whole days are in that of --tz. Events that can't be
+    understood are not listed but named on the error output.
 
     Example:
       python cmres.py occurrences class.ics --start 2027-01-01 --end 2027-02-01 --tz Europe/Paris
@@ -9788,7 +11130,13 @@ def occurrences(config: Config, file: Ics, start: When = None, end: When = None,
     end = start + (timedelta(days=366) if end is None else end) if not isinstance(end, datetime) else end
     if not start < end:
         raise Invalid(f'the end {to_plain(end)} is not after the start {to_plain(start)}')
-    return occurrences_of(read_calendar(file, 'the file'), read_zone(tz or config.timezone), start, end)
+    zone = read_zone(tz or config.timezone)
+    found, refused = occurrences_of(read_calendar(file, 'the file'), zone, start, end)
+    if refused and not found:
+        raise refused[0]
+    for error in refused:
+        print(f'cmres: not listed: {error}', file=sys.stderr)
+    return found
 
 
 LOCAL = {each.__name__: Operation(each.__name__, each, ADMIN, [('POST', '', {})])
@@ -10050,7 +11398,13 @@ def make(call: Call, config: Config, options: dict) -> str | None:
     if options.get('follow'):
         follow(asked, bound, form, config.zone)
     columns = None if operation.name == 'events' else COLUMNS.get(operation.name)
-    return render(asked(**bound), form, config.zone, columns)
+    answer = asked(**bound)
+    text = render(answer, form, config.zone, columns)
+    outcomes = {each['outcome'] for each in answer['events']} if operation.name == 'import_' else ()
+    if outcomes == {'refused'}:
+        print(text)
+        raise BadCalendar(f"all events that ask for VMs are refused: {len(answer['events'])}")
+    return text
 
 
 def follow(events: Callable, bound: dict, form: str, zone: ZoneInfo, pause: float = 1) -> None:
