@@ -1630,6 +1630,7 @@ class Reservation(Table):
     added = peewee.IntegerField()
     changed = peewee.IntegerField()
     over = peewee.IntegerField()  # from then on its label is free again
+    carried = peewee.CharField(null=True)  # by which day and zone table a series was carried on last
 
     class Meta:
         indexes = ((('project', 'label', 'over'), False),)
@@ -1666,6 +1667,9 @@ class Occurrence(Table):
 
 LIVE = Occurrence.due.is_null(False)  # partial indexes on it leave history out
 Occurrence.add_index(Occurrence.index(Occurrence.due, where=LIVE, name='occurrence_due'))
+# What has ended; where its end is still to come, a wrong clock has ended it.
+Occurrence.add_index(Occurrence.index(
+    Occurrence.end, where=Occurrence.due.is_null() & Occurrence.cancelled.is_null(), name='occurrence_ended'))
 Occurrence.add_index(Occurrence.index(Occurrence.start, where=LIVE, name='occurrence_live'))
 Occurrence.add_index(Occurrence.index(Occurrence.resource, Occurrence.held_from, where=LIVE, name='occurrence_held'))
 
@@ -1674,6 +1678,10 @@ Reservation.add_index(Reservation.index(Reservation.request, where=Reservation.r
                                         name='reservation_request'))
 Reservation.add_index(Reservation.index(Reservation.waiting, where=Reservation.waiting.is_null(False),
                                         name='reservation_waiting'))
+Reservation.add_index(Reservation.index(
+    Reservation.over, Reservation.carried, where=Reservation.series != '', name='reservation_series'))
+Reservation.add_index(Reservation.index(
+    Reservation.waiting, where=Reservation.waiting.is_null(False), name='reservation_waiting'))
 Reservation.add_index(Reservation.index(Reservation.pending, where=Reservation.pending.is_null(False),
                                         name='reservation_pending'))
 
@@ -1780,7 +1788,8 @@ class Server(Table):
     begun = peewee.DoubleField(null=True)
     ready = peewee.DoubleField(null=True)
     deleted = peewee.DoubleField(null=True)
-    called = peewee.DoubleField(null=True)  # when the last call for it was intended, and then when it ended
+    intended = peewee.DoubleField(null=True)  # when a call whose end is not known was intended
+    called = peewee.DoubleField(null=True)  # when the last call for it has ended, at the latest
     due = peewee.DoubleField(null=True)
 
 
@@ -1925,7 +1934,7 @@ TABLES = [Resource, Reservation, Occurrence, Capacity, Proposal, ExtraHold, Limi
 #: which tell of today: each names its tables and columns.
 MIGRATIONS: list[Callable] = [
     lambda: add_tracks(), lambda: add_proposals(), lambda: add_up_told(), lambda: add_owners(),
-    lambda: trust_names(), lambda: add_sessions()]
+    lambda: trust_names(), lambda: add_sessions(), lambda: add_ends_of_calls()]
 
 
 def open_store(path: str, key: str = '') -> None:
@@ -2451,6 +2460,21 @@ def add_sessions() -> None:
           until INTEGER NOT NULL);
         CREATE INDEX session_until ON session (until);
         DELETE FROM fact WHERE name = 'page' OR name LIKE 'out %'""")
+
+
+def add_ends_of_calls() -> None:
+    """Version 8: calls whose end is not known, how far series are, indexes of what waits or has ended."""
+    add_columns('server', {'intended': 'REAL'})
+    add_columns('reservation', {'carried': 'VARCHAR(255)'})
+    run("UPDATE server SET intended = called WHERE state = 'build' AND uid IS NULL AND due IS NOT NULL")
+    run('CREATE INDEX IF NOT EXISTS occurrence_ended ON occurrence ("end") '
+        'WHERE due IS NULL AND cancelled IS NULL')
+    run("CREATE INDEX IF NOT EXISTS reservation_series ON reservation (over, carried) WHERE series != ''")
+    run('CREATE INDEX IF NOT EXISTS reservation_waiting ON reservation (waiting) '
+        'WHERE waiting IS NOT NULL')
+    run('UPDATE reservation SET waiting = NULL, pending = NULL '
+        'WHERE (waiting IS NOT NULL OR pending IS NOT NULL) AND NOT EXISTS '
+        '(SELECT 1 FROM occurrence WHERE reservation_id = reservation.id AND cancelled IS NULL)')
 
 
 # What goes wrong with the store. SQLite's first error is what the user is told, with what helps.
@@ -3148,6 +3172,8 @@ class Machine(NamedTuple):
     metadata: dict = {}
     hint: str = ''  # the label under which Nova's scheduler is to let it boot
     sight: Sight = EVERYTHING  # what it may be made of
+    #: Called just before the request that makes it; raises if it is too late for that.
+    fence: Callable[[], None] = lambda: None
 
 
 class Aggregate(NamedTuple):
@@ -3209,7 +3235,10 @@ class Cloud:
         return [each.name for each in self.things(kind) if each.name and sight.shows(kind, each)]
 
     def boot(self, machine: Machine) -> str:
-        """Begins to make one server and tells its id; unless CloudError is `sure`, it may exist all the same."""
+        """Begins to make one server and tells its id; unless CloudError is `sure`, it may exist all the same.
+
+        Calls the machine's `fence` just before the one request that makes it, and lets through what that raises.
+        """
         raise NotImplementedError
 
     def servers(self) -> list[Seen]:
@@ -3255,6 +3284,10 @@ class Cloud:
     def hosts(self, uids: Iterable[str]) -> dict[str, str | None]:
         """On which host each server is: '' while it is nowhere yet, None if it is gone or failed."""
         raise NotImplementedError
+
+    def time(self) -> float | None:
+        """The cloud's own clock, in seconds since 1970, to about a second; None where it tells none."""
+        return None
 
     def check(self, named: Iterable[tuple[str, str]], sight: Sight = EVERYTHING) -> list[Thing]:
         """What is found for (kind, name) pairs, in their order.
@@ -3493,6 +3526,7 @@ class OpenStack(Cloud):
             wish['scheduler_hints'] = {'cmres': machine.hint}
         if machine.user_data:
             wish['user_data'] = base64.b64encode(machine.user_data.encode()).decode()
+        machine.fence()
         with self.calling('make a server') as cloud:
             return cloud.compute.create_server(**wish).id
 
@@ -3601,6 +3635,12 @@ class OpenStack(Cloud):
             failed = server.status.lower() in GONE or server.status == 'ERROR' and not host
             return None if failed else host
 
+    def time(self):  # the header Date of any answer, RFC 9110, section 6.6.1
+        from email.utils import parsedate_to_datetime
+        with self.calling('tell the time', sure=True) as cloud:
+            said = cloud.compute.get('/flavors', params={'limit': 1}).headers.get('Date')
+            return parsedate_to_datetime(said).timestamp() if said else None
+
 
 class Simulated(Cloud):
     """A cloud inside the store, to see and test everything without one."""
@@ -3626,6 +3666,7 @@ class Simulated(Cloud):
         time.sleep(self.config.simulated_latency)
         self.check(named_by(machine._asdict()), machine.sight)
         uid = secrets.token_hex(8)
+        machine.fence()
         with transaction():
             full = 0 < self.config.simulated_vms <= self.present().count()
             fault = 'No valid host was found.' if full or random.random() < self.config.simulated_failures else ''
@@ -5071,10 +5112,16 @@ class Service:
                  wake: Callable[[], None] = lambda: None, progress: Callable[[list], Iterable] = iter):
         self.config, self.clouds, self.actor = config, clouds, actor
         self.clock, self.wake, self.progress = clock, wake, progress
+        # Called in each transaction that writes; raises to end it.
+        self.fence: Callable[[], None] = lambda: None
+        # The seconds since the life cycle of this process has made a pass; None: it has none.
+        self.age: Callable[[], float] | None = None
 
     def acting(self, actor: Actor) -> Service:
         """The same service on behalf of somebody else."""
-        return type(self)(self.config, self.clouds, actor, self.clock, self.wake, self.progress)
+        other = type(self)(self.config, self.clouds, actor, self.clock, self.wake, self.progress)
+        other.fence = self.fence
+        return other
 
     @property
     def here(self) -> Here:
@@ -5085,6 +5132,7 @@ class Service:
     def writing(self, dry_run: bool = False) -> Iterator[float]:
         """A transaction that yields its instant and wakes the life cycle when it has changed something."""
         with transaction(keep=not dry_run):
+            self.fence()
             yield self.clock()
         if not dry_run:
             self.wake()
@@ -6398,6 +6446,9 @@ class Admission(Series):
             self.reshape(first.reservation, self.carried_on(first), now, gentle=True, again=False)
         else:
             self.close(first.reservation, [], now)
+        run('UPDATE reservation SET waiting = NULL, pending = NULL WHERE id = ? AND NOT EXISTS '
+            '(SELECT 1 FROM occurrence o WHERE o.reservation_id = ? AND o.cancelled IS NULL)',
+            first.reservation, first.reservation)  # there is nothing left to wait for
         self.keep_stopped(first.reservation, now, freed)
         only = first.id if len(found) == 1 and first.repeats else None
         said = [why or f'cancelled by {self.actor.user}']
@@ -6564,6 +6615,13 @@ class Waiting(Admission):
                 self.cancel(self.live(part), now, why, ends=True)
         for each in rows('SELECT DISTINCT reservation_id AS reservation FROM proposal WHERE until <= ?', int(now)):
             self.leave_as_it_was(each.reservation, now, 'nobody has approved the change in time')
+
+    def may_admit(self, now: float) -> bool:
+        """Whether there is room for something that waits; only reads."""
+        requests = self.waiting_requests(now) if row(ANY_WAITING) else []
+        return any(all(any(fits(place, max(each.held_from, int(now)), each.end, amount)
+                           for place, amount in self.choices(each))
+                       for each in request) for request in requests)
 
     def leave_as_it_was(self, reservation: int, now: float, why: str) -> None:
         """Drops what is asked of a reservation and of the other parts of its request, and tells of it."""
@@ -8446,6 +8504,14 @@ class Reservations(Calendars):
 #   (3) the answer is written. Where (3) is missing, a look at the cloud finds the server by its
 #       mark, or, once it can't come any more, finds that there is none: then from (1), a new mark.
 #
+# When can't it come any more? A call has `call_timeout` from the instant that a worker begins it,
+# and from the request that makes the server once more; where that is over it is fenced, so that
+# what it has not asked for by then it never will. Calls of another process began before it lost
+# the lease. From the latest end that is possible, `settle` goes by before a look is believed.
+#
+# Two clocks must agree before anything ends: the wall clock and the uptime. One that jumps ahead is
+# doubted, and until something confirms it a pass goes by the instant to which the uptime leads.
+#
 # What a server needs next follows from its goal and its state alone; `due` only says when to ask.
 # Of several processes one acts, by a lease with a deadline: it is renewed while passes are made, it
 # is looked at in every transaction and before every call, and who lost it does nothing more.
@@ -8463,8 +8529,17 @@ ENDS_FROM = {'stop': ('active',), 'shelve': ('active', *DOWN[:3]),
 ARRIVED = {'starting': ('active',), 'stopping': ('shutoff', *DOWN[2:]), 'shelving': DOWN[3:]}
 GONE = ('deleted', 'soft_deleted')  # what Nova may still list for a moment
 FINAL = ('deleted', 'kept')  # it is gone, or it stays as its owner wished and is no longer ours to watch
+DRIFT = 1e-4  # seconds by which two clocks may part in one, without either being wrong
 CALM = 60  # seconds that another number of servers must be up before it is told
 TRIPS = 3  # failures in a row after which a cloud is left alone for a while
+
+#: What a pass looks at once its instant has come, and the next pass waits for: table, column, rows.
+DUE = {'occurrence': ('occurrence o', 'o.due', '1'), 'server': ('server v', 'v.due', '1'),
+       # Each target is told in order, one notice of an owner after another.
+       'notice': ('outbox n', 'n.due',
+                  'n.id IN (SELECT min(id) FROM outbox WHERE due IS NOT NULL GROUP BY target, owner)'),
+       'subscription': ('subscription u', 'u.due', '1'), 'claim': ('claim c', 'c.due', '1'),
+       'pending': ('reservation r', 'r.pending', '1'), 'proposal': ('proposal p', 'p.until', '1')}
 
 SERVERS = '''SELECT v.*, r.flavor, r.image, r.network, r.key, r.security_groups, r.user_data, r.metadata,
                     r.label, r.project, r.trusted, r.notify, o.reservation_id, o."end", o.resource_id, s.mode
@@ -8491,16 +8566,28 @@ class LostLease(Error):
     """Another scheduler acts now; this one must not."""
 
 
-class Result(NamedTuple):
-    """A call that ended: what for, when, and its answer or its error."""
+@dataclasses.dataclass(eq=False)
+class Job:
+    """What a worker is to do, and once that ended, when, and its answer or its error."""
     key: tuple
     verb: str
     account: str
     target: Any
-    began: float
-    ended: float
+    taken: float | None = None  # the uptime from which its time counts; None: it waits for a worker
+    fenced: bool = False        # its time is over, and it must not make anything any more
+    began: float = 0.0
+    ended: float = 0.0
     answer: Any = None
     error: Exception | None = None
+
+
+class Trust(NamedTuple):
+    """How the wall clock stood to the uptime when it was believed last, and what is doubted since."""
+    boot: str      # since which start of this computer the uptime counts
+    offset: float  # seconds of the wall clock less those of the uptime
+    uptime: float
+    doubted: float | None = None  # another offset
+    since: float = 0.0            # the uptime at which that was first seen, or contradicted last
 
 
 class Breaker(NamedTuple):
@@ -8525,24 +8612,51 @@ def named(found: list, most: int = 5) -> str:
     return f'{names} and {len(found) - most} more' if len(found) > most else names
 
 
-class LifeCycle:
-    """Boots what has begun, ends what is over, and looks whether it is so."""
+def seconds_up() -> float:
+    """Seconds since this computer was started, also while it slept, by a clock that nobody sets."""
+    return time.clock_gettime(getattr(time, 'CLOCK_BOOTTIME', time.CLOCK_MONOTONIC))
 
-    def __init__(self, config: Config, clouds: Clouds, clock: Callable[[], float] = time.time):
+
+def boot_id() -> str:
+    """A name for the time since this computer was started; else one for this process."""
+    try:
+        with open('/proc/sys/kernel/random/boot_id', encoding='ascii') as file:
+            return file.read().strip()
+    except OSError:
+        return secrets.token_hex(8)
+
+
+class LifeCycle:
+    """Boots what has begun, ends what is over, and looks whether it is so.
+
+    Args:
+      clock: seconds since 1970, by a clock that people and programs may set
+      uptime: seconds on a clock that nobody sets; without it, a clock that is passed in is both
+    """
+
+    def __init__(self, config: Config, clouds: Clouds, clock: Callable[[], float] = time.time,
+                 uptime: Callable[[], float] | None = None):
         self.config, self.clouds, self.clock = config, clouds, clock
+        self.uptime = uptime or (seconds_up if clock is time.time else lambda: self.clock())
+        self.boot, self.trust, self.asked = boot_id(), None, float('-inf')
         self.name = f'{socket.gethostname()}:{os.getpid()}:{secrets.token_hex(4)}'
         self.leased_until = self.latest = 0.0
         self.wake = threading.Event()
-        self.flying: dict[tuple, float] = {}  # calls that workers have, and until when they are waited for
-        self.results: queue.SimpleQueue[Result] = queue.SimpleQueue()
-        self.ended: list[Result] = []    # results that are not on disk yet
+        self.passed = time.monotonic()  # when a pass has worked last
+        self.flying: dict[tuple, Job] = {}  # calls that workers have or will have
+        self.hanging: set[Job] = set()      # calls that workers have although their time is over
+        self.fence = threading.Lock()        # whether a call may go on is decided by one thread at a time
+        self.results: queue.SimpleQueue[Job] = queue.SimpleQueue()
+        self.ended: list[Job] = []          # calls that ended, which is not on disk yet
         self.pools: dict[str, ThreadPoolExecutor] = {}
         self.breakers: dict[str, Breaker] = defaultdict(Breaker)
-        self.building: dict[tuple, float] = {}  # since when servers were seen to boot
-        self.service = Reservations(config, clouds, Actor('cmres', 'default', ADMIN), lambda: self.clock())
+        # Since when servers were seen to boot, by account.
+        self.building: dict[str, dict] = defaultdict(dict)
+        self.service = Reservations(config, clouds, Actor('cmres', 'default', ADMIN), self.now)
+        self.service.fence = self.refuse_without_lease
+        self.stale = False  # whether series are still to be carried on
+        self.zones, self.fresh_until = '', 0.0
         self.reported: set[str] = set()  # orphans that wait for an admin
-        self.stale: list[int] = []  # reservations whose series are to be carried on
-        self.fresh_until = 0.0
 
     # Repeating
 
@@ -8551,12 +8665,14 @@ class LifeCycle:
         if not self.lead(now):
             self.forget()
             return False
+        now = self.believed(now)
         if now < self.latest - 2:
             log.warning('the clock was set back by %.0f seconds', self.latest - now)
             self.pull_forward(now)
             self.sweep()
         self.latest = now
         self.record(now)
+        self.give_up()
         self.refresh(now)
         self.admit_waiting(now)
         self.plan(now)
@@ -8566,42 +8682,63 @@ class LifeCycle:
     def settle(self) -> bool:
         """Passes until no call is under way: what `tick` does; false if another scheduler acts."""
         acting = self.converge(self.clock())
-        while acting and any(map(self.busy, [*self.flying])):
-            self.wake.wait(1)
+        while acting and (self.stale or self.under_way()):
+            self.wake.wait(0 if self.stale else 1)
             self.wake.clear()
             acting = self.converge(self.clock())
         return acting
 
+    def under_way(self) -> bool:
+        """Whether a call may still end in time: a worker has it, or will be free for it."""
+        hanging = Counter(call.account for call in self.hanging)
+        return any(hanging[call.account] < self.config.workers for call in self.flying.values())
+
     def next_due(self, after: float = 0) -> float:
         """When, after an instant, the next pass has something to do; infinity if nothing is planned."""
-        found = [row(f'SELECT min(due) AS due FROM {table} WHERE due > ?', after).due
-                 for table in ('occurrence', 'server', 'outbox', 'subscription', 'claim')]
-        found.append(row('SELECT min(pending) AS due FROM reservation WHERE pending > ?', after).due)
-        found.append(row('SELECT min(until) AS due FROM proposal WHERE until > ?', after).due)
+        found = [row(f'SELECT min({column}) AS due FROM {table} WHERE {column} > ? AND {which}', after).due
+                 for table, column, which in DUE.values()]
         return min((due for due in found if due is not None), default=float('inf'))
+
+    def is_due(self, what: str, now: float) -> bool:
+        """Whether anything of a kind is due."""
+        table, column, which = DUE[what]
+        return bool(row(f'SELECT 1 AS one FROM {table} WHERE {column} <= ? AND {which} LIMIT 1', now))
 
     def run(self, stop: threading.Event) -> None:
         """Passes at every instant that is due, at every change, and at least every second, until `stop` is set."""
         import schedule
         beat = schedule.Scheduler()
         beat.every(1).seconds.do(lambda: None)  # other processes may change the store; clocks may be set
-        beat.every(max(int(10 * self.config.sweep), 1)).seconds.do(self.sweep)
-        beat.every(max(int(self.config.verify_every), 1)).seconds.do(self.check_file)
+        beat.every(max(int(10 * self.config.sweep), 1)).seconds.do(self.guarded, self.sweep)
+        beat.every(max(int(self.config.verify_every), 1)).seconds.do(self.guarded, self.check_file)
         while not stop.is_set():
             wait = self.guarded_pass()
-            self.wake.wait(max(min(wait, beat.idle_seconds, 1), 0))  # `schedule` goes by a clock that may be set
-            self.wake.clear()
-            beat.run_pending()
-        self.finish()
+            stop.wait(self.guarded(lambda: self.rest(wait, beat)))
+        self.guarded(self.finish)
+
+    def rest(self, wait: float, beat) -> float:
+        """Waits until the next pass is due; 0, so that nothing else is waited for."""
+        self.wake.wait(max(min(wait, beat.idle_seconds, 1), 0))  # `schedule` goes by a clock that may be set
+        self.wake.clear()
+        beat.run_pending()
+        return 0
 
     def guarded_pass(self) -> float:
         """One pass that survives whatever happens; the seconds until the next one is due."""
+        return self.guarded(self.one_pass)
+
+    def one_pass(self) -> float:
+        now, acts = self.now(), self.converge(self.clock())
+        self.passed = time.monotonic()
+        if not acts:
+            return 1
+        # What was due already is done, or waits for a call, and each of them wakes us when it ends.
+        return 0 if self.stale else self.next_due(now) - self.now()
+
+    def guarded(self, deed: Callable[[], float]) -> float:
+        """Does what is done again and again: what goes wrong is only logged, and 1 the seconds to wait."""
         try:
-            now = self.clock()
-            if not self.converge(now):
-                return 1
-            # What is due already while calls are under way waits for one of them, and each of them wakes us.
-            return self.next_due(now if self.flying else 0) - self.clock()
+            return deed()
         except LostLease as error:
             log.warning('%s', error)
         except (Unavailable, *STORE_ERRORS) as error:
@@ -8613,20 +8750,32 @@ class LifeCycle:
             log.exception('this pass failed; the next comes in a second')
         return 1
 
+    def age(self) -> float:
+        """The seconds since a pass has worked, be it that another scheduler acts."""
+        return time.monotonic() - self.passed
+
     def finish(self, patience: float = 5) -> None:
         """Lets calls that are under way end and records them; then another scheduler may act at once."""
-        until = time.monotonic() + patience
-        try:
-            while self.flying and time.monotonic() < until and self.lead(self.clock()):
-                self.wake.wait(0.1)
-                self.wake.clear()
-                self.record(self.clock())
-            with transaction():
-                run('UPDATE lease SET until = ? WHERE holder = ?', self.clock(), self.name)
-        except (*STORE_ERRORS, Error) as error:
-            log.warning('could not end in good order: %s', error)
+        self.guarded(lambda: self.wait_for_calls(time.monotonic() + patience))
+        with self.fence:  # no worker begins anything after another process has begun to act
+            self.leased_until = 0.0
+        self.guarded(self.hand_over)
         for pool in self.pools.values():
             pool.shutdown(wait=False, cancel_futures=True)
+
+    def wait_for_calls(self, until: float) -> None:
+        while self.flying and time.monotonic() < until and self.lead(self.clock()):
+            self.wake.wait(0.1)
+            self.wake.clear()
+            self.record(self.now())
+
+    def hand_over(self) -> None:
+        """Gives the lease back, and what no worker has begun to who acts next."""
+        with transaction():
+            if run('UPDATE lease SET until = ? WHERE holder = ?', self.now(), self.name).rowcount:
+                for call in self.flying.values():
+                    if call.verb == 'boot' and call.taken is None:
+                        change(Server, call.target.id, state='planned', intended=None, due=self.now())
 
     # Who acts
 
@@ -8645,9 +8794,14 @@ class LifeCycle:
             run('INSERT INTO lease (name, holder, until) VALUES (?, ?, ?) ON CONFLICT (name) DO UPDATE '
                 'SET holder = excluded.holder, until = excluded.until',
                 'scheduler', self.name, now + self.config.lease)
+            if taken_over or not self.trust:
+                self.recall()
+            self.judge()
+            if taken_over:  # whoever made the calls that are under way may never tell of them
+                self.bound_calls(self.now())
+                self.pull_forward(self.now())
         self.leased_until = now + self.config.lease
-        if taken_over:  # whoever made the calls that are under way may never tell of them
-            self.pull_forward(now)
+        if taken_over:
             self.sweep()
         return True
 
@@ -8660,10 +8814,13 @@ class LifeCycle:
     def acting(self) -> Iterator[None]:
         """A transaction of the process that has the lease; LostLease for any other."""
         with transaction():
-            if not row('SELECT name FROM lease WHERE holder = ?', self.name):
-                self.leased_until = 0.0
-                raise LostLease('another scheduler has taken over; this one waits its turn')
+            self.refuse_without_lease()
             yield
+
+    def refuse_without_lease(self) -> None:
+        if not row('SELECT name FROM lease WHERE holder = ?', self.name):
+            self.leased_until = 0.0
+            raise LostLease('another scheduler has taken over; this one waits its turn')
 
     def forget(self) -> None:
         """What ended is for the process to find out that acts now."""
@@ -8673,17 +8830,38 @@ class LifeCycle:
 
     def forget_calls(self) -> None:
         for result in self.ended:
-            self.flying.pop(result.key, None)
+            self.hanging.discard(result)
+            if self.flying.get(result.key) is result:
+                del self.flying[result.key]
         self.ended.clear()
+
+    def bound_calls(self, now: float) -> None:
+        """Notes when the calls of who acted before will have ended; until then a server may appear."""
+        latest = now + self.config.call_timeout
+        with self.acting():
+            run('UPDATE server SET called = ? '
+                'WHERE intended IS NOT NULL AND due IS NOT NULL AND uid IS NULL', latest)
+            # A second snapshot would make a second image.
+            run('UPDATE server SET due = ? WHERE intended IS NOT NULL AND due IS NOT NULL '
+                "AND goal = 'snapshot' AND state <> ?", latest, UNDER_WAY['snapshot'])
+            run('UPDATE server SET intended = NULL WHERE intended IS NOT NULL AND due IS NOT NULL')
 
     def pull_forward(self, now: float) -> None:
         """Lets nothing wait for an instant that an older clock or another process has reckoned."""
         latest, pause = max(self.latest, now), now + self.config.retry_most
+        longest = now + self.config.call_timeout
         with self.acting():
-            run("UPDATE server SET due = min(due, iif(state = 'planned', ?, ?)), called = min(called, ?) "
-                'WHERE due IS NOT NULL', pause, now, now)
+            run("UPDATE server SET due = min(due, CASE WHEN state = 'planned' THEN ? "
+                "WHEN goal = 'snapshot' AND uid IS NOT NULL THEN ? ELSE ? END), "
+                'called = min(called, iif(uid IS NULL, ?, ?)) WHERE due IS NOT NULL',
+                pause, longest, now, longest, now)
             run('UPDATE occurrence SET due = ? WHERE due > ? AND held_from <= ?', now, now, latest)
             run('UPDATE outbox SET due = min(due, ?) WHERE due IS NOT NULL', pause)
+            for each in rows('SELECT o.id, o.reservation_id, r.notify FROM occurrence o '
+                             'JOIN reservation r ON r.id = o.reservation_id WHERE o.due IS NULL '
+                             'AND o.cancelled IS NULL AND o."end" > ?', now):
+                change(Occurrence, each.id, due=now, told=0, up_told=None)
+                self.journal(now, 'clock', 'a wrong clock has ended it too early; it goes on', each)
         self.breakers.clear()
         self.latest = now
 
@@ -8697,35 +8875,113 @@ class LifeCycle:
         """Looks for damage in the database file, aside; /readyz tells what was found."""
         self.submit(('integrity',), 'integrity', ' store', store_file.path)
 
+    # What time it is
+
+    def now(self) -> float:
+        """Seconds since 1970 by the wall clock; while that is doubted, by the uptime."""
+        return self.judged()[1]
+
+    def judged(self) -> tuple[Trust, float]:
+        """What to think of the two clocks as they are now, and what time it is then."""
+        wall, up = self.read_clocks()
+        trust, offset = self.trust, wall - up
+        if trust and trust.boot != self.boot:  # for how long it was off, only others can tell
+            trust = Trust(self.boot, trust.offset + trust.uptime - up, up)
+        if not trust or offset - trust.offset <= self.config.lease + (up - trust.uptime) * DRIFT:
+            return Trust(self.boot, offset, up), wall
+        if trust.doubted is None or abs(offset - trust.doubted) > self.config.lease:
+            trust = trust._replace(doubted=offset, since=up)
+        if up >= trust.since + self.config.settle and trust.since < up:
+            return Trust(self.boot, offset, up), wall
+        return trust, trust.offset + up
+
+    def read_clocks(self) -> tuple[float, float]:
+        """Both clocks at one moment: again, if something came between."""
+        while True:
+            before, wall, up = self.uptime(), self.clock(), self.uptime()
+            if up - before < 0.05:
+                return wall, up
+
+    def recall(self) -> None:
+        """Recalls what the process that acted before thought of the clocks, and when."""
+        found = row('SELECT value FROM fact WHERE name = ?', 'clocks')
+        if found:
+            self.trust = Trust(*json.loads(found.value))
+            self.latest = max(self.latest, self.trust.offset + self.trust.uptime)
+
+    def judge(self, said: Trust | None = None) -> None:
+        """Keeps what is thought of the clocks, and tells when that is another; in a transaction."""
+        before, self.trust = self.trust, said or self.judged()[0]
+        run('INSERT INTO fact (name, value) VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET value = excluded.value',
+            'clocks', json.dumps(self.trust))
+        if self.trust.doubted == (before and before.doubted):
+            return
+        sentence = 'the clock of this computer is believed again'
+        if self.trust.doubted is not None:
+            ahead = format_duration(self.trust.doubted - self.trust.offset)
+            sentence = (f'the clock of this computer has jumped ahead by {ahead}, and nothing confirms that yet; '
+                        'until then nothing is stopped or deleted because of it')
+        log.warning('%s', sentence)
+        journal(self.config, self.now(), 'cmres', 'clock', sentence)
+
+    def believed(self, now: float) -> float:
+        """The instant by which a pass acts that was begun at `now` by the wall clock."""
+        trust, instead = self.judged()
+        if trust.doubted != (self.trust and self.trust.doubted):
+            with self.acting():
+                self.judge()
+        else:
+            self.trust = trust
+        if trust.doubted is None:
+            return now
+        if self.uptime() >= self.asked + self.config.settle / 3:
+            self.asked = self.uptime()
+            for account in self.clouds.accounts():
+                self.submit(('time', account), 'time', account, None)
+        return instead
+
     # What is wanted
 
     def refresh(self, now: float) -> None:
         """Carries series on, once a day and when the zone table is another; some in each pass, so that none is long."""
-        if now >= self.fresh_until:
-            stamp = f'{instant(int(now)):%Y-%m-%d} {zone_table()}'
-            if fact('refreshed') != stamp:
-                ZoneInfo.clear_cache()  # the files may be others than when this process began
-                self.stale = [each.id for each in rows(
-                    "SELECT id FROM reservation WHERE series <> '' AND over > ? ORDER BY id DESC", int(now))]
-                with self.acting():
-                    note_fact('refreshed', stamp)
+        if now < self.fresh_until:
+            return
+        stamp = f'{instant(int(now)):%Y-%m-%d} {zone_table()}'
+        found = row('SELECT value FROM fact WHERE name = ?', 'refreshed')
+        if stamp != self.zones:
+            ZoneInfo.clear_cache()  # the files may be others than when this process began
+            self.zones = stamp
+        stale = [] if found and found.value == stamp else rows(
+            "SELECT id FROM reservation WHERE series <> '' AND over > ? AND carried IS NOT ? LIMIT 20",
+            int(now), stamp)
+        for each in stale:
+            self.carry_on(each.id, stamp, now)
+        self.stale = bool(stale)
+        if not stale:
             self.fresh_until = (now // 86400 + 1) * 86400
-        batch, self.stale = self.stale[-20:], self.stale[:-20]
-        for reservation in batch:
-            try:
-                with self.acting():
-                    self.service.refresh(reservation, now)
-            except Error as error:
-                if isinstance(error, LostLease):
-                    raise
-                log.warning('the series of reservation %s could not be carried on: %s', reservation, error)
-        if self.stale:
-            self.wake.set()
+            with self.acting():
+                run('INSERT INTO fact (name, value) VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET value = '
+                    'excluded.value', 'refreshed', stamp)
+
+    def carry_on(self, reservation: int, stamp: str, now: float) -> None:
+        """Carries one series on; one that can't be is told of, and is tried again the next day."""
+        try:
+            with self.acting():
+                self.service.refresh(reservation, now)
+                change(Reservation, reservation, carried=stamp)
+        except (peewee.OperationalError, Unavailable, LostLease):  # that is wrong with the store, or with all
+            raise
+        except Exception as error:
+            log.warning('the series of reservation %s could not be carried on: %s', reservation, error,
+                        exc_info=not isinstance(error, Error))
+            with self.acting():
+                change(Reservation, reservation, carried=stamp)
+                journal(self.config, now, 'cmres', 'trouble',
+                        f'it could not be carried on: {self.fault(error)}'[:1000], reservation)
 
     def admit_waiting(self, now: float) -> None:
-        if row('SELECT id FROM reservation WHERE waiting IS NOT NULL '
-               'UNION ALL SELECT id FROM reservation WHERE pending <= ? '
-               'UNION ALL SELECT id FROM proposal WHERE until <= ? LIMIT 1', int(now), int(now)):
+        expired = self.is_due('pending', now) or self.is_due('proposal', now)
+        if expired or self.service.may_admit(now):
             with self.acting():
                 self.service.admit_waiting(now)
 
@@ -8735,7 +8991,7 @@ class LifeCycle:
                'r.waiting IS NOT NULL OR r.pending IS NOT NULL AS idle, s.no_show, s.mode '
                'FROM occurrence o JOIN reservation r ON r.id = o.reservation_id '
                'JOIN resource s ON s.id = o.resource_id WHERE o.due <= ?')
-        if rows(f'{due} LIMIT 1', now):
+        if self.is_due('occurrence', now):
             with self.acting():
                 for occurrence in rows(due, now):
                     self.plan_one(occurrence, now)
@@ -9010,7 +9266,7 @@ class LifeCycle:
         due = [server for server in rows(f'{SERVERS} WHERE v.due <= ? ORDER BY v.planned, v.id', now)
                if not self.busy(('server', server.id))]
         notices = self.next_notices(now)
-        polls = rows('SELECT * FROM subscription WHERE due <= ?', now)
+        polls = rows('SELECT * FROM subscription WHERE due <= ? ORDER BY due', now)
         claims: dict = defaultdict(list)
         for each in rows('SELECT c.server, s.cloud FROM claim c JOIN resource s ON s.id = c.resource_id '
                          'WHERE c.due <= ? '
@@ -9020,6 +9276,10 @@ class LifeCycle:
         if due:
             with self.acting():
                 for server in due:
+                    if server.intended is not None:  # the call was given up, or never reached a worker
+                        late = (f'the cloud {server.account} did not answer within '
+                                f'{self.config.call_timeout:g} seconds')
+                        change(Server, server.id, intended=None, called=now, fault=late)
                     verb = 'look' if self.left_alone(server, now) else self.next_call(server)
                     starts = verb in ('boot', 'start') and server.goal == 'up'
                     if starts and self.must_wait(server, waits, now):
@@ -9035,8 +9295,8 @@ class LifeCycle:
             self.submit(('notice', notice.target, notice.owner), 'notice', ' notices', notice)
         for account, uids in claims.items():
             self.submit(('claims', account), 'trace', account, uids)
-        for each in polls:
-            self.submit(('poll', each.id), 'poll', ' calendars', each)
+        for each in polls:  # one at a time of each host: one that is slow holds no more than a worker
+            self.submit(('poll', urlsplit(each.url).hostname), 'poll', ' calendars', each)
 
     def next_notices(self, now: float) -> list:
         """The notices that go out now: by turns of their owners, and few to one host at a time.
@@ -9049,8 +9309,7 @@ class LifeCycle:
             return []
         owners = Counter(key[2] for key in under_way)
         hosts = Counter(host_of(key[1]) for key in under_way)
-        heads = rows(f'{NOTICES} WHERE n.due <= ? AND n.id IN (SELECT min(id) FROM outbox '
-                     'WHERE due IS NOT NULL GROUP BY target, owner) ORDER BY n.id', now)
+        heads = rows(f'{NOTICES} WHERE n.due <= ? AND {DUE["notice"][2]} ORDER BY n.id', now)
         queues = {those[0].owner: iter(those) for those in grouped(heads, 'owner')}
         chosen: list = []
         while queues and len(under_way) + len(chosen) < self.config.workers:
@@ -9124,13 +9383,10 @@ class LifeCycle:
         if verb == 'drop':
             change(Server, server.id, state='deleted', deleted=now, due=None)
             return []
-        patience = now + self.config.call_timeout + self.config.settle
+        change(Server, server.id, intended=now, due=now + self.config.call_timeout)
         if verb == 'boot':
             server = server._replace(tries=server.tries + 1)
-            change(Server, server.id, state='build', tries=server.tries, uid=None, begun=server.begun or now,
-                   called=now, due=patience)
-        else:
-            change(Server, server.id, due=patience)
+            change(Server, server.id, state='build', tries=server.tries, uid=None, begun=server.begun or now)
         return [(verb, server)]
 
     def known(self, account: str) -> list[str]:
@@ -9143,82 +9399,119 @@ class LifeCycle:
     def submit(self, key: tuple, verb: str, account: str, target) -> None:
         if self.busy(key):
             return
-        self.flying[key] = deadline = time.monotonic() + self.config.call_timeout + self.config.settle
-        if account not in self.pools:  # one pool an account: a cloud that hangs holds nobody else's workers
-            self.pools[account] = ThreadPoolExecutor(self.config.workers, thread_name_prefix=account)
-        self.pools[account].submit(self.work, deadline, key, verb, account, target)
+        self.flying[key] = call = Job(key, verb, account, target)
+        try:
+            if account not in self.pools:  # one pool an account: a cloud that hangs holds nobody else's workers
+                self.pools[account] = ThreadPoolExecutor(self.config.workers, thread_name_prefix=account)
+            self.pools[account].submit(self.work, call)
+        except RuntimeError:  # no thread can be started, so that nobody would ever tell of it
+            del self.flying[key]
+            raise
 
     def busy(self, key: tuple) -> bool:
-        """Whether a call is under way; one that takes much longer than it may is not waited for: a look decides."""
-        return self.flying.get(key, 0) > time.monotonic()
+        """Whether a call is under way, or waits for a worker, however long."""
+        return key in self.flying
 
-    def work(self, deadline: float, key: tuple, verb: str, account: str, target) -> None:
-        """A worker's whole job: one call, if it is not too late for it, and its result for the next pass."""
-        began = self.clock()
-        try:
-            if began >= self.leased_until or time.monotonic() >= deadline:
+    def give_up(self) -> None:
+        """Fences the calls whose own time is over; a look decides what became of them."""
+        with self.fence:
+            for key, call in [*self.flying.items()]:
+                call.fenced = call.taken is not None and self.uptime() >= call.taken + self.config.call_timeout
+                if call.fenced:
+                    self.hanging.add(self.flying.pop(key))
+
+    def go_on(self, call: Job) -> None:
+        """Gives a call its time from now on.
+
+        Raises:
+          LostLease: another process may act.
+          CloudError: its time is over already; what it was going to ask for has not been asked.
+        """
+        with self.fence:
+            up, now = self.uptime(), self.clock()
+            if not self.leased_until - self.config.lease <= now < self.leased_until:
                 raise LostLease('the time for this call ran out before it began')
-            answer, error = getattr(self, f'do_{verb}')(account, target), None
+            if call.fenced or call.taken is not None and up >= call.taken + self.config.call_timeout:
+                raise CloudError(f'the cloud {call.account} did not answer within {self.config.call_timeout:g} '
+                                 'seconds, so that nothing was asked for', sure=True)
+            call.taken = up
+
+    def work(self, call: Job) -> None:
+        """A worker's whole job: one call, if it is not too late for it; the next pass records it."""
+        call.began = self.now()
+        try:
+            self.go_on(call)
+            call.answer = getattr(self, f'do_{call.verb}')(call)
         except Exception as caught:  # the pass that records it decides what it means
-            answer, error = None, caught
-        self.results.put(Result(key, verb, account, target, began, self.clock(), answer, error))
+            call.error = caught
+        call.ended = self.now()
+        self.results.put(call)
         self.wake.set()
 
-    def do_boot(self, account: str, server) -> str:
-        return self.clouds.open(account).boot(Machine(
+    def do_boot(self, call: Job) -> str:
+        server = call.target
+        return self.clouds.open(call.account).boot(Machine(
             server.name, self.mark(server), server.flavor, server.image, server.network, server.key,
             tuple(json.loads(server.security_groups)), server.user_data, json.loads(server.metadata),
             server.label if server.mode else '',
-            self.clouds.sight(account, server.project, json.loads(server.trusted))))
+            self.clouds.sight(call.account, server.project, json.loads(server.trusted)),
+            lambda: self.go_on(call)))
 
-    def do_delete(self, account: str, server) -> None:
-        self.clouds.open(account).delete(server.uid)
+    def do_delete(self, call: Job) -> None:
+        self.clouds.open(call.account).delete(call.target.uid)
 
-    def do_start(self, account: str, server) -> None:
-        self.clouds.open(account).start(server.uid)
+    def do_start(self, call: Job) -> None:
+        self.clouds.open(call.account).start(call.target.uid)
 
-    def do_stop(self, account: str, server) -> None:
-        self.clouds.open(account).stop(server.uid)
+    def do_stop(self, call: Job) -> None:
+        self.clouds.open(call.account).stop(call.target.uid)
 
-    def do_shelve(self, account: str, server) -> None:
-        self.clouds.open(account).shelve(server.uid)
+    def do_shelve(self, call: Job) -> None:
+        self.clouds.open(call.account).shelve(call.target.uid)
 
-    def do_snapshot(self, account: str, server) -> tuple[str, str]:
+    def do_snapshot(self, call: Job) -> tuple[str, str]:
+        server = call.target
         name = f'{server.name}-{instant(server.end):%Y%m%dT%H%M%S}'
-        return name, self.clouds.open(account).snapshot(server.uid, name)
+        return name, self.clouds.open(call.account).snapshot(server.uid, name)
 
-    def do_integrity(self, account: str, path: str) -> str:
-        return look_for_damage(path)
+    def do_integrity(self, call: Job) -> str:
+        return look_for_damage(call.target)
 
-    def do_verify(self, account: str, server) -> bool | None:
-        return self.clouds.open(account).saved(server.snapshot_id)
+    def do_verify(self, call: Job) -> bool | None:
+        return self.clouds.open(call.account).saved(call.target.snapshot_id)
 
-    def do_look(self, account: str, known: list[str]) -> tuple[list[Seen], set[str]]:
+    def do_look(self, call: Job) -> tuple[list[Seen], set[str]]:
         """The servers with our marks, and those of the known ones that are gone for sure.
 
         Nova lists a server without its tags for a moment between its build request and its cell, so
         that one which must be there is asked for by its id before it is taken for gone.
         """
-        cloud = self.clouds.open(account)
+        cloud = self.clouds.open(call.account)
         seen = [each for each in cloud.servers() if each.state not in GONE]
-        unseen = sorted(set(known) - {each.uid for each in seen})[:100]  # the others' turn comes with the next look
+        unseen = sorted(set(call.target) - {each.uid for each in seen})[:100]  # the others' turn comes with the next
         found = {uid: cloud.server(uid) for uid in unseen}
         gone = {uid for uid, each in found.items() if each is None or each.state in GONE}
         return seen + [found[uid] for uid in unseen if uid not in gone], gone
 
-    def do_clear(self, account: str, uid: str) -> None:
-        self.clouds.open(account).delete(uid)
+    def do_clear(self, call: Job) -> None:
+        self.clouds.open(call.account).delete(call.target)
 
-    def do_notice(self, account: str, notice) -> None:
+    def do_notice(self, call: Job) -> None:
+        notice = call.target
         where, id = ('o.id', notice.occurrence) if (notice.occurrence or 0) > 0 else ('r.id', notice.reservation_id)
-        found = listing(self.clock(), f'{where} = ?', (id,), tail=f'ORDER BY {NEXT_FIRST} LIMIT 1') if id else []
+        found = listing(self.now(), f'{where} = ?', (id,), tail=f'ORDER BY {NEXT_FIRST} LIMIT 1') if id else []
         deliver(self.config, notice, public(found[0]) if found else {})
 
-    def do_trace(self, account: str, uids: list[str]) -> dict[str, str | None]:
-        return self.clouds.open(account).hosts(uids)
+    def do_trace(self, call: Job) -> dict[str, str | None]:
+        return self.clouds.open(call.account).hosts(call.target)
 
-    def do_poll(self, account: str, subscription) -> dict:
-        return self.service.poll(subscription)
+    def do_time(self, call: Job) -> float | None:
+        """By how much the clock of a cloud is ahead of the uptime."""
+        said = self.clouds.open(call.account).time()
+        return None if said is None else said - self.uptime()
+
+    def do_poll(self, call: Job) -> dict:
+        return self.service.poll(call.target)
 
     def mark(self, server) -> str:
         return f'{self.clouds.store}-{server.id}-{server.tries}'
@@ -9230,7 +9523,8 @@ class LifeCycle:
         while not self.results.empty():
             result = self.results.get()
             # The clock may have been set back since.
-            self.ended.append(result._replace(began=min(result.began, now), ended=min(result.ended, now)))
+            result.began, result.ended = min(result.began, now), min(result.ended, now)
+            self.ended.append(result)
         if not self.ended:
             return
         breakers = dict(self.breakers)
@@ -9244,7 +9538,7 @@ class LifeCycle:
             self.tell_health(account, breakers.get(account, Breaker()), self.breakers[account])
         self.forget_calls()
 
-    def record_alone(self, result: Result, now: float) -> None:
+    def record_alone(self, result: Job, now: float) -> None:
         """Records one result; one that can't be recorded costs the others nothing, and a look finds out later."""
         try:
             with db.atomic():
@@ -9254,13 +9548,15 @@ class LifeCycle:
         except Exception:
             log.exception('the result of %s for %s could not be recorded', result.verb, result.account)
 
-    def record_one(self, result: Result, now: float) -> None:
+    def record_one(self, result: Job, now: float) -> None:
         if result.key[0] != 'server':
-            getattr(self, f'record_{result.verb}')(result, now)
+            if not isinstance(result.error, LostLease):  # else it is due still
+                getattr(self, f'record_{result.verb}')(result, now)
             return
         server = row(f'{SERVERS} WHERE v.id = ?', result.target.id)
         if server.state in FINAL or server.tries != result.target.tries:
             return
+        change(Server, server.id, intended=None)
         if isinstance(result.error, LostLease):
             change(Server, server.id, due=now, **({'state': 'planned'} if result.verb == 'boot' else {}))
         elif result.verb == 'boot':
@@ -9277,12 +9573,13 @@ class LifeCycle:
             change(Server, server.id, state=UNDER_WAY[result.verb], called=result.ended,
                    due=now + self.config.poll, **saved)
 
-    def record_boot(self, server, result: Result, now: float) -> None:
+    def record_boot(self, server, result: Job, now: float) -> None:
         begun = result.began if server.tries == 1 else server.begun
         error = result.error
         if not error:
             due = now + self.config.poll if server.goal == 'up' else now
-            change(Server, server.id, uid=result.answer, begun=begun, called=result.ended, due=due)
+            state = 'build' if server.state == 'planned' else server.state  # it was given up too early
+            change(Server, server.id, state=state, uid=result.answer, begun=begun, called=result.ended, due=due)
         elif isinstance(error, Error) and getattr(error, 'sure', True):
             self.put_off(server, str(error), now, self.retry_after(error), state='planned', begun=begun,
                          called=result.ended)
@@ -9324,7 +9621,7 @@ class LifeCycle:
     def fault(self, error: Exception) -> str:
         return str(error) if isinstance(error, Error) else f'{type(error).__name__}: {error}'
 
-    def note_health(self, result: Result, now: float) -> None:
+    def note_health(self, result: Job, now: float) -> None:
         """Counts a cloud's failures in a row; after some it is left alone, longer and longer."""
         before, error = self.breakers[result.account], result.error
         if not (isinstance(error, CloudError) and error.ill):
@@ -9344,15 +9641,15 @@ class LifeCycle:
         if after.failures < TRIPS <= before.failures:
             log.warning('the cloud %s is well again', account)
 
-    def record_clear(self, result: Result, now: float) -> None:
+    def record_clear(self, result: Job, now: float) -> None:
         if result.error:
             log.warning('could not remove the server %s that nothing wants: %s', result.target, result.error)
 
-    def record_integrity(self, result: Result, now: float) -> None:
+    def record_integrity(self, result: Job, now: float) -> None:
         if not result.error:
             note_check(now, result.answer)
 
-    def record_notice(self, result: Result, now: float) -> None:
+    def record_notice(self, result: Job, now: float) -> None:
         notice, error = result.target, result.error
         if not error:
             change(Outbox, notice.id, due=None, fault='')
@@ -9363,7 +9660,7 @@ class LifeCycle:
             tries = notice.tries + 1
             change(Outbox, notice.id, tries=tries, due=now + self.pause(tries), fault=str(error)[:500])
 
-    def record_trace(self, result: Result, now: float) -> None:
+    def record_trace(self, result: Job, now: float) -> None:
         """Lets claims count as long as their servers are there, on a host of the resource."""
         if result.error:
             run(f"UPDATE claim SET due = ? WHERE due <= ? AND server IN ({', '.join('?' * len(result.target))})",
@@ -9377,7 +9674,18 @@ class LifeCycle:
                 later = now + (self.config.sweep if host else self.config.poll)
                 change(Claim, claim.id, due=None if elsewhere else later, gone=now if elsewhere else None)
 
-    def record_poll(self, result: Result, now: float) -> None:
+    def record_time(self, result: Job, now: float) -> None:
+        """Lets a cloud's clock confirm a doubted one, or contradict it for as long as it does."""
+        trust, said, slack = self.trust, result.answer, self.config.lease + result.ended - result.began
+        if said is None or trust.doubted is None or said < trust.offset - slack:
+            return
+        up = self.uptime()
+        if abs(said - trust.doubted) <= slack:
+            self.judge(Trust(self.boot, trust.doubted, up))
+        else:
+            self.judge(trust._replace(offset=min(max(said, trust.offset), trust.doubted), since=up))
+
+    def record_poll(self, result: Job, now: float) -> None:
         """Notes what a look at somebody's calendar gave; what it books is booked already."""
         subscription, error = result.target, result.error
         tries = subscription.tries + 1 if error else 0
@@ -9388,7 +9696,7 @@ class LifeCycle:
         run('UPDATE subscription SET due = ? WHERE id = ? AND due IS NOT NULL', now + pause, subscription.id)
         change(Subscription, subscription.id, tries=tries, polled=now, **fault)
 
-    def record_look(self, result: Result, now: float) -> None:
+    def record_look(self, result: Job, now: float) -> None:
         """Compares what a cloud shows with what is written."""
         account = result.account
         if result.error:
@@ -9399,6 +9707,9 @@ class LifeCycle:
         answer, gone = result.answer
         seen = {each.uid: each for each in answer}
         vanished, matched = [], self.matched(seen)
+        builds = {each.mark for each in answer if each.state == 'build'}
+        self.building[account] = {each: since for each, since in self.building[account].items()
+                                  if f'{self.clouds.store}-{each[0]}-{each[1]}' in builds}
         for server, found in matched:
             if server.state in FINAL:
                 if not found and server.account == account and server.uid in gone and not server.borrowed:
@@ -9441,7 +9752,6 @@ class LifeCycle:
             state = ('error' if server.state == 'deleting' else seen.state) if stuck else server.state
             change(Server, server.id, state=state, due=now if stuck else now + self.config.poll)
         elif server.goal == 'up' and seen.state == 'active':
-            self.building.pop((server.id, server.tries), None)
             if server.state != 'active' or server.addresses != json.dumps(seen.addresses):
                 change(Server, server.id, uid=seen.uid, state='active', ready=server.ready or now, fault='', failures=0,
                        addresses=json.dumps(seen.addresses))
@@ -9466,7 +9776,7 @@ class LifeCycle:
 
     def too_slow(self, server) -> bool:
         """Whether this process has seen a server boot for too long; by a clock that nobody sets."""
-        first = self.building.setdefault((server.id, server.tries), time.monotonic())
+        first = self.building[server.account].setdefault((server.id, server.tries), time.monotonic())
         return time.monotonic() >= first + self.config.boot_timeout
 
     def arrived(self, under_way: str, state: str) -> bool:
@@ -9475,13 +9785,14 @@ class LifeCycle:
 
     def record_missing(self, server, looked: float, now: float) -> list:
         """A server that the look didn't show: gone, never made, or too new; it, if it vanished."""
-        called = server.called or 0
-        if server.state == 'planned':
-            return []
-        if self.busy(('server', server.id)) or looked <= called:
+        called, due = server.called or 0, server.due or 0
+        if server.state == 'planned' or server.intended is not None:
             return []
         if not server.uid and looked < called + self.config.settle:
-            change(Server, server.id, due=called + self.config.settle)
+            soon = now + max(self.config.poll, self.config.retry_first)
+            change(Server, server.id, due=min(called + self.config.settle, max(due, soon)))
+        elif looked <= called:
+            return []
         elif server.goal != 'up':
             change(Server, server.id, state='deleted', deleted=now, due=None)
         elif server.borrowed:
@@ -9512,6 +9823,7 @@ class LifeCycle:
 
 BASE = '/cm/v1.0'
 MOST_BODY = 2**20  # bytes
+LATE = 60  # seconds without a pass after which a life cycle is taken for broken
 
 
 def rest(service: Reservations, told: Callable | None = None):
@@ -9525,7 +9837,7 @@ def rest(service: Reservations, told: Callable | None = None):
     for operation in API.values():
         for verb, path, fixed in operation.routes:
             app.route((BASE + path).rstrip('/'), verb, handler(service, operation, fixed))
-    app.route('/healthz', 'GET', healthy)
+    app.route('/healthz', 'GET', health_handler(service))
     for path in ('/calendar/<secret>/<name>.ics', '/calendar/<secret>.ics'):  # programs show the end
         app.route(path, 'GET', feed_handler(service))
     app.route('/readyz', 'GET', Readiness(service).answer, skip=[answering])
@@ -9613,11 +9925,19 @@ def mistake(error: Exception, request) -> Error:
                  'of the server', id=id)
 
 
-def healthy():
-    """Says that requests are answered and the store can be read; needs no token."""
+def health_handler(service: Reservations) -> Callable:
+    """Says whether the store can be read and the life cycle goes on; the address needs no token."""
     import bottle
-    row('SELECT 1 AS one')
-    return bottle.HTTPResponse('{"status": "ok"}\n', 200, {'Content-Type': 'application/json'})
+
+    def handle():
+        row('SELECT 1 AS one')
+        age = service.age() if service.age else 0
+        status, body = 200, {'status': 'ok'} | ({'last_pass': round(age, 1)} if service.age else {})
+        if age > LATE:
+            status, body = 503, {'last_pass': round(age, 1), 'error': 'no VM was started or ended for '
+                                 f'{format_duration(age)}; the log of this server says why'}
+        return bottle.HTTPResponse(json_text(body), status, {'Content-Type': 'application/json'})
+    return handle
 
 
 class Readiness:
@@ -11599,7 +11919,7 @@ def serve(config: Config, host: Name = '', port: int = None, noscheduler: bool =
         config.database, key_file(config.database, config.key)))))
     service = local_service(config)
     cycle = LifeCycle(config, service.clouds)
-    service.wake = cycle.wake.set
+    service.wake, service.age = cycle.wake.set, None if noscheduler else cycle.age
     try:
         server = waitress.create_server(
             web(service), host=config.host, port=config.port, threads=config.threads, connection_limit=1000,
@@ -11800,16 +12120,36 @@ def running(cycle: LifeCycle | None) -> Iterator[threading.Event]:
         raise SystemExit(0)
     signal.signal(signal.SIGTERM, leave)
     signal.signal(signal.SIGINT, leave)
-    thread = threading.Thread(target=cycle.run, args=(stop,), name='life cycle') if cycle else None
+    watch = cycle and threading.Thread(target=keep_running, args=(cycle, stop), name='watch')
     try:
-        if thread:
-            thread.start()
+        if watch:
+            watch.start()
         yield stop
     finally:
         stop.set()
-        if thread:
-            cycle.wake.set()
-            thread.join()
+        if watch:
+            watch.join()
+
+
+def keep_running(cycle: LifeCycle, stop: threading.Event, every: float = 5) -> None:
+    """Runs a life cycle in a thread until `stop` is set: begins another if it dies, and tells if it hangs."""
+    import traceback
+    thread, told = None, False
+    while not stop.is_set():
+        if not thread or not thread.is_alive():
+            if thread:
+                log.error('the life cycle has died; it begins anew')
+            thread = threading.Thread(target=cycle.run, args=(stop,), daemon=True)
+            thread.start()
+        hangs = cycle.age() > LATE
+        if hangs and not told:
+            where = ''.join(traceback.format_stack(sys._current_frames().get(thread.ident)))
+            log.error('the life cycle has made no pass for %.0f seconds; it is here:\n%s',
+                      cycle.age(), where)
+        told = hangs
+        stop.wait(every)
+    cycle.wake.set()
+    thread.join(30)  # one that hangs is left behind
 
 
 def local_service(config: Config) -> Reservations:
