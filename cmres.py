@@ -4231,6 +4231,12 @@ class Entry:
         return timedelta(days=self.start.whole)
 
     @property
+    def lengths(self) -> tuple[int, int]:
+        """Its length by the clocks, and the exact one after that: the hours of a DURATION are exact."""
+        nominal = int(getattr(self.length, 'nominal', self.length.total_seconds()))
+        return nominal, int(self.length.total_seconds()) - nominal
+
+    @property
     def exception(self) -> bool:
         """Whether it is an occurrence of a series that is otherwise, or the rest of it."""
         return 'RECURRENCE-ID' in self.said
@@ -4502,15 +4508,15 @@ def exceptions_of(entries: list[Entry], clock: Clock) -> dict[str, Entry]:
 
 def plain_stretch(entry: Entry, clock: Clock, vms: int) -> Stretch:
     """A series as if it had no exceptions."""
-    first, length = clock.wall(entry.start).isoformat(), int(entry.length.total_seconds())
+    first, (length, exact) = clock.wall(entry.start).isoformat(), entry.lengths
     name = 'UTC' if clock.here is UTC else getattr(clock.here, 'key', '')
     if entry.exception:
-        return Stretch(first, length, name, vms, 0)
+        return Stretch(first, length, name, vms, 0, exact=exact)
     rule, dates = rule_of(entry, clock), tuple(added_dates(entry, clock))
     skips = tuple(clock.slot(moment).isoformat()[:10 if moment.whole or clock.first.whole else None]
                   for moment, _ in entry.listed('EXDATE'))
     dates = (first, *dates) if rule or dates else ()
-    return Stretch(first, length, name, vms, 0, rule, dates, skips)
+    return Stretch(first, length, name, vms, 0, rule, dates, skips, exact=exact)
 
 
 def added_dates(entry: Entry, clock: Clock) -> Iterator[str]:
@@ -4527,13 +4533,13 @@ def added_dates(entry: Entry, clock: Clock) -> Iterator[str]:
 def overridden(stretches: list[Stretch], key: str, entry: Entry, clock: Clock,
                vms: int) -> list[Stretch]:
     """A series with one exception: moved, or with RANGE=THISANDFUTURE otherwise from there on."""
-    start, length = clock.wall(entry.start), int(entry.length.total_seconds())
+    start, (length, exact) = clock.wall(entry.start), entry.lengths
     rest = 'RANGE=THISANDFUTURE' in entry.one('RECURRENCE-ID')[0].upper()
     if rest and is_ruled(stretches[-1], key):
-        return following(stretches, key, entry, start, length=length, vms=vms)
+        return following(stretches, key, entry, start, length=length, exact=exact, vms=vms)
     # One that stands where the rule has no slot is an occurrence all the same.
     return [stretch._replace(
-        moved=stretch.moved | {key: (start.isoformat(), length, vms)},
+        moved=stretch.moved | {key: (start.isoformat(), length, vms, exact)},
         dates=stretch.dates if key in (stretch.dates or [stretch.start])
         else (*(stretch.dates or [stretch.start]), key)) for stretch in stretches]
 
@@ -4685,7 +4691,8 @@ def wanted_stretches(table: Timetable, group: list[Entry], begin: datetime,
 def lengths_of(stretch: Stretch) -> list[int]:
     """All lengths of its occurrences, in seconds."""
     periods = (int(each.partition('/')[2]) for each in stretch.dates if '/' in each)
-    return [stretch.length, *(each[1] for each in stretch.moved.values()), *periods]
+    moved = (each[1] + sum(each[3:]) for each in stretch.moved.values())
+    return [stretch.length + stretch.exact, *moved, *periods]
 
 
 def spelled_out(table: Timetable, begin: datetime, until: datetime) -> list[Stretch]:
