@@ -714,6 +714,7 @@ Text = NewType('Text', str)        # free text, up to 64 KiB
 File = NewType('File', str)        # text too; on the command line, the name of the file that holds it
 Count = NewType('Count', int)      # 1 to a million
 Page = NewType('Page', int)        # 1 to 10000 lines of a list
+Cursor = NewType('Cursor', str)    # where a list goes on: START/ID of the last line seen, or its id
 Figure = NewType('Figure', int)    # 0 to 10^12
 Most = NewType('Most', int)        # a capacity figure; `unlimited` is UNLIMITED
 Span = NewType('Span', timedelta)  # a length of time
@@ -741,7 +742,7 @@ FILTERS = {'label', 'user', 'project', 'resource', 'cell', 'cloud', 'region', 'a
 
 #: What each argument means, in the one sense that it has in every operation.
 WORDS = {
-    'after': 'the earliest start, or in a list the id of the last line already seen',
+    'after': 'the earliest start, or in a list START/ID of the last line seen, or its id',
     'aggregate': 'host aggregate of the resource',
     'at_end': 'what becomes of the machines at the end: delete, stop, shelve or snapshot (an image, then delete)',
     'before': 'the latest end',
@@ -990,6 +991,17 @@ def read_page(value, here=None) -> int:
     return number
 
 
+def read_cursor(value, here: Here) -> str:
+    """An id, or SECONDS-ID: the start and the id of a line."""
+    start, _, id = str(value).replace('/', '-').rpartition('-')
+    if type(value) is bool or not re.fullmatch('[0-9]{1,18}', id):
+        raise ValueError(f'{shown(value)} is not a whole number, nor the start and id of a line such as '
+                         '2026-12-01T12:00Z/7')
+    if not start or re.fullmatch('[0-9]{1,11}', start):
+        return '-'.join(filter(None, (start, id)))
+    return f'{int(parse_time(str(value).rpartition("/")[0], here.zone, here.now).timestamp())}-{id}'
+
+
 def read_figure(value, here=None) -> int:
     if not 0 <= (number := read_int(value)) <= 10**12:
         raise ValueError(f'{number} is not between 0 and 10^12')
@@ -1154,7 +1166,8 @@ PART_FIELDS = {'resource': Place, 'vms': Count, 'flavor': Name, 'image': Name, '
 
 READERS = {
     str: read_str, int: read_int, bool: read_bool, Label: read_label, Place: read_place, Name: read_name,
-    Text: read_text, File: read_file, Count: read_count, Page: read_page, Figure: read_figure, Most: read_most,
+    Text: read_text, File: read_file, Count: read_count, Page: read_page, Cursor: read_cursor,
+    Figure: read_figure, Most: read_most,
     Span: read_span,
     When: read_when, Day: read_day, Names: read_names, Pairs: read_pairs,
     Classes: read_classes, Hosts: read_hosts, Parts: read_parts, Rows: read_rows, Zone: read_zone_name,
@@ -1281,7 +1294,7 @@ class Reservation(Table):
     over = peewee.IntegerField()  # from then on its label is free again
 
     class Meta:
-        indexes = ((('project', 'label', 'over'), False),)
+        indexes = ((('label', 'project', 'over'), False),)
 
 
 Reservation.add_index(Reservation.index(Reservation.uid, where=Reservation.uid.is_null(False), name='reservation_uid'))
@@ -1305,16 +1318,29 @@ class Occurrence(Table):
     cancelled = peewee.IntegerField(null=True)
     told = peewee.IntegerField(default=0)  # which of SOON, READY, ENDING were announced
     due = peewee.DoubleField(null=True)  # when the life cycle must look at it next; NULL: never again
+    # These two are as its reservation has them, so that indexes know them; triggers keep them so.
+    of_project = peewee.CharField(default='', constraints=[peewee.SQL("DEFAULT ''")])
+    of_user = peewee.CharField(default='', constraints=[peewee.SQL("DEFAULT ''")])
 
     class Meta:
         constraints = [peewee.Check('held_from <= start AND start < "end" AND held_until <= "end"')]
-        indexes = ((('reservation', 'start'), False),)
 
 
-LIVE = Occurrence.due.is_null(False)  # partial indexes on it leave history out
-Occurrence.add_index(Occurrence.index(Occurrence.due, where=LIVE, name='occurrence_due'))
-Occurrence.add_index(Occurrence.index(Occurrence.start, where=LIVE, name='occurrence_live'))
-Occurrence.add_index(Occurrence.index(Occurrence.resource, Occurrence.held_from, where=LIVE, name='occurrence_held'))
+#: What lists walk, in order of start: what is live and what is over for good apart, so that what is
+#: asked for most is not found among history. Each costs about a page of the journal at every change.
+WALKED = {'': (), 'project': ('of_project',), 'user': ('of_user',), 'place': ('resource_id',)}
+HALVES = {'live': 'due IS NOT NULL', 'over': 'due IS NULL'}
+DAY, MONTH = 86400, 31 * 86400
+#: Indexes of occurrences that peewee can't write: by name, on what, and of which rows.
+ORDERS = {'series': ('reservation_id, due IS NULL, start', ''), 'due': ('due', 'due IS NOT NULL'),
+          'cancelled': ('start', 'cancelled IS NOT NULL'), 'failed': ('start', 'told & 32'),
+          'long': ('start', f'"end" - start > {DAY}'), 'longest': ('start', f'"end" - start > {MONTH}')} | {
+    '_'.join(filter(None, (by, half))): (', '.join((*columns, 'start')), rows)
+    for by, columns in WALKED.items() for half, rows in HALVES.items()}
+
+for _name, (_columns, _rows) in ORDERS.items():
+    Occurrence.add_index(peewee.SQL(f'CREATE INDEX IF NOT EXISTS occurrence_{_name} ON occurrence ({_columns})'
+                                    + (f' WHERE {_rows}' if _rows else '')))
 
 
 Reservation.add_index(Reservation.index(Reservation.request, where=Reservation.request != '',
@@ -1323,6 +1349,7 @@ Reservation.add_index(Reservation.index(Reservation.waiting, where=Reservation.w
                                         name='reservation_waiting'))
 Reservation.add_index(Reservation.index(Reservation.pending, where=Reservation.pending.is_null(False),
                                         name='reservation_pending'))
+Reservation.add_index(Reservation.index(Reservation.lead, where=Reservation.lead > 0, name='reservation_lead'))
 
 
 class Capacity(Table):
@@ -1409,7 +1436,7 @@ class Step(Table):
 
 
 class Server(Table):
-    occurrence = peewee.ForeignKeyField(Occurrence)
+    occurrence = peewee.ForeignKeyField(Occurrence, index=False)
     n = peewee.IntegerField()
     name = peewee.CharField()
     account = peewee.CharField()       # the entry of clouds.yaml that it is made with
@@ -1433,6 +1460,7 @@ class Server(Table):
 
 Server.add_index(Server.index(Server.account, where=Server.state == 'kept', name='server_kept'))
 Server.add_index(Server.index(Server.due, where=Server.due.is_null(False), name='server_due'))
+Server.add_index(Server.index(Server.occurrence, Server.n, name='server_of'))
 
 
 class Claim(Table):
@@ -1505,8 +1533,11 @@ class Event(Table):
     sentence = peewee.TextField()
     reservation = peewee.ForeignKeyField(Reservation, null=True)
     occurrence = peewee.IntegerField(null=True)  # of a series, the one that it is about
-    project = peewee.CharField(default='')       # of what was refused, which is no reservation
-    resource = peewee.CharField(default='')
+    project = peewee.CharField(default='')       # of the reservation then, or of what was refused, which is none
+    resource = peewee.CharField(default='')      # of what was refused
+
+
+Event.add_index(Event.index(Event.project, where=Event.project != '', name='event_project'))
 
 
 class Outbox(Table):
@@ -1552,7 +1583,18 @@ TABLES = [Resource, Reservation, Occurrence, Capacity, Proposal, ExtraHold, Limi
           Subscription, Event, Outbox, Lease, Fact, SimulatedServer]
 
 #: What brings an older store up to the models above, one function a version.
-MIGRATIONS: list[Callable] = [lambda: add_tracks(), lambda: add_proposals()]
+MIGRATIONS: list[Callable] = [lambda: add_tracks(), lambda: add_proposals(), lambda: add_owners()]
+
+#: What keeps the owners that occurrences have as their reservations have them.
+TRIGGERS = ('''
+  CREATE TRIGGER IF NOT EXISTS occurrence_owner AFTER INSERT ON occurrence WHEN NEW.of_project = '' BEGIN
+    UPDATE occurrence SET (of_project, of_user) = (SELECT project, user FROM reservation WHERE id = NEW.reservation_id)
+     WHERE id = NEW.id;
+  END''', '''
+  CREATE TRIGGER IF NOT EXISTS reservation_owner AFTER UPDATE OF project, user ON reservation
+    WHEN (NEW.project, NEW.user) <> (OLD.project, OLD.user) BEGIN
+    UPDATE occurrence SET of_project = NEW.project, of_user = NEW.user WHERE reservation_id = NEW.id;
+  END''')
 
 
 def open_store(path: str) -> None:
@@ -1586,10 +1628,13 @@ def migrate() -> None:
         if version > len(MIGRATIONS) + 1:
             raise Unavailable(f'a newer cmres wrote this database (version {version}); use that one')
         if version == 0:
-            db.create_tables(TABLES)
+            db.create_tables([Fact])
             insert(Fact, name='store', value=secrets.token_hex(4))
         for step in MIGRATIONS[max(version - 1, 0):] if version else ():
             step()
+        db.create_tables(TABLES)  # and the indexes that there are now
+        for trigger in TRIGGERS:
+            run(trigger)
         db.user_version, db.application_id = len(MIGRATIONS) + 1, OURS
 
 
@@ -1628,6 +1673,22 @@ def add_proposals() -> None:
         CREATE INDEX IF NOT EXISTS extra_hold_resource_id ON extra_hold (resource_id);
         CREATE INDEX IF NOT EXISTS server_kept ON server (account) WHERE state = 'kept'""".split(';'):
         run(statement)
+
+
+def add_owners() -> None:
+    """Version 4: occurrences and events tell whose they are, so that lists find them by indexes."""
+    known = {each[1] for each in run('PRAGMA table_info(occurrence)')}
+    for column in ('of_project', 'of_user'):
+        if column not in known:
+            run(f"ALTER TABLE occurrence ADD COLUMN {column} VARCHAR(255) NOT NULL DEFAULT ''")
+    run('UPDATE occurrence SET (of_project, of_user) = '
+        '(SELECT project, user FROM reservation r WHERE r.id = reservation_id)')
+    run('UPDATE event SET project = (SELECT project FROM reservation r WHERE r.id = reservation_id) '
+        'WHERE reservation_id IS NOT NULL')
+    run("UPDATE occurrence SET told = told | 32 WHERE id IN (SELECT occurrence FROM event WHERE code = 'failed')")
+    for index in ('occurrence_live', 'occurrence_held', 'occurrence_reservation_id_start', 'server_occurrence_id',
+                  'reservation_project_label_over'):
+        run(f'DROP INDEX IF EXISTS {index}')
 
 
 @contextmanager
@@ -1704,8 +1765,9 @@ def journal(config: Config, at: float, actor: str, code: str, sentence: str, res
       occurrence: the one that it is about; without one, all that are not over
       refused: project and resource of what is no reservation
     """
+    whose = row('SELECT project FROM reservation WHERE id = ?', reservation) if reservation else None
     event = insert(Event, at=at, actor=actor, code=code, sentence=sentence, reservation=reservation,
-                   occurrence=occurrence, **{'project': '', 'resource': ''} | refused)
+                   occurrence=occurrence, **{'project': whose.project if whose else '', 'resource': ''} | refused)
     if reservation and (occurrence is None or occurrence > 0):
         which, id = ('id', occurrence) if occurrence else ('due IS NOT NULL AND reservation_id', reservation)
         run(f'UPDATE occurrence SET revision = revision + 1, revised = ? WHERE {which} = ?', int(at), id)
@@ -1716,7 +1778,7 @@ def journal(config: Config, at: float, actor: str, code: str, sentence: str, res
 
 # What a reservation looks like to everybody: its occurrence's facts and the state derived from
 # them. A state is never stored, so it can't be stale: it follows from the clock and from what was
-# seen of the servers. The parameter is the instant for which the state is asked.
+# seen of the servers. The parameter ?1 is the instant for which the state is asked.
 
 LISTING = '''
   SELECT o.id, r.id AS reservation, r.label, r.user, r.project,
@@ -1732,12 +1794,12 @@ LISTING = '''
            WHERE v.occurrence_id = o.id AND v.state NOT IN ('deleted', 'kept')) AS existing,
          (SELECT count(*) FROM server v WHERE v.occurrence_id = o.id AND v.ready IS NOT NULL) AS ever,
          (r.image <> '' OR r.server <> '') AS runs,
-         clock.now, o.told, o.held_from, o.held_until, o.resource_id, r.over, o.due, o.slot, o.altered, o.revision,
+         CAST(?1 AS INTEGER) AS now, o.told, o.held_from, o.held_until, o.resource_id, r.over, o.due, o.slot, o.altered, o.revision,
          o.revised, r.waiting, r.priority, r.confirm, r.pending, r.on_conflict, r.booked_until, r.subscription,
          r.series <> '' AS repeats, r.request, r.host, r.choices,
          (SELECT p.shown FROM proposal p WHERE p.reservation_id = r.id AND (p.occurrence = o.id OR NOT p.alone)
            ORDER BY p.id DESC LIMIT 1) AS change
-    FROM (SELECT CAST(? AS INTEGER) AS now) clock, occurrence o
+    FROM occurrence o
     JOIN reservation r ON r.id = o.reservation_id JOIN resource s ON s.id = o.resource_id'''
 
 STATE = '''
@@ -1756,6 +1818,28 @@ def listing(now: float, where: str = '1', values: tuple = (), state: str = '1', 
     """Occurrences with their reservation and state, by conditions on o, r and s and then on the state."""
     return rows(f'SELECT * FROM (SELECT *, {STATE} AS state FROM ({LISTING} WHERE {where})) WHERE {state} {tail}',
                 int(now), *values)
+
+
+def walk(now: float, ways: Iterable[tuple[str, str]], where: list, limit: int,
+         latest: bool = False) -> list[tuple[int, int]]:
+    """The first occurrences, (start, id), in that order, by indexes that are in that order already.
+
+    Args:
+      ways: the ORDERS to go by, each with a condition that tells which of its rows; they are merged
+      where: conditions on o, each with the values of its parameters
+    """
+    count = itertools.count(2)
+    common = ''.join(f' AND {text}' for text, *_ in where)
+    common = re.sub(r'\?(?!1\b)', lambda _: f'?{next(count)}', common)  # they stand in the text once for each way
+    ones = ' UNION '.join(f'SELECT o.start, o.id FROM occurrence o INDEXED BY occurrence_{way} WHERE {condition}{common}'
+                          for way, condition in ways)
+    order = 'DESC' if latest else 'ASC'
+    return run(f'{ones} ORDER BY 1 {order}, 2 {order} LIMIT {limit}', int(now), *given(where)).fetchall()
+
+
+def given(where: list) -> list:
+    """The values of the parameters of conditions, each of which stands behind its text, or None behind one without."""
+    return [value for _, *values in where for value in values if value is not None]
 
 
 # Capacity ####################################################################
@@ -3284,7 +3368,7 @@ MODES = ('exclusive', 'shared')
 #: What can become of machines at the end of their window.
 ENDS = ('delete', 'stop', 'shelve', 'snapshot')
 #: What was announced of an occurrence: a bit each.
-SOON, READY, ENDING, FOREIGN, UNUSED = 1, 2, 4, 8, 16
+SOON, READY, ENDING, FOREIGN, UNUSED, FAILED = 1, 2, 4, 8, 16, 32
 #: The fields that only the cloud can judge.
 CLOUDY = ('flavor', 'image', 'network', 'key', 'security_groups', 'server')
 #: The fields of a reservation that a machine is made of; they are fixed once it has begun.
@@ -3308,11 +3392,25 @@ HIDDEN = frozenset(('now', 'resource_id', 'held_from', 'held_until', 'over', 'du
                     'named'))
 #: Of a reservation, the occurrence that is now or comes next: no other that is not over comes before it.
 NEXT_OF_ITS = """NOT EXISTS (SELECT 1 FROM occurrence c
-                              WHERE c.reservation_id = o.reservation_id AND c.cancelled IS NULL
-                              AND c."end" > clock.now AND (c.start, c.id) < (o.start, o.id))"""
+                              WHERE c.reservation_id = o.reservation_id AND (c.due IS NULL) = 0
+                              AND c.cancelled IS NULL AND c."end" > ?1 AND (c.start, c.id) < (o.start, o.id))"""
 #: Its occurrences in the order in which people mean them: the present or next, those after it, at last those before.
 NEXT_FIRST = 'cancelled IS NOT NULL OR "end" <= now, iif(cancelled IS NULL AND "end" > now, start, -start), id'
-NOT_OVER = 'o.cancelled IS NULL AND o."end" > clock.now'
+NOT_OVER = 'o.cancelled IS NULL AND o."end" > ?1'
+#: What is live, and what is over for good.
+BOTH = [(half, f'o.{rows}') for half, rows in HALVES.items()]
+#: What has begun and is not over for good; leads are few, and an index knows the longest.
+BEGUN = ('live', 'o.due IS NOT NULL AND o.start <= ?1 + '
+         '(SELECT coalesce(max(lead), 0) FROM reservation WHERE lead > 0)')
+#: By which indexes the occurrences of a state are found.
+WAYS = {'waiting': [('series', 'o.reservation_id IN (SELECT id FROM reservation WHERE waiting IS NOT NULL)')],
+        'pending': [('series', 'o.reservation_id IN (SELECT id FROM reservation WHERE pending IS NOT NULL)')],
+        'reserved': [('live', 'o.due IS NOT NULL AND o.start >= ?1')],
+        **dict.fromkeys(('starting', 'active', 'degraded', 'ending'), [BEGUN]),
+        'ended': [('over', 'o.due IS NULL'), BEGUN], 'failed': [('failed', 'o.told & 32'), BEGUN],
+        'cancelled': [('cancelled', 'o.cancelled IS NOT NULL'), BEGUN]}
+MOST_WAYS = 200  # that are merged, each of one or two halves; SQLite takes 500
+BATCH = 5000     # occurrences that are looked at together
 MOST_TRIES = 500  # of ways to spread the parts of a request over resources
 PATIENCE = 60  # seconds that a start may lie in the past: slow clocks, slow networks
 
@@ -3325,19 +3423,23 @@ def told(of, outcome: str, why: str = '') -> dict:
 
 def public(found) -> dict:
     """A row as an answer shows it: instants as datetimes, stored JSON read, nothing internal."""
-    shown = {name: value for name, value in found._asdict().items() if name not in HIDDEN}
-    for name, value in shown.items():
-        if name == 'personal':
-            shown[name] = bool(value)
-        elif name == 'change':
-            shown[name] = from_plain(json.loads(value or 'null'))
-        elif name in INSTANTS:
-            shown[name] = instant(value)
-        elif name in JSON:
-            shown[name] = json.loads(value or '{}')
+    shown = {name: read(found[place]) if read else found[place] for name, place, read in shown_fields(found._fields)}
     if not shown.get('change', True):
         del shown['change']  # nothing of it awaits approval
     return shown
+
+
+@functools.lru_cache
+def shown_fields(fields: tuple) -> list[tuple]:
+    """Of each field that is shown: its name, its place in the row, and what reads it."""
+    readers = {'personal': bool, 'change': lambda text: from_plain(read_json(text or 'null'))} | dict.fromkeys(INSTANTS, instant)
+    readers |= dict.fromkeys(JSON, read_json)
+    return [(name, place, readers.get(name)) for place, name in enumerate(fields) if name not in HIDDEN]
+
+
+def read_json(text: str):
+    """What a column holds; most hold nothing."""
+    return [] if text == '[]' else {} if text in ('', '{}') else json.loads(text)
 
 
 def in_figures(amount: Amount) -> dict:
@@ -3487,13 +3589,13 @@ class Service:
         begin, until = self.resolve(start or first, end or LAST)
         return ([('o.end > ?', begin)] if start else []) + ([('o.start < ?', until)] if end else [])
 
-    def labelled(self, label: str) -> list:
-        """The condition on reservations of a label, or parts of a request of that label."""
-        if not label:
-            return []
-        parts = rows("SELECT id FROM reservation WHERE request = ? AND request <> ''", label)
-        ids = ', '.join(str(each.id) for each in parts)
-        return [(f'(r.label = ? OR r.id IN ({ids}))' if parts else 'r.label = ?', label)]
+    def labelled(self, label: str, project: str = '') -> list[int]:
+        """The reservations of a label that they may see, or parts of a request of that label; the latest first."""
+        where = [*self.visible(), *([('r.project = ?', project)] if project else [])]
+        also = ''.join(f' AND {text}' for text, _ in where)
+        return [each.id for each in rows(
+            f"SELECT id FROM reservation r WHERE label = ?{also} UNION SELECT id FROM reservation r WHERE request = ? "
+            f"AND request <> ''{also} ORDER BY id DESC", label, *given(where), label, *given(where))]
 
     def parts_of(self, label: str, project: str = '') -> list:
         """The parts of the request that a label means; none if it means a reservation.
@@ -3522,11 +3624,70 @@ class Service:
 
     def search(self, where: list, state: Iterable[str] = (), limit: int = -1, tail: str = 'ORDER BY start, id') -> list:
         """Rows of the listing that meet all conditions, a page of them."""
-        condition = ' AND '.join(text for text, _ in where) or '1'
-        values = tuple(value for text, value in where if '?' in text)
+        condition = ' AND '.join(text for text, *_ in where) or '1'
         in_state = f"state IN ({', '.join('?' * len(state))})" if state else '1'
-        return listing(self.clock(), condition, (*values, *state), in_state,
-                       f'{tail} LIMIT {limit}')
+        return listing(self.clock(), condition, (*given(where), *state), in_state, f'{tail} LIMIT {limit}')
+
+    def page(self, ways: list, where: list, state: Iterable[str], limit: int, after: str = '',
+             latest: bool = False) -> list:
+        """The first rows of the listing in order of start, or with `latest` in the order from the last one back.
+
+        Args:
+          ways, where: as `walk` takes them
+          state: only these; they are looked at after the walk, some at a time until the page is full
+          after: the cursor, or the id, of the line behind which it begins
+        """
+        found, size, beyond = [], min(limit, BATCH), '<' if latest else '>'
+        place = self.place_of_cursor(after) if after else None
+        while ways and len(found) < limit:
+            onward = [(f'(o.start, o.id) {beyond} (?, ?)', *place)] if place else []
+            some = walk(self.clock(), ways, [*where, *onward], size, latest)
+            found += self.in_order([id for _, id in some], state)
+            if len(some) < size:
+                break
+            place, size = some[-1], min(2 * size, BATCH)
+        return found[:limit]
+
+    def in_order(self, ids: list[int], state: Iterable[str] = ()) -> list:
+        """The listing of occurrences, as far as they are in some states, in the order of their ids here."""
+        lines = {each.id: each for each in self.search(
+            [('o.id IN (SELECT value FROM json_each(?))', json.dumps(ids))], state, tail='')} if ids else {}
+        return [lines[id] for id in ids if id in lines]
+
+    def place_of_cursor(self, after: str) -> tuple[int, int]:
+        """The start and id behind which a page begins; after an id alone, that one's present start."""
+        start, _, id = read_argument('after', after, Cursor, self.here).rpartition('-')
+        if start:
+            return int(start), int(id)
+        there = row('SELECT start, id FROM occurrence WHERE id = ?', int(id))
+        return tuple(there) if there else (int(LAST.timestamp()), 0)
+
+    def ways(self, asked: dict, state: Iterable[str], begin: int | None = None) -> list[tuple[str, str]]:
+        """By which indexes a page is found that filters ask for.
+
+        Args:
+          asked: whose and where, as `filtered` has it
+          begin: they end after that; few windows are longer than a day or a month, and indexes have those
+        """
+        found = self.ways_by(asked, dict.fromkeys(way for word in state for way in WAYS[word]) if state else BOTH)
+        if begin is None:
+            return found
+        day, month, within = begin - DAY, begin - MONTH, self.within(asked)
+        return [('longest', f'o."end" - o.start > {MONTH} AND o.start < {month}{within}'),
+                ('long', f'o."end" - o.start > {DAY} AND o.start >= {month} AND o.start < {day}{within}'),
+                *((way, f'{condition} AND o.start >= {day}') for way, condition in found)]
+
+    def ways_by(self, asked: dict, ways: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
+        """The same ways, by the indexes that know whose or where as well."""
+        ids, whose = asked.get('places'), 'user_' if asked['user'] else 'project_' if asked['project'] else ''
+        by = [('place_', f' AND o.resource_id = {id}') for id in ids] if ids is not None and len(ids) <= MOST_WAYS else [
+            (whose, self.within(asked))]
+        return [(f'{kind}{way}', condition + one) for way, condition in ways
+                for kind, one in (by if way in HALVES else [('', self.within(asked))])]
+
+    def within(self, asked: dict) -> str:
+        """The condition on the resources that are asked for."""
+        return f" AND o.resource_id IN ({', '.join(map(str, asked['places']))})" if 'places' in asked else ''
 
     def occurrence(self, id: int):
         """The listing of one occurrence, by its id."""
@@ -3534,7 +3695,8 @@ class Service:
 
     def next_of(self, reservation: int):
         """Its present or next occurrence, else its last."""
-        return self.search([('r.id = ?', reservation)], tail=f'ORDER BY {NEXT_FIRST}', limit=1)[0]
+        return self.occurrence(row(f'SELECT id, ?1 AS now FROM occurrence WHERE reservation_id = ?2 '
+                                   f'ORDER BY {NEXT_FIRST} LIMIT 1', int(self.clock()), reservation).id)
 
     def mine(self, label: str, project: str = '', live: bool = True, occurrence: datetime | None = None):
         """The one reservation of that label that the actor means: not over, else (unless `live`) the latest.
@@ -3546,12 +3708,15 @@ class Service:
           Conflict: several projects have one; the sentence names them.
         """
         where = [('r.label = ?', label), *self.visible(), *([('r.project = ?', project)] if project else [])]
-        usable = self.search([*where, ('r.over > ?', int(self.clock())), (NOT_OVER, None), (NEXT_OF_ITS, None)])
+        known = f"SELECT r.id FROM reservation r WHERE {' AND '.join(text for text, _ in where)}"
+        found = [self.next_of(each.id) for each in rows(f'{known} AND r.over > ? ORDER BY r.id', *given(where),
+                                                        int(self.clock()))]
+        usable = [each for each in found if each.cancelled is None and each.end > self.clock()]
         if not usable:
-            past = self.search(where, tail=f'ORDER BY over DESC, {NEXT_FIRST}', limit=1)
+            past = row(f'{known} ORDER BY r.over DESC, r.id DESC LIMIT 1', *given(where))
             if live or not past:
                 raise NotFound(f"there is no reservation '{label}'{' that is not over' if past else ''}")
-            usable = past
+            usable = [self.next_of(past.id)]
         usable = [each for each in usable if each.project == self.actor.project] or usable
         if len(usable) > 1:
             projects = ', '.join(sorted(each.project for each in usable))
@@ -4294,7 +4459,7 @@ class Holding(Limits):
         values = dict(resource=slot.resource, start=slot.start, end=slot.end, held_from=begin, held_until=slot.end,
                       **stored(wish.takes(slot.vms)))
         if id is None:
-            new = dict(reservation=reservation, slot=slot.key, altered=False, revision=0, revised=int(now), told=0,
+            new = dict(reservation=reservation, of_project=wish.project, of_user=wish.user, slot=slot.key, altered=False, revision=0, revised=int(now), told=0,
                        due=min(begin, slot.start - self.config.notice))
             insert(Occurrence, **new | values | more)
         else:
@@ -5203,12 +5368,12 @@ class Requests(Approval):
     @api('GET', '/reservation/<label>')
     def list(self, label: Label = '', user: Name = '', project: Name = '', resource: Name = '', cell: Name = '',
              cloud: Name = '', region: Name = '', aggregate: Name = '', state: Names = (), start: When = None,
-             end: When = None, limit: Page = 100, after: int = 0) -> Rows:
+             end: When = None, limit: Page = 100, after: Cursor = '') -> Rows:
         """Lists reservations, the earliest first: those that are not over, or all that the filters meet.
 
         A label, a state or a window [START, END) that they overlap also finds what is over. Of a series
         only the present or next occurrence is listed; a label or a window finds all of them. Each page
-        has at most --limit lines; --after the id of its last line gives the next.
+        has at most --limit lines; --after START/ID of its last line gives the next, whatever moved.
 
         Example:
           python cmres.py list --resource demo --state starting,active
@@ -5216,23 +5381,50 @@ class Requests(Approval):
         for word in state:
             if word not in STATES:
                 raise Invalid(f"state: '{word}' is none of {', '.join(STATES)}{nearest(word, STATES)}")
-        exact = {'r.user': user, 'r.project': project, 's.name': resource, 's.cell': cell,
-                 's.cloud': cloud, 's.region': region, 's.aggregate': aggregate}
-        where = [(f'{column} = ?', value) for column, value in exact.items() if value]
-        where += self.labelled(label)
-        where += self.window(start, end) + self.visible()
-        if after:
-            where.append(('(o.start, o.id) > (SELECT start, id FROM occurrence WHERE id = ?)', after))
-        if not (label or start or end):
-            where.append((f'({NEXT_OF_ITS} OR NOT ({NOT_OVER}))', None))
-        if not (label or state or start or end):
-            state = [word for word in STATES if word not in OVER]
-        if state and not set(state) & set(OVER):
-            where.append(('o.due IS NOT NULL', None))
-        found = self.search(where, state, limit)
-        if label and not found and not self.search([*self.labelled(label), *self.visible()], limit=1):
+        found = self.matching(label, {'user': user, 'project': project, 'resource': resource, 'cell': cell,
+                                      'cloud': cloud, 'region': region, 'aggregate': aggregate},
+                              state, start, end, limit, after)
+        if label and not found and not self.labelled(label):
             raise NotFound(f"there is no reservation '{label}'")
         return [public(each) for each in found]
+
+    def over(self, before: str, limit: int) -> list[dict]:
+        """What has ended or was cancelled and has begun before now, the latest first."""
+        filters, where = self.filtered(dict.fromkeys(('user', 'project', 'resource', *PLACE), ''))
+        begun = [('o.start <= ?', int(self.clock()))]
+        return [public(each) for each in self.page(
+            self.ways_by(filters, BOTH), where + begun, OVER, limit, before, latest=True)]
+
+    def matching(self, label: str, asked: dict, state: Iterable[str], start, end, limit: int, after: str) -> list:
+        """A page of what the filters of `list` meet."""
+        where = self.window(start, end)
+        if not (label or start or end):
+            where.append((f'({NEXT_OF_ITS} OR NOT ({NOT_OVER}))',))
+        if not (label or state or start or end):
+            state = [word for word in STATES if word not in OVER]
+        filters, also = self.filtered(asked)
+        ways = self.ways(filters, state, int(where[0][1]) if start else None)
+        if label:
+            ways = [('series', f'1{self.within(filters)}')]
+            also.append(self.among('o.reservation_id', self.labelled(label)))
+        return self.page(ways, where + also, state, limit, after)
+
+    def filtered(self, asked: dict) -> tuple[dict, list]:
+        """The filters by whose, and on which resources: as `ways` takes them, and as conditions on o."""
+        own = self.actor.project if self.actor.role != ADMIN else ''
+        conditions = [('o.of_user = ?', asked['user']), ('o.of_project = ?', asked['project']),
+                      ('o.of_project = ?', own)]
+        placed = [(column, asked[column]) for column in PLACE if asked[column]]
+        placed += [('name', asked['resource'])] if asked['resource'] else []
+        filters = {'user': asked['user'], 'project': asked['project'] or own}
+        if placed:  # also on those that were removed
+            at = ' AND '.join(f'"{column}" = ?' for column, _ in placed)
+            filters['places'] = [each.id for each in rows(f'SELECT id FROM resource WHERE {at}', *given(placed))]
+        return filters, [condition for condition in conditions if condition[1]]
+
+    def among(self, column: str, ids: list[int]) -> tuple[str, str]:
+        """The condition that a column is one of some ids."""
+        return f'{column} IN (SELECT value FROM json_each(?))', json.dumps(ids)
 
     @api('GET', '/reservation/<label>/show')
     @for_each_part
@@ -5443,16 +5635,14 @@ class Requests(Approval):
         Example:
           python cmres.py delete --resource demo --user eva --dry-run
         """
-        exact = {'r.user': user, 'r.project': project, 's.name': resource, 's.cell': cell,
-                 's.cloud': cloud, 's.region': region, 's.aggregate': aggregate, 'o.vms': vms}
-        if start or end:
-            begin, until = self.resolve(start or FIRST, end or LAST)
-            exact |= ({'o.start': begin} if start else {}) | ({'"end"': until} if end else {})
-        if not any([label, *exact.values()]):
+        asked = {'user': user, 'project': project, 'resource': resource, 'cell': cell, 'cloud': cloud,
+                 'region': region, 'aggregate': aggregate}
+        if not any([label, vms, start, end, *asked.values()]):
             raise Invalid('say which: a label, or filters such as --resource and --user')
         if kept:
             return self.delete_kept(label, project, dry_run)
-        where = [(f'{column} = ?', value) for column, value in exact.items() if value] + self.labelled(label)
+        begin, until = self.resolve(start or FIRST, end or LAST)
+        exact = [('o.vms = ?', vms), ('o.start = ?', start and begin), ('o."end" = ?', end and until)]
         if (occurrence or following) and not (label and occurrence):
             raise Invalid('--occurrence and --following need a label, and --following an --occurrence')
         with self.writing(dry_run) as now:
@@ -5462,8 +5652,7 @@ class Requests(Approval):
                 for each in found:
                     self.cancel(self.live(each, each.slot) if following else [each], now, ends=following)
             else:
-                found = self.search([*where, *self.visible(), ('r.over > ?', int(now)), (NOT_OVER, None),
-                                     (NEXT_OF_ITS, None)])
+                found = self.next_that_meet(label, asked, [each for each in exact if each[1]])
                 self.refuse_uncounted(found, label, count, dry_run)
                 for each in found:
                     self.cancel(self.live(each), now, ends=True)
@@ -5487,6 +5676,16 @@ class Requests(Approval):
             self.journal(now, 'released', f'{self.actor.user} deletes {len(found)} VMs that stayed: '
                          f"{', '.join(each.name for each in found[:20])}", found[0].reservation, (), NONE_OF_THEM)
             return [public(each) for each in found]
+
+    def next_that_meet(self, label: str, asked: dict, exact: list) -> list:
+        """Of each reservation that is not over and meets filters, the present or next occurrence."""
+        filters, where = self.filtered(asked)
+        where += [*exact, (NOT_OVER,), (NEXT_OF_ITS,)]
+        ways = self.ways_by(filters, BOTH[:1])
+        if label:
+            ways = [('series', f'1{self.within(filters)}')]
+            where.append(self.among('o.reservation_id', self.labelled(label)))
+        return self.page(ways, where, (), 2**31)
 
     def refuse_uncounted(self, found: list, label: str, count: int | None, dry_run: bool) -> None:
         """Refuses a delete that would hit none, another number than was said, or several projects."""
@@ -6473,12 +6672,16 @@ class Reservations(Calendars):
         Example:
           python cmres.py events lab --follow
         """
-        where = [('e.id > ?', after), *self.visible(), *self.labelled(label),
-                 *([('r.project = ?', project)] if project else [])]
+        where = [('e.id > ?', after)]
+        if label:
+            where.append(self.among('e.reservation_id', self.labelled(label, project)))
+        else:
+            own = self.actor.project if self.actor.role != ADMIN else ''
+            where += [('e.project = ? AND e.reservation_id > 0', each) for each in (project, own) if each]
         found = rows('SELECT e.id, e.at, e.actor, e.code, r.label, r.project, e.sentence '
                      'FROM event e LEFT JOIN reservation r ON r.id = e.reservation_id WHERE '
                      f"{' AND '.join(text for text, _ in where)} ORDER BY e.id {'ASC' if after else 'DESC'} "
-                     f'LIMIT {limit}', *(value for _, value in where))
+                     f'LIMIT {limit}', *given(where))
         return [public(each) for each in (found if after else found[::-1])]
 
     @api('GET', '/punctuality/')
@@ -6547,7 +6750,7 @@ class Reservations(Calendars):
             lines[name]['used'] += used
         refused = {'project': 'project', 'user': 'actor', 'resource': 'resource'}[by_whom]
         mine = '' if self.actor.role == ADMIN else 'AND project = ?'
-        for name, count in run(f"SELECT {refused}, count(*) FROM event WHERE code = 'refused' AND project <> '' "
+        for name, count in run(f"SELECT {refused}, count(*) FROM event WHERE code = 'refused' AND project <> '' AND reservation_id IS NULL "
                                'AND at >= ? '
                                f'AND at < ? {mine} GROUP BY 1', first, last, *([self.actor.project] if mine else [])):
             lines[name]['refused'] += count
@@ -6887,7 +7090,8 @@ class LifeCycle:
         if not over and self.release_unused(occurrence, now):
             return
         told = self.announce(occurrence, over, now)
-        change(Occurrence, occurrence.id, told=told, due=self.next_look(occurrence, over, now))
+        due = self.next_look(occurrence, over, now)
+        run('UPDATE occurrence SET told = told | ?, due = ? WHERE id = ?', told, due, occurrence.id)
 
     def plan_server(self, occurrence, n: int, now: float, before=None) -> None:
         """Writes down a server that is wanted: a new one, one that was there, or a series' own from `before`."""
@@ -7009,6 +7213,7 @@ class LifeCycle:
         found = row('SELECT count(ready) AS ever, max(fault) AS fault FROM server WHERE occurrence_id = ?',
                     occurrence.id)
         if (occurrence.image or occurrence.server) and not found.ever:
+            run('UPDATE occurrence SET told = told | ? WHERE id = ?', FAILED, occurrence.id)
             self.journal(now, 'failed', f"never up: {found.fault or 'the life cycle did not run'}", occurrence)
         else:
             self.journal(now, 'ended', 'its time was over', occurrence)
@@ -7165,9 +7370,12 @@ class LifeCycle:
         self.clouds.open(account).delete(uid)
 
     def do_notice(self, account: str, notice) -> None:
-        where, id = ('o.id', notice.occurrence) if (notice.occurrence or 0) > 0 else ('r.id', notice.reservation_id)
-        found = listing(self.clock(), f'{where} = ?', (id,), tail=f'ORDER BY {NEXT_FIRST} LIMIT 1') if id else []
-        deliver(self.config, notice, public(found[0]) if found else {})
+        found = None
+        if (notice.occurrence or 0) > 0:
+            found = self.service.occurrence(notice.occurrence)
+        elif notice.reservation_id:
+            found = self.service.next_of(notice.reservation_id)
+        deliver(self.config, notice, public(found) if found else {})
 
     def do_trace(self, account: str, uids: list[str]) -> dict[str, str | None]:
         return self.clouds.open(account).hosts(uids)
@@ -7610,7 +7818,7 @@ def given_once(*sources: dict) -> dict:
     return given
 
 
-SCHEMAS = {int: {'type': 'integer'}, bool: {'type': 'boolean'}, Count: {'type': 'integer', 'minimum': 1},
+SCHEMAS = {int: {'type': 'integer'}, Cursor: {'type': ['string', 'integer']}, bool: {'type': 'boolean'}, Count: {'type': 'integer', 'minimum': 1},
            Most: {'oneOf': [{'type': 'integer', 'minimum': 0}, {'const': 'unlimited'}]},
            Label: {'type': 'string', 'pattern': '^[A-Za-z0-9._-]{1,64}$'},
            Names: {'type': 'array', 'items': {'type': 'string'}},
@@ -8735,13 +8943,10 @@ class Pages:
 
     def on_plan(self, visit: Visit, places: list, begin: int, end: int) -> list:
         """The reservations that are drawn, one more than there may be if there are more."""
-        where = [('o.resource_id IN (SELECT value FROM json_each(?))', json.dumps([each.id for each in places])),
-                 ('o.start < ?', end), ('o."end" > ?', begin), *visit.service.visible()]
-        # By id first: states are not derived of what is not drawn.
-        ids = [each.id for each in rows(f"SELECT o.id {FROM_ALL} WHERE {' AND '.join(text for text, _ in where)} "
-                                        f'AND o.cancelled IS NULL ORDER BY o.start LIMIT {MOST_BARS + 1}',
-                                        *(value for _, value in where))]
-        return visit.service.search([('o.id IN (SELECT value FROM json_each(?))', json.dumps(ids))])
+        filters, where = visit.service.filtered(dict.fromkeys(('user', 'project', 'resource', *PLACE), ''))
+        filters |= {'places': [each.id for each in places]}
+        where += [('o.start < ?', end), ('o."end" > ?', begin), ('o.cancelled IS NULL',)]
+        return visit.service.page(visit.service.ways(filters, (), begin), where, (), MOST_BARS + 1)
 
     def draw(self, visit: Visit, place, cells: list[Cell], begin: int, end: int, view: str, found: list) -> Drawn:
         """A resource on a time line: its curve, what is free in each cell, and what stands on it."""
@@ -8769,18 +8974,16 @@ class Pages:
 
     def list(self, visit: Visit, given: dict):
         """One's own reservations, an admin's all, with what can be done to them."""
-        after, over = int(given['after']) if re.fullmatch('[0-9]{1,15}', given.get('after', '')) else 0, 'over' in given
+        after, over = given.get('after', ''), 'over' in given
+        after = after if re.fullmatch('([0-9]{1,11}-)?[0-9]{1,18}', after) else ''
         found = self.over(visit, after) if over else visit.service.list(limit=MOST_LINES_SHOWN, after=after)
         return self.page(visit, 'Reservations', render_page(
             'list', visit=visit, lines=self.lines(visit, found), over=over,
-            after=found[-1]['id'] if len(found) == MOST_LINES_SHOWN else 0))
+            after=f"{int(found[-1]['start'].timestamp())}-{found[-1]['id']}" if len(found) == MOST_LINES_SHOWN else ''))
 
-    def over(self, visit: Visit, before: int) -> list[dict]:
+    def over(self, visit: Visit, before: str) -> list[dict]:
         """What has ended or was cancelled, the latest first."""
-        return [public(each) for each in visit.service.search(
-            [('o.start <= ?', int(visit.service.clock())), *visit.service.visible(),
-             *([('(o.start, o.id) < (SELECT start, id FROM occurrence WHERE id = ?)', before)] if before else [])],
-            OVER, MOST_LINES_SHOWN, 'ORDER BY start DESC, id DESC')]
+        return visit.service.over(before, MOST_LINES_SHOWN)
 
     def lines(self, visit: Visit, found: list[dict]) -> list[dict]:
         """Reservations with their addresses, how late they were ready, and what can be done to them."""

@@ -413,8 +413,8 @@ def test_a_store_of_the_first_version_is_brought_up_to_this_one(world):
     book(world.as_user(), 'waits', start=9, end=10, wait=True)
     steps = dump_of('step')
     with cmres.transaction():
-        for index in ('reservation_request', 'occurrence_held'):
-            cmres.run(f'DROP INDEX {index}')
+        forget_owners()
+        cmres.run('DROP INDEX reservation_request')
         for table, columns in {'reservation': 'request host choices', 'occurrence': 'classes', 'claim': 'classes',
                                'resource': 'classes named', 'capacity': 'classes held_classes'}.items():
             for column in columns.split():
@@ -431,6 +431,39 @@ def test_a_store_of_the_first_version_is_brought_up_to_this_one(world):
     world.service.delete('full')
     world.cycle.settle()
     assert world.state('waits') == 'reserved' and world.service.check()['differences'] == 0
+
+
+def forget_owners():
+    """Makes of a store one of version 2, where occurrences and events don't tell whose they are."""
+    for kind, name in cmres.run("SELECT type, name FROM sqlite_master WHERE type = 'trigger' OR type = 'index' "
+                                "AND sql IS NOT NULL AND tbl_name IN ('occurrence', 'server')").fetchall():
+        cmres.run(f'DROP {kind} {name}')
+    for column in ('of_project', 'of_user'):
+        cmres.run(f'ALTER TABLE occurrence DROP COLUMN {column}')
+    cmres.run('CREATE INDEX occurrence_held ON occurrence (resource_id, held_from) WHERE due IS NOT NULL')
+    cmres.run("UPDATE event SET project = '' WHERE reservation_id IS NOT NULL")
+    cmres.run('UPDATE occurrence SET told = told & 31')
+    cmres.db.user_version = 2
+
+
+def test_a_store_of_the_second_version_learns_whose_occurrences_and_events_are(world):
+    eva, bob = world.as_user(), world.as_user('bob', 'chemistry')
+    book(eva, 'broken', 1, 2, flavor='m1.small', image='cirros')
+    book(eva, start=3, end=4), book(bob, 'other', 3, 4)
+    world.now = (NOON + hours(2)).timestamp()  # nothing was booted in time
+    world.cycle.settle()
+    asked = [lambda: eva.list(), lambda: bob.list(user='bob'), lambda: eva.events(),
+             lambda: world.service.list(state=['failed'])]
+    before = [each() for each in asked]
+    assert [labels(each) for each in (before[0], before[3])] == [['lab'], ['broken']]
+    with cmres.transaction():
+        forget_owners()
+    cmres.open_store(world.config.database)
+    assert [each() for each in asked] == before
+    indexes = 'SELECT name FROM sqlite_master ORDER BY 1'
+    migrated = cmres.run(indexes).fetchall()
+    cmres.open_store(str(Path(world.config.database).with_name('new.db')))
+    assert cmres.run(indexes).fetchall() == migrated
 
 
 def dump_of(table: str) -> list:
@@ -1853,6 +1886,115 @@ def test_what_is_in_several_projects_must_be_named_with_its_project(service):
             call('lab')
     assert [each['project'] for each in service.delete('lab', project='chem')] == ['chem']
     assert service.show('lab')['project'] == 'bio'
+
+
+# Service: what a question costs ##############################################
+#
+# Counted in steps of SQLite's machine: the same on every computer, however busy.
+
+TABLES_THAT_GROW = {'reservation', 'occurrence', 'event', 'outbox', 'server', 'claim', 'step', 'capacity'}
+
+
+def effort(action) -> int:
+    """How many hundreds of steps SQLite needs for something."""
+    counted = [0]
+
+    def count():
+        counted[0] += 1
+    connection = cmres.db.connection()
+    connection.set_progress_handler(count, 100)
+    try:
+        action()
+    finally:
+        connection.set_progress_handler(None, 0)
+    return counted[0]
+
+
+def spread_out(world, number: int, statistics: bool) -> None:
+    """Puts reservations of an hour each into the store, one an hour and place; a tenth is over, nothing is full.
+
+    One in fifty is of a user and of a project that have few; of those that are over, some were cancelled or failed.
+    """
+    fill(world, number, 20, statistics=False)
+    now, past = int(world.now), number // 10 + 500
+    with cmres.transaction():
+        cmres.run('UPDATE occurrence SET start = ?2 + 3600 * ((id - ?1) / 20), "end" = ?2 + 3600 * ((id - ?1) / 20) '
+                  '+ 3600, held_from = ?2 + 3600 * ((id - ?1) / 20), held_until = ?2 + 3600 * ((id - ?1) / 20) + 3600 '
+                  ', due = iif(id >= ?1 - 20, ?2 + 3600 * ((id - ?1) / 20), NULL)', past, now)
+        cmres.run('UPDATE reservation SET over = (SELECT "end" FROM occurrence o WHERE reservation_id = reservation.id)')
+        cmres.run("UPDATE reservation SET user = 'few', project = 'small' WHERE id % 50 = 0")
+        cmres.run('UPDATE occurrence SET cancelled = start, told = 32 * (id % 2) WHERE due IS NULL AND id % 7 = 0')
+        cmres.run("UPDATE reservation SET image = 'cirros' WHERE id IN (SELECT id FROM occurrence WHERE due IS NULL "
+                  'AND id % 5 = 0)')
+        cmres.run('UPDATE occurrence SET told = 32 WHERE due IS NULL AND cancelled IS NULL AND id % 5 = 0')
+        cmres.run("UPDATE resource SET cell = 'c' || (id % 4), cloud = 'k' || (id % 3), region = 'r', aggregate = name "
+                  "WHERE name <> 'demo'")
+        if statistics:
+            cmres.run('ANALYZE')
+
+
+QUESTIONS = {
+    'list': lambda of, start: of.list(limit=10),
+    **{f'list {name} {value}': lambda of, start, name=name, value=value: of.list(**{name: value}, limit=10)
+       for name, value in (('user', 'u'), ('user', 'few'), ('project', 'p'), ('project', 'small'), ('cell', 'c1'),
+                           ('resource', 'place-7'), ('cloud', 'k1'), ('region', 'r'), ('aggregate', 'place-7'))},
+    **{f'list {state}': lambda of, start, state=state: of.list(state=[state], limit=10) for state in cmres.STATES},
+    'list a window': lambda of, start: of.list(start=start + hours(20), end=hours(1), limit=10),
+    'list a window that is over': lambda of, start: of.list(start=start - hours(4), end=hours(1), limit=10),
+    'list from an instant': lambda of, start: of.list(start=start, limit=10),
+    'list until an instant': lambda of, start: of.list(end=start, limit=10),
+    'list LABEL': lambda of, start: of.list('known'),
+    'list after an id': lambda of, start: of.list(after=of.list(limit=10)[-1]['id'], limit=10),
+    'show LABEL': lambda of, start: of.show('known'),
+    'show what is over': lambda of, start: of.show('gone'),
+    'extend LABEL': lambda of, start: of.extend('known', hours(1)),
+    'delete LABEL': lambda of, start: of.delete('known', dry_run=True),
+    'events LABEL': lambda of, start: of.events('known'),
+    'events': lambda of, start: of.events(limit=10)}
+
+
+@pytest.mark.parametrize('statistics', [False, True])
+def test_a_question_costs_as_much_among_many_as_among_few(tmp_path, statistics):
+    costs = collections.defaultdict(list)
+    for number in (1500, 8000):
+        path = tmp_path / str(number)
+        path.mkdir()
+        world = World(path)
+        spread_out(world, number, statistics)
+        cmres.run("UPDATE reservation SET label = 'known' WHERE id = ?", number - 299)
+        cmres.run("UPDATE reservation SET label = 'gone' WHERE id = 51")
+        book(world.as_user('u', 'p'), 'mine', 30, 31, 'place-3')
+        for role in ('admin', 'user'):
+            of = world.as_user('u', 'p', role)
+            for name, ask in QUESTIONS.items():
+                if role == 'admin' or 'few' not in name and 'small' not in name:  # others' are not there
+                    costs[f'{name}, {role}'].append(effort(lambda: ask(of, NOON)))
+        few = world.as_user('few', 'small')
+        costs['list of few'].append(effort(lambda: few.list(limit=10)))
+        cmres.close_store()
+    dear = {name: each for name, each in costs.items() if each[1] > 1.5 * each[0] + 3}
+    assert len(costs) > 60 and not dear
+
+
+def test_a_page_has_all_lines_also_if_the_last_line_of_the_page_before_was_moved(world, service):
+    for number in range(12):
+        book(service, f'r{number}', 1 + number, 30)
+    for cursor in (lambda line: f"{cmres.to_plain(line['start'])}/{line['id']}",
+                   lambda line: f"{int(line['start'].timestamp())}-{line['id']}"):
+        seen = service.list(limit=4)
+        after = cursor(seen[-1])
+        service.update('r3', start=NOON + hours(25))
+        seen += service.list(limit=100, after=after)
+        assert {f'r{number}' for number in range(12)} == set(labels(seen))
+        service.update('r3', start=NOON + hours(4))
+
+
+@pytest.mark.parametrize('cursor', ['2026-12-01T16:00Z/4', '2026-12-01 16:00:00+00:00/4', '4', 4, '1796140800-4'])
+def test_a_cursor_is_the_start_and_id_of_a_line_or_its_id(app, cursor):
+    for number in range(6):
+        book(app.world.service, f'r{number}', 1 + number, 30)
+    path = f"/reservation/?{urlencode({'after': cursor})}"
+    assert labels(app.call('GET', path).json) == ['r4', 'r5']
 
 
 # Service: series #############################################################
@@ -12281,7 +12423,7 @@ def show(name: str, ours: float, bare: float, note: str = '') -> float:
     return ours / bare
 
 
-def fill(world, number: int, resources: int) -> None:
+def fill(world, number: int, resources: int, statistics: bool = True) -> None:
     """Puts reservations into the store as `add` would, but many at a time; a tenth of them are over."""
     chance, now = random.Random(number), int(world.now)
     names = [f'place-{n}' for n in range(resources)]
@@ -12313,7 +12455,8 @@ def fill(world, number: int, resources: int) -> None:
                                ((place, *step, *held) for step, held in cmres.held_steps(place)))
         cursor.execute('CREATE TABLE bare AS SELECT * FROM reservation LIMIT 0')
         cursor.execute('CREATE INDEX bare_label ON bare (project, label, over)')
-    cmres.db.execute_sql('ANALYZE')
+    if statistics:
+        cmres.db.execute_sql('ANALYZE')
     cmres.db.execute_sql('PRAGMA wal_checkpoint(TRUNCATE)')
 
 
@@ -12340,6 +12483,28 @@ def bench_add(folder: Path) -> None:
             assert number > 10**5 or world.service.check()['differences'] == 0
             cmres.close_store()
         print(f'{"":58} growth from 1e3 to 1e6: {seen[10**6] / seen[10**3]:.2f} x')
+
+
+def bench_lists(folder: Path) -> None:
+    """Lists and what is done by a label among 1e5 reservations against the same among 1e3, without statistics."""
+    seen = collections.defaultdict(list)
+    for number in (10**3, 10**5):
+        path = folder / str(number)
+        path.mkdir()
+        world = World(path)
+        spread_out(world, number, statistics=False)
+        label = f'r{number - 299}'
+        of = {'admin': world.service, 'user': world.as_user('u', 'p')}
+        asked = {'list': lambda one: one.list(), 'list --resource': lambda one: one.list(resource='place-7'),
+                 'list --user': lambda one: one.list(user='u'), 'list --state reserved': lambda one: one.list(
+                     state=['reserved']), 'show LABEL': lambda one: one.show(label),
+                 'extend LABEL': lambda one: one.extend(label, timedelta(seconds=1)),
+                 'delete LABEL --dry-run': lambda one: one.delete(label, dry_run=True)}
+        for (name, ask), (role, one) in itertools.product(asked.items(), of.items()):
+            seen[f'{name}, {role}'] += by_turns(50, lambda turn: ask(one))
+        cmres.close_store()
+    for name, (few, many) in seen.items():
+        show(f'{name}: 1e5 against 1e3', many, few)
 
 
 def bench_series(folder: Path) -> None:
@@ -12579,7 +12744,7 @@ def bench_idle(folder: Path) -> None:
 def bench() -> None:
     """All benchmarks, or those whose names are given."""
     import tempfile
-    for name in sys.argv[1:] or ['start', 'rest', 'page', 'add', 'series', 'claim', 'filter', 'starts', 'idle']:
+    for name in sys.argv[1:] or ['start', 'rest', 'page', 'lists', 'add', 'series', 'claim', 'filter', 'starts', 'idle']:
         with tempfile.TemporaryDirectory() as folder:
             globals()[f'bench_{name}'](Path(folder))
 
