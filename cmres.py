@@ -1350,6 +1350,10 @@ Reservation.add_index(Reservation.index(Reservation.waiting, where=Reservation.w
 Reservation.add_index(Reservation.index(Reservation.pending, where=Reservation.pending.is_null(False),
                                         name='reservation_pending'))
 Reservation.add_index(Reservation.index(Reservation.lead, where=Reservation.lead > 0, name='reservation_lead'))
+Reservation.add_index(Reservation.index(Reservation.over, where=Reservation.series != '', name='reservation_series'))
+Reservation.add_index(Reservation.index(Reservation.server, where=Reservation.server != '', name='reservation_server'))
+Reservation.add_index(Reservation.index(Reservation.subscription, Reservation.over, name='reservation_subscription',
+                                        where=Reservation.subscription.is_null(False)))
 
 
 class Capacity(Table):
@@ -1371,6 +1375,9 @@ class Capacity(Table):
     reason = peewee.CharField()
     added = peewee.IntegerField()
     removed = peewee.IntegerField(null=True)
+
+
+Capacity.add_index(Capacity.index(Capacity.end, where=Capacity.removed.is_null(), name='capacity_end'))
 
 
 class Proposal(Table):
@@ -1461,6 +1468,10 @@ class Server(Table):
 Server.add_index(Server.index(Server.account, where=Server.state == 'kept', name='server_kept'))
 Server.add_index(Server.index(Server.due, where=Server.due.is_null(False), name='server_due'))
 Server.add_index(Server.index(Server.occurrence, Server.n, name='server_of'))
+Server.add_index(Server.index(Server.account, where=Server.state != 'deleted', name='server_there'))
+Server.add_index(Server.index(Server.deleted, name='server_deleted'))
+Server.add_index(Server.index(Server.planned, name='server_planned'))
+Server.add_index(Server.index(Server.uid, where=Server.uid.is_null(False), name='server_uid'))
 
 
 class Claim(Table):
@@ -1479,7 +1490,9 @@ class Claim(Table):
 
 
 Claim.add_index(Claim.index(Claim.resource, Claim.server, unique=True, name='claim_server'))
-Claim.add_index(Claim.index(Claim.occurrence, where=Claim.due.is_null(False), name='claim_occurrence'))
+Claim.add_index(Claim.index(Claim.occurrence, Claim.due, name='claim_of'))
+Claim.add_index(Claim.index(Claim.resource, Claim.occurrence, where=Claim.due.is_null(False), name='claim_there'))
+Claim.add_index(Claim.index(Claim.gone, name='claim_gone'))
 Claim.add_index(Claim.index(Claim.due, where=Claim.due.is_null(False), name='claim_due'))
 
 
@@ -1538,6 +1551,7 @@ class Event(Table):
 
 
 Event.add_index(Event.index(Event.project, where=Event.project != '', name='event_project'))
+Event.add_index(Event.index(Event.at, where=Event.code == 'refused', name='event_refused'))
 
 
 class Outbox(Table):
@@ -1687,7 +1701,7 @@ def add_owners() -> None:
         'WHERE reservation_id IS NOT NULL')
     run("UPDATE occurrence SET told = told | 32 WHERE id IN (SELECT occurrence FROM event WHERE code = 'failed')")
     for index in ('occurrence_live', 'occurrence_held', 'occurrence_reservation_id_start', 'server_occurrence_id',
-                  'reservation_project_label_over'):
+                  'reservation_project_label_over', 'claim_occurrence'):
         run(f'DROP INDEX IF EXISTS {index}')
 
 
@@ -3439,7 +3453,7 @@ def shown_fields(fields: tuple) -> list[tuple]:
 
 def read_json(text: str):
     """What a column holds; most hold nothing."""
-    return [] if text == '[]' else {} if text in ('', '{}') else json.loads(text)
+    return [] if text == '[]' else {} if not text or text == '{}' else json.loads(text)
 
 
 def in_figures(amount: Amount) -> dict:
@@ -4343,7 +4357,7 @@ class Holding(Limits):
         """A machine that somebody has can be started and stopped by one reservation at a time."""
         begin, until = wish.held
         other = row('SELECT r.label FROM occurrence o JOIN reservation r ON r.id = o.reservation_id WHERE r.server = ? '
-                    'AND o.due IS NOT NULL AND o.held_from < ? AND o.held_until > ? AND r.id <> ?',
+                    "AND r.server <> '' AND o.due IS NOT NULL AND o.held_from < ? AND o.held_until > ? AND r.id <> ?",
                     wish.server, until, begin, own) if wish.server else None
         if other:
             raise Conflict(f"the server {wish.server} is reserved by '{other.label}' in that time already")
@@ -5837,8 +5851,10 @@ class Plan(Requests):
         """
         with self.writing(dry_run) as now:
             found = self.resource_row(name)
-            busy = self.search([('o.resource_id = ?', found.id), ('o.held_until > ?', int(now))], limit=100)
-            needed = rows("SELECT label FROM reservation WHERE over > ? AND series LIKE ? LIMIT 100", int(now),
+            busy = self.page([('place_live', f'o.resource_id = {found.id} AND o.due IS NOT NULL')],
+                             [('o.held_until > ?', int(now))], (), limit=100)
+            needed = rows("SELECT label FROM reservation WHERE series <> '' AND over > ? AND series LIKE ? LIMIT 100",
+                          int(now),
                           f'%"resource":{found.id},%')  # a series may come back to it
             if busy or needed:
                 raise Conflict(f"'{name}' still has reservations; delete or move them first",
@@ -6625,17 +6641,31 @@ class Calendars(Claims):
 
         What is others' is shown as busy only.
         """
-        where = [('o.end > ?', int(self.clock()) - 31 * 86400), *([('s.name = ?', feed.resource)] if feed.resource else
-                 [('r.project = ?', feed.project)]), *([('r.user = ?', feed.user)]
-                 if not feed.resource and not feed.whole_project else [])]
-        found = self.search(where, limit=10_000)
+        found = self.page(*self.shown_in(feed), (), limit=10_000)
         servers: dict = defaultdict(list)
-        for each in rows('SELECT occurrence_id, addresses FROM server WHERE due IS NOT NULL AND goal = ?', 'up'):
+        for each in rows("SELECT occurrence_id, addresses FROM server WHERE occurrence_id IN "
+                         "(SELECT value FROM json_each(?)) AND due IS NOT NULL AND goal = 'up'",
+                         json.dumps([each.id for each in found])):
             servers[each.occurrence_id] += json.loads(each.addresses)
         now = self.clock()
         turns = [at for each in found for at in (each.held_from, each.start, each.end) if at > now]
         return [self.feed_event(each, feed, servers[each.id]) for each in found if each.project == feed.project
                 or each.state not in ('cancelled', 'failed')], min([now + 60, *turns])
+
+    def shown_in(self, feed) -> tuple[list, list]:
+        """The occurrences that a feed shows, as `page` takes them."""
+        own = not feed.resource and not feed.whole_project
+        asked = dict.fromkeys(PLACE, '') | {'resource': feed.resource, 'user': feed.user if own else '',
+                                            'project': '' if feed.resource else feed.project}
+        filters, where = self.acting(Actor('', '', ADMIN)).filtered(asked)
+        begin = int(self.clock()) - MONTH
+        return self.ways(filters, (), begin), [*where, ('o."end" > ?', begin)]
+
+    def feed_digest(self, feed) -> str:
+        """Changes whenever something that a feed shows does; that costs much less than to write the feed."""
+        ids = [id for _, id in walk(self.clock(), *self.shown_in(feed), 10_000)]
+        return hashed(str(run('SELECT id, revision, revised FROM occurrence WHERE id IN (SELECT value FROM json_each(?))',
+                              json.dumps(ids)).fetchall()))
 
     def feed_event(self, found, feed, addresses: list[str]) -> Shown:
         """An occurrence as a feed shows it: one's own with all that helps, others' as busy."""
@@ -6729,24 +6759,31 @@ class Reservations(Calendars):
         own = ' AND '.join(['1', *(text for text, _ in self.visible())])
         who = [value for _, value in self.visible()]
         lines: dict = defaultdict(lambda: dict.fromkeys(('reserved', 'used', 'refused', 'late_worst'), 0.0))
+        during = ' UNION ALL '.join(f'SELECT id FROM occurrence o INDEXED BY occurrence_{way} WHERE {condition}'
+                                    for way, condition in self.ways({'user': '', 'project': ''}, (), first))
         for name, reserved in run(f'''SELECT {columns[by_whom]}, sum(o.vms * max(0, min(o.held_until, ?)
                                              - max(o.start, ?))) / 3600.0
-                                        {FROM_ALL} WHERE {own} AND o.start < ? AND o.held_until > ? GROUP BY 1''',
-                                  last, first, *who, last, first):
+                                        {FROM_ALL} WHERE o.id IN ({during}) AND {own} AND o.start < ?
+                                         AND o.held_until > ? GROUP BY 1''', last, first, *who, last, first):
             lines[name]['reserved'] += reserved
         for name, used, late in run(f'''SELECT {columns[by_whom]},
                                                sum(max(0, min(coalesce(v.deleted, ?), ?) - max(v.ready, ?)))
                                                / 3600.0, max(v.ready - v.planned)
-                                          {FROM_ALL} JOIN server v ON v.occurrence_id = o.id
-                                         WHERE {own} AND v.ready < ? AND coalesce(v.deleted, ?) > ? GROUP BY 1''',
-                                    now, last, first, *who, last, now, first):
+                                          FROM server v CROSS JOIN occurrence o ON o.id = v.occurrence_id
+                                          JOIN reservation r ON r.id = o.reservation_id
+                                          JOIN resource s ON s.id = o.resource_id
+                                         WHERE {own} AND v.ready < ? AND (v.deleted > ? OR v.deleted IS NULL)
+                                         GROUP BY 1''', now, last, first, *who, last, first):
             lines[name]['used'] += used
             lines[name]['late_worst'] = max(lines[name]['late_worst'], late)
         for name, used in run(f'''SELECT {columns[by_whom]},
                                          sum(max(0, min(coalesce(c.gone, ?), ?, o.held_until) - max(c.at, ?))) / 3600.0
-                                    {FROM_ALL} JOIN claim c ON c.occurrence = o.id WHERE {own} AND c.server NOT IN
-                                  (SELECT uid FROM server WHERE uid IS NOT NULL) AND c.at < ? GROUP BY 1''',
-                              now, last, first, *who, last):
+                                    FROM claim c CROSS JOIN occurrence o ON o.id = c.occurrence
+                                    JOIN reservation r ON r.id = o.reservation_id
+                                    JOIN resource s ON s.id = o.resource_id
+                                   WHERE {own} AND (c.gone > ? OR c.gone IS NULL) AND c.at < ?
+                                     AND NOT EXISTS (SELECT 1 FROM server v WHERE v.uid = c.server) GROUP BY 1''',
+                              now, last, first, *who, first, last):
             lines[name]['used'] += used
         refused = {'project': 'project', 'user': 'actor', 'resource': 'resource'}[by_whom]
         mine = '' if self.actor.role == ADMIN else 'AND project = ?'
@@ -7004,7 +7041,9 @@ class LifeCycle:
         with self.acting():
             run("UPDATE server SET due = min(due, iif(state = 'planned', ?, ?)), called = min(called, ?) "
                 'WHERE due IS NOT NULL', pause, now, now)
-            run('UPDATE occurrence SET due = ? WHERE due > ? AND held_from <= ?', now, now, latest)
+            run('UPDATE occurrence SET due = ? WHERE due > ? AND held_from <= ? AND id IN (SELECT id FROM occurrence '
+                'WHERE due IS NOT NULL AND start <= ? + (SELECT coalesce(max(lead), 0) FROM reservation WHERE lead > 0))',
+                now, now, latest, latest)
             run('UPDATE outbox SET due = min(due, ?) WHERE due IS NOT NULL', pause)
         self.breakers.clear()
         self.latest = now
@@ -7024,8 +7063,8 @@ class LifeCycle:
             found = row('SELECT value FROM fact WHERE name = ?', 'refreshed')
             if not found or found.value != stamp:
                 ZoneInfo.clear_cache()  # the files may be others than when this process began
-                self.stale = [each.id for each in rows(
-                    "SELECT id FROM reservation WHERE series <> '' AND over > ? ORDER BY id DESC", int(now))]
+                self.stale = sorted((each.id for each in rows(
+                    "SELECT id FROM reservation WHERE series <> '' AND over > ?", int(now))), reverse=True)
                 with self.acting():
                     run('INSERT INTO fact (name, value) VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET value = '
                         'excluded.value', 'refreshed', stamp)
@@ -7131,7 +7170,7 @@ class LifeCycle:
     def handed_on(self, occurrence, now: float) -> bool:
         """Whether the next reservation of the same machine has begun, so that it must not be stopped between."""
         return bool(row('SELECT o.id FROM occurrence o JOIN reservation r ON r.id = o.reservation_id '
-                        'WHERE r.server = ? AND o.id <> ? AND o.cancelled IS NULL AND o.due IS NOT NULL '
+                        "WHERE r.server = ? AND r.server <> '' AND o.id <> ? AND o.cancelled IS NULL AND o.due IS NOT NULL "
                         'AND o.held_from <= ? AND o."end" > ?', occurrence.server, occurrence.id, now, now))
 
     def force(self, occurrence, now: float) -> None:
@@ -7228,7 +7267,7 @@ class LifeCycle:
 
     def call(self, now: float) -> None:
         """Hands the calls that are due to workers, each after its intent is written."""
-        due = [server for server in rows(f'{SERVERS} WHERE v.due <= ? ORDER BY v.planned, v.id', now)
+        due = [server for server in rows(f'{SERVERS} WHERE v.due <= ? ORDER BY +v.planned, v.id', now)
                if not self.busy(('server', server.id))]
         # Each target is told in order, one notice after another.
         notices = rows(f'{NOTICES} WHERE n.due <= ? AND n.id IN (SELECT min(id) FROM outbox WHERE due IS NOT NULL '
@@ -7569,7 +7608,7 @@ class LifeCycle:
             elif server.account == account and (server.uid in gone or not server.uid or server.goal != 'up'
                                                 and not server.borrowed):
                 self.record_missing(server, result.began, now)
-        run("UPDATE server SET due = ? WHERE account = ? AND goal = 'up' AND state = 'active'",
+        run("UPDATE server SET due = ? WHERE account = ? AND goal = 'up' AND state = 'active' AND state <> 'deleted'",
             now + self.config.sweep, account)
         self.tell_ready(account, now)
         for uid in seen.keys() - wanted:
@@ -7636,10 +7675,10 @@ class LifeCycle:
                                    count(*) AS up, max(v.ready) AS ready,
                                    group_concat(v.name || ' ' || trim(replace(v.addresses, '"', ''), '[]'), ', ')
                                    AS servers
-                              FROM occurrence o JOIN reservation r ON r.id = o.reservation_id
-                              JOIN server v ON v.occurrence_id = o.id
+                              FROM server v CROSS JOIN occurrence o ON o.id = v.occurrence_id
+                              JOIN reservation r ON r.id = o.reservation_id
                              WHERE o.due IS NOT NULL AND o.told & ? = 0 AND v.account = ? AND v.goal = 'up'
-                               AND v.state = 'active' GROUP BY o.id HAVING count(*) >= o.vms""", READY, account):
+                               AND v.state = 'active' AND v.state <> 'deleted' GROUP BY o.id HAVING count(*) >= o.vms""", READY, account):
             change(Occurrence, each.id, told=each.told | READY)
             late = format_duration(max(each.ready - each.start, 0))
             self.journal(now, 'ready', f'all {each.up} are up, {late} after the start: {each.servers}', each)
@@ -7701,18 +7740,23 @@ def handler(service: Reservations, operation: Operation | None, fixed: dict) -> 
 def feed_handler(service: Reservations) -> Callable:
     """Answers calendar programs: nothing but a secret in the address tells who asks."""
     import bottle
-    kept: dict[int, tuple] = {}  # by feed: the newest event of the journal then, until when the text holds, ETag, text
+    # By feed: the newest event of the journal then, what was shown, until when the text holds, ETag, text.
+    kept: dict[int, tuple] = {}
 
     def current(secret: str) -> tuple[str, str]:
         name, feed = service.feed(secret)
         version, now = row('SELECT max(id) AS newest FROM event').newest, service.clock()
-        if feed.id not in kept or kept[feed.id][0] != version or now >= kept[feed.id][1]:
-            found, until = service.feed_events(feed)
-            text = calendar_text(name, found)
+        newest, digest, holds, *text = kept.get(feed.id, (None, None, 0))
+        if version != newest or now >= holds:
+            before, digest = digest, service.feed_digest(feed)
+            if digest != before or now >= holds:
+                found, holds = service.feed_events(feed)
+                text = calendar_text(name, found)
+                text = f'"{hashed(text)[:32]}"', text
             if len(kept) > 1000:
                 kept.clear()
-            kept[feed.id] = version, until, f'"{hashed(text)[:32]}"', text
-        return kept[feed.id][2:]
+            kept[feed.id] = version, digest, holds, *text
+        return tuple(text)
 
     def handle(secret: str):
         try:

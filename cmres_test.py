@@ -1761,9 +1761,9 @@ def test_every_write_is_known_here():
     assert set(WRITES) == {name for name, operation in API.items() if operation.changes}
 
 
-@pytest.mark.parametrize('name', WRITES)
-def test_a_dry_run_answers_as_if_it_were_done_and_keeps_nothing(tmp_path, name):
-    service = World(tmp_path, private_addresses=True).service
+def furnished(world) -> World:
+    """Makes that each of WRITES has something to change."""
+    service = world.service
     service.token_add('root', 'default', 'admin')
     service.resource_add('india')
     service.calendar_feed()
@@ -1783,6 +1783,12 @@ def test_a_dry_run_answers_as_if_it_were_done_and_keeps_nothing(tmp_path, name):
     service.maintenance_add('demo', NOON + hours(50), hours(1))
     book(service)
     book(service, 'on', start=0, end=1)
+    return world
+
+
+@pytest.mark.parametrize('name', WRITES)
+def test_a_dry_run_answers_as_if_it_were_done_and_keeps_nothing(tmp_path, name):
+    service = furnished(World(tmp_path, private_addresses=True)).service
     woken = []
     service.wake = lambda: woken.append(1)
     before, bound = dump(), bind(API[name], WRITES[name], service.here)
@@ -1995,6 +2001,115 @@ def test_a_cursor_is_the_start_and_id_of_a_line_or_its_id(app, cursor):
         book(app.world.service, f'r{number}', 1 + number, 30)
     path = f"/reservation/?{urlencode({'after': cursor})}"
     assert labels(app.call('GET', path).json) == ['r4', 'r5']
+
+
+#: What may be looked through: small by nature, however long cmres runs.
+SMALL = {'resource': 'dozens', 'token': 'one a person', 'feed': 'one a person', 'subscription': 'one a person',
+         'limits': 'an operator writes them', 'fact': 'what the store knows of itself', 'lease': 'one row',
+         'json_each': 'given with the question', 'simulated_server': 'the cloud for trying things out',
+         'sqlite_master': 'the schema'}
+#: Indexes of rows that are few at any time: they leave as soon as they are dealt with.
+FEW = {'server_due': 'servers that exist', 'server_there': 'servers that exist', 'outbox_due': 'notices on their way',
+       'claim_due': 'servers that exist', 'reservation_waiting': 'who waits', 'reservation_pending': 'who waits for a word'}
+#: Operations that look at all there is, because that is what they are for.
+THOROUGH = {'check': 'proves that the usage is the sum of all occurrences'}
+READS = {
+    'limit_list': {}, 'list': {}, 'show': {'label': 'lab'}, 'servers': {'label': 'lab'}, 'duration': {'label': 'lab'},
+    'find': {'resource': 'demo', 'duration': '1h'}, 'usage': {'resource': 'demo'}, 'resource_list': {'cloud': 'simulated'},
+    'resource_show': {'name': 'demo'}, 'maintenance_list': {'resource': 'demo'}, 'check': {}, 'calendar_list': {},
+    'events': {}, 'punctuality': {}, 'report': {}, 'token_list': {}}
+FACETS = {'list': [{'label': 'lab'}, {'label': 'old'}, {'user': 'u'}, {'project': 'p'}, {'resource': 'place-7'}, {'cell': 'c1'},
+                   {'start': 'now', 'end': '+1h'}, {'after': '7'}, *({'state': state} for state in cmres.STATES)],
+          'events': [{'label': 'lab'}, {'project': 'p'}, {'after': 5}], 'show': [{'label': 'old'}, {'label': 'class'}],
+          'delete': [{'user': 'u', 'count': 5}, {'resource': 'place-7', 'count': 5}, {'label': 'class', 'occurrence': '+1d'}],
+          'maintenance_delete': [{'id': 3001}],
+          'report': [{'since': '2026-11-01', 'by_whom': 'user'}, {'by_whom': 'resource'}],
+          'add': [{'label': 'parts', 'part': 'demo:1,india:1', 'resource': '-', 'start': '+1h', 'end': '+1h'},
+                  {'label': 'rep', 'resource': 'demo', 'start': '+1h', 'end': '+1h', 'repeat': 'daily', 'count': 5}]}
+
+
+def history(world) -> None:
+    """Thousands of rows of every kind that are over, and a few of each that are not."""
+    spread_out(world, 3000, statistics=False)
+    now = int(world.now)
+    with cmres.transaction():
+        cmres.run("INSERT INTO server (occurrence_id, n, name, account, goal, state, borrowed, tries, failures, uid, addresses, "
+                  "snapshot, snapshot_id, fault, planned, begun, ready, deleted) SELECT o.id, 1, 'old', 'simulated', 'delete', "
+                  "'deleted', 0, 1, 0, 'uid-' || o.id, '[]', '', '', '', start, start, start, \"end\" FROM occurrence o")
+        cmres.run("UPDATE server SET state = 'active', goal = 'up', deleted = NULL, due = ? WHERE id % 300 = 0", now + 60)
+        cmres.run("INSERT INTO event (at, actor, code, sentence, reservation_id, occurrence, project, resource) SELECT start, 'u', "
+                  "'added', 'x', reservation_id, id, 'p', '' FROM occurrence")
+        cmres.run("INSERT INTO event (at, actor, code, sentence, project, resource) SELECT start, 'u', 'refused', 'x', 'p', "
+                  "'place-1' FROM occurrence")
+        cmres.run("INSERT INTO outbox (event_id, target, tries, fault) SELECT id, 'u@example.org', 0, '' FROM event")
+        cmres.run('UPDATE outbox SET due = ? WHERE id % 300 = 0', now + 60)
+        cmres.run("INSERT INTO claim (resource_id, occurrence, server, project, user, vcpus, ram, classes, at, gone) SELECT "
+                  "resource_id, id, 'c-' || id, 'p', 'u', 1, 1, '', start, \"end\" FROM occurrence")
+        cmres.run('UPDATE claim SET due = ?, gone = NULL WHERE id % 300 = 0', now + 60)
+        cmres.run('INSERT INTO capacity (resource_id, start, "end", held_vms, held_vcpus, held_ram, reason, added, classes, '
+                  "held_classes, removed) SELECT resource_id, start, \"end\", 0, 0, 0, 'x', start, '', '', start FROM occurrence")
+        cmres.run("UPDATE reservation SET label = 'old' WHERE id = 40")
+
+
+def tables_of(sql: str) -> dict[str, str]:
+    """What the names in a statement stand for."""
+    found = re.findall(r'\b(?:FROM|JOIN|INTO|UPDATE|,)\s+"?(\w+)"?(?:\s+(?:AS\s+)?(?!SET|WHERE|ON|JOIN|ORDER|INDEXED|LEFT|CROSS|'
+                       r'GROUP|LIMIT|UNION|SELECT|VALUES)(\w+))?', sql.replace(' json_each(', ' json_each ('))
+    return {alias or table: table for table, alias in found if table in TABLES_THAT_GROW | SMALL.keys()}
+
+
+def faults_of_plan(sql: str, values: tuple) -> list[str]:
+    """What in the plan of a statement grows with the store."""
+    plan = [each[3] for each in cmres.db.connection().execute(f'EXPLAIN QUERY PLAN {sql}', values)]
+    names, faults = tables_of(sql), []
+    for line in plan:
+        scanned = re.match(r'SCAN (\w+)(?: VIRTUAL TABLE.*)?(?: USING (?:COVERING )?INDEX (\w+))?', line)
+        if scanned and names.get(scanned[1], scanned[1]) not in SMALL and scanned[2] not in FEW and not line.startswith('SCAN CONSTANT'):
+            walked = 'INDEXED BY' in sql and 'LIMIT' in sql or 'min(' in sql
+            faults += [] if walked and not any('TEMP B-TREE' in each for each in plan) else [line]
+        if re.match(r'SEARCH \w+ USING INTEGER PRIMARY KEY \(rowid[<>]', line) and 'LIMIT' not in sql:
+            faults.append(line)
+    if 'LIMIT' in sql and any('AUTOMATIC' in line for line in plan):
+        faults.append('an index is made for one question')
+    return faults
+
+
+@pytest.mark.parametrize('statistics', [False, True])
+def test_no_question_looks_through_a_table_that_grows(tmp_path, monkeypatch, statistics):
+    world = World(tmp_path, private_addresses=True)
+    history(world)
+    service, asked, run, doing = world.service, {}, cmres.run, ['']
+
+    def recorded(sql, *values):
+        asked.setdefault(sql, (doing[0], values))
+        return run(sql, *values)
+    furnished(world)
+    monkeypatch.setattr(cmres, 'run', recorded)
+    assert set(API) == {*READS, *WRITES}
+    secret = service.calendar_feed()['feed'].rpartition('/')[2]
+    visitor = as_visitor(world, 'root', 'default', 'admin')
+    web = webtest.TestApp(cmres.rest(service))
+    for name, given in [*READS.items(), *((name, more) for name, all in FACETS.items() for more in all), *WRITES.items()]:
+        doing[0] = name
+        for of in (service, world.as_user('u', 'p')):
+            with contextlib.suppress(Error):
+                getattr(of, name)(**bind(API[name], given, of.here))
+    for path in ('/', '/list', '/list?over=1', '/admin', '/book?resource=demo&start=2026-12-02T10:00', '/r/lab?project=default'):
+        doing[0] = f'page {path}'
+        visitor.get(path, status='*')
+    doing[0] = 'feed'
+    web.get(f'/calendar/{secret}')
+    for hour in (0, 1.5, 30):
+        doing[0] = f'life cycle at {hour}'
+        world.at(hour)
+    world.cycle.sweep()
+    world.cycle.settle()
+    monkeypatch.undo()
+    if statistics:
+        cmres.run('ANALYZE')
+    wrong = [(why, sql, faults) for sql, (why, values) in asked.items()
+             if re.match('SELECT|UPDATE|DELETE|INSERT', sql) and why not in THOROUGH and (faults := faults_of_plan(sql, values))]
+    assert len(asked) > 150 and not wrong, '\n'.join(f'{why}: {sql}\n  {faults}' for why, sql, faults in wrong)
 
 
 # Service: series #############################################################
