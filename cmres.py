@@ -1410,6 +1410,22 @@ class ExtraHold(Table):
     classes = peewee.TextField()
 
 
+class Wait(Table):
+    """A resource on which one that waits could be; when to try it again, if nothing is given back there before."""
+    reservation = peewee.ForeignKeyField(Reservation)
+    resource = peewee.ForeignKeyField(Resource, index=False)
+    held_from = peewee.IntegerField()
+    until = peewee.IntegerField()  # the end of its window
+    since = peewee.IntegerField()
+    limited = peewee.BooleanField(default=False)  # it is not room that it lacks
+    due = peewee.DoubleField()
+
+
+Wait.add_index(Wait.index(Wait.resource, Wait.until, name='wait_there'))
+Wait.add_index(Wait.index(Wait.due, name='wait_due'))
+Wait.add_index(Wait.index(Wait.limited, where=Wait.limited, name='wait_limited'))
+
+
 class Limit(Table):
     """What a user, a project, or each project without a limit of its own may hold."""
     project = peewee.CharField()   # '' and no user: every project
@@ -1593,11 +1609,11 @@ class SimulatedServer(Table):
     gone = peewee.DoubleField(null=True)
 
 
-TABLES = [Resource, Reservation, Occurrence, Capacity, Proposal, ExtraHold, Limit, Step, Server, Claim, Token, Feed,
+TABLES = [Resource, Reservation, Occurrence, Capacity, Proposal, ExtraHold, Wait, Limit, Step, Server, Claim, Token, Feed,
           Subscription, Event, Outbox, Lease, Fact, SimulatedServer]
 
 #: What brings an older store up to the models above, one function a version.
-MIGRATIONS: list[Callable] = [lambda: add_tracks(), lambda: add_proposals(), lambda: add_owners()]
+MIGRATIONS: list[Callable] = [lambda: add_tracks(), lambda: add_proposals(), lambda: add_owners(), lambda: add_waits()]
 
 #: What keeps the owners that occurrences have as their reservations have them.
 TRIGGERS = ('''
@@ -1703,6 +1719,19 @@ def add_owners() -> None:
     for index in ('occurrence_live', 'occurrence_held', 'occurrence_reservation_id_start', 'server_occurrence_id',
                   'reservation_project_label_over', 'claim_occurrence'):
         run(f'DROP INDEX IF EXISTS {index}')
+
+
+def add_waits() -> None:
+    """Version 5: who waits is found by the resources on which that could be."""
+    run('''CREATE TABLE IF NOT EXISTS wait (id INTEGER NOT NULL PRIMARY KEY,
+             reservation_id INTEGER NOT NULL REFERENCES reservation (id),
+             resource_id INTEGER NOT NULL REFERENCES resource (id), held_from INTEGER NOT NULL, until INTEGER NOT NULL,
+             since INTEGER NOT NULL, limited INTEGER NOT NULL, due REAL NOT NULL)''')
+    run('''INSERT INTO wait (reservation_id, resource_id, held_from, until, since, limited, due)
+           SELECT r.id, coalesce(json_extract(c.value, '$[0]'), o.resource_id), o.held_from, o."end", r.waiting, 0, 0
+             FROM reservation r JOIN occurrence o ON o.reservation_id = r.id
+             JOIN json_each(iif(r.choices = '', '[null]', r.choices)) c
+            WHERE r.waiting IS NOT NULL AND o.cancelled IS NULL AND o.due IS NOT NULL''')
 
 
 @contextmanager
@@ -2028,7 +2057,9 @@ def peak_of(resource: int, track: str, begin: float, until: float) -> tuple[int,
 
 
 def hold(resource: int, begin: int, until: int, amount: Amount) -> None:
-    """(3), without asking whether it fits."""
+    """(3), without asking whether it fits; those that wait for what is given back are tried again."""
+    if begin < until and any(each < 0 for each in (*amount[:3], *(each for _, each in amount.classes))):
+        call_waiting(resource, begin, until)
     for track, figures in amount.tracks if begin < until else ():
         there_before = [at for at in (begin, until) if not cut(resource, track, at)]
         run('UPDATE step SET vms = vms + ?, vcpus = vcpus + ?, ram = ram + ? '
@@ -2036,6 +2067,12 @@ def hold(resource: int, begin: int, until: int, amount: Amount) -> None:
         for at in there_before:  # a new cut is a change of level for sure
             if level_of(resource, track, at) == level_of(resource, track, at - 1):
                 run('DELETE FROM step WHERE resource_id = ? AND track = ? AND at = ?', resource, track, at)
+
+
+def call_waiting(resource: int, begin: float = 0, until: float = 2**62) -> None:
+    """Lets those be tried again that wait for room on a resource in a window, and those that lacked something else."""
+    run('UPDATE wait SET due = 0 WHERE resource_id = ? AND until > ? AND held_from < ?', resource, begin, until)
+    run('UPDATE wait SET due = 0 WHERE limited')
 
 
 def cut(resource: int, track: str, at: int) -> bool:
@@ -3418,13 +3455,15 @@ BEGUN = ('live', 'o.due IS NOT NULL AND o.start <= ?1 + '
          '(SELECT coalesce(max(lead), 0) FROM reservation WHERE lead > 0)')
 #: By which indexes the occurrences of a state are found.
 WAYS = {'waiting': [('series', 'o.reservation_id IN (SELECT id FROM reservation WHERE waiting IS NOT NULL)')],
-        'pending': [('series', 'o.reservation_id IN (SELECT id FROM reservation WHERE pending IS NOT NULL)')],
+        'pending': [('series', 'o.reservation_id IN (SELECT id FROM reservation WHERE pending IS NOT NULL UNION '
+                               'SELECT reservation_id FROM proposal)')],
         'reserved': [('live', 'o.due IS NOT NULL AND o.start >= ?1')],
         **dict.fromkeys(('starting', 'active', 'degraded', 'ending'), [BEGUN]),
         'ended': [('over', 'o.due IS NULL'), BEGUN], 'failed': [('failed', 'o.told & 32'), BEGUN],
         'cancelled': [('cancelled', 'o.cancelled IS NOT NULL'), BEGUN]}
 MOST_WAYS = 200  # that are merged, each of one or two halves; SQLite takes 500
 BATCH = 5000     # occurrences that are looked at together
+MOST_TRIED = 200  # of those that wait, in one transaction
 MOST_TRIES = 500  # of ways to spread the parts of a request over resources
 PATIENCE = 60  # seconds that a start may lie in the past: slow clocks, slow networks
 
@@ -3499,7 +3538,6 @@ NONE_OF_THEM = -1
 #: What becomes of what is booked where there is less room than before.
 THEN = ('notify', 'move', 'cancel')
 ANY_APPROVAL = 'SELECT id FROM resource WHERE approval > 0 AND removed IS NULL LIMIT 1'
-ANY_WAITING = 'SELECT id FROM reservation WHERE waiting IS NOT NULL LIMIT 1'
 FROM_ALL = ('FROM occurrence o JOIN reservation r ON r.id = o.reservation_id JOIN resource s ON s.id = o.resource_id')
 FROM_EXTRA = ('FROM extra_hold x JOIN reservation r ON r.id = x.reservation_id JOIN resource s ON s.id = x.resource_id')
 
@@ -4240,6 +4278,7 @@ class Limits(Wishes):
             if not found:
                 raise NotFound(f'there is no limit {id}')
             run('DELETE FROM limits WHERE id = ?', id)
+            run('UPDATE wait SET due = 0 WHERE limited')
             self.journal(now, 'limit', f'took limit {id} away')
             return self.limit_public(found)
 
@@ -4362,22 +4401,34 @@ class Holding(Limits):
         if other:
             raise Conflict(f"the server {wish.server} is reserved by '{other.label}' in that time already")
 
-    def waiting_line(self, now: float) -> list:
-        """Those that wait for room and still may have it, in the order in which they get it."""
-        return self.search([('r.waiting IS NOT NULL', None), ('o.cancelled IS NULL', None), ('o.end > ?', int(now))],
-                           tail='ORDER BY priority DESC, waiting, id')
-
-    def may_be_at(self, found, resource: int) -> bool:
-        """Whether what waits could be on a resource."""
-        return resource in [each[0] for each in json.loads(found.choices or '[]')] or resource == found.resource_id
+    def stand_in_line(self, reservation: int) -> None:
+        """Notes where one that waits could be, as it is now; one that does so no more makes way for others."""
+        for each in rows('SELECT resource_id, held_from, until FROM wait WHERE reservation_id = ?', reservation):
+            call_waiting(*each)
+        run('DELETE FROM wait WHERE reservation_id = ?', reservation)
+        found = row('SELECT r.choices, r.waiting, o.resource_id, o.held_from, o."end" FROM reservation r JOIN occurrence o '
+                    'ON o.reservation_id = r.id WHERE r.id = ? AND r.waiting IS NOT NULL AND o.cancelled IS NULL',
+                    reservation)
+        for resource in dict.fromkeys(each[0] for each in json.loads(found.choices or '[]')
+                                      or [[found.resource_id]]) if found else ():
+            insert(Wait, reservation=reservation, resource=resource, held_from=found.held_from, until=found.end,
+                   since=found.waiting, limited=False, due=0)
 
     def refuse_overtaking(self, place, begin: int, until: int, now: float) -> None:
         """Refuses to take, before one that has waited for long, room in its window."""
-        for each in self.waiting_line(now) if row(ANY_WAITING) else ():
-            if (self.may_be_at(each, place.id) and now - each.waiting >= self.config.patience
-                    and each.held_from < until and each.end > begin):
-                raise NoCapacity(f"'{place.name}' is kept for a request of {each.vms} vms that waits since "
-                                 f'{instant(each.waiting)}', waits_since=instant(each.waiting))
+        first = self.first_in_line(place.id, begin, until, now)
+        if first:
+            raise NoCapacity(f"'{place.name}' is kept for a request of {first.vms} vms that waits since "
+                             f'{instant(first.waiting)}', waits_since=instant(first.waiting))
+
+    def first_in_line(self, resource: int, begin: int, until: int, now: float, before: str = '', *place):
+        """Who has waited for longer than `patience` for a resource in a window; none beyond a place in the line."""
+        return row(f"""SELECT o.vms, r.waiting FROM wait w JOIN reservation r ON r.id = w.reservation_id
+                         JOIN occurrence o ON o.reservation_id = r.id
+                        WHERE w.resource_id = ? AND w.until > ? AND w.held_from < ? AND w.since <= ? AND w.until > ?
+                              AND o.cancelled IS NULL {before}
+                        ORDER BY r.priority DESC, r.waiting, o.id LIMIT 1""",
+                   resource, begin, until, now - self.config.patience, int(now), *place)
 
     def retake(self, had: list[Hold], wants: list[Hold], now: float) -> None:
         """Gives back what is wanted no more and takes what is wanted more; NoCapacity if that doesn't fit."""
@@ -4388,7 +4439,7 @@ class Holding(Limits):
 
     def refuse_overtaken(self, pieces: list[Hold], now: float) -> None:
         """Refuses to take what is kept for one that has waited for long."""
-        for each in pieces if row(ANY_WAITING) else ():
+        for each in pieces if row('SELECT id FROM wait LIMIT 1') else ():
             place = row('SELECT * FROM resource WHERE id = ?', each.resource)
             self.refuse_overtaking(place, each.begin, each.until, now)
 
@@ -4831,6 +4882,8 @@ class Admission(Series):
             self.close(old.reservation, stretches, now, self.horizon(stretches, now))
         else:
             change(Reservation, old.reservation, **wish.columns(*STORED), changed=int(now), over=wish.end)
+        if old.waiting is not None:
+            self.stand_in_line(old.reservation)
         self.keep_stopped(old.reservation, now)
 
     def cancel(self, found: list, now: float, why: str = '', ends: bool = False) -> None:
@@ -4852,6 +4905,8 @@ class Admission(Series):
             self.reshape(first.reservation, self.carried_on(first), now, gentle=True, again=False)
         else:
             self.close(first.reservation, [], now)
+        if first.waiting is not None:
+            self.stand_in_line(first.reservation)
         self.keep_stopped(first.reservation, now, freed)
         only = first.id if len(found) == 1 and first.repeats else None
         self.journal(now, 'released', why or f'cancelled by {self.actor.user}', first.reservation,
@@ -4954,6 +5009,7 @@ class Waiting(Admission):
                              choices=json.dumps(choices) if len(choices) > 1 else '')
         slot = Slot('', wish.start, wish.end, wish.vms, wish.resource.id)
         self.write_occurrence(None, reservation, wish, slot, now, held_until=wish.held[0])
+        self.stand_in_line(reservation)
         self.journal(now, 'waiting', f"{wish.vms} vms on {' or '.join(each.resource.name for each in wishes[:20])} "
                      'are not free', reservation, wish.notify)
         return wish, reservation, []
@@ -4980,24 +5036,23 @@ class Waiting(Admission):
     def refuse_many_waiting(self, wish: Wish) -> None:
         """Refuses to let a user or a project wait with more requests than a limit says."""
         for limit in self.limits_for(wish):
+            if limit.waiting is None:
+                continue
             who, name = ('user', wish.user) if limit.user else ('project', wish.project)
-            waits = len({each.request or each.id for each in self.waiting_line(self.clock())
-                         if getattr(each, who) == name})
-            if limit.waiting is not None and waits >= limit.waiting:
+            waits = run("SELECT count(DISTINCT iif(request <> '', project || ' ' || request, id)) FROM reservation WHERE "
+                        f'waiting IS NOT NULL AND {who} = ? AND over > ?', name, int(self.clock())).fetchone()[0]
+            if waits >= limit.waiting:
                 raise Conflict(f'the limit waiting of {name} is {limit.waiting}, and {waits} wait already',
                                limit='waiting', value=limit.waiting, passes=0)
 
     def admit_waiting(self, now: float) -> None:
         """Gives room that has become free to those that wait, and frees what waited for a word in vain."""
-        kept: list = []
         for request in self.waiting_requests(now):
             parts = [[(each, *choice) for choice in self.choices(each)] for each in request]
             try:
-                choose(parts, lambda choice: self.let_in(*choice, kept, now))
-            except NoCapacity:
-                kept += request if now - request[0].waiting >= self.config.patience else []
-            except Conflict:  # it was within a limit when it was asked for, and is not any more
-                continue
+                choose(parts, lambda choice: self.let_in(*choice, now))
+            except Conflict as error:  # without room, or beyond a limit within which it was when it was asked for
+                self.try_later(request, not isinstance(error, NoCapacity), now)
         for each in self.search([('r.pending <= ?', int(now)), (NOT_OVER, None), (NEXT_OF_ITS, None)]):
             why = f"nobody has {'accepted' if each.confirm else 'approved'} it in time"
             for part in self.together(each):
@@ -5019,24 +5074,53 @@ class Waiting(Admission):
                             (NEXT_OF_ITS, None)], tail='ORDER BY reservation')
 
     def waiting_requests(self, now: float) -> list[list]:
-        """Those that wait, the parts of one request together."""
+        """Some of those that wait and may have room now, in the order in which they get it; parts of one together."""
+        due = rows(f"""SELECT DISTINCT r.id, r.project, r.request FROM wait w JOIN reservation r ON r.id = w.reservation_id
+                        WHERE w.due <= ? ORDER BY r.priority DESC, r.waiting, r.id LIMIT {MOST_TRIED}""", now)
+        whole = {each.id for each in due}
+        for project, request in {(each.project, each.request) for each in due if each.request}:
+            whole |= {each.id for each in rows("SELECT id FROM reservation WHERE request = ? AND request <> '' AND "
+                                               'project = ? AND waiting IS NOT NULL', request, project)}
         found: dict = defaultdict(list)
-        for each in self.waiting_line(now):
+        for each in self.search([self.among('r.id', [*whole]), ('o.cancelled IS NULL',), ('o.end > ?', int(now))],
+                                tail='ORDER BY priority DESC, waiting, id'):
             found[(each.project, each.request) if each.request else each.id].append(each)
+        self.leave_line(whole - {each.reservation for request in found.values() for each in request})
         return [*found.values()]
 
-    def let_in(self, found, place, amount: Amount, kept: list, now: float) -> None:
-        """Gives room on a resource to what waits.
+    def leave_line(self, reservations: Iterable[int]) -> None:
+        """Takes out of the line whose window is over."""
+        for each in reservations:
+            run('DELETE FROM wait WHERE reservation_id = ?', each)
 
-        Args:
-          kept: those that wait for longer than `patience`, and come first in their windows
+    def try_later(self, request: list, limited: bool, now: float) -> None:
+        """Notes when those that have no room are tried again, if nothing is given back before.
+
+        What is held by others goes by: of a window that has begun, the next change of level may be the one.
+        """
+        for each in request:
+            for wait in rows('SELECT id, resource_id FROM wait WHERE reservation_id = ?', each.reservation):
+                later = now + 60 if limited else each.held_from if each.held_from > now else self.next_change(
+                    wait.resource_id, now, each.end)
+                change(Wait, wait.id, limited=limited, due=later)
+
+    def next_change(self, resource: int, now: float, until: int) -> float:
+        """The next instant at which what is held of a resource changes, before an end."""
+        place = row('SELECT * FROM resource WHERE id = ?', resource)
+        found = [row('SELECT min(at) AS at FROM step WHERE resource_id = ? AND track = ? AND at > ?', resource, track,
+                     now).at for track in ('', *capacity(place).names)]
+        return min([until, *filter(None, found)])
+
+    def let_in(self, found, place, amount: Amount, now: float) -> None:
+        """Gives room on a resource to what waits.
 
         Raises:
           NoCapacity: there is no room; another Conflict, if it has come to be beyond a limit.
         """
         begin = max(found.held_from, int(now))
-        behind = any(self.may_be_at(first, place.id) and first.held_from < found.end and first.end > found.held_from
-                     for first in kept)
+        behind = self.first_in_line(
+            place.id, found.held_from, found.end, now, 'AND NOT w.limited AND w.due > 0 AND r.id <> ? AND '
+            '(-r.priority, r.waiting, o.id) < (?, ?, ?)', found.reservation, -found.priority, found.waiting, found.id)
         if behind or not fits(place, begin, found.end, amount):
             raise NoCapacity('')
         wish = self.carried_on(found)._replace(resource=place, each=amount // found.vms)
@@ -5047,6 +5131,7 @@ class Waiting(Admission):
         change(Reservation, found.reservation, waiting=None, pending=pending, changed=int(now), choices='',
                confirm=0 if place.approval else found.confirm)
         change(Occurrence, found.id, resource=place.id, **stored(amount), held_until=found.end, due=min(begin, now))
+        self.stand_in_line(found.reservation)
         self.keep_stopped(found.reservation, now)
         whose = 'an admin must approve it' if place.approval else f'`accept {found.request or found.label}`'
         asks = f'there is room; {whose} until {instant(pending)}' if pending else ''
@@ -5479,7 +5564,8 @@ class Requests(Approval):
 
     def kept_servers(self, label: str, project: str) -> list:
         """The servers that stay after their end, of a label or all, that the actor may see."""
-        where = [*self.visible(), *self.labelled(label), *([('r.project = ?', project)] if project else [])]
+        where = [*self.visible(), *([('r.project = ?', project)] if project else [])]
+        where += [self.among('r.id', self.labelled(label))] if label else []
         return rows(f"""SELECT v.name, r.label, r.project, r.user, iif(v.goal = 'stop', 'stopped', 'shelved') AS state,
                                v.addresses, o."end", v.account, v.uid, v.id, r.id AS reservation
                           FROM server v JOIN occurrence o ON o.id = v.occurrence_id
@@ -6031,6 +6117,7 @@ class Plan(Requests):
 
     def rehold_changes(self, place, now: float) -> None:
         """Lets changes of capacity be what they were meant to be, after the capacity itself has changed."""
+        call_waiting(place.id)
         for each in rows('SELECT * FROM capacity WHERE resource_id = ? AND removed IS NULL AND "end" > ?',
                          place.id, int(now)):
             held = self.difference(place, amount_of(each))
@@ -6938,7 +7025,7 @@ class LifeCycle:
     def next_due(self, after: float = 0) -> float:
         """When, after an instant, the next pass has something to do; infinity if nothing is planned."""
         found = [row(f'SELECT min(due) AS due FROM {table} WHERE due > ?', after).due
-                 for table in ('occurrence', 'server', 'outbox', 'subscription', 'claim')]
+                 for table in ('occurrence', 'server', 'outbox', 'subscription', 'claim', 'wait')]
         found.append(row('SELECT min(pending) AS due FROM reservation WHERE pending > ?', after).due)
         found.append(row('SELECT min(until) AS due FROM proposal WHERE until > ?', after).due)
         return min((due for due in found if due is not None), default=float('inf'))
@@ -7045,6 +7132,7 @@ class LifeCycle:
                 'WHERE due IS NOT NULL AND start <= ? + (SELECT coalesce(max(lead), 0) FROM reservation WHERE lead > 0))',
                 now, now, latest, latest)
             run('UPDATE outbox SET due = min(due, ?) WHERE due IS NOT NULL', pause)
+            run('UPDATE wait SET due = 0 WHERE due > 0')
         self.breakers.clear()
         self.latest = now
 
@@ -7082,9 +7170,9 @@ class LifeCycle:
             self.wake.set()
 
     def admit_waiting(self, now: float) -> None:
-        if row('SELECT id FROM reservation WHERE waiting IS NOT NULL '
+        if row('SELECT id FROM wait WHERE due <= ? '
                'UNION ALL SELECT id FROM reservation WHERE pending <= ? '
-               'UNION ALL SELECT id FROM proposal WHERE until <= ? LIMIT 1', int(now), int(now)):
+               'UNION ALL SELECT id FROM proposal WHERE until <= ? LIMIT 1', now, int(now), int(now)):
             with self.acting():
                 self.service.admit_waiting(now)
 

@@ -2004,12 +2004,12 @@ def test_a_cursor_is_the_start_and_id_of_a_line_or_its_id(app, cursor):
 
 
 #: What may be looked through: small by nature, however long cmres runs.
-SMALL = {'resource': 'dozens', 'token': 'one a person', 'feed': 'one a person', 'subscription': 'one a person',
+SMALL = {'resource': 'dozens', 'proposal': 'who waits for a word', 'token': 'one a person', 'feed': 'one a person', 'subscription': 'one a person',
          'limits': 'an operator writes them', 'fact': 'what the store knows of itself', 'lease': 'one row',
          'json_each': 'given with the question', 'simulated_server': 'the cloud for trying things out',
          'sqlite_master': 'the schema'}
 #: Indexes of rows that are few at any time: they leave as soon as they are dealt with.
-FEW = {'server_due': 'servers that exist', 'server_there': 'servers that exist', 'outbox_due': 'notices on their way',
+FEW = {'wait_due': 'who waits', 'wait_limited': 'who waits', 'server_due': 'servers that exist', 'server_there': 'servers that exist', 'outbox_due': 'notices on their way',
        'claim_due': 'servers that exist', 'reservation_waiting': 'who waits', 'reservation_pending': 'who waits for a word'}
 #: Operations that look at all there is, because that is what they are for.
 THOROUGH = {'check': 'proves that the usage is the sum of all occurrences'}
@@ -2110,6 +2110,93 @@ def test_no_question_looks_through_a_table_that_grows(tmp_path, monkeypatch, sta
     wrong = [(why, sql, faults) for sql, (why, values) in asked.items()
              if re.match('SELECT|UPDATE|DELETE|INSERT', sql) and why not in THOROUGH and (faults := faults_of_plan(sql, values))]
     assert len(asked) > 150 and not wrong, '\n'.join(f'{why}: {sql}\n  {faults}' for why, sql, faults in wrong)
+
+
+def many_wait(world, number: int) -> None:
+    """Lets so many wait for room on the resource `full`, in as many windows."""
+    world.service.resource_add('full', vms=1)
+    book(world.service, 'all-of-it', 10, 10 + number, 'full')
+    lines = [{'label': f'w{n}', 'resource': 'full', 'start': cmres.to_plain(NOON + hours(10 + n)), 'end': '+1h', 'wait': True}
+             for n in range(number)]
+    assert not world.service.load(lines)['refused'] and len(world.service.list(state=['waiting'], limit=number)) == number
+
+
+def test_those_that_wait_cost_others_nothing_and_a_pass_looks_only_where_something_was_given_back(world, service):
+    book(service, 'before', 1, 2)
+    alone = effort(lambda: book(service, 'alone', 3, 4))
+    idle = effort(world.cycle.settle)
+    many_wait(world, 600)
+    for _ in range(4):
+        world.cycle.settle()
+    assert effort(lambda: book(service, 'other', 5, 6)) <= 1.2 * alone + 2
+    assert effort(world.cycle.settle) <= idle + 2
+    service.limit_add(project='default', most_vms=1000, waiting=10)  # what there is of limits is looked at as well
+    service.update('all-of-it', end=NOON + hours(608))
+    assert effort(world.cycle.settle) <= 200
+    assert [world.state(f'w{n}') for n in (597, 598, 599)] == ['waiting', 'reserved', 'reserved']
+    assert service.check()['differences'] == 0 and cmres.row('SELECT count(*) AS n FROM wait').n == 598
+
+
+@pytest.mark.parametrize('frees', ['the clock', 'a capacity', 'a limit', 'a change of the limited', 'a delete', 'a move',
+                                   'the end of a maintenance'])
+def test_whatever_makes_room_lets_in_who_waits(world, frees):
+    service, eva = world.service, world.as_user()
+    if frees == 'a limit':
+        limit = service.limit_add(project='biology', most_vms=5)['id']
+        book(eva, 'others', 1, 5, vms=3)
+        service.resource_add('small', vms=4)
+        book(service, 'first', 1, 5, 'small', vms=4)
+        book(eva, 'waits', 1, 5, 'small', vms=2, wait=True)
+        cmres.run('UPDATE limits SET most_vms = 4')
+        service.delete('first')
+    elif frees == 'a change of the limited':
+        service.limit_add(project='biology', most_vms=5)
+        service.resource_add('small', vms=4)
+        book(service, 'first', 1, 5, 'small', vms=4)
+        book(eva, 'waits', 1, 5, 'small', vms=2, wait=True)
+        book(eva, 'others', 1, 5, vms=4)
+        service.delete('first')
+    elif frees == 'the end of a maintenance':
+        maintenance = service.maintenance_add('demo', NOON + hours(1), NOON + hours(5))['id']
+        service.maintenance_delete(maintenance)
+        maintenance = service.resource_capacity('demo', NOON + hours(1), NOON + hours(5), vms=15)['id']
+        book(service, 'first', 1, 5, vms=15)
+        service.resource_update('demo', vms=16)
+        book(eva, 'waits', 1, 5, vms=1, wait=True)
+    else:
+        book(service, 'first', 0.5, 2, vms=16)
+        book(eva, 'waits', 1, 5, vms=2, wait=True)
+    for hour in (0.1, 0.2):
+        world.at(hour)
+    assert world.state('waits') == 'waiting'
+    {'the clock': lambda: world.at(1.9), 'a capacity': lambda: service.resource_update('demo', vms=18),
+     'a limit': lambda: service.limit_delete(limit), 'a change of the limited': lambda: service.update('others', vms=1),
+     'a delete': lambda: service.delete('first'), 'a move': lambda: service.update('first', start=NOON + hours(9)),
+     'the end of a maintenance': lambda: service.maintenance_delete(maintenance)
+     }[frees]()
+    if frees == 'the clock':
+        assert world.state('waits') == 'waiting'
+        world.at(2.01)
+    else:
+        world.cycle.settle()
+    assert world.state('waits') in ('reserved', 'active')
+    assert service.check()['differences'] == 0
+
+
+def test_who_waits_behind_one_that_waited_long_is_let_in_when_that_one_goes(tmp_path):
+    world = World(tmp_path, patience=60)
+    book(world.service, 'first', 50, 60, vms=10)
+    book(world.as_user(), 'older', 50, 60, vms=10, wait=True)
+    world.at(0.5)
+    book(world.as_user(), 'younger', 50, 60, vms=2, wait=True)
+    world.at(0.6)
+    assert (world.state('older'), world.state('younger')) == ('waiting', 'waiting')
+    with pytest.raises(NoCapacity, match='is kept for a request of 10 vms'):
+        book(world.as_user('bob', 'chemistry'), 'new', 51, 52)
+    assert book(world.as_user('bob', 'chemistry'), 'before', 48, 50)['state'] == 'reserved'
+    world.as_user().delete('older')
+    world.cycle.settle()
+    assert world.state('younger') == 'reserved' and cmres.rows('SELECT * FROM wait') == []
 
 
 # Service: series #############################################################
