@@ -1863,6 +1863,10 @@ def listing(now: float, where: str = '1', values: tuple = (), state: str = '1', 
                 int(now), *values)
 
 
+#: What is held before an instant starts at most so much after it; leads are few, and an index knows the longest.
+LONGEST_LEAD = '(SELECT coalesce(max(lead), 0) FROM reservation WHERE lead > 0)'
+
+
 def walk(now: float, ways: Iterable[tuple[str, str]], where: list, limit: int,
          latest: bool = False) -> list[tuple[int, int]]:
     """The first occurrences, (start, id), in that order, by indexes that are in that order already.
@@ -3450,9 +3454,8 @@ NEXT_FIRST = 'cancelled IS NOT NULL OR "end" <= now, iif(cancelled IS NULL AND "
 NOT_OVER = 'o.cancelled IS NULL AND o."end" > ?1'
 #: What is live, and what is over for good.
 BOTH = [(half, f'o.{rows}') for half, rows in HALVES.items()]
-#: What has begun and is not over for good; leads are few, and an index knows the longest.
-BEGUN = ('live', 'o.due IS NOT NULL AND o.start <= ?1 + '
-         '(SELECT coalesce(max(lead), 0) FROM reservation WHERE lead > 0)')
+#: What has begun and is not over for good.
+BEGUN = ('live', f'o.due IS NOT NULL AND o.start <= ?1 + {LONGEST_LEAD}')
 #: By which indexes the occurrences of a state are found.
 WAYS = {'waiting': [('series', 'o.reservation_id IN (SELECT id FROM reservation WHERE waiting IS NOT NULL)')],
         'pending': [('series', 'o.reservation_id IN (SELECT id FROM reservation WHERE pending IS NOT NULL UNION '
@@ -3722,12 +3725,14 @@ class Service:
           begin: they end after that; few windows are longer than a day or a month, and indexes have those
         """
         found = self.ways_by(asked, dict.fromkeys(way for word in state for way in WAYS[word]) if state else BOTH)
-        if begin is None:
-            return found
-        day, month, within = begin - DAY, begin - MONTH, self.within(asked)
-        return [('longest', f'o."end" - o.start > {MONTH} AND o.start < {month}{within}'),
-                ('long', f'o."end" - o.start > {DAY} AND o.start >= {month} AND o.start < {day}{within}'),
-                *((way, f'{condition} AND o.start >= {day}') for way, condition in found)]
+        return found if begin is None else self.overlapping(found, begin, self.within(asked))
+
+    def overlapping(self, ways: list, begin: int, also: str) -> list[tuple[str, str]]:
+        """The same ways to what ends after an instant: only a long one of those that start long before does."""
+        day, month = begin - DAY, begin - MONTH
+        return [('longest', f'o."end" - o.start > {MONTH} AND o.start < {month}{also}'),
+                ('long', f'o."end" - o.start > {DAY} AND o.start >= {month} AND o.start < {day}{also}'),
+                *((way, f'{condition} AND o.start >= {day}') for way, condition in ways)]
 
     def ways_by(self, asked: dict, ways: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
         """The same ways, by the indexes that know whose or where as well."""
@@ -4147,10 +4152,13 @@ class Wishes(Service):
     def in_the_way(self, wish: Wish, old) -> dict:
         """At most ten of the occurrences that hold something in the window; of others' only how much and when."""
         begin, until = wish.held
-        found = self.search([('o.resource_id = ?', wish.resource.id), ('o.due IS NOT NULL', None),
-                             ('o.held_from < ?', until), ('o.held_until > ?', max(begin, int(self.clock()))),
-                             ('o.id <> ?', old.id if old else 0)],
-                            limit=10, tail='ORDER BY held_from DESC, id DESC')[::-1]
+        begin = max(begin, int(self.clock()))
+        ways = self.overlapping(self.ways_by(
+            {'user': '', 'project': '', 'places': [wish.resource.id]},
+            [('live', f'o.due IS NOT NULL AND o.start < {until} + {LONGEST_LEAD}')]), begin,
+            f' AND o.due IS NOT NULL AND o.resource_id = {wish.resource.id} AND o.start < {until} + {LONGEST_LEAD}')
+        found = self.page(ways, [('o.held_from < ?', until), ('o.held_until > ?', begin),
+                                 ('o.id <> ?', old.id if old else 0)], (), 10, latest=True)[::-1]
         fields = ('label', 'user', 'project', 'vms', 'start', 'end')
         seen = self.actor.role == ADMIN
         return {'in_the_way': [{name: value for name, value in public(each).items()
@@ -4342,15 +4350,20 @@ class Limits(Wishes):
                       *([('s.name = ?', limit.resource)] if limit.resource else [])]
         return ' AND '.join(text for text, _ in conditions), tuple(value for _, value in conditions)
 
+    def whose(self, limit, wish: Wish) -> tuple[str, str]:
+        """The column by which an index finds the occurrences of the limited, and its value."""
+        return ('o.of_user', wish.user) if limit.user else ('o.of_project', wish.project)
+
     def most_at_once(self, limit, wish: Wish, old, others: Others | None) -> int:
         """How many machines the limited have at most at the same time in the window of a wish."""
         where, values = self.counted(limit, wish, old, others)
         begin, until = wish.held
-        found = run(f'SELECT o.held_from, o.held_until, o.vms {FROM_ALL} WHERE {where} AND o.due IS NOT NULL '
-                    'AND o.held_until > o.held_from AND o.id <> ? AND o.held_from < ? AND o.held_until > ? UNION ALL '
+        whose, who = self.whose(limit, wish)
+        found = run(f'SELECT o.held_from, o.held_until, o.vms {FROM_ALL} WHERE {whose} = ? AND {where} AND '
+                    f'o.due IS NOT NULL AND o.start < ? + {LONGEST_LEAD} AND o.held_until > o.held_from AND o.id <> ? AND o.held_from < ? AND o.held_until > ? UNION ALL '
                     f'SELECT x.held_from, x.held_until, x.vms {FROM_EXTRA} WHERE {where} AND x.held_from < ? '
                     'AND x.held_until > ? AND (x.proposal_id IS NOT NULL OR r.id <> ?)',
-                    *values, old.id if old else 0, until, begin, *values, until, begin,
+                    who, *values, until, old.id if old else 0, until, begin, *values, until, begin,
                     old.reservation if old and not others else 0).fetchall()
         found += others.holding(limit.resource, begin, until) if others else []
         changes = [change for first, last, vms in found for change in ((max(first, begin), 1, vms), (last, 0, -vms))]
@@ -4360,10 +4373,11 @@ class Limits(Wishes):
         """The vcpu-hours that the limited have reserved from now on."""
         where, values = self.counted(limit, wish, old, others)
         own = others.seconds[limit.resource] if others else 0
+        whose, who = self.whose(limit, wish)
         return (own + run(
-            f'SELECT coalesce(sum(o.vcpus * (o."end" - max(o.start, ?))), 0) {FROM_ALL} WHERE {where} AND '
+            f'SELECT coalesce(sum(o.vcpus * (o."end" - max(o.start, ?))), 0) {FROM_ALL} WHERE {whose} = ? AND {where} AND '
             'o.due IS NOT NULL AND o.held_until > o.held_from AND o.id <> ? AND o."end" > ?',
-            int(now), *values, old.id if old else 0, int(now)).fetchone()[0] + run(
+            int(now), who, *values, old.id if old else 0, int(now)).fetchone()[0] + run(
             f'SELECT coalesce(sum(x.vcpus * (x.held_until - max(x.held_from, ?))), 0) {FROM_EXTRA} WHERE {where} '
             'AND x.proposal_id IS NOT NULL AND x.held_until > ?', int(now), *values, int(now)).fetchone()[0]) / 3600
 
@@ -4423,7 +4437,7 @@ class Holding(Limits):
 
     def first_in_line(self, resource: int, begin: int, until: int, now: float, before: str = '', *place):
         """Who has waited for longer than `patience` for a resource in a window; none beyond a place in the line."""
-        return row(f"""SELECT o.vms, r.waiting FROM wait w JOIN reservation r ON r.id = w.reservation_id
+        return row(f"""SELECT o.vms, r.waiting FROM wait w CROSS JOIN reservation r ON r.id = w.reservation_id
                          JOIN occurrence o ON o.reservation_id = r.id
                         WHERE w.resource_id = ? AND w.until > ? AND w.held_from < ? AND w.since <= ? AND w.until > ?
                               AND o.cancelled IS NULL {before}
@@ -5075,8 +5089,8 @@ class Waiting(Admission):
 
     def waiting_requests(self, now: float) -> list[list]:
         """Some of those that wait and may have room now, in the order in which they get it; parts of one together."""
-        due = rows(f"""SELECT DISTINCT r.id, r.project, r.request FROM wait w JOIN reservation r ON r.id = w.reservation_id
-                        WHERE w.due <= ? ORDER BY r.priority DESC, r.waiting, r.id LIMIT {MOST_TRIED}""", now)
+        due = rows(f"""SELECT DISTINCT r.id, r.project, r.request FROM wait w
+                         CROSS JOIN reservation r ON r.id = w.reservation_id WHERE w.due <= ? ORDER BY r.priority DESC, r.waiting, r.id LIMIT {MOST_TRIED}""", now)
         whole = {each.id for each in due}
         for project, request in {(each.project, each.request) for each in due if each.request}:
             whole |= {each.id for each in rows("SELECT id FROM reservation WHERE request = ? AND request <> '' AND "
@@ -6192,8 +6206,8 @@ class Plan(Requests):
         if all(held.within(most) for held in levels.values()):
             return []
         held = rows('SELECT id, resource_id, held_from, held_until, vms, vcpus, ram, classes FROM occurrence '
-                    'WHERE resource_id = ? AND due IS NOT NULL AND held_until > ? AND held_from < ? '
-                    'AND held_until > held_from ORDER BY id DESC', place.id, begin, until)
+                    f'WHERE resource_id = ? AND due IS NOT NULL AND start < ? + {LONGEST_LEAD} AND held_until > ? '
+                    'AND held_from < ? AND held_until > held_from ORDER BY +id DESC', place.id, until, begin, until)
         # Between two cuts the same occurrences hold, so that what one of them gives back is all of it there.
         cuts = sorted({*levels, *(min(max(at, begin), until) for each in held for at in each[2:4])} - {until})
         there = list(itertools.accumulate((levels.get(at) for at in cuts), lambda before, after: after or before))
@@ -6204,7 +6218,7 @@ class Plan(Requests):
                 found.append(each.id)
                 for n in touched:
                     there[n] -= amount_of(each)
-        return [self.occurrence(id) for id in found]
+        return self.in_order(found)
 
     @api('GET', '/check', role=ADMIN)
     def check(self) -> dict:
@@ -6293,8 +6307,8 @@ class Claims(Plan):
         until = found.end if found else now + max(place.hold, 1)
         taken = {each.host for each in rows(
             'SELECT r.host FROM occurrence o JOIN reservation r ON r.id = o.reservation_id WHERE o.resource_id = ? AND '
-            "o.due IS NOT NULL AND r.host <> '' AND o.held_from < ? AND o.held_until > ? "
-            'AND o.held_until > o.held_from', place.id, until, now)}
+            f"o.due IS NOT NULL AND r.host <> '' AND o.start < ? + {LONGEST_LEAD} AND o.held_from < ? "
+            'AND o.held_until > ? AND o.held_until > o.held_from', place.id, until, until, now)}
         return [host for host in json.loads(place.hosts) if host not in taken] if taken else None
 
     def may_boot(self, place, server: str, projects: list[str], users: list[str], need: Amount, label: str,
@@ -6322,10 +6336,11 @@ class Claims(Plan):
         # CROSS JOIN and +: SQLite is to begin with what is held there then, not with all that anybody has reserved.
         return rows('SELECT o.*, r.label, r.user, r.personal, r.flavor, r.host FROM occurrence o '
                     'CROSS JOIN reservation r ON r.id = o.reservation_id WHERE o.resource_id = ? AND o.due IS NOT NULL '
+                    f'AND o.start > ? AND o.start <= ? + {LONGEST_LEAD} '
                     'AND o.held_from > ? AND o.held_from <= ? AND o.cancelled IS NULL AND r.waiting IS NULL '
                     'AND r.pending IS NULL '
                     f"AND r.project IN ({marks}){' AND ? IN (r.label, r.request)' if label else ''} ORDER BY +o.start",
-                    place.id, after, until, *projects, *([label] if label else []))
+                    place.id, after, until, after, until, *projects, *([label] if label else []))
 
     def has_left(self, place, found, server: str, need: Amount, now: float) -> bool:
         """Whether of what an occurrence has reserved there is still enough for one more server."""
@@ -7129,8 +7144,7 @@ class LifeCycle:
             run("UPDATE server SET due = min(due, iif(state = 'planned', ?, ?)), called = min(called, ?) "
                 'WHERE due IS NOT NULL', pause, now, now)
             run('UPDATE occurrence SET due = ? WHERE due > ? AND held_from <= ? AND id IN (SELECT id FROM occurrence '
-                'WHERE due IS NOT NULL AND start <= ? + (SELECT coalesce(max(lead), 0) FROM reservation WHERE lead > 0))',
-                now, now, latest, latest)
+                f'WHERE due IS NOT NULL AND start <= ? + {LONGEST_LEAD})', now, now, latest, latest)
             run('UPDATE outbox SET due = min(due, ?) WHERE due IS NOT NULL', pause)
             run('UPDATE wait SET due = 0 WHERE due > 0')
         self.breakers.clear()

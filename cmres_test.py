@@ -1928,15 +1928,26 @@ def spread_out(world, number: int, statistics: bool) -> None:
                   '+ 3600, held_from = ?2 + 3600 * ((id - ?1) / 20), held_until = ?2 + 3600 * ((id - ?1) / 20) + 3600 '
                   ', due = iif(id >= ?1 - 20, ?2 + 3600 * ((id - ?1) / 20), NULL)', past, now)
         cmres.run('UPDATE reservation SET over = (SELECT "end" FROM occurrence o WHERE reservation_id = reservation.id)')
+        cmres.run('DELETE FROM step')
+        for place in cmres.rows('SELECT id FROM resource'):
+            cmres.db.connection().executemany('INSERT INTO step VALUES (?, ?, ?, ?, ?, ?)', (
+                (place.id, *step, *held) for step, held in cmres.held_steps(place.id)))
         cmres.run("UPDATE reservation SET user = 'few', project = 'small' WHERE id % 50 = 0")
         cmres.run('UPDATE occurrence SET cancelled = start, told = 32 * (id % 2) WHERE due IS NULL AND id % 7 = 0')
         cmres.run("UPDATE reservation SET image = 'cirros' WHERE id IN (SELECT id FROM occurrence WHERE due IS NULL "
                   'AND id % 5 = 0)')
         cmres.run('UPDATE occurrence SET told = 32 WHERE due IS NULL AND cancelled IS NULL AND id % 5 = 0')
         cmres.run("UPDATE resource SET cell = 'c' || (id % 4), cloud = 'k' || (id % 3), region = 'r', aggregate = name "
-                  "WHERE name <> 'demo'")
+                  ", mode = 'exclusive' WHERE name <> 'demo'")
         if statistics:
             cmres.run('ANALYZE')
+
+
+def without_room(of, start):
+    cmres.run("UPDATE resource SET vms = 5 WHERE name = 'place-3'")
+    with pytest.raises(NoCapacity) as refusal:
+        book(of, 'refused', 22, 36, 'place-3', vms=5)
+    assert refusal.value.details['in_the_way']
 
 
 QUESTIONS = {
@@ -1955,6 +1966,8 @@ QUESTIONS = {
     'show what is over': lambda of, start: of.show('gone'),
     'extend LABEL': lambda of, start: of.extend('known', hours(1)),
     'delete LABEL': lambda of, start: of.delete('known', dry_run=True),
+    'claim': lambda of, start: of.claim('s1', ['place-3'], 'p', vcpus=1) if of.actor.role == 'admin' else None,
+    'refused': lambda of, start: without_room(of, start),
     'events LABEL': lambda of, start: of.events('known'),
     'events': lambda of, start: of.events(limit=10)}
 
@@ -2004,7 +2017,8 @@ def test_a_cursor_is_the_start_and_id_of_a_line_or_its_id(app, cursor):
 
 
 #: What may be looked through: small by nature, however long cmres runs.
-SMALL = {'resource': 'dozens', 'proposal': 'who waits for a word', 'token': 'one a person', 'feed': 'one a person', 'subscription': 'one a person',
+SMALL = {'resource': 'dozens', 'proposal': 'who waits for a word',
+         'extra_hold': 'VMs that stay stopped, and who waits for a word', 'token': 'one a person', 'feed': 'one a person', 'subscription': 'one a person',
          'limits': 'an operator writes them', 'fact': 'what the store knows of itself', 'lease': 'one row',
          'json_each': 'given with the question', 'simulated_server': 'the cloud for trying things out',
          'sqlite_master': 'the schema'}
@@ -2024,7 +2038,9 @@ FACETS = {'list': [{'label': 'lab'}, {'label': 'old'}, {'user': 'u'}, {'project'
           'delete': [{'user': 'u', 'count': 5}, {'resource': 'place-7', 'count': 5}, {'label': 'class', 'occurrence': '+1d'}],
           'maintenance_delete': [{'id': 3001}],
           'report': [{'since': '2026-11-01', 'by_whom': 'user'}, {'by_whom': 'resource'}],
-          'add': [{'label': 'parts', 'part': 'demo:1,india:1', 'resource': '-', 'start': '+1h', 'end': '+1h'},
+          'add': [{'label': 'waits', 'resource': 'demo', 'start': '+1h', 'end': '+1h', 'vms': 16, 'wait': True},
+                  {'label': 'refused', 'resource': 'place-3', 'start': '+1h', 'end': '+1h', 'vms': 10**6, 'server': 'own'},
+                  {'label': 'parts', 'part': 'demo:1,india:1', 'resource': '-', 'start': '+1h', 'end': '+1h'},
                   {'label': 'rep', 'resource': 'demo', 'start': '+1h', 'end': '+1h', 'repeat': 'daily', 'count': 5}]}
 
 
@@ -2032,6 +2048,7 @@ def history(world) -> None:
     """Thousands of rows of every kind that are over, and a few of each that are not."""
     spread_out(world, 3000, statistics=False)
     now = int(world.now)
+    cmres.run("UPDATE resource SET vms = 1000 WHERE name = 'place-3'")
     with cmres.transaction():
         cmres.run("INSERT INTO server (occurrence_id, n, name, account, goal, state, borrowed, tries, failures, uid, addresses, "
                   "snapshot, snapshot_id, fault, planned, begun, ready, deleted) SELECT o.id, 1, 'old', 'simulated', 'delete', "
@@ -2084,6 +2101,8 @@ def test_no_question_looks_through_a_table_that_grows(tmp_path, monkeypatch, sta
         asked.setdefault(sql, (doing[0], values))
         return run(sql, *values)
     furnished(world)
+    for whose in ({'project': 'default'}, {'user': 'root'}):
+        service.limit_add(**whose, most_vms=10**6, vcpu_hours=10**6, waiting=10**6)
     monkeypatch.setattr(cmres, 'run', recorded)
     assert set(API) == {*READS, *WRITES}
     secret = service.calendar_feed()['feed'].rpartition('/')[2]
@@ -2197,6 +2216,44 @@ def test_who_waits_behind_one_that_waited_long_is_let_in_when_that_one_goes(tmp_
     world.as_user().delete('older')
     world.cycle.settle()
     assert world.state('younger') == 'reserved' and cmres.rows('SELECT * FROM wait') == []
+
+
+@pytest.mark.parametrize('shows', [{}, {'whole_project': True}, {'resource': 'demo'}])
+def test_a_feed_is_written_anew_when_something_that_it_shows_has_changed_and_not_for_others(world, app, shows):
+    eva = world.as_user()
+    world.service.resource_add('elsewhere')
+    for number in range(40):
+        book(eva, f'r{number}', 1 + number, 2 + number)
+    path = eva.calendar_feed(**shows)['feed'].partition('8080')[2]
+
+    def read():
+        counted = effort(lambda: texts.append(app.web.get(path).text))
+        return counted
+    texts: list = []
+    written = read()
+    book(world.as_user('bob', 'chemistry'), 'other', 5, 6, 'elsewhere')
+    assert read() < written / 3 and texts[0] == texts[1]
+    eva.update('r5', description='in room 5')
+    assert read() >= written / 2 and 'in room 5' in texts[-1]
+    eva.delete('r6')
+    assert read() >= written / 2 and 'STATUS:CANCELLED' in texts[-1]
+
+
+def test_a_look_at_a_cloud_costs_nothing_for_servers_that_are_gone(world, service):
+    book(service, flavor='m1.small', image='cirros')
+    world.at(1)
+    costs = []
+    for gone in (0, 2000):
+        with cmres.transaction():
+            cmres.db.connection().executemany(
+                "INSERT INTO server (occurrence_id, n, name, account, goal, state, borrowed, tries, failures, uid, addresses, "
+                "snapshot, snapshot_id, fault, planned, deleted) VALUES (1, ?, 'old', 'simulated', 'delete', 'deleted', 0, 1, 0, "
+                "?, '[]', '', '', '', 1, 1)", [(n + 10, f'old-{n}') for n in range(gone)])
+            cmres.run("UPDATE server SET due = ? WHERE state <> 'deleted'", world.now)
+        look = cmres.Result(('look', 'simulated'), 'look', 'simulated', None, world.now, world.now, ([], set()))
+        with world.cycle.acting():
+            costs.append(effort(lambda: world.cycle.record_look(look, world.now)))
+    assert costs[1] <= 1.5 * costs[0] + 2
 
 
 # Service: series #############################################################
