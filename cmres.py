@@ -624,6 +624,8 @@ class Config:
         86400.0, 'seconds that a reservation may take at most to be exempt from limits', 0.0)
     end_foreign: bool = setting(False, 'whether machines that people booted by hand on what they had reserved are '
                                 'deleted at its end')
+    retention: int = setting(400, 'days after which what is over is forgotten; reports keep its sums', 1, 36500)
+    project_texts: int = setting(100, 'MiB of user data, descriptions and metadata that a project may keep here', 1, 10**6)
     orphan_grace: float = setting(60.0, 'age in seconds at which a server of ours that nothing wants is removed', 0.0)
     simulated_boot: float = setting(3.0, 'seconds that a boot takes on the cloud `simulated`', 0.0)
     simulated_failures: float = setting(0.0, 'share of boots that end in ERROR there, 0 to 1', 0.0, 1.0)
@@ -1356,6 +1358,12 @@ Reservation.add_index(Reservation.index(Reservation.subscription, Reservation.ov
                                         where=Reservation.subscription.is_null(False)))
 
 
+class Texts(Table):
+    """How many characters of long texts the reservations of a project have; triggers count them."""
+    project = peewee.CharField(primary_key=True)
+    size = peewee.IntegerField()
+
+
 class Capacity(Table):
     """A stretch of time in which a resource has another capacity: a maintenance, a loan of nodes.
 
@@ -1512,6 +1520,22 @@ Claim.add_index(Claim.index(Claim.gone, name='claim_gone'))
 Claim.add_index(Claim.index(Claim.due, where=Claim.due.is_null(False), name='claim_due'))
 
 
+class Tally(Table):
+    """What reports tell of a day (UTC) whose occurrences, servers and claims are forgotten."""
+    day = peewee.IntegerField()  # its first second
+    project = peewee.CharField()
+    user = peewee.CharField()
+    resource = peewee.CharField()
+    reserved = peewee.IntegerField()  # seconds of VMs
+    used = peewee.DoubleField()
+    refused = peewee.IntegerField()
+    late_worst = peewee.DoubleField()
+
+    class Meta:
+        primary_key = peewee.CompositeKey('day', 'project', 'user', 'resource')
+        without_rowid = True
+
+
 class Token(Table):
     user = peewee.CharField()
     project = peewee.CharField()
@@ -1579,6 +1603,7 @@ class Outbox(Table):
     fault = peewee.TextField(default='')
 
 
+Outbox.add_index(Outbox.index(Outbox.event, name='outbox_event'))
 Outbox.add_index(Outbox.index(Outbox.due, where=Outbox.due.is_null(False), name='outbox_due'))
 
 
@@ -1609,14 +1634,32 @@ class SimulatedServer(Table):
     gone = peewee.DoubleField(null=True)
 
 
-TABLES = [Resource, Reservation, Occurrence, Capacity, Proposal, ExtraHold, Wait, Limit, Step, Server, Claim, Token, Feed,
+TABLES = [Resource, Reservation, Occurrence, Texts, Capacity, Proposal, ExtraHold, Wait, Limit, Step, Server, Claim, Tally, Token, Feed,
           Subscription, Event, Outbox, Lease, Fact, SimulatedServer]
 
 #: What brings an older store up to the models above, one function a version.
-MIGRATIONS: list[Callable] = [lambda: add_tracks(), lambda: add_proposals(), lambda: add_owners(), lambda: add_waits()]
+MIGRATIONS: list[Callable] = [lambda: add_tracks(), lambda: add_proposals(), lambda: add_owners(), lambda: add_waits(), lambda: add_texts()]
 
-#: What keeps the owners that occurrences have as their reservations have them.
-TRIGGERS = ('''
+def long_texts(row: str) -> str:
+    """How many characters of long texts a reservation has; in a trigger, its row before or after."""
+    return f'(length({row}.user_data) + length({row}.description) + length({row}.metadata))'
+
+
+#: What keeps the owners that occurrences have as their reservations have them, and counts texts.
+TRIGGERS = (f'''
+  CREATE TRIGGER IF NOT EXISTS reservation_texts AFTER INSERT ON reservation WHEN {long_texts('NEW')} > 1000 BEGIN
+    INSERT INTO texts VALUES (NEW.project, {long_texts('NEW')})
+      ON CONFLICT (project) DO UPDATE SET size = size + excluded.size;
+  END''', f'''
+  CREATE TRIGGER IF NOT EXISTS reservation_texts_changed AFTER UPDATE OF project, user_data, description, metadata
+    ON reservation WHEN {long_texts('NEW')} > 1000 OR {long_texts('OLD')} > 1000 BEGIN
+    UPDATE texts SET size = size - iif({long_texts('OLD')} > 1000, {long_texts('OLD')}, 0) WHERE project = OLD.project;
+    INSERT INTO texts SELECT NEW.project, {long_texts('NEW')} WHERE {long_texts('NEW')} > 1000
+      ON CONFLICT (project) DO UPDATE SET size = size + excluded.size;
+  END''', f'''
+  CREATE TRIGGER IF NOT EXISTS reservation_texts_gone AFTER DELETE ON reservation WHEN {long_texts('OLD')} > 1000 BEGIN
+    UPDATE texts SET size = size - {long_texts('OLD')} WHERE project = OLD.project;
+  END''', '''
   CREATE TRIGGER IF NOT EXISTS occurrence_owner AFTER INSERT ON occurrence WHEN NEW.of_project = '' BEGIN
     UPDATE occurrence SET (of_project, of_user) = (SELECT project, user FROM reservation WHERE id = NEW.reservation_id)
      WHERE id = NEW.id;
@@ -1734,6 +1777,13 @@ def add_waits() -> None:
             WHERE r.waiting IS NOT NULL AND o.cancelled IS NULL AND o.due IS NOT NULL''')
 
 
+def add_texts() -> None:
+    """Version 6: the long texts of each project are counted."""
+    run('CREATE TABLE IF NOT EXISTS texts (project VARCHAR(255) NOT NULL PRIMARY KEY, size INTEGER NOT NULL)')
+    run('INSERT INTO texts SELECT project, sum(length(user_data) + length(description) + length(metadata)) '
+        'FROM reservation WHERE length(user_data) + length(description) + length(metadata) > 1000 GROUP BY 1')
+
+
 @contextmanager
 def transaction(keep: bool = True) -> Iterator[None]:
     """All of it or nothing, on disk when it ends; alone in this process; without `keep`, undone at its end."""
@@ -1845,6 +1895,11 @@ LISTING = '''
     FROM occurrence o
     JOIN reservation r ON r.id = o.reservation_id JOIN resource s ON s.id = o.resource_id'''
 
+#: In a list long texts are left out or cut: they are for who asks for one reservation.
+BRIEF = LISTING.replace('r.user_data,', "'' AS user_data,").replace(
+    'r.description,', "iif(length(r.description) > 200, substr(r.description, 1, 197) || '...', r.description) "
+    'AS description,')
+
 STATE = '''
   CASE WHEN cancelled IS NOT NULL THEN CASE WHEN existing > 0 THEN 'ending' ELSE 'cancelled' END
        WHEN waiting IS NOT NULL THEN CASE WHEN now < "end" THEN 'waiting' ELSE 'cancelled' END
@@ -1857,9 +1912,10 @@ STATE = '''
 STATES = ('waiting', 'pending', 'reserved', 'starting', 'active', 'degraded', 'ending', 'ended', 'cancelled', 'failed')
 
 
-def listing(now: float, where: str = '1', values: tuple = (), state: str = '1', tail: str = '') -> list:
+def listing(now: float, where: str = '1', values: tuple = (), state: str = '1', tail: str = '',
+            fields: str = LISTING) -> list:
     """Occurrences with their reservation and state, by conditions on o, r and s and then on the state."""
-    return rows(f'SELECT * FROM (SELECT *, {STATE} AS state FROM ({LISTING} WHERE {where})) WHERE {state} {tail}',
+    return rows(f'SELECT * FROM (SELECT *, {STATE} AS state FROM ({fields} WHERE {where})) WHERE {state} {tail}',
                 int(now), *values)
 
 
@@ -3430,6 +3486,8 @@ CLOUDY = ('flavor', 'image', 'network', 'key', 'security_groups', 'server')
 FIXED = (*CLOUDY, 'resource', 'start', 'lead', 'user_data', 'metadata', 'host')
 STORED = ('label', 'user', 'project', *CLOUDY, 'user_data', 'metadata', 'at_end', 'notify', 'lead', 'description',
           'personal', 'repeat', 'tz', 'on_conflict', 'host')
+#: What a project keeps only so much of.
+LONG_TEXTS = ('user_data', 'description', 'metadata')
 #: What one occurrence of a series may have otherwise than the others.
 OWN = frozenset(('resource', 'start', 'end', 'vms'))
 #: What needs more or less capacity, or other one, when it changes.
@@ -3465,7 +3523,8 @@ WAYS = {'waiting': [('series', 'o.reservation_id IN (SELECT id FROM reservation 
         'ended': [('over', 'o.due IS NULL'), BEGUN], 'failed': [('failed', 'o.told & 32'), BEGUN],
         'cancelled': [('cancelled', 'o.cancelled IS NOT NULL'), BEGUN]}
 MOST_WAYS = 200  # that are merged, each of one or two halves; SQLite takes 500
-BATCH = 5000     # occurrences that are looked at together
+BATCH = 500      # occurrences that are looked at together
+MOST_BYTES = 2**20  # of text in a page of a list, which then ends before its last line
 MOST_TRIED = 200  # of those that wait, in one transaction
 MOST_TRIES = 500  # of ways to spread the parts of a request over resources
 PATIENCE = 60  # seconds that a start may lie in the past: slow clocks, slow networks
@@ -3496,6 +3555,12 @@ def shown_fields(fields: tuple) -> list[tuple]:
 def read_json(text: str):
     """What a column holds; most hold nothing."""
     return [] if text == '[]' else {} if not text or text == '{}' else json.loads(text)
+
+
+def within_bytes(found: list) -> list:
+    """The first rows that have no more text together than a page may have; one at least."""
+    sizes = itertools.accumulate(sum(len(each) for each in line if type(each) is str) for line in found)
+    return [line for number, (line, size) in enumerate(zip(found, sizes)) if size <= MOST_BYTES or not number]
 
 
 def in_figures(amount: Amount) -> dict:
@@ -3677,14 +3742,16 @@ class Service:
         latest = max(meant, key=lambda each: (each.added, each.id))
         return [each for each in meant if each in parts and each.added == latest.added] if latest in parts else []
 
-    def search(self, where: list, state: Iterable[str] = (), limit: int = -1, tail: str = 'ORDER BY start, id') -> list:
+    def search(self, where: list, state: Iterable[str] = (), limit: int = -1, tail: str = 'ORDER BY start, id',
+               fields: str = LISTING) -> list:
         """Rows of the listing that meet all conditions, a page of them."""
         condition = ' AND '.join(text for text, *_ in where) or '1'
         in_state = f"state IN ({', '.join('?' * len(state))})" if state else '1'
-        return listing(self.clock(), condition, (*given(where), *state), in_state, f'{tail} LIMIT {limit}')
+        return listing(self.clock(), condition, (*given(where), *state), in_state, f'{tail} LIMIT {limit}',
+                       fields)
 
     def page(self, ways: list, where: list, state: Iterable[str], limit: int, after: str = '',
-             latest: bool = False) -> list:
+             latest: bool = False, fields: str = LISTING) -> list:
         """The first rows of the listing in order of start, or with `latest` in the order from the last one back.
 
         Args:
@@ -3697,16 +3764,16 @@ class Service:
         while ways and len(found) < limit:
             onward = [(f'(o.start, o.id) {beyond} (?, ?)', *place)] if place else []
             some = walk(self.clock(), ways, [*where, *onward], size, latest)
-            found += self.in_order([id for _, id in some], state)
-            if len(some) < size:
+            found += self.in_order([id for _, id in some], state, fields)
+            if len(some) < size or fields is BRIEF and len(found) != len(within_bytes(found)):
                 break
             place, size = some[-1], min(2 * size, BATCH)
-        return found[:limit]
+        return (within_bytes(found) if fields is BRIEF else found)[:limit]
 
-    def in_order(self, ids: list[int], state: Iterable[str] = ()) -> list:
+    def in_order(self, ids: list[int], state: Iterable[str] = (), fields: str = LISTING) -> list:
         """The listing of occurrences, as far as they are in some states, in the order of their ids here."""
         lines = {each.id: each for each in self.search(
-            [('o.id IN (SELECT value FROM json_each(?))', json.dumps(ids))], state, tail='')} if ids else {}
+            [('o.id IN (SELECT value FROM json_each(?))', json.dumps(ids))], state, tail='', fields=fields)} if ids else {}
         return [lines[id] for id in ids if id in lines]
 
     def place_of_cursor(self, after: str) -> tuple[int, int]:
@@ -4391,6 +4458,16 @@ class Limits(Wishes):
 class Holding(Limits):
     """What is taken and written for one occurrence; inside a transaction."""
 
+    def refuse_many_texts(self, wish: Wish, old=None) -> None:
+        """Refuses what makes the long texts of a project more than it may keep; after they were written."""
+        now, before = (sum(len(text) for text in texts) for texts in (
+            wish.columns(*LONG_TEXTS).values(), [getattr(old, name) for name in LONG_TEXTS] if old else ()))
+        kept = row('SELECT size FROM texts WHERE project = ?', wish.project) if now > max(before, 1000) else None
+        most = self.config.project_texts
+        if kept and kept.size > most * 2**20:
+            raise TooLarge(f"the project '{wish.project}' keeps at most {most} MiB of user data, descriptions and "
+                           'metadata; shorten some, or let an admin raise the setting project_texts')
+
     def refuse_taken_label(self, wish: Wish, now: float) -> None:
         """Refuses a label that a reservation or a request of the project has, as long as it is not over."""
         read_argument('label', wish.label, Label, self.here)  # Python may call without `bind`
@@ -4849,6 +4926,7 @@ class Admission(Series):
         reservation = insert(Reservation, **wish.columns(*STORED), **event, origin=origin, added=int(now),
                              changed=int(now), pending=pending, priority=0, confirm=0, request=request, choices='',
                              series=stored_stretches(wish.stretches) if wish.stretches else '', over=wish.end)
+        self.refuse_many_texts(wish)
         if wish.stretches:
             done = self.reshape(reservation, wish, now)
             if done and all(each['outcome'] == 'left out' for each in done):
@@ -5021,6 +5099,7 @@ class Waiting(Admission):
                              changed=int(now), over=wish.end, waiting=int(now), priority=request.priority,
                              confirm=request.confirm, request=request.name,
                              choices=json.dumps(choices) if len(choices) > 1 else '')
+        self.refuse_many_texts(wish)
         slot = Slot('', wish.start, wish.end, wish.vms, wish.resource.id)
         self.write_occurrence(None, reservation, wish, slot, now, held_until=wish.held[0])
         self.stand_in_line(reservation)
@@ -5245,9 +5324,11 @@ class Approval(Waiting):
         if (wish.label, wish.project) != (old.label, old.project):
             self.refuse_taken_label(wish, now)
         if wish.stretches:
-            return self.rebook_series(old, wish, now, named, bool(asked.keys() & SHAPE))
-        self.rebook(old, wish, now)
-        return []
+            done = self.rebook_series(old, wish, now, named, bool(asked.keys() & SHAPE))
+        else:
+            done = self.rebook(old, wish, now) or []
+        self.refuse_many_texts(wish, old)
+        return done
 
     def refuse_fixed(self, old, wish: Wish, asked: dict) -> None:
         """A reservation that has begun keeps what its machines are made of."""
@@ -5486,7 +5567,9 @@ class Requests(Approval):
 
         A label, a state or a window [START, END) that they overlap also finds what is over. Of a series
         only the present or next occurrence is listed; a label or a window finds all of them. Each page
-        has at most --limit lines; --after START/ID of its last line gives the next, whatever moved.
+        has at most --limit lines, fewer if they are long: the last page is the one without a line;
+        --after START/ID of its last line gives the next, whatever moved. Long descriptions are cut, and
+        user data is left out: `show` has them.
 
         Example:
           python cmres.py list --resource demo --state starting,active
@@ -5506,7 +5589,8 @@ class Requests(Approval):
         filters, where = self.filtered(dict.fromkeys(('user', 'project', 'resource', *PLACE), ''))
         begun = [('o.start <= ?', int(self.clock()))]
         return [public(each) for each in self.page(
-            self.ways_by(filters, BOTH), where + begun, OVER, limit, before, latest=True)]
+            self.ways_by(filters, BOTH), where + begun, OVER, limit, before, latest=True,
+            fields=BRIEF)]
 
     def matching(self, label: str, asked: dict, state: Iterable[str], start, end, limit: int, after: str) -> list:
         """A page of what the filters of `list` meet."""
@@ -5520,7 +5604,7 @@ class Requests(Approval):
         if label:
             ways = [('series', f'1{self.within(filters)}')]
             also.append(self.among('o.reservation_id', self.labelled(label)))
-        return self.page(ways, where + also, state, limit, after)
+        return self.page(ways, where + also, state, limit, after, fields=BRIEF)
 
     def filtered(self, asked: dict) -> tuple[dict, list]:
         """The filters by whose, and on which resources: as `ways` takes them, and as conditions on o."""
@@ -5551,7 +5635,8 @@ class Requests(Approval):
         answer = public(found) | {'user_data': found.user_data, 'servers': self.servers_of(found.id)}
         if not found.repeats:
             return answer
-        comes = self.search([('r.id = ?', found.reservation), ('o.end > ?', int(self.clock()))], limit=1000)
+        comes = self.page([('series', f'o.reservation_id = {found.reservation}')],
+                          [('o."end" > ?', int(self.clock()))], (), 1000, fields=BRIEF)
         fields = ('start', 'end', 'vms', 'resource', 'state')
         return answer | {'on_conflict': found.on_conflict, 'booked_until': instant(found.booked_until), 'occurrences': [
             {name: value for name, value in public(each).items() if name in fields} for each in comes]}
@@ -6791,6 +6876,22 @@ class Calendars(Claims):
 # What was: the journal, punctuality, reports; and who may ask at all. The class on top is the service.
 
 
+#: Of an occurrence o: nothing of it is there, on its way, or asked for.
+NOTHING_OPEN = '''
+  NOT EXISTS (SELECT 1 FROM server v WHERE v.occurrence_id = o.id AND v.state <> 'deleted')
+  AND NOT EXISTS (SELECT 1 FROM server v WHERE v.occurrence_id = o.id AND v.id = (SELECT max(id) FROM server))
+  AND NOT EXISTS (SELECT 1 FROM claim c WHERE c.occurrence = o.id AND c.due IS NOT NULL)
+  AND NOT EXISTS (SELECT 1 FROM event e JOIN outbox n ON n.event_id = e.id
+                   WHERE e.reservation_id = o.reservation_id AND n.due IS NOT NULL)'''
+#: Of a reservation: something else speaks of it still.
+STILL_KNOWN = '''(
+  EXISTS (SELECT 1 FROM occurrence WHERE reservation_id = reservation.id)
+  OR EXISTS (SELECT 1 FROM extra_hold WHERE reservation_id = reservation.id)
+  OR EXISTS (SELECT 1 FROM proposal WHERE reservation_id = reservation.id)
+  OR EXISTS (SELECT 1 FROM event WHERE reservation_id = reservation.id AND id = (SELECT max(id) FROM event))
+  OR booked_until IS NOT NULL OR id = (SELECT max(id) FROM reservation))'''
+
+
 class Reservations(Calendars):
     """The whole service, on behalf of one actor; see Service for its arguments."""
 
@@ -6887,6 +6988,7 @@ class Reservations(Calendars):
                                      AND NOT EXISTS (SELECT 1 FROM server v WHERE v.uid = c.server) GROUP BY 1''',
                               now, last, first, *who, first, last):
             lines[name]['used'] += used
+        self.add_forgotten(lines, by_whom, first, last)
         refused = {'project': 'project', 'user': 'actor', 'resource': 'resource'}[by_whom]
         mine = '' if self.actor.role == ADMIN else 'AND project = ?'
         for name, count in run(f"SELECT {refused}, count(*) FROM event WHERE code = 'refused' AND project <> '' AND reservation_id IS NULL "
@@ -6896,6 +6998,89 @@ class Reservations(Calendars):
         return [{by_whom: name, 'reserved_hours': round(each['reserved'], 3), 'used_hours': round(each['used'], 3),
                  'unused_hours': round(max(each['reserved'] - each['used'], 0), 3), 'refused': int(each['refused']),
                  'late_worst': round(each['late_worst'], 3)} for name, each in sorted(lines.items())]
+
+    def add_forgotten(self, lines: dict, by_whom: str, first: int, last: int) -> None:
+        """Adds what is kept of forgotten days to the lines of a report; of a day that is cut, its share."""
+        own = '' if self.actor.role == ADMIN else 'AND project = ?'
+        share = f'(min(day + {DAY}, ?2) - max(day, ?1)) / {DAY}.0'
+        for name, reserved, used, refused, late in run(f'''
+                SELECT {by_whom}, sum(reserved * {share}) / 3600, sum(used * {share}) / 3600, sum(refused * {share}),
+                       max(late_worst) FROM tally WHERE day > ?1 - {DAY} AND day < ?2 {own} GROUP BY 1''',
+                first, last, *([self.actor.project] if own else [])):
+            for field, more in (('reserved', reserved), ('used', used), ('refused', refused)):
+                lines[name][field] += more
+            lines[name]['late_worst'] = max(lines[name]['late_worst'], late)
+
+    def forget(self, now: float, most: int = 200) -> int:
+        """Forgets some of what has been over for longer than `retention`, and keeps its sums; how much it was.
+
+        The newest row of each table stays, so that no id is ever given twice. Inside a transaction.
+        """
+        before = int(now) - self.config.retention * DAY
+        old = rows(f'''SELECT o.* FROM occurrence o INDEXED BY occurrence_over WHERE due IS NULL AND start < ? AND "end" < ?
+                        AND id < (SELECT max(id) FROM occurrence) AND {NOTHING_OPEN} ORDER BY start LIMIT {most}''',
+                   before, before)
+        for each in old:
+            self.forget_occurrence(each)
+        events = rows(f'''SELECT id, at, code, actor, project, resource, reservation_id FROM event e WHERE at < ?
+                           AND id < (SELECT max(id) FROM event) AND id <= (SELECT min(id) FROM event) + {most}
+                           AND NOT EXISTS (SELECT 1 FROM outbox WHERE event_id = e.id AND due IS NOT NULL)
+                         LIMIT {most}''', before)
+        self.forget_events(events)
+        gone = run(f'DELETE FROM claim WHERE id IN (SELECT id FROM claim WHERE gone < ? AND occurrence IS NULL '
+                   f'AND due IS NULL AND id < (SELECT max(id) FROM claim) LIMIT {most})', before).rowcount
+        changes = rows(f'SELECT * FROM capacity WHERE removed IS NULL AND "end" < ? AND id < (SELECT max(id) FROM capacity) '
+                       f'LIMIT {most}', before)
+        for each in changes:
+            release(each.resource_id, each.start, each.end, amount_of(each, 'held_'))
+            run('DELETE FROM capacity WHERE id = ?', each.id)
+        return len(old) + len(events) + gone + len(changes)
+
+    def forget_occurrence(self, old) -> None:
+        """Forgets one occurrence with its servers and claims, and its reservation if it was the last."""
+        about = row('SELECT r.project, r.user, s.name FROM reservation r, resource s WHERE r.id = ? AND s.id = ?',
+                    old.reservation_id, old.resource_id)
+        self.tally(about, [(old.start, old.held_until, 'reserved', old.vms, 0)])
+        self.tally(about, [(each.ready, each.deleted, 'used', 1, each.ready - each.planned) for each in rows(
+            'SELECT ready, deleted, planned FROM server WHERE occurrence_id = ? AND ready IS NOT NULL', old.id)])
+        self.tally(about, [(each.at, min(each.gone, old.held_until), 'used', 1, 0) for each in rows(
+            'SELECT at, gone FROM claim c WHERE occurrence = ? AND NOT EXISTS (SELECT 1 FROM server v '
+            'WHERE v.uid = c.server)', old.id)])
+        release(old.resource_id, old.held_from, old.held_until, amount_of(old))
+        run('DELETE FROM server WHERE occurrence_id = ?', old.id)
+        run('DELETE FROM claim WHERE occurrence = ?', old.id)
+        run('DELETE FROM occurrence WHERE id = ?', old.id)
+        if not row(f'SELECT 1 AS one FROM reservation WHERE id = ? AND {STILL_KNOWN}', old.reservation_id):
+            self.forget_events(rows('SELECT id, at, code, actor, project, resource, reservation_id FROM event '
+                                    'WHERE reservation_id = ?', old.reservation_id))
+            run('DELETE FROM reservation WHERE id = ?', old.reservation_id)
+
+    def forget_events(self, events: list) -> None:
+        """Forgets events and the notices of them; what was refused stays counted."""
+        for each in events:
+            if each.code == 'refused' and each.project and each.reservation_id is None:
+                who = {'day': int(each.at) // DAY * DAY, 'project': each.project, 'user': each.actor,
+                       'resource': each.resource}
+                self.count(who, refused=1)
+            run('DELETE FROM outbox WHERE event_id = ?', each.id)
+            run('DELETE FROM event WHERE id = ?', each.id)
+
+    def tally(self, about, spans: Iterable[tuple]) -> None:
+        """Adds spans (begin, until, which figure, of how many, how late) to the sums of their days."""
+        for begin, until, figure, number, late in spans:
+            for day in range(int(begin) // DAY * DAY, int(until) + 1, DAY):
+                seconds = min(day + DAY, until) - max(day, begin)
+                if seconds > 0:
+                    self.count({'day': day, 'project': about.project, 'user': about.user, 'resource': about.name},
+                               **{figure: seconds * number, 'late_worst': late})
+
+    def count(self, who: dict, **figures: float) -> None:
+        """Adds figures to the sums of a day; of how late something was, the worst counts."""
+        all_of_them = {'reserved': 0, 'used': 0, 'refused': 0, 'late_worst': 0} | figures
+        run('INSERT INTO tally (day, project, user, resource, reserved, used, refused, late_worst) '
+            'VALUES (?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO UPDATE SET reserved = reserved + excluded.reserved, '
+            'used = used + excluded.used, refused = refused + excluded.refused, '
+            'late_worst = max(late_worst, excluded.late_worst)', *who.values(), *all_of_them.values())
 
     @api('POST', '/token/', role=ADMIN)
     def token_add(self, user: Name, project: Name = 'default', role: Name = USER, dry_run: bool = False) -> dict:
@@ -7008,6 +7193,7 @@ class LifeCycle:
         self.service = Reservations(config, clouds, Actor('cmres', 'default', ADMIN), lambda: self.clock())
         self.stale: list[int] = []  # reservations whose series are to be carried on
         self.fresh_until = 0.0
+        self.tidied = self.measured = 0.0  # when old things were last looked for, and tables measured
 
     # Repeating
 
@@ -7026,6 +7212,7 @@ class LifeCycle:
         self.admit_waiting(now)
         self.plan(now)
         self.call(now)
+        self.tidy(now)
         return True
 
     def settle(self) -> bool:
@@ -7182,6 +7369,20 @@ class LifeCycle:
                 log.warning('the series of reservation %s could not be carried on: %s', reservation, error)
         if self.stale:
             self.wake.set()
+
+    def tidy(self, now: float) -> None:
+        """While no call is under way, forgets a little of what is long over, and lets SQLite measure its tables."""
+        if self.flying:
+            return
+        if not self.measured <= now < self.measured + 3600:
+            self.measured = now
+            with self.acting():
+                run('PRAGMA analysis_limit = 400')
+                run('PRAGMA optimize')
+        if not self.tidied <= now < self.tidied + 600:
+            with self.acting():
+                forgotten = self.service.forget(now)
+            self.tidied = 0.0 if forgotten else now
 
     def admit_waiting(self, now: float) -> None:
         if row('SELECT id FROM wait WHERE due <= ? '
@@ -9092,7 +9293,7 @@ class Pages:
         filters, where = visit.service.filtered(dict.fromkeys(('user', 'project', 'resource', *PLACE), ''))
         filters |= {'places': [each.id for each in places]}
         where += [('o.start < ?', end), ('o."end" > ?', begin), ('o.cancelled IS NULL',)]
-        return visit.service.page(visit.service.ways(filters, (), begin), where, (), MOST_BARS + 1)
+        return visit.service.page(visit.service.ways(filters, (), begin), where, (), MOST_BARS + 1, fields=BRIEF)
 
     def draw(self, visit: Visit, place, cells: list[Cell], begin: int, end: int, view: str, found: list) -> Drawn:
         """A resource on a time line: its curve, what is free in each cell, and what stands on it."""
@@ -9122,14 +9323,12 @@ class Pages:
         """One's own reservations, an admin's all, with what can be done to them."""
         after, over = given.get('after', ''), 'over' in given
         after = after if re.fullmatch('([0-9]{1,11}-)?[0-9]{1,18}', after) else ''
-        found = self.over(visit, after) if over else visit.service.list(limit=MOST_LINES_SHOWN, after=after)
+        lines = visit.service.over if over else lambda after, limit: visit.service.list(limit=limit, after=after)
+        found = lines(after, MOST_LINES_SHOWN)
+        last = f"{int(found[-1]['start'].timestamp())}-{found[-1]['id']}" if found else ''
         return self.page(visit, 'Reservations', render_page(
             'list', visit=visit, lines=self.lines(visit, found), over=over,
-            after=f"{int(found[-1]['start'].timestamp())}-{found[-1]['id']}" if len(found) == MOST_LINES_SHOWN else ''))
-
-    def over(self, visit: Visit, before: str) -> list[dict]:
-        """What has ended or was cancelled, the latest first."""
-        return visit.service.over(before, MOST_LINES_SHOWN)
+            after=last if last and lines(last, 1) else ''))
 
     def lines(self, visit: Visit, found: list[dict]) -> list[dict]:
         """Reservations with their addresses, how late they were ready, and what can be done to them."""
