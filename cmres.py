@@ -1430,6 +1430,7 @@ class Wait(Table):
 
 
 Wait.add_index(Wait.index(Wait.resource, Wait.until, name='wait_there'))
+Wait.add_index(Wait.index(Wait.resource, Wait.since, name='wait_since'))
 Wait.add_index(Wait.index(Wait.due, name='wait_due'))
 Wait.add_index(Wait.index(Wait.limited, where=Wait.limited, name='wait_limited'))
 
@@ -4514,7 +4515,7 @@ class Holding(Limits):
 
     def first_in_line(self, resource: int, begin: int, until: int, now: float, before: str = '', *place):
         """Who has waited for longer than `patience` for a resource in a window; none beyond a place in the line."""
-        return row(f"""SELECT o.vms, r.waiting FROM wait w CROSS JOIN reservation r ON r.id = w.reservation_id
+        return row(f"""SELECT o.vms, r.waiting FROM wait w INDEXED BY wait_since CROSS JOIN reservation r ON r.id = w.reservation_id
                          JOIN occurrence o ON o.reservation_id = r.id
                         WHERE w.resource_id = ? AND w.until > ? AND w.held_from < ? AND w.since <= ? AND w.until > ?
                               AND o.cancelled IS NULL {before}
@@ -7148,7 +7149,7 @@ TRIPS = 3  # failures in a row after which a cloud is left alone for a while
 
 SERVERS = '''SELECT v.*, r.flavor, r.image, r.network, r.key, r.security_groups, r.user_data, r.metadata,
                     r.label, r.notify, o.reservation_id, o."end", s.mode
-               FROM server v JOIN occurrence o ON o.id = v.occurrence_id
+               FROM server v CROSS JOIN occurrence o ON o.id = v.occurrence_id
                JOIN reservation r ON r.id = o.reservation_id JOIN resource s ON s.id = o.resource_id'''
 
 
