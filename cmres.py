@@ -1863,8 +1863,9 @@ def journal(config: Config, at: float, actor: str, code: str, sentence: str, res
     event = insert(Event, at=at, actor=actor, code=code, sentence=sentence, reservation=reservation,
                    occurrence=occurrence, **{'project': whose.project if whose else '', 'resource': ''} | refused)
     if reservation and (occurrence is None or occurrence > 0):
-        which, id = ('id', occurrence) if occurrence else ('due IS NOT NULL AND reservation_id', reservation)
-        run(f'UPDATE occurrence SET revision = revision + 1, revised = ? WHERE {which} = ?', int(at), id)
+        by, which, id = ('', 'id', occurrence) if occurrence else (
+            'INDEXED BY occurrence_series', '(due IS NULL) = 0 AND reservation_id', reservation)
+        run(f'UPDATE occurrence {by} SET revision = revision + 1, revised = ? WHERE {which} = ?', int(at), id)
     for target in [config.webhook, *notify] if code in TEXTS else ():
         if target:
             insert(Outbox, event=event, target=target, due=at, tries=0, fault='')
@@ -5169,14 +5170,16 @@ class Waiting(Admission):
 
     def waiting_requests(self, now: float) -> list[list]:
         """Some of those that wait and may have room now, in the order in which they get it; parts of one together."""
-        due = rows(f"""SELECT DISTINCT r.id, r.project, r.request FROM wait w
+        due = rows(f"""SELECT DISTINCT r.id, r.project, r.request FROM wait w INDEXED BY wait_due
                          CROSS JOIN reservation r ON r.id = w.reservation_id WHERE w.due <= ? ORDER BY r.priority DESC, r.waiting, r.id LIMIT {MOST_TRIED}""", now)
         whole = {each.id for each in due}
         for project, request in {(each.project, each.request) for each in due if each.request}:
             whole |= {each.id for each in rows("SELECT id FROM reservation WHERE request = ? AND request <> '' AND "
                                                'project = ? AND waiting IS NOT NULL', request, project)}
         found: dict = defaultdict(list)
-        for each in self.search([self.among('r.id', [*whole]), ('o.cancelled IS NULL',), ('o.end > ?', int(now))],
+        theirs = 'SELECT id FROM occurrence INDEXED BY occurrence_series WHERE reservation_id'
+        condition, ids = self.among(theirs, [*whole])
+        for each in self.search([(f'o.id IN ({condition})', ids), ('o.cancelled IS NULL',), ('o.end > ?', int(now))],
                                 tail='ORDER BY priority DESC, waiting, id'):
             found[(each.project, each.request) if each.request else each.id].append(each)
         self.leave_line(whole - {each.reservation for request in found.values() for each in request})
@@ -7377,9 +7380,12 @@ class LifeCycle:
             return
         if not self.measured <= now < self.measured + 3600:
             self.measured = now
-            with self.acting():
-                run('PRAGMA analysis_limit = 400')
-                run('PRAGMA optimize')
+            # What was measured of a table of one row would have SQLite look through it when it has grown.
+            many = (row('SELECT max(id) AS last FROM occurrence').last or 0) >= 10_000
+            if many:
+                with self.acting():
+                    run('PRAGMA analysis_limit = 400')
+                    run('PRAGMA optimize')
         if not self.tidied <= now < self.tidied + 600:
             with self.acting():
                 forgotten = self.service.forget(now)
