@@ -4975,6 +4975,8 @@ def for_each_part(method):
 
 #: Whom Nova's scheduler lets boot on a resource: who has reserved, or others as well while it is free.
 MODES = ('exclusive', 'shared')
+#: The lengths of a resource that count only where Nova's scheduler asks cmres.
+ASKED_BY_NOVA = ('hold', 'no_show')
 #: What can become of machines at the end of their window.
 ENDS = ('delete', 'stop', 'shelve', 'snapshot')
 #: What was announced of an occurrence: a bit each.
@@ -7392,8 +7394,10 @@ class Plan(Requests):
             self.refuse_taken_resource(name)
             figures = {figure: None if most == UNLIMITED else most
                        for figure, most in (('vms', vms), ('vcpus', vcpus), ('ram', ram))}
+            lengths = self.read_seconds(hold=hold, approval=approval, no_show=no_show)
+            self.refuse_idle(self.read_mode(mode), lengths)
             insert(Resource, name=name, cell=cell, cloud=cloud, region=region, aggregate=aggregate, **figures,
-                   mode=self.read_mode(mode), **self.read_seconds(hold=hold, approval=approval, no_show=no_show),
+                   mode=self.read_mode(mode), **lengths,
                    classes=known_classes('', classes), hosts='[]', named='', added=int(now))
             self.journal(now, 'resource', f"added the resource '{name}'")
             return self.resource_show(name)
@@ -7439,6 +7443,8 @@ class Plan(Requests):
         new = {field: None if value == UNLIMITED else value for field, value in asked.items() if value is not None}
         with self.writing(dry_run) as now:
             found = self.resource_row(name)
+            if new.keys() & {'mode', *ASKED_BY_NOVA}:
+                self.refuse_idle(new.get('mode', found.mode), found._asdict() | new)
             if rename and rename != name:
                 self.refuse_taken_resource(rename)
             if classes:
@@ -7487,6 +7493,13 @@ class Plan(Requests):
             raise Invalid(f"mode: '{mode}' is none of open, {', '.join(MODES)}{nearest(mode, MODES)}")
         return '' if mode == 'open' else mode
 
+    def refuse_idle(self, mode: str, values: dict) -> None:
+        """Refuses a length that would do nothing: what boots on an open resource, Nova does not ask cmres."""
+        for name in ASKED_BY_NOVA:
+            if values.get(name) and not mode:
+                raise Invalid(f'{name}: {format_duration(values[name])} does nothing on a resource that is open to '
+                              f"everybody; say --mode exclusive or --mode shared, or --{name.replace('_', '-')} 0s")
+
     @api('POST', '/resource/sync', role=ADMIN)
     def resource_sync(self, cloud: Name, aggregates: Names = (), mode: Name = '', hold: Span = None,
                       named: bool = None, force: bool = False, dry_run: bool = False) -> Rows:
@@ -7521,6 +7534,8 @@ class Plan(Requests):
         """Makes or updates the resource of an aggregate; its name, and a line for each difference."""
         found = row('SELECT * FROM resource WHERE cloud = ? AND aggregate = ? AND removed IS NULL',
                     cloud, aggregate.name)
+        if wanted:
+            self.refuse_idle(wanted.get('mode', found.mode if found else ''), (found._asdict() if found else {}) | wanted)
         total = sum(aggregate.hosts.values(), NOTHING)
         new = {name: each for name, each in stored(total).items() if name != 'vms'} | {
             'hosts': json.dumps([*aggregate.hosts]), **wanted}
@@ -8362,6 +8377,25 @@ class Calendars(Claims):
 # What was: the journal, punctuality, reports; and who may ask at all. The class on top is the service.
 
 
+#: VM-hours in [first, last) of each kind: reserved, used of that, left unused; and how late a VM was at worst.
+#: What runs on after its window, or stays stopped, is no use of a reservation.
+HOURS = f'''
+  WITH held AS (SELECT o.id, {{by}} AS of, o.vms, max(o.held_from, ?) AS begin, min(o.held_until, ?) AS until
+                  {FROM_ALL} WHERE o.held_from < ? AND o.held_until > ? AND {{own}}),
+       ran AS (SELECT h.id, min(coalesce(v.deleted, ?), h.until) - max(v.ready, h.begin) AS used,
+                      v.ready - v.planned AS late
+                 FROM held h JOIN server v ON v.occurrence_id = h.id WHERE v.ready IS NOT NULL
+                UNION ALL
+               SELECT h.id, min(coalesce(c.gone, ?), h.until) - max(c.at, h.begin), 0
+                 FROM held h JOIN claim c ON c.occurrence = h.id
+                WHERE c.server NOT IN (SELECT uid FROM server WHERE uid IS NOT NULL)),
+       used AS (SELECT id, sum(max(used, 0)) AS used, max(late) AS late FROM ran GROUP BY id),
+       each AS (SELECT h.of, max(h.vms * (h.until - h.begin), 0) AS reserved, coalesce(u.used, 0) AS used, u.late
+                  FROM held h LEFT JOIN used u ON u.id = h.id)
+  SELECT of, sum(reserved) / 3600.0, sum(used) / 3600.0, sum(max(reserved - used, 0)) / 3600.0,
+         max(coalesce(max(late), 0), 0) FROM each GROUP BY of'''
+
+
 class Reservations(Calendars):
     """The whole service, on behalf of one actor; see Service for its arguments."""
 
@@ -8412,8 +8446,9 @@ class Reservations(Calendars):
 
     @api('GET', '/report/')
     def report(self, since: When = None, until: When = None, by_whom: Name = 'project') -> Rows:
-        """Adds up machine-hours reserved, used and unused, requests refused, and lateness, for each of some kind.
+        """Adds up VM-hours reserved, used and unused, requests refused, and lateness, for each of some kind.
 
+        A reservation counts from its lead to its end; what runs or stays after that is not counted as used.
         Counts the last 30 days unless --since and --until say otherwise.
 
         Example:
@@ -8426,27 +8461,10 @@ class Reservations(Calendars):
         last = self.resolve(FIRST, until)[1] if until else int(now)
         first = self.resolve(since, LAST)[0] if since else last - 30 * 86400
         own = ' AND '.join(['1', *(text for text, _ in self.visible())])
-        who = [value for _, value in self.visible()]
-        lines: dict = defaultdict(lambda: dict.fromkeys(('reserved', 'used', 'refused', 'late_worst'), 0.0))
-        for name, reserved in run(f'''SELECT {columns[by_whom]}, sum(o.vms * max(0, min(o.held_until, ?)
-                                             - max(o.start, ?))) / 3600.0
-                                        {FROM_ALL} WHERE {own} AND o.start < ? AND o.held_until > ? GROUP BY 1''',
-                                  last, first, *who, last, first):
-            lines[name]['reserved'] += reserved
-        for name, used, late in run(f'''SELECT {columns[by_whom]},
-                                               sum(max(0, min(coalesce(v.deleted, ?), ?) - max(v.ready, ?)))
-                                               / 3600.0, max(v.ready - v.planned)
-                                          {FROM_ALL} JOIN server v ON v.occurrence_id = o.id
-                                         WHERE {own} AND v.ready < ? AND coalesce(v.deleted, ?) > ? GROUP BY 1''',
-                                    now, last, first, *who, last, now, first):
-            lines[name]['used'] += used
-            lines[name]['late_worst'] = max(lines[name]['late_worst'], late)
-        for name, used in run(f'''SELECT {columns[by_whom]},
-                                         sum(max(0, min(coalesce(c.gone, ?), ?, o.held_until) - max(c.at, ?))) / 3600.0
-                                    {FROM_ALL} JOIN claim c ON c.occurrence = o.id WHERE {own} AND c.server NOT IN
-                                  (SELECT uid FROM server WHERE uid IS NOT NULL) AND c.at < ? GROUP BY 1''',
-                              now, last, first, *who, last):
-            lines[name]['used'] += used
+        lines: dict = defaultdict(lambda: dict.fromkeys(('reserved', 'used', 'unused', 'refused', 'late_worst'), 0.0))
+        for name, *figures in run(HOURS.format(by=columns[by_whom], own=own), first, last, last, first,
+                                  *(value for _, value in self.visible()), now, now):
+            lines[name] |= zip(('reserved', 'used', 'unused', 'late_worst'), figures)
         refused = {'project': 'project', 'user': 'actor', 'resource': 'resource'}[by_whom]
         mine = '' if self.actor.role == ADMIN else 'AND project = ?'
         for name, count in run(f"SELECT {refused}, count(*) FROM event WHERE code = 'refused' AND project <> '' "
@@ -8454,7 +8472,7 @@ class Reservations(Calendars):
                                f'AND at < ? {mine} GROUP BY 1', first, last, *([self.actor.project] if mine else [])):
             lines[name]['refused'] += count
         return [{by_whom: name, 'reserved_hours': round(each['reserved'], 3), 'used_hours': round(each['used'], 3),
-                 'unused_hours': round(max(each['reserved'] - each['used'], 0), 3), 'refused': int(each['refused']),
+                 'unused_hours': round(each['unused'], 3), 'refused': int(each['refused']),
                  'late_worst': round(each['late_worst'], 3)} for name, each in sorted(lines.items())]
 
     @api('POST', '/token/', role=ADMIN)
@@ -8567,6 +8585,16 @@ def orphans_in(seen: dict[str, Seen], matched: list[tuple]) -> list[Seen]:
     """Of what a cloud shows, the servers with our mark of which the store tells nothing."""
     wanted = {found.uid for _, found in matched if found}
     return [each for uid, each in seen.items() if each.mark and uid not in wanted]
+
+
+def server_name(label: str, number: str) -> str:
+    """The name of a VM, which is its hostname too, however long the label is.
+
+    Nova makes a hostname of the first 63 characters of a name, puts '-' for '_' and '.', and strips
+    those at the ends (nova.utils.sanitize_hostname; RFC 1123, 2.1).
+    """
+    word = re.sub('[^A-Za-z0-9]+', '-', label)[:63 - len(number)].strip('-')
+    return (word or 'vm') + number
 
 
 class LostLease(Error):
@@ -9045,7 +9073,7 @@ class LifeCycle:
     def plan_server(self, occurrence, n: int, now: float, before=None) -> None:
         """Writes down a server that is wanted: a new one, one that was there, or a series' own from `before`."""
         borrowed = bool(occurrence.server)
-        values = dict(name=f'{occurrence.label}-{occurrence.id}-{n}', uid=occurrence.server or None, tries=0,
+        values = dict(name=server_name(occurrence.label, f'-{occurrence.id}-{n}'), uid=occurrence.server or None, tries=0,
                       state='unknown' if borrowed else 'planned', begun=None,
                       account=self.clouds.account(occurrence.cloud, occurrence.project))
         if before:

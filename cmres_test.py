@@ -6431,12 +6431,35 @@ def test_what_somebody_uses_is_not_released(world):
     assert world.state('lab') == 'active'
 
 
-@pytest.mark.parametrize('resource', [{'mode': 'exclusive', 'no_show': None}, {'mode': '', 'no_show': hours(0.5)}])
-def test_by_default_nothing_is_released(world, resource):
-    world.service.resource_add('gpu', cloud='simulated', vms=4, **resource)
+def test_by_default_nothing_is_released(world):
+    world.service.resource_add('gpu', cloud='simulated', vms=4, mode='exclusive')
     book(world.as_user(), start=1, end=5, resource='gpu')
     world.at(4)
     assert world.state('lab') == 'active'
+
+
+@pytest.mark.parametrize('name', ['no_show', 'hold'])
+def test_a_length_that_does_nothing_on_an_open_resource_is_refused(app, world, name):
+    words = f'{name}: 30m does nothing on a resource that is open to everybody; say --mode exclusive'
+    new = {'name': 'gpu', 'cloud': 'simulated', name: '30m'}
+    assert words in app.call('POST', '/resource/', new, status=400).json['error']
+    app.call('POST', '/resource/', {**new, 'mode': 'exclusive'}, status=201)
+    assert words in app.call('PATCH', '/resource/gpu', {'mode': 'open'}, status=400).json['error']
+    assert words in app.call('PATCH', '/resource/demo', {name: '30m'}, status=400).json['error']
+    with pytest.raises(Invalid, match=f'{name}: 30m does nothing'):
+        world.service.resource_update('gpu', mode='open', dry_run=True)
+    off = app.call('PATCH', '/resource/gpu', {'mode': 'open', name: '0s'}).json
+    assert (off['mode'], off[name]) == ('', 0)
+    assert app.call('PATCH', '/resource/gpu', {'vms': 3}).json['vms'] == 3
+
+
+def test_a_sync_with_a_hold_that_does_nothing_is_refused(world):
+    with pytest.raises(Invalid, match='hold: 1h does nothing'):
+        world.service.resource_sync('simulated', ['gpu'], hold=hours(1))
+    world.service.resource_sync('simulated', ['gpu'], mode='shared', hold=hours(1))
+    world.service.resource_sync('simulated', ['gpu'], hold=hours(2))
+    with pytest.raises(Invalid, match='hold: 2h does nothing'):
+        world.service.resource_sync('simulated', ['gpu'], mode='open')
 
 
 def test_what_boots_by_itself_is_not_a_no_show(world):
@@ -6521,6 +6544,51 @@ def test_machines_that_go_on_after_the_end_do_not_hide_what_others_left_unused(w
     world.at(8)
     line, = world.as_user().report()
     assert (line['reserved_hours'], line['unused_hours']) == (9, 8)
+
+
+def seconds_run(world, label: str) -> float:
+    """What the servers of a label have run inside of their windows, added up from what `servers` tells."""
+    total = 0
+    for each in world.service.list(label):
+        for server in world.service.servers(label, occurrence=each['start']):
+            gone = min(server['deleted'] or each['end'], each['end'])
+            total += max((gone - server['ready']).total_seconds(), 0) if server['ready'] else 0
+    return total
+
+
+@pytest.mark.parametrize('more', [{}, {'repeat': 'daily', 'count': 3}, {'lead': hours(0.5)}])
+@pytest.mark.parametrize('at_end', ['delete', 'stop', 'shelve'])
+def test_vms_that_stay_or_are_started_again_are_used_only_within_their_windows(world, at_end, more):
+    eva = world.as_user()
+    book(eva, vms=2, image='cirros', flavor='m1.tiny', at_end=at_end, **more)
+    book(world.as_user('bob', 'physics'), 'other', 1, 3, image='cirros', flavor='m1.tiny')
+    for day in range(4):
+        for hour in (0.5, 1, 1.01, 1.5, 2, 2.01, 2.02, 2.2, 3, 3.01):
+            world.at(24 * day + hour)
+    world.at(24 * 7)
+    times, lead = more.get('count', 1), more.get('lead', hours(0)) / hours(1)
+    for by_whom in ('project', 'user', 'resource'):
+        lines = world.service.report(by_whom=by_whom)
+        used = sum(each['used_hours'] for each in lines)
+        assert used * 3600 == pytest.approx(seconds_run(world, 'lab') + seconds_run(world, 'other'), abs=5)
+        assert sum(each['reserved_hours'] for each in lines) == pytest.approx(times * 2 * (1 + lead) + 2)
+        assert all(each['unused_hours'] == pytest.approx(each['reserved_hours'] - each['used_hours'], abs=0.01)
+                   for each in lines)
+    mine, = [each for each in eva.report() if each['project'] == 'biology']
+    assert 0 < mine['used_hours'] <= mine['reserved_hours']
+
+
+def test_a_server_that_one_has_is_used_only_within_its_windows(world):
+    cloud = world.clouds.open('simulated')
+    world.service.add('old', 'demo', NOON + hours(0), hours(0.4), image='cirros', flavor='m1.tiny', at_end='stop')
+    for hour in (0.01, 0.02, 0.4, 0.41, 0.42):
+        world.at(hour)
+    server, = cloud.present()
+    book(world.as_user(), 'own', 1, 2, server=server.uid)
+    for hour in (1, 1.01, 2, 2.01, 2.02, 100):
+        world.at(hour)
+    mine, = world.as_user().report()
+    assert 0.9 < mine['used_hours'] <= mine['reserved_hours'] == 1
 
 
 def test_what_only_waited_was_not_reserved(world):
@@ -7923,6 +7991,25 @@ def boot(world, label='lab', start=1, length=1, **asked):
     """Reserves machines that boot, by hours after noon."""
     asked = {'vms': 3, 'flavor': 'm1.small', 'image': 'cirros'} | asked
     return world.service.add(label, 'demo', NOON + hours(start), NOON + hours(start + length), **asked)
+
+
+def hostname_of(name: str) -> str:
+    """What Nova makes of a server's name (nova.utils.sanitize_hostname, since Wallaby)."""
+    name = re.sub(r'[_.\s]+', '-', name[:63])
+    return re.sub(r'[^\w-]+', '', name).lower().strip('.-')
+
+
+@pytest.mark.parametrize('label', ['a' * 64, 'a_' * 32, 'a.' * 31 + 'bc', 'a' * 57 + '-------', '_' * 64, '.x', 'lab_1'])
+def test_vms_of_one_label_have_hostnames_of_their_own(world, label):
+    for n in range(2):
+        world.service.add(label, 'demo', NOON + hours(2 * n + 1), hours(1), vms=3, image='cirros', flavor='m1.tiny')
+        world.at(2 * n + 1.01)
+        names = [each['name'] for each in world.service.servers(label)]
+        assert len({hostname_of(each) for each in names}) == 3 and world.there() == sorted(names)
+        assert all(re.fullmatch('[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?', each.lower()) for each in names)
+        assert [hostname_of(each) for each in names] == [each.lower() for each in names]
+        world.at(2 * n + 2.01)
+        world.at(2 * n + 2.02)
 
 
 def test_machines_are_up_from_start_to_end_and_at_no_other_time(world):
