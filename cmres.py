@@ -5624,6 +5624,18 @@ class Wishes(Service):
             raise Unavailable(f'the calendar could not be fetched: the answer was {status}')
         return body.decode('utf8', 'surrogateescape')
 
+    def as_now(self, wish: Wish) -> Wish:
+        """A wish with the row of its resource as it is in this transaction.
+
+        Raises:
+          Conflict: it was removed since it was read, or what the cloud told for it is out of date.
+        """
+        before = wish.resource
+        place = row('SELECT * FROM resource WHERE id = ? AND removed IS NULL', before.id)
+        if not place or place.cloud != before.cloud or wish.host and place.named != before.named:
+            raise Conflict(f"the resource '{before.name}' was changed or removed meanwhile; ask again")
+        return wish._replace(resource=place)
+
     @contextmanager
     def recording_refusal(self, wish: Wish, dry_run: bool) -> Iterator[None]:
         """Writes down that a request was refused for want of capacity or by a limit.
@@ -6381,7 +6393,9 @@ class Admission(Series):
         Returns:
           its id, and of a series what became of each occurrence.
         """
-        pending = int(now) + wish.resource.approval if wish.resource.approval and self.actor.role != ADMIN else None
+        wish = self.as_now(wish)
+        place = wish.resource
+        pending = int(now) + place.approval if place.approval and self.actor.role != ADMIN else None
         reservation = insert(Reservation, **wish.columns(*STORED), **event, origin=origin, added=int(now),
                              changed=int(now), pending=pending, priority=0, confirm=0, request=request, choices='',
                              series=stored_stretches(wish.stretches) if wish.stretches else '', over=wish.end)
@@ -6392,7 +6406,6 @@ class Admission(Series):
                                  conflicts=done[:1000])
             self.journal(now, 'added', self.told_series(wish, done), reservation, wish.notify)
             return reservation, done
-        place = self.resource_row(wish.resource.name)  # its capacity may have changed since
         self.refuse_shared_server(wish)
         self.refuse_beyond(wish, now)
         self.refuse_overtaking(place, *wish.held, now)
@@ -6415,7 +6428,8 @@ class Admission(Series):
 
     def rebook(self, old, wish: Wish, now: float) -> None:
         """Makes one occurrence what is wished; inside a transaction."""
-        place = self.resource_row(wish.resource.name)
+        wish = self.as_now(wish)
+        place = wish.resource
         self.refuse_shared_server(wish, old.reservation)
         self.refuse_beyond(wish, now, old)
         wants = [Hold(place.id, *wish.held, wish.amount)]
@@ -6539,7 +6553,8 @@ class Waiting(Admission):
         """Writes down a request that has no room now, and waits; inside a transaction."""
         if any(part[0].stretches for part in request.parts):
             raise Invalid('a series can not wait; --on-conflict skip takes the occurrences that fit')
-        parts = [[wish for wish in part if wish.amount.within(self.most_ever(wish))] for part in request.parts]
+        parts = [[wish for wish in map(self.as_now, part) if wish.amount.within(self.most_ever(wish))]
+                 for part in request.parts]
         if not all(parts) or not self.could_be(parts, (), iter(range(MOST_TRIES))):
             lacking = next((part[0] for part, left in zip(request.parts, parts) if not left), request.last)
             with self.explaining(self.summed(request, lacking)):

@@ -5835,6 +5835,58 @@ def test_a_maintenance_moves_nothing_round_approval_modes_and_limits(world):
     assert hit['outcome'] == 'left' and world.service.check()['differences'] == 0
 
 
+@pytest.fixture
+def meanwhile(monkeypatch):
+    """Lets somebody else do something while a request asks its cloud, which it does outside of its transaction."""
+    def doing(deed):
+        ask = cmres.Simulated.check
+
+        def asked(self, named):
+            monkeypatch.setattr(cmres.Simulated, 'check', ask)
+            deed()
+            return ask(self, named)
+        monkeypatch.setattr(cmres.Simulated, 'check', asked)
+    return doing
+
+
+@pytest.mark.parametrize('more', [{}, {'repeat': 'daily', 'count': 3}, {'resource': '-', 'part': 'demo:1,demo:2'}])
+def test_an_approval_that_is_asked_for_meanwhile_counts(world, meanwhile, more):
+    meanwhile(lambda: world.service.resource_update('demo', approval=hours(1)))
+    answer = book(world.as_user(), flavor='m1.tiny', **more)
+    assert {each['state'] for each in answer.get('parts', [answer])} == {'pending'}
+
+
+def test_an_approval_that_is_given_up_meanwhile_counts(world, meanwhile):
+    world.service.resource_update('demo', approval=hours(1))
+    meanwhile(lambda: world.service.resource_update('demo', approval=timedelta(0)))
+    assert book(world.as_user(), flavor='m1.tiny')['state'] == 'reserved'
+
+
+@pytest.mark.parametrize('wait', [False, True])
+@pytest.mark.parametrize('change', [{'rename': 'other'}, {'vms': 4}, {'cloud': ''}])
+def test_a_resource_that_changes_meanwhile_is_taken_as_it_is_then(world, meanwhile, change, wait):
+    def ask(service, vms):
+        meanwhile(lambda: service.resource_update('demo', **change))
+        return book(world.as_user(), vms=vms, flavor='m1.tiny', wait=wait)
+    if change == {'rename': 'other'}:
+        assert ask(world.service, 16)['resource'] == 'other'
+    else:
+        why = 'holds at most 4 vms' if 'vms' in change else "'demo' was changed or removed meanwhile; ask again"
+        with pytest.raises(Conflict, match=why):
+            ask(world.service, 5)
+        assert rows_of() == []
+
+
+def test_a_change_of_what_moves_to_another_resource_meets_it_as_it_is_then(world, meanwhile):
+    world.service.resource_add('two', cloud='simulated', vms=16)
+    book(world.as_user(), flavor='m1.tiny')
+    meanwhile(lambda: world.service.resource_update('two', rename='second'))
+    assert world.as_user().update('lab', resource='two')['resource'] == 'second'
+    meanwhile(lambda: world.service.resource_update('demo', cloud=''))
+    with pytest.raises(Conflict, match="'demo' was changed or removed meanwhile; ask again"):
+        world.as_user().update('lab', resource='demo')
+
+
 # Every change under every rule
 
 
