@@ -1741,7 +1741,7 @@ class Limit(Table):
     """What a user, a project, or each project without a limit of its own may hold."""
     project = peewee.CharField()   # '' and no user: every project
     user = peewee.CharField()
-    resource = peewee.CharField()  # '' all of them together
+    resource = peewee.ForeignKeyField(Resource, index=False, null=True)  # NULL: all of them together
     most_vms = peewee.IntegerField(null=True)
     longest = peewee.IntegerField(null=True)       # seconds
     ahead = peewee.IntegerField(null=True)         # seconds
@@ -1839,7 +1839,7 @@ class Feed(Table):
     user = peewee.CharField()
     project = peewee.CharField()
     whole_project = peewee.BooleanField()
-    resource = peewee.CharField()
+    resource = peewee.ForeignKeyField(Resource, index=False, null=True)
     hash = peewee.CharField(unique=True)
     added = peewee.IntegerField()
     revoked = peewee.IntegerField(null=True)
@@ -1850,7 +1850,7 @@ class Subscription(Table):
     user = peewee.CharField()
     project = peewee.CharField()
     url = peewee.CharField()       # a secret
-    defaults = peewee.TextField()  # JSON: what its events don't say
+    defaults = peewee.TextField()  # JSON: what its events don't say; the resource by its id, 0 for none
     notify = peewee.TextField()    # JSON
     etag = peewee.CharField(default='')
     modified = peewee.CharField(default='')
@@ -1876,7 +1876,7 @@ class Event(Table):
     reservation = peewee.ForeignKeyField(Reservation, null=True)
     occurrence = peewee.IntegerField(null=True)  # of a series, the one that it is about
     project = peewee.CharField(default='')       # of what was refused, which is no reservation
-    resource = peewee.CharField(default='')
+    resource = peewee.ForeignKeyField(Resource, index=False, null=True)
 
 
 class Outbox(Table):
@@ -1934,7 +1934,8 @@ TABLES = [Resource, Reservation, Occurrence, Capacity, Proposal, ExtraHold, Limi
 #: which tell of today: each names its tables and columns.
 MIGRATIONS: list[Callable] = [
     lambda: add_tracks(), lambda: add_proposals(), lambda: add_up_told(), lambda: add_owners(),
-    lambda: trust_names(), lambda: add_sessions(), lambda: add_ends_of_calls()]
+    lambda: trust_names(), lambda: add_sessions(), lambda: add_ends_of_calls(),
+    lambda: keep_resource_ids()]
 
 
 def open_store(path: str, key: str = '') -> None:
@@ -2477,6 +2478,22 @@ def add_ends_of_calls() -> None:
         '(SELECT 1 FROM occurrence WHERE reservation_id = reservation.id AND cancelled IS NULL)')
 
 
+def keep_resource_ids() -> None:
+    """Version 9: what is kept for a resource is found by its id, which a new name doesn't change."""
+    same_name = 'SELECT id FROM resource WHERE name = {} ORDER BY removed IS NOT NULL, id DESC LIMIT 1'
+    for table in ('limits', 'feed', 'event'):
+        run(f'ALTER TABLE {table} ADD COLUMN resource_id INTEGER REFERENCES resource (id)')
+        run(f"UPDATE {table} SET resource_id = ({same_name.format('resource')}) WHERE resource <> ''")
+    # What was kept for a name that no resource has any more was in force nowhere.
+    run("DELETE FROM limits WHERE resource <> '' AND resource_id IS NULL")
+    run("UPDATE feed SET revoked = added WHERE resource <> '' AND resource_id IS NULL AND revoked IS NULL")
+    for table in ('limits', 'feed', 'event'):
+        run(f'ALTER TABLE {table} DROP COLUMN resource')
+    told = "json_extract(defaults, '$.resource')"
+    run(f"UPDATE subscription SET defaults = json_set(defaults, '$.resource', "
+        f"coalesce(({same_name.format(told)}), 0))")
+
+
 # What goes wrong with the store. SQLite's first error is what the user is told, with what helps.
 
 STORE_ERRORS = (peewee.DatabaseError, sqlite3.Error)
@@ -2660,16 +2677,16 @@ def change_text(model, names: tuple) -> str:
 
 def journal(config: Config, at: float, actor: str, code: str, sentence: str, reservation: int | None = None,
             notify: Iterable[str] | None = (), occurrence: int | None = None,
-            **refused: str) -> None:
+            **refused) -> None:
     """Appends an event, and the notices of it; inside the transaction of what it tells.
 
     Args:
       notify: who hears of it beside the operator's webhook; None: nobody, it is only logged
       occurrence: the one that it is about; without one, all that are not over
-      refused: project and resource of what is no reservation
+      refused: project, and id of the resource, of what is no reservation
     """
     about = {'reservation': reservation, 'occurrence': occurrence, 'project': '',
-             'resource': ''} | refused
+             'resource': None} | refused
     event = insert(Event, at=at, actor=actor, code=code, sentence=sentence, **about)
     if reservation and (occurrence is None or occurrence > 0):
         which, id = ('id', occurrence) if occurrence else ('due IS NOT NULL AND reservation_id', reservation)
@@ -5300,6 +5317,10 @@ class Service:
             raise NotFound(f"there is no resource '{name}'{nearest(name, names)}")
         return found
 
+    def id_of(self, name: str) -> int | None:
+        """The id of the resource of a name, under which things are kept for it; None of no name."""
+        return self.resource_row(name).id if name else None
+
     def places(self, *place: str) -> list:
         """Resources by cell, cloud, region and aggregate, as far as these are given."""
         given = [(column, value) for column, value in zip(PLACE, place) if value]
@@ -5649,7 +5670,7 @@ class Wishes(Service):
                 with transaction():
                     sentence = f"'{wish.label}' of {wish.user}: {refusal}"
                     journal(self.config, self.clock(), wish.user, 'refused', sentence, None,
-                            project=wish.project, resource=wish.resource.name)
+                            project=wish.project, resource=wish.resource.id)
             raise
 
     @contextmanager
@@ -5746,11 +5767,11 @@ class Others:
     The store has the old of those that are not written yet; here each is what it keeps, then what it gets.
     """
 
-    def __init__(self, reservation: int, names: dict[int, str], now: float):
-        self.reservation, self.names, self.now = reservation, names, int(now)  # names of resources, by id
+    def __init__(self, reservation: int, now: float):
+        self.reservation, self.now = reservation, int(now)
         self.holds: dict[str, list[tuple[Hold, int]]] = {}  # by slot: with the start, from which on hours count
         self.days: dict[int, set[str]] = defaultdict(set)   # the slots that hold something on a day since 1970
-        self.seconds: dict[str, int] = defaultdict(int)     # to come, of vcpus; by resource, '' of all
+        self.seconds: dict[int | None, int] = defaultdict(int)  # to come, of vcpus; by resource, None of all
 
     def put(self, slot: str, holds: Iterable[Hold], start: int) -> None:
         """What an occurrence holds from now on."""
@@ -5761,16 +5782,19 @@ class Others:
     def count(self, slot: str, sign: int) -> None:
         for each, start in self.holds.get(slot, ()):
             seconds = sign * each.amount.vcpus * max(each.until - max(each.begin, start, self.now), 0)
-            for name in ('', self.names.get(each.resource)):
-                self.seconds[name] += seconds
+            for resource in (None, each.resource):
+                self.seconds[resource] += seconds
             for day in range(each.begin // 86400, each.until // 86400 + 1):
                 (self.days[day].add if sign > 0 else self.days[day].discard)(slot)
 
-    def holding(self, resource: str, begin: int, until: int) -> list[tuple[int, int, int]]:
+    def holding(self, resource: int | None, begin: int, until: int) -> list[tuple[int, int, int]]:
         """The holds on a resource, or on any, that overlap a window: when, and of how many VMs."""
         slots = set().union(*(self.days.get(day, ()) for day in range(begin // 86400, until // 86400 + 1)))
         return [(each.begin, each.until, each.amount.vms) for slot in slots for each, _ in self.holds[slot]
-                if each.begin < until and each.until > begin and resource in ('', self.names.get(each.resource))]
+                if each.begin < until and each.until > begin and resource in (None, each.resource)]
+
+
+LIMITS = '''SELECT l.*, coalesce(s.name, '') AS resource FROM limits l LEFT JOIN resource s ON s.id = l.resource_id'''
 
 
 class Limits(Wishes):
@@ -5795,12 +5819,10 @@ class Limits(Wishes):
         seconds = {name: int(each.total_seconds()) if isinstance(each, timedelta) else each
                    for name, each in figures.items()}
         with self.writing(dry_run) as now:
-            if resource:
-                self.resource_row(resource)
-            id = insert(Limit, project=project, user=user, resource=resource, **seconds, added=int(now),
+            id = insert(Limit, project=project, user=user, resource=self.id_of(resource), **seconds, added=int(now),
                         exempt=int((exempt or timedelta(0)).total_seconds()))
             self.journal(now, 'limit', f"limited {user or project or 'every project'}")
-            return self.limit_public(row('SELECT * FROM limits WHERE id = ?', id))
+            return self.limit_public(row(f'{LIMITS} WHERE l.id = ?', id))
 
     @api('GET', '/limit/')
     def limit_list(self) -> Rows:
@@ -5809,7 +5831,7 @@ class Limits(Wishes):
         Example:
           python cmres.py limit list
         """
-        found = rows('SELECT * FROM limits ORDER BY id')
+        found = rows(f'{LIMITS} ORDER BY l.id')
         return [self.limit_public(each) for each in found if self.actor.role == ADMIN
                 or each.project in ('', self.actor.project) and each.user in ('', self.actor.user)]
 
@@ -5821,7 +5843,7 @@ class Limits(Wishes):
           python cmres.py limit delete 1
         """
         with self.writing(dry_run) as now:
-            found = row('SELECT * FROM limits WHERE id = ?', id)
+            found = row(f'{LIMITS} WHERE l.id = ?', id)
             if not found:
                 raise NotFound(f'there is no limit {id}')
             run('DELETE FROM limits WHERE id = ?', id)
@@ -5836,11 +5858,11 @@ class Limits(Wishes):
 
     def limits_for(self, wish: Wish) -> list:
         """The limits that a wish is under: of its user, of its project, and of every project if that has none."""
-        found = [each for each in rows('SELECT * FROM limits WHERE user IN (?, ?) AND project IN (?, ?) '
-                                       'AND resource IN (?, ?)',
-                                       '', wish.user, '', wish.project, '', wish.resource.name)]
-        own = {each.resource for each in found if each.project and not each.user}
-        return [each for each in found if each.user or each.project or each.resource not in own]
+        found = rows('SELECT * FROM limits WHERE user IN (?, ?) AND project IN (?, ?) '
+                     'AND (resource_id IS NULL OR resource_id = ?)',
+                     '', wish.user, '', wish.project, wish.resource.id)
+        own = {each.resource_id for each in found if each.project and not each.user}
+        return [each for each in found if each.user or each.project or each.resource_id not in own]
 
     def refuse_beyond(self, wish: Wish, now: float, old=None, others: Others | None = None) -> None:
         """Refuses what goes beyond a limit; inside the transaction that would admit it.
@@ -5862,7 +5884,7 @@ class Limits(Wishes):
     def beyond(self, limit, wish: Wish, now: float, old, others: Others | None) -> Iterator[tuple]:
         """For each figure of a limit: its name, its value, whether a wish is within it, and what would be."""
         length, before = wish.end - wish.start, old.end - old.start if old else 0
-        stays = old and (not limit.resource or old.resource_id == wish.resource.id)
+        stays = old and (not limit.resource_id or old.resource_id == wish.resource.id)
         less = stays and old.start <= wish.start and wish.end <= old.end and wish.vms <= old.vms
         yield 'longest', limit.longest, length <= max(limit.longest or 0, before), in_words_of(limit.longest)
         moved = not old or wish.start != old.start
@@ -5885,7 +5907,7 @@ class Limits(Wishes):
         who = ('r.user = ?', wish.user) if limit.user else ('r.project = ?', wish.project)
         conditions = [who, *([('r.project = ?', limit.project)] if limit.user and limit.project else []),
                       ('r.id <> ?', others.reservation if others else 0),
-                      *([('s.name = ?', limit.resource)] if limit.resource else [])]
+                      *([('s.id = ?', limit.resource_id)] if limit.resource_id else [])]
         return ' AND '.join(text for text, _ in conditions), tuple(value for _, value in conditions)
 
     def most_at_once(self, limit, wish: Wish, old, others: Others | None) -> int:
@@ -5898,14 +5920,14 @@ class Limits(Wishes):
                     'AND x.held_until > ? AND (x.proposal_id IS NOT NULL OR r.id <> ?)',
                     *values, old.id if old else 0, until, begin, *values, until, begin,
                     old.reservation if old and not others else 0).fetchall()
-        found += others.holding(limit.resource, begin, until) if others else []
+        found += others.holding(limit.resource_id, begin, until) if others else []
         changes = [change for first, last, vms in found for change in ((max(first, begin), 1, vms), (last, 0, -vms))]
         return max(itertools.accumulate((vms for _, _, vms in sorted(changes)), initial=0))
 
     def future_hours(self, limit, wish: Wish, now: float, old, others: Others | None) -> float:
         """The vcpu-hours that the limited have reserved from now on."""
         where, values = self.counted(limit, wish, old, others)
-        own = others.seconds[limit.resource] if others else 0
+        own = others.seconds[limit.resource_id] if others else 0
         return (own + run(
             f'SELECT coalesce(sum(o.vcpus * (o."end" - max(o.start, ?))), 0) {FROM_ALL} WHERE {where} AND '
             'o.due IS NOT NULL AND o.held_until > o.held_from AND o.id <> ? AND o."end" > ?',
@@ -6197,7 +6219,7 @@ class Series(Holding):
     def others_of(self, reservation: int, todo: list, now: float) -> Others:
         """What counts against limits of the occurrences that stay as they are while others change."""
         changing = {old.id for _, old in todo if old}
-        others = Others(reservation, dict(run('SELECT id, name FROM resource').fetchall()), now)
+        others = Others(reservation, now)
         for each in rows('SELECT * FROM occurrence WHERE reservation_id = ? AND due IS NOT NULL '
                          'AND held_until > held_from', reservation):
             if each.id not in changing:
@@ -6573,10 +6595,10 @@ class Waiting(Admission):
 
     def refuse_beyond_together(self, wishes: list[Wish], now: float) -> None:
         """Refuses what goes beyond a limit, as all parts of a request count: on each resource, and in all."""
-        for name in dict.fromkeys(['', *(wish.resource.name for wish in wishes)]):
-            there = [wish for wish in wishes if name in ('', wish.resource.name)]
+        for id in dict.fromkeys([0, *(wish.resource.id for wish in wishes)]):  # 0: whatever the resource
+            there = [wish for wish in wishes if id in (0, wish.resource.id)]
             total = sum((wish.amount for wish in there), NOTHING)
-            place = there[0].resource._replace(name=name)
+            place = there[0].resource._replace(id=id)
             self.refuse_beyond(there[0]._replace(resource=place, vms=total.vms, whole=total), now)
 
     def wait_for(self, wishes: list[Wish], request: Request, now: float) -> tuple:
@@ -8146,9 +8168,9 @@ class Calendars(Claims):
         """
         own = '' if self.actor.role == ADMIN else 'AND user = ? AND project = ?'
         who = () if self.actor.role == ADMIN else self.actor[:2]
-        feeds = rows(f"SELECT id, 'feed' AS kind, user, project, iif(resource <> '', resource, iif(whole_project, "
-                     f"'the project', 'the user')) AS shows, added FROM feed WHERE revoked IS NULL {own} ORDER BY id",
-                     *who)
+        feeds = rows("SELECT id, 'feed' AS kind, user, project, coalesce((SELECT name FROM resource s "
+                     "WHERE s.id = resource_id), iif(whole_project, 'the project', 'the user')) AS shows, added "
+                     f'FROM feed WHERE revoked IS NULL {own} ORDER BY id', *who)
         subscribed = rows(f"SELECT id, 'subscription' AS kind, user, project, url, added, polled, fault, held "
                           f'FROM subscription WHERE due IS NOT NULL {own} ORDER BY id', *who)
         return [public(each) for each in feeds] + [
@@ -8169,9 +8191,7 @@ class Calendars(Claims):
         user, project = self.owner({'user': user, 'project': project})
         secret = secrets.token_urlsafe(24)
         with self.writing(dry_run) as now:
-            if resource:
-                self.resource_row(resource)
-            insert(Feed, user=user, project=project, whole_project=whole_project, resource=resource,
+            insert(Feed, user=user, project=project, whole_project=whole_project, resource=self.id_of(resource),
                    hash=hashed(secret), added=int(now), revoked=None)
             self.journal(now, 'calendar', f'made a feed for {user} in {project}')
         name = quote(resource or (project if whole_project else user), safe='')
@@ -8209,8 +8229,7 @@ class Calendars(Claims):
         """
         said = {name: value for name, value in locals().items() if name not in ('self', 'url', 'dry_run')}
         said['user'], said['project'] = self.owner(said)
-        if resource:
-            self.resource_row(resource)
+        said['resource'] = self.id_of(resource) or 0
         try:
             parts = urlsplit(url)
             host, port = parts.hostname or '', parts.port or 443
@@ -8284,7 +8303,7 @@ class Calendars(Claims):
             return {}
         if status != 200:
             raise Unavailable(f'the answer was {status}')
-        said = json.loads(subscription.defaults)
+        said = self.defaults_of(subscription)
         acting = self.acting(Actor(subscription.user, subscription.project, USER))
         answer = acting.take_calendar(body.decode('utf8', 'surrogateescape'), said, False, subscription)
         # What could not be done now is asked for again, also when the calendar is the same.
@@ -8292,6 +8311,18 @@ class Calendars(Claims):
         kept = {'held': answer.get('held', ''), 'etag': '' if open_end else found.get('etag', '')[:255],
                 'modified': '' if open_end else found.get('last-modified', '')[:255]}
         return kept | ({} if answer.get('held') else {'confirmed': False})
+
+    def defaults_of(self, subscription) -> dict:
+        """What the events of a subscribed calendar don't say; its resource under the name that it has now.
+
+        Raises:
+          NotFound: that was removed.
+        """
+        said = json.loads(subscription.defaults)
+        found = row('SELECT name, removed FROM resource WHERE id = ?', said['resource'])
+        if found and found.removed:
+            raise NotFound(f"the resource '{found.name}' was removed; subscribe again with another --resource")
+        return said | {'resource': found.name if found else ''}
 
     def live_of(self, subscription, now: float) -> dict[int, int]:
         """How many occurrences to come a subscription has, of each reservation."""
@@ -8339,7 +8370,8 @@ class Calendars(Claims):
 
     def feed(self, secret: str) -> tuple[str, Any]:
         """The name and the row of the feed at a secret address; NotFound if there is none."""
-        found = row('SELECT * FROM feed WHERE hash = ? AND revoked IS NULL', hashed(secret))
+        found = row('SELECT f.*, s.name AS resource FROM feed f LEFT JOIN resource s ON s.id = f.resource_id '
+                    'WHERE hash = ? AND revoked IS NULL', hashed(secret))
         if not found:
             raise NotFound('there is no calendar at this address, or no longer')
         return found.resource or f"{found.project if found.whole_project else found.user} on cmres", found
@@ -8349,9 +8381,9 @@ class Calendars(Claims):
 
         What is others' is shown as busy only.
         """
-        where = [('o.end > ?', int(self.clock()) - 31 * 86400), *([('s.name = ?', feed.resource)] if feed.resource else
+        where = [('o.end > ?', int(self.clock()) - 31 * 86400), *([('s.id = ?', feed.resource_id)] if feed.resource_id else
                  [('r.project = ?', feed.project)]), *([('r.user = ?', feed.user)]
-                 if not feed.resource and not feed.whole_project else [])]
+                 if not feed.resource_id and not feed.whole_project else [])]
         found = self.search(where, limit=MOST_SHOWN_BY_FEED + 1)
         servers: dict = defaultdict(list)
         for each in rows('SELECT occurrence_id, addresses FROM server WHERE due IS NOT NULL AND goal = ?', 'up'):
@@ -8480,7 +8512,8 @@ class Reservations(Calendars):
         for name, *figures in run(HOURS.format(by=columns[by_whom], own=own), first, last, last, first,
                                   *(value for _, value in self.visible()), now, now):
             lines[name] |= zip(('reserved', 'used', 'unused', 'late_worst'), figures)
-        refused = {'project': 'project', 'user': 'actor', 'resource': 'resource'}[by_whom]
+        refused = {'project': 'project', 'user': 'actor',
+                   'resource': "coalesce((SELECT name FROM resource s WHERE s.id = resource_id), '')"}[by_whom]
         mine = '' if self.actor.role == ADMIN else 'AND project = ?'
         for name, count in run(f"SELECT {refused}, count(*) FROM event WHERE code = 'refused' AND project <> '' "
                                'AND at >= ? '

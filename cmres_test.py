@@ -1821,6 +1821,7 @@ def test_a_store_of_before_calls_had_ends_is_brought_up(world):
         cmres.run('ALTER TABLE server DROP COLUMN intended')
         cmres.run('ALTER TABLE reservation DROP COLUMN carried')
         cmres.run("UPDATE reservation SET waiting = 1 WHERE label = 'waits'")
+        kept_by_name()
         cmres.db.user_version = 7
     cmres.close_store()
     gc.collect()  # with the connections of the threads that worked
@@ -1832,6 +1833,55 @@ def test_a_store_of_before_calls_had_ends_is_brought_up(world):
     world.now += world.config.lease + 1
     live(world, 120)
     assert world.state('lab') == 'active' and len(world.there()) == 3
+
+
+def kept_by_name() -> None:
+    """Makes the tables what they were before version 9, which knew resources by name."""
+    for table in ('limits', 'feed', 'event'):
+        made, = cmres.run('SELECT sql FROM sqlite_master WHERE name = ?', table).fetchone()
+        made = made.replace('"resource_id" INTEGER', '"resource" VARCHAR(255) NOT NULL').replace(
+            ', FOREIGN KEY ("resource_id") REFERENCES "resource" ("id")', '')
+        columns = [each[1] for each in cmres.run(f'PRAGMA table_info({table})')]
+        named = ["coalesce((SELECT s.name FROM resource s WHERE s.id = resource_id), '')" if name == 'resource_id' else
+                 f'"{name}"' for name in columns]
+        cmres.run(made.replace(f'"{table}"', '"old"', 1))
+        cmres.run(f"INSERT INTO old SELECT {', '.join(named)} FROM {table}")
+        cmres.run(f'DROP TABLE {table}')
+        cmres.run(f'ALTER TABLE old RENAME TO {table}')
+    cmres.run("UPDATE subscription SET defaults = json_set(defaults, '$.resource', coalesce((SELECT name FROM resource "
+              "WHERE id = json_extract(defaults, '$.resource')), ''))")
+
+
+def test_a_store_that_kept_resources_by_name_keeps_them_by_id(lan):
+    world, service = lan, lan.service
+    service.resource_add('gone', cloud='simulated', vms=4)
+    for resource in ('demo', 'gone', ''):
+        service.limit_add(project='biology', resource=resource, most_vms=2)
+        service.calendar_feed(resource=resource)
+        service.calendar_subscribe(f'https://127.0.0.1/{resource}.ics', resource=resource)
+    with pytest.raises(Conflict):
+        book(world.as_user(), vms=3)
+    service.resource_delete('gone')
+    service.resource_add('gone', cloud='simulated', vms=4)
+    service.resource_delete('gone')
+    world.now += 60
+    before = service.calendar_list(), service.report()
+    with cmres.transaction():
+        kept_by_name()
+        cmres.run("UPDATE limits SET resource = 'never' WHERE id = 2")
+        cmres.db.user_version = 8
+    cmres.close_store()
+    gc.collect()  # with the connections of the threads that worked
+    cmres.migrate_store(world.config.database)
+    cmres.open_store(world.config.database)
+    assert cmres.db.user_version == len(cmres.MIGRATIONS) + 1
+    assert [each['resource'] for each in service.limit_list()] == ['demo', '']
+    assert (service.calendar_list(), service.report()) == before
+    service.resource_update('demo', rename='demo2')
+    with pytest.raises(Conflict, match='the limit most vms'):
+        book(world.as_user(), resource='demo2', vms=3)
+    world.now += 60
+    assert [(each['resource'], each['refused']) for each in service.report(by_whom='resource')] == [('demo2', 2)]
 
 
 
@@ -5555,6 +5605,30 @@ def test_eight_at_once_do_not_get_beyond_a_limit(world):
             return False
     with ThreadPoolExecutor(8) as pool:
         assert sum(pool.map(one, range(24))) == 5
+
+
+def test_limits_and_reports_know_a_resource_that_gets_another_name(app, world):
+    limit = app.call('POST', '/limit/', {'resource': 'demo', 'most_vms': 2, 'project': 'biology'}, status=201).json
+    app.call('PATCH', '/resource/demo', {'rename': 'demo2'})
+    assert [each['resource'] for each in app.call('GET', '/limit/').json] == ['demo2'] and limit['resource'] == 'demo'
+    for more in ({}, {'repeat': 'daily', 'count': 3}, {'wait': True}):
+        with pytest.raises(Conflict, match='the limit most vms of biology is 2'):
+            book(world.as_user(), resource='demo2', vms=3, **more)
+    book(world.as_user(), resource='demo2', vms=2)
+    with pytest.raises(Conflict, match='the limit most vms of biology is 2, of which 0'):
+        book(world.as_user(), 'more', resource='demo2')
+    world.now += 60
+    line, = world.service.report(by_whom='resource')
+    assert (line['resource'], line['refused']) == ('demo2', 4)
+
+
+def test_the_limits_of_a_resource_that_is_gone_bind_no_other_of_its_name(world):
+    world.service.limit_add(resource='demo', most_vms=2)
+    world.service.resource_delete('demo')
+    world.service.resource_add('demo', cloud='simulated', vms=16)
+    assert book(world.as_user(), vms=3)['vms'] == 3
+    assert [each['resource'] for each in world.service.limit_list()] == ['demo']
+    assert world.service.limit_delete(1)['resource'] == 'demo' and world.service.limit_list() == []
 
 
 # Approval
@@ -13708,6 +13782,32 @@ def test_a_calendar_books_what_appears_moves_what_moves_and_cancels_what_goes(la
     look(lan)
     assert booked() == ['2026-12-01T14:00Z 2h', '2026-12-01T15:00Z 1h', '2026-12-01T20:00Z 1h']
     assert lan.service.list('one')[0]['id'] == one['id'] and lan.service.list('three')[0]['state'] == 'cancelled'
+
+
+def test_a_calendar_goes_on_when_its_resource_gets_another_name_and_tells_when_it_is_gone(lan, shelf):
+    shelf.shows(asks(13, 14))
+    subscribe(lan, shelf)
+    lan.service.resource_update('demo', rename='demo2')
+    shelf.shows(asks(13, 14), asks(15, 16, uid='two'))
+    look(lan)
+    assert {each['resource'] for each in lan.service.list()} == {'demo2'} and len(booked()) == 2
+    lan.service.delete(resource='demo2', count=2)
+    look(lan, 24 * 60)
+    lan.service.resource_delete('demo2')
+    lan.service.resource_add('demo2', cloud='simulated', vms=16)
+    shelf.shows(asks(13, 14, uid='three', day=9))
+    look(lan)
+    found, = lan.service.calendar_list()
+    assert "the resource 'demo2' was removed; subscribe again" in found['fault'] and lan.service.list() == []
+
+
+def test_a_feed_shows_a_resource_under_the_name_that_it_has_now(world):
+    secret = world.service.calendar_feed(resource='demo')['feed'].rsplit('/', 1)[1].removesuffix('.ics')
+    book(world.service)
+    world.service.resource_update('demo', rename='demo2')
+    name, feed = world.service.feed(secret)
+    assert name == 'demo2' and [each.location for each in world.service.feed_events(feed)[0]] == ['demo2']
+    assert [each['shows'] for each in world.service.calendar_list()] == ['demo2']
 
 
 def test_a_calendar_is_looked_at_again_only_after_a_while_and_with_its_etag(lan, shelf):
