@@ -2802,7 +2802,9 @@ def listing(now: float, where: str = '1', values: tuple = (), state: str = '1', 
 #       where the level doesn't change after all; releasing is holding the negative amount.
 #
 # There is one such function of the three figures, and one of each other resource class of Placement
-# that is counted, such as CUSTOM_GPU: a track each, and (1) to (3) are said of every track.
+# that is counted, such as CUSTOM_GPU: a track each, and (1) to (3) are said of every track. A
+# maintenance holds one of the track CLOSED, of which no resource has any: so nothing is admitted in
+# it, also where a resource has no figure that could be used up.
 #
 # Cost: a few index look-ups and one row per change of level inside the window, whatever the number
 # of reservations. `check` derives the same function from the occurrences and compares.
@@ -2832,7 +2834,7 @@ class Amount(NamedTuple):
 
     def most(self, name: str) -> int | None:
         """Of a capacity, the figure of a class; what isn't told is unlimited, but each host is there once."""
-        known = dict(self.classes)
+        known = {CLOSED: 0} | dict(self.classes)
         return known.get(name, 1 if name.startswith(HOST) else known.get(OTHERS))
 
     def beyond(self, other):
@@ -2842,7 +2844,7 @@ class Amount(NamedTuple):
 
     @property
     def names(self) -> list[str]:
-        return [name for name, _ in self.classes if name != OTHERS]
+        return [name for name, _ in self.classes if name not in (OTHERS, CLOSED)]
 
     @property
     def tracks(self) -> Iterator[tuple[str, tuple]]:
@@ -2857,6 +2859,7 @@ class Amount(NamedTuple):
 FIGURES = Amount._fields[:3]
 NOTHING = Amount()
 OTHERS = '*'    # of a capacity, all classes that are not told
+CLOSED = '!'    # the track in which a maintenance holds one
 HOST = 'host:'  # begins the class of a host that is reserved by its name
 
 
@@ -2942,9 +2945,11 @@ def level_of(resource: int, track: str, at: float) -> tuple[int, int, int]:
 
 
 def peak(resource: int, begin: float, until: float, classes: Iterable[str] = ()) -> Amount:
-    """(2), each figure on its own."""
-    return Amount(*peak_of(resource, '', begin, until),
-                  tuple((name, peak_of(resource, name, begin, until)[0]) for name in classes))
+    """(2), each figure on its own; with CLOSED, where a resource is closed."""
+    closed = peak_of(resource, CLOSED, begin, until)[0]
+    return Amount(*peak_of(resource, '', begin, until), (
+        *(((CLOSED, closed),) if closed else ()),
+        *((name, peak_of(resource, name, begin, until)[0]) for name in classes)))
 
 
 def peak_of(resource: int, track: str, begin: float, until: float) -> tuple[int, ...]:
@@ -3014,8 +3019,8 @@ def take(pieces: list[Hold], now: float, given: list[Hold] = ()) -> None:
 
 
 def steps(resource: int, begin: float, until: float, classes: Iterable[str] = ()) -> Iterator[tuple[float, Amount]]:
-    """The step function in a window: (instant, level from then on), the first at its beginning."""
-    tracks = ['', *classes]
+    """The step function in a window: (instant, level from then on), the first at its beginning; with CLOSED."""
+    tracks = ['', CLOSED, *classes]
     levels = {track: level_of(resource, track, begin) for track in tracks}
     marks = ', '.join('?' * len(tracks))
     changes = run(f'SELECT at, track, vms, vcpus, ram FROM step WHERE resource_id = ? AND track IN ({marks}) '
@@ -3054,7 +3059,8 @@ def peaks_of(resource: int, track: str, begin: int, width: int, number: int) -> 
 def free_windows(resource, amount: Amount, after: float, before: float) -> Iterator[tuple[float, float]]:
     """The longest windows [begin, until) within [after, before) in which an amount fits, earliest first."""
     most = capacity(resource)
-    found = free_of(resource.id, '', amount[:3], most[:3], after, before)
+    found = overlaps(free_of(resource.id, '', amount[:3], most[:3], after, before),
+                     free_of(resource.id, CLOSED, (0,), (0,), after, before))
     for name, need in amount.classes:
         found = overlaps(found, free_of(resource.id, name, (need,), (most.most(name),), after, before))
     return found
@@ -4942,6 +4948,31 @@ def restored_wish(text: str) -> Wish:
                             'stretches': stretches})
 
 
+def with_vms(wish: Wish, vms: int) -> Wish:
+    return wish._replace(vms=vms, stretches=[stretch._replace(vms=vms) for stretch in wish.stretches])
+
+
+class Lack(NamedTuple):
+    """The figure of a resource of which a wish finds too little in its window."""
+    figure: str
+    need: int
+    limit: int     # as always
+    used: int      # at most, changes of capacity included
+    changes: list  # rows of those
+    less: int      # what they take away, or give where it is less than nothing
+
+    @property
+    def alone(self) -> bool:
+        """Whether it would be too little also if nothing were reserved."""
+        return self.need > self.limit - self.less
+
+
+def changed_most(changes: list[tuple], begin: int) -> int:
+    """The most that changes of capacity take away together at one time from an instant on."""
+    starts = {max(each.start, begin) for each, _ in changes}
+    return max((sum(less for each, less in changes if each.start <= at < each.end) for at in starts), default=0)
+
+
 class Request(NamedTuple):
     """What somebody asks for under one label: its parts, each as the wishes of which the first that fits will do."""
     label: str
@@ -5027,7 +5058,10 @@ NEXT_OF_ITS = """NOT EXISTS (SELECT 1 FROM occurrence c
 #: Its occurrences in the order in which people mean them: the present or next, those after it, at last those before.
 NEXT_FIRST = 'cancelled IS NOT NULL OR "end" <= now, iif(cancelled IS NULL AND "end" > now, start, -start), id'
 NOT_OVER = 'o.cancelled IS NULL AND o."end" > clock.now'
-MOST_TRIES = 500  # of ways to spread the parts of a request over resources
+MOST_TRIES = 500  # of other ways to spread the parts of a request over resources, where the first is none
+#: What may be offered instead of what is refused, and the field that it changes.
+OFFERS = {'next_start': 'start', 'most_vms': 'vms', 'longest': 'end'}
+MOST_OFFERS = 20  # starts that are tried for one of them
 PATIENCE = 60  # seconds that a start may lie in the past: slow clocks, slow networks
 
 
@@ -5063,7 +5097,7 @@ def public(found) -> dict:
 
 def in_figures(amount: Amount) -> dict:
     """An amount with the names of its figures."""
-    return dict(zip(FIGURES, amount)) | {name: each for name, each in amount.classes if name != OTHERS}
+    return dict(zip(FIGURES, amount)) | {name: each for name, each in amount.classes if name not in (OTHERS, CLOSED)}
 
 
 def added_host(whole: Amount, name: str) -> Amount:
@@ -5674,50 +5708,100 @@ class Wishes(Service):
             raise
 
     @contextmanager
-    def explaining(self, wish: Wish, old=None) -> Iterator[None]:
-        """Makes of a bare NoCapacity one that says what is in the way and what would fit."""
+    def explaining(self, wish: Wish, old=None, deed: Callable[[Wish, str], Any] | None = None) -> Iterator[None]:
+        """Makes of a bare NoCapacity one that says what is in the way, and what would be done instead.
+
+        Args:
+          old: the occurrence that was to change
+          deed: does what was asked with another wish, of which one field is otherwise; without it, nothing is offered
+        """
         try:
             yield
-        except NoCapacity as bare:
-            if str(bare):  # a series tells by itself
-                raise
-            wish = getattr(bare, 'wish', wish)
-            with transaction(keep=False) if old else nullcontext():
-                if old:  # it is not in its own way
-                    release(old.resource_id, old.held_from, old.held_until, amount_of(old))
-                wish = wish._replace(resource=self.resource_row(wish.resource.name))
-                raise NoCapacity(self.why_not(wish), **self.in_the_way(wish, old), **self.would_fit(wish)) from None
+        except NoCapacity as refusal:
+            with transaction(keep=False):
+                wish = self.as_now(getattr(refusal, 'wish', wish))
+                why, more, offers = self.explained(refusal, wish, old)
+                raise NoCapacity(why, **refusal.details, **more, **(self.tested(deed, offers) if deed else {})) from None
 
-    def why_not(self, wish: Wish) -> str:
-        """The sentence that says which figure of a resource is lacking, when, and how much of it there is."""
-        begin, until = wish.held
+    def explained(self, refusal: NoCapacity, wish: Wish, old) -> tuple[str, dict, dict]:
+        """The sentence of a refusal, what is in the way, and of each offer those that may be, the best first."""
+        if wish.stretches:  # a series tells by itself
+            fitting = getattr(refusal, 'most_vms', 0)
+            return str(refusal), {}, {'most_vms': [(fitting, with_vms(wish, fitting))] if fitting and not old else []}
+        with transaction(keep=False):
+            if old:  # it is not in its own way
+                give([hold_of(old)])
+            lack = self.lack(wish)
+            more = {} if str(refusal) else self.in_the_way(wish, lack, old.reservation if old else 0)
+            return str(refusal) or self.why_not(wish, lack), more, {
+                'next_start': [*itertools.islice(self.later(wish, getattr(refusal, 'others', ())), MOST_OFFERS)],
+                'most_vms': [*self.fewer(wish, lack, old)], 'longest': [*self.shorter(wish, old)]}
+
+    def tested(self, deed: Callable[[Wish, str], Any], offers: dict[str, list]) -> dict:
+        """Of each offer the first that would be admitted: nothing is offered that was not decided as a request is."""
+        return {name: found for name, candidates in offers.items()
+                for found in itertools.islice((offer for offer, wish in candidates
+                                               if self.would_do(deed, wish, OFFERS[name])), 1)}
+
+    def would_do(self, deed: Callable[[Wish, str], Any], wish: Wish, field: str) -> bool:
+        try:
+            with transaction(keep=False):
+                deed(wish, field)
+                return True
+        except Error:
+            return False
+
+    def to_come(self, wish: Wish) -> tuple[int, int]:
+        """The window that a wish holds, as far as it is not past."""
+        return max(wish.held[0], int(self.clock())), wish.held[1]
+
+    def lack(self, wish: Wish) -> Lack | None:
+        """What of its resource a wish finds too little of in its window; None if that has enough."""
+        begin, until = self.to_come(wish)
         amount, limits = wish.amount, capacity(wish.resource)
-        held = peak(wish.resource.id, max(begin, int(self.clock())), until, amount.names)
-        most, used, needs = in_figures(limits), in_figures(held), in_figures(amount)
-        most |= {name: limits.most(name) for name in amount.names}
-        lacking = [name for name, need in needs.items()
-                   if most[name] is not None and used.get(name, 0) + need > most[name]]
-        if not lacking:  # somebody has just given something back
-            return f"'{wish.resource.name}' was full a moment ago; try again"
-        figure = min(lacking, key=lambda name: (not name.startswith(HOST), needs[name] <= most[name]))
-        limit, need, zone = most[figure], needs[figure], self.config.zone
-        unit = 'MiB of ram' if figure == 'ram' else figure
-        if figure.startswith(HOST):
-            return (f"the host '{wish.host}' is reserved already between {format_time(instant(begin), zone)} "
-                    f'and {format_time(instant(until), zone)}')
-        if need > limit:
-            return f"'{wish.resource.name}' holds at most {limit} {unit}; {need} are asked for"
-        return (f"'{wish.resource.name}' has {max(limit - used.get(figure, 0), 0)} of {limit} {unit} free from "
-                f'{format_time(instant(begin), zone)} to {format_time(instant(until), zone)}; {need} are asked for')
+        held = peak(wish.resource.id, begin, until, amount.names)
+        used, needs = dict(held.classes) | in_figures(held), in_figures(amount)
+        lacking = {name: (limit, need) for name, need in needs.items()
+                   for limit in [limits.most(name) if name not in FIGURES else getattr(limits, name)]
+                   if limit is not None and used.get(name, 0) + need > limit}
+        if CLOSED in used:
+            lacking = {CLOSED: (0, 1)}
+        if not lacking:
+            return None
+        figure = min(lacking, key=lambda name: (not name.startswith(HOST), lacking[name][0] >= lacking[name][1]))
+        changes = self.changes_of(wish.resource.id, begin, until, figure)
+        return Lack(figure, lacking[figure][1], lacking[figure][0], used[figure], [each for each, _ in changes],
+                    changed_most(changes, begin))
 
-    def in_the_way(self, wish: Wish, old) -> dict:
-        """At most ten of the occurrences that hold something in the window; of others' only how much and when."""
-        begin, until = wish.held
-        found = self.search([('o.resource_id = ?', wish.resource.id), ('o.due IS NOT NULL', None),
-                             ('o.held_from < ?', until), ('o.held_until > ?', max(begin, int(self.clock()))),
-                             ('o.id <> ?', old.id if old else 0)],
-                            limit=10, tail='ORDER BY held_from DESC, id DESC')[::-1]
-        return {'in_the_way': [self.in_brief_for_actor(each) for each in found]}
+    def changes_of(self, resource: int, begin: int, until: int, figure: str) -> list[tuple]:
+        """The changes of the capacity of a figure in a window, each with what it takes away of it."""
+        found = rows('SELECT * FROM capacity WHERE resource_id = ? AND removed IS NULL AND start < ? AND "end" > ? '
+                     'ORDER BY start', resource, until, begin)
+        held = [(each, amount_of(each, 'held_')) for each in found]
+        takes = [(each, (dict(amount.classes) | in_figures(amount)).get(figure, 0)) for each, amount in held]
+        return [(each, less) for each, less in takes if less]
+
+    def why_not(self, wish: Wish, lack: Lack | None) -> str:
+        """The sentence that says which figure of a resource is lacking, when, and how much of it there is."""
+        name, zone = wish.resource.name, self.config.zone
+        if not lack:  # somebody has just given something back
+            return f"'{name}' was full a moment ago; try again"
+        start, end = (format_time(instant(at), zone) for at in wish.held)
+        figure, changes = lack.figure, lack.changes
+        unit = 'MiB of ram' if figure == 'ram' else figure
+        if changes and lack.alone:
+            first, last = (format_time(instant(at), zone) for at in (changes[0].start, max(c.end for c in changes)))
+            reasons = ', '.join(dict.fromkeys(each.reason for each in changes))
+            if figure == CLOSED:
+                return f"'{name}' is closed from {first} to {last}: {reasons}"
+            return (f"'{name}' has only {max(lack.limit - lack.less, 0)} of {lack.limit} {unit} from {first} to {last} "
+                    f'({reasons}); {lack.need} are asked for')
+        if figure.startswith(HOST):
+            return f"the host '{wish.host}' is reserved already between {start} and {end}"
+        if lack.alone:
+            return f"'{name}' holds at most {lack.limit - lack.less} {unit}; {lack.need} are asked for"
+        return (f"'{name}' has {max(lack.limit - lack.used, 0)} of {lack.limit} {unit} free from {start} to {end}; "
+                f'{lack.need} are asked for')
 
     def in_brief_for_actor(self, found) -> dict:
         """When an occurrence holds how much; whose it is, only for those who may see it."""
@@ -5725,35 +5809,81 @@ class Wishes(Service):
         fields = ('label', 'user', 'project', 'vms', 'start', 'end')[0 if seen else 3:]
         return {name: value for name, value in public(found).items() if name in fields}
 
-    def would_fit(self, wish: Wish) -> dict:
-        """What could be had instead: the next start, the most machines, the longest duration; each that there is."""
-        begin, until = max(wish.held[0], int(self.clock())), wish.held[1]
-        need = until - wish.held[0]
-        place, amount, offers = wish.resource, wish.amount, {}
-        for first, last in free_windows(place, amount, begin, LAST.timestamp()):
-            if first == begin and last > wish.start:
-                offers['longest'] = format_duration(last - wish.start)
-            if last - first >= need:
-                offers['next_start'] = instant(int(first) + wish.lead)
-                break
-        most, used = capacity(place), peak(place.id, begin, until, amount.names)
+    def in_the_way(self, wish: Wish, lack: Lack | None, own: int) -> dict:
+        """At most ten of what takes the figure that is lacking; of others' reservations only how much and when.
+
+        Args:
+          own: the reservation that was to change, which is not in its own way
+        """
+        changes = [{'reason': each.reason, 'start': instant(each.start), 'end': instant(each.end)}
+                   for each in (lack.changes if lack else ())]
+        if not lack or lack.alone:  # it would not fit either if nobody had reserved anything
+            return {'in_the_way': changes[:10]}
+        begin, until = self.to_come(wish)
+        where, values = (f'{lack.figure} > 0', ()) if lack.figure in FIGURES else (
+            'classes LIKE ?', (f'%"{lack.figure}"%',))
+        found = rows(f"""
+            SELECT r.label, r.user, r.project, h.vms, h.start, h.until FROM (
+              SELECT reservation_id, vms, start, "end" AS until FROM occurrence WHERE resource_id = ? AND due IS NOT NULL
+                 AND held_from < ? AND held_until > ? AND held_until > held_from AND {where} UNION ALL
+              SELECT reservation_id, vms, held_from, held_until FROM extra_hold WHERE resource_id = ?
+                 AND held_from < ? AND held_until > ? AND {where}) h JOIN reservation r ON r.id = h.reservation_id
+             WHERE r.id <> ? ORDER BY h.start DESC, r.id DESC LIMIT 10""",
+            *(wish.resource.id, until, begin, *values) * 2, own)
+        return {'in_the_way': changes + [self.seen_in_the_way(each) for each in found[::-1]]}
+
+    def seen_in_the_way(self, found) -> dict:
+        """What the actor may see of what holds something; without an end, where stopped VMs stay."""
+        whose = {'label': found.label, 'user': found.user, 'project': found.project}
+        mine = self.actor.role == ADMIN or found.project == self.actor.project
+        end = None if found.until >= LAST.timestamp() else instant(found.until)
+        return (whose if mine else {}) | {'vms': found.vms, 'start': instant(found.start), 'end': end}
+
+    def later(self, wish: Wish, others: Iterable[int]) -> Iterator[tuple[datetime, Wish]]:
+        """The same at a later start: where there is room, and there when something ends that may have stood in the way.
+
+        Args:
+          others: ids of the resources where the other parts of its request could be
+        """
+        begin, need = max(wish.held[0], int(self.clock())), wish.held[1] - wish.held[0]
+        ends = self.ends_after(wish, begin, others)
+        for first, last in free_windows(wish.resource, wish.amount, begin, LAST.timestamp()):
+            inside = [at for at in ends if first < at <= last - need]
+            for at in [int(first), *inside] if last - first >= need else ():
+                start = at + wish.lead
+                yield instant(start), wish._replace(start=start, end=start + wish.end - wish.start)
+
+    def ends_after(self, wish: Wish, begin: int, others: Iterable[int]) -> list[int]:
+        """When things end that count against the same limits, that wait, or that are on some resources."""
+        if not (others or row('SELECT id FROM limits LIMIT 1') or row(ANY_WAITING)):
+            return []
+        return [at for at, in run(
+            'SELECT DISTINCT o."end" FROM occurrence o JOIN reservation r ON r.id = o.reservation_id '
+            'WHERE o.due IS NOT NULL AND o."end" > ? AND (r.project = ? OR r.user = ? OR r.waiting IS NOT NULL '
+            'OR o.resource_id IN (SELECT value FROM json_each(?))) ORDER BY 1 LIMIT ?',
+            begin, wish.project, wish.user, json.dumps([*others]), 10 * MOST_OFFERS)]
+
+    def fewer(self, wish: Wish, lack: Lack | None, old) -> Iterator[tuple[int, Wish]]:
+        """As many VMs as there is room for in that window."""
+        begin, until = self.to_come(wish)
+        most, used = capacity(wish.resource), peak(wish.resource.id, begin, until, wish.amount.names)
         left = {name: most.most(name) - held for name, held in used.classes if most.most(name) is not None} | {
                 name: limit - held for name, limit, held in zip(FIGURES, most, used) if limit is not None}
         rooms = [left[name] // need for name, need in in_figures(wish.each).items() if need and name in left]
-        if rooms and not wish.whole and 0 < min(rooms) < wish.vms:
-            offers['most_vms'] = min(rooms)
-        return {name: offer for name, offer in offers.items() if self.holds_true(wish, name, offer)}
+        # Who asks for more than there ever is must ask for something else, however much is free.
+        offered = rooms and lack and not wish.whole and not (lack.alone and lack.used > lack.less)
+        if offered and (old.vms if old else 0) < min(rooms) < wish.vms:
+            yield min(rooms), with_vms(wish, min(rooms))
 
-    def holds_true(self, wish: Wish, name: str, offer) -> bool:
-        """Whether an offer would be admitted: nothing is offered that wasn't checked by THE RULE."""
-        if name == 'next_start':
-            start = int(offer.timestamp())
-            wish = wish._replace(start=start, end=start + wish.end - wish.start)
-        elif name == 'longest':
-            wish = wish._replace(end=wish.start + int(parse_duration(offer).total_seconds()))
-        else:
-            wish = wish._replace(vms=offer)
-        return fits(wish.resource, *wish.held, wish.amount)
+    def shorter(self, wish: Wish, old) -> Iterator[tuple[str, Wish]]:
+        """The same from that start, for as long as there is room, if that is longer than what it has already."""
+        begin, _ = self.to_come(wish)
+        first, last = next(free_windows(wish.resource, wish.amount, begin, wish.end), (None, 0))
+        length, before = int(last) - wish.start, old.end - old.start if old else 0
+        if first == begin and before < length < wish.end - wish.start:
+            text = format_duration(length)
+            _, end = self.resolve(instant(wish.start), parse_duration(text))  # days are by the clocks
+            yield text, wish._replace(end=end)
 
 
 # Limits ######################################################################
@@ -6209,11 +6339,13 @@ class Series(Holding):
         if refused:
             slot, error = refused[0]
             zone = read_zone(wish.stretches[0].zone)
-            raise NoCapacity(
+            refusal = NoCapacity(
                 f"{len(refused)} of {len(todo)} occurrences do not fit, so nothing was changed; the first from "
                 f"{format_time(instant(slot.start), zone)}: {error}. Take the others with --on-conflict skip",
                 conflicts=[{'start': instant(each.start), 'end': instant(each.end), 'vms': each.vms, 'why': str(why)}
                            for each, why in refused[:1000]], **error.details)
+            refusal.most_vms = min(getattr(why, 'most_vms', 0) for _, why in refused)
+            raise refusal
         return done
 
     def others_of(self, reservation: int, todo: list, now: float) -> Others:
@@ -6263,11 +6395,14 @@ class Series(Holding):
     def placed_otherwise(self, reservation: int, one: Wish, turn: Turn, others: Others, error: Conflict,
                          now: float) -> dict:
         """What --on-conflict says of an occurrence that has no room."""
-        slot, old, why = turn.slot, turn.old, str(error) or self.why_not(one)
+        slot, old, lack = turn.slot, turn.old, self.lack(one)
+        why = str(error) or self.why_not(one, lack)
         if one.on_conflict in ('', 'refuse'):
             if 'limit' in error.details:
                 raise error
-            raise NoCapacity(why, **self.in_the_way(one, None), **self.would_fit(one))
+            refusal = NoCapacity(why, **self.in_the_way(one, lack, reservation))
+            refusal.most_vms = max((vms for vms, _ in self.fewer(one, lack, old)), default=0)
+            raise refusal
         give(turn.kept)
         full = isinstance(error, NoCapacity)
         shifted = self.shifted(one, slot, others, now) if full and one.on_conflict.startswith('shift') else None
@@ -6384,22 +6519,61 @@ class Series(Holding):
 # Books, changes and cancels whole reservations; of a request all of its parts, or none.
 
 
-def choose(parts: list[list], take: Callable, tries: Iterator | None = None) -> list:
-    """Takes of each part the first choice that lets the parts behind it be taken as well; what that gave.
+class Spent(NoCapacity):
+    """No way was found for all parts of a request in as many tries as are made."""
+
+
+def choose(parts: list[list], take: Callable[[Any, list], Any], kind: Callable[[list], Any]) -> list:
+    """Takes of each part the first choice that lets the other parts be taken as well; what that gave.
+
+    Parts of one kind are taken one after the other, each from the choice of the one before it on: what had no room
+    for one has none for the next, and to exchange two of them changes nothing. So they need no search.
+
+    Args:
+      take: takes a choice, beside what the parts before it gave
+      kind: tells parts apart whose choices differ in what they take
 
     Raises:
-      NoCapacity: there is no such way, or none within MOST_TRIES; another Conflict, if it isn't room that is missing.
+      NoCapacity: there is no such way, or (Spent) none was found; another Conflict, if it isn't room that is missing.
+        Its `placed` says how many parts had room together.
     """
-    refusals, tries = [], tries or iter(range(MOST_TRIES))
-    for choice, _ in zip(parts[0], tries):
+    numbers: dict = {}
+    kinds = [numbers.setdefault(kind(part), len(numbers)) for part in parts]
+    order = sorted(range(len(parts)), key=kinds.__getitem__)
+    without_search = len(parts) + sum(len(parts[kinds.index(number)]) for number in numbers.values())
+    found = chosen([(kinds[n], parts[n]) for n in order], take, iter(range(MOST_TRIES + without_search)), [])
+    return [each for _, each in sorted(zip(order, found), key=lambda pair: pair[0])]
+
+
+def chosen(parts: list[tuple], take: Callable, tries: Iterator, taken: list, first: int = 0) -> list:
+    """What `choose` finds for the parts behind those that are taken, of the next from its `first` choice on."""
+    (kind, choices), refusals = parts[len(taken)], []
+    for n in range(first, len(choices)):
+        if next(tries, None) is None:
+            raise Spent(f'no way to reserve all {len(parts)} parts together was found in {MOST_TRIES} tries; name a '
+                        'resource for each part, or ask for fewer parts')
         try:
             with db.atomic():
-                return [take(choice), *(choose(parts[1:], take, tries) if parts[1:] else [])]
-        except Conflict as error:
-            refusals.append(error)
-    refusals.sort(key=lambda each: isinstance(each, NoCapacity))
-    raise refusals[-1] if refusals else NoCapacity(
-        f'no room for all parts was found in {MOST_TRIES} tries; name a resource for each')
+                got = [*taken, take(choices[n], taken)]
+                if len(got) == len(parts):
+                    return got
+                return chosen(parts, take, tries, got, n if parts[len(got)][0] == kind else 0)
+        except Spent:
+            raise
+        except Conflict as refusal:
+            refusal.placed = getattr(refusal, 'placed', len(taken))
+            refusals.append(refusal)
+            if refusal.placed > len(taken) and parts[refusal.placed][0] == kind:
+                break  # one of its kind has room nowhere behind this
+    if not refusals:  # those of its kind have used up all choices
+        refusals = [NoCapacity('')]
+        refusals[0].placed = len(taken)
+    raise max(refusals, key=lambda each: (isinstance(each, NoCapacity), each.placed))
+
+
+def kind_of(part: list[Wish]) -> tuple:
+    """What tells a part of a request from another: what it takes, and when, on each resource where it could be."""
+    return tuple((wish.resource.id, wish.held, wish.amount, wish.server) for wish in part)
 
 
 class Admission(Series):
@@ -6520,10 +6694,29 @@ class Admission(Series):
         try:
             if len(request.parts) == len(request.parts[0]) == 1:
                 return [self.book_part(request.last, '', now)]
-            return choose(request.parts, lambda wish: self.book_part(wish, request.name, now))
+            return choose(request.parts, lambda wish, _: self.book_part(wish, request.name, now), kind_of)
         except NoCapacity as refusal:
             refusal.wish = self.summed(request, getattr(refusal, 'wish', request.last))
-            raise
+            if str(refusal) or len(request.parts) == 1 or self.lack(refusal.wish):
+                raise
+            raise self.apart(request, refusal) from None
+
+    def apart(self, request: Request, refusal: NoCapacity) -> NoCapacity:
+        """The refusal of parts of which each would have room, but not all together."""
+        start, end = (format_time(instant(at), self.config.zone) for at in refusal.wish.held)
+        answer = NoCapacity(f"{refusal.placed} of the {len(request.parts)} parts of '{request.label}' have room "
+                            f'together from {start} to {end}; ask for fewer parts, for smaller ones or for another time')
+        answer.wish = refusal.wish
+        answer.others = {wish.resource.id for part in request.parts for wish in part}
+        return answer
+
+    def instead(self, request: Request, wish: Wish, field: str, now: float) -> None:
+        """Books a request of which each part is otherwise in one field, as a wish is."""
+        def changed(each: Wish) -> Wish:
+            return with_vms(each, wish.vms) if field == 'vms' else each._replace(start=wish.start, end=wish.end)
+        if field == 'vms' and request.name:
+            raise Invalid('of which part, the offer would not say')
+        self.book_all(request._replace(parts=[[*map(changed, part)] for part in request.parts]), now)
 
     def book_part(self, wish: Wish, name: str, now: float) -> tuple:
         """Books one part of a request; a refusal tells which."""
@@ -6558,6 +6751,11 @@ class Admission(Series):
 # held for a while. Room that becomes free is given in the transaction of the next pass.
 
 
+def kind_of_waiting(part: list[tuple]) -> tuple:
+    """What tells a part that waits from another, as `kind_of` does."""
+    return tuple((place.id, each.held_from, each.end, amount, each.server) for each, place, amount in part)
+
+
 class Waiting(Admission):
     """Requests that wait for room, and reservations that wait for a word."""
 
@@ -6577,21 +6775,22 @@ class Waiting(Admission):
             raise Invalid('a series can not wait; --on-conflict skip takes the occurrences that fit')
         parts = [[wish for wish in map(self.as_now, part) if wish.amount.within(self.most_ever(wish))]
                  for part in request.parts]
-        if not all(parts) or not self.could_be(parts, (), iter(range(MOST_TRIES))):
-            lacking = next((part[0] for part, left in zip(request.parts, parts) if not left), request.last)
-            with self.explaining(self.summed(request, lacking)):
-                raise NoCapacity('')
+        lacking = next((part[0] for part, left in zip(request.parts, parts) if not left), request.last)
+        try:
+            choose(parts, self.could_be, kind_of)
+        except Conflict as refusal:
+            refusal.wish = self.summed(request, lacking)
+            raise
         self.refuse_beyond_together([part[0] for part in parts], now)
         self.refuse_many_waiting(request.last)
         return self.answer_all(request, [self.wait_for(part, request, now) for part in parts])
 
-    def could_be(self, parts: list[list[Wish]], taken: tuple, tries: Iterator) -> bool:
-        """Whether all parts of a request would fit if nothing else were booked."""
-        if not parts:
-            return True
-        return any(sum((each.amount for each in taken if each.resource.id == wish.resource.id), wish.amount).within(
-                       self.most_ever(wish)) and self.could_be(parts[1:], (*taken, wish), tries)
-                   for wish, _ in zip(parts[0], tries))
+    def could_be(self, wish: Wish, taken: list[Wish]) -> Wish:
+        """A part of a request, if it and the parts before it fit where nothing else is booked; else NoCapacity."""
+        together = sum((each.amount for each in taken if each.resource.id == wish.resource.id), wish.amount)
+        if not together.within(self.most_ever(wish)):
+            raise NoCapacity('')
+        return wish
 
     def refuse_beyond_together(self, wishes: list[Wish], now: float) -> None:
         """Refuses what goes beyond a limit, as all parts of a request count: on each resource, and in all."""
@@ -6650,7 +6849,7 @@ class Waiting(Admission):
         for request in self.waiting_requests(now):
             parts = [[(each, *choice) for choice in self.choices(each)] for each in request]
             try:
-                choose(parts, lambda choice: self.let_in(*choice, kept, now))
+                choose(parts, lambda choice, _: self.let_in(*choice, kept, now), kind_of_waiting)
             except NoCapacity:
                 kept += request if now - request[0].waiting >= self.config.patience else []
             except Conflict:  # it was within a limit when it was asked for, and is not any more
@@ -6956,8 +7155,10 @@ class Requests(Approval):
         """
         request = self.read_request({name: value for name, value in locals().items() if name != 'self'})
         refused = request.last._replace(label=label)
-        with self.recording_refusal(refused, dry_run), self.explaining(request.last), self.writing(dry_run) as now:
-            return self.take(request, now)
+        with self.recording_refusal(refused, dry_run), self.explaining(
+                request.last, None, lambda wish, field: self.instead(request, wish, field, self.clock())):
+            with self.writing(dry_run) as now:
+                return self.take(request, now)
 
     def read_request(self, asked: dict) -> Request:
         """What `add` was asked, resolved for each part and each resource on which that could be."""
@@ -7234,16 +7435,19 @@ class Requests(Approval):
             self.refuse_common(old, asked, occurrence, only)
             stretches = [] if only else stretches
             wish = self.read_wish(self.unaltered(old) | asked, old, asked, stretches, key)
-            with self.explaining(wish, old), self.writing(dry_run) as now:
+            named = bool(occurrence) and not only
+
+            def deed(wish: Wish, *otherwise: str) -> list | None:
+                new, now = asked | dict.fromkeys(otherwise), self.clock()
+                return self.unless_it_grows(old, wish, new, now, code, named, only,
+                                            lambda: self.rewrite(old, wish, new, now, named))
+            with self.explaining(wish, old, deed), self.writing(dry_run) as now:
                 current, series = self.occurrence(old.id), self.stretches(old.reservation)
                 if all(getattr(current, name) == getattr(old, name) for name in UNCHANGED) and (
                         not stretches or series == stretches):
-                    named = bool(occurrence) and not only
                     before = self.as_stored(old.reservation)
                     with db.atomic() as rewriting:
-                        done = self.unless_it_grows(
-                            old, wish, asked, now, code, named, only,
-                            lambda: self.rewrite(old, wish, asked, now, named))
+                        done = deed(wish)
                         same = done is not None and self.as_stored(old.reservation) == before
                         if same:
                             rewriting.rollback()
@@ -7402,7 +7606,8 @@ class Requests(Approval):
         begin, until = self.resolve(start or self.here.now, end or timedelta(days=7))
         levels = [*steps(place.id, begin, until, capacity(place).names), (until, NOTHING)]
         return [{'start': instant(at), 'end': instant(after), **in_figures(held),
-                 'free_vms': None if place.vms is None else place.vms - held.vms}
+                 'free_vms': 0 if dict(held.classes).get(CLOSED) else None if place.vms is None else
+                 place.vms - held.vms}
                 for (at, held), (after, _) in zip(levels, levels[1:])]
 
 
@@ -7625,6 +7830,8 @@ class Plan(Requests):
                         dry_run: bool = False) -> dict:
         """Closes a resource from START to END; what is booked in it is left, moved or cancelled, as --then says.
 
+        Nothing new is reserved in it, also on a resource whose capacity is unlimited.
+
         Example:
           python cmres.py maintenance add demo 2027-03-01T08:00 +4h --reason 'new disks' --then move --dry-run
         """
@@ -7641,7 +7848,9 @@ class Plan(Requests):
                      'FROM capacity c JOIN resource s ON s.id = c.resource_id WHERE c.removed IS NULL AND c.end > ? '
                      f"{'AND s.name = ?' if resource else ''} ORDER BY c.start", int(self.clock()),
                      *([resource] if resource else []))
-        return [public(each) for each in found]
+        shown = [public(each) for each in found]
+        return [each | {'classes': {name: most for name, most in each['classes'].items() if name != CLOSED}}
+                for each in shown]
 
     @api('DELETE', '/maintenance/<id>', role=ADMIN)
     def maintenance_delete(self, id: int, dry_run: bool = False) -> dict:
@@ -7670,7 +7879,7 @@ class Plan(Requests):
             begin, until = self.resolve(start, end)
             if until <= now:
                 raise Invalid(f'the end {to_plain(instant(until))} is not in the future')
-            most = most or Amount(0, 0, 0, tuple((name, 0) for name in capacity(place).names))
+            most = most or Amount(0, 0, 0, ((CLOSED, 0), *((name, 0) for name in capacity(place).names)))
             held = self.difference(place, most)
             if held == NOTHING:
                 raise Conflict(f"'{name}' has no limit that this would change; set one with: "
@@ -7688,11 +7897,12 @@ class Plan(Requests):
 
     def difference(self, place, most: Amount) -> Amount:
         """What must be held so that a resource has another capacity; an unlimited figure stays so."""
-        always = capacity(place)
+        always, told = capacity(place), dict(most.classes)
         return Amount(*(0 if each is None or wanted in (None, UNLIMITED) else each - wanted
                         for each, wanted in zip(always[:3], most)),
-                      tuple((name, each - dict(most.classes).get(name, each)) for name, each in always.classes
-                            if dict(most.classes).get(name, each) not in (UNLIMITED, each)))
+                      (*(((CLOSED, 1),) if CLOSED in told else ()),
+                       *((name, each - told.get(name, each)) for name, each in always.classes
+                         if told.get(name, each) not in (UNLIMITED, each))))
 
     def rehold_changes(self, place, now: float) -> None:
         """Lets changes of capacity be what they were meant to be, after the capacity itself has changed."""
@@ -12577,8 +12787,9 @@ def in_words(error: Error, zone: ZoneInfo) -> list[str]:
     details, lines = error.details, [f'cmres: {error}']
     for each in details.get('in_the_way', []):
         who = f"{each['label']} of {each['user']}, " if 'label' in each else ''
-        lines.append(f"  in the way: {who}{each['vms']} vms from {in_cell(each['start'], zone)} "
-                     f"to {in_cell(each['end'], zone)}")
+        what = f"{who}{each['vms']} vms" if 'vms' in each else each['reason']
+        lines.append(f"  in the way: {what} from {in_cell(each['start'], zone)} "
+                     + (f"to {in_cell(each['end'], zone)}" if each['end'] else 'until they are deleted'))
     offers = {'next_start': 'the same from {}', 'most_vms': '{} vms at that time', 'longest': '{} from that start'}
     lines += [f'  would fit:  {text.format(in_cell(details[name], zone))}'
               for name, text in offers.items() if name in details]

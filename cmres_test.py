@@ -3374,7 +3374,228 @@ def test_what_is_asked_of_a_resource_that_never_holds_as_much_gets_no_next_start
     book(service, vms=10)
     with pytest.raises(NoCapacity, match="'demo' holds at most 16 vms; 17 are asked for") as refusal:
         book(service, 'more', vms=17)
-    assert 'next_start' not in refusal.value.details and refusal.value.details['most_vms'] == 6
+    assert refusal.value.details == {'in_the_way': []}  # nobody is, and 6 of 16 is not what is lacking
+    service.delete('lab')
+    with pytest.raises(NoCapacity, match="'demo' holds at most 16 vms; 17 are asked for") as refusal:
+        book(service, 'more', vms=17)
+    assert refusal.value.details == {'in_the_way': [], 'most_vms': 16}
+
+
+def refusals_and_offers(service, deed, asked: dict) -> dict:
+    """Asks, and if it is refused for want of room takes each offer as it is offered; what was offered."""
+    try:
+        deed(**asked)
+        return {}
+    except NoCapacity as refusal:
+        offers = {name: refusal.details[name] for name in cmres.OFFERS if name in refusal.details}
+    except Conflict:
+        return {}
+    begin = asked['start']
+    for name, offer in offers.items():
+        other = {'next_start': {'start': offer, 'end': asked['end'] - begin}, 'most_vms': {'vms': offer},
+                 'longest': {'end': cmres.parse_duration(offer) if name == 'longest' else None}}[name]
+        deed(**asked | other, dry_run=True)
+    return offers
+
+
+@pytest.mark.parametrize('seed', range(6))
+def test_every_offer_is_admitted_when_it_is_taken_as_it_is_offered(world, seed):
+    chance, offered = random.Random(seed), collections.Counter()
+    world.service.resource_add('small', cloud='simulated', vms=10, vcpus=24, approval=chance.choice([None, hours(9)]))
+    world.service.limit_add(project='biology', most_vms=9, longest=hours(6))
+    world.service.limit_add(user='bob', resource='small', most_vms=5, vcpu_hours=200)
+    world.service.maintenance_add('small', NOON + hours(9), NOON + hours(11))
+    book(world.service, 'waits', 6, 8, resource='small', vms=10, wait=True)
+    world.at(0.25 + chance.choice([0, 24]))
+    labels_of = []
+    people = [world.service, world.as_user(), world.as_user('bob', 'chemistry')]
+    for number in range(60):
+        who, start = chance.choice(people), (world.now - NOON.timestamp()) / 3600 + chance.randrange(40) / 2
+        end = start + chance.randint(1, 10) / 2
+        asked = {'vms': chance.randint(1, 9), 'start': NOON + hours(start), 'end': NOON + hours(end)}
+        if labels_of and chance.random() < 0.4:
+            who, label = chance.choice(labels_of)
+            if chance.random() < 0.3:
+                world.at((world.now - NOON.timestamp()) / 3600 + 0.1)
+            try:
+                was = who.list(label)[-1]
+            except NotFound:
+                continue
+            if was['state'] in cmres.OVER:
+                continue
+            if chance.random() < 0.6:
+                asked = {'start': was['start'], 'end': was['end'] + hours(chance.randint(1, 8) / 2)}
+            elif chance.random() < 0.5:
+                asked |= {'start': was['start'], 'end': was['end']}
+
+            def deed(**new):
+                begun = new['start'] == was['start'] and not isinstance(new['end'], timedelta)
+                return who.update(label, **{name: each for name, each in new.items() if not (begun and name == 'start')})
+            for name, offer in refusals_and_offers(who, deed, asked).items():
+                offered['changed ' + name] += 1
+                assert name != 'longest' or cmres.parse_duration(offer) > was['end'] - was['start']
+                assert name != 'most_vms' or offer > was['vms']
+        else:
+            label = f'r{number}'
+            more = {'flavor': chance.choice(['', 'm1.medium']), 'at_end': chance.choice(['stop', 'delete']),
+                    'lead': timedelta(minutes=chance.choice([0, 0, 20]))}
+            more |= {'image': 'cirros'} if more['flavor'] else {'at_end': ''}
+            resource = chance.choice(['demo', 'small', 'small'])
+            for name in refusals_and_offers(who, functools.partial(who.add, label, resource), asked | more):
+                offered[name] += 1
+            labels_of.append((who, label))
+    assert sum(offered.values()) > 5 and world.service.check()['differences'] == 0
+
+
+def test_what_has_begun_is_offered_no_other_start_and_nothing_that_it_has_already(world):
+    eva = world.as_user()
+    book(eva, start=0.5, end=2, vms=8, image='cirros', flavor='m1.tiny')
+    book(world.service, 'wall', 2.5, 4, vms=10)
+    world.at(1)
+    with pytest.raises(NoCapacity) as refusal:
+        eva.extend('lab', hours(2))
+    assert refusal.value.details.keys() & cmres.OFFERS.keys() == {'longest'}
+    assert refusal.value.details['longest'] == '2h'
+    assert [each['vms'] for each in refusal.value.details['in_the_way']] == [10]
+    book(world.service, 'next', 2, 2.5, vms=9)
+    with pytest.raises(NoCapacity) as refusal:
+        eva.extend('lab', hours(2))
+    assert not refusal.value.details.keys() & cmres.OFFERS.keys()
+
+
+def test_an_offer_that_a_limit_would_refuse_is_the_next_that_passes(world):
+    world.service.limit_add(project='biology', most_vms=8)
+    eva = world.as_user()
+    book(world.service, 'full', 1, 2, vms=12)
+    book(eva, 'mine', 2, 5, vms=6)
+    with pytest.raises(NoCapacity) as refusal:
+        book(eva, vms=5, end=2)
+    assert refusal.value.details['next_start'] == NOON + hours(5)
+    world.service.limit_add(user='eva', ahead=hours(4))
+    with pytest.raises(NoCapacity) as refusal:
+        book(eva, vms=5, end=2)
+    assert refusal.value.details.keys() & cmres.OFFERS.keys() == {'most_vms'}
+
+
+def test_what_is_kept_for_those_who_wait_is_not_offered(tmp_path):
+    world = World(tmp_path, patience=3600)
+    book(world.service, 'full', 1, 3, vms=12)
+    book(world.as_user('bob', 'chemistry'), 'waits', 2, 6, vms=16, wait=True)
+    world.at(0.9)
+    with pytest.raises(NoCapacity) as refusal:
+        book(world.as_user(), 'early', 1, 2, vms=5)
+    assert refusal.value.details['next_start'] == NOON + hours(3)
+    world.at(0.99)
+    world.now = NOON.timestamp() + 4000
+    with pytest.raises(NoCapacity) as refusal:
+        book(world.as_user(), 'late', 1.2, 2.5, vms=5)
+    assert refusal.value.details['next_start'] == NOON + hours(6)
+    with pytest.raises(NoCapacity, match='is kept for a request of 16 vms') as refusal:
+        book(world.as_user(), 'late', 2, 2.5, vms=1)
+    assert refusal.value.details['next_start'] == NOON + hours(6)
+    cmres.close_store()
+
+
+def test_a_series_is_offered_what_all_of_it_can_have(service):
+    book(service, 'one', 24 + 1, 24 + 2, vms=10)
+    book(service, 'two', 48 + 1, 48 + 2, vms=13)
+    with pytest.raises(NoCapacity) as refusal:
+        book(service, 'class', vms=7, repeat='daily', count=4)
+    assert refusal.value.details.keys() & cmres.OFFERS.keys() == {'most_vms'}
+    assert refusal.value.details['most_vms'] == 3 and labels(refusal.value.details['in_the_way']) == ['one']
+    book(service, 'class', vms=3, repeat='daily', count=4)
+    with pytest.raises(NoCapacity) as refusal:
+        service.update('class', vms=7)
+    assert labels(refusal.value.details['in_the_way']) == ['one']
+
+
+@pytest.mark.parametrize('least, sentence', [
+    (4, "'demo' has only 4 of 16 vms from 2026-12-01 13:00 UTC to 2026-12-01 17:00 UTC (lent to physics); 5 are"),
+    (None, "'demo' is closed from 2026-12-01 13:00 UTC to 2026-12-01 17:00 UTC: new disks")])
+def test_a_maintenance_is_named_where_it_is_the_reason(app, world, least, sentence):
+    book(world.as_user('bob', 'chemistry'), 'innocent', 2, 3, vms=1)
+    if least is None:
+        world.service.maintenance_add('demo', NOON + hours(1), NOON + hours(5), reason='new disks')
+    else:
+        world.service.resource_capacity('demo', NOON + hours(1), NOON + hours(5), vms=least, reason='lent to physics')
+    asked = {'label': 'lab', 'resource': 'demo', 'start': '2026-12-01T14:00Z', 'end': '2026-12-01T15:00Z', 'vms': 5}
+    answer = app.as_user().call('POST', '/reservation/', asked, status=409).json
+    assert answer['error'].startswith(sentence) and answer['details']['next_start'] == '2026-12-01T17:00:00+00:00'
+    assert answer['details']['in_the_way'] == [
+        {'reason': 'new disks' if least is None else 'lent to physics', 'start': '2026-12-01T13:00:00+00:00',
+         'end': '2026-12-01T17:00:00+00:00'}]
+    with pytest.raises(NoCapacity, match=re.escape(sentence)):
+        book(world.as_user(), 'class', 2, 3, vms=5, repeat='daily', count=3)
+
+
+def test_a_loan_and_others_are_named_together_where_it_takes_both(world):
+    world.service.resource_capacity('demo', NOON + hours(1), NOON + hours(5), vms=6, reason='lent to physics')
+    book(world.as_user(), 'other', 2, 3, vms=4)
+    with pytest.raises(NoCapacity, match="has 2 of 16 vms free") as refusal:
+        book(world.as_user(), 'lab', 2, 3, vms=3)
+    loan, other = refusal.value.details['in_the_way']
+    assert (loan['reason'], other['label']) == ('lent to physics', 'other') and refusal.value.details['most_vms'] == 2
+
+
+def test_only_what_takes_the_figure_that_is_lacking_is_in_the_way(world):
+    world.service.resource_add('small', cloud='simulated', vcpus=4)
+    book(world.service, 'none', resource='small', vms=3)
+    book(world.service, 'some', resource='small', flavor='m1.medium')
+    with pytest.raises(NoCapacity) as refusal:
+        book(world.service, 'more', resource='small', flavor='m1.medium', vms=2)
+    assert labels(refusal.value.details['in_the_way']) == ['some']
+
+
+def test_stopped_vms_that_stay_are_named_where_they_are_in_the_way(world):
+    book(world.as_user(), 'stays', 1, 2, vms=10, image='cirros', flavor='m1.tiny', at_end='stop')
+    with pytest.raises(NoCapacity) as refusal:
+        book(world.service, 'lab', 3, 4, vms=10)
+    held, = refusal.value.details['in_the_way']
+    assert (held['label'], held['vms'], held['start'], held['end']) == ('stays', 10, NOON + hours(2), None)
+    assert '  in the way: stays of eva, 10 vms from 2026-12-01 14:00 UTC until they are deleted' in cmres.in_words(
+        refusal.value, world.config.zone)
+
+
+# Parts that are alike
+
+
+@pytest.mark.parametrize('resources, parts', [(100, 32), (40, 40), (300, 100)])
+def test_many_parts_of_one_size_find_their_resources(world, resources, parts):
+    with cmres.transaction():
+        for n in range(resources):
+            world.service.resource_add(f'p{n:03}', cloud='nimbus', vms=1)
+    for n in range(0, resources - parts, 2):
+        book(world.service, f'b{n}', resource=f'p{n:03}')
+    found = book(world.as_user(), 'exam', resource='-', part=[{'resource': '-', 'cloud': 'nimbus'}] * parts)
+    assert len({each['resource'] for each in found['parts']}) == parts
+    assert [each['label'] for each in found['parts']] == [f'exam-{n}' for n in range(1, parts + 1)]
+
+
+def test_parts_of_one_size_that_have_no_room_are_told_how_many_have(world):
+    for n in range(20):
+        world.service.resource_add(f'p{n:03}', cloud='nimbus', vms=1)
+    part = [{'resource': '-', 'cloud': 'nimbus'}] * 32
+    with pytest.raises(NoCapacity, match="20 of the 32 parts of 'exam' have room together from 2026-12-01 13:00 UTC"):
+        book(world.as_user(), 'exam', resource='-', part=part)
+    book(world.service, 'busy', 1, 3, resource='p007')
+    with pytest.raises(NoCapacity, match='19 of the 20 parts') as refusal:
+        book(world.as_user(), 'exam', resource='-', part=part[:20])
+    assert refusal.value.details['next_start'] == NOON + hours(3)
+    waits = book(world.as_user(), 'exam', resource='-', part=part[:20], wait=True)
+    assert {each['state'] for each in waits['parts']} == {'waiting'}
+    world.service.delete('busy')
+    world.cycle.settle()
+    assert {each['state'] for each in world.service.list() if each['request'] == 'exam'} == {'reserved'}
+
+
+def test_a_search_that_was_given_up_says_so(world):
+    chance = random.Random(7)
+    for n in range(14):
+        world.service.resource_add(f'p{n:03}', cloud='nimbus', vms=97 + n)
+    part = [{'resource': '-', 'cloud': 'nimbus', 'vms': chance.randint(20, 60)} for _ in range(60)]
+    with pytest.raises(NoCapacity, match='no way to reserve all 60 parts together was found in 500 tries; name a res'):
+        book(world.as_user(), 'exam', resource='-', part=part)
+    assert rows_of() == []
 
 
 def test_what_can_never_fit_is_told_before_what_does_not_fit_now(service):
@@ -6416,6 +6637,65 @@ def test_a_resource_has_another_capacity_for_a_while(world, most, free):
     assert world.service.check()['differences'] == 0
 
 
+def unlimited(world, kind: str) -> str:
+    """A resource that counts nothing, or not VMs."""
+    if kind == 'synced':
+        world.service.resource_sync('simulated', ['gpu'])
+        return 'gpu'
+    world.service.resource_add(kind, cloud='simulated', **({'ram': 65536} if kind == 'ram' else {}))
+    return kind
+
+
+@pytest.mark.parametrize('kind', ['free', 'ram', 'synced'])
+def test_a_maintenance_closes_a_resource_that_is_unlimited(app, world, kind):
+    name, eva = unlimited(world, kind), world.as_user()
+    book(eva, 'there', 2, 3, resource=name)
+    book(eva, 'before', 0.5, 1, resource=name, vms=500)
+    asked = {'resource': name, 'start': NOON + hours(1), 'end': NOON + hours(5), 'reason': 'new disks'}
+    answer = app.call('POST', '/maintenance/', cmres.to_plain(asked), status=201).json
+    assert [(each['label'], each['outcome']) for each in answer['hit']] == [('there', 'left')]
+    for vms, more in ((1, {}), (500, {}), (1, {'flavor': 'm1.small'}), (1, {'repeat': 'daily', 'count': 2})):
+        with pytest.raises(NoCapacity, match=f"'{name}' is closed from .*: new disks"):
+            book(eva, 'lab', 2, 4, resource=name, vms=vms, **more)
+    with pytest.raises(NoCapacity):
+        eva.update('there', end=NOON + hours(4))
+    slots = world.service.find(name, hours(1), after=NOON)
+    assert [(each['start'], each['until']) for each in slots] == [
+        (NOON, NOON + hours(1)), (NOON + hours(5), NOON + timedelta(days=366))]
+    assert [each['free_vms'] for each in world.service.usage(name)][-1] is None
+    assert 0 in [each['free_vms'] for each in world.service.usage(name)]
+    assert app.call('GET', '/maintenance/').json[0]['classes'].keys() <= {'CUSTOM_GPU'}
+    assert book(eva, 'waits', 2, 3, resource=name, wait=True)['state'] == 'waiting'
+    app.call('PATCH', f'/resource/{name}', {'ram': 99999, 'force': True})
+    with pytest.raises(NoCapacity):
+        book(eva, 'lab', 2, 4, resource=name)
+    assert world.service.check()['differences'] == 0
+    app.call('DELETE', f"/maintenance/{answer['id']}")
+    book(eva, 'lab', 2, 4, resource=name, vms=500)
+    world.cycle.settle()
+    assert world.state('waits') == 'reserved' and world.service.check()['differences'] == 0
+
+
+@pytest.mark.parametrize('then, outcome', [('cancel', 'cancelled'), ('move', 'moved to demo'), ('notify', 'left')])
+def test_what_is_on_an_unlimited_resource_makes_way_for_a_maintenance(world, then, outcome):
+    world.service.resource_add('free', cloud='simulated')
+    book(world.as_user(), 'lab', 2, 3, resource='free', vms=3)
+    book(world.as_user(), 'after', 5, 6, resource='free', vms=3)
+    found = world.service.maintenance_add('free', NOON + hours(1), NOON + hours(5), then=then)
+    assert [(each['label'], each['outcome'].partition(' from')[0]) for each in found['hit']] == [('lab', outcome)]
+    again = world.service.maintenance_add('free', NOON + hours(1), NOON + hours(2), then='move')
+    assert again['hit'] == [] and world.service.check()['differences'] == 0
+
+
+def test_what_nova_asks_of_a_closed_resource_is_not_free(world):
+    world.service.resource_add('gpu', cloud='simulated', mode='shared', hold=hours(1))
+    assert boots_there(world)
+    world.service.maintenance_add('gpu', NOON + hours(0.5), NOON + hours(5))
+    assert not boots_there(world, 's2')
+    world.at(5)
+    assert boots_there(world, 's3')
+
+
 def test_a_capacity_over_time_follows_that_of_its_resource(world):
     world.service.resource_capacity('demo', NOON + hours(2), NOON + hours(4), vms=4)
     world.service.resource_update('demo', vms=30)
@@ -7332,7 +7612,7 @@ def test_a_class_that_nothing_limits_is_held_all_the_same(world):
 def test_a_maintenance_closes_classes_too_and_a_loan_adds_to_them(world):
     world.service.resource_add('gpu', cloud='simulated', classes={'CUSTOM_GPU': 3})
     world.service.maintenance_add('gpu', NOON, NOON + hours(1))
-    with pytest.raises(NoCapacity, match='0 of 3 CUSTOM_GPU free'):
+    with pytest.raises(NoCapacity, match="'gpu' is closed from 2026-12-01 12:00 UTC to 2026-12-01 13:00 UTC"):
         book(world.as_user(), start=0.5, end=2, resource='gpu', flavor='g1.medium')
     loan = world.service.resource_capacity('gpu', NOON + hours(4), NOON + hours(6), classes={'CUSTOM_GPU': 5})
     assert book(world.as_user(), start=4, end=6, resource='gpu', flavor='g1.medium', vms=5)['vms'] == 5
