@@ -642,6 +642,50 @@ def endless(rule: str) -> str:
     return re.sub('(^|;)(UNTIL|COUNT)=[^;]*', '', rule).strip(';')
 
 
+def rule_from(stretches: list[Stretch], key: str) -> str:
+    """The RRULE that the occurrences from a slot on follow as they are now; '' if none says it."""
+    stretch = next((each for each in reversed(stretches) if each.since <= key), stretches[0])
+    rule = shifted_rule(stretch) if stretch.rule and stretch.shift else stretch.rule
+    if not rule or not stretch.until:
+        return rule
+    last = datetime.fromisoformat(stretch.until) + timedelta(seconds=stretch.shift - 1)
+    return f'{endless(rule)};UNTIL={last:%Y%m%dT%H%M%S}'
+
+
+def shifted_rule(stretch: Stretch) -> str:
+    """The RRULE of occurrences that are all moved by as much; '' if there is none."""
+    parts, first = dict(part.split('=') for part in stretch.rule.split(';')), datetime.fromisoformat(stretch.start)
+    moved = first + timedelta(seconds=stretch.shift)
+    days = (moved.date() - first.date()).days
+    by = {name for name in parts if name.startswith('BY')}
+    if by & {'BYHOUR', 'BYMINUTE', 'BYSECOND'}:
+        return ''
+    if 'UNTIL' in parts:
+        parts['UNTIL'] = f"{read_until(parts['UNTIL']) + timedelta(seconds=stretch.shift):%Y%m%dT%H%M%S}"
+    if days and parts['FREQ'] in ('DAILY', 'WEEKLY') and by <= {'BYDAY'}:
+        if 'INTERVAL' in parts:  # which weeks count depends on the day on which they begin
+            parts['WKST'] = parts.get('WKST', 'MO')
+        parts |= {name: later_days(parts[name], days) for name in ('BYDAY', 'WKST') if name in parts}
+    elif days and (by or not 0 < min(first.day, moved.day) <= max(first.day, moved.day) <= 28
+                   or moved.day - first.day != days):  # months differ in length
+        return ''
+    return ';'.join(f'{name}={value}' for name, value in parts.items())
+
+
+def later_days(text: str, days: int) -> str:
+    """Weekdays that are so many days later."""
+    return ','.join(WEEKDAYS[(WEEKDAYS.index(day) + days) % 7] for day in text.split(','))
+
+
+def unskipped(stretch: Stretch, key: str) -> Stretch:
+    """A stretch that has the occurrence of a slot again; where all of its day was left out, the others stay so."""
+    day, skips = key[:10], [each for each in stretch.skips if each not in (key, key[:10])]
+    if day in stretch.skips:
+        every = itertools.takewhile(lambda wall: wall.isoformat()[:10] <= day, walls(stretch._replace(skips=())))
+        skips += [wall.isoformat() for wall in every if wall.isoformat()[:10] == day and wall.isoformat() != key]
+    return stretch._replace(skips=tuple(skips))
+
+
 def stored_stretches(stretches: Iterable[Stretch]) -> str:
     return json.dumps([stretch._asdict() for stretch in stretches], separators=(',', ':'))
 
@@ -1007,6 +1051,7 @@ WORDS = {
     'since': 'only what was planned from then on; without it, the last 30 days',
     'start': 'ISO 8601, now, or +2h from now; without an offset it is local time',
     'state': 'states, with commas between; without any, all that are not over',
+    'undo': 'have it again instead',
     'tz': 'zone of times without an offset, and the one whose clocks a series goes by',
     'until': 'an instant, or a length from the present end such as +2h; of a series, its last date',
     'url': 'the http(s) address of a calendar; it is kept as a secret',
@@ -2758,7 +2803,8 @@ LISTING = '''
          (r.image <> '' OR r.server <> '') AS runs,
          clock.now, o.told, o.held_from, o.held_until, o.resource_id, r.over, o.due, o.slot, o.altered, o.revision,
          o.revised, r.waiting, r.priority, r.confirm, r.pending, r.on_conflict, r.booked_until, r.subscription,
-         r.series <> '' AS repeats, r.request, r.host, r.choices, r.trusted,
+         r.series <> '' AS repeats, iif(r.repeat <> '', r.series, '') AS series, r.request, r.host,
+         r.choices, r.trusted,
          (SELECT p.shown FROM proposal p WHERE p.reservation_id = r.id AND (p.occurrence = o.id OR NOT p.alone)
            ORDER BY p.id DESC LIMIT 1) AS change
     FROM (SELECT CAST(? AS INTEGER) AS now) clock, occurrence o
@@ -5040,6 +5086,7 @@ OWN = frozenset(('resource', 'start', 'end', 'vms'))
 #: What needs more or less capacity, or other one, when it changes.
 SHAPE = OWN | {'repeat', 'until', 'count', 'skip_dates', 'holidays', 'flavor', 'image', 'host', 'lead', 'on_conflict',
                'at_end', 'calendar'}
+BACK = 'put back'  # the code of a proposal to have an occurrence again that was left out
 #: What makes a series.
 REPEATING = frozenset(('repeat', 'until', 'count', 'skip_dates', 'holidays'))
 JSON = frozenset(('security_groups', 'metadata', 'notify', 'addresses', 'hosts', 'classes', 'named',
@@ -5049,8 +5096,8 @@ OVER = ('ended', 'cancelled', 'failed')
 PLACE = ('cell', 'cloud', 'region', 'aggregate')
 HIDDEN = frozenset(('now', 'resource_id', 'held_from', 'held_until', 'over', 'due', 'reservation', 'user_data',
                     'existing', 'ever', 'runs', 'told', 'slot', 'altered', 'revision', 'revised', 'on_conflict',
-                    'booked_until', 'subscription', 'repeats', 'waiting', 'confirm', 'pending', 'priority', 'choices',
-                    'named', 'trusted'))
+                    'booked_until', 'subscription', 'repeats', 'series', 'waiting', 'confirm', 'pending',
+                    'priority', 'choices', 'named', 'trusted'))
 #: Of a reservation, the occurrence that is now or comes next: no other that is not over comes before it.
 NEXT_OF_ITS = """NOT EXISTS (SELECT 1 FROM occurrence c
                               WHERE c.reservation_id = o.reservation_id AND c.cancelled IS NULL
@@ -5084,6 +5131,8 @@ def public(found) -> dict:
     for name, value in shown.items():
         if name == 'personal':
             shown[name] = bool(value)
+        elif name == 'repeat' and value and (stretches := read_stretches(getattr(found, 'series', ''))):
+            shown[name] = rule_from(stretches, found.slot)
         elif name == 'change':
             shown[name] = from_plain(json.loads(value or 'null'))
         elif name in INSTANTS:
@@ -6417,10 +6466,35 @@ class Series(Holding):
             others.put(slot.key, turn.had, old.start)
             change(Occurrence, old.id, altered=True)
             return told(old, 'unchanged', why)
-        begin = slot.start - one.lead
-        self.write_occurrence(old.id if old else None, reservation, one, slot, now, held_until=begin,
-                              cancelled=int(now), due=now if old else None)
+        self.write_left_out(reservation, one, slot, now, old)
         return told(slot, 'left out', why)
+
+    def write_left_out(self, reservation: int, wish: Wish, slot: Slot, now: float, old=None) -> int:
+        """Writes an occurrence that holds nothing, since its series goes without it; its id."""
+        self.write_occurrence(old.id if old else None, reservation, wish, slot, now, held_until=slot.start - wish.lead,
+                              cancelled=int(now), due=now if old else None)
+        return old.id if old else row('SELECT max(id) AS id FROM occurrence').id
+
+    def bring_back(self, id: int, wish: Wish, now: float) -> list[dict]:
+        """Holds again what an occurrence would that its series was left without; inside a transaction.
+
+        Raises:
+          NoCapacity: it doesn't fit.
+        """
+        old = row('SELECT * FROM occurrence WHERE id = ?', id)
+        stretches = [unskipped(each, old.slot) for each in self.stretches(old.reservation_id)]
+        wish = wish._replace(stretches=stretches)
+        change(Reservation, old.reservation_id, series=stored_stretches(stretches))
+        change(Occurrence, id, altered=False)
+        slot = Slot(old.slot, wish.start, wish.end, wish.vms, wish.resource.id)
+        try:
+            done = self.place_all(old.reservation_id, wish, [(slot, old._replace(altered=False))], now)
+        except NoCapacity as refusal:
+            conflict, = refusal.details.pop('conflicts')
+            raise NoCapacity(f"what was left out does not fit any more: {conflict['why']}", **refusal.details) from None
+        self.close(old.reservation_id, stretches, now, self.horizon(stretches, now))
+        self.keep_stopped(old.reservation_id, now)
+        return done
 
     def stays(self, turn: Turn, now: float) -> bool:
         """Holds again what an occurrence had, which has begun or still fits; whether it does."""
@@ -7000,8 +7074,10 @@ class Approval(Waiting):
         current = self.unaltered(old)
         wish = wish._replace(**{name: current[name] for name in STORED if name not in asked and name not in (
             'lead', 'repeat', 'tz', 'on_conflict')} if not proposal.code == 'calendar' else {})
-        self.drop_proposals(old.reservation, old.id if proposal.alone else None)
-        if proposal.code == 'calendar':
+        self.drop_proposals(old.reservation, proposal.occurrence if proposal.alone else None)
+        if proposal.code == BACK:
+            self.bring_back(proposal.occurrence, wish, now)
+        elif proposal.code == 'calendar':
             self.rebook_event(old.reservation, wish, now)
         else:
             self.rewrite(old, wish, asked, now, bool(proposal.named))
@@ -7402,13 +7478,19 @@ class Requests(Approval):
 
     @api('POST', '/reservation/<label>/skip')
     @for_each_part
-    def skip(self, label: Label, project: Name = '', occurrence: Day = None, tz: Zone = '',
+    def skip(self, label: Label, project: Name = '', occurrence: Day = None, undo: bool = False, tz: Zone = '',
              dry_run: bool = False) -> dict:
         """Leaves out the next occurrence, which must not have begun.
 
+        With --undo, an occurrence of a series that was left out, skipped or cancelled by itself comes back if
+        it fits, as the series has it now: the next of them, or that of --occurrence, also of `skip_dates`.
+
         Example:
           python cmres.py skip lab
+          python cmres.py skip class --occurrence 2027-02-02 --undo
         """
+        if undo:
+            return self.put_back(label, project, occurrence, dry_run)
         with self.writing(dry_run) as now:
             found = self.mine(label, project, occurrence=occurrence)
             if now >= found.held_from and found.repeats and not occurrence:
@@ -7418,6 +7500,44 @@ class Requests(Approval):
                 raise Conflict(f"'{label}' has begun; `delete` ends it")
             self.cancel([found], now, f'skipped by {self.actor.user}')
             return public(self.occurrence(found.id))
+
+    def put_back(self, label: str, project: str, occurrence: Day | None, dry_run: bool) -> dict:
+        """Lets a series have an occurrence again that was left out."""
+        with self.writing(dry_run) as now:
+            found = self.mine(label, project, live=False)
+            slot, old = self.left_out(found, occurrence, now)
+            if found.over <= now:
+                self.refuse_taken_label(self.carried_on(found), now)
+            place = row('SELECT * FROM resource WHERE id = ?', slot.resource)
+            wish = self.carried_on(found)._replace(
+                resource=place, start=slot.start, end=slot.end, vms=slot.vms, on_conflict='refuse')
+            id = old.id if old else self.write_left_out(found.reservation, wish, slot, now)
+            deed = functools.partial(self.bring_back, id, wish, now)
+            done = self.unless_it_grows(self.occurrence(id), wish, {'occurrence': None}, now, BACK, True, True, deed)
+            if done is not None:
+                self.journal(now, 'updated', f'{self.actor.user} has put back what was left out on '
+                             f'{self.config.told_time(slot.start)}', found.reservation, wish.notify, id)
+            return public(self.occurrence(id))
+
+    def left_out(self, found, asked: Day | None, now: float) -> tuple[Slot, Any]:
+        """The occurrence of a series that was left out, as the series has it now, and its row if there is one.
+
+        Args:
+          asked: on which date or when it would be; without it, the next that has a row
+        """
+        if not found.repeats:
+            raise Conflict(f"'{found.label}' is no series; reserve it again with `add`")
+        begin, until, text = self.span_of(asked, read_zone(found.tz)) if asked else (int(now), 2**62, '')
+        there = {each.slot: each for each in rows('SELECT * FROM occurrence WHERE reservation_id = ? AND "end" > ?',
+                                                  found.reservation, int(now))}
+        stretches = [each._replace(skips=()) for each in self.stretches(found.reservation)]
+        last = max(self.horizon(stretches, now), until if asked else 0, begin + 1)
+        for slot in all_slots(stretches, now, last):
+            old = there.get(slot.key)
+            meant = begin <= slot.start < until or old and begin <= old.start < until
+            if meant and slot.start - found.lead > now and (old.cancelled is not None if old else asked):
+                return slot, old
+        raise NotFound(f"'{found.label}' has no occurrence to come that was left out{f' on {text}' if asked else ''}")
 
     def alter(self, label: str, project: str, asked: dict, dry_run: bool, code: str = 'updated',
               occurrence: datetime | None = None, alone: bool = True) -> dict:
@@ -10988,7 +11108,7 @@ If it does not fit, wait</label>
 <label>To <input name="end" type="datetime-local" value="{{end}}"></label>
 <label>Machines <input name="vms" type="number" min="1" value="{{found['vms']}}"></label>
 </div><p><button>Change</button>
-{{'only this one' if occurrence else 'all that has not begun' if found['repeat'] else ''}}</p></form>
+{{'only this one' if occurrence else 'all that has not begun' if found['tz'] else ''}}</p></form>
 % end
 ''', 'live': '''
 <div class="card"><dl>
@@ -11112,7 +11232,7 @@ DEEDS = {'extend': ('Extend', ('by', 'by', '+1h'), False), 'keep': ('Keep on', (
          'limit_delete': ('Take away', None, True), 'resource_delete': ('Remove', None, True)}
 ASKS = ('delete', 'resource_delete', 'token_revoke')  # what is asked for twice
 #: What can be done to a reservation in each state; to a pending one, what its holder or an admin says.
-DEEDS_IN = {'waiting': ('delete',), 'pending': ('delete',), 'reserved': ('extend', 'skip', 'delete'),
+DEEDS_IN = {'cancelled': ('skip',), 'waiting': ('delete',), 'pending': ('delete',), 'reserved': ('extend', 'skip', 'delete'),
             **dict.fromkeys(('starting', 'active', 'degraded'), ('extend', 'keep', 'delete'))}
 #: The fields of the admin's forms, in the order in which people think of them.
 FORMS = {'resource_add': ('name', 'cloud', 'region', 'aggregate', 'vms', 'vcpus', 'ram', 'classes', 'mode', 'approval'),
@@ -11124,7 +11244,7 @@ FORMS = {'resource_add': ('name', 'cloud', 'region', 'aggregate', 'vms', 'vcpus'
 CHOICES = {'mode': ('', 'open', *MODES), 'then': THEN, 'role': (USER, READER, ADMIN)}  # of those fields
 TITLES = {'resource_add': 'Add a resource', 'resource_update': 'Change a resource', 'token_add': 'Make a token',
           'maintenance_add': 'Plan a maintenance', 'limit_add': 'Set a limit'}
-DONE = {'extend': 'is longer now', 'keep': 'goes on', 'skip': 'is left out', 'delete': 'is cancelled',
+DONE = {'extend': 'is longer now', 'keep': 'goes on', 'skip': 'is left out', 'undo': 'has the occurrence again', 'delete': 'is cancelled',
         'update': 'is changed', 'accept': 'is yours', 'approve': 'is approved', 'reject': 'is rejected'}
 MORE = {'network': 'Network', 'key': 'Key pair', 'lead': 'Boot before the start by', 'notify': 'Notify',
         'skip_dates': 'Not on these dates'}  # further fields of the form to book
@@ -11261,11 +11381,14 @@ class Visit:
           occurrence: of a series, the one that is meant
         """
         words, field, bad = DEEDS[name]
+        undo = name == 'skip' and line.get('state') == 'cancelled'
+        words, bad = ('Put back', False) if undo else (words, bad)
         if 'label' in line:
             fields = {'label': line['label'], 'project': line['project']}
             onward = '/list' if not wide or bad and not occurrence else self.href(*fields.values())
             fields |= {'occurrence': occurrence} if occurrence else {}
-            words += (' this one' if occurrence else ' all' if line.get('repeat') else '') if name == 'delete' else ''
+            fields |= {'undo': 'true'} if undo else {}
+            words += (' this one' if occurrence else ' all' if line.get('tz') else '') if name == 'delete' else ''
         else:
             fields, onward = {key: line[key] for key in ('name', 'id') if key in line}, '/admin'
             fields = dict([next(iter(fields.items()))])
@@ -11279,7 +11402,8 @@ class Visit:
         if found['state'] == 'pending' or 'change' in found:
             held = self.service.occurrence(found['id'])
             asks = ['accept'] if held.confirm else ['approve', 'reject'] if self.actor.role == ADMIN else []
-        can = [deed for deed in DEEDS_IN.get(found['state'], ()) if deed != 'skip' or found['repeat']]
+        can = [deed for deed in DEEDS_IN.get(found['state'], ()) if deed != 'skip' or found['tz'] and (
+            found['start'] > self.here.now)]
         return [*asks, *can] if self.writes else []
 
 
@@ -11583,12 +11707,12 @@ class Pages:
         except Conflict:  # it is in several projects
             found = {'parts': visit.service.list(label)}
         if 'parts' in found:
-            whole = [visit.deed(deed, {'label': label, 'project': found['parts'][0]['project'], 'repeat': ''}, True)
+            whole = [visit.deed(deed, {'label': label, 'project': found['parts'][0]['project']}, True)
                      for deed in ('extend', 'delete')] if 'label' in found and visit.writes else []
             return self.page(visit, label, render_page('list', visit=visit, lines=self.lines(visit, found['parts']),
                                                        after=0, over=None) + ''.join(whole))
         query = {'project': found['project']} | ({'occurrence': occurrence} if occurrence else {})
-        running = found['repeat'] and found['state'] in ('starting', 'active', 'degraded')
+        running = found['tz'] and found['state'] in ('starting', 'active', 'degraded')
         only = occurrence or (to_plain(found['start']) if running else '')
         return self.page(visit, label, render_page(
             'reservation', visit=visit, found=found, live=live, href=f'/r/{quote(label)}', query=f'?{urlencode(query)}',
@@ -11821,6 +11945,7 @@ class Pages:
 
 def told_done(name: str, said: dict, answer) -> str:
     """What a form has done, in a sentence."""
+    name = 'undo' if said.get('undo') else name
     about = said.get('rename') or said.get('label') or said.get('name') or said.get('id') or said.get('user') or ''
     if name == 'token_add':
         return f"the token of {about}, shown only now: {answer.get('token', '')}"

@@ -4638,6 +4638,166 @@ def test_skip_leaves_out_the_next_that_has_not_begun(world, service):
     assert 'skipped by root' in [each['sentence'] for each in service.events('class')]
 
 
+# What was left out comes back
+
+
+@pytest.mark.parametrize('leave_out', [
+    lambda service: service.skip('class', occurrence=date(2026, 12, 8)),
+    lambda service: service.delete('class', occurrence=date(2026, 12, 8)),
+    lambda service: service.update('class', skip_dates=['2026-12-08']),
+    lambda service: service.update('class', skip_dates=['2026-12-08T14:00'])])
+def test_what_was_left_out_comes_back(app, world, service, leave_out):
+    series(service, vms=2, count=4)
+    before = [(each['start'], each['state']) for each in service.list('class')]
+    leave_out(service)
+    assert [each['state'] for each in service.list('class')].count('reserved') == 3
+    answer = app.call('POST', '/reservation/class/skip', {'undo': True, 'occurrence': '2026-12-08'}).json
+    assert (answer['start'], answer['state']) == (cmres.to_plain(lesson(1)), 'reserved')
+    assert [(each['start'], each['state']) for each in service.list('class')] == before
+    assert service.usage('demo', start=lesson(1), end=hours(2))[0]['vms'] == 2
+    service.update('class', vms=3)
+    assert {each['vms'] for each in service.list('class')} == {3} and service.check()['differences'] == 0
+    refused(lambda: service.skip('class', occurrence=date(2026, 12, 8), undo=True), NotFound)
+
+
+def test_without_a_date_the_next_that_was_left_out_comes_back(service):
+    series(service, count=4)
+    for day in (15, 8):
+        service.skip('class', occurrence=date(2026, 12, day))
+    assert service.skip('class', undo=True)['start'] == lesson(1)
+    assert service.skip('class', undo=True)['start'] == lesson(2)
+    said = refused(lambda: service.skip('class', undo=True), NotFound)
+    assert str(said) == "'class' has no occurrence to come that was left out"
+
+
+def test_the_last_that_was_cancelled_comes_back_unless_its_label_is_taken(service):
+    series(service, count=1)
+    service.delete('class', occurrence=date(2026, 12, 1))
+    assert service.list('class')[0]['state'] == 'cancelled'
+    book(service, 'class', 50, 51)
+    refused(lambda: service.skip('class', undo=True), Conflict)
+    service.delete('class')
+    book(service, 'plain', 50, 51)
+    service.delete('plain')
+    assert "'plain' is no series; reserve it again with `add`" in str(refused(lambda: service.skip('plain', undo=True)))
+
+
+def test_what_has_no_room_any_more_does_not_come_back(world, service):
+    eva = world.as_user()
+    series(eva, vms=2, count=4, on_conflict='skip')
+    eva.skip('class', occurrence=date(2026, 12, 8))
+    book(service, 'wall', WEEK + 1, WEEK + 2, vms=15)
+    said = refused(lambda: eva.skip('class', undo=True), NoCapacity)
+    assert str(said).startswith("what was left out does not fit any more: 'demo' has 1 of 16 vms free")
+    assert [each['vms'] for each in said.details['in_the_way']] == [15]
+    service.delete('wall')
+    limit = service.limit_add(user='eva', most_vms=1)['id']
+    assert said.__class__ is NoCapacity and 'most vms' in str(refused(lambda: eva.skip('class', undo=True), Conflict))
+    service.limit_delete(limit)
+    before = dump()
+    assert eva.skip('class', undo=True, dry_run=True)['state'] == 'reserved' and dump() == before
+    assert eva.skip('class', undo=True)['state'] == 'reserved' and service.check()['differences'] == 0
+
+
+def test_what_needs_approval_comes_back_when_it_is_approved(world, service):
+    eva = world.as_user()
+    series(eva, vms=2, count=4)
+    eva.skip('class', occurrence=date(2026, 12, 8))
+    eva.update('class', skip_dates=['2026-12-15'])
+    service.resource_update('demo', approval=hours(99))
+    for day in (8, 15):
+        answer = eva.skip('class', occurrence=date(2026, 12, day), undo=True)
+        assert answer['state'] == 'cancelled' and answer['change']['asked_by'] == 'eva'
+    service.skip('class', occurrence=date(2026, 12, 22))
+    book(service, 'full', WEEK + 1, WEEK + 2, vms=14, dry_run=True)
+    refused(lambda: book(service, 'full', WEEK + 1, WEEK + 2, vms=15), NoCapacity)
+    service.approve('class')
+    assert [each['state'] for each in service.list('class')] == ['reserved'] * 3 + ['cancelled']
+    assert service.check()['differences'] == 0
+    eva.skip('class', occurrence=date(2026, 12, 22), undo=True)
+    service.reject('class')
+    assert service.list('class')[-1]['state'] == 'cancelled' and service.check()['differences'] == 0
+
+
+def test_of_a_day_that_was_left_out_one_hour_comes_back_alone(service):
+    series(service, 'FREQ=DAILY;BYHOUR=9,14;BYMINUTE=0', end=2, count=6, skip_dates=['2026-12-02'])
+    before = [each['start'] for each in service.list('class')]
+    back = datetime(2026, 12, 2, 14, tzinfo=read_zone('Europe/Paris'))
+    assert service.skip('class', occurrence=back, undo=True)['start'] == back
+    assert [each['start'] for each in service.list('class')] == sorted([*before, back])
+    service.update('class', vms=2)
+    assert [each['start'] for each in service.list('class')] == sorted([*before, back])
+
+
+def test_a_series_that_moved_has_what_was_left_out_where_it_is_now(service):
+    series(service, count=4)
+    service.skip('class', occurrence=date(2026, 12, 8))
+    service.update('class', start=lesson(0) + hours(24))
+    assert service.skip('class', undo=True)['start'] == lesson(1) + hours(24)
+    assert len({each['start'].weekday() for each in service.list('class')}) == 1
+
+
+# The rule of a series that moved
+
+
+@pytest.mark.parametrize('rule', [
+    'FREQ=WEEKLY;BYDAY=TU', 'FREQ=WEEKLY;BYDAY=TU,SU', 'FREQ=WEEKLY;INTERVAL=2;BYDAY=TU,SU,MO',
+    'FREQ=WEEKLY;WKST=SU;INTERVAL=3;BYDAY=TU,SU', 'FREQ=WEEKLY', 'FREQ=DAILY', 'FREQ=DAILY;INTERVAL=3',
+    'FREQ=DAILY;BYDAY=MO,TU,WE', 'FREQ=MONTHLY', 'FREQ=MONTHLY;BYMONTHDAY=1,15,31', 'FREQ=MONTHLY;BYDAY=1TU,-1FR',
+    'FREQ=MONTHLY;BYDAY=TU;BYSETPOS=2', 'FREQ=YEARLY', 'FREQ=YEARLY;BYMONTH=12;BYDAY=TU', 'FREQ=DAILY;BYHOUR=9,14',
+    'FREQ=WEEKLY;BYDAY=TU;UNTIL=20270115T140000', 'FREQ=WEEKLY;BYDAY=TU,FR;COUNT=9'])
+def test_the_rule_that_is_told_of_a_series_that_moved_is_that_of_its_occurrences(tmp_path, empty, rule):
+    shutil.copy(empty, tmp_path)
+    service = World(tmp_path, horizon=120).service
+    for move in (1, 11, -13, 24, -24, 48, 24 * 5 + 3):
+        label = f'class{move}'
+        series(service, rule, label, start=24 * 7 + 1, end=24 * 7 + 2)
+        first = service.list(label)[0]['start']
+        told = service.update(label, start=to_wall_of(first) + hours(move))['repeat']
+        found = service.list(label)
+        starts = [to_wall_of(each['start']).replace(tzinfo=None) for each in found if each['state'] == 'reserved']
+        assert {told, service.show(label)['repeat']} == {each['repeat'] for each in found}
+        if told:
+            expected = rrulestr(told, dtstart=starts[0])
+            assert [*itertools.islice(expected, len(starts))] == starts
+            assert 'COUNT' not in rule or len([*expected]) == len(starts)
+        else:
+            assert any(name in rule for name in ('BYHOUR', 'MONTHLY', 'YEARLY'))
+        service.delete(label)
+    cmres.close_store()
+
+
+def to_wall_of(moment):
+    return moment.astimezone(read_zone('Europe/Paris'))
+
+
+def test_each_part_of_a_series_tells_its_own_rule(service):
+    series(service, 'FREQ=WEEKLY;BYDAY=TU', count=6)
+    service.update('class', occurrence=date(2026, 12, 15), following=True, start=lesson(2) + hours(24))
+    assert [each['repeat'] for each in service.list('class')] == [
+        'FREQ=WEEKLY;BYDAY=TU;UNTIL=20261215T135959'] * 2 + ['FREQ=WEEKLY;BYDAY=WE;COUNT=6'] * 4
+    service.delete('class', occurrence=date(2026, 12, 30), following=True)
+    assert service.list('class')[2]['repeat'] == 'FREQ=WEEKLY;BYDAY=WE;UNTIL=20261230T135959'
+
+
+def test_a_series_that_no_rule_tells_is_still_a_series_on_the_page(world):
+    series(world.as_user(), 'FREQ=MONTHLY;BYDAY=1TU', count=4)
+    world.service.update('class', start=lesson(0) + hours(24))
+    assert world.service.show('class')['repeat'] == ''
+    assert form_of(as_visitor(world).get('/r/class?project=biology'), '/do/skip')
+
+
+def test_on_the_page_what_was_left_out_is_put_back(world):
+    visitor = as_visitor(world)
+    series(world.as_user(), count=4)
+    page = form_of(visitor.get('/r/class?project=biology&occurrence=2026-12-08'), '/do/skip').submit(status=303).follow()
+    assert world.service.list('class')[1]['state'] == 'cancelled'
+    page = visitor.get('/r/class?project=biology&occurrence=2026-12-08')
+    assert 'Put back' in page.text
+    assert "'class' has the occurrence again" in form_of(page, '/do/skip').submit(status=303).follow().html.text
+    assert world.service.list('class')[1]['state'] == 'reserved'
+
+
 def test_a_skipped_hour_is_free_for_others(world, service):
     series(service, vms=16, count=3)
     refused(lambda: world.service.find('demo', hours(2), after=lesson(1), before=lesson(1)), Invalid)
