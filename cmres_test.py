@@ -4710,7 +4710,7 @@ def test_what_needs_approval_comes_back_when_it_is_approved(world, service):
         assert answer['state'] == 'cancelled' and answer['change']['asked_by'] == 'eva'
     service.skip('class', occurrence=date(2026, 12, 22))
     book(service, 'full', WEEK + 1, WEEK + 2, vms=14, dry_run=True)
-    refused(lambda: book(service, 'full', WEEK + 1, WEEK + 2, vms=15), NoCapacity)
+    refused(lambda: book(service, 'full', WEEK + 1, WEEK + 2, vms=15, dry_run=True), NoCapacity)
     service.approve('class')
     assert [each['state'] for each in service.list('class')] == ['reserved'] * 3 + ['cancelled']
     assert service.check()['differences'] == 0
