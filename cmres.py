@@ -6642,7 +6642,7 @@ def chosen(parts: list[tuple], take: Callable, tries: Iterator, taken: list, fir
     if not refusals:  # those of its kind have used up all choices
         refusals = [NoCapacity('')]
         refusals[0].placed = len(taken)
-    raise max(refusals, key=lambda each: (isinstance(each, NoCapacity), each.placed))
+    raise max(reversed(refusals), key=lambda each: (isinstance(each, NoCapacity), each.placed))
 
 
 def kind_of(part: list[Wish]) -> tuple:
