@@ -642,6 +642,50 @@ def endless(rule: str) -> str:
     return re.sub('(^|;)(UNTIL|COUNT)=[^;]*', '', rule).strip(';')
 
 
+def rule_from(stretches: list[Stretch], key: str) -> str:
+    """The RRULE that the occurrences from a slot on follow as they are now; '' if none says it."""
+    stretch = next((each for each in reversed(stretches) if each.since <= key), stretches[0])
+    rule = shifted_rule(stretch) if stretch.rule and stretch.shift else stretch.rule
+    if not rule or not stretch.until:
+        return rule
+    last = datetime.fromisoformat(stretch.until) + timedelta(seconds=stretch.shift - 1)
+    return f'{endless(rule)};UNTIL={last:%Y%m%dT%H%M%S}'
+
+
+def shifted_rule(stretch: Stretch) -> str:
+    """The RRULE of occurrences that are all moved by as much; '' if there is none."""
+    parts, first = dict(part.split('=') for part in stretch.rule.split(';')), datetime.fromisoformat(stretch.start)
+    moved = first + timedelta(seconds=stretch.shift)
+    days = (moved.date() - first.date()).days
+    by = {name for name in parts if name.startswith('BY')}
+    if by & {'BYHOUR', 'BYMINUTE', 'BYSECOND'}:
+        return ''
+    if 'UNTIL' in parts:
+        parts['UNTIL'] = f"{read_until(parts['UNTIL']) + timedelta(seconds=stretch.shift):%Y%m%dT%H%M%S}"
+    if days and parts['FREQ'] in ('DAILY', 'WEEKLY') and by <= {'BYDAY'}:
+        if 'INTERVAL' in parts:  # which weeks count depends on the day on which they begin
+            parts['WKST'] = parts.get('WKST', 'MO')
+        parts |= {name: later_days(parts[name], days) for name in ('BYDAY', 'WKST') if name in parts}
+    elif days and (by or not 0 < min(first.day, moved.day) <= max(first.day, moved.day) <= 28
+                   or moved.day - first.day != days):  # months differ in length
+        return ''
+    return ';'.join(f'{name}={value}' for name, value in parts.items())
+
+
+def later_days(text: str, days: int) -> str:
+    """Weekdays that are so many days later."""
+    return ','.join(WEEKDAYS[(WEEKDAYS.index(day) + days) % 7] for day in text.split(','))
+
+
+def unskipped(stretch: Stretch, key: str) -> Stretch:
+    """A stretch that has the occurrence of a slot again; where all of its day was left out, the others stay so."""
+    day, skips = key[:10], [each for each in stretch.skips if each not in (key, key[:10])]
+    if day in stretch.skips:
+        every = itertools.takewhile(lambda wall: wall.isoformat()[:10] <= day, walls(stretch._replace(skips=())))
+        skips += [wall.isoformat() for wall in every if wall.isoformat()[:10] == day and wall.isoformat() != key]
+    return stretch._replace(skips=tuple(skips))
+
+
 def stored_stretches(stretches: Iterable[Stretch]) -> str:
     return json.dumps([stretch._asdict() for stretch in stretches], separators=(',', ':'))
 
@@ -1007,6 +1051,7 @@ WORDS = {
     'since': 'only what was planned from then on; without it, the last 30 days',
     'start': 'ISO 8601, now, or +2h from now; without an offset it is local time',
     'state': 'states, with commas between; without any, all that are not over',
+    'undo': 'have it again instead',
     'tz': 'zone of times without an offset, and the one whose clocks a series goes by',
     'until': 'an instant, or a length from the present end such as +2h; of a series, its last date',
     'url': 'the http(s) address of a calendar; it is kept as a secret',
@@ -1741,7 +1786,7 @@ class Limit(Table):
     """What a user, a project, or each project without a limit of its own may hold."""
     project = peewee.CharField()   # '' and no user: every project
     user = peewee.CharField()
-    resource = peewee.CharField()  # '' all of them together
+    resource = peewee.ForeignKeyField(Resource, index=False, null=True)  # NULL: all of them together
     most_vms = peewee.IntegerField(null=True)
     longest = peewee.IntegerField(null=True)       # seconds
     ahead = peewee.IntegerField(null=True)         # seconds
@@ -1839,7 +1884,7 @@ class Feed(Table):
     user = peewee.CharField()
     project = peewee.CharField()
     whole_project = peewee.BooleanField()
-    resource = peewee.CharField()
+    resource = peewee.ForeignKeyField(Resource, index=False, null=True)
     hash = peewee.CharField(unique=True)
     added = peewee.IntegerField()
     revoked = peewee.IntegerField(null=True)
@@ -1850,7 +1895,7 @@ class Subscription(Table):
     user = peewee.CharField()
     project = peewee.CharField()
     url = peewee.CharField()       # a secret
-    defaults = peewee.TextField()  # JSON: what its events don't say
+    defaults = peewee.TextField()  # JSON: what its events don't say; the resource by its id, 0 for none
     notify = peewee.TextField()    # JSON
     etag = peewee.CharField(default='')
     modified = peewee.CharField(default='')
@@ -1876,7 +1921,7 @@ class Event(Table):
     reservation = peewee.ForeignKeyField(Reservation, null=True)
     occurrence = peewee.IntegerField(null=True)  # of a series, the one that it is about
     project = peewee.CharField(default='')       # of what was refused, which is no reservation
-    resource = peewee.CharField(default='')
+    resource = peewee.ForeignKeyField(Resource, index=False, null=True)
 
 
 class Outbox(Table):
@@ -1934,7 +1979,8 @@ TABLES = [Resource, Reservation, Occurrence, Capacity, Proposal, ExtraHold, Limi
 #: which tell of today: each names its tables and columns.
 MIGRATIONS: list[Callable] = [
     lambda: add_tracks(), lambda: add_proposals(), lambda: add_up_told(), lambda: add_owners(),
-    lambda: trust_names(), lambda: add_sessions(), lambda: add_ends_of_calls()]
+    lambda: trust_names(), lambda: add_sessions(), lambda: add_ends_of_calls(),
+    lambda: keep_resource_ids()]
 
 
 def open_store(path: str, key: str = '') -> None:
@@ -2477,6 +2523,22 @@ def add_ends_of_calls() -> None:
         '(SELECT 1 FROM occurrence WHERE reservation_id = reservation.id AND cancelled IS NULL)')
 
 
+def keep_resource_ids() -> None:
+    """Version 9: what is kept for a resource is found by its id, which a new name doesn't change."""
+    same_name = 'SELECT id FROM resource WHERE name = {} ORDER BY removed IS NOT NULL, id DESC LIMIT 1'
+    for table in ('limits', 'feed', 'event'):
+        run(f'ALTER TABLE {table} ADD COLUMN resource_id INTEGER REFERENCES resource (id)')
+        run(f"UPDATE {table} SET resource_id = ({same_name.format('resource')}) WHERE resource <> ''")
+    # What was kept for a name that no resource has any more was in force nowhere.
+    run("DELETE FROM limits WHERE resource <> '' AND resource_id IS NULL")
+    run("UPDATE feed SET revoked = added WHERE resource <> '' AND resource_id IS NULL AND revoked IS NULL")
+    for table in ('limits', 'feed', 'event'):
+        run(f'ALTER TABLE {table} DROP COLUMN resource')
+    told = "json_extract(defaults, '$.resource')"
+    run(f"UPDATE subscription SET defaults = json_set(defaults, '$.resource', "
+        f"coalesce(({same_name.format(told)}), 0))")
+
+
 # What goes wrong with the store. SQLite's first error is what the user is told, with what helps.
 
 STORE_ERRORS = (peewee.DatabaseError, sqlite3.Error)
@@ -2660,16 +2722,16 @@ def change_text(model, names: tuple) -> str:
 
 def journal(config: Config, at: float, actor: str, code: str, sentence: str, reservation: int | None = None,
             notify: Iterable[str] | None = (), occurrence: int | None = None,
-            **refused: str) -> None:
+            **refused) -> None:
     """Appends an event, and the notices of it; inside the transaction of what it tells.
 
     Args:
       notify: who hears of it beside the operator's webhook; None: nobody, it is only logged
       occurrence: the one that it is about; without one, all that are not over
-      refused: project and resource of what is no reservation
+      refused: project, and id of the resource, of what is no reservation
     """
     about = {'reservation': reservation, 'occurrence': occurrence, 'project': '',
-             'resource': ''} | refused
+             'resource': None} | refused
     event = insert(Event, at=at, actor=actor, code=code, sentence=sentence, **about)
     if reservation and (occurrence is None or occurrence > 0):
         which, id = ('id', occurrence) if occurrence else ('due IS NOT NULL AND reservation_id', reservation)
@@ -2741,7 +2803,8 @@ LISTING = '''
          (r.image <> '' OR r.server <> '') AS runs,
          clock.now, o.told, o.held_from, o.held_until, o.resource_id, r.over, o.due, o.slot, o.altered, o.revision,
          o.revised, r.waiting, r.priority, r.confirm, r.pending, r.on_conflict, r.booked_until, r.subscription,
-         r.series <> '' AS repeats, r.request, r.host, r.choices, r.trusted,
+         r.series <> '' AS repeats, iif(r.repeat <> '', r.series, '') AS series, r.request, r.host,
+         r.choices, r.trusted,
          (SELECT p.shown FROM proposal p WHERE p.reservation_id = r.id AND (p.occurrence = o.id OR NOT p.alone)
            ORDER BY p.id DESC LIMIT 1) AS change
     FROM (SELECT CAST(? AS INTEGER) AS now) clock, occurrence o
@@ -2785,7 +2848,9 @@ def listing(now: float, where: str = '1', values: tuple = (), state: str = '1', 
 #       where the level doesn't change after all; releasing is holding the negative amount.
 #
 # There is one such function of the three figures, and one of each other resource class of Placement
-# that is counted, such as CUSTOM_GPU: a track each, and (1) to (3) are said of every track.
+# that is counted, such as CUSTOM_GPU: a track each, and (1) to (3) are said of every track. A
+# maintenance holds one of the track CLOSED, of which no resource has any: so nothing is admitted in
+# it, also where a resource has no figure that could be used up.
 #
 # Cost: a few index look-ups and one row per change of level inside the window, whatever the number
 # of reservations. `check` derives the same function from the occurrences and compares.
@@ -2815,7 +2880,7 @@ class Amount(NamedTuple):
 
     def most(self, name: str) -> int | None:
         """Of a capacity, the figure of a class; what isn't told is unlimited, but each host is there once."""
-        known = dict(self.classes)
+        known = {CLOSED: 0} | dict(self.classes)
         return known.get(name, 1 if name.startswith(HOST) else known.get(OTHERS))
 
     def beyond(self, other):
@@ -2825,7 +2890,7 @@ class Amount(NamedTuple):
 
     @property
     def names(self) -> list[str]:
-        return [name for name, _ in self.classes if name != OTHERS]
+        return [name for name, _ in self.classes if name not in (OTHERS, CLOSED)]
 
     @property
     def tracks(self) -> Iterator[tuple[str, tuple]]:
@@ -2840,6 +2905,7 @@ class Amount(NamedTuple):
 FIGURES = Amount._fields[:3]
 NOTHING = Amount()
 OTHERS = '*'    # of a capacity, all classes that are not told
+CLOSED = '!'    # the track in which a maintenance holds one
 HOST = 'host:'  # begins the class of a host that is reserved by its name
 
 
@@ -2925,9 +2991,11 @@ def level_of(resource: int, track: str, at: float) -> tuple[int, int, int]:
 
 
 def peak(resource: int, begin: float, until: float, classes: Iterable[str] = ()) -> Amount:
-    """(2), each figure on its own."""
-    return Amount(*peak_of(resource, '', begin, until),
-                  tuple((name, peak_of(resource, name, begin, until)[0]) for name in classes))
+    """(2), each figure on its own; with CLOSED, where a resource is closed."""
+    closed = peak_of(resource, CLOSED, begin, until)[0]
+    return Amount(*peak_of(resource, '', begin, until), (
+        *(((CLOSED, closed),) if closed else ()),
+        *((name, peak_of(resource, name, begin, until)[0]) for name in classes)))
 
 
 def peak_of(resource: int, track: str, begin: float, until: float) -> tuple[int, ...]:
@@ -2997,8 +3065,8 @@ def take(pieces: list[Hold], now: float, given: list[Hold] = ()) -> None:
 
 
 def steps(resource: int, begin: float, until: float, classes: Iterable[str] = ()) -> Iterator[tuple[float, Amount]]:
-    """The step function in a window: (instant, level from then on), the first at its beginning."""
-    tracks = ['', *classes]
+    """The step function in a window: (instant, level from then on), the first at its beginning; with CLOSED."""
+    tracks = ['', CLOSED, *classes]
     levels = {track: level_of(resource, track, begin) for track in tracks}
     marks = ', '.join('?' * len(tracks))
     changes = run(f'SELECT at, track, vms, vcpus, ram FROM step WHERE resource_id = ? AND track IN ({marks}) '
@@ -3037,7 +3105,8 @@ def peaks_of(resource: int, track: str, begin: int, width: int, number: int) -> 
 def free_windows(resource, amount: Amount, after: float, before: float) -> Iterator[tuple[float, float]]:
     """The longest windows [begin, until) within [after, before) in which an amount fits, earliest first."""
     most = capacity(resource)
-    found = free_of(resource.id, '', amount[:3], most[:3], after, before)
+    found = overlaps(free_of(resource.id, '', amount[:3], most[:3], after, before),
+                     free_of(resource.id, CLOSED, (0,), (0,), after, before))
     for name, need in amount.classes:
         found = overlaps(found, free_of(resource.id, name, (need,), (most.most(name),), after, before))
     return found
@@ -4925,6 +4994,31 @@ def restored_wish(text: str) -> Wish:
                             'stretches': stretches})
 
 
+def with_vms(wish: Wish, vms: int) -> Wish:
+    return wish._replace(vms=vms, stretches=[stretch._replace(vms=vms) for stretch in wish.stretches])
+
+
+class Lack(NamedTuple):
+    """The figure of a resource of which a wish finds too little in its window."""
+    figure: str
+    need: int
+    limit: int     # as always
+    used: int      # at most, changes of capacity included
+    changes: list  # rows of those
+    less: int      # what they take away, or give where it is less than nothing
+
+    @property
+    def alone(self) -> bool:
+        """Whether it would be too little also if nothing were reserved."""
+        return self.need > self.limit - self.less
+
+
+def changed_most(changes: list[tuple], begin: int) -> int:
+    """The most that changes of capacity take away together at one time from an instant on."""
+    starts = {max(each.start, begin) for each, _ in changes}
+    return max((sum(less for each, less in changes if each.start <= at < each.end) for at in starts), default=0)
+
+
 class Request(NamedTuple):
     """What somebody asks for under one label: its parts, each as the wishes of which the first that fits will do."""
     label: str
@@ -4975,6 +5069,8 @@ def for_each_part(method):
 
 #: Whom Nova's scheduler lets boot on a resource: who has reserved, or others as well while it is free.
 MODES = ('exclusive', 'shared')
+#: The lengths of a resource that count only where Nova's scheduler asks cmres.
+ASKED_BY_NOVA = ('hold', 'no_show')
 #: What can become of machines at the end of their window.
 ENDS = ('delete', 'stop', 'shelve', 'snapshot')
 #: What was announced of an occurrence: a bit each.
@@ -4990,6 +5086,7 @@ OWN = frozenset(('resource', 'start', 'end', 'vms'))
 #: What needs more or less capacity, or other one, when it changes.
 SHAPE = OWN | {'repeat', 'until', 'count', 'skip_dates', 'holidays', 'flavor', 'image', 'host', 'lead', 'on_conflict',
                'at_end', 'calendar'}
+BACK = 'put back'  # the code of a proposal to have an occurrence again that was left out
 #: What makes a series.
 REPEATING = frozenset(('repeat', 'until', 'count', 'skip_dates', 'holidays'))
 JSON = frozenset(('security_groups', 'metadata', 'notify', 'addresses', 'hosts', 'classes', 'named',
@@ -4999,8 +5096,8 @@ OVER = ('ended', 'cancelled', 'failed')
 PLACE = ('cell', 'cloud', 'region', 'aggregate')
 HIDDEN = frozenset(('now', 'resource_id', 'held_from', 'held_until', 'over', 'due', 'reservation', 'user_data',
                     'existing', 'ever', 'runs', 'told', 'slot', 'altered', 'revision', 'revised', 'on_conflict',
-                    'booked_until', 'subscription', 'repeats', 'waiting', 'confirm', 'pending', 'priority', 'choices',
-                    'named', 'trusted'))
+                    'booked_until', 'subscription', 'repeats', 'series', 'waiting', 'confirm', 'pending',
+                    'priority', 'choices', 'named', 'trusted'))
 #: Of a reservation, the occurrence that is now or comes next: no other that is not over comes before it.
 NEXT_OF_ITS = """NOT EXISTS (SELECT 1 FROM occurrence c
                               WHERE c.reservation_id = o.reservation_id AND c.cancelled IS NULL
@@ -5008,7 +5105,10 @@ NEXT_OF_ITS = """NOT EXISTS (SELECT 1 FROM occurrence c
 #: Its occurrences in the order in which people mean them: the present or next, those after it, at last those before.
 NEXT_FIRST = 'cancelled IS NOT NULL OR "end" <= now, iif(cancelled IS NULL AND "end" > now, start, -start), id'
 NOT_OVER = 'o.cancelled IS NULL AND o."end" > clock.now'
-MOST_TRIES = 500  # of ways to spread the parts of a request over resources
+MOST_TRIES = 500  # of other ways to spread the parts of a request over resources, where the first is none
+#: What may be offered instead of what is refused, and the field that it changes.
+OFFERS = {'next_start': 'start', 'most_vms': 'vms', 'longest': 'end'}
+MOST_OFFERS = 20  # starts that are tried for one of them
 PATIENCE = 60  # seconds that a start may lie in the past: slow clocks, slow networks
 
 
@@ -5031,6 +5131,8 @@ def public(found) -> dict:
     for name, value in shown.items():
         if name == 'personal':
             shown[name] = bool(value)
+        elif name == 'repeat' and value and (stretches := read_stretches(getattr(found, 'series', ''))):
+            shown[name] = rule_from(stretches, found.slot)
         elif name == 'change':
             shown[name] = from_plain(json.loads(value or 'null'))
         elif name in INSTANTS:
@@ -5044,7 +5146,7 @@ def public(found) -> dict:
 
 def in_figures(amount: Amount) -> dict:
     """An amount with the names of its figures."""
-    return dict(zip(FIGURES, amount)) | {name: each for name, each in amount.classes if name != OTHERS}
+    return dict(zip(FIGURES, amount)) | {name: each for name, each in amount.classes if name not in (OTHERS, CLOSED)}
 
 
 def added_host(whole: Amount, name: str) -> Amount:
@@ -5297,6 +5399,10 @@ class Service:
             names = [each.name for each in self.places()]
             raise NotFound(f"there is no resource '{name}'{nearest(name, names)}")
         return found
+
+    def id_of(self, name: str) -> int | None:
+        """The id of the resource of a name, under which things are kept for it; None of no name."""
+        return self.resource_row(name).id if name else None
 
     def places(self, *place: str) -> list:
         """Resources by cell, cloud, region and aggregate, as far as these are given."""
@@ -5622,6 +5728,18 @@ class Wishes(Service):
             raise Unavailable(f'the calendar could not be fetched: the answer was {status}')
         return body.decode('utf8', 'surrogateescape')
 
+    def as_now(self, wish: Wish) -> Wish:
+        """A wish with the row of its resource as it is in this transaction.
+
+        Raises:
+          Conflict: it was removed since it was read, or what the cloud told for it is out of date.
+        """
+        before = wish.resource
+        place = row('SELECT * FROM resource WHERE id = ? AND removed IS NULL', before.id)
+        if not place or place.cloud != before.cloud or wish.host and place.named != before.named:
+            raise Conflict(f"the resource '{before.name}' was changed or removed meanwhile; ask again")
+        return wish._replace(resource=place)
+
     @contextmanager
     def recording_refusal(self, wish: Wish, dry_run: bool) -> Iterator[None]:
         """Writes down that a request was refused for want of capacity or by a limit.
@@ -5635,54 +5753,104 @@ class Wishes(Service):
                 with transaction():
                     sentence = f"'{wish.label}' of {wish.user}: {refusal}"
                     journal(self.config, self.clock(), wish.user, 'refused', sentence, None,
-                            project=wish.project, resource=wish.resource.name)
+                            project=wish.project, resource=wish.resource.id)
             raise
 
     @contextmanager
-    def explaining(self, wish: Wish, old=None) -> Iterator[None]:
-        """Makes of a bare NoCapacity one that says what is in the way and what would fit."""
+    def explaining(self, wish: Wish, old=None, deed: Callable[[Wish, str], Any] | None = None) -> Iterator[None]:
+        """Makes of a bare NoCapacity one that says what is in the way, and what would be done instead.
+
+        Args:
+          old: the occurrence that was to change
+          deed: does what was asked with another wish, of which one field is otherwise; without it, nothing is offered
+        """
         try:
             yield
-        except NoCapacity as bare:
-            if str(bare):  # a series tells by itself
-                raise
-            wish = getattr(bare, 'wish', wish)
-            with transaction(keep=False) if old else nullcontext():
-                if old:  # it is not in its own way
-                    release(old.resource_id, old.held_from, old.held_until, amount_of(old))
-                wish = wish._replace(resource=self.resource_row(wish.resource.name))
-                raise NoCapacity(self.why_not(wish), **self.in_the_way(wish, old), **self.would_fit(wish)) from None
+        except NoCapacity as refusal:
+            with transaction(keep=False):
+                wish = self.as_now(getattr(refusal, 'wish', wish))
+                why, more, offers = self.explained(refusal, wish, old)
+                raise NoCapacity(why, **refusal.details, **more, **(self.tested(deed, offers) if deed else {})) from None
 
-    def why_not(self, wish: Wish) -> str:
-        """The sentence that says which figure of a resource is lacking, when, and how much of it there is."""
-        begin, until = wish.held
+    def explained(self, refusal: NoCapacity, wish: Wish, old) -> tuple[str, dict, dict]:
+        """The sentence of a refusal, what is in the way, and of each offer those that may be, the best first."""
+        if wish.stretches:  # a series tells by itself
+            fitting = getattr(refusal, 'most_vms', 0)
+            return str(refusal), {}, {'most_vms': [(fitting, with_vms(wish, fitting))] if fitting and not old else []}
+        with transaction(keep=False):
+            if old:  # it is not in its own way
+                give([hold_of(old)])
+            lack = self.lack(wish)
+            more = {} if str(refusal) else self.in_the_way(wish, lack, old.reservation if old else 0)
+            return str(refusal) or self.why_not(wish, lack), more, {
+                'next_start': [*itertools.islice(self.later(wish, getattr(refusal, 'others', ())), MOST_OFFERS)],
+                'most_vms': [*self.fewer(wish, lack, old)], 'longest': [*self.shorter(wish, old)]}
+
+    def tested(self, deed: Callable[[Wish, str], Any], offers: dict[str, list]) -> dict:
+        """Of each offer the first that would be admitted: nothing is offered that was not decided as a request is."""
+        return {name: found for name, candidates in offers.items()
+                for found in itertools.islice((offer for offer, wish in candidates
+                                               if self.would_do(deed, wish, OFFERS[name])), 1)}
+
+    def would_do(self, deed: Callable[[Wish, str], Any], wish: Wish, field: str) -> bool:
+        try:
+            with transaction(keep=False):
+                deed(wish, field)
+                return True
+        except Error:
+            return False
+
+    def to_come(self, wish: Wish) -> tuple[int, int]:
+        """The window that a wish holds, as far as it is not past."""
+        return max(wish.held[0], int(self.clock())), wish.held[1]
+
+    def lack(self, wish: Wish) -> Lack | None:
+        """What of its resource a wish finds too little of in its window; None if that has enough."""
+        begin, until = self.to_come(wish)
         amount, limits = wish.amount, capacity(wish.resource)
-        held = peak(wish.resource.id, max(begin, int(self.clock())), until, amount.names)
-        most, used, needs = in_figures(limits), in_figures(held), in_figures(amount)
-        most |= {name: limits.most(name) for name in amount.names}
-        lacking = [name for name, need in needs.items()
-                   if most[name] is not None and used.get(name, 0) + need > most[name]]
-        if not lacking:  # somebody has just given something back
-            return f"'{wish.resource.name}' was full a moment ago; try again"
-        figure = min(lacking, key=lambda name: (not name.startswith(HOST), needs[name] <= most[name]))
-        limit, need, zone = most[figure], needs[figure], self.config.zone
-        unit = 'MiB of ram' if figure == 'ram' else figure
-        if figure.startswith(HOST):
-            return (f"the host '{wish.host}' is reserved already between {format_time(instant(begin), zone)} "
-                    f'and {format_time(instant(until), zone)}')
-        if need > limit:
-            return f"'{wish.resource.name}' holds at most {limit} {unit}; {need} are asked for"
-        return (f"'{wish.resource.name}' has {max(limit - used.get(figure, 0), 0)} of {limit} {unit} free from "
-                f'{format_time(instant(begin), zone)} to {format_time(instant(until), zone)}; {need} are asked for')
+        held = peak(wish.resource.id, begin, until, amount.names)
+        used, needs = dict(held.classes) | in_figures(held), in_figures(amount)
+        lacking = {name: (limit, need) for name, need in needs.items()
+                   for limit in [limits.most(name) if name not in FIGURES else getattr(limits, name)]
+                   if limit is not None and used.get(name, 0) + need > limit}
+        if CLOSED in used:
+            lacking = {CLOSED: (0, 1)}
+        if not lacking:
+            return None
+        figure = min(lacking, key=lambda name: (not name.startswith(HOST), lacking[name][0] >= lacking[name][1]))
+        changes = self.changes_of(wish.resource.id, begin, until, figure)
+        return Lack(figure, lacking[figure][1], lacking[figure][0], used[figure], [each for each, _ in changes],
+                    changed_most(changes, begin))
 
-    def in_the_way(self, wish: Wish, old) -> dict:
-        """At most ten of the occurrences that hold something in the window; of others' only how much and when."""
-        begin, until = wish.held
-        found = self.search([('o.resource_id = ?', wish.resource.id), ('o.due IS NOT NULL', None),
-                             ('o.held_from < ?', until), ('o.held_until > ?', max(begin, int(self.clock()))),
-                             ('o.id <> ?', old.id if old else 0)],
-                            limit=10, tail='ORDER BY held_from DESC, id DESC')[::-1]
-        return {'in_the_way': [self.in_brief_for_actor(each) for each in found]}
+    def changes_of(self, resource: int, begin: int, until: int, figure: str) -> list[tuple]:
+        """The changes of the capacity of a figure in a window, each with what it takes away of it."""
+        found = rows('SELECT * FROM capacity WHERE resource_id = ? AND removed IS NULL AND start < ? AND "end" > ? '
+                     'ORDER BY start', resource, until, begin)
+        held = [(each, amount_of(each, 'held_')) for each in found]
+        takes = [(each, (dict(amount.classes) | in_figures(amount)).get(figure, 0)) for each, amount in held]
+        return [(each, less) for each, less in takes if less]
+
+    def why_not(self, wish: Wish, lack: Lack | None) -> str:
+        """The sentence that says which figure of a resource is lacking, when, and how much of it there is."""
+        name, zone = wish.resource.name, self.config.zone
+        if not lack:  # somebody has just given something back
+            return f"'{name}' was full a moment ago; try again"
+        start, end = (format_time(instant(at), zone) for at in wish.held)
+        figure, changes = lack.figure, lack.changes
+        unit = 'MiB of ram' if figure == 'ram' else figure
+        if changes and lack.alone:
+            first, last = (format_time(instant(at), zone) for at in (changes[0].start, max(c.end for c in changes)))
+            reasons = ', '.join(dict.fromkeys(each.reason for each in changes))
+            if figure == CLOSED:
+                return f"'{name}' is closed from {first} to {last}: {reasons}"
+            return (f"'{name}' has only {max(lack.limit - lack.less, 0)} of {lack.limit} {unit} from {first} to {last} "
+                    f'({reasons}); {lack.need} are asked for')
+        if figure.startswith(HOST):
+            return f"the host '{wish.host}' is reserved already between {start} and {end}"
+        if lack.alone:
+            return f"'{name}' holds at most {lack.limit - lack.less} {unit}; {lack.need} are asked for"
+        return (f"'{name}' has {max(lack.limit - lack.used, 0)} of {lack.limit} {unit} free from {start} to {end}; "
+                f'{lack.need} are asked for')
 
     def in_brief_for_actor(self, found) -> dict:
         """When an occurrence holds how much; whose it is, only for those who may see it."""
@@ -5690,35 +5858,81 @@ class Wishes(Service):
         fields = ('label', 'user', 'project', 'vms', 'start', 'end')[0 if seen else 3:]
         return {name: value for name, value in public(found).items() if name in fields}
 
-    def would_fit(self, wish: Wish) -> dict:
-        """What could be had instead: the next start, the most machines, the longest duration; each that there is."""
-        begin, until = max(wish.held[0], int(self.clock())), wish.held[1]
-        need = until - wish.held[0]
-        place, amount, offers = wish.resource, wish.amount, {}
-        for first, last in free_windows(place, amount, begin, LAST.timestamp()):
-            if first == begin and last > wish.start:
-                offers['longest'] = format_duration(last - wish.start)
-            if last - first >= need:
-                offers['next_start'] = instant(int(first) + wish.lead)
-                break
-        most, used = capacity(place), peak(place.id, begin, until, amount.names)
+    def in_the_way(self, wish: Wish, lack: Lack | None, own: int) -> dict:
+        """At most ten of what takes the figure that is lacking; of others' reservations only how much and when.
+
+        Args:
+          own: the reservation that was to change, which is not in its own way
+        """
+        changes = [{'reason': each.reason, 'start': instant(each.start), 'end': instant(each.end)}
+                   for each in (lack.changes if lack else ())]
+        if not lack or lack.alone:  # it would not fit either if nobody had reserved anything
+            return {'in_the_way': changes[:10]}
+        begin, until = self.to_come(wish)
+        where, values = (f'{lack.figure} > 0', ()) if lack.figure in FIGURES else (
+            'classes LIKE ?', (f'%"{lack.figure}"%',))
+        found = rows(f"""
+            SELECT r.label, r.user, r.project, h.vms, h.start, h.until FROM (
+              SELECT reservation_id, vms, start, "end" AS until FROM occurrence WHERE resource_id = ? AND due IS NOT NULL
+                 AND held_from < ? AND held_until > ? AND held_until > held_from AND {where} UNION ALL
+              SELECT reservation_id, vms, held_from, held_until FROM extra_hold WHERE resource_id = ?
+                 AND held_from < ? AND held_until > ? AND {where}) h JOIN reservation r ON r.id = h.reservation_id
+             WHERE r.id <> ? ORDER BY h.start DESC, r.id DESC LIMIT 10""",
+            *(wish.resource.id, until, begin, *values) * 2, own)
+        return {'in_the_way': changes + [self.seen_in_the_way(each) for each in found[::-1]]}
+
+    def seen_in_the_way(self, found) -> dict:
+        """What the actor may see of what holds something; without an end, where stopped VMs stay."""
+        whose = {'label': found.label, 'user': found.user, 'project': found.project}
+        mine = self.actor.role == ADMIN or found.project == self.actor.project
+        end = None if found.until >= LAST.timestamp() else instant(found.until)
+        return (whose if mine else {}) | {'vms': found.vms, 'start': instant(found.start), 'end': end}
+
+    def later(self, wish: Wish, others: Iterable[int]) -> Iterator[tuple[datetime, Wish]]:
+        """The same at a later start: where there is room, and there when something ends that may have stood in the way.
+
+        Args:
+          others: ids of the resources where the other parts of its request could be
+        """
+        begin, need = max(wish.held[0], int(self.clock())), wish.held[1] - wish.held[0]
+        ends = self.ends_after(wish, begin, others)
+        for first, last in free_windows(wish.resource, wish.amount, begin, LAST.timestamp()):
+            inside = [at for at in ends if first < at <= last - need]
+            for at in [int(first), *inside] if last - first >= need else ():
+                start = at + wish.lead
+                yield instant(start), wish._replace(start=start, end=start + wish.end - wish.start)
+
+    def ends_after(self, wish: Wish, begin: int, others: Iterable[int]) -> list[int]:
+        """When things end that count against the same limits, that wait, or that are on some resources."""
+        if not (others or row('SELECT id FROM limits LIMIT 1') or row(ANY_WAITING)):
+            return []
+        return [at for at, in run(
+            'SELECT DISTINCT o."end" FROM occurrence o JOIN reservation r ON r.id = o.reservation_id '
+            'WHERE o.due IS NOT NULL AND o."end" > ? AND (r.project = ? OR r.user = ? OR r.waiting IS NOT NULL '
+            'OR o.resource_id IN (SELECT value FROM json_each(?))) ORDER BY 1 LIMIT ?',
+            begin, wish.project, wish.user, json.dumps([*others]), 10 * MOST_OFFERS)]
+
+    def fewer(self, wish: Wish, lack: Lack | None, old) -> Iterator[tuple[int, Wish]]:
+        """As many VMs as there is room for in that window."""
+        begin, until = self.to_come(wish)
+        most, used = capacity(wish.resource), peak(wish.resource.id, begin, until, wish.amount.names)
         left = {name: most.most(name) - held for name, held in used.classes if most.most(name) is not None} | {
                 name: limit - held for name, limit, held in zip(FIGURES, most, used) if limit is not None}
         rooms = [left[name] // need for name, need in in_figures(wish.each).items() if need and name in left]
-        if rooms and not wish.whole and 0 < min(rooms) < wish.vms:
-            offers['most_vms'] = min(rooms)
-        return {name: offer for name, offer in offers.items() if self.holds_true(wish, name, offer)}
+        # Who asks for more than there ever is must ask for something else, however much is free.
+        offered = rooms and lack and not wish.whole and not (lack.alone and lack.used > lack.less)
+        if offered and (old.vms if old else 0) < min(rooms) < wish.vms:
+            yield min(rooms), with_vms(wish, min(rooms))
 
-    def holds_true(self, wish: Wish, name: str, offer) -> bool:
-        """Whether an offer would be admitted: nothing is offered that wasn't checked by THE RULE."""
-        if name == 'next_start':
-            start = int(offer.timestamp())
-            wish = wish._replace(start=start, end=start + wish.end - wish.start)
-        elif name == 'longest':
-            wish = wish._replace(end=wish.start + int(parse_duration(offer).total_seconds()))
-        else:
-            wish = wish._replace(vms=offer)
-        return fits(wish.resource, *wish.held, wish.amount)
+    def shorter(self, wish: Wish, old) -> Iterator[tuple[str, Wish]]:
+        """The same from that start, for as long as there is room, if that is longer than what it has already."""
+        begin, _ = self.to_come(wish)
+        first, last = next(free_windows(wish.resource, wish.amount, begin, wish.end), (None, 0))
+        length, before = int(last) - wish.start, old.end - old.start if old else 0
+        if first == begin and before < length < wish.end - wish.start:
+            text = format_duration(length)
+            _, end = self.resolve(instant(wish.start), parse_duration(text))  # days are by the clocks
+            yield text, wish._replace(end=end)
 
 
 # Limits ######################################################################
@@ -5732,11 +5946,11 @@ class Others:
     The store has the old of those that are not written yet; here each is what it keeps, then what it gets.
     """
 
-    def __init__(self, reservation: int, names: dict[int, str], now: float):
-        self.reservation, self.names, self.now = reservation, names, int(now)  # names of resources, by id
+    def __init__(self, reservation: int, now: float):
+        self.reservation, self.now = reservation, int(now)
         self.holds: dict[str, list[tuple[Hold, int]]] = {}  # by slot: with the start, from which on hours count
         self.days: dict[int, set[str]] = defaultdict(set)   # the slots that hold something on a day since 1970
-        self.seconds: dict[str, int] = defaultdict(int)     # to come, of vcpus; by resource, '' of all
+        self.seconds: dict[int | None, int] = defaultdict(int)  # to come, of vcpus; by resource, None of all
 
     def put(self, slot: str, holds: Iterable[Hold], start: int) -> None:
         """What an occurrence holds from now on."""
@@ -5747,16 +5961,19 @@ class Others:
     def count(self, slot: str, sign: int) -> None:
         for each, start in self.holds.get(slot, ()):
             seconds = sign * each.amount.vcpus * max(each.until - max(each.begin, start, self.now), 0)
-            for name in ('', self.names.get(each.resource)):
-                self.seconds[name] += seconds
+            for resource in (None, each.resource):
+                self.seconds[resource] += seconds
             for day in range(each.begin // 86400, each.until // 86400 + 1):
                 (self.days[day].add if sign > 0 else self.days[day].discard)(slot)
 
-    def holding(self, resource: str, begin: int, until: int) -> list[tuple[int, int, int]]:
+    def holding(self, resource: int | None, begin: int, until: int) -> list[tuple[int, int, int]]:
         """The holds on a resource, or on any, that overlap a window: when, and of how many VMs."""
         slots = set().union(*(self.days.get(day, ()) for day in range(begin // 86400, until // 86400 + 1)))
         return [(each.begin, each.until, each.amount.vms) for slot in slots for each, _ in self.holds[slot]
-                if each.begin < until and each.until > begin and resource in ('', self.names.get(each.resource))]
+                if each.begin < until and each.until > begin and resource in (None, each.resource)]
+
+
+LIMITS = '''SELECT l.*, coalesce(s.name, '') AS resource FROM limits l LEFT JOIN resource s ON s.id = l.resource_id'''
 
 
 class Limits(Wishes):
@@ -5781,12 +5998,10 @@ class Limits(Wishes):
         seconds = {name: int(each.total_seconds()) if isinstance(each, timedelta) else each
                    for name, each in figures.items()}
         with self.writing(dry_run) as now:
-            if resource:
-                self.resource_row(resource)
-            id = insert(Limit, project=project, user=user, resource=resource, **seconds, added=int(now),
+            id = insert(Limit, project=project, user=user, resource=self.id_of(resource), **seconds, added=int(now),
                         exempt=int((exempt or timedelta(0)).total_seconds()))
             self.journal(now, 'limit', f"limited {user or project or 'every project'}")
-            return self.limit_public(row('SELECT * FROM limits WHERE id = ?', id))
+            return self.limit_public(row(f'{LIMITS} WHERE l.id = ?', id))
 
     @api('GET', '/limit/')
     def limit_list(self) -> Rows:
@@ -5795,7 +6010,7 @@ class Limits(Wishes):
         Example:
           python cmres.py limit list
         """
-        found = rows('SELECT * FROM limits ORDER BY id')
+        found = rows(f'{LIMITS} ORDER BY l.id')
         return [self.limit_public(each) for each in found if self.actor.role == ADMIN
                 or each.project in ('', self.actor.project) and each.user in ('', self.actor.user)]
 
@@ -5807,7 +6022,7 @@ class Limits(Wishes):
           python cmres.py limit delete 1
         """
         with self.writing(dry_run) as now:
-            found = row('SELECT * FROM limits WHERE id = ?', id)
+            found = row(f'{LIMITS} WHERE l.id = ?', id)
             if not found:
                 raise NotFound(f'there is no limit {id}')
             run('DELETE FROM limits WHERE id = ?', id)
@@ -5822,11 +6037,11 @@ class Limits(Wishes):
 
     def limits_for(self, wish: Wish) -> list:
         """The limits that a wish is under: of its user, of its project, and of every project if that has none."""
-        found = [each for each in rows('SELECT * FROM limits WHERE user IN (?, ?) AND project IN (?, ?) '
-                                       'AND resource IN (?, ?)',
-                                       '', wish.user, '', wish.project, '', wish.resource.name)]
-        own = {each.resource for each in found if each.project and not each.user}
-        return [each for each in found if each.user or each.project or each.resource not in own]
+        found = rows('SELECT * FROM limits WHERE user IN (?, ?) AND project IN (?, ?) '
+                     'AND (resource_id IS NULL OR resource_id = ?)',
+                     '', wish.user, '', wish.project, wish.resource.id)
+        own = {each.resource_id for each in found if each.project and not each.user}
+        return [each for each in found if each.user or each.project or each.resource_id not in own]
 
     def refuse_beyond(self, wish: Wish, now: float, old=None, others: Others | None = None) -> None:
         """Refuses what goes beyond a limit; inside the transaction that would admit it.
@@ -5848,7 +6063,7 @@ class Limits(Wishes):
     def beyond(self, limit, wish: Wish, now: float, old, others: Others | None) -> Iterator[tuple]:
         """For each figure of a limit: its name, its value, whether a wish is within it, and what would be."""
         length, before = wish.end - wish.start, old.end - old.start if old else 0
-        stays = old and (not limit.resource or old.resource_id == wish.resource.id)
+        stays = old and (not limit.resource_id or old.resource_id == wish.resource.id)
         less = stays and old.start <= wish.start and wish.end <= old.end and wish.vms <= old.vms
         yield 'longest', limit.longest, length <= max(limit.longest or 0, before), in_words_of(limit.longest)
         moved = not old or wish.start != old.start
@@ -5871,7 +6086,7 @@ class Limits(Wishes):
         who = ('r.user = ?', wish.user) if limit.user else ('r.project = ?', wish.project)
         conditions = [who, *([('r.project = ?', limit.project)] if limit.user and limit.project else []),
                       ('r.id <> ?', others.reservation if others else 0),
-                      *([('s.name = ?', limit.resource)] if limit.resource else [])]
+                      *([('s.id = ?', limit.resource_id)] if limit.resource_id else [])]
         return ' AND '.join(text for text, _ in conditions), tuple(value for _, value in conditions)
 
     def most_at_once(self, limit, wish: Wish, old, others: Others | None) -> int:
@@ -5884,14 +6099,14 @@ class Limits(Wishes):
                     'AND x.held_until > ? AND (x.proposal_id IS NOT NULL OR r.id <> ?)',
                     *values, old.id if old else 0, until, begin, *values, until, begin,
                     old.reservation if old and not others else 0).fetchall()
-        found += others.holding(limit.resource, begin, until) if others else []
+        found += others.holding(limit.resource_id, begin, until) if others else []
         changes = [change for first, last, vms in found for change in ((max(first, begin), 1, vms), (last, 0, -vms))]
         return max(itertools.accumulate((vms for _, _, vms in sorted(changes)), initial=0))
 
     def future_hours(self, limit, wish: Wish, now: float, old, others: Others | None) -> float:
         """The vcpu-hours that the limited have reserved from now on."""
         where, values = self.counted(limit, wish, old, others)
-        own = others.seconds[limit.resource] if others else 0
+        own = others.seconds[limit.resource_id] if others else 0
         return (own + run(
             f'SELECT coalesce(sum(o.vcpus * (o."end" - max(o.start, ?))), 0) {FROM_ALL} WHERE {where} AND '
             'o.due IS NOT NULL AND o.held_until > o.held_from AND o.id <> ? AND o."end" > ?',
@@ -6173,17 +6388,19 @@ class Series(Holding):
         if refused:
             slot, error = refused[0]
             zone = read_zone(wish.stretches[0].zone)
-            raise NoCapacity(
+            refusal = NoCapacity(
                 f"{len(refused)} of {len(todo)} occurrences do not fit, so nothing was changed; the first from "
                 f"{format_time(instant(slot.start), zone)}: {error}. Take the others with --on-conflict skip",
                 conflicts=[{'start': instant(each.start), 'end': instant(each.end), 'vms': each.vms, 'why': str(why)}
                            for each, why in refused[:1000]], **error.details)
+            refusal.most_vms = min(getattr(why, 'most_vms', 0) for _, why in refused)
+            raise refusal
         return done
 
     def others_of(self, reservation: int, todo: list, now: float) -> Others:
         """What counts against limits of the occurrences that stay as they are while others change."""
         changing = {old.id for _, old in todo if old}
-        others = Others(reservation, dict(run('SELECT id, name FROM resource').fetchall()), now)
+        others = Others(reservation, now)
         for each in rows('SELECT * FROM occurrence WHERE reservation_id = ? AND due IS NOT NULL '
                          'AND held_until > held_from', reservation):
             if each.id not in changing:
@@ -6227,11 +6444,14 @@ class Series(Holding):
     def placed_otherwise(self, reservation: int, one: Wish, turn: Turn, others: Others, error: Conflict,
                          now: float) -> dict:
         """What --on-conflict says of an occurrence that has no room."""
-        slot, old, why = turn.slot, turn.old, str(error) or self.why_not(one)
+        slot, old, lack = turn.slot, turn.old, self.lack(one)
+        why = str(error) or self.why_not(one, lack)
         if one.on_conflict in ('', 'refuse'):
             if 'limit' in error.details:
                 raise error
-            raise NoCapacity(why, **self.in_the_way(one, None), **self.would_fit(one))
+            refusal = NoCapacity(why, **self.in_the_way(one, lack, reservation))
+            refusal.most_vms = max((vms for vms, _ in self.fewer(one, lack, old)), default=0)
+            raise refusal
         give(turn.kept)
         full = isinstance(error, NoCapacity)
         shifted = self.shifted(one, slot, others, now) if full and one.on_conflict.startswith('shift') else None
@@ -6246,10 +6466,35 @@ class Series(Holding):
             others.put(slot.key, turn.had, old.start)
             change(Occurrence, old.id, altered=True)
             return told(old, 'unchanged', why)
-        begin = slot.start - one.lead
-        self.write_occurrence(old.id if old else None, reservation, one, slot, now, held_until=begin,
-                              cancelled=int(now), due=now if old else None)
+        self.write_left_out(reservation, one, slot, now, old)
         return told(slot, 'left out', why)
+
+    def write_left_out(self, reservation: int, wish: Wish, slot: Slot, now: float, old=None) -> int:
+        """Writes an occurrence that holds nothing, since its series goes without it; its id."""
+        self.write_occurrence(old.id if old else None, reservation, wish, slot, now, held_until=slot.start - wish.lead,
+                              cancelled=int(now), due=now if old else None)
+        return old.id if old else row('SELECT max(id) AS id FROM occurrence').id
+
+    def bring_back(self, id: int, wish: Wish, now: float) -> list[dict]:
+        """Holds again what an occurrence would that its series was left without; inside a transaction.
+
+        Raises:
+          NoCapacity: it doesn't fit.
+        """
+        old = row('SELECT * FROM occurrence WHERE id = ?', id)
+        stretches = [unskipped(each, old.slot) for each in self.stretches(old.reservation_id)]
+        wish = wish._replace(stretches=stretches)
+        change(Reservation, old.reservation_id, series=stored_stretches(stretches))
+        change(Occurrence, id, altered=False)
+        slot = Slot(old.slot, wish.start, wish.end, wish.vms, wish.resource.id)
+        try:
+            done = self.place_all(old.reservation_id, wish, [(slot, old._replace(altered=False))], now)
+        except NoCapacity as refusal:
+            conflict, = refusal.details.pop('conflicts')
+            raise NoCapacity(f"what was left out does not fit any more: {conflict['why']}", **refusal.details) from None
+        self.close(old.reservation_id, stretches, now, self.horizon(stretches, now))
+        self.keep_stopped(old.reservation_id, now)
+        return done
 
     def stays(self, turn: Turn, now: float) -> bool:
         """Holds again what an occurrence had, which has begun or still fits; whether it does."""
@@ -6348,22 +6593,61 @@ class Series(Holding):
 # Books, changes and cancels whole reservations; of a request all of its parts, or none.
 
 
-def choose(parts: list[list], take: Callable, tries: Iterator | None = None) -> list:
-    """Takes of each part the first choice that lets the parts behind it be taken as well; what that gave.
+class Spent(NoCapacity):
+    """No way was found for all parts of a request in as many tries as are made."""
+
+
+def choose(parts: list[list], take: Callable[[Any, list], Any], kind: Callable[[list], Any]) -> list:
+    """Takes of each part the first choice that lets the other parts be taken as well; what that gave.
+
+    Parts of one kind are taken one after the other, each from the choice of the one before it on: what had no room
+    for one has none for the next, and to exchange two of them changes nothing. So they need no search.
+
+    Args:
+      take: takes a choice, beside what the parts before it gave
+      kind: tells parts apart whose choices differ in what they take
 
     Raises:
-      NoCapacity: there is no such way, or none within MOST_TRIES; another Conflict, if it isn't room that is missing.
+      NoCapacity: there is no such way, or (Spent) none was found; another Conflict, if it isn't room that is missing.
+        Its `placed` says how many parts had room together.
     """
-    refusals, tries = [], tries or iter(range(MOST_TRIES))
-    for choice, _ in zip(parts[0], tries):
+    numbers: dict = {}
+    kinds = [numbers.setdefault(kind(part), len(numbers)) for part in parts]
+    order = sorted(range(len(parts)), key=kinds.__getitem__)
+    without_search = len(parts) + sum(len(parts[kinds.index(number)]) for number in numbers.values())
+    found = chosen([(kinds[n], parts[n]) for n in order], take, iter(range(MOST_TRIES + without_search)), [])
+    return [each for _, each in sorted(zip(order, found), key=lambda pair: pair[0])]
+
+
+def chosen(parts: list[tuple], take: Callable, tries: Iterator, taken: list, first: int = 0) -> list:
+    """What `choose` finds for the parts behind those that are taken, of the next from its `first` choice on."""
+    (kind, choices), refusals = parts[len(taken)], []
+    for n in range(first, len(choices)):
+        if next(tries, None) is None:
+            raise Spent(f'no way to reserve all {len(parts)} parts together was found in {MOST_TRIES} tries; name a '
+                        'resource for each part, or ask for fewer parts')
         try:
             with db.atomic():
-                return [take(choice), *(choose(parts[1:], take, tries) if parts[1:] else [])]
-        except Conflict as error:
-            refusals.append(error)
-    refusals.sort(key=lambda each: isinstance(each, NoCapacity))
-    raise refusals[-1] if refusals else NoCapacity(
-        f'no room for all parts was found in {MOST_TRIES} tries; name a resource for each')
+                got = [*taken, take(choices[n], taken)]
+                if len(got) == len(parts):
+                    return got
+                return chosen(parts, take, tries, got, n if parts[len(got)][0] == kind else 0)
+        except Spent:
+            raise
+        except Conflict as refusal:
+            refusal.placed = getattr(refusal, 'placed', len(taken))
+            refusals.append(refusal)
+            if refusal.placed > len(taken) and parts[refusal.placed][0] == kind:
+                break  # one of its kind has room nowhere behind this
+    if not refusals:  # those of its kind have used up all choices
+        refusals = [NoCapacity('')]
+        refusals[0].placed = len(taken)
+    raise max(reversed(refusals), key=lambda each: (isinstance(each, NoCapacity), each.placed))
+
+
+def kind_of(part: list[Wish]) -> tuple:
+    """What tells a part of a request from another: what it takes, and when, on each resource where it could be."""
+    return tuple((wish.resource.id, wish.held, wish.amount, wish.server) for wish in part)
 
 
 class Admission(Series):
@@ -6379,7 +6663,9 @@ class Admission(Series):
         Returns:
           its id, and of a series what became of each occurrence.
         """
-        pending = int(now) + wish.resource.approval if wish.resource.approval and self.actor.role != ADMIN else None
+        wish = self.as_now(wish)
+        place = wish.resource
+        pending = int(now) + place.approval if place.approval and self.actor.role != ADMIN else None
         reservation = insert(Reservation, **wish.columns(*STORED), **event, origin=origin, added=int(now),
                              changed=int(now), pending=pending, priority=0, confirm=0, request=request, choices='',
                              series=stored_stretches(wish.stretches) if wish.stretches else '', over=wish.end)
@@ -6390,7 +6676,6 @@ class Admission(Series):
                                  conflicts=done[:1000])
             self.journal(now, 'added', self.told_series(wish, done), reservation, wish.notify)
             return reservation, done
-        place = self.resource_row(wish.resource.name)  # its capacity may have changed since
         self.refuse_shared_server(wish)
         self.refuse_beyond(wish, now)
         self.refuse_overtaking(place, *wish.held, now)
@@ -6413,7 +6698,8 @@ class Admission(Series):
 
     def rebook(self, old, wish: Wish, now: float) -> None:
         """Makes one occurrence what is wished; inside a transaction."""
-        place = self.resource_row(wish.resource.name)
+        wish = self.as_now(wish)
+        place = wish.resource
         self.refuse_shared_server(wish, old.reservation)
         self.refuse_beyond(wish, now, old)
         wants = [Hold(place.id, *wish.held, wish.amount)]
@@ -6482,10 +6768,29 @@ class Admission(Series):
         try:
             if len(request.parts) == len(request.parts[0]) == 1:
                 return [self.book_part(request.last, '', now)]
-            return choose(request.parts, lambda wish: self.book_part(wish, request.name, now))
+            return choose(request.parts, lambda wish, _: self.book_part(wish, request.name, now), kind_of)
         except NoCapacity as refusal:
             refusal.wish = self.summed(request, getattr(refusal, 'wish', request.last))
-            raise
+            if str(refusal) or len(request.parts) == 1 or self.lack(refusal.wish):
+                raise
+            raise self.apart(request, refusal) from None
+
+    def apart(self, request: Request, refusal: NoCapacity) -> NoCapacity:
+        """The refusal of parts of which each would have room, but not all together."""
+        start, end = (format_time(instant(at), self.config.zone) for at in refusal.wish.held)
+        answer = NoCapacity(f"{refusal.placed} of the {len(request.parts)} parts of '{request.label}' have room "
+                            f'together from {start} to {end}; ask for fewer parts, for smaller ones or for another time')
+        answer.wish = refusal.wish
+        answer.others = {wish.resource.id for part in request.parts for wish in part}
+        return answer
+
+    def instead(self, request: Request, wish: Wish, field: str, now: float) -> None:
+        """Books a request of which each part is otherwise in one field, as a wish is."""
+        def changed(each: Wish) -> Wish:
+            return with_vms(each, wish.vms) if field == 'vms' else each._replace(start=wish.start, end=wish.end)
+        if field == 'vms' and request.name:
+            raise Invalid('of which part, the offer would not say')
+        self.book_all(request._replace(parts=[[*map(changed, part)] for part in request.parts]), now)
 
     def book_part(self, wish: Wish, name: str, now: float) -> tuple:
         """Books one part of a request; a refusal tells which."""
@@ -6520,6 +6825,11 @@ class Admission(Series):
 # held for a while. Room that becomes free is given in the transaction of the next pass.
 
 
+def kind_of_waiting(part: list[tuple]) -> tuple:
+    """What tells a part that waits from another, as `kind_of` does."""
+    return tuple((place.id, each.held_from, each.end, amount, each.server) for each, place, amount in part)
+
+
 class Waiting(Admission):
     """Requests that wait for room, and reservations that wait for a word."""
 
@@ -6537,29 +6847,31 @@ class Waiting(Admission):
         """Writes down a request that has no room now, and waits; inside a transaction."""
         if any(part[0].stretches for part in request.parts):
             raise Invalid('a series can not wait; --on-conflict skip takes the occurrences that fit')
-        parts = [[wish for wish in part if wish.amount.within(self.most_ever(wish))] for part in request.parts]
-        if not all(parts) or not self.could_be(parts, (), iter(range(MOST_TRIES))):
-            lacking = next((part[0] for part, left in zip(request.parts, parts) if not left), request.last)
-            with self.explaining(self.summed(request, lacking)):
-                raise NoCapacity('')
+        parts = [[wish for wish in map(self.as_now, part) if wish.amount.within(self.most_ever(wish))]
+                 for part in request.parts]
+        lacking = next((part[0] for part, left in zip(request.parts, parts) if not left), request.last)
+        try:
+            choose(parts, self.could_be, kind_of)
+        except Conflict as refusal:
+            refusal.wish = self.summed(request, lacking)
+            raise
         self.refuse_beyond_together([part[0] for part in parts], now)
         self.refuse_many_waiting(request.last)
         return self.answer_all(request, [self.wait_for(part, request, now) for part in parts])
 
-    def could_be(self, parts: list[list[Wish]], taken: tuple, tries: Iterator) -> bool:
-        """Whether all parts of a request would fit if nothing else were booked."""
-        if not parts:
-            return True
-        return any(sum((each.amount for each in taken if each.resource.id == wish.resource.id), wish.amount).within(
-                       self.most_ever(wish)) and self.could_be(parts[1:], (*taken, wish), tries)
-                   for wish, _ in zip(parts[0], tries))
+    def could_be(self, wish: Wish, taken: list[Wish]) -> Wish:
+        """A part of a request, if it and the parts before it fit where nothing else is booked; else NoCapacity."""
+        together = sum((each.amount for each in taken if each.resource.id == wish.resource.id), wish.amount)
+        if not together.within(self.most_ever(wish)):
+            raise NoCapacity('')
+        return wish
 
     def refuse_beyond_together(self, wishes: list[Wish], now: float) -> None:
         """Refuses what goes beyond a limit, as all parts of a request count: on each resource, and in all."""
-        for name in dict.fromkeys(['', *(wish.resource.name for wish in wishes)]):
-            there = [wish for wish in wishes if name in ('', wish.resource.name)]
+        for id in dict.fromkeys([0, *(wish.resource.id for wish in wishes)]):  # 0: whatever the resource
+            there = [wish for wish in wishes if id in (0, wish.resource.id)]
             total = sum((wish.amount for wish in there), NOTHING)
-            place = there[0].resource._replace(name=name)
+            place = there[0].resource._replace(id=id)
             self.refuse_beyond(there[0]._replace(resource=place, vms=total.vms, whole=total), now)
 
     def wait_for(self, wishes: list[Wish], request: Request, now: float) -> tuple:
@@ -6611,7 +6923,7 @@ class Waiting(Admission):
         for request in self.waiting_requests(now):
             parts = [[(each, *choice) for choice in self.choices(each)] for each in request]
             try:
-                choose(parts, lambda choice: self.let_in(*choice, kept, now))
+                choose(parts, lambda choice, _: self.let_in(*choice, kept, now), kind_of_waiting)
             except NoCapacity:
                 kept += request if now - request[0].waiting >= self.config.patience else []
             except Conflict:  # it was within a limit when it was asked for, and is not any more
@@ -6762,8 +7074,10 @@ class Approval(Waiting):
         current = self.unaltered(old)
         wish = wish._replace(**{name: current[name] for name in STORED if name not in asked and name not in (
             'lead', 'repeat', 'tz', 'on_conflict')} if not proposal.code == 'calendar' else {})
-        self.drop_proposals(old.reservation, old.id if proposal.alone else None)
-        if proposal.code == 'calendar':
+        self.drop_proposals(old.reservation, proposal.occurrence if proposal.alone else None)
+        if proposal.code == BACK:
+            self.bring_back(proposal.occurrence, wish, now)
+        elif proposal.code == 'calendar':
             self.rebook_event(old.reservation, wish, now)
         else:
             self.rewrite(old, wish, asked, now, bool(proposal.named))
@@ -6917,8 +7231,10 @@ class Requests(Approval):
         """
         request = self.read_request({name: value for name, value in locals().items() if name != 'self'})
         refused = request.last._replace(label=label)
-        with self.recording_refusal(refused, dry_run), self.explaining(request.last), self.writing(dry_run) as now:
-            return self.take(request, now)
+        with self.recording_refusal(refused, dry_run), self.explaining(
+                request.last, None, lambda wish, field: self.instead(request, wish, field, self.clock())):
+            with self.writing(dry_run) as now:
+                return self.take(request, now)
 
     def read_request(self, asked: dict) -> Request:
         """What `add` was asked, resolved for each part and each resource on which that could be."""
@@ -7162,13 +7478,19 @@ class Requests(Approval):
 
     @api('POST', '/reservation/<label>/skip')
     @for_each_part
-    def skip(self, label: Label, project: Name = '', occurrence: Day = None, tz: Zone = '',
+    def skip(self, label: Label, project: Name = '', occurrence: Day = None, undo: bool = False, tz: Zone = '',
              dry_run: bool = False) -> dict:
         """Leaves out the next occurrence, which must not have begun.
 
+        With --undo, an occurrence of a series that was left out, skipped or cancelled by itself comes back if
+        it fits, as the series has it now: the next of them, or that of --occurrence, also of `skip_dates`.
+
         Example:
           python cmres.py skip lab
+          python cmres.py skip class --occurrence 2027-02-02 --undo
         """
+        if undo:
+            return self.put_back(label, project, occurrence, dry_run)
         with self.writing(dry_run) as now:
             found = self.mine(label, project, occurrence=occurrence)
             if now >= found.held_from and found.repeats and not occurrence:
@@ -7178,6 +7500,44 @@ class Requests(Approval):
                 raise Conflict(f"'{label}' has begun; `delete` ends it")
             self.cancel([found], now, f'skipped by {self.actor.user}')
             return public(self.occurrence(found.id))
+
+    def put_back(self, label: str, project: str, occurrence: Day | None, dry_run: bool) -> dict:
+        """Lets a series have an occurrence again that was left out."""
+        with self.writing(dry_run) as now:
+            found = self.mine(label, project, live=False)
+            slot, old = self.left_out(found, occurrence, now)
+            if found.over <= now:
+                self.refuse_taken_label(self.carried_on(found), now)
+            place = row('SELECT * FROM resource WHERE id = ?', slot.resource)
+            wish = self.carried_on(found)._replace(
+                resource=place, start=slot.start, end=slot.end, vms=slot.vms, on_conflict='refuse')
+            id = old.id if old else self.write_left_out(found.reservation, wish, slot, now)
+            deed = functools.partial(self.bring_back, id, wish, now)
+            done = self.unless_it_grows(self.occurrence(id), wish, {'occurrence': None}, now, BACK, True, True, deed)
+            if done is not None:
+                self.journal(now, 'updated', f'{self.actor.user} has put back what was left out on '
+                             f'{self.config.told_time(slot.start)}', found.reservation, wish.notify, id)
+            return public(self.occurrence(id))
+
+    def left_out(self, found, asked: Day | None, now: float) -> tuple[Slot, Any]:
+        """The occurrence of a series that was left out, as the series has it now, and its row if there is one.
+
+        Args:
+          asked: on which date or when it would be; without it, the next that has a row
+        """
+        if not found.repeats:
+            raise Conflict(f"'{found.label}' is no series; reserve it again with `add`")
+        begin, until, text = self.span_of(asked, read_zone(found.tz)) if asked else (int(now), 2**62, '')
+        there = {each.slot: each for each in rows('SELECT * FROM occurrence WHERE reservation_id = ? AND "end" > ?',
+                                                  found.reservation, int(now))}
+        stretches = [each._replace(skips=()) for each in self.stretches(found.reservation)]
+        last = max(self.horizon(stretches, now), until if asked else 0, begin + 1)
+        for slot in all_slots(stretches, now, last):
+            old = there.get(slot.key)
+            meant = begin <= slot.start < until or old and begin <= old.start < until
+            if meant and slot.start - found.lead > now and (old.cancelled is not None if old else asked):
+                return slot, old
+        raise NotFound(f"'{found.label}' has no occurrence to come that was left out{f' on {text}' if asked else ''}")
 
     def alter(self, label: str, project: str, asked: dict, dry_run: bool, code: str = 'updated',
               occurrence: datetime | None = None, alone: bool = True) -> dict:
@@ -7195,16 +7555,19 @@ class Requests(Approval):
             self.refuse_common(old, asked, occurrence, only)
             stretches = [] if only else stretches
             wish = self.read_wish(self.unaltered(old) | asked, old, asked, stretches, key)
-            with self.explaining(wish, old), self.writing(dry_run) as now:
+            named = bool(occurrence) and not only
+
+            def deed(wish: Wish, *otherwise: str) -> list | None:
+                new, now = asked | dict.fromkeys(otherwise), self.clock()
+                return self.unless_it_grows(old, wish, new, now, code, named, only,
+                                            lambda: self.rewrite(old, wish, new, now, named))
+            with self.explaining(wish, old, deed), self.writing(dry_run) as now:
                 current, series = self.occurrence(old.id), self.stretches(old.reservation)
                 if all(getattr(current, name) == getattr(old, name) for name in UNCHANGED) and (
                         not stretches or series == stretches):
-                    named = bool(occurrence) and not only
                     before = self.as_stored(old.reservation)
                     with db.atomic() as rewriting:
-                        done = self.unless_it_grows(
-                            old, wish, asked, now, code, named, only,
-                            lambda: self.rewrite(old, wish, asked, now, named))
+                        done = deed(wish)
                         same = done is not None and self.as_stored(old.reservation) == before
                         if same:
                             rewriting.rollback()
@@ -7363,7 +7726,8 @@ class Requests(Approval):
         begin, until = self.resolve(start or self.here.now, end or timedelta(days=7))
         levels = [*steps(place.id, begin, until, capacity(place).names), (until, NOTHING)]
         return [{'start': instant(at), 'end': instant(after), **in_figures(held),
-                 'free_vms': None if place.vms is None else place.vms - held.vms}
+                 'free_vms': 0 if dict(held.classes).get(CLOSED) else None if place.vms is None else
+                 place.vms - held.vms}
                 for (at, held), (after, _) in zip(levels, levels[1:])]
 
 
@@ -7392,8 +7756,10 @@ class Plan(Requests):
             self.refuse_taken_resource(name)
             figures = {figure: None if most == UNLIMITED else most
                        for figure, most in (('vms', vms), ('vcpus', vcpus), ('ram', ram))}
+            lengths = self.read_seconds(hold=hold, approval=approval, no_show=no_show)
+            self.refuse_idle(self.read_mode(mode), lengths)
             insert(Resource, name=name, cell=cell, cloud=cloud, region=region, aggregate=aggregate, **figures,
-                   mode=self.read_mode(mode), **self.read_seconds(hold=hold, approval=approval, no_show=no_show),
+                   mode=self.read_mode(mode), **lengths,
                    classes=known_classes('', classes), hosts='[]', named='', added=int(now))
             self.journal(now, 'resource', f"added the resource '{name}'")
             return self.resource_show(name)
@@ -7439,6 +7805,8 @@ class Plan(Requests):
         new = {field: None if value == UNLIMITED else value for field, value in asked.items() if value is not None}
         with self.writing(dry_run) as now:
             found = self.resource_row(name)
+            if new.keys() & {'mode', *ASKED_BY_NOVA}:
+                self.refuse_idle(new.get('mode', found.mode), found._asdict() | new)
             if rename and rename != name:
                 self.refuse_taken_resource(rename)
             if classes:
@@ -7487,6 +7855,13 @@ class Plan(Requests):
             raise Invalid(f"mode: '{mode}' is none of open, {', '.join(MODES)}{nearest(mode, MODES)}")
         return '' if mode == 'open' else mode
 
+    def refuse_idle(self, mode: str, values: dict) -> None:
+        """Refuses a length that would do nothing: what boots on an open resource, Nova does not ask cmres."""
+        for name in ASKED_BY_NOVA:
+            if values.get(name) and not mode:
+                raise Invalid(f'{name}: {format_duration(values[name])} does nothing on a resource that is open to '
+                              f"everybody; say --mode exclusive or --mode shared, or --{name.replace('_', '-')} 0s")
+
     @api('POST', '/resource/sync', role=ADMIN)
     def resource_sync(self, cloud: Name, aggregates: Names = (), mode: Name = '', hold: Span = None,
                       named: bool = None, force: bool = False, dry_run: bool = False) -> Rows:
@@ -7521,6 +7896,8 @@ class Plan(Requests):
         """Makes or updates the resource of an aggregate; its name, and a line for each difference."""
         found = row('SELECT * FROM resource WHERE cloud = ? AND aggregate = ? AND removed IS NULL',
                     cloud, aggregate.name)
+        if wanted:
+            self.refuse_idle(wanted.get('mode', found.mode if found else ''), (found._asdict() if found else {}) | wanted)
         total = sum(aggregate.hosts.values(), NOTHING)
         new = {name: each for name, each in stored(total).items() if name != 'vms'} | {
             'hosts': json.dumps([*aggregate.hosts]), **wanted}
@@ -7573,6 +7950,8 @@ class Plan(Requests):
                         dry_run: bool = False) -> dict:
         """Closes a resource from START to END; what is booked in it is left, moved or cancelled, as --then says.
 
+        Nothing new is reserved in it, also on a resource whose capacity is unlimited.
+
         Example:
           python cmres.py maintenance add demo 2027-03-01T08:00 +4h --reason 'new disks' --then move --dry-run
         """
@@ -7589,7 +7968,9 @@ class Plan(Requests):
                      'FROM capacity c JOIN resource s ON s.id = c.resource_id WHERE c.removed IS NULL AND c.end > ? '
                      f"{'AND s.name = ?' if resource else ''} ORDER BY c.start", int(self.clock()),
                      *([resource] if resource else []))
-        return [public(each) for each in found]
+        shown = [public(each) for each in found]
+        return [each | {'classes': {name: most for name, most in each['classes'].items() if name != CLOSED}}
+                for each in shown]
 
     @api('DELETE', '/maintenance/<id>', role=ADMIN)
     def maintenance_delete(self, id: int, dry_run: bool = False) -> dict:
@@ -7618,7 +7999,7 @@ class Plan(Requests):
             begin, until = self.resolve(start, end)
             if until <= now:
                 raise Invalid(f'the end {to_plain(instant(until))} is not in the future')
-            most = most or Amount(0, 0, 0, tuple((name, 0) for name in capacity(place).names))
+            most = most or Amount(0, 0, 0, ((CLOSED, 0), *((name, 0) for name in capacity(place).names)))
             held = self.difference(place, most)
             if held == NOTHING:
                 raise Conflict(f"'{name}' has no limit that this would change; set one with: "
@@ -7636,11 +8017,12 @@ class Plan(Requests):
 
     def difference(self, place, most: Amount) -> Amount:
         """What must be held so that a resource has another capacity; an unlimited figure stays so."""
-        always = capacity(place)
+        always, told = capacity(place), dict(most.classes)
         return Amount(*(0 if each is None or wanted in (None, UNLIMITED) else each - wanted
                         for each, wanted in zip(always[:3], most)),
-                      tuple((name, each - dict(most.classes).get(name, each)) for name, each in always.classes
-                            if dict(most.classes).get(name, each) not in (UNLIMITED, each)))
+                      (*(((CLOSED, 1),) if CLOSED in told else ()),
+                       *((name, each - told.get(name, each)) for name, each in always.classes
+                         if told.get(name, each) not in (UNLIMITED, each))))
 
     def rehold_changes(self, place, now: float) -> None:
         """Lets changes of capacity be what they were meant to be, after the capacity itself has changed."""
@@ -8116,9 +8498,9 @@ class Calendars(Claims):
         """
         own = '' if self.actor.role == ADMIN else 'AND user = ? AND project = ?'
         who = () if self.actor.role == ADMIN else self.actor[:2]
-        feeds = rows(f"SELECT id, 'feed' AS kind, user, project, iif(resource <> '', resource, iif(whole_project, "
-                     f"'the project', 'the user')) AS shows, added FROM feed WHERE revoked IS NULL {own} ORDER BY id",
-                     *who)
+        feeds = rows("SELECT id, 'feed' AS kind, user, project, coalesce((SELECT name FROM resource s "
+                     "WHERE s.id = resource_id), iif(whole_project, 'the project', 'the user')) AS shows, added "
+                     f'FROM feed WHERE revoked IS NULL {own} ORDER BY id', *who)
         subscribed = rows(f"SELECT id, 'subscription' AS kind, user, project, url, added, polled, fault, held "
                           f'FROM subscription WHERE due IS NOT NULL {own} ORDER BY id', *who)
         return [public(each) for each in feeds] + [
@@ -8139,9 +8521,7 @@ class Calendars(Claims):
         user, project = self.owner({'user': user, 'project': project})
         secret = secrets.token_urlsafe(24)
         with self.writing(dry_run) as now:
-            if resource:
-                self.resource_row(resource)
-            insert(Feed, user=user, project=project, whole_project=whole_project, resource=resource,
+            insert(Feed, user=user, project=project, whole_project=whole_project, resource=self.id_of(resource),
                    hash=hashed(secret), added=int(now), revoked=None)
             self.journal(now, 'calendar', f'made a feed for {user} in {project}')
         name = quote(resource or (project if whole_project else user), safe='')
@@ -8179,8 +8559,7 @@ class Calendars(Claims):
         """
         said = {name: value for name, value in locals().items() if name not in ('self', 'url', 'dry_run')}
         said['user'], said['project'] = self.owner(said)
-        if resource:
-            self.resource_row(resource)
+        said['resource'] = self.id_of(resource) or 0
         try:
             parts = urlsplit(url)
             host, port = parts.hostname or '', parts.port or 443
@@ -8254,7 +8633,7 @@ class Calendars(Claims):
             return {}
         if status != 200:
             raise Unavailable(f'the answer was {status}')
-        said = json.loads(subscription.defaults)
+        said = self.defaults_of(subscription)
         acting = self.acting(Actor(subscription.user, subscription.project, USER))
         answer = acting.take_calendar(body.decode('utf8', 'surrogateescape'), said, False, subscription)
         # What could not be done now is asked for again, also when the calendar is the same.
@@ -8262,6 +8641,18 @@ class Calendars(Claims):
         kept = {'held': answer.get('held', ''), 'etag': '' if open_end else found.get('etag', '')[:255],
                 'modified': '' if open_end else found.get('last-modified', '')[:255]}
         return kept | ({} if answer.get('held') else {'confirmed': False})
+
+    def defaults_of(self, subscription) -> dict:
+        """What the events of a subscribed calendar don't say; its resource under the name that it has now.
+
+        Raises:
+          NotFound: that was removed.
+        """
+        said = json.loads(subscription.defaults)
+        found = row('SELECT name, removed FROM resource WHERE id = ?', said['resource'])
+        if found and found.removed:
+            raise NotFound(f"the resource '{found.name}' was removed; subscribe again with another --resource")
+        return said | {'resource': found.name if found else ''}
 
     def live_of(self, subscription, now: float) -> dict[int, int]:
         """How many occurrences to come a subscription has, of each reservation."""
@@ -8309,7 +8700,8 @@ class Calendars(Claims):
 
     def feed(self, secret: str) -> tuple[str, Any]:
         """The name and the row of the feed at a secret address; NotFound if there is none."""
-        found = row('SELECT * FROM feed WHERE hash = ? AND revoked IS NULL', hashed(secret))
+        found = row('SELECT f.*, s.name AS resource FROM feed f LEFT JOIN resource s ON s.id = f.resource_id '
+                    'WHERE hash = ? AND revoked IS NULL', hashed(secret))
         if not found:
             raise NotFound('there is no calendar at this address, or no longer')
         return found.resource or f"{found.project if found.whole_project else found.user} on cmres", found
@@ -8319,9 +8711,9 @@ class Calendars(Claims):
 
         What is others' is shown as busy only.
         """
-        where = [('o.end > ?', int(self.clock()) - 31 * 86400), *([('s.name = ?', feed.resource)] if feed.resource else
+        where = [('o.end > ?', int(self.clock()) - 31 * 86400), *([('s.id = ?', feed.resource_id)] if feed.resource_id else
                  [('r.project = ?', feed.project)]), *([('r.user = ?', feed.user)]
-                 if not feed.resource and not feed.whole_project else [])]
+                 if not feed.resource_id and not feed.whole_project else [])]
         found = self.search(where, limit=MOST_SHOWN_BY_FEED + 1)
         servers: dict = defaultdict(list)
         for each in rows('SELECT occurrence_id, addresses FROM server WHERE due IS NOT NULL AND goal = ?', 'up'):
@@ -8360,6 +8752,25 @@ class Calendars(Claims):
 # Records #####################################################################
 #
 # What was: the journal, punctuality, reports; and who may ask at all. The class on top is the service.
+
+
+#: VM-hours in [first, last) of each kind: reserved, used of that, left unused; and how late a VM was at worst.
+#: What runs on after its window, or stays stopped, is no use of a reservation.
+HOURS = f'''
+  WITH held AS (SELECT o.id, {{by}} AS of, o.vms, max(o.held_from, ?) AS begin, min(o.held_until, ?) AS until
+                  {FROM_ALL} WHERE o.held_from < ? AND o.held_until > ? AND {{own}}),
+       ran AS (SELECT h.id, min(coalesce(v.deleted, ?), h.until) - max(v.ready, h.begin) AS used,
+                      v.ready - v.planned AS late
+                 FROM held h JOIN server v ON v.occurrence_id = h.id WHERE v.ready IS NOT NULL
+                UNION ALL
+               SELECT h.id, min(coalesce(c.gone, ?), h.until) - max(c.at, h.begin), 0
+                 FROM held h JOIN claim c ON c.occurrence = h.id
+                WHERE c.server NOT IN (SELECT uid FROM server WHERE uid IS NOT NULL)),
+       used AS (SELECT id, sum(max(used, 0)) AS used, max(late) AS late FROM ran GROUP BY id),
+       each AS (SELECT h.of, max(h.vms * (h.until - h.begin), 0) AS reserved, coalesce(u.used, 0) AS used, u.late
+                  FROM held h LEFT JOIN used u ON u.id = h.id)
+  SELECT of, sum(reserved) / 3600.0, sum(used) / 3600.0, sum(max(reserved - used, 0)) / 3600.0,
+         max(coalesce(max(late), 0), 0) FROM each GROUP BY of'''
 
 
 class Reservations(Calendars):
@@ -8412,8 +8823,9 @@ class Reservations(Calendars):
 
     @api('GET', '/report/')
     def report(self, since: When = None, until: When = None, by_whom: Name = 'project') -> Rows:
-        """Adds up machine-hours reserved, used and unused, requests refused, and lateness, for each of some kind.
+        """Adds up VM-hours reserved, used and unused, requests refused, and lateness, for each of some kind.
 
+        A reservation counts from its lead to its end; what runs or stays after that is not counted as used.
         Counts the last 30 days unless --since and --until say otherwise.
 
         Example:
@@ -8426,35 +8838,19 @@ class Reservations(Calendars):
         last = self.resolve(FIRST, until)[1] if until else int(now)
         first = self.resolve(since, LAST)[0] if since else last - 30 * 86400
         own = ' AND '.join(['1', *(text for text, _ in self.visible())])
-        who = [value for _, value in self.visible()]
-        lines: dict = defaultdict(lambda: dict.fromkeys(('reserved', 'used', 'refused', 'late_worst'), 0.0))
-        for name, reserved in run(f'''SELECT {columns[by_whom]}, sum(o.vms * max(0, min(o.held_until, ?)
-                                             - max(o.start, ?))) / 3600.0
-                                        {FROM_ALL} WHERE {own} AND o.start < ? AND o.held_until > ? GROUP BY 1''',
-                                  last, first, *who, last, first):
-            lines[name]['reserved'] += reserved
-        for name, used, late in run(f'''SELECT {columns[by_whom]},
-                                               sum(max(0, min(coalesce(v.deleted, ?), ?) - max(v.ready, ?)))
-                                               / 3600.0, max(v.ready - v.planned)
-                                          {FROM_ALL} JOIN server v ON v.occurrence_id = o.id
-                                         WHERE {own} AND v.ready < ? AND coalesce(v.deleted, ?) > ? GROUP BY 1''',
-                                    now, last, first, *who, last, now, first):
-            lines[name]['used'] += used
-            lines[name]['late_worst'] = max(lines[name]['late_worst'], late)
-        for name, used in run(f'''SELECT {columns[by_whom]},
-                                         sum(max(0, min(coalesce(c.gone, ?), ?, o.held_until) - max(c.at, ?))) / 3600.0
-                                    {FROM_ALL} JOIN claim c ON c.occurrence = o.id WHERE {own} AND c.server NOT IN
-                                  (SELECT uid FROM server WHERE uid IS NOT NULL) AND c.at < ? GROUP BY 1''',
-                              now, last, first, *who, last):
-            lines[name]['used'] += used
-        refused = {'project': 'project', 'user': 'actor', 'resource': 'resource'}[by_whom]
+        lines: dict = defaultdict(lambda: dict.fromkeys(('reserved', 'used', 'unused', 'refused', 'late_worst'), 0.0))
+        for name, *figures in run(HOURS.format(by=columns[by_whom], own=own), first, last, last, first,
+                                  *(value for _, value in self.visible()), now, now):
+            lines[name] |= zip(('reserved', 'used', 'unused', 'late_worst'), figures)
+        refused = {'project': 'project', 'user': 'actor',
+                   'resource': "coalesce((SELECT name FROM resource s WHERE s.id = resource_id), '')"}[by_whom]
         mine = '' if self.actor.role == ADMIN else 'AND project = ?'
         for name, count in run(f"SELECT {refused}, count(*) FROM event WHERE code = 'refused' AND project <> '' "
                                'AND at >= ? '
                                f'AND at < ? {mine} GROUP BY 1', first, last, *([self.actor.project] if mine else [])):
             lines[name]['refused'] += count
         return [{by_whom: name, 'reserved_hours': round(each['reserved'], 3), 'used_hours': round(each['used'], 3),
-                 'unused_hours': round(max(each['reserved'] - each['used'], 0), 3), 'refused': int(each['refused']),
+                 'unused_hours': round(each['unused'], 3), 'refused': int(each['refused']),
                  'late_worst': round(each['late_worst'], 3)} for name, each in sorted(lines.items())]
 
     @api('POST', '/token/', role=ADMIN)
@@ -8567,6 +8963,16 @@ def orphans_in(seen: dict[str, Seen], matched: list[tuple]) -> list[Seen]:
     """Of what a cloud shows, the servers with our mark of which the store tells nothing."""
     wanted = {found.uid for _, found in matched if found}
     return [each for uid, each in seen.items() if each.mark and uid not in wanted]
+
+
+def server_name(label: str, number: str) -> str:
+    """The name of a VM, which is its hostname too, however long the label is.
+
+    Nova makes a hostname of the first 63 characters of a name, puts '-' for '_' and '.', and strips
+    those at the ends (nova.utils.sanitize_hostname; RFC 1123, 2.1).
+    """
+    word = re.sub('[^A-Za-z0-9]+', '-', label)[:63 - len(number)].strip('-')
+    return (word or 'vm') + number
 
 
 class LostLease(Error):
@@ -9045,7 +9451,7 @@ class LifeCycle:
     def plan_server(self, occurrence, n: int, now: float, before=None) -> None:
         """Writes down a server that is wanted: a new one, one that was there, or a series' own from `before`."""
         borrowed = bool(occurrence.server)
-        values = dict(name=f'{occurrence.label}-{occurrence.id}-{n}', uid=occurrence.server or None, tries=0,
+        values = dict(name=server_name(occurrence.label, f'-{occurrence.id}-{n}'), uid=occurrence.server or None, tries=0,
                       state='unknown' if borrowed else 'planned', begun=None,
                       account=self.clouds.account(occurrence.cloud, occurrence.project))
         if before:
@@ -10702,7 +11108,7 @@ If it does not fit, wait</label>
 <label>To <input name="end" type="datetime-local" value="{{end}}"></label>
 <label>Machines <input name="vms" type="number" min="1" value="{{found['vms']}}"></label>
 </div><p><button>Change</button>
-{{'only this one' if occurrence else 'all that has not begun' if found['repeat'] else ''}}</p></form>
+{{'only this one' if occurrence else 'all that has not begun' if found['tz'] else ''}}</p></form>
 % end
 ''', 'live': '''
 <div class="card"><dl>
@@ -10826,7 +11232,7 @@ DEEDS = {'extend': ('Extend', ('by', 'by', '+1h'), False), 'keep': ('Keep on', (
          'limit_delete': ('Take away', None, True), 'resource_delete': ('Remove', None, True)}
 ASKS = ('delete', 'resource_delete', 'token_revoke')  # what is asked for twice
 #: What can be done to a reservation in each state; to a pending one, what its holder or an admin says.
-DEEDS_IN = {'waiting': ('delete',), 'pending': ('delete',), 'reserved': ('extend', 'skip', 'delete'),
+DEEDS_IN = {'cancelled': ('skip',), 'waiting': ('delete',), 'pending': ('delete',), 'reserved': ('extend', 'skip', 'delete'),
             **dict.fromkeys(('starting', 'active', 'degraded'), ('extend', 'keep', 'delete'))}
 #: The fields of the admin's forms, in the order in which people think of them.
 FORMS = {'resource_add': ('name', 'cloud', 'region', 'aggregate', 'vms', 'vcpus', 'ram', 'classes', 'mode', 'approval'),
@@ -10838,7 +11244,7 @@ FORMS = {'resource_add': ('name', 'cloud', 'region', 'aggregate', 'vms', 'vcpus'
 CHOICES = {'mode': ('', 'open', *MODES), 'then': THEN, 'role': (USER, READER, ADMIN)}  # of those fields
 TITLES = {'resource_add': 'Add a resource', 'resource_update': 'Change a resource', 'token_add': 'Make a token',
           'maintenance_add': 'Plan a maintenance', 'limit_add': 'Set a limit'}
-DONE = {'extend': 'is longer now', 'keep': 'goes on', 'skip': 'is left out', 'delete': 'is cancelled',
+DONE = {'extend': 'is longer now', 'keep': 'goes on', 'skip': 'is left out', 'undo': 'has the occurrence again', 'delete': 'is cancelled',
         'update': 'is changed', 'accept': 'is yours', 'approve': 'is approved', 'reject': 'is rejected'}
 MORE = {'network': 'Network', 'key': 'Key pair', 'lead': 'Boot before the start by', 'notify': 'Notify',
         'skip_dates': 'Not on these dates'}  # further fields of the form to book
@@ -10975,11 +11381,14 @@ class Visit:
           occurrence: of a series, the one that is meant
         """
         words, field, bad = DEEDS[name]
+        undo = name == 'skip' and line.get('state') == 'cancelled'
+        words, bad = ('Put back', False) if undo else (words, bad)
         if 'label' in line:
             fields = {'label': line['label'], 'project': line['project']}
             onward = '/list' if not wide or bad and not occurrence else self.href(*fields.values())
             fields |= {'occurrence': occurrence} if occurrence else {}
-            words += (' this one' if occurrence else ' all' if line.get('repeat') else '') if name == 'delete' else ''
+            fields |= {'undo': 'true'} if undo else {}
+            words += (' this one' if occurrence else ' all' if line.get('tz') else '') if name == 'delete' else ''
         else:
             fields, onward = {key: line[key] for key in ('name', 'id') if key in line}, '/admin'
             fields = dict([next(iter(fields.items()))])
@@ -10993,7 +11402,8 @@ class Visit:
         if found['state'] == 'pending' or 'change' in found:
             held = self.service.occurrence(found['id'])
             asks = ['accept'] if held.confirm else ['approve', 'reject'] if self.actor.role == ADMIN else []
-        can = [deed for deed in DEEDS_IN.get(found['state'], ()) if deed != 'skip' or found['repeat']]
+        can = [deed for deed in DEEDS_IN.get(found['state'], ()) if deed != 'skip' or found['tz'] and (
+            found['start'] > self.here.now)]
         return [*asks, *can] if self.writes else []
 
 
@@ -11297,12 +11707,12 @@ class Pages:
         except Conflict:  # it is in several projects
             found = {'parts': visit.service.list(label)}
         if 'parts' in found:
-            whole = [visit.deed(deed, {'label': label, 'project': found['parts'][0]['project'], 'repeat': ''}, True)
+            whole = [visit.deed(deed, {'label': label, 'project': found['parts'][0]['project']}, True)
                      for deed in ('extend', 'delete')] if 'label' in found and visit.writes else []
             return self.page(visit, label, render_page('list', visit=visit, lines=self.lines(visit, found['parts']),
                                                        after=0, over=None) + ''.join(whole))
         query = {'project': found['project']} | ({'occurrence': occurrence} if occurrence else {})
-        running = found['repeat'] and found['state'] in ('starting', 'active', 'degraded')
+        running = found['tz'] and found['state'] in ('starting', 'active', 'degraded')
         only = occurrence or (to_plain(found['start']) if running else '')
         return self.page(visit, label, render_page(
             'reservation', visit=visit, found=found, live=live, href=f'/r/{quote(label)}', query=f'?{urlencode(query)}',
@@ -11535,6 +11945,7 @@ class Pages:
 
 def told_done(name: str, said: dict, answer) -> str:
     """What a form has done, in a sentence."""
+    name = 'undo' if said.get('undo') else name
     about = said.get('rename') or said.get('label') or said.get('name') or said.get('id') or said.get('user') or ''
     if name == 'token_add':
         return f"the token of {about}, shown only now: {answer.get('token', '')}"
@@ -12501,8 +12912,9 @@ def in_words(error: Error, zone: ZoneInfo) -> list[str]:
     details, lines = error.details, [f'cmres: {error}']
     for each in details.get('in_the_way', []):
         who = f"{each['label']} of {each['user']}, " if 'label' in each else ''
-        lines.append(f"  in the way: {who}{each['vms']} vms from {in_cell(each['start'], zone)} "
-                     f"to {in_cell(each['end'], zone)}")
+        what = f"{who}{each['vms']} vms" if 'vms' in each else each['reason']
+        lines.append(f"  in the way: {what} from {in_cell(each['start'], zone)} "
+                     + (f"to {in_cell(each['end'], zone)}" if each['end'] else 'until they are deleted'))
     offers = {'next_start': 'the same from {}', 'most_vms': '{} vms at that time', 'longest': '{} from that start'}
     lines += [f'  would fit:  {text.format(in_cell(details[name], zone))}'
               for name, text in offers.items() if name in details]
