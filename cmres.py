@@ -77,7 +77,7 @@ import textwrap
 import threading
 import time
 from bisect import bisect_left
-from collections import Counter, defaultdict, namedtuple
+from collections import Counter, defaultdict, deque, namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, nullcontext, suppress
 from datetime import date, datetime, timedelta, timezone, tzinfo
@@ -1934,7 +1934,8 @@ TABLES = [Resource, Reservation, Occurrence, Capacity, Proposal, ExtraHold, Limi
 #: which tell of today: each names its tables and columns.
 MIGRATIONS: list[Callable] = [
     lambda: add_tracks(), lambda: add_proposals(), lambda: add_up_told(), lambda: add_owners(),
-    lambda: trust_names(), lambda: add_sessions(), lambda: add_ends_of_calls()]
+    lambda: trust_names(), lambda: add_sessions(), lambda: add_ends_of_calls(),
+    lambda: end_left_calendars()]
 
 
 def open_store(path: str, key: str = '') -> None:
@@ -2475,6 +2476,14 @@ def add_ends_of_calls() -> None:
     run('UPDATE reservation SET waiting = NULL, pending = NULL '
         'WHERE (waiting IS NOT NULL OR pending IS NOT NULL) AND NOT EXISTS '
         '(SELECT 1 FROM occurrence WHERE reservation_id = reservation.id AND cancelled IS NULL)')
+
+def end_left_calendars() -> None:
+    """Version 9: feeds and subscriptions whose owners had tokens, all of which are revoked, end like those did."""
+    for table, ends in (('feed', 'revoked = 0'), ('subscription', 'due = NULL')):
+        live = 'revoked IS NULL' if table == 'feed' else 'due IS NOT NULL'
+        owner = f'token t WHERE t.user = {table}.user AND t.project = {table}.project'
+        run(f'UPDATE {table} SET {ends} WHERE {live} AND EXISTS (SELECT 1 FROM {owner}) '
+            f'AND NOT EXISTS (SELECT 1 FROM {owner} AND t.revoked IS NULL)')
 
 
 # What goes wrong with the store. SQLite's first error is what the user is told, with what helps.
@@ -3950,15 +3959,54 @@ def hang_up(line: socket.socket) -> None:
 
 
 def allowed_address(config: Config, host: str, port: int) -> str:
-    """The address of a host; ValueError if any of its addresses is private and that is not allowed."""
+    """The address of a host.
+
+    Raises:
+      ValueError: none is known, or one of them is not public and that is not allowed; in one sentence,
+        so that nobody learns which hosts there are inside.
+    """
     import ipaddress
-    found = [ipaddress.ip_address(each[4][0].partition('%')[0])
-             for each in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
-    for each in found:
-        public_one = getattr(each, 'ipv4_mapped', None) or each
-        if not config.private_addresses and (not public_one.is_global or public_one.is_multicast):
-            raise ValueError(f'{host} is at the private address {each}; the setting private_addresses allows that')
+    try:
+        found = [ipaddress.ip_address(each[4][0].partition('%')[0])
+                 for each in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
+    except (OSError, UnicodeError):  # the name is not known, or none
+        found = []
+    if not found or not config.private_addresses and not all(map(is_public, found)):
+        raise ValueError(f'{shown(host)} is not the name of a host on the public internet; check the address (an '
+                         'operator can allow others with the setting private_addresses)')
     return str(found[0])
+
+
+def is_public(address) -> bool:
+    """Whether an address is one on the public internet, and so is each IPv4 address that stands in it."""
+    inside = embedded(address)
+    if address.version == 6 and not (inside and is_translated(address)):
+        # All that was ever given out for everybody is in 2000::/3 (IANA's registry of IPv6 address space).
+        if int(address) >> 125 != 1 or not address.is_global:
+            return False
+    elif address.version == 4 and (not address.is_global or address.is_multicast):
+        return False
+    return all(map(is_public, inside))
+
+
+def is_translated(address) -> bool:
+    """Whether an IPv6 address only stands for an IPv4 one: mapped, or through a NAT64 of everybody's (RFC 6052)."""
+    return int(address) >> 32 in (0xffff, 0x64ff9b << 64)
+
+
+def embedded(address) -> list:
+    """The IPv4 addresses that an IPv6 address leads to.
+
+    Compatible and mapped (RFC 4291), NAT64 (RFC 6052), 6to4 (RFC 3056), Teredo (RFC 4380), ISATAP (RFC 5214).
+    """
+    import ipaddress
+    if address.version == 4:
+        return []
+    number = int(address)
+    found = [address.sixtofour, *(address.teredo or ())]
+    if number >> 32 in (0, 0xffff, 0x64ff9b << 64) or number >> 32 & 0xfdffffff == 0x5efe:
+        found.append(ipaddress.IPv4Address(number & 0xffffffff))
+    return [each for each in found if each]
 
 
 def send_mail(config: Config, notice, about: dict) -> None:
@@ -8480,15 +8528,30 @@ class Reservations(Calendars):
     def token_revoke(self, id: int, dry_run: bool = False) -> dict:
         """Makes a token worthless from now on.
 
+        With the last token of a user in a project, their feeds and subscriptions end as well. What
+        they have reserved stays.
+
         Example:
           python cmres.py token revoke 3
         """
         with self.writing(dry_run) as now:
-            if not row('SELECT id FROM token WHERE id = ? AND revoked IS NULL', id):
+            found = row('SELECT user, project FROM token WHERE id = ? AND revoked IS NULL', id)
+            if not found:
                 raise NotFound(f'there is no token {id} that is in force')
             change(Token, id, revoked=int(now))
-            self.journal(now, 'token', f'revoked token {id}')
+            self.journal(now, 'token', f'revoked token {id}{self.end_calendars(*found, now)}')
             return public(row('SELECT id, user, project, role, added, revoked FROM token WHERE id = ?', id))
+
+    def end_calendars(self, user: str, project: str, now: float) -> str:
+        """Ends the feeds of who has no token any more, and the subscriptions of who may not book; says how many."""
+        owner = 'WHERE user = ? AND project = ? AND'
+        roles = {each.role for each in rows(f'SELECT role FROM token {owner} revoked IS NULL', user, project)}
+        feeds = subscriptions = 0
+        if not roles:
+            feeds = run(f'UPDATE feed SET revoked = ? {owner} revoked IS NULL', int(now), user, project).rowcount
+        if not roles - {READER}:
+            subscriptions = run(f'UPDATE subscription SET due = NULL {owner} due IS NOT NULL', user, project).rowcount
+        return f'; {feeds} feeds and {subscriptions} subscriptions of {user} ended' if feeds or subscriptions else ''
 
 
 # Life cycle ##################################################################
@@ -10414,11 +10477,15 @@ TEMPLATES = {'layout': '''<!doctype html>
 <p>Sign in with the token that an admin gave you.</p>
 <form method="post" action="/sign-in" class="fields">
 <label class="wide">Token
-<input name="token" type="password" value="{{token}}" autocomplete="current-password" required></label>
+<input name="token" type="password" autocomplete="current-password" required></label>
 <input type="hidden" name="next" value="{{back}}">
 <div><button class="main">Sign in</button></div>
 </form>
 </div>
+''', 'secret': '''
+<div class="card" role="status"><p>{{words}}</p><p><code>{{secret}}</code></p>
+<p>It is shown only now: copy it. Nobody can show it again.</p></div>
+<p><a href="{{back}}">Back</a></p>
 ''', 'refused': '''
 <div class="refused" role="alert"><p>{{sentence}}</p></div>
 <p><a href="{{back}}">Back</a></p>
@@ -10785,6 +10852,7 @@ If it does not fit, wait</label>
 ''', 'form': '''
 <details class="card"><summary>{{title}}</summary>
 <form method="post" action="/do/{{operation}}">{{!visit.guard}}<input type="hidden" name="next" value="/admin">
+<input type="hidden" name="once" value="{{once}}">
 <p class="soft small">{{summary}}</p><div class="fields">
 % for name, words, required, choices in fields:
 <label>{{name.replace('_', ' ').capitalize()}}
@@ -10818,6 +10886,7 @@ DEEDS = {'extend': ('Extend', ('by', 'by', '+1h'), False), 'keep': ('Keep on', (
          'maintenance_delete': ('Call off', None, True), 'token_revoke': ('Revoke', None, True),
          'limit_delete': ('Take away', None, True), 'resource_delete': ('Remove', None, True)}
 ASKS = ('delete', 'resource_delete', 'token_revoke')  # what is asked for twice
+SECRET = {'token', 'feed'}  # fields of answers that are shown in the answer itself, and kept nowhere
 #: What can be done to a reservation in each state; to a pending one, what its holder or an admin says.
 DEEDS_IN = {'waiting': ('delete',), 'pending': ('delete',), 'reserved': ('extend', 'skip', 'delete'),
             **dict.fromkeys(('starting', 'active', 'degraded'), ('extend', 'keep', 'delete'))}
@@ -11031,6 +11100,7 @@ class Pages:
     def __init__(self, service: Reservations):
         self.service = service
         self.names = CloudNames(service.clouds)
+        self.sent: deque[str] = deque(maxlen=1000)  # forms that were sent, by the number that each has
         self.key = read_key(key_file(service.config.database, service.config.key))
 
     def mount(self, app) -> None:
@@ -11142,11 +11212,11 @@ class Pages:
         goes = request.method == 'GET' and not aside or request.path == '/book'
         status = 200 if request.method == 'GET' and not aside else 401
         return self.page(visit, 'Sign in', render_page(
-            'sign in', refusal='', token='', back=request.path + query if goes else '/'), status)
+            'sign in', refusal='', back=request.path + query if goes else '/'), status)
 
     def ask(self, visit: Visit, given: dict):
-        """The form to sign in; a token in the address is filled in, and sent by whoever means it."""
-        return self.page(visit, 'Sign in', render_page('sign in', refusal='', token=given.get('token', ''), back='/'))
+        """The form to sign in; never filled in: an address stands in logs and histories, so that no token may."""
+        return self.page(visit, 'Sign in', render_page('sign in', refusal='', back='/'))
 
     def sign_in(self, visit: Visit, given: dict):
         """Signs in by a token, for as long as `signed_in` says."""
@@ -11155,7 +11225,7 @@ class Pages:
             actor_of(token)
         except Unauthorized as error:
             return self.page(visit, 'Sign in', render_page(
-                'sign in', refusal=str(error), token='', back=local(given.get('next'))), 401)
+                'sign in', refusal=str(error), back=local(given.get('next'))), 401)
         session, lasts = secrets.token_urlsafe(24), self.service.config.signed_in
         made = self.onward(local(given.get('next')))
         with transaction():
@@ -11493,7 +11563,8 @@ class Pages:
         """One part of the admin's page: a table, and the forms that belong to it."""
         table = render_page('table', visit=visit, name=name, lines=lines, columns=columns.split(), deeds=deeds)
         return f'<h2>{name}</h2>{table}' + ''.join(render_page(
-            'form', visit=visit, operation=each, title=TITLES[each], summary=API[each].summary, fields=[
+            'form', visit=visit, operation=each, title=TITLES[each], summary=API[each].summary,
+            once=secrets.token_hex(8), fields=[
                 (field, WORDS[field], API[each].parameters[field].default is REQUIRED, CHOICES.get(field))
                 for field in FORMS[each]])
             for each in forms)
@@ -11503,7 +11574,7 @@ class Pages:
         operation = API.get(name)
         if not operation or not operation.changes:
             raise NotFound(f"there is no operation '{name}' that changes something")
-        onward, sure = local(given.get('next')), given.pop('sure', '')
+        onward, sure, once = local(given.get('next')), given.pop('sure', ''), given.pop('once', '')
         said = {field: value for field, value in given.items() if field != 'next'}
         if name in ASKS and not sure:
             return self.page(visit, 'Are you sure?', render_page(
@@ -11515,7 +11586,13 @@ class Pages:
                 if value != '' and not field.startswith('was_') and said.get(f'was_{field}') != value}
         if 'tz' in operation.parameters:
             said.setdefault('tz', visit.zone.key)
+        if once and once in self.sent:  # else loading the answer again makes another secret
+            raise Conflict('this form was sent already, and what it made is not shown again; go back to the form')
         answer = getattr(visit.service, name)(**bind(operation, said, visit.here))
+        self.sent.append(once)
+        if secret := SECRET & set(answer if isinstance(answer, dict) else ()):
+            return self.page(visit, 'Done', render_page('secret', words=told_done(name, said, answer),
+                                                        secret=answer[secret.pop()], back=onward))
         return self.onward(onward, told_done(name, said, answer))
 
     def warned(self, visit: Visit, operation: Operation, said: dict) -> list[str]:
@@ -11529,8 +11606,6 @@ class Pages:
 def told_done(name: str, said: dict, answer) -> str:
     """What a form has done, in a sentence."""
     about = said.get('rename') or said.get('label') or said.get('name') or said.get('id') or said.get('user') or ''
-    if name == 'token_add':
-        return f"the token of {about}, shown only now: {answer.get('token', '')}"
     hit = answer.get('hit', []) if isinstance(answer, dict) else []
     told = ', '.join(f"{each['label']} of {each['user']} ({each['outcome']})" for each in hit[:20])
     gone = answer if name == 'delete' else ()
@@ -12171,7 +12246,7 @@ def welcome(service: Reservations, url: str) -> list[str]:
     if not service.token_list():
         token = service.token_add(service.actor.user, service.actor.project, ADMIN)['token']
         lines += [f'Made a token for {service.actor.user}, who is admin; it is shown only now: {token}',
-                  f'Sign in: {url}/sign-in?token={token}', 'Try:',
+                  f'Sign in with it: {url}/sign-in', 'Try:',
                   f"  curl -H 'Authorization: Bearer {token}' {url}{BASE}/resource/"]
     return lines
 

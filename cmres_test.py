@@ -8346,10 +8346,47 @@ def test_a_notice_does_not_reach_into_private_networks(world):
     inbox = Inbox()
     boot(world, notify=[inbox.url])
     world.at(0)
-    assert inbox.came == [] and 'is at the private address 127.0.0.1' in cmres.row('SELECT fault FROM outbox').fault
+    assert inbox.came == [] and 'is not the name of a host on the public internet' in cmres.row(
+        'SELECT fault FROM outbox').fault
     world.at(24 * 4)
     assert cmres.row('SELECT due FROM outbox WHERE event_id = 2').due is None
     inbox.server.shutdown()
+
+
+def resolving(monkeypatch, *addresses):
+    """Lets every name have these addresses."""
+    monkeypatch.setattr(socket, 'getaddrinfo', lambda host, port, *rest, **more: [
+        (socket.AF_INET6 if ':' in each else socket.AF_INET, socket.SOCK_STREAM, 6, '', (each, port)) for each in addresses])
+
+
+@pytest.mark.parametrize('address', [
+    '127.0.0.1', '0.0.0.0', '10.1.2.3', '100.64.0.1', '169.254.169.254', '255.255.255.255', '224.0.0.1', '240.0.0.1',
+    '::', '::1', '::127.0.0.1', '::8.8.8.8', '::ffff:127.0.0.1', '::ffff:169.254.169.254', '64:ff9b::127.0.0.1',
+    '64:ff9b::10.1.2.3', '64:ff9b:1::8.8.8.8', '64:ff9b:1:a00::1', '2002:7f00:1::', '2002:a01:203::1',
+    '2001:0:7f00:1::1', '2001:0:4136:e378:8000:63bf:f5ff:fffe', '2606:4700::5efe:10.1.2.3',
+    '2606:4700::200:5efe:127.0.0.1', 'fe80::5efe:10.1.2.3', 'fe80::1%lo', 'fec0::1', 'fc00::1', 'fd12::1', 'ff02::1',
+    '2001:db8::1', '4000::1'])
+def test_an_address_that_leads_inside_is_refused_however_it_is_written(service, monkeypatch, address):
+    """And in the words that refuse a name that nobody has: nobody finds out what there is inside."""
+    def refused(*addresses):
+        resolving(monkeypatch, *addresses)
+        with pytest.raises(Invalid) as refusal:
+            service.calendar_subscribe('https://inside.example.org/a.ics')
+        return str(refusal.value)
+    assert refused(address) == refused('1.1.1.1', address) == refused()
+    def unknown(*rest, **more):
+        raise socket.gaierror(-2, 'Name or service not known')
+    known = refused(address)
+    monkeypatch.setattr(socket, 'getaddrinfo', unknown)
+    with pytest.raises(Invalid) as refusal:
+        service.calendar_subscribe('https://inside.example.org/a.ics')
+    assert str(refusal.value) == known and address.partition('%')[0] not in known
+
+
+@pytest.mark.parametrize('address', ['1.1.1.1', '2606:4700::1111', '::ffff:1.1.1.1', '64:ff9b::1.1.1.1', '2002:101:101::1'])
+def test_an_address_of_the_public_internet_is_taken(service, monkeypatch, address):
+    resolving(monkeypatch, address)
+    assert service.calendar_subscribe('https://outside.example.org/a.ics')['shows'] == 'outside.example.org'
 
 
 @pytest.fixture
@@ -11182,7 +11219,7 @@ def test_admins_look_after_everything_on_one_page(world):
     assert fill('maintenance_add', resource='gpu', start='2026-12-24T08:00', end='+2h', reason='disks').status_int == 303
     assert fill('limit_add', project='biology', most_vms='3').status_int == 303
     made = fill('token_add', user='ann', role='reader', project='maths')
-    assert made.status_int == 303 and 'shown only now: cmres_' in made.follow() and 'cmres_' not in visitor.get('/admin')
+    assert made.status_int == 200 and 'shown only now' in made and 'cmres_' not in visitor.get('/admin')
     book(world.as_user(), start=1, end=2, resource='gpu')
     assert form_of(visitor.get('/admin'), '/do/approve').submit().status_int == 303
     assert world.state('lab') == 'reserved'
@@ -11313,11 +11350,12 @@ def test_style_and_script_are_kept_by_browsers_until_they_change(world):
 
 def test_serve_tells_where_to_sign_in(world):
     lines = cmres.welcome(world.service, 'http://127.0.0.1:8080')
-    link = next(line for line in lines if line.startswith('Sign in: ')).removeprefix('Sign in: http://127.0.0.1:8080')
+    link = next(re.fullmatch('Sign in with it: http://127.0.0.1:8080(.*)', line)[1] for line in lines if 'Sign in' in line)
     visitor = webtest.TestApp(cmres.web(world.service))
     before = dump()
     form = visitor.get(link).forms[0]
     assert dump()[:-1] == before[:-1]  # a link that is followed changes nothing
+    form['token'] = re.search('cmres_\\S+', lines[-1])[0].rstrip("'")
     assert form.submit(status=303).follow().html.find('h1').text == 'Plan'
 
 
@@ -11561,8 +11599,29 @@ def test_a_token_that_was_made_is_not_made_again_by_loading_the_page_again(world
     visitor = as_visitor(world, 'root', 'default', 'admin')
     form = form_of(visitor.get('/admin'), '/do/token_add')
     form['user'] = 'ann'
-    page = form.submit(status=303).follow()
-    assert 'shown only now: cmres_' in page and 'cmres_' not in visitor.get('/admin')
+    page = form.submit(status=200)
+    assert 'shown only now' in page and 'cmres_' not in visitor.get('/admin')
+    assert 'was sent already' in form.submit(status=409)
+    assert len(world.service.token_list()) == 2
+
+
+@pytest.mark.parametrize('name, fields, secret', [
+    ('token_add', {'user': 'ann'}, 'cmres_[A-Za-z0-9_-]{40,}'), ('calendar_feed', {}, '/calendar/[A-Za-z0-9_-]+.ics')])
+def test_a_secret_stands_in_the_answer_and_nowhere_else(world, caplog, name, fields, secret):
+    """No cookie, no address that leads on, nothing in the store or the log."""
+    visitor = as_visitor(world, 'root', 'default', 'admin')
+    guard = form_of(visitor.get('/admin'), '/do/token_add')['form'].value
+    with caplog.at_level('DEBUG'):
+        made = visitor.post(f'/do/{name}', fields | {'form': guard, 'next': '/admin'}, status=200)
+    found = re.search(secret, made.html.text)[0].removeprefix('/calendar/').removesuffix('.ics')
+    assert made.headers['Cache-Control'] == 'no-store' and 'Location' not in made.headers
+    kept = [str(visitor.cookies), str(made.headers), caplog.text, *dump(), *(str(each) for each in world.service.events())]
+    assert not [each for each in kept if found in each]
+
+
+def test_an_address_with_a_token_fills_nothing_in(world):
+    token = world.service.token_add('eva', 'biology')['token']
+    assert token not in webtest.TestApp(cmres.web(world.service)).get('/sign-in?token=' + token).text
 
 
 def test_what_is_over_can_be_found(world):
@@ -13549,6 +13608,47 @@ def subscribe(world, shelf, **asked) -> int:
     id = world.as_user().calendar_subscribe(shelf.url, resource='demo', **asked)['id']
     world.cycle.settle()
     return id
+
+
+def test_who_has_no_token_any_more_has_no_feed_no_subscription_and_no_session(lan, shelf):
+    shelf.shows(asks(13, 14))
+    visitor, feed = as_visitor(lan), lan.as_user().calendar_feed()['feed']
+    other = lan.as_user('max').calendar_feed()['feed']
+    subscribe(lan, shelf)
+    read = webtest.TestApp(cmres.web(lan.service))
+    lan.service.token_add('eva', 'biology')
+    lan.service.token_add('max', 'biology')
+    lan.service.token_revoke(1)
+    assert read.get(urlsplit(feed).path) and len(lan.as_user().calendar_list()) == 2
+    lan.service.token_revoke(2)
+    assert read.get(urlsplit(feed).path, status=404) and read.get(urlsplit(other).path)
+    assert lan.as_user().calendar_list() == [] and visitor.get('/').forms[0].action == '/sign-in'
+    assert '1 feeds and 1 subscriptions of eva ended' in lan.service.events()[-1]['sentence']
+    shelf.shows(asks(13, 14), asks(15, 16, uid='two'))
+    look(lan)
+    assert booked() == ['2026-12-01T13:00Z 1h']
+
+
+def test_who_may_only_read_any_more_has_a_feed_and_no_subscription(lan, shelf):
+    shelf.shows(asks(13, 14))
+    feed = lan.as_user().calendar_feed()['feed']
+    subscribe(lan, shelf)
+    for role in ('user', 'reader'):
+        lan.service.token_add('eva', 'biology', role)
+    lan.service.token_revoke(1)
+    assert [each['kind'] for each in lan.as_user().calendar_list()] == ['feed']
+    assert webtest.TestApp(cmres.web(lan.service)).get(urlsplit(feed).path)
+
+
+def test_calendars_left_by_tokens_that_were_revoked_before_end_with_the_next_start(lan, shelf):
+    for user in ('eva', 'max', 'ann'):
+        lan.as_user(user).calendar_feed()
+        lan.as_user(user).calendar_subscribe(shelf.url)
+    for user in ('eva', 'max'):
+        lan.service.token_add(user, 'biology')
+    cmres.run("UPDATE token SET revoked = 1 WHERE user = 'eva'")
+    cmres.end_left_calendars()
+    assert {each['user'] for each in lan.service.calendar_list()} == {'max', 'ann'}
 
 
 FIVE = [asks(13, 14, uid=uid, day=2 + n) for n, uid in enumerate(('one', 'two', 'three', 'four', 'five'))]
