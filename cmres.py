@@ -148,9 +148,21 @@ def nearest(word: str, words: Iterable[str]) -> str:
     return f"; did you mean '{found[0]}'?" if found else ''
 
 
+#: Characters that control a terminal, turn the order of letters round, or can't be seen: C0 and C1 but tab and
+#: newline, bidi controls (Unicode, UAX #9), separators of lines, invisible operators and tags, and halves of pairs.
+UNSEEN = re.compile('[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u061c\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f'
+                    '\ufeff\ufff9-\ufffb\ufdd0-\ufdef\ufffe\uffff\ud800-\udfff\U000e0000-\U000e007f]')
+
+
+def legible(text: str) -> str:
+    """A text with its unseen characters as JSON writes them, such as \\u202e; JSON stays the same JSON."""
+    return UNSEEN.sub(lambda found: json.dumps(found[0])[1:-1], text)
+
+
 def shown(value) -> str:
     """A value as a sentence quotes it: short, on one line."""
-    return textwrap.shorten(json.dumps(value, ensure_ascii=False, default=str), 60, placeholder='...')
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    return textwrap.shorten(legible(text), 60, placeholder='...')
 
 
 def first_line(error: Exception) -> str:
@@ -904,6 +916,7 @@ def read_setting(name: str, text: str):
 # of arguments for all of them: the same mistake gives the same sentence everywhere.
 
 Label = NewType('Label', str)      # a reservation's or a resource's own name
+NewLabel = NewType('NewLabel', str)  # one that is given now
 Place = NewType('Place', str)      # a resource's name, or - for one found by its place
 Name = NewType('Name', str)        # somebody else's name: a user, a flavor, an image
 Text = NewType('Text', str)        # free text, up to 64 KiB
@@ -1133,9 +1146,20 @@ def read_str(value, here=None, most: int = 255) -> str:
         raise ValueError(f'{shown(value)} is not text')
     if len(value) > most:
         raise ValueError(f'at most {most} characters, not {len(value)}')
-    if re.search('[\x00-\x08\x0b-\x1f\x7f\ud800-\udfff]', value):
-        raise ValueError('control characters are not allowed')
+    if found := unseen(value):
+        raise ValueError(f'the character {found} is not allowed, as nobody would see it; leave it out')
     return value
+
+
+def unseen(text: str) -> str:
+    """The first character of a text that nobody sees, or that no alphabet has yet, by its name; '' if all are fine."""
+    import unicodedata
+    found = UNSEEN.search(text)
+    if not found and text.isascii():
+        return ''
+    letters = found[0] if found else text
+    bad = next((each for each in letters if found or unicodedata.category(each) == 'Cn'), '')
+    return f"U+{ord(bad):04X} {unicodedata.name(bad, '')}".strip() if bad else ''
 
 
 def read_name(value, here=None) -> str:
@@ -1149,6 +1173,12 @@ def read_label(value, here=None) -> str:
         return text
     raise ValueError(f"{shown(text)} is not a name of 1 to 64 letters, digits, '.', '_', '-' "
                      f"(nor {', '.join(NO_LABELS)})")
+
+
+def read_new_label(value, here=None) -> str:
+    if (label := read_label(value)).startswith('-'):
+        raise ValueError(f"{shown(label)} begins with -, as options do; begin with a letter or a digit")
+    return label
 
 
 def read_place(value, here=None) -> str:
@@ -1349,7 +1379,7 @@ PART_FIELDS = {'resource': Place, 'vms': Count, 'flavor': Name, 'image': Name, '
                'cell': Name, 'cloud': Name, 'region': Name, 'aggregate': Name}
 
 READERS = {
-    str: read_str, int: read_int, bool: read_bool, Label: read_label, Place: read_place, Name: read_name,
+    str: read_str, int: read_int, bool: read_bool, Label: read_label, NewLabel: read_new_label, Place: read_place, Name: read_name,
     Text: read_text, File: read_file, Count: read_count, Page: read_page, Figure: read_figure, Most: read_most,
     Span: read_span,
     When: read_when, Day: read_day, Names: read_names, Pairs: read_pairs,
@@ -4021,7 +4051,8 @@ def send_mail(config: Config, notice, about: dict) -> None:
     message['From'], message['To'], message['Subject'] = config.mail_from, notice.target, f'[cmres] {subject}'
     message['Date'] = formatdate()  # RFC 5322 wants one, and spam filters miss it
     message['Message-ID'] = f'<event-{notice.event}-{notice.id}@cmres>'  # a repeated one is known as such
-    message.set_content(f'{text}\n\n{notice.sentence}\n' if notice.sentence not in text else f'{text}\n')
+    sentence = legible(notice.sentence)
+    message.set_content(f'{text}\n\n{sentence}\n' if sentence not in text else f'{text}\n')
     with cut_off(MAIL_WAIT) as connect, smtplib.SMTP(timeout=MOST_WAIT) as server:
         server._get_socket = lambda host, port, timeout: connect((host, port), timeout)
         server.connect(host, int(port or 25))
@@ -4034,7 +4065,8 @@ def notice_text(config: Config, notice, about: dict) -> str:
     fields = {name: in_cell(value, zone) for name, value in about.items()}
     fields |= {name: format_moment(value, zone) for name, value in about.items()
                if isinstance(value, datetime)}
-    fields |= {'sentence': notice.sentence, 'message': notice.sentence, 'actor': notice.actor}
+    sentence = legible(notice.sentence)
+    fields |= {'sentence': sentence, 'message': sentence, 'actor': legible(notice.actor)}
     return config.texts[notice.code].format_map(defaultdict(str, fields))
 
 
@@ -4046,11 +4078,11 @@ def in_cell(value, zone: ZoneInfo) -> str:
         return ' '.join(f'{name}={in_cell(each, zone)}' for name, each in value.items())
     if isinstance(value, (list, tuple)):
         return ', '.join(in_cell(each, zone) for each in value)
-    return '-' if value is None else str(value)
+    return '-' if value is None else legible(str(value))
 
 
-def json_text(value) -> str:
-    return json.dumps(to_plain(value), ensure_ascii=False) + '\n'
+def json_text(value, indent: int | None = None) -> str:
+    return legible(json.dumps(to_plain(value), ensure_ascii=False, indent=indent)) + '\n'
 
 
 # Calendar ####################################################################
@@ -4691,7 +4723,7 @@ def booking_of(uid: str, group: list[Entry], owner: ZoneInfo, begin: datetime, u
 
 
 def title_of(entry: Entry) -> str:
-    return re.sub('[\x00-\x1f\x7f]+', ' ', entry.text('SUMMARY'))[:1000]
+    return re.sub(f'(?:{UNSEEN.pattern}|\\s)+', ' ', entry.text('SUMMARY'))[:1000]
 
 
 def wants_of(group: list[Entry], defaults: Want) -> dict[int, Want]:
@@ -4796,6 +4828,7 @@ def want_of(entry: Entry, defaults: Want) -> Want | None:
 
 def spoken_want(said: re.Match, defaults: Want) -> Want:
     vms, flavor, image, resource = said.groups()
+    flavor, image = read_name(flavor), read_name(image or '')
     return defaults._replace(vms=read_count(vms), flavor=flavor, image=image or defaults.image,
                              resource=resource or defaults.resource)
 
@@ -4860,8 +4893,8 @@ def event_text(shown: Shown) -> str:
 
 def escaped(text: str) -> str:
     """A TEXT (RFC 5545, 3.3.11), which has no control characters but tabs."""
-    text = re.sub(r'([\\;,])', r'\\\1', text).replace('\r\n', '\n').replace('\n', '\\n')
-    return re.sub('[\x00-\x08\x0a-\x1f\x7f]', '', text)
+    text = re.sub(r'([\\;,])', r'\\\1', legible(text.replace('\r\n', '\n')))
+    return text.replace('\n', '\\n')
 
 
 def folded(line: str) -> str:
@@ -6923,7 +6956,7 @@ class Requests(Approval):
     @api('POST', '/reservation/')
     @api('POST', '/reservation/add/<label>/<resource>/<start>/<end>')
     @api('POST', '/reservation/add/<label>/<cell>/<cloud>/<region>/<aggregate>/<vms>/<start>/<end>', resource=ANY)
-    def add(self, label: Label, resource: Place, start: When, end: When, vms: Count = 1, flavor: Name = '',
+    def add(self, label: NewLabel, resource: Place, start: When, end: When, vms: Count = 1, flavor: Name = '',
             image: Name = '', network: Name = '', key: Name = '', security_groups: Names = (), user_data: File = '',
             metadata: Pairs = None, server: Name = '', at_end: Name = '', notify: Names = (), lead: Span = None,
             description: Text = '', personal: bool = False, repeat: Repeat = '', tz: Zone = '', until: Day = None,
@@ -7151,7 +7184,7 @@ class Requests(Approval):
                notify: Names = None, lead: Span = None, description: Text = None, personal: bool = None,
                host: Name = None, repeat: Repeat = None, until: Day = None, count: Count = None,
                skip_dates: Names = None, holidays: Source = None,
-               on_conflict: Clash = None, user: Name = None, rename: Label = None, occurrence: Day = None,
+               on_conflict: Clash = None, user: Name = None, rename: NewLabel = None, occurrence: Day = None,
                following: bool = False, tz: Zone = '', project: Name = '', dry_run: bool = False) -> dict:
         """Changes a reservation, all of it or nothing.
 
@@ -7417,7 +7450,7 @@ class Plan(Requests):
     """The operations on resources and their capacity."""
 
     @api('POST', '/resource/', role=ADMIN)
-    def resource_add(self, name: Label, cell: Name = '', cloud: Name = '', region: Name = '', aggregate: Name = '',
+    def resource_add(self, name: NewLabel, cell: Name = '', cloud: Name = '', region: Name = '', aggregate: Name = '',
                      vms: Most = UNLIMITED, vcpus: Most = UNLIMITED, ram: Most = UNLIMITED, classes: Classes = None,
                      mode: Name = '', hold: Span = None, approval: Span = None, no_show: Span = None,
                      dry_run: bool = False) -> dict:
@@ -7460,7 +7493,7 @@ class Plan(Requests):
         return self.resource_public(found) | {'held_now': in_figures(held)}
 
     @api('PATCH', '/resource/<name>', role=ADMIN)
-    def resource_update(self, name: Label, rename: Label = '', cell: Name = None, cloud: Name = None,
+    def resource_update(self, name: Label, rename: NewLabel = '', cell: Name = None, cloud: Name = None,
                         region: Name = None, aggregate: Name = None, vms: Most = None, vcpus: Most = None,
                         ram: Most = None, classes: Classes = None, mode: Name = None, hold: Span = None,
                         approval: Span = None, no_show: Span = None, force: bool = False,
@@ -10153,6 +10186,7 @@ def given_once(*sources: dict) -> dict:
 SCHEMAS = {int: {'type': 'integer'}, bool: {'type': 'boolean'}, Count: {'type': 'integer', 'minimum': 1},
            Most: {'oneOf': [{'type': 'integer', 'minimum': 0}, {'const': 'unlimited'}]},
            Label: {'type': 'string', 'pattern': '^[A-Za-z0-9._-]{1,64}$'},
+           NewLabel: {'type': 'string', 'pattern': '^[A-Za-z0-9._][A-Za-z0-9._-]{0,63}$'},
            Names: {'type': 'array', 'items': {'type': 'string'}},
            Pairs: {'type': 'object', 'additionalProperties': {'type': 'string'}},
            Rows: {'type': 'array', 'items': {'type': 'object'}},
@@ -10966,7 +11000,13 @@ def render_page(template: str, /, **values) -> str:
 @functools.lru_cache
 def template_of(name: str):
     import bottle
-    return bottle.SimpleTemplate(TEMPLATES[name])
+    return bottle.SimpleTemplate(TEMPLATES[name], escape_func=in_html)
+
+
+def in_html(value) -> str:
+    """A value as the text of a page."""
+    import bottle
+    return bottle.html_escape(legible(str(value)))
 
 
 @dataclasses.dataclass
@@ -12177,11 +12217,20 @@ LOCAL = {each.__name__: Operation(each.__name__, each, ADMIN, [('POST', '', {})]
                       store_restore, store_migrate, store_orphans)}
 
 
+class Visible(logging.Formatter):
+    """Lines of the log in which nothing is unseen."""
+
+    def format(self, record):
+        return legible(super().format(record))
+
+
 def in_utc() -> None:
     """`schedule` reckons in local time, which stands still for an hour when summer ends."""
     os.environ['TZ'] = 'UTC'
     time.tzset()
-    logging.basicConfig(level=logging.INFO, format='%(asctime)sZ %(levelname)s %(message)s', stream=sys.stderr)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(Visible('%(asctime)sZ %(levelname)s %(message)s'))
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
     logging.getLogger('waitress.queue').setLevel(logging.ERROR)  # it warns at every request that waits
 
 
@@ -12315,7 +12364,7 @@ def main(argv: list[str] | None = None) -> int:
         run_fire(argv, lambda call: make(call, config, options) if isinstance(call, Call) else call)
         return 0
     except Error as error:
-        print('\n'.join(in_words(error, zone)), file=sys.stderr)
+        print(legible('\n'.join(in_words(error, zone))), file=sys.stderr)
         return 2 if isinstance(error, Invalid) else 1
     except STORE_ERRORS as error:
         if not (refusal := trouble(error)):
@@ -12403,6 +12452,9 @@ def plain_flags(operation: Operation, words: list[str]) -> list[str]:
     """The words after a command, flags checked, and `--flag` of a yes-or-no argument closed by its value."""
     plain = []
     for word in joined_flags(operation, words):
+        if re.match('-[A-Za-z]|--$', word):
+            raise Invalid(f"{operation.words} has no option {shown(word)}; options begin with two dashes, and what "
+                          f"itself begins with a dash is written behind its name: --label=-x")
         flag, equals, _ = word.partition('=')
         name = flag[2:].replace('-', '_')
         off = name.removeprefix('no')
@@ -12490,7 +12542,8 @@ def csv_rows(text: str) -> list[dict]:
     head = text.partition('\n')[0]
     reader = csv.DictReader(io.StringIO(text), restkey='', skipinitialspace=True,
                             delimiter=';' if ';' in head and ',' not in head else ',')
-    lines = [{**each, 'line': reader.line_num} for each in reader]
+    lines = [{name: cell[1:] if isinstance(cell, str) and cell[:1] == "'" and FORMULA.match(cell[1:]) else cell
+              for name, cell in each.items()} | {'line': reader.line_num} for each in reader]
     for each in lines:
         if '' in each:
             raise ValueError(f"line {each['line']} has more cells than the first line has names")
@@ -12509,29 +12562,47 @@ def progress_bar(items: list) -> Iterable:
 def render(answer, form: str, zone: ZoneInfo, columns: str | None) -> str:
     """An answer as text: a table for people, or JSON, CSV or YAML for programs."""
     if form == 'json':
-        return json.dumps(to_plain(answer), ensure_ascii=False, indent=2)
+        return json_text(answer, indent=2).rstrip('\n')
     if form == 'yaml':
-        import yaml
-        return yaml.safe_dump(to_plain(answer), allow_unicode=True, sort_keys=False).rstrip()
+        return as_yaml(to_plain(answer))
     if form == 'csv':
         return as_csv(answer if isinstance(answer, list) else [answer])
     return as_table(answer, zone, columns)
 
 
+def as_yaml(answer) -> str:
+    import yaml
+    text = yaml.safe_dump(answer, allow_unicode=True, sort_keys=False)
+    if UNSEEN.search(text):  # the one way to escape some is to escape all that is not ASCII
+        text = yaml.safe_dump(answer, sort_keys=False)
+    return text.rstrip()
+
+
 def as_csv(lines: list[dict]) -> str:
     out = io.StringIO()
     writer = csv.writer(out, lineterminator='\n')
-    for number, line in enumerate(to_plain(lines)):
+    for number, line in enumerate(lines):
         if number == 0:
             writer.writerow(line)
-        writer.writerow([json.dumps(each, ensure_ascii=False) if isinstance(each, (list, dict)) else each
-                         for each in line.values()])
+        writer.writerow(map(csv_cell, line.values()))
     return out.getvalue().rstrip('\n')
+
+
+#: What makes a formula of a cell in Excel and LibreOffice, the wide forms of East Asia too.
+FORMULA = re.compile('[=+@\t\r\n\uff1d\uff0b\uff0d\uff20-]')
+
+
+def csv_cell(value):
+    """A value as a cell of a spreadsheet: a text that would be a formula there is quoted, which `csv_rows` takes off."""
+    if isinstance(value, str):
+        return legible(f"'{value}" if FORMULA.match(value) else value)
+    plain = to_plain(value)
+    return legible(json.dumps(plain, ensure_ascii=False)) if isinstance(plain, (list, dict)) else plain
 
 
 def as_table(answer, zone: ZoneInfo, columns: str | None = None) -> str:
     if isinstance(answer, dict) and len(answer) == 1:
-        return '\n'.join(map(str, answer.values()))
+        return '\n'.join(in_cell(each, zone) for each in answer.values())
     if isinstance(answer, dict):
         inner = {name: each for name, each in answer.items() if each and isinstance(each, list)
                  and isinstance(each[0], dict)}

@@ -418,7 +418,7 @@ FINE = {'label': 'lab', 'resource': 'demo', 'start': '+1h', 'end': '+1h'}
     ({'user': 'x' * 256}, 'user: at most 255 characters, not 256'),
     ({'user': 'a\nb'}, 'user: a name is one line'),
     ({'description': 'x' * 65536}, 'description: at most 65535 characters, not 65536'),
-    ({'description': 'a\x1b[2J'}, 'description: control characters are not allowed'),
+    ({'description': 'a\x1b[2J'}, 'description: the character U+001B is not allowed'),
     ({'metadata': 'a'}, 'is not k=v,k=v with at most 128 pairs'),
     ({'metadata': ','.join(f'k{n}=v' for n in range(129))}, 'is not k=v,k=v with at most 128 pairs'),
     ({'security_groups': ','.join(map(str, range(101)))}, 'is not a list of at most 100 names'),
@@ -458,6 +458,47 @@ def test_every_argument_of_every_operation_has_a_reader_and_a_meaning():
         for name, parameter in operation.parameters.items():
             assert parameter.annotation in cmres.READERS, (operation.name, name)
             assert cmres.WORDS[name]
+
+
+UNSEEN = {'\x9b': 'U+009B', '\x85': 'U+0085', '\x7f': 'U+007F', '\u202e': 'U+202E RIGHT-TO-LEFT OVERRIDE',
+          '\u2066': 'U+2066 LEFT-TO-RIGHT ISOLATE', '\u200f': 'U+200F RIGHT-TO-LEFT MARK',
+          '\u061c': 'U+061C ARABIC LETTER MARK', '\u2028': 'U+2028 LINE SEPARATOR',
+          '\ufeff': 'U+FEFF ZERO WIDTH NO-BREAK SPACE', '\u200b': 'U+200B ZERO WIDTH SPACE', '\ufffe': 'U+FFFE',
+          '\u0378': 'U+0378', '\U000e0041': 'U+E0041 TAG LATIN CAPITAL LETTER A', '\x1b': 'U+001B'}
+
+
+@pytest.mark.parametrize('name, operation', [
+    ('description', 'add'), ('user', 'add'), ('project', 'add'), ('image', 'add'), ('notify', 'add'), ('metadata', 'add'),
+    ('user_data', 'add'), ('reason', 'reject'), ('reason', 'maintenance_add'), ('user', 'token_add'),
+    ('cell', 'resource_add'), ('aggregates', 'resource_sync'), ('server', 'claim')])
+@pytest.mark.parametrize('letter', UNSEEN)
+def test_a_character_that_nobody_sees_is_refused_by_its_name(app, name, operation, letter):
+    value = {'k': f'a{letter}b'} if name == 'metadata' else f'a{letter}b'
+    verb, path, _ = API[operation].routes[0]
+    body = {each: 'x' for each, one in API[operation].parameters.items()
+            if one.default is cmres.REQUIRED and f'<{each}>' not in path}
+    answer = app.call(verb, re.sub('<.*?>', 'x', path), {name: value} | body | {name: value}, status=400)
+    assert answer.json['error'].startswith(f'{name}: the character {UNSEEN[letter]} is not allowed')
+
+
+@pytest.mark.parametrize('text', ['Zoë', '数学科', 'علوم', 'שלום', 'می‌خواهم', '👩‍🔬', 'a\tb', 'a\nb', '葛󠄀城'])
+def test_what_people_write_is_taken(app, text):
+    assert app.call('POST', '/reservation/', FINE | {'description': text}).json['description'] == text
+
+
+@pytest.mark.parametrize('path, body', [
+    ('/reservation/', {'label': '-x', 'resource': 'demo', 'start': '+1h', 'end': '+1h'}),
+    ('/reservation/load', {'rows': [{'label': '-x', 'resource': 'demo', 'start': '+1h', 'end': '+1h'}]}),
+    ('/resource/', {'name': '--help'})])
+def test_a_new_label_does_not_look_like_an_option(app, path, body):
+    answer = app.call('POST', path, body, status='*')
+    assert answer.status_int in (400, 409) and 'begins with -, as options do' in answer.text
+
+
+def test_nothing_is_renamed_to_what_looks_like_an_option(app):
+    app.call('POST', '/reservation/', FINE | {'label': 'lab'})
+    for path in ('/reservation/lab', '/resource/demo'):
+        assert 'begins with -' in app.call('PATCH', path, {'rename': '-x'}, status=400).json['error']
 
 
 def test_a_dash_is_not_given_and_null_neither():
@@ -10790,7 +10831,7 @@ def test_a_wrong_verb_is_405_and_told_which_is_right(app, verb, path, allow):
     (FINE | {'metadata': []}, 'metadata: [] is not k=v'),
     (FINE | {'security_groups': 5}, 'security_groups: 5 is not a list'),
     (FINE | {'security_groups': [5]}, 'security_groups: 5 is not text'),
-    (FINE | {'description': 'a\x00'}, 'control characters'), (FINE | {'user': '\ud800'}, 'the body is not UTF-8'),
+    (FINE | {'description': 'a\x00'}, 'the character U+0000'), (FINE | {'user': '\ud800'}, 'the body is not UTF-8'),
     (FINE | {'dry_run': 1}, 'dry_run: 1 is neither true nor false'), (FINE | {'self': 1}, "add has no argument 'self'"),
     (FINE | {'lable': 'x'}, "add has no argument 'lable'; did you mean 'label'?"),
     (FINE | {'held_from': 1}, "no argument 'held_from'"),
@@ -10816,7 +10857,7 @@ def test_wrong_rows_are_refused_in_json(app, rows, status):
     ('/reservation?user=a&user=b', 400, 'user is given twice'),
     ('/reservation?user=%ff', 400, 'the query is not UTF-8'),
     ('/reservation?' + '&'.join(f'a{n}=' for n in range(101)), 400, 'more than 100 fields'),
-    ('/reservation?user=%00', 400, 'control characters'),
+    ('/reservation?user=%00', 400, 'the character U+0000'),
     ('/reservation/%ff', 400, 'the address is not utf-8'), ('/reservation/a%0ab', 400, 'is not a name of'),
     ('/reservation/%C3%A9', 400, '"é" is not a name'),
     ('/reservation/nobody', 404, "there is no reservation 'nobody'"),
@@ -12078,6 +12119,34 @@ def test_a_client_raises_what_the_service_raises(client, service, name, args, ki
     assert same(client, service, name, *args)[0] is kind
 
 
+OF_A_LABEL = {'list': [], 'show': [], 'servers': [], 'duration': [], 'events': [], 'update': ['--vms=2'],
+              'extend': ['--by=+1h'], 'keep': ['--until=+1h'], 'skip': [], 'accept': [], 'approve': [], 'reject': [],
+              'delete': [], 'claim': ['--server=7c1f', '--resources=demo', '--project=biology']}
+ODD = ['-x', '--help', '--tz', '-h', '--', '-tz', 'true', '1e3', '0x1', 'None', 'list', 'help', 'resource']
+
+
+@pytest.mark.parametrize('place', ['here', 'server'])
+@pytest.mark.parametrize('label', ODD)
+def test_every_command_can_name_every_label(client, world, run, monkeypatch, label, place):
+    """Also those that were given before labels could not look like options."""
+    monkeypatch.setenv('CMRES_DATABASE', world.config.database)
+    if place == 'server':
+        monkeypatch.setenv('CMRES_URL', client.url)
+        monkeypatch.setenv('CMRES_TOKEN', client.token)
+    book(world.service, label, start=1_430_000, end=1_430_001)  # in the year 2190
+    assert OF_A_LABEL.keys() == {name for name, each in API.items() if 'label' in each.parameters} - {'add'}
+    for name, more in OF_A_LABEL.items():
+        code, out, err = run(name, f'--label={label}', *more, '--format=json')
+        assert code == 0 or code == 1 and label in err and f"no reservation '{label}'\n" not in err, (name, err)
+        assert 'NAME' not in out
+
+
+@pytest.mark.parametrize('label', ['-x', '--', '-tz', '-H'])
+def test_a_word_that_looks_like_an_option_and_is_none_is_told_how_to_write_it(run, label):
+    code, out, err = run('show', label)
+    assert code == 2 and f'show has no option "{label}"' in err and '--label=-x' in err
+
+
 def test_a_client_takes_the_defaults_of_the_service(client, service):
     assert same(client, service, 'list', '') == []
     assert same(client, service, 'resource_update', 'demo', rename='', vms=3)['vms'] == 3
@@ -12117,6 +12186,56 @@ def test_the_command_line_talks_to_a_server_where_one_is_set(client, world, run,
 # Command line ################################################################
 
 COMMANDS = [operation.words for operation in (*API.values(), *cmres.LOCAL.values())]
+
+
+@pytest.mark.parametrize('text', ['=HYPERLINK("http://evil")', '+1+1', '-1+1', '@SUM(1)', '\t=1', '\n=1', '＝1', '＠x'])
+def test_a_cell_of_text_is_no_formula_and_comes_back_as_it_was(run, tmp_path, text):
+    run('resource', 'add', 'demo', '--vms=9')
+    run('add', 'lab', 'demo', '2190-12-01T09:00', '+1h', f'--description={text}')
+    out = run('list', '--format=csv')[1]
+    [line] = csv.DictReader(io.StringIO(out))
+    assert line['description'] == f"'{text}" and (line['vms'], line['lead']) == ('1', '0')
+    assert line['start'] == '2190-12-01T09:00:00+00:00'
+    fields = ('label', 'resource', 'start', 'end', 'description')
+    with (tmp_path / 'again.csv').open('w', newline='') as file:
+        csv.writer(file).writerows([fields, ['again', *(line[name] for name in fields[1:])]])
+    run('load', 'again.csv')
+    assert json.loads(run('list', 'again', '--format=json')[1])[0]['description'] == text
+
+
+def test_numbers_of_a_spreadsheet_stay_numbers():
+    assert cmres.as_csv([{'a': -1, 'b': -0.5, 'c': True, 'd': None, 'e': NOON, 'f': ['=1'], 'g': "'", 'h': '5-1'}]).split(
+        '\n')[1] == '-1,-0.5,True,,2026-12-01T12:00:00+00:00,"[""=1""]",\',5-1'
+
+
+STORED = 'a\x9b31mb\u202ec\x1b]0;d\u2028e'  # as an older version let it in
+
+
+def test_what_nobody_sees_and_is_stored_is_shown_escaped_everywhere(world, run, monkeypatch, tmp_path):
+    book(world.as_user(), notify=['eva@example.org'])
+    feed = world.as_user().calendar_feed()['feed']
+    for table, columns in (('reservation', ('description', 'user', 'image')), ('event', ('sentence', 'actor'))):
+        for column in columns:
+            cmres.run(f'UPDATE {table} SET {column} = ?', STORED)
+    cmres.run('UPDATE feed SET user = ?', STORED)
+    texts = [cmres.json_text(world.service.list())]
+    visitor = as_visitor(world, 'root', 'default', 'admin')
+    texts += [visitor.get(path).text for path in ('/', '/list', '/r/lab?project=biology', '/admin')]
+    texts.append(visitor.get(urlsplit(feed).path).text)
+    notice = cmres.row(f'{cmres.NOTICES} LIMIT 1')
+    worded = cmres.Config(texts={'added': '{label} of {user}\n{sentence} {actor}'})
+    texts.append(cmres.notice_text(worded, notice, world.service.list()[0]))
+    monkeypatch.setenv('CMRES_DATABASE', world.config.database)
+    for form in cmres.FORMATS:
+        texts += [run(*line, f'--format={form}')[1] for line in (['list', 'lab'], ['show', 'lab'], ['events'])]
+    texts.append(run('update', 'lab', f'--description={STORED}')[2])
+    texts.append(run('show', STORED)[2])
+    for text in texts:
+        assert not cmres.UNSEEN.search(text.replace('\r\n', '\n')), text
+    for text in (texts[2], texts[3], texts[5], texts[6], run('list', 'lab')[1]):
+        assert r'\u009b31mb\u202ec' in text.replace('\r\n ', '')
+    shown = [run('list', 'lab', f'--format={form}')[1] for form in ('json', 'yaml')]
+    assert json.loads(shown[0])[0]['user'] == yaml.safe_load(shown[1])[0]['user'] == STORED
 
 
 @pytest.mark.parametrize('line', ['', '--help', '-h', 'help'])
