@@ -3240,6 +3240,7 @@ class Seen(NamedTuple):
     made: float
     fault: str = ''
     addresses: list = []
+    name: str = ''
 
 
 class Cloud:
@@ -3578,7 +3579,7 @@ class OpenStack(Cloud):
         fault = server.fault.get('message', '') if isinstance(server.fault, dict) else ''
         addresses = [each['addr'] for each in sum((server.addresses or {}).values(), [])]
         made = datetime.fromisoformat(server.created_at).timestamp()
-        return Seen(server.id, mark, (server.status or 'unknown').lower(), made, fault, addresses)
+        return Seen(server.id, mark, (server.status or 'unknown').lower(), made, fault, addresses, server.name)
 
     def delete(self, uid):
         with self.calling('delete a server', sure=True) as cloud:
@@ -3744,7 +3745,8 @@ class Simulated(Cloud):
         up = self.clock() >= server.made + server.boots
         state = 'build' if not up else 'error' if server.fault else server.power
         address = f'10.0.{server.id // 250 % 250}.{server.id % 250 + 1}'
-        return Seen(server.uid, server.mark, state, server.made, server.fault if up else '', [address] if up else [])
+        return Seen(server.uid, server.mark, state, server.made, server.fault if up else '',
+                    [address] if up else [], server.name)
 
     def delete(self, uid):
         self.set(uid, gone=self.clock())
@@ -5409,7 +5411,7 @@ class Service:
         """The servers of an occurrence, as answers show them."""
         return [public(each) for each in rows(
             'SELECT n, name, state, addresses, planned, begun, ready, deleted, snapshot, tries, fault, account, uid '
-            'FROM server WHERE occurrence_id = ? ORDER BY n, id', occurrence)]
+            'FROM server WHERE occurrence_id = ? ORDER BY n, begun IS NULL, begun, id', occurrence)]
 
 
 # Wishes ######################################################################
@@ -8468,7 +8470,7 @@ class Reservations(Calendars):
         where = [('v.planned >= ?', first), ('NOT v.borrowed', None), *self.visible()]
         found = rows(f"""
             SELECT v.account AS cloud, v.name, r.label, v.tries, v.fault, v.planned, v.ready - v.planned AS ready,
-                   v.begun - v.planned + CASE WHEN v.planned = o.start THEN o.start - o.held_from ELSE 0 END AS begun
+                   iif(v.tries > 1, NULL, v.begun) - v.planned + CASE WHEN v.planned = o.start THEN o.start - o.held_from ELSE 0 END AS begun
               FROM server v JOIN occurrence o ON o.id = v.occurrence_id JOIN reservation r ON r.id = o.reservation_id
              WHERE {' AND '.join(text for text, _ in where)} ORDER BY v.account, v.id""",
                      *(value for text, value in where if '?' in text))
@@ -9134,7 +9136,8 @@ class LifeCycle:
     def plan_server(self, occurrence, n: int, now: float, before=None) -> None:
         """Writes down a server that is wanted: a new one, one that was there, or a series' own from `before`."""
         borrowed = bool(occurrence.server)
-        values = dict(name=f'{occurrence.label}-{occurrence.id}-{n}', uid=occurrence.server or None, tries=0,
+        # One that was there has a name of its own, which the first look tells.
+        values = dict(name=occurrence.server or f'{occurrence.label}-{occurrence.id}-{n}', uid=occurrence.server or None, tries=0,
                       state='unknown' if borrowed else 'planned', begun=None,
                       account=self.clouds.account(occurrence.cloud, occurrence.project))
         if before:
@@ -9482,7 +9485,7 @@ class LifeCycle:
         change(Server, server.id, intended=now, due=now + self.config.call_timeout)
         if verb == 'boot':
             server = server._replace(tries=server.tries + 1)
-            change(Server, server.id, state='build', tries=server.tries, uid=None, begun=server.begun or now)
+            change(Server, server.id, state='build', tries=server.tries, uid=None, begun=now)
         return [(verb, server)]
 
     def known(self, account: str) -> list[str]:
@@ -9670,8 +9673,7 @@ class LifeCycle:
                    due=now + self.config.poll, **saved)
 
     def record_boot(self, server, result: Job, now: float) -> None:
-        begun = result.began if server.tries == 1 else server.begun
-        error = result.error
+        begun, error = result.began, result.error
         if not error:
             due = now + self.config.poll if server.goal == 'up' else now
             state = 'build' if server.state == 'planned' else server.state  # it was given up too early
@@ -9843,6 +9845,8 @@ class LifeCycle:
 
     def record_seen(self, server, seen: Seen, now: float) -> None:
         """A server that is there: adopt it, and go on from the state that it is in."""
+        if server.borrowed and seen.name not in ('', server.name):
+            change(Server, server.id, name=seen.name)
         if server.state in UNDER_WAY.values() and not self.arrived(server.state, seen.state):
             stuck = now >= server.called + self.config.call_timeout  # then it is asked once more
             state = ('error' if server.state == 'deleting' else seen.state) if stuck else server.state
@@ -9894,11 +9898,22 @@ class LifeCycle:
         elif server.borrowed:
             self.put_off(server, 'the server is not there any more', now, state='unknown')
         elif server.state in ('error', 'deleting') or not server.uid:
+            self.write_off(server, now)
             self.put_off(server, server.fault or 'it was never made', now, state='planned', uid=None)
         else:
+            self.write_off(server, now)
             change(Server, server.id, state='planned', uid=None, fault='it vanished from the cloud', due=now)
             return [server]
         return []
+
+    def write_off(self, server, now: float) -> None:
+        """Keeps what is known of a VM that was up and is gone in a row of its own; another one takes its place."""
+        if server.ready:
+            kept = 'occurrence_id, n, name, account, goal, borrowed, tries, uid, snapshot, snapshot_id, planned, begun, ready'
+            run(f"INSERT INTO server ({kept}, state, failures, addresses, fault, deleted) "
+                f"SELECT {kept}, 'deleted', 0, '[]', '', ? FROM server WHERE id = ?",
+                now, server.id)
+            change(Server, server.id, begun=None, ready=None)
 
     def tell_vanished(self, servers: list, now: float) -> None:
         """Tells of the servers of each occurrence that vanished; once, while they come and go."""

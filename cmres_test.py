@@ -8113,6 +8113,46 @@ def test_a_vanished_server_is_replaced(world):
     assert 'vanished' in [each['code'] for each in world.service.events('lab')]
 
 
+def test_each_vm_has_its_own_times_also_where_one_took_the_place_of_another(world):
+    boot(world, vms=1)
+    for moment in (1, 1 + minutes(1)):
+        world.at(moment)
+    first, = world.service.servers('lab')
+    world.now += 3600 * 0.5
+    cmres.SimulatedServer.update(gone=world.now).execute()
+    world.cycle.sweep()
+    world.cycle.settle()
+    world.at(1.6)
+    begun = world.now
+    world.at(1.7)
+    old, new = world.service.servers('lab')
+    assert {name: old[name] for name in ('uid', 'planned', 'begun', 'ready')} == {
+        name: first[name] for name in ('uid', 'planned', 'begun', 'ready')}
+    assert old['state'] == 'deleted' and old['ready'] < old['deleted'] <= new['begun'] < new['ready']
+    assert new['state'] == 'active' and new['begun'].timestamp() <= begun and new['uid'] != old['uid']
+    late = (new['ready'] - (NOON + hours(1))).total_seconds()  # the first planned against the final ready
+    assert world.service.punctuality()['clouds'][0]['ready_worst'] == late
+    used = ((old['deleted'] - old['ready']) + (NOON + hours(2) - new['ready'])) / hours(1)
+    for moment in (2, 2.01, 2.02):
+        world.at(moment)
+    assert world.state('lab') == 'ended'
+    assert world.service.report(since=NOON)[0]['used_hours'] == pytest.approx(used, abs=0.02)
+
+
+def test_a_vm_that_is_made_anew_after_a_fault_was_begun_when_it_was_begun(tmp_path):
+    world = World(tmp_path, simulated_failures=1.0)
+    boot(world, vms=1)
+    for moment in (1, 1.01, 1.02):
+        world.at(moment)
+    object.__setattr__(world.config, 'simulated_failures', 0.0)
+    for moment in (1.2, 1.3, 1.31, 1.4):
+        world.at(moment)
+    server, = world.service.servers('lab')
+    assert server['state'] == 'active' and server['tries'] > 1
+    assert server['begun'] > NOON + hours(1) and server['planned'] == NOON + hours(1)
+    assert server['begun'].timestamp() == pytest.approx(cmres.SimulatedServer.get(gone=None).made, abs=1)
+
+
 def test_a_server_that_is_listed_without_its_tags_for_a_moment_is_not_made_again(world):
     """Nova does so between the build request and the cell."""
     boot(world)
@@ -8231,6 +8271,16 @@ def test_a_machine_that_exists_is_started_and_stopped_and_never_deleted(world, o
         world.at(moment)
     assert power(world, owned) == after and world.state('desk') == 'ended' and world.there() == ['mine']
     assert cmres.SimulatedServer.select().count() == 1
+
+
+def test_a_machine_that_exists_is_shown_by_its_own_name(world, owned):
+    world.service.add('desk', 'demo', NOON + hours(1), NOON + hours(2), server=owned)
+    names = []
+    for moment in (1, 1.001, 1.01, 2, 2.01, 3):
+        world.at(moment)
+        names += [each['name'] for each in world.service.servers('desk')]
+    assert set(names) <= {owned, 'mine'} and names[-1] == 'mine'
+    assert not [each['sentence'] for each in world.service.events('desk') if 'desk-' in each['sentence']]
 
 
 def test_a_machine_that_exists_survives_a_cancel(world, owned):
@@ -8613,7 +8663,7 @@ def test_vms_that_vanish_are_told_of_once_for_all_and_where_the_new_ones_are(hea
     look_at(world, 1, range(60, 300, 5))
     assert [code for code, _ in told_of(inbox)] == ['ready', 'vanished', 'ready']
     assert told_of(inbox, 'vanished')[0][1].endswith('are made anew: lab-1-2, lab-1-3')
-    addresses = [each['addresses'][0] for each in world.service.servers('lab')]
+    addresses = [each['addresses'][0] for each in world.service.servers('lab') if each['state'] == 'active']
     assert all(each in told_of(inbox)[2][1] for each in addresses) and '10.0.0.5' in addresses
 
 
