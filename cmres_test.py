@@ -11697,14 +11697,14 @@ def test_a_token_that_was_made_is_not_made_again_by_loading_the_page_again(world
 
 
 @pytest.mark.parametrize('name, fields, secret', [
-    ('token_add', {'user': 'ann'}, 'cmres_[A-Za-z0-9_-]{40,}'), ('calendar_feed', {}, '/calendar/[A-Za-z0-9_-]+.ics')])
+    ('token_add', {'user': 'ann'}, 'cmres_[A-Za-z0-9_-]{40,}'), ('calendar_feed', {}, '(?<=/calendar/)[A-Za-z0-9_-]+(?=/)')])
 def test_a_secret_stands_in_the_answer_and_nowhere_else(world, caplog, name, fields, secret):
     """No cookie, no address that leads on, nothing in the store or the log."""
     visitor = as_visitor(world, 'root', 'default', 'admin')
     guard = form_of(visitor.get('/admin'), '/do/token_add')['form'].value
     with caplog.at_level('DEBUG'):
         made = visitor.post(f'/do/{name}', fields | {'form': guard, 'next': '/admin'}, status=200)
-    found = re.search(secret, made.html.text)[0].removeprefix('/calendar/').removesuffix('.ics')
+    found = re.search(secret, made.html.text)[0]
     assert made.headers['Cache-Control'] == 'no-store' and 'Location' not in made.headers
     kept = [str(visitor.cookies), str(made.headers), caplog.text, *dump(), *(str(each) for each in world.service.events())]
     assert not [each for each in kept if found in each]
@@ -12283,7 +12283,7 @@ def test_what_nobody_sees_and_is_stored_is_shown_escaped_everywhere(world, run, 
     for text in texts:
         assert not cmres.UNSEEN.search(text.replace('\r\n', '\n')), text
     for text in (texts[2], texts[3], texts[5], texts[6], run('list', 'lab')[1]):
-        assert r'\u009b31mb\u202ec' in text.replace('\r\n ', '')
+        assert r'\u009b31mb\u202ec' in text.replace('\r\n ', '').replace('\\\\', '\\')
     shown = [run('list', 'lab', f'--format={form}')[1] for form in ('json', 'yaml')]
     assert json.loads(shown[0])[0]['user'] == yaml.safe_load(shown[1])[0]['user'] == STORED
 
