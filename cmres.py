@@ -117,6 +117,7 @@ class Forbidden(Error): status = 403     # noqa: E701
 class NotFound(Error): status = 404      # noqa: E701
 class Conflict(Error): status = 409      # noqa: E701
 class TooLarge(Error): status = 413      # noqa: E701
+class TooMany(Error): status = 429       # noqa: E701
 class BadCalendar(Error): status = 422   # noqa: E701
 class NoCapacity(Conflict): pass         # noqa: E701
 class Unavailable(Error): status = 503   # noqa: E701
@@ -138,8 +139,8 @@ class CloudError(Error):
 
 
 ERRORS = {kind.__name__: kind for kind in (
-    Error, Invalid, Unauthorized, Forbidden, NotFound, Conflict, TooLarge, BadCalendar, NoCapacity, Unavailable,
-    CloudError)}
+    Error, Invalid, Unauthorized, Forbidden, NotFound, Conflict, TooLarge, TooMany, BadCalendar, NoCapacity,
+    Unavailable, CloudError)}
 
 
 def nearest(word: str, words: Iterable[str]) -> str:
@@ -718,6 +719,12 @@ class Config:
     host: str = setting('127.0.0.1', 'the address that `serve` listens on; put a TLS proxy before any other')
     port: int = setting(8080, 'the port that `serve` listens on', 0, 65535)
     threads: int = setting(8, 'requests that are answered side by side', 1)
+    slow_per_user: int = setting(
+        2, 'requests of one user that may wait for clouds and calendars, or compute for long, at the same time', 1)
+    slow_per_target: int = setting(
+        4, 'requests that may wait for one account on a cloud, or for one host, at the same time', 1)
+    outside_timeout: float = setting(
+        50.0, 'seconds that one request may wait for clouds and calendars in all', 0.1)
     url: str = setting('', 'a cmres server: with it, commands talk to that server and not to the database')
     token: str = setting('', 'the token for that server')
     timezone: str = setting('UTC', 'the zone of times typed without an offset, and of tables')
@@ -1084,15 +1091,22 @@ def api(verb: str, path: str, role: str | None = None, **fixed):
 
 
 def guarded_by_role(method):
-    """Refuses an actor whose role is too small: the one place that looks at roles before a call."""
+    """Refuses an actor whose role is too small, and one call too many of those that take long, before a call."""
     @functools.wraps(method)
     def checked(self, *args, **kwargs):
         needed = API[method.__name__].role
         if ROLES.index(self.actor.role) < ROLES.index(needed):
             raise Forbidden(f"{API[method.__name__].words} needs the role {needed}; "
                             f"{self.actor.user} is {self.actor.role}")
-        return method(self, *args, **kwargs)
+        takes_long = method.__name__ in LONG or any(kwargs.get(name) for name in LONG_BY)
+        with self.shares.computing() if takes_long else nullcontext():
+            return method(self, *args, **kwargs)
     return checked
+
+
+#: What may compute for seconds: calendars and many lines at once, and by these arguments, series.
+LONG = ('import_', 'load', 'generate')
+LONG_BY = ('repeat', 'holidays')
 
 
 class Here(NamedTuple):
@@ -4087,6 +4101,158 @@ def json_text(value, indent: int | None = None) -> str:
     return legible(json.dumps(to_plain(value), ensure_ascii=False, indent=indent)) + '\n'
 
 
+# Shares ######################################################################
+#
+# The server answers with few threads. A request that waits for a cloud or a host, or computes for
+# long, keeps one of them to itself. So at most half of the threads may be kept like that, fewer by
+# one user, and few for one cloud or host. Who comes then is refused at once and told what to do: a
+# queue would keep the other half. So all that asks for nothing outside is always answered.
+
+QUICK = 0.25  # seconds that a call may take before its request counts as one that waits
+FULL = {'all': (Unavailable, 'the server is busy with {most} slow requests, as many as it lets in; try again in a minute'),
+        'user': (TooMany, '{most} slow requests of {name} are under way; wait until one of them is answered, then send '
+                          'this one again'),
+        'target': (CloudError, '{most} requests wait for {name} already, which does not answer; try again in a minute')}
+
+
+class Outside(threading.Thread):
+    """A call to a cloud or a host, in a thread of its own: it may hang for longer than anybody waits for it."""
+
+    def __init__(self, call: Callable, ends: Callable):
+        super().__init__(daemon=True)
+        self.call, self.ends = call, ends
+        self.ended = threading.Event()
+        self.answer: Any = None
+        self.error: Exception | None = None
+        self.counts: tuple = ()  # what it is counted under, once it is slow
+
+    def run(self):
+        try:
+            self.answer = self.call()
+        except Exception as error:  # of any kind: it is raised on where it is waited for
+            self.error = error
+        finally:
+            if not db.is_closed():  # a connection of this thread's own
+                db.close()
+            self.ends(self)
+
+
+class Shares:
+    """Which requests of this process take long at the same time, and how many more may."""
+
+    def __init__(self, config: Config):
+        self.patience = config.outside_timeout
+        self.most = {'all': max(config.threads // 2, 1), 'user': config.slow_per_user,
+                     'target': config.slow_per_target}
+        self.changed = threading.Condition()
+        self.taken: Counter = Counter()  # by kind and name
+        self.request = threading.local()  # of this thread: whose it is, how long it may wait, what it has taken
+
+    @contextmanager
+    def answering(self, user: str) -> Iterator[None]:
+        """A request of a user, answered by this thread; what is asked outside of one has no bounds."""
+        here = self.request
+        here.user, here.left, here.has = user, self.patience, ()
+        try:
+            yield
+        finally:
+            here.user = None
+
+    @property
+    def bounded(self) -> bool:
+        return getattr(self.request, 'user', None) is not None
+
+    @contextmanager
+    def computing(self, patience: float = 1) -> Iterator[None]:
+        """A part of a request that computes for long; a place for it is waited for, but not for long.
+
+        Raises:
+          TooMany: the user has too many of them under way.
+          Unavailable: all have.
+        """
+        here = self.request
+        if not self.bounded or here.has:
+            yield
+            return
+        names = ('all', ''), ('user', here.user)
+        with self.changed:
+            if not self.changed.wait_for(lambda: not self.full(names), patience):
+                raise self.refusal(self.full(names))
+            self.taken.update(names)
+        here.has = names
+        try:
+            yield
+        finally:
+            here.has = ()
+            self.give(names)
+
+    def ask(self, target: str, call: Callable):
+        """The answer of a call to a target outside, such as `the cloud chameleon`; it may hang.
+
+        Raises:
+          TooMany: too many requests of the user take long already.
+          Unavailable: too many of all users do.
+          CloudError: too many wait for that target, or it takes longer than a request may wait in all.
+        """
+        here = self.request
+        if not self.bounded:
+            return call()
+        counts = ('target', target), *(() if here.has else (('user', here.user),))
+        with self.changed:
+            if full := self.full(counts):
+                raise self.refusal(full)
+        began, asked = time.monotonic(), Outside(call, self.end)
+        asked.start()
+        try:
+            if not asked.ended.wait(min(QUICK, max(here.left, 0))):
+                self.wait(asked, counts)
+        finally:
+            here.left -= time.monotonic() - began
+        if not asked.ended.is_set():
+            raise CloudError(f'{target} did not answer within the {self.patience:g} seconds that a request may '
+                             'wait for clouds and calendars', sure=True)
+        if asked.error:
+            raise asked.error
+        return asked.answer
+
+    def wait(self, asked: Outside, counts: tuple) -> None:
+        """Waits for a call that is slow, as long as the request may; from now on it counts until it ends."""
+        place = () if self.request.has else (('all', ''),)
+        with self.changed:
+            full = self.full((*place, *counts))
+            if not asked.ended.is_set():
+                asked.counts = counts
+                self.taken.update(counts)
+            if full:
+                raise self.refusal(full)
+            self.taken.update(place)
+        try:
+            asked.ended.wait(max(self.request.left - QUICK, 0))
+        finally:
+            self.give(place)
+
+    def end(self, asked: Outside) -> None:
+        """Counts a call no longer, however late it has ended."""
+        with self.changed:
+            asked.ended.set()
+            self.give(asked.counts)
+
+    def full(self, names: Iterable[tuple[str, str]]) -> tuple[str, str] | None:
+        """The first of some kinds and names of which no more may be."""
+        return next((each for each in names if self.taken[each] >= self.most[each[0]]), None)
+
+    def give(self, names: Iterable[tuple[str, str]]) -> None:
+        with self.changed:
+            self.taken.subtract(names)
+            self.taken = +self.taken
+            self.changed.notify_all()
+
+    def refusal(self, full: tuple[str, str]) -> Error:
+        kind, name = full
+        error, sentence = FULL[kind]
+        return error(sentence.format(most=self.most[kind], name=name))
+
+
 # Calendar ####################################################################
 #
 # iCalendar (RFC 5545) in and out. What comes in is hostile until shown otherwise, and most of it
@@ -5189,12 +5355,15 @@ class Service:
       clock: seconds since 1970; the one place where time comes from
       wake: called after every change, so that the life cycle looks at once
       progress: passes rows through, and may show how many
+      shares: what requests may take long at the same time
     """
 
     def __init__(self, config: Config, clouds: Clouds, actor: Actor, clock: Callable[[], float] = time.time,
-                 wake: Callable[[], None] = lambda: None, progress: Callable[[list], Iterable] = iter):
+                 wake: Callable[[], None] = lambda: None, progress: Callable[[list], Iterable] = iter,
+                 shares: Shares | None = None):
         self.config, self.clouds, self.actor = config, clouds, actor
         self.clock, self.wake, self.progress = clock, wake, progress
+        self.shares = shares or Shares(config)
         # Called in each transaction that writes; raises to end it.
         self.fence: Callable[[], None] = lambda: None
         # The seconds since the life cycle of this process has made a pass; None: it has none.
@@ -5202,7 +5371,7 @@ class Service:
 
     def acting(self, actor: Actor) -> Service:
         """The same service on behalf of somebody else."""
-        other = type(self)(self.config, self.clouds, actor, self.clock, self.wake, self.progress)
+        other = type(self)(self.config, self.clouds, actor, self.clock, self.wake, self.progress, self.shares)
         other.fence = self.fence
         return other
 
@@ -5523,7 +5692,8 @@ class Wishes(Service):
         admin = self.actor.role == ADMIN
         sight = self.clouds.sight(account, project, asked.get('trusted', ()), admin)
         try:
-            found = self.clouds.open(account).check(named, sight)
+            cloud = self.clouds.open(account)
+            found = self.shares.ask(f'the cloud {account}', lambda: cloud.check(named, sight))
             return dict(zip((kind for kind, _ in named), found))
         except CloudError as error:
             if asked.get('flavor') and (place.vcpus, place.ram) != (None, None):
@@ -5691,8 +5861,8 @@ class Wishes(Service):
         if not re.match('https?://', source):
             return source
         try:
-            status, _, body = fetch(self.config, source, {})
-        except Undelivered as error:
+            status, _, body = self.shares.ask(f'the host {host_of(source)}', lambda: fetch(self.config, source, {}))
+        except (Undelivered, CloudError) as error:
             raise Unavailable(f'the calendar could not be fetched: {error}') from None
         if status != 200:
             raise Unavailable(f'the calendar could not be fetched: the answer was {status}')
@@ -7576,7 +7746,8 @@ class Plan(Requests):
         Example:
           python cmres.py resource sync chameleon --aggregate gpu --mode exclusive --dry-run
         """
-        there = {each.name: each for each in self.clouds.open(cloud).aggregates()}
+        opened, target = self.clouds.open(cloud), f'the cloud {cloud}'
+        there = {each.name: each for each in self.shares.ask(target, opened.aggregates)}
         for name in aggregates:
             if name not in there:
                 raise NotFound(f"the cloud {cloud} has no aggregate '{name}'{nearest(name, there)}")
@@ -7587,7 +7758,7 @@ class Plan(Requests):
             synced = [self.sync_one(cloud, each, wanted, named, force, now) for each in chosen]
         for each, (name, _) in zip(chosen, synced):  # outside the transaction: it is a call to the cloud
             if each.mark != name and not dry_run:
-                self.clouds.open(cloud).mark(each.name, name)
+                self.shares.ask(target, functools.partial(opened.mark, each.name, name))
         return [line for (name, lines), each in zip(synced, chosen) for line in lines + (
             [{'resource': name, 'what': 'mark', 'before': each.mark or None, 'after': name}]
             if each.mark != name else [])]
@@ -8051,12 +8222,16 @@ class Calendars(Claims):
             'SELECT uid FROM reservation WHERE user = ? AND project = ? AND subscription IS ? '
             'AND over > ?', *owner, subscription.id if subscription else None, int(self.clock()))}
         try:
-            names = {name for cloud in self.clouds_of(said) for name in self.clouds.open(
-                self.clouds.account(cloud, owner[1])).names('flavor')}
+            names = {name for cloud in self.clouds_of(said)
+                     for name in self.flavor_names(self.clouds.account(cloud, owner[1]))}
         except CloudError:
             return wanted
         return [each for each in wanted if not each.guess or each.uid in booked or not names
                 or difflib.get_close_matches(each.guess, names, 1)]
+
+    def flavor_names(self, account: str) -> list[str]:
+        cloud = self.clouds.open(account)
+        return self.shares.ask(f'the cloud {account}', lambda: cloud.names('flavor'))
 
     def clouds_of(self, said: dict) -> list[str]:
         """The clouds on which a calendar may book: that of its resource, else those of all."""
@@ -8263,7 +8438,7 @@ class Calendars(Claims):
         except ValueError:
             raise Invalid('url: its host or port is none; write one such as https://example.org/eva.ics') from None
         try:
-            allowed_address(self.config, host, port)
+            self.shares.ask(f'the host {host}', lambda: allowed_address(self.config, host, port))
         except (OSError, ValueError) as error:
             raise Invalid(f'url: {error}') from None
         with self.writing(dry_run) as now:
@@ -9968,7 +10143,8 @@ def handler(service: Reservations, operation: Operation | None, fixed: dict) -> 
             body = read_body(bottle.request, most_body(operation))
             given = given_once(read_query(bottle.request), body, path, fixed)
             bound = bind(operation, given, acting.here)
-            answer = getattr(acting, operation.name)(**bound)
+            with acting.shares.answering(acting.actor.user):
+                answer = getattr(acting, operation.name)(**bound)
         except Error as error:
             return reply(error.status, error_body(error))
         made = operation.name.rsplit('_')[-1] in ('add', 'load', 'generate') and not bound.get('dry_run')
@@ -11131,11 +11307,12 @@ class CloudNames:
         with self.lock:
             thread = self.asking.get(key)
             under_way = thread and thread.is_alive()
-            if time.monotonic() >= self.found.get(key, nothing)[0] and not under_way:
+            asks = time.monotonic() >= self.found.get(key, nothing)[0] and not under_way
+            if asks:
                 thread = self.asking[key] = threading.Thread(target=self.ask, args=key, daemon=True)
                 thread.start()
-        if thread:
-            thread.join(patience if key not in self.found else 0)
+        if asks and key not in self.found:  # who comes later does not wait as well
+            thread.join(patience)
         return self.found.get(key, nothing)[1:]
 
     def ask(self, account: str, sight: Sight) -> None:
@@ -11227,7 +11404,8 @@ class Pages:
                     return self.asking(visit, request, given)
                 if request.method == 'POST':
                     self.refuse_foreign(request, given, visit, signed_in)
-                return handle(visit, **path, given=given)
+                with visit.service.shares.answering(visit.service.actor.user):
+                    return handle(visit, **path, given=given)
             except Error as error:
                 return self.refusal(visit, error, local(given.get('next')))
         return handler

@@ -11011,6 +11011,214 @@ def test_the_readme_lists_every_address():
     assert listed == {(verb, path) for operation in API.values() for verb, path, _ in operation.routes}
 
 
+# Shares ######################################################################
+
+
+class Serving:
+    """A server on a socket, and a cloud `slow` and a host `silent` that answer nobody until they are let."""
+
+    def __init__(self, tmp_path, **settings):
+        self.world = world = World(tmp_path, private_addresses=True, **settings)
+        self.let, self.asked = threading.Event(), queue.SimpleQueue()
+        make, serving = world.clouds.make, self
+
+        class Slow(cmres.Simulated):
+            def find(self, kind, name, *rest):
+                serving.asked.put(name)
+                serving.let.wait()
+                return super().find(kind, name, *rest)
+
+            def names(self, kind, *rest):
+                serving.asked.put(kind)
+                serving.let.wait()
+                return super().names(kind, *rest)
+
+            def aggregates(self):
+                serving.asked.put('aggregates')
+                serving.let.wait()
+                return super().aggregates()
+        world.clouds.make = lambda account: Slow(
+            account, world.clouds.store, world.config, lambda: world.now) if account == 'slow' else make(account)
+        world.service.resource_add('slow', cloud='slow', vms=100)
+        world.service.resource_add('counted', cloud='slow', vcpus=100)
+        world.service.resource_add('gpu', vms=4, mode='exclusive')
+        self.silent = socket.create_server(('127.0.0.1', 0), backlog=50)
+        self.host = f'http://127.0.0.1:{self.silent.getsockname()[1]}/h.ics'
+        self.tokens = {}
+        self.server = waitress.create_server(cmres.web(world.service), host='127.0.0.1', port=0,
+                                             threads=world.config.threads)
+        self.url = f'http://127.0.0.1:{self.server.effective_port}'
+        self.thread = threading.Thread(target=self.server.run, daemon=True)
+        self.thread.start()
+        self.pool = ThreadPoolExecutor(30)
+
+    def call(self, user, verb, path, body=None, **headers):
+        """The status and the text of an answer, for which a test waits as long as it takes, or a minute."""
+        line = http.client.HTTPConnection('127.0.0.1', self.server.effective_port, timeout=60)
+        data = json.dumps(body).encode() if body is not None else None
+        if user and 'Cookie' not in headers:
+            headers = {'Authorization': f'Bearer {self.token(user)}', 'Content-Type': 'application/json'}
+        line.request(verb, path if path.startswith(('/cm', '/healthz', '/book')) else BASE + path, data, headers)
+        answer = line.getresponse()
+        found = answer.status, answer.read().decode()
+        line.close()
+        return found
+
+    def token(self, user):
+        if user not in self.tokens:
+            role = 'admin' if user == 'root' else 'user'
+            self.tokens[user] = self.world.service.token_add(user, 'biology', role)['token']
+        return self.tokens[user]
+
+    def sends(self, *args, **headers):
+        """The same, while the test goes on."""
+        self.token(args[0])
+        return self.pool.submit(self.call, *args, **headers)
+
+    def adds(self, user, label, resource='slow', **more):
+        return self.sends(user, 'POST', '/reservation/', {
+            'label': label, 'resource': resource, 'start': '+1h', 'end': '+1h', **more})
+
+    def others_are_answered(self):
+        """What asks for nothing outside, of somebody who has nothing to do with it."""
+        for n in range(3):
+            assert self.call('', 'GET', '/healthz')[0] == 200
+            assert self.call('ann', 'GET', '/reservation/')[0] == 200
+            label = f'plain-{uuid.uuid4().hex[:8]}'
+            made = self.call('ann', 'POST', '/reservation/', {
+                'label': label, 'resource': 'demo', 'start': '+1h', 'end': '+1h'})
+            assert made[0] == 201, made
+            claim = self.call('root', 'POST', '/claim/', {'server': f's{n}', 'resources': ['gpu'], 'project': 'biology'})
+            assert claim[0] == 200, claim
+
+    def close(self):
+        self.let.set()
+        self.pool.shutdown()
+        self.server.trigger.pull_trigger(self.server.close)
+        self.thread.join()
+        self.server.task_dispatcher.shutdown()
+        self.silent.close()
+        cmres.close_store()
+
+
+@pytest.fixture
+def serving(tmp_path):
+    made = []
+
+    def serve(**settings):
+        made.append(Serving(tmp_path, **settings))
+        return made[-1]
+    yield serve
+    for each in made:
+        each.close()
+
+
+NAMED = {'flavor': 'm1.small', 'image': 'cirros'}
+
+
+@pytest.mark.parametrize('threads', [2, 8])
+def test_while_a_cloud_hangs_others_are_answered(serving, threads):
+    here = serving(threads=threads)
+    waiting = [here.adds(f'u{n}', f'l{n}', **NAMED) for n in range(2 * threads)]
+    until(lambda: sum(each.done() for each in waiting) >= 2 * threads - max(threads // 2, 1))
+    here.others_are_answered()
+    refused = [each.result() for each in waiting if each.done()]
+    assert {status for status, _ in refused} <= {201, 503}  # what need not be checked is booked, and says so
+    for status, text in refused:
+        assert 'not checked: 4 requests wait for the cloud slow already' in text if status == 201 else (
+            'slow requests, as many as it lets in; try again in a minute' in text)
+    here.let.set()
+    assert all(each.result()[0] in (201, 503) for each in waiting)
+    until(lambda: not here.world.service.shares.taken)
+
+
+@pytest.mark.parametrize('kind', ['find', 'update', 'import', 'holidays', 'subscribe', 'sync', 'page', 'check'])
+def test_whatever_asks_outside_keeps_no_more_than_half_of_the_threads(serving, monkeypatch, kind):
+    here = serving(threads=4, slow_per_user=10)
+    if kind == 'update':
+        for n in range(8):
+            assert here.adds('root', f'l{n}', 'counted').result()[0] == 201
+    if kind == 'subscribe':
+        resolve = socket.getaddrinfo
+        monkeypatch.setattr(socket, 'getaddrinfo', lambda host, *rest, **more: (
+            here.let.wait(), resolve('127.0.0.1', *rest, **more))[1] if host == 'silent' else resolve(host, *rest, **more))
+    event = 'BEGIN:VCALENDAR\r\nVERSION:2.0\r\nPRODID:x\r\n' + ''.join(
+        f'BEGIN:VEVENT\r\nUID:{n}\r\nDTSTAMP:20261101T000000Z\r\nDTSTART:20261205T0{n}0000Z\r\nDURATION:PT1H\r\n'
+        'SUMMARY:x\r\nDESCRIPTION:1 x m1.small cirros on counted\r\nEND:VEVENT\r\n' for n in range(3)) + 'END:VCALENDAR'
+    form = urlencode({'resource': 'counted', 'start': '2026-12-01T14:00', 'end': '2026-12-01T15:00', 'vms': 1, **NAMED})
+    cookie = {'Cookie': '; '.join(f'{name}={value}' for name, value in as_visitor(here.world, 'root', 'default', 'admin')
+                                  .cookies.items())} if kind in ('page', 'check') else {}
+    asks = {'find': lambda n: here.sends('root', 'GET', '/resource/counted/find?duration=1h&flavor=m1.small'),
+            'update': lambda n: here.sends('root', 'PATCH', f'/reservation/l{n}', NAMED),
+            'import': lambda n: here.sends('root', 'POST', '/reservation/import', {'file': event, 'dry_run': True}),
+            'holidays': lambda n: here.adds('root', f'h{n}', 'demo', repeat='daily', holidays=here.host),
+            'subscribe': lambda n: here.sends('root', 'POST', '/calendar/subscription/', {'url': f'http://silent/{n}'}),
+            'sync': lambda n: here.sends('root', 'POST', '/resource/sync', {'cloud': 'slow', 'dry_run': True}),
+            'page': lambda n: here.sends('root', 'GET', f'/book?{form}', **cookie),
+            'check': lambda n: here.sends('root', 'GET', f'/book/check?{form}', **cookie)}[kind]
+    waiting = [asks(n) for n in range(8)]
+    if kind in ('page', 'check'):  # which waits for the names at most a second, and for nothing then
+        until(lambda: not here.asked.empty())
+    else:
+        until(lambda: sum(each.done() for each in waiting) >= 4)
+        assert {each.result()[0] for each in waiting if each.done()} & {502, 503}, [
+            each.result() for each in waiting if each.done()]
+    here.others_are_answered()
+    here.let.set()
+    assert all(each.result()[1] for each in waiting)
+
+
+def test_one_user_keeps_fewer_threads_than_all(serving):
+    here = serving(threads=8)
+    waiting = [here.adds('eva', f'l{n}', **NAMED) for n in range(4)]
+    until(lambda: sum(each.done() for each in waiting) == 2)
+    refused = [each.result() for each in waiting if each.done()]
+    assert {status for status, _ in refused} == {429} and '2 slow requests of eva are under way' in refused[0][1]
+    max_ = here.adds('max', 'mine', **NAMED)
+    until(lambda: here.asked.qsize() >= 3)
+    here.others_are_answered()
+    here.let.set()
+    assert max_.result()[0] == 201 and sorted(each.result()[0] for each in waiting) == [201, 201, 429, 429]
+
+
+def test_a_request_waits_for_clouds_no_longer_than_it_may_in_all(serving):
+    here = serving(threads=8, outside_timeout=0.5)
+    for n in range(6):
+        status, text = here.adds('eva' if n % 2 else 'max', f'l{n}', **NAMED).result()
+        assert status in (201, 429) and ('not checked' in text or status == 429), text
+    status, text = here.adds('ann', 'counts', 'counted', **NAMED).result()
+    assert status == 502 and 'must be known to count' in text
+    assert sum(isinstance(each, cmres.Outside) for each in threading.enumerate()) <= 4  # nobody starts more that hang
+    here.let.set()
+    until(lambda: not here.world.service.shares.taken)
+    assert here.adds('eva', 'after', 'counted', **NAMED).result()[0] == 201
+
+
+@pytest.mark.parametrize('kind', ['load', 'import', 'generate'])
+def test_what_computes_for_long_keeps_no_more_than_its_share(serving, kind):
+    here = serving(threads=8)
+    let = threading.Event()
+    here.world.service.progress = lambda rows: (let.wait(), rows)[1]
+    line = {'resource': 'demo', 'start': '+1h', 'end': '+1h'}
+    ask = {'load': lambda user, n: here.sends(user, 'POST', '/reservation/load', {
+               'rows': [line | {'label': f'{user}-{n}'}], 'dry_run': True}),
+           'import': lambda user, n: here.sends(user, 'POST', '/reservation/import', {
+               'file': calendar(event('DTSTART:20261205T100000Z', 'DURATION:PT1H',
+                                      'DESCRIPTION:1 x m1.small on demo')).decode(),
+               'resource': 'demo', 'dry_run': True}),
+           'generate': lambda user, n: here.sends(user, 'POST', '/reservation/generate', {'dry_run': True})}[kind]
+    of_eva = [ask('eva', n) for n in range(4)]
+    until(lambda: sum(each.done() for each in of_eva) == 2)
+    assert {each.result()[0] for each in of_eva if each.done()} == {429}
+    of_others = [ask(user, 1) for user in ('max', 'ann', 'bob', 'tim')]
+    until(lambda: sum(each.done() for each in of_others) == 2)
+    assert {each.result()[0] for each in of_others if each.done()} == {503}
+    here.others_are_answered()
+    let.set()
+    assert all(each.result()[0] in (200, 201, 429, 503) for each in of_eva + of_others)
+    assert ask('eva', 5).result()[0] in (200, 201) and not here.world.service.shares.taken
+
+
 # Page ########################################################################
 
 
