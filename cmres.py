@@ -139,8 +139,8 @@ class CloudError(Error):
 
 
 ERRORS = {kind.__name__: kind for kind in (
-    Error, Invalid, Unauthorized, Forbidden, NotFound, Conflict, TooLarge, TooMany, BadCalendar, NoCapacity,
-    Unavailable, CloudError)}
+    Error, Invalid, Unauthorized, Forbidden, NotFound, Conflict, TooLarge, TooMany, BadCalendar,
+    NoCapacity, Unavailable, CloudError)}
 
 
 def nearest(word: str, words: Iterable[str]) -> str:
@@ -149,14 +149,16 @@ def nearest(word: str, words: Iterable[str]) -> str:
     return f"; did you mean '{found[0]}'?" if found else ''
 
 
-#: Characters that control a terminal, turn the order of letters round, or can't be seen: C0 and C1 but tab and
-#: newline, bidi controls (Unicode, UAX #9), separators of lines, invisible operators and tags, and halves of pairs.
-UNSEEN = re.compile('[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u061c\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f'
-                    '\ufeff\ufff9-\ufffb\ufdd0-\ufdef\ufffe\uffff\ud800-\udfff\U000e0000-\U000e007f]')
+#: Characters that control a terminal, turn the order of letters round, or can't be seen: C0 and C1
+#: but tab and newline, bidi controls (Unicode, UAX #9), separators of lines, invisible operators
+#: and tags, and halves of pairs.
+UNSEEN = re.compile(
+    '[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u061c\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f'
+    '\ufeff\ufff9-\ufffb\ufdd0-\ufdef\ufffe\uffff\ud800-\udfff\U000e0000-\U000e007f]')
 
 
 def legible(text: str) -> str:
-    """A text with its unseen characters as JSON writes them, such as \\u202e; JSON stays the same JSON."""
+    """A text with its unseen characters as JSON writes them, such as \\u202e; JSON stays valid."""
     return UNSEEN.sub(lambda found: json.dumps(found[0])[1:-1], text)
 
 
@@ -719,10 +721,10 @@ class Config:
     host: str = setting('127.0.0.1', 'the address that `serve` listens on; put a TLS proxy before any other')
     port: int = setting(8080, 'the port that `serve` listens on', 0, 65535)
     threads: int = setting(8, 'requests that are answered side by side', 1)
-    slow_per_user: int = setting(
-        2, 'requests of one user that may wait for clouds and calendars, or compute for long, at the same time', 1)
-    slow_per_target: int = setting(
-        4, 'requests that may wait for one account on a cloud, or for one host, at the same time', 1)
+    slow_per_user: int = setting(2, 'requests of one user that may wait for clouds and calendars, '
+                                 'or compute for long, at the same time', 1)
+    slow_per_target: int = setting(4, 'requests that may wait for one account on a cloud, or for '
+                                   'one host, at the same time', 1)
     outside_timeout: float = setting(
         50.0, 'seconds that one request may wait for clouds and calendars in all', 0.1)
     url: str = setting('', 'a cmres server: with it, commands talk to that server and not to the database')
@@ -1091,7 +1093,7 @@ def api(verb: str, path: str, role: str | None = None, **fixed):
 
 
 def guarded_by_role(method):
-    """Refuses an actor whose role is too small, and one call too many of those that take long, before a call."""
+    """Refuses before a call an actor whose role is too small, and one too many that takes long."""
     @functools.wraps(method)
     def checked(self, *args, **kwargs):
         needed = API[method.__name__].role
@@ -1161,12 +1163,13 @@ def read_str(value, here=None, most: int = 255) -> str:
     if len(value) > most:
         raise ValueError(f'at most {most} characters, not {len(value)}')
     if found := unseen(value):
-        raise ValueError(f'the character {found} is not allowed, as nobody would see it; leave it out')
+        raise ValueError(f'the character {found} is not allowed, as nobody would see it; '
+                         'leave it out')
     return value
 
 
 def unseen(text: str) -> str:
-    """The first character of a text that nobody sees, or that no alphabet has yet, by its name; '' if all are fine."""
+    """The name of a text's first character that nobody sees or that is none yet; '' without one."""
     import unicodedata
     found = UNSEEN.search(text)
     if not found and text.isascii():
@@ -1191,7 +1194,8 @@ def read_label(value, here=None) -> str:
 
 def read_new_label(value, here=None) -> str:
     if (label := read_label(value)).startswith('-'):
-        raise ValueError(f"{shown(label)} begins with -, as options do; begin with a letter or a digit")
+        raise ValueError(f'{shown(label)} begins with -, as options do; begin with a letter or '
+                         'a digit')
     return label
 
 
@@ -1393,7 +1397,8 @@ PART_FIELDS = {'resource': Place, 'vms': Count, 'flavor': Name, 'image': Name, '
                'cell': Name, 'cloud': Name, 'region': Name, 'aggregate': Name}
 
 READERS = {
-    str: read_str, int: read_int, bool: read_bool, Label: read_label, NewLabel: read_new_label, Place: read_place, Name: read_name,
+    str: read_str, int: read_int, bool: read_bool, Label: read_label, NewLabel: read_new_label,
+    Place: read_place, Name: read_name,
     Text: read_text, File: read_file, Count: read_count, Page: read_page, Figure: read_figure, Most: read_most,
     Span: read_span,
     When: read_when, Day: read_day, Names: read_names, Pairs: read_pairs,
@@ -2521,8 +2526,9 @@ def add_ends_of_calls() -> None:
         'WHERE (waiting IS NOT NULL OR pending IS NOT NULL) AND NOT EXISTS '
         '(SELECT 1 FROM occurrence WHERE reservation_id = reservation.id AND cancelled IS NULL)')
 
+
 def end_left_calendars() -> None:
-    """Version 9: feeds and subscriptions whose owners had tokens, all of which are revoked, end like those did."""
+    """Version 9: feeds and subscriptions end whose owners had tokens, all of them revoked."""
     for table, ends in (('feed', 'revoked = 0'), ('subscription', 'due = NULL')):
         live = 'revoked IS NULL' if table == 'feed' else 'due IS NOT NULL'
         owner = f'token t WHERE t.user = {table}.user AND t.project = {table}.project'
@@ -3593,7 +3599,8 @@ class OpenStack(Cloud):
         fault = server.fault.get('message', '') if isinstance(server.fault, dict) else ''
         addresses = [each['addr'] for each in sum((server.addresses or {}).values(), [])]
         made = datetime.fromisoformat(server.created_at).timestamp()
-        return Seen(server.id, mark, (server.status or 'unknown').lower(), made, fault, addresses, server.name)
+        state = (server.status or 'unknown').lower()
+        return Seen(server.id, mark, state, made, fault, addresses, server.name)
 
     def delete(self, uid):
         with self.calling('delete a server', sure=True) as cloud:
@@ -4008,8 +4015,8 @@ def allowed_address(config: Config, host: str, port: int) -> str:
     """The address of a host.
 
     Raises:
-      ValueError: none is known, or one of them is not public and that is not allowed; in one sentence,
-        so that nobody learns which hosts there are inside.
+      ValueError: none is known, or one of them is not public and that is not allowed; in one
+        sentence, so that nobody learns which hosts there are inside.
     """
     import ipaddress
     try:
@@ -4018,16 +4025,16 @@ def allowed_address(config: Config, host: str, port: int) -> str:
     except (OSError, UnicodeError):  # the name is not known, or none
         found = []
     if not found or not config.private_addresses and not all(map(is_public, found)):
-        raise ValueError(f'{shown(host)} is not the name of a host on the public internet; check the address (an '
-                         'operator can allow others with the setting private_addresses)')
+        raise ValueError(f'{shown(host)} is not the name of a host on the public internet; check '
+                         'the address (an operator can allow others: private_addresses)')
     return str(found[0])
 
 
 def is_public(address) -> bool:
-    """Whether an address is one on the public internet, and so is each IPv4 address that stands in it."""
+    """Whether an address is on the public internet, and so is each IPv4 address in it."""
     inside = embedded(address)
     if address.version == 6 and not (inside and is_translated(address)):
-        # All that was ever given out for everybody is in 2000::/3 (IANA's registry of IPv6 address space).
+        # All that was ever given out is in 2000::/3 (IANA's registry of IPv6 address space).
         if int(address) >> 125 != 1 or not address.is_global:
             return False
     elif address.version == 4 and (not address.is_global or address.is_multicast):
@@ -4036,14 +4043,15 @@ def is_public(address) -> bool:
 
 
 def is_translated(address) -> bool:
-    """Whether an IPv6 address only stands for an IPv4 one: mapped, or through a NAT64 of everybody's (RFC 6052)."""
+    """Whether an IPv6 address only stands for an IPv4 one: mapped, or by NAT64 (RFC 6052)."""
     return int(address) >> 32 in (0xffff, 0x64ff9b << 64)
 
 
 def embedded(address) -> list:
     """The IPv4 addresses that an IPv6 address leads to.
 
-    Compatible and mapped (RFC 4291), NAT64 (RFC 6052), 6to4 (RFC 3056), Teredo (RFC 4380), ISATAP (RFC 5214).
+    Compatible and mapped (RFC 4291), NAT64 (RFC 6052), 6to4 (RFC 3056), Teredo (RFC 4380),
+    ISATAP (RFC 5214).
     """
     import ipaddress
     if address.version == 4:
@@ -4109,14 +4117,18 @@ def json_text(value, indent: int | None = None) -> str:
 # queue would keep the other half. So all that asks for nothing outside is always answered.
 
 QUICK = 0.25  # seconds that a call may take before its request counts as one that waits
-FULL = {'all': (Unavailable, 'the server is busy with {most} slow requests, as many as it lets in; try again in a minute'),
-        'user': (TooMany, '{most} slow requests of {name} are under way; wait until one of them is answered, then send '
-                          'this one again'),
-        'target': (CloudError, '{most} requests wait for {name} already, which does not answer; try again in a minute')}
+#: What is said to who comes when no more may be.
+FULL = {
+    'all': (Unavailable, 'the server is busy with {most} slow requests, as many as it lets in; try '
+                         'again in a minute'),
+    'user': (TooMany, '{most} slow requests of {name} are under way; wait until one of them is '
+                      'answered, then send this one again'),
+    'target': (CloudError, '{most} requests wait for {name} already, which does not answer; try '
+                           'again in a minute')}
 
 
 class Outside(threading.Thread):
-    """A call to a cloud or a host, in a thread of its own: it may hang for longer than anybody waits for it."""
+    """A call to a cloud or a host, in a thread of its own: it may hang when nobody waits."""
 
     def __init__(self, call: Callable, ends: Callable):
         super().__init__(daemon=True)
@@ -4146,11 +4158,12 @@ class Shares:
                      'target': config.slow_per_target}
         self.changed = threading.Condition()
         self.taken: Counter = Counter()  # by kind and name
-        self.request = threading.local()  # of this thread: whose it is, how long it may wait, what it has taken
+        # Of this thread's request: whose it is, how long it may still wait, what it has taken.
+        self.request = threading.local()
 
     @contextmanager
     def answering(self, user: str) -> Iterator[None]:
-        """A request of a user, answered by this thread; what is asked outside of one has no bounds."""
+        """A request of a user in this thread; what is asked outside of any has no bounds."""
         here = self.request
         here.user, here.left, here.has = user, self.patience, ()
         try:
@@ -4164,7 +4177,10 @@ class Shares:
 
     @contextmanager
     def computing(self, patience: float = 1) -> Iterator[None]:
-        """A part of a request that computes for long; a place for it is waited for, but not for long.
+        """A part of a request that computes for long; it waits a moment for its turn.
+
+        Args:
+          patience: seconds
 
         Raises:
           TooMany: the user has too many of them under way.
@@ -4192,7 +4208,7 @@ class Shares:
         Raises:
           TooMany: too many requests of the user take long already.
           Unavailable: too many of all users do.
-          CloudError: too many wait for that target, or it takes longer than a request may wait in all.
+          CloudError: too many wait for that target, or a request has waited as long as it may.
         """
         here = self.request
         if not self.bounded:
@@ -4209,14 +4225,14 @@ class Shares:
         finally:
             here.left -= time.monotonic() - began
         if not asked.ended.is_set():
-            raise CloudError(f'{target} did not answer within the {self.patience:g} seconds that a request may '
-                             'wait for clouds and calendars', sure=True)
+            raise CloudError(f'{target} did not answer within the {self.patience:g} seconds that a '
+                             'request may wait for clouds and calendars', sure=True)
         if asked.error:
             raise asked.error
         return asked.answer
 
     def wait(self, asked: Outside, counts: tuple) -> None:
-        """Waits for a call that is slow, as long as the request may; from now on it counts until it ends."""
+        """Waits for a call that is slow, as long as the request may; it counts until it ends."""
         place = () if self.request.has else (('all', ''),)
         with self.changed:
             full = self.full((*place, *counts))
@@ -5359,8 +5375,8 @@ class Service:
     """
 
     def __init__(self, config: Config, clouds: Clouds, actor: Actor, clock: Callable[[], float] = time.time,
-                 wake: Callable[[], None] = lambda: None, progress: Callable[[list], Iterable] = iter,
-                 shares: Shares | None = None):
+                 wake: Callable[[], None] = lambda: None,
+                 progress: Callable[[list], Iterable] = iter, shares: Shares | None = None):
         self.config, self.clouds, self.actor = config, clouds, actor
         self.clock, self.wake, self.progress = clock, wake, progress
         self.shares = shares or Shares(config)
@@ -5371,7 +5387,8 @@ class Service:
 
     def acting(self, actor: Actor) -> Service:
         """The same service on behalf of somebody else."""
-        other = type(self)(self.config, self.clouds, actor, self.clock, self.wake, self.progress, self.shares)
+        other = type(self)(self.config, self.clouds, actor, self.clock, self.wake,
+                           self.progress, self.shares)
         other.fence = self.fence
         return other
 
@@ -5861,7 +5878,8 @@ class Wishes(Service):
         if not re.match('https?://', source):
             return source
         try:
-            status, _, body = self.shares.ask(f'the host {host_of(source)}', lambda: fetch(self.config, source, {}))
+            status, _, body = self.shares.ask(f'the host {host_of(source)}',
+                                              lambda: fetch(self.config, source, {}))
         except (Undelivered, CloudError) as error:
             raise Unavailable(f'the calendar could not be fetched: {error}') from None
         if status != 200:
@@ -8645,7 +8663,8 @@ class Reservations(Calendars):
         where = [('v.planned >= ?', first), ('NOT v.borrowed', None), *self.visible()]
         found = rows(f"""
             SELECT v.account AS cloud, v.name, r.label, v.tries, v.fault, v.planned, v.ready - v.planned AS ready,
-                   iif(v.tries > 1, NULL, v.begun) - v.planned + CASE WHEN v.planned = o.start THEN o.start - o.held_from ELSE 0 END AS begun
+                   iif(v.tries > 1, NULL, v.begun) - v.planned + CASE
+                   WHEN v.planned = o.start THEN o.start - o.held_from ELSE 0 END AS begun
               FROM server v JOIN occurrence o ON o.id = v.occurrence_id JOIN reservation r ON r.id = o.reservation_id
              WHERE {' AND '.join(text for text, _ in where)} ORDER BY v.account, v.id""",
                      *(value for text, value in where if '?' in text))
@@ -8753,15 +8772,22 @@ class Reservations(Calendars):
             return public(row('SELECT id, user, project, role, added, revoked FROM token WHERE id = ?', id))
 
     def end_calendars(self, user: str, project: str, now: float) -> str:
-        """Ends the feeds of who has no token any more, and the subscriptions of who may not book; says how many."""
-        owner = 'WHERE user = ? AND project = ? AND'
-        roles = {each.role for each in rows(f'SELECT role FROM token {owner} revoked IS NULL', user, project)}
-        feeds = subscriptions = 0
+        """Ends the feeds of who has no token any more, and the subscriptions of who may not book.
+
+        Returns:
+          what has ended, as the end of a sentence.
+        """
+        mine = 'WHERE user = ? AND project = ? AND'
+        roles = {each.role for each in rows(
+            f'SELECT role FROM token {mine} revoked IS NULL', user, project)}
+        ended = []
         if not roles:
-            feeds = run(f'UPDATE feed SET revoked = ? {owner} revoked IS NULL', int(now), user, project).rowcount
+            ended.append((run(f'UPDATE feed SET revoked = ? {mine} revoked IS NULL',
+                              int(now), user, project).rowcount, 'feeds'))
         if not roles - {READER}:
-            subscriptions = run(f'UPDATE subscription SET due = NULL {owner} due IS NOT NULL', user, project).rowcount
-        return f'; {feeds} feeds and {subscriptions} subscriptions of {user} ended' if feeds or subscriptions else ''
+            ended.append((run(f'UPDATE subscription SET due = NULL {mine} due IS NOT NULL',
+                              user, project).rowcount, 'subscriptions'))
+        return ''.join(f'; {number} {what} of {user} ended' for number, what in ended if number)
 
 
 # Life cycle ##################################################################
@@ -9312,7 +9338,8 @@ class LifeCycle:
         """Writes down a server that is wanted: a new one, one that was there, or a series' own from `before`."""
         borrowed = bool(occurrence.server)
         # One that was there has a name of its own, which the first look tells.
-        values = dict(name=occurrence.server or f'{occurrence.label}-{occurrence.id}-{n}', uid=occurrence.server or None, tries=0,
+        values = dict(name=occurrence.server or f'{occurrence.label}-{occurrence.id}-{n}',
+                      uid=occurrence.server or None, tries=0,
                       state='unknown' if borrowed else 'planned', begun=None,
                       account=self.clouds.account(occurrence.cloud, occurrence.project))
         if before:
@@ -10082,9 +10109,10 @@ class LifeCycle:
         return []
 
     def write_off(self, server, now: float) -> None:
-        """Keeps what is known of a VM that was up and is gone in a row of its own; another one takes its place."""
+        """Keeps a VM that was up and is gone in a row of its own: another takes its place here."""
         if server.ready:
-            kept = 'occurrence_id, n, name, account, goal, borrowed, tries, uid, snapshot, snapshot_id, planned, begun, ready'
+            kept = ('occurrence_id, n, name, account, goal, borrowed, tries, uid, snapshot, '
+                    'snapshot_id, planned, begun, ready')
             run(f"INSERT INTO server ({kept}, state, failures, addresses, fault, deleted) "
                 f"SELECT {kept}, 'deleted', 0, '[]', '', ? FROM server WHERE id = ?",
                 now, server.id)
@@ -11111,7 +11139,7 @@ DEEDS = {'extend': ('Extend', ('by', 'by', '+1h'), False), 'keep': ('Keep on', (
          'maintenance_delete': ('Call off', None, True), 'token_revoke': ('Revoke', None, True),
          'limit_delete': ('Take away', None, True), 'resource_delete': ('Remove', None, True)}
 ASKS = ('delete', 'resource_delete', 'token_revoke')  # what is asked for twice
-SECRET = {'token', 'feed'}  # fields of answers that are shown in the answer itself, and kept nowhere
+SECRET = {'token', 'feed'}  # fields of answers: shown in the answer itself, and kept nowhere
 #: What can be done to a reservation in each state; to a pending one, what its holder or an admin says.
 DEEDS_IN = {'waiting': ('delete',), 'pending': ('delete',), 'reserved': ('extend', 'skip', 'delete'),
             **dict.fromkeys(('starting', 'active', 'degraded'), ('extend', 'keep', 'delete'))}
@@ -11332,7 +11360,7 @@ class Pages:
     def __init__(self, service: Reservations):
         self.service = service
         self.names = CloudNames(service.clouds)
-        self.sent: deque[str] = deque(maxlen=1000)  # forms that were sent, by the number that each has
+        self.sent: deque[str] = deque(maxlen=1000)  # forms that were sent, by their numbers
         self.key = read_key(key_file(service.config.database, service.config.key))
 
     def mount(self, app) -> None:
@@ -11448,7 +11476,7 @@ class Pages:
             'sign in', refusal='', back=request.path + query if goes else '/'), status)
 
     def ask(self, visit: Visit, given: dict):
-        """The form to sign in; never filled in: an address stands in logs and histories, so that no token may."""
+        """The form to sign in, empty: addresses stand in logs and histories, so no token may."""
         return self.page(visit, 'Sign in', render_page('sign in', refusal='', back='/'))
 
     def sign_in(self, visit: Visit, given: dict):
@@ -11820,12 +11848,14 @@ class Pages:
         if 'tz' in operation.parameters:
             said.setdefault('tz', visit.zone.key)
         if once and once in self.sent:  # else loading the answer again makes another secret
-            raise Conflict('this form was sent already, and what it made is not shown again; go back to the form')
+            raise Conflict('this form was sent already, and what it made is not shown again; go '
+                           'back to the form')
         answer = getattr(visit.service, name)(**bind(operation, said, visit.here))
         self.sent.append(once)
         if secret := SECRET & set(answer if isinstance(answer, dict) else ()):
-            return self.page(visit, 'Done', render_page('secret', words=told_done(name, said, answer),
-                                                        secret=answer[secret.pop()], back=onward))
+            return self.page(visit, 'Done', render_page(
+                'secret', words=told_done(name, said, answer), secret=answer[secret.pop()],
+                back=onward))
         return self.onward(onward, told_done(name, said, answer))
 
     def warned(self, visit: Visit, operation: Operation, said: dict) -> list[str]:
@@ -12646,8 +12676,9 @@ def plain_flags(operation: Operation, words: list[str]) -> list[str]:
     plain = []
     for word in joined_flags(operation, words):
         if re.match('-[A-Za-z]|--$', word):
-            raise Invalid(f"{operation.words} has no option {shown(word)}; options begin with two dashes, and what "
-                          f"itself begins with a dash is written behind its name: --label=-x")
+            raise Invalid(f'{operation.words} has no option {shown(word)}; options begin with two '
+                          'dashes, and what itself begins with a dash is written behind its name: '
+                          '--label=-x')
         flag, equals, _ = word.partition('=')
         name = flag[2:].replace('-', '_')
         off = name.removeprefix('no')
@@ -12730,13 +12761,23 @@ def file_rows(text: str, name: str) -> list[dict]:
         raise Invalid(f"'{name}' is not YAML: {str(error).splitlines()[0]}") from None
 
 
+#: What makes a formula of a cell in Excel and LibreOffice, the wide forms of East Asia too.
+FORMULA = re.compile('[=+@\t\r\n\uff1d\uff0b\uff0d\uff20-]')
+
+
+def unquoted(cell):
+    """A cell as it was before `csv_cell` quoted it; what is too much in a line is a list."""
+    quoted = isinstance(cell, str) and cell[:1] == "'" and FORMULA.match(cell[1:])
+    return cell[1:] if quoted else cell
+
+
 def csv_rows(text: str) -> list[dict]:
     """The lines of a CSV text with commas, or with semicolons as spreadsheets of many countries write them."""
     head = text.partition('\n')[0]
     reader = csv.DictReader(io.StringIO(text), restkey='', skipinitialspace=True,
                             delimiter=';' if ';' in head and ',' not in head else ',')
-    lines = [{name: cell[1:] if isinstance(cell, str) and cell[:1] == "'" and FORMULA.match(cell[1:]) else cell
-              for name, cell in each.items()} | {'line': reader.line_num} for each in reader]
+    lines = [{name: unquoted(cell) for name, cell in each.items()} | {'line': reader.line_num}
+             for each in reader]
     for each in lines:
         if '' in each:
             raise ValueError(f"line {each['line']} has more cells than the first line has names")
@@ -12781,16 +12822,14 @@ def as_csv(lines: list[dict]) -> str:
     return out.getvalue().rstrip('\n')
 
 
-#: What makes a formula of a cell in Excel and LibreOffice, the wide forms of East Asia too.
-FORMULA = re.compile('[=+@\t\r\n\uff1d\uff0b\uff0d\uff20-]')
-
-
 def csv_cell(value):
-    """A value as a cell of a spreadsheet: a text that would be a formula there is quoted, which `csv_rows` takes off."""
+    """A value as a cell of a spreadsheet; a text that would be a formula there gets a quote."""
     if isinstance(value, str):
         return legible(f"'{value}" if FORMULA.match(value) else value)
     plain = to_plain(value)
-    return legible(json.dumps(plain, ensure_ascii=False)) if isinstance(plain, (list, dict)) else plain
+    if not isinstance(plain, (list, dict)):
+        return plain
+    return legible(json.dumps(plain, ensure_ascii=False))
 
 
 def as_table(answer, zone: ZoneInfo, columns: str | None = None) -> str:

@@ -11091,13 +11091,16 @@ class Serving:
             claim = self.call('root', 'POST', '/claim/', {'server': f's{n}', 'resources': ['gpu'], 'project': 'biology'})
             assert claim[0] == 200, claim
 
-    def close(self):
+    def lets(self):
         self.let.set()
+        self.silent.close()
+
+    def close(self):
+        self.lets()
         self.pool.shutdown()
         self.server.trigger.pull_trigger(self.server.close)
         self.thread.join()
         self.server.task_dispatcher.shutdown()
-        self.silent.close()
         cmres.close_store()
 
 
@@ -11127,7 +11130,7 @@ def test_while_a_cloud_hangs_others_are_answered(serving, threads):
     for status, text in refused:
         assert 'not checked: 4 requests wait for the cloud slow already' in text if status == 201 else (
             'slow requests, as many as it lets in; try again in a minute' in text)
-    here.let.set()
+    here.lets()
     assert all(each.result()[0] in (201, 503) for each in waiting)
     until(lambda: not here.world.service.shares.taken)
 
@@ -11164,7 +11167,7 @@ def test_whatever_asks_outside_keeps_no_more_than_half_of_the_threads(serving, m
         assert {each.result()[0] for each in waiting if each.done()} & {502, 503}, [
             each.result() for each in waiting if each.done()]
     here.others_are_answered()
-    here.let.set()
+    here.lets()
     assert all(each.result()[1] for each in waiting)
 
 
@@ -11177,7 +11180,7 @@ def test_one_user_keeps_fewer_threads_than_all(serving):
     max_ = here.adds('max', 'mine', **NAMED)
     until(lambda: here.asked.qsize() >= 3)
     here.others_are_answered()
-    here.let.set()
+    here.lets()
     assert max_.result()[0] == 201 and sorted(each.result()[0] for each in waiting) == [201, 201, 429, 429]
 
 
@@ -11189,9 +11192,23 @@ def test_a_request_waits_for_clouds_no_longer_than_it_may_in_all(serving):
     status, text = here.adds('ann', 'counts', 'counted', **NAMED).result()
     assert status == 502 and 'must be known to count' in text
     assert sum(isinstance(each, cmres.Outside) for each in threading.enumerate()) <= 4  # nobody starts more that hang
-    here.let.set()
+    here.lets()
     until(lambda: not here.world.service.shares.taken)
     assert here.adds('eva', 'after', 'counted', **NAMED).result()[0] == 201
+
+
+def test_a_series_is_not_checked_while_one_types_beside_others_that_compute(serving):
+    here, let = serving(threads=8), threading.Event()
+    here.world.service.progress = lambda rows: (let.wait(), rows)[1]
+    visitor = as_visitor(here.world)
+    loads = [here.sends('eva', 'POST', '/reservation/load', {'rows': [{'label': 'x'}]}) for _ in range(2)]
+    until(lambda: here.world.service.shares.taken['user', 'eva'] == 2)
+    asked = {'resource': 'demo', 'start': '2026-12-01T14:00', 'end': '2026-12-01T15:00', 'vms': 1}
+    assert 'It fits' in visitor.get('/book/check', asked)
+    assert '2 slow requests of eva are under way' in visitor.get('/book/check', asked | {'repeat': 'daily'})
+    let.set()
+    assert {each.result()[0] for each in loads} == {409}
+    assert 'It fits' in visitor.get('/book/check', asked | {'repeat': 'daily'})
 
 
 @pytest.mark.parametrize('kind', ['load', 'import', 'generate'])
@@ -14000,7 +14017,7 @@ def test_who_has_no_token_any_more_has_no_feed_no_subscription_and_no_session(la
     lan.service.token_revoke(2)
     assert read.get(urlsplit(feed).path, status=404) and read.get(urlsplit(other).path)
     assert lan.as_user().calendar_list() == [] and visitor.get('/').forms[0].action == '/sign-in'
-    assert '1 feeds and 1 subscriptions of eva ended' in lan.service.events()[-1]['sentence']
+    assert '1 feeds of eva ended; 1 subscriptions of eva ended' in lan.service.events()[-1]['sentence']
     shelf.shows(asks(13, 14), asks(15, 16, uid='two'))
     look(lan)
     assert booked() == ['2026-12-01T13:00Z 1h']
