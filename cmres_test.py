@@ -11014,28 +11014,28 @@ def test_the_readme_lists_every_address():
 # Shares ######################################################################
 
 
-class Serving:
+class Hanging:
     """A server on a socket, and a cloud `slow` and a host `silent` that answer nobody until they are let."""
 
     def __init__(self, tmp_path, **settings):
         self.world = world = World(tmp_path, private_addresses=True, **settings)
         self.let, self.asked = threading.Event(), queue.SimpleQueue()
-        make, serving = world.clouds.make, self
+        make, hanging = world.clouds.make, self
 
         class Slow(cmres.Simulated):
             def find(self, kind, name, *rest):
-                serving.asked.put(name)
-                serving.let.wait()
+                hanging.asked.put(name)
+                hanging.let.wait()
                 return super().find(kind, name, *rest)
 
             def names(self, kind, *rest):
-                serving.asked.put(kind)
-                serving.let.wait()
+                hanging.asked.put(kind)
+                hanging.let.wait()
                 return super().names(kind, *rest)
 
             def aggregates(self):
-                serving.asked.put('aggregates')
-                serving.let.wait()
+                hanging.asked.put('aggregates')
+                hanging.let.wait()
                 return super().aggregates()
         world.clouds.make = lambda account: Slow(
             account, world.clouds.store, world.config, lambda: world.now) if account == 'slow' else make(account)
@@ -11105,11 +11105,11 @@ class Serving:
 
 
 @pytest.fixture
-def serving(tmp_path):
+def hanging(tmp_path):
     made = []
 
     def serve(**settings):
-        made.append(Serving(tmp_path, **settings))
+        made.append(Hanging(tmp_path, **settings))
         return made[-1]
     yield serve
     for each in made:
@@ -11120,8 +11120,8 @@ NAMED = {'flavor': 'm1.small', 'image': 'cirros'}
 
 
 @pytest.mark.parametrize('threads', [2, 8])
-def test_while_a_cloud_hangs_others_are_answered(serving, threads):
-    here = serving(threads=threads)
+def test_while_a_cloud_hangs_others_are_answered(hanging, threads):
+    here = hanging(threads=threads)
     waiting = [here.adds(f'u{n}', f'l{n}', **NAMED) for n in range(2 * threads)]
     until(lambda: sum(each.done() for each in waiting) >= 2 * threads - max(threads // 2, 1))
     here.others_are_answered()
@@ -11136,8 +11136,8 @@ def test_while_a_cloud_hangs_others_are_answered(serving, threads):
 
 
 @pytest.mark.parametrize('kind', ['find', 'update', 'import', 'holidays', 'subscribe', 'sync', 'page', 'check'])
-def test_whatever_asks_outside_keeps_no_more_than_half_of_the_threads(serving, monkeypatch, kind):
-    here = serving(threads=4, slow_per_user=10)
+def test_whatever_asks_outside_keeps_no_more_than_half_of_the_threads(hanging, monkeypatch, kind):
+    here = hanging(threads=4, slow_per_user=10)
     if kind == 'update':
         for n in range(8):
             assert here.adds('root', f'l{n}', 'counted').result()[0] == 201
@@ -11171,8 +11171,8 @@ def test_whatever_asks_outside_keeps_no_more_than_half_of_the_threads(serving, m
     assert all(each.result()[1] for each in waiting)
 
 
-def test_one_user_keeps_fewer_threads_than_all(serving):
-    here = serving(threads=8)
+def test_one_user_keeps_fewer_threads_than_all(hanging):
+    here = hanging(threads=8)
     waiting = [here.adds('eva', f'l{n}', **NAMED) for n in range(4)]
     until(lambda: sum(each.done() for each in waiting) == 2)
     refused = [each.result() for each in waiting if each.done()]
@@ -11184,8 +11184,8 @@ def test_one_user_keeps_fewer_threads_than_all(serving):
     assert max_.result()[0] == 201 and sorted(each.result()[0] for each in waiting) == [201, 201, 429, 429]
 
 
-def test_a_request_waits_for_clouds_no_longer_than_it_may_in_all(serving):
-    here = serving(threads=8, outside_timeout=0.5)
+def test_a_request_waits_for_clouds_no_longer_than_it_may_in_all(hanging):
+    here = hanging(threads=8, outside_timeout=0.5)
     for n in range(6):
         status, text = here.adds('eva' if n % 2 else 'max', f'l{n}', **NAMED).result()
         assert status in (201, 429) and ('not checked' in text or status == 429), text
@@ -11197,8 +11197,8 @@ def test_a_request_waits_for_clouds_no_longer_than_it_may_in_all(serving):
     assert here.adds('eva', 'after', 'counted', **NAMED).result()[0] == 201
 
 
-def test_a_series_is_not_checked_while_one_types_beside_others_that_compute(serving):
-    here, let = serving(threads=8), threading.Event()
+def test_a_series_is_not_checked_while_one_types_beside_others_that_compute(hanging):
+    here, let = hanging(threads=8), threading.Event()
     here.world.service.progress = lambda rows: (let.wait(), rows)[1]
     visitor = as_visitor(here.world)
     loads = [here.sends('eva', 'POST', '/reservation/load', {'rows': [{'label': 'x'}]}) for _ in range(2)]
@@ -11212,8 +11212,8 @@ def test_a_series_is_not_checked_while_one_types_beside_others_that_compute(serv
 
 
 @pytest.mark.parametrize('kind', ['load', 'import', 'generate'])
-def test_what_computes_for_long_keeps_no_more_than_its_share(serving, kind):
-    here = serving(threads=8)
+def test_what_computes_for_long_keeps_no_more_than_its_share(hanging, kind):
+    here = hanging(threads=8)
     let = threading.Event()
     here.world.service.progress = lambda rows: (let.wait(), rows)[1]
     line = {'resource': 'demo', 'start': '+1h', 'end': '+1h'}
