@@ -39,7 +39,7 @@ The file reads from top to bottom; a section uses only the sections above it:
   Errors, Time, Repetition            sentences, instants, wall times that come again and again
   Config, Calls                       settings; text that becomes arguments
   Store, Capacity                     what is on disk; the rule that admits
-  Clouds, Notices, Calendar           what boots machines; who is told; iCalendar in and out
+  Clouds, Notices, Shares, Calendar   what boots VMs; who is told; who may be slow; iCalendar in and out
   Service, Wishes, Limits             who asks; what is asked; how much anybody may have
   Holding, Series, Admission          one occurrence, many, whole reservations, by the rule
   Waiting, Requests, Plan             the waiting list; what people ask for; what operators do
