@@ -39,7 +39,7 @@ The file reads from top to bottom; a section uses only the sections above it:
   Errors, Time, Repetition            sentences, instants, wall times that come again and again
   Config, Calls                       settings; text that becomes arguments
   Store, Capacity                     what is on disk; the rule that admits
-  Clouds, Notices, Calendar           what boots machines; who is told; iCalendar in and out
+  Clouds, Notices, Shares, Calendar   what boots VMs; who is told; who may be slow; iCalendar in and out
   Service, Wishes, Limits             who asks; what is asked; how much anybody may have
   Holding, Series, Admission          one occurrence, many, whole reservations, by the rule
   Waiting, Requests, Plan             the waiting list; what people ask for; what operators do
@@ -77,7 +77,7 @@ import textwrap
 import threading
 import time
 from bisect import bisect_left
-from collections import Counter, defaultdict, namedtuple
+from collections import Counter, defaultdict, deque, namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, nullcontext, suppress
 from datetime import date, datetime, timedelta, timezone, tzinfo
@@ -117,6 +117,7 @@ class Forbidden(Error): status = 403     # noqa: E701
 class NotFound(Error): status = 404      # noqa: E701
 class Conflict(Error): status = 409      # noqa: E701
 class TooLarge(Error): status = 413      # noqa: E701
+class TooMany(Error): status = 429       # noqa: E701
 class BadCalendar(Error): status = 422   # noqa: E701
 class NoCapacity(Conflict): pass         # noqa: E701
 class Unavailable(Error): status = 503   # noqa: E701
@@ -138,8 +139,8 @@ class CloudError(Error):
 
 
 ERRORS = {kind.__name__: kind for kind in (
-    Error, Invalid, Unauthorized, Forbidden, NotFound, Conflict, TooLarge, BadCalendar, NoCapacity, Unavailable,
-    CloudError)}
+    Error, Invalid, Unauthorized, Forbidden, NotFound, Conflict, TooLarge, TooMany, BadCalendar,
+    NoCapacity, Unavailable, CloudError)}
 
 
 def nearest(word: str, words: Iterable[str]) -> str:
@@ -148,9 +149,23 @@ def nearest(word: str, words: Iterable[str]) -> str:
     return f"; did you mean '{found[0]}'?" if found else ''
 
 
+#: Characters that control a terminal, turn the order of letters round, or can't be seen: C0 and C1
+#: but tab and newline, bidi controls (Unicode, UAX #9), separators of lines, invisible operators
+#: and tags, and halves of pairs.
+UNSEEN = re.compile(
+    '[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u061c\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f'
+    '\ufeff\ufff9-\ufffb\ufdd0-\ufdef\ufffe\uffff\ud800-\udfff\U000e0000-\U000e007f]')
+
+
+def legible(text: str) -> str:
+    """A text with its unseen characters as JSON writes them, such as \\u202e; JSON stays valid."""
+    return UNSEEN.sub(lambda found: json.dumps(found[0])[1:-1], text)
+
+
 def shown(value) -> str:
     """A value as a sentence quotes it: short, on one line."""
-    return textwrap.shorten(json.dumps(value, ensure_ascii=False, default=str), 60, placeholder='...')
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    return textwrap.shorten(legible(text), 60, placeholder='...')
 
 
 def first_line(error: Exception) -> str:
@@ -750,6 +765,12 @@ class Config:
     host: str = setting('127.0.0.1', 'the address that `serve` listens on; put a TLS proxy before any other')
     port: int = setting(8080, 'the port that `serve` listens on', 0, 65535)
     threads: int = setting(8, 'requests that are answered side by side', 1)
+    slow_per_user: int = setting(2, 'requests of one user that may wait for clouds and calendars, '
+                                 'or compute for long, at the same time', 1)
+    slow_per_target: int = setting(4, 'requests that may wait for one account on a cloud, or for '
+                                   'one host, at the same time', 1)
+    outside_timeout: float = setting(
+        50.0, 'seconds that one request may wait for clouds and calendars in all', 0.1)
     url: str = setting('', 'a cmres server: with it, commands talk to that server and not to the database')
     token: str = setting('', 'the token for that server')
     timezone: str = setting('UTC', 'the zone of times typed without an offset, and of tables')
@@ -948,6 +969,7 @@ def read_setting(name: str, text: str):
 # of arguments for all of them: the same mistake gives the same sentence everywhere.
 
 Label = NewType('Label', str)      # a reservation's or a resource's own name
+NewLabel = NewType('NewLabel', str)  # one that is given now
 Place = NewType('Place', str)      # a resource's name, or - for one found by its place
 Name = NewType('Name', str)        # somebody else's name: a user, a flavor, an image
 Text = NewType('Text', str)        # free text, up to 64 KiB
@@ -1116,15 +1138,22 @@ def api(verb: str, path: str, role: str | None = None, **fixed):
 
 
 def guarded_by_role(method):
-    """Refuses an actor whose role is too small: the one place that looks at roles before a call."""
+    """Refuses before a call an actor whose role is too small, and one too many that takes long."""
     @functools.wraps(method)
     def checked(self, *args, **kwargs):
         needed = API[method.__name__].role
         if ROLES.index(self.actor.role) < ROLES.index(needed):
             raise Forbidden(f"{API[method.__name__].words} needs the role {needed}; "
                             f"{self.actor.user} is {self.actor.role}")
-        return method(self, *args, **kwargs)
+        takes_long = method.__name__ in LONG or any(kwargs.get(name) for name in LONG_BY)
+        with self.shares.computing() if takes_long else nullcontext():
+            return method(self, *args, **kwargs)
     return checked
+
+
+#: What may compute for seconds: calendars and many lines at once, and by these arguments, series.
+LONG = ('import_', 'load', 'generate')
+LONG_BY = ('repeat', 'holidays')
 
 
 class Here(NamedTuple):
@@ -1178,9 +1207,21 @@ def read_str(value, here=None, most: int = 255) -> str:
         raise ValueError(f'{shown(value)} is not text')
     if len(value) > most:
         raise ValueError(f'at most {most} characters, not {len(value)}')
-    if re.search('[\x00-\x08\x0b-\x1f\x7f\ud800-\udfff]', value):
-        raise ValueError('control characters are not allowed')
+    if found := unseen(value):
+        raise ValueError(f'the character {found} is not allowed, as nobody would see it; '
+                         'leave it out')
     return value
+
+
+def unseen(text: str) -> str:
+    """The name of a text's first character that nobody sees or that is none yet; '' without one."""
+    import unicodedata
+    found = UNSEEN.search(text)
+    if not found and text.isascii():
+        return ''
+    letters = found[0] if found else text
+    bad = next((each for each in letters if found or unicodedata.category(each) == 'Cn'), '')
+    return f"U+{ord(bad):04X} {unicodedata.name(bad, '')}".strip() if bad else ''
 
 
 def read_name(value, here=None) -> str:
@@ -1194,6 +1235,13 @@ def read_label(value, here=None) -> str:
         return text
     raise ValueError(f"{shown(text)} is not a name of 1 to 64 letters, digits, '.', '_', '-' "
                      f"(nor {', '.join(NO_LABELS)})")
+
+
+def read_new_label(value, here=None) -> str:
+    if (label := read_label(value)).startswith('-'):
+        raise ValueError(f'{shown(label)} begins with -, as options do; begin with a letter or '
+                         'a digit')
+    return label
 
 
 def read_place(value, here=None) -> str:
@@ -1394,7 +1442,8 @@ PART_FIELDS = {'resource': Place, 'vms': Count, 'flavor': Name, 'image': Name, '
                'cell': Name, 'cloud': Name, 'region': Name, 'aggregate': Name}
 
 READERS = {
-    str: read_str, int: read_int, bool: read_bool, Label: read_label, Place: read_place, Name: read_name,
+    str: read_str, int: read_int, bool: read_bool, Label: read_label, NewLabel: read_new_label,
+    Place: read_place, Name: read_name,
     Text: read_text, File: read_file, Count: read_count, Page: read_page, Figure: read_figure, Most: read_most,
     Span: read_span,
     When: read_when, Day: read_day, Names: read_names, Pairs: read_pairs,
@@ -1980,7 +2029,7 @@ TABLES = [Resource, Reservation, Occurrence, Capacity, Proposal, ExtraHold, Limi
 MIGRATIONS: list[Callable] = [
     lambda: add_tracks(), lambda: add_proposals(), lambda: add_up_told(), lambda: add_owners(),
     lambda: trust_names(), lambda: add_sessions(), lambda: add_ends_of_calls(),
-    lambda: keep_resource_ids()]
+    lambda: keep_resource_ids(), lambda: end_left_calendars()]
 
 
 def open_store(path: str, key: str = '') -> None:
@@ -2537,6 +2586,15 @@ def keep_resource_ids() -> None:
     told = "json_extract(defaults, '$.resource')"
     run(f"UPDATE subscription SET defaults = json_set(defaults, '$.resource', "
         f"coalesce(({same_name.format(told)}), 0))")
+
+
+def end_left_calendars() -> None:
+    """Version 10: feeds and subscriptions end whose owners had tokens, all of them revoked."""
+    for table, ends in (('feed', 'revoked = 0'), ('subscription', 'due = NULL')):
+        live = 'revoked IS NULL' if table == 'feed' else 'due IS NOT NULL'
+        owner = f'token t WHERE t.user = {table}.user AND t.project = {table}.project'
+        run(f'UPDATE {table} SET {ends} WHERE {live} AND EXISTS (SELECT 1 FROM {owner}) '
+            f'AND NOT EXISTS (SELECT 1 FROM {owner} AND t.revoked IS NULL)')
 
 
 # What goes wrong with the store. SQLite's first error is what the user is told, with what helps.
@@ -3270,6 +3328,7 @@ class Seen(NamedTuple):
     made: float
     fault: str = ''
     addresses: list = []
+    name: str = ''
 
 
 class Cloud:
@@ -3608,7 +3667,8 @@ class OpenStack(Cloud):
         fault = server.fault.get('message', '') if isinstance(server.fault, dict) else ''
         addresses = [each['addr'] for each in sum((server.addresses or {}).values(), [])]
         made = datetime.fromisoformat(server.created_at).timestamp()
-        return Seen(server.id, mark, (server.status or 'unknown').lower(), made, fault, addresses)
+        state = (server.status or 'unknown').lower()
+        return Seen(server.id, mark, state, made, fault, addresses, server.name)
 
     def delete(self, uid):
         with self.calling('delete a server', sure=True) as cloud:
@@ -3774,7 +3834,8 @@ class Simulated(Cloud):
         up = self.clock() >= server.made + server.boots
         state = 'build' if not up else 'error' if server.fault else server.power
         address = f'10.0.{server.id // 250 % 250}.{server.id % 250 + 1}'
-        return Seen(server.uid, server.mark, state, server.made, server.fault if up else '', [address] if up else [])
+        return Seen(server.uid, server.mark, state, server.made, server.fault if up else '',
+                    [address] if up else [], server.name)
 
     def delete(self, uid):
         self.set(uid, gone=self.clock())
@@ -4019,15 +4080,55 @@ def hang_up(line: socket.socket) -> None:
 
 
 def allowed_address(config: Config, host: str, port: int) -> str:
-    """The address of a host; ValueError if any of its addresses is private and that is not allowed."""
+    """The address of a host.
+
+    Raises:
+      ValueError: none is known, or one of them is not public and that is not allowed; in one
+        sentence, so that nobody learns which hosts there are inside.
+    """
     import ipaddress
-    found = [ipaddress.ip_address(each[4][0].partition('%')[0])
-             for each in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
-    for each in found:
-        public_one = getattr(each, 'ipv4_mapped', None) or each
-        if not config.private_addresses and (not public_one.is_global or public_one.is_multicast):
-            raise ValueError(f'{host} is at the private address {each}; the setting private_addresses allows that')
+    try:
+        found = [ipaddress.ip_address(each[4][0].partition('%')[0])
+                 for each in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
+    except (OSError, UnicodeError):  # the name is not known, or none
+        found = []
+    if not found or not config.private_addresses and not all(map(is_public, found)):
+        raise ValueError(f'{shown(host)} is not the name of a host on the public internet; check '
+                         'the address (an operator can allow others: private_addresses)')
     return str(found[0])
+
+
+def is_public(address) -> bool:
+    """Whether an address is on the public internet, and so is each IPv4 address in it."""
+    inside = embedded(address)
+    if address.version == 6 and not (inside and is_translated(address)):
+        # All that was ever given out is in 2000::/3 (IANA's registry of IPv6 address space).
+        if int(address) >> 125 != 1 or not address.is_global:
+            return False
+    elif address.version == 4 and (not address.is_global or address.is_multicast):
+        return False
+    return all(map(is_public, inside))
+
+
+def is_translated(address) -> bool:
+    """Whether an IPv6 address only stands for an IPv4 one: mapped, or by NAT64 (RFC 6052)."""
+    return int(address) >> 32 in (0xffff, 0x64ff9b << 64)
+
+
+def embedded(address) -> list:
+    """The IPv4 addresses that an IPv6 address leads to.
+
+    Compatible and mapped (RFC 4291), NAT64 (RFC 6052), 6to4 (RFC 3056), Teredo (RFC 4380),
+    ISATAP (RFC 5214).
+    """
+    import ipaddress
+    if address.version == 4:
+        return []
+    number = int(address)
+    found = [address.sixtofour, *(address.teredo or ())]
+    if number >> 32 in (0, 0xffff, 0x64ff9b << 64) or number >> 32 & 0xfdffffff == 0x5efe:
+        found.append(ipaddress.IPv4Address(number & 0xffffffff))
+    return [each for each in found if each]
 
 
 def send_mail(config: Config, notice, about: dict) -> None:
@@ -4042,7 +4143,8 @@ def send_mail(config: Config, notice, about: dict) -> None:
     message['From'], message['To'], message['Subject'] = config.mail_from, notice.target, f'[cmres] {subject}'
     message['Date'] = formatdate()  # RFC 5322 wants one, and spam filters miss it
     message['Message-ID'] = f'<event-{notice.event}-{notice.id}@cmres>'  # a repeated one is known as such
-    message.set_content(f'{text}\n\n{notice.sentence}\n' if notice.sentence not in text else f'{text}\n')
+    sentence = legible(notice.sentence)
+    message.set_content(f'{text}\n\n{sentence}\n' if sentence not in text else f'{text}\n')
     with cut_off(MAIL_WAIT) as connect, smtplib.SMTP(timeout=MOST_WAIT) as server:
         server._get_socket = lambda host, port, timeout: connect((host, port), timeout)
         server.connect(host, int(port or 25))
@@ -4055,7 +4157,8 @@ def notice_text(config: Config, notice, about: dict) -> str:
     fields = {name: in_cell(value, zone) for name, value in about.items()}
     fields |= {name: format_moment(value, zone) for name, value in about.items()
                if isinstance(value, datetime)}
-    fields |= {'sentence': notice.sentence, 'message': notice.sentence, 'actor': notice.actor}
+    sentence = legible(notice.sentence)
+    fields |= {'sentence': sentence, 'message': sentence, 'actor': legible(notice.actor)}
     return config.texts[notice.code].format_map(defaultdict(str, fields))
 
 
@@ -4067,11 +4170,171 @@ def in_cell(value, zone: ZoneInfo) -> str:
         return ' '.join(f'{name}={in_cell(each, zone)}' for name, each in value.items())
     if isinstance(value, (list, tuple)):
         return ', '.join(in_cell(each, zone) for each in value)
-    return '-' if value is None else str(value)
+    return '-' if value is None else legible(str(value))
 
 
-def json_text(value) -> str:
-    return json.dumps(to_plain(value), ensure_ascii=False) + '\n'
+def json_text(value, indent: int | None = None) -> str:
+    return legible(json.dumps(to_plain(value), ensure_ascii=False, indent=indent)) + '\n'
+
+
+# Shares ######################################################################
+#
+# The server answers with few threads. A request that waits for a cloud or a host, or computes for
+# long, keeps one of them to itself. So at most half of the threads may be kept like that, fewer by
+# one user, and few for one cloud or host. Who comes then is refused at once and told what to do: a
+# queue would keep the other half. So all that asks for nothing outside is always answered.
+
+QUICK = 0.25  # seconds that a call may take before its request counts as one that waits
+#: What is said to who comes when no more may be.
+FULL = {
+    'all': (Unavailable, 'the server is busy with {most} slow requests, as many as it lets in; try '
+                         'again in a minute'),
+    'user': (TooMany, '{most} slow requests of {name} are under way; wait until one of them is '
+                      'answered, then send this one again'),
+    'target': (CloudError, '{most} requests wait for {name} already, which does not answer; try '
+                           'again in a minute')}
+
+
+class Outside(threading.Thread):
+    """A call to a cloud or a host, in a thread of its own: it may hang when nobody waits."""
+
+    def __init__(self, call: Callable, ends: Callable):
+        super().__init__(daemon=True)
+        self.call, self.ends = call, ends
+        self.ended = threading.Event()
+        self.answer: Any = None
+        self.error: Exception | None = None
+        self.counts: tuple = ()  # what it is counted under, once it is slow
+
+    def run(self):
+        try:
+            self.answer = self.call()
+        except Exception as error:  # of any kind: it is raised on where it is waited for
+            self.error = error
+        finally:
+            if not db.is_closed():  # a connection of this thread's own
+                db.close()
+            self.ends(self)
+
+
+class Shares:
+    """Which requests of this process take long at the same time, and how many more may."""
+
+    def __init__(self, config: Config):
+        self.patience = config.outside_timeout
+        self.most = {'all': max(config.threads // 2, 1), 'user': config.slow_per_user,
+                     'target': config.slow_per_target}
+        self.changed = threading.Condition()
+        self.taken: Counter = Counter()  # by kind and name
+        # Of this thread's request: whose it is, how long it may still wait, what it has taken.
+        self.request = threading.local()
+
+    @contextmanager
+    def answering(self, user: str) -> Iterator[None]:
+        """A request of a user in this thread; what is asked outside of any has no bounds."""
+        here = self.request
+        here.user, here.left, here.has = user, self.patience, ()
+        try:
+            yield
+        finally:
+            here.user = None
+
+    @property
+    def bounded(self) -> bool:
+        return getattr(self.request, 'user', None) is not None
+
+    @contextmanager
+    def computing(self, patience: float = 1) -> Iterator[None]:
+        """A part of a request that computes for long; it waits a moment for its turn.
+
+        Args:
+          patience: seconds
+
+        Raises:
+          TooMany: the user has too many of them under way.
+          Unavailable: all have.
+        """
+        here = self.request
+        if not self.bounded or here.has:
+            yield
+            return
+        names = ('all', ''), ('user', here.user)
+        with self.changed:
+            if not self.changed.wait_for(lambda: not self.full(names), patience):
+                raise self.refusal(self.full(names))
+            self.taken.update(names)
+        here.has = names
+        try:
+            yield
+        finally:
+            here.has = ()
+            self.give(names)
+
+    def ask(self, target: str, call: Callable):
+        """The answer of a call to a target outside, such as `the cloud chameleon`; it may hang.
+
+        Raises:
+          TooMany: too many requests of the user take long already.
+          Unavailable: too many of all users do.
+          CloudError: too many wait for that target, or a request has waited as long as it may.
+        """
+        here = self.request
+        if not self.bounded:
+            return call()
+        counts = ('target', target), *(() if here.has else (('user', here.user),))
+        with self.changed:
+            if full := self.full(counts):
+                raise self.refusal(full)
+        began, asked = time.monotonic(), Outside(call, self.end)
+        asked.start()
+        try:
+            if not asked.ended.wait(min(QUICK, max(here.left, 0))):
+                self.wait(asked, counts)
+        finally:
+            here.left -= time.monotonic() - began
+        if not asked.ended.is_set():
+            raise CloudError(f'{target} did not answer within the {self.patience:g} seconds that a '
+                             'request may wait for clouds and calendars', sure=True)
+        if asked.error:
+            raise asked.error
+        return asked.answer
+
+    def wait(self, asked: Outside, counts: tuple) -> None:
+        """Waits for a call that is slow, as long as the request may; it counts until it ends."""
+        place = () if self.request.has else (('all', ''),)
+        with self.changed:
+            full = self.full((*place, *counts))
+            if not asked.ended.is_set():
+                asked.counts = counts
+                self.taken.update(counts)
+            if full:
+                raise self.refusal(full)
+            self.taken.update(place)
+        try:
+            asked.ended.wait(max(self.request.left - QUICK, 0))
+        finally:
+            self.give(place)
+
+    def end(self, asked: Outside) -> None:
+        """Counts a call no longer, however late it has ended."""
+        with self.changed:
+            asked.ended.set()
+            self.give(asked.counts)
+
+    def full(self, names: Iterable[tuple[str, str]]) -> tuple[str, str] | None:
+        """The first of some kinds and names of which no more may be."""
+        return next((each for each in names if self.taken[each] >= self.most[each[0]]), None)
+
+    def give(self, names: Iterable[tuple[str, str]]) -> None:
+        with self.changed:
+            self.taken.subtract(names)
+            self.taken = +self.taken
+            self.changed.notify_all()
+
+    def refusal(self, full: tuple[str, str]) -> Error:
+        kind, name = full
+        error, sentence = FULL[kind]
+        return error(sentence.format(most=self.most[kind], name=name))
 
 
 # Calendar ####################################################################
@@ -4718,7 +4981,7 @@ def booking_of(uid: str, group: list[Entry], owner: ZoneInfo, begin: datetime, u
 
 
 def title_of(entry: Entry) -> str:
-    return re.sub('[\x00-\x1f\x7f]+', ' ', entry.text('SUMMARY'))[:1000]
+    return re.sub(f'(?:{UNSEEN.pattern}|\\s)+', ' ', entry.text('SUMMARY'))[:1000]
 
 
 def wants_of(group: list[Entry], defaults: Want) -> dict[int, Want]:
@@ -4824,6 +5087,7 @@ def want_of(entry: Entry, defaults: Want) -> Want | None:
 
 def spoken_want(said: re.Match, defaults: Want) -> Want:
     vms, flavor, image, resource = said.groups()
+    flavor, image = read_name(flavor), read_name(image or '')
     return defaults._replace(vms=read_count(vms), flavor=flavor, image=image or defaults.image,
                              resource=resource or defaults.resource)
 
@@ -4888,8 +5152,8 @@ def event_text(shown: Shown) -> str:
 
 def escaped(text: str) -> str:
     """A TEXT (RFC 5545, 3.3.11), which has no control characters but tabs."""
-    text = re.sub(r'([\\;,])', r'\\\1', text).replace('\r\n', '\n').replace('\n', '\\n')
-    return re.sub('[\x00-\x08\x0a-\x1f\x7f]', '', text)
+    text = re.sub(r'([\\;,])', r'\\\1', legible(text.replace('\r\n', '\n')))
+    return text.replace('\n', '\\n')
 
 
 def folded(line: str) -> str:
@@ -5215,12 +5479,15 @@ class Service:
       clock: seconds since 1970; the one place where time comes from
       wake: called after every change, so that the life cycle looks at once
       progress: passes rows through, and may show how many
+      shares: what requests may take long at the same time
     """
 
     def __init__(self, config: Config, clouds: Clouds, actor: Actor, clock: Callable[[], float] = time.time,
-                 wake: Callable[[], None] = lambda: None, progress: Callable[[list], Iterable] = iter):
+                 wake: Callable[[], None] = lambda: None,
+                 progress: Callable[[list], Iterable] = iter, shares: Shares | None = None):
         self.config, self.clouds, self.actor = config, clouds, actor
         self.clock, self.wake, self.progress = clock, wake, progress
+        self.shares = shares or Shares(config)
         # Called in each transaction that writes; raises to end it.
         self.fence: Callable[[], None] = lambda: None
         # The seconds since the life cycle of this process has made a pass; None: it has none.
@@ -5228,7 +5495,8 @@ class Service:
 
     def acting(self, actor: Actor) -> Service:
         """The same service on behalf of somebody else."""
-        other = type(self)(self.config, self.clouds, actor, self.clock, self.wake, self.progress)
+        other = type(self)(self.config, self.clouds, actor, self.clock, self.wake,
+                           self.progress, self.shares)
         other.fence = self.fence
         return other
 
@@ -5441,7 +5709,7 @@ class Service:
         """The servers of an occurrence, as answers show them."""
         return [public(each) for each in rows(
             'SELECT n, name, state, addresses, planned, begun, ready, deleted, snapshot, tries, fault, account, uid '
-            'FROM server WHERE occurrence_id = ? ORDER BY n, id', occurrence)]
+            'FROM server WHERE occurrence_id = ? ORDER BY n, begun IS NULL, begun, id', occurrence)]
 
 
 # Wishes ######################################################################
@@ -5553,7 +5821,8 @@ class Wishes(Service):
         admin = self.actor.role == ADMIN
         sight = self.clouds.sight(account, project, asked.get('trusted', ()), admin)
         try:
-            found = self.clouds.open(account).check(named, sight)
+            cloud = self.clouds.open(account)
+            found = self.shares.ask(f'the cloud {account}', lambda: cloud.check(named, sight))
             return dict(zip((kind for kind, _ in named), found))
         except CloudError as error:
             if asked.get('flavor') and (place.vcpus, place.ram) != (None, None):
@@ -5721,8 +5990,9 @@ class Wishes(Service):
         if not re.match('https?://', source):
             return source
         try:
-            status, _, body = fetch(self.config, source, {})
-        except Undelivered as error:
+            status, _, body = self.shares.ask(f'the host {host_of(source)}',
+                                              lambda: fetch(self.config, source, {}))
+        except (Undelivered, CloudError) as error:
             raise Unavailable(f'the calendar could not be fetched: {error}') from None
         if status != 200:
             raise Unavailable(f'the calendar could not be fetched: the answer was {status}')
@@ -7196,7 +7466,7 @@ class Requests(Approval):
     @api('POST', '/reservation/')
     @api('POST', '/reservation/add/<label>/<resource>/<start>/<end>')
     @api('POST', '/reservation/add/<label>/<cell>/<cloud>/<region>/<aggregate>/<vms>/<start>/<end>', resource=ANY)
-    def add(self, label: Label, resource: Place, start: When, end: When, vms: Count = 1, flavor: Name = '',
+    def add(self, label: NewLabel, resource: Place, start: When, end: When, vms: Count = 1, flavor: Name = '',
             image: Name = '', network: Name = '', key: Name = '', security_groups: Names = (), user_data: File = '',
             metadata: Pairs = None, server: Name = '', at_end: Name = '', notify: Names = (), lead: Span = None,
             description: Text = '', personal: bool = False, repeat: Repeat = '', tz: Zone = '', until: Day = None,
@@ -7426,7 +7696,7 @@ class Requests(Approval):
                notify: Names = None, lead: Span = None, description: Text = None, personal: bool = None,
                host: Name = None, repeat: Repeat = None, until: Day = None, count: Count = None,
                skip_dates: Names = None, holidays: Source = None,
-               on_conflict: Clash = None, user: Name = None, rename: Label = None, occurrence: Day = None,
+               on_conflict: Clash = None, user: Name = None, rename: NewLabel = None, occurrence: Day = None,
                following: bool = False, tz: Zone = '', project: Name = '', dry_run: bool = False) -> dict:
         """Changes a reservation, all of it or nothing.
 
@@ -7740,7 +8010,7 @@ class Plan(Requests):
     """The operations on resources and their capacity."""
 
     @api('POST', '/resource/', role=ADMIN)
-    def resource_add(self, name: Label, cell: Name = '', cloud: Name = '', region: Name = '', aggregate: Name = '',
+    def resource_add(self, name: NewLabel, cell: Name = '', cloud: Name = '', region: Name = '', aggregate: Name = '',
                      vms: Most = UNLIMITED, vcpus: Most = UNLIMITED, ram: Most = UNLIMITED, classes: Classes = None,
                      mode: Name = '', hold: Span = None, approval: Span = None, no_show: Span = None,
                      dry_run: bool = False) -> dict:
@@ -7785,7 +8055,7 @@ class Plan(Requests):
         return self.resource_public(found) | {'held_now': in_figures(held)}
 
     @api('PATCH', '/resource/<name>', role=ADMIN)
-    def resource_update(self, name: Label, rename: Label = '', cell: Name = None, cloud: Name = None,
+    def resource_update(self, name: Label, rename: NewLabel = '', cell: Name = None, cloud: Name = None,
                         region: Name = None, aggregate: Name = None, vms: Most = None, vcpus: Most = None,
                         ram: Most = None, classes: Classes = None, mode: Name = None, hold: Span = None,
                         approval: Span = None, no_show: Span = None, force: bool = False,
@@ -7875,7 +8145,8 @@ class Plan(Requests):
         Example:
           python cmres.py resource sync chameleon --aggregate gpu --mode exclusive --dry-run
         """
-        there = {each.name: each for each in self.clouds.open(cloud).aggregates()}
+        opened, target = self.clouds.open(cloud), f'the cloud {cloud}'
+        there = {each.name: each for each in self.shares.ask(target, opened.aggregates)}
         for name in aggregates:
             if name not in there:
                 raise NotFound(f"the cloud {cloud} has no aggregate '{name}'{nearest(name, there)}")
@@ -7886,7 +8157,7 @@ class Plan(Requests):
             synced = [self.sync_one(cloud, each, wanted, named, force, now) for each in chosen]
         for each, (name, _) in zip(chosen, synced):  # outside the transaction: it is a call to the cloud
             if each.mark != name and not dry_run:
-                self.clouds.open(cloud).mark(each.name, name)
+                self.shares.ask(target, functools.partial(opened.mark, each.name, name))
         return [line for (name, lines), each in zip(synced, chosen) for line in lines + (
             [{'resource': name, 'what': 'mark', 'before': each.mark or None, 'after': name}]
             if each.mark != name else [])]
@@ -8357,12 +8628,16 @@ class Calendars(Claims):
             'SELECT uid FROM reservation WHERE user = ? AND project = ? AND subscription IS ? '
             'AND over > ?', *owner, subscription.id if subscription else None, int(self.clock()))}
         try:
-            names = {name for cloud in self.clouds_of(said) for name in self.clouds.open(
-                self.clouds.account(cloud, owner[1])).names('flavor')}
+            names = {name for cloud in self.clouds_of(said)
+                     for name in self.flavor_names(self.clouds.account(cloud, owner[1]))}
         except CloudError:
             return wanted
         return [each for each in wanted if not each.guess or each.uid in booked or not names
                 or difflib.get_close_matches(each.guess, names, 1)]
+
+    def flavor_names(self, account: str) -> list[str]:
+        cloud = self.clouds.open(account)
+        return self.shares.ask(f'the cloud {account}', lambda: cloud.names('flavor'))
 
     def clouds_of(self, said: dict) -> list[str]:
         """The clouds on which a calendar may book: that of its resource, else those of all."""
@@ -8566,7 +8841,7 @@ class Calendars(Claims):
         except ValueError:
             raise Invalid('url: its host or port is none; write one such as https://example.org/eva.ics') from None
         try:
-            allowed_address(self.config, host, port)
+            self.shares.ask(f'the host {host}', lambda: allowed_address(self.config, host, port))
         except (OSError, ValueError) as error:
             raise Invalid(f'url: {error}') from None
         with self.writing(dry_run) as now:
@@ -8805,7 +9080,8 @@ class Reservations(Calendars):
         where = [('v.planned >= ?', first), ('NOT v.borrowed', None), *self.visible()]
         found = rows(f"""
             SELECT v.account AS cloud, v.name, r.label, v.tries, v.fault, v.planned, v.ready - v.planned AS ready,
-                   v.begun - v.planned + CASE WHEN v.planned = o.start THEN o.start - o.held_from ELSE 0 END AS begun
+                   iif(v.tries > 1, NULL, v.begun) - v.planned + CASE
+                   WHEN v.planned = o.start THEN o.start - o.held_from ELSE 0 END AS begun
               FROM server v JOIN occurrence o ON o.id = v.occurrence_id JOIN reservation r ON r.id = o.reservation_id
              WHERE {' AND '.join(text for text, _ in where)} ORDER BY v.account, v.id""",
                      *(value for text, value in where if '?' in text))
@@ -8883,15 +9159,37 @@ class Reservations(Calendars):
     def token_revoke(self, id: int, dry_run: bool = False) -> dict:
         """Makes a token worthless from now on.
 
+        With the last token of a user in a project, their feeds and subscriptions end as well. What
+        they have reserved stays.
+
         Example:
           python cmres.py token revoke 3
         """
         with self.writing(dry_run) as now:
-            if not row('SELECT id FROM token WHERE id = ? AND revoked IS NULL', id):
+            found = row('SELECT user, project FROM token WHERE id = ? AND revoked IS NULL', id)
+            if not found:
                 raise NotFound(f'there is no token {id} that is in force')
             change(Token, id, revoked=int(now))
-            self.journal(now, 'token', f'revoked token {id}')
+            self.journal(now, 'token', f'revoked token {id}{self.end_calendars(*found, now)}')
             return public(row('SELECT id, user, project, role, added, revoked FROM token WHERE id = ?', id))
+
+    def end_calendars(self, user: str, project: str, now: float) -> str:
+        """Ends the feeds of who has no token any more, and the subscriptions of who may not book.
+
+        Returns:
+          what has ended, as the end of a sentence.
+        """
+        mine = 'WHERE user = ? AND project = ? AND'
+        roles = {each.role for each in rows(
+            f'SELECT role FROM token {mine} revoked IS NULL', user, project)}
+        ended = []
+        if not roles:
+            ended.append((run(f'UPDATE feed SET revoked = ? {mine} revoked IS NULL',
+                              int(now), user, project).rowcount, 'feeds'))
+        if not roles - {READER}:
+            ended.append((run(f'UPDATE subscription SET due = NULL {mine} due IS NOT NULL',
+                              user, project).rowcount, 'subscriptions'))
+        return ''.join(f'; {number} {what} of {user} ended' for number, what in ended if number)
 
 
 # Life cycle ##################################################################
@@ -9451,7 +9749,9 @@ class LifeCycle:
     def plan_server(self, occurrence, n: int, now: float, before=None) -> None:
         """Writes down a server that is wanted: a new one, one that was there, or a series' own from `before`."""
         borrowed = bool(occurrence.server)
-        values = dict(name=server_name(occurrence.label, f'-{occurrence.id}-{n}'), uid=occurrence.server or None, tries=0,
+        # One that was there has a name of its own, which the first look tells.
+        values = dict(name=occurrence.server or server_name(occurrence.label, f'-{occurrence.id}-{n}'),
+                      uid=occurrence.server or None, tries=0,
                       state='unknown' if borrowed else 'planned', begun=None,
                       account=self.clouds.account(occurrence.cloud, occurrence.project))
         if before:
@@ -9799,7 +10099,7 @@ class LifeCycle:
         change(Server, server.id, intended=now, due=now + self.config.call_timeout)
         if verb == 'boot':
             server = server._replace(tries=server.tries + 1)
-            change(Server, server.id, state='build', tries=server.tries, uid=None, begun=server.begun or now)
+            change(Server, server.id, state='build', tries=server.tries, uid=None, begun=now)
         return [(verb, server)]
 
     def known(self, account: str) -> list[str]:
@@ -9987,8 +10287,7 @@ class LifeCycle:
                    due=now + self.config.poll, **saved)
 
     def record_boot(self, server, result: Job, now: float) -> None:
-        begun = result.began if server.tries == 1 else server.begun
-        error = result.error
+        begun, error = result.began, result.error
         if not error:
             due = now + self.config.poll if server.goal == 'up' else now
             state = 'build' if server.state == 'planned' else server.state  # it was given up too early
@@ -10160,6 +10459,8 @@ class LifeCycle:
 
     def record_seen(self, server, seen: Seen, now: float) -> None:
         """A server that is there: adopt it, and go on from the state that it is in."""
+        if server.borrowed and seen.name not in ('', server.name):
+            change(Server, server.id, name=seen.name)
         if server.state in UNDER_WAY.values() and not self.arrived(server.state, seen.state):
             stuck = now >= server.called + self.config.call_timeout  # then it is asked once more
             state = ('error' if server.state == 'deleting' else seen.state) if stuck else server.state
@@ -10211,11 +10512,23 @@ class LifeCycle:
         elif server.borrowed:
             self.put_off(server, 'the server is not there any more', now, state='unknown')
         elif server.state in ('error', 'deleting') or not server.uid:
+            self.write_off(server, now)
             self.put_off(server, server.fault or 'it was never made', now, state='planned', uid=None)
         else:
+            self.write_off(server, now)
             change(Server, server.id, state='planned', uid=None, fault='it vanished from the cloud', due=now)
             return [server]
         return []
+
+    def write_off(self, server, now: float) -> None:
+        """Keeps a VM that was up and is gone in a row of its own: another takes its place here."""
+        if server.ready:
+            kept = ('occurrence_id, n, name, account, goal, borrowed, tries, uid, snapshot, '
+                    'snapshot_id, planned, begun, ready')
+            run(f"INSERT INTO server ({kept}, state, failures, addresses, fault, deleted) "
+                f"SELECT {kept}, 'deleted', 0, '[]', '', ? FROM server WHERE id = ?",
+                now, server.id)
+            change(Server, server.id, begun=None, ready=None)
 
     def tell_vanished(self, servers: list, now: float) -> None:
         """Tells of the servers of each occurrence that vanished; once, while they come and go."""
@@ -10270,7 +10583,8 @@ def handler(service: Reservations, operation: Operation | None, fixed: dict) -> 
             body = read_body(bottle.request, most_body(operation))
             given = given_once(read_query(bottle.request), body, path, fixed)
             bound = bind(operation, given, acting.here)
-            answer = getattr(acting, operation.name)(**bound)
+            with acting.shares.answering(acting.actor.user):
+                answer = getattr(acting, operation.name)(**bound)
         except Error as error:
             return reply(error.status, error_body(error))
         made = operation.name.rsplit('_')[-1] in ('add', 'load', 'generate') and not bound.get('dry_run')
@@ -10503,6 +10817,7 @@ def given_once(*sources: dict) -> dict:
 SCHEMAS = {int: {'type': 'integer'}, bool: {'type': 'boolean'}, Count: {'type': 'integer', 'minimum': 1},
            Most: {'oneOf': [{'type': 'integer', 'minimum': 0}, {'const': 'unlimited'}]},
            Label: {'type': 'string', 'pattern': '^[A-Za-z0-9._-]{1,64}$'},
+           NewLabel: {'type': 'string', 'pattern': '^[A-Za-z0-9._][A-Za-z0-9._-]{0,63}$'},
            Names: {'type': 'array', 'items': {'type': 'string'}},
            Pairs: {'type': 'object', 'additionalProperties': {'type': 'string'}},
            Rows: {'type': 'array', 'items': {'type': 'object'}},
@@ -10827,11 +11142,15 @@ TEMPLATES = {'layout': '''<!doctype html>
 <p>Sign in with the token that an admin gave you.</p>
 <form method="post" action="/sign-in" class="fields">
 <label class="wide">Token
-<input name="token" type="password" value="{{token}}" autocomplete="current-password" required></label>
+<input name="token" type="password" autocomplete="current-password" required></label>
 <input type="hidden" name="next" value="{{back}}">
 <div><button class="main">Sign in</button></div>
 </form>
 </div>
+''', 'secret': '''
+<div class="card" role="status"><p>{{words}}</p><p><code>{{secret}}</code></p>
+<p>It is shown only now: copy it. Nobody can show it again.</p></div>
+<p><a href="{{back}}">Back</a></p>
 ''', 'refused': '''
 <div class="refused" role="alert"><p>{{sentence}}</p></div>
 <p><a href="{{back}}">Back</a></p>
@@ -11198,6 +11517,7 @@ If it does not fit, wait</label>
 ''', 'form': '''
 <details class="card"><summary>{{title}}</summary>
 <form method="post" action="/do/{{operation}}">{{!visit.guard}}<input type="hidden" name="next" value="/admin">
+<input type="hidden" name="once" value="{{once}}">
 <p class="soft small">{{summary}}</p><div class="fields">
 % for name, words, required, choices in fields:
 <label>{{name.replace('_', ' ').capitalize()}}
@@ -11231,6 +11551,7 @@ DEEDS = {'extend': ('Extend', ('by', 'by', '+1h'), False), 'keep': ('Keep on', (
          'maintenance_delete': ('Call off', None, True), 'token_revoke': ('Revoke', None, True),
          'limit_delete': ('Take away', None, True), 'resource_delete': ('Remove', None, True)}
 ASKS = ('delete', 'resource_delete', 'token_revoke')  # what is asked for twice
+SECRET = {'token', 'feed'}  # fields of answers: shown in the answer itself, and kept nowhere
 #: What can be done to a reservation in each state; to a pending one, what its holder or an admin says.
 DEEDS_IN = {'cancelled': ('skip',), 'waiting': ('delete',), 'pending': ('delete',), 'reserved': ('extend', 'skip', 'delete'),
             **dict.fromkeys(('starting', 'active', 'degraded'), ('extend', 'keep', 'delete'))}
@@ -11310,7 +11631,13 @@ def render_page(template: str, /, **values) -> str:
 @functools.lru_cache
 def template_of(name: str):
     import bottle
-    return bottle.SimpleTemplate(TEMPLATES[name])
+    return bottle.SimpleTemplate(TEMPLATES[name], escape_func=in_html)
+
+
+def in_html(value) -> str:
+    """A value as the text of a page."""
+    import bottle
+    return bottle.html_escape(legible(str(value)))
 
 
 @dataclasses.dataclass
@@ -11424,11 +11751,12 @@ class CloudNames:
         with self.lock:
             thread = self.asking.get(key)
             under_way = thread and thread.is_alive()
-            if time.monotonic() >= self.found.get(key, nothing)[0] and not under_way:
+            asks = time.monotonic() >= self.found.get(key, nothing)[0] and not under_way
+            if asks:
                 thread = self.asking[key] = threading.Thread(target=self.ask, args=key, daemon=True)
                 thread.start()
-        if thread:
-            thread.join(patience if key not in self.found else 0)
+        if asks and key not in self.found:  # who comes later does not wait as well
+            thread.join(patience)
         return self.found.get(key, nothing)[1:]
 
     def ask(self, account: str, sight: Sight) -> None:
@@ -11448,6 +11776,7 @@ class Pages:
     def __init__(self, service: Reservations):
         self.service = service
         self.names = CloudNames(service.clouds)
+        self.sent: deque[str] = deque(maxlen=1000)  # forms that were sent, by their numbers
         self.key = read_key(key_file(service.config.database, service.config.key))
 
     def mount(self, app) -> None:
@@ -11519,7 +11848,8 @@ class Pages:
                     return self.asking(visit, request, given)
                 if request.method == 'POST':
                     self.refuse_foreign(request, given, visit, signed_in)
-                return handle(visit, **path, given=given)
+                with visit.service.shares.answering(visit.service.actor.user):
+                    return handle(visit, **path, given=given)
             except Error as error:
                 return self.refusal(visit, error, local(given.get('next')))
         return handler
@@ -11559,11 +11889,11 @@ class Pages:
         goes = request.method == 'GET' and not aside or request.path == '/book'
         status = 200 if request.method == 'GET' and not aside else 401
         return self.page(visit, 'Sign in', render_page(
-            'sign in', refusal='', token='', back=request.path + query if goes else '/'), status)
+            'sign in', refusal='', back=request.path + query if goes else '/'), status)
 
     def ask(self, visit: Visit, given: dict):
-        """The form to sign in; a token in the address is filled in, and sent by whoever means it."""
-        return self.page(visit, 'Sign in', render_page('sign in', refusal='', token=given.get('token', ''), back='/'))
+        """The form to sign in, empty: addresses stand in logs and histories, so no token may."""
+        return self.page(visit, 'Sign in', render_page('sign in', refusal='', back='/'))
 
     def sign_in(self, visit: Visit, given: dict):
         """Signs in by a token, for as long as `signed_in` says."""
@@ -11572,7 +11902,7 @@ class Pages:
             actor_of(token)
         except Unauthorized as error:
             return self.page(visit, 'Sign in', render_page(
-                'sign in', refusal=str(error), token='', back=local(given.get('next'))), 401)
+                'sign in', refusal=str(error), back=local(given.get('next'))), 401)
         session, lasts = secrets.token_urlsafe(24), self.service.config.signed_in
         made = self.onward(local(given.get('next')))
         with transaction():
@@ -11910,7 +12240,8 @@ class Pages:
         """One part of the admin's page: a table, and the forms that belong to it."""
         table = render_page('table', visit=visit, name=name, lines=lines, columns=columns.split(), deeds=deeds)
         return f'<h2>{name}</h2>{table}' + ''.join(render_page(
-            'form', visit=visit, operation=each, title=TITLES[each], summary=API[each].summary, fields=[
+            'form', visit=visit, operation=each, title=TITLES[each], summary=API[each].summary,
+            once=secrets.token_hex(8), fields=[
                 (field, WORDS[field], API[each].parameters[field].default is REQUIRED, CHOICES.get(field))
                 for field in FORMS[each]])
             for each in forms)
@@ -11920,7 +12251,7 @@ class Pages:
         operation = API.get(name)
         if not operation or not operation.changes:
             raise NotFound(f"there is no operation '{name}' that changes something")
-        onward, sure = local(given.get('next')), given.pop('sure', '')
+        onward, sure, once = local(given.get('next')), given.pop('sure', ''), given.pop('once', '')
         said = {field: value for field, value in given.items() if field != 'next'}
         if name in ASKS and not sure:
             return self.page(visit, 'Are you sure?', render_page(
@@ -11932,7 +12263,15 @@ class Pages:
                 if value != '' and not field.startswith('was_') and said.get(f'was_{field}') != value}
         if 'tz' in operation.parameters:
             said.setdefault('tz', visit.zone.key)
+        if once and once in self.sent:  # else loading the answer again makes another secret
+            raise Conflict('this form was sent already, and what it made is not shown again; go '
+                           'back to the form')
         answer = getattr(visit.service, name)(**bind(operation, said, visit.here))
+        self.sent.append(once)
+        if secret := SECRET & set(answer if isinstance(answer, dict) else ()):
+            return self.page(visit, 'Done', render_page(
+                'secret', words=told_done(name, said, answer), secret=answer[secret.pop()],
+                back=onward))
         return self.onward(onward, told_done(name, said, answer))
 
     def warned(self, visit: Visit, operation: Operation, said: dict) -> list[str]:
@@ -11947,8 +12286,6 @@ def told_done(name: str, said: dict, answer) -> str:
     """What a form has done, in a sentence."""
     name = 'undo' if said.get('undo') else name
     about = said.get('rename') or said.get('label') or said.get('name') or said.get('id') or said.get('user') or ''
-    if name == 'token_add':
-        return f"the token of {about}, shown only now: {answer.get('token', '')}"
     hit = answer.get('hit', []) if isinstance(answer, dict) else []
     told = ', '.join(f"{each['label']} of {each['user']} ({each['outcome']})" for each in hit[:20])
     gone = answer if name == 'delete' else ()
@@ -12520,11 +12857,20 @@ LOCAL = {each.__name__: Operation(each.__name__, each, ADMIN, [('POST', '', {})]
                       store_restore, store_migrate, store_orphans)}
 
 
+class Visible(logging.Formatter):
+    """Lines of the log in which nothing is unseen."""
+
+    def format(self, record):
+        return legible(super().format(record))
+
+
 def in_utc() -> None:
     """`schedule` reckons in local time, which stands still for an hour when summer ends."""
     os.environ['TZ'] = 'UTC'
     time.tzset()
-    logging.basicConfig(level=logging.INFO, format='%(asctime)sZ %(levelname)s %(message)s', stream=sys.stderr)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(Visible('%(asctime)sZ %(levelname)s %(message)s'))
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
     logging.getLogger('waitress.queue').setLevel(logging.ERROR)  # it warns at every request that waits
 
 
@@ -12589,7 +12935,7 @@ def welcome(service: Reservations, url: str) -> list[str]:
     if not service.token_list():
         token = service.token_add(service.actor.user, service.actor.project, ADMIN)['token']
         lines += [f'Made a token for {service.actor.user}, who is admin; it is shown only now: {token}',
-                  f'Sign in: {url}/sign-in?token={token}', 'Try:',
+                  f'Sign in with it: {url}/sign-in', 'Try:',
                   f"  curl -H 'Authorization: Bearer {token}' {url}{BASE}/resource/"]
     return lines
 
@@ -12658,7 +13004,7 @@ def main(argv: list[str] | None = None) -> int:
         run_fire(argv, lambda call: make(call, config, options) if isinstance(call, Call) else call)
         return 0
     except Error as error:
-        print('\n'.join(in_words(error, zone)), file=sys.stderr)
+        print(legible('\n'.join(in_words(error, zone))), file=sys.stderr)
         return 2 if isinstance(error, Invalid) else 1
     except STORE_ERRORS as error:
         if not (refusal := trouble(error)):
@@ -12746,6 +13092,10 @@ def plain_flags(operation: Operation, words: list[str]) -> list[str]:
     """The words after a command, flags checked, and `--flag` of a yes-or-no argument closed by its value."""
     plain = []
     for word in joined_flags(operation, words):
+        if re.match('-[A-Za-z]|--$', word):
+            raise Invalid(f'{operation.words} has no option {shown(word)}; options begin with two '
+                          'dashes, and what itself begins with a dash is written behind its name: '
+                          '--label=-x')
         flag, equals, _ = word.partition('=')
         name = flag[2:].replace('-', '_')
         off = name.removeprefix('no')
@@ -12828,12 +13178,23 @@ def file_rows(text: str, name: str) -> list[dict]:
         raise Invalid(f"'{name}' is not YAML: {str(error).splitlines()[0]}") from None
 
 
+#: What makes a formula of a cell in Excel and LibreOffice, the wide forms of East Asia too.
+FORMULA = re.compile('[=+@\t\r\n\uff1d\uff0b\uff0d\uff20-]')
+
+
+def unquoted(cell):
+    """A cell as it was before `csv_cell` quoted it; what is too much in a line is a list."""
+    quoted = isinstance(cell, str) and cell[:1] == "'" and FORMULA.match(cell[1:])
+    return cell[1:] if quoted else cell
+
+
 def csv_rows(text: str) -> list[dict]:
     """The lines of a CSV text with commas, or with semicolons as spreadsheets of many countries write them."""
     head = text.partition('\n')[0]
     reader = csv.DictReader(io.StringIO(text), restkey='', skipinitialspace=True,
                             delimiter=';' if ';' in head and ',' not in head else ',')
-    lines = [{**each, 'line': reader.line_num} for each in reader]
+    lines = [{name: unquoted(cell) for name, cell in each.items()} | {'line': reader.line_num}
+             for each in reader]
     for each in lines:
         if '' in each:
             raise ValueError(f"line {each['line']} has more cells than the first line has names")
@@ -12852,29 +13213,45 @@ def progress_bar(items: list) -> Iterable:
 def render(answer, form: str, zone: ZoneInfo, columns: str | None) -> str:
     """An answer as text: a table for people, or JSON, CSV or YAML for programs."""
     if form == 'json':
-        return json.dumps(to_plain(answer), ensure_ascii=False, indent=2)
+        return json_text(answer, indent=2).rstrip('\n')
     if form == 'yaml':
-        import yaml
-        return yaml.safe_dump(to_plain(answer), allow_unicode=True, sort_keys=False).rstrip()
+        return as_yaml(to_plain(answer))
     if form == 'csv':
         return as_csv(answer if isinstance(answer, list) else [answer])
     return as_table(answer, zone, columns)
 
 
+def as_yaml(answer) -> str:
+    import yaml
+    text = yaml.safe_dump(answer, allow_unicode=True, sort_keys=False)
+    if UNSEEN.search(text):  # the one way to escape some is to escape all that is not ASCII
+        text = yaml.safe_dump(answer, sort_keys=False)
+    return text.rstrip()
+
+
 def as_csv(lines: list[dict]) -> str:
     out = io.StringIO()
     writer = csv.writer(out, lineterminator='\n')
-    for number, line in enumerate(to_plain(lines)):
+    for number, line in enumerate(lines):
         if number == 0:
             writer.writerow(line)
-        writer.writerow([json.dumps(each, ensure_ascii=False) if isinstance(each, (list, dict)) else each
-                         for each in line.values()])
+        writer.writerow(map(csv_cell, line.values()))
     return out.getvalue().rstrip('\n')
+
+
+def csv_cell(value):
+    """A value as a cell of a spreadsheet; a text that would be a formula there gets a quote."""
+    if isinstance(value, str):
+        return legible(f"'{value}" if FORMULA.match(value) else value)
+    plain = to_plain(value)
+    if not isinstance(plain, (list, dict)):
+        return plain
+    return legible(json.dumps(plain, ensure_ascii=False))
 
 
 def as_table(answer, zone: ZoneInfo, columns: str | None = None) -> str:
     if isinstance(answer, dict) and len(answer) == 1:
-        return '\n'.join(map(str, answer.values()))
+        return '\n'.join(in_cell(each, zone) for each in answer.values())
     if isinstance(answer, dict):
         inner = {name: each for name, each in answer.items() if each and isinstance(each, list)
                  and isinstance(each[0], dict)}

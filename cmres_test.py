@@ -418,7 +418,7 @@ FINE = {'label': 'lab', 'resource': 'demo', 'start': '+1h', 'end': '+1h'}
     ({'user': 'x' * 256}, 'user: at most 255 characters, not 256'),
     ({'user': 'a\nb'}, 'user: a name is one line'),
     ({'description': 'x' * 65536}, 'description: at most 65535 characters, not 65536'),
-    ({'description': 'a\x1b[2J'}, 'description: control characters are not allowed'),
+    ({'description': 'a\x1b[2J'}, 'description: the character U+001B is not allowed'),
     ({'metadata': 'a'}, 'is not k=v,k=v with at most 128 pairs'),
     ({'metadata': ','.join(f'k{n}=v' for n in range(129))}, 'is not k=v,k=v with at most 128 pairs'),
     ({'security_groups': ','.join(map(str, range(101)))}, 'is not a list of at most 100 names'),
@@ -458,6 +458,47 @@ def test_every_argument_of_every_operation_has_a_reader_and_a_meaning():
         for name, parameter in operation.parameters.items():
             assert parameter.annotation in cmres.READERS, (operation.name, name)
             assert cmres.WORDS[name]
+
+
+UNSEEN = {'\x9b': 'U+009B', '\x85': 'U+0085', '\x7f': 'U+007F', '\u202e': 'U+202E RIGHT-TO-LEFT OVERRIDE',
+          '\u2066': 'U+2066 LEFT-TO-RIGHT ISOLATE', '\u200f': 'U+200F RIGHT-TO-LEFT MARK',
+          '\u061c': 'U+061C ARABIC LETTER MARK', '\u2028': 'U+2028 LINE SEPARATOR',
+          '\ufeff': 'U+FEFF ZERO WIDTH NO-BREAK SPACE', '\u200b': 'U+200B ZERO WIDTH SPACE', '\ufffe': 'U+FFFE',
+          '\u0378': 'U+0378', '\U000e0041': 'U+E0041 TAG LATIN CAPITAL LETTER A', '\x1b': 'U+001B'}
+
+
+@pytest.mark.parametrize('name, operation', [
+    ('description', 'add'), ('user', 'add'), ('project', 'add'), ('image', 'add'), ('notify', 'add'), ('metadata', 'add'),
+    ('user_data', 'add'), ('reason', 'reject'), ('reason', 'maintenance_add'), ('user', 'token_add'),
+    ('cell', 'resource_add'), ('aggregates', 'resource_sync'), ('server', 'claim')])
+@pytest.mark.parametrize('letter', UNSEEN)
+def test_a_character_that_nobody_sees_is_refused_by_its_name(app, name, operation, letter):
+    value = {'k': f'a{letter}b'} if name == 'metadata' else f'a{letter}b'
+    verb, path, _ = API[operation].routes[0]
+    body = {each: 'x' for each, one in API[operation].parameters.items()
+            if one.default is cmres.REQUIRED and f'<{each}>' not in path}
+    answer = app.call(verb, re.sub('<.*?>', 'x', path), {name: value} | body | {name: value}, status=400)
+    assert answer.json['error'].startswith(f'{name}: the character {UNSEEN[letter]} is not allowed')
+
+
+@pytest.mark.parametrize('text', ['Zoë', '数学科', 'علوم', 'שלום', 'می‌خواهم', '👩‍🔬', 'a\tb', 'a\nb', '葛󠄀城'])
+def test_what_people_write_is_taken(app, text):
+    assert app.call('POST', '/reservation/', FINE | {'description': text}).json['description'] == text
+
+
+@pytest.mark.parametrize('path, body', [
+    ('/reservation/', {'label': '-x', 'resource': 'demo', 'start': '+1h', 'end': '+1h'}),
+    ('/reservation/load', {'rows': [{'label': '-x', 'resource': 'demo', 'start': '+1h', 'end': '+1h'}]}),
+    ('/resource/', {'name': '--help'})])
+def test_a_new_label_does_not_look_like_an_option(app, path, body):
+    answer = app.call('POST', path, body, status='*')
+    assert answer.status_int in (400, 409) and 'begins with -, as options do' in answer.text
+
+
+def test_nothing_is_renamed_to_what_looks_like_an_option(app):
+    app.call('POST', '/reservation/', FINE | {'label': 'lab'})
+    for path in ('/reservation/lab', '/resource/demo'):
+        assert 'begins with -' in app.call('PATCH', path, {'rename': '-x'}, status=400).json['error']
 
 
 def test_a_dash_is_not_given_and_null_neither():
@@ -8730,6 +8771,46 @@ def test_a_vanished_server_is_replaced(world):
     assert 'vanished' in [each['code'] for each in world.service.events('lab')]
 
 
+def test_each_vm_has_its_own_times_also_where_one_took_the_place_of_another(world):
+    boot(world, vms=1)
+    for moment in (1, 1 + minutes(1)):
+        world.at(moment)
+    first, = world.service.servers('lab')
+    world.now += 3600 * 0.5
+    cmres.SimulatedServer.update(gone=world.now).execute()
+    world.cycle.sweep()
+    world.cycle.settle()
+    world.at(1.6)
+    begun = world.now
+    world.at(1.7)
+    old, new = world.service.servers('lab')
+    assert {name: old[name] for name in ('uid', 'planned', 'begun', 'ready')} == {
+        name: first[name] for name in ('uid', 'planned', 'begun', 'ready')}
+    assert old['state'] == 'deleted' and old['ready'] < old['deleted'] <= new['begun'] < new['ready']
+    assert new['state'] == 'active' and new['begun'].timestamp() <= begun and new['uid'] != old['uid']
+    late = (new['ready'] - (NOON + hours(1))).total_seconds()  # the first planned against the final ready
+    assert world.service.punctuality()['clouds'][0]['ready_worst'] == late
+    used = ((old['deleted'] - old['ready']) + (NOON + hours(2) - new['ready'])) / hours(1)
+    for moment in (2, 2.01, 2.02):
+        world.at(moment)
+    assert world.state('lab') == 'ended'
+    assert world.service.report(since=NOON)[0]['used_hours'] == pytest.approx(used, abs=0.02)
+
+
+def test_a_vm_that_is_made_anew_after_a_fault_was_begun_when_it_was_begun(tmp_path):
+    world = World(tmp_path, simulated_failures=1.0)
+    boot(world, vms=1)
+    for moment in (1, 1.01, 1.02):
+        world.at(moment)
+    object.__setattr__(world.config, 'simulated_failures', 0.0)
+    for moment in (1.2, 1.3, 1.31, 1.4):
+        world.at(moment)
+    server, = world.service.servers('lab')
+    assert server['state'] == 'active' and server['tries'] > 1
+    assert server['begun'] > NOON + hours(1) and server['planned'] == NOON + hours(1)
+    assert server['begun'].timestamp() == pytest.approx(cmres.SimulatedServer.get(gone=None).made, abs=1)
+
+
 def test_a_server_that_is_listed_without_its_tags_for_a_moment_is_not_made_again(world):
     """Nova does so between the build request and the cell."""
     boot(world)
@@ -8848,6 +8929,16 @@ def test_a_machine_that_exists_is_started_and_stopped_and_never_deleted(world, o
         world.at(moment)
     assert power(world, owned) == after and world.state('desk') == 'ended' and world.there() == ['mine']
     assert cmres.SimulatedServer.select().count() == 1
+
+
+def test_a_machine_that_exists_is_shown_by_its_own_name(world, owned):
+    world.service.add('desk', 'demo', NOON + hours(1), NOON + hours(2), server=owned)
+    names = []
+    for moment in (1, 1.001, 1.01, 2, 2.01, 3):
+        world.at(moment)
+        names += [each['name'] for each in world.service.servers('desk')]
+    assert set(names) <= {owned, 'mine'} and names[-1] == 'mine'
+    assert not [each['sentence'] for each in world.service.events('desk') if 'desk-' in each['sentence']]
 
 
 def test_a_machine_that_exists_survives_a_cancel(world, owned):
@@ -9004,10 +9095,47 @@ def test_a_notice_does_not_reach_into_private_networks(world):
     inbox = Inbox()
     boot(world, notify=[inbox.url])
     world.at(0)
-    assert inbox.came == [] and 'is at the private address 127.0.0.1' in cmres.row('SELECT fault FROM outbox').fault
+    assert inbox.came == [] and 'is not the name of a host on the public internet' in cmres.row(
+        'SELECT fault FROM outbox').fault
     world.at(24 * 4)
     assert cmres.row('SELECT due FROM outbox WHERE event_id = 2').due is None
     inbox.server.shutdown()
+
+
+def resolving(monkeypatch, *addresses):
+    """Lets every name have these addresses."""
+    monkeypatch.setattr(socket, 'getaddrinfo', lambda host, port, *rest, **more: [
+        (socket.AF_INET6 if ':' in each else socket.AF_INET, socket.SOCK_STREAM, 6, '', (each, port)) for each in addresses])
+
+
+@pytest.mark.parametrize('address', [
+    '127.0.0.1', '0.0.0.0', '10.1.2.3', '100.64.0.1', '169.254.169.254', '255.255.255.255', '224.0.0.1', '240.0.0.1',
+    '::', '::1', '::127.0.0.1', '::8.8.8.8', '::ffff:127.0.0.1', '::ffff:169.254.169.254', '64:ff9b::127.0.0.1',
+    '64:ff9b::10.1.2.3', '64:ff9b:1::8.8.8.8', '64:ff9b:1:a00::1', '2002:7f00:1::', '2002:a01:203::1',
+    '2001:0:7f00:1::1', '2001:0:4136:e378:8000:63bf:f5ff:fffe', '2606:4700::5efe:10.1.2.3',
+    '2606:4700::200:5efe:127.0.0.1', 'fe80::5efe:10.1.2.3', 'fe80::1%lo', 'fec0::1', 'fc00::1', 'fd12::1', 'ff02::1',
+    '2001:db8::1', '4000::1'])
+def test_an_address_that_leads_inside_is_refused_however_it_is_written(service, monkeypatch, address):
+    """And in the words that refuse a name that nobody has: nobody finds out what there is inside."""
+    def refused(*addresses):
+        resolving(monkeypatch, *addresses)
+        with pytest.raises(Invalid) as refusal:
+            service.calendar_subscribe('https://inside.example.org/a.ics')
+        return str(refusal.value)
+    assert refused(address) == refused('1.1.1.1', address) == refused()
+    def unknown(*rest, **more):
+        raise socket.gaierror(-2, 'Name or service not known')
+    known = refused(address)
+    monkeypatch.setattr(socket, 'getaddrinfo', unknown)
+    with pytest.raises(Invalid) as refusal:
+        service.calendar_subscribe('https://inside.example.org/a.ics')
+    assert str(refusal.value) == known and address.partition('%')[0] not in known
+
+
+@pytest.mark.parametrize('address', ['1.1.1.1', '2606:4700::1111', '::ffff:1.1.1.1', '64:ff9b::1.1.1.1', '2002:101:101::1'])
+def test_an_address_of_the_public_internet_is_taken(service, monkeypatch, address):
+    resolving(monkeypatch, address)
+    assert service.calendar_subscribe('https://outside.example.org/a.ics')['shows'] == 'outside.example.org'
 
 
 @pytest.fixture
@@ -9193,7 +9321,7 @@ def test_vms_that_vanish_are_told_of_once_for_all_and_where_the_new_ones_are(hea
     look_at(world, 1, range(60, 300, 5))
     assert [code for code, _ in told_of(inbox)] == ['ready', 'vanished', 'ready']
     assert told_of(inbox, 'vanished')[0][1].endswith('are made anew: lab-1-2, lab-1-3')
-    addresses = [each['addresses'][0] for each in world.service.servers('lab')]
+    addresses = [each['addresses'][0] for each in world.service.servers('lab') if each['state'] == 'active']
     assert all(each in told_of(inbox)[2][1] for each in addresses) and '10.0.0.5' in addresses
 
 
@@ -11411,7 +11539,7 @@ def test_a_wrong_verb_is_405_and_told_which_is_right(app, verb, path, allow):
     (FINE | {'metadata': []}, 'metadata: [] is not k=v'),
     (FINE | {'security_groups': 5}, 'security_groups: 5 is not a list'),
     (FINE | {'security_groups': [5]}, 'security_groups: 5 is not text'),
-    (FINE | {'description': 'a\x00'}, 'control characters'), (FINE | {'user': '\ud800'}, 'the body is not UTF-8'),
+    (FINE | {'description': 'a\x00'}, 'the character U+0000'), (FINE | {'user': '\ud800'}, 'the body is not UTF-8'),
     (FINE | {'dry_run': 1}, 'dry_run: 1 is neither true nor false'), (FINE | {'self': 1}, "add has no argument 'self'"),
     (FINE | {'lable': 'x'}, "add has no argument 'lable'; did you mean 'label'?"),
     (FINE | {'held_from': 1}, "no argument 'held_from'"),
@@ -11437,7 +11565,7 @@ def test_wrong_rows_are_refused_in_json(app, rows, status):
     ('/reservation?user=a&user=b', 400, 'user is given twice'),
     ('/reservation?user=%ff', 400, 'the query is not UTF-8'),
     ('/reservation?' + '&'.join(f'a{n}=' for n in range(101)), 400, 'more than 100 fields'),
-    ('/reservation?user=%00', 400, 'control characters'),
+    ('/reservation?user=%00', 400, 'the character U+0000'),
     ('/reservation/%ff', 400, 'the address is not utf-8'), ('/reservation/a%0ab', 400, 'is not a name of'),
     ('/reservation/%C3%A9', 400, '"é" is not a name'),
     ('/reservation/nobody', 404, "there is no reservation 'nobody'"),
@@ -11539,6 +11667,231 @@ def test_the_readme_lists_every_address():
     for verbs, path in re.findall(r'^\| ([A-Z]+(?: or [A-Z]+)?) `(/[^`]*)`', (MODULE.parent / 'README.md').read_text(), re.M):
         listed |= {(verb, path) for verb in verbs.split(' or ')}
     assert listed == {(verb, path) for operation in API.values() for verb, path, _ in operation.routes}
+
+
+# Shares ######################################################################
+
+
+class Hanging:
+    """A server on a socket, and a cloud `slow` and a host `silent` that answer nobody until they are let."""
+
+    def __init__(self, tmp_path, **settings):
+        self.world = world = World(tmp_path, private_addresses=True, **settings)
+        self.let, self.asked = threading.Event(), queue.SimpleQueue()
+        make, hanging = world.clouds.make, self
+
+        class Slow(cmres.Simulated):
+            def find(self, kind, name, *rest):
+                hanging.asked.put(name)
+                hanging.let.wait()
+                return super().find(kind, name, *rest)
+
+            def names(self, kind, *rest):
+                hanging.asked.put(kind)
+                hanging.let.wait()
+                return super().names(kind, *rest)
+
+            def aggregates(self):
+                hanging.asked.put('aggregates')
+                hanging.let.wait()
+                return super().aggregates()
+        world.clouds.make = lambda account: Slow(
+            account, world.clouds.store, world.config, lambda: world.now) if account == 'slow' else make(account)
+        world.service.resource_add('slow', cloud='slow', vms=100)
+        world.service.resource_add('counted', cloud='slow', vcpus=100)
+        world.service.resource_add('gpu', vms=4, mode='exclusive')
+        self.silent = socket.create_server(('127.0.0.1', 0), backlog=50)
+        self.host = f'http://127.0.0.1:{self.silent.getsockname()[1]}/h.ics'
+        self.tokens = {}
+        self.server = waitress.create_server(cmres.web(world.service), host='127.0.0.1', port=0,
+                                             threads=world.config.threads)
+        self.url = f'http://127.0.0.1:{self.server.effective_port}'
+        self.thread = threading.Thread(target=self.server.run, daemon=True)
+        self.thread.start()
+        self.pool = ThreadPoolExecutor(30)
+
+    def call(self, user, verb, path, body=None, **headers):
+        """The status and the text of an answer, for which a test waits as long as it takes, or a minute."""
+        line = http.client.HTTPConnection('127.0.0.1', self.server.effective_port, timeout=60)
+        data = json.dumps(body).encode() if body is not None else None
+        if user and 'Cookie' not in headers:
+            headers = {'Authorization': f'Bearer {self.token(user)}', 'Content-Type': 'application/json'}
+        line.request(verb, path if path.startswith(('/cm', '/healthz', '/book')) else BASE + path, data, headers)
+        answer = line.getresponse()
+        found = answer.status, answer.read().decode()
+        line.close()
+        return found
+
+    def token(self, user):
+        if user not in self.tokens:
+            role = 'admin' if user == 'root' else 'user'
+            self.tokens[user] = self.world.service.token_add(user, 'biology', role)['token']
+        return self.tokens[user]
+
+    def sends(self, *args, **headers):
+        """The same, while the test goes on."""
+        self.token(args[0])
+        return self.pool.submit(self.call, *args, **headers)
+
+    def adds(self, user, label, resource='slow', **more):
+        return self.sends(user, 'POST', '/reservation/', {
+            'label': label, 'resource': resource, 'start': '+1h', 'end': '+1h', **more})
+
+    def others_are_answered(self):
+        """What asks for nothing outside, of somebody who has nothing to do with it."""
+        for n in range(3):
+            assert self.call('', 'GET', '/healthz')[0] == 200
+            assert self.call('ann', 'GET', '/reservation/')[0] == 200
+            label = f'plain-{uuid.uuid4().hex[:8]}'
+            made = self.call('ann', 'POST', '/reservation/', {
+                'label': label, 'resource': 'demo', 'start': '+1h', 'end': '+1h'})
+            assert made[0] == 201, made
+            claim = self.call('root', 'POST', '/claim/', {'server': f's{n}', 'resources': ['gpu'], 'project': 'biology'})
+            assert claim[0] == 200, claim
+
+    def lets(self):
+        self.let.set()
+        self.silent.close()
+
+    def close(self):
+        self.lets()
+        self.pool.shutdown()
+        self.server.trigger.pull_trigger(self.server.close)
+        self.thread.join()
+        self.server.task_dispatcher.shutdown()
+        cmres.close_store()
+
+
+@pytest.fixture
+def hanging(tmp_path):
+    made = []
+
+    def serve(**settings):
+        made.append(Hanging(tmp_path, **settings))
+        return made[-1]
+    yield serve
+    for each in made:
+        each.close()
+
+
+NAMED = {'flavor': 'm1.small', 'image': 'cirros'}
+
+
+@pytest.mark.parametrize('threads', [2, 8])
+def test_while_a_cloud_hangs_others_are_answered(hanging, threads):
+    here = hanging(threads=threads)
+    waiting = [here.adds(f'u{n}', f'l{n}', **NAMED) for n in range(2 * threads)]
+    until(lambda: sum(each.done() for each in waiting) >= 2 * threads - max(threads // 2, 1))
+    here.others_are_answered()
+    refused = [each.result() for each in waiting if each.done()]
+    assert {status for status, _ in refused} <= {201, 503}  # what need not be checked is booked, and says so
+    for status, text in refused:
+        assert 'not checked: 4 requests wait for the cloud slow already' in text if status == 201 else (
+            'slow requests, as many as it lets in; try again in a minute' in text)
+    here.lets()
+    assert all(each.result()[0] in (201, 503) for each in waiting)
+    until(lambda: not here.world.service.shares.taken)
+
+
+@pytest.mark.parametrize('kind', ['find', 'update', 'import', 'holidays', 'subscribe', 'sync', 'page', 'check'])
+def test_whatever_asks_outside_keeps_no_more_than_half_of_the_threads(hanging, monkeypatch, kind):
+    here = hanging(threads=4, slow_per_user=10)
+    if kind == 'update':
+        for n in range(8):
+            assert here.adds('root', f'l{n}', 'counted').result()[0] == 201
+    if kind == 'subscribe':
+        resolve = socket.getaddrinfo
+        monkeypatch.setattr(socket, 'getaddrinfo', lambda host, *rest, **more: (
+            here.let.wait(), resolve('127.0.0.1', *rest, **more))[1] if host == 'silent' else resolve(host, *rest, **more))
+    event = 'BEGIN:VCALENDAR\r\nVERSION:2.0\r\nPRODID:x\r\n' + ''.join(
+        f'BEGIN:VEVENT\r\nUID:{n}\r\nDTSTAMP:20261101T000000Z\r\nDTSTART:20261205T0{n}0000Z\r\nDURATION:PT1H\r\n'
+        'SUMMARY:x\r\nDESCRIPTION:1 x m1.small cirros on counted\r\nEND:VEVENT\r\n' for n in range(3)) + 'END:VCALENDAR'
+    form = urlencode({'resource': 'counted', 'start': '2026-12-01T14:00', 'end': '2026-12-01T15:00', 'vms': 1, **NAMED})
+    cookie = {'Cookie': '; '.join(f'{name}={value}' for name, value in as_visitor(here.world, 'root', 'default', 'admin')
+                                  .cookies.items())} if kind in ('page', 'check') else {}
+    asks = {'find': lambda n: here.sends('root', 'GET', '/resource/counted/find?duration=1h&flavor=m1.small'),
+            'update': lambda n: here.sends('root', 'PATCH', f'/reservation/l{n}', NAMED),
+            'import': lambda n: here.sends('root', 'POST', '/reservation/import', {'file': event, 'dry_run': True}),
+            'holidays': lambda n: here.adds('root', f'h{n}', 'demo', repeat='daily', holidays=here.host),
+            'subscribe': lambda n: here.sends('root', 'POST', '/calendar/subscription/', {'url': f'http://silent/{n}'}),
+            'sync': lambda n: here.sends('root', 'POST', '/resource/sync', {'cloud': 'slow', 'dry_run': True}),
+            'page': lambda n: here.sends('root', 'GET', f'/book?{form}', **cookie),
+            'check': lambda n: here.sends('root', 'GET', f'/book/check?{form}', **cookie)}[kind]
+    waiting = [asks(n) for n in range(8)]
+    if kind in ('page', 'check'):  # which waits for the names at most a second, and for nothing then
+        until(lambda: not here.asked.empty())
+    else:
+        until(lambda: sum(each.done() for each in waiting) >= 4)
+        assert {each.result()[0] for each in waiting if each.done()} & {502, 503}, [
+            each.result() for each in waiting if each.done()]
+    here.others_are_answered()
+    here.lets()
+    assert all(each.result()[1] for each in waiting)
+
+
+def test_one_user_keeps_fewer_threads_than_all(hanging):
+    here = hanging(threads=8)
+    waiting = [here.adds('eva', f'l{n}', **NAMED) for n in range(4)]
+    until(lambda: sum(each.done() for each in waiting) == 2)
+    refused = [each.result() for each in waiting if each.done()]
+    assert {status for status, _ in refused} == {429} and '2 slow requests of eva are under way' in refused[0][1]
+    max_ = here.adds('max', 'mine', **NAMED)
+    until(lambda: here.asked.qsize() >= 3)
+    here.others_are_answered()
+    here.lets()
+    assert max_.result()[0] == 201 and sorted(each.result()[0] for each in waiting) == [201, 201, 429, 429]
+
+
+def test_a_request_waits_for_clouds_no_longer_than_it_may_in_all(hanging):
+    here = hanging(threads=8, outside_timeout=0.5)
+    for n in range(6):
+        status, text = here.adds('eva' if n % 2 else 'max', f'l{n}', **NAMED).result()
+        assert status in (201, 429) and ('not checked' in text or status == 429), text
+    status, text = here.adds('ann', 'counts', 'counted', **NAMED).result()
+    assert status == 502 and 'must be known to count' in text
+    assert sum(isinstance(each, cmres.Outside) for each in threading.enumerate()) <= 4  # nobody starts more that hang
+    here.lets()
+    until(lambda: not here.world.service.shares.taken)
+    assert here.adds('eva', 'after', 'counted', **NAMED).result()[0] == 201
+
+
+def test_a_series_is_not_checked_while_one_types_beside_others_that_compute(hanging):
+    here, let = hanging(threads=8), threading.Event()
+    here.world.service.progress = lambda rows: (let.wait(), rows)[1]
+    visitor = as_visitor(here.world)
+    loads = [here.sends('eva', 'POST', '/reservation/load', {'rows': [{'label': 'x'}]}) for _ in range(2)]
+    until(lambda: here.world.service.shares.taken['user', 'eva'] == 2)
+    asked = {'resource': 'demo', 'start': '2026-12-01T14:00', 'end': '2026-12-01T15:00', 'vms': 1}
+    assert 'It fits' in visitor.get('/book/check', asked)
+    assert '2 slow requests of eva are under way' in visitor.get('/book/check', asked | {'repeat': 'daily'})
+    let.set()
+    assert {each.result()[0] for each in loads} == {409}
+    assert 'It fits' in visitor.get('/book/check', asked | {'repeat': 'daily'})
+
+
+@pytest.mark.parametrize('kind', ['load', 'import', 'generate'])
+def test_what_computes_for_long_keeps_no_more_than_its_share(hanging, kind):
+    here = hanging(threads=8)
+    let = threading.Event()
+    here.world.service.progress = lambda rows: (let.wait(), rows)[1]
+    line = {'resource': 'demo', 'start': '+1h', 'end': '+1h'}
+    ask = {'load': lambda user, n: here.sends(user, 'POST', '/reservation/load', {
+               'rows': [line | {'label': f'{user}-{n}'}], 'dry_run': True}),
+           'import': lambda user, n: here.sends(user, 'POST', '/reservation/import', {
+               'file': calendar(event('DTSTART:20261205T100000Z', 'DURATION:PT1H',
+                                      'DESCRIPTION:1 x m1.small on demo')).decode(),
+               'resource': 'demo', 'dry_run': True}),
+           'generate': lambda user, n: here.sends(user, 'POST', '/reservation/generate', {'dry_run': True})}[kind]
+    of_eva = [ask('eva', n) for n in range(4)]
+    until(lambda: sum(each.done() for each in of_eva) == 2)
+    assert {each.result()[0] for each in of_eva if each.done()} == {429}
+    of_others = [ask(user, 1) for user in ('max', 'ann', 'bob', 'tim')]
+    until(lambda: sum(each.done() for each in of_others) == 2)
+    assert {each.result()[0] for each in of_others if each.done()} == {503}
+    here.others_are_answered()
+    let.set()
+    assert all(each.result()[0] in (200, 201, 429, 503) for each in of_eva + of_others)
+    assert ask('eva', 5).result()[0] in (200, 201) and not here.world.service.shares.taken
 
 
 # Page ########################################################################
@@ -11840,7 +12193,7 @@ def test_admins_look_after_everything_on_one_page(world):
     assert fill('maintenance_add', resource='gpu', start='2026-12-24T08:00', end='+2h', reason='disks').status_int == 303
     assert fill('limit_add', project='biology', most_vms='3').status_int == 303
     made = fill('token_add', user='ann', role='reader', project='maths')
-    assert made.status_int == 303 and 'shown only now: cmres_' in made.follow() and 'cmres_' not in visitor.get('/admin')
+    assert made.status_int == 200 and 'shown only now' in made and 'cmres_' not in visitor.get('/admin')
     book(world.as_user(), start=1, end=2, resource='gpu')
     assert form_of(visitor.get('/admin'), '/do/approve').submit().status_int == 303
     assert world.state('lab') == 'reserved'
@@ -11971,11 +12324,12 @@ def test_style_and_script_are_kept_by_browsers_until_they_change(world):
 
 def test_serve_tells_where_to_sign_in(world):
     lines = cmres.welcome(world.service, 'http://127.0.0.1:8080')
-    link = next(line for line in lines if line.startswith('Sign in: ')).removeprefix('Sign in: http://127.0.0.1:8080')
+    link = next(re.fullmatch('Sign in with it: http://127.0.0.1:8080(.*)', line)[1] for line in lines if 'Sign in' in line)
     visitor = webtest.TestApp(cmres.web(world.service))
     before = dump()
     form = visitor.get(link).forms[0]
     assert dump()[:-1] == before[:-1]  # a link that is followed changes nothing
+    form['token'] = re.search('cmres_\\S+', lines[-1])[0].rstrip("'")
     assert form.submit(status=303).follow().html.find('h1').text == 'Plan'
 
 
@@ -12219,8 +12573,29 @@ def test_a_token_that_was_made_is_not_made_again_by_loading_the_page_again(world
     visitor = as_visitor(world, 'root', 'default', 'admin')
     form = form_of(visitor.get('/admin'), '/do/token_add')
     form['user'] = 'ann'
-    page = form.submit(status=303).follow()
-    assert 'shown only now: cmres_' in page and 'cmres_' not in visitor.get('/admin')
+    page = form.submit(status=200)
+    assert 'shown only now' in page and 'cmres_' not in visitor.get('/admin')
+    assert 'was sent already' in form.submit(status=409)
+    assert len(world.service.token_list()) == 2
+
+
+@pytest.mark.parametrize('name, fields, secret', [
+    ('token_add', {'user': 'ann'}, 'cmres_[A-Za-z0-9_-]{40,}'), ('calendar_feed', {}, '(?<=/calendar/)[A-Za-z0-9_-]+(?=/)')])
+def test_a_secret_stands_in_the_answer_and_nowhere_else(world, caplog, name, fields, secret):
+    """No cookie, no address that leads on, nothing in the store or the log."""
+    visitor = as_visitor(world, 'root', 'default', 'admin')
+    guard = form_of(visitor.get('/admin'), '/do/token_add')['form'].value
+    with caplog.at_level('DEBUG'):
+        made = visitor.post(f'/do/{name}', fields | {'form': guard, 'next': '/admin'}, status=200)
+    found = re.search(secret, made.html.text)[0]
+    assert made.headers['Cache-Control'] == 'no-store' and 'Location' not in made.headers
+    kept = [str(visitor.cookies), str(made.headers), caplog.text, *dump(), *(str(each) for each in world.service.events())]
+    assert not [each for each in kept if found in each]
+
+
+def test_an_address_with_a_token_fills_nothing_in(world):
+    token = world.service.token_add('eva', 'biology')['token']
+    assert token not in webtest.TestApp(cmres.web(world.service)).get('/sign-in?token=' + token).text
 
 
 def test_what_is_over_can_be_found(world):
@@ -12677,6 +13052,34 @@ def test_a_client_raises_what_the_service_raises(client, service, name, args, ki
     assert same(client, service, name, *args)[0] is kind
 
 
+OF_A_LABEL = {'list': [], 'show': [], 'servers': [], 'duration': [], 'events': [], 'update': ['--vms=2'],
+              'extend': ['--by=+1h'], 'keep': ['--until=+1h'], 'skip': [], 'accept': [], 'approve': [], 'reject': [],
+              'delete': [], 'claim': ['--server=7c1f', '--resources=demo', '--project=biology']}
+ODD = ['-x', '--help', '--tz', '-h', '--', '-tz', 'true', '1e3', '0x1', 'None', 'list', 'help', 'resource']
+
+
+@pytest.mark.parametrize('place', ['here', 'server'])
+@pytest.mark.parametrize('label', ODD)
+def test_every_command_can_name_every_label(client, world, run, monkeypatch, label, place):
+    """Also those that were given before labels could not look like options."""
+    monkeypatch.setenv('CMRES_DATABASE', world.config.database)
+    if place == 'server':
+        monkeypatch.setenv('CMRES_URL', client.url)
+        monkeypatch.setenv('CMRES_TOKEN', client.token)
+    book(world.service, label, start=1_430_000, end=1_430_001)  # in the year 2190
+    assert OF_A_LABEL.keys() == {name for name, each in API.items() if 'label' in each.parameters} - {'add'}
+    for name, more in OF_A_LABEL.items():
+        code, out, err = run(name, f'--label={label}', *more, '--format=json')
+        assert code == 0 or code == 1 and label in err and f"no reservation '{label}'\n" not in err, (name, err)
+        assert 'NAME' not in out
+
+
+@pytest.mark.parametrize('label', ['-x', '--', '-tz', '-H'])
+def test_a_word_that_looks_like_an_option_and_is_none_is_told_how_to_write_it(run, label):
+    code, out, err = run('show', label)
+    assert code == 2 and f'show has no option "{label}"' in err and '--label=-x' in err
+
+
 def test_a_client_takes_the_defaults_of_the_service(client, service):
     assert same(client, service, 'list', '') == []
     assert same(client, service, 'resource_update', 'demo', rename='', vms=3)['vms'] == 3
@@ -12716,6 +13119,56 @@ def test_the_command_line_talks_to_a_server_where_one_is_set(client, world, run,
 # Command line ################################################################
 
 COMMANDS = [operation.words for operation in (*API.values(), *cmres.LOCAL.values())]
+
+
+@pytest.mark.parametrize('text', ['=HYPERLINK("http://evil")', '+1+1', '-1+1', '@SUM(1)', '\t=1', '\n=1', '＝1', '＠x'])
+def test_a_cell_of_text_is_no_formula_and_comes_back_as_it_was(run, tmp_path, text):
+    run('resource', 'add', 'demo', '--vms=9')
+    run('add', 'lab', 'demo', '2190-12-01T09:00', '+1h', f'--description={text}')
+    out = run('list', '--format=csv')[1]
+    [line] = csv.DictReader(io.StringIO(out))
+    assert line['description'] == f"'{text}" and (line['vms'], line['lead']) == ('1', '0')
+    assert line['start'] == '2190-12-01T09:00:00+00:00'
+    fields = ('label', 'resource', 'start', 'end', 'description')
+    with (tmp_path / 'again.csv').open('w', newline='') as file:
+        csv.writer(file).writerows([fields, ['again', *(line[name] for name in fields[1:])]])
+    run('load', 'again.csv')
+    assert json.loads(run('list', 'again', '--format=json')[1])[0]['description'] == text
+
+
+def test_numbers_of_a_spreadsheet_stay_numbers():
+    assert cmres.as_csv([{'a': -1, 'b': -0.5, 'c': True, 'd': None, 'e': NOON, 'f': ['=1'], 'g': "'", 'h': '5-1'}]).split(
+        '\n')[1] == '-1,-0.5,True,,2026-12-01T12:00:00+00:00,"[""=1""]",\',5-1'
+
+
+STORED = 'a\x9b31mb\u202ec\x1b]0;d\u2028e'  # as an older version let it in
+
+
+def test_what_nobody_sees_and_is_stored_is_shown_escaped_everywhere(world, run, monkeypatch, tmp_path):
+    book(world.as_user(), notify=['eva@example.org'])
+    feed = world.as_user().calendar_feed()['feed']
+    for table, columns in (('reservation', ('description', 'user', 'image')), ('event', ('sentence', 'actor'))):
+        for column in columns:
+            cmres.run(f'UPDATE {table} SET {column} = ?', STORED)
+    cmres.run('UPDATE feed SET user = ?', STORED)
+    texts = [cmres.json_text(world.service.list())]
+    visitor = as_visitor(world, 'root', 'default', 'admin')
+    texts += [visitor.get(path).text for path in ('/', '/list', '/r/lab?project=biology', '/admin')]
+    texts.append(visitor.get(urlsplit(feed).path).text)
+    notice = cmres.row(f'{cmres.NOTICES} LIMIT 1')
+    worded = cmres.Config(texts={'added': '{label} of {user}\n{sentence} {actor}'})
+    texts.append(cmres.notice_text(worded, notice, world.service.list()[0]))
+    monkeypatch.setenv('CMRES_DATABASE', world.config.database)
+    for form in cmres.FORMATS:
+        texts += [run(*line, f'--format={form}')[1] for line in (['list', 'lab'], ['show', 'lab'], ['events'])]
+    texts.append(run('update', 'lab', f'--description={STORED}')[2])
+    texts.append(run('show', STORED)[2])
+    for text in texts:
+        assert not cmres.UNSEEN.search(text.replace('\r\n', '\n')), text
+    for text in (texts[2], texts[3], texts[5], texts[6], run('list', 'lab')[1]):
+        assert r'\u009b31mb\u202ec' in text.replace('\r\n ', '').replace('\\\\', '\\')
+    shown = [run('list', 'lab', f'--format={form}')[1] for form in ('json', 'yaml')]
+    assert json.loads(shown[0])[0]['user'] == yaml.safe_load(shown[1])[0]['user'] == STORED
 
 
 @pytest.mark.parametrize('line', ['', '--help', '-h', 'help'])
@@ -14207,6 +14660,47 @@ def subscribe(world, shelf, **asked) -> int:
     id = world.as_user().calendar_subscribe(shelf.url, resource='demo', **asked)['id']
     world.cycle.settle()
     return id
+
+
+def test_who_has_no_token_any_more_has_no_feed_no_subscription_and_no_session(lan, shelf):
+    shelf.shows(asks(13, 14))
+    visitor, feed = as_visitor(lan), lan.as_user().calendar_feed()['feed']
+    other = lan.as_user('max').calendar_feed()['feed']
+    subscribe(lan, shelf)
+    read = webtest.TestApp(cmres.web(lan.service))
+    lan.service.token_add('eva', 'biology')
+    lan.service.token_add('max', 'biology')
+    lan.service.token_revoke(1)
+    assert read.get(urlsplit(feed).path) and len(lan.as_user().calendar_list()) == 2
+    lan.service.token_revoke(2)
+    assert read.get(urlsplit(feed).path, status=404) and read.get(urlsplit(other).path)
+    assert lan.as_user().calendar_list() == [] and visitor.get('/').forms[0].action == '/sign-in'
+    assert '1 feeds of eva ended; 1 subscriptions of eva ended' in lan.service.events()[-1]['sentence']
+    shelf.shows(asks(13, 14), asks(15, 16, uid='two'))
+    look(lan)
+    assert booked() == ['2026-12-01T13:00Z 1h']
+
+
+def test_who_may_only_read_any_more_has_a_feed_and_no_subscription(lan, shelf):
+    shelf.shows(asks(13, 14))
+    feed = lan.as_user().calendar_feed()['feed']
+    subscribe(lan, shelf)
+    for role in ('user', 'reader'):
+        lan.service.token_add('eva', 'biology', role)
+    lan.service.token_revoke(1)
+    assert [each['kind'] for each in lan.as_user().calendar_list()] == ['feed']
+    assert webtest.TestApp(cmres.web(lan.service)).get(urlsplit(feed).path)
+
+
+def test_calendars_left_by_tokens_that_were_revoked_before_end_with_the_next_start(lan, shelf):
+    for user in ('eva', 'max', 'ann'):
+        lan.as_user(user).calendar_feed()
+        lan.as_user(user).calendar_subscribe(shelf.url)
+    for user in ('eva', 'max'):
+        lan.service.token_add(user, 'biology')
+    cmres.run("UPDATE token SET revoked = 1 WHERE user = 'eva'")
+    cmres.end_left_calendars()
+    assert {each['user'] for each in lan.service.calendar_list()} == {'max', 'ann'}
 
 
 FIVE = [asks(13, 14, uid=uid, day=2 + n) for n, uid in enumerate(('one', 'two', 'three', 'four', 'five'))]
