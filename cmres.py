@@ -8672,7 +8672,7 @@ class LifeCycle:
         if not self.lead(now):
             self.forget()
             return False
-        now = self.believed(now)
+        now = self.believed()  # we may have been frozen since
         if now < self.latest - 2:
             log.warning('the clock was set back by %.0f seconds', self.latest - now)
             self.pull_forward(now)
@@ -8931,9 +8931,9 @@ class LifeCycle:
         log.warning('%s', sentence)
         journal(self.config, self.now(), 'cmres', 'clock', sentence)
 
-    def believed(self, now: float) -> float:
-        """The instant by which a pass acts that was begun at `now` by the wall clock."""
-        trust, instead = self.judged()
+    def believed(self) -> float:
+        """The instant by which a pass acts; asks the clouds for theirs while the clock is doubted."""
+        trust, now = self.judged()
         if trust.doubted != (self.trust and self.trust.doubted):
             with self.acting():
                 self.judge()
@@ -8945,7 +8945,7 @@ class LifeCycle:
             self.asked = self.uptime()
             for account in self.clouds.accounts():
                 self.submit(('time', account), 'time', account, None)
-        return instead
+        return now
 
     # What is wanted
 

@@ -10172,6 +10172,18 @@ def test_what_a_wrong_clock_has_ended_is_made_again_when_it_is_right_again(jumpi
     assert cmres.rows('SELECT id FROM occurrence WHERE due IS NOT NULL') == []
 
 
+def test_a_process_that_was_frozen_in_mid_pass_begins_nothing_again_that_another_has_ended(two):
+    world, first, second = two
+    boot(world, start=0, length=1)
+    live(world, 10)
+    stale, world.now = world.now, NOON.timestamp() + 3605
+    live(world, 60)
+    world.now += world.config.lease + 1
+    before = standing()
+    assert second.converge(stale) and standing() == before
+    assert [each['code'] for each in world.service.events('lab')].count('ended') == 1
+
+
 def test_a_line_of_cron_that_meets_a_wrong_clock_ends_nothing(jumping):
     world = jumping
     boot(world, vms=1, start=0, length=3)
