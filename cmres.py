@@ -1680,8 +1680,6 @@ Reservation.add_index(Reservation.index(Reservation.waiting, where=Reservation.w
                                         name='reservation_waiting'))
 Reservation.add_index(Reservation.index(
     Reservation.over, Reservation.carried, where=Reservation.series != '', name='reservation_series'))
-Reservation.add_index(Reservation.index(
-    Reservation.waiting, where=Reservation.waiting.is_null(False), name='reservation_waiting'))
 Reservation.add_index(Reservation.index(Reservation.pending, where=Reservation.pending.is_null(False),
                                         name='reservation_pending'))
 
@@ -2470,8 +2468,6 @@ def add_ends_of_calls() -> None:
     run('CREATE INDEX IF NOT EXISTS occurrence_ended ON occurrence ("end") '
         'WHERE due IS NULL AND cancelled IS NULL')
     run("CREATE INDEX IF NOT EXISTS reservation_series ON reservation (over, carried) WHERE series != ''")
-    run('CREATE INDEX IF NOT EXISTS reservation_waiting ON reservation (waiting) '
-        'WHERE waiting IS NOT NULL')
     run('UPDATE reservation SET waiting = NULL, pending = NULL '
         'WHERE (waiting IS NOT NULL OR pending IS NOT NULL) AND NOT EXISTS '
         '(SELECT 1 FROM occurrence WHERE reservation_id = reservation.id AND cancelled IS NULL)')

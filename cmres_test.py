@@ -1815,7 +1815,7 @@ def test_a_store_of_before_calls_had_ends_is_brought_up(world):
     world.cycle.converge(world.now)
     world.service.delete('waits')
     with cmres.transaction():
-        for index in ('occurrence_ended', 'reservation_series', 'reservation_waiting'):
+        for index in ('occurrence_ended', 'reservation_series'):
             cmres.run(f'DROP INDEX {index}')
         cmres.run('UPDATE server SET called = intended')
         cmres.run('ALTER TABLE server DROP COLUMN intended')
