@@ -1774,8 +1774,6 @@ Reservation.add_index(Reservation.index(Reservation.waiting, where=Reservation.w
                                         name='reservation_waiting'))
 Reservation.add_index(Reservation.index(
     Reservation.over, Reservation.carried, where=Reservation.series != '', name='reservation_series'))
-Reservation.add_index(Reservation.index(
-    Reservation.waiting, where=Reservation.waiting.is_null(False), name='reservation_waiting'))
 Reservation.add_index(Reservation.index(Reservation.pending, where=Reservation.pending.is_null(False),
                                         name='reservation_pending'))
 
@@ -2565,8 +2563,6 @@ def add_ends_of_calls() -> None:
     run('CREATE INDEX IF NOT EXISTS occurrence_ended ON occurrence ("end") '
         'WHERE due IS NULL AND cancelled IS NULL')
     run("CREATE INDEX IF NOT EXISTS reservation_series ON reservation (over, carried) WHERE series != ''")
-    run('CREATE INDEX IF NOT EXISTS reservation_waiting ON reservation (waiting) '
-        'WHERE waiting IS NOT NULL')
     run('UPDATE reservation SET waiting = NULL, pending = NULL '
         'WHERE (waiting IS NOT NULL OR pending IS NOT NULL) AND NOT EXISTS '
         '(SELECT 1 FROM occurrence WHERE reservation_id = reservation.id AND cancelled IS NULL)')
@@ -9376,7 +9372,7 @@ class LifeCycle:
         if not self.lead(now):
             self.forget()
             return False
-        now = self.believed(now)
+        now = self.believed()  # we may have been frozen since
         if now < self.latest - 2:
             log.warning('the clock was set back by %.0f seconds', self.latest - now)
             self.pull_forward(now)
@@ -9635,9 +9631,9 @@ class LifeCycle:
         log.warning('%s', sentence)
         journal(self.config, self.now(), 'cmres', 'clock', sentence)
 
-    def believed(self, now: float) -> float:
-        """The instant by which a pass acts that was begun at `now` by the wall clock."""
-        trust, instead = self.judged()
+    def believed(self) -> float:
+        """The instant by which a pass acts; asks the clouds for theirs while the clock is doubted."""
+        trust, now = self.judged()
         if trust.doubted != (self.trust and self.trust.doubted):
             with self.acting():
                 self.judge()
@@ -9649,7 +9645,7 @@ class LifeCycle:
             self.asked = self.uptime()
             for account in self.clouds.accounts():
                 self.submit(('time', account), 'time', account, None)
-        return instead
+        return now
 
     # What is wanted
 
