@@ -39,7 +39,7 @@ The file reads from top to bottom; a section uses only the sections above it:
   Errors, Time, Repetition            sentences, instants, wall times that come again and again
   Config, Calls                       settings; text that becomes arguments
   Store, Capacity                     what is on disk; the rule that admits
-  Clouds, Notices, Calendar           what boots machines; who is told; iCalendar in and out
+  Clouds, Notices, Shares, Calendar   what boots VMs; who is told; who may be slow; iCalendar in and out
   Service, Wishes, Limits             who asks; what is asked; how much anybody may have
   Holding, Series, Admission          one occurrence, many, whole reservations, by the rule
   Waiting, Requests, Plan             the waiting list; what people ask for; what operators do
@@ -77,7 +77,7 @@ import textwrap
 import threading
 import time
 from bisect import bisect_left
-from collections import Counter, defaultdict, namedtuple
+from collections import Counter, defaultdict, deque, namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, nullcontext, suppress
 from datetime import date, datetime, timedelta, timezone, tzinfo
@@ -117,6 +117,7 @@ class Forbidden(Error): status = 403     # noqa: E701
 class NotFound(Error): status = 404      # noqa: E701
 class Conflict(Error): status = 409      # noqa: E701
 class TooLarge(Error): status = 413      # noqa: E701
+class TooMany(Error): status = 429       # noqa: E701
 class BadCalendar(Error): status = 422   # noqa: E701
 class NoCapacity(Conflict): pass         # noqa: E701
 class Unavailable(Error): status = 503   # noqa: E701
@@ -138,8 +139,8 @@ class CloudError(Error):
 
 
 ERRORS = {kind.__name__: kind for kind in (
-    Error, Invalid, Unauthorized, Forbidden, NotFound, Conflict, TooLarge, BadCalendar, NoCapacity, Unavailable,
-    CloudError)}
+    Error, Invalid, Unauthorized, Forbidden, NotFound, Conflict, TooLarge, TooMany, BadCalendar,
+    NoCapacity, Unavailable, CloudError)}
 
 
 def nearest(word: str, words: Iterable[str]) -> str:
@@ -148,9 +149,23 @@ def nearest(word: str, words: Iterable[str]) -> str:
     return f"; did you mean '{found[0]}'?" if found else ''
 
 
+#: Characters that control a terminal, turn the order of letters round, or can't be seen: C0 and C1
+#: but tab and newline, bidi controls (Unicode, UAX #9), separators of lines, invisible operators
+#: and tags, and halves of pairs.
+UNSEEN = re.compile(
+    '[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u061c\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f'
+    '\ufeff\ufff9-\ufffb\ufdd0-\ufdef\ufffe\uffff\ud800-\udfff\U000e0000-\U000e007f]')
+
+
+def legible(text: str) -> str:
+    """A text with its unseen characters as JSON writes them, such as \\u202e; JSON stays valid."""
+    return UNSEEN.sub(lambda found: json.dumps(found[0])[1:-1], text)
+
+
 def shown(value) -> str:
     """A value as a sentence quotes it: short, on one line."""
-    return textwrap.shorten(json.dumps(value, ensure_ascii=False, default=str), 60, placeholder='...')
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    return textwrap.shorten(legible(text), 60, placeholder='...')
 
 
 def first_line(error: Exception) -> str:
@@ -642,6 +657,50 @@ def endless(rule: str) -> str:
     return re.sub('(^|;)(UNTIL|COUNT)=[^;]*', '', rule).strip(';')
 
 
+def rule_from(stretches: list[Stretch], key: str) -> str:
+    """The RRULE that the occurrences from a slot on follow as they are now; '' if none says it."""
+    stretch = next((each for each in reversed(stretches) if each.since <= key), stretches[0])
+    rule = shifted_rule(stretch) if stretch.rule and stretch.shift else stretch.rule
+    if not rule or not stretch.until:
+        return rule
+    last = datetime.fromisoformat(stretch.until) + timedelta(seconds=stretch.shift - 1)
+    return f'{endless(rule)};UNTIL={last:%Y%m%dT%H%M%S}'
+
+
+def shifted_rule(stretch: Stretch) -> str:
+    """The RRULE of occurrences that are all moved by as much; '' if there is none."""
+    parts, first = dict(part.split('=') for part in stretch.rule.split(';')), datetime.fromisoformat(stretch.start)
+    moved = first + timedelta(seconds=stretch.shift)
+    days = (moved.date() - first.date()).days
+    by = {name for name in parts if name.startswith('BY')}
+    if by & {'BYHOUR', 'BYMINUTE', 'BYSECOND'}:
+        return ''
+    if 'UNTIL' in parts:
+        parts['UNTIL'] = f"{read_until(parts['UNTIL']) + timedelta(seconds=stretch.shift):%Y%m%dT%H%M%S}"
+    if days and parts['FREQ'] in ('DAILY', 'WEEKLY') and by <= {'BYDAY'}:
+        if 'INTERVAL' in parts:  # which weeks count depends on the day on which they begin
+            parts['WKST'] = parts.get('WKST', 'MO')
+        parts |= {name: later_days(parts[name], days) for name in ('BYDAY', 'WKST') if name in parts}
+    elif days and (by or not 0 < min(first.day, moved.day) <= max(first.day, moved.day) <= 28
+                   or moved.day - first.day != days):  # months differ in length
+        return ''
+    return ';'.join(f'{name}={value}' for name, value in parts.items())
+
+
+def later_days(text: str, days: int) -> str:
+    """Weekdays that are so many days later."""
+    return ','.join(WEEKDAYS[(WEEKDAYS.index(day) + days) % 7] for day in text.split(','))
+
+
+def unskipped(stretch: Stretch, key: str) -> Stretch:
+    """A stretch that has the occurrence of a slot again; where all of its day was left out, the others stay so."""
+    day, skips = key[:10], [each for each in stretch.skips if each not in (key, key[:10])]
+    if day in stretch.skips:
+        every = itertools.takewhile(lambda wall: wall.isoformat()[:10] <= day, walls(stretch._replace(skips=())))
+        skips += [wall.isoformat() for wall in every if wall.isoformat()[:10] == day and wall.isoformat() != key]
+    return stretch._replace(skips=tuple(skips))
+
+
 def stored_stretches(stretches: Iterable[Stretch]) -> str:
     return json.dumps([stretch._asdict() for stretch in stretches], separators=(',', ':'))
 
@@ -706,6 +765,12 @@ class Config:
     host: str = setting('127.0.0.1', 'the address that `serve` listens on; put a TLS proxy before any other')
     port: int = setting(8080, 'the port that `serve` listens on', 0, 65535)
     threads: int = setting(8, 'requests that are answered side by side', 1)
+    slow_per_user: int = setting(2, 'requests of one user that may wait for clouds and calendars, '
+                                 'or compute for long, at the same time', 1)
+    slow_per_target: int = setting(4, 'requests that may wait for one account on a cloud, or for '
+                                   'one host, at the same time', 1)
+    outside_timeout: float = setting(
+        50.0, 'seconds that one request may wait for clouds and calendars in all', 0.1)
     url: str = setting('', 'a cmres server: with it, commands talk to that server and not to the database')
     token: str = setting('', 'the token for that server')
     timezone: str = setting('UTC', 'the zone of times typed without an offset, and of tables')
@@ -906,6 +971,7 @@ def read_setting(name: str, text: str):
 # of arguments for all of them: the same mistake gives the same sentence everywhere.
 
 Label = NewType('Label', str)      # a reservation's or a resource's own name
+NewLabel = NewType('NewLabel', str)  # one that is given now
 Place = NewType('Place', str)      # a resource's name, or - for one found by its place
 Name = NewType('Name', str)        # somebody else's name: a user, a flavor, an image
 Text = NewType('Text', str)        # free text, up to 64 KiB
@@ -1010,6 +1076,7 @@ WORDS = {
     'since': 'only what was planned from then on; without it, the last 30 days',
     'start': 'ISO 8601, now, or +2h from now; without an offset it is local time',
     'state': 'states, with commas between; without any, all that are not over',
+    'undo': 'have it again instead',
     'tz': 'zone of times without an offset, and the one whose clocks a series goes by',
     'until': 'an instant, or a length from the present end such as +2h; of a series, its last date',
     'url': 'the http(s) address of a calendar; it is kept as a secret',
@@ -1074,15 +1141,22 @@ def api(verb: str, path: str, role: str | None = None, **fixed):
 
 
 def guarded_by_role(method):
-    """Refuses an actor whose role is too small: the one place that looks at roles before a call."""
+    """Refuses before a call an actor whose role is too small, and one too many that takes long."""
     @functools.wraps(method)
     def checked(self, *args, **kwargs):
         needed = API[method.__name__].role
         if ROLES.index(self.actor.role) < ROLES.index(needed):
             raise Forbidden(f"{API[method.__name__].words} needs the role {needed}; "
                             f"{self.actor.user} is {self.actor.role}")
-        return method(self, *args, **kwargs)
+        takes_long = method.__name__ in LONG or any(kwargs.get(name) for name in LONG_BY)
+        with self.shares.computing() if takes_long else nullcontext():
+            return method(self, *args, **kwargs)
     return checked
+
+
+#: What may compute for seconds: calendars and many lines at once, and by these arguments, series.
+LONG = ('import_', 'load', 'generate')
+LONG_BY = ('repeat', 'holidays')
 
 
 class Here(NamedTuple):
@@ -1136,9 +1210,21 @@ def read_str(value, here=None, most: int = 255) -> str:
         raise ValueError(f'{shown(value)} is not text')
     if len(value) > most:
         raise ValueError(f'at most {most} characters, not {len(value)}')
-    if re.search('[\x00-\x08\x0b-\x1f\x7f\ud800-\udfff]', value):
-        raise ValueError('control characters are not allowed')
+    if found := unseen(value):
+        raise ValueError(f'the character {found} is not allowed, as nobody would see it; '
+                         'leave it out')
     return value
+
+
+def unseen(text: str) -> str:
+    """The name of a text's first character that nobody sees or that is none yet; '' without one."""
+    import unicodedata
+    found = UNSEEN.search(text)
+    if not found and text.isascii():
+        return ''
+    letters = found[0] if found else text
+    bad = next((each for each in letters if found or unicodedata.category(each) == 'Cn'), '')
+    return f"U+{ord(bad):04X} {unicodedata.name(bad, '')}".strip() if bad else ''
 
 
 def read_name(value, here=None) -> str:
@@ -1152,6 +1238,13 @@ def read_label(value, here=None) -> str:
         return text
     raise ValueError(f"{shown(text)} is not a name of 1 to 64 letters, digits, '.', '_', '-' "
                      f"(nor {', '.join(NO_LABELS)})")
+
+
+def read_new_label(value, here=None) -> str:
+    if (label := read_label(value)).startswith('-'):
+        raise ValueError(f'{shown(label)} begins with -, as options do; begin with a letter or '
+                         'a digit')
+    return label
 
 
 def read_place(value, here=None) -> str:
@@ -1363,9 +1456,10 @@ PART_FIELDS = {'resource': Place, 'vms': Count, 'flavor': Name, 'image': Name, '
                'cell': Name, 'cloud': Name, 'region': Name, 'aggregate': Name}
 
 READERS = {
-    str: read_str, int: read_int, bool: read_bool, Label: read_label, Place: read_place, Name: read_name,
-    Text: read_text, File: read_file, Count: read_count, Page: read_page, Cursor: read_cursor,
-    Figure: read_figure, Most: read_most,
+    str: read_str, int: read_int, bool: read_bool, Label: read_label, NewLabel: read_new_label,
+    Place: read_place, Name: read_name,
+    Text: read_text, File: read_file, Count: read_count, Page: read_page,
+    Cursor: read_cursor, Figure: read_figure, Most: read_most,
     Span: read_span,
     When: read_when, Day: read_day, Names: read_names, Pairs: read_pairs,
     Classes: read_classes, Hosts: read_hosts, Parts: read_parts, Rows: read_rows, Zone: read_zone_name,
@@ -1797,7 +1891,7 @@ class Limit(Table):
     """What a user, a project, or each project without a limit of its own may hold."""
     project = peewee.CharField()   # '' and no user: every project
     user = peewee.CharField()
-    resource = peewee.CharField()  # '' all of them together
+    resource = peewee.ForeignKeyField(Resource, index=False, null=True)  # NULL: all of them together
     most_vms = peewee.IntegerField(null=True)
     longest = peewee.IntegerField(null=True)       # seconds
     ahead = peewee.IntegerField(null=True)         # seconds
@@ -1885,11 +1979,12 @@ class Tally(Table):
     day = peewee.IntegerField()  # its first second
     project = peewee.CharField()
     user = peewee.CharField()
-    resource = peewee.CharField()
-    reserved = peewee.IntegerField()  # seconds of VMs
+    resource = peewee.IntegerField()  # its id; 0: of none
+    reserved = peewee.DoubleField()   # seconds of VMs, as the two that follow
     used = peewee.DoubleField()
-    refused = peewee.IntegerField()
-    late_worst = peewee.DoubleField()
+    unused = peewee.DoubleField()
+    refused = peewee.IntegerField()   # requests
+    late = peewee.DoubleField()       # seconds, of the worst
 
     class Meta:
         primary_key = peewee.CompositeKey('day', 'project', 'user', 'resource')
@@ -1917,7 +2012,7 @@ class Feed(Table):
     user = peewee.CharField()
     project = peewee.CharField()
     whole_project = peewee.BooleanField()
-    resource = peewee.CharField()
+    resource = peewee.ForeignKeyField(Resource, index=False, null=True)
     hash = peewee.CharField(unique=True)
     added = peewee.IntegerField()
     revoked = peewee.IntegerField(null=True)
@@ -1928,7 +2023,7 @@ class Subscription(Table):
     user = peewee.CharField()
     project = peewee.CharField()
     url = peewee.CharField()       # a secret
-    defaults = peewee.TextField()  # JSON: what its events don't say
+    defaults = peewee.TextField()  # JSON: what its events don't say; the resource by its id, 0 for none
     notify = peewee.TextField()    # JSON
     etag = peewee.CharField(default='')
     modified = peewee.CharField(default='')
@@ -1954,7 +2049,7 @@ class Event(Table):
     reservation = peewee.ForeignKeyField(Reservation, null=True)
     occurrence = peewee.IntegerField(null=True)  # of a series, the one that it is about
     project = peewee.CharField(default='')       # of the reservation then, or of what was refused, which is none
-    resource = peewee.CharField(default='')      # of what was refused
+    resource = peewee.ForeignKeyField(Resource, index=False, null=True)  # of what was refused
 
 
 Event.add_index(Event.index(Event.project, where=Event.project != '', name='event_project'))
@@ -2018,6 +2113,7 @@ TABLES = [Resource, Reservation, Occurrence, Texts, Capacity, Proposal, ExtraHol
 MIGRATIONS: list[Callable] = [
     lambda: add_tracks(), lambda: add_proposals(), lambda: add_up_told(), lambda: add_owners(),
     lambda: trust_names(), lambda: add_sessions(), lambda: add_ends_of_calls(),
+    lambda: keep_resource_ids(), lambda: end_left_calendars(),
     lambda: add_whose(), lambda: add_waits(), lambda: add_sums()]
 
 
@@ -2026,8 +2122,9 @@ def long_texts(row: str) -> str:
     return f'(length({row}.user_data) + length({row}.description) + length({row}.metadata))'
 
 
-#: As they have been since version 11: what keeps the owners that occurrences have as their reservations have them, and counts texts.
-TRIGGERS = TRIGGERS_OF_11 = (f'''
+#: What keeps the owners of occurrences as their reservations have them, and counts texts.
+#: Version 13 made them; a version with others drops these.
+TRIGGERS = TRIGGERS_OF_13 = (f'''
   CREATE TRIGGER IF NOT EXISTS reservation_texts AFTER INSERT ON reservation WHEN {long_texts('NEW')} > 1000 BEGIN
     INSERT INTO texts VALUES (NEW.project, {long_texts('NEW')})
       ON CONFLICT (project) DO UPDATE SET size = size + excluded.size;
@@ -2586,15 +2683,38 @@ def add_ends_of_calls() -> None:
     run('CREATE INDEX IF NOT EXISTS occurrence_ended ON occurrence ("end") '
         'WHERE due IS NULL AND cancelled IS NULL')
     run("CREATE INDEX IF NOT EXISTS reservation_series ON reservation (over, carried) WHERE series != ''")
-    run('CREATE INDEX IF NOT EXISTS reservation_waiting ON reservation (waiting) '
-        'WHERE waiting IS NOT NULL')
     run('UPDATE reservation SET waiting = NULL, pending = NULL '
         'WHERE (waiting IS NOT NULL OR pending IS NOT NULL) AND NOT EXISTS '
         '(SELECT 1 FROM occurrence WHERE reservation_id = reservation.id AND cancelled IS NULL)')
 
 
-#: The indexes that came with version 9, and those in whose place they are.
-INDEXES_OF_9 = """
+def keep_resource_ids() -> None:
+    """Version 9: what is kept for a resource is found by its id, which a new name doesn't change."""
+    same_name = 'SELECT id FROM resource WHERE name = {} ORDER BY removed IS NOT NULL, id DESC LIMIT 1'
+    for table in ('limits', 'feed', 'event'):
+        run(f'ALTER TABLE {table} ADD COLUMN resource_id INTEGER REFERENCES resource (id)')
+        run(f"UPDATE {table} SET resource_id = ({same_name.format('resource')}) WHERE resource <> ''")
+    # What was kept for a name that no resource has any more was in force nowhere.
+    run("DELETE FROM limits WHERE resource <> '' AND resource_id IS NULL")
+    run("UPDATE feed SET revoked = added WHERE resource <> '' AND resource_id IS NULL AND revoked IS NULL")
+    for table in ('limits', 'feed', 'event'):
+        run(f'ALTER TABLE {table} DROP COLUMN resource')
+    told = "json_extract(defaults, '$.resource')"
+    run(f"UPDATE subscription SET defaults = json_set(defaults, '$.resource', "
+        f"coalesce(({same_name.format(told)}), 0))")
+
+
+def end_left_calendars() -> None:
+    """Version 10: feeds and subscriptions end whose owners had tokens, all of them revoked."""
+    for table, ends in (('feed', 'revoked = 0'), ('subscription', 'due = NULL')):
+        live = 'revoked IS NULL' if table == 'feed' else 'due IS NOT NULL'
+        owner = f'token t WHERE t.user = {table}.user AND t.project = {table}.project'
+        run(f'UPDATE {table} SET {ends} WHERE {live} AND EXISTS (SELECT 1 FROM {owner}) '
+            f'AND NOT EXISTS (SELECT 1 FROM {owner} AND t.revoked IS NULL)')
+
+
+#: The indexes that came with version 11, and those in whose place they are.
+INDEXES_OF_11 = """
     DROP INDEX IF EXISTS claim_occurrence;
     DROP INDEX IF EXISTS occurrence_held;
     DROP INDEX IF EXISTS occurrence_reservation_id_start;
@@ -2631,7 +2751,7 @@ INDEXES_OF_9 = """
 
 
 def add_whose() -> None:
-    """Version 9: occurrences and events tell whose they are; indexes in the order of lists."""
+    """Version 11: occurrences and events tell whose they are; indexes in the order of lists."""
     name = "VARCHAR(255) NOT NULL DEFAULT ''"
     add_columns('occurrence', {'of_project': name, 'of_user': name})
     run('UPDATE occurrence SET (of_project, of_user) = '
@@ -2641,11 +2761,11 @@ def add_whose() -> None:
     run('UPDATE occurrence SET told = told | 128 '
         "WHERE id IN (SELECT occurrence FROM event WHERE code = 'failed') OR reservation_id IN "
         "(SELECT reservation_id FROM event WHERE code = 'failed' AND occurrence IS NULL)")
-    run_all(INDEXES_OF_9)
+    run_all(INDEXES_OF_11)
 
 
 def add_waits() -> None:
-    """Version 10: who waits is found by the resources on which that could be."""
+    """Version 12: who waits is found by the resources on which that could be."""
     run_all("""
         CREATE TABLE wait (
           id INTEGER NOT NULL PRIMARY KEY, reservation_id INTEGER NOT NULL REFERENCES reservation (id),
@@ -2665,7 +2785,7 @@ def add_waits() -> None:
 
 
 def add_sums() -> None:
-    """Version 11: the long texts of each project are counted; sums of days that are forgotten."""
+    """Version 13: the long texts of each project are counted; sums of days that are forgotten."""
     run_all("""
         CREATE TABLE texts (project VARCHAR(255) NOT NULL PRIMARY KEY, size INTEGER NOT NULL);
         INSERT INTO texts
@@ -2674,10 +2794,10 @@ def add_sums() -> None:
            WHERE length(user_data) + length(description) + length(metadata) > 1000 GROUP BY 1;
         CREATE TABLE tally (
           day INTEGER NOT NULL, project VARCHAR(255) NOT NULL, user VARCHAR(255) NOT NULL,
-          resource VARCHAR(255) NOT NULL, reserved INTEGER NOT NULL, used REAL NOT NULL,
-          refused INTEGER NOT NULL, late_worst REAL NOT NULL,
+          resource INTEGER NOT NULL, reserved REAL NOT NULL, used REAL NOT NULL,
+          unused REAL NOT NULL, refused INTEGER NOT NULL, late REAL NOT NULL,
           PRIMARY KEY (day, project, user, resource)) WITHOUT ROWID""")
-    for trigger in TRIGGERS_OF_11:
+    for trigger in TRIGGERS_OF_13:
         run(trigger)
 
 
@@ -2864,17 +2984,17 @@ def change_text(model, names: tuple) -> str:
 
 def journal(config: Config, at: float, actor: str, code: str, sentence: str, reservation: int | None = None,
             notify: Iterable[str] | None = (), occurrence: int | None = None,
-            **refused: str) -> None:
+            **refused) -> None:
     """Appends an event, and the notices of it; inside the transaction of what it tells.
 
     Args:
       notify: who hears of it beside the operator's webhook; None: nobody, it is only logged
       occurrence: the one that it is about; without one, all that are not over
-      refused: project and resource of what is no reservation
+      refused: project, and id of the resource, of what is no reservation
     """
     whose = row('SELECT project FROM reservation WHERE id = ?', reservation) if reservation else None
     about = {'reservation': reservation, 'occurrence': occurrence,
-             'project': whose.project if whose else '', 'resource': ''} | refused
+             'project': whose.project if whose else '', 'resource': None} | refused
     event = insert(Event, at=at, actor=actor, code=code, sentence=sentence, **about)
     if reservation and (occurrence is None or occurrence > 0):
         by, which, id = ('', 'id', occurrence) if occurrence else (
@@ -2947,7 +3067,8 @@ LISTING = '''
          (r.image <> '' OR r.server <> '') AS runs,
          CAST(?1 AS INTEGER) AS now, o.told, o.held_from, o.held_until, o.resource_id, r.over, o.due, o.slot, o.altered, o.revision,
          o.revised, r.waiting, r.priority, r.confirm, r.pending, r.on_conflict, r.booked_until, r.subscription,
-         r.series <> '' AS repeats, r.request, r.host, r.choices, r.trusted,
+         r.series <> '' AS repeats, iif(r.repeat <> '', r.series, '') AS series, r.request, r.host,
+         r.choices, r.trusted,
          (SELECT p.shown FROM proposal p WHERE p.reservation_id = r.id AND (p.occurrence = o.id OR NOT p.alone)
            ORDER BY p.id DESC LIMIT 1) AS change
     FROM occurrence o
@@ -2998,6 +3119,12 @@ def walk(now: float, ways: Iterable[tuple[str, str]], where: list, limit: int,
     return run(f'{ones} ORDER BY 1 {order}, 2 {order} LIMIT {limit}', int(now), *given(where)).fetchall()
 
 
+def ids_by(ways: Iterable[tuple[str, str]]) -> str:
+    """The query of the ids of occurrences by some ORDERS, each with a condition without parameters."""
+    return ' UNION ALL '.join(f'SELECT o.id FROM occurrence o INDEXED BY occurrence_{way} WHERE {condition}'
+                              for way, condition in ways)
+
+
 def given(where: list) -> list:
     """The values of the parameters of conditions, each of which stands behind its text, or None behind one without."""
     return [value for _, *values in where for value in values if value is not None]
@@ -3023,7 +3150,9 @@ def given(where: list) -> list:
 #       where the level doesn't change after all; releasing is holding the negative amount.
 #
 # There is one such function of the three figures, and one of each other resource class of Placement
-# that is counted, such as CUSTOM_GPU: a track each, and (1) to (3) are said of every track.
+# that is counted, such as CUSTOM_GPU: a track each, and (1) to (3) are said of every track. A
+# maintenance holds one of the track CLOSED, of which no resource has any: so nothing is admitted in
+# it, also where a resource has no figure that could be used up.
 #
 # Cost: a few index look-ups and one row per change of level inside the window, whatever the number
 # of reservations. `check` derives the same function from the occurrences and compares.
@@ -3053,7 +3182,7 @@ class Amount(NamedTuple):
 
     def most(self, name: str) -> int | None:
         """Of a capacity, the figure of a class; what isn't told is unlimited, but each host is there once."""
-        known = dict(self.classes)
+        known = {CLOSED: 0} | dict(self.classes)
         return known.get(name, 1 if name.startswith(HOST) else known.get(OTHERS))
 
     def beyond(self, other):
@@ -3063,7 +3192,7 @@ class Amount(NamedTuple):
 
     @property
     def names(self) -> list[str]:
-        return [name for name, _ in self.classes if name != OTHERS]
+        return [name for name, _ in self.classes if name not in (OTHERS, CLOSED)]
 
     @property
     def tracks(self) -> Iterator[tuple[str, tuple]]:
@@ -3078,6 +3207,7 @@ class Amount(NamedTuple):
 FIGURES = Amount._fields[:3]
 NOTHING = Amount()
 OTHERS = '*'    # of a capacity, all classes that are not told
+CLOSED = '!'    # the track in which a maintenance holds one
 HOST = 'host:'  # begins the class of a host that is reserved by its name
 
 
@@ -3163,9 +3293,11 @@ def level_of(resource: int, track: str, at: float) -> tuple[int, int, int]:
 
 
 def peak(resource: int, begin: float, until: float, classes: Iterable[str] = ()) -> Amount:
-    """(2), each figure on its own."""
-    return Amount(*peak_of(resource, '', begin, until),
-                  tuple((name, peak_of(resource, name, begin, until)[0]) for name in classes))
+    """(2), each figure on its own; with CLOSED, where a resource is closed."""
+    closed = peak_of(resource, CLOSED, begin, until)[0]
+    return Amount(*peak_of(resource, '', begin, until), (
+        *(((CLOSED, closed),) if closed else ()),
+        *((name, peak_of(resource, name, begin, until)[0]) for name in classes)))
 
 
 def peak_of(resource: int, track: str, begin: float, until: float) -> tuple[int, ...]:
@@ -3243,8 +3375,8 @@ def take(pieces: list[Hold], now: float, given: list[Hold] = ()) -> None:
 
 
 def steps(resource: int, begin: float, until: float, classes: Iterable[str] = ()) -> Iterator[tuple[float, Amount]]:
-    """The step function in a window: (instant, level from then on), the first at its beginning."""
-    tracks = ['', *classes]
+    """The step function in a window: (instant, level from then on), the first at its beginning; with CLOSED."""
+    tracks = ['', CLOSED, *classes]
     levels = {track: level_of(resource, track, begin) for track in tracks}
     marks = ', '.join('?' * len(tracks))
     changes = run(f'SELECT at, track, vms, vcpus, ram FROM step WHERE resource_id = ? AND track IN ({marks}) '
@@ -3283,7 +3415,8 @@ def peaks_of(resource: int, track: str, begin: int, width: int, number: int) -> 
 def free_windows(resource, amount: Amount, after: float, before: float) -> Iterator[tuple[float, float]]:
     """The longest windows [begin, until) within [after, before) in which an amount fits, earliest first."""
     most = capacity(resource)
-    found = free_of(resource.id, '', amount[:3], most[:3], after, before)
+    found = overlaps(free_of(resource.id, '', amount[:3], most[:3], after, before),
+                     free_of(resource.id, CLOSED, (0,), (0,), after, before))
     for name, need in amount.classes:
         found = overlaps(found, free_of(resource.id, name, (need,), (most.most(name),), after, before))
     return found
@@ -3447,6 +3580,7 @@ class Seen(NamedTuple):
     made: float
     fault: str = ''
     addresses: list = []
+    name: str = ''
 
 
 class Cloud:
@@ -3785,7 +3919,8 @@ class OpenStack(Cloud):
         fault = server.fault.get('message', '') if isinstance(server.fault, dict) else ''
         addresses = [each['addr'] for each in sum((server.addresses or {}).values(), [])]
         made = datetime.fromisoformat(server.created_at).timestamp()
-        return Seen(server.id, mark, (server.status or 'unknown').lower(), made, fault, addresses)
+        state = (server.status or 'unknown').lower()
+        return Seen(server.id, mark, state, made, fault, addresses, server.name)
 
     def delete(self, uid):
         with self.calling('delete a server', sure=True) as cloud:
@@ -3951,7 +4086,8 @@ class Simulated(Cloud):
         up = self.clock() >= server.made + server.boots
         state = 'build' if not up else 'error' if server.fault else server.power
         address = f'10.0.{server.id // 250 % 250}.{server.id % 250 + 1}'
-        return Seen(server.uid, server.mark, state, server.made, server.fault if up else '', [address] if up else [])
+        return Seen(server.uid, server.mark, state, server.made, server.fault if up else '',
+                    [address] if up else [], server.name)
 
     def delete(self, uid):
         self.set(uid, gone=self.clock())
@@ -4196,15 +4332,55 @@ def hang_up(line: socket.socket) -> None:
 
 
 def allowed_address(config: Config, host: str, port: int) -> str:
-    """The address of a host; ValueError if any of its addresses is private and that is not allowed."""
+    """The address of a host.
+
+    Raises:
+      ValueError: none is known, or one of them is not public and that is not allowed; in one
+        sentence, so that nobody learns which hosts there are inside.
+    """
     import ipaddress
-    found = [ipaddress.ip_address(each[4][0].partition('%')[0])
-             for each in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
-    for each in found:
-        public_one = getattr(each, 'ipv4_mapped', None) or each
-        if not config.private_addresses and (not public_one.is_global or public_one.is_multicast):
-            raise ValueError(f'{host} is at the private address {each}; the setting private_addresses allows that')
+    try:
+        found = [ipaddress.ip_address(each[4][0].partition('%')[0])
+                 for each in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
+    except (OSError, UnicodeError):  # the name is not known, or none
+        found = []
+    if not found or not config.private_addresses and not all(map(is_public, found)):
+        raise ValueError(f'{shown(host)} is not the name of a host on the public internet; check '
+                         'the address (an operator can allow others: private_addresses)')
     return str(found[0])
+
+
+def is_public(address) -> bool:
+    """Whether an address is on the public internet, and so is each IPv4 address in it."""
+    inside = embedded(address)
+    if address.version == 6 and not (inside and is_translated(address)):
+        # All that was ever given out is in 2000::/3 (IANA's registry of IPv6 address space).
+        if int(address) >> 125 != 1 or not address.is_global:
+            return False
+    elif address.version == 4 and (not address.is_global or address.is_multicast):
+        return False
+    return all(map(is_public, inside))
+
+
+def is_translated(address) -> bool:
+    """Whether an IPv6 address only stands for an IPv4 one: mapped, or by NAT64 (RFC 6052)."""
+    return int(address) >> 32 in (0xffff, 0x64ff9b << 64)
+
+
+def embedded(address) -> list:
+    """The IPv4 addresses that an IPv6 address leads to.
+
+    Compatible and mapped (RFC 4291), NAT64 (RFC 6052), 6to4 (RFC 3056), Teredo (RFC 4380),
+    ISATAP (RFC 5214).
+    """
+    import ipaddress
+    if address.version == 4:
+        return []
+    number = int(address)
+    found = [address.sixtofour, *(address.teredo or ())]
+    if number >> 32 in (0, 0xffff, 0x64ff9b << 64) or number >> 32 & 0xfdffffff == 0x5efe:
+        found.append(ipaddress.IPv4Address(number & 0xffffffff))
+    return [each for each in found if each]
 
 
 def send_mail(config: Config, notice, about: dict) -> None:
@@ -4219,7 +4395,8 @@ def send_mail(config: Config, notice, about: dict) -> None:
     message['From'], message['To'], message['Subject'] = config.mail_from, notice.target, f'[cmres] {subject}'
     message['Date'] = formatdate()  # RFC 5322 wants one, and spam filters miss it
     message['Message-ID'] = f'<event-{notice.event}-{notice.id}@cmres>'  # a repeated one is known as such
-    message.set_content(f'{text}\n\n{notice.sentence}\n' if notice.sentence not in text else f'{text}\n')
+    sentence = legible(notice.sentence)
+    message.set_content(f'{text}\n\n{sentence}\n' if sentence not in text else f'{text}\n')
     with cut_off(MAIL_WAIT) as connect, smtplib.SMTP(timeout=MOST_WAIT) as server:
         server._get_socket = lambda host, port, timeout: connect((host, port), timeout)
         server.connect(host, int(port or 25))
@@ -4232,7 +4409,8 @@ def notice_text(config: Config, notice, about: dict) -> str:
     fields = {name: in_cell(value, zone) for name, value in about.items()}
     fields |= {name: format_moment(value, zone) for name, value in about.items()
                if isinstance(value, datetime)}
-    fields |= {'sentence': notice.sentence, 'message': notice.sentence, 'actor': notice.actor}
+    sentence = legible(notice.sentence)
+    fields |= {'sentence': sentence, 'message': sentence, 'actor': legible(notice.actor)}
     return config.texts[notice.code].format_map(defaultdict(str, fields))
 
 
@@ -4244,11 +4422,171 @@ def in_cell(value, zone: ZoneInfo) -> str:
         return ' '.join(f'{name}={in_cell(each, zone)}' for name, each in value.items())
     if isinstance(value, (list, tuple)):
         return ', '.join(in_cell(each, zone) for each in value)
-    return '-' if value is None else str(value)
+    return '-' if value is None else legible(str(value))
 
 
-def json_text(value) -> str:
-    return json.dumps(to_plain(value), ensure_ascii=False) + '\n'
+def json_text(value, indent: int | None = None) -> str:
+    return legible(json.dumps(to_plain(value), ensure_ascii=False, indent=indent)) + '\n'
+
+
+# Shares ######################################################################
+#
+# The server answers with few threads. A request that waits for a cloud or a host, or computes for
+# long, keeps one of them to itself. So at most half of the threads may be kept like that, fewer by
+# one user, and few for one cloud or host. Who comes then is refused at once and told what to do: a
+# queue would keep the other half. So all that asks for nothing outside is always answered.
+
+QUICK = 0.25  # seconds that a call may take before its request counts as one that waits
+#: What is said to who comes when no more may be.
+FULL = {
+    'all': (Unavailable, 'the server is busy with {most} slow requests, as many as it lets in; try '
+                         'again in a minute'),
+    'user': (TooMany, '{most} slow requests of {name} are under way; wait until one of them is '
+                      'answered, then send this one again'),
+    'target': (CloudError, '{most} requests wait for {name} already, which does not answer; try '
+                           'again in a minute')}
+
+
+class Outside(threading.Thread):
+    """A call to a cloud or a host, in a thread of its own: it may hang when nobody waits."""
+
+    def __init__(self, call: Callable, ends: Callable):
+        super().__init__(daemon=True)
+        self.call, self.ends = call, ends
+        self.ended = threading.Event()
+        self.answer: Any = None
+        self.error: Exception | None = None
+        self.counts: tuple = ()  # what it is counted under, once it is slow
+
+    def run(self):
+        try:
+            self.answer = self.call()
+        except Exception as error:  # of any kind: it is raised on where it is waited for
+            self.error = error
+        finally:
+            if not db.is_closed():  # a connection of this thread's own
+                db.close()
+            self.ends(self)
+
+
+class Shares:
+    """Which requests of this process take long at the same time, and how many more may."""
+
+    def __init__(self, config: Config):
+        self.patience = config.outside_timeout
+        self.most = {'all': max(config.threads // 2, 1), 'user': config.slow_per_user,
+                     'target': config.slow_per_target}
+        self.changed = threading.Condition()
+        self.taken: Counter = Counter()  # by kind and name
+        # Of this thread's request: whose it is, how long it may still wait, what it has taken.
+        self.request = threading.local()
+
+    @contextmanager
+    def answering(self, user: str) -> Iterator[None]:
+        """A request of a user in this thread; what is asked outside of any has no bounds."""
+        here = self.request
+        here.user, here.left, here.has = user, self.patience, ()
+        try:
+            yield
+        finally:
+            here.user = None
+
+    @property
+    def bounded(self) -> bool:
+        return getattr(self.request, 'user', None) is not None
+
+    @contextmanager
+    def computing(self, patience: float = 1) -> Iterator[None]:
+        """A part of a request that computes for long; it waits a moment for its turn.
+
+        Args:
+          patience: seconds
+
+        Raises:
+          TooMany: the user has too many of them under way.
+          Unavailable: all have.
+        """
+        here = self.request
+        if not self.bounded or here.has:
+            yield
+            return
+        names = ('all', ''), ('user', here.user)
+        with self.changed:
+            if not self.changed.wait_for(lambda: not self.full(names), patience):
+                raise self.refusal(self.full(names))
+            self.taken.update(names)
+        here.has = names
+        try:
+            yield
+        finally:
+            here.has = ()
+            self.give(names)
+
+    def ask(self, target: str, call: Callable):
+        """The answer of a call to a target outside, such as `the cloud chameleon`; it may hang.
+
+        Raises:
+          TooMany: too many requests of the user take long already.
+          Unavailable: too many of all users do.
+          CloudError: too many wait for that target, or a request has waited as long as it may.
+        """
+        here = self.request
+        if not self.bounded:
+            return call()
+        counts = ('target', target), *(() if here.has else (('user', here.user),))
+        with self.changed:
+            if full := self.full(counts):
+                raise self.refusal(full)
+        began, asked = time.monotonic(), Outside(call, self.end)
+        asked.start()
+        try:
+            if not asked.ended.wait(min(QUICK, max(here.left, 0))):
+                self.wait(asked, counts)
+        finally:
+            here.left -= time.monotonic() - began
+        if not asked.ended.is_set():
+            raise CloudError(f'{target} did not answer within the {self.patience:g} seconds that a '
+                             'request may wait for clouds and calendars', sure=True)
+        if asked.error:
+            raise asked.error
+        return asked.answer
+
+    def wait(self, asked: Outside, counts: tuple) -> None:
+        """Waits for a call that is slow, as long as the request may; it counts until it ends."""
+        place = () if self.request.has else (('all', ''),)
+        with self.changed:
+            full = self.full((*place, *counts))
+            if not asked.ended.is_set():
+                asked.counts = counts
+                self.taken.update(counts)
+            if full:
+                raise self.refusal(full)
+            self.taken.update(place)
+        try:
+            asked.ended.wait(max(self.request.left - QUICK, 0))
+        finally:
+            self.give(place)
+
+    def end(self, asked: Outside) -> None:
+        """Counts a call no longer, however late it has ended."""
+        with self.changed:
+            asked.ended.set()
+            self.give(asked.counts)
+
+    def full(self, names: Iterable[tuple[str, str]]) -> tuple[str, str] | None:
+        """The first of some kinds and names of which no more may be."""
+        return next((each for each in names if self.taken[each] >= self.most[each[0]]), None)
+
+    def give(self, names: Iterable[tuple[str, str]]) -> None:
+        with self.changed:
+            self.taken.subtract(names)
+            self.taken = +self.taken
+            self.changed.notify_all()
+
+    def refusal(self, full: tuple[str, str]) -> Error:
+        kind, name = full
+        error, sentence = FULL[kind]
+        return error(sentence.format(most=self.most[kind], name=name))
 
 
 # Calendar ####################################################################
@@ -4895,7 +5233,7 @@ def booking_of(uid: str, group: list[Entry], owner: ZoneInfo, begin: datetime, u
 
 
 def title_of(entry: Entry) -> str:
-    return re.sub('[\x00-\x1f\x7f]+', ' ', entry.text('SUMMARY'))[:1000]
+    return re.sub(f'(?:{UNSEEN.pattern}|\\s)+', ' ', entry.text('SUMMARY'))[:1000]
 
 
 def wants_of(group: list[Entry], defaults: Want) -> dict[int, Want]:
@@ -5001,6 +5339,7 @@ def want_of(entry: Entry, defaults: Want) -> Want | None:
 
 def spoken_want(said: re.Match, defaults: Want) -> Want:
     vms, flavor, image, resource = said.groups()
+    flavor, image = read_name(flavor), read_name(image or '')
     return defaults._replace(vms=read_count(vms), flavor=flavor, image=image or defaults.image,
                              resource=resource or defaults.resource)
 
@@ -5065,8 +5404,8 @@ def event_text(shown: Shown) -> str:
 
 def escaped(text: str) -> str:
     """A TEXT (RFC 5545, 3.3.11), which has no control characters but tabs."""
-    text = re.sub(r'([\\;,])', r'\\\1', text).replace('\r\n', '\n').replace('\n', '\\n')
-    return re.sub('[\x00-\x08\x0a-\x1f\x7f]', '', text)
+    text = re.sub(r'([\\;,])', r'\\\1', legible(text.replace('\r\n', '\n')))
+    return text.replace('\n', '\\n')
 
 
 def folded(line: str) -> str:
@@ -5171,6 +5510,31 @@ def restored_wish(text: str) -> Wish:
                             'stretches': stretches})
 
 
+def with_vms(wish: Wish, vms: int) -> Wish:
+    return wish._replace(vms=vms, stretches=[stretch._replace(vms=vms) for stretch in wish.stretches])
+
+
+class Lack(NamedTuple):
+    """The figure of a resource of which a wish finds too little in its window."""
+    figure: str
+    need: int
+    limit: int     # as always
+    used: int      # at most, changes of capacity included
+    changes: list  # rows of those
+    less: int      # what they take away, or give where it is less than nothing
+
+    @property
+    def alone(self) -> bool:
+        """Whether it would be too little also if nothing were reserved."""
+        return self.need > self.limit - self.less
+
+
+def changed_most(changes: list[tuple], begin: int) -> int:
+    """The most that changes of capacity take away together at one time from an instant on."""
+    starts = {max(each.start, begin) for each, _ in changes}
+    return max((sum(less for each, less in changes if each.start <= at < each.end) for at in starts), default=0)
+
+
 class Request(NamedTuple):
     """What somebody asks for under one label: its parts, each as the wishes of which the first that fits will do."""
     label: str
@@ -5221,6 +5585,8 @@ def for_each_part(method):
 
 #: Whom Nova's scheduler lets boot on a resource: who has reserved, or others as well while it is free.
 MODES = ('exclusive', 'shared')
+#: The lengths of a resource that count only where Nova's scheduler asks cmres.
+ASKED_BY_NOVA = ('hold', 'no_show')
 #: What can become of machines at the end of their window.
 ENDS = ('delete', 'stop', 'shelve', 'snapshot')
 #: What was announced of an occurrence: a bit each.
@@ -5238,6 +5604,7 @@ OWN = frozenset(('resource', 'start', 'end', 'vms'))
 #: What needs more or less capacity, or other one, when it changes.
 SHAPE = OWN | {'repeat', 'until', 'count', 'skip_dates', 'holidays', 'flavor', 'image', 'host', 'lead', 'on_conflict',
                'at_end', 'calendar'}
+BACK = 'put back'  # the code of a proposal to have an occurrence again that was left out
 #: What makes a series.
 REPEATING = frozenset(('repeat', 'until', 'count', 'skip_dates', 'holidays'))
 JSON = frozenset(('security_groups', 'metadata', 'notify', 'addresses', 'hosts', 'classes', 'named',
@@ -5247,8 +5614,8 @@ OVER = ('ended', 'cancelled', 'failed')
 PLACE = ('cell', 'cloud', 'region', 'aggregate')
 HIDDEN = frozenset(('now', 'resource_id', 'held_from', 'held_until', 'over', 'due', 'reservation', 'user_data',
                     'existing', 'ever', 'runs', 'told', 'slot', 'altered', 'revision', 'revised', 'on_conflict',
-                    'booked_until', 'subscription', 'repeats', 'waiting', 'confirm', 'pending', 'priority', 'choices',
-                    'named', 'trusted'))
+                    'booked_until', 'subscription', 'repeats', 'series', 'waiting', 'confirm', 'pending',
+                    'priority', 'choices', 'named', 'trusted'))
 #: Of a reservation, the occurrence that is now or comes next: no other that is not over comes before it.
 NEXT_OF_ITS = """NOT EXISTS (SELECT 1 FROM occurrence c
                               WHERE c.reservation_id = o.reservation_id AND (c.due IS NULL) = 0
@@ -5272,7 +5639,10 @@ MOST_WAYS = 200  # that are merged, each of one or two halves; SQLite takes 500
 BATCH = 500      # occurrences that are looked at together
 MOST_BYTES = 2**20  # of text in a page of a list, which then ends before its last line
 MOST_TRIED = 200  # of those that wait, in one transaction
-MOST_TRIES = 500  # of ways to spread the parts of a request over resources
+MOST_TRIES = 500  # of other ways to spread the parts of a request over resources, where the first is none
+#: What may be offered instead of what is refused, and the field that it changes.
+OFFERS = {'next_start': 'start', 'most_vms': 'vms', 'longest': 'end'}
+MOST_OFFERS = 20  # starts that are tried for one of them
 PATIENCE = 60  # seconds that a start may lie in the past: slow clocks, slow networks
 
 
@@ -5292,6 +5662,8 @@ def without_secrets(found):
 def public(found) -> dict:
     """A row as an answer shows it: instants as datetimes, stored JSON read, nothing internal."""
     shown = {name: read(found[place]) if read else found[place] for name, place, read in shown_fields(found._fields)}
+    if shown.get('repeat') and (stretches := read_stretches(getattr(found, 'series', ''))):
+        shown['repeat'] = rule_from(stretches, found.slot)
     if not shown.get('change', True):
         del shown['change']  # nothing of it awaits approval
     return shown
@@ -5318,7 +5690,7 @@ def within_bytes(found: list) -> list:
 
 def in_figures(amount: Amount) -> dict:
     """An amount with the names of its figures."""
-    return dict(zip(FIGURES, amount)) | {name: each for name, each in amount.classes if name != OTHERS}
+    return dict(zip(FIGURES, amount)) | {name: each for name, each in amount.classes if name not in (OTHERS, CLOSED)}
 
 
 def added_host(whole: Amount, name: str) -> Amount:
@@ -5386,12 +5758,15 @@ class Service:
       clock: seconds since 1970; the one place where time comes from
       wake: called after every change, so that the life cycle looks at once
       progress: passes rows through, and may show how many
+      shares: what requests may take long at the same time
     """
 
     def __init__(self, config: Config, clouds: Clouds, actor: Actor, clock: Callable[[], float] = time.time,
-                 wake: Callable[[], None] = lambda: None, progress: Callable[[list], Iterable] = iter):
+                 wake: Callable[[], None] = lambda: None,
+                 progress: Callable[[list], Iterable] = iter, shares: Shares | None = None):
         self.config, self.clouds, self.actor = config, clouds, actor
         self.clock, self.wake, self.progress = clock, wake, progress
+        self.shares = shares or Shares(config)
         # Called in each transaction that writes; raises to end it.
         self.fence: Callable[[], None] = lambda: None
         # The seconds since the life cycle of this process has made a pass; None: it has none.
@@ -5399,7 +5774,8 @@ class Service:
 
     def acting(self, actor: Actor) -> Service:
         """The same service on behalf of somebody else."""
-        other = type(self)(self.config, self.clouds, actor, self.clock, self.wake, self.progress)
+        other = type(self)(self.config, self.clouds, actor, self.clock, self.wake,
+                           self.progress, self.shares)
         other.fence = self.fence
         return other
 
@@ -5640,6 +6016,10 @@ class Service:
             raise NotFound(f"there is no resource '{name}'{nearest(name, names)}")
         return found
 
+    def id_of(self, name: str) -> int | None:
+        """The id of the resource of a name, under which things are kept for it; None of no name."""
+        return self.resource_row(name).id if name else None
+
     def places(self, *place: str) -> list:
         """Resources by cell, cloud, region and aggregate, as far as these are given."""
         given = [(column, value) for column, value in zip(PLACE, place) if value]
@@ -5677,7 +6057,7 @@ class Service:
         """The servers of an occurrence, as answers show them."""
         return [public(each) for each in rows(
             'SELECT n, name, state, addresses, planned, begun, ready, deleted, snapshot, tries, fault, account, uid '
-            'FROM server WHERE occurrence_id = ? ORDER BY n, id', occurrence)]
+            'FROM server WHERE occurrence_id = ? ORDER BY n, begun IS NULL, begun, id', occurrence)]
 
 
 # Wishes ######################################################################
@@ -5789,7 +6169,8 @@ class Wishes(Service):
         admin = self.actor.role == ADMIN
         sight = self.clouds.sight(account, project, asked.get('trusted', ()), admin)
         try:
-            found = self.clouds.open(account).check(named, sight)
+            cloud = self.clouds.open(account)
+            found = self.shares.ask(f'the cloud {account}', lambda: cloud.check(named, sight))
             return dict(zip((kind for kind, _ in named), found))
         except CloudError as error:
             if asked.get('flavor') and (place.vcpus, place.ram) != (None, None):
@@ -5957,12 +6338,25 @@ class Wishes(Service):
         if not re.match('https?://', source):
             return source
         try:
-            status, _, body = fetch(self.config, source, {})
-        except Undelivered as error:
+            status, _, body = self.shares.ask(f'the host {host_of(source)}',
+                                              lambda: fetch(self.config, source, {}))
+        except (Undelivered, CloudError) as error:
             raise Unavailable(f'the calendar could not be fetched: {error}') from None
         if status != 200:
             raise Unavailable(f'the calendar could not be fetched: the answer was {status}')
         return body.decode('utf8', 'surrogateescape')
+
+    def as_now(self, wish: Wish) -> Wish:
+        """A wish with the row of its resource as it is in this transaction.
+
+        Raises:
+          Conflict: it was removed since it was read, or what the cloud told for it is out of date.
+        """
+        before = wish.resource
+        place = row('SELECT * FROM resource WHERE id = ? AND removed IS NULL', before.id)
+        if not place or place.cloud != before.cloud or wish.host and place.named != before.named:
+            raise Conflict(f"the resource '{before.name}' was changed or removed meanwhile; ask again")
+        return wish._replace(resource=place)
 
     @contextmanager
     def recording_refusal(self, wish: Wish, dry_run: bool) -> Iterator[None]:
@@ -5977,57 +6371,104 @@ class Wishes(Service):
                 with transaction():
                     sentence = f"'{wish.label}' of {wish.user}: {refusal}"
                     journal(self.config, self.clock(), wish.user, 'refused', sentence, None,
-                            project=wish.project, resource=wish.resource.name)
+                            project=wish.project, resource=wish.resource.id)
             raise
 
     @contextmanager
-    def explaining(self, wish: Wish, old=None) -> Iterator[None]:
-        """Makes of a bare NoCapacity one that says what is in the way and what would fit."""
+    def explaining(self, wish: Wish, old=None, deed: Callable[[Wish, str], Any] | None = None) -> Iterator[None]:
+        """Makes of a bare NoCapacity one that says what is in the way, and what would be done instead.
+
+        Args:
+          old: the occurrence that was to change
+          deed: does what was asked with another wish, of which one field is otherwise; without it, nothing is offered
+        """
         try:
             yield
-        except NoCapacity as bare:
-            if str(bare):  # a series tells by itself
-                raise
-            wish = getattr(bare, 'wish', wish)
-            with transaction(keep=False) if old else nullcontext():
-                if old:  # it is not in its own way
-                    release(old.resource_id, old.held_from, old.held_until, amount_of(old))
-                wish = wish._replace(resource=self.resource_row(wish.resource.name))
-                raise NoCapacity(self.why_not(wish), **self.in_the_way(wish, old), **self.would_fit(wish)) from None
+        except NoCapacity as refusal:
+            with transaction(keep=False):
+                wish = self.as_now(getattr(refusal, 'wish', wish))
+                why, more, offers = self.explained(refusal, wish, old)
+                raise NoCapacity(why, **refusal.details, **more, **(self.tested(deed, offers) if deed else {})) from None
 
-    def why_not(self, wish: Wish) -> str:
-        """The sentence that says which figure of a resource is lacking, when, and how much of it there is."""
-        begin, until = wish.held
+    def explained(self, refusal: NoCapacity, wish: Wish, old) -> tuple[str, dict, dict]:
+        """The sentence of a refusal, what is in the way, and of each offer those that may be, the best first."""
+        if wish.stretches:  # a series tells by itself
+            fitting = getattr(refusal, 'most_vms', 0)
+            return str(refusal), {}, {'most_vms': [(fitting, with_vms(wish, fitting))] if fitting and not old else []}
+        with transaction(keep=False):
+            if old:  # it is not in its own way
+                give([hold_of(old)])
+            lack = self.lack(wish)
+            more = {} if str(refusal) else self.in_the_way(wish, lack, old.reservation if old else 0)
+            return str(refusal) or self.why_not(wish, lack), more, {
+                'next_start': [*itertools.islice(self.later(wish, getattr(refusal, 'others', ())), MOST_OFFERS)],
+                'most_vms': [*self.fewer(wish, lack, old)], 'longest': [*self.shorter(wish, old)]}
+
+    def tested(self, deed: Callable[[Wish, str], Any], offers: dict[str, list]) -> dict:
+        """Of each offer the first that would be admitted: nothing is offered that was not decided as a request is."""
+        return {name: found for name, candidates in offers.items()
+                for found in itertools.islice((offer for offer, wish in candidates
+                                               if self.would_do(deed, wish, OFFERS[name])), 1)}
+
+    def would_do(self, deed: Callable[[Wish, str], Any], wish: Wish, field: str) -> bool:
+        try:
+            with transaction(keep=False):
+                deed(wish, field)
+                return True
+        except Error:
+            return False
+
+    def to_come(self, wish: Wish) -> tuple[int, int]:
+        """The window that a wish holds, as far as it is not past."""
+        return max(wish.held[0], int(self.clock())), wish.held[1]
+
+    def lack(self, wish: Wish) -> Lack | None:
+        """What of its resource a wish finds too little of in its window; None if that has enough."""
+        begin, until = self.to_come(wish)
         amount, limits = wish.amount, capacity(wish.resource)
-        held = peak(wish.resource.id, max(begin, int(self.clock())), until, amount.names)
-        most, used, needs = in_figures(limits), in_figures(held), in_figures(amount)
-        most |= {name: limits.most(name) for name in amount.names}
-        lacking = [name for name, need in needs.items()
-                   if most[name] is not None and used.get(name, 0) + need > most[name]]
-        if not lacking:  # somebody has just given something back
-            return f"'{wish.resource.name}' was full a moment ago; try again"
-        figure = min(lacking, key=lambda name: (not name.startswith(HOST), needs[name] <= most[name]))
-        limit, need, zone = most[figure], needs[figure], self.config.zone
-        unit = 'MiB of ram' if figure == 'ram' else figure
-        if figure.startswith(HOST):
-            return (f"the host '{wish.host}' is reserved already between {format_time(instant(begin), zone)} "
-                    f'and {format_time(instant(until), zone)}')
-        if need > limit:
-            return f"'{wish.resource.name}' holds at most {limit} {unit}; {need} are asked for"
-        return (f"'{wish.resource.name}' has {max(limit - used.get(figure, 0), 0)} of {limit} {unit} free from "
-                f'{format_time(instant(begin), zone)} to {format_time(instant(until), zone)}; {need} are asked for')
+        held = peak(wish.resource.id, begin, until, amount.names)
+        used, needs = dict(held.classes) | in_figures(held), in_figures(amount)
+        lacking = {name: (limit, need) for name, need in needs.items()
+                   for limit in [limits.most(name) if name not in FIGURES else getattr(limits, name)]
+                   if limit is not None and used.get(name, 0) + need > limit}
+        if CLOSED in used:
+            lacking = {CLOSED: (0, 1)}
+        if not lacking:
+            return None
+        figure = min(lacking, key=lambda name: (not name.startswith(HOST), lacking[name][0] >= lacking[name][1]))
+        changes = self.changes_of(wish.resource.id, begin, until, figure)
+        return Lack(figure, lacking[figure][1], lacking[figure][0], used[figure], [each for each, _ in changes],
+                    changed_most(changes, begin))
 
-    def in_the_way(self, wish: Wish, old) -> dict:
-        """At most ten of the occurrences that hold something in the window; of others' only how much and when."""
-        begin, until = wish.held
-        begin = max(begin, int(self.clock()))
-        ways = self.overlapping(self.ways_by(
-            {'user': '', 'project': '', 'places': [wish.resource.id]},
-            [('live', f'o.due IS NOT NULL AND o.start < {until} + {LONGEST_LEAD}')]), begin,
-            f' AND o.due IS NOT NULL AND o.resource_id = {wish.resource.id} AND o.start < {until} + {LONGEST_LEAD}')
-        found = self.page(ways, [('o.held_from < ?', until), ('o.held_until > ?', begin),
-                                 ('o.id <> ?', old.id if old else 0)], (), 10, latest=True)[::-1]
-        return {'in_the_way': [self.in_brief_for_actor(each) for each in found]}
+    def changes_of(self, resource: int, begin: int, until: int, figure: str) -> list[tuple]:
+        """The changes of the capacity of a figure in a window, each with what it takes away of it."""
+        found = rows('SELECT * FROM capacity WHERE resource_id = ? AND removed IS NULL AND start < ? AND "end" > ? '
+                     'ORDER BY start', resource, until, begin)
+        held = [(each, amount_of(each, 'held_')) for each in found]
+        takes = [(each, (dict(amount.classes) | in_figures(amount)).get(figure, 0)) for each, amount in held]
+        return [(each, less) for each, less in takes if less]
+
+    def why_not(self, wish: Wish, lack: Lack | None) -> str:
+        """The sentence that says which figure of a resource is lacking, when, and how much of it there is."""
+        name, zone = wish.resource.name, self.config.zone
+        if not lack:  # somebody has just given something back
+            return f"'{name}' was full a moment ago; try again"
+        start, end = (format_time(instant(at), zone) for at in wish.held)
+        figure, changes = lack.figure, lack.changes
+        unit = 'MiB of ram' if figure == 'ram' else figure
+        if changes and lack.alone:
+            first, last = (format_time(instant(at), zone) for at in (changes[0].start, max(c.end for c in changes)))
+            reasons = ', '.join(dict.fromkeys(each.reason for each in changes))
+            if figure == CLOSED:
+                return f"'{name}' is closed from {first} to {last}: {reasons}"
+            return (f"'{name}' has only {max(lack.limit - lack.less, 0)} of {lack.limit} {unit} from {first} to {last} "
+                    f'({reasons}); {lack.need} are asked for')
+        if figure.startswith(HOST):
+            return f"the host '{wish.host}' is reserved already between {start} and {end}"
+        if lack.alone:
+            return f"'{name}' holds at most {lack.limit - lack.less} {unit}; {lack.need} are asked for"
+        return (f"'{name}' has {max(lack.limit - lack.used, 0)} of {lack.limit} {unit} free from {start} to {end}; "
+                f'{lack.need} are asked for')
 
     def in_brief_for_actor(self, found) -> dict:
         """When an occurrence holds how much; whose it is, only for those who may see it."""
@@ -6035,35 +6476,87 @@ class Wishes(Service):
         fields = ('label', 'user', 'project', 'vms', 'start', 'end')[0 if seen else 3:]
         return {name: value for name, value in public(found).items() if name in fields}
 
-    def would_fit(self, wish: Wish) -> dict:
-        """What could be had instead: the next start, the most machines, the longest duration; each that there is."""
-        begin, until = max(wish.held[0], int(self.clock())), wish.held[1]
-        need = until - wish.held[0]
-        place, amount, offers = wish.resource, wish.amount, {}
-        for first, last in free_windows(place, amount, begin, LAST.timestamp()):
-            if first == begin and last > wish.start:
-                offers['longest'] = format_duration(last - wish.start)
-            if last - first >= need:
-                offers['next_start'] = instant(int(first) + wish.lead)
-                break
-        most, used = capacity(place), peak(place.id, begin, until, amount.names)
+    def in_the_way(self, wish: Wish, lack: Lack | None, own: int) -> dict:
+        """At most ten of what takes the figure that is lacking; of others' reservations only how much and when.
+
+        Args:
+          own: the reservation that was to change, which is not in its own way
+        """
+        changes = [{'reason': each.reason, 'start': instant(each.start), 'end': instant(each.end)}
+                   for each in (lack.changes if lack else ())]
+        if not lack or lack.alone:  # it would not fit either if nobody had reserved anything
+            return {'in_the_way': changes[:10]}
+        begin, until = self.to_come(wish)
+        where, values = (f'{lack.figure} > 0', ()) if lack.figure in FIGURES else (
+            'classes LIKE ?', (f'%"{lack.figure}"%',))
+        there = f' AND o.due IS NOT NULL AND o.resource_id = {wish.resource.id} AND o.start < {until} + {LONGEST_LEAD}'
+        near = ids_by(self.overlapping([('place_live', f'1{there}')], begin, there))
+        found = rows(f"""
+            SELECT r.label, r.user, r.project, h.vms, h.start, h.until FROM (
+              SELECT reservation_id, vms, start, "end" AS until FROM occurrence WHERE id IN ({near}) AND resource_id = ?
+                 AND held_from < ? AND held_until > ? AND held_until > held_from AND {where} UNION ALL
+              SELECT reservation_id, vms, held_from, held_until FROM extra_hold WHERE resource_id = ?
+                 AND held_from < ? AND held_until > ? AND {where}) h CROSS JOIN reservation r ON r.id = h.reservation_id
+             WHERE r.id <> ? ORDER BY h.start DESC, r.id DESC LIMIT 10""",
+            *(wish.resource.id, until, begin, *values) * 2, own)
+        return {'in_the_way': changes + [self.seen_in_the_way(each) for each in found[::-1]]}
+
+    def seen_in_the_way(self, found) -> dict:
+        """What the actor may see of what holds something; without an end, where stopped VMs stay."""
+        whose = {'label': found.label, 'user': found.user, 'project': found.project}
+        mine = self.actor.role == ADMIN or found.project == self.actor.project
+        end = None if found.until >= LAST.timestamp() else instant(found.until)
+        return (whose if mine else {}) | {'vms': found.vms, 'start': instant(found.start), 'end': end}
+
+    def later(self, wish: Wish, others: Iterable[int]) -> Iterator[tuple[datetime, Wish]]:
+        """The same at a later start: where there is room, and there when something ends that may have stood in the way.
+
+        Args:
+          others: ids of the resources where the other parts of its request could be
+        """
+        begin, need = max(wish.held[0], int(self.clock())), wish.held[1] - wish.held[0]
+        ends = self.ends_after(wish, begin, others)
+        for first, last in free_windows(wish.resource, wish.amount, begin, LAST.timestamp()):
+            inside = [at for at in ends if first < at <= last - need]
+            for at in [int(first), *inside] if last - first >= need else ():
+                start = at + wish.lead
+                yield instant(start), wish._replace(start=start, end=start + wish.end - wish.start)
+
+    def ends_after(self, wish: Wish, begin: int, others: Iterable[int]) -> list[int]:
+        """When things end that count against the same limits, that wait, or that are on some resources."""
+        if not (others or row('SELECT id FROM limits LIMIT 1') or row('SELECT id FROM wait LIMIT 1')):
+            return []
+        most, later = 10 * MOST_OFFERS, ('o."end" > ?', begin)
+        found = walk(self.clock(), WAYS['waiting'], [('o.due IS NOT NULL',), later], most)
+        for way, condition, value in (('project', 'o.of_project = ?', wish.project), ('user', 'o.of_user = ?', wish.user),
+                                      *(('place', 'o.resource_id = ?', each) for each in others)):
+            ways = self.overlapping([(f'{way}_live', 'o.due IS NOT NULL')], begin, ' AND o.due IS NOT NULL')
+            found += walk(self.clock(), ways, [(condition, value), later], most)
+        return [each.end for each in rows(
+            'SELECT DISTINCT "end" FROM occurrence WHERE id IN (SELECT value FROM json_each(?)) ORDER BY 1 LIMIT ?',
+            json.dumps([id for _, id in found]), most)]
+
+    def fewer(self, wish: Wish, lack: Lack | None, old) -> Iterator[tuple[int, Wish]]:
+        """As many VMs as there is room for in that window."""
+        begin, until = self.to_come(wish)
+        most, used = capacity(wish.resource), peak(wish.resource.id, begin, until, wish.amount.names)
         left = {name: most.most(name) - held for name, held in used.classes if most.most(name) is not None} | {
                 name: limit - held for name, limit, held in zip(FIGURES, most, used) if limit is not None}
         rooms = [left[name] // need for name, need in in_figures(wish.each).items() if need and name in left]
-        if rooms and not wish.whole and 0 < min(rooms) < wish.vms:
-            offers['most_vms'] = min(rooms)
-        return {name: offer for name, offer in offers.items() if self.holds_true(wish, name, offer)}
+        # Who asks for more than there ever is must ask for something else, however much is free.
+        offered = rooms and lack and not wish.whole and not (lack.alone and lack.used > lack.less)
+        if offered and (old.vms if old else 0) < min(rooms) < wish.vms:
+            yield min(rooms), with_vms(wish, min(rooms))
 
-    def holds_true(self, wish: Wish, name: str, offer) -> bool:
-        """Whether an offer would be admitted: nothing is offered that wasn't checked by THE RULE."""
-        if name == 'next_start':
-            start = int(offer.timestamp())
-            wish = wish._replace(start=start, end=start + wish.end - wish.start)
-        elif name == 'longest':
-            wish = wish._replace(end=wish.start + int(parse_duration(offer).total_seconds()))
-        else:
-            wish = wish._replace(vms=offer)
-        return fits(wish.resource, *wish.held, wish.amount)
+    def shorter(self, wish: Wish, old) -> Iterator[tuple[str, Wish]]:
+        """The same from that start, for as long as there is room, if that is longer than what it has already."""
+        begin, _ = self.to_come(wish)
+        first, last = next(free_windows(wish.resource, wish.amount, begin, wish.end), (None, 0))
+        length, before = int(last) - wish.start, old.end - old.start if old else 0
+        if first == begin and before < length < wish.end - wish.start:
+            text = format_duration(length)
+            _, end = self.resolve(instant(wish.start), parse_duration(text))  # days are by the clocks
+            yield text, wish._replace(end=end)
 
 
 # Limits ######################################################################
@@ -6077,11 +6570,11 @@ class Others:
     The store has the old of those that are not written yet; here each is what it keeps, then what it gets.
     """
 
-    def __init__(self, reservation: int, names: dict[int, str], now: float):
-        self.reservation, self.names, self.now = reservation, names, int(now)  # names of resources, by id
+    def __init__(self, reservation: int, now: float):
+        self.reservation, self.now = reservation, int(now)
         self.holds: dict[str, list[tuple[Hold, int]]] = {}  # by slot: with the start, from which on hours count
         self.days: dict[int, set[str]] = defaultdict(set)   # the slots that hold something on a day since 1970
-        self.seconds: dict[str, int] = defaultdict(int)     # to come, of vcpus; by resource, '' of all
+        self.seconds: dict[int | None, int] = defaultdict(int)  # to come, of vcpus; by resource, None of all
 
     def put(self, slot: str, holds: Iterable[Hold], start: int) -> None:
         """What an occurrence holds from now on."""
@@ -6092,16 +6585,19 @@ class Others:
     def count(self, slot: str, sign: int) -> None:
         for each, start in self.holds.get(slot, ()):
             seconds = sign * each.amount.vcpus * max(each.until - max(each.begin, start, self.now), 0)
-            for name in ('', self.names.get(each.resource)):
-                self.seconds[name] += seconds
+            for resource in (None, each.resource):
+                self.seconds[resource] += seconds
             for day in range(each.begin // 86400, each.until // 86400 + 1):
                 (self.days[day].add if sign > 0 else self.days[day].discard)(slot)
 
-    def holding(self, resource: str, begin: int, until: int) -> list[tuple[int, int, int]]:
+    def holding(self, resource: int | None, begin: int, until: int) -> list[tuple[int, int, int]]:
         """The holds on a resource, or on any, that overlap a window: when, and of how many VMs."""
         slots = set().union(*(self.days.get(day, ()) for day in range(begin // 86400, until // 86400 + 1)))
         return [(each.begin, each.until, each.amount.vms) for slot in slots for each, _ in self.holds[slot]
-                if each.begin < until and each.until > begin and resource in ('', self.names.get(each.resource))]
+                if each.begin < until and each.until > begin and resource in (None, each.resource)]
+
+
+LIMITS = '''SELECT l.*, coalesce(s.name, '') AS resource FROM limits l LEFT JOIN resource s ON s.id = l.resource_id'''
 
 
 class Limits(Wishes):
@@ -6126,12 +6622,10 @@ class Limits(Wishes):
         seconds = {name: int(each.total_seconds()) if isinstance(each, timedelta) else each
                    for name, each in figures.items()}
         with self.writing(dry_run) as now:
-            if resource:
-                self.resource_row(resource)
-            id = insert(Limit, project=project, user=user, resource=resource, **seconds, added=int(now),
+            id = insert(Limit, project=project, user=user, resource=self.id_of(resource), **seconds, added=int(now),
                         exempt=int((exempt or timedelta(0)).total_seconds()))
             self.journal(now, 'limit', f"limited {user or project or 'every project'}")
-            return self.limit_public(row('SELECT * FROM limits WHERE id = ?', id))
+            return self.limit_public(row(f'{LIMITS} WHERE l.id = ?', id))
 
     @api('GET', '/limit/')
     def limit_list(self) -> Rows:
@@ -6140,7 +6634,7 @@ class Limits(Wishes):
         Example:
           python cmres.py limit list
         """
-        found = rows('SELECT * FROM limits ORDER BY id')
+        found = rows(f'{LIMITS} ORDER BY l.id')
         return [self.limit_public(each) for each in found if self.actor.role == ADMIN
                 or each.project in ('', self.actor.project) and each.user in ('', self.actor.user)]
 
@@ -6152,7 +6646,7 @@ class Limits(Wishes):
           python cmres.py limit delete 1
         """
         with self.writing(dry_run) as now:
-            found = row('SELECT * FROM limits WHERE id = ?', id)
+            found = row(f'{LIMITS} WHERE l.id = ?', id)
             if not found:
                 raise NotFound(f'there is no limit {id}')
             run('DELETE FROM limits WHERE id = ?', id)
@@ -6168,11 +6662,11 @@ class Limits(Wishes):
 
     def limits_for(self, wish: Wish) -> list:
         """The limits that a wish is under: of its user, of its project, and of every project if that has none."""
-        found = [each for each in rows('SELECT * FROM limits WHERE user IN (?, ?) AND project IN (?, ?) '
-                                       'AND resource IN (?, ?)',
-                                       '', wish.user, '', wish.project, '', wish.resource.name)]
-        own = {each.resource for each in found if each.project and not each.user}
-        return [each for each in found if each.user or each.project or each.resource not in own]
+        found = rows('SELECT * FROM limits WHERE user IN (?, ?) AND project IN (?, ?) '
+                     'AND (resource_id IS NULL OR resource_id = ?)',
+                     '', wish.user, '', wish.project, wish.resource.id)
+        own = {each.resource_id for each in found if each.project and not each.user}
+        return [each for each in found if each.user or each.project or each.resource_id not in own]
 
     def refuse_beyond(self, wish: Wish, now: float, old=None, others: Others | None = None) -> None:
         """Refuses what goes beyond a limit; inside the transaction that would admit it.
@@ -6194,7 +6688,7 @@ class Limits(Wishes):
     def beyond(self, limit, wish: Wish, now: float, old, others: Others | None) -> Iterator[tuple]:
         """For each figure of a limit: its name, its value, whether a wish is within it, and what would be."""
         length, before = wish.end - wish.start, old.end - old.start if old else 0
-        stays = old and (not limit.resource or old.resource_id == wish.resource.id)
+        stays = old and (not limit.resource_id or old.resource_id == wish.resource.id)
         less = stays and old.start <= wish.start and wish.end <= old.end and wish.vms <= old.vms
         yield 'longest', limit.longest, length <= max(limit.longest or 0, before), in_words_of(limit.longest)
         moved = not old or wish.start != old.start
@@ -6217,7 +6711,7 @@ class Limits(Wishes):
         who = ('r.user = ?', wish.user) if limit.user else ('r.project = ?', wish.project)
         conditions = [who, *([('r.project = ?', limit.project)] if limit.user and limit.project else []),
                       ('r.id <> ?', others.reservation if others else 0),
-                      *([('s.name = ?', limit.resource)] if limit.resource else [])]
+                      *([('s.id = ?', limit.resource_id)] if limit.resource_id else [])]
         return ' AND '.join(text for text, _ in conditions), tuple(value for _, value in conditions)
 
     def whose(self, limit, wish: Wish) -> tuple[str, str]:
@@ -6235,14 +6729,14 @@ class Limits(Wishes):
                     'AND x.held_until > ? AND (x.proposal_id IS NOT NULL OR r.id <> ?)',
                     who, *values, until, old.id if old else 0, until, begin, *values, until, begin,
                     old.reservation if old and not others else 0).fetchall()
-        found += others.holding(limit.resource, begin, until) if others else []
+        found += others.holding(limit.resource_id, begin, until) if others else []
         changes = [change for first, last, vms in found for change in ((max(first, begin), 1, vms), (last, 0, -vms))]
         return max(itertools.accumulate((vms for _, _, vms in sorted(changes)), initial=0))
 
     def future_hours(self, limit, wish: Wish, now: float, old, others: Others | None) -> float:
         """The vcpu-hours that the limited have reserved from now on."""
         where, values = self.counted(limit, wish, old, others)
-        own = others.seconds[limit.resource] if others else 0
+        own = others.seconds[limit.resource_id] if others else 0
         whose, who = self.whose(limit, wish)
         return (own + run(
             f'SELECT coalesce(sum(o.vcpus * (o."end" - max(o.start, ?))), 0) {FROM_ALL} WHERE {whose} = ? AND {where} AND '
@@ -6547,17 +7041,19 @@ class Series(Holding):
         if refused:
             slot, error = refused[0]
             zone = read_zone(wish.stretches[0].zone)
-            raise NoCapacity(
+            refusal = NoCapacity(
                 f"{len(refused)} of {len(todo)} occurrences do not fit, so nothing was changed; the first from "
                 f"{format_time(instant(slot.start), zone)}: {error}. Take the others with --on-conflict skip",
                 conflicts=[{'start': instant(each.start), 'end': instant(each.end), 'vms': each.vms, 'why': str(why)}
                            for each, why in refused[:1000]], **error.details)
+            refusal.most_vms = min(getattr(why, 'most_vms', 0) for _, why in refused)
+            raise refusal
         return done
 
     def others_of(self, reservation: int, todo: list, now: float) -> Others:
         """What counts against limits of the occurrences that stay as they are while others change."""
         changing = {old.id for _, old in todo if old}
-        others = Others(reservation, dict(run('SELECT id, name FROM resource').fetchall()), now)
+        others = Others(reservation, now)
         for each in rows('SELECT * FROM occurrence WHERE reservation_id = ? AND due IS NOT NULL '
                          'AND held_until > held_from', reservation):
             if each.id not in changing:
@@ -6601,11 +7097,14 @@ class Series(Holding):
     def placed_otherwise(self, reservation: int, one: Wish, turn: Turn, others: Others, error: Conflict,
                          now: float) -> dict:
         """What --on-conflict says of an occurrence that has no room."""
-        slot, old, why = turn.slot, turn.old, str(error) or self.why_not(one)
+        slot, old, lack = turn.slot, turn.old, self.lack(one)
+        why = str(error) or self.why_not(one, lack)
         if one.on_conflict in ('', 'refuse'):
             if 'limit' in error.details:
                 raise error
-            raise NoCapacity(why, **self.in_the_way(one, None), **self.would_fit(one))
+            refusal = NoCapacity(why, **self.in_the_way(one, lack, reservation))
+            refusal.most_vms = max((vms for vms, _ in self.fewer(one, lack, old)), default=0)
+            raise refusal
         give(turn.kept)
         full = isinstance(error, NoCapacity)
         shifted = self.shifted(one, slot, others, now) if full and one.on_conflict.startswith('shift') else None
@@ -6620,10 +7119,35 @@ class Series(Holding):
             others.put(slot.key, turn.had, old.start)
             change(Occurrence, old.id, altered=True)
             return told(old, 'unchanged', why)
-        begin = slot.start - one.lead
-        self.write_occurrence(old.id if old else None, reservation, one, slot, now, held_until=begin,
-                              cancelled=int(now), due=now if old else None)
+        self.write_left_out(reservation, one, slot, now, old)
         return told(slot, 'left out', why)
+
+    def write_left_out(self, reservation: int, wish: Wish, slot: Slot, now: float, old=None) -> int:
+        """Writes an occurrence that holds nothing, since its series goes without it; its id."""
+        self.write_occurrence(old.id if old else None, reservation, wish, slot, now, held_until=slot.start - wish.lead,
+                              cancelled=int(now), due=now if old else None)
+        return old.id if old else row('SELECT max(id) AS id FROM occurrence').id
+
+    def bring_back(self, id: int, wish: Wish, now: float) -> list[dict]:
+        """Holds again what an occurrence would that its series was left without; inside a transaction.
+
+        Raises:
+          NoCapacity: it doesn't fit.
+        """
+        old = row('SELECT * FROM occurrence WHERE id = ?', id)
+        stretches = [unskipped(each, old.slot) for each in self.stretches(old.reservation_id)]
+        wish = wish._replace(stretches=stretches)
+        change(Reservation, old.reservation_id, series=stored_stretches(stretches))
+        change(Occurrence, id, altered=False)
+        slot = Slot(old.slot, wish.start, wish.end, wish.vms, wish.resource.id)
+        try:
+            done = self.place_all(old.reservation_id, wish, [(slot, old._replace(altered=False))], now)
+        except NoCapacity as refusal:
+            conflict, = refusal.details.pop('conflicts')
+            raise NoCapacity(f"what was left out does not fit any more: {conflict['why']}", **refusal.details) from None
+        self.close(old.reservation_id, stretches, now, self.horizon(stretches, now))
+        self.keep_stopped(old.reservation_id, now)
+        return done
 
     def stays(self, turn: Turn, now: float) -> bool:
         """Holds again what an occurrence had, which has begun or still fits; whether it does."""
@@ -6722,22 +7246,61 @@ class Series(Holding):
 # Books, changes and cancels whole reservations; of a request all of its parts, or none.
 
 
-def choose(parts: list[list], take: Callable, tries: Iterator | None = None) -> list:
-    """Takes of each part the first choice that lets the parts behind it be taken as well; what that gave.
+class Spent(NoCapacity):
+    """No way was found for all parts of a request in as many tries as are made."""
+
+
+def choose(parts: list[list], take: Callable[[Any, list], Any], kind: Callable[[list], Any]) -> list:
+    """Takes of each part the first choice that lets the other parts be taken as well; what that gave.
+
+    Parts of one kind are taken one after the other, each from the choice of the one before it on: what had no room
+    for one has none for the next, and to exchange two of them changes nothing. So they need no search.
+
+    Args:
+      take: takes a choice, beside what the parts before it gave
+      kind: tells parts apart whose choices differ in what they take
 
     Raises:
-      NoCapacity: there is no such way, or none within MOST_TRIES; another Conflict, if it isn't room that is missing.
+      NoCapacity: there is no such way, or (Spent) none was found; another Conflict, if it isn't room that is missing.
+        Its `placed` says how many parts had room together.
     """
-    refusals, tries = [], tries or iter(range(MOST_TRIES))
-    for choice, _ in zip(parts[0], tries):
+    numbers: dict = {}
+    kinds = [numbers.setdefault(kind(part), len(numbers)) for part in parts]
+    order = sorted(range(len(parts)), key=kinds.__getitem__)
+    without_search = len(parts) + sum(len(parts[kinds.index(number)]) for number in numbers.values())
+    found = chosen([(kinds[n], parts[n]) for n in order], take, iter(range(MOST_TRIES + without_search)), [])
+    return [each for _, each in sorted(zip(order, found), key=lambda pair: pair[0])]
+
+
+def chosen(parts: list[tuple], take: Callable, tries: Iterator, taken: list, first: int = 0) -> list:
+    """What `choose` finds for the parts behind those that are taken, of the next from its `first` choice on."""
+    (kind, choices), refusals = parts[len(taken)], []
+    for n in range(first, len(choices)):
+        if next(tries, None) is None:
+            raise Spent(f'no way to reserve all {len(parts)} parts together was found in {MOST_TRIES} tries; name a '
+                        'resource for each part, or ask for fewer parts')
         try:
             with db.atomic():
-                return [take(choice), *(choose(parts[1:], take, tries) if parts[1:] else [])]
-        except Conflict as error:
-            refusals.append(error)
-    refusals.sort(key=lambda each: isinstance(each, NoCapacity))
-    raise refusals[-1] if refusals else NoCapacity(
-        f'no room for all parts was found in {MOST_TRIES} tries; name a resource for each')
+                got = [*taken, take(choices[n], taken)]
+                if len(got) == len(parts):
+                    return got
+                return chosen(parts, take, tries, got, n if parts[len(got)][0] == kind else 0)
+        except Spent:
+            raise
+        except Conflict as refusal:
+            refusal.placed = getattr(refusal, 'placed', len(taken))
+            refusals.append(refusal)
+            if refusal.placed > len(taken) and parts[refusal.placed][0] == kind:
+                break  # one of its kind has room nowhere behind this
+    if not refusals:  # those of its kind have used up all choices
+        refusals = [NoCapacity('')]
+        refusals[0].placed = len(taken)
+    raise max(reversed(refusals), key=lambda each: (isinstance(each, NoCapacity), each.placed))
+
+
+def kind_of(part: list[Wish]) -> tuple:
+    """What tells a part of a request from another: what it takes, and when, on each resource where it could be."""
+    return tuple((wish.resource.id, wish.held, wish.amount, wish.server) for wish in part)
 
 
 class Admission(Series):
@@ -6753,7 +7316,9 @@ class Admission(Series):
         Returns:
           its id, and of a series what became of each occurrence.
         """
-        pending = int(now) + wish.resource.approval if wish.resource.approval and self.actor.role != ADMIN else None
+        wish = self.as_now(wish)
+        place = wish.resource
+        pending = int(now) + place.approval if place.approval and self.actor.role != ADMIN else None
         reservation = insert(Reservation, **wish.columns(*STORED), **event, origin=origin, added=int(now),
                              changed=int(now), pending=pending, priority=0, confirm=0, request=request, choices='',
                              series=stored_stretches(wish.stretches) if wish.stretches else '', over=wish.end)
@@ -6765,7 +7330,6 @@ class Admission(Series):
                                  conflicts=done[:1000])
             self.journal(now, 'added', self.told_series(wish, done), reservation, wish.notify)
             return reservation, done
-        place = self.resource_row(wish.resource.name)  # its capacity may have changed since
         self.refuse_shared_server(wish)
         self.refuse_beyond(wish, now)
         self.refuse_overtaking(place, *wish.held, now)
@@ -6788,7 +7352,8 @@ class Admission(Series):
 
     def rebook(self, old, wish: Wish, now: float) -> None:
         """Makes one occurrence what is wished; inside a transaction."""
-        place = self.resource_row(wish.resource.name)
+        wish = self.as_now(wish)
+        place = wish.resource
         self.refuse_shared_server(wish, old.reservation)
         self.refuse_beyond(wish, now, old)
         wants = [Hold(place.id, *wish.held, wish.amount)]
@@ -6861,10 +7426,29 @@ class Admission(Series):
         try:
             if len(request.parts) == len(request.parts[0]) == 1:
                 return [self.book_part(request.last, '', now)]
-            return choose(request.parts, lambda wish: self.book_part(wish, request.name, now))
+            return choose(request.parts, lambda wish, _: self.book_part(wish, request.name, now), kind_of)
         except NoCapacity as refusal:
             refusal.wish = self.summed(request, getattr(refusal, 'wish', request.last))
-            raise
+            if str(refusal) or len(request.parts) == 1 or self.lack(refusal.wish):
+                raise
+            raise self.apart(request, refusal) from None
+
+    def apart(self, request: Request, refusal: NoCapacity) -> NoCapacity:
+        """The refusal of parts of which each would have room, but not all together."""
+        start, end = (format_time(instant(at), self.config.zone) for at in refusal.wish.held)
+        answer = NoCapacity(f"{refusal.placed} of the {len(request.parts)} parts of '{request.label}' have room "
+                            f'together from {start} to {end}; ask for fewer parts, for smaller ones or for another time')
+        answer.wish = refusal.wish
+        answer.others = {wish.resource.id for part in request.parts for wish in part}
+        return answer
+
+    def instead(self, request: Request, wish: Wish, field: str, now: float) -> None:
+        """Books a request of which each part is otherwise in one field, as a wish is."""
+        def changed(each: Wish) -> Wish:
+            return with_vms(each, wish.vms) if field == 'vms' else each._replace(start=wish.start, end=wish.end)
+        if field == 'vms' and request.name:
+            raise Invalid('of which part, the offer would not say')
+        self.book_all(request._replace(parts=[[*map(changed, part)] for part in request.parts]), now)
 
     def book_part(self, wish: Wish, name: str, now: float) -> tuple:
         """Books one part of a request; a refusal tells which."""
@@ -6899,6 +7483,11 @@ class Admission(Series):
 # held for a while. Room that becomes free is given in the transaction of the next pass.
 
 
+def kind_of_waiting(part: list[tuple]) -> tuple:
+    """What tells a part that waits from another, as `kind_of` does."""
+    return tuple((place.id, each.held_from, each.end, amount, each.server) for each, place, amount in part)
+
+
 class Waiting(Admission):
     """Requests that wait for room, and reservations that wait for a word."""
 
@@ -6916,29 +7505,31 @@ class Waiting(Admission):
         """Writes down a request that has no room now, and waits; inside a transaction."""
         if any(part[0].stretches for part in request.parts):
             raise Invalid('a series can not wait; --on-conflict skip takes the occurrences that fit')
-        parts = [[wish for wish in part if wish.amount.within(self.most_ever(wish))] for part in request.parts]
-        if not all(parts) or not self.could_be(parts, (), iter(range(MOST_TRIES))):
-            lacking = next((part[0] for part, left in zip(request.parts, parts) if not left), request.last)
-            with self.explaining(self.summed(request, lacking)):
-                raise NoCapacity('')
+        parts = [[wish for wish in map(self.as_now, part) if wish.amount.within(self.most_ever(wish))]
+                 for part in request.parts]
+        lacking = next((part[0] for part, left in zip(request.parts, parts) if not left), request.last)
+        try:
+            choose(parts, self.could_be, kind_of)
+        except Conflict as refusal:
+            refusal.wish = self.summed(request, lacking)
+            raise
         self.refuse_beyond_together([part[0] for part in parts], now)
         self.refuse_many_waiting(request.last)
         return self.answer_all(request, [self.wait_for(part, request, now) for part in parts])
 
-    def could_be(self, parts: list[list[Wish]], taken: tuple, tries: Iterator) -> bool:
-        """Whether all parts of a request would fit if nothing else were booked."""
-        if not parts:
-            return True
-        return any(sum((each.amount for each in taken if each.resource.id == wish.resource.id), wish.amount).within(
-                       self.most_ever(wish)) and self.could_be(parts[1:], (*taken, wish), tries)
-                   for wish, _ in zip(parts[0], tries))
+    def could_be(self, wish: Wish, taken: list[Wish]) -> Wish:
+        """A part of a request, if it and the parts before it fit where nothing else is booked; else NoCapacity."""
+        together = sum((each.amount for each in taken if each.resource.id == wish.resource.id), wish.amount)
+        if not together.within(self.most_ever(wish)):
+            raise NoCapacity('')
+        return wish
 
     def refuse_beyond_together(self, wishes: list[Wish], now: float) -> None:
         """Refuses what goes beyond a limit, as all parts of a request count: on each resource, and in all."""
-        for name in dict.fromkeys(['', *(wish.resource.name for wish in wishes)]):
-            there = [wish for wish in wishes if name in ('', wish.resource.name)]
+        for id in dict.fromkeys([0, *(wish.resource.id for wish in wishes)]):  # 0: whatever the resource
+            there = [wish for wish in wishes if id in (0, wish.resource.id)]
             total = sum((wish.amount for wish in there), NOTHING)
-            place = there[0].resource._replace(name=name)
+            place = there[0].resource._replace(id=id)
             self.refuse_beyond(there[0]._replace(resource=place, vms=total.vms, whole=total), now)
 
     def wait_for(self, wishes: list[Wish], request: Request, now: float) -> tuple:
@@ -6993,7 +7584,7 @@ class Waiting(Admission):
         for request in self.waiting_requests(now):
             parts = [[(each, *choice) for choice in self.choices(each)] for each in request]
             try:
-                choose(parts, lambda choice: self.let_in(*choice, now))
+                choose(parts, lambda choice, _: self.let_in(*choice, now), kind_of_waiting)
             except Conflict as error:  # without room, or beyond a limit within which it was when it was asked for
                 self.try_later(request, not isinstance(error, NoCapacity), now)
         for each in self.search([('r.pending <= ?', int(now)), (NOT_OVER, None), (NEXT_OF_ITS, None)]):
@@ -7167,8 +7758,10 @@ class Approval(Waiting):
         current = self.unaltered(old)
         wish = wish._replace(**{name: current[name] for name in STORED if name not in asked and name not in (
             'lead', 'repeat', 'tz', 'on_conflict')} if not proposal.code == 'calendar' else {})
-        self.drop_proposals(old.reservation, old.id if proposal.alone else None)
-        if proposal.code == 'calendar':
+        self.drop_proposals(old.reservation, proposal.occurrence if proposal.alone else None)
+        if proposal.code == BACK:
+            self.bring_back(proposal.occurrence, wish, now)
+        elif proposal.code == 'calendar':
             self.rebook_event(old.reservation, wish, now)
         else:
             self.rewrite(old, wish, asked, now, bool(proposal.named))
@@ -7289,7 +7882,7 @@ class Requests(Approval):
     @api('POST', '/reservation/')
     @api('POST', '/reservation/add/<label>/<resource>/<start>/<end>')
     @api('POST', '/reservation/add/<label>/<cell>/<cloud>/<region>/<aggregate>/<vms>/<start>/<end>', resource=ANY)
-    def add(self, label: Label, resource: Place, start: When, end: When, vms: Count = 1, flavor: Name = '',
+    def add(self, label: NewLabel, resource: Place, start: When, end: When, vms: Count = 1, flavor: Name = '',
             image: Name = '', network: Name = '', key: Name = '', security_groups: Names = (), user_data: File = '',
             metadata: Pairs = None, server: Name = '', at_end: Name = '', notify: Names = (), lead: Span = None,
             description: Text = '', personal: bool = False, repeat: Repeat = '', tz: Zone = '', until: Day = None,
@@ -7324,8 +7917,10 @@ class Requests(Approval):
         """
         request = self.read_request({name: value for name, value in locals().items() if name != 'self'})
         refused = request.last._replace(label=label)
-        with self.recording_refusal(refused, dry_run), self.explaining(request.last), self.writing(dry_run) as now:
-            return self.take(request, now)
+        with self.recording_refusal(refused, dry_run), self.explaining(
+                request.last, None, lambda wish, field: self.instead(request, wish, field, self.clock())):
+            with self.writing(dry_run) as now:
+                return self.take(request, now)
 
     def read_request(self, asked: dict) -> Request:
         """What `add` was asked, resolved for each part and each resource on which that could be."""
@@ -7549,7 +8144,7 @@ class Requests(Approval):
                notify: Names = None, lead: Span = None, description: Text = None, personal: bool = None,
                host: Name = None, repeat: Repeat = None, until: Day = None, count: Count = None,
                skip_dates: Names = None, holidays: Source = None,
-               on_conflict: Clash = None, user: Name = None, rename: Label = None, occurrence: Day = None,
+               on_conflict: Clash = None, user: Name = None, rename: NewLabel = None, occurrence: Day = None,
                following: bool = False, tz: Zone = '', project: Name = '', dry_run: bool = False) -> dict:
         """Changes a reservation, all of it or nothing.
 
@@ -7601,13 +8196,19 @@ class Requests(Approval):
 
     @api('POST', '/reservation/<label>/skip')
     @for_each_part
-    def skip(self, label: Label, project: Name = '', occurrence: Day = None, tz: Zone = '',
+    def skip(self, label: Label, project: Name = '', occurrence: Day = None, undo: bool = False, tz: Zone = '',
              dry_run: bool = False) -> dict:
         """Leaves out the next occurrence, which must not have begun.
 
+        With --undo, an occurrence of a series that was left out, skipped or cancelled by itself comes back if
+        it fits, as the series has it now: the next of them, or that of --occurrence, also of `skip_dates`.
+
         Example:
           python cmres.py skip lab
+          python cmres.py skip class --occurrence 2027-02-02 --undo
         """
+        if undo:
+            return self.put_back(label, project, occurrence, dry_run)
         with self.writing(dry_run) as now:
             found = self.mine(label, project, occurrence=occurrence)
             if now >= found.held_from and found.repeats and not occurrence:
@@ -7617,6 +8218,44 @@ class Requests(Approval):
                 raise Conflict(f"'{label}' has begun; `delete` ends it")
             self.cancel([found], now, f'skipped by {self.actor.user}')
             return public(self.occurrence(found.id))
+
+    def put_back(self, label: str, project: str, occurrence: Day | None, dry_run: bool) -> dict:
+        """Lets a series have an occurrence again that was left out."""
+        with self.writing(dry_run) as now:
+            found = self.mine(label, project, live=False)
+            slot, old = self.left_out(found, occurrence, now)
+            if found.over <= now:
+                self.refuse_taken_label(self.carried_on(found), now)
+            place = row('SELECT * FROM resource WHERE id = ?', slot.resource)
+            wish = self.carried_on(found)._replace(
+                resource=place, start=slot.start, end=slot.end, vms=slot.vms, on_conflict='refuse')
+            id = old.id if old else self.write_left_out(found.reservation, wish, slot, now)
+            deed = functools.partial(self.bring_back, id, wish, now)
+            done = self.unless_it_grows(self.occurrence(id), wish, {'occurrence': None}, now, BACK, True, True, deed)
+            if done is not None:
+                self.journal(now, 'updated', f'{self.actor.user} has put back what was left out on '
+                             f'{self.config.told_time(slot.start)}', found.reservation, wish.notify, id)
+            return public(self.occurrence(id))
+
+    def left_out(self, found, asked: Day | None, now: float) -> tuple[Slot, Any]:
+        """The occurrence of a series that was left out, as the series has it now, and its row if there is one.
+
+        Args:
+          asked: on which date or when it would be; without it, the next that has a row
+        """
+        if not found.repeats:
+            raise Conflict(f"'{found.label}' is no series; reserve it again with `add`")
+        begin, until, text = self.span_of(asked, read_zone(found.tz)) if asked else (int(now), 2**62, '')
+        there = {each.slot: each for each in rows('SELECT * FROM occurrence WHERE reservation_id = ? AND "end" > ?',
+                                                  found.reservation, int(now))}
+        stretches = [each._replace(skips=()) for each in self.stretches(found.reservation)]
+        last = max(self.horizon(stretches, now), until if asked else 0, begin + 1)
+        for slot in all_slots(stretches, now, last):
+            old = there.get(slot.key)
+            meant = begin <= slot.start < until or old and begin <= old.start < until
+            if meant and slot.start - found.lead > now and (old.cancelled is not None if old else asked):
+                return slot, old
+        raise NotFound(f"'{found.label}' has no occurrence to come that was left out{f' on {text}' if asked else ''}")
 
     def alter(self, label: str, project: str, asked: dict, dry_run: bool, code: str = 'updated',
               occurrence: datetime | None = None, alone: bool = True) -> dict:
@@ -7634,16 +8273,19 @@ class Requests(Approval):
             self.refuse_common(old, asked, occurrence, only)
             stretches = [] if only else stretches
             wish = self.read_wish(self.unaltered(old) | asked, old, asked, stretches, key)
-            with self.explaining(wish, old), self.writing(dry_run) as now:
+            named = bool(occurrence) and not only
+
+            def deed(wish: Wish, *otherwise: str) -> list | None:
+                new, now = asked | dict.fromkeys(otherwise), self.clock()
+                return self.unless_it_grows(old, wish, new, now, code, named, only,
+                                            lambda: self.rewrite(old, wish, new, now, named))
+            with self.explaining(wish, old, deed), self.writing(dry_run) as now:
                 current, series = self.occurrence(old.id), self.stretches(old.reservation)
                 if all(getattr(current, name) == getattr(old, name) for name in UNCHANGED) and (
                         not stretches or series == stretches):
-                    named = bool(occurrence) and not only
                     before = self.as_stored(old.reservation)
                     with db.atomic() as rewriting:
-                        done = self.unless_it_grows(
-                            old, wish, asked, now, code, named, only,
-                            lambda: self.rewrite(old, wish, asked, now, named))
+                        done = deed(wish)
                         same = done is not None and self.as_stored(old.reservation) == before
                         if same:
                             rewriting.rollback()
@@ -7809,7 +8451,8 @@ class Requests(Approval):
         begin, until = self.resolve(start or self.here.now, end or timedelta(days=7))
         levels = [*steps(place.id, begin, until, capacity(place).names), (until, NOTHING)]
         return [{'start': instant(at), 'end': instant(after), **in_figures(held),
-                 'free_vms': None if place.vms is None else place.vms - held.vms}
+                 'free_vms': 0 if dict(held.classes).get(CLOSED) else None if place.vms is None else
+                 place.vms - held.vms}
                 for (at, held), (after, _) in zip(levels, levels[1:])]
 
 
@@ -7822,7 +8465,7 @@ class Plan(Requests):
     """The operations on resources and their capacity."""
 
     @api('POST', '/resource/', role=ADMIN)
-    def resource_add(self, name: Label, cell: Name = '', cloud: Name = '', region: Name = '', aggregate: Name = '',
+    def resource_add(self, name: NewLabel, cell: Name = '', cloud: Name = '', region: Name = '', aggregate: Name = '',
                      vms: Most = UNLIMITED, vcpus: Most = UNLIMITED, ram: Most = UNLIMITED, classes: Classes = None,
                      mode: Name = '', hold: Span = None, approval: Span = None, no_show: Span = None,
                      dry_run: bool = False) -> dict:
@@ -7838,8 +8481,10 @@ class Plan(Requests):
             self.refuse_taken_resource(name)
             figures = {figure: None if most == UNLIMITED else most
                        for figure, most in (('vms', vms), ('vcpus', vcpus), ('ram', ram))}
+            lengths = self.read_seconds(hold=hold, approval=approval, no_show=no_show)
+            self.refuse_idle(self.read_mode(mode), lengths)
             insert(Resource, name=name, cell=cell, cloud=cloud, region=region, aggregate=aggregate, **figures,
-                   mode=self.read_mode(mode), **self.read_seconds(hold=hold, approval=approval, no_show=no_show),
+                   mode=self.read_mode(mode), **lengths,
                    classes=known_classes('', classes), hosts='[]', named='', added=int(now))
             self.journal(now, 'resource', f"added the resource '{name}'")
             return self.resource_show(name)
@@ -7865,7 +8510,7 @@ class Plan(Requests):
         return self.resource_public(found) | {'held_now': in_figures(held)}
 
     @api('PATCH', '/resource/<name>', role=ADMIN)
-    def resource_update(self, name: Label, rename: Label = '', cell: Name = None, cloud: Name = None,
+    def resource_update(self, name: Label, rename: NewLabel = '', cell: Name = None, cloud: Name = None,
                         region: Name = None, aggregate: Name = None, vms: Most = None, vcpus: Most = None,
                         ram: Most = None, classes: Classes = None, mode: Name = None, hold: Span = None,
                         approval: Span = None, no_show: Span = None, force: bool = False,
@@ -7885,6 +8530,8 @@ class Plan(Requests):
         new = {field: None if value == UNLIMITED else value for field, value in asked.items() if value is not None}
         with self.writing(dry_run) as now:
             found = self.resource_row(name)
+            if new.keys() & {'mode', *ASKED_BY_NOVA}:
+                self.refuse_idle(new.get('mode', found.mode), found._asdict() | new)
             if rename and rename != name:
                 self.refuse_taken_resource(rename)
             if classes:
@@ -7935,6 +8582,13 @@ class Plan(Requests):
             raise Invalid(f"mode: '{mode}' is none of open, {', '.join(MODES)}{nearest(mode, MODES)}")
         return '' if mode == 'open' else mode
 
+    def refuse_idle(self, mode: str, values: dict) -> None:
+        """Refuses a length that would do nothing: what boots on an open resource, Nova does not ask cmres."""
+        for name in ASKED_BY_NOVA:
+            if values.get(name) and not mode:
+                raise Invalid(f'{name}: {format_duration(values[name])} does nothing on a resource that is open to '
+                              f"everybody; say --mode exclusive or --mode shared, or --{name.replace('_', '-')} 0s")
+
     @api('POST', '/resource/sync', role=ADMIN)
     def resource_sync(self, cloud: Name, aggregates: Names = (), mode: Name = '', hold: Span = None,
                       named: bool = None, force: bool = False, dry_run: bool = False) -> Rows:
@@ -7948,7 +8602,8 @@ class Plan(Requests):
         Example:
           python cmres.py resource sync chameleon --aggregate gpu --mode exclusive --dry-run
         """
-        there = {each.name: each for each in self.clouds.open(cloud).aggregates()}
+        opened, target = self.clouds.open(cloud), f'the cloud {cloud}'
+        there = {each.name: each for each in self.shares.ask(target, opened.aggregates)}
         for name in aggregates:
             if name not in there:
                 raise NotFound(f"the cloud {cloud} has no aggregate '{name}'{nearest(name, there)}")
@@ -7959,7 +8614,7 @@ class Plan(Requests):
             synced = [self.sync_one(cloud, each, wanted, named, force, now) for each in chosen]
         for each, (name, _) in zip(chosen, synced):  # outside the transaction: it is a call to the cloud
             if each.mark != name and not dry_run:
-                self.clouds.open(cloud).mark(each.name, name)
+                self.shares.ask(target, functools.partial(opened.mark, each.name, name))
         return [line for (name, lines), each in zip(synced, chosen) for line in lines + (
             [{'resource': name, 'what': 'mark', 'before': each.mark or None, 'after': name}]
             if each.mark != name else [])]
@@ -7969,6 +8624,8 @@ class Plan(Requests):
         """Makes or updates the resource of an aggregate; its name, and a line for each difference."""
         found = row('SELECT * FROM resource WHERE cloud = ? AND aggregate = ? AND removed IS NULL',
                     cloud, aggregate.name)
+        if wanted:
+            self.refuse_idle(wanted.get('mode', found.mode if found else ''), (found._asdict() if found else {}) | wanted)
         total = sum(aggregate.hosts.values(), NOTHING)
         new = {name: each for name, each in stored(total).items() if name != 'vms'} | {
             'hosts': json.dumps([*aggregate.hosts]), **wanted}
@@ -8021,6 +8678,8 @@ class Plan(Requests):
                         dry_run: bool = False) -> dict:
         """Closes a resource from START to END; what is booked in it is left, moved or cancelled, as --then says.
 
+        Nothing new is reserved in it, also on a resource whose capacity is unlimited.
+
         Example:
           python cmres.py maintenance add demo 2027-03-01T08:00 +4h --reason 'new disks' --then move --dry-run
         """
@@ -8037,7 +8696,9 @@ class Plan(Requests):
                      'FROM capacity c JOIN resource s ON s.id = c.resource_id WHERE c.removed IS NULL AND c.end > ? '
                      f"{'AND s.name = ?' if resource else ''} ORDER BY c.start", int(self.clock()),
                      *([resource] if resource else []))
-        return [public(each) for each in found]
+        shown = [public(each) for each in found]
+        return [each | {'classes': {name: most for name, most in each['classes'].items() if name != CLOSED}}
+                for each in shown]
 
     @api('DELETE', '/maintenance/<id>', role=ADMIN)
     def maintenance_delete(self, id: int, dry_run: bool = False) -> dict:
@@ -8066,7 +8727,7 @@ class Plan(Requests):
             begin, until = self.resolve(start, end)
             if until <= now:
                 raise Invalid(f'the end {to_plain(instant(until))} is not in the future')
-            most = most or Amount(0, 0, 0, tuple((name, 0) for name in capacity(place).names))
+            most = most or Amount(0, 0, 0, ((CLOSED, 0), *((name, 0) for name in capacity(place).names)))
             held = self.difference(place, most)
             if held == NOTHING:
                 raise Conflict(f"'{name}' has no limit that this would change; set one with: "
@@ -8084,11 +8745,12 @@ class Plan(Requests):
 
     def difference(self, place, most: Amount) -> Amount:
         """What must be held so that a resource has another capacity; an unlimited figure stays so."""
-        always = capacity(place)
+        always, told = capacity(place), dict(most.classes)
         return Amount(*(0 if each is None or wanted in (None, UNLIMITED) else each - wanted
                         for each, wanted in zip(always[:3], most)),
-                      tuple((name, each - dict(most.classes).get(name, each)) for name, each in always.classes
-                            if dict(most.classes).get(name, each) not in (UNLIMITED, each)))
+                      (*(((CLOSED, 1),) if CLOSED in told else ()),
+                       *((name, each - told.get(name, each)) for name, each in always.classes
+                         if told.get(name, each) not in (UNLIMITED, each))))
 
     def rehold_changes(self, place, now: float) -> None:
         """Lets changes of capacity be what they were meant to be, after the capacity itself has changed."""
@@ -8425,12 +9087,16 @@ class Calendars(Claims):
             'SELECT uid FROM reservation WHERE user = ? AND project = ? AND subscription IS ? '
             'AND over > ?', *owner, subscription.id if subscription else None, int(self.clock()))}
         try:
-            names = {name for cloud in self.clouds_of(said) for name in self.clouds.open(
-                self.clouds.account(cloud, owner[1])).names('flavor')}
+            names = {name for cloud in self.clouds_of(said)
+                     for name in self.flavor_names(self.clouds.account(cloud, owner[1]))}
         except CloudError:
             return wanted
         return [each for each in wanted if not each.guess or each.uid in booked or not names
                 or difflib.get_close_matches(each.guess, names, 1)]
+
+    def flavor_names(self, account: str) -> list[str]:
+        cloud = self.clouds.open(account)
+        return self.shares.ask(f'the cloud {account}', lambda: cloud.names('flavor'))
 
     def clouds_of(self, said: dict) -> list[str]:
         """The clouds on which a calendar may book: that of its resource, else those of all."""
@@ -8566,9 +9232,9 @@ class Calendars(Claims):
         """
         own = '' if self.actor.role == ADMIN else 'AND user = ? AND project = ?'
         who = () if self.actor.role == ADMIN else self.actor[:2]
-        feeds = rows(f"SELECT id, 'feed' AS kind, user, project, iif(resource <> '', resource, iif(whole_project, "
-                     f"'the project', 'the user')) AS shows, added FROM feed WHERE revoked IS NULL {own} ORDER BY id",
-                     *who)
+        feeds = rows("SELECT id, 'feed' AS kind, user, project, coalesce((SELECT name FROM resource s "
+                     "WHERE s.id = resource_id), iif(whole_project, 'the project', 'the user')) AS shows, added "
+                     f'FROM feed WHERE revoked IS NULL {own} ORDER BY id', *who)
         subscribed = rows(f"SELECT id, 'subscription' AS kind, user, project, url, added, polled, fault, held "
                           f'FROM subscription WHERE due IS NOT NULL {own} ORDER BY id', *who)
         return [public(each) for each in feeds] + [
@@ -8589,9 +9255,7 @@ class Calendars(Claims):
         user, project = self.owner({'user': user, 'project': project})
         secret = secrets.token_urlsafe(24)
         with self.writing(dry_run) as now:
-            if resource:
-                self.resource_row(resource)
-            insert(Feed, user=user, project=project, whole_project=whole_project, resource=resource,
+            insert(Feed, user=user, project=project, whole_project=whole_project, resource=self.id_of(resource),
                    hash=hashed(secret), added=int(now), revoked=None)
             self.journal(now, 'calendar', f'made a feed for {user} in {project}')
         name = quote(resource or (project if whole_project else user), safe='')
@@ -8629,15 +9293,14 @@ class Calendars(Claims):
         """
         said = {name: value for name, value in locals().items() if name not in ('self', 'url', 'dry_run')}
         said['user'], said['project'] = self.owner(said)
-        if resource:
-            self.resource_row(resource)
+        said['resource'] = self.id_of(resource) or 0
         try:
             parts = urlsplit(url)
             host, port = parts.hostname or '', parts.port or 443
         except ValueError:
             raise Invalid('url: its host or port is none; write one such as https://example.org/eva.ics') from None
         try:
-            allowed_address(self.config, host, port)
+            self.shares.ask(f'the host {host}', lambda: allowed_address(self.config, host, port))
         except (OSError, ValueError) as error:
             raise Invalid(f'url: {error}') from None
         with self.writing(dry_run) as now:
@@ -8704,7 +9367,7 @@ class Calendars(Claims):
             return {}
         if status != 200:
             raise Unavailable(f'the answer was {status}')
-        said = json.loads(subscription.defaults)
+        said = self.defaults_of(subscription)
         acting = self.acting(Actor(subscription.user, subscription.project, USER))
         answer = acting.take_calendar(body.decode('utf8', 'surrogateescape'), said, False, subscription)
         # What could not be done now is asked for again, also when the calendar is the same.
@@ -8712,6 +9375,18 @@ class Calendars(Claims):
         kept = {'held': answer.get('held', ''), 'etag': '' if open_end else found.get('etag', '')[:255],
                 'modified': '' if open_end else found.get('last-modified', '')[:255]}
         return kept | ({} if answer.get('held') else {'confirmed': False})
+
+    def defaults_of(self, subscription) -> dict:
+        """What the events of a subscribed calendar don't say; its resource under the name that it has now.
+
+        Raises:
+          NotFound: that was removed.
+        """
+        said = json.loads(subscription.defaults)
+        found = row('SELECT name, removed FROM resource WHERE id = ?', said['resource'])
+        if found and found.removed:
+            raise NotFound(f"the resource '{found.name}' was removed; subscribe again with another --resource")
+        return said | {'resource': found.name if found else ''}
 
     def live_of(self, subscription, now: float) -> dict[int, int]:
         """How many occurrences to come a subscription has, of each reservation."""
@@ -8759,7 +9434,8 @@ class Calendars(Claims):
 
     def feed(self, secret: str) -> tuple[str, Any]:
         """The name and the row of the feed at a secret address; NotFound if there is none."""
-        found = row('SELECT * FROM feed WHERE hash = ? AND revoked IS NULL', hashed(secret))
+        found = row('SELECT f.*, s.name AS resource FROM feed f LEFT JOIN resource s ON s.id = f.resource_id '
+                    'WHERE hash = ? AND revoked IS NULL', hashed(secret))
         if not found:
             raise NotFound('there is no calendar at this address, or no longer')
         return found.resource or f"{found.project if found.whole_project else found.user} on cmres", found
@@ -8791,10 +9467,11 @@ class Calendars(Claims):
 
     def shown_in(self, feed) -> tuple[list, list]:
         """The occurrences that a feed shows, as `page` takes them."""
-        own = not feed.resource and not feed.whole_project
-        asked = dict.fromkeys(PLACE, '') | {'resource': feed.resource, 'user': feed.user if own else '',
-                                            'project': '' if feed.resource else feed.project}
+        own = not feed.resource_id and not feed.whole_project
+        asked = dict.fromkeys((*PLACE, 'resource'), '') | {
+            'user': feed.user if own else '', 'project': '' if feed.resource_id else feed.project}
         filters, where = self.acting(Actor('', '', ADMIN)).filtered(asked)
+        filters |= {'places': [feed.resource_id]} if feed.resource_id else {}
         begin = int(self.clock()) - MONTH
         return self.ways(filters, (), begin), [*where, ('o."end" > ?', begin)]
 
@@ -8840,6 +9517,24 @@ STILL_KNOWN = '''(
   OR EXISTS (SELECT 1 FROM proposal WHERE reservation_id = reservation.id)
   OR EXISTS (SELECT 1 FROM event WHERE reservation_id = reservation.id AND id = (SELECT max(id) FROM event))
   OR booked_until IS NOT NULL OR id = (SELECT max(id) FROM reservation))'''
+#: VM-hours in [first, last) of each kind: reserved, used of that, left unused; and how late a VM was at worst.
+#: What runs on after its window, or stays stopped, is no use of a reservation.
+HOURS = f'''
+  WITH held AS (SELECT o.id, {{by}} AS of, o.vms, max(o.held_from, ?) AS begin, min(o.held_until, ?) AS until
+                  {FROM_ALL} WHERE o.id IN ({{near}}) AND o.held_from < ? AND o.held_until > ?
+                   AND {{own}}),
+       ran AS (SELECT h.id, min(coalesce(v.deleted, ?), h.until) - max(v.ready, h.begin) AS used,
+                      v.ready - v.planned AS late
+                 FROM held h CROSS JOIN server v ON v.occurrence_id = h.id WHERE v.ready IS NOT NULL
+                UNION ALL
+               SELECT h.id, min(coalesce(c.gone, ?), h.until) - max(c.at, h.begin), 0
+                 FROM held h CROSS JOIN claim c ON c.occurrence = h.id
+                WHERE NOT EXISTS (SELECT 1 FROM server v WHERE v.uid = c.server)),
+       used AS (SELECT id, sum(max(used, 0)) AS used, max(late) AS late FROM ran GROUP BY id),
+       each AS (SELECT h.of, max(h.vms * (h.until - h.begin), 0) AS reserved, coalesce(u.used, 0) AS used, u.late
+                  FROM held h LEFT JOIN used u ON u.id = h.id)
+  SELECT of, sum(reserved) / 3600.0, sum(used) / 3600.0, sum(max(reserved - used, 0)) / 3600.0,
+         max(coalesce(max(late), 0), 0) FROM each GROUP BY of'''
 
 
 class Reservations(Calendars):
@@ -8878,7 +9573,8 @@ class Reservations(Calendars):
         where = [('v.planned >= ?', first), ('NOT v.borrowed', None), *self.visible()]
         found = rows(f"""
             SELECT v.account AS cloud, v.name, r.label, v.tries, v.fault, v.planned, v.ready - v.planned AS ready,
-                   v.begun - v.planned + CASE WHEN v.planned = o.start THEN o.start - o.held_from ELSE 0 END AS begun
+                   iif(v.tries > 1, NULL, v.begun) - v.planned + CASE
+                   WHEN v.planned = o.start THEN o.start - o.held_from ELSE 0 END AS begun
               FROM server v JOIN occurrence o ON o.id = v.occurrence_id JOIN reservation r ON r.id = o.reservation_id
              WHERE {' AND '.join(text for text, _ in where)} ORDER BY v.account, v.id""",
                      *(value for text, value in where if '?' in text))
@@ -8896,8 +9592,9 @@ class Reservations(Calendars):
 
     @api('GET', '/report/')
     def report(self, since: When = None, until: When = None, by_whom: Name = 'project') -> Rows:
-        """Adds up machine-hours reserved, used and unused, requests refused, and lateness, for each of some kind.
+        """Adds up VM-hours reserved, used and unused, requests refused, and lateness, for each of some kind.
 
+        A reservation counts from its lead to its end; what runs or stays after that is not counted as used.
         Counts the last 30 days unless --since and --until say otherwise.
 
         Example:
@@ -8910,54 +9607,35 @@ class Reservations(Calendars):
         last = self.resolve(FIRST, until)[1] if until else int(now)
         first = self.resolve(since, LAST)[0] if since else last - 30 * 86400
         own = ' AND '.join(['1', *(text for text, _ in self.visible())])
-        who = [value for _, value in self.visible()]
-        lines: dict = defaultdict(lambda: dict.fromkeys(('reserved', 'used', 'refused', 'late_worst'), 0.0))
-        during = ' UNION ALL '.join(f'SELECT id FROM occurrence o INDEXED BY occurrence_{way} WHERE {condition}'
-                                    for way, condition in self.ways({'user': '', 'project': ''}, (), first))
-        for name, reserved in run(f'''SELECT {columns[by_whom]}, sum(o.vms * max(0, min(o.held_until, ?)
-                                             - max(o.start, ?))) / 3600.0
-                                        {FROM_ALL} WHERE o.id IN ({during}) AND {own} AND o.start < ?
-                                         AND o.held_until > ? GROUP BY 1''', last, first, *who, last, first):
-            lines[name]['reserved'] += reserved
-        for name, used, late in run(f'''SELECT {columns[by_whom]},
-                                               sum(max(0, min(coalesce(v.deleted, ?), ?) - max(v.ready, ?)))
-                                               / 3600.0, max(v.ready - v.planned)
-                                          FROM server v CROSS JOIN occurrence o ON o.id = v.occurrence_id
-                                          JOIN reservation r ON r.id = o.reservation_id
-                                          JOIN resource s ON s.id = o.resource_id
-                                         WHERE {own} AND v.ready < ? AND (v.deleted > ? OR v.deleted IS NULL)
-                                         GROUP BY 1''', now, last, first, *who, last, first):
-            lines[name]['used'] += used
-            lines[name]['late_worst'] = max(lines[name]['late_worst'], late)
-        for name, used in run(f'''SELECT {columns[by_whom]},
-                                         sum(max(0, min(coalesce(c.gone, ?), ?, o.held_until) - max(c.at, ?))) / 3600.0
-                                    FROM claim c CROSS JOIN occurrence o ON o.id = c.occurrence
-                                    JOIN reservation r ON r.id = o.reservation_id
-                                    JOIN resource s ON s.id = o.resource_id
-                                   WHERE {own} AND (c.gone > ? OR c.gone IS NULL) AND c.at < ?
-                                     AND NOT EXISTS (SELECT 1 FROM server v WHERE v.uid = c.server) GROUP BY 1''',
-                              now, last, first, *who, first, last):
-            lines[name]['used'] += used
+        lines: dict = defaultdict(lambda: dict.fromkeys(('reserved', 'used', 'unused', 'refused', 'late_worst'), 0.0))
+        near = ids_by(self.ways({'user': '', 'project': ''}, (), first))
+        for name, *figures in run(HOURS.format(by=columns[by_whom], own=own, near=near), first, last, last, first,
+                                  *(value for _, value in self.visible()), now, now):
+            lines[name] |= zip(('reserved', 'used', 'unused', 'late_worst'), figures)
         self.add_forgotten(lines, by_whom, first, last)
-        refused = {'project': 'project', 'user': 'actor', 'resource': 'resource'}[by_whom]
+        refused = {'project': 'project', 'user': 'actor',
+                   'resource': "coalesce((SELECT name FROM resource s WHERE s.id = resource_id), '')"}[by_whom]
         mine = '' if self.actor.role == ADMIN else 'AND project = ?'
         for name, count in run(f"SELECT {refused}, count(*) FROM event WHERE code = 'refused' AND project <> '' AND reservation_id IS NULL "
                                'AND at >= ? '
                                f'AND at < ? {mine} GROUP BY 1', first, last, *([self.actor.project] if mine else [])):
             lines[name]['refused'] += count
         return [{by_whom: name, 'reserved_hours': round(each['reserved'], 3), 'used_hours': round(each['used'], 3),
-                 'unused_hours': round(max(each['reserved'] - each['used'], 0), 3), 'refused': int(each['refused']),
+                 'unused_hours': round(each['unused'], 3), 'refused': int(each['refused']),
                  'late_worst': round(each['late_worst'], 3)} for name, each in sorted(lines.items())]
 
     def add_forgotten(self, lines: dict, by_whom: str, first: int, last: int) -> None:
         """Adds what is kept of forgotten days to the lines of a report; of a day that is cut, its share."""
         own = '' if self.actor.role == ADMIN else 'AND project = ?'
+        by = "(SELECT name FROM resource s WHERE s.id = t.resource)" if by_whom == 'resource' else by_whom
         share = f'(min(day + {DAY}, ?2) - max(day, ?1)) / {DAY}.0'
-        for name, reserved, used, refused, late in run(f'''
-                SELECT {by_whom}, sum(reserved * {share}) / 3600, sum(used * {share}) / 3600, sum(refused * {share}),
-                       max(late_worst) FROM tally WHERE day > ?1 - {DAY} AND day < ?2 {own} GROUP BY 1''',
+        sums = ', '.join(f'sum({name} * {share}) / {unit}' for name, unit in (
+            ('reserved', 3600), ('used', 3600), ('unused', 3600), ('refused', 1)))
+        for name, *figures, late in run(
+                f"SELECT coalesce({by}, ''), {sums}, max(late) FROM tally t "
+                f'WHERE day > ?1 - {DAY} AND day < ?2 {own} GROUP BY 1',
                 first, last, *([self.actor.project] if own else [])):
-            for field, more in (('reserved', reserved), ('used', used), ('refused', refused)):
+            for field, more in zip(('reserved', 'used', 'unused', 'refused'), figures):
                 lines[name][field] += more
             lines[name]['late_worst'] = max(lines[name]['late_worst'], late)
 
@@ -8972,7 +9650,7 @@ class Reservations(Calendars):
                    before, before)
         for each in old:
             self.forget_occurrence(each)
-        events = rows(f'''SELECT id, at, code, actor, project, resource, reservation_id FROM event e WHERE at < ?
+        events = rows(f'''SELECT id, at, code, actor, project, resource_id, reservation_id FROM event e WHERE at < ?
                            AND id < (SELECT max(id) FROM event) AND id <= (SELECT min(id) FROM event) + {most}
                            AND NOT EXISTS (SELECT 1 FROM outbox WHERE event_id = e.id AND due IS NOT NULL)
                          LIMIT {most}''', before)
@@ -8988,20 +9666,13 @@ class Reservations(Calendars):
 
     def forget_occurrence(self, old) -> None:
         """Forgets one occurrence with its servers and claims, and its reservation if it was the last."""
-        about = row('SELECT r.project, r.user, s.name FROM reservation r, resource s WHERE r.id = ? AND s.id = ?',
-                    old.reservation_id, old.resource_id)
-        self.tally(about, [(old.start, old.held_until, 'reserved', old.vms, 0)])
-        self.tally(about, [(each.ready, each.deleted, 'used', 1, each.ready - each.planned) for each in rows(
-            'SELECT ready, deleted, planned FROM server WHERE occurrence_id = ? AND ready IS NOT NULL', old.id)])
-        self.tally(about, [(each.at, min(each.gone, old.held_until), 'used', 1, 0) for each in rows(
-            'SELECT at, gone FROM claim c WHERE occurrence = ? AND NOT EXISTS (SELECT 1 FROM server v '
-            'WHERE v.uid = c.server)', old.id)])
+        self.tally(old)
         release(old.resource_id, old.held_from, old.held_until, amount_of(old))
         run('DELETE FROM server WHERE occurrence_id = ?', old.id)
         run('DELETE FROM claim WHERE occurrence = ?', old.id)
         run('DELETE FROM occurrence WHERE id = ?', old.id)
         if not row(f'SELECT 1 AS one FROM reservation WHERE id = ? AND {STILL_KNOWN}', old.reservation_id):
-            self.forget_events(rows('SELECT id, at, code, actor, project, resource, reservation_id FROM event '
+            self.forget_events(rows('SELECT id, at, code, actor, project, resource_id, reservation_id FROM event '
                                     'WHERE reservation_id = ?', old.reservation_id))
             run('DELETE FROM reservation WHERE id = ?', old.reservation_id)
 
@@ -9009,28 +9680,33 @@ class Reservations(Calendars):
         """Forgets events and the notices of them; what was refused stays counted."""
         for each in events:
             if each.code == 'refused' and each.project and each.reservation_id is None:
-                who = {'day': int(each.at) // DAY * DAY, 'project': each.project, 'user': each.actor,
-                       'resource': each.resource}
-                self.count(who, refused=1)
+                day = int(each.at) // DAY * DAY
+                self.count((day, each.project, each.actor, each.resource_id or 0), refused=1)
             run('DELETE FROM outbox WHERE event_id = ?', each.id)
             run('DELETE FROM event WHERE id = ?', each.id)
 
-    def tally(self, about, spans: Iterable[tuple]) -> None:
-        """Adds spans (begin, until, which figure, of how many, how late) to the sums of their days."""
-        for begin, until, figure, number, late in spans:
-            for day in range(int(begin) // DAY * DAY, int(until) + 1, DAY):
-                seconds = min(day + DAY, until) - max(day, begin)
-                if seconds > 0:
-                    self.count({'day': day, 'project': about.project, 'user': about.user, 'resource': about.name},
-                               **{figure: seconds * number, 'late_worst': late})
+    def tally(self, old) -> None:
+        """Adds what an occurrence held, and what ran of that, to the sums of its days; as HOURS reckons."""
+        ran = [*run('SELECT ready, coalesce(deleted, ?2), ready - planned FROM server '
+                    'WHERE occurrence_id = ?1 AND ready IS NOT NULL', old.id, old.held_until),
+               *run('SELECT at, coalesce(gone, ?2), 0 FROM claim c WHERE occurrence = ?1 AND NOT EXISTS '
+                    '(SELECT 1 FROM server v WHERE v.uid = c.server)', old.id, old.held_until)]
+        late = max((each[2] for each in ran), default=0)
+        for day in range(old.held_from // DAY * DAY, old.held_until, DAY):
+            first, last = max(day, old.held_from), min(day + DAY, old.held_until)
+            reserved = old.vms * (last - first)
+            used = sum(max(min(end, last) - max(begin, first), 0) for begin, end, _ in ran)
+            self.count((day, old.of_project, old.of_user, old.resource_id), reserved=reserved, used=used,
+                       unused=max(reserved - used, 0), late=max(late, 0))
 
-    def count(self, who: dict, **figures: float) -> None:
-        """Adds figures to the sums of a day; of how late something was, the worst counts."""
-        all_of_them = {'reserved': 0, 'used': 0, 'refused': 0, 'late_worst': 0} | figures
-        run('INSERT INTO tally (day, project, user, resource, reserved, used, refused, late_worst) '
-            'VALUES (?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO UPDATE SET reserved = reserved + excluded.reserved, '
-            'used = used + excluded.used, refused = refused + excluded.refused, '
-            'late_worst = max(late_worst, excluded.late_worst)', *who.values(), *all_of_them.values())
+    def count(self, whose: tuple, **figures: float) -> None:
+        """Adds figures to the sums of a day, project, user and resource; of how late, the worst counts."""
+        figures = dict.fromkeys(('reserved', 'used', 'unused', 'refused', 'late'), 0) | figures
+        run('INSERT INTO tally (day, project, user, resource, reserved, used, unused, refused, late) '
+            'VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO UPDATE SET '
+            'reserved = reserved + excluded.reserved, used = used + excluded.used, '
+            'unused = unused + excluded.unused, refused = refused + excluded.refused, '
+            'late = max(late, excluded.late)', *whose, *figures.values())
 
     @api('POST', '/token/', role=ADMIN)
     def token_add(self, user: Name, project: Name = 'default', role: Name = USER, dry_run: bool = False) -> dict:
@@ -9062,15 +9738,37 @@ class Reservations(Calendars):
     def token_revoke(self, id: int, dry_run: bool = False) -> dict:
         """Makes a token worthless from now on.
 
+        With the last token of a user in a project, their feeds and subscriptions end as well. What
+        they have reserved stays.
+
         Example:
           python cmres.py token revoke 3
         """
         with self.writing(dry_run) as now:
-            if not row('SELECT id FROM token WHERE id = ? AND revoked IS NULL', id):
+            found = row('SELECT user, project FROM token WHERE id = ? AND revoked IS NULL', id)
+            if not found:
                 raise NotFound(f'there is no token {id} that is in force')
             change(Token, id, revoked=int(now))
-            self.journal(now, 'token', f'revoked token {id}')
+            self.journal(now, 'token', f'revoked token {id}{self.end_calendars(*found, now)}')
             return public(row('SELECT id, user, project, role, added, revoked FROM token WHERE id = ?', id))
+
+    def end_calendars(self, user: str, project: str, now: float) -> str:
+        """Ends the feeds of who has no token any more, and the subscriptions of who may not book.
+
+        Returns:
+          what has ended, as the end of a sentence.
+        """
+        mine = 'WHERE user = ? AND project = ? AND'
+        roles = {each.role for each in rows(
+            f'SELECT role FROM token {mine} revoked IS NULL', user, project)}
+        ended = []
+        if not roles:
+            ended.append((run(f'UPDATE feed SET revoked = ? {mine} revoked IS NULL',
+                              int(now), user, project).rowcount, 'feeds'))
+        if not roles - {READER}:
+            ended.append((run(f'UPDATE subscription SET due = NULL {mine} due IS NOT NULL',
+                              user, project).rowcount, 'subscriptions'))
+        return ''.join(f'; {number} {what} of {user} ended' for number, what in ended if number)
 
 
 # Life cycle ##################################################################
@@ -9143,6 +9841,16 @@ def orphans_in(seen: dict[str, Seen], matched: list[tuple]) -> list[Seen]:
     """Of what a cloud shows, the servers with our mark of which the store tells nothing."""
     wanted = {found.uid for _, found in matched if found}
     return [each for uid, each in seen.items() if each.mark and uid not in wanted]
+
+
+def server_name(label: str, number: str) -> str:
+    """The name of a VM, which is its hostname too, however long the label is.
+
+    Nova makes a hostname of the first 63 characters of a name, puts '-' for '_' and '.', and strips
+    those at the ends (nova.utils.sanitize_hostname; RFC 1123, 2.1).
+    """
+    word = re.sub('[^A-Za-z0-9]+', '-', label)[:63 - len(number)].strip('-')
+    return (word or 'vm') + number
 
 
 class LostLease(Error):
@@ -9249,7 +9957,7 @@ class LifeCycle:
         if not self.lead(now):
             self.forget()
             return False
-        now = self.believed(now)
+        now = self.believed()  # we may have been frozen since
         if now < self.latest - 2:
             log.warning('the clock was set back by %.0f seconds', self.latest - now)
             self.pull_forward(now)
@@ -9511,9 +10219,9 @@ class LifeCycle:
         log.warning('%s', sentence)
         journal(self.config, self.now(), 'cmres', 'clock', sentence)
 
-    def believed(self, now: float) -> float:
-        """The instant by which a pass acts that was begun at `now` by the wall clock."""
-        trust, instead = self.judged()
+    def believed(self) -> float:
+        """The instant by which a pass acts; asks the clouds for theirs while the clock is doubted."""
+        trust, now = self.judged()
         if trust.doubted != (self.trust and self.trust.doubted):
             with self.acting():
                 self.judge()
@@ -9525,7 +10233,7 @@ class LifeCycle:
             self.asked = self.uptime()
             for account in self.clouds.accounts():
                 self.submit(('time', account), 'time', account, None)
-        return instead
+        return now
 
     # What is wanted
 
@@ -9635,7 +10343,9 @@ class LifeCycle:
     def plan_server(self, occurrence, n: int, now: float, before=None) -> None:
         """Writes down a server that is wanted: a new one, one that was there, or a series' own from `before`."""
         borrowed = bool(occurrence.server)
-        values = dict(name=f'{occurrence.label}-{occurrence.id}-{n}', uid=occurrence.server or None, tries=0,
+        # One that was there has a name of its own, which the first look tells.
+        values = dict(name=occurrence.server or server_name(occurrence.label, f'-{occurrence.id}-{n}'),
+                      uid=occurrence.server or None, tries=0,
                       state='unknown' if borrowed else 'planned', begun=None,
                       account=self.clouds.account(occurrence.cloud, occurrence.project))
         if before:
@@ -9984,7 +10694,7 @@ class LifeCycle:
         change(Server, server.id, intended=now, due=now + self.config.call_timeout)
         if verb == 'boot':
             server = server._replace(tries=server.tries + 1)
-            change(Server, server.id, state='build', tries=server.tries, uid=None, begun=server.begun or now)
+            change(Server, server.id, state='build', tries=server.tries, uid=None, begun=now)
         return [(verb, server)]
 
     def known(self, account: str) -> list[str]:
@@ -10174,8 +10884,7 @@ class LifeCycle:
                    due=now + self.config.poll, **saved)
 
     def record_boot(self, server, result: Job, now: float) -> None:
-        begun = result.began if server.tries == 1 else server.begun
-        error = result.error
+        begun, error = result.began, result.error
         if not error:
             due = now + self.config.poll if server.goal == 'up' else now
             state = 'build' if server.state == 'planned' else server.state  # it was given up too early
@@ -10347,6 +11056,8 @@ class LifeCycle:
 
     def record_seen(self, server, seen: Seen, now: float) -> None:
         """A server that is there: adopt it, and go on from the state that it is in."""
+        if server.borrowed and seen.name not in ('', server.name):
+            change(Server, server.id, name=seen.name)
         if server.state in UNDER_WAY.values() and not self.arrived(server.state, seen.state):
             stuck = now >= server.called + self.config.call_timeout  # then it is asked once more
             state = ('error' if server.state == 'deleting' else seen.state) if stuck else server.state
@@ -10398,11 +11109,23 @@ class LifeCycle:
         elif server.borrowed:
             self.put_off(server, 'the server is not there any more', now, state='unknown')
         elif server.state in ('error', 'deleting') or not server.uid:
+            self.write_off(server, now)
             self.put_off(server, server.fault or 'it was never made', now, state='planned', uid=None)
         else:
+            self.write_off(server, now)
             change(Server, server.id, state='planned', uid=None, fault='it vanished from the cloud', due=now)
             return [server]
         return []
+
+    def write_off(self, server, now: float) -> None:
+        """Keeps a VM that was up and is gone in a row of its own: another takes its place here."""
+        if server.ready:
+            kept = ('occurrence_id, n, name, account, goal, borrowed, tries, uid, snapshot, '
+                    'snapshot_id, planned, begun, ready')
+            run(f"INSERT INTO server ({kept}, state, failures, addresses, fault, deleted) "
+                f"SELECT {kept}, 'deleted', 0, '[]', '', ? FROM server WHERE id = ?",
+                now, server.id)
+            change(Server, server.id, begun=None, ready=None)
 
     def tell_vanished(self, servers: list, now: float) -> None:
         """Tells of the servers of each occurrence that vanished; once, while they come and go."""
@@ -10457,7 +11180,8 @@ def handler(service: Reservations, operation: Operation | None, fixed: dict) -> 
             body = read_body(bottle.request, most_body(operation))
             given = given_once(read_query(bottle.request), body, path, fixed)
             bound = bind(operation, given, acting.here)
-            answer = getattr(acting, operation.name)(**bound)
+            with acting.shares.answering(acting.actor.user):
+                answer = getattr(acting, operation.name)(**bound)
         except Error as error:
             return reply(error.status, error_body(error))
         made = operation.name.rsplit('_')[-1] in ('add', 'load', 'generate') and not bound.get('dry_run')
@@ -10695,6 +11419,7 @@ def given_once(*sources: dict) -> dict:
 SCHEMAS = {int: {'type': 'integer'}, Cursor: {'type': ['string', 'integer']}, bool: {'type': 'boolean'}, Count: {'type': 'integer', 'minimum': 1},
            Most: {'oneOf': [{'type': 'integer', 'minimum': 0}, {'const': 'unlimited'}]},
            Label: {'type': 'string', 'pattern': '^[A-Za-z0-9._-]{1,64}$'},
+           NewLabel: {'type': 'string', 'pattern': '^[A-Za-z0-9._][A-Za-z0-9._-]{0,63}$'},
            Names: {'type': 'array', 'items': {'type': 'string'}},
            Pairs: {'type': 'object', 'additionalProperties': {'type': 'string'}},
            Rows: {'type': 'array', 'items': {'type': 'object'}},
@@ -11019,11 +11744,15 @@ TEMPLATES = {'layout': '''<!doctype html>
 <p>Sign in with the token that an admin gave you.</p>
 <form method="post" action="/sign-in" class="fields">
 <label class="wide">Token
-<input name="token" type="password" value="{{token}}" autocomplete="current-password" required></label>
+<input name="token" type="password" autocomplete="current-password" required></label>
 <input type="hidden" name="next" value="{{back}}">
 <div><button class="main">Sign in</button></div>
 </form>
 </div>
+''', 'secret': '''
+<div class="card" role="status"><p>{{words}}</p><p><code>{{secret}}</code></p>
+<p>It is shown only now: copy it. Nobody can show it again.</p></div>
+<p><a href="{{back}}">Back</a></p>
 ''', 'refused': '''
 <div class="refused" role="alert"><p>{{sentence}}</p></div>
 <p><a href="{{back}}">Back</a></p>
@@ -11300,7 +12029,7 @@ If it does not fit, wait</label>
 <label>To <input name="end" type="datetime-local" value="{{end}}"></label>
 <label>Machines <input name="vms" type="number" min="1" value="{{found['vms']}}"></label>
 </div><p><button>Change</button>
-{{'only this one' if occurrence else 'all that has not begun' if found['repeat'] else ''}}</p></form>
+{{'only this one' if occurrence else 'all that has not begun' if found['tz'] else ''}}</p></form>
 % end
 ''', 'live': '''
 <div class="card"><dl>
@@ -11390,6 +12119,7 @@ If it does not fit, wait</label>
 ''', 'form': '''
 <details class="card"><summary>{{title}}</summary>
 <form method="post" action="/do/{{operation}}">{{!visit.guard}}<input type="hidden" name="next" value="/admin">
+<input type="hidden" name="once" value="{{once}}">
 <p class="soft small">{{summary}}</p><div class="fields">
 % for name, words, required, choices in fields:
 <label>{{name.replace('_', ' ').capitalize()}}
@@ -11423,8 +12153,9 @@ DEEDS = {'extend': ('Extend', ('by', 'by', '+1h'), False), 'keep': ('Keep on', (
          'maintenance_delete': ('Call off', None, True), 'token_revoke': ('Revoke', None, True),
          'limit_delete': ('Take away', None, True), 'resource_delete': ('Remove', None, True)}
 ASKS = ('delete', 'resource_delete', 'token_revoke')  # what is asked for twice
+SECRET = {'token', 'feed'}  # fields of answers: shown in the answer itself, and kept nowhere
 #: What can be done to a reservation in each state; to a pending one, what its holder or an admin says.
-DEEDS_IN = {'waiting': ('delete',), 'pending': ('delete',), 'reserved': ('extend', 'skip', 'delete'),
+DEEDS_IN = {'cancelled': ('skip',), 'waiting': ('delete',), 'pending': ('delete',), 'reserved': ('extend', 'skip', 'delete'),
             **dict.fromkeys(('starting', 'active', 'degraded'), ('extend', 'keep', 'delete'))}
 #: The fields of the admin's forms, in the order in which people think of them.
 FORMS = {'resource_add': ('name', 'cloud', 'region', 'aggregate', 'vms', 'vcpus', 'ram', 'classes', 'mode', 'approval'),
@@ -11436,7 +12167,7 @@ FORMS = {'resource_add': ('name', 'cloud', 'region', 'aggregate', 'vms', 'vcpus'
 CHOICES = {'mode': ('', 'open', *MODES), 'then': THEN, 'role': (USER, READER, ADMIN)}  # of those fields
 TITLES = {'resource_add': 'Add a resource', 'resource_update': 'Change a resource', 'token_add': 'Make a token',
           'maintenance_add': 'Plan a maintenance', 'limit_add': 'Set a limit'}
-DONE = {'extend': 'is longer now', 'keep': 'goes on', 'skip': 'is left out', 'delete': 'is cancelled',
+DONE = {'extend': 'is longer now', 'keep': 'goes on', 'skip': 'is left out', 'undo': 'has the occurrence again', 'delete': 'is cancelled',
         'update': 'is changed', 'accept': 'is yours', 'approve': 'is approved', 'reject': 'is rejected'}
 MORE = {'network': 'Network', 'key': 'Key pair', 'lead': 'Boot before the start by', 'notify': 'Notify',
         'skip_dates': 'Not on these dates'}  # further fields of the form to book
@@ -11502,7 +12233,13 @@ def render_page(template: str, /, **values) -> str:
 @functools.lru_cache
 def template_of(name: str):
     import bottle
-    return bottle.SimpleTemplate(TEMPLATES[name])
+    return bottle.SimpleTemplate(TEMPLATES[name], escape_func=in_html)
+
+
+def in_html(value) -> str:
+    """A value as the text of a page."""
+    import bottle
+    return bottle.html_escape(legible(str(value)))
 
 
 @dataclasses.dataclass
@@ -11573,11 +12310,14 @@ class Visit:
           occurrence: of a series, the one that is meant
         """
         words, field, bad = DEEDS[name]
+        undo = name == 'skip' and line.get('state') == 'cancelled'
+        words, bad = ('Put back', False) if undo else (words, bad)
         if 'label' in line:
             fields = {'label': line['label'], 'project': line['project']}
             onward = '/list' if not wide or bad and not occurrence else self.href(*fields.values())
             fields |= {'occurrence': occurrence} if occurrence else {}
-            words += (' this one' if occurrence else ' all' if line.get('repeat') else '') if name == 'delete' else ''
+            fields |= {'undo': 'true'} if undo else {}
+            words += (' this one' if occurrence else ' all' if line.get('tz') else '') if name == 'delete' else ''
         else:
             fields, onward = {key: line[key] for key in ('name', 'id') if key in line}, '/admin'
             fields = dict([next(iter(fields.items()))])
@@ -11591,7 +12331,8 @@ class Visit:
         if found['state'] == 'pending' or 'change' in found:
             held = self.service.occurrence(found['id'])
             asks = ['accept'] if held.confirm else ['approve', 'reject'] if self.actor.role == ADMIN else []
-        can = [deed for deed in DEEDS_IN.get(found['state'], ()) if deed != 'skip' or found['repeat']]
+        can = [deed for deed in DEEDS_IN.get(found['state'], ()) if deed != 'skip' or found['tz'] and (
+            found['start'] > self.here.now)]
         return [*asks, *can] if self.writes else []
 
 
@@ -11612,11 +12353,12 @@ class CloudNames:
         with self.lock:
             thread = self.asking.get(key)
             under_way = thread and thread.is_alive()
-            if time.monotonic() >= self.found.get(key, nothing)[0] and not under_way:
+            asks = time.monotonic() >= self.found.get(key, nothing)[0] and not under_way
+            if asks:
                 thread = self.asking[key] = threading.Thread(target=self.ask, args=key, daemon=True)
                 thread.start()
-        if thread:
-            thread.join(patience if key not in self.found else 0)
+        if asks and key not in self.found:  # who comes later does not wait as well
+            thread.join(patience)
         return self.found.get(key, nothing)[1:]
 
     def ask(self, account: str, sight: Sight) -> None:
@@ -11636,6 +12378,7 @@ class Pages:
     def __init__(self, service: Reservations):
         self.service = service
         self.names = CloudNames(service.clouds)
+        self.sent: deque[str] = deque(maxlen=1000)  # forms that were sent, by their numbers
         self.key = read_key(key_file(service.config.database, service.config.key))
 
     def mount(self, app) -> None:
@@ -11707,7 +12450,8 @@ class Pages:
                     return self.asking(visit, request, given)
                 if request.method == 'POST':
                     self.refuse_foreign(request, given, visit, signed_in)
-                return handle(visit, **path, given=given)
+                with visit.service.shares.answering(visit.service.actor.user):
+                    return handle(visit, **path, given=given)
             except Error as error:
                 return self.refusal(visit, error, local(given.get('next')))
         return handler
@@ -11747,11 +12491,11 @@ class Pages:
         goes = request.method == 'GET' and not aside or request.path == '/book'
         status = 200 if request.method == 'GET' and not aside else 401
         return self.page(visit, 'Sign in', render_page(
-            'sign in', refusal='', token='', back=request.path + query if goes else '/'), status)
+            'sign in', refusal='', back=request.path + query if goes else '/'), status)
 
     def ask(self, visit: Visit, given: dict):
-        """The form to sign in; a token in the address is filled in, and sent by whoever means it."""
-        return self.page(visit, 'Sign in', render_page('sign in', refusal='', token=given.get('token', ''), back='/'))
+        """The form to sign in, empty: addresses stand in logs and histories, so no token may."""
+        return self.page(visit, 'Sign in', render_page('sign in', refusal='', back='/'))
 
     def sign_in(self, visit: Visit, given: dict):
         """Signs in by a token, for as long as `signed_in` says."""
@@ -11760,7 +12504,7 @@ class Pages:
             actor_of(token)
         except Unauthorized as error:
             return self.page(visit, 'Sign in', render_page(
-                'sign in', refusal=str(error), token='', back=local(given.get('next'))), 401)
+                'sign in', refusal=str(error), back=local(given.get('next'))), 401)
         session, lasts = secrets.token_urlsafe(24), self.service.config.signed_in
         made = self.onward(local(given.get('next')))
         with transaction():
@@ -11888,12 +12632,12 @@ class Pages:
         except Conflict:  # it is in several projects
             found = {'parts': visit.service.list(label)}
         if 'parts' in found:
-            whole = [visit.deed(deed, {'label': label, 'project': found['parts'][0]['project'], 'repeat': ''}, True)
+            whole = [visit.deed(deed, {'label': label, 'project': found['parts'][0]['project']}, True)
                      for deed in ('extend', 'delete')] if 'label' in found and visit.writes else []
             return self.page(visit, label, render_page('list', visit=visit, lines=self.lines(visit, found['parts']),
                                                        after=0, over=None) + ''.join(whole))
         query = {'project': found['project']} | ({'occurrence': occurrence} if occurrence else {})
-        running = found['repeat'] and found['state'] in ('starting', 'active', 'degraded')
+        running = found['tz'] and found['state'] in ('starting', 'active', 'degraded')
         only = occurrence or (to_plain(found['start']) if running else '')
         return self.page(visit, label, render_page(
             'reservation', visit=visit, found=found, live=live, href=f'/r/{quote(label)}', query=f'?{urlencode(query)}',
@@ -12091,7 +12835,8 @@ class Pages:
         """One part of the admin's page: a table, and the forms that belong to it."""
         table = render_page('table', visit=visit, name=name, lines=lines, columns=columns.split(), deeds=deeds)
         return f'<h2>{name}</h2>{table}' + ''.join(render_page(
-            'form', visit=visit, operation=each, title=TITLES[each], summary=API[each].summary, fields=[
+            'form', visit=visit, operation=each, title=TITLES[each], summary=API[each].summary,
+            once=secrets.token_hex(8), fields=[
                 (field, WORDS[field], API[each].parameters[field].default is REQUIRED, CHOICES.get(field))
                 for field in FORMS[each]])
             for each in forms)
@@ -12101,7 +12846,7 @@ class Pages:
         operation = API.get(name)
         if not operation or not operation.changes:
             raise NotFound(f"there is no operation '{name}' that changes something")
-        onward, sure = local(given.get('next')), given.pop('sure', '')
+        onward, sure, once = local(given.get('next')), given.pop('sure', ''), given.pop('once', '')
         said = {field: value for field, value in given.items() if field != 'next'}
         if name in ASKS and not sure:
             return self.page(visit, 'Are you sure?', render_page(
@@ -12113,7 +12858,15 @@ class Pages:
                 if value != '' and not field.startswith('was_') and said.get(f'was_{field}') != value}
         if 'tz' in operation.parameters:
             said.setdefault('tz', visit.zone.key)
+        if once and once in self.sent:  # else loading the answer again makes another secret
+            raise Conflict('this form was sent already, and what it made is not shown again; go '
+                           'back to the form')
         answer = getattr(visit.service, name)(**bind(operation, said, visit.here))
+        self.sent.append(once)
+        if secret := SECRET & set(answer if isinstance(answer, dict) else ()):
+            return self.page(visit, 'Done', render_page(
+                'secret', words=told_done(name, said, answer), secret=answer[secret.pop()],
+                back=onward))
         return self.onward(onward, told_done(name, said, answer))
 
     def warned(self, visit: Visit, operation: Operation, said: dict) -> list[str]:
@@ -12126,9 +12879,8 @@ class Pages:
 
 def told_done(name: str, said: dict, answer) -> str:
     """What a form has done, in a sentence."""
+    name = 'undo' if said.get('undo') else name
     about = said.get('rename') or said.get('label') or said.get('name') or said.get('id') or said.get('user') or ''
-    if name == 'token_add':
-        return f"the token of {about}, shown only now: {answer.get('token', '')}"
     hit = answer.get('hit', []) if isinstance(answer, dict) else []
     told = ', '.join(f"{each['label']} of {each['user']} ({each['outcome']})" for each in hit[:20])
     gone = answer if name == 'delete' else ()
@@ -12700,11 +13452,20 @@ LOCAL = {each.__name__: Operation(each.__name__, each, ADMIN, [('POST', '', {})]
                       store_restore, store_migrate, store_orphans)}
 
 
+class Visible(logging.Formatter):
+    """Lines of the log in which nothing is unseen."""
+
+    def format(self, record):
+        return legible(super().format(record))
+
+
 def in_utc() -> None:
     """`schedule` reckons in local time, which stands still for an hour when summer ends."""
     os.environ['TZ'] = 'UTC'
     time.tzset()
-    logging.basicConfig(level=logging.INFO, format='%(asctime)sZ %(levelname)s %(message)s', stream=sys.stderr)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(Visible('%(asctime)sZ %(levelname)s %(message)s'))
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
     logging.getLogger('waitress.queue').setLevel(logging.ERROR)  # it warns at every request that waits
 
 
@@ -12769,7 +13530,7 @@ def welcome(service: Reservations, url: str) -> list[str]:
     if not service.token_list():
         token = service.token_add(service.actor.user, service.actor.project, ADMIN)['token']
         lines += [f'Made a token for {service.actor.user}, who is admin; it is shown only now: {token}',
-                  f'Sign in: {url}/sign-in?token={token}', 'Try:',
+                  f'Sign in with it: {url}/sign-in', 'Try:',
                   f"  curl -H 'Authorization: Bearer {token}' {url}{BASE}/resource/"]
     return lines
 
@@ -12838,7 +13599,7 @@ def main(argv: list[str] | None = None) -> int:
         run_fire(argv, lambda call: make(call, config, options) if isinstance(call, Call) else call)
         return 0
     except Error as error:
-        print('\n'.join(in_words(error, zone)), file=sys.stderr)
+        print(legible('\n'.join(in_words(error, zone))), file=sys.stderr)
         return 2 if isinstance(error, Invalid) else 1
     except STORE_ERRORS as error:
         if not (refusal := trouble(error)):
@@ -12926,6 +13687,10 @@ def plain_flags(operation: Operation, words: list[str]) -> list[str]:
     """The words after a command, flags checked, and `--flag` of a yes-or-no argument closed by its value."""
     plain = []
     for word in joined_flags(operation, words):
+        if re.match('-[A-Za-z]|--$', word):
+            raise Invalid(f'{operation.words} has no option {shown(word)}; options begin with two '
+                          'dashes, and what itself begins with a dash is written behind its name: '
+                          '--label=-x')
         flag, equals, _ = word.partition('=')
         name = flag[2:].replace('-', '_')
         off = name.removeprefix('no')
@@ -13008,12 +13773,23 @@ def file_rows(text: str, name: str) -> list[dict]:
         raise Invalid(f"'{name}' is not YAML: {str(error).splitlines()[0]}") from None
 
 
+#: What makes a formula of a cell in Excel and LibreOffice, the wide forms of East Asia too.
+FORMULA = re.compile('[=+@\t\r\n\uff1d\uff0b\uff0d\uff20-]')
+
+
+def unquoted(cell):
+    """A cell as it was before `csv_cell` quoted it; what is too much in a line is a list."""
+    quoted = isinstance(cell, str) and cell[:1] == "'" and FORMULA.match(cell[1:])
+    return cell[1:] if quoted else cell
+
+
 def csv_rows(text: str) -> list[dict]:
     """The lines of a CSV text with commas, or with semicolons as spreadsheets of many countries write them."""
     head = text.partition('\n')[0]
     reader = csv.DictReader(io.StringIO(text), restkey='', skipinitialspace=True,
                             delimiter=';' if ';' in head and ',' not in head else ',')
-    lines = [{**each, 'line': reader.line_num} for each in reader]
+    lines = [{name: unquoted(cell) for name, cell in each.items()} | {'line': reader.line_num}
+             for each in reader]
     for each in lines:
         if '' in each:
             raise ValueError(f"line {each['line']} has more cells than the first line has names")
@@ -13032,29 +13808,45 @@ def progress_bar(items: list) -> Iterable:
 def render(answer, form: str, zone: ZoneInfo, columns: str | None) -> str:
     """An answer as text: a table for people, or JSON, CSV or YAML for programs."""
     if form == 'json':
-        return json.dumps(to_plain(answer), ensure_ascii=False, indent=2)
+        return json_text(answer, indent=2).rstrip('\n')
     if form == 'yaml':
-        import yaml
-        return yaml.safe_dump(to_plain(answer), allow_unicode=True, sort_keys=False).rstrip()
+        return as_yaml(to_plain(answer))
     if form == 'csv':
         return as_csv(answer if isinstance(answer, list) else [answer])
     return as_table(answer, zone, columns)
 
 
+def as_yaml(answer) -> str:
+    import yaml
+    text = yaml.safe_dump(answer, allow_unicode=True, sort_keys=False)
+    if UNSEEN.search(text):  # the one way to escape some is to escape all that is not ASCII
+        text = yaml.safe_dump(answer, sort_keys=False)
+    return text.rstrip()
+
+
 def as_csv(lines: list[dict]) -> str:
     out = io.StringIO()
     writer = csv.writer(out, lineterminator='\n')
-    for number, line in enumerate(to_plain(lines)):
+    for number, line in enumerate(lines):
         if number == 0:
             writer.writerow(line)
-        writer.writerow([json.dumps(each, ensure_ascii=False) if isinstance(each, (list, dict)) else each
-                         for each in line.values()])
+        writer.writerow(map(csv_cell, line.values()))
     return out.getvalue().rstrip('\n')
+
+
+def csv_cell(value):
+    """A value as a cell of a spreadsheet; a text that would be a formula there gets a quote."""
+    if isinstance(value, str):
+        return legible(f"'{value}" if FORMULA.match(value) else value)
+    plain = to_plain(value)
+    if not isinstance(plain, (list, dict)):
+        return plain
+    return legible(json.dumps(plain, ensure_ascii=False))
 
 
 def as_table(answer, zone: ZoneInfo, columns: str | None = None) -> str:
     if isinstance(answer, dict) and len(answer) == 1:
-        return '\n'.join(map(str, answer.values()))
+        return '\n'.join(in_cell(each, zone) for each in answer.values())
     if isinstance(answer, dict):
         inner = {name: each for name, each in answer.items() if each and isinstance(each, list)
                  and isinstance(each[0], dict)}
@@ -13092,8 +13884,9 @@ def in_words(error: Error, zone: ZoneInfo) -> list[str]:
     details, lines = error.details, [f'cmres: {error}']
     for each in details.get('in_the_way', []):
         who = f"{each['label']} of {each['user']}, " if 'label' in each else ''
-        lines.append(f"  in the way: {who}{each['vms']} vms from {in_cell(each['start'], zone)} "
-                     f"to {in_cell(each['end'], zone)}")
+        what = f"{who}{each['vms']} vms" if 'vms' in each else each['reason']
+        lines.append(f"  in the way: {what} from {in_cell(each['start'], zone)} "
+                     + (f"to {in_cell(each['end'], zone)}" if each['end'] else 'until they are deleted'))
     offers = {'next_start': 'the same from {}', 'most_vms': '{} vms at that time', 'longest': '{} from that start'}
     lines += [f'  would fit:  {text.format(in_cell(details[name], zone))}'
               for name, text in offers.items() if name in details]
