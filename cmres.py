@@ -10242,11 +10242,11 @@ class LifeCycle:
         if now < self.fresh_until:
             return
         stamp = f'{instant(int(now)):%Y-%m-%d} {zone_table()}'
-        found = row('SELECT value FROM fact WHERE name = ?', 'refreshed')
+        done = fact('refreshed') == stamp
         if stamp != self.zones:
             ZoneInfo.clear_cache()  # the files may be others than when this process began
             self.zones = stamp
-        stale = [] if found and found.value == stamp else rows(
+        stale = [] if done else rows(
             "SELECT id FROM reservation WHERE series <> '' AND over > ? AND carried IS NOT ? LIMIT 20",
             int(now), stamp)
         for each in stale:
@@ -10254,9 +10254,9 @@ class LifeCycle:
         self.stale = bool(stale)
         if not stale:
             self.fresh_until = (now // 86400 + 1) * 86400
+        if not stale and not done:
             with self.acting():
-                run('INSERT INTO fact (name, value) VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET value = '
-                    'excluded.value', 'refreshed', stamp)
+                note_fact('refreshed', stamp)
 
     def carry_on(self, reservation: int, stamp: str, now: float) -> None:
         """Carries one series on; one that can't be is told of, and is tried again the next day."""
