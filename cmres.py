@@ -809,7 +809,8 @@ class Config:
     end_foreign: bool = setting(False, 'whether machines that people booted by hand on what they had reserved are '
                                 'deleted at its end')
     retention: int = setting(400, 'days after which what is over is forgotten; reports keep its sums', 1, 36500)
-    project_texts: int = setting(100, 'MiB of user data, descriptions and metadata that a project may keep here', 1, 10**6)
+    project_texts: int = setting(
+        100, 'MiB of user data, descriptions and metadata that a project may keep here', 1, 10**6)
     orphan_grace: float = setting(60.0, 'age in seconds at which a server of ours that nothing wants is removed', 0.0)
     verify_every: float = setting(
         3600.0, 'seconds between two checks of the database file for damage', 0.1)
@@ -3065,8 +3066,8 @@ LISTING = '''
            WHERE v.occurrence_id = o.id AND v.state NOT IN ('deleted', 'kept')) AS existing,
          (SELECT count(*) FROM server v WHERE v.occurrence_id = o.id AND v.ready IS NOT NULL) AS ever,
          (r.image <> '' OR r.server <> '') AS runs,
-         CAST(?1 AS INTEGER) AS now, o.told, o.held_from, o.held_until, o.resource_id, r.over, o.due, o.slot, o.altered, o.revision,
-         o.revised, r.waiting, r.priority, r.confirm, r.pending, r.on_conflict, r.booked_until, r.subscription,
+         CAST(?1 AS INTEGER) AS now, o.told, o.held_from, o.held_until, o.resource_id, r.over,
+         o.due, o.slot, o.altered, o.revision, o.revised, r.waiting, r.priority, r.confirm, r.pending, r.on_conflict, r.booked_until, r.subscription,
          r.series <> '' AS repeats, iif(r.repeat <> '', r.series, '') AS series, r.request, r.host,
          r.choices, r.trusted,
          (SELECT p.shown FROM proposal p WHERE p.reservation_id = r.id AND (p.occurrence = o.id OR NOT p.alone)
@@ -5672,8 +5673,8 @@ def public(found) -> dict:
 @functools.lru_cache
 def shown_fields(fields: tuple) -> list[tuple]:
     """Of each field that is shown: its name, its place in the row, and what reads it."""
-    readers = {'personal': bool, 'change': lambda text: from_plain(read_json(text or 'null'))} | dict.fromkeys(INSTANTS, instant)
-    readers |= dict.fromkeys(JSON, read_json)
+    readers = dict.fromkeys(INSTANTS, instant) | dict.fromkeys(JSON, read_json) | {
+        'personal': bool, 'change': lambda text: from_plain(read_json(text or 'null'))}
     return [(name, place, readers.get(name)) for place, name in enumerate(fields) if name not in HIDDEN]
 
 
@@ -5909,9 +5910,13 @@ class Service:
 
     def in_order(self, ids: list[int], state: Iterable[str] = (), fields: str = LISTING) -> list:
         """The listing of occurrences, as far as they are in some states, in the order of their ids here."""
-        lines = {each.id: each for each in self.search(
-            [('o.id IN (SELECT value FROM json_each(?))', json.dumps(ids))], state, tail='', fields=fields)} if ids else {}
+        found = self.search([self.among('o.id', ids)], state, tail='', fields=fields) if ids else ()
+        lines = {each.id: each for each in found}
         return [lines[id] for id in ids if id in lines]
+
+    def among(self, column: str, ids: list[int]) -> tuple[str, str]:
+        """The condition that a column is one of some ids."""
+        return f'{column} IN (SELECT value FROM json_each(?))', json.dumps(ids)
 
     def place_of_cursor(self, after: str) -> tuple[int, int]:
         """The start and id behind which a page begins; after an id alone, that one's present start."""
@@ -5941,8 +5946,9 @@ class Service:
     def ways_by(self, asked: dict, ways: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
         """The same ways, by the indexes that know whose or where as well."""
         ids, whose = asked.get('places'), 'user_' if asked['user'] else 'project_' if asked['project'] else ''
-        by = [('place_', f' AND o.resource_id = {id}') for id in ids] if ids is not None and len(ids) <= MOST_WAYS else [
-            (whose, self.within(asked))]
+        by = [(whose, self.within(asked))]
+        if ids is not None and len(ids) <= MOST_WAYS:
+            by = [('place_', f' AND o.resource_id = {id}') for id in ids]
         return [(f'{kind}{way}', condition + one) for way, condition in ways
                 for kind, one in (by if way in HALVES else [('', self.within(asked))])]
 
@@ -6528,8 +6534,9 @@ class Wishes(Service):
             return []
         most, later = 10 * MOST_OFFERS, ('o."end" > ?', begin)
         found = walk(self.clock(), WAYS['waiting'], [('o.due IS NOT NULL',), later], most)
-        for way, condition, value in (('project', 'o.of_project = ?', wish.project), ('user', 'o.of_user = ?', wish.user),
-                                      *(('place', 'o.resource_id = ?', each) for each in others)):
+        whose = [('project', 'o.of_project = ?', wish.project), ('user', 'o.of_user = ?', wish.user)]
+        whose += [('place', 'o.resource_id = ?', each) for each in others]
+        for way, condition, value in whose:
             ways = self.overlapping([(f'{way}_live', 'o.due IS NOT NULL')], begin, ' AND o.due IS NOT NULL')
             found += walk(self.clock(), ways, [(condition, value), later], most)
         return [each.end for each in rows(
@@ -6724,7 +6731,8 @@ class Limits(Wishes):
         begin, until = wish.held
         whose, who = self.whose(limit, wish)
         found = run(f'SELECT o.held_from, o.held_until, o.vms {FROM_ALL} WHERE {whose} = ? AND {where} AND '
-                    f'o.due IS NOT NULL AND o.start < ? + {LONGEST_LEAD} AND o.held_until > o.held_from AND o.id <> ? AND o.held_from < ? AND o.held_until > ? UNION ALL '
+                    f'o.due IS NOT NULL AND o.start < ? + {LONGEST_LEAD} AND o.held_until > o.held_from '
+                    'AND o.id <> ? AND o.held_from < ? AND o.held_until > ? UNION ALL '
                     f'SELECT x.held_from, x.held_until, x.vms {FROM_EXTRA} WHERE {where} AND x.held_from < ? '
                     'AND x.held_until > ? AND (x.proposal_id IS NOT NULL OR r.id <> ?)',
                     who, *values, until, old.id if old else 0, until, begin, *values, until, begin,
@@ -6798,8 +6806,8 @@ class Holding(Limits):
         for each in rows('SELECT resource_id, held_from, until FROM wait WHERE reservation_id = ?', reservation):
             call_waiting(*each)
         run('DELETE FROM wait WHERE reservation_id = ?', reservation)
-        found = row('SELECT r.choices, r.waiting, o.resource_id, o.held_from, o."end" FROM reservation r JOIN occurrence o '
-                    'ON o.reservation_id = r.id WHERE r.id = ? AND r.waiting IS NOT NULL AND o.cancelled IS NULL',
+        found = row('SELECT r.choices, r.waiting, o.resource_id, o.held_from, o."end" '
+                    'FROM reservation r JOIN occurrence o ON o.reservation_id = r.id WHERE r.id = ? AND r.waiting IS NOT NULL AND o.cancelled IS NULL',
                     reservation)
         for resource in dict.fromkeys(each[0] for each in json.loads(found.choices or '[]')
                                       or [[found.resource_id]]) if found else ():
@@ -6815,7 +6823,8 @@ class Holding(Limits):
 
     def first_in_line(self, resource: int, begin: int, until: int, now: float, before: str = '', *place):
         """Who has waited for longer than `patience` for a resource in a window; none beyond a place in the line."""
-        return row(f"""SELECT o.vms, r.waiting FROM wait w INDEXED BY wait_since CROSS JOIN reservation r ON r.id = w.reservation_id
+        return row(f"""SELECT o.vms, r.waiting FROM wait w INDEXED BY wait_since
+                         CROSS JOIN reservation r ON r.id = w.reservation_id
                          JOIN occurrence o ON o.reservation_id = r.id
                         WHERE w.resource_id = ? AND w.until > ? AND w.held_from < ? AND w.since <= ? AND w.until > ?
                               AND o.cancelled IS NULL {before}
@@ -6916,7 +6925,8 @@ class Holding(Limits):
         values = dict(resource=slot.resource, start=slot.start, end=slot.end, held_from=begin, held_until=slot.end,
                       **stored(wish.takes(slot.vms)))
         if id is None:
-            new = dict(reservation=reservation, of_project=wish.project, of_user=wish.user, slot=slot.key, altered=False, revision=0, revised=int(now), told=0,
+            new = dict(reservation=reservation, of_project=wish.project, of_user=wish.user,
+                       slot=slot.key, altered=False, revision=0, revised=int(now), told=0,
                        due=min(begin, slot.start - self.config.notice))
             insert(Occurrence, **new | values | more)
         else:
@@ -7610,7 +7620,8 @@ class Waiting(Admission):
     def waiting_requests(self, now: float) -> list[list]:
         """Some of those that wait and may have room now, in the order in which they get it; parts of one together."""
         due = rows(f"""SELECT DISTINCT r.id, r.project, r.request FROM wait w INDEXED BY wait_due
-                         CROSS JOIN reservation r ON r.id = w.reservation_id WHERE w.due <= ? ORDER BY r.priority DESC, r.waiting, r.id LIMIT {MOST_TRIED}""", now)
+                         CROSS JOIN reservation r ON r.id = w.reservation_id WHERE w.due <= ?
+                         ORDER BY r.priority DESC, r.waiting, r.id LIMIT {MOST_TRIED}""", now)
         whole = {each.id for each in due}
         for project, request in {(each.project, each.request) for each in due if each.request}:
             whole |= {each.id for each in rows("SELECT id FROM reservation WHERE request = ? AND request <> '' AND "
@@ -7635,16 +7646,16 @@ class Waiting(Admission):
         What is held by others goes by: of a window that has begun, the next change of level may be the one.
         """
         for each in request:
+            names = {name for _, amount in self.choices(each) for name in amount.names}
             for wait in rows('SELECT id, resource_id FROM wait WHERE reservation_id = ?', each.reservation):
                 later = now + 60 if limited else each.held_from if each.held_from > now else self.next_change(
-                    wait.resource_id, now, each.end)
+                    wait.resource_id, names, now, each.end)
                 change(Wait, wait.id, limited=limited, due=later)
 
-    def next_change(self, resource: int, now: float, until: int) -> float:
+    def next_change(self, resource: int, names: Iterable[str], now: float, until: int) -> float:
         """The next instant at which what is held of a resource changes, before an end."""
-        place = row('SELECT * FROM resource WHERE id = ?', resource)
         found = [row('SELECT min(at) AS at FROM step WHERE resource_id = ? AND track = ? AND at > ?', resource, track,
-                     now).at for track in ('', *capacity(place).names)]
+                     now).at for track in ('', CLOSED, *names)]
         return min([until, *filter(None, found)])
 
     def let_in(self, found, place, amount: Amount, now: float) -> None:
@@ -8070,10 +8081,6 @@ class Requests(Approval):
             at = ' AND '.join(f'"{column}" = ?' for column, _ in placed)
             filters['places'] = [each.id for each in rows(f'SELECT id FROM resource WHERE {at}', *given(placed))]
         return filters, [condition for condition in conditions if condition[1]]
-
-    def among(self, column: str, ids: list[int]) -> tuple[str, str]:
-        """The condition that a column is one of some ids."""
-        return f'{column} IN (SELECT value FROM json_each(?))', json.dumps(ids)
 
     @api('GET', '/reservation/<label>/show')
     @for_each_part
@@ -9084,8 +9091,10 @@ class Calendars(Claims):
         if all(not each.guess for each in wanted):
             return wanted
         booked = {each.uid for each in rows(
-            'SELECT uid FROM reservation WHERE user = ? AND project = ? AND subscription IS ? '
-            'AND over > ?', *owner, subscription.id if subscription else None, int(self.clock()))}
+            'SELECT uid FROM reservation WHERE uid IN (SELECT value FROM json_each(?)) '
+            'AND user = ? AND project = ? AND subscription IS ? AND over > ?',
+            json.dumps([each.uid for each in wanted if each.guess]),
+            *owner, subscription.id if subscription else None, int(self.clock()))}
         try:
             names = {name for cloud in self.clouds_of(said)
                      for name in self.flavor_names(self.clouds.account(cloud, owner[1]))}
@@ -9478,8 +9487,8 @@ class Calendars(Claims):
     def feed_digest(self, feed) -> str:
         """Changes whenever something that a feed shows does; that costs much less than to write the feed."""
         ids = [id for _, id in walk(self.clock(), *self.shown_in(feed), MOST_SHOWN_BY_FEED + 1)]
-        return hashed(str(run('SELECT id, revision, revised FROM occurrence WHERE id IN (SELECT value FROM json_each(?))',
-                              json.dumps(ids)).fetchall()))
+        return hashed(str(run('SELECT id, revision, revised FROM occurrence '
+                              'WHERE id IN (SELECT value FROM json_each(?))', json.dumps(ids)).fetchall()))
 
     def feed_event(self, found, feed, addresses: list[str]) -> Shown:
         """An occurrence as a feed shows it: one's own with all that helps, others' as busy."""
@@ -9616,8 +9625,8 @@ class Reservations(Calendars):
         refused = {'project': 'project', 'user': 'actor',
                    'resource': "coalesce((SELECT name FROM resource s WHERE s.id = resource_id), '')"}[by_whom]
         mine = '' if self.actor.role == ADMIN else 'AND project = ?'
-        for name, count in run(f"SELECT {refused}, count(*) FROM event WHERE code = 'refused' AND project <> '' AND reservation_id IS NULL "
-                               'AND at >= ? '
+        for name, count in run(f"SELECT {refused}, count(*) FROM event WHERE code = 'refused' AND project <> '' "
+                               'AND reservation_id IS NULL AND at >= ? '
                                f'AND at < ? {mine} GROUP BY 1', first, last, *([self.actor.project] if mine else [])):
             lines[name]['refused'] += count
         return [{by_whom: name, 'reserved_hours': round(each['reserved'], 3), 'used_hours': round(each['used'], 3),
@@ -9645,9 +9654,10 @@ class Reservations(Calendars):
         The newest row of each table stays, so that no id is ever given twice. Inside a transaction.
         """
         before = int(now) - self.config.retention * DAY
-        old = rows(f'''SELECT o.* FROM occurrence o INDEXED BY occurrence_over WHERE due IS NULL AND start < ? AND "end" < ?
-                        AND id < (SELECT max(id) FROM occurrence) AND {NOTHING_OPEN} ORDER BY start LIMIT {most}''',
-                   before, before)
+        old = rows(f'''SELECT o.* FROM occurrence o INDEXED BY occurrence_over
+                       WHERE due IS NULL AND start < ? AND "end" < ?
+                         AND id < (SELECT max(id) FROM occurrence) AND {NOTHING_OPEN}
+                       ORDER BY start LIMIT {most}''', before, before)
         for each in old:
             self.forget_occurrence(each)
         events = rows(f'''SELECT id, at, code, actor, project, resource_id, reservation_id FROM event e WHERE at < ?
@@ -9657,8 +9667,8 @@ class Reservations(Calendars):
         self.forget_events(events)
         gone = run(f'DELETE FROM claim WHERE id IN (SELECT id FROM claim WHERE gone < ? AND occurrence IS NULL '
                    f'AND due IS NULL AND id < (SELECT max(id) FROM claim) LIMIT {most})', before).rowcount
-        changes = rows(f'SELECT * FROM capacity WHERE removed IS NULL AND "end" < ? AND id < (SELECT max(id) FROM capacity) '
-                       f'LIMIT {most}', before)
+        changes = rows('SELECT * FROM capacity WHERE removed IS NULL AND "end" < ? '
+                       f'AND id < (SELECT max(id) FROM capacity) LIMIT {most}', before)
         for each in changes:
             release(each.resource_id, each.start, each.end, amount_of(each, 'held_'))
             run('DELETE FROM capacity WHERE id = ?', each.id)
@@ -11416,7 +11426,8 @@ def given_once(*sources: dict) -> dict:
     return given
 
 
-SCHEMAS = {int: {'type': 'integer'}, Cursor: {'type': ['string', 'integer']}, bool: {'type': 'boolean'}, Count: {'type': 'integer', 'minimum': 1},
+SCHEMAS = {int: {'type': 'integer'}, Cursor: {'type': ['string', 'integer']},
+           bool: {'type': 'boolean'}, Count: {'type': 'integer', 'minimum': 1},
            Most: {'oneOf': [{'type': 'integer', 'minimum': 0}, {'const': 'unlimited'}]},
            Label: {'type': 'string', 'pattern': '^[A-Za-z0-9._-]{1,64}$'},
            NewLabel: {'type': 'string', 'pattern': '^[A-Za-z0-9._][A-Za-z0-9._-]{0,63}$'},

@@ -3956,7 +3956,7 @@ def test_no_question_looks_through_a_table_that_grows(tmp_path, monkeypatch, sta
         service.limit_add(**whose, most_vms=10**6, vcpu_hours=10**6, waiting=10**6)
     monkeypatch.setattr(cmres, 'run', recorded)
     assert set(API) == {*READS, *WRITES}
-    secret = service.calendar_feed()['feed'].rpartition('/')[2]
+    shown = urlsplit(service.calendar_feed()['feed']).path
     visitor = as_visitor(world, 'root', 'default', 'admin')
     web = webtest.TestApp(cmres.rest(service))
     for name, given in [*READS.items(), *((name, more) for name, all in FACETS.items() for more in all), *WRITES.items()]:
@@ -3968,7 +3968,7 @@ def test_no_question_looks_through_a_table_that_grows(tmp_path, monkeypatch, sta
         doing[0] = f'page {path}'
         visitor.get(path, status='*')
     doing[0] = 'feed'
-    web.get(f'/calendar/{secret}')
+    web.get(shown)
     for hour in (0, 1.5, 30):
         doing[0] = f'life cycle at {hour}'
         world.at(hour)
@@ -4009,7 +4009,7 @@ def test_those_that_wait_cost_others_nothing_and_a_pass_looks_only_where_somethi
 
 
 @pytest.mark.parametrize('frees', ['the clock', 'a capacity', 'a limit', 'a change of the limited', 'a delete', 'a move',
-                                   'the end of a maintenance'])
+                                   'the end of a maintenance', 'a maintenance that is over'])
 def test_whatever_makes_room_lets_in_who_waits(world, frees):
     service, eva = world.service, world.as_user()
     if frees == 'a limit':
@@ -4034,18 +4034,21 @@ def test_whatever_makes_room_lets_in_who_waits(world, frees):
         book(service, 'first', 1, 5, vms=15)
         service.resource_update('demo', vms=16)
         book(eva, 'waits', 1, 5, vms=1, wait=True)
+    elif frees == 'a maintenance that is over':
+        service.maintenance_add('demo', NOON + hours(0.5), NOON + hours(2))
+        book(eva, 'waits', 1, 5, vms=2, wait=True)
     else:
         book(service, 'first', 0.5, 2, vms=16)
         book(eva, 'waits', 1, 5, vms=2, wait=True)
     for hour in (0.1, 0.2):
         world.at(hour)
     assert world.state('waits') == 'waiting'
-    {'the clock': lambda: world.at(1.9), 'a capacity': lambda: service.resource_update('demo', vms=18),
+    {'the clock': lambda: world.at(1.9), 'a maintenance that is over': lambda: world.at(1.9), 'a capacity': lambda: service.resource_update('demo', vms=18),
      'a limit': lambda: service.limit_delete(limit), 'a change of the limited': lambda: service.update('others', vms=1),
      'a delete': lambda: service.delete('first'), 'a move': lambda: service.update('first', start=NOON + hours(9)),
      'the end of a maintenance': lambda: service.maintenance_delete(maintenance)
      }[frees]()
-    if frees == 'the clock':
+    if frees in ('the clock', 'a maintenance that is over'):
         assert world.state('waits') == 'waiting'
         world.at(2.01)
     else:
