@@ -4035,8 +4035,9 @@ def test_whatever_makes_room_lets_in_who_waits(world, frees):
         service.resource_update('demo', vms=16)
         book(eva, 'waits', 1, 5, vms=1, wait=True)
     elif frees == 'a maintenance that is over':
-        service.maintenance_add('demo', NOON + hours(0.5), NOON + hours(2))
-        book(eva, 'waits', 1, 5, vms=2, wait=True)
+        service.resource_add('endless')  # of no figure is there less than always
+        service.maintenance_add('endless', NOON + hours(0.5), NOON + hours(2))
+        book(eva, 'waits', 1, 5, 'endless', vms=2, wait=True)
     else:
         book(service, 'first', 0.5, 2, vms=16)
         book(eva, 'waits', 1, 5, vms=2, wait=True)
