@@ -4106,7 +4106,8 @@ def test_a_look_at_a_cloud_costs_nothing_for_servers_that_are_gone(world, servic
                 "snapshot, snapshot_id, fault, planned, deleted) VALUES (1, ?, 'old', 'simulated', 'delete', 'deleted', 0, 1, 0, "
                 "?, '[]', '', '', '', 1, 1)", [(n + 10, f'old-{n}') for n in range(gone)])
             cmres.run("UPDATE server SET due = ? WHERE state <> 'deleted'", world.now)
-        look = cmres.Result(('look', 'simulated'), 'look', 'simulated', None, world.now, world.now, ([], set()))
+        look = cmres.Job(('look', 'simulated'), 'look', 'simulated', None, began=world.now, ended=world.now,
+                         answer=([], set()))
         with world.cycle.acting():
             costs.append(effort(lambda: world.cycle.record_look(look, world.now)))
     assert costs[1] <= 1.5 * costs[0] + 2
@@ -7716,7 +7717,7 @@ def test_vms_that_stay_or_are_started_again_are_used_only_within_their_windows(w
 
 def test_a_server_that_one_has_is_used_only_within_its_windows(world):
     cloud = world.clouds.open('simulated')
-    world.service.add('old', 'demo', NOON + hours(0), hours(0.4), image='cirros', flavor='m1.tiny', at_end='stop')
+    world.as_user().add('old', 'demo', NOON + hours(0), hours(0.4), image='cirros', flavor='m1.tiny', at_end='stop')
     for hour in (0.01, 0.02, 0.4, 0.41, 0.42):
         world.at(hour)
     server, = cloud.present()
