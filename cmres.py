@@ -8835,7 +8835,8 @@ class Calendars(Claims):
         own = '' if self.actor.role == ADMIN else 'AND user = ? AND project = ?'
         who = () if self.actor.role == ADMIN else self.actor[:2]
         feeds = rows("SELECT id, 'feed' AS kind, user, project, coalesce("
-                     "(SELECT name FROM resource s WHERE s.id = resource_id), iif(whole_project, 'the project', 'the user')) "
+                     "(SELECT name FROM resource s WHERE s.id = resource_id), "
+                     "iif(whole_project, 'the project', 'the user')) "
                      f'AS shows, added FROM feed WHERE revoked IS NULL {own} ORDER BY id', *who)
         subscribed = rows(f"SELECT id, 'subscription' AS kind, user, project, url, added, polled, fault, held "
                           f'FROM subscription WHERE due IS NOT NULL {own} ORDER BY id', *who)
