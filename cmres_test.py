@@ -10334,7 +10334,8 @@ def test_a_server_deleted_by_hand_in_mid_boot_or_later_is_made_again_once(world,
     cmres.SimulatedServer.update(gone=world.now).where(cmres.SimulatedServer.name == 'lab-1-2').execute()
     live(world, 300)
     assert world.there() == ['lab-1-1', 'lab-1-2', 'lab-1-3'] and world.state('lab') == 'active'
-    assert sorted(each['tries'] for each in world.service.servers('lab')) == [1, 1, 2]
+    there = [each for each in world.service.servers('lab') if each['state'] == 'active']
+    assert sorted(each['tries'] for each in there) == [1, 1, 2]
 
 
 def test_an_answer_that_is_lost_after_the_server_was_seen_up_leaves_no_fault(world):
@@ -10706,7 +10707,8 @@ def test_a_clock_that_is_set_in_mid_boot_or_later_changes_nothing(world, shift, 
     world.now = NOON.timestamp() + 7 * 3600
     live(world, 120)
     assert world.there() == [] and world.state('lab') == 'ended' and made_twice() == []
-    assert sorted(each['tries'] for each in world.service.servers('lab')) == [1, 1, 2]
+    last = {each['n']: each['tries'] for each in world.service.servers('lab')}  # the last VM of each number
+    assert sorted(last.values()) == [1, 1, 2]
 
 
 def test_a_clock_that_is_set_back_before_the_start_takes_no_machine_from_who_works_with_it(world):
