@@ -6407,7 +6407,13 @@ class Cell:
         'delete': (lambda cell: cell.eva.delete(cell.label), False, 'none', 'released'),
         'move': (lambda cell: cell.service.maintenance_add(
             cell.resource, cell.first, cell.first + hours(3), then='move'), False, 'same', 'maintenance'),
+        'added': (lambda cell: cell.eva.add('new', cell.resource, cell.first, hours(2), **cell.more), True, 'once more', ''),
+        'added again and again': (lambda cell: cell.eva.add(
+            'new', cell.resource, cell.first, hours(2), repeat='daily', count=3, **cell.more), True, 'three more', ''),
+        'loaded': (lambda cell: cell.loaded(), True, 'once more', ''),
+        'imported': (lambda cell: cell.imported('new'), True, 'once more', ''),
     }
+    NEW = ('added', 'added again and again', 'loaded', 'imported')
 
     def __init__(self, world, kind, rule):
         self.world, self.kind, self.rule = world, kind, rule
@@ -6417,7 +6423,8 @@ class Cell:
         self.service.resource_add('asks', cloud='simulated', vms=16, approval=timedelta(days=9))
         self.service.resource_add('spare', cloud='simulated', vms=16, approval=timedelta(days=9 * (rule == 'approval')))
         self.vms = 1 if rule == 'server' else 2
-        more = {'server': machine(world, 'mine') or 'mine'} if rule == 'server' else {'flavor': 'm1.medium', 'vms': self.vms}
+        self.more = more = {'server': machine(world, 'mine') or 'mine'} if rule == 'server' else {
+            'flavor': 'm1.medium', 'vms': self.vms}
         self.label = {'part': 'lab-1', 'calendar': 'event'}.get(kind, 'lab')
         getattr(self, f'make_{kind}', self.make_plain)(more)
         if kind not in ('waiting', 'pending', 'calendar') and rule == 'approval':
@@ -6443,11 +6450,25 @@ class Cell:
         book(self.eva, 'lab', *self.WINDOW, self.resource, wait=True, **more)
 
     def make_calendar(self, more):
-        event = ('UID:e', 'DTSTAMP:20261101T000000Z', 'DTSTART:20261202T120000Z', 'DTEND:20261202T140000Z',
-                 'SUMMARY:event #vm 2 x m1.medium')
+        self.imported('event')
+
+    def imported(self, label):
+        """Books an event by its title, or raises why it is refused."""
+        event = (f'UID:{label}', 'DTSTAMP:20261101T000000Z', 'DTSTART:20261202T120000Z', 'DTEND:20261202T140000Z',
+                 f'SUMMARY:{label} #vm 2 x m1.medium')
         lines = ('BEGIN:VCALENDAR', 'VERSION:2.0', 'PRODID:x', 'BEGIN:VEVENT', *event, 'END:VEVENT', 'END:VCALENDAR', '')
         done, = self.eva.import_('\r\n'.join(lines), resource=self.resource)['events']
-        assert done['outcome'] == 'booked', done
+        if done['outcome'] == 'refused':
+            raise Conflict(done['why'])
+        return self.eva.show(label)
+
+    def loaded(self):
+        """Books a line of many, or raises why that line is refused."""
+        line = self.more | {'label': 'new', 'resource': self.resource, 'start': self.first, 'end': hours(2)}
+        done = self.eva.load([line], partial=True)
+        if done['refused']:
+            raise Conflict(done['refused'][0]['error'])
+        return done['taken'][0]
 
     def add_rule(self):
         if self.rule == 'limit':
@@ -6475,6 +6496,10 @@ class Cell:
             return 'neither parts nor events name a server'
         if self.rule == 'server' and 'vms' in deed:
             return 'a server is one VM'
+        if deed in self.NEW and (self.kind in ('waiting', 'running') or self.rule == 'label'):
+            return 'a new one beside it is the same whatever waits or runs, and has a label of its own'
+        if deed == 'imported' and self.rule == 'server':
+            return 'neither parts nor events name a server'
         if deed == 'keep' and self.kind != 'running':
             return 'only what runs is kept on'
         if deed in ('skip', 'later') and self.kind == 'running':
@@ -6500,6 +6525,8 @@ class Cell:
             return 'refused', 'is kept for a request of', 1, []
         if self.rule == 'server' and grows and self.overlaps(deed):
             return 'refused', 'the server .* is reserved', 1, []
+        if deed in self.NEW:
+            return 'pending' if self.resource == 'asks' else 'done', '', self.factor(deed), []
         if self.kind == 'pending' and grows:
             return 'pending', '', self.factor(deed), ['pending', code]
         if self.rule == 'approval' and grows:
@@ -6508,10 +6535,12 @@ class Cell:
 
     def overlaps(self, deed):
         """Whether a server that others have after 26:00, 50:00 and 74:00 is asked for then."""
-        return deed in ('extend', 'keep', 'later')
+        return deed in ('extend', 'keep', 'later', *self.NEW)
 
     def factor(self, deed):
         number = 3 if self.kind == 'series' else 1
+        if deed in self.NEW:
+            return 1 + {'once more': 1, 'three more': 3}[self.DEEDS[deed][2]] / (2 if self.kind == 'part' else number)
         if self.kind == 'part':
             return {'longer': 1.25, 'double': 1.5, 'half': 0.75, 'shorter': 0.75, 'same': 1, 'five': 3, 'none': 0.5}[
                 self.DEEDS[deed][2]]
