@@ -12342,8 +12342,8 @@ class Pages:
             raise Conflict('this form was sent already, and what it made is not shown again; go '
                            'back to the form')
         answer = getattr(visit.service, name)(**bind(operation, said, visit.here))
-        self.sent.append(once)
         if secret := SECRET & set(answer if isinstance(answer, dict) else ()):
+            self.sent.append(once)
             return self.page(visit, 'Done', render_page(
                 'secret', words=told_done(name, said, answer), secret=answer[secret.pop()],
                 back=onward))
