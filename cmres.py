@@ -5715,7 +5715,7 @@ class Service:
         """The servers of an occurrence, as answers show them."""
         return [public(each) for each in rows(
             'SELECT n, name, state, addresses, planned, begun, ready, deleted, snapshot, tries, fault, account, uid '
-            'FROM server WHERE occurrence_id = ? ORDER BY n, begun IS NULL, begun, id', occurrence)]
+            "FROM server WHERE occurrence_id = ? ORDER BY n, state <> 'deleted', tries, id", occurrence)]
 
 
 # Wishes ######################################################################
