@@ -5715,7 +5715,7 @@ class Service:
         """The servers of an occurrence, as answers show them."""
         return [public(each) for each in rows(
             'SELECT n, name, state, addresses, planned, begun, ready, deleted, snapshot, tries, fault, account, uid '
-            'FROM server WHERE occurrence_id = ? ORDER BY n, begun IS NULL, begun, id', occurrence)]
+            "FROM server WHERE occurrence_id = ? ORDER BY n, state <> 'deleted', tries, id", occurrence)]
 
 
 # Wishes ######################################################################
@@ -12342,8 +12342,8 @@ class Pages:
             raise Conflict('this form was sent already, and what it made is not shown again; go '
                            'back to the form')
         answer = getattr(visit.service, name)(**bind(operation, said, visit.here))
-        self.sent.append(once)
         if secret := SECRET & set(answer if isinstance(answer, dict) else ()):
+            self.sent.append(once)
             return self.page(visit, 'Done', render_page(
                 'secret', words=told_done(name, said, answer), secret=answer[secret.pop()],
                 back=onward))
