@@ -10055,10 +10055,16 @@ def in_chaos(tmp_path, *stores) -> list[dict]:
         path.mkdir()
         program = (f'import json, sys; sys.path[:0] = {sys.path!r}; from {Path(__file__).stem} import Chaos; '
                    f'print(json.dumps(Chaos({str(path)!r}, {seed}, {number}, {command}).run({seconds}, {freezing})))')
-        ended = subprocess.run([sys.executable, '-B', '-W', 'ignore', '-c', program], capture_output=True, text=True,
-                               env=environment(), timeout=seconds + 400)
-        print(f'seed {seed}:', ended.stdout, ended.stderr[-3000:])
-        return json.loads(ended.stdout)
+        with open(path / 'said', 'w') as said, open(path / 'error', 'w') as error:  # no pipe: its children outlive it
+            running = subprocess.Popen([sys.executable, '-B', '-W', 'ignore', '-c', program], stdout=said, stderr=error,
+                                       env=environment(), start_new_session=True)
+        try:
+            running.wait(seconds + 400)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(running.pid, signal.SIGKILL)
+        print(f'seed {seed}:', (path / 'said').read_text(), (path / 'error').read_text()[-3000:])
+        return json.loads((path / 'said').read_text())
     with ThreadPoolExecutor(len(stores)) as pool:
         return list(pool.map(one, range(len(stores)), *zip(*stores)))
 
