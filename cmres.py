@@ -669,20 +669,22 @@ def rule_from(stretches: list[Stretch], key: str) -> str:
 
 def shifted_rule(stretch: Stretch) -> str:
     """The RRULE of occurrences that are all moved by as much; '' if there is none."""
-    parts, first = dict(part.split('=') for part in stretch.rule.split(';')), datetime.fromisoformat(stretch.start)
+    parts = dict(part.split('=') for part in stretch.rule.split(';'))
+    first = datetime.fromisoformat(stretch.start)
     moved = first + timedelta(seconds=stretch.shift)
     days = (moved.date() - first.date()).days
     by = {name for name in parts if name.startswith('BY')}
     if by & {'BYHOUR', 'BYMINUTE', 'BYSECOND'}:
         return ''
     if 'UNTIL' in parts:
-        parts['UNTIL'] = f"{read_until(parts['UNTIL']) + timedelta(seconds=stretch.shift):%Y%m%dT%H%M%S}"
+        last = read_until(parts['UNTIL']) + timedelta(seconds=stretch.shift)
+        parts['UNTIL'] = f'{last:%Y%m%dT%H%M%S}'
     if days and parts['FREQ'] in ('DAILY', 'WEEKLY') and by <= {'BYDAY'}:
         if 'INTERVAL' in parts:  # which weeks count depends on the day on which they begin
             parts['WKST'] = parts.get('WKST', 'MO')
-        parts |= {name: later_days(parts[name], days) for name in ('BYDAY', 'WKST') if name in parts}
-    elif days and (by or not 0 < min(first.day, moved.day) <= max(first.day, moved.day) <= 28
-                   or moved.day - first.day != days):  # months differ in length
+        parts |= {name: later_days(parts[name], days) for name in parts.keys() & {'BYDAY', 'WKST'}}
+    elif days and (by or max(first.day, moved.day) > 28 or moved.day - first.day != days):
+        # Months differ in length.
         return ''
     return ';'.join(f'{name}={value}' for name, value in parts.items())
 
@@ -693,11 +695,12 @@ def later_days(text: str, days: int) -> str:
 
 
 def unskipped(stretch: Stretch, key: str) -> Stretch:
-    """A stretch that has the occurrence of a slot again; where all of its day was left out, the others stay so."""
+    """A stretch that has the occurrence of a slot again, of a day that was left out only that."""
     day, skips = key[:10], [each for each in stretch.skips if each not in (key, key[:10])]
     if day in stretch.skips:
-        every = itertools.takewhile(lambda wall: wall.isoformat()[:10] <= day, walls(stretch._replace(skips=())))
-        skips += [wall.isoformat() for wall in every if wall.isoformat()[:10] == day and wall.isoformat() != key]
+        every = (wall.isoformat() for wall in walls(stretch._replace(skips=())))
+        until_then = itertools.takewhile(lambda slot: slot[:10] <= day, every)
+        skips += [slot for slot in until_then if slot[:10] == day and slot != key]
     return stretch._replace(skips=tuple(skips))
 
 
@@ -1892,7 +1895,7 @@ class Limit(Table):
     """What a user, a project, or each project without a limit of its own may hold."""
     project = peewee.CharField()   # '' and no user: every project
     user = peewee.CharField()
-    resource = peewee.ForeignKeyField(Resource, index=False, null=True)  # NULL: all of them together
+    resource = peewee.ForeignKeyField(Resource, index=False, null=True)  # NULL: all together
     most_vms = peewee.IntegerField(null=True)
     longest = peewee.IntegerField(null=True)       # seconds
     ahead = peewee.IntegerField(null=True)         # seconds
@@ -2024,7 +2027,7 @@ class Subscription(Table):
     user = peewee.CharField()
     project = peewee.CharField()
     url = peewee.CharField()       # a secret
-    defaults = peewee.TextField()  # JSON: what its events don't say; the resource by its id, 0 for none
+    defaults = peewee.TextField()  # JSON: what its events don't say; the resource by its id, or 0
     notify = peewee.TextField()    # JSON
     etag = peewee.CharField(default='')
     modified = peewee.CharField(default='')
@@ -2690,14 +2693,17 @@ def add_ends_of_calls() -> None:
 
 
 def keep_resource_ids() -> None:
-    """Version 9: what is kept for a resource is found by its id, which a new name doesn't change."""
-    same_name = 'SELECT id FROM resource WHERE name = {} ORDER BY removed IS NOT NULL, id DESC LIMIT 1'
+    """Version 9: what is kept for a resource has its id, which a new name doesn't change."""
+    same_name = ('SELECT id FROM resource WHERE name = {} '
+                 'ORDER BY removed IS NOT NULL, id DESC LIMIT 1')
     for table in ('limits', 'feed', 'event'):
         run(f'ALTER TABLE {table} ADD COLUMN resource_id INTEGER REFERENCES resource (id)')
-        run(f"UPDATE {table} SET resource_id = ({same_name.format('resource')}) WHERE resource <> ''")
+        run(f"UPDATE {table} SET resource_id = ({same_name.format('resource')}) "
+            "WHERE resource <> ''")
     # What was kept for a name that no resource has any more was in force nowhere.
     run("DELETE FROM limits WHERE resource <> '' AND resource_id IS NULL")
-    run("UPDATE feed SET revoked = added WHERE resource <> '' AND resource_id IS NULL AND revoked IS NULL")
+    run("UPDATE feed SET revoked = added "
+        "WHERE resource <> '' AND resource_id IS NULL AND revoked IS NULL")
     for table in ('limits', 'feed', 'event'):
         run(f'ALTER TABLE {table} DROP COLUMN resource')
     told = "json_extract(defaults, '$.resource')"
@@ -3376,7 +3382,7 @@ def take(pieces: list[Hold], now: float, given: list[Hold] = ()) -> None:
 
 
 def steps(resource: int, begin: float, until: float, classes: Iterable[str] = ()) -> Iterator[tuple[float, Amount]]:
-    """The step function in a window: (instant, level from then on), the first at its beginning; with CLOSED."""
+    """The step function in a window: (instant, level from then on), also of CLOSED."""
     tracks = ['', CLOSED, *classes]
     levels = {track: level_of(resource, track, begin) for track in tracks}
     marks = ', '.join('?' * len(tracks))
@@ -5512,7 +5518,9 @@ def restored_wish(text: str) -> Wish:
 
 
 def with_vms(wish: Wish, vms: int) -> Wish:
-    return wish._replace(vms=vms, stretches=[stretch._replace(vms=vms) for stretch in wish.stretches])
+    """A wish for another number of VMs, in each stretch of a series."""
+    stretches = [stretch._replace(vms=vms) for stretch in wish.stretches]
+    return wish._replace(vms=vms, stretches=stretches)
 
 
 class Lack(NamedTuple):
@@ -5532,8 +5540,9 @@ class Lack(NamedTuple):
 
 def changed_most(changes: list[tuple], begin: int) -> int:
     """The most that changes of capacity take away together at one time from an instant on."""
-    starts = {max(each.start, begin) for each, _ in changes}
-    return max((sum(less for each, less in changes if each.start <= at < each.end) for at in starts), default=0)
+    def less_at(at: int) -> int:
+        return sum(less for each, less in changes if each.start <= at < each.end)
+    return max((less_at(max(each.start, begin)) for each, _ in changes), default=0)
 
 
 class Request(NamedTuple):
@@ -5615,8 +5624,8 @@ OVER = ('ended', 'cancelled', 'failed')
 PLACE = ('cell', 'cloud', 'region', 'aggregate')
 HIDDEN = frozenset(('now', 'resource_id', 'held_from', 'held_until', 'over', 'due', 'reservation', 'user_data',
                     'existing', 'ever', 'runs', 'told', 'slot', 'altered', 'revision', 'revised', 'on_conflict',
-                    'booked_until', 'subscription', 'repeats', 'series', 'waiting', 'confirm', 'pending',
-                    'priority', 'choices', 'named', 'trusted'))
+                    'booked_until', 'subscription', 'repeats', 'series', 'waiting', 'confirm',
+                    'pending', 'priority', 'choices', 'named', 'trusted'))
 #: Of a reservation, the occurrence that is now or comes next: no other that is not over comes before it.
 NEXT_OF_ITS = """NOT EXISTS (SELECT 1 FROM occurrence c
                               WHERE c.reservation_id = o.reservation_id AND (c.due IS NULL) = 0
@@ -5640,7 +5649,7 @@ MOST_WAYS = 200  # that are merged, each of one or two halves; SQLite takes 500
 BATCH = 500      # occurrences that are looked at together
 MOST_BYTES = 2**20  # of text in a page of a list, which then ends before its last line
 MOST_TRIED = 200  # of those that wait, in one transaction
-MOST_TRIES = 500  # of other ways to spread the parts of a request over resources, where the first is none
+MOST_TRIES = 500  # of other ways to spread the parts of a request over resources than the first
 #: What may be offered instead of what is refused, and the field that it changes.
 OFFERS = {'next_start': 'start', 'most_vms': 'vms', 'longest': 'end'}
 MOST_OFFERS = 20  # starts that are tried for one of them
@@ -5663,7 +5672,7 @@ def without_secrets(found):
 def public(found) -> dict:
     """A row as an answer shows it: instants as datetimes, stored JSON read, nothing internal."""
     shown = {name: read(found[place]) if read else found[place] for name, place, read in shown_fields(found._fields)}
-    if shown.get('repeat') and (stretches := read_stretches(getattr(found, 'series', ''))):
+    if shown.get('repeat') and (stretches := read_stretches(found.series)):
         shown['repeat'] = rule_from(stretches, found.slot)
     if not shown.get('change', True):
         del shown['change']  # nothing of it awaits approval
@@ -5691,7 +5700,8 @@ def within_bytes(found: list) -> list:
 
 def in_figures(amount: Amount) -> dict:
     """An amount with the names of its figures."""
-    return dict(zip(FIGURES, amount)) | {name: each for name, each in amount.classes if name not in (OTHERS, CLOSED)}
+    return dict(zip(FIGURES, amount)) | {
+        name: each for name, each in amount.classes if name not in (OTHERS, CLOSED)}
 
 
 def added_host(whole: Amount, name: str) -> Amount:
@@ -6063,7 +6073,7 @@ class Service:
         """The servers of an occurrence, as answers show them."""
         return [public(each) for each in rows(
             'SELECT n, name, state, addresses, planned, begun, ready, deleted, snapshot, tries, fault, account, uid '
-            'FROM server WHERE occurrence_id = ? ORDER BY n, begun IS NULL, begun, id', occurrence)]
+            "FROM server WHERE occurrence_id = ? ORDER BY n, state <> 'deleted', tries, id", occurrence)]
 
 
 # Wishes ######################################################################
@@ -6361,7 +6371,8 @@ class Wishes(Service):
         before = wish.resource
         place = row('SELECT * FROM resource WHERE id = ? AND removed IS NULL', before.id)
         if not place or place.cloud != before.cloud or wish.host and place.named != before.named:
-            raise Conflict(f"the resource '{before.name}' was changed or removed meanwhile; ask again")
+            raise Conflict(f"the resource '{before.name}' was changed or removed meanwhile; "
+                           'ask again')
         return wish._replace(resource=place)
 
     @contextmanager
@@ -6381,12 +6392,13 @@ class Wishes(Service):
             raise
 
     @contextmanager
-    def explaining(self, wish: Wish, old=None, deed: Callable[[Wish, str], Any] | None = None) -> Iterator[None]:
-        """Makes of a bare NoCapacity one that says what is in the way, and what would be done instead.
+    def explaining(self, wish: Wish, old=None, deed: Callable[[Wish, str], Any] | None = None):
+        """Makes of a bare NoCapacity one that says what is in the way and what would fit.
 
         Args:
           old: the occurrence that was to change
-          deed: does what was asked with another wish, of which one field is otherwise; without it, nothing is offered
+          deed: does what was asked with another wish, of which one field is otherwise; without it,
+            nothing is offered
         """
         try:
             yield
@@ -6394,29 +6406,37 @@ class Wishes(Service):
             with transaction(keep=False):
                 wish = self.as_now(getattr(refusal, 'wish', wish))
                 why, more, offers = self.explained(refusal, wish, old)
-                raise NoCapacity(why, **refusal.details, **more, **(self.tested(deed, offers) if deed else {})) from None
+                more |= refusal.details | (self.tested(deed, offers) if deed else {})
+                raise NoCapacity(why, **more) from None
 
     def explained(self, refusal: NoCapacity, wish: Wish, old) -> tuple[str, dict, dict]:
-        """The sentence of a refusal, what is in the way, and of each offer those that may be, the best first."""
+        """The sentence of a refusal, what is in the way, and what might be offered, best first."""
         if wish.stretches:  # a series tells by itself
-            fitting = getattr(refusal, 'most_vms', 0)
-            return str(refusal), {}, {'most_vms': [(fitting, with_vms(wish, fitting))] if fitting and not old else []}
+            fitting = 0 if old else getattr(refusal, 'most_vms', 0)
+            offers = [(fitting, with_vms(wish, fitting))] if fitting else []
+            return str(refusal), {}, {'most_vms': offers}
         with transaction(keep=False):
             if old:  # it is not in its own way
                 give([hold_of(old)])
-            lack = self.lack(wish)
-            more = {} if str(refusal) else self.in_the_way(wish, lack, old.reservation if old else 0)
-            return str(refusal) or self.why_not(wish, lack), more, {
-                'next_start': [*itertools.islice(self.later(wish, getattr(refusal, 'others', ())), MOST_OFFERS)],
+            lack, why = self.lack(wish), str(refusal)
+            more = {} if why else self.in_the_way(wish, lack, old.reservation if old else 0)
+            later = self.later(wish, getattr(refusal, 'others', ()))
+            return why or self.why_not(wish, lack), more, {
+                'next_start': [*itertools.islice(later, MOST_OFFERS)],
                 'most_vms': [*self.fewer(wish, lack, old)], 'longest': [*self.shorter(wish, old)]}
 
     def tested(self, deed: Callable[[Wish, str], Any], offers: dict[str, list]) -> dict:
-        """Of each offer the first that would be admitted: nothing is offered that was not decided as a request is."""
-        return {name: found for name, candidates in offers.items()
-                for found in itertools.islice((offer for offer, wish in candidates
-                                               if self.would_do(deed, wish, OFFERS[name])), 1)}
+        """Of each offer the first that would be admitted, decided as a request is."""
+        found = {}
+        for name, candidates in offers.items():
+            for offer, wish in candidates:
+                if self.would_do(deed, wish, OFFERS[name]):
+                    found[name] = offer
+                    break
+        return found
 
     def would_do(self, deed: Callable[[Wish, str], Any], wish: Wish, field: str) -> bool:
+        """Whether something can be done; it is undone."""
         try:
             with transaction(keep=False):
                 deed(wish, field)
@@ -6429,52 +6449,60 @@ class Wishes(Service):
         return max(wish.held[0], int(self.clock())), wish.held[1]
 
     def lack(self, wish: Wish) -> Lack | None:
-        """What of its resource a wish finds too little of in its window; None if that has enough."""
+        """What a wish finds too little of in its window; None if its resource has enough."""
         begin, until = self.to_come(wish)
         amount, limits = wish.amount, capacity(wish.resource)
         held = peak(wish.resource.id, begin, until, amount.names)
-        used, needs = dict(held.classes) | in_figures(held), in_figures(amount)
-        lacking = {name: (limit, need) for name, need in needs.items()
-                   for limit in [limits.most(name) if name not in FIGURES else getattr(limits, name)]
-                   if limit is not None and used.get(name, 0) + need > limit}
+        used, most = dict(held.classes) | in_figures(held), in_figures(limits)
+        most |= {name: limits.most(name) for name in amount.names}
+        lacking = {name: need for name, need in in_figures(amount).items()
+                   if most[name] is not None and used.get(name, 0) + need > most[name]}
         if CLOSED in used:
-            lacking = {CLOSED: (0, 1)}
+            lacking, most = {CLOSED: 1}, {CLOSED: 0}
         if not lacking:
             return None
-        figure = min(lacking, key=lambda name: (not name.startswith(HOST), lacking[name][0] >= lacking[name][1]))
+        # First a host, then what there is never enough of.
+        figure = min(lacking, key=lambda each: (not each.startswith(HOST),
+                                                lacking[each] <= most[each]))
         changes = self.changes_of(wish.resource.id, begin, until, figure)
-        return Lack(figure, lacking[figure][1], lacking[figure][0], used[figure], [each for each, _ in changes],
-                    changed_most(changes, begin))
+        return Lack(figure, lacking[figure], most[figure], used.get(figure, 0),
+                    [each for each, _ in changes], changed_most(changes, begin))
 
     def changes_of(self, resource: int, begin: int, until: int, figure: str) -> list[tuple]:
-        """The changes of the capacity of a figure in a window, each with what it takes away of it."""
-        found = rows('SELECT * FROM capacity WHERE resource_id = ? AND removed IS NULL AND start < ? AND "end" > ? '
-                     'ORDER BY start', resource, until, begin)
-        held = [(each, amount_of(each, 'held_')) for each in found]
-        takes = [(each, (dict(amount.classes) | in_figures(amount)).get(figure, 0)) for each, amount in held]
-        return [(each, less) for each, less in takes if less]
+        """The changes of capacity in a window, each with how much of a figure it takes away."""
+        found = rows('SELECT * FROM capacity WHERE resource_id = ? AND removed IS NULL '
+                     'AND start < ? AND "end" > ? ORDER BY start', resource, until, begin)
+        held = ((each, amount_of(each, 'held_')) for each in found)
+        takes = ((each, dict(amount.classes) | in_figures(amount)) for each, amount in held)
+        return [(each, figures[figure]) for each, figures in takes if figures.get(figure)]
 
     def why_not(self, wish: Wish, lack: Lack | None) -> str:
-        """The sentence that says which figure of a resource is lacking, when, and how much of it there is."""
-        name, zone = wish.resource.name, self.config.zone
+        """The sentence that says which figure is lacking, when, and how much of it there is."""
+        name = wish.resource.name
         if not lack:  # somebody has just given something back
             return f"'{name}' was full a moment ago; try again"
-        start, end = (format_time(instant(at), zone) for at in wish.held)
-        figure, changes = lack.figure, lack.changes
-        unit = 'MiB of ram' if figure == 'ram' else figure
-        if changes and lack.alone:
-            first, last = (format_time(instant(at), zone) for at in (changes[0].start, max(c.end for c in changes)))
-            reasons = ', '.join(dict.fromkeys(each.reason for each in changes))
-            if figure == CLOSED:
-                return f"'{name}' is closed from {first} to {last}: {reasons}"
-            return (f"'{name}' has only {max(lack.limit - lack.less, 0)} of {lack.limit} {unit} from {first} to {last} "
-                    f'({reasons}); {lack.need} are asked for')
-        if figure.startswith(HOST):
+        start, end = (format_time(instant(at), self.config.zone) for at in wish.held)
+        unit = 'MiB of ram' if lack.figure == 'ram' else lack.figure
+        if lack.changes and lack.alone:
+            return self.why_less(name, lack, unit)
+        if lack.figure.startswith(HOST):
             return f"the host '{wish.host}' is reserved already between {start} and {end}"
+        asked = f'{lack.need} are asked for'
         if lack.alone:
-            return f"'{name}' holds at most {lack.limit - lack.less} {unit}; {lack.need} are asked for"
-        return (f"'{name}' has {max(lack.limit - lack.used, 0)} of {lack.limit} {unit} free from {start} to {end}; "
-                f'{lack.need} are asked for')
+            return f"'{name}' holds at most {lack.limit - lack.less} {unit}; {asked}"
+        free = max(lack.limit - lack.used, 0)
+        return f"'{name}' has {free} of {lack.limit} {unit} free from {start} to {end}; {asked}"
+
+    def why_less(self, name: str, lack: Lack, unit: str) -> str:
+        """The sentence for what does not fit since there is less for a while, or nothing."""
+        begin, until = lack.changes[0].start, max(each.end for each in lack.changes)
+        start, end = (format_time(instant(at), self.config.zone) for at in (begin, until))
+        reasons = ', '.join(dict.fromkeys(each.reason for each in lack.changes))
+        if lack.figure == CLOSED:
+            return f"'{name}' is closed from {start} to {end}: {reasons}"
+        left = max(lack.limit - lack.less, 0)
+        return (f"'{name}' has only {left} of {lack.limit} {unit} from {start} to {end} "
+                f'({reasons}); {lack.need} are asked for')
 
     def in_brief_for_actor(self, found) -> dict:
         """When an occurrence holds how much; whose it is, only for those who may see it."""
@@ -6483,7 +6511,7 @@ class Wishes(Service):
         return {name: value for name, value in public(found).items() if name in fields}
 
     def in_the_way(self, wish: Wish, lack: Lack | None, own: int) -> dict:
-        """At most ten of what takes the figure that is lacking; of others' reservations only how much and when.
+        """At most ten of what takes the figure that is lacking; of others' only how much and when.
 
         Args:
           own: the reservation that was to change, which is not in its own way
@@ -6508,14 +6536,15 @@ class Wishes(Service):
         return {'in_the_way': changes + [self.seen_in_the_way(each) for each in found[::-1]]}
 
     def seen_in_the_way(self, found) -> dict:
-        """What the actor may see of what holds something; without an end, where stopped VMs stay."""
+        """What the actor may see of what holds something; stopped VMs that stay have no end."""
         whose = {'label': found.label, 'user': found.user, 'project': found.project}
         mine = self.actor.role == ADMIN or found.project == self.actor.project
         end = None if found.until >= LAST.timestamp() else instant(found.until)
-        return (whose if mine else {}) | {'vms': found.vms, 'start': instant(found.start), 'end': end}
+        when = {'vms': found.vms, 'start': instant(found.start), 'end': end}
+        return whose | when if mine else when
 
     def later(self, wish: Wish, others: Iterable[int]) -> Iterator[tuple[datetime, Wish]]:
-        """The same at a later start: where there is room, and there when something ends that may have stood in the way.
+        """The same later: where there is room, and there when something ends that was in the way.
 
         Args:
           others: ids of the resources where the other parts of its request could be
@@ -6529,7 +6558,7 @@ class Wishes(Service):
                 yield instant(start), wish._replace(start=start, end=start + wish.end - wish.start)
 
     def ends_after(self, wish: Wish, begin: int, others: Iterable[int]) -> list[int]:
-        """When things end that count against the same limits, that wait, or that are on some resources."""
+        """When things end that count against the same limits, wait, or are on some resources."""
         if not (others or row('SELECT id FROM limits LIMIT 1') or row('SELECT id FROM wait LIMIT 1')):
             return []
         most, later = 10 * MOST_OFFERS, ('o."end" > ?', begin)
@@ -6546,8 +6575,10 @@ class Wishes(Service):
     def fewer(self, wish: Wish, lack: Lack | None, old) -> Iterator[tuple[int, Wish]]:
         """As many VMs as there is room for in that window."""
         begin, until = self.to_come(wish)
-        most, used = capacity(wish.resource), peak(wish.resource.id, begin, until, wish.amount.names)
-        left = {name: most.most(name) - held for name, held in used.classes if most.most(name) is not None} | {
+        most = capacity(wish.resource)
+        used = peak(wish.resource.id, begin, until, wish.amount.names)
+        left = {name: most.most(name) - held for name, held in used.classes
+                if most.most(name) is not None} | {
                 name: limit - held for name, limit, held in zip(FIGURES, most, used) if limit is not None}
         rooms = [left[name] // need for name, need in in_figures(wish.each).items() if need and name in left]
         # Who asks for more than there ever is must ask for something else, however much is free.
@@ -6556,13 +6587,14 @@ class Wishes(Service):
             yield min(rooms), with_vms(wish, min(rooms))
 
     def shorter(self, wish: Wish, old) -> Iterator[tuple[str, Wish]]:
-        """The same from that start, for as long as there is room, if that is longer than what it has already."""
+        """The same as long as there is room, if that is longer than what it has already."""
         begin, _ = self.to_come(wish)
         first, last = next(free_windows(wish.resource, wish.amount, begin, wish.end), (None, 0))
         length, before = int(last) - wish.start, old.end - old.start if old else 0
         if first == begin and before < length < wish.end - wish.start:
             text = format_duration(length)
-            _, end = self.resolve(instant(wish.start), parse_duration(text))  # days are by the clocks
+            # As it will be read: days are by the clocks.
+            _, end = self.resolve(instant(wish.start), parse_duration(text))
             yield text, wish._replace(end=end)
 
 
@@ -6581,7 +6613,7 @@ class Others:
         self.reservation, self.now = reservation, int(now)
         self.holds: dict[str, list[tuple[Hold, int]]] = {}  # by slot: with the start, from which on hours count
         self.days: dict[int, set[str]] = defaultdict(set)   # the slots that hold something on a day since 1970
-        self.seconds: dict[int | None, int] = defaultdict(int)  # to come, of vcpus; by resource, None of all
+        self.seconds: dict[int | None, int] = defaultdict(int)  # of vcpus; None: of all resources
 
     def put(self, slot: str, holds: Iterable[Hold], start: int) -> None:
         """What an occurrence holds from now on."""
@@ -6604,7 +6636,8 @@ class Others:
                 if each.begin < until and each.until > begin and resource in (None, each.resource)]
 
 
-LIMITS = '''SELECT l.*, coalesce(s.name, '') AS resource FROM limits l LEFT JOIN resource s ON s.id = l.resource_id'''
+LIMITS = '''SELECT l.*, coalesce(s.name, '') AS resource
+              FROM limits l LEFT JOIN resource s ON s.id = l.resource_id'''
 
 
 class Limits(Wishes):
@@ -6629,7 +6662,8 @@ class Limits(Wishes):
         seconds = {name: int(each.total_seconds()) if isinstance(each, timedelta) else each
                    for name, each in figures.items()}
         with self.writing(dry_run) as now:
-            id = insert(Limit, project=project, user=user, resource=self.id_of(resource), **seconds, added=int(now),
+            id = insert(Limit, project=project, user=user, resource=self.id_of(resource),
+                        **seconds, added=int(now),
                         exempt=int((exempt or timedelta(0)).total_seconds()))
             self.journal(now, 'limit', f"limited {user or project or 'every project'}")
             return self.limit_public(row(f'{LIMITS} WHERE l.id = ?', id))
@@ -7134,12 +7168,13 @@ class Series(Holding):
 
     def write_left_out(self, reservation: int, wish: Wish, slot: Slot, now: float, old=None) -> int:
         """Writes an occurrence that holds nothing, since its series goes without it; its id."""
-        self.write_occurrence(old.id if old else None, reservation, wish, slot, now, held_until=slot.start - wish.lead,
-                              cancelled=int(now), due=now if old else None)
+        self.write_occurrence(old.id if old else None, reservation, wish, slot, now,
+                              held_until=slot.start - wish.lead, cancelled=int(now),
+                              due=now if old else None)
         return old.id if old else row('SELECT max(id) AS id FROM occurrence').id
 
     def bring_back(self, id: int, wish: Wish, now: float) -> list[dict]:
-        """Holds again what an occurrence would that its series was left without; inside a transaction.
+        """Holds an occurrence that its series was left without; inside a transaction.
 
         Raises:
           NoCapacity: it doesn't fit.
@@ -7151,10 +7186,12 @@ class Series(Holding):
         change(Occurrence, id, altered=False)
         slot = Slot(old.slot, wish.start, wish.end, wish.vms, wish.resource.id)
         try:
-            done = self.place_all(old.reservation_id, wish, [(slot, old._replace(altered=False))], now)
+            todo = [(slot, old._replace(altered=False))]
+            done = self.place_all(old.reservation_id, wish, todo, now)
         except NoCapacity as refusal:
             conflict, = refusal.details.pop('conflicts')
-            raise NoCapacity(f"what was left out does not fit any more: {conflict['why']}", **refusal.details) from None
+            why = f"what was left out does not fit any more: {conflict['why']}"
+            raise NoCapacity(why, **refusal.details) from None
         self.close(old.reservation_id, stretches, now, self.horizon(stretches, now))
         self.keep_stopped(old.reservation_id, now)
         return done
@@ -7260,35 +7297,38 @@ class Spent(NoCapacity):
     """No way was found for all parts of a request in as many tries as are made."""
 
 
-def choose(parts: list[list], take: Callable[[Any, list], Any], kind: Callable[[list], Any]) -> list:
-    """Takes of each part the first choice that lets the other parts be taken as well; what that gave.
+def choose(parts: list[list], take: Callable[[Any, list], Any], kind: Callable[[list], Any]):
+    """Takes of each part the first choice that lets the others be taken as well; what that gave.
 
-    Parts of one kind are taken one after the other, each from the choice of the one before it on: what had no room
-    for one has none for the next, and to exchange two of them changes nothing. So they need no search.
+    Parts of one kind are taken one after the other, each from the choice of the one before it on:
+    what had no room for one has none for the next, and to exchange two of them changes nothing. So
+    they need no search.
 
     Args:
       take: takes a choice, beside what the parts before it gave
       kind: tells parts apart whose choices differ in what they take
 
     Raises:
-      NoCapacity: there is no such way, or (Spent) none was found; another Conflict, if it isn't room that is missing.
-        Its `placed` says how many parts had room together.
+      NoCapacity: there is no such way, or (Spent) none was found; another Conflict, if it isn't
+        room that is missing. Its `placed` says how many parts had room together.
     """
     numbers: dict = {}
     kinds = [numbers.setdefault(kind(part), len(numbers)) for part in parts]
     order = sorted(range(len(parts)), key=kinds.__getitem__)
-    without_search = len(parts) + sum(len(parts[kinds.index(number)]) for number in numbers.values())
-    found = chosen([(kinds[n], parts[n]) for n in order], take, iter(range(MOST_TRIES + without_search)), [])
+    without_search = len(parts) + sum(len(parts[kinds.index(n)]) for n in numbers.values())
+    tries = iter(range(MOST_TRIES + without_search))
+    found = chosen([(kinds[n], parts[n]) for n in order], take, tries, [])
     return [each for _, each in sorted(zip(order, found), key=lambda pair: pair[0])]
 
 
-def chosen(parts: list[tuple], take: Callable, tries: Iterator, taken: list, first: int = 0) -> list:
-    """What `choose` finds for the parts behind those that are taken, of the next from its `first` choice on."""
+def chosen(parts: list[tuple], take: Callable, tries: Iterator, taken: list, first: int = 0):
+    """What `choose` finds behind what is taken, for the next part from its `first` choice on."""
     (kind, choices), refusals = parts[len(taken)], []
     for n in range(first, len(choices)):
         if next(tries, None) is None:
-            raise Spent(f'no way to reserve all {len(parts)} parts together was found in {MOST_TRIES} tries; name a '
-                        'resource for each part, or ask for fewer parts')
+            raise Spent(f'no way to reserve all {len(parts)} parts together was found in '
+                        f'{MOST_TRIES} tries; name a resource for each part, or ask for fewer '
+                        'parts')
         try:
             with db.atomic():
                 got = [*taken, take(choices[n], taken)]
@@ -7309,7 +7349,7 @@ def chosen(parts: list[tuple], take: Callable, tries: Iterator, taken: list, fir
 
 
 def kind_of(part: list[Wish]) -> tuple:
-    """What tells a part of a request from another: what it takes, and when, on each resource where it could be."""
+    """What tells a part from another: what it takes, and when, on each of its resources."""
     return tuple((wish.resource.id, wish.held, wish.amount, wish.server) for wish in part)
 
 
@@ -7436,7 +7476,8 @@ class Admission(Series):
         try:
             if len(request.parts) == len(request.parts[0]) == 1:
                 return [self.book_part(request.last, '', now)]
-            return choose(request.parts, lambda wish, _: self.book_part(wish, request.name, now), kind_of)
+            return choose(request.parts, lambda wish, _: self.book_part(wish, request.name, now),
+                          kind_of)
         except NoCapacity as refusal:
             refusal.wish = self.summed(request, getattr(refusal, 'wish', request.last))
             if str(refusal) or len(request.parts) == 1 or self.lack(refusal.wish):
@@ -7446,8 +7487,9 @@ class Admission(Series):
     def apart(self, request: Request, refusal: NoCapacity) -> NoCapacity:
         """The refusal of parts of which each would have room, but not all together."""
         start, end = (format_time(instant(at), self.config.zone) for at in refusal.wish.held)
-        answer = NoCapacity(f"{refusal.placed} of the {len(request.parts)} parts of '{request.label}' have room "
-                            f'together from {start} to {end}; ask for fewer parts, for smaller ones or for another time')
+        answer = NoCapacity(f"{refusal.placed} of the {len(request.parts)} parts of "
+                            f"'{request.label}' have room together from {start} to {end}; ask for "
+                            'fewer parts, for smaller ones or for another time')
         answer.wish = refusal.wish
         answer.others = {wish.resource.id for part in request.parts for wish in part}
         return answer
@@ -7455,10 +7497,12 @@ class Admission(Series):
     def instead(self, request: Request, wish: Wish, field: str, now: float) -> None:
         """Books a request of which each part is otherwise in one field, as a wish is."""
         def changed(each: Wish) -> Wish:
-            return with_vms(each, wish.vms) if field == 'vms' else each._replace(start=wish.start, end=wish.end)
+            return with_vms(each, wish.vms) if field == 'vms' else each._replace(
+                start=wish.start, end=wish.end)
         if field == 'vms' and request.name:
             raise Invalid('of which part, the offer would not say')
-        self.book_all(request._replace(parts=[[*map(changed, part)] for part in request.parts]), now)
+        parts = [[*map(changed, part)] for part in request.parts]
+        self.book_all(request._replace(parts=parts), now)
 
     def book_part(self, wish: Wish, name: str, now: float) -> tuple:
         """Books one part of a request; a refusal tells which."""
@@ -7495,7 +7539,8 @@ class Admission(Series):
 
 def kind_of_waiting(part: list[tuple]) -> tuple:
     """What tells a part that waits from another, as `kind_of` does."""
-    return tuple((place.id, each.held_from, each.end, amount, each.server) for each, place, amount in part)
+    return tuple((place.id, each.held_from, each.end, amount, each.server)
+                 for each, place, amount in part)
 
 
 class Waiting(Admission):
@@ -7515,9 +7560,10 @@ class Waiting(Admission):
         """Writes down a request that has no room now, and waits; inside a transaction."""
         if any(part[0].stretches for part in request.parts):
             raise Invalid('a series can not wait; --on-conflict skip takes the occurrences that fit')
-        parts = [[wish for wish in map(self.as_now, part) if wish.amount.within(self.most_ever(wish))]
-                 for part in request.parts]
-        lacking = next((part[0] for part, left in zip(request.parts, parts) if not left), request.last)
+        parts = [[wish for wish in map(self.as_now, part)
+                  if wish.amount.within(self.most_ever(wish))] for part in request.parts]
+        without = (part[0] for part, left in zip(request.parts, parts) if not left)
+        lacking = next(without, request.last)
         try:
             choose(parts, self.could_be, kind_of)
         except Conflict as refusal:
@@ -7528,15 +7574,15 @@ class Waiting(Admission):
         return self.answer_all(request, [self.wait_for(part, request, now) for part in parts])
 
     def could_be(self, wish: Wish, taken: list[Wish]) -> Wish:
-        """A part of a request, if it and the parts before it fit where nothing else is booked; else NoCapacity."""
-        together = sum((each.amount for each in taken if each.resource.id == wish.resource.id), wish.amount)
-        if not together.within(self.most_ever(wish)):
+        """A part that fits beside those before it where nothing else is booked, or NoCapacity."""
+        beside = [each.amount for each in taken if each.resource.id == wish.resource.id]
+        if not sum(beside, wish.amount).within(self.most_ever(wish)):
             raise NoCapacity('')
         return wish
 
     def refuse_beyond_together(self, wishes: list[Wish], now: float) -> None:
         """Refuses what goes beyond a limit, as all parts of a request count: on each resource, and in all."""
-        for id in dict.fromkeys([0, *(wish.resource.id for wish in wishes)]):  # 0: whatever the resource
+        for id in dict.fromkeys([0, *(wish.resource.id for wish in wishes)]):  # 0: any resource
             there = [wish for wish in wishes if id in (0, wish.resource.id)]
             total = sum((wish.amount for wish in there), NOTHING)
             place = there[0].resource._replace(id=id)
@@ -7928,8 +7974,10 @@ class Requests(Approval):
         """
         request = self.read_request({name: value for name, value in locals().items() if name != 'self'})
         refused = request.last._replace(label=label)
-        with self.recording_refusal(refused, dry_run), self.explaining(
-                request.last, None, lambda wish, field: self.instead(request, wish, field, self.clock())):
+        def instead(wish: Wish, field: str) -> None:
+            self.instead(request, wish, field, self.clock())
+        explaining = self.explaining(request.last, None, instead)
+        with self.recording_refusal(refused, dry_run), explaining:
             with self.writing(dry_run) as now:
                 return self.take(request, now)
 
@@ -8203,12 +8251,13 @@ class Requests(Approval):
 
     @api('POST', '/reservation/<label>/skip')
     @for_each_part
-    def skip(self, label: Label, project: Name = '', occurrence: Day = None, undo: bool = False, tz: Zone = '',
-             dry_run: bool = False) -> dict:
+    def skip(self, label: Label, project: Name = '', occurrence: Day = None, undo: bool = False,
+             tz: Zone = '', dry_run: bool = False) -> dict:
         """Leaves out the next occurrence, which must not have begun.
 
-        With --undo, an occurrence of a series that was left out, skipped or cancelled by itself comes back if
-        it fits, as the series has it now: the next of them, or that of --occurrence, also of `skip_dates`.
+        With --undo, an occurrence of a series that was left out, skipped or cancelled by itself
+        comes back if it fits, as the series has it now: the next of them, or that of --occurrence,
+        also of `skip_dates`.
 
         Example:
           python cmres.py skip lab
@@ -8238,31 +8287,38 @@ class Requests(Approval):
                 resource=place, start=slot.start, end=slot.end, vms=slot.vms, on_conflict='refuse')
             id = old.id if old else self.write_left_out(found.reservation, wish, slot, now)
             deed = functools.partial(self.bring_back, id, wish, now)
-            done = self.unless_it_grows(self.occurrence(id), wish, {'occurrence': None}, now, BACK, True, True, deed)
+            done = self.unless_it_grows(self.occurrence(id), wish, {'occurrence': None}, now, BACK,
+                                        named=True, alone=True, deed=deed)
             if done is not None:
-                self.journal(now, 'updated', f'{self.actor.user} has put back what was left out on '
-                             f'{self.config.told_time(slot.start)}', found.reservation, wish.notify, id)
+                why = f'{self.actor.user} has put back what was left out on '
+                self.journal(now, 'updated', why + self.config.told_time(slot.start),
+                             found.reservation, wish.notify, id)
             return public(self.occurrence(id))
 
     def left_out(self, found, asked: Day | None, now: float) -> tuple[Slot, Any]:
-        """The occurrence of a series that was left out, as the series has it now, and its row if there is one.
+        """The occurrence that a series was left without, as it has it now, and its row if any.
 
         Args:
           asked: on which date or when it would be; without it, the next that has a row
         """
         if not found.repeats:
             raise Conflict(f"'{found.label}' is no series; reserve it again with `add`")
-        begin, until, text = self.span_of(asked, read_zone(found.tz)) if asked else (int(now), 2**62, '')
-        there = {each.slot: each for each in rows('SELECT * FROM occurrence WHERE reservation_id = ? AND "end" > ?',
-                                                  found.reservation, int(now))}
+        begin, until, on = int(now), 2**62, ''
+        if asked:
+            begin, until, on = self.span_of(asked, read_zone(found.tz))
+        there = {each.slot: each for each in rows(
+            'SELECT * FROM occurrence WHERE reservation_id = ? AND "end" > ?',
+            found.reservation, int(now))}
         stretches = [each._replace(skips=()) for each in self.stretches(found.reservation)]
         last = max(self.horizon(stretches, now), until if asked else 0, begin + 1)
         for slot in all_slots(stretches, now, last):
             old = there.get(slot.key)
             meant = begin <= slot.start < until or old and begin <= old.start < until
-            if meant and slot.start - found.lead > now and (old.cancelled is not None if old else asked):
+            gone = old.cancelled is not None if old else asked
+            if meant and gone and slot.start - found.lead > now:
                 return slot, old
-        raise NotFound(f"'{found.label}' has no occurrence to come that was left out{f' on {text}' if asked else ''}")
+        raise NotFound(f"'{found.label}' has no occurrence to come that was left out"
+                       f"{f' on {on}' if on else ''}")
 
     def alter(self, label: str, project: str, asked: dict, dry_run: bool, code: str = 'updated',
               occurrence: datetime | None = None, alone: bool = True) -> dict:
@@ -8590,11 +8646,13 @@ class Plan(Requests):
         return '' if mode == 'open' else mode
 
     def refuse_idle(self, mode: str, values: dict) -> None:
-        """Refuses a length that would do nothing: what boots on an open resource, Nova does not ask cmres."""
+        """Refuses a length that would do nothing: for an open resource, Nova does not ask cmres."""
         for name in ASKED_BY_NOVA:
             if values.get(name) and not mode:
-                raise Invalid(f'{name}: {format_duration(values[name])} does nothing on a resource that is open to '
-                              f"everybody; say --mode exclusive or --mode shared, or --{name.replace('_', '-')} 0s")
+                option = name.replace('_', '-')
+                raise Invalid(f'{name}: {format_duration(values[name])} does nothing on a resource '
+                              'that is open to everybody; say --mode exclusive or --mode shared, '
+                              f'or --{option} 0s')
 
     @api('POST', '/resource/sync', role=ADMIN)
     def resource_sync(self, cloud: Name, aggregates: Names = (), mode: Name = '', hold: Span = None,
@@ -8632,7 +8690,8 @@ class Plan(Requests):
         found = row('SELECT * FROM resource WHERE cloud = ? AND aggregate = ? AND removed IS NULL',
                     cloud, aggregate.name)
         if wanted:
-            self.refuse_idle(wanted.get('mode', found.mode if found else ''), (found._asdict() if found else {}) | wanted)
+            will = (found._asdict() if found else {'mode': ''}) | wanted
+            self.refuse_idle(will['mode'], will)
         total = sum(aggregate.hosts.values(), NOTHING)
         new = {name: each for name, each in stored(total).items() if name != 'vms'} | {
             'hosts': json.dumps([*aggregate.hosts]), **wanted}
@@ -8703,9 +8762,10 @@ class Plan(Requests):
                      'FROM capacity c JOIN resource s ON s.id = c.resource_id WHERE c.removed IS NULL AND c.end > ? '
                      f"{'AND s.name = ?' if resource else ''} ORDER BY c.start", int(self.clock()),
                      *([resource] if resource else []))
-        shown = [public(each) for each in found]
-        return [each | {'classes': {name: most for name, most in each['classes'].items() if name != CLOSED}}
-                for each in shown]
+        lines = [public(each) for each in found]
+        for line in lines:
+            line['classes'].pop(CLOSED, None)
+        return lines
 
     @api('DELETE', '/maintenance/<id>', role=ADMIN)
     def maintenance_delete(self, id: int, dry_run: bool = False) -> dict:
@@ -8734,7 +8794,8 @@ class Plan(Requests):
             begin, until = self.resolve(start, end)
             if until <= now:
                 raise Invalid(f'the end {to_plain(instant(until))} is not in the future')
-            most = most or Amount(0, 0, 0, ((CLOSED, 0), *((name, 0) for name in capacity(place).names)))
+            classes = (CLOSED, *capacity(place).names)
+            most = most or Amount(0, 0, 0, tuple((each, 0) for each in classes))
             held = self.difference(place, most)
             if held == NOTHING:
                 raise Conflict(f"'{name}' has no limit that this would change; set one with: "
@@ -9241,9 +9302,10 @@ class Calendars(Claims):
         """
         own = '' if self.actor.role == ADMIN else 'AND user = ? AND project = ?'
         who = () if self.actor.role == ADMIN else self.actor[:2]
-        feeds = rows("SELECT id, 'feed' AS kind, user, project, coalesce((SELECT name FROM resource s "
-                     "WHERE s.id = resource_id), iif(whole_project, 'the project', 'the user')) AS shows, added "
-                     f'FROM feed WHERE revoked IS NULL {own} ORDER BY id', *who)
+        feeds = rows("SELECT id, 'feed' AS kind, user, project, coalesce("
+                     "(SELECT name FROM resource s WHERE s.id = resource_id), "
+                     "iif(whole_project, 'the project', 'the user')) "
+                     f'AS shows, added FROM feed WHERE revoked IS NULL {own} ORDER BY id', *who)
         subscribed = rows(f"SELECT id, 'subscription' AS kind, user, project, url, added, polled, fault, held "
                           f'FROM subscription WHERE due IS NOT NULL {own} ORDER BY id', *who)
         return [public(each) for each in feeds] + [
@@ -9264,8 +9326,8 @@ class Calendars(Claims):
         user, project = self.owner({'user': user, 'project': project})
         secret = secrets.token_urlsafe(24)
         with self.writing(dry_run) as now:
-            insert(Feed, user=user, project=project, whole_project=whole_project, resource=self.id_of(resource),
-                   hash=hashed(secret), added=int(now), revoked=None)
+            insert(Feed, user=user, project=project, whole_project=whole_project,
+                   resource=self.id_of(resource), hash=hashed(secret), added=int(now), revoked=None)
             self.journal(now, 'calendar', f'made a feed for {user} in {project}')
         name = quote(resource or (project if whole_project else user), safe='')
         return {'user': user, 'project': project} if dry_run else {
@@ -9386,7 +9448,7 @@ class Calendars(Claims):
         return kept | ({} if answer.get('held') else {'confirmed': False})
 
     def defaults_of(self, subscription) -> dict:
-        """What the events of a subscribed calendar don't say; its resource under the name that it has now.
+        """What the events of a subscribed calendar don't say; its resource under its present name.
 
         Raises:
           NotFound: that was removed.
@@ -9394,7 +9456,8 @@ class Calendars(Claims):
         said = json.loads(subscription.defaults)
         found = row('SELECT name, removed FROM resource WHERE id = ?', said['resource'])
         if found and found.removed:
-            raise NotFound(f"the resource '{found.name}' was removed; subscribe again with another --resource")
+            raise NotFound(f"the resource '{found.name}' was removed; subscribe again with another "
+                           '--resource')
         return said | {'resource': found.name if found else ''}
 
     def live_of(self, subscription, now: float) -> dict[int, int]:
@@ -9443,7 +9506,8 @@ class Calendars(Claims):
 
     def feed(self, secret: str) -> tuple[str, Any]:
         """The name and the row of the feed at a secret address; NotFound if there is none."""
-        found = row('SELECT f.*, s.name AS resource FROM feed f LEFT JOIN resource s ON s.id = f.resource_id '
+        found = row('SELECT f.*, s.name AS resource FROM feed f '
+                    'LEFT JOIN resource s ON s.id = f.resource_id '
                     'WHERE hash = ? AND revoked IS NULL', hashed(secret))
         if not found:
             raise NotFound('there is no calendar at this address, or no longer')
@@ -9526,7 +9590,7 @@ STILL_KNOWN = '''(
   OR EXISTS (SELECT 1 FROM proposal WHERE reservation_id = reservation.id)
   OR EXISTS (SELECT 1 FROM event WHERE reservation_id = reservation.id AND id = (SELECT max(id) FROM event))
   OR booked_until IS NOT NULL OR id = (SELECT max(id) FROM reservation))'''
-#: VM-hours in [first, last) of each kind: reserved, used of that, left unused; and how late a VM was at worst.
+#: VM-hours of each kind: reserved, used of that, unused; and how late a VM was at worst.
 #: What runs on after its window, or stays stopped, is no use of a reservation.
 HOURS = f'''
   WITH held AS (SELECT o.id, {{by}} AS of, o.vms, max(o.held_from, ?) AS begin, min(o.held_until, ?) AS until
@@ -9540,7 +9604,8 @@ HOURS = f'''
                  FROM held h CROSS JOIN claim c ON c.occurrence = h.id
                 WHERE NOT EXISTS (SELECT 1 FROM server v WHERE v.uid = c.server)),
        used AS (SELECT id, sum(max(used, 0)) AS used, max(late) AS late FROM ran GROUP BY id),
-       each AS (SELECT h.of, max(h.vms * (h.until - h.begin), 0) AS reserved, coalesce(u.used, 0) AS used, u.late
+       each AS (SELECT h.of, max(h.vms * (h.until - h.begin), 0) AS reserved,
+                       coalesce(u.used, 0) AS used, u.late
                   FROM held h LEFT JOIN used u ON u.id = h.id)
   SELECT of, sum(reserved) / 3600.0, sum(used) / 3600.0, sum(max(reserved - used, 0)) / 3600.0,
          max(coalesce(max(late), 0), 0) FROM each GROUP BY of'''
@@ -9601,9 +9666,9 @@ class Reservations(Calendars):
 
     @api('GET', '/report/')
     def report(self, since: When = None, until: When = None, by_whom: Name = 'project') -> Rows:
-        """Adds up VM-hours reserved, used and unused, requests refused, and lateness, for each of some kind.
+        """Adds up VM-hours reserved, used and unused, requests refused, and lateness.
 
-        A reservation counts from its lead to its end; what runs or stays after that is not counted as used.
+        A reservation counts from its lead to its end; what runs or stays after that is not used.
         Counts the last 30 days unless --since and --until say otherwise.
 
         Example:
@@ -9616,14 +9681,17 @@ class Reservations(Calendars):
         last = self.resolve(FIRST, until)[1] if until else int(now)
         first = self.resolve(since, LAST)[0] if since else last - 30 * 86400
         own = ' AND '.join(['1', *(text for text, _ in self.visible())])
-        lines: dict = defaultdict(lambda: dict.fromkeys(('reserved', 'used', 'unused', 'refused', 'late_worst'), 0.0))
+        told = ('reserved', 'used', 'unused', 'late_worst')
+        lines: dict = defaultdict(lambda: dict.fromkeys((*told, 'refused'), 0.0))
         near = ids_by(self.ways({'user': '', 'project': ''}, (), first))
-        for name, *figures in run(HOURS.format(by=columns[by_whom], own=own, near=near), first, last, last, first,
+        hours = HOURS.format(by=columns[by_whom], own=own, near=near)
+        for name, *figures in run(hours, first, last, last, first,
                                   *(value for _, value in self.visible()), now, now):
-            lines[name] |= zip(('reserved', 'used', 'unused', 'late_worst'), figures)
+            lines[name] |= zip(told, figures)
         self.add_forgotten(lines, by_whom, first, last)
+        name_then = '(SELECT name FROM resource s WHERE s.id = resource_id)'
         refused = {'project': 'project', 'user': 'actor',
-                   'resource': "coalesce((SELECT name FROM resource s WHERE s.id = resource_id), '')"}[by_whom]
+                   'resource': f"coalesce({name_then}, '')"}[by_whom]
         mine = '' if self.actor.role == ADMIN else 'AND project = ?'
         for name, count in run(f"SELECT {refused}, count(*) FROM event WHERE code = 'refused' AND project <> '' "
                                'AND reservation_id IS NULL AND at >= ? '
@@ -10353,8 +10421,9 @@ class LifeCycle:
     def plan_server(self, occurrence, n: int, now: float, before=None) -> None:
         """Writes down a server that is wanted: a new one, one that was there, or a series' own from `before`."""
         borrowed = bool(occurrence.server)
+        number = f'-{occurrence.id}-{n}'
         # One that was there has a name of its own, which the first look tells.
-        values = dict(name=occurrence.server or server_name(occurrence.label, f'-{occurrence.id}-{n}'),
+        values = dict(name=occurrence.server or server_name(occurrence.label, number),
                       uid=occurrence.server or None, tries=0,
                       state='unknown' if borrowed else 'planned', begun=None,
                       account=self.clouds.account(occurrence.cloud, occurrence.project))
@@ -12166,7 +12235,8 @@ DEEDS = {'extend': ('Extend', ('by', 'by', '+1h'), False), 'keep': ('Keep on', (
 ASKS = ('delete', 'resource_delete', 'token_revoke')  # what is asked for twice
 SECRET = {'token', 'feed'}  # fields of answers: shown in the answer itself, and kept nowhere
 #: What can be done to a reservation in each state; to a pending one, what its holder or an admin says.
-DEEDS_IN = {'cancelled': ('skip',), 'waiting': ('delete',), 'pending': ('delete',), 'reserved': ('extend', 'skip', 'delete'),
+DEEDS_IN = {'cancelled': ('skip',), 'waiting': ('delete',), 'pending': ('delete',),
+            'reserved': ('extend', 'skip', 'delete'),
             **dict.fromkeys(('starting', 'active', 'degraded'), ('extend', 'keep', 'delete'))}
 #: The fields of the admin's forms, in the order in which people think of them.
 FORMS = {'resource_add': ('name', 'cloud', 'region', 'aggregate', 'vms', 'vcpus', 'ram', 'classes', 'mode', 'approval'),
@@ -12178,7 +12248,8 @@ FORMS = {'resource_add': ('name', 'cloud', 'region', 'aggregate', 'vms', 'vcpus'
 CHOICES = {'mode': ('', 'open', *MODES), 'then': THEN, 'role': (USER, READER, ADMIN)}  # of those fields
 TITLES = {'resource_add': 'Add a resource', 'resource_update': 'Change a resource', 'token_add': 'Make a token',
           'maintenance_add': 'Plan a maintenance', 'limit_add': 'Set a limit'}
-DONE = {'extend': 'is longer now', 'keep': 'goes on', 'skip': 'is left out', 'undo': 'has the occurrence again', 'delete': 'is cancelled',
+DONE = {'extend': 'is longer now', 'keep': 'goes on', 'skip': 'is left out',
+        'undo': 'has the occurrence again', 'delete': 'is cancelled',
         'update': 'is changed', 'accept': 'is yours', 'approve': 'is approved', 'reject': 'is rejected'}
 MORE = {'network': 'Network', 'key': 'Key pair', 'lead': 'Boot before the start by', 'notify': 'Notify',
         'skip_dates': 'Not on these dates'}  # further fields of the form to book
@@ -12328,7 +12399,8 @@ class Visit:
             onward = '/list' if not wide or bad and not occurrence else self.href(*fields.values())
             fields |= {'occurrence': occurrence} if occurrence else {}
             fields |= {'undo': 'true'} if undo else {}
-            words += (' this one' if occurrence else ' all' if line.get('tz') else '') if name == 'delete' else ''
+            if name == 'delete':
+                words += ' this one' if occurrence else ' all' if line.get('tz') else ''
         else:
             fields, onward = {key: line[key] for key in ('name', 'id') if key in line}, '/admin'
             fields = dict([next(iter(fields.items()))])
@@ -12342,8 +12414,8 @@ class Visit:
         if found['state'] == 'pending' or 'change' in found:
             held = self.service.occurrence(found['id'])
             asks = ['accept'] if held.confirm else ['approve', 'reject'] if self.actor.role == ADMIN else []
-        can = [deed for deed in DEEDS_IN.get(found['state'], ()) if deed != 'skip' or found['tz'] and (
-            found['start'] > self.here.now)]
+        skips = found['tz'] and found['start'] > self.here.now
+        can = [deed for deed in DEEDS_IN.get(found['state'], ()) if deed != 'skip' or skips]
         return [*asks, *can] if self.writes else []
 
 
@@ -12643,7 +12715,8 @@ class Pages:
         except Conflict:  # it is in several projects
             found = {'parts': visit.service.list(label)}
         if 'parts' in found:
-            whole = [visit.deed(deed, {'label': label, 'project': found['parts'][0]['project']}, True)
+            project = found['parts'][0]['project']
+            whole = [visit.deed(deed, {'label': label, 'project': project}, True)
                      for deed in ('extend', 'delete')] if 'label' in found and visit.writes else []
             return self.page(visit, label, render_page('list', visit=visit, lines=self.lines(visit, found['parts']),
                                                        after=0, over=None) + ''.join(whole))
@@ -12873,8 +12946,8 @@ class Pages:
             raise Conflict('this form was sent already, and what it made is not shown again; go '
                            'back to the form')
         answer = getattr(visit.service, name)(**bind(operation, said, visit.here))
-        self.sent.append(once)
         if secret := SECRET & set(answer if isinstance(answer, dict) else ()):
+            self.sent.append(once)
             return self.page(visit, 'Done', render_page(
                 'secret', words=told_done(name, said, answer), secret=answer[secret.pop()],
                 back=onward))
@@ -13896,8 +13969,8 @@ def in_words(error: Error, zone: ZoneInfo) -> list[str]:
     for each in details.get('in_the_way', []):
         who = f"{each['label']} of {each['user']}, " if 'label' in each else ''
         what = f"{who}{each['vms']} vms" if 'vms' in each else each['reason']
-        lines.append(f"  in the way: {what} from {in_cell(each['start'], zone)} "
-                     + (f"to {in_cell(each['end'], zone)}" if each['end'] else 'until they are deleted'))
+        until = f"to {in_cell(each['end'], zone)}" if each['end'] else 'until they are deleted'
+        lines.append(f"  in the way: {what} from {in_cell(each['start'], zone)} {until}")
     offers = {'next_start': 'the same from {}', 'most_vms': '{} vms at that time', 'longest': '{} from that start'}
     lines += [f'  would fit:  {text.format(in_cell(details[name], zone))}'
               for name, text in offers.items() if name in details]
