@@ -7746,7 +7746,7 @@ def test_vms_that_stay_or_are_started_again_are_used_only_within_their_windows(w
 
 def test_a_server_that_one_has_is_used_only_within_its_windows(world):
     cloud = world.clouds.open('simulated')
-    world.as_user().add('old', 'demo', NOON + hours(0), hours(0.4), image='cirros', flavor='m1.tiny', at_end='stop')
+    world.service.add('old', 'demo', NOON + hours(0), hours(0.4), image='cirros', flavor='m1.tiny', at_end='stop')
     for hour in (0.01, 0.02, 0.4, 0.41, 0.42):
         world.at(hour)
     server, = cloud.present()
