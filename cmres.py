@@ -811,6 +811,9 @@ class Config:
         86400.0, 'seconds that a reservation may take at most to be exempt from limits', 0.0)
     end_foreign: bool = setting(False, 'whether machines that people booted by hand on what they had reserved are '
                                 'deleted at its end')
+    retention: int = setting(400, 'days after which what is over is forgotten; reports keep its sums', 1, 36500)
+    project_texts: int = setting(
+        100, 'MiB of user data, descriptions and metadata that a project may keep here', 1, 10**6)
     orphan_grace: float = setting(60.0, 'age in seconds at which a server of ours that nothing wants is removed', 0.0)
     verify_every: float = setting(
         3600.0, 'seconds between two checks of the database file for damage', 0.1)
@@ -979,6 +982,7 @@ Text = NewType('Text', str)        # free text, up to 64 KiB
 File = NewType('File', str)        # text too; on the command line, the name of the file that holds it
 Count = NewType('Count', int)      # 1 to a million
 Page = NewType('Page', int)        # 1 to 10000 lines of a list
+Cursor = NewType('Cursor', str)    # where a list goes on: START/ID of the last line seen, or its id
 Figure = NewType('Figure', int)    # 0 to 10^12
 Most = NewType('Most', int)        # a capacity figure; `unlimited` is UNLIMITED
 Span = NewType('Span', timedelta)  # a length of time
@@ -1006,7 +1010,7 @@ FILTERS = {'label', 'user', 'project', 'resource', 'cell', 'cloud', 'region', 'a
 
 #: What each argument means, in the one sense that it has in every operation.
 WORDS = {
-    'after': 'the earliest start, or in a list the id of the last line already seen',
+    'after': 'the earliest start, or in a list START/ID of the last line seen, or its id',
     'aggregate': 'host aggregate of the resource',
     'at_end': 'what becomes of the machines at the end: delete, stop, shelve or snapshot (an image, then delete)',
     'before': 'the latest end',
@@ -1282,6 +1286,17 @@ def read_page(value, here=None) -> int:
     return number
 
 
+def read_cursor(value, here: Here) -> str:
+    """An id, or SECONDS-ID: the start and the id of a line."""
+    start, _, id = str(value).replace('/', '-').rpartition('-')
+    if type(value) is bool or not re.fullmatch('[0-9]{1,18}', id):
+        raise ValueError(f'{shown(value)} is not a whole number, nor the start and id of a line such as '
+                         '2026-12-01T12:00Z/7')
+    if not start or re.fullmatch('[0-9]{1,11}', start):
+        return '-'.join(filter(None, (start, id)))
+    return f'{int(parse_time(str(value).rpartition("/")[0], here.zone, here.now).timestamp())}-{id}'
+
+
 def read_figure(value, here=None) -> int:
     if not 0 <= (number := read_int(value)) <= 10**12:
         raise ValueError(f'{number} is not between 0 and 10^12')
@@ -1447,7 +1462,8 @@ PART_FIELDS = {'resource': Place, 'vms': Count, 'flavor': Name, 'image': Name, '
 READERS = {
     str: read_str, int: read_int, bool: read_bool, Label: read_label, NewLabel: read_new_label,
     Place: read_place, Name: read_name,
-    Text: read_text, File: read_file, Count: read_count, Page: read_page, Figure: read_figure, Most: read_most,
+    Text: read_text, File: read_file, Count: read_count, Page: read_page,
+    Cursor: read_cursor, Figure: read_figure, Most: read_most,
     Span: read_span,
     When: read_when, Day: read_day, Names: read_names, Pairs: read_pairs,
     Classes: read_classes, Hosts: read_hosts, Parts: read_parts, Rows: read_rows, Zone: read_zone_name,
@@ -1730,7 +1746,7 @@ class Reservation(Table):
     carried = peewee.CharField(null=True)  # by which day and zone table a series was carried on last
 
     class Meta:
-        indexes = ((('project', 'label', 'over'), False),)
+        indexes = ((('label', 'project', 'over'), False),)
 
 
 Reservation.add_index(Reservation.index(Reservation.uid, where=Reservation.uid.is_null(False), name='reservation_uid'))
@@ -1756,19 +1772,32 @@ class Occurrence(Table):
     due = peewee.DoubleField(null=True)  # when the life cycle must look at it next; NULL: never again
     up_told = peewee.IntegerField(null=True)  # so many servers were up when that was last told
     up_check = peewee.DoubleField(null=True)  # when another number is told, if it is one still
+    # These two are as its reservation has them, so that indexes know them; triggers keep them so.
+    of_project = peewee.CharField(default='', constraints=[peewee.SQL("DEFAULT ''")])
+    of_user = peewee.CharField(default='', constraints=[peewee.SQL("DEFAULT ''")])
 
     class Meta:
         constraints = [peewee.Check('held_from <= start AND start < "end" AND held_until <= "end"')]
-        indexes = ((('reservation', 'start'), False),)
 
 
-LIVE = Occurrence.due.is_null(False)  # partial indexes on it leave history out
-Occurrence.add_index(Occurrence.index(Occurrence.due, where=LIVE, name='occurrence_due'))
+#: What lists walk, in order of start: what is live and what is over for good apart, so that what is
+#: asked for most is not found among history. Each costs about a page of the journal at every change.
+WALKED = {'': (), 'project': ('of_project',), 'user': ('of_user',), 'place': ('resource_id',)}
+HALVES = {'live': 'due IS NOT NULL', 'over': 'due IS NULL'}
+DAY, MONTH = 86400, 31 * 86400
+#: Indexes of occurrences that peewee can't write: by name, on what, and of which rows.
+ORDERS = {'series': ('reservation_id, due IS NULL, start', ''), 'due': ('due', 'due IS NOT NULL'),
+          'cancelled': ('start', 'cancelled IS NOT NULL'), 'failed': ('start', 'told & 128'),
+          'long': ('start', f'"end" - start > {DAY}'), 'longest': ('start', f'"end" - start > {MONTH}')} | {
+    '_'.join(filter(None, (by, half))): (', '.join((*columns, 'start')), rows)
+    for by, columns in WALKED.items() for half, rows in HALVES.items()}
+
+for _name, (_columns, _rows) in ORDERS.items():
+    Occurrence.add_index(peewee.SQL(f'CREATE INDEX IF NOT EXISTS occurrence_{_name} ON occurrence ({_columns})'
+                                    + (f' WHERE {_rows}' if _rows else '')))
 # What has ended; where its end is still to come, a wrong clock has ended it.
 Occurrence.add_index(Occurrence.index(
     Occurrence.end, where=Occurrence.due.is_null() & Occurrence.cancelled.is_null(), name='occurrence_ended'))
-Occurrence.add_index(Occurrence.index(Occurrence.start, where=LIVE, name='occurrence_live'))
-Occurrence.add_index(Occurrence.index(Occurrence.resource, Occurrence.held_from, where=LIVE, name='occurrence_held'))
 
 
 Reservation.add_index(Reservation.index(Reservation.request, where=Reservation.request != '',
@@ -1779,6 +1808,16 @@ Reservation.add_index(Reservation.index(
     Reservation.over, Reservation.carried, where=Reservation.series != '', name='reservation_series'))
 Reservation.add_index(Reservation.index(Reservation.pending, where=Reservation.pending.is_null(False),
                                         name='reservation_pending'))
+Reservation.add_index(Reservation.index(Reservation.lead, where=Reservation.lead > 0, name='reservation_lead'))
+Reservation.add_index(Reservation.index(Reservation.server, where=Reservation.server != '', name='reservation_server'))
+Reservation.add_index(Reservation.index(Reservation.subscription, Reservation.over, name='reservation_subscription',
+                                        where=Reservation.subscription.is_null(False)))
+
+
+class Texts(Table):
+    """How many characters of long texts the reservations of a project have; triggers count them."""
+    project = peewee.CharField(primary_key=True)
+    size = peewee.IntegerField()
 
 
 class Capacity(Table):
@@ -1800,6 +1839,9 @@ class Capacity(Table):
     reason = peewee.CharField()
     added = peewee.IntegerField()
     removed = peewee.IntegerField(null=True)
+
+
+Capacity.add_index(Capacity.index(Capacity.end, where=Capacity.removed.is_null(), name='capacity_end'))
 
 
 class Proposal(Table):
@@ -1830,6 +1872,23 @@ class ExtraHold(Table):
     vcpus = peewee.IntegerField()
     ram = peewee.IntegerField()
     classes = peewee.TextField()
+
+
+class Wait(Table):
+    """A resource on which one that waits could be; when to try it again, if nothing is given back there before."""
+    reservation = peewee.ForeignKeyField(Reservation)
+    resource = peewee.ForeignKeyField(Resource, index=False)
+    held_from = peewee.IntegerField()
+    until = peewee.IntegerField()  # the end of its window
+    since = peewee.IntegerField()
+    limited = peewee.BooleanField(default=False)  # it is not room that it lacks
+    due = peewee.DoubleField()
+
+
+Wait.add_index(Wait.index(Wait.resource, Wait.until, name='wait_there'))
+Wait.add_index(Wait.index(Wait.resource, Wait.since, name='wait_since'))
+Wait.add_index(Wait.index(Wait.due, name='wait_due'))
+Wait.add_index(Wait.index(Wait.limited, where=Wait.limited, name='wait_limited'))
 
 
 class Limit(Table):
@@ -1865,7 +1924,7 @@ class Step(Table):
 
 
 class Server(Table):
-    occurrence = peewee.ForeignKeyField(Occurrence)
+    occurrence = peewee.ForeignKeyField(Occurrence, index=False)
     n = peewee.IntegerField()
     name = peewee.CharField()
     account = peewee.CharField()       # the entry of clouds.yaml that it is made with
@@ -1889,8 +1948,12 @@ class Server(Table):
 
 
 Server.add_index(Server.index(Server.account, where=Server.state == 'kept', name='server_kept'))
-Server.add_index(Server.index(Server.uid, where=Server.uid.is_null(False), name='server_uid'))
 Server.add_index(Server.index(Server.due, where=Server.due.is_null(False), name='server_due'))
+Server.add_index(Server.index(Server.occurrence, Server.n, name='server_of'))
+Server.add_index(Server.index(Server.account, where=Server.state != 'deleted', name='server_there'))
+Server.add_index(Server.index(Server.deleted, name='server_deleted'))
+Server.add_index(Server.index(Server.planned, name='server_planned'))
+Server.add_index(Server.index(Server.uid, where=Server.uid.is_null(False), name='server_uid'))
 
 
 class Claim(Table):
@@ -1909,8 +1972,27 @@ class Claim(Table):
 
 
 Claim.add_index(Claim.index(Claim.resource, Claim.server, unique=True, name='claim_server'))
-Claim.add_index(Claim.index(Claim.occurrence, where=Claim.due.is_null(False), name='claim_occurrence'))
+Claim.add_index(Claim.index(Claim.occurrence, Claim.due, name='claim_of'))
+Claim.add_index(Claim.index(Claim.resource, Claim.occurrence, where=Claim.due.is_null(False), name='claim_there'))
+Claim.add_index(Claim.index(Claim.gone, name='claim_gone'))
 Claim.add_index(Claim.index(Claim.due, where=Claim.due.is_null(False), name='claim_due'))
+
+
+class Tally(Table):
+    """What reports tell of a day (UTC) whose occurrences, servers and claims are forgotten."""
+    day = peewee.IntegerField()  # its first second
+    project = peewee.CharField()
+    user = peewee.CharField()
+    resource = peewee.IntegerField()  # its id; 0: of none
+    reserved = peewee.DoubleField()   # seconds of VMs, as the two that follow
+    used = peewee.DoubleField()
+    unused = peewee.DoubleField()
+    refused = peewee.IntegerField()   # requests
+    late = peewee.DoubleField()       # seconds, of the worst
+
+    class Meta:
+        primary_key = peewee.CompositeKey('day', 'project', 'user', 'resource')
+        without_rowid = True
 
 
 class Token(Table):
@@ -1970,8 +2052,12 @@ class Event(Table):
     sentence = peewee.TextField()
     reservation = peewee.ForeignKeyField(Reservation, null=True)
     occurrence = peewee.IntegerField(null=True)  # of a series, the one that it is about
-    project = peewee.CharField(default='')       # of what was refused, which is no reservation
-    resource = peewee.ForeignKeyField(Resource, index=False, null=True)
+    project = peewee.CharField(default='')       # of the reservation then, or of what was refused, which is none
+    resource = peewee.ForeignKeyField(Resource, index=False, null=True)  # of what was refused
+
+
+Event.add_index(Event.index(Event.project, where=Event.project != '', name='event_project'))
+Event.add_index(Event.index(Event.at, where=Event.code == 'refused', name='event_refused'))
 
 
 class Outbox(Table):
@@ -1984,6 +2070,7 @@ class Outbox(Table):
     fault = peewee.TextField(default='')
 
 
+Outbox.add_index(Outbox.index(Outbox.event, name='outbox_event'))
 Outbox.add_index(Outbox.index(Outbox.due, where=Outbox.due.is_null(False), name='outbox_due'))
 
 
@@ -2021,8 +2108,8 @@ class SimulatedServer(Table):
     gone = peewee.DoubleField(null=True)
 
 
-TABLES = [Resource, Reservation, Occurrence, Capacity, Proposal, ExtraHold, Limit, Step, Server,
-          Claim, Token, Session, Feed, Subscription, Event, Outbox, Mailed, Lease, Fact,
+TABLES = [Resource, Reservation, Occurrence, Texts, Capacity, Proposal, ExtraHold, Wait, Limit, Step,
+          Server, Claim, Tally, Token, Session, Feed, Subscription, Event, Outbox, Mailed, Lease, Fact,
           SimulatedServer]
 
 #: What brings an older store up to the models above, one function a version. None reads the models,
@@ -2030,7 +2117,39 @@ TABLES = [Resource, Reservation, Occurrence, Capacity, Proposal, ExtraHold, Limi
 MIGRATIONS: list[Callable] = [
     lambda: add_tracks(), lambda: add_proposals(), lambda: add_up_told(), lambda: add_owners(),
     lambda: trust_names(), lambda: add_sessions(), lambda: add_ends_of_calls(),
-    lambda: keep_resource_ids(), lambda: end_left_calendars()]
+    lambda: keep_resource_ids(), lambda: end_left_calendars(),
+    lambda: add_whose(), lambda: add_waits(), lambda: add_sums()]
+
+
+def long_texts(row: str) -> str:
+    """How many characters of long texts a reservation has; in a trigger, its row before or after."""
+    return f'(length({row}.user_data) + length({row}.description) + length({row}.metadata))'
+
+
+#: What keeps the owners of occurrences as their reservations have them, and counts texts.
+#: Version 13 made them; a version with others drops these.
+TRIGGERS = TRIGGERS_OF_13 = (f'''
+  CREATE TRIGGER IF NOT EXISTS reservation_texts AFTER INSERT ON reservation WHEN {long_texts('NEW')} > 1000 BEGIN
+    INSERT INTO texts VALUES (NEW.project, {long_texts('NEW')})
+      ON CONFLICT (project) DO UPDATE SET size = size + excluded.size;
+  END''', f'''
+  CREATE TRIGGER IF NOT EXISTS reservation_texts_changed AFTER UPDATE OF project, user_data, description, metadata
+    ON reservation WHEN {long_texts('NEW')} > 1000 OR {long_texts('OLD')} > 1000 BEGIN
+    UPDATE texts SET size = size - iif({long_texts('OLD')} > 1000, {long_texts('OLD')}, 0) WHERE project = OLD.project;
+    INSERT INTO texts SELECT NEW.project, {long_texts('NEW')} WHERE {long_texts('NEW')} > 1000
+      ON CONFLICT (project) DO UPDATE SET size = size + excluded.size;
+  END''', f'''
+  CREATE TRIGGER IF NOT EXISTS reservation_texts_gone AFTER DELETE ON reservation WHEN {long_texts('OLD')} > 1000 BEGIN
+    UPDATE texts SET size = size - {long_texts('OLD')} WHERE project = OLD.project;
+  END''', '''
+  CREATE TRIGGER IF NOT EXISTS occurrence_owner AFTER INSERT ON occurrence WHEN NEW.of_project = '' BEGIN
+    UPDATE occurrence SET (of_project, of_user) = (SELECT project, user FROM reservation WHERE id = NEW.reservation_id)
+     WHERE id = NEW.id;
+  END''', '''
+  CREATE TRIGGER IF NOT EXISTS reservation_owner AFTER UPDATE OF project, user ON reservation
+    WHEN (NEW.project, NEW.user) <> (OLD.project, OLD.user) BEGIN
+    UPDATE occurrence SET of_project = NEW.project, of_user = NEW.user WHERE reservation_id = NEW.id;
+  END''')
 
 
 def open_store(path: str, key: str = '') -> None:
@@ -2130,6 +2249,8 @@ def make_tables() -> None:
     with transaction():
         if db.user_version == 0:
             db.create_tables(TABLES)
+            for trigger in TRIGGERS:
+                run(trigger)
             insert(Fact, name='store', value=secrets.token_hex(4))
             db.user_version, db.application_id = latest_version(), OURS
 
@@ -2599,6 +2720,94 @@ def end_left_calendars() -> None:
             f'AND NOT EXISTS (SELECT 1 FROM {owner} AND t.revoked IS NULL)')
 
 
+#: The indexes that came with version 11, and those in whose place they are.
+INDEXES_OF_11 = """
+    DROP INDEX IF EXISTS claim_occurrence;
+    DROP INDEX IF EXISTS occurrence_held;
+    DROP INDEX IF EXISTS occurrence_reservation_id_start;
+    DROP INDEX IF EXISTS reservation_project_label_over;
+    DROP INDEX IF EXISTS server_occurrence_id;
+    CREATE INDEX capacity_end ON capacity ("end") WHERE removed IS NULL;
+    CREATE INDEX claim_gone ON claim (gone);
+    CREATE INDEX claim_of ON claim (occurrence, due);
+    CREATE INDEX claim_there ON claim (resource_id, occurrence) WHERE due IS NOT NULL;
+    CREATE INDEX event_project ON event (project) WHERE project != '';
+    CREATE INDEX event_refused ON event (at) WHERE code = 'refused';
+    CREATE INDEX occurrence_cancelled ON occurrence (start) WHERE cancelled IS NOT NULL;
+    CREATE INDEX occurrence_failed ON occurrence (start) WHERE told & 128;
+    CREATE INDEX occurrence_long ON occurrence (start) WHERE "end" - start > 86400;
+    CREATE INDEX occurrence_longest ON occurrence (start) WHERE "end" - start > 2678400;
+    CREATE INDEX occurrence_over ON occurrence (start) WHERE due IS NULL;
+    CREATE INDEX occurrence_place_live ON occurrence (resource_id, start) WHERE due IS NOT NULL;
+    CREATE INDEX occurrence_place_over ON occurrence (resource_id, start) WHERE due IS NULL;
+    CREATE INDEX occurrence_project_live ON occurrence (of_project, start) WHERE due IS NOT NULL;
+    CREATE INDEX occurrence_project_over ON occurrence (of_project, start) WHERE due IS NULL;
+    CREATE INDEX occurrence_series ON occurrence (reservation_id, due IS NULL, start);
+    CREATE INDEX occurrence_user_live ON occurrence (of_user, start) WHERE due IS NOT NULL;
+    CREATE INDEX occurrence_user_over ON occurrence (of_user, start) WHERE due IS NULL;
+    CREATE INDEX outbox_event ON outbox (event_id);
+    CREATE INDEX reservation_label_project_over ON reservation (label, project, over);
+    CREATE INDEX reservation_lead ON reservation (lead) WHERE lead > 0;
+    CREATE INDEX reservation_server ON reservation (server) WHERE server != '';
+    CREATE INDEX reservation_subscription ON reservation (subscription, over)
+      WHERE subscription IS NOT NULL;
+    CREATE INDEX server_deleted ON server (deleted);
+    CREATE INDEX server_of ON server (occurrence_id, n);
+    CREATE INDEX server_planned ON server (planned);
+    CREATE INDEX server_there ON server (account) WHERE state != 'deleted'"""
+
+
+def add_whose() -> None:
+    """Version 11: occurrences and events tell whose they are; indexes in the order of lists."""
+    name = "VARCHAR(255) NOT NULL DEFAULT ''"
+    add_columns('occurrence', {'of_project': name, 'of_user': name})
+    run('UPDATE occurrence SET (of_project, of_user) = '
+        '(SELECT project, user FROM reservation r WHERE r.id = reservation_id)')
+    run('UPDATE event SET project = (SELECT project FROM reservation r WHERE r.id = reservation_id) '
+        'WHERE reservation_id IS NOT NULL')
+    run('UPDATE occurrence SET told = told | 128 '
+        "WHERE id IN (SELECT occurrence FROM event WHERE code = 'failed') OR reservation_id IN "
+        "(SELECT reservation_id FROM event WHERE code = 'failed' AND occurrence IS NULL)")
+    run_all(INDEXES_OF_11)
+
+
+def add_waits() -> None:
+    """Version 12: who waits is found by the resources on which that could be."""
+    run_all("""
+        CREATE TABLE wait (
+          id INTEGER NOT NULL PRIMARY KEY, reservation_id INTEGER NOT NULL REFERENCES reservation (id),
+          resource_id INTEGER NOT NULL REFERENCES resource (id), held_from INTEGER NOT NULL,
+          until INTEGER NOT NULL, since INTEGER NOT NULL, limited INTEGER NOT NULL, due REAL NOT NULL);
+        INSERT INTO wait (reservation_id, resource_id, held_from, until, since, limited, due)
+          SELECT r.id, coalesce(json_extract(c.value, '$[0]'), o.resource_id), o.held_from, o."end",
+                 r.waiting, 0, 0
+            FROM reservation r JOIN occurrence o ON o.reservation_id = r.id
+            JOIN json_each(iif(r.choices = '', '[null]', r.choices)) c
+           WHERE r.waiting IS NOT NULL AND o.cancelled IS NULL AND o.due IS NOT NULL;
+        CREATE INDEX wait_due ON wait (due);
+        CREATE INDEX wait_limited ON wait (limited) WHERE limited;
+        CREATE INDEX wait_reservation_id ON wait (reservation_id);
+        CREATE INDEX wait_since ON wait (resource_id, since);
+        CREATE INDEX wait_there ON wait (resource_id, until)""")
+
+
+def add_sums() -> None:
+    """Version 13: the long texts of each project are counted; sums of days that are forgotten."""
+    run_all("""
+        CREATE TABLE texts (project VARCHAR(255) NOT NULL PRIMARY KEY, size INTEGER NOT NULL);
+        INSERT INTO texts
+          SELECT project, sum(length(user_data) + length(description) + length(metadata))
+            FROM reservation
+           WHERE length(user_data) + length(description) + length(metadata) > 1000 GROUP BY 1;
+        CREATE TABLE tally (
+          day INTEGER NOT NULL, project VARCHAR(255) NOT NULL, user VARCHAR(255) NOT NULL,
+          resource INTEGER NOT NULL, reserved REAL NOT NULL, used REAL NOT NULL,
+          unused REAL NOT NULL, refused INTEGER NOT NULL, late REAL NOT NULL,
+          PRIMARY KEY (day, project, user, resource)) WITHOUT ROWID""")
+    for trigger in TRIGGERS_OF_13:
+        run(trigger)
+
+
 # What goes wrong with the store. SQLite's first error is what the user is told, with what helps.
 
 STORE_ERRORS = (peewee.DatabaseError, sqlite3.Error)
@@ -2790,12 +2999,14 @@ def journal(config: Config, at: float, actor: str, code: str, sentence: str, res
       occurrence: the one that it is about; without one, all that are not over
       refused: project, and id of the resource, of what is no reservation
     """
-    about = {'reservation': reservation, 'occurrence': occurrence, 'project': '',
-             'resource': None} | refused
+    whose = row('SELECT project FROM reservation WHERE id = ?', reservation) if reservation else None
+    about = {'reservation': reservation, 'occurrence': occurrence,
+             'project': whose.project if whose else '', 'resource': None} | refused
     event = insert(Event, at=at, actor=actor, code=code, sentence=sentence, **about)
     if reservation and (occurrence is None or occurrence > 0):
-        which, id = ('id', occurrence) if occurrence else ('due IS NOT NULL AND reservation_id', reservation)
-        run(f'UPDATE occurrence SET revision = revision + 1, revised = ? WHERE {which} = ?', int(at), id)
+        by, which, id = ('', 'id', occurrence) if occurrence else (
+            'INDEXED BY occurrence_series', '(due IS NULL) = 0 AND reservation_id', reservation)
+        run(f'UPDATE occurrence {by} SET revision = revision + 1, revised = ? WHERE {which} = ?', int(at), id)
     if code not in TEXTS or notify is None:
         return
     if config.webhook:
@@ -2845,7 +3056,7 @@ def send_later(event: int, targets: list[str], owner: str, at: float) -> None:
 
 # What a reservation looks like to everybody: its occurrence's facts and the state derived from
 # them. A state is never stored, so it can't be stale: it follows from the clock and from what was
-# seen of the servers. The parameter is the instant for which the state is asked.
+# seen of the servers. The parameter ?1 is the instant for which the state is asked.
 
 LISTING = '''
   SELECT o.id, r.id AS reservation, r.label, r.user, r.project,
@@ -2861,14 +3072,19 @@ LISTING = '''
            WHERE v.occurrence_id = o.id AND v.state NOT IN ('deleted', 'kept')) AS existing,
          (SELECT count(*) FROM server v WHERE v.occurrence_id = o.id AND v.ready IS NOT NULL) AS ever,
          (r.image <> '' OR r.server <> '') AS runs,
-         clock.now, o.told, o.held_from, o.held_until, o.resource_id, r.over, o.due, o.slot, o.altered, o.revision,
-         o.revised, r.waiting, r.priority, r.confirm, r.pending, r.on_conflict, r.booked_until, r.subscription,
+         CAST(?1 AS INTEGER) AS now, o.told, o.held_from, o.held_until, o.resource_id, r.over,
+         o.due, o.slot, o.altered, o.revision, o.revised, r.waiting, r.priority, r.confirm, r.pending, r.on_conflict, r.booked_until, r.subscription,
          r.series <> '' AS repeats, iif(r.repeat <> '', r.series, '') AS series, r.request, r.host,
          r.choices, r.trusted,
          (SELECT p.shown FROM proposal p WHERE p.reservation_id = r.id AND (p.occurrence = o.id OR NOT p.alone)
            ORDER BY p.id DESC LIMIT 1) AS change
-    FROM (SELECT CAST(? AS INTEGER) AS now) clock, occurrence o
+    FROM occurrence o
     JOIN reservation r ON r.id = o.reservation_id JOIN resource s ON s.id = o.resource_id'''
+
+#: In a list long texts are left out or cut: they are for who asks for one reservation.
+BRIEF = LISTING.replace('r.user_data,', "'' AS user_data,").replace(
+    'r.description,', "iif(length(r.description) > 200, substr(r.description, 1, 197) || '...', r.description) "
+    'AS description,')
 
 STATE = '''
   CASE WHEN cancelled IS NOT NULL THEN CASE WHEN existing > 0 THEN 'ending' ELSE 'cancelled' END
@@ -2882,10 +3098,43 @@ STATE = '''
 STATES = ('waiting', 'pending', 'reserved', 'starting', 'active', 'degraded', 'ending', 'ended', 'cancelled', 'failed')
 
 
-def listing(now: float, where: str = '1', values: tuple = (), state: str = '1', tail: str = '') -> list:
+def listing(now: float, where: str = '1', values: tuple = (), state: str = '1', tail: str = '',
+            fields: str = LISTING) -> list:
     """Occurrences with their reservation and state, by conditions on o, r and s and then on the state."""
-    return rows(f'SELECT * FROM (SELECT *, {STATE} AS state FROM ({LISTING} WHERE {where})) WHERE {state} {tail}',
+    return rows(f'SELECT * FROM (SELECT *, {STATE} AS state FROM ({fields} WHERE {where})) WHERE {state} {tail}',
                 int(now), *values)
+
+
+#: What is held before an instant starts at most so much after it; leads are few, and an index knows the longest.
+LONGEST_LEAD = '(SELECT coalesce(max(lead), 0) FROM reservation WHERE lead > 0)'
+
+
+def walk(now: float, ways: Iterable[tuple[str, str]], where: list, limit: int,
+         latest: bool = False) -> list[tuple[int, int]]:
+    """The first occurrences, (start, id), in that order, by indexes that are in that order already.
+
+    Args:
+      ways: the ORDERS to go by, each with a condition that tells which of its rows; they are merged
+      where: conditions on o, each with the values of its parameters
+    """
+    count = itertools.count(2)
+    common = ''.join(f' AND {text}' for text, *_ in where)
+    common = re.sub(r'\?(?!1\b)', lambda _: f'?{next(count)}', common)  # they stand in the text once for each way
+    ones = ' UNION '.join(f'SELECT o.start, o.id FROM occurrence o INDEXED BY occurrence_{way} WHERE {condition}{common}'
+                          for way, condition in ways)
+    order = 'DESC' if latest else 'ASC'
+    return run(f'{ones} ORDER BY 1 {order}, 2 {order} LIMIT {limit}', int(now), *given(where)).fetchall()
+
+
+def ids_by(ways: Iterable[tuple[str, str]]) -> str:
+    """The query of the ids of occurrences by some ORDERS, each with a condition without parameters."""
+    return ' UNION ALL '.join(f'SELECT o.id FROM occurrence o INDEXED BY occurrence_{way} WHERE {condition}'
+                              for way, condition in ways)
+
+
+def given(where: list) -> list:
+    """The values of the parameters of conditions, each of which stands behind its text, or None behind one without."""
+    return [value for _, *values in where for value in values if value is not None]
 
 
 # Capacity ####################################################################
@@ -3065,7 +3314,9 @@ def peak_of(resource: int, track: str, begin: float, until: float) -> tuple[int,
 
 
 def hold(resource: int, begin: int, until: int, amount: Amount) -> None:
-    """(3), without asking whether it fits."""
+    """(3), without asking whether it fits; those that wait for what is given back are tried again."""
+    if begin < until and any(each < 0 for each in (*amount[:3], *(each for _, each in amount.classes))):
+        call_waiting(resource, begin, until)
     for track, figures in amount.tracks if begin < until else ():
         there_before = [at for at in (begin, until) if not cut(resource, track, at)]
         run('UPDATE step SET vms = vms + ?, vcpus = vcpus + ?, ram = ram + ? '
@@ -3073,6 +3324,12 @@ def hold(resource: int, begin: int, until: int, amount: Amount) -> None:
         for at in there_before:  # a new cut is a change of level for sure
             if level_of(resource, track, at) == level_of(resource, track, at - 1):
                 run('DELETE FROM step WHERE resource_id = ? AND track = ? AND at = ?', resource, track, at)
+
+
+def call_waiting(resource: int, begin: float = 0, until: float = 2**62) -> None:
+    """Lets those be tried again that wait for room on a resource in a window, and those that lacked something else."""
+    run('UPDATE wait SET due = 0 WHERE resource_id = ? AND until > ? AND held_from < ?', resource, begin, until)
+    run('UPDATE wait SET due = 0 WHERE limited')
 
 
 def cut(resource: int, track: str, at: int) -> bool:
@@ -5343,13 +5600,15 @@ ASKED_BY_NOVA = ('hold', 'no_show')
 #: What can become of machines at the end of their window.
 ENDS = ('delete', 'stop', 'shelve', 'snapshot')
 #: What was announced of an occurrence: a bit each.
-SOON, READY, ENDING, FOREIGN, UNUSED, SHORT, LEFT = 1, 2, 4, 8, 16, 32, 64
+SOON, READY, ENDING, FOREIGN, UNUSED, SHORT, LEFT, FAILED = 1, 2, 4, 8, 16, 32, 64, 128
 #: The fields that only the cloud can judge.
 CLOUDY = ('flavor', 'image', 'network', 'key', 'security_groups', 'server')
 #: The fields of a reservation that a machine is made of; they are fixed once it has begun.
 FIXED = (*CLOUDY, 'resource', 'start', 'lead', 'user_data', 'metadata', 'host')
 STORED = ('label', 'user', 'project', *CLOUDY, 'user_data', 'metadata', 'at_end', 'notify', 'lead', 'description',
           'personal', 'repeat', 'tz', 'on_conflict', 'host', 'trusted')
+#: What a project keeps only so much of.
+LONG_TEXTS = ('user_data', 'description', 'metadata')
 #: What one occurrence of a series may have otherwise than the others.
 OWN = frozenset(('resource', 'start', 'end', 'vms'))
 #: What needs more or less capacity, or other one, when it changes.
@@ -5369,11 +5628,27 @@ HIDDEN = frozenset(('now', 'resource_id', 'held_from', 'held_until', 'over', 'du
                     'pending', 'priority', 'choices', 'named', 'trusted'))
 #: Of a reservation, the occurrence that is now or comes next: no other that is not over comes before it.
 NEXT_OF_ITS = """NOT EXISTS (SELECT 1 FROM occurrence c
-                              WHERE c.reservation_id = o.reservation_id AND c.cancelled IS NULL
-                              AND c."end" > clock.now AND (c.start, c.id) < (o.start, o.id))"""
+                              WHERE c.reservation_id = o.reservation_id AND (c.due IS NULL) = 0
+                              AND c.cancelled IS NULL AND c."end" > ?1 AND (c.start, c.id) < (o.start, o.id))"""
 #: Its occurrences in the order in which people mean them: the present or next, those after it, at last those before.
 NEXT_FIRST = 'cancelled IS NOT NULL OR "end" <= now, iif(cancelled IS NULL AND "end" > now, start, -start), id'
-NOT_OVER = 'o.cancelled IS NULL AND o."end" > clock.now'
+NOT_OVER = 'o.cancelled IS NULL AND o."end" > ?1'
+#: What is live, and what is over for good.
+BOTH = [(half, f'o.{rows}') for half, rows in HALVES.items()]
+#: What has begun and is not over for good.
+BEGUN = ('live', f'o.due IS NOT NULL AND o.start <= ?1 + {LONGEST_LEAD}')
+#: By which indexes the occurrences of a state are found.
+WAYS = {'waiting': [('series', 'o.reservation_id IN (SELECT id FROM reservation WHERE waiting IS NOT NULL)')],
+        'pending': [('series', 'o.reservation_id IN (SELECT id FROM reservation WHERE pending IS NOT NULL UNION '
+                               'SELECT reservation_id FROM proposal)')],
+        'reserved': [('live', 'o.due IS NOT NULL AND o.start >= ?1')],
+        **dict.fromkeys(('starting', 'active', 'degraded', 'ending'), [BEGUN]),
+        'ended': [('over', 'o.due IS NULL'), BEGUN], 'failed': [('failed', 'o.told & 128'), BEGUN],
+        'cancelled': [('cancelled', 'o.cancelled IS NOT NULL'), BEGUN]}
+MOST_WAYS = 200  # that are merged, each of one or two halves; SQLite takes 500
+BATCH = 500      # occurrences that are looked at together
+MOST_BYTES = 2**20  # of text in a page of a list, which then ends before its last line
+MOST_TRIED = 200  # of those that wait, in one transaction
 MOST_TRIES = 500  # of other ways to spread the parts of a request over resources than the first
 #: What may be offered instead of what is refused, and the field that it changes.
 OFFERS = {'next_start': 'start', 'most_vms': 'vms', 'longest': 'end'}
@@ -5396,21 +5671,31 @@ def without_secrets(found):
 
 def public(found) -> dict:
     """A row as an answer shows it: instants as datetimes, stored JSON read, nothing internal."""
-    shown = {name: value for name, value in found._asdict().items() if name not in HIDDEN}
-    for name, value in shown.items():
-        if name == 'personal':
-            shown[name] = bool(value)
-        elif name == 'repeat' and value and (stretches := read_stretches(found.series)):
-            shown[name] = rule_from(stretches, found.slot)
-        elif name == 'change':
-            shown[name] = from_plain(json.loads(value or 'null'))
-        elif name in INSTANTS:
-            shown[name] = instant(value)
-        elif name in JSON:
-            shown[name] = json.loads(value or '{}')
+    shown = {name: read(found[place]) if read else found[place] for name, place, read in shown_fields(found._fields)}
+    if shown.get('repeat') and (stretches := read_stretches(found.series)):
+        shown['repeat'] = rule_from(stretches, found.slot)
     if not shown.get('change', True):
         del shown['change']  # nothing of it awaits approval
     return shown
+
+
+@functools.lru_cache
+def shown_fields(fields: tuple) -> list[tuple]:
+    """Of each field that is shown: its name, its place in the row, and what reads it."""
+    readers = dict.fromkeys(INSTANTS, instant) | dict.fromkeys(JSON, read_json) | {
+        'personal': bool, 'change': lambda text: from_plain(read_json(text or 'null'))}
+    return [(name, place, readers.get(name)) for place, name in enumerate(fields) if name not in HIDDEN]
+
+
+def read_json(text: str):
+    """What a column holds; most hold nothing."""
+    return [] if text == '[]' else {} if not text or text == '{}' else json.loads(text)
+
+
+def within_bytes(found: list) -> list:
+    """The first rows that have no more text together than a page may have; one at least."""
+    sizes = itertools.accumulate(sum(len(each) for each in line if type(each) is str) for line in found)
+    return [line for number, (line, size) in enumerate(zip(found, sizes)) if size <= MOST_BYTES or not number]
 
 
 def in_figures(amount: Amount) -> dict:
@@ -5457,7 +5742,6 @@ NONE_OF_THEM = -1
 #: What becomes of what is booked where there is less room than before.
 THEN = ('notify', 'move', 'cancel')
 ANY_APPROVAL = 'SELECT id FROM resource WHERE approval > 0 AND removed IS NULL LIMIT 1'
-ANY_WAITING = 'SELECT id FROM reservation WHERE waiting IS NOT NULL LIMIT 1'
 FROM_ALL = ('FROM occurrence o JOIN reservation r ON r.id = o.reservation_id JOIN resource s ON s.id = o.resource_id')
 FROM_EXTRA = ('FROM extra_hold x JOIN reservation r ON r.id = x.reservation_id JOIN resource s ON s.id = x.resource_id')
 
@@ -5572,13 +5856,13 @@ class Service:
         begin, until = self.resolve(start or first, end or LAST)
         return ([('o.end > ?', begin)] if start else []) + ([('o.start < ?', until)] if end else [])
 
-    def labelled(self, label: str) -> list:
-        """The condition on reservations of a label, or parts of a request of that label."""
-        if not label:
-            return []
-        parts = rows("SELECT id FROM reservation WHERE request = ? AND request <> ''", label)
-        ids = ', '.join(str(each.id) for each in parts)
-        return [(f'(r.label = ? OR r.id IN ({ids}))' if parts else 'r.label = ?', label)]
+    def labelled(self, label: str, project: str = '') -> list[int]:
+        """The reservations of a label that they may see, or parts of a request of that label; the latest first."""
+        where = [*self.visible(), *([('r.project = ?', project)] if project else [])]
+        also = ''.join(f' AND {text}' for text, _ in where)
+        return [each.id for each in rows(
+            f"SELECT id FROM reservation r WHERE label = ?{also} UNION SELECT id FROM reservation r WHERE request = ? "
+            f"AND request <> ''{also} ORDER BY id DESC", label, *given(where), label, *given(where))]
 
     def parts_of(self, label: str, project: str = '') -> list:
         """The parts of the request that a label means; none if it means a reservation.
@@ -5605,22 +5889,92 @@ class Service:
         latest = max(meant, key=lambda each: (each.added, each.id))
         return [each for each in meant if each in parts and each.added == latest.added] if latest in parts else []
 
-    def search(self, where: list, state: Iterable[str] = (), limit: int = -1, tail: str = 'ORDER BY start, id') -> list:
+    def search(self, where: list, state: Iterable[str] = (), limit: int = -1, tail: str = 'ORDER BY start, id',
+               fields: str = LISTING) -> list:
         """Rows of the listing that meet all conditions, a page of them."""
-        condition = ' AND '.join(text for text, _ in where) or '1'
-        values = tuple(value for text, value in where if '?' in text)
+        condition = ' AND '.join(text for text, *_ in where) or '1'
         in_state = f"state IN ({', '.join('?' * len(state))})" if state else '1'
-        found = listing(self.clock(), condition, (*values, *state), in_state,
-                        f'{tail} LIMIT {limit}')
+        found = listing(self.clock(), condition, (*given(where), *state), in_state, f'{tail} LIMIT {limit}',
+                        fields)
         return list(map(without_secrets, found)) if self.actor.role == READER else found
+
+    def page(self, ways: list, where: list, state: Iterable[str], limit: int, after: str = '',
+             latest: bool = False, fields: str = LISTING) -> list:
+        """The first rows of the listing in order of start, or with `latest` in the order from the last one back.
+
+        Args:
+          ways, where: as `walk` takes them
+          state: only these; they are looked at after the walk, some at a time until the page is full
+          after: the cursor, or the id, of the line behind which it begins
+        """
+        found, size, beyond = [], min(limit, BATCH), '<' if latest else '>'
+        place = self.place_of_cursor(after) if after else None
+        while ways and len(found) < limit:
+            onward = [(f'(o.start, o.id) {beyond} (?, ?)', *place)] if place else []
+            some = walk(self.clock(), ways, [*where, *onward], size, latest)
+            found += self.in_order([id for _, id in some], state, fields)
+            if len(some) < size or fields is BRIEF and len(found) != len(within_bytes(found)):
+                break
+            place, size = some[-1], min(2 * size, BATCH)
+        return (within_bytes(found) if fields is BRIEF else found)[:limit]
+
+    def in_order(self, ids: list[int], state: Iterable[str] = (), fields: str = LISTING) -> list:
+        """The listing of occurrences, as far as they are in some states, in the order of their ids here."""
+        found = self.search([self.among('o.id', ids)], state, tail='', fields=fields) if ids else ()
+        lines = {each.id: each for each in found}
+        return [lines[id] for id in ids if id in lines]
+
+    def among(self, column: str, ids: list[int]) -> tuple[str, str]:
+        """The condition that a column is one of some ids."""
+        return f'{column} IN (SELECT value FROM json_each(?))', json.dumps(ids)
+
+    def place_of_cursor(self, after: str) -> tuple[int, int]:
+        """The start and id behind which a page begins; after an id alone, that one's present start."""
+        start, _, id = read_argument('after', after, Cursor, self.here).rpartition('-')
+        if start:
+            return int(start), int(id)
+        there = row('SELECT start, id FROM occurrence WHERE id = ?', int(id))
+        return tuple(there) if there else (int(LAST.timestamp()), 0)
+
+    def ways(self, asked: dict, state: Iterable[str], begin: int | None = None) -> list[tuple[str, str]]:
+        """By which indexes a page is found that filters ask for.
+
+        Args:
+          asked: whose and where, as `filtered` has it
+          begin: they end after that; few windows are longer than a day or a month, and indexes have those
+        """
+        found = self.ways_by(asked, dict.fromkeys(way for word in state for way in WAYS[word]) if state else BOTH)
+        return found if begin is None else self.overlapping(found, begin, self.within(asked))
+
+    def overlapping(self, ways: list, begin: int, also: str) -> list[tuple[str, str]]:
+        """The same ways to what ends after an instant: only a long one of those that start long before does."""
+        day, month = begin - DAY, begin - MONTH
+        return [('longest', f'o."end" - o.start > {MONTH} AND o.start < {month}{also}'),
+                ('long', f'o."end" - o.start > {DAY} AND o.start >= {month} AND o.start < {day}{also}'),
+                *((way, f'{condition} AND o.start >= {day}') for way, condition in ways)]
+
+    def ways_by(self, asked: dict, ways: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
+        """The same ways, by the indexes that know whose or where as well."""
+        ids, whose = asked.get('places'), 'user_' if asked['user'] else 'project_' if asked['project'] else ''
+        by = [(whose, self.within(asked))]
+        if ids is not None and len(ids) <= MOST_WAYS:
+            by = [('place_', f' AND o.resource_id = {id}') for id in ids]
+        return [(f'{kind}{way}', condition + one) for way, condition in ways
+                for kind, one in (by if way in HALVES else [('', self.within(asked))])]
+
+    def within(self, asked: dict) -> str:
+        """The condition on the resources that are asked for."""
+        return f" AND o.resource_id IN ({', '.join(map(str, asked['places']))})" if 'places' in asked else ''
 
     def occurrence(self, id: int):
         """The listing of one occurrence, by its id."""
-        return listing(self.clock(), 'o.id = ?', (id,))[0]
+        return self.search([('o.id = ?', id)], tail='')[0]
 
     def next_of(self, reservation: int):
-        """Its present or next occurrence, else its last."""
-        return self.search([('r.id = ?', reservation)], tail=f'ORDER BY {NEXT_FIRST}', limit=1)[0]
+        """Its present or next occurrence, else its last; None if it has none."""
+        found = row('SELECT id, ?1 AS now FROM occurrence WHERE reservation_id = ?2 '
+                    f'ORDER BY {NEXT_FIRST} LIMIT 1', int(self.clock()), reservation)
+        return self.occurrence(found.id) if found else None
 
     def mine(self, label: str, project: str = '', live: bool = True, occurrence: datetime | None = None):
         """The one reservation of that label that the actor means: not over, else (unless `live`) the latest.
@@ -5632,12 +5986,16 @@ class Service:
           Conflict: several projects have one; the sentence names them.
         """
         where = [('r.label = ?', label), *self.visible(), *([('r.project = ?', project)] if project else [])]
-        usable = self.search([*where, ('r.over > ?', int(self.clock())), (NOT_OVER, None), (NEXT_OF_ITS, None)])
+        known = (f"SELECT r.id FROM reservation r WHERE {' AND '.join(text for text, _ in where)} "
+                 'AND EXISTS (SELECT 1 FROM occurrence WHERE reservation_id = r.id)')
+        found = [self.next_of(each.id) for each in rows(f'{known} AND r.over > ? ORDER BY r.id', *given(where),
+                                                        int(self.clock()))]
+        usable = [each for each in found if each.cancelled is None and each.end > self.clock()]
         if not usable:
-            past = self.search(where, tail=f'ORDER BY over DESC, {NEXT_FIRST}', limit=1)
+            past = row(f'{known} ORDER BY r.over DESC, r.id DESC LIMIT 1', *given(where))
             if live or not past:
                 raise NotFound(f"there is no reservation '{label}'{' that is not over' if past else ''}")
-            usable = past
+            usable = [self.next_of(past.id)]
         usable = [each for each in usable if each.project == self.actor.project] or usable
         if len(usable) > 1:
             projects = ', '.join(sorted(each.project for each in usable))
@@ -6165,14 +6523,14 @@ class Wishes(Service):
         begin, until = self.to_come(wish)
         where, values = (f'{lack.figure} > 0', ()) if lack.figure in FIGURES else (
             'classes LIKE ?', (f'%"{lack.figure}"%',))
+        there = f' AND o.due IS NOT NULL AND o.resource_id = {wish.resource.id} AND o.start < {until} + {LONGEST_LEAD}'
+        near = ids_by(self.overlapping([('place_live', f'1{there}')], begin, there))
         found = rows(f"""
             SELECT r.label, r.user, r.project, h.vms, h.start, h.until FROM (
-              SELECT reservation_id, vms, start, "end" AS until FROM occurrence
-               WHERE resource_id = ? AND due IS NOT NULL AND held_from < ? AND held_until > ?
-                 AND held_until > held_from AND {where} UNION ALL
-              SELECT reservation_id, vms, held_from, held_until FROM extra_hold
-               WHERE resource_id = ? AND held_from < ? AND held_until > ? AND {where}) h
-              JOIN reservation r ON r.id = h.reservation_id
+              SELECT reservation_id, vms, start, "end" AS until FROM occurrence WHERE id IN ({near}) AND resource_id = ?
+                 AND held_from < ? AND held_until > ? AND held_until > held_from AND {where} UNION ALL
+              SELECT reservation_id, vms, held_from, held_until FROM extra_hold WHERE resource_id = ?
+                 AND held_from < ? AND held_until > ? AND {where}) h CROSS JOIN reservation r ON r.id = h.reservation_id
              WHERE r.id <> ? ORDER BY h.start DESC, r.id DESC LIMIT 10""",
             *(wish.resource.id, until, begin, *values) * 2, own)
         return {'in_the_way': changes + [self.seen_in_the_way(each) for each in found[::-1]]}
@@ -6201,15 +6559,18 @@ class Wishes(Service):
 
     def ends_after(self, wish: Wish, begin: int, others: Iterable[int]) -> list[int]:
         """When things end that count against the same limits, wait, or are on some resources."""
-        if not (others or row('SELECT id FROM limits LIMIT 1') or row(ANY_WAITING)):
+        if not (others or row('SELECT id FROM limits LIMIT 1') or row('SELECT id FROM wait LIMIT 1')):
             return []
-        return [at for at, in run(
-            'SELECT DISTINCT o."end" '
-            'FROM occurrence o JOIN reservation r ON r.id = o.reservation_id '
-            'WHERE o.due IS NOT NULL AND o."end" > ? AND (r.project = ? OR r.user = ? '
-            'OR r.waiting IS NOT NULL OR o.resource_id IN (SELECT value FROM json_each(?))) '
-            'ORDER BY 1 LIMIT ?',
-            begin, wish.project, wish.user, json.dumps([*others]), 10 * MOST_OFFERS)]
+        most, later = 10 * MOST_OFFERS, ('o."end" > ?', begin)
+        found = walk(self.clock(), WAYS['waiting'], [('o.due IS NOT NULL',), later], most)
+        whose = [('project', 'o.of_project = ?', wish.project), ('user', 'o.of_user = ?', wish.user)]
+        whose += [('place', 'o.resource_id = ?', each) for each in others]
+        for way, condition, value in whose:
+            ways = self.overlapping([(f'{way}_live', 'o.due IS NOT NULL')], begin, ' AND o.due IS NOT NULL')
+            found += walk(self.clock(), ways, [(condition, value), later], most)
+        return [each.end for each in rows(
+            'SELECT DISTINCT "end" FROM occurrence WHERE id IN (SELECT value FROM json_each(?)) ORDER BY 1 LIMIT ?',
+            json.dumps([id for _, id in found]), most)]
 
     def fewer(self, wish: Wish, lack: Lack | None, old) -> Iterator[tuple[int, Wish]]:
         """As many VMs as there is room for in that window."""
@@ -6330,6 +6691,7 @@ class Limits(Wishes):
             if not found:
                 raise NotFound(f'there is no limit {id}')
             run('DELETE FROM limits WHERE id = ?', id)
+            run('UPDATE wait SET due = 0 WHERE limited')
             self.journal(now, 'limit', f'took limit {id} away')
             return self.limit_public(found)
 
@@ -6393,15 +6755,21 @@ class Limits(Wishes):
                       *([('s.id = ?', limit.resource_id)] if limit.resource_id else [])]
         return ' AND '.join(text for text, _ in conditions), tuple(value for _, value in conditions)
 
+    def whose(self, limit, wish: Wish) -> tuple[str, str]:
+        """The column by which an index finds the occurrences of the limited, and its value."""
+        return ('o.of_user', wish.user) if limit.user else ('o.of_project', wish.project)
+
     def most_at_once(self, limit, wish: Wish, old, others: Others | None) -> int:
         """How many machines the limited have at most at the same time in the window of a wish."""
         where, values = self.counted(limit, wish, old, others)
         begin, until = wish.held
-        found = run(f'SELECT o.held_from, o.held_until, o.vms {FROM_ALL} WHERE {where} AND o.due IS NOT NULL '
-                    'AND o.held_until > o.held_from AND o.id <> ? AND o.held_from < ? AND o.held_until > ? UNION ALL '
+        whose, who = self.whose(limit, wish)
+        found = run(f'SELECT o.held_from, o.held_until, o.vms {FROM_ALL} WHERE {whose} = ? AND {where} AND '
+                    f'o.due IS NOT NULL AND o.start < ? + {LONGEST_LEAD} AND o.held_until > o.held_from '
+                    'AND o.id <> ? AND o.held_from < ? AND o.held_until > ? UNION ALL '
                     f'SELECT x.held_from, x.held_until, x.vms {FROM_EXTRA} WHERE {where} AND x.held_from < ? '
                     'AND x.held_until > ? AND (x.proposal_id IS NOT NULL OR r.id <> ?)',
-                    *values, old.id if old else 0, until, begin, *values, until, begin,
+                    who, *values, until, old.id if old else 0, until, begin, *values, until, begin,
                     old.reservation if old and not others else 0).fetchall()
         found += others.holding(limit.resource_id, begin, until) if others else []
         changes = [change for first, last, vms in found for change in ((max(first, begin), 1, vms), (last, 0, -vms))]
@@ -6411,10 +6779,11 @@ class Limits(Wishes):
         """The vcpu-hours that the limited have reserved from now on."""
         where, values = self.counted(limit, wish, old, others)
         own = others.seconds[limit.resource_id] if others else 0
+        whose, who = self.whose(limit, wish)
         return (own + run(
-            f'SELECT coalesce(sum(o.vcpus * (o."end" - max(o.start, ?))), 0) {FROM_ALL} WHERE {where} AND '
+            f'SELECT coalesce(sum(o.vcpus * (o."end" - max(o.start, ?))), 0) {FROM_ALL} WHERE {whose} = ? AND {where} AND '
             'o.due IS NOT NULL AND o.held_until > o.held_from AND o.id <> ? AND o."end" > ?',
-            int(now), *values, old.id if old else 0, int(now)).fetchone()[0] + run(
+            int(now), who, *values, old.id if old else 0, int(now)).fetchone()[0] + run(
             f'SELECT coalesce(sum(x.vcpus * (x.held_until - max(x.held_from, ?))), 0) {FROM_EXTRA} WHERE {where} '
             'AND x.proposal_id IS NOT NULL AND x.held_until > ?', int(now), *values, int(now)).fetchone()[0]) / 3600
 
@@ -6427,6 +6796,16 @@ class Limits(Wishes):
 
 class Holding(Limits):
     """What is taken and written for one occurrence; inside a transaction."""
+
+    def refuse_many_texts(self, wish: Wish, old=None) -> None:
+        """Refuses what makes the long texts of a project more than it may keep; after they were written."""
+        now, before = (sum(len(text) for text in texts) for texts in (
+            wish.columns(*LONG_TEXTS).values(), [getattr(old, name) for name in LONG_TEXTS] if old else ()))
+        kept = row('SELECT size FROM texts WHERE project = ?', wish.project) if now > max(before, 1000) else None
+        most = self.config.project_texts
+        if kept and kept.size > most * 2**20:
+            raise TooLarge(f"the project '{wish.project}' keeps at most {most} MiB of user data, descriptions and "
+                           'metadata; shorten some, or let an admin raise the setting project_texts')
 
     def refuse_taken_label(self, wish: Wish, now: float) -> None:
         """Refuses a label that a reservation or a request of the project has, as long as it is not over."""
@@ -6448,7 +6827,7 @@ class Holding(Limits):
         begin, until = wish.held
         other = row('SELECT o.id, r.label, r.project FROM occurrence o '
                     'JOIN reservation r ON r.id = o.reservation_id WHERE r.server = ? '
-                    'AND o.due IS NOT NULL AND o.held_from < ? AND o.held_until > ? AND r.id <> ?',
+                    "AND r.server <> '' AND o.due IS NOT NULL AND o.held_from < ? AND o.held_until > ? AND r.id <> ?",
                     wish.server, until, begin, own) if wish.server else None
         if other:
             # The sentence goes to the event log as well, which the project of the wish reads.
@@ -6456,22 +6835,35 @@ class Holding(Limits):
             raise Conflict(f'the server {wish.server} is reserved{whose} in that time already',
                            in_the_way=[self.in_brief_for_actor(self.occurrence(other.id))])
 
-    def waiting_line(self, now: float) -> list:
-        """Those that wait for room and still may have it, in the order in which they get it."""
-        return self.search([('r.waiting IS NOT NULL', None), ('o.cancelled IS NULL', None), ('o.end > ?', int(now))],
-                           tail='ORDER BY priority DESC, waiting, id')
-
-    def may_be_at(self, found, resource: int) -> bool:
-        """Whether what waits could be on a resource."""
-        return resource in [each[0] for each in json.loads(found.choices or '[]')] or resource == found.resource_id
+    def stand_in_line(self, reservation: int) -> None:
+        """Notes where one that waits could be, as it is now; one that does so no more makes way for others."""
+        for each in rows('SELECT resource_id, held_from, until FROM wait WHERE reservation_id = ?', reservation):
+            call_waiting(*each)
+        run('DELETE FROM wait WHERE reservation_id = ?', reservation)
+        found = row('SELECT r.choices, r.waiting, o.resource_id, o.held_from, o."end" '
+                    'FROM reservation r JOIN occurrence o ON o.reservation_id = r.id WHERE r.id = ? AND r.waiting IS NOT NULL AND o.cancelled IS NULL',
+                    reservation)
+        for resource in dict.fromkeys(each[0] for each in json.loads(found.choices or '[]')
+                                      or [[found.resource_id]]) if found else ():
+            insert(Wait, reservation=reservation, resource=resource, held_from=found.held_from, until=found.end,
+                   since=found.waiting, limited=False, due=0)
 
     def refuse_overtaking(self, place, begin: int, until: int, now: float) -> None:
         """Refuses to take, before one that has waited for long, room in its window."""
-        for each in self.waiting_line(now) if row(ANY_WAITING) else ():
-            if (self.may_be_at(each, place.id) and now - each.waiting >= self.config.patience
-                    and each.held_from < until and each.end > begin):
-                raise NoCapacity(f"'{place.name}' is kept for a request of {each.vms} vms that waits since "
-                                 f'{instant(each.waiting)}', waits_since=instant(each.waiting))
+        first = self.first_in_line(place.id, begin, until, now)
+        if first:
+            raise NoCapacity(f"'{place.name}' is kept for a request of {first.vms} vms that waits since "
+                             f'{instant(first.waiting)}', waits_since=instant(first.waiting))
+
+    def first_in_line(self, resource: int, begin: int, until: int, now: float, before: str = '', *place):
+        """Who has waited for longer than `patience` for a resource in a window; none beyond a place in the line."""
+        return row(f"""SELECT o.vms, r.waiting FROM wait w INDEXED BY wait_since
+                         CROSS JOIN reservation r ON r.id = w.reservation_id
+                         JOIN occurrence o ON o.reservation_id = r.id
+                        WHERE w.resource_id = ? AND w.until > ? AND w.held_from < ? AND w.since <= ? AND w.until > ?
+                              AND o.cancelled IS NULL {before}
+                        ORDER BY r.priority DESC, r.waiting, o.id LIMIT 1""",
+                   resource, begin, until, now - self.config.patience, int(now), *place)
 
     def retake(self, had: list[Hold], wants: list[Hold], now: float) -> None:
         """Gives back what is wanted no more and takes what is wanted more; NoCapacity if that doesn't fit."""
@@ -6482,7 +6874,7 @@ class Holding(Limits):
 
     def refuse_overtaken(self, pieces: list[Hold], now: float) -> None:
         """Refuses to take what is kept for one that has waited for long."""
-        for each in pieces if row(ANY_WAITING) else ():
+        for each in pieces if row('SELECT id FROM wait LIMIT 1') else ():
             place = row('SELECT * FROM resource WHERE id = ?', each.resource)
             self.refuse_overtaking(place, each.begin, each.until, now)
 
@@ -6567,7 +6959,8 @@ class Holding(Limits):
         values = dict(resource=slot.resource, start=slot.start, end=slot.end, held_from=begin, held_until=slot.end,
                       **stored(wish.takes(slot.vms)))
         if id is None:
-            new = dict(reservation=reservation, slot=slot.key, altered=False, revision=0, revised=int(now), told=0,
+            new = dict(reservation=reservation, of_project=wish.project, of_user=wish.user,
+                       slot=slot.key, altered=False, revision=0, revised=int(now), told=0,
                        due=min(begin, slot.start - self.config.notice))
             insert(Occurrence, **new | values | more)
         else:
@@ -6979,6 +7372,7 @@ class Admission(Series):
         reservation = insert(Reservation, **wish.columns(*STORED), **event, origin=origin, added=int(now),
                              changed=int(now), pending=pending, priority=0, confirm=0, request=request, choices='',
                              series=stored_stretches(wish.stretches) if wish.stretches else '', over=wish.end)
+        self.refuse_many_texts(wish)
         if wish.stretches:
             done = self.reshape(reservation, wish, now)
             if done and all(each['outcome'] == 'left out' for each in done):
@@ -7028,6 +7422,8 @@ class Admission(Series):
             self.close(old.reservation, stretches, now, self.horizon(stretches, now))
         else:
             change(Reservation, old.reservation, **wish.columns(*STORED), changed=int(now), over=wish.end)
+        if old.waiting is not None:
+            self.stand_in_line(old.reservation)
         self.keep_stopped(old.reservation, now)
 
     def cancel(self, found: list, now: float, why: str = '', ends: bool = False) -> None:
@@ -7052,6 +7448,8 @@ class Admission(Series):
         run('UPDATE reservation SET waiting = NULL, pending = NULL WHERE id = ? AND NOT EXISTS '
             '(SELECT 1 FROM occurrence o WHERE o.reservation_id = ? AND o.cancelled IS NULL)',
             first.reservation, first.reservation)  # there is nothing left to wait for
+        if first.waiting is not None:
+            self.stand_in_line(first.reservation)
         self.keep_stopped(first.reservation, now, freed)
         only = first.id if len(found) == 1 and first.repeats else None
         said = [why or f'cancelled by {self.actor.user}']
@@ -7198,8 +7596,10 @@ class Waiting(Admission):
                              changed=int(now), over=wish.end, waiting=int(now), priority=request.priority,
                              confirm=request.confirm, request=request.name,
                              choices=json.dumps(choices) if len(choices) > 1 else '')
+        self.refuse_many_texts(wish)
         slot = Slot('', wish.start, wish.end, wish.vms, wish.resource.id)
         self.write_occurrence(None, reservation, wish, slot, now, held_until=wish.held[0])
+        self.stand_in_line(reservation)
         self.journal(now, 'waiting', f"{wish.vms} vms on {' or '.join(each.resource.name for each in wishes[:20])} "
                      'are not free', reservation, wish.notify)
         return wish, reservation, []
@@ -7226,37 +7626,29 @@ class Waiting(Admission):
     def refuse_many_waiting(self, wish: Wish) -> None:
         """Refuses to let a user or a project wait with more requests than a limit says."""
         for limit in self.limits_for(wish):
+            if limit.waiting is None:
+                continue
             who, name = ('user', wish.user) if limit.user else ('project', wish.project)
-            waits = len({each.request or each.id for each in self.waiting_line(self.clock())
-                         if getattr(each, who) == name})
-            if limit.waiting is not None and waits >= limit.waiting:
+            waits = run("SELECT count(DISTINCT iif(request <> '', project || ' ' || request, id)) FROM reservation WHERE "
+                        f'waiting IS NOT NULL AND {who} = ? AND over > ?', name, int(self.clock())).fetchone()[0]
+            if waits >= limit.waiting:
                 raise Conflict(f'the limit waiting of {name} is {limit.waiting}, and {waits} wait already',
                                limit='waiting', value=limit.waiting, passes=0)
 
     def admit_waiting(self, now: float) -> None:
         """Gives room that has become free to those that wait, and frees what waited for a word in vain."""
-        kept: list = []
         for request in self.waiting_requests(now):
             parts = [[(each, *choice) for choice in self.choices(each)] for each in request]
             try:
-                choose(parts, lambda choice, _: self.let_in(*choice, kept, now), kind_of_waiting)
-            except NoCapacity:
-                kept += request if now - request[0].waiting >= self.config.patience else []
-            except Conflict:  # it was within a limit when it was asked for, and is not any more
-                continue
+                choose(parts, lambda choice, _: self.let_in(*choice, now), kind_of_waiting)
+            except Conflict as error:  # without room, or beyond a limit within which it was when it was asked for
+                self.try_later(request, not isinstance(error, NoCapacity), now)
         for each in self.search([('r.pending <= ?', int(now)), (NOT_OVER, None), (NEXT_OF_ITS, None)]):
             why = f"nobody has {'accepted' if each.confirm else 'approved'} it in time"
             for part in self.together(each):
                 self.cancel(self.live(part), now, why, ends=True)
         for each in rows('SELECT DISTINCT reservation_id AS reservation FROM proposal WHERE until <= ?', int(now)):
             self.leave_as_it_was(each.reservation, now, 'nobody has approved the change in time')
-
-    def may_admit(self, now: float) -> bool:
-        """Whether there is room for something that waits; only reads."""
-        requests = self.waiting_requests(now) if row(ANY_WAITING) else []
-        return any(all(any(fits(place, max(each.held_from, int(now)), each.end, amount)
-                           for place, amount in self.choices(each))
-                       for each in request) for request in requests)
 
     def leave_as_it_was(self, reservation: int, now: float, why: str) -> None:
         """Drops what is asked of a reservation and of the other parts of its request, and tells of it."""
@@ -7272,24 +7664,56 @@ class Waiting(Admission):
                             (NEXT_OF_ITS, None)], tail='ORDER BY reservation')
 
     def waiting_requests(self, now: float) -> list[list]:
-        """Those that wait, the parts of one request together."""
+        """Some of those that wait and may have room now, in the order in which they get it; parts of one together."""
+        due = rows(f"""SELECT DISTINCT r.id, r.project, r.request FROM wait w INDEXED BY wait_due
+                         CROSS JOIN reservation r ON r.id = w.reservation_id WHERE w.due <= ?
+                         ORDER BY r.priority DESC, r.waiting, r.id LIMIT {MOST_TRIED}""", now)
+        whole = {each.id for each in due}
+        for project, request in {(each.project, each.request) for each in due if each.request}:
+            whole |= {each.id for each in rows("SELECT id FROM reservation WHERE request = ? AND request <> '' AND "
+                                               'project = ? AND waiting IS NOT NULL', request, project)}
         found: dict = defaultdict(list)
-        for each in self.waiting_line(now):
+        theirs = 'SELECT id FROM occurrence INDEXED BY occurrence_series WHERE reservation_id'
+        condition, ids = self.among(theirs, [*whole])
+        for each in self.search([(f'o.id IN ({condition})', ids), ('o.cancelled IS NULL',), ('o.end > ?', int(now))],
+                                tail='ORDER BY priority DESC, waiting, id'):
             found[(each.project, each.request) if each.request else each.id].append(each)
+        self.leave_line(whole - {each.reservation for request in found.values() for each in request})
         return [*found.values()]
 
-    def let_in(self, found, place, amount: Amount, kept: list, now: float) -> None:
-        """Gives room on a resource to what waits.
+    def leave_line(self, reservations: Iterable[int]) -> None:
+        """Takes out of the line whose window is over."""
+        for each in reservations:
+            run('DELETE FROM wait WHERE reservation_id = ?', each)
 
-        Args:
-          kept: those that wait for longer than `patience`, and come first in their windows
+    def try_later(self, request: list, limited: bool, now: float) -> None:
+        """Notes when those that have no room are tried again, if nothing is given back before.
+
+        What is held by others goes by: of a window that has begun, the next change of level may be the one.
+        """
+        for each in request:
+            names = {name for _, amount in self.choices(each) for name in amount.names}
+            for wait in rows('SELECT id, resource_id FROM wait WHERE reservation_id = ?', each.reservation):
+                later = now + 60 if limited else each.held_from if each.held_from > now else self.next_change(
+                    wait.resource_id, names, now, each.end)
+                change(Wait, wait.id, limited=limited, due=later)
+
+    def next_change(self, resource: int, names: Iterable[str], now: float, until: int) -> float:
+        """The next instant at which what is held of a resource changes, before an end."""
+        found = [row('SELECT min(at) AS at FROM step WHERE resource_id = ? AND track = ? AND at > ?', resource, track,
+                     now).at for track in ('', CLOSED, *names)]
+        return min([until, *filter(None, found)])
+
+    def let_in(self, found, place, amount: Amount, now: float) -> None:
+        """Gives room on a resource to what waits.
 
         Raises:
           NoCapacity: there is no room; another Conflict, if it has come to be beyond a limit.
         """
         begin = max(found.held_from, int(now))
-        behind = any(self.may_be_at(first, place.id) and first.held_from < found.end and first.end > found.held_from
-                     for first in kept)
+        behind = self.first_in_line(
+            place.id, found.held_from, found.end, now, 'AND NOT w.limited AND w.due > 0 AND r.id <> ? AND '
+            '(-r.priority, r.waiting, o.id) < (?, ?, ?)', found.reservation, -found.priority, found.waiting, found.id)
         if behind or not fits(place, begin, found.end, amount):
             raise NoCapacity('')
         wish = self.carried_on(found)._replace(resource=place, each=amount // found.vms)
@@ -7300,6 +7724,7 @@ class Waiting(Admission):
         change(Reservation, found.reservation, waiting=None, pending=pending, changed=int(now), choices='',
                confirm=0 if place.approval else found.confirm)
         change(Occurrence, found.id, resource=place.id, **stored(amount), held_until=found.end, due=min(begin, now))
+        self.stand_in_line(found.reservation)
         self.keep_stopped(found.reservation, now)
         whose = 'an admin must approve it' if place.approval else f'`accept {found.request or found.label}`'
         until = self.config.told_time(pending or now, found.tz)
@@ -7406,9 +7831,11 @@ class Approval(Waiting):
         if (wish.label, wish.project) != (old.label, old.project):
             self.refuse_taken_label(wish, now)
         if wish.stretches:
-            return self.rebook_series(old, wish, now, named, bool(asked.keys() & SHAPE))
-        self.rebook(old, wish, now)
-        return []
+            done = self.rebook_series(old, wish, now, named, bool(asked.keys() & SHAPE))
+        else:
+            done = self.rebook(old, wish, now) or []
+        self.refuse_many_texts(wish, old)
+        return done
 
     def refuse_fixed(self, old, wish: Wish, asked: dict) -> None:
         """A reservation that has begun keeps what its machines are made of."""
@@ -7646,12 +8073,14 @@ class Requests(Approval):
     @api('GET', '/reservation/<label>')
     def list(self, label: Label = '', user: Name = '', project: Name = '', resource: Name = '', cell: Name = '',
              cloud: Name = '', region: Name = '', aggregate: Name = '', state: Names = (), start: When = None,
-             end: When = None, limit: Page = 100, after: int = 0) -> Rows:
+             end: When = None, limit: Page = 100, after: Cursor = '') -> Rows:
         """Lists reservations, the earliest first: those that are not over, or all that the filters meet.
 
         A label, a state or a window [START, END) that they overlap also finds what is over. Of a series
         only the present or next occurrence is listed; a label or a window finds all of them. Each page
-        has at most --limit lines; --after the id of its last line gives the next.
+        has at most --limit lines, fewer if they are long: the last page is the one without a line;
+        --after START/ID of its last line gives the next, whatever moved. Long descriptions are cut, and
+        user data is left out: `show` has them.
 
         Example:
           python cmres.py list --resource demo --state starting,active
@@ -7659,23 +8088,47 @@ class Requests(Approval):
         for word in state:
             if word not in STATES:
                 raise Invalid(f"state: '{word}' is none of {', '.join(STATES)}{nearest(word, STATES)}")
-        exact = {'r.user': user, 'r.project': project, 's.name': resource, 's.cell': cell,
-                 's.cloud': cloud, 's.region': region, 's.aggregate': aggregate}
-        where = [(f'{column} = ?', value) for column, value in exact.items() if value]
-        where += self.labelled(label)
-        where += self.window(start, end) + self.visible()
-        if after:
-            where.append(('(o.start, o.id) > (SELECT start, id FROM occurrence WHERE id = ?)', after))
-        if not (label or start or end):
-            where.append((f'({NEXT_OF_ITS} OR NOT ({NOT_OVER}))', None))
-        if not (label or state or start or end):
-            state = [word for word in STATES if word not in OVER]
-        if state and not set(state) & set(OVER):
-            where.append(('o.due IS NOT NULL', None))
-        found = self.search(where, state, limit)
-        if label and not found and not self.search([*self.labelled(label), *self.visible()], limit=1):
+        found = self.matching(label, {'user': user, 'project': project, 'resource': resource, 'cell': cell,
+                                      'cloud': cloud, 'region': region, 'aggregate': aggregate},
+                              state, start, end, limit, after)
+        if label and not found and not self.labelled(label):
             raise NotFound(f"there is no reservation '{label}'")
         return [public(each) for each in found]
+
+    def over(self, before: str, limit: int) -> list[dict]:
+        """What has ended or was cancelled and has begun before now, the latest first."""
+        filters, where = self.filtered(dict.fromkeys(('user', 'project', 'resource', *PLACE), ''))
+        begun = [('o.start <= ?', int(self.clock()))]
+        return [public(each) for each in self.page(
+            self.ways_by(filters, BOTH), where + begun, OVER, limit, before, latest=True,
+            fields=BRIEF)]
+
+    def matching(self, label: str, asked: dict, state: Iterable[str], start, end, limit: int, after: str) -> list:
+        """A page of what the filters of `list` meet."""
+        where = self.window(start, end)
+        if not (label or start or end):
+            where.append((f'({NEXT_OF_ITS} OR NOT ({NOT_OVER}))',))
+        if not (label or state or start or end):
+            state = [word for word in STATES if word not in OVER]
+        filters, also = self.filtered(asked)
+        ways = self.ways(filters, state, int(where[0][1]) if start else None)
+        if label:
+            ways = [('series', f'1{self.within(filters)}')]
+            also.append(self.among('o.reservation_id', self.labelled(label)))
+        return self.page(ways, where + also, state, limit, after, fields=BRIEF)
+
+    def filtered(self, asked: dict) -> tuple[dict, list]:
+        """The filters by whose, and on which resources: as `ways` takes them, and as conditions on o."""
+        own = self.actor.project if self.actor.role != ADMIN else ''
+        conditions = [('o.of_user = ?', asked['user']), ('o.of_project = ?', asked['project']),
+                      ('o.of_project = ?', own)]
+        placed = [(column, asked[column]) for column in PLACE if asked[column]]
+        placed += [('name', asked['resource'])] if asked['resource'] else []
+        filters = {'user': asked['user'], 'project': asked['project'] or own}
+        if placed:  # also on those that were removed
+            at = ' AND '.join(f'"{column}" = ?' for column, _ in placed)
+            filters['places'] = [each.id for each in rows(f'SELECT id FROM resource WHERE {at}', *given(placed))]
+        return filters, [condition for condition in conditions if condition[1]]
 
     @api('GET', '/reservation/<label>/show')
     @for_each_part
@@ -7689,7 +8142,8 @@ class Requests(Approval):
         answer = public(found) | {'user_data': found.user_data, 'servers': self.servers_of(found.id)}
         if not found.repeats:
             return answer
-        comes = self.search([('r.id = ?', found.reservation), ('o.end > ?', int(self.clock()))], limit=1000)
+        comes = self.page([('series', f'o.reservation_id = {found.reservation}')],
+                          [('o."end" > ?', int(self.clock()))], (), 1000, fields=BRIEF)
         fields = ('start', 'end', 'vms', 'resource', 'state')
         return answer | {'on_conflict': found.on_conflict, 'booked_until': instant(found.booked_until), 'occurrences': [
             {name: value for name, value in public(each).items() if name in fields} for each in comes]}
@@ -7716,7 +8170,8 @@ class Requests(Approval):
 
     def kept_servers(self, label: str, project: str) -> list:
         """The servers that stay after their end, of a label or all, that the actor may see."""
-        where = [*self.visible(), *self.labelled(label), *([('r.project = ?', project)] if project else [])]
+        where = [*self.visible(), *([('r.project = ?', project)] if project else [])]
+        where += [self.among('r.id', self.labelled(label))] if label else []
         return rows(f"""SELECT v.name, r.label, r.project, r.user, iif(v.goal = 'stop', 'stopped', 'shelved') AS state,
                                v.addresses, o."end", v.account, v.uid, v.id, r.id AS reservation
                           FROM server v JOIN occurrence o ON o.id = v.occurrence_id
@@ -7957,16 +8412,14 @@ class Requests(Approval):
         Example:
           python cmres.py delete --resource demo --user eva --dry-run
         """
-        exact = {'r.user': user, 'r.project': project, 's.name': resource, 's.cell': cell,
-                 's.cloud': cloud, 's.region': region, 's.aggregate': aggregate, 'o.vms': vms}
-        if start or end:
-            begin, until = self.resolve(start or FIRST, end or LAST)
-            exact |= ({'o.start': begin} if start else {}) | ({'"end"': until} if end else {})
-        if not any([label, *exact.values()]):
+        asked = {'user': user, 'project': project, 'resource': resource, 'cell': cell, 'cloud': cloud,
+                 'region': region, 'aggregate': aggregate}
+        if not any([label, vms, start, end, *asked.values()]):
             raise Invalid('say which: a label, or filters such as --resource and --user')
         if kept:
             return self.delete_kept(label, project, dry_run)
-        where = [(f'{column} = ?', value) for column, value in exact.items() if value] + self.labelled(label)
+        begin, until = self.resolve(start or FIRST, end or LAST)
+        exact = [('o.vms = ?', vms), ('o.start = ?', start and begin), ('o."end" = ?', end and until)]
         if (occurrence or following) and not (label and occurrence):
             raise Invalid('--occurrence and --following need a label, and --following an --occurrence')
         with self.writing(dry_run) as now:
@@ -7976,8 +8429,7 @@ class Requests(Approval):
                 for each in found:
                     self.cancel(self.live(each, each.slot) if following else [each], now, ends=following)
             else:
-                found = self.search([*where, *self.visible(), ('r.over > ?', int(now)), (NOT_OVER, None),
-                                     (NEXT_OF_ITS, None)])
+                found = self.next_that_meet(label, asked, [each for each in exact if each[1]])
                 self.refuse_uncounted(found, label, count, dry_run)
                 for each in found:
                     self.cancel(self.live(each), now, ends=True)
@@ -8001,6 +8453,16 @@ class Requests(Approval):
             self.journal(now, 'released', f'{self.actor.user} deletes {len(found)} VMs that stayed: '
                          f"{', '.join(each.name for each in found[:20])}", found[0].reservation, (), NONE_OF_THEM)
             return [public(each) for each in found]
+
+    def next_that_meet(self, label: str, asked: dict, exact: list) -> list:
+        """Of each reservation that is not over and meets filters, the present or next occurrence."""
+        filters, where = self.filtered(asked)
+        where += [*exact, (NOT_OVER,), (NEXT_OF_ITS,)]
+        ways = self.ways_by(filters, BOTH[:1])
+        if label:
+            ways = [('series', f'1{self.within(filters)}')]
+            where.append(self.among('o.reservation_id', self.labelled(label)))
+        return self.page(ways, where, (), 2**31)
 
     def refuse_uncounted(self, found: list, label: str, count: int | None, dry_run: bool) -> None:
         """Refuses a delete that would hit none, another number than was said, or several projects."""
@@ -8157,8 +8619,10 @@ class Plan(Requests):
         """
         with self.writing(dry_run) as now:
             found = self.resource_row(name)
-            busy = self.search([('o.resource_id = ?', found.id), ('o.held_until > ?', int(now))], limit=100)
-            needed = rows("SELECT label FROM reservation WHERE over > ? AND series LIKE ? LIMIT 100", int(now),
+            busy = self.page([('place_live', f'o.resource_id = {found.id} AND o.due IS NOT NULL')],
+                             [('o.held_until > ?', int(now))], (), limit=100)
+            needed = rows("SELECT label FROM reservation WHERE series <> '' AND over > ? AND series LIKE ? LIMIT 100",
+                          int(now),
                           f'%"resource":{found.id},%')  # a series may come back to it
             if busy or needed:
                 raise Conflict(f"'{name}' still has reservations; delete or move them first",
@@ -8358,6 +8822,7 @@ class Plan(Requests):
 
     def rehold_changes(self, place, now: float) -> None:
         """Lets changes of capacity be what they were meant to be, after the capacity itself has changed."""
+        call_waiting(place.id)
         for each in rows('SELECT * FROM capacity WHERE resource_id = ? AND removed IS NULL AND "end" > ?',
                          place.id, int(now)):
             held = self.difference(place, amount_of(each))
@@ -8429,7 +8894,7 @@ class Plan(Requests):
 
     def homeless(self, place, begin: int, until: int) -> list:
         """Of the occurrences where more is held than there is, as many of the latest added as must go."""
-        return [self.occurrence(id) for id in self.must_go(place, begin, until)]
+        return self.in_order(self.must_go(place, begin, until))
 
     def must_go(self, place, begin: int, until: int) -> list[int]:
         """The ids of those."""
@@ -8438,8 +8903,8 @@ class Plan(Requests):
         if all(held.within(most) for held in levels.values()):
             return []
         held = rows('SELECT id, resource_id, held_from, held_until, vms, vcpus, ram, classes FROM occurrence '
-                    'WHERE resource_id = ? AND due IS NOT NULL AND held_until > ? AND held_from < ? '
-                    'AND held_until > held_from ORDER BY id DESC', place.id, begin, until)
+                    f'WHERE resource_id = ? AND due IS NOT NULL AND start < ? + {LONGEST_LEAD} AND held_until > ? '
+                    'AND held_from < ? AND held_until > held_from ORDER BY +id DESC', place.id, until, begin, until)
         # Between two cuts the same occurrences hold, so that what one of them gives back is all of it there.
         cuts = sorted({*levels, *(min(max(at, begin), until) for each in held for at in each[2:4])} - {until})
         there = list(itertools.accumulate((levels.get(at) for at in cuts), lambda before, after: after or before))
@@ -8472,7 +8937,7 @@ class Plan(Requests):
         run("UPDATE server SET due = ? WHERE due > ? AND goal = 'up' "
             "AND (state = 'planned' OR ready IS NULL OR borrowed) AND occurrence_id IN "
             '(SELECT id FROM occurrence WHERE resource_id = ? AND due IS NOT NULL '
-            'AND held_from <= ?)', now, now, resource, int(now))
+            f'AND start <= ? + {LONGEST_LEAD} AND held_from <= ?)', now, now, resource, int(now), int(now))
 
     @api('GET', '/check', role=ADMIN)
     def check(self) -> dict:
@@ -8563,8 +9028,8 @@ class Claims(Plan):
         until = found.end if found else now + max(place.hold, 1)
         taken = {each.host for each in rows(
             'SELECT r.host FROM occurrence o JOIN reservation r ON r.id = o.reservation_id WHERE o.resource_id = ? AND '
-            "o.due IS NOT NULL AND r.host <> '' AND o.held_from < ? AND o.held_until > ? "
-            'AND o.held_until > o.held_from', place.id, until, now)}
+            f"o.due IS NOT NULL AND r.host <> '' AND o.start < ? + {LONGEST_LEAD} AND o.held_from < ? "
+            'AND o.held_until > ? AND o.held_until > o.held_from', place.id, until, until, now)}
         return [host for host in json.loads(place.hosts) if host not in taken] if taken else None
 
     def may_boot(self, place, server: str, projects: list[str], users: list[str], need: Amount, label: str,
@@ -8592,10 +9057,11 @@ class Claims(Plan):
         # CROSS JOIN and +: SQLite is to begin with what is held there then, not with all that anybody has reserved.
         return rows('SELECT o.*, r.label, r.user, r.personal, r.flavor, r.host FROM occurrence o '
                     'CROSS JOIN reservation r ON r.id = o.reservation_id WHERE o.resource_id = ? AND o.due IS NOT NULL '
+                    f'AND o.start > ? AND o.start <= ? + {LONGEST_LEAD} '
                     'AND o.held_from > ? AND o.held_from <= ? AND o.cancelled IS NULL AND r.waiting IS NULL '
                     'AND r.pending IS NULL '
                     f"AND r.project IN ({marks}){' AND ? IN (r.label, r.request)' if label else ''} ORDER BY +o.start",
-                    place.id, after, until, *projects, *([label] if label else []))
+                    place.id, after, until, after, until, *projects, *([label] if label else []))
 
     def has_left(self, place, found, server: str, need: Amount, now: float) -> bool:
         """Whether of what an occurrence has reserved there is still enough for one more server."""
@@ -8686,8 +9152,10 @@ class Calendars(Claims):
         if all(not each.guess for each in wanted):
             return wanted
         booked = {each.uid for each in rows(
-            'SELECT uid FROM reservation WHERE user = ? AND project = ? AND subscription IS ? '
-            'AND over > ?', *owner, subscription.id if subscription else None, int(self.clock()))}
+            'SELECT uid FROM reservation WHERE uid IN (SELECT value FROM json_each(?)) '
+            'AND user = ? AND project = ? AND subscription IS ? AND over > ?',
+            json.dumps([each.uid for each in wanted if each.guess]),
+            *owner, subscription.id if subscription else None, int(self.clock()))}
         try:
             names = {name for cloud in self.clouds_of(said)
                      for name in self.flavor_names(self.clouds.account(cloud, owner[1]))}
@@ -9050,14 +9518,11 @@ class Calendars(Claims):
 
         What is others' is shown as busy only.
         """
-        where = [('o.end > ?', int(self.clock()) - 31 * 86400),
-                 *([('s.id = ?', feed.resource_id)] if feed.resource_id else
-                   [('r.project = ?', feed.project)]),
-                 *([('r.user = ?', feed.user)]
-                   if not feed.resource_id and not feed.whole_project else [])]
-        found = self.search(where, limit=MOST_SHOWN_BY_FEED + 1)
+        found = self.page(*self.shown_in(feed), (), limit=MOST_SHOWN_BY_FEED + 1)
         servers: dict = defaultdict(list)
-        for each in rows('SELECT occurrence_id, addresses FROM server WHERE due IS NOT NULL AND goal = ?', 'up'):
+        for each in rows("SELECT occurrence_id, addresses FROM server WHERE occurrence_id IN "
+                         "(SELECT value FROM json_each(?)) AND due IS NOT NULL AND goal = 'up'",
+                         json.dumps([each.id for each in found])):
             servers[each.occurrence_id] += json.loads(each.addresses)
         now = self.clock()
         turns = [at for each in found for at in (each.held_from, each.start, each.end) if at > now]
@@ -9072,6 +9537,22 @@ class Calendars(Claims):
         return Shown(uid, first.start, first.end, 0, first.start, words,
                      f'This calendar shows {MOST_SHOWN_BY_FEED} occurrences. See the others with: list',
                      '', 'TENTATIVE')
+
+    def shown_in(self, feed) -> tuple[list, list]:
+        """The occurrences that a feed shows, as `page` takes them."""
+        own = not feed.resource_id and not feed.whole_project
+        asked = dict.fromkeys((*PLACE, 'resource'), '') | {
+            'user': feed.user if own else '', 'project': '' if feed.resource_id else feed.project}
+        filters, where = self.acting(Actor('', '', ADMIN)).filtered(asked)
+        filters |= {'places': [feed.resource_id]} if feed.resource_id else {}
+        begin = int(self.clock()) - MONTH
+        return self.ways(filters, (), begin), [*where, ('o."end" > ?', begin)]
+
+    def feed_digest(self, feed) -> str:
+        """Changes whenever something that a feed shows does; that costs much less than to write the feed."""
+        ids = [id for _, id in walk(self.clock(), *self.shown_in(feed), MOST_SHOWN_BY_FEED + 1)]
+        return hashed(str(run('SELECT id, revision, revised FROM occurrence '
+                              'WHERE id IN (SELECT value FROM json_each(?))', json.dumps(ids)).fetchall()))
 
     def feed_event(self, found, feed, addresses: list[str]) -> Shown:
         """An occurrence as a feed shows it: one's own with all that helps, others' as busy."""
@@ -9095,19 +9576,33 @@ class Calendars(Claims):
 # What was: the journal, punctuality, reports; and who may ask at all. The class on top is the service.
 
 
+#: Of an occurrence o: nothing of it is there, on its way, or asked for.
+NOTHING_OPEN = '''
+  NOT EXISTS (SELECT 1 FROM server v WHERE v.occurrence_id = o.id AND v.state <> 'deleted')
+  AND NOT EXISTS (SELECT 1 FROM server v WHERE v.occurrence_id = o.id AND v.id = (SELECT max(id) FROM server))
+  AND NOT EXISTS (SELECT 1 FROM claim c WHERE c.occurrence = o.id AND c.due IS NOT NULL)
+  AND NOT EXISTS (SELECT 1 FROM event e JOIN outbox n ON n.event_id = e.id
+                   WHERE e.reservation_id = o.reservation_id AND n.due IS NOT NULL)'''
+#: Of a reservation: something else speaks of it still.
+STILL_KNOWN = '''(
+  EXISTS (SELECT 1 FROM occurrence WHERE reservation_id = reservation.id)
+  OR EXISTS (SELECT 1 FROM extra_hold WHERE reservation_id = reservation.id)
+  OR EXISTS (SELECT 1 FROM proposal WHERE reservation_id = reservation.id)
+  OR EXISTS (SELECT 1 FROM event WHERE reservation_id = reservation.id AND id = (SELECT max(id) FROM event))
+  OR booked_until IS NOT NULL OR id = (SELECT max(id) FROM reservation))'''
 #: VM-hours of each kind: reserved, used of that, unused; and how late a VM was at worst.
 #: What runs on after its window, or stays stopped, is no use of a reservation.
 HOURS = f'''
-  WITH held AS (SELECT o.id, {{by}} AS of, o.vms, max(o.held_from, ?) AS begin,
-                       min(o.held_until, ?) AS until
-                  {FROM_ALL} WHERE o.held_from < ? AND o.held_until > ? AND {{own}}),
+  WITH held AS (SELECT o.id, {{by}} AS of, o.vms, max(o.held_from, ?) AS begin, min(o.held_until, ?) AS until
+                  {FROM_ALL} WHERE o.id IN ({{near}}) AND o.held_from < ? AND o.held_until > ?
+                   AND {{own}}),
        ran AS (SELECT h.id, min(coalesce(v.deleted, ?), h.until) - max(v.ready, h.begin) AS used,
                       v.ready - v.planned AS late
-                 FROM held h JOIN server v ON v.occurrence_id = h.id WHERE v.ready IS NOT NULL
+                 FROM held h CROSS JOIN server v ON v.occurrence_id = h.id WHERE v.ready IS NOT NULL
                 UNION ALL
                SELECT h.id, min(coalesce(c.gone, ?), h.until) - max(c.at, h.begin), 0
-                 FROM held h JOIN claim c ON c.occurrence = h.id
-                WHERE c.server NOT IN (SELECT uid FROM server WHERE uid IS NOT NULL)),
+                 FROM held h CROSS JOIN claim c ON c.occurrence = h.id
+                WHERE NOT EXISTS (SELECT 1 FROM server v WHERE v.uid = c.server)),
        used AS (SELECT id, sum(max(used, 0)) AS used, max(late) AS late FROM ran GROUP BY id),
        each AS (SELECT h.of, max(h.vms * (h.until - h.begin), 0) AS reserved,
                        coalesce(u.used, 0) AS used, u.late
@@ -9129,12 +9624,16 @@ class Reservations(Calendars):
         Example:
           python cmres.py events lab --follow
         """
-        where = [('e.id > ?', after), *self.visible(), *self.labelled(label),
-                 *([('r.project = ?', project)] if project else [])]
+        where = [('e.id > ?', after)]
+        if label:
+            where.append(self.among('e.reservation_id', self.labelled(label, project)))
+        else:
+            own = self.actor.project if self.actor.role != ADMIN else ''
+            where += [('e.project = ? AND e.reservation_id > 0', each) for each in (project, own) if each]
         found = rows('SELECT e.id, e.at, e.actor, e.code, r.label, r.project, e.sentence '
                      'FROM event e LEFT JOIN reservation r ON r.id = e.reservation_id WHERE '
                      f"{' AND '.join(text for text, _ in where)} ORDER BY e.id {'ASC' if after else 'DESC'} "
-                     f'LIMIT {limit}', *(value for _, value in where))
+                     f'LIMIT {limit}', *given(where))
         return [public(each) for each in (found if after else found[::-1])]
 
     @api('GET', '/punctuality/')
@@ -9184,20 +9683,108 @@ class Reservations(Calendars):
         own = ' AND '.join(['1', *(text for text, _ in self.visible())])
         told = ('reserved', 'used', 'unused', 'late_worst')
         lines: dict = defaultdict(lambda: dict.fromkeys((*told, 'refused'), 0.0))
-        for name, *figures in run(HOURS.format(by=columns[by_whom], own=own), first, last, last,
-                                  first, *(value for _, value in self.visible()), now, now):
+        near = ids_by(self.ways({'user': '', 'project': ''}, (), first))
+        hours = HOURS.format(by=columns[by_whom], own=own, near=near)
+        for name, *figures in run(hours, first, last, last, first,
+                                  *(value for _, value in self.visible()), now, now):
             lines[name] |= zip(told, figures)
+        self.add_forgotten(lines, by_whom, first, last)
         name_then = '(SELECT name FROM resource s WHERE s.id = resource_id)'
         refused = {'project': 'project', 'user': 'actor',
                    'resource': f"coalesce({name_then}, '')"}[by_whom]
         mine = '' if self.actor.role == ADMIN else 'AND project = ?'
         for name, count in run(f"SELECT {refused}, count(*) FROM event WHERE code = 'refused' AND project <> '' "
-                               'AND at >= ? '
+                               'AND reservation_id IS NULL AND at >= ? '
                                f'AND at < ? {mine} GROUP BY 1', first, last, *([self.actor.project] if mine else [])):
             lines[name]['refused'] += count
         return [{by_whom: name, 'reserved_hours': round(each['reserved'], 3), 'used_hours': round(each['used'], 3),
                  'unused_hours': round(each['unused'], 3), 'refused': int(each['refused']),
                  'late_worst': round(each['late_worst'], 3)} for name, each in sorted(lines.items())]
+
+    def add_forgotten(self, lines: dict, by_whom: str, first: int, last: int) -> None:
+        """Adds what is kept of forgotten days to the lines of a report; of a day that is cut, its share."""
+        own = '' if self.actor.role == ADMIN else 'AND project = ?'
+        by = "(SELECT name FROM resource s WHERE s.id = t.resource)" if by_whom == 'resource' else by_whom
+        share = f'(min(day + {DAY}, ?2) - max(day, ?1)) / {DAY}.0'
+        sums = ', '.join(f'sum({name} * {share}) / {unit}' for name, unit in (
+            ('reserved', 3600), ('used', 3600), ('unused', 3600), ('refused', 1)))
+        for name, *figures, late in run(
+                f"SELECT coalesce({by}, ''), {sums}, max(late) FROM tally t "
+                f'WHERE day > ?1 - {DAY} AND day < ?2 {own} GROUP BY 1',
+                first, last, *([self.actor.project] if own else [])):
+            for field, more in zip(('reserved', 'used', 'unused', 'refused'), figures):
+                lines[name][field] += more
+            lines[name]['late_worst'] = max(lines[name]['late_worst'], late)
+
+    def forget(self, now: float, most: int = 200) -> int:
+        """Forgets some of what has been over for longer than `retention`, and keeps its sums; how much it was.
+
+        The newest row of each table stays, so that no id is ever given twice. Inside a transaction.
+        """
+        before = int(now) - self.config.retention * DAY
+        old = rows(f'''SELECT o.* FROM occurrence o INDEXED BY occurrence_over
+                       WHERE due IS NULL AND start < ? AND "end" < ?
+                         AND id < (SELECT max(id) FROM occurrence) AND {NOTHING_OPEN}
+                       ORDER BY start LIMIT {most}''', before, before)
+        for each in old:
+            self.forget_occurrence(each)
+        events = rows(f'''SELECT id, at, code, actor, project, resource_id, reservation_id FROM event e WHERE at < ?
+                           AND id < (SELECT max(id) FROM event) AND id <= (SELECT min(id) FROM event) + {most}
+                           AND NOT EXISTS (SELECT 1 FROM outbox WHERE event_id = e.id AND due IS NOT NULL)
+                         LIMIT {most}''', before)
+        self.forget_events(events)
+        gone = run(f'DELETE FROM claim WHERE id IN (SELECT id FROM claim WHERE gone < ? AND occurrence IS NULL '
+                   f'AND due IS NULL AND id < (SELECT max(id) FROM claim) LIMIT {most})', before).rowcount
+        changes = rows('SELECT * FROM capacity WHERE removed IS NULL AND "end" < ? '
+                       f'AND id < (SELECT max(id) FROM capacity) LIMIT {most}', before)
+        for each in changes:
+            release(each.resource_id, each.start, each.end, amount_of(each, 'held_'))
+            run('DELETE FROM capacity WHERE id = ?', each.id)
+        return len(old) + len(events) + gone + len(changes)
+
+    def forget_occurrence(self, old) -> None:
+        """Forgets one occurrence with its servers and claims, and its reservation if it was the last."""
+        self.tally(old)
+        release(old.resource_id, old.held_from, old.held_until, amount_of(old))
+        run('DELETE FROM server WHERE occurrence_id = ?', old.id)
+        run('DELETE FROM claim WHERE occurrence = ?', old.id)
+        run('DELETE FROM occurrence WHERE id = ?', old.id)
+        if not row(f'SELECT 1 AS one FROM reservation WHERE id = ? AND {STILL_KNOWN}', old.reservation_id):
+            self.forget_events(rows('SELECT id, at, code, actor, project, resource_id, reservation_id FROM event '
+                                    'WHERE reservation_id = ?', old.reservation_id))
+            run('DELETE FROM reservation WHERE id = ?', old.reservation_id)
+
+    def forget_events(self, events: list) -> None:
+        """Forgets events and the notices of them; what was refused stays counted."""
+        for each in events:
+            if each.code == 'refused' and each.project and each.reservation_id is None:
+                day = int(each.at) // DAY * DAY
+                self.count((day, each.project, each.actor, each.resource_id or 0), refused=1)
+            run('DELETE FROM outbox WHERE event_id = ?', each.id)
+            run('DELETE FROM event WHERE id = ?', each.id)
+
+    def tally(self, old) -> None:
+        """Adds what an occurrence held, and what ran of that, to the sums of its days; as HOURS reckons."""
+        ran = [*run('SELECT ready, coalesce(deleted, ?2), ready - planned FROM server '
+                    'WHERE occurrence_id = ?1 AND ready IS NOT NULL', old.id, old.held_until),
+               *run('SELECT at, coalesce(gone, ?2), 0 FROM claim c WHERE occurrence = ?1 AND NOT EXISTS '
+                    '(SELECT 1 FROM server v WHERE v.uid = c.server)', old.id, old.held_until)]
+        late = max((each[2] for each in ran), default=0)
+        for day in range(old.held_from // DAY * DAY, old.held_until, DAY):
+            first, last = max(day, old.held_from), min(day + DAY, old.held_until)
+            reserved = old.vms * (last - first)
+            used = sum(max(min(end, last) - max(begin, first), 0) for begin, end, _ in ran)
+            self.count((day, old.of_project, old.of_user, old.resource_id), reserved=reserved, used=used,
+                       unused=max(reserved - used, 0), late=max(late, 0))
+
+    def count(self, whose: tuple, **figures: float) -> None:
+        """Adds figures to the sums of a day, project, user and resource; of how late, the worst counts."""
+        figures = dict.fromkeys(('reserved', 'used', 'unused', 'refused', 'late'), 0) | figures
+        run('INSERT INTO tally (day, project, user, resource, reserved, used, unused, refused, late) '
+            'VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO UPDATE SET '
+            'reserved = reserved + excluded.reserved, used = used + excluded.used, '
+            'unused = unused + excluded.unused, refused = refused + excluded.refused, '
+            'late = max(late, excluded.late)', *whose, *figures.values())
 
     @api('POST', '/token/', role=ADMIN)
     def token_add(self, user: Name, project: Name = 'default', role: Name = USER, dry_run: bool = False) -> dict:
@@ -9310,11 +9897,12 @@ DUE = {'occurrence': ('occurrence o', 'o.due', '1'), 'server': ('server v', 'v.d
        'notice': ('outbox n', 'n.due',
                   'n.id IN (SELECT min(id) FROM outbox WHERE due IS NOT NULL GROUP BY target, owner)'),
        'subscription': ('subscription u', 'u.due', '1'), 'claim': ('claim c', 'c.due', '1'),
-       'pending': ('reservation r', 'r.pending', '1'), 'proposal': ('proposal p', 'p.until', '1')}
+       'wait': ('wait w', 'w.due', '1'), 'pending': ('reservation r', 'r.pending', '1'),
+       'proposal': ('proposal p', 'p.until', '1')}
 
 SERVERS = '''SELECT v.*, r.flavor, r.image, r.network, r.key, r.security_groups, r.user_data, r.metadata,
                     r.label, r.project, r.trusted, r.notify, o.reservation_id, o."end", o.resource_id, s.mode
-               FROM server v JOIN occurrence o ON o.id = v.occurrence_id
+               FROM server v CROSS JOIN occurrence o ON o.id = v.occurrence_id
                JOIN reservation r ON r.id = o.reservation_id JOIN resource s ON s.id = o.resource_id'''
 
 
@@ -9438,6 +10026,7 @@ class LifeCycle:
         self.stale = False  # whether series are still to be carried on
         self.zones, self.fresh_until = '', 0.0
         self.reported: set[str] = set()  # orphans that wait for an admin
+        self.tidied = 0.0  # when old things were last looked for
 
     # Repeating
 
@@ -9458,6 +10047,7 @@ class LifeCycle:
         self.admit_waiting(now)
         self.plan(now)
         self.call(now)
+        self.tidy(now)
         return True
 
     def settle(self) -> bool:
@@ -9636,8 +10226,10 @@ class LifeCycle:
                 "WHEN goal = 'snapshot' AND uid IS NOT NULL THEN ? ELSE ? END), "
                 'called = min(called, iif(uid IS NULL, ?, ?)) WHERE due IS NOT NULL',
                 pause, longest, now, longest, now)
-            run('UPDATE occurrence SET due = ? WHERE due > ? AND held_from <= ?', now, now, latest)
+            run('UPDATE occurrence SET due = ? WHERE due > ? AND held_from <= ? AND id IN (SELECT id FROM occurrence '
+                f'WHERE due IS NOT NULL AND start <= ? + {LONGEST_LEAD})', now, now, latest, latest)
             run('UPDATE outbox SET due = min(due, ?) WHERE due IS NOT NULL', pause)
+            run('UPDATE wait SET due = 0 WHERE due > 0')
             for each in rows('SELECT o.id, o.reservation_id, r.notify FROM occurrence o '
                              'JOIN reservation r ON r.id = o.reservation_id WHERE o.due IS NULL '
                              'AND o.cancelled IS NULL AND o."end" > ?', now):
@@ -9760,9 +10352,17 @@ class LifeCycle:
                 journal(self.config, now, 'cmres', 'trouble',
                         f'it could not be carried on: {self.fault(error)}'[:1000], reservation)
 
+    def tidy(self, now: float) -> None:
+        """While no call is under way, forgets a little of what is long over."""
+        if self.flying:
+            return
+        if not self.tidied <= now < self.tidied + 600:
+            with self.acting():
+                forgotten = self.service.forget(now)
+            self.tidied = 0.0 if forgotten else now
+
     def admit_waiting(self, now: float) -> None:
-        expired = self.is_due('pending', now) or self.is_due('proposal', now)
-        if expired or self.service.may_admit(now):
+        if any(self.is_due(each, now) for each in ('wait', 'pending', 'proposal')):
             with self.acting():
                 self.service.admit_waiting(now)
 
@@ -9813,8 +10413,10 @@ class LifeCycle:
         if wanted:
             occurrence = self.tell_up(occurrence, now)
         told = self.announce(occurrence, over, now)
-        change(Occurrence, occurrence.id, told=told, up_told=occurrence.up_told,
-               up_check=occurrence.up_check, due=self.next_look(occurrence, over, now))
+        due = self.next_look(occurrence, over, now)
+        # `next_look` may have told that it failed.
+        run('UPDATE occurrence SET told = told & ? | ?, up_told = ?, up_check = ?, due = ? WHERE id = ?',
+            FAILED, told, occurrence.up_told, occurrence.up_check, due, occurrence.id)
 
     def plan_server(self, occurrence, n: int, now: float, before=None) -> None:
         """Writes down a server that is wanted: a new one, one that was there, or a series' own from `before`."""
@@ -9865,7 +10467,7 @@ class LifeCycle:
     def handed_on(self, occurrence, now: float) -> bool:
         """Whether the next reservation of the same machine has begun, so that it must not be stopped between."""
         return bool(row('SELECT o.id FROM occurrence o JOIN reservation r ON r.id = o.reservation_id '
-                        'WHERE r.server = ? AND o.id <> ? AND o.cancelled IS NULL AND o.due IS NOT NULL '
+                        "WHERE r.server = ? AND r.server <> '' AND o.id <> ? AND o.cancelled IS NULL AND o.due IS NOT NULL "
                         'AND o.held_from <= ? AND o."end" > ?', occurrence.server, occurrence.id, now, now))
 
     def force(self, occurrence, now: float) -> None:
@@ -10023,6 +10625,7 @@ class LifeCycle:
         found = row('SELECT count(ready) AS ever, max(fault) AS fault FROM server WHERE occurrence_id = ?',
                     occurrence.id)
         if (occurrence.image or occurrence.server) and not found.ever:
+            run('UPDATE occurrence SET told = told | ? WHERE id = ?', FAILED, occurrence.id)
             fault = (found.fault or '').rstrip('.') or 'the life cycle did not run'
             self.journal(now, 'failed', f'never up: {fault}', occurrence)
         else:
@@ -10047,7 +10650,7 @@ class LifeCycle:
 
     def call(self, now: float) -> None:
         """Hands the calls that are due to workers, each after its intent is written."""
-        due = [server for server in rows(f'{SERVERS} WHERE v.due <= ? ORDER BY v.planned, v.id', now)
+        due = [server for server in rows(f'{SERVERS} WHERE v.due <= ? ORDER BY +v.planned, v.id', now)
                if not self.busy(('server', server.id))]
         notices = self.next_notices(now)
         polls = rows('SELECT * FROM subscription WHERE due <= ? ORDER BY due', now)
@@ -10281,10 +10884,12 @@ class LifeCycle:
         self.clouds.open(call.account).delete(call.target)
 
     def do_notice(self, call: Job) -> None:
-        notice = call.target
-        where, id = ('o.id', notice.occurrence) if (notice.occurrence or 0) > 0 else ('r.id', notice.reservation_id)
-        found = listing(self.now(), f'{where} = ?', (id,), tail=f'ORDER BY {NEXT_FIRST} LIMIT 1') if id else []
-        deliver(self.config, notice, public(found[0]) if found else {})
+        notice, found = call.target, None
+        if (notice.occurrence or 0) > 0:
+            found = next(iter(self.service.in_order([notice.occurrence])), None)
+        elif notice.reservation_id:
+            found = self.service.next_of(notice.reservation_id)
+        deliver(self.config, notice, public(found) if found else {})
 
     def do_trace(self, call: Job) -> dict[str, str | None]:
         return self.clouds.open(call.account).hosts(call.target)
@@ -10505,7 +11110,7 @@ class LifeCycle:
                                                 and not server.borrowed):
                 vanished += self.record_missing(server, result.began, now)
         self.tell_vanished(vanished, now)
-        run("UPDATE server SET due = ? WHERE account = ? AND goal = 'up' AND state = 'active'",
+        run("UPDATE server SET due = ? WHERE account = ? AND goal = 'up' AND state = 'active' AND state <> 'deleted'",
             now + self.config.sweep, account)
         self.clear_orphans(account, orphans_in(seen, matched), now)
 
@@ -10673,18 +11278,23 @@ def handler(service: Reservations, operation: Operation | None, fixed: dict) -> 
 def feed_handler(service: Reservations) -> Callable:
     """Answers calendar programs: nothing but a secret in the address tells who asks."""
     import bottle
-    kept: dict[int, tuple] = {}  # by feed: the newest event of the journal then, until when the text holds, ETag, text
+    # By feed: the newest event of the journal then, what was shown, until when the text holds, ETag, text.
+    kept: dict[int, tuple] = {}
 
     def current(secret: str) -> tuple[str, str]:
         name, feed = service.feed(secret)
         version, now = row('SELECT max(id) AS newest FROM event').newest, service.clock()
-        if feed.id not in kept or kept[feed.id][0] != version or now >= kept[feed.id][1]:
-            found, until = service.feed_events(feed)
-            text = calendar_text(name, found)
+        newest, digest, holds, *text = kept.get(feed.id, (None, None, 0))
+        if version != newest or now >= holds:
+            before, digest = digest, service.feed_digest(feed)
+            if digest != before or now >= holds:
+                found, holds = service.feed_events(feed)
+                text = calendar_text(name, found)
+                text = f'"{hashed(text)[:32]}"', text
             if len(kept) > 1000:
                 kept.clear()
-            kept[feed.id] = version, until, f'"{hashed(text)[:32]}"', text
-        return kept[feed.id][2:]
+            kept[feed.id] = version, digest, holds, *text
+        return tuple(text)
 
     def handle(secret: str, name: str = ''):
         try:
@@ -10885,7 +11495,8 @@ def given_once(*sources: dict) -> dict:
     return given
 
 
-SCHEMAS = {int: {'type': 'integer'}, bool: {'type': 'boolean'}, Count: {'type': 'integer', 'minimum': 1},
+SCHEMAS = {int: {'type': 'integer'}, Cursor: {'type': ['string', 'integer']},
+           bool: {'type': 'boolean'}, Count: {'type': 'integer', 'minimum': 1},
            Most: {'oneOf': [{'type': 'integer', 'minimum': 0}, {'const': 'unlimited'}]},
            Label: {'type': 'string', 'pattern': '^[A-Za-z0-9._-]{1,64}$'},
            NewLabel: {'type': 'string', 'pattern': '^[A-Za-z0-9._][A-Za-z0-9._-]{0,63}$'},
@@ -12047,13 +12658,10 @@ class Pages:
 
     def on_plan(self, visit: Visit, places: list, begin: int, end: int) -> list:
         """The reservations that are drawn, one more than there may be if there are more."""
-        where = [('o.resource_id IN (SELECT value FROM json_each(?))', json.dumps([each.id for each in places])),
-                 ('o.start < ?', end), ('o."end" > ?', begin), *visit.service.visible()]
-        # By id first: states are not derived of what is not drawn.
-        ids = [each.id for each in rows(f"SELECT o.id {FROM_ALL} WHERE {' AND '.join(text for text, _ in where)} "
-                                        f'AND o.cancelled IS NULL ORDER BY o.start LIMIT {MOST_BARS + 1}',
-                                        *(value for _, value in where))]
-        return visit.service.search([('o.id IN (SELECT value FROM json_each(?))', json.dumps(ids))])
+        filters, where = visit.service.filtered(dict.fromkeys(('user', 'project', 'resource', *PLACE), ''))
+        filters |= {'places': [each.id for each in places]}
+        where += [('o.start < ?', end), ('o."end" > ?', begin), ('o.cancelled IS NULL',)]
+        return visit.service.page(visit.service.ways(filters, (), begin), where, (), MOST_BARS + 1, fields=BRIEF)
 
     def draw(self, visit: Visit, place, cells: list[Cell], begin: int, end: int, view: str, found: list) -> Drawn:
         """A resource on a time line: its curve, what is free in each cell, and what stands on it."""
@@ -12081,18 +12689,14 @@ class Pages:
 
     def list(self, visit: Visit, given: dict):
         """One's own reservations, an admin's all, with what can be done to them."""
-        after, over = int(given['after']) if re.fullmatch('[0-9]{1,15}', given.get('after', '')) else 0, 'over' in given
-        found = self.over(visit, after) if over else visit.service.list(limit=MOST_LINES_SHOWN, after=after)
+        after, over = given.get('after', ''), 'over' in given
+        after = after if re.fullmatch('([0-9]{1,11}-)?[0-9]{1,18}', after) else ''
+        lines = visit.service.over if over else lambda after, limit: visit.service.list(limit=limit, after=after)
+        found = lines(after, MOST_LINES_SHOWN)
+        last = f"{int(found[-1]['start'].timestamp())}-{found[-1]['id']}" if found else ''
         return self.page(visit, 'Reservations', render_page(
             'list', visit=visit, lines=self.lines(visit, found), over=over,
-            after=found[-1]['id'] if len(found) == MOST_LINES_SHOWN else 0))
-
-    def over(self, visit: Visit, before: int) -> list[dict]:
-        """What has ended or was cancelled, the latest first."""
-        return [public(each) for each in visit.service.search(
-            [('o.start <= ?', int(visit.service.clock())), *visit.service.visible(),
-             *([('(o.start, o.id) < (SELECT start, id FROM occurrence WHERE id = ?)', before)] if before else [])],
-            OVER, MOST_LINES_SHOWN, 'ORDER BY start DESC, id DESC')]
+            after=last if last and lines(last, 1) else ''))
 
     def lines(self, visit: Visit, found: list[dict]) -> list[dict]:
         """Reservations with their addresses, how late they were ready, and what can be done to them."""
