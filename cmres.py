@@ -7432,6 +7432,8 @@ class Admission(Series):
         Args:
           ends: nothing of the series comes after them
         """
+        if not found:  # it has ended since it was looked for
+            return
         first, freed = found[0], [hold_of(each) for each in found]
         for each in found:
             self.drop_proposals(each.reservation, each.id)

@@ -783,11 +783,13 @@ def test_a_reader_sees_no_user_data_and_no_secret_address(app):
 def lost(serve, name, what):
     """That neither reads nor writes are answered, with the cause wherever one looks."""
     for answer in (serve.add('late'), serve.ask('GET', '/resource/'), serve.ask('GET', '/healthz')):
-        assert answer[0] == 503 and f"'{name}' {what}" in answer[1]['error'] and 'try again' not in answer[1]['error']
+        assert answer[0] == 503 and re.search(f"'{name}' {what}", answer[1]['error'])
+        assert 'try again' not in answer[1]['error']
     status, page = serve.ask('GET', '/?', accept='text/html')
-    assert status == 503 and what in page
-    soon(lambda: what in str(serve.ask('GET', '/readyz')[1]))
-    assert serve.ask('GET', '/readyz')[0] == 503 and f"CRITICAL the database file '{name}' {what}" in serve.said()
+    assert status == 503 and re.search(what, page)
+    soon(lambda: re.search(what, str(serve.ask('GET', '/readyz')[1])))
+    assert serve.ask('GET', '/readyz')[0] == 503
+    assert re.search(f"CRITICAL the database file '{name}' {what}", serve.said())
 
 
 def test_a_store_that_is_removed_while_serving_is_missed_at_once_and_not_made_anew(serving, tmp_path):
@@ -843,7 +845,7 @@ def test_what_was_acknowledged_survives_the_loss_of_the_log(serving, tmp_path):
     serve = serving()
     assert serve.add('early')[0] == 201
     (tmp_path / 'cmres.db-wal').unlink()
-    lost(serve, 'cmres.db-wal', 'was removed')
+    lost(serve, 'cmres.db-wal', 'was (removed|replaced)')  # a new connection may have made another
     serve.stop()
     assert serve.names() == {'demo', 'early'}
 
@@ -7746,7 +7748,7 @@ def test_vms_that_stay_or_are_started_again_are_used_only_within_their_windows(w
 
 def test_a_server_that_one_has_is_used_only_within_its_windows(world):
     cloud = world.clouds.open('simulated')
-    world.service.add('old', 'demo', NOON + hours(0), hours(0.4), image='cirros', flavor='m1.tiny', at_end='stop')
+    world.as_user().add('old', 'demo', NOON + hours(0), hours(0.4), image='cirros', flavor='m1.tiny', at_end='stop')
     for hour in (0.01, 0.02, 0.4, 0.41, 0.42):
         world.at(hour)
     server, = cloud.present()
@@ -7754,7 +7756,7 @@ def test_a_server_that_one_has_is_used_only_within_its_windows(world):
     for hour in (1, 1.01, 2, 2.01, 2.02, 100):
         world.at(hour)
     mine, = world.as_user().report()
-    assert 0.9 < mine['used_hours'] <= mine['reserved_hours'] == 1
+    assert 1.2 < mine['used_hours'] <= mine['reserved_hours'] == 1.4
 
 
 def test_what_only_waited_was_not_reserved(world):
@@ -14385,7 +14387,7 @@ def test_a_hostile_description_is_text_and_nothing_else(app, world, text):
     [one] = check_by_the_rules(data)
     assert one['DTSTART'] == '20261201T130000Z'
     [found] = icalendar.Calendar.from_ical(data).events
-    assert str(found['DESCRIPTION']).split('\n', 2)[2] == text.replace('\r\n', '\n')
+    assert str(found['DESCRIPTION']).split('\n', 2)[2] == cmres.legible(text.replace('\r\n', '\n'))
 
 
 def test_a_carriage_return_makes_no_line(app, world):
@@ -17247,9 +17249,7 @@ def test_what_was_booked_before_goes_on(world):
         kept_by_name()
         cmres.run('ALTER TABLE reservation DROP COLUMN trusted')
         cmres.run('DROP INDEX server_uid')
-        cmres.run('DROP TABLE session')
-        cmres.db.user_version = 2
-    bring_up(world)
+        cmres.trust_names()
     migrated = [each.trusted for each in cmres.rows('SELECT trusted FROM reservation ORDER BY id')]
     assert [set(json.loads(each)) for each in migrated] == [set(json.loads(each)) for each in given] == [
         {'image:cirros', 'flavor:m1.tiny', 'key:default'}, {f'server:{uid}'}]
