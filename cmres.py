@@ -2842,12 +2842,22 @@ def trouble(error: BaseException) -> Unavailable | None:
     return in_trouble(error)
 
 
+def sqlite_error(error: BaseException) -> BaseException | None:
+    """SQLite's own error behind another one."""
+    while error and not hasattr(error, 'sqlite_errorcode'):
+        error = error.__cause__ or error.__context__
+    return error
+
+
+def code_of(cause: BaseException | None) -> int | None:
+    """The code of SQLite's own error; the rest of it is for experts."""
+    return cause.sqlite_errorcode & 0xff if cause else None
+
+
 def in_trouble(error: BaseException) -> Unavailable | None:
     """What SQLite's own error says of the store."""
-    cause: BaseException | None = error
-    while cause and not hasattr(cause, 'sqlite_errorcode'):
-        cause = cause.__cause__ or cause.__context__
-    code = cause.sqlite_errorcode & 0xff if cause else None  # the rest of it is for experts
+    cause = sqlite_error(error)
+    code = code_of(cause)
     if code not in TROUBLES:
         return None
     sentence = TROUBLES[code].format(f'{cause} ({cause.sqlite_errorname})')
@@ -2923,7 +2933,11 @@ def transaction(keep: bool = True) -> Iterator[None]:
                 current.rollback()
         store_file.check()  # what was written to a file that has gone meanwhile is lost
     except STORE_ERRORS as error:
-        raise first_cause(error)
+        cause = first_cause(error)
+        # A connection that was opened while nothing could be written stays so: the next is a new one.
+        if code_of(sqlite_error(cause)) == sqlite3.SQLITE_READONLY and not db.in_transaction():
+            db.close()
+        raise cause
     finally:
         write_lock.release()
 
