@@ -13574,7 +13574,8 @@ def client(world):
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     yield Client(f'http://127.0.0.1:{server.effective_port}', token)
-    server.trigger.pull_trigger(server.close)
+    with contextlib.suppress(OSError):  # it may be closed before it is told all
+        server.trigger.pull_trigger(server.close)
     thread.join(5)
     server.task_dispatcher.shutdown()
 
