@@ -12338,7 +12338,8 @@ class Hanging:
     def close(self):
         self.lets()
         self.pool.shutdown()
-        self.server.trigger.pull_trigger(self.server.close)
+        with contextlib.suppress(OSError):  # it may be closed before it is told all
+            self.server.trigger.pull_trigger(self.server.close)
         self.thread.join()
         self.server.task_dispatcher.shutdown()
         cmres.close_store()
