@@ -180,12 +180,21 @@ def first_line(error: Exception) -> str:
 UTC = timezone.utc
 FIRST, LAST = datetime(1970, 1, 1, tzinfo=UTC), datetime(2200, 1, 1, tzinfo=UTC)
 ZONED = re.compile(r'(.*)\[([A-Za-z0-9_+/-]{1,64})\]')  # a time and the zone of its clock (RFC 9557)
-DURATION = re.compile(r'\+?(?:(\d{1,4})w)?(?:(\d{1,5})d)?(?:(\d{1,6})h)?(?:(\d{1,8})m)?(?:(\d{1,10})s)?', re.I | re.A)
+DURATION = re.compile(r'\+?' + ' *'.join(
+    rf'(?:(\d{{1,10}}(?:\.\d{{1,3}})?) ?(?:{unit}))?' for unit in (
+        'w|weeks?', 'd|days?', 'h|hrs?|hours?', 'm|mins?|minutes?', 's|secs?|seconds?')), re.I | re.A)
+CLOCK_LENGTH = re.compile(r'\+?(\d{1,4}):([0-5]\d)')
 ISO_DURATION = re.compile(
-    r'P(?:(\d{1,4})W)?(?:(\d{1,5})D)?(?:T(?:(\d{1,6})H)?(?:(\d{1,8})M)?(?:(\d{1,10})S)?)?', re.I | re.A)
+    r'P(?:(\d{1,4})W)?(?:(\d{1,5})D)?(?:T(?:(\d{1,6})H)?(?:(\d{1,8})M)?(?:(\d{1,10})S)?)?',
+    re.I | re.A)
 # An offset's + that an unescaped query made a space.
 LOST_PLUS = re.compile(r'(:\d\d) (\d\d:?\d\d)$')
-
+CLOCK = re.compile(r'(\d{1,2})(?::(\d\d)(?::(\d\d))?)?([ap]m)?', re.A)
+DAY_NAMES = ('monday', 'tuesday', 'wednesday', 'thursday', 'friday', 'saturday', 'sunday')
+MONTH_NAMES = ('january', 'february', 'march', 'april', 'may', 'june', 'july', 'august',
+               'september', 'october', 'november', 'december')
+#: Days from today; what else names a date, `dates_of` reads.
+NEAR_DAYS = {'yesterday': -1, 'today': 0, 'tomorrow': 1}
 
 class Typed(datetime):
     """An instant that was typed as a time on the clocks of a zone; `wall` and `zone` are that.
@@ -228,37 +237,201 @@ def read_zone(name: str) -> ZoneInfo:
         raise Invalid(f"unknown time zone '{name}'; write one such as Europe/Paris or UTC") from None
 
 
-def parse_time(text: str, zone: ZoneInfo, now: datetime) -> datetime:
+def parse_time(text: str, zone: ZoneInfo, now: datetime, after: datetime | None = None) -> datetime:
     """The instant that a person typed, in UTC and whole seconds.
 
     Args:
-      text: ISO 8601 with or without offset, with `/` for `-` or a space for `T`; `now`; or `+2h`, from now;
-        a zone in brackets goes before `zone`
+      text: ISO 8601 with or without offset, with `/` for `-` or a space for `T`; what a clock, a
+        weekday or a date says, such as 9:00, 9am, mon 9:00, next tue 14:00, tomorrow 9:00 and
+        1 Dec 2026, 9:00; `now`; `in 2h` or `+2h`, from now; all that `format_time` and
+        `format_moment` make. A zone that stands behind it goes before `zone`.
       zone: the zone of a time without an offset
+      after: what says no date, or no year, is the first such after this; without it, after now
 
     Returns:
       a Typed one where the text was a time without an offset.
 
     Raises:
-      ValueError: it is none of these, or outside the years 1970 to 2199.
+      ValueError: it is none of these, may be two, or is outside the years 1970 to 2199.
     """
     word = LOST_PLUS.sub(r'\1+\2', text.strip())
     if word == 'now':
         return now
-    if word.startswith('+'):
-        return now + parse_duration(word)
+    if word.startswith('+') or word.startswith('in '):
+        return now + parse_duration(word.removeprefix('in').strip())
     try:
-        if named := ZONED.fullmatch(word):
-            word, zone = named[1], read_zone(named[2])
-        if not re.fullmatch('[0-9:TWZ+ .,/-]+', word):  # Python takes any letter between date and time
-            raise ValueError
-        wall = datetime.fromisoformat(word.replace('/', '-')).replace(microsecond=0)
-        moment = (wall if wall.tzinfo else wall.replace(tzinfo=zone)).astimezone(UTC)
-    except (ValueError, OverflowError, Invalid):
-        raise ValueError(f"'{text}' is not a time; write 2026-12-01T09:00, now or +2h") from None
+        moment = iso_time(word, zone) or spoken_time(word, zone, after or now, now)
+    except OverflowError:
+        moment = None
+    if not moment:
+        raise ValueError(f"'{text}' is not a time; write 2026-12-01 09:00, 17:00, tomorrow 9:00, "
+                         'mon 9:00, now or +2h')
     if not FIRST <= moment < LAST:
         raise ValueError(f"'{text}' is not between the years 1970 and 2199")
-    return moment if wall.tzinfo else typed_at(moment, wall, zone)
+    return moment
+
+
+def iso_time(word: str, zone: ZoneInfo) -> datetime | None:
+    """The instant of a time in ISO 8601, maybe with a zone in brackets (RFC 9557); None if it is none."""
+    if named := ZONED.fullmatch(word):
+        word, zone = named[1], ZoneInfo(named[2]) if known_zone(named[2]) else None
+    # Python takes any letter between date and time.
+    if not zone or not re.fullmatch('[0-9:TWZ+ .,/-]+', word):
+        return None
+    try:
+        wall = datetime.fromisoformat(word.replace('/', '-')).replace(microsecond=0)
+    except ValueError:
+        return None
+    return wall.astimezone(UTC) if wall.tzinfo else at_clock(wall, zone)
+
+
+def spoken_time(text: str, zone: ZoneInfo, after: datetime, now: datetime) -> datetime | None:
+    """The instant that words name: a date and what a clock shows, or one of both; None if it is none."""
+    words, zone, called = zone_of_words(text, zone)
+    clocks = [word for word in words if read_clock(word) is not None]
+    day = ' '.join(word for word in words if word not in clocks)
+    if not zone or not words or len(clocks) > 1:
+        return None
+    clock = read_clock(clocks[0]) if clocks else timedelta(0)
+    today = (now if day in NEAR_DAYS else after).astimezone(zone).date()
+    walls = [datetime.combine(each, datetime.min.time()) + clock for each in dates_of(day, today)]
+    moments = [at_clock(wall, zone, called) for wall in walls]
+    return next((each for each in moments if each > after), moments[-1] if moments else None)
+
+
+#: A time, what clocks call theirs, and the zone that they are in, as `format_moment` writes them.
+WITH_ZONE = re.compile(r'(.*\d.*?)(?: ([A-Z]{1,5}|[+-]\d{2,4}))?(?: \(?([A-Za-z]\w+/[\w/+-]+|UTC)\)?)?')
+
+
+def zone_of_words(text: str, zone: ZoneInfo) -> tuple[list[str], ZoneInfo | None, str]:
+    """The words of a time, its zone (None if unknown), and what clocks call their time then."""
+    match = WITH_ZONE.fullmatch(' '.join(text.split()))
+    words, called, name = match.groups() if match else (text, None, None)
+    if called and is_word(called.lower()):
+        words, called = f'{words} {called}', None
+    if name or called in ('UTC', 'GMT', 'Z'):
+        name, called = name or 'UTC', None if not name else called
+        zone = ZoneInfo(name) if known_zone(name) else None
+    words = re.sub(r'(\d{4}-\d\d-\d\d)t', r'\1 ', words.lower().replace(',', ' '))
+    words = re.sub(r'(\d) ([ap]m)\b', r'\1\2', words)
+    words = re.sub(r'\bat (\d{1,2})(?= |$)', r'\1:00', words)
+    return [word for word in words.split() if word not in ('at', 'on')], zone, called or ''
+
+
+def is_word(text: str) -> bool:
+    """Whether it is a word of a time, and no zone: pm, tue, december."""
+    return text in ('am', 'pm', 'noon') or any(
+        len(text) > 1 and name.startswith(text) for name in DAY_NAMES + MONTH_NAMES)
+
+
+def known_zone(name: str) -> bool:
+    try:
+        return bool(read_zone(name))
+    except Invalid:
+        return False
+
+
+def read_clock(word: str) -> timedelta | None:
+    """The time of day that a word names, from midnight on: 9:00, 9am, 12:30pm, noon, 24:00."""
+    if word in ('noon', 'midnight'):
+        return timedelta(hours=12 if word == 'noon' else 24)
+    match = CLOCK.fullmatch(word)
+    if not match or not (match[2] or match[4]):
+        return None
+    hour, minute, second = (int(part or 0) for part in match.groups()[:3])
+    if match[4]:
+        hour = hour % 12 + 12 * (match[4] == 'pm') if 1 <= hour <= 12 else 99
+    clock = timedelta(hours=hour, minutes=minute, seconds=second)
+    return clock if minute < 60 and second < 60 and clock <= timedelta(days=1) else None
+
+
+def dates_of(words: str, today: date) -> list[date]:
+    """The dates that words may mean, the nearest first; those without a year come again.
+
+    Raises:
+      ValueError: they name two days, such as 01/02/2026.
+    """
+    if not words:
+        return [today, today + timedelta(days=1), today + timedelta(days=2)]
+    if words in NEAR_DAYS:
+        return [today + timedelta(days=NEAR_DAYS[words])]
+    if match := re.fullmatch(r'(next |this )?([a-z]{2,})', words):
+        return coming_weekdays(match[2], today, match[1] == 'next ')
+    if match := re.fullmatch(r'(\d{4})-(\d\d)-(\d\d)t?', words):
+        return dates_on(match[3], match[2], match[1])
+    if match := re.fullmatch(r'(\d{1,2})([./])(\d{1,2})\2(\d{4})', words):
+        return slashed_date(*match.groups())
+    return named_dates(words, today)
+
+
+def coming_weekdays(word: str, today: date, later: bool) -> list[date]:
+    days = [number for number, name in enumerate(DAY_NAMES) if name.startswith(word)]
+    if len(days) != 1:
+        return []
+    first = today + timedelta(days=(days[0] - today.weekday()) % 7)
+    dates = [first, first + timedelta(days=7)]
+    return [max(each for each in dates[:1 + (first == today)])] if later else dates
+
+
+def slashed_date(first: str, mark: str, second: str, year: str) -> list[date]:
+    """A date in figures: the day comes first where dots are; where slashes are, people differ."""
+    there = dates_on(first, second, year)
+    other = dates_on(second, first, year) if mark == '/' else []
+    if there and other and there != other:
+        one, two = (f'{each[0]:%d %b %Y}'.lstrip('0') for each in (there, other))
+        raise ValueError(f"'{first}/{second}/{year}' may be {one} or {two}; write "
+                         f'{there[0]} or {other[0]}')
+    return there or other
+
+
+def dates_on(day: str, month: str | int, year: str | int) -> list[date]:
+    try:
+        return [date(int(year), int(month), int(day))]
+    except ValueError:
+        return []
+
+
+def named_dates(words: str, today: date) -> list[date]:
+    """The dates of: 1 dec, dec 1st 2026, tue 1 december 2026."""
+    match = re.fullmatch(r'(?:([a-z]{2,}) )?(?:(\d{1,2})(?:st|nd|rd|th)?\.? ([a-z]{3,})|'
+                         r'([a-z]{3,})\.? (\d{1,2})(?:st|nd|rd|th)?)(?: (\d{4}))?', words)
+    if not match:
+        return []
+    weekday, day, month, other_month, other_day, year = match.groups()
+    months = [number for number, name in enumerate(MONTH_NAMES, 1)
+              if name.startswith(month or other_month)]
+    if len(months) != 1:
+        return []
+    years = [year] if year else range(today.year, today.year + 9)
+    dates = [found for each in years for found in dates_on(day or other_day, months[0], each)]
+    dates = [each for each in dates if year or each >= today]
+    if not weekday or not dates:
+        return dates
+    fitting = [each for each in dates if DAY_NAMES[each.weekday()].startswith(weekday)]
+    if not fitting or len(dates) > 1 and fitting[0] != dates[0]:
+        is_one = DAY_NAMES[dates[0].weekday()].capitalize()
+        raise ValueError(f"{dates[0].day} {dates[0]:%b %Y} is a {is_one}, not '{weekday}'")
+    return fitting
+
+
+def at_clock(wall: datetime, zone: ZoneInfo, called: str = '') -> datetime:
+    """The instant at which clocks of a zone show a time.
+
+    Args:
+      called: what they call their time then, such as CET or +03; it tells apart an hour that
+        comes twice
+
+    Raises:
+      ValueError: they call it otherwise.
+    """
+    folds = [wall.replace(tzinfo=zone, fold=fold) for fold in (0, 1)]
+    if not called:
+        return typed_at(folds[0].astimezone(UTC), wall, zone)
+    for each in folds:
+        if each.tzname() == called:
+            return each.astimezone(UTC)
+    raise ValueError(f"clocks of {zone.key} do not show {called} at {wall:%Y-%m-%d %H:%M}; write "
+                     f'the zone: {wall:%Y-%m-%d %H:%M} ({zone.key})')
 
 
 def typed_at(moment: datetime, wall: datetime, zone: ZoneInfo) -> Typed:
@@ -269,15 +442,24 @@ def typed_at(moment: datetime, wall: datetime, zone: ZoneInfo) -> Typed:
 
 
 def parse_duration(text: str) -> Length:
-    """The length that a person typed: 2h, +1d12h, 90m or PT2H; ValueError if it is none."""
-    match = DURATION.fullmatch(text.strip()) or ISO_DURATION.fullmatch(text.strip())
-    if not match or not any(match.groups()):
-        raise ValueError(f"'{text}' is not a duration; write 2h, 1d12h, 90m or PT2H")
-    weeks, days, hours, minutes, seconds = (int(part or 0) for part in match.groups())
-    length = Length(weeks=weeks, days=days, hours=hours, minutes=minutes, seconds=seconds)
-    length.nominal = 86400 * (7 * weeks + days)
-    if length > LAST - FIRST:
+    """The length that a person typed; ValueError if it is none.
+
+    Args:
+      text: 2h, +1d12h, 90min, 1.5h, 2 hours 30 minutes, 1:30, or PT2H
+    """
+    word = text.strip()
+    match = DURATION.fullmatch(word) or ISO_DURATION.fullmatch(word)
+    clock = CLOCK_LENGTH.fullmatch(word)
+    if not clock and not (match and any(match.groups())):
+        raise ValueError(f"'{text}' is not a duration; write 2h, 1d12h, 90m, 1.5h or PT2H")
+    parts = (0, 0, *clock.groups(), 0) if clock else match.groups()
+    weeks, days, hours, minutes, seconds = (float(part or 0) for part in parts)
+    days += 7 * weeks
+    seconds += 86400 * days + 3600 * hours + 60 * minutes
+    if seconds > (LAST - FIRST).total_seconds():
         raise ValueError(f"'{text}' is longer than {(LAST - FIRST).days} days")
+    length = Length(seconds=round(seconds))
+    length.nominal = 86400 * int(days)
     return length
 
 
@@ -292,7 +474,9 @@ def format_moment(moment: datetime, zone: ZoneInfo) -> str:
     """A time for people who may be elsewhere: Tue 1 Dec 2026, 09:00 (Europe/Paris)."""
     local = moment.astimezone(zone)
     clock = '%H:%M:%S' if local.second else '%H:%M'
-    return local.strftime(f'%a {local.day} %b %Y, {clock} ({zone.key})')
+    twice = local.replace(fold=1 - local.fold).astimezone(UTC) != moment.astimezone(UTC)
+    called = ' %Z' if twice else ''
+    return local.strftime(f'%a {local.day} %b %Y, {clock}{called} ({zone.key})')
 
 
 def format_duration(length: float) -> str:
@@ -324,12 +508,12 @@ RULE_PARTS = {'FREQ': None, 'UNTIL': None, 'WKST': None, 'BYDAY': None, 'COUNT':
               'BYSETPOS': (1, 366), 'BYHOUR': (0, 23), 'BYMINUTE': (0, 59), 'BYSECOND': (0, 59)}
 CLOCK_PARTS = ('BYHOUR', 'BYMINUTE', 'BYSECOND')
 FREQUENCIES = {'day': 'DAILY', 'week': 'WEEKLY', 'month': 'MONTHLY', 'year': 'YEARLY'}
-DAY_NAMES = ('monday', 'tuesday', 'wednesday', 'thursday', 'friday', 'saturday', 'sunday')
 WEEKDAYS = ('MO', 'TU', 'WE', 'TH', 'FR', 'SA', 'SU')
 #: Days that these leave of a week, or of some days, differ from one to the next.
 UNEVEN = {'BYMONTH', 'BYMONTHDAY', 'BYYEARDAY', 'BYWEEKNO', 'BYSETPOS'}
 ORDINALS = {'first': '1', 'second': '2', 'third': '3', 'fourth': '4', 'fifth': '5', 'last': '-1'}
-REPEAT_HELP = "write daily, weekdays, weekly on tue,thu, every 2 weeks on mon, monthly on first mon, or an RRULE"
+REPEAT_HELP = ('write daily, weekdays, weekly on tue,thu, every 2 weeks on mon, every other tue, '
+               'monthly on first mon, or an RRULE')
 # dateutil gives a rule that never matches up in the year 9999 only. The calendar repeats itself
 # every 400 years, weekdays too, so that rules are followed this much nearer to that end.
 YEARS_AHEAD = 7600
@@ -414,27 +598,111 @@ def read_repeat(text: str, here=None) -> str:
     return checked_rule(word.upper() if '=' in word else spoken_rule(word.lower())) if word else ''
 
 
+#: What people say for what `spoken_rule` reads.
+SAME_RULES = {'weekdays': 'weekly on mon,tue,wed,thu,fri', 'biweekly': 'every 2 weeks',
+              'fortnightly': 'every 2 weeks', 'every weekday': 'weekly on mon,tue,wed,thu,fri'}
+SPOKEN = re.compile(
+    r'(?:(?P<name>daily|weekly|monthly|yearly)|every(?: (?P<number>\d+))? (?P<unit>day|week|month|year)s?)'
+    r'(?: on (?P<on>.+))?|every(?P<other> other)? (?P<days>.+)')
+SPOKEN_DAY = re.compile(r'(?:the )?(?:(first|second|third|fourth|fifth|last) )?([a-z]{2,})(?: of the month)?')
+SPOKEN_END = re.compile(r'(.+?),? (?:until (?:the )?(.+)|(?:for )?(\d+) times)')
+
+
 def spoken_rule(words: str) -> str:
-    """The RRULE of: daily, weekdays, weekly on tue,thu, every 2 weeks, monthly on last fri, yearly."""
-    if words == 'weekdays':
-        return 'FREQ=WEEKLY;BYDAY=MO,TU,WE,TH,FR'
-    match = re.fullmatch(r'(?:(daily|weekly|monthly|yearly)|every(?: (\d+))? (day|week|month|year)s?)(?: on (.+))?',
-                         words)
+    """The RRULE of: daily, every tue and thu, every other week, monthly on last fri, weekly until 23 feb 2027."""
+    text, ends = words, ''
+    if match := SPOKEN_END.fullmatch(words):
+        text = match[1]
+        ends = f';COUNT={match[3]}' if match[3] else f';UNTIL={last_day(match[2], words)}'
+    text = SAME_RULES.get(text, text)
+    text = re.sub('^every other (day|week|month|year)$', r'every 2 \1s', text)
+    text = re.sub('^every other (day|week|month|year)( on .+)$', r'every 2 \1s\2', text)
+    match = SPOKEN.fullmatch(text)
     if not match:
         raise ValueError(f"'{words}' is no repetition; {REPEAT_HELP}")
-    name, interval, unit, days = match.groups()
-    rule = f'FREQ={name.upper() if name else FREQUENCIES[unit]}' + (f';INTERVAL={interval}' if interval else '')
-    return rule + (spoken_days(days, words) if days else '')
+    if match['days']:
+        return every_named_day(match['days'], '2' if match['other'] else '', words) + ends
+    rule = f"FREQ={match['name'].upper() if match['name'] else FREQUENCIES[match['unit']]}"
+    rule += f";INTERVAL={match['number']}" if match['number'] else ''
+    return rule + (spoken_days(match['on'], words) if match['on'] else '') + ends
+
+
+def every_named_day(text: str, interval: str, words: str) -> str:
+    """The RRULE of `every` with names of days behind it, which are days of a week or of a month."""
+    days = spoken_days(text, words)
+    monthly = re.search('=.*[0-9]', days)
+    if 'BYMONTHDAY' in days:  # `every 15` says neither month nor day
+        raise ValueError(f"'{words}' is no repetition; {REPEAT_HELP}")
+    rule = 'FREQ=MONTHLY' if monthly else 'FREQ=WEEKLY'
+    return rule + (f';INTERVAL={interval}' if interval else '') + days
+
+
+def last_day(text: str, words: str) -> str:
+    """The last date of a repetition as UNTIL has it, of words that name one with its year."""
+    days = dates_of(' '.join(text.replace(',', ' ').split()), date.min)
+    if len(days) != 1:
+        raise ValueError(f"'{words}' names no last date; write it with its year, such as "
+                         'until 23 feb 2027')
+    return f'{days[0]:%Y%m%d}T235959'
 
 
 def spoken_days(text: str, words: str) -> str:
-    days = [day.strip() for day in re.split(',| and ', text)]
+    days = [day.strip().removeprefix('the ') for day in re.split(',| and ', text)]
+    days = [re.sub(r'^(\d{1,2})(st|nd|rd|th)$', r'\1', '-1' if day == 'last day' else day)
+            for day in days]
     if all(re.fullmatch(r'-?\d{1,2}', day) for day in days):
         return f";BYMONTHDAY={','.join(days)}"
-    found = [re.fullmatch(r'(?:(first|second|third|fourth|fifth|last) )?([a-z]{2,})', day) for day in days]
-    if not all(each and any(name.startswith(each[2]) for name in DAY_NAMES) for each in found):
+    found = [SPOKEN_DAY.fullmatch(day) for day in days]
+    if not all(each and is_weekday(each[2]) for each in found):
         raise ValueError(f"'{words}' is no repetition; {REPEAT_HELP}")
     return ';BYDAY=' + ','.join(ORDINALS.get(each[1], '') + each[2][:2].upper() for each in found)
+
+
+def is_weekday(word: str) -> bool:
+    return any(name.startswith(word) or f'{name}s' == word for name in DAY_NAMES)
+
+
+def rule_in_words(rule: str) -> str:
+    """A repetition for people, which `read_repeat` reads back; the rule itself where words can't say it."""
+    parts = dict(part.split('=') for part in rule.split(';'))
+    unit = next(unit for unit, name in FREQUENCIES.items() if name == parts['FREQ'])
+    number = int(parts.get('INTERVAL', 1))
+    every = f'every {number} {unit}s' if number > 1 else f'every {unit}'
+    days = days_in_words(parts)
+    said = {'FREQ', 'INTERVAL', 'BYDAY', 'BYMONTHDAY', 'UNTIL', 'COUNT', 'WKST'}
+    if parts.keys() - said or days is None or 'BYDAY' in parts and 'BYMONTHDAY' in parts:
+        return rule
+    if number == 1 and unit == 'week' and days:
+        every, days = 'every', days if days != 'Monday, Tuesday, Wednesday, Thursday and Friday' else 'weekday'
+    elif days:
+        days = f'on {days}'
+    ends = f"{parts['COUNT']} times" if 'COUNT' in parts else ''
+    if 'UNTIL' in parts:
+        last = read_until(parts['UNTIL'])
+        ends = f'until {last.day} {last:%b %Y}'
+    return ' '.join(filter(None, (every, days, ends)))
+
+
+def days_in_words(parts: dict) -> str | None:
+    """Days of a rule as people say them; '' without any, None where words can't say them."""
+    names = {short: name.capitalize() for short, name in zip(WEEKDAYS, DAY_NAMES)}
+    ordinals = {number: f'the {word} ' for word, number in ORDINALS.items()} | {'': ''}
+    days = []
+    for day in filter(None, parts.get('BYDAY', '').split(',')):
+        number, name = day[:-2].removeprefix('+'), day[-2:]
+        if number not in ordinals or number and parts['FREQ'] != 'MONTHLY':
+            return None
+        days.append(ordinals[number] + names[name])
+    for day in filter(None, parts.get('BYMONTHDAY', '').split(',')):
+        if int(day) < -1 or parts['FREQ'] != 'MONTHLY':
+            return None
+        days.append('the last day' if day == '-1' else f'the {nth(int(day))}')
+    return ' and '.join(filter(None, (', '.join(days[:-1]), *days[-1:])))
+
+
+def nth(number: int) -> str:
+    ending = 'th' if number in (11, 12, 13) else {1: 'st', 2: 'nd', 3: 'rd'}.get(number % 10, 'th')
+    return f'{number}{ending}'
 
 
 def checked_rule(rule: str) -> str:
@@ -1164,9 +1432,13 @@ LONG_BY = ('repeat', 'holidays')
 
 
 class Here(NamedTuple):
-    """Where and when arguments are read: the zone of bare times, and the instant that `now` means."""
+    """Where and when arguments are read: the zone of bare times, and the instant that `now` means.
+
+    A bare clock time is the first `after` that instant, or after `now` where it is None.
+    """
     zone: ZoneInfo
     now: datetime
+    after: datetime | None = None
 
 
 def bind(operation: Operation, given: dict, here: Here) -> dict:
@@ -1187,7 +1459,23 @@ def bind(operation: Operation, given: dict, here: Here) -> dict:
         raise Invalid(f"{missing[0]} is missing: {WORDS[missing[0]]}")
     if given.get('tz'):
         here = here._replace(zone=read_zone(read_argument('tz', given['tz'], Zone, here)))
-    return {name: read_argument(name, value, parameters[name].annotation, here) for name, value in given.items()}
+    read = {}
+    for name in sorted(given, key=lambda name: name in AFTER):  # what others come after is read first
+        later = here._replace(after=start_of(read, AFTER.get(name), here))
+        read[name] = read_argument(name, given[name], parameters[name].annotation, later)
+    return read
+
+
+#: What comes after what: a bare `17:00` there is the next one after it.
+AFTER = {'end': 'start', 'before': 'after'}
+
+
+def start_of(read: dict, name: str | None, here: Here) -> datetime | None:
+    """The instant that an argument which was read names; None where it names none."""
+    value = read.get(name)
+    if isinstance(value, timedelta):
+        return here.now + value
+    return value if isinstance(value, datetime) else None
 
 
 def refuse_unknown(operation: Operation, names: Iterable[str]) -> None:
@@ -1322,15 +1610,19 @@ def read_when(value, here: Here):
     if isinstance(value, datetime):
         return value.replace(tzinfo=here.zone)
     text = read_str(value).strip()
-    return parse_duration(text) if text[:1] in '+P' and text else parse_time(text, here.zone, here.now)
+    if text[:1] in ('+', 'P') or DURATION.fullmatch(text) and text:
+        return parse_duration(text)
+    return parse_time(text, here.zone, here.now, here.after)
 
 
 def read_day(value, here: Here):
-    text = value.strip().replace('/', '-') if isinstance(value, str) else ''
-    if re.fullmatch('[0-9]{4}-[0-9]{2}-[0-9]{2}', text):
-        parse_time(text, here.zone, here.now)
-        return date.fromisoformat(text)
-    return value if type(value) is date else read_when(value, here)
+    text = ' '.join(value.split()) if isinstance(value, str) else ''
+    iso = text.replace('/', '-')
+    if re.fullmatch('[0-9]{4}-[0-9]{2}-[0-9]{2}', iso):
+        parse_time(iso, here.zone, here.now)
+        return date.fromisoformat(iso)
+    days = dates_of(text.lower(), here.now.astimezone(here.zone).date()) if text else []
+    return days[0] if days else value if type(value) is date else read_when(value, here)
 
 
 def read_names(value, here=None) -> list[str]:
@@ -4443,6 +4735,8 @@ def in_cell(value, zone: ZoneInfo) -> str:
         return ' '.join(f'{name}={in_cell(each, zone)}' for name, each in value.items())
     if isinstance(value, (list, tuple)):
         return ', '.join(in_cell(each, zone) for each in value)
+    if isinstance(value, str) and value.startswith('FREQ='):
+        return rule_in_words(value)
     return '-' if value is None else legible(str(value))
 
 

@@ -59,7 +59,7 @@ import waitress
 import webtest
 import yaml
 from dateutil.rrule import rrulestr
-from hypothesis import HealthCheck, assume, given, settings, strategies as st
+from hypothesis import HealthCheck, assume, example, given, settings, strategies as st
 
 import cmres
 from cmres import (API, BASE, SETTINGS, Actor, Amount, Client, Config, Conflict, Error, Forbidden, Here, Invalid,
@@ -211,9 +211,75 @@ def test_a_time_is_read_in_its_zone(text, utc):
     assert cmres.parse_time(text, PARIS, NOON) == datetime.fromisoformat(utc).replace(tzinfo=UTC)
 
 
+@pytest.mark.parametrize('text, paris', [  # now it is Tuesday 1 December, 13:00 in Paris
+    ('17:00', '2026-12-01T17:00'), ('9:00', '2026-12-02T09:00'), ('13:00', '2026-12-02T13:00'),
+    ('9am', '2026-12-02T09:00'), ('2 pm', '2026-12-01T14:00'), ('12am', '2026-12-02T00:00'),
+    ('12:30 PM', '2026-12-02T12:30'), ('noon', '2026-12-02T12:00'), ('24:00', '2026-12-02T00:00'),
+    ('midnight', '2026-12-02T00:00'), ('today 9:00', '2026-12-01T09:00'), ('today at 14', '2026-12-01T14:00'),
+    ('tomorrow 9:00', '2026-12-02T09:00'), ('tomorrow', '2026-12-02T00:00'), ('9:00 tomorrow', '2026-12-02T09:00'),
+    ('Tomorrow, 9:00', '2026-12-02T09:00'), ('yesterday 9:00', '2026-11-30T09:00'),
+    ('mon 9:00', '2026-12-07T09:00'), ('Monday 9:00', '2026-12-07T09:00'), ('tue 9:00', '2026-12-08T09:00'),
+    ('tue 14:00', '2026-12-01T14:00'), ('this tue 14:00', '2026-12-01T14:00'), ('next tuesday 14:00', '2026-12-08T14:00'),
+    ('next wed 14:00', '2026-12-02T14:00'), ('on friday at 9', '2026-12-04T09:00'), ('9:00 THU', '2026-12-03T09:00'),
+    ('1 Dec 2026 9:00', '2026-12-01T09:00'), ('Dec 1, 2026 9:00', '2026-12-01T09:00'), ('1 dec 9:00', '2027-12-01T09:00'),
+    ('1 dec 17:00', '2026-12-01T17:00'), ('24th december 8pm', '2026-12-24T20:00'), ('29 feb 9:00', '2028-02-29T09:00'),
+    ('Tue 1 Dec 2026, 09:00', '2026-12-01T09:00'), ('9:00 1 DEC', '2027-12-01T09:00'), ('2026-12-01 24:00', '2026-12-02T00:00'),
+    ('2026-12-01T24:00', '2026-12-02T00:00'), ('2026-12-01 9:00', '2026-12-01T09:00'), ('2026-12-01 9pm', '2026-12-01T21:00'),
+    ('25/12/2026 9:00', '2026-12-25T09:00'), ('12/25/2026 9:00', '2026-12-25T09:00'), ('11/11/2026', '2026-11-11T00:00'),
+    ('1.12.2026 9:00', '2026-12-01T09:00'), ('in 2h', '2026-12-01T15:00'), ('in 90 minutes', '2026-12-01T14:30'),
+    ('2026-12-01 14:00 UTC', '2026-12-01T15:00'), ('9:00 UTC', '2026-12-02T10:00'), ('2026-12-01 09:00 CET', '2026-12-01T09:00'),
+    ('2026-07-01 09:00 CEST', '2026-07-01T09:00'), ('mon 9:00 (Asia/Tokyo)', '2026-12-07T01:00'),
+    ('2026-12-01T09:00 Europe/Paris', '2026-12-01T09:00'), ('2026-10-25 02:30 CET', '2026-10-25T02:30:00+01:00'),
+    ('2026-10-25 02:30 CEST', '2026-10-25T02:30:00+02:00'), ('Sun 25 Oct 2026, 02:30 CET (Europe/Paris)', '2026-10-25T02:30:00+01:00'),
+])
+def test_times_are_read_as_people_say_them(text, paris):
+    moment = datetime.fromisoformat(paris)
+    assert cmres.parse_time(text, PARIS, NOON) == (moment if moment.tzinfo else moment.replace(tzinfo=PARIS))
+
+
+@pytest.mark.parametrize('text, why', [
+    ('01/02/2026 9:00', r"'01/02/2026' may be 1 Feb 2026 or 2 Jan 2026; write 2026-02-01 or 2026-01-02"),
+    ('mon 1 dec 2026 9:00', "1 Dec 2026 is a Tuesday, not 'mon'"),
+    ('2026-12-01 09:00 EST', r'clocks of Europe/Paris do not show EST at 2026-12-01 09:00; write the zone: '
+                             r'2026-12-01 09:00 \(Europe/Paris\)'),
+    ('2026-12-01 09:00 CEST', 'do not show CEST')])
+def test_a_time_that_may_be_two_or_none_is_refused_with_what_to_write(text, why):
+    with pytest.raises(ValueError, match=why):
+        cmres.parse_time(text, PARIS, NOON)
+
+
+#: Their clocks go back by an hour or half of one, or at midnight; some have no letters for their time.
+ZONES_READ = ['Europe/Paris', 'America/New_York', 'Australia/Lord_Howe', 'America/Havana', 'Asia/Tashkent', 'Asia/Kathmandu',
+              'America/Santiago', 'Pacific/Apia', 'UTC', 'Africa/Casablanca']
+
+
+@given(st.datetimes(datetime(1971, 1, 1), datetime(2199, 12, 30)).map(lambda each: each.replace(microsecond=0)),
+       st.sampled_from(ZONES_READ), st.sampled_from(ZONES_READ), st.booleans())
+@example(datetime(2026, 10, 25, 0, 30), 'Europe/Paris', 'UTC', True)
+@example(datetime(2026, 10, 25, 1, 30), 'Europe/Paris', 'UTC', True)
+@example(datetime(2026, 10, 25, 1, 30), 'Europe/Paris', 'Europe/Paris', False)
+def test_whatever_time_is_shown_can_be_typed(moment, zone, readers, for_others):
+    moment, zone = moment.replace(tzinfo=UTC), read_zone(zone)
+    text = cmres.format_moment(moment, zone) if for_others else cmres.format_time(moment, zone)
+    assert cmres.parse_time(text, read_zone(readers) if for_others else zone, NOON) == moment
+
+
+@pytest.mark.parametrize('start, end, ends', [  # an end without a date is the first after the start
+    ('22:00', '6:00', '2026-12-02T06:00'), ('tomorrow 9:00', '17:00', '2026-12-02T17:00'),
+    ('2027-03-01 9:00', '17:00', '2027-03-01T17:00'), ('2027-03-01 9:00', 'wed 17:00', '2027-03-03T17:00'),
+    ('2027-03-01 9:00', '3 mar', '2027-03-03T00:00'), ('now', '2h', '2026-12-01T14:00'),
+    ('+1h', '90 min', '2026-12-01T14:30'), ('mon 9:00', '24:00', '2026-12-08T00:00'), ('2h', '+1:30', '2026-12-01T15:30')])
+def test_an_end_is_read_from_its_start_on(app, start, end, ends):
+    body = {'label': 'lab', 'resource': 'demo', 'start': start, 'end': end}
+    made = app.call('POST', '/reservation/', body, 201).json
+    assert made['end'] == f'{ends}:00+00:00'
+
+
 @pytest.mark.parametrize('text', [
-    '', 'tomorrow', '2026', '2026-12', '10:30', '1e3', '1764579600', '2026-02-30', '2026-13-01', '01.12.2026',
-    '2026-12-01T25:00', '2026-12-01T09:00+25:00', '2026-12-01T09:00 Europe/Paris', '-1h', '+', '+2', '+h',
+    '', '2026', '2026-12', '1e3', '1764579600', '2026-02-30', '2026-13-01', '31.02.2026', '32 dec',
+    '2026-12-01T25:00', '2026-12-01T09:00+25:00', '2026-12-01T09:00 Europe/Nowhere', '-1h', 'soon', '25:00', '9:60',
+    '13pm', '0am', '24:01', 'mon tue 9:00', '9:00 17:00', 'mo nday', 't 9:00', '9', 'next 9:00', '1 foo 2026 9:00',
+    '2026-12-01 09:00 (nowhere)', '2 months', '+', '+2', '+h',
     '1969-12-31T23:59:59Z', '2200-01-01T00:00Z', '0001-01-01T00:00+14:00', '9999-12-31T23:59-14:00'])
 def test_what_is_no_time_is_refused(text):
     with pytest.raises(ValueError, match='is not'):
@@ -222,13 +288,16 @@ def test_what_is_no_time_is_refused(text):
 
 @pytest.mark.parametrize('text, seconds', [
     ('2h', 7200), ('+2h', 7200), ('1d12h', 129600), ('+1d12h', 129600), ('90m', 5400), ('1h30m', 5400), ('30s', 30),
-    ('1w', 604800), ('2H', 7200), ('PT2H', 7200), ('PT90M', 5400), ('P1DT2H', 93600), ('P1W', 604800), ('0h', 0)])
+    ('1w', 604800), ('1.5h', 5400), ('90min', 5400), ('2 hours', 7200), ('1 hour 30 minutes', 5400), ('+1:30', 5400),
+    ('1:30', 5400), ('1 day', 86400), ('1.5d', 129600), ('2 weeks', 1209600), ('45 sec', 45), ('0.333h', 1199),
+    ('2H', 7200), ('PT2H', 7200), ('PT90M', 5400), ('P1DT2H', 93600), ('P1W', 604800), ('0h', 0)])
 def test_a_duration_is_read(text, seconds):
     assert cmres.parse_duration(text) == timedelta(seconds=seconds)
 
 
 @pytest.mark.parametrize('text', [
-    '', '+', '2', 'h', '-1h', '1.5h', '1h30', '12h1d', '2h2h', 'two hours', 'P', 'PT', 'P1M', 'P1Y', '99999d', '1:30'])
+    '', '+', '2', 'h', '-1h', '1.h', '1h30', '12h1d', '2h2h', 'two hours', 'P', 'PT', 'P1M', 'P1Y', '99999d', '1:60',
+    '1,5h', '2 months', '1:2:3', '9999999999w'])
 def test_what_is_no_duration_is_refused(text):
     with pytest.raises(ValueError, match='is not a duration|is longer than'):
         cmres.parse_duration(text)
@@ -408,9 +477,9 @@ FINE = {'label': 'lab', 'resource': 'demo', 'start': '+1h', 'end': '+1h'}
     ({'vms': '0'}, 'vms: 0 is not between 1 and 1000000'),
     ({'vms': '1e3'}, 'vms: "1e3" is not a whole number'),
     ({'vms': '1000001'}, 'vms: 1000001 is not between 1 and 1000000'),
-    ({'start': 'tomorrow'}, "start: 'tomorrow' is not a time; write 2026-12-01T09:00, now or +2h"),
-    ({'end': '+2'}, "end: '+2' is not a duration; write 2h, 1d12h, 90m or PT2H"),
-    ({'lead': 'soon'}, "lead: 'soon' is not a duration; write 2h, 1d12h, 90m or PT2H"),
+    ({'start': 'soon'}, "start: 'soon' is not a time; write 2026-12-01 09:00, 17:00, tomorrow 9:00, mon 9:00, now or +2h"),
+    ({'end': '+2'}, "end: '+2' is not a duration; write 2h, 1d12h, 90m, 1.5h or PT2H"),
+    ({'lead': 'soon'}, "lead: 'soon' is not a duration; write 2h, 1d12h, 90m, 1.5h or PT2H"),
     ({'label': 'a b'}, 'label: "a b" is not a name of 1 to 64 letters'),
     ({'label': 'x' * 65}, 'is not a name of 1 to 64 letters'),
     ({'label': 'add'}, 'label: "add" is not a name of 1 to 64 letters'),
@@ -4568,6 +4637,17 @@ def test_a_day_that_a_zone_left_out_gives_the_instant_after_it(world):
     ('monthly on last fri', 'FREQ=MONTHLY;BYDAY=-1FR', ['12-25', '01-29']),
     ('monthly on 15,-1', 'FREQ=MONTHLY;BYMONTHDAY=15,-1', ['12-15', '12-31', '01-15']),
     ('yearly', 'FREQ=YEARLY', ['12-01']),
+    ('every tuesday', 'FREQ=WEEKLY;BYDAY=TU', ['12-01', '12-08']),
+    ('every Tue and Thu', 'FREQ=WEEKLY;BYDAY=TU,TH', ['12-01', '12-03', '12-08']),
+    ('every other tue', 'FREQ=WEEKLY;INTERVAL=2;BYDAY=TU', ['12-01', '12-15']),
+    ('every other week', 'FREQ=WEEKLY;INTERVAL=2', ['12-01', '12-15']),
+    ('every other week on mondays', 'FREQ=WEEKLY;INTERVAL=2;BYDAY=MO', ['12-14', '12-28']),
+    ('biweekly', 'FREQ=WEEKLY;INTERVAL=2', ['12-01', '12-15']),
+    ('every weekday', 'FREQ=WEEKLY;BYDAY=MO,TU,WE,TH,FR', ['12-01', '12-02', '12-03', '12-04', '12-07']),
+    ('every first monday of the month', 'FREQ=MONTHLY;BYDAY=1MO', ['12-07', '01-04']),
+    ('every month on the 15th and the last day', 'FREQ=MONTHLY;BYMONTHDAY=15,-1', ['12-15', '12-31', '01-15']),
+    ('every tue 2 times', 'FREQ=WEEKLY;BYDAY=TU;COUNT=2', ['12-01', '12-08']),
+    ('daily until 3 dec 2026', 'FREQ=DAILY;UNTIL=20261203T235959', ['12-01', '12-02', '12-03']),
     ('RRULE:FREQ=WEEKLY;BYDAY=WE', 'FREQ=WEEKLY;BYDAY=WE', ['12-02', '12-09']),
     ('freq=weekly;byday=we', 'FREQ=WEEKLY;BYDAY=WE', ['12-02', '12-09']),
 ])
@@ -4587,7 +4667,11 @@ NO_REPETITION = 'is no repetition; write daily, weekdays, weekly on tue,thu, eve
 @pytest.mark.parametrize('given, sentence', [
     ({'repeat': 'sometimes'}, f"repeat: 'sometimes' {NO_REPETITION}"),
     ({'repeat': 'weekly on blursday'}, f"repeat: 'weekly on blursday' {NO_REPETITION}"),
-    ({'repeat': 'every other week'}, NO_REPETITION),
+    ({'repeat': 'every other'}, NO_REPETITION),
+    ({'repeat': 'every 15'}, NO_REPETITION),
+    ({'repeat': 'every 2nd tue'}, NO_REPETITION),
+    ({'repeat': 'weekly until 23 feb'}, "'weekly until 23 feb' names no last date; write it with its year"),
+    ({'repeat': 'weekly until later'}, "'weekly until later' names no last date"),
     ({'repeat': 'weekly on'}, NO_REPETITION),
     ({'repeat': 'monthly on seventh mon'}, NO_REPETITION),
     ({'repeat': 'hourly'}, NO_REPETITION),
@@ -5883,6 +5967,27 @@ def test_a_file_of_reservations_may_have_series(service):
     found = service.load([lesson, lab])
     assert [len(each.get('occurrences', [])) for each in found['taken']] == [3, 0]
     refused(lambda: service.load([lesson | {'label': 'other', 'repeat': 'never'}]))
+
+
+@given(st.sampled_from(['DAILY', 'WEEKLY', 'MONTHLY', 'YEARLY']), st.integers(1, 12),
+       st.lists(st.sampled_from(['MO', 'TU', 'WE', 'TH', 'FR', 'SA', 'SU', '1MO', '-1FR', '5SU', '53TH']), max_size=5, unique=True),
+       st.lists(st.integers(-2, 31).filter(bool), max_size=3, unique=True),
+       st.sampled_from(['', ';COUNT=1', ';COUNT=12', ';UNTIL=20270223T235959', ';BYSETPOS=1']))
+def test_a_repetition_that_is_shown_can_be_typed(freq, interval, days, dates, end):
+    rule = f'FREQ={freq}' + (f';INTERVAL={interval}' if interval > 1 else '')
+    rule += f";BYDAY={','.join(days)}" if days else ''
+    rule += f";BYMONTHDAY={','.join(map(str, dates))}" if dates else ''
+    assert read_repeat(cmres.rule_in_words(rule + end)) == rule + end
+
+
+@pytest.mark.parametrize('rule, words', [
+    ('FREQ=WEEKLY;BYDAY=TU;UNTIL=20270223T100000', 'every Tuesday until 23 Feb 2027'),
+    ('FREQ=WEEKLY;BYDAY=MO,TU,WE,TH,FR', 'every weekday'), ('FREQ=DAILY;COUNT=5', 'every day 5 times'),
+    ('FREQ=WEEKLY;INTERVAL=2;BYDAY=MO,WE', 'every 2 weeks on Monday and Wednesday'),
+    ('FREQ=MONTHLY;BYDAY=-1FR', 'every month on the last Friday'), ('FREQ=YEARLY;BYWEEKNO=20', 'FREQ=YEARLY;BYWEEKNO=20'),
+    ('FREQ=MONTHLY;BYMONTHDAY=1,2,13,-1', 'every month on the 1st, the 2nd, the 13th and the last day')])
+def test_people_see_a_repetition_in_words(rule, words):
+    assert cmres.rule_in_words(rule) == words
 
 
 @pytest.mark.parametrize('words', ['weekly on tux', 'weekly on thirsty', 'monthly on last monkey', 'weekly on m'])
