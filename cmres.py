@@ -237,6 +237,13 @@ def read_zone(name: str) -> ZoneInfo:
         raise Invalid(f"unknown time zone '{name}'; write one such as Europe/Paris or UTC") from None
 
 
+def machine_zone(environ: dict, link: str = '/etc/localtime') -> str:
+    """The name of the zone that the clocks of this machine show: by TZ, else by what `link` points to."""
+    where = environ.get('TZ') or (os.path.realpath(link) if os.path.islink(link) else '')
+    name = where.removeprefix(':').rpartition('/zoneinfo/')[2]
+    return name if known_zone(name) and not re.fullmatch('(Etc/)?(UTC|UCT|Zulu|Universal)', name) else 'UTC'
+
+
 def parse_time(text: str, zone: ZoneInfo, now: datetime, after: datetime | None = None) -> datetime:
     """The instant that a person typed, in UTC and whole seconds.
 
@@ -1044,7 +1051,8 @@ class Config:
         50.0, 'seconds that one request may wait for clouds and calendars in all', 0.1)
     url: str = setting('', 'a cmres server: with it, commands talk to that server and not to the database')
     token: str = setting('', 'the token for that server')
-    timezone: str = setting('UTC', 'the zone of times typed without an offset, and of tables')
+    timezone: str = setting('UTC', 'the zone of times typed without an offset, and of tables; '
+                                   'without it, that of the machine')
     workers: int = setting(32, 'calls to one cloud that run side by side', 1)
     call_timeout: float = setting(60.0, 'seconds after which a call to a cloud is given up', 0.1)
     boot_timeout: float = setting(900.0, 'seconds after which a server that does not come up is made anew', 0.1)
@@ -1161,6 +1169,7 @@ def load_config(path: str | None = None, environ: dict = os.environ) -> Config:
         if name not in TEXTS:
             raise Invalid(f"{path}: there is no event '{name}' to be told of{nearest(name, TEXTS)}")
         check_template(f'{path}: [texts] {name}', sections['texts'][name])
+    texts.setdefault('timezone', machine_zone(environ))
     config = Config(**{name: read_setting(name, text) for name, text in texts.items()},
                     credentials=sections['credentials'], identities=sections['identities'],
                     texts=TEXTS | sections['texts'], path=path, stamp=stamp)
@@ -1289,8 +1298,8 @@ WORDS = {
     'count': 'how many; of a series, how many slots; for a delete by filter, the number that it must hit',
     'description': 'free text for people',
     'dry_run': 'check and answer as if it were done, and keep nothing',
-    'duration': 'length of the window, such as 2h, 1d12h or PT90M',
-    'end': 'an instant, or a length from the start such as +2h',
+    'duration': 'length of the window, such as 2h, 90min, 1.5h or 1d12h',
+    'end': 'a time, or a length from the start such as +2h; 17:00 is the next one after the start',
     'file': 'an .ics file of at most 16 MiB',
     'flavor': 'flavor of the machines, by name or id; its vcpus and ram count',
     'force': 'do it although occurrences that are admitted already would no longer fit',
@@ -1317,7 +1326,7 @@ WORDS = {
     'ram': 'most MiB of memory; with none, or `unlimited`, no limit',
     'region': 'region of the resource',
     'rename': 'the new name',
-    'repeat': 'daily, weekdays, weekly on tue,thu, every 2 weeks on mon, monthly on last fri, or an RRULE',
+    'repeat': 'daily, weekdays, weekly on tue,thu, every other tue, monthly on last fri, or an RRULE',
     'resource': 'name of the resource, or - for one found by its place',
     'role': 'admin, user or reader',
     'mode': 'whom Nova lets boot there: exclusive (who has reserved), shared (others too, while it is free), or open',
@@ -1346,7 +1355,7 @@ WORDS = {
     'server': 'a machine that you have, by name or id, instead of an image: it is started and stopped, never deleted',
     'skip_dates': 'dates without an occurrence, with commas between',
     'since': 'only what was planned from then on; without it, the last 30 days',
-    'start': 'ISO 8601, now, or +2h from now; without an offset it is local time',
+    'start': 'a time: 2026-12-01 09:00, 9:00, tomorrow 9:00, mon 9:00, now, or +2h from now',
     'state': 'states, with commas between; without any, all that are not over',
     'undo': 'have it again instead',
     'tz': 'zone of times without an offset, and the one whose clocks a series goes by',
@@ -12393,7 +12402,7 @@ If it does not fit, wait</label>
 </datalist>
 % end
 <datalist id="repeats">
-% for each in ('daily', 'weekdays', 'weekly on tue,thu', 'every 2 weeks on mon', 'monthly on first mon'):
+% for each in ('daily', 'weekdays', 'every tuesday', 'weekly on tue,thu', 'every 2 weeks on mon', 'monthly on first mon'):
 <option value="{{each}}"></option>
 % end
 </datalist>

@@ -159,6 +159,7 @@ def run(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for name in [name for name in os.environ if name.startswith('CMRES_')]:
         monkeypatch.delenv(name)
+    monkeypatch.setenv('TZ', 'UTC')  # whatever the zone of this machine is
 
     def run(*argv):
         code = cmres.main(list(argv))
@@ -235,6 +236,25 @@ def test_a_time_is_read_in_its_zone(text, utc):
 def test_times_are_read_as_people_say_them(text, paris):
     moment = datetime.fromisoformat(paris)
     assert cmres.parse_time(text, PARIS, NOON) == (moment if moment.tzinfo else moment.replace(tzinfo=PARIS))
+
+
+@pytest.mark.parametrize('environ, link, zone', [
+    ({'TZ': 'Europe/Paris'}, '', 'Europe/Paris'), ({'TZ': ':/usr/share/zoneinfo/Asia/Tokyo'}, '', 'Asia/Tokyo'),
+    ({}, '/usr/share/zoneinfo/America/New_York', 'America/New_York'), ({'TZ': ''}, '/usr/share/zoneinfo/Asia/Tokyo', 'Asia/Tokyo'),
+    ({'TZ': 'EST5EDT,M3.2.0'}, '', 'UTC'), ({}, '/nowhere/else', 'UTC'), ({}, None, 'UTC')])
+def test_the_zone_of_the_machine_is_the_one_that_its_clocks_show(tmp_path, environ, link, zone):
+    if link:
+        (tmp_path / 'localtime').symlink_to(link)
+    assert cmres.machine_zone(environ, str(tmp_path / 'localtime')) == zone
+
+
+def test_without_a_setting_a_command_line_reads_and_shows_times_of_the_machine(run, monkeypatch):
+    monkeypatch.setenv('TZ', 'Asia/Tokyo')
+    run('resource', 'add', 'demo', '--vms', '4')
+    assert '2100-01-04 09:00 JST' in run('add', 'lab', 'demo', '2100-01-04 9:00', '17:00')[1]
+    assert '2100-01-04 01:00 CET' in run('list', '--tz', 'Europe/Paris')[1]
+    monkeypatch.setenv('CMRES_TIMEZONE', 'UTC')
+    assert '2100-01-04 00:00 UTC' in run('list')[1]
 
 
 @pytest.mark.parametrize('text, why', [
@@ -336,7 +356,7 @@ OTHER = {str: 'Europe/Paris', int: '9', float: '0.5', bool: 'yes', 'common_names
 
 
 def test_without_anything_every_setting_has_its_default(folder):
-    assert load_config(environ={}) == Config()
+    assert load_config(environ={'TZ': 'UTC'}) == Config()
     assert (Config().database, Config().host, Config().port) == ('cmres.db', '127.0.0.1', 8080)
 
 
@@ -455,7 +475,7 @@ def test_a_new_identity_needs_no_restart(folder, world):
 
 def test_the_example_lists_every_setting_at_its_default_with_its_reason(folder):
     text = (MODULE.parent / 'config.example.ini').read_text()
-    assert load_config(folder('as-it-is.ini', text), {}) == Config()
+    assert load_config(folder('as-it-is.ini', text), {'TZ': 'UTC'}) == Config()
     taken = folder('taken.ini', '\n'.join(line.removeprefix('#') for line in text.splitlines()
                                           if (not line.startswith('# ') or line.startswith('#    ')) and 'biology' not in line))
     sections = cmres.read_config_file(taken)
@@ -14044,7 +14064,7 @@ def test_token_add_prints_the_token_and_nothing_else(run):
 
 
 def environment():
-    return {name: value for name, value in os.environ.items() if not name.startswith('CMRES_')}
+    return {name: value for name, value in os.environ.items() if not name.startswith('CMRES_')} | {'TZ': 'UTC'}
 
 
 def test_a_list_imports_only_what_it_uses(tmp_path):
