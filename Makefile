@@ -12,7 +12,7 @@ serve: $(VENV)/cmres   ## serve the page and REST, and run the life cycle, on 12
 	$(BIN)/python cmres.py serve
 
 test: $(VENV)/cmres_test   ## run all tests that need no cloud
-	$(PYTEST) -m 'not openstack' cmres_test.py
+	$(PYTEST) -n 4 --dist worksteal -m 'not openstack' cmres_test.py  # more than cores: many wait
 
 test-openstack: $(VENV)/cmres_test   ## run the tests for a real OpenStack, on the cloud OS_CLOUD
 	$(PYTEST) -m openstack cmres_test.py

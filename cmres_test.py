@@ -7,6 +7,7 @@
 #   "khal~=0.14.1",            # a calendar program that reads a feed
 #   "playwright~=1.65.2",      # drives Debian's Chromium
 #   "pytest>=8,<10",           # the tests
+#   "pytest-xdist~=3.8",       # tests side by side
 #   "recurring-ical-events~=3.8.2",  # a second opinion on when events occur
 #   "vdirsyncer~=0.21.0",      # subscribes to a feed over HTTP
 #   "webtest~=3.0.7",          # REST without a socket
