@@ -8,7 +8,7 @@ PYTEST  = $(BIN)/python -m pytest -q -o markers='openstack: needs a cloud, named
 help:            ## show this
 	@sed -n 's/^\([a-z-]*\): *.*## /make \1\t/p' Makefile | expand -t 22
 
-serve: $(VENV)/cmres   ## serve the page and REST, and run the life cycle, on 127.0.0.1:8080
+serve: $(VENV)/cmres $(BIN)/cmres   ## serve the page and REST, and run the life cycle, on 127.0.0.1:8080
 	$(BIN)/python cmres.py serve
 
 test: $(VENV)/cmres_test   ## run all tests that need no cloud
@@ -29,6 +29,10 @@ $(VENV)/%: %.py FORCE | $(BIN)/python
 	@cmp -s $@.new $@ && rm $@.new || { $(BIN)/python -m pip install -q --disable-pip-version-check -r $@.new && mv $@.new $@; }
 
 $(VENV)/cmres_test: $(VENV)/cmres
+
+$(BIN)/cmres: | $(BIN)/python   # the same program under a short name, compiled once
+	@printf '#!%s\nimport sys\nsys.path.insert(0, "%s")\nfrom cmres import main\nsys.exit(main())\n' \
+	  '$(abspath $(BIN))/python' '$(CURDIR)' > $@ && chmod +x $@
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)

@@ -13980,14 +13980,14 @@ def command(operation: Operation, helping: bool) -> Callable:
     return note
 
 
-def commands(helping: bool = False) -> Group:
-    """The tree of all commands: those of the service, and those of this machine."""
+def commands(leaf: Callable) -> Group:
+    """The tree of all commands, those of the service and those of this machine; `leaf` makes one of an operation."""
     tree: dict = {}
     groups: dict = defaultdict(dict)
     for name, operation in (LOCAL | API).items():
         group, _, verb = name.partition('_')
         here, word = (groups[group], verb) if group in GROUPS else (tree, operation.words)
-        here[word] = command(operation, helping)
+        here[word] = leaf(operation)
     return Group(HELP, tree | {name: Group(GROUPS[name], members) for name, members in groups.items()})
 
 
@@ -13999,7 +13999,7 @@ def main(argv: list[str] | None = None) -> int:
         config = load_config(options.get('config'))
         config = dataclasses.replace(config, timezone=options.get('tz', config.timezone))
         zone = config.zone
-        run_fire(argv, lambda call: make(call, config, options) if isinstance(call, Call) else call)
+        run_command(argv, lambda call: make(call, config, options) if isinstance(call, Call) else call)
         return 0
     except Error as error:
         print(legible('\n'.join(in_words(error, zone))), file=sys.stderr)
@@ -14042,23 +14042,62 @@ def take_options(argv: list[str], options: dict) -> list[str]:
     return rest
 
 
-def run_fire(argv: list[str], finish: Callable) -> None:
-    """Lets Fire read a line; `finish` makes of the call it noted what is printed."""
-    import fire
-    from contextlib import redirect_stderr
-    os.environ['PAGER'] = 'cat'
-    fire.parser.DefaultParseValue = str  # else gpu#1, 1e3 and 2026 are guessed to be Python
-    argv = ['--help' if word == '-h' else word for word in argv]  # Fire would take it for a short --holidays
+def run_command(argv: list[str], finish: Callable) -> None:
+    """Reads a line and prints what `finish` makes of the call that it is.
+
+    Fire reads it and shows all help; a call that has nothing for Fire to find out is read without
+    it, as to import it costs as much as to list reservations.
+    """
+    # Fire would take -h for a short --holidays.
+    argv = ['--help' if word == '-h' else word for word in argv]
     if argv[:1] in ([], ['help']):
         argv = [*argv[1:], '--help']
     helping = '--help' in argv
-    tree = commands(helping)
-    path, here = command_path(tree, argv)
+    path, here = command_path(commands(lambda operation: operation), argv)
     if helping or isinstance(here, Group):
-        with redirect_stderr(sys.stdout):
-            fire.Fire(tree, path + ['--', '--help'], 'cmres', finish)
-    # Fire's own flags, such as --interactive, are not ours to offer; a lone `-` is a word of ours.
-    fire.Fire(tree, path + plain_flags(here._operation, argv[len(path):]) + ['--', '--separator=\0'], 'cmres', finish)
+        show_help(path, helping)
+    words = plain_flags(here, argv[len(path):])
+    call = plain_call(here, words)
+    if call is None:
+        by_fire(path + words, finish)
+    elif (text := finish(call)) is not None:
+        print(text)
+
+
+def show_help(path: list[str], helping: bool) -> None:
+    """Prints Fire's help for a command or a group, and ends."""
+    import fire
+    from contextlib import redirect_stderr
+    os.environ['PAGER'] = 'cat'
+    tree = commands(functools.partial(command, helping=helping))
+    with redirect_stderr(sys.stdout):
+        fire.Fire(tree, path + ['--', '--help'], 'cmres')
+
+
+def by_fire(words: list[str], finish: Callable) -> None:
+    """Lets Fire read a whole line; its own flags, such as --interactive, are not ours to offer."""
+    import fire
+    fire.parser.DefaultParseValue = str  # else gpu#1, 1e3 and 2026 are guessed to be Python
+    tree = commands(functools.partial(command, helping=False))
+    fire.Fire(tree, words + ['--', '--separator=\0'], 'cmres', finish)  # a lone `-` is a word of ours
+
+
+def plain_call(operation: Operation, words: list[str]) -> Call | None:
+    """The call of a line with nothing but words and flags with values, as Fire reads it; else None."""
+    flags, plain, each = {}, [], iter(words)
+    for word in each:
+        name, equals, value = word[2:].partition('=')
+        if not word.startswith('--'):
+            plain.append(word)
+            continue
+        value = value if equals else next(each, '--')
+        if not equals and value.startswith('-') or (name := name.replace('-', '_')) in flags:
+            return None
+        flags[name] = value
+    rest = [name for name in operation.parameters if name not in flags]
+    if len(plain) > len(rest):
+        return None
+    return Call(operation, dict(zip(rest, plain)) | flags)
 
 
 def command_path(tree: Group, argv: list[str]) -> tuple[list[str], Any]:

@@ -493,7 +493,7 @@ FINE = {'label': 'lab', 'resource': 'demo', 'start': '+1h', 'end': '+1h'}
 
 @pytest.mark.parametrize('given, sentence', [
     ({'lable': 'x'}, "add has no argument 'lable'; did you mean 'label'?"),
-    ({'end': None}, 'end is missing: an instant, or a length from the start such as +2h'),
+    ({'end': None}, 'end is missing: a time, or a length from the start such as +2h'),
     ({'vms': 'lots'}, 'vms: "lots" is not a whole number'),
     ({'vms': '0'}, 'vms: 0 is not between 1 and 1000000'),
     ({'vms': '1e3'}, 'vms: "1e3" is not a whole number'),
@@ -14075,8 +14075,44 @@ def test_a_list_imports_only_what_it_uses(tmp_path):
                            capture_output=True, text=True)
     assert ended.returncode == 0 and ended.stdout.startswith('nothing found\n')
     loaded = set(ended.stdout.split())
-    assert 'fire' in loaded and not loaded & {'openstack', 'bottle', 'waitress', 'schedule', 'yaml', 'rich',
-                                              'configparser', 'urllib3', 'keystoneauth1'}
+    assert not loaded & {'fire', 'openstack', 'bottle', 'waitress', 'schedule', 'yaml', 'rich', 'configparser', 'urllib3',
+                         'keystoneauth1'}
+
+
+#: Words as people type them, some of which Fire would take for something else.
+TYPED = ['lab', '2026', '1e3', 'a=b', '-', '[1,2]', '"x"', 'True', 'gpu#1', '', 'a b', "it's", '0x1f', '+2h', 'None']
+
+
+@pytest.mark.parametrize('name', sorted(cmres.LOCAL | cmres.API))
+def test_every_command_is_read_alike_with_and_without_fire(monkeypatch, name):
+    operation = (cmres.LOCAL | cmres.API)[name]
+    words = name.split('_', 1) if name.partition('_')[0] in cmres.GROUPS else [operation.words]
+    random.seed(name)
+    for _ in range(4):
+        taken = [each for each in operation.parameters if random.random() < 0.5]
+        typed = {each: random.choice(TYPED) for each in taken}
+        flags = [word for each, value in typed.items() if random.random() < 0.6
+                 for word in ([f'--{each.replace("_", "-")}', value]
+                              if random.random() < 0.5 and operation.parameters[each].annotation is not bool
+                              else [f'--{each}={value}'])]
+        named = {word[2:].partition('=')[0].replace('-', '_') for word in flags if word.startswith('--')}
+        line = words + [value for each, value in typed.items() if each not in named] + flags
+        read, seen = [], []
+        note = lambda into: lambda call: into.append((call._operation, call._given))  # noqa: E731
+        cmres.run_command(line, note(read))
+        with monkeypatch.context() as patch:
+            patch.setattr(cmres, 'plain_call', lambda *_: None)
+            cmres.run_command(line, note(seen))
+        assert read == seen and len(read) == 1, line
+
+
+@pytest.mark.parametrize('line', [['list', '--label'], ['list', '--label', '--user'], ['list', '--label=a', '--label=b'],
+                                  ['skip', 'a', 'b', 'c', 'd', 'e', 'f', 'g', 'h']])
+def test_what_is_no_plain_line_is_read_by_fire(monkeypatch, line):
+    came = []
+    monkeypatch.setattr(cmres, 'by_fire', lambda words, finish: came.append(words))
+    cmres.run_command(line, lambda call: came.append('plain'))
+    assert came and 'plain' not in came
 
 
 def test_the_program_itself_lists_and_ends_with_its_code(tmp_path):
