@@ -1352,6 +1352,7 @@ WORDS = {
     'rows': 'CSV, JSON or YAML with one reservation a line, fields named as in `add`',
     'security_groups': 'security groups of the machines, with commas between',
     'seed': 'the same seed gives the same reservations',
+    'shell': 'bash, zsh or fish',
     'server': 'a machine that you have, by name or id, instead of an image: it is started and stopped, never deleted',
     'skip_dates': 'dates without an occurrence, with commas between',
     'since': 'only what was planned from then on; without it, the last 30 days',
@@ -13628,6 +13629,8 @@ HELP = '''Reservations for virtual machines on OpenStack clouds.
 
 Works on the local database, or with CMRES_URL and CMRES_TOKEN on a server.
 Options may stand anywhere; every command also takes --config FILE, --format table|json|csv|yaml and --tz ZONE.
+Tables take --columns A,B, --sort A or --sort=-A (the last first), --wide (all columns, whatever the width), and
+with --watch they are shown anew every 2 seconds.
 Exit codes: 0 done, 1 refused or failed, 2 wrong use.
 
 Example:
@@ -13651,6 +13654,12 @@ COLUMNS = {'list': 'id label user project resource host vms flavor start end rep
            'refused': 'line label error', 'occurrences': 'uid start end status vms resource state outcome why',
            'events': 'uid summary label outcome start vms flavor count why'}
 MOST_SHOWN = 40  # lines of a table within an answer
+#: What a table that is too wide for its terminal goes without, the first first.
+LEAST = ('id cloud project request vcpus ram image host flavor cell region aggregate kind warnings '
+         'user repeat resource fault change vms').split()
+#: Options that every command takes, and those of them that have no value.
+COMMON = ('--config', '--format', '--tz', '--columns', '--sort')
+SWITCHES = ('--wide', '--watch')
 
 
 def serve(config: Config, host: Name = '', port: int = None, noscheduler: bool = False,
@@ -13850,9 +13859,41 @@ def occurrences(config: Config, file: Ics, start: When = None, end: When = None,
     return found
 
 
+def completion(config: Config, shell: Name) -> None:
+    """Prints what lets a shell complete commands, options, labels and names of resources.
+
+    Example:
+      python cmres.py completion bash >> ~/.bashrc
+    """
+    if shell not in COMPLETIONS:
+        raise Invalid(f"there is no completion for '{shell}'{nearest(shell, COMPLETIONS)}; there is "
+                      f"one for {', '.join(COMPLETIONS)}")
+    print(COMPLETIONS[shell].strip('\n'))
+
+
+#: Shells ask the program itself, with all words up to the one that is typed.
+COMPLETIONS = {'bash': r"""
+_cmres() {
+    local IFS=$'\n'
+    COMPREPLY=($(_CMRES_COMPLETE=1 cmres "${COMP_WORDS[@]:1:COMP_CWORD}" 2>/dev/null))
+}
+complete -o default -F _cmres cmres
+""", 'zsh': r"""
+#compdef cmres
+_cmres() {
+    local -a found
+    found=("${(@f)$(_CMRES_COMPLETE=1 cmres "${(@)words[2,CURRENT]}" 2>/dev/null)}")
+    (( $#found )) && [[ -n $found[1] ]] && compadd -Q -- $found || _files
+}
+compdef _cmres cmres
+""", 'fish': r"""
+complete -c cmres -f -a '(_CMRES_COMPLETE=1 cmres (commandline -opc)[2..-1] (commandline -ct))'
+"""}
+
+
 LOCAL = {each.__name__: Operation(each.__name__, each, ADMIN, [('POST', '', {})])
          for each in (serve, scheduler, tick, occurrences, store_backup, store_verify,
-                      store_restore, store_migrate, store_orphans)}
+                      store_restore, store_migrate, store_orphans, completion)}
 
 
 class Visible(logging.Formatter):
@@ -13994,15 +14035,24 @@ def commands(leaf: Callable) -> Group:
 def main(argv: list[str] | None = None) -> int:
     """Runs one command line and tells its exit code."""
     options, zone = {}, UTC
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if '_CMRES_COMPLETE' in os.environ:
+        print('\n'.join(completed(argv)))
+        return 0
     try:
-        argv = take_options(list(sys.argv[1:] if argv is None else argv), options)
+        argv = take_options(argv, options)
+        if argv == ['--version']:
+            print(f'cmres {__version__}')
+            return 0
         config = load_config(options.get('config'))
         config = dataclasses.replace(config, timezone=options.get('tz', config.timezone))
         zone = config.zone
         run_command(argv, lambda call: make(call, config, options) if isinstance(call, Call) else call)
         return 0
     except Error as error:
-        print(legible('\n'.join(in_words(error, zone))), file=sys.stderr)
+        as_json = options.get('format') == 'json'
+        said = json_text(error_body(error), indent=2) if as_json else '\n'.join(in_words(error, zone))
+        print(legible(said).rstrip('\n'), file=sys.stderr)
         return 2 if isinstance(error, Invalid) else 1
     except STORE_ERRORS as error:
         if not (refusal := trouble(error)):
@@ -14023,12 +14073,14 @@ def take_options(argv: list[str], options: dict) -> list[str]:
     rest, words = [], iter(argv)
     for word in words:
         name, equals, value = word.partition('=')
-        if name in ('--config', '--format', '--tz') or name == '--file' and rest[:1] == ['add']:
+        if name in COMMON or name == '--file' and rest[:1] == ['add']:
             value = value if equals else next(words, None)
             if not value:
                 raise Invalid(f'{name} needs a value')
-        if name in ('--config', '--format', '--tz'):
+        if name in COMMON:
             options[name[2:]] = value
+        elif word in SWITCHES:
+            options[word[2:]] = True
         elif name in ALSO and rest[:len(ALSO[name][0])] == ALSO[name][0]:
             rest.append(ALSO[name][1] + equals + value)
         elif name == '--file' and rest[:1] == ['add']:
@@ -14100,6 +14152,49 @@ def plain_call(operation: Operation, words: list[str]) -> Call | None:
     return Call(operation, dict(zip(rest, plain)) | flags)
 
 
+#: What may stand for some arguments.
+CHOICES = {'state': STATES, 'role': ROLES, 'mode': (*MODES, 'open'), 'at_end': ENDS, 'on_conflict': CLASHES,
+           'then': THEN, 'format': FORMATS, 'shell': tuple(COMPLETIONS)}
+
+
+def completed(words: list[str]) -> list[str]:
+    """What the last of some words may become; nothing where that can't be told."""
+    words = [word for word in words[:-1] if word != '='] + [words[-1].lstrip('=') if words else '']
+    typed = words.pop()
+    tree = commands(lambda operation: operation)
+    with suppress(Error, OSError, *STORE_ERRORS):
+        path, here = command_path(tree, [word for word in words if not word.startswith('-')])
+        if isinstance(here, Group):
+            return sorted(word for word in dir(here) if word.startswith(typed))
+        name, equals, begun = typed.partition('=')
+        if equals:
+            return [f'{name}={each}' for each in values_of(here, name) if each.startswith(begun)]
+        last = words[-1] if words else ''
+        if last.startswith('--') and last not in SWITCHES and '=' not in last:
+            return [each for each in values_of(here, last) if each.startswith(typed)]
+        if typed.startswith('-'):
+            flags = [f'--{each.replace("_", "-")}' for each in here.parameters]
+            return [each for each in (*flags, *COMMON, *SWITCHES) if each.startswith(typed)]
+        plain = [word for word in words[len(path):] if not word.startswith('--')]
+        place = list(here.parameters)[len(plain):][:1]
+        return [each for each in values_of(here, *place) if each.startswith(typed)]
+    return []
+
+
+def values_of(operation: Operation, name: str = '') -> list[str]:
+    """What stands in the store for an argument, or may stand there."""
+    name = name.removeprefix('--').replace('-', '_')
+    if name in CHOICES:
+        return list(CHOICES[name])
+    config = load_config()
+    service = Client(config.url, config.token) if config.url else local_service(config)
+    if name in ('resource', 'resources') or name == 'name' and operation.name.startswith('resource_'):
+        return [each['name'] for each in service.resource_list()]
+    if name == 'label' and operation.name != 'add':
+        return list(dict.fromkeys(each['label'] for each in service.list(limit=1000)))
+    return []
+
+
 def command_path(tree: Group, argv: list[str]) -> tuple[list[str], Any]:
     """The words of a line that name its command, and that command; refuses an unknown one with the nearest."""
     path, here = [], tree
@@ -14158,19 +14253,55 @@ def make(call: Call, config: Config, options: dict) -> str | None:
     form = options.get('format', 'table')
     if operation.name in LOCAL:
         answer = operation.method(config, **bound)
-        return answer if answer is None else render(answer, form, config.zone, COLUMNS.get(operation.name))
+        look = Look.of(options, COLUMNS.get(operation.name))
+        return answer if answer is None else render(answer, form, config.zone, look)
     service = Client(config.url, config.token) if config.url else local_service(config)
     asked = getattr(service, operation.name)
     if options.get('follow'):
         follow(asked, bound, form, config.zone)
-    columns = None if operation.name == 'events' else COLUMNS.get(operation.name)
+    table = Look.of(options, None if operation.name == 'events' else COLUMNS.get(operation.name))
+    while options.get('watch') and not operation.changes:
+        shown = render(asked(**bound), form, config.zone, table)
+        print(f'{CLEAR if sys.stdout.isatty() else ""}{shown}', flush=True)
+        time.sleep(2)
     answer = asked(**bound)
-    text = render(answer, form, config.zone, columns)
-    outcomes = {each['outcome'] for each in answer['events']} if operation.name == 'import_' else ()
-    if outcomes == {'refused'}:
+    text = render(answer, form, config.zone, table)
+    if more := what_follows(operation, asked, bound, answer):
+        say_more(more, form)
+    if refused := nothing_taken(operation.name, answer):
         print(text)
-        raise BadCalendar(f"all events that ask for VMs are refused: {len(answer['events'])}")
+        raise refused
     return text
+
+
+CLEAR = '\x1b[H\x1b[2J'  # the cursor to its home, and the screen empty
+
+
+def nothing_taken(name: str, answer) -> Error | None:
+    """What a command that took nothing of many ends with."""
+    if name == 'import_' and {each['outcome'] for each in answer['events']} == {'refused'}:
+        return BadCalendar(f"all events that ask for VMs are refused: {len(answer['events'])}")
+    if name == 'load' and answer.get('refused') and not answer.get('taken'):
+        return Conflict(f"all reservations are refused: {len(answer['refused'])}")
+    return None
+
+
+def what_follows(operation: Operation, asked: Callable, bound: dict, answer) -> str:
+    """Where a list goes on that is longer than what was shown; '' where it is whole."""
+    limit = operation.parameters.get('limit')
+    if not limit or 'after' not in operation.parameters or not isinstance(answer, list):
+        return ''
+    if not answer or len(answer) < bound.get('limit', limit.default) or 'id' not in answer[-1]:
+        return ''
+    last = answer[-1]
+    after = last['id'] if operation.name == 'events' else f"{int(last['start'].timestamp())}-{last['id']}"
+    shown = last['id'] if operation.name == 'events' else f"{last['start']:%Y-%m-%dT%H:%M:%SZ}/{last['id']}"
+    return f'--after {shown}' if asked(**bound | {'after': after, 'limit': 1}) else ''
+
+
+def say_more(more: str, form: str) -> None:
+    """Tells that a list goes on, where no program takes it for a line of the list."""
+    print(f'There is more: add {more}, or a higher --limit.', file=sys.stderr)
 
 
 def follow(events: Callable, bound: dict, form: str, zone: ZoneInfo, pause: float = 1) -> None:
@@ -14247,15 +14378,63 @@ def progress_bar(items: list) -> Iterable:
     return track(items, 'working', console=Console(stderr=True), transient=True)
 
 
-def render(answer, form: str, zone: ZoneInfo, columns: str | None) -> str:
+class Look(NamedTuple):
+    """What of an answer a table shows."""
+    columns: tuple[str, ...] | None = None  # without, all that are not empty
+    chosen: bool = False                    # whether somebody asked for just these
+    sort: str = ''
+    width: int | None = None                # of a terminal; without, as wide as it needs to be
+
+    @staticmethod
+    def of(options: dict, usual: str | None = None) -> Look:
+        """As the options of a command line say; `usual`: the columns that are shown without any."""
+        chosen = [each.strip() for each in options.get('columns', '').split(',') if each.strip()]
+        narrow = sys.stdout.isatty() and not options.get('wide')
+        columns = chosen or (usual.split() if usual and not options.get('wide') else None)
+        return Look(columns and tuple(columns), bool(chosen), options.get('sort', ''),
+                    terminal_width() if narrow else None)
+
+
+def render(answer, form: str, zone: ZoneInfo, look: Look = Look()) -> str:
     """An answer as text: a table for people, or JSON, CSV or YAML for programs."""
+    if look.sort and isinstance(answer, list):
+        answer = in_order(answer, look.sort)
     if form == 'json':
         return json_text(answer, indent=2).rstrip('\n')
     if form == 'yaml':
         return as_yaml(to_plain(answer))
     if form == 'csv':
-        return as_csv(answer if isinstance(answer, list) else [answer])
-    return as_table(answer, zone, columns)
+        return as_csv(only_columns(answer if isinstance(answer, list) else [answer], look))
+    return as_table(answer, zone, look)
+
+
+def in_order(lines: list[dict], names: str) -> list[dict]:
+    """Lines by the fields that are named, with - before one whose last comes first; empty ones are last."""
+    for name in reversed([each.strip() for each in names.split(',')]):
+        field = name.removeprefix('-')
+        refuse_unknown_column(field, lines)
+        full = [each for each in lines if each.get(field) is not None]
+        numbers = all(isinstance(each[field], (int, float, datetime)) for each in full)
+        key = (lambda each: each[field]) if numbers else lambda each: str(each[field])
+        lines = (sorted(full, key=key, reverse=name.startswith('-'))
+                 + [each for each in lines if each.get(field) is None])
+    return lines
+
+
+def refuse_unknown_column(name: str, lines: list[dict]) -> None:
+    known = list(dict.fromkeys(each for line in lines for each in line))
+    if lines and name not in known:
+        raise Invalid(f"there is no column '{name}'{nearest(name, known)}; "
+                      f"there are {', '.join(known)}")
+
+
+def only_columns(lines: list[dict], look: Look) -> list[dict]:
+    """The lines with the columns that somebody chose."""
+    if not look.chosen:
+        return lines
+    for name in look.columns:
+        refuse_unknown_column(name, lines)
+    return [{name: each.get(name) for name in look.columns} for each in lines]
 
 
 def as_yaml(answer) -> str:
@@ -14286,25 +14465,59 @@ def csv_cell(value):
     return legible(json.dumps(plain, ensure_ascii=False))
 
 
-def as_table(answer, zone: ZoneInfo, columns: str | None = None) -> str:
-    if isinstance(answer, dict) and len(answer) == 1:
-        return '\n'.join(in_cell(each, zone) for each in answer.values())
+def as_table(answer, zone: ZoneInfo, look: Look = Look()) -> str:
     if isinstance(answer, dict):
-        inner = {name: each for name, each in answer.items() if each and isinstance(each, list)
-                 and isinstance(each[0], dict)}
-        pairs = [(name, in_cell(each, zone)) for name, each in answer.items()
-                 if name not in inner and each is not False and each not in (None, '', [], {})]
-        tables = [f'\n{name}:\n{as_table(each[:MOST_SHOWN], zone, COLUMNS.get(name, COLUMNS["list"]))}'
-                  + (f'\n... and {len(each) - MOST_SHOWN} more; --format json shows all'
-                     if len(each) > MOST_SHOWN else '')
-                  for name, each in inner.items()]
-        return '\n'.join([drawn([], pairs) if pairs else '', *tables]).strip('\n')
+        return as_pairs(answer, zone, look)
     if not answer:
         return 'nothing found'
-    names = [name for name in (columns.split() if columns else answer[0])
-             if any(each.get(name) not in (None, '', [], {}) for each in answer)]
-    names = names or list(answer[0])
-    return drawn(names, [[in_cell(each.get(name), zone) for name in names] for each in answer])
+    lines = only_columns(answer, look)
+    names = list(dict.fromkeys(name for line in lines for name in line))
+    if not look.chosen:
+        filled = {name for name in names if any(line.get(name) not in EMPTY for line in lines)}
+        names = [name for name in look.columns or names if name in filled] or names
+    cells = [[in_cell(line.get(name), zone) for name in names] for line in lines]
+    shown = range(len(names))
+    if look.width and not look.chosen:
+        shown = fitting(names, cells, look.width)
+    text = drawn([names[each] for each in shown], [[line[each] for each in shown] for line in cells])
+    left_out = [name for name in names if names.index(name) not in shown]
+    return text + (f"\nnot shown: {', '.join(left_out)} (--wide shows all)" if left_out else '')
+
+
+EMPTY = (None, '', [], {}, ())
+
+
+def as_pairs(answer: dict, zone: ZoneInfo, look: Look) -> str:
+    """One thing: a line for each field that is not empty, then its lists as tables of their own."""
+    if len(answer) == 1:
+        return '\n'.join(in_cell(each, zone) for each in answer.values())
+    inner = {name: each for name, each in answer.items()
+             if each and isinstance(each, list) and isinstance(each[0], dict)}
+    pairs = [(name, in_cell(each, zone)) for name, each in answer.items()
+             if name not in inner and each is not False and each not in EMPTY]
+    tables = [inner_table(name, each, zone, look) for name, each in inner.items()]
+    return '\n'.join([drawn([], pairs) if pairs else '', *tables]).strip('\n')
+
+
+def inner_table(name: str, lines: list[dict], zone: ZoneInfo, look: Look) -> str:
+    columns = tuple(COLUMNS.get(name, COLUMNS['list']).split())
+    text = as_table(lines[:MOST_SHOWN], zone, Look(columns, width=look.width))
+    more = len(lines) - MOST_SHOWN
+    return f'\n{name}:\n{text}' + (f'\n... and {more} more; --format json shows all' if more > 0 else '')
+
+
+def fitting(names: list[str], cells: list[list[str]], width: int) -> list[int]:
+    """The columns for which a terminal has room: first goes what all lines share, then what matters least."""
+    widths = [max(map(len, (name, *(line[place] for line in cells)))) for place, name in enumerate(names)]
+    shared = {name for place, name in enumerate(names)
+              if len(cells) > 1 and len({line[place] for line in cells}) == 1}
+    goes = [name for name in LEAST if name in shared] + [name for name in LEAST if name not in shared]
+    shown = list(range(len(names)))
+    for name in goes:
+        if sum(widths[each] + 2 for each in shown) - 2 <= width:
+            break
+        shown = [each for each in shown if names[each] != name]
+    return shown
 
 
 def drawn(names: list[str], lines: list) -> str:
@@ -14312,13 +14525,21 @@ def drawn(names: list[str], lines: list) -> str:
     from rich.console import Console
     from rich.table import Table as Drawing
     from rich.text import Text as Plain
-    drawing = Drawing(*names, box=None, show_header=bool(names), pad_edge=False, header_style='bold')
+    drawing = Drawing(box=None, show_header=bool(names), pad_edge=False, header_style='bold')
+    for place in range(len(lines[0])):
+        times = all(re.match(r'\d{4}-\d\d-\d\d \d\d:|-$', line[place]) for line in lines)
+        drawing.add_column(names[place] if names else '', no_wrap=times, overflow='fold')
     for line in lines:
         drawing.add_row(*map(Plain, line))
-    console = Console(width=None if sys.stdout.isatty() else 250, file=io.StringIO(),
-                      force_terminal=sys.stdout.isatty() or None)
+    width = terminal_width() if sys.stdout.isatty() else 250
+    console = Console(width=width, file=io.StringIO(), force_terminal=sys.stdout.isatty() or None)
     console.print(drawing)
     return '\n'.join(each.rstrip() for each in console.file.getvalue().splitlines())
+
+
+def terminal_width() -> int:
+    import shutil
+    return shutil.get_terminal_size().columns
 
 
 def in_words(error: Error, zone: ZoneInfo) -> list[str]:

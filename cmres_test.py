@@ -14079,6 +14079,135 @@ def test_a_list_imports_only_what_it_uses(tmp_path):
                          'keystoneauth1'}
 
 
+def on_terminal(tmp_path, *argv, columns=80, **env):
+    """What a command prints on a terminal of so many columns, as the terminal gets it without its colours."""
+    import pty
+    leader, follower = pty.openpty()
+    env = environment() | {'COLUMNS': str(columns), 'TERM': 'xterm'} | env
+    process = subprocess.Popen([sys.executable, '-B', str(MODULE), *argv], cwd=tmp_path, env=env, stdin=follower,
+                               stdout=follower, stderr=subprocess.PIPE)
+    os.close(follower)
+    text = b''
+    with contextlib.suppress(OSError):  # the end of a terminal
+        while data := os.read(leader, 65536):
+            text += data
+    assert process.wait(timeout=60) == 0, process.stderr.read()
+    os.close(leader)
+    process.stderr.close()
+    return re.sub(r'\x1b\[[0-9;]*[A-Za-z]', '', text.decode().replace('\r\n', '\n'))
+
+
+def test_eighty_columns_show_labels_times_and_states_whole(run, tmp_path):
+    run('resource', 'add', 'a-resource-with-a-long-name', '--vms', '100000')
+    rows = [{'label': f'experiment-with-a-name-{n}', 'resource': 'a-resource-with-a-long-name', 'start': f'2100-01-04T{n % 24:02}:00',
+             'end': '+2h', 'vms': n + 1, 'repeat': 'every tuesday until 23 feb 2101' if n < 3 else ''} for n in range(120)]
+    (tmp_path / 'rows.json').write_text(json.dumps(rows))
+    assert run('add', '--file', 'rows.json')[0] == 0
+    text = on_terminal(tmp_path, 'list', '--limit', '120')
+    lines = text.splitlines()
+    assert max(map(len, lines)) <= 80 and lines[0].split()[0] == 'label'
+    for n, row in enumerate(rows):
+        [line] = [line for line in lines if line.split()[:1] == [row['label']]]
+        assert re.search(r' 2100-01-0\d \d\d:00 UTC +2100-01-0\d \d\d:00 UTC +reserved$', line)
+    assert re.fullmatch(r'not shown: .*\bresource\b.* \(--wide shows all\)', lines[-1])
+    assert 'a-resource-with-a-long-name' in on_terminal(tmp_path, 'list', '--wide', '--limit', '1', columns=300)
+    assert 'a-resource-with-a-long-name' in on_terminal(tmp_path, 'list', '--limit', '1', columns=300)
+    assert '\x1b' not in run('list')[1] and 'a-resource-with-a-long-name' in run('list')[1]  # what is piped is whole
+
+
+def test_columns_and_their_order_are_chosen(run):
+    run('resource', 'add', 'demo', '--vms', '16')
+    for label, vms in (('b', 3), ('a', 1), ('c', 10)):
+        run('add', label, 'demo', '2100-01-04T09:00', '+1h', '--vms', str(vms))
+    assert run('list', '--columns', 'vms,label', '--sort', 'label')[1].split() == ['vms', 'label', '1', 'a', '3', 'b', '10', 'c']
+    assert run('list', '--columns=label', '--sort=-vms', '--format=csv')[1].split() == ['label', 'c', 'b', 'a']
+    assert [each['label'] for each in json.loads(run('list', '--sort', 'vms', '--format', 'json')[1])] == ['a', 'b', 'c']
+    code, out, err = run('list', '--columns', 'lable')
+    assert (code, out) == (2, '') and "there is no column 'lable'; did you mean label?" in err.replace("'label'", 'label')
+    assert run('list', '--sort', 'vmz')[0] == 2
+
+
+def test_a_list_says_when_there_is_more_and_where_it_goes_on(run):
+    run('resource', 'add', 'demo', '--vms', '16')
+    for n in range(3):
+        run('add', f'lab-{n}', 'demo', f'2100-01-04T0{n}:00', '+1h')
+    code, out, err = run('list', '--limit', '2')
+    assert code == 0 and 'lab-1' in out and 'lab-2' not in out
+    more = re.fullmatch(r'There is more: add (--after) (\S+), or a higher --limit.\n', err).groups()
+    assert 'lab-2' in run('list', *more)[1] and run('list', *more)[2] == ''
+    assert run('list', '--limit', '3')[2] == '' and run('list', '--limit', '2', '--format', 'json')[2] == err
+    assert 'There is more: add --after ' in run('events', '--after', '1', '--limit', '1')[2]
+
+
+def test_an_error_is_json_for_who_reads_json(run):
+    run('resource', 'add', 'demo', '--vms', '1')
+    code, out, err = run('add', 'lab', 'demo', '2100-01-04T09:00', '+1h', '--vms', '2', '--format', 'json')
+    said = json.loads(err)
+    assert (code, out, said['kind']) == (1, '', 'NoCapacity') and said['details'] and "'demo'" in said['error']
+    assert json.loads(run('show', 'nothing', '--format=json')[2])['kind'] == 'NotFound'
+
+
+def test_a_file_of_which_nothing_was_taken_is_a_failure(run, tmp_path):
+    run('resource', 'add', 'demo', '--vms', '1')
+    (tmp_path / 'rows.csv').write_text('label,resource,start,end,vms\nlab,demo,2100-01-04T09:00,+1h,2\n')
+    code, out, err = run('load', 'rows.csv', '--partial')
+    assert code == 1 and 'lab' in out and err == 'cmres: all reservations are refused: 1\n'
+
+
+def test_the_version_is_told(run):
+    assert run('--version') == (0, f'cmres {cmres.__version__}\n', '')
+
+
+def test_a_list_that_is_watched_is_shown_again_until_it_is_interrupted(run, monkeypatch):
+    run('resource', 'add', 'demo', '--vms', '16')
+    naps = []
+
+    def nap(seconds):
+        naps.append(seconds)
+        if len(naps) == 3:
+            raise KeyboardInterrupt
+        run_quietly('add', f'lab-{len(naps)}', 'demo', '2100-01-04T09:00', '+1h')
+    run_quietly = lambda *argv: cmres.main(['--format=json', *argv])  # noqa: E731
+    monkeypatch.setattr(cmres.time, 'sleep', nap)
+    code, out, err = run('list', '--watch', '--columns', 'label')
+    assert code == 130 and naps == [2, 2, 2] and out.count('nothing found') == 1
+    assert out.splitlines()[-3:] == ['label', 'lab-1', 'lab-2']
+
+
+@pytest.mark.parametrize('words, found', [
+    (['']  , {'add', 'list', 'resource'}), (['li'], {'list', 'limit'}), (['resource', ''], {'add', 'list', 'update'}),
+    (['add', 'new', ''], {'demo', 'gpu'}), (['add', 'new', 'd'], {'demo'}), (['extend', ''], {'lab', 'lesson'}),
+    (['extend', 'le'], {'lesson'}), (['list', '--st'], {'--start', '--state'}), (['list', '--state', 'e'], {'ending', 'ended'}),
+    (['list', '--state=e'], {'--state=ending', '--state=ended'}), (['list', '--resource', '=', 'd'], {'demo'}),
+    (['list', '--format', ''], {'table', 'json', 'csv', 'yaml'}), (['completion', ''], {'bash', 'zsh', 'fish'}),
+    (['resource', 'update', 'g'], {'gpu'}), (['nothing', ''], set()), (['add', 'new', 'demo', ''], set())])
+def test_words_are_completed(run, words, found):
+    run('resource', 'add', 'demo', '--vms', '16')
+    run('resource', 'add', 'gpu', '--vms', '16')
+    run('add', 'lab', 'demo', '2100-01-04T09:00', '+1h')
+    run('add', 'lesson', 'demo', '2100-01-04T09:00', '+1h')
+    came = cmres.completed(words)
+    assert set(came) >= found if words[-1] in ('', 'li') and len(words) < 3 else set(came) == found
+
+
+SHELLS = {'bash': 'eval "$(cmres completion bash)"; COMP_WORDS=(cmres extend le); COMP_CWORD=2; _cmres; echo "${COMPREPLY[@]}"',
+          'zsh': 'compdef() { }; compadd() { shift 2; echo $@ }; eval "$(cmres completion zsh)"; '
+                 'words=(cmres extend le); CURRENT=3; _cmres',
+          'fish': 'cmres completion fish | source; complete -C "cmres extend le"'}
+
+
+@pytest.mark.parametrize('shell', [each for each in SHELLS if shutil.which(each)])
+def test_a_real_shell_completes_a_label(run, tmp_path, shell):
+    run('resource', 'add', 'demo', '--vms', '16')
+    run('add', 'lesson-1', 'demo', '2100-01-04T09:00', '+1h')
+    run('add', 'lab', 'demo', '2100-01-04T09:00', '+1h')
+    (tmp_path / 'cmres').write_text(f'#!/bin/sh\nexec {sys.executable} -B {MODULE} "$@"\n')
+    (tmp_path / 'cmres').chmod(0o755)
+    env = environment() | {'PATH': f"{tmp_path}:{os.environ['PATH']}", 'HOME': str(tmp_path)}
+    ended = subprocess.run([shell, '-c', SHELLS[shell]], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60)
+    assert (ended.stdout.split(), ended.stderr) == (['lesson-1'], '')
+
+
 #: Words as people type them, some of which Fire would take for something else.
 TYPED = ['lab', '2026', '1e3', 'a=b', '-', '[1,2]', '"x"', 'True', 'gpu#1', '', 'a b', "it's", '0x1f', '+2h', 'None']
 
