@@ -37,7 +37,7 @@ The words, used everywhere in one sense:
 The file reads from top to bottom; a section uses only the sections above it:
 
   Errors, Time, Repetition            sentences, instants, wall times that come again and again
-  Config, Calls                       settings; text that becomes arguments
+  Config, Calls, Answers              settings; text that becomes arguments; what is answered
   Store, Capacity                     what is on disk; the rule that admits
   Clouds, Notices, Shares, Calendar   what boots VMs; who is told; who may be slow; iCalendar in and out
   Service, Wishes, Limits             who asks; what is asked; how much anybody may have
@@ -82,7 +82,9 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, nullcontext, suppress
 from datetime import date, datetime, timedelta, timezone, tzinfo
 from html import unescape
-from typing import Any, Callable, Iterable, Iterator, NamedTuple, NewType
+from types import UnionType
+from typing import (Any, Callable, Iterable, Iterator, NamedTuple, NewType, NotRequired, Union, get_args, get_origin,
+                    get_type_hints)
 from urllib.parse import parse_qsl, quote, unquote, urlencode, urljoin, urlsplit
 from zoneinfo import ZoneInfo
 
@@ -116,9 +118,11 @@ class Unauthorized(Error): status = 401  # noqa: E701
 class Forbidden(Error): status = 403     # noqa: E701
 class NotFound(Error): status = 404      # noqa: E701
 class Conflict(Error): status = 409      # noqa: E701
+class Changed(Error): status = 412       # noqa: E701
 class TooLarge(Error): status = 413      # noqa: E701
 class TooMany(Error): status = 429       # noqa: E701
 class BadCalendar(Error): status = 422   # noqa: E701
+class KeyReused(Error): status = 422     # noqa: E701
 class NoCapacity(Conflict): pass         # noqa: E701
 class Unavailable(Error): status = 503   # noqa: E701
 
@@ -139,8 +143,8 @@ class CloudError(Error):
 
 
 ERRORS = {kind.__name__: kind for kind in (
-    Error, Invalid, Unauthorized, Forbidden, NotFound, Conflict, TooLarge, TooMany, BadCalendar,
-    NoCapacity, Unavailable, CloudError)}
+    Error, Invalid, Unauthorized, Forbidden, NotFound, Conflict, Changed, TooLarge, TooMany,
+    BadCalendar, KeyReused, NoCapacity, Unavailable, CloudError)}
 
 
 def nearest(word: str, words: Iterable[str]) -> str:
@@ -1376,16 +1380,25 @@ ROLES = (READER, USER, ADMIN)  # each may do what those before it may
 
 @dataclasses.dataclass
 class Operation:
-    """A published method: its routes `(verb, path, fixed arguments)`, who may call it, what it takes."""
+    """A published method: its routes `(verb, path, fixed arguments)`, who may call it, what it takes.
+
+    What makes something says in `made` at which path that is found: its answer is 201.
+    """
     name: str
     method: Callable
     role: str
     routes: list
+    made: str = ''
 
     @functools.cached_property
     def parameters(self) -> dict[str, inspect.Parameter]:
         signature = inspect.signature(self.method, eval_str=True)
         return {name: each for name, each in signature.parameters.items() if name not in ('self', 'config')}
+
+    @functools.cached_property
+    def answers(self):
+        """The type of its answer."""
+        return inspect.signature(self.method, eval_str=True).return_annotation
 
     @property
     def changes(self) -> bool:
@@ -1404,20 +1417,23 @@ class Operation:
 API: dict[str, Operation] = {}
 
 
-def api(verb: str, path: str, role: str | None = None, **fixed):
+def api(verb: str, path: str, role: str | None = None, made: str = '', **fixed):
     """Publishes a method; the topmost of several marks is the address that clients use.
 
     Args:
       role: the least role that may call it; reader for a GET, else user
+      made: where that is found which it makes, its parts named as fields of the answer
       fixed: arguments that this address stands for
     """
     def publish(method):
         known = API.get(method.__name__)
         if known:
             known.routes.insert(0, (verb, path, fixed))
+            known.made = made or known.made
             return method
+        needed = role or (READER if verb == 'GET' else USER)
         API[method.__name__] = Operation(
-            method.__name__, method, role or (READER if verb == 'GET' else USER), [(verb, path, fixed)])
+            method.__name__, method, needed, [(verb, path, fixed)], made)
         return guarded_by_role(method)
     return publish
 
@@ -1565,6 +1581,8 @@ def read_file(value, here=None) -> str:
 
 
 def read_int(value, here=None) -> int:
+    if isinstance(value, float) and value.is_integer():  # JSON knows one kind of number
+        value = int(value)
     if isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**53:
         return value
     if isinstance(value, str) and re.fullmatch(r'[+-]?[0-9]{1,12}', value.strip()):
@@ -1807,6 +1825,468 @@ def from_plain(value):
         return {name: each if name == 'metadata' else datetime.fromisoformat(each)
                 if name in INSTANTS and isinstance(each, str) else from_plain(each) for name, each in value.items()}
     return [from_plain(each) for each in value] if isinstance(value, list) else value
+
+
+# Answers #####################################################################
+#
+# What operations answer, each kind declared once. The service makes plain dicts of these fields,
+# clients are given them as the objects below, and /openapi.json has its schemas from here. A test
+# looks at every answer that the tests meet.
+
+State = NewType('State', str)    # of an occurrence
+Lasts = NewType('Lasts', str)  # a length in words, such as 1d2h30m
+Secret = NewType('Secret', str)  # what is shown once and kept nowhere
+
+
+class Answer(dict):
+    """Fields that are read as a['label'] and as a.label; the annotations of a kind say which."""
+    more = None  # the type of further fields, whose names are known to nobody before
+
+    def __init_subclass__(cls, more=None, **kwargs):
+        super().__init_subclass__(**kwargs)
+        cls.more = more or cls.more
+
+    def __getattr__(self, name: str):
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(f"{type(self).__name__} has no field '{name}' here") from None
+
+
+class ReservationAnswer(Answer):
+    """An occurrence of a reservation: what was asked for, when it is, and in which state."""
+    id: int
+    label: Label
+    user: str
+    project: str
+    resource: str
+    cell: str
+    cloud: str
+    region: str
+    aggregate: str
+    vms: int
+    flavor: str
+    image: str
+    network: str
+    key: str
+    security_groups: list[str]
+    metadata: dict[str, str]
+    server: str
+    at_end: str
+    notify: list[str]
+    vcpus: int
+    ram: int
+    classes: dict[str, int]
+    lead: int
+    description: str
+    personal: bool
+    repeat: str
+    tz: str
+    start: datetime
+    end: datetime
+    cancelled: datetime | None
+    added: datetime
+    changed: datetime | None
+    up: int
+    fault: str | None
+    request: str
+    host: str
+    state: State
+    change: NotRequired[dict]
+
+
+class OutcomeAnswer(Answer):
+    """What became of one occurrence of a series."""
+    start: datetime
+    end: datetime
+    vms: int
+    outcome: str
+    why: NotRequired[str]
+
+
+class BookedAnswer(ReservationAnswer):
+    """A reservation that was made or changed; of a series, what became of each occurrence."""
+    booked_until: NotRequired[datetime | None]
+    occurrences: NotRequired[list[OutcomeAnswer]]
+    warnings: NotRequired[list[str]]
+
+
+class GroupAnswer(Answer):
+    """Several reservations that were made together, or not at all."""
+    label: Label
+    parts: list[BookedAnswer]
+
+
+class CancelledAnswer(ReservationAnswer):
+    """A reservation that was cancelled, and what becomes of its VMs."""
+    ends_with: NotRequired[str]
+    warnings: NotRequired[list[str]]
+
+
+class ServerAnswer(Answer):
+    """A VM of a reservation: when it was planned, begun, ready and deleted, and what went wrong."""
+    n: int
+    name: str
+    state: str
+    addresses: list[str]
+    planned: datetime
+    begun: datetime | None
+    ready: datetime | None
+    deleted: datetime | None
+    snapshot: str
+    tries: int
+    fault: str
+    account: str
+    uid: str | None
+
+
+class KeptAnswer(Answer):
+    """A VM that was stopped or shelved at the end of its reservation and stays."""
+    id: int
+    name: str
+    label: Label
+    project: str
+    user: str
+    state: str
+    addresses: list[str]
+    end: datetime
+    account: str
+    uid: str | None
+
+
+class ComingAnswer(Answer):
+    """An occurrence of a series that is not over."""
+    start: datetime
+    end: datetime
+    vms: int
+    resource: str
+    state: State
+
+
+class DetailAnswer(ReservationAnswer):
+    """All of a reservation, with its VMs, and what comes of a series."""
+    user_data: str
+    servers: list[ServerAnswer]
+    on_conflict: NotRequired[str]
+    booked_until: NotRequired[datetime | None]
+    occurrences: NotRequired[list[ComingAnswer]]
+
+
+class DetailGroupAnswer(Answer):
+    """All of several reservations that were made together."""
+    label: Label
+    parts: list[DetailAnswer]
+
+
+class DurationAnswer(Answer):
+    """How long a reservation is."""
+    label: Label
+    duration: Lasts
+    seconds: int
+
+
+class DurationGroupAnswer(Answer):
+    """How long the parts of a group are."""
+    label: Label
+    parts: list[DurationAnswer]
+
+
+class RefusedLineAnswer(Answer):
+    """A line of many that was refused, and why."""
+    line: int
+    label: Any
+    error: str
+
+
+class LoadedAnswer(Answer):
+    """What became of many reservations."""
+    taken: list[BookedAnswer | GroupAnswer]
+    refused: list[RefusedLineAnswer]
+
+
+class SlotAnswer(Answer):
+    """A time window that is free for so many VMs."""
+    start: datetime
+    until: datetime
+    duration: Lasts
+    vms: int
+
+
+class UsageAnswer(Answer, more=int):
+    """How much of a resource is used in a time window; further fields are resource classes."""
+    start: datetime
+    end: datetime
+    vms: int
+    vcpus: int
+    ram: int
+    free_vms: int | None
+
+
+class LimitAnswer(Answer):
+    """What a project or a user may reserve at most."""
+    id: int
+    project: str
+    user: str
+    resource: str
+    most_vms: int | None
+    longest: Lasts | None
+    ahead: Lasts | None
+    least_notice: Lasts | None
+    vcpu_hours: int | None
+    waiting: int | None
+    exempt: Lasts
+    added: datetime
+
+
+class ResourceAnswer(Answer):
+    """A resource: its location and its capacity, without a number where that is unlimited."""
+    id: int
+    name: str
+    cell: str
+    cloud: str
+    region: str
+    aggregate: str
+    vms: int | None
+    vcpus: int | None
+    ram: int | None
+    classes: dict[str, int]
+    mode: str
+    hold: int
+    approval: int
+    no_show: int
+    hosts: list[str]
+    added: datetime
+
+
+class ResourceNowAnswer(ResourceAnswer):
+    """A resource, and how much of it is used now."""
+    held_now: dict[str, int]
+
+
+class ResourceChangedAnswer(ResourceAnswer):
+    """A resource that was changed, and what no longer fits."""
+    no_longer_fit: list[ReservationAnswer]
+
+
+class DifferenceAnswer(Answer):
+    """A field of a resource that a cloud has otherwise."""
+    resource: str
+    what: str
+    before: Any
+    after: Any
+
+
+class AffectedAnswer(Answer):
+    """An occurrence that no longer fits after a capacity change, and what became of it."""
+    label: Label
+    user: str
+    project: str
+    vms: int
+    start: datetime
+    end: datetime
+    outcome: str
+
+
+class CapacityChangeAnswer(Answer):
+    """A capacity change or a maintenance that was made, and whom it affects."""
+    id: int
+    resource: str
+    start: datetime
+    end: datetime
+    reason: str
+    hit: list[AffectedAnswer]
+
+
+class MaintenanceAnswer(Answer):
+    """A capacity change or a maintenance."""
+    id: int
+    resource: str
+    start: datetime
+    end: datetime
+    vms: int | None
+    vcpus: int | None
+    ram: int | None
+    classes: dict[str, int]
+    reason: str
+
+
+class CalledOffAnswer(Answer):
+    """A capacity change or a maintenance that was called off."""
+    id: int
+    reason: str
+
+
+class CheckAnswer(Answer):
+    """How many steps of usage were compared, and in how many they differed."""
+    steps: int
+    differences: int
+
+
+class ClaimAnswer(Answer):
+    """Whether a server may boot on a resource, why, and on which hosts; on any without a list."""
+    resource: str
+    passes: bool
+    why: str
+    hosts: list[str] | None
+
+
+class EventOutcomeAnswer(Answer):
+    """What became of an event of a calendar."""
+    uid: str
+    summary: str
+    outcome: str
+    why: NotRequired[str]
+    label: NotRequired[Label]
+    start: NotRequired[datetime]
+    vms: NotRequired[int]
+    flavor: NotRequired[str]
+    count: NotRequired[int]
+    occurrences: NotRequired[list[OutcomeAnswer]]
+
+
+class ImportAnswer(Answer):
+    """What became of the events of a calendar, and how many ask for nothing."""
+    events: list[EventOutcomeAnswer]
+    ignored: int
+    held: NotRequired[str]
+
+
+class CalendarAnswer(Answer):
+    """A feed that shows reservations, or a subscription that makes them."""
+    id: int
+    kind: str
+    user: str
+    project: str
+    shows: NotRequired[str | None]
+    added: NotRequired[datetime]
+    revoked: NotRequired[datetime]
+    polled: NotRequired[datetime | None]
+    fault: NotRequired[str]
+    held: NotRequired[str]
+
+
+class FeedAnswer(Answer):
+    """The address of a feed; of a dry run, whose it would be."""
+    feed: NotRequired[Secret]
+    user: NotRequired[str]
+    project: NotRequired[str]
+
+
+class EventAnswer(Answer):
+    """A line of the journal."""
+    id: int
+    at: datetime
+    actor: str
+    code: str
+    label: Label | None
+    project: str | None
+    sentence: str
+
+
+class LatenessAnswer(Answer):
+    """How late the VMs of a cloud were, in seconds."""
+    cloud: str
+    servers: int
+    begun_median: float | None
+    begun_95: float | None
+    begun_worst: float | None
+    ready_median: float | None
+    ready_95: float | None
+    ready_worst: float | None
+    tried_again: int
+
+
+class FailedAnswer(Answer):
+    """A VM that did not start."""
+    cloud: str
+    label: Label
+    name: str
+    tries: int
+    planned: datetime
+    fault: str
+
+
+class PunctualityAnswer(Answer):
+    """How late VMs were, and which failed."""
+    clouds: list[LatenessAnswer]
+    failed: list[FailedAnswer]
+
+
+class ReportAnswer(Answer):
+    """The sums of a project, a user or a resource."""
+    project: NotRequired[str]
+    user: NotRequired[str]
+    resource: NotRequired[str]
+    reserved_hours: float
+    used_hours: float
+    unused_hours: float
+    refused: int
+    late_worst: float
+
+
+class TokenAnswer(Answer):
+    """Whose a token is; not the token itself, of which only a hash is kept."""
+    id: int
+    user: str
+    project: str
+    role: str
+    added: datetime
+    revoked: datetime | None
+
+
+class NewTokenAnswer(Answer):
+    """A token that was made; of a dry run, whose it would be."""
+    token: NotRequired[Secret]
+    user: NotRequired[str]
+    project: NotRequired[str]
+    role: NotRequired[str]
+
+
+class RefusalAnswer(Answer):
+    """Why a request was refused, in a sentence; `details` say more to programs."""
+    error: str
+    kind: str
+    details: NotRequired[dict]
+
+
+class Field(NamedTuple):
+    """A field of an answer: the type of its value, and whether it is always there."""
+    kind: Any
+    always: bool
+
+
+@functools.cache
+def declared(answer: type[Answer]) -> dict[str, Field]:
+    """The fields that an answer declares."""
+    hints = get_type_hints(answer, include_extras=True)
+    return {name: Field(get_args(kind)[0], False) if get_origin(kind) is NotRequired
+            else Field(kind, True) for name, kind in hints.items()}
+
+
+def choices_of(kind) -> tuple:
+    """The types of which a value has one."""
+    return get_args(kind) if get_origin(kind) in (UnionType, Union) else (kind,)
+
+
+def as_answer(value, kind):
+    """A value of an answer as JSON has it, as what its type says: the reverse of `to_plain`."""
+    if isinstance(value, list):
+        [item] = get_args(next(each for each in choices_of(kind) if get_origin(each) is list))
+        return [as_answer(each, item) for each in value]
+    if datetime in choices_of(kind) and value is not None:
+        return datetime.fromisoformat(value)
+    if kind is dict or kind is Any:
+        return from_plain(value)
+    for each in choices_of(kind) if isinstance(value, dict) else ():
+        if is_answer(each) and all(name in value for name, field in declared(each).items()
+                                   if field.always):
+            return each({name: as_answer(one, declared(each).get(name, Field(each.more, 0)).kind)
+                         for name, one in value.items()})
+    return value
+
+
+def is_answer(kind) -> bool:
+    return isinstance(kind, type) and issubclass(kind, Answer)
 
 
 # Store #######################################################################
@@ -6961,10 +7441,10 @@ LIMITS = '''SELECT l.*, coalesce(s.name, '') AS resource
 class Limits(Wishes):
     """What users and projects may reserve at most."""
 
-    @api('POST', '/limit/', role=ADMIN)
+    @api('POST', '/limit/', role=ADMIN, made='/limit/')
     def limit_add(self, project: Name = '', user: Name = '', resource: Label = '', most_vms: Count = None,
                   longest: Span = None, ahead: Span = None, least_notice: Span = None, vcpu_hours: Count = None,
-                  waiting: int = None, exempt: Span = None, dry_run: bool = False) -> dict:
+                  waiting: int = None, exempt: Span = None, dry_run: bool = False) -> LimitAnswer:
         """Limits what a project or a user may reserve; with neither, every project that has no limit of its own.
 
         With --resource it counts there alone, else everywhere together. What begins within --exempt from
@@ -6987,7 +7467,7 @@ class Limits(Wishes):
             return self.limit_public(row(f'{LIMITS} WHERE l.id = ?', id))
 
     @api('GET', '/limit/')
-    def limit_list(self) -> Rows:
+    def limit_list(self) -> list[LimitAnswer]:
         """Lists the limits; of those for others, only an admin sees any.
 
         Example:
@@ -6998,7 +7478,7 @@ class Limits(Wishes):
                 or each.project in ('', self.actor.project) and each.user in ('', self.actor.user)]
 
     @api('DELETE', '/limit/<id>', role=ADMIN)
-    def limit_delete(self, id: int, dry_run: bool = False) -> dict:
+    def limit_delete(self, id: int, dry_run: bool = False) -> LimitAnswer:
         """Takes a limit away.
 
         Example:
@@ -8168,7 +8648,7 @@ class Approval(Waiting):
                            'its end, vms, user, description and label can')
 
     @api('POST', '/reservation/<label>/approve', role=ADMIN)
-    def approve(self, label: Label, project: Name = '', dry_run: bool = False) -> dict:
+    def approve(self, label: Label, project: Name = '', dry_run: bool = False) -> BookedAnswer | GroupAnswer:
         """Lets a pending reservation be, or a change of one that is approved.
 
         Example:
@@ -8185,7 +8665,7 @@ class Approval(Waiting):
             return self.told_parts(label, pending or found)
 
     @api('POST', '/reservation/<label>/accept')
-    def accept(self, label: Label, project: Name = '', dry_run: bool = False) -> dict:
+    def accept(self, label: Label, project: Name = '', dry_run: bool = False) -> BookedAnswer | GroupAnswer:
         """Takes the room that is held for a reservation of yours that had waited.
 
         Example:
@@ -8201,7 +8681,7 @@ class Approval(Waiting):
             return self.told_parts(label, pending)
 
     @api('POST', '/reservation/<label>/reject', role=ADMIN)
-    def reject(self, label: Label, reason: Text = '', project: Name = '', dry_run: bool = False) -> dict:
+    def reject(self, label: Label, reason: Text = '', project: Name = '', dry_run: bool = False) -> BookedAnswer | GroupAnswer:
         """Refuses a pending reservation and frees what it held; of a request, all parts.
 
         A change of a reservation that was approved before is refused alone: that goes on as it was.
@@ -8256,7 +8736,7 @@ class Approval(Waiting):
 class Requests(Approval):
     """The operations on reservations."""
 
-    @api('POST', '/reservation/')
+    @api('POST', '/reservation/', made='/reservation/<label>')
     @api('POST', '/reservation/add/<label>/<resource>/<start>/<end>')
     @api('POST', '/reservation/add/<label>/<cell>/<cloud>/<region>/<aggregate>/<vms>/<start>/<end>', resource=ANY)
     def add(self, label: NewLabel, resource: Place, start: When, end: When, vms: Count = 1, flavor: Name = '',
@@ -8267,7 +8747,7 @@ class Requests(Approval):
             skip_dates: Names = (), holidays: Source = '', on_conflict: Clash = 'refuse', user: Name = '',
             project: Name = '', cell: Name = '', cloud: Name = '', region: Name = '', aggregate: Name = '',
             part: Parts = (), host: Hosts = (), wait: bool = False, priority: int = 0, confirm: Span = None,
-            dry_run: bool = False) -> dict:
+            dry_run: bool = False) -> BookedAnswer | GroupAnswer:
         """Reserves machines from START to END, once or again and again.
 
         With an image, they are booted at the start and deleted at the end, or what --at-end says;
@@ -8334,8 +8814,8 @@ class Requests(Approval):
             raise refusal
         return found
 
-    @api('POST', '/reservation/load')
-    def load(self, rows: Rows, partial: bool = False, dry_run: bool = False) -> dict:
+    @api('POST', '/reservation/load', made='/reservation/')
+    def load(self, rows: Rows, partial: bool = False, dry_run: bool = False) -> LoadedAnswer:
         """Adds many reservations at once: all of them, or with --partial those that fit.
 
         Each refused line is named with its number and the reason. In a CSV file the first line
@@ -8373,9 +8853,9 @@ class Requests(Approval):
         defaults = {name: each.default for name, each in operation.parameters.items()}
         return defaults | bind(operation, given, self.here)
 
-    @api('POST', '/reservation/generate')
+    @api('POST', '/reservation/generate', made='/reservation/')
     def generate(self, resource: Label = 'demo', count: Page = 10, seed: int = None, flavor: Name = '',
-                 image: Name = '', dry_run: bool = False) -> dict:
+                 image: Name = '', dry_run: bool = False) -> LoadedAnswer:
         """Adds random reservations within the next week, for trying things out; those that don't fit are left out.
 
         Example:
@@ -8393,7 +8873,7 @@ class Requests(Approval):
     @api('GET', '/reservation/<label>')
     def list(self, label: Label = '', user: Name = '', project: Name = '', resource: Name = '', cell: Name = '',
              cloud: Name = '', region: Name = '', aggregate: Name = '', state: Names = (), start: When = None,
-             end: When = None, limit: Page = 100, after: Cursor = '') -> Rows:
+             end: When = None, limit: Page = 100, after: Cursor = '') -> list[ReservationAnswer]:
         """Lists reservations, the earliest first: those that are not over, or all that the filters meet.
 
         A label, a state or a window [START, END) that they overlap also finds what is over. Of a series
@@ -8452,7 +8932,7 @@ class Requests(Approval):
 
     @api('GET', '/reservation/<label>/show')
     @for_each_part
-    def show(self, label: Label, project: Name = '', occurrence: Day = None, tz: Zone = '') -> dict:
+    def show(self, label: Label, project: Name = '', occurrence: Day = None, tz: Zone = '') -> DetailAnswer | DetailGroupAnswer:
         """Shows all of one reservation: what was asked, its state, its servers; of a series also what comes.
 
         Example:
@@ -8471,7 +8951,7 @@ class Requests(Approval):
     @api('GET', '/server/')
     @api('GET', '/reservation/<label>/servers')
     def servers(self, label: Label = '', project: Name = '', occurrence: Day = None, kept: bool = False,
-                tz: Zone = '') -> Rows:
+                tz: Zone = '') -> list[ServerAnswer | KeptAnswer]:
         """Lists the servers of a reservation: state, addresses, and when each was planned, begun and ready.
 
         With --kept, those that were stopped or shelved at their end and stay: of a label, or all.
@@ -8501,7 +8981,7 @@ class Requests(Approval):
 
     @api('GET', '/reservation/<label>/duration')
     @for_each_part
-    def duration(self, label: Label, project: Name = '') -> dict:
+    def duration(self, label: Label, project: Name = '') -> DurationAnswer | DurationGroupAnswer:
         """Tells how long a reservation is.
 
         Example:
@@ -8520,7 +9000,7 @@ class Requests(Approval):
                host: Name = None, repeat: Repeat = None, until: Day = None, count: Count = None,
                skip_dates: Names = None, holidays: Source = None,
                on_conflict: Clash = None, user: Name = None, rename: NewLabel = None, occurrence: Day = None,
-               following: bool = False, tz: Zone = '', project: Name = '', dry_run: bool = False) -> dict:
+               following: bool = False, tz: Zone = '', project: Name = '', dry_run: bool = False) -> BookedAnswer | GroupAnswer:
         """Changes a reservation, all of it or nothing.
 
         A new start alone moves it with its length; a new end alone makes it longer or shorter. One
@@ -8542,7 +9022,7 @@ class Requests(Approval):
     @api('POST', '/reservation/<label>/extend')
     @for_each_part
     def extend(self, label: Label, by: Span, project: Name = '', occurrence: Day = None, tz: Zone = '',
-               dry_run: bool = False) -> dict:
+               dry_run: bool = False) -> BookedAnswer | GroupAnswer:
         """Lets a reservation end later; works until its end. Of a series, only the present or next occurrence.
 
         Example:
@@ -8555,7 +9035,7 @@ class Requests(Approval):
 
     @api('POST', '/reservation/<label>/keep')
     @for_each_part
-    def keep(self, label: Label, until: When, project: Name = '', tz: Zone = '', dry_run: bool = False) -> dict:
+    def keep(self, label: Label, until: When, project: Name = '', tz: Zone = '', dry_run: bool = False) -> BookedAnswer | GroupAnswer:
         """Lets what runs now go on until a later instant, if that fits; a series goes on after that as planned.
 
         Example:
@@ -8572,7 +9052,7 @@ class Requests(Approval):
     @api('POST', '/reservation/<label>/skip')
     @for_each_part
     def skip(self, label: Label, project: Name = '', occurrence: Day = None, undo: bool = False,
-             tz: Zone = '', dry_run: bool = False) -> dict:
+             tz: Zone = '', dry_run: bool = False) -> BookedAnswer | GroupAnswer:
         """Leaves out the next occurrence, which must not have begun.
 
         With --undo, an occurrence of a series that was left out, skipped or cancelled by itself
@@ -8721,7 +9201,7 @@ class Requests(Approval):
     def delete(self, label: Label = '', user: Name = '', project: Name = '', resource: Name = '', cell: Name = '',
                cloud: Name = '', region: Name = '', aggregate: Name = '', vms: Count = None, start: When = None,
                end: When = None, count: Count = None, occurrence: Day = None, following: bool = False,
-               kept: bool = False, tz: Zone = '', dry_run: bool = False) -> Rows:
+               kept: bool = False, tz: Zone = '', dry_run: bool = False) -> list[CancelledAnswer | KeptAnswer]:
         """Cancels a reservation: its capacity is free at once, and its VMs are deleted.
 
         Give a label, or filters that must all match exactly (start and end too); without a label,
@@ -8800,7 +9280,7 @@ class Requests(Approval):
 
     @api('GET', '/resource/<resource>/find')
     def find(self, resource: Label, duration: Span, vms: Count = 1, flavor: Name = '', lead: Span = None,
-             after: When = None, before: When = None, limit: Page = 10) -> Rows:
+             after: When = None, before: When = None, limit: Page = 10) -> list[SlotAnswer]:
         """Finds the earliest slots that are free for so many machines for so long.
 
         Each slot says from when until when it is free. Looks a year ahead unless --before says how far.
@@ -8822,7 +9302,7 @@ class Requests(Approval):
                 for (first, last), _ in zip(slots, range(limit))]
 
     @api('GET', '/resource/<resource>/usage')
-    def usage(self, resource: Label, start: When = None, end: When = None) -> Rows:
+    def usage(self, resource: Label, start: When = None, end: When = None) -> list[UsageAnswer]:
         """Tells how much of a resource is held, when; by whom it doesn't tell.
 
         Shows the next 7 days unless --start or --end say otherwise.
@@ -8847,11 +9327,11 @@ class Requests(Approval):
 class Plan(Requests):
     """The operations on resources and their capacity."""
 
-    @api('POST', '/resource/', role=ADMIN)
+    @api('POST', '/resource/', role=ADMIN, made='/resource/<name>')
     def resource_add(self, name: NewLabel, cell: Name = '', cloud: Name = '', region: Name = '', aggregate: Name = '',
                      vms: Most = UNLIMITED, vcpus: Most = UNLIMITED, ram: Most = UNLIMITED, classes: Classes = None,
                      mode: Name = '', hold: Span = None, approval: Span = None, no_show: Span = None,
-                     dry_run: bool = False) -> dict:
+                     dry_run: bool = False) -> ResourceNowAnswer:
         """Adds a resource; a figure that isn't given is unlimited.
 
         With --classes, other resource classes of Placement count as well: what flavors take of them
@@ -8873,7 +9353,7 @@ class Plan(Requests):
             return self.resource_show(name)
 
     @api('GET', '/resource/')
-    def resource_list(self, cell: Name = '', cloud: Name = '', region: Name = '', aggregate: Name = '') -> Rows:
+    def resource_list(self, cell: Name = '', cloud: Name = '', region: Name = '', aggregate: Name = '') -> list[ResourceAnswer]:
         """Lists the resources: their places and what they hold at most.
 
         Example:
@@ -8882,7 +9362,7 @@ class Plan(Requests):
         return [self.resource_public(each) for each in self.places(cell, cloud, region, aggregate)]
 
     @api('GET', '/resource/<name>')
-    def resource_show(self, name: Label) -> dict:
+    def resource_show(self, name: Label) -> ResourceNowAnswer:
         """Shows a resource, and what is held of it now.
 
         Example:
@@ -8897,7 +9377,7 @@ class Plan(Requests):
                         region: Name = None, aggregate: Name = None, vms: Most = None, vcpus: Most = None,
                         ram: Most = None, classes: Classes = None, mode: Name = None, hold: Span = None,
                         approval: Span = None, no_show: Span = None, force: bool = False,
-                        dry_run: bool = False) -> dict:
+                        dry_run: bool = False) -> ResourceChangedAnswer:
         """Changes a resource; `unlimited` takes a limit away.
 
         A capacity below what is held already needs --force; nothing is cancelled then, and the
@@ -8931,7 +9411,7 @@ class Plan(Requests):
             return self.resource_public(found) | {'no_longer_fit': homeless}
 
     @api('DELETE', '/resource/<name>', role=ADMIN)
-    def resource_delete(self, name: Label, dry_run: bool = False) -> dict:
+    def resource_delete(self, name: Label, dry_run: bool = False) -> ResourceAnswer:
         """Removes a resource that nothing is reserved on any more; its history stays.
 
         Example:
@@ -8976,7 +9456,7 @@ class Plan(Requests):
 
     @api('POST', '/resource/sync', role=ADMIN)
     def resource_sync(self, cloud: Name, aggregates: Names = (), mode: Name = '', hold: Span = None,
-                      named: bool = None, force: bool = False, dry_run: bool = False) -> Rows:
+                      named: bool = None, force: bool = False, dry_run: bool = False) -> list[DifferenceAnswer]:
         """Reads host aggregates of a cloud, makes resources of them or updates those, and marks them for Nova.
 
         The vcpus, ram and other classes of a resource become what Placement gives out of the aggregate's
@@ -9042,10 +9522,10 @@ class Plan(Requests):
             self.journal(now, 'resource', f"synced the resource '{found.name}': {fields}")
         return found.name, lines
 
-    @api('POST', '/resource/<name>/capacity', role=ADMIN)
+    @api('POST', '/resource/<name>/capacity', role=ADMIN, made='/maintenance/')
     def resource_capacity(self, name: Label, start: When, end: When, vms: Most = None, vcpus: Most = None,
                           ram: Most = None, classes: Classes = None, reason: Text = '', then: Name = 'notify',
-                          dry_run: bool = False) -> dict:
+                          dry_run: bool = False) -> CapacityChangeAnswer:
         """Gives a resource another capacity from START to END: a loan of nodes, or less for a while.
 
         What is booked there and no longer fits is left and its owner told (--then notify), moved to
@@ -9059,9 +9539,9 @@ class Plan(Requests):
         most = Amount(vms, vcpus, ram, tuple(sorted((classes or {}).items())))
         return self.change_capacity(name, start, end, most, reason or 'another capacity', then, dry_run)
 
-    @api('POST', '/maintenance/', role=ADMIN)
+    @api('POST', '/maintenance/', role=ADMIN, made='/maintenance/')
     def maintenance_add(self, resource: Label, start: When, end: When, reason: Text = '', then: Name = 'notify',
-                        dry_run: bool = False) -> dict:
+                        dry_run: bool = False) -> CapacityChangeAnswer:
         """Closes a resource from START to END; what is booked in it is left, moved or cancelled, as --then says.
 
         Nothing new is reserved in it, also on a resource whose capacity is unlimited.
@@ -9072,7 +9552,7 @@ class Plan(Requests):
         return self.change_capacity(resource, start, end, None, reason or 'maintenance', then, dry_run)
 
     @api('GET', '/maintenance/')
-    def maintenance_list(self, resource: Label = '') -> Rows:
+    def maintenance_list(self, resource: Label = '') -> list[MaintenanceAnswer]:
         """Lists maintenances and other changes of capacity that are not over.
 
         Example:
@@ -9088,7 +9568,7 @@ class Plan(Requests):
         return lines
 
     @api('DELETE', '/maintenance/<id>', role=ADMIN)
-    def maintenance_delete(self, id: int, dry_run: bool = False) -> dict:
+    def maintenance_delete(self, id: int, dry_run: bool = False) -> CalledOffAnswer:
         """Calls off a maintenance or another change of capacity.
 
         Example:
@@ -9260,7 +9740,7 @@ class Plan(Requests):
             f'AND start <= ? + {LONGEST_LEAD} AND held_from <= ?)', now, now, resource, int(now), int(now))
 
     @api('GET', '/check', role=ADMIN)
-    def check(self) -> dict:
+    def check(self) -> CheckAnswer:
         """Rebuilds the usage from the occurrences and compares it with what is kept; fails on any difference.
 
         Example:
@@ -9292,7 +9772,7 @@ class Claims(Plan):
 
     @api('POST', '/claim/', role=ADMIN)
     def claim(self, server: Name, resources: Names, project: Name, user: Name = '', vcpus: Figure = 0,
-              ram: Figure = 0, classes: Classes = None, label: Name = '', dry_run: bool = False) -> Rows:
+              ram: Figure = 0, classes: Classes = None, label: Name = '', dry_run: bool = False) -> list[ClaimAnswer]:
         """Tells on which resources a server may boot, why, and counts it there: what Nova's scheduler asks.
 
         Who has an active reservation passes as long as fewer machines, vcpus and ram were booted than
@@ -9426,7 +9906,7 @@ class Calendars(Claims):
     @api('POST', '/reservation/import')
     def import_(self, file: Ics, resource: Label = '', flavor: Name = '', image: Name = '', network: Name = '',
                 key: Name = '', vms: Count = 1, at_end: Name = '', notify: Names = (), on_conflict: Clash = 'refuse',
-                tz: Zone = '', user: Name = '', project: Name = '', dry_run: bool = False) -> dict:
+                tz: Zone = '', user: Name = '', project: Name = '', dry_run: bool = False) -> ImportAnswer:
         """Reserves what the events of an iCalendar file ask for, each event on its own.
 
         An event asks with `2 x m1.small` in the first line of its description or in its place, with
@@ -9614,7 +10094,7 @@ class Calendars(Claims):
                     if name not in taken)
 
     @api('GET', '/calendar/')
-    def calendar_list(self) -> Rows:
+    def calendar_list(self) -> list[CalendarAnswer]:
         """Lists calendars: feeds that show reservations, and subscriptions that make them; no secret of theirs.
 
         Example:
@@ -9632,9 +10112,9 @@ class Calendars(Claims):
             {name: value for name, value in public(each).items() if name != 'url'} |
             {'shows': urlsplit(each.url).hostname} for each in subscribed]
 
-    @api('POST', '/calendar/feed', role=READER)
+    @api('POST', '/calendar/feed', role=READER, made='/calendar/')
     def calendar_feed(self, resource: Label = '', whole_project: bool = False, user: Name = '', project: Name = '',
-                      dry_run: bool = False) -> dict:
+                      dry_run: bool = False) -> FeedAnswer:
         """Makes an address at which any calendar program can subscribe to your reservations, and prints it.
 
         The address is a secret and is shown only now; `calendar revoke` makes it worthless. With
@@ -9655,7 +10135,7 @@ class Calendars(Claims):
                     f'/calendar/{secret}/{name}.ics'}
 
     @api('DELETE', '/calendar/<id>')
-    def calendar_revoke(self, id: int, dry_run: bool = False) -> dict:
+    def calendar_revoke(self, id: int, dry_run: bool = False) -> CalendarAnswer:
         """Makes the address of a feed worthless from now on.
 
         Example:
@@ -9668,11 +10148,11 @@ class Calendars(Claims):
             return {'id': id, 'kind': 'feed', 'user': found.user, 'project': found.project,
                     'revoked': instant(int(now))}
 
-    @api('POST', '/calendar/subscription/')
+    @api('POST', '/calendar/subscription/', made='/calendar/')
     def calendar_subscribe(self, url: Url, resource: Label = '', flavor: Name = '', image: Name = '',
                            network: Name = '', key: Name = '', vms: Count = 1, at_end: Name = '', notify: Names = (),
                            on_conflict: Clash = 'refuse', tz: Zone = '', user: Name = '', project: Name = '',
-                           dry_run: bool = False) -> dict:
+                           dry_run: bool = False) -> CalendarAnswer:
         """Lets a calendar of yours book machines: what appears in it is reserved, what moves moves, what goes goes.
 
         It is looked at every five minutes (`calendar_poll`). Its events ask for machines as those of `import` do.
@@ -9707,7 +10187,7 @@ class Calendars(Claims):
                 'shows': parts.hostname}
 
     @api('DELETE', '/calendar/subscription/<id>')
-    def calendar_unsubscribe(self, id: int, dry_run: bool = False) -> dict:
+    def calendar_unsubscribe(self, id: int, dry_run: bool = False) -> CalendarAnswer:
         """Stops looking at a calendar; what it has booked stays.
 
         Example:
@@ -9716,7 +10196,7 @@ class Calendars(Claims):
         return self.changed_subscription(id, dry_run, 'unsubscribed from calendar', due=None)
 
     @api('POST', '/calendar/subscription/<id>/confirm')
-    def calendar_confirm(self, id: int, dry_run: bool = False) -> dict:
+    def calendar_confirm(self, id: int, dry_run: bool = False) -> CalendarAnswer:
         """Lets a calendar cancel what it asked about: most of what it had booked.
 
         Example:
@@ -9936,7 +10416,7 @@ class Reservations(Calendars):
 
     @api('GET', '/event/')
     @api('GET', '/reservation/<label>/events')
-    def events(self, label: Label = '', project: Name = '', after: int = 0, limit: Page = 100) -> Rows:
+    def events(self, label: Label = '', project: Name = '', after: int = 0, limit: Page = 100) -> list[EventAnswer]:
         """Shows the journal: when, who, what, why; the newest lines last.
 
         On the command line, --follow goes on to show each event as it comes, until Ctrl-C.
@@ -9957,7 +10437,7 @@ class Reservations(Calendars):
         return [public(each) for each in (found if after else found[::-1])]
 
     @api('GET', '/punctuality/')
-    def punctuality(self, since: When = None) -> dict:
+    def punctuality(self, since: When = None) -> PunctualityAnswer:
         """Tells how late servers were begun and ready, per cloud, in seconds: median, 95 %, worst; and what failed.
 
         Example:
@@ -9985,7 +10465,7 @@ class Reservations(Calendars):
                             'planned': instant(each.planned), 'fault': each.fault} for each in failed[-100:]]}
 
     @api('GET', '/report/')
-    def report(self, since: When = None, until: When = None, by_whom: Name = 'project') -> Rows:
+    def report(self, since: When = None, until: When = None, by_whom: Name = 'project') -> list[ReportAnswer]:
         """Adds up VM-hours reserved, used and unused, requests refused, and lateness.
 
         A reservation counts from its lead to its end; what runs or stays after that is not used.
@@ -10106,8 +10586,8 @@ class Reservations(Calendars):
             'unused = unused + excluded.unused, refused = refused + excluded.refused, '
             'late = max(late, excluded.late)', *whose, *figures.values())
 
-    @api('POST', '/token/', role=ADMIN)
-    def token_add(self, user: Name, project: Name = 'default', role: Name = USER, dry_run: bool = False) -> dict:
+    @api('POST', '/token/', role=ADMIN, made='/token/')
+    def token_add(self, user: Name, project: Name = 'default', role: Name = USER, dry_run: bool = False) -> NewTokenAnswer:
         """Makes a token for a user in a project, and prints it: it is shown only now.
 
         Example:
@@ -10124,7 +10604,7 @@ class Reservations(Calendars):
         return {'user': user, 'project': project, 'role': role} if dry_run else {'token': token}
 
     @api('GET', '/token/', role=ADMIN)
-    def token_list(self) -> Rows:
+    def token_list(self) -> list[TokenAnswer]:
         """Lists the tokens: whose, which role; never the tokens themselves, of which only hashes are kept.
 
         Example:
@@ -10133,7 +10613,7 @@ class Reservations(Calendars):
         return [public(each) for each in rows('SELECT id, user, project, role, added, revoked FROM token ORDER BY id')]
 
     @api('DELETE', '/token/<id>', role=ADMIN)
-    def token_revoke(self, id: int, dry_run: bool = False) -> dict:
+    def token_revoke(self, id: int, dry_run: bool = False) -> TokenAnswer:
         """Makes a token worthless from now on.
 
         With the last token of a user in a project, their feeds and subscriptions end as well. What
@@ -13486,7 +13966,7 @@ class Client:
             if body:
                 request.add_header('Content-Type', 'application/json')
             with urlopen(request, timeout=self.timeout) as answer:
-                return from_plain(json.load(answer))
+                return as_answer(json.load(answer), operation.answers)
         except HTTPError as error:
             raise self.refusal(error) from None
         except (URLError, OSError, ValueError) as error:

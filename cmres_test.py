@@ -50,6 +50,7 @@ import zoneinfo
 from concurrent.futures import ThreadPoolExecutor
 from datetime import date, datetime, timedelta, timezone
 from pathlib import Path
+from typing import Any, get_args, get_origin
 from urllib.parse import parse_qsl, urlencode, urlsplit
 
 import icalendar
@@ -73,6 +74,49 @@ MODULE = Path(cmres.__file__)
 
 def hours(number: float) -> timedelta:
     return timedelta(hours=number)
+
+
+def misfit(value, kind, where='answer') -> str:
+    """Where a value is not of the type that an answer declares; '' where all of it is."""
+    kinds = cmres.choices_of(kind)
+    if isinstance(value, dict) and any(map(cmres.is_answer, kinds)):
+        faults = [misfit_of_fields(value, each, where) for each in kinds if cmres.is_answer(each)]
+        return '' if '' in faults else min(faults)
+    for each in kinds:
+        origin, inside = get_origin(each) or each, get_args(each)
+        if origin in (list, dict) and isinstance(value, origin) and inside:
+            items = value.items() if origin is dict else enumerate(value)
+            return next(filter(None, (misfit(one, inside[-1], f'{where}[{n!r}]') for n, one in items)), '')
+        plain = getattr(origin, '__supertype__', origin)
+        if plain is Any or value is None and plain is type(None) or type(value) in (plain, int if plain is float else plain):
+            return ''
+    return f'{where} is {value!r}, not {kind}'
+
+
+def misfit_of_fields(value: dict, kind, where: str) -> str:
+    fields = cmres.declared(kind)
+    missing = [name for name, field in fields.items() if field.always and name not in value]
+    more = [] if kind.more else [name for name in value if name not in fields]
+    if missing or more:
+        return f'{where} of {kind.__name__} lacks {missing} and has {more}'
+    return next(filter(None, (misfit(each, fields[name].kind if name in fields else kind.more, f'{where}[{name!r}]')
+                              for name, each in value.items())), '')
+
+
+def checked_answer(operation):
+    """The operation, for all tests: what it answers has just the fields and types that it declares."""
+    method = getattr(cmres.Reservations, operation.name)
+
+    @functools.wraps(method)
+    def call(self, *args, **kwargs):
+        answer = method(self, *args, **kwargs)
+        assert not misfit(answer, operation.answers), f'{operation.name}: {misfit(answer, operation.answers)}'
+        return answer
+    return call
+
+
+for _operation in API.values():
+    setattr(cmres.Reservations, _operation.name, checked_answer(_operation))
 
 
 class World:
@@ -13749,6 +13793,21 @@ def test_a_client_changes_what_the_service_shows(client, service):
     client.resource_add('india', vms=4)
     assert client.resource_update('india', vms=5)['vms'] == 5 == service.resource_show('india')['vms']
     assert client.resource_delete('india')['name'] == 'india'
+
+
+def test_answers_of_a_client_are_read_by_name_and_as_attributes(client):
+    made = client.add('lab', 'demo', hours(1), hours(2), metadata={'start': 'x'})
+    assert made.label == made['label'] == 'lab' and made.start == NOON + hours(1)
+    assert made.metadata == {'start': 'x'} and type(client.show('lab')) is cmres.DetailAnswer
+    assert [each.state for each in client.list()] == ['reserved'] and not hasattr(made, 'nothing')
+    group = client.add('exam', '-', hours(1), hours(2), part='demo:1,demo:2')
+    assert [each.vms for each in group.parts] == [1, 2]
+    assert client.resource_show('demo').held_now == {'vms': 0, 'vcpus': 0, 'ram': 0}
+
+
+def test_no_field_of_an_answer_has_the_name_of_a_method():
+    kinds = [each for each in vars(cmres).values() if cmres.is_answer(each)]
+    assert len(kinds) > 30 and not {name for each in kinds for name in cmres.declared(each)} & set(dir(cmres.Answer))
 
 
 @pytest.mark.parametrize('name, args, kind', [
