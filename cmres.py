@@ -76,6 +76,7 @@ import sys
 import textwrap
 import threading
 import time
+import uuid
 from bisect import bisect_left
 from collections import Counter, defaultdict, deque, namedtuple
 from concurrent.futures import ThreadPoolExecutor
@@ -2793,6 +2794,23 @@ class Session(Table):
     until = peewee.IntegerField(index=True)
 
 
+class OnceDone(Table):
+    """A request that names itself by an Idempotency-Key, so that it is done once."""
+    user = peewee.CharField()
+    project = peewee.CharField()
+    key = peewee.CharField()
+    digest = peewee.CharField()  # of what was asked
+    mark = peewee.CharField()    # of the attempt that did it
+    at = peewee.IntegerField(index=True)
+    status = peewee.IntegerField()  # 0: its answer is not there
+    answer = peewee.TextField()
+
+    class Meta:
+        table_name = 'once'
+        primary_key = peewee.CompositeKey('user', 'project', 'key')
+        without_rowid = True
+
+
 class Feed(Table):
     """What a secret address shows as a calendar: of a user, of a project or of a resource."""
     user = peewee.CharField()
@@ -2891,7 +2909,7 @@ class SimulatedServer(Table):
 
 
 TABLES = [Resource, Reservation, Occurrence, Texts, Capacity, Proposal, ExtraHold, Wait, Limit, Step,
-          Server, Claim, Tally, Token, Session, Feed, Subscription, Event, Outbox, Mailed, Lease, Fact,
+          Server, Claim, Tally, Token, Session, OnceDone, Feed, Subscription, Event, Outbox, Mailed, Lease, Fact,
           SimulatedServer]
 
 #: What brings an older store up to the models above, one function a version. None reads the models,
@@ -2900,7 +2918,7 @@ MIGRATIONS: list[Callable] = [
     lambda: add_tracks(), lambda: add_proposals(), lambda: add_up_told(), lambda: add_owners(),
     lambda: trust_names(), lambda: add_sessions(), lambda: add_ends_of_calls(),
     lambda: keep_resource_ids(), lambda: end_left_calendars(),
-    lambda: add_whose(), lambda: add_waits(), lambda: add_sums()]
+    lambda: add_whose(), lambda: add_waits(), lambda: add_sums(), lambda: add_once()]
 
 
 def long_texts(row: str) -> str:
@@ -3588,6 +3606,17 @@ def add_sums() -> None:
           PRIMARY KEY (day, project, user, resource)) WITHOUT ROWID""")
     for trigger in TRIGGERS_OF_13:
         run(trigger)
+
+
+def add_once() -> None:
+    """Version 14: requests that name themselves are done once."""
+    run_all("""
+        CREATE TABLE once (
+          user VARCHAR(255) NOT NULL, project VARCHAR(255) NOT NULL, key VARCHAR(255) NOT NULL,
+          digest VARCHAR(255) NOT NULL, mark VARCHAR(255) NOT NULL, at INTEGER NOT NULL,
+          status INTEGER NOT NULL, answer TEXT NOT NULL,
+          PRIMARY KEY (user, project, key)) WITHOUT ROWID;
+        CREATE INDEX once_at ON once (at)""")
 
 
 # What goes wrong with the store. SQLite's first error is what the user is told, with what helps.
@@ -6661,6 +6690,13 @@ class Service:
         return [each.id for each in rows(
             f"SELECT id FROM reservation r WHERE label = ?{also} UNION SELECT id FROM reservation r WHERE request = ? "
             f"AND request <> ''{also} ORDER BY id DESC", label, *given(where), label, *given(where))]
+
+    def newest_deed(self, label: str, project: str = '') -> int | None:
+        """The newest event of what people have done to the reservations of a label; None without any."""
+        found = row('SELECT max(id) AS id FROM event WHERE actor <> ? AND reservation_id IN '
+                    '(SELECT value FROM json_each(?))', 'cmres',
+                    json.dumps(self.labelled(label, project)[:MOST_PARTS]))
+        return found.id
 
     def parts_of(self, label: str, project: str = '') -> list:
         """The parts of the request that a label means; none if it means a reservation.
@@ -12022,57 +12058,275 @@ class LifeCycle:
 #
 # Routes come from the marks of the service. One wrapper reads, calls and answers; it and the
 # error handler below it are the only places that know statuses. All answers are JSON.
+#
+# A request may say on what it depends: If-Match, the state of a reservation that it has seen, and
+# Idempotency-Key, that it was not done before. Both are looked at in the transaction that does it.
 
 BASE = '/cm/v1.0'
 MOST_BODY = 2**20  # bytes
 LATE = 60  # seconds without a pass after which a life cycle is taken for broken
+LEAST_GZIP = 1000  # bytes of an answer below which compressing it is in vain
+#: Of every answer that is no page.
+PLAIN = {'Content-Type': 'application/json', 'Cache-Control': 'no-store',
+         'X-Content-Type-Options': 'nosniff', 'Vary': 'Accept-Encoding'}
 
 
-def rest(service: Reservations, told: Callable | None = None):
-    """The WSGI application that answers for a service; `told` words what never reaches one of its handlers."""
+def rest(service: Reservations, told: Callable | None = None, visitor: Callable | None = None):
+    """The WSGI application that answers for a service.
+
+    Args:
+      told: words what never reaches one of its handlers
+      visitor: tells who is signed in to the page, by the cookie of a request
+    """
     import bottle
     app = bottle.Bottle()
     app.uninstall('json')  # it knows neither lists nor instants
-    app.default_error_handler = told or (lambda failure: error_text(failure, bottle.request, bottle.response))
+    app.default_error_handler = told or (
+        lambda failure: error_text(failure, bottle.request, bottle.response))
     app.install(answering)
     app.add_hook('before_request', lambda: plain_path(bottle.request.environ))
+    app.add_hook('after_request', lambda: name_request(bottle.request, bottle.response))
     for operation in API.values():
         for verb, path, fixed in operation.routes:
-            app.route((BASE + path).rstrip('/'), verb, handler(service, operation, fixed))
+            app.route((BASE + path).rstrip('/'), verb, handler(service, operation, fixed, visitor))
     app.route('/healthz', 'GET', health_handler(service))
-    for path in ('/calendar/<secret>/<name>.ics', '/calendar/<secret>.ics'):  # programs show the end
+    for path in FEEDS:
         app.route(path, 'GET', feed_handler(service))
     app.route('/readyz', 'GET', Readiness(service).answer, skip=[answering])
-    app.route('/openapi.json', 'GET', handler(service, None, {}))
+    app.route('/openapi.json', 'GET', document_handler(service, visitor))
     return app
 
 
-def handler(service: Reservations, operation: Operation | None, fixed: dict) -> Callable:
+FEEDS = ('/calendar/<secret>/<name>.ics', '/calendar/<secret>.ics')  # programs show the end
+
+
+def handler(service: Reservations, operation: Operation, fixed: dict, visitor: Callable | None) -> Callable:
     """Answers one address: who asks, what is asked, the call, its answer in JSON."""
     import bottle
 
     def handle(**path):
+        request = bottle.request
         try:
-            acting = service.acting(actor_of(bearer(bottle.request)))
-            if operation is None:
-                return reply(200, openapi())
-            body = read_body(bottle.request, most_body(operation))
-            given = given_once(read_query(bottle.request), body, path, fixed)
+            acting = service.acting(who_asks(request, visitor))
+            given = given_once(read_query(request, several(operation)),
+                               read_body(request, most_body(operation)), path, fixed)
             bound = bind(operation, given, acting.here)
             with acting.shares.answering(acting.actor.user):
-                answer = getattr(acting, operation.name)(**bound)
+                return respond(acting, operation, bound, request, given)
         except Error as error:
-            return reply(error.status, error_body(error))
-        made = operation.name.rsplit('_')[-1] in ('add', 'load', 'generate') and not bound.get('dry_run')
-        return reply(201 if made else 200, answer)
-
-    def reply(status: int, body):
-        headers = {'WWW-Authenticate': 'Bearer'} if status == 401 else {}
-        for field, kind in (('label', 'reservation'), ('name', 'resource')):
-            if status == 201 and field in body:
-                headers['Location'] = f'{BASE}/{kind}/{body[field]}'
-        return bottle.HTTPResponse(json_text(body), status, {'Content-Type': 'application/json', **headers})
+            return refused(error)
     return handle
+
+
+def document_handler(service: Reservations, visitor: Callable | None) -> Callable:
+    """Answers with the description of all that is here, for who may ask for any of it."""
+    import bottle
+
+    def handle():
+        try:
+            who_asks(bottle.request, visitor)
+            return sent(json_text(openapi()), 200, PLAIN)
+        except Error as error:
+            return refused(error)
+    return handle
+
+
+def respond(acting: Reservations, operation: Operation, bound: dict, request, given: dict):
+    """The answer to a call on the conditions of its request."""
+    once = once_of(acting, operation, bound, request, given)
+    if once and (kept := once.kept()):
+        return sent(kept.answer, kept.status, PLAIN | {'Idempotency-Replayed': 'true'})
+    acting.fence = in_turn(acting.fence, unchanged(acting, operation, bound, request), once and once.claim)
+    tag = tag_for(acting, operation, bound)  # before what it tells of is read: it may be older, not newer
+    try:
+        answer = getattr(acting, operation.name)(**bound)
+    except Error:
+        if once:
+            once.drop()
+        raise
+    status = 201 if operation.made and not bound.get('dry_run') else 200
+    text = json_text(answer)
+    if once:
+        once.keep(status, text)
+    headers = {'ETag': tag, 'Location': location(operation, answer) if status == 201 else '',
+               'Link': next_page(operation, answer, request)}
+    return sent(text, status, PLAIN | {name: value for name, value in headers.items() if value})
+
+
+def in_turn(*looks: Callable | None) -> Callable:
+    """Calls several, as far as they are there, once in each transaction."""
+    seen = None
+
+    def look():
+        nonlocal seen
+        now = db.top_transaction()
+        for each in filter(None, looks if now is not seen else ()):
+            each()
+        seen = now
+    return look
+
+
+def sent(text: str, status: int, headers: dict):
+    """An answer, compressed for who takes that: never a page, which holds secrets (BREACH)."""
+    import bottle
+    import gzip
+    data = text.encode('utf8', 'replace')
+    if len(data) >= LEAST_GZIP and TAKES_GZIP.search(bottle.request.get_header('Accept-Encoding', '')):
+        data, headers = gzip.compress(data, 5, mtime=0), headers | {'Content-Encoding': 'gzip'}
+    return bottle.HTTPResponse(data, status, headers)
+
+
+TAKES_GZIP = re.compile(r'(?:^|[,\s])gzip(?!\s*;\s*q=0(?:\.0*)?\s*(?:,|$))')
+
+
+def refused(error: Error):
+    """The answer that says why something is not done."""
+    return sent(json_text(error_body(error)), error.status, PLAIN | headers_of(error))
+
+
+def headers_of(error: Error) -> dict[str, str]:
+    """What an error says in headers: how to ask, or when again."""
+    if error.status in (429, 503):
+        return {'Retry-After': f"{math.ceil(float(error.details.get('retry_after') or RETRY_AFTER))}"}
+    return {'WWW-Authenticate': 'Bearer'} if error.status == 401 else {}
+
+
+RETRY_AFTER = 5  # seconds
+
+
+def location(operation: Operation, answer: dict) -> str:
+    """Where that is found which was made."""
+    return BASE + re.sub(r'<(\w+)>', lambda part: quote(answer[part[1]], safe=''), operation.made)
+
+
+def next_page(operation: Operation, answer, request) -> str:
+    """The link to what follows a page of a list; the last page is the one without a line."""
+    if 'after' not in operation.parameters or not answer or 'id' not in answer[-1]:
+        return ''
+    query = [each for each in parse_qsl(request.query_string) if each[0] != 'after']
+    more = urlencode([*query, ('after', cursor_of(answer[-1]))])
+    return f'<{quote(request.path)}?{more}>; rel="next"'
+
+
+def cursor_of(line: dict) -> str:
+    """What `after` takes to go on behind a line of a list."""
+    return f"{int(line['start'].timestamp())}-{line['id']}" if 'start' in line else f"{line['id']}"
+
+
+# What a request depends on.
+
+
+def is_about_one(operation: Operation) -> bool:
+    """Whether all its addresses but those of lists name the reservation that it is about."""
+    return any(path.startswith('/reservation/<label>') for _, path, _ in operation.routes)
+
+
+def tag_for(acting: Reservations, operation: Operation, bound: dict) -> str:
+    """The ETag of a reservation that is read; of anything else none."""
+    if operation.changes or not bound.get('label') or not tells_of_reservations(operation):
+        return ''
+    return tag_of(acting, bound)
+
+
+def tells_of_reservations(operation: Operation) -> bool:
+    """Whether a reservation is what it answers, or a list of them."""
+    kinds = [one for each in choices_of(operation.answers) for one in get_args(each) or (each,)]
+    return any(is_answer(each) and issubclass(each, ReservationAnswer) for each in kinds)
+
+
+def tag_of(acting: Reservations, bound: dict) -> str:
+    """An ETag that differs after each change that people make to a reservation: servers don't count."""
+    newest = acting.newest_deed(bound['label'], bound.get('project', ''))
+    return f'"{newest}"' if newest else ''
+
+
+def unchanged(acting: Reservations, operation: Operation, bound: dict, request) -> Callable | None:
+    """What refuses in the transaction of a change, if it was made for another state (RFC 9110, 13.1.1)."""
+    wanted = request.get_header('If-Match', '*')
+    if wanted.strip() == '*' or not bound.get('label') or not is_about_one(operation):
+        return None
+
+    def look():
+        tag = tag_of(acting, bound)
+        if tag and tag not in [each.strip() for each in wanted.split(',')]:
+            raise Changed(f"'{bound['label']}' was changed since you read it. Nothing was done. "
+                          'Read it again, then change it', etag=tag)
+    return look
+
+
+def once_of(acting: Reservations, operation: Operation, bound: dict, request, given: dict) -> Once | None:
+    """The key of a POST that has one; a dry run keeps nothing, not even that."""
+    key = request.get_header('Idempotency-Key')
+    if key is None or request.method != 'POST' or bound.get('dry_run'):
+        return None
+    if not re.fullmatch('[!-~]{1,255}', key):
+        raise Invalid('Idempotency-Key: 1 to 255 letters, digits and signs are needed, such as a UUID')
+    asked = json.dumps([operation.name, given], sort_keys=True, default=str)
+    return Once(acting, key, hashed(asked), not has_secret(operation.answers))
+
+
+def has_secret(kind) -> bool:
+    """Whether an answer has a field that is shown once and kept nowhere."""
+    return is_answer(kind) and any(each.kind is Secret for each in declared(kind).values())
+
+
+class Once:
+    """What a request with an Idempotency-Key does is done once: its key is written with it.
+
+    The answer is kept for a day, unless it is long or holds a secret; a refusal is not.
+    """
+    LASTS = 86400  # seconds
+    MOST = 65536   # characters of an answer
+
+    def __init__(self, acting: Reservations, key: str, digest: str, keeps: bool):
+        self.acting, self.digest, self.keeps = acting, digest, keeps
+        self.whose = (acting.actor.user, acting.actor.project, key)
+        self.mark = secrets.token_hex(8)  # tells ours from that of a request beside this one
+
+    def row(self):
+        return row('SELECT digest, mark, status, answer FROM once WHERE user = ? AND project = ? AND key = ? AND at > ?',
+                   *self.whose, int(self.acting.clock()) - self.LASTS)
+
+    def kept(self):
+        """The status and answer of the same request before; None if there was none.
+
+        Raises:
+          KeyReused: it was another request.
+          Conflict: its answer is not there, or not yet.
+        """
+        found = self.row()
+        if found and found.digest != self.digest:
+            raise KeyReused('another request had this Idempotency-Key: take a new key for each request')
+        if found and not found.answer:
+            raise Conflict('a request with this Idempotency-Key was done or is being done, and its answer is not '
+                           'there: ask for what it made')
+        return found
+
+    def claim(self) -> None:
+        """Writes the key in the transaction of what is done; Conflict if another request was faster."""
+        found = self.row()
+        if found and found.mark != self.mark:
+            self.kept()
+            raise Conflict('the first request with this Idempotency-Key has just been done: send it again')
+        if not found:
+            now = int(self.acting.clock())
+            run('DELETE FROM once WHERE at <= ?', now - self.LASTS)
+            run('INSERT INTO once (user, project, key, digest, mark, at, status, answer) '
+                "VALUES (?, ?, ?, ?, ?, ?, 0, '')", *self.whose, self.digest, self.mark, now)
+
+    def keep(self, status: int, text: str) -> None:
+        """Keeps an answer for who asks again."""
+        if self.keeps and len(text) <= self.MOST:
+            self.run('UPDATE once SET status = ?, answer = ?', status, text)
+
+    def drop(self) -> None:
+        """Forgets a request that was refused: it may be sent again."""
+        if self.row():
+            self.run('DELETE FROM once')
+
+    def run(self, deed: str, *values) -> None:
+        with transaction():
+            run(f'{deed} WHERE user = ? AND project = ? AND key = ? AND mark = ?', *values, *self.whose, self.mark)
 
 
 def feed_handler(service: Reservations) -> Callable:
@@ -12100,10 +12354,11 @@ def feed_handler(service: Reservations) -> Callable:
         try:
             etag, text = current(secret)
         except Error as error:
-            return bottle.HTTPResponse(json_text(error_body(error)), error.status, {'Content-Type': 'application/json'})
+            return refused(error)
         same = etag in bottle.request.headers.get('If-None-Match', '')
-        return bottle.HTTPResponse('' if same else text, 304 if same else 200, {
-            'Content-Type': 'text/calendar; charset=utf-8', 'ETag': etag, 'Cache-Control': 'private, no-cache'})
+        return sent('' if same else text, 304 if same else 200, PLAIN | {
+            'Content-Type': 'text/calendar; charset=utf-8', 'ETag': etag,
+            'Cache-Control': 'private, no-cache'})
     return handle
 
 
@@ -12144,7 +12399,7 @@ def health_handler(service: Reservations) -> Callable:
         if age > LATE:
             status, body = 503, {'last_pass': round(age, 1), 'error': 'no VM was started or ended for '
                                  f'{format_duration(age)}; the log of this server says why'}
-        return bottle.HTTPResponse(json_text(body), status, {'Content-Type': 'application/json'})
+        return sent(json_text(body), status, PLAIN)
     return handle
 
 
@@ -12164,8 +12419,7 @@ class Readiness:
             if time.monotonic() >= self.until:
                 self.found, self.until = self.look_safely(), time.monotonic() + 1
             found = self.found
-        return bottle.HTTPResponse(json_text(found), 200 if found['status'] == 'ready' else 503,
-                                   {'Content-Type': 'application/json'})
+        return sent(json_text(found), 200 if found['status'] == 'ready' else 503, PLAIN)
 
     def look_safely(self) -> dict:
         """What is so now, also where that can't be read."""
@@ -12211,15 +12465,41 @@ def error_body(error: Error) -> dict:
 
 def error_text(failure, request, response) -> str:
     """The JSON of what never reached a handler: no such address, wrong verb, a bug."""
-    response.content_type = 'application/json'
-    allow = failure.headers.get('Allow')
-    sentences = {404: f'there is nothing at {request.path}; /openapi.json lists all addresses',
-                 405: f"{request.method} is not for this address; use {' or '.join((allow or '').split(','))}"}
-    if isinstance(failure.body, Error):
-        return json_text(error_body(failure.body))
-    if failure.status_code == 500:
-        return json_text(error_body(mistake(failure.exception, request)))
-    return json_text({'error': sentences.get(failure.status_code, f'{failure.body}'.lower())})
+    for name, value in PLAIN.items():
+        response.set_header(name, value)
+    if failure.status_code == 405:
+        return wrong_verb(failure, request, response)
+    error = failure.body
+    if failure.status_code == 500 and not isinstance(error, Error):
+        error = mistake(failure.exception, request)
+    if failure.status_code == 404 and not isinstance(error, Error):
+        error = NotFound(f'there is nothing at {request.path}; /openapi.json lists all addresses')
+    if not isinstance(error, Error):
+        error = Invalid(f'{error}'.lower())
+    for name, value in headers_of(error).items():
+        response.set_header(name, value)
+    return json_text(error_body(error))
+
+
+def wrong_verb(failure, request, response) -> str:
+    """What is said of the verbs of an address: to who asks for them, and to who took another."""
+    verbs = set(failure.headers['Allow'].split(',')) - {'PROXY'}
+    verbs = sorted(verbs | {'OPTIONS'} | ({'HEAD'} if 'GET' in verbs else set()))
+    response.set_header('Allow', ', '.join(verbs))
+    if request.method == 'OPTIONS':
+        response.status = 204
+        return ''
+    use = ' or '.join(each for each in verbs if each not in ('HEAD', 'OPTIONS'))
+    return json_text(error_body(Error(f'{request.method} is not for this address; use {use}')))
+
+
+def name_request(request, response) -> None:
+    """Gives an answer the name that its request came with, or a new one, under which logs tell of it."""
+    name = request.environ.get('HTTP_X_REQUEST_ID', '')
+    if not re.fullmatch('[A-Za-z0-9._-]{1,64}', name):
+        name = f'req-{uuid.uuid4()}'
+    for header in ('X-Request-Id', 'X-Openstack-Request-Id'):
+        response.set_header(header, name)
 
 
 def plain_path(environ: dict) -> None:
@@ -12232,25 +12512,51 @@ def plain_path(environ: dict) -> None:
     environ['PATH_INFO'] = environ['PATH_INFO'].rstrip('/') or '/'
 
 
+def who_asks(request, visitor: Callable | None = None) -> Actor:
+    """Whose token a request has; who only reads may have signed in to the page instead."""
+    token = bearer(request)
+    if not token and visitor and request.method in ('GET', 'HEAD') and (actor := visitor(request)):
+        return actor
+    if not token:
+        raise Unauthorized('a token is needed: Authorization: Bearer TOKEN; an admin makes one '
+                           'with: token add USER')
+    return actor_of(token)
+
+
 def bearer(request) -> str:
-    scheme, _, token = request.environ.get('HTTP_AUTHORIZATION', '').partition(' ')
-    if scheme.lower() != 'bearer' or not token:
-        raise Unauthorized('a token is needed: Authorization: Bearer TOKEN; an admin makes one with: token add USER')
-    return token.strip()
+    """The token of a request; '' without one."""
+    scheme, _, token = request.get_header('Authorization', '').partition(' ')
+    token = token if scheme.lower() == 'bearer' else ''
+    return (token or request.get_header('X-Auth-Token', '')).strip()
 
 
-def read_query(request) -> dict:
+def several(operation: Operation) -> set[str]:
+    """The arguments that take several values, with commas between or each on its own."""
+    return {name for name, each in operation.parameters.items()
+            if each.annotation in (Names, Hosts, Parts)}
+
+
+def read_query(request, several: Iterable[str] = ()) -> dict:
     """The fields of an address, each once."""
-    return fields_of(request.query_string.encode(), 'query')
+    return fields_of(request.query_string.encode(), 'query', several)
 
 
-def fields_of(text: bytes, what: str) -> dict:
-    """The fields of a query or of a form; Invalid if they are not UTF-8, too many, or given twice with two values."""
+def fields_of(text: bytes, what: str, several: Iterable[str] = ()) -> dict:
+    """The fields of a query or of a form.
+
+    Args:
+      several: those that may come more than once
+
+    Raises:
+      Invalid: they are not UTF-8, too many, or given twice with two values.
+    """
     try:
         pairs = parse_qsl(text.decode(), keep_blank_values=True, errors='strict', max_num_fields=100)
     except (UnicodeDecodeError, ValueError):
         raise Invalid(f'the {what} is not UTF-8 or has more than 100 fields') from None
-    return given_once(*({name: value} for name, value in pairs))
+    lists = {each: ','.join(value for name, value in pairs if name == each)
+             for each in several if any(name == each for name, _ in pairs)}
+    return lists | given_once(*({name: value} for name, value in pairs if name not in lists))
 
 
 def whole_body(request, most: int = MOST_BODY) -> bytes:
@@ -13924,7 +14230,7 @@ def web(service: Reservations):
 
     def told(failure):
         request, sentence = bottle.request, error_text(failure, bottle.request, bottle.response)
-        if 'text/html' not in request.get_header('Accept', '') or request.path.startswith((BASE, '/calendar/')):
+        if not sentence or 'text/html' not in request.get_header('Accept', '') or request.path.startswith((BASE, '/calendar/')):
             return sentence
         for name, value in SAFE.items():
             bottle.response.set_header(name, value)
@@ -13932,7 +14238,7 @@ def web(service: Reservations):
         title = 'Not available' if failure.status_code >= 500 else 'Not here'
         return render_page('layout', title=title, body=body, visit=pages.anybody(request), note='',
                            here='', version=LOOK, back='/')
-    app = rest(service, told)
+    app = rest(service, told, lambda request: pages.visit(request).actor)
     pages.mount(app)
     return app
 
@@ -14774,7 +15080,7 @@ def what_follows(operation: Operation, asked: Callable, bound: dict, answer) -> 
     if not answer or len(answer) < bound.get('limit', limit.default) or 'id' not in answer[-1]:
         return ''
     last = answer[-1]
-    after = last['id'] if operation.name == 'events' else f"{int(last['start'].timestamp())}-{last['id']}"
+    after = cursor_of(last)
     shown = last['id'] if operation.name == 'events' else f"{last['start']:%Y-%m-%dT%H:%M:%SZ}/{last['id']}"
     return f'--after {shown}' if asked(**bound | {'after': after, 'limit': 1}) else ''
 

@@ -28,6 +28,7 @@ import email.policy
 import email.utils
 import functools
 import gc
+import gzip
 import html
 import http.client
 import http.server
@@ -46,6 +47,7 @@ import sys
 import threading
 import time
 import uuid
+import wsgiref.util
 import zoneinfo
 from concurrent.futures import ThreadPoolExecutor
 from datetime import date, datetime, timedelta, timezone
@@ -193,7 +195,8 @@ class Rest:
     def call(self, verb: str, path: str, body=None, status=None, **headers):
         """The answer to one request; `body` becomes JSON unless it is bytes."""
         data = b'' if body is None else body if isinstance(body, bytes) else json.dumps(body).encode()
-        headers = {'Authorization': f'Bearer {self.token}', 'Content-Type': 'application/json'} | headers
+        headers = {'Authorization': f'Bearer {self.token}', 'Content-Type': 'application/json'} | {
+            name.replace('_', '-'): value for name, value in headers.items()}
         path = path if path.startswith(('/cm/', '/healthz', '/openapi.json')) else cmres.BASE + path
         return self.web.request(path, method=verb, body=data, headers=headers, status=status)
 
@@ -12381,7 +12384,7 @@ def test_health_needs_no_token(app):
 
 
 def test_openapi_lists_every_operation_and_all_that_it_takes(app):
-    assert app.web.post('/healthz', status=405).headers['Allow'] == 'GET'
+    assert app.web.post('/healthz', status=405).headers['Allow'] == 'GET, HEAD, OPTIONS'
     described = app.call('GET', '/openapi.json').json
     for operation in API.values():
         for verb, path, fixed in operation.routes:
@@ -12412,6 +12415,175 @@ def test_a_dry_run_makes_nothing_so_it_is_not_201(app):
     answer = app.call('POST', '/reservation/', FINE | {'dry_run': True}, 200)
     assert 'Location' not in answer.headers and app.call('GET', '/reservation').json == []
     assert app.call('POST', '/reservation/load', {'rows': [FINE]}, 201).json['refused'] == []
+
+
+def test_a_change_of_what_somebody_else_has_changed_meanwhile_is_412(app):
+    eva, seen = app.as_user(), []
+    eva.call('POST', '/reservation/', FINE, 201)
+    for path in ('/reservation/lab', '/reservation/lab/show'):
+        seen.append(eva.call('GET', path).headers['ETag'])
+    assert seen[0] == seen[1] and 'ETag' not in eva.call('GET', '/reservation').headers
+    book(app.world.as_user(), 'other')
+    eva.call('PATCH', '/reservation/lab', {'vms': 2}, 200, If_Match=seen[0])
+    for verb, path, body in (('PATCH', '', {'vms': 3}), ('POST', '/extend', {'by': '1h'}), ('DELETE', '', None)):
+        answer = eva.call(verb, f'/reservation/lab{path}', body, 412, If_Match=f'"0", {seen[0]}')
+        assert answer.json['kind'] == 'Changed' and 'was changed since you read it' in answer.json['error']
+    again = answer.json['details']['etag']
+    assert again == eva.call('GET', '/reservation/lab').headers['ETag'] != seen[0]
+    eva.call('PATCH', '/reservation/lab', {'vms': 3}, 200, If_Match=f'{seen[0]},{again}')
+    eva.call('PATCH', '/reservation/lab', {'vms': 2}, 200, If_Match='*')
+    eva.call('DELETE', '/reservation/nobody', status=404, If_Match=again)
+
+
+def test_the_state_of_a_reservation_is_no_change_of_it_and_one_of_a_part_is(app):
+    book(app.world.service, start=0.1, part='demo:1,demo:2', resource='-', flavor='m1.small', image='cirros')
+    tag = app.call('GET', '/reservation/lab').headers['ETag']
+    for n in (0.1, 0.11, 0.12):
+        app.world.at(n)
+    assert app.call('GET', '/reservation/lab').json[0]['state'] == 'active'
+    assert app.call('GET', '/reservation/lab/show').headers['ETag'] == tag
+    app.call('POST', '/reservation/lab/extend', {'by': '1h'}, 200, If_Match=tag)  # both parts, one after the other
+    app.call('PATCH', '/reservation/lab-2', {'description': 'x'}, 200)
+    assert len({app.call('GET', f'/reservation/lab{part}').headers['ETag'] for part in ('', '-1', '-2')}) == 2
+    app.call('DELETE', '/reservation/lab', status=412, If_Match=tag)
+
+
+def test_a_request_with_a_key_is_done_once(app):
+    eva, key = app.as_user(), {'Idempotency_Key': 'one'}
+    made = eva.call('POST', '/reservation/', FINE, 201, **key)
+    again = eva.call('POST', '/reservation/', dict(reversed(FINE.items())), 201, **key)
+    assert again.body == made.body and again.headers['Idempotency-Replayed'] == 'true'
+    assert 'ETag' not in again.headers and len(eva.call('GET', '/reservation').json) == 1
+    eva.call('POST', '/reservation/', FINE | {'label': 'b'}, 201, Idempotency_Key='two')
+    other = eva.call('POST', '/reservation/', FINE | {'label': 'c'}, 422, **key).json
+    assert other['kind'] == 'KeyReused' and 'take a new key' in other['error']
+    app.call('POST', '/reservation/', FINE | {'label': 'd'}, 201, **key)  # somebody else's key
+    for n in (1, 2):
+        eva.call('POST', '/reservation/lab/extend', {'by': '1h'}, 200, Idempotency_Key='longer')
+        app.call('POST', '/token', {'user': 'x'}, [201, 409][n - 1], Idempotency_Key='token')
+    assert eva.call('GET', '/reservation/lab/duration').json['seconds'] == 7200
+    assert 'cmres_' not in '\n'.join(each for each in dump() if '"once"' in each)
+    app.world.now += 86401
+    later = FINE | {'label': 'later', 'start': '+1h', 'end': '+1h'}
+    assert eva.call('POST', '/reservation/', later, 201, **key).json['label'] == 'later'
+    assert cmres.row('SELECT count(*) AS n FROM once').n == 1
+
+
+def test_a_refusal_and_a_dry_run_keep_no_key(app):
+    key = {'Idempotency_Key': 'k'}
+    app.call('POST', '/reservation/', FINE | {'vms': 20}, 409, **key)
+    app.call('POST', '/reservation/', FINE | {'dry_run': True}, 200, **key)
+    app.call('POST', '/reservation/', FINE | {'resource': 'x'}, 404, **key)
+    assert app.call('POST', '/reservation/', FINE, 201, **key).json['label'] == 'lab'
+    app.call('POST', '/reservation/lab/extend', {'by': '1h'}, 400, Idempotency_Key='a b')
+
+
+def test_of_two_requests_with_one_key_at_the_same_time_one_is_done(app, monkeypatch):
+    """The second comes after the first has looked for the key, and is faster."""
+    faster, read = [], cmres.Reservations.read_request
+
+    def read_late(self, asked):
+        if not faster:
+            faster.append('the second')
+            app.call('POST', '/reservation/', FINE, 201, Idempotency_Key='k')
+        return read(self, asked)
+    monkeypatch.setattr(cmres.Reservations, 'read_request', read_late)
+    answer = app.call('POST', '/reservation/', FINE, 409, Idempotency_Key='k')
+    assert 'send it again' in answer.json['error'] and len(app.call('GET', '/reservation').json) == 1
+    assert app.call('POST', '/reservation/', FINE, 201, Idempotency_Key='k').json['label'] == 'lab'
+
+
+def test_a_page_of_a_list_links_to_the_next(app):
+    for n in range(5):
+        book(app.world.service, f'é{n}'.replace('é', 'e'), start=n + 1, end=n + 2)
+    for path, name in (('/reservation?limit=2&user=root', 'label'), ('/event?limit=2&after=1', 'id')):
+        found, pages = [], 0
+        while path:
+            answer = app.call('GET', path)
+            found += [each[name] for each in answer.json]
+            link = re.fullmatch('<(/.*)>; rel="next"', answer.headers.get('Link', ''))
+            path, pages = link and link[1], pages + 1
+        assert len(found) == len(set(found)) >= 5 and pages >= 3
+    assert 'Link' not in app.call('GET', '/resource').headers
+
+
+@pytest.mark.parametrize('path, allowed', [
+    ('/healthz', 'GET, HEAD, OPTIONS'), (f'{BASE}/check', 'GET, HEAD, OPTIONS'), (f'{BASE}/claim/', 'OPTIONS, POST'),
+    (f'{BASE}/reservation', 'DELETE, GET, HEAD, OPTIONS, POST'),
+    (f'{BASE}/reservation/lab', 'DELETE, GET, HEAD, OPTIONS, PATCH'), ('/calendar/x.ics', 'GET, HEAD, OPTIONS'),
+    (f'{BASE}/limit/1', 'DELETE, OPTIONS')])
+def test_an_address_tells_its_verbs(app, path, allowed):
+    told = app.web.options(path, status=204)
+    wrong = app.web.request(path, method='PUT', status=405)
+    assert told.headers['Allow'] == wrong.headers['Allow'] == allowed and not told.body
+    assert wrong.json['error'].startswith('PUT is not for this address; use ')
+
+
+def test_every_answer_says_how_it_may_be_kept_and_whose_request_it_is_for(app):
+    for verb, path, status in (('GET', '/reservation', 200), ('GET', '/resource/x', 404), ('PUT', '/resource', 405),
+                               ('GET', '/nothing', 404), ('GET', '/healthz', 200), ('GET', '/openapi.json', 200),
+                               ('HEAD', '/resource', 200), ('GET', '/reservation?limit=x', 400)):
+        answer = app.call(verb, path, status=status, X_Request_Id='req-7')
+        assert answer.headers['X-Request-Id'] == answer.headers['X-Openstack-Request-Id'] == 'req-7'
+        assert answer.headers['Cache-Control'] == 'no-store' and answer.headers['X-Content-Type-Options'] == 'nosniff'
+        assert answer.content_type == 'application/json' and 'Server' not in answer.headers
+    made = [app.call('GET', '/resource', X_Request_Id=each).headers['X-Request-Id'] for each in ('a b', 'x' * 65, '')]
+    assert len(set(made)) == 3 and all(re.fullmatch('req-[0-9a-f-]{36}', each) for each in made)
+
+
+def test_long_answers_are_compressed_for_who_takes_that(app):
+    told = {}
+
+    def asks(path, takes):
+        def told_in(status, headers, failure=None):
+            told.clear() or told.update(headers)
+        environ = {'PATH_INFO': path, 'HTTP_ACCEPT_ENCODING': takes, 'HTTP_AUTHORIZATION': f'Bearer {app.token}'}
+        wsgiref.util.setup_testing_defaults(environ)
+        return b''.join(app.web.app(environ, told_in))
+    plain = asks('/openapi.json', '')
+    for takes, packed in (('gzip', True), ('br, gzip;q=0.5', True), ('gzip;q=0', False), ('identity', False)):
+        text = asks('/openapi.json', takes)
+        assert told.get('Content-Encoding') == ('gzip' if packed else None) and told['Vary'] == 'Accept-Encoding'
+        assert (gzip.decompress(text) if packed else text) == plain and int(told['Content-Length']) == len(text)
+    assert asks(f'{BASE}/resource/demo', 'gzip') and 'Content-Encoding' not in told
+
+
+def test_a_token_may_stand_in_a_header_of_openstack_and_a_cookie_of_the_page_reads(app):
+    get = functools.partial(app.web.get, f'{BASE}/reservation')
+    assert get(headers={'X-Auth-Token': app.token}).json == []
+    get(headers={'X-Auth-Token': 'x'}, status=401)
+    page = webtest.TestApp(cmres.web(app.world.service))
+    page.post('/sign-in', {'token': app.token}, status=303)
+    assert page.get(f'{BASE}/reservation').json == []
+    page.post_json(f'{BASE}/reservation', FINE, status=401)
+    assert webtest.TestApp(app.web.app).get(f'{BASE}/reservation', headers={
+        'Cookie': '; '.join(f'{name}={value}' for name, value in page.cookies.items())}, status=401)
+
+
+def test_a_list_may_come_with_commas_or_each_on_its_own(app):
+    book(app.world.service)
+    for query in ('state=reserved,active', 'state=active&state=reserved', 'state=active&state=reserved,ended'):
+        assert labels(app.call('GET', f'/reservation?{query}').json) == ['lab']
+    assert app.call('GET', '/reservation?state=active&state=ended').json == []
+
+
+def test_who_comes_too_often_is_told_when_to_come_again(app, monkeypatch):
+    for error, seconds in ((cmres.TooMany('x'), '5'), (Unavailable('x', retry_after=7.2), '8')):
+        def refuse(self, error=error):
+            raise error
+        monkeypatch.setattr(cmres.Reservations, 'check', refuse)
+        assert app.call('GET', '/check', status=error.status).headers['Retry-After'] == seconds
+
+
+def test_what_makes_something_says_so_and_where_it_is(app):
+    for path, body, where in (
+            ('/reservation/', FINE, '/reservation/lab'), ('/resource/', {'name': 'x'}, '/resource/x'),
+            ('/limit/', {'most_vms': 3}, '/limit/'), ('/token/', {'user': 'x'}, '/token/'),
+            ('/calendar/feed', {}, '/calendar/'),
+            ('/maintenance/', {'resource': 'demo', 'start': '+1d', 'end': '+1h'}, '/maintenance/')):
+        assert app.call('POST', path, body, 201).headers['Location'] == BASE + where
+        other = {name: 'other' for name in ('label', 'name') if name in body}
+        assert 'Location' not in app.call('POST', path, body | other | {'dry_run': True}, 200).headers
 
 
 def test_the_readme_lists_every_address():
