@@ -143,9 +143,14 @@ class CloudError(Error):
         return status in (0, 401, 408, 429) or status >= 500
 
 
+class UnknownCloud(CloudError):
+    """A cloud that clouds.yaml does not name."""
+    status = 404
+
+
 ERRORS = {kind.__name__: kind for kind in (
     Error, Invalid, Unauthorized, Forbidden, NotFound, Conflict, Changed, TooLarge, TooMany,
-    BadCalendar, KeyReused, NoCapacity, Unavailable, CloudError)}
+    BadCalendar, KeyReused, NoCapacity, Unavailable, CloudError, UnknownCloud)}
 
 
 def nearest(word: str, words: Iterable[str]) -> str:
@@ -2248,6 +2253,21 @@ class RefusalAnswer(Answer):
     error: str
     kind: str
     details: NotRequired[dict]
+
+
+class HealthAnswer(Answer):
+    """Whether the store can be read, and seconds since VMs were looked after."""
+    status: NotRequired[str]
+    last_pass: NotRequired[float]
+    error: NotRequired[str]
+
+
+class ReadyAnswer(Answer):
+    """Whether the store can be written and is whole, and the life cycle makes its passes."""
+    status: str
+    store: dict
+    integrity: NotRequired[dict]
+    scheduler: NotRequired[dict]
 
 
 class Field(NamedTuple):
@@ -4580,6 +4600,8 @@ class OpenStack(Cloud):
 
     def log_in(self):
         import openstack
+        if self.account not in openstack.config.OpenStackConfig().get_cloud_names():
+            raise UnknownCloud(f"there is no cloud '{self.account}' in clouds.yaml", sure=True)
         connection = openstack.connect(cloud=self.account, api_timeout=self.config.call_timeout,
                                        app_name='cmres')
         door = self.door()
@@ -12054,6 +12076,397 @@ class LifeCycle:
             self.look_again(id, now)
 
 
+# Document ####################################################################
+#
+# /openapi.json, OpenAPI 3.1, out of what there is anyway: the marks and signatures of operations,
+# the types by which arguments are read, the types of answers, the examples of the help. A schema
+# says what `bind` takes, which is more than what is written best: examples show that.
+
+BASE = '/cm/v1.0'
+FEEDS = ('/calendar/<secret>/<name>.ics', '/calendar/<secret>.ics')  # programs show the end
+SEED = ('/reservation/add/', '/reservation/delete/')  # older addresses, which name the deed
+WITH_BODY = ('POST', 'PATCH')
+
+#: A text without unseen characters, as far as all dialects of patterns can say it.
+SEEN = '^[^{}' + UNSEEN.pattern[1:-1].partition('\ud800')[0] + ']*$'
+DIGITS = ' *[+-]?[0-9]{1,12} *'
+SHORT_LENGTH = {'type': 'string', 'minLength': 2, 'examples': ['2h', '+1d12h', '90m'], 'pattern':
+                r'^\+?([0-9]{1,4}w)?([0-9]{1,5}d)?([0-9]{1,6}h)?([0-9]{1,8}m)?([0-9]{1,9}s)?$'}
+ISO_LENGTH = {'type': 'string', 'minLength': 3, 'examples': ['PT2H'], 'pattern':
+              '^P([0-9]{1,4}W)?([0-9]{1,5}D)?(T([0-9]{1,6}H)?([0-9]{1,8}M)?([0-9]{1,9}S)?)?$'}
+LONG_LENGTH = {'type': 'string', 'examples': ['1:30', '2 hours'], 'pattern':
+               r'^\+?([0-9]{1,4}:[0-5][0-9]|[0-9]{1,6} (days?|hours?|minutes?|seconds?))$'}
+ISO_DATE = '(19[7-9][0-9]|2[01][0-9][0-9])[-/](0[1-9]|1[0-2])[-/](0[1-9]|[12][0-9]|3[01])'
+ISO_TIME = {'type': 'string', 'examples': ['2026-12-01T09:00+01:00', '2026-12-01 09:00'], 'pattern':
+            f'^{ISO_DATE}([T ]([01][0-9]|2[0-3]):[0-5][0-9](:[0-5][0-9])?'
+            '(Z|[+-](0[0-9]|1[0-3]):[0-5][0-9])?)?$'}
+SPOKEN_CLOCK = '([01]?[0-9]|2[0-3]):[0-5][0-9]'
+SPOKEN_TIME = {'type': 'string', 'examples': ['tomorrow 9:00', '17:00', 'now'], 'pattern':
+               '^(now|((today|tomorrow|((next|this) )?(mon|tue|wed|thu|fri|sat|sun)) )?'
+               f'{SPOKEN_CLOCK})$'}
+NAME = {'type': 'string', 'maxLength': 255, 'pattern': SEEN.format(r'\n\t')}
+TEXT = {'type': 'string', 'maxLength': 65535, 'pattern': SEEN.format('')}
+LABEL = {'type': 'string', 'not': {'enum': [*NO_LABELS]}, 'examples': ['lab']}
+COMMAS = {'type': 'string', 'description': 'with commas between'}
+
+
+def number_schema(least: int, most: int, **more) -> dict:
+    """A number, or its digits: text is what addresses, forms and files have."""
+    return {'type': ['integer', 'string'], 'minimum': least, 'maximum': most,
+            'pattern': f'^{DIGITS}$'} | more
+
+
+def list_schema(item: dict, **more) -> dict:
+    """Several in a list, or in one text."""
+    return {'anyOf': [{'type': 'array', 'items': item, 'maxItems': MOST_PARTS} | more, COMMAS]}
+
+
+#: What each type of an argument takes, under the name that it has here. A few are in answers too.
+SCHEMAS: dict[Any, tuple[str, dict]] = {
+    int: ('Integer', number_schema(1 - 2**53, 2**53 - 1)),
+    bool: ('Boolean', {'type': ['boolean', 'string'], 'pattern':
+                       '^([Tt][Rr][Uu][Ee]|[Yy][Ee][Ss]|1|[Ff][Aa][Ll][Ss][Ee]|[Nn][Oo]|0)$'}),
+    Count: ('Count', number_schema(1, 1_000_000)), Page: ('Page', number_schema(1, 10_000)),
+    Figure: ('Figure', number_schema(0, 10**12)),
+    Most: ('Capacity', number_schema(0, 10**12, pattern=f'^({DIGITS}|unlimited)$')),
+    Label: ('Label', LABEL | {'pattern': '^[A-Za-z0-9._-]{1,64}$'}),
+    NewLabel: ('NewLabel', LABEL | {'pattern': '^[A-Za-z0-9._][A-Za-z0-9._-]{0,63}$'}),
+    Place: ('ResourceName', LABEL | {'not': {'enum': [each for each in NO_LABELS if each != ANY]},
+                                     'pattern': '^[A-Za-z0-9._-]{1,64}$', 'examples': ['demo', ANY]}),
+    Name: ('Name', NAME), Text: ('Text', TEXT), File: ('UserData', TEXT | {'maxLength': 49149}),
+    Cursor: ('Cursor', {'type': ['string', 'integer'], 'minimum': 0, 'pattern':
+                        '^([0-9]{1,18}|[0-9]{1,10}[-/][0-9]{1,18}|' + f'{ISO_DATE}.*/[0-9]{{1,18}})$',
+                        'examples': ['2026-12-01T12:00Z/7']}),
+    Span: ('Length', {'anyOf': [SHORT_LENGTH, ISO_LENGTH, LONG_LENGTH]}),
+    When: ('Time', {'anyOf': [ISO_TIME, SPOKEN_TIME, SHORT_LENGTH, ISO_LENGTH]}),
+    Day: ('Day', {'anyOf': [ISO_TIME, SPOKEN_TIME, SHORT_LENGTH, ISO_LENGTH]}),
+    Names: ('Names', list_schema(NAME, maxItems=100)),
+    Pairs: ('Pairs', {'anyOf': [{'type': 'object', 'maxProperties': 128, 'propertyNames': {
+        'pattern': '^[a-zA-Z0-9_:. -]{1,255}$'}, 'additionalProperties': NAME | TEXT | {'maxLength': 255}},
+        {'type': 'string', 'pattern': '^([a-zA-Z0-9_:. -]+=[^,]*(,|$))*$', 'examples': ['k=v,k=v']}]}),
+    Classes: ('ResourceClasses', {'anyOf': [{'type': 'object', 'maxProperties': 50, 'propertyNames': {
+        'pattern': '^[A-Z0-9_]{1,255}$', 'not': {'enum': [*PLAIN]}},
+        'additionalProperties': number_schema(0, 10**12, pattern=f'^({DIGITS}|unlimited)$')},
+        {'type': 'string', 'pattern': '^([A-Z0-9_]+=[0-9]{1,12}(,|$))*$', 'examples': ['CUSTOM_GPU=2']}]}),
+    Hosts: ('Hosts', list_schema({'type': 'string', 'pattern': r'^[A-Za-z0-9._\[\],-]{1,255}$'},
+                                 minItems=1, examples=[['m01', 'm02']])),
+    Parts: ('Parts', list_schema({'anyOf': [{'type': 'string', 'examples': ['gpu:2']}, {
+        'type': 'object', 'additionalProperties': False, 'properties': {
+            name: number_schema(1, 1_000_000) if kind is Count else NAME
+            for name, kind in PART_FIELDS.items()}}]}, minItems=1)),
+    Rows: ('Rows', {'type': 'array', 'minItems': 1, 'maxItems': 100_000, 'items': {
+        'type': 'object', 'properties': {'line': {'type': 'integer'}}}}),
+    Zone: ('Zone', {'type': 'string', 'pattern': '^([A-Za-z][A-Za-z0-9_+-]*(/[A-Za-z0-9_+-]+)*)?$',
+                    'maxLength': 64, 'examples': ['Europe/Paris', 'UTC']}),
+    Repeat: ('Repetition', {'type': 'string', 'maxLength': 500, 'examples': [
+        'weekly on tue,thu', 'weekdays', 'FREQ=WEEKLY;BYDAY=TU']}),
+    Clash: ('OnConflict', {'type': 'string', 'pattern': r'^ *(refuse|skip|shift=.+) *$',
+                           'examples': ['refuse', 'skip', 'shift=2h']}),
+    Ics: ('ICalendar', {'type': 'string', 'maxLength': MOST_ICS}),
+    Source: ('ICalendarOrUrl', {'type': 'string', 'maxLength': MOST_ICS}),
+    Url: ('Url', {'type': 'string', 'maxLength': 2000, 'pattern': '^(https?|webcals?)://[!-~]+$',
+                  'examples': ['https://calendar.example.org/secret/eva.ics']}),
+    State: ('State', {'type': 'string', 'enum': [*STATES]}),
+    Lasts: ('Lasts', SHORT_LENGTH | {'examples': ['1d2h30m']}),
+    Secret: ('Secret', {'type': 'string', 'description': 'shown only now and kept nowhere'})}
+
+#: What answers hold besides.
+VALUES = {int: {'type': 'integer'}, float: {'type': 'number'}, str: {'type': 'string'},
+          bool: {'type': 'boolean'}, dict: {'type': 'object'}, Any: {}, type(None): {'type': 'null'},
+          datetime: {'type': 'string', 'format': 'date-time', 'examples': ['2026-12-01T09:00:00+00:00']}}
+
+#: The words of which an argument is one.
+CHOICES = {'role': ROLES, 'at_end': ('', *ENDS), 'mode': ('', 'open', *MODES), 'then': THEN,
+           'by_whom': ('project', 'user', 'resource')}
+
+#: Why requests are refused; where a calendar or a key is wrong, the sentence tells which.
+REFUSALS = {400: 'an argument is missing, malformed or unknown', 401: 'no token, or none in force',
+            403: 'the role or the project is too small for it', 404: 'something named is not there',
+            409: 'it does not fit, or not the state of what it is about; nothing was changed',
+            412: 'it was changed since it was read; nothing was changed', 413: 'the body is too large',
+            422: 'the calendar is none, or the Idempotency-Key was another request\'s',
+            429: 'too many requests; try again later', 500: 'a mistake of cmres, which its log tells of',
+            502: 'a cloud refused or did not answer', 503: 'not now; try again later'}
+
+TAGS = {'reservation': 'VMs or capacity of a resource for a time window, once or in a series',
+        'server': 'VMs that stay after their end', 'resource': 'what can be reserved',
+        'maintenance': 'other capacities for a while', 'limit': 'how much anybody may reserve',
+        'calendar': 'calendars that show reservations, and calendars that make them',
+        'claim': 'what the scheduler of Nova asks', 'event': 'the journal',
+        'punctuality': 'how late VMs were', 'report': 'sums for operators',
+        'check': 'the proof that all adds up', 'token': 'who may ask', 'service': 'the server itself'}
+
+HEADERS = {
+    'If-Match': ('the ETag of the reservation that was read; if somebody has changed it since: 412', '"417"'),
+    'Idempotency-Key': ('a name for this request, so that it is done once; remembered for a day',
+                        '0d1f6d3e-8f6c-4d4b-9d34-5f0f2f1a7c11')}
+TOLD = {'ETag': 'the state of the reservation, for If-Match; servers don\'t count',
+        'Location': 'where that is found which was made', 'Link': 'where the list goes on: rel="next"',
+        'Retry-After': 'seconds until it may be tried again', 'WWW-Authenticate': 'Bearer'}
+
+
+class Document:
+    """The parts of /openapi.json; schemas are noted as they are met."""
+
+    def __init__(self):
+        self.schemas: dict[str, dict] = {}
+
+    def whole(self) -> dict:
+        paths: dict = defaultdict(dict)
+        for operation in API.values():
+            for number, (verb, path, fixed) in enumerate(operation.routes):
+                paths[template(BASE + path)][verb.lower()] = self.entry(operation, number, verb, path, fixed)
+        paths |= self.others()
+        return {'openapi': '3.1.0', 'info': {
+            'title': 'cmres', 'version': __version__, 'summary': 'Reservations of VMs on OpenStack clouds',
+            'description': __doc__.partition('\n')[0], 'license': {'name': 'Apache 2.0', 'identifier': 'Apache-2.0'}},
+            'servers': [{'url': '/'}], 'security': [{'bearer': []}, {'token': []}], 'paths': paths,
+            'tags': [{'name': name, 'description': text} for name, text in TAGS.items()],
+            'components': {'schemas': self.schemas, 'responses': self.refusals(),
+                           'parameters': {name: self.header(name) for name in HEADERS},
+                           'securitySchemes': SECURITY}}
+
+    def entry(self, operation: Operation, number: int, verb: str, path: str, fixed: dict) -> dict:
+        """What is said of one verb at one address."""
+        named = re.findall(r'<(\w+)>', path)
+        fields = {name: each for name, each in operation.parameters.items()
+                  if name not in (*named, *fixed)}
+        example = example_of(operation)
+        entry = {'operationId': operation.name.strip('_') + (f'_{number}' if number else ''),
+                 'tags': [path.split('/')[1]], **said_of(operation), 'parameters': [
+                     *(self.parameter(operation, name, 'path', example) for name in named),
+                     *(self.parameter(operation, name, 'query', example) for name in fields
+                       if verb not in WITH_BODY or takes_calendar(operation)),
+                     *({'$ref': f'#/components/parameters/{name}'} for name in conditions(operation, verb))],
+                 'responses': self.responses(operation, verb, path)}
+        if verb in WITH_BODY and fields:
+            entry['requestBody'] = self.body(operation, fields, example)
+        if verb == 'GET':  # who has signed in to the page reads by its cookie
+            entry['security'] = [{'bearer': []}, {'token': []}, {'cookie': []}]
+        return entry | ({'deprecated': True} if path.startswith(SEED) else {})
+
+    def parameter(self, operation: Operation, name: str, place: str, example: dict) -> dict:
+        """An argument in an address; lists come as several, or as one with commas."""
+        found = operation.parameters[name]
+        schema = self.argument(name, found.annotation)
+        if place == 'query' and name in several(operation):
+            schema = {'type': 'array', 'items': {'type': 'string'}, 'maxItems': 100}
+        entry = {'name': name, 'in': place, 'description': WORDS[name], 'schema': schema}
+        if name in example:
+            entry['example'] = example[name].split(',') if schema.get('type') == 'array' else example[name]
+        required = place == 'path' or found.default is REQUIRED and not takes_calendar(operation)
+        return entry | ({'required': True} if required else {})
+
+    def body(self, operation: Operation, fields: dict, example: dict) -> dict:
+        """The arguments in a body, as JSON or, of a calendar, as itself."""
+        optional = {'resource'} if 'part' in fields else ()  # the parts name resources
+        needed = [name for name, each in fields.items()
+                  if each.default is REQUIRED and name not in optional]
+        shape = {'type': 'object', 'additionalProperties': False, 'properties': {
+            name: self.field(name, each) for name, each in fields.items()}}
+        shape |= {'required': needed} if needed else {}
+        given = {name: value for name, value in example.items() if name in fields}
+        whole = given and given.keys() >= {*needed}
+        content = {'application/json': {'schema': shape} | ({'example': given} if whole else {})}
+        if takes_calendar(operation):
+            content['text/calendar'] = {'schema': {'type': 'string'}}
+        return {'required': bool(needed), 'content': content}
+
+    def field(self, name: str, parameter: inspect.Parameter) -> dict:
+        """An argument in a body; null is as if it were not given."""
+        schema, said = self.argument(name, parameter.annotation), {'description': WORDS[name]}
+        null = parameter.default is not REQUIRED or name == 'resource'
+        return ({'anyOf': [schema, {'type': 'null'}]} if null else schema) | said
+
+    def argument(self, name: str, kind) -> dict:
+        """What an argument takes."""
+        if name in CHOICES:
+            return {'type': 'string', 'enum': [*CHOICES[name]]}
+        return self.ref(*SCHEMAS[kind if kind in SCHEMAS else Name])
+
+    def ref(self, name: str, schema: dict) -> dict:
+        """A schema by its name."""
+        self.schemas[name] = schema
+        return {'$ref': f'#/components/schemas/{name}'}
+
+    def answer(self, kind) -> dict:
+        """What is answered."""
+        choices = choices_of(kind)
+        if len(choices) > 1:
+            return {'anyOf': [self.answer(each) for each in choices]}
+        if get_origin(kind) is list:
+            return {'type': 'array', 'items': self.answer(*get_args(kind))}
+        if get_origin(kind) is dict:
+            return {'type': 'object', 'additionalProperties': self.answer(get_args(kind)[1])}
+        if is_answer(kind):
+            return self.ref(kind.__name__.removesuffix('Answer'), self.shape(kind))
+        return VALUES[kind] if kind in VALUES else self.ref(*SCHEMAS[kind])
+
+    def shape(self, kind: type[Answer]) -> dict:
+        """All fields of an answer."""
+        fields = declared(kind)
+        always = [name for name, each in fields.items() if each.always]
+        return {'type': 'object', 'description': inspect.getdoc(kind),
+                'properties': {name: self.answer(each.kind) for name, each in fields.items()},
+                'additionalProperties': self.answer(kind.more) if kind.more else False
+                } | ({'required': always} if always else {})
+
+    def responses(self, operation: Operation, verb: str, path: str) -> dict:
+        """What can come of a request."""
+        done = self.content(operation.answers)
+        told = {'Link': 'after' in operation.parameters,
+                'ETag': verb == 'GET' and '<label>' in path and tells_of_reservations(operation)}
+        headers = {name: header(TOLD[name]) for name, there in told.items() if there}
+        found = {'200': {'description': 'done' if not operation.made else 'what a dry run would do',
+                         'content': done} | ({'headers': headers} if headers else {})}
+        if operation.made:
+            found['201'] = {'description': 'made', 'content': done,
+                            'headers': {'Location': header(TOLD['Location'])}}
+        refusals = {f'{status}': {'$ref': f'#/components/responses/{refusal_name(status)}'}
+                    for status in sorted(statuses_of(operation, verb))}
+        return found | refusals
+
+    def content(self, kind) -> dict:
+        return {'application/json': {'schema': self.answer(kind)}}
+
+    def refusals(self) -> dict:
+        """The answer of each status that refuses."""
+        content = self.content(RefusalAnswer)
+        when = header(TOLD['Retry-After'], {'type': 'integer'})
+        headers = {401: {'WWW-Authenticate': header(TOLD['WWW-Authenticate'])},
+                   429: {'Retry-After': when}, 503: {'Retry-After': when}}
+        return {refusal_name(status): {'description': text, 'content': content} | (
+            {'headers': headers[status]} if status in headers else {}) for status, text in REFUSALS.items()}
+
+    def header(self, name: str) -> dict:
+        text, example = HEADERS[name]
+        return {'name': name, 'in': 'header', 'description': text, 'example': example,
+                'schema': {'type': 'string', 'pattern': '^[!-~]{1,255}$'}}
+
+    def others(self) -> dict:
+        """The addresses that are no operations."""
+        failed = {'500': {'$ref': '#/components/responses/Error'}}
+        late = {'description': 'not so', 'content': self.content(HealthAnswer | RefusalAnswer)}
+        health = {'200': {'description': 'well', 'content': self.content(HealthAnswer)}, '503': late} | failed
+        unready = {'description': 'not so', 'content': self.content(ReadyAnswer)}
+        ready = {'200': {'description': 'ready', 'content': self.content(ReadyAnswer)}, '503': unready}
+        text = {'text/calendar': {'schema': {'type': 'string'}}}
+        away = {'$ref': '#/components/responses/Unavailable'}
+        feed = {'200': {'description': 'a calendar', 'content': text, 'headers': {'ETag': header('of its text')}},
+                '304': {'description': 'as it was'}, '503': away, '404': {'$ref': '#/components/responses/NotFound'}}
+        described = {'200': {'description': 'OpenAPI 3.1', 'content': {'application/json': {'schema': {
+            'type': 'object'}}}}, '401': {'$ref': '#/components/responses/Unauthorized'}, '503': away} | failed
+        return {'/healthz': plain_entry('healthz', 'Tells whether the store can be read and VMs are started', health),
+                '/readyz': plain_entry('readyz', 'Tells whether requests can be answered, and if not, why', ready),
+                '/openapi.json': plain_entry('openapi', 'Describes all addresses', described, [
+                    {'bearer': []}, {'token': []}, {'cookie': []}]),
+                **{template(path): plain_entry(f'feed_{n}' if n else 'feed', 'Shows reservations to calendar programs; '
+                                               'the secret in its address tells whose', feed | failed, names=re.findall(
+                                                   r'<(\w+)>', path)) for n, path in enumerate(FEEDS)}}
+
+
+def plain_entry(name: str, text: str, responses: dict, security: list = [], names: Iterable[str] = ()) -> dict:
+    """An address that only answers."""
+    return {'get': {'operationId': name, 'tags': ['service'], 'summary': text, 'description': f'{text}.',
+                    'security': security, 'responses': responses, 'parameters': [
+                        {'name': each, 'in': 'path', 'required': True, 'schema': {'type': 'string', 'pattern': '^[!-.0-~]+$'},
+                         'description': f'the {each} in the address'} for each in names]}}
+
+
+SECURITY = {'bearer': {'type': 'http', 'scheme': 'bearer', 'description': 'a token that `token add` printed'},
+            'token': {'type': 'apiKey', 'in': 'header', 'name': 'X-Auth-Token',
+                      'description': 'the same, as programs of OpenStack send it'},
+            'cookie': {'type': 'apiKey', 'in': 'cookie', 'name': 'cmres',
+                       'description': 'of who has signed in to the page; it only reads'}}
+
+
+@functools.cache
+def openapi() -> dict:
+    """OpenAPI 3.1 of all that is answered."""
+    return Document().whole()
+
+
+def template(path: str) -> str:
+    """An address as OpenAPI writes it."""
+    return re.sub(r'<(\w+)>', r'{\1}', path).rstrip('/')
+
+
+def header(text: str, schema: dict | None = None) -> dict:
+    return {'description': text, 'schema': schema or {'type': 'string'}}
+
+
+def refusal_name(status: int) -> str:
+    """The kind of error with a status: its first."""
+    return next(name for name, kind in ERRORS.items() if kind.status == status)
+
+
+def said_of(operation: Operation) -> dict:
+    """What its help says of an operation, for who types nothing."""
+    summary, _, more = re.sub(r'\n\n(Example|Args):.*', '', inspect.getdoc(operation.method),
+                              flags=re.S).partition('\n\n')
+    return {'summary': summary.rstrip('.').replace('\n', ' '), 'description': more or summary}
+
+
+def example_of(operation: Operation) -> dict:
+    """The arguments of the first command in the help of an operation."""
+    import shlex
+    found = re.search(r'Example:\n\s*python cmres.py (.*)', inspect.getdoc(operation.method))
+    words = shlex.split(found[1] if found else '')[len(operation.words.split()):]
+    example, names = {}, [*operation.parameters]
+    while words:
+        word = words.pop(0)
+        name = word[2:].replace('-', '_') if word.startswith('--') else names[len(example)]
+        switch = word.startswith('--') and (not words or words[0].startswith('--'))
+        example[name] = True if switch else words.pop(0) if word.startswith('--') else word
+    return {name: value for name, value in example.items()
+            if name in names and operation.parameters[name].annotation not in FROM_FILES}
+
+
+#: What stands for a file on the command line.
+FROM_FILES = (File, Rows, Ics, Source)
+
+
+def takes_calendar(operation: Operation) -> bool:
+    """Whether a calendar may be its body: then other arguments stand in the address."""
+    return any(each.annotation is Ics for each in operation.parameters.values())
+
+
+def several(operation: Operation) -> set[str]:
+    """The arguments that take several values, with commas between or each on its own."""
+    return {name for name, each in operation.parameters.items()
+            if each.annotation in (Names, Hosts, Parts)}
+
+
+def conditions(operation: Operation, verb: str) -> list[str]:
+    """The headers on which it may be made to depend."""
+    return ['If-Match'] * (operation.changes and is_about_one(operation)) + ['Idempotency-Key'] * (verb == 'POST')
+
+
+def is_about_one(operation: Operation) -> bool:
+    """Whether an address of it names the reservation that it is about."""
+    return any(path.startswith('/reservation/<label>') for _, path, _ in operation.routes)
+
+
+def tells_of_reservations(operation: Operation) -> bool:
+    """Whether a reservation is what it answers, or a list of them."""
+    kinds = [one for each in choices_of(operation.answers) for one in get_args(each) or (each,)]
+    return any(is_answer(each) and issubclass(each, ReservationAnswer) for each in kinds)
+
+
+def statuses_of(operation: Operation, verb: str) -> set[int]:
+    """The statuses with which it may be refused."""
+    kinds = {each.annotation for each in operation.parameters.values()}
+    names = operation.parameters.keys()
+    found = {400: True, 401: True, 429: True, 500: True, 503: True,
+             403: operation.changes or operation.role != READER,
+             404: bool(kinds & {Label, Place, Name}) or 'id' in names,
+             409: operation.changes or 'label' in names,
+             412: 'If-Match' in conditions(operation, verb), 413: verb in WITH_BODY,
+             422: verb == 'POST' or Source in kinds,
+             502: bool(names & {*CLOUDY, 'aggregates'})}
+    return {status for status, there in found.items() if there}
+
+
 # REST ########################################################################
 #
 # Routes come from the marks of the service. One wrapper reads, calls and answers; it and the
@@ -12062,12 +12475,11 @@ class LifeCycle:
 # A request may say on what it depends: If-Match, the state of a reservation that it has seen, and
 # Idempotency-Key, that it was not done before. Both are looked at in the transaction that does it.
 
-BASE = '/cm/v1.0'
 MOST_BODY = 2**20  # bytes
 LATE = 60  # seconds without a pass after which a life cycle is taken for broken
 LEAST_GZIP = 1000  # bytes of an answer below which compressing it is in vain
 #: Of every answer that is no page.
-PLAIN = {'Content-Type': 'application/json', 'Cache-Control': 'no-store',
+UNKEPT = {'Content-Type': 'application/json', 'Cache-Control': 'no-store',
          'X-Content-Type-Options': 'nosniff', 'Vary': 'Accept-Encoding'}
 
 
@@ -12097,9 +12509,6 @@ def rest(service: Reservations, told: Callable | None = None, visitor: Callable 
     return app
 
 
-FEEDS = ('/calendar/<secret>/<name>.ics', '/calendar/<secret>.ics')  # programs show the end
-
-
 def handler(service: Reservations, operation: Operation, fixed: dict, visitor: Callable | None) -> Callable:
     """Answers one address: who asks, what is asked, the call, its answer in JSON."""
     import bottle
@@ -12125,7 +12534,7 @@ def document_handler(service: Reservations, visitor: Callable | None) -> Callabl
     def handle():
         try:
             who_asks(bottle.request, visitor)
-            return sent(json_text(openapi()), 200, PLAIN)
+            return sent(json_text(openapi()), 200, UNKEPT)
         except Error as error:
             return refused(error)
     return handle
@@ -12135,7 +12544,7 @@ def respond(acting: Reservations, operation: Operation, bound: dict, request, gi
     """The answer to a call on the conditions of its request."""
     once = once_of(acting, operation, bound, request, given)
     if once and (kept := once.kept()):
-        return sent(kept.answer, kept.status, PLAIN | {'Idempotency-Replayed': 'true'})
+        return sent(kept.answer, kept.status, UNKEPT | {'Idempotency-Replayed': 'true'})
     acting.fence = in_turn(acting.fence, unchanged(acting, operation, bound, request), once and once.claim)
     tag = tag_for(acting, operation, bound)  # before what it tells of is read: it may be older, not newer
     try:
@@ -12150,7 +12559,7 @@ def respond(acting: Reservations, operation: Operation, bound: dict, request, gi
         once.keep(status, text)
     headers = {'ETag': tag, 'Location': location(operation, answer) if status == 201 else '',
                'Link': next_page(operation, answer, request)}
-    return sent(text, status, PLAIN | {name: value for name, value in headers.items() if value})
+    return sent(text, status, UNKEPT | {name: value for name, value in headers.items() if value})
 
 
 def in_turn(*looks: Callable | None) -> Callable:
@@ -12181,7 +12590,7 @@ TAKES_GZIP = re.compile(r'(?:^|[,\s])gzip(?!\s*;\s*q=0(?:\.0*)?\s*(?:,|$))')
 
 def refused(error: Error):
     """The answer that says why something is not done."""
-    return sent(json_text(error_body(error)), error.status, PLAIN | headers_of(error))
+    return sent(json_text(error_body(error)), error.status, UNKEPT | headers_of(error))
 
 
 def headers_of(error: Error) -> dict[str, str]:
@@ -12216,22 +12625,11 @@ def cursor_of(line: dict) -> str:
 # What a request depends on.
 
 
-def is_about_one(operation: Operation) -> bool:
-    """Whether all its addresses but those of lists name the reservation that it is about."""
-    return any(path.startswith('/reservation/<label>') for _, path, _ in operation.routes)
-
-
 def tag_for(acting: Reservations, operation: Operation, bound: dict) -> str:
     """The ETag of a reservation that is read; of anything else none."""
     if operation.changes or not bound.get('label') or not tells_of_reservations(operation):
         return ''
     return tag_of(acting, bound)
-
-
-def tells_of_reservations(operation: Operation) -> bool:
-    """Whether a reservation is what it answers, or a list of them."""
-    kinds = [one for each in choices_of(operation.answers) for one in get_args(each) or (each,)]
-    return any(is_answer(each) and issubclass(each, ReservationAnswer) for each in kinds)
 
 
 def tag_of(acting: Reservations, bound: dict) -> str:
@@ -12356,7 +12754,7 @@ def feed_handler(service: Reservations) -> Callable:
         except Error as error:
             return refused(error)
         same = etag in bottle.request.headers.get('If-None-Match', '')
-        return sent('' if same else text, 304 if same else 200, PLAIN | {
+        return sent('' if same else text, 304 if same else 200, UNKEPT | {
             'Content-Type': 'text/calendar; charset=utf-8', 'ETag': etag,
             'Cache-Control': 'private, no-cache'})
     return handle
@@ -12399,7 +12797,7 @@ def health_handler(service: Reservations) -> Callable:
         if age > LATE:
             status, body = 503, {'last_pass': round(age, 1), 'error': 'no VM was started or ended for '
                                  f'{format_duration(age)}; the log of this server says why'}
-        return sent(json_text(body), status, PLAIN)
+        return sent(json_text(body), status, UNKEPT)
     return handle
 
 
@@ -12419,7 +12817,7 @@ class Readiness:
             if time.monotonic() >= self.until:
                 self.found, self.until = self.look_safely(), time.monotonic() + 1
             found = self.found
-        return sent(json_text(found), 200 if found['status'] == 'ready' else 503, PLAIN)
+        return sent(json_text(found), 200 if found['status'] == 'ready' else 503, UNKEPT)
 
     def look_safely(self) -> dict:
         """What is so now, also where that can't be read."""
@@ -12465,7 +12863,7 @@ def error_body(error: Error) -> dict:
 
 def error_text(failure, request, response) -> str:
     """The JSON of what never reached a handler: no such address, wrong verb, a bug."""
-    for name, value in PLAIN.items():
+    for name, value in UNKEPT.items():
         response.set_header(name, value)
     if failure.status_code == 405:
         return wrong_verb(failure, request, response)
@@ -12530,12 +12928,6 @@ def bearer(request) -> str:
     return (token or request.get_header('X-Auth-Token', '')).strip()
 
 
-def several(operation: Operation) -> set[str]:
-    """The arguments that take several values, with commas between or each on its own."""
-    return {name for name, each in operation.parameters.items()
-            if each.annotation in (Names, Hosts, Parts)}
-
-
 def read_query(request, several: Iterable[str] = ()) -> dict:
     """The fields of an address, each once."""
     return fields_of(request.query_string.encode(), 'query', several)
@@ -12568,8 +12960,7 @@ def whole_body(request, most: int = MOST_BODY) -> bytes:
 
 def most_body(operation: Operation) -> int:
     """How many bytes its body may have: a calendar in JSON is longer than in a file."""
-    takes_calendar = any(each.annotation is Ics for each in operation.parameters.values())
-    return 2 * MOST_ICS if takes_calendar else MOST_BODY
+    return 2 * MOST_ICS if takes_calendar(operation) else MOST_BODY
 
 
 def read_body(request, most: int) -> dict:
@@ -12599,55 +12990,6 @@ def given_once(*sources: dict) -> dict:
                 raise Invalid(f'{name} is given twice: {shown(given[name])} and {shown(value)}')
             given[name] = value
     return given
-
-
-SCHEMAS = {int: {'type': 'integer'}, Cursor: {'type': ['string', 'integer']},
-           bool: {'type': 'boolean'}, Count: {'type': 'integer', 'minimum': 1},
-           Most: {'oneOf': [{'type': 'integer', 'minimum': 0}, {'const': 'unlimited'}]},
-           Label: {'type': 'string', 'pattern': '^[A-Za-z0-9._-]{1,64}$'},
-           NewLabel: {'type': 'string', 'pattern': '^[A-Za-z0-9._][A-Za-z0-9._-]{0,63}$'},
-           Names: {'type': 'array', 'items': {'type': 'string'}},
-           Pairs: {'type': 'object', 'additionalProperties': {'type': 'string'}},
-           Rows: {'type': 'array', 'items': {'type': 'object'}},
-           Classes: {'type': 'object', 'additionalProperties': {'type': 'integer', 'minimum': 0}},
-           Hosts: {'type': 'array', 'items': {'type': 'string'}, 'maxItems': MOST_PARTS},
-           Parts: {'type': 'array', 'maxItems': MOST_PARTS, 'items': {'oneOf': [
-               {'type': 'string'}, {'type': 'object', 'additionalProperties': False, 'properties': {
-                   name: {'type': 'integer' if kind is Count else 'string'} for name, kind in PART_FIELDS.items()}}]}}}
-
-
-def openapi() -> dict:
-    """OpenAPI 3.1 of all operations, out of the same signatures that read the arguments."""
-    paths: dict = defaultdict(dict)
-    for operation in API.values():
-        for number, (verb, path, fixed) in enumerate(operation.routes):
-            named = re.findall(r'<(\w+)>', path)
-            fields = {name: each for name, each in operation.parameters.items() if name not in (*named, *fixed)}
-            entry = {'operationId': operation.name + (f'_{number}' if number else ''), 'summary': operation.summary,
-                     'parameters': [openapi_parameter(name, operation.parameters[name], 'path') for name in named],
-                     'responses': {'200': {'description': 'done'},
-                                   'default': {'description': 'refused: {"error": "..."}'}}}
-            if verb in ('POST', 'PATCH'):
-                entry['requestBody'] = {'content': {'application/json': {'schema': openapi_object(fields)}}}
-            else:
-                entry['parameters'] += [openapi_parameter(name, each, 'query') for name, each in fields.items()]
-            paths[(BASE + path).replace('<', '{').replace('>', '}')][verb.lower()] = entry
-    return {'openapi': '3.1.0', 'info': {'title': 'cmres', 'version': __version__}, 'paths': paths,
-            'components': {'securitySchemes': {'token': {'type': 'http', 'scheme': 'bearer'}}},
-            'security': [{'token': []}]}
-
-
-def openapi_parameter(name: str, parameter, place: str) -> dict:
-    return {'name': name, 'in': place, 'required': place == 'path', 'description': WORDS[name],
-            'schema': SCHEMAS.get(parameter.annotation, {'type': 'string'})}
-
-
-def openapi_object(fields: dict) -> dict:
-    return {'type': 'object', 'additionalProperties': False,
-            'properties': {name: SCHEMAS.get(each.annotation, {'type': 'string'}) | {'description': WORDS[name]}
-                           for name, each in fields.items()},
-            'required': [name for name, each in fields.items() if each.default is each.empty
-                         and (name, 'part') != ('resource', 'part' if 'part' in fields else '')]}
 
 
 # Page ########################################################################
@@ -12915,6 +13257,9 @@ TEMPLATES = {'layout': '''<!doctype html>
 {{!body}}
 </main>
 <footer>
+% if visit.actor:
+<p><a href="/docs">REST</a></p>
+% end
 <form method="post" action="/zone" class="row">{{!visit.guard}}<label>Times are in the zone
 <input name="zone" value="{{visit.zone.key}}" autocomplete="off"></label>
 <input type="hidden" name="next" value="{{back}}">
@@ -12935,6 +13280,55 @@ TEMPLATES = {'layout': '''<!doctype html>
 <div><button class="main">Sign in</button></div>
 </form>
 </div>
+''', 'docs': '''
+<p class="soft">All that programs can ask for, with a token in the header <code>Authorization: Bearer TOKEN</code>
+or <code>X-Auth-Token</code>. The same for programs: <a href="/openapi.json">/openapi.json</a> (OpenAPI 3.1).</p>
+<nav class="tabs" aria-label="Kinds">
+% for tag in tags:
+<a href="#{{tag}}">{{tag}}</a>
+% end
+<a href="#kinds">kinds</a></nav>
+% for tag, (text, entries) in tags.items():
+<h2 id="{{tag}}">{{tag.capitalize()}}</h2>
+<p class="soft">{{text.capitalize()}}.</p>
+% for verb, path, entry, arguments in entries:
+<details class="card"><summary><strong>{{verb}}</strong> <code>{{path}}</code>
+{{'(old form)' if entry.get('deprecated') else ''}} <span class="soft">{{entry['summary']}}</span></summary>
+<p>{{entry['description']}}</p>
+% if arguments:
+<div class="scroll"><table><thead><tr><th>Argument</th><th>In</th><th>Kind</th><th>Meaning</th></tr></thead><tbody>
+% for name, place, needed, kind, meaning in arguments:
+<tr><td data-name="Argument"><code>{{name}}</code>{{' (needed)' if needed else ''}}</td><td data-name="In">{{place}}</td>
+<td data-name="Kind">{{kind}}</td><td data-name="Meaning">{{meaning}}</td></tr>
+% end
+</tbody></table></div>
+% end
+<dl>
+% for status, answer in entry['responses'].items():
+<dt>{{status}}</dt><dd>{{answer.get('description') or refusals[int(status)]}}
+% for kind, content in answer.get('content', {}).items():
+<span class="soft">{{told(content['schema'])}} ({{kind}})</span>
+% end
+</dd>
+% end
+</dl></details>
+% end
+% end
+<h2 id="kinds">Kinds</h2>
+% for name, kind in sorted(kinds.items()):
+<details class="card" id="kind-{{name}}"><summary><strong>{{name}}</strong>
+<span class="soft">{{kind.get('description', '')}}</span></summary>
+% if kind.get('properties'):
+<dl>
+% for field, schema in kind['properties'].items():
+<dt>{{field}}</dt><dd>{{told(schema)}}</dd>
+% end
+</dl>
+% else:
+<p>{{told(kind)}}</p>
+% end
+</details>
+% end
 ''', 'secret': '''
 <div class="card" role="status"><p>{{words}}</p><p><code>{{secret}}</code></p>
 <p>It is shown only now: copy it. Nobody can show it again.</p></div>
@@ -13576,7 +13970,7 @@ class Pages:
                 ('GET', '/', self.plan), ('GET', '/list', self.list), ('GET', '/book', self.book),
                 ('POST', '/book', self.add), ('GET', '/book/check', self.check),
                 ('GET', '/r/<label>', self.reservation), ('GET', '/r/<label>/live', self.live),
-                ('GET', '/admin', self.admin), ('POST', '/do/<name>', self.do)):
+                ('GET', '/admin', self.admin), ('GET', '/docs', self.docs), ('POST', '/do/<name>', self.do)):
             app.route(path, verb, self.visited(handle))
         for verb, path, handle in (('GET', '/sign-in', self.ask), ('POST', '/sign-in', self.sign_in),
                                    ('POST', '/sign-out', self.sign_out), ('POST', '/zone', self.choose_zone)):
@@ -13584,6 +13978,16 @@ class Pages:
         for path, text, kind in (('/page.css', STYLE, 'text/css'), ('/page.js', SCRIPT, 'text/javascript')):
             app.route(path, 'GET', lambda text=text, kind=kind: answered(text, headers={
                 'Content-Type': f'{kind}; charset=utf-8', 'Cache-Control': 'public, max-age=31536000, immutable'}))
+
+    def docs(self, visit: Visit, given: dict):
+        """What programs can ask for: /openapi.json for people."""
+        told = openapi()
+        by_tag = {tag['name']: (tag['description'], []) for tag in told['tags']}
+        for path, verbs in told['paths'].items():
+            for verb, entry in verbs.items():
+                by_tag[entry['tags'][0]][1].append((verb.upper(), path, entry, arguments_told(entry)))
+        return self.page(visit, 'REST', render_page('docs', tags=by_tag, kinds=told['components']['schemas'],
+                                                    told=kind_told, refusals=REFUSALS))
 
     # Who visits
 
@@ -14078,6 +14482,29 @@ def told_done(name: str, said: dict, answer) -> str:
     done = f"'{about}' {DONE[name]}" if name in DONE else f'done: {API[name].words} {about}'
     return '; '.join([done, *warned]) + (
         f'; {len(hit)} were in the way: {told}' if hit else '')
+
+
+def arguments_told(entry: dict) -> list[tuple]:
+    """The arguments of an operation: each with where it stands, whether it must be there, what it is."""
+    body = entry.get('requestBody', {}).get('content', {}).get('application/json', {}).get('schema', {})
+    found = [(each['name'], each['in'], each.get('required', False), kind_told(each['schema']), each['description'])
+             for each in entry['parameters'] if '$ref' not in each]
+    return found + [(name, 'body', name in body['required'] if 'required' in body else False, kind_told(each),
+                     each['description']) for name, each in body.get('properties', {}).items()]
+
+
+def kind_told(schema: dict) -> str:
+    """A schema in a few words: the name of a kind, or what it is of."""
+    if '$ref' in schema:
+        return schema['$ref'].rpartition('/')[2]
+    if 'anyOf' in schema:
+        return ' or '.join(dict.fromkeys(kind_told(each) for each in schema['anyOf']))
+    if 'enum' in schema:
+        return ', '.join(each for each in schema['enum'] if each)
+    if schema.get('type') == 'array':
+        return f"list of {kind_told(schema['items'])}"
+    found = schema.get('format') or schema.get('pattern') or schema.get('type', 'anything')
+    return found if isinstance(found, str) else ' or '.join(found)
 
 
 def answered(text: str, status: int = 200, headers: dict | None = None):

@@ -8798,11 +8798,12 @@ def test_two_that_wait_with_one_server_are_not_let_in_together(world):
 
 def test_openapi_tells_what_parts_hosts_and_classes_are(app):
     found = app.call('GET', '/openapi.json').json['paths']
-    add = found[f'{BASE}/reservation/']['post']['requestBody']['content']['application/json']['schema']
-    assert add['properties']['part']['type'] == 'array' and add['properties']['host']['type'] == 'array'
+    add = found[f'{BASE}/reservation']['post']['requestBody']['content']['application/json']['schema']
+    for name in ('part', 'host'):
+        assert add['properties'][name]['anyOf'][0]['$ref'] == f'#/components/schemas/{name.capitalize()}s'
     assert 'resource' not in add['required'] and {'label', 'start', 'end'} <= set(add['required'])
-    resource = found[f'{BASE}/resource/']['post']['requestBody']['content']['application/json']['schema']
-    assert resource['properties']['classes']['type'] == 'object'
+    resource = found[f'{BASE}/resource']['post']['requestBody']['content']['application/json']['schema']
+    assert resource['properties']['classes']['anyOf'][0]['$ref'] == '#/components/schemas/ResourceClasses'
 
 
 def test_on_the_command_line_options_have_the_names_that_people_give_them(run):
@@ -12388,13 +12389,110 @@ def test_openapi_lists_every_operation_and_all_that_it_takes(app):
     described = app.call('GET', '/openapi.json').json
     for operation in API.values():
         for verb, path, fixed in operation.routes:
-            entry = described['paths'][(BASE + path).replace('<', '{').replace('>', '}')][verb.lower()]
-            told = {each['name'] for each in entry['parameters']} | set(
+            entry = described['paths'][cmres.template(BASE + path)][verb.lower()]
+            told = {each['name'] for each in entry['parameters'] if '$ref' not in each} | set(
                 entry.get('requestBody', {'content': {'application/json': {'schema': {'properties': {}}}}})
                 ['content']['application/json']['schema']['properties'])
-            assert entry['summary'] and told == set(operation.parameters) - set(fixed)
+            assert entry['summary'] and entry['description'] and told == set(operation.parameters) - set(fixed)
+            assert entry.get('deprecated', False) == ('/add/' in path or '/delete/' in path)
     ids = [entry['operationId'] for verbs in described['paths'].values() for entry in verbs.values()]
     assert len(ids) == len(set(ids)) and described['openapi'].startswith('3.')
+
+
+def test_openapi_points_only_to_what_it_has_and_names_every_kind_once(app):
+    text = json.dumps(described := app.call('GET', '/openapi.json').json)
+    for place, kind, name in set(re.findall('"#/(components)/([a-zA-Z]+)/([^"]+)"', text)):
+        assert name in described[place][kind], name
+    kinds = [name for name, _ in cmres.SCHEMAS.values()] + [
+        name.removesuffix('Answer') for name, each in vars(cmres).items() if cmres.is_answer(each)]
+    assert len(kinds) == len(set(kinds))
+    assert {each['tags'][0] for verbs in described['paths'].values() for each in verbs.values()} <= {
+        each['name'] for each in described['tags']}
+    assert set(described['paths']) >= {'/healthz', '/readyz', '/openapi.json', '/calendar/{secret}.ics'}
+    assert described['paths'][BASE + '/reservation']['post']['requestBody']['content']['application/json'][
+        'example'] == {'label': 'lab', 'resource': 'demo', 'start': '2026-12-01T09:00', 'end': '+2h', 'vms': '3',
+                       'flavor': 'm1.small', 'image': 'cirros'}
+
+
+def fits(value, schema, kinds) -> bool:
+    """Whether a schema of the document takes a value: as much of JSON Schema as it uses for arguments."""
+    if '$ref' in schema:
+        return fits(value, kinds[schema['$ref'].rpartition('/')[2]], kinds)
+    if 'anyOf' in schema:
+        return any(fits(value, each, kinds) for each in schema['anyOf'])
+    if 'not' in schema and fits(value, schema['not'], kinds) or value not in schema.get('enum', [value]):
+        return False
+    types = {'string': str, 'integer': int, 'array': list, 'object': dict, 'boolean': bool, 'null': type(None)}
+    named = schema.get('type', [*types])
+    if type(value) not in [types[each] for each in (named if isinstance(named, list) else [named])]:
+        return False
+    if isinstance(value, str):
+        return bool(re.search(schema.get('pattern', ''), value)) and (
+            schema.get('minLength', 0) <= len(value) <= schema.get('maxLength', 10**9))
+    if isinstance(value, int):
+        return schema.get('minimum', value) <= value <= schema.get('maximum', value)
+    return not isinstance(value, list) or all(fits(each, schema['items'], kinds) for each in value)
+
+
+@pytest.mark.parametrize('kind, values', [
+    (cmres.When, ['2026-12-01T09:00:00+01:00', '2026-12-01', '2026-12-01 09:00', 'now', 'tomorrow 9:00', '+2h', '17:00',
+                  'next tue 14:00', 'PT2H']),
+    (cmres.Day, ['2026-12-01', 'mon 9:00', '+1d']), (cmres.Span, ['2h', '+1d12h', '90m', 'PT2H', '1:30', '2 hours', 'P1DT2H']),
+    (int, [5, '5', '-5', ' 7']), (bool, [True, 'true', 'No', '0']), (cmres.Count, [1, '1', 1_000_000]),
+    (cmres.Most, [0, '7', 'unlimited']), (cmres.Label, ['lab', '-x', 'a.b_c']), (cmres.NewLabel, ['lab']),
+    (cmres.Place, ['demo', '-']), (cmres.Name, ['', 'Ève', 'a b']), (cmres.Names, ['a,b', ['a', 'b'], []]),
+    (cmres.Pairs, ['k=v,l=w', '', {'k': 'v'}]), (cmres.Classes, ['CUSTOM_GPU=2', {'CUSTOM_GPU': 2, 'X': 'unlimited'}]),
+    (cmres.Hosts, ['m[01-05]', ['m01', 'm02']]), (cmres.Parts, ['gpu:2,cpu:20', [{'resource': 'gpu', 'vms': 2}], ['gpu:2']]),
+    (cmres.Zone, ['Europe/Paris', 'UTC', 'Etc/GMT+3', '']), (cmres.Repeat, ['weekly on tue', 'FREQ=DAILY', '']),
+    (cmres.Clash, ['refuse', 'skip', 'shift=2h']), (cmres.Cursor, ['7', 7, '1796126400-7', '2026-12-01T12:00Z/7']),
+    (cmres.Url, ['https://example.org/x.ics', 'webcal://example.org/']), (cmres.Page, [1, '10000']), (cmres.Text, ['a\nb'])])
+def test_what_a_kind_is_said_to_take_is_taken(kind, values):
+    kinds, here = cmres.openapi()['components']['schemas'], Here(PARIS, NOON)
+    for value in values:
+        cmres.READERS[kind](value, here)
+        assert fits(value, cmres.SCHEMAS[kind][1], kinds), value
+
+
+@pytest.mark.parametrize('kind, values', [
+    (int, ['x', 1.5, None, True, '']), (bool, [1, 'maybe', '']), (cmres.Count, [0, 'x', 1_000_001]), (cmres.Most, [-2, 'none']),
+    (cmres.Label, ['add', 'delete', '', 'a/b', '-', 'é', 'x' * 65]), (cmres.NewLabel, ['-x']), (cmres.Place, ['', 'add']),
+    (cmres.Name, ['a\u202eb', 'x' * 256, 5, 'a\nb']), (cmres.Span, ['2', 'x', '', 'P', '+']), (cmres.When, ['', 'x', 5, 'T']),
+    (cmres.Names, [5, [1], {}]), (cmres.Pairs, [5, 'x', {'k': 1}, {'é': 'x'}]), (cmres.Classes, ['X', {'VCPU': 1}]),
+    (cmres.Url, ['ftp://x', '', 'x y']), (cmres.Zone, ['no zone']), (cmres.Clash, ['never']), (cmres.Page, [0, 10_001])])
+def test_what_a_kind_is_said_to_refuse_is_refused(kind, values):
+    kinds, here = cmres.openapi()['components']['schemas'], Here(PARIS, NOON)
+    for value in values:
+        with pytest.raises((ValueError, TypeError, Invalid)):
+            cmres.READERS[kind](value, here)
+        schema = cmres.SCHEMAS[kind][1]
+        assert not fits(value, schema, kinds) or isinstance(value, (dict, str)) and kind in (cmres.Pairs, cmres.Classes), value
+
+
+def test_every_status_that_was_met_is_told(app):
+    """By an operation of each kind: what it answers stands in the document."""
+    described = app.call('GET', '/openapi.json').json['paths']
+    app.call('POST', '/reservation/', FINE, 201)
+    for verb, path, where, body, status, headers in (
+            ('POST', '/reservation', '/reservation', FINE | {'label': 'x', 'dry_run': True}, 200, {}),
+            ('POST', '/reservation', '/reservation', {}, 400, {}), ('GET', '/reservation', '/reservation', None, 401,
+                                                                   {'Authorization': 'x'}),
+            ('GET', '/reservation/x', '/reservation/{label}', None, 404, {}),
+            ('POST', '/reservation', '/reservation', FINE, 409, {}),
+            ('DELETE', '/reservation/lab', '/reservation/{label}', None, 412, {'If-Match': '"x"'}),
+            ('POST', '/reservation', '/reservation', b' ' * (2**20 + 1), 413, {}),
+            ('POST', '/reservation/import', '/reservation/import', {'file': 'x'}, 422, {})):
+        app.call(verb, path, body, status, **headers)
+        assert f'{status}' in described[BASE + where][verb.lower()]['responses']
+    assert '403' in described[BASE + '/check']['get']['responses']
+    assert not {'403', '412'} & described[BASE + '/reservation']['get']['responses'].keys()
+
+
+def test_the_page_of_the_document_names_every_address_and_asks_no_other_host(world):
+    answer = as_visitor(world).get('/docs')
+    assert "default-src 'none'" in answer.headers['Content-Security-Policy']
+    for path in cmres.openapi()['paths']:
+        assert f'<code>{path}</code>' in answer.text
+    assert not re.findall('(?:src|href)="(?!/|#)', answer.text) and 'style=' not in answer.text
 
 
 @pytest.mark.parametrize('path', ['/reservation', '/resource', '/resource/demo', '/token', '/event', '/check',
@@ -17971,7 +18069,7 @@ def test_a_credential_is_read_anew_after_a_401_and_nobody_else_knocks_for_a_whil
 
 
 def test_a_cloud_that_is_not_there_or_not_in_the_file_is_told_of(nova, tmp_path):
-    with pytest.raises(cmres.CloudError, match='the cloud nosuch could not be reached: Cloud nosuch was not found'):
+    with pytest.raises(cmres.CloudError, match="there is no cloud 'nosuch' in clouds.yaml"):
         verbs(nova, 'nosuch').servers()
     nova.stop()
     with pytest.raises(cmres.CloudError, match='the cloud lab could not be reached: .') as failure:
