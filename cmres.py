@@ -76,7 +76,6 @@ import sys
 import textwrap
 import threading
 import time
-import uuid
 from bisect import bisect_left
 from collections import Counter, defaultdict, deque, namedtuple
 from concurrent.futures import ThreadPoolExecutor
@@ -2180,7 +2179,7 @@ class FeedAnswer(Answer):
 
 
 class EventAnswer(Answer):
-    """A line of the journal."""
+    """A line of the event log."""
     id: int
     at: datetime
     actor: str
@@ -12157,7 +12156,7 @@ SCHEMAS: dict[Any, tuple[str, dict]] = {
     bool: ('Boolean', {'type': ['boolean', 'string'], 'pattern':
                        '^([Tt][Rr][Uu][Ee]|[Yy][Ee][Ss]|1|[Ff][Aa][Ll][Ss][Ee]|[Nn][Oo]|0)$'}),
     Count: ('Count', number_schema(1, 1_000_000)), Page: ('Page', number_schema(1, 10_000)),
-    Figure: ('Figure', number_schema(0, 10**12)),
+    Figure: ('Amount', number_schema(0, 10**12)),
     Most: ('Capacity', CAPACITY),
     Label: ('Label', LABEL | {'pattern': '^[A-Za-z0-9._-]{1,64}$'}),
     NewLabel: ('NewLabel', LABEL | {'pattern': '^[A-Za-z0-9._][A-Za-z0-9._-]{0,63}$'}),
@@ -12220,7 +12219,7 @@ TAGS = {
     'server': 'VMs that stay after their end', 'resource': 'what can be reserved',
     'maintenance': 'other capacities for a while', 'limit': 'how much anybody may reserve',
     'calendar': 'calendars that show reservations, and calendars that make them',
-    'claim': 'what the scheduler of Nova asks', 'event': 'the journal',
+    'claim': 'what the scheduler of Nova asks', 'event': 'what happened, when and why',
     'punctuality': 'how late VMs were', 'report': 'sums for operators',
     'check': 'the proof that all adds up', 'token': 'who may ask', 'service': 'the server itself'}
 
@@ -12294,7 +12293,7 @@ class Document:
         """An argument in an address; lists come as several, or as one with commas."""
         found, example = operation.parameters[name], example_of(operation).get(name)
         listed = place == 'query' and name in several(operation)
-        schema = LISTED if listed else self.argument(name, found.annotation)
+        schema = LISTED if listed else self.argument(name, found)
         entry = {'name': name, 'in': place, 'description': WORDS[name], 'schema': schema}
         if example is not None:
             entry['example'] = example.split(',') if listed else example
@@ -12316,16 +12315,19 @@ class Document:
 
     def field(self, name: str, parameter: inspect.Parameter) -> dict:
         """An argument in a body; null is as if it were not given."""
-        schema = self.argument(name, parameter.annotation)
+        schema = self.argument(name, parameter)
         if parameter.default is not REQUIRED or name == 'resource':
             schema = {'anyOf': [schema, VALUES[type(None)]]}
         return schema | {'description': WORDS[name]}
 
-    def argument(self, name: str, kind) -> dict:
-        """What an argument takes."""
+    def argument(self, name: str, parameter: inspect.Parameter) -> dict:
+        """What an argument takes; one that filters, also what stands for anything."""
         if name in CHOICES:
             return {'type': 'string', 'enum': [*CHOICES[name]]}
-        return self.ref(*SCHEMAS[kind])
+        schema = self.ref(*SCHEMAS[parameter.annotation])
+        if name in FILTERS and parameter.default is not REQUIRED and parameter.annotation != Name:
+            return {'anyOf': [schema, {'type': 'string', 'enum': [ANY]}]}
+        return schema
 
     def ref(self, name: str, schema: dict) -> dict:
         """A schema by its name."""
@@ -12544,13 +12546,21 @@ def rest(service: Reservations, told: Callable | None = None, visitor: Callable 
     app.add_hook('after_request', lambda: name_request(bottle.request, bottle.response))
     for operation in API.values():
         for verb, path, fixed in operation.routes:
-            app.route((BASE + path).rstrip('/'), verb, handler(service, operation, fixed, visitor))
+            app.route(rule(operation, path), verb, handler(service, operation, fixed, visitor))
     app.route('/healthz', 'GET', health_handler(service))
     for path in FEEDS:
         app.route(path, 'GET', feed_handler(service))
     app.route('/readyz', 'GET', Readiness(service).answer, skip=[answering])
     app.route('/openapi.json', 'GET', document_handler(service, visitor))
     return app
+
+
+def rule(operation: Operation, path: str) -> str:
+    """An address as bottle takes it: where a number must be, a word is of another address."""
+    for name, each in operation.parameters.items():
+        if each.annotation is int:
+            path = path.replace(f'<{name}>', f'<{name}:re:[+-]?[0-9]+>')
+    return (BASE + path).rstrip('/')
 
 
 def handler(service: Reservations, operation: Operation, fixed: dict,
@@ -12952,6 +12962,7 @@ def wrong_verb(failure, request, response) -> str:
 
 def name_request(request, response) -> None:
     """Gives an answer the name that its request came with, or a new one."""
+    import uuid
     name = request.environ.get('HTTP_X_REQUEST_ID', '')
     if not re.fullmatch('[A-Za-z0-9._-]{1,64}', name):
         name = f'req-{uuid.uuid4()}'

@@ -12609,7 +12609,7 @@ def test_a_page_of_a_list_links_to_the_next(app):
     ('/healthz', 'GET, HEAD, OPTIONS'), (f'{BASE}/check', 'GET, HEAD, OPTIONS'), (f'{BASE}/claim/', 'OPTIONS, POST'),
     (f'{BASE}/reservation', 'DELETE, GET, HEAD, OPTIONS, POST'),
     (f'{BASE}/reservation/lab', 'DELETE, GET, HEAD, OPTIONS, PATCH'), ('/calendar/x.ics', 'GET, HEAD, OPTIONS'),
-    (f'{BASE}/limit/1', 'DELETE, OPTIONS')])
+    (f'{BASE}/limit/1', 'DELETE, OPTIONS'), (f'{BASE}/calendar/subscription', 'OPTIONS, POST')])
 def test_an_address_tells_its_verbs(app, path, allowed):
     told = app.web.options(path, status=204)
     wrong = app.web.request(path, method='PUT', status=405)
