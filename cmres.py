@@ -14153,7 +14153,7 @@ def plain_call(operation: Operation, words: list[str]) -> Call | None:
 
 
 #: What may stand for some arguments.
-CHOICES = {'state': STATES, 'role': ROLES, 'mode': (*MODES, 'open'), 'at_end': ENDS, 'on_conflict': CLASHES,
+KNOWN_VALUES = {'state': STATES, 'role': ROLES, 'mode': (*MODES, 'open'), 'at_end': ENDS, 'on_conflict': CLASHES,
            'then': THEN, 'format': FORMATS, 'shell': tuple(COMPLETIONS)}
 
 
@@ -14184,8 +14184,8 @@ def completed(words: list[str]) -> list[str]:
 def values_of(operation: Operation, name: str = '') -> list[str]:
     """What stands in the store for an argument, or may stand there."""
     name = name.removeprefix('--').replace('-', '_')
-    if name in CHOICES:
-        return list(CHOICES[name])
+    if name in KNOWN_VALUES:
+        return list(KNOWN_VALUES[name])
     config = load_config()
     service = Client(config.url, config.token) if config.url else local_service(config)
     if name in ('resource', 'resources') or name == 'name' and operation.name.startswith('resource_'):
