@@ -3886,7 +3886,9 @@ class Aggregate(NamedTuple):
 
 
 def classes_of(extra_specs: dict) -> tuple:
-    """The resource classes that a flavor asks for, of all its groups (Nova's extra specs resources*:CLASS)."""
+    """The resource classes that a flavor asks for, of all its groups (Nova's extra specs
+    resources*:CLASS).
+    """
     found: dict = defaultdict(int)
     for key, value in extra_specs.items():
         match = re.fullmatch('resources[A-Za-z0-9_-]*:([A-Z0-9_]+)', key)
@@ -3896,7 +3898,9 @@ def classes_of(extra_specs: dict) -> tuple:
 
 
 class Seen(NamedTuple):
-    """A server of ours as its cloud shows it: Nova's status in lower case, `made` in seconds since 1970."""
+    """A server of ours as its cloud shows it: Nova's status in lower case, `made` in seconds since
+    1970.
+    """
     uid: str
     mark: str
     state: str
@@ -3938,9 +3942,11 @@ class Cloud:
         return [each.name for each in self.things(kind) if each.name and sight.shows(kind, each)]
 
     def boot(self, machine: Machine) -> str:
-        """Begins to make one server and tells its id; unless CloudError is `sure`, it may exist all the same.
+        """Begins to make one server and tells its id; unless CloudError is `sure`, it may exist all
+        the same.
 
-        Calls the machine's `fence` just before the one request that makes it, and lets through what that raises.
+        Calls the machine's `fence` just before the one request that makes it, and lets through what
+        that raises.
         """
         raise NotImplementedError
 
@@ -3949,7 +3955,9 @@ class Cloud:
         raise NotImplementedError
 
     def delete(self, uid: str) -> None:
-        """Begins to delete a server; it is gone when servers() doesn't show it; one that is gone already is fine."""
+        """Begins to delete a server; it is gone when servers() doesn't show it; one that is gone
+        already is fine.
+        """
         raise NotImplementedError
 
     def server(self, uid: str) -> Seen | None:
@@ -3957,7 +3965,9 @@ class Cloud:
         raise NotImplementedError
 
     def start(self, uid: str) -> None:
-        """Begins to make a server active that is at rest, in rescue or resized; one that is active is fine."""
+        """Begins to make a server active that is at rest, in rescue or resized; one that is active
+        is fine.
+        """
         raise NotImplementedError
 
     def stop(self, uid: str) -> None:
@@ -3969,7 +3979,9 @@ class Cloud:
         raise NotImplementedError
 
     def snapshot(self, uid: str, name: str) -> str:
-        """Begins to make an image of a server, unless there is one of that name, and tells the image's id."""
+        """Begins to make an image of a server, unless there is one of that name, and tells the
+        image's id.
+        """
         raise NotImplementedError
 
     def saved(self, image: str) -> bool | None:
@@ -3981,15 +3993,21 @@ class Cloud:
         raise NotImplementedError
 
     def mark(self, aggregate: str, resource: str) -> None:
-        """Marks an aggregate with a resource, so that Nova's scheduler asks for it; '' takes the mark away."""
+        """Marks an aggregate with a resource, so that Nova's scheduler asks for it; '' takes the
+        mark away.
+        """
         raise NotImplementedError
 
     def hosts(self, uids: Iterable[str]) -> dict[str, str | None]:
-        """On which host each server is: '' while it is nowhere yet, None if it is gone or failed."""
+        """On which host each server is: '' while it is nowhere yet, None if it is gone or
+        failed.
+        """
         raise NotImplementedError
 
     def time(self) -> float | None:
-        """The cloud's own clock, in seconds since 1970, to about a second; None where it tells none."""
+        """The cloud's own clock, in seconds since 1970, to about a second; None where it tells
+        none.
+        """
         return None
 
     def check(self, named: Iterable[tuple[str, str]], sight: Sight = EVERYTHING) -> list[Thing]:
@@ -4096,15 +4114,19 @@ class OpenStack(Cloud):
             yield
         except Error:
             raise
-        except Exception as error:  # the SDK's, keystoneauth's, requests', urllib3's and the parser's own kinds
+        # the SDK's, keystoneauth's, requests', urllib3's and the parser's own kinds
+        except Exception as error:
             status = getattr(error, 'status_code', None) or getattr(error, 'http_status', None) or 0
             if status == 401:  # the operator may put a new credential into clouds.yaml
                 self.session = None
             response = getattr(error, 'response', None)
-            details = {'retry_after': response.headers.get('Retry-After')} if response is not None else {}
+            details = ({'retry_after': response.headers.get('Retry-After')} if response is not None
+                       else {})
             text = getattr(error, 'details', None) or str(error) or type(error).__name__
-            raise CloudError(f"the cloud {self.account} could not {what}: {textwrap.shorten(str(text), 300)}",
-                             sure or 400 <= status < 500 and status != 408, status=status, **details) from error
+            raise CloudError(f"the cloud {self.account} could not {what}: "
+                             f"{textwrap.shorten(str(text), 300)}",
+                             sure or 400 <= status < 500 and status != 408, status=status,
+                             **details) from error
 
     def find(self, kind, name, sight=EVERYTHING):
         key, oldest = (kind, name, sight), time.monotonic() - self.REMEMBER
@@ -4219,7 +4241,8 @@ class OpenStack(Cloud):
         for (kind, _), thing in zip(named, self.check(named, machine.sight)):
             found[kind].append(thing.id)
         wish = {'name': machine.name, 'metadata': machine.metadata,
-                'flavor_id': found['flavor'][0], 'image_id': found['image'][0], 'tags': [self.store, machine.mark],
+                'flavor_id': found['flavor'][0], 'image_id': found['image'][0],
+                'tags': [self.store, machine.mark],
                 'networks': [{'uuid': id} for id in found['network']] or machine.network or 'auto'}
         if machine.key:
             wish['key_name'] = machine.key
@@ -4298,7 +4321,8 @@ class OpenStack(Cloud):
     def saved(self, image):
         with self.calling('show an image', sure=True) as cloud:
             found = self.got(cloud.image.get_image, image)
-            gone = found is None or found.status in ('killed', 'deleted', 'pending_delete', 'deactivated')
+            gone = (found is None
+                    or found.status in ('killed', 'deleted', 'pending_delete', 'deactivated'))
             return None if gone else found.status == 'active'
 
     def aggregates(self):
@@ -4352,7 +4376,8 @@ class Simulated(Cloud):
     FLAVORS = {'m1.tiny': Flavor(1, 512), 'm1.small': Flavor(1, 2048), 'm1.medium': Flavor(2, 4096),
                'm1.large': Flavor(4, 8192), 'm1.xlarge': Flavor(8, 16384),
                'g1.medium': Flavor(2, 4096, (('CUSTOM_GPU', 1),))}
-    NAMES = {'flavor': FLAVORS, 'image': ('cirros', 'debian-12', 'ubuntu-24.04'), 'network': ('private', 'public'),
+    NAMES = {'flavor': FLAVORS, 'image': ('cirros', 'debian-12', 'ubuntu-24.04'),
+             'network': ('private', 'public'),
              'key': ('default',), 'security_group': ('default',)}
 
     def __init__(self, account: str, store: str, config: Config, clock: Callable[[], float]):
@@ -4373,13 +4398,16 @@ class Simulated(Cloud):
         machine.fence()
         with transaction():
             full = 0 < self.config.simulated_vms <= self.present().count()
-            fault = 'No valid host was found.' if full or random.random() < self.config.simulated_failures else ''
-            insert(SimulatedServer, account=self.account, uid=uid, name=machine.name, mark=machine.mark,
+            fault = ('No valid host was found.' if full
+                     or random.random() < self.config.simulated_failures else '')
+            insert(SimulatedServer, account=self.account, uid=uid, name=machine.name,
+                   mark=machine.mark,
                    made=self.clock(), boots=self.config.simulated_boot, power='active', fault=fault)
         return uid
 
     #: Two hosts, as `resource sync` finds them.
-    AGGREGATES = (Aggregate('gpu', dict.fromkeys(('gpu-1', 'gpu-2'), Amount(0, 16, 65536, (('CUSTOM_GPU', 4),))), ''),)
+    AGGREGATES = (Aggregate('gpu', dict.fromkeys(('gpu-1', 'gpu-2'),
+                                                 Amount(0, 16, 65536, (('CUSTOM_GPU', 4),))), ''),)
 
     def aggregates(self):
         marks = dict(run("SELECT substr(name, 6), value FROM fact WHERE name LIKE 'mark-%'").fetchall())
@@ -4394,12 +4422,14 @@ class Simulated(Cloud):
         return {uid: 'gpu-1' if uid in there else None for uid in uids}
 
     def present(self):
-        return SimulatedServer.select().where(SimulatedServer.account == self.account, SimulatedServer.gone.is_null())
+        return SimulatedServer.select().where(SimulatedServer.account == self.account,
+                                              SimulatedServer.gone.is_null())
 
     def servers(self):
         time.sleep(self.config.simulated_latency)
         ours = SimulatedServer.mark.startswith(self.store)
-        return [self.seen(server) for server in self.present().where(ours).order_by(SimulatedServer.id)]
+        return [self.seen(server)
+                for server in self.present().where(ours).order_by(SimulatedServer.id)]
 
     def server(self, uid):
         found = self.present().where(SimulatedServer.uid == uid).first()
@@ -4479,12 +4509,15 @@ class Clouds:
 
     @functools.cached_property
     def store(self) -> str:
-        """What all our marks begin with: two installations on one cloud don't touch each other's servers."""
+        """What all our marks begin with: two installations on one cloud don't touch each other's
+        servers.
+        """
         return f"cmres-{fact('store')}"
 
     def accounts(self) -> set[str]:
         """All accounts that serve the resources there are."""
-        clouds = {each.cloud for each in rows("SELECT DISTINCT cloud FROM resource WHERE cloud <> ''")}
+        clouds = {each.cloud
+                  for each in rows("SELECT DISTINCT cloud FROM resource WHERE cloud <> ''")}
         known = self.config.read_again().credentials
         return clouds | {entry for key, entry in known.items() if key.rpartition('@')[2] in clouds}
 
@@ -11878,32 +11911,41 @@ MOST_LANES = 8     # of them, one below the other on one resource
 MOST_LINES_SHOWN = 50  # reservations on one page of the list
 THINNEST = 0.7     # percent of a time line that a bar takes at least
 ROOM = 9           # percent of a time line that a label takes
-SAFE = {'Content-Security-Policy': "default-src 'none'; style-src 'self'; script-src 'self'; connect-src 'self'; "
+SAFE = {'Content-Security-Policy': "default-src 'none'; style-src 'self'; script-src 'self'; "
+                                   "connect-src 'self'; "
                                    "form-action 'self'; base-uri 'none'; frame-ancestors 'none'",
-        'X-Frame-Options': 'DENY', 'X-Content-Type-Options': 'nosniff', 'Referrer-Policy': 'same-origin',
+        'X-Frame-Options': 'DENY', 'X-Content-Type-Options': 'nosniff',
+        'Referrer-Policy': 'same-origin',
         'Cache-Control': 'no-store', 'Content-Type': 'text/html; charset=utf-8'}
 #: A sign beside the word of each state, for those who don't tell colours apart.
-SIGNS = {'waiting': '…', 'pending': '?', 'reserved': '○', 'starting': '◔', 'active': '●', 'degraded': '◑',
+SIGNS = {'waiting': '…', 'pending': '?', 'reserved': '○', 'starting': '◔', 'active': '●',
+         'degraded': '◑',
          'ending': '◕', 'ended': '□', 'cancelled': '×', 'failed': '!'}
 
 STYLE = '''
 :root { color-scheme: light dark; --back: #f6f7f9; --card: #fff; --text: #1b2430; --soft: #51606f;
-  --line: #d5dbe1; --busy: #b9c3ce; --full: #8494a5; --mine: #0b62a4; --on-mine: #fff; --good: #0a6b4d;
+  --line: #d5dbe1; --busy: #b9c3ce; --full: #8494a5; --mine: #0b62a4; --on-mine: #fff;
+    --good: #0a6b4d;
   --warn: #8a5a00; --bad: #a63a00; --now: #c2410c; --tint: #e8f1f9; --focus: #0b62a4 }
 @media (prefers-color-scheme: dark) {
-  :root { --back: #11161c; --card: #1a212a; --text: #e8edf2; --soft: #a9b6c3; --line: #33404d; --busy: #4a5968;
-    --full: #74869a; --mine: #7cbcf0; --on-mine: #0c1620; --good: #6fd3ae; --warn: #f0b95a; --bad: #ff9d73;
+  :root { --back: #11161c; --card: #1a212a; --text: #e8edf2; --soft: #a9b6c3; --line: #33404d;
+    --busy: #4a5968;
+    --full: #74869a; --mine: #7cbcf0; --on-mine: #0c1620; --good: #6fd3ae; --warn: #f0b95a;
+      --bad: #ff9d73;
     --now: #ff9d73; --tint: #1f3040; --focus: #7cbcf0 }
 }
 * { box-sizing: border-box }
 body { margin: 0; font: 15px/1.5 system-ui, 'Segoe UI', Roboto, 'Noto Sans', sans-serif;
   background: var(--back); color: var(--text) }
 a { color: var(--mine) }
-a:focus-visible, button:focus-visible, input:focus-visible, select:focus-visible, textarea:focus-visible,
-  summary:focus-visible, [tabindex]:focus-visible { outline: 3px solid var(--focus); outline-offset: 2px }
+a:focus-visible, button:focus-visible, input:focus-visible, select:focus-visible,
+  textarea:focus-visible,
+  summary:focus-visible, [tabindex]:focus-visible { outline: 3px solid var(--focus);
+    outline-offset: 2px }
 .skip { position: absolute; left: -99rem }
 .skip:focus { left: 1rem; top: .5rem; background: var(--card); z-index: 2 }
-header { display: flex; flex-wrap: wrap; gap: .3rem 1.2rem; align-items: center; padding: .6rem 1.2rem;
+header { display: flex; flex-wrap: wrap; gap: .3rem 1.2rem; align-items: center;
+  padding: .6rem 1.2rem;
   background: var(--card); border-bottom: 1px solid var(--line) }
 header nav { display: flex; flex-wrap: wrap; gap: 1rem; flex: 1 }
 header nav a { text-decoration: none; padding: .2rem 0 }
@@ -11912,11 +11954,13 @@ header nav a[aria-current] { font-weight: 600; border-bottom: 2px solid }
   color: var(--text) }
 main { max-width: 78rem; margin: 0 auto; padding: 1rem 1.2rem 3rem }
 main:focus { outline: none }
-footer { max-width: 78rem; margin: 0 auto; padding: 0 1.2rem 2rem; color: var(--soft); font-size: .9rem }
+footer { max-width: 78rem; margin: 0 auto; padding: 0 1.2rem 2rem; color: var(--soft);
+  font-size: .9rem }
 h1 { font-size: 1.5rem; margin: .4rem 0 .8rem }
 h2 { font-size: 1.1rem; margin: 1.6rem 0 .5rem }
 h3 { font-size: 1rem; margin: 0 }
-.card { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: .8rem 1rem;
+.card { background: var(--card); border: 1px solid var(--line); border-radius: 10px;
+  padding: .8rem 1rem;
   margin: .6rem 0 }
 .soft { color: var(--soft) }
 .small { font-size: .88rem }
@@ -11929,12 +11973,15 @@ time + span { white-space: nowrap }
 .bar-top { display: flex; flex-wrap: wrap; gap: .5rem 1rem; align-items: center;
   justify-content: space-between }
 .tabs { display: flex; flex-wrap: wrap; gap: .35rem }
-.tabs a { padding: .25rem .7rem; border: 1px solid var(--line); border-radius: 999px; text-decoration: none;
+.tabs a { padding: .25rem .7rem; border: 1px solid var(--line); border-radius: 999px;
+  text-decoration: none;
   background: var(--card) }
 .tabs a[aria-current] { text-decoration: underline; background: var(--mine); color: var(--on-mine);
   border-color: var(--mine) }
-button, .button { font: inherit; padding: .3rem .8rem; border-radius: 7px; border: 1px solid var(--mine);
-  background: var(--card); color: var(--mine); cursor: pointer; text-decoration: none; display: inline-block }
+button, .button { font: inherit; padding: .3rem .8rem; border-radius: 7px;
+  border: 1px solid var(--mine);
+  background: var(--card); color: var(--mine); cursor: pointer; text-decoration: none;
+    display: inline-block }
 button.main, .button.main { background: var(--mine); color: var(--on-mine) }
 button.bad { border-color: var(--bad); color: var(--bad) }
 input, select, textarea { font: inherit; padding: .3rem .5rem; border: 1px solid var(--full);
@@ -11971,7 +12018,8 @@ dd { margin: 0; overflow-wrap: anywhere }
 .refused { border-left: 4px solid var(--bad); background: var(--card); padding: .5rem .8rem }
 .refused p, .note p { margin: .2rem 0 }
 .offers { display: flex; flex-wrap: wrap; gap: .4rem; margin-top: .4rem }
-.place { display: grid; grid-template-columns: 11rem minmax(0, 1fr); gap: .2rem 1rem; padding: .6rem 0;
+.place { display: grid; grid-template-columns: 11rem minmax(0, 1fr); gap: .2rem 1rem;
+  padding: .6rem 0;
   border-top: 1px solid var(--line) }
 .place:first-of-type { border-top: 0 }
 .days { display: grid; grid-template-columns: 11rem 1fr; gap: 1rem }
@@ -11990,7 +12038,8 @@ svg .own rect { fill: var(--mine) }
 svg .own text { fill: var(--on-mine); font-weight: 600 }
 svg .other rect { fill: var(--full) }
 svg .other text { fill: var(--back) }
-svg .own.dashed rect { fill: var(--card); stroke: var(--mine); stroke-width: 2; stroke-dasharray: 4 3 }
+svg .own.dashed rect { fill: var(--card); stroke: var(--mine); stroke-width: 2;
+  stroke-dasharray: 4 3 }
 svg .own.dashed text { fill: var(--mine) }
 svg .closed { fill: url(#hatch) }
 svg .hatch { stroke: var(--bad) }
@@ -12007,7 +12056,8 @@ svg.plot { touch-action: pan-y; cursor: crosshair; user-select: none }
   table, tbody, tr, td { display: block }
   thead { display: none }
   tr { border-bottom: 1px solid var(--line); padding: .4rem 0 }
-  td { border: 0; padding: .1rem 0; display: grid; grid-template-columns: 6.5rem minmax(0, 1fr); gap: .5rem;
+  td { border: 0; padding: .1rem 0; display: grid; grid-template-columns: 6.5rem minmax(0, 1fr);
+    gap: .5rem;
     overflow-wrap: anywhere }
   td:empty { display: none }
   td::before { content: attr(data-name); color: var(--soft); font-size: .88rem }
@@ -12042,7 +12092,8 @@ for (const plot of document.querySelectorAll('svg.plot')) {
   };
   const book = (...ends) => {
     const [start, stop] = ends.map(each => new Date(1000 * each).toISOString());
-    location.assign('/book?' + new URLSearchParams(stop ? {resource, start, end: stop} : {resource, start}));
+    const chosen = stop ? {resource, start, end: stop} : {resource, start};
+    location.assign('/book?' + new URLSearchParams(chosen));
   };
   plot.addEventListener('dragstart', event => event.preventDefault());
   plot.addEventListener('pointerdown', event => {
@@ -12056,7 +12107,8 @@ for (const plot of document.querySelectorAll('svg.plot')) {
     draw(Math.min(from, at(event)), Math.max(from, at(event)));
   });
   plot.addEventListener('pointerup', event => {
-    if (from !== null && dragged && at(event) !== from) book(Math.min(from, at(event)), Math.max(from, at(event)));
+    if (from !== null && dragged && at(event) !== from)
+      book(Math.min(from, at(event)), Math.max(from, at(event)));
     else draw(0, 0);
     from = null;
   });
@@ -12073,7 +12125,11 @@ for (const plot of document.querySelectorAll('svg.plot')) {
 const form = document.querySelector('form.booking'), verdict = document.getElementById('verdict');
 if (form) {
   let timer, asked = 0;
-  const fields = () => { const all = new FormData(form); all.delete('form'); return new URLSearchParams(all); };
+  const fields = () => {
+    const all = new FormData(form);
+    all.delete('form');
+    return new URLSearchParams(all);
+  };
   const check = async () => {
     const turn = ++asked, answer = await fetch('/book/check?' + fields()).catch(() => null);
     if (turn !== asked) return;
@@ -12088,7 +12144,8 @@ if (live) {
   let tag = `"${live.dataset.tag}"`;
   setInterval(async () => {
     if (document.hidden) return;
-    const answer = await fetch(live.dataset.href, {headers: {'If-None-Match': tag}}).catch(() => null);
+    const asked = fetch(live.dataset.href, {headers: {'If-None-Match': tag}});
+    const answer = await asked.catch(() => null);
     if (answer && answer.status === 401) location.reload();
     if (!answer || !answer.ok) return;
     tag = answer.headers.get('ETag');
@@ -12105,7 +12162,8 @@ TEMPLATES = {'layout': '''<!doctype html>
 <head>
 <meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{{title}} · cmres</title>
-<link rel="stylesheet" href="/page.css?{{version}}"><script src="/page.js?{{version}}" defer></script>
+<link rel="stylesheet" href="/page.css?{{version}}"><script src="/page.js?{{version}}"
+defer></script>
 </head>
 <body data-zone="{{visit.zone.key}}">
 <a class="skip" href="#main">Skip to content</a>
@@ -12183,12 +12241,15 @@ TEMPLATES = {'layout': '''<!doctype html>
 <a href="/?view={{view}}&amp;at={{after}}{{more}}" aria-label="Later">Later ›</a>
 </div>
 </div>
-<svg class="hidden" width="0" height="0" aria-hidden="true"><defs><pattern id="hatch" width="7" height="7"
-patternUnits="userSpaceOnUse" patternTransform="rotate(45)"><line class="hatch" x1="0" y1="0" x2="0" y2="7"
+<svg class="hidden" width="0" height="0" aria-hidden="true"><defs><pattern id="hatch" width="7"
+height="7"
+patternUnits="userSpaceOnUse" patternTransform="rotate(45)"><line class="hatch" x1="0" y1="0" x2="0"
+y2="7"
 stroke-width="2"/></pattern></defs></svg>
 % if not groups:
 <div class="card">
-<p>There is nothing to reserve yet{{': add a resource' if visit.actor.role == 'admin' else ''}}.</p></div>
+<p>There is nothing to reserve
+yet{{': add a resource' if visit.actor.role == 'admin' else ''}}.</p></div>
 % end
 % for name, places in groups:
 <section class="card" aria-label="{{name}}">
@@ -12203,24 +12264,29 @@ stroke-width="2"/></pattern></defs></svg>
 <div class="place">
 <div><h3><bdi>{{place.name}}</bdi></h3><span class="soft small">{{place.holds}}</span><br>
 % if visit.writes:
-<a class="small" href="/book?resource={{place.name}}">Book<span class="soft"> on {{place.name}}</span></a>
+<a class="small" href="/book?resource={{place.name}}">Book<span class="soft"> on
+{{place.name}}</span></a>
 % end
 % if place.left_out:
 <br><a class="small" href="/list">{{place.left_out}} more in the list</a>
 % end
 </div>
-<svg class="plot" height="{{place.height}}" data-resource="{{place.name}}" data-begin="{{begin}}" data-end="{{end}}"
-data-snap="{{snap}}" data-edges="{{edges}}" role="group" aria-label="{{place.name}}: {{place.summary}}">
+<svg class="plot" height="{{place.height}}" data-resource="{{place.name}}" data-begin="{{begin}}"
+data-end="{{end}}"
+data-snap="{{snap}}" data-edges="{{edges}}" role="group" 
+aria-label="{{place.name}}: {{place.summary}}">
 % if place.open:
 <rect class="room" x="0" y="14" width="100%" height="50"/>
 % end
-<svg x="0" y="14" width="100%" height="50" viewBox="0 0 1000 50" preserveAspectRatio="none"><path class="held"
+<svg x="0" y="14" width="100%" height="50" viewBox="0 0 1000 50" preserveAspectRatio="none"><path
+class="held"
 d="{{place.path}}"/></svg>
 % if place.limited:
 <line class="most" x1="0" x2="100%" y1="14" y2="14"/>
 % end
 <svg width="100%" height="100%" viewBox="0 0 1000 9" preserveAspectRatio="none"><path class="grid"
-d="{{''.join(f'M{10 * each.left:.0f} 0V9' for each in cells)}}" vector-effect="non-scaling-stroke"/></svg>
+d="{{''.join(f'M{10 * each.left:.0f} 0V9' for each in cells)}}"
+vector-effect="non-scaling-stroke"/></svg>
 <g class="free {{view}}">
 % for each in place.cells:
 % if each.free:
@@ -12236,23 +12302,27 @@ d="{{''.join(f'M{10 * each.left:.0f} 0V9' for each in cells)}}" vector-effect="n
 % if visit.writes:
 <a href="/book?resource={{place.name}}&amp;start={{each.start}}" tabindex="-1">
 % end
-<rect class="cell" x="{{each.left}}%" width="{{each.width}}%" height="64"><title>{{each.words}}</title></rect>
+<rect class="cell" x="{{each.left}}%" width="{{each.width}}%"
+height="64"><title>{{each.words}}</title></rect>
 % if visit.writes:
 </a>
 % end
 % end
 % for each in place.closed:
-<rect class="closed" x="{{each.left}}%" width="{{each.width}}%" y="14" height="50"><title>{{each.words}}</title></rect>
+<rect class="closed" x="{{each.left}}%" width="{{each.width}}%" y="14"
+height="50"><title>{{each.words}}</title></rect>
 % end
 % for each in place.bars:
 <a class="bar {{each.kind}}" href="{{each.href}}"><title>{{each.words}}</title>
-<svg x="{{each.left}}%" width="{{each.width}}%" y="{{each.top}}" height="18"><rect width="100%" height="100%" rx="4"/>
+<svg x="{{each.left}}%" width="{{each.width}}%" y="{{each.top}}" height="18"><rect width="100%"
+height="100%" rx="4"/>
 % if not each.narrow:
 <text x="5" y="13">{{each.text}}</text>
 % end
 </svg>
 % if each.narrow:
-<text class="beside" x="{{each.beside}}%" dx="{{4 if each.beside > each.left else -4}}" y="{{each.top + 13}}"
+<text class="beside" x="{{each.beside}}%" dx="{{4 if each.beside > each.left else -4}}"
+y="{{each.top + 13}}"
 text-anchor="{{'start' if each.beside > each.left else 'end'}}">{{each.text}}</text>
 % end
 </a>
@@ -12275,15 +12345,19 @@ text-anchor="{{'start' if each.beside > each.left else 'end'}}">{{each.text}}</t
 % end
 </p>
 % if left_out:
-<p class="soft">Only the first {{bars}} reservations are drawn; <a href="/list">the list</a> has them all.</p>
+<p class="soft">Only the first {{bars}} reservations are drawn; <a href="/list">the list</a> has
+them all.</p>
 % end
-<p class="soft small">Grey is what is held, up to the dashed line of the capacity; the figures are what is free.
-Yours are the bars below, by label; dashed ones wait or are pending. Hatched is maintenance; the line across is now.
+<p class="soft small">Grey is what is held, up to the dashed line of the capacity; the figures are
+what is free.
+Yours are the bars below, by label; dashed ones wait or are pending. Hatched is maintenance; the
+line across is now.
 % if visit.writes:
 Drag over free time, or follow a day or Book, to reserve.
 % end
 </p>
-''', 'state': '''<span class="state {{state}}"><i aria-hidden="true">{{sign}}</i>{{state}}</span>''', 'list': '''
+''', 'state': '''<span class="state {{state}}"><i
+aria-hidden="true">{{sign}}</i>{{state}}</span>''', 'list': '''
 % if over is not None:
 <div class="bar-top"><div class="tabs" role="group" aria-label="Which">
 <a href="/list"{{!'' if over else ' aria-current="true"'}}>Now and to come</a>
@@ -12297,7 +12371,8 @@ Drag over free time, or follow a day or Book, to reserve.
 <div class="card"><p>{{'Nothing is over yet' if over else 'Nothing is reserved'}}.</p></div>
 % else:
 <div class="card scroll" tabindex="0" role="region" aria-label="Reservations"><table>
-<thead><tr><th scope="col">Label</th><th scope="col">State</th><th scope="col">Where</th><th scope="col">Machines</th>
+<thead><tr><th scope="col">Label</th><th scope="col">State</th><th scope="col">Where</th><th
+scope="col">Machines</th>
 <th scope="col">From</th><th scope="col">To</th><th scope="col">Addresses</th>
 {{!'<th scope="col">Change</th>' if visit.writes else ''}}</tr></thead>
 <tbody>
@@ -12332,7 +12407,8 @@ Drag over free time, or follow a day or Book, to reserve.
 </tbody></table></div>
 % end
 % if after:
-<p><a href="/list?{{'over=1&amp;' if over else ''}}after={{after}}">{{'Earlier' if over else 'Later'}} ones</a></p>
+<p><a
+href="/list?{{'over=1&amp;' if over else ''}}after={{after}}">{{'Earlier' if over else 'Later'}} ones</a></p>
 % end
 ''', 'verdict': '''
 % if refusal is None and not fits:
@@ -12357,7 +12433,8 @@ Drag over free time, or follow a day or Book, to reserve.
 ''', 'book': '''
 <form method="post" action="/book" class="card booking">{{!visit.guard}}
 <div class="fields">
-<label>Label <input name="label" value="{{said['label']}}" required maxlength="64" pattern="[A-Za-z0-9._\\-]+"
+<label>Label <input name="label" value="{{said['label']}}" required maxlength="64"
+pattern="[A-Za-z0-9._\\-]+"
 placeholder="lab" title="letters, digits, . _ -"></label>
 <label>Resource <select name="resource">
 % for each in places:
@@ -12366,8 +12443,10 @@ placeholder="lab" title="letters, digits, . _ -"></label>
 </select></label>
 <label>From <input name="start" type="datetime-local" value="{{said['start']}}" required></label>
 <label>To <input name="end" type="datetime-local" value="{{said['end']}}" required></label>
-<label>Machines <input name="vms" type="number" min="1" max="1000000" value="{{said['vms']}}" required></label>
-<label>Flavor <input name="flavor" value="{{said['flavor']}}" list="flavors" autocomplete="off"></label>
+<label>Machines <input name="vms" type="number" min="1" max="1000000" value="{{said['vms']}}"
+required></label>
+<label>Flavor <input name="flavor" value="{{said['flavor']}}" list="flavors"
+autocomplete="off"></label>
 <label>Image <input name="image" value="{{said['image']}}" list="images" autocomplete="off"
 placeholder="none: nothing boots"></label>
 <label>At the end <select name="at_end">
@@ -12376,9 +12455,11 @@ placeholder="none: nothing boots"></label>
 % end
 </select></label>
 <label>Repeat
-<input name="repeat" value="{{said['repeat']}}" list="repeats" autocomplete="off" placeholder="once"></label>
+<input name="repeat" value="{{said['repeat']}}" list="repeats" autocomplete="off"
+placeholder="once"></label>
 <label>Until <input name="until" type="date" value="{{said['until']}}"></label>
-<label class="wide">Description <textarea name="description" rows="2">{{said['description']}}</textarea></label>
+<label class="wide">Description <textarea name="description"
+rows="2">{{said['description']}}</textarea></label>
 <label><input type="checkbox" name="wait" value="true"{{!' checked' if said['wait'] else ''}}>
 If it does not fit, wait</label>
 </div>
@@ -12403,12 +12484,13 @@ If it does not fit, wait</label>
 </datalist>
 % end
 <datalist id="repeats">
-% for each in ('daily', 'weekdays', 'every tuesday', 'weekly on tue,thu', 'every 2 weeks on mon', 'monthly on first mon'):
+% for each in usual_rules:
 <option value="{{each}}"></option>
 % end
 </datalist>
 <div id="verdict" role="status" aria-live="polite">{{!verdict}}</div>
-<div class="row"><button class="main">Book</button><button name="check" value="yes" formnovalidate>Check</button></div>
+<div class="row"><button class="main">Book</button><button name="check" value="yes"
+formnovalidate>Check</button></div>
 </form>
 ''', 'reservation': '''
 <p id="told" class="aside" role="status"></p>
@@ -12418,8 +12500,10 @@ If it does not fit, wait</label>
 <form method="post" action="/do/update" class="card">{{!visit.guard}}<div class="fields">
 <input type="hidden" name="label" value="{{found['label']}}">
 <input type="hidden" name="project" value="{{found['project']}}">
-<input type="hidden" name="next" value="{{back}}"><input type="hidden" name="was_start" value="{{start}}">
-<input type="hidden" name="was_end" value="{{end}}"><input type="hidden" name="was_vms" value="{{found['vms']}}">
+<input type="hidden" name="next" value="{{back}}"><input type="hidden" name="was_start"
+value="{{start}}">
+<input type="hidden" name="was_end" value="{{end}}"><input type="hidden" name="was_vms"
+value="{{found['vms']}}">
 % if occurrence:
 <input type="hidden" name="occurrence" value="{{occurrence}}">
 % end
@@ -12450,7 +12534,8 @@ If it does not fit, wait</label>
 </div>
 % end
 % if found.get('occurrences'):
-<h2>Occurrences</h2><div class="card scroll" tabindex="0" role="region" aria-label="Occurrences"><table>
+<h2>Occurrences</h2><div class="card scroll" tabindex="0" role="region"
+aria-label="Occurrences"><table>
 <thead><tr><th scope="col">From</th><th scope="col">To</th><th scope="col">Machines</th>
 <th scope="col">State</th></tr></thead>
 <tbody>
@@ -12468,11 +12553,13 @@ If it does not fit, wait</label>
 % end
 % if found['servers']:
 <h2>Servers</h2><div class="card scroll" tabindex="0" role="region" aria-label="Servers"><table>
-<thead><tr><th scope="col">Name</th><th scope="col">State</th><th scope="col">Addresses</th><th scope="col">Ready</th>
+<thead><tr><th scope="col">Name</th><th scope="col">State</th><th scope="col">Addresses</th><th
+scope="col">Ready</th>
 <th scope="col">Fault</th></tr></thead><tbody>
 % for each in found['servers']:
 <tr><td data-name="Name">{{each['name']}}</td><td data-name="State">{{each['state']}}</td>
-<td data-name="Addresses">{{', '.join(each['addresses'])}}</td><td data-name="Ready">{{late(each)}}</td>
+<td data-name="Addresses">{{', '.join(each['addresses'])}}</td><td
+data-name="Ready">{{late(each)}}</td>
 <td data-name="Fault">{{each['fault']}}</td></tr>
 % end
 </tbody></table></div>
@@ -12518,7 +12605,8 @@ If it does not fit, wait</label>
 </div>
 ''', 'form': '''
 <details class="card"><summary>{{title}}</summary>
-<form method="post" action="/do/{{operation}}">{{!visit.guard}}<input type="hidden" name="next" value="/admin">
+<form method="post" action="/do/{{operation}}">{{!visit.guard}}<input type="hidden" name="next"
+value="/admin">
 <input type="hidden" name="once" value="{{once}}">
 <p class="soft small">{{summary}}</p><div class="fields">
 % for name, words, required, choices in fields:
@@ -12546,39 +12634,55 @@ aria-label="{{words}} {{about}} {{field[1]}}">
 % end
 </form>'''}
 
-#: What a button does: its word, the field beside it (argument, word, default), and whether it takes something away.
-DEEDS = {'extend': ('Extend', ('by', 'by', '+1h'), False), 'keep': ('Keep on', ('until', 'for', '+1h'), False),
-         'skip': ('Skip', None, True), 'delete': ('Cancel', None, True), 'accept': ('Accept', None, False),
+#: What a button does: its word, the field beside it (argument, word, default), and whether it takes
+#: something away.
+DEEDS = {'extend': ('Extend', ('by', 'by', '+1h'), False),
+         'keep': ('Keep on', ('until', 'for', '+1h'), False),
+         'skip': ('Skip', None, True), 'delete': ('Cancel', None, True),
+         'accept': ('Accept', None, False),
          'approve': ('Approve', None, False), 'reject': ('Reject', ('reason', 'because', ''), True),
          'maintenance_delete': ('Call off', None, True), 'token_revoke': ('Revoke', None, True),
          'limit_delete': ('Take away', None, True), 'resource_delete': ('Remove', None, True)}
 ASKS = ('delete', 'resource_delete', 'token_revoke')  # what is asked for twice
 SECRET = {'token', 'feed'}  # fields of answers: shown in the answer itself, and kept nowhere
-#: What can be done to a reservation in each state; to a pending one, what its holder or an admin says.
+#: What can be done to a reservation in each state; to a pending one, what its holder or an admin
+#: says.
 DEEDS_IN = {'cancelled': ('skip',), 'waiting': ('delete',), 'pending': ('delete',),
             'reserved': ('extend', 'skip', 'delete'),
             **dict.fromkeys(('starting', 'active', 'degraded'), ('extend', 'keep', 'delete'))}
 #: The fields of the admin's forms, in the order in which people think of them.
-FORMS = {'resource_add': ('name', 'cloud', 'region', 'aggregate', 'vms', 'vcpus', 'ram', 'classes', 'mode', 'approval'),
-         'resource_update': ('name', 'vms', 'vcpus', 'ram', 'classes', 'mode', 'hold', 'approval', 'no_show'),
+FORMS = {'resource_add': ('name', 'cloud', 'region', 'aggregate', 'vms', 'vcpus', 'ram', 'classes',
+                          'mode', 'approval'),
+         'resource_update': ('name', 'vms', 'vcpus', 'ram', 'classes', 'mode', 'hold', 'approval',
+                             'no_show'),
          'maintenance_add': ('resource', 'start', 'end', 'reason', 'then'),
-         'limit_add': ('project', 'user', 'resource', 'most_vms', 'longest', 'ahead', 'least_notice', 'vcpu_hours',
+         'limit_add': ('project', 'user', 'resource', 'most_vms', 'longest', 'ahead',
+                       'least_notice', 'vcpu_hours',
                        'waiting', 'exempt'),
          'token_add': ('user', 'project', 'role')}
-CHOICES = {'mode': ('', 'open', *MODES), 'then': THEN, 'role': (USER, READER, ADMIN)}  # of those fields
-TITLES = {'resource_add': 'Add a resource', 'resource_update': 'Change a resource', 'token_add': 'Make a token',
+# of those fields
+CHOICES = {'mode': ('', 'open', *MODES), 'then': THEN, 'role': (USER, READER, ADMIN)}
+TITLES = {'resource_add': 'Add a resource', 'resource_update': 'Change a resource',
+          'token_add': 'Make a token',
           'maintenance_add': 'Plan a maintenance', 'limit_add': 'Set a limit'}
 DONE = {'extend': 'is longer now', 'keep': 'goes on', 'skip': 'is left out',
         'undo': 'has the occurrence again', 'delete': 'is cancelled',
-        'update': 'is changed', 'accept': 'is yours', 'approve': 'is approved', 'reject': 'is rejected'}
-MORE = {'network': 'Network', 'key': 'Key pair', 'lead': 'Boot before the start by', 'notify': 'Notify',
+        'update': 'is changed', 'accept': 'is yours', 'approve': 'is approved',
+        'reject': 'is rejected'}
+MORE = {'network': 'Network', 'key': 'Key pair', 'lead': 'Boot before the start by',
+        'notify': 'Notify',
         'skip_dates': 'Not on these dates'}  # further fields of the form to book
-BOOKING = ('label', 'resource', 'start', 'end', 'vms', 'flavor', 'image', 'at_end', 'repeat', 'until', 'skip_dates',
+USUAL_RULES = ('daily', 'weekdays', 'every tuesday', 'weekly on tue,thu', 'every 2 weeks on mon',
+               'monthly on first mon')
+BOOKING = ('label', 'resource', 'start', 'end', 'vms', 'flavor', 'image', 'at_end', 'repeat',
+           'until', 'skip_dates',
            'on_conflict', 'network', 'key', 'lead', 'notify', 'description', 'wait')
 
 
 class Cell(NamedTuple):
-    """A day, or some hours, of a time line; where it is in percent of its width; instants in seconds."""
+    """A day, or some hours, of a time line; where it is in percent of its width; instants in
+    seconds.
+    """
     left: float
     width: float
     begin: int
@@ -12646,7 +12750,9 @@ def in_html(value) -> str:
 
 @dataclasses.dataclass
 class Visit:
-    """A request from a browser: who has signed in, if anybody, and how pages are written for them."""
+    """A request from a browser: who has signed in, if anybody, and how pages are written for
+    them.
+    """
     service: Reservations
     actor: Actor | None
     zone: ZoneInfo
@@ -12661,7 +12767,8 @@ class Visit:
     @property
     def links(self) -> list[tuple[str, str]]:
         """The pages that this person has a use for."""
-        return [('/', 'Plan'), ('/list', 'Reservations'), *([('/book', 'Book')] if self.writes else []),
+        return [('/', 'Plan'), ('/list', 'Reservations'),
+                *([('/book', 'Book')] if self.writes else []),
                 *([('/admin', 'Admin')] if self.actor.role == ADMIN else [])]
 
     @property
@@ -12680,7 +12787,8 @@ class Visit:
         day = '' if here.date() == there.date() else f'{there:%a} '
         other = '' if here.utcoffset() == there.utcoffset() else (
             f' <span class="soft small">({day}{there:%H:%M} {there:%Z})</span>')
-        return f'<time datetime="{moment:%Y-%m-%dT%H:%MZ}">{here:%a} {here.day} {here:%b %Y %H:%M}</time>{other}'
+        shown = f'{here:%a} {here.day} {here:%b %Y %H:%M}'
+        return f'<time datetime="{moment:%Y-%m-%dT%H:%MZ}">{shown}</time>{other}'
 
     def plain(self, moment: datetime) -> str:
         """A time within a sentence."""
@@ -12696,7 +12804,8 @@ class Visit:
         import bottle
         if value in (None, '', {}, []):
             return ''
-        text = self.at(value) if isinstance(value, datetime) else bottle.html_escape(in_cell(value, self.zone))
+        text = (self.at(value) if isinstance(value, datetime)
+                else bottle.html_escape(in_cell(value, self.zone)))
         return f'<span>{text}</span>'
 
     def href(self, label: str, project: str, start: datetime | None = None) -> str:
@@ -12708,7 +12817,8 @@ class Visit:
         """The button that does something to what a line is about.
 
         Args:
-          wide: there is room for a field beside it, and it leads back to the page of the reservation
+          wide: there is room for a field beside it, and it leads back to the page of the
+            reservation
           occurrence: of a series, the one that is meant
         """
         words, field, bad = DEEDS[name]
@@ -12725,7 +12835,8 @@ class Visit:
             fields, onward = {key: line[key] for key in ('name', 'id') if key in line}, '/admin'
             fields = dict([next(iter(fields.items()))])
         field = field if wide or name in ('extend', 'keep') else None
-        return render_page('deed', visit=self, operation=name, fields=fields | {'next': onward}, words=words, bad=bad,
+        return render_page('deed', visit=self, operation=name, fields=fields | {'next': onward},
+                           words=words, bad=bad,
                            field=field, about=next(iter(fields.values())))
 
     def deeds(self, found: dict) -> list[str]:
@@ -12733,14 +12844,17 @@ class Visit:
         asks = []
         if found['state'] == 'pending' or 'change' in found:
             held = self.service.occurrence(found['id'])
-            asks = ['accept'] if held.confirm else ['approve', 'reject'] if self.actor.role == ADMIN else []
+            asks = (['accept'] if held.confirm else ['approve', 'reject']
+                    if self.actor.role == ADMIN else [])
         skips = found['tz'] and found['start'] > self.here.now
         can = [deed for deed in DEEDS_IN.get(found['state'], ()) if deed != 'skip' or skips]
         return [*asks, *can] if self.writes else []
 
 
 class CloudNames:
-    """The names of flavors and images on clouds, looked up aside: nobody waits long for a cloud that is slow."""
+    """The names of flavors and images on clouds, looked up aside: nobody waits long for a cloud
+    that is slow.
+    """
 
     def __init__(self, clouds: Clouds):
         self.clouds, self.lock = clouds, threading.Lock()
@@ -12750,7 +12864,9 @@ class CloudNames:
 
     def of(self, account: str, sight: Sight,
            patience: float = 1) -> tuple[dict[str, list[str]], str]:
-        """The names in sight, by kind; and why, if the cloud does not answer within some seconds."""
+        """The names in sight, by kind; and why, if the cloud does not answer within some
+        seconds.
+        """
         nothing = (0.0, {'flavor': [], 'image': []}, f'the cloud {account} does not answer yet')
         key = account, sight._replace(project='')  # that is for servers only
         with self.lock:
@@ -12792,12 +12908,16 @@ class Pages:
                 ('GET', '/r/<label>', self.reservation), ('GET', '/r/<label>/live', self.live),
                 ('GET', '/admin', self.admin), ('POST', '/do/<name>', self.do)):
             app.route(path, verb, self.visited(handle))
-        for verb, path, handle in (('GET', '/sign-in', self.ask), ('POST', '/sign-in', self.sign_in),
-                                   ('POST', '/sign-out', self.sign_out), ('POST', '/zone', self.choose_zone)):
+        for verb, path, handle in (('GET', '/sign-in', self.ask),
+                                   ('POST', '/sign-in', self.sign_in),
+                                   ('POST', '/sign-out', self.sign_out),
+                                   ('POST', '/zone', self.choose_zone)):
             app.route(path, verb, self.visited(handle, signed_in=False))
-        for path, text, kind in (('/page.css', STYLE, 'text/css'), ('/page.js', SCRIPT, 'text/javascript')):
+        for path, text, kind in (('/page.css', STYLE, 'text/css'),
+                                 ('/page.js', SCRIPT, 'text/javascript')):
             app.route(path, 'GET', lambda text=text, kind=kind: answered(text, headers={
-                'Content-Type': f'{kind}; charset=utf-8', 'Cache-Control': 'public, max-age=31536000, immutable'}))
+                'Content-Type': f'{kind}; charset=utf-8',
+                'Cache-Control': 'public, max-age=31536000, immutable'}))
 
     # Who visits
 
@@ -12813,7 +12933,8 @@ class Pages:
     def unsigned(self, purpose: str, text: str) -> str | None:
         """What was signed, if it was by us, for this."""
         said, _, sign = text.rpartition('.')
-        return said if secrets.compare_digest(sign.encode(), self.sign(purpose, said).encode()) else None
+        return (said if secrets.compare_digest(sign.encode(), self.sign(purpose, said).encode())
+                else None)
 
     def visit(self, request) -> Visit:
         """Who sends a request: by the cookie of a session that lasts, of a token in force."""
@@ -12824,11 +12945,13 @@ class Pages:
                     session, int(self.service.clock()))
         actor = Actor(*found[:3]) if found else None
         try:
-            zone = read_zone(unquote(request.get_cookie('zone') or '') or self.service.config.timezone)
+            zone = read_zone(unquote(request.get_cookie('zone') or '')
+                             or self.service.config.timezone)
         except Invalid:
             zone = self.service.config.zone
         service = self.service.acting(actor or Actor('', '', READER))
-        service.config = dataclasses.replace(service.config, timezone=zone.key)  # sentences speak in the person's zone
+        # sentences speak in the person's zone
+        service.config = dataclasses.replace(service.config, timezone=zone.key)
         form = self.sign('form', f'{found.id}' if found else '')
         return Visit(service, actor, zone, self.service.config.zone, form)
 
@@ -12861,17 +12984,23 @@ class Pages:
 
     def refusal(self, visit: Visit, error: Error, back: str):
         """The page that says what could not be done."""
-        return self.page(visit, 'Refused', render_page('refused', sentence=str(error), back=back), error.status)
+        return self.page(visit, 'Refused', render_page('refused', sentence=str(error), back=back),
+                         error.status)
 
     def refuse_foreign(self, request, given: dict, visit: Visit, signed_in: bool) -> None:
-        """Refuses what another site's page sends: by where it comes from, and by what only our forms know."""
+        """Refuses what another site's page sends: by where it comes from, and by what only our
+        forms know.
+        """
         origin = request.get_header('Origin')
         ours = (request.get_header('Host'), urlsplit(self.service.config.address).netloc or None)
         elsewhere = origin and (urlsplit(origin).netloc or '-') not in ours
-        if elsewhere or request.get_header('Sec-Fetch-Site', 'same-origin') not in ('same-origin', 'none'):
+        if (elsewhere
+            or request.get_header('Sec-Fetch-Site', 'same-origin') not in ('same-origin', 'none')):
             raise Forbidden('this form comes from another site')
-        if not secrets.compare_digest(given.pop('form', '').encode(), visit.form.encode()) and signed_in:
-            raise Forbidden('this form is of another person, or comes from elsewhere; go back and load the page again')
+        if (not secrets.compare_digest(given.pop('form', '').encode(), visit.form.encode())
+            and signed_in):
+            raise Forbidden('this form is of another person, or comes from elsewhere; go back and '
+                            'load the page again')
 
     def page(self, visit: Visit, title: str, body: str, status: int = 200):
         """A whole page; what the last form did is said once."""
@@ -12879,7 +13008,8 @@ class Pages:
         note = self.unsigned('note', unquote(bottle.request.get_cookie('note') or ''))
         here = bottle.request.path
         back = here + (f'?{bottle.request.query_string}' if bottle.request.query_string else '')
-        text = render_page('layout', title=title, body=body, visit=visit, note=note, here=here, version=LOOK,
+        text = render_page('layout', title=title, body=body, visit=visit, note=note, here=here,
+                           version=LOOK,
                            back=back if bottle.request.method == 'GET' and visit.actor else '/')
         made = answered(text, status)
         if note:
@@ -12889,7 +13019,8 @@ class Pages:
     def asking(self, visit: Visit, request, given: dict):
         """The form to sign in, which leads back to what was asked for, and to what was typed."""
         typed = {name: value for name, value in given.items() if name in BOOKING and value}
-        query = f'?{urlencode(typed)}' if request.method == 'POST' else f'?{request.query_string}'.rstrip('?')
+        query = (f'?{urlencode(typed)}' if request.method == 'POST'
+                 else f'?{request.query_string}'.rstrip('?'))
         aside = request.path.endswith(('/live', '/check'))
         goes = request.method == 'GET' and not aside or request.path == '/book'
         status = 200 if request.method == 'GET' and not aside else 401
@@ -12932,7 +13063,8 @@ class Pages:
     def choose_zone(self, visit: Visit, given: dict):
         """Shows times in another zone from now on."""
         zone, made = read_zone(given.get('zone', '')), self.onward(local(given.get('next')))
-        made.set_cookie('zone', quote(zone.key, safe=''), path='/', samesite='strict', max_age=31536000)
+        made.set_cookie('zone', quote(zone.key, safe=''), path='/', samesite='strict',
+                        max_age=31536000)
         return made
 
     def onward(self, href: str, note: str = ''):
@@ -12955,13 +13087,16 @@ class Pages:
         today = visit.here.now.astimezone(visit.zone).date()
         first, after = span_of_view(view, read_date(given.get('at')) or today)
         cells = cells_of(view, first, after, visit.zone)
-        begin, end = (int(from_wall(at_midnight(each), visit.zone).timestamp()) for each in (first, after))
+        begin, end = (int(from_wall(at_midnight(each), visit.zone).timestamp())
+                      for each in (first, after))
         page = int(given['page']) if re.fullmatch('[0-9]{1,4}', given.get('page', '')) else 0
-        places = sorted(visit.service.places(), key=lambda each: (each.cloud, each.region, each.name))
+        places = sorted(visit.service.places(),
+                        key=lambda each: (each.cloud, each.region, each.name))
         shown = places[page * MOST_PLACES:(page + 1) * MOST_PLACES]
         found = self.on_plan(visit, shown, begin, end)
         drawn = [(place, self.draw(visit, place, cells, begin, end, view, [
-            each for each in found[:MOST_BARS] if each.resource_id == place.id])) for place in shown]
+            each for each in found[:MOST_BARS] if each.resource_id == place.id]))
+                 for place in shown]
         groups: dict = defaultdict(list)
         for place, each in drawn:
             groups[', '.join(filter(None, (place.cloud or 'no cloud', place.region)))].append(each)
@@ -12969,29 +13104,39 @@ class Pages:
         return self.page(visit, 'Plan', render_page(
             'plan', visit=visit, brief=in_brief_figures, views=VIEWS, view=view, at=first,
             before=first - timedelta(days=1), after=after,
-            span=named_span(view, first, after), cells=cells, groups=groups.items(), begin=begin, end=end,
+            span=named_span(view, first, after), cells=cells, groups=groups.items(), begin=begin,
+            end=end,
             snap=900 if view == 'day' else 3600, bars=MOST_BARS, page=page,
-            edges=','.join(str(each.begin) for each in cells) + f',{end}' if view == 'month' else '',
-            now_at=percent(now, begin, end) if begin <= now < end else None, left_out=len(found) > MOST_BARS,
+            edges=','.join(str(each.begin) for each in cells) + f',{end}' if view == 'month'
+            else '',
+            now_at=percent(now, begin, end) if begin <= now < end else None,
+            left_out=len(found) > MOST_BARS,
             more=f'&page={page}' if page else '',
             next_places=page + 1 if len(places) > (page + 1) * MOST_PLACES else 0))
 
     def on_plan(self, visit: Visit, places: list, begin: int, end: int) -> list:
         """The reservations that are drawn, one more than there may be if there are more."""
-        filters, where = visit.service.filtered(dict.fromkeys(('user', 'project', 'resource', *PLACE), ''))
+        filters, where = visit.service.filtered(dict.fromkeys(('user', 'project', 'resource',
+                                                               *PLACE), ''))
         filters |= {'places': [each.id for each in places]}
         where += [('o.start < ?', end), ('o."end" > ?', begin), ('o.cancelled IS NULL',)]
-        return visit.service.page(visit.service.ways(filters, (), begin), where, (), MOST_BARS + 1, fields=BRIEF)
+        return visit.service.page(visit.service.ways(filters, (), begin), where, (), MOST_BARS + 1,
+                                  fields=BRIEF)
 
-    def draw(self, visit: Visit, place, cells: list[Cell], begin: int, end: int, view: str, found: list) -> Drawn:
-        """A resource on a time line: its curve, what is free in each cell, and what stands on it."""
+    def draw(self, visit: Visit, place, cells: list[Cell], begin: int, end: int, view: str,
+             found: list) -> Drawn:
+        """A resource on a time line: its curve, what is free in each cell, and what stands on
+        it.
+        """
         most = capacity(place)
         width = {'day': 900, 'week': 3600, 'month': 10800}[view]
         levels = peaks(place.id, begin, width, -(-(end - begin) // width), most.names)
         limits = {name: n for name, n in in_figures(most).items() if n is not None}
         highest = max((each.vms for each in levels), default=0)
         shares = [share_of(in_figures(each), limits, highest) for each in levels]
-        filled = [told_free(cell, levels[(cell.begin - begin) // width:-(-(cell.until - begin) // width)], limits)
+        filled = [told_free(cell,
+                            levels[(cell.begin
+                                    - begin) // width:-(-(cell.until - begin) // width)], limits)
                   for cell in cells]
         bars, lanes = bars_of(visit, found, begin, end)
         changes = [(each['start'].timestamp(), each['end'].timestamp(), each['reason'])
@@ -12999,10 +13144,13 @@ class Pages:
         closed = [Bar(*extent(start, until, begin, end), why) for start, until, why in changes
                   if start < end and until > begin]
         holds = ', '.join(f'{n} {name}' for name, n in limits.items()) or 'without a limit'
-        least = min((each for each in filled if each.free), key=lambda each: int(each.free), default=None)
-        summary = f"at least {least.free} {least.unit or 'vms'} free at any time" if least else 'nothing limits it'
+        least = min((each for each in filled if each.free), key=lambda each: int(each.free),
+                    default=None)
+        summary = (f"at least {least.free} {least.unit or 'vms'} free at any time" if least
+                   else 'nothing limits it')
         opened = not limits or all(limits.values())
-        return Drawn(place.name, holds, summary, bool(limits), opened, curve(shares), filled, closed, bars,
+        return Drawn(place.name, holds, summary, bool(limits), opened, curve(shares), filled,
+                     closed, bars,
                      68 + 21 * lanes, len(found) - len(bars))
 
     # Reservations
@@ -13011,7 +13159,8 @@ class Pages:
         """One's own reservations, an admin's all, with what can be done to them."""
         after, over = given.get('after', ''), 'over' in given
         after = after if re.fullmatch('([0-9]{1,11}-)?[0-9]{1,18}', after) else ''
-        lines = visit.service.over if over else lambda after, limit: visit.service.list(limit=limit, after=after)
+        service = visit.service
+        lines = service.over if over else lambda after, most: service.list(limit=most, after=after)
         found = lines(after, MOST_LINES_SHOWN)
         last = f"{int(found[-1]['start'].timestamp())}-{found[-1]['id']}" if found else ''
         return self.page(visit, 'Reservations', render_page(
@@ -13019,12 +13168,17 @@ class Pages:
             after=last if last and lines(last, 1) else ''))
 
     def lines(self, visit: Visit, found: list[dict]) -> list[dict]:
-        """Reservations with their addresses, how late they were ready, and what can be done to them."""
+        """Reservations with their addresses, how late they were ready, and what can be done to
+        them.
+        """
         servers: dict = defaultdict(list)
-        for each in rows('SELECT occurrence_id, addresses, ready, planned FROM server WHERE occurrence_id IN '
-                         '(SELECT value FROM json_each(?))', json.dumps([each['id'] for each in found])):
+        for each in rows('SELECT occurrence_id, addresses, ready, planned FROM server WHERE '
+                         'occurrence_id IN '
+                         '(SELECT value FROM json_each(?))',
+                         json.dumps([each['id'] for each in found])):
             servers[each.occurrence_id].append(each)
-        return [each | {'addresses': sum((json.loads(server.addresses) for server in servers[each['id']]), []),
+        return [each | {'addresses': sum((json.loads(server.addresses)
+                                          for server in servers[each['id']]), []),
                         'late': lateness_of(servers[each['id']]), 'deeds': visit.deeds(each),
                         'href': visit.href(each['label'], each['project'])} for each in found]
 
@@ -13038,14 +13192,17 @@ class Pages:
             project = found['parts'][0]['project']
             whole = [visit.deed(deed, {'label': label, 'project': project}, True)
                      for deed in ('extend', 'delete')] if 'label' in found and visit.writes else []
-            return self.page(visit, label, render_page('list', visit=visit, lines=self.lines(visit, found['parts']),
+            return self.page(visit, label, render_page('list', visit=visit,
+                                                       lines=self.lines(visit, found['parts']),
                                                        after=0, over=None) + ''.join(whole))
         query = {'project': found['project']} | ({'occurrence': occurrence} if occurrence else {})
         running = found['tz'] and found['state'] in ('starting', 'active', 'degraded')
         only = occurrence or (to_plain(found['start']) if running else '')
         return self.page(visit, label, render_page(
-            'reservation', visit=visit, found=found, live=live, href=f'/r/{quote(label)}', query=f'?{urlencode(query)}',
-            back=visit.href(label, found['project']), over=(*OVER, 'ending'), occurrence=only, tag=hashed(live)[:20],
+            'reservation', visit=visit, found=found, live=live, href=f'/r/{quote(label)}',
+            query=f'?{urlencode(query)}',
+            back=visit.href(label, found['project']), over=(*OVER, 'ending'), occurrence=only,
+            tag=hashed(live)[:20],
             **{name: local_time(found[name], visit.zone) for name in ('start', 'end')}))
 
     def live(self, visit: Visit, label: str, given: dict):
@@ -13062,17 +13219,21 @@ class Pages:
         found = visit.service.show(**bind(API['show'], asked | {'label': label}, visit.here))
         if 'parts' in found:
             return found, '', ''
-        facts = [('Machines', f"{found['vms']} {found['flavor']} {found['image']}"), ('Resource', found['resource']),
+        facts = [('Machines', f"{found['vms']} {found['flavor']} {found['image']}"),
+                 ('Resource', found['resource']),
                  ('Waits for approval', found.get('change')),
                  ('Host', found['host']), ('Owner', f"{found['user']} in {found['project']}"),
                  ('From', found['start']), ('To', found['end']), ('Repeats', found['repeat']),
                  ('At the end', found['at_end'] if found['image'] or found['server'] else ''),
                  ('Part of', found['request']), ('Description', found['description'])]
-        events, occurrence = visit.service.events(label, found['project'], limit=50)[::-1], asked.get('occurrence', '')
-        deeds = [visit.deed(each, found, True, occurrence if each in ('extend', 'skip', 'delete') else '')
+        events, occurrence = visit.service.events(label, found['project'],
+                                                  limit=50)[::-1], asked.get('occurrence', '')
+        deeds = [visit.deed(each, found, True,
+                            occurrence if each in ('extend', 'skip', 'delete') else '')
                  for each in visit.deeds(found)]
         facts = [(name, visit.cell(value)) for name, value in facts if value]
-        return found, render_page('live', visit=visit, found=found, events=events, late=lateness_told, deeds=deeds,
+        return found, render_page('live', visit=visit, found=found, events=events,
+                                  late=lateness_told, deeds=deeds,
                                   facts=facts), occurrence
 
     # Booking
@@ -13087,13 +13248,15 @@ class Pages:
         """The page with the form."""
         names, why = self.offered(visit, said['resource'])
         return self.page(visit, 'Book', render_page(
-            'book', visit=visit, said=said, places=[each.name for each in visit.service.places()], ends=ENDS,
-            names=names, why=why, more=MORE, verdict=self.verdict(**checked)), status)
+            'book', visit=visit, said=said, places=[each.name for each in visit.service.places()],
+            ends=ENDS, usual_rules=USUAL_RULES, names=names, why=why, more=MORE,
+            verdict=self.verdict(**checked)), status)
 
     def verdict(self, fits: str = '', refusal: str | None = None, offers: Iterable = (),
                 warnings: Iterable = ()) -> str:
         """What the form says of itself: it fits, or why not and what would."""
-        return render_page('verdict', fits=fits, refusal=refusal, offers=[*offers], warnings=[*warnings])
+        return render_page('verdict', fits=fits, refusal=refusal, offers=[*offers],
+                           warnings=[*warnings])
 
     def offered(self, visit: Visit, resource: str) -> tuple[dict, str]:
         """The names of flavors and images on a resource's cloud, and why there are none."""
@@ -13106,15 +13269,20 @@ class Pages:
         return self.names.of(account, sight)
 
     def filled(self, visit: Visit, given: dict) -> dict:
-        """The fields of the form: as given, times as clocks show them there; what was clicked on, not before now."""
+        """The fields of the form: as given, times as clocks show them there; what was clicked on,
+        not before now.
+        """
         hour = visit.here.now.replace(minute=0, second=0) + timedelta(hours=1)
-        start = read_argument('start', given['start'], When, visit.here) if given.get('start') else hour
+        start = (read_argument('start', given['start'], When, visit.here) if given.get('start')
+                 else hour)
         start = visit.here.now + start if isinstance(start, timedelta) else start
         start = max(start, visit.here.now) if 'label' not in given else start
-        end = read_argument('end', given['end'], When, visit.here) if given.get('end') else timedelta(hours=1)
+        end = (read_argument('end', given['end'], When, visit.here) if given.get('end')
+               else timedelta(hours=1))
         end = start + end if isinstance(end, timedelta) else max(end, start + timedelta(minutes=1))
         places = visit.service.places()
-        return dict.fromkeys(BOOKING, '') | {'resource': places[0].name if places else '', 'vms': '1'} | {
+        return dict.fromkeys(BOOKING, '') | {'resource': places[0].name if places else '',
+                                             'vms': '1'} | {
             name: given[name] for name in BOOKING if given.get(name)} | {
             'start': local_time(start, visit.zone), 'end': local_time(end, visit.zone)}
 
@@ -13125,11 +13293,13 @@ class Pages:
 
     def tried(self, visit: Visit, said: dict) -> dict:
         """Whether it fits, and if not, what would: the values of the verdict."""
-        why = self.offered(visit, said.get('resource', ''))[1] if said.get('flavor') or said.get('image') else ''
+        why = (self.offered(visit, said.get('resource', ''))[1] if said.get('flavor')
+               or said.get('image') else '')
         if why:  # nobody waits for that cloud before they book
             return {'refusal': f'not checked: {why}; to book asks once more'}
         try:
-            answer = visit.service.add(**self.asked(visit, said | {'label': said.get('label') or self.unused_label}),
+            answer = visit.service.add(**self.asked(visit, said | {'label': said.get('label')
+                                                                   or self.unused_label}),
                                        dry_run=True)
             return {'fits': self.told(visit, answer), 'warnings': answer.get('warnings', ())}
         except Error as error:
@@ -13147,18 +13317,23 @@ class Pages:
                  f"to {visit.plain(answer['end'])}")
         if 'occurrences' in answer:
             left_out = len(answer['occurrences']) - len(taken)
-            return (f'It fits: {len(taken)} times, the first {words}, the last on {visit.plain(taken[-1]["start"])}' + (
-                    f'; {left_out} times it does not fit and is left out' if left_out else ''))
-        return f'It does not fit now, and will wait: {words}' if answer['state'] == 'waiting' else (
-            f"It fits: {words}{'; an admin must approve it' if answer['state'] == 'pending' else ''}")
+            rest = f'; {left_out} times it does not fit and is left out' if left_out else ''
+            return (f'It fits: {len(taken)} times, the first {words}, the last on '
+                    f'{visit.plain(taken[-1]["start"])}{rest}')
+        if answer['state'] == 'waiting':
+            return f'It does not fit now, and will wait: {words}'
+        approval = '; an admin must approve it' if answer['state'] == 'pending' else ''
+        return f'It fits: {words}{approval}'
 
     def offers(self, visit: Visit, said: dict, error: Error) -> Iterator[tuple[str, str]]:
         """Links to the same form with what would fit; each was tried."""
         for words, other in self.offered_instead(visit, said, error):
-            other = {name: to_plain(each) if isinstance(each, datetime) else each for name, each in other.items()}
+            other = {name: to_plain(each) if isinstance(each, datetime) else each
+                     for name, each in other.items()}
             wish = {name: value for name, value in (said | other).items() if value}
             try:
-                visit.service.add(**self.asked(visit, wish | {'label': self.unused_label}), dry_run=True)
+                visit.service.add(**self.asked(visit, wish | {'label': self.unused_label}),
+                                  dry_run=True)
             except Error:
                 continue
             yield f"/book?{urlencode(wish | {'label': said.get('label', '')})}", words
@@ -13166,11 +13341,13 @@ class Pages:
     def offered_instead(self, visit: Visit, said: dict, error: Error) -> Iterator[tuple[str, dict]]:
         """What might fit instead of a wish, in words and as other fields of the form."""
         try:
-            start, end = (from_wall(datetime.fromisoformat(said[name]), visit.zone) for name in ('start', 'end'))
+            start, end = (from_wall(datetime.fromisoformat(said[name]), visit.zone)
+                          for name in ('start', 'end'))
         except (KeyError, ValueError):
             return
         if 'most_vms' in error.details:
-            yield f"{error.details['most_vms']} machines then", {'vms': str(error.details['most_vms'])}
+            most = str(error.details['most_vms'])
+            yield f'{most} machines then', {'vms': most}
         if 'longest' in error.details:
             longest = error.details['longest']
             yield f'for {longest} only', {'end': start + parse_duration(longest)}
@@ -13184,7 +13361,8 @@ class Pages:
     def slots(self, visit: Visit, said: dict, start: datetime, end: datetime) -> list[dict]:
         """The next free slots for a wish; none where that can't be told."""
         try:
-            return visit.service.find(said['resource'], end - start, int(said['vms']), said.get('flavor', ''),
+            return visit.service.find(said['resource'], end - start, int(said['vms']),
+                                      said.get('flavor', ''),
                                       after=start, limit=3)
         except Error:
             return []
@@ -13205,7 +13383,8 @@ class Pages:
                 return self.onward(visit.href(found['label'], about['project']),
                                    f"'{found['label']}' is {about['state']}{warnings}")
             except Error as error:
-                checked, status = {'refusal': str(error), 'offers': [*self.offers(visit, said, error)]}, error.status
+                checked, status = {'refusal': str(error),
+                                   'offers': [*self.offers(visit, said, error)]}, error.status
         try:
             said = self.filled(visit, given)
         except Error:  # what can't be read stands there as it was typed
@@ -13217,36 +13396,48 @@ class Pages:
     def admin(self, visit: Visit, given: dict):
         """What an operator looks after."""
         service = visit.service
-        tokens = [each for each in service.token_list() if not each['revoked']]  # which is for admins alone
+        # which is for admins alone
+        tokens = [each for each in service.token_list() if not each['revoked']]
         late = service.punctuality()
         sections = (
-            ('Resources', service.resource_list(), 'name cell cloud region aggregate vms vcpus ram classes mode',
+            ('Resources', service.resource_list(),
+             'name cell cloud region aggregate vms vcpus ram classes mode',
              ('resource_delete',), ('resource_add', 'resource_update')),
-            ('Maintenance', service.maintenance_list(), 'id resource start end vms vcpus ram reason',
+            ('Maintenance', service.maintenance_list(),
+             'id resource start end vms vcpus ram reason',
              ('maintenance_delete',), ('maintenance_add',)),
-            ('Pending', service.awaiting_approval(), 'label user project resource vms start end change',
+            ('Pending', service.awaiting_approval(),
+             'label user project resource vms start end change',
              ('approve', 'reject'), ()),
-            ('Waiting', service.list(state=['waiting']), 'label user project resource vms start end', ('delete',), ()),
+            ('Waiting', service.list(state=['waiting']),
+             'label user project resource vms start end', ('delete',), ()),
             ('Tokens', tokens, 'id user project role added', ('token_revoke',), ('token_add',)),
-            ('Limits', service.limit_list(), 'id project user resource most_vms longest ahead least_notice vcpu_hours '
+            ('Limits', service.limit_list(),
+             'id project user resource most_vms longest ahead least_notice vcpu_hours '
              'waiting exempt', ('limit_delete',), ('limit_add',)),
-            ('Punctuality of the last 30 days, in seconds', late['clouds'], 'cloud servers begun_median begun_95 '
+            ('Punctuality of the last 30 days, in seconds', late['clouds'],
+             'cloud servers begun_median begun_95 '
              'begun_worst ready_median ready_95 ready_worst tried_again', (), ()),
             ('Failed', late['failed'], 'cloud label name tries planned fault', (), ()))
         return self.page(visit, 'Admin', '\n'.join(self.section(visit, *each) for each in sections))
 
-    def section(self, visit: Visit, name: str, lines: list, columns: str, deeds: tuple, forms: tuple) -> str:
+    def section(self, visit: Visit, name: str, lines: list, columns: str, deeds: tuple,
+                forms: tuple) -> str:
         """One part of the admin's page: a table, and the forms that belong to it."""
-        table = render_page('table', visit=visit, name=name, lines=lines, columns=columns.split(), deeds=deeds)
+        table = render_page('table', visit=visit, name=name, lines=lines, columns=columns.split(),
+                            deeds=deeds)
         return f'<h2>{name}</h2>{table}' + ''.join(render_page(
             'form', visit=visit, operation=each, title=TITLES[each], summary=API[each].summary,
             once=secrets.token_hex(8), fields=[
-                (field, WORDS[field], API[each].parameters[field].default is REQUIRED, CHOICES.get(field))
+                (field, WORDS[field], API[each].parameters[field].default is REQUIRED,
+                 CHOICES.get(field))
                 for field in FORMS[each]])
             for each in forms)
 
     def do(self, visit: Visit, name: str, given: dict):
-        """Whatever a form asks for: an operation by its name, its fields read as those of REST are."""
+        """Whatever a form asks for: an operation by its name, its fields read as those of REST
+        are.
+        """
         operation = API.get(name)
         if not operation or not operation.changes:
             raise NotFound(f"there is no operation '{name}' that changes something")
@@ -13254,12 +13445,15 @@ class Pages:
         said = {field: value for field, value in given.items() if field != 'next'}
         if name in ASKS and not sure:
             return self.page(visit, 'Are you sure?', render_page(
-                'sure', visit=visit, operation=name, fields=given, words=DEEDS[name][0], back=onward,
+                'sure', visit=visit, operation=name, fields=given, words=DEEDS[name][0],
+                back=onward,
                 warnings=self.warned(visit, operation, said) if name == 'delete' else [],
-                about=said.get('label') or said.get('name') or said.get('id'), which=said.get('occurrence')))
+                about=said.get('label') or said.get('name') or said.get('id'),
+                which=said.get('occurrence')))
         # What a form has shown and nobody has changed is not asked for.
         said = {field: value for field, value in said.items()
-                if value != '' and not field.startswith('was_') and said.get(f'was_{field}') != value}
+                if value != '' and not field.startswith('was_')
+                and said.get(f'was_{field}') != value}
         if 'tz' in operation.parameters:
             said.setdefault('tz', visit.zone.key)
         if once and once in self.sent:  # else loading the answer again makes another secret
@@ -13284,7 +13478,8 @@ class Pages:
 def told_done(name: str, said: dict, answer) -> str:
     """What a form has done, in a sentence."""
     name = 'undo' if said.get('undo') else name
-    about = said.get('rename') or said.get('label') or said.get('name') or said.get('id') or said.get('user') or ''
+    about = (said.get('rename') or said.get('label') or said.get('name') or said.get('id')
+             or said.get('user') or '')
     hit = answer.get('hit', []) if isinstance(answer, dict) else []
     told = ', '.join(f"{each['label']} of {each['user']} ({each['outcome']})" for each in hit[:20])
     gone = answer if name == 'delete' else ()
@@ -13336,7 +13531,8 @@ def span_of_view(view: str, day: date) -> tuple[date, date]:
 def named_span(view: str, first: date, after: date) -> str:
     """What a time line shows, in words."""
     last = after - timedelta(days=1)
-    return (f'{first:%B %Y}' if view == 'month' else f'{first:%A} {first.day} {first:%B %Y}' if view == 'day' else
+    return (f'{first:%B %Y}' if view == 'month' else f'{first:%A} {first.day} {first:%B %Y}'
+            if view == 'day' else
             f'{first.day} {first:%b} to {last.day} {last:%b %Y}')
 
 
@@ -13346,8 +13542,10 @@ def cells_of(view: str, first: date, after: date, zone: ZoneInfo) -> list[Cell]:
     walls = [at_midnight(first) + timedelta(hours=hour) for hour in (
         range(0, 24, 3) if view == 'day' else range(0, 24 * (after - first).days, 24))]
     ends = [from_wall(each, zone).timestamp() for each in walls[1:]] + [end]
-    return [Cell(*extent(from_wall(wall, zone).timestamp(), until, begin, end), int(from_wall(wall, zone).timestamp()),
-                 int(until), f'{wall:%H:%M}' if view == 'day' else f'{wall.day}' if view == 'month' else
+    return [Cell(*extent(from_wall(wall, zone).timestamp(), until, begin, end),
+                 int(from_wall(wall, zone).timestamp()),
+                 int(until),
+                 f'{wall:%H:%M}' if view == 'day' else f'{wall.day}' if view == 'month' else
                  f'{wall:%a} {wall.day}', wall.isoformat(timespec='minutes').removesuffix('T00:00'))
             for wall, until in zip(walls, ends)]
 
@@ -13360,7 +13558,8 @@ def told_free(cell: Cell, levels: list[Amount], limits: dict[str, int]) -> Cell:
     free = {name: limit - max(each.get(name, 0) for each in used) for name, limit in limits.items()}
     scarcest = min(free, key=lambda name: free[name] / limits[name] if limits[name] else 0)
     least = max(free[scarcest], 0)
-    return cell._replace(words=f'{cell.name}: {least} of {limits[scarcest]} {scarcest} free', free=str(least),
+    return cell._replace(words=f'{cell.name}: {least} of {limits[scarcest]} {scarcest} free',
+                         free=str(least),
                          unit='' if scarcest == 'vms' else scarcest)
 
 
@@ -13376,7 +13575,9 @@ def extent(start: float, until: float, begin: float, end: float) -> tuple[float,
 
 
 def share_of(held: dict[str, int], limits: dict[str, int], highest: int) -> float:
-    """How full a resource is, 0 to 1; where nothing limits it, against the highest that is shown."""
+    """How full a resource is, 0 to 1; where nothing limits it, against the highest that is
+    shown.
+    """
     shares = [held.get(name, 0) / limit if limit else 1.0 for name, limit in limits.items()]
     return min(max(shares) if shares else held['vms'] / (1.6 * highest or 1), 1)
 
@@ -13398,7 +13599,9 @@ def curve(shares: list[float]) -> str:
 
 
 def bars_of(visit: Visit, found: list, begin: int, end: int) -> tuple[list[Bar], int]:
-    """Reservations as bars in lanes, none over another, and the number of lanes; what finds no lane is not drawn."""
+    """Reservations as bars in lanes, none over another, and the number of lanes; what finds no lane
+    is not drawn.
+    """
     lanes: list[float] = []  # until where each is taken, in percent
     bars = []
     for each in found:
@@ -13412,9 +13615,11 @@ def bars_of(visit: Visit, found: list, begin: int, end: int) -> tuple[list[Bar],
             continue
         lanes[lane:lane + 1] = [last]
         mine = each.project == visit.actor.project
-        kind = ('own' if mine else 'other') + (' dashed' if mine and each.state in ('waiting', 'pending') else '')
+        kind = ('own' if mine else 'other') + (' dashed' if mine
+                                               and each.state in ('waiting', 'pending') else '')
         text = f'{SIGNS[each.state]} {each.label}'
-        words = (f'{each.label}, {each.state}, {each.vms} vms {each.flavor}, {visit.plain(instant(each.start))} to '
+        words = (f'{each.label}, {each.state}, {each.vms} vms {each.flavor}, '
+                 f'{visit.plain(instant(each.start))} to '
                  f'{visit.plain(instant(each.end))}, {each.user}')
         start = instant(each.start) if each.repeats else None
         bars.append(Bar(left, width, words, 68 + 21 * lane, text,
@@ -13444,7 +13649,8 @@ def web(service: Reservations):
 
     def told(failure):
         request, sentence = bottle.request, error_text(failure, bottle.request, bottle.response)
-        if 'text/html' not in request.get_header('Accept', '') or request.path.startswith((BASE, '/calendar/')):
+        if ('text/html' not in request.get_header('Accept', '')
+            or request.path.startswith((BASE, '/calendar/'))):
             return sentence
         for name, value in SAFE.items():
             bottle.response.set_header(name, value)

@@ -2738,7 +2738,8 @@ def occur(run, tmp_path):
     """`occurrences` for the bytes of a file: (exit code, what it printed, errors)."""
     def occur(data: bytes, *options):
         (tmp_path / 'f.ics').write_bytes(data)
-        return run('occurrences', 'f.ics', '--format=json', *options)
+        code, out, err = run('occurrences', 'f.ics', '--format=json', *options)
+        return code, out, f"cmres: {json.loads(err)['error']}\n" if err.startswith('{') else err
     return occur
 
 
