@@ -38,6 +38,7 @@ import os
 import queue
 import random
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -14207,6 +14208,87 @@ def test_a_real_shell_completes_a_label(run, tmp_path, shell):
     env = environment() | {'PATH': f"{tmp_path}:{os.environ['PATH']}", 'HOME': str(tmp_path)}
     ended = subprocess.run([shell, '-c', SHELLS[shell]], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60)
     assert (ended.stdout.split(), ended.stderr) == (['lesson-1'], '')
+
+
+class Played:
+    """The module `time` with a clock of ours; all else is as it is."""
+
+    def __init__(self, now: float):
+        self.now = now
+
+    def __getattr__(self, name):
+        return getattr(time, name)
+
+    def time(self) -> float:
+        return self.now
+
+
+def shown_in_readme() -> list[tuple[str, str]]:
+    """The commands of README's sessions, each with what is shown below it."""
+    text = re.sub(r'^ {0,3}\S.*$', '', (MODULE.parent / 'README.md').read_text(), flags=re.M)
+    blocks = [each for each in re.split(r'\n(?=    \$ )|\n\n\n+', text) if each.startswith('    $ ')]
+    return [(head[6:], '\n'.join(line[4:] for line in rest)) for head, *rest in (each.split('\n') for each in blocks)]
+
+
+def masked(text: str) -> list[str]:
+    """The lines of an answer without what differs from run to run: figures, secrets, widths of columns."""
+    text = re.sub(r'/calendar/\S+/', '/calendar/SECRET/', re.sub(r'\bstore +\S+', 'store ID', text))
+    text = re.sub(r'\b(UTC|CES?T)\b', 'ZONE', re.sub(r'[0-9]+(?:[.:][0-9]+)*', 'N', text))
+    return [' '.join(line.split()) for line in text.splitlines() if line.strip() and line.strip() != '...']
+
+
+#: What README says without a session: files that it reads, and resources that it takes for given.
+GIVEN = {'add finals': [['resource', 'add', 'gpu', '--vms', '20'], ['resource', 'add', 'cpu', '--vms', '40']]}
+CLASS_ICS = calendar('''BEGIN:VEVENT
+UID:os-course@example.org
+DTSTART;TZID=Europe/Paris:20270412T140000
+DURATION:PT2H
+RRULE:FREQ=WEEKLY;COUNT=3
+SUMMARY:Operating systems
+DESCRIPTION:4 x m1.small
+END:VEVENT
+BEGIN:VEVENT
+UID:other@example.org
+DTSTART:20270412T140000Z
+SUMMARY:Lunch
+END:VEVENT
+''')
+
+
+def test_readme_shows_what_its_commands_print(tmp_path, monkeypatch, run):
+    played = Played(datetime(2026, 11, 23, 6, 53, 54, tzinfo=UTC).timestamp())
+    monkeypatch.setattr(cmres, 'time', played)
+    monkeypatch.setenv('LOGNAME', 'eva')
+    clouds = cmres.Clouds(Config(), clock=played.time)
+    monkeypatch.setattr(cmres, 'local_service', lambda config: cmres.open_store(config.database, config.key) or cmres.Reservations(
+        config, clouds, Actor('eva', 'default', 'admin'), played.time))
+    cmres.prepared(Config())
+    cmres.welcome(cmres.local_service(Config()), 'http://127.0.0.1:8080')
+    cycle = cmres.LifeCycle(Config(), clouds, played.time)
+    (tmp_path / 'class.ics').write_bytes(CLASS_ICS)
+    compared, wrong = 0, []
+    for line, shown in shown_in_readme():
+        line = line.partition('  #')[0].strip()
+        for pause in (5, 5):
+            played.now += pause
+            cycle.settle()
+        if line.startswith('export '):
+            monkeypatch.setenv(*line.removeprefix('export ').split('='))
+        elif line.startswith('cat '):
+            (tmp_path / line.split()[1]).write_text(shown + '\n')
+        elif not re.search('chameleon|add (class|typo) gpu|servers class|my-workstation', line):
+            for given in next((each for start, each in GIVEN.items() if start in line), ()):
+                assert run(*given)[0] == 0
+            code, out, err = run(*shlex.split(line.removeprefix('python cmres.py ')))
+            if shown.strip():
+                compared += 1
+                end = masked(shown.split('...\n')[-1])  # what is left out there
+                whole = masked(out + err)
+                same = whole[-len(end):] == end if '...\n' in shown else whole == end
+                wrong += [] if same else [(line, out + err)]
+            else:
+                assert code == 0, (line, err)
+    assert compared >= 20 and not wrong, '\n'.join(f'$ {line}\n{text}' for line, text in wrong)
 
 
 #: Words as people type them, some of which Fire would take for something else.
