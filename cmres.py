@@ -9,7 +9,7 @@
 #   "peewee~=4.5.3",           # store: models, transactions, one connection a thread
 #   "python-dateutil>=2.9,<3", # repetitions: the slots of an RRULE
 #   "pyyaml~=6.0",             # YAML files of reservations, YAML answers
-#   "rich>=13,<16",            # tables and progress bars for people
+#   "rich>=13,<16",            # progress bars for people
 #   "schedule~=1.2.2",         # heartbeat of the life cycle
 #   "tzdata>=2025.2",          # time zones, where the system has none
 #   "waitress~=3.0.2",         # HTTP server: slow clients hold no thread
@@ -14727,20 +14727,69 @@ def fitting(names: list[str], cells: list[list[str]], width: int) -> list[int]:
 
 
 def drawn(names: list[str], lines: list) -> str:
-    """A table as text, as wide as the terminal, or as it needs to be where there is none."""
-    from rich.console import Console
-    from rich.table import Table as Drawing
-    from rich.text import Text as Plain
-    drawing = Drawing(box=None, show_header=bool(names), pad_edge=False, header_style='bold')
-    for place in range(len(lines[0])):
-        times = all(re.match(r'\d{4}-\d\d-\d\d \d\d:|-$', line[place]) for line in lines)
-        drawing.add_column(names[place] if names else '', no_wrap=times, overflow='fold')
-    for line in lines:
-        drawing.add_row(*map(Plain, line))
-    width = terminal_width() if sys.stdout.isatty() else 250
-    console = Console(width=width, file=io.StringIO(), force_terminal=sys.stdout.isatty() or None)
-    console.print(drawing)
-    return '\n'.join(each.rstrip() for each in console.file.getvalue().splitlines())
+    """A table as text, each column as wide as it needs to be; a terminal's widest ones are folded."""
+    table = [names, *lines] if names else lines
+    widths = [max(wide(part) for line in table for part in line[place].split('\n'))
+              for place in range(len(table[0]))]
+    on_terminal = sys.stdout.isatty()
+    if on_terminal:
+        times = [all(re.match(r'\d{4}-\d\d-\d\d \d\d:|-$', line[place]) for line in lines)
+                 for place in range(len(widths))]
+        widths = narrowed(widths, times, terminal_width())
+    text = [drawn_line(line, widths) for line in table]
+    if names and on_terminal:
+        text[0] = f'\x1b[1m{text[0]}\x1b[0m'
+    return '\n'.join(text)
+
+
+def drawn_line(line: list[str], widths: list[int]) -> str:
+    """A line of a table, of as many lines as its longest cell is folded into."""
+    cells = [list(pieces_of(cell, width)) for cell, width in zip(line, widths)]
+    return '\n'.join('  '.join(piece + ' ' * (width - wide(piece))
+                               for piece, width in zip(pieces, widths)).rstrip()
+                     for pieces in itertools.zip_longest(*cells, fillvalue=''))
+
+
+def narrowed(widths: list[int], whole: list[bool], most: int, least: int = 12) -> list[int]:
+    """Widths that fit a terminal: the widest goes down to the next, none that is `whole` or has the least."""
+    widths = widths[:]
+    while (too_many := sum(widths) + 2 * len(widths) - 2 - most) > 0:
+        there = sorted({width for width, fixed in zip(widths, whole) if not fixed and width > least})
+        if not there:
+            break
+        place = next(n for n, width in enumerate(widths) if width == there[-1] and not whole[n])
+        lower = there[-2] if len(there) > 1 else least
+        widths[place] = max(widths[place] - too_many, lower if lower < there[-1] else least)
+    return widths
+
+
+def pieces_of(cell: str, width: int) -> Iterator[str]:
+    """The lines of a cell, cut where they are too wide, between words if there are any."""
+    for part in cell.split('\n'):
+        while (end := fitting_end(part, width)) < len(part):
+            space = part.rfind(' ', 1, end + 1)
+            end = space if part[:space].strip() else end
+            yield part[:end].rstrip()
+            part = part[end:].lstrip()
+        yield part
+
+
+def fitting_end(text: str, width: int) -> int:
+    """How many letters of a text fit; at least one."""
+    taken = 0
+    for end, letter in enumerate(text):
+        taken += wide(letter)
+        if taken > width:
+            return max(end, 1)
+    return len(text)
+
+
+def wide(text: str) -> int:
+    """How many columns of a terminal a text takes: letters of East Asia two, accents none."""
+    if text.isascii():
+        return len(text)
+    from unicodedata import combining, east_asian_width
+    return sum(0 if combining(each) else 1 + (east_asian_width(each) in 'WF') for each in text)
 
 
 def terminal_width() -> int:

@@ -14117,6 +14117,23 @@ def test_eighty_columns_show_labels_times_and_states_whole(run, tmp_path):
     assert '\x1b' not in run('list')[1] and 'a-resource-with-a-long-name' in run('list')[1]  # what is piped is whole
 
 
+@given(st.lists(st.lists(st.text('ab é漢 \n-', max_size=60), min_size=3, max_size=3), min_size=1, max_size=5),
+       st.integers(40, 120))
+def test_a_table_fits_any_terminal_and_loses_no_letter(lines, most):
+    letters = lambda text: collections.Counter(re.sub(r'\s', '', text))  # noqa: E731
+    names = ['one', 'two', 'three']
+    widths = [max(cmres.wide(part) for line in [names, *lines] for part in line[n].split('\n')) for n in range(3)]
+    widths = cmres.narrowed(widths, [False] * 3, most)
+    text = '\n'.join(cmres.drawn_line(line, widths) for line in lines)
+    assert max(map(cmres.wide, text.split('\n'))) <= most
+    assert letters(text) == letters(''.join(map(''.join, lines)))
+
+
+def test_columns_are_as_wide_as_letters_of_any_kind(capsys):
+    print(cmres.drawn(['name', 'n'], [['漢字', '1'], ['e\u0301', '2'], ['two\nlines', '3']]))
+    assert capsys.readouterr().out.splitlines() == ['name   n', '漢字   1', 'e\u0301      2', 'two    3', 'lines']
+
+
 def test_columns_and_their_order_are_chosen(run):
     run('resource', 'add', 'demo', '--vms', '16')
     for label, vms in (('b', 3), ('a', 1), ('c', 10)):
