@@ -14768,7 +14768,7 @@ def pieces_of(cell: str, width: int) -> Iterator[str]:
     for part in cell.split('\n'):
         while (end := fitting_end(part, width)) < len(part):
             space = part.rfind(' ', 1, end + 1)
-            end = space if part[:space].strip() else end
+            end = space if space > 0 and part[:space].strip() else end
             yield part[:end].rstrip()
             part = part[end:].lstrip()
         yield part

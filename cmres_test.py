@@ -14119,6 +14119,7 @@ def test_eighty_columns_show_labels_times_and_states_whole(run, tmp_path):
 
 @given(st.lists(st.lists(st.text('ab é漢 \n-', max_size=60), min_size=3, max_size=3), min_size=1, max_size=5),
        st.integers(40, 120))
+@example([['a' * 500, 'a' * 100 + ' b', '漢' * 200]], 40)
 def test_a_table_fits_any_terminal_and_loses_no_letter(lines, most):
     letters = lambda text: collections.Counter(re.sub(r'\s', '', text))  # noqa: E731
     names = ['one', 'two', 'three']
