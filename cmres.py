@@ -76,7 +76,7 @@ import sys
 import textwrap
 import threading
 import time
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections import Counter, defaultdict, deque, namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, nullcontext, suppress
@@ -2915,35 +2915,210 @@ def first_cause(error: Exception) -> Exception:
     return error
 
 
+#: What keeps in memory what transactions have decided: `mark` tells how much that is, `back` makes
+#: it as little again, `write` writes it, and `forget` forgets it.
+MEMORIES: list = []
+
+
 @contextmanager
-def transaction(keep: bool = True) -> Iterator[None]:
-    """All of it or nothing, on disk when it ends; alone in this process; without `keep`, undone.
+def transaction() -> Iterator[None]:
+    """All of it or nothing, on disk when it ends; alone in this process.
+
+    Inside of another, or of a rehearsal, it is a part of that.
 
     Raises:
       Unavailable: others have been writing for too long, or the file is not there any more.
     """
+    if db.in_transaction():
+        with Attempt():
+            yield
+            write_memories()
+        return
     if not write_lock.acquire(timeout=PATIENT):
         raise Unavailable(TROUBLES[sqlite3.SQLITE_BUSY])
     try:
         store_file.check()
-        with db.atomic() as current:
+        with db.atomic():
             store_file.refuse_other(stored_id())
-            yield
-            if not keep:
-                current.rollback()
+            try:
+                yield
+                write_memories()
+            finally:
+                forget_memories()
         store_file.check()  # what was written to a file that has gone meanwhile is lost
     except STORE_ERRORS as error:
-        cause = first_cause(error)
-        # A connection that was opened while nothing could be written stays so: the next is a new one.
-        if code_of(sqlite_error(cause)) == sqlite3.SQLITE_READONLY and not db.in_transaction():
-            db.close()
-        raise cause
+        raise of_store(error)
     finally:
         write_lock.release()
 
 
+def of_store(error: Exception) -> Exception:
+    """The first cause of an error, after which this thread may go on."""
+    cause = first_cause(error)
+    # A connection that was opened while nothing could be written stays so: the next is a new one.
+    if code_of(sqlite_error(cause)) == sqlite3.SQLITE_READONLY and not db.in_transaction():
+        db.close()
+    return cause
+
+
+def write_memories() -> None:
+    """Makes true what was decided so far; in a rehearsal nothing is."""
+    for memory in MEMORIES if rehearsal.tables is None else ():
+        memory.write()
+
+
+def forget_memories() -> None:
+    for memory in MEMORIES:
+        memory.forget()
+
+
+# A rehearsal decides and answers what a transaction would, upon the store as it is at one instant,
+# and nothing of it ever happens. It takes no lock: what it writes goes to tables of its own, in
+# memory and on this connection alone. From its first write to a table on, its statements read and
+# write instead of that the view NAME_now: the rows of the table without those in NAME_gone, and
+# those in NAME_new. So a deed and its rehearsal are one program.
+
+class Rehearsal(threading.local):
+    """What this thread rehearses: to which tables it has written, and the ids that are next there."""
+    tables: frozenset | None = None
+    ids: dict = {}
+
+
+class Unmade(Exception):
+    """Ends a rehearsal."""
+
+
+rehearsal = Rehearsal()
+#: What operations change, each with what changes with it.
+REHEARSED = dict.fromkeys(('occurrence', 'resource', 'capacity', 'proposal', 'extra_hold', 'wait',
+                           'limits', 'server', 'token', 'feed', 'subscription'), ()) | {
+    'reservation': ('occurrence', 'texts')}
+WRITTEN = re.compile(r'\s*(?:INSERT INTO|UPDATE|DELETE FROM)\s+(\w+)')
+NAMED = re.compile(r'\b((?:FROM|JOIN|INTO|UPDATE)\s+)(\w+)\b')
+INDEXED = re.compile(r'\b((?:FROM|JOIN|UPDATE)\s+(\w+)(?:\s+\w+)?)\s+INDEXED BY \w+')
+
+
+@contextmanager
+def rehearsing() -> Iterator[None]:
+    """A transaction of which nothing is kept, and that nobody waits for; or so much of one."""
+    if db.in_transaction():
+        with undone():
+            yield
+        return
+    store_file.check()
+    try:
+        set_stage()
+        with suppress(Unmade), db.atomic('DEFERRED'):
+            store_file.refuse_other(stored_id())
+            rehearsal.tables, rehearsal.ids = frozenset(), {}
+            try:
+                yield
+            finally:
+                rehearsal.tables = None
+                forget_memories()
+            raise Unmade
+    except STORE_ERRORS as error:
+        raise of_store(error)
+
+
+def set_stage() -> None:
+    """Makes, once on each connection, what rehearsals write to."""
+    if run("SELECT 1 FROM temp.sqlite_master WHERE name = 'texts_now'").fetchone():
+        return
+    run('PRAGMA temp_store = memory')
+    for table in REHEARSED:
+        columns = run(f'PRAGMA main.table_info({table})').fetchall()
+        names = ', '.join(f'"{name}"' for _, name, *_ in columns)
+        kinds = ', '.join(f'"{name}" {kind} {"NOT NULL" if needed else ""}'
+                          f'{" PRIMARY KEY" if key else f" DEFAULT {default}" if default else ""}'
+                          for _, name, kind, needed, default, key in columns)
+        news = ', '.join(f'NEW."{name}"' for _, name, *_ in columns)
+        owner = """UPDATE occurrence_now SET of_project = NEW.project, of_user = NEW.user WHERE
+          reservation_id = NEW.id AND (NEW.project, NEW.user) <> (OLD.project, OLD.user);"""
+        run_all(f"""
+          CREATE TEMP TABLE {table}_new ({kinds});
+          CREATE TEMP TABLE {table}_gone (id INTEGER PRIMARY KEY);
+          CREATE TEMP VIEW {table}_now AS
+            SELECT {names} FROM main.{table} WHERE id NOT IN (SELECT id FROM {table}_gone)
+            UNION ALL SELECT {names} FROM {table}_new""")
+        run(f"""CREATE TEMP TRIGGER {table}_changed INSTEAD OF UPDATE ON {table}_now BEGIN
+          INSERT OR REPLACE INTO {table}_new VALUES ({news});
+          INSERT OR IGNORE INTO {table}_gone VALUES (OLD.id);
+          {owner if table == 'reservation' else ''} END""")
+        run(f"""CREATE TEMP TRIGGER {table}_dropped INSTEAD OF DELETE ON {table}_now BEGIN
+          DELETE FROM {table}_new WHERE id = OLD.id;
+          INSERT OR IGNORE INTO {table}_gone VALUES (OLD.id); END""")
+    run(f"""CREATE TEMP VIEW texts_now AS
+      SELECT project, sum(size) AS size FROM (
+        SELECT project, size FROM main.texts UNION ALL
+        SELECT project, {long_texts('n')} FROM reservation_new n WHERE {long_texts('n')} > 1000
+        UNION ALL SELECT project, -{long_texts('g')} FROM main.reservation g
+         WHERE id IN (SELECT id FROM reservation_gone) AND {long_texts('g')} > 1000) GROUP BY 1""")
+
+
+def rehearsed(sql: str) -> str:
+    """A statement as this thread's rehearsal runs it."""
+    if written := WRITTEN.match(sql):
+        note_written(written[1])
+    return rehearsed_text(sql, rehearsal.tables) if rehearsal.tables else sql
+
+
+def note_written(table: str) -> None:
+    """From now on what this thread's rehearsal has of a table is not what the store has."""
+    if table not in REHEARSED:
+        raise RuntimeError(f'{table} would be written to in a rehearsal')
+    rehearsal.tables |= {table, *REHEARSED[table]}
+
+
+@functools.lru_cache(1000)
+def rehearsed_text(sql: str, tables: frozenset) -> str:
+    sql = INDEXED.sub(lambda found: found[found[2] in tables], sql)
+    return NAMED.sub(lambda found: f'{found[0]}_now' if found[2] in tables else found[0], sql)
+
+
+def rehearsed_id(table: str) -> int:
+    """The id that the next new row of a table would have."""
+    if table not in rehearsal.ids:
+        rehearsal.ids[table] = run(f'SELECT coalesce(max(id), 0) FROM main.{table}').fetchone()[0]
+    rehearsal.ids[table] += 1
+    return rehearsal.ids[table]
+
+
+class Attempt:
+    """A part of a transaction that is done as a whole, or undone: where it fails, or is told so."""
+
+    def __enter__(self):
+        self.marks = [memory.mark() for memory in MEMORIES]
+        run('SAVEPOINT attempt')
+        return self
+
+    def undo(self) -> None:
+        """Makes all as it was before; what comes then is a part of the attempt as well."""
+        run('ROLLBACK TO attempt')
+        for memory, mark in zip(MEMORIES, self.marks):
+            memory.back(mark)
+
+    def __exit__(self, kind, error, trace) -> None:
+        if kind:
+            self.undo()
+        run('RELEASE attempt')
+
+
+@contextmanager
+def undone() -> Iterator[None]:
+    """A part of a transaction of which nothing is kept."""
+    with Attempt() as attempt:
+        yield
+        attempt.undo()
+
+
 def run(sql: str, *values) -> sqlite3.Cursor:
     """Runs one statement on this thread's connection; peewee's kinds of errors, without its cost."""
+    return execute(sql if rehearsal.tables is None else rehearsed(sql), values)
+
+
+def execute(sql: str, values: Iterable = ()) -> sqlite3.Cursor:
+    """Runs one statement as it stands."""
     try:
         return db.connection().execute(sql, values)
     except sqlite3.Error as error:
@@ -2983,13 +3158,20 @@ def row_type(sql: str, cursor):
 
 def insert(model: type[Table], **values) -> int:
     """Writes a row and tells its id."""
-    return run(insert_text(model, tuple(values)), *values.values()).lastrowid
+    if rehearsal.tables is None:
+        return run(insert_text(model, tuple(values)), *values.values()).lastrowid
+    table = model._meta.table_name
+    note_written(table)
+    values['id'] = rehearsed_id(table)
+    execute(insert_text(model, tuple(values), '_new'), (*values.values(),))
+    return values['id']
 
 
 @functools.lru_cache
-def insert_text(model, names: tuple) -> str:
+def insert_text(model, names: tuple, instead: str = '') -> str:
     columns = ', '.join(f'"{model._meta.fields[name].column_name}"' for name in names)
-    return f"INSERT INTO {model._meta.table_name} ({columns}) VALUES ({', '.join('?' * len(names))})"
+    marks = ', '.join('?' * len(names))
+    return f'INSERT INTO {model._meta.table_name}{instead} ({columns}) VALUES ({marks})'
 
 
 def change(model: type[Table], id: int, **values) -> None:
@@ -3013,6 +3195,8 @@ def journal(config: Config, at: float, actor: str, code: str, sentence: str, res
       occurrence: the one that it is about; without one, all that are not over
       refused: project, and id of the resource, of what is no reservation
     """
+    if rehearsal.tables is not None:
+        return
     whose = row('SELECT project FROM reservation WHERE id = ?', reservation) if reservation else None
     about = {'reservation': reservation, 'occurrence': occurrence,
              'project': whose.project if whose else '', 'resource': None} | refused
@@ -3302,54 +3486,203 @@ def stored(amount: Amount, prefix: str = '') -> dict:
         f'{prefix}classes': json.dumps(dict(amount.classes)) if amount.classes else ''}
 
 
+class Profile:
+    """What is held more of one track from each of some instants on; as many figures as a step has."""
+
+    def __init__(self):
+        self.ats, self.levels = [], []
+
+    def add(self, begin: int, until: int, figures: tuple) -> None:
+        first, last = self.cut(begin), self.cut(until)
+        for n in range(first, last):
+            self.levels[n] = plus(self.levels[n], figures)
+
+    def cut(self, at: int) -> int:
+        """Where an instant stands among the cuts; it is one from now on."""
+        n = bisect_left(self.ats, at)
+        if n == len(self.ats) or self.ats[n] != at:
+            self.ats.insert(n, at)
+            self.levels.insert(n, self.level(n - 1))
+        return n
+
+    def level(self, n: int) -> tuple:
+        return self.levels[n] if n >= 0 else ZERO
+
+    def at(self, instant: float) -> tuple:
+        return self.level(bisect_right(self.ats, instant) - 1)
+
+    def within(self, begin: float, until: float) -> Iterator[tuple[float, float, tuple]]:
+        """A window in pieces, each with what is held more in all of it."""
+        n = bisect_right(self.ats, begin)
+        cuts = [begin, *self.ats[n:bisect_left(self.ats, until)], until]
+        for number, (first, last) in enumerate(itertools.pairwise(cuts), n - 1):
+            yield first, last, self.level(number)
+
+    def pieces(self) -> Iterator[tuple[int, int, tuple]]:
+        """All of it that isn't nothing."""
+        for (begin, level), until in zip(zip(self.ats, self.levels), self.ats[1:]):
+            if level != ZERO:
+                yield begin, until, level
+
+
+ZERO = (0, 0, 0)
+
+
+def plus(some: tuple, others: tuple) -> tuple:
+    return tuple(map(int.__add__, some, others))
+
+
+class Ledger(threading.local):
+    """What this thread's transaction holds and gives back, until the net of it is written as steps."""
+
+    def __init__(self):
+        self.forget()
+
+    def forget(self) -> None:
+        self.entries = []  # (resource, track, begin, until, figures), in order
+        self.written = 0   # so many of them are steps already
+        self.profiles: dict[tuple[int, str], Profile] = {}  # the sum of the others
+
+    def mark(self) -> tuple[int, int]:
+        return len(self.entries), self.written
+
+    def back(self, mark: tuple[int, int]) -> None:
+        """Forgets what came after a mark; what was written since is no more, either."""
+        if mark == self.mark():
+            return
+        number, written = mark
+        kept = self.entries[:number]
+        self.forget()
+        self.entries, self.written = kept[:written], written
+        for entry in kept[written:]:
+            self.add(*entry)
+
+    def add(self, *entry) -> None:
+        self.entries.append(entry)
+        resource, track, *change = entry
+        if (resource, track) not in self.profiles:
+            self.profiles[resource, track] = Profile()
+        self.profiles[resource, track].add(*change)
+
+    def within(self, resource: int, track: str, begin: float, until: float) -> list[tuple]:
+        """A window in pieces, each with what this transaction holds more in all of it."""
+        found = self.profiles.get((resource, track))
+        return [*found.within(begin, until)] if found else [(begin, until, ZERO)]
+
+    def after(self, resource: int, track: str, instant: float) -> int | None:
+        """The next instant at which it is another amount."""
+        found = self.profiles.get((resource, track))
+        return next((at for at in found.ats if at > instant), None) if found else None
+
+    def at(self, resource: int, track: str, instant: float) -> tuple:
+        found = self.profiles.get((resource, track))
+        return found.at(instant) if found else ZERO
+
+    def write(self) -> None:
+        """Writes the net of what was held and given back, and tries those again that wait for it."""
+        pieces = [(*of, *piece) for of, each in self.profiles.items() for piece in each.pieces()]
+        if pieces:
+            write_steps(pieces)
+            for resource, _, begin, until, figures in pieces:
+                if any(each < 0 for each in figures):
+                    call_waiting(resource, begin, until)
+        self.written, self.profiles = len(self.entries), {}
+
+
+ledger = Ledger()
+MEMORIES.append(ledger)
+#: Of a step function and an instant, [resource, track, at, until] in JSON, those of `step`.
+OF_ITS = "resource_id = json_extract(p.value, '$[0]') AND track = json_extract(p.value, '$[1]')"
+AT, UNTIL = "json_extract(p.value, '$[2]')", "json_extract(p.value, '$[3]')"
+LEVEL = f'(SELECT json_array(vms, vcpus, ram) FROM step WHERE {OF_ITS} AND at {{}} {AT} ORDER BY at DESC LIMIT 1)'
+STEPS_AT = f"""
+  SELECT EXISTS (SELECT 1 FROM step WHERE {OF_ITS} AND at = {AT}), {LEVEL.format('<')},
+         {LEVEL.format('<=')}, EXISTS (SELECT 1 FROM step WHERE {OF_ITS} AND at > {AT} AND at < {UNTIL})
+    FROM json_each(?) p ORDER BY p.key"""
+PUT_STEPS = f"""
+  INSERT INTO step (resource_id, track, at, vms, vcpus, ram)
+  SELECT {', '.join(f"json_extract(value, '$[{n}]')" for n in range(6))} FROM json_each(?) WHERE 1
+      ON CONFLICT DO UPDATE SET vms = excluded.vms, vcpus = excluded.vcpus, ram = excluded.ram"""
+RAISE_STEPS = f"""
+  UPDATE step SET vms = vms + json_extract(p.value, '$[4]'), vcpus = vcpus + json_extract(p.value, '$[5]'),
+         ram = ram + json_extract(p.value, '$[6]')
+    FROM json_each(?) p WHERE {OF_ITS} AND at > {AT} AND at < {UNTIL}"""
+DROP_STEPS = """
+  DELETE FROM step WHERE (resource_id, track, at) IN (
+    SELECT json_extract(value, '$[0]'), json_extract(value, '$[1]'), json_extract(value, '$[2]') FROM json_each(?))"""
+
+
+def write_steps(pieces: list[tuple]) -> None:
+    """(3): holds more in some pieces that don't overlap, each (resource, track, begin, until, figures)."""
+    begun = {tuple(piece[:3]): piece for piece in pieces}
+    ended = {(resource, track, until): figures for resource, track, _, until, figures in pieces}
+    cuts = sorted(begun.keys() | ended.keys())
+    asked = [(*cut, begun[cut][3] if cut in begun else cut[2]) for cut in cuts]
+    put, gone, inside = [], [], []
+    for cut, (known, was, held, more) in zip(cuts, run(STEPS_AT, json.dumps(asked)).fetchall()):
+        was, held = (tuple(json.loads(each)) if each else ZERO for each in (was, held))
+        new = plus(held, begun[cut][4] if cut in begun else ZERO)
+        if new == plus(was, ended.get(cut, ZERO)):
+            gone += [cut] if known else []
+        elif not known or new != held:
+            put.append((*cut, *new))
+        if more and cut in begun:
+            inside.append((*begun[cut][:4], *begun[cut][4]))
+    for statement, values in (RAISE_STEPS, inside), (PUT_STEPS, put), (DROP_STEPS, gone):
+        if values:
+            run(statement, json.dumps(values))
+
+
 def level(resource: int, at: float, classes: Iterable[str] = ()) -> Amount:
     """(1), also of some classes."""
     found = ((name, level_of(resource, name, at)[0]) for name in classes)
     return Amount(*level_of(resource, '', at), tuple(each for each in found if each[1]))
 
 
-def level_of(resource: int, track: str, at: float) -> tuple[int, int, int]:
+def level_of(resource: int, track: str, at: float) -> tuple[int, ...]:
+    return plus(written_level(resource, track, at), ledger.at(resource, track, at))
+
+
+def written_level(resource: int, track: str, at: float) -> tuple[int, ...]:
     return run('SELECT vms, vcpus, ram FROM step WHERE resource_id = ? AND track = ? AND at <= ? '
-               'ORDER BY at DESC LIMIT 1', resource, track, at).fetchone() or (0, 0, 0)
+               'ORDER BY at DESC LIMIT 1', resource, track, at).fetchone() or ZERO
 
 
 def peak(resource: int, begin: float, until: float, classes: Iterable[str] = ()) -> Amount:
     """(2), each figure on its own; with CLOSED, where a resource is closed."""
-    closed = peak_of(resource, CLOSED, begin, until)[0]
-    return Amount(*peak_of(resource, '', begin, until), (
-        *(((CLOSED, closed),) if closed else ()),
-        *((name, peak_of(resource, name, begin, until)[0]) for name in classes)))
+    tracks = ('', CLOSED, *classes)
+    pieces = [(resource, track, *piece) for track in tracks
+              for piece in ledger.within(resource, track, begin, until)]
+    found: dict[str, tuple] = {}
+    for (_, track, *_, more), levels in zip(pieces, run(PEAKS, json.dumps(pieces))):
+        for written in filter(None, levels):
+            held = plus(json.loads(written), more)
+            found[track] = tuple(map(max, held, found.get(track, held)))
+    closed = found[CLOSED][0]
+    return Amount(*found[''], (*(((CLOSED, closed),) if closed else ()),
+                               *((name, found[name][0]) for name in classes)))
 
 
-def peak_of(resource: int, track: str, begin: float, until: float) -> tuple[int, ...]:
-    inside = run('SELECT max(vms), max(vcpus), max(ram) FROM step '
-                 'WHERE resource_id = ? AND track = ? AND at > ? AND at < ?', resource, track, begin, until).fetchone()
-    return tuple(a if b is None else max(a, b) for a, b in zip(level_of(resource, track, begin), inside))
+PEAKS = f"""
+  SELECT coalesce({LEVEL.format('<=')}, '[0,0,0]'),
+         (SELECT iif(max(vms) IS NULL, NULL, json_array(max(vms), max(vcpus), max(ram))) FROM step
+           WHERE {OF_ITS} AND at > {AT} AND at < {UNTIL})
+    FROM json_each(?) p ORDER BY p.key"""
 
 
 def hold(resource: int, begin: int, until: int, amount: Amount) -> None:
-    """(3), without asking whether it fits; those that wait for what is given back are tried again."""
-    if begin < until and any(each < 0 for each in (*amount[:3], *(each for _, each in amount.classes))):
-        call_waiting(resource, begin, until)
+    """(3), without asking whether it fits; what is given back by it is there at once."""
     for track, figures in amount.tracks if begin < until else ():
-        there_before = [at for at in (begin, until) if not cut(resource, track, at)]
-        run('UPDATE step SET vms = vms + ?, vcpus = vcpus + ?, ram = ram + ? '
-            'WHERE resource_id = ? AND track = ? AND at >= ? AND at < ?', *figures, resource, track, begin, until)
-        for at in there_before:  # a new cut is a change of level for sure
-            if level_of(resource, track, at) == level_of(resource, track, at - 1):
-                run('DELETE FROM step WHERE resource_id = ? AND track = ? AND at = ?', resource, track, at)
+        ledger.add(resource, track, begin, until, figures)
+    if not db.in_transaction():
+        ledger.write()
+        ledger.forget()
 
 
 def call_waiting(resource: int, begin: float = 0, until: float = 2**62) -> None:
     """Lets those be tried again that wait for room on a resource in a window, and those that lacked something else."""
     run('UPDATE wait SET due = 0 WHERE resource_id = ? AND until > ? AND held_from < ?', resource, begin, until)
     run('UPDATE wait SET due = 0 WHERE limited')
-
-
-def cut(resource: int, track: str, at: int) -> bool:
-    """Makes sure that there is a row at an instant; whether it is new."""
-    return run('INSERT INTO step (resource_id, track, at, vms, vcpus, ram) VALUES (?, ?, ?, ?, ?, ?) '
-               'ON CONFLICT DO NOTHING', resource, track, at, *level_of(resource, track, at)).rowcount > 0
 
 
 def release(resource: int, begin: int, until: int, amount: Amount) -> None:
@@ -3398,15 +3731,19 @@ def take(pieces: list[Hold], now: float, given: list[Hold] = ()) -> None:
 def steps(resource: int, begin: float, until: float, classes: Iterable[str] = ()) -> Iterator[tuple[float, Amount]]:
     """The step function in a window: (instant, level from then on), also of CLOSED."""
     tracks = ['', CLOSED, *classes]
-    levels = {track: level_of(resource, track, begin) for track in tracks}
+    levels = {track: [written_level(resource, track, begin), ZERO] for track in tracks}
     marks = ', '.join('?' * len(tracks))
-    changes = run(f'SELECT at, track, vms, vcpus, ram FROM step WHERE resource_id = ? AND track IN ({marks}) '
-                  'AND at > ? AND at < ? ORDER BY at', resource, *tracks, begin, until)
+    changes = [(at, track, 0, figures) for at, track, *figures in run(
+        f'SELECT at, track, vms, vcpus, ram FROM step WHERE resource_id = ? AND track IN ({marks}) '
+        'AND at > ? AND at < ? ORDER BY at', resource, *tracks, begin, until)]
+    changes += [(at, track, 1, more) for track in tracks
+                for at, _, more in ledger.within(resource, track, begin, until)]
     at = begin
-    for after, track, *figures in [*changes, (until, '', 0, 0, 0)]:
+    for after, track, side, figures in [*sorted(changes), (until, '', 0, ZERO)]:
         if after > at:
-            yield at, Amount(*levels[''], tuple((name, levels[name][0]) for name in tracks[1:] if levels[name][0]))
-        at, levels[track] = after, figures
+            held = {track: plus(*each) for track, each in levels.items()}
+            yield at, Amount(*held[''], tuple((name, held[name][0]) for name in tracks[1:] if held[name][0]))
+        at, levels[track][side] = after, figures
 
 
 def peaks(resource: int, begin: int, width: int, number: int, classes: Iterable[str] = ()) -> list[Amount]:
@@ -3447,7 +3784,24 @@ def free_of(resource: int, track: str, need: tuple, most: tuple, after: float,
             before: float) -> Iterator[tuple[float, float]]:
     """The free windows of one step function."""
     rooms = [2**62 if limit is None else limit - each for limit, each in zip(most, need)]
-    begin = after if all(each <= room for each, room in zip(level_of(resource, track, after), rooms)) else None
+    free = None  # it may go on
+    for begin, until, more in ledger.within(resource, track, after, before):
+        left = [room - each for room, each in zip(rooms, more)]
+        for first, last in free_within(resource, track, left, begin, until):
+            if free and free[1] < first:
+                yield free
+                free = None
+            free = (free[0] if free else first, last)
+            if last < until:
+                yield free
+                free = None
+    if free:
+        yield free
+
+
+def free_within(resource: int, track: str, rooms: list, after: float, before: float) -> Iterator[tuple[float, float]]:
+    """The windows in which no more than some figures is written as held."""
+    begin = after if all(each <= room for each, room in zip(written_level(resource, track, after), rooms)) else None
     at = after
     while at < before:
         at = next_step(resource, track, rooms, at, before, free=begin is None)
@@ -5594,11 +5948,11 @@ def for_each_part(method):
         given |= {'dry_run': False} if 'dry_run' in given else {}
         each_given = [given | {'label': each.label, 'project': each.project} for each in parts]
         with self.writing(dry_run) if API[method.__name__].changes else nullcontext():
-            with db.atomic() as attempt:
+            with Attempt() as attempt:
                 answers = [method(**each) for each in each_given]
                 waits = ['change' in each for each in answers if isinstance(each, dict)]
                 if any(waits) and not all(waits):
-                    attempt.rollback()
+                    attempt.undo()
             if any(waits) and not all(waits):  # a part needs approval: so the change of all parts waits for it
                 acting = self.acting(self.actor)
                 acting.proposes_all = True
@@ -5812,10 +6166,10 @@ class Service:
     @contextmanager
     def writing(self, dry_run: bool = False) -> Iterator[float]:
         """A transaction that yields its instant and wakes the life cycle when it has changed something."""
-        with transaction(keep=not dry_run):
+        with rehearsing() if dry_run else transaction():
             self.fence()
             yield self.clock()
-        if not dry_run:
+        if not dry_run and rehearsal.tables is None:
             self.wake()
 
     def journal(self, now: float, code: str, sentence: str, reservation: int | None = None,
@@ -6417,7 +6771,7 @@ class Wishes(Service):
         try:
             yield
         except NoCapacity as refusal:
-            with transaction(keep=False):
+            with rehearsing():
                 wish = self.as_now(getattr(refusal, 'wish', wish))
                 why, more, offers = self.explained(refusal, wish, old)
                 more |= refusal.details | (self.tested(deed, offers) if deed else {})
@@ -6429,7 +6783,7 @@ class Wishes(Service):
             fitting = 0 if old else getattr(refusal, 'most_vms', 0)
             offers = [(fitting, with_vms(wish, fitting))] if fitting else []
             return str(refusal), {}, {'most_vms': offers}
-        with transaction(keep=False):
+        with undone():
             if old:  # it is not in its own way
                 give([hold_of(old)])
             lack, why = self.lack(wish), str(refusal)
@@ -6452,7 +6806,7 @@ class Wishes(Service):
     def would_do(self, deed: Callable[[Wish, str], Any], wish: Wish, field: str) -> bool:
         """Whether something can be done; it is undone."""
         try:
-            with transaction(keep=False):
+            with undone():
                 deed(wish, field)
                 return True
         except Error:
@@ -6967,8 +7321,8 @@ class Holding(Limits):
                     yield Hold(each.resource_id, each.held_until, until, amount)
 
     def write_occurrence(self, id: int | None, reservation: int, wish: Wish, slot: Slot, now: float,
-                         held_from: int | None = None, **more) -> None:
-        """Writes what an occurrence is; what it holds is held already."""
+                         held_from: int | None = None, **more) -> int:
+        """Writes what an occurrence is; what it holds is held already. Tells its id."""
         begin = slot.start - wish.lead if held_from is None else held_from
         values = dict(resource=slot.resource, start=slot.start, end=slot.end, held_from=begin, held_until=slot.end,
                       **stored(wish.takes(slot.vms)))
@@ -6976,10 +7330,10 @@ class Holding(Limits):
             new = dict(reservation=reservation, of_project=wish.project, of_user=wish.user,
                        slot=slot.key, altered=False, revision=0, revised=int(now), told=0,
                        due=min(begin, slot.start - self.config.notice))
-            insert(Occurrence, **new | values | more)
-        else:
-            change(Occurrence, id, **values | {'due': min(now, begin)} | more)
-            run('UPDATE occurrence SET revision = revision + 1, revised = ? WHERE id = ?', int(now), id)
+            return insert(Occurrence, **new | values | more)
+        change(Occurrence, id, **values | {'due': min(now, begin)} | more)
+        run('UPDATE occurrence SET revision = revision + 1, revised = ? WHERE id = ?', int(now), id)
+        return id
 
 
 # Series ######################################################################
@@ -7182,10 +7536,10 @@ class Series(Holding):
 
     def write_left_out(self, reservation: int, wish: Wish, slot: Slot, now: float, old=None) -> int:
         """Writes an occurrence that holds nothing, since its series goes without it; its id."""
-        self.write_occurrence(old.id if old else None, reservation, wish, slot, now,
-                              held_until=slot.start - wish.lead, cancelled=int(now),
-                              due=now if old else None)
-        return old.id if old else row('SELECT max(id) AS id FROM occurrence').id
+        id = self.write_occurrence(old.id if old else None, reservation, wish, slot, now,
+                                   held_until=slot.start - wish.lead, cancelled=int(now),
+                                   due=now if old else None)
+        return id
 
     def bring_back(self, id: int, wish: Wish, now: float) -> list[dict]:
         """Holds an occurrence that its series was left without; inside a transaction.
@@ -7344,7 +7698,7 @@ def chosen(parts: list[tuple], take: Callable, tries: Iterator, taken: list, fir
                         f'{MOST_TRIES} tries; name a resource for each part, or ask for fewer '
                         'parts')
         try:
-            with db.atomic():
+            with Attempt():
                 got = [*taken, take(choices[n], taken)]
                 if len(got) == len(parts):
                     return got
@@ -7565,7 +7919,7 @@ class Waiting(Admission):
     def take(self, request: Request, now: float) -> dict:
         """Books a request, or lines it up if it may wait; inside a transaction."""
         try:
-            with db.atomic() if request.wait else nullcontext():
+            with Attempt() if request.wait else nullcontext():
                 return self.answer_all(request, self.book_all(request, now))
         except NoCapacity:
             if not request.wait:
@@ -7716,8 +8070,10 @@ class Waiting(Admission):
 
     def next_change(self, resource: int, names: Iterable[str], now: float, until: int) -> float:
         """The next instant at which what is held of a resource changes, before an end."""
-        found = [row('SELECT min(at) AS at FROM step WHERE resource_id = ? AND track = ? AND at > ?', resource, track,
-                     now).at for track in ('', CLOSED, *names)]
+        tracks = ('', CLOSED, *names)
+        found = [run('SELECT min(at) FROM step WHERE resource_id = ? AND track = ? AND at > ?', resource, track,
+                     now).fetchone()[0] for track in tracks]
+        found += [ledger.after(resource, track, now) for track in tracks]
         return min([until, *filter(None, found)])
 
     def let_in(self, found, place, amount: Amount, now: float) -> None:
@@ -7778,7 +8134,7 @@ class Approval(Waiting):
         if self.actor.role == ADMIN or old.waiting is not None or not (row(ANY_APPROVAL) or self.proposes_all):
             return deed()
         before = self.holds(old.reservation)
-        with db.atomic() as attempt:
+        with Attempt() as attempt:
             done = deed()
             growth = [each for each in beyond(self.holds(old.reservation), before) if each.until > now]
             span = max((row('SELECT approval FROM resource WHERE id = ?', each.resource).approval
@@ -7788,7 +8144,7 @@ class Approval(Waiting):
             if old.pending is not None:
                 self.await_approval(old.reservation, int(now) + span, wish, now)
                 return done
-            attempt.rollback()
+            attempt.undo()
         last = old.end if alone or not old.repeats else int(LAST.timestamp())
         until = min(int(now) + (span or int(LAST.timestamp())), last)
         self.propose(old, wish, sorted(asked), until, now, code, named, alone, growth)
@@ -8050,7 +8406,7 @@ class Requests(Approval):
         with self.writing(dry_run or bool(refused) and not partial) as now:
             for line, request in requests:
                 try:
-                    with db.atomic(), self.explaining(request.last):
+                    with Attempt(), self.explaining(request.last):
                         taken.append(self.take(request, now))
                 except Error as error:
                     refused.append({'line': line, 'label': request.label, 'error': str(error)})
@@ -8363,11 +8719,11 @@ class Requests(Approval):
                 if all(getattr(current, name) == getattr(old, name) for name in UNCHANGED) and (
                         not stretches or series == stretches):
                     before = self.as_stored(old.reservation)
-                    with db.atomic() as rewriting:
+                    with Attempt() as rewriting:
                         done = deed(wish)
                         same = done is not None and self.as_stored(old.reservation) == before
                         if same:
-                            rewriting.rollback()
+                            rewriting.undo()
                     if done is not None and not same:  # what changes nothing is told to nobody
                         self.tell_change(old, wish, asked, done, code, now)
                     return self.answer(old.reservation, done or [], wish, old.id if only else None)
@@ -9028,11 +9384,13 @@ class Claims(Plan):
         if not (found or walks_in) or hosts == []:
             return {'passes': False, 'why': why, 'hosts': None}
         classes = stored(need)['classes']
-        run('INSERT INTO claim (resource_id, occurrence, server, project, user, vcpus, ram, classes, at, due) '
-            'VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (resource_id, server) DO UPDATE SET occurrence = '
-            'excluded.occurrence, vcpus = excluded.vcpus, ram = excluded.ram, classes = excluded.classes, '
-            'due = excluded.due', place.id, found.id if found else None, server, project, user, need.vcpus, need.ram,
-            classes, now, now + self.config.settle)
+        if rehearsal.tables is None:
+            run('INSERT INTO claim (resource_id, occurrence, server, project, user, vcpus, ram, classes, at, due) '
+                'VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (resource_id, server) DO UPDATE SET '
+                'occurrence = excluded.occurrence, vcpus = excluded.vcpus, ram = excluded.ram, '
+                'classes = excluded.classes, due = excluded.due', place.id,
+                found.id if found else None, server, project, user, need.vcpus, need.ram, classes,
+                now, now + self.config.settle)
         return {'passes': True, 'why': 'reserved' if found else 'free', 'hosts': hosts}
 
     def hosts_for(self, place, found, now: float) -> list[str] | None:
@@ -9202,7 +9560,7 @@ class Calendars(Claims):
         """
         if subscription and not row('SELECT id FROM subscription WHERE id = ? AND due IS NOT NULL', subscription.id):
             raise Conflict('it was unsubscribed meanwhile')
-        with db.atomic():
+        with Attempt():
             had = self.live_of(subscription, now)
             done = [self.take_booking(*line, owner, subscription, now) for line in lines]
             done += self.drop_missing(wanted, subscription, now)
@@ -9274,7 +9632,7 @@ class Calendars(Claims):
             return line | {'outcome': 'unchanged' if live else 'left out', 'label': known.label} | (
                 {} if live else {'why': 'it was cancelled here'})
         try:
-            with db.atomic():
+            with Attempt():
                 return line | self.book_event(booking, wish, known if live else None, origin, source, now)
         except Error as refusal:
             return line | {'outcome': 'refused', 'why': booking.why(refusal)}
@@ -10946,7 +11304,7 @@ class LifeCycle:
     def record_alone(self, result: Job, now: float) -> None:
         """Records one result; one that can't be recorded costs the others nothing, and a look finds out later."""
         try:
-            with db.atomic():
+            with Attempt():
                 self.record_one(result, now)
         except (*STORE_ERRORS, LostLease):
             raise

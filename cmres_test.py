@@ -3410,13 +3410,25 @@ def furnished(world) -> World:
     return world
 
 
+@contextlib.contextmanager
+def others_writing():
+    """Another process has the lock of the store and keeps it; who wanted it would be refused at once."""
+    cmres.run('PRAGMA busy_timeout = 0')
+    with contextlib.closing(cmres.connect(cmres.store_file.path)) as other:
+        other.execute('BEGIN IMMEDIATE')
+        yield
+        other.execute('ROLLBACK')
+    cmres.run(f'PRAGMA busy_timeout = {1000 * cmres.PATIENT}')
+
+
 @pytest.mark.parametrize('name', WRITES)
-def test_a_dry_run_answers_as_if_it_were_done_and_keeps_nothing(tmp_path, name):
+def test_a_dry_run_answers_as_if_it_were_done_keeps_nothing_and_waits_for_nobody(tmp_path, name):
     service = furnished(World(tmp_path, private_addresses=True)).service
     woken = []
     service.wake = lambda: woken.append(1)
     before, bound = dump(), bind(API[name], WRITES[name], service.here)
-    dry = getattr(service, name)(**bound, dry_run=True)
+    with others_writing():
+        dry = getattr(service, name)(**bound, dry_run=True)
     assert dump() == before and not woken
     real = getattr(service, name)(**bound)
     assert dump() != before and woken
@@ -7082,7 +7094,7 @@ class Cell:
     def seen(self, deed):
         """What happens, undone again: the decision, its sentence, the hours, the events."""
         before, newest = self.hours(), cmres.row('SELECT max(id) AS id FROM event').id
-        with cmres.transaction(keep=False):
+        with cmres.transaction(), cmres.undone():
             try:
                 answer, sentence = self.DEEDS[deed][0](self), ''
                 answer = answer[0] if isinstance(answer, list) else answer
