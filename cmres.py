@@ -2963,7 +2963,7 @@ def of_store(error: Exception) -> Exception:
 
 def write_memories() -> None:
     """Makes true what was decided so far; in a rehearsal nothing is."""
-    for memory in MEMORIES if rehearsal.tables is None else ():
+    for memory in () if rehearsal.on else MEMORIES:
         memory.write()
 
 
@@ -2982,6 +2982,10 @@ class Rehearsal(threading.local):
     """What this thread rehearses: to which tables it has written, and the ids that are next there."""
     tables: frozenset | None = None
     ids: dict = {}
+
+    @property
+    def on(self) -> bool:
+        return self.tables is not None
 
 
 class Unmade(Exception):
@@ -3114,7 +3118,7 @@ def undone() -> Iterator[None]:
 
 def run(sql: str, *values) -> sqlite3.Cursor:
     """Runs one statement on this thread's connection; peewee's kinds of errors, without its cost."""
-    return execute(sql if rehearsal.tables is None else rehearsed(sql), values)
+    return execute(rehearsed(sql) if rehearsal.on else sql, values)
 
 
 def execute(sql: str, values: Iterable = ()) -> sqlite3.Cursor:
@@ -3158,7 +3162,7 @@ def row_type(sql: str, cursor):
 
 def insert(model: type[Table], **values) -> int:
     """Writes a row and tells its id."""
-    if rehearsal.tables is None:
+    if not rehearsal.on:
         return run(insert_text(model, tuple(values)), *values.values()).lastrowid
     table = model._meta.table_name
     note_written(table)
@@ -3195,7 +3199,7 @@ def journal(config: Config, at: float, actor: str, code: str, sentence: str, res
       occurrence: the one that it is about; without one, all that are not over
       refused: project, and id of the resource, of what is no reservation
     """
-    if rehearsal.tables is not None:
+    if rehearsal.on:
         return
     whose = row('SELECT project FROM reservation WHERE id = ?', reservation) if reservation else None
     about = {'reservation': reservation, 'occurrence': occurrence,
@@ -5947,16 +5951,20 @@ def for_each_part(method):
                           f"{', '.join(each.label for each in parts[:20])}")
         given |= {'dry_run': False} if 'dry_run' in given else {}
         each_given = [given | {'label': each.label, 'project': each.project} for each in parts]
-        with self.writing(dry_run) if API[method.__name__].changes else nullcontext():
+
+        def all_parts(now: float) -> list:
             with Attempt() as attempt:
                 answers = [method(**each) for each in each_given]
                 waits = ['change' in each for each in answers if isinstance(each, dict)]
-                if any(waits) and not all(waits):
-                    attempt.undo()
-            if any(waits) and not all(waits):  # a part needs approval: so the change of all parts waits for it
-                acting = self.acting(self.actor)
-                acting.proposes_all = True
-                answers = [method(**each | {'self': acting}) for each in each_given]
+                if all(waits) or not any(waits):
+                    return answers
+                attempt.undo()  # a part needs approval: so the change of all parts waits for it
+            acting = self.acting(self.actor)
+            acting.proposes_all = True
+            return [method(**each | {'self': acting}) for each in each_given]
+        changes = API[method.__name__].changes
+        answers = self.carry_out(all_parts, dry_run) if changes else [
+            method(**each) for each in each_given]
         return sum(answers, []) if isinstance(answers[0], list) else {'label': given['label'], 'parts': answers}
     return acting
 
@@ -6130,6 +6138,10 @@ def actor_of(token: str) -> Actor:
     return Actor(*found)
 
 
+#: Why something had no room that has some when that is looked into.
+A_MOMENT_AGO = 'there was no room a moment ago; try again'
+
+
 class Service:
     """The service, on behalf of one actor.
 
@@ -6169,8 +6181,27 @@ class Service:
         with rehearsing() if dry_run else transaction():
             self.fence()
             yield self.clock()
-        if not dry_run and rehearsal.tables is None:
+        if not dry_run and not rehearsal.on:
             self.wake()
+
+    def carry_out(self, deed: Callable[[float], Any], dry_run: bool = False) -> Any:
+        """Does something at an instant, all of it or nothing.
+
+        What has no room is refused at once, so that nobody waits while it is explained; why, and what
+        would fit, is found out in a rehearsal.
+        """
+        if not dry_run:
+            try:
+                with self.writing() as now:
+                    return deed(now)
+            except NoCapacity:
+                if db.in_transaction():  # what this is a part of is refused as a whole
+                    raise
+        with self.writing(dry_run=True) as now:
+            answer = deed(now)
+        if dry_run:
+            return answer
+        raise NoCapacity(A_MOMENT_AGO)
 
     def journal(self, now: float, code: str, sentence: str, reservation: int | None = None,
                 notify: Iterable[str] = (), occurrence: int | None = None) -> None:
@@ -6761,7 +6792,7 @@ class Wishes(Service):
 
     @contextmanager
     def explaining(self, wish: Wish, old=None, deed: Callable[[Wish, str], Any] | None = None):
-        """Makes of a bare NoCapacity one that says what is in the way and what would fit.
+        """Makes of a bare NoCapacity one that says why; in a rehearsal, also what is in the way and would fit.
 
         Args:
           old: the occurrence that was to change
@@ -6769,15 +6800,18 @@ class Wishes(Service):
             nothing is offered
         """
         try:
-            yield
+            with Attempt() if rehearsal.on else nullcontext():
+                yield
         except NoCapacity as refusal:
-            with rehearsing():
+            if not rehearsal.on and (deed or wish.stretches):
+                raise
+            with undone():
                 wish = self.as_now(getattr(refusal, 'wish', wish))
-                why, more, offers = self.explained(refusal, wish, old)
+                why, more, offers = self.explained(refusal, wish, old, bool(deed))
                 more |= refusal.details | (self.tested(deed, offers) if deed else {})
                 raise NoCapacity(why, **more) from None
 
-    def explained(self, refusal: NoCapacity, wish: Wish, old) -> tuple[str, dict, dict]:
+    def explained(self, refusal: NoCapacity, wish: Wish, old, offering: bool) -> tuple[str, dict, dict]:
         """The sentence of a refusal, what is in the way, and what might be offered, best first."""
         if wish.stretches:  # a series tells by itself
             fitting = 0 if old else getattr(refusal, 'most_vms', 0)
@@ -6787,9 +6821,12 @@ class Wishes(Service):
             if old:  # it is not in its own way
                 give([hold_of(old)])
             lack, why = self.lack(wish), str(refusal)
+            if not offering:
+                return why or self.why_not(wish, lack), {}, {}
             more = {} if why else self.in_the_way(wish, lack, old.reservation if old else 0)
+            why = why or self.why_not(wish, lack)
             later = self.later(wish, getattr(refusal, 'others', ()))
-            return why or self.why_not(wish, lack), more, {
+            return why, more, {
                 'next_start': [*itertools.islice(later, MOST_OFFERS)],
                 'most_vms': [*self.fewer(wish, lack, old)], 'longest': [*self.shorter(wish, old)]}
 
@@ -6848,7 +6885,7 @@ class Wishes(Service):
         """The sentence that says which figure is lacking, when, and how much of it there is."""
         name = wish.resource.name
         if not lack:  # somebody has just given something back
-            return f"'{name}' was full a moment ago; try again"
+            return A_MOMENT_AGO
         start, end = (format_time(instant(at), self.config.zone) for at in wish.held)
         unit = 'MiB of ram' if lack.figure == 'ram' else lack.figure
         if lack.changes and lack.alone:
@@ -7449,6 +7486,8 @@ class Series(Holding):
             try:
                 done.append(self.place(reservation, wish, turn, others, now))
             except NoCapacity as error:
+                if not rehearsal.on:
+                    raise
                 refused.append((slot, error))
         if refused:
             slot, error = refused[0]
@@ -7509,11 +7548,15 @@ class Series(Holding):
     def placed_otherwise(self, reservation: int, one: Wish, turn: Turn, others: Others, error: Conflict,
                          now: float) -> dict:
         """What --on-conflict says of an occurrence that has no room."""
-        slot, old, lack = turn.slot, turn.old, self.lack(one)
+        slot, old = turn.slot, turn.old
+        refused = one.on_conflict in ('', 'refuse')
+        if refused and 'limit' in error.details:
+            raise error
+        if refused and not rehearsal.on:
+            raise NoCapacity('')
+        lack = self.lack(one)
         why = str(error) or self.why_not(one, lack)
-        if one.on_conflict in ('', 'refuse'):
-            if 'limit' in error.details:
-                raise error
+        if refused:
             refusal = NoCapacity(why, **self.in_the_way(one, lack, reservation))
             refusal.most_vms = max((vms for vms, _ in self.fewer(one, lack, old)), default=0)
             raise refusal
@@ -7557,6 +7600,8 @@ class Series(Holding):
             todo = [(slot, old._replace(altered=False))]
             done = self.place_all(old.reservation_id, wish, todo, now)
         except NoCapacity as refusal:
+            if not rehearsal.on:
+                raise
             conflict, = refusal.details.pop('conflicts')
             why = f"what was left out does not fit any more: {conflict['why']}"
             raise NoCapacity(why, **refusal.details) from None
@@ -8226,7 +8271,7 @@ class Approval(Waiting):
         Example:
           python cmres.py approve lab --project biology
         """
-        with self.writing(dry_run) as now:
+        def deed(now: float) -> dict:
             found, pending, proposals = self.pending_of(label, project)
             for each in pending:
                 self.settle(each, 'approved', now)
@@ -8235,6 +8280,7 @@ class Approval(Waiting):
                 self.journal(now, 'approved', f'the change was approved by {self.actor.user}', each.reservation,
                              json.loads(each.notify))
             return self.told_parts(label, pending or found)
+        return self.carry_out(deed, dry_run)
 
     @api('POST', '/reservation/<label>/accept')
     def accept(self, label: Label, project: Name = '', dry_run: bool = False) -> dict:
@@ -8346,12 +8392,15 @@ class Requests(Approval):
         """
         request = self.read_request({name: value for name, value in locals().items() if name != 'self'})
         refused = request.last._replace(label=label)
+
         def instead(wish: Wish, field: str) -> None:
             self.instead(request, wish, field, self.clock())
-        explaining = self.explaining(request.last, None, instead)
-        with self.recording_refusal(refused, dry_run), explaining:
-            with self.writing(dry_run) as now:
+
+        def deed(now: float) -> dict:
+            with self.explaining(request.last, None, instead):
                 return self.take(request, now)
+        with self.recording_refusal(refused, dry_run):
+            return self.carry_out(deed, dry_run)
 
     def read_request(self, asked: dict) -> Request:
         """What `add` was asked, resolved for each part and each resource on which that could be."""
@@ -8396,25 +8445,55 @@ class Requests(Approval):
         Example:
           python cmres.py load class.csv --partial
         """
-        refused, requests, taken = [], [], []
+        unread, requests, in_order = [], [], functools.partial(sorted, key=lambda each: each['line'])
         for number, given in enumerate(self.progress(rows), 1):
             line = given.get('line', number)
             try:
                 requests.append((line, self.read_request(self.read_line(given))))
             except Error as error:
-                refused.append({'line': line, 'label': given.get('label', ''), 'error': str(error)})
-        with self.writing(dry_run or bool(refused) and not partial) as now:
-            for line, request in requests:
-                try:
-                    with Attempt(), self.explaining(request.last):
-                        taken.append(self.take(request, now))
-                except Error as error:
-                    refused.append({'line': line, 'label': request.label, 'error': str(error)})
-            refused.sort(key=lambda each: each['line'])
-            if refused and not partial:
-                raise Conflict(f'{len(refused)} of {len(rows)} lines were refused, so nothing was reserved',
-                               refused=refused)
-        return {'taken': taken, 'refused': refused}
+                unread.append({'line': line, 'label': given.get('label', ''), 'error': str(error)})
+
+        def deed(now: float) -> tuple[list, list]:
+            taken, refused = self.take_lines(requests, partial, now)
+            refused = self.told_lines(refused, now) if rehearsal.on else refused
+            if not partial and (unread or refused):
+                raise Conflict(f'{len(unread + refused)} of {len(rows)} lines were refused, so nothing was reserved',
+                               refused=in_order(unread + refused))
+            return taken, refused
+        rehearsed = dry_run or bool(unread) and not partial
+        taken, refused = self.carry_out(deed, rehearsed)
+        refused = refused if rehearsed else self.told_lines(refused, self.clock())
+        return {'taken': taken, 'refused': in_order(unread + refused)}
+
+    def take_lines(self, requests: list[tuple], partial: bool, now: float) -> tuple[list, list]:
+        """Takes what fits of many lines; what was taken, and the lines that are refused, each with its error."""
+        taken, refused = [], []
+        for line, request in requests:
+            try:
+                with Attempt(), self.explaining(request.last):
+                    taken.append(self.take(request, now))
+            except Error as error:
+                if not partial and not rehearsal.on:  # a rehearsal tells them all
+                    raise NoCapacity('') from error
+                refused.append((line, request, error))
+        return taken, refused
+
+    def told_lines(self, refused: list[tuple], now: float) -> list[dict]:
+        """Lines that were refused, as answers show them."""
+        with rehearsing() if refused else nullcontext():
+            return [{'line': line, 'label': request.label, 'error': self.why(request, error, now)}
+                    for line, request, error in refused]
+
+    def why(self, request: Request, error: Error, now: float) -> str:
+        """The sentence of a refusal; in a rehearsal."""
+        if str(error):
+            return str(error)
+        try:
+            with undone(), self.explaining(request.last):
+                self.take(request, now)
+        except Error as refusal:
+            return str(refusal)
+        return A_MOMENT_AGO
 
     def read_line(self, given: dict) -> dict:
         """The arguments of `add` that one line of many stands for; empty cells are not given."""
@@ -8649,7 +8728,7 @@ class Requests(Approval):
 
     def put_back(self, label: str, project: str, occurrence: Day | None, dry_run: bool) -> dict:
         """Lets a series have an occurrence again that was left out."""
-        with self.writing(dry_run) as now:
+        def deed(now: float) -> dict:
             found = self.mine(label, project, live=False)
             slot, old = self.left_out(found, occurrence, now)
             if found.over <= now:
@@ -8658,14 +8737,15 @@ class Requests(Approval):
             wish = self.carried_on(found)._replace(
                 resource=place, start=slot.start, end=slot.end, vms=slot.vms, on_conflict='refuse')
             id = old.id if old else self.write_left_out(found.reservation, wish, slot, now)
-            deed = functools.partial(self.bring_back, id, wish, now)
-            done = self.unless_it_grows(self.occurrence(id), wish, {'occurrence': None}, now, BACK,
-                                        named=True, alone=True, deed=deed)
+            done = self.unless_it_grows(
+                self.occurrence(id), wish, {'occurrence': None}, now, BACK, named=True, alone=True,
+                deed=functools.partial(self.bring_back, id, wish, now))
             if done is not None:
                 why = f'{self.actor.user} has put back what was left out on '
                 self.journal(now, 'updated', why + self.config.told_time(slot.start),
                              found.reservation, wish.notify, id)
             return public(self.occurrence(id))
+        return self.carry_out(deed, dry_run)
 
     def left_out(self, found, asked: Day | None, now: float) -> tuple[Slot, Any]:
         """The occurrence that a series was left without, as it has it now, and its row if any.
@@ -8710,23 +8790,27 @@ class Requests(Approval):
             wish = self.read_wish(self.unaltered(old) | asked, old, asked, stretches, key)
             named = bool(occurrence) and not only
 
-            def deed(wish: Wish, *otherwise: str) -> list | None:
+            def changed(wish: Wish, *otherwise: str) -> list | None:
                 new, now = asked | dict.fromkeys(otherwise), self.clock()
                 return self.unless_it_grows(old, wish, new, now, code, named, only,
                                             lambda: self.rewrite(old, wish, new, now, named))
-            with self.explaining(wish, old, deed), self.writing(dry_run) as now:
+
+            def deed(now: float) -> dict | None:
                 current, series = self.occurrence(old.id), self.stretches(old.reservation)
-                if all(getattr(current, name) == getattr(old, name) for name in UNCHANGED) and (
-                        not stretches or series == stretches):
-                    before = self.as_stored(old.reservation)
-                    with Attempt() as rewriting:
-                        done = deed(wish)
-                        same = done is not None and self.as_stored(old.reservation) == before
-                        if same:
-                            rewriting.undo()
-                    if done is not None and not same:  # what changes nothing is told to nobody
-                        self.tell_change(old, wish, asked, done, code, now)
-                    return self.answer(old.reservation, done or [], wish, old.id if only else None)
+                if any(getattr(current, name) != getattr(old, name) for name in UNCHANGED) or (
+                        stretches and series != stretches):
+                    return None
+                before = self.as_stored(old.reservation)
+                with self.explaining(wish, old, changed), Attempt() as rewriting:
+                    done = changed(wish)
+                    same = done is not None and self.as_stored(old.reservation) == before
+                    if same:
+                        rewriting.undo()
+                if done is not None and not same:  # what changes nothing is told to nobody
+                    self.tell_change(old, wish, asked, done, code, now)
+                return self.answer(old.reservation, done or [], wish, old.id if only else None)
+            if answer := self.carry_out(deed, dry_run):
+                return answer
         raise Conflict(f"'{label}' is being changed by others all the time; try again")
 
     def refuse_common(self, old, asked: dict, occurrence: datetime | None, only: bool) -> None:
@@ -9384,7 +9468,7 @@ class Claims(Plan):
         if not (found or walks_in) or hosts == []:
             return {'passes': False, 'why': why, 'hosts': None}
         classes = stored(need)['classes']
-        if rehearsal.tables is None:
+        if not rehearsal.on:
             run('INSERT INTO claim (resource_id, occurrence, server, project, user, vcpus, ram, classes, at, due) '
                 'VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (resource_id, server) DO UPDATE SET '
                 'occurrence = excluded.occurrence, vcpus = excluded.vcpus, ram = excluded.ram, '
@@ -9509,13 +9593,37 @@ class Calendars(Claims):
         wanted = self.without_lookalikes(wanted, said, owner, subscription)
         ignored = len(groups) - len(wanted)
         lines = self.read_bookings(wanted, said, zone)
-        with self.writing(dry_run) as now:
-            try:
-                done = self.take_bookings(wanted, lines, owner, subscription, now)
-            except Held as held:
+
+        def deed(now: float) -> list[dict]:
+            done = self.take_bookings(wanted, lines, owner, subscription, now)
+            return self.explained_events(done, lines, owner, subscription) if rehearsal.on else done
+        try:
+            done = self.carry_out(deed, dry_run)
+        except Held as held:
+            with self.writing(dry_run) as now:
                 self.tell_held(subscription, str(held), now)
-                return {'held': str(held), 'events': [], 'ignored': ignored}
+            return {'held': str(held), 'events': [], 'ignored': ignored}
+        done = done if dry_run else self.explained_events(done, lines, owner, subscription)
+        if subscription:
+            with self.writing(dry_run) as now:
+                self.tell_refused(subscription, done, now)
         return {'events': sorted(done, key=lambda each: each['uid']), 'ignored': ignored}
+
+    def explained_events(self, done: list[dict], lines: list[tuple], owner: tuple[str, str],
+                         subscription) -> list[dict]:
+        """What became of each event, with why those were refused that had no room."""
+        if all(each.get('why', 'known') for each in done):
+            return done
+        with rehearsing():
+            return [each if each.get('why', 'known') else
+                    self.tried_again(each, line, owner, subscription)
+                    for each, line in zip(done, lines)] + done[len(lines):]
+
+    def tried_again(self, refused: dict, line: tuple, owner: tuple[str, str], subscription) -> dict:
+        """An event that was refused, with the reason; in a rehearsal."""
+        with undone():
+            found = self.take_booking(*line, owner, subscription, self.clock())
+        return found if found['outcome'] == 'refused' else refused | {'why': A_MOMENT_AGO}
 
     def without_lookalikes(self, wanted: list[Booking], said: dict, owner: tuple[str, str],
                            subscription) -> list[Booking]:
@@ -9560,13 +9668,10 @@ class Calendars(Claims):
         """
         if subscription and not row('SELECT id FROM subscription WHERE id = ? AND due IS NOT NULL', subscription.id):
             raise Conflict('it was unsubscribed meanwhile')
-        with Attempt():
-            had = self.live_of(subscription, now)
-            done = [self.take_booking(*line, owner, subscription, now) for line in lines]
-            done += self.drop_missing(wanted, subscription, now)
-            self.ask_before_most_goes(subscription, had, now)
-        if subscription:
-            self.tell_refused(subscription, done, now)
+        had = self.live_of(subscription, now)
+        done = [self.take_booking(*line, owner, subscription, now) for line in lines]
+        done += self.drop_missing(wanted, subscription, now)
+        self.ask_before_most_goes(subscription, had, now)
         return done
 
     def read_bookings(self, wanted: list[Booking], said: dict, zone: ZoneInfo) -> list[tuple]:
@@ -9635,7 +9740,7 @@ class Calendars(Claims):
             with Attempt():
                 return line | self.book_event(booking, wish, known if live else None, origin, source, now)
         except Error as refusal:
-            return line | {'outcome': 'refused', 'why': booking.why(refusal)}
+            return line | {'outcome': 'refused', 'why': booking.why(refusal) if str(refusal) else ''}
 
     def book_event(self, booking: Booking, wish: Wish, known, origin: str, source: int | None, now: float) -> dict:
         """Books an event, or makes of its reservation what the event says now."""

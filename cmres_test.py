@@ -7095,17 +7095,23 @@ class Cell:
         """What happens, undone again: the decision, its sentence, the hours, the events."""
         before, newest = self.hours(), cmres.row('SELECT max(id) AS id FROM event').id
         with cmres.transaction(), cmres.undone():
-            try:
-                answer, sentence = self.DEEDS[deed][0](self), ''
-                answer = answer[0] if isinstance(answer, list) else answer
-                decision = 'proposed' if 'change' in answer else 'pending' if answer.get('state') == 'pending' else 'done'
-            except Error as refusal:
-                decision, sentence = 'refused', str(refusal)
+            decision, sentence = self.decision(deed)
             codes = [each.code for each in cmres.rows(
                 'SELECT e.code FROM event e JOIN reservation r ON r.id = e.reservation_id WHERE e.id > ? AND r.label = ?',
                 newest, self.label)]
             assert self.service.check()['differences'] == 0
-            return decision, sentence, self.hours() / before, codes
+            factor = self.hours() / before
+        with cmres.rehearsing() if not sentence else contextlib.nullcontext():
+            sentence = sentence or self.decision(deed)[1]
+        return decision, sentence, factor, codes
+
+    def decision(self, deed):
+        try:
+            answer = self.DEEDS[deed][0](self)
+            answer = answer[0] if isinstance(answer, list) else answer
+            return 'proposed' if 'change' in answer else 'pending' if answer.get('state') == 'pending' else 'done', ''
+        except Error as refusal:
+            return 'refused', str(refusal)
 
 
 def test_every_change_of_every_kind_under_every_rule_does_what_the_model_says(tmp_path_factory, empty, capsys):
