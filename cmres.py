@@ -3092,13 +3092,14 @@ class Attempt:
     """A part of a transaction that is done as a whole, or undone: where it fails, or is told so."""
 
     def __enter__(self):
-        self.marks = [memory.mark() for memory in MEMORIES]
+        self.marks, self.ids = [memory.mark() for memory in MEMORIES], {**rehearsal.ids}
         run('SAVEPOINT attempt')
         return self
 
     def undo(self) -> None:
         """Makes all as it was before; what comes then is a part of the attempt as well."""
         run('ROLLBACK TO attempt')
+        rehearsal.ids = self.ids.copy()
         for memory, mark in zip(MEMORIES, self.marks):
             memory.back(mark)
 
