@@ -7959,6 +7959,9 @@ def kind_of_waiting(part: list[tuple]) -> tuple:
                  for each, place, amount in part)
 
 
+A_SERIES_WAITS = 'a series can not wait; --on-conflict skip takes the occurrences that fit'
+
+
 class Waiting(Admission):
     """Requests that wait for room, and reservations that wait for a word."""
 
@@ -7975,7 +7978,7 @@ class Waiting(Admission):
     def line_up(self, request: Request, now: float) -> dict:
         """Writes down a request that has no room now, and waits; inside a transaction."""
         if any(part[0].stretches for part in request.parts):
-            raise Invalid('a series can not wait; --on-conflict skip takes the occurrences that fit')
+            raise Invalid(A_SERIES_WAITS)
         parts = [[wish for wish in map(self.as_now, part)
                   if wish.amount.within(self.most_ever(wish))] for part in request.parts]
         without = (part[0] for part, left in zip(request.parts, parts) if not left)
@@ -8244,6 +8247,8 @@ class Approval(Waiting):
     def rewrite(self, old, wish: Wish, asked: dict, now: float, named: bool) -> list:
         """Writes a change of a reservation; inside the transaction that looked whether it is still as it was read."""
         self.refuse_fixed(old, wish, asked)
+        if wish.stretches and old.waiting is not None:
+            raise Invalid(A_SERIES_WAITS)
         if old.choices and asked.keys() & {'resource', 'host', 'flavor'}:  # it waits for this one alone
             change(Reservation, old.reservation, choices='')
         if (wish.label, wish.project) != (old.label, old.project):

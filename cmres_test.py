@@ -3496,6 +3496,16 @@ def test_a_dry_run_of_anything_says_what_is_done_then_and_waits_for_nobody(world
     assert len(done) > 20 and world.service.check()['differences'] == 0
 
 
+def test_what_waits_does_not_become_a_series(service):
+    book(service, vms=16), book(service, 'waits', vms=2, wait=True)
+    for dry_run in (True, False):
+        with pytest.raises(Invalid, match='a series can not wait'):
+            service.update('waits', repeat='daily', count=3, dry_run=dry_run)
+    service.delete('lab')
+    service.admit_waiting(service.clock())
+    assert service.check()['differences'] == 0 and service.show('waits')['state'] == 'reserved'
+
+
 REFUSALS = {
     'add': lambda service: book(service, 'new', 1, 3, vms=9),
     'add of a series': lambda service: book(service, 'new', 1, 3, vms=9, repeat='daily', count=9),
