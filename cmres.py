@@ -2939,7 +2939,7 @@ def transaction() -> Iterator[None]:
     try:
         store_file.check()
         with db.atomic():
-            store_file.refuse_other(stored_id())
+            store_file.refuse_other(standing().store)
             try:
                 yield
                 write_memories()
@@ -3013,7 +3013,7 @@ def rehearsing() -> Iterator[None]:
     try:
         set_stage()
         with suppress(Unmade), db.atomic('DEFERRED'):
-            store_file.refuse_other(stored_id())
+            store_file.refuse_other(standing().store)
             rehearsal.tables, rehearsal.ids = frozenset(), {}
             try:
                 yield
@@ -3148,6 +3148,66 @@ def row(sql: str, *values):
 ROW_TYPES: dict = {}
 
 
+class Remembered(threading.local):
+    """What this thread's transaction has read of what it seldom writes to."""
+
+    def __init__(self):
+        self.found: dict = {}
+        self.written = False  # to what it remembers, since it began
+
+    def mark(self) -> None:
+        """Nothing: what was read before an attempt and in it is the same."""
+
+    def back(self, mark: None) -> None:
+        if self.written:
+            self.found.clear()
+
+    def write(self) -> None:
+        """Nothing is decided here."""
+
+    def forget(self) -> None:
+        self.__init__()
+
+    def change(self) -> None:
+        """Reads all anew, since something was written."""
+        self.found.clear()
+        self.written = True
+
+
+remembered = Remembered()
+MEMORIES.append(remembered)
+SELDOM = ('resource', 'limits', 'wait')
+STANDING = """SELECT (SELECT value FROM fact WHERE name = 'store') AS store,
+                     EXISTS (SELECT 1 FROM wait) AS waits, EXISTS (SELECT 1 FROM limits) AS limits"""
+
+
+def once(sql: str, *values) -> list:
+    """All rows of a query on SELDOM, which a transaction asks once until it writes there."""
+    if not db.in_transaction():
+        return rows(sql, *values)
+    key = sql, values
+    if key not in remembered.found:
+        remembered.found[key] = rows(sql, *values)
+    return remembered.found[key]
+
+
+def standing():
+    """The id of the store that is in the file, and whether anybody waits, or is limited, at all."""
+    return once(STANDING)[0] if store_file.store else Standing('', 0, 0)
+
+
+class Standing(NamedTuple):
+    store: str
+    waits: int
+    limits: int
+
+
+def resource_of(id: int, removed: bool = False):
+    """The row of a resource; None if it was removed."""
+    found = once('SELECT * FROM resource WHERE id = ?', id)[0]
+    return found if removed or found.removed is None else None
+
+
 def stored_id() -> str:
     """The id of the store that is in the file, as this connection reads it; '' before it is made."""
     found = store_file.store and run("SELECT value FROM fact WHERE name = 'store'").fetchone()
@@ -3163,6 +3223,8 @@ def row_type(sql: str, cursor):
 
 def insert(model: type[Table], **values) -> int:
     """Writes a row and tells its id."""
+    if model._meta.table_name in SELDOM:
+        remembered.change()
     if not rehearsal.on:
         return run(insert_text(model, tuple(values)), *values.values()).lastrowid
     table = model._meta.table_name
@@ -3181,6 +3243,8 @@ def insert_text(model, names: tuple, instead: str = '') -> str:
 
 def change(model: type[Table], id: int, **values) -> None:
     """Writes some columns of one row."""
+    if model._meta.table_name in SELDOM:
+        remembered.change()
     run(change_text(model, tuple(values)), *values.values(), id)
 
 
@@ -3202,10 +3266,8 @@ def journal(config: Config, at: float, actor: str, code: str, sentence: str, res
     """
     if rehearsal.on:
         return
-    whose = row('SELECT project FROM reservation WHERE id = ?', reservation) if reservation else None
-    about = {'reservation': reservation, 'occurrence': occurrence,
-             'project': whose.project if whose else '', 'resource': None} | refused
-    event = insert(Event, at=at, actor=actor, code=code, sentence=sentence, **about)
+    about = {'reservation': reservation, 'occurrence': occurrence, 'project': '', 'resource': None} | refused
+    event = write_event(at, actor, code, sentence, about)
     if reservation and (occurrence is None or occurrence > 0):
         by, which, id = ('', 'id', occurrence) if occurrence else (
             'INDEXED BY occurrence_series', '(due IS NULL) = 0 AND reservation_id', reservation)
@@ -3216,6 +3278,14 @@ def journal(config: Config, at: float, actor: str, code: str, sentence: str, res
         send_later(event, [config.webhook], '', at)
     targets = [target for target in notify if config.may_tell(target)]
     tell_owners(config, event, targets, about, actor, at)
+
+
+def write_event(at: float, actor: str, code: str, sentence: str, about: dict) -> int:
+    """Appends an event; one of a reservation is of its project."""
+    return run('INSERT INTO event (at, actor, code, sentence, reservation_id, occurrence, project, resource_id) '
+               'SELECT ?1, ?2, ?3, ?4, ?5, ?6, coalesce((SELECT project FROM reservation WHERE id = ?5), ?7), ?8',
+               at, actor, code, sentence, *(about[name] for name in (
+                   'reservation', 'occurrence', 'project', 'resource'))).lastrowid
 
 
 def tell_owners(config: Config, event: int, targets: list[str], about: dict, actor: str,
@@ -3230,9 +3300,8 @@ def tell_owners(config: Config, event: int, targets: list[str], about: dict, act
     send_later(event, [target for target in targets if is_web(target)] + may_go, owner, at)
     if 0 <= left < len(mails):
         tomorrow = config.told_time((at // 86400 + 1) * 86400)
-        last = insert(Event, at=at, actor='cmres', code='dropped', **about, sentence=(
-            f'{config.notices_per_day} mails were sent for {owner} today, so no more are sent '
-            f'until {tomorrow}; the event log has everything'))
+        last = write_event(at, 'cmres', 'dropped', f'{config.notices_per_day} mails were sent for {owner} '
+                           f'today, so no more are sent until {tomorrow}; the event log has everything', about)
         send_later(last, mails, owner, at)
 
 
@@ -3547,6 +3616,8 @@ class Ledger(threading.local):
         self.entries = []  # (resource, track, begin, until, figures), in order
         self.written = 0   # so many of them are steps already
         self.profiles: dict[tuple[int, str], Profile] = {}  # the sum of the others
+        self.peaks: dict[tuple, list] = {}  # what was read of windows, and around cuts
+        self.cuts: dict[tuple, tuple] = {}
 
     def mark(self) -> tuple[int, int]:
         return len(self.entries), self.written
@@ -3556,9 +3627,12 @@ class Ledger(threading.local):
         if mark == self.mark():
             return
         number, written = mark
-        kept = self.entries[:number]
+        kept, read = self.entries[:number], (self.peaks, self.cuts)
+        same = self.written == written
         self.forget()
         self.entries, self.written = kept[:written], written
+        if same:
+            self.peaks, self.cuts = read
         for entry in kept[written:]:
             self.add(*entry)
 
@@ -3583,6 +3657,26 @@ class Ledger(threading.local):
         found = self.profiles.get((resource, track))
         return found.at(instant) if found else ZERO
 
+    def read(self, pieces: Iterable[tuple]) -> None:
+        """Reads what `step` has of windows, (resource, track, begin, until), that were not read."""
+        if len(self.peaks) > MOST_READ:
+            self.peaks, self.cuts = {}, {}
+        missing = [piece for piece in dict.fromkeys(pieces) if piece not in self.peaks]
+        if not missing:
+            return
+        for piece, found in zip(missing, run(PEAKS, json.dumps(missing)).fetchall()):
+            begun, inside, ended = found[:3], found[3], found[4:]
+            resource, track, begin, until = piece
+            levels = [json.loads(each) if each else ZERO for each in (begun[2], inside)]
+            self.peaks[piece] = levels if inside else levels[:1]
+            self.cuts[resource, track, begin], self.cuts[resource, track, until] = begun, ended
+
+    def peak(self, resource: int, track: str, begin: float, until: float) -> tuple:
+        """The peak of a track in a window that was read, with what this transaction holds."""
+        held = [plus(level, more) for first, last, more in self.within(resource, track, begin, until)
+                for level in self.peaks[resource, track, first, last]]
+        return tuple(map(max, *held)) if len(held) > 1 else held[0]
+
     def write(self) -> None:
         """Writes the net of what was held and given back, and tries those again that wait for it."""
         pieces = [(*of, *piece) for of, each in self.profiles.items() for piece in each.pieces()]
@@ -3591,7 +3685,10 @@ class Ledger(threading.local):
             for resource, _, begin, until, figures in pieces:
                 if any(each < 0 for each in figures):
                     call_waiting(resource, begin, until)
-        self.written, self.profiles = len(self.entries), {}
+        self.written, self.profiles, self.peaks, self.cuts = len(self.entries), {}, {}, {}
+
+
+MOST_READ = 5000  # windows of which a transaction remembers what is held
 
 
 ledger = Ledger()
@@ -3600,9 +3697,14 @@ MEMORIES.append(ledger)
 OF_ITS = "resource_id = json_extract(p.value, '$[0]') AND track = json_extract(p.value, '$[1]')"
 AT, UNTIL = "json_extract(p.value, '$[2]')", "json_extract(p.value, '$[3]')"
 LEVEL = f'(SELECT json_array(vms, vcpus, ram) FROM step WHERE {OF_ITS} AND at {{}} {AT} ORDER BY at DESC LIMIT 1)'
-STEPS_AT = f"""
-  SELECT EXISTS (SELECT 1 FROM step WHERE {OF_ITS} AND at = {AT}), {LEVEL.format('<')},
-         {LEVEL.format('<=')}, EXISTS (SELECT 1 FROM step WHERE {OF_ITS} AND at > {AT} AND at < {UNTIL})
+AROUND = f"""EXISTS (SELECT 1 FROM step WHERE {OF_ITS} AND at = {AT}), {LEVEL.format('<')},
+         {LEVEL.format('<=')}"""
+STEPS_AT = f'SELECT {AROUND} FROM json_each(?) p ORDER BY p.key'
+PEAKS = f"""
+  SELECT {AROUND},
+         (SELECT iif(max(vms) IS NULL, NULL, json_array(max(vms), max(vcpus), max(ram))) FROM step
+           WHERE {OF_ITS} AND at > {AT} AND at < {UNTIL}),
+         {AROUND.replace(AT, UNTIL)}
     FROM json_each(?) p ORDER BY p.key"""
 PUT_STEPS = f"""
   INSERT INTO step (resource_id, track, at, vms, vcpus, ram)
@@ -3622,17 +3724,19 @@ def write_steps(pieces: list[tuple]) -> None:
     begun = {tuple(piece[:3]): piece for piece in pieces}
     ended = {(resource, track, until): figures for resource, track, _, until, figures in pieces}
     cuts = sorted(begun.keys() | ended.keys())
-    asked = [(*cut, begun[cut][3] if cut in begun else cut[2]) for cut in cuts]
-    put, gone, inside = [], [], []
-    for cut, (known, was, held, more) in zip(cuts, run(STEPS_AT, json.dumps(asked)).fetchall()):
-        was, held = (tuple(json.loads(each)) if each else ZERO for each in (was, held))
+    unknown = [cut for cut in cuts if cut not in ledger.cuts]
+    known = ledger.cuts | dict(zip(unknown, run(STEPS_AT, json.dumps(unknown)) if unknown else ()))
+    put, gone = [], []
+    for cut in cuts:
+        there, *levels = known[cut]
+        was, held = (tuple(json.loads(each)) if each else ZERO for each in levels)
         new = plus(held, begun[cut][4] if cut in begun else ZERO)
         if new == plus(was, ended.get(cut, ZERO)):
-            gone += [cut] if known else []
-        elif not known or new != held:
+            gone += [cut] if there else []
+        elif not there or new != held:
             put.append((*cut, *new))
-        if more and cut in begun:
-            inside.append((*begun[cut][:4], *begun[cut][4]))
+    inside = [(*piece[:4], *piece[4]) for piece in pieces
+              if len(ledger.peaks.get(piece[:4], (0, 0))) > 1]
     for statement, values in (RAISE_STEPS, inside), (PUT_STEPS, put), (DROP_STEPS, gone):
         if values:
             run(statement, json.dumps(values))
@@ -3656,23 +3760,14 @@ def written_level(resource: int, track: str, at: float) -> tuple[int, ...]:
 def peak(resource: int, begin: float, until: float, classes: Iterable[str] = ()) -> Amount:
     """(2), each figure on its own; with CLOSED, where a resource is closed."""
     tracks = ('', CLOSED, *classes)
-    pieces = [(resource, track, *piece) for track in tracks
-              for piece in ledger.within(resource, track, begin, until)]
-    found: dict[str, tuple] = {}
-    for (_, track, *_, more), levels in zip(pieces, run(PEAKS, json.dumps(pieces))):
-        for written in filter(None, levels):
-            held = plus(json.loads(written), more)
-            found[track] = tuple(map(max, held, found.get(track, held)))
+    ledger.read((resource, track, *piece[:2]) for track in tracks
+                for piece in ledger.within(resource, track, begin, until))
+    found = {track: ledger.peak(resource, track, begin, until) for track in tracks}
     closed = found[CLOSED][0]
+    if not db.in_transaction():
+        ledger.forget()
     return Amount(*found[''], (*(((CLOSED, closed),) if closed else ()),
                                *((name, found[name][0]) for name in classes)))
-
-
-PEAKS = f"""
-  SELECT coalesce({LEVEL.format('<=')}, '[0,0,0]'),
-         (SELECT iif(max(vms) IS NULL, NULL, json_array(max(vms), max(vcpus), max(ram))) FROM step
-           WHERE {OF_ITS} AND at > {AT} AND at < {UNTIL})
-    FROM json_each(?) p ORDER BY p.key"""
 
 
 def hold(resource: int, begin: int, until: int, amount: Amount) -> None:
@@ -3686,8 +3781,9 @@ def hold(resource: int, begin: int, until: int, amount: Amount) -> None:
 
 def call_waiting(resource: int, begin: float = 0, until: float = 2**62) -> None:
     """Lets those be tried again that wait for room on a resource in a window, and those that lacked something else."""
-    run('UPDATE wait SET due = 0 WHERE resource_id = ? AND until > ? AND held_from < ?', resource, begin, until)
-    run('UPDATE wait SET due = 0 WHERE limited')
+    if standing().waits:
+        run('UPDATE wait SET due = 0 WHERE resource_id = ? AND until > ? AND held_from < ?', resource, begin, until)
+        run('UPDATE wait SET due = 0 WHERE limited')
 
 
 def release(resource: int, begin: int, until: int, amount: Amount) -> None:
@@ -3726,7 +3822,7 @@ def take(pieces: list[Hold], now: float, given: list[Hold] = ()) -> None:
       NoCapacity: one doesn't; nothing was changed.
     """
     for each in beyond(pieces, given):
-        place = row('SELECT * FROM resource WHERE id = ?', each.resource)
+        place = resource_of(each.resource, removed=True)
         if each.until > now and not fits(place, max(each.begin, int(now)), each.until, each.amount):
             raise NoCapacity('')
     for each in pieces:
@@ -5886,7 +5982,7 @@ def restored_wish(text: str) -> Wish:
         *figures, classes = values[name] or [None]
         values[name] = Amount(*figures, tuple(map(tuple, classes))) if figures else None
     stretches = [Stretch(**each) for each in values['stretches']]
-    return Wish(**values | {'resource': row('SELECT * FROM resource WHERE id = ?', values['resource']),
+    return Wish(**values | {'resource': resource_of(values['resource'], removed=True),
                             'stretches': stretches})
 
 
@@ -6769,7 +6865,7 @@ class Wishes(Service):
           Conflict: it was removed since it was read, or what the cloud told for it is out of date.
         """
         before = wish.resource
-        place = row('SELECT * FROM resource WHERE id = ? AND removed IS NULL', before.id)
+        place = resource_of(before.id)
         if not place or place.cloud != before.cloud or wish.host and place.named != before.named:
             raise Conflict(f"the resource '{before.name}' was changed or removed meanwhile; "
                            'ask again')
@@ -6965,7 +7061,7 @@ class Wishes(Service):
 
     def ends_after(self, wish: Wish, begin: int, others: Iterable[int]) -> list[int]:
         """When things end that count against the same limits, wait, or are on some resources."""
-        if not (others or row('SELECT id FROM limits LIMIT 1') or row('SELECT id FROM wait LIMIT 1')):
+        if not (others or standing().limits or standing().waits):
             return []
         most, later = 10 * MOST_OFFERS, ('o."end" > ?', begin)
         found = walk(self.clock(), WAYS['waiting'], [('o.due IS NOT NULL',), later], most)
@@ -7097,6 +7193,7 @@ class Limits(Wishes):
             if not found:
                 raise NotFound(f'there is no limit {id}')
             run('DELETE FROM limits WHERE id = ?', id)
+            remembered.change()
             run('UPDATE wait SET due = 0 WHERE limited')
             self.journal(now, 'limit', f'took limit {id} away')
             return self.limit_public(found)
@@ -7109,9 +7206,9 @@ class Limits(Wishes):
 
     def limits_for(self, wish: Wish) -> list:
         """The limits that a wish is under: of its user, of its project, and of every project if that has none."""
-        found = rows('SELECT * FROM limits WHERE user IN (?, ?) AND project IN (?, ?) '
-                     'AND (resource_id IS NULL OR resource_id = ?)',
-                     '', wish.user, '', wish.project, wish.resource.id)
+        theirs = once('SELECT * FROM limits WHERE user IN (?, ?) AND project IN (?, ?)', '', wish.user, '',
+                      wish.project) if standing().limits else ()
+        found = [each for each in theirs if each.resource_id in (None, wish.resource.id)]
         own = {each.resource_id for each in found if each.project and not each.user}
         return [each for each in found if each.user or each.project or each.resource_id not in own]
 
@@ -7246,6 +7343,7 @@ class Holding(Limits):
         for each in rows('SELECT resource_id, held_from, until FROM wait WHERE reservation_id = ?', reservation):
             call_waiting(*each)
         run('DELETE FROM wait WHERE reservation_id = ?', reservation)
+        remembered.change()
         found = row('SELECT r.choices, r.waiting, o.resource_id, o.held_from, o."end" '
                     'FROM reservation r JOIN occurrence o ON o.reservation_id = r.id WHERE r.id = ? AND r.waiting IS NOT NULL AND o.cancelled IS NULL',
                     reservation)
@@ -7263,7 +7361,7 @@ class Holding(Limits):
 
     def first_in_line(self, resource: int, begin: int, until: int, now: float, before: str = '', *place):
         """Who has waited for longer than `patience` for a resource in a window; none beyond a place in the line."""
-        return row(f"""SELECT o.vms, r.waiting FROM wait w INDEXED BY wait_since
+        return standing().waits and row(f"""SELECT o.vms, r.waiting FROM wait w INDEXED BY wait_since
                          CROSS JOIN reservation r ON r.id = w.reservation_id
                          JOIN occurrence o ON o.reservation_id = r.id
                         WHERE w.resource_id = ? AND w.until > ? AND w.held_from < ? AND w.since <= ? AND w.until > ?
@@ -7280,9 +7378,8 @@ class Holding(Limits):
 
     def refuse_overtaken(self, pieces: list[Hold], now: float) -> None:
         """Refuses to take what is kept for one that has waited for long."""
-        for each in pieces if row('SELECT id FROM wait LIMIT 1') else ():
-            place = row('SELECT * FROM resource WHERE id = ?', each.resource)
-            self.refuse_overtaking(place, each.begin, each.until, now)
+        for each in pieces:
+            self.refuse_overtaking(resource_of(each.resource, removed=True), each.begin, each.until, now)
 
     def holds(self, reservation: int) -> list[Hold]:
         """What a reservation holds: its occurrences, and its VMs that stay after them."""
@@ -7525,7 +7622,7 @@ class Series(Holding):
           NoCapacity: it doesn't fit, and that refuses the whole series.
         """
         slot, old, (wants,) = turn.slot, turn.old, turn.wants
-        place = row('SELECT * FROM resource WHERE id = ? AND removed IS NULL', slot.resource)
+        place = resource_of(slot.resource)
         if place is None:
             raise Conflict('the resource of the series is not there any more; move it to another with --resource')
         if old and slot.start != old.start and slot.start < now - PATIENCE:
@@ -8028,7 +8125,7 @@ class Waiting(Admission):
         wanted = [(resource, of_columns(columns) if whole else of_columns(columns) * found.vms)
                   for resource, whole, columns in json.loads(found.choices or '[]')]
         for resource, amount in wanted or [(found.resource_id, amount_of(found))]:
-            if place := row('SELECT * FROM resource WHERE id = ? AND removed IS NULL', resource):
+            if place := resource_of(resource):
                 yield place, amount
 
     def most_ever(self, wish: Wish) -> Amount:
@@ -8104,6 +8201,7 @@ class Waiting(Admission):
         """Takes out of the line whose window is over."""
         for each in reservations:
             run('DELETE FROM wait WHERE reservation_id = ?', each)
+            remembered.change()
 
     def try_later(self, request: list, limited: bool, now: float) -> None:
         """Notes when those that have no room are tried again, if nothing is given back before.
@@ -8180,13 +8278,13 @@ class Approval(Waiting):
         """
         if SHAPE & set(asked):  # another change settles those that were proposed before
             self.drop_proposals(old.reservation, old.id if alone else None)
-        if self.actor.role == ADMIN or old.waiting is not None or not (row(ANY_APPROVAL) or self.proposes_all):
+        if self.actor.role == ADMIN or old.waiting is not None or not (once(ANY_APPROVAL) or self.proposes_all):
             return deed()
         before = self.holds(old.reservation)
         with Attempt() as attempt:
             done = deed()
             growth = [each for each in beyond(self.holds(old.reservation), before) if each.until > now]
-            span = max((row('SELECT approval FROM resource WHERE id = ?', each.resource).approval
+            span = max((resource_of(each.resource, removed=True).approval
                         for each in growth), default=0)
             if not growth or not span and not self.proposes_all:
                 return done
@@ -8739,7 +8837,7 @@ class Requests(Approval):
             slot, old = self.left_out(found, occurrence, now)
             if found.over <= now:
                 self.refuse_taken_label(self.carried_on(found), now)
-            place = row('SELECT * FROM resource WHERE id = ?', slot.resource)
+            place = resource_of(slot.resource, removed=True)
             wish = self.carried_on(found)._replace(
                 resource=place, start=slot.start, end=slot.end, vms=slot.vms, on_conflict='refuse')
             id = old.id if old else self.write_left_out(found.reservation, wish, slot, now)
@@ -9312,7 +9410,7 @@ class Plan(Requests):
         if now >= found.held_from or found.server:
             return None
         amount, need = amount_of(found), found.held_until - found.held_from
-        here = row('SELECT * FROM resource WHERE id = ?', found.resource_id)
+        here = resource_of(found.resource_id, removed=True)
         release(here.id, found.held_from, found.held_until, amount)
         others = [each for each in self.places() if each.cloud == here.cloud and each.id != here.id and not found.host
                   and not each.approval and each.mode == here.mode]
