@@ -3241,6 +3241,25 @@ def insert_text(model, names: tuple, instead: str = '') -> str:
     return f'INSERT INTO {model._meta.table_name}{instead} ({columns}) VALUES ({marks})'
 
 
+def insert_many(model: type[Table], many: list[dict]) -> None:
+    """Writes rows in one statement, in order; what some don't have is NULL."""
+    table, names = model._meta.table_name, (*dict.fromkeys(name for each in many for name in each),)
+    if rehearsal.on:
+        note_written(table)
+        names = ('id', *names)
+        many = [{'id': rehearsed_id(table), **each} for each in many]
+    if many:
+        execute(insert_many_text(model, names, '_new' if rehearsal.on else ''), (json.dumps(
+            [[each.get(name) for name in names] for each in many]),))
+
+
+@functools.lru_cache
+def insert_many_text(model, names: tuple, instead: str) -> str:
+    columns = ', '.join(f'"{model._meta.fields[name].column_name}"' for name in names)
+    values = ', '.join(f"json_extract(value, '$[{n}]')" for n, _ in enumerate(names))
+    return f'INSERT INTO {model._meta.table_name}{instead} ({columns}) SELECT {values} FROM json_each(?) ORDER BY key'
+
+
 def change(model: type[Table], id: int, **values) -> None:
     """Writes some columns of one row."""
     if model._meta.table_name in SELDOM:
@@ -3249,9 +3268,15 @@ def change(model: type[Table], id: int, **values) -> None:
 
 
 @functools.lru_cache
-def change_text(model, names: tuple) -> str:
+def change_text(model, names: tuple, more: str = '') -> str:
     columns = ', '.join(f'"{model._meta.fields[name].column_name}" = ?' for name in names)
-    return f'UPDATE {model._meta.table_name} SET {columns} WHERE id = ?'
+    return f'UPDATE {model._meta.table_name} SET {columns}{more} WHERE id = ?'
+
+
+def change_occurrence(id: int, now: float, **values) -> None:
+    """Writes some columns of an occurrence, and that it is another one for calendars from now on."""
+    values['revised'] = int(now)
+    run(change_text(Occurrence, tuple(values), ', revision = revision + 1'), *values.values(), id)
 
 
 def journal(config: Config, at: float, actor: str, code: str, sentence: str, reservation: int | None = None,
@@ -3768,6 +3793,13 @@ def peak(resource: int, begin: float, until: float, classes: Iterable[str] = ())
         ledger.forget()
     return Amount(*found[''], (*(((CLOSED, closed),) if closed else ()),
                                *((name, found[name][0]) for name in classes)))
+
+
+def read_windows(holds: Iterable[Hold], now: float) -> None:
+    """Reads at once what is held where some holds would be taken."""
+    ledger.read((each.resource, track, *piece[:2]) for each in holds if each.until > now
+                for track in ('', CLOSED, *each.amount.names)
+                for piece in ledger.within(each.resource, track, max(each.begin, int(now)), each.until))
 
 
 def hold(resource: int, begin: int, until: int, amount: Amount) -> None:
@@ -6104,7 +6136,8 @@ NEXT_OF_ITS = """NOT EXISTS (SELECT 1 FROM occurrence c
                               WHERE c.reservation_id = o.reservation_id AND (c.due IS NULL) = 0
                               AND c.cancelled IS NULL AND c."end" > ?1 AND (c.start, c.id) < (o.start, o.id))"""
 #: Its occurrences in the order in which people mean them: the present or next, those after it, at last those before.
-NEXT_FIRST = 'cancelled IS NOT NULL OR "end" <= now, iif(cancelled IS NULL AND "end" > now, start, -start), id'
+NEXT_OF = """SELECT id FROM occurrence WHERE reservation_id = {} ORDER BY cancelled IS NOT NULL OR "end" <= ?1,
+               iif(cancelled IS NULL AND "end" > ?1, start, -start), id LIMIT 1"""
 NOT_OVER = 'o.cancelled IS NULL AND o."end" > ?1'
 #: What is live, and what is over for good.
 BOTH = [(half, f'o.{rows}') for half, rows in HALVES.items()]
@@ -6468,9 +6501,8 @@ class Service:
 
     def next_of(self, reservation: int):
         """Its present or next occurrence, else its last; None if it has none."""
-        found = row('SELECT id, ?1 AS now FROM occurrence WHERE reservation_id = ?2 '
-                    f'ORDER BY {NEXT_FIRST} LIMIT 1', int(self.clock()), reservation)
-        return self.occurrence(found.id) if found else None
+        found = self.search([(f'o.id = ({NEXT_OF.format("?")})', reservation)], tail='')
+        return found[0] if found else None
 
     def mine(self, label: str, project: str = '', live: bool = True, occurrence: datetime | None = None):
         """The one reservation of that label that the actor means: not over, else (unless `live`) the latest.
@@ -6482,13 +6514,13 @@ class Service:
           Conflict: several projects have one; the sentence names them.
         """
         where = [('r.label = ?', label), *self.visible(), *([('r.project = ?', project)] if project else [])]
-        known = (f"SELECT r.id FROM reservation r WHERE {' AND '.join(text for text, _ in where)} "
-                 'AND EXISTS (SELECT 1 FROM occurrence WHERE reservation_id = r.id)')
-        found = [self.next_of(each.id) for each in rows(f'{known} AND r.over > ? ORDER BY r.id', *given(where),
-                                                        int(self.clock()))]
+        known = f"FROM reservation r WHERE {' AND '.join(text for text, _ in where)}"
+        found = self.search([(f"o.id IN (SELECT ({NEXT_OF.format('r.id')}) {known} AND r.over > ?1)",
+                              *given(where))], tail='ORDER BY reservation')
         usable = [each for each in found if each.cancelled is None and each.end > self.clock()]
         if not usable:
-            past = row(f'{known} ORDER BY r.over DESC, r.id DESC LIMIT 1', *given(where))
+            past = row(f'SELECT r.id {known} AND EXISTS (SELECT 1 FROM occurrence WHERE reservation_id = r.id) '
+                       'ORDER BY r.over DESC, r.id DESC LIMIT 1', *given(where))
             if live or not past:
                 raise NotFound(f"there is no reservation '{label}'{' that is not over' if past else ''}")
             usable = [self.next_of(past.id)]
@@ -6496,7 +6528,9 @@ class Service:
         if len(usable) > 1:
             projects = ', '.join(sorted(each.project for each in usable))
             raise Conflict(f"'{label}' is in several projects ({projects}); name one with --project")
-        return self.occurrence_at(usable[0], occurrence, live) if occurrence else usable[0]
+        if not occurrence or isinstance(occurrence, datetime) and occurrence.timestamp() == usable[0].start:
+            return usable[0]
+        return self.occurrence_at(usable[0], occurrence, live)
 
     def occurrence_at(self, found, asked: Day, live: bool):
         """The occurrence of the same reservation that begins then, or on that date by the clocks of its series."""
@@ -6510,6 +6544,8 @@ class Service:
 
     def live(self, found, since: str = '') -> list:
         """The occurrences of a reservation that are not over, from a slot on."""
+        if not found.repeats and found.cancelled is None and found.end > self.clock():
+            return [found]
         return self.search([('r.id = ?', found.reservation), (NOT_OVER, None), ('o.slot >= ?', since)])
 
     def stretches(self, reservation: int) -> list[Stretch]:
@@ -7369,13 +7405,6 @@ class Holding(Limits):
                         ORDER BY r.priority DESC, r.waiting, o.id LIMIT 1""",
                    resource, begin, until, now - self.config.patience, int(now), *place)
 
-    def retake(self, had: list[Hold], wants: list[Hold], now: float) -> None:
-        """Gives back what is wanted no more and takes what is wanted more; NoCapacity if that doesn't fit."""
-        growth = beyond(wants, had)
-        self.refuse_overtaken(growth, now)
-        give(beyond(had, wants))
-        take(growth, now)
-
     def refuse_overtaken(self, pieces: list[Hold], now: float) -> None:
         """Refuses to take what is kept for one that has waited for long."""
         for each in pieces:
@@ -7455,20 +7484,50 @@ class Holding(Limits):
                     amount = one if each.host else one * number
                     yield Hold(each.resource_id, each.held_until, until, amount)
 
-    def write_occurrence(self, id: int | None, reservation: int, wish: Wish, slot: Slot, now: float,
-                         held_from: int | None = None, **more) -> int:
-        """Writes what an occurrence is; what it holds is held already. Tells its id."""
+    def columns_of(self, wish: Wish, slot: Slot, now: float, new: bool, held_from: int | None = None,
+                   **more) -> dict:
+        """What is written of an occurrence."""
         begin = slot.start - wish.lead if held_from is None else held_from
-        values = dict(resource=slot.resource, start=slot.start, end=slot.end, held_from=begin, held_until=slot.end,
-                      **stored(wish.takes(slot.vms)))
+        first = dict(of_project=wish.project, of_user=wish.user, slot=slot.key, altered=False, revision=0,
+                     revised=int(now), told=0) if new else {}
+        due = min(begin, slot.start - self.config.notice) if new else min(now, begin)
+        return first | dict(
+            resource=slot.resource, start=slot.start, end=slot.end, held_from=begin, held_until=slot.end,
+            due=due, **stored(wish.takes(slot.vms))) | more
+
+    def write_occurrence(self, id: int | None, reservation: int, wish: Wish, slot: Slot, now: float,
+                         **more) -> int:
+        """Writes what an occurrence is; what it holds is held already. Tells its id."""
+        columns = self.columns_of(wish, slot, now, id is None, **more)
         if id is None:
-            new = dict(reservation=reservation, of_project=wish.project, of_user=wish.user,
-                       slot=slot.key, altered=False, revision=0, revised=int(now), told=0,
-                       due=min(begin, slot.start - self.config.notice))
-            return insert(Occurrence, **new | values | more)
-        change(Occurrence, id, **values | {'due': min(now, begin)} | more)
-        run('UPDATE occurrence SET revision = revision + 1, revised = ? WHERE id = ?', int(now), id)
+            return insert(Occurrence, reservation=reservation, **columns)
+        change_occurrence(id, now, **columns)
         return id
+
+    def write_all(self, reservation: int, changed: list[tuple[int | None, dict]], now: float) -> None:
+        """Writes occurrences of a reservation, each by its id, or a new one; what they hold is held already."""
+        insert_many(Occurrence, [{'reservation': reservation} | columns for id, columns in changed if id is None])
+        for id, columns in changed:
+            if id is not None:
+                change_occurrence(id, now, **columns)
+
+    def grow(self, one: Wish, growth: list[Hold], now: float, old=None, others: Others | None = None,
+             own: int = 0) -> None:
+        """Takes what is wanted more, if every rule lets it: all that is promised comes through here.
+
+        Args:
+          one: what is wanted in all
+          old: its occurrence as it was, if it counts against limits
+          others: the other occurrences of its series
+          own: its reservation
+
+        Raises:
+          Conflict: a rule is against it (NoCapacity: there is no room); nothing was taken.
+        """
+        self.refuse_shared_server(one, own)
+        self.refuse_beyond(one, now, old, others)
+        self.refuse_overtaken(growth, now)
+        take(growth, now)
 
 
 # Series ######################################################################
@@ -7489,29 +7548,48 @@ class Turn(NamedTuple):
         return beyond(self.had, beyond(self.had, self.wants))
 
 
+class Reshaped(NamedTuple):
+    """What a series comes to be."""
+    done: list[dict]  # what became of each occurrence, by start
+    changed: list[tuple[int | None, dict]]  # what is written of occurrences: by id, or a new one
+    horizon: int      # until when they are there
+    freed: list[Hold]
+
+
 class Series(Holding):
     """The occurrences of series."""
 
     def reshape(self, reservation: int, wish: Wish, now: float, gentle: bool = False, again: bool = True) -> list[dict]:
         """Makes the occurrences of a series what its stretches want, as far as the horizon; inside a transaction.
 
+        Raises:
+          NoCapacity: one doesn't fit and all or nothing was asked for; the caller's transaction ends.
+        """
+        there = rows('SELECT * FROM occurrence WHERE reservation_id = ? ORDER BY start', reservation)
+        became = self.reshaped(reservation, wish, there, now, gentle, again)
+        self.write_all(reservation, became.changed, now)
+        self.close(reservation, wish.stretches, now, became.horizon)
+        self.keep_stopped(reservation, now, became.freed)
+        return became.done
+
+    def reshaped(self, reservation: int, wish: Wish, there: list, now: float, gentle: bool = False,
+                 again: bool = True) -> Reshaped:
+        """Decides what a series becomes, and holds that.
+
         First all give back what they want no more, then each takes what it wants more, or what --on-conflict
         says is done. What has begun keeps its start; what was changed, left out or skipped on its own
         stays as it is.
 
         Args:
+          there: the rows of its occurrences
           gentle: what runs goes on, also if it isn't wanted any more
           again: what had no room, or was not wanted for a while, is tried again
-
-        Raises:
-          NoCapacity: one doesn't fit and all or nothing was asked for; the caller's transaction ends.
         """
-        there = rows('SELECT * FROM occurrence WHERE reservation_id = ? ORDER BY start', reservation)
         skipped = {old.slot for old in there if old.cancelled is not None and old.altered}
         horizon = self.horizon(wish.stretches, now, skipped)
         earliest = self.earliest(there, wish.stretches, now)
         wanted = {slot.key: slot for slot in all_slots(wish.stretches, earliest, horizon)}
-        done, todo, freed = [], [], []
+        done, todo, changed, freed = [], [], [], []
         for old in there:
             slot = wanted.pop(old.slot, None)
             if old.end <= now:
@@ -7519,17 +7597,16 @@ class Series(Holding):
             slot = self.settled(old, slot, wish, now, gentle, again)
             if slot is None and old.cancelled is None:
                 freed.append(hold_of(old))
-                self.give_up(old, now)
+                changed.append((old.id, self.given_up(old, now)))
                 done.append(told(old, 'cancelled'))
             elif slot and self.differs(old, slot, wish):
                 todo.append((slot, old))
             elif slot and old.cancelled is None:
                 done.append(told(old, 'unchanged'))
         todo += [(slot, None) for slot in wanted.values() if slot.end > now]
-        done += self.place_all(reservation, wish, sorted(todo, key=lambda each: each[0].start), now)
-        self.close(reservation, wish.stretches, now, horizon)
-        self.keep_stopped(reservation, now, freed)
-        return sorted(done, key=lambda each: each['start'])
+        placed = self.place_all(reservation, wish, sorted(todo, key=lambda each: each[0].start), now)
+        done = sorted([*done, *(line for line, _ in placed)], key=lambda each: each['start'])
+        return Reshaped(done, changed + [each for _, each in placed], horizon, freed)
 
     def earliest(self, there: list, stretches: list[Stretch], now: float) -> float:
         """From when on slots must be known: one that was moved to later has been planned for earlier."""
@@ -7562,49 +7639,52 @@ class Series(Holding):
             slot.start, slot.end, slot.resource, *wish.takes(slot.vms)) or (
             slot.start - wish.lead != old.held_from and not old.altered)
 
-    def give_up(self, old, now: float) -> None:
-        """Takes an occurrence out of its series."""
+    def given_up(self, old, now: float) -> dict:
+        """Gives back what an occurrence holds that its series goes without, and tells what is written of it."""
         until = min(max(int(now), old.held_from), old.held_until)
         release(old.resource_id, until, old.held_until, amount_of(old))
-        change(Occurrence, old.id, cancelled=int(now), held_until=until, due=now,
-               revision=old.revision + 1, revised=int(now))
+        return {'cancelled': int(now), 'held_until': until, 'due': now}
 
-    def place_all(self, reservation: int, wish: Wish, todo: list, now: float) -> list[dict]:
-        """Holds many occurrences of a series, and tells all that have no room at once."""
+    def place_all(self, reservation: int, wish: Wish, todo: list, now: float) -> list[tuple]:
+        """Holds many occurrences of a series, or refuses all; what became of each, and what is written of it."""
         done, refused, others = [], [], self.others_of(reservation, todo, now)
         if wish.server and any(one.end > after.start for (one, _), (after, _) in zip(todo, todo[1:])):
             raise Conflict(f'the occurrences overlap, and the server {wish.server} is one machine')
-        todo = [Turn(slot, old, [hold_of(old)] if old and old.cancelled is None else [],
-                     [self.hold_at(wish, slot, old, now)]) for slot, old in todo]
-        for turn in todo:
+        turns = [Turn(slot, old, [hold_of(old)] if old and old.cancelled is None else [],
+                      [self.hold_at(wish, slot, old, now)]) for slot, old in todo]
+        for turn in turns:
             give(beyond(turn.had, turn.wants))
             others.put(turn.slot.key, turn.kept, turn.slot.start)
-        for turn in self.progress(todo):
-            slot = turn.slot
+        read_windows((piece for turn in turns for piece in beyond(turn.wants, turn.had)), now)
+        for turn in self.progress(turns):
             try:
                 done.append(self.place(reservation, wish, turn, others, now))
             except NoCapacity as error:
                 if not rehearsal.on:
                     raise
-                refused.append((slot, error))
+                refused.append((turn.slot, error))
         if refused:
-            slot, error = refused[0]
-            zone = read_zone(wish.stretches[0].zone)
-            refusal = NoCapacity(
-                f"{len(refused)} of {len(todo)} occurrences do not fit, so nothing was changed; the first from "
-                f"{format_time(instant(slot.start), zone)}: {error}. Take the others with --on-conflict skip",
-                conflicts=[{'start': instant(each.start), 'end': instant(each.end), 'vms': each.vms, 'why': str(why)}
-                           for each, why in refused[:1000]], **error.details)
-            refusal.most_vms = min(getattr(why, 'most_vms', 0) for _, why in refused)
-            raise refusal
+            raise self.refusal_of(refused, len(turns), wish)
         return done
+
+    def refusal_of(self, refused: list[tuple[Slot, NoCapacity]], number: int, wish: Wish) -> NoCapacity:
+        """The refusal of a series some occurrences of which have no room."""
+        slot, error = refused[0]
+        zone = read_zone(wish.stretches[0].zone)
+        refusal = NoCapacity(
+            f"{len(refused)} of {number} occurrences do not fit, so nothing was changed; the first from "
+            f"{format_time(instant(slot.start), zone)}: {error}. Take the others with --on-conflict skip",
+            conflicts=[{'start': instant(each.start), 'end': instant(each.end), 'vms': each.vms, 'why': str(why)}
+                       for each, why in refused[:1000]], **error.details)
+        refusal.most_vms = min(getattr(why, 'most_vms', 0) for _, why in refused)
+        return refusal
 
     def others_of(self, reservation: int, todo: list, now: float) -> Others:
         """What counts against limits of the occurrences that stay as they are while others change."""
         changing = {old.id for _, old in todo if old}
         others = Others(reservation, now)
         for each in rows('SELECT * FROM occurrence WHERE reservation_id = ? AND due IS NOT NULL '
-                         'AND held_until > held_from', reservation):
+                         'AND held_until > held_from', reservation) if standing().limits and reservation else ():
             if each.id not in changing:
                 others.put(each.slot, [hold_of(each)], each.start)
         return others
@@ -7615,8 +7695,8 @@ class Series(Holding):
         begin = min(old.held_from, slot.start) if begun else slot.start - wish.lead
         return Hold(slot.resource, begin, slot.end, wish.takes(slot.vms))
 
-    def place(self, reservation: int, wish: Wish, turn: Turn, others: Others, now: float) -> dict:
-        """Holds one occurrence of a series and writes it; inside a transaction.
+    def place(self, reservation: int, wish: Wish, turn: Turn, others: Others, now: float) -> tuple:
+        """Holds one occurrence of a series; what became of it, and its row.
 
         Raises:
           NoCapacity: it doesn't fit, and that refuses the whole series.
@@ -7630,21 +7710,21 @@ class Series(Holding):
         one = wish._replace(resource=place, start=slot.start, end=slot.end, vms=slot.vms, stretches=[])
         others.put(slot.key, (), slot.start)
         try:
-            self.refuse_beyond(one, now, old if turn.had else None, others)
-            self.refuse_shared_server(one, reservation)
-            growth = beyond(turn.wants, turn.had)
-            self.refuse_overtaken(growth, now)
-            take(growth, now)
+            self.grow(one, beyond(turn.wants, turn.had), now, old if turn.had else None, others, reservation)
         except Conflict as error:
             return self.placed_otherwise(reservation, one, turn, others, error, now)
         keep = {'told': 0, 'altered': old.altered} if old and old.start != slot.start else {}
         revived = {'cancelled': None} if old and not turn.had else {}
-        self.write_occurrence(old.id if old else None, reservation, one, slot, now, wants.begin, **keep, **revived)
         others.put(slot.key, turn.wants, slot.start)
-        return told(slot, 'changed' if turn.had else 'booked')
+        return told(slot, 'changed' if turn.had else 'booked'), self.row_of(
+            old, one, slot, now, held_from=wants.begin, **keep, **revived)
+
+    def row_of(self, old, one: Wish, slot: Slot, now: float, **more) -> tuple[int | None, dict]:
+        """What is written of an occurrence, by its id if it has one."""
+        return old.id if old else None, self.columns_of(one, slot, now, old is None, **more)
 
     def placed_otherwise(self, reservation: int, one: Wish, turn: Turn, others: Others, error: Conflict,
-                         now: float) -> dict:
+                         now: float) -> tuple:
         """What --on-conflict says of an occurrence that has no room."""
         slot, old = turn.slot, turn.old
         refused = one.on_conflict in ('', 'refuse')
@@ -7665,22 +7745,15 @@ class Series(Holding):
             holds = [Hold(slot.resource, shifted.start - one.lead, shifted.end, one.amount)]
             take(holds, now)
             others.put(slot.key, holds, shifted.start)
-            self.write_occurrence(old.id if old else None, reservation, one, shifted, now, altered=True,
-                                  cancelled=None)
-            return told(shifted, 'shifted', why)
+            return told(shifted, 'shifted', why), self.row_of(old, one, shifted, now, altered=True, cancelled=None)
         if self.stays(turn, now):
             others.put(slot.key, turn.had, old.start)
-            change(Occurrence, old.id, altered=True)
-            return told(old, 'unchanged', why)
-        self.write_left_out(reservation, one, slot, now, old)
-        return told(slot, 'left out', why)
+            return told(old, 'unchanged', why), (old.id, {'altered': True})
+        return told(slot, 'left out', why), self.row_of(old, one, slot, now, **self.left_out_as(one, slot, now, old))
 
-    def write_left_out(self, reservation: int, wish: Wish, slot: Slot, now: float, old=None) -> int:
-        """Writes an occurrence that holds nothing, since its series goes without it; its id."""
-        id = self.write_occurrence(old.id if old else None, reservation, wish, slot, now,
-                                   held_until=slot.start - wish.lead, cancelled=int(now),
-                                   due=now if old else None)
-        return id
+    def left_out_as(self, one: Wish, slot: Slot, now: float, old=None) -> dict:
+        """What is otherwise of an occurrence that holds nothing, since its series goes without it."""
+        return {'held_until': slot.start - one.lead, 'cancelled': int(now), 'due': now if old else None}
 
     def bring_back(self, id: int, wish: Wish, now: float) -> list[dict]:
         """Holds an occurrence that its series was left without; inside a transaction.
@@ -7696,16 +7769,17 @@ class Series(Holding):
         slot = Slot(old.slot, wish.start, wish.end, wish.vms, wish.resource.id)
         try:
             todo = [(slot, old._replace(altered=False))]
-            done = self.place_all(old.reservation_id, wish, todo, now)
+            (done, columns), = self.place_all(old.reservation_id, wish, todo, now)
         except NoCapacity as refusal:
             if not rehearsal.on:
                 raise
             conflict, = refusal.details.pop('conflicts')
             why = f"what was left out does not fit any more: {conflict['why']}"
             raise NoCapacity(why, **refusal.details) from None
+        self.write_all(old.reservation_id, [columns], now)
         self.close(old.reservation_id, stretches, now, self.horizon(stretches, now))
         self.keep_stopped(old.reservation_id, now)
-        return done
+        return [done]
 
     def stays(self, turn: Turn, now: float) -> bool:
         """Holds again what an occurrence had, which has begun or still fits; whether it does."""
@@ -7739,10 +7813,10 @@ class Series(Holding):
     def close(self, reservation: int, stretches: list[Stretch], now: float, horizon: int = 0) -> None:
         """Writes until when a reservation's label is taken, and how far a series is in rows."""
         on = goes_on(stretches, horizon)
-        last = row('SELECT max("end") AS last FROM occurrence WHERE reservation_id = ? AND cancelled IS NULL',
-                   reservation).last
-        change(Reservation, reservation, changed=int(now), booked_until=horizon if on else None,
-               over=int(LAST.timestamp()) if on else min(last, 2**62) if last and last > now else int(now))
+        run("""UPDATE reservation SET changed = ?2, booked_until = ?3, over = coalesce(?4, max(?2, coalesce((
+                 SELECT min(max("end"), 1 << 62) FROM occurrence WHERE reservation_id = ?1 AND cancelled IS NULL), 0)))
+                WHERE id = ?1""", reservation, int(now), horizon if on else None,
+            int(LAST.timestamp()) if on else None)
 
     def refresh(self, reservation: int, now: float) -> None:
         """Carries a series on as far as the horizon is now, by the zone table as it is now; inside a transaction."""
@@ -7879,31 +7953,37 @@ class Admission(Series):
         """
         wish = self.as_now(wish)
         place = wish.resource
+        became = self.reshaped(0, wish, [], now) if wish.stretches else self.single(wish, now)
+        done, live = became.done, [columns['end'] for _, columns in became.changed if not columns.get('cancelled')]
+        if done and not live:
+            raise NoCapacity(f"none of {len(done)} occurrences fits; of the first: {done[0]['why']}",
+                             conflicts=done[:1000])
+        on = goes_on(wish.stretches, became.horizon)
         pending = int(now) + place.approval if place.approval and self.actor.role != ADMIN else None
-        reservation = insert(Reservation, **wish.columns(*STORED), **event, origin=origin, added=int(now),
-                             changed=int(now), pending=pending, priority=0, confirm=0, request=request, choices='',
-                             series=stored_stretches(wish.stretches) if wish.stretches else '', over=wish.end)
+        reservation = insert(
+            Reservation, **wish.columns(*STORED), **event, origin=origin, added=int(now), changed=int(now),
+            pending=pending, priority=0, confirm=0, request=request, choices='',
+            series=stored_stretches(wish.stretches) if wish.stretches else '',
+            booked_until=became.horizon if on else None,
+            over=int(LAST.timestamp()) if on else max([int(now), *live]))
         self.refuse_many_texts(wish)
-        if wish.stretches:
-            done = self.reshape(reservation, wish, now)
-            if done and all(each['outcome'] == 'left out' for each in done):
-                raise NoCapacity(f"none of {len(done)} occurrences fits; of the first: {done[0]['why']}",
-                                 conflicts=done[:1000])
-            self.journal(now, 'added', self.told_series(wish, done), reservation, wish.notify)
-            return reservation, done
-        self.refuse_shared_server(wish)
-        self.refuse_beyond(wish, now)
-        self.refuse_overtaking(place, *wish.held, now)
-        admit(place, *wish.held, wish.amount, now)
-        self.write_occurrence(None, reservation, wish, Slot('', wish.start, wish.end, wish.vms, place.id), now)
-        if wish.at_end == 'stop':
+        self.write_all(reservation, became.changed, now)
+        if wish.image and wish.at_end == 'stop':
             self.keep_stopped(reservation, now)
-        self.journal(now, 'added', f'{wish.vms} vms on {place.name}', reservation, wish.notify, NONE_OF_THEM)
-        if pending:
+        what = self.told_series(wish, done) if wish.stretches else f'{wish.vms} vms on {place.name}'
+        self.journal(now, 'added', what, reservation, wish.notify, NONE_OF_THEM)
+        if pending and not wish.stretches:
             until = self.config.told_time(pending, wish.tz)
             self.journal(now, 'pending', f'an admin must approve it until {until}', reservation,
                          wish.notify)
-        return reservation, []
+        return reservation, done
+
+    def single(self, wish: Wish, now: float) -> Reshaped:
+        """Holds the one occurrence of a new reservation."""
+        place = wish.resource
+        self.grow(wish, [Hold(place.id, *wish.held, wish.amount)], now)
+        slot = Slot('', wish.start, wish.end, wish.vms, place.id)
+        return Reshaped([], [self.row_of(None, wish, slot, now)], 0, [])
 
     def told_series(self, wish: Wish, done: list[dict]) -> str:
         """What was booked of a series, for the journal."""
@@ -7915,15 +7995,13 @@ class Admission(Series):
         """Makes one occurrence what is wished; inside a transaction."""
         wish = self.as_now(wish)
         place = wish.resource
-        self.refuse_shared_server(wish, old.reservation)
-        self.refuse_beyond(wish, now, old)
-        wants = [Hold(place.id, *wish.held, wish.amount)]
+        wants, growth = [Hold(place.id, *wish.held, wish.amount)], []
         if old.waiting is None:
-            self.retake([hold_of(old)], wants, now)
-        elif not wish.amount.within(self.most_ever(wish)):
+            give(beyond([hold_of(old)], wants))
+            growth = beyond(wants, [hold_of(old)])
+        self.grow(wish, growth, now, old, own=old.reservation)
+        if old.waiting is not None and not wish.amount.within(self.most_ever(wish)):
             raise NoCapacity('')
-        elif beyond(wants, [hold_of(old)._replace(until=old.end)]):  # it goes to the end of the line
-            change(Reservation, old.reservation, waiting=int(now))
         slot = Slot(old.slot, wish.start, wish.end, wish.vms, place.id)
         self.write_occurrence(old.id, old.reservation, wish, slot, now, altered=bool(old.repeats),
                               told=0 if wish.start != old.start else old.told & ~(ENDING if wish.end != old.end else 0),
@@ -7934,8 +8012,11 @@ class Admission(Series):
         else:
             change(Reservation, old.reservation, **wish.columns(*STORED), changed=int(now), over=wish.end)
         if old.waiting is not None:
+            if beyond(wants, [hold_of(old)._replace(until=old.end)]):  # it goes to the end of the line
+                change(Reservation, old.reservation, waiting=int(now))
             self.stand_in_line(old.reservation)
-        self.keep_stopped(old.reservation, now)
+        if old.image or wish.image:
+            self.keep_stopped(old.reservation, now)
 
     def cancel(self, found: list, now: float, why: str = '', ends: bool = False) -> None:
         """Cancels occurrences of one reservation: what they held from now on is free; inside a transaction.
@@ -7947,10 +8028,11 @@ class Admission(Series):
             return
         first, freed = found[0], [hold_of(each) for each in found]
         for each in found:
-            self.drop_proposals(each.reservation, each.id)
+            if each.change is not None:
+                self.drop_proposals(each.reservation, each.id)
             until = min(max(int(now), each.held_from), each.held_until)
             release(each.resource_id, until, each.held_until, amount_of(each))
-            change(Occurrence, each.id, cancelled=int(now), held_until=until, due=now, altered=True)
+            change_occurrence(each.id, now, cancelled=int(now), held_until=until, due=now, altered=True)
         if first.repeats and ends:
             stretches = stretches_before(self.stretches(first.reservation), min(each.slot for each in found))
             change(Reservation, first.reservation, series=stored_stretches(stretches) if stretches else '[]')
@@ -7958,13 +8040,14 @@ class Admission(Series):
             self.reshape(first.reservation, self.carried_on(first), now, gentle=True, again=False)
         else:
             self.close(first.reservation, [], now)
-        run('UPDATE reservation SET waiting = NULL, pending = NULL WHERE id = ? AND NOT EXISTS '
-            '(SELECT 1 FROM occurrence o WHERE o.reservation_id = ? AND o.cancelled IS NULL)',
-            first.reservation, first.reservation)  # there is nothing left to wait for
+        if first.waiting is not None or first.pending is not None:  # is there nothing left to wait for?
+            run('UPDATE reservation SET waiting = NULL, pending = NULL WHERE id = ?1 AND NOT EXISTS '
+                '(SELECT 1 FROM occurrence o WHERE o.reservation_id = ?1 AND o.cancelled IS NULL)', first.reservation)
         if first.waiting is not None:
             self.stand_in_line(first.reservation)
-        self.keep_stopped(first.reservation, now, freed)
-        only = first.id if len(found) == 1 and first.repeats else None
+        if first.image:
+            self.keep_stopped(first.reservation, now, freed)
+        only = None if first.repeats and len(found) > 1 else first.id if first.repeats else NONE_OF_THEM
         said = [why or f'cancelled by {self.actor.user}']
         said += [warning for each in found for warning in self.ends_with(each).get('warnings', ())]
         self.journal(now, 'released', '; '.join(said), first.reservation, json.loads(first.notify),
@@ -8276,7 +8359,8 @@ class Approval(Waiting):
           alone: no other occurrence changes
           deed: makes the change, and tells what became of each occurrence of a series
         """
-        if SHAPE & set(asked):  # another change settles those that were proposed before
+        # Another change settles those that were proposed before.
+        if SHAPE & set(asked) and (old.change is not None or old.repeats and not alone):
             self.drop_proposals(old.reservation, old.id if alone else None)
         if self.actor.role == ADMIN or old.waiting is not None or not (once(ANY_APPROVAL) or self.proposes_all):
             return deed()
@@ -8785,8 +8869,7 @@ class Requests(Approval):
         """
         if by <= timedelta(0):
             raise Invalid(f'by: {to_plain(by)} is no length to extend by; write +1h')
-        old = self.mine(label, project, occurrence=occurrence)
-        return self.alter(label, project, {'end': instant(old.end) + by}, dry_run, occurrence=instant(old.start))
+        return self.prolong(label, project, occurrence, lambda old: instant(old.end) + by, 'updated', dry_run)
 
     @api('POST', '/reservation/<label>/keep')
     @for_each_part
@@ -8796,13 +8879,24 @@ class Requests(Approval):
         Example:
           python cmres.py keep lab +2h
         """
-        old = self.mine(label, project)
-        until = instant(old.end) + until if isinstance(until, timedelta) else until
-        if self.clock() < old.held_from:
-            raise Conflict(f"'{label}' has not begun; `update` moves its end")
-        if until.timestamp() <= old.end:
-            raise Invalid(f'until: {to_plain(until)} is not after the end, {to_plain(instant(old.end))}')
-        return self.alter(label, project, {'end': until}, dry_run, 'kept', occurrence=instant(old.start))
+        def end(old) -> datetime:
+            last = instant(old.end) + until if isinstance(until, timedelta) else until
+            if self.clock() < old.held_from:
+                raise Conflict(f"'{label}' has not begun; `update` moves its end")
+            if last.timestamp() <= old.end:
+                raise Invalid(f'until: {to_plain(last)} is not after the end, {to_plain(instant(old.end))}')
+            return last
+        return self.prolong(label, project, None, end, 'kept', dry_run)
+
+    def prolong(self, label: str, project: str, occurrence: Day | None, end: Callable[[Any], datetime], code: str,
+                dry_run: bool) -> dict:
+        """Lets the present or next occurrence, or a certain one, end at another instant; no cloud need be asked."""
+        def deed(now: float) -> dict:
+            old = self.mine(label, project, occurrence=occurrence)
+            asked = {'end': end(old)}
+            wish = self.read_wish(self.unaltered(old) | asked, old, asked, place=resource_of(old.resource_id))
+            return self.altered(old, wish, asked, now, code, named=not old.repeats, only=bool(old.repeats))
+        return self.carry_out(deed, dry_run)
 
     @api('POST', '/reservation/<label>/skip')
     @for_each_part
@@ -8840,7 +8934,8 @@ class Requests(Approval):
             place = resource_of(slot.resource, removed=True)
             wish = self.carried_on(found)._replace(
                 resource=place, start=slot.start, end=slot.end, vms=slot.vms, on_conflict='refuse')
-            id = old.id if old else self.write_left_out(found.reservation, wish, slot, now)
+            id = old.id if old else self.write_occurrence(
+                None, found.reservation, wish, slot, now, **self.left_out_as(wish, slot, now))
             done = self.unless_it_grows(
                 self.occurrence(id), wish, {'occurrence': None}, now, BACK, named=True, alone=True,
                 deed=functools.partial(self.bring_back, id, wish, now))
@@ -8894,28 +8989,54 @@ class Requests(Approval):
             wish = self.read_wish(self.unaltered(old) | asked, old, asked, stretches, key)
             named = bool(occurrence) and not only
 
-            def changed(wish: Wish, *otherwise: str) -> list | None:
-                new, now = asked | dict.fromkeys(otherwise), self.clock()
-                return self.unless_it_grows(old, wish, new, now, code, named, only,
-                                            lambda: self.rewrite(old, wish, new, now, named))
-
             def deed(now: float) -> dict | None:
                 current, series = self.occurrence(old.id), self.stretches(old.reservation)
                 if any(getattr(current, name) != getattr(old, name) for name in UNCHANGED) or (
                         stretches and series != stretches):
                     return None
-                before = self.as_stored(old.reservation)
-                with self.explaining(wish, old, changed), Attempt() as rewriting:
-                    done = changed(wish)
-                    same = done is not None and self.as_stored(old.reservation) == before
-                    if same:
-                        rewriting.undo()
-                if done is not None and not same:  # what changes nothing is told to nobody
-                    self.tell_change(old, wish, asked, done, code, now)
-                return self.answer(old.reservation, done or [], wish, old.id if only else None)
+                return self.altered(current, wish, asked, now, code, named, only)
             if answer := self.carry_out(deed, dry_run):
                 return answer
         raise Conflict(f"'{label}' is being changed by others all the time; try again")
+
+    def altered(self, old, wish: Wish, asked: dict, now: float, code: str, named: bool, only: bool) -> dict:
+        """Changes what was read in the same transaction, all of it or nothing, and answers; what changes nothing
+        is told to nobody.
+
+        Args:
+          named: the occurrence was named, so that it changes also if it was changed on its own before
+          only: no other occurrence changes
+        """
+        def changed(wish: Wish, *otherwise: str) -> list | None:
+            new = asked | dict.fromkeys(otherwise)
+            return self.unless_it_grows(old, wish, new, now, code, named, only,
+                                        lambda: self.rewrite(old, wish, new, now, named))
+        done, same = [], not (old.repeats or wish.stretches) and self.is_as_wished(old, wish)
+        if not same:
+            with self.explaining(wish, old, changed):
+                done, same = self.unless_same(old, wish, functools.partial(changed, wish))
+        if done is not None and not same:
+            self.tell_change(old, wish, asked, done, code, now)
+        return self.answer(old.reservation, done or [], wish, old.id if only else None)
+
+    def is_as_wished(self, old, wish: Wish) -> bool:
+        """Whether a plain reservation is already what is wished."""
+        new = wish.columns(*STORED)
+        return all(getattr(old, name) == new[name] for name in STORED) and (
+            old.resource_id, old.held_from, old.start, old.end, amount_of(old)) == (
+            wish.resource.id, wish.held[0], wish.start, wish.end, wish.amount)
+
+    def unless_same(self, old, wish: Wish, deed: Callable[[], list | None]) -> tuple[list | None, bool]:
+        """Does something to a reservation, and whether all of it is as before then: that is undone."""
+        if not (old.repeats or wish.stretches):
+            return deed(), False
+        before = self.as_stored(old.reservation)
+        with Attempt() as attempt:
+            done = deed()
+            same = done is not None and self.as_stored(old.reservation) == before
+            if same:
+                attempt.undo()
+        return done, same
 
     def refuse_common(self, old, asked: dict, occurrence: datetime | None, only: bool) -> None:
         """Refuses to change for some occurrences of a series what all of them have in common."""
@@ -8950,7 +9071,7 @@ class Requests(Approval):
         """Writes down that a reservation was changed."""
         self.journal(now, code, f"{self.actor.user} changed: {', '.join(sorted(asked.keys() - {'tz'}))}",
                      old.reservation, wish.notify,
-                     NONE_OF_THEM if done else old.id if old.repeats and not wish.stretches else None)
+                     NONE_OF_THEM if done or not old.repeats else None if wish.stretches else old.id)
 
     @api('DELETE', '/reservation/<label>')
     @api('DELETE', '/reservation/')
