@@ -76,7 +76,7 @@ import sys
 import textwrap
 import threading
 import time
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections import Counter, defaultdict, deque, namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, nullcontext, suppress
@@ -3217,35 +3217,215 @@ def first_cause(error: Exception) -> Exception:
     return error
 
 
+#: What keeps in memory what transactions have decided: `mark` tells how much that is, `back` makes
+#: it as little again, `write` writes it, and `forget` forgets it.
+MEMORIES: list = []
+
+
 @contextmanager
-def transaction(keep: bool = True) -> Iterator[None]:
-    """All of it or nothing, on disk when it ends; alone in this process; without `keep`, undone.
+def transaction() -> Iterator[None]:
+    """All of it or nothing, on disk when it ends; alone in this process.
+
+    Inside of another, or of a rehearsal, it is a part of that.
 
     Raises:
       Unavailable: others have been writing for too long, or the file is not there any more.
     """
+    if db.in_transaction():
+        with Attempt():
+            yield
+            write_memories()
+        return
     if not write_lock.acquire(timeout=PATIENT):
         raise Unavailable(TROUBLES[sqlite3.SQLITE_BUSY])
     try:
         store_file.check()
-        with db.atomic() as current:
-            store_file.refuse_other(stored_id())
-            yield
-            if not keep:
-                current.rollback()
+        with db.atomic():
+            store_file.refuse_other(standing().store)
+            try:
+                yield
+                write_memories()
+            finally:
+                forget_memories()
         store_file.check()  # what was written to a file that has gone meanwhile is lost
     except STORE_ERRORS as error:
-        cause = first_cause(error)
-        # A connection that was opened while nothing could be written stays so: the next is a new one.
-        if code_of(sqlite_error(cause)) == sqlite3.SQLITE_READONLY and not db.in_transaction():
-            db.close()
-        raise cause
+        raise of_store(error)
     finally:
         write_lock.release()
 
 
+def of_store(error: Exception) -> Exception:
+    """The first cause of an error, after which this thread may go on."""
+    cause = first_cause(error)
+    # A connection that was opened while nothing could be written stays so: the next is a new one.
+    if code_of(sqlite_error(cause)) == sqlite3.SQLITE_READONLY and not db.in_transaction():
+        db.close()
+    return cause
+
+
+def write_memories() -> None:
+    """Makes true what was decided so far; in a rehearsal nothing is."""
+    for memory in () if rehearsal.on else MEMORIES:
+        memory.write()
+
+
+def forget_memories() -> None:
+    for memory in MEMORIES:
+        memory.forget()
+
+
+# A rehearsal decides and answers what a transaction would, upon the store as it is at one instant,
+# and nothing of it ever happens. It takes no lock: what it writes goes to tables of its own, in
+# memory and on this connection alone. From its first write to a table on, its statements read and
+# write instead of that the view NAME_now: the rows of the table without those in NAME_gone, and
+# those in NAME_new. So a deed and its rehearsal are one program.
+
+class Rehearsal(threading.local):
+    """What this thread rehearses: to which tables it has written, and the ids that are next there."""
+    tables: frozenset | None = None
+    ids: dict = {}
+
+    @property
+    def on(self) -> bool:
+        return self.tables is not None
+
+
+class Unmade(Exception):
+    """Ends a rehearsal."""
+
+
+rehearsal = Rehearsal()
+#: What operations change, each with what changes with it.
+REHEARSED = dict.fromkeys(('occurrence', 'resource', 'capacity', 'proposal', 'extra_hold', 'wait',
+                           'limits', 'server', 'token', 'feed', 'subscription'), ()) | {
+    'reservation': ('occurrence', 'texts')}
+WRITTEN = re.compile(r'\s*(?:INSERT INTO|UPDATE|DELETE FROM)\s+(\w+)')
+NAMED = re.compile(r'\b((?:FROM|JOIN|INTO|UPDATE)\s+)(\w+)\b')
+INDEXED = re.compile(r'\b((?:FROM|JOIN|UPDATE)\s+(\w+)(?:\s+\w+)?)\s+INDEXED BY \w+')
+
+
+@contextmanager
+def rehearsing() -> Iterator[None]:
+    """A transaction of which nothing is kept, and that nobody waits for; or so much of one."""
+    if db.in_transaction():
+        with undone():
+            yield
+        return
+    store_file.check()
+    try:
+        set_stage()
+        with suppress(Unmade), db.atomic('DEFERRED'):
+            store_file.refuse_other(standing().store)
+            rehearsal.tables, rehearsal.ids = frozenset(), {}
+            try:
+                yield
+            finally:
+                rehearsal.tables = None
+                forget_memories()
+            raise Unmade
+    except STORE_ERRORS as error:
+        raise of_store(error)
+
+
+def set_stage() -> None:
+    """Makes, once on each connection, what rehearsals write to."""
+    if run("SELECT 1 FROM temp.sqlite_master WHERE name = 'texts_now'").fetchone():
+        return
+    run('PRAGMA temp_store = memory')
+    for table in REHEARSED:
+        columns = run(f'PRAGMA main.table_info({table})').fetchall()
+        names = ', '.join(f'"{name}"' for _, name, *_ in columns)
+        kinds = ', '.join(f'"{name}" {kind} {"NOT NULL" if needed else ""}'
+                          f'{" PRIMARY KEY" if key else f" DEFAULT {default}" if default else ""}'
+                          for _, name, kind, needed, default, key in columns)
+        news = ', '.join(f'NEW."{name}"' for _, name, *_ in columns)
+        owner = """UPDATE occurrence_now SET of_project = NEW.project, of_user = NEW.user WHERE
+          reservation_id = NEW.id AND (NEW.project, NEW.user) <> (OLD.project, OLD.user);"""
+        run_all(f"""
+          CREATE TEMP TABLE {table}_new ({kinds});
+          CREATE TEMP TABLE {table}_gone (id INTEGER PRIMARY KEY);
+          CREATE TEMP VIEW {table}_now AS
+            SELECT {names} FROM main.{table} WHERE id NOT IN (SELECT id FROM {table}_gone)
+            UNION ALL SELECT {names} FROM {table}_new""")
+        run(f"""CREATE TEMP TRIGGER {table}_changed INSTEAD OF UPDATE ON {table}_now BEGIN
+          INSERT OR REPLACE INTO {table}_new VALUES ({news});
+          INSERT OR IGNORE INTO {table}_gone VALUES (OLD.id);
+          {owner if table == 'reservation' else ''} END""")
+        run(f"""CREATE TEMP TRIGGER {table}_dropped INSTEAD OF DELETE ON {table}_now BEGIN
+          DELETE FROM {table}_new WHERE id = OLD.id;
+          INSERT OR IGNORE INTO {table}_gone VALUES (OLD.id); END""")
+    run(f"""CREATE TEMP VIEW texts_now AS
+      SELECT project, sum(size) AS size FROM (
+        SELECT project, size FROM main.texts UNION ALL
+        SELECT project, {long_texts('n')} FROM reservation_new n WHERE {long_texts('n')} > 1000
+        UNION ALL SELECT project, -{long_texts('g')} FROM main.reservation g
+         WHERE id IN (SELECT id FROM reservation_gone) AND {long_texts('g')} > 1000) GROUP BY 1""")
+
+
+def rehearsed(sql: str) -> str:
+    """A statement as this thread's rehearsal runs it."""
+    if written := WRITTEN.match(sql):
+        note_written(written[1])
+    return rehearsed_text(sql, rehearsal.tables) if rehearsal.tables else sql
+
+
+def note_written(table: str) -> None:
+    """From now on what this thread's rehearsal has of a table is not what the store has."""
+    if table not in REHEARSED:
+        raise RuntimeError(f'{table} would be written to in a rehearsal')
+    rehearsal.tables |= {table, *REHEARSED[table]}
+
+
+@functools.lru_cache(1000)
+def rehearsed_text(sql: str, tables: frozenset) -> str:
+    sql = INDEXED.sub(lambda found: found[found[2] in tables], sql)
+    return NAMED.sub(lambda found: f'{found[0]}_now' if found[2] in tables else found[0], sql)
+
+
+def rehearsed_id(table: str) -> int:
+    """The id that the next new row of a table would have."""
+    if table not in rehearsal.ids:
+        rehearsal.ids[table] = run(f'SELECT coalesce(max(id), 0) FROM main.{table}').fetchone()[0]
+    rehearsal.ids[table] += 1
+    return rehearsal.ids[table]
+
+
+class Attempt:
+    """A part of a transaction that is done as a whole, or undone: where it fails, or is told so."""
+
+    def __enter__(self):
+        self.marks, self.ids = [memory.mark() for memory in MEMORIES], {**rehearsal.ids}
+        run('SAVEPOINT attempt')
+        return self
+
+    def undo(self) -> None:
+        """Makes all as it was before; what comes then is a part of the attempt as well."""
+        run('ROLLBACK TO attempt')
+        rehearsal.ids = self.ids.copy()
+        for memory, mark in zip(MEMORIES, self.marks):
+            memory.back(mark)
+
+    def __exit__(self, kind, error, trace) -> None:
+        if kind:
+            self.undo()
+        run('RELEASE attempt')
+
+
+@contextmanager
+def undone() -> Iterator[None]:
+    """A part of a transaction of which nothing is kept."""
+    with Attempt() as attempt:
+        yield
+        attempt.undo()
+
+
 def run(sql: str, *values) -> sqlite3.Cursor:
     """Runs one statement on this thread's connection; peewee's kinds of errors, without its cost."""
+    return execute(rehearsed(sql) if rehearsal.on else sql, values)
+
+
+def execute(sql: str, values: Iterable = ()) -> sqlite3.Cursor:
+    """Runs one statement as it stands."""
     try:
         return db.connection().execute(sql, values)
     except sqlite3.Error as error:
@@ -3270,6 +3450,66 @@ def row(sql: str, *values):
 ROW_TYPES: dict = {}
 
 
+class Remembered(threading.local):
+    """What this thread's transaction has read of what it seldom writes to."""
+
+    def __init__(self):
+        self.found: dict = {}
+        self.written = False  # to what it remembers, since it began
+
+    def mark(self) -> None:
+        """Nothing: what was read before an attempt and in it is the same."""
+
+    def back(self, mark: None) -> None:
+        if self.written:
+            self.found.clear()
+
+    def write(self) -> None:
+        """Nothing is decided here."""
+
+    def forget(self) -> None:
+        self.__init__()
+
+    def change(self) -> None:
+        """Reads all anew, since something was written."""
+        self.found.clear()
+        self.written = True
+
+
+remembered = Remembered()
+MEMORIES.append(remembered)
+SELDOM = ('resource', 'limits', 'wait')
+STANDING = """SELECT (SELECT value FROM fact WHERE name = 'store') AS store,
+                     EXISTS (SELECT 1 FROM wait) AS waits, EXISTS (SELECT 1 FROM limits) AS limits"""
+
+
+def once(sql: str, *values) -> list:
+    """All rows of a query on SELDOM, which a transaction asks once until it writes there."""
+    if not db.in_transaction():
+        return rows(sql, *values)
+    key = sql, values
+    if key not in remembered.found:
+        remembered.found[key] = rows(sql, *values)
+    return remembered.found[key]
+
+
+def standing():
+    """The id of the store that is in the file, and whether anybody waits, or is limited, at all."""
+    return once(STANDING)[0] if store_file.store else Standing('', 0, 0)
+
+
+class Standing(NamedTuple):
+    store: str
+    waits: int
+    limits: int
+
+
+def resource_of(id: int, removed: bool = False):
+    """The row of a resource; None if it was removed."""
+    found = once('SELECT * FROM resource WHERE id = ?', id)[0]
+    return found if removed or found.removed is None else None
+
+
 def stored_id() -> str:
     """The id of the store that is in the file, as this connection reads it; '' before it is made."""
     found = store_file.store and run("SELECT value FROM fact WHERE name = 'store'").fetchone()
@@ -3285,24 +3525,60 @@ def row_type(sql: str, cursor):
 
 def insert(model: type[Table], **values) -> int:
     """Writes a row and tells its id."""
-    return run(insert_text(model, tuple(values)), *values.values()).lastrowid
+    if model._meta.table_name in SELDOM:
+        remembered.change()
+    if not rehearsal.on:
+        return run(insert_text(model, tuple(values)), *values.values()).lastrowid
+    table = model._meta.table_name
+    note_written(table)
+    values['id'] = rehearsed_id(table)
+    execute(insert_text(model, tuple(values), '_new'), (*values.values(),))
+    return values['id']
 
 
 @functools.lru_cache
-def insert_text(model, names: tuple) -> str:
+def insert_text(model, names: tuple, instead: str = '') -> str:
     columns = ', '.join(f'"{model._meta.fields[name].column_name}"' for name in names)
-    return f"INSERT INTO {model._meta.table_name} ({columns}) VALUES ({', '.join('?' * len(names))})"
+    marks = ', '.join('?' * len(names))
+    return f'INSERT INTO {model._meta.table_name}{instead} ({columns}) VALUES ({marks})'
+
+
+def insert_many(model: type[Table], many: list[dict]) -> None:
+    """Writes rows in one statement, in order; what some don't have is NULL."""
+    table, names = model._meta.table_name, (*dict.fromkeys(name for each in many for name in each),)
+    if rehearsal.on:
+        note_written(table)
+        names = ('id', *names)
+        many = [{'id': rehearsed_id(table), **each} for each in many]
+    if many:
+        execute(insert_many_text(model, names, '_new' if rehearsal.on else ''), (json.dumps(
+            [[each.get(name) for name in names] for each in many]),))
+
+
+@functools.lru_cache
+def insert_many_text(model, names: tuple, instead: str) -> str:
+    columns = ', '.join(f'"{model._meta.fields[name].column_name}"' for name in names)
+    values = ', '.join(f"json_extract(value, '$[{n}]')" for n, _ in enumerate(names))
+    return f'INSERT INTO {model._meta.table_name}{instead} ({columns}) SELECT {values} FROM json_each(?) ORDER BY key'
 
 
 def change(model: type[Table], id: int, **values) -> None:
     """Writes some columns of one row."""
+    if model._meta.table_name in SELDOM:
+        remembered.change()
     run(change_text(model, tuple(values)), *values.values(), id)
 
 
 @functools.lru_cache
-def change_text(model, names: tuple) -> str:
+def change_text(model, names: tuple, more: str = '') -> str:
     columns = ', '.join(f'"{model._meta.fields[name].column_name}" = ?' for name in names)
-    return f'UPDATE {model._meta.table_name} SET {columns} WHERE id = ?'
+    return f'UPDATE {model._meta.table_name} SET {columns}{more} WHERE id = ?'
+
+
+def change_occurrence(id: int, now: float, **values) -> None:
+    """Writes some columns of an occurrence, and that it is another one for calendars from now on."""
+    values['revised'] = int(now)
+    run(change_text(Occurrence, tuple(values), ', revision = revision + 1'), *values.values(), id)
 
 
 def journal(config: Config, at: float, actor: str, code: str, sentence: str, reservation: int | None = None,
@@ -3315,10 +3591,10 @@ def journal(config: Config, at: float, actor: str, code: str, sentence: str, res
       occurrence: the one that it is about; without one, all that are not over
       refused: project, and id of the resource, of what is no reservation
     """
-    whose = row('SELECT project FROM reservation WHERE id = ?', reservation) if reservation else None
-    about = {'reservation': reservation, 'occurrence': occurrence,
-             'project': whose.project if whose else '', 'resource': None} | refused
-    event = insert(Event, at=at, actor=actor, code=code, sentence=sentence, **about)
+    if rehearsal.on:
+        return
+    about = {'reservation': reservation, 'occurrence': occurrence, 'project': '', 'resource': None} | refused
+    event = write_event(at, actor, code, sentence, about)
     if reservation and (occurrence is None or occurrence > 0):
         by, which, id = ('', 'id', occurrence) if occurrence else (
             'INDEXED BY occurrence_series', '(due IS NULL) = 0 AND reservation_id', reservation)
@@ -3329,6 +3605,14 @@ def journal(config: Config, at: float, actor: str, code: str, sentence: str, res
         send_later(event, [config.webhook], '', at)
     targets = [target for target in notify if config.may_tell(target)]
     tell_owners(config, event, targets, about, actor, at)
+
+
+def write_event(at: float, actor: str, code: str, sentence: str, about: dict) -> int:
+    """Appends an event; one of a reservation is of its project."""
+    return run('INSERT INTO event (at, actor, code, sentence, reservation_id, occurrence, project, resource_id) '
+               'SELECT ?1, ?2, ?3, ?4, ?5, ?6, coalesce((SELECT project FROM reservation WHERE id = ?5), ?7), ?8',
+               at, actor, code, sentence, *(about[name] for name in (
+                   'reservation', 'occurrence', 'project', 'resource'))).lastrowid
 
 
 def tell_owners(config: Config, event: int, targets: list[str], about: dict, actor: str,
@@ -3343,9 +3627,8 @@ def tell_owners(config: Config, event: int, targets: list[str], about: dict, act
     send_later(event, [target for target in targets if is_web(target)] + may_go, owner, at)
     if 0 <= left < len(mails):
         tomorrow = config.told_time((at // 86400 + 1) * 86400)
-        last = insert(Event, at=at, actor='cmres', code='dropped', **about, sentence=(
-            f'{config.notices_per_day} mails were sent for {owner} today, so no more are sent '
-            f'until {tomorrow}; the event log has everything'))
+        last = write_event(at, 'cmres', 'dropped', f'{config.notices_per_day} mails were sent for {owner} '
+                           f'today, so no more are sent until {tomorrow}; the event log has everything', about)
         send_later(last, mails, owner, at)
 
 
@@ -3604,54 +3887,237 @@ def stored(amount: Amount, prefix: str = '') -> dict:
         f'{prefix}classes': json.dumps(dict(amount.classes)) if amount.classes else ''}
 
 
+class Profile:
+    """What is held more of one track from each of some instants on; as many figures as a step has."""
+
+    def __init__(self):
+        self.ats, self.levels = [], []
+
+    def add(self, begin: int, until: int, figures: tuple) -> None:
+        first, last = self.cut(begin), self.cut(until)
+        for n in range(first, last):
+            self.levels[n] = plus(self.levels[n], figures)
+
+    def cut(self, at: int) -> int:
+        """Where an instant stands among the cuts; it is one from now on."""
+        n = bisect_left(self.ats, at)
+        if n == len(self.ats) or self.ats[n] != at:
+            self.ats.insert(n, at)
+            self.levels.insert(n, self.level(n - 1))
+        return n
+
+    def level(self, n: int) -> tuple:
+        return self.levels[n] if n >= 0 else ZERO
+
+    def at(self, instant: float) -> tuple:
+        return self.level(bisect_right(self.ats, instant) - 1)
+
+    def within(self, begin: float, until: float) -> Iterator[tuple[float, float, tuple]]:
+        """A window in pieces, each with what is held more in all of it."""
+        n = bisect_right(self.ats, begin)
+        cuts = [begin, *self.ats[n:bisect_left(self.ats, until)], until]
+        for number, (first, last) in enumerate(itertools.pairwise(cuts), n - 1):
+            yield first, last, self.level(number)
+
+    def pieces(self) -> Iterator[tuple[int, int, tuple]]:
+        """All of it that isn't nothing."""
+        for (begin, level), until in zip(zip(self.ats, self.levels), self.ats[1:]):
+            if level != ZERO:
+                yield begin, until, level
+
+
+ZERO = (0, 0, 0)
+
+
+def plus(some: tuple, others: tuple) -> tuple:
+    return tuple(map(int.__add__, some, others))
+
+
+class Ledger(threading.local):
+    """What this thread's transaction holds and gives back, until the net of it is written as steps."""
+
+    def __init__(self):
+        self.forget()
+
+    def forget(self) -> None:
+        self.entries = []  # (resource, track, begin, until, figures), in order
+        self.written = 0   # so many of them are steps already
+        self.profiles: dict[tuple[int, str], Profile] = {}  # the sum of the others
+        self.peaks: dict[tuple, list] = {}  # what was read of windows, and around cuts
+        self.cuts: dict[tuple, tuple] = {}
+
+    def mark(self) -> tuple[int, int]:
+        return len(self.entries), self.written
+
+    def back(self, mark: tuple[int, int]) -> None:
+        """Forgets what came after a mark; what was written since is no more, either."""
+        if mark == self.mark():
+            return
+        number, written = mark
+        kept, read = self.entries[:number], (self.peaks, self.cuts)
+        same = self.written == written
+        self.forget()
+        self.entries, self.written = kept[:written], written
+        if same:
+            self.peaks, self.cuts = read
+        for entry in kept[written:]:
+            self.add(*entry)
+
+    def add(self, *entry) -> None:
+        self.entries.append(entry)
+        resource, track, *change = entry
+        if (resource, track) not in self.profiles:
+            self.profiles[resource, track] = Profile()
+        self.profiles[resource, track].add(*change)
+
+    def within(self, resource: int, track: str, begin: float, until: float) -> list[tuple]:
+        """A window in pieces, each with what this transaction holds more in all of it."""
+        found = self.profiles.get((resource, track))
+        return [*found.within(begin, until)] if found else [(begin, until, ZERO)]
+
+    def after(self, resource: int, track: str, instant: float) -> int | None:
+        """The next instant at which it is another amount."""
+        found = self.profiles.get((resource, track))
+        return next((at for at in found.ats if at > instant), None) if found else None
+
+    def at(self, resource: int, track: str, instant: float) -> tuple:
+        found = self.profiles.get((resource, track))
+        return found.at(instant) if found else ZERO
+
+    def read(self, pieces: Iterable[tuple]) -> None:
+        """Reads what `step` has of windows, (resource, track, begin, until), that were not read."""
+        if len(self.peaks) > MOST_READ:
+            self.peaks, self.cuts = {}, {}
+        missing = [piece for piece in dict.fromkeys(pieces) if piece not in self.peaks]
+        if not missing:
+            return
+        for piece, found in zip(missing, run(PEAKS, json.dumps(missing)).fetchall()):
+            begun, inside, ended = found[:3], found[3], found[4:]
+            resource, track, begin, until = piece
+            levels = [json.loads(each) if each else ZERO for each in (begun[2], inside)]
+            self.peaks[piece] = levels if inside else levels[:1]
+            self.cuts[resource, track, begin], self.cuts[resource, track, until] = begun, ended
+
+    def peak(self, resource: int, track: str, begin: float, until: float) -> tuple:
+        """The peak of a track in a window that was read, with what this transaction holds."""
+        held = [plus(level, more) for first, last, more in self.within(resource, track, begin, until)
+                for level in self.peaks[resource, track, first, last]]
+        return tuple(map(max, *held)) if len(held) > 1 else held[0]
+
+    def write(self) -> None:
+        """Writes the net of what was held and given back, and tries those again that wait for it."""
+        pieces = [(*of, *piece) for of, each in self.profiles.items() for piece in each.pieces()]
+        if pieces:
+            write_steps(pieces)
+            for resource, _, begin, until, figures in pieces:
+                if any(each < 0 for each in figures):
+                    call_waiting(resource, begin, until)
+        self.written, self.profiles, self.peaks, self.cuts = len(self.entries), {}, {}, {}
+
+
+MOST_READ = 5000  # windows of which a transaction remembers what is held
+
+
+ledger = Ledger()
+MEMORIES.append(ledger)
+#: Of a step function and an instant, [resource, track, at, until] in JSON, those of `step`.
+OF_ITS = "resource_id = json_extract(p.value, '$[0]') AND track = json_extract(p.value, '$[1]')"
+AT, UNTIL = "json_extract(p.value, '$[2]')", "json_extract(p.value, '$[3]')"
+LEVEL = f'(SELECT json_array(vms, vcpus, ram) FROM step WHERE {OF_ITS} AND at {{}} {AT} ORDER BY at DESC LIMIT 1)'
+AROUND = f"""EXISTS (SELECT 1 FROM step WHERE {OF_ITS} AND at = {AT}), {LEVEL.format('<')},
+         {LEVEL.format('<=')}"""
+STEPS_AT = f'SELECT {AROUND} FROM json_each(?) p ORDER BY p.key'
+PEAKS = f"""
+  SELECT {AROUND},
+         (SELECT iif(max(vms) IS NULL, NULL, json_array(max(vms), max(vcpus), max(ram))) FROM step
+           WHERE {OF_ITS} AND at > {AT} AND at < {UNTIL}),
+         {AROUND.replace(AT, UNTIL)}
+    FROM json_each(?) p ORDER BY p.key"""
+PUT_STEPS = f"""
+  INSERT INTO step (resource_id, track, at, vms, vcpus, ram)
+  SELECT {', '.join(f"json_extract(value, '$[{n}]')" for n in range(6))} FROM json_each(?) WHERE 1
+      ON CONFLICT DO UPDATE SET vms = excluded.vms, vcpus = excluded.vcpus, ram = excluded.ram"""
+RAISE_STEPS = f"""
+  UPDATE step SET vms = vms + json_extract(p.value, '$[4]'), vcpus = vcpus + json_extract(p.value, '$[5]'),
+         ram = ram + json_extract(p.value, '$[6]')
+    FROM json_each(?) p WHERE {OF_ITS} AND at > {AT} AND at < {UNTIL}"""
+DROP_STEPS = """
+  DELETE FROM step WHERE (resource_id, track, at) IN (
+    SELECT json_extract(value, '$[0]'), json_extract(value, '$[1]'), json_extract(value, '$[2]') FROM json_each(?))"""
+
+
+def write_steps(pieces: list[tuple]) -> None:
+    """(3): holds more in some pieces that don't overlap, each (resource, track, begin, until, figures)."""
+    begun = {tuple(piece[:3]): piece for piece in pieces}
+    ended = {(resource, track, until): figures for resource, track, _, until, figures in pieces}
+    cuts = sorted(begun.keys() | ended.keys())
+    unknown = [cut for cut in cuts if cut not in ledger.cuts]
+    known = ledger.cuts | dict(zip(unknown, run(STEPS_AT, json.dumps(unknown)) if unknown else ()))
+    put, gone = [], []
+    for cut in cuts:
+        there, *levels = known[cut]
+        was, held = (tuple(json.loads(each)) if each else ZERO for each in levels)
+        new = plus(held, begun[cut][4] if cut in begun else ZERO)
+        if new == plus(was, ended.get(cut, ZERO)):
+            gone += [cut] if there else []
+        elif not there or new != held:
+            put.append((*cut, *new))
+    inside = [(*piece[:4], *piece[4]) for piece in pieces
+              if len(ledger.peaks.get(piece[:4], (0, 0))) > 1]
+    for statement, values in (RAISE_STEPS, inside), (PUT_STEPS, put), (DROP_STEPS, gone):
+        if values:
+            run(statement, json.dumps(values))
+
+
 def level(resource: int, at: float, classes: Iterable[str] = ()) -> Amount:
     """(1), also of some classes."""
     found = ((name, level_of(resource, name, at)[0]) for name in classes)
     return Amount(*level_of(resource, '', at), tuple(each for each in found if each[1]))
 
 
-def level_of(resource: int, track: str, at: float) -> tuple[int, int, int]:
+def level_of(resource: int, track: str, at: float) -> tuple[int, ...]:
+    return plus(written_level(resource, track, at), ledger.at(resource, track, at))
+
+
+def written_level(resource: int, track: str, at: float) -> tuple[int, ...]:
     return run('SELECT vms, vcpus, ram FROM step WHERE resource_id = ? AND track = ? AND at <= ? '
-               'ORDER BY at DESC LIMIT 1', resource, track, at).fetchone() or (0, 0, 0)
+               'ORDER BY at DESC LIMIT 1', resource, track, at).fetchone() or ZERO
 
 
 def peak(resource: int, begin: float, until: float, classes: Iterable[str] = ()) -> Amount:
     """(2), each figure on its own; with CLOSED, where a resource is closed."""
-    closed = peak_of(resource, CLOSED, begin, until)[0]
-    return Amount(*peak_of(resource, '', begin, until), (
-        *(((CLOSED, closed),) if closed else ()),
-        *((name, peak_of(resource, name, begin, until)[0]) for name in classes)))
+    tracks = ('', CLOSED, *classes)
+    ledger.read((resource, track, *piece[:2]) for track in tracks
+                for piece in ledger.within(resource, track, begin, until))
+    found = {track: ledger.peak(resource, track, begin, until) for track in tracks}
+    closed = found[CLOSED][0]
+    if not db.in_transaction():
+        ledger.forget()
+    return Amount(*found[''], (*(((CLOSED, closed),) if closed else ()),
+                               *((name, found[name][0]) for name in classes)))
 
 
-def peak_of(resource: int, track: str, begin: float, until: float) -> tuple[int, ...]:
-    inside = run('SELECT max(vms), max(vcpus), max(ram) FROM step '
-                 'WHERE resource_id = ? AND track = ? AND at > ? AND at < ?', resource, track, begin, until).fetchone()
-    return tuple(a if b is None else max(a, b) for a, b in zip(level_of(resource, track, begin), inside))
+def read_windows(holds: Iterable[Hold], now: float) -> None:
+    """Reads at once what is held where some holds would be taken."""
+    ledger.read((each.resource, track, *piece[:2]) for each in holds if each.until > now
+                for track in ('', CLOSED, *each.amount.names)
+                for piece in ledger.within(each.resource, track, max(each.begin, int(now)), each.until))
 
 
 def hold(resource: int, begin: int, until: int, amount: Amount) -> None:
-    """(3), without asking whether it fits; those that wait for what is given back are tried again."""
-    if begin < until and any(each < 0 for each in (*amount[:3], *(each for _, each in amount.classes))):
-        call_waiting(resource, begin, until)
+    """(3), without asking whether it fits; what is given back by it is there at once."""
     for track, figures in amount.tracks if begin < until else ():
-        there_before = [at for at in (begin, until) if not cut(resource, track, at)]
-        run('UPDATE step SET vms = vms + ?, vcpus = vcpus + ?, ram = ram + ? '
-            'WHERE resource_id = ? AND track = ? AND at >= ? AND at < ?', *figures, resource, track, begin, until)
-        for at in there_before:  # a new cut is a change of level for sure
-            if level_of(resource, track, at) == level_of(resource, track, at - 1):
-                run('DELETE FROM step WHERE resource_id = ? AND track = ? AND at = ?', resource, track, at)
+        ledger.add(resource, track, begin, until, figures)
+    if not db.in_transaction():
+        ledger.write()
+        ledger.forget()
 
 
 def call_waiting(resource: int, begin: float = 0, until: float = 2**62) -> None:
     """Lets those be tried again that wait for room on a resource in a window, and those that lacked something else."""
-    run('UPDATE wait SET due = 0 WHERE resource_id = ? AND until > ? AND held_from < ?', resource, begin, until)
-    run('UPDATE wait SET due = 0 WHERE limited')
-
-
-def cut(resource: int, track: str, at: int) -> bool:
-    """Makes sure that there is a row at an instant; whether it is new."""
-    return run('INSERT INTO step (resource_id, track, at, vms, vcpus, ram) VALUES (?, ?, ?, ?, ?, ?) '
-               'ON CONFLICT DO NOTHING', resource, track, at, *level_of(resource, track, at)).rowcount > 0
+    if standing().waits:
+        run('UPDATE wait SET due = 0 WHERE resource_id = ? AND until > ? AND held_from < ?', resource, begin, until)
+        run('UPDATE wait SET due = 0 WHERE limited')
 
 
 def release(resource: int, begin: int, until: int, amount: Amount) -> None:
@@ -3690,7 +4156,7 @@ def take(pieces: list[Hold], now: float, given: list[Hold] = ()) -> None:
       NoCapacity: one doesn't; nothing was changed.
     """
     for each in beyond(pieces, given):
-        place = row('SELECT * FROM resource WHERE id = ?', each.resource)
+        place = resource_of(each.resource, removed=True)
         if each.until > now and not fits(place, max(each.begin, int(now)), each.until, each.amount):
             raise NoCapacity('')
     for each in pieces:
@@ -3700,15 +4166,19 @@ def take(pieces: list[Hold], now: float, given: list[Hold] = ()) -> None:
 def steps(resource: int, begin: float, until: float, classes: Iterable[str] = ()) -> Iterator[tuple[float, Amount]]:
     """The step function in a window: (instant, level from then on), also of CLOSED."""
     tracks = ['', CLOSED, *classes]
-    levels = {track: level_of(resource, track, begin) for track in tracks}
+    levels = {track: [written_level(resource, track, begin), ZERO] for track in tracks}
     marks = ', '.join('?' * len(tracks))
-    changes = run(f'SELECT at, track, vms, vcpus, ram FROM step WHERE resource_id = ? AND track IN ({marks}) '
-                  'AND at > ? AND at < ? ORDER BY at', resource, *tracks, begin, until)
+    changes = [(at, track, 0, figures) for at, track, *figures in run(
+        f'SELECT at, track, vms, vcpus, ram FROM step WHERE resource_id = ? AND track IN ({marks}) '
+        'AND at > ? AND at < ? ORDER BY at', resource, *tracks, begin, until)]
+    changes += [(at, track, 1, more) for track in tracks
+                for at, _, more in ledger.within(resource, track, begin, until)]
     at = begin
-    for after, track, *figures in [*changes, (until, '', 0, 0, 0)]:
+    for after, track, side, figures in [*sorted(changes), (until, '', 0, ZERO)]:
         if after > at:
-            yield at, Amount(*levels[''], tuple((name, levels[name][0]) for name in tracks[1:] if levels[name][0]))
-        at, levels[track] = after, figures
+            held = {track: plus(*each) for track, each in levels.items()}
+            yield at, Amount(*held[''], tuple((name, held[name][0]) for name in tracks[1:] if held[name][0]))
+        at, levels[track][side] = after, figures
 
 
 def peaks(resource: int, begin: int, width: int, number: int, classes: Iterable[str] = ()) -> list[Amount]:
@@ -3749,7 +4219,24 @@ def free_of(resource: int, track: str, need: tuple, most: tuple, after: float,
             before: float) -> Iterator[tuple[float, float]]:
     """The free windows of one step function."""
     rooms = [2**62 if limit is None else limit - each for limit, each in zip(most, need)]
-    begin = after if all(each <= room for each, room in zip(level_of(resource, track, after), rooms)) else None
+    free = None  # it may go on
+    for begin, until, more in ledger.within(resource, track, after, before):
+        left = [room - each for room, each in zip(rooms, more)]
+        for first, last in free_within(resource, track, left, begin, until):
+            if free and free[1] < first:
+                yield free
+                free = None
+            free = (free[0] if free else first, last)
+            if last < until:
+                yield free
+                free = None
+    if free:
+        yield free
+
+
+def free_within(resource: int, track: str, rooms: list, after: float, before: float) -> Iterator[tuple[float, float]]:
+    """The windows in which no more than some figures is written as held."""
+    begin = after if all(each <= room for each, room in zip(written_level(resource, track, after), rooms)) else None
     at = after
     while at < before:
         at = next_step(resource, track, rooms, at, before, free=begin is None)
@@ -5864,7 +6351,7 @@ def restored_wish(text: str) -> Wish:
         *figures, classes = values[name] or [None]
         values[name] = Amount(*figures, tuple(map(tuple, classes))) if figures else None
     stretches = [Stretch(**each) for each in values['stretches']]
-    return Wish(**values | {'resource': row('SELECT * FROM resource WHERE id = ?', values['resource']),
+    return Wish(**values | {'resource': resource_of(values['resource'], removed=True),
                             'stretches': stretches})
 
 
@@ -5930,16 +6417,20 @@ def for_each_part(method):
                           f"{', '.join(each.label for each in parts[:20])}")
         given |= {'dry_run': False} if 'dry_run' in given else {}
         each_given = [given | {'label': each.label, 'project': each.project} for each in parts]
-        with self.writing(dry_run) if API[method.__name__].changes else nullcontext():
-            with db.atomic() as attempt:
+
+        def all_parts(now: float) -> list:
+            with Attempt() as attempt:
                 answers = [method(**each) for each in each_given]
                 waits = ['change' in each for each in answers if isinstance(each, dict)]
-                if any(waits) and not all(waits):
-                    attempt.rollback()
-            if any(waits) and not all(waits):  # a part needs approval: so the change of all parts waits for it
-                acting = self.acting(self.actor)
-                acting.proposes_all = True
-                answers = [method(**each | {'self': acting}) for each in each_given]
+                if all(waits) or not any(waits):
+                    return answers
+                attempt.undo()  # a part needs approval: so the change of all parts waits for it
+            acting = self.acting(self.actor)
+            acting.proposes_all = True
+            return [method(**each | {'self': acting}) for each in each_given]
+        changes = API[method.__name__].changes
+        answers = self.carry_out(all_parts, dry_run) if changes else [
+            method(**each) for each in each_given]
         return sum(answers, []) if isinstance(answers[0], list) else {'label': given['label'], 'parts': answers}
     return acting
 
@@ -5982,7 +6473,8 @@ NEXT_OF_ITS = """NOT EXISTS (SELECT 1 FROM occurrence c
                               WHERE c.reservation_id = o.reservation_id AND (c.due IS NULL) = 0
                               AND c.cancelled IS NULL AND c."end" > ?1 AND (c.start, c.id) < (o.start, o.id))"""
 #: Its occurrences in the order in which people mean them: the present or next, those after it, at last those before.
-NEXT_FIRST = 'cancelled IS NOT NULL OR "end" <= now, iif(cancelled IS NULL AND "end" > now, start, -start), id'
+NEXT_OF = """SELECT id FROM occurrence WHERE reservation_id = {} ORDER BY cancelled IS NOT NULL OR "end" <= ?1,
+               iif(cancelled IS NULL AND "end" > ?1, start, -start), id LIMIT 1"""
 NOT_OVER = 'o.cancelled IS NULL AND o."end" > ?1'
 #: What is live, and what is over for good.
 BOTH = [(half, f'o.{rows}') for half, rows in HALVES.items()]
@@ -6113,6 +6605,10 @@ def actor_of(token: str) -> Actor:
     return Actor(*found)
 
 
+#: Why something had no room that has some when that is looked into.
+A_MOMENT_AGO = 'there was no room a moment ago; try again'
+
+
 class Service:
     """The service, on behalf of one actor.
 
@@ -6149,11 +6645,30 @@ class Service:
     @contextmanager
     def writing(self, dry_run: bool = False) -> Iterator[float]:
         """A transaction that yields its instant and wakes the life cycle when it has changed something."""
-        with transaction(keep=not dry_run):
+        with rehearsing() if dry_run else transaction():
             self.fence()
             yield self.clock()
-        if not dry_run:
+        if not dry_run and not rehearsal.on:
             self.wake()
+
+    def carry_out(self, deed: Callable[[float], Any], dry_run: bool = False) -> Any:
+        """Does something at an instant, all of it or nothing.
+
+        What has no room is refused at once, so that nobody waits while it is explained; why, and what
+        would fit, is found out in a rehearsal.
+        """
+        if not dry_run:
+            try:
+                with self.writing() as now:
+                    return deed(now)
+            except NoCapacity:
+                if db.in_transaction():  # what this is a part of is refused as a whole
+                    raise
+        with self.writing(dry_run=True) as now:
+            answer = deed(now)
+        if dry_run:
+            return answer
+        raise NoCapacity(A_MOMENT_AGO)
 
     def journal(self, now: float, code: str, sentence: str, reservation: int | None = None,
                 notify: Iterable[str] = (), occurrence: int | None = None) -> None:
@@ -6323,9 +6838,8 @@ class Service:
 
     def next_of(self, reservation: int):
         """Its present or next occurrence, else its last; None if it has none."""
-        found = row('SELECT id, ?1 AS now FROM occurrence WHERE reservation_id = ?2 '
-                    f'ORDER BY {NEXT_FIRST} LIMIT 1', int(self.clock()), reservation)
-        return self.occurrence(found.id) if found else None
+        found = self.search([(f'o.id = ({NEXT_OF.format("?")})', reservation)], tail='')
+        return found[0] if found else None
 
     def mine(self, label: str, project: str = '', live: bool = True, occurrence: datetime | None = None):
         """The one reservation of that label that the actor means: not over, else (unless `live`) the latest.
@@ -6337,13 +6851,13 @@ class Service:
           Conflict: several projects have one; the sentence names them.
         """
         where = [('r.label = ?', label), *self.visible(), *([('r.project = ?', project)] if project else [])]
-        known = (f"SELECT r.id FROM reservation r WHERE {' AND '.join(text for text, _ in where)} "
-                 'AND EXISTS (SELECT 1 FROM occurrence WHERE reservation_id = r.id)')
-        found = [self.next_of(each.id) for each in rows(f'{known} AND r.over > ? ORDER BY r.id', *given(where),
-                                                        int(self.clock()))]
+        known = f"FROM reservation r WHERE {' AND '.join(text for text, _ in where)}"
+        found = self.search([(f"o.id IN (SELECT ({NEXT_OF.format('r.id')}) {known} AND r.over > ?1)",
+                              *given(where))], tail='ORDER BY reservation')
         usable = [each for each in found if each.cancelled is None and each.end > self.clock()]
         if not usable:
-            past = row(f'{known} ORDER BY r.over DESC, r.id DESC LIMIT 1', *given(where))
+            past = row(f'SELECT r.id {known} AND EXISTS (SELECT 1 FROM occurrence WHERE reservation_id = r.id) '
+                       'ORDER BY r.over DESC, r.id DESC LIMIT 1', *given(where))
             if live or not past:
                 raise NotFound(f"there is no reservation '{label}'{' that is not over' if past else ''}")
             usable = [self.next_of(past.id)]
@@ -6351,7 +6865,9 @@ class Service:
         if len(usable) > 1:
             projects = ', '.join(sorted(each.project for each in usable))
             raise Conflict(f"'{label}' is in several projects ({projects}); name one with --project")
-        return self.occurrence_at(usable[0], occurrence, live) if occurrence else usable[0]
+        if not occurrence or isinstance(occurrence, datetime) and occurrence.timestamp() == usable[0].start:
+            return usable[0]
+        return self.occurrence_at(usable[0], occurrence, live)
 
     def occurrence_at(self, found, asked: Day, live: bool):
         """The occurrence of the same reservation that begins then, or on that date by the clocks of its series."""
@@ -6365,6 +6881,8 @@ class Service:
 
     def live(self, found, since: str = '') -> list:
         """The occurrences of a reservation that are not over, from a slot on."""
+        if not found.repeats and found.cancelled is None and found.end > self.clock():
+            return [found]
         return self.search([('r.id = ?', found.reservation), (NOT_OVER, None), ('o.slot >= ?', since)])
 
     def stretches(self, reservation: int) -> list[Stretch]:
@@ -6720,7 +7238,7 @@ class Wishes(Service):
           Conflict: it was removed since it was read, or what the cloud told for it is out of date.
         """
         before = wish.resource
-        place = row('SELECT * FROM resource WHERE id = ? AND removed IS NULL', before.id)
+        place = resource_of(before.id)
         if not place or place.cloud != before.cloud or wish.host and place.named != before.named:
             raise Conflict(f"the resource '{before.name}' was changed or removed meanwhile; "
                            'ask again')
@@ -6744,7 +7262,7 @@ class Wishes(Service):
 
     @contextmanager
     def explaining(self, wish: Wish, old=None, deed: Callable[[Wish, str], Any] | None = None):
-        """Makes of a bare NoCapacity one that says what is in the way and what would fit.
+        """Makes of a bare NoCapacity one that says why; in a rehearsal, also what is in the way and would fit.
 
         Args:
           old: the occurrence that was to change
@@ -6752,27 +7270,33 @@ class Wishes(Service):
             nothing is offered
         """
         try:
-            yield
+            with Attempt() if rehearsal.on else nullcontext():
+                yield
         except NoCapacity as refusal:
-            with transaction(keep=False):
+            if not rehearsal.on and (deed or wish.stretches):
+                raise
+            with undone():
                 wish = self.as_now(getattr(refusal, 'wish', wish))
-                why, more, offers = self.explained(refusal, wish, old)
+                why, more, offers = self.explained(refusal, wish, old, bool(deed))
                 more |= refusal.details | (self.tested(deed, offers) if deed else {})
                 raise NoCapacity(why, **more) from None
 
-    def explained(self, refusal: NoCapacity, wish: Wish, old) -> tuple[str, dict, dict]:
+    def explained(self, refusal: NoCapacity, wish: Wish, old, offering: bool) -> tuple[str, dict, dict]:
         """The sentence of a refusal, what is in the way, and what might be offered, best first."""
         if wish.stretches:  # a series tells by itself
             fitting = 0 if old else getattr(refusal, 'most_vms', 0)
             offers = [(fitting, with_vms(wish, fitting))] if fitting else []
             return str(refusal), {}, {'most_vms': offers}
-        with transaction(keep=False):
+        with undone():
             if old:  # it is not in its own way
                 give([hold_of(old)])
             lack, why = self.lack(wish), str(refusal)
+            if not offering:
+                return why or self.why_not(wish, lack), {}, {}
             more = {} if why else self.in_the_way(wish, lack, old.reservation if old else 0)
+            why = why or self.why_not(wish, lack)
             later = self.later(wish, getattr(refusal, 'others', ()))
-            return why or self.why_not(wish, lack), more, {
+            return why, more, {
                 'next_start': [*itertools.islice(later, MOST_OFFERS)],
                 'most_vms': [*self.fewer(wish, lack, old)], 'longest': [*self.shorter(wish, old)]}
 
@@ -6789,7 +7313,7 @@ class Wishes(Service):
     def would_do(self, deed: Callable[[Wish, str], Any], wish: Wish, field: str) -> bool:
         """Whether something can be done; it is undone."""
         try:
-            with transaction(keep=False):
+            with undone():
                 deed(wish, field)
                 return True
         except Error:
@@ -6831,7 +7355,7 @@ class Wishes(Service):
         """The sentence that says which figure is lacking, when, and how much of it there is."""
         name = wish.resource.name
         if not lack:  # somebody has just given something back
-            return f"'{name}' was full a moment ago; try again"
+            return A_MOMENT_AGO
         start, end = (format_time(instant(at), self.config.zone) for at in wish.held)
         unit = 'MiB of ram' if lack.figure == 'ram' else lack.figure
         if lack.changes and lack.alone:
@@ -6910,7 +7434,7 @@ class Wishes(Service):
 
     def ends_after(self, wish: Wish, begin: int, others: Iterable[int]) -> list[int]:
         """When things end that count against the same limits, wait, or are on some resources."""
-        if not (others or row('SELECT id FROM limits LIMIT 1') or row('SELECT id FROM wait LIMIT 1')):
+        if not (others or standing().limits or standing().waits):
             return []
         most, later = 10 * MOST_OFFERS, ('o."end" > ?', begin)
         found = walk(self.clock(), WAYS['waiting'], [('o.due IS NOT NULL',), later], most)
@@ -7042,6 +7566,7 @@ class Limits(Wishes):
             if not found:
                 raise NotFound(f'there is no limit {id}')
             run('DELETE FROM limits WHERE id = ?', id)
+            remembered.change()
             run('UPDATE wait SET due = 0 WHERE limited')
             self.journal(now, 'limit', f'took limit {id} away')
             return self.limit_public(found)
@@ -7054,9 +7579,9 @@ class Limits(Wishes):
 
     def limits_for(self, wish: Wish) -> list:
         """The limits that a wish is under: of its user, of its project, and of every project if that has none."""
-        found = rows('SELECT * FROM limits WHERE user IN (?, ?) AND project IN (?, ?) '
-                     'AND (resource_id IS NULL OR resource_id = ?)',
-                     '', wish.user, '', wish.project, wish.resource.id)
+        theirs = once('SELECT * FROM limits WHERE user IN (?, ?) AND project IN (?, ?)', '', wish.user, '',
+                      wish.project) if standing().limits else ()
+        found = [each for each in theirs if each.resource_id in (None, wish.resource.id)]
         own = {each.resource_id for each in found if each.project and not each.user}
         return [each for each in found if each.user or each.project or each.resource_id not in own]
 
@@ -7191,6 +7716,7 @@ class Holding(Limits):
         for each in rows('SELECT resource_id, held_from, until FROM wait WHERE reservation_id = ?', reservation):
             call_waiting(*each)
         run('DELETE FROM wait WHERE reservation_id = ?', reservation)
+        remembered.change()
         found = row('SELECT r.choices, r.waiting, o.resource_id, o.held_from, o."end" '
                     'FROM reservation r JOIN occurrence o ON o.reservation_id = r.id WHERE r.id = ? AND r.waiting IS NOT NULL AND o.cancelled IS NULL',
                     reservation)
@@ -7208,7 +7734,7 @@ class Holding(Limits):
 
     def first_in_line(self, resource: int, begin: int, until: int, now: float, before: str = '', *place):
         """Who has waited for longer than `patience` for a resource in a window; none beyond a place in the line."""
-        return row(f"""SELECT o.vms, r.waiting FROM wait w INDEXED BY wait_since
+        return standing().waits and row(f"""SELECT o.vms, r.waiting FROM wait w INDEXED BY wait_since
                          CROSS JOIN reservation r ON r.id = w.reservation_id
                          JOIN occurrence o ON o.reservation_id = r.id
                         WHERE w.resource_id = ? AND w.until > ? AND w.held_from < ? AND w.since <= ? AND w.until > ?
@@ -7216,18 +7742,10 @@ class Holding(Limits):
                         ORDER BY r.priority DESC, r.waiting, o.id LIMIT 1""",
                    resource, begin, until, now - self.config.patience, int(now), *place)
 
-    def retake(self, had: list[Hold], wants: list[Hold], now: float) -> None:
-        """Gives back what is wanted no more and takes what is wanted more; NoCapacity if that doesn't fit."""
-        growth = beyond(wants, had)
-        self.refuse_overtaken(growth, now)
-        give(beyond(had, wants))
-        take(growth, now)
-
     def refuse_overtaken(self, pieces: list[Hold], now: float) -> None:
         """Refuses to take what is kept for one that has waited for long."""
-        for each in pieces if row('SELECT id FROM wait LIMIT 1') else ():
-            place = row('SELECT * FROM resource WHERE id = ?', each.resource)
-            self.refuse_overtaking(place, each.begin, each.until, now)
+        for each in pieces:
+            self.refuse_overtaking(resource_of(each.resource, removed=True), each.begin, each.until, now)
 
     def holds(self, reservation: int) -> list[Hold]:
         """What a reservation holds: its occurrences, and its VMs that stay after them."""
@@ -7303,20 +7821,50 @@ class Holding(Limits):
                     amount = one if each.host else one * number
                     yield Hold(each.resource_id, each.held_until, until, amount)
 
-    def write_occurrence(self, id: int | None, reservation: int, wish: Wish, slot: Slot, now: float,
-                         held_from: int | None = None, **more) -> None:
-        """Writes what an occurrence is; what it holds is held already."""
+    def columns_of(self, wish: Wish, slot: Slot, now: float, new: bool, held_from: int | None = None,
+                   **more) -> dict:
+        """What is written of an occurrence."""
         begin = slot.start - wish.lead if held_from is None else held_from
-        values = dict(resource=slot.resource, start=slot.start, end=slot.end, held_from=begin, held_until=slot.end,
-                      **stored(wish.takes(slot.vms)))
+        first = dict(of_project=wish.project, of_user=wish.user, slot=slot.key, altered=False, revision=0,
+                     revised=int(now), told=0) if new else {}
+        due = min(begin, slot.start - self.config.notice) if new else min(now, begin)
+        return first | dict(
+            resource=slot.resource, start=slot.start, end=slot.end, held_from=begin, held_until=slot.end,
+            due=due, **stored(wish.takes(slot.vms))) | more
+
+    def write_occurrence(self, id: int | None, reservation: int, wish: Wish, slot: Slot, now: float,
+                         **more) -> int:
+        """Writes what an occurrence is; what it holds is held already. Tells its id."""
+        columns = self.columns_of(wish, slot, now, id is None, **more)
         if id is None:
-            new = dict(reservation=reservation, of_project=wish.project, of_user=wish.user,
-                       slot=slot.key, altered=False, revision=0, revised=int(now), told=0,
-                       due=min(begin, slot.start - self.config.notice))
-            insert(Occurrence, **new | values | more)
-        else:
-            change(Occurrence, id, **values | {'due': min(now, begin)} | more)
-            run('UPDATE occurrence SET revision = revision + 1, revised = ? WHERE id = ?', int(now), id)
+            return insert(Occurrence, reservation=reservation, **columns)
+        change_occurrence(id, now, **columns)
+        return id
+
+    def write_all(self, reservation: int, changed: list[tuple[int | None, dict]], now: float) -> None:
+        """Writes occurrences of a reservation, each by its id, or a new one; what they hold is held already."""
+        insert_many(Occurrence, [{'reservation': reservation} | columns for id, columns in changed if id is None])
+        for id, columns in changed:
+            if id is not None:
+                change_occurrence(id, now, **columns)
+
+    def grow(self, one: Wish, growth: list[Hold], now: float, old=None, others: Others | None = None,
+             own: int = 0) -> None:
+        """Takes what is wanted more, if every rule lets it: all that is promised comes through here.
+
+        Args:
+          one: what is wanted in all
+          old: its occurrence as it was, if it counts against limits
+          others: the other occurrences of its series
+          own: its reservation
+
+        Raises:
+          Conflict: a rule is against it (NoCapacity: there is no room); nothing was taken.
+        """
+        self.refuse_shared_server(one, own)
+        self.refuse_beyond(one, now, old, others)
+        self.refuse_overtaken(growth, now)
+        take(growth, now)
 
 
 # Series ######################################################################
@@ -7337,29 +7885,48 @@ class Turn(NamedTuple):
         return beyond(self.had, beyond(self.had, self.wants))
 
 
+class Reshaped(NamedTuple):
+    """What a series comes to be."""
+    done: list[dict]  # what became of each occurrence, by start
+    changed: list[tuple[int | None, dict]]  # what is written of occurrences: by id, or a new one
+    horizon: int      # until when they are there
+    freed: list[Hold]
+
+
 class Series(Holding):
     """The occurrences of series."""
 
     def reshape(self, reservation: int, wish: Wish, now: float, gentle: bool = False, again: bool = True) -> list[dict]:
         """Makes the occurrences of a series what its stretches want, as far as the horizon; inside a transaction.
 
+        Raises:
+          NoCapacity: one doesn't fit and all or nothing was asked for; the caller's transaction ends.
+        """
+        there = rows('SELECT * FROM occurrence WHERE reservation_id = ? ORDER BY start', reservation)
+        became = self.reshaped(reservation, wish, there, now, gentle, again)
+        self.write_all(reservation, became.changed, now)
+        self.close(reservation, wish.stretches, now, became.horizon)
+        self.keep_stopped(reservation, now, became.freed)
+        return became.done
+
+    def reshaped(self, reservation: int, wish: Wish, there: list, now: float, gentle: bool = False,
+                 again: bool = True) -> Reshaped:
+        """Decides what a series becomes, and holds that.
+
         First all give back what they want no more, then each takes what it wants more, or what --on-conflict
         says is done. What has begun keeps its start; what was changed, left out or skipped on its own
         stays as it is.
 
         Args:
+          there: the rows of its occurrences
           gentle: what runs goes on, also if it isn't wanted any more
           again: what had no room, or was not wanted for a while, is tried again
-
-        Raises:
-          NoCapacity: one doesn't fit and all or nothing was asked for; the caller's transaction ends.
         """
-        there = rows('SELECT * FROM occurrence WHERE reservation_id = ? ORDER BY start', reservation)
         skipped = {old.slot for old in there if old.cancelled is not None and old.altered}
         horizon = self.horizon(wish.stretches, now, skipped)
         earliest = self.earliest(there, wish.stretches, now)
         wanted = {slot.key: slot for slot in all_slots(wish.stretches, earliest, horizon)}
-        done, todo, freed = [], [], []
+        done, todo, changed, freed = [], [], [], []
         for old in there:
             slot = wanted.pop(old.slot, None)
             if old.end <= now:
@@ -7367,17 +7934,16 @@ class Series(Holding):
             slot = self.settled(old, slot, wish, now, gentle, again)
             if slot is None and old.cancelled is None:
                 freed.append(hold_of(old))
-                self.give_up(old, now)
+                changed.append((old.id, self.given_up(old, now)))
                 done.append(told(old, 'cancelled'))
             elif slot and self.differs(old, slot, wish):
                 todo.append((slot, old))
             elif slot and old.cancelled is None:
                 done.append(told(old, 'unchanged'))
         todo += [(slot, None) for slot in wanted.values() if slot.end > now]
-        done += self.place_all(reservation, wish, sorted(todo, key=lambda each: each[0].start), now)
-        self.close(reservation, wish.stretches, now, horizon)
-        self.keep_stopped(reservation, now, freed)
-        return sorted(done, key=lambda each: each['start'])
+        placed = self.place_all(reservation, wish, sorted(todo, key=lambda each: each[0].start), now)
+        done = sorted([*done, *(line for line, _ in placed)], key=lambda each: each['start'])
+        return Reshaped(done, changed + [each for _, each in placed], horizon, freed)
 
     def earliest(self, there: list, stretches: list[Stretch], now: float) -> float:
         """From when on slots must be known: one that was moved to later has been planned for earlier."""
@@ -7410,47 +7976,52 @@ class Series(Holding):
             slot.start, slot.end, slot.resource, *wish.takes(slot.vms)) or (
             slot.start - wish.lead != old.held_from and not old.altered)
 
-    def give_up(self, old, now: float) -> None:
-        """Takes an occurrence out of its series."""
+    def given_up(self, old, now: float) -> dict:
+        """Gives back what an occurrence holds that its series goes without, and tells what is written of it."""
         until = min(max(int(now), old.held_from), old.held_until)
         release(old.resource_id, until, old.held_until, amount_of(old))
-        change(Occurrence, old.id, cancelled=int(now), held_until=until, due=now,
-               revision=old.revision + 1, revised=int(now))
+        return {'cancelled': int(now), 'held_until': until, 'due': now}
 
-    def place_all(self, reservation: int, wish: Wish, todo: list, now: float) -> list[dict]:
-        """Holds many occurrences of a series, and tells all that have no room at once."""
+    def place_all(self, reservation: int, wish: Wish, todo: list, now: float) -> list[tuple]:
+        """Holds many occurrences of a series, or refuses all; what became of each, and what is written of it."""
         done, refused, others = [], [], self.others_of(reservation, todo, now)
         if wish.server and any(one.end > after.start for (one, _), (after, _) in zip(todo, todo[1:])):
             raise Conflict(f'the occurrences overlap, and the server {wish.server} is one machine')
-        todo = [Turn(slot, old, [hold_of(old)] if old and old.cancelled is None else [],
-                     [self.hold_at(wish, slot, old, now)]) for slot, old in todo]
-        for turn in todo:
+        turns = [Turn(slot, old, [hold_of(old)] if old and old.cancelled is None else [],
+                      [self.hold_at(wish, slot, old, now)]) for slot, old in todo]
+        for turn in turns:
             give(beyond(turn.had, turn.wants))
             others.put(turn.slot.key, turn.kept, turn.slot.start)
-        for turn in self.progress(todo):
-            slot = turn.slot
+        read_windows((piece for turn in turns for piece in beyond(turn.wants, turn.had)), now)
+        for turn in self.progress(turns):
             try:
                 done.append(self.place(reservation, wish, turn, others, now))
             except NoCapacity as error:
-                refused.append((slot, error))
+                if not rehearsal.on:
+                    raise
+                refused.append((turn.slot, error))
         if refused:
-            slot, error = refused[0]
-            zone = read_zone(wish.stretches[0].zone)
-            refusal = NoCapacity(
-                f"{len(refused)} of {len(todo)} occurrences do not fit, so nothing was changed; the first from "
-                f"{format_time(instant(slot.start), zone)}: {error}. Take the others with --on-conflict skip",
-                conflicts=[{'start': instant(each.start), 'end': instant(each.end), 'vms': each.vms, 'why': str(why)}
-                           for each, why in refused[:1000]], **error.details)
-            refusal.most_vms = min(getattr(why, 'most_vms', 0) for _, why in refused)
-            raise refusal
+            raise self.refusal_of(refused, len(turns), wish)
         return done
+
+    def refusal_of(self, refused: list[tuple[Slot, NoCapacity]], number: int, wish: Wish) -> NoCapacity:
+        """The refusal of a series some occurrences of which have no room."""
+        slot, error = refused[0]
+        zone = read_zone(wish.stretches[0].zone)
+        refusal = NoCapacity(
+            f"{len(refused)} of {number} occurrences do not fit, so nothing was changed; the first from "
+            f"{format_time(instant(slot.start), zone)}: {error}. Take the others with --on-conflict skip",
+            conflicts=[{'start': instant(each.start), 'end': instant(each.end), 'vms': each.vms, 'why': str(why)}
+                       for each, why in refused[:1000]], **error.details)
+        refusal.most_vms = min(getattr(why, 'most_vms', 0) for _, why in refused)
+        return refusal
 
     def others_of(self, reservation: int, todo: list, now: float) -> Others:
         """What counts against limits of the occurrences that stay as they are while others change."""
         changing = {old.id for _, old in todo if old}
         others = Others(reservation, now)
         for each in rows('SELECT * FROM occurrence WHERE reservation_id = ? AND due IS NOT NULL '
-                         'AND held_until > held_from', reservation):
+                         'AND held_until > held_from', reservation) if standing().limits and reservation else ():
             if each.id not in changing:
                 others.put(each.slot, [hold_of(each)], each.start)
         return others
@@ -7461,14 +8032,14 @@ class Series(Holding):
         begin = min(old.held_from, slot.start) if begun else slot.start - wish.lead
         return Hold(slot.resource, begin, slot.end, wish.takes(slot.vms))
 
-    def place(self, reservation: int, wish: Wish, turn: Turn, others: Others, now: float) -> dict:
-        """Holds one occurrence of a series and writes it; inside a transaction.
+    def place(self, reservation: int, wish: Wish, turn: Turn, others: Others, now: float) -> tuple:
+        """Holds one occurrence of a series; what became of it, and its row.
 
         Raises:
           NoCapacity: it doesn't fit, and that refuses the whole series.
         """
         slot, old, (wants,) = turn.slot, turn.old, turn.wants
-        place = row('SELECT * FROM resource WHERE id = ? AND removed IS NULL', slot.resource)
+        place = resource_of(slot.resource)
         if place is None:
             raise Conflict('the resource of the series is not there any more; move it to another with --resource')
         if old and slot.start != old.start and slot.start < now - PATIENCE:
@@ -7476,27 +8047,31 @@ class Series(Holding):
         one = wish._replace(resource=place, start=slot.start, end=slot.end, vms=slot.vms, stretches=[])
         others.put(slot.key, (), slot.start)
         try:
-            self.refuse_beyond(one, now, old if turn.had else None, others)
-            self.refuse_shared_server(one, reservation)
-            growth = beyond(turn.wants, turn.had)
-            self.refuse_overtaken(growth, now)
-            take(growth, now)
+            self.grow(one, beyond(turn.wants, turn.had), now, old if turn.had else None, others, reservation)
         except Conflict as error:
             return self.placed_otherwise(reservation, one, turn, others, error, now)
         keep = {'told': 0, 'altered': old.altered} if old and old.start != slot.start else {}
         revived = {'cancelled': None} if old and not turn.had else {}
-        self.write_occurrence(old.id if old else None, reservation, one, slot, now, wants.begin, **keep, **revived)
         others.put(slot.key, turn.wants, slot.start)
-        return told(slot, 'changed' if turn.had else 'booked')
+        return told(slot, 'changed' if turn.had else 'booked'), self.row_of(
+            old, one, slot, now, held_from=wants.begin, **keep, **revived)
+
+    def row_of(self, old, one: Wish, slot: Slot, now: float, **more) -> tuple[int | None, dict]:
+        """What is written of an occurrence, by its id if it has one."""
+        return old.id if old else None, self.columns_of(one, slot, now, old is None, **more)
 
     def placed_otherwise(self, reservation: int, one: Wish, turn: Turn, others: Others, error: Conflict,
-                         now: float) -> dict:
+                         now: float) -> tuple:
         """What --on-conflict says of an occurrence that has no room."""
-        slot, old, lack = turn.slot, turn.old, self.lack(one)
+        slot, old = turn.slot, turn.old
+        refused = one.on_conflict in ('', 'refuse')
+        if refused and 'limit' in error.details:
+            raise error
+        if refused and not rehearsal.on:
+            raise NoCapacity('')
+        lack = self.lack(one)
         why = str(error) or self.why_not(one, lack)
-        if one.on_conflict in ('', 'refuse'):
-            if 'limit' in error.details:
-                raise error
+        if refused:
             refusal = NoCapacity(why, **self.in_the_way(one, lack, reservation))
             refusal.most_vms = max((vms for vms, _ in self.fewer(one, lack, old)), default=0)
             raise refusal
@@ -7507,22 +8082,15 @@ class Series(Holding):
             holds = [Hold(slot.resource, shifted.start - one.lead, shifted.end, one.amount)]
             take(holds, now)
             others.put(slot.key, holds, shifted.start)
-            self.write_occurrence(old.id if old else None, reservation, one, shifted, now, altered=True,
-                                  cancelled=None)
-            return told(shifted, 'shifted', why)
+            return told(shifted, 'shifted', why), self.row_of(old, one, shifted, now, altered=True, cancelled=None)
         if self.stays(turn, now):
             others.put(slot.key, turn.had, old.start)
-            change(Occurrence, old.id, altered=True)
-            return told(old, 'unchanged', why)
-        self.write_left_out(reservation, one, slot, now, old)
-        return told(slot, 'left out', why)
+            return told(old, 'unchanged', why), (old.id, {'altered': True})
+        return told(slot, 'left out', why), self.row_of(old, one, slot, now, **self.left_out_as(one, slot, now, old))
 
-    def write_left_out(self, reservation: int, wish: Wish, slot: Slot, now: float, old=None) -> int:
-        """Writes an occurrence that holds nothing, since its series goes without it; its id."""
-        self.write_occurrence(old.id if old else None, reservation, wish, slot, now,
-                              held_until=slot.start - wish.lead, cancelled=int(now),
-                              due=now if old else None)
-        return old.id if old else row('SELECT max(id) AS id FROM occurrence').id
+    def left_out_as(self, one: Wish, slot: Slot, now: float, old=None) -> dict:
+        """What is otherwise of an occurrence that holds nothing, since its series goes without it."""
+        return {'held_until': slot.start - one.lead, 'cancelled': int(now), 'due': now if old else None}
 
     def bring_back(self, id: int, wish: Wish, now: float) -> list[dict]:
         """Holds an occurrence that its series was left without; inside a transaction.
@@ -7538,14 +8106,17 @@ class Series(Holding):
         slot = Slot(old.slot, wish.start, wish.end, wish.vms, wish.resource.id)
         try:
             todo = [(slot, old._replace(altered=False))]
-            done = self.place_all(old.reservation_id, wish, todo, now)
+            (done, columns), = self.place_all(old.reservation_id, wish, todo, now)
         except NoCapacity as refusal:
+            if not rehearsal.on:
+                raise
             conflict, = refusal.details.pop('conflicts')
             why = f"what was left out does not fit any more: {conflict['why']}"
             raise NoCapacity(why, **refusal.details) from None
+        self.write_all(old.reservation_id, [columns], now)
         self.close(old.reservation_id, stretches, now, self.horizon(stretches, now))
         self.keep_stopped(old.reservation_id, now)
-        return done
+        return [done]
 
     def stays(self, turn: Turn, now: float) -> bool:
         """Holds again what an occurrence had, which has begun or still fits; whether it does."""
@@ -7579,10 +8150,10 @@ class Series(Holding):
     def close(self, reservation: int, stretches: list[Stretch], now: float, horizon: int = 0) -> None:
         """Writes until when a reservation's label is taken, and how far a series is in rows."""
         on = goes_on(stretches, horizon)
-        last = row('SELECT max("end") AS last FROM occurrence WHERE reservation_id = ? AND cancelled IS NULL',
-                   reservation).last
-        change(Reservation, reservation, changed=int(now), booked_until=horizon if on else None,
-               over=int(LAST.timestamp()) if on else min(last, 2**62) if last and last > now else int(now))
+        run("""UPDATE reservation SET changed = ?2, booked_until = ?3, over = coalesce(?4, max(?2, coalesce((
+                 SELECT min(max("end"), 1 << 62) FROM occurrence WHERE reservation_id = ?1 AND cancelled IS NULL), 0)))
+                WHERE id = ?1""", reservation, int(now), horizon if on else None,
+            int(LAST.timestamp()) if on else None)
 
     def refresh(self, reservation: int, now: float) -> None:
         """Carries a series on as far as the horizon is now, by the zone table as it is now; inside a transaction."""
@@ -7681,7 +8252,7 @@ def chosen(parts: list[tuple], take: Callable, tries: Iterator, taken: list, fir
                         f'{MOST_TRIES} tries; name a resource for each part, or ask for fewer '
                         'parts')
         try:
-            with db.atomic():
+            with Attempt():
                 got = [*taken, take(choices[n], taken)]
                 if len(got) == len(parts):
                     return got
@@ -7719,31 +8290,37 @@ class Admission(Series):
         """
         wish = self.as_now(wish)
         place = wish.resource
+        became = self.reshaped(0, wish, [], now) if wish.stretches else self.single(wish, now)
+        done, live = became.done, [columns['end'] for _, columns in became.changed if not columns.get('cancelled')]
+        if done and not live:
+            raise NoCapacity(f"none of {len(done)} occurrences fits; of the first: {done[0]['why']}",
+                             conflicts=done[:1000])
+        on = goes_on(wish.stretches, became.horizon)
         pending = int(now) + place.approval if place.approval and self.actor.role != ADMIN else None
-        reservation = insert(Reservation, **wish.columns(*STORED), **event, origin=origin, added=int(now),
-                             changed=int(now), pending=pending, priority=0, confirm=0, request=request, choices='',
-                             series=stored_stretches(wish.stretches) if wish.stretches else '', over=wish.end)
+        reservation = insert(
+            Reservation, **wish.columns(*STORED), **event, origin=origin, added=int(now), changed=int(now),
+            pending=pending, priority=0, confirm=0, request=request, choices='',
+            series=stored_stretches(wish.stretches) if wish.stretches else '',
+            booked_until=became.horizon if on else None,
+            over=int(LAST.timestamp()) if on else max([int(now), *live]))
         self.refuse_many_texts(wish)
-        if wish.stretches:
-            done = self.reshape(reservation, wish, now)
-            if done and all(each['outcome'] == 'left out' for each in done):
-                raise NoCapacity(f"none of {len(done)} occurrences fits; of the first: {done[0]['why']}",
-                                 conflicts=done[:1000])
-            self.journal(now, 'added', self.told_series(wish, done), reservation, wish.notify)
-            return reservation, done
-        self.refuse_shared_server(wish)
-        self.refuse_beyond(wish, now)
-        self.refuse_overtaking(place, *wish.held, now)
-        admit(place, *wish.held, wish.amount, now)
-        self.write_occurrence(None, reservation, wish, Slot('', wish.start, wish.end, wish.vms, place.id), now)
-        if wish.at_end == 'stop':
+        self.write_all(reservation, became.changed, now)
+        if wish.image and wish.at_end == 'stop':
             self.keep_stopped(reservation, now)
-        self.journal(now, 'added', f'{wish.vms} vms on {place.name}', reservation, wish.notify, NONE_OF_THEM)
-        if pending:
+        what = self.told_series(wish, done) if wish.stretches else f'{wish.vms} vms on {place.name}'
+        self.journal(now, 'added', what, reservation, wish.notify, NONE_OF_THEM)
+        if pending and not wish.stretches:
             until = self.config.told_time(pending, wish.tz)
             self.journal(now, 'pending', f'an admin must approve it until {until}', reservation,
                          wish.notify)
-        return reservation, []
+        return reservation, done
+
+    def single(self, wish: Wish, now: float) -> Reshaped:
+        """Holds the one occurrence of a new reservation."""
+        place = wish.resource
+        self.grow(wish, [Hold(place.id, *wish.held, wish.amount)], now)
+        slot = Slot('', wish.start, wish.end, wish.vms, place.id)
+        return Reshaped([], [self.row_of(None, wish, slot, now)], 0, [])
 
     def told_series(self, wish: Wish, done: list[dict]) -> str:
         """What was booked of a series, for the journal."""
@@ -7755,15 +8332,13 @@ class Admission(Series):
         """Makes one occurrence what is wished; inside a transaction."""
         wish = self.as_now(wish)
         place = wish.resource
-        self.refuse_shared_server(wish, old.reservation)
-        self.refuse_beyond(wish, now, old)
-        wants = [Hold(place.id, *wish.held, wish.amount)]
+        wants, growth = [Hold(place.id, *wish.held, wish.amount)], []
         if old.waiting is None:
-            self.retake([hold_of(old)], wants, now)
-        elif not wish.amount.within(self.most_ever(wish)):
+            give(beyond([hold_of(old)], wants))
+            growth = beyond(wants, [hold_of(old)])
+        self.grow(wish, growth, now, old, own=old.reservation)
+        if old.waiting is not None and not wish.amount.within(self.most_ever(wish)):
             raise NoCapacity('')
-        elif beyond(wants, [hold_of(old)._replace(until=old.end)]):  # it goes to the end of the line
-            change(Reservation, old.reservation, waiting=int(now))
         slot = Slot(old.slot, wish.start, wish.end, wish.vms, place.id)
         self.write_occurrence(old.id, old.reservation, wish, slot, now, altered=bool(old.repeats),
                               told=0 if wish.start != old.start else old.told & ~(ENDING if wish.end != old.end else 0),
@@ -7774,8 +8349,11 @@ class Admission(Series):
         else:
             change(Reservation, old.reservation, **wish.columns(*STORED), changed=int(now), over=wish.end)
         if old.waiting is not None:
+            if beyond(wants, [hold_of(old)._replace(until=old.end)]):  # it goes to the end of the line
+                change(Reservation, old.reservation, waiting=int(now))
             self.stand_in_line(old.reservation)
-        self.keep_stopped(old.reservation, now)
+        if old.image or wish.image:
+            self.keep_stopped(old.reservation, now)
 
     def cancel(self, found: list, now: float, why: str = '', ends: bool = False) -> None:
         """Cancels occurrences of one reservation: what they held from now on is free; inside a transaction.
@@ -7787,10 +8365,11 @@ class Admission(Series):
             return
         first, freed = found[0], [hold_of(each) for each in found]
         for each in found:
-            self.drop_proposals(each.reservation, each.id)
+            if each.change is not None:
+                self.drop_proposals(each.reservation, each.id)
             until = min(max(int(now), each.held_from), each.held_until)
             release(each.resource_id, until, each.held_until, amount_of(each))
-            change(Occurrence, each.id, cancelled=int(now), held_until=until, due=now, altered=True)
+            change_occurrence(each.id, now, cancelled=int(now), held_until=until, due=now, altered=True)
         if first.repeats and ends:
             stretches = stretches_before(self.stretches(first.reservation), min(each.slot for each in found))
             change(Reservation, first.reservation, series=stored_stretches(stretches) if stretches else '[]')
@@ -7798,13 +8377,14 @@ class Admission(Series):
             self.reshape(first.reservation, self.carried_on(first), now, gentle=True, again=False)
         else:
             self.close(first.reservation, [], now)
-        run('UPDATE reservation SET waiting = NULL, pending = NULL WHERE id = ? AND NOT EXISTS '
-            '(SELECT 1 FROM occurrence o WHERE o.reservation_id = ? AND o.cancelled IS NULL)',
-            first.reservation, first.reservation)  # there is nothing left to wait for
+        if first.waiting is not None or first.pending is not None:  # is there nothing left to wait for?
+            run('UPDATE reservation SET waiting = NULL, pending = NULL WHERE id = ?1 AND NOT EXISTS '
+                '(SELECT 1 FROM occurrence o WHERE o.reservation_id = ?1 AND o.cancelled IS NULL)', first.reservation)
         if first.waiting is not None:
             self.stand_in_line(first.reservation)
-        self.keep_stopped(first.reservation, now, freed)
-        only = first.id if len(found) == 1 and first.repeats else None
+        if first.image:
+            self.keep_stopped(first.reservation, now, freed)
+        only = None if first.repeats and len(found) > 1 else first.id if first.repeats else NONE_OF_THEM
         said = [why or f'cancelled by {self.actor.user}']
         said += [warning for each in found for warning in self.ends_with(each).get('warnings', ())]
         self.journal(now, 'released', '; '.join(said), first.reservation, json.loads(first.notify),
@@ -7896,13 +8476,16 @@ def kind_of_waiting(part: list[tuple]) -> tuple:
                  for each, place, amount in part)
 
 
+A_SERIES_WAITS = 'a series can not wait; --on-conflict skip takes the occurrences that fit'
+
+
 class Waiting(Admission):
     """Requests that wait for room, and reservations that wait for a word."""
 
     def take(self, request: Request, now: float) -> dict:
         """Books a request, or lines it up if it may wait; inside a transaction."""
         try:
-            with db.atomic() if request.wait else nullcontext():
+            with Attempt() if request.wait else nullcontext():
                 return self.answer_all(request, self.book_all(request, now))
         except NoCapacity:
             if not request.wait:
@@ -7912,7 +8495,7 @@ class Waiting(Admission):
     def line_up(self, request: Request, now: float) -> dict:
         """Writes down a request that has no room now, and waits; inside a transaction."""
         if any(part[0].stretches for part in request.parts):
-            raise Invalid('a series can not wait; --on-conflict skip takes the occurrences that fit')
+            raise Invalid(A_SERIES_WAITS)
         parts = [[wish for wish in map(self.as_now, part)
                   if wish.amount.within(self.most_ever(wish))] for part in request.parts]
         without = (part[0] for part, left in zip(request.parts, parts) if not left)
@@ -7962,7 +8545,7 @@ class Waiting(Admission):
         wanted = [(resource, of_columns(columns) if whole else of_columns(columns) * found.vms)
                   for resource, whole, columns in json.loads(found.choices or '[]')]
         for resource, amount in wanted or [(found.resource_id, amount_of(found))]:
-            if place := row('SELECT * FROM resource WHERE id = ? AND removed IS NULL', resource):
+            if place := resource_of(resource):
                 yield place, amount
 
     def most_ever(self, wish: Wish) -> Amount:
@@ -8038,6 +8621,7 @@ class Waiting(Admission):
         """Takes out of the line whose window is over."""
         for each in reservations:
             run('DELETE FROM wait WHERE reservation_id = ?', each)
+            remembered.change()
 
     def try_later(self, request: list, limited: bool, now: float) -> None:
         """Notes when those that have no room are tried again, if nothing is given back before.
@@ -8053,8 +8637,10 @@ class Waiting(Admission):
 
     def next_change(self, resource: int, names: Iterable[str], now: float, until: int) -> float:
         """The next instant at which what is held of a resource changes, before an end."""
-        found = [row('SELECT min(at) AS at FROM step WHERE resource_id = ? AND track = ? AND at > ?', resource, track,
-                     now).at for track in ('', CLOSED, *names)]
+        tracks = ('', CLOSED, *names)
+        found = [run('SELECT min(at) FROM step WHERE resource_id = ? AND track = ? AND at > ?', resource, track,
+                     now).fetchone()[0] for track in tracks]
+        found += [ledger.after(resource, track, now) for track in tracks]
         return min([until, *filter(None, found)])
 
     def let_in(self, found, place, amount: Amount, now: float) -> None:
@@ -8110,22 +8696,23 @@ class Approval(Waiting):
           alone: no other occurrence changes
           deed: makes the change, and tells what became of each occurrence of a series
         """
-        if SHAPE & set(asked):  # another change settles those that were proposed before
+        # Another change settles those that were proposed before.
+        if SHAPE & set(asked) and (old.change is not None or old.repeats and not alone):
             self.drop_proposals(old.reservation, old.id if alone else None)
-        if self.actor.role == ADMIN or old.waiting is not None or not (row(ANY_APPROVAL) or self.proposes_all):
+        if self.actor.role == ADMIN or old.waiting is not None or not (once(ANY_APPROVAL) or self.proposes_all):
             return deed()
         before = self.holds(old.reservation)
-        with db.atomic() as attempt:
+        with Attempt() as attempt:
             done = deed()
             growth = [each for each in beyond(self.holds(old.reservation), before) if each.until > now]
-            span = max((row('SELECT approval FROM resource WHERE id = ?', each.resource).approval
+            span = max((resource_of(each.resource, removed=True).approval
                         for each in growth), default=0)
             if not growth or not span and not self.proposes_all:
                 return done
             if old.pending is not None:
                 self.await_approval(old.reservation, int(now) + span, wish, now)
                 return done
-            attempt.rollback()
+            attempt.undo()
         last = old.end if alone or not old.repeats else int(LAST.timestamp())
         until = min(int(now) + (span or int(LAST.timestamp())), last)
         self.propose(old, wish, sorted(asked), until, now, code, named, alone, growth)
@@ -8179,6 +8766,8 @@ class Approval(Waiting):
     def rewrite(self, old, wish: Wish, asked: dict, now: float, named: bool) -> list:
         """Writes a change of a reservation; inside the transaction that looked whether it is still as it was read."""
         self.refuse_fixed(old, wish, asked)
+        if wish.stretches and old.waiting is not None:
+            raise Invalid(A_SERIES_WAITS)
         if old.choices and asked.keys() & {'resource', 'host', 'flavor'}:  # it waits for this one alone
             change(Reservation, old.reservation, choices='')
         if (wish.label, wish.project) != (old.label, old.project):
@@ -8207,7 +8796,7 @@ class Approval(Waiting):
         Example:
           python cmres.py approve lab --project biology
         """
-        with self.writing(dry_run) as now:
+        def deed(now: float) -> dict:
             found, pending, proposals = self.pending_of(label, project)
             for each in pending:
                 self.settle(each, 'approved', now)
@@ -8216,6 +8805,7 @@ class Approval(Waiting):
                 self.journal(now, 'approved', f'the change was approved by {self.actor.user}', each.reservation,
                              json.loads(each.notify))
             return self.told_parts(label, pending or found)
+        return self.carry_out(deed, dry_run)
 
     @api('POST', '/reservation/<label>/accept')
     def accept(self, label: Label, project: Name = '', dry_run: bool = False) -> dict:
@@ -8327,12 +8917,15 @@ class Requests(Approval):
         """
         request = self.read_request({name: value for name, value in locals().items() if name != 'self'})
         refused = request.last._replace(label=label)
+
         def instead(wish: Wish, field: str) -> None:
             self.instead(request, wish, field, self.clock())
-        explaining = self.explaining(request.last, None, instead)
-        with self.recording_refusal(refused, dry_run), explaining:
-            with self.writing(dry_run) as now:
+
+        def deed(now: float) -> dict:
+            with self.explaining(request.last, None, instead):
                 return self.take(request, now)
+        with self.recording_refusal(refused, dry_run):
+            return self.carry_out(deed, dry_run)
 
     def read_request(self, asked: dict) -> Request:
         """What `add` was asked, resolved for each part and each resource on which that could be."""
@@ -8377,25 +8970,55 @@ class Requests(Approval):
         Example:
           python cmres.py load class.csv --partial
         """
-        refused, requests, taken = [], [], []
+        unread, requests, in_order = [], [], functools.partial(sorted, key=lambda each: each['line'])
         for number, given in enumerate(self.progress(rows), 1):
             line = given.get('line', number)
             try:
                 requests.append((line, self.read_request(self.read_line(given))))
             except Error as error:
-                refused.append({'line': line, 'label': given.get('label', ''), 'error': str(error)})
-        with self.writing(dry_run or bool(refused) and not partial) as now:
-            for line, request in requests:
-                try:
-                    with db.atomic(), self.explaining(request.last):
-                        taken.append(self.take(request, now))
-                except Error as error:
-                    refused.append({'line': line, 'label': request.label, 'error': str(error)})
-            refused.sort(key=lambda each: each['line'])
-            if refused and not partial:
-                raise Conflict(f'{len(refused)} of {len(rows)} lines were refused, so nothing was reserved',
-                               refused=refused)
-        return {'taken': taken, 'refused': refused}
+                unread.append({'line': line, 'label': given.get('label', ''), 'error': str(error)})
+
+        def deed(now: float) -> tuple[list, list]:
+            taken, refused = self.take_lines(requests, partial, now)
+            refused = self.told_lines(refused, now) if rehearsal.on else refused
+            if not partial and (unread or refused):
+                raise Conflict(f'{len(unread + refused)} of {len(rows)} lines were refused, so nothing was reserved',
+                               refused=in_order(unread + refused))
+            return taken, refused
+        rehearsed = dry_run or bool(unread) and not partial
+        taken, refused = self.carry_out(deed, rehearsed)
+        refused = refused if rehearsed else self.told_lines(refused, self.clock())
+        return {'taken': taken, 'refused': in_order(unread + refused)}
+
+    def take_lines(self, requests: list[tuple], partial: bool, now: float) -> tuple[list, list]:
+        """Takes what fits of many lines; what was taken, and the lines that are refused, each with its error."""
+        taken, refused = [], []
+        for line, request in requests:
+            try:
+                with Attempt(), self.explaining(request.last):
+                    taken.append(self.take(request, now))
+            except Error as error:
+                if not partial and not rehearsal.on:  # a rehearsal tells them all
+                    raise NoCapacity('') from error
+                refused.append((line, request, error))
+        return taken, refused
+
+    def told_lines(self, refused: list[tuple], now: float) -> list[dict]:
+        """Lines that were refused, as answers show them."""
+        with rehearsing() if refused else nullcontext():
+            return [{'line': line, 'label': request.label, 'error': self.why(request, error, now)}
+                    for line, request, error in refused]
+
+    def why(self, request: Request, error: Error, now: float) -> str:
+        """The sentence of a refusal; in a rehearsal."""
+        if str(error):
+            return str(error)
+        try:
+            with undone(), self.explaining(request.last):
+                self.take(request, now)
+        except Error as refusal:
+            return str(refusal)
+        return A_MOMENT_AGO
 
     def read_line(self, given: dict) -> dict:
         """The arguments of `add` that one line of many stands for; empty cells are not given."""
@@ -8583,8 +9206,7 @@ class Requests(Approval):
         """
         if by <= timedelta(0):
             raise Invalid(f'by: {to_plain(by)} is no length to extend by; write +1h')
-        old = self.mine(label, project, occurrence=occurrence)
-        return self.alter(label, project, {'end': instant(old.end) + by}, dry_run, occurrence=instant(old.start))
+        return self.prolong(label, project, occurrence, lambda old: instant(old.end) + by, 'updated', dry_run)
 
     @api('POST', '/reservation/<label>/keep')
     @for_each_part
@@ -8594,13 +9216,24 @@ class Requests(Approval):
         Example:
           python cmres.py keep lab +2h
         """
-        old = self.mine(label, project)
-        until = instant(old.end) + until if isinstance(until, timedelta) else until
-        if self.clock() < old.held_from:
-            raise Conflict(f"'{label}' has not begun; `update` moves its end")
-        if until.timestamp() <= old.end:
-            raise Invalid(f'until: {to_plain(until)} is not after the end, {to_plain(instant(old.end))}')
-        return self.alter(label, project, {'end': until}, dry_run, 'kept', occurrence=instant(old.start))
+        def end(old) -> datetime:
+            last = instant(old.end) + until if isinstance(until, timedelta) else until
+            if self.clock() < old.held_from:
+                raise Conflict(f"'{label}' has not begun; `update` moves its end")
+            if last.timestamp() <= old.end:
+                raise Invalid(f'until: {to_plain(last)} is not after the end, {to_plain(instant(old.end))}')
+            return last
+        return self.prolong(label, project, None, end, 'kept', dry_run)
+
+    def prolong(self, label: str, project: str, occurrence: Day | None, end: Callable[[Any], datetime], code: str,
+                dry_run: bool) -> dict:
+        """Lets the present or next occurrence, or a certain one, end at another instant; no cloud need be asked."""
+        def deed(now: float) -> dict:
+            old = self.mine(label, project, occurrence=occurrence)
+            asked = {'end': end(old)}
+            wish = self.read_wish(self.unaltered(old) | asked, old, asked, place=resource_of(old.resource_id))
+            return self.altered(old, wish, asked, now, code, named=not old.repeats, only=bool(old.repeats))
+        return self.carry_out(deed, dry_run)
 
     @api('POST', '/reservation/<label>/skip')
     @for_each_part
@@ -8630,23 +9263,25 @@ class Requests(Approval):
 
     def put_back(self, label: str, project: str, occurrence: Day | None, dry_run: bool) -> dict:
         """Lets a series have an occurrence again that was left out."""
-        with self.writing(dry_run) as now:
+        def deed(now: float) -> dict:
             found = self.mine(label, project, live=False)
             slot, old = self.left_out(found, occurrence, now)
             if found.over <= now:
                 self.refuse_taken_label(self.carried_on(found), now)
-            place = row('SELECT * FROM resource WHERE id = ?', slot.resource)
+            place = resource_of(slot.resource, removed=True)
             wish = self.carried_on(found)._replace(
                 resource=place, start=slot.start, end=slot.end, vms=slot.vms, on_conflict='refuse')
-            id = old.id if old else self.write_left_out(found.reservation, wish, slot, now)
-            deed = functools.partial(self.bring_back, id, wish, now)
-            done = self.unless_it_grows(self.occurrence(id), wish, {'occurrence': None}, now, BACK,
-                                        named=True, alone=True, deed=deed)
+            id = old.id if old else self.write_occurrence(
+                None, found.reservation, wish, slot, now, **self.left_out_as(wish, slot, now))
+            done = self.unless_it_grows(
+                self.occurrence(id), wish, {'occurrence': None}, now, BACK, named=True, alone=True,
+                deed=functools.partial(self.bring_back, id, wish, now))
             if done is not None:
                 why = f'{self.actor.user} has put back what was left out on '
                 self.journal(now, 'updated', why + self.config.told_time(slot.start),
                              found.reservation, wish.notify, id)
             return public(self.occurrence(id))
+        return self.carry_out(deed, dry_run)
 
     def left_out(self, found, asked: Day | None, now: float) -> tuple[Slot, Any]:
         """The occurrence that a series was left without, as it has it now, and its row if any.
@@ -8691,24 +9326,54 @@ class Requests(Approval):
             wish = self.read_wish(self.unaltered(old) | asked, old, asked, stretches, key)
             named = bool(occurrence) and not only
 
-            def deed(wish: Wish, *otherwise: str) -> list | None:
-                new, now = asked | dict.fromkeys(otherwise), self.clock()
-                return self.unless_it_grows(old, wish, new, now, code, named, only,
-                                            lambda: self.rewrite(old, wish, new, now, named))
-            with self.explaining(wish, old, deed), self.writing(dry_run) as now:
+            def deed(now: float) -> dict | None:
                 current, series = self.occurrence(old.id), self.stretches(old.reservation)
-                if all(getattr(current, name) == getattr(old, name) for name in UNCHANGED) and (
-                        not stretches or series == stretches):
-                    before = self.as_stored(old.reservation)
-                    with db.atomic() as rewriting:
-                        done = deed(wish)
-                        same = done is not None and self.as_stored(old.reservation) == before
-                        if same:
-                            rewriting.rollback()
-                    if done is not None and not same:  # what changes nothing is told to nobody
-                        self.tell_change(old, wish, asked, done, code, now)
-                    return self.answer(old.reservation, done or [], wish, old.id if only else None)
+                if any(getattr(current, name) != getattr(old, name) for name in UNCHANGED) or (
+                        stretches and series != stretches):
+                    return None
+                return self.altered(current, wish, asked, now, code, named, only)
+            if answer := self.carry_out(deed, dry_run):
+                return answer
         raise Conflict(f"'{label}' is being changed by others all the time; try again")
+
+    def altered(self, old, wish: Wish, asked: dict, now: float, code: str, named: bool, only: bool) -> dict:
+        """Changes what was read in the same transaction, all of it or nothing, and answers; what changes nothing
+        is told to nobody.
+
+        Args:
+          named: the occurrence was named, so that it changes also if it was changed on its own before
+          only: no other occurrence changes
+        """
+        def changed(wish: Wish, *otherwise: str) -> list | None:
+            new = asked | dict.fromkeys(otherwise)
+            return self.unless_it_grows(old, wish, new, now, code, named, only,
+                                        lambda: self.rewrite(old, wish, new, now, named))
+        done, same = [], not (old.repeats or wish.stretches) and self.is_as_wished(old, wish)
+        if not same:
+            with self.explaining(wish, old, changed):
+                done, same = self.unless_same(old, wish, functools.partial(changed, wish))
+        if done is not None and not same:
+            self.tell_change(old, wish, asked, done, code, now)
+        return self.answer(old.reservation, done or [], wish, old.id if only else None)
+
+    def is_as_wished(self, old, wish: Wish) -> bool:
+        """Whether a plain reservation is already what is wished."""
+        new = wish.columns(*STORED)
+        return all(getattr(old, name) == new[name] for name in STORED) and (
+            old.resource_id, old.held_from, old.start, old.end, amount_of(old)) == (
+            wish.resource.id, wish.held[0], wish.start, wish.end, wish.amount)
+
+    def unless_same(self, old, wish: Wish, deed: Callable[[], list | None]) -> tuple[list | None, bool]:
+        """Does something to a reservation, and whether all of it is as before then: that is undone."""
+        if not (old.repeats or wish.stretches):
+            return deed(), False
+        before = self.as_stored(old.reservation)
+        with Attempt() as attempt:
+            done = deed()
+            same = done is not None and self.as_stored(old.reservation) == before
+            if same:
+                attempt.undo()
+        return done, same
 
     def refuse_common(self, old, asked: dict, occurrence: datetime | None, only: bool) -> None:
         """Refuses to change for some occurrences of a series what all of them have in common."""
@@ -8743,7 +9408,7 @@ class Requests(Approval):
         """Writes down that a reservation was changed."""
         self.journal(now, code, f"{self.actor.user} changed: {', '.join(sorted(asked.keys() - {'tz'}))}",
                      old.reservation, wish.notify,
-                     NONE_OF_THEM if done else old.id if old.repeats and not wish.stretches else None)
+                     NONE_OF_THEM if done or not old.repeats else None if wish.stretches else old.id)
 
     @api('DELETE', '/reservation/<label>')
     @api('DELETE', '/reservation/')
@@ -9203,7 +9868,7 @@ class Plan(Requests):
         if now >= found.held_from or found.server:
             return None
         amount, need = amount_of(found), found.held_until - found.held_from
-        here = row('SELECT * FROM resource WHERE id = ?', found.resource_id)
+        here = resource_of(found.resource_id, removed=True)
         release(here.id, found.held_from, found.held_until, amount)
         others = [each for each in self.places() if each.cloud == here.cloud and each.id != here.id and not found.host
                   and not each.approval and each.mode == here.mode]
@@ -9365,11 +10030,13 @@ class Claims(Plan):
         if not (found or walks_in) or hosts == []:
             return {'passes': False, 'why': why, 'hosts': None}
         classes = stored(need)['classes']
-        run('INSERT INTO claim (resource_id, occurrence, server, project, user, vcpus, ram, classes, at, due) '
-            'VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (resource_id, server) DO UPDATE SET occurrence = '
-            'excluded.occurrence, vcpus = excluded.vcpus, ram = excluded.ram, classes = excluded.classes, '
-            'due = excluded.due', place.id, found.id if found else None, server, project, user, need.vcpus, need.ram,
-            classes, now, now + self.config.settle)
+        if not rehearsal.on:
+            run('INSERT INTO claim (resource_id, occurrence, server, project, user, vcpus, ram, classes, at, due) '
+                'VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (resource_id, server) DO UPDATE SET '
+                'occurrence = excluded.occurrence, vcpus = excluded.vcpus, ram = excluded.ram, '
+                'classes = excluded.classes, due = excluded.due', place.id,
+                found.id if found else None, server, project, user, need.vcpus, need.ram, classes,
+                now, now + self.config.settle)
         return {'passes': True, 'why': 'reserved' if found else 'free', 'hosts': hosts}
 
     def hosts_for(self, place, found, now: float) -> list[str] | None:
@@ -9488,13 +10155,37 @@ class Calendars(Claims):
         wanted = self.without_lookalikes(wanted, said, owner, subscription)
         ignored = len(groups) - len(wanted)
         lines = self.read_bookings(wanted, said, zone)
-        with self.writing(dry_run) as now:
-            try:
-                done = self.take_bookings(wanted, lines, owner, subscription, now)
-            except Held as held:
+
+        def deed(now: float) -> list[dict]:
+            done = self.take_bookings(wanted, lines, owner, subscription, now)
+            return self.explained_events(done, lines, owner, subscription) if rehearsal.on else done
+        try:
+            done = self.carry_out(deed, dry_run)
+        except Held as held:
+            with self.writing(dry_run) as now:
                 self.tell_held(subscription, str(held), now)
-                return {'held': str(held), 'events': [], 'ignored': ignored}
+            return {'held': str(held), 'events': [], 'ignored': ignored}
+        done = done if dry_run else self.explained_events(done, lines, owner, subscription)
+        if subscription:
+            with self.writing(dry_run) as now:
+                self.tell_refused(subscription, done, now)
         return {'events': sorted(done, key=lambda each: each['uid']), 'ignored': ignored}
+
+    def explained_events(self, done: list[dict], lines: list[tuple], owner: tuple[str, str],
+                         subscription) -> list[dict]:
+        """What became of each event, with why those were refused that had no room."""
+        if all(each.get('why', 'known') for each in done):
+            return done
+        with rehearsing():
+            return [each if each.get('why', 'known') else
+                    self.tried_again(each, line, owner, subscription)
+                    for each, line in zip(done, lines)] + done[len(lines):]
+
+    def tried_again(self, refused: dict, line: tuple, owner: tuple[str, str], subscription) -> dict:
+        """An event that was refused, with the reason; in a rehearsal."""
+        with undone():
+            found = self.take_booking(*line, owner, subscription, self.clock())
+        return found if found['outcome'] == 'refused' else refused | {'why': A_MOMENT_AGO}
 
     def without_lookalikes(self, wanted: list[Booking], said: dict, owner: tuple[str, str],
                            subscription) -> list[Booking]:
@@ -9539,13 +10230,10 @@ class Calendars(Claims):
         """
         if subscription and not row('SELECT id FROM subscription WHERE id = ? AND due IS NOT NULL', subscription.id):
             raise Conflict('it was unsubscribed meanwhile')
-        with db.atomic():
-            had = self.live_of(subscription, now)
-            done = [self.take_booking(*line, owner, subscription, now) for line in lines]
-            done += self.drop_missing(wanted, subscription, now)
-            self.ask_before_most_goes(subscription, had, now)
-        if subscription:
-            self.tell_refused(subscription, done, now)
+        had = self.live_of(subscription, now)
+        done = [self.take_booking(*line, owner, subscription, now) for line in lines]
+        done += self.drop_missing(wanted, subscription, now)
+        self.ask_before_most_goes(subscription, had, now)
         return done
 
     def read_bookings(self, wanted: list[Booking], said: dict, zone: ZoneInfo) -> list[tuple]:
@@ -9611,10 +10299,10 @@ class Calendars(Claims):
             return line | {'outcome': 'unchanged' if live else 'left out', 'label': known.label} | (
                 {} if live else {'why': 'it was cancelled here'})
         try:
-            with db.atomic():
+            with Attempt():
                 return line | self.book_event(booking, wish, known if live else None, origin, source, now)
         except Error as refusal:
-            return line | {'outcome': 'refused', 'why': booking.why(refusal)}
+            return line | {'outcome': 'refused', 'why': booking.why(refusal) if str(refusal) else ''}
 
     def book_event(self, booking: Booking, wish: Wish, known, origin: str, source: int | None, now: float) -> dict:
         """Books an event, or makes of its reservation what the event says now."""
@@ -11283,7 +11971,7 @@ class LifeCycle:
     def record_alone(self, result: Job, now: float) -> None:
         """Records one result; one that can't be recorded costs the others nothing, and a look finds out later."""
         try:
-            with db.atomic():
+            with Attempt():
                 self.record_one(result, now)
         except (*STORE_ERRORS, LostLease):
             raise

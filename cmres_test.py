@@ -3502,17 +3502,135 @@ def furnished(world) -> World:
     return world
 
 
+@contextlib.contextmanager
+def others_writing():
+    """Another process has the lock of the store and keeps it; who wanted it would be refused at once."""
+    cmres.run('PRAGMA busy_timeout = 0')
+    with contextlib.closing(cmres.connect(cmres.store_file.path)) as other:
+        other.execute('BEGIN IMMEDIATE')
+        yield
+        other.execute('ROLLBACK')
+    cmres.run(f'PRAGMA busy_timeout = {1000 * cmres.PATIENT}')
+
+
 @pytest.mark.parametrize('name', WRITES)
-def test_a_dry_run_answers_as_if_it_were_done_and_keeps_nothing(tmp_path, name):
+def test_a_dry_run_answers_as_if_it_were_done_keeps_nothing_and_waits_for_nobody(tmp_path, name):
     service = furnished(World(tmp_path, private_addresses=True)).service
     woken = []
     service.wake = lambda: woken.append(1)
     before, bound = dump(), bind(API[name], WRITES[name], service.here)
-    dry = getattr(service, name)(**bound, dry_run=True)
+    with others_writing():
+        dry = getattr(service, name)(**bound, dry_run=True)
     assert dump() == before and not woken
     real = getattr(service, name)(**bound)
     assert dump() != before and woken
     assert name in ('generate', 'token_add', 'calendar_feed', 'calendar_subscribe') or cmres.to_plain(dry) == cmres.to_plain(real)
+
+
+def anything(world, chance, number):
+    """An operation at random: who does it, its name and arguments."""
+    def when(least=0):
+        return NOON + timedelta(minutes=30 * (chance.randrange(least, 60))) + timedelta(seconds=world.now - NOON.timestamp())
+    label = chance.choice(labels(world.service.list()) or ['none'])
+    window = {'start': when(), 'end': timedelta(minutes=30 * chance.randrange(1, 12))}
+    new = {'label': f'r{number}', 'resource': chance.choice(['demo', 'asks', 'small', '-']), 'vms': chance.randrange(1, 6),
+           'on_conflict': chance.choice(['refuse', 'skip', 'shift=2h'])} | window
+    boots = {'flavor': 'm1.small', 'image': 'cirros', 'at_end': chance.choice(['stop', 'delete'])}
+    series = {'repeat': chance.choice(['daily', 'every 2 days']), 'count': chance.randrange(2, 6)}
+    parts = {'resource': '-', 'part': [{'vms': chance.randrange(1, 9)}, {'vms': 2, 'resource': chance.choice(['demo', 'asks'])}]}
+    plain = {'cloud': 'simulated'} if new['resource'] == '-' else {}
+    name, given, role = chance.choice([
+        ('add', new | plain, 'user'), ('add', new | plain, 'user'), ('add', new | plain | {'wait': True, 'confirm': chance.choice([None, hours(1)])}, 'user'),
+        ('add', new | plain | boots | {'lead': hours(chance.choice([0, 1]))}, 'user'), ('add', new | plain | series, 'user'),
+        ('add', new | plain | series | boots, 'user'), ('add', new | parts, 'user'), ('add', new | parts | {'wait': True}, 'user'),
+        ('extend', {'label': label, 'by': hours(chance.choice([1, 5]))}, 'user'),
+        ('keep', {'label': label, 'until': hours(1)}, 'user'),
+        ('update', {'label': label, 'vms': chance.randrange(1, 9)}, 'user'),
+        ('update', {'label': label, 'start': when()}, 'user'), ('update', {'label': label, 'repeat': 'daily', 'count': 4}, 'user'),
+        ('update', {'label': label, 'description': 'x' * chance.choice([3, 2000])}, 'user'),
+        ('update', {'label': label, 'resource': chance.choice(['demo', 'asks', 'small']), 'user': 'bob'}, 'admin'),
+        ('delete', {'label': label}, 'user'), ('skip', {'label': label}, 'user'),
+        ('skip', {'label': label, 'undo': True}, 'user'), ('approve', {'label': label}, 'admin'), ('reject', {'label': label}, 'admin'),
+        ('accept', {'label': label}, 'user'), ('load', {'rows': [new, new | {'label': f'r{number}x', 'vms': 9}], 'partial': chance.random() < 0.6}, 'user'),
+        ('resource_update', {'name': 'demo', 'vms': chance.choice([8, 16, 20]), 'force': True}, 'admin'),
+        ('resource_capacity', {'name': 'demo', 'vms': chance.choice([4, 30]), 'then': chance.choice(['move', 'cancel', 'notify'])} | window, 'admin'),
+        ('maintenance_add', {'resource': chance.choice(['demo', 'small']), 'then': chance.choice(['move', 'cancel', 'notify'])} | window, 'admin'),
+        ('maintenance_delete', {'id': chance.randrange(1, 4)}, 'admin'), ('limit_add', {'user': 'eva', 'most_vms': chance.randrange(6, 30)}, 'admin'),
+        ('limit_add', {'project': 'biology', 'vcpu_hours': 200, 'longest': hours(9)}, 'admin'), ('limit_delete', {'id': chance.randrange(1, 4)}, 'admin'),
+        ('import_', {'file': calendar(event(f'DTSTART:{when(4):%Y%m%dT%H%M%SZ}', 'DURATION:PT2H', 'RRULE:FREQ=DAILY;COUNT=3',
+                                            f'LOCATION:{chance.randrange(1, 9)} x m1.tiny on demo')).decode(),
+                     'on_conflict': chance.choice(['refuse', 'skip'])}, 'user')])
+    return world.as_user(role=role), name, given
+
+
+@pytest.mark.parametrize('seed', range(3))
+def test_a_dry_run_of_anything_says_what_is_done_then_and_waits_for_nobody(world, seed):
+    chance, done = random.Random(seed), collections.Counter()
+    world.service.resource_add('asks', cloud='simulated', vms=6, approval=hours(9))
+    world.service.resource_add('small', cloud='simulated', vms=3, vcpus=9)
+
+    def answer(service, name, given):
+        try:
+            return 'done', cmres.to_plain(getattr(service, name)(**given))
+        except Error as error:
+            return type(error).__name__, str(error), cmres.to_plain(error.details)
+    for number in range(80):
+        service, name, given = anything(world, chance, number)
+        given = bind(API[name], given, service.here)
+        before = dump()
+        with others_writing():
+            dry = answer(service, name, given | {'dry_run': True})
+        assert dump() == before
+        assert answer(service, name, given) == dry, (name, given)
+        done[name, dry[0]] += 1
+        if number % 10 == 0:
+            world.at((world.now - NOON.timestamp()) / 3600 + 0.5)
+    assert len(done) > 15 and world.service.check()['differences'] == 0
+
+
+def test_what_waits_does_not_become_a_series(service):
+    book(service, vms=16), book(service, 'waits', vms=2, wait=True)
+    for dry_run in (True, False):
+        with pytest.raises(Invalid, match='a series can not wait'):
+            service.update('waits', repeat='daily', count=3, dry_run=dry_run)
+    service.delete('lab')
+    service.admit_waiting(service.clock())
+    assert service.check()['differences'] == 0 and service.show('waits')['state'] == 'reserved'
+
+
+REFUSALS = {
+    'add': lambda service: book(service, 'new', 1, 3, vms=9),
+    'add of a series': lambda service: book(service, 'new', 1, 3, vms=9, repeat='daily', count=9),
+    'add somewhere': lambda service: book(service, 'new', 1, 3, vms=9, resource='-', cloud='simulated'),
+    'add of parts': lambda service: service.add('new', '-', NOON + hours(1), hours(2), part=[{'vms': 3}, {'vms': 9}], cloud='simulated'),
+    'extend': lambda service: service.extend('before', hours(1)),
+    'update': lambda service: service.update('before', vms=14, end=NOON + hours(2)),
+    'update of a series': lambda service: service.update('often', vms=14),
+    'update of parts': lambda service: service.update('pair', start=NOON + hours(1)),
+    'skip --undo': lambda service: service.skip('often', undo=True, occurrence=NOON + hours(26)),
+    'load': lambda service: service.load([{'label': 'new', 'resource': 'demo', 'start': NOON + hours(1), 'end': hours(2), 'vms': 9}] * 2)}
+
+
+@pytest.mark.parametrize('name', REFUSALS)
+def test_what_would_fit_instead_is_searched_when_nobody_waits(world, name):
+    service = world.service
+    book(service, 'often', 2, 3, vms=2, repeat='daily', count=4)
+    service.skip('often', occurrence=NOON + hours(26))
+    book(service, 'before', 0.5, 1, vms=8), book(service, 'full', 1, 4, vms=10)
+    book(service, 'fuller', 26, 27, vms=15)
+    service.add('pair', 'demo', NOON + hours(9), hours(1), vms=1)
+    service.delete('pair')
+    service.add('pair', '-', NOON + hours(9), hours(1), part=[{'vms': 3}, {'vms': 9}], cloud='simulated')
+    seen = []
+    cmres.db.connection().set_trace_callback(seen.append)
+    with pytest.raises(Conflict) as refusal:
+        REFUSALS[name](service)
+    cmres.db.connection().set_trace_callback(None)
+    alone = seen[seen.index('BEGIN IMMEDIATE'):seen.index('ROLLBACK')]
+    assert refusal.type is NoCapacity or name == 'load'
+    assert str(refusal.value) not in ('', cmres.A_MOMENT_AGO)
+    assert len(alone) < 70 and 'BEGIN DEFERRED' in seen
+    assert not any(sql.startswith('SELECT at FROM step') or 'FROM (\n              SELECT reservation_id' in sql for sql in alone)
 
 
 @pytest.mark.parametrize('seed', range(4))
@@ -7210,18 +7328,24 @@ class Cell:
     def seen(self, deed):
         """What happens, undone again: the decision, its sentence, the hours, the events."""
         before, newest = self.hours(), cmres.row('SELECT max(id) AS id FROM event').id
-        with cmres.transaction(keep=False):
-            try:
-                answer, sentence = self.DEEDS[deed][0](self), ''
-                answer = answer[0] if isinstance(answer, list) else answer
-                decision = 'proposed' if 'change' in answer else 'pending' if answer.get('state') == 'pending' else 'done'
-            except Error as refusal:
-                decision, sentence = 'refused', str(refusal)
+        with cmres.transaction(), cmres.undone():
+            decision, sentence = self.decision(deed)
             codes = [each.code for each in cmres.rows(
                 'SELECT e.code FROM event e JOIN reservation r ON r.id = e.reservation_id WHERE e.id > ? AND r.label = ?',
                 newest, self.label)]
             assert self.service.check()['differences'] == 0
-            return decision, sentence, self.hours() / before, codes
+            factor = self.hours() / before
+        with cmres.rehearsing() if not sentence else contextlib.nullcontext():
+            sentence = sentence or self.decision(deed)[1]
+        return decision, sentence, factor, codes
+
+    def decision(self, deed):
+        try:
+            answer = self.DEEDS[deed][0](self)
+            answer = answer[0] if isinstance(answer, list) else answer
+            return 'proposed' if 'change' in answer else 'pending' if answer.get('state') == 'pending' else 'done', ''
+        except Error as refusal:
+            return 'refused', str(refusal)
 
 
 def test_every_change_of_every_kind_under_every_rule_does_what_the_model_says(tmp_path_factory, empty, capsys):
