@@ -608,8 +608,24 @@ def first_week(weekday: int) -> int:
 
 
 class Steps(threading.local):
-    """How far this thread has followed rules: a clock that runs alike on all machines."""
-    taken = 0
+    """How much this thread has had to look at: a clock that runs alike on all machines."""
+    taken, most = 0, math.inf
+
+    def take(self, number: int) -> None:
+        """Counts some steps of about a microsecond; Invalid where they are too many."""
+        self.taken += number
+        if self.taken > self.most:
+            raise Invalid('when it occurs is too hard to follow; write a simpler rule, or fewer '
+                          'dates and exceptions')
+
+    @contextmanager
+    def at_most(self, number: float) -> Iterator[None]:
+        """Bounds what is done within."""
+        before, self.most = self.most, self.taken + number
+        try:
+            yield
+        finally:
+            self.most = before
 
 
 STEPS = Steps()
@@ -653,7 +669,7 @@ def years_of_days(rule: Rule, turn: Callable[[int], int], first: int) -> Iterato
         start = date(year, 1, 1)
         before = start.toordinal()
         kinds = start.weekday(), is_leap(year), is_leap(year - 1)
-        STEPS.taken += 10
+        STEPS.take(10)
         if rule.unit == 'YEARLY' and turn(before) % rule.interval:
             continue
         days = [before + day for day in days_left(rule.by, *kinds)]
@@ -661,7 +677,7 @@ def years_of_days(rule: Rule, turn: Callable[[int], int], first: int) -> Iterato
             days = [day for day in days if turn(day) % rule.interval == 0]
         if days and days[0] < first:
             days = [day for day in days if day >= first]
-        STEPS.taken += len(days) // 8
+        STEPS.take(len(days) // 8)
         yield days
 
 
@@ -692,7 +708,20 @@ def day_walls(rule: Rule, days: Iterable[int]) -> Iterator[datetime]:
     if not rule.positions:
         return found
     found = list(found)
+    STEPS.take(len(found))
     return iter(sorted(numbered_of(rule.positions, [found])))
+
+
+def on_rule(rule: str, start: datetime, wall: datetime) -> bool:
+    """Whether a wall time is one of those of a rule."""
+    read = read_rule(rule, start)
+    if read.count or read.positions:
+        return next(followed(rule, start, wall), None) == wall
+    day, year = wall.toordinal(), date(wall.year, 1, 1)
+    kinds = year.weekday(), is_leap(wall.year), is_leap(wall.year - 1)
+    return (start <= wall <= read.last and wall - at_midnight(wall) in read.times
+            and turn_of(read, start.date())(day) % read.interval == 0
+            and day - year.toordinal() in days_left(read.by, *kinds))
 
 
 def followed(rule: str, start: datetime, near: datetime) -> Iterator[datetime]:
@@ -703,9 +732,7 @@ def followed(rule: str, start: datetime, near: datetime) -> Iterator[datetime]:
 
 def walls(stretch: Stretch, near: datetime = datetime.min) -> Iterator[datetime]:
     """The wall times of all slots of a stretch in order, those of its rule from one on; maybe for ever."""
-    start = datetime.fromisoformat(stretch.start)
-    listed = stretch.dates if stretch.rule or stretch.dates else [stretch.start]
-    listed = sorted({datetime.fromisoformat(each.partition('/')[0]) for each in listed})
+    start, listed = datetime.fromisoformat(stretch.start), sorted(listed_walls(stretch))
     ruled = followed(stretch.rule, start, near) if stretch.rule else ()
     skips, before = frozenset(stretch.skips), None
     for wall in heapq.merge(ruled, listed):
@@ -719,12 +746,21 @@ def walls(stretch: Stretch, near: datetime = datetime.min) -> Iterator[datetime]
 
 def moved_walls(stretch: Stretch) -> Iterator[datetime]:
     """The wall times of those slots of a stretch that are otherwise, in order."""
-    dates = tuple({*stretch.moved} & {*stretch.dates})  # these need no rule
-    listed = {*walls(stretch._replace(rule='', dates=dates))} if dates else ()
-    for wall in map(datetime.fromisoformat, sorted(stretch.moved)):
-        until_there = itertools.takewhile(lambda each: each <= wall, walls(stretch, wall))
-        if wall in listed or wall in until_there:
+    start, listed, skips = datetime.fromisoformat(stretch.start), listed_walls(stretch), {*stretch.skips}
+    for key in sorted(stretch.moved):
+        wall = datetime.fromisoformat(key)
+        STEPS.take(10)
+        if (stretch.since <= key and (not stretch.until or key < stretch.until)
+                and not {key, key[:10]} & skips
+                and (wall in listed or stretch.rule and on_rule(stretch.rule, start, wall))):
             yield wall
+
+
+def listed_walls(stretch: Stretch) -> set[datetime]:
+    """The wall times of those slots of a stretch that no rule gives."""
+    listed = stretch.dates if stretch.rule or stretch.dates else [stretch.start]
+    STEPS.take(len(listed))
+    return {datetime.fromisoformat(each.partition('/')[0]) for each in listed}
 
 
 def slots(stretch: Stretch, begin: float, until: float,
@@ -752,6 +788,7 @@ def slots(stretch: Stretch, begin: float, until: float,
             shifted, length, vms, exact = [*stretch.moved[key], 0][:4]
             shifted = datetime.fromisoformat(shifted)
         start, end = window_of(shifted, int(length), zone, exact)
+        STEPS.take(5)
         if end > begin and start < until:
             found += 1
             yield Slot('' if stretch.single else key, start, end, vms, stretch.resource)
@@ -4768,6 +4805,7 @@ MOST_TEXT = 20_000      # letters of a text that are looked at
 MOST_EVENTS = 2000      # that want machines
 MOST_DATES = 5000       # RDATEs and EXDATEs of an event, exceptions of a series
 MOST_ZONE = 50_000      # letters that describe a time zone
+MOST_CHANGES = 2000     # of the clocks of one that a part of it describes
 MOST_NESTING = 8
 MOST_LENGTH = 366 * 86400  # seconds of one occurrence
 MOST_EXPANDING = 10     # seconds of computing for the occurrences of a whole calendar
@@ -4781,7 +4819,6 @@ FEED_UID = re.compile(r'occurrence-\d+@cmres-[0-9a-f]{8}')
 PROPERTY = re.compile(r'([A-Za-z0-9-]+)((?:;[^":;]*(?:"[^"]*"[^":;]*)*)*):(.*)', re.S)
 TIMES = ('DTSTART', 'DTEND', 'RECURRENCE-ID', 'RDATE', 'EXDATE')
 PROGRAMMED = ('FLAVOR', 'IMAGE', 'RESOURCE', 'NETWORK', 'KEY')
-TOLD_OF_ZONES = ('BEGIN', 'END', 'TZID', 'DTSTART', 'RRULE', 'RDATE', 'TZOFFSETFROM', 'TZOFFSETTO')
 KEPT = frozenset((*TIMES, 'UID', 'SUMMARY', 'DESCRIPTION', 'LOCATION', 'CATEGORIES', 'STATUS',
                   'SEQUENCE', 'DURATION', 'RRULE', 'EXRULE', 'X-VM-COUNT',
                   *(f'X-VM-{name}' for name in PROGRAMMED)))
@@ -4852,30 +4889,103 @@ def table_zone(name: str) -> ZoneInfo | None:
     return table_zone(WINDOWS_TO_OLSON[name]) if name in WINDOWS_TO_OLSON else None
 
 
-def described_zone(lines: Iterable[str]) -> tzinfo | None:
+class DescribedZone(tzinfo):
+    """A zone that a calendar describes: its changes, as instants without their zone."""
+
+    def __init__(self, changes: list[tuple[datetime, timedelta]], before: timedelta):
+        self.instants = [at for at, _ in changes]
+        self.offsets = [before, *(offset for _, offset in changes)]
+        pairs = [*zip(self.instants, itertools.pairwise(self.offsets))]
+        # What a clock shows at a change: of an hour that it shows twice its end, or its begin.
+        self.walls = [[at + side(pair) for at, pair in pairs] for side in (max, min)]
+
+    def utcoffset(self, moment: datetime | None) -> timedelta | None:
+        wall = moment.replace(tzinfo=None, fold=0)
+        return self.offsets[bisect_right(self.walls[moment.fold], wall)]
+
+    def dst(self, moment: datetime | None) -> timedelta | None:
+        return None
+
+    def tzname(self, moment: datetime | None) -> str:
+        return 'local'
+
+    def fromutc(self, moment: datetime) -> datetime:
+        at = moment.replace(tzinfo=None)
+        number = bisect_right(self.instants, at)
+        wall = at + self.offsets[number]
+        return wall.replace(tzinfo=self, fold=number and wall < self.walls[0][number - 1])
+
+
+def described_zone(lines: list[str]) -> tzinfo | None:
     """The zone that a VTIMEZONE describes; None if it can't be followed in reasonable time."""
-    from dateutil.tz import tzical
     try:
-        said = filter(None, map(read_property, lines))
-        told = [f'{name}:{zone_value(name, value.strip())}' for name, _, value in said
-                if name in TOLD_OF_ZONES]
-        return tzical(io.StringIO('\n'.join(told))).get()
-    except Exception:  # it has many kinds of its own for what is none
+        parts = [*observances(lines)]
+        changes = sorted(change for part in parts for change in changes_of(part))
+        standard = next((part for part in parts if part['BEGIN'] == ['STANDARD']), parts[0])
+        return DescribedZone(changes, read_offset(standard['TZOFFSETTO'][0]))
+    except (Error, ValueError, LookupError, OverflowError):
         return None
 
 
-def zone_value(name: str, value: str) -> str:
-    """A value of a VTIMEZONE; ValueError for offsets of days and rules that take long."""
-    if name.startswith('TZOFFSET') and not OFFSET.fullmatch(value):
-        raise ValueError(value)
-    if name != 'RRULE':
-        return value
-    rule = parts_of(checked_rule(re.sub(r'\s', '', value).upper()))
-    if rule['FREQ'] != 'YEARLY':
-        raise ValueError(value)
-    if 'UNTIL' in rule:  # it is an instant; by the clock a day more holds no other change
-        rule['UNTIL'] = f"{read_until(rule['UNTIL']) + timedelta(days=1):%Y%m%dT%H%M%S}"
-    return ';'.join('='.join(each) for each in rule.items())
+def observances(lines: list[str]) -> Iterator[dict[str, list[str]]]:
+    """The parts of a VTIMEZONE (RFC 5545, 3.6.5), as values by names.
+
+    Raises:
+      ValueError: it is cut off.
+    """
+    part: dict[str, list[str]] = {}
+    if not lines or lines[-1].strip().upper() != 'END:VTIMEZONE':
+        raise ValueError(lines[-1:])
+    for name, _, value in filter(None, map(read_property, lines)):
+        value = value.strip()
+        if name == 'BEGIN':
+            part = defaultdict(list)
+        elif name == 'END' and value.upper() in ('STANDARD', 'DAYLIGHT'):
+            yield part
+        part[name].append(value.upper())
+
+
+def changes_of(part: dict[str, list[str]]) -> Iterator[tuple[datetime, timedelta]]:
+    """The changes to the offset of a part; ValueError for offsets of days and rules that take long."""
+    before, offset = (read_offset(part[name][0]) for name in ('TZOFFSETFROM', 'TZOFFSETTO'))
+    start = zone_wall(part['DTSTART'][0])
+    dates = [each.partition('/')[0] for values in part.get('RDATE', ()) for each in values.split(',')]
+    STEPS.take(5 * len(dates))
+    walls = {start, *map(zone_wall, dates)}
+    for rule in part.get('RRULE', ()):
+        ruled = [*itertools.islice(zone_walls(rule, start), MOST_CHANGES)]
+        STEPS.take(len(ruled))
+        walls.update(ruled)
+    if len(walls) >= MOST_CHANGES:
+        raise ValueError(len(walls))
+    return ((wall - before, offset) for wall in walls)
+
+
+def zone_wall(text: str) -> datetime:
+    """A local time of a VTIMEZONE."""
+    match = MOMENT.fullmatch(text.strip())
+    if not match:
+        raise ValueError(text)
+    return datetime(*(int(each or 0) for each in match.groups()[:6]))
+
+
+def zone_walls(rule: str, start: datetime) -> Iterator[datetime]:
+    """The wall times of a rule of a VTIMEZONE."""
+    parts = parts_of(checked_rule(re.sub(r'\s', '', rule)))
+    if parts['FREQ'] != 'YEARLY':
+        raise ValueError(rule)
+    if 'UNTIL' in parts:  # it is an instant; by the clock a day more holds no other change
+        parts['UNTIL'] = f"{read_until(parts['UNTIL']) + timedelta(days=1):%Y%m%dT%H%M%S}"
+    return followed(';'.join('='.join(each) for each in parts.items()), start, start)
+
+
+def read_offset(text: str) -> timedelta:
+    """A TZOFFSETFROM or TZOFFSETTO."""
+    if not OFFSET.fullmatch(text):
+        raise ValueError(text)
+    hours, minutes, seconds = (int(text[at:at + 2] or 0) for at in (1, 3, 5))
+    length = timedelta(hours=hours, minutes=minutes, seconds=seconds)
+    return -length if text[0] == '-' else length
 
 
 def read_property(line: str) -> tuple[str, str, str] | None:
@@ -5299,8 +5409,7 @@ def overridden(stretches: list[Stretch], key: str, entry: Entry, clock: Clock,
 def is_ruled(stretch: Stretch, key: str) -> bool:
     """Whether a slot is one of a rule; what was added by hand has none that follow."""
     start, wall = datetime.fromisoformat(stretch.start), datetime.fromisoformat(key)
-    ruled = followed(stretch.rule, start, wall) if stretch.rule else iter(())
-    return wall == start or next(ruled, None) == wall
+    return wall == start or bool(stretch.rule) and on_rule(stretch.rule, start, wall)
 
 
 def following(stretches: list[Stretch], key: str, entry: Entry, start: datetime,
