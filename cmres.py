@@ -521,9 +521,6 @@ UNEVEN = {'BYMONTH', 'BYMONTHDAY', 'BYYEARDAY', 'BYWEEKNO', 'BYSETPOS'}
 ORDINALS = {'first': '1', 'second': '2', 'third': '3', 'fourth': '4', 'fifth': '5', 'last': '-1'}
 REPEAT_HELP = ('write daily, weekdays, weekly on tue,thu, every 2 weeks on mon, every other tue, '
                'monthly on first mon, or an RRULE')
-# dateutil gives a rule that never matches up in the year 9999 only. The calendar repeats itself
-# every 400 years, weekdays too, so that rules are followed this much nearer to that end.
-YEARS_AHEAD = 7600
 
 
 class Stretch(NamedTuple):
@@ -775,65 +772,242 @@ def explicit(rule: str, start: datetime) -> str:
     return f'{rule}{month};BYMONTHDAY={start.day}'
 
 
+class By(NamedTuple):
+    """What the BY parts of a rule leave of a year; of an empty one all is left."""
+    months: tuple = ()
+    monthdays: tuple = ()
+    yeardays: tuple = ()
+    weeks: tuple = ()
+    weekdays: tuple = ()
+    ordinals: tuple = ()   # weekdays with their number in a month or year
+    monthly: bool = False  # that number is of a month
+    first: int = 0         # the weekday on which weeks begin
+
+
+class Rule(NamedTuple):
+    """An RRULE as numbers."""
+    unit: str        # of its turns: FREQ
+    interval: int
+    count: int       # 0 without one
+    last: datetime
+    by: By
+    positions: tuple
+    times: tuple     # of a day, since midnight
+
+
+@functools.lru_cache(2000)
+def read_rule(rule: str, start: datetime) -> Rule:
+    """A checked rule as numbers; what it leaves to its start is that of its start."""
+    parts = parts_of(explicit(rule, start))
+    months, monthdays, yeardays, weeks, positions = (
+        numbers_in(parts, f'BY{name}') for name in ('MONTH', 'MONTHDAY', 'YEARDAY', 'WEEKNO', 'SETPOS'))
+    days = [(int(day[:-2] or 0), WEEKDAYS.index(day[-2:]))
+            for day in parts.get('BYDAY', '').split(',') if day]
+    unit = parts['FREQ']
+    numbered = unit in ('MONTHLY', 'YEARLY')
+    by = By(months, monthdays, yeardays, weeks,
+            tuple(sorted({day for number, day in days if not (number and numbered)})),
+            tuple(sorted({day for day in days if day[0] and numbered})),
+            unit == 'MONTHLY' or bool(months), WEEKDAYS.index(parts.get('WKST', 'MO')))
+    clock = (numbers_in(parts, name) or (now,) for name, now in
+             zip(CLOCK_PARTS, (start.hour, start.minute, start.second)))
+    times = tuple(timedelta(hours=hour, minutes=minute, seconds=second)
+                  for hour, minute, second in itertools.product(*clock))
+    last = read_until(parts['UNTIL']) if 'UNTIL' in parts else datetime.max
+    return Rule(unit, int(parts.get('INTERVAL', 1)), int(parts.get('COUNT', 0)), last, by,
+                positions, times)
+
+
+def numbers_in(parts: dict, name: str) -> tuple[int, ...]:
+    return tuple(sorted({int(each) for each in parts[name].split(',')})) if name in parts else ()
+
+
+#: The days of a year, or of a leap year, before each of its months, and all.
+MONTHS = tuple((*itertools.accumulate((31, 28 + leap, 31, 30, 31, 30, 31, 31, 30, 31, 30, 31),
+                                      initial=0),) for leap in (0, 1))
+
+
+@functools.lru_cache(4000)
+def days_left(by: By, weekday: int, leap: bool, after_leap: bool) -> tuple[int, ...]:
+    """The days, counted from 0, that BY parts leave of a kind of year: there are 28 kinds.
+
+    Args:
+      weekday: of its first day
+    """
+    starts, length = MONTHS[leap], 365 + leap
+    days = set(range(length))
+    months = [range(*starts[number - 1:number + 1]) for number in by.months or range(1, 13)]
+    if by.months:
+        days.intersection_update(itertools.chain(*months))
+    if by.monthdays:
+        days &= numbered_of(by.monthdays, [range(*each) for each in itertools.pairwise(starts)])
+    if by.yeardays:
+        days &= numbered_of(by.yeardays, [range(length)])
+    if by.weeks:
+        days &= days_of_weeks(by, weekday, length, 365 + after_leap)
+    if by.weekdays:
+        days.intersection_update(*[itertools.chain(*(range((day - weekday) % 7, length, 7)
+                                                     for day in by.weekdays))])
+    if by.ordinals:
+        spans = months if by.monthly else [range(length)]
+        days &= set().union(*(numbered_of([number], [
+            range(span.start + (day - weekday - span.start) % 7, span.stop, 7) for span in spans])
+            for number, day in by.ordinals))
+    return tuple(sorted(days))
+
+
+def numbered_of(numbers: Iterable[int], spans: list[range]) -> set[int]:
+    """Of each span the days with these numbers; those below 0 count from its end."""
+    return {span[number - (number > 0)] for span in spans for number in numbers
+            if abs(number) <= len(span)}
+
+
+def days_of_weeks(by: By, weekday: int, length: int, before: int) -> set[int]:
+    """The days of a year in weeks with some numbers (ISO 8601, but weeks begin as a rule says)."""
+    first = first_week(weekday - by.first)
+    after = length + first_week(weekday + length - by.first)
+    last_year = first_week(weekday - before - by.first) - before
+    weeks = [range(start, start + 7) for start in range(first, after, 7)]
+    days = {day for number in by.weeks if abs(number) <= len(weeks)
+            for day in weeks[number - (number > 0)]}
+    if 1 in by.weeks:
+        days.update(range(after, length))
+    if {-1, (first - last_year) // 7} & {*by.weeks}:
+        days.update(range(first))
+    return days
+
+
+def first_week(weekday: int) -> int:
+    """The day on which the first week of a year begins: that with four days of it."""
+    return 3 - (weekday % 7 + 3) % 7
+
+
+class Steps(threading.local):
+    """How much this thread has had to look at: a clock that runs alike on all machines."""
+    taken, most = 0, math.inf
+
+    def take(self, number: int) -> None:
+        """Counts some steps of about a microsecond; Invalid where they are too many."""
+        self.taken += number
+        if self.taken > self.most:
+            raise Invalid('when it occurs is too hard to follow; write a simpler rule, or fewer '
+                          'dates and exceptions')
+
+    @contextmanager
+    def at_most(self, number: float) -> Iterator[None]:
+        """Bounds what is done within."""
+        before, self.most = self.most, self.taken + number
+        try:
+            yield
+        finally:
+            self.most = before
+
+
+STEPS = Steps()
+
+
+def turn_of(rule: Rule, start: date) -> Callable[[int], int]:
+    """Which turn of a rule a day is in, counted from that of its start."""
+    first = start.toordinal()
+    if rule.unit == 'DAILY':
+        return lambda day: day - first
+    if rule.unit == 'WEEKLY':
+        first -= (start.weekday() - rule.by.first) % 7
+        return lambda day: (day - first) // 7
+    of_year = rule.unit == 'YEARLY'
+
+    def turn(day: int) -> int:
+        there = date.fromordinal(day)
+        years = there.year - start.year
+        return years if of_year else 12 * years + there.month - start.month
+    return turn
+
+
+def rule_days(rule: Rule, start: date, begin: date) -> Iterator[list[int]]:
+    """The days of a rule from one on, as ordinals: year by year, where there are positions turn by turn."""
+    turn = turn_of(rule, start)
+    first = begin.toordinal()
+    if rule.positions:  # of a turn all days count, but those of weeks only from the start on
+        now = turn(first)
+        while first > 1 and turn(first - 1) == now and (
+                rule.unit in ('MONTHLY', 'YEARLY') or first > start.toordinal()):
+            first -= 1
+    years = years_of_days(rule, turn, first)
+    if not rule.positions:
+        return years
+    return (list(days) for _, days in itertools.groupby(itertools.chain.from_iterable(years), turn))
+
+
+def years_of_days(rule: Rule, turn: Callable[[int], int], first: int) -> Iterator[list[int]]:
+    """The days of a rule from one on, year by year, as far as times go."""
+    for year in range(date.fromordinal(first).year, min(rule.last.year, LAST.year) + 1):
+        start = date(year, 1, 1)
+        before = start.toordinal()
+        kinds = start.weekday(), is_leap(year), is_leap(year - 1)
+        STEPS.take(10)
+        if rule.unit == 'YEARLY' and turn(before) % rule.interval:
+            continue
+        days = [before + day for day in days_left(rule.by, *kinds)]
+        if rule.interval > 1:
+            days = [day for day in days if turn(day) % rule.interval == 0]
+        if days and days[0] < first:
+            days = [day for day in days if day >= first]
+        STEPS.take(len(days) // 8)
+        yield days
+
+
+def is_leap(year: int) -> bool:
+    return year % 4 == 0 and (year % 100 != 0 or year % 400 == 0)
+
+
+def rule_walls(rule: Rule, start: datetime, near: datetime) -> Iterator[datetime]:
+    """The wall times of a rule from the day of one on, in order; they may have no end."""
+    left = rule.count or math.inf
+    begin = start if rule.count else max(start, near)
+    for days in rule_days(rule, start.date(), begin.date()):
+        if rule.count and not rule.positions:  # what is before needs no look to be counted
+            known = bisect_right(days, start.toordinal()), bisect_left(days, near.toordinal())
+            left -= max(known[1] - known[0], 0) * len(rule.times)
+            days = days[:known[0]] + days[max(known):]
+        for wall in day_walls(rule, days):
+            if wall > rule.last or left <= 0:
+                return
+            if wall >= start:
+                left -= 1
+                yield wall
+
+
+def day_walls(rule: Rule, days: Iterable[int]) -> Iterator[datetime]:
+    """The wall times of a rule on some days, of a turn those that its positions leave."""
+    found = (datetime.fromordinal(day) + at for day in days for at in rule.times)
+    if not rule.positions:
+        return found
+    found = list(found)
+    STEPS.take(len(found))
+    return iter(sorted(numbered_of(rule.positions, [found])))
+
+
+def on_rule(rule: str, start: datetime, wall: datetime) -> bool:
+    """Whether a wall time is one of those of a rule."""
+    read = read_rule(rule, start)
+    if read.count or read.positions:
+        return next(followed(rule, start, wall), None) == wall
+    day, year = wall.toordinal(), date(wall.year, 1, 1)
+    kinds = year.weekday(), is_leap(wall.year), is_leap(wall.year - 1)
+    return (start <= wall <= read.last and wall - at_midnight(wall) in read.times
+            and turn_of(read, start.date())(day) % read.interval == 0
+            and day - year.toordinal() in days_left(read.by, *kinds))
+
+
 def followed(rule: str, start: datetime, near: datetime) -> Iterator[datetime]:
-    """The wall times of a rule from one on, as if it was followed from its start; begun near."""
-    rule = explicit(rule, start)
-    begun = near_months if parts_of(rule)['FREQ'] in ('MONTHLY', 'YEARLY') else near_weeks
-    return itertools.dropwhile(lambda wall: wall < near, rule_walls(*begun(rule, start, near)))
-
-
-def near_months(rule: str, start: datetime, near: datetime) -> tuple[str, datetime]:
-    """A rule with the first day of one of its months, or years, shortly before a wall time.
-
-    A COUNT needs them all.
-    """
-    parts = parts_of(rule)
-    yearly = parts['FREQ'] == 'YEARLY'
-    step = int(parts.get('INTERVAL', 1)) * (12 if yearly else 1)
-    turns = ((near.year - start.year) * 12 + near.month - start.month) // step - 1
-    if turns <= 0 or 'COUNT' in parts:
-        return rule, start
-    years, months = divmod(start.year * 12 + (0 if yearly else start.month - 1) + turns * step, 12)
-    return rule, start.replace(year=years, month=months + 1, day=1)
-
-
-def near_weeks(rule: str, start: datetime, near: datetime) -> tuple[str, datetime]:
-    """A rule of days or weeks with a later start, on the same weekday and in its rhythm.
-
-    It has what is left of COUNT; of what isn't alike in all weeks (UNEVEN) a COUNT needs them all.
-    """
-    parts = parts_of(rule)
-    step = int(parts.get('INTERVAL', 1)) * (7 if parts['FREQ'] == 'WEEKLY' else 1)
-    turn = timedelta(days=math.lcm(step, 7))
-    turns = (near - start) // turn - 1
-    if turns <= 0 or 'COUNT' in parts and UNEVEN & set(parts):
-        return rule, start
-    if 'COUNT' in parts:
-        first = rule_walls(endless(rule), start)
-        first = itertools.takewhile(lambda wall: wall < start + turn, first)
-        left = max(int(parts['COUNT']) - turns * sum(1 for _ in first), 0)
-        rule = re.sub('COUNT=[0-9]+', f'COUNT={left}', rule)
-    return rule, start + turns * turn
-
-
-def rule_walls(rule: str, start: datetime) -> Iterator[datetime]:
-    """The wall times of a rule from its start on, in order; they may have no end."""
-    from dateutil.rrule import rrulestr
-    if parts_of(rule).get('COUNT') == '0':
-        return iter(())
-    rule = re.sub(r'UNTIL=(\d{4})', lambda year: f'UNTIL={int(year[1]) + YEARS_AHEAD}', rule)
-    return (ahead(each, -YEARS_AHEAD) for each in rrulestr(rule, dtstart=ahead(start, YEARS_AHEAD)))
-
-
-def ahead(moment: datetime, years: int) -> datetime:
-    return moment.replace(year=moment.year + years)
+    """The wall times of a rule from one on, as if it was followed from its start."""
+    ruled = rule_walls(read_rule(rule, start), start, near)
+    return itertools.dropwhile(lambda wall: wall < near, ruled)
 
 
 def walls(stretch: Stretch, near: datetime = datetime.min) -> Iterator[datetime]:
     """The wall times of all slots of a stretch in order, those of its rule from one on; maybe for ever."""
-    start = datetime.fromisoformat(stretch.start)
-    listed = stretch.dates if stretch.rule or stretch.dates else [stretch.start]
-    listed = sorted({datetime.fromisoformat(each.partition('/')[0]) for each in listed})
+    start, listed = datetime.fromisoformat(stretch.start), sorted(listed_walls(stretch))
     ruled = followed(stretch.rule, start, near) if stretch.rule else ()
     skips, before = frozenset(stretch.skips), None
     for wall in heapq.merge(ruled, listed):
@@ -847,12 +1021,21 @@ def walls(stretch: Stretch, near: datetime = datetime.min) -> Iterator[datetime]
 
 def moved_walls(stretch: Stretch) -> Iterator[datetime]:
     """The wall times of those slots of a stretch that are otherwise, in order."""
-    dates = tuple({*stretch.moved} & {*stretch.dates})  # these need no rule
-    listed = {*walls(stretch._replace(rule='', dates=dates))} if dates else ()
-    for wall in map(datetime.fromisoformat, sorted(stretch.moved)):
-        until_there = itertools.takewhile(lambda each: each <= wall, walls(stretch, wall))
-        if wall in listed or wall in until_there:
+    start, listed, skips = datetime.fromisoformat(stretch.start), listed_walls(stretch), {*stretch.skips}
+    for key in sorted(stretch.moved):
+        wall = datetime.fromisoformat(key)
+        STEPS.take(10)
+        if (stretch.since <= key and (not stretch.until or key < stretch.until)
+                and not {key, key[:10]} & skips
+                and (wall in listed or stretch.rule and on_rule(stretch.rule, start, wall))):
             yield wall
+
+
+def listed_walls(stretch: Stretch) -> set[datetime]:
+    """The wall times of those slots of a stretch that no rule gives."""
+    listed = stretch.dates if stretch.rule or stretch.dates else [stretch.start]
+    STEPS.take(len(listed))
+    return {datetime.fromisoformat(each.partition('/')[0]) for each in listed}
 
 
 def slots(stretch: Stretch, begin: float, until: float,
@@ -880,6 +1063,7 @@ def slots(stretch: Stretch, begin: float, until: float,
             shifted, length, vms, exact = [*stretch.moved[key], 0][:4]
             shifted = datetime.fromisoformat(shifted)
         start, end = window_of(shifted, int(length), zone, exact)
+        STEPS.take(5)
         if end > begin and start < until:
             found += 1
             yield Slot('' if stretch.single else key, start, end, vms, stretch.resource)
@@ -5445,6 +5629,7 @@ MOST_TEXT = 20_000      # letters of a text that are looked at
 MOST_EVENTS = 2000      # that want machines
 MOST_DATES = 5000       # RDATEs and EXDATEs of an event, exceptions of a series
 MOST_ZONE = 50_000      # letters that describe a time zone
+MOST_CHANGES = 2000     # of the clocks of one that a part of it describes
 MOST_NESTING = 8
 MOST_LENGTH = 366 * 86400  # seconds of one occurrence
 MOST_EXPANDING = 10     # seconds of computing for the occurrences of a whole calendar
@@ -5458,7 +5643,6 @@ FEED_UID = re.compile(r'occurrence-\d+@cmres-[0-9a-f]{8}')
 PROPERTY = re.compile(r'([A-Za-z0-9-]+)((?:;[^":;]*(?:"[^"]*"[^":;]*)*)*):(.*)', re.S)
 TIMES = ('DTSTART', 'DTEND', 'RECURRENCE-ID', 'RDATE', 'EXDATE')
 PROGRAMMED = ('FLAVOR', 'IMAGE', 'RESOURCE', 'NETWORK', 'KEY')
-TOLD_OF_ZONES = ('BEGIN', 'END', 'TZID', 'DTSTART', 'RRULE', 'RDATE', 'TZOFFSETFROM', 'TZOFFSETTO')
 KEPT = frozenset((*TIMES, 'UID', 'SUMMARY', 'DESCRIPTION', 'LOCATION', 'CATEGORIES', 'STATUS',
                   'SEQUENCE', 'DURATION', 'RRULE', 'EXRULE', 'X-VM-COUNT',
                   *(f'X-VM-{name}' for name in PROGRAMMED)))
@@ -5529,30 +5713,103 @@ def table_zone(name: str) -> ZoneInfo | None:
     return table_zone(WINDOWS_TO_OLSON[name]) if name in WINDOWS_TO_OLSON else None
 
 
-def described_zone(lines: Iterable[str]) -> tzinfo | None:
+class DescribedZone(tzinfo):
+    """A zone that a calendar describes: its changes, as instants without their zone."""
+
+    def __init__(self, changes: list[tuple[datetime, timedelta]], before: timedelta):
+        self.instants = [at for at, _ in changes]
+        self.offsets = [before, *(offset for _, offset in changes)]
+        pairs = [*zip(self.instants, itertools.pairwise(self.offsets))]
+        # What a clock shows at a change: of an hour that it shows twice its end, or its begin.
+        self.walls = [[at + side(pair) for at, pair in pairs] for side in (max, min)]
+
+    def utcoffset(self, moment: datetime | None) -> timedelta | None:
+        wall = moment.replace(tzinfo=None, fold=0)
+        return self.offsets[bisect_right(self.walls[moment.fold], wall)]
+
+    def dst(self, moment: datetime | None) -> timedelta | None:
+        return None
+
+    def tzname(self, moment: datetime | None) -> str:
+        return 'local'
+
+    def fromutc(self, moment: datetime) -> datetime:
+        at = moment.replace(tzinfo=None)
+        number = bisect_right(self.instants, at)
+        wall = at + self.offsets[number]
+        return wall.replace(tzinfo=self, fold=number and wall < self.walls[0][number - 1])
+
+
+def described_zone(lines: list[str]) -> tzinfo | None:
     """The zone that a VTIMEZONE describes; None if it can't be followed in reasonable time."""
-    from dateutil.tz import tzical
     try:
-        said = filter(None, map(read_property, lines))
-        told = [f'{name}:{zone_value(name, value.strip())}' for name, _, value in said
-                if name in TOLD_OF_ZONES]
-        return tzical(io.StringIO('\n'.join(told))).get()
-    except Exception:  # it has many kinds of its own for what is none
+        parts = [*observances(lines)]
+        changes = sorted(change for part in parts for change in changes_of(part))
+        standard = next((part for part in parts if part['BEGIN'] == ['STANDARD']), parts[0])
+        return DescribedZone(changes, read_offset(standard['TZOFFSETTO'][0]))
+    except (Error, ValueError, LookupError, OverflowError):
         return None
 
 
-def zone_value(name: str, value: str) -> str:
-    """A value of a VTIMEZONE; ValueError for offsets of days and rules that take long."""
-    if name.startswith('TZOFFSET') and not OFFSET.fullmatch(value):
-        raise ValueError(value)
-    if name != 'RRULE':
-        return value
-    rule = parts_of(checked_rule(re.sub(r'\s', '', value).upper()))
-    if rule['FREQ'] != 'YEARLY':
-        raise ValueError(value)
-    if 'UNTIL' in rule:  # it is an instant; by the clock a day more holds no other change
-        rule['UNTIL'] = f"{read_until(rule['UNTIL']) + timedelta(days=1):%Y%m%dT%H%M%S}"
-    return ';'.join('='.join(each) for each in rule.items())
+def observances(lines: list[str]) -> Iterator[dict[str, list[str]]]:
+    """The parts of a VTIMEZONE (RFC 5545, 3.6.5), as values by names.
+
+    Raises:
+      ValueError: it is cut off.
+    """
+    part: dict[str, list[str]] = {}
+    if not lines or lines[-1].strip().upper() != 'END:VTIMEZONE':
+        raise ValueError(lines[-1:])
+    for name, _, value in filter(None, map(read_property, lines)):
+        value = value.strip()
+        if name == 'BEGIN':
+            part = defaultdict(list)
+        elif name == 'END' and value.upper() in ('STANDARD', 'DAYLIGHT'):
+            yield part
+        part[name].append(value.upper())
+
+
+def changes_of(part: dict[str, list[str]]) -> Iterator[tuple[datetime, timedelta]]:
+    """The changes to the offset of a part; ValueError for offsets of days and rules that take long."""
+    before, offset = (read_offset(part[name][0]) for name in ('TZOFFSETFROM', 'TZOFFSETTO'))
+    start = zone_wall(part['DTSTART'][0])
+    dates = [each.partition('/')[0] for values in part.get('RDATE', ()) for each in values.split(',')]
+    STEPS.take(5 * len(dates))
+    walls = {start, *map(zone_wall, dates)}
+    for rule in part.get('RRULE', ()):
+        ruled = [*itertools.islice(zone_walls(rule, start), MOST_CHANGES)]
+        STEPS.take(len(ruled))
+        walls.update(ruled)
+    if len(walls) >= MOST_CHANGES:
+        raise ValueError(len(walls))
+    return ((wall - before, offset) for wall in walls)
+
+
+def zone_wall(text: str) -> datetime:
+    """A local time of a VTIMEZONE."""
+    match = MOMENT.fullmatch(text.strip())
+    if not match:
+        raise ValueError(text)
+    return datetime(*(int(each or 0) for each in match.groups()[:6]))
+
+
+def zone_walls(rule: str, start: datetime) -> Iterator[datetime]:
+    """The wall times of a rule of a VTIMEZONE."""
+    parts = parts_of(checked_rule(re.sub(r'\s', '', rule)))
+    if parts['FREQ'] != 'YEARLY':
+        raise ValueError(rule)
+    if 'UNTIL' in parts:  # it is an instant; by the clock a day more holds no other change
+        parts['UNTIL'] = f"{read_until(parts['UNTIL']) + timedelta(days=1):%Y%m%dT%H%M%S}"
+    return followed(';'.join('='.join(each) for each in parts.items()), start, start)
+
+
+def read_offset(text: str) -> timedelta:
+    """A TZOFFSETFROM or TZOFFSETTO."""
+    if not OFFSET.fullmatch(text):
+        raise ValueError(text)
+    hours, minutes, seconds = (int(text[at:at + 2] or 0) for at in (1, 3, 5))
+    length = timedelta(hours=hours, minutes=minutes, seconds=seconds)
+    return -length if text[0] == '-' else length
 
 
 def read_property(line: str) -> tuple[str, str, str] | None:
@@ -5976,8 +6233,7 @@ def overridden(stretches: list[Stretch], key: str, entry: Entry, clock: Clock,
 def is_ruled(stretch: Stretch, key: str) -> bool:
     """Whether a slot is one of a rule; what was added by hand has none that follow."""
     start, wall = datetime.fromisoformat(stretch.start), datetime.fromisoformat(key)
-    ruled = followed(stretch.rule, start, wall) if stretch.rule else iter(())
-    return wall == start or next(ruled, None) == wall
+    return wall == start or bool(stretch.rule) and on_rule(stretch.rule, start, wall)
 
 
 def following(stretches: list[Stretch], key: str, entry: Entry, start: datetime,

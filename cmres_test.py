@@ -4596,7 +4596,7 @@ def test_a_rule_that_is_begun_near_a_window_gives_what_it_gives_from_its_first_d
 
 
 def test_a_series_of_half_a_century_costs_no_more_than_a_new_one():
-    """Counted, not timed: how many wall times dateutil gives for one year of it."""
+    """Counted, not timed: how many wall times its rule gives for one year of it."""
     old = cmres.Stretch('1970-01-01T09:00:00', 3600, 'UTC', 1, 1, 'FREQ=DAILY;COUNT=30000')
     given, rule_walls = [], cmres.rule_walls
     with pytest.MonkeyPatch.context() as patch:
@@ -15201,7 +15201,7 @@ def test_a_body_of_anything_else_is_as_small_as_before(app):
 
 
 def test_daily_events_of_half_a_century_are_followed_from_now_on(service):
-    """Counted, not timed: how many wall times dateutil gives for all of them."""
+    """Counted, not timed: how many wall times their rules give for all of them."""
     body = ''.join(event('DTSTART;TZID=Europe/Paris:19700102T090000', 'DURATION:PT1H', 'RRULE:FREQ=DAILY', 'CATEGORIES:VM',
                          uid=f'u{n}') for n in range(10))
     given, rule_walls = [], cmres.rule_walls
