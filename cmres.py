@@ -72,10 +72,12 @@ import secrets
 import signal
 import socket
 import sqlite3
+import struct
 import sys
 import textwrap
 import threading
 import time
+import zlib
 from bisect import bisect_left, bisect_right
 from collections import Counter, defaultdict, deque, namedtuple
 from concurrent.futures import ThreadPoolExecutor
@@ -2005,15 +2007,111 @@ OURS = 0x636d7265  # the application id of our databases: 'cmre'
 SIDES = ('', '-wal', '-shm')  # the files of an open database: itself, its log, the log's index
 
 
+class LogState(NamedTuple):
+    """How far SQLite's log is, as its index says."""
+    changes: int  # how many transactions ended since the first process opened the database
+    salt: int     # another one each time that the log is begun anew
+    frames: int   # how many pages it has
+    copied: int   # how many of them the database file has too
+    size: int     # bytes that the log has at least
+    calm: bool    # nobody copies now
+
+    def follows(self, changes: int, salt: int, frames: int) -> bool:
+        """Whether it can be what became of an earlier state; an index made anew counts from 0."""
+        return self.changes >= changes or self.salt == salt and self.frames >= frames
+
+    def has_copied(self, before: LogState) -> bool:
+        """Whether pages may have been copied since an earlier state."""
+        new = self.changes - before.changes  # with one transaction, the log was only begun anew
+        same = before.copied == before.frames and not self.copied
+        return not same or new > 1 or new == 1 and not self.frames
+
+
+def read_log(index: int) -> LogState | None:
+    """What the open index of a log says (https://sqlite.org/walformat.html)."""
+    return log_state(os.pread(index, 136, 0))
+
+
+@functools.lru_cache(16)
+def log_state(data: bytes) -> LogState | None:
+    """What the first bytes of an index say; None while they change."""
+    if len(data) < 136 or data[:48] != data[48:96]:
+        return None
+    changes, page, frames = struct.unpack_from('=I2xHI', data, 8)
+    salt, = struct.unpack_from('=Q', data, 32)
+    copied, tried = struct.unpack_from('=I28xI', data, 96)
+    size = 32 + frames * (24 + (65536 if page == 1 else page)) if frames else 0
+    return LogState(changes, salt, frames, copied, size, copied == tried <= frames)
+
+
+def is_calm(state: LogState | None, again: LogState | None) -> bool:
+    """Whether nothing was copied from the log between two looks at its index."""
+    if not state or not again or not state.calm or not again.calm:
+        return False
+    return (state.salt, state.copied) == (again.salt, again.copied)
+
+
+class Copied(NamedTuple):
+    """A database file as SQLite left it when it had copied so much of its log into it."""
+    changes: int
+    salt: int
+    copied: int
+    size: int
+    mtime: int   # ns
+    number: int  # of the last write that is in it
+    digest: int  # of all that is in it; 0: it is large
+    lost: bool = False  # it was found to be overwritten since
+
+    def is_of(self, state: LogState | Copied) -> bool:
+        """Whether no more was copied, nor the log begun anew."""
+        return (self.salt, self.copied) == (state.salt, state.copied)
+
+    def is_like(self, found: os.stat_result) -> bool:
+        """Whether nobody has written to the file since."""
+        return (self.size, self.mtime) == (found.st_size, found.st_mtime_ns)
+
+    def holds_what(self, now: Copied) -> bool:
+        """Whether a file that was written to holds what it held."""
+        return (self.size, self.digest) == (now.size, now.digest) and self.digest > 0
+
+    def may_become(self, now: Copied, state: LogState, least: int) -> bool:
+        """Whether SQLite may have made another file of it, which has so many writes."""
+        return (not self.lost and state.follows(*self[:3])
+                and now.number >= max(self.number, least))
+
+    def packed(self) -> bytes:
+        """It as bytes, with a check sum."""
+        data = struct.pack(COPIED, *self)
+        return data + struct.pack('=I', zlib.crc32(data))
+
+
+COPIED = '=IQIqqqI?'
+ACKNOWLEDGED = 64  # where the lock has the number of the last write that was acknowledged
+
+
+def unpacked(data: bytes) -> Copied | None:
+    """What was packed; None if nothing was, or somebody is writing it."""
+    size = struct.calcsize(COPIED)
+    found = Copied(*struct.unpack_from(COPIED, data)) if len(data) > size else None
+    return found if found and data.startswith(found.packed()) else None
+
+
 class StoreFile:
     """The files of the open database, known by device and inode, and the lock beside them.
 
-    What is written to a file that was removed or replaced is lost, and SQLite does not notice.
+    What is written to a file that was removed or replaced is lost, and SQLite does not notice. Nor
+    does it notice that another program writes into the file. But SQLite itself changes the file
+    only when it copies its log into it, and the log's index says how much was copied. So a file
+    that changed while nothing was copied was overwritten. All processes share, in the lock, what
+    the file was like last.
     """
 
     def __init__(self):
         self.path, self.identity, self.store = '', (), ''  # the last is the id that is in the file
         self.lock = self.guard = None  # the guard is a connection that keeps log and index in place
+        self.file = self.index = None  # open as long as the guard: closing drops SQLite's locks
+        self.log = LogState(0, 0, 0, 0, 0, True)
+        self.known: Copied | None = None  # as the file was last when it was right
         self.damage = ''  # what a statement or a check met, until a check meets nothing
         self.lost = ''    # the sentence that was logged of a loss
 
@@ -2021,34 +2119,134 @@ class StoreFile:
         """Says to other processes that the file is in use, and connects the guard."""
         self.path = os.path.abspath(path)
         self.lock = lock_store(path, alone=False)
+        self.file = os.open(path, os.O_RDONLY)
+        if os.path.exists(path + '-shm'):  # before SQLite reads what others know to be lost
+            index = os.open(path + '-shm', os.O_RDONLY)
+            try:
+                self.compare(index, self.log)
+            finally:
+                os.close(index)
         self.guard = connect(path)
 
     def release(self) -> None:
-        """Forgets the file."""
+        """Forgets the files."""
         if self.guard:
             self.guard.close()
-        if self.lock is not None:
-            os.close(self.lock)
+        for each in (self.index, self.file, self.lock):
+            if each is not None:
+                os.close(each)
         self.__init__()
 
     def recognise(self) -> None:
         """From now on only these files are ours."""
         self.guard.execute('PRAGMA journal_mode = wal').fetchone()
         self.guard.execute('SELECT count(*) FROM sqlite_master').fetchone()  # opens log and index
-        self.identity = identity_of(self.path)
+        self.index = os.open(self.path + '-shm', os.O_RDONLY)
+        if (state := read_log(self.index)) and not state.calm:  # who copied last was killed
+            self.guard.execute('PRAGMA wal_checkpoint(PASSIVE)').fetchone()
+        self.identity = identity_of(stats_of(self.path))
+        self.look()
 
     def check(self) -> None:
-        """Raises Unavailable unless the path leads to the files that are open."""
-        if self.identity and (found := identity_of(self.path)) != self.identity:
-            raise Unavailable(self.loss(found))
+        """Raises Unavailable unless the path leads to the open files, as SQLite left them."""
+        self.look()
         if self.lost:  # until the cause is gone
-            self.refuse_other(store_in(self.path))
-            self.lost = ''
+            self.renew()
+
+    def confirm(self) -> None:
+        """The same before a transaction ends, which may have read what is right again now."""
+        self.look()
+        if self.lost:
+            raise Unavailable(self.lost)
+
+    def look(self) -> None:
+        """Raises Unavailable if the files are others than were opened, or were overwritten."""
+        if not self.identity:
+            return
+        before, known = self.log, self.known
+        state, stats = read_log(self.index), stats_of(self.path)
+        if (found := identity_of(stats)) != self.identity:
+            raise Unavailable(self.loss(found))
+        if state:
+            self.refuse_shorter(before, state, stats[1].st_size)
+            self.log = state
+        if not known or not known.is_like(stats[0]) or state and not known.is_of(state):
+            self.compare(self.index, before)
+
+    def refuse_shorter(self, before: LogState, state: LogState, size: int) -> None:
+        """Raises Unavailable if the log or its index went back."""
+        if not state.follows(*before[:3]):
+            raise Unavailable(self.told_of('-shm', OVERWRITTEN, RESTART))
+        if size < state.size and read_log(self.index) == state:  # else it was begun anew just now
+            raise Unavailable(self.told_of('-wal', OVERWRITTEN, RESTART))
+
+    def compare(self, index: int, before: LogState) -> None:
+        """Raises Unavailable if the file changed, and not by what was copied into it."""
+        written, last = self.written(), unpacked(os.pread(self.lock, ACKNOWLEDGED, 0))
+        state, found = read_log(index), os.stat(self.path)
+        if not state:
+            return
+        now = self.left_by(state, found)
+        same = last and (last.is_of(state) or
+                         last.is_of(before) and not state.has_copied(before))
+        right = not last or last.is_like(found) or (
+            last.holds_what(now) if same else
+            last.may_become(now, state, written - ends_in_log(self.path, state)))
+        if not is_calm(state, read_log(index)):
+            return  # it is being copied: the next look will tell
+        if not right:
+            if same:
+                self.note(Copied(*now[:3], *last[3:7], lost=True))
+            raise Unavailable(self.told_of('', OVERWRITTEN, PUT_BACK))
+        if self.guard and now.is_like(os.stat(self.path)):
+            self.note(now)
+            self.known = now
+
+    def left_by(self, state: LogState, found: os.stat_result) -> Copied:
+        """What the file is like now; it is read if it has changed."""
+        known, size = self.known, found.st_size
+        contents = known[5:7] if known and known.is_like(found) else contents_of(
+            self.path, self.file, size)
+        return Copied(*state[:2], state.copied, size, found.st_mtime_ns, *contents)
+
+    def acknowledged(self) -> int:
+        """The number of the last write that was acknowledged, by any process."""
+        found = os.pread(self.lock, 8, ACKNOWLEDGED)
+        return struct.unpack('=Q', found)[0] if len(found) == 8 else 0
+
+    def written(self) -> int:
+        """The number of the last write that anybody knows of."""
+        number = self.acknowledged()
+        if self.guard:
+            with suppress(sqlite3.Error):  # the file may hold anything now
+                number = max([number, *map(int, self.guard.execute(LAST_WRITE).fetchone() or ())])
+        return number
+
+    def acknowledge(self, number: int) -> None:
+        """Lets all processes know of a write, unless it went to files that are lost since."""
+        if self.identity:
+            self.look()
+            number = max(number, self.acknowledged())
+            with suppress(OSError):  # a full disk is told of elsewhere
+                os.pwrite(self.lock, struct.pack('=Q', number), ACKNOWLEDGED)
+
+    def note(self, copied: Copied) -> None:
+        """Tells all processes what the file was like last."""
+        with suppress(OSError):
+            os.pwrite(self.lock, copied.packed(), 0)
+
+    def renew(self) -> None:
+        """Ends a loss: a write lets all connections forget what they have read meanwhile."""
+        try:
+            write_probe(self.path)
+        except sqlite3.Error as error:
+            raise in_trouble(error) or Unavailable(self.lost) from None
+        self.lost = ''
 
     def loss(self, found: tuple) -> str:
         """What became of the files, as people read it; logged once."""
         side = next(n for n in range(len(SIDES)) if found[n] != self.identity[n])
-        what = 'was replaced by another file' if found[side] else 'was removed'
+        what = f"was {'replaced by another file' if found[side] else 'removed'} while cmres used it"
         if side == 1 and not found[1] and not self.lost:  # what the log alone holds is saved
             self.guard.execute('PRAGMA wal_checkpoint(PASSIVE)')
         return self.told_of(SIDES[side], what, RESTART if side else PUT_BACK)
@@ -2056,36 +2254,58 @@ class StoreFile:
     def told_of(self, side: str, what: str, then: str) -> str:
         """The sentence about a loss; it is logged when it is a new one."""
         name = os.path.basename(self.path) + side
-        lost = f"the database file '{name}' {what} while cmres used it: nothing is saved now. {then}"
+        lost = f"the database file '{name}' {what}: nothing is saved now. {then}"
         if lost != self.lost:
             self.lost = lost
             log.critical('%s', lost)
         return lost
 
-    def refuse_other(self, store: str) -> None:
-        """Raises Unavailable if the file holds another store than when it was opened."""
-        if self.store and store != self.store:
-            what = f"was overwritten with {f'the store {store}' if store else 'an empty one'}"
-            raise Unavailable(self.told_of('', what, PUT_BACK))
-
 
 RESTART = 'Stop all processes of cmres and start them again'
 PUT_BACK = ('Put the first file back; or stop cmres, restore a backup with `store restore FILE`, '
             'and start it again')
+OVERWRITTEN = 'was overwritten by another program while cmres used it, so it is damaged'
+MOST_DIGESTED = 16 << 20  # bytes of a database file, which is read whole each time it has changed
 store_file = StoreFile()
 
 
-def identity_of(path: str) -> tuple:
-    """Device and inode of each of the files of a database; None for one that is not there."""
-    return tuple(inode_of(path + side) for side in SIDES)
+def stats_of(path: str) -> tuple:
+    """What the system says of each of the files of a database; None for one that is not there."""
+    return tuple(stat_of(path + side) for side in SIDES)
 
 
-def inode_of(path: str) -> tuple | None:
+def stat_of(path: str) -> os.stat_result | None:
     try:
-        found = os.stat(path)
+        return os.stat(path)
     except OSError:
         return None
-    return found.st_dev, found.st_ino
+
+
+def identity_of(stats: tuple) -> tuple:
+    """Device and inode of each of some files; None for one that is not there."""
+    return tuple(each and (each.st_dev, each.st_ino) for each in stats)
+
+
+def ends_in_log(path: str, state: LogState) -> int:
+    """How many transactions end in that part of a log which the database file has not."""
+    if state.copied == state.frames:
+        return 0
+    size, ends = (state.size - 32) // state.frames, 0
+    with open(path + '-wal', 'rb') as file:
+        for n in range(state.copied, state.frames):
+            ends += any(os.pread(file.fileno(), 4, 32 + n * size + 4))
+    return ends
+
+
+def contents_of(path: str, file: int, size: int) -> tuple[int, int]:
+    """The number of the last write in a database file without its log, and a digest of the file."""
+    digest = zlib.crc32(os.pread(file, size + 1, 0)) if size <= MOST_DIGESTED else 0
+    try:
+        with closing(sqlite3.connect(file_uri(path) + '&immutable=1', uri=True)) as alone:
+            found = alone.execute(LAST_WRITE).fetchone()
+    except sqlite3.Error:  # it is empty, or damaged
+        return -1, digest
+    return int(found[0]) if found else 0, digest
 
 
 def file_uri(path: str) -> str:
@@ -2102,16 +2322,20 @@ def connect(path: str, timeout: float = PATIENT) -> sqlite3.Connection:
 def lock_store(path: str, alone: bool) -> int:
     """Takes the lock beside a database: alone to replace or migrate it, else together with others.
 
-    The lock ends with the process or when the file descriptor is closed.
+    The lock ends with the process or when the file descriptor is closed. Whoever comes first
+    forgets what earlier processes knew of the file.
 
     Raises:
       Unavailable: others use the database, or one replaces it.
     """
     import fcntl
     try:
-        file = os.open(f'{path}.lock', os.O_RDONLY | os.O_CREAT, mode_of(path))
+        file = os.open(f'{path}.lock', os.O_RDWR | os.O_CREAT, mode_of(path))
     except OSError as error:
         raise Unavailable(f"can't open the lock '{path}.lock': {error.strerror}") from None
+    with suppress(BlockingIOError):
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.ftruncate(file, 0)
     kind, refusal = (fcntl.LOCK_EX, IN_USE) if alone else (fcntl.LOCK_SH, BEING_REPLACED)
     until = time.monotonic() + (0 if alone else PATIENT)
     while True:
@@ -3322,7 +3546,6 @@ def trouble(error: BaseException) -> Unavailable | None:
         return None
     try:
         store_file.check()  # any error may follow from this one
-        store_file.refuse_other(store_in(store_file.path))
     except Unavailable as lost:
         return lost
     return in_trouble(error)
@@ -3352,15 +3575,6 @@ def in_trouble(error: BaseException) -> Unavailable | None:
     return Unavailable(sentence)
 
 
-def store_in(path: str) -> str:
-    """The id of the store that a file holds now; the one that is open, where that can't be read."""
-    try:
-        with closing(connect(path, timeout=1)) as connection:
-            return told_by(connection)[2]
-    except sqlite3.Error:
-        return store_file.store
-
-
 def look_for_damage(path: str) -> str:
     """Reads a database file anew, and tells what is damaged; '' if nothing."""
     store_file.check()
@@ -3385,13 +3599,16 @@ def probe(path: str) -> str:
     """Writes to the database on a connection of its own; what prevents that, '' if nothing."""
     try:
         store_file.check()
-        with closing(connect(path, timeout=5)) as connection:
-            store_file.refuse_other(told_by(connection)[2])
-            connection.execute("INSERT OR REPLACE INTO fact (name, value) VALUES ('probe', ?)",
-                               (f'{time.time()}',))
+        write_probe(path)
     except (Unavailable, sqlite3.Error) as error:
         return str(error if isinstance(error, Unavailable) else trouble(error) or error)
     return ''
+
+
+def write_probe(path: str) -> None:
+    """Writes nothing but that it writes, on a connection that has read nothing before."""
+    with closing(connect(path, timeout=5)) as connection:
+        connection.execute(COUNT_WRITE).fetchone()
 
 
 def first_cause(error: Exception) -> Exception:
@@ -3423,19 +3640,37 @@ def transaction() -> Iterator[None]:
     if not write_lock.acquire(timeout=PATIENT):
         raise Unavailable(TROUBLES[sqlite3.SQLITE_BUSY])
     try:
-        store_file.check()
-        with db.atomic():
-            store_file.refuse_other(standing().store)
+        with watched():
             try:
                 yield
                 write_memories()
             finally:
                 forget_memories()
-        store_file.check()  # what was written to a file that has gone meanwhile is lost
     except STORE_ERRORS as error:
         raise of_store(error)
     finally:
         write_lock.release()
+
+
+@contextmanager
+def watched() -> Iterator[None]:
+    """A transaction that writes to the files that cmres has opened, or not at all."""
+    store_file.check()
+    number = 0
+    with db.atomic():
+        before = db.connection().total_changes
+        yield
+        if db.connection().total_changes > before:
+            number = int(run(COUNT_WRITE).fetchone()[0])
+            store_file.confirm()
+    if number:
+        store_file.acknowledge(number)
+
+
+#: Each write has a number, by which a database file tells how old it is.
+LAST_WRITE = "SELECT value FROM fact WHERE name = 'writes'"
+COUNT_WRITE = """INSERT INTO fact (name, value) VALUES ('writes', 1)
+  ON CONFLICT (name) DO UPDATE SET value = value + 1 RETURNING value"""
 
 
 def of_store(error: Exception) -> Exception:
@@ -3499,7 +3734,6 @@ def rehearsing() -> Iterator[None]:
     try:
         set_stage()
         with suppress(Unmade), db.atomic('DEFERRED'):
-            store_file.refuse_other(standing().store)
             rehearsal.tables, rehearsal.ids = frozenset(), {}
             try:
                 yield
@@ -3663,8 +3897,7 @@ class Remembered(threading.local):
 remembered = Remembered()
 MEMORIES.append(remembered)
 SELDOM = ('resource', 'limits', 'wait')
-STANDING = """SELECT (SELECT value FROM fact WHERE name = 'store') AS store,
-                     EXISTS (SELECT 1 FROM wait) AS waits, EXISTS (SELECT 1 FROM limits) AS limits"""
+STANDING = """SELECT EXISTS (SELECT 1 FROM wait) AS waits, EXISTS (SELECT 1 FROM limits) AS limits"""
 
 
 def once(sql: str, *values) -> list:
@@ -3678,26 +3911,14 @@ def once(sql: str, *values) -> list:
 
 
 def standing():
-    """The id of the store that is in the file, and whether anybody waits, or is limited, at all."""
-    return once(STANDING)[0] if store_file.store else Standing('', 0, 0)
-
-
-class Standing(NamedTuple):
-    store: str
-    waits: int
-    limits: int
+    """Whether anybody waits, and whether anybody is limited, at all: `waits` and `limits`."""
+    return once(STANDING)[0]
 
 
 def resource_of(id: int, removed: bool = False):
     """The row of a resource; None if it was removed."""
     found = once('SELECT * FROM resource WHERE id = ?', id)[0]
     return found if removed or found.removed is None else None
-
-
-def stored_id() -> str:
-    """The id of the store that is in the file, as this connection reads it; '' before it is made."""
-    found = store_file.store and run("SELECT value FROM fact WHERE name = 'store'").fetchone()
-    return found[0] if found else ''
 
 
 def row_type(sql: str, cursor):
@@ -12611,7 +12832,6 @@ def answering(handle: Callable) -> Callable:
     def answer(*args, **path):
         try:
             store_file.check()
-            store_file.refuse_other(stored_id())
             return handle(*args, **path)
         except bottle.HTTPResponse:
             raise

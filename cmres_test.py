@@ -42,6 +42,7 @@ import shlex
 import shutil
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -180,8 +181,9 @@ def labels(answer):
 
 
 def dump():
-    """Everything that is in the store."""
-    return list(cmres.db.connection().iterdump())
+    """Everything that is in the store, but not how often it was written to."""
+    everything = cmres.db.connection().iterdump()
+    return [line for line in everything if not line.startswith('INSERT INTO "fact" VALUES(\'writes\'')]
 
 
 # Time ########################################################################
@@ -687,7 +689,6 @@ def serving(tmp_path):
 
 def from_dump(path, dump: str):
     """A database file out of its dump."""
-    import sqlite3
     made = sqlite3.connect(path)
     made.executescript(dump)
     made.execute('PRAGMA journal_mode = WAL')
@@ -744,7 +745,6 @@ def test_a_store_of_a_newer_version_is_refused_and_left_as_it_is(run, tmp_path):
         assert code == 1 and 'a newer cmres wrote the database' in err, command
     newer = run('store', 'backup', 'newer.db')
     assert newer[0] == 0 and 'a newer cmres' in run('store', 'restore', 'newer.db')[2]
-    import sqlite3
     assert list(sqlite3.connect('cmres.db').iterdump()) == before
 
 
@@ -914,21 +914,125 @@ def test_a_store_that_is_replaced_while_serving_takes_no_writes(serving, tmp_pat
     assert serve.add('back')[0] == 201 and serve.names() == {'demo', 'back'}
 
 
-def test_a_store_that_is_overwritten_with_another_takes_no_writes(serving, tmp_path):
-    """`cp` leaves the file what it is for the system, and SQLite reads what is in it now."""
-    import sqlite3
-    serve = serving()
-    (tmp_path / 'other').mkdir()
-    for command in (['resource', 'add', 'other'], ['store', 'backup', '../other.db']):
-        assert cli(tmp_path / 'other', *command).returncode == 0
-    line = sqlite3.connect(tmp_path / 'cmres.db')
-    line.execute('PRAGMA wal_checkpoint(TRUNCATE)').fetchall()  # else the log still holds all of it
+def overwrite(path, data: bytes) -> None:
+    """Writes into a file as `cp` does: it stays what it is for the system."""
+    Path(path).write_bytes(data)
+
+
+def copied_into_it(path, truncate: bool = True) -> bytes:
+    """The database file, once all of the log is in it; another connection sees to that."""
+    line = sqlite3.connect(path)
+    line.execute(f"PRAGMA wal_checkpoint({'TRUNCATE' if truncate else 'PASSIVE'})").fetchall()
     line.close()
-    shutil.copyfile(tmp_path / 'other.db', tmp_path / 'cmres.db')
-    soon(lambda: 'was overwritten with the store' in str(serve.ask('GET', '/readyz')[1]))
-    status, answer = serve.add('late')
-    assert status == 503 and 'was overwritten with the store' in answer['error']
-    assert labels_in(tmp_path / 'cmres.db', 'SELECT name FROM resource') == {'other'}
+    return Path(path).read_bytes()
+
+
+OVERWRITTEN = ['older', 'backup', 'another', 'empty', 'half', 'newer', 'zeros', 'a byte']
+
+
+@pytest.mark.parametrize('before, what', [
+    *itertools.product(['all is copied', 'some is in the log'], OVERWRITTEN),
+    *itertools.product(['nobody has seen the copying'], OVERWRITTEN[:5])])
+def test_a_store_that_is_overwritten_in_place_is_noticed_until_it_is_right(
+        app, world, tmp_path, before, what):
+    """SQLite reads what is in the file now, or what it remembers, and notices nothing."""
+    path = Path(world.config.database)
+    older = copied_into_it(path)
+    cmres.copy_store(str(path), str(tmp_path / 'backup'))
+    app.call('POST', '/resource', {'name': 'early'}, 201)
+    first = copied_into_it(path, truncate=False)
+    if before == 'all is copied':
+        app.call('GET', '/resource')
+    if before == 'some is in the log':
+        app.call('POST', '/resource', {'name': 'logged'}, 201)
+    data = {'older': older, 'backup': (tmp_path / 'backup').read_bytes(),
+            'another': another_store(tmp_path / 'another'),
+            'empty': b'', 'half': first[:len(first) // 8192 * 4096],
+            'zeros': first[:4096] + bytes(8192) + first[12288:],
+            'a byte': first[:9000] + bytes([first[9000] ^ 1]) + first[9001:]}.get(what)
+    if what == 'newer':
+        (tmp_path / 'newer').write_bytes(first)
+        with contextlib.closing(sqlite3.connect(tmp_path / 'newer')) as line, line:
+            line.execute("UPDATE resource SET name = 'since' WHERE name = 'early'")
+        data = copied_into_it(tmp_path / 'newer')
+    overwrite(path, data)
+    for verb in ('POST', 'GET', 'POST'):
+        body = {'name': 'late'} if verb == 'POST' else None
+        answer = app.call(verb, '/resource', body, 503).json['error']
+        assert "'cmres.db' was overwritten by another program" in answer
+        assert 'store restore' in answer
+    ready = webtest.TestApp(cmres.rest(world.service))
+    assert 'was overwritten' in ready.get('/readyz', status=503).json['store']['fault']
+    overwrite(path, first)
+    app.call('POST', '/resource', {'name': 'back'}, 201)
+    logged = {'logged'} if before == 'some is in the log' else set()
+    found = labels_in(path, 'SELECT name FROM resource')
+    assert found == {'demo', 'early', 'back'} | logged
+    assert cmres.verify_store(str(path))['result'] == 'ok'
+
+
+def another_store(path) -> bytes:
+    """What a database of something else holds."""
+    line = sqlite3.connect(path)
+    line.executescript('CREATE TABLE fact (name PRIMARY KEY, value); PRAGMA journal_mode = WAL')
+    line.close()
+    return path.read_bytes()
+
+
+@pytest.mark.parametrize('size', [None, 0], ids=['small', 'large'])
+def test_what_sqlite_does_to_the_file_is_no_overwriting_nor_is_a_new_date(app, world, monkeypatch, size):
+    path = Path(world.config.database)
+    if size is not None:
+        monkeypatch.setattr(cmres, 'MOST_DIGESTED', size)
+    for n in range(3):
+        for truncate in (True, False):
+            app.call('POST', '/resource', {'name': f'r{n}{truncate}'}, 201)
+            copied_into_it(path, truncate)
+            app.call('GET', '/resource')
+    os.utime(path)
+    app.call('POST', '/resource', {'name': 'late'}, 503 if size == 0 else 201)
+
+
+def test_a_log_or_an_index_that_is_an_older_one_is_noticed(app, world):
+    path = Path(world.config.database)
+    index, log = (path.with_name(path.name + side) for side in ('-shm', '-wal'))
+    app.call('POST', '/resource', {'name': 'early'}, 201)
+    before = index.read_bytes()
+    app.call('POST', '/resource', {'name': 'more'}, 201)
+    now = index.read_bytes()
+    write_over(index, before)
+    answer = app.call('GET', '/resource', status=503).json['error']
+    assert "'cmres.db-shm' was overwritten" in answer
+    write_over(index, now)
+    app.call('GET', '/resource')
+    data = log.read_bytes()
+    os.truncate(log, len(data) // 2)
+    answer = app.call('POST', '/resource', {'name': 'late'}, 503).json['error']
+    assert "'cmres.db-wal' was overwritten" in answer
+    write_over(log, data)
+    app.call('POST', '/resource', {'name': 'back'}, 201)
+
+
+def write_over(path, data: bytes) -> None:
+    """Writes over a file without cutting it off."""
+    with open(path, 'r+b') as file:
+        file.write(data)
+
+
+def test_all_processes_know_that_a_store_is_overwritten(serving, tmp_path):
+    """Also one that begins since, which has not seen what was in the file."""
+    serve = serving()
+    older = copied_into_it(tmp_path / 'cmres.db')
+    assert serve.add('early')[0] == 201
+    first = copied_into_it(tmp_path / 'cmres.db')
+    overwrite(tmp_path / 'cmres.db', older)
+    for _ in range(2):
+        again = cli(tmp_path, 'resource', 'add', 'late', **serve.env)
+        assert again.returncode == 1
+        assert "'cmres.db' was overwritten by another program" in again.stderr
+    lost(serve, 'cmres.db', 'was overwritten')
+    overwrite(tmp_path / 'cmres.db', first)
+    assert serve.add('back')[0] == 201 and serve.names() == {'demo', 'early', 'back'}
 
 
 def test_what_was_acknowledged_survives_the_loss_of_the_log(serving, tmp_path):
@@ -1058,7 +1162,6 @@ def test_damage_met_while_serving_is_named_and_stays_known_until_it_is_gone(serv
 
 def page_of(path, table: str) -> list[int]:
     """The root page of a table, and of its indexes."""
-    import sqlite3
     found = sqlite3.connect(path).execute('SELECT rootpage FROM sqlite_master WHERE tbl_name = ?', (table,)).fetchall()
     return [each[0] for each in found]
 
@@ -1101,7 +1204,6 @@ def test_a_mistake_of_ours_is_500_with_a_number_that_is_in_the_log(app, monkeypa
 
 def test_the_first_cause_of_a_failed_transaction_is_told(world):
     """An inner transaction finds nothing to undo once SQLite has undone all of it."""
-    import sqlite3
     def full():
         cmres.db.connection().execute('ROLLBACK')
         raise sqlite3.OperationalError('database or disk is full')
@@ -1167,7 +1269,6 @@ def ini(folder, world) -> str:
 
 def labels_in(path, query: str = 'SELECT label FROM reservation') -> set[str]:
     """The labels in a database file."""
-    import sqlite3
     return {each[0] for each in sqlite3.connect(path).execute(query)}
 
 
@@ -11195,7 +11296,6 @@ def test_an_answer_that_can_not_be_recorded_costs_no_other_cloud_anything(tmp_pa
 
 
 def test_while_the_store_is_locked_the_life_cycle_waits_and_then_goes_on(world):
-    import sqlite3
     cmres.close_store()
     cmres.db.init(world.config.database, timeout=0.05)
     boot(world)
