@@ -3972,6 +3972,22 @@ def test_no_question_looks_through_a_table_that_grows(tmp_path, monkeypatch, sta
         visitor.get(path, status='*')
     doing[0] = 'feed'
     web.get(shown)
+    for path in ('/healthz', '/readyz', '/openapi.json', f'{BASE}/reservation/'):
+        doing[0] = f'REST {path}'
+        web.get(path, status='*')
+    doing[0] = 'the check of a form'
+    visitor.get('/book/check?resource=demo&start=2026-12-02T10:00&end=2026-12-02T11:00&vms=1&repeat=daily', status='*')
+    for lines in (lines_of(4, vms=5, wait=True), lines_of(4, vms=5, at_end='stop')):
+        doing[0] = 'load in pieces'
+        with pytest.MonkeyPatch.context() as patched, contextlib.suppress(Error):
+            patched.setattr(cmres, 'PIECE', 0)
+            service.load([*lines, {'label': 'much', 'resource': 'demo', 'start': '+1h', 'end': '+1h', 'vms': 10**7}])
+    with pytest.MonkeyPatch.context() as patched, contextlib.suppress(Error):
+        doing[0] = 'a calendar is looked at'
+        text = calendar(event('DTSTART:20261205T140000Z', 'DURATION:PT1H', 'DESCRIPTION:1 x m1.small cirros on demo'))
+        patched.setattr(cmres, 'fetch', lambda *_: (200, {}, text))
+        for _ in range(2):
+            service.poll(cmres.row('SELECT * FROM subscription'))
     for hour in (0, 1.5, 30):
         doing[0] = f'life cycle at {hour}'
         world.at(hour)
@@ -4215,6 +4231,31 @@ def test_a_process_that_may_not_act_forgets_nothing_and_what_is_not_delivered_st
     world.at(24 * 501 + 1)
     with pytest.raises(NotFound):
         service.show('old')
+
+
+def test_a_pass_asks_one_question_when_nothing_is_due_whatever_has_failed_before(tmp_path, monkeypatch):
+    world = furnished(World(tmp_path, private_addresses=True, webhook='http://127.0.0.1:9/x'))
+    service, eva, cycle = world.service, world.as_user(), world.cycle
+    book(eva, 'mails', 1, 2, notify=['eva@example.org', 'http://127.0.0.1:9/y', 'http://127.0.0.1:9/z'])
+    service.resource_add('tight', vms=1)
+    eva.add('rep', 'tight', NOON + hours(1), hours(1), repeat='daily', count=3)
+    book(eva, 'waits', 1, 2, 'tight', wait=True)
+    for hour in (1, 2, 9, 100):
+        world.at(hour)
+    asked, begun, run = [], [0], cmres.run
+    monkeypatch.setattr(cmres, 'run', lambda sql, *values: (asked.append(sql), run(sql, *values))[1])
+    cmres.db.connection().set_trace_callback(lambda sql: begun.__setitem__(0, begun[0] + sql.startswith('BEGIN')))
+    costs, end = [], world.now + 60
+    while world.now < end:
+        before = len(asked)
+        wait = cycle.one_pass()
+        costs.append(len(asked) - before)
+        assert len(costs) < 120
+        world.now += min(max(wait, 0), 1)
+        until(lambda: cycle.results.qsize() == len(cycle.flying))
+    cmres.db.connection().set_trace_callback(None)
+    assert sorted(costs)[len(costs) // 2] == 1, collections.Counter(asked).most_common(20)
+    assert begun[0] < 30, begun  # the lease is renewed every 3 seconds
 
 
 # Service: long work lets others write ########################################
