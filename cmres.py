@@ -4899,6 +4899,10 @@ class Seen(NamedTuple):
     name: str = ''
 
 
+#: What Nova may still list for a moment.
+GONE = ('deleted', 'soft_deleted')
+
+
 class Cloud:
     """One account on one cloud. Every verb may raise CloudError.
 
@@ -11676,7 +11680,6 @@ ENDS_FROM = {'stop': ('active',), 'shelve': ('active', *DOWN[:3]),
              'snapshot': ('active', *DOWN[:3])}
 #: What is under way has arrived in these states. What is paused still fills its host.
 ARRIVED = {'starting': ('active',), 'stopping': ('shutoff', *DOWN[2:]), 'shelving': DOWN[3:]}
-GONE = ('deleted', 'soft_deleted')  # what Nova may still list for a moment
 FINAL = ('deleted', 'kept')  # it is gone, or it stays as its owner wished and is no longer ours to watch
 DRIFT = 1e-4  # seconds by which two clocks may part in one, without either being wrong
 CALM = 60  # seconds that another number of servers must be up before it is told

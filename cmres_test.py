@@ -45,6 +45,7 @@ import signal
 import socket
 import sqlite3
 import subprocess
+import symtable
 import sys
 import threading
 import time
@@ -196,6 +197,24 @@ def test_no_two_things_of_a_module_have_one_name():
                 [each.name] if isinstance(each, (ast.FunctionDef, ast.ClassDef)) else
                 [target.id for target in getattr(each, 'targets', ()) if isinstance(target, ast.Name)]))
         assert [name for name, number in names.items() if number > 1 and not name.startswith('_')] == []
+
+
+def test_a_section_uses_only_those_above_it():
+    text = MODULE.read_text()
+    heads = [number for number, line in enumerate(text.split('\n'), 1) if re.match('# [A-Z].* #{5,}$', line)]
+    section = lambda line: sum(head <= line for head in heads)  # noqa: E731
+    there = {}
+    for each in ast.parse(text).body:
+        targets = getattr(each, 'targets', [getattr(each, 'target', None)])
+        for name in [getattr(each, 'name', None), *(getattr(target, 'id', None) for target in targets)]:
+            there.setdefault(name, section(each.lineno))
+    below, tables = [], symtable.symtable(text, MODULE.name, 'exec').get_children()
+    while tables:
+        table = tables.pop()
+        tables += table.get_children()
+        below += [f'{table.get_name()}: {each.get_name()}' for each in table.get_symbols()
+                  if each.is_global() and each.is_referenced() and there.get(each.get_name(), 0) > section(table.get_lineno())]
+    assert len(heads) > 25 and below == []
 
 
 # Time ########################################################################
