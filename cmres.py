@@ -2995,7 +2995,7 @@ class Unmade(Exception):
 rehearsal = Rehearsal()
 #: What operations change, each with what changes with it.
 REHEARSED = dict.fromkeys(('occurrence', 'resource', 'capacity', 'proposal', 'extra_hold', 'wait',
-                           'limits', 'server', 'token', 'feed', 'subscription'), ()) | {
+                           'limits', 'token', 'feed', 'subscription'), ()) | {
     'reservation': ('occurrence', 'texts')}
 WRITTEN = re.compile(r'\s*(?:INSERT INTO|UPDATE|DELETE FROM)\s+(\w+)')
 NAMED = re.compile(r'\b((?:FROM|JOIN|INTO|UPDATE)\s+)(\w+)\b')
@@ -6248,8 +6248,11 @@ NONE_OF_THEM = -1
 #: What becomes of what is booked where there is less room than before.
 THEN = ('notify', 'move', 'cancel')
 ANY_APPROVAL = 'SELECT id FROM resource WHERE approval > 0 AND removed IS NULL LIMIT 1'
-FROM_ALL = ('FROM occurrence o JOIN reservation r ON r.id = o.reservation_id JOIN resource s ON s.id = o.resource_id')
-FROM_EXTRA = ('FROM extra_hold x JOIN reservation r ON r.id = x.reservation_id JOIN resource s ON s.id = x.resource_id')
+FROM_ALL = 'FROM occurrence o JOIN reservation r ON r.id = o.reservation_id JOIN resource s ON s.id = o.resource_id'
+FROM_EXTRA = 'FROM extra_hold x CROSS JOIN reservation r ON r.id = x.reservation_id'
+#: By whom and what counts against limits: the columns of user, project, reservation and resource.
+OF_OCCURRENCE = ('o.of_user', 'o.of_project', 'o.reservation_id', 'o.resource_id')
+OF_EXTRA = ('r.user', 'r.project', 'r.id', 'x.resource_id')
 
 
 def in_words_of(seconds: int | None) -> str:
@@ -6514,13 +6517,13 @@ class Service:
           Conflict: several projects have one; the sentence names them.
         """
         where = [('r.label = ?', label), *self.visible(), *([('r.project = ?', project)] if project else [])]
-        known = f"FROM reservation r WHERE {' AND '.join(text for text, _ in where)}"
-        found = self.search([(f"o.id IN (SELECT ({NEXT_OF.format('r.id')}) {known} AND r.over > ?1)",
-                              *given(where))], tail='ORDER BY reservation')
+        known = (f"SELECT r.id FROM reservation r WHERE {' AND '.join(text for text, _ in where)} "
+                 'AND EXISTS (SELECT 1 FROM occurrence WHERE reservation_id = r.id)')
+        found = [self.next_of(each.id) for each in rows(f'{known} AND r.over > ? ORDER BY r.id', *given(where),
+                                                        int(self.clock()))]
         usable = [each for each in found if each.cancelled is None and each.end > self.clock()]
         if not usable:
-            past = row(f'SELECT r.id {known} AND EXISTS (SELECT 1 FROM occurrence WHERE reservation_id = r.id) '
-                       'ORDER BY r.over DESC, r.id DESC LIMIT 1', *given(where))
+            past = row(f'{known} ORDER BY r.over DESC, r.id DESC LIMIT 1', *given(where))
             if live or not past:
                 raise NotFound(f"there is no reservation '{label}'{' that is not over' if past else ''}")
             usable = [self.next_of(past.id)]
@@ -7106,9 +7109,9 @@ class Wishes(Service):
         for way, condition, value in whose:
             ways = self.overlapping([(f'{way}_live', 'o.due IS NOT NULL')], begin, ' AND o.due IS NOT NULL')
             found += walk(self.clock(), ways, [(condition, value), later], most)
-        return [each.end for each in rows(
-            'SELECT DISTINCT "end" FROM occurrence WHERE id IN (SELECT value FROM json_each(?)) ORDER BY 1 LIMIT ?',
-            json.dumps([id for _, id in found]), most)]
+        ends = run('SELECT "end" FROM occurrence WHERE id IN (SELECT value FROM json_each(?))',
+                   json.dumps([id for _, id in found]))
+        return sorted({end for end, in ends})[:most]
 
     def fewer(self, wish: Wish, lack: Lack | None, old) -> Iterator[tuple[int, Wish]]:
         """As many VMs as there is room for in that window."""
@@ -7286,45 +7289,46 @@ class Limits(Wishes):
             yield 'vcpu_hours', limit.vcpu_hours, less or used + need <= limit.vcpu_hours, (
                 f'{limit.vcpu_hours}, of which {max(limit.vcpu_hours - used, 0):.0f} are left')
 
-    def counted(self, limit, wish: Wish, old, others: Others | None) -> tuple[str, tuple]:
-        """What counts against a limit, as conditions on r and s and values of theirs."""
-        who = ('r.user = ?', wish.user) if limit.user else ('r.project = ?', wish.project)
-        conditions = [who, *([('r.project = ?', limit.project)] if limit.user and limit.project else []),
-                      ('r.id <> ?', others.reservation if others else 0),
-                      *([('s.id = ?', limit.resource_id)] if limit.resource_id else [])]
-        return ' AND '.join(text for text, _ in conditions), tuple(value for _, value in conditions)
+    def counted(self, limit, wish: Wish, others: Others | None, of: tuple[str, ...]) -> tuple[str, list]:
+        """What counts against a limit, as conditions on some columns and values of theirs.
 
-    def whose(self, limit, wish: Wish) -> tuple[str, str]:
-        """The column by which an index finds the occurrences of the limited, and its value."""
-        return ('o.of_user', wish.user) if limit.user else ('o.of_project', wish.project)
+        Args:
+          of: the columns of user, project, reservation and resource
+        """
+        user, project, reservation, resource = of
+        wanted = {user: limit.user and wish.user, project: limit.project or not limit.user and wish.project,
+                  resource: limit.resource_id}
+        conditions = {f'{column} = ?': value for column, value in wanted.items() if value}
+        conditions |= {f'{reservation} <> ?': others.reservation if others else 0}
+        return ' AND '.join(conditions), [*conditions.values()]
 
     def most_at_once(self, limit, wish: Wish, old, others: Others | None) -> int:
         """How many machines the limited have at most at the same time in the window of a wish."""
-        where, values = self.counted(limit, wish, old, others)
         begin, until = wish.held
-        whose, who = self.whose(limit, wish)
-        found = run(f'SELECT o.held_from, o.held_until, o.vms {FROM_ALL} WHERE {whose} = ? AND {where} AND '
-                    f'o.due IS NOT NULL AND o.start < ? + {LONGEST_LEAD} AND o.held_until > o.held_from '
-                    'AND o.id <> ? AND o.held_from < ? AND o.held_until > ? UNION ALL '
-                    f'SELECT x.held_from, x.held_until, x.vms {FROM_EXTRA} WHERE {where} AND x.held_from < ? '
-                    'AND x.held_until > ? AND (x.proposal_id IS NOT NULL OR r.id <> ?)',
-                    who, *values, until, old.id if old else 0, until, begin, *values, until, begin,
-                    old.reservation if old and not others else 0).fetchall()
+        where, values = self.counted(limit, wish, others, OF_OCCURRENCE)
+        found = run(f'SELECT held_from, held_until, vms FROM occurrence o WHERE {where} AND o.due IS NOT NULL AND '
+                    f'o.start < ? + {LONGEST_LEAD} AND held_until > held_from AND o.id <> ? AND held_from < ? '
+                    'AND held_until > ?', *values, until, old.id if old else 0, until, begin).fetchall()
+        where, values = self.counted(limit, wish, others, OF_EXTRA)
+        found += run(f'SELECT held_from, held_until, vms {FROM_EXTRA} WHERE {where} AND held_from < ? AND held_until > ? '
+                     'AND (x.proposal_id IS NOT NULL OR r.id <> ?)', *values, until, begin,
+                     old.reservation if old and not others else 0).fetchall()
         found += others.holding(limit.resource_id, begin, until) if others else []
         changes = [change for first, last, vms in found for change in ((max(first, begin), 1, vms), (last, 0, -vms))]
         return max(itertools.accumulate((vms for _, _, vms in sorted(changes)), initial=0))
 
     def future_hours(self, limit, wish: Wish, now: float, old, others: Others | None) -> float:
         """The vcpu-hours that the limited have reserved from now on."""
-        where, values = self.counted(limit, wish, old, others)
-        own = others.seconds[limit.resource_id] if others else 0
-        whose, who = self.whose(limit, wish)
-        return (own + run(
-            f'SELECT coalesce(sum(o.vcpus * (o."end" - max(o.start, ?))), 0) {FROM_ALL} WHERE {whose} = ? AND {where} AND '
-            'o.due IS NOT NULL AND o.held_until > o.held_from AND o.id <> ? AND o."end" > ?',
-            int(now), who, *values, old.id if old else 0, int(now)).fetchone()[0] + run(
-            f'SELECT coalesce(sum(x.vcpus * (x.held_until - max(x.held_from, ?))), 0) {FROM_EXTRA} WHERE {where} '
-            'AND x.proposal_id IS NOT NULL AND x.held_until > ?', int(now), *values, int(now)).fetchone()[0]) / 3600
+        where, values = self.counted(limit, wish, others, OF_OCCURRENCE)
+        seconds = others.seconds[limit.resource_id] if others else 0
+        seconds += run(
+            f'SELECT coalesce(sum(vcpus * ("end" - max(start, ?))), 0) FROM occurrence o WHERE {where} AND '
+            'o.due IS NOT NULL AND held_until > held_from AND o.id <> ? AND "end" > ?',
+            int(now), *values, old.id if old else 0, int(now)).fetchone()[0]
+        where, values = self.counted(limit, wish, others, OF_EXTRA)
+        extra = run(f'SELECT x.vcpus * (held_until - max(held_from, ?)) {FROM_EXTRA} WHERE {where} '
+                    'AND x.proposal_id IS NOT NULL AND held_until > ?', int(now), *values, int(now))
+        return (seconds + sum(each for each, in extra)) / 3600
 
 
 # Holding #####################################################################
@@ -8362,7 +8366,8 @@ class Approval(Waiting):
         # Another change settles those that were proposed before.
         if SHAPE & set(asked) and (old.change is not None or old.repeats and not alone):
             self.drop_proposals(old.reservation, old.id if alone else None)
-        if self.actor.role == ADMIN or old.waiting is not None or not (once(ANY_APPROVAL) or self.proposes_all):
+        if self.actor.role == ADMIN or old.waiting is not None or not (
+                self.proposes_all or self.may_need_approval(old, wish)):
             return deed()
         before = self.holds(old.reservation)
         with Attempt() as attempt:
@@ -8380,6 +8385,12 @@ class Approval(Waiting):
         until = min(int(now) + (span or int(LAST.timestamp())), last)
         self.propose(old, wish, sorted(asked), until, now, code, named, alone, growth)
         return None
+
+    def may_need_approval(self, old, wish: Wish) -> bool:
+        """Whether a change concerns a resource on which an admin must approve what is reserved."""
+        if old.repeats or wish.stretches:
+            return bool(once(ANY_APPROVAL))
+        return any(resource_of(id, removed=True).approval for id in (old.resource_id, wish.resource.id))
 
     def await_approval(self, reservation: int, until: int, wish: Wish, now: float) -> None:
         """Lets a reservation wait for an admin until an instant."""
@@ -9127,7 +9138,7 @@ class Requests(Approval):
                 raise Conflict(f"'{label}' is in several projects ({', '.join(projects)}); name one with --project")
             if not found:
                 raise NotFound(f"no VM of '{label}' was stopped or shelved at its end and stays")
-            for each in found:
+            for each in () if rehearsal.on else found:
                 change(Server, each.id, goal='delete', state='shutoff', due=now)
             for reservation in {each.reservation for each in found}:
                 self.count_stopped(reservation, now)
@@ -9615,6 +9626,8 @@ class Plan(Requests):
 
     def let_start(self, resource: int, now: float) -> None:
         """Lets start at once what has waited for a resource to have as much as is booked."""
+        if rehearsal.on:
+            return
         run("UPDATE server SET due = ? WHERE due > ? AND goal = 'up' "
             "AND (state = 'planned' OR ready IS NULL OR borrowed) AND occurrence_id IN "
             '(SELECT id FROM occurrence WHERE resource_id = ? AND due IS NOT NULL '
