@@ -3027,7 +3027,7 @@ def rehearsing() -> Iterator[None]:
 
 def set_stage() -> None:
     """Makes, once on each connection, what rehearsals write to."""
-    if run("SELECT 1 FROM temp.sqlite_master WHERE name = 'texts_now'").fetchone():
+    if run('PRAGMA temp.table_info(texts_now)').fetchone():
         return
     run('PRAGMA temp_store = memory')
     for table in REHEARSED:
@@ -3719,26 +3719,26 @@ MOST_READ = 5000  # windows of which a transaction remembers what is held
 ledger = Ledger()
 MEMORIES.append(ledger)
 #: Of a step function and an instant, [resource, track, at, until] in JSON, those of `step`.
-OF_ITS = "resource_id = json_extract(p.value, '$[0]') AND track = json_extract(p.value, '$[1]')"
-AT, UNTIL = "json_extract(p.value, '$[2]')", "json_extract(p.value, '$[3]')"
+OF_ITS = "resource_id = json_extract(json_each.value, '$[0]') AND track = json_extract(json_each.value, '$[1]')"
+AT, UNTIL = "json_extract(json_each.value, '$[2]')", "json_extract(json_each.value, '$[3]')"
 LEVEL = f'(SELECT json_array(vms, vcpus, ram) FROM step WHERE {OF_ITS} AND at {{}} {AT} ORDER BY at DESC LIMIT 1)'
 AROUND = f"""EXISTS (SELECT 1 FROM step WHERE {OF_ITS} AND at = {AT}), {LEVEL.format('<')},
          {LEVEL.format('<=')}"""
-STEPS_AT = f'SELECT {AROUND} FROM json_each(?) p ORDER BY p.key'
+STEPS_AT = f'SELECT {AROUND} FROM json_each(?) ORDER BY json_each.key'
 PEAKS = f"""
   SELECT {AROUND},
          (SELECT iif(max(vms) IS NULL, NULL, json_array(max(vms), max(vcpus), max(ram))) FROM step
            WHERE {OF_ITS} AND at > {AT} AND at < {UNTIL}),
          {AROUND.replace(AT, UNTIL)}
-    FROM json_each(?) p ORDER BY p.key"""
+    FROM json_each(?) ORDER BY json_each.key"""
 PUT_STEPS = f"""
   INSERT INTO step (resource_id, track, at, vms, vcpus, ram)
   SELECT {', '.join(f"json_extract(value, '$[{n}]')" for n in range(6))} FROM json_each(?) WHERE 1
       ON CONFLICT DO UPDATE SET vms = excluded.vms, vcpus = excluded.vcpus, ram = excluded.ram"""
 RAISE_STEPS = f"""
-  UPDATE step SET vms = vms + json_extract(p.value, '$[4]'), vcpus = vcpus + json_extract(p.value, '$[5]'),
-         ram = ram + json_extract(p.value, '$[6]')
-    FROM json_each(?) p WHERE {OF_ITS} AND at > {AT} AND at < {UNTIL}"""
+  UPDATE step SET vms = vms + json_extract(json_each.value, '$[4]'), vcpus = vcpus + json_extract(json_each.value, '$[5]'),
+         ram = ram + json_extract(json_each.value, '$[6]')
+    FROM json_each(?) WHERE {OF_ITS} AND at > {AT} AND at < {UNTIL}"""
 DROP_STEPS = """
   DELETE FROM step WHERE (resource_id, track, at) IN (
     SELECT json_extract(value, '$[0]'), json_extract(value, '$[1]'), json_extract(value, '$[2]') FROM json_each(?))"""
@@ -6249,7 +6249,8 @@ NONE_OF_THEM = -1
 THEN = ('notify', 'move', 'cancel')
 ANY_APPROVAL = 'SELECT id FROM resource WHERE approval > 0 AND removed IS NULL LIMIT 1'
 FROM_ALL = 'FROM occurrence o JOIN reservation r ON r.id = o.reservation_id JOIN resource s ON s.id = o.resource_id'
-FROM_EXTRA = 'FROM extra_hold x CROSS JOIN reservation r ON r.id = x.reservation_id'
+FROM_EXTRA = ('FROM extra_hold x WHERE EXISTS (SELECT 1 FROM reservation r WHERE r.id = x.reservation_id '
+              'AND {})')
 #: By whom and what counts against limits: the columns of user, project, reservation and resource.
 OF_OCCURRENCE = ('o.of_user', 'o.of_project', 'o.reservation_id', 'o.resource_id')
 OF_EXTRA = ('r.user', 'r.project', 'r.id', 'x.resource_id')
@@ -7310,8 +7311,8 @@ class Limits(Wishes):
                     f'o.start < ? + {LONGEST_LEAD} AND held_until > held_from AND o.id <> ? AND held_from < ? '
                     'AND held_until > ?', *values, until, old.id if old else 0, until, begin).fetchall()
         where, values = self.counted(limit, wish, others, OF_EXTRA)
-        found += run(f'SELECT held_from, held_until, vms {FROM_EXTRA} WHERE {where} AND held_from < ? AND held_until > ? '
-                     'AND (x.proposal_id IS NOT NULL OR r.id <> ?)', *values, until, begin,
+        found += run(f'SELECT x.held_from, x.held_until, x.vms {FROM_EXTRA.format(where)} AND held_from < ? AND '
+                     'held_until > ? AND (proposal_id IS NOT NULL OR reservation_id <> ?)', *values, until, begin,
                      old.reservation if old and not others else 0).fetchall()
         found += others.holding(limit.resource_id, begin, until) if others else []
         changes = [change for first, last, vms in found for change in ((max(first, begin), 1, vms), (last, 0, -vms))]
@@ -7326,8 +7327,8 @@ class Limits(Wishes):
             'o.due IS NOT NULL AND held_until > held_from AND o.id <> ? AND "end" > ?',
             int(now), *values, old.id if old else 0, int(now)).fetchone()[0]
         where, values = self.counted(limit, wish, others, OF_EXTRA)
-        extra = run(f'SELECT x.vcpus * (held_until - max(held_from, ?)) {FROM_EXTRA} WHERE {where} '
-                    'AND x.proposal_id IS NOT NULL AND held_until > ?', int(now), *values, int(now))
+        extra = run(f'SELECT vcpus * (held_until - max(held_from, ?)) {FROM_EXTRA.format(where)} '
+                    'AND proposal_id IS NOT NULL AND held_until > ?', int(now), *values, int(now))
         return (seconds + sum(each for each, in extra)) / 3600
 
 
