@@ -3243,6 +3243,9 @@ def insert_text(model, names: tuple, instead: str = '') -> str:
 
 def insert_many(model: type[Table], many: list[dict]) -> None:
     """Writes rows in one statement, in order; what some don't have is NULL."""
+    if len(many) == 1:
+        insert(model, **many[0])
+        return
     table, names = model._meta.table_name, (*dict.fromkeys(name for each in many for name in each),)
     if rehearsal.on:
         note_written(table)
@@ -3690,11 +3693,10 @@ class Ledger(threading.local):
         if not missing:
             return
         for piece, found in zip(missing, run(PEAKS, json.dumps(missing)).fetchall()):
-            begun, inside, ended = found[:3], found[3], found[4:]
+            at, before, inside, *ended = map(step_of, found)
             resource, track, begin, until = piece
-            levels = [json.loads(each) if each else ZERO for each in (begun[2], inside)]
-            self.peaks[piece] = levels if inside else levels[:1]
-            self.cuts[resource, track, begin], self.cuts[resource, track, until] = begun, ended
+            self.peaks[piece] = [at or before or ZERO, *([inside] if inside else [])]
+            self.cuts[resource, track, begin], self.cuts[resource, track, until] = (at, before), ended
 
     def peak(self, resource: int, track: str, begin: float, until: float) -> tuple:
         """The peak of a track in a window that was read, with what this transaction holds."""
@@ -3718,30 +3720,36 @@ MOST_READ = 5000  # windows of which a transaction remembers what is held
 
 ledger = Ledger()
 MEMORIES.append(ledger)
-#: Of a step function and an instant, [resource, track, at, until] in JSON, those of `step`.
-OF_ITS = "resource_id = json_extract(json_each.value, '$[0]') AND track = json_extract(json_each.value, '$[1]')"
-AT, UNTIL = "json_extract(json_each.value, '$[2]')", "json_extract(json_each.value, '$[3]')"
-LEVEL = f'(SELECT json_array(vms, vcpus, ram) FROM step WHERE {OF_ITS} AND at {{}} {AT} ORDER BY at DESC LIMIT 1)'
-AROUND = f"""EXISTS (SELECT 1 FROM step WHERE {OF_ITS} AND at = {AT}), {LEVEL.format('<')},
-         {LEVEL.format('<=')}"""
-STEPS_AT = f'SELECT {AROUND} FROM json_each(?) ORDER BY json_each.key'
-PEAKS = f"""
-  SELECT {AROUND},
-         (SELECT iif(max(vms) IS NULL, NULL, json_array(max(vms), max(vcpus), max(ram))) FROM step
-           WHERE {OF_ITS} AND at > {AT} AND at < {UNTIL}),
-         {AROUND.replace(AT, UNTIL)}
-    FROM json_each(?) ORDER BY json_each.key"""
-PUT_STEPS = f"""
-  INSERT INTO step (resource_id, track, at, vms, vcpus, ram)
-  SELECT {', '.join(f"json_extract(value, '$[{n}]')" for n in range(6))} FROM json_each(?) WHERE 1
-      ON CONFLICT DO UPDATE SET vms = excluded.vms, vcpus = excluded.vcpus, ram = excluded.ram"""
-RAISE_STEPS = f"""
-  UPDATE step SET vms = vms + json_extract(json_each.value, '$[4]'), vcpus = vcpus + json_extract(json_each.value, '$[5]'),
-         ram = ram + json_extract(json_each.value, '$[6]')
-    FROM json_each(?) WHERE {OF_ITS} AND at > {AT} AND at < {UNTIL}"""
-DROP_STEPS = """
-  DELETE FROM step WHERE (resource_id, track, at) IN (
-    SELECT json_extract(value, '$[0]'), json_extract(value, '$[1]'), json_extract(value, '$[2]') FROM json_each(?))"""
+def of_list(query: str, *names: str) -> str:
+    """A query that uses a list of lists, its one parameter in JSON, as a table p of columns with names."""
+    columns = ', '.join(f"json_extract(value, '$[{n}]') AS {name}" for n, name in enumerate(names))
+    return f'WITH p AS MATERIALIZED (SELECT key, {columns} FROM json_each(?)) {query}'
+
+
+OF_ITS = 'step.resource_id = p.resource AND step.track = p.track'  # steps of the step function of p
+#: The step at an instant of p if there is one, and the one before it.
+AROUND = f"""(SELECT json_array(vms, vcpus, ram) FROM step WHERE {OF_ITS} AND at = p.{{0}}),
+             (SELECT json_array(vms, vcpus, ram) FROM step WHERE {OF_ITS} AND at < p.{{0}} ORDER BY at DESC LIMIT 1)"""
+INSIDE = f'FROM step WHERE {OF_ITS} AND at > p.begun AND at < p.until'
+STEPS_AT = of_list(f"SELECT {AROUND.format('at')} FROM p ORDER BY key", 'resource', 'track', 'at')
+PEAKS = of_list(f"""
+  SELECT {AROUND.format('begun')},
+         (SELECT iif(max(vms) IS NULL, NULL, json_array(max(vms), max(vcpus), max(ram))) {INSIDE}),
+         {AROUND.format('until')} FROM p ORDER BY key""", 'resource', 'track', 'begun', 'until')
+PUT_STEPS = of_list("""
+  INSERT INTO step (resource_id, track, at, vms, vcpus, ram) SELECT resource, track, at, a, b, c FROM p WHERE 1
+      ON CONFLICT DO UPDATE SET vms = excluded.vms, vcpus = excluded.vcpus, ram = excluded.ram""",
+                    'resource', 'track', 'at', 'a', 'b', 'c')
+RAISE_STEPS = of_list(f"""
+  UPDATE step SET vms = vms + p.a, vcpus = vcpus + p.b, ram = ram + p.c FROM p
+   WHERE {OF_ITS} AND at > p.begun AND at < p.until""", 'resource', 'track', 'begun', 'until', 'a', 'b', 'c')
+DROP_STEPS = of_list('DELETE FROM step WHERE (resource_id, track, at) IN (SELECT resource, track, at FROM p)',
+                     'resource', 'track', 'at')
+
+
+def step_of(text: str | None) -> tuple | None:
+    """The figures of a step that was read as JSON."""
+    return tuple(json.loads(text)) if text else None
 
 
 def write_steps(pieces: list[tuple]) -> None:
@@ -3750,15 +3758,15 @@ def write_steps(pieces: list[tuple]) -> None:
     ended = {(resource, track, until): figures for resource, track, _, until, figures in pieces}
     cuts = sorted(begun.keys() | ended.keys())
     unknown = [cut for cut in cuts if cut not in ledger.cuts]
-    known = ledger.cuts | dict(zip(unknown, run(STEPS_AT, json.dumps(unknown)) if unknown else ()))
+    for cut, found in zip(unknown, run(STEPS_AT, json.dumps(unknown)).fetchall() if unknown else ()):
+        ledger.cuts[cut] = map(step_of, found)
     put, gone = [], []
     for cut in cuts:
-        there, *levels = known[cut]
-        was, held = (tuple(json.loads(each)) if each else ZERO for each in levels)
-        new = plus(held, begun[cut][4] if cut in begun else ZERO)
-        if new == plus(was, ended.get(cut, ZERO)):
-            gone += [cut] if there else []
-        elif not there or new != held:
+        at, before = ledger.cuts[cut]
+        new = plus(at or before or ZERO, begun[cut][4] if cut in begun else ZERO)
+        if new == plus(before or ZERO, ended.get(cut, ZERO)):
+            gone += [cut] if at else []
+        elif new != at:
             put.append((*cut, *new))
     inside = [(*piece[:4], *piece[4]) for piece in pieces
               if len(ledger.peaks.get(piece[:4], (0, 0))) > 1]

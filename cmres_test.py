@@ -4041,7 +4041,7 @@ def tables_of(sql: str) -> dict[str, str]:
 
 def names_of_found(sql: str) -> set[str]:
     """The names of what a statement itself has found before, and looks through."""
-    made = set(re.findall(r'\b(\w+) AS \((?=\s*SELECT)', sql))
+    made = set(re.findall(r'\b(\w+) AS (?:MATERIALIZED )?\((?=\s*SELECT)', sql))
     return made | {alias for table, alias in re.findall(r'\b(?:FROM|JOIN)\s+(\w+) (\w)\b', sql) if table in made} | (
         set(re.findall(r'\) (\w) CROSS JOIN', sql)))
 
@@ -4099,7 +4099,7 @@ def test_no_question_looks_through_a_table_that_grows(tmp_path, monkeypatch, sta
     if statistics:
         cmres.run('ANALYZE')
     wrong = [(why, sql, faults) for sql, (why, values) in asked.items()
-             if re.match('SELECT|UPDATE|DELETE|INSERT', sql) and why not in THOROUGH and (faults := faults_of_plan(sql, values))]
+             if re.match('SELECT|UPDATE|DELETE|INSERT|WITH', sql) and why not in THOROUGH and (faults := faults_of_plan(sql, values))]
     assert len(asked) > 150 and not wrong, '\n'.join(f'{why}: {sql}\n  {faults}' for why, sql, faults in wrong)
 
 
