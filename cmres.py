@@ -1512,7 +1512,8 @@ def from_plain(value):
 # peewee's models say what is on disk. Everything that is read or written at every request goes
 # through a few functions over plain SQL (building peewee's SQL costs ten times what SQLite needs
 # to run it). There is one idiom for writing: `with transaction():`, IMMEDIATE, so that what is
-# read in it can't change before it ends. Nothing remote is ever called inside.
+# read in it can't change before it ends. Nothing remote is ever called inside. Dry runs, and the
+# search for what would fit instead of what is refused, are `rehearsing()`: they hold up nobody.
 
 PATIENT = 30  # seconds that a writer waits for others
 OURS = 0x636d7265  # the application id of our databases: 'cmre'
@@ -3460,6 +3461,9 @@ def given(where: list) -> list:
 # that is counted, such as CUSTOM_GPU: a track each, and (1) to (3) are said of every track. A
 # maintenance holds one of the track CLOSED, of which no resource has any: so nothing is admitted in
 # it, also where a resource has no figure that could be used up.
+#
+# A transaction keeps what it holds and gives back in memory, the ledger, and writes the net of it at
+# its end: so what is undone costs nothing, and a rehearsal writes nothing.
 #
 # Cost: a few index look-ups and one row per change of level inside the window, whatever the number
 # of reservations. `check` derives the same function from the occurrences and compares.
@@ -5950,7 +5954,7 @@ def calendar_text(name: str, shown: Iterable[Shown]) -> str:
 # what they may see; what is asked, read and resolved; limits; what is held; series; admission; the
 # waiting list; and then the operations themselves. A method reads: what is asked, what the cloud
 # knows of it (outside any transaction), then one transaction that admits or refuses, then the
-# answer read back.
+# answer read back. What is refused is explained after it, when nobody waits.
 
 
 class Actor(NamedTuple):
@@ -6332,17 +6336,18 @@ class Service:
         What has no room is refused at once, so that nobody waits while it is explained; why, and what
         would fit, is found out in a rehearsal.
         """
-        if not dry_run:
+        if dry_run:
+            with self.writing(dry_run) as now:
+                return deed(now)
+        for _ in range(3):
             try:
                 with self.writing() as now:
                     return deed(now)
             except NoCapacity:
                 if db.in_transaction():  # what this is a part of is refused as a whole
                     raise
-        with self.writing(dry_run=True) as now:
-            answer = deed(now)
-        if dry_run:
-            return answer
+            with self.writing(dry_run=True) as now:
+                deed(now)  # where it is not refused, somebody has given something back meanwhile
         raise NoCapacity(A_MOMENT_AGO)
 
     def journal(self, now: float, code: str, sentence: str, reservation: int | None = None,
@@ -6948,7 +6953,7 @@ class Wishes(Service):
             with Attempt() if rehearsal.on else nullcontext():
                 yield
         except NoCapacity as refusal:
-            if not rehearsal.on and (deed or wish.stretches):
+            if deed and not rehearsal.on:
                 raise
             with undone():
                 wish = self.as_now(getattr(refusal, 'wish', wish))
@@ -7673,8 +7678,6 @@ class Series(Holding):
             try:
                 done.append(self.place(reservation, wish, turn, others, now))
             except NoCapacity as error:
-                if not rehearsal.on:
-                    raise
                 refused.append((turn.slot, error))
         if refused:
             raise self.refusal_of(refused, len(turns), wish)
@@ -7743,10 +7746,10 @@ class Series(Holding):
         refused = one.on_conflict in ('', 'refuse')
         if refused and 'limit' in error.details:
             raise error
-        if refused and not rehearsal.on:
-            raise NoCapacity('')
         lack = self.lack(one)
         why = str(error) or self.why_not(one, lack)
+        if refused and not rehearsal.on:
+            raise NoCapacity(why)
         if refused:
             refusal = NoCapacity(why, **self.in_the_way(one, lack, reservation))
             refusal.most_vms = max((vms for vms, _ in self.fewer(one, lack, old)), default=0)
@@ -7784,8 +7787,6 @@ class Series(Holding):
             todo = [(slot, old._replace(altered=False))]
             (done, columns), = self.place_all(old.reservation_id, wish, todo, now)
         except NoCapacity as refusal:
-            if not rehearsal.on:
-                raise
             conflict, = refusal.details.pop('conflicts')
             why = f"what was left out does not fit any more: {conflict['why']}"
             raise NoCapacity(why, **refusal.details) from None
@@ -8653,7 +8654,7 @@ class Requests(Approval):
         Example:
           python cmres.py load class.csv --partial
         """
-        unread, requests, in_order = [], [], functools.partial(sorted, key=lambda each: each['line'])
+        unread, requests = [], []
         for number, given in enumerate(self.progress(rows), 1):
             line = given.get('line', number)
             try:
@@ -8661,47 +8662,22 @@ class Requests(Approval):
             except Error as error:
                 unread.append({'line': line, 'label': given.get('label', ''), 'error': str(error)})
 
-        def deed(now: float) -> tuple[list, list]:
-            taken, refused = self.take_lines(requests, partial, now)
-            refused = self.told_lines(refused, now) if rehearsal.on else refused
-            if not partial and (unread or refused):
-                raise Conflict(f'{len(unread + refused)} of {len(rows)} lines were refused, so nothing was reserved',
-                               refused=in_order(unread + refused))
-            return taken, refused
-        rehearsed = dry_run or bool(unread) and not partial
-        taken, refused = self.carry_out(deed, rehearsed)
-        refused = refused if rehearsed else self.told_lines(refused, self.clock())
-        return {'taken': taken, 'refused': in_order(unread + refused)}
-
-    def take_lines(self, requests: list[tuple], partial: bool, now: float) -> tuple[list, list]:
-        """Takes what fits of many lines; what was taken, and the lines that are refused, each with its error."""
-        taken, refused = [], []
-        for line, request in requests:
-            try:
-                with Attempt(), self.explaining(request.last):
-                    taken.append(self.take(request, now))
-            except Error as error:
-                if not partial and not rehearsal.on:  # a rehearsal tells them all
-                    raise NoCapacity('') from error
-                refused.append((line, request, error))
-        return taken, refused
-
-    def told_lines(self, refused: list[tuple], now: float) -> list[dict]:
-        """Lines that were refused, as answers show them."""
-        with rehearsing() if refused else nullcontext():
-            return [{'line': line, 'label': request.label, 'error': self.why(request, error, now)}
-                    for line, request, error in refused]
-
-    def why(self, request: Request, error: Error, now: float) -> str:
-        """The sentence of a refusal; in a rehearsal."""
-        if str(error):
-            return str(error)
-        try:
-            with undone(), self.explaining(request.last):
-                self.take(request, now)
-        except Error as refusal:
-            return str(refusal)
-        return A_MOMENT_AGO
+        def deed(now: float) -> dict:
+            taken, refused = [], [*unread]
+            for line, request in requests:
+                try:
+                    with Attempt(), self.explaining(request.last):
+                        taken.append(self.take(request, now))
+                except Error as error:
+                    if not (partial or rehearsal.on):  # a rehearsal tells them all
+                        raise NoCapacity('') from error
+                    refused.append({'line': line, 'label': request.label, 'error': str(error)})
+            refused.sort(key=lambda each: each['line'])
+            if refused and not partial:
+                raise Conflict(f'{len(refused)} of {len(rows)} lines were refused, so nothing was reserved',
+                               refused=refused)
+            return {'taken': taken, 'refused': refused}
+        return self.carry_out(deed, dry_run or bool(unread) and not partial)
 
     def read_line(self, given: dict) -> dict:
         """The arguments of `add` that one line of many stands for; empty cells are not given."""
@@ -9840,37 +9816,14 @@ class Calendars(Claims):
         wanted = self.without_lookalikes(wanted, said, owner, subscription)
         ignored = len(groups) - len(wanted)
         lines = self.read_bookings(wanted, said, zone)
-
-        def deed(now: float) -> list[dict]:
-            done = self.take_bookings(wanted, lines, owner, subscription, now)
-            return self.explained_events(done, lines, owner, subscription) if rehearsal.on else done
         try:
-            done = self.carry_out(deed, dry_run)
+            with self.writing(dry_run) as now:
+                done = self.take_bookings(wanted, lines, owner, subscription, now)
         except Held as held:
             with self.writing(dry_run) as now:
                 self.tell_held(subscription, str(held), now)
             return {'held': str(held), 'events': [], 'ignored': ignored}
-        done = done if dry_run else self.explained_events(done, lines, owner, subscription)
-        if subscription:
-            with self.writing(dry_run) as now:
-                self.tell_refused(subscription, done, now)
         return {'events': sorted(done, key=lambda each: each['uid']), 'ignored': ignored}
-
-    def explained_events(self, done: list[dict], lines: list[tuple], owner: tuple[str, str],
-                         subscription) -> list[dict]:
-        """What became of each event, with why those were refused that had no room."""
-        if all(each.get('why', 'known') for each in done):
-            return done
-        with rehearsing():
-            return [each if each.get('why', 'known') else
-                    self.tried_again(each, line, owner, subscription)
-                    for each, line in zip(done, lines)] + done[len(lines):]
-
-    def tried_again(self, refused: dict, line: tuple, owner: tuple[str, str], subscription) -> dict:
-        """An event that was refused, with the reason; in a rehearsal."""
-        with undone():
-            found = self.take_booking(*line, owner, subscription, self.clock())
-        return found if found['outcome'] == 'refused' else refused | {'why': A_MOMENT_AGO}
 
     def without_lookalikes(self, wanted: list[Booking], said: dict, owner: tuple[str, str],
                            subscription) -> list[Booking]:
@@ -9919,6 +9872,8 @@ class Calendars(Claims):
         done = [self.take_booking(*line, owner, subscription, now) for line in lines]
         done += self.drop_missing(wanted, subscription, now)
         self.ask_before_most_goes(subscription, had, now)
+        if subscription:
+            self.tell_refused(subscription, done, now)
         return done
 
     def read_bookings(self, wanted: list[Booking], said: dict, zone: ZoneInfo) -> list[tuple]:
@@ -9987,7 +9942,7 @@ class Calendars(Claims):
             with Attempt():
                 return line | self.book_event(booking, wish, known if live else None, origin, source, now)
         except Error as refusal:
-            return line | {'outcome': 'refused', 'why': booking.why(refusal) if str(refusal) else ''}
+            return line | {'outcome': 'refused', 'why': booking.why(refusal)}
 
     def book_event(self, booking: Booking, wish: Wish, known, origin: str, source: int | None, now: float) -> dict:
         """Books an event, or makes of its reservation what the event says now."""

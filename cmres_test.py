@@ -12646,6 +12646,17 @@ def as_visitor(world, user='eva', project='biology', role='user'):
     return visitor
 
 
+@pytest.mark.parametrize('asked, said', [
+    ({}, 'It fits'), ({'vms': '17'}, 'holds at most 16'), ({'vms': '9'}, '8 machines then'),
+    ({'repeat': 'daily', 'until': '2026-12-05', 'vms': '9'}, 'without the others')])
+def test_the_page_checks_what_is_typed_while_others_write(world, asked, said):
+    visitor = as_visitor(world)
+    book(world.service, 'full', 20, 23, vms=8)
+    form = {'resource': 'demo', 'start': '2026-12-02T09:00', 'end': '2026-12-02T10:00', 'vms': '2'} | asked
+    with others_writing():
+        assert said in visitor.get('/book/check', form)
+
+
 def form_of(page, action):
     return next(form for form in page.forms.values() if form.action == action)
 
