@@ -2000,7 +2000,8 @@ def from_plain(value):
 # peewee's models say what is on disk. Everything that is read or written at every request goes
 # through a few functions over plain SQL (building peewee's SQL costs ten times what SQLite needs
 # to run it). There is one idiom for writing: `with transaction():`, IMMEDIATE, so that what is
-# read in it can't change before it ends. Nothing remote is ever called inside.
+# read in it can't change before it ends. Nothing remote is ever called inside. Dry runs, and the
+# search for what would fit instead of what is refused, are `rehearsing()`: they hold up nobody.
 
 PATIENT = 30  # seconds that a writer waits for others
 PIECE = 0.02  # seconds after which what is long lets others write between
@@ -3813,7 +3814,7 @@ class Unmade(Exception):
 rehearsal = Rehearsal()
 #: What operations change, each with what changes with it.
 REHEARSED = dict.fromkeys(('occurrence', 'resource', 'capacity', 'proposal', 'extra_hold', 'wait',
-                           'limits', 'server', 'token', 'feed', 'subscription'), ()) | {
+                           'limits', 'token', 'feed', 'subscription'), ()) | {
     'reservation': ('occurrence', 'texts')}
 WRITTEN = re.compile(r'\s*(?:INSERT INTO|UPDATE|DELETE FROM)\s+(\w+)')
 NAMED = re.compile(r'\b((?:FROM|JOIN|INTO|UPDATE)\s+)(\w+)\b')
@@ -3844,7 +3845,7 @@ def rehearsing() -> Iterator[None]:
 
 def set_stage() -> None:
     """Makes, once on each connection, what rehearsals write to."""
-    if run("SELECT 1 FROM temp.sqlite_master WHERE name = 'texts_now'").fetchone():
+    if run('PRAGMA temp.table_info(texts_now)').fetchone():
         return
     run('PRAGMA temp_store = memory')
     for table in REHEARSED:
@@ -4047,6 +4048,9 @@ def insert_text(model, names: tuple, instead: str = '') -> str:
 
 def insert_many(model: type[Table], many: list[dict]) -> None:
     """Writes rows in one statement, in order; what some don't have is NULL."""
+    if len(many) == 1:
+        insert(model, **many[0])
+        return
     table, names = model._meta.table_name, (*dict.fromkeys(name for each in many for name in each),)
     if rehearsal.on:
         note_written(table)
@@ -4261,6 +4265,9 @@ def given(where: list) -> list:
 # that is counted, such as CUSTOM_GPU: a track each, and (1) to (3) are said of every track. A
 # maintenance holds one of the track CLOSED, of which no resource has any: so nothing is admitted in
 # it, also where a resource has no figure that could be used up.
+#
+# A transaction keeps what it holds and gives back in memory, the ledger, and writes the net of it at
+# its end: so what is undone costs nothing, and a rehearsal writes nothing.
 #
 # Cost: a few index look-ups and one row per change of level inside the window, whatever the number
 # of reservations. `check` derives the same function from the occurrences and compares.
@@ -4494,11 +4501,10 @@ class Ledger(threading.local):
         if not missing:
             return
         for piece, found in zip(missing, run(PEAKS, json.dumps(missing)).fetchall()):
-            begun, inside, ended = found[:3], found[3], found[4:]
+            at, before, inside, *ended = map(step_of, found)
             resource, track, begin, until = piece
-            levels = [json.loads(each) if each else ZERO for each in (begun[2], inside)]
-            self.peaks[piece] = levels if inside else levels[:1]
-            self.cuts[resource, track, begin], self.cuts[resource, track, until] = begun, ended
+            self.peaks[piece] = [at or before or ZERO, *([inside] if inside else [])]
+            self.cuts[resource, track, begin], self.cuts[resource, track, until] = (at, before), ended
 
     def peak(self, resource: int, track: str, begin: float, until: float) -> tuple:
         """The peak of a track in a window that was read, with what this transaction holds."""
@@ -4522,30 +4528,36 @@ MOST_READ = 5000  # windows of which a transaction remembers what is held
 
 ledger = Ledger()
 MEMORIES.append(ledger)
-#: Of a step function and an instant, [resource, track, at, until] in JSON, those of `step`.
-OF_ITS = "resource_id = json_extract(p.value, '$[0]') AND track = json_extract(p.value, '$[1]')"
-AT, UNTIL = "json_extract(p.value, '$[2]')", "json_extract(p.value, '$[3]')"
-LEVEL = f'(SELECT json_array(vms, vcpus, ram) FROM step WHERE {OF_ITS} AND at {{}} {AT} ORDER BY at DESC LIMIT 1)'
-AROUND = f"""EXISTS (SELECT 1 FROM step WHERE {OF_ITS} AND at = {AT}), {LEVEL.format('<')},
-         {LEVEL.format('<=')}"""
-STEPS_AT = f'SELECT {AROUND} FROM json_each(?) p ORDER BY p.key'
-PEAKS = f"""
-  SELECT {AROUND},
-         (SELECT iif(max(vms) IS NULL, NULL, json_array(max(vms), max(vcpus), max(ram))) FROM step
-           WHERE {OF_ITS} AND at > {AT} AND at < {UNTIL}),
-         {AROUND.replace(AT, UNTIL)}
-    FROM json_each(?) p ORDER BY p.key"""
-PUT_STEPS = f"""
-  INSERT INTO step (resource_id, track, at, vms, vcpus, ram)
-  SELECT {', '.join(f"json_extract(value, '$[{n}]')" for n in range(6))} FROM json_each(?) WHERE 1
-      ON CONFLICT DO UPDATE SET vms = excluded.vms, vcpus = excluded.vcpus, ram = excluded.ram"""
-RAISE_STEPS = f"""
-  UPDATE step SET vms = vms + json_extract(p.value, '$[4]'), vcpus = vcpus + json_extract(p.value, '$[5]'),
-         ram = ram + json_extract(p.value, '$[6]')
-    FROM json_each(?) p WHERE {OF_ITS} AND at > {AT} AND at < {UNTIL}"""
-DROP_STEPS = """
-  DELETE FROM step WHERE (resource_id, track, at) IN (
-    SELECT json_extract(value, '$[0]'), json_extract(value, '$[1]'), json_extract(value, '$[2]') FROM json_each(?))"""
+def of_list(query: str, *names: str) -> str:
+    """A query that uses a list of lists, its one parameter in JSON, as a table p of columns with names."""
+    columns = ', '.join(f"json_extract(value, '$[{n}]') AS {name}" for n, name in enumerate(names))
+    return f'WITH p AS MATERIALIZED (SELECT key, {columns} FROM json_each(?)) {query}'
+
+
+OF_ITS = 'step.resource_id = p.resource AND step.track = p.track'  # steps of the step function of p
+#: The step at an instant of p if there is one, and the one before it.
+AROUND = f"""(SELECT json_array(vms, vcpus, ram) FROM step WHERE {OF_ITS} AND at = p.{{0}}),
+             (SELECT json_array(vms, vcpus, ram) FROM step WHERE {OF_ITS} AND at < p.{{0}} ORDER BY at DESC LIMIT 1)"""
+INSIDE = f'FROM step WHERE {OF_ITS} AND at > p.begun AND at < p.until'
+STEPS_AT = of_list(f"SELECT {AROUND.format('at')} FROM p ORDER BY key", 'resource', 'track', 'at')
+PEAKS = of_list(f"""
+  SELECT {AROUND.format('begun')},
+         (SELECT iif(max(vms) IS NULL, NULL, json_array(max(vms), max(vcpus), max(ram))) {INSIDE}),
+         {AROUND.format('until')} FROM p ORDER BY key""", 'resource', 'track', 'begun', 'until')
+PUT_STEPS = of_list("""
+  INSERT INTO step (resource_id, track, at, vms, vcpus, ram) SELECT resource, track, at, a, b, c FROM p WHERE 1
+      ON CONFLICT DO UPDATE SET vms = excluded.vms, vcpus = excluded.vcpus, ram = excluded.ram""",
+                    'resource', 'track', 'at', 'a', 'b', 'c')
+RAISE_STEPS = of_list(f"""
+  UPDATE step SET vms = vms + p.a, vcpus = vcpus + p.b, ram = ram + p.c FROM p
+   WHERE {OF_ITS} AND at > p.begun AND at < p.until""", 'resource', 'track', 'begun', 'until', 'a', 'b', 'c')
+DROP_STEPS = of_list('DELETE FROM step WHERE (resource_id, track, at) IN (SELECT resource, track, at FROM p)',
+                     'resource', 'track', 'at')
+
+
+def step_of(text: str | None) -> tuple | None:
+    """The figures of a step that was read as JSON."""
+    return tuple(json.loads(text)) if text else None
 
 
 def write_steps(pieces: list[tuple]) -> None:
@@ -4554,15 +4566,15 @@ def write_steps(pieces: list[tuple]) -> None:
     ended = {(resource, track, until): figures for resource, track, _, until, figures in pieces}
     cuts = sorted(begun.keys() | ended.keys())
     unknown = [cut for cut in cuts if cut not in ledger.cuts]
-    known = ledger.cuts | dict(zip(unknown, run(STEPS_AT, json.dumps(unknown)) if unknown else ()))
+    for cut, found in zip(unknown, run(STEPS_AT, json.dumps(unknown)).fetchall() if unknown else ()):
+        ledger.cuts[cut] = map(step_of, found)
     put, gone = [], []
     for cut in cuts:
-        there, *levels = known[cut]
-        was, held = (tuple(json.loads(each)) if each else ZERO for each in levels)
-        new = plus(held, begun[cut][4] if cut in begun else ZERO)
-        if new == plus(was, ended.get(cut, ZERO)):
-            gone += [cut] if there else []
-        elif not there or new != held:
+        at, before = ledger.cuts[cut]
+        new = plus(at or before or ZERO, begun[cut][4] if cut in begun else ZERO)
+        if new == plus(before or ZERO, ended.get(cut, ZERO)):
+            gone += [cut] if at else []
+        elif new != at:
             put.append((*cut, *new))
     inside = [(*piece[:4], *piece[4]) for piece in pieces
               if len(ledger.peaks.get(piece[:4], (0, 0))) > 1]
@@ -6888,7 +6900,7 @@ def calendar_text(name: str, shown: Iterable[Shown]) -> str:
 # what they may see; what is asked, read and resolved; limits; what is held; series; admission; the
 # waiting list; and then the operations themselves. A method reads: what is asked, what the cloud
 # knows of it (outside any transaction), then one transaction that admits or refuses, then the
-# answer read back.
+# answer read back. What is refused is explained after it, when nobody waits.
 
 
 class Actor(NamedTuple):
@@ -7199,8 +7211,12 @@ NONE_OF_THEM = -1
 #: What becomes of what is booked where there is less room than before.
 THEN = ('notify', 'move', 'cancel')
 ANY_APPROVAL = 'SELECT id FROM resource WHERE approval > 0 AND removed IS NULL LIMIT 1'
-FROM_ALL = ('FROM occurrence o JOIN reservation r ON r.id = o.reservation_id JOIN resource s ON s.id = o.resource_id')
-FROM_EXTRA = ('FROM extra_hold x JOIN reservation r ON r.id = x.reservation_id JOIN resource s ON s.id = x.resource_id')
+FROM_ALL = 'FROM occurrence o JOIN reservation r ON r.id = o.reservation_id JOIN resource s ON s.id = o.resource_id'
+FROM_EXTRA = ('FROM extra_hold x WHERE EXISTS (SELECT 1 FROM reservation r WHERE r.id = x.reservation_id '
+              'AND {})')
+#: By whom and what counts against limits: the columns of user, project, reservation and resource.
+OF_OCCURRENCE = ('o.of_user', 'o.of_project', 'o.reservation_id', 'o.resource_id')
+OF_EXTRA = ('r.user', 'r.project', 'r.id', 'x.resource_id')
 
 
 def in_words_of(seconds: int | None) -> str:
@@ -7271,17 +7287,18 @@ class Service:
         What has no room is refused at once, so that nobody waits while it is explained; why, and what
         would fit, is found out in a rehearsal.
         """
-        if not dry_run:
+        if dry_run:
+            with self.writing(dry_run) as now:
+                return deed(now)
+        for _ in range(3):
             try:
                 with self.writing() as now:
                     return deed(now)
             except NoCapacity:
                 if db.in_transaction():  # what this is a part of is refused as a whole
                     raise
-        with self.shares.paced(), self.writing(dry_run=True) as now:
-            answer = deed(now)
-        if dry_run:
-            return answer
+            with self.shares.paced(), self.writing(dry_run=True) as now:
+                deed(now)  # where it is not refused, somebody has given something back meanwhile
         raise NoCapacity(A_MOMENT_AGO)
 
     def journal(self, now: float, code: str, sentence: str, reservation: int | None = None,
@@ -7465,13 +7482,13 @@ class Service:
           Conflict: several projects have one; the sentence names them.
         """
         where = [('r.label = ?', label), *self.visible(), *([('r.project = ?', project)] if project else [])]
-        known = f"FROM reservation r WHERE {' AND '.join(text for text, _ in where)}"
-        found = self.search([(f"o.id IN (SELECT ({NEXT_OF.format('r.id')}) {known} AND r.over > ?1)",
-                              *given(where))], tail='ORDER BY reservation')
+        known = (f"SELECT r.id FROM reservation r WHERE {' AND '.join(text for text, _ in where)} "
+                 'AND EXISTS (SELECT 1 FROM occurrence WHERE reservation_id = r.id)')
+        found = [self.next_of(each.id) for each in rows(f'{known} AND r.over > ? ORDER BY r.id', *given(where),
+                                                        int(self.clock()))]
         usable = [each for each in found if each.cancelled is None and each.end > self.clock()]
         if not usable:
-            past = row(f'SELECT r.id {known} AND EXISTS (SELECT 1 FROM occurrence WHERE reservation_id = r.id) '
-                       'ORDER BY r.over DESC, r.id DESC LIMIT 1', *given(where))
+            past = row(f'{known} ORDER BY r.over DESC, r.id DESC LIMIT 1', *given(where))
             if live or not past:
                 raise NotFound(f"there is no reservation '{label}'{' that is not over' if past else ''}")
             usable = [self.next_of(past.id)]
@@ -7887,7 +7904,7 @@ class Wishes(Service):
             with Attempt() if rehearsal.on else nullcontext():
                 yield
         except NoCapacity as refusal:
-            if not rehearsal.on and (deed or wish.stretches):
+            if deed and not rehearsal.on:
                 raise
             with undone():
                 wish = self.as_now(getattr(refusal, 'wish', wish))
@@ -8057,9 +8074,9 @@ class Wishes(Service):
         for way, condition, value in whose:
             ways = self.overlapping([(f'{way}_live', 'o.due IS NOT NULL')], begin, ' AND o.due IS NOT NULL')
             found += walk(self.clock(), ways, [(condition, value), later], most)
-        return [each.end for each in rows(
-            'SELECT DISTINCT "end" FROM occurrence WHERE id IN (SELECT value FROM json_each(?)) ORDER BY 1 LIMIT ?',
-            json.dumps([id for _, id in found]), most)]
+        ends = run('SELECT "end" FROM occurrence WHERE id IN (SELECT value FROM json_each(?))',
+                   json.dumps([id for _, id in found]))
+        return sorted({end for end, in ends})[:most]
 
     def fewer(self, wish: Wish, lack: Lack | None, old) -> Iterator[tuple[int, Wish]]:
         """As many VMs as there is room for in that window."""
@@ -8237,45 +8254,46 @@ class Limits(Wishes):
             yield 'vcpu_hours', limit.vcpu_hours, less or used + need <= limit.vcpu_hours, (
                 f'{limit.vcpu_hours}, of which {max(limit.vcpu_hours - used, 0):.0f} are left')
 
-    def counted(self, limit, wish: Wish, old, others: Others | None) -> tuple[str, tuple]:
-        """What counts against a limit, as conditions on r and s and values of theirs."""
-        who = ('r.user = ?', wish.user) if limit.user else ('r.project = ?', wish.project)
-        conditions = [who, *([('r.project = ?', limit.project)] if limit.user and limit.project else []),
-                      ('r.id <> ?', others.reservation if others else 0),
-                      *([('s.id = ?', limit.resource_id)] if limit.resource_id else [])]
-        return ' AND '.join(text for text, _ in conditions), tuple(value for _, value in conditions)
+    def counted(self, limit, wish: Wish, others: Others | None, of: tuple[str, ...]) -> tuple[str, list]:
+        """What counts against a limit, as conditions on some columns and values of theirs.
 
-    def whose(self, limit, wish: Wish) -> tuple[str, str]:
-        """The column by which an index finds the occurrences of the limited, and its value."""
-        return ('o.of_user', wish.user) if limit.user else ('o.of_project', wish.project)
+        Args:
+          of: the columns of user, project, reservation and resource
+        """
+        user, project, reservation, resource = of
+        wanted = {user: limit.user and wish.user, project: limit.project or not limit.user and wish.project,
+                  resource: limit.resource_id}
+        conditions = {f'{column} = ?': value for column, value in wanted.items() if value}
+        conditions |= {f'{reservation} <> ?': others.reservation if others else 0}
+        return ' AND '.join(conditions), [*conditions.values()]
 
     def most_at_once(self, limit, wish: Wish, old, others: Others | None) -> int:
         """How many machines the limited have at most at the same time in the window of a wish."""
-        where, values = self.counted(limit, wish, old, others)
         begin, until = wish.held
-        whose, who = self.whose(limit, wish)
-        found = run(f'SELECT o.held_from, o.held_until, o.vms {FROM_ALL} WHERE {whose} = ? AND {where} AND '
-                    f'o.due IS NOT NULL AND o.start < ? + {LONGEST_LEAD} AND o.held_until > o.held_from '
-                    'AND o.id <> ? AND o.held_from < ? AND o.held_until > ? UNION ALL '
-                    f'SELECT x.held_from, x.held_until, x.vms {FROM_EXTRA} WHERE {where} AND x.held_from < ? '
-                    'AND x.held_until > ? AND (x.proposal_id IS NOT NULL OR r.id <> ?)',
-                    who, *values, until, old.id if old else 0, until, begin, *values, until, begin,
-                    old.reservation if old and not others else 0).fetchall()
+        where, values = self.counted(limit, wish, others, OF_OCCURRENCE)
+        found = run(f'SELECT held_from, held_until, vms FROM occurrence o WHERE {where} AND o.due IS NOT NULL AND '
+                    f'o.start < ? + {LONGEST_LEAD} AND held_until > held_from AND o.id <> ? AND held_from < ? '
+                    'AND held_until > ?', *values, until, old.id if old else 0, until, begin).fetchall()
+        where, values = self.counted(limit, wish, others, OF_EXTRA)
+        found += run(f'SELECT x.held_from, x.held_until, x.vms {FROM_EXTRA.format(where)} AND held_from < ? AND '
+                     'held_until > ? AND (proposal_id IS NOT NULL OR reservation_id <> ?)', *values, until, begin,
+                     old.reservation if old and not others else 0).fetchall()
         found += others.holding(limit.resource_id, begin, until) if others else []
         changes = [change for first, last, vms in found for change in ((max(first, begin), 1, vms), (last, 0, -vms))]
         return max(itertools.accumulate((vms for _, _, vms in sorted(changes)), initial=0))
 
     def future_hours(self, limit, wish: Wish, now: float, old, others: Others | None) -> float:
         """The vcpu-hours that the limited have reserved from now on."""
-        where, values = self.counted(limit, wish, old, others)
-        own = others.seconds[limit.resource_id] if others else 0
-        whose, who = self.whose(limit, wish)
-        return (own + run(
-            f'SELECT coalesce(sum(o.vcpus * (o."end" - max(o.start, ?))), 0) {FROM_ALL} WHERE {whose} = ? AND {where} AND '
-            'o.due IS NOT NULL AND o.held_until > o.held_from AND o.id <> ? AND o."end" > ?',
-            int(now), who, *values, old.id if old else 0, int(now)).fetchone()[0] + run(
-            f'SELECT coalesce(sum(x.vcpus * (x.held_until - max(x.held_from, ?))), 0) {FROM_EXTRA} WHERE {where} '
-            'AND x.proposal_id IS NOT NULL AND x.held_until > ?', int(now), *values, int(now)).fetchone()[0]) / 3600
+        where, values = self.counted(limit, wish, others, OF_OCCURRENCE)
+        seconds = others.seconds[limit.resource_id] if others else 0
+        seconds += run(
+            f'SELECT coalesce(sum(vcpus * ("end" - max(start, ?))), 0) FROM occurrence o WHERE {where} AND '
+            'o.due IS NOT NULL AND held_until > held_from AND o.id <> ? AND "end" > ?',
+            int(now), *values, old.id if old else 0, int(now)).fetchone()[0]
+        where, values = self.counted(limit, wish, others, OF_EXTRA)
+        extra = run(f'SELECT vcpus * (held_until - max(held_from, ?)) {FROM_EXTRA.format(where)} '
+                    'AND proposal_id IS NOT NULL AND held_until > ?', int(now), *values, int(now))
+        return (seconds + sum(each for each, in extra)) / 3600
 
 
 # Holding #####################################################################
@@ -8611,8 +8629,6 @@ class Series(Holding):
             try:
                 done.append(self.place(reservation, wish, turn, others, now))
             except NoCapacity as error:
-                if not rehearsal.on:
-                    raise
                 refused.append((turn.slot, error))
         if refused:
             raise self.refusal_of(refused, len(turns), wish)
@@ -8681,10 +8697,10 @@ class Series(Holding):
         refused = one.on_conflict in ('', 'refuse')
         if refused and 'limit' in error.details:
             raise error
-        if refused and not rehearsal.on:
-            raise NoCapacity('')
         lack = self.lack(one)
         why = str(error) or self.why_not(one, lack)
+        if refused and not rehearsal.on:
+            raise NoCapacity(why)
         if refused:
             refusal = NoCapacity(why, **self.in_the_way(one, lack, reservation))
             refusal.most_vms = max((vms for vms, _ in self.fewer(one, lack, old)), default=0)
@@ -8722,8 +8738,6 @@ class Series(Holding):
             todo = [(slot, old._replace(altered=False))]
             (done, columns), = self.place_all(old.reservation_id, wish, todo, now)
         except NoCapacity as refusal:
-            if not rehearsal.on:
-                raise
             conflict, = refusal.details.pop('conflicts')
             why = f"what was left out does not fit any more: {conflict['why']}"
             raise NoCapacity(why, **refusal.details) from None
@@ -9313,7 +9327,8 @@ class Approval(Waiting):
         # Another change settles those that were proposed before.
         if SHAPE & set(asked) and (old.change is not None or old.repeats and not alone):
             self.drop_proposals(old.reservation, old.id if alone else None)
-        if self.actor.role == ADMIN or old.waiting is not None or not (once(ANY_APPROVAL) or self.proposes_all):
+        if self.actor.role == ADMIN or old.waiting is not None or not (
+                self.proposes_all or self.may_need_approval(old, wish)):
             return deed()
         before = self.holds(old.reservation)
         with Attempt() as attempt:
@@ -9331,6 +9346,12 @@ class Approval(Waiting):
         until = min(int(now) + (span or int(LAST.timestamp())), last)
         self.propose(old, wish, sorted(asked), until, now, code, named, alone, growth)
         return None
+
+    def may_need_approval(self, old, wish: Wish) -> bool:
+        """Whether a change concerns a resource on which an admin must approve what is reserved."""
+        if old.repeats or wish.stretches:
+            return bool(once(ANY_APPROVAL))
+        return any(resource_of(id, removed=True).approval for id in (old.resource_id, wish.resource.id))
 
     def await_approval(self, reservation: int, until: int, wish: Wish, now: float) -> None:
         """Lets a reservation wait for an admin until an instant."""
@@ -9687,22 +9708,21 @@ class Requests(Approval):
             except Error as error:
                 unread.append({'line': line, 'label': given.get('label', ''), 'error': str(error)})
 
-        def rehearsed(now: float) -> tuple[list, list]:
+        def deed(now: float) -> dict:
             taken, refused = self.take_lines(requests, partial, now)
-            refused = by_line(unread + self.told_lines(refused, now))
+            refused = by_line(unread + refused)
             if refused and not partial:
                 raise Conflict(f'{len(refused)} of {len(rows)} lines were refused, so nothing was '
                                'reserved', refused=refused)
-            return taken, refused
-        if dry_run or unread and not partial:
-            taken, refused = self.carry_out(rehearsed, dry_run=True)
             return {'taken': taken, 'refused': refused}
+        if dry_run or unread and not partial:
+            return self.carry_out(deed, dry_run=True)
         try:
             taken, refused = self.take_in_turns(requests, partial)
         except NoCapacity:
-            self.carry_out(rehearsed, dry_run=True)
+            self.carry_out(deed, dry_run=True)
             raise NoCapacity(A_MOMENT_AGO) from None
-        return {'taken': taken, 'refused': by_line(unread + self.told_lines(refused, self.clock()))}
+        return {'taken': taken, 'refused': by_line(unread + refused)}
 
     def take_in_turns(self, requests: list[tuple], partial: bool) -> tuple[list, list]:
         """Takes lines, some at a time so that others can write between; what was taken, and what not.
@@ -9728,34 +9748,21 @@ class Requests(Approval):
         return taken, refused
 
     def take_lines(self, lines: Iterable[tuple], partial: bool, now: float) -> tuple[list, list]:
-        """Takes what fits of some lines; what was taken, and those that are refused, each with its error."""
+        """Takes what fits of some lines; what was taken, and those that are refused, each with why.
+
+        Raises:
+          NoCapacity: one is refused and that is not allowed; a rehearsal goes on and tells them all.
+        """
         taken, refused = [], []
         for line, request in lines:
             try:
                 with Attempt(), self.explaining(request.last):
                     taken.append(self.take(request, now))
             except Error as error:
-                if not partial and not rehearsal.on:  # a rehearsal tells them all
+                if not (partial or rehearsal.on):
                     raise NoCapacity('') from error
-                refused.append((line, request, error))
+                refused.append({'line': line, 'label': request.label, 'error': str(error)})
         return taken, refused
-
-    def told_lines(self, refused: list[tuple], now: float) -> list[dict]:
-        """Lines that were refused, as answers show them."""
-        with rehearsing() if refused else nullcontext():
-            return [{'line': line, 'label': request.label, 'error': self.why(request, error, now)}
-                    for line, request, error in refused]
-
-    def why(self, request: Request, error: Error, now: float) -> str:
-        """The sentence of a refusal; in a rehearsal."""
-        if str(error):
-            return str(error)
-        try:
-            with undone(), self.explaining(request.last):
-                self.take(request, now)
-        except Error as refusal:
-            return str(refusal)
-        return A_MOMENT_AGO
 
     def read_line(self, given: dict) -> dict:
         """The arguments of `add` that one line of many stands for; empty cells are not given."""
@@ -10201,7 +10208,7 @@ class Requests(Approval):
                 raise Conflict(f"'{label}' is in several projects ({', '.join(projects)}); name one with --project")
             if not found:
                 raise NotFound(f"no VM of '{label}' was stopped or shelved at its end and stays")
-            for each in found:
+            for each in () if rehearsal.on else found:
                 change(Server, each.id, goal='delete', state='shutoff', due=now)
             for reservation in {each.reservation for each in found}:
                 self.count_stopped(reservation, now)
@@ -10689,6 +10696,8 @@ class Plan(Requests):
 
     def let_start(self, resource: int, now: float) -> None:
         """Lets start at once what has waited for a resource to have as much as is booked."""
+        if rehearsal.on:
+            return
         run("UPDATE server SET due = ? WHERE due > ? AND goal = 'up' "
             "AND (state = 'planned' OR ready IS NULL OR borrowed) AND occurrence_id IN "
             '(SELECT id FROM occurrence WHERE resource_id = ? AND due IS NOT NULL '
@@ -10892,40 +10901,19 @@ class Calendars(Claims):
         wanted = self.without_lookalikes(wanted, said, owner, subscription)
         ignored = len(groups) - len(wanted)
         lines = self.read_bookings(wanted, said, zone)
-        every, before = [*lines], []
+        before = []
         if not dry_run and not self.live_of(subscription, self.clock()):
             before = self.take_in_pieces(lines, owner, subscription)
-
-        def deed(now: float) -> list[dict]:
-            done = before + self.take_bookings(wanted, lines, owner, subscription, now)
-            return self.explained_events(done, every, owner, subscription) if rehearsal.on else done
         try:
-            done = self.carry_out(deed, dry_run)
+            with self.writing(dry_run) as now:
+                done = before + self.take_bookings(wanted, lines, owner, subscription, now)
+                if subscription:
+                    self.tell_refused(subscription, done, now)
         except Held as held:
             with self.writing(dry_run) as now:
                 self.tell_held(subscription, str(held), now)
             return {'held': str(held), 'events': [], 'ignored': ignored}
-        done = done if dry_run else self.explained_events(done, every, owner, subscription)
-        if subscription:
-            with self.writing(dry_run) as now:
-                self.tell_refused(subscription, done, now)
         return {'events': sorted(done, key=lambda each: each['uid']), 'ignored': ignored}
-
-    def explained_events(self, done: list[dict], lines: list[tuple], owner: tuple[str, str],
-                         subscription) -> list[dict]:
-        """What became of each event, with why those were refused that had no room."""
-        if all(each.get('why', 'known') for each in done):
-            return done
-        with rehearsing():
-            return [each if each.get('why', 'known') else
-                    self.tried_again(each, line, owner, subscription)
-                    for each, line in zip(done, lines)] + done[len(lines):]
-
-    def tried_again(self, refused: dict, line: tuple, owner: tuple[str, str], subscription) -> dict:
-        """An event that was refused, with the reason; in a rehearsal."""
-        with undone():
-            found = self.take_booking(*line, owner, subscription, self.clock())
-        return found if found['outcome'] == 'refused' else refused | {'why': A_MOMENT_AGO}
 
     def without_lookalikes(self, wanted: list[Booking], said: dict, owner: tuple[str, str],
                            subscription) -> list[Booking]:
@@ -11056,7 +11044,7 @@ class Calendars(Claims):
             with Attempt():
                 return line | self.book_event(booking, wish, known if live else None, origin, source, now)
         except Error as refusal:
-            return line | {'outcome': 'refused', 'why': booking.why(refusal) if str(refusal) else ''}
+            return line | {'outcome': 'refused', 'why': booking.why(refusal)}
 
     def book_event(self, booking: Booking, wish: Wish, known, origin: str, source: int | None, now: float) -> dict:
         """Books an event, or makes of its reservation what the event says now."""
