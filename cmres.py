@@ -1635,11 +1635,10 @@ class StoreFile:
         self.lock = lock_store(path, alone=False)
         self.file = os.open(path, os.O_RDONLY)
         if os.path.exists(path + '-shm'):  # before SQLite reads what others know to be lost
-            index = os.open(path + '-shm', os.O_RDONLY)
-            try:
-                self.compare(index, self.log)
-            finally:
-                os.close(index)
+            self.index = os.open(path + '-shm', os.O_RDONLY)
+            self.compare(self.log)
+            os.close(self.index)
+            self.index = None
         self.guard = connect(path)
 
     def release(self) -> None:
@@ -1685,7 +1684,8 @@ class StoreFile:
             self.refuse_shorter(before, state, stats[1].st_size)
             self.log = state
         if not known or not known.is_like(stats[0]) or state and not known.is_of(state):
-            self.compare(self.index, before)
+            with suppress(FileNotFoundError):  # the next look will tell
+                self.compare(before)
 
     def refuse_shorter(self, before: LogState, state: LogState, size: int) -> None:
         """Raises Unavailable if the log or its index went back."""
@@ -1694,10 +1694,10 @@ class StoreFile:
         if size < state.size and read_log(self.index) == state:  # else it was begun anew just now
             raise Unavailable(self.told_of('-wal', OVERWRITTEN, RESTART))
 
-    def compare(self, index: int, before: LogState) -> None:
+    def compare(self, before: LogState) -> None:
         """Raises Unavailable if the file changed, and not by what was copied into it."""
         written, last = self.written(), unpacked(os.pread(self.lock, ACKNOWLEDGED, 0))
-        state, found = read_log(index), os.stat(self.path)
+        state, found = read_log(self.index), os.stat(self.path)
         if not state:
             return
         now = self.left_by(state, found)
@@ -1706,7 +1706,7 @@ class StoreFile:
         right = not last or last.is_like(found) or (
             last.holds_what(now) if same else
             last.may_become(now, state, written - ends_in_log(self.path, state)))
-        if not is_calm(state, read_log(index)):
+        if not is_calm(state, read_log(self.index)):
             return  # it is being copied: the next look will tell
         if not right:
             if same:
@@ -1733,7 +1733,7 @@ class StoreFile:
         number = self.acknowledged()
         if self.guard:
             with suppress(sqlite3.Error):  # the file may hold anything now
-                number = max([number, *map(int, self.guard.execute(LAST_WRITE).fetchone() or ())])
+                number = max(number, *self.guard.execute(LAST_WRITE).fetchone() or (0,))
         return number
 
     def acknowledge(self, number: int) -> None:
@@ -1802,7 +1802,7 @@ def identity_of(stats: tuple) -> tuple:
 
 def ends_in_log(path: str, state: LogState) -> int:
     """How many transactions end in that part of a log which the database file has not."""
-    if state.copied == state.frames:
+    if state.copied >= state.frames:
         return 0
     size, ends = (state.size - 32) // state.frames, 0
     with open(path + '-wal', 'rb') as file:
@@ -1819,7 +1819,7 @@ def contents_of(path: str, file: int, size: int) -> tuple[int, int]:
             found = alone.execute(LAST_WRITE).fetchone()
     except sqlite3.Error:  # it is empty, or damaged
         return -1, digest
-    return int(found[0]) if found else 0, digest
+    return found[0] if found else 0, digest
 
 
 def file_uri(path: str) -> str:
@@ -2376,13 +2376,15 @@ TRIGGERS = TRIGGERS_OF_13 = (f'''
   END''')
 
 
-def open_store(path: str, key: str = '') -> None:
+def open_store(path: str, key: str = '', make: bool = True) -> None:
     """Opens the database for all threads. Where none ever was, it and its key are made.
 
     Args:
       key: the file of the key, if it is not the one beside the database
+      make: false if a database that is not there is not to be made
 
     Raises:
+      NotFound: there never was one, and none is to be made.
       Unavailable: the file can't be opened, is gone, or is of something else, of another store or
         of another version.
     """
@@ -2393,6 +2395,8 @@ def open_store(path: str, key: str = '') -> None:
     known = known_store(file)
     if known and not os.path.exists(path):
         raise Unavailable(STORE_GONE.format(path, file))
+    if not make:
+        refuse_missing(path)
     try:
         take_file(path, known)
         remember(file, store_file.store)
@@ -2417,6 +2421,14 @@ def take_file(path: str, known: str) -> None:
     ROW_TYPES.clear()  # in another store, columns may stand in another order
 
 
+def refuse_missing(path: str) -> None:
+    """NotFound if there is no database."""
+    if not os.path.exists(path):
+        raise NotFound(NO_STORE.format(os.path.abspath(path)))
+
+
+NO_STORE = ("there is no database '{}'. `serve` makes one (`serve --demo` with something to try). "
+            'If there is one elsewhere, go to its folder or name it with the setting `database`')
 STORE_GONE = ("the database '{0}' is gone, and there was one: '{1}' remembers it. Bring it back "
               "with `store restore FILE`. To begin with an empty one, delete '{1}'")
 STORE_OLDER = ("the database '{0}' is of version {1}, this cmres needs version {2}. Stop all "
@@ -3172,7 +3184,7 @@ def watched(keep: bool) -> Iterator:
 
 
 #: Each write has a number, by which a database file tells how old it is.
-LAST_WRITE = "SELECT value FROM fact WHERE name = 'writes'"
+LAST_WRITE = "SELECT CAST(value AS INTEGER) FROM fact WHERE name = 'writes'"
 COUNT_WRITE = """INSERT INTO fact (name, value) VALUES ('writes', 1)
   ON CONFLICT (name) DO UPDATE SET value = value + 1 RETURNING value"""
 
@@ -13593,9 +13605,12 @@ def serve(config: Config, host: Name = '', port: int = None, noscheduler: bool =
     in_utc()
     config = dataclasses.replace(config, host=host or config.host, port=config.port if port is None else port)
     told = prepared(config)
+    if not os.path.exists(config.database):
+        file = key_file(config.database, config.key)
+        told = [f"Made the database '{config.database}' and its key '{file}'."]
     demo = demo or not (config.path or any(map(os.path.exists, (
         config.database, key_file(config.database, config.key)))))
-    service = local_service(config)
+    service = local_service(config, make=True)
     cycle = LifeCycle(config, service.clouds)
     service.wake, service.age = cycle.wake.set, None if noscheduler else cycle.age
     try:
@@ -13653,7 +13668,7 @@ def store_backup(config: Config, path: Name) -> dict:
     Example:
       python cmres.py store backup cmres-monday.db
     """
-    refuse_missing(config)
+    refuse_missing(config.database)
     copy_store(config.database, path)
     return {'file': path, 'bytes': os.path.getsize(path), 'key': 'not in the copy'}
 
@@ -13689,7 +13704,7 @@ def store_migrate(config: Config) -> dict:
     Example:
       python cmres.py store migrate
     """
-    refuse_missing(config)
+    refuse_missing(config.database)
     done = migrate_store(config.database)
     open_store(config.database, config.key)
     return done or {'database': config.database, 'version': latest_version(),
@@ -13730,17 +13745,8 @@ def all_orphans(cycle: LifeCycle) -> list[dict]:
     return found
 
 
-def refuse_missing(config: Config) -> None:
-    """NotFound if there is no database."""
-    if not os.path.exists(config.database):
-        raise NotFound(f"there is no database '{config.database}'")
-
-
 def prepared(config: Config) -> list[str]:
-    """Migrates an older database; what is to be said of that, or of one that will be made."""
-    if not os.path.exists(config.database):
-        file = key_file(config.database, config.key)
-        return [f"Made the database '{config.database}' and its key '{file}'."]
+    """Migrates an older database; what is to be said of that."""
     done = migrate_store(config.database)
     return [MIGRATED.format(**done)] if done else []
 
@@ -13839,9 +13845,9 @@ def keep_running(cycle: LifeCycle, stop: threading.Event, every: float = 5) -> N
     thread.join(30)  # one that hangs is left behind
 
 
-def local_service(config: Config) -> Reservations:
+def local_service(config: Config, make: bool = False) -> Reservations:
     """The service on the local database; whoever can write that file acts as admin."""
-    open_store(config.database, config.key)
+    open_store(config.database, config.key, make)
     try:
         user = getpass.getuser()
     except (KeyError, OSError):  # a user id without a name

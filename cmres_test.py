@@ -155,8 +155,9 @@ class Rest:
 
 
 @pytest.fixture
-def run(tmp_path, monkeypatch, capsys):
-    """The command line in an empty folder: run('list') gives (exit code, output, errors)."""
+def run(tmp_path, empty, monkeypatch, capsys):
+    """The command line in a folder with a new store: run('list') gives (exit code, output, errors)."""
+    shutil.copy(empty, tmp_path)
     monkeypatch.chdir(tmp_path)
     for name in [name for name in os.environ if name.startswith('CMRES_')]:
         monkeypatch.delenv(name)
@@ -177,9 +178,9 @@ def labels(answer):
     return [each['label'] for each in answer]
 
 
-def dump():
+def dump(line=None):
     """Everything that is in the store, but not how often it was written to."""
-    everything = cmres.db.connection().iterdump()
+    everything = (line or cmres.db.connection()).iterdump()
     return [line for line in everything if not line.startswith('INSERT INTO "fact" VALUES(\'writes\'')]
 
 
@@ -597,7 +598,8 @@ def serving(tmp_path):
 
 
 def from_dump(path, dump: str):
-    """A database file out of its dump."""
+    """A database file out of its dump, in the place of one that may be there."""
+    Path(path).unlink(missing_ok=True)
     made = sqlite3.connect(path)
     made.executescript(dump)
     made.execute('PRAGMA journal_mode = WAL')
@@ -654,7 +656,7 @@ def test_a_store_of_a_newer_version_is_refused_and_left_as_it_is(run, tmp_path):
         assert code == 1 and 'a newer cmres wrote the database' in err, command
     newer = run('store', 'backup', 'newer.db')
     assert newer[0] == 0 and 'a newer cmres' in run('store', 'restore', 'newer.db')[2]
-    assert list(sqlite3.connect('cmres.db').iterdump()) == before
+    assert dump(sqlite3.connect('cmres.db')) == before
 
 
 def test_the_next_version_is_reached_from_the_first_whatever_the_models_say_by_then(tmp_path, monkeypatch):
@@ -727,6 +729,18 @@ def test_serve_makes_a_store_and_what_to_try_in_an_empty_folder_only(serving, tm
     furnished.stop()
     shown = serving('--demo', folder=other)
     assert "Made the resource 'demo'" in shown.said() and shown.ask('GET', '/resource/')[0] == 200
+
+
+@pytest.mark.parametrize('command', [
+    'list', 'show lab', 'add lab demo +1h +1h', 'resource list', 'events', 'check', 'tick', 'scheduler',
+    'store orphans', 'store backup b.db', 'store migrate', 'token add eva'])
+def test_only_serve_makes_a_store(run, tmp_path, command):
+    """In a wrong folder, a command that made one would answer as if nothing were reserved."""
+    os.remove('cmres.db')
+    code, out, err = run(*command.split())
+    assert code == 1 and not out and f"there is no database '{tmp_path}/cmres.db'" in err, err
+    assert '`serve` makes one' in err and '--demo' in err and 'setting `database`' in err
+    assert os.listdir(tmp_path) == []
 
 
 def test_files_of_a_store_are_its_owners_alone_and_nothing_in_them_signs(serving, tmp_path, monkeypatch):
@@ -961,7 +975,7 @@ def test_an_empty_file_or_another_store_in_its_place_is_refused_at_the_start(run
     Path('cmres.db').touch()
     assert "'cmres.db' is empty, but its key is of store" in run('list')[2]
     os.remove('cmres.db')
-    assert run('list', '--config', Path('o.ini').write_text('[cmres]\ndatabase = other.db\n') and 'o.ini')[0] == 0
+    cmres.open_store('other.db')
     cmres.close_store()
     os.rename('other.db', 'cmres.db')
     assert 'put the right file back' in run('list')[2]
@@ -13882,7 +13896,7 @@ def test_help_of_every_command_answers_on_standard_output_with_an_example(run, t
     code, out, err = run(*name.split(), '--help')
     assert (code, err) == (0, '') and f'python cmres.py {name}' in out
     assert run(*name.split(), 'word', '--help')[:1] == (0,)
-    assert not list(tmp_path.iterdir())  # asking for help opens no store
+    assert os.listdir(tmp_path) == ['cmres.db']  # asking for help opens no store
 
 
 @pytest.mark.parametrize('line', ['_private', '__class__', 'config', 'clock', 'acting', 'alter', 'cancel', 'here',
@@ -13891,7 +13905,8 @@ def test_help_of_every_command_answers_on_standard_output_with_an_example(run, t
                                   'token __doc__'])
 def test_nothing_that_was_not_published_is_a_command(run, tmp_path, line):
     code, out, err = run(*line.split())
-    assert (code, out) == (2, '') and f"there is no command '{line}'" in err and not list(tmp_path.iterdir())
+    assert (code, out) == (2, '') and f"there is no command '{line}'" in err
+    assert os.listdir(tmp_path) == ['cmres.db']
 
 
 def test_delete_on_the_command_line_warns_of_an_end_that_is_not_done(run):
@@ -14038,7 +14053,8 @@ def environment():
     return {name: value for name, value in os.environ.items() if not name.startswith('CMRES_')}
 
 
-def test_a_list_imports_only_what_it_uses(tmp_path):
+def test_a_list_imports_only_what_it_uses(tmp_path, empty):
+    shutil.copy(empty, tmp_path)
     code = ("import sys; sys.path.insert(0, sys.argv[1]); import cmres; code = cmres.main(['list']); "
             "print(*sorted({name.partition('.')[0] for name in sys.modules})); sys.exit(code)")
     ended = subprocess.run([sys.executable, '-B', '-c', code, str(MODULE.parent)], cwd=tmp_path, env=environment(),
@@ -14049,7 +14065,8 @@ def test_a_list_imports_only_what_it_uses(tmp_path):
                                               'configparser', 'urllib3', 'keystoneauth1'}
 
 
-def test_the_program_itself_lists_and_ends_with_its_code(tmp_path):
+def test_the_program_itself_lists_and_ends_with_its_code(tmp_path, empty):
+    shutil.copy(empty, tmp_path)
     for words, code in ((['list'], 0), (['show', 'nobody'], 1), (['lst'], 2)):
         ended = subprocess.run([sys.executable, '-B', str(MODULE), *words], cwd=tmp_path, env=environment(),
                                capture_output=True, text=True)
@@ -18330,6 +18347,8 @@ def bench_page(folder: Path) -> None:
 
 def bench_start(folder: Path) -> None:
     environment = os.environ | {'CMRES_DATABASE': str(folder / 'cmres.db')}
+    cmres.open_store(environment['CMRES_DATABASE'])
+    cmres.close_store()
 
     def run(*words):
         return lambda turn: subprocess.run([sys.executable, *words], env=environment, check=True, stdout=subprocess.DEVNULL)
