@@ -1628,6 +1628,7 @@ class StoreFile:
         self.known: Copied | None = None  # as the file was last when it was right
         self.damage = ''  # what a statement or a check met, until a check meets nothing
         self.lost = ''    # the sentence that was logged of a loss
+        self.troubles = 0  # how often something was wrong, or right again
 
     def hold(self, path: str) -> None:
         """Says to other processes that the file is in use, and connects the guard."""
@@ -1640,6 +1641,21 @@ class StoreFile:
             os.close(self.index)
             self.index = None
         self.guard = connect(path)
+
+    def settle(self) -> None:
+        """Copies the log into the file, so that it has all; what others read now prevents nothing."""
+        with suppress(Unavailable, sqlite3.Error):
+            self.look()
+            if self.guard and not self.lost:
+                self.guard.execute('PRAGMA wal_checkpoint(PASSIVE)').fetchone()
+
+    def leave(self) -> None:
+        """Closes the guard; where nobody else has the file open, SQLite makes all one file again."""
+        with suppress(Unavailable, *STORE_ERRORS):
+            self.look()
+            if self.guard and not self.lost:
+                db.close()
+                self.guard.close()
 
     def release(self) -> None:
         """Forgets the files."""
@@ -1755,7 +1771,7 @@ class StoreFile:
             write_probe(self.path)
         except sqlite3.Error as error:
             raise in_trouble(error) or Unavailable(self.lost) from None
-        self.lost = ''
+        self.lost, self.troubles = '', self.troubles + 1
 
     def loss(self, found: tuple) -> str:
         """What became of the files, as people read it; logged once."""
@@ -1770,7 +1786,7 @@ class StoreFile:
         name = os.path.basename(self.path) + side
         lost = f"the database file '{name}' {what}: nothing is saved now. {then}"
         if lost != self.lost:
-            self.lost = lost
+            self.lost, self.troubles = lost, self.troubles + 1
             log.critical('%s', lost)
         return lost
 
@@ -3095,6 +3111,7 @@ def in_trouble(error: BaseException) -> Unavailable | None:
     code = code_of(cause)
     if code not in TROUBLES:
         return None
+    store_file.troubles += 1
     sentence = TROUBLES[code].format(f'{cause} ({cause.sqlite_errorname})')
     if TROUBLES[code] is DAMAGED:
         store_file.damage = sentence
@@ -11612,12 +11629,15 @@ class Readiness:
 
     def __init__(self, service: Reservations):
         self.service, self.lock = service, threading.Lock()
-        self.until, self.found = 0.0, {}
+        self.until, self.found, self.troubles = 0.0, {}, 0
 
     def answer(self):
         import bottle
         with self.lock:
-            if time.monotonic() >= self.until:
+            with suppress(Unavailable):
+                store_file.look()
+            if time.monotonic() >= self.until or store_file.troubles != self.troubles:
+                self.troubles = store_file.troubles
                 self.found, self.until = self.look_safely(), time.monotonic() + 1
             found = self.found
         return bottle.HTTPResponse(json_text(found), 200 if found['status'] == 'ready' else 503,
@@ -13822,6 +13842,7 @@ def running(cycle: LifeCycle | None) -> Iterator[threading.Event]:
         stop.set()
         if watch:
             watch.join()
+        store_file.settle()
 
 
 def keep_running(cycle: LifeCycle, stop: threading.Event, every: float = 5) -> None:
@@ -14235,4 +14256,5 @@ def in_words(error: Error, zone: ZoneInfo) -> list[str]:
 if __name__ == '__main__':
     code = main()
     sys.stdout.flush()
+    store_file.leave()
     os._exit(code)  # workers may wait for a cloud that hangs; what became of their calls, the next pass finds out

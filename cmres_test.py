@@ -958,6 +958,29 @@ def test_all_processes_know_that_a_store_is_overwritten(serving, tmp_path):
     assert serve.add('back')[0] == 201 and serve.names() == {'demo', 'early', 'back'}
 
 
+def test_when_all_processes_have_ended_the_file_alone_has_everything(serving, tmp_path):
+    """Whoever copies or moves the database then needs no other file."""
+    serve = serving()
+    assert serve.add('early')[0] == 201
+    serve.stop()
+    with contextlib.closing(sqlite3.connect(f'file:{tmp_path}/cmres.db?immutable=1', uri=True)) as alone:
+        assert alone.execute("SELECT count(*) FROM resource WHERE name = 'early'").fetchone() == (1,)
+    assert serve.names() == {'demo', 'early'}
+    assert not list(tmp_path.glob('cmres.db-*'))
+
+
+def test_readiness_is_asked_anew_when_something_went_wrong_since(app, world):
+    ready = webtest.TestApp(cmres.rest(world.service))
+    world.at(0)
+    assert ready.get('/readyz').json['status'] == 'ready'
+    path = Path(world.config.database)
+    path.rename(path.with_name('away'))
+    assert 'was removed' in ready.get('/readyz', status=503).json['store']['fault']
+    path.with_name('away').rename(path)
+    app.call('GET', '/resource')
+    assert ready.get('/readyz').json['status'] == 'ready'
+
+
 def test_what_was_acknowledged_survives_the_loss_of_the_log(serving, tmp_path):
     """The write-ahead log holds what the database file does not have yet."""
     serve = serving()
