@@ -1534,6 +1534,11 @@ class LogState(NamedTuple):
         """Whether it can be what became of an earlier state; an index made anew counts from 0."""
         return self.changes >= changes or self.salt == salt and self.frames >= frames
 
+    @property
+    def is_between(self) -> bool:
+        """Whether the database file has some of the log: that can be anything of a page."""
+        return 0 < self.copied < self.frames
+
     def has_copied(self, before: LogState) -> bool:
         """Whether pages may have been copied since an earlier state."""
         new = self.changes - before.changes  # with one transaction, the log was only begun anew
@@ -1590,8 +1595,8 @@ class Copied(NamedTuple):
 
     def may_become(self, now: Copied, state: LogState, least: int) -> bool:
         """Whether SQLite may have made another file of it, which has so many writes."""
-        return (not self.lost and state.follows(*self[:3])
-                and now.number >= max(self.number, least))
+        enough = state.is_between or now.number >= max(self.number, least)
+        return not self.lost and state.follows(*self[:3]) and enough
 
     def packed(self) -> bytes:
         """It as bytes, with a check sum."""
@@ -1735,8 +1740,11 @@ class StoreFile:
     def left_by(self, state: LogState, found: os.stat_result) -> Copied:
         """What the file is like now; it is read if it has changed."""
         known, size = self.known, found.st_size
-        contents = known[5:7] if known and known.is_like(found) else contents_of(
-            self.path, self.file, size)
+        if known and known.is_like(found):
+            contents = known[5:7]
+        else:
+            before = known.number if known and state.is_between else None
+            contents = contents_of(self.path, self.file, size, before)
         return Copied(*state[:2], state.copied, size, found.st_mtime_ns, *contents)
 
     def acknowledged(self) -> int:
@@ -1827,9 +1835,11 @@ def ends_in_log(path: str, state: LogState) -> int:
     return ends
 
 
-def contents_of(path: str, file: int, size: int) -> tuple[int, int]:
+def contents_of(path: str, file: int, size: int, number: int | None) -> tuple[int, int]:
     """The number of the last write in a database file without its log, and a digest of the file."""
     digest = zlib.crc32(os.pread(file, size + 1, 0)) if size <= MOST_DIGESTED else 0
+    if number is not None:
+        return number, digest
     try:
         with closing(sqlite3.connect(file_uri(path) + '&immutable=1', uri=True)) as alone:
             found = alone.execute(LAST_WRITE).fetchone()

@@ -916,6 +916,23 @@ def test_what_sqlite_does_to_the_file_is_no_overwriting_nor_is_a_new_date(app, w
     app.call('POST', '/resource', {'name': 'late'}, 503 if size == 0 else 201)
 
 
+def test_while_somebody_reads_a_part_of_the_log_is_copied_and_that_is_no_overwriting(app, world):
+    """Of a page that was written again since, the file has neither what it was nor what it is."""
+    path = Path(world.config.database)
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as reader:
+        for n in range(4):
+            long = {'label': f'long-{n}', 'description': 'y' * 20000}  # on pages of its own
+            app.call('POST', '/reservation/', FINE | long, 201)
+            reader.execute('BEGIN')
+            reader.execute('SELECT count(*) FROM resource').fetchall()
+            app.call('POST', '/resource', {'name': f'since-{n}'}, 201)
+            before = path.stat().st_mtime_ns
+            copied_into_it(path, truncate=False)
+            assert path.stat().st_mtime_ns > before
+            app.call('POST', '/resource', {'name': f'then-{n}'}, 201)
+            reader.execute('COMMIT')
+
+
 def test_a_log_or_an_index_that_is_an_older_one_is_noticed(app, world):
     path = Path(world.config.database)
     index, log = (path.with_name(path.name + side) for side in ('-shm', '-wal'))
