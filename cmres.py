@@ -2022,6 +2022,11 @@ class LogState(NamedTuple):
         """Whether it can be what became of an earlier state; an index made anew counts from 0."""
         return self.changes >= changes or self.salt == salt and self.frames >= frames
 
+    @property
+    def is_between(self) -> bool:
+        """Whether the database file has some of the log: that can be anything of a page."""
+        return 0 < self.copied < self.frames
+
     def has_copied(self, before: LogState) -> bool:
         """Whether pages may have been copied since an earlier state."""
         new = self.changes - before.changes  # with one transaction, the log was only begun anew
@@ -2078,8 +2083,8 @@ class Copied(NamedTuple):
 
     def may_become(self, now: Copied, state: LogState, least: int) -> bool:
         """Whether SQLite may have made another file of it, which has so many writes."""
-        return (not self.lost and state.follows(*self[:3])
-                and now.number >= max(self.number, least))
+        enough = state.is_between or now.number >= max(self.number, least)
+        return not self.lost and state.follows(*self[:3]) and enough
 
     def packed(self) -> bytes:
         """It as bytes, with a check sum."""
@@ -2116,6 +2121,7 @@ class StoreFile:
         self.known: Copied | None = None  # as the file was last when it was right
         self.damage = ''  # what a statement or a check met, until a check meets nothing
         self.lost = ''    # the sentence that was logged of a loss
+        self.troubles = 0  # how often something was wrong, or right again
 
     def hold(self, path: str) -> None:
         """Says to other processes that the file is in use, and connects the guard."""
@@ -2123,12 +2129,26 @@ class StoreFile:
         self.lock = lock_store(path, alone=False)
         self.file = os.open(path, os.O_RDONLY)
         if os.path.exists(path + '-shm'):  # before SQLite reads what others know to be lost
-            index = os.open(path + '-shm', os.O_RDONLY)
-            try:
-                self.compare(index, self.log)
-            finally:
-                os.close(index)
+            self.index = os.open(path + '-shm', os.O_RDONLY)
+            self.compare(self.log)
+            os.close(self.index)
+            self.index = None
         self.guard = connect(path)
+
+    def settle(self) -> None:
+        """Copies the log into the file, so that it has all; what others read now prevents nothing."""
+        with suppress(Unavailable, sqlite3.Error):
+            self.look()
+            if self.guard and not self.lost:
+                self.guard.execute('PRAGMA wal_checkpoint(PASSIVE)').fetchone()
+
+    def leave(self) -> None:
+        """Closes the guard; where nobody else has the file open, SQLite makes all one file again."""
+        with suppress(Unavailable, *STORE_ERRORS):
+            self.look()
+            if self.guard and not self.lost:
+                db.close()
+                self.guard.close()
 
     def release(self) -> None:
         """Forgets the files."""
@@ -2173,7 +2193,8 @@ class StoreFile:
             self.refuse_shorter(before, state, stats[1].st_size)
             self.log = state
         if not known or not known.is_like(stats[0]) or state and not known.is_of(state):
-            self.compare(self.index, before)
+            with suppress(FileNotFoundError):  # the next look will tell
+                self.compare(before)
 
     def refuse_shorter(self, before: LogState, state: LogState, size: int) -> None:
         """Raises Unavailable if the log or its index went back."""
@@ -2182,10 +2203,10 @@ class StoreFile:
         if size < state.size and read_log(self.index) == state:  # else it was begun anew just now
             raise Unavailable(self.told_of('-wal', OVERWRITTEN, RESTART))
 
-    def compare(self, index: int, before: LogState) -> None:
+    def compare(self, before: LogState) -> None:
         """Raises Unavailable if the file changed, and not by what was copied into it."""
         written, last = self.written(), unpacked(os.pread(self.lock, ACKNOWLEDGED, 0))
-        state, found = read_log(index), os.stat(self.path)
+        state, found = read_log(self.index), os.stat(self.path)
         if not state:
             return
         now = self.left_by(state, found)
@@ -2194,7 +2215,7 @@ class StoreFile:
         right = not last or last.is_like(found) or (
             last.holds_what(now) if same else
             last.may_become(now, state, written - ends_in_log(self.path, state)))
-        if not is_calm(state, read_log(index)):
+        if not is_calm(state, read_log(self.index)):
             return  # it is being copied: the next look will tell
         if not right:
             if same:
@@ -2207,8 +2228,11 @@ class StoreFile:
     def left_by(self, state: LogState, found: os.stat_result) -> Copied:
         """What the file is like now; it is read if it has changed."""
         known, size = self.known, found.st_size
-        contents = known[5:7] if known and known.is_like(found) else contents_of(
-            self.path, self.file, size)
+        if known and known.is_like(found):
+            contents = known[5:7]
+        else:
+            before = known.number if known and state.is_between else None
+            contents = contents_of(self.path, self.file, size, before)
         return Copied(*state[:2], state.copied, size, found.st_mtime_ns, *contents)
 
     def acknowledged(self) -> int:
@@ -2221,7 +2245,7 @@ class StoreFile:
         number = self.acknowledged()
         if self.guard:
             with suppress(sqlite3.Error):  # the file may hold anything now
-                number = max([number, *map(int, self.guard.execute(LAST_WRITE).fetchone() or ())])
+                number = max(number, *self.guard.execute(LAST_WRITE).fetchone() or (0,))
         return number
 
     def acknowledge(self, number: int) -> None:
@@ -2243,7 +2267,7 @@ class StoreFile:
             write_probe(self.path)
         except sqlite3.Error as error:
             raise in_trouble(error) or Unavailable(self.lost) from None
-        self.lost = ''
+        self.lost, self.troubles = '', self.troubles + 1
 
     def loss(self, found: tuple) -> str:
         """What became of the files, as people read it; logged once."""
@@ -2258,7 +2282,7 @@ class StoreFile:
         name = os.path.basename(self.path) + side
         lost = f"the database file '{name}' {what}: nothing is saved now. {then}"
         if lost != self.lost:
-            self.lost = lost
+            self.lost, self.troubles = lost, self.troubles + 1
             log.critical('%s', lost)
         return lost
 
@@ -2290,7 +2314,7 @@ def identity_of(stats: tuple) -> tuple:
 
 def ends_in_log(path: str, state: LogState) -> int:
     """How many transactions end in that part of a log which the database file has not."""
-    if state.copied == state.frames:
+    if state.copied >= state.frames:
         return 0
     size, ends = (state.size - 32) // state.frames, 0
     with open(path + '-wal', 'rb') as file:
@@ -2299,15 +2323,17 @@ def ends_in_log(path: str, state: LogState) -> int:
     return ends
 
 
-def contents_of(path: str, file: int, size: int) -> tuple[int, int]:
+def contents_of(path: str, file: int, size: int, number: int | None) -> tuple[int, int]:
     """The number of the last write in a database file without its log, and a digest of the file."""
     digest = zlib.crc32(os.pread(file, size + 1, 0)) if size <= MOST_DIGESTED else 0
+    if number is not None:
+        return number, digest
     try:
         with closing(sqlite3.connect(file_uri(path) + '&immutable=1', uri=True)) as alone:
             found = alone.execute(LAST_WRITE).fetchone()
     except sqlite3.Error:  # it is empty, or damaged
         return -1, digest
-    return int(found[0]) if found else 0, digest
+    return found[0] if found else 0, digest
 
 
 def file_uri(path: str) -> str:
@@ -2948,13 +2974,15 @@ TRIGGERS = TRIGGERS_OF_13 = (f'''
   END''')
 
 
-def open_store(path: str, key: str = '') -> None:
+def open_store(path: str, key: str = '', make: bool = True) -> None:
     """Opens the database for all threads. Where none ever was, it and its key are made.
 
     Args:
       key: the file of the key, if it is not the one beside the database
+      make: false if a database that is not there is not to be made
 
     Raises:
+      NotFound: there never was one, and none is to be made.
       Unavailable: the file can't be opened, is gone, or is of something else, of another store or
         of another version.
     """
@@ -2965,6 +2993,8 @@ def open_store(path: str, key: str = '') -> None:
     known = known_store(file)
     if known and not os.path.exists(path):
         raise Unavailable(STORE_GONE.format(path, file))
+    if not make:
+        refuse_missing(path)
     try:
         take_file(path, known)
         remember(file, store_file.store)
@@ -2989,6 +3019,14 @@ def take_file(path: str, known: str) -> None:
     ROW_TYPES.clear()  # in another store, columns may stand in another order
 
 
+def refuse_missing(path: str) -> None:
+    """NotFound if there is no database."""
+    if not os.path.exists(path):
+        raise NotFound(NO_STORE.format(os.path.abspath(path)))
+
+
+NO_STORE = ("there is no database '{}'. `serve` makes one (`serve --demo` with something to try). "
+            'If there is one elsewhere, go to its folder or name it with the setting `database`')
 STORE_GONE = ("the database '{0}' is gone, and there was one: '{1}' remembers it. Bring it back "
               "with `store restore FILE`. To begin with an empty one, delete '{1}'")
 STORE_OLDER = ("the database '{0}' is of version {1}, this cmres needs version {2}. Stop all "
@@ -3655,6 +3693,7 @@ def in_trouble(error: BaseException) -> Unavailable | None:
     code = code_of(cause)
     if code not in TROUBLES:
         return None
+    store_file.troubles += 1
     sentence = TROUBLES[code].format(f'{cause} ({cause.sqlite_errorname})')
     if TROUBLES[code] is DAMAGED:
         store_file.damage = sentence
@@ -3766,7 +3805,7 @@ def watched() -> Iterator[None]:
 
 
 #: Each write has a number, by which a database file tells how old it is.
-LAST_WRITE = "SELECT value FROM fact WHERE name = 'writes'"
+LAST_WRITE = "SELECT CAST(value AS INTEGER) FROM fact WHERE name = 'writes'"
 COUNT_WRITE = """INSERT INTO fact (name, value) VALUES ('writes', 1)
   ON CONFLICT (name) DO UPDATE SET value = value + 1 RETURNING value"""
 
@@ -13211,12 +13250,15 @@ class Readiness:
 
     def __init__(self, service: Reservations):
         self.service, self.lock = service, threading.Lock()
-        self.until, self.found = 0.0, {}
+        self.until, self.found, self.troubles = 0.0, {}, 0
 
     def answer(self):
         import bottle
         with self.lock:
-            if time.monotonic() >= self.until:
+            with suppress(Unavailable):
+                store_file.look()
+            if time.monotonic() >= self.until or store_file.troubles != self.troubles:
+                self.troubles = store_file.troubles
                 self.found, self.until = self.look_safely(), time.monotonic() + 1
             found = self.found
         return bottle.HTTPResponse(json_text(found), 200 if found['status'] == 'ready' else 503,
@@ -15389,9 +15431,12 @@ def serve(config: Config, host: Name = '', port: int = None, noscheduler: bool =
     sys.setswitchinterval(NIMBLE)
     config = dataclasses.replace(config, host=host or config.host, port=config.port if port is None else port)
     told = prepared(config)
+    if not os.path.exists(config.database):
+        file = key_file(config.database, config.key)
+        told = [f"Made the database '{config.database}' and its key '{file}'."]
     demo = demo or not (config.path or any(map(os.path.exists, (
         config.database, key_file(config.database, config.key)))))
-    service = local_service(config)
+    service = local_service(config, make=True)
     cycle = LifeCycle(config, service.clouds)
     service.wake, service.age = cycle.wake.set, None if noscheduler else cycle.age
     try:
@@ -15450,7 +15495,7 @@ def store_backup(config: Config, path: Name) -> dict:
     Example:
       python cmres.py store backup cmres-monday.db
     """
-    refuse_missing(config)
+    refuse_missing(config.database)
     copy_store(config.database, path)
     return {'file': path, 'bytes': os.path.getsize(path), 'key': 'not in the copy'}
 
@@ -15486,7 +15531,7 @@ def store_migrate(config: Config) -> dict:
     Example:
       python cmres.py store migrate
     """
-    refuse_missing(config)
+    refuse_missing(config.database)
     done = migrate_store(config.database)
     open_store(config.database, config.key)
     return done or {'database': config.database, 'version': latest_version(),
@@ -15527,17 +15572,8 @@ def all_orphans(cycle: LifeCycle) -> list[dict]:
     return found
 
 
-def refuse_missing(config: Config) -> None:
-    """NotFound if there is no database."""
-    if not os.path.exists(config.database):
-        raise NotFound(f"there is no database '{config.database}'")
-
-
 def prepared(config: Config) -> list[str]:
-    """Migrates an older database; what is to be said of that, or of one that will be made."""
-    if not os.path.exists(config.database):
-        file = key_file(config.database, config.key)
-        return [f"Made the database '{config.database}' and its key '{file}'."]
+    """Migrates an older database; what is to be said of that."""
     done = migrate_store(config.database)
     return [MIGRATED.format(**done)] if done else []
 
@@ -15645,6 +15681,7 @@ def running(cycle: LifeCycle | None) -> Iterator[threading.Event]:
         stop.set()
         if watch:
             watch.join()
+        store_file.settle()
 
 
 def keep_running(cycle: LifeCycle, stop: threading.Event, every: float = 5) -> None:
@@ -15668,9 +15705,9 @@ def keep_running(cycle: LifeCycle, stop: threading.Event, every: float = 5) -> N
     thread.join(30)  # one that hangs is left behind
 
 
-def local_service(config: Config) -> Reservations:
+def local_service(config: Config, make: bool = False) -> Reservations:
     """The service on the local database; whoever can write that file acts as admin."""
-    open_store(config.database, config.key)
+    open_store(config.database, config.key, make)
     try:
         user = getpass.getuser()
     except (KeyError, OSError):  # a user id without a name
@@ -16326,4 +16363,5 @@ def in_words(error: Error, zone: ZoneInfo) -> list[str]:
 if __name__ == '__main__':
     code = main()
     sys.stdout.flush()
+    store_file.leave()
     os._exit(code)  # workers may wait for a cloud that hangs; what became of their calls, the next pass finds out

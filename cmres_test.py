@@ -160,8 +160,9 @@ class Rest:
 
 
 @pytest.fixture
-def run(tmp_path, monkeypatch, capsys):
-    """The command line in an empty folder: run('list') gives (exit code, output, errors)."""
+def run(tmp_path, empty, monkeypatch, capsys):
+    """The command line in a folder with a new store: run('list') gives (exit code, output, errors)."""
+    shutil.copy(empty, tmp_path)
     monkeypatch.chdir(tmp_path)
     for name in [name for name in os.environ if name.startswith('CMRES_')]:
         monkeypatch.delenv(name)
@@ -719,7 +720,8 @@ def serving(tmp_path):
 
 
 def from_dump(path, dump: str):
-    """A database file out of its dump."""
+    """A database file out of its dump, in the place of one that may be there."""
+    Path(path).unlink(missing_ok=True)
     made = sqlite3.connect(path)
     made.executescript(dump)
     made.execute('PRAGMA journal_mode = WAL')
@@ -849,6 +851,18 @@ def test_serve_makes_a_store_and_what_to_try_in_an_empty_folder_only(serving, tm
     furnished.stop()
     shown = serving('--demo', folder=other)
     assert "Made the resource 'demo'" in shown.said() and shown.ask('GET', '/resource/')[0] == 200
+
+
+@pytest.mark.parametrize('command', [
+    'list', 'show lab', 'add lab demo +1h +1h', 'resource list', 'events', 'check', 'tick', 'scheduler',
+    'store orphans', 'store backup b.db', 'store migrate', 'token add eva'])
+def test_only_serve_makes_a_store(run, tmp_path, command):
+    """In a wrong folder, a command that made one would answer as if nothing were reserved."""
+    os.remove('cmres.db')
+    code, out, err = run(*command.split())
+    assert code == 1 and not out and f"there is no database '{tmp_path}/cmres.db'" in err, err
+    assert '`serve` makes one' in err and '--demo' in err and 'setting `database`' in err
+    assert os.listdir(tmp_path) == []
 
 
 def test_files_of_a_store_are_its_owners_alone_and_nothing_in_them_signs(serving, tmp_path, monkeypatch):
@@ -1024,6 +1038,23 @@ def test_what_sqlite_does_to_the_file_is_no_overwriting_nor_is_a_new_date(app, w
     app.call('POST', '/resource', {'name': 'late'}, 503 if size == 0 else 201)
 
 
+def test_while_somebody_reads_a_part_of_the_log_is_copied_and_that_is_no_overwriting(app, world):
+    """Of a page that was written again since, the file has neither what it was nor what it is."""
+    path = Path(world.config.database)
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as reader:
+        for n in range(4):
+            long = {'label': f'long-{n}', 'description': 'y' * 20000}  # on pages of its own
+            app.call('POST', '/reservation/', FINE | long, 201)
+            reader.execute('BEGIN')
+            reader.execute('SELECT count(*) FROM resource').fetchall()
+            app.call('POST', '/resource', {'name': f'since-{n}'}, 201)
+            before = path.stat().st_mtime_ns
+            copied_into_it(path, truncate=False)
+            assert path.stat().st_mtime_ns > before
+            app.call('POST', '/resource', {'name': f'then-{n}'}, 201)
+            reader.execute('COMMIT')
+
+
 def test_a_log_or_an_index_that_is_an_older_one_is_noticed(app, world):
     path = Path(world.config.database)
     index, log = (path.with_name(path.name + side) for side in ('-shm', '-wal'))
@@ -1066,6 +1097,29 @@ def test_all_processes_know_that_a_store_is_overwritten(serving, tmp_path):
     assert serve.add('back')[0] == 201 and serve.names() == {'demo', 'early', 'back'}
 
 
+def test_when_all_processes_have_ended_the_file_alone_has_everything(serving, tmp_path):
+    """Whoever copies or moves the database then needs no other file."""
+    serve = serving()
+    assert serve.add('early')[0] == 201
+    serve.stop()
+    with contextlib.closing(sqlite3.connect(f'file:{tmp_path}/cmres.db?immutable=1', uri=True)) as alone:
+        assert alone.execute("SELECT count(*) FROM resource WHERE name = 'early'").fetchone() == (1,)
+    assert serve.names() == {'demo', 'early'}
+    assert not list(tmp_path.glob('cmres.db-*'))
+
+
+def test_readiness_is_asked_anew_when_something_went_wrong_since(app, world):
+    ready = webtest.TestApp(cmres.rest(world.service))
+    world.at(0)
+    assert ready.get('/readyz').json['status'] == 'ready'
+    path = Path(world.config.database)
+    path.rename(path.with_name('away'))
+    assert 'was removed' in ready.get('/readyz', status=503).json['store']['fault']
+    path.with_name('away').rename(path)
+    app.call('GET', '/resource')
+    assert ready.get('/readyz').json['status'] == 'ready'
+
+
 def test_what_was_acknowledged_survives_the_loss_of_the_log(serving, tmp_path):
     """The write-ahead log holds what the database file does not have yet."""
     serve = serving()
@@ -1083,7 +1137,7 @@ def test_an_empty_file_or_another_store_in_its_place_is_refused_at_the_start(run
     Path('cmres.db').touch()
     assert "'cmres.db' is empty, but its key is of store" in run('list')[2]
     os.remove('cmres.db')
-    assert run('list', '--config', Path('o.ini').write_text('[cmres]\ndatabase = other.db\n') and 'o.ini')[0] == 0
+    cmres.open_store('other.db')
     cmres.close_store()
     os.rename('other.db', 'cmres.db')
     assert 'put the right file back' in run('list')[2]
@@ -14387,7 +14441,7 @@ def test_help_of_every_command_answers_on_standard_output_with_an_example(run, t
     code, out, err = run(*name.split(), '--help')
     assert (code, err) == (0, '') and f'python cmres.py {name}' in out
     assert run(*name.split(), 'word', '--help')[:1] == (0,)
-    assert not list(tmp_path.iterdir())  # asking for help opens no store
+    assert os.listdir(tmp_path) == ['cmres.db']  # asking for help opens no store
 
 
 @pytest.mark.parametrize('line', ['_private', '__class__', 'config', 'clock', 'acting', 'alter', 'cancel', 'here',
@@ -14396,7 +14450,8 @@ def test_help_of_every_command_answers_on_standard_output_with_an_example(run, t
                                   'token __doc__'])
 def test_nothing_that_was_not_published_is_a_command(run, tmp_path, line):
     code, out, err = run(*line.split())
-    assert (code, out) == (2, '') and f"there is no command '{line}'" in err and not list(tmp_path.iterdir())
+    assert (code, out) == (2, '') and f"there is no command '{line}'" in err
+    assert os.listdir(tmp_path) == ['cmres.db']
 
 
 def test_delete_on_the_command_line_warns_of_an_end_that_is_not_done(run):
@@ -14543,7 +14598,8 @@ def environment():
     return {name: value for name, value in os.environ.items() if not name.startswith('CMRES_')} | {'TZ': 'UTC'}
 
 
-def test_a_list_imports_only_what_it_uses(tmp_path):
+def test_a_list_imports_only_what_it_uses(tmp_path, empty):
+    shutil.copy(empty, tmp_path)
     code = ("import sys; sys.path.insert(0, sys.argv[1]); import cmres; code = cmres.main(['list']); "
             "print(*sorted({name.partition('.')[0] for name in sys.modules})); sys.exit(code)")
     ended = subprocess.run([sys.executable, '-B', '-c', code, str(MODULE.parent)], cwd=tmp_path, env=environment(),
@@ -14818,7 +14874,8 @@ def test_what_is_no_plain_line_is_read_by_fire(monkeypatch, line):
     assert came and 'plain' not in came
 
 
-def test_the_program_itself_lists_and_ends_with_its_code(tmp_path):
+def test_the_program_itself_lists_and_ends_with_its_code(tmp_path, empty):
+    shutil.copy(empty, tmp_path)
     for words, code in ((['list'], 0), (['show', 'nobody'], 1), (['lst'], 2)):
         ended = subprocess.run([sys.executable, '-B', str(MODULE), *words], cwd=tmp_path, env=environment(),
                                capture_output=True, text=True)
@@ -19095,6 +19152,8 @@ def bench_page(folder: Path) -> None:
 
 def bench_start(folder: Path) -> None:
     environment = os.environ | {'CMRES_DATABASE': str(folder / 'cmres.db')}
+    cmres.open_store(environment['CMRES_DATABASE'])
+    cmres.close_store()
 
     def run(*words):
         return lambda turn: subprocess.run([sys.executable, *words], env=environment, check=True, stdout=subprocess.DEVNULL)
