@@ -8,7 +8,7 @@
 #   "icalendar>=7.1,<8",       # calendars: what zones are called on Windows
 #   "peewee~=4.5.3",           # store: models, transactions, one connection a thread
 #   "pyyaml~=6.0",             # YAML files of reservations, YAML answers
-#   "rich>=13,<16",            # tables and progress bars for people
+#   "rich>=13,<16",            # progress bars for people
 #   "schedule~=1.2.2",         # heartbeat of the life cycle
 #   "tzdata>=2025.2",          # time zones, where the system has none
 #   "waitress~=3.0.2",         # HTTP server: slow clients hold no thread
@@ -71,10 +71,12 @@ import secrets
 import signal
 import socket
 import sqlite3
+import struct
 import sys
 import textwrap
 import threading
 import time
+import zlib
 from bisect import bisect_left, bisect_right
 from collections import Counter, defaultdict, deque, namedtuple
 from concurrent.futures import ThreadPoolExecutor
@@ -179,12 +181,21 @@ def first_line(error: Exception) -> str:
 UTC = timezone.utc
 FIRST, LAST = datetime(1970, 1, 1, tzinfo=UTC), datetime(2200, 1, 1, tzinfo=UTC)
 ZONED = re.compile(r'(.*)\[([A-Za-z0-9_+/-]{1,64})\]')  # a time and the zone of its clock (RFC 9557)
-DURATION = re.compile(r'\+?(?:(\d{1,4})w)?(?:(\d{1,5})d)?(?:(\d{1,6})h)?(?:(\d{1,8})m)?(?:(\d{1,10})s)?', re.I | re.A)
+DURATION = re.compile(r'\+?' + ' *'.join(
+    rf'(?:(\d{{1,10}}(?:\.\d{{1,3}})?) ?(?:{unit}))?' for unit in (
+        'w|weeks?', 'd|days?', 'h|hrs?|hours?', 'm|mins?|minutes?', 's|secs?|seconds?')), re.I | re.A)
+CLOCK_LENGTH = re.compile(r'\+?(\d{1,4}):([0-5]\d)')
 ISO_DURATION = re.compile(
-    r'P(?:(\d{1,4})W)?(?:(\d{1,5})D)?(?:T(?:(\d{1,6})H)?(?:(\d{1,8})M)?(?:(\d{1,10})S)?)?', re.I | re.A)
+    r'P(?:(\d{1,4})W)?(?:(\d{1,5})D)?(?:T(?:(\d{1,6})H)?(?:(\d{1,8})M)?(?:(\d{1,10})S)?)?',
+    re.I | re.A)
 # An offset's + that an unescaped query made a space.
 LOST_PLUS = re.compile(r'(:\d\d) (\d\d:?\d\d)$')
-
+CLOCK = re.compile(r'(\d{1,2})(?::(\d\d)(?::(\d\d))?)?([ap]m)?', re.A)
+DAY_NAMES = ('monday', 'tuesday', 'wednesday', 'thursday', 'friday', 'saturday', 'sunday')
+MONTH_NAMES = ('january', 'february', 'march', 'april', 'may', 'june', 'july', 'august',
+               'september', 'october', 'november', 'december')
+#: Days from today; what else names a date, `dates_of` reads.
+NEAR_DAYS = {'yesterday': -1, 'today': 0, 'tomorrow': 1}
 
 class Typed(datetime):
     """An instant that was typed as a time on the clocks of a zone; `wall` and `zone` are that.
@@ -227,37 +238,208 @@ def read_zone(name: str) -> ZoneInfo:
         raise Invalid(f"unknown time zone '{name}'; write one such as Europe/Paris or UTC") from None
 
 
-def parse_time(text: str, zone: ZoneInfo, now: datetime) -> datetime:
+def machine_zone(environ: dict, link: str = '/etc/localtime') -> str:
+    """The name of the zone that the clocks of this machine show: by TZ, else by what `link` points to."""
+    where = environ.get('TZ') or (os.path.realpath(link) if os.path.islink(link) else '')
+    name = where.removeprefix(':').rpartition('/zoneinfo/')[2]
+    return name if known_zone(name) and not re.fullmatch('(Etc/)?(UTC|UCT|Zulu|Universal)', name) else 'UTC'
+
+
+def parse_time(text: str, zone: ZoneInfo, now: datetime, after: datetime | None = None) -> datetime:
     """The instant that a person typed, in UTC and whole seconds.
 
     Args:
-      text: ISO 8601 with or without offset, with `/` for `-` or a space for `T`; `now`; or `+2h`, from now;
-        a zone in brackets goes before `zone`
+      text: ISO 8601 with or without offset, with `/` for `-` or a space for `T`; what a clock, a
+        weekday or a date says, such as 9:00, 9am, mon 9:00, next tue 14:00, tomorrow 9:00 and
+        1 Dec 2026, 9:00; `now`; `in 2h` or `+2h`, from now; all that `format_time` and
+        `format_moment` make. A zone that stands behind it goes before `zone`.
       zone: the zone of a time without an offset
+      after: what says no date, or no year, is the first such after this; without it, after now
 
     Returns:
       a Typed one where the text was a time without an offset.
 
     Raises:
-      ValueError: it is none of these, or outside the years 1970 to 2199.
+      ValueError: it is none of these, may be two, or is outside the years 1970 to 2199.
     """
     word = LOST_PLUS.sub(r'\1+\2', text.strip())
     if word == 'now':
         return now
-    if word.startswith('+'):
-        return now + parse_duration(word)
+    if word.startswith('+') or word.startswith('in '):
+        return now + parse_duration(word.removeprefix('in').strip())
     try:
-        if named := ZONED.fullmatch(word):
-            word, zone = named[1], read_zone(named[2])
-        if not re.fullmatch('[0-9:TWZ+ .,/-]+', word):  # Python takes any letter between date and time
-            raise ValueError
-        wall = datetime.fromisoformat(word.replace('/', '-')).replace(microsecond=0)
-        moment = (wall if wall.tzinfo else wall.replace(tzinfo=zone)).astimezone(UTC)
-    except (ValueError, OverflowError, Invalid):
-        raise ValueError(f"'{text}' is not a time; write 2026-12-01T09:00, now or +2h") from None
+        moment = iso_time(word, zone) or spoken_time(word, zone, after or now, now)
+    except OverflowError:
+        moment = None
+    if not moment:
+        raise ValueError(f"'{text}' is not a time; write 2026-12-01 09:00, 17:00, tomorrow 9:00, "
+                         'mon 9:00, now or +2h')
     if not FIRST <= moment < LAST:
         raise ValueError(f"'{text}' is not between the years 1970 and 2199")
-    return moment if wall.tzinfo else typed_at(moment, wall, zone)
+    return moment
+
+
+def iso_time(word: str, zone: ZoneInfo) -> datetime | None:
+    """The instant of a time in ISO 8601, maybe with a zone in brackets (RFC 9557); None if it is none."""
+    if named := ZONED.fullmatch(word):
+        word, zone = named[1], ZoneInfo(named[2]) if known_zone(named[2]) else None
+    # Python takes any letter between date and time.
+    if not zone or not re.fullmatch('[0-9:TWZ+ .,/-]+', word):
+        return None
+    try:
+        wall = datetime.fromisoformat(word.replace('/', '-')).replace(microsecond=0)
+    except ValueError:
+        return None
+    return wall.astimezone(UTC) if wall.tzinfo else at_clock(wall, zone)
+
+
+def spoken_time(text: str, zone: ZoneInfo, after: datetime, now: datetime) -> datetime | None:
+    """The instant that words name: a date and what a clock shows, or one of both; None if it is none."""
+    words, zone, called = zone_of_words(text, zone)
+    clocks = [word for word in words if read_clock(word) is not None]
+    day = ' '.join(word for word in words if word not in clocks)
+    if not zone or not words or len(clocks) > 1:
+        return None
+    clock = read_clock(clocks[0]) if clocks else timedelta(0)
+    today = (now if day in NEAR_DAYS else after).astimezone(zone).date()
+    walls = [datetime.combine(each, datetime.min.time()) + clock for each in dates_of(day, today)]
+    moments = [at_clock(wall, zone, called) for wall in walls]
+    return next((each for each in moments if each > after), moments[-1] if moments else None)
+
+
+#: A time, what clocks call theirs, and the zone that they are in, as `format_moment` writes them.
+WITH_ZONE = re.compile(r'(.*\d.*?)(?: ([A-Z]{1,5}|[+-]\d{2,4}))?(?: \(?([A-Za-z]\w+/[\w/+-]+|UTC)\)?)?')
+
+
+def zone_of_words(text: str, zone: ZoneInfo) -> tuple[list[str], ZoneInfo | None, str]:
+    """The words of a time, its zone (None if unknown), and what clocks call their time then."""
+    match = WITH_ZONE.fullmatch(' '.join(text.split()))
+    words, called, name = match.groups() if match else (text, None, None)
+    if called and is_word(called.lower()):
+        words, called = f'{words} {called}', None
+    if name or called in ('UTC', 'GMT', 'Z'):
+        name, called = name or 'UTC', None if not name else called
+        zone = ZoneInfo(name) if known_zone(name) else None
+    words = re.sub(r'(\d{4}-\d\d-\d\d)t', r'\1 ', words.lower().replace(',', ' '))
+    words = re.sub(r'(\d) ([ap]m)\b', r'\1\2', words)
+    words = re.sub(r'\bat (\d{1,2})(?= |$)', r'\1:00', words)
+    return [word for word in words.split() if word not in ('at', 'on')], zone, called or ''
+
+
+def is_word(text: str) -> bool:
+    """Whether it is a word of a time, and no zone: pm, tue, december."""
+    return text in ('am', 'pm', 'noon') or any(
+        len(text) > 1 and name.startswith(text) for name in DAY_NAMES + MONTH_NAMES)
+
+
+def known_zone(name: str) -> bool:
+    try:
+        return bool(read_zone(name))
+    except Invalid:
+        return False
+
+
+def read_clock(word: str) -> timedelta | None:
+    """The time of day that a word names, from midnight on: 9:00, 9am, 12:30pm, noon, 24:00."""
+    if word in ('noon', 'midnight'):
+        return timedelta(hours=12 if word == 'noon' else 24)
+    match = CLOCK.fullmatch(word)
+    if not match or not (match[2] or match[4]):
+        return None
+    hour, minute, second = (int(part or 0) for part in match.groups()[:3])
+    if match[4]:
+        hour = hour % 12 + 12 * (match[4] == 'pm') if 1 <= hour <= 12 else 99
+    clock = timedelta(hours=hour, minutes=minute, seconds=second)
+    return clock if minute < 60 and second < 60 and clock <= timedelta(days=1) else None
+
+
+def dates_of(words: str, today: date) -> list[date]:
+    """The dates that words may mean, the nearest first; those without a year come again.
+
+    Raises:
+      ValueError: they name two days, such as 01/02/2026.
+    """
+    if not words:
+        return [today, today + timedelta(days=1), today + timedelta(days=2)]
+    if words in NEAR_DAYS:
+        return [today + timedelta(days=NEAR_DAYS[words])]
+    if match := re.fullmatch(r'(next |this )?([a-z]{2,})', words):
+        return coming_weekdays(match[2], today, match[1] == 'next ')
+    if match := re.fullmatch(r'(\d{4})-(\d\d)-(\d\d)t?', words):
+        return dates_on(match[3], match[2], match[1])
+    if match := re.fullmatch(r'(\d{1,2})([./])(\d{1,2})\2(\d{4})', words):
+        return slashed_date(*match.groups())
+    return named_dates(words, today)
+
+
+def coming_weekdays(word: str, today: date, later: bool) -> list[date]:
+    days = [number for number, name in enumerate(DAY_NAMES) if name.startswith(word)]
+    if len(days) != 1:
+        return []
+    first = today + timedelta(days=(days[0] - today.weekday()) % 7)
+    dates = [first, first + timedelta(days=7)]
+    return [max(each for each in dates[:1 + (first == today)])] if later else dates
+
+
+def slashed_date(first: str, mark: str, second: str, year: str) -> list[date]:
+    """A date in figures: the day comes first where dots are; where slashes are, people differ."""
+    there = dates_on(first, second, year)
+    other = dates_on(second, first, year) if mark == '/' else []
+    if there and other and there != other:
+        one, two = (f'{each[0]:%d %b %Y}'.lstrip('0') for each in (there, other))
+        raise ValueError(f"'{first}/{second}/{year}' may be {one} or {two}; write "
+                         f'{there[0]} or {other[0]}')
+    return there or other
+
+
+def dates_on(day: str, month: str | int, year: str | int) -> list[date]:
+    try:
+        return [date(int(year), int(month), int(day))]
+    except ValueError:
+        return []
+
+
+def named_dates(words: str, today: date) -> list[date]:
+    """The dates of: 1 dec, dec 1st 2026, tue 1 december 2026."""
+    match = re.fullmatch(r'(?:([a-z]{2,}) )?(?:(\d{1,2})(?:st|nd|rd|th)?\.? ([a-z]{3,})|'
+                         r'([a-z]{3,})\.? (\d{1,2})(?:st|nd|rd|th)?)(?: (\d{4}))?', words)
+    if not match:
+        return []
+    weekday, day, month, other_month, other_day, year = match.groups()
+    months = [number for number, name in enumerate(MONTH_NAMES, 1)
+              if name.startswith(month or other_month)]
+    if len(months) != 1:
+        return []
+    years = [year] if year else range(today.year, today.year + 9)
+    dates = [found for each in years for found in dates_on(day or other_day, months[0], each)]
+    dates = [each for each in dates if year or each >= today]
+    if not weekday or not dates:
+        return dates
+    fitting = [each for each in dates if DAY_NAMES[each.weekday()].startswith(weekday)]
+    if not fitting or len(dates) > 1 and fitting[0] != dates[0]:
+        is_one = DAY_NAMES[dates[0].weekday()].capitalize()
+        raise ValueError(f"{dates[0].day} {dates[0]:%b %Y} is a {is_one}, not '{weekday}'")
+    return fitting
+
+
+def at_clock(wall: datetime, zone: ZoneInfo, called: str = '') -> datetime:
+    """The instant at which clocks of a zone show a time.
+
+    Args:
+      called: what they call their time then, such as CET or +03; it tells apart an hour that
+        comes twice
+
+    Raises:
+      ValueError: they call it otherwise.
+    """
+    folds = [wall.replace(tzinfo=zone, fold=fold) for fold in (0, 1)]
+    if not called:
+        return typed_at(folds[0].astimezone(UTC), wall, zone)
+    for each in folds:
+        if each.tzname() == called:
+            return each.astimezone(UTC)
+    raise ValueError(f"clocks of {zone.key} do not show {called} at {wall:%Y-%m-%d %H:%M}; write "
+                     f'the zone: {wall:%Y-%m-%d %H:%M} ({zone.key})')
 
 
 def typed_at(moment: datetime, wall: datetime, zone: ZoneInfo) -> Typed:
@@ -268,15 +450,24 @@ def typed_at(moment: datetime, wall: datetime, zone: ZoneInfo) -> Typed:
 
 
 def parse_duration(text: str) -> Length:
-    """The length that a person typed: 2h, +1d12h, 90m or PT2H; ValueError if it is none."""
-    match = DURATION.fullmatch(text.strip()) or ISO_DURATION.fullmatch(text.strip())
-    if not match or not any(match.groups()):
-        raise ValueError(f"'{text}' is not a duration; write 2h, 1d12h, 90m or PT2H")
-    weeks, days, hours, minutes, seconds = (int(part or 0) for part in match.groups())
-    length = Length(weeks=weeks, days=days, hours=hours, minutes=minutes, seconds=seconds)
-    length.nominal = 86400 * (7 * weeks + days)
-    if length > LAST - FIRST:
+    """The length that a person typed; ValueError if it is none.
+
+    Args:
+      text: 2h, +1d12h, 90min, 1.5h, 2 hours 30 minutes, 1:30, or PT2H
+    """
+    word = text.strip()
+    match = DURATION.fullmatch(word) or ISO_DURATION.fullmatch(word)
+    clock = CLOCK_LENGTH.fullmatch(word)
+    if not clock and not (match and any(match.groups())):
+        raise ValueError(f"'{text}' is not a duration; write 2h, 1d12h, 90m, 1.5h or PT2H")
+    parts = (0, 0, *clock.groups(), 0) if clock else match.groups()
+    weeks, days, hours, minutes, seconds = (float(part or 0) for part in parts)
+    days += 7 * weeks
+    seconds += 86400 * days + 3600 * hours + 60 * minutes
+    if seconds > (LAST - FIRST).total_seconds():
         raise ValueError(f"'{text}' is longer than {(LAST - FIRST).days} days")
+    length = Length(seconds=round(seconds))
+    length.nominal = 86400 * int(days)
     return length
 
 
@@ -291,7 +482,9 @@ def format_moment(moment: datetime, zone: ZoneInfo) -> str:
     """A time for people who may be elsewhere: Tue 1 Dec 2026, 09:00 (Europe/Paris)."""
     local = moment.astimezone(zone)
     clock = '%H:%M:%S' if local.second else '%H:%M'
-    return local.strftime(f'%a {local.day} %b %Y, {clock} ({zone.key})')
+    twice = local.replace(fold=1 - local.fold).astimezone(UTC) != moment.astimezone(UTC)
+    called = ' %Z' if twice else ''
+    return local.strftime(f'%a {local.day} %b %Y, {clock}{called} ({zone.key})')
 
 
 def format_duration(length: float) -> str:
@@ -324,12 +517,12 @@ RULE_PARTS = {'FREQ': None, 'UNTIL': None, 'WKST': None, 'BYDAY': None, 'COUNT':
               'BYSETPOS': (1, 366), 'BYHOUR': (0, 23), 'BYMINUTE': (0, 59), 'BYSECOND': (0, 59)}
 CLOCK_PARTS = ('BYHOUR', 'BYMINUTE', 'BYSECOND')
 FREQUENCIES = {'day': 'DAILY', 'week': 'WEEKLY', 'month': 'MONTHLY', 'year': 'YEARLY'}
-DAY_NAMES = ('monday', 'tuesday', 'wednesday', 'thursday', 'friday', 'saturday', 'sunday')
 WEEKDAYS = ('MO', 'TU', 'WE', 'TH', 'FR', 'SA', 'SU')
 #: Days that these leave of a week, or of some days, differ from one to the next.
 UNEVEN = {'BYMONTH', 'BYMONTHDAY', 'BYYEARDAY', 'BYWEEKNO', 'BYSETPOS'}
 ORDINALS = {'first': '1', 'second': '2', 'third': '3', 'fourth': '4', 'fifth': '5', 'last': '-1'}
-REPEAT_HELP = "write daily, weekdays, weekly on tue,thu, every 2 weeks on mon, monthly on first mon, or an RRULE"
+REPEAT_HELP = ('write daily, weekdays, weekly on tue,thu, every 2 weeks on mon, every other tue, '
+               'monthly on first mon, or an RRULE')
 
 
 class Stretch(NamedTuple):
@@ -411,27 +604,111 @@ def read_repeat(text: str, here=None) -> str:
     return checked_rule(word.upper() if '=' in word else spoken_rule(word.lower())) if word else ''
 
 
+#: What people say for what `spoken_rule` reads.
+SAME_RULES = {'weekdays': 'weekly on mon,tue,wed,thu,fri', 'biweekly': 'every 2 weeks',
+              'fortnightly': 'every 2 weeks', 'every weekday': 'weekly on mon,tue,wed,thu,fri'}
+SPOKEN = re.compile(
+    r'(?:(?P<name>daily|weekly|monthly|yearly)|every(?: (?P<number>\d+))? (?P<unit>day|week|month|year)s?)'
+    r'(?: on (?P<on>.+))?|every(?P<other> other)? (?P<days>.+)')
+SPOKEN_DAY = re.compile(r'(?:the )?(?:(first|second|third|fourth|fifth|last) )?([a-z]{2,})(?: of the month)?')
+SPOKEN_END = re.compile(r'(.+?),? (?:until (?:the )?(.+)|(?:for )?(\d+) times)')
+
+
 def spoken_rule(words: str) -> str:
-    """The RRULE of: daily, weekdays, weekly on tue,thu, every 2 weeks, monthly on last fri, yearly."""
-    if words == 'weekdays':
-        return 'FREQ=WEEKLY;BYDAY=MO,TU,WE,TH,FR'
-    match = re.fullmatch(r'(?:(daily|weekly|monthly|yearly)|every(?: (\d+))? (day|week|month|year)s?)(?: on (.+))?',
-                         words)
+    """The RRULE of: daily, every tue and thu, every other week, monthly on last fri, weekly until 23 feb 2027."""
+    text, ends = words, ''
+    if match := SPOKEN_END.fullmatch(words):
+        text = match[1]
+        ends = f';COUNT={match[3]}' if match[3] else f';UNTIL={last_day(match[2], words)}'
+    text = SAME_RULES.get(text, text)
+    text = re.sub('^every other (day|week|month|year)$', r'every 2 \1s', text)
+    text = re.sub('^every other (day|week|month|year)( on .+)$', r'every 2 \1s\2', text)
+    match = SPOKEN.fullmatch(text)
     if not match:
         raise ValueError(f"'{words}' is no repetition; {REPEAT_HELP}")
-    name, interval, unit, days = match.groups()
-    rule = f'FREQ={name.upper() if name else FREQUENCIES[unit]}' + (f';INTERVAL={interval}' if interval else '')
-    return rule + (spoken_days(days, words) if days else '')
+    if match['days']:
+        return every_named_day(match['days'], '2' if match['other'] else '', words) + ends
+    rule = f"FREQ={match['name'].upper() if match['name'] else FREQUENCIES[match['unit']]}"
+    rule += f";INTERVAL={match['number']}" if match['number'] else ''
+    return rule + (spoken_days(match['on'], words) if match['on'] else '') + ends
+
+
+def every_named_day(text: str, interval: str, words: str) -> str:
+    """The RRULE of `every` with names of days behind it, which are days of a week or of a month."""
+    days = spoken_days(text, words)
+    monthly = re.search('=.*[0-9]', days)
+    if 'BYMONTHDAY' in days:  # `every 15` says neither month nor day
+        raise ValueError(f"'{words}' is no repetition; {REPEAT_HELP}")
+    rule = 'FREQ=MONTHLY' if monthly else 'FREQ=WEEKLY'
+    return rule + (f';INTERVAL={interval}' if interval else '') + days
+
+
+def last_day(text: str, words: str) -> str:
+    """The last date of a repetition as UNTIL has it, of words that name one with its year."""
+    days = dates_of(' '.join(text.replace(',', ' ').split()), date.min)
+    if len(days) != 1:
+        raise ValueError(f"'{words}' names no last date; write it with its year, such as "
+                         'until 23 feb 2027')
+    return f'{days[0]:%Y%m%d}T235959'
 
 
 def spoken_days(text: str, words: str) -> str:
-    days = [day.strip() for day in re.split(',| and ', text)]
+    days = [day.strip().removeprefix('the ') for day in re.split(',| and ', text)]
+    days = [re.sub(r'^(\d{1,2})(st|nd|rd|th)$', r'\1', '-1' if day == 'last day' else day)
+            for day in days]
     if all(re.fullmatch(r'-?\d{1,2}', day) for day in days):
         return f";BYMONTHDAY={','.join(days)}"
-    found = [re.fullmatch(r'(?:(first|second|third|fourth|fifth|last) )?([a-z]{2,})', day) for day in days]
-    if not all(each and any(name.startswith(each[2]) for name in DAY_NAMES) for each in found):
+    found = [SPOKEN_DAY.fullmatch(day) for day in days]
+    if not all(each and is_weekday(each[2]) for each in found):
         raise ValueError(f"'{words}' is no repetition; {REPEAT_HELP}")
     return ';BYDAY=' + ','.join(ORDINALS.get(each[1], '') + each[2][:2].upper() for each in found)
+
+
+def is_weekday(word: str) -> bool:
+    return any(name.startswith(word) or f'{name}s' == word for name in DAY_NAMES)
+
+
+def rule_in_words(rule: str) -> str:
+    """A repetition for people, which `read_repeat` reads back; the rule itself where words can't say it."""
+    parts = dict(part.split('=') for part in rule.split(';'))
+    unit = next(unit for unit, name in FREQUENCIES.items() if name == parts['FREQ'])
+    number = int(parts.get('INTERVAL', 1))
+    every = f'every {number} {unit}s' if number > 1 else f'every {unit}'
+    days = days_in_words(parts)
+    said = {'FREQ', 'INTERVAL', 'BYDAY', 'BYMONTHDAY', 'UNTIL', 'COUNT', 'WKST'}
+    if parts.keys() - said or days is None or 'BYDAY' in parts and 'BYMONTHDAY' in parts:
+        return rule
+    if number == 1 and unit == 'week' and days:
+        every, days = 'every', days if days != 'Monday, Tuesday, Wednesday, Thursday and Friday' else 'weekday'
+    elif days:
+        days = f'on {days}'
+    ends = f"{parts['COUNT']} times" if 'COUNT' in parts else ''
+    if 'UNTIL' in parts:
+        last = read_until(parts['UNTIL'])
+        ends = f'until {last.day} {last:%b %Y}'
+    return ' '.join(filter(None, (every, days, ends)))
+
+
+def days_in_words(parts: dict) -> str | None:
+    """Days of a rule as people say them; '' without any, None where words can't say them."""
+    names = {short: name.capitalize() for short, name in zip(WEEKDAYS, DAY_NAMES)}
+    ordinals = {number: f'the {word} ' for word, number in ORDINALS.items()} | {'': ''}
+    days = []
+    for day in filter(None, parts.get('BYDAY', '').split(',')):
+        number, name = day[:-2].removeprefix('+'), day[-2:]
+        if number not in ordinals or number and parts['FREQ'] != 'MONTHLY':
+            return None
+        days.append(ordinals[number] + names[name])
+    for day in filter(None, parts.get('BYMONTHDAY', '').split(',')):
+        if int(day) < -1 or parts['FREQ'] != 'MONTHLY':
+            return None
+        days.append('the last day' if day == '-1' else f'the {nth(int(day))}')
+    return ' and '.join(filter(None, (', '.join(days[:-1]), *days[-1:])))
+
+
+def nth(number: int) -> str:
+    ending = 'th' if number in (11, 12, 13) else {1: 'st', 2: 'nd', 3: 'rd'}.get(number % 10, 'th')
+    return f'{number}{ending}'
 
 
 def checked_rule(rule: str) -> str:
@@ -675,11 +952,11 @@ def years_of_days(rule: Rule, turn: Callable[[int], int], first: int) -> Iterato
         if rule.unit == 'YEARLY' and turn(before) % rule.interval:
             continue
         days = [before + day for day in days_left(rule.by, *kinds)]
+        STEPS.take(len(days) // (2 if rule.positions or rule.interval > 1 else 8))
         if rule.interval > 1:
             days = [day for day in days if turn(day) % rule.interval == 0]
         if days and days[0] < first:
             days = [day for day in days if day >= first]
-        STEPS.take(len(days) // 8)
         yield days
 
 
@@ -737,7 +1014,7 @@ def walls(stretch: Stretch, near: datetime = datetime.min) -> Iterator[datetime]
     start, listed = datetime.fromisoformat(stretch.start), sorted(listed_walls(stretch))
     ruled = followed(stretch.rule, start, near) if stretch.rule else ()
     skips, before = frozenset(stretch.skips), None
-    for wall in heapq.merge(ruled, listed):
+    for wall in heapq.merge(ruled, listed) if listed and ruled else ruled or listed:
         STEPS.take(1)
         key = wall.isoformat()
         if stretch.until and key >= stretch.until:
@@ -782,8 +1059,10 @@ def slots(stretch: Stretch, begin: float, until: float,
     first, last = (to_wall(instant(each), zone) for each in (begin, until))
     last += day - timedelta(seconds=stretch.shift)
     ruled = itertools.takewhile(lambda wall: wall < last, walls(stretch, first - longest - day))
-    ruled = (wall for wall in ruled if wall.isoformat() not in stretch.moved)
-    for wall in heapq.merge(ruled, moved_walls(stretch)):
+    if stretch.moved:
+        ruled = (wall for wall in ruled if wall.isoformat() not in stretch.moved)
+        ruled = heapq.merge(ruled, moved_walls(stretch))
+    for wall in ruled:
         key = wall.isoformat()
         shifted, vms = wall + timedelta(seconds=stretch.shift), stretch.vms
         length, exact = (lengths[key], 0) if key in lengths else (stretch.length, stretch.exact)
@@ -963,7 +1242,8 @@ class Config:
         50.0, 'seconds that one request may wait for clouds and calendars in all', 0.1)
     url: str = setting('', 'a cmres server: with it, commands talk to that server and not to the database')
     token: str = setting('', 'the token for that server')
-    timezone: str = setting('UTC', 'the zone of times typed without an offset, and of tables')
+    timezone: str = setting('UTC', 'the zone of times typed without an offset, and of tables; '
+                                   'without it, that of the machine')
     workers: int = setting(32, 'calls to one cloud that run side by side', 1)
     call_timeout: float = setting(60.0, 'seconds after which a call to a cloud is given up', 0.1)
     boot_timeout: float = setting(900.0, 'seconds after which a server that does not come up is made anew', 0.1)
@@ -1080,6 +1360,7 @@ def load_config(path: str | None = None, environ: dict = os.environ) -> Config:
         if name not in TEXTS:
             raise Invalid(f"{path}: there is no event '{name}' to be told of{nearest(name, TEXTS)}")
         check_template(f'{path}: [texts] {name}', sections['texts'][name])
+    texts.setdefault('timezone', machine_zone(environ))
     config = Config(**{name: read_setting(name, text) for name, text in texts.items()},
                     credentials=sections['credentials'], identities=sections['identities'],
                     texts=TEXTS | sections['texts'], path=path, stamp=stamp)
@@ -1208,8 +1489,8 @@ WORDS = {
     'count': 'how many; of a series, how many slots; for a delete by filter, the number that it must hit',
     'description': 'free text for people',
     'dry_run': 'check and answer as if it were done, and keep nothing',
-    'duration': 'length of the window, such as 2h, 1d12h or PT90M',
-    'end': 'an instant, or a length from the start such as +2h',
+    'duration': 'length of the window, such as 2h, 90min, 1.5h or 1d12h',
+    'end': 'a time, or a length from the start such as +2h; 17:00 is the next one after the start',
     'file': 'an .ics file of at most 16 MiB',
     'flavor': 'flavor of the machines, by name or id; its vcpus and ram count',
     'force': 'do it although occurrences that are admitted already would no longer fit',
@@ -1236,7 +1517,7 @@ WORDS = {
     'ram': 'most MiB of memory; with none, or `unlimited`, no limit',
     'region': 'region of the resource',
     'rename': 'the new name',
-    'repeat': 'daily, weekdays, weekly on tue,thu, every 2 weeks on mon, monthly on last fri, or an RRULE',
+    'repeat': 'daily, weekdays, weekly on tue,thu, every other tue, monthly on last fri, or an RRULE',
     'resource': 'name of the resource, or - for one found by its place',
     'role': 'admin, user or reader',
     'mode': 'whom Nova lets boot there: exclusive (who has reserved), shared (others too, while it is free), or open',
@@ -1262,10 +1543,11 @@ WORDS = {
     'rows': 'CSV, JSON or YAML with one reservation a line, fields named as in `add`',
     'security_groups': 'security groups of the machines, with commas between',
     'seed': 'the same seed gives the same reservations',
+    'shell': 'bash, zsh or fish',
     'server': 'a machine that you have, by name or id, instead of an image: it is started and stopped, never deleted',
     'skip_dates': 'dates without an occurrence, with commas between',
     'since': 'only what was planned from then on; without it, the last 30 days',
-    'start': 'ISO 8601, now, or +2h from now; without an offset it is local time',
+    'start': 'a time: 2026-12-01 09:00, 9:00, tomorrow 9:00, mon 9:00, now, or +2h from now',
     'state': 'states, with commas between; without any, all that are not over',
     'undo': 'have it again instead',
     'tz': 'zone of times without an offset, and the one whose clocks a series goes by',
@@ -1351,9 +1633,13 @@ LONG_BY = ('repeat', 'holidays')
 
 
 class Here(NamedTuple):
-    """Where and when arguments are read: the zone of bare times, and the instant that `now` means."""
+    """Where and when arguments are read: the zone of bare times, and the instant that `now` means.
+
+    A bare clock time is the first `after` that instant, or after `now` where it is None.
+    """
     zone: ZoneInfo
     now: datetime
+    after: datetime | None = None
 
 
 def bind(operation: Operation, given: dict, here: Here) -> dict:
@@ -1374,7 +1660,23 @@ def bind(operation: Operation, given: dict, here: Here) -> dict:
         raise Invalid(f"{missing[0]} is missing: {WORDS[missing[0]]}")
     if given.get('tz'):
         here = here._replace(zone=read_zone(read_argument('tz', given['tz'], Zone, here)))
-    return {name: read_argument(name, value, parameters[name].annotation, here) for name, value in given.items()}
+    read = {}
+    for name in sorted(given, key=lambda name: name in AFTER):  # what others come after is read first
+        later = here._replace(after=start_of(read, AFTER.get(name), here))
+        read[name] = read_argument(name, given[name], parameters[name].annotation, later)
+    return read
+
+
+#: What comes after what: a bare `17:00` there is the next one after it.
+AFTER = {'end': 'start', 'before': 'after'}
+
+
+def start_of(read: dict, name: str | None, here: Here) -> datetime | None:
+    """The instant that an argument which was read names; None where it names none."""
+    value = read.get(name)
+    if isinstance(value, timedelta):
+        return here.now + value
+    return value if isinstance(value, datetime) else None
 
 
 def refuse_unknown(operation: Operation, names: Iterable[str]) -> None:
@@ -1509,15 +1811,19 @@ def read_when(value, here: Here):
     if isinstance(value, datetime):
         return value.replace(tzinfo=here.zone)
     text = read_str(value).strip()
-    return parse_duration(text) if text[:1] in '+P' and text else parse_time(text, here.zone, here.now)
+    if text[:1] in ('+', 'P') or DURATION.fullmatch(text) and text:
+        return parse_duration(text)
+    return parse_time(text, here.zone, here.now, here.after)
 
 
 def read_day(value, here: Here):
-    text = value.strip().replace('/', '-') if isinstance(value, str) else ''
-    if re.fullmatch('[0-9]{4}-[0-9]{2}-[0-9]{2}', text):
-        parse_time(text, here.zone, here.now)
-        return date.fromisoformat(text)
-    return value if type(value) is date else read_when(value, here)
+    text = ' '.join(value.split()) if isinstance(value, str) else ''
+    iso = text.replace('/', '-')
+    if re.fullmatch('[0-9]{4}-[0-9]{2}-[0-9]{2}', iso):
+        parse_time(iso, here.zone, here.now)
+        return date.fromisoformat(iso)
+    days = dates_of(text.lower(), here.now.astimezone(here.zone).date()) if text else []
+    return days[0] if days else value if type(value) is date else read_when(value, here)
 
 
 def read_names(value, here=None) -> list[str]:
@@ -1706,15 +2012,111 @@ OURS = 0x636d7265  # the application id of our databases: 'cmre'
 SIDES = ('', '-wal', '-shm')  # the files of an open database: itself, its log, the log's index
 
 
+class LogState(NamedTuple):
+    """How far SQLite's log is, as its index says."""
+    changes: int  # how many transactions ended since the first process opened the database
+    salt: int     # another one each time that the log is begun anew
+    frames: int   # how many pages it has
+    copied: int   # how many of them the database file has too
+    size: int     # bytes that the log has at least
+    calm: bool    # nobody copies now
+
+    def follows(self, changes: int, salt: int, frames: int) -> bool:
+        """Whether it can be what became of an earlier state; an index made anew counts from 0."""
+        return self.changes >= changes or self.salt == salt and self.frames >= frames
+
+    def has_copied(self, before: LogState) -> bool:
+        """Whether pages may have been copied since an earlier state."""
+        new = self.changes - before.changes  # with one transaction, the log was only begun anew
+        same = before.copied == before.frames and not self.copied
+        return not same or new > 1 or new == 1 and not self.frames
+
+
+def read_log(index: int) -> LogState | None:
+    """What the open index of a log says (https://sqlite.org/walformat.html)."""
+    return log_state(os.pread(index, 136, 0))
+
+
+@functools.lru_cache(16)
+def log_state(data: bytes) -> LogState | None:
+    """What the first bytes of an index say; None while they change."""
+    if len(data) < 136 or data[:48] != data[48:96]:
+        return None
+    changes, page, frames = struct.unpack_from('=I2xHI', data, 8)
+    salt, = struct.unpack_from('=Q', data, 32)
+    copied, tried = struct.unpack_from('=I28xI', data, 96)
+    size = 32 + frames * (24 + (65536 if page == 1 else page)) if frames else 0
+    return LogState(changes, salt, frames, copied, size, copied == tried <= frames)
+
+
+def is_calm(state: LogState | None, again: LogState | None) -> bool:
+    """Whether nothing was copied from the log between two looks at its index."""
+    if not state or not again or not state.calm or not again.calm:
+        return False
+    return (state.salt, state.copied) == (again.salt, again.copied)
+
+
+class Copied(NamedTuple):
+    """A database file as SQLite left it when it had copied so much of its log into it."""
+    changes: int
+    salt: int
+    copied: int
+    size: int
+    mtime: int   # ns
+    number: int  # of the last write that is in it
+    digest: int  # of all that is in it; 0: it is large
+    lost: bool = False  # it was found to be overwritten since
+
+    def is_of(self, state: LogState | Copied) -> bool:
+        """Whether no more was copied, nor the log begun anew."""
+        return (self.salt, self.copied) == (state.salt, state.copied)
+
+    def is_like(self, found: os.stat_result) -> bool:
+        """Whether nobody has written to the file since."""
+        return (self.size, self.mtime) == (found.st_size, found.st_mtime_ns)
+
+    def holds_what(self, now: Copied) -> bool:
+        """Whether a file that was written to holds what it held."""
+        return (self.size, self.digest) == (now.size, now.digest) and self.digest > 0
+
+    def may_become(self, now: Copied, state: LogState, least: int) -> bool:
+        """Whether SQLite may have made another file of it, which has so many writes."""
+        return (not self.lost and state.follows(*self[:3])
+                and now.number >= max(self.number, least))
+
+    def packed(self) -> bytes:
+        """It as bytes, with a check sum."""
+        data = struct.pack(COPIED, *self)
+        return data + struct.pack('=I', zlib.crc32(data))
+
+
+COPIED = '=IQIqqqI?'
+ACKNOWLEDGED = 64  # where the lock has the number of the last write that was acknowledged
+
+
+def unpacked(data: bytes) -> Copied | None:
+    """What was packed; None if nothing was, or somebody is writing it."""
+    size = struct.calcsize(COPIED)
+    found = Copied(*struct.unpack_from(COPIED, data)) if len(data) > size else None
+    return found if found and data.startswith(found.packed()) else None
+
+
 class StoreFile:
     """The files of the open database, known by device and inode, and the lock beside them.
 
-    What is written to a file that was removed or replaced is lost, and SQLite does not notice.
+    What is written to a file that was removed or replaced is lost, and SQLite does not notice. Nor
+    does it notice that another program writes into the file. But SQLite itself changes the file
+    only when it copies its log into it, and the log's index says how much was copied. So a file
+    that changed while nothing was copied was overwritten. All processes share, in the lock, what
+    the file was like last.
     """
 
     def __init__(self):
         self.path, self.identity, self.store = '', (), ''  # the last is the id that is in the file
         self.lock = self.guard = None  # the guard is a connection that keeps log and index in place
+        self.file = self.index = None  # open as long as the guard: closing drops SQLite's locks
+        self.log = LogState(0, 0, 0, 0, 0, True)
+        self.known: Copied | None = None  # as the file was last when it was right
         self.damage = ''  # what a statement or a check met, until a check meets nothing
         self.lost = ''    # the sentence that was logged of a loss
 
@@ -1722,34 +2124,134 @@ class StoreFile:
         """Says to other processes that the file is in use, and connects the guard."""
         self.path = os.path.abspath(path)
         self.lock = lock_store(path, alone=False)
+        self.file = os.open(path, os.O_RDONLY)
+        if os.path.exists(path + '-shm'):  # before SQLite reads what others know to be lost
+            index = os.open(path + '-shm', os.O_RDONLY)
+            try:
+                self.compare(index, self.log)
+            finally:
+                os.close(index)
         self.guard = connect(path)
 
     def release(self) -> None:
-        """Forgets the file."""
+        """Forgets the files."""
         if self.guard:
             self.guard.close()
-        if self.lock is not None:
-            os.close(self.lock)
+        for each in (self.index, self.file, self.lock):
+            if each is not None:
+                os.close(each)
         self.__init__()
 
     def recognise(self) -> None:
         """From now on only these files are ours."""
         self.guard.execute('PRAGMA journal_mode = wal').fetchone()
         self.guard.execute('SELECT count(*) FROM sqlite_master').fetchone()  # opens log and index
-        self.identity = identity_of(self.path)
+        self.index = os.open(self.path + '-shm', os.O_RDONLY)
+        if (state := read_log(self.index)) and not state.calm:  # who copied last was killed
+            self.guard.execute('PRAGMA wal_checkpoint(PASSIVE)').fetchone()
+        self.identity = identity_of(stats_of(self.path))
+        self.look()
 
     def check(self) -> None:
-        """Raises Unavailable unless the path leads to the files that are open."""
-        if self.identity and (found := identity_of(self.path)) != self.identity:
-            raise Unavailable(self.loss(found))
+        """Raises Unavailable unless the path leads to the open files, as SQLite left them."""
+        self.look()
         if self.lost:  # until the cause is gone
-            self.refuse_other(store_in(self.path))
-            self.lost = ''
+            self.renew()
+
+    def confirm(self) -> None:
+        """The same before a transaction ends, which may have read what is right again now."""
+        self.look()
+        if self.lost:
+            raise Unavailable(self.lost)
+
+    def look(self) -> None:
+        """Raises Unavailable if the files are others than were opened, or were overwritten."""
+        if not self.identity:
+            return
+        before, known = self.log, self.known
+        state, stats = read_log(self.index), stats_of(self.path)
+        if (found := identity_of(stats)) != self.identity:
+            raise Unavailable(self.loss(found))
+        if state:
+            self.refuse_shorter(before, state, stats[1].st_size)
+            self.log = state
+        if not known or not known.is_like(stats[0]) or state and not known.is_of(state):
+            self.compare(self.index, before)
+
+    def refuse_shorter(self, before: LogState, state: LogState, size: int) -> None:
+        """Raises Unavailable if the log or its index went back."""
+        if not state.follows(*before[:3]):
+            raise Unavailable(self.told_of('-shm', OVERWRITTEN, RESTART))
+        if size < state.size and read_log(self.index) == state:  # else it was begun anew just now
+            raise Unavailable(self.told_of('-wal', OVERWRITTEN, RESTART))
+
+    def compare(self, index: int, before: LogState) -> None:
+        """Raises Unavailable if the file changed, and not by what was copied into it."""
+        written, last = self.written(), unpacked(os.pread(self.lock, ACKNOWLEDGED, 0))
+        state, found = read_log(index), os.stat(self.path)
+        if not state:
+            return
+        now = self.left_by(state, found)
+        same = last and (last.is_of(state) or
+                         last.is_of(before) and not state.has_copied(before))
+        right = not last or last.is_like(found) or (
+            last.holds_what(now) if same else
+            last.may_become(now, state, written - ends_in_log(self.path, state)))
+        if not is_calm(state, read_log(index)):
+            return  # it is being copied: the next look will tell
+        if not right:
+            if same:
+                self.note(Copied(*now[:3], *last[3:7], lost=True))
+            raise Unavailable(self.told_of('', OVERWRITTEN, PUT_BACK))
+        if self.guard and now.is_like(os.stat(self.path)):
+            self.note(now)
+            self.known = now
+
+    def left_by(self, state: LogState, found: os.stat_result) -> Copied:
+        """What the file is like now; it is read if it has changed."""
+        known, size = self.known, found.st_size
+        contents = known[5:7] if known and known.is_like(found) else contents_of(
+            self.path, self.file, size)
+        return Copied(*state[:2], state.copied, size, found.st_mtime_ns, *contents)
+
+    def acknowledged(self) -> int:
+        """The number of the last write that was acknowledged, by any process."""
+        found = os.pread(self.lock, 8, ACKNOWLEDGED)
+        return struct.unpack('=Q', found)[0] if len(found) == 8 else 0
+
+    def written(self) -> int:
+        """The number of the last write that anybody knows of."""
+        number = self.acknowledged()
+        if self.guard:
+            with suppress(sqlite3.Error):  # the file may hold anything now
+                number = max([number, *map(int, self.guard.execute(LAST_WRITE).fetchone() or ())])
+        return number
+
+    def acknowledge(self, number: int) -> None:
+        """Lets all processes know of a write, unless it went to files that are lost since."""
+        if self.identity:
+            self.look()
+            number = max(number, self.acknowledged())
+            with suppress(OSError):  # a full disk is told of elsewhere
+                os.pwrite(self.lock, struct.pack('=Q', number), ACKNOWLEDGED)
+
+    def note(self, copied: Copied) -> None:
+        """Tells all processes what the file was like last."""
+        with suppress(OSError):
+            os.pwrite(self.lock, copied.packed(), 0)
+
+    def renew(self) -> None:
+        """Ends a loss: a write lets all connections forget what they have read meanwhile."""
+        try:
+            write_probe(self.path)
+        except sqlite3.Error as error:
+            raise in_trouble(error) or Unavailable(self.lost) from None
+        self.lost = ''
 
     def loss(self, found: tuple) -> str:
         """What became of the files, as people read it; logged once."""
         side = next(n for n in range(len(SIDES)) if found[n] != self.identity[n])
-        what = 'was replaced by another file' if found[side] else 'was removed'
+        what = f"was {'replaced by another file' if found[side] else 'removed'} while cmres used it"
         if side == 1 and not found[1] and not self.lost:  # what the log alone holds is saved
             self.guard.execute('PRAGMA wal_checkpoint(PASSIVE)')
         return self.told_of(SIDES[side], what, RESTART if side else PUT_BACK)
@@ -1757,36 +2259,58 @@ class StoreFile:
     def told_of(self, side: str, what: str, then: str) -> str:
         """The sentence about a loss; it is logged when it is a new one."""
         name = os.path.basename(self.path) + side
-        lost = f"the database file '{name}' {what} while cmres used it: nothing is saved now. {then}"
+        lost = f"the database file '{name}' {what}: nothing is saved now. {then}"
         if lost != self.lost:
             self.lost = lost
             log.critical('%s', lost)
         return lost
 
-    def refuse_other(self, store: str) -> None:
-        """Raises Unavailable if the file holds another store than when it was opened."""
-        if self.store and store != self.store:
-            what = f"was overwritten with {f'the store {store}' if store else 'an empty one'}"
-            raise Unavailable(self.told_of('', what, PUT_BACK))
-
 
 RESTART = 'Stop all processes of cmres and start them again'
 PUT_BACK = ('Put the first file back; or stop cmres, restore a backup with `store restore FILE`, '
             'and start it again')
+OVERWRITTEN = 'was overwritten by another program while cmres used it, so it is damaged'
+MOST_DIGESTED = 16 << 20  # bytes of a database file, which is read whole each time it has changed
 store_file = StoreFile()
 
 
-def identity_of(path: str) -> tuple:
-    """Device and inode of each of the files of a database; None for one that is not there."""
-    return tuple(inode_of(path + side) for side in SIDES)
+def stats_of(path: str) -> tuple:
+    """What the system says of each of the files of a database; None for one that is not there."""
+    return tuple(stat_of(path + side) for side in SIDES)
 
 
-def inode_of(path: str) -> tuple | None:
+def stat_of(path: str) -> os.stat_result | None:
     try:
-        found = os.stat(path)
+        return os.stat(path)
     except OSError:
         return None
-    return found.st_dev, found.st_ino
+
+
+def identity_of(stats: tuple) -> tuple:
+    """Device and inode of each of some files; None for one that is not there."""
+    return tuple(each and (each.st_dev, each.st_ino) for each in stats)
+
+
+def ends_in_log(path: str, state: LogState) -> int:
+    """How many transactions end in that part of a log which the database file has not."""
+    if state.copied == state.frames:
+        return 0
+    size, ends = (state.size - 32) // state.frames, 0
+    with open(path + '-wal', 'rb') as file:
+        for n in range(state.copied, state.frames):
+            ends += any(os.pread(file.fileno(), 4, 32 + n * size + 4))
+    return ends
+
+
+def contents_of(path: str, file: int, size: int) -> tuple[int, int]:
+    """The number of the last write in a database file without its log, and a digest of the file."""
+    digest = zlib.crc32(os.pread(file, size + 1, 0)) if size <= MOST_DIGESTED else 0
+    try:
+        with closing(sqlite3.connect(file_uri(path) + '&immutable=1', uri=True)) as alone:
+            found = alone.execute(LAST_WRITE).fetchone()
+    except sqlite3.Error:  # it is empty, or damaged
+        return -1, digest
+    return int(found[0]) if found else 0, digest
 
 
 def file_uri(path: str) -> str:
@@ -1803,16 +2327,20 @@ def connect(path: str, timeout: float = PATIENT) -> sqlite3.Connection:
 def lock_store(path: str, alone: bool) -> int:
     """Takes the lock beside a database: alone to replace or migrate it, else together with others.
 
-    The lock ends with the process or when the file descriptor is closed.
+    The lock ends with the process or when the file descriptor is closed. Whoever comes first
+    forgets what earlier processes knew of the file.
 
     Raises:
       Unavailable: others use the database, or one replaces it.
     """
     import fcntl
     try:
-        file = os.open(f'{path}.lock', os.O_RDONLY | os.O_CREAT, mode_of(path))
+        file = os.open(f'{path}.lock', os.O_RDWR | os.O_CREAT, mode_of(path))
     except OSError as error:
         raise Unavailable(f"can't open the lock '{path}.lock': {error.strerror}") from None
+    with suppress(BlockingIOError):
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.ftruncate(file, 0)
     kind, refusal = (fcntl.LOCK_EX, IN_USE) if alone else (fcntl.LOCK_SH, BEING_REPLACED)
     until = time.monotonic() + (0 if alone else PATIENT)
     while True:
@@ -3023,7 +3551,6 @@ def trouble(error: BaseException) -> Unavailable | None:
         return None
     try:
         store_file.check()  # any error may follow from this one
-        store_file.refuse_other(store_in(store_file.path))
     except Unavailable as lost:
         return lost
     return in_trouble(error)
@@ -3053,15 +3580,6 @@ def in_trouble(error: BaseException) -> Unavailable | None:
     return Unavailable(sentence)
 
 
-def store_in(path: str) -> str:
-    """The id of the store that a file holds now; the one that is open, where that can't be read."""
-    try:
-        with closing(connect(path, timeout=1)) as connection:
-            return told_by(connection)[2]
-    except sqlite3.Error:
-        return store_file.store
-
-
 def look_for_damage(path: str) -> str:
     """Reads a database file anew, and tells what is damaged; '' if nothing."""
     store_file.check()
@@ -3086,13 +3604,16 @@ def probe(path: str) -> str:
     """Writes to the database on a connection of its own; what prevents that, '' if nothing."""
     try:
         store_file.check()
-        with closing(connect(path, timeout=5)) as connection:
-            store_file.refuse_other(told_by(connection)[2])
-            connection.execute("INSERT OR REPLACE INTO fact (name, value) VALUES ('probe', ?)",
-                               (f'{time.time()}',))
+        write_probe(path)
     except (Unavailable, sqlite3.Error) as error:
         return str(error if isinstance(error, Unavailable) else trouble(error) or error)
     return ''
+
+
+def write_probe(path: str) -> None:
+    """Writes nothing but that it writes, on a connection that has read nothing before."""
+    with closing(connect(path, timeout=5)) as connection:
+        connection.execute(COUNT_WRITE).fetchone()
 
 
 def first_cause(error: Exception) -> Exception:
@@ -3102,35 +3623,232 @@ def first_cause(error: Exception) -> Exception:
     return error
 
 
+#: What keeps in memory what transactions have decided: `mark` tells how much that is, `back` makes
+#: it as little again, `write` writes it, and `forget` forgets it.
+MEMORIES: list = []
+
+
 @contextmanager
-def transaction(keep: bool = True) -> Iterator[None]:
-    """All of it or nothing, on disk when it ends; alone in this process; without `keep`, undone.
+def transaction() -> Iterator[None]:
+    """All of it or nothing, on disk when it ends; alone in this process.
+
+    Inside of another, or of a rehearsal, it is a part of that.
 
     Raises:
       Unavailable: others have been writing for too long, or the file is not there any more.
     """
+    if db.in_transaction():
+        with Attempt():
+            yield
+            write_memories()
+        return
     if not write_lock.acquire(timeout=PATIENT):
         raise Unavailable(TROUBLES[sqlite3.SQLITE_BUSY])
     try:
-        store_file.check()
-        with db.atomic() as current:
-            store_file.refuse_other(stored_id())
-            yield
-            if not keep:
-                current.rollback()
-        store_file.check()  # what was written to a file that has gone meanwhile is lost
+        with watched():
+            try:
+                yield
+                write_memories()
+            finally:
+                forget_memories()
     except STORE_ERRORS as error:
-        cause = first_cause(error)
-        # A connection that was opened while nothing could be written stays so: the next is a new one.
-        if code_of(sqlite_error(cause)) == sqlite3.SQLITE_READONLY and not db.in_transaction():
-            db.close()
-        raise cause
+        raise of_store(error)
     finally:
         write_lock.release()
 
 
+@contextmanager
+def watched() -> Iterator[None]:
+    """A transaction that writes to the files that cmres has opened, or not at all."""
+    store_file.check()
+    number = 0
+    with db.atomic():
+        before = db.connection().total_changes
+        yield
+        if db.connection().total_changes > before:
+            number = int(run(COUNT_WRITE).fetchone()[0])
+            store_file.confirm()
+    if number:
+        store_file.acknowledge(number)
+
+
+#: Each write has a number, by which a database file tells how old it is.
+LAST_WRITE = "SELECT value FROM fact WHERE name = 'writes'"
+COUNT_WRITE = """INSERT INTO fact (name, value) VALUES ('writes', 1)
+  ON CONFLICT (name) DO UPDATE SET value = value + 1 RETURNING value"""
+
+
+def of_store(error: Exception) -> Exception:
+    """The first cause of an error, after which this thread may go on."""
+    cause = first_cause(error)
+    # A connection that was opened while nothing could be written stays so: the next is a new one.
+    if code_of(sqlite_error(cause)) == sqlite3.SQLITE_READONLY and not db.in_transaction():
+        db.close()
+    return cause
+
+
+def write_memories() -> None:
+    """Makes true what was decided so far; in a rehearsal nothing is."""
+    for memory in () if rehearsal.on else MEMORIES:
+        memory.write()
+
+
+def forget_memories() -> None:
+    for memory in MEMORIES:
+        memory.forget()
+
+
+# A rehearsal decides and answers what a transaction would, upon the store as it is at one instant,
+# and nothing of it ever happens. It takes no lock: what it writes goes to tables of its own, in
+# memory and on this connection alone. From its first write to a table on, its statements read and
+# write instead of that the view NAME_now: the rows of the table without those in NAME_gone, and
+# those in NAME_new. So a deed and its rehearsal are one program.
+
+class Rehearsal(threading.local):
+    """What this thread rehearses: to which tables it has written, and the ids that are next there."""
+    tables: frozenset | None = None
+    ids: dict = {}
+
+    @property
+    def on(self) -> bool:
+        return self.tables is not None
+
+
+class Unmade(Exception):
+    """Ends a rehearsal."""
+
+
+rehearsal = Rehearsal()
+#: What operations change, each with what changes with it.
+REHEARSED = dict.fromkeys(('occurrence', 'resource', 'capacity', 'proposal', 'extra_hold', 'wait',
+                           'limits', 'server', 'token', 'feed', 'subscription'), ()) | {
+    'reservation': ('occurrence', 'texts')}
+WRITTEN = re.compile(r'\s*(?:INSERT INTO|UPDATE|DELETE FROM)\s+(\w+)')
+NAMED = re.compile(r'\b((?:FROM|JOIN|INTO|UPDATE)\s+)(\w+)\b')
+INDEXED = re.compile(r'\b((?:FROM|JOIN|UPDATE)\s+(\w+)(?:\s+\w+)?)\s+INDEXED BY \w+')
+
+
+@contextmanager
+def rehearsing() -> Iterator[None]:
+    """A transaction of which nothing is kept, and that nobody waits for; or so much of one."""
+    if db.in_transaction():
+        with undone():
+            yield
+        return
+    store_file.check()
+    try:
+        set_stage()
+        with suppress(Unmade), db.atomic('DEFERRED'):
+            rehearsal.tables, rehearsal.ids = frozenset(), {}
+            try:
+                yield
+            finally:
+                rehearsal.tables = None
+                forget_memories()
+            raise Unmade
+    except STORE_ERRORS as error:
+        raise of_store(error)
+
+
+def set_stage() -> None:
+    """Makes, once on each connection, what rehearsals write to."""
+    if run("SELECT 1 FROM temp.sqlite_master WHERE name = 'texts_now'").fetchone():
+        return
+    run('PRAGMA temp_store = memory')
+    for table in REHEARSED:
+        columns = run(f'PRAGMA main.table_info({table})').fetchall()
+        names = ', '.join(f'"{name}"' for _, name, *_ in columns)
+        kinds = ', '.join(f'"{name}" {kind} {"NOT NULL" if needed else ""}'
+                          f'{" PRIMARY KEY" if key else f" DEFAULT {default}" if default else ""}'
+                          for _, name, kind, needed, default, key in columns)
+        news = ', '.join(f'NEW."{name}"' for _, name, *_ in columns)
+        owner = """UPDATE occurrence_now SET of_project = NEW.project, of_user = NEW.user WHERE
+          reservation_id = NEW.id AND (NEW.project, NEW.user) <> (OLD.project, OLD.user);"""
+        run_all(f"""
+          CREATE TEMP TABLE {table}_new ({kinds});
+          CREATE TEMP TABLE {table}_gone (id INTEGER PRIMARY KEY);
+          CREATE TEMP VIEW {table}_now AS
+            SELECT {names} FROM main.{table} WHERE id NOT IN (SELECT id FROM {table}_gone)
+            UNION ALL SELECT {names} FROM {table}_new""")
+        run(f"""CREATE TEMP TRIGGER {table}_changed INSTEAD OF UPDATE ON {table}_now BEGIN
+          INSERT OR REPLACE INTO {table}_new VALUES ({news});
+          INSERT OR IGNORE INTO {table}_gone VALUES (OLD.id);
+          {owner if table == 'reservation' else ''} END""")
+        run(f"""CREATE TEMP TRIGGER {table}_dropped INSTEAD OF DELETE ON {table}_now BEGIN
+          DELETE FROM {table}_new WHERE id = OLD.id;
+          INSERT OR IGNORE INTO {table}_gone VALUES (OLD.id); END""")
+    run(f"""CREATE TEMP VIEW texts_now AS
+      SELECT project, sum(size) AS size FROM (
+        SELECT project, size FROM main.texts UNION ALL
+        SELECT project, {long_texts('n')} FROM reservation_new n WHERE {long_texts('n')} > 1000
+        UNION ALL SELECT project, -{long_texts('g')} FROM main.reservation g
+         WHERE id IN (SELECT id FROM reservation_gone) AND {long_texts('g')} > 1000) GROUP BY 1""")
+
+
+def rehearsed(sql: str) -> str:
+    """A statement as this thread's rehearsal runs it."""
+    if written := WRITTEN.match(sql):
+        note_written(written[1])
+    return rehearsed_text(sql, rehearsal.tables) if rehearsal.tables else sql
+
+
+def note_written(table: str) -> None:
+    """From now on what this thread's rehearsal has of a table is not what the store has."""
+    if table not in REHEARSED:
+        raise RuntimeError(f'{table} would be written to in a rehearsal')
+    rehearsal.tables |= {table, *REHEARSED[table]}
+
+
+@functools.lru_cache(1000)
+def rehearsed_text(sql: str, tables: frozenset) -> str:
+    sql = INDEXED.sub(lambda found: found[found[2] in tables], sql)
+    return NAMED.sub(lambda found: f'{found[0]}_now' if found[2] in tables else found[0], sql)
+
+
+def rehearsed_id(table: str) -> int:
+    """The id that the next new row of a table would have."""
+    if table not in rehearsal.ids:
+        rehearsal.ids[table] = run(f'SELECT coalesce(max(id), 0) FROM main.{table}').fetchone()[0]
+    rehearsal.ids[table] += 1
+    return rehearsal.ids[table]
+
+
+class Attempt:
+    """A part of a transaction that is done as a whole, or undone: where it fails, or is told so."""
+
+    def __enter__(self):
+        self.marks, self.ids = [memory.mark() for memory in MEMORIES], {**rehearsal.ids}
+        run('SAVEPOINT attempt')
+        return self
+
+    def undo(self) -> None:
+        """Makes all as it was before; what comes then is a part of the attempt as well."""
+        run('ROLLBACK TO attempt')
+        rehearsal.ids = self.ids.copy()
+        for memory, mark in zip(MEMORIES, self.marks):
+            memory.back(mark)
+
+    def __exit__(self, kind, error, trace) -> None:
+        if kind:
+            self.undo()
+        run('RELEASE attempt')
+
+
+@contextmanager
+def undone() -> Iterator[None]:
+    """A part of a transaction of which nothing is kept."""
+    with Attempt() as attempt:
+        yield
+        attempt.undo()
+
+
 def run(sql: str, *values) -> sqlite3.Cursor:
     """Runs one statement on this thread's connection; peewee's kinds of errors, without its cost."""
+    return execute(rehearsed(sql) if rehearsal.on else sql, values)
+
+
+def execute(sql: str, values: Iterable = ()) -> sqlite3.Cursor:
+    """Runs one statement as it stands."""
     try:
         return db.connection().execute(sql, values)
     except sqlite3.Error as error:
@@ -3155,10 +3873,57 @@ def row(sql: str, *values):
 ROW_TYPES: dict = {}
 
 
-def stored_id() -> str:
-    """The id of the store that is in the file, as this connection reads it; '' before it is made."""
-    found = store_file.store and run("SELECT value FROM fact WHERE name = 'store'").fetchone()
-    return found[0] if found else ''
+class Remembered(threading.local):
+    """What this thread's transaction has read of what it seldom writes to."""
+
+    def __init__(self):
+        self.found: dict = {}
+        self.written = False  # to what it remembers, since it began
+
+    def mark(self) -> None:
+        """Nothing: what was read before an attempt and in it is the same."""
+
+    def back(self, mark: None) -> None:
+        if self.written:
+            self.found.clear()
+
+    def write(self) -> None:
+        """Nothing is decided here."""
+
+    def forget(self) -> None:
+        self.__init__()
+
+    def change(self) -> None:
+        """Reads all anew, since something was written."""
+        self.found.clear()
+        self.written = True
+
+
+remembered = Remembered()
+MEMORIES.append(remembered)
+SELDOM = ('resource', 'limits', 'wait')
+STANDING = """SELECT EXISTS (SELECT 1 FROM wait) AS waits, EXISTS (SELECT 1 FROM limits) AS limits"""
+
+
+def once(sql: str, *values) -> list:
+    """All rows of a query on SELDOM, which a transaction asks once until it writes there."""
+    if not db.in_transaction():
+        return rows(sql, *values)
+    key = sql, values
+    if key not in remembered.found:
+        remembered.found[key] = rows(sql, *values)
+    return remembered.found[key]
+
+
+def standing():
+    """Whether anybody waits, and whether anybody is limited, at all: `waits` and `limits`."""
+    return once(STANDING)[0]
+
+
+def resource_of(id: int, removed: bool = False):
+    """The row of a resource; None if it was removed."""
+    found = once('SELECT * FROM resource WHERE id = ?', id)[0]
+    return found if removed or found.removed is None else None
 
 
 def row_type(sql: str, cursor):
@@ -3170,24 +3935,60 @@ def row_type(sql: str, cursor):
 
 def insert(model: type[Table], **values) -> int:
     """Writes a row and tells its id."""
-    return run(insert_text(model, tuple(values)), *values.values()).lastrowid
+    if model._meta.table_name in SELDOM:
+        remembered.change()
+    if not rehearsal.on:
+        return run(insert_text(model, tuple(values)), *values.values()).lastrowid
+    table = model._meta.table_name
+    note_written(table)
+    values['id'] = rehearsed_id(table)
+    execute(insert_text(model, tuple(values), '_new'), (*values.values(),))
+    return values['id']
 
 
 @functools.lru_cache
-def insert_text(model, names: tuple) -> str:
+def insert_text(model, names: tuple, instead: str = '') -> str:
     columns = ', '.join(f'"{model._meta.fields[name].column_name}"' for name in names)
-    return f"INSERT INTO {model._meta.table_name} ({columns}) VALUES ({', '.join('?' * len(names))})"
+    marks = ', '.join('?' * len(names))
+    return f'INSERT INTO {model._meta.table_name}{instead} ({columns}) VALUES ({marks})'
+
+
+def insert_many(model: type[Table], many: list[dict]) -> None:
+    """Writes rows in one statement, in order; what some don't have is NULL."""
+    table, names = model._meta.table_name, (*dict.fromkeys(name for each in many for name in each),)
+    if rehearsal.on:
+        note_written(table)
+        names = ('id', *names)
+        many = [{'id': rehearsed_id(table), **each} for each in many]
+    if many:
+        execute(insert_many_text(model, names, '_new' if rehearsal.on else ''), (json.dumps(
+            [[each.get(name) for name in names] for each in many]),))
+
+
+@functools.lru_cache
+def insert_many_text(model, names: tuple, instead: str) -> str:
+    columns = ', '.join(f'"{model._meta.fields[name].column_name}"' for name in names)
+    values = ', '.join(f"json_extract(value, '$[{n}]')" for n, _ in enumerate(names))
+    return f'INSERT INTO {model._meta.table_name}{instead} ({columns}) SELECT {values} FROM json_each(?) ORDER BY key'
 
 
 def change(model: type[Table], id: int, **values) -> None:
     """Writes some columns of one row."""
+    if model._meta.table_name in SELDOM:
+        remembered.change()
     run(change_text(model, tuple(values)), *values.values(), id)
 
 
 @functools.lru_cache
-def change_text(model, names: tuple) -> str:
+def change_text(model, names: tuple, more: str = '') -> str:
     columns = ', '.join(f'"{model._meta.fields[name].column_name}" = ?' for name in names)
-    return f'UPDATE {model._meta.table_name} SET {columns} WHERE id = ?'
+    return f'UPDATE {model._meta.table_name} SET {columns}{more} WHERE id = ?'
+
+
+def change_occurrence(id: int, now: float, **values) -> None:
+    """Writes some columns of an occurrence, and that it is another one for calendars from now on."""
+    values['revised'] = int(now)
+    run(change_text(Occurrence, tuple(values), ', revision = revision + 1'), *values.values(), id)
 
 
 def journal(config: Config, at: float, actor: str, code: str, sentence: str, reservation: int | None = None,
@@ -3200,10 +4001,10 @@ def journal(config: Config, at: float, actor: str, code: str, sentence: str, res
       occurrence: the one that it is about; without one, all that are not over
       refused: project, and id of the resource, of what is no reservation
     """
-    whose = row('SELECT project FROM reservation WHERE id = ?', reservation) if reservation else None
-    about = {'reservation': reservation, 'occurrence': occurrence,
-             'project': whose.project if whose else '', 'resource': None} | refused
-    event = insert(Event, at=at, actor=actor, code=code, sentence=sentence, **about)
+    if rehearsal.on:
+        return
+    about = {'reservation': reservation, 'occurrence': occurrence, 'project': '', 'resource': None} | refused
+    event = write_event(at, actor, code, sentence, about)
     if reservation and (occurrence is None or occurrence > 0):
         by, which, id = ('', 'id', occurrence) if occurrence else (
             'INDEXED BY occurrence_series', '(due IS NULL) = 0 AND reservation_id', reservation)
@@ -3214,6 +4015,14 @@ def journal(config: Config, at: float, actor: str, code: str, sentence: str, res
         send_later(event, [config.webhook], '', at)
     targets = [target for target in notify if config.may_tell(target)]
     tell_owners(config, event, targets, about, actor, at)
+
+
+def write_event(at: float, actor: str, code: str, sentence: str, about: dict) -> int:
+    """Appends an event; one of a reservation is of its project."""
+    return run('INSERT INTO event (at, actor, code, sentence, reservation_id, occurrence, project, resource_id) '
+               'SELECT ?1, ?2, ?3, ?4, ?5, ?6, coalesce((SELECT project FROM reservation WHERE id = ?5), ?7), ?8',
+               at, actor, code, sentence, *(about[name] for name in (
+                   'reservation', 'occurrence', 'project', 'resource'))).lastrowid
 
 
 def tell_owners(config: Config, event: int, targets: list[str], about: dict, actor: str,
@@ -3228,9 +4037,8 @@ def tell_owners(config: Config, event: int, targets: list[str], about: dict, act
     send_later(event, [target for target in targets if is_web(target)] + may_go, owner, at)
     if 0 <= left < len(mails):
         tomorrow = config.told_time((at // 86400 + 1) * 86400)
-        last = insert(Event, at=at, actor='cmres', code='dropped', **about, sentence=(
-            f'{config.notices_per_day} mails were sent for {owner} today, so no more are sent '
-            f'until {tomorrow}; the event log has everything'))
+        last = write_event(at, 'cmres', 'dropped', f'{config.notices_per_day} mails were sent for {owner} '
+                           f'today, so no more are sent until {tomorrow}; the event log has everything', about)
         send_later(last, mails, owner, at)
 
 
@@ -3489,54 +4297,237 @@ def stored(amount: Amount, prefix: str = '') -> dict:
         f'{prefix}classes': json.dumps(dict(amount.classes)) if amount.classes else ''}
 
 
+class Profile:
+    """What is held more of one track from each of some instants on; as many figures as a step has."""
+
+    def __init__(self):
+        self.ats, self.levels = [], []
+
+    def add(self, begin: int, until: int, figures: tuple) -> None:
+        first, last = self.cut(begin), self.cut(until)
+        for n in range(first, last):
+            self.levels[n] = plus(self.levels[n], figures)
+
+    def cut(self, at: int) -> int:
+        """Where an instant stands among the cuts; it is one from now on."""
+        n = bisect_left(self.ats, at)
+        if n == len(self.ats) or self.ats[n] != at:
+            self.ats.insert(n, at)
+            self.levels.insert(n, self.level(n - 1))
+        return n
+
+    def level(self, n: int) -> tuple:
+        return self.levels[n] if n >= 0 else ZERO
+
+    def at(self, instant: float) -> tuple:
+        return self.level(bisect_right(self.ats, instant) - 1)
+
+    def within(self, begin: float, until: float) -> Iterator[tuple[float, float, tuple]]:
+        """A window in pieces, each with what is held more in all of it."""
+        n = bisect_right(self.ats, begin)
+        cuts = [begin, *self.ats[n:bisect_left(self.ats, until)], until]
+        for number, (first, last) in enumerate(itertools.pairwise(cuts), n - 1):
+            yield first, last, self.level(number)
+
+    def pieces(self) -> Iterator[tuple[int, int, tuple]]:
+        """All of it that isn't nothing."""
+        for (begin, level), until in zip(zip(self.ats, self.levels), self.ats[1:]):
+            if level != ZERO:
+                yield begin, until, level
+
+
+ZERO = (0, 0, 0)
+
+
+def plus(some: tuple, others: tuple) -> tuple:
+    return tuple(map(int.__add__, some, others))
+
+
+class Ledger(threading.local):
+    """What this thread's transaction holds and gives back, until the net of it is written as steps."""
+
+    def __init__(self):
+        self.forget()
+
+    def forget(self) -> None:
+        self.entries = []  # (resource, track, begin, until, figures), in order
+        self.written = 0   # so many of them are steps already
+        self.profiles: dict[tuple[int, str], Profile] = {}  # the sum of the others
+        self.peaks: dict[tuple, list] = {}  # what was read of windows, and around cuts
+        self.cuts: dict[tuple, tuple] = {}
+
+    def mark(self) -> tuple[int, int]:
+        return len(self.entries), self.written
+
+    def back(self, mark: tuple[int, int]) -> None:
+        """Forgets what came after a mark; what was written since is no more, either."""
+        if mark == self.mark():
+            return
+        number, written = mark
+        kept, read = self.entries[:number], (self.peaks, self.cuts)
+        same = self.written == written
+        self.forget()
+        self.entries, self.written = kept[:written], written
+        if same:
+            self.peaks, self.cuts = read
+        for entry in kept[written:]:
+            self.add(*entry)
+
+    def add(self, *entry) -> None:
+        self.entries.append(entry)
+        resource, track, *change = entry
+        if (resource, track) not in self.profiles:
+            self.profiles[resource, track] = Profile()
+        self.profiles[resource, track].add(*change)
+
+    def within(self, resource: int, track: str, begin: float, until: float) -> list[tuple]:
+        """A window in pieces, each with what this transaction holds more in all of it."""
+        found = self.profiles.get((resource, track))
+        return [*found.within(begin, until)] if found else [(begin, until, ZERO)]
+
+    def after(self, resource: int, track: str, instant: float) -> int | None:
+        """The next instant at which it is another amount."""
+        found = self.profiles.get((resource, track))
+        return next((at for at in found.ats if at > instant), None) if found else None
+
+    def at(self, resource: int, track: str, instant: float) -> tuple:
+        found = self.profiles.get((resource, track))
+        return found.at(instant) if found else ZERO
+
+    def read(self, pieces: Iterable[tuple]) -> None:
+        """Reads what `step` has of windows, (resource, track, begin, until), that were not read."""
+        if len(self.peaks) > MOST_READ:
+            self.peaks, self.cuts = {}, {}
+        missing = [piece for piece in dict.fromkeys(pieces) if piece not in self.peaks]
+        if not missing:
+            return
+        for piece, found in zip(missing, run(PEAKS, json.dumps(missing)).fetchall()):
+            begun, inside, ended = found[:3], found[3], found[4:]
+            resource, track, begin, until = piece
+            levels = [json.loads(each) if each else ZERO for each in (begun[2], inside)]
+            self.peaks[piece] = levels if inside else levels[:1]
+            self.cuts[resource, track, begin], self.cuts[resource, track, until] = begun, ended
+
+    def peak(self, resource: int, track: str, begin: float, until: float) -> tuple:
+        """The peak of a track in a window that was read, with what this transaction holds."""
+        held = [plus(level, more) for first, last, more in self.within(resource, track, begin, until)
+                for level in self.peaks[resource, track, first, last]]
+        return tuple(map(max, *held)) if len(held) > 1 else held[0]
+
+    def write(self) -> None:
+        """Writes the net of what was held and given back, and tries those again that wait for it."""
+        pieces = [(*of, *piece) for of, each in self.profiles.items() for piece in each.pieces()]
+        if pieces:
+            write_steps(pieces)
+            for resource, _, begin, until, figures in pieces:
+                if any(each < 0 for each in figures):
+                    call_waiting(resource, begin, until)
+        self.written, self.profiles, self.peaks, self.cuts = len(self.entries), {}, {}, {}
+
+
+MOST_READ = 5000  # windows of which a transaction remembers what is held
+
+
+ledger = Ledger()
+MEMORIES.append(ledger)
+#: Of a step function and an instant, [resource, track, at, until] in JSON, those of `step`.
+OF_ITS = "resource_id = json_extract(p.value, '$[0]') AND track = json_extract(p.value, '$[1]')"
+AT, UNTIL = "json_extract(p.value, '$[2]')", "json_extract(p.value, '$[3]')"
+LEVEL = f'(SELECT json_array(vms, vcpus, ram) FROM step WHERE {OF_ITS} AND at {{}} {AT} ORDER BY at DESC LIMIT 1)'
+AROUND = f"""EXISTS (SELECT 1 FROM step WHERE {OF_ITS} AND at = {AT}), {LEVEL.format('<')},
+         {LEVEL.format('<=')}"""
+STEPS_AT = f'SELECT {AROUND} FROM json_each(?) p ORDER BY p.key'
+PEAKS = f"""
+  SELECT {AROUND},
+         (SELECT iif(max(vms) IS NULL, NULL, json_array(max(vms), max(vcpus), max(ram))) FROM step
+           WHERE {OF_ITS} AND at > {AT} AND at < {UNTIL}),
+         {AROUND.replace(AT, UNTIL)}
+    FROM json_each(?) p ORDER BY p.key"""
+PUT_STEPS = f"""
+  INSERT INTO step (resource_id, track, at, vms, vcpus, ram)
+  SELECT {', '.join(f"json_extract(value, '$[{n}]')" for n in range(6))} FROM json_each(?) WHERE 1
+      ON CONFLICT DO UPDATE SET vms = excluded.vms, vcpus = excluded.vcpus, ram = excluded.ram"""
+RAISE_STEPS = f"""
+  UPDATE step SET vms = vms + json_extract(p.value, '$[4]'), vcpus = vcpus + json_extract(p.value, '$[5]'),
+         ram = ram + json_extract(p.value, '$[6]')
+    FROM json_each(?) p WHERE {OF_ITS} AND at > {AT} AND at < {UNTIL}"""
+DROP_STEPS = """
+  DELETE FROM step WHERE (resource_id, track, at) IN (
+    SELECT json_extract(value, '$[0]'), json_extract(value, '$[1]'), json_extract(value, '$[2]') FROM json_each(?))"""
+
+
+def write_steps(pieces: list[tuple]) -> None:
+    """(3): holds more in some pieces that don't overlap, each (resource, track, begin, until, figures)."""
+    begun = {tuple(piece[:3]): piece for piece in pieces}
+    ended = {(resource, track, until): figures for resource, track, _, until, figures in pieces}
+    cuts = sorted(begun.keys() | ended.keys())
+    unknown = [cut for cut in cuts if cut not in ledger.cuts]
+    known = ledger.cuts | dict(zip(unknown, run(STEPS_AT, json.dumps(unknown)) if unknown else ()))
+    put, gone = [], []
+    for cut in cuts:
+        there, *levels = known[cut]
+        was, held = (tuple(json.loads(each)) if each else ZERO for each in levels)
+        new = plus(held, begun[cut][4] if cut in begun else ZERO)
+        if new == plus(was, ended.get(cut, ZERO)):
+            gone += [cut] if there else []
+        elif not there or new != held:
+            put.append((*cut, *new))
+    inside = [(*piece[:4], *piece[4]) for piece in pieces
+              if len(ledger.peaks.get(piece[:4], (0, 0))) > 1]
+    for statement, values in (RAISE_STEPS, inside), (PUT_STEPS, put), (DROP_STEPS, gone):
+        if values:
+            run(statement, json.dumps(values))
+
+
 def level(resource: int, at: float, classes: Iterable[str] = ()) -> Amount:
     """(1), also of some classes."""
     found = ((name, level_of(resource, name, at)[0]) for name in classes)
     return Amount(*level_of(resource, '', at), tuple(each for each in found if each[1]))
 
 
-def level_of(resource: int, track: str, at: float) -> tuple[int, int, int]:
+def level_of(resource: int, track: str, at: float) -> tuple[int, ...]:
+    return plus(written_level(resource, track, at), ledger.at(resource, track, at))
+
+
+def written_level(resource: int, track: str, at: float) -> tuple[int, ...]:
     return run('SELECT vms, vcpus, ram FROM step WHERE resource_id = ? AND track = ? AND at <= ? '
-               'ORDER BY at DESC LIMIT 1', resource, track, at).fetchone() or (0, 0, 0)
+               'ORDER BY at DESC LIMIT 1', resource, track, at).fetchone() or ZERO
 
 
 def peak(resource: int, begin: float, until: float, classes: Iterable[str] = ()) -> Amount:
     """(2), each figure on its own; with CLOSED, where a resource is closed."""
-    closed = peak_of(resource, CLOSED, begin, until)[0]
-    return Amount(*peak_of(resource, '', begin, until), (
-        *(((CLOSED, closed),) if closed else ()),
-        *((name, peak_of(resource, name, begin, until)[0]) for name in classes)))
+    tracks = ('', CLOSED, *classes)
+    ledger.read((resource, track, *piece[:2]) for track in tracks
+                for piece in ledger.within(resource, track, begin, until))
+    found = {track: ledger.peak(resource, track, begin, until) for track in tracks}
+    closed = found[CLOSED][0]
+    if not db.in_transaction():
+        ledger.forget()
+    return Amount(*found[''], (*(((CLOSED, closed),) if closed else ()),
+                               *((name, found[name][0]) for name in classes)))
 
 
-def peak_of(resource: int, track: str, begin: float, until: float) -> tuple[int, ...]:
-    inside = run('SELECT max(vms), max(vcpus), max(ram) FROM step '
-                 'WHERE resource_id = ? AND track = ? AND at > ? AND at < ?', resource, track, begin, until).fetchone()
-    return tuple(a if b is None else max(a, b) for a, b in zip(level_of(resource, track, begin), inside))
+def read_windows(holds: Iterable[Hold], now: float) -> None:
+    """Reads at once what is held where some holds would be taken."""
+    ledger.read((each.resource, track, *piece[:2]) for each in holds if each.until > now
+                for track in ('', CLOSED, *each.amount.names)
+                for piece in ledger.within(each.resource, track, max(each.begin, int(now)), each.until))
 
 
 def hold(resource: int, begin: int, until: int, amount: Amount) -> None:
-    """(3), without asking whether it fits; those that wait for what is given back are tried again."""
-    if begin < until and any(each < 0 for each in (*amount[:3], *(each for _, each in amount.classes))):
-        call_waiting(resource, begin, until)
+    """(3), without asking whether it fits; what is given back by it is there at once."""
     for track, figures in amount.tracks if begin < until else ():
-        there_before = [at for at in (begin, until) if not cut(resource, track, at)]
-        run('UPDATE step SET vms = vms + ?, vcpus = vcpus + ?, ram = ram + ? '
-            'WHERE resource_id = ? AND track = ? AND at >= ? AND at < ?', *figures, resource, track, begin, until)
-        for at in there_before:  # a new cut is a change of level for sure
-            if level_of(resource, track, at) == level_of(resource, track, at - 1):
-                run('DELETE FROM step WHERE resource_id = ? AND track = ? AND at = ?', resource, track, at)
+        ledger.add(resource, track, begin, until, figures)
+    if not db.in_transaction():
+        ledger.write()
+        ledger.forget()
 
 
 def call_waiting(resource: int, begin: float = 0, until: float = 2**62) -> None:
     """Lets those be tried again that wait for room on a resource in a window, and those that lacked something else."""
-    run('UPDATE wait SET due = 0 WHERE resource_id = ? AND until > ? AND held_from < ?', resource, begin, until)
-    run('UPDATE wait SET due = 0 WHERE limited')
-
-
-def cut(resource: int, track: str, at: int) -> bool:
-    """Makes sure that there is a row at an instant; whether it is new."""
-    return run('INSERT INTO step (resource_id, track, at, vms, vcpus, ram) VALUES (?, ?, ?, ?, ?, ?) '
-               'ON CONFLICT DO NOTHING', resource, track, at, *level_of(resource, track, at)).rowcount > 0
+    if standing().waits:
+        run('UPDATE wait SET due = 0 WHERE resource_id = ? AND until > ? AND held_from < ?', resource, begin, until)
+        run('UPDATE wait SET due = 0 WHERE limited')
 
 
 def release(resource: int, begin: int, until: int, amount: Amount) -> None:
@@ -3575,7 +4566,7 @@ def take(pieces: list[Hold], now: float, given: list[Hold] = ()) -> None:
       NoCapacity: one doesn't; nothing was changed.
     """
     for each in beyond(pieces, given):
-        place = row('SELECT * FROM resource WHERE id = ?', each.resource)
+        place = resource_of(each.resource, removed=True)
         if each.until > now and not fits(place, max(each.begin, int(now)), each.until, each.amount):
             raise NoCapacity('')
     for each in pieces:
@@ -3585,15 +4576,19 @@ def take(pieces: list[Hold], now: float, given: list[Hold] = ()) -> None:
 def steps(resource: int, begin: float, until: float, classes: Iterable[str] = ()) -> Iterator[tuple[float, Amount]]:
     """The step function in a window: (instant, level from then on), also of CLOSED."""
     tracks = ['', CLOSED, *classes]
-    levels = {track: level_of(resource, track, begin) for track in tracks}
+    levels = {track: [written_level(resource, track, begin), ZERO] for track in tracks}
     marks = ', '.join('?' * len(tracks))
-    changes = run(f'SELECT at, track, vms, vcpus, ram FROM step WHERE resource_id = ? AND track IN ({marks}) '
-                  'AND at > ? AND at < ? ORDER BY at', resource, *tracks, begin, until)
+    changes = [(at, track, 0, figures) for at, track, *figures in run(
+        f'SELECT at, track, vms, vcpus, ram FROM step WHERE resource_id = ? AND track IN ({marks}) '
+        'AND at > ? AND at < ? ORDER BY at', resource, *tracks, begin, until)]
+    changes += [(at, track, 1, more) for track in tracks
+                for at, _, more in ledger.within(resource, track, begin, until)]
     at = begin
-    for after, track, *figures in [*changes, (until, '', 0, 0, 0)]:
+    for after, track, side, figures in [*sorted(changes), (until, '', 0, ZERO)]:
         if after > at:
-            yield at, Amount(*levels[''], tuple((name, levels[name][0]) for name in tracks[1:] if levels[name][0]))
-        at, levels[track] = after, figures
+            held = {track: plus(*each) for track, each in levels.items()}
+            yield at, Amount(*held[''], tuple((name, held[name][0]) for name in tracks[1:] if held[name][0]))
+        at, levels[track][side] = after, figures
 
 
 def peaks(resource: int, begin: int, width: int, number: int, classes: Iterable[str] = ()) -> list[Amount]:
@@ -3634,7 +4629,24 @@ def free_of(resource: int, track: str, need: tuple, most: tuple, after: float,
             before: float) -> Iterator[tuple[float, float]]:
     """The free windows of one step function."""
     rooms = [2**62 if limit is None else limit - each for limit, each in zip(most, need)]
-    begin = after if all(each <= room for each, room in zip(level_of(resource, track, after), rooms)) else None
+    free = None  # it may go on
+    for begin, until, more in ledger.within(resource, track, after, before):
+        left = [room - each for room, each in zip(rooms, more)]
+        for first, last in free_within(resource, track, left, begin, until):
+            if free and free[1] < first:
+                yield free
+                free = None
+            free = (free[0] if free else first, last)
+            if last < until:
+                yield free
+                free = None
+    if free:
+        yield free
+
+
+def free_within(resource: int, track: str, rooms: list, after: float, before: float) -> Iterator[tuple[float, float]]:
+    """The windows in which no more than some figures is written as held."""
+    begin = after if all(each <= room for each, room in zip(written_level(resource, track, after), rooms)) else None
     at = after
     while at < before:
         at = next_step(resource, track, rooms, at, before, free=begin is None)
@@ -3771,7 +4783,9 @@ class Aggregate(NamedTuple):
 
 
 def classes_of(extra_specs: dict) -> tuple:
-    """The resource classes that a flavor asks for, of all its groups (Nova's extra specs resources*:CLASS)."""
+    """The resource classes that a flavor asks for, of all its groups (Nova's extra specs
+    resources*:CLASS).
+    """
     found: dict = defaultdict(int)
     for key, value in extra_specs.items():
         match = re.fullmatch('resources[A-Za-z0-9_-]*:([A-Z0-9_]+)', key)
@@ -3781,7 +4795,9 @@ def classes_of(extra_specs: dict) -> tuple:
 
 
 class Seen(NamedTuple):
-    """A server of ours as its cloud shows it: Nova's status in lower case, `made` in seconds since 1970."""
+    """A server of ours as its cloud shows it: Nova's status in lower case, `made` in seconds since
+    1970.
+    """
     uid: str
     mark: str
     state: str
@@ -3823,9 +4839,11 @@ class Cloud:
         return [each.name for each in self.things(kind) if each.name and sight.shows(kind, each)]
 
     def boot(self, machine: Machine) -> str:
-        """Begins to make one server and tells its id; unless CloudError is `sure`, it may exist all the same.
+        """Begins to make one server and tells its id; unless CloudError is `sure`, it may exist all
+        the same.
 
-        Calls the machine's `fence` just before the one request that makes it, and lets through what that raises.
+        Calls the machine's `fence` just before the one request that makes it, and lets through what
+        that raises.
         """
         raise NotImplementedError
 
@@ -3834,7 +4852,9 @@ class Cloud:
         raise NotImplementedError
 
     def delete(self, uid: str) -> None:
-        """Begins to delete a server; it is gone when servers() doesn't show it; one that is gone already is fine."""
+        """Begins to delete a server; it is gone when servers() doesn't show it; one that is gone
+        already is fine.
+        """
         raise NotImplementedError
 
     def server(self, uid: str) -> Seen | None:
@@ -3842,7 +4862,9 @@ class Cloud:
         raise NotImplementedError
 
     def start(self, uid: str) -> None:
-        """Begins to make a server active that is at rest, in rescue or resized; one that is active is fine."""
+        """Begins to make a server active that is at rest, in rescue or resized; one that is active
+        is fine.
+        """
         raise NotImplementedError
 
     def stop(self, uid: str) -> None:
@@ -3854,7 +4876,9 @@ class Cloud:
         raise NotImplementedError
 
     def snapshot(self, uid: str, name: str) -> str:
-        """Begins to make an image of a server, unless there is one of that name, and tells the image's id."""
+        """Begins to make an image of a server, unless there is one of that name, and tells the
+        image's id.
+        """
         raise NotImplementedError
 
     def saved(self, image: str) -> bool | None:
@@ -3866,15 +4890,21 @@ class Cloud:
         raise NotImplementedError
 
     def mark(self, aggregate: str, resource: str) -> None:
-        """Marks an aggregate with a resource, so that Nova's scheduler asks for it; '' takes the mark away."""
+        """Marks an aggregate with a resource, so that Nova's scheduler asks for it; '' takes the
+        mark away.
+        """
         raise NotImplementedError
 
     def hosts(self, uids: Iterable[str]) -> dict[str, str | None]:
-        """On which host each server is: '' while it is nowhere yet, None if it is gone or failed."""
+        """On which host each server is: '' while it is nowhere yet, None if it is gone or
+        failed.
+        """
         raise NotImplementedError
 
     def time(self) -> float | None:
-        """The cloud's own clock, in seconds since 1970, to about a second; None where it tells none."""
+        """The cloud's own clock, in seconds since 1970, to about a second; None where it tells
+        none.
+        """
         return None
 
     def check(self, named: Iterable[tuple[str, str]], sight: Sight = EVERYTHING) -> list[Thing]:
@@ -3981,15 +5011,19 @@ class OpenStack(Cloud):
             yield
         except Error:
             raise
-        except Exception as error:  # the SDK's, keystoneauth's, requests', urllib3's and the parser's own kinds
+        # the SDK's, keystoneauth's, requests', urllib3's and the parser's own kinds
+        except Exception as error:
             status = getattr(error, 'status_code', None) or getattr(error, 'http_status', None) or 0
             if status == 401:  # the operator may put a new credential into clouds.yaml
                 self.session = None
             response = getattr(error, 'response', None)
-            details = {'retry_after': response.headers.get('Retry-After')} if response is not None else {}
+            details = ({'retry_after': response.headers.get('Retry-After')} if response is not None
+                       else {})
             text = getattr(error, 'details', None) or str(error) or type(error).__name__
-            raise CloudError(f"the cloud {self.account} could not {what}: {textwrap.shorten(str(text), 300)}",
-                             sure or 400 <= status < 500 and status != 408, status=status, **details) from error
+            raise CloudError(f"the cloud {self.account} could not {what}: "
+                             f"{textwrap.shorten(str(text), 300)}",
+                             sure or 400 <= status < 500 and status != 408, status=status,
+                             **details) from error
 
     def find(self, kind, name, sight=EVERYTHING):
         key, oldest = (kind, name, sight), time.monotonic() - self.REMEMBER
@@ -4104,7 +5138,8 @@ class OpenStack(Cloud):
         for (kind, _), thing in zip(named, self.check(named, machine.sight)):
             found[kind].append(thing.id)
         wish = {'name': machine.name, 'metadata': machine.metadata,
-                'flavor_id': found['flavor'][0], 'image_id': found['image'][0], 'tags': [self.store, machine.mark],
+                'flavor_id': found['flavor'][0], 'image_id': found['image'][0],
+                'tags': [self.store, machine.mark],
                 'networks': [{'uuid': id} for id in found['network']] or machine.network or 'auto'}
         if machine.key:
             wish['key_name'] = machine.key
@@ -4183,7 +5218,8 @@ class OpenStack(Cloud):
     def saved(self, image):
         with self.calling('show an image', sure=True) as cloud:
             found = self.got(cloud.image.get_image, image)
-            gone = found is None or found.status in ('killed', 'deleted', 'pending_delete', 'deactivated')
+            gone = (found is None
+                    or found.status in ('killed', 'deleted', 'pending_delete', 'deactivated'))
             return None if gone else found.status == 'active'
 
     def aggregates(self):
@@ -4237,7 +5273,8 @@ class Simulated(Cloud):
     FLAVORS = {'m1.tiny': Flavor(1, 512), 'm1.small': Flavor(1, 2048), 'm1.medium': Flavor(2, 4096),
                'm1.large': Flavor(4, 8192), 'm1.xlarge': Flavor(8, 16384),
                'g1.medium': Flavor(2, 4096, (('CUSTOM_GPU', 1),))}
-    NAMES = {'flavor': FLAVORS, 'image': ('cirros', 'debian-12', 'ubuntu-24.04'), 'network': ('private', 'public'),
+    NAMES = {'flavor': FLAVORS, 'image': ('cirros', 'debian-12', 'ubuntu-24.04'),
+             'network': ('private', 'public'),
              'key': ('default',), 'security_group': ('default',)}
 
     def __init__(self, account: str, store: str, config: Config, clock: Callable[[], float]):
@@ -4258,13 +5295,16 @@ class Simulated(Cloud):
         machine.fence()
         with transaction():
             full = 0 < self.config.simulated_vms <= self.present().count()
-            fault = 'No valid host was found.' if full or random.random() < self.config.simulated_failures else ''
-            insert(SimulatedServer, account=self.account, uid=uid, name=machine.name, mark=machine.mark,
+            fault = ('No valid host was found.' if full
+                     or random.random() < self.config.simulated_failures else '')
+            insert(SimulatedServer, account=self.account, uid=uid, name=machine.name,
+                   mark=machine.mark,
                    made=self.clock(), boots=self.config.simulated_boot, power='active', fault=fault)
         return uid
 
     #: Two hosts, as `resource sync` finds them.
-    AGGREGATES = (Aggregate('gpu', dict.fromkeys(('gpu-1', 'gpu-2'), Amount(0, 16, 65536, (('CUSTOM_GPU', 4),))), ''),)
+    AGGREGATES = (Aggregate('gpu', dict.fromkeys(('gpu-1', 'gpu-2'),
+                                                 Amount(0, 16, 65536, (('CUSTOM_GPU', 4),))), ''),)
 
     def aggregates(self):
         marks = dict(run("SELECT substr(name, 6), value FROM fact WHERE name LIKE 'mark-%'").fetchall())
@@ -4279,12 +5319,14 @@ class Simulated(Cloud):
         return {uid: 'gpu-1' if uid in there else None for uid in uids}
 
     def present(self):
-        return SimulatedServer.select().where(SimulatedServer.account == self.account, SimulatedServer.gone.is_null())
+        return SimulatedServer.select().where(SimulatedServer.account == self.account,
+                                              SimulatedServer.gone.is_null())
 
     def servers(self):
         time.sleep(self.config.simulated_latency)
         ours = SimulatedServer.mark.startswith(self.store)
-        return [self.seen(server) for server in self.present().where(ours).order_by(SimulatedServer.id)]
+        return [self.seen(server)
+                for server in self.present().where(ours).order_by(SimulatedServer.id)]
 
     def server(self, uid):
         found = self.present().where(SimulatedServer.uid == uid).first()
@@ -4364,12 +5406,15 @@ class Clouds:
 
     @functools.cached_property
     def store(self) -> str:
-        """What all our marks begin with: two installations on one cloud don't touch each other's servers."""
+        """What all our marks begin with: two installations on one cloud don't touch each other's
+        servers.
+        """
         return f"cmres-{fact('store')}"
 
     def accounts(self) -> set[str]:
         """All accounts that serve the resources there are."""
-        clouds = {each.cloud for each in rows("SELECT DISTINCT cloud FROM resource WHERE cloud <> ''")}
+        clouds = {each.cloud
+                  for each in rows("SELECT DISTINCT cloud FROM resource WHERE cloud <> ''")}
         known = self.config.read_again().credentials
         return clouds | {entry for key, entry in known.items() if key.rpartition('@')[2] in clouds}
 
@@ -4467,7 +5512,8 @@ def fetch(config: Config, url: str, headers: dict) -> tuple[int, dict, bytes]:
             url = target
         raise ValueError('it redirects more than five times')
     except (OSError, ValueError, HTTPException) as error:
-        raise Undelivered(f'{type(error).__name__}: {first_line(error)}') from None
+        kind = '' if type(error) is ValueError else f'{type(error).__name__}: '  # it's our sentence
+        raise Undelivered(f'{kind}{first_line(error)}') from None
 
 
 def exchange(config: Config, verb: str, url: str, body: bytes | None, headers: dict) -> tuple[int, dict, bytes]:
@@ -4558,9 +5604,17 @@ def allowed_address(config: Config, host: str, port: int) -> str:
     return str(found[0])
 
 
+#: Ranges that only later Pythons know not to be public, without so many bits: 192.0.0.0/24 is for
+#: protocols, 3fff::/20 for examples (RFC 6890, RFC 9637).
+NOT_PUBLIC = {4: (8, 0xc00000), 6: (108, 0x3fff0)}
+
+
 def is_public(address) -> bool:
     """Whether an address is on the public internet, and so is each IPv4 address in it."""
     inside = embedded(address)
+    bits, reserved = NOT_PUBLIC[address.version]
+    if int(address) >> bits == reserved:
+        return False
     if address.version == 6 and not (inside and is_translated(address)):
         # All that was ever given out is in 2000::/3 (IANA's registry of IPv6 address space).
         if int(address) >> 125 != 1 or not address.is_global:
@@ -4630,6 +5684,8 @@ def in_cell(value, zone: ZoneInfo) -> str:
         return ' '.join(f'{name}={in_cell(each, zone)}' for name, each in value.items())
     if isinstance(value, (list, tuple)):
         return ', '.join(in_cell(each, zone) for each in value)
+    if isinstance(value, str) and value.startswith('FREQ='):
+        return rule_in_words(value)
     return '-' if value is None else legible(str(value))
 
 
@@ -4806,6 +5862,7 @@ class Shares:
 MOST_ICS = MOST_FETCHED  # bytes of a calendar
 MOST_TEXT = 20_000      # letters of a text that are looked at
 MOST_READ = 100_000     # components that are looked at
+MOST_TOLD = 20          # refusals of a calendar, each by itself
 MOST_HEAD = 4000        # letters of one in which its first line is
 MOST_EVENTS = 2000      # that want machines
 MOST_DATES = 5000       # RDATEs and EXDATEs of an event, exceptions of a series
@@ -5572,7 +6629,7 @@ class Budget:
     """
 
     def __init__(self):
-        self.left = {False: MOST_STEPS, True: MOST_STEPS}
+        self.left = {False: 5 * MOST_STEPS, True: MOST_STEPS}
 
     @contextmanager
     def event(self, repeats: bool) -> Iterator[None]:
@@ -5917,7 +6974,7 @@ def restored_wish(text: str) -> Wish:
         *figures, classes = values[name] or [None]
         values[name] = Amount(*figures, tuple(map(tuple, classes))) if figures else None
     stretches = [Stretch(**each) for each in values['stretches']]
-    return Wish(**values | {'resource': row('SELECT * FROM resource WHERE id = ?', values['resource']),
+    return Wish(**values | {'resource': resource_of(values['resource'], removed=True),
                             'stretches': stretches})
 
 
@@ -5983,16 +7040,20 @@ def for_each_part(method):
                           f"{', '.join(each.label for each in parts[:20])}")
         given |= {'dry_run': False} if 'dry_run' in given else {}
         each_given = [given | {'label': each.label, 'project': each.project} for each in parts]
-        with self.writing(dry_run) if API[method.__name__].changes else nullcontext():
-            with db.atomic() as attempt:
+
+        def all_parts(now: float) -> list:
+            with Attempt() as attempt:
                 answers = [method(**each) for each in each_given]
                 waits = ['change' in each for each in answers if isinstance(each, dict)]
-                if any(waits) and not all(waits):
-                    attempt.rollback()
-            if any(waits) and not all(waits):  # a part needs approval: so the change of all parts waits for it
-                acting = self.acting(self.actor)
-                acting.proposes_all = True
-                answers = [method(**each | {'self': acting}) for each in each_given]
+                if all(waits) or not any(waits):
+                    return answers
+                attempt.undo()  # a part needs approval: so the change of all parts waits for it
+            acting = self.acting(self.actor)
+            acting.proposes_all = True
+            return [method(**each | {'self': acting}) for each in each_given]
+        changes = API[method.__name__].changes
+        answers = self.carry_out(all_parts, dry_run) if changes else [
+            method(**each) for each in each_given]
         return sum(answers, []) if isinstance(answers[0], list) else {'label': given['label'], 'parts': answers}
     return acting
 
@@ -6035,7 +7096,8 @@ NEXT_OF_ITS = """NOT EXISTS (SELECT 1 FROM occurrence c
                               WHERE c.reservation_id = o.reservation_id AND (c.due IS NULL) = 0
                               AND c.cancelled IS NULL AND c."end" > ?1 AND (c.start, c.id) < (o.start, o.id))"""
 #: Its occurrences in the order in which people mean them: the present or next, those after it, at last those before.
-NEXT_FIRST = 'cancelled IS NOT NULL OR "end" <= now, iif(cancelled IS NULL AND "end" > now, start, -start), id'
+NEXT_OF = """SELECT id FROM occurrence WHERE reservation_id = {} ORDER BY cancelled IS NOT NULL OR "end" <= ?1,
+               iif(cancelled IS NULL AND "end" > ?1, start, -start), id LIMIT 1"""
 NOT_OVER = 'o.cancelled IS NULL AND o."end" > ?1'
 #: What is live, and what is over for good.
 BOTH = [(half, f'o.{rows}') for half, rows in HALVES.items()]
@@ -6166,6 +7228,10 @@ def actor_of(token: str) -> Actor:
     return Actor(*found)
 
 
+#: Why something had no room that has some when that is looked into.
+A_MOMENT_AGO = 'there was no room a moment ago; try again'
+
+
 class Service:
     """The service, on behalf of one actor.
 
@@ -6202,11 +7268,30 @@ class Service:
     @contextmanager
     def writing(self, dry_run: bool = False) -> Iterator[float]:
         """A transaction that yields its instant and wakes the life cycle when it has changed something."""
-        with transaction(keep=not dry_run):
+        with rehearsing() if dry_run else transaction():
             self.fence()
             yield self.clock()
-        if not dry_run:
+        if not dry_run and not rehearsal.on:
             self.wake()
+
+    def carry_out(self, deed: Callable[[float], Any], dry_run: bool = False) -> Any:
+        """Does something at an instant, all of it or nothing.
+
+        What has no room is refused at once, so that nobody waits while it is explained; why, and what
+        would fit, is found out in a rehearsal.
+        """
+        if not dry_run:
+            try:
+                with self.writing() as now:
+                    return deed(now)
+            except NoCapacity:
+                if db.in_transaction():  # what this is a part of is refused as a whole
+                    raise
+        with self.writing(dry_run=True) as now:
+            answer = deed(now)
+        if dry_run:
+            return answer
+        raise NoCapacity(A_MOMENT_AGO)
 
     def journal(self, now: float, code: str, sentence: str, reservation: int | None = None,
                 notify: Iterable[str] = (), occurrence: int | None = None) -> None:
@@ -6376,9 +7461,8 @@ class Service:
 
     def next_of(self, reservation: int):
         """Its present or next occurrence, else its last; None if it has none."""
-        found = row('SELECT id, ?1 AS now FROM occurrence WHERE reservation_id = ?2 '
-                    f'ORDER BY {NEXT_FIRST} LIMIT 1', int(self.clock()), reservation)
-        return self.occurrence(found.id) if found else None
+        found = self.search([(f'o.id = ({NEXT_OF.format("?")})', reservation)], tail='')
+        return found[0] if found else None
 
     def mine(self, label: str, project: str = '', live: bool = True, occurrence: datetime | None = None):
         """The one reservation of that label that the actor means: not over, else (unless `live`) the latest.
@@ -6390,13 +7474,13 @@ class Service:
           Conflict: several projects have one; the sentence names them.
         """
         where = [('r.label = ?', label), *self.visible(), *([('r.project = ?', project)] if project else [])]
-        known = (f"SELECT r.id FROM reservation r WHERE {' AND '.join(text for text, _ in where)} "
-                 'AND EXISTS (SELECT 1 FROM occurrence WHERE reservation_id = r.id)')
-        found = [self.next_of(each.id) for each in rows(f'{known} AND r.over > ? ORDER BY r.id', *given(where),
-                                                        int(self.clock()))]
+        known = f"FROM reservation r WHERE {' AND '.join(text for text, _ in where)}"
+        found = self.search([(f"o.id IN (SELECT ({NEXT_OF.format('r.id')}) {known} AND r.over > ?1)",
+                              *given(where))], tail='ORDER BY reservation')
         usable = [each for each in found if each.cancelled is None and each.end > self.clock()]
         if not usable:
-            past = row(f'{known} ORDER BY r.over DESC, r.id DESC LIMIT 1', *given(where))
+            past = row(f'SELECT r.id {known} AND EXISTS (SELECT 1 FROM occurrence WHERE reservation_id = r.id) '
+                       'ORDER BY r.over DESC, r.id DESC LIMIT 1', *given(where))
             if live or not past:
                 raise NotFound(f"there is no reservation '{label}'{' that is not over' if past else ''}")
             usable = [self.next_of(past.id)]
@@ -6404,7 +7488,9 @@ class Service:
         if len(usable) > 1:
             projects = ', '.join(sorted(each.project for each in usable))
             raise Conflict(f"'{label}' is in several projects ({projects}); name one with --project")
-        return self.occurrence_at(usable[0], occurrence, live) if occurrence else usable[0]
+        if not occurrence or isinstance(occurrence, datetime) and occurrence.timestamp() == usable[0].start:
+            return usable[0]
+        return self.occurrence_at(usable[0], occurrence, live)
 
     def occurrence_at(self, found, asked: Day, live: bool):
         """The occurrence of the same reservation that begins then, or on that date by the clocks of its series."""
@@ -6418,6 +7504,8 @@ class Service:
 
     def live(self, found, since: str = '') -> list:
         """The occurrences of a reservation that are not over, from a slot on."""
+        if not found.repeats and found.cancelled is None and found.end > self.clock():
+            return [found]
         return self.search([('r.id = ?', found.reservation), (NOT_OVER, None), ('o.slot >= ?', since)])
 
     def stretches(self, reservation: int) -> list[Stretch]:
@@ -6773,7 +7861,7 @@ class Wishes(Service):
           Conflict: it was removed since it was read, or what the cloud told for it is out of date.
         """
         before = wish.resource
-        place = row('SELECT * FROM resource WHERE id = ? AND removed IS NULL', before.id)
+        place = resource_of(before.id)
         if not place or place.cloud != before.cloud or wish.host and place.named != before.named:
             raise Conflict(f"the resource '{before.name}' was changed or removed meanwhile; "
                            'ask again')
@@ -6797,7 +7885,7 @@ class Wishes(Service):
 
     @contextmanager
     def explaining(self, wish: Wish, old=None, deed: Callable[[Wish, str], Any] | None = None):
-        """Makes of a bare NoCapacity one that says what is in the way and what would fit.
+        """Makes of a bare NoCapacity one that says why; in a rehearsal, also what is in the way and would fit.
 
         Args:
           old: the occurrence that was to change
@@ -6805,27 +7893,33 @@ class Wishes(Service):
             nothing is offered
         """
         try:
-            yield
+            with Attempt() if rehearsal.on else nullcontext():
+                yield
         except NoCapacity as refusal:
-            with transaction(keep=False):
+            if not rehearsal.on and (deed or wish.stretches):
+                raise
+            with undone():
                 wish = self.as_now(getattr(refusal, 'wish', wish))
-                why, more, offers = self.explained(refusal, wish, old)
+                why, more, offers = self.explained(refusal, wish, old, bool(deed))
                 more |= refusal.details | (self.tested(deed, offers) if deed else {})
                 raise NoCapacity(why, **more) from None
 
-    def explained(self, refusal: NoCapacity, wish: Wish, old) -> tuple[str, dict, dict]:
+    def explained(self, refusal: NoCapacity, wish: Wish, old, offering: bool) -> tuple[str, dict, dict]:
         """The sentence of a refusal, what is in the way, and what might be offered, best first."""
         if wish.stretches:  # a series tells by itself
             fitting = 0 if old else getattr(refusal, 'most_vms', 0)
             offers = [(fitting, with_vms(wish, fitting))] if fitting else []
             return str(refusal), {}, {'most_vms': offers}
-        with transaction(keep=False):
+        with undone():
             if old:  # it is not in its own way
                 give([hold_of(old)])
             lack, why = self.lack(wish), str(refusal)
+            if not offering:
+                return why or self.why_not(wish, lack), {}, {}
             more = {} if why else self.in_the_way(wish, lack, old.reservation if old else 0)
+            why = why or self.why_not(wish, lack)
             later = self.later(wish, getattr(refusal, 'others', ()))
-            return why or self.why_not(wish, lack), more, {
+            return why, more, {
                 'next_start': [*itertools.islice(later, MOST_OFFERS)],
                 'most_vms': [*self.fewer(wish, lack, old)], 'longest': [*self.shorter(wish, old)]}
 
@@ -6842,7 +7936,7 @@ class Wishes(Service):
     def would_do(self, deed: Callable[[Wish, str], Any], wish: Wish, field: str) -> bool:
         """Whether something can be done; it is undone."""
         try:
-            with transaction(keep=False):
+            with undone():
                 deed(wish, field)
                 return True
         except Error:
@@ -6884,7 +7978,7 @@ class Wishes(Service):
         """The sentence that says which figure is lacking, when, and how much of it there is."""
         name = wish.resource.name
         if not lack:  # somebody has just given something back
-            return f"'{name}' was full a moment ago; try again"
+            return A_MOMENT_AGO
         start, end = (format_time(instant(at), self.config.zone) for at in wish.held)
         unit = 'MiB of ram' if lack.figure == 'ram' else lack.figure
         if lack.changes and lack.alone:
@@ -6963,7 +8057,7 @@ class Wishes(Service):
 
     def ends_after(self, wish: Wish, begin: int, others: Iterable[int]) -> list[int]:
         """When things end that count against the same limits, wait, or are on some resources."""
-        if not (others or row('SELECT id FROM limits LIMIT 1') or row('SELECT id FROM wait LIMIT 1')):
+        if not (others or standing().limits or standing().waits):
             return []
         most, later = 10 * MOST_OFFERS, ('o."end" > ?', begin)
         found = walk(self.clock(), WAYS['waiting'], [('o.due IS NOT NULL',), later], most)
@@ -7095,6 +8189,7 @@ class Limits(Wishes):
             if not found:
                 raise NotFound(f'there is no limit {id}')
             run('DELETE FROM limits WHERE id = ?', id)
+            remembered.change()
             run('UPDATE wait SET due = 0 WHERE limited')
             self.journal(now, 'limit', f'took limit {id} away')
             return self.limit_public(found)
@@ -7107,9 +8202,9 @@ class Limits(Wishes):
 
     def limits_for(self, wish: Wish) -> list:
         """The limits that a wish is under: of its user, of its project, and of every project if that has none."""
-        found = rows('SELECT * FROM limits WHERE user IN (?, ?) AND project IN (?, ?) '
-                     'AND (resource_id IS NULL OR resource_id = ?)',
-                     '', wish.user, '', wish.project, wish.resource.id)
+        theirs = once('SELECT * FROM limits WHERE user IN (?, ?) AND project IN (?, ?)', '', wish.user, '',
+                      wish.project) if standing().limits else ()
+        found = [each for each in theirs if each.resource_id in (None, wish.resource.id)]
         own = {each.resource_id for each in found if each.project and not each.user}
         return [each for each in found if each.user or each.project or each.resource_id not in own]
 
@@ -7244,6 +8339,7 @@ class Holding(Limits):
         for each in rows('SELECT resource_id, held_from, until FROM wait WHERE reservation_id = ?', reservation):
             call_waiting(*each)
         run('DELETE FROM wait WHERE reservation_id = ?', reservation)
+        remembered.change()
         found = row('SELECT r.choices, r.waiting, o.resource_id, o.held_from, o."end" '
                     'FROM reservation r JOIN occurrence o ON o.reservation_id = r.id WHERE r.id = ? AND r.waiting IS NOT NULL AND o.cancelled IS NULL',
                     reservation)
@@ -7261,7 +8357,7 @@ class Holding(Limits):
 
     def first_in_line(self, resource: int, begin: int, until: int, now: float, before: str = '', *place):
         """Who has waited for longer than `patience` for a resource in a window; none beyond a place in the line."""
-        return row(f"""SELECT o.vms, r.waiting FROM wait w INDEXED BY wait_since
+        return standing().waits and row(f"""SELECT o.vms, r.waiting FROM wait w INDEXED BY wait_since
                          CROSS JOIN reservation r ON r.id = w.reservation_id
                          JOIN occurrence o ON o.reservation_id = r.id
                         WHERE w.resource_id = ? AND w.until > ? AND w.held_from < ? AND w.since <= ? AND w.until > ?
@@ -7269,18 +8365,10 @@ class Holding(Limits):
                         ORDER BY r.priority DESC, r.waiting, o.id LIMIT 1""",
                    resource, begin, until, now - self.config.patience, int(now), *place)
 
-    def retake(self, had: list[Hold], wants: list[Hold], now: float) -> None:
-        """Gives back what is wanted no more and takes what is wanted more; NoCapacity if that doesn't fit."""
-        growth = beyond(wants, had)
-        self.refuse_overtaken(growth, now)
-        give(beyond(had, wants))
-        take(growth, now)
-
     def refuse_overtaken(self, pieces: list[Hold], now: float) -> None:
         """Refuses to take what is kept for one that has waited for long."""
-        for each in pieces if row('SELECT id FROM wait LIMIT 1') else ():
-            place = row('SELECT * FROM resource WHERE id = ?', each.resource)
-            self.refuse_overtaking(place, each.begin, each.until, now)
+        for each in pieces:
+            self.refuse_overtaking(resource_of(each.resource, removed=True), each.begin, each.until, now)
 
     def holds(self, reservation: int) -> list[Hold]:
         """What a reservation holds: its occurrences, and its VMs that stay after them."""
@@ -7356,20 +8444,50 @@ class Holding(Limits):
                     amount = one if each.host else one * number
                     yield Hold(each.resource_id, each.held_until, until, amount)
 
-    def write_occurrence(self, id: int | None, reservation: int, wish: Wish, slot: Slot, now: float,
-                         held_from: int | None = None, **more) -> None:
-        """Writes what an occurrence is; what it holds is held already."""
+    def columns_of(self, wish: Wish, slot: Slot, now: float, new: bool, held_from: int | None = None,
+                   **more) -> dict:
+        """What is written of an occurrence."""
         begin = slot.start - wish.lead if held_from is None else held_from
-        values = dict(resource=slot.resource, start=slot.start, end=slot.end, held_from=begin, held_until=slot.end,
-                      **stored(wish.takes(slot.vms)))
+        first = dict(of_project=wish.project, of_user=wish.user, slot=slot.key, altered=False, revision=0,
+                     revised=int(now), told=0) if new else {}
+        due = min(begin, slot.start - self.config.notice) if new else min(now, begin)
+        return first | dict(
+            resource=slot.resource, start=slot.start, end=slot.end, held_from=begin, held_until=slot.end,
+            due=due, **stored(wish.takes(slot.vms))) | more
+
+    def write_occurrence(self, id: int | None, reservation: int, wish: Wish, slot: Slot, now: float,
+                         **more) -> int:
+        """Writes what an occurrence is; what it holds is held already. Tells its id."""
+        columns = self.columns_of(wish, slot, now, id is None, **more)
         if id is None:
-            new = dict(reservation=reservation, of_project=wish.project, of_user=wish.user,
-                       slot=slot.key, altered=False, revision=0, revised=int(now), told=0,
-                       due=min(begin, slot.start - self.config.notice))
-            insert(Occurrence, **new | values | more)
-        else:
-            change(Occurrence, id, **values | {'due': min(now, begin)} | more)
-            run('UPDATE occurrence SET revision = revision + 1, revised = ? WHERE id = ?', int(now), id)
+            return insert(Occurrence, reservation=reservation, **columns)
+        change_occurrence(id, now, **columns)
+        return id
+
+    def write_all(self, reservation: int, changed: list[tuple[int | None, dict]], now: float) -> None:
+        """Writes occurrences of a reservation, each by its id, or a new one; what they hold is held already."""
+        insert_many(Occurrence, [{'reservation': reservation} | columns for id, columns in changed if id is None])
+        for id, columns in changed:
+            if id is not None:
+                change_occurrence(id, now, **columns)
+
+    def grow(self, one: Wish, growth: list[Hold], now: float, old=None, others: Others | None = None,
+             own: int = 0) -> None:
+        """Takes what is wanted more, if every rule lets it: all that is promised comes through here.
+
+        Args:
+          one: what is wanted in all
+          old: its occurrence as it was, if it counts against limits
+          others: the other occurrences of its series
+          own: its reservation
+
+        Raises:
+          Conflict: a rule is against it (NoCapacity: there is no room); nothing was taken.
+        """
+        self.refuse_shared_server(one, own)
+        self.refuse_beyond(one, now, old, others)
+        self.refuse_overtaken(growth, now)
+        take(growth, now)
 
 
 # Series ######################################################################
@@ -7390,29 +8508,48 @@ class Turn(NamedTuple):
         return beyond(self.had, beyond(self.had, self.wants))
 
 
+class Reshaped(NamedTuple):
+    """What a series comes to be."""
+    done: list[dict]  # what became of each occurrence, by start
+    changed: list[tuple[int | None, dict]]  # what is written of occurrences: by id, or a new one
+    horizon: int      # until when they are there
+    freed: list[Hold]
+
+
 class Series(Holding):
     """The occurrences of series."""
 
     def reshape(self, reservation: int, wish: Wish, now: float, gentle: bool = False, again: bool = True) -> list[dict]:
         """Makes the occurrences of a series what its stretches want, as far as the horizon; inside a transaction.
 
+        Raises:
+          NoCapacity: one doesn't fit and all or nothing was asked for; the caller's transaction ends.
+        """
+        there = rows('SELECT * FROM occurrence WHERE reservation_id = ? ORDER BY start', reservation)
+        became = self.reshaped(reservation, wish, there, now, gentle, again)
+        self.write_all(reservation, became.changed, now)
+        self.close(reservation, wish.stretches, now, became.horizon)
+        self.keep_stopped(reservation, now, became.freed)
+        return became.done
+
+    def reshaped(self, reservation: int, wish: Wish, there: list, now: float, gentle: bool = False,
+                 again: bool = True) -> Reshaped:
+        """Decides what a series becomes, and holds that.
+
         First all give back what they want no more, then each takes what it wants more, or what --on-conflict
         says is done. What has begun keeps its start; what was changed, left out or skipped on its own
         stays as it is.
 
         Args:
+          there: the rows of its occurrences
           gentle: what runs goes on, also if it isn't wanted any more
           again: what had no room, or was not wanted for a while, is tried again
-
-        Raises:
-          NoCapacity: one doesn't fit and all or nothing was asked for; the caller's transaction ends.
         """
-        there = rows('SELECT * FROM occurrence WHERE reservation_id = ? ORDER BY start', reservation)
         skipped = {old.slot for old in there if old.cancelled is not None and old.altered}
         horizon = self.horizon(wish.stretches, now, skipped)
         earliest = self.earliest(there, wish.stretches, now)
         wanted = {slot.key: slot for slot in all_slots(wish.stretches, earliest, horizon)}
-        done, todo, freed = [], [], []
+        done, todo, changed, freed = [], [], [], []
         for old in there:
             slot = wanted.pop(old.slot, None)
             if old.end <= now:
@@ -7420,17 +8557,16 @@ class Series(Holding):
             slot = self.settled(old, slot, wish, now, gentle, again)
             if slot is None and old.cancelled is None:
                 freed.append(hold_of(old))
-                self.give_up(old, now)
+                changed.append((old.id, self.given_up(old, now)))
                 done.append(told(old, 'cancelled'))
             elif slot and self.differs(old, slot, wish):
                 todo.append((slot, old))
             elif slot and old.cancelled is None:
                 done.append(told(old, 'unchanged'))
         todo += [(slot, None) for slot in wanted.values() if slot.end > now]
-        done += self.place_all(reservation, wish, sorted(todo, key=lambda each: each[0].start), now)
-        self.close(reservation, wish.stretches, now, horizon)
-        self.keep_stopped(reservation, now, freed)
-        return sorted(done, key=lambda each: each['start'])
+        placed = self.place_all(reservation, wish, sorted(todo, key=lambda each: each[0].start), now)
+        done = sorted([*done, *(line for line, _ in placed)], key=lambda each: each['start'])
+        return Reshaped(done, changed + [each for _, each in placed], horizon, freed)
 
     def earliest(self, there: list, stretches: list[Stretch], now: float) -> float:
         """From when on slots must be known: one that was moved to later has been planned for earlier."""
@@ -7463,47 +8599,55 @@ class Series(Holding):
             slot.start, slot.end, slot.resource, *wish.takes(slot.vms)) or (
             slot.start - wish.lead != old.held_from and not old.altered)
 
-    def give_up(self, old, now: float) -> None:
-        """Takes an occurrence out of its series."""
+    def given_up(self, old, now: float) -> dict:
+        """Gives back what an occurrence holds that its series goes without, and tells what is written of it."""
         until = min(max(int(now), old.held_from), old.held_until)
         release(old.resource_id, until, old.held_until, amount_of(old))
-        change(Occurrence, old.id, cancelled=int(now), held_until=until, due=now,
-               revision=old.revision + 1, revised=int(now))
+        return {'cancelled': int(now), 'held_until': until, 'due': now}
 
-    def place_all(self, reservation: int, wish: Wish, todo: list, now: float) -> list[dict]:
-        """Holds many occurrences of a series, and tells all that have no room at once."""
+    def place_all(self, reservation: int, wish: Wish, todo: list, now: float) -> list[tuple]:
+        """Holds many occurrences of a series, or refuses all; what became of each, and what is written of it."""
         done, refused, others = [], [], self.others_of(reservation, todo, now)
         if wish.server and any(one.end > after.start for (one, _), (after, _) in zip(todo, todo[1:])):
             raise Conflict(f'the occurrences overlap, and the server {wish.server} is one machine')
-        todo = [Turn(slot, old, [hold_of(old)] if old and old.cancelled is None else [],
-                     [self.hold_at(wish, slot, old, now)]) for slot, old in todo]
-        for turn in todo:
+        turns = [Turn(slot, old, [hold_of(old)] if old and old.cancelled is None else [],
+                      [self.hold_at(wish, slot, old, now)]) for slot, old in todo]
+        for turn in turns:
             give(beyond(turn.had, turn.wants))
             others.put(turn.slot.key, turn.kept, turn.slot.start)
-        for turn in self.progress(todo):
-            slot = turn.slot
+        read_windows((piece for turn in turns for piece in beyond(turn.wants, turn.had)), now)
+        for turn in self.progress(turns):
             try:
                 done.append(self.place(reservation, wish, turn, others, now))
             except NoCapacity as error:
-                refused.append((slot, error))
+                if not rehearsal.on:
+                    raise
+                refused.append((turn.slot, error))
         if refused:
-            slot, error = refused[0]
-            zone = read_zone(wish.stretches[0].zone)
-            refusal = NoCapacity(
-                f"{len(refused)} of {len(todo)} occurrences do not fit, so nothing was changed; the first from "
-                f"{format_time(instant(slot.start), zone)}: {error}. Take the others with --on-conflict skip",
-                conflicts=[{'start': instant(each.start), 'end': instant(each.end), 'vms': each.vms, 'why': str(why)}
-                           for each, why in refused[:1000]], **error.details)
-            refusal.most_vms = min(getattr(why, 'most_vms', 0) for _, why in refused)
-            raise refusal
+            raise self.refusal_of(refused, len(turns), wish)
         return done
+
+    def refusal_of(self, refused: list[tuple[Slot, NoCapacity]], number: int, wish: Wish) -> NoCapacity:
+        """The refusal of a series some occurrences of which have no room."""
+        slot, error = refused[0]
+        first = format_time(instant(slot.start), read_zone(wish.stretches[0].zone))
+        text = (f'{len(refused)} of {number} occurrences do not fit, so nothing was changed; '
+                f'the first from {first}: {error}')
+        if len(refused) < number:
+            text += '. Take the others with --on-conflict skip'
+        refusal = NoCapacity(
+            text if number > 1 else str(error),
+            conflicts=[{'start': instant(each.start), 'end': instant(each.end), 'vms': each.vms, 'why': str(why)}
+                       for each, why in refused[:1000]], **error.details)
+        refusal.most_vms = min(getattr(why, 'most_vms', 0) for _, why in refused)
+        return refusal
 
     def others_of(self, reservation: int, todo: list, now: float) -> Others:
         """What counts against limits of the occurrences that stay as they are while others change."""
         changing = {old.id for _, old in todo if old}
         others = Others(reservation, now)
         for each in rows('SELECT * FROM occurrence WHERE reservation_id = ? AND due IS NOT NULL '
-                         'AND held_until > held_from', reservation):
+                         'AND held_until > held_from', reservation) if standing().limits and reservation else ():
             if each.id not in changing:
                 others.put(each.slot, [hold_of(each)], each.start)
         return others
@@ -7514,14 +8658,14 @@ class Series(Holding):
         begin = min(old.held_from, slot.start) if begun else slot.start - wish.lead
         return Hold(slot.resource, begin, slot.end, wish.takes(slot.vms))
 
-    def place(self, reservation: int, wish: Wish, turn: Turn, others: Others, now: float) -> dict:
-        """Holds one occurrence of a series and writes it; inside a transaction.
+    def place(self, reservation: int, wish: Wish, turn: Turn, others: Others, now: float) -> tuple:
+        """Holds one occurrence of a series; what became of it, and its row.
 
         Raises:
           NoCapacity: it doesn't fit, and that refuses the whole series.
         """
         slot, old, (wants,) = turn.slot, turn.old, turn.wants
-        place = row('SELECT * FROM resource WHERE id = ? AND removed IS NULL', slot.resource)
+        place = resource_of(slot.resource)
         if place is None:
             raise Conflict('the resource of the series is not there any more; move it to another with --resource')
         if old and slot.start != old.start and slot.start < now - PATIENCE:
@@ -7529,27 +8673,31 @@ class Series(Holding):
         one = wish._replace(resource=place, start=slot.start, end=slot.end, vms=slot.vms, stretches=[])
         others.put(slot.key, (), slot.start)
         try:
-            self.refuse_beyond(one, now, old if turn.had else None, others)
-            self.refuse_shared_server(one, reservation)
-            growth = beyond(turn.wants, turn.had)
-            self.refuse_overtaken(growth, now)
-            take(growth, now)
+            self.grow(one, beyond(turn.wants, turn.had), now, old if turn.had else None, others, reservation)
         except Conflict as error:
             return self.placed_otherwise(reservation, one, turn, others, error, now)
         keep = {'told': 0, 'altered': old.altered} if old and old.start != slot.start else {}
         revived = {'cancelled': None} if old and not turn.had else {}
-        self.write_occurrence(old.id if old else None, reservation, one, slot, now, wants.begin, **keep, **revived)
         others.put(slot.key, turn.wants, slot.start)
-        return told(slot, 'changed' if turn.had else 'booked')
+        return told(slot, 'changed' if turn.had else 'booked'), self.row_of(
+            old, one, slot, now, held_from=wants.begin, **keep, **revived)
+
+    def row_of(self, old, one: Wish, slot: Slot, now: float, **more) -> tuple[int | None, dict]:
+        """What is written of an occurrence, by its id if it has one."""
+        return old.id if old else None, self.columns_of(one, slot, now, old is None, **more)
 
     def placed_otherwise(self, reservation: int, one: Wish, turn: Turn, others: Others, error: Conflict,
-                         now: float) -> dict:
+                         now: float) -> tuple:
         """What --on-conflict says of an occurrence that has no room."""
-        slot, old, lack = turn.slot, turn.old, self.lack(one)
+        slot, old = turn.slot, turn.old
+        refused = one.on_conflict in ('', 'refuse')
+        if refused and 'limit' in error.details:
+            raise error
+        if refused and not rehearsal.on:
+            raise NoCapacity('')
+        lack = self.lack(one)
         why = str(error) or self.why_not(one, lack)
-        if one.on_conflict in ('', 'refuse'):
-            if 'limit' in error.details:
-                raise error
+        if refused:
             refusal = NoCapacity(why, **self.in_the_way(one, lack, reservation))
             refusal.most_vms = max((vms for vms, _ in self.fewer(one, lack, old)), default=0)
             raise refusal
@@ -7560,22 +8708,15 @@ class Series(Holding):
             holds = [Hold(slot.resource, shifted.start - one.lead, shifted.end, one.amount)]
             take(holds, now)
             others.put(slot.key, holds, shifted.start)
-            self.write_occurrence(old.id if old else None, reservation, one, shifted, now, altered=True,
-                                  cancelled=None)
-            return told(shifted, 'shifted', why)
+            return told(shifted, 'shifted', why), self.row_of(old, one, shifted, now, altered=True, cancelled=None)
         if self.stays(turn, now):
             others.put(slot.key, turn.had, old.start)
-            change(Occurrence, old.id, altered=True)
-            return told(old, 'unchanged', why)
-        self.write_left_out(reservation, one, slot, now, old)
-        return told(slot, 'left out', why)
+            return told(old, 'unchanged', why), (old.id, {'altered': True})
+        return told(slot, 'left out', why), self.row_of(old, one, slot, now, **self.left_out_as(one, slot, now, old))
 
-    def write_left_out(self, reservation: int, wish: Wish, slot: Slot, now: float, old=None) -> int:
-        """Writes an occurrence that holds nothing, since its series goes without it; its id."""
-        self.write_occurrence(old.id if old else None, reservation, wish, slot, now,
-                              held_until=slot.start - wish.lead, cancelled=int(now),
-                              due=now if old else None)
-        return old.id if old else row('SELECT max(id) AS id FROM occurrence').id
+    def left_out_as(self, one: Wish, slot: Slot, now: float, old=None) -> dict:
+        """What is otherwise of an occurrence that holds nothing, since its series goes without it."""
+        return {'held_until': slot.start - one.lead, 'cancelled': int(now), 'due': now if old else None}
 
     def bring_back(self, id: int, wish: Wish, now: float) -> list[dict]:
         """Holds an occurrence that its series was left without; inside a transaction.
@@ -7591,14 +8732,17 @@ class Series(Holding):
         slot = Slot(old.slot, wish.start, wish.end, wish.vms, wish.resource.id)
         try:
             todo = [(slot, old._replace(altered=False))]
-            done = self.place_all(old.reservation_id, wish, todo, now)
+            (done, columns), = self.place_all(old.reservation_id, wish, todo, now)
         except NoCapacity as refusal:
+            if not rehearsal.on:
+                raise
             conflict, = refusal.details.pop('conflicts')
             why = f"what was left out does not fit any more: {conflict['why']}"
             raise NoCapacity(why, **refusal.details) from None
+        self.write_all(old.reservation_id, [columns], now)
         self.close(old.reservation_id, stretches, now, self.horizon(stretches, now))
         self.keep_stopped(old.reservation_id, now)
-        return done
+        return [done]
 
     def stays(self, turn: Turn, now: float) -> bool:
         """Holds again what an occurrence had, which has begun or still fits; whether it does."""
@@ -7632,10 +8776,10 @@ class Series(Holding):
     def close(self, reservation: int, stretches: list[Stretch], now: float, horizon: int = 0) -> None:
         """Writes until when a reservation's label is taken, and how far a series is in rows."""
         on = goes_on(stretches, horizon)
-        last = row('SELECT max("end") AS last FROM occurrence WHERE reservation_id = ? AND cancelled IS NULL',
-                   reservation).last
-        change(Reservation, reservation, changed=int(now), booked_until=horizon if on else None,
-               over=int(LAST.timestamp()) if on else min(last, 2**62) if last and last > now else int(now))
+        run("""UPDATE reservation SET changed = ?2, booked_until = ?3, over = coalesce(?4, max(?2, coalesce((
+                 SELECT min(max("end"), 1 << 62) FROM occurrence WHERE reservation_id = ?1 AND cancelled IS NULL), 0)))
+                WHERE id = ?1""", reservation, int(now), horizon if on else None,
+            int(LAST.timestamp()) if on else None)
 
     def refresh(self, reservation: int, now: float) -> None:
         """Carries a series on as far as the horizon is now, by the zone table as it is now; inside a transaction."""
@@ -7734,7 +8878,7 @@ def chosen(parts: list[tuple], take: Callable, tries: Iterator, taken: list, fir
                         f'{MOST_TRIES} tries; name a resource for each part, or ask for fewer '
                         'parts')
         try:
-            with db.atomic():
+            with Attempt():
                 got = [*taken, take(choices[n], taken)]
                 if len(got) == len(parts):
                     return got
@@ -7772,31 +8916,37 @@ class Admission(Series):
         """
         wish = self.as_now(wish)
         place = wish.resource
+        became = self.reshaped(0, wish, [], now) if wish.stretches else self.single(wish, now)
+        done, live = became.done, [columns['end'] for _, columns in became.changed if not columns.get('cancelled')]
+        if done and not live:
+            raise NoCapacity(f"none of {len(done)} occurrences fits; of the first: {done[0]['why']}",
+                             conflicts=done[:1000])
+        on = goes_on(wish.stretches, became.horizon)
         pending = int(now) + place.approval if place.approval and self.actor.role != ADMIN else None
-        reservation = insert(Reservation, **wish.columns(*STORED), **event, origin=origin, added=int(now),
-                             changed=int(now), pending=pending, priority=0, confirm=0, request=request, choices='',
-                             series=stored_stretches(wish.stretches) if wish.stretches else '', over=wish.end)
+        reservation = insert(
+            Reservation, **wish.columns(*STORED), **event, origin=origin, added=int(now), changed=int(now),
+            pending=pending, priority=0, confirm=0, request=request, choices='',
+            series=stored_stretches(wish.stretches) if wish.stretches else '',
+            booked_until=became.horizon if on else None,
+            over=int(LAST.timestamp()) if on else max([int(now), *live]))
         self.refuse_many_texts(wish)
-        if wish.stretches:
-            done = self.reshape(reservation, wish, now)
-            if done and all(each['outcome'] == 'left out' for each in done):
-                raise NoCapacity(f"none of {len(done)} occurrences fits; of the first: {done[0]['why']}",
-                                 conflicts=done[:1000])
-            self.journal(now, 'added', self.told_series(wish, done), reservation, wish.notify)
-            return reservation, done
-        self.refuse_shared_server(wish)
-        self.refuse_beyond(wish, now)
-        self.refuse_overtaking(place, *wish.held, now)
-        admit(place, *wish.held, wish.amount, now)
-        self.write_occurrence(None, reservation, wish, Slot('', wish.start, wish.end, wish.vms, place.id), now)
-        if wish.at_end == 'stop':
+        self.write_all(reservation, became.changed, now)
+        if wish.image and wish.at_end == 'stop':
             self.keep_stopped(reservation, now)
-        self.journal(now, 'added', f'{wish.vms} vms on {place.name}', reservation, wish.notify, NONE_OF_THEM)
-        if pending:
+        what = self.told_series(wish, done) if wish.stretches else f'{wish.vms} vms on {place.name}'
+        self.journal(now, 'added', what, reservation, wish.notify, NONE_OF_THEM)
+        if pending and not wish.stretches:
             until = self.config.told_time(pending, wish.tz)
             self.journal(now, 'pending', f'an admin must approve it until {until}', reservation,
                          wish.notify)
-        return reservation, []
+        return reservation, done
+
+    def single(self, wish: Wish, now: float) -> Reshaped:
+        """Holds the one occurrence of a new reservation."""
+        place = wish.resource
+        self.grow(wish, [Hold(place.id, *wish.held, wish.amount)], now)
+        slot = Slot('', wish.start, wish.end, wish.vms, place.id)
+        return Reshaped([], [self.row_of(None, wish, slot, now)], 0, [])
 
     def told_series(self, wish: Wish, done: list[dict]) -> str:
         """What was booked of a series, for the journal."""
@@ -7808,15 +8958,13 @@ class Admission(Series):
         """Makes one occurrence what is wished; inside a transaction."""
         wish = self.as_now(wish)
         place = wish.resource
-        self.refuse_shared_server(wish, old.reservation)
-        self.refuse_beyond(wish, now, old)
-        wants = [Hold(place.id, *wish.held, wish.amount)]
+        wants, growth = [Hold(place.id, *wish.held, wish.amount)], []
         if old.waiting is None:
-            self.retake([hold_of(old)], wants, now)
-        elif not wish.amount.within(self.most_ever(wish)):
+            give(beyond([hold_of(old)], wants))
+            growth = beyond(wants, [hold_of(old)])
+        self.grow(wish, growth, now, old, own=old.reservation)
+        if old.waiting is not None and not wish.amount.within(self.most_ever(wish)):
             raise NoCapacity('')
-        elif beyond(wants, [hold_of(old)._replace(until=old.end)]):  # it goes to the end of the line
-            change(Reservation, old.reservation, waiting=int(now))
         slot = Slot(old.slot, wish.start, wish.end, wish.vms, place.id)
         self.write_occurrence(old.id, old.reservation, wish, slot, now, altered=bool(old.repeats),
                               told=0 if wish.start != old.start else old.told & ~(ENDING if wish.end != old.end else 0),
@@ -7827,8 +8975,11 @@ class Admission(Series):
         else:
             change(Reservation, old.reservation, **wish.columns(*STORED), changed=int(now), over=wish.end)
         if old.waiting is not None:
+            if beyond(wants, [hold_of(old)._replace(until=old.end)]):  # it goes to the end of the line
+                change(Reservation, old.reservation, waiting=int(now))
             self.stand_in_line(old.reservation)
-        self.keep_stopped(old.reservation, now)
+        if old.image or wish.image:
+            self.keep_stopped(old.reservation, now)
 
     def cancel(self, found: list, now: float, why: str = '', ends: bool = False) -> None:
         """Cancels occurrences of one reservation: what they held from now on is free; inside a transaction.
@@ -7840,10 +8991,11 @@ class Admission(Series):
             return
         first, freed = found[0], [hold_of(each) for each in found]
         for each in found:
-            self.drop_proposals(each.reservation, each.id)
+            if each.change is not None:
+                self.drop_proposals(each.reservation, each.id)
             until = min(max(int(now), each.held_from), each.held_until)
             release(each.resource_id, until, each.held_until, amount_of(each))
-            change(Occurrence, each.id, cancelled=int(now), held_until=until, due=now, altered=True)
+            change_occurrence(each.id, now, cancelled=int(now), held_until=until, due=now, altered=True)
         if first.repeats and ends:
             stretches = stretches_before(self.stretches(first.reservation), min(each.slot for each in found))
             change(Reservation, first.reservation, series=stored_stretches(stretches) if stretches else '[]')
@@ -7851,13 +9003,14 @@ class Admission(Series):
             self.reshape(first.reservation, self.carried_on(first), now, gentle=True, again=False)
         else:
             self.close(first.reservation, [], now)
-        run('UPDATE reservation SET waiting = NULL, pending = NULL WHERE id = ? AND NOT EXISTS '
-            '(SELECT 1 FROM occurrence o WHERE o.reservation_id = ? AND o.cancelled IS NULL)',
-            first.reservation, first.reservation)  # there is nothing left to wait for
+        if first.waiting is not None or first.pending is not None:  # is there nothing left to wait for?
+            run('UPDATE reservation SET waiting = NULL, pending = NULL WHERE id = ?1 AND NOT EXISTS '
+                '(SELECT 1 FROM occurrence o WHERE o.reservation_id = ?1 AND o.cancelled IS NULL)', first.reservation)
         if first.waiting is not None:
             self.stand_in_line(first.reservation)
-        self.keep_stopped(first.reservation, now, freed)
-        only = first.id if len(found) == 1 and first.repeats else None
+        if first.image:
+            self.keep_stopped(first.reservation, now, freed)
+        only = None if first.repeats and len(found) > 1 else first.id if first.repeats else NONE_OF_THEM
         said = [why or f'cancelled by {self.actor.user}']
         said += [warning for each in found for warning in self.ends_with(each).get('warnings', ())]
         self.journal(now, 'released', '; '.join(said), first.reservation, json.loads(first.notify),
@@ -7949,13 +9102,16 @@ def kind_of_waiting(part: list[tuple]) -> tuple:
                  for each, place, amount in part)
 
 
+A_SERIES_WAITS = 'a series can not wait; --on-conflict skip takes the occurrences that fit'
+
+
 class Waiting(Admission):
     """Requests that wait for room, and reservations that wait for a word."""
 
     def take(self, request: Request, now: float) -> dict:
         """Books a request, or lines it up if it may wait; inside a transaction."""
         try:
-            with db.atomic() if request.wait else nullcontext():
+            with Attempt() if request.wait else nullcontext():
                 return self.answer_all(request, self.book_all(request, now))
         except NoCapacity:
             if not request.wait:
@@ -7965,7 +9121,7 @@ class Waiting(Admission):
     def line_up(self, request: Request, now: float) -> dict:
         """Writes down a request that has no room now, and waits; inside a transaction."""
         if any(part[0].stretches for part in request.parts):
-            raise Invalid('a series can not wait; --on-conflict skip takes the occurrences that fit')
+            raise Invalid(A_SERIES_WAITS)
         parts = [[wish for wish in map(self.as_now, part)
                   if wish.amount.within(self.most_ever(wish))] for part in request.parts]
         without = (part[0] for part, left in zip(request.parts, parts) if not left)
@@ -8015,7 +9171,7 @@ class Waiting(Admission):
         wanted = [(resource, of_columns(columns) if whole else of_columns(columns) * found.vms)
                   for resource, whole, columns in json.loads(found.choices or '[]')]
         for resource, amount in wanted or [(found.resource_id, amount_of(found))]:
-            if place := row('SELECT * FROM resource WHERE id = ? AND removed IS NULL', resource):
+            if place := resource_of(resource):
                 yield place, amount
 
     def most_ever(self, wish: Wish) -> Amount:
@@ -8091,6 +9247,7 @@ class Waiting(Admission):
         """Takes out of the line whose window is over."""
         for each in reservations:
             run('DELETE FROM wait WHERE reservation_id = ?', each)
+            remembered.change()
 
     def try_later(self, request: list, limited: bool, now: float) -> None:
         """Notes when those that have no room are tried again, if nothing is given back before.
@@ -8106,8 +9263,10 @@ class Waiting(Admission):
 
     def next_change(self, resource: int, names: Iterable[str], now: float, until: int) -> float:
         """The next instant at which what is held of a resource changes, before an end."""
-        found = [row('SELECT min(at) AS at FROM step WHERE resource_id = ? AND track = ? AND at > ?', resource, track,
-                     now).at for track in ('', CLOSED, *names)]
+        tracks = ('', CLOSED, *names)
+        found = [run('SELECT min(at) FROM step WHERE resource_id = ? AND track = ? AND at > ?', resource, track,
+                     now).fetchone()[0] for track in tracks]
+        found += [ledger.after(resource, track, now) for track in tracks]
         return min([until, *filter(None, found)])
 
     def let_in(self, found, place, amount: Amount, now: float) -> None:
@@ -8163,22 +9322,23 @@ class Approval(Waiting):
           alone: no other occurrence changes
           deed: makes the change, and tells what became of each occurrence of a series
         """
-        if SHAPE & set(asked):  # another change settles those that were proposed before
+        # Another change settles those that were proposed before.
+        if SHAPE & set(asked) and (old.change is not None or old.repeats and not alone):
             self.drop_proposals(old.reservation, old.id if alone else None)
-        if self.actor.role == ADMIN or old.waiting is not None or not (row(ANY_APPROVAL) or self.proposes_all):
+        if self.actor.role == ADMIN or old.waiting is not None or not (once(ANY_APPROVAL) or self.proposes_all):
             return deed()
         before = self.holds(old.reservation)
-        with db.atomic() as attempt:
+        with Attempt() as attempt:
             done = deed()
             growth = [each for each in beyond(self.holds(old.reservation), before) if each.until > now]
-            span = max((row('SELECT approval FROM resource WHERE id = ?', each.resource).approval
+            span = max((resource_of(each.resource, removed=True).approval
                         for each in growth), default=0)
             if not growth or not span and not self.proposes_all:
                 return done
             if old.pending is not None:
                 self.await_approval(old.reservation, int(now) + span, wish, now)
                 return done
-            attempt.rollback()
+            attempt.undo()
         last = old.end if alone or not old.repeats else int(LAST.timestamp())
         until = min(int(now) + (span or int(LAST.timestamp())), last)
         self.propose(old, wish, sorted(asked), until, now, code, named, alone, growth)
@@ -8232,6 +9392,8 @@ class Approval(Waiting):
     def rewrite(self, old, wish: Wish, asked: dict, now: float, named: bool) -> list:
         """Writes a change of a reservation; inside the transaction that looked whether it is still as it was read."""
         self.refuse_fixed(old, wish, asked)
+        if wish.stretches and old.waiting is not None:
+            raise Invalid(A_SERIES_WAITS)
         if old.choices and asked.keys() & {'resource', 'host', 'flavor'}:  # it waits for this one alone
             change(Reservation, old.reservation, choices='')
         if (wish.label, wish.project) != (old.label, old.project):
@@ -8260,7 +9422,7 @@ class Approval(Waiting):
         Example:
           python cmres.py approve lab --project biology
         """
-        with self.writing(dry_run) as now:
+        def deed(now: float) -> dict:
             found, pending, proposals = self.pending_of(label, project)
             for each in pending:
                 self.settle(each, 'approved', now)
@@ -8269,6 +9431,7 @@ class Approval(Waiting):
                 self.journal(now, 'approved', f'the change was approved by {self.actor.user}', each.reservation,
                              json.loads(each.notify))
             return self.told_parts(label, pending or found)
+        return self.carry_out(deed, dry_run)
 
     @api('POST', '/reservation/<label>/accept')
     def accept(self, label: Label, project: Name = '', dry_run: bool = False) -> dict:
@@ -8380,12 +9543,15 @@ class Requests(Approval):
         """
         request = self.read_request({name: value for name, value in locals().items() if name != 'self'})
         refused = request.last._replace(label=label)
+
         def instead(wish: Wish, field: str) -> None:
             self.instead(request, wish, field, self.clock())
-        explaining = self.explaining(request.last, None, instead)
-        with self.recording_refusal(refused, dry_run), explaining:
-            with self.writing(dry_run) as now:
+
+        def deed(now: float) -> dict:
+            with self.explaining(request.last, None, instead):
                 return self.take(request, now)
+        with self.recording_refusal(refused, dry_run):
+            return self.carry_out(deed, dry_run)
 
     def read_request(self, asked: dict) -> Request:
         """What `add` was asked, resolved for each part and each resource on which that could be."""
@@ -8430,25 +9596,55 @@ class Requests(Approval):
         Example:
           python cmres.py load class.csv --partial
         """
-        refused, requests, taken = [], [], []
+        unread, requests, in_order = [], [], functools.partial(sorted, key=lambda each: each['line'])
         for number, given in enumerate(self.progress(rows), 1):
             line = given.get('line', number)
             try:
                 requests.append((line, self.read_request(self.read_line(given))))
             except Error as error:
-                refused.append({'line': line, 'label': given.get('label', ''), 'error': str(error)})
-        with self.writing(dry_run or bool(refused) and not partial) as now:
-            for line, request in requests:
-                try:
-                    with db.atomic(), self.explaining(request.last):
-                        taken.append(self.take(request, now))
-                except Error as error:
-                    refused.append({'line': line, 'label': request.label, 'error': str(error)})
-            refused.sort(key=lambda each: each['line'])
-            if refused and not partial:
-                raise Conflict(f'{len(refused)} of {len(rows)} lines were refused, so nothing was reserved',
-                               refused=refused)
-        return {'taken': taken, 'refused': refused}
+                unread.append({'line': line, 'label': given.get('label', ''), 'error': str(error)})
+
+        def deed(now: float) -> tuple[list, list]:
+            taken, refused = self.take_lines(requests, partial, now)
+            refused = self.told_lines(refused, now) if rehearsal.on else refused
+            if not partial and (unread or refused):
+                raise Conflict(f'{len(unread + refused)} of {len(rows)} lines were refused, so nothing was reserved',
+                               refused=in_order(unread + refused))
+            return taken, refused
+        rehearsed = dry_run or bool(unread) and not partial
+        taken, refused = self.carry_out(deed, rehearsed)
+        refused = refused if rehearsed else self.told_lines(refused, self.clock())
+        return {'taken': taken, 'refused': in_order(unread + refused)}
+
+    def take_lines(self, requests: list[tuple], partial: bool, now: float) -> tuple[list, list]:
+        """Takes what fits of many lines; what was taken, and the lines that are refused, each with its error."""
+        taken, refused = [], []
+        for line, request in requests:
+            try:
+                with Attempt(), self.explaining(request.last):
+                    taken.append(self.take(request, now))
+            except Error as error:
+                if not partial and not rehearsal.on:  # a rehearsal tells them all
+                    raise NoCapacity('') from error
+                refused.append((line, request, error))
+        return taken, refused
+
+    def told_lines(self, refused: list[tuple], now: float) -> list[dict]:
+        """Lines that were refused, as answers show them."""
+        with rehearsing() if refused else nullcontext():
+            return [{'line': line, 'label': request.label, 'error': self.why(request, error, now)}
+                    for line, request, error in refused]
+
+    def why(self, request: Request, error: Error, now: float) -> str:
+        """The sentence of a refusal; in a rehearsal."""
+        if str(error):
+            return str(error)
+        try:
+            with undone(), self.explaining(request.last):
+                self.take(request, now)
+        except Error as refusal:
+            return str(refusal)
+        return A_MOMENT_AGO
 
     def read_line(self, given: dict) -> dict:
         """The arguments of `add` that one line of many stands for; empty cells are not given."""
@@ -8636,8 +9832,7 @@ class Requests(Approval):
         """
         if by <= timedelta(0):
             raise Invalid(f'by: {to_plain(by)} is no length to extend by; write +1h')
-        old = self.mine(label, project, occurrence=occurrence)
-        return self.alter(label, project, {'end': instant(old.end) + by}, dry_run, occurrence=instant(old.start))
+        return self.prolong(label, project, occurrence, lambda old: instant(old.end) + by, 'updated', dry_run)
 
     @api('POST', '/reservation/<label>/keep')
     @for_each_part
@@ -8647,13 +9842,24 @@ class Requests(Approval):
         Example:
           python cmres.py keep lab +2h
         """
-        old = self.mine(label, project)
-        until = instant(old.end) + until if isinstance(until, timedelta) else until
-        if self.clock() < old.held_from:
-            raise Conflict(f"'{label}' has not begun; `update` moves its end")
-        if until.timestamp() <= old.end:
-            raise Invalid(f'until: {to_plain(until)} is not after the end, {to_plain(instant(old.end))}')
-        return self.alter(label, project, {'end': until}, dry_run, 'kept', occurrence=instant(old.start))
+        def end(old) -> datetime:
+            last = instant(old.end) + until if isinstance(until, timedelta) else until
+            if self.clock() < old.held_from:
+                raise Conflict(f"'{label}' has not begun; `update` moves its end")
+            if last.timestamp() <= old.end:
+                raise Invalid(f'until: {to_plain(last)} is not after the end, {to_plain(instant(old.end))}')
+            return last
+        return self.prolong(label, project, None, end, 'kept', dry_run)
+
+    def prolong(self, label: str, project: str, occurrence: Day | None, end: Callable[[Any], datetime], code: str,
+                dry_run: bool) -> dict:
+        """Lets the present or next occurrence, or a certain one, end at another instant; no cloud need be asked."""
+        def deed(now: float) -> dict:
+            old = self.mine(label, project, occurrence=occurrence)
+            asked = {'end': end(old)}
+            wish = self.read_wish(self.unaltered(old) | asked, old, asked, place=resource_of(old.resource_id))
+            return self.altered(old, wish, asked, now, code, named=not old.repeats, only=bool(old.repeats))
+        return self.carry_out(deed, dry_run)
 
     @api('POST', '/reservation/<label>/skip')
     @for_each_part
@@ -8683,23 +9889,25 @@ class Requests(Approval):
 
     def put_back(self, label: str, project: str, occurrence: Day | None, dry_run: bool) -> dict:
         """Lets a series have an occurrence again that was left out."""
-        with self.writing(dry_run) as now:
+        def deed(now: float) -> dict:
             found = self.mine(label, project, live=False)
             slot, old = self.left_out(found, occurrence, now)
             if found.over <= now:
                 self.refuse_taken_label(self.carried_on(found), now)
-            place = row('SELECT * FROM resource WHERE id = ?', slot.resource)
+            place = resource_of(slot.resource, removed=True)
             wish = self.carried_on(found)._replace(
                 resource=place, start=slot.start, end=slot.end, vms=slot.vms, on_conflict='refuse')
-            id = old.id if old else self.write_left_out(found.reservation, wish, slot, now)
-            deed = functools.partial(self.bring_back, id, wish, now)
-            done = self.unless_it_grows(self.occurrence(id), wish, {'occurrence': None}, now, BACK,
-                                        named=True, alone=True, deed=deed)
+            id = old.id if old else self.write_occurrence(
+                None, found.reservation, wish, slot, now, **self.left_out_as(wish, slot, now))
+            done = self.unless_it_grows(
+                self.occurrence(id), wish, {'occurrence': None}, now, BACK, named=True, alone=True,
+                deed=functools.partial(self.bring_back, id, wish, now))
             if done is not None:
                 why = f'{self.actor.user} has put back what was left out on '
                 self.journal(now, 'updated', why + self.config.told_time(slot.start),
                              found.reservation, wish.notify, id)
             return public(self.occurrence(id))
+        return self.carry_out(deed, dry_run)
 
     def left_out(self, found, asked: Day | None, now: float) -> tuple[Slot, Any]:
         """The occurrence that a series was left without, as it has it now, and its row if any.
@@ -8744,24 +9952,54 @@ class Requests(Approval):
             wish = self.read_wish(self.unaltered(old) | asked, old, asked, stretches, key)
             named = bool(occurrence) and not only
 
-            def deed(wish: Wish, *otherwise: str) -> list | None:
-                new, now = asked | dict.fromkeys(otherwise), self.clock()
-                return self.unless_it_grows(old, wish, new, now, code, named, only,
-                                            lambda: self.rewrite(old, wish, new, now, named))
-            with self.explaining(wish, old, deed), self.writing(dry_run) as now:
+            def deed(now: float) -> dict | None:
                 current, series = self.occurrence(old.id), self.stretches(old.reservation)
-                if all(getattr(current, name) == getattr(old, name) for name in UNCHANGED) and (
-                        not stretches or series == stretches):
-                    before = self.as_stored(old.reservation)
-                    with db.atomic() as rewriting:
-                        done = deed(wish)
-                        same = done is not None and self.as_stored(old.reservation) == before
-                        if same:
-                            rewriting.rollback()
-                    if done is not None and not same:  # what changes nothing is told to nobody
-                        self.tell_change(old, wish, asked, done, code, now)
-                    return self.answer(old.reservation, done or [], wish, old.id if only else None)
+                if any(getattr(current, name) != getattr(old, name) for name in UNCHANGED) or (
+                        stretches and series != stretches):
+                    return None
+                return self.altered(current, wish, asked, now, code, named, only)
+            if answer := self.carry_out(deed, dry_run):
+                return answer
         raise Conflict(f"'{label}' is being changed by others all the time; try again")
+
+    def altered(self, old, wish: Wish, asked: dict, now: float, code: str, named: bool, only: bool) -> dict:
+        """Changes what was read in the same transaction, all of it or nothing, and answers; what changes nothing
+        is told to nobody.
+
+        Args:
+          named: the occurrence was named, so that it changes also if it was changed on its own before
+          only: no other occurrence changes
+        """
+        def changed(wish: Wish, *otherwise: str) -> list | None:
+            new = asked | dict.fromkeys(otherwise)
+            return self.unless_it_grows(old, wish, new, now, code, named, only,
+                                        lambda: self.rewrite(old, wish, new, now, named))
+        done, same = [], not (old.repeats or wish.stretches) and self.is_as_wished(old, wish)
+        if not same:
+            with self.explaining(wish, old, changed):
+                done, same = self.unless_same(old, wish, functools.partial(changed, wish))
+        if done is not None and not same:
+            self.tell_change(old, wish, asked, done, code, now)
+        return self.answer(old.reservation, done or [], wish, old.id if only else None)
+
+    def is_as_wished(self, old, wish: Wish) -> bool:
+        """Whether a plain reservation is already what is wished."""
+        new = wish.columns(*STORED)
+        return all(getattr(old, name) == new[name] for name in STORED) and (
+            old.resource_id, old.held_from, old.start, old.end, amount_of(old)) == (
+            wish.resource.id, wish.held[0], wish.start, wish.end, wish.amount)
+
+    def unless_same(self, old, wish: Wish, deed: Callable[[], list | None]) -> tuple[list | None, bool]:
+        """Does something to a reservation, and whether all of it is as before then: that is undone."""
+        if not (old.repeats or wish.stretches):
+            return deed(), False
+        before = self.as_stored(old.reservation)
+        with Attempt() as attempt:
+            done = deed()
+            same = done is not None and self.as_stored(old.reservation) == before
+            if same:
+                attempt.undo()
+        return done, same
 
     def refuse_common(self, old, asked: dict, occurrence: datetime | None, only: bool) -> None:
         """Refuses to change for some occurrences of a series what all of them have in common."""
@@ -8796,7 +10034,7 @@ class Requests(Approval):
         """Writes down that a reservation was changed."""
         self.journal(now, code, f"{self.actor.user} changed: {', '.join(sorted(asked.keys() - {'tz'}))}",
                      old.reservation, wish.notify,
-                     NONE_OF_THEM if done else old.id if old.repeats and not wish.stretches else None)
+                     NONE_OF_THEM if done or not old.repeats else None if wish.stretches else old.id)
 
     @api('DELETE', '/reservation/<label>')
     @api('DELETE', '/reservation/')
@@ -9256,7 +10494,7 @@ class Plan(Requests):
         if now >= found.held_from or found.server:
             return None
         amount, need = amount_of(found), found.held_until - found.held_from
-        here = row('SELECT * FROM resource WHERE id = ?', found.resource_id)
+        here = resource_of(found.resource_id, removed=True)
         release(here.id, found.held_from, found.held_until, amount)
         others = [each for each in self.places() if each.cloud == here.cloud and each.id != here.id and not found.host
                   and not each.approval and each.mode == here.mode]
@@ -9418,11 +10656,13 @@ class Claims(Plan):
         if not (found or walks_in) or hosts == []:
             return {'passes': False, 'why': why, 'hosts': None}
         classes = stored(need)['classes']
-        run('INSERT INTO claim (resource_id, occurrence, server, project, user, vcpus, ram, classes, at, due) '
-            'VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (resource_id, server) DO UPDATE SET occurrence = '
-            'excluded.occurrence, vcpus = excluded.vcpus, ram = excluded.ram, classes = excluded.classes, '
-            'due = excluded.due', place.id, found.id if found else None, server, project, user, need.vcpus, need.ram,
-            classes, now, now + self.config.settle)
+        if not rehearsal.on:
+            run('INSERT INTO claim (resource_id, occurrence, server, project, user, vcpus, ram, classes, at, due) '
+                'VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (resource_id, server) DO UPDATE SET '
+                'occurrence = excluded.occurrence, vcpus = excluded.vcpus, ram = excluded.ram, '
+                'classes = excluded.classes, due = excluded.due', place.id,
+                found.id if found else None, server, project, user, need.vcpus, need.ram, classes,
+                now, now + self.config.settle)
         return {'passes': True, 'why': 'reserved' if found else 'free', 'hosts': hosts}
 
     def hosts_for(self, place, found, now: float) -> list[str] | None:
@@ -9548,13 +10788,37 @@ class Calendars(Claims):
         wanted = self.without_lookalikes(wanted, said, owner, subscription)
         ignored = len({each.uid for each in entries} | {*groups}) - len(wanted)
         lines = self.read_bookings(wanted, said, zone, budget)
-        with self.writing(dry_run) as now:
-            try:
-                done = self.take_bookings(wanted, lines, owner, subscription, now)
-            except Held as held:
+
+        def deed(now: float) -> list[dict]:
+            done = self.take_bookings(wanted, lines, owner, subscription, now)
+            return self.explained_events(done, lines, owner, subscription) if rehearsal.on else done
+        try:
+            done = self.carry_out(deed, dry_run)
+        except Held as held:
+            with self.writing(dry_run) as now:
                 self.tell_held(subscription, str(held), now)
-                return {'held': str(held), 'events': [], 'ignored': ignored}
+            return {'held': str(held), 'events': [], 'ignored': ignored}
+        done = done if dry_run else self.explained_events(done, lines, owner, subscription)
+        if subscription:
+            with self.writing(dry_run) as now:
+                self.tell_refused(subscription, done, now)
         return {'events': sorted(done, key=lambda each: each['uid']), 'ignored': ignored}
+
+    def explained_events(self, done: list[dict], lines: list[tuple], owner: tuple[str, str],
+                         subscription) -> list[dict]:
+        """What became of each event, with why those were refused that had no room."""
+        if all(each.get('why', 'known') for each in done):
+            return done
+        with rehearsing():
+            return [each if each.get('why', 'known') else
+                    self.tried_again(each, line, owner, subscription)
+                    for each, line in zip(done, lines)] + done[len(lines):]
+
+    def tried_again(self, refused: dict, line: tuple, owner: tuple[str, str], subscription) -> dict:
+        """An event that was refused, with the reason; in a rehearsal."""
+        with undone():
+            found = self.take_booking(*line, owner, subscription, self.clock())
+        return found if found['outcome'] == 'refused' else refused | {'why': A_MOMENT_AGO}
 
     def without_lookalikes(self, wanted: list[Booking], said: dict, owner: tuple[str, str],
                            subscription) -> list[Booking]:
@@ -9600,13 +10864,10 @@ class Calendars(Claims):
         """
         if subscription and not row('SELECT id FROM subscription WHERE id = ? AND due IS NOT NULL', subscription.id):
             raise Conflict('it was unsubscribed meanwhile')
-        with db.atomic():
-            had = self.live_of(subscription, now)
-            done = [self.take_booking(*line, owner, subscription, now) for line in lines]
-            done += self.drop_missing(wanted, subscription, now)
-            self.ask_before_most_goes(subscription, had, now)
-        if subscription:
-            self.tell_refused(subscription, done, now)
+        had = self.live_of(subscription, now)
+        done = [self.take_booking(*line, owner, subscription, now) for line in lines]
+        done += self.drop_missing(wanted, subscription, now)
+        self.ask_before_most_goes(subscription, had, now)
         return done
 
     def read_bookings(self, wanted: list[Booking], said: dict, zone: ZoneInfo,
@@ -9678,10 +10939,10 @@ class Calendars(Claims):
             return line | {'outcome': 'unchanged' if live else 'left out', 'label': known.label} | (
                 {} if live else {'why': 'it was cancelled here'})
         try:
-            with db.atomic():
+            with Attempt():
                 return line | self.book_event(booking, wish, known if live else None, origin, source, now)
         except Error as refusal:
-            return line | {'outcome': 'refused', 'why': booking.why(refusal)}
+            return line | {'outcome': 'refused', 'why': booking.why(refusal) if str(refusal) else ''}
 
     def book_event(self, booking: Booking, wish: Wish, known, origin: str, source: int | None, now: float) -> dict:
         """Books an event, or makes of its reservation what the event says now."""
@@ -9924,10 +11185,12 @@ class Calendars(Claims):
         before = json.loads(subscription.refused)
         refused = {each['uid']: re.sub(r' \(line \d+\)', '', each['why'])[:500]  # which change
                    for each in done if each['outcome'] == 'refused'}
-        for uid, why in refused.items():
-            if before.get(uid) != why:
-                journal(self.config, now, self.actor.user, 'refused', f'your calendar: {why}', None,
-                        json.loads(subscription.notify), project=self.actor.project)
+        new = [why for uid, why in refused.items() if before.get(uid) != why]
+        if len(new) > MOST_TOLD:
+            new[MOST_TOLD:] = [f'{len(new) - MOST_TOLD} more of its events are refused']
+        for why in new:
+            journal(self.config, now, self.actor.user, 'refused', f'your calendar: {why}', None,
+                    json.loads(subscription.notify), project=self.actor.project)
         change(Subscription, subscription.id, refused=json.dumps(refused))
 
     def feed(self, secret: str) -> tuple[str, Any]:
@@ -11356,7 +12619,7 @@ class LifeCycle:
     def record_alone(self, result: Job, now: float) -> None:
         """Records one result; one that can't be recorded costs the others nothing, and a look finds out later."""
         try:
-            with db.atomic():
+            with Attempt():
                 self.record_one(result, now)
         except (*STORE_ERRORS, LostLease):
             raise
@@ -11740,7 +13003,6 @@ def answering(handle: Callable) -> Callable:
     def answer(*args, **path):
         try:
             store_file.check()
-            store_file.refuse_other(stored_id())
             return handle(*args, **path)
         except bottle.HTTPResponse:
             raise
@@ -11984,32 +13246,41 @@ MOST_LANES = 8     # of them, one below the other on one resource
 MOST_LINES_SHOWN = 50  # reservations on one page of the list
 THINNEST = 0.7     # percent of a time line that a bar takes at least
 ROOM = 9           # percent of a time line that a label takes
-SAFE = {'Content-Security-Policy': "default-src 'none'; style-src 'self'; script-src 'self'; connect-src 'self'; "
+SAFE = {'Content-Security-Policy': "default-src 'none'; style-src 'self'; script-src 'self'; "
+                                   "connect-src 'self'; "
                                    "form-action 'self'; base-uri 'none'; frame-ancestors 'none'",
-        'X-Frame-Options': 'DENY', 'X-Content-Type-Options': 'nosniff', 'Referrer-Policy': 'same-origin',
+        'X-Frame-Options': 'DENY', 'X-Content-Type-Options': 'nosniff',
+        'Referrer-Policy': 'same-origin',
         'Cache-Control': 'no-store', 'Content-Type': 'text/html; charset=utf-8'}
 #: A sign beside the word of each state, for those who don't tell colours apart.
-SIGNS = {'waiting': '…', 'pending': '?', 'reserved': '○', 'starting': '◔', 'active': '●', 'degraded': '◑',
+SIGNS = {'waiting': '…', 'pending': '?', 'reserved': '○', 'starting': '◔', 'active': '●',
+         'degraded': '◑',
          'ending': '◕', 'ended': '□', 'cancelled': '×', 'failed': '!'}
 
 STYLE = '''
 :root { color-scheme: light dark; --back: #f6f7f9; --card: #fff; --text: #1b2430; --soft: #51606f;
-  --line: #d5dbe1; --busy: #b9c3ce; --full: #8494a5; --mine: #0b62a4; --on-mine: #fff; --good: #0a6b4d;
+  --line: #d5dbe1; --busy: #b9c3ce; --full: #8494a5; --mine: #0b62a4; --on-mine: #fff;
+    --good: #0a6b4d;
   --warn: #8a5a00; --bad: #a63a00; --now: #c2410c; --tint: #e8f1f9; --focus: #0b62a4 }
 @media (prefers-color-scheme: dark) {
-  :root { --back: #11161c; --card: #1a212a; --text: #e8edf2; --soft: #a9b6c3; --line: #33404d; --busy: #4a5968;
-    --full: #74869a; --mine: #7cbcf0; --on-mine: #0c1620; --good: #6fd3ae; --warn: #f0b95a; --bad: #ff9d73;
+  :root { --back: #11161c; --card: #1a212a; --text: #e8edf2; --soft: #a9b6c3; --line: #33404d;
+    --busy: #4a5968;
+    --full: #74869a; --mine: #7cbcf0; --on-mine: #0c1620; --good: #6fd3ae; --warn: #f0b95a;
+      --bad: #ff9d73;
     --now: #ff9d73; --tint: #1f3040; --focus: #7cbcf0 }
 }
 * { box-sizing: border-box }
 body { margin: 0; font: 15px/1.5 system-ui, 'Segoe UI', Roboto, 'Noto Sans', sans-serif;
   background: var(--back); color: var(--text) }
 a { color: var(--mine) }
-a:focus-visible, button:focus-visible, input:focus-visible, select:focus-visible, textarea:focus-visible,
-  summary:focus-visible, [tabindex]:focus-visible { outline: 3px solid var(--focus); outline-offset: 2px }
+a:focus-visible, button:focus-visible, input:focus-visible, select:focus-visible,
+  textarea:focus-visible,
+  summary:focus-visible, [tabindex]:focus-visible { outline: 3px solid var(--focus);
+    outline-offset: 2px }
 .skip { position: absolute; left: -99rem }
 .skip:focus { left: 1rem; top: .5rem; background: var(--card); z-index: 2 }
-header { display: flex; flex-wrap: wrap; gap: .3rem 1.2rem; align-items: center; padding: .6rem 1.2rem;
+header { display: flex; flex-wrap: wrap; gap: .3rem 1.2rem; align-items: center;
+  padding: .6rem 1.2rem;
   background: var(--card); border-bottom: 1px solid var(--line) }
 header nav { display: flex; flex-wrap: wrap; gap: 1rem; flex: 1 }
 header nav a { text-decoration: none; padding: .2rem 0 }
@@ -12018,11 +13289,13 @@ header nav a[aria-current] { font-weight: 600; border-bottom: 2px solid }
   color: var(--text) }
 main { max-width: 78rem; margin: 0 auto; padding: 1rem 1.2rem 3rem }
 main:focus { outline: none }
-footer { max-width: 78rem; margin: 0 auto; padding: 0 1.2rem 2rem; color: var(--soft); font-size: .9rem }
+footer { max-width: 78rem; margin: 0 auto; padding: 0 1.2rem 2rem; color: var(--soft);
+  font-size: .9rem }
 h1 { font-size: 1.5rem; margin: .4rem 0 .8rem }
 h2 { font-size: 1.1rem; margin: 1.6rem 0 .5rem }
 h3 { font-size: 1rem; margin: 0 }
-.card { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: .8rem 1rem;
+.card { background: var(--card); border: 1px solid var(--line); border-radius: 10px;
+  padding: .8rem 1rem;
   margin: .6rem 0 }
 .soft { color: var(--soft) }
 .small { font-size: .88rem }
@@ -12035,12 +13308,15 @@ time + span { white-space: nowrap }
 .bar-top { display: flex; flex-wrap: wrap; gap: .5rem 1rem; align-items: center;
   justify-content: space-between }
 .tabs { display: flex; flex-wrap: wrap; gap: .35rem }
-.tabs a { padding: .25rem .7rem; border: 1px solid var(--line); border-radius: 999px; text-decoration: none;
+.tabs a { padding: .25rem .7rem; border: 1px solid var(--line); border-radius: 999px;
+  text-decoration: none;
   background: var(--card) }
 .tabs a[aria-current] { text-decoration: underline; background: var(--mine); color: var(--on-mine);
   border-color: var(--mine) }
-button, .button { font: inherit; padding: .3rem .8rem; border-radius: 7px; border: 1px solid var(--mine);
-  background: var(--card); color: var(--mine); cursor: pointer; text-decoration: none; display: inline-block }
+button, .button { font: inherit; padding: .3rem .8rem; border-radius: 7px;
+  border: 1px solid var(--mine);
+  background: var(--card); color: var(--mine); cursor: pointer; text-decoration: none;
+    display: inline-block }
 button.main, .button.main { background: var(--mine); color: var(--on-mine) }
 button.bad { border-color: var(--bad); color: var(--bad) }
 input, select, textarea { font: inherit; padding: .3rem .5rem; border: 1px solid var(--full);
@@ -12077,7 +13353,8 @@ dd { margin: 0; overflow-wrap: anywhere }
 .refused { border-left: 4px solid var(--bad); background: var(--card); padding: .5rem .8rem }
 .refused p, .note p { margin: .2rem 0 }
 .offers { display: flex; flex-wrap: wrap; gap: .4rem; margin-top: .4rem }
-.place { display: grid; grid-template-columns: 11rem minmax(0, 1fr); gap: .2rem 1rem; padding: .6rem 0;
+.place { display: grid; grid-template-columns: 11rem minmax(0, 1fr); gap: .2rem 1rem;
+  padding: .6rem 0;
   border-top: 1px solid var(--line) }
 .place:first-of-type { border-top: 0 }
 .days { display: grid; grid-template-columns: 11rem 1fr; gap: 1rem }
@@ -12096,7 +13373,8 @@ svg .own rect { fill: var(--mine) }
 svg .own text { fill: var(--on-mine); font-weight: 600 }
 svg .other rect { fill: var(--full) }
 svg .other text { fill: var(--back) }
-svg .own.dashed rect { fill: var(--card); stroke: var(--mine); stroke-width: 2; stroke-dasharray: 4 3 }
+svg .own.dashed rect { fill: var(--card); stroke: var(--mine); stroke-width: 2;
+  stroke-dasharray: 4 3 }
 svg .own.dashed text { fill: var(--mine) }
 svg .closed { fill: url(#hatch) }
 svg .hatch { stroke: var(--bad) }
@@ -12113,7 +13391,8 @@ svg.plot { touch-action: pan-y; cursor: crosshair; user-select: none }
   table, tbody, tr, td { display: block }
   thead { display: none }
   tr { border-bottom: 1px solid var(--line); padding: .4rem 0 }
-  td { border: 0; padding: .1rem 0; display: grid; grid-template-columns: 6.5rem minmax(0, 1fr); gap: .5rem;
+  td { border: 0; padding: .1rem 0; display: grid; grid-template-columns: 6.5rem minmax(0, 1fr);
+    gap: .5rem;
     overflow-wrap: anywhere }
   td:empty { display: none }
   td::before { content: attr(data-name); color: var(--soft); font-size: .88rem }
@@ -12148,7 +13427,8 @@ for (const plot of document.querySelectorAll('svg.plot')) {
   };
   const book = (...ends) => {
     const [start, stop] = ends.map(each => new Date(1000 * each).toISOString());
-    location.assign('/book?' + new URLSearchParams(stop ? {resource, start, end: stop} : {resource, start}));
+    const chosen = stop ? {resource, start, end: stop} : {resource, start};
+    location.assign('/book?' + new URLSearchParams(chosen));
   };
   plot.addEventListener('dragstart', event => event.preventDefault());
   plot.addEventListener('pointerdown', event => {
@@ -12162,7 +13442,8 @@ for (const plot of document.querySelectorAll('svg.plot')) {
     draw(Math.min(from, at(event)), Math.max(from, at(event)));
   });
   plot.addEventListener('pointerup', event => {
-    if (from !== null && dragged && at(event) !== from) book(Math.min(from, at(event)), Math.max(from, at(event)));
+    if (from !== null && dragged && at(event) !== from)
+      book(Math.min(from, at(event)), Math.max(from, at(event)));
     else draw(0, 0);
     from = null;
   });
@@ -12179,7 +13460,11 @@ for (const plot of document.querySelectorAll('svg.plot')) {
 const form = document.querySelector('form.booking'), verdict = document.getElementById('verdict');
 if (form) {
   let timer, asked = 0;
-  const fields = () => { const all = new FormData(form); all.delete('form'); return new URLSearchParams(all); };
+  const fields = () => {
+    const all = new FormData(form);
+    all.delete('form');
+    return new URLSearchParams(all);
+  };
   const check = async () => {
     const turn = ++asked, answer = await fetch('/book/check?' + fields()).catch(() => null);
     if (turn !== asked) return;
@@ -12194,7 +13479,8 @@ if (live) {
   let tag = `"${live.dataset.tag}"`;
   setInterval(async () => {
     if (document.hidden) return;
-    const answer = await fetch(live.dataset.href, {headers: {'If-None-Match': tag}}).catch(() => null);
+    const asked = fetch(live.dataset.href, {headers: {'If-None-Match': tag}});
+    const answer = await asked.catch(() => null);
     if (answer && answer.status === 401) location.reload();
     if (!answer || !answer.ok) return;
     tag = answer.headers.get('ETag');
@@ -12211,7 +13497,8 @@ TEMPLATES = {'layout': '''<!doctype html>
 <head>
 <meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{{title}} · cmres</title>
-<link rel="stylesheet" href="/page.css?{{version}}"><script src="/page.js?{{version}}" defer></script>
+<link rel="stylesheet" href="/page.css?{{version}}"><script src="/page.js?{{version}}"
+defer></script>
 </head>
 <body data-zone="{{visit.zone.key}}">
 <a class="skip" href="#main">Skip to content</a>
@@ -12289,12 +13576,15 @@ TEMPLATES = {'layout': '''<!doctype html>
 <a href="/?view={{view}}&amp;at={{after}}{{more}}" aria-label="Later">Later ›</a>
 </div>
 </div>
-<svg class="hidden" width="0" height="0" aria-hidden="true"><defs><pattern id="hatch" width="7" height="7"
-patternUnits="userSpaceOnUse" patternTransform="rotate(45)"><line class="hatch" x1="0" y1="0" x2="0" y2="7"
+<svg class="hidden" width="0" height="0" aria-hidden="true"><defs><pattern id="hatch" width="7"
+height="7"
+patternUnits="userSpaceOnUse" patternTransform="rotate(45)"><line class="hatch" x1="0" y1="0" x2="0"
+y2="7"
 stroke-width="2"/></pattern></defs></svg>
 % if not groups:
 <div class="card">
-<p>There is nothing to reserve yet{{': add a resource' if visit.actor.role == 'admin' else ''}}.</p></div>
+<p>There is nothing to reserve
+yet{{': add a resource' if visit.actor.role == 'admin' else ''}}.</p></div>
 % end
 % for name, places in groups:
 <section class="card" aria-label="{{name}}">
@@ -12309,24 +13599,29 @@ stroke-width="2"/></pattern></defs></svg>
 <div class="place">
 <div><h3><bdi>{{place.name}}</bdi></h3><span class="soft small">{{place.holds}}</span><br>
 % if visit.writes:
-<a class="small" href="/book?resource={{place.name}}">Book<span class="soft"> on {{place.name}}</span></a>
+<a class="small" href="/book?resource={{place.name}}">Book<span class="soft"> on
+{{place.name}}</span></a>
 % end
 % if place.left_out:
 <br><a class="small" href="/list">{{place.left_out}} more in the list</a>
 % end
 </div>
-<svg class="plot" height="{{place.height}}" data-resource="{{place.name}}" data-begin="{{begin}}" data-end="{{end}}"
-data-snap="{{snap}}" data-edges="{{edges}}" role="group" aria-label="{{place.name}}: {{place.summary}}">
+<svg class="plot" height="{{place.height}}" data-resource="{{place.name}}" data-begin="{{begin}}"
+data-end="{{end}}"
+data-snap="{{snap}}" data-edges="{{edges}}" role="group" 
+aria-label="{{place.name}}: {{place.summary}}">
 % if place.open:
 <rect class="room" x="0" y="14" width="100%" height="50"/>
 % end
-<svg x="0" y="14" width="100%" height="50" viewBox="0 0 1000 50" preserveAspectRatio="none"><path class="held"
+<svg x="0" y="14" width="100%" height="50" viewBox="0 0 1000 50" preserveAspectRatio="none"><path
+class="held"
 d="{{place.path}}"/></svg>
 % if place.limited:
 <line class="most" x1="0" x2="100%" y1="14" y2="14"/>
 % end
 <svg width="100%" height="100%" viewBox="0 0 1000 9" preserveAspectRatio="none"><path class="grid"
-d="{{''.join(f'M{10 * each.left:.0f} 0V9' for each in cells)}}" vector-effect="non-scaling-stroke"/></svg>
+d="{{''.join(f'M{10 * each.left:.0f} 0V9' for each in cells)}}"
+vector-effect="non-scaling-stroke"/></svg>
 <g class="free {{view}}">
 % for each in place.cells:
 % if each.free:
@@ -12342,23 +13637,27 @@ d="{{''.join(f'M{10 * each.left:.0f} 0V9' for each in cells)}}" vector-effect="n
 % if visit.writes:
 <a href="/book?resource={{place.name}}&amp;start={{each.start}}" tabindex="-1">
 % end
-<rect class="cell" x="{{each.left}}%" width="{{each.width}}%" height="64"><title>{{each.words}}</title></rect>
+<rect class="cell" x="{{each.left}}%" width="{{each.width}}%"
+height="64"><title>{{each.words}}</title></rect>
 % if visit.writes:
 </a>
 % end
 % end
 % for each in place.closed:
-<rect class="closed" x="{{each.left}}%" width="{{each.width}}%" y="14" height="50"><title>{{each.words}}</title></rect>
+<rect class="closed" x="{{each.left}}%" width="{{each.width}}%" y="14"
+height="50"><title>{{each.words}}</title></rect>
 % end
 % for each in place.bars:
 <a class="bar {{each.kind}}" href="{{each.href}}"><title>{{each.words}}</title>
-<svg x="{{each.left}}%" width="{{each.width}}%" y="{{each.top}}" height="18"><rect width="100%" height="100%" rx="4"/>
+<svg x="{{each.left}}%" width="{{each.width}}%" y="{{each.top}}" height="18"><rect width="100%"
+height="100%" rx="4"/>
 % if not each.narrow:
 <text x="5" y="13">{{each.text}}</text>
 % end
 </svg>
 % if each.narrow:
-<text class="beside" x="{{each.beside}}%" dx="{{4 if each.beside > each.left else -4}}" y="{{each.top + 13}}"
+<text class="beside" x="{{each.beside}}%" dx="{{4 if each.beside > each.left else -4}}"
+y="{{each.top + 13}}"
 text-anchor="{{'start' if each.beside > each.left else 'end'}}">{{each.text}}</text>
 % end
 </a>
@@ -12381,15 +13680,19 @@ text-anchor="{{'start' if each.beside > each.left else 'end'}}">{{each.text}}</t
 % end
 </p>
 % if left_out:
-<p class="soft">Only the first {{bars}} reservations are drawn; <a href="/list">the list</a> has them all.</p>
+<p class="soft">Only the first {{bars}} reservations are drawn; <a href="/list">the list</a> has
+them all.</p>
 % end
-<p class="soft small">Grey is what is held, up to the dashed line of the capacity; the figures are what is free.
-Yours are the bars below, by label; dashed ones wait or are pending. Hatched is maintenance; the line across is now.
+<p class="soft small">Grey is what is held, up to the dashed line of the capacity; the figures are
+what is free.
+Yours are the bars below, by label; dashed ones wait or are pending. Hatched is maintenance; the
+line across is now.
 % if visit.writes:
 Drag over free time, or follow a day or Book, to reserve.
 % end
 </p>
-''', 'state': '''<span class="state {{state}}"><i aria-hidden="true">{{sign}}</i>{{state}}</span>''', 'list': '''
+''', 'state': '''<span class="state {{state}}"><i
+aria-hidden="true">{{sign}}</i>{{state}}</span>''', 'list': '''
 % if over is not None:
 <div class="bar-top"><div class="tabs" role="group" aria-label="Which">
 <a href="/list"{{!'' if over else ' aria-current="true"'}}>Now and to come</a>
@@ -12403,7 +13706,8 @@ Drag over free time, or follow a day or Book, to reserve.
 <div class="card"><p>{{'Nothing is over yet' if over else 'Nothing is reserved'}}.</p></div>
 % else:
 <div class="card scroll" tabindex="0" role="region" aria-label="Reservations"><table>
-<thead><tr><th scope="col">Label</th><th scope="col">State</th><th scope="col">Where</th><th scope="col">Machines</th>
+<thead><tr><th scope="col">Label</th><th scope="col">State</th><th scope="col">Where</th><th
+scope="col">Machines</th>
 <th scope="col">From</th><th scope="col">To</th><th scope="col">Addresses</th>
 {{!'<th scope="col">Change</th>' if visit.writes else ''}}</tr></thead>
 <tbody>
@@ -12438,7 +13742,8 @@ Drag over free time, or follow a day or Book, to reserve.
 </tbody></table></div>
 % end
 % if after:
-<p><a href="/list?{{'over=1&amp;' if over else ''}}after={{after}}">{{'Earlier' if over else 'Later'}} ones</a></p>
+<p><a
+href="/list?{{'over=1&amp;' if over else ''}}after={{after}}">{{'Earlier' if over else 'Later'}} ones</a></p>
 % end
 ''', 'verdict': '''
 % if refusal is None and not fits:
@@ -12463,7 +13768,8 @@ Drag over free time, or follow a day or Book, to reserve.
 ''', 'book': '''
 <form method="post" action="/book" class="card booking">{{!visit.guard}}
 <div class="fields">
-<label>Label <input name="label" value="{{said['label']}}" required maxlength="64" pattern="[A-Za-z0-9._\\-]+"
+<label>Label <input name="label" value="{{said['label']}}" required maxlength="64"
+pattern="[A-Za-z0-9._\\-]+"
 placeholder="lab" title="letters, digits, . _ -"></label>
 <label>Resource <select name="resource">
 % for each in places:
@@ -12472,8 +13778,10 @@ placeholder="lab" title="letters, digits, . _ -"></label>
 </select></label>
 <label>From <input name="start" type="datetime-local" value="{{said['start']}}" required></label>
 <label>To <input name="end" type="datetime-local" value="{{said['end']}}" required></label>
-<label>Machines <input name="vms" type="number" min="1" max="1000000" value="{{said['vms']}}" required></label>
-<label>Flavor <input name="flavor" value="{{said['flavor']}}" list="flavors" autocomplete="off"></label>
+<label>Machines <input name="vms" type="number" min="1" max="1000000" value="{{said['vms']}}"
+required></label>
+<label>Flavor <input name="flavor" value="{{said['flavor']}}" list="flavors"
+autocomplete="off"></label>
 <label>Image <input name="image" value="{{said['image']}}" list="images" autocomplete="off"
 placeholder="none: nothing boots"></label>
 <label>At the end <select name="at_end">
@@ -12482,9 +13790,11 @@ placeholder="none: nothing boots"></label>
 % end
 </select></label>
 <label>Repeat
-<input name="repeat" value="{{said['repeat']}}" list="repeats" autocomplete="off" placeholder="once"></label>
+<input name="repeat" value="{{said['repeat']}}" list="repeats" autocomplete="off"
+placeholder="once"></label>
 <label>Until <input name="until" type="date" value="{{said['until']}}"></label>
-<label class="wide">Description <textarea name="description" rows="2">{{said['description']}}</textarea></label>
+<label class="wide">Description <textarea name="description"
+rows="2">{{said['description']}}</textarea></label>
 <label><input type="checkbox" name="wait" value="true"{{!' checked' if said['wait'] else ''}}>
 If it does not fit, wait</label>
 </div>
@@ -12509,12 +13819,13 @@ If it does not fit, wait</label>
 </datalist>
 % end
 <datalist id="repeats">
-% for each in ('daily', 'weekdays', 'weekly on tue,thu', 'every 2 weeks on mon', 'monthly on first mon'):
+% for each in usual_rules:
 <option value="{{each}}"></option>
 % end
 </datalist>
 <div id="verdict" role="status" aria-live="polite">{{!verdict}}</div>
-<div class="row"><button class="main">Book</button><button name="check" value="yes" formnovalidate>Check</button></div>
+<div class="row"><button class="main">Book</button><button name="check" value="yes"
+formnovalidate>Check</button></div>
 </form>
 ''', 'reservation': '''
 <p id="told" class="aside" role="status"></p>
@@ -12524,8 +13835,10 @@ If it does not fit, wait</label>
 <form method="post" action="/do/update" class="card">{{!visit.guard}}<div class="fields">
 <input type="hidden" name="label" value="{{found['label']}}">
 <input type="hidden" name="project" value="{{found['project']}}">
-<input type="hidden" name="next" value="{{back}}"><input type="hidden" name="was_start" value="{{start}}">
-<input type="hidden" name="was_end" value="{{end}}"><input type="hidden" name="was_vms" value="{{found['vms']}}">
+<input type="hidden" name="next" value="{{back}}"><input type="hidden" name="was_start"
+value="{{start}}">
+<input type="hidden" name="was_end" value="{{end}}"><input type="hidden" name="was_vms"
+value="{{found['vms']}}">
 % if occurrence:
 <input type="hidden" name="occurrence" value="{{occurrence}}">
 % end
@@ -12556,7 +13869,8 @@ If it does not fit, wait</label>
 </div>
 % end
 % if found.get('occurrences'):
-<h2>Occurrences</h2><div class="card scroll" tabindex="0" role="region" aria-label="Occurrences"><table>
+<h2>Occurrences</h2><div class="card scroll" tabindex="0" role="region"
+aria-label="Occurrences"><table>
 <thead><tr><th scope="col">From</th><th scope="col">To</th><th scope="col">Machines</th>
 <th scope="col">State</th></tr></thead>
 <tbody>
@@ -12574,11 +13888,13 @@ If it does not fit, wait</label>
 % end
 % if found['servers']:
 <h2>Servers</h2><div class="card scroll" tabindex="0" role="region" aria-label="Servers"><table>
-<thead><tr><th scope="col">Name</th><th scope="col">State</th><th scope="col">Addresses</th><th scope="col">Ready</th>
+<thead><tr><th scope="col">Name</th><th scope="col">State</th><th scope="col">Addresses</th><th
+scope="col">Ready</th>
 <th scope="col">Fault</th></tr></thead><tbody>
 % for each in found['servers']:
 <tr><td data-name="Name">{{each['name']}}</td><td data-name="State">{{each['state']}}</td>
-<td data-name="Addresses">{{', '.join(each['addresses'])}}</td><td data-name="Ready">{{late(each)}}</td>
+<td data-name="Addresses">{{', '.join(each['addresses'])}}</td><td
+data-name="Ready">{{late(each)}}</td>
 <td data-name="Fault">{{each['fault']}}</td></tr>
 % end
 </tbody></table></div>
@@ -12624,7 +13940,8 @@ If it does not fit, wait</label>
 </div>
 ''', 'form': '''
 <details class="card"><summary>{{title}}</summary>
-<form method="post" action="/do/{{operation}}">{{!visit.guard}}<input type="hidden" name="next" value="/admin">
+<form method="post" action="/do/{{operation}}">{{!visit.guard}}<input type="hidden" name="next"
+value="/admin">
 <input type="hidden" name="once" value="{{once}}">
 <p class="soft small">{{summary}}</p><div class="fields">
 % for name, words, required, choices in fields:
@@ -12652,39 +13969,55 @@ aria-label="{{words}} {{about}} {{field[1]}}">
 % end
 </form>'''}
 
-#: What a button does: its word, the field beside it (argument, word, default), and whether it takes something away.
-DEEDS = {'extend': ('Extend', ('by', 'by', '+1h'), False), 'keep': ('Keep on', ('until', 'for', '+1h'), False),
-         'skip': ('Skip', None, True), 'delete': ('Cancel', None, True), 'accept': ('Accept', None, False),
+#: What a button does: its word, the field beside it (argument, word, default), and whether it takes
+#: something away.
+DEEDS = {'extend': ('Extend', ('by', 'by', '+1h'), False),
+         'keep': ('Keep on', ('until', 'for', '+1h'), False),
+         'skip': ('Skip', None, True), 'delete': ('Cancel', None, True),
+         'accept': ('Accept', None, False),
          'approve': ('Approve', None, False), 'reject': ('Reject', ('reason', 'because', ''), True),
          'maintenance_delete': ('Call off', None, True), 'token_revoke': ('Revoke', None, True),
          'limit_delete': ('Take away', None, True), 'resource_delete': ('Remove', None, True)}
 ASKS = ('delete', 'resource_delete', 'token_revoke')  # what is asked for twice
 SECRET = {'token', 'feed'}  # fields of answers: shown in the answer itself, and kept nowhere
-#: What can be done to a reservation in each state; to a pending one, what its holder or an admin says.
+#: What can be done to a reservation in each state; to a pending one, what its holder or an admin
+#: says.
 DEEDS_IN = {'cancelled': ('skip',), 'waiting': ('delete',), 'pending': ('delete',),
             'reserved': ('extend', 'skip', 'delete'),
             **dict.fromkeys(('starting', 'active', 'degraded'), ('extend', 'keep', 'delete'))}
 #: The fields of the admin's forms, in the order in which people think of them.
-FORMS = {'resource_add': ('name', 'cloud', 'region', 'aggregate', 'vms', 'vcpus', 'ram', 'classes', 'mode', 'approval'),
-         'resource_update': ('name', 'vms', 'vcpus', 'ram', 'classes', 'mode', 'hold', 'approval', 'no_show'),
+FORMS = {'resource_add': ('name', 'cloud', 'region', 'aggregate', 'vms', 'vcpus', 'ram', 'classes',
+                          'mode', 'approval'),
+         'resource_update': ('name', 'vms', 'vcpus', 'ram', 'classes', 'mode', 'hold', 'approval',
+                             'no_show'),
          'maintenance_add': ('resource', 'start', 'end', 'reason', 'then'),
-         'limit_add': ('project', 'user', 'resource', 'most_vms', 'longest', 'ahead', 'least_notice', 'vcpu_hours',
+         'limit_add': ('project', 'user', 'resource', 'most_vms', 'longest', 'ahead',
+                       'least_notice', 'vcpu_hours',
                        'waiting', 'exempt'),
          'token_add': ('user', 'project', 'role')}
-CHOICES = {'mode': ('', 'open', *MODES), 'then': THEN, 'role': (USER, READER, ADMIN)}  # of those fields
-TITLES = {'resource_add': 'Add a resource', 'resource_update': 'Change a resource', 'token_add': 'Make a token',
+# of those fields
+CHOICES = {'mode': ('', 'open', *MODES), 'then': THEN, 'role': (USER, READER, ADMIN)}
+TITLES = {'resource_add': 'Add a resource', 'resource_update': 'Change a resource',
+          'token_add': 'Make a token',
           'maintenance_add': 'Plan a maintenance', 'limit_add': 'Set a limit'}
 DONE = {'extend': 'is longer now', 'keep': 'goes on', 'skip': 'is left out',
         'undo': 'has the occurrence again', 'delete': 'is cancelled',
-        'update': 'is changed', 'accept': 'is yours', 'approve': 'is approved', 'reject': 'is rejected'}
-MORE = {'network': 'Network', 'key': 'Key pair', 'lead': 'Boot before the start by', 'notify': 'Notify',
+        'update': 'is changed', 'accept': 'is yours', 'approve': 'is approved',
+        'reject': 'is rejected'}
+MORE = {'network': 'Network', 'key': 'Key pair', 'lead': 'Boot before the start by',
+        'notify': 'Notify',
         'skip_dates': 'Not on these dates'}  # further fields of the form to book
-BOOKING = ('label', 'resource', 'start', 'end', 'vms', 'flavor', 'image', 'at_end', 'repeat', 'until', 'skip_dates',
+USUAL_RULES = ('daily', 'weekdays', 'every tuesday', 'weekly on tue,thu', 'every 2 weeks on mon',
+               'monthly on first mon')
+BOOKING = ('label', 'resource', 'start', 'end', 'vms', 'flavor', 'image', 'at_end', 'repeat',
+           'until', 'skip_dates',
            'on_conflict', 'network', 'key', 'lead', 'notify', 'description', 'wait')
 
 
 class Cell(NamedTuple):
-    """A day, or some hours, of a time line; where it is in percent of its width; instants in seconds."""
+    """A day, or some hours, of a time line; where it is in percent of its width; instants in
+    seconds.
+    """
     left: float
     width: float
     begin: int
@@ -12752,7 +14085,9 @@ def in_html(value) -> str:
 
 @dataclasses.dataclass
 class Visit:
-    """A request from a browser: who has signed in, if anybody, and how pages are written for them."""
+    """A request from a browser: who has signed in, if anybody, and how pages are written for
+    them.
+    """
     service: Reservations
     actor: Actor | None
     zone: ZoneInfo
@@ -12767,7 +14102,8 @@ class Visit:
     @property
     def links(self) -> list[tuple[str, str]]:
         """The pages that this person has a use for."""
-        return [('/', 'Plan'), ('/list', 'Reservations'), *([('/book', 'Book')] if self.writes else []),
+        return [('/', 'Plan'), ('/list', 'Reservations'),
+                *([('/book', 'Book')] if self.writes else []),
                 *([('/admin', 'Admin')] if self.actor.role == ADMIN else [])]
 
     @property
@@ -12786,7 +14122,8 @@ class Visit:
         day = '' if here.date() == there.date() else f'{there:%a} '
         other = '' if here.utcoffset() == there.utcoffset() else (
             f' <span class="soft small">({day}{there:%H:%M} {there:%Z})</span>')
-        return f'<time datetime="{moment:%Y-%m-%dT%H:%MZ}">{here:%a} {here.day} {here:%b %Y %H:%M}</time>{other}'
+        shown = f'{here:%a} {here.day} {here:%b %Y %H:%M}'
+        return f'<time datetime="{moment:%Y-%m-%dT%H:%MZ}">{shown}</time>{other}'
 
     def plain(self, moment: datetime) -> str:
         """A time within a sentence."""
@@ -12802,7 +14139,8 @@ class Visit:
         import bottle
         if value in (None, '', {}, []):
             return ''
-        text = self.at(value) if isinstance(value, datetime) else bottle.html_escape(in_cell(value, self.zone))
+        text = (self.at(value) if isinstance(value, datetime)
+                else bottle.html_escape(in_cell(value, self.zone)))
         return f'<span>{text}</span>'
 
     def href(self, label: str, project: str, start: datetime | None = None) -> str:
@@ -12814,7 +14152,8 @@ class Visit:
         """The button that does something to what a line is about.
 
         Args:
-          wide: there is room for a field beside it, and it leads back to the page of the reservation
+          wide: there is room for a field beside it, and it leads back to the page of the
+            reservation
           occurrence: of a series, the one that is meant
         """
         words, field, bad = DEEDS[name]
@@ -12831,7 +14170,8 @@ class Visit:
             fields, onward = {key: line[key] for key in ('name', 'id') if key in line}, '/admin'
             fields = dict([next(iter(fields.items()))])
         field = field if wide or name in ('extend', 'keep') else None
-        return render_page('deed', visit=self, operation=name, fields=fields | {'next': onward}, words=words, bad=bad,
+        return render_page('deed', visit=self, operation=name, fields=fields | {'next': onward},
+                           words=words, bad=bad,
                            field=field, about=next(iter(fields.values())))
 
     def deeds(self, found: dict) -> list[str]:
@@ -12839,14 +14179,17 @@ class Visit:
         asks = []
         if found['state'] == 'pending' or 'change' in found:
             held = self.service.occurrence(found['id'])
-            asks = ['accept'] if held.confirm else ['approve', 'reject'] if self.actor.role == ADMIN else []
+            asks = (['accept'] if held.confirm else ['approve', 'reject']
+                    if self.actor.role == ADMIN else [])
         skips = found['tz'] and found['start'] > self.here.now
         can = [deed for deed in DEEDS_IN.get(found['state'], ()) if deed != 'skip' or skips]
         return [*asks, *can] if self.writes else []
 
 
 class CloudNames:
-    """The names of flavors and images on clouds, looked up aside: nobody waits long for a cloud that is slow."""
+    """The names of flavors and images on clouds, looked up aside: nobody waits long for a cloud
+    that is slow.
+    """
 
     def __init__(self, clouds: Clouds):
         self.clouds, self.lock = clouds, threading.Lock()
@@ -12856,7 +14199,9 @@ class CloudNames:
 
     def of(self, account: str, sight: Sight,
            patience: float = 1) -> tuple[dict[str, list[str]], str]:
-        """The names in sight, by kind; and why, if the cloud does not answer within some seconds."""
+        """The names in sight, by kind; and why, if the cloud does not answer within some
+        seconds.
+        """
         nothing = (0.0, {'flavor': [], 'image': []}, f'the cloud {account} does not answer yet')
         key = account, sight._replace(project='')  # that is for servers only
         with self.lock:
@@ -12898,12 +14243,16 @@ class Pages:
                 ('GET', '/r/<label>', self.reservation), ('GET', '/r/<label>/live', self.live),
                 ('GET', '/admin', self.admin), ('POST', '/do/<name>', self.do)):
             app.route(path, verb, self.visited(handle))
-        for verb, path, handle in (('GET', '/sign-in', self.ask), ('POST', '/sign-in', self.sign_in),
-                                   ('POST', '/sign-out', self.sign_out), ('POST', '/zone', self.choose_zone)):
+        for verb, path, handle in (('GET', '/sign-in', self.ask),
+                                   ('POST', '/sign-in', self.sign_in),
+                                   ('POST', '/sign-out', self.sign_out),
+                                   ('POST', '/zone', self.choose_zone)):
             app.route(path, verb, self.visited(handle, signed_in=False))
-        for path, text, kind in (('/page.css', STYLE, 'text/css'), ('/page.js', SCRIPT, 'text/javascript')):
+        for path, text, kind in (('/page.css', STYLE, 'text/css'),
+                                 ('/page.js', SCRIPT, 'text/javascript')):
             app.route(path, 'GET', lambda text=text, kind=kind: answered(text, headers={
-                'Content-Type': f'{kind}; charset=utf-8', 'Cache-Control': 'public, max-age=31536000, immutable'}))
+                'Content-Type': f'{kind}; charset=utf-8',
+                'Cache-Control': 'public, max-age=31536000, immutable'}))
 
     # Who visits
 
@@ -12919,7 +14268,8 @@ class Pages:
     def unsigned(self, purpose: str, text: str) -> str | None:
         """What was signed, if it was by us, for this."""
         said, _, sign = text.rpartition('.')
-        return said if secrets.compare_digest(sign.encode(), self.sign(purpose, said).encode()) else None
+        return (said if secrets.compare_digest(sign.encode(), self.sign(purpose, said).encode())
+                else None)
 
     def visit(self, request) -> Visit:
         """Who sends a request: by the cookie of a session that lasts, of a token in force."""
@@ -12930,11 +14280,13 @@ class Pages:
                     session, int(self.service.clock()))
         actor = Actor(*found[:3]) if found else None
         try:
-            zone = read_zone(unquote(request.get_cookie('zone') or '') or self.service.config.timezone)
+            zone = read_zone(unquote(request.get_cookie('zone') or '')
+                             or self.service.config.timezone)
         except Invalid:
             zone = self.service.config.zone
         service = self.service.acting(actor or Actor('', '', READER))
-        service.config = dataclasses.replace(service.config, timezone=zone.key)  # sentences speak in the person's zone
+        # sentences speak in the person's zone
+        service.config = dataclasses.replace(service.config, timezone=zone.key)
         form = self.sign('form', f'{found.id}' if found else '')
         return Visit(service, actor, zone, self.service.config.zone, form)
 
@@ -12967,17 +14319,23 @@ class Pages:
 
     def refusal(self, visit: Visit, error: Error, back: str):
         """The page that says what could not be done."""
-        return self.page(visit, 'Refused', render_page('refused', sentence=str(error), back=back), error.status)
+        return self.page(visit, 'Refused', render_page('refused', sentence=str(error), back=back),
+                         error.status)
 
     def refuse_foreign(self, request, given: dict, visit: Visit, signed_in: bool) -> None:
-        """Refuses what another site's page sends: by where it comes from, and by what only our forms know."""
+        """Refuses what another site's page sends: by where it comes from, and by what only our
+        forms know.
+        """
         origin = request.get_header('Origin')
         ours = (request.get_header('Host'), urlsplit(self.service.config.address).netloc or None)
         elsewhere = origin and (urlsplit(origin).netloc or '-') not in ours
-        if elsewhere or request.get_header('Sec-Fetch-Site', 'same-origin') not in ('same-origin', 'none'):
+        if (elsewhere
+            or request.get_header('Sec-Fetch-Site', 'same-origin') not in ('same-origin', 'none')):
             raise Forbidden('this form comes from another site')
-        if not secrets.compare_digest(given.pop('form', '').encode(), visit.form.encode()) and signed_in:
-            raise Forbidden('this form is of another person, or comes from elsewhere; go back and load the page again')
+        if (not secrets.compare_digest(given.pop('form', '').encode(), visit.form.encode())
+            and signed_in):
+            raise Forbidden('this form is of another person, or comes from elsewhere; go back and '
+                            'load the page again')
 
     def page(self, visit: Visit, title: str, body: str, status: int = 200):
         """A whole page; what the last form did is said once."""
@@ -12985,7 +14343,8 @@ class Pages:
         note = self.unsigned('note', unquote(bottle.request.get_cookie('note') or ''))
         here = bottle.request.path
         back = here + (f'?{bottle.request.query_string}' if bottle.request.query_string else '')
-        text = render_page('layout', title=title, body=body, visit=visit, note=note, here=here, version=LOOK,
+        text = render_page('layout', title=title, body=body, visit=visit, note=note, here=here,
+                           version=LOOK,
                            back=back if bottle.request.method == 'GET' and visit.actor else '/')
         made = answered(text, status)
         if note:
@@ -12995,7 +14354,8 @@ class Pages:
     def asking(self, visit: Visit, request, given: dict):
         """The form to sign in, which leads back to what was asked for, and to what was typed."""
         typed = {name: value for name, value in given.items() if name in BOOKING and value}
-        query = f'?{urlencode(typed)}' if request.method == 'POST' else f'?{request.query_string}'.rstrip('?')
+        query = (f'?{urlencode(typed)}' if request.method == 'POST'
+                 else f'?{request.query_string}'.rstrip('?'))
         aside = request.path.endswith(('/live', '/check'))
         goes = request.method == 'GET' and not aside or request.path == '/book'
         status = 200 if request.method == 'GET' and not aside else 401
@@ -13038,7 +14398,8 @@ class Pages:
     def choose_zone(self, visit: Visit, given: dict):
         """Shows times in another zone from now on."""
         zone, made = read_zone(given.get('zone', '')), self.onward(local(given.get('next')))
-        made.set_cookie('zone', quote(zone.key, safe=''), path='/', samesite='strict', max_age=31536000)
+        made.set_cookie('zone', quote(zone.key, safe=''), path='/', samesite='strict',
+                        max_age=31536000)
         return made
 
     def onward(self, href: str, note: str = ''):
@@ -13061,13 +14422,16 @@ class Pages:
         today = visit.here.now.astimezone(visit.zone).date()
         first, after = span_of_view(view, read_date(given.get('at')) or today)
         cells = cells_of(view, first, after, visit.zone)
-        begin, end = (int(from_wall(at_midnight(each), visit.zone).timestamp()) for each in (first, after))
+        begin, end = (int(from_wall(at_midnight(each), visit.zone).timestamp())
+                      for each in (first, after))
         page = int(given['page']) if re.fullmatch('[0-9]{1,4}', given.get('page', '')) else 0
-        places = sorted(visit.service.places(), key=lambda each: (each.cloud, each.region, each.name))
+        places = sorted(visit.service.places(),
+                        key=lambda each: (each.cloud, each.region, each.name))
         shown = places[page * MOST_PLACES:(page + 1) * MOST_PLACES]
         found = self.on_plan(visit, shown, begin, end)
         drawn = [(place, self.draw(visit, place, cells, begin, end, view, [
-            each for each in found[:MOST_BARS] if each.resource_id == place.id])) for place in shown]
+            each for each in found[:MOST_BARS] if each.resource_id == place.id]))
+                 for place in shown]
         groups: dict = defaultdict(list)
         for place, each in drawn:
             groups[', '.join(filter(None, (place.cloud or 'no cloud', place.region)))].append(each)
@@ -13075,29 +14439,39 @@ class Pages:
         return self.page(visit, 'Plan', render_page(
             'plan', visit=visit, brief=in_brief_figures, views=VIEWS, view=view, at=first,
             before=first - timedelta(days=1), after=after,
-            span=named_span(view, first, after), cells=cells, groups=groups.items(), begin=begin, end=end,
+            span=named_span(view, first, after), cells=cells, groups=groups.items(), begin=begin,
+            end=end,
             snap=900 if view == 'day' else 3600, bars=MOST_BARS, page=page,
-            edges=','.join(str(each.begin) for each in cells) + f',{end}' if view == 'month' else '',
-            now_at=percent(now, begin, end) if begin <= now < end else None, left_out=len(found) > MOST_BARS,
+            edges=','.join(str(each.begin) for each in cells) + f',{end}' if view == 'month'
+            else '',
+            now_at=percent(now, begin, end) if begin <= now < end else None,
+            left_out=len(found) > MOST_BARS,
             more=f'&page={page}' if page else '',
             next_places=page + 1 if len(places) > (page + 1) * MOST_PLACES else 0))
 
     def on_plan(self, visit: Visit, places: list, begin: int, end: int) -> list:
         """The reservations that are drawn, one more than there may be if there are more."""
-        filters, where = visit.service.filtered(dict.fromkeys(('user', 'project', 'resource', *PLACE), ''))
+        filters, where = visit.service.filtered(dict.fromkeys(('user', 'project', 'resource',
+                                                               *PLACE), ''))
         filters |= {'places': [each.id for each in places]}
         where += [('o.start < ?', end), ('o."end" > ?', begin), ('o.cancelled IS NULL',)]
-        return visit.service.page(visit.service.ways(filters, (), begin), where, (), MOST_BARS + 1, fields=BRIEF)
+        return visit.service.page(visit.service.ways(filters, (), begin), where, (), MOST_BARS + 1,
+                                  fields=BRIEF)
 
-    def draw(self, visit: Visit, place, cells: list[Cell], begin: int, end: int, view: str, found: list) -> Drawn:
-        """A resource on a time line: its curve, what is free in each cell, and what stands on it."""
+    def draw(self, visit: Visit, place, cells: list[Cell], begin: int, end: int, view: str,
+             found: list) -> Drawn:
+        """A resource on a time line: its curve, what is free in each cell, and what stands on
+        it.
+        """
         most = capacity(place)
         width = {'day': 900, 'week': 3600, 'month': 10800}[view]
         levels = peaks(place.id, begin, width, -(-(end - begin) // width), most.names)
         limits = {name: n for name, n in in_figures(most).items() if n is not None}
         highest = max((each.vms for each in levels), default=0)
         shares = [share_of(in_figures(each), limits, highest) for each in levels]
-        filled = [told_free(cell, levels[(cell.begin - begin) // width:-(-(cell.until - begin) // width)], limits)
+        filled = [told_free(cell,
+                            levels[(cell.begin
+                                    - begin) // width:-(-(cell.until - begin) // width)], limits)
                   for cell in cells]
         bars, lanes = bars_of(visit, found, begin, end)
         changes = [(each['start'].timestamp(), each['end'].timestamp(), each['reason'])
@@ -13105,10 +14479,13 @@ class Pages:
         closed = [Bar(*extent(start, until, begin, end), why) for start, until, why in changes
                   if start < end and until > begin]
         holds = ', '.join(f'{n} {name}' for name, n in limits.items()) or 'without a limit'
-        least = min((each for each in filled if each.free), key=lambda each: int(each.free), default=None)
-        summary = f"at least {least.free} {least.unit or 'vms'} free at any time" if least else 'nothing limits it'
+        least = min((each for each in filled if each.free), key=lambda each: int(each.free),
+                    default=None)
+        summary = (f"at least {least.free} {least.unit or 'vms'} free at any time" if least
+                   else 'nothing limits it')
         opened = not limits or all(limits.values())
-        return Drawn(place.name, holds, summary, bool(limits), opened, curve(shares), filled, closed, bars,
+        return Drawn(place.name, holds, summary, bool(limits), opened, curve(shares), filled,
+                     closed, bars,
                      68 + 21 * lanes, len(found) - len(bars))
 
     # Reservations
@@ -13117,7 +14494,8 @@ class Pages:
         """One's own reservations, an admin's all, with what can be done to them."""
         after, over = given.get('after', ''), 'over' in given
         after = after if re.fullmatch('([0-9]{1,11}-)?[0-9]{1,18}', after) else ''
-        lines = visit.service.over if over else lambda after, limit: visit.service.list(limit=limit, after=after)
+        service = visit.service
+        lines = service.over if over else lambda after, most: service.list(limit=most, after=after)
         found = lines(after, MOST_LINES_SHOWN)
         last = f"{int(found[-1]['start'].timestamp())}-{found[-1]['id']}" if found else ''
         return self.page(visit, 'Reservations', render_page(
@@ -13125,12 +14503,17 @@ class Pages:
             after=last if last and lines(last, 1) else ''))
 
     def lines(self, visit: Visit, found: list[dict]) -> list[dict]:
-        """Reservations with their addresses, how late they were ready, and what can be done to them."""
+        """Reservations with their addresses, how late they were ready, and what can be done to
+        them.
+        """
         servers: dict = defaultdict(list)
-        for each in rows('SELECT occurrence_id, addresses, ready, planned FROM server WHERE occurrence_id IN '
-                         '(SELECT value FROM json_each(?))', json.dumps([each['id'] for each in found])):
+        for each in rows('SELECT occurrence_id, addresses, ready, planned FROM server WHERE '
+                         'occurrence_id IN '
+                         '(SELECT value FROM json_each(?))',
+                         json.dumps([each['id'] for each in found])):
             servers[each.occurrence_id].append(each)
-        return [each | {'addresses': sum((json.loads(server.addresses) for server in servers[each['id']]), []),
+        return [each | {'addresses': sum((json.loads(server.addresses)
+                                          for server in servers[each['id']]), []),
                         'late': lateness_of(servers[each['id']]), 'deeds': visit.deeds(each),
                         'href': visit.href(each['label'], each['project'])} for each in found]
 
@@ -13144,14 +14527,17 @@ class Pages:
             project = found['parts'][0]['project']
             whole = [visit.deed(deed, {'label': label, 'project': project}, True)
                      for deed in ('extend', 'delete')] if 'label' in found and visit.writes else []
-            return self.page(visit, label, render_page('list', visit=visit, lines=self.lines(visit, found['parts']),
+            return self.page(visit, label, render_page('list', visit=visit,
+                                                       lines=self.lines(visit, found['parts']),
                                                        after=0, over=None) + ''.join(whole))
         query = {'project': found['project']} | ({'occurrence': occurrence} if occurrence else {})
         running = found['tz'] and found['state'] in ('starting', 'active', 'degraded')
         only = occurrence or (to_plain(found['start']) if running else '')
         return self.page(visit, label, render_page(
-            'reservation', visit=visit, found=found, live=live, href=f'/r/{quote(label)}', query=f'?{urlencode(query)}',
-            back=visit.href(label, found['project']), over=(*OVER, 'ending'), occurrence=only, tag=hashed(live)[:20],
+            'reservation', visit=visit, found=found, live=live, href=f'/r/{quote(label)}',
+            query=f'?{urlencode(query)}',
+            back=visit.href(label, found['project']), over=(*OVER, 'ending'), occurrence=only,
+            tag=hashed(live)[:20],
             **{name: local_time(found[name], visit.zone) for name in ('start', 'end')}))
 
     def live(self, visit: Visit, label: str, given: dict):
@@ -13168,17 +14554,21 @@ class Pages:
         found = visit.service.show(**bind(API['show'], asked | {'label': label}, visit.here))
         if 'parts' in found:
             return found, '', ''
-        facts = [('Machines', f"{found['vms']} {found['flavor']} {found['image']}"), ('Resource', found['resource']),
+        facts = [('Machines', f"{found['vms']} {found['flavor']} {found['image']}"),
+                 ('Resource', found['resource']),
                  ('Waits for approval', found.get('change')),
                  ('Host', found['host']), ('Owner', f"{found['user']} in {found['project']}"),
                  ('From', found['start']), ('To', found['end']), ('Repeats', found['repeat']),
                  ('At the end', found['at_end'] if found['image'] or found['server'] else ''),
                  ('Part of', found['request']), ('Description', found['description'])]
-        events, occurrence = visit.service.events(label, found['project'], limit=50)[::-1], asked.get('occurrence', '')
-        deeds = [visit.deed(each, found, True, occurrence if each in ('extend', 'skip', 'delete') else '')
+        events, occurrence = visit.service.events(label, found['project'],
+                                                  limit=50)[::-1], asked.get('occurrence', '')
+        deeds = [visit.deed(each, found, True,
+                            occurrence if each in ('extend', 'skip', 'delete') else '')
                  for each in visit.deeds(found)]
         facts = [(name, visit.cell(value)) for name, value in facts if value]
-        return found, render_page('live', visit=visit, found=found, events=events, late=lateness_told, deeds=deeds,
+        return found, render_page('live', visit=visit, found=found, events=events,
+                                  late=lateness_told, deeds=deeds,
                                   facts=facts), occurrence
 
     # Booking
@@ -13193,13 +14583,15 @@ class Pages:
         """The page with the form."""
         names, why = self.offered(visit, said['resource'])
         return self.page(visit, 'Book', render_page(
-            'book', visit=visit, said=said, places=[each.name for each in visit.service.places()], ends=ENDS,
-            names=names, why=why, more=MORE, verdict=self.verdict(**checked)), status)
+            'book', visit=visit, said=said, places=[each.name for each in visit.service.places()],
+            ends=ENDS, usual_rules=USUAL_RULES, names=names, why=why, more=MORE,
+            verdict=self.verdict(**checked)), status)
 
     def verdict(self, fits: str = '', refusal: str | None = None, offers: Iterable = (),
                 warnings: Iterable = ()) -> str:
         """What the form says of itself: it fits, or why not and what would."""
-        return render_page('verdict', fits=fits, refusal=refusal, offers=[*offers], warnings=[*warnings])
+        return render_page('verdict', fits=fits, refusal=refusal, offers=[*offers],
+                           warnings=[*warnings])
 
     def offered(self, visit: Visit, resource: str) -> tuple[dict, str]:
         """The names of flavors and images on a resource's cloud, and why there are none."""
@@ -13212,15 +14604,20 @@ class Pages:
         return self.names.of(account, sight)
 
     def filled(self, visit: Visit, given: dict) -> dict:
-        """The fields of the form: as given, times as clocks show them there; what was clicked on, not before now."""
+        """The fields of the form: as given, times as clocks show them there; what was clicked on,
+        not before now.
+        """
         hour = visit.here.now.replace(minute=0, second=0) + timedelta(hours=1)
-        start = read_argument('start', given['start'], When, visit.here) if given.get('start') else hour
+        start = (read_argument('start', given['start'], When, visit.here) if given.get('start')
+                 else hour)
         start = visit.here.now + start if isinstance(start, timedelta) else start
         start = max(start, visit.here.now) if 'label' not in given else start
-        end = read_argument('end', given['end'], When, visit.here) if given.get('end') else timedelta(hours=1)
+        end = (read_argument('end', given['end'], When, visit.here) if given.get('end')
+               else timedelta(hours=1))
         end = start + end if isinstance(end, timedelta) else max(end, start + timedelta(minutes=1))
         places = visit.service.places()
-        return dict.fromkeys(BOOKING, '') | {'resource': places[0].name if places else '', 'vms': '1'} | {
+        return dict.fromkeys(BOOKING, '') | {'resource': places[0].name if places else '',
+                                             'vms': '1'} | {
             name: given[name] for name in BOOKING if given.get(name)} | {
             'start': local_time(start, visit.zone), 'end': local_time(end, visit.zone)}
 
@@ -13231,11 +14628,13 @@ class Pages:
 
     def tried(self, visit: Visit, said: dict) -> dict:
         """Whether it fits, and if not, what would: the values of the verdict."""
-        why = self.offered(visit, said.get('resource', ''))[1] if said.get('flavor') or said.get('image') else ''
+        why = (self.offered(visit, said.get('resource', ''))[1] if said.get('flavor')
+               or said.get('image') else '')
         if why:  # nobody waits for that cloud before they book
             return {'refusal': f'not checked: {why}; to book asks once more'}
         try:
-            answer = visit.service.add(**self.asked(visit, said | {'label': said.get('label') or self.unused_label}),
+            answer = visit.service.add(**self.asked(visit, said | {'label': said.get('label')
+                                                                   or self.unused_label}),
                                        dry_run=True)
             return {'fits': self.told(visit, answer), 'warnings': answer.get('warnings', ())}
         except Error as error:
@@ -13253,18 +14652,23 @@ class Pages:
                  f"to {visit.plain(answer['end'])}")
         if 'occurrences' in answer:
             left_out = len(answer['occurrences']) - len(taken)
-            return (f'It fits: {len(taken)} times, the first {words}, the last on {visit.plain(taken[-1]["start"])}' + (
-                    f'; {left_out} times it does not fit and is left out' if left_out else ''))
-        return f'It does not fit now, and will wait: {words}' if answer['state'] == 'waiting' else (
-            f"It fits: {words}{'; an admin must approve it' if answer['state'] == 'pending' else ''}")
+            rest = f'; {left_out} times it does not fit and is left out' if left_out else ''
+            return (f'It fits: {len(taken)} times, the first {words}, the last on '
+                    f'{visit.plain(taken[-1]["start"])}{rest}')
+        if answer['state'] == 'waiting':
+            return f'It does not fit now, and will wait: {words}'
+        approval = '; an admin must approve it' if answer['state'] == 'pending' else ''
+        return f'It fits: {words}{approval}'
 
     def offers(self, visit: Visit, said: dict, error: Error) -> Iterator[tuple[str, str]]:
         """Links to the same form with what would fit; each was tried."""
         for words, other in self.offered_instead(visit, said, error):
-            other = {name: to_plain(each) if isinstance(each, datetime) else each for name, each in other.items()}
+            other = {name: to_plain(each) if isinstance(each, datetime) else each
+                     for name, each in other.items()}
             wish = {name: value for name, value in (said | other).items() if value}
             try:
-                visit.service.add(**self.asked(visit, wish | {'label': self.unused_label}), dry_run=True)
+                visit.service.add(**self.asked(visit, wish | {'label': self.unused_label}),
+                                  dry_run=True)
             except Error:
                 continue
             yield f"/book?{urlencode(wish | {'label': said.get('label', '')})}", words
@@ -13272,11 +14676,13 @@ class Pages:
     def offered_instead(self, visit: Visit, said: dict, error: Error) -> Iterator[tuple[str, dict]]:
         """What might fit instead of a wish, in words and as other fields of the form."""
         try:
-            start, end = (from_wall(datetime.fromisoformat(said[name]), visit.zone) for name in ('start', 'end'))
+            start, end = (from_wall(datetime.fromisoformat(said[name]), visit.zone)
+                          for name in ('start', 'end'))
         except (KeyError, ValueError):
             return
         if 'most_vms' in error.details:
-            yield f"{error.details['most_vms']} machines then", {'vms': str(error.details['most_vms'])}
+            most = str(error.details['most_vms'])
+            yield f'{most} machines then', {'vms': most}
         if 'longest' in error.details:
             longest = error.details['longest']
             yield f'for {longest} only', {'end': start + parse_duration(longest)}
@@ -13290,7 +14696,8 @@ class Pages:
     def slots(self, visit: Visit, said: dict, start: datetime, end: datetime) -> list[dict]:
         """The next free slots for a wish; none where that can't be told."""
         try:
-            return visit.service.find(said['resource'], end - start, int(said['vms']), said.get('flavor', ''),
+            return visit.service.find(said['resource'], end - start, int(said['vms']),
+                                      said.get('flavor', ''),
                                       after=start, limit=3)
         except Error:
             return []
@@ -13311,7 +14718,8 @@ class Pages:
                 return self.onward(visit.href(found['label'], about['project']),
                                    f"'{found['label']}' is {about['state']}{warnings}")
             except Error as error:
-                checked, status = {'refusal': str(error), 'offers': [*self.offers(visit, said, error)]}, error.status
+                checked, status = {'refusal': str(error),
+                                   'offers': [*self.offers(visit, said, error)]}, error.status
         try:
             said = self.filled(visit, given)
         except Error:  # what can't be read stands there as it was typed
@@ -13323,36 +14731,48 @@ class Pages:
     def admin(self, visit: Visit, given: dict):
         """What an operator looks after."""
         service = visit.service
-        tokens = [each for each in service.token_list() if not each['revoked']]  # which is for admins alone
+        # which is for admins alone
+        tokens = [each for each in service.token_list() if not each['revoked']]
         late = service.punctuality()
         sections = (
-            ('Resources', service.resource_list(), 'name cell cloud region aggregate vms vcpus ram classes mode',
+            ('Resources', service.resource_list(),
+             'name cell cloud region aggregate vms vcpus ram classes mode',
              ('resource_delete',), ('resource_add', 'resource_update')),
-            ('Maintenance', service.maintenance_list(), 'id resource start end vms vcpus ram reason',
+            ('Maintenance', service.maintenance_list(),
+             'id resource start end vms vcpus ram reason',
              ('maintenance_delete',), ('maintenance_add',)),
-            ('Pending', service.awaiting_approval(), 'label user project resource vms start end change',
+            ('Pending', service.awaiting_approval(),
+             'label user project resource vms start end change',
              ('approve', 'reject'), ()),
-            ('Waiting', service.list(state=['waiting']), 'label user project resource vms start end', ('delete',), ()),
+            ('Waiting', service.list(state=['waiting']),
+             'label user project resource vms start end', ('delete',), ()),
             ('Tokens', tokens, 'id user project role added', ('token_revoke',), ('token_add',)),
-            ('Limits', service.limit_list(), 'id project user resource most_vms longest ahead least_notice vcpu_hours '
+            ('Limits', service.limit_list(),
+             'id project user resource most_vms longest ahead least_notice vcpu_hours '
              'waiting exempt', ('limit_delete',), ('limit_add',)),
-            ('Punctuality of the last 30 days, in seconds', late['clouds'], 'cloud servers begun_median begun_95 '
+            ('Punctuality of the last 30 days, in seconds', late['clouds'],
+             'cloud servers begun_median begun_95 '
              'begun_worst ready_median ready_95 ready_worst tried_again', (), ()),
             ('Failed', late['failed'], 'cloud label name tries planned fault', (), ()))
         return self.page(visit, 'Admin', '\n'.join(self.section(visit, *each) for each in sections))
 
-    def section(self, visit: Visit, name: str, lines: list, columns: str, deeds: tuple, forms: tuple) -> str:
+    def section(self, visit: Visit, name: str, lines: list, columns: str, deeds: tuple,
+                forms: tuple) -> str:
         """One part of the admin's page: a table, and the forms that belong to it."""
-        table = render_page('table', visit=visit, name=name, lines=lines, columns=columns.split(), deeds=deeds)
+        table = render_page('table', visit=visit, name=name, lines=lines, columns=columns.split(),
+                            deeds=deeds)
         return f'<h2>{name}</h2>{table}' + ''.join(render_page(
             'form', visit=visit, operation=each, title=TITLES[each], summary=API[each].summary,
             once=secrets.token_hex(8), fields=[
-                (field, WORDS[field], API[each].parameters[field].default is REQUIRED, CHOICES.get(field))
+                (field, WORDS[field], API[each].parameters[field].default is REQUIRED,
+                 CHOICES.get(field))
                 for field in FORMS[each]])
             for each in forms)
 
     def do(self, visit: Visit, name: str, given: dict):
-        """Whatever a form asks for: an operation by its name, its fields read as those of REST are."""
+        """Whatever a form asks for: an operation by its name, its fields read as those of REST
+        are.
+        """
         operation = API.get(name)
         if not operation or not operation.changes:
             raise NotFound(f"there is no operation '{name}' that changes something")
@@ -13360,12 +14780,15 @@ class Pages:
         said = {field: value for field, value in given.items() if field != 'next'}
         if name in ASKS and not sure:
             return self.page(visit, 'Are you sure?', render_page(
-                'sure', visit=visit, operation=name, fields=given, words=DEEDS[name][0], back=onward,
+                'sure', visit=visit, operation=name, fields=given, words=DEEDS[name][0],
+                back=onward,
                 warnings=self.warned(visit, operation, said) if name == 'delete' else [],
-                about=said.get('label') or said.get('name') or said.get('id'), which=said.get('occurrence')))
+                about=said.get('label') or said.get('name') or said.get('id'),
+                which=said.get('occurrence')))
         # What a form has shown and nobody has changed is not asked for.
         said = {field: value for field, value in said.items()
-                if value != '' and not field.startswith('was_') and said.get(f'was_{field}') != value}
+                if value != '' and not field.startswith('was_')
+                and said.get(f'was_{field}') != value}
         if 'tz' in operation.parameters:
             said.setdefault('tz', visit.zone.key)
         if once and once in self.sent:  # else loading the answer again makes another secret
@@ -13390,7 +14813,8 @@ class Pages:
 def told_done(name: str, said: dict, answer) -> str:
     """What a form has done, in a sentence."""
     name = 'undo' if said.get('undo') else name
-    about = said.get('rename') or said.get('label') or said.get('name') or said.get('id') or said.get('user') or ''
+    about = (said.get('rename') or said.get('label') or said.get('name') or said.get('id')
+             or said.get('user') or '')
     hit = answer.get('hit', []) if isinstance(answer, dict) else []
     told = ', '.join(f"{each['label']} of {each['user']} ({each['outcome']})" for each in hit[:20])
     gone = answer if name == 'delete' else ()
@@ -13442,7 +14866,8 @@ def span_of_view(view: str, day: date) -> tuple[date, date]:
 def named_span(view: str, first: date, after: date) -> str:
     """What a time line shows, in words."""
     last = after - timedelta(days=1)
-    return (f'{first:%B %Y}' if view == 'month' else f'{first:%A} {first.day} {first:%B %Y}' if view == 'day' else
+    return (f'{first:%B %Y}' if view == 'month' else f'{first:%A} {first.day} {first:%B %Y}'
+            if view == 'day' else
             f'{first.day} {first:%b} to {last.day} {last:%b %Y}')
 
 
@@ -13452,8 +14877,10 @@ def cells_of(view: str, first: date, after: date, zone: ZoneInfo) -> list[Cell]:
     walls = [at_midnight(first) + timedelta(hours=hour) for hour in (
         range(0, 24, 3) if view == 'day' else range(0, 24 * (after - first).days, 24))]
     ends = [from_wall(each, zone).timestamp() for each in walls[1:]] + [end]
-    return [Cell(*extent(from_wall(wall, zone).timestamp(), until, begin, end), int(from_wall(wall, zone).timestamp()),
-                 int(until), f'{wall:%H:%M}' if view == 'day' else f'{wall.day}' if view == 'month' else
+    return [Cell(*extent(from_wall(wall, zone).timestamp(), until, begin, end),
+                 int(from_wall(wall, zone).timestamp()),
+                 int(until),
+                 f'{wall:%H:%M}' if view == 'day' else f'{wall.day}' if view == 'month' else
                  f'{wall:%a} {wall.day}', wall.isoformat(timespec='minutes').removesuffix('T00:00'))
             for wall, until in zip(walls, ends)]
 
@@ -13466,7 +14893,8 @@ def told_free(cell: Cell, levels: list[Amount], limits: dict[str, int]) -> Cell:
     free = {name: limit - max(each.get(name, 0) for each in used) for name, limit in limits.items()}
     scarcest = min(free, key=lambda name: free[name] / limits[name] if limits[name] else 0)
     least = max(free[scarcest], 0)
-    return cell._replace(words=f'{cell.name}: {least} of {limits[scarcest]} {scarcest} free', free=str(least),
+    return cell._replace(words=f'{cell.name}: {least} of {limits[scarcest]} {scarcest} free',
+                         free=str(least),
                          unit='' if scarcest == 'vms' else scarcest)
 
 
@@ -13482,7 +14910,9 @@ def extent(start: float, until: float, begin: float, end: float) -> tuple[float,
 
 
 def share_of(held: dict[str, int], limits: dict[str, int], highest: int) -> float:
-    """How full a resource is, 0 to 1; where nothing limits it, against the highest that is shown."""
+    """How full a resource is, 0 to 1; where nothing limits it, against the highest that is
+    shown.
+    """
     shares = [held.get(name, 0) / limit if limit else 1.0 for name, limit in limits.items()]
     return min(max(shares) if shares else held['vms'] / (1.6 * highest or 1), 1)
 
@@ -13504,7 +14934,9 @@ def curve(shares: list[float]) -> str:
 
 
 def bars_of(visit: Visit, found: list, begin: int, end: int) -> tuple[list[Bar], int]:
-    """Reservations as bars in lanes, none over another, and the number of lanes; what finds no lane is not drawn."""
+    """Reservations as bars in lanes, none over another, and the number of lanes; what finds no lane
+    is not drawn.
+    """
     lanes: list[float] = []  # until where each is taken, in percent
     bars = []
     for each in found:
@@ -13518,9 +14950,11 @@ def bars_of(visit: Visit, found: list, begin: int, end: int) -> tuple[list[Bar],
             continue
         lanes[lane:lane + 1] = [last]
         mine = each.project == visit.actor.project
-        kind = ('own' if mine else 'other') + (' dashed' if mine and each.state in ('waiting', 'pending') else '')
+        kind = ('own' if mine else 'other') + (' dashed' if mine
+                                               and each.state in ('waiting', 'pending') else '')
         text = f'{SIGNS[each.state]} {each.label}'
-        words = (f'{each.label}, {each.state}, {each.vms} vms {each.flavor}, {visit.plain(instant(each.start))} to '
+        words = (f'{each.label}, {each.state}, {each.vms} vms {each.flavor}, '
+                 f'{visit.plain(instant(each.start))} to '
                  f'{visit.plain(instant(each.end))}, {each.user}')
         start = instant(each.start) if each.repeats else None
         bars.append(Bar(left, width, words, 68 + 21 * lane, text,
@@ -13550,7 +14984,8 @@ def web(service: Reservations):
 
     def told(failure):
         request, sentence = bottle.request, error_text(failure, bottle.request, bottle.response)
-        if 'text/html' not in request.get_header('Accept', '') or request.path.startswith((BASE, '/calendar/')):
+        if ('text/html' not in request.get_header('Accept', '')
+            or request.path.startswith((BASE, '/calendar/'))):
             return sentence
         for name, value in SAFE.items():
             bottle.response.set_header(name, value)
@@ -13735,6 +15170,8 @@ HELP = '''Reservations for virtual machines on OpenStack clouds.
 
 Works on the local database, or with CMRES_URL and CMRES_TOKEN on a server.
 Options may stand anywhere; every command also takes --config FILE, --format table|json|csv|yaml and --tz ZONE.
+Tables take --columns A,B, --sort A or --sort=-A (the last first), --wide (all columns, whatever the width), and
+with --watch they are shown anew every 2 seconds.
 Exit codes: 0 done, 1 refused or failed, 2 wrong use.
 
 Example:
@@ -13758,6 +15195,12 @@ COLUMNS = {'list': 'id label user project resource host vms flavor start end rep
            'refused': 'line label error', 'occurrences': 'uid start end status vms resource state outcome why',
            'events': 'uid summary label outcome start vms flavor count why'}
 MOST_SHOWN = 40  # lines of a table within an answer
+#: What a table that is too wide for its terminal goes without, the first first.
+LEAST = ('id cloud project request vcpus ram image host flavor cell region aggregate kind warnings '
+         'user repeat resource fault change vms').split()
+#: Options that every command takes, and those of them that have no value.
+COMMON = ('--config', '--format', '--tz', '--columns', '--sort')
+SWITCHES = ('--wide', '--watch')
 
 
 def serve(config: Config, host: Name = '', port: int = None, noscheduler: bool = False,
@@ -13957,9 +15400,41 @@ def occurrences(config: Config, file: Ics, start: When = None, end: When = None,
     return found
 
 
+def completion(config: Config, shell: Name) -> None:
+    """Prints what lets a shell complete commands, options, labels and names of resources.
+
+    Example:
+      python cmres.py completion bash >> ~/.bashrc
+    """
+    if shell not in COMPLETIONS:
+        raise Invalid(f"there is no completion for '{shell}'{nearest(shell, COMPLETIONS)}; there is "
+                      f"one for {', '.join(COMPLETIONS)}")
+    print(COMPLETIONS[shell].strip('\n'))
+
+
+#: Shells ask the program itself, with all words up to the one that is typed.
+COMPLETIONS = {'bash': r"""
+_cmres() {
+    local IFS=$'\n'
+    COMPREPLY=($(_CMRES_COMPLETE=1 cmres "${COMP_WORDS[@]:1:COMP_CWORD}" 2>/dev/null))
+}
+complete -o default -F _cmres cmres
+""", 'zsh': r"""
+#compdef cmres
+_cmres() {
+    local -a found
+    found=("${(@f)$(_CMRES_COMPLETE=1 cmres "${(@)words[2,CURRENT]}" 2>/dev/null)}")
+    (( $#found )) && [[ -n $found[1] ]] && compadd -Q -- $found || _files
+}
+compdef _cmres cmres
+""", 'fish': r"""
+complete -c cmres -f -a '(_CMRES_COMPLETE=1 cmres (commandline -opc)[2..-1] (commandline -ct))'
+"""}
+
+
 LOCAL = {each.__name__: Operation(each.__name__, each, ADMIN, [('POST', '', {})])
          for each in (serve, scheduler, tick, occurrences, store_backup, store_verify,
-                      store_restore, store_migrate, store_orphans)}
+                      store_restore, store_migrate, store_orphans, completion)}
 
 
 class Visible(logging.Formatter):
@@ -14087,29 +15562,38 @@ def command(operation: Operation, helping: bool) -> Callable:
     return note
 
 
-def commands(helping: bool = False) -> Group:
-    """The tree of all commands: those of the service, and those of this machine."""
+def commands(leaf: Callable) -> Group:
+    """The tree of all commands, those of the service and those of this machine; `leaf` makes one of an operation."""
     tree: dict = {}
     groups: dict = defaultdict(dict)
     for name, operation in (LOCAL | API).items():
         group, _, verb = name.partition('_')
         here, word = (groups[group], verb) if group in GROUPS else (tree, operation.words)
-        here[word] = command(operation, helping)
+        here[word] = leaf(operation)
     return Group(HELP, tree | {name: Group(GROUPS[name], members) for name, members in groups.items()})
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs one command line and tells its exit code."""
     options, zone = {}, UTC
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if '_CMRES_COMPLETE' in os.environ:
+        print('\n'.join(completed(argv)))
+        return 0
     try:
-        argv = take_options(list(sys.argv[1:] if argv is None else argv), options)
+        argv = take_options(argv, options)
+        if argv == ['--version']:
+            print(f'cmres {__version__}')
+            return 0
         config = load_config(options.get('config'))
         config = dataclasses.replace(config, timezone=options.get('tz', config.timezone))
         zone = config.zone
-        run_fire(argv, lambda call: make(call, config, options) if isinstance(call, Call) else call)
+        run_command(argv, lambda call: make(call, config, options) if isinstance(call, Call) else call)
         return 0
     except Error as error:
-        print(legible('\n'.join(in_words(error, zone))), file=sys.stderr)
+        as_json = options.get('format') == 'json'
+        said = json_text(error_body(error), indent=2) if as_json else '\n'.join(in_words(error, zone))
+        print(legible(said).rstrip('\n'), file=sys.stderr)
         return 2 if isinstance(error, Invalid) else 1
     except STORE_ERRORS as error:
         if not (refusal := trouble(error)):
@@ -14130,12 +15614,14 @@ def take_options(argv: list[str], options: dict) -> list[str]:
     rest, words = [], iter(argv)
     for word in words:
         name, equals, value = word.partition('=')
-        if name in ('--config', '--format', '--tz') or name == '--file' and rest[:1] == ['add']:
+        if name in COMMON or name == '--file' and rest[:1] == ['add']:
             value = value if equals else next(words, None)
             if not value:
                 raise Invalid(f'{name} needs a value')
-        if name in ('--config', '--format', '--tz'):
+        if name in COMMON:
             options[name[2:]] = value
+        elif word in SWITCHES:
+            options[word[2:]] = True
         elif name in ALSO and rest[:len(ALSO[name][0])] == ALSO[name][0]:
             rest.append(ALSO[name][1] + equals + value)
         elif name == '--file' and rest[:1] == ['add']:
@@ -14149,23 +15635,105 @@ def take_options(argv: list[str], options: dict) -> list[str]:
     return rest
 
 
-def run_fire(argv: list[str], finish: Callable) -> None:
-    """Lets Fire read a line; `finish` makes of the call it noted what is printed."""
-    import fire
-    from contextlib import redirect_stderr
-    os.environ['PAGER'] = 'cat'
-    fire.parser.DefaultParseValue = str  # else gpu#1, 1e3 and 2026 are guessed to be Python
-    argv = ['--help' if word == '-h' else word for word in argv]  # Fire would take it for a short --holidays
+def run_command(argv: list[str], finish: Callable) -> None:
+    """Reads a line and prints what `finish` makes of the call that it is.
+
+    Fire reads it and shows all help; a call that has nothing for Fire to find out is read without
+    it, as to import it costs as much as to list reservations.
+    """
+    # Fire would take -h for a short --holidays.
+    argv = ['--help' if word == '-h' else word for word in argv]
     if argv[:1] in ([], ['help']):
         argv = [*argv[1:], '--help']
     helping = '--help' in argv
-    tree = commands(helping)
-    path, here = command_path(tree, argv)
+    path, here = command_path(commands(lambda operation: operation), argv)
     if helping or isinstance(here, Group):
-        with redirect_stderr(sys.stdout):
-            fire.Fire(tree, path + ['--', '--help'], 'cmres', finish)
-    # Fire's own flags, such as --interactive, are not ours to offer; a lone `-` is a word of ours.
-    fire.Fire(tree, path + plain_flags(here._operation, argv[len(path):]) + ['--', '--separator=\0'], 'cmres', finish)
+        show_help(path, helping)
+    words = plain_flags(here, argv[len(path):])
+    call = plain_call(here, words)
+    if call is None:
+        by_fire(path + words, finish)
+    elif (text := finish(call)) is not None:
+        print(text)
+
+
+def show_help(path: list[str], helping: bool) -> None:
+    """Prints Fire's help for a command or a group, and ends."""
+    import fire
+    from contextlib import redirect_stderr
+    os.environ['PAGER'] = 'cat'
+    tree = commands(functools.partial(command, helping=helping))
+    with redirect_stderr(sys.stdout):
+        fire.Fire(tree, path + ['--', '--help'], 'cmres')
+
+
+def by_fire(words: list[str], finish: Callable) -> None:
+    """Lets Fire read a whole line; its own flags, such as --interactive, are not ours to offer."""
+    import fire
+    fire.parser.DefaultParseValue = str  # else gpu#1, 1e3 and 2026 are guessed to be Python
+    tree = commands(functools.partial(command, helping=False))
+    fire.Fire(tree, words + ['--', '--separator=\0'], 'cmres', finish)  # a lone `-` is a word of ours
+
+
+def plain_call(operation: Operation, words: list[str]) -> Call | None:
+    """The call of a line with nothing but words and flags with values, as Fire reads it; else None."""
+    flags, plain, each = {}, [], iter(words)
+    for word in each:
+        name, equals, value = word[2:].partition('=')
+        if not word.startswith('--'):
+            plain.append(word)
+            continue
+        value = value if equals else next(each, '--')
+        if not equals and value.startswith('-') or (name := name.replace('-', '_')) in flags:
+            return None
+        flags[name] = value
+    rest = [name for name in operation.parameters if name not in flags]
+    if len(plain) > len(rest):
+        return None
+    return Call(operation, dict(zip(rest, plain)) | flags)
+
+
+#: What may stand for some arguments.
+KNOWN_VALUES = {'state': STATES, 'role': ROLES, 'mode': (*MODES, 'open'), 'at_end': ENDS, 'on_conflict': CLASHES,
+           'then': THEN, 'format': FORMATS, 'shell': tuple(COMPLETIONS)}
+
+
+def completed(words: list[str]) -> list[str]:
+    """What the last of some words may become; nothing where that can't be told."""
+    words = [word for word in words[:-1] if word != '='] + [words[-1].lstrip('=') if words else '']
+    typed = words.pop()
+    tree = commands(lambda operation: operation)
+    with suppress(Error, OSError, *STORE_ERRORS):
+        path, here = command_path(tree, [word for word in words if not word.startswith('-')])
+        if isinstance(here, Group):
+            return sorted(word for word in dir(here) if word.startswith(typed))
+        name, equals, begun = typed.partition('=')
+        if equals:
+            return [f'{name}={each}' for each in values_of(here, name) if each.startswith(begun)]
+        last = words[-1] if words else ''
+        if last.startswith('--') and last not in SWITCHES and '=' not in last:
+            return [each for each in values_of(here, last) if each.startswith(typed)]
+        if typed.startswith('-'):
+            flags = [f'--{each.replace("_", "-")}' for each in here.parameters]
+            return [each for each in (*flags, *COMMON, *SWITCHES) if each.startswith(typed)]
+        plain = [word for word in words[len(path):] if not word.startswith('--')]
+        place = list(here.parameters)[len(plain):][:1]
+        return [each for each in values_of(here, *place) if each.startswith(typed)]
+    return []
+
+
+def values_of(operation: Operation, name: str = '') -> list[str]:
+    """What stands in the store for an argument, or may stand there."""
+    name = name.removeprefix('--').replace('-', '_')
+    if name in KNOWN_VALUES:
+        return list(KNOWN_VALUES[name])
+    config = load_config()
+    service = Client(config.url, config.token) if config.url else local_service(config)
+    if name in ('resource', 'resources') or name == 'name' and operation.name.startswith('resource_'):
+        return [each['name'] for each in service.resource_list()]
+    if name == 'label' and operation.name != 'add':
+        return list(dict.fromkeys(each['label'] for each in service.list(limit=1000)))
+    return []
 
 
 def command_path(tree: Group, argv: list[str]) -> tuple[list[str], Any]:
@@ -14226,19 +15794,55 @@ def make(call: Call, config: Config, options: dict) -> str | None:
     form = options.get('format', 'table')
     if operation.name in LOCAL:
         answer = operation.method(config, **bound)
-        return answer if answer is None else render(answer, form, config.zone, COLUMNS.get(operation.name))
+        look = Look.of(options, COLUMNS.get(operation.name))
+        return answer if answer is None else render(answer, form, config.zone, look)
     service = Client(config.url, config.token) if config.url else local_service(config)
     asked = getattr(service, operation.name)
     if options.get('follow'):
         follow(asked, bound, form, config.zone)
-    columns = None if operation.name == 'events' else COLUMNS.get(operation.name)
+    table = Look.of(options, None if operation.name == 'events' else COLUMNS.get(operation.name))
+    while options.get('watch') and not operation.changes:
+        shown = render(asked(**bound), form, config.zone, table)
+        print(f'{CLEAR if sys.stdout.isatty() else ""}{shown}', flush=True)
+        time.sleep(2)
     answer = asked(**bound)
-    text = render(answer, form, config.zone, columns)
-    outcomes = {each['outcome'] for each in answer['events']} if operation.name == 'import_' else ()
-    if outcomes == {'refused'}:
+    text = render(answer, form, config.zone, table)
+    if more := what_follows(operation, asked, bound, answer):
+        say_more(more, form)
+    if refused := nothing_taken(operation.name, answer):
         print(text)
-        raise BadCalendar(f"all events that ask for VMs are refused: {len(answer['events'])}")
+        raise refused
     return text
+
+
+CLEAR = '\x1b[H\x1b[2J'  # the cursor to its home, and the screen empty
+
+
+def nothing_taken(name: str, answer) -> Error | None:
+    """What a command that took nothing of many ends with."""
+    if name == 'import_' and {each['outcome'] for each in answer['events']} == {'refused'}:
+        return BadCalendar(f"all events that ask for VMs are refused: {len(answer['events'])}")
+    if name == 'load' and answer.get('refused') and not answer.get('taken'):
+        return Conflict(f"all reservations are refused: {len(answer['refused'])}")
+    return None
+
+
+def what_follows(operation: Operation, asked: Callable, bound: dict, answer) -> str:
+    """Where a list goes on that is longer than what was shown; '' where it is whole."""
+    limit = operation.parameters.get('limit')
+    if not limit or 'after' not in operation.parameters or not isinstance(answer, list):
+        return ''
+    if not answer or len(answer) < bound.get('limit', limit.default) or 'id' not in answer[-1]:
+        return ''
+    last = answer[-1]
+    after = last['id'] if operation.name == 'events' else f"{int(last['start'].timestamp())}-{last['id']}"
+    shown = last['id'] if operation.name == 'events' else f"{last['start']:%Y-%m-%dT%H:%M:%SZ}/{last['id']}"
+    return f'--after {shown}' if asked(**bound | {'after': after, 'limit': 1}) else ''
+
+
+def say_more(more: str, form: str) -> None:
+    """Tells that a list goes on, where no program takes it for a line of the list."""
+    print(f'There is more: add {more}, or a higher --limit.', file=sys.stderr)
 
 
 def follow(events: Callable, bound: dict, form: str, zone: ZoneInfo, pause: float = 1) -> None:
@@ -14315,15 +15919,63 @@ def progress_bar(items: list) -> Iterable:
     return track(items, 'working', console=Console(stderr=True), transient=True)
 
 
-def render(answer, form: str, zone: ZoneInfo, columns: str | None) -> str:
+class Look(NamedTuple):
+    """What of an answer a table shows."""
+    columns: tuple[str, ...] | None = None  # without, all that are not empty
+    chosen: bool = False                    # whether somebody asked for just these
+    sort: str = ''
+    width: int | None = None                # of a terminal; without, as wide as it needs to be
+
+    @staticmethod
+    def of(options: dict, usual: str | None = None) -> Look:
+        """As the options of a command line say; `usual`: the columns that are shown without any."""
+        chosen = [each.strip() for each in options.get('columns', '').split(',') if each.strip()]
+        narrow = sys.stdout.isatty() and not options.get('wide')
+        columns = chosen or (usual.split() if usual and not options.get('wide') else None)
+        return Look(columns and tuple(columns), bool(chosen), options.get('sort', ''),
+                    terminal_width() if narrow else None)
+
+
+def render(answer, form: str, zone: ZoneInfo, look: Look = Look()) -> str:
     """An answer as text: a table for people, or JSON, CSV or YAML for programs."""
+    if look.sort and isinstance(answer, list):
+        answer = in_order(answer, look.sort)
     if form == 'json':
         return json_text(answer, indent=2).rstrip('\n')
     if form == 'yaml':
         return as_yaml(to_plain(answer))
     if form == 'csv':
-        return as_csv(answer if isinstance(answer, list) else [answer])
-    return as_table(answer, zone, columns)
+        return as_csv(only_columns(answer if isinstance(answer, list) else [answer], look))
+    return as_table(answer, zone, look)
+
+
+def in_order(lines: list[dict], names: str) -> list[dict]:
+    """Lines by the fields that are named, with - before one whose last comes first; empty ones are last."""
+    for name in reversed([each.strip() for each in names.split(',')]):
+        field = name.removeprefix('-')
+        refuse_unknown_column(field, lines)
+        full = [each for each in lines if each.get(field) is not None]
+        numbers = all(isinstance(each[field], (int, float, datetime)) for each in full)
+        key = (lambda each: each[field]) if numbers else lambda each: str(each[field])
+        lines = (sorted(full, key=key, reverse=name.startswith('-'))
+                 + [each for each in lines if each.get(field) is None])
+    return lines
+
+
+def refuse_unknown_column(name: str, lines: list[dict]) -> None:
+    known = list(dict.fromkeys(each for line in lines for each in line))
+    if lines and name not in known:
+        raise Invalid(f"there is no column '{name}'{nearest(name, known)}; "
+                      f"there are {', '.join(known)}")
+
+
+def only_columns(lines: list[dict], look: Look) -> list[dict]:
+    """The lines with the columns that somebody chose."""
+    if not look.chosen:
+        return lines
+    for name in look.columns:
+        refuse_unknown_column(name, lines)
+    return [{name: each.get(name) for name in look.columns} for each in lines]
 
 
 def as_yaml(answer) -> str:
@@ -14354,39 +16006,130 @@ def csv_cell(value):
     return legible(json.dumps(plain, ensure_ascii=False))
 
 
-def as_table(answer, zone: ZoneInfo, columns: str | None = None) -> str:
-    if isinstance(answer, dict) and len(answer) == 1:
-        return '\n'.join(in_cell(each, zone) for each in answer.values())
+def as_table(answer, zone: ZoneInfo, look: Look = Look()) -> str:
     if isinstance(answer, dict):
-        inner = {name: each for name, each in answer.items() if each and isinstance(each, list)
-                 and isinstance(each[0], dict)}
-        pairs = [(name, in_cell(each, zone)) for name, each in answer.items()
-                 if name not in inner and each is not False and each not in (None, '', [], {})]
-        tables = [f'\n{name}:\n{as_table(each[:MOST_SHOWN], zone, COLUMNS.get(name, COLUMNS["list"]))}'
-                  + (f'\n... and {len(each) - MOST_SHOWN} more; --format json shows all'
-                     if len(each) > MOST_SHOWN else '')
-                  for name, each in inner.items()]
-        return '\n'.join([drawn([], pairs) if pairs else '', *tables]).strip('\n')
+        return as_pairs(answer, zone, look)
     if not answer:
         return 'nothing found'
-    names = [name for name in (columns.split() if columns else answer[0])
-             if any(each.get(name) not in (None, '', [], {}) for each in answer)]
-    names = names or list(answer[0])
-    return drawn(names, [[in_cell(each.get(name), zone) for name in names] for each in answer])
+    lines = only_columns(answer, look)
+    names = list(dict.fromkeys(name for line in lines for name in line))
+    if not look.chosen:
+        filled = {name for name in names if any(line.get(name) not in EMPTY for line in lines)}
+        names = [name for name in look.columns or names if name in filled] or names
+    cells = [[in_cell(line.get(name), zone) for name in names] for line in lines]
+    shown = range(len(names))
+    if look.width and not look.chosen:
+        shown = fitting(names, cells, look.width)
+    text = drawn([names[each] for each in shown], [[line[each] for each in shown] for line in cells])
+    left_out = [name for name in names if names.index(name) not in shown]
+    return text + (f"\nnot shown: {', '.join(left_out)} (--wide shows all)" if left_out else '')
+
+
+EMPTY = (None, '', [], {}, ())
+
+
+def as_pairs(answer: dict, zone: ZoneInfo, look: Look) -> str:
+    """One thing: a line for each field that is not empty, then its lists as tables of their own."""
+    if len(answer) == 1:
+        return '\n'.join(in_cell(each, zone) for each in answer.values())
+    inner = {name: each for name, each in answer.items()
+             if each and isinstance(each, list) and isinstance(each[0], dict)}
+    pairs = [(name, in_cell(each, zone)) for name, each in answer.items()
+             if name not in inner and each is not False and each not in EMPTY]
+    tables = [inner_table(name, each, zone, look) for name, each in inner.items()]
+    return '\n'.join([drawn([], pairs) if pairs else '', *tables]).strip('\n')
+
+
+def inner_table(name: str, lines: list[dict], zone: ZoneInfo, look: Look) -> str:
+    columns = tuple(COLUMNS.get(name, COLUMNS['list']).split())
+    text = as_table(lines[:MOST_SHOWN], zone, Look(columns, width=look.width))
+    more = len(lines) - MOST_SHOWN
+    return f'\n{name}:\n{text}' + (f'\n... and {more} more; --format json shows all' if more > 0 else '')
+
+
+def fitting(names: list[str], cells: list[list[str]], width: int) -> list[int]:
+    """The columns for which a terminal has room: first goes what all lines share, then what matters least."""
+    widths = [max(map(len, (name, *(line[place] for line in cells)))) for place, name in enumerate(names)]
+    shared = {name for place, name in enumerate(names)
+              if len(cells) > 1 and len({line[place] for line in cells}) == 1}
+    goes = [name for name in LEAST if name in shared] + [name for name in LEAST if name not in shared]
+    shown = list(range(len(names)))
+    for name in goes:
+        if sum(widths[each] + 2 for each in shown) - 2 <= width:
+            break
+        shown = [each for each in shown if names[each] != name]
+    return shown
 
 
 def drawn(names: list[str], lines: list) -> str:
-    """A table as text, as wide as the terminal, or as it needs to be where there is none."""
-    from rich.console import Console
-    from rich.table import Table as Drawing
-    from rich.text import Text as Plain
-    drawing = Drawing(*names, box=None, show_header=bool(names), pad_edge=False, header_style='bold')
-    for line in lines:
-        drawing.add_row(*map(Plain, line))
-    console = Console(width=None if sys.stdout.isatty() else 250, file=io.StringIO(),
-                      force_terminal=sys.stdout.isatty() or None)
-    console.print(drawing)
-    return '\n'.join(each.rstrip() for each in console.file.getvalue().splitlines())
+    """A table as text, each column as wide as it needs to be; a terminal's widest ones are folded."""
+    table = [names, *lines] if names else lines
+    widths = [max(wide(part) for line in table for part in line[place].split('\n'))
+              for place in range(len(table[0]))]
+    on_terminal = sys.stdout.isatty()
+    if on_terminal:
+        times = [all(re.match(r'\d{4}-\d\d-\d\d \d\d:|-$', line[place]) for line in lines)
+                 for place in range(len(widths))]
+        widths = narrowed(widths, times, terminal_width())
+    text = [drawn_line(line, widths) for line in table]
+    if names and on_terminal:
+        text[0] = f'\x1b[1m{text[0]}\x1b[0m'
+    return '\n'.join(text)
+
+
+def drawn_line(line: list[str], widths: list[int]) -> str:
+    """A line of a table, of as many lines as its longest cell is folded into."""
+    cells = [list(pieces_of(cell, width)) for cell, width in zip(line, widths)]
+    return '\n'.join('  '.join(piece + ' ' * (width - wide(piece))
+                               for piece, width in zip(pieces, widths)).rstrip()
+                     for pieces in itertools.zip_longest(*cells, fillvalue=''))
+
+
+def narrowed(widths: list[int], whole: list[bool], most: int, least: int = 12) -> list[int]:
+    """Widths that fit a terminal: the widest goes down to the next, none that is `whole` or has the least."""
+    widths = widths[:]
+    while (too_many := sum(widths) + 2 * len(widths) - 2 - most) > 0:
+        there = sorted({width for width, fixed in zip(widths, whole) if not fixed and width > least})
+        if not there:
+            break
+        place = next(n for n, width in enumerate(widths) if width == there[-1] and not whole[n])
+        lower = there[-2] if len(there) > 1 else least
+        widths[place] = max(widths[place] - too_many, lower if lower < there[-1] else least)
+    return widths
+
+
+def pieces_of(cell: str, width: int) -> Iterator[str]:
+    """The lines of a cell, cut where they are too wide, between words if there are any."""
+    for part in cell.split('\n'):
+        while (end := fitting_end(part, width)) < len(part):
+            space = part.rfind(' ', 1, end + 1)
+            end = space if space > 0 and part[:space].strip() else end
+            yield part[:end].rstrip()
+            part = part[end:].lstrip()
+        yield part
+
+
+def fitting_end(text: str, width: int) -> int:
+    """How many letters of a text fit; at least one."""
+    taken = 0
+    for end, letter in enumerate(text):
+        taken += wide(letter)
+        if taken > width:
+            return max(end, 1)
+    return len(text)
+
+
+def wide(text: str) -> int:
+    """How many columns of a terminal a text takes: letters of East Asia two, accents none."""
+    if text.isascii():
+        return len(text)
+    from unicodedata import combining, east_asian_width
+    return sum(0 if combining(each) else 1 + (east_asian_width(each) in 'WF') for each in text)
+
+
+def terminal_width() -> int:
+    import shutil
+    return shutil.get_terminal_size().columns
 
 
 def in_words(error: Error, zone: ZoneInfo) -> list[str]:
