@@ -7,7 +7,6 @@
 #   "openstacksdk>=4.4,<5",    # clouds: sessions, clouds.yaml, Nova, Glance, Neutron
 #   "icalendar>=7.1,<8",       # calendars: what zones are called on Windows
 #   "peewee~=4.5.3",           # store: models, transactions, one connection a thread
-#   "python-dateutil>=2.9,<3", # repetitions: the slots of an RRULE
 #   "pyyaml~=6.0",             # YAML files of reservations, YAML answers
 #   "rich>=13,<16",            # progress bars for people
 #   "schedule~=1.2.2",         # heartbeat of the life cycle
@@ -511,6 +510,7 @@ def format_duration(length: float) -> str:
 
 MOST_OCCURRENCES = 2000  # of a series within the horizon
 MOST_A_DAY = 100
+MOST_RULE = 4000  # letters
 #: What may stand in a rule, and between which numbers (RFC 5545, 3.3.10).
 RULE_PARTS = {'FREQ': None, 'UNTIL': None, 'WKST': None, 'BYDAY': None, 'COUNT': (1, 100_000), 'INTERVAL': (1, 1000),
               'BYMONTH': (1, 12), 'BYMONTHDAY': (1, 31), 'BYYEARDAY': (1, 366), 'BYWEEKNO': (1, 53),
@@ -713,6 +713,8 @@ def nth(number: int) -> str:
 
 def checked_rule(rule: str) -> str:
     """A rule in capitals, its parts allowed and within bounds; ValueError if not."""
+    if len(rule) > MOST_RULE:
+        raise ValueError(f'a repetition has at most {MOST_RULE} letters')
     pairs = [part.partition('=')[::2] for part in rule.strip(';').split(';')]
     parts = dict(pairs)
     for name, value in pairs:
@@ -950,11 +952,11 @@ def years_of_days(rule: Rule, turn: Callable[[int], int], first: int) -> Iterato
         if rule.unit == 'YEARLY' and turn(before) % rule.interval:
             continue
         days = [before + day for day in days_left(rule.by, *kinds)]
+        STEPS.take(len(days) // (2 if rule.positions or rule.interval > 1 else 8))
         if rule.interval > 1:
             days = [day for day in days if turn(day) % rule.interval == 0]
         if days and days[0] < first:
             days = [day for day in days if day >= first]
-        STEPS.take(len(days) // 8)
         yield days
 
 
@@ -1012,7 +1014,8 @@ def walls(stretch: Stretch, near: datetime = datetime.min) -> Iterator[datetime]
     start, listed = datetime.fromisoformat(stretch.start), sorted(listed_walls(stretch))
     ruled = followed(stretch.rule, start, near) if stretch.rule else ()
     skips, before = frozenset(stretch.skips), None
-    for wall in heapq.merge(ruled, listed):
+    for wall in heapq.merge(ruled, listed) if listed and ruled else ruled or listed:
+        STEPS.take(1)
         key = wall.isoformat()
         if stretch.until and key >= stretch.until:
             return
@@ -1056,8 +1059,10 @@ def slots(stretch: Stretch, begin: float, until: float,
     first, last = (to_wall(instant(each), zone) for each in (begin, until))
     last += day - timedelta(seconds=stretch.shift)
     ruled = itertools.takewhile(lambda wall: wall < last, walls(stretch, first - longest - day))
-    ruled = (wall for wall in ruled if wall.isoformat() not in stretch.moved)
-    for wall in heapq.merge(ruled, moved_walls(stretch)):
+    if stretch.moved:
+        ruled = (wall for wall in ruled if wall.isoformat() not in stretch.moved)
+        ruled = heapq.merge(ruled, moved_walls(stretch))
+    for wall in ruled:
         key = wall.isoformat()
         shifted, vms = wall + timedelta(seconds=stretch.shift), stretch.vms
         length, exact = (lengths[key], 0) if key in lengths else (stretch.length, stretch.exact)
@@ -5660,7 +5665,8 @@ def fetch(config: Config, url: str, headers: dict) -> tuple[int, dict, bytes]:
             url = target
         raise ValueError('it redirects more than five times')
     except (OSError, ValueError, HTTPException) as error:
-        raise Undelivered(f'{type(error).__name__}: {first_line(error)}') from None
+        kind = '' if type(error) is ValueError else f'{type(error).__name__}: '  # it's our sentence
+        raise Undelivered(f'{kind}{first_line(error)}') from None
 
 
 def exchange(config: Config, verb: str, url: str, body: bytes | None, headers: dict) -> tuple[int, dict, bytes]:
@@ -5751,9 +5757,17 @@ def allowed_address(config: Config, host: str, port: int) -> str:
     return str(found[0])
 
 
+#: Ranges that only later Pythons know not to be public, without so many bits: 192.0.0.0/24 is for
+#: protocols, 3fff::/20 for examples (RFC 6890, RFC 9637).
+NOT_PUBLIC = {4: (8, 0xc00000), 6: (108, 0x3fff0)}
+
+
 def is_public(address) -> bool:
     """Whether an address is on the public internet, and so is each IPv4 address in it."""
     inside = embedded(address)
+    bits, reserved = NOT_PUBLIC[address.version]
+    if int(address) >> bits == reserved:
+        return False
     if address.version == 6 and not (inside and is_translated(address)):
         # All that was ever given out is in 2000::/3 (IANA's registry of IPv6 address space).
         if int(address) >> 125 != 1 or not address.is_global:
@@ -6030,18 +6044,24 @@ class Shares:
 
 MOST_ICS = MOST_FETCHED  # bytes of a calendar
 MOST_TEXT = 20_000      # letters of a text that are looked at
+MOST_READ = 100_000     # components that are looked at
+MOST_TOLD = 20          # refusals of a calendar, each by itself
+MOST_HEAD = 4000        # letters of one in which its first line is
 MOST_EVENTS = 2000      # that want machines
 MOST_DATES = 5000       # RDATEs and EXDATEs of an event, exceptions of a series
+MOST_ALIKE = 100        # series of one UID
 MOST_ZONE = 50_000      # letters that describe a time zone
 MOST_CHANGES = 2000     # of the clocks of one that a part of it describes
 MOST_NESTING = 8
 MOST_LENGTH = 366 * 86400  # seconds of one occurrence
-MOST_EXPANDING = 10     # seconds of computing for the occurrences of a whole calendar
+MOST_STEPS = 300_000    # to follow all events of a calendar: a step is about a microsecond
+MOST_STEPS_EACH = 50_000  # of these for one event
 MOST_SHOWN_BY_FEED = 100_000
 #: What an event wants: 2 x m1.small, and if it likes an image and a resource: 2 x m1.small cirros on demo.
 WANT = re.compile(
     r'(\d{1,7})\s*[x×]\s*([^\s,;]+)(?:\s+(?!on\s)([^\s,;]+))?(?:\s+on\s+([A-Za-z0-9._-]{1,64}))?\s*', re.I)
 MARKED = re.compile(r'#vm\b\s*([^\n<]*)', re.I)
+MAYBE_MARKED = re.compile('#vm|&#|&num', re.I)
 #: An event of our own feeds: what it shows is booked already.
 FEED_UID = re.compile(r'occurrence-\d+@cmres-[0-9a-f]{8}')
 PROPERTY = re.compile(r'([A-Za-z0-9-]+)((?:;[^":;]*(?:"[^"]*"[^":;]*)*)*):(.*)', re.S)
@@ -6050,6 +6070,24 @@ PROGRAMMED = ('FLAVOR', 'IMAGE', 'RESOURCE', 'NETWORK', 'KEY')
 KEPT = frozenset((*TIMES, 'UID', 'SUMMARY', 'DESCRIPTION', 'LOCATION', 'CATEGORIES', 'STATUS',
                   'SEQUENCE', 'DURATION', 'RRULE', 'EXRULE', 'X-VM-COUNT',
                   *(f'X-VM-{name}' for name in PROGRAMMED)))
+#: No event wants a VM without one of these in its text, maybe folded: #vm, 2 x, 2 &times;, VM.
+WISH = re.compile(
+    rb'&\x1f?(?:#|num)|#\x1f?[vV]\x1f?[mM]|\n(?i:CATEGORIES)[^\n]*(?i:v\x1f?m)'
+    rb'|[\d\x80-\xff](?:[ \t\x1f\x80-\xff]|&[A-Za-z0-9#\x1f]{1,9};)*(?:[xX&]|\xc3\x1f?\x97)')
+#: Stands where a line was folded, and counts as one.
+FOLD = b'\x1f'
+FOLDED_NAME = re.compile(rb'(\n[A-Za-z0-9-]{0,20})(\x1f)([A-Za-z0-9-]{0,20}[;:])')
+#: Patterns that begin with the end of the line before are found fast.
+STRUCTURE = re.compile(rb'\n(?:([Bb])(?i:EGIN)|[Ee](?i:ND)):([^\n]*)')
+KEPT_LINE = re.compile(rb'\n(?i:%b)(?=[;:])[^\n]*' % '|'.join(sorted(KEPT)).encode())
+EXCEPTION = re.compile(rb'\n(?i:RECURRENCE-ID)[;:]')
+NAMING_LINE = re.compile(rb'\n(?i:DTSTART|SUMMARY)(?=[;:])[^\n]*')
+UID_LINE = re.compile(rb'\n(?i:UID)[;:][^\n]*')
+REPEATS = re.compile(rb'\n(?i:RRULE|RDATE)[;:]')
+FIRST_DAY = re.compile(rb'\n(?i:DTSTART)(?:;[^\n]*)?:(\d{8})')
+LAST_DAY = re.compile(rb'\n(?i:DTEND)(?:;[^\n]*)?:(\d{8})')
+ZONE_NAME = re.compile(rb'\n(?i:TZID)[^\n:]*:([^\n]*)')
+BESIDE = re.compile(rb'\n(?i:X-WR-TIMEZONE)[^\n]*:([^\n]*)')
 MOMENT = re.compile(r'(\d{4})(\d\d)(\d\d)(?:T(\d\d)(\d\d)(\d\d)(Z?))?', re.A)
 OFFSET = re.compile(r'[+-]([01]\d|2[0-3])[0-5]\d([0-5]\d)?', re.A)
 
@@ -6084,8 +6122,10 @@ class Booking(NamedTuple):
 class Frame:
     """What stands around the events of a VCALENDAR: zones that it describes or names."""
 
-    def __init__(self):
-        self.beside, self.described, self.known = '', {}, {}
+    def __init__(self, data: bytes):
+        self.data, self.beside = data, ''
+        self.described: dict[str, tuple[int, int]] = {}
+        self.known: dict[str, tzinfo | None] = {}
 
     def zone(self, name: str) -> tzinfo:
         """The zone of a name, of the zone table rather than of the calendar.
@@ -6095,11 +6135,17 @@ class Frame:
         """
         name = name.strip(' "')
         if name not in self.known:
-            self.known[name] = table_zone(name) or described_zone(self.described.get(name, ()))
+            self.known[name] = table_zone(name) or described_zone(self.lines_of(name))
         if self.known[name] is None:
             raise Invalid(f'the time zone {shown(name)} is not known, nor described in a way that '
                           'can be followed')
         return self.known[name]
+
+    def lines_of(self, name: str) -> list[str]:
+        """What describes a zone."""
+        begin, end = self.described.get(name, (0, 0))
+        STEPS.take((end - begin) // 10)
+        return [plain_line(line) for line in self.data[begin:end].split(b'\n') if line]
 
     def clock(self) -> tzinfo:
         """The zone by which a series in UTC goes, as Google writes it (X-WR-TIMEZONE)."""
@@ -6268,11 +6314,39 @@ def read_length(text: str) -> timedelta:
 
 
 class Entry:
-    """A VEVENT as it stands in a text; what it says is read only when it is asked for."""
+    """A VEVENT as it stands in a calendar; what it says is read only when it is asked for."""
 
     def __init__(self, line: int, frame: Frame):
         self.line, self.frame = line, frame
-        self.said: dict[str, list[tuple[str, str]]] = defaultdict(list)
+        self.pieces: list[tuple[int, int]] = []  # without the components in it
+
+    @functools.cached_property
+    def said(self) -> dict[str, list[tuple[str, str]]]:
+        """Parameters and values of what may be asked for, by names."""
+        return self.read(KEPT_LINE, MOST_DATES)
+
+    def read(self, pattern: re.Pattern, most: int) -> dict[str, list[tuple[str, str]]]:
+        """What the first lines of a kind say."""
+        found: dict = defaultdict(list)
+        lines = (match[0] for piece in self.pieces
+                 for match in pattern.finditer(self.frame.data, *piece))
+        for line in itertools.islice(lines, most):
+            STEPS.take(2)
+            if read := read_property(plain_line(line)):
+                found[read[0]].append(read[1:])
+        return found
+
+    def holds(self, pattern: re.Pattern) -> bool:
+        """Whether its text as it stands there has something."""
+        return any(pattern.search(self.frame.data, *piece) for piece in self.pieces)
+
+    def outside(self, first: str, last: str) -> bool:
+        """Whether it is once, and plainly ends before a day or starts after another."""
+        data = self.frame.data
+        begin, end = ([match[1].decode() for piece in self.pieces
+                       for match in pattern.finditer(data, *piece)] for pattern in (FIRST_DAY, LAST_DAY))
+        plain = len(begin) == len(end) == 1 and not self.holds(REPEATS) and not self.exception
+        return plain and (end[0] < first or last < begin[0])
 
     def one(self, name: str) -> tuple[str, str]:
         """Parameters and value of what may be there once; both '' without it."""
@@ -6283,9 +6357,7 @@ class Entry:
 
     def text(self, name: str) -> str:
         """The first of a text, without what is for machines only; '' without it."""
-        value = self.said.get(name, [('', '')])[0][1][:MOST_TEXT]
-        value = value.replace('\\\\', '\0').replace('\\n', '\n').replace('\\N', '\n')
-        return value.replace('\\,', ',').replace('\\;', ';').replace('\0', '\\')
+        return unescaped(self.said.get(name, [('', '')])[0][1])
 
     def moment(self, name: str) -> Moment:
         parameters, value = self.one(name)
@@ -6295,6 +6367,7 @@ class Entry:
         """The times of RDATE or EXDATE, with the end or the length of periods (RFC 5545, 3.3.9)."""
         for parameters, values in self.said.get(name, ()):
             for value in filter(str.strip, values.split(',')):
+                STEPS.take(10)
                 begin, _, end = value.partition('/')
                 timed = end.strip()[:1].isdigit()
                 yield (read_moment(begin, parameters, self.frame), None if not end else
@@ -6329,7 +6402,7 @@ class Entry:
     @property
     def exception(self) -> bool:
         """Whether it is an occurrence of a series that is otherwise, or the rest of it."""
-        return 'RECURRENCE-ID' in self.said
+        return self.holds(EXCEPTION)
 
     @property
     def repeats(self) -> bool:
@@ -6347,18 +6420,27 @@ class Entry:
     @functools.cached_property
     def uid(self) -> str:
         """Its UID; for one without it a name by its start and title, which stays while they do."""
-        if uid := self.text('UID').strip():
+        named = self.read(UID_LINE, 1).get('UID', [('', '')])
+        if uid := unescaped(named[0][1]).strip():
             return uid
-        named = repr([self.said.get(name) for name in ('DTSTART', 'SUMMARY')])
+        said = self.read(NAMING_LINE, 9)
+        named = repr([said.get(name) for name in ('DTSTART', 'SUMMARY')])
         return f'without-uid-{hashlib.sha256(named.encode()).hexdigest()[:12]}'
 
     @property
     def name(self) -> str:
         """What a sentence calls it, so that its owner finds it."""
-        title = re.sub('[\x00-\x20\x7f]+', ' ', self.text('SUMMARY')).strip() or self.uid
+        title = ' '.join(re.sub('[\x00-\x20\x7f]+', ' ', self.text('SUMMARY')[:400]).split()) or self.uid
+        title = textwrap.shorten(title, 80) if len(title) > 80 else title
         day = re.match(r'(\d{4})(\d\d)(\d\d)', self.said.get('DTSTART', [('', '')])[0][1])
-        return f"the event '{textwrap.shorten(title, 80)}'" + (
+        return f"the event '{title}'" + (
             f" of {'-'.join(day.groups())}" if day else '') + f' (line {self.line})'
+
+
+def unescaped(text: str) -> str:
+    """A TEXT (RFC 5545, 3.3.11) as it is meant."""
+    text = text[:MOST_TEXT].replace('\\\\', '\0').replace('\\n', '\n').replace('\\N', '\n')
+    return text.replace('\\,', ',').replace('\\;', ';').replace('\0', '\\')
 
 
 @contextmanager
@@ -6378,15 +6460,12 @@ def read_calendar(text: str, what: str = 'this') -> list[Entry]:
     Raises:
       BadCalendar: it is none, is cut short, or is larger than MOST_ICS.
     """
-    reader = Reader(what)
-    for number, line in content_lines(guarded_text(text, what)):
-        kind = line[:6].upper()
-        if kind == 'BEGIN:':
-            reader.begin(line[6:].strip().upper(), number)
-        elif kind.startswith('END:'):
-            reader.end(line[4:].strip().upper())
-        elif reader.path:
-            reader.take(line)
+    data = unfolded(guarded_text(text, what))
+    reader = Reader(what, data)
+    for number, match in enumerate(STRUCTURE.finditer(data)):
+        reader.take(match)
+        if number > 2 * MOST_READ:
+            raise BadCalendar(f'{what} has more than {MOST_READ} components')
     if reader.path:
         raise BadCalendar(f'{what} is cut short: it does not end with END:VCALENDAR')
     return reader.entries
@@ -6404,63 +6483,71 @@ def guarded_text(text: str, what: str) -> bytes:
     return data
 
 
-def content_lines(data: bytes) -> Iterator[tuple[int, str]]:
-    """The lines of a calendar with their numbers; a fold may be within a letter (RFC 5545, 3.1)."""
-    first, parts = 0, []
-    for number, line in enumerate(io.BytesIO(data), 1):
-        line = line.rstrip(b'\r\n')
-        if line[:1] in (b' ', b'\t'):
-            parts.append(line[1:])
-        elif line:
-            if parts:
-                yield first, b''.join(parts).decode('utf8', 'replace')
-            first, parts = number, [line]
-    yield first, b''.join(parts).decode('utf8', 'replace')
+def unfolded(data: bytes) -> bytes:
+    """A calendar with each property on a line, FOLD where it had a fold (RFC 5545, 3.1).
+
+    An end of line stands before the first and behind the last. A fold may be within a letter, and
+    even within a name.
+    """
+    for old, new in ((FOLD, b''), (b'\r\n', b'\n'), (b'\n ', FOLD), (b'\n\t', FOLD)):
+        data = data.replace(old, new)
+    return FOLDED_NAME.sub(rb'\1\3\2', b'\n%b\n' % data, MOST_DATES)
+
+
+def plain_line(line: bytes) -> str:
+    return line.replace(FOLD, b'').strip(b'\r\n').decode('utf8', 'replace')
 
 
 class Reader:
-    """Takes a calendar a line at a time; what is neither an event nor a zone is passed over."""
+    """Takes a calendar a component at a time; what is neither event nor zone is passed over."""
 
-    def __init__(self, what: str):
-        self.what, self.path, self.entries = what, [], []
-        self.frame, self.zone, self.room = Frame(), [], 0
+    def __init__(self, what: str, data: bytes):
+        self.what, self.data = what, data
+        self.path, self.entries = [], []
+        self.frame, self.zone = Frame(data), 0
+        self.behind, self.line = 0, 0
 
-    def begin(self, kind: str, number: int) -> None:
-        self.end(kind)  # no component is within its like: an end is missing
+    def take(self, match: re.Match) -> None:
+        """Takes a line that begins or ends a component, and what stands before it."""
+        begin, end = match.span()
+        self.keep(self.behind, begin)
+        self.line += sum(self.data.count(each, self.behind, end) for each in (b'\n', FOLD))
+        self.behind = end
+        kind = plain_line(match[2]).strip().upper()
+        if match[1]:
+            self.begin(kind, begin)
+        else:
+            self.end(kind, end)
+
+    def begin(self, kind: str, at: int) -> None:
+        self.end(kind, at)  # no component is within its like: an end is missing
         if not self.path and kind != 'VCALENDAR':  # behind the end of the calendar
             return
         self.path.append(kind)
         if len(self.path) > MOST_NESTING:
             raise BadCalendar(f'{self.what} has components nested more than {MOST_NESTING} deep')
         if kind == 'VCALENDAR':
-            self.frame = Frame()
+            self.frame = Frame(self.data)
         elif kind == 'VEVENT':
-            self.entries.append(Entry(number, self.frame))
+            self.entries.append(Entry(self.line, self.frame))
         elif kind == 'VTIMEZONE':
-            self.zone, self.room = [], MOST_ZONE
-        self.describe(f'BEGIN:{kind}')
+            self.zone = at
 
-    def end(self, kind: str) -> None:
+    def end(self, kind: str, at: int) -> None:
         """Ends the component of a kind that is open, with all that was left open in it."""
         if kind in self.path:
-            self.describe(f'END:{kind}')
             del self.path[len(self.path) - 1 - self.path[::-1].index(kind):]
+            if kind == 'VTIMEZONE' and (name := ZONE_NAME.search(self.data, self.zone, at)):
+                named = plain_line(name[1]).strip(' "')
+                self.frame.described[named] = self.zone, min(at, self.zone + MOST_ZONE)
 
-    def describe(self, line: str) -> None:
-        if 'VTIMEZONE' in self.path and self.room > 0:  # one that is cut off is none
-            self.zone.append(line[:self.room])
-            self.room -= len(line)
-
-    def take(self, line: str) -> None:
-        """Keeps a property if it is one that may be asked for."""
-        self.describe(line)
-        if self.path[-1] == 'VEVENT' and re.match('[A-Za-z0-9-]*', line)[0].upper() in KEPT:
-            if found := read_property(line):
-                self.entries[-1].said[found[0]].append(found[1:])
-        elif self.path[-1] == 'VTIMEZONE' and line[:4].upper() == 'TZID':
-            self.frame.described[line.partition(':')[2].strip(' "')] = self.zone
-        elif self.path[-1] == 'VCALENDAR' and line[:13].upper() == 'X-WR-TIMEZONE':
-            self.frame.beside = line.rpartition(':')[2].strip()
+    def keep(self, begin: int, end: int) -> None:
+        """Keeps the lines between two components where they may be asked for."""
+        kind = self.path[-1] if end > begin and self.path else ''
+        if kind == 'VEVENT':
+            self.entries[-1].pieces.append((begin, end))
+        elif kind == 'VCALENDAR' and (beside := BESIDE.search(self.data, begin, end)):
+            self.frame.beside = plain_line(beside[1]).strip()
 
 
 def by_uid(entries: list[Entry]) -> dict[str, list[Entry]]:
@@ -6474,11 +6561,30 @@ def by_uid(entries: list[Entry]) -> dict[str, list[Entry]]:
     return {key: group for uid, found in groups.items() for key, group in told_apart(uid, found)}
 
 
+def wishful(entries: list[Entry]) -> list[Entry]:
+    """The events of those UIDs of which one may want VMs: what has no wish needs no reading."""
+    uids = {entry.uid for entry in entries if entry.holds(WISH)}
+    return [entry for entry in entries if entry.uid in uids]
+
+
+def near_window(entries: list[Entry], begin: datetime, until: datetime) -> list[Entry]:
+    """The events without those that are plainly before or after a window: most of a long life."""
+    uids = Counter(entry.uid for entry in entries)
+    days = [f'{day:%Y%m%d}' for day in (begin - timedelta(days=2), until + timedelta(days=2))]
+    return [entry for entry in entries if uids[entry.uid] > 1 or not entry.outside(*days)]
+
+
 def told_apart(uid: str, found: list[Entry]) -> Iterator[tuple[str, list[Entry]]]:
+    if len(found) == 1:
+        yield uid, found
+        return
     exceptions = [each for each in found if each.exception]
     newest = max((each.sequence for each in found if not each.exception), default=0)
     masters = [*{str(each.said.get('DTSTART')): each for each in found
                  if not each.exception and each.sequence == newest}.values()]
+    if len(masters) > MOST_ALIKE:
+        yield uid, masters + exceptions
+        return
     yield uid, masters[:1] + exceptions
     for number, master in enumerate(masters[1:], 2):
         yield f'{uid} ({number})', [master]
@@ -6564,22 +6670,24 @@ def timetable(entries: list[Entry], owner: tzinfo,
     Raises:
       Error: one of them can't be understood; BadCalendar names it.
     """
-    head, clock = entries[0], clock_of(entries, owner)
+    STEPS.take(30)
+    if sum(not entry.exception for entry in entries) > 1:
+        raise Invalid(f'more than {MOST_ALIKE} events have its UID')
     refuse_too_many_dates(entries)
+    head, clock = entries[0], clock_of(entries, owner)
     stretches = [plain_stretch(head, clock, vms(head))]
     exceptions = exceptions_of(entries, clock)
     if head.exception:  # without their series they are all there is
         keys = tuple(sorted(exceptions))
         exceptions = exceptions if len(keys) > 1 else {}
         stretches = [stretches[0]._replace(dates=keys if len(keys) > 1 else ())]
-    for key, entry in sorted(exceptions.items()):
-        with naming(entry):
-            stretches = overridden(stretches, key, entry, clock, vms(entry))
+    stretches = overridden(stretches, exceptions, clock, vms)
     return Timetable(stretches, clock.here, head.status,
                      {key: entry.status for key, entry in exceptions.items()})
 
 
 def refuse_too_many_dates(entries: list[Entry]) -> None:
+    """Raises Invalid for more than MOST_DATES of them, before any is read."""
     head = entries[0]
     lists = (values for name in ('RDATE', 'EXDATE') for _, values in head.said.get(name, ()))
     if sum(values.count(',') + 1 for values in lists) + len(entries) > MOST_DATES:
@@ -6591,6 +6699,7 @@ def exceptions_of(entries: list[Entry], clock: Clock) -> dict[str, Entry]:
     found = {}
     for entry in sorted(entries, key=lambda each: each.sequence):
         if entry.exception:
+            STEPS.take(20)
             with naming(entry):
                 found[clock.slot(entry.moment('RECURRENCE-ID')).isoformat()] = entry
     return found
@@ -6620,18 +6729,33 @@ def added_dates(entry: Entry, clock: Clock) -> Iterator[str]:
         yield f'{wall.isoformat()}{length}'
 
 
-def overridden(stretches: list[Stretch], key: str, entry: Entry, clock: Clock,
-               vms: int) -> list[Stretch]:
-    """A series with one exception: moved, or with RANGE=THISANDFUTURE otherwise from there on."""
-    start, (length, exact) = clock.wall(entry.start), entry.lengths
-    rest = 'RANGE=THISANDFUTURE' in entry.one('RECURRENCE-ID')[0].upper()
-    if rest and is_ruled(stretches[-1], key):
-        return following(stretches, key, entry, start, length=length, exact=exact, vms=vms)
-    # One that stands where the rule has no slot is an occurrence all the same.
-    return [stretch._replace(
-        moved=stretch.moved | {key: (start.isoformat(), length, vms, exact)},
-        dates=stretch.dates if key in (stretch.dates or [stretch.start])
-        else (*(stretch.dates or [stretch.start]), key)) for stretch in stretches]
+def overridden(stretches: list[Stretch], exceptions: dict[str, Entry], clock: Clock,
+               vms: Callable[[Entry], int]) -> list[Stretch]:
+    """A series with its exceptions: moved, or with RANGE=THISANDFUTURE otherwise from there on."""
+    moved = {}
+    for key, entry in sorted(exceptions.items()):
+        with naming(entry):
+            start, (length, exact) = clock.wall(entry.start), entry.lengths
+            rest = 'RANGE=THISANDFUTURE' in entry.one('RECURRENCE-ID')[0].upper()
+            if rest and is_ruled(stretches[-1], key):
+                STEPS.take(5 * len(stretches))
+                stretches, moved = with_moved(stretches, moved), {}
+                stretches = following(stretches, key, entry, start, length=length, exact=exact,
+                                      vms=vms(entry))
+            else:
+                moved[key] = start.isoformat(), length, vms(entry), exact
+    return with_moved(stretches, moved)
+
+
+def with_moved(stretches: list[Stretch], moved: dict[str, tuple]) -> list[Stretch]:
+    """A series of which some occurrences are otherwise, also where the rule has no slot for them."""
+    found = []
+    for stretch in stretches:
+        dates = stretch.dates or (stretch.start,)
+        more = tuple(sorted(moved.keys() - {*dates}))
+        found.append(stretch._replace(moved=stretch.moved | moved,
+                                      dates=(*dates, *more) if more else stretch.dates))
+    return found
 
 
 def is_ruled(stretch: Stretch, key: str) -> bool:
@@ -6659,28 +6783,49 @@ def occurrences_of(entries: list[Entry], owner: ZoneInfo, begin: datetime,
     Raises:
       BadCalendar: they are too many.
     """
-    found, refused, deadline = [], [], Deadline()
-    for group in by_uid(entries).values():
+    found, refused, budget = [], [], Budget()
+    for group in simple_first(by_uid(near_window(entries, begin, until)).values()):
         try:
-            with naming(group[0]):
+            with naming(group[0]), budget.event(may_repeat(group)):
                 found += group_occurrences(group, owner, begin, until)
         except BadCalendar as error:
             refused.append(error)
-        if len(found) > 10 * MOST_OCCURRENCES or deadline.over:
+        if len(found) > 10 * MOST_OCCURRENCES:
             raise BadCalendar(f'there are too many occurrences from {begin:%Y-%m-%d} to {until:%Y-%m-%d}; '
                               'ask for a shorter window')
     return sorted(found, key=lambda each: (each['start'], each['end'], each['uid'])), refused
 
 
-class Deadline:
-    """Until when the rules of a calendar may be followed: seconds of this thread's own work."""
+def simple_first(groups: Iterable[list[Entry]]) -> list[list[Entry]]:
+    """The events of UIDs, those first that don't repeat."""
+    return sorted(groups, key=may_repeat)
+
+
+def may_repeat(group: list[Entry]) -> bool:
+    return len(group) > 1 or group[0].holds(REPEATS)
+
+
+class Budget:
+    """What the events of a calendar may cost in steps: each by itself, and together those that repeat.
+
+    What doesn't has steps of its own, that nothing else can use up.
+    """
 
     def __init__(self):
-        self.began = time.thread_time()
+        self.left = {False: 5 * MOST_STEPS, True: MOST_STEPS}
 
-    @property
-    def over(self) -> bool:
-        return time.thread_time() - self.began > MOST_EXPANDING
+    @contextmanager
+    def event(self, repeats: bool) -> Iterator[None]:
+        """Bounds what is done for one event; Invalid where nothing is left for it."""
+        if self.left[repeats] <= 0:
+            raise Invalid('it is too much beside the other events of its calendar; '
+                          'put it into a calendar of its own')
+        began = STEPS.taken
+        try:
+            with STEPS.at_most(MOST_STEPS_EACH):
+                yield
+        finally:
+            self.left[repeats] -= STEPS.taken - began
 
 
 def group_occurrences(group: list[Entry], owner: ZoneInfo, begin: datetime,
@@ -6694,40 +6839,40 @@ def group_occurrences(group: list[Entry], owner: ZoneInfo, begin: datetime,
 
 
 def bookings(groups: dict[str, list[Entry]], owner: ZoneInfo, begin: datetime, until: datetime,
-             defaults: Want) -> list[Booking]:
+             defaults: Want, budget: Budget) -> list[Booking]:
     """What the events of calendars want, those that want nothing left out unread.
 
     Args:
       groups: the events by UID
       owner: the zone of times without one
       begin, until: the window that a series in a zone of its own making is spelled out for
-
-    Raises:
-      BadCalendar: they are too many.
     """
-    found, deadline = [], Deadline()
-    for uid, group in groups.items():
-        if not FEED_UID.fullmatch(uid):
-            found.append(booking_of(uid, group, owner, begin, until, defaults))
-            if found[-1] is None:  # it wants nothing
-                found.pop()
-        if len(found) > MOST_EVENTS or deadline.over:
-            raise BadCalendar(f'the calendar asks for too much at once: over {MOST_EVENTS} events, '
-                              'or rules that are hard to follow')
-    return found
+    found, uids = {}, {id(group): uid for uid, group in groups.items()}
+    for group in simple_first(groups.values()):
+        uid = uids[id(group)]
+        if FEED_UID.fullmatch(uid):
+            continue
+        more = len(found) >= MOST_EVENTS
+        booking = booking_of(uid, group, owner, begin, until, defaults, budget, more)
+        if booking:  # else it wants nothing
+            found[uid] = booking
+    return [found[uid] for uid in groups if uid in found]
 
 
 def booking_of(uid: str, group: list[Entry], owner: ZoneInfo, begin: datetime, until: datetime,
-               defaults: Want) -> Booking | None:
+               defaults: Want, budget: Budget, too_many: bool = False) -> Booking | None:
     """What the events of one UID want; what they say badly refuses them alone."""
     head = group[0]
     try:
-        wants = wants_of(group, defaults)
-        group = [each for each in group if each.line in wants]
-        if not group:
-            return None
-        head = group[0]
-        with naming(head):
+        with naming(head), budget.event(may_repeat(group)):
+            wants = wants_of(group, defaults)
+            group = [each for each in group if each.line in wants]
+            if not group:
+                return None
+            head = group[0]
+            if too_many:
+                raise Invalid(f'its calendar has more than {MOST_EVENTS} events that ask for VMs; '
+                              'put it into a calendar of its own')
             table = timetable(group, owner, lambda entry: wants[entry.line].vms)
             stretches, cancelled = wanted_stretches(table, group, begin, until)
         return Booking(uid, title_of(head), wants[head.line], stretches, cancelled,
@@ -6813,13 +6958,14 @@ def plain_text(text: str) -> str:
 
 def marks_of(entry: Entry) -> list[re.Match]:
     """Where an event says in so many words that it wants machines."""
-    texts = entry.text('SUMMARY'), plain_text(entry.text('DESCRIPTION'))
+    texts = [entry.text('SUMMARY'), entry.text('DESCRIPTION')]
+    texts[1:] = map(plain_text, filter(MAYBE_MARKED.search, texts[1:]))
     return [*filter(None, map(MARKED.search, texts))]
 
 
 def spoken(entry: Entry) -> re.Match | None:
     """What looks like a wish in the first line of its description, or as its place."""
-    text, place = (plain_text(entry.text(name)) for name in ('DESCRIPTION', 'LOCATION'))
+    text, place = (plain_text(entry.text(name)[:MOST_HEAD]) for name in ('DESCRIPTION', 'LOCATION'))
     lines = (line.strip() for line in (text.partition('\n')[0], place) if len(line) < 500)
     return next(filter(None, map(WANT.fullmatch, lines)), None)
 
@@ -6835,7 +6981,7 @@ def want_of(entry: Entry, defaults: Want) -> Want | None:
     for match in marks_of(entry):
         said = WANT.fullmatch(match[1].strip())
         if not said and match[1].strip():
-            raise Invalid(f'{shown(match[0])} is not such as #vm 2 x m1.small')
+            raise Invalid(f'{shown(match[0][:80])} is not such as #vm 2 x m1.small')
         return spoken_want(said, defaults) if said else defaults
     if said := spoken(entry):
         return spoken_want(said, defaults)
@@ -8676,10 +8822,13 @@ class Series(Holding):
     def refusal_of(self, refused: list[tuple[Slot, NoCapacity]], number: int, wish: Wish) -> NoCapacity:
         """The refusal of a series some occurrences of which have no room."""
         slot, error = refused[0]
-        zone = read_zone(wish.stretches[0].zone)
+        first = format_time(instant(slot.start), read_zone(wish.stretches[0].zone))
+        text = (f'{len(refused)} of {number} occurrences do not fit, so nothing was changed; '
+                f'the first from {first}: {error}')
+        if len(refused) < number:
+            text += '. Take the others with --on-conflict skip'
         refusal = NoCapacity(
-            f"{len(refused)} of {number} occurrences do not fit, so nothing was changed; the first from "
-            f"{format_time(instant(slot.start), zone)}: {error}. Take the others with --on-conflict skip",
+            text if number > 1 else str(error),
             conflicts=[{'start': instant(each.start), 'end': instant(each.end), 'vms': each.vms, 'why': str(why)}
                        for each, why in refused[:1000]], **error.details)
         refusal.most_vms = min(getattr(why, 'most_vms', 0) for _, why in refused)
@@ -10905,6 +11054,11 @@ class Claims(Plan):
 # Calendars that make reservations, once or again and again, and calendars that show them.
 
 
+def repeats(booking: Booking) -> bool:
+    """Whether an event may have more than one occurrence."""
+    return any(not stretch.single for stretch in booking.stretches)
+
+
 class Calendars(Claims):
     """Imports, subscriptions and feeds."""
 
@@ -10934,12 +11088,14 @@ class Calendars(Claims):
           said: what the events don't say, named as in `import`
         """
         zone, here = read_zone(said['tz'] or self.config.timezone), self.here.now
-        groups, owner = by_uid(read_calendar(text, 'the calendar')), self.owner(said)
+        owner, budget = self.owner(said), Budget()
+        entries = read_calendar(text, 'the calendar')
+        groups = by_uid(wishful(entries))
         wanted = bookings(groups, zone, here, here + timedelta(days=self.config.horizon),
-                          Want(*(said[name] for name in Want._fields)))
+                          Want(*(said[name] for name in Want._fields)), budget)
         wanted = self.without_lookalikes(wanted, said, owner, subscription)
-        ignored = len(groups) - len(wanted)
-        lines = self.read_bookings(wanted, said, zone)
+        ignored = len({each.uid for each in entries} | {*groups}) - len(wanted)
+        lines = deque(self.read_bookings(wanted, said, zone, budget))
         before = []
         if not dry_run and not self.live_of(subscription, self.clock()):
             before = self.take_in_pieces(lines, owner, subscription)
@@ -10972,8 +11128,9 @@ class Calendars(Claims):
                      for name in self.flavor_names(self.clouds.account(cloud, owner[1]))}
         except CloudError:
             return wanted
-        return [each for each in wanted if not each.guess or each.uid in booked or not names
-                or difflib.get_close_matches(each.guess, names, 1)]
+        close = {guess for guess in {each.guess for each in wanted}
+                 if not guess or not names or difflib.get_close_matches(guess, names, 1)}
+        return [each for each in wanted if each.guess in close or each.uid in booked]
 
     def flavor_names(self, account: str) -> list[str]:
         cloud = self.clouds.open(account)
@@ -11016,42 +11173,48 @@ class Calendars(Claims):
         self.ask_before_most_goes(subscription, had, now)
         return done
 
-    def read_bookings(self, wanted: list[Booking], said: dict, zone: ZoneInfo) -> deque[tuple]:
-        """Bookings with their wishes; all refused where others would wait too long for them."""
-        lines, total, now, deadline = deque(), 0, self.clock(), Deadline()
-        for booking in self.progress(wanted):
-            self.shares.breathe()
-            lines.append(self.read_booking(booking, said, zone))
-            if lines[-1][1]:
-                horizon = self.horizon(booking.stretches, now)
-                total += len(all_slots(booking.stretches, now, horizon))
-            if total > 10 * MOST_OCCURRENCES or deadline.over:
-                raise BadCalendar('the calendar asks for too many occurrences until the horizon: '
-                                  f'over {10 * MOST_OCCURRENCES}, or for rules that are hard to follow')
-        return lines
+    def read_bookings(self, wanted: list[Booking], said: dict, zone: ZoneInfo,
+                      budget: Budget) -> list[tuple]:
+        """Bookings with their wishes, or with the errors that refuse them.
 
-    def read_booking(self, booking: Booking, said: dict, zone: ZoneInfo) -> tuple:
-        """A booking with its wish, or with the error that refuses it; asks clouds, so outside any transaction."""
+        Asks clouds, so outside any transaction. What doesn't repeat is read first.
+        """
+        lines, left = {}, 10 * MOST_OCCURRENCES
+        for booking in self.progress(sorted(wanted, key=repeats)):
+            self.shares.breathe()
+            try:
+                with budget.event(repeats(booking)):
+                    wish, coming = self.read_booking(booking, said, zone)
+                if len(coming) > left:
+                    raise Invalid(f'its calendar asks for more than {10 * MOST_OCCURRENCES} '
+                                  'occurrences until the horizon; put it into one of its own')
+                left -= len(coming)
+                lines[booking.uid] = booking, wish, None
+            except Error as error:
+                lines[booking.uid] = booking, None, error
+        return [lines[booking.uid] for booking in wanted]
+
+    def read_booking(self, booking: Booking, said: dict,
+                     zone: ZoneInfo) -> tuple[Wish | None, list[Slot]]:
+        """The wish of a booking, and what it wants until the horizon; Error if it is refused."""
         want = booking.want
         if booking.error:
-            return booking, None, BadCalendar(booking.error)
-        try:
-            coming = all_slots(booking.stretches, self.clock(), self.horizon(booking.stretches, self.clock()))
-            if booking.cancelled or not coming:
-                return booking, None, None
-            asked = said | want._asdict() | {
-                'label': calendar_name(booking.summary), 'start': instant(coming[0].start),
-                'end': instant(coming[0].end), 'security_groups': (), 'user_data': '', 'metadata': None, 'server': '',
-                'personal': False, 'lead': None, 'description': booking.summary[:1000],
-                'repeat': booking.stretches[0].rule, 'late': True}
-            if not want.resource:
-                raise Invalid(f"no resource is named; write `{want.vms} x {want.flavor or 'm1.small'} on RESOURCE`, or "
-                              'say --resource')
-            wish = self.read_wish(asked, changes=())
-            stretches = [stretch._replace(resource=wish.resource.id) for stretch in booking.stretches]
-            return booking, wish._replace(stretches=stretches, tz=stretches[0].zone), None
-        except Error as error:
-            return booking, None, error
+            raise BadCalendar(booking.error)
+        now = self.clock()
+        coming = all_slots(booking.stretches, now, self.horizon(booking.stretches, now))
+        if booking.cancelled or not coming:
+            return None, []
+        asked = said | want._asdict() | {
+            'label': calendar_name(booking.summary), 'start': instant(coming[0].start),
+            'end': instant(coming[0].end), 'security_groups': (), 'user_data': '', 'metadata': None, 'server': '',
+            'personal': False, 'lead': None, 'description': booking.summary[:1000],
+            'repeat': booking.stretches[0].rule, 'late': True}
+        if not want.resource:
+            raise Invalid(f"no resource is named; write `{want.vms} x {want.flavor or 'm1.small'} on RESOURCE`, or "
+                          'say --resource')
+        wish = self.read_wish(asked, changes=())
+        stretches = [stretch._replace(resource=wish.resource.id) for stretch in booking.stretches]
+        return wish._replace(stretches=stretches, tz=stretches[0].zone), coming
 
     def take_booking(self, booking: Booking, wish: Wish | None, error: Error | None, owner: tuple[str, str],
                      subscription,
@@ -11107,13 +11270,19 @@ class Calendars(Claims):
 
     def free_label(self, wish: Wish, now: float) -> str:
         """The label of a wish, with a number behind it if somebody has it."""
-        between = (wish.project, int(now), wish.label, wish.label + '~')
-        taken = {each.label for each in rows(
-            'SELECT label FROM reservation WHERE project = ? AND over > ? AND label >= ? AND label < ? UNION '
-            "SELECT request FROM reservation WHERE project = ? AND over > ? AND request >= ? AND request < ? "
-            "AND request <> ''", *between, *between)}
-        return next(name for name in (wish.label, *(f'{wish.label}-{n}' for n in range(2, len(taken) + 3)))
-                    if name not in taken)
+        def taken(number: int) -> bool:
+            label = f'{wish.label}-{number}' if number > 1 else wish.label
+            return bool(row('SELECT id FROM reservation WHERE project = ? AND over > ? AND label = ? UNION ALL '
+                            'SELECT id FROM reservation WHERE project = ? AND over > ? AND request = ? '
+                            "AND request <> '' LIMIT 1",
+                            *(wish.project, int(now), label) * 2))
+        last = free = 1
+        while taken(free):
+            last, free = free, 2 * free
+        while free - last > 1:
+            middle = (last + free) // 2
+            last, free = (middle, free) if taken(middle) else (last, middle)
+        return f'{wish.label}-{free}' if free > 1 else wish.label
 
     @api('GET', '/calendar/')
     def calendar_list(self) -> Rows:
@@ -11320,10 +11489,12 @@ class Calendars(Claims):
         before = json.loads(subscription.refused)
         refused = {each['uid']: re.sub(r' \(line \d+\)', '', each['why'])[:500]  # which change
                    for each in done if each['outcome'] == 'refused'}
-        for uid, why in refused.items():
-            if before.get(uid) != why:
-                journal(self.config, now, self.actor.user, 'refused', f'your calendar: {why}', None,
-                        json.loads(subscription.notify), project=self.actor.project)
+        new = [why for uid, why in refused.items() if before.get(uid) != why]
+        if len(new) > MOST_TOLD:
+            new[MOST_TOLD:] = [f'{len(new) - MOST_TOLD} more of its events are refused']
+        for why in new:
+            journal(self.config, now, self.actor.user, 'refused', f'your calendar: {why}', None,
+                    json.loads(subscription.notify), project=self.actor.project)
         change(Subscription, subscription.id, refused=json.dumps(refused))
 
     def feed(self, secret: str) -> tuple[str, Any]:
