@@ -8083,7 +8083,7 @@ GOES_ON = 60
 STAGED = "name > 'staged-' AND name < 'staged.'"
 
 
-def set_aside() -> tuple[Callable, Callable]:
+def not_real_yet() -> tuple[Callable, Callable]:
     """Tell of a reservation, and of an event, whether it is written but not real yet."""
     pieces = [piece for each in rows(f'SELECT value FROM fact WHERE {STAGED}')
               for piece in json.loads(each.value.partition(' ')[2])]
@@ -9974,7 +9974,8 @@ class Reservations(Calendars):
         own = ' AND '.join(['1', *(text for text, _ in self.visible())])
         told = ('reserved', 'used', 'unused', 'late_worst')
         lines: dict = defaultdict(lambda: dict.fromkeys((*told, 'refused'), 0.0))
-        near = ids_by(self.ways({'user': '', 'project': ''}, (), first))
+        ways = self.ways({'user': '', 'project': ''}, (), first)
+        near = ids_by((way, f'{which} AND o.start < {last} + {LONGEST_LEAD}') for way, which in ways)
         hours = HOURS.format(by=columns[by_whom], own=own, near=near)
         for name, *figures in run(hours, first, last, last, first,
                                   *(value for _, value in self.visible()), now, now):
@@ -10689,7 +10690,7 @@ class LifeCycle:
                'JOIN resource s ON s.id = o.resource_id')
         if self.is_due('occurrence', now):
             with self.acting():
-                is_aside, _ = set_aside()
+                is_aside, _ = not_real_yet()
                 for occurrence in self.those_due('occurrence', due, now):
                     if not is_aside(occurrence.reservation_id):
                         self.plan_one(occurrence, now)
@@ -11014,7 +11015,7 @@ class LifeCycle:
         hosts = Counter(host_of(key[1]) for key in under_way)
         if now < self.calm_until:  # nothing has changed for those that had to wait
             return []
-        _, is_aside = set_aside()
+        _, is_aside = not_real_yet()
         heads = [each for each in self.those_due('notice', NOTICES, now, 'ORDER BY n.id')
                  if not is_aside(each.event)]
         queues = {those[0].owner: iter(those) for those in grouped(heads, 'owner')}

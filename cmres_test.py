@@ -3815,7 +3815,12 @@ QUESTIONS = {
     'claim': lambda of, start: of.claim('s1', ['place-3'], 'p', vcpus=1) if of.actor.role == 'admin' else None,
     'refused': lambda of, start: without_room(of, start),
     'events LABEL': lambda of, start: of.events('known'),
-    'events': lambda of, start: of.events(limit=10)}
+    'events': lambda of, start: of.events(limit=10),
+    'report': lambda of, start: of.report(since=start - hours(2)),
+    'servers LABEL': lambda of, start: of.servers('known'),
+    'update LABEL': lambda of, start: of.update('known', description='another'),
+    'skip LABEL': lambda of, start: of.skip('known', dry_run=True),
+    'events after one': lambda of, start: of.events(after=cmres.row('SELECT max(id) AS id FROM event').id - 5)}
 
 
 @pytest.mark.parametrize('statistics', [False, True])
