@@ -3071,6 +3071,12 @@ def stored_id() -> str:
     return found[0] if found else ''
 
 
+def state_of_store() -> tuple:
+    """What is another as soon as anything was written, by this connection or by another one."""
+    connection = db.connection()
+    return id(connection), connection.total_changes, run('PRAGMA data_version').fetchone()[0]
+
+
 def row_type(sql: str, cursor):
     if len(ROW_TYPES) > 500:  # queries with lists of filters come in many forms
         ROW_TYPES.clear()
@@ -10322,7 +10328,7 @@ class LifeCycle:
         self.service.fence = self.refuse_without_lease
         self.stale = False  # whether series are still to be carried on
         self.dropping = False  # whether more is to be dropped that was begun and not ended
-        self.soonest = 0.0  # when something is due next
+        self.soonest, self.seen = 0.0, None  # when something is due next, and in which state of the store
         self.calm_until = 0.0  # until when notices that have to wait for others are left alone
         self.zones, self.fresh_until = '', 0.0
         self.reported: set[str] = set()  # orphans that wait for an admin
@@ -10344,13 +10350,13 @@ class LifeCycle:
         self.record(now)
         self.give_up()
         self.refresh(now)
-        self.soonest, self.dropping = self.next_due(), False
-        if self.soonest <= now:
+        self.dropping = False
+        if self.has_work(now):
             self.admit_waiting(now)
             self.drop_staged(now)
             self.plan(now)
             self.call(now)
-            self.soonest = self.next_due(now)
+            self.soonest, self.seen = self.next_due(now), None
         self.tidy(now)
         return True
 
@@ -10367,6 +10373,13 @@ class LifeCycle:
         """Whether a call may still end in time: a worker has it, or will be free for it."""
         hanging = Counter(call.account for call in self.hanging)
         return any(hanging[call.account] < self.config.workers for call in self.flying.values())
+
+    def has_work(self, now: float) -> bool:
+        """Whether anything is due; asked anew only where somebody has written since."""
+        state = state_of_store()
+        if state != self.seen:
+            self.seen, self.soonest = state, self.next_due()
+        return self.soonest <= now
 
     def next_due(self, after: float = -1) -> float:
         """When, after an instant, the next pass has something to do; infinity if nothing is planned."""
