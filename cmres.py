@@ -5827,6 +5827,17 @@ def public(found) -> dict:
     return shown
 
 
+def cut_short(text: str, most: int = 200) -> str:
+    return text if len(text) <= most else f'{text[:most - 3]}...'
+
+
+def in_lines(found: Iterable) -> list[dict]:
+    """Rows as an answer of many shows them: descriptions are cut, long metadata is left out."""
+    return [public(each._replace(description=cut_short(each.description),
+                                 metadata=each.metadata if len(each.metadata) <= 1000 else '{}'))
+            for each in found]
+
+
 @functools.lru_cache
 def shown_fields(fields: tuple) -> list[tuple]:
     """Of each field that is shown: its name, its place in the row, and what reads it."""
@@ -8711,7 +8722,8 @@ class Requests(Approval):
                 self.refuse_uncounted(found, label, count, dry_run)
                 for each in found:
                     self.cancel(self.live(each), now, ends=True)
-            return [public(self.occurrence(each.id)) | self.ends_with(each) for each in found]
+            lines = in_lines(self.in_order([each.id for each in found]))
+            return [line | self.ends_with(each) for line, each in zip(lines, found)]
 
     def delete_kept(self, label: str, project: str, dry_run: bool) -> Rows:
         """Deletes the VMs of a label that stay after their end; what they hold is free at once."""
@@ -9168,7 +9180,7 @@ class Plan(Requests):
 
     def no_longer_fitting(self, place, now: float) -> list[dict]:
         """The occurrences for which there is no room any more, as answers show them."""
-        return [public(each) for each in self.homeless(place, int(now), int(LAST.timestamp()))[:1000]]
+        return in_lines(self.homeless(place, int(now), int(LAST.timestamp()))[:1000])
 
     def homeless(self, place, begin: int, until: int) -> list:
         """Of the occurrences where more is held than there is, as many of the latest added as must go."""

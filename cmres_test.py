@@ -4146,6 +4146,9 @@ def test_a_list_has_short_texts_and_each_page_few_bytes(world, service):
     many = {f'k{n}': 'v' * 255 for n in range(128)}
     for number in range(60):
         book(service, f'm{number}', 2 + number, 3 + number, metadata=many)
+    for many_lines in (service.delete(user='root', dry_run=True),
+                       service.resource_update('demo', vms=0, force=True, dry_run=True)['no_longer_fit']):
+        assert len(many_lines) == 61 and len(cmres.json_text(many_lines)) < 100_000
     seen, after, sizes = [], '', []
     while page := service.list(limit=1000, after=after):
         seen += page
