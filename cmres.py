@@ -1692,7 +1692,7 @@ class Turns:
 
     def acquire(self, timeout: float = -1, first: bool = False) -> bool:
         """Waits for the turn of this thread, which may have it already; whether it came in time."""
-        if self.holder == threading.get_ident():
+        if self.mine:
             self.depth += 1
             return True
         comes = threading.Lock()
@@ -1738,6 +1738,11 @@ class Turns:
             self.written = Counter({name: each for name, each in self.written.items() if each > self.least})
         self.began = time.monotonic()
         comes.release()
+
+    @property
+    def mine(self) -> bool:
+        """Whether this thread has the turn."""
+        return self.holder == threading.get_ident()
 
     def lasts(self) -> float:
         """For how many seconds whoever has the turn has had it."""
@@ -4649,11 +4654,10 @@ class Shares:
                 raise self.refusal(self.full(names))
             self.taken.update(names)
         here.has = names
-        self.pace.acquire()
         try:
-            yield
+            with self.paced():
+                yield
         finally:
-            self.pace.release()
             here.has = ()
             self.give(names)
 
@@ -4667,11 +4671,23 @@ class Shares:
             if taken:
                 self.pace.release()
 
+    @contextmanager
+    def resting(self) -> Iterator[None]:
+        """Lets others compute for as long as this request only waits."""
+        paced = self.pace.mine
+        if paced:
+            self.pace.release()
+        try:
+            yield
+        finally:
+            if paced:
+                self.pace.acquire()
+
     def breathe(self) -> None:
         """Lets others compute who wait for that; never inside a transaction, which others wait for."""
-        if self.bounded and self.request.has and self.pace.lasts() > PIECE:
-            self.pace.release()
-            self.pace.acquire()
+        if self.pace.mine and self.pace.lasts() > PIECE:
+            with self.resting():
+                pass
 
     def ask(self, target: str, call: Callable):
         """The answer of a call to a target outside, such as `the cloud chameleon`; it may hang.
@@ -4713,13 +4729,10 @@ class Shares:
             if full:
                 raise self.refusal(full)
             self.taken.update(place)
-        if self.request.has:  # who waits does not compute
-            self.pace.release()
         try:
-            asked.ended.wait(max(self.request.left - QUICK, 0))
+            with self.resting():
+                asked.ended.wait(max(self.request.left - QUICK, 0))
         finally:
-            if self.request.has:
-                self.pace.acquire()
             self.give(place)
 
     def end(self, asked: Outside) -> None:

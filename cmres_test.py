@@ -12637,6 +12637,44 @@ def test_a_series_is_not_checked_while_one_types_beside_others_that_compute(hang
     assert 'It fits' in visitor.get('/book/check', asked | {'repeat': 'daily'})
 
 
+def test_one_computes_at_a_time_and_lets_others_between(hanging, monkeypatch):
+    here, under_way, seen = hanging(threads=8), [], []
+    monkeypatch.setattr(cmres, 'PIECE', 0)
+
+    def read(self, given, line=cmres.Requests.read_line):
+        under_way.append(self.actor.user)
+        seen.append((len(under_way), self.actor.user))
+        found = line(self, given)
+        under_way.remove(self.actor.user)
+        return found
+    monkeypatch.setattr(cmres.Requests, 'read_line', read)
+    shares = here.world.service.shares
+    shares.pace.acquire()
+    asks = [here.sends(user, 'POST', '/reservation/load', {'dry_run': True, 'rows': [
+        {'label': f'{user}-{n}', 'resource': 'demo', 'start': '+1h', 'end': '+1h'} for n in range(5)]})
+        for user in ('eva', 'max', 'ann')]
+    until(lambda: len(shares.pace.waiting) == 3)
+    shares.pace.release()
+    assert {each.result()[0] for each in asks} <= {200, 409}
+    assert len(seen) == 15 and {number for number, _ in seen} == {1}
+    changes = sum(one[1] != another[1] for one, another in zip(seen, seen[1:]))
+    assert changes > 2 and not shares.taken and shares.pace.holder is None
+
+
+def test_few_wait_for_their_turn_to_compute_and_the_others_are_refused_at_once(hanging):
+    here, let = hanging(threads=8, slow_per_user=10), threading.Event()
+    here.world.service.progress = lambda rows: (let.wait(), rows)[1]
+    shares = here.world.service.shares
+    ask = lambda n: here.sends('eva', 'POST', '/reservation/load', {'rows': [{'label': f'x{n}'}]})
+    loads = [ask(n) for n in range(4)]
+    until(lambda: shares.taken['all', ''] == 4)
+    shares.taken['wait', ''] = 1  # somebody waits already
+    assert ask(5).result()[0] == 503
+    shares.taken['wait', ''] = 0
+    let.set()
+    assert {each.result()[0] for each in loads} == {409}
+
+
 @pytest.mark.parametrize('kind', ['load', 'import', 'generate'])
 def test_what_computes_for_long_keeps_no_more_than_its_share(hanging, kind):
     here = hanging(threads=8)
