@@ -2434,7 +2434,7 @@ class Turns:
 
     def acquire(self, timeout: float = -1, first: bool = False) -> bool:
         """Waits for the turn of this thread, which may have it already; whether it came in time."""
-        if self.holder == threading.get_ident():
+        if self.mine:
             self.depth += 1
             return True
         comes = threading.Lock()
@@ -2480,6 +2480,11 @@ class Turns:
             self.written = Counter({name: each for name, each in self.written.items() if each > self.least})
         self.began = time.monotonic()
         comes.release()
+
+    @property
+    def mine(self) -> bool:
+        """Whether this thread has the turn."""
+        return self.holder == threading.get_ident()
 
     def lasts(self) -> float:
         """For how many seconds whoever has the turn has had it."""
@@ -4061,6 +4066,12 @@ def resource_of(id: int, removed: bool = False):
     """The row of a resource; None if it was removed."""
     found = once('SELECT * FROM resource WHERE id = ?', id)[0]
     return found if removed or found.removed is None else None
+
+
+def state_of_store() -> tuple:
+    """What is another as soon as anything was written, by this connection or by another one."""
+    connection = db.connection()
+    return id(connection), connection.total_changes, run('PRAGMA data_version').fetchone()[0]
 
 
 def row_type(sql: str, cursor):
@@ -5941,11 +5952,10 @@ class Shares:
                 raise self.refusal(self.full(names))
             self.taken.update(names)
         here.has = names
-        self.pace.acquire()
         try:
-            yield
+            with self.paced():
+                yield
         finally:
-            self.pace.release()
             here.has = ()
             self.give(names)
 
@@ -5959,11 +5969,23 @@ class Shares:
             if taken:
                 self.pace.release()
 
+    @contextmanager
+    def resting(self) -> Iterator[None]:
+        """Lets others compute for as long as this request only waits."""
+        paced = self.pace.mine
+        if paced:
+            self.pace.release()
+        try:
+            yield
+        finally:
+            if paced:
+                self.pace.acquire()
+
     def breathe(self) -> None:
         """Lets others compute who wait for that; never inside a transaction, which others wait for."""
-        if self.bounded and self.request.has and self.pace.lasts() > PIECE:
-            self.pace.release()
-            self.pace.acquire()
+        if self.pace.mine and self.pace.lasts() > PIECE:
+            with self.resting():
+                pass
 
     def ask(self, target: str, call: Callable):
         """The answer of a call to a target outside, such as `the cloud chameleon`; it may hang.
@@ -6005,13 +6027,10 @@ class Shares:
             if full:
                 raise self.refusal(full)
             self.taken.update(place)
-        if self.request.has:  # who waits does not compute
-            self.pace.release()
         try:
-            asked.ended.wait(max(self.request.left - QUICK, 0))
+            with self.resting():
+                asked.ended.wait(max(self.request.left - QUICK, 0))
         finally:
-            if self.request.has:
-                self.pace.acquire()
             self.give(place)
 
     def end(self, asked: Outside) -> None:
@@ -7331,6 +7350,17 @@ def public(found) -> dict:
     if not shown.get('change', True):
         del shown['change']  # nothing of it awaits approval
     return shown
+
+
+def cut_short(text: str, most: int = 200) -> str:
+    return text if len(text) <= most else f'{text[:most - 3]}...'
+
+
+def in_lines(found: Iterable) -> list[dict]:
+    """Rows as an answer of many shows them: descriptions are cut, long metadata is left out."""
+    return [public(each._replace(description=cut_short(each.description),
+                                 metadata=each.metadata if len(each.metadata) <= 1000 else '{}'))
+            for each in found]
 
 
 @functools.lru_cache
@@ -9705,7 +9735,7 @@ GOES_ON = 60
 STAGED = "name > 'staged-' AND name < 'staged.'"
 
 
-def still_staged() -> tuple[Callable, Callable]:
+def not_real_yet() -> tuple[Callable, Callable]:
     """Tell of a reservation, and of an event, whether it is written but not real yet."""
     pieces = [piece for each in rows(f'SELECT value FROM fact WHERE {STAGED}')
               for piece in json.loads(each.value.partition(' ')[2])]
@@ -10383,7 +10413,8 @@ class Requests(Approval):
                 self.refuse_uncounted(found, label, count, dry_run)
                 for each in found:
                     self.cancel(self.live(each), now, ends=True)
-            return [public(self.occurrence(each.id)) | self.ends_with(each) for each in found]
+            lines = in_lines(self.in_order([each.id for each in found]))
+            return [line | self.ends_with(each) for line, each in zip(lines, found)]
 
     def delete_kept(self, label: str, project: str, dry_run: bool) -> Rows:
         """Deletes the VMs of a label that stay after their end; what they hold is free at once."""
@@ -10840,7 +10871,7 @@ class Plan(Requests):
 
     def no_longer_fitting(self, place, now: float) -> list[dict]:
         """The occurrences for which there is no room any more, as answers show them."""
-        return [public(each) for each in self.homeless(place, int(now), int(LAST.timestamp()))[:1000]]
+        return in_lines(self.homeless(place, int(now), int(LAST.timestamp()))[:1000])
 
     def homeless(self, place, begin: int, until: int) -> list:
         """Of the occurrences where more is held than there is, as many of the latest added as must go."""
@@ -11676,7 +11707,8 @@ class Reservations(Calendars):
         own = ' AND '.join(['1', *(text for text, _ in self.visible())])
         told = ('reserved', 'used', 'unused', 'late_worst')
         lines: dict = defaultdict(lambda: dict.fromkeys((*told, 'refused'), 0.0))
-        near = ids_by(self.ways({'user': '', 'project': ''}, (), first))
+        ways = self.ways({'user': '', 'project': ''}, (), first)
+        near = ids_by((way, f'{which} AND o.start < {last} + {LONGEST_LEAD}') for way, which in ways)
         hours = HOURS.format(by=columns[by_whom], own=own, near=near)
         for name, *figures in run(hours, first, last, last, first,
                                   *(value for _, value in self.visible()), now, now):
@@ -12022,7 +12054,7 @@ class LifeCycle:
         self.service.fence = self.refuse_without_lease
         self.stale = False  # whether series are still to be carried on
         self.dropping = False  # whether more is to be dropped that was begun and not ended
-        self.soonest = 0.0  # when something is due next
+        self.soonest, self.seen = 0.0, None  # when something is due next, and in which state of the store
         self.calm_until = 0.0  # until when notices that have to wait for others are left alone
         self.zones, self.fresh_until = '', 0.0
         self.reported: set[str] = set()  # orphans that wait for an admin
@@ -12044,13 +12076,13 @@ class LifeCycle:
         self.record(now)
         self.give_up()
         self.refresh(now)
-        self.soonest, self.dropping = self.next_due(), False
-        if self.soonest <= now:
+        self.dropping = False
+        if self.has_work(now):
             self.admit_waiting(now)
             self.drop_staged(now)
             self.plan(now)
             self.call(now)
-            self.soonest = self.next_due(now)
+            self.soonest, self.seen = self.next_due(now), None
         self.tidy(now)
         return True
 
@@ -12067,6 +12099,13 @@ class LifeCycle:
         """Whether a call may still end in time: a worker has it, or will be free for it."""
         hanging = Counter(call.account for call in self.hanging)
         return any(hanging[call.account] < self.config.workers for call in self.flying.values())
+
+    def has_work(self, now: float) -> bool:
+        """Whether anything is due; asked anew only where somebody has written since."""
+        state = state_of_store()
+        if state != self.seen:
+            self.seen, self.soonest = state, self.next_due()
+        return self.soonest <= now
 
     def next_due(self, after: float = -1) -> float:
         """When, after an instant, the next pass has something to do; infinity if nothing is planned."""
@@ -12390,7 +12429,7 @@ class LifeCycle:
                'JOIN resource s ON s.id = o.resource_id')
         if self.is_due('occurrence', now):
             with self.acting():
-                is_aside, _ = still_staged()
+                is_aside, _ = not_real_yet()
                 for occurrence in self.those_due('occurrence', due, now):
                     if not is_aside(occurrence.reservation_id):
                         self.plan_one(occurrence, now)
@@ -12715,7 +12754,7 @@ class LifeCycle:
         hosts = Counter(host_of(key[1]) for key in under_way)
         if now < self.calm_until:  # nothing has changed for those that had to wait
             return []
-        _, is_aside = still_staged()
+        _, is_aside = not_real_yet()
         heads = [each for each in self.those_due('notice', NOTICES, now, 'ORDER BY n.id')
                  if not is_aside(each.event)]
         queues = {those[0].owner: iter(those) for those in grouped(heads, 'owner')}

@@ -4211,7 +4211,12 @@ QUESTIONS = {
     'claim': lambda of, start: of.claim('s1', ['place-3'], 'p', vcpus=1) if of.actor.role == 'admin' else None,
     'refused': lambda of, start: without_room(of, start),
     'events LABEL': lambda of, start: of.events('known'),
-    'events': lambda of, start: of.events(limit=10)}
+    'events': lambda of, start: of.events(limit=10),
+    'report': lambda of, start: of.report(since=start - hours(2)),
+    'servers LABEL': lambda of, start: of.servers('known'),
+    'update LABEL': lambda of, start: of.update('known', description='another'),
+    'skip LABEL': lambda of, start: of.skip('known', dry_run=True),
+    'events after one': lambda of, start: of.events(after=cmres.row('SELECT max(id) AS id FROM event').id - 5)}
 
 
 @pytest.mark.parametrize('statistics', [False, True])
@@ -4568,6 +4573,9 @@ def test_a_list_has_short_texts_and_each_page_few_bytes(world, service):
     many = {f'k{n}': 'v' * 255 for n in range(128)}
     for number in range(60):
         book(service, f'm{number}', 2 + number, 3 + number, metadata=many)
+    for many_lines in (service.delete(user='root', dry_run=True),
+                       service.resource_update('demo', vms=0, force=True, dry_run=True)['no_longer_fit']):
+        assert len(many_lines) == 61 and len(cmres.json_text(many_lines)) < 100_000
     seen, after, sizes = [], '', []
     while page := service.list(limit=1000, after=after):
         seen += page
@@ -13121,6 +13129,44 @@ def test_a_series_is_not_checked_while_one_types_beside_others_that_compute(hang
     let.set()
     assert {each.result()[0] for each in loads} == {409}
     assert 'It fits' in visitor.get('/book/check', asked | {'repeat': 'daily'})
+
+
+def test_one_computes_at_a_time_and_lets_others_between(hanging, monkeypatch):
+    here, under_way, seen = hanging(threads=8), [], []
+    monkeypatch.setattr(cmres, 'PIECE', 0)
+
+    def read(self, given, line=cmres.Requests.read_line):
+        under_way.append(self.actor.user)
+        seen.append((len(under_way), self.actor.user))
+        found = line(self, given)
+        under_way.remove(self.actor.user)
+        return found
+    monkeypatch.setattr(cmres.Requests, 'read_line', read)
+    shares = here.world.service.shares
+    shares.pace.acquire()
+    asks = [here.sends(user, 'POST', '/reservation/load', {'dry_run': True, 'rows': [
+        {'label': f'{user}-{n}', 'resource': 'demo', 'start': '+1h', 'end': '+1h'} for n in range(5)]})
+        for user in ('eva', 'max', 'ann')]
+    until(lambda: len(shares.pace.waiting) == 3)
+    shares.pace.release()
+    assert {each.result()[0] for each in asks} <= {200, 409}
+    assert len(seen) == 15 and {number for number, _ in seen} == {1}
+    changes = sum(one[1] != another[1] for one, another in zip(seen, seen[1:]))
+    assert changes > 2 and not shares.taken and shares.pace.holder is None
+
+
+def test_few_wait_for_their_turn_to_compute_and_the_others_are_refused_at_once(hanging):
+    here, let = hanging(threads=8, slow_per_user=10), threading.Event()
+    here.world.service.progress = lambda rows: (let.wait(), rows)[1]
+    shares = here.world.service.shares
+    ask = lambda n: here.sends('eva', 'POST', '/reservation/load', {'rows': [{'label': f'x{n}'}]})
+    loads = [ask(n) for n in range(4)]
+    until(lambda: shares.taken['all', ''] == 4)
+    shares.taken['wait', ''] = 1  # somebody waits already
+    assert ask(5).result()[0] == 503
+    shares.taken['wait', ''] = 0
+    let.set()
+    assert {each.result()[0] for each in loads} == {409}
 
 
 @pytest.mark.parametrize('kind', ['load', 'import', 'generate'])
