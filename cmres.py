@@ -36,7 +36,7 @@ The words, used everywhere in one sense:
 The file reads from top to bottom; a section uses only the sections above it:
 
   Errors, Time, Repetition            sentences, instants, wall times that come again and again
-  Config, Calls                       settings; text that becomes arguments
+  Config, Calls, Answers              settings; text that becomes arguments; what is answered
   Store, Capacity                     what is on disk; the rule that admits
   Clouds, Notices, Shares, Calendar   what boots VMs; who is told; who may be slow; iCalendar in and out
   Service, Wishes, Limits             who asks; what is asked; how much anybody may have
@@ -76,6 +76,7 @@ import sys
 import textwrap
 import threading
 import time
+import uuid
 import zlib
 from bisect import bisect_left, bisect_right
 from collections import Counter, defaultdict, deque, namedtuple
@@ -83,7 +84,9 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, nullcontext, suppress
 from datetime import date, datetime, timedelta, timezone, tzinfo
 from html import unescape
-from typing import Any, Callable, Iterable, Iterator, NamedTuple, NewType
+from types import UnionType
+from typing import (Any, Callable, Iterable, Iterator, NamedTuple, NewType, NotRequired, Union, get_args, get_origin,
+                    get_type_hints)
 from urllib.parse import parse_qsl, quote, unquote, urlencode, urljoin, urlsplit
 from zoneinfo import ZoneInfo
 
@@ -117,9 +120,11 @@ class Unauthorized(Error): status = 401  # noqa: E701
 class Forbidden(Error): status = 403     # noqa: E701
 class NotFound(Error): status = 404      # noqa: E701
 class Conflict(Error): status = 409      # noqa: E701
+class Changed(Error): status = 412       # noqa: E701
 class TooLarge(Error): status = 413      # noqa: E701
 class TooMany(Error): status = 429       # noqa: E701
 class BadCalendar(Error): status = 422   # noqa: E701
+class KeyReused(Error): status = 422     # noqa: E701
 class NoCapacity(Conflict): pass         # noqa: E701
 class Unavailable(Error): status = 503   # noqa: E701
 
@@ -139,9 +144,14 @@ class CloudError(Error):
         return status in (0, 401, 408, 429) or status >= 500
 
 
+class UnknownCloud(CloudError):
+    """A cloud that clouds.yaml does not name."""
+    status = 404
+
+
 ERRORS = {kind.__name__: kind for kind in (
-    Error, Invalid, Unauthorized, Forbidden, NotFound, Conflict, TooLarge, TooMany, BadCalendar,
-    NoCapacity, Unavailable, CloudError)}
+    Error, Invalid, Unauthorized, Forbidden, NotFound, Conflict, Changed, TooLarge, TooMany,
+    BadCalendar, KeyReused, NoCapacity, Unavailable, CloudError, UnknownCloud)}
 
 
 def nearest(word: str, words: Iterable[str]) -> str:
@@ -1567,16 +1577,25 @@ ROLES = (READER, USER, ADMIN)  # each may do what those before it may
 
 @dataclasses.dataclass
 class Operation:
-    """A published method: its routes `(verb, path, fixed arguments)`, who may call it, what it takes."""
+    """A published method: its routes `(verb, path, fixed arguments)`, who may call it, what it takes.
+
+    What makes something says in `made` at which path that is found: its answer is 201.
+    """
     name: str
     method: Callable
     role: str
     routes: list
+    made: str = ''
 
     @functools.cached_property
     def parameters(self) -> dict[str, inspect.Parameter]:
         signature = inspect.signature(self.method, eval_str=True)
         return {name: each for name, each in signature.parameters.items() if name not in ('self', 'config')}
+
+    @functools.cached_property
+    def answers(self):
+        """The type of its answer."""
+        return inspect.signature(self.method, eval_str=True).return_annotation
 
     @property
     def changes(self) -> bool:
@@ -1595,20 +1614,23 @@ class Operation:
 API: dict[str, Operation] = {}
 
 
-def api(verb: str, path: str, role: str | None = None, **fixed):
+def api(verb: str, path: str, role: str | None = None, made: str = '', **fixed):
     """Publishes a method; the topmost of several marks is the address that clients use.
 
     Args:
       role: the least role that may call it; reader for a GET, else user
+      made: where that is found which it makes, its parts named as fields of the answer
       fixed: arguments that this address stands for
     """
     def publish(method):
         known = API.get(method.__name__)
         if known:
             known.routes.insert(0, (verb, path, fixed))
+            known.made = made or known.made
             return method
+        needed = role or (READER if verb == 'GET' else USER)
         API[method.__name__] = Operation(
-            method.__name__, method, role or (READER if verb == 'GET' else USER), [(verb, path, fixed)])
+            method.__name__, method, needed, [(verb, path, fixed)], made)
         return guarded_by_role(method)
     return publish
 
@@ -1756,6 +1778,8 @@ def read_file(value, here=None) -> str:
 
 
 def read_int(value, here=None) -> int:
+    if isinstance(value, float) and value.is_integer():  # JSON knows one kind of number
+        value = int(value)
     if isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**53:
         return value
     if isinstance(value, str) and re.fullmatch(r'[+-]?[0-9]{1,12}', value.strip()):
@@ -1998,6 +2022,483 @@ def from_plain(value):
         return {name: each if name == 'metadata' else datetime.fromisoformat(each)
                 if name in INSTANTS and isinstance(each, str) else from_plain(each) for name, each in value.items()}
     return [from_plain(each) for each in value] if isinstance(value, list) else value
+
+
+# Answers #####################################################################
+#
+# What operations answer, each kind declared once. The service makes plain dicts of these fields,
+# clients are given them as the objects below, and /openapi.json has its schemas from here. A test
+# looks at every answer that the tests meet.
+
+State = NewType('State', str)    # of an occurrence
+Lasts = NewType('Lasts', str)  # a length in words, such as 1d2h30m
+Secret = NewType('Secret', str)  # what is shown once and kept nowhere
+
+
+class Answer(dict):
+    """Fields that are read as a['label'] and as a.label; the annotations of a kind say which."""
+    more = None  # the type of further fields, whose names are known to nobody before
+
+    def __init_subclass__(cls, more=None, **kwargs):
+        super().__init_subclass__(**kwargs)
+        cls.more = more or cls.more
+
+    def __getattr__(self, name: str):
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(f"{type(self).__name__} has no field '{name}' here") from None
+
+
+class ReservationAnswer(Answer):
+    """An occurrence of a reservation: what was asked for, when it is, and in which state."""
+    id: int
+    label: Label
+    user: str
+    project: str
+    resource: str
+    cell: str
+    cloud: str
+    region: str
+    aggregate: str
+    vms: int
+    flavor: str
+    image: str
+    network: str
+    key: str
+    security_groups: list[str]
+    metadata: dict[str, str]
+    server: str
+    at_end: str
+    notify: list[str]
+    vcpus: int
+    ram: int
+    classes: dict[str, int]
+    lead: int
+    description: str
+    personal: bool
+    repeat: str
+    tz: str
+    start: datetime
+    end: datetime
+    cancelled: datetime | None
+    added: datetime
+    changed: datetime | None
+    up: int
+    fault: str | None
+    request: str
+    host: str
+    state: State
+    change: NotRequired[dict]
+
+
+class OutcomeAnswer(Answer):
+    """What became of one occurrence of a series."""
+    start: datetime
+    end: datetime
+    vms: int
+    outcome: str
+    why: NotRequired[str]
+
+
+class BookedAnswer(ReservationAnswer):
+    """A reservation that was made or changed; of a series, what became of each occurrence."""
+    booked_until: NotRequired[datetime | None]
+    occurrences: NotRequired[list[OutcomeAnswer]]
+    warnings: NotRequired[list[str]]
+
+
+class GroupAnswer(Answer):
+    """Several reservations that were made together, or not at all."""
+    label: Label
+    parts: list[BookedAnswer]
+
+
+class CancelledAnswer(ReservationAnswer):
+    """A reservation that was cancelled, and what becomes of its VMs."""
+    ends_with: NotRequired[str]
+    warnings: NotRequired[list[str]]
+
+
+class ServerAnswer(Answer):
+    """A VM of a reservation: when it was planned, begun, ready and deleted, and what went wrong."""
+    n: int
+    name: str
+    state: str
+    addresses: list[str]
+    planned: datetime
+    begun: datetime | None
+    ready: datetime | None
+    deleted: datetime | None
+    snapshot: str
+    tries: int
+    fault: str
+    account: str
+    uid: str | None
+
+
+class KeptAnswer(Answer):
+    """A VM that was stopped or shelved at the end of its reservation and stays."""
+    id: int
+    name: str
+    label: Label
+    project: str
+    user: str
+    state: str
+    addresses: list[str]
+    end: datetime
+    account: str
+    uid: str | None
+
+
+class ComingAnswer(Answer):
+    """An occurrence of a series that is not over."""
+    start: datetime
+    end: datetime
+    vms: int
+    resource: str
+    state: State
+
+
+class DetailAnswer(ReservationAnswer):
+    """All of a reservation, with its VMs, and what comes of a series."""
+    user_data: str
+    servers: list[ServerAnswer]
+    on_conflict: NotRequired[str]
+    booked_until: NotRequired[datetime | None]
+    occurrences: NotRequired[list[ComingAnswer]]
+
+
+class DetailGroupAnswer(Answer):
+    """All of several reservations that were made together."""
+    label: Label
+    parts: list[DetailAnswer]
+
+
+class DurationAnswer(Answer):
+    """How long a reservation is."""
+    label: Label
+    duration: Lasts
+    seconds: int
+
+
+class DurationGroupAnswer(Answer):
+    """How long the parts of a group are."""
+    label: Label
+    parts: list[DurationAnswer]
+
+
+class RefusedLineAnswer(Answer):
+    """A line of many that was refused, and why."""
+    line: int
+    label: Any
+    error: str
+
+
+class LoadedAnswer(Answer):
+    """What became of many reservations."""
+    taken: list[BookedAnswer | GroupAnswer]
+    refused: list[RefusedLineAnswer]
+
+
+class SlotAnswer(Answer):
+    """A time window that is free for so many VMs."""
+    start: datetime
+    until: datetime
+    duration: Lasts
+    vms: int
+
+
+class UsageAnswer(Answer, more=int):
+    """How much of a resource is used in a time window; further fields are resource classes."""
+    start: datetime
+    end: datetime
+    vms: int
+    vcpus: int
+    ram: int
+    free_vms: int | None
+
+
+class LimitAnswer(Answer):
+    """What a project or a user may reserve at most."""
+    id: int
+    project: str
+    user: str
+    resource: str
+    most_vms: int | None
+    longest: Lasts | None
+    ahead: Lasts | None
+    least_notice: Lasts | None
+    vcpu_hours: int | None
+    waiting: int | None
+    exempt: Lasts
+    added: datetime
+
+
+class ResourceAnswer(Answer):
+    """A resource: its location and its capacity, without a number where that is unlimited."""
+    id: int
+    name: str
+    cell: str
+    cloud: str
+    region: str
+    aggregate: str
+    vms: int | None
+    vcpus: int | None
+    ram: int | None
+    classes: dict[str, int]
+    mode: str
+    hold: int
+    approval: int
+    no_show: int
+    hosts: list[str]
+    added: datetime
+
+
+class ResourceNowAnswer(ResourceAnswer):
+    """A resource, and how much of it is used now."""
+    held_now: dict[str, int]
+
+
+class ResourceChangedAnswer(ResourceAnswer):
+    """A resource that was changed, and what no longer fits."""
+    no_longer_fit: list[ReservationAnswer]
+
+
+class DifferenceAnswer(Answer):
+    """A field of a resource that a cloud has otherwise."""
+    resource: str
+    what: str
+    before: Any
+    after: Any
+
+
+class AffectedAnswer(Answer):
+    """An occurrence that no longer fits after a capacity change, and what became of it."""
+    label: Label
+    user: str
+    project: str
+    vms: int
+    start: datetime
+    end: datetime
+    outcome: str
+
+
+class CapacityChangeAnswer(Answer):
+    """A capacity change or a maintenance that was made, and whom it affects."""
+    id: int
+    resource: str
+    start: datetime
+    end: datetime
+    reason: str
+    hit: list[AffectedAnswer]
+
+
+class MaintenanceAnswer(Answer):
+    """A capacity change or a maintenance."""
+    id: int
+    resource: str
+    start: datetime
+    end: datetime
+    vms: int | None
+    vcpus: int | None
+    ram: int | None
+    classes: dict[str, int]
+    reason: str
+
+
+class CalledOffAnswer(Answer):
+    """A capacity change or a maintenance that was called off."""
+    id: int
+    reason: str
+
+
+class CheckAnswer(Answer):
+    """How many steps of usage were compared, and in how many they differed."""
+    steps: int
+    differences: int
+
+
+class ClaimAnswer(Answer):
+    """Whether a server may boot on a resource, why, and on which hosts; on any without a list."""
+    resource: str
+    passes: bool
+    why: str
+    hosts: list[str] | None
+
+
+class EventOutcomeAnswer(Answer):
+    """What became of an event of a calendar."""
+    uid: str
+    summary: str
+    outcome: str
+    why: NotRequired[str]
+    label: NotRequired[Label]
+    start: NotRequired[datetime]
+    vms: NotRequired[int]
+    flavor: NotRequired[str]
+    count: NotRequired[int]
+    occurrences: NotRequired[list[OutcomeAnswer]]
+
+
+class ImportAnswer(Answer):
+    """What became of the events of a calendar, and how many ask for nothing."""
+    events: list[EventOutcomeAnswer]
+    ignored: int
+    held: NotRequired[str]
+
+
+class CalendarAnswer(Answer):
+    """A feed that shows reservations, or a subscription that makes them."""
+    id: int
+    kind: str
+    user: str
+    project: str
+    shows: NotRequired[str | None]
+    added: NotRequired[datetime]
+    revoked: NotRequired[datetime]
+    polled: NotRequired[datetime | None]
+    fault: NotRequired[str]
+    held: NotRequired[str]
+
+
+class FeedAnswer(Answer):
+    """The address of a feed; of a dry run, whose it would be."""
+    feed: NotRequired[Secret]
+    user: NotRequired[str]
+    project: NotRequired[str]
+
+
+class EventAnswer(Answer):
+    """A line of the journal."""
+    id: int
+    at: datetime
+    actor: str
+    code: str
+    label: Label | None
+    project: str | None
+    sentence: str
+
+
+class LatenessAnswer(Answer):
+    """How late the VMs of a cloud were, in seconds."""
+    cloud: str
+    servers: int
+    begun_median: float | None
+    begun_95: float | None
+    begun_worst: float | None
+    ready_median: float | None
+    ready_95: float | None
+    ready_worst: float | None
+    tried_again: int
+
+
+class FailedAnswer(Answer):
+    """A VM that did not start."""
+    cloud: str
+    label: Label
+    name: str
+    tries: int
+    planned: datetime
+    fault: str
+
+
+class PunctualityAnswer(Answer):
+    """How late VMs were, and which failed."""
+    clouds: list[LatenessAnswer]
+    failed: list[FailedAnswer]
+
+
+class ReportAnswer(Answer):
+    """The sums of a project, a user or a resource."""
+    project: NotRequired[str]
+    user: NotRequired[str]
+    resource: NotRequired[str]
+    reserved_hours: float
+    used_hours: float
+    unused_hours: float
+    refused: int
+    late_worst: float
+
+
+class TokenAnswer(Answer):
+    """Whose a token is; not the token itself, of which only a hash is kept."""
+    id: int
+    user: str
+    project: str
+    role: str
+    added: datetime
+    revoked: datetime | None
+
+
+class NewTokenAnswer(Answer):
+    """A token that was made; of a dry run, whose it would be."""
+    token: NotRequired[Secret]
+    user: NotRequired[str]
+    project: NotRequired[str]
+    role: NotRequired[str]
+
+
+class RefusalAnswer(Answer):
+    """Why a request was refused, in a sentence; `details` say more to programs."""
+    error: str
+    kind: str
+    details: NotRequired[dict]
+
+
+class HealthAnswer(Answer):
+    """Whether the store can be read, and seconds since VMs were looked after."""
+    status: NotRequired[str]
+    last_pass: NotRequired[float]
+    error: NotRequired[str]
+
+
+class ReadyAnswer(Answer):
+    """Whether the store can be written and is whole, and the life cycle makes its passes."""
+    status: str
+    store: dict
+    integrity: NotRequired[dict]
+    scheduler: NotRequired[dict]
+
+
+class Field(NamedTuple):
+    """A field of an answer: the type of its value, and whether it is always there."""
+    kind: Any
+    always: bool
+
+
+@functools.cache
+def declared(answer: type[Answer]) -> dict[str, Field]:
+    """The fields that an answer declares."""
+    hints = get_type_hints(answer, include_extras=True)
+    return {name: Field(get_args(kind)[0], False) if get_origin(kind) is NotRequired
+            else Field(kind, True) for name, kind in hints.items()}
+
+
+def choices_of(kind) -> tuple:
+    """The types of which a value has one."""
+    return get_args(kind) if get_origin(kind) in (UnionType, Union) else (kind,)
+
+
+def as_answer(value, kind):
+    """A value of an answer as JSON has it, as what its type says: the reverse of `to_plain`."""
+    if isinstance(value, list):
+        [item] = get_args(next(each for each in choices_of(kind) if get_origin(each) is list))
+        return [as_answer(each, item) for each in value]
+    if datetime in choices_of(kind) and value is not None:
+        return datetime.fromisoformat(value)
+    if kind is dict or kind is Any:
+        return from_plain(value)
+    for each in choices_of(kind) if isinstance(value, dict) else ():
+        if is_answer(each) and all(name in value for name, field in declared(each).items()
+                                   if field.always):
+            return each({name: as_answer(one, declared(each).get(name, Field(each.more, 0)).kind)
+                         for name, one in value.items()})
+    return value
+
+
+def is_answer(kind) -> bool:
+    return isinstance(kind, type) and issubclass(kind, Answer)
 
 
 # Store #######################################################################
@@ -2843,6 +3344,23 @@ class Session(Table):
     until = peewee.IntegerField(index=True)
 
 
+class OnceDone(Table):
+    """A request that names itself by an Idempotency-Key, so that it is done once."""
+    user = peewee.CharField()
+    project = peewee.CharField()
+    key = peewee.CharField()
+    digest = peewee.CharField()  # of what was asked
+    mark = peewee.CharField()    # of the attempt that did it
+    at = peewee.IntegerField(index=True)
+    status = peewee.IntegerField()  # 0: its answer is not there
+    answer = peewee.TextField()
+
+    class Meta:
+        table_name = 'once'
+        primary_key = peewee.CompositeKey('user', 'project', 'key')
+        without_rowid = True
+
+
 class Feed(Table):
     """What a secret address shows as a calendar: of a user, of a project or of a resource."""
     user = peewee.CharField()
@@ -2941,7 +3459,7 @@ class SimulatedServer(Table):
 
 
 TABLES = [Resource, Reservation, Occurrence, Texts, Capacity, Proposal, ExtraHold, Wait, Limit, Step,
-          Server, Claim, Tally, Token, Session, Feed, Subscription, Event, Outbox, Mailed, Lease, Fact,
+          Server, Claim, Tally, Token, Session, OnceDone, Feed, Subscription, Event, Outbox, Mailed, Lease, Fact,
           SimulatedServer]
 
 #: What brings an older store up to the models above, one function a version. None reads the models,
@@ -2950,7 +3468,7 @@ MIGRATIONS: list[Callable] = [
     lambda: add_tracks(), lambda: add_proposals(), lambda: add_up_told(), lambda: add_owners(),
     lambda: trust_names(), lambda: add_sessions(), lambda: add_ends_of_calls(),
     lambda: keep_resource_ids(), lambda: end_left_calendars(),
-    lambda: add_whose(), lambda: add_waits(), lambda: add_sums()]
+    lambda: add_whose(), lambda: add_waits(), lambda: add_sums(), lambda: add_once()]
 
 
 def long_texts(row: str) -> str:
@@ -3650,6 +4168,17 @@ def add_sums() -> None:
           PRIMARY KEY (day, project, user, resource)) WITHOUT ROWID""")
     for trigger in TRIGGERS_OF_13:
         run(trigger)
+
+
+def add_once() -> None:
+    """Version 14: requests that name themselves are done once."""
+    run_all("""
+        CREATE TABLE once (
+          user VARCHAR(255) NOT NULL, project VARCHAR(255) NOT NULL, key VARCHAR(255) NOT NULL,
+          digest VARCHAR(255) NOT NULL, mark VARCHAR(255) NOT NULL, at INTEGER NOT NULL,
+          status INTEGER NOT NULL, answer TEXT NOT NULL,
+          PRIMARY KEY (user, project, key)) WITHOUT ROWID;
+        CREATE INDEX once_at ON once (at)""")
 
 
 # What goes wrong with the store. SQLite's first error is what the user is told, with what helps.
@@ -5149,6 +5678,8 @@ class OpenStack(Cloud):
 
     def log_in(self):
         import openstack
+        if self.account not in openstack.config.OpenStackConfig().get_cloud_names():
+            raise UnknownCloud(f"there is no cloud '{self.account}' in clouds.yaml", sure=True)
         connection = openstack.connect(cloud=self.account, api_timeout=self.config.call_timeout,
                                        app_name='cmres')
         door = self.door()
@@ -7576,6 +8107,13 @@ class Service:
             f"SELECT id FROM reservation r WHERE label = ?{also} UNION SELECT id FROM reservation r WHERE request = ? "
             f"AND request <> ''{also} ORDER BY id DESC", label, *given(where), label, *given(where))]
 
+    def newest_deed(self, label: str, project: str = '') -> int | None:
+        """The newest event of what people have done to the reservations of a label; None without any."""
+        found = row('SELECT max(id) AS id FROM event WHERE actor <> ? AND reservation_id IN '
+                    '(SELECT value FROM json_each(?))', 'cmres',
+                    json.dumps(self.labelled(label, project)[:MOST_PARTS]))
+        return found.id
+
     def parts_of(self, label: str, project: str = '') -> list:
         """The parts of the request that a label means; none if it means a reservation.
 
@@ -8364,10 +8902,10 @@ LIMITS = '''SELECT l.*, coalesce(s.name, '') AS resource
 class Limits(Wishes):
     """What users and projects may reserve at most."""
 
-    @api('POST', '/limit/', role=ADMIN)
+    @api('POST', '/limit/', role=ADMIN, made='/limit/')
     def limit_add(self, project: Name = '', user: Name = '', resource: Label = '', most_vms: Count = None,
                   longest: Span = None, ahead: Span = None, least_notice: Span = None, vcpu_hours: Count = None,
-                  waiting: int = None, exempt: Span = None, dry_run: bool = False) -> dict:
+                  waiting: int = None, exempt: Span = None, dry_run: bool = False) -> LimitAnswer:
         """Limits what a project or a user may reserve; with neither, every project that has no limit of its own.
 
         With --resource it counts there alone, else everywhere together. What begins within --exempt from
@@ -8390,7 +8928,7 @@ class Limits(Wishes):
             return self.limit_public(row(f'{LIMITS} WHERE l.id = ?', id))
 
     @api('GET', '/limit/')
-    def limit_list(self) -> Rows:
+    def limit_list(self) -> list[LimitAnswer]:
         """Lists the limits; of those for others, only an admin sees any.
 
         Example:
@@ -8401,7 +8939,7 @@ class Limits(Wishes):
                 or each.project in ('', self.actor.project) and each.user in ('', self.actor.user)]
 
     @api('DELETE', '/limit/<id>', role=ADMIN)
-    def limit_delete(self, id: int, dry_run: bool = False) -> dict:
+    def limit_delete(self, id: int, dry_run: bool = False) -> LimitAnswer:
         """Takes a limit away.
 
         Example:
@@ -9643,7 +10181,7 @@ class Approval(Waiting):
                            'its end, vms, user, description and label can')
 
     @api('POST', '/reservation/<label>/approve', role=ADMIN)
-    def approve(self, label: Label, project: Name = '', dry_run: bool = False) -> dict:
+    def approve(self, label: Label, project: Name = '', dry_run: bool = False) -> BookedAnswer | GroupAnswer:
         """Lets a pending reservation be, or a change of one that is approved.
 
         Example:
@@ -9661,7 +10199,7 @@ class Approval(Waiting):
         return self.carry_out(deed, dry_run)
 
     @api('POST', '/reservation/<label>/accept')
-    def accept(self, label: Label, project: Name = '', dry_run: bool = False) -> dict:
+    def accept(self, label: Label, project: Name = '', dry_run: bool = False) -> BookedAnswer | GroupAnswer:
         """Takes the room that is held for a reservation of yours that had waited.
 
         Example:
@@ -9677,7 +10215,7 @@ class Approval(Waiting):
             return self.told_parts(label, pending)
 
     @api('POST', '/reservation/<label>/reject', role=ADMIN)
-    def reject(self, label: Label, reason: Text = '', project: Name = '', dry_run: bool = False) -> dict:
+    def reject(self, label: Label, reason: Text = '', project: Name = '', dry_run: bool = False) -> BookedAnswer | GroupAnswer:
         """Refuses a pending reservation and frees what it held; of a request, all parts.
 
         A change of a reservation that was approved before is refused alone: that goes on as it was.
@@ -9826,7 +10364,7 @@ class Staged:
 class Requests(Approval):
     """The operations on reservations."""
 
-    @api('POST', '/reservation/')
+    @api('POST', '/reservation/', made='/reservation/<label>')
     @api('POST', '/reservation/add/<label>/<resource>/<start>/<end>')
     @api('POST', '/reservation/add/<label>/<cell>/<cloud>/<region>/<aggregate>/<vms>/<start>/<end>', resource=ANY)
     def add(self, label: NewLabel, resource: Place, start: When, end: When, vms: Count = 1, flavor: Name = '',
@@ -9837,7 +10375,7 @@ class Requests(Approval):
             skip_dates: Names = (), holidays: Source = '', on_conflict: Clash = 'refuse', user: Name = '',
             project: Name = '', cell: Name = '', cloud: Name = '', region: Name = '', aggregate: Name = '',
             part: Parts = (), host: Hosts = (), wait: bool = False, priority: int = 0, confirm: Span = None,
-            dry_run: bool = False) -> dict:
+            dry_run: bool = False) -> BookedAnswer | GroupAnswer:
         """Reserves machines from START to END, once or again and again.
 
         With an image, they are booted at the start and deleted at the end, or what --at-end says;
@@ -9907,8 +10445,8 @@ class Requests(Approval):
             raise refusal
         return found
 
-    @api('POST', '/reservation/load')
-    def load(self, rows: Rows, partial: bool = False, dry_run: bool = False) -> dict:
+    @api('POST', '/reservation/load', made='/reservation/')
+    def load(self, rows: Rows, partial: bool = False, dry_run: bool = False) -> LoadedAnswer:
         """Adds many reservations at once: all of them, or with --partial those that fit.
 
         Each refused line is named with its number and the reason. In a CSV file the first line
@@ -9991,9 +10529,9 @@ class Requests(Approval):
         defaults = {name: each.default for name, each in operation.parameters.items()}
         return defaults | bind(operation, given, self.here)
 
-    @api('POST', '/reservation/generate')
+    @api('POST', '/reservation/generate', made='/reservation/')
     def generate(self, resource: Label = 'demo', count: Page = 10, seed: int = None, flavor: Name = '',
-                 image: Name = '', dry_run: bool = False) -> dict:
+                 image: Name = '', dry_run: bool = False) -> LoadedAnswer:
         """Adds random reservations within the next week, for trying things out; those that don't fit are left out.
 
         Example:
@@ -10011,7 +10549,7 @@ class Requests(Approval):
     @api('GET', '/reservation/<label>')
     def list(self, label: Label = '', user: Name = '', project: Name = '', resource: Name = '', cell: Name = '',
              cloud: Name = '', region: Name = '', aggregate: Name = '', state: Names = (), start: When = None,
-             end: When = None, limit: Page = 100, after: Cursor = '') -> Rows:
+             end: When = None, limit: Page = 100, after: Cursor = '') -> list[ReservationAnswer]:
         """Lists reservations, the earliest first: those that are not over, or all that the filters meet.
 
         A label, a state or a window [START, END) that they overlap also finds what is over. Of a series
@@ -10070,7 +10608,7 @@ class Requests(Approval):
 
     @api('GET', '/reservation/<label>/show')
     @for_each_part
-    def show(self, label: Label, project: Name = '', occurrence: Day = None, tz: Zone = '') -> dict:
+    def show(self, label: Label, project: Name = '', occurrence: Day = None, tz: Zone = '') -> DetailAnswer | DetailGroupAnswer:
         """Shows all of one reservation: what was asked, its state, its servers; of a series also what comes.
 
         Example:
@@ -10089,7 +10627,7 @@ class Requests(Approval):
     @api('GET', '/server/')
     @api('GET', '/reservation/<label>/servers')
     def servers(self, label: Label = '', project: Name = '', occurrence: Day = None, kept: bool = False,
-                tz: Zone = '') -> Rows:
+                tz: Zone = '') -> list[ServerAnswer | KeptAnswer]:
         """Lists the servers of a reservation: state, addresses, and when each was planned, begun and ready.
 
         With --kept, those that were stopped or shelved at their end and stay: of a label, or all.
@@ -10119,7 +10657,7 @@ class Requests(Approval):
 
     @api('GET', '/reservation/<label>/duration')
     @for_each_part
-    def duration(self, label: Label, project: Name = '') -> dict:
+    def duration(self, label: Label, project: Name = '') -> DurationAnswer | DurationGroupAnswer:
         """Tells how long a reservation is.
 
         Example:
@@ -10138,7 +10676,7 @@ class Requests(Approval):
                host: Name = None, repeat: Repeat = None, until: Day = None, count: Count = None,
                skip_dates: Names = None, holidays: Source = None,
                on_conflict: Clash = None, user: Name = None, rename: NewLabel = None, occurrence: Day = None,
-               following: bool = False, tz: Zone = '', project: Name = '', dry_run: bool = False) -> dict:
+               following: bool = False, tz: Zone = '', project: Name = '', dry_run: bool = False) -> BookedAnswer | GroupAnswer:
         """Changes a reservation, all of it or nothing.
 
         A new start alone moves it with its length; a new end alone makes it longer or shorter. One
@@ -10160,7 +10698,7 @@ class Requests(Approval):
     @api('POST', '/reservation/<label>/extend')
     @for_each_part
     def extend(self, label: Label, by: Span, project: Name = '', occurrence: Day = None, tz: Zone = '',
-               dry_run: bool = False) -> dict:
+               dry_run: bool = False) -> BookedAnswer | GroupAnswer:
         """Lets a reservation end later; works until its end. Of a series, only the present or next occurrence.
 
         Example:
@@ -10172,7 +10710,7 @@ class Requests(Approval):
 
     @api('POST', '/reservation/<label>/keep')
     @for_each_part
-    def keep(self, label: Label, until: When, project: Name = '', tz: Zone = '', dry_run: bool = False) -> dict:
+    def keep(self, label: Label, until: When, project: Name = '', tz: Zone = '', dry_run: bool = False) -> BookedAnswer | GroupAnswer:
         """Lets what runs now go on until a later instant, if that fits; a series goes on after that as planned.
 
         Example:
@@ -10200,7 +10738,7 @@ class Requests(Approval):
     @api('POST', '/reservation/<label>/skip')
     @for_each_part
     def skip(self, label: Label, project: Name = '', occurrence: Day = None, undo: bool = False,
-             tz: Zone = '', dry_run: bool = False) -> dict:
+             tz: Zone = '', dry_run: bool = False) -> BookedAnswer | GroupAnswer:
         """Leaves out the next occurrence, which must not have begun.
 
         With --undo, an occurrence of a series that was left out, skipped or cancelled by itself
@@ -10381,7 +10919,7 @@ class Requests(Approval):
     def delete(self, label: Label = '', user: Name = '', project: Name = '', resource: Name = '', cell: Name = '',
                cloud: Name = '', region: Name = '', aggregate: Name = '', vms: Count = None, start: When = None,
                end: When = None, count: Count = None, occurrence: Day = None, following: bool = False,
-               kept: bool = False, tz: Zone = '', dry_run: bool = False) -> Rows:
+               kept: bool = False, tz: Zone = '', dry_run: bool = False) -> list[CancelledAnswer | KeptAnswer]:
         """Cancels a reservation: its capacity is free at once, and its VMs are deleted.
 
         Give a label, or filters that must all match exactly (start and end too); without a label,
@@ -10461,7 +10999,7 @@ class Requests(Approval):
 
     @api('GET', '/resource/<resource>/find')
     def find(self, resource: Label, duration: Span, vms: Count = 1, flavor: Name = '', lead: Span = None,
-             after: When = None, before: When = None, limit: Page = 10) -> Rows:
+             after: When = None, before: When = None, limit: Page = 10) -> list[SlotAnswer]:
         """Finds the earliest slots that are free for so many machines for so long.
 
         Each slot says from when until when it is free. Looks a year ahead unless --before says how far.
@@ -10483,7 +11021,7 @@ class Requests(Approval):
                 for (first, last), _ in zip(slots, range(limit))]
 
     @api('GET', '/resource/<resource>/usage')
-    def usage(self, resource: Label, start: When = None, end: When = None) -> Rows:
+    def usage(self, resource: Label, start: When = None, end: When = None) -> list[UsageAnswer]:
         """Tells how much of a resource is held, when; by whom it doesn't tell.
 
         Shows the next 7 days unless --start or --end say otherwise.
@@ -10508,11 +11046,11 @@ class Requests(Approval):
 class Plan(Requests):
     """The operations on resources and their capacity."""
 
-    @api('POST', '/resource/', role=ADMIN)
+    @api('POST', '/resource/', role=ADMIN, made='/resource/<name>')
     def resource_add(self, name: NewLabel, cell: Name = '', cloud: Name = '', region: Name = '', aggregate: Name = '',
                      vms: Most = UNLIMITED, vcpus: Most = UNLIMITED, ram: Most = UNLIMITED, classes: Classes = None,
                      mode: Name = '', hold: Span = None, approval: Span = None, no_show: Span = None,
-                     dry_run: bool = False) -> dict:
+                     dry_run: bool = False) -> ResourceNowAnswer:
         """Adds a resource; a figure that isn't given is unlimited.
 
         With --classes, other resource classes of Placement count as well: what flavors take of them
@@ -10534,7 +11072,7 @@ class Plan(Requests):
             return self.resource_show(name)
 
     @api('GET', '/resource/')
-    def resource_list(self, cell: Name = '', cloud: Name = '', region: Name = '', aggregate: Name = '') -> Rows:
+    def resource_list(self, cell: Name = '', cloud: Name = '', region: Name = '', aggregate: Name = '') -> list[ResourceAnswer]:
         """Lists the resources: their places and what they hold at most.
 
         Example:
@@ -10543,7 +11081,7 @@ class Plan(Requests):
         return [self.resource_public(each) for each in self.places(cell, cloud, region, aggregate)]
 
     @api('GET', '/resource/<name>')
-    def resource_show(self, name: Label) -> dict:
+    def resource_show(self, name: Label) -> ResourceNowAnswer:
         """Shows a resource, and what is held of it now.
 
         Example:
@@ -10558,7 +11096,7 @@ class Plan(Requests):
                         region: Name = None, aggregate: Name = None, vms: Most = None, vcpus: Most = None,
                         ram: Most = None, classes: Classes = None, mode: Name = None, hold: Span = None,
                         approval: Span = None, no_show: Span = None, force: bool = False,
-                        dry_run: bool = False) -> dict:
+                        dry_run: bool = False) -> ResourceChangedAnswer:
         """Changes a resource; `unlimited` takes a limit away.
 
         A capacity below what is held already needs --force; nothing is cancelled then, and the
@@ -10592,7 +11130,7 @@ class Plan(Requests):
             return self.resource_public(found) | {'no_longer_fit': homeless}
 
     @api('DELETE', '/resource/<name>', role=ADMIN)
-    def resource_delete(self, name: Label, dry_run: bool = False) -> dict:
+    def resource_delete(self, name: Label, dry_run: bool = False) -> ResourceAnswer:
         """Removes a resource that nothing is reserved on any more; its history stays.
 
         Example:
@@ -10637,7 +11175,7 @@ class Plan(Requests):
 
     @api('POST', '/resource/sync', role=ADMIN)
     def resource_sync(self, cloud: Name, aggregates: Names = (), mode: Name = '', hold: Span = None,
-                      named: bool = None, force: bool = False, dry_run: bool = False) -> Rows:
+                      named: bool = None, force: bool = False, dry_run: bool = False) -> list[DifferenceAnswer]:
         """Reads host aggregates of a cloud, makes resources of them or updates those, and marks them for Nova.
 
         The vcpus, ram and other classes of a resource become what Placement gives out of the aggregate's
@@ -10703,10 +11241,10 @@ class Plan(Requests):
             self.journal(now, 'resource', f"synced the resource '{found.name}': {fields}")
         return found.name, lines
 
-    @api('POST', '/resource/<name>/capacity', role=ADMIN)
+    @api('POST', '/resource/<name>/capacity', role=ADMIN, made='/maintenance/')
     def resource_capacity(self, name: Label, start: When, end: When, vms: Most = None, vcpus: Most = None,
                           ram: Most = None, classes: Classes = None, reason: Text = '', then: Name = 'notify',
-                          dry_run: bool = False) -> dict:
+                          dry_run: bool = False) -> CapacityChangeAnswer:
         """Gives a resource another capacity from START to END: a loan of nodes, or less for a while.
 
         What is booked there and no longer fits is left and its owner told (--then notify), moved to
@@ -10720,9 +11258,9 @@ class Plan(Requests):
         most = Amount(vms, vcpus, ram, tuple(sorted((classes or {}).items())))
         return self.change_capacity(name, start, end, most, reason or 'another capacity', then, dry_run)
 
-    @api('POST', '/maintenance/', role=ADMIN)
+    @api('POST', '/maintenance/', role=ADMIN, made='/maintenance/')
     def maintenance_add(self, resource: Label, start: When, end: When, reason: Text = '', then: Name = 'notify',
-                        dry_run: bool = False) -> dict:
+                        dry_run: bool = False) -> CapacityChangeAnswer:
         """Closes a resource from START to END; what is booked in it is left, moved or cancelled, as --then says.
 
         Nothing new is reserved in it, also on a resource whose capacity is unlimited.
@@ -10733,7 +11271,7 @@ class Plan(Requests):
         return self.change_capacity(resource, start, end, None, reason or 'maintenance', then, dry_run)
 
     @api('GET', '/maintenance/')
-    def maintenance_list(self, resource: Label = '') -> Rows:
+    def maintenance_list(self, resource: Label = '') -> list[MaintenanceAnswer]:
         """Lists maintenances and other changes of capacity that are not over.
 
         Example:
@@ -10749,7 +11287,7 @@ class Plan(Requests):
         return lines
 
     @api('DELETE', '/maintenance/<id>', role=ADMIN)
-    def maintenance_delete(self, id: int, dry_run: bool = False) -> dict:
+    def maintenance_delete(self, id: int, dry_run: bool = False) -> CalledOffAnswer:
         """Calls off a maintenance or another change of capacity.
 
         Example:
@@ -10923,7 +11461,7 @@ class Plan(Requests):
             f'AND start <= ? + {LONGEST_LEAD} AND held_from <= ?)', now, now, resource, int(now), int(now))
 
     @api('GET', '/check', role=ADMIN)
-    def check(self) -> dict:
+    def check(self) -> CheckAnswer:
         """Rebuilds the usage from the occurrences and compares it with what is kept; fails on any difference.
 
         Example:
@@ -10955,7 +11493,7 @@ class Claims(Plan):
 
     @api('POST', '/claim/', role=ADMIN)
     def claim(self, server: Name, resources: Names, project: Name, user: Name = '', vcpus: Figure = 0,
-              ram: Figure = 0, classes: Classes = None, label: Name = '', dry_run: bool = False) -> Rows:
+              ram: Figure = 0, classes: Classes = None, label: Name = '', dry_run: bool = False) -> list[ClaimAnswer]:
         """Tells on which resources a server may boot, why, and counts it there: what Nova's scheduler asks.
 
         Who has an active reservation passes as long as fewer machines, vcpus and ram were booted than
@@ -11096,7 +11634,7 @@ class Calendars(Claims):
     @api('POST', '/reservation/import')
     def import_(self, file: Ics, resource: Label = '', flavor: Name = '', image: Name = '', network: Name = '',
                 key: Name = '', vms: Count = 1, at_end: Name = '', notify: Names = (), on_conflict: Clash = 'refuse',
-                tz: Zone = '', user: Name = '', project: Name = '', dry_run: bool = False) -> dict:
+                tz: Zone = '', user: Name = '', project: Name = '', dry_run: bool = False) -> ImportAnswer:
         """Reserves what the events of an iCalendar file ask for, each event on its own.
 
         An event asks with `2 x m1.small` in the first line of its description or in its place, with
@@ -11316,7 +11854,7 @@ class Calendars(Claims):
         return f'{wish.label}-{free}' if free > 1 else wish.label
 
     @api('GET', '/calendar/')
-    def calendar_list(self) -> Rows:
+    def calendar_list(self) -> list[CalendarAnswer]:
         """Lists calendars: feeds that show reservations, and subscriptions that make them; no secret of theirs.
 
         Example:
@@ -11334,9 +11872,9 @@ class Calendars(Claims):
             {name: value for name, value in public(each).items() if name != 'url'} |
             {'shows': urlsplit(each.url).hostname} for each in subscribed]
 
-    @api('POST', '/calendar/feed', role=READER)
+    @api('POST', '/calendar/feed', role=READER, made='/calendar/')
     def calendar_feed(self, resource: Label = '', whole_project: bool = False, user: Name = '', project: Name = '',
-                      dry_run: bool = False) -> dict:
+                      dry_run: bool = False) -> FeedAnswer:
         """Makes an address at which any calendar program can subscribe to your reservations, and prints it.
 
         The address is a secret and is shown only now; `calendar revoke` makes it worthless. With
@@ -11357,7 +11895,7 @@ class Calendars(Claims):
                     f'/calendar/{secret}/{name}.ics'}
 
     @api('DELETE', '/calendar/<id>')
-    def calendar_revoke(self, id: int, dry_run: bool = False) -> dict:
+    def calendar_revoke(self, id: int, dry_run: bool = False) -> CalendarAnswer:
         """Makes the address of a feed worthless from now on.
 
         Example:
@@ -11370,11 +11908,11 @@ class Calendars(Claims):
             return {'id': id, 'kind': 'feed', 'user': found.user, 'project': found.project,
                     'revoked': instant(int(now))}
 
-    @api('POST', '/calendar/subscription/')
+    @api('POST', '/calendar/subscription/', made='/calendar/')
     def calendar_subscribe(self, url: Url, resource: Label = '', flavor: Name = '', image: Name = '',
                            network: Name = '', key: Name = '', vms: Count = 1, at_end: Name = '', notify: Names = (),
                            on_conflict: Clash = 'refuse', tz: Zone = '', user: Name = '', project: Name = '',
-                           dry_run: bool = False) -> dict:
+                           dry_run: bool = False) -> CalendarAnswer:
         """Lets a calendar of yours book machines: what appears in it is reserved, what moves moves, what goes goes.
 
         It is looked at every five minutes (`calendar_poll`). Its events ask for machines as those of `import` do.
@@ -11409,7 +11947,7 @@ class Calendars(Claims):
                 'shows': parts.hostname}
 
     @api('DELETE', '/calendar/subscription/<id>')
-    def calendar_unsubscribe(self, id: int, dry_run: bool = False) -> dict:
+    def calendar_unsubscribe(self, id: int, dry_run: bool = False) -> CalendarAnswer:
         """Stops looking at a calendar; what it has booked stays.
 
         Example:
@@ -11418,7 +11956,7 @@ class Calendars(Claims):
         return self.changed_subscription(id, dry_run, 'unsubscribed from calendar', due=None)
 
     @api('POST', '/calendar/subscription/<id>/confirm')
-    def calendar_confirm(self, id: int, dry_run: bool = False) -> dict:
+    def calendar_confirm(self, id: int, dry_run: bool = False) -> CalendarAnswer:
         """Lets a calendar cancel what it asked about: most of what it had booked.
 
         Example:
@@ -11640,7 +12178,7 @@ class Reservations(Calendars):
 
     @api('GET', '/event/')
     @api('GET', '/reservation/<label>/events')
-    def events(self, label: Label = '', project: Name = '', after: int = 0, limit: Page = 100) -> Rows:
+    def events(self, label: Label = '', project: Name = '', after: int = 0, limit: Page = 100) -> list[EventAnswer]:
         """Shows the journal: when, who, what, why; the newest lines last.
 
         On the command line, --follow goes on to show each event as it comes, until Ctrl-C.
@@ -11661,7 +12199,7 @@ class Reservations(Calendars):
         return [public(each) for each in (found if after else found[::-1])]
 
     @api('GET', '/punctuality/')
-    def punctuality(self, since: When = None) -> dict:
+    def punctuality(self, since: When = None) -> PunctualityAnswer:
         """Tells how late servers were begun and ready, per cloud, in seconds: median, 95 %, worst; and what failed.
 
         Example:
@@ -11689,7 +12227,7 @@ class Reservations(Calendars):
                             'planned': instant(each.planned), 'fault': each.fault} for each in failed[-100:]]}
 
     @api('GET', '/report/')
-    def report(self, since: When = None, until: When = None, by_whom: Name = 'project') -> Rows:
+    def report(self, since: When = None, until: When = None, by_whom: Name = 'project') -> list[ReportAnswer]:
         """Adds up VM-hours reserved, used and unused, requests refused, and lateness.
 
         A reservation counts from its lead to its end; what runs or stays after that is not used.
@@ -11811,8 +12349,8 @@ class Reservations(Calendars):
             'unused = unused + excluded.unused, refused = refused + excluded.refused, '
             'late = max(late, excluded.late)', *whose, *figures.values())
 
-    @api('POST', '/token/', role=ADMIN)
-    def token_add(self, user: Name, project: Name = 'default', role: Name = USER, dry_run: bool = False) -> dict:
+    @api('POST', '/token/', role=ADMIN, made='/token/')
+    def token_add(self, user: Name, project: Name = 'default', role: Name = USER, dry_run: bool = False) -> NewTokenAnswer:
         """Makes a token for a user in a project, and prints it: it is shown only now.
 
         Example:
@@ -11829,7 +12367,7 @@ class Reservations(Calendars):
         return {'user': user, 'project': project, 'role': role} if dry_run else {'token': token}
 
     @api('GET', '/token/', role=ADMIN)
-    def token_list(self) -> Rows:
+    def token_list(self) -> list[TokenAnswer]:
         """Lists the tokens: whose, which role; never the tokens themselves, of which only hashes are kept.
 
         Example:
@@ -11838,7 +12376,7 @@ class Reservations(Calendars):
         return [public(each) for each in rows('SELECT id, user, project, role, added, revoked FROM token ORDER BY id')]
 
     @api('DELETE', '/token/<id>', role=ADMIN)
-    def token_revoke(self, id: int, dry_run: bool = False) -> dict:
+    def token_revoke(self, id: int, dry_run: bool = False) -> TokenAnswer:
         """Makes a token worthless from now on.
 
         With the last token of a user in a project, their feeds and subscriptions end as well. What
@@ -13282,61 +13820,655 @@ class LifeCycle:
             self.look_again(id, now)
 
 
+# Document ####################################################################
+#
+# /openapi.json, OpenAPI 3.1, out of what there is anyway: the marks and signatures of operations,
+# the types by which arguments are read, the types of answers, the examples of the help. A schema
+# says what `bind` takes, which is more than what is written best: examples show that.
+
+BASE = '/cm/v1.0'
+FEEDS = ('/calendar/<secret>/<name>.ics', '/calendar/<secret>.ics')  # programs show the end
+SEED = ('/reservation/add/', '/reservation/delete/')  # older addresses, which name the deed
+WITH_BODY = ('POST', 'PATCH')
+
+#: A text without unseen characters, as far as all dialects of patterns can say it.
+SEEN = '^[^{}' + UNSEEN.pattern[1:-1].partition('\ud800')[0] + ']*$'
+DIGITS = ' *[+-]?[0-9]{1,12} *'
+SHORT_LENGTH = {'type': 'string', 'minLength': 2, 'examples': ['2h', '+1d12h', '90m'], 'pattern':
+                r'^\+?([0-9]{1,4}w)?([0-9]{1,5}d)?([0-9]{1,6}h)?([0-9]{1,8}m)?([0-9]{1,9}s)?$'}
+ISO_LENGTH = {'type': 'string', 'minLength': 3, 'examples': ['PT2H'], 'pattern':
+              '^P([0-9]{1,4}W)?([0-9]{1,5}D)?(T([0-9]{1,6}H)?([0-9]{1,8}M)?([0-9]{1,9}S)?)?$'}
+LONG_LENGTH = {'type': 'string', 'examples': ['1:30', '2 hours'], 'pattern':
+               r'^\+?([0-9]{1,4}:[0-5][0-9]|[0-9]{1,6} (days?|hours?|minutes?|seconds?))$'}
+ISO_DATE = '(19[7-9][0-9]|2[01][0-9][0-9])[-/](0[1-9]|1[0-2])[-/](0[1-9]|[12][0-9]|3[01])'
+ISO_TIME = {'type': 'string', 'examples': ['2026-12-01T09:00+01:00', '2026-12-01 09:00'], 'pattern':
+            f'^{ISO_DATE}([T ]([01][0-9]|2[0-3]):[0-5][0-9](:[0-5][0-9])?'
+            '(Z|[+-](0[0-9]|1[0-3]):[0-5][0-9])?)?$'}
+SPOKEN_CLOCK = '([01]?[0-9]|2[0-3]):[0-5][0-9]'
+SPOKEN_TIME = {'type': 'string', 'examples': ['tomorrow 9:00', '17:00', 'now'], 'pattern':
+               '^(now|((today|tomorrow|((next|this) )?(mon|tue|wed|thu|fri|sat|sun)) )?'
+               f'{SPOKEN_CLOCK})$'}
+NAME = {'type': 'string', 'maxLength': 255, 'pattern': SEEN.format(r'\n\t')}
+TEXT = {'type': 'string', 'maxLength': 65535, 'pattern': SEEN.format('')}
+LABEL = {'type': 'string', 'not': {'enum': [*NO_LABELS]}, 'examples': ['lab']}
+COMMAS = {'type': 'string', 'description': 'with commas between'}
+
+
+def number_schema(least: int, most: int, **more) -> dict:
+    """A number, or its digits: text is what addresses, forms and files have."""
+    return {'type': ['integer', 'string'], 'minimum': least, 'maximum': most,
+            'pattern': f'^{DIGITS}$'} | more
+
+
+def list_schema(item: dict, **more) -> dict:
+    """Several in a list, or in one text."""
+    return {'anyOf': [{'type': 'array', 'items': item, 'maxItems': MOST_PARTS} | more, COMMAS]}
+
+
+#: What each type of an argument takes, under the name that it has here. A few are in answers too.
+SCHEMAS: dict[Any, tuple[str, dict]] = {
+    int: ('Integer', number_schema(1 - 2**53, 2**53 - 1)),
+    bool: ('Boolean', {'type': ['boolean', 'string'], 'pattern':
+                       '^([Tt][Rr][Uu][Ee]|[Yy][Ee][Ss]|1|[Ff][Aa][Ll][Ss][Ee]|[Nn][Oo]|0)$'}),
+    Count: ('Count', number_schema(1, 1_000_000)), Page: ('Page', number_schema(1, 10_000)),
+    Figure: ('Figure', number_schema(0, 10**12)),
+    Most: ('Capacity', number_schema(0, 10**12, pattern=f'^({DIGITS}|unlimited)$')),
+    Label: ('Label', LABEL | {'pattern': '^[A-Za-z0-9._-]{1,64}$'}),
+    NewLabel: ('NewLabel', LABEL | {'pattern': '^[A-Za-z0-9._][A-Za-z0-9._-]{0,63}$'}),
+    Place: ('ResourceName', LABEL | {'not': {'enum': [each for each in NO_LABELS if each != ANY]},
+                                     'pattern': '^[A-Za-z0-9._-]{1,64}$', 'examples': ['demo', ANY]}),
+    Name: ('Name', NAME), Text: ('Text', TEXT), File: ('UserData', TEXT | {'maxLength': 49149}),
+    Cursor: ('Cursor', {'type': ['string', 'integer'], 'minimum': 0, 'pattern':
+                        '^([0-9]{1,18}|[0-9]{1,10}[-/][0-9]{1,18}|' + f'{ISO_DATE}.*/[0-9]{{1,18}})$',
+                        'examples': ['2026-12-01T12:00Z/7']}),
+    Span: ('Length', {'anyOf': [SHORT_LENGTH, ISO_LENGTH, LONG_LENGTH]}),
+    When: ('Time', {'anyOf': [ISO_TIME, SPOKEN_TIME, SHORT_LENGTH, ISO_LENGTH]}),
+    Day: ('Day', {'anyOf': [ISO_TIME, SPOKEN_TIME, SHORT_LENGTH, ISO_LENGTH]}),
+    Names: ('Names', list_schema(NAME, maxItems=100)),
+    Pairs: ('Pairs', {'anyOf': [{'type': 'object', 'maxProperties': 128, 'propertyNames': {
+        'pattern': '^[a-zA-Z0-9_:. -]{1,255}$'}, 'additionalProperties': NAME | TEXT | {'maxLength': 255}},
+        {'type': 'string', 'pattern': '^([a-zA-Z0-9_:. -]+=[^,]*(,|$))*$', 'examples': ['k=v,k=v']}]}),
+    Classes: ('ResourceClasses', {'anyOf': [{'type': 'object', 'maxProperties': 50, 'propertyNames': {
+        'pattern': '^[A-Z0-9_]{1,255}$', 'not': {'enum': [*PLAIN]}},
+        'additionalProperties': number_schema(0, 10**12, pattern=f'^({DIGITS}|unlimited)$')},
+        {'type': 'string', 'pattern': '^([A-Z0-9_]+=[0-9]{1,12}(,|$))*$', 'examples': ['CUSTOM_GPU=2']}]}),
+    Hosts: ('Hosts', list_schema({'type': 'string', 'pattern': r'^[A-Za-z0-9._\[\],-]{1,255}$'},
+                                 minItems=1, examples=[['m01', 'm02']])),
+    Parts: ('Parts', list_schema({'anyOf': [{'type': 'string', 'examples': ['gpu:2']}, {
+        'type': 'object', 'additionalProperties': False, 'properties': {
+            name: number_schema(1, 1_000_000) if kind is Count else NAME
+            for name, kind in PART_FIELDS.items()}}]}, minItems=1)),
+    Rows: ('Rows', {'type': 'array', 'minItems': 1, 'maxItems': 100_000, 'items': {
+        'type': 'object', 'properties': {'line': {'type': 'integer'}}}}),
+    Zone: ('Zone', {'type': 'string', 'pattern': '^([A-Za-z][A-Za-z0-9_+-]*(/[A-Za-z0-9_+-]+)*)?$',
+                    'maxLength': 64, 'examples': ['Europe/Paris', 'UTC']}),
+    Repeat: ('Repetition', {'type': 'string', 'maxLength': 500, 'examples': [
+        'weekly on tue,thu', 'weekdays', 'FREQ=WEEKLY;BYDAY=TU']}),
+    Clash: ('OnConflict', {'type': 'string', 'pattern': r'^ *(refuse|skip|shift=.+) *$',
+                           'examples': ['refuse', 'skip', 'shift=2h']}),
+    Ics: ('ICalendar', {'type': 'string', 'maxLength': MOST_ICS}),
+    Source: ('ICalendarOrUrl', {'type': 'string', 'maxLength': MOST_ICS}),
+    Url: ('Url', {'type': 'string', 'maxLength': 2000, 'pattern': '^(https?|webcals?)://[!-~]+$',
+                  'examples': ['https://calendar.example.org/secret/eva.ics']}),
+    State: ('State', {'type': 'string', 'enum': [*STATES]}),
+    Lasts: ('Lasts', SHORT_LENGTH | {'examples': ['1d2h30m']}),
+    Secret: ('Secret', {'type': 'string', 'description': 'shown only now and kept nowhere'})}
+
+#: What answers hold besides.
+VALUES = {int: {'type': 'integer'}, float: {'type': 'number'}, str: {'type': 'string'},
+          bool: {'type': 'boolean'}, dict: {'type': 'object'}, Any: {}, type(None): {'type': 'null'},
+          datetime: {'type': 'string', 'format': 'date-time', 'examples': ['2026-12-01T09:00:00+00:00']}}
+
+#: The words of which an argument is one.
+CHOICES = {'role': ROLES, 'at_end': ('', *ENDS), 'mode': ('', 'open', *MODES), 'then': THEN,
+           'by_whom': ('project', 'user', 'resource')}
+
+#: Why requests are refused; where a calendar or a key is wrong, the sentence tells which.
+REFUSALS = {400: 'an argument is missing, malformed or unknown', 401: 'no token, or none in force',
+            403: 'the role or the project is too small for it', 404: 'something named is not there',
+            409: 'it does not fit, or not the state of what it is about; nothing was changed',
+            412: 'it was changed since it was read; nothing was changed', 413: 'the body is too large',
+            422: 'the calendar is none, or the Idempotency-Key was another request\'s',
+            429: 'too many requests; try again later', 500: 'a mistake of cmres, which its log tells of',
+            502: 'a cloud refused or did not answer', 503: 'not now; try again later'}
+
+TAGS = {'reservation': 'VMs or capacity of a resource for a time window, once or in a series',
+        'server': 'VMs that stay after their end', 'resource': 'what can be reserved',
+        'maintenance': 'other capacities for a while', 'limit': 'how much anybody may reserve',
+        'calendar': 'calendars that show reservations, and calendars that make them',
+        'claim': 'what the scheduler of Nova asks', 'event': 'the journal',
+        'punctuality': 'how late VMs were', 'report': 'sums for operators',
+        'check': 'the proof that all adds up', 'token': 'who may ask', 'service': 'the server itself'}
+
+HEADERS = {
+    'If-Match': ('the ETag of the reservation that was read; if somebody has changed it since: 412', '"417"'),
+    'Idempotency-Key': ('a name for this request, so that it is done once; remembered for a day',
+                        '0d1f6d3e-8f6c-4d4b-9d34-5f0f2f1a7c11')}
+TOLD = {'ETag': 'the state of the reservation, for If-Match; servers don\'t count',
+        'Location': 'where that is found which was made', 'Link': 'where the list goes on: rel="next"',
+        'Retry-After': 'seconds until it may be tried again', 'WWW-Authenticate': 'Bearer'}
+
+
+class Document:
+    """The parts of /openapi.json; schemas are noted as they are met."""
+
+    def __init__(self):
+        self.schemas: dict[str, dict] = {}
+
+    def whole(self) -> dict:
+        paths: dict = defaultdict(dict)
+        for operation in API.values():
+            for number, (verb, path, fixed) in enumerate(operation.routes):
+                paths[template(BASE + path)][verb.lower()] = self.entry(operation, number, verb, path, fixed)
+        paths |= self.others()
+        return {'openapi': '3.1.0', 'info': {
+            'title': 'cmres', 'version': __version__, 'summary': 'Reservations of VMs on OpenStack clouds',
+            'description': __doc__.partition('\n')[0], 'license': {'name': 'Apache 2.0', 'identifier': 'Apache-2.0'}},
+            'servers': [{'url': '/'}], 'security': [{'bearer': []}, {'token': []}], 'paths': paths,
+            'tags': [{'name': name, 'description': text} for name, text in TAGS.items()],
+            'components': {'schemas': self.schemas, 'responses': self.refusals(),
+                           'parameters': {name: self.header(name) for name in HEADERS},
+                           'securitySchemes': SECURITY}}
+
+    def entry(self, operation: Operation, number: int, verb: str, path: str, fixed: dict) -> dict:
+        """What is said of one verb at one address."""
+        named = re.findall(r'<(\w+)>', path)
+        fields = {name: each for name, each in operation.parameters.items()
+                  if name not in (*named, *fixed)}
+        example = example_of(operation)
+        entry = {'operationId': operation.name.strip('_') + (f'_{number}' if number else ''),
+                 'tags': [path.split('/')[1]], **said_of(operation), 'parameters': [
+                     *(self.parameter(operation, name, 'path', example) for name in named),
+                     *(self.parameter(operation, name, 'query', example) for name in fields
+                       if verb not in WITH_BODY or takes_calendar(operation)),
+                     *({'$ref': f'#/components/parameters/{name}'} for name in conditions(operation, verb))],
+                 'responses': self.responses(operation, verb, path)}
+        if verb in WITH_BODY and fields:
+            entry['requestBody'] = self.body(operation, fields, example)
+        if verb == 'GET':  # who has signed in to the page reads by its cookie
+            entry['security'] = [{'bearer': []}, {'token': []}, {'cookie': []}]
+        return entry | ({'deprecated': True} if path.startswith(SEED) else {})
+
+    def parameter(self, operation: Operation, name: str, place: str, example: dict) -> dict:
+        """An argument in an address; lists come as several, or as one with commas."""
+        found = operation.parameters[name]
+        schema = self.argument(name, found.annotation)
+        if place == 'query' and name in several(operation):
+            schema = {'type': 'array', 'items': {'type': 'string'}, 'maxItems': 100}
+        entry = {'name': name, 'in': place, 'description': WORDS[name], 'schema': schema}
+        if name in example:
+            entry['example'] = example[name].split(',') if schema.get('type') == 'array' else example[name]
+        required = place == 'path' or found.default is REQUIRED and not takes_calendar(operation)
+        return entry | ({'required': True} if required else {})
+
+    def body(self, operation: Operation, fields: dict, example: dict) -> dict:
+        """The arguments in a body, as JSON or, of a calendar, as itself."""
+        optional = {'resource'} if 'part' in fields else ()  # the parts name resources
+        needed = [name for name, each in fields.items()
+                  if each.default is REQUIRED and name not in optional]
+        shape = {'type': 'object', 'additionalProperties': False, 'properties': {
+            name: self.field(name, each) for name, each in fields.items()}}
+        shape |= {'required': needed} if needed else {}
+        given = {name: value for name, value in example.items() if name in fields}
+        whole = given and given.keys() >= {*needed}
+        content = {'application/json': {'schema': shape} | ({'example': given} if whole else {})}
+        if takes_calendar(operation):
+            content['text/calendar'] = {'schema': {'type': 'string'}}
+        return {'required': bool(needed), 'content': content}
+
+    def field(self, name: str, parameter: inspect.Parameter) -> dict:
+        """An argument in a body; null is as if it were not given."""
+        schema, said = self.argument(name, parameter.annotation), {'description': WORDS[name]}
+        null = parameter.default is not REQUIRED or name == 'resource'
+        return ({'anyOf': [schema, {'type': 'null'}]} if null else schema) | said
+
+    def argument(self, name: str, kind) -> dict:
+        """What an argument takes."""
+        if name in CHOICES:
+            return {'type': 'string', 'enum': [*CHOICES[name]]}
+        return self.ref(*SCHEMAS[kind if kind in SCHEMAS else Name])
+
+    def ref(self, name: str, schema: dict) -> dict:
+        """A schema by its name."""
+        self.schemas[name] = schema
+        return {'$ref': f'#/components/schemas/{name}'}
+
+    def answer(self, kind) -> dict:
+        """What is answered."""
+        choices = choices_of(kind)
+        if len(choices) > 1:
+            return {'anyOf': [self.answer(each) for each in choices]}
+        if get_origin(kind) is list:
+            return {'type': 'array', 'items': self.answer(*get_args(kind))}
+        if get_origin(kind) is dict:
+            return {'type': 'object', 'additionalProperties': self.answer(get_args(kind)[1])}
+        if is_answer(kind):
+            return self.ref(kind.__name__.removesuffix('Answer'), self.shape(kind))
+        return VALUES[kind] if kind in VALUES else self.ref(*SCHEMAS[kind])
+
+    def shape(self, kind: type[Answer]) -> dict:
+        """All fields of an answer."""
+        fields = declared(kind)
+        always = [name for name, each in fields.items() if each.always]
+        return {'type': 'object', 'description': inspect.getdoc(kind),
+                'properties': {name: self.answer(each.kind) for name, each in fields.items()},
+                'additionalProperties': self.answer(kind.more) if kind.more else False
+                } | ({'required': always} if always else {})
+
+    def responses(self, operation: Operation, verb: str, path: str) -> dict:
+        """What can come of a request."""
+        done = self.content(operation.answers)
+        told = {'Link': 'after' in operation.parameters,
+                'ETag': verb == 'GET' and '<label>' in path and tells_of_reservations(operation)}
+        headers = {name: header(TOLD[name]) for name, there in told.items() if there}
+        found = {'200': {'description': 'done' if not operation.made else 'what a dry run would do',
+                         'content': done} | ({'headers': headers} if headers else {})}
+        if operation.made:
+            found['201'] = {'description': 'made', 'content': done,
+                            'headers': {'Location': header(TOLD['Location'])}}
+        refusals = {f'{status}': {'$ref': f'#/components/responses/{refusal_name(status)}'}
+                    for status in sorted(statuses_of(operation, verb))}
+        return found | refusals
+
+    def content(self, kind) -> dict:
+        return {'application/json': {'schema': self.answer(kind)}}
+
+    def refusals(self) -> dict:
+        """The answer of each status that refuses."""
+        content = self.content(RefusalAnswer)
+        when = header(TOLD['Retry-After'], {'type': 'integer'})
+        headers = {401: {'WWW-Authenticate': header(TOLD['WWW-Authenticate'])},
+                   429: {'Retry-After': when}, 503: {'Retry-After': when}}
+        return {refusal_name(status): {'description': text, 'content': content} | (
+            {'headers': headers[status]} if status in headers else {}) for status, text in REFUSALS.items()}
+
+    def header(self, name: str) -> dict:
+        text, example = HEADERS[name]
+        return {'name': name, 'in': 'header', 'description': text, 'example': example,
+                'schema': {'type': 'string', 'pattern': '^[!-~]{1,255}$'}}
+
+    def others(self) -> dict:
+        """The addresses that are no operations."""
+        failed = {'500': {'$ref': '#/components/responses/Error'}}
+        late = {'description': 'not so', 'content': self.content(HealthAnswer | RefusalAnswer)}
+        health = {'200': {'description': 'well', 'content': self.content(HealthAnswer)}, '503': late} | failed
+        unready = {'description': 'not so', 'content': self.content(ReadyAnswer)}
+        ready = {'200': {'description': 'ready', 'content': self.content(ReadyAnswer)}, '503': unready}
+        text = {'text/calendar': {'schema': {'type': 'string'}}}
+        away = {'$ref': '#/components/responses/Unavailable'}
+        feed = {'200': {'description': 'a calendar', 'content': text, 'headers': {'ETag': header('of its text')}},
+                '304': {'description': 'as it was'}, '503': away, '404': {'$ref': '#/components/responses/NotFound'}}
+        described = {'200': {'description': 'OpenAPI 3.1', 'content': {'application/json': {'schema': {
+            'type': 'object'}}}}, '401': {'$ref': '#/components/responses/Unauthorized'}, '503': away} | failed
+        return {'/healthz': plain_entry('healthz', 'Tells whether the store can be read and VMs are started', health),
+                '/readyz': plain_entry('readyz', 'Tells whether requests can be answered, and if not, why', ready),
+                '/openapi.json': plain_entry('openapi', 'Describes all addresses', described, [
+                    {'bearer': []}, {'token': []}, {'cookie': []}]),
+                **{template(path): plain_entry(f'feed_{n}' if n else 'feed', 'Shows reservations to calendar programs; '
+                                               'the secret in its address tells whose', feed | failed, names=re.findall(
+                                                   r'<(\w+)>', path)) for n, path in enumerate(FEEDS)}}
+
+
+def plain_entry(name: str, text: str, responses: dict, security: list = [], names: Iterable[str] = ()) -> dict:
+    """An address that only answers."""
+    return {'get': {'operationId': name, 'tags': ['service'], 'summary': text, 'description': f'{text}.',
+                    'security': security, 'responses': responses, 'parameters': [
+                        {'name': each, 'in': 'path', 'required': True, 'schema': {'type': 'string', 'pattern': '^[!-.0-~]+$'},
+                         'description': f'the {each} in the address'} for each in names]}}
+
+
+SECURITY = {'bearer': {'type': 'http', 'scheme': 'bearer', 'description': 'a token that `token add` printed'},
+            'token': {'type': 'apiKey', 'in': 'header', 'name': 'X-Auth-Token',
+                      'description': 'the same, as programs of OpenStack send it'},
+            'cookie': {'type': 'apiKey', 'in': 'cookie', 'name': 'cmres',
+                       'description': 'of who has signed in to the page; it only reads'}}
+
+
+@functools.cache
+def openapi() -> dict:
+    """OpenAPI 3.1 of all that is answered."""
+    return Document().whole()
+
+
+def template(path: str) -> str:
+    """An address as OpenAPI writes it."""
+    return re.sub(r'<(\w+)>', r'{\1}', path).rstrip('/')
+
+
+def header(text: str, schema: dict | None = None) -> dict:
+    return {'description': text, 'schema': schema or {'type': 'string'}}
+
+
+def refusal_name(status: int) -> str:
+    """The kind of error with a status: its first."""
+    return next(name for name, kind in ERRORS.items() if kind.status == status)
+
+
+def said_of(operation: Operation) -> dict:
+    """What its help says of an operation, for who types nothing."""
+    summary, _, more = re.sub(r'\n\n(Example|Args):.*', '', inspect.getdoc(operation.method),
+                              flags=re.S).partition('\n\n')
+    return {'summary': summary.rstrip('.').replace('\n', ' '), 'description': more or summary}
+
+
+def example_of(operation: Operation) -> dict:
+    """The arguments of the first command in the help of an operation."""
+    import shlex
+    found = re.search(r'Example:\n\s*python cmres.py (.*)', inspect.getdoc(operation.method))
+    words = shlex.split(found[1] if found else '')[len(operation.words.split()):]
+    example, names = {}, [*operation.parameters]
+    while words:
+        word = words.pop(0)
+        name = word[2:].replace('-', '_') if word.startswith('--') else names[len(example)]
+        switch = word.startswith('--') and (not words or words[0].startswith('--'))
+        example[name] = True if switch else words.pop(0) if word.startswith('--') else word
+    return {name: value for name, value in example.items()
+            if name in names and operation.parameters[name].annotation not in FROM_FILES}
+
+
+#: What stands for a file on the command line.
+FROM_FILES = (File, Rows, Ics, Source)
+
+
+def takes_calendar(operation: Operation) -> bool:
+    """Whether a calendar may be its body: then other arguments stand in the address."""
+    return any(each.annotation is Ics for each in operation.parameters.values())
+
+
+def several(operation: Operation) -> set[str]:
+    """The arguments that take several values, with commas between or each on its own."""
+    return {name for name, each in operation.parameters.items()
+            if each.annotation in (Names, Hosts, Parts)}
+
+
+def conditions(operation: Operation, verb: str) -> list[str]:
+    """The headers on which it may be made to depend."""
+    return ['If-Match'] * (operation.changes and is_about_one(operation)) + ['Idempotency-Key'] * (verb == 'POST')
+
+
+def is_about_one(operation: Operation) -> bool:
+    """Whether an address of it names the reservation that it is about."""
+    return any(path.startswith('/reservation/<label>') for _, path, _ in operation.routes)
+
+
+def tells_of_reservations(operation: Operation) -> bool:
+    """Whether a reservation is what it answers, or a list of them."""
+    kinds = [one for each in choices_of(operation.answers) for one in get_args(each) or (each,)]
+    return any(is_answer(each) and issubclass(each, ReservationAnswer) for each in kinds)
+
+
+def statuses_of(operation: Operation, verb: str) -> set[int]:
+    """The statuses with which it may be refused."""
+    kinds = {each.annotation for each in operation.parameters.values()}
+    names = operation.parameters.keys()
+    found = {400: True, 401: True, 429: True, 500: True, 503: True,
+             403: operation.changes or operation.role != READER,
+             404: bool(kinds & {Label, Place, Name}) or 'id' in names,
+             409: operation.changes or 'label' in names,
+             412: 'If-Match' in conditions(operation, verb), 413: verb in WITH_BODY,
+             422: verb == 'POST' or Source in kinds,
+             502: bool(names & {*CLOUDY, 'aggregates'})}
+    return {status for status, there in found.items() if there}
+
+
 # REST ########################################################################
 #
 # Routes come from the marks of the service. One wrapper reads, calls and answers; it and the
 # error handler below it are the only places that know statuses. All answers are JSON.
+#
+# A request may say on what it depends: If-Match, the state of a reservation that it has seen, and
+# Idempotency-Key, that it was not done before. Both are looked at in the transaction that does it.
 
-BASE = '/cm/v1.0'
 MOST_BODY = 2**20  # bytes
 LATE = 60  # seconds without a pass after which a life cycle is taken for broken
+LEAST_GZIP = 1000  # bytes of an answer below which compressing it is in vain
+#: Of every answer that is no page.
+UNKEPT = {'Content-Type': 'application/json', 'Cache-Control': 'no-store',
+         'X-Content-Type-Options': 'nosniff', 'Vary': 'Accept-Encoding'}
 
 
-def rest(service: Reservations, told: Callable | None = None):
-    """The WSGI application that answers for a service; `told` words what never reaches one of its handlers."""
+def rest(service: Reservations, told: Callable | None = None, visitor: Callable | None = None):
+    """The WSGI application that answers for a service.
+
+    Args:
+      told: words what never reaches one of its handlers
+      visitor: tells who is signed in to the page, by the cookie of a request
+    """
     import bottle
     app = bottle.Bottle()
     app.uninstall('json')  # it knows neither lists nor instants
-    app.default_error_handler = told or (lambda failure: error_text(failure, bottle.request, bottle.response))
+    app.default_error_handler = told or (
+        lambda failure: error_text(failure, bottle.request, bottle.response))
     app.install(answering)
     app.add_hook('before_request', lambda: plain_path(bottle.request.environ))
+    app.add_hook('after_request', lambda: name_request(bottle.request, bottle.response))
     for operation in API.values():
         for verb, path, fixed in operation.routes:
-            app.route((BASE + path).rstrip('/'), verb, handler(service, operation, fixed))
+            app.route((BASE + path).rstrip('/'), verb, handler(service, operation, fixed, visitor))
     app.route('/healthz', 'GET', health_handler(service))
-    for path in ('/calendar/<secret>/<name>.ics', '/calendar/<secret>.ics'):  # programs show the end
+    for path in FEEDS:
         app.route(path, 'GET', feed_handler(service))
     app.route('/readyz', 'GET', Readiness(service).answer, skip=[answering])
-    app.route('/openapi.json', 'GET', handler(service, None, {}))
+    app.route('/openapi.json', 'GET', document_handler(service, visitor))
     return app
 
 
-def handler(service: Reservations, operation: Operation | None, fixed: dict) -> Callable:
+def handler(service: Reservations, operation: Operation, fixed: dict, visitor: Callable | None) -> Callable:
     """Answers one address: who asks, what is asked, the call, its answer in JSON."""
     import bottle
 
     def handle(**path):
+        request = bottle.request
         try:
-            acting = service.acting(actor_of(bearer(bottle.request)))
-            if operation is None:
-                return reply(200, openapi())
-            body = read_body(bottle.request, most_body(operation))
-            given = given_once(read_query(bottle.request), body, path, fixed)
+            acting = service.acting(who_asks(request, visitor))
+            given = given_once(read_query(request, several(operation)),
+                               read_body(request, most_body(operation)), path, fixed)
             bound = bind(operation, given, acting.here)
             with acting.shares.answering(acting.actor.user):
-                answer = getattr(acting, operation.name)(**bound)
+                return respond(acting, operation, bound, request, given)
         except Error as error:
-            return reply(error.status, error_body(error))
-        made = operation.name.rsplit('_')[-1] in ('add', 'load', 'generate') and not bound.get('dry_run')
-        return reply(201 if made else 200, answer)
-
-    def reply(status: int, body):
-        headers = {'WWW-Authenticate': 'Bearer'} if status == 401 else {}
-        for field, kind in (('label', 'reservation'), ('name', 'resource')):
-            if status == 201 and field in body:
-                headers['Location'] = f'{BASE}/{kind}/{body[field]}'
-        return bottle.HTTPResponse(json_text(body), status, {'Content-Type': 'application/json', **headers})
+            return refused(error)
     return handle
+
+
+def document_handler(service: Reservations, visitor: Callable | None) -> Callable:
+    """Answers with the description of all that is here, for who may ask for any of it."""
+    import bottle
+
+    def handle():
+        try:
+            who_asks(bottle.request, visitor)
+            return sent(json_text(openapi()), 200, UNKEPT)
+        except Error as error:
+            return refused(error)
+    return handle
+
+
+def respond(acting: Reservations, operation: Operation, bound: dict, request, given: dict):
+    """The answer to a call on the conditions of its request."""
+    once = once_of(acting, operation, bound, request, given)
+    if once and (kept := once.kept()):
+        return sent(kept.answer, kept.status, UNKEPT | {'Idempotency-Replayed': 'true'})
+    acting.fence = in_turn(acting.fence, unchanged(acting, operation, bound, request), once and once.claim)
+    tag = tag_for(acting, operation, bound)  # before what it tells of is read: it may be older, not newer
+    try:
+        answer = getattr(acting, operation.name)(**bound)
+    except Error:
+        if once:
+            once.drop()
+        raise
+    status = 201 if operation.made and not bound.get('dry_run') else 200
+    text = json_text(answer)
+    if once:
+        once.keep(status, text)
+    headers = {'ETag': tag, 'Location': location(operation, answer) if status == 201 else '',
+               'Link': next_page(operation, answer, request)}
+    return sent(text, status, UNKEPT | {name: value for name, value in headers.items() if value})
+
+
+def in_turn(*looks: Callable | None) -> Callable:
+    """Calls several, as far as they are there, once in each transaction."""
+    seen = None
+
+    def look():
+        nonlocal seen
+        now = db.top_transaction()
+        for each in filter(None, looks if now is not seen else ()):
+            each()
+        seen = now
+    return look
+
+
+def sent(text: str, status: int, headers: dict):
+    """An answer, compressed for who takes that: never a page, which holds secrets (BREACH)."""
+    import bottle
+    import gzip
+    data = text.encode('utf8', 'replace')
+    if len(data) >= LEAST_GZIP and TAKES_GZIP.search(bottle.request.get_header('Accept-Encoding', '')):
+        data, headers = gzip.compress(data, 5, mtime=0), headers | {'Content-Encoding': 'gzip'}
+    return bottle.HTTPResponse(data, status, headers)
+
+
+TAKES_GZIP = re.compile(r'(?:^|[,\s])gzip(?!\s*;\s*q=0(?:\.0*)?\s*(?:,|$))')
+
+
+def refused(error: Error):
+    """The answer that says why something is not done."""
+    return sent(json_text(error_body(error)), error.status, UNKEPT | headers_of(error))
+
+
+def headers_of(error: Error) -> dict[str, str]:
+    """What an error says in headers: how to ask, or when again."""
+    if error.status in (429, 503):
+        return {'Retry-After': f"{math.ceil(float(error.details.get('retry_after') or RETRY_AFTER))}"}
+    return {'WWW-Authenticate': 'Bearer'} if error.status == 401 else {}
+
+
+RETRY_AFTER = 5  # seconds
+
+
+def location(operation: Operation, answer: dict) -> str:
+    """Where that is found which was made."""
+    return BASE + re.sub(r'<(\w+)>', lambda part: quote(answer[part[1]], safe=''), operation.made)
+
+
+def next_page(operation: Operation, answer, request) -> str:
+    """The link to what follows a page of a list; the last page is the one without a line."""
+    if 'after' not in operation.parameters or not answer or 'id' not in answer[-1]:
+        return ''
+    query = [each for each in parse_qsl(request.query_string) if each[0] != 'after']
+    more = urlencode([*query, ('after', cursor_of(answer[-1]))])
+    return f'<{quote(request.path)}?{more}>; rel="next"'
+
+
+def cursor_of(line: dict) -> str:
+    """What `after` takes to go on behind a line of a list."""
+    return f"{int(line['start'].timestamp())}-{line['id']}" if 'start' in line else f"{line['id']}"
+
+
+# What a request depends on.
+
+
+def tag_for(acting: Reservations, operation: Operation, bound: dict) -> str:
+    """The ETag of a reservation that is read; of anything else none."""
+    if operation.changes or not bound.get('label') or not tells_of_reservations(operation):
+        return ''
+    return tag_of(acting, bound)
+
+
+def tag_of(acting: Reservations, bound: dict) -> str:
+    """An ETag that differs after each change that people make to a reservation: servers don't count."""
+    newest = acting.newest_deed(bound['label'], bound.get('project', ''))
+    return f'"{newest}"' if newest else ''
+
+
+def unchanged(acting: Reservations, operation: Operation, bound: dict, request) -> Callable | None:
+    """What refuses in the transaction of a change, if it was made for another state (RFC 9110, 13.1.1)."""
+    wanted = request.get_header('If-Match', '*')
+    if wanted.strip() == '*' or not bound.get('label') or not is_about_one(operation):
+        return None
+
+    def look():
+        tag = tag_of(acting, bound)
+        if tag and tag not in [each.strip() for each in wanted.split(',')]:
+            raise Changed(f"'{bound['label']}' was changed since you read it. Nothing was done. "
+                          'Read it again, then change it', etag=tag)
+    return look
+
+
+def once_of(acting: Reservations, operation: Operation, bound: dict, request, given: dict) -> Once | None:
+    """The key of a POST that has one; a dry run keeps nothing, not even that."""
+    key = request.get_header('Idempotency-Key')
+    if key is None or request.method != 'POST' or bound.get('dry_run'):
+        return None
+    if not re.fullmatch('[!-~]{1,255}', key):
+        raise Invalid('Idempotency-Key: 1 to 255 letters, digits and signs are needed, such as a UUID')
+    asked = json.dumps([operation.name, given], sort_keys=True, default=str)
+    return Once(acting, key, hashed(asked), not has_secret(operation.answers))
+
+
+def has_secret(kind) -> bool:
+    """Whether an answer has a field that is shown once and kept nowhere."""
+    return is_answer(kind) and any(each.kind is Secret for each in declared(kind).values())
+
+
+class Once:
+    """What a request with an Idempotency-Key does is done once: its key is written with it.
+
+    The answer is kept for a day, unless it is long or holds a secret; a refusal is not.
+    """
+    LASTS = 86400  # seconds
+    MOST = 65536   # characters of an answer
+
+    def __init__(self, acting: Reservations, key: str, digest: str, keeps: bool):
+        self.acting, self.digest, self.keeps = acting, digest, keeps
+        self.whose = (acting.actor.user, acting.actor.project, key)
+        self.mark = secrets.token_hex(8)  # tells ours from that of a request beside this one
+
+    def row(self):
+        return row('SELECT digest, mark, status, answer FROM once WHERE user = ? AND project = ? AND key = ? AND at > ?',
+                   *self.whose, int(self.acting.clock()) - self.LASTS)
+
+    def kept(self):
+        """The status and answer of the same request before; None if there was none.
+
+        Raises:
+          KeyReused: it was another request.
+          Conflict: its answer is not there, or not yet.
+        """
+        found = self.row()
+        if found and found.digest != self.digest:
+            raise KeyReused('another request had this Idempotency-Key: take a new key for each request')
+        if found and not found.answer:
+            raise Conflict('a request with this Idempotency-Key was done or is being done, and its answer is not '
+                           'there: ask for what it made')
+        return found
+
+    def claim(self) -> None:
+        """Writes the key in the transaction of what is done; Conflict if another request was faster."""
+        found = self.row()
+        if found and found.mark != self.mark:
+            self.kept()
+            raise Conflict('the first request with this Idempotency-Key has just been done: send it again')
+        if not found:
+            now = int(self.acting.clock())
+            run('DELETE FROM once WHERE at <= ?', now - self.LASTS)
+            run('INSERT INTO once (user, project, key, digest, mark, at, status, answer) '
+                "VALUES (?, ?, ?, ?, ?, ?, 0, '')", *self.whose, self.digest, self.mark, now)
+
+    def keep(self, status: int, text: str) -> None:
+        """Keeps an answer for who asks again."""
+        if self.keeps and len(text) <= self.MOST:
+            self.run('UPDATE once SET status = ?, answer = ?', status, text)
+
+    def drop(self) -> None:
+        """Forgets a request that was refused: it may be sent again."""
+        if self.row():
+            self.run('DELETE FROM once')
+
+    def run(self, deed: str, *values) -> None:
+        with transaction():
+            run(f'{deed} WHERE user = ? AND project = ? AND key = ? AND mark = ?', *values, *self.whose, self.mark)
 
 
 def feed_handler(service: Reservations) -> Callable:
@@ -13364,10 +14496,11 @@ def feed_handler(service: Reservations) -> Callable:
         try:
             etag, text = current(secret)
         except Error as error:
-            return bottle.HTTPResponse(json_text(error_body(error)), error.status, {'Content-Type': 'application/json'})
+            return refused(error)
         same = etag in bottle.request.headers.get('If-None-Match', '')
-        return bottle.HTTPResponse('' if same else text, 304 if same else 200, {
-            'Content-Type': 'text/calendar; charset=utf-8', 'ETag': etag, 'Cache-Control': 'private, no-cache'})
+        return sent('' if same else text, 304 if same else 200, UNKEPT | {
+            'Content-Type': 'text/calendar; charset=utf-8', 'ETag': etag,
+            'Cache-Control': 'private, no-cache'})
     return handle
 
 
@@ -13407,7 +14540,7 @@ def health_handler(service: Reservations) -> Callable:
         if age > LATE:
             status, body = 503, {'last_pass': round(age, 1), 'error': 'no VM was started or ended for '
                                  f'{format_duration(age)}; the log of this server says why'}
-        return bottle.HTTPResponse(json_text(body), status, {'Content-Type': 'application/json'})
+        return sent(json_text(body), status, UNKEPT)
     return handle
 
 
@@ -13471,8 +14604,7 @@ class Readiness:
                 self.troubles = store_file.troubles
                 self.found, self.until = self.look_safely(), time.monotonic() + 1
             found = self.found
-        return bottle.HTTPResponse(json_text(found), 200 if found['status'] == 'ready' else 503,
-                                   {'Content-Type': 'application/json'})
+        return sent(json_text(found), 200 if found['status'] == 'ready' else 503, UNKEPT)
 
     def look_safely(self) -> dict:
         """What is so now, also where that can't be read."""
@@ -13518,15 +14650,41 @@ def error_body(error: Error) -> dict:
 
 def error_text(failure, request, response) -> str:
     """The JSON of what never reached a handler: no such address, wrong verb, a bug."""
-    response.content_type = 'application/json'
-    allow = failure.headers.get('Allow')
-    sentences = {404: f'there is nothing at {request.path}; /openapi.json lists all addresses',
-                 405: f"{request.method} is not for this address; use {' or '.join((allow or '').split(','))}"}
-    if isinstance(failure.body, Error):
-        return json_text(error_body(failure.body))
-    if failure.status_code == 500:
-        return json_text(error_body(mistake(failure.exception, request)))
-    return json_text({'error': sentences.get(failure.status_code, f'{failure.body}'.lower())})
+    for name, value in UNKEPT.items():
+        response.set_header(name, value)
+    if failure.status_code == 405:
+        return wrong_verb(failure, request, response)
+    error = failure.body
+    if failure.status_code == 500 and not isinstance(error, Error):
+        error = mistake(failure.exception, request)
+    if failure.status_code == 404 and not isinstance(error, Error):
+        error = NotFound(f'there is nothing at {request.path}; /openapi.json lists all addresses')
+    if not isinstance(error, Error):
+        error = Invalid(f'{error}'.lower())
+    for name, value in headers_of(error).items():
+        response.set_header(name, value)
+    return json_text(error_body(error))
+
+
+def wrong_verb(failure, request, response) -> str:
+    """What is said of the verbs of an address: to who asks for them, and to who took another."""
+    verbs = set(failure.headers['Allow'].split(',')) - {'PROXY'}
+    verbs = sorted(verbs | {'OPTIONS'} | ({'HEAD'} if 'GET' in verbs else set()))
+    response.set_header('Allow', ', '.join(verbs))
+    if request.method == 'OPTIONS':
+        response.status = 204
+        return ''
+    use = ' or '.join(each for each in verbs if each not in ('HEAD', 'OPTIONS'))
+    return json_text(error_body(Error(f'{request.method} is not for this address; use {use}')))
+
+
+def name_request(request, response) -> None:
+    """Gives an answer the name that its request came with, or a new one, under which logs tell of it."""
+    name = request.environ.get('HTTP_X_REQUEST_ID', '')
+    if not re.fullmatch('[A-Za-z0-9._-]{1,64}', name):
+        name = f'req-{uuid.uuid4()}'
+    for header in ('X-Request-Id', 'X-Openstack-Request-Id'):
+        response.set_header(header, name)
 
 
 def plain_path(environ: dict) -> None:
@@ -13539,25 +14697,45 @@ def plain_path(environ: dict) -> None:
     environ['PATH_INFO'] = environ['PATH_INFO'].rstrip('/') or '/'
 
 
+def who_asks(request, visitor: Callable | None = None) -> Actor:
+    """Whose token a request has; who only reads may have signed in to the page instead."""
+    token = bearer(request)
+    if not token and visitor and request.method in ('GET', 'HEAD') and (actor := visitor(request)):
+        return actor
+    if not token:
+        raise Unauthorized('a token is needed: Authorization: Bearer TOKEN; an admin makes one '
+                           'with: token add USER')
+    return actor_of(token)
+
+
 def bearer(request) -> str:
-    scheme, _, token = request.environ.get('HTTP_AUTHORIZATION', '').partition(' ')
-    if scheme.lower() != 'bearer' or not token:
-        raise Unauthorized('a token is needed: Authorization: Bearer TOKEN; an admin makes one with: token add USER')
-    return token.strip()
+    """The token of a request; '' without one."""
+    scheme, _, token = request.get_header('Authorization', '').partition(' ')
+    token = token if scheme.lower() == 'bearer' else ''
+    return (token or request.get_header('X-Auth-Token', '')).strip()
 
 
-def read_query(request) -> dict:
+def read_query(request, several: Iterable[str] = ()) -> dict:
     """The fields of an address, each once."""
-    return fields_of(request.query_string.encode(), 'query')
+    return fields_of(request.query_string.encode(), 'query', several)
 
 
-def fields_of(text: bytes, what: str) -> dict:
-    """The fields of a query or of a form; Invalid if they are not UTF-8, too many, or given twice with two values."""
+def fields_of(text: bytes, what: str, several: Iterable[str] = ()) -> dict:
+    """The fields of a query or of a form.
+
+    Args:
+      several: those that may come more than once
+
+    Raises:
+      Invalid: they are not UTF-8, too many, or given twice with two values.
+    """
     try:
         pairs = parse_qsl(text.decode(), keep_blank_values=True, errors='strict', max_num_fields=100)
     except (UnicodeDecodeError, ValueError):
         raise Invalid(f'the {what} is not UTF-8 or has more than 100 fields') from None
-    return given_once(*({name: value} for name, value in pairs))
+    lists = {each: ','.join(value for name, value in pairs if name == each)
+             for each in several if any(name == each for name, _ in pairs)}
+    return lists | given_once(*({name: value} for name, value in pairs if name not in lists))
 
 
 def whole_body(request, most: int = MOST_BODY) -> bytes:
@@ -13569,8 +14747,7 @@ def whole_body(request, most: int = MOST_BODY) -> bytes:
 
 def most_body(operation: Operation) -> int:
     """How many bytes its body may have: a calendar in JSON is longer than in a file."""
-    takes_calendar = any(each.annotation is Ics for each in operation.parameters.values())
-    return 2 * MOST_ICS if takes_calendar else MOST_BODY
+    return 2 * MOST_ICS if takes_calendar(operation) else MOST_BODY
 
 
 def read_body(request, most: int) -> dict:
@@ -13600,55 +14777,6 @@ def given_once(*sources: dict) -> dict:
                 raise Invalid(f'{name} is given twice: {shown(given[name])} and {shown(value)}')
             given[name] = value
     return given
-
-
-SCHEMAS = {int: {'type': 'integer'}, Cursor: {'type': ['string', 'integer']},
-           bool: {'type': 'boolean'}, Count: {'type': 'integer', 'minimum': 1},
-           Most: {'oneOf': [{'type': 'integer', 'minimum': 0}, {'const': 'unlimited'}]},
-           Label: {'type': 'string', 'pattern': '^[A-Za-z0-9._-]{1,64}$'},
-           NewLabel: {'type': 'string', 'pattern': '^[A-Za-z0-9._][A-Za-z0-9._-]{0,63}$'},
-           Names: {'type': 'array', 'items': {'type': 'string'}},
-           Pairs: {'type': 'object', 'additionalProperties': {'type': 'string'}},
-           Rows: {'type': 'array', 'items': {'type': 'object'}},
-           Classes: {'type': 'object', 'additionalProperties': {'type': 'integer', 'minimum': 0}},
-           Hosts: {'type': 'array', 'items': {'type': 'string'}, 'maxItems': MOST_PARTS},
-           Parts: {'type': 'array', 'maxItems': MOST_PARTS, 'items': {'oneOf': [
-               {'type': 'string'}, {'type': 'object', 'additionalProperties': False, 'properties': {
-                   name: {'type': 'integer' if kind is Count else 'string'} for name, kind in PART_FIELDS.items()}}]}}}
-
-
-def openapi() -> dict:
-    """OpenAPI 3.1 of all operations, out of the same signatures that read the arguments."""
-    paths: dict = defaultdict(dict)
-    for operation in API.values():
-        for number, (verb, path, fixed) in enumerate(operation.routes):
-            named = re.findall(r'<(\w+)>', path)
-            fields = {name: each for name, each in operation.parameters.items() if name not in (*named, *fixed)}
-            entry = {'operationId': operation.name + (f'_{number}' if number else ''), 'summary': operation.summary,
-                     'parameters': [openapi_parameter(name, operation.parameters[name], 'path') for name in named],
-                     'responses': {'200': {'description': 'done'},
-                                   'default': {'description': 'refused: {"error": "..."}'}}}
-            if verb in ('POST', 'PATCH'):
-                entry['requestBody'] = {'content': {'application/json': {'schema': openapi_object(fields)}}}
-            else:
-                entry['parameters'] += [openapi_parameter(name, each, 'query') for name, each in fields.items()]
-            paths[(BASE + path).replace('<', '{').replace('>', '}')][verb.lower()] = entry
-    return {'openapi': '3.1.0', 'info': {'title': 'cmres', 'version': __version__}, 'paths': paths,
-            'components': {'securitySchemes': {'token': {'type': 'http', 'scheme': 'bearer'}}},
-            'security': [{'token': []}]}
-
-
-def openapi_parameter(name: str, parameter, place: str) -> dict:
-    return {'name': name, 'in': place, 'required': place == 'path', 'description': WORDS[name],
-            'schema': SCHEMAS.get(parameter.annotation, {'type': 'string'})}
-
-
-def openapi_object(fields: dict) -> dict:
-    return {'type': 'object', 'additionalProperties': False,
-            'properties': {name: SCHEMAS.get(each.annotation, {'type': 'string'}) | {'description': WORDS[name]}
-                           for name, each in fields.items()},
-            'required': [name for name, each in fields.items() if each.default is each.empty
-                         and (name, 'part') != ('resource', 'part' if 'part' in fields else '')]}
 
 
 # Page ########################################################################
@@ -13941,6 +15069,9 @@ defer></script>
 {{!body}}
 </main>
 <footer>
+% if visit.actor:
+<p><a href="/docs">REST</a></p>
+% end
 <form method="post" action="/zone" class="row">{{!visit.guard}}<label>Times are in the zone
 <input name="zone" value="{{visit.zone.key}}" autocomplete="off"></label>
 <input type="hidden" name="next" value="{{back}}">
@@ -13961,6 +15092,55 @@ defer></script>
 <div><button class="main">Sign in</button></div>
 </form>
 </div>
+''', 'docs': '''
+<p class="soft">All that programs can ask for, with a token in the header <code>Authorization: Bearer TOKEN</code>
+or <code>X-Auth-Token</code>. The same for programs: <a href="/openapi.json">/openapi.json</a> (OpenAPI 3.1).</p>
+<nav class="tabs" aria-label="Kinds">
+% for tag in tags:
+<a href="#{{tag}}">{{tag}}</a>
+% end
+<a href="#kinds">kinds</a></nav>
+% for tag, (text, entries) in tags.items():
+<h2 id="{{tag}}">{{tag.capitalize()}}</h2>
+<p class="soft">{{text.capitalize()}}.</p>
+% for verb, path, entry, arguments in entries:
+<details class="card"><summary><strong>{{verb}}</strong> <code>{{path}}</code>
+{{'(old form)' if entry.get('deprecated') else ''}} <span class="soft">{{entry['summary']}}</span></summary>
+<p>{{entry['description']}}</p>
+% if arguments:
+<div class="scroll"><table><thead><tr><th>Argument</th><th>In</th><th>Kind</th><th>Meaning</th></tr></thead><tbody>
+% for name, place, needed, kind, meaning in arguments:
+<tr><td data-name="Argument"><code>{{name}}</code>{{' (needed)' if needed else ''}}</td><td data-name="In">{{place}}</td>
+<td data-name="Kind">{{kind}}</td><td data-name="Meaning">{{meaning}}</td></tr>
+% end
+</tbody></table></div>
+% end
+<dl>
+% for status, answer in entry['responses'].items():
+<dt>{{status}}</dt><dd>{{answer.get('description') or refusals[int(status)]}}
+% for kind, content in answer.get('content', {}).items():
+<span class="soft">{{told(content['schema'])}} ({{kind}})</span>
+% end
+</dd>
+% end
+</dl></details>
+% end
+% end
+<h2 id="kinds">Kinds</h2>
+% for name, kind in sorted(kinds.items()):
+<details class="card" id="kind-{{name}}"><summary><strong>{{name}}</strong>
+<span class="soft">{{kind.get('description', '')}}</span></summary>
+% if kind.get('properties'):
+<dl>
+% for field, schema in kind['properties'].items():
+<dt>{{field}}</dt><dd>{{told(schema)}}</dd>
+% end
+</dl>
+% else:
+<p>{{told(kind)}}</p>
+% end
+</details>
+% end
 ''', 'secret': '''
 <div class="card" role="status"><p>{{words}}</p><p><code>{{secret}}</code></p>
 <p>It is shown only now: copy it. Nobody can show it again.</p></div>
@@ -14660,7 +15840,7 @@ class Pages:
                 ('GET', '/', self.plan), ('GET', '/list', self.list), ('GET', '/book', self.book),
                 ('POST', '/book', self.add), ('GET', '/book/check', self.check),
                 ('GET', '/r/<label>', self.reservation), ('GET', '/r/<label>/live', self.live),
-                ('GET', '/admin', self.admin), ('POST', '/do/<name>', self.do)):
+                ('GET', '/admin', self.admin), ('GET', '/docs', self.docs), ('POST', '/do/<name>', self.do)):
             app.route(path, verb, self.visited(handle))
         for verb, path, handle in (('GET', '/sign-in', self.ask),
                                    ('POST', '/sign-in', self.sign_in),
@@ -14672,6 +15852,16 @@ class Pages:
             app.route(path, 'GET', lambda text=text, kind=kind: answered(text, headers={
                 'Content-Type': f'{kind}; charset=utf-8',
                 'Cache-Control': 'public, max-age=31536000, immutable'}))
+
+    def docs(self, visit: Visit, given: dict):
+        """What programs can ask for: /openapi.json for people."""
+        told = openapi()
+        by_tag = {tag['name']: (tag['description'], []) for tag in told['tags']}
+        for path, verbs in told['paths'].items():
+            for verb, entry in verbs.items():
+                by_tag[entry['tags'][0]][1].append((verb.upper(), path, entry, arguments_told(entry)))
+        return self.page(visit, 'REST', render_page('docs', tags=by_tag, kinds=told['components']['schemas'],
+                                                    told=kind_told, refusals=REFUSALS))
 
     # Who visits
 
@@ -15243,6 +16433,29 @@ def told_done(name: str, said: dict, answer) -> str:
         f'; {len(hit)} were in the way: {told}' if hit else '')
 
 
+def arguments_told(entry: dict) -> list[tuple]:
+    """The arguments of an operation: each with where it stands, whether it must be there, what it is."""
+    body = entry.get('requestBody', {}).get('content', {}).get('application/json', {}).get('schema', {})
+    found = [(each['name'], each['in'], each.get('required', False), kind_told(each['schema']), each['description'])
+             for each in entry['parameters'] if '$ref' not in each]
+    return found + [(name, 'body', name in body['required'] if 'required' in body else False, kind_told(each),
+                     each['description']) for name, each in body.get('properties', {}).items()]
+
+
+def kind_told(schema: dict) -> str:
+    """A schema in a few words: the name of a kind, or what it is of."""
+    if '$ref' in schema:
+        return schema['$ref'].rpartition('/')[2]
+    if 'anyOf' in schema:
+        return ' or '.join(dict.fromkeys(kind_told(each) for each in schema['anyOf']))
+    if 'enum' in schema:
+        return ', '.join(each for each in schema['enum'] if each)
+    if schema.get('type') == 'array':
+        return f"list of {kind_told(schema['items'])}"
+    found = schema.get('format') or schema.get('pattern') or schema.get('type', 'anything')
+    return found if isinstance(found, str) else ' or '.join(found)
+
+
 def answered(text: str, status: int = 200, headers: dict | None = None):
     """An answer of the page, with the headers that guard it."""
     import bottle
@@ -15403,7 +16616,7 @@ def web(service: Reservations):
 
     def told(failure):
         request, sentence = bottle.request, error_text(failure, bottle.request, bottle.response)
-        if ('text/html' not in request.get_header('Accept', '')
+        if (not sentence or 'text/html' not in request.get_header('Accept', '')
             or request.path.startswith((BASE, '/calendar/'))):
             return sentence
         for name, value in SAFE.items():
@@ -15412,7 +16625,7 @@ def web(service: Reservations):
         title = 'Not available' if failure.status_code >= 500 else 'Not here'
         return render_page('layout', title=title, body=body, visit=pages.anybody(request), note='',
                            here='', version=LOOK, back='/')
-    app = rest(service, told)
+    app = rest(service, told, lambda request: pages.visit(request).actor)
     pages.mount(app)
     return app
 
@@ -15446,7 +16659,7 @@ class Client:
             if body:
                 request.add_header('Content-Type', 'application/json')
             with urlopen(request, timeout=self.timeout) as answer:
-                return from_plain(json.load(answer))
+                return as_answer(json.load(answer), operation.answers)
         except HTTPError as error:
             raise self.refusal(error) from None
         except (URLError, OSError, ValueError) as error:
@@ -16254,7 +17467,7 @@ def what_follows(operation: Operation, asked: Callable, bound: dict, answer) -> 
     if not answer or len(answer) < bound.get('limit', limit.default) or 'id' not in answer[-1]:
         return ''
     last = answer[-1]
-    after = last['id'] if operation.name == 'events' else f"{int(last['start'].timestamp())}-{last['id']}"
+    after = cursor_of(last)
     shown = last['id'] if operation.name == 'events' else f"{last['start']:%Y-%m-%dT%H:%M:%SZ}/{last['id']}"
     return f'--after {shown}' if asked(**bound | {'after': after, 'limit': 1}) else ''
 

@@ -30,6 +30,7 @@ import email.policy
 import email.utils
 import functools
 import gc
+import gzip
 import html
 import http.client
 import http.server
@@ -52,10 +53,12 @@ import threading
 import time
 import types
 import uuid
+import wsgiref.util
 import zoneinfo
 from concurrent.futures import ThreadPoolExecutor
 from datetime import date, datetime, timedelta, timezone
 from pathlib import Path
+from typing import Any, get_args, get_origin
 from urllib.parse import parse_qsl, urlencode, urlsplit
 
 import icalendar
@@ -79,6 +82,49 @@ MODULE = Path(cmres.__file__)
 
 def hours(number: float) -> timedelta:
     return timedelta(hours=number)
+
+
+def misfit(value, kind, where='answer') -> str:
+    """Where a value is not of the type that an answer declares; '' where all of it is."""
+    kinds = cmres.choices_of(kind)
+    if isinstance(value, dict) and any(map(cmres.is_answer, kinds)):
+        faults = [misfit_of_fields(value, each, where) for each in kinds if cmres.is_answer(each)]
+        return '' if '' in faults else min(faults)
+    for each in kinds:
+        origin, inside = get_origin(each) or each, get_args(each)
+        if origin in (list, dict) and isinstance(value, origin) and inside:
+            items = value.items() if origin is dict else enumerate(value)
+            return next(filter(None, (misfit(one, inside[-1], f'{where}[{n!r}]') for n, one in items)), '')
+        plain = getattr(origin, '__supertype__', origin)
+        if plain is Any or value is None and plain is type(None) or type(value) in (plain, int if plain is float else plain):
+            return ''
+    return f'{where} is {value!r}, not {kind}'
+
+
+def misfit_of_fields(value: dict, kind, where: str) -> str:
+    fields = cmres.declared(kind)
+    missing = [name for name, field in fields.items() if field.always and name not in value]
+    more = [] if kind.more else [name for name in value if name not in fields]
+    if missing or more:
+        return f'{where} of {kind.__name__} lacks {missing} and has {more}'
+    return next(filter(None, (misfit(each, fields[name].kind if name in fields else kind.more, f'{where}[{name!r}]')
+                              for name, each in value.items())), '')
+
+
+def checked_answer(operation):
+    """The operation, for all tests: what it answers has just the fields and types that it declares."""
+    method = getattr(cmres.Reservations, operation.name)
+
+    @functools.wraps(method)
+    def call(self, *args, **kwargs):
+        answer = method(self, *args, **kwargs)
+        assert not misfit(answer, operation.answers), f'{operation.name}: {misfit(answer, operation.answers)}'
+        return answer
+    return call
+
+
+for _operation in API.values():
+    setattr(cmres.Reservations, _operation.name, checked_answer(_operation))
 
 
 class World:
@@ -155,7 +201,8 @@ class Rest:
     def call(self, verb: str, path: str, body=None, status=None, **headers):
         """The answer to one request; `body` becomes JSON unless it is bytes."""
         data = b'' if body is None else body if isinstance(body, bytes) else json.dumps(body).encode()
-        headers = {'Authorization': f'Bearer {self.token}', 'Content-Type': 'application/json'} | headers
+        headers = {'Authorization': f'Bearer {self.token}', 'Content-Type': 'application/json'} | {
+            name.replace('_', '-'): value for name, value in headers.items()}
         path = path if path.startswith(('/cm/', '/healthz', '/openapi.json')) else cmres.BASE + path
         return self.web.request(path, method=verb, body=data, headers=headers, status=status)
 
@@ -9296,11 +9343,12 @@ def test_two_that_wait_with_one_server_are_not_let_in_together(world):
 
 def test_openapi_tells_what_parts_hosts_and_classes_are(app):
     found = app.call('GET', '/openapi.json').json['paths']
-    add = found[f'{BASE}/reservation/']['post']['requestBody']['content']['application/json']['schema']
-    assert add['properties']['part']['type'] == 'array' and add['properties']['host']['type'] == 'array'
+    add = found[f'{BASE}/reservation']['post']['requestBody']['content']['application/json']['schema']
+    for name in ('part', 'host'):
+        assert add['properties'][name]['anyOf'][0]['$ref'] == f'#/components/schemas/{name.capitalize()}s'
     assert 'resource' not in add['required'] and {'label', 'start', 'end'} <= set(add['required'])
-    resource = found[f'{BASE}/resource/']['post']['requestBody']['content']['application/json']['schema']
-    assert resource['properties']['classes']['type'] == 'object'
+    resource = found[f'{BASE}/resource']['post']['requestBody']['content']['application/json']['schema']
+    assert resource['properties']['classes']['anyOf'][0]['$ref'] == '#/components/schemas/ResourceClasses'
 
 
 def test_on_the_command_line_options_have_the_names_that_people_give_them(run):
@@ -12890,17 +12938,114 @@ def test_health_needs_no_token(app):
 
 
 def test_openapi_lists_every_operation_and_all_that_it_takes(app):
-    assert app.web.post('/healthz', status=405).headers['Allow'] == 'GET'
+    assert app.web.post('/healthz', status=405).headers['Allow'] == 'GET, HEAD, OPTIONS'
     described = app.call('GET', '/openapi.json').json
     for operation in API.values():
         for verb, path, fixed in operation.routes:
-            entry = described['paths'][(BASE + path).replace('<', '{').replace('>', '}')][verb.lower()]
-            told = {each['name'] for each in entry['parameters']} | set(
+            entry = described['paths'][cmres.template(BASE + path)][verb.lower()]
+            told = {each['name'] for each in entry['parameters'] if '$ref' not in each} | set(
                 entry.get('requestBody', {'content': {'application/json': {'schema': {'properties': {}}}}})
                 ['content']['application/json']['schema']['properties'])
-            assert entry['summary'] and told == set(operation.parameters) - set(fixed)
+            assert entry['summary'] and entry['description'] and told == set(operation.parameters) - set(fixed)
+            assert entry.get('deprecated', False) == ('/add/' in path or '/delete/' in path)
     ids = [entry['operationId'] for verbs in described['paths'].values() for entry in verbs.values()]
     assert len(ids) == len(set(ids)) and described['openapi'].startswith('3.')
+
+
+def test_openapi_points_only_to_what_it_has_and_names_every_kind_once(app):
+    text = json.dumps(described := app.call('GET', '/openapi.json').json)
+    for place, kind, name in set(re.findall('"#/(components)/([a-zA-Z]+)/([^"]+)"', text)):
+        assert name in described[place][kind], name
+    kinds = [name for name, _ in cmres.SCHEMAS.values()] + [
+        name.removesuffix('Answer') for name, each in vars(cmres).items() if cmres.is_answer(each)]
+    assert len(kinds) == len(set(kinds))
+    assert {each['tags'][0] for verbs in described['paths'].values() for each in verbs.values()} <= {
+        each['name'] for each in described['tags']}
+    assert set(described['paths']) >= {'/healthz', '/readyz', '/openapi.json', '/calendar/{secret}.ics'}
+    assert described['paths'][BASE + '/reservation']['post']['requestBody']['content']['application/json'][
+        'example'] == {'label': 'lab', 'resource': 'demo', 'start': '2026-12-01T09:00', 'end': '+2h', 'vms': '3',
+                       'flavor': 'm1.small', 'image': 'cirros'}
+
+
+def fits(value, schema, kinds) -> bool:
+    """Whether a schema of the document takes a value: as much of JSON Schema as it uses for arguments."""
+    if '$ref' in schema:
+        return fits(value, kinds[schema['$ref'].rpartition('/')[2]], kinds)
+    if 'anyOf' in schema:
+        return any(fits(value, each, kinds) for each in schema['anyOf'])
+    if 'not' in schema and fits(value, schema['not'], kinds) or value not in schema.get('enum', [value]):
+        return False
+    types = {'string': str, 'integer': int, 'array': list, 'object': dict, 'boolean': bool, 'null': type(None)}
+    named = schema.get('type', [*types])
+    if type(value) not in [types[each] for each in (named if isinstance(named, list) else [named])]:
+        return False
+    if isinstance(value, str):
+        return bool(re.search(schema.get('pattern', ''), value)) and (
+            schema.get('minLength', 0) <= len(value) <= schema.get('maxLength', 10**9))
+    if isinstance(value, int):
+        return schema.get('minimum', value) <= value <= schema.get('maximum', value)
+    return not isinstance(value, list) or all(fits(each, schema['items'], kinds) for each in value)
+
+
+@pytest.mark.parametrize('kind, values', [
+    (cmres.When, ['2026-12-01T09:00:00+01:00', '2026-12-01', '2026-12-01 09:00', 'now', 'tomorrow 9:00', '+2h', '17:00',
+                  'next tue 14:00', 'PT2H']),
+    (cmres.Day, ['2026-12-01', 'mon 9:00', '+1d']), (cmres.Span, ['2h', '+1d12h', '90m', 'PT2H', '1:30', '2 hours', 'P1DT2H']),
+    (int, [5, '5', '-5', ' 7']), (bool, [True, 'true', 'No', '0']), (cmres.Count, [1, '1', 1_000_000]),
+    (cmres.Most, [0, '7', 'unlimited']), (cmres.Label, ['lab', '-x', 'a.b_c']), (cmres.NewLabel, ['lab']),
+    (cmres.Place, ['demo', '-']), (cmres.Name, ['', 'Ève', 'a b']), (cmres.Names, ['a,b', ['a', 'b'], []]),
+    (cmres.Pairs, ['k=v,l=w', '', {'k': 'v'}]), (cmres.Classes, ['CUSTOM_GPU=2', {'CUSTOM_GPU': 2, 'X': 'unlimited'}]),
+    (cmres.Hosts, ['m[01-05]', ['m01', 'm02']]), (cmres.Parts, ['gpu:2,cpu:20', [{'resource': 'gpu', 'vms': 2}], ['gpu:2']]),
+    (cmres.Zone, ['Europe/Paris', 'UTC', 'Etc/GMT+3', '']), (cmres.Repeat, ['weekly on tue', 'FREQ=DAILY', '']),
+    (cmres.Clash, ['refuse', 'skip', 'shift=2h']), (cmres.Cursor, ['7', 7, '1796126400-7', '2026-12-01T12:00Z/7']),
+    (cmres.Url, ['https://example.org/x.ics', 'webcal://example.org/']), (cmres.Page, [1, '10000']), (cmres.Text, ['a\nb'])])
+def test_what_a_kind_is_said_to_take_is_taken(kind, values):
+    kinds, here = cmres.openapi()['components']['schemas'], Here(PARIS, NOON)
+    for value in values:
+        cmres.READERS[kind](value, here)
+        assert fits(value, cmres.SCHEMAS[kind][1], kinds), value
+
+
+@pytest.mark.parametrize('kind, values', [
+    (int, ['x', 1.5, None, True, '']), (bool, [1, 'maybe', '']), (cmres.Count, [0, 'x', 1_000_001]), (cmres.Most, [-2, 'none']),
+    (cmres.Label, ['add', 'delete', '', 'a/b', '-', 'é', 'x' * 65]), (cmres.NewLabel, ['-x']), (cmres.Place, ['', 'add']),
+    (cmres.Name, ['a\u202eb', 'x' * 256, 5, 'a\nb']), (cmres.Span, ['2', 'x', '', 'P', '+']), (cmres.When, ['', 'x', 5, 'T']),
+    (cmres.Names, [5, [1], {}]), (cmres.Pairs, [5, 'x', {'k': 1}, {'é': 'x'}]), (cmres.Classes, ['X', {'VCPU': 1}]),
+    (cmres.Url, ['ftp://x', '', 'x y']), (cmres.Zone, ['no zone']), (cmres.Clash, ['never']), (cmres.Page, [0, 10_001])])
+def test_what_a_kind_is_said_to_refuse_is_refused(kind, values):
+    kinds, here = cmres.openapi()['components']['schemas'], Here(PARIS, NOON)
+    for value in values:
+        with pytest.raises((ValueError, TypeError, Invalid)):
+            cmres.READERS[kind](value, here)
+        schema = cmres.SCHEMAS[kind][1]
+        assert not fits(value, schema, kinds) or isinstance(value, (dict, str)) and kind in (cmres.Pairs, cmres.Classes), value
+
+
+def test_every_status_that_was_met_is_told(app):
+    """By an operation of each kind: what it answers stands in the document."""
+    described = app.call('GET', '/openapi.json').json['paths']
+    app.call('POST', '/reservation/', FINE, 201)
+    for verb, path, where, body, status, headers in (
+            ('POST', '/reservation', '/reservation', FINE | {'label': 'x', 'dry_run': True}, 200, {}),
+            ('POST', '/reservation', '/reservation', {}, 400, {}), ('GET', '/reservation', '/reservation', None, 401,
+                                                                   {'Authorization': 'x'}),
+            ('GET', '/reservation/x', '/reservation/{label}', None, 404, {}),
+            ('POST', '/reservation', '/reservation', FINE, 409, {}),
+            ('DELETE', '/reservation/lab', '/reservation/{label}', None, 412, {'If-Match': '"x"'}),
+            ('POST', '/reservation', '/reservation', b' ' * (2**20 + 1), 413, {}),
+            ('POST', '/reservation/import', '/reservation/import', {'file': 'x'}, 422, {})):
+        app.call(verb, path, body, status, **headers)
+        assert f'{status}' in described[BASE + where][verb.lower()]['responses']
+    assert '403' in described[BASE + '/check']['get']['responses']
+    assert not {'403', '412'} & described[BASE + '/reservation']['get']['responses'].keys()
+
+
+def test_the_page_of_the_document_names_every_address_and_asks_no_other_host(world):
+    answer = as_visitor(world).get('/docs')
+    assert "default-src 'none'" in answer.headers['Content-Security-Policy']
+    for path in cmres.openapi()['paths']:
+        assert f'<code>{path}</code>' in answer.text
+    assert not re.findall('(?:src|href)="(?!/|#)', answer.text) and 'style=' not in answer.text
 
 
 @pytest.mark.parametrize('path', ['/reservation', '/resource', '/resource/demo', '/token', '/event', '/check',
@@ -12921,6 +13066,175 @@ def test_a_dry_run_makes_nothing_so_it_is_not_201(app):
     answer = app.call('POST', '/reservation/', FINE | {'dry_run': True}, 200)
     assert 'Location' not in answer.headers and app.call('GET', '/reservation').json == []
     assert app.call('POST', '/reservation/load', {'rows': [FINE]}, 201).json['refused'] == []
+
+
+def test_a_change_of_what_somebody_else_has_changed_meanwhile_is_412(app):
+    eva, seen = app.as_user(), []
+    eva.call('POST', '/reservation/', FINE, 201)
+    for path in ('/reservation/lab', '/reservation/lab/show'):
+        seen.append(eva.call('GET', path).headers['ETag'])
+    assert seen[0] == seen[1] and 'ETag' not in eva.call('GET', '/reservation').headers
+    book(app.world.as_user(), 'other')
+    eva.call('PATCH', '/reservation/lab', {'vms': 2}, 200, If_Match=seen[0])
+    for verb, path, body in (('PATCH', '', {'vms': 3}), ('POST', '/extend', {'by': '1h'}), ('DELETE', '', None)):
+        answer = eva.call(verb, f'/reservation/lab{path}', body, 412, If_Match=f'"0", {seen[0]}')
+        assert answer.json['kind'] == 'Changed' and 'was changed since you read it' in answer.json['error']
+    again = answer.json['details']['etag']
+    assert again == eva.call('GET', '/reservation/lab').headers['ETag'] != seen[0]
+    eva.call('PATCH', '/reservation/lab', {'vms': 3}, 200, If_Match=f'{seen[0]},{again}')
+    eva.call('PATCH', '/reservation/lab', {'vms': 2}, 200, If_Match='*')
+    eva.call('DELETE', '/reservation/nobody', status=404, If_Match=again)
+
+
+def test_the_state_of_a_reservation_is_no_change_of_it_and_one_of_a_part_is(app):
+    book(app.world.service, start=0.1, part='demo:1,demo:2', resource='-', flavor='m1.small', image='cirros')
+    tag = app.call('GET', '/reservation/lab').headers['ETag']
+    for n in (0.1, 0.11, 0.12):
+        app.world.at(n)
+    assert app.call('GET', '/reservation/lab').json[0]['state'] == 'active'
+    assert app.call('GET', '/reservation/lab/show').headers['ETag'] == tag
+    app.call('POST', '/reservation/lab/extend', {'by': '1h'}, 200, If_Match=tag)  # both parts, one after the other
+    app.call('PATCH', '/reservation/lab-2', {'description': 'x'}, 200)
+    assert len({app.call('GET', f'/reservation/lab{part}').headers['ETag'] for part in ('', '-1', '-2')}) == 2
+    app.call('DELETE', '/reservation/lab', status=412, If_Match=tag)
+
+
+def test_a_request_with_a_key_is_done_once(app):
+    eva, key = app.as_user(), {'Idempotency_Key': 'one'}
+    made = eva.call('POST', '/reservation/', FINE, 201, **key)
+    again = eva.call('POST', '/reservation/', dict(reversed(FINE.items())), 201, **key)
+    assert again.body == made.body and again.headers['Idempotency-Replayed'] == 'true'
+    assert 'ETag' not in again.headers and len(eva.call('GET', '/reservation').json) == 1
+    eva.call('POST', '/reservation/', FINE | {'label': 'b'}, 201, Idempotency_Key='two')
+    other = eva.call('POST', '/reservation/', FINE | {'label': 'c'}, 422, **key).json
+    assert other['kind'] == 'KeyReused' and 'take a new key' in other['error']
+    app.call('POST', '/reservation/', FINE | {'label': 'd'}, 201, **key)  # somebody else's key
+    for n in (1, 2):
+        eva.call('POST', '/reservation/lab/extend', {'by': '1h'}, 200, Idempotency_Key='longer')
+        app.call('POST', '/token', {'user': 'x'}, [201, 409][n - 1], Idempotency_Key='token')
+    assert eva.call('GET', '/reservation/lab/duration').json['seconds'] == 7200
+    assert 'cmres_' not in '\n'.join(each for each in dump() if '"once"' in each)
+    app.world.now += 86401
+    later = FINE | {'label': 'later', 'start': '+1h', 'end': '+1h'}
+    assert eva.call('POST', '/reservation/', later, 201, **key).json['label'] == 'later'
+    assert cmres.row('SELECT count(*) AS n FROM once').n == 1
+
+
+def test_a_refusal_and_a_dry_run_keep_no_key(app):
+    key = {'Idempotency_Key': 'k'}
+    app.call('POST', '/reservation/', FINE | {'vms': 20}, 409, **key)
+    app.call('POST', '/reservation/', FINE | {'dry_run': True}, 200, **key)
+    app.call('POST', '/reservation/', FINE | {'resource': 'x'}, 404, **key)
+    assert app.call('POST', '/reservation/', FINE, 201, **key).json['label'] == 'lab'
+    app.call('POST', '/reservation/lab/extend', {'by': '1h'}, 400, Idempotency_Key='a b')
+
+
+def test_of_two_requests_with_one_key_at_the_same_time_one_is_done(app, monkeypatch):
+    """The second comes after the first has looked for the key, and is faster."""
+    faster, read = [], cmres.Reservations.read_request
+
+    def read_late(self, asked):
+        if not faster:
+            faster.append('the second')
+            app.call('POST', '/reservation/', FINE, 201, Idempotency_Key='k')
+        return read(self, asked)
+    monkeypatch.setattr(cmres.Reservations, 'read_request', read_late)
+    answer = app.call('POST', '/reservation/', FINE, 409, Idempotency_Key='k')
+    assert 'send it again' in answer.json['error'] and len(app.call('GET', '/reservation').json) == 1
+    assert app.call('POST', '/reservation/', FINE, 201, Idempotency_Key='k').json['label'] == 'lab'
+
+
+def test_a_page_of_a_list_links_to_the_next(app):
+    for n in range(5):
+        book(app.world.service, f'é{n}'.replace('é', 'e'), start=n + 1, end=n + 2)
+    for path, name in (('/reservation?limit=2&user=root', 'label'), ('/event?limit=2&after=1', 'id')):
+        found, pages = [], 0
+        while path:
+            answer = app.call('GET', path)
+            found += [each[name] for each in answer.json]
+            link = re.fullmatch('<(/.*)>; rel="next"', answer.headers.get('Link', ''))
+            path, pages = link and link[1], pages + 1
+        assert len(found) == len(set(found)) >= 5 and pages >= 3
+    assert 'Link' not in app.call('GET', '/resource').headers
+
+
+@pytest.mark.parametrize('path, allowed', [
+    ('/healthz', 'GET, HEAD, OPTIONS'), (f'{BASE}/check', 'GET, HEAD, OPTIONS'), (f'{BASE}/claim/', 'OPTIONS, POST'),
+    (f'{BASE}/reservation', 'DELETE, GET, HEAD, OPTIONS, POST'),
+    (f'{BASE}/reservation/lab', 'DELETE, GET, HEAD, OPTIONS, PATCH'), ('/calendar/x.ics', 'GET, HEAD, OPTIONS'),
+    (f'{BASE}/limit/1', 'DELETE, OPTIONS')])
+def test_an_address_tells_its_verbs(app, path, allowed):
+    told = app.web.options(path, status=204)
+    wrong = app.web.request(path, method='PUT', status=405)
+    assert told.headers['Allow'] == wrong.headers['Allow'] == allowed and not told.body
+    assert wrong.json['error'].startswith('PUT is not for this address; use ')
+
+
+def test_every_answer_says_how_it_may_be_kept_and_whose_request_it_is_for(app):
+    for verb, path, status in (('GET', '/reservation', 200), ('GET', '/resource/x', 404), ('PUT', '/resource', 405),
+                               ('GET', '/nothing', 404), ('GET', '/healthz', 200), ('GET', '/openapi.json', 200),
+                               ('HEAD', '/resource', 200), ('GET', '/reservation?limit=x', 400)):
+        answer = app.call(verb, path, status=status, X_Request_Id='req-7')
+        assert answer.headers['X-Request-Id'] == answer.headers['X-Openstack-Request-Id'] == 'req-7'
+        assert answer.headers['Cache-Control'] == 'no-store' and answer.headers['X-Content-Type-Options'] == 'nosniff'
+        assert answer.content_type == 'application/json' and 'Server' not in answer.headers
+    made = [app.call('GET', '/resource', X_Request_Id=each).headers['X-Request-Id'] for each in ('a b', 'x' * 65, '')]
+    assert len(set(made)) == 3 and all(re.fullmatch('req-[0-9a-f-]{36}', each) for each in made)
+
+
+def test_long_answers_are_compressed_for_who_takes_that(app):
+    told = {}
+
+    def asks(path, takes):
+        def told_in(status, headers, failure=None):
+            told.clear() or told.update(headers)
+        environ = {'PATH_INFO': path, 'HTTP_ACCEPT_ENCODING': takes, 'HTTP_AUTHORIZATION': f'Bearer {app.token}'}
+        wsgiref.util.setup_testing_defaults(environ)
+        return b''.join(app.web.app(environ, told_in))
+    plain = asks('/openapi.json', '')
+    for takes, packed in (('gzip', True), ('br, gzip;q=0.5', True), ('gzip;q=0', False), ('identity', False)):
+        text = asks('/openapi.json', takes)
+        assert told.get('Content-Encoding') == ('gzip' if packed else None) and told['Vary'] == 'Accept-Encoding'
+        assert (gzip.decompress(text) if packed else text) == plain and int(told['Content-Length']) == len(text)
+    assert asks(f'{BASE}/resource/demo', 'gzip') and 'Content-Encoding' not in told
+
+
+def test_a_token_may_stand_in_a_header_of_openstack_and_a_cookie_of_the_page_reads(app):
+    get = functools.partial(app.web.get, f'{BASE}/reservation')
+    assert get(headers={'X-Auth-Token': app.token}).json == []
+    get(headers={'X-Auth-Token': 'x'}, status=401)
+    page = webtest.TestApp(cmres.web(app.world.service))
+    page.post('/sign-in', {'token': app.token}, status=303)
+    assert page.get(f'{BASE}/reservation').json == []
+    page.post_json(f'{BASE}/reservation', FINE, status=401)
+    assert webtest.TestApp(app.web.app).get(f'{BASE}/reservation', headers={
+        'Cookie': '; '.join(f'{name}={value}' for name, value in page.cookies.items())}, status=401)
+
+
+def test_a_list_may_come_with_commas_or_each_on_its_own(app):
+    book(app.world.service)
+    for query in ('state=reserved,active', 'state=active&state=reserved', 'state=active&state=reserved,ended'):
+        assert labels(app.call('GET', f'/reservation?{query}').json) == ['lab']
+    assert app.call('GET', '/reservation?state=active&state=ended').json == []
+
+
+def test_who_comes_too_often_is_told_when_to_come_again(app, monkeypatch):
+    for error, seconds in ((cmres.TooMany('x'), '5'), (Unavailable('x', retry_after=7.2), '8')):
+        def refuse(self, error=error):
+            raise error
+        monkeypatch.setattr(cmres.Reservations, 'check', refuse)
+        assert app.call('GET', '/check', status=error.status).headers['Retry-After'] == seconds
+
+
+def test_what_makes_something_says_so_and_where_it_is(app):
+    for path, body, where in (
+            ('/reservation/', FINE, '/reservation/lab'), ('/resource/', {'name': 'x'}, '/resource/x'),
+            ('/limit/', {'most_vms': 3}, '/limit/'), ('/token/', {'user': 'x'}, '/token/'),
+            ('/calendar/feed', {}, '/calendar/'),
+            ('/maintenance/', {'resource': 'demo', 'start': '+1d', 'end': '+1h'}, '/maintenance/')):
+        assert app.call('POST', path, body, 201).headers['Location'] == BASE + where
+        other = {name: 'other' for name in ('label', 'name') if name in body}
+        assert 'Location' not in app.call('POST', path, body | other | {'dry_run': True}, 200).headers
 
 
 def test_the_readme_lists_every_address():
@@ -14351,6 +14665,21 @@ def test_a_client_changes_what_the_service_shows(client, service):
     client.resource_add('india', vms=4)
     assert client.resource_update('india', vms=5)['vms'] == 5 == service.resource_show('india')['vms']
     assert client.resource_delete('india')['name'] == 'india'
+
+
+def test_answers_of_a_client_are_read_by_name_and_as_attributes(client):
+    made = client.add('lab', 'demo', hours(1), hours(2), metadata={'start': 'x'})
+    assert made.label == made['label'] == 'lab' and made.start == NOON + hours(1)
+    assert made.metadata == {'start': 'x'} and type(client.show('lab')) is cmres.DetailAnswer
+    assert [each.state for each in client.list()] == ['reserved'] and not hasattr(made, 'nothing')
+    group = client.add('exam', '-', hours(1), hours(2), part='demo:1,demo:2')
+    assert [each.vms for each in group.parts] == [1, 2]
+    assert client.resource_show('demo').held_now == {'vms': 0, 'vcpus': 0, 'ram': 0}
+
+
+def test_no_field_of_an_answer_has_the_name_of_a_method():
+    kinds = [each for each in vars(cmres).values() if cmres.is_answer(each)]
+    assert len(kinds) > 30 and not {name for each in kinds for name in cmres.declared(each)} & set(dir(cmres.Answer))
 
 
 @pytest.mark.parametrize('name, args, kind', [
@@ -18596,7 +18925,7 @@ def test_a_credential_is_read_anew_after_a_401_and_nobody_else_knocks_for_a_whil
 
 
 def test_a_cloud_that_is_not_there_or_not_in_the_file_is_told_of(nova, tmp_path):
-    with pytest.raises(cmres.CloudError, match='the cloud nosuch could not be reached: Cloud nosuch was not found'):
+    with pytest.raises(cmres.CloudError, match="there is no cloud 'nosuch' in clouds.yaml"):
         verbs(nova, 'nosuch').servers()
     nova.stop()
     with pytest.raises(cmres.CloudError, match='the cloud lab could not be reached: .') as failure:
