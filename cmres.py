@@ -43,7 +43,7 @@ The file reads from top to bottom; a section uses only the sections above it:
   Service, Wishes, Limits             who asks; what is asked; how much anybody may have
   Holding, Series, Admission          one occurrence, many, whole reservations, by the rule
   Waiting, Requests, Plan             the waiting list; what people ask for; what operators do
-  Claims, Calendars, Records          what Nova asks; imports and feeds; what was
+  Claims, Calendars, Tokens, Records  what Nova asks; imports and feeds; who may ask; what was
   Life cycle                          what makes it so
   REST, Page, Client, Command line    four faces of the service; all but the page derived from its signatures
   Nova filter                         what nova-scheduler loads from this file
@@ -1077,6 +1077,14 @@ class Config:
         '', 'the domains that mails may go to, with commas between; empty: any')
     notices_per_day: int = setting(
         200, 'mails that are sent for one user within a day; what is beyond is dropped', 0)
+    own_token_days: int = setting(
+        365, 'days for which people may make and renew tokens of their own at most', 1, 36500)
+    tokens_per_user: int = setting(
+        50, 'tokens that one user may have in a project; 0: any number', 0)
+    feeds_per_user: int = setting(
+        50, 'calendar feeds that one user may have in a project; 0: any number', 0)
+    subscriptions_per_user: int = setting(
+        50, 'calendars that one user may subscribe to in a project; 0: any number', 0)
     horizon: int = setting(366, 'days ahead for which the occurrences of a repetition are reserved', 1, 3660)
     calendar_poll: float = setting(300.0, 'seconds between looks at a calendar that somebody subscribed to', 0.1)
     address: str = setting('', 'how people reach `serve`, for links, such as https://cmres.example.org')
@@ -1310,6 +1318,7 @@ WORDS = {
     'image': 'image to boot, by name or id; without one, capacity is held and nothing boots',
     'kept': 'the VMs that were stopped or shelved at the end of a reservation and stay',
     'key': 'key pair to put into the machines',
+    'lasts': 'for how long the token is good, such as 90d',
     'label': 'your own name for it: 1 to 64 letters, digits, . _ -',
     'lead': 'how long before the start the machines are booted; held as well',
     'limit': 'at most so many lines',
@@ -1323,6 +1332,7 @@ WORDS = {
     'part': 'one of several parts that are reserved together or not at all: RESOURCE:VMS, or :FLAVOR:IMAGE as well',
     'partial': 'take the lines that fit, instead of all or nothing',
     'project': 'project that it belongs to',
+    'purpose': 'what the token is for, such as laptop',
     'ram': 'most MiB of memory; with none, or `unlimited`, no limit',
     'region': 'region of the resource',
     'rename': 'the new name',
@@ -1351,6 +1361,7 @@ WORDS = {
     'personal': 'only the user, not all of the project, may boot there through Nova',
     'rows': 'CSV, JSON or YAML with one reservation a line, fields named as in `add`',
     'security_groups': 'security groups of the machines, with commas between',
+    'scopes': 'what alone the token is good for: read, claim, calendar; without any, all its role may',
     'seed': 'the same seed gives the same reservations',
     'shell': 'bash, zsh or fish',
     'server': 'a machine that you have, by name or id, instead of an image: it is started and stopped, never deleted',
@@ -1430,6 +1441,7 @@ def guarded_by_role(method):
         if ROLES.index(self.actor.role) < ROLES.index(needed):
             raise Forbidden(f"{API[method.__name__].words} needs the role {needed}; "
                             f"{self.actor.user} is {self.actor.role}")
+        self.actor.refuse_out_of_scope(API[method.__name__])
         takes_long = method.__name__ in LONG or any(kwargs.get(name) for name in LONG_BY)
         with self.shares.computing() if takes_long else nullcontext():
             return method(self, *args, **kwargs)
@@ -1776,8 +1788,8 @@ READERS = {
 
 #: The fields that hold instants, wherever they appear.
 INSTANTS = frozenset(
-    'added at begun booked_until cancelled changed decide_before deleted end next_start planned polled ready revoked start until'
-    .split())
+    'added at begun booked_until cancelled changed decide_before deleted end ends last_used '
+    'next_start planned polled ready revoked start until'.split())
 
 
 def to_plain(value):
@@ -2304,12 +2316,21 @@ class Token(Table):
     hash = peewee.CharField(unique=True)
     added = peewee.IntegerField()
     revoked = peewee.IntegerField(null=True)
+    purpose = peewee.CharField(default='')
+    ends = peewee.IntegerField(null=True)
+    last_used = peewee.IntegerField(null=True)  # to about a minute
+    scopes = peewee.CharField(default='')       # with commas between; '': all that its role may
+    resource = peewee.ForeignKeyField(Resource, index=False, null=True)  # the only one
+
+
+Token.add_index(Token.index(Token.user, Token.project, where=Token.revoked.is_null(),
+                            name='token_of'))
 
 
 class Session(Table):
     """Somebody who has signed in to the page, by the hash of what their cookie says."""
     hash = peewee.CharField(primary_key=True)
-    token = peewee.ForeignKeyField(Token, index=False)
+    token = peewee.ForeignKeyField(Token)
     until = peewee.IntegerField(index=True)
 
 
@@ -2343,6 +2364,10 @@ class Subscription(Table):
     added = peewee.IntegerField()
 
 
+Feed.add_index(Feed.index(Feed.user, Feed.project, where=Feed.revoked.is_null(), name='feed_of'))
+Subscription.add_index(Subscription.index(
+    Subscription.user, Subscription.project, where=Subscription.due.is_null(False),
+    name='subscription_of'))
 Subscription.add_index(Subscription.index(Subscription.due, where=Subscription.due.is_null(False),
                                           name='subscription_due'))
 
@@ -2420,7 +2445,7 @@ MIGRATIONS: list[Callable] = [
     lambda: add_tracks(), lambda: add_proposals(), lambda: add_up_told(), lambda: add_owners(),
     lambda: trust_names(), lambda: add_sessions(), lambda: add_ends_of_calls(),
     lambda: keep_resource_ids(), lambda: end_left_calendars(),
-    lambda: add_whose(), lambda: add_waits(), lambda: add_sums()]
+    lambda: add_whose(), lambda: add_waits(), lambda: add_sums(), lambda: add_ends_of_tokens()]
 
 
 def long_texts(row: str) -> str:
@@ -3108,6 +3133,19 @@ def add_sums() -> None:
           PRIMARY KEY (day, project, user, resource)) WITHOUT ROWID""")
     for trigger in TRIGGERS_OF_13:
         run(trigger)
+
+
+def add_ends_of_tokens() -> None:
+    """Version 15: tokens end, are for something, and tell when they were used; whose each thing is."""
+    name = "VARCHAR(255) NOT NULL DEFAULT ''"
+    add_columns('token', {'purpose': name, 'scopes': name, 'ends': 'INTEGER', 'last_used': 'INTEGER',
+                          'resource_id': 'INTEGER REFERENCES resource (id)'})
+    run_all("""
+        CREATE INDEX IF NOT EXISTS session_token_id ON session (token_id);
+        CREATE INDEX IF NOT EXISTS token_of ON token (user, project) WHERE revoked IS NULL;
+        CREATE INDEX IF NOT EXISTS feed_of ON feed (user, project) WHERE revoked IS NULL;
+        CREATE INDEX IF NOT EXISTS subscription_of ON subscription (user, project)
+          WHERE due IS NOT NULL""")
 
 
 # What goes wrong with the store. SQLite's first error is what the user is told, with what helps.
@@ -5762,11 +5800,32 @@ def calendar_text(name: str, shown: Iterable[Shown]) -> str:
 # answer read back.
 
 
+#: What a token with a scope is good for; with several, for all of that.
+SCOPES: dict[str, Callable[[Operation], bool]] = {
+    'read': lambda operation: not operation.changes,
+    'claim': lambda operation: operation.name == 'claim',
+    'calendar': lambda operation: operation.name.startswith(('calendar_', 'import_'))}
+#: What a token for one resource is good for: what looks at resources one by one.
+ON_ONE_RESOURCE = frozenset(
+    'add list show servers duration update extend keep skip delete accept find usage resource_list '
+    'resource_show'.split())
+
+
 class Actor(NamedTuple):
-    """Who asks; an admin may act for everybody."""
+    """Who asks; an admin may act for everybody. A token can be good for less than its role."""
     user: str
     project: str
     role: str
+    scopes: frozenset[str] = frozenset()  # of SCOPES; without any, all
+    resource: int | None = None           # the only one, by its id
+
+    def refuse_out_of_scope(self, operation: Operation) -> None:
+        """Forbidden if the token of who asks is not for an operation."""
+        if self.scopes and not any(SCOPES[each](operation) for each in self.scopes):
+            raise Forbidden(f"this token is only for {' and '.join(sorted(self.scopes))}, not for: "
+                            f'{operation.words}')
+        if self.resource is not None and operation.name not in ON_ONE_RESOURCE:
+            raise Forbidden(f'this token is only for one resource, not for: {operation.words}')
 
 
 class Wish(NamedTuple):
@@ -6072,12 +6131,63 @@ def hashed(token: str) -> str:
     return hashlib.sha256(token.encode()).hexdigest()
 
 
-def actor_of(token: str) -> Actor:
-    """Whose token this is; Unauthorized if it is nobody's or revoked."""
-    found = row('SELECT user, project, role FROM token WHERE hash = ? AND revoked IS NULL', hashed(token))
-    if not found:
+#: Of a token t: it is in force at an instant.
+IN_FORCE = 't.revoked IS NULL AND (t.ends IS NULL OR t.ends > ?)'
+TOKEN = ('SELECT t.id, t.user, t.project, t.role, t.scopes, t.resource_id, t.ends, t.revoked '
+         'FROM token t')
+#: Of what people have, each with a condition: it is still good for something.
+STILL = {'tokens': 'revoked IS NULL', 'feeds': 'revoked IS NULL',
+         'subscriptions': 'due IS NOT NULL'}
+
+
+def token_of(secret: str, now: float):
+    """The row of a token; Unauthorized if it is nobody's, revoked or over."""
+    found = row(f'{TOKEN} WHERE t.hash = ?', hashed(secret))
+    if not found or found.revoked is not None:
         raise Unauthorized('this token is not known or was revoked; an admin makes one with: token add USER')
-    return Actor(*found)
+    if found.ends is not None and found.ends <= now:
+        raise Unauthorized(f'this token has ended on {instant(found.ends):%Y-%m-%d}. Renew it with '
+                           f'another of yours, or ask an admin: token renew {found.id}')
+    return found
+
+
+def bearer_of(found) -> Actor:
+    """Who a token acts for."""
+    scopes = frozenset(filter(None, found.scopes.split(',')))
+    return Actor(found.user, found.project, found.role, scopes, found.resource_id)
+
+
+def actor_of(secret: str, now: float | None = None) -> Actor:
+    """Who has a token; Unauthorized if it is nobody's, revoked or over."""
+    return bearer_of(token_of(secret, time.time() if now is None else now))
+
+
+class Uses:
+    """When tokens were used last, kept here until `write` is called: no request waits for that."""
+
+    def __init__(self):
+        self.lock, self.seen = threading.Lock(), {}
+
+    def note(self, id: int, now: float) -> None:
+        with self.lock:
+            self.seen[id] = max(now, self.seen.get(id, 0))
+
+    def latest(self, id: int) -> int:
+        """When a token was used, as far as that is not written yet; 0 if it was not."""
+        return int(self.seen.get(id, 0))
+
+    def write(self) -> None:
+        """Writes down what was noted since the last time."""
+        with self.lock:
+            seen, self.seen = self.seen, {}
+        if seen:
+            with transaction():
+                for id, at in seen.items():
+                    run('UPDATE token SET last_used = max(coalesce(last_used, 0), ?) '
+                        'WHERE id = ?', int(at), id)
+
+
+USES = Uses()
 
 
 class Service:
@@ -6166,7 +6276,9 @@ class Service:
 
     def visible(self) -> list:
         """The condition that keeps an actor to what is theirs."""
-        return [] if self.actor.role == ADMIN else [('r.project = ?', self.actor.project)]
+        own = [] if self.actor.role == ADMIN else [('r.project = ?', self.actor.project)]
+        one = 'EXISTS (SELECT 1 FROM occurrence WHERE reservation_id = r.id AND resource_id = ?)'
+        return own if self.actor.resource is None else [*own, (one, self.actor.resource)]
 
     def window(self, start, end) -> list:
         """The conditions on occurrences that overlap a window, either end of which may be missing."""
@@ -6348,6 +6460,8 @@ class Service:
         if not found:
             names = [each.name for each in self.places()]
             raise NotFound(f"there is no resource '{name}'{nearest(name, names)}")
+        if self.actor.resource not in (None, found.id):
+            raise Forbidden(f"this token is only for another resource, not for '{name}'")
         return found
 
     def id_of(self, name: str) -> int | None:
@@ -6357,6 +6471,7 @@ class Service:
     def places(self, *place: str) -> list:
         """Resources by cell, cloud, region and aggregate, as far as these are given."""
         given = [(column, value) for column, value in zip(PLACE, place) if value]
+        given += [('id', self.actor.resource)] if self.actor.resource is not None else []
         condition = ''.join(f' AND "{column}" = ?' for column, _ in given)
         return rows(f'SELECT * FROM resource WHERE removed IS NULL{condition} ORDER BY name',
                     *(value for _, value in given))
@@ -8444,6 +8559,7 @@ class Requests(Approval):
                       ('o.of_project = ?', own)]
         placed = [(column, asked[column]) for column in PLACE if asked[column]]
         placed += [('name', asked['resource'])] if asked['resource'] else []
+        placed += [('id', self.actor.resource)] if self.actor.resource is not None else []
         filters = {'user': asked['user'], 'project': asked['project'] or own}
         if placed:  # also on those that were removed
             at = ' AND '.join(f'"{column}" = ?' for column, _ in placed)
@@ -9646,6 +9762,7 @@ class Calendars(Claims):
         user, project = self.owner({'user': user, 'project': project})
         secret = secrets.token_urlsafe(24)
         with self.writing(dry_run) as now:
+            self.refuse_one_more('feeds', user, project)
             insert(Feed, user=user, project=project, whole_project=whole_project,
                    resource=self.id_of(resource), hash=hashed(secret), added=int(now), revoked=None)
             self.journal(now, 'calendar', f'made a feed for {user} in {project}')
@@ -9698,6 +9815,7 @@ class Calendars(Claims):
             if row('SELECT id FROM subscription WHERE url = ? AND user = ? AND project = ? AND due IS NOT NULL',
                    url, said['user'], said['project']):
                 raise Conflict('you are subscribed to this calendar already; `calendar list` shows it')
+            self.refuse_one_more('subscriptions', said['user'], said['project'])
             id = insert(Subscription, user=said['user'], project=said['project'], url=url, defaults=json.dumps(said),
                         notify=json.dumps([*notify]), added=int(now), due=now, etag='', modified='', fault='', held='',
                         refused='{}',
@@ -9891,9 +10009,218 @@ class Calendars(Claims):
                      'TENTATIVE' if found.state in ('waiting', 'pending') else 'CONFIRMED')
 
 
+# Tokens ######################################################################
+#
+# Who may ask at all. A token is kept as its hash alone. It may end, and be good for some operations
+# or for one resource only. People make, renew and revoke their own, an admin those of everybody.
+
+#: For how long somebody's own token is made or renewed, unless they say.
+OWN_FOR = timedelta(days=90)
+FIELDS_OF_TOKEN = '''SELECT t.id, t.user, t.project, t.role, t.purpose, t.scopes, s.name AS resource,
+                            t.added, t.ends, t.last_used, t.revoked
+                       FROM token t LEFT JOIN resource s ON s.id = t.resource_id'''
+
+
+class Tokens(Calendars):
+    """Tokens, and what ends with the last one of a person; see Service."""
+
+    @api('POST', '/token/', role=READER)
+    def token_add(self, user: Name = '', project: Name = '', role: Name = '', purpose: Name = '',
+                  lasts: Span = None, scopes: Names = (), resource: Name = '',
+                  dry_run: bool = False) -> dict:
+        """Makes a token for yourself, as an admin for others, and prints it: it is shown only now.
+
+        Without --for, a token that people make for themselves is good for 90 days.
+
+        Example:
+          python cmres.py token add eva --project biology --role user --for 90d
+          python cmres.py token add --scopes calendar --purpose phone
+        """
+        user = user or self.actor.user
+        mine = user == self.actor.user
+        project = project or (self.actor.project if mine else 'default')
+        role = role or (self.actor.role if mine and self.actor.role != ADMIN else USER)
+        self.refuse_for_others(user, project, role)
+        self.check_scopes(role, scopes, resource)
+        token = f'cmres_{secrets.token_urlsafe(32)}'
+        with self.writing(dry_run) as now:
+            self.refuse_one_more('tokens', user, project)
+            ends = self.end_of_token(lasts, now)
+            insert(Token, user=user, project=project, role=role, hash=hashed(token),
+                   added=int(now), purpose=purpose, ends=ends, scopes=','.join(scopes),
+                   resource=self.id_of(resource))
+            until = f' until {self.config.told_time(ends)}' if ends else ''
+            only = ', '.join([*scopes, *filter(None, [resource])])
+            self.journal(now, 'token', f'made a token for {user} in {project} as {role}{until}'
+                                       f"{only and f', only for {only}'}")
+        made = {'user': user, 'project': project, 'role': role} if dry_run else {'token': token}
+        return made | ({'ends': instant(ends)} if ends else {})
+
+    def refuse_for_others(self, user: str, project: str, role: str) -> None:
+        """Refuses a token of an unknown role, or one that its maker may not have."""
+        if role not in ROLES:
+            raise Invalid(f"role: '{role}' is none of {', '.join(ROLES)}{nearest(role, ROLES)}")
+        if not user or not project:
+            raise Invalid('a token needs a user and a project')
+        if self.actor.role == ADMIN:
+            return
+        if (user, project) != (self.actor.user, self.actor.project):
+            raise Forbidden('you can make tokens only for yourself, in your own project '
+                            f"'{self.actor.project}'. Ask an admin")
+        if ROLES.index(role) > ROLES.index(self.actor.role):
+            raise Forbidden(f"your role is {self.actor.role}, so you can't make a token as {role}. "
+                            'Ask an admin')
+
+    def check_scopes(self, role: str, scopes: Iterable[str], resource: str) -> None:
+        """Refuses what is no scope, and those that allow nothing together."""
+        for each in scopes:
+            if each not in SCOPES:
+                raise Invalid(f"scopes: '{each}' is none of {', '.join(SCOPES)}"
+                              f'{nearest(each, SCOPES)}')
+        if 'claim' in scopes and role != ADMIN:
+            raise Invalid('scopes: claim is what Nova asks with, which needs the role admin')
+        if resource and {*scopes} - {'read'}:
+            raise Invalid('a token for one resource can have the scope read, and no other')
+
+    def end_of_token(self, lasts: timedelta | None, now: float) -> int | None:
+        """When a token ends that is made or renewed now; an admin's need not."""
+        if lasts is not None and lasts <= timedelta(0):
+            raise Invalid('lasts: a token lasts for some time, such as 90d')
+        if self.actor.role != ADMIN:
+            most = timedelta(days=self.config.own_token_days)
+            lasts = min(OWN_FOR, most) if lasts is None else lasts
+            if lasts > most:
+                raise Forbidden(f'people make and renew tokens for {self.config.own_token_days} '
+                                'days at most. Ask an admin for a longer time')
+        return None if lasts is None else int(now + lasts.total_seconds())
+
+    @api('GET', '/token/', role=READER)
+    def token_list(self) -> Rows:
+        """Lists your tokens, as an admin all: what for, until when, when used last.
+
+        The tokens themselves are never shown again: only hashes of them are kept.
+
+        Example:
+          python cmres.py token list
+        """
+        own, values = self.own_tokens()
+        return [self.token_public(each) for each in rows(
+            f'{FIELDS_OF_TOKEN} WHERE {own} ORDER BY t.id', *values)]
+
+    def token_public(self, found) -> dict:
+        """A token as answers show it."""
+        used = max(found.last_used or 0, USES.latest(found.id)) or None
+        shown = public(found._replace(last_used=used))
+        return shown | {'scopes': [each for each in found.scopes.split(',') if each]}
+
+    def own_tokens(self) -> tuple[str, tuple]:
+        """The condition on the tokens that an actor may see and change."""
+        if self.actor.role == ADMIN:
+            return '1', ()
+        return 't.user = ? AND t.project = ?', (self.actor.user, self.actor.project)
+
+    def own_token(self, id: int):
+        """A token that is not revoked and that an actor may change."""
+        own, values = self.own_tokens()
+        found = row(f'{FIELDS_OF_TOKEN} WHERE t.id = ? AND t.revoked IS NULL AND {own}',
+                    id, *values)
+        if not found:
+            raise NotFound(f'there is no token {id} that is in force')
+        return found
+
+    @api('POST', '/token/<id>/renew', role=READER)
+    def token_renew(self, id: int, lasts: Span = None, dry_run: bool = False) -> dict:
+        """Lets a token end later: 90 days from now, or as --for says; an admin's need not end.
+
+        Example:
+          python cmres.py token renew 3 --for 90d
+        """
+        with self.writing(dry_run) as now:
+            found = self.own_token(id)
+            if self.actor.role != ADMIN and ROLES.index(found.role) > ROLES.index(self.actor.role):
+                raise Forbidden(f'token {id} is of the role {found.role}, and you are '
+                                f'{self.actor.role}. Ask an admin')
+            ends = self.end_of_token(lasts, now)
+            change(Token, id, ends=ends)
+            until = f'until {self.config.told_time(ends)}' if ends else 'without an end'
+            self.journal(now, 'token', f'renewed token {id} of {found.user} {until}')
+            return self.token_public(self.own_token(id))
+
+    @api('DELETE', '/token/<id>', role=READER)
+    def token_revoke(self, id: int, dry_run: bool = False) -> dict:
+        """Makes a token worthless from now on.
+
+        With the last token of a user in a project, their feeds and subscriptions end as well. What
+        they have reserved stays.
+
+        Example:
+          python cmres.py token revoke 3
+        """
+        with self.writing(dry_run) as now:
+            found = self.own_token(id)
+            self.revoke(id, now)
+            ended = self.end_calendars(found.user, found.project, now)
+            self.journal(now, 'token', f'revoked token {id} of {found.user}{ended}')
+            return self.token_public(row(f'{FIELDS_OF_TOKEN} WHERE t.id = ?', id))
+
+    def revoke(self, id: int, now: float) -> None:
+        """Makes a token worthless, and whoever has signed in with it is signed out."""
+        change(Token, id, revoked=int(now))
+        run('DELETE FROM session WHERE token_id = ?', id)
+
+    @api('DELETE', '/user/<user>', role=ADMIN)
+    def user_end(self, user: Name, project: Name = '', dry_run: bool = False) -> dict:
+        """Ends all that lets a person in: tokens, sign-ins, feeds and subscriptions.
+
+        In all projects, or in one. What they have reserved stays.
+
+        Example:
+          python cmres.py user end eva --project biology
+        """
+        with self.writing(dry_run) as now:
+            found = rows('SELECT id, project FROM token WHERE user = ? AND revoked IS NULL', user)
+            found = [each for each in found if project in ('', each.project)]
+            if not found:
+                where = f' in {project}' if project else ''
+                raise NotFound(f"'{user}' has no token{where} that is in force")
+            for each in found:
+                self.revoke(each.id, now)
+            ended = ''.join(self.end_calendars(user, each, now)
+                            for each in sorted({each.project for each in found}))
+            self.journal(now, 'token', f'revoked all tokens of {user}: {len(found)}{ended}')
+        return {'user': user, 'tokens': len(found)}
+
+    def refuse_one_more(self, what: str, user: str, project: str) -> None:
+        """TooMany if a user has as many tokens, feeds or subscriptions as one may; in a transaction."""
+        most, still = getattr(self.config, f'{what}_per_user'), STILL[what]
+        number, = run(f'SELECT count(*) FROM {what[:-1]} '
+                      f'WHERE user = ? AND project = ? AND {still}', user, project).fetchone()
+        if self.actor.role != ADMIN and 0 < most <= number:
+            raise TooMany(f'{user} has {number} {what}, and no more than {most} are allowed. '
+                          'Take away one that is not needed first')
+
+    def end_calendars(self, user: str, project: str, now: float) -> str:
+        """Ends the feeds of who has no token any more, and the subscriptions of who may not book.
+
+        Returns:
+          what has ended, as the end of a sentence.
+        """
+        mine = 'WHERE user = ? AND project = ? AND'
+        roles = {each.role for each in rows(
+            f'SELECT role FROM token {mine} revoked IS NULL', user, project)}
+        ended = []
+        if not roles:
+            ended.append((run(f'UPDATE feed SET revoked = ? {mine} revoked IS NULL',
+                              int(now), user, project).rowcount, 'feeds'))
+        if not roles - {READER}:
+            ended.append((run(f'UPDATE subscription SET due = NULL {mine} due IS NOT NULL',
+                              user, project).rowcount, 'subscriptions'))
+        return ''.join(f'; {number} {what} of {user} ended' for number, what in ended if number)
+
+
 # Records #####################################################################
 #
-# What was: the journal, punctuality, reports; and who may ask at all. The class on top is the service.
+# What was: the journal, punctuality, reports. The class on top is the service.
 
 
 #: Of an occurrence o: nothing of it is there, on its way, or asked for.
@@ -9931,7 +10258,7 @@ HOURS = f'''
          max(coalesce(max(late), 0), 0) FROM each GROUP BY of'''
 
 
-class Reservations(Calendars):
+class Reservations(Tokens):
     """The whole service, on behalf of one actor; see Service for its arguments."""
 
     @api('GET', '/event/')
@@ -10105,68 +10432,6 @@ class Reservations(Calendars):
             'reserved = reserved + excluded.reserved, used = used + excluded.used, '
             'unused = unused + excluded.unused, refused = refused + excluded.refused, '
             'late = max(late, excluded.late)', *whose, *figures.values())
-
-    @api('POST', '/token/', role=ADMIN)
-    def token_add(self, user: Name, project: Name = 'default', role: Name = USER, dry_run: bool = False) -> dict:
-        """Makes a token for a user in a project, and prints it: it is shown only now.
-
-        Example:
-          python cmres.py token add eva --project biology --role user
-        """
-        if role not in ROLES:
-            raise Invalid(f"role: '{role}' is none of {', '.join(ROLES)}{nearest(role, ROLES)}")
-        if not user or not project:
-            raise Invalid('a token needs a user and a project')
-        token = f'cmres_{secrets.token_urlsafe(32)}'
-        with self.writing(dry_run) as now:
-            insert(Token, user=user, project=project, role=role, hash=hashed(token), added=int(now))
-            self.journal(now, 'token', f'made a token for {user} in {project} as {role}')
-        return {'user': user, 'project': project, 'role': role} if dry_run else {'token': token}
-
-    @api('GET', '/token/', role=ADMIN)
-    def token_list(self) -> Rows:
-        """Lists the tokens: whose, which role; never the tokens themselves, of which only hashes are kept.
-
-        Example:
-          python cmres.py token list
-        """
-        return [public(each) for each in rows('SELECT id, user, project, role, added, revoked FROM token ORDER BY id')]
-
-    @api('DELETE', '/token/<id>', role=ADMIN)
-    def token_revoke(self, id: int, dry_run: bool = False) -> dict:
-        """Makes a token worthless from now on.
-
-        With the last token of a user in a project, their feeds and subscriptions end as well. What
-        they have reserved stays.
-
-        Example:
-          python cmres.py token revoke 3
-        """
-        with self.writing(dry_run) as now:
-            found = row('SELECT user, project FROM token WHERE id = ? AND revoked IS NULL', id)
-            if not found:
-                raise NotFound(f'there is no token {id} that is in force')
-            change(Token, id, revoked=int(now))
-            self.journal(now, 'token', f'revoked token {id}{self.end_calendars(*found, now)}')
-            return public(row('SELECT id, user, project, role, added, revoked FROM token WHERE id = ?', id))
-
-    def end_calendars(self, user: str, project: str, now: float) -> str:
-        """Ends the feeds of who has no token any more, and the subscriptions of who may not book.
-
-        Returns:
-          what has ended, as the end of a sentence.
-        """
-        mine = 'WHERE user = ? AND project = ? AND'
-        roles = {each.role for each in rows(
-            f'SELECT role FROM token {mine} revoked IS NULL', user, project)}
-        ended = []
-        if not roles:
-            ended.append((run(f'UPDATE feed SET revoked = ? {mine} revoked IS NULL',
-                              int(now), user, project).rowcount, 'feeds'))
-        if not roles - {READER}:
-            ended.append((run(f'UPDATE subscription SET due = NULL {mine} due IS NOT NULL',
-                              user, project).rowcount, 'subscriptions'))
-        return ''.join(f'; {number} {what} of {user} ended' for number, what in ended if number)
 
 
 # Life cycle ##################################################################
@@ -11573,7 +11838,7 @@ def handler(service: Reservations, operation: Operation | None, fixed: dict) -> 
 
     def handle(**path):
         try:
-            acting = service.acting(actor_of(bearer(bottle.request)))
+            acting = service.acting(caller(service, bottle.request))
             if operation is None:
                 return reply(200, openapi())
             body = read_body(bottle.request, most_body(operation))
@@ -11750,6 +12015,15 @@ def plain_path(environ: dict) -> None:
     except UnicodeDecodeError:
         raise bottle.HTTPError(400, 'the address is not UTF-8') from None
     environ['PATH_INFO'] = environ['PATH_INFO'].rstrip('/') or '/'
+
+
+def caller(service: Reservations, request) -> Actor:
+    """Who sends a request, by its token, of which is noted that it was used."""
+    now = service.clock()
+    found = token_of(bearer(request), now)
+    USES.note(found.id, now)
+    request.environ['cmres.token'] = found
+    return bearer_of(found)
 
 
 def bearer(request) -> str:
@@ -12518,7 +12792,7 @@ If it does not fit, wait</label>
 </div>
 ''', 'form': '''
 <details class="card"><summary>{{title}}</summary>
-<form method="post" action="/do/{{operation}}">{{!visit.guard}}<input type="hidden" name="next" value="/admin">
+<form method="post" action="/do/{{operation}}">{{!visit.guard}}<input type="hidden" name="next" value="{{visit.home}}">
 <input type="hidden" name="once" value="{{once}}">
 <p class="soft small">{{summary}}</p><div class="fields">
 % for name, words, required, choices in fields:
@@ -12551,6 +12825,7 @@ DEEDS = {'extend': ('Extend', ('by', 'by', '+1h'), False), 'keep': ('Keep on', (
          'skip': ('Skip', None, True), 'delete': ('Cancel', None, True), 'accept': ('Accept', None, False),
          'approve': ('Approve', None, False), 'reject': ('Reject', ('reason', 'because', ''), True),
          'maintenance_delete': ('Call off', None, True), 'token_revoke': ('Revoke', None, True),
+         'token_renew': ('Renew', None, False),
          'limit_delete': ('Take away', None, True), 'resource_delete': ('Remove', None, True)}
 ASKS = ('delete', 'resource_delete', 'token_revoke')  # what is asked for twice
 SECRET = {'token', 'feed'}  # fields of answers: shown in the answer itself, and kept nowhere
@@ -12564,8 +12839,11 @@ FORMS = {'resource_add': ('name', 'cloud', 'region', 'aggregate', 'vms', 'vcpus'
          'maintenance_add': ('resource', 'start', 'end', 'reason', 'then'),
          'limit_add': ('project', 'user', 'resource', 'most_vms', 'longest', 'ahead', 'least_notice', 'vcpu_hours',
                        'waiting', 'exempt'),
-         'token_add': ('user', 'project', 'role')}
-CHOICES = {'mode': ('', 'open', *MODES), 'then': THEN, 'role': (USER, READER, ADMIN)}  # of those fields
+         'token_add': ('user', 'project', 'role', 'purpose', 'lasts', 'scopes', 'resource')}
+#: Of those fields; the first of them is what is meant unless one is chosen.
+PICKS = {'mode': ('', 'open', *MODES), 'then': THEN, 'role': ('', USER, READER, ADMIN),
+         'scopes': ('', *SCOPES)}
+TOKEN_COLUMNS = 'id user project role purpose scopes resource added ends last_used'
 TITLES = {'resource_add': 'Add a resource', 'resource_update': 'Change a resource', 'token_add': 'Make a token',
           'maintenance_add': 'Plan a maintenance', 'limit_add': 'Set a limit'}
 DONE = {'extend': 'is longer now', 'keep': 'goes on', 'skip': 'is left out',
@@ -12654,15 +12932,20 @@ class Visit:
     form: str       # what a form of theirs must carry
 
     @property
+    def home(self) -> str:
+        """Where what they look after is listed."""
+        return '/admin' if self.actor.role == ADMIN else '/tokens'
+
+    @property
     def writes(self) -> bool:
         """Whether they may change anything at all."""
-        return self.actor is not None and self.actor.role != READER
+        return self.actor is not None and self.actor.role != READER and not self.actor.scopes
 
     @property
     def links(self) -> list[tuple[str, str]]:
         """The pages that this person has a use for."""
         return [('/', 'Plan'), ('/list', 'Reservations'), *([('/book', 'Book')] if self.writes else []),
-                *([('/admin', 'Admin')] if self.actor.role == ADMIN else [])]
+                ('/tokens', 'Tokens'), *([('/admin', 'Admin')] if self.actor.role == ADMIN else [])]
 
     @property
     def here(self) -> Here:
@@ -12722,7 +13005,8 @@ class Visit:
             if name == 'delete':
                 words += ' this one' if occurrence else ' all' if line.get('tz') else ''
         else:
-            fields, onward = {key: line[key] for key in ('name', 'id') if key in line}, '/admin'
+            fields = {key: line[key] for key in ('name', 'id') if key in line}
+            onward = self.home
             fields = dict([next(iter(fields.items()))])
         field = field if wide or name in ('extend', 'keep') else None
         return render_page('deed', visit=self, operation=name, fields=fields | {'next': onward}, words=words, bad=bad,
@@ -12790,7 +13074,8 @@ class Pages:
                 ('GET', '/', self.plan), ('GET', '/list', self.list), ('GET', '/book', self.book),
                 ('POST', '/book', self.add), ('GET', '/book/check', self.check),
                 ('GET', '/r/<label>', self.reservation), ('GET', '/r/<label>/live', self.live),
-                ('GET', '/admin', self.admin), ('POST', '/do/<name>', self.do)):
+                ('GET', '/admin', self.admin), ('GET', '/tokens', self.tokens),
+                ('POST', '/do/<name>', self.do)):
             app.route(path, verb, self.visited(handle))
         for verb, path, handle in (('GET', '/sign-in', self.ask), ('POST', '/sign-in', self.sign_in),
                                    ('POST', '/sign-out', self.sign_out), ('POST', '/zone', self.choose_zone)):
@@ -12818,11 +13103,13 @@ class Pages:
     def visit(self, request) -> Visit:
         """Who sends a request: by the cookie of a session that lasts, of a token in force."""
         session = hashed(self.unsigned('session', request.get_cookie('cmres') or '') or '')
-        found = row('SELECT t.user, t.project, t.role, t.id '
-                    'FROM session s JOIN token t ON t.id = s.token_id '
-                    'WHERE s.hash = ? AND s.until > ? AND t.revoked IS NULL',
-                    session, int(self.service.clock()))
-        actor = Actor(*found[:3]) if found else None
+        now = self.service.clock()
+        found = row(f'{TOKEN} JOIN session s ON s.token_id = t.id '
+                    f'WHERE s.hash = ? AND s.until > ? AND {IN_FORCE}', session, int(now), now)
+        actor = bearer_of(found) if found else None
+        if found:
+            USES.note(found.id, now)
+            request.environ['cmres.token'] = found
         try:
             zone = read_zone(unquote(request.get_cookie('zone') or '') or self.service.config.timezone)
         except Invalid:
@@ -12904,8 +13191,8 @@ class Pages:
         """Signs in by a token, for as long as `signed_in` says."""
         token = given.get('token', '').strip()
         try:
-            actor_of(token)
-        except Unauthorized as error:
+            self.refuse_programs(actor_of(token, self.service.clock()))
+        except (Unauthorized, Forbidden) as error:
             return self.page(visit, 'Sign in', render_page(
                 'sign in', refusal=str(error), back=local(given.get('next'))), 401)
         session, lasts = secrets.token_urlsafe(24), self.service.config.signed_in
@@ -12917,6 +13204,12 @@ class Pages:
                 hashed(session), int(self.service.clock() + lasts), hashed(token))
         self.set_cookie(made, 'cmres', self.signed('session', session), int(lasts))
         return made
+
+    def refuse_programs(self, actor: Actor) -> None:
+        """Forbidden for a token that is good for less than pages show."""
+        if actor.scopes - {'read'} or actor.resource is not None:
+            raise Forbidden('this token is for a program: it is good for a few operations only. '
+                            'Sign in with another')
 
     def sign_out(self, visit: Visit, given: dict):
         """Ends the session, also for whoever has a copy of its cookie."""
@@ -13217,7 +13510,10 @@ class Pages:
     def admin(self, visit: Visit, given: dict):
         """What an operator looks after."""
         service = visit.service
-        tokens = [each for each in service.token_list() if not each['revoked']]  # which is for admins alone
+        if visit.actor.role != ADMIN:
+            raise Forbidden('this page needs the role admin; '
+                            f'{visit.actor.user} is {visit.actor.role}')
+        tokens = [each for each in service.token_list() if not each['revoked']]
         late = service.punctuality()
         sections = (
             ('Resources', service.resource_list(), 'name cell cloud region aggregate vms vcpus ram classes mode',
@@ -13227,7 +13523,7 @@ class Pages:
             ('Pending', service.awaiting_approval(), 'label user project resource vms start end change',
              ('approve', 'reject'), ()),
             ('Waiting', service.list(state=['waiting']), 'label user project resource vms start end', ('delete',), ()),
-            ('Tokens', tokens, 'id user project role added', ('token_revoke',), ('token_add',)),
+            ('Tokens', tokens, TOKEN_COLUMNS, ('token_revoke',), ('token_add',)),
             ('Limits', service.limit_list(), 'id project user resource most_vms longest ahead least_notice vcpu_hours '
              'waiting exempt', ('limit_delete',), ('limit_add',)),
             ('Punctuality of the last 30 days, in seconds', late['clouds'], 'cloud servers begun_median begun_95 '
@@ -13235,13 +13531,24 @@ class Pages:
             ('Failed', late['failed'], 'cloud label name tries planned fault', (), ()))
         return self.page(visit, 'Admin', '\n'.join(self.section(visit, *each) for each in sections))
 
+    def tokens(self, visit: Visit, given: dict):
+        """One's own tokens: what for, until when; made, renewed and revoked here."""
+        me = (visit.actor.user, visit.actor.project)
+        own = [each for each in visit.service.token_list()
+               if not each['revoked'] and (each['user'], each['project']) == me]
+        deeds = () if visit.actor.scopes else ('token_renew', 'token_revoke')
+        forms = () if visit.actor.scopes else ('token_add',)
+        return self.page(visit, 'Tokens', self.section(
+            visit, 'Your tokens', own, TOKEN_COLUMNS, deeds, forms))
+
     def section(self, visit: Visit, name: str, lines: list, columns: str, deeds: tuple, forms: tuple) -> str:
         """One part of the admin's page: a table, and the forms that belong to it."""
         table = render_page('table', visit=visit, name=name, lines=lines, columns=columns.split(), deeds=deeds)
         return f'<h2>{name}</h2>{table}' + ''.join(render_page(
             'form', visit=visit, operation=each, title=TITLES[each], summary=API[each].summary,
             once=secrets.token_hex(8), fields=[
-                (field, WORDS[field], API[each].parameters[field].default is REQUIRED, CHOICES.get(field))
+                (field, WORDS[field], API[each].parameters[field].default is REQUIRED,
+                 PICKS.get(field))
                 for field in FORMS[each]])
             for each in forms)
 
@@ -13603,10 +13910,14 @@ GROUPS = {'resource': """What can be reserved: places and their capacities.
 
 Example:
   python cmres.py resource add india --cloud simulated --vms 40
-""", 'token': """Who may use the REST interface.
+""", 'token': """Who may use cmres: tokens for programs, and to sign in to the page.
 
 Example:
   python cmres.py token add eva --project biology --role user
+""", 'user': """People who leave.
+
+Example:
+  python cmres.py user end eva
 """, 'limit': """What projects and users may reserve at most.
 
 Example:
@@ -13642,7 +13953,8 @@ Example:
 FORMATS = ('table', 'json', 'csv', 'yaml')
 #: Other names that people give to options, and of which commands.
 ALSO = {'--from': ([], '--start'), '--to': ([], '--end'), '--by': (['report'], '--by-whom'),
-        '--aggregate': (['resource', 'sync'], '--aggregates')}
+        '--aggregate': (['resource', 'sync'], '--aggregates'),
+        '--for': (['token'], '--lasts'), '--name': (['token'], '--purpose')}
 
 #: What a table shows of answers that have more fields than a line has room for.
 COLUMNS = {'list': 'id label user project resource host vms flavor start end repeat state change fault',

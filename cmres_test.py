@@ -3459,7 +3459,8 @@ WRITES = {
     'delete': {'label': 'lab'}, 'keep': {'label': 'on', 'until': '+1h'}, 'skip': {'label': 'lab'},
     'generate': {'count': 3}, 'resource_add': {'name': 'new', 'vms': 3}, 'resource_delete': {'name': 'india'},
     'resource_update': {'name': 'demo', 'vms': 1, 'force': True}, 'token_add': {'user': 'eva'},
-    'token_revoke': {'id': 1}, 'import_': {'file': calendar(event(
+    'token_revoke': {'id': 1}, 'token_renew': {'id': 1, 'lasts': '30d'}, 'user_end': {'user': 'zoe'},
+    'import_': {'file': calendar(event(
         'DTSTART:20261202T090000Z', 'DURATION:PT1H', 'LOCATION:2 x m1.tiny on demo')).decode()}, 'calendar_feed': {},
     'calendar_revoke': {'id': 1}, 'calendar_subscribe': {'url': 'http://127.0.0.1:9/bob.ics', 'resource': 'demo'},
     'calendar_unsubscribe': {'id': 1}, 'calendar_confirm': {'id': 1},
@@ -3479,6 +3480,7 @@ def furnished(world) -> World:
     """Makes that each of WRITES has something to change."""
     service = world.service
     service.token_add('root', 'default', 'admin')
+    service.token_add('zoe')
     service.resource_add('india')
     service.calendar_feed()
     service.calendar_subscribe('http://127.0.0.1:9/eva.ics')
@@ -9259,9 +9261,9 @@ def test_only_an_admin_reserves_for_others(world, service):
 
 
 ADMINS = {'limit_add', 'limit_delete', 'approve', 'reject', 'resource_capacity', 'maintenance_add',
-          'maintenance_delete', 'claim', 'resource_sync', 'resource_add', 'resource_update', 'resource_delete', 'token_add', 'token_list', 'token_revoke', 'check'}
+          'maintenance_delete', 'claim', 'resource_sync', 'resource_add', 'resource_update', 'resource_delete', 'user_end', 'check'}
 READERS = {'list', 'show', 'servers', 'duration', 'find', 'usage', 'events', 'resource_list', 'resource_show',
-           'punctuality', 'calendar_list', 'calendar_feed', 'limit_list', 'maintenance_list', 'report'}
+           'punctuality', 'calendar_list', 'calendar_feed', 'limit_list', 'maintenance_list', 'report', 'token_add', 'token_list', 'token_revoke', 'token_renew'}
 
 
 @pytest.mark.parametrize('name', API)
@@ -12603,6 +12605,173 @@ def test_what_computes_for_long_keeps_no_more_than_its_share(hanging, kind):
     assert ask('eva', 5).result()[0] in (200, 201) and not here.world.service.shares.taken
 
 
+# Tokens ######################################################################
+
+
+@pytest.fixture
+def eva(world):
+    """A user with a token, and REST as that token's holder."""
+    return Rest(world, world.service.token_add('eva', 'biology', lasts=timedelta(days=20))['token'])
+
+
+def test_a_token_ends_at_its_end_and_a_renewed_one_goes_on(world, eva):
+    assert eva.call('GET', '/resource/').json
+    world.service.token_renew(1, timedelta(days=30))
+    world.now += 25 * 86400
+    assert eva.call('GET', '/resource/').json
+    world.now += 5 * 86400
+    told = eva.call('GET', '/resource/', status=401).json['error']
+    assert 'has ended on 2026-12-31' in told and 'token renew 1' in told
+    world.service.token_renew(1)
+    assert world.service.token_list()[0]['ends'] is None and eva.call('GET', '/resource/').json
+
+
+def test_a_person_signed_in_by_a_token_is_so_until_it_ends(world):
+    someone = as_visitor(world)
+    assert someone.get('/list').status_code == 200 and 'Sign out' in someone.get('/list').text
+    world.service.token_renew(world.service.token_list()[-1]['id'], timedelta(hours=1))
+    world.now += 3601
+    assert 'Sign out' not in someone.get('/list').text
+
+
+def test_people_make_see_renew_and_revoke_their_own_tokens_only(world, eva):
+    other = world.service.token_add('max', 'biology')['token']
+    made = eva.call('POST', '/token/', {'purpose': 'phone', 'lasts': '10d', 'role': 'reader'}).json
+    mine = eva.call('GET', '/token/').json
+    assert [(each['user'], each['role'], each['purpose']) for each in mine] == [
+        ('eva', 'user', ''), ('eva', 'reader', 'phone')]
+    assert made['ends'] == mine[1]['ends'] == '2026-12-11T12:00:00+00:00'
+    assert eva.call('POST', f"/token/{mine[1]['id']}/renew").json['ends'] == '2027-03-01T12:00:00+00:00'
+    for verb, path in (('DELETE', '/token/2'), ('POST', '/token/2/renew')):
+        assert 'no token 2' in eva.call(verb, path, status=404).json['error']
+    for asked, told in (({'user': 'max'}, 'only for yourself'), ({'project': 'maths'}, 'only for yourself'),
+                        ({'role': 'admin'}, 'your role is user'), ({'lasts': '2y'}, None),
+                        ({'lasts': '366d'}, '365 days at most')):
+        refusal = eva.call('POST', '/token/', asked, status=403 if told else 400)
+        assert not told or told in refusal.json['error']
+    eva.call('DELETE', '/token/3')
+    assert Rest(world, made['token']).call('GET', '/resource/', status=401)
+    assert Rest(world, other).call('GET', '/resource/').json
+    assert 'only for yourself' in Rest(world, other).call('POST', '/token/', {'user': 'eva'}, status=403).json['error']
+
+
+@pytest.mark.parametrize('scopes, allowed', [
+    (['read'], {'list', 'show', 'find', 'events', 'token_list', 'calendar_list', 'check'}),
+    (['claim'], {'claim'}), (['calendar'], {'calendar_feed', 'calendar_list', 'calendar_subscribe', 'import_'}),
+    (['read', 'claim'], {'list', 'show', 'find', 'events', 'token_list', 'calendar_list', 'check', 'claim'})])
+def test_a_token_with_a_scope_is_good_for_that_alone(world, scopes, allowed):
+    token = world.service.token_add('nova', role='admin', scopes=scopes)['token']
+    actor = cmres.actor_of(token, world.now)
+    for name in ('list', 'show', 'find', 'events', 'token_list', 'calendar_list', 'check', 'claim', 'add', 'delete',
+                 'calendar_feed', 'calendar_subscribe', 'import_', 'token_add', 'token_renew', 'user_end'):
+        try:
+            actor.refuse_out_of_scope(API[name])
+            assert name in allowed, name
+        except Forbidden as refusal:
+            assert name not in allowed and 'this token is only for' in str(refusal)
+    assert Rest(world, token).call('DELETE', '/reservation/lab', status=403)
+
+
+def test_what_makes_no_sense_as_a_scope_is_refused(world):
+    for asked, told in (({'scopes': ['all']}, 'is none of read, claim, calendar'),
+                        ({'scopes': ['claim']}, 'needs the role admin'),
+                        ({'scopes': ['calendar'], 'resource': 'demo'}, 'can have the scope read'),
+                        ({'lasts': timedelta(0)}, 'lasts for some time')):
+        with pytest.raises(Invalid, match=told):
+            world.service.token_add('eva', **asked)
+
+
+def test_a_token_for_one_resource_sees_and_changes_that_alone(world):
+    service = world.service
+    service.resource_add('india', cloud='simulated', vms=4)
+    world.service.token_add('eva', 'default', 'user', resource='india')
+    book(service, 'there', resource='demo')
+    one = Rest(world, service.token_add('eva', 'default', 'user', resource='india')['token'])
+    asked = {'label': 'mine', 'resource': 'india', 'start': '+1h', 'end': '+1h'}
+    assert one.call('POST', '/reservation/', asked).json['resource'] == 'india'
+    assert [each['label'] for each in one.call('GET', '/reservation/').json] == ['mine']
+    assert [each['name'] for each in one.call('GET', '/resource/').json] == ['india']
+    for verb, path, body in (('POST', '/reservation/', asked | {'label': 'x', 'resource': 'demo'}),
+                             ('PATCH', '/reservation/mine', {'resource': 'demo'}), ('GET', '/event/', None),
+                             ('GET', '/resource/demo/usage', None), ('POST', '/token/', {})):
+        assert 'this token is only for' in one.call(verb, path, body, status=403).json['error']
+    for verb, path in (('DELETE', '/reservation/there'), ('GET', '/reservation/there/show')):
+        one.call(verb, path, status=404)
+    service.resource_update('india', rename='bharat')
+    assert service.token_list()[-1]['resource'] == 'bharat'
+    assert [each['name'] for each in one.call('GET', '/resource/').json] == ['bharat']
+
+
+def test_when_a_token_was_used_is_told_at_once_and_written_later(world, eva):
+    world.now += 100
+    eva.call('GET', '/resource/')
+    shown = world.service.token_list()[0]['last_used']
+    assert shown == cmres.instant(int(world.now))
+    assert cmres.row('SELECT last_used FROM token').last_used is None
+    cmres.USES.write()
+    assert world.service.token_list()[0]['last_used'] == shown
+    assert cmres.row('SELECT last_used FROM token').last_used == int(world.now)
+
+
+def test_who_leaves_has_no_token_no_cookie_no_feed_and_no_subscription(tmp_path):
+    world = World(tmp_path, private_addresses=True)
+    eva = as_visitor(world)
+    service = world.as_user()
+    address = service.calendar_feed()['feed']
+    service.calendar_subscribe('http://127.0.0.1:9/eva.ics')
+    told = world.service.user_end('eva')
+    assert told == {'user': 'eva', 'tokens': 1}
+    assert not [*cmres.run('SELECT 1 FROM session UNION ALL SELECT 1 FROM token WHERE revoked IS NULL '
+                           "AND user = 'eva'")]
+    assert 'Sign out' not in eva.get('/list').text
+    with pytest.raises(NotFound):
+        world.service.feed(address.split('/')[-2])
+    assert cmres.row('SELECT due FROM subscription').due is None
+    with pytest.raises(NotFound, match="'eva' has no token"):
+        world.service.user_end('eva')
+    cmres.close_store()
+
+
+@pytest.mark.parametrize('what, make', [
+    ('tokens', lambda service, n: service.token_add()), ('feeds', lambda service, n: service.calendar_feed()),
+    ('subscriptions', lambda service, n: service.calendar_subscribe(f'http://127.0.0.1:9/{n}.ics'))])
+def test_nobody_has_more_tokens_feeds_or_subscriptions_than_one_may(tmp_path, what, make):
+    world = World(tmp_path, private_addresses=True, **{f'{what}_per_user': 2})
+    eva = world.as_user()
+    for n in range(2):
+        make(eva, n)
+    with pytest.raises(cmres.TooMany, match=f'eva has 2 {what}, and no more than 2 are allowed'):
+        make(eva, 3)
+    make(world.as_user('max'), 4)
+    make(world.as_user(role='admin'), 5)
+    cmres.close_store()
+
+
+def test_a_token_that_a_program_has_does_not_sign_in(world):
+    someone = webtest.TestApp(cmres.web(world.service))
+    for asked in ({'scopes': ['calendar']}, {'resource': 'demo'}):
+        form = someone.get('/').forms[0]
+        form['token'] = world.service.token_add('eva', 'biology', **asked)['token']
+        assert 'this token is for a program' in form.submit(status=401).text
+
+
+def test_people_look_after_their_tokens_on_the_page(world):
+    world.service.token_add('max', 'biology')
+    someone = as_visitor(world)
+    made = form_of(someone.get('/tokens'), '/do/token_add')
+    made['purpose'], made['scopes'] = 'phone', 'calendar'
+    assert 'cmres_' in made.submit().text
+    page = someone.get('/tokens')
+    assert [each.text.strip() for each in page.html.select('td[data-name=purpose]')] == ['', 'phone']
+    assert 'max' not in page.text
+    form_of(page, '/do/token_renew').submit(status=303)
+    assert world.service.token_list()[1]['ends'] == NOON + timedelta(days=90)
+    form = [each for each in page.forms.values() if each.action == '/do/token_revoke'][-1]
+    form_of(form.submit(), '/do/token_revoke').submit(status=303)
+    assert len(someone.get('/tokens').html.select('td[data-name=purpose]')) == 1
+    assert not as_visitor(world, role='reader').get('/admin', status=403).html.select('table')
+
+
 # Page ########################################################################
 
 
@@ -13802,7 +13971,7 @@ def test_a_client_takes_the_defaults_of_the_service(client, service):
 def test_a_client_is_who_its_token_says(client, world):
     eva = Client(client.url, world.service.token_add('eva', 'biology')['token'])
     assert eva.add('lab', 'demo', hours(1), hours(1))['user'] == 'eva'
-    for call in (eva.check, eva.token_list, lambda: eva.resource_delete('demo')):
+    for call in (eva.check, lambda: eva.user_end('max'), lambda: eva.resource_delete('demo')):
         with pytest.raises(Forbidden, match='needs the role admin'):
             call()
     with pytest.raises(Unauthorized, match='not known or was revoked'):
