@@ -37,7 +37,7 @@ The words, used everywhere in one sense:
 The file reads from top to bottom; a section uses only the sections above it:
 
   Errors, Time, Repetition            sentences, instants, wall times that come again and again
-  Config, Calls                       settings; text that becomes arguments
+  Config, Metrics, Calls              settings; what is counted; text that becomes arguments
   Store, Capacity                     what is on disk; the rule that admits
   Clouds, Notices, Shares, Calendar   what boots VMs; who is told; who may be slow; iCalendar in and out
   Service, Wishes, Limits             who asks; what is asked; how much anybody may have
@@ -45,6 +45,7 @@ The file reads from top to bottom; a section uses only the sections above it:
   Waiting, Requests, Plan             the waiting list; what people ask for; what operators do
   Claims, Calendars, Tokens, Records  what Nova asks; imports and feeds; who may ask; what was
   Life cycle                          what makes it so
+  Gate                                who may ask how often; metrics; a line for each request
   REST, Page, Client, Command line    four faces of the service; all but the page derived from its signatures
   Nova filter                         what nova-scheduler loads from this file
 """
@@ -1051,6 +1052,33 @@ class Config:
         50.0, 'seconds that one request may wait for clouds and calendars in all', 0.1)
     url: str = setting('', 'a cmres server: with it, commands talk to that server and not to the database')
     token: str = setting('', 'the token for that server')
+    connections: int = setting(2000, 'connections that are open at the same time; for one more, the '
+                               'oldest on which nothing is answered is closed', 10, 100_000)
+    connections_per_address: int = setting(200, 'those of one address, also of a proxy', 1)
+    requests_per_address: int = setting(
+        12000, 'requests from one address within a minute; 0: any number', 0)
+    requests_per_user: int = setting(
+        3000, 'requests of one user within a minute; 0: any number. Admins have no such limit', 0)
+    mib_per_address: int = setting(
+        2000, 'MiB to and from one address within a minute; 0: any number', 0)
+    mib_per_user: int = setting(
+        500, 'MiB to and from one user within a minute; 0: any number. Admins have no such limit', 0)
+    cpu_per_user: float = setting(
+        30.0, 'seconds of computing for dry runs and questions of one user within a minute; 0: any '
+        'number. Admins have no such limit', 0.0)
+    wrong_tokens: int = setting(
+        30, 'wrong tokens from one address within a minute; who sends more is answered 429', 1)
+    trusted_proxies: str = setting(
+        '127.0.0.1, ::1', 'addresses and networks of proxies; what they say last in '
+        'X-Forwarded-For counts for limits and the log, and for nothing else')
+    metrics: str = setting('token', "who may read /metrics: token (with an admin's token), open "
+                           '(everybody) or off (nobody)')
+    log_format: str = setting('text', 'how lines of the log are written: text or json')
+    log_requests: bool = setting(
+        True, 'whether the log has a line for each request and for each call to a cloud')
+    drain: float = setting(30.0, 'seconds that requests under way may go on after SIGTERM', 0.0)
+    min_disk: int = setting(
+        100, 'MiB on the disk of the database; with less free, /readyz warns', 0)
     timezone: str = setting('UTC', 'the zone of times typed without an offset, and of tables; '
                                    'without it, that of the machine')
     workers: int = setting(32, 'calls to one cloud that run side by side', 1)
@@ -1128,6 +1156,26 @@ class Config:
                               f"key:course; the kinds are {', '.join(KINDS)}{nearest(kind, KINDS)}")
         return frozenset(names)
 
+    @property
+    def proxies(self) -> list:
+        """The setting `trusted_proxies`, one by one; Invalid if one of them is none."""
+        return read_networks(self.trusted_proxies)
+
+    def is_proxy(self, peer: str) -> bool:
+        """Whether an address is that of a trusted proxy."""
+        import ipaddress
+        with suppress(ValueError):
+            found = ipaddress.ip_address(peer)
+            return any(found in each for each in self.proxies)
+        return False
+
+    def check_choices(self) -> None:
+        """Invalid if a setting that is one of some words is another."""
+        for name, words in WORDS_OF.items():
+            if (said := getattr(self, name)) not in words:
+                raise Invalid(f"setting {name}: '{said}' is none of {', '.join(words)}"
+                              f'{nearest(said, words)}')
+
     def may_tell(self, target: str) -> bool:
         """Whether notices may go to an address: of the web, or a mail address of `mail_domains`."""
         domains = self.mail_domains.lower().replace(',', ' ').split()
@@ -1153,6 +1201,24 @@ class Config:
                 stays = ' and '.join(f'[{name}]' for name in AGAIN)
                 log.warning('%s; what it said before in %s stays', error, stays)
         return self
+
+
+#: Settings that are one of some words.
+WORDS_OF = {'metrics': ('token', 'open', 'off'), 'log_format': ('text', 'json')}
+
+
+@functools.lru_cache
+def read_networks(text: str) -> list:
+    """Addresses and networks with commas between; Invalid if one of them is none."""
+    import ipaddress
+    found = []
+    for each in filter(None, map(str.strip, text.split(','))):
+        try:
+            found.append(ipaddress.ip_network(each, strict=False))
+        except ValueError:
+            raise Invalid(f"setting trusted_proxies: '{each}' is no address and no network such as "
+                          '10.0.0.0/8') from None
+    return found
 
 
 SETTINGS = {field.name: field for field in dataclasses.fields(Config) if 'why' in field.metadata}
@@ -1181,7 +1247,7 @@ def load_config(path: str | None = None, environ: dict = os.environ) -> Config:
     config = Config(**{name: read_setting(name, text) for name, text in texts.items()},
                     credentials=sections['credentials'], identities=sections['identities'],
                     texts=TEXTS | sections['texts'], path=path, stamp=stamp)
-    config.zone, config.common  # what is wrong with them is told here, not when they are used
+    config.zone, config.common, config.proxies, config.check_choices()  # what is wrong with them is told here, not when they are used
     return config
 
 
@@ -1251,6 +1317,156 @@ def read_setting(name: str, text: str):
     if least is not None and not least <= value <= most:
         raise Invalid(f'setting {name}: {text} is not between {least} and {most}')
     return value
+
+
+# Metrics #####################################################################
+#
+# What this process counts, for /metrics. Labels are names from a list or of the operator, never
+# users, addresses or labels of reservations: of those there is no end.
+
+#: The upper bounds of histograms, in seconds.
+BOUNDS = {'request_seconds': (0.005, 0.02, 0.1, 0.5, 2, 10, 60),
+          'cloud_call_seconds': (0.1, 0.5, 2, 10, 60, 300),
+          'start_delay_seconds': (5, 15, 30, 60, 120, 300, 900, 3600),
+          'lock_wait_seconds': (0.001, 0.01, 0.1, 1, 10, 60)}
+#: What is measured, as Prometheus tells people; what ends in _total only grows.
+MEASURED = {
+    'requests_total': 'requests, by operation and status',
+    'request_seconds': 'time until requests were answered, by operation',
+    'refusals_total': 'requests that were refused, by the kind of the error',
+    'limited_total': 'requests that were more than a setting allows, by the setting',
+    'hung_up_total': 'changes that were not made since the client had hung up',
+    'connections_closed_total': 'connections closed for newer ones, by the bound that was reached',
+    'wrong_tokens_total': 'tokens that were refused',
+    'sign_ins_total': 'people who signed in to the page',
+    'cloud_call_seconds': 'time of calls to clouds, by cloud, verb and result',
+    'start_delay_seconds': 'seconds from the planned start of a VM until it was ready, by cloud',
+    'lock_wait_seconds': 'time for which changes waited for their turn to write',
+    'events_total': 'events in the event log, by code: added, refused, admitted, failed and so on',
+    'reservations_waiting': 'requests on the waiting list',
+    'reservations_pending': 'reservations and changes that need an answer',
+    'capacity': 'capacity of a resource, by resource class; none where it is unlimited',
+    'used': 'amount of a resource that is reserved now, by resource class',
+    'servers': 'VMs that are not deleted, by cloud and state',
+    'cloud_left_alone': 'whether a cloud is left alone after failures: 1 or 0',
+    'cloud_failures': 'failures of a cloud in a row',
+    'pass_age_seconds': 'seconds since the life cycle has made a pass',
+    'leader': 'the host of which a scheduler acts now',
+    'store_bytes': 'size of the database with its write-ahead log',
+    'disk_free_bytes': 'free space on the disk of the database',
+    'notices_waiting': 'notices that have not arrived yet',
+    'notice_age_seconds': 'for how long the oldest notice that is due has been waiting',
+    'store_damaged': 'whether the last check of the database found damage: 1 or 0',
+    'resident_bytes': 'memory of this process',
+    'version': 'the version of cmres'}
+
+
+class Metrics:
+    """Sums and histograms of this process, since it began; any thread may add to them."""
+
+    def __init__(self):
+        self.lock = threading.Lock()
+        self.sums: dict[tuple, float] = defaultdict(float)  # by name and labels
+        self.spreads: dict[tuple, list] = {}                # numbers by bound, and the sum
+
+    def count(self, name: str, number: float = 1, **labels: str) -> None:
+        """Adds to a sum."""
+        with self.lock:
+            self.sums[name, tuple(labels.items())] += number
+
+    def observe(self, name: str, value: float, **labels: str) -> None:
+        """Adds a value to a histogram."""
+        bounds = BOUNDS[name]
+        with self.lock:
+            spread = self.spreads.setdefault(
+                (name, tuple(labels.items())), [0] * (len(bounds) + 1) + [0.0])
+            spread[bisect_left(bounds, value)] += 1
+            spread[-1] += value
+
+    def samples(self) -> list[tuple]:
+        """All of it as (name, labels, value), histograms as Prometheus has them."""
+        with self.lock:
+            sums = [(name, labels, value) for (name, labels), value in self.sums.items()]
+            spreads = [(*key, [*spread]) for key, spread in self.spreads.items()]
+        return sums + [each for spread in spreads for each in buckets_of(*spread)]
+
+
+def buckets_of(name: str, labels: tuple, spread: list) -> Iterator[tuple]:
+    """The samples of one histogram: how many were at most each bound, their sum and number."""
+    *numbers, total = spread
+    for bound, number in zip((*BOUNDS[name], '+Inf'), itertools.accumulate(numbers)):
+        yield f'{name}_bucket', (*labels, ('le', f'{bound}')), number
+    yield f'{name}_sum', labels, total
+    yield f'{name}_count', labels, sum(numbers)
+
+
+def exposition(samples: Iterable[tuple]) -> str:
+    """Samples in the text format of Prometheus (0.0.4), which needs no library: a line for each."""
+    lines: dict[str, list[str]] = defaultdict(list)
+    for name, labels, value in samples:
+        family = re.sub('_(bucket|sum|count)$', '', name)
+        told = ','.join(f'{key}="{escaped_label(text)}"' for key, text in labels)
+        lines[family].append(f"cmres_{name}{told and f'{{{told}}}'} {value:.10g}")
+    return ''.join(f'# HELP cmres_{name} {MEASURED[name]}\n# TYPE cmres_{name} {kind_of_metric(name)}\n'
+                   + '\n'.join(found) + '\n' for name, found in lines.items())
+
+
+def escaped_label(text) -> str:
+    return f'{text}'.replace('\\', r'\\').replace('"', r'\"').replace('\n', r'\n')
+
+
+def kind_of_metric(name: str) -> str:
+    return 'histogram' if name in BOUNDS else 'counter' if name.endswith('_total') else 'gauge'
+
+
+METRICS = Metrics()
+
+
+@contextmanager
+def timed(name: str, **labels: str) -> Iterator[dict]:
+    """Measures what is done inside; what it yields may get more labels."""
+    began = time.monotonic()
+    try:
+        yield labels
+    finally:
+        METRICS.observe(name, time.monotonic() - began, **labels)
+
+
+def told_fields(logger: logging.Logger, what: str, **fields) -> None:
+    """A line of the log that says something of each field; what has no value is left out."""
+    fields = {name: each for name, each in fields.items() if each not in (None, '')}
+    logger.info(what, extra={'fields': fields})
+
+
+log_requests = logging.getLogger('cmres.requests')
+log_calls = logging.getLogger('cmres.calls')
+
+
+class Lines(logging.Formatter):
+    """Lines of the log, as text or as JSON, in which nothing is unseen."""
+
+    def __init__(self, form: str = 'text'):
+        super().__init__('%(asctime)sZ %(levelname)s %(message)s')
+        self.converter, self.form = time.gmtime, form
+
+    def format(self, record):
+        fields = getattr(record, 'fields', {})
+        if self.form == 'json':
+            return legible(json.dumps(self.whole(record) | fields, ensure_ascii=False, default=str))
+        told = ' '.join(f'{name}={self.word(each)}' for name, each in fields.items())
+        return legible(f'{super().format(record)} {told}'.rstrip())
+
+    def whole(self, record) -> dict:
+        """What every line has as JSON."""
+        at = instant(record.created).isoformat(timespec='milliseconds')
+        made = {'time': at, 'level': record.levelname, 'message': record.getMessage()}
+        trace = record.exc_info and self.formatException(record.exc_info)
+        return made | ({'trace': trace} if trace else {})
+
+    def word(self, value) -> str:
+        """A value that is told from the next field."""
+        text = f'{value}'
+        return text if re.fullmatch(r'[\w.:/@,+<>-]+', text) else json.dumps(text, ensure_ascii=False)
 
 
 # Calls #######################################################################
@@ -1443,7 +1659,9 @@ def guarded_by_role(method):
                             f"{self.actor.user} is {self.actor.role}")
         self.actor.refuse_out_of_scope(API[method.__name__])
         takes_long = method.__name__ in LONG or any(kwargs.get(name) for name in LONG_BY)
-        with self.shares.computing() if takes_long else nullcontext():
+        asks_only = not API[method.__name__].changes or kwargs.get('dry_run')
+        with (self.shares.charging(self.actor) if asks_only else nullcontext(),
+              self.shares.computing() if takes_long else nullcontext()):
             return method(self, *args, **kwargs)
     return checked
 
@@ -3262,11 +3480,13 @@ def transaction(keep: bool = True) -> Iterator[None]:
     Raises:
       Unavailable: others have been writing for too long, or the file is not there any more.
     """
+    began = time.monotonic()
     if not write_lock.acquire(timeout=PATIENT):
         raise Unavailable(TROUBLES[sqlite3.SQLITE_BUSY])
     try:
         store_file.check()
         with db.atomic() as current:
+            METRICS.observe('lock_wait_seconds', time.monotonic() - began)
             store_file.refuse_other(stored_id())
             yield
             if not keep:
@@ -3944,6 +4164,38 @@ class Seen(NamedTuple):
     name: str = ''
 
 
+MEASURED_CALLS = set('things boot servers delete server start stop shelve snapshot saved aggregates '
+                     'mark hosts'.split())
+calling = threading.local()  # whether this thread is in such a call already
+
+
+def measured(call: Callable) -> Callable:
+    """A call to a cloud that is timed and logged, with its result; those inside it are part of it."""
+    @functools.wraps(call)
+    def asked(self, *args, **options):
+        if getattr(calling, 'now', False):
+            return call(self, *args, **options)
+        calling.now, began = True, time.monotonic()
+        labels = {'cloud': self.account, 'verb': call.__name__, 'result': 'ok'}
+        try:
+            return call(self, *args, **options)
+        except Exception as error:
+            labels['result'] = result_of(error)
+            raise
+        finally:
+            calling.now, took = False, time.monotonic() - began
+            METRICS.observe('cloud_call_seconds', took, **labels)
+            told_fields(log_calls, 'call', **labels, ms=round(1000 * took, 1))
+    return asked
+
+
+def result_of(error: Exception) -> str:
+    """How a call to a cloud ended, in one of few words."""
+    if isinstance(error, CloudError):
+        return f"{error.details.get('status') or 'unanswered'}"
+    return 'refused' if isinstance(error, Error) else 'failed'
+
+
 class Cloud:
     """One account on one cloud. Every verb may raise CloudError.
 
@@ -3953,6 +4205,12 @@ class Cloud:
 
     def __init__(self, account: str):
         self.account = account
+
+    def __init_subclass__(cls, **options):
+        """Has all calls of a kind of cloud measured and logged."""
+        super().__init_subclass__(**options)
+        for verb in MEASURED_CALLS & vars(cls).keys():
+            setattr(cls, verb, measured(vars(cls)[verb]))
 
     def things(self, kind: str, name: str = '') -> list[Thing]:
         """What there is of one of KINDS; with a name, only what has it as its name or id."""
@@ -4832,6 +5090,65 @@ class Outside(threading.Thread):
             self.ends(self)
 
 
+class Rates:
+    """How much each user and each address has had lately, and whether that is too much.
+
+    A setting allows so much within a minute: all of it at once, and then again bit by bit.
+    """
+    KEPT = 10_000  # users and addresses that are remembered; who has had least is forgotten
+
+    def __init__(self, config: Config, clock: Callable[[], float] = time.monotonic):
+        self.config, self.clock, self.lock = config, clock, threading.Lock()
+        self.had: dict[tuple[str, str], tuple[float, float]] = {}  # how much, as of when
+
+    def take(self, setting: str, who: str, number: float = 1) -> None:
+        """Counts something before it is done; TooMany if it is more than the setting allows."""
+        self.look(setting, who, number)
+        self.add(setting, who, number)
+
+    def look(self, setting: str, who: str, number: float = 0) -> None:
+        """TooMany if somebody has had as much as the setting allows."""
+        most = getattr(self.config, setting)
+        too_much = self.level(setting, who) + number - most
+        if most and too_much > 0:
+            METRICS.count('limited_total', setting=setting)
+            wait = math.ceil(too_much * 60 / most)
+            raise TooMany(LIMITED[setting].format(most=f'{most:g}', wait=format_duration(wait)),
+                          retry_after=wait)
+
+    def level(self, setting: str, who: str) -> float:
+        """How much somebody has had that is not given back yet."""
+        had, at = self.had.get((setting, who), (0.0, 0.0))
+        return max(had - getattr(self.config, setting) * (self.clock() - at) / 60, 0.0)
+
+    def add(self, setting: str, who: str, number: float) -> None:
+        """Counts something that was done, however much it is."""
+        if not getattr(self.config, setting):
+            return
+        with self.lock:
+            if len(self.had) >= self.KEPT and (setting, who) not in self.had:
+                self.forget()
+            self.had[setting, who] = self.level(setting, who) + number, self.clock()
+
+    def forget(self) -> None:
+        """Forgets the half that has had least."""
+        kept = sorted(self.had, key=lambda key: self.level(*key))[len(self.had) // 2:]
+        self.had = {key: self.had[key] for key in kept}
+
+
+#: What is said to who has had as much as a setting allows within a minute.
+LIMITED = {
+    'requests_per_address': 'more than {most} requests within a minute came from your address. Try '
+                            'again in {wait}',
+    'requests_per_user': 'you have sent more than {most} requests within a minute. Try again in {wait}',
+    'mib_per_address': 'more than {most} MiB within a minute went to and from your address. Try '
+                       'again in {wait}',
+    'mib_per_user': 'more than {most} MiB within a minute went to and from you. Try again in {wait}',
+    'cpu_per_user': 'your dry runs and questions have taken more than {most} seconds of computing '
+                    'within a minute. Try again in {wait}',
+    'wrong_tokens': 'too many wrong tokens came from your address. Try again in {wait}'}
+
+
 class Shares:
     """Which requests of this process take long at the same time, and how many more may."""
 
@@ -4839,6 +5156,7 @@ class Shares:
         self.patience = config.outside_timeout
         self.most = {'all': max(config.threads // 2, 1), 'user': config.slow_per_user,
                      'target': config.slow_per_target}
+        self.rates, self.wrong = Rates(config), Counter()  # wrong: tokens, by address
         self.changed = threading.Condition()
         self.taken: Counter = Counter()  # by kind and name
         # Of this thread's request: whose it is, how long it may still wait, what it has taken.
@@ -4853,6 +5171,19 @@ class Shares:
             yield
         finally:
             here.user = None
+
+    @contextmanager
+    def charging(self, actor: Actor) -> Iterator[None]:
+        """A question or a dry run: its computing time counts, as nothing else bounds it."""
+        if not self.bounded or actor.role == ADMIN:
+            yield
+            return
+        name, began = f'{actor.project}/{actor.user}', time.thread_time()
+        self.rates.look('cpu_per_user', name)
+        try:
+            yield
+        finally:
+            self.rates.add('cpu_per_user', name, time.thread_time() - began)
 
     @property
     def bounded(self) -> bool:
@@ -6208,6 +6539,8 @@ class Service:
         self.shares = shares or Shares(config)
         # Called in each transaction that writes; raises to end it.
         self.fence: Callable[[], None] = lambda: None
+        # Called before a change and before it is written; raises if nobody wants it any more.
+        self.wanted: Callable[[], None] = lambda: None
         # The seconds since the life cycle of this process has made a pass; None: it has none.
         self.age: Callable[[], float] | None = None
 
@@ -6228,7 +6561,9 @@ class Service:
         """A transaction that yields its instant and wakes the life cycle when it has changed something."""
         with transaction(keep=not dry_run):
             self.fence()
+            self.wanted()
             yield self.clock()
+            self.wanted()
         if not dry_run:
             self.wake()
 
@@ -11728,6 +12063,8 @@ class LifeCycle:
             change(Server, server.id, state=state, due=now if stuck else now + self.config.poll)
         elif server.goal == 'up' and seen.state == 'active':
             if server.state != 'active' or server.addresses != json.dumps(seen.addresses):
+                if not server.ready:
+                    METRICS.observe('start_delay_seconds', now - server.planned, cloud=server.account)
                 change(Server, server.id, uid=seen.uid, state='active', ready=server.ready or now, fault='', failures=0,
                        addresses=json.dumps(seen.addresses))
                 run('UPDATE occurrence SET revision = revision + 1, revised = ? WHERE id = ?', int(now),
@@ -11803,6 +12140,264 @@ class LifeCycle:
             self.look_again(id, now)
 
 
+# Gate ########################################################################
+#
+# What stands before REST and the page: whose address a request is from, whether it asks too often,
+# what is counted, and its line in the log. It never sees what is asked, and writes no address that
+# could be a secret.
+
+METRICS_PATH = '/metrics'
+QUIET = ('/healthz', '/readyz', METRICS_PATH)  # programs ask for them all the time
+#: Where proxies tell of their clients; nobody behind this gate reads it.
+FORWARDED = ('HTTP_X_FORWARDED_FOR', 'HTTP_X_FORWARDED_HOST', 'HTTP_X_FORWARDED_PROTO',
+             'HTTP_X_FORWARDED_PORT', 'HTTP_X_FORWARDED_BY', 'HTTP_FORWARDED')
+END_IS_NEAR = 14 * DAY  # then answers tell that a token ends
+
+
+class Gate:
+    """The WSGI application before that of a service; `cycle` is the life cycle of this process."""
+
+    def __init__(self, app: Callable, service: Reservations, cycle: LifeCycle | None = None):
+        self.app, self.service, self.cycle = app, service, cycle
+        self.operations = {(verb, (BASE + path).rstrip('/')): operation.name
+                           for operation in API.values() for verb, path, _ in operation.routes}
+        self.store = StoreMetrics(service, cycle)
+
+    def __call__(self, environ: dict, start_response: Callable) -> Iterable[bytes]:
+        began, answer = time.monotonic(), Answer(environ, start_response)
+        environ['cmres.address'] = address = self.address(environ)
+        environ['cmres.began'] = began
+        environ.setdefault('cmres.request_id', f'req-{secrets.token_hex(8)}')
+        try:
+            self.service.shares.rates.take('requests_per_address', address)
+            self.service.shares.rates.look('mib_per_address', address)
+            if environ['PATH_INFO'] == METRICS_PATH:
+                body = self.metrics(environ, answer)
+            else:
+                body = self.app(environ, answer.begin)
+        except Error as error:
+            body = answer.refuse(error)
+        return Counting(body, lambda sent: self.finish(environ, answer, began, sent))
+
+    def address(self, environ: dict) -> str:
+        """Who asks, for limits and the log: the peer, or what a trusted proxy says last."""
+        peer = environ.get('REMOTE_ADDR', '')
+        said = environ.get('HTTP_X_FORWARDED_FOR', '').rpartition(',')[2].strip()
+        for name in FORWARDED:
+            environ.pop(name, None)
+        trusted = said and self.service.config.is_proxy(peer)
+        return network_of(said) or network_of(peer) if trusted else network_of(peer)
+
+    def metrics(self, environ: dict, answer: Answer) -> Iterable[bytes]:
+        """What Prometheus reads.
+
+        Raises:
+          NotFound: the operator wants none.
+          Forbidden: it needs the token of an admin.
+        """
+        allowed = self.service.config.metrics
+        if allowed == 'off':
+            raise NotFound('there are no metrics here; the setting `metrics` can allow them')
+        if allowed != 'open':
+            import bottle
+            with db.connection_context():
+                asks = caller(self.service, bottle.LocalRequest(environ))
+            if asks.role != ADMIN or asks.scopes - {'read'} or asks.resource is not None:
+                raise Forbidden("metrics need an admin's token; it may have the scope read")
+        text = exposition(self.store.samples()).encode()
+        return answer.say(200, text, 'text/plain; version=0.0.4; charset=utf-8')
+
+    def finish(self, environ: dict, answer: Answer, began: float, sent: int) -> None:
+        """Counts a request that is answered, and writes its line."""
+        operation, took = self.operation(environ), time.monotonic() - began
+        token, received = environ.get('cmres.token'), int(environ.get('CONTENT_LENGTH') or 0)
+        METRICS.count('requests_total', operation=operation, status=f'{answer.status}')
+        METRICS.observe('request_seconds', took, operation=operation)
+        rates, mib = self.service.shares.rates, (sent + received) / 2**20
+        rates.add('mib_per_address', environ['cmres.address'], mib)
+        if token and token.role != ADMIN:
+            rates.add('mib_per_user', f'{token.project}/{token.user}', mib)
+        if self.service.config.log_requests and not (
+                environ['PATH_INFO'] in QUIET and answer.status < 400):
+            told_fields(log_requests, 'request', id=environ['cmres.request_id'],
+                        address=environ['cmres.address'], user=token and token.user,
+                        project=token and token.project, token=token and token.id,
+                        method=environ['REQUEST_METHOD'][:16], operation=operation,
+                        status=answer.status, ms=round(1000 * took, 1), bytes=sent)
+
+    def operation(self, environ: dict) -> str:
+        """What a request asked for: the name of an operation, else the rule of a page, else -."""
+        if environ['PATH_INFO'] in QUIET:
+            return environ['PATH_INFO'][1:]
+        rule = getattr(environ.get('bottle.route'), 'rule', '-')
+        verb = environ['REQUEST_METHOD']
+        return self.operations.get(('GET' if verb == 'HEAD' else verb, rule), rule)
+
+
+RETRY = 60  # seconds after which somebody may try again, where nothing better is known
+
+
+def note_wait(environ: dict, error: Error) -> None:
+    """Notes of a request that is refused when it may be sent again."""
+    environ['cmres.retry_after'] = error.details.get('retry_after', RETRY)
+
+
+class Answer:
+    """How one request is answered, as far as the gate has a say in it."""
+
+    def __init__(self, environ: dict, start_response: Callable):
+        self.environ, self.start_response, self.status = environ, start_response, 0
+
+    def begin(self, status: str, headers: list, exc_info=None):
+        """Begins an answer, with what has to be said beside it."""
+        self.status = int(status[:3])
+        names = {name.lower() for name, _ in headers}
+        also = [(name, value) for name, value in self.also() if name.lower() not in names]
+        return self.start_response(status, headers + also, *([exc_info] if exc_info else []))
+
+    def also(self) -> Iterator[tuple[str, str]]:
+        """Headers that this answer needs."""
+        yield 'X-Request-Id', self.environ['cmres.request_id']
+        if self.status in (429, 503):
+            yield 'Retry-After', f"{self.environ.get('cmres.retry_after', RETRY)}"
+        token = self.environ.get('cmres.token')
+        if token and token.ends is not None and token.ends < time.time() + END_IS_NEAR:
+            yield 'X-Cmres-Token-Ends', f"{token.id} {to_plain(instant(token.ends))}"
+
+    def refuse(self, error: Error) -> list[bytes]:
+        note_wait(self.environ, error)
+        return self.say(error.status, json_text(error_body(error)).encode(), 'application/json')
+
+    def say(self, status: int, body: bytes, kind: str) -> list[bytes]:
+        """A whole answer."""
+        from http.client import responses
+        challenge = [('WWW-Authenticate', 'Bearer')] if status == 401 else []
+        self.begin(f'{status} {responses[status]}', [
+            ('Content-Type', kind), ('Content-Length', f'{len(body)}'), *challenge])
+        return [body]
+
+
+class Counting:
+    """A body that tells how many bytes were sent of it, once it is closed."""
+
+    def __init__(self, body: Iterable[bytes], end: Callable[[int], None]):
+        self.body, self.end, self.sent = body, end, 0
+
+    def __iter__(self) -> Iterator[bytes]:
+        for each in self.body:
+            self.sent += len(each)
+            yield each
+
+    def __len__(self) -> int:
+        return len(self.body)
+
+    def close(self) -> None:
+        with suppress(AttributeError):
+            self.body.close()
+        self.end(self.sent)
+
+
+def network_of(text: str) -> str:
+    """What limits count an address under: itself, or of IPv6 the network; '' if it is none."""
+    import ipaddress
+    try:
+        found = ipaddress.ip_address(text.partition('%')[0])
+    except ValueError:
+        return ''
+    found = getattr(found, 'ipv4_mapped', None) or found
+    return f'{found}' if found.version == 4 else f'{ipaddress.ip_network((found, 64), strict=False)}'
+
+
+class StoreMetrics:
+    """What /metrics tells beside what is counted: how the store and the life cycle stand."""
+
+    def __init__(self, service: Reservations, cycle: LifeCycle | None):
+        self.service, self.cycle, self.lock = service, cycle, threading.Lock()
+        self.seen: int | None = None  # the last event that was counted
+
+    def samples(self) -> list[tuple]:
+        """Samples of all that is measured; without the store, where that can't be read."""
+        with self.lock, db.connection_context():
+            try:
+                self.count_events()
+                found = [*self.of_store(), *self.of_resources()]
+            except (Unavailable, *STORE_ERRORS) as error:
+                log.warning('no metrics of the store: %s', trouble(error) or error)
+                found = []
+            return [*METRICS.samples(), *found, *self.of_process()]
+
+    def count_events(self) -> None:
+        """Counts the events that came since the last time, be they of another process."""
+        newest = row('SELECT max(id) AS id FROM event').id or 0
+        if self.seen is not None:
+            for code, number in run('SELECT code, count(*) FROM event WHERE id > ? AND id <= ? '
+                                    'GROUP BY code', self.seen, newest).fetchall():
+                METRICS.count('events_total', number, code=code)
+        self.seen = newest
+
+    def of_store(self) -> Iterator[tuple]:
+        """What is counted by few rows of the store."""
+        now = self.service.clock()
+        for name, which in (('waiting', 'reservation WHERE waiting IS NOT NULL'),
+                            ('pending', 'reservation WHERE pending IS NOT NULL')):
+            yield f'reservations_{name}', (), run(f'SELECT count(*) FROM {which}').fetchone()[0]
+        number, oldest = run('SELECT count(*), min(due) FROM outbox WHERE due IS NOT NULL').fetchone()
+        yield 'notices_waiting', (), number
+        yield 'notice_age_seconds', (), max(now - (now if oldest is None else oldest), 0)
+        for account, state, number in run('SELECT account, state, count(*) FROM server '
+                                          "WHERE state <> 'deleted' GROUP BY 1, 2").fetchall():
+            yield 'servers', (('cloud', account), ('state', state)), number
+        if lease := row('SELECT holder, until FROM lease'):
+            renewed = lease.until - self.service.config.lease
+            yield 'pass_age_seconds', (), max(now - renewed, 0)
+            if lease.until > now:
+                yield 'leader', (('host', lease.holder.partition(':')[0]),), 1
+        yield 'store_damaged', (), int('"ok"' not in (fact('checked') or '"ok"'))
+
+    def of_resources(self) -> Iterator[tuple]:
+        """What each resource has, and how much of it is reserved now."""
+        now = self.service.clock()
+        for each in rows('SELECT * FROM resource WHERE removed IS NULL ORDER BY name'):
+            most, classes = capacity(each), read_json(each.classes)
+            used = level(each.id, now, classes)
+            for name, value in (*zip(FIGURES, used), *used.classes):
+                yield 'used', (('resource', each.name), ('class', name)), value
+            for name, value in (*zip(FIGURES, most), *classes.items()):
+                if value is not None and value >= 0:
+                    yield 'capacity', (('resource', each.name), ('class', name)), value
+
+    def of_process(self) -> Iterator[tuple]:
+        """What is measured without the store."""
+        yield 'version', (('version', __version__),), 1
+        yield 'resident_bytes', (), resident()
+        path = self.service.config.database
+        sizes = [os.path.getsize(each) for each in (path, f'{path}-wal') if os.path.exists(each)]
+        yield 'store_bytes', (), sum(sizes)
+        yield 'disk_free_bytes', (), disk_free(path)
+        for account, breaker in [*self.cycle.breakers.items()] if self.cycle else ():
+            left_alone = breaker.failures >= TRIPS or breaker.until > self.service.clock()
+            yield 'cloud_left_alone', (('cloud', account),), int(left_alone)
+            yield 'cloud_failures', (('cloud', account),), breaker.failures
+
+
+def resident() -> int:
+    """The memory of this process in bytes; 0 where that can't be told."""
+    try:
+        with open('/proc/self/statm', encoding='ascii') as file:
+            return int(file.read().split()[1]) * os.sysconf('SC_PAGE_SIZE')
+    except OSError:
+        return 0
+
+
+def disk_free(path: str) -> int:
+    """The free bytes on the disk of a file, for who isn't root; 0 where that can't be told."""
+    import shutil
+    try:
+        return shutil.disk_usage(os.path.dirname(os.path.abspath(path))).free
+    except OSError:
+        return 0
+
+
 # REST ########################################################################
 #
 # Routes come from the marks of the service. One wrapper reads, calls and answers; it and the
@@ -11839,6 +12434,7 @@ def handler(service: Reservations, operation: Operation | None, fixed: dict) -> 
     def handle(**path):
         try:
             acting = service.acting(caller(service, bottle.request))
+            acting.wanted = while_there(bottle.request.environ)
             if operation is None:
                 return reply(200, openapi())
             body = read_body(bottle.request, most_body(operation))
@@ -11847,6 +12443,7 @@ def handler(service: Reservations, operation: Operation | None, fixed: dict) -> 
             with acting.shares.answering(acting.actor.user):
                 answer = getattr(acting, operation.name)(**bound)
         except Error as error:
+            note_wait(bottle.request.environ, error)
             return reply(error.status, error_body(error))
         made = operation.name.rsplit('_')[-1] in ('add', 'load', 'generate') and not bound.get('dry_run')
         return reply(201 if made else 200, answer)
@@ -11991,6 +12588,7 @@ class Readiness:
 
 
 def error_body(error: Error) -> dict:
+    METRICS.count('refusals_total', kind=type(error).__name__)
     return {'error': str(error), 'kind': type(error).__name__} | ({'details': error.details} if error.details else {})
 
 
@@ -12019,11 +12617,43 @@ def plain_path(environ: dict) -> None:
 
 def caller(service: Reservations, request) -> Actor:
     """Who sends a request, by its token, of which is noted that it was used."""
-    now = service.clock()
-    found = token_of(bearer(request), now)
-    USES.note(found.id, now)
-    request.environ['cmres.token'] = found
+    secret = bearer(request)
+    try:
+        found = token_of(secret, service.clock())
+    except Unauthorized:
+        note_wrong(service, request.environ)
+        raise
+    note_caller(service, request.environ, found)
     return bearer_of(found)
+
+
+def note_caller(service: Reservations, environ: dict, found) -> None:
+    """Notes of a request who sends it; TooMany if they do so too often."""
+    environ['cmres.token'] = found
+    USES.note(found.id, service.clock())
+    if found.role != ADMIN:  # theirs are the programs of the operator, such as Nova's filter
+        name = f'{found.project}/{found.user}'
+        service.shares.rates.take('requests_per_user', name)
+        service.shares.rates.look('mib_per_user', name)
+
+
+def note_wrong(service: Reservations, environ: dict) -> None:
+    """Notes a wrong token of an address; TooMany if many come from there."""
+    address = environ.get('cmres.address', '')
+    METRICS.count('wrong_tokens_total')
+    service.shares.wrong[address] += 1
+    service.shares.rates.take('wrong_tokens', address)
+
+
+def while_there(environ: dict) -> Callable[[], None]:
+    """What is asked before a change is written: whether its client has hung up meanwhile."""
+    gone = environ.get('waitress.client_disconnected', lambda: False)
+
+    def check() -> None:
+        if gone():
+            METRICS.count('hung_up_total')
+            raise Unavailable('the client has hung up, so nothing was changed')
+    return check
 
 
 def bearer(request) -> str:
@@ -13108,13 +13738,13 @@ class Pages:
                     f'WHERE s.hash = ? AND s.until > ? AND {IN_FORCE}', session, int(now), now)
         actor = bearer_of(found) if found else None
         if found:
-            USES.note(found.id, now)
-            request.environ['cmres.token'] = found
+            note_caller(self.service, request.environ, found)
         try:
             zone = read_zone(unquote(request.get_cookie('zone') or '') or self.service.config.timezone)
         except Invalid:
             zone = self.service.config.zone
         service = self.service.acting(actor or Actor('', '', READER))
+        service.wanted = while_there(request.environ)
         service.config = dataclasses.replace(service.config, timezone=zone.key)  # sentences speak in the person's zone
         form = self.sign('form', f'{found.id}' if found else '')
         return Visit(service, actor, zone, self.service.config.zone, form)
@@ -13148,6 +13778,8 @@ class Pages:
 
     def refusal(self, visit: Visit, error: Error, back: str):
         """The page that says what could not be done."""
+        import bottle
+        note_wait(bottle.request.environ, error)
         return self.page(visit, 'Refused', render_page('refused', sentence=str(error), back=back), error.status)
 
     def refuse_foreign(self, request, given: dict, visit: Visit, signed_in: bool) -> None:
@@ -13189,10 +13821,13 @@ class Pages:
 
     def sign_in(self, visit: Visit, given: dict):
         """Signs in by a token, for as long as `signed_in` says."""
+        import bottle
         token = given.get('token', '').strip()
         try:
-            self.refuse_programs(actor_of(token, self.service.clock()))
+            self.refuse_programs(actor := actor_of(token, self.service.clock()))
         except (Unauthorized, Forbidden) as error:
+            if isinstance(error, Unauthorized):
+                note_wrong(self.service, bottle.request.environ)
             return self.page(visit, 'Sign in', render_page(
                 'sign in', refusal=str(error), back=local(given.get('next'))), 401)
         session, lasts = secrets.token_urlsafe(24), self.service.config.signed_in
@@ -13202,6 +13837,10 @@ class Pages:
             run('INSERT INTO session (hash, token_id, until) '
                 'SELECT ?, id, ? FROM token WHERE hash = ?',
                 hashed(session), int(self.service.clock() + lasts), hashed(token))
+            where = bottle.request.environ.get('cmres.address') or 'an unknown address'
+            journal(self.service.config, self.service.clock(), actor.user, 'signed_in',
+                    f'{actor.user} in {actor.project} signed in from {where}')
+        METRICS.count('sign_ins_total')
         self.set_cookie(made, 'cmres', self.signed('session', session), int(lasts))
         return made
 
@@ -13986,7 +14625,7 @@ def serve(config: Config, host: Name = '', port: int = None, noscheduler: bool =
       python cmres.py serve --port 8080
     """
     import waitress
-    in_utc()
+    in_utc(config)
     config = dataclasses.replace(config, host=host or config.host, port=config.port if port is None else port)
     told = prepared(config)
     demo = demo or not (config.path or any(map(os.path.exists, (
@@ -13996,9 +14635,10 @@ def serve(config: Config, host: Name = '', port: int = None, noscheduler: bool =
     service.wake, service.age = cycle.wake.set, None if noscheduler else cycle.age
     try:
         server = waitress.create_server(
-            web(service), host=config.host, port=config.port, threads=config.threads, connection_limit=1000,
+            Gate(web(service), service, None if noscheduler else cycle), host=config.host,
+            port=config.port, threads=config.threads, connection_limit=1000,
             asyncore_use_poll=True, max_request_body_size=4 * MOST_ICS, ident=None,
-            clear_untrusted_proxy_headers=True)
+            channel_request_lookahead=1, clear_untrusted_proxy_headers=False)
     except (OSError, ValueError) as error:
         raise Unavailable(f"can't listen on {config.host}:{config.port}: {error}; choose another with --port") from None
     service.config = config = dataclasses.replace(config, port=getattr(server, 'effective_port', config.port))
@@ -14016,7 +14656,7 @@ def scheduler(config: Config) -> None:
     Example:
       python cmres.py scheduler
     """
-    in_utc()
+    in_utc(config)
     told = prepared(config)
     service = local_service(config)
     first = f'cmres {__version__} runs the life cycle of {config.database}'
@@ -14208,20 +14848,14 @@ LOCAL = {each.__name__: Operation(each.__name__, each, ADMIN, [('POST', '', {})]
                       store_restore, store_migrate, store_orphans, completion)}
 
 
-class Visible(logging.Formatter):
-    """Lines of the log in which nothing is unseen."""
-
-    def format(self, record):
-        return legible(super().format(record))
-
-
-def in_utc() -> None:
+def in_utc(config: Config) -> None:
     """`schedule` reckons in local time, which stands still for an hour when summer ends."""
     os.environ['TZ'] = 'UTC'
     time.tzset()
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(Visible('%(asctime)sZ %(levelname)s %(message)s'))
+    handler.setFormatter(Lines(config.log_format))
     logging.basicConfig(level=logging.INFO, handlers=[handler])
+    log_calls.disabled = not config.log_requests
     logging.getLogger('waitress.queue').setLevel(logging.ERROR)  # it warns at every request that waits
 
 

@@ -353,7 +353,8 @@ def folder(tmp_path, monkeypatch):
     return lambda name, text: (tmp_path / name).write_text(text, encoding='utf-8') and name
 
 
-OTHER = {str: 'Europe/Paris', int: '9', float: '0.5', bool: 'yes', 'common_names': 'key:course'}
+OTHER = {str: 'Europe/Paris', int: '9', float: '0.5', bool: 'yes', 'common_names': 'key:course',
+         'metrics': 'open', 'log_format': 'json', 'trusted_proxies': '10.0.0.0/8', 'connections': '99'}
 
 
 def test_without_anything_every_setting_has_its_default(folder):
@@ -12770,6 +12771,206 @@ def test_people_look_after_their_tokens_on_the_page(world):
     form_of(form.submit(), '/do/token_revoke').submit(status=303)
     assert len(someone.get('/tokens').html.select('td[data-name=purpose]')) == 1
     assert not as_visitor(world, role='reader').get('/admin', status=403).html.select('table')
+
+
+# Gate ########################################################################
+
+
+class Gated(Rest):
+    """REST behind its gate, asked from some address."""
+
+    def __init__(self, world, token='', address='192.0.2.7', cycle=None):
+        self.world, self.token, self.address = world, token, address
+        world.service.shares.rates.clock = lambda: world.now
+        self.web = webtest.TestApp(cmres.Gate(cmres.web(world.service), world.service, cycle))
+
+    def ask(self, path='/resource/', verb='GET', body=None, **headers):
+        self.web.extra_environ = {'REMOTE_ADDR': headers.pop('peer', self.address)}
+        bearer = {'Authorization': f'Bearer {self.token}'} if self.token else {}
+        path = path if path.startswith(('/cm/', '/metrics', '/healthz', '/readyz', '/calendar/')) else cmres.BASE + path
+        return self.web.request(path, method=verb, status='*', body=json.dumps(body or {}).encode(),
+                                headers={'Content-Type': 'application/json', **bearer, **headers})
+
+
+@pytest.fixture
+def gated(world):
+    """Makes REST behind a gate, under some settings, with a user's token or an admin's."""
+    def make(role='user', cycle=None, **settings):
+        config = world.config = cmres.dataclasses.replace(world.config, **settings)
+        world.service.config, world.service.shares = config, cmres.Shares(config)
+        return Gated(world, world.service.token_add('eva', 'biology', role)['token'], cycle=cycle)
+    return make
+
+
+def test_who_asks_too_often_waits_and_others_do_not(world, gated):
+    eva = gated(requests_per_user=3, wrong_tokens=30)
+    max_ = Gated(world, world.service.token_add('max', 'biology')['token'])
+    admin = Gated(world, world.service.token_add('root', 'default', 'admin')['token'])
+    assert [eva.ask().status_int for _ in range(5)] == [200, 200, 200, 429, 429]
+    refused = eva.ask()
+    assert refused.headers['Retry-After'] == '20' and refused.json['error'] == (
+        'you have sent more than 3 requests within a minute. Try again in 20s')
+    assert [max_.ask().status_int, *(admin.ask().status_int for _ in range(9))] == [200] * 10
+    world.now += 20
+    assert [eva.ask().status_int for _ in range(2)] == [200, 429]
+    world.now += 3600
+    assert [eva.ask().status_int for _ in range(4)] == [200, 200, 200, 429]
+
+
+def test_an_address_that_asks_too_often_waits_whoever_it_is(world, gated):
+    eva = gated('admin', requests_per_address=3)
+    assert [eva.ask('/resource/', peer=peer).status_int for peer in ('192.0.2.1', '192.0.2.2') for _ in range(4)] == [
+        200, 200, 200, 429] * 2
+    assert [eva.ask(peer=f'2001:db8::{n}').status_int for n in range(4)][-1] == 429  # one network
+    assert eva.ask(peer='2001:db8:0:1::1').status_int == 200
+
+
+def test_only_a_trusted_proxy_is_believed_whose_request_it_is_and_only_what_it_says_last(world, gated):
+    eva = gated(requests_per_address=1, trusted_proxies='10.0.0.0/8')
+    said = [('10.1.2.3', '203.0.113.1, 198.51.100.1'), ('10.1.2.4', 'spoofed, 198.51.100.2'), ('10.1.2.3', '203.0.113.9, 198.51.100.1'),
+            ('192.0.2.1', '198.51.100.3'), ('192.0.2.1', '198.51.100.4'), ('10.1.2.5', 'nonsense')]
+    found = [eva.ask(peer=peer, **{'X-Forwarded-For': text}).status_int for peer, text in said]
+    assert found == [200, 200, 429, 200, 429, 200]
+
+
+def test_bytes_and_computing_are_bounded_as_well(world, gated):
+    eva = gated(mib_per_user=1, cpu_per_user=1)
+    world.service.shares.rates.add('mib_per_user', 'biology/eva', 1.5)
+    assert eva.ask().status_int == 429 and 'more than 1 MiB' in eva.ask().json['error']
+    world.now += 31
+    assert eva.ask().status_int == 200
+    world.service.shares.rates.add('cpu_per_user', 'biology/eva', 5)
+    dry = {'label': 'lab', 'resource': 'demo', 'start': '+1h', 'end': '+1h', 'dry_run': True}
+    assert 'seconds of computing' in eva.ask('/reservation/', 'POST', dry).json['error']
+    assert eva.ask('/reservation/', 'POST', dry | {'dry_run': False}).status_int == 201
+
+
+def test_what_is_sent_and_computed_is_counted(world, gated):
+    eva = gated()
+    rates = world.service.shares.rates
+    eva.ask('/resource/demo/find?duration=1h')
+    assert rates.level('mib_per_user', 'biology/eva') > 0 and rates.level('mib_per_address', '192.0.2.7') > 0
+    assert rates.level('cpu_per_user', 'biology/eva') > 0
+
+
+def test_wrong_tokens_of_an_address_are_slowed_down_and_right_ones_are_not(world, gated):
+    eva = gated(wrong_tokens=3)
+    wrong = Gated(world, 'cmres_wrong')
+    assert [wrong.ask().status_int for _ in range(5)] == [401, 401, 401, 429, 429]
+    assert eva.ask().status_int == 200 and world.service.shares.wrong == {'192.0.2.7': 5}
+    assert wrong.ask(peer='192.0.2.8').status_int == 401
+    form = wrong.web.get('/sign-in', extra_environ={'REMOTE_ADDR': '192.0.2.7'}).forms[0]
+    form['token'] = 'cmres_guess'
+    assert form.submit(extra_environ={'REMOTE_ADDR': '192.0.2.7'}, status=429)
+
+
+def test_of_users_and_addresses_without_number_only_so_many_are_remembered(world):
+    rates = cmres.Rates(world.config, lambda: world.now)
+    rates.KEPT = 100
+    for n in range(1000):
+        rates.take('requests_per_user', f'p/{n % 200}' if n < 990 else 'p/busy')
+    assert len(rates.had) <= 100 and rates.level('requests_per_user', 'p/busy') == 10
+
+
+@pytest.mark.parametrize('form', ['text', 'json'])
+def test_each_request_and_each_call_has_a_line_in_the_log_without_secrets(world, gated, caplog, form):
+    eva, lines = gated(), cmres.Lines(form)
+    feed = urlsplit(world.as_user().calendar_feed()['feed']).path
+    caplog.set_level('INFO')
+    with caplog.at_level('INFO', 'cmres.requests'):
+        asked = eva.ask('/reservation/', 'POST', {'label': 'lab', 'resource': 'demo', 'start': '+1h', 'end': '+1h',
+                                                  'flavor': 'm1.small', 'image': 'cirros', 'user_data': 'pass-word',
+                                                  'notify': ['https://example.org/secret-hook'], 'description': 'private'})
+        eva.ask(feed), eva.ask('/reservation/no-such-label/show'), eva.ask('/healthz'), eva.ask('/cm/nowhere?x=hidden')
+    text = '\n'.join(map(lines.format, caplog.records))
+    for secret in (eva.token, eva.token[6:], feed.split('/')[2], 'pass-word', 'secret-hook', 'hidden', 'private'):
+        assert secret not in text
+    told = [each.fields for each in caplog.records if each.name == 'cmres.requests']
+    assert [(each['operation'], each['status'], each.get('user')) for each in told] == [
+        ('add', 201, 'eva'), ('/calendar/<secret>/<name>.ics', 200, None), ('show', 404, 'eva'), ('-', 404, None)]
+    assert told[0]['id'] == asked.headers['X-Request-Id'] and told[0]['ms'] >= 0 and told[0]['address'] == '192.0.2.7'
+    calls = [each.fields for each in caplog.records if each.name == 'cmres.calls']
+    assert {(each['cloud'], each['verb'], each['result']) for each in calls} == {('simulated', 'things', 'ok')}
+    if form == 'json':
+        assert {'time', 'level', 'message', 'id', 'operation', 'status'} <= json.loads(lines.format(caplog.records[-1])).keys()
+
+
+def metric(text: str, name: str, **labels) -> float | None:
+    """The value of one sample."""
+    told = ','.join(f'{key}="{value}"' for key, value in labels.items())
+    found = re.search(rf'^cmres_{name}{re.escape("{" + told + "}") if told else ""} (\S+)$', text, re.M)
+    return float(found[1]) if found else None
+
+
+def test_metrics_tell_what_is_reserved_refused_waits_and_runs(world, gated):
+    admin = gated('admin', cycle=world.cycle, metrics='open')
+    before = admin.ask('/metrics').text
+    world.service.resource_update('demo', vms=4)
+    for n in range(2):
+        admin.ask('/reservation/', 'POST', {'label': f'r{n}', 'resource': 'demo', 'start': 'now', 'end': '+1h', 'vms': 3,
+                                            'flavor': 'm1.small', 'image': 'cirros'})
+    admin.ask('/reservation/', 'POST', {'label': 'w', 'resource': 'demo', 'start': 'now', 'end': '+1h', 'vms': 3, 'wait': True})
+    world.at(0.01)
+    world.at(0.02)
+    text = admin.ask('/metrics').text
+    assert metric(text, 'used', resource='demo', **{'class': 'vms'}) == 3
+    assert metric(text, 'capacity', resource='demo', **{'class': 'vms'}) == 4
+    assert metric(text, 'reservations_waiting') == 1 and metric(text, 'reservations_pending') == 0
+    assert metric(text, 'servers', cloud='simulated', state='active') == 3
+    grown = {name: (metric(text, *[name], **labels) or 0) - (metric(before, name, **labels) or 0) for name, labels in (
+        ('requests_total', {'operation': 'add', 'status': '409'}), ('requests_total', {'operation': 'add', 'status': '201'}),
+        ('refusals_total', {'kind': 'NoCapacity'}))}
+    assert grown == {'requests_total': 2, 'refusals_total': 1}
+    assert metric(text, 'events_total', code='refused') >= 1 and metric(text, 'events_total', code='added') >= 1
+    assert metric(text, 'cloud_call_seconds_count', cloud='simulated', verb='boot', result='ok') >= 3
+    assert metric(text, 'start_delay_seconds_count', cloud='simulated') >= 3
+    assert metric(text, 'pass_age_seconds') <= 36 and metric(text, 'leader', host=socket.gethostname()) == 1
+    assert metric(text, 'store_bytes') > 10**5 and metric(text, 'resident_bytes') > 10**6
+    assert metric(text, 'lock_wait_seconds_count') > 0 and metric(text, 'cloud_left_alone', cloud='simulated') in (0, None)
+    for name in set(re.findall('^# TYPE cmres_(\\w+)', text, re.M)):
+        assert name in cmres.MEASURED
+    assert not {'eva', 'biology', '192.0.2.7', 'r0'} & set(re.findall('"([^"]*)"', text))
+    assert all(re.fullmatch(r'# (HELP|TYPE) cmres_\w+ .+|cmres_\w+(\{\w+="[^"]*"(,\w+="[^"]*")*\})? [-+0-9.e]+', line)
+               for line in text.splitlines())
+
+
+@pytest.mark.parametrize('setting, role, scopes, status', [
+    ('token', 'admin', [], 200), ('token', 'admin', ['read'], 200), ('token', 'admin', ['claim'], 403), ('token', 'user', [], 403),
+    ('token', None, [], 401), ('open', None, [], 200), ('off', 'admin', [], 404)])
+def test_metrics_are_for_whom_the_setting_says(world, gated, setting, role, scopes, status):
+    asked = gated(metrics=setting)
+    asked.token = role and world.service.token_add('root', 'default', role, scopes=scopes)['token']
+    assert asked.ask('/metrics').status_int == status
+
+
+def test_metrics_are_there_while_the_store_is_not(world, gated, monkeypatch):
+    admin = gated('admin', metrics='open')
+    monkeypatch.setattr(cmres, 'level', lambda *_: (_ for _ in ()).throw(Unavailable('the store is lost')))
+    text = admin.ask('/metrics').text
+    assert metric(text, 'resident_bytes') > 0 and metric(text, 'used', resource='demo', **{'class': 'vms'}) is None
+
+
+def test_a_token_that_ends_soon_is_told_of_with_each_answer(world, gated, monkeypatch):
+    eva = gated()
+    monkeypatch.setattr(cmres.time, 'time', lambda: world.now)
+    assert 'X-Cmres-Token-Ends' not in eva.ask().headers
+    world.service.token_renew(1, timedelta(days=15))
+    assert 'X-Cmres-Token-Ends' not in eva.ask().headers
+    world.service.token_renew(1, timedelta(days=13))
+    assert eva.ask().headers['X-Cmres-Token-Ends'] == '1 2026-12-14T12:00:00+00:00'
+
+
+def test_nothing_is_written_for_a_client_that_has_hung_up(world, gated):
+    eva, here = gated(), [True]
+    gone = {'waitress.client_disconnected': lambda: not here[0]}
+    body = json.dumps({'label': 'lab', 'resource': 'demo', 'start': '+1h', 'end': '+1h'}).encode()
+    def add():
+        return eva.web.post(cmres.BASE + '/reservation/', body, status='*', extra_environ=gone, headers={
+            'Authorization': f'Bearer {eva.token}', 'Content-Type': 'application/json'})
+    here[0] = False
+    assert add().status_int == 503 and world.service.list() == []
+    here[0] = True
+    assert add().status_int == 201 and labels(world.service.list()) == ['lab']
 
 
 # Page ########################################################################
