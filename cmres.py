@@ -46,7 +46,7 @@ The file reads from top to bottom; a section uses only the sections above it:
   Claims, Calendars, Tokens, Records  what Nova asks; imports and feeds; who may ask; what was
   Life cycle                          what makes it so
   Gate                                who may ask how often; metrics; a line for each request
-  REST, Page, Client, Command line    four faces of the service; all but the page derived from its signatures
+  REST, Page, Serving, Client, Command line    four faces of the service; all but the page derived from its signatures
   Nova filter                         what nova-scheduler loads from this file
 """
 
@@ -1140,6 +1140,7 @@ class Config:
     texts: dict = dataclasses.field(default_factory=TEXTS.copy)
     path: str = dataclasses.field(default='', compare=False)      # its file, if there is one
     stamp: tuple = dataclasses.field(default=(), compare=False)   # of that file, when it was read
+    sources: dict = dataclasses.field(default_factory=dict, compare=False)  # of what is set, where
 
     @property
     def zone(self) -> ZoneInfo:
@@ -1185,6 +1186,11 @@ class Config:
         """An instant as sentences tell it: in the zone of a reservation, else of the service."""
         return format_moment(instant(seconds), read_zone(tz or self.timezone))
 
+    def take(self, **values) -> None:
+        """Changes settings for all who have this object."""
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
+
     def read_again(self) -> Config:
         """Itself, with the sections of AGAIN from its file if that has changed since.
 
@@ -1192,11 +1198,10 @@ class Config:
         """
         stamp = file_stamp(self.path)
         if stamp != self.stamp:
-            object.__setattr__(self, 'stamp', stamp)
+            self.take(stamp=stamp)
             try:
                 sections = read_config_file(self.path)
-                for name in AGAIN:
-                    object.__setattr__(self, name, sections[name])
+                self.take(**{name: sections[name] for name in AGAIN})
             except Invalid as error:
                 stays = ' and '.join(f'[{name}]' for name in AGAIN)
                 log.warning('%s; what it said before in %s stays', error, stays)
@@ -1236,9 +1241,10 @@ def load_config(path: str | None = None, environ: dict = os.environ) -> Config:
         'config.ini' if os.path.exists('config.ini') else '')
     stamp = file_stamp(path)  # before it is read: what changes meanwhile is read again
     sections = read_config_file(path) if path else dict.fromkeys(SECTIONS, {})
-    texts = dict(sections['cmres'])
-    texts |= {name[6:].lower(): text for name, text in environ.items()
-              if name.startswith('CMRES_') and name not in ('CMRES_CONFIG', 'CMRES_CALENDARS')}
+    twins = {name[6:].lower(): text for name, text in environ.items()
+             if name.startswith('CMRES_') and name not in ('CMRES_CONFIG', 'CMRES_CALENDARS')}
+    texts = sections['cmres'] | twins
+    sources = {name: f'CMRES_{name.upper()}' if name in twins else path for name in texts}
     for name in sections['texts']:
         if name not in TEXTS:
             raise Invalid(f"{path}: there is no event '{name}' to be told of{nearest(name, TEXTS)}")
@@ -1246,7 +1252,7 @@ def load_config(path: str | None = None, environ: dict = os.environ) -> Config:
     texts.setdefault('timezone', machine_zone(environ))
     config = Config(**{name: read_setting(name, text) for name, text in texts.items()},
                     credentials=sections['credentials'], identities=sections['identities'],
-                    texts=TEXTS | sections['texts'], path=path, stamp=stamp)
+                    texts=TEXTS | sections['texts'], path=path, stamp=stamp, sources=sources)
     config.zone, config.common, config.proxies, config.check_choices()  # what is wrong with them is told here, not when they are used
     return config
 
@@ -1582,7 +1588,7 @@ WORDS = {
     'shell': 'bash, zsh or fish',
     'server': 'a machine that you have, by name or id, instead of an image: it is started and stopped, never deleted',
     'skip_dates': 'dates without an occurrence, with commas between',
-    'since': 'only what was planned from then on; without it, the last 30 days',
+    'since': 'only what happened or was planned from then on; of sums, else the last 30 days',
     'start': 'a time: 2026-12-01 09:00, 9:00, tomorrow 9:00, mon 9:00, now, or +2h from now',
     'state': 'states, with commas between; without any, all that are not over',
     'undo': 'have it again instead',
@@ -2813,7 +2819,7 @@ def known_store(file: str) -> str:
     """The id of the store that a key remembers; '' if there is none."""
     try:
         with open(file, encoding='ascii') as lines:
-            return lines.read().partition('\n')[2].strip()
+            return [*lines.read().splitlines(), '', ''][1].strip()
     except FileNotFoundError:
         return ''
     except (OSError, UnicodeDecodeError) as error:
@@ -2836,15 +2842,34 @@ def read_key(file: str) -> bytes:
     return key
 
 
+def read_keys(file: str) -> list[bytes]:
+    """The key, and those before it that are still good: whose cookies have not ended yet."""
+    with open(file, encoding='ascii') as lines:
+        older = [line.split() for line in lines.read().splitlines()[2:]]
+    return [read_key(file), *(bytes.fromhex(key) for key, until in older if int(until) > time.time())]
+
+
+def rotate_key(file: str, until: int) -> int:
+    """Makes a new key; those before it are good until an instant. How many keys there are now."""
+    keys = read_keys(file)
+    write_key(file, secrets.token_hex(32), known_store(file),
+              *(f'{each.hex()} {until}' for each in keys))
+    return len(keys) + 1
+
+
 def remember(file: str, store: str) -> None:
     """Makes the key, or notes in it which store it is of."""
-    if known_store(file) == store:
-        return
-    key = read_key(file).hex() if os.path.exists(file) else secrets.token_hex(32)
+    if known_store(file) != store:
+        key = read_key(file).hex() if os.path.exists(file) else secrets.token_hex(32)
+        write_key(file, key, store)
+
+
+def write_key(file: str, *said: str) -> None:
+    """Writes a key, all of it or nothing."""
     part = f'{file}.{secrets.token_hex(4)}'
     make_private(part)
     with open(part, 'w', encoding='ascii') as lines:
-        lines.write(f'{key}\n{store}\n')
+        lines.write('\n'.join([*said, '']))
         lines.flush()
         os.fsync(lines.fileno())
     os.replace(part, file)
@@ -10598,7 +10623,8 @@ class Reservations(Tokens):
 
     @api('GET', '/event/')
     @api('GET', '/reservation/<label>/events')
-    def events(self, label: Label = '', project: Name = '', after: int = 0, limit: Page = 100) -> Rows:
+    def events(self, label: Label = '', project: Name = '', after: int = 0, limit: Page = 100,
+               since: When = None) -> Rows:
         """Shows the journal: when, who, what, why; the newest lines last.
 
         On the command line, --follow goes on to show each event as it comes, until Ctrl-C.
@@ -10606,6 +10632,8 @@ class Reservations(Tokens):
         Example:
           python cmres.py events lab --follow
         """
+        onward = bool(after or since)
+        after = max(after, self.event_before(self.resolve(since, LAST)[0]) if since else 0)
         where = [('e.id > ?', after)]
         if label:
             where.append(self.among('e.reservation_id', self.labelled(label, project)))
@@ -10614,9 +10642,18 @@ class Reservations(Tokens):
             where += [('e.project = ? AND e.reservation_id > 0', each) for each in (project, own) if each]
         found = rows('SELECT e.id, e.at, e.actor, e.code, r.label, r.project, e.sentence '
                      'FROM event e LEFT JOIN reservation r ON r.id = e.reservation_id WHERE '
-                     f"{' AND '.join(text for text, _ in where)} ORDER BY e.id {'ASC' if after else 'DESC'} "
+                     f"{' AND '.join(text for text, _ in where)} ORDER BY e.id {'ASC' if onward else 'DESC'} "
                      f'LIMIT {limit}', *given(where))
-        return [public(each) for each in (found if after else found[::-1])]
+        return [public(each) for each in (found if onward else found[::-1])]
+
+    def event_before(self, at: float) -> int:
+        """The id of the last event before an instant; they are written in the order of time."""
+        low, high = 0, row('SELECT max(id) AS id FROM event').id or 0
+        while low < high:
+            middle = (low + high + 1) // 2
+            found = row('SELECT id, at FROM event WHERE id >= ? ORDER BY id LIMIT 1', middle)
+            low, high = (found.id, high) if found.at < at else (low, middle - 1)
+        return low
 
     @api('GET', '/punctuality/')
     def punctuality(self, since: When = None) -> dict:
@@ -12558,13 +12595,20 @@ class Readiness:
 
     def look(self) -> dict:
         """What is so now: each part with a fault, if it has one."""
-        store = {'fault': probe(store_file.path)}
-        found = {'store': store, 'integrity': self.integrity(store['fault']),
+        store = {'fault': probe(store_file.path), 'version': latest_version()}
+        found = {'store': store, 'integrity': self.integrity(store['fault']), 'disk': self.disk(),
                  'scheduler': {} if store['fault'] else self.scheduler()}
         ready = not any(each.get('fault') for each in found.values())
         return {'status': 'ready' if ready else 'not ready'} | {
             name: {key: value for key, value in each.items() if value != ''}
             for name, each in found.items()}
+
+    def disk(self) -> dict:
+        """How much space the database has left."""
+        config = self.service.config
+        free, most = disk_free(config.database) // 2**20, config.min_disk
+        fault = f'only {free} MiB are free on the disk of the database; {most} are to be kept (min_disk)'
+        return {'free_mib': free, 'fault': fault if free < most else ''}
 
     def integrity(self, fault: str) -> dict:
         """What the last check of the file found; a new one, where damage was met since."""
@@ -13696,7 +13740,8 @@ class Pages:
         self.service = service
         self.names = CloudNames(service.clouds)
         self.sent: deque[str] = deque(maxlen=1000)  # forms that were sent, by their numbers
-        self.key = read_key(key_file(service.config.database, service.config.key))
+        self.key_file = key_file(service.config.database, service.config.key)
+        self.read: tuple = (None, [])  # the stamp of that file, and what was in it
 
     def mount(self, app) -> None:
         """Gives an application the addresses of all pages."""
@@ -13716,10 +13761,18 @@ class Pages:
 
     # Who visits
 
-    def sign(self, purpose: str, text: str) -> str:
+    @property
+    def keys(self) -> list[bytes]:
+        """What we sign with, the newest first; another process may have made a new one."""
+        stamp = file_stamp(self.key_file)
+        if stamp and stamp != self.read[0]:
+            self.read = stamp, read_keys(self.key_file)
+        return self.read[1]
+
+    def sign(self, purpose: str, text: str, key: bytes = b'') -> str:
         """What only we can know of a text, for one purpose."""
         import hmac
-        return hmac.new(self.key, f'{purpose}\0{text}'.encode(), 'sha256').hexdigest()
+        return hmac.new(key or self.keys[0], f'{purpose}\0{text}'.encode(), 'sha256').hexdigest()
 
     def signed(self, purpose: str, text: str) -> str:
         """A text with its signature."""
@@ -13728,7 +13781,9 @@ class Pages:
     def unsigned(self, purpose: str, text: str) -> str | None:
         """What was signed, if it was by us, for this."""
         said, _, sign = text.rpartition('.')
-        return said if secrets.compare_digest(sign.encode(), self.sign(purpose, said).encode()) else None
+        ours = [secrets.compare_digest(sign.encode(), self.sign(purpose, said, key).encode())
+                for key in self.keys]
+        return said if any(ours) else None
 
     def visit(self, request) -> Visit:
         """Who sends a request: by the cookie of a session that lasts, of a token in force."""
@@ -14403,6 +14458,272 @@ def web(service: Reservations):
     return app
 
 
+# Serving #####################################################################
+#
+# What `serve` does beside answering: it bounds connections, ends in good order, tells systemd how it
+# is, reads settings again, and writes down now and then what was counted meanwhile.
+
+EVERY = 5            # seconds between two rounds of the housekeeper
+AUDIT_EVERY = 60     # seconds between two events that tell of wrong tokens
+MOST_ADDRESSES = 10  # that one such event names
+#: What is read once: sockets, threads, files and what hangs on them.
+FIXED = frozenset(
+    'database key host port threads slow_per_user slow_per_target outside_timeout url token timezone '
+    'workers call_timeout sweep verify_every connections'.split())
+#: Settings that only their owner may read.
+SECRETS = frozenset(('token', 'webhook', 'webhook_secret'))
+
+
+class Connections:
+    """The open connections, the oldest first. Where there are too many, the oldest idle one goes.
+
+    Whoever comes last is let in: so an address that opens thousands of them loses only its own.
+    """
+
+    def __init__(self, config: Config):
+        self.config = config
+        self.all: dict = {}
+        self.of: dict[str, dict] = defaultdict(dict)
+
+    def add(self, channel, peer: str) -> None:
+        """Notes a new connection from an address, and closes the one that is too many."""
+        channel.peer = peer
+        for setting, those in (('connections_per_address', self.of[peer]), ('connections', self.all)):
+            those[channel] = None
+            if len(those) > getattr(self.config, setting):
+                self.close_one(those, setting)
+
+    def close_one(self, those: dict, setting: str) -> None:
+        """Closes the oldest connection on which nothing is being answered."""
+        channel = next(each for each in those if not each.requests)  # at least the newest
+        METRICS.count('connections_closed_total', setting=setting)
+        self.drop(channel)
+        channel.will_close = True
+        hang_up(channel.socket)  # so that it is looked at, also if its client reads nothing
+
+    def drop(self, channel) -> None:
+        """Forgets a connection that is closed."""
+        self.all.pop(channel, None)
+        mine = self.of.get(channel.peer, {})
+        mine.pop(channel, None)
+        if not mine:
+            self.of.pop(channel.peer, None)
+
+
+def channels_in(connections: Connections) -> type:
+    """waitress' kind of connection, which says when it begins and ends."""
+    from waitress.channel import HTTPChannel
+
+    class Channel(HTTPChannel):
+        peer = ''
+
+        def __init__(self, server, sock, addr, adj, map=None):
+            super().__init__(server, sock, addr, adj, map=map)
+            connections.add(self, network_of(addr[0]))
+
+        def del_channel(self, map=None):
+            super().del_channel(map)
+            connections.drop(self)
+    return Channel
+
+
+class Front:
+    """The sockets of a server, from its first turn until the last answer is sent."""
+
+    def __init__(self, app: Callable, config: Config):
+        import waitress
+        allow_files(config.connections + 500)
+        self.config, self.turned = config, time.monotonic()
+        self.leaving = threading.Event()
+        self.server = waitress.create_server(
+            app, host=config.host, port=config.port, threads=config.threads, asyncore_use_poll=True,
+            connection_limit=config.connections + 100, max_request_body_size=4 * MOST_ICS, ident=None,
+            channel_request_lookahead=1, clear_untrusted_proxy_headers=False)
+        self.port = getattr(self.server, 'effective_port', config.port)
+        self.sockets = getattr(self.server, 'map', None) or self.server._map
+        self.doors = [each for each in self.sockets.values() if getattr(each, 'accepting', False)]
+        kind = channels_in(Connections(config))
+        for each in self.doors:
+            each.channel_class = kind
+
+    def leave(self) -> None:
+        """Lets the server end; the second time at once."""
+        if self.leaving.is_set():
+            raise SystemExit(0)
+        self.leaving.set()
+        self.doors[0].pull_trigger()
+
+    def turn(self) -> None:
+        """Reads and writes what can be, for a second at most."""
+        self.turned = time.monotonic()
+        self.server.asyncore.loop(1, True, self.sockets, 1)
+
+    def run(self) -> None:
+        """Serves until it is to leave, and then until all is answered, or `drain` is over."""
+        while not self.leaving.is_set():
+            self.turn()
+        tell_systemd('STOPPING=1')
+        for each in self.doors:
+            self.server.asyncore.dispatcher.close(each)
+        until = time.monotonic() + self.config.drain
+        while (busy := self.busy()) and time.monotonic() < until:
+            self.turn()
+        if busy:
+            log.warning('%d requests were not answered within %g seconds', busy, self.config.drain)
+        self.server.task_dispatcher.shutdown(timeout=0 if busy else 5)
+        self.server.asyncore.close_all(self.sockets, ignore_all=True)
+
+    def busy(self) -> int:
+        """How many connections have something to be answered; the others are closed."""
+        found = [each for each in self.sockets.values() if hasattr(each, 'requests')]
+        for each in found:
+            each.will_close = each.will_close or not (each.requests or each.total_outbufs_len)
+        return sum(not each.will_close for each in found)
+
+
+def allow_files(number: int) -> None:
+    """Lets this process open so many files, as far as it may."""
+    import resource
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = number if hard == resource.RLIM_INFINITY else min(number, hard)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+
+
+def tell_systemd(text: str, environ: dict = os.environ) -> None:
+    """Tells systemd how this service is, if that has started it (sd_notify)."""
+    path = environ.get('NOTIFY_SOCKET', '')
+    if path:
+        with suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as line:
+            line.sendto(text.encode(), '\0' + path[1:] if path.startswith('@') else path)
+
+
+def watchdog_pause(environ: dict = os.environ) -> float:
+    """The seconds within which systemd wants a sign of life; 0 if it wants none of this process."""
+    mine = environ.get('WATCHDOG_PID', f'{os.getpid()}') == f'{os.getpid()}'
+    return int(environ.get('WATCHDOG_USEC', 0)) / 10**6 if mine else 0
+
+
+class Housekeeper(threading.Thread):
+    """Does now and then what no request waits for; what goes wrong is tried again the next time."""
+
+    def __init__(self, service: Reservations, cycle: LifeCycle | None = None,
+                 front: Front | None = None):
+        super().__init__(name='housekeeper', daemon=True)
+        self.service, self.cycle, self.front = service, cycle, front
+        self.wake, self.stop, self.again = threading.Event(), False, False
+        self.audited = time.monotonic()
+        self.pause = min(EVERY, watchdog_pause() / 3 or EVERY)
+
+    def end(self) -> None:
+        """Ends it, when what it has in hand is done."""
+        self.stop = True
+        self.wake.set()
+        self.join(30)
+
+    def read_again(self) -> None:
+        """Lets it read the settings again; for a handler of signals."""
+        self.again = True
+        self.wake.set()
+
+    def run(self) -> None:
+        while not self.stop:
+            self.wake.wait(self.pause)
+            self.wake.clear()
+            self.round()
+        self.guarded(self.audit)
+
+    def round(self) -> None:
+        """One round of all that there is to do."""
+        if self.again:
+            self.again = False
+            self.guarded(self.settings)
+        self.guarded(USES.write)
+        if time.monotonic() >= self.audited + AUDIT_EVERY:
+            self.audited = time.monotonic()
+            self.guarded(self.audit)
+        if self.is_well():
+            tell_systemd('WATCHDOG=1')
+
+    def guarded(self, deed: Callable[[], None]) -> None:
+        try:
+            with db.connection_context():
+                deed()
+        except Exception as error:  # of any kind: the next round comes
+            log.warning('the housekeeper failed: %s', trouble(error) or error)
+
+    def is_well(self) -> bool:
+        """Whether requests are taken and passes are made."""
+        answers = self.front is None or time.monotonic() < self.front.turned + LATE
+        return answers and (self.cycle is None or self.cycle.age() < LATE)
+
+    def audit(self) -> None:
+        """Writes down where wrong tokens came from since the last time: one event for all."""
+        wrong, self.service.shares.wrong = self.service.shares.wrong, Counter()
+        if not wrong:
+            return
+        worst = ', '.join(f'{number} from {address or "somewhere"}'
+                          for address, number in wrong.most_common(MOST_ADDRESSES))
+        more = len(wrong) - MOST_ADDRESSES
+        others = f', and from {more} other addresses' if more > 0 else ''
+        with transaction():
+            journal(self.service.config, self.service.clock(), 'cmres', 'wrong_token',
+                    f'{wrong.total()} wrong tokens: {worst}{others}')
+
+    def settings(self) -> None:
+        """Reads the settings again, and tells what has changed."""
+        tell_systemd(f'RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}')
+        try:
+            for line in read_settings_again(self.service.config):
+                log.info('settings: %s', line)
+        except Invalid as error:
+            log.warning('settings: %s; they stay as they were', error)
+        tell_systemd('READY=1')
+
+
+def read_settings_again(config: Config, environ: dict = os.environ) -> list[str]:
+    """Reads the settings again for all who share them.
+
+    Returns:
+      what has changed, and what would have but needs a restart.
+
+    Raises:
+      Invalid: they can't be read, so that nothing has changed.
+    """
+    new, told = load_config(config.path or None, environ), []
+    for name in (*SETTINGS, *(each for each in SECTIONS if each != 'cmres')):
+        before, after = getattr(config, name), getattr(new, name)
+        if before == after:
+            continue
+        if name in FIXED:
+            told += [f'{name} has changed and needs a restart'] if name in new.sources else []
+            continue
+        told.append(f'{name} is {shown_setting(new, name)} now' if name in SETTINGS else f'[{name}] has changed')
+        config.take(**{name: after})
+    config.take(sources=new.sources, stamp=new.stamp)
+    return told
+
+
+def shown_setting(config: Config, name: str) -> str:
+    """A setting as people may see it."""
+    value = getattr(config, name)
+    if name in SECRETS and value:
+        return 'set, and not shown'
+    return str(value).lower() if isinstance(value, bool) else f'{value:g}' if isinstance(value, float) else f'{value}'
+
+
+def note_start(service: Reservations, what: str) -> None:
+    """Writes down that a process has started, and with which settings."""
+    config = service.config
+    said = ', '.join(f'{name}={shown_setting(config, name)}' for name in SETTINGS if name in config.sources)
+    try:
+        with transaction():
+            journal(config, service.clock(), 'cmres', 'settings',
+                    f'{what} {__version__} has started; set: {said or "nothing"}')
+    except (Unavailable, *STORE_ERRORS) as error:
+        log.warning('the start was not written down: %s', trouble(error) or error)
+
+
 # Client ######################################################################
 
 
@@ -14417,6 +14738,7 @@ class Client:
 
     def __init__(self, url: str, token: str, timeout: float = 60):
         self.url, self.token, self.timeout = url.rstrip('/'), token, timeout
+        self.token_ends = ''  # its id and its end, if that is near
 
     def call(self, operation: Operation, given: dict):
         """One operation over HTTP.
@@ -14432,6 +14754,7 @@ class Client:
             if body:
                 request.add_header('Content-Type', 'application/json')
             with urlopen(request, timeout=self.timeout) as answer:
+                self.token_ends = answer.headers.get('X-Cmres-Token-Ends', '')
                 return from_plain(json.load(answer))
         except HTTPError as error:
             raise self.refusal(error) from None
@@ -14569,6 +14892,18 @@ Example:
 
 Example:
   python cmres.py calendar feed
+""", 'config': """Settings: whether they are in order, and what is in force.
+
+Example:
+  python cmres.py config show
+""", 'event': """The event log as a whole; `events` shows some of it.
+
+Example:
+  python cmres.py event export --since 2027-01-01
+""", 'key': """The key that signs cookies; on this machine only.
+
+Example:
+  python cmres.py key rotate
 """, 'store': """The database file: copies, checks, migrations; on this machine only.
 
 Example:
@@ -14589,7 +14924,7 @@ Example:
   python cmres.py list
 '''
 
-FORMATS = ('table', 'json', 'csv', 'yaml')
+FORMATS = ('table', 'json', 'jsonl', 'csv', 'yaml')
 #: Other names that people give to options, and of which commands.
 ALSO = {'--from': ([], '--start'), '--to': ([], '--end'), '--by': (['report'], '--by-whom'),
         '--aggregate': (['resource', 'sync'], '--aggregates'),
@@ -14624,30 +14959,27 @@ def serve(config: Config, host: Name = '', port: int = None, noscheduler: bool =
     Example:
       python cmres.py serve --port 8080
     """
-    import waitress
     in_utc(config)
-    config = dataclasses.replace(config, host=host or config.host, port=config.port if port is None else port)
+    config.take(host=host or config.host, port=config.port if port is None else port)
     told = prepared(config)
     demo = demo or not (config.path or any(map(os.path.exists, (
         config.database, key_file(config.database, config.key)))))
     service = local_service(config)
     cycle = LifeCycle(config, service.clouds)
     service.wake, service.age = cycle.wake.set, None if noscheduler else cycle.age
+    acts = None if noscheduler else cycle
     try:
-        server = waitress.create_server(
-            Gate(web(service), service, None if noscheduler else cycle), host=config.host,
-            port=config.port, threads=config.threads, connection_limit=1000,
-            asyncore_use_poll=True, max_request_body_size=4 * MOST_ICS, ident=None,
-            channel_request_lookahead=1, clear_untrusted_proxy_headers=False)
+        front = Front(Gate(web(service), service, acts), config)
     except (OSError, ValueError) as error:
-        raise Unavailable(f"can't listen on {config.host}:{config.port}: {error}; choose another with --port") from None
-    service.config = config = dataclasses.replace(config, port=getattr(server, 'effective_port', config.port))
+        raise Unavailable(f"can't listen on {config.host}:{config.port}: {error}; choose another "
+                          'with --port') from None
+    config.take(port=front.port)
     url = f'http://{config.host}:{config.port}'
     told += welcome(service, url) if demo else []
     print(f'cmres {__version__} serves {url} from {config.database}', *told, sep='\n', flush=True)
-    with running(cycle if not noscheduler else None):
-        server.run()
-        server.close()
+    note_start(service, 'serve')
+    with running(acts, Housekeeper(service, acts, front), front.leave):
+        front.run()
 
 
 def scheduler(config: Config) -> None:
@@ -14661,7 +14993,9 @@ def scheduler(config: Config) -> None:
     service = local_service(config)
     first = f'cmres {__version__} runs the life cycle of {config.database}'
     print(first, *told, sep='\n', flush=True)
-    with running(LifeCycle(config, service.clouds)) as stop:
+    note_start(service, 'scheduler')
+    cycle = LifeCycle(config, service.clouds)
+    with running(cycle, Housekeeper(service, cycle)) as stop:
         stop.wait()
 
 
@@ -14730,6 +15064,102 @@ def store_migrate(config: Config) -> dict:
     open_store(config.database, config.key)
     return done or {'database': config.database, 'version': latest_version(),
                     'result': 'nothing to do'}
+
+
+def key_rotate(config: Config) -> dict:
+    """Makes a new key for cookies; who has signed in by the one before stays so to the end of that.
+
+    Running processes take it at once. After a theft, say `user end` or stop cmres and take the
+    file away: then everybody signs in anew.
+
+    Example:
+      python cmres.py key rotate
+    """
+    refuse_missing(config)
+    file, until = key_file(config.database, config.key), int(time.time() + config.signed_in)
+    return {'file': file, 'keys': rotate_key(file, until), 'old_until': instant(until)}
+
+
+def config_show(config: Config) -> Rows:
+    """Lists all settings as they are in force, where each comes from, and which need a restart.
+
+    Secrets are not shown. `serve` and `scheduler` read the others again at SIGHUP.
+
+    Example:
+      python cmres.py config show
+    """
+    return [{'setting': name, 'value': shown_setting(config, name),
+             'from': config.sources.get(name, 'default'),
+             'change': 'restart' if name in FIXED else 'SIGHUP'} for name in SETTINGS]
+
+
+def config_check(config: Config) -> dict:
+    """Tells whether the settings are in order; exit code 2 if not. Nothing is made or changed.
+
+    Example:
+      python cmres.py config check --config /etc/cmres.ini
+    """
+    faults = [fault for check in CHECKS if (fault := check(config))]
+    if faults:
+        raise Invalid('; '.join(faults))
+    return {'file': config.path or 'none', 'set': len(config.sources), 'result': 'ok'}
+
+
+def fault_of_folder(config: Config) -> str:
+    folder = os.path.dirname(os.path.abspath(config.database))
+    fine = os.access(folder, os.W_OK | os.X_OK)
+    return '' if fine else f"database: can't write to its folder '{folder}'"
+
+
+def fault_of_key(config: Config) -> str:
+    file = key_file(config.database, config.key)
+    try:
+        if os.path.exists(file):
+            read_key(file)
+    except Unavailable as error:
+        return f'key: {error}'
+    return ''
+
+
+def fault_of_addresses(config: Config) -> str:
+    """A setting that is an address and isn't."""
+    wrong = [f"{name}: '{text}' is not an http(s) address" for name in ('url', 'address', 'webhook')
+             if (text := getattr(config, name)) and not re.fullmatch(WEB, text)]
+    port = config.mail_server.partition(':')[2]
+    if port and not port.isdecimal():
+        wrong.append(f"mail_server: '{config.mail_server}' is not HOST:PORT")
+    return '; '.join(wrong)
+
+
+def fault_of_credentials(config: Config) -> str:
+    """An entry of clouds.yaml that is named and isn't there."""
+    named = {each for each in config.credentials.values() if not each.startswith('simulated')}
+    if not named:
+        return ''
+    from openstack.config import OpenStackConfig
+    missing = sorted(named - {*OpenStackConfig().get_cloud_names()})
+    return f"[credentials]: clouds.yaml has no {', '.join(missing)}" if missing else ''
+
+
+CHECKS = (fault_of_folder, fault_of_key, fault_of_addresses, fault_of_credentials)
+
+
+def event_export(config: Config, since: When = None) -> None:
+    """Prints the whole event log, a line of JSON for each event, the oldest first.
+
+    `events export` and `journal export` are the same.
+
+    Example:
+      python cmres.py events export --since 2027-01-01 --format jsonl
+    """
+    service = Client(config.url, config.token) if config.url else local_service(config)
+    asked = {'since': since or FIRST}
+    while found := service.events(**asked, limit=EXPORTED):
+        print(''.join(map(json_text, found)), end='', flush=True)
+        asked = {'after': found[-1]['id']}
+
+
+EXPORTED = 1000  # events that are read at once
 
 
 def store_orphans(config: Config, delete: bool = False, adopt: bool = False) -> Rows:
@@ -14845,7 +15275,8 @@ complete -c cmres -f -a '(_CMRES_COMPLETE=1 cmres (commandline -opc)[2..-1] (com
 
 LOCAL = {each.__name__: Operation(each.__name__, each, ADMIN, [('POST', '', {})])
          for each in (serve, scheduler, tick, occurrences, store_backup, store_verify,
-                      store_restore, store_migrate, store_orphans, completion)}
+                      store_restore, store_migrate, store_orphans, completion, key_rotate,
+                      config_show, config_check, event_export)}
 
 
 def in_utc(config: Config) -> None:
@@ -14860,24 +15291,33 @@ def in_utc(config: Config) -> None:
 
 
 @contextmanager
-def running(cycle: LifeCycle | None) -> Iterator[threading.Event]:
-    """Runs a life cycle beside what follows; SIGTERM and Ctrl-C end both in good order."""
+def running(cycle: LifeCycle | None, keeper: Housekeeper,
+            leave: Callable[[], None] | None = None) -> Iterator[threading.Event]:
+    """Runs a life cycle and a housekeeper beside what follows; signals end all in good order.
+
+    Args:
+      leave: what SIGTERM and Ctrl-C call; without it they end what follows at once
+    """
     stop = threading.Event()
 
-    def leave(*_):
+    def end(*_):
         stop.set()
         raise SystemExit(0)
-    signal.signal(signal.SIGTERM, leave)
-    signal.signal(signal.SIGINT, leave)
+    for each in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(each, (lambda *_: leave()) if leave else end)
+    signal.signal(signal.SIGHUP, lambda *_: keeper.read_again())
     watch = cycle and threading.Thread(target=keep_running, args=(cycle, stop), name='watch')
     try:
+        keeper.start()
         if watch:
             watch.start()
+        tell_systemd('READY=1')
         yield stop
     finally:
         stop.set()
         if watch:
             watch.join()
+        keeper.end()
 
 
 def keep_running(cycle: LifeCycle, stop: threading.Event, every: float = 5) -> None:
@@ -15035,6 +15475,8 @@ def take_options(argv: list[str], options: dict) -> list[str]:
             options['follow'] = True
         else:
             rest.append(word)
+    if rest[:2] in (['events', 'export'], ['journal', 'export']):
+        rest[:2] = ['event', 'export']
     if options.get('format', 'table') not in FORMATS:
         raise Invalid(f"--format: '{options['format']}' is none of {', '.join(FORMATS)}")
     return rest
@@ -15212,12 +15654,21 @@ def make(call: Call, config: Config, options: dict) -> str | None:
         time.sleep(2)
     answer = asked(**bound)
     text = render(answer, form, config.zone, table)
+    say_end(getattr(service, 'token_ends', ''), config.zone)
     if more := what_follows(operation, asked, bound, answer):
         say_more(more, form)
     if refused := nothing_taken(operation.name, answer):
         print(text)
         raise refused
     return text
+
+
+def say_end(told: str, zone: ZoneInfo) -> None:
+    """Tells on the error output that the token ends soon, as the server has said."""
+    id, _, at = told.partition(' ')
+    if at:
+        print(f'Your token {id} ends at {format_time(parse_time(at, zone), zone)}. '
+              f'Renew it: token renew {id} --for 90d', file=sys.stderr)
 
 
 CLEAR = '\x1b[H\x1b[2J'  # the cursor to its home, and the screen empty
@@ -15347,6 +15798,8 @@ def render(answer, form: str, zone: ZoneInfo, look: Look = Look()) -> str:
         answer = in_order(answer, look.sort)
     if form == 'json':
         return json_text(answer, indent=2).rstrip('\n')
+    if form == 'jsonl':
+        return ''.join(map(json_text, answer if isinstance(answer, list) else [answer])).rstrip('\n')
     if form == 'yaml':
         return as_yaml(to_plain(answer))
     if form == 'csv':

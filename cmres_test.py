@@ -14064,6 +14064,239 @@ def test_in_a_browser_no_page_keeps_anybody_out(world, browse):
     assert 'status of 404' in page.faults.pop()
 
 
+# Serving #####################################################################
+
+
+class Slow:
+    """A WSGI application whose answers wait until they are let; how many are asked for."""
+
+    def __init__(self):
+        self.asked, self.let = queue.SimpleQueue(), threading.Event()
+
+    def __call__(self, environ, start_response):
+        self.asked.put(environ['PATH_INFO'])
+        self.let.wait(60)
+        start_response('200 OK', [('Content-Length', '4')])
+        return [b'done']
+
+
+@pytest.fixture
+def fronted():
+    """Serves an application on loopback under some settings: front, and how to connect."""
+    fronts = []
+
+    def start(app, **settings):
+        front = cmres.Front(app, Config(**{'host': '127.0.0.1', 'port': 0, 'threads': 4} | settings))
+        thread = threading.Thread(target=front.run)
+        thread.start()
+        fronts.append((front, thread, app))
+        return front, thread, lambda: socket.create_connection(('127.0.0.1', front.port), 60)
+    yield start
+    for front, thread, app in fronts:
+        app.let.set()
+        front.leaving.is_set() or front.leave()
+        thread.join(60)
+
+
+ASKS = b'GET /%s HTTP/1.1\r\nHost: x\r\n\r\n'
+
+
+def test_a_server_that_leaves_answers_what_is_under_way_and_takes_nothing_more(fronted):
+    app = Slow()
+    front, thread, connect = fronted(app)
+    idle, line = connect(), connect()
+    line.sendall(ASKS % b'one')
+    assert app.asked.get(timeout=60) == '/one'
+    front.leave()
+    assert idle.recv(10) == b''
+    with pytest.raises(OSError):
+        connect()
+    assert thread.is_alive()
+    app.let.set()
+    assert line.makefile('rb').read().endswith(b'done')
+    thread.join(60)
+    assert not thread.is_alive()
+
+
+def test_a_server_that_leaves_waits_no_longer_than_it_may_and_the_second_time_not_at_all(fronted):
+    app = Slow()
+    front, thread, connect = fronted(app, drain=0.0)
+    line = connect()
+    line.sendall(ASKS % b'one')
+    app.asked.get(timeout=60)
+    front.leave()
+    thread.join(60)
+    assert not thread.is_alive()
+    with pytest.raises(SystemExit):
+        front.leave()
+
+
+def test_of_too_many_connections_of_an_address_the_oldest_idle_ones_are_closed(fronted):
+    app = Slow()
+    front, thread, connect = fronted(app, connections_per_address=3)
+    busy = connect()
+    busy.sendall(ASKS % b'busy')
+    app.asked.get(timeout=60)
+    others = [connect() for _ in range(5)]
+    others[1].sendall(b'GET /')  # a request that is never complete
+    assert [each.recv(1) for each in others[:3]] == [b''] * 3
+    others[4].sendall(ASKS % b'last')
+    assert app.asked.get(timeout=60) == '/last'
+    app.let.set()
+    for line in (busy, others[4]):
+        assert b'200 OK' in line.recv(1000)
+
+
+def test_of_all_connections_there_are_as_many_as_may_be(world):
+    class Channel:
+        def __init__(self, *requests):
+            self.requests, self.socket, self.will_close = requests, socket.socket(), False
+    known = cmres.Connections(cmres.dataclasses.replace(world.config, connections=10, connections_per_address=8))
+    busy, all_ = Channel('one'), []
+    known.add(busy, '10.0.0.0')
+    for n in range(40):
+        all_.append(Channel())
+        known.add(all_[-1], f'10.0.0.{n}')
+    assert len(known.all) == 10 and busy in known.all and not busy.will_close and len(known.of) == 10
+    assert [each.will_close for each in all_] == [True] * 31 + [False] * 9
+    for each in [*known.all]:
+        known.drop(each)
+    assert not known.all and not known.of
+
+
+def test_systemd_is_told_that_the_service_is_well_and_only_then(world, tmp_path, monkeypatch):
+    heard = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    heard.bind(str(tmp_path / 'notify'))
+    heard.settimeout(60)
+    for name, value in (('NOTIFY_SOCKET', str(tmp_path / 'notify')), ('WATCHDOG_USEC', '3000000')):
+        monkeypatch.setenv(name, value)
+    keeper = cmres.Housekeeper(world.service, world.cycle)
+    assert keeper.pause == 1
+    keeper.round()
+    assert heard.recv(100) == b'WATCHDOG=1'
+    world.cycle.passed -= 2 * cmres.LATE
+    keeper.round()
+    world.cycle.passed += 2 * cmres.LATE
+    keeper.again = True
+    keeper.round()
+    assert heard.recv(100).startswith(b'RELOADING=1\nMONOTONIC_USEC=')
+    assert [heard.recv(100) for _ in range(2)] == [b'READY=1', b'WATCHDOG=1']
+    monkeypatch.setenv('WATCHDOG_PID', '1')
+    assert cmres.watchdog_pause() == 0
+
+
+def test_settings_are_read_again_where_they_can_be(folder, tmp_path):
+    folder('config.ini', '[cmres]\nnotice = 60\nport = 1\nwebhook_secret = hush\n')
+    config = load_config(environ={'CMRES_PATIENCE': '5'})
+    folder('config.ini', '[cmres]\nnotice = 70\nport = 2\nwebhook_secret = secret\nrequests_per_user = 5\n'
+                         '[credentials]\nbiology@simulated = simulated-2\n')
+    told = cmres.read_settings_again(config, {'CMRES_PATIENCE': '5'})
+    assert sorted(told) == ['[credentials] has changed', 'notice is 70 now', 'port has changed and needs a restart',
+                            'requests_per_user is 5 now', 'webhook_secret is set, and not shown now']
+    assert (config.notice, config.port, config.requests_per_user, config.patience) == (70, 1, 5, 5)
+    assert config.credentials == {'biology@simulated': 'simulated-2'}
+    folder('config.ini', '[cmres]\nnotice = soon\n')
+    with pytest.raises(Invalid):
+        cmres.read_settings_again(config)
+    assert config.notice == 70
+
+
+def test_the_event_log_tells_where_wrong_tokens_came_from_and_that_and_how_it_was_started(world, gated):
+    gated(webhook_secret='hush')
+    for n in range(15):
+        world.service.shares.wrong[f'192.0.2.{n}'] += n + 1
+    keeper = cmres.Housekeeper(world.service)
+    keeper.audit(), keeper.audit()
+    found = world.service.events()
+    assert [each['code'] for each in found].count('wrong_token') == 1
+    assert found[-1]['sentence'].startswith('120 wrong tokens: 15 from 192.0.2.14, ')
+    assert found[-1]['sentence'].endswith(', and from 5 other addresses')
+    world.service.config.take(sources={'port': 'a.ini', 'webhook_secret': 'a.ini'})
+    cmres.note_start(world.service, 'serve')
+    told = world.service.events()[-1]
+    assert (told['code'], told['sentence']) == (
+        'settings', f'serve {cmres.__version__} has started; set: port=8080, webhook_secret=set, and not shown')
+
+
+def test_who_signs_in_is_in_the_event_log_with_the_address(world):
+    as_visitor(world)
+    assert world.service.events()[-1]['sentence'].startswith('eva in biology signed in from ')
+
+
+def test_a_new_key_leaves_those_signed_in_who_are_and_then_no_more(world):
+    visitor, file = as_visitor(world), world.config.database + '.key'
+    cmres.key_rotate(world.config)
+    other = as_visitor(world, 'max')
+    for each in (visitor, other):
+        assert 'Sign out' in each.get('/list')
+    lines = Path(file).read_text().splitlines()
+    assert len(lines) == 3 and cmres.known_store(file) == lines[1] == cmres.stored_id() and Path(file).stat().st_mode & 0o777 == 0o600
+    cmres.rotate_key(file, 1)  # those before are over already
+    assert 'Sign out' not in visitor.get('/list') and 'Sign out' not in other.get('/list')
+    cmres.rotate_key(file, 2**40)
+    assert len(cmres.read_keys(file)) == 2
+    cmres.close_store()
+    cmres.open_store(world.config.database)
+
+
+def test_settings_are_shown_with_where_they_come_from_and_without_secrets(run, tmp_path, monkeypatch):
+    (tmp_path / 'config.ini').write_text('[cmres]\nnotice = 60\nwebhook_secret = hush\n')
+    monkeypatch.setenv('CMRES_PATIENCE', '5')
+    code, out, _ = run('config', 'show', '--format', 'json')
+    shown = {each['setting']: (each['value'], each['from'], each['change']) for each in json.loads(out)}
+    assert shown.keys() == SETTINGS.keys() and 'hush' not in out and code == 0
+    assert shown['notice'] == ('60', 'config.ini', 'SIGHUP') and shown['patience'] == ('5', 'CMRES_PATIENCE', 'SIGHUP')
+    assert shown['port'] == ('8080', 'default', 'restart') and shown['webhook_secret'][0] == 'set, and not shown'
+    assert cmres.FIXED <= SETTINGS.keys()
+
+
+@pytest.mark.parametrize('text, sentence', [
+    ('', ''), ('notice = soon', "setting notice: 'soon' is not a number"), ('metrics = all', "'all' is none of token, open, off"),
+    ('log_format = xml', "'xml' is none of text, json"), ('trusted_proxies = proxy', "'proxy' is no address and no network"),
+    ('database = nowhere/cmres.db', "database: can't write to its folder"), ('webhook = hook', "webhook: 'hook' is not an http(s) address"),
+    ('mail_server = host:smtp', "mail_server: 'host:smtp' is not HOST:PORT"), ('key = config.ini', "key: can't read the key")])
+def test_settings_are_checked_before_anything_starts(run, tmp_path, text, sentence):
+    (tmp_path / 'config.ini').write_text(f'[cmres]\n{text}\n')
+    code, out, err = run('config', 'check')
+    assert (code, sentence in err) == (2 if text else 0, True) and ('ok' in out) == (not text)
+    assert os.listdir(tmp_path) == ['config.ini']
+
+
+def test_the_whole_event_log_is_exported_from_an_instant_on(run, monkeypatch):
+    monkeypatch.setattr(cmres, 'EXPORTED', 3)
+    for n in range(8):
+        run('resource', 'add', f'r{n}')
+    whole = [json.loads(line) for line in run('event', 'export')[1].splitlines()]
+    assert len(whole) == 8 and [each['id'] for each in whole] == sorted(each['id'] for each in whole)
+    cmres.run('UPDATE event SET at = at + id * 1000')
+    for words in (['events', 'export'], ['journal', 'export'], ['event', 'export']):
+        code, out, _ = run(*words, '--since', str(cmres.instant(int(cmres.row('SELECT at FROM event WHERE id = 5').at))), '--format', 'jsonl')
+        assert [json.loads(line)['id'] for line in out.splitlines()] == [5, 6, 7, 8] and code == 0
+    assert run('events', '--since', '2100-01-01', '--format', 'json')[1].strip() == '[]'
+    assert len(run('resource', 'list', '--format', 'jsonl')[1].splitlines()) == 8
+
+
+def test_readyz_warns_before_the_disk_is_full(world, gated):
+    world.at(0)
+    assert gated().ask('/readyz').json['disk'].keys() == {'free_mib'}
+    answer = gated(min_disk=10**9).ask('/readyz')
+    assert answer.status_int == 503 and 'MiB are free on the disk' in answer.json['disk']['fault']
+
+
+def test_serve_reads_settings_again_and_logs_as_json_and_ends_in_good_order(serving, tmp_path):
+    (tmp_path / 'config.ini').write_text('[cmres]\nlog_format = json\nmetrics = open\n')
+    serve = serving('--demo', '--port=0')
+    assert serve.ask('GET', '/resource/')[0] == 200
+    (tmp_path / 'config.ini').write_text('[cmres]\nlog_format = json\nmetrics = off\n')
+    serve.process.send_signal(signal.SIGHUP)
+    soon(lambda: 'settings: metrics is off now' in serve.said())
+    serve.stop()
+    assert serve.process.returncode == 0
+    lines = [json.loads(line) for line in serve.said().splitlines() if line.startswith('{')]
+    assert {'list' if 'list' in each.get('operation', '') else each['message'] for each in lines} >= {'list'}
+    assert 'settings' in {each['code'] for each in json.loads(cli(tmp_path, 'events', '--format', 'json').stdout)}
+
+
 # Client ######################################################################
 
 
