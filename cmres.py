@@ -36,15 +36,17 @@ The words, used everywhere in one sense:
 The file reads from top to bottom; a section uses only the sections above it:
 
   Errors, Time, Repetition            sentences, instants, wall times that come again and again
-  Config, Calls, Answers              settings; text that becomes arguments; what is answered
+  Config, Metrics, Calls, Answers     settings; what is counted; what becomes arguments; answers
   Store, Capacity                     what is on disk; the rule that admits
   Clouds, Notices, Shares, Calendar   what boots VMs; who is told; who may be slow; iCalendar in and out
   Service, Wishes, Limits             who asks; what is asked; how much anybody may have
   Holding, Series, Admission          one occurrence, many, whole reservations, by the rule
   Waiting, Requests, Plan             the waiting list; what people ask for; what operators do
-  Claims, Calendars, Records          what Nova asks; imports and feeds; what was
+  Claims, Calendars, Tokens, Records  what Nova asks; imports and feeds; who may ask; what was
   Life cycle                          what makes it so
-  REST, Page, Client, Command line    four faces of the service; all but the page derived from its signatures
+  Gate                                who may ask how often; metrics; a line for each request
+  Document, REST, Gate, Page          the faces on the web; all but the page derived from signatures
+  Serving, Client, Command line       sockets; Python elsewhere; the shell
   Nova filter                         what nova-scheduler loads from this file
 """
 
@@ -1252,6 +1254,33 @@ class Config:
         50.0, 'seconds that one request may wait for clouds and calendars in all', 0.1)
     url: str = setting('', 'a cmres server: with it, commands talk to that server and not to the database')
     token: str = setting('', 'the token for that server')
+    connections: int = setting(2000, 'connections that are open at the same time; for one more, the '
+                               'oldest on which nothing is answered is closed', 10, 100_000)
+    connections_per_address: int = setting(200, 'those of one address, also of a proxy', 1)
+    requests_per_address: int = setting(
+        12000, 'requests from one address within a minute; 0: any number', 0)
+    requests_per_user: int = setting(
+        3000, 'requests of one user within a minute; 0: any number. Admins have no such limit', 0)
+    mib_per_address: int = setting(
+        2000, 'MiB to and from one address within a minute; 0: any number', 0)
+    mib_per_user: int = setting(
+        500, 'MiB to and from one user within a minute; 0: any number. Admins have no such limit', 0)
+    cpu_per_user: float = setting(
+        30.0, 'seconds of computing for dry runs and questions of one user within a minute; 0: any '
+        'number. Admins have no such limit', 0.0)
+    wrong_tokens: int = setting(
+        30, 'wrong tokens from one address within a minute; who sends more is answered 429', 1)
+    trusted_proxies: str = setting(
+        '127.0.0.1, ::1', 'addresses and networks of proxies; what they say last in '
+        'X-Forwarded-For counts for limits and the log, and for nothing else')
+    metrics: str = setting('token', "who may read /metrics: token (with an admin's token), open "
+                           '(everybody) or off (nobody)')
+    log_format: str = setting('text', 'how lines of the log are written: text or json')
+    log_requests: bool = setting(
+        True, 'whether the log has a line for each request and for each call to a cloud')
+    drain: float = setting(30.0, 'seconds that requests under way may go on after SIGTERM', 0.0)
+    min_disk: int = setting(
+        100, 'MiB on the disk of the database; with less free, /readyz warns', 0)
     timezone: str = setting('UTC', 'the zone of times typed without an offset, and of tables; '
                                    'without it, that of the machine')
     workers: int = setting(32, 'calls to one cloud that run side by side', 1)
@@ -1278,6 +1307,14 @@ class Config:
         '', 'the domains that mails may go to, with commas between; empty: any')
     notices_per_day: int = setting(
         200, 'mails that are sent for one user within a day; what is beyond is dropped', 0)
+    own_token_days: int = setting(
+        365, 'days for which people may make and renew tokens of their own at most', 1, 36500)
+    tokens_per_user: int = setting(
+        50, 'tokens that one user may have in a project; 0: any number', 0)
+    feeds_per_user: int = setting(
+        50, 'calendar feeds that one user may have in a project; 0: any number', 0)
+    subscriptions_per_user: int = setting(
+        50, 'calendars that one user may subscribe to in a project; 0: any number', 0)
     horizon: int = setting(366, 'days ahead for which the occurrences of a repetition are reserved', 1, 3660)
     calendar_poll: float = setting(300.0, 'seconds between looks at a calendar that somebody subscribed to', 0.1)
     address: str = setting('', 'how people reach `serve`, for links, such as https://cmres.example.org')
@@ -1305,6 +1342,7 @@ class Config:
     texts: dict = dataclasses.field(default_factory=TEXTS.copy)
     path: str = dataclasses.field(default='', compare=False)      # its file, if there is one
     stamp: tuple = dataclasses.field(default=(), compare=False)   # of that file, when it was read
+    sources: dict = dataclasses.field(default_factory=dict, compare=False)  # of what is set, where
 
     @property
     def zone(self) -> ZoneInfo:
@@ -1321,6 +1359,26 @@ class Config:
                               f"key:course; the kinds are {', '.join(KINDS)}{nearest(kind, KINDS)}")
         return frozenset(names)
 
+    @property
+    def proxies(self) -> list:
+        """The setting `trusted_proxies`, one by one; Invalid if one of them is none."""
+        return read_networks(self.trusted_proxies)
+
+    def is_proxy(self, peer: str) -> bool:
+        """Whether an address is that of a trusted proxy."""
+        import ipaddress
+        with suppress(ValueError):
+            found = ipaddress.ip_address(peer)
+            return any(found in each for each in self.proxies)
+        return False
+
+    def check_choices(self) -> None:
+        """Invalid if a setting that is one of some words is another."""
+        for name, words in WORDS_OF.items():
+            if (said := getattr(self, name)) not in words:
+                raise Invalid(f"setting {name}: '{said}' is none of {', '.join(words)}"
+                              f'{nearest(said, words)}')
+
     def may_tell(self, target: str) -> bool:
         """Whether notices may go to an address: of the web, or a mail address of `mail_domains`."""
         domains = self.mail_domains.lower().replace(',', ' ').split()
@@ -1330,6 +1388,11 @@ class Config:
         """An instant as sentences tell it: in the zone of a reservation, else of the service."""
         return format_moment(instant(seconds), read_zone(tz or self.timezone))
 
+    def take(self, **values) -> None:
+        """Changes settings for all who have this object."""
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
+
     def read_again(self) -> Config:
         """Itself, with the sections of AGAIN from its file if that has changed since.
 
@@ -1337,15 +1400,32 @@ class Config:
         """
         stamp = file_stamp(self.path)
         if stamp != self.stamp:
-            object.__setattr__(self, 'stamp', stamp)
+            self.take(stamp=stamp)
             try:
                 sections = read_config_file(self.path)
-                for name in AGAIN:
-                    object.__setattr__(self, name, sections[name])
+                self.take(**{name: sections[name] for name in AGAIN})
             except Invalid as error:
                 stays = ' and '.join(f'[{name}]' for name in AGAIN)
                 log.warning('%s; what it said before in %s stays', error, stays)
         return self
+
+
+#: Settings that are one of some words.
+WORDS_OF = {'metrics': ('token', 'open', 'off'), 'log_format': ('text', 'json')}
+
+
+@functools.lru_cache
+def read_networks(text: str) -> list:
+    """Addresses and networks with commas between; Invalid if one of them is none."""
+    import ipaddress
+    found = []
+    for each in filter(None, map(str.strip, text.split(','))):
+        try:
+            found.append(ipaddress.ip_network(each, strict=False))
+        except ValueError:
+            raise Invalid(f"setting trusted_proxies: '{each}' is no address and no network such as "
+                          '10.0.0.0/8') from None
+    return found
 
 
 SETTINGS = {field.name: field for field in dataclasses.fields(Config) if 'why' in field.metadata}
@@ -1363,9 +1443,10 @@ def load_config(path: str | None = None, environ: dict = os.environ) -> Config:
         'config.ini' if os.path.exists('config.ini') else '')
     stamp = file_stamp(path)  # before it is read: what changes meanwhile is read again
     sections = read_config_file(path) if path else dict.fromkeys(SECTIONS, {})
-    texts = dict(sections['cmres'])
-    texts |= {name[6:].lower(): text for name, text in environ.items()
-              if name.startswith('CMRES_') and name not in ('CMRES_CONFIG', 'CMRES_CALENDARS')}
+    twins = {name[6:].lower(): text for name, text in environ.items()
+             if name.startswith('CMRES_') and name not in ('CMRES_CONFIG', 'CMRES_CALENDARS')}
+    texts = sections['cmres'] | twins
+    sources = {name: f'CMRES_{name.upper()}' if name in twins else path for name in texts}
     for name in sections['texts']:
         if name not in TEXTS:
             raise Invalid(f"{path}: there is no event '{name}' to be told of{nearest(name, TEXTS)}")
@@ -1373,8 +1454,8 @@ def load_config(path: str | None = None, environ: dict = os.environ) -> Config:
     texts.setdefault('timezone', machine_zone(environ))
     config = Config(**{name: read_setting(name, text) for name, text in texts.items()},
                     credentials=sections['credentials'], identities=sections['identities'],
-                    texts=TEXTS | sections['texts'], path=path, stamp=stamp)
-    config.zone, config.common  # what is wrong with them is told here, not when they are used
+                    texts=TEXTS | sections['texts'], path=path, stamp=stamp, sources=sources)
+    config.zone, config.common, config.proxies, config.check_choices()  # what is wrong with them is told here, not when they are used
     return config
 
 
@@ -1446,6 +1527,156 @@ def read_setting(name: str, text: str):
     return value
 
 
+# Metrics #####################################################################
+#
+# What this process counts, for /metrics. Labels are names from a list or of the operator, never
+# users, addresses or labels of reservations: of those there is no end.
+
+#: The upper bounds of histograms, in seconds.
+BOUNDS = {'request_seconds': (0.005, 0.02, 0.1, 0.5, 2, 10, 60),
+          'cloud_call_seconds': (0.1, 0.5, 2, 10, 60, 300),
+          'start_delay_seconds': (5, 15, 30, 60, 120, 300, 900, 3600),
+          'lock_wait_seconds': (0.001, 0.01, 0.1, 1, 10, 60)}
+#: What is measured, as Prometheus tells people; what ends in _total only grows.
+MEASURED = {
+    'requests_total': 'requests, by operation and status',
+    'request_seconds': 'time until requests were answered, by operation',
+    'refusals_total': 'requests that were refused, by the kind of the error',
+    'limited_total': 'requests that were more than a setting allows, by the setting',
+    'hung_up_total': 'changes that were not made since the client had hung up',
+    'connections_closed_total': 'connections closed for newer ones, by the bound that was reached',
+    'wrong_tokens_total': 'tokens that were refused',
+    'sign_ins_total': 'people who signed in to the page',
+    'cloud_call_seconds': 'time of calls to clouds, by cloud, verb and result',
+    'start_delay_seconds': 'seconds from the planned start of a VM until it was ready, by cloud',
+    'lock_wait_seconds': 'time for which changes waited for their turn to write',
+    'events_total': 'events in the event log, by code: added, refused, admitted, failed and so on',
+    'reservations_waiting': 'requests on the waiting list',
+    'reservations_pending': 'reservations and changes that need an answer',
+    'capacity': 'capacity of a resource, by resource class; none where it is unlimited',
+    'used': 'amount of a resource that is reserved now, by resource class',
+    'servers': 'VMs that are not deleted, by cloud and state',
+    'cloud_left_alone': 'whether a cloud is left alone after failures: 1 or 0',
+    'cloud_failures': 'failures of a cloud in a row',
+    'pass_age_seconds': 'seconds since the life cycle has made a pass',
+    'leader': 'the host of which a scheduler acts now',
+    'store_bytes': 'size of the database with its write-ahead log',
+    'disk_free_bytes': 'free space on the disk of the database',
+    'notices_waiting': 'notices that have not arrived yet',
+    'notice_age_seconds': 'for how long the oldest notice that is due has been waiting',
+    'store_damaged': 'whether the last check of the database found damage: 1 or 0',
+    'resident_bytes': 'memory of this process',
+    'version': 'the version of cmres'}
+
+
+class Metrics:
+    """Sums and histograms of this process, since it began; any thread may add to them."""
+
+    def __init__(self):
+        self.lock = threading.Lock()
+        self.sums: dict[tuple, float] = defaultdict(float)  # by name and labels
+        self.spreads: dict[tuple, list] = {}                # numbers by bound, and the sum
+
+    def count(self, name: str, number: float = 1, **labels: str) -> None:
+        """Adds to a sum."""
+        with self.lock:
+            self.sums[name, tuple(labels.items())] += number
+
+    def observe(self, name: str, value: float, **labels: str) -> None:
+        """Adds a value to a histogram."""
+        bounds = BOUNDS[name]
+        with self.lock:
+            spread = self.spreads.setdefault(
+                (name, tuple(labels.items())), [0] * (len(bounds) + 1) + [0.0])
+            spread[bisect_left(bounds, value)] += 1
+            spread[-1] += value
+
+    def samples(self) -> list[tuple]:
+        """All of it as (name, labels, value), histograms as Prometheus has them."""
+        with self.lock:
+            sums = [(name, labels, value) for (name, labels), value in self.sums.items()]
+            spreads = [(*key, [*spread]) for key, spread in self.spreads.items()]
+        return sums + [each for spread in spreads for each in buckets_of(*spread)]
+
+
+def buckets_of(name: str, labels: tuple, spread: list) -> Iterator[tuple]:
+    """The samples of one histogram: how many were at most each bound, their sum and number."""
+    *numbers, total = spread
+    for bound, number in zip((*BOUNDS[name], '+Inf'), itertools.accumulate(numbers)):
+        yield f'{name}_bucket', (*labels, ('le', f'{bound}')), number
+    yield f'{name}_sum', labels, total
+    yield f'{name}_count', labels, sum(numbers)
+
+
+def exposition(samples: Iterable[tuple]) -> str:
+    """Samples in the text format of Prometheus (0.0.4), which needs no library: a line for each."""
+    lines: dict[str, list[str]] = defaultdict(list)
+    for name, labels, value in samples:
+        family = re.sub('_(bucket|sum|count)$', '', name)
+        told = ','.join(f'{key}="{escaped_label(text)}"' for key, text in labels)
+        lines[family].append(f"cmres_{name}{told and f'{{{told}}}'} {value:.10g}")
+    return ''.join(f'# HELP cmres_{name} {MEASURED[name]}\n# TYPE cmres_{name} {kind_of_metric(name)}\n'
+                   + '\n'.join(found) + '\n' for name, found in lines.items())
+
+
+def escaped_label(text) -> str:
+    return f'{text}'.replace('\\', r'\\').replace('"', r'\"').replace('\n', r'\n')
+
+
+def kind_of_metric(name: str) -> str:
+    return 'histogram' if name in BOUNDS else 'counter' if name.endswith('_total') else 'gauge'
+
+
+METRICS = Metrics()
+
+
+@contextmanager
+def timed(name: str, **labels: str) -> Iterator[dict]:
+    """Measures what is done inside; what it yields may get more labels."""
+    began = time.monotonic()
+    try:
+        yield labels
+    finally:
+        METRICS.observe(name, time.monotonic() - began, **labels)
+
+
+def told_fields(logger: logging.Logger, what: str, **fields) -> None:
+    """A line of the log that says something of each field; what has no value is left out."""
+    fields = {name: each for name, each in fields.items() if each not in (None, '')}
+    logger.info(what, extra={'fields': fields})
+
+
+log_requests = logging.getLogger('cmres.requests')
+log_calls = logging.getLogger('cmres.calls')
+
+
+class Lines(logging.Formatter):
+    """Lines of the log, as text or as JSON, in which nothing is unseen."""
+
+    def __init__(self, form: str = 'text'):
+        super().__init__('%(asctime)sZ %(levelname)s %(message)s')
+        self.converter, self.form = time.gmtime, form
+
+    def format(self, record):
+        fields = getattr(record, 'fields', {})
+        if self.form == 'json':
+            return legible(json.dumps(self.whole(record) | fields, ensure_ascii=False, default=str))
+        told = ' '.join(f'{name}={self.word(each)}' for name, each in fields.items())
+        return legible(f'{super().format(record)} {told}'.rstrip())
+
+    def whole(self, record) -> dict:
+        """What every line has as JSON."""
+        at = instant(record.created).isoformat(timespec='milliseconds')
+        made = {'time': at, 'level': record.levelname, 'message': record.getMessage()}
+        trace = record.exc_info and self.formatException(record.exc_info)
+        return made | ({'trace': trace} if trace else {})
+
+    def word(self, value) -> str:
+        """A value that is told from the next field."""
+        text = f'{value}'
+        return text if re.fullmatch(r'[\w.:/@,+<>-]+', text) else json.dumps(text, ensure_ascii=False)
+
+
 # Calls #######################################################################
 #
 # An operation is described once: by the signature of a method marked @api. Routes, commands,
@@ -1511,6 +1742,7 @@ WORDS = {
     'image': 'image to boot, by name or id; without one, capacity is held and nothing boots',
     'kept': 'the VMs that were stopped or shelved at the end of a reservation and stay',
     'key': 'key pair to put into the machines',
+    'lasts': 'for how long the token is good, such as 90d',
     'label': 'your own name for it: 1 to 64 letters, digits, . _ -',
     'lead': 'how long before the start the machines are booted; held as well',
     'limit': 'at most so many lines',
@@ -1524,6 +1756,7 @@ WORDS = {
     'part': 'one of several parts that are reserved together or not at all: RESOURCE:VMS, or :FLAVOR:IMAGE as well',
     'partial': 'take the lines that fit, instead of all or nothing',
     'project': 'project that it belongs to',
+    'purpose': 'what the token is for, such as laptop',
     'ram': 'most MiB of memory; with none, or `unlimited`, no limit',
     'region': 'region of the resource',
     'rename': 'the new name',
@@ -1552,11 +1785,12 @@ WORDS = {
     'personal': 'only the user, not all of the project, may boot there through Nova',
     'rows': 'CSV, JSON or YAML with one reservation a line, fields named as in `add`',
     'security_groups': 'security groups of the machines, with commas between',
+    'scopes': 'what alone the token is good for: read, claim, calendar; without any, all its role may',
     'seed': 'the same seed gives the same reservations',
     'shell': 'bash, zsh or fish',
     'server': 'a machine that you have, by name or id, instead of an image: it is started and stopped, never deleted',
     'skip_dates': 'dates without an occurrence, with commas between',
-    'since': 'only what was planned from then on; without it, the last 30 days',
+    'since': 'only what happened or was planned from then on; of sums, else the last 30 days',
     'start': 'a time: 2026-12-01 09:00, 9:00, tomorrow 9:00, mon 9:00, now, or +2h from now',
     'state': 'states, with commas between; without any, all that are not over',
     'undo': 'have it again instead',
@@ -1643,8 +1877,11 @@ def guarded_by_role(method):
         if ROLES.index(self.actor.role) < ROLES.index(needed):
             raise Forbidden(f"{API[method.__name__].words} needs the role {needed}; "
                             f"{self.actor.user} is {self.actor.role}")
+        self.actor.refuse_out_of_scope(API[method.__name__])
         takes_long = method.__name__ in LONG or any(kwargs.get(name) for name in LONG_BY)
-        with self.shares.computing() if takes_long else nullcontext():
+        asks_only = not API[method.__name__].changes or kwargs.get('dry_run')
+        with (self.shares.charging(self.actor) if asks_only else nullcontext(),
+              self.shares.computing() if takes_long else nullcontext()):
             return method(self, *args, **kwargs)
     return checked
 
@@ -1991,8 +2228,8 @@ READERS = {
 
 #: The fields that hold instants, wherever they appear.
 INSTANTS = frozenset(
-    'added at begun booked_until cancelled changed decide_before deleted end next_start planned polled ready revoked start until'
-    .split())
+    'added at begun booked_until cancelled changed decide_before deleted end ends last_used '
+    'next_start planned polled ready revoked start until'.split())
 
 
 def to_plain(value):
@@ -3335,12 +3572,21 @@ class Token(Table):
     hash = peewee.CharField(unique=True)
     added = peewee.IntegerField()
     revoked = peewee.IntegerField(null=True)
+    purpose = peewee.CharField(default='')
+    ends = peewee.IntegerField(null=True)
+    last_used = peewee.IntegerField(null=True)  # to about a minute
+    scopes = peewee.CharField(default='')       # with commas between; '': all that its role may
+    resource = peewee.ForeignKeyField(Resource, index=False, null=True)  # the only one
+
+
+Token.add_index(Token.index(Token.user, Token.project, where=Token.revoked.is_null(),
+                            name='token_of'))
 
 
 class Session(Table):
     """Somebody who has signed in to the page, by the hash of what their cookie says."""
     hash = peewee.CharField(primary_key=True)
-    token = peewee.ForeignKeyField(Token, index=False)
+    token = peewee.ForeignKeyField(Token)
     until = peewee.IntegerField(index=True)
 
 
@@ -3391,6 +3637,10 @@ class Subscription(Table):
     added = peewee.IntegerField()
 
 
+Feed.add_index(Feed.index(Feed.user, Feed.project, where=Feed.revoked.is_null(), name='feed_of'))
+Subscription.add_index(Subscription.index(
+    Subscription.user, Subscription.project, where=Subscription.due.is_null(False),
+    name='subscription_of'))
 Subscription.add_index(Subscription.index(Subscription.due, where=Subscription.due.is_null(False),
                                           name='subscription_due'))
 
@@ -3468,7 +3718,8 @@ MIGRATIONS: list[Callable] = [
     lambda: add_tracks(), lambda: add_proposals(), lambda: add_up_told(), lambda: add_owners(),
     lambda: trust_names(), lambda: add_sessions(), lambda: add_ends_of_calls(),
     lambda: keep_resource_ids(), lambda: end_left_calendars(),
-    lambda: add_whose(), lambda: add_waits(), lambda: add_sums(), lambda: add_once()]
+    lambda: add_whose(), lambda: add_waits(), lambda: add_sums(), lambda: add_once(),
+    lambda: add_ends_of_tokens()]
 
 
 def long_texts(row: str) -> str:
@@ -3630,7 +3881,7 @@ def known_store(file: str) -> str:
     """The id of the store that a key remembers; '' if there is none."""
     try:
         with open(file, encoding='ascii') as lines:
-            return lines.read().partition('\n')[2].strip()
+            return [*lines.read().splitlines(), '', ''][1].strip()
     except FileNotFoundError:
         return ''
     except (OSError, UnicodeDecodeError) as error:
@@ -3653,15 +3904,34 @@ def read_key(file: str) -> bytes:
     return key
 
 
+def read_keys(file: str) -> list[bytes]:
+    """The key, and those before it that are still good: whose cookies have not ended yet."""
+    with open(file, encoding='ascii') as lines:
+        older = [line.split() for line in lines.read().splitlines()[2:]]
+    return [read_key(file), *(bytes.fromhex(key) for key, until in older if int(until) > time.time())]
+
+
+def rotate_key(file: str, until: int) -> int:
+    """Makes a new key; those before it are good until an instant. How many keys there are now."""
+    keys = read_keys(file)
+    write_key(file, secrets.token_hex(32), known_store(file),
+              *(f'{each.hex()} {until}' for each in keys))
+    return len(keys) + 1
+
+
 def remember(file: str, store: str) -> None:
     """Makes the key, or notes in it which store it is of."""
-    if known_store(file) == store:
-        return
-    key = read_key(file).hex() if os.path.exists(file) else secrets.token_hex(32)
+    if known_store(file) != store:
+        key = read_key(file).hex() if os.path.exists(file) else secrets.token_hex(32)
+        write_key(file, key, store)
+
+
+def write_key(file: str, *said: str) -> None:
+    """Writes a key, all of it or nothing."""
     part = f'{file}.{secrets.token_hex(4)}'
     make_private(part)
     with open(part, 'w', encoding='ascii') as lines:
-        lines.write(f'{key}\n{store}\n')
+        lines.write('\n'.join([*said, '']))
         lines.flush()
         os.fsync(lines.fileno())
     os.replace(part, file)
@@ -4181,6 +4451,19 @@ def add_once() -> None:
         CREATE INDEX once_at ON once (at)""")
 
 
+def add_ends_of_tokens() -> None:
+    """Version 15: tokens end, are for something, and tell when they were used; whose each thing is."""
+    name = "VARCHAR(255) NOT NULL DEFAULT ''"
+    add_columns('token', {'purpose': name, 'scopes': name, 'ends': 'INTEGER', 'last_used': 'INTEGER',
+                          'resource_id': 'INTEGER REFERENCES resource (id)'})
+    run_all("""
+        CREATE INDEX IF NOT EXISTS session_token_id ON session (token_id);
+        CREATE INDEX IF NOT EXISTS token_of ON token (user, project) WHERE revoked IS NULL;
+        CREATE INDEX IF NOT EXISTS feed_of ON feed (user, project) WHERE revoked IS NULL;
+        CREATE INDEX IF NOT EXISTS subscription_of ON subscription (user, project)
+          WHERE due IS NOT NULL""")
+
+
 # What goes wrong with the store. SQLite's first error is what the user is told, with what helps.
 
 STORE_ERRORS = (peewee.DatabaseError, sqlite3.Error)
@@ -4304,9 +4587,11 @@ def transaction(first: bool = False) -> Iterator[None]:
             yield
             write_memories()
         return
+    began = time.monotonic()
     if not turns.acquire(PATIENT, first):
         raise Unavailable(TROUBLES[sqlite3.SQLITE_BUSY])
     try:
+        METRICS.observe('lock_wait_seconds', time.monotonic() - began)
         with watched():
             try:
                 yield
@@ -5499,6 +5784,38 @@ class Seen(NamedTuple):
 GONE = ('deleted', 'soft_deleted')
 
 
+MEASURED_CALLS = set('things boot servers delete server start stop shelve snapshot saved aggregates '
+                     'mark hosts'.split())
+calling = threading.local()  # whether this thread is in such a call already
+
+
+def measured(call: Callable) -> Callable:
+    """A call to a cloud that is timed and logged, with its result; those inside it are part of it."""
+    @functools.wraps(call)
+    def asked(self, *args, **options):
+        if getattr(calling, 'now', False):
+            return call(self, *args, **options)
+        calling.now, began = True, time.monotonic()
+        labels = {'cloud': self.account, 'verb': call.__name__, 'result': 'ok'}
+        try:
+            return call(self, *args, **options)
+        except Exception as error:
+            labels['result'] = result_of(error)
+            raise
+        finally:
+            calling.now, took = False, time.monotonic() - began
+            METRICS.observe('cloud_call_seconds', took, **labels)
+            told_fields(log_calls, 'call', **labels, ms=round(1000 * took, 1))
+    return asked
+
+
+def result_of(error: Exception) -> str:
+    """How a call to a cloud ended, in one of few words."""
+    if isinstance(error, CloudError):
+        return f"{error.details.get('status') or 'unanswered'}"
+    return 'refused' if isinstance(error, Error) else 'failed'
+
+
 class Cloud:
     """One account on one cloud. Every verb may raise CloudError.
 
@@ -5508,6 +5825,12 @@ class Cloud:
 
     def __init__(self, account: str):
         self.account = account
+
+    def __init_subclass__(cls, **options):
+        """Has all calls of a kind of cloud measured and logged."""
+        super().__init_subclass__(**options)
+        for verb in MEASURED_CALLS & vars(cls).keys():
+            setattr(cls, verb, measured(vars(cls)[verb]))
 
     def things(self, kind: str, name: str = '') -> list[Thing]:
         """What there is of one of KINDS; with a name, only what has it as its name or id."""
@@ -6429,6 +6752,65 @@ class Outside(threading.Thread):
             self.ends(self)
 
 
+class Rates:
+    """How much each user and each address has had lately, and whether that is too much.
+
+    A setting allows so much within a minute: all of it at once, and then again bit by bit.
+    """
+    KEPT = 10_000  # users and addresses that are remembered; who has had least is forgotten
+
+    def __init__(self, config: Config, clock: Callable[[], float] = time.monotonic):
+        self.config, self.clock, self.lock = config, clock, threading.Lock()
+        self.had: dict[tuple[str, str], tuple[float, float]] = {}  # how much, as of when
+
+    def take(self, setting: str, who: str, number: float = 1) -> None:
+        """Counts something before it is done; TooMany if it is more than the setting allows."""
+        self.look(setting, who, number)
+        self.add(setting, who, number)
+
+    def look(self, setting: str, who: str, number: float = 0) -> None:
+        """TooMany if somebody has had as much as the setting allows."""
+        most = getattr(self.config, setting)
+        too_much = self.level(setting, who) + number - most
+        if most and too_much > 0:
+            METRICS.count('limited_total', setting=setting)
+            wait = math.ceil(too_much * 60 / most)
+            raise TooMany(LIMITED[setting].format(most=f'{most:g}', wait=format_duration(wait)),
+                          retry_after=wait)
+
+    def level(self, setting: str, who: str) -> float:
+        """How much somebody has had that is not given back yet."""
+        had, at = self.had.get((setting, who), (0.0, 0.0))
+        return max(had - getattr(self.config, setting) * (self.clock() - at) / 60, 0.0)
+
+    def add(self, setting: str, who: str, number: float) -> None:
+        """Counts something that was done, however much it is."""
+        if not getattr(self.config, setting):
+            return
+        with self.lock:
+            if len(self.had) >= self.KEPT and (setting, who) not in self.had:
+                self.forget()
+            self.had[setting, who] = self.level(setting, who) + number, self.clock()
+
+    def forget(self) -> None:
+        """Forgets the half that has had least."""
+        kept = sorted(self.had, key=lambda key: self.level(*key))[len(self.had) // 2:]
+        self.had = {key: self.had[key] for key in kept}
+
+
+#: What is said to who has had as much as a setting allows within a minute.
+LIMITED = {
+    'requests_per_address': 'more than {most} requests within a minute came from your address. Try '
+                            'again in {wait}',
+    'requests_per_user': 'you have sent more than {most} requests within a minute. Try again in {wait}',
+    'mib_per_address': 'more than {most} MiB within a minute went to and from your address. Try '
+                       'again in {wait}',
+    'mib_per_user': 'more than {most} MiB within a minute went to and from you. Try again in {wait}',
+    'cpu_per_user': 'your dry runs and questions have taken more than {most} seconds of computing '
+                    'within a minute. Try again in {wait}',
+    'wrong_tokens': 'too many wrong tokens came from your address. Try again in {wait}'}
+
+
 class Shares:
     """Which requests of this process take long at the same time, and how many more may."""
 
@@ -6437,6 +6819,7 @@ class Shares:
         self.most = {'all': max(config.threads // 2, 1), 'wait': max(config.threads // 8, 1),
                      'user': config.slow_per_user,
                      'target': config.slow_per_target}
+        self.rates, self.wrong = Rates(config), Counter()  # wrong: tokens, by address
         self.changed = threading.Condition()
         self.pace = Turns()  # one of those that compute for long does so at a time: others come between
         self.taken: Counter = Counter()  # by kind and name
@@ -6453,6 +6836,19 @@ class Shares:
                 yield
         finally:
             here.user = None
+
+    @contextmanager
+    def charging(self, actor: Actor) -> Iterator[None]:
+        """A question or a dry run: its computing time counts, as nothing else bounds it."""
+        if not self.bounded or actor.role == ADMIN:
+            yield
+            return
+        name, began = f'{actor.project}/{actor.user}', time.thread_time()
+        self.rates.look('cpu_per_user', name)
+        try:
+            yield
+        finally:
+            self.rates.add('cpu_per_user', name, time.thread_time() - began)
 
     @property
     def bounded(self) -> bool:
@@ -7638,11 +8034,32 @@ def calendar_text(name: str, shown: Iterable[Shown]) -> str:
 # answer read back. What is refused is explained after it, when nobody waits.
 
 
+#: What a token with a scope is good for; with several, for all of that.
+SCOPES: dict[str, Callable[[Operation], bool]] = {
+    'read': lambda operation: not operation.changes,
+    'claim': lambda operation: operation.name == 'claim',
+    'calendar': lambda operation: operation.name.startswith(('calendar_', 'import_'))}
+#: What a token for one resource is good for: what looks at resources one by one.
+ON_ONE_RESOURCE = frozenset(
+    'add list show servers duration update extend keep skip delete accept find usage resource_list '
+    'resource_show'.split())
+
+
 class Actor(NamedTuple):
-    """Who asks; an admin may act for everybody."""
+    """Who asks; an admin may act for everybody. A token can be good for less than its role."""
     user: str
     project: str
     role: str
+    scopes: frozenset[str] = frozenset()  # of SCOPES; without any, all
+    resource: int | None = None           # the only one, by its id
+
+    def refuse_out_of_scope(self, operation: Operation) -> None:
+        """Forbidden if the token of who asks is not for an operation."""
+        if self.scopes and not any(SCOPES[each](operation) for each in self.scopes):
+            raise Forbidden(f"this token is only for {' and '.join(sorted(self.scopes))}, not for: "
+                            f'{operation.words}')
+        if self.resource is not None and operation.name not in ON_ONE_RESOURCE:
+            raise Forbidden(f'this token is only for one resource, not for: {operation.words}')
 
 
 class Wish(NamedTuple):
@@ -7973,12 +8390,63 @@ def hashed(token: str) -> str:
     return hashlib.sha256(token.encode()).hexdigest()
 
 
-def actor_of(token: str) -> Actor:
-    """Whose token this is; Unauthorized if it is nobody's or revoked."""
-    found = row('SELECT user, project, role FROM token WHERE hash = ? AND revoked IS NULL', hashed(token))
-    if not found:
+#: Of a token t: it is in force at an instant.
+IN_FORCE = 't.revoked IS NULL AND (t.ends IS NULL OR t.ends > ?)'
+TOKEN = ('SELECT t.id, t.user, t.project, t.role, t.scopes, t.resource_id, t.ends, t.revoked '
+         'FROM token t')
+#: Of what people have, each with a condition: it is still good for something.
+STILL = {'tokens': 'revoked IS NULL', 'feeds': 'revoked IS NULL',
+         'subscriptions': 'due IS NOT NULL'}
+
+
+def token_of(secret: str, now: float):
+    """The row of a token; Unauthorized if it is nobody's, revoked or over."""
+    found = row(f'{TOKEN} WHERE t.hash = ?', hashed(secret))
+    if not found or found.revoked is not None:
         raise Unauthorized('this token is not known or was revoked; an admin makes one with: token add USER')
-    return Actor(*found)
+    if found.ends is not None and found.ends <= now:
+        raise Unauthorized(f'this token has ended on {instant(found.ends):%Y-%m-%d}. Renew it with '
+                           f'another of yours, or ask an admin: token renew {found.id}')
+    return found
+
+
+def bearer_of(found) -> Actor:
+    """Who a token acts for."""
+    scopes = frozenset(filter(None, found.scopes.split(',')))
+    return Actor(found.user, found.project, found.role, scopes, found.resource_id)
+
+
+def actor_of(secret: str, now: float | None = None) -> Actor:
+    """Who has a token; Unauthorized if it is nobody's, revoked or over."""
+    return bearer_of(token_of(secret, time.time() if now is None else now))
+
+
+class Uses:
+    """When tokens were used last, kept here until `write` is called: no request waits for that."""
+
+    def __init__(self):
+        self.lock, self.seen = threading.Lock(), {}
+
+    def note(self, id: int, now: float) -> None:
+        with self.lock:
+            self.seen[id] = max(now, self.seen.get(id, 0))
+
+    def latest(self, id: int) -> int:
+        """When a token was used, as far as that is not written yet; 0 if it was not."""
+        return int(self.seen.get(id, 0))
+
+    def write(self) -> None:
+        """Writes down what was noted since the last time."""
+        with self.lock:
+            seen, self.seen = self.seen, {}
+        if seen:
+            with transaction():
+                for id, at in seen.items():
+                    run('UPDATE token SET last_used = max(coalesce(last_used, 0), ?) '
+                        'WHERE id = ?', int(at), id)
+
+
+USES = Uses()
 
 
 #: Why something had no room that has some when that is looked into.
@@ -8003,6 +8471,8 @@ class Service:
         self.shares = shares or Shares(config)
         # Called in each transaction that writes; raises to end it.
         self.fence: Callable[[], None] = lambda: None
+        # Called before a change and before it is written; raises if nobody wants it any more.
+        self.wanted: Callable[[], None] = lambda: None
         # The seconds since the life cycle of this process has made a pass; None: it has none.
         self.age: Callable[[], float] | None = None
 
@@ -8023,7 +8493,9 @@ class Service:
         """A transaction that yields its instant and wakes the life cycle when it has changed something."""
         with rehearsing() if dry_run else transaction():
             self.fence()
+            self.wanted()
             yield self.clock()
+            self.wanted()
         if not dry_run and not rehearsal.on:
             self.wake()
 
@@ -8091,7 +8563,9 @@ class Service:
 
     def visible(self) -> list:
         """The condition that keeps an actor to what is theirs."""
-        return [] if self.actor.role == ADMIN else [('r.project = ?', self.actor.project)]
+        own = [] if self.actor.role == ADMIN else [('r.project = ?', self.actor.project)]
+        one = 'EXISTS (SELECT 1 FROM occurrence WHERE reservation_id = r.id AND resource_id = ?)'
+        return own if self.actor.resource is None else [*own, (one, self.actor.resource)]
 
     def window(self, start, end) -> list:
         """The conditions on occurrences that overlap a window, either end of which may be missing."""
@@ -8283,6 +8757,8 @@ class Service:
         if not found:
             names = [each.name for each in self.places()]
             raise NotFound(f"there is no resource '{name}'{nearest(name, names)}")
+        if self.actor.resource not in (None, found.id):
+            raise Forbidden(f"this token is only for another resource, not for '{name}'")
         return found
 
     def id_of(self, name: str) -> int | None:
@@ -8292,6 +8768,7 @@ class Service:
     def places(self, *place: str) -> list:
         """Resources by cell, cloud, region and aggregate, as far as these are given."""
         given = [(column, value) for column, value in zip(PLACE, place) if value]
+        given += [('id', self.actor.resource)] if self.actor.resource is not None else []
         condition = ''.join(f' AND "{column}" = ?' for column, _ in given)
         return rows(f'SELECT * FROM resource WHERE removed IS NULL{condition} ORDER BY name',
                     *(value for _, value in given))
@@ -10600,6 +11077,7 @@ class Requests(Approval):
                       ('o.of_project = ?', own)]
         placed = [(column, asked[column]) for column in PLACE if asked[column]]
         placed += [('name', asked['resource'])] if asked['resource'] else []
+        placed += [('id', self.actor.resource)] if self.actor.resource is not None else []
         filters = {'user': asked['user'], 'project': asked['project'] or own}
         if placed:  # also on those that were removed
             at = ' AND '.join(f'"{column}" = ?' for column, _ in placed)
@@ -11886,6 +12364,7 @@ class Calendars(Claims):
         user, project = self.owner({'user': user, 'project': project})
         secret = secrets.token_urlsafe(24)
         with self.writing(dry_run) as now:
+            self.refuse_one_more('feeds', user, project)
             insert(Feed, user=user, project=project, whole_project=whole_project,
                    resource=self.id_of(resource), hash=hashed(secret), added=int(now), revoked=None)
             self.journal(now, 'calendar', f'made a feed for {user} in {project}')
@@ -11938,6 +12417,7 @@ class Calendars(Claims):
             if row('SELECT id FROM subscription WHERE url = ? AND user = ? AND project = ? AND due IS NOT NULL',
                    url, said['user'], said['project']):
                 raise Conflict('you are subscribed to this calendar already; `calendar list` shows it')
+            self.refuse_one_more('subscriptions', said['user'], said['project'])
             id = insert(Subscription, user=said['user'], project=said['project'], url=url, defaults=json.dumps(said),
                         notify=json.dumps([*notify]), added=int(now), due=now, etag='', modified='', fault='', held='',
                         refused='{}',
@@ -12133,9 +12613,218 @@ class Calendars(Claims):
                      'TENTATIVE' if found.state in ('waiting', 'pending') else 'CONFIRMED')
 
 
+# Tokens ######################################################################
+#
+# Who may ask at all. A token is kept as its hash alone. It may end, and be good for some operations
+# or for one resource only. People make, renew and revoke their own, an admin those of everybody.
+
+#: For how long somebody's own token is made or renewed, unless they say.
+OWN_FOR = timedelta(days=90)
+FIELDS_OF_TOKEN = '''SELECT t.id, t.user, t.project, t.role, t.purpose, t.scopes, s.name AS resource,
+                            t.added, t.ends, t.last_used, t.revoked
+                       FROM token t LEFT JOIN resource s ON s.id = t.resource_id'''
+
+
+class Tokens(Calendars):
+    """Tokens, and what ends with the last one of a person; see Service."""
+
+    @api('POST', '/token/', role=READER)
+    def token_add(self, user: Name = '', project: Name = '', role: Name = '', purpose: Name = '',
+                  lasts: Span = None, scopes: Names = (), resource: Name = '',
+                  dry_run: bool = False) -> dict:
+        """Makes a token for yourself, as an admin for others, and prints it: it is shown only now.
+
+        Without --for, a token that people make for themselves is good for 90 days.
+
+        Example:
+          python cmres.py token add eva --project biology --role user --for 90d
+          python cmres.py token add --scopes calendar --purpose phone
+        """
+        user = user or self.actor.user
+        mine = user == self.actor.user
+        project = project or (self.actor.project if mine else 'default')
+        role = role or (self.actor.role if mine and self.actor.role != ADMIN else USER)
+        self.refuse_for_others(user, project, role)
+        self.check_scopes(role, scopes, resource)
+        token = f'cmres_{secrets.token_urlsafe(32)}'
+        with self.writing(dry_run) as now:
+            self.refuse_one_more('tokens', user, project)
+            ends = self.end_of_token(lasts, now)
+            insert(Token, user=user, project=project, role=role, hash=hashed(token),
+                   added=int(now), purpose=purpose, ends=ends, scopes=','.join(scopes),
+                   resource=self.id_of(resource))
+            until = f' until {self.config.told_time(ends)}' if ends else ''
+            only = ', '.join([*scopes, *filter(None, [resource])])
+            self.journal(now, 'token', f'made a token for {user} in {project} as {role}{until}'
+                                       f"{only and f', only for {only}'}")
+        made = {'user': user, 'project': project, 'role': role} if dry_run else {'token': token}
+        return made | ({'ends': instant(ends)} if ends else {})
+
+    def refuse_for_others(self, user: str, project: str, role: str) -> None:
+        """Refuses a token of an unknown role, or one that its maker may not have."""
+        if role not in ROLES:
+            raise Invalid(f"role: '{role}' is none of {', '.join(ROLES)}{nearest(role, ROLES)}")
+        if not user or not project:
+            raise Invalid('a token needs a user and a project')
+        if self.actor.role == ADMIN:
+            return
+        if (user, project) != (self.actor.user, self.actor.project):
+            raise Forbidden('you can make tokens only for yourself, in your own project '
+                            f"'{self.actor.project}'. Ask an admin")
+        if ROLES.index(role) > ROLES.index(self.actor.role):
+            raise Forbidden(f"your role is {self.actor.role}, so you can't make a token as {role}. "
+                            'Ask an admin')
+
+    def check_scopes(self, role: str, scopes: Iterable[str], resource: str) -> None:
+        """Refuses what is no scope, and those that allow nothing together."""
+        for each in scopes:
+            if each not in SCOPES:
+                raise Invalid(f"scopes: '{each}' is none of {', '.join(SCOPES)}"
+                              f'{nearest(each, SCOPES)}')
+        if 'claim' in scopes and role != ADMIN:
+            raise Invalid('scopes: claim is what Nova asks with, which needs the role admin')
+        if resource and {*scopes} - {'read'}:
+            raise Invalid('a token for one resource can have the scope read, and no other')
+
+    def end_of_token(self, lasts: timedelta | None, now: float) -> int | None:
+        """When a token ends that is made or renewed now; an admin's need not."""
+        if lasts is not None and lasts <= timedelta(0):
+            raise Invalid('lasts: a token lasts for some time, such as 90d')
+        if self.actor.role != ADMIN:
+            most = timedelta(days=self.config.own_token_days)
+            lasts = min(OWN_FOR, most) if lasts is None else lasts
+            if lasts > most:
+                raise Forbidden(f'people make and renew tokens for {self.config.own_token_days} '
+                                'days at most. Ask an admin for a longer time')
+        return None if lasts is None else int(now + lasts.total_seconds())
+
+    @api('GET', '/token/', role=READER)
+    def token_list(self) -> Rows:
+        """Lists your tokens, as an admin all: what for, until when, when used last.
+
+        The tokens themselves are never shown again: only hashes of them are kept.
+
+        Example:
+          python cmres.py token list
+        """
+        own, values = self.own_tokens()
+        return [self.token_public(each) for each in rows(
+            f'{FIELDS_OF_TOKEN} WHERE {own} ORDER BY t.id', *values)]
+
+    def token_public(self, found) -> dict:
+        """A token as answers show it."""
+        used = max(found.last_used or 0, USES.latest(found.id)) or None
+        shown = public(found._replace(last_used=used))
+        return shown | {'scopes': [each for each in found.scopes.split(',') if each]}
+
+    def own_tokens(self) -> tuple[str, tuple]:
+        """The condition on the tokens that an actor may see and change."""
+        if self.actor.role == ADMIN:
+            return '1', ()
+        return 't.user = ? AND t.project = ?', (self.actor.user, self.actor.project)
+
+    def own_token(self, id: int):
+        """A token that is not revoked and that an actor may change."""
+        own, values = self.own_tokens()
+        found = row(f'{FIELDS_OF_TOKEN} WHERE t.id = ? AND t.revoked IS NULL AND {own}',
+                    id, *values)
+        if not found:
+            raise NotFound(f'there is no token {id} that is in force')
+        return found
+
+    @api('POST', '/token/<id>/renew', role=READER)
+    def token_renew(self, id: int, lasts: Span = None, dry_run: bool = False) -> dict:
+        """Lets a token end later: 90 days from now, or as --for says; an admin's need not end.
+
+        Example:
+          python cmres.py token renew 3 --for 90d
+        """
+        with self.writing(dry_run) as now:
+            found = self.own_token(id)
+            if self.actor.role != ADMIN and ROLES.index(found.role) > ROLES.index(self.actor.role):
+                raise Forbidden(f'token {id} is of the role {found.role}, and you are '
+                                f'{self.actor.role}. Ask an admin')
+            ends = self.end_of_token(lasts, now)
+            change(Token, id, ends=ends)
+            until = f'until {self.config.told_time(ends)}' if ends else 'without an end'
+            self.journal(now, 'token', f'renewed token {id} of {found.user} {until}')
+            return self.token_public(self.own_token(id))
+
+    @api('DELETE', '/token/<id>', role=READER)
+    def token_revoke(self, id: int, dry_run: bool = False) -> dict:
+        """Makes a token worthless from now on.
+
+        With the last token of a user in a project, their feeds and subscriptions end as well. What
+        they have reserved stays.
+
+        Example:
+          python cmres.py token revoke 3
+        """
+        with self.writing(dry_run) as now:
+            found = self.own_token(id)
+            self.revoke(id, now)
+            ended = self.end_calendars(found.user, found.project, now)
+            self.journal(now, 'token', f'revoked token {id} of {found.user}{ended}')
+            return self.token_public(row(f'{FIELDS_OF_TOKEN} WHERE t.id = ?', id))
+
+    def revoke(self, id: int, now: float) -> None:
+        """Makes a token worthless, and whoever has signed in with it is signed out."""
+        change(Token, id, revoked=int(now))
+        run('DELETE FROM session WHERE token_id = ?', id)
+
+    @api('DELETE', '/user/<user>', role=ADMIN)
+    def user_end(self, user: Name, project: Name = '', dry_run: bool = False) -> dict:
+        """Ends all that lets a person in: tokens, sign-ins, feeds and subscriptions.
+
+        In all projects, or in one. What they have reserved stays.
+
+        Example:
+          python cmres.py user end eva --project biology
+        """
+        with self.writing(dry_run) as now:
+            found = rows('SELECT id, project FROM token WHERE user = ? AND revoked IS NULL', user)
+            found = [each for each in found if project in ('', each.project)]
+            if not found:
+                where = f' in {project}' if project else ''
+                raise NotFound(f"'{user}' has no token{where} that is in force")
+            for each in found:
+                self.revoke(each.id, now)
+            ended = ''.join(self.end_calendars(user, each, now)
+                            for each in sorted({each.project for each in found}))
+            self.journal(now, 'token', f'revoked all tokens of {user}: {len(found)}{ended}')
+        return {'user': user, 'tokens': len(found)}
+
+    def refuse_one_more(self, what: str, user: str, project: str) -> None:
+        """TooMany if a user has as many tokens, feeds or subscriptions as one may; in a transaction."""
+        most, still = getattr(self.config, f'{what}_per_user'), STILL[what]
+        number, = run(f'SELECT count(*) FROM {what[:-1]} '
+                      f'WHERE user = ? AND project = ? AND {still}', user, project).fetchone()
+        if self.actor.role != ADMIN and 0 < most <= number:
+            raise TooMany(f'{user} has {number} {what}, and no more than {most} are allowed. '
+                          'Take away one that is not needed first')
+
+    def end_calendars(self, user: str, project: str, now: float) -> str:
+        """Ends the feeds of who has no token any more, and the subscriptions of who may not book.
+
+        Returns:
+          what has ended, as the end of a sentence.
+        """
+        mine = 'WHERE user = ? AND project = ? AND'
+        roles = {each.role for each in rows(
+            f'SELECT role FROM token {mine} revoked IS NULL', user, project)}
+        ended = []
+        if not roles:
+            ended.append((run(f'UPDATE feed SET revoked = ? {mine} revoked IS NULL',
+                              int(now), user, project).rowcount, 'feeds'))
+        if not roles - {READER}:
+            ended.append((run(f'UPDATE subscription SET due = NULL {mine} due IS NOT NULL',
+                              user, project).rowcount, 'subscriptions'))
+        return ''.join(f'; {number} {what} of {user} ended' for number, what in ended if number)
+
+
 # Records #####################################################################
 #
-# What was: the journal, punctuality, reports; and who may ask at all. The class on top is the service.
+# What was: the journal, punctuality, reports. The class on top is the service.
 
 
 #: Of an occurrence o: nothing of it is there, on its way, or asked for.
@@ -12173,12 +12862,13 @@ HOURS = f'''
          max(coalesce(max(late), 0), 0) FROM each GROUP BY of'''
 
 
-class Reservations(Calendars):
+class Reservations(Tokens):
     """The whole service, on behalf of one actor; see Service for its arguments."""
 
     @api('GET', '/event/')
     @api('GET', '/reservation/<label>/events')
-    def events(self, label: Label = '', project: Name = '', after: int = 0, limit: Page = 100) -> list[EventAnswer]:
+    def events(self, label: Label = '', project: Name = '', after: int = 0, limit: Page = 100,
+               since: When = None) -> list[EventAnswer]:
         """Shows the journal: when, who, what, why; the newest lines last.
 
         On the command line, --follow goes on to show each event as it comes, until Ctrl-C.
@@ -12186,6 +12876,8 @@ class Reservations(Calendars):
         Example:
           python cmres.py events lab --follow
         """
+        onward = bool(after or since)
+        after = max(after, self.event_before(self.resolve(since, LAST)[0]) if since else 0)
         where = [('e.id > ?', after)]
         if label:
             where.append(self.among('e.reservation_id', self.labelled(label, project)))
@@ -12194,9 +12886,18 @@ class Reservations(Calendars):
             where += [('e.project = ? AND e.reservation_id > 0', each) for each in (project, own) if each]
         found = rows('SELECT e.id, e.at, e.actor, e.code, r.label, r.project, e.sentence '
                      'FROM event e LEFT JOIN reservation r ON r.id = e.reservation_id WHERE '
-                     f"{' AND '.join(text for text, _ in where)} ORDER BY e.id {'ASC' if after else 'DESC'} "
+                     f"{' AND '.join(text for text, _ in where)} ORDER BY e.id {'ASC' if onward else 'DESC'} "
                      f'LIMIT {limit}', *given(where))
-        return [public(each) for each in (found if after else found[::-1])]
+        return [public(each) for each in (found if onward else found[::-1])]
+
+    def event_before(self, at: float) -> int:
+        """The id of the last event before an instant; they are written in the order of time."""
+        low, high = 0, row('SELECT max(id) AS id FROM event').id or 0
+        while low < high:
+            middle = (low + high + 1) // 2
+            found = row('SELECT id, at FROM event WHERE id >= ? ORDER BY id LIMIT 1', middle)
+            low, high = (found.id, high) if found.at < at else (low, middle - 1)
+        return low
 
     @api('GET', '/punctuality/')
     def punctuality(self, since: When = None) -> PunctualityAnswer:
@@ -12348,68 +13049,6 @@ class Reservations(Calendars):
             'reserved = reserved + excluded.reserved, used = used + excluded.used, '
             'unused = unused + excluded.unused, refused = refused + excluded.refused, '
             'late = max(late, excluded.late)', *whose, *figures.values())
-
-    @api('POST', '/token/', role=ADMIN, made='/token/')
-    def token_add(self, user: Name, project: Name = 'default', role: Name = USER, dry_run: bool = False) -> NewTokenAnswer:
-        """Makes a token for a user in a project, and prints it: it is shown only now.
-
-        Example:
-          python cmres.py token add eva --project biology --role user
-        """
-        if role not in ROLES:
-            raise Invalid(f"role: '{role}' is none of {', '.join(ROLES)}{nearest(role, ROLES)}")
-        if not user or not project:
-            raise Invalid('a token needs a user and a project')
-        token = f'cmres_{secrets.token_urlsafe(32)}'
-        with self.writing(dry_run) as now:
-            insert(Token, user=user, project=project, role=role, hash=hashed(token), added=int(now))
-            self.journal(now, 'token', f'made a token for {user} in {project} as {role}')
-        return {'user': user, 'project': project, 'role': role} if dry_run else {'token': token}
-
-    @api('GET', '/token/', role=ADMIN)
-    def token_list(self) -> list[TokenAnswer]:
-        """Lists the tokens: whose, which role; never the tokens themselves, of which only hashes are kept.
-
-        Example:
-          python cmres.py token list
-        """
-        return [public(each) for each in rows('SELECT id, user, project, role, added, revoked FROM token ORDER BY id')]
-
-    @api('DELETE', '/token/<id>', role=ADMIN)
-    def token_revoke(self, id: int, dry_run: bool = False) -> TokenAnswer:
-        """Makes a token worthless from now on.
-
-        With the last token of a user in a project, their feeds and subscriptions end as well. What
-        they have reserved stays.
-
-        Example:
-          python cmres.py token revoke 3
-        """
-        with self.writing(dry_run) as now:
-            found = row('SELECT user, project FROM token WHERE id = ? AND revoked IS NULL', id)
-            if not found:
-                raise NotFound(f'there is no token {id} that is in force')
-            change(Token, id, revoked=int(now))
-            self.journal(now, 'token', f'revoked token {id}{self.end_calendars(*found, now)}')
-            return public(row('SELECT id, user, project, role, added, revoked FROM token WHERE id = ?', id))
-
-    def end_calendars(self, user: str, project: str, now: float) -> str:
-        """Ends the feeds of who has no token any more, and the subscriptions of who may not book.
-
-        Returns:
-          what has ended, as the end of a sentence.
-        """
-        mine = 'WHERE user = ? AND project = ? AND'
-        roles = {each.role for each in rows(
-            f'SELECT role FROM token {mine} revoked IS NULL', user, project)}
-        ended = []
-        if not roles:
-            ended.append((run(f'UPDATE feed SET revoked = ? {mine} revoked IS NULL',
-                              int(now), user, project).rowcount, 'feeds'))
-        if not roles - {READER}:
-            ended.append((run(f'UPDATE subscription SET due = NULL {mine} due IS NOT NULL',
-                              user, project).rowcount, 'subscriptions'))
-        return ''.join(f'; {number} {what} of {user} ended' for number, what in ended if number)
 
 
 # Life cycle ##################################################################
@@ -13745,6 +14384,8 @@ class LifeCycle:
             change(Server, server.id, state=state, due=now if stuck else now + self.config.poll)
         elif server.goal == 'up' and seen.state == 'active':
             if server.state != 'active' or server.addresses != json.dumps(seen.addresses):
+                if not server.ready:
+                    METRICS.observe('start_delay_seconds', now - server.planned, cloud=server.account)
                 change(Server, server.id, uid=seen.uid, state='active', ready=server.ready or now, fault='', failures=0,
                        addresses=json.dumps(seen.addresses))
                 run('UPDATE occurrence SET revision = revision + 1, revised = ? WHERE id = ?', int(now),
@@ -14260,7 +14901,8 @@ def handler(service: Reservations, operation: Operation, fixed: dict, visitor: C
     def handle(**path):
         request = bottle.request
         try:
-            acting = service.acting(who_asks(request, visitor))
+            acting = service.acting(who_asks(service, request, visitor))
+            acting.wanted = while_there(request.environ)
             given = given_once(read_query(request, several(operation)),
                                read_body(request, most_body(operation)), path, fixed)
             bound = bind(operation, given, acting.here)
@@ -14277,7 +14919,7 @@ def document_handler(service: Reservations, visitor: Callable | None) -> Callabl
 
     def handle():
         try:
-            who_asks(bottle.request, visitor)
+            who_asks(service, bottle.request, visitor)
             return sent(json_text(openapi()), 200, UNKEPT)
         except Error as error:
             return refused(error)
@@ -14531,7 +15173,6 @@ def mistake(error: Exception, request) -> Error:
 
 def health_handler(service: Reservations) -> Callable:
     """Says whether the store can be read and the life cycle goes on; the address needs no token."""
-    import bottle
 
     def handle():
         row('SELECT 1 AS one')
@@ -14585,6 +15226,15 @@ def fair_dispatcher(threads: int):
     return made
 
 
+def disk_free(path: str) -> int:
+    """The free bytes on the disk of a file, for who isn't root; 0 where that can't be told."""
+    import shutil
+    try:
+        return shutil.disk_usage(os.path.dirname(os.path.abspath(path))).free
+    except OSError:
+        return 0
+
+
 class Readiness:
     """Tells whether the store can be written and is whole, and the life cycle makes its passes.
 
@@ -14596,7 +15246,6 @@ class Readiness:
         self.until, self.found, self.troubles = 0.0, {}, 0
 
     def answer(self):
-        import bottle
         with self.lock:
             with suppress(Unavailable):
                 store_file.look()
@@ -14615,13 +15264,20 @@ class Readiness:
 
     def look(self) -> dict:
         """What is so now: each part with a fault, if it has one."""
-        store = {'fault': probe(store_file.path)}
-        found = {'store': store, 'integrity': self.integrity(store['fault']),
+        store = {'fault': probe(store_file.path), 'version': latest_version()}
+        found = {'store': store, 'integrity': self.integrity(store['fault']), 'disk': self.disk(),
                  'scheduler': {} if store['fault'] else self.scheduler()}
         ready = not any(each.get('fault') for each in found.values())
         return {'status': 'ready' if ready else 'not ready'} | {
             name: {key: value for key, value in each.items() if value != ''}
             for name, each in found.items()}
+
+    def disk(self) -> dict:
+        """How much space the database has left."""
+        config = self.service.config
+        free, most = disk_free(config.database) // 2**20, config.min_disk
+        fault = f'only {free} MiB are free on the disk of the database; {most} are to be kept (min_disk)'
+        return {'free_mib': free, 'fault': fault if free < most else ''}
 
     def integrity(self, fault: str) -> dict:
         """What the last check of the file found; a new one, where damage was met since."""
@@ -14644,7 +15300,16 @@ class Readiness:
         return {'last_pass': age, 'fault': late if age > most else ''}
 
 
+RETRY = 60  # seconds after which somebody may try again, where nothing better is known
+
+
+def note_wait(environ: dict, error: Error) -> None:
+    """Notes of a request that is refused when it may be sent again."""
+    environ['cmres.retry_after'] = error.details.get('retry_after', RETRY)
+
+
 def error_body(error: Error) -> dict:
+    METRICS.count('refusals_total', kind=type(error).__name__)
     return {'error': str(error), 'kind': type(error).__name__} | ({'details': error.details} if error.details else {})
 
 
@@ -14678,11 +15343,15 @@ def wrong_verb(failure, request, response) -> str:
     return json_text(error_body(Error(f'{request.method} is not for this address; use {use}')))
 
 
+def request_name(environ: dict) -> str:
+    """The name that a request came with, or a new one."""
+    name = environ.get('HTTP_X_REQUEST_ID', '')
+    return name if re.fullmatch('[A-Za-z0-9._-]{1,64}', name) else f'req-{uuid.uuid4()}'
+
+
 def name_request(request, response) -> None:
     """Gives an answer the name that its request came with, or a new one, under which logs tell of it."""
-    name = request.environ.get('HTTP_X_REQUEST_ID', '')
-    if not re.fullmatch('[A-Za-z0-9._-]{1,64}', name):
-        name = f'req-{uuid.uuid4()}'
+    name = request.environ.get('cmres.request_id') or request_name(request.environ)
     for header in ('X-Request-Id', 'X-Openstack-Request-Id'):
         response.set_header(header, name)
 
@@ -14697,15 +15366,50 @@ def plain_path(environ: dict) -> None:
     environ['PATH_INFO'] = environ['PATH_INFO'].rstrip('/') or '/'
 
 
-def who_asks(request, visitor: Callable | None = None) -> Actor:
+def who_asks(service: Reservations, request, visitor: Callable | None = None) -> Actor:
     """Whose token a request has; who only reads may have signed in to the page instead."""
-    token = bearer(request)
-    if not token and visitor and request.method in ('GET', 'HEAD') and (actor := visitor(request)):
+    secret = bearer(request)
+    if not secret and visitor and request.method in ('GET', 'HEAD') and (actor := visitor(request)):
         return actor
-    if not token:
+    if not secret:
         raise Unauthorized('a token is needed: Authorization: Bearer TOKEN; an admin makes one '
                            'with: token add USER')
-    return actor_of(token)
+    try:
+        found = token_of(secret, service.clock())
+    except Unauthorized:
+        note_wrong(service, request.environ)
+        raise
+    note_caller(service, request.environ, found)
+    return bearer_of(found)
+
+
+def note_caller(service: Reservations, environ: dict, found) -> None:
+    """Notes of a request who sends it; TooMany if they do so too often."""
+    environ['cmres.token'] = found
+    USES.note(found.id, service.clock())
+    if found.role != ADMIN:  # theirs are the programs of the operator, such as Nova's filter
+        name = f'{found.project}/{found.user}'
+        service.shares.rates.take('requests_per_user', name)
+        service.shares.rates.look('mib_per_user', name)
+
+
+def note_wrong(service: Reservations, environ: dict) -> None:
+    """Notes a wrong token of an address; TooMany if many come from there."""
+    address = environ.get('cmres.address', '')
+    METRICS.count('wrong_tokens_total')
+    service.shares.wrong[address] += 1
+    service.shares.rates.take('wrong_tokens', address)
+
+
+def while_there(environ: dict) -> Callable[[], None]:
+    """What is asked before a change is written: whether its client has hung up meanwhile."""
+    gone = environ.get('waitress.client_disconnected', lambda: False)
+
+    def check() -> None:
+        if gone():
+            METRICS.count('hung_up_total')
+            raise Unavailable('the client has hung up, so nothing was changed')
+    return check
 
 
 def bearer(request) -> str:
@@ -14777,6 +15481,247 @@ def given_once(*sources: dict) -> dict:
                 raise Invalid(f'{name} is given twice: {shown(given[name])} and {shown(value)}')
             given[name] = value
     return given
+
+
+# Gate ########################################################################
+#
+# What stands before REST and the page: whose address a request is from, whether it asks too often,
+# what is counted, and its line in the log. It never sees what is asked, and writes no address that
+# could be a secret.
+
+METRICS_PATH = '/metrics'
+QUIET = ('/healthz', '/readyz', METRICS_PATH)  # programs ask for them all the time
+#: Where proxies tell of their clients; nobody behind this gate reads it.
+FORWARDED = ('HTTP_X_FORWARDED_FOR', 'HTTP_X_FORWARDED_HOST', 'HTTP_X_FORWARDED_PROTO',
+             'HTTP_X_FORWARDED_PORT', 'HTTP_X_FORWARDED_BY', 'HTTP_FORWARDED')
+END_IS_NEAR = 14 * DAY  # then answers tell that a token ends
+
+
+class Gate:
+    """The WSGI application before that of a service; `cycle` is the life cycle of this process."""
+
+    def __init__(self, app: Callable, service: Reservations, cycle: LifeCycle | None = None):
+        self.app, self.service, self.cycle = app, service, cycle
+        self.operations = {(verb, (BASE + path).rstrip('/')): operation.name
+                           for operation in API.values() for verb, path, _ in operation.routes}
+        self.store = StoreMetrics(service, cycle)
+
+    def __call__(self, environ: dict, start_response: Callable) -> Iterable[bytes]:
+        began, answer = time.monotonic(), Reply(environ, start_response)
+        environ['cmres.address'] = address = self.address(environ)
+        environ['cmres.began'] = began
+        environ['cmres.request_id'] = request_name(environ)
+        try:
+            self.service.shares.rates.take('requests_per_address', address)
+            self.service.shares.rates.look('mib_per_address', address)
+            if environ['PATH_INFO'] == METRICS_PATH:
+                body = self.metrics(environ, answer)
+            else:
+                body = self.app(environ, answer.begin)
+        except Error as error:
+            body = answer.refuse(error)
+        return Counting(body, lambda sent: self.finish(environ, answer, began, sent))
+
+    def address(self, environ: dict) -> str:
+        """Who asks, for limits and the log: the peer, or what a trusted proxy says last."""
+        peer = environ.get('REMOTE_ADDR', '')
+        said = environ.get('HTTP_X_FORWARDED_FOR', '').rpartition(',')[2].strip()
+        for name in FORWARDED:
+            environ.pop(name, None)
+        trusted = said and self.service.config.is_proxy(peer)
+        return network_of(said) or network_of(peer) if trusted else network_of(peer)
+
+    def metrics(self, environ: dict, answer: Reply) -> Iterable[bytes]:
+        """What Prometheus reads.
+
+        Raises:
+          NotFound: the operator wants none.
+          Forbidden: it needs the token of an admin.
+        """
+        allowed = self.service.config.metrics
+        if allowed == 'off':
+            raise NotFound('there are no metrics here; the setting `metrics` can allow them')
+        if allowed != 'open':
+            import bottle
+            with db.connection_context():
+                asks = who_asks(self.service, bottle.LocalRequest(environ))
+            if asks.role != ADMIN or asks.scopes - {'read'} or asks.resource is not None:
+                raise Forbidden("metrics need an admin's token; it may have the scope read")
+        text = exposition(self.store.samples()).encode()
+        return answer.say(200, text, 'text/plain; version=0.0.4; charset=utf-8')
+
+    def finish(self, environ: dict, answer: Reply, began: float, sent: int) -> None:
+        """Counts a request that is answered, and writes its line."""
+        operation, took = self.operation(environ), time.monotonic() - began
+        token, received = environ.get('cmres.token'), int(environ.get('CONTENT_LENGTH') or 0)
+        METRICS.count('requests_total', operation=operation, status=f'{answer.status}')
+        METRICS.observe('request_seconds', took, operation=operation)
+        rates, mib = self.service.shares.rates, (sent + received) / 2**20
+        rates.add('mib_per_address', environ['cmres.address'], mib)
+        if token and token.role != ADMIN:
+            rates.add('mib_per_user', f'{token.project}/{token.user}', mib)
+        if self.service.config.log_requests and not (
+                environ['PATH_INFO'] in QUIET and answer.status < 400):
+            told_fields(log_requests, 'request', id=environ['cmres.request_id'],
+                        address=environ['cmres.address'], user=token and token.user,
+                        project=token and token.project, token=token and token.id,
+                        method=environ['REQUEST_METHOD'][:16], operation=operation,
+                        status=answer.status, ms=round(1000 * took, 1), bytes=sent)
+
+    def operation(self, environ: dict) -> str:
+        """What a request asked for: the name of an operation, else the rule of a page, else -."""
+        if environ['PATH_INFO'] in QUIET:
+            return environ['PATH_INFO'][1:]
+        rule = getattr(environ.get('bottle.route'), 'rule', '-')
+        verb = environ['REQUEST_METHOD']
+        return self.operations.get(('GET' if verb == 'HEAD' else verb, rule), rule)
+
+
+class Reply:
+    """How one request is answered, as far as the gate has a say in it."""
+
+    def __init__(self, environ: dict, start_response: Callable):
+        self.environ, self.start_response, self.status = environ, start_response, 0
+
+    def begin(self, status: str, headers: list, exc_info=None):
+        """Begins an answer, with what has to be said beside it."""
+        self.status = int(status[:3])
+        names = {name.lower() for name, _ in headers}
+        also = [(name, value) for name, value in self.also() if name.lower() not in names]
+        return self.start_response(status, headers + also, *([exc_info] if exc_info else []))
+
+    def also(self) -> Iterator[tuple[str, str]]:
+        """Headers that this answer needs."""
+        yield 'X-Request-Id', self.environ['cmres.request_id']
+        if self.status in (429, 503):
+            yield 'Retry-After', f"{self.environ.get('cmres.retry_after', RETRY)}"
+        token = self.environ.get('cmres.token')
+        if token and token.ends is not None and token.ends < time.time() + END_IS_NEAR:
+            yield 'X-Cmres-Token-Ends', f"{token.id} {to_plain(instant(token.ends))}"
+
+    def refuse(self, error: Error) -> list[bytes]:
+        note_wait(self.environ, error)
+        return self.say(error.status, json_text(error_body(error)).encode(), 'application/json')
+
+    def say(self, status: int, body: bytes, kind: str) -> list[bytes]:
+        """A whole answer."""
+        from http.client import responses
+        challenge = [('WWW-Authenticate', 'Bearer')] if status == 401 else []
+        self.begin(f'{status} {responses[status]}', [
+            ('Content-Type', kind), ('Content-Length', f'{len(body)}'), *challenge])
+        return [body]
+
+
+class Counting:
+    """A body that tells how many bytes were sent of it, once it is closed."""
+
+    def __init__(self, body: Iterable[bytes], end: Callable[[int], None]):
+        self.body, self.end, self.sent = body, end, 0
+
+    def __iter__(self) -> Iterator[bytes]:
+        for each in self.body:
+            self.sent += len(each)
+            yield each
+
+    def __len__(self) -> int:
+        return len(self.body)
+
+    def close(self) -> None:
+        with suppress(AttributeError):
+            self.body.close()
+        self.end(self.sent)
+
+
+def network_of(text: str) -> str:
+    """What limits count an address under: itself, or of IPv6 the network; '' if it is none."""
+    import ipaddress
+    try:
+        found = ipaddress.ip_address(text.partition('%')[0])
+    except ValueError:
+        return ''
+    found = getattr(found, 'ipv4_mapped', None) or found
+    return f'{found}' if found.version == 4 else f'{ipaddress.ip_network((found, 64), strict=False)}'
+
+
+class StoreMetrics:
+    """What /metrics tells beside what is counted: how the store and the life cycle stand."""
+
+    def __init__(self, service: Reservations, cycle: LifeCycle | None):
+        self.service, self.cycle, self.lock = service, cycle, threading.Lock()
+        self.seen: int | None = None  # the last event that was counted
+
+    def samples(self) -> list[tuple]:
+        """Samples of all that is measured; without the store, where that can't be read."""
+        with self.lock, db.connection_context():
+            try:
+                self.count_events()
+                found = [*self.of_store(), *self.of_resources()]
+            except (Unavailable, *STORE_ERRORS) as error:
+                log.warning('no metrics of the store: %s', trouble(error) or error)
+                found = []
+            return [*METRICS.samples(), *found, *self.of_process()]
+
+    def count_events(self) -> None:
+        """Counts the events that came since the last time, be they of another process."""
+        newest = row('SELECT max(id) AS id FROM event').id or 0
+        if self.seen is not None:
+            for code, number in run('SELECT code, count(*) FROM event WHERE id > ? AND id <= ? '
+                                    'GROUP BY code', self.seen, newest).fetchall():
+                METRICS.count('events_total', number, code=code)
+        self.seen = newest
+
+    def of_store(self) -> Iterator[tuple]:
+        """What is counted by few rows of the store."""
+        now = self.service.clock()
+        for name, which in (('waiting', 'reservation WHERE waiting IS NOT NULL'),
+                            ('pending', 'reservation WHERE pending IS NOT NULL')):
+            yield f'reservations_{name}', (), run(f'SELECT count(*) FROM {which}').fetchone()[0]
+        number, oldest = run('SELECT count(*), min(due) FROM outbox WHERE due IS NOT NULL').fetchone()
+        yield 'notices_waiting', (), number
+        yield 'notice_age_seconds', (), max(now - (now if oldest is None else oldest), 0)
+        for account, state, number in run('SELECT account, state, count(*) FROM server '
+                                          "WHERE state <> 'deleted' GROUP BY 1, 2").fetchall():
+            yield 'servers', (('cloud', account), ('state', state)), number
+        if lease := row('SELECT holder, until FROM lease'):
+            renewed = lease.until - self.service.config.lease
+            yield 'pass_age_seconds', (), max(now - renewed, 0)
+            if lease.until > now:
+                yield 'leader', (('host', lease.holder.partition(':')[0]),), 1
+        yield 'store_damaged', (), int('"ok"' not in (fact('checked') or '"ok"'))
+
+    def of_resources(self) -> Iterator[tuple]:
+        """What each resource has, and how much of it is reserved now."""
+        now = self.service.clock()
+        for each in rows('SELECT * FROM resource WHERE removed IS NULL ORDER BY name'):
+            most, classes = capacity(each), read_json(each.classes)
+            used = level(each.id, now, classes)
+            for name, value in (*zip(FIGURES, used), *used.classes):
+                yield 'used', (('resource', each.name), ('class', name)), value
+            for name, value in (*zip(FIGURES, most), *classes.items()):
+                if value is not None and value >= 0:
+                    yield 'capacity', (('resource', each.name), ('class', name)), value
+
+    def of_process(self) -> Iterator[tuple]:
+        """What is measured without the store."""
+        yield 'version', (('version', __version__),), 1
+        yield 'resident_bytes', (), resident()
+        path = self.service.config.database
+        sizes = [os.path.getsize(each) for each in (path, f'{path}-wal') if os.path.exists(each)]
+        yield 'store_bytes', (), sum(sizes)
+        yield 'disk_free_bytes', (), disk_free(path)
+        for account, breaker in [*self.cycle.breakers.items()] if self.cycle else ():
+            left_alone = breaker.failures >= TRIPS or breaker.until > self.service.clock()
+            yield 'cloud_left_alone', (('cloud', account),), int(left_alone)
+            yield 'cloud_failures', (('cloud', account),), breaker.failures
+
+
+def resident() -> int:
+    """The memory of this process in bytes; 0 where that can't be told."""
+    try:
+        with open('/proc/self/statm', encoding='ascii') as file:
+            return int(file.read().split()[1]) * os.sysconf('SC_PAGE_SIZE')
+    except OSError:
+        return 0
 
 
 # Page ########################################################################
@@ -15540,7 +16485,7 @@ data-name="Ready">{{late(each)}}</td>
 ''', 'form': '''
 <details class="card"><summary>{{title}}</summary>
 <form method="post" action="/do/{{operation}}">{{!visit.guard}}<input type="hidden" name="next"
-value="/admin">
+value="{{visit.home}}">
 <input type="hidden" name="once" value="{{once}}">
 <p class="soft small">{{summary}}</p><div class="fields">
 % for name, words, required, choices in fields:
@@ -15576,6 +16521,7 @@ DEEDS = {'extend': ('Extend', ('by', 'by', '+1h'), False),
          'accept': ('Accept', None, False),
          'approve': ('Approve', None, False), 'reject': ('Reject', ('reason', 'because', ''), True),
          'maintenance_delete': ('Call off', None, True), 'token_revoke': ('Revoke', None, True),
+         'token_renew': ('Renew', None, False),
          'limit_delete': ('Take away', None, True), 'resource_delete': ('Remove', None, True)}
 ASKS = ('delete', 'resource_delete', 'token_revoke')  # what is asked for twice
 SECRET = {'token', 'feed'}  # fields of answers: shown in the answer itself, and kept nowhere
@@ -15593,9 +16539,11 @@ FORMS = {'resource_add': ('name', 'cloud', 'region', 'aggregate', 'vms', 'vcpus'
          'limit_add': ('project', 'user', 'resource', 'most_vms', 'longest', 'ahead',
                        'least_notice', 'vcpu_hours',
                        'waiting', 'exempt'),
-         'token_add': ('user', 'project', 'role')}
-# of those fields
-CHOICES = {'mode': ('', 'open', *MODES), 'then': THEN, 'role': (USER, READER, ADMIN)}
+         'token_add': ('user', 'project', 'role', 'purpose', 'lasts', 'scopes', 'resource')}
+#: Of those fields; the first of them is what is meant unless one is chosen.
+PICKS = {'mode': ('', 'open', *MODES), 'then': THEN, 'role': ('', USER, READER, ADMIN),
+         'scopes': ('', *SCOPES)}
+TOKEN_COLUMNS = 'id user project role purpose scopes resource added ends last_used'
 TITLES = {'resource_add': 'Add a resource', 'resource_update': 'Change a resource',
           'token_add': 'Make a token',
           'maintenance_add': 'Plan a maintenance', 'limit_add': 'Set a limit'}
@@ -15694,15 +16642,20 @@ class Visit:
     form: str       # what a form of theirs must carry
 
     @property
+    def home(self) -> str:
+        """Where what they look after is listed."""
+        return '/admin' if self.actor.role == ADMIN else '/tokens'
+
+    @property
     def writes(self) -> bool:
         """Whether they may change anything at all."""
-        return self.actor is not None and self.actor.role != READER
+        return self.actor is not None and self.actor.role != READER and not self.actor.scopes
 
     @property
     def links(self) -> list[tuple[str, str]]:
         """The pages that this person has a use for."""
         return [('/', 'Plan'), ('/list', 'Reservations'),
-                *([('/book', 'Book')] if self.writes else []),
+                *([('/book', 'Book')] if self.writes else []), ('/tokens', 'Tokens'),
                 *([('/admin', 'Admin')] if self.actor.role == ADMIN else [])]
 
     @property
@@ -15766,7 +16719,8 @@ class Visit:
             if name == 'delete':
                 words += ' this one' if occurrence else ' all' if line.get('tz') else ''
         else:
-            fields, onward = {key: line[key] for key in ('name', 'id') if key in line}, '/admin'
+            fields = {key: line[key] for key in ('name', 'id') if key in line}
+            onward = self.home
             fields = dict([next(iter(fields.items()))])
         field = field if wide or name in ('extend', 'keep') else None
         return render_page('deed', visit=self, operation=name, fields=fields | {'next': onward},
@@ -15832,7 +16786,8 @@ class Pages:
         self.service = service
         self.names = CloudNames(service.clouds)
         self.sent: deque[str] = deque(maxlen=1000)  # forms that were sent, by their numbers
-        self.key = read_key(key_file(service.config.database, service.config.key))
+        self.key_file = key_file(service.config.database, service.config.key)
+        self.read: tuple = (None, [])  # the stamp of that file, and what was in it
 
     def mount(self, app) -> None:
         """Gives an application the addresses of all pages."""
@@ -15840,7 +16795,8 @@ class Pages:
                 ('GET', '/', self.plan), ('GET', '/list', self.list), ('GET', '/book', self.book),
                 ('POST', '/book', self.add), ('GET', '/book/check', self.check),
                 ('GET', '/r/<label>', self.reservation), ('GET', '/r/<label>/live', self.live),
-                ('GET', '/admin', self.admin), ('GET', '/docs', self.docs), ('POST', '/do/<name>', self.do)):
+                ('GET', '/admin', self.admin), ('GET', '/tokens', self.tokens),
+                ('GET', '/docs', self.docs), ('POST', '/do/<name>', self.do)):
             app.route(path, verb, self.visited(handle))
         for verb, path, handle in (('GET', '/sign-in', self.ask),
                                    ('POST', '/sign-in', self.sign_in),
@@ -15865,10 +16821,18 @@ class Pages:
 
     # Who visits
 
-    def sign(self, purpose: str, text: str) -> str:
+    @property
+    def keys(self) -> list[bytes]:
+        """What we sign with, the newest first; another process may have made a new one."""
+        stamp = file_stamp(self.key_file)
+        if stamp and stamp != self.read[0]:
+            self.read = stamp, read_keys(self.key_file)
+        return self.read[1]
+
+    def sign(self, purpose: str, text: str, key: bytes = b'') -> str:
         """What only we can know of a text, for one purpose."""
         import hmac
-        return hmac.new(self.key, f'{purpose}\0{text}'.encode(), 'sha256').hexdigest()
+        return hmac.new(key or self.keys[0], f'{purpose}\0{text}'.encode(), 'sha256').hexdigest()
 
     def signed(self, purpose: str, text: str) -> str:
         """A text with its signature."""
@@ -15877,23 +16841,26 @@ class Pages:
     def unsigned(self, purpose: str, text: str) -> str | None:
         """What was signed, if it was by us, for this."""
         said, _, sign = text.rpartition('.')
-        return (said if secrets.compare_digest(sign.encode(), self.sign(purpose, said).encode())
-                else None)
+        ours = [secrets.compare_digest(sign.encode(), self.sign(purpose, said, key).encode())
+                for key in self.keys]
+        return said if any(ours) else None
 
     def visit(self, request) -> Visit:
         """Who sends a request: by the cookie of a session that lasts, of a token in force."""
         session = hashed(self.unsigned('session', request.get_cookie('cmres') or '') or '')
-        found = row('SELECT t.user, t.project, t.role, t.id '
-                    'FROM session s JOIN token t ON t.id = s.token_id '
-                    'WHERE s.hash = ? AND s.until > ? AND t.revoked IS NULL',
-                    session, int(self.service.clock()))
-        actor = Actor(*found[:3]) if found else None
+        now = self.service.clock()
+        found = row(f'{TOKEN} JOIN session s ON s.token_id = t.id '
+                    f'WHERE s.hash = ? AND s.until > ? AND {IN_FORCE}', session, int(now), now)
+        actor = bearer_of(found) if found else None
+        if found:
+            note_caller(self.service, request.environ, found)
         try:
             zone = read_zone(unquote(request.get_cookie('zone') or '')
                              or self.service.config.timezone)
         except Invalid:
             zone = self.service.config.zone
         service = self.service.acting(actor or Actor('', '', READER))
+        service.wanted = while_there(request.environ)
         # sentences speak in the person's zone
         service.config = dataclasses.replace(service.config, timezone=zone.key)
         form = self.sign('form', f'{found.id}' if found else '')
@@ -15928,6 +16895,8 @@ class Pages:
 
     def refusal(self, visit: Visit, error: Error, back: str):
         """The page that says what could not be done."""
+        import bottle
+        note_wait(bottle.request.environ, error)
         return self.page(visit, 'Refused', render_page('refused', sentence=str(error), back=back),
                          error.status)
 
@@ -15977,10 +16946,13 @@ class Pages:
 
     def sign_in(self, visit: Visit, given: dict):
         """Signs in by a token, for as long as `signed_in` says."""
+        import bottle
         token = given.get('token', '').strip()
         try:
-            actor_of(token)
-        except Unauthorized as error:
+            self.refuse_programs(actor := actor_of(token, self.service.clock()))
+        except (Unauthorized, Forbidden) as error:
+            if isinstance(error, Unauthorized):
+                note_wrong(self.service, bottle.request.environ)
             return self.page(visit, 'Sign in', render_page(
                 'sign in', refusal=str(error), back=local(given.get('next'))), 401)
         session, lasts = secrets.token_urlsafe(24), self.service.config.signed_in
@@ -15990,8 +16962,18 @@ class Pages:
             run('INSERT INTO session (hash, token_id, until) '
                 'SELECT ?, id, ? FROM token WHERE hash = ?',
                 hashed(session), int(self.service.clock() + lasts), hashed(token))
+            where = bottle.request.environ.get('cmres.address') or 'an unknown address'
+            journal(self.service.config, self.service.clock(), actor.user, 'signed_in',
+                    f'{actor.user} in {actor.project} signed in from {where}')
+        METRICS.count('sign_ins_total')
         self.set_cookie(made, 'cmres', self.signed('session', session), int(lasts))
         return made
+
+    def refuse_programs(self, actor: Actor) -> None:
+        """Forbidden for a token that is good for less than pages show."""
+        if actor.scopes - {'read'} or actor.resource is not None:
+            raise Forbidden('this token is for a program: it is good for a few operations only. '
+                            'Sign in with another')
 
     def sign_out(self, visit: Visit, given: dict):
         """Ends the session, also for whoever has a copy of its cookie."""
@@ -16340,7 +17322,9 @@ class Pages:
     def admin(self, visit: Visit, given: dict):
         """What an operator looks after."""
         service = visit.service
-        # which is for admins alone
+        if visit.actor.role != ADMIN:
+            raise Forbidden('this page needs the role admin; '
+                            f'{visit.actor.user} is {visit.actor.role}')
         tokens = [each for each in service.token_list() if not each['revoked']]
         late = service.punctuality()
         sections = (
@@ -16355,7 +17339,7 @@ class Pages:
              ('approve', 'reject'), ()),
             ('Waiting', service.list(state=['waiting']),
              'label user project resource vms start end', ('delete',), ()),
-            ('Tokens', tokens, 'id user project role added', ('token_revoke',), ('token_add',)),
+            ('Tokens', tokens, TOKEN_COLUMNS, ('token_revoke',), ('token_add',)),
             ('Limits', service.limit_list(),
              'id project user resource most_vms longest ahead least_notice vcpu_hours '
              'waiting exempt', ('limit_delete',), ('limit_add',)),
@@ -16364,6 +17348,16 @@ class Pages:
              'begun_worst ready_median ready_95 ready_worst tried_again', (), ()),
             ('Failed', late['failed'], 'cloud label name tries planned fault', (), ()))
         return self.page(visit, 'Admin', '\n'.join(self.section(visit, *each) for each in sections))
+
+    def tokens(self, visit: Visit, given: dict):
+        """One's own tokens: what for, until when; made, renewed and revoked here."""
+        me = (visit.actor.user, visit.actor.project)
+        own = [each for each in visit.service.token_list()
+               if not each['revoked'] and (each['user'], each['project']) == me]
+        deeds = () if visit.actor.scopes else ('token_renew', 'token_revoke')
+        forms = () if visit.actor.scopes else ('token_add',)
+        return self.page(visit, 'Tokens', self.section(
+            visit, 'Your tokens', own, TOKEN_COLUMNS, deeds, forms))
 
     def section(self, visit: Visit, name: str, lines: list, columns: str, deeds: tuple,
                 forms: tuple) -> str:
@@ -16374,7 +17368,7 @@ class Pages:
             'form', visit=visit, operation=each, title=TITLES[each], summary=API[each].summary,
             once=secrets.token_hex(8), fields=[
                 (field, WORDS[field], API[each].parameters[field].default is REQUIRED,
-                 CHOICES.get(field))
+                 PICKS.get(field))
                 for field in FORMS[each]])
             for each in forms)
 
@@ -16630,6 +17624,273 @@ def web(service: Reservations):
     return app
 
 
+# Serving #####################################################################
+#
+# What `serve` does beside answering: it bounds connections, ends in good order, tells systemd how it
+# is, reads settings again, and writes down now and then what was counted meanwhile.
+
+EVERY = 5            # seconds between two rounds of the housekeeper
+AUDIT_EVERY = 60     # seconds between two events that tell of wrong tokens
+MOST_ADDRESSES = 10  # that one such event names
+#: What is read once: sockets, threads, files and what hangs on them.
+FIXED = frozenset(
+    'database key host port threads slow_per_user slow_per_target outside_timeout url token timezone '
+    'workers call_timeout sweep verify_every connections'.split())
+#: Settings that only their owner may read.
+SECRETS = frozenset(('token', 'webhook', 'webhook_secret'))
+
+
+class Connections:
+    """The open connections, the oldest first. Where there are too many, the oldest idle one goes.
+
+    Whoever comes last is let in: so an address that opens thousands of them loses only its own.
+    """
+
+    def __init__(self, config: Config):
+        self.config = config
+        self.all: dict = {}
+        self.of: dict[str, dict] = defaultdict(dict)
+
+    def add(self, channel, peer: str) -> None:
+        """Notes a new connection from an address, and closes the one that is too many."""
+        channel.peer = peer
+        for setting, those in (('connections_per_address', self.of[peer]), ('connections', self.all)):
+            those[channel] = None
+            if len(those) > getattr(self.config, setting):
+                self.close_one(those, setting)
+
+    def close_one(self, those: dict, setting: str) -> None:
+        """Closes the oldest connection on which nothing is being answered."""
+        channel = next(each for each in those if not each.requests)  # at least the newest
+        METRICS.count('connections_closed_total', setting=setting)
+        self.drop(channel)
+        channel.will_close = True
+        hang_up(channel.socket)  # so that it is looked at, also if its client reads nothing
+
+    def drop(self, channel) -> None:
+        """Forgets a connection that is closed."""
+        self.all.pop(channel, None)
+        mine = self.of.get(channel.peer, {})
+        mine.pop(channel, None)
+        if not mine:
+            self.of.pop(channel.peer, None)
+
+
+def channels_in(connections: Connections) -> type:
+    """waitress' kind of connection, which says when it begins and ends."""
+    from waitress.channel import HTTPChannel
+
+    class Channel(HTTPChannel):
+        peer = ''
+
+        def __init__(self, server, sock, addr, adj, map=None):
+            super().__init__(server, sock, addr, adj, map=map)
+            connections.add(self, network_of(addr[0]))
+
+        def del_channel(self, map=None):
+            super().del_channel(map)
+            connections.drop(self)
+    return Channel
+
+
+class Front:
+    """The sockets of a server, from its first turn until the last answer is sent."""
+
+    def __init__(self, app: Callable, config: Config):
+        import waitress
+        allow_files(config.connections + 500)
+        self.config, self.turned = config, time.monotonic()
+        self.leaving = threading.Event()
+        self.server = waitress.create_server(
+            app, host=config.host, port=config.port, asyncore_use_poll=True,
+            _dispatcher=fair_dispatcher(config.threads),
+            connection_limit=config.connections + 100, max_request_body_size=4 * MOST_ICS, ident=None,
+            channel_request_lookahead=1, clear_untrusted_proxy_headers=False)
+        self.port = getattr(self.server, 'effective_port', config.port)
+        self.sockets = getattr(self.server, 'map', None) or self.server._map
+        self.doors = [each for each in self.sockets.values() if getattr(each, 'accepting', False)]
+        kind = channels_in(Connections(config))
+        for each in self.doors:
+            each.channel_class = kind
+
+    def leave(self) -> None:
+        """Lets the server end; the second time at once."""
+        if self.leaving.is_set():
+            raise SystemExit(0)
+        self.leaving.set()
+        self.doors[0].pull_trigger()
+
+    def turn(self) -> None:
+        """Reads and writes what can be, for a second at most."""
+        self.turned = time.monotonic()
+        self.server.asyncore.loop(1, True, self.sockets, 1)
+
+    def run(self) -> None:
+        """Serves until it is to leave, and then until all is answered, or `drain` is over."""
+        while not self.leaving.is_set():
+            self.turn()
+        tell_systemd('STOPPING=1')
+        for each in self.doors:
+            self.server.asyncore.dispatcher.close(each)
+        until = time.monotonic() + self.config.drain
+        while (busy := self.busy()) and time.monotonic() < until:
+            self.turn()
+        if busy:
+            log.warning('%d requests were not answered within %g seconds', busy, self.config.drain)
+        self.server.task_dispatcher.shutdown(timeout=0 if busy else 5)
+        self.server.asyncore.close_all(self.sockets, ignore_all=True)
+
+    def busy(self) -> int:
+        """How many connections have something to be answered; the others are closed."""
+        found = [each for each in self.sockets.values() if hasattr(each, 'requests')]
+        for each in found:
+            each.will_close = each.will_close or not (each.requests or each.total_outbufs_len)
+        return sum(not each.will_close for each in found)
+
+
+def allow_files(number: int) -> None:
+    """Lets this process open so many files, as far as it may."""
+    import resource
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = number if hard == resource.RLIM_INFINITY else min(number, hard)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+
+
+def tell_systemd(text: str, environ: dict = os.environ) -> None:
+    """Tells systemd how this service is, if that has started it (sd_notify)."""
+    path = environ.get('NOTIFY_SOCKET', '')
+    if path:
+        with suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as line:
+            line.sendto(text.encode(), '\0' + path[1:] if path.startswith('@') else path)
+
+
+def watchdog_pause(environ: dict = os.environ) -> float:
+    """The seconds within which systemd wants a sign of life; 0 if it wants none of this process."""
+    mine = environ.get('WATCHDOG_PID', f'{os.getpid()}') == f'{os.getpid()}'
+    return int(environ.get('WATCHDOG_USEC', 0)) / 10**6 if mine else 0
+
+
+class Housekeeper(threading.Thread):
+    """Does now and then what no request waits for; what goes wrong is tried again the next time."""
+
+    def __init__(self, service: Reservations, cycle: LifeCycle | None = None,
+                 front: Front | None = None):
+        super().__init__(name='housekeeper', daemon=True)
+        self.service, self.cycle, self.front = service, cycle, front
+        self.wake, self.stop, self.again = threading.Event(), False, False
+        self.audited = time.monotonic()
+        self.pause = min(EVERY, watchdog_pause() / 3 or EVERY)
+
+    def end(self) -> None:
+        """Ends it, when what it has in hand is done."""
+        self.stop = True
+        self.wake.set()
+        self.join(30)
+
+    def read_again(self) -> None:
+        """Lets it read the settings again; for a handler of signals."""
+        self.again = True
+        self.wake.set()
+
+    def run(self) -> None:
+        while not self.stop:
+            self.wake.wait(self.pause)
+            self.wake.clear()
+            self.round()
+        self.guarded(self.audit)
+
+    def round(self) -> None:
+        """One round of all that there is to do."""
+        if self.again:
+            self.again = False
+            self.guarded(self.settings)
+        self.guarded(USES.write)
+        if time.monotonic() >= self.audited + AUDIT_EVERY:
+            self.audited = time.monotonic()
+            self.guarded(self.audit)
+        if self.is_well():
+            tell_systemd('WATCHDOG=1')
+
+    def guarded(self, deed: Callable[[], None]) -> None:
+        try:
+            with db.connection_context():
+                deed()
+        except Exception as error:  # of any kind: the next round comes
+            log.warning('the housekeeper failed: %s', trouble(error) or error)
+
+    def is_well(self) -> bool:
+        """Whether requests are taken and passes are made."""
+        answers = self.front is None or time.monotonic() < self.front.turned + LATE
+        return answers and (self.cycle is None or self.cycle.age() < LATE)
+
+    def audit(self) -> None:
+        """Writes down where wrong tokens came from since the last time: one event for all."""
+        wrong, self.service.shares.wrong = self.service.shares.wrong, Counter()
+        if not wrong:
+            return
+        worst = ', '.join(f'{number} from {address or "somewhere"}'
+                          for address, number in wrong.most_common(MOST_ADDRESSES))
+        more = len(wrong) - MOST_ADDRESSES
+        others = f', and from {more} other addresses' if more > 0 else ''
+        with transaction():
+            journal(self.service.config, self.service.clock(), 'cmres', 'wrong_token',
+                    f'{wrong.total()} wrong tokens: {worst}{others}')
+
+    def settings(self) -> None:
+        """Reads the settings again, and tells what has changed."""
+        tell_systemd(f'RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}')
+        try:
+            for line in read_settings_again(self.service.config):
+                log.info('settings: %s', line)
+        except Invalid as error:
+            log.warning('settings: %s; they stay as they were', error)
+        tell_systemd('READY=1')
+
+
+def read_settings_again(config: Config, environ: dict = os.environ) -> list[str]:
+    """Reads the settings again for all who share them.
+
+    Returns:
+      what has changed, and what would have but needs a restart.
+
+    Raises:
+      Invalid: they can't be read, so that nothing has changed.
+    """
+    new, told = load_config(config.path or None, environ), []
+    for name in (*SETTINGS, *(each for each in SECTIONS if each != 'cmres')):
+        before, after = getattr(config, name), getattr(new, name)
+        if before == after:
+            continue
+        if name in FIXED:
+            told += [f'{name} has changed and needs a restart'] if name in new.sources else []
+            continue
+        told.append(f'{name} is {shown_setting(new, name)} now' if name in SETTINGS else f'[{name}] has changed')
+        config.take(**{name: after})
+    config.take(sources=new.sources, stamp=new.stamp)
+    return told
+
+
+def shown_setting(config: Config, name: str) -> str:
+    """A setting as people may see it."""
+    value = getattr(config, name)
+    if name in SECRETS and value:
+        return 'set, and not shown'
+    return str(value).lower() if isinstance(value, bool) else f'{value:g}' if isinstance(value, float) else f'{value}'
+
+
+def note_start(service: Reservations, what: str) -> None:
+    """Writes down that a process has started, and with which settings."""
+    config = service.config
+    said = ', '.join(f'{name}={shown_setting(config, name)}' for name in SETTINGS if name in config.sources)
+    try:
+        with transaction():
+            journal(config, service.clock(), 'cmres', 'settings',
+                    f'{what} {__version__} has started; set: {said or "nothing"}')
+    except (Unavailable, *STORE_ERRORS) as error:
+        log.warning('the start was not written down: %s', trouble(error) or error)
+
+
 # Client ######################################################################
 
 
@@ -16644,6 +17905,7 @@ class Client:
 
     def __init__(self, url: str, token: str, timeout: float = 60):
         self.url, self.token, self.timeout = url.rstrip('/'), token, timeout
+        self.token_ends = ''  # its id and its end, if that is near
 
     def call(self, operation: Operation, given: dict):
         """One operation over HTTP.
@@ -16659,6 +17921,7 @@ class Client:
             if body:
                 request.add_header('Content-Type', 'application/json')
             with urlopen(request, timeout=self.timeout) as answer:
+                self.token_ends = answer.headers.get('X-Cmres-Token-Ends', '')
                 return as_answer(json.load(answer), operation.answers)
         except HTTPError as error:
             raise self.refusal(error) from None
@@ -16776,10 +18039,14 @@ GROUPS = {'resource': """What can be reserved: places and their capacities.
 
 Example:
   python cmres.py resource add india --cloud simulated --vms 40
-""", 'token': """Who may use the REST interface.
+""", 'token': """Who may use cmres: tokens for programs, and to sign in to the page.
 
 Example:
   python cmres.py token add eva --project biology --role user
+""", 'user': """People who leave.
+
+Example:
+  python cmres.py user end eva
 """, 'limit': """What projects and users may reserve at most.
 
 Example:
@@ -16792,6 +18059,18 @@ Example:
 
 Example:
   python cmres.py calendar feed
+""", 'config': """Settings: whether they are in order, and what is in force.
+
+Example:
+  python cmres.py config show
+""", 'event': """The event log as a whole; `events` shows some of it.
+
+Example:
+  python cmres.py event export --since 2027-01-01
+""", 'key': """The key that signs cookies; on this machine only.
+
+Example:
+  python cmres.py key rotate
 """, 'store': """The database file: copies, checks, migrations; on this machine only.
 
 Example:
@@ -16812,10 +18091,11 @@ Example:
   python cmres.py list
 '''
 
-FORMATS = ('table', 'json', 'csv', 'yaml')
+FORMATS = ('table', 'json', 'jsonl', 'csv', 'yaml')
 #: Other names that people give to options, and of which commands.
 ALSO = {'--from': ([], '--start'), '--to': ([], '--end'), '--by': (['report'], '--by-whom'),
-        '--aggregate': (['resource', 'sync'], '--aggregates')}
+        '--aggregate': (['resource', 'sync'], '--aggregates'),
+        '--for': (['token'], '--lasts'), '--name': (['token'], '--purpose')}
 
 #: What a table shows of answers that have more fields than a line has room for.
 COLUMNS = {'list': 'id label user project resource host vms flavor start end repeat state change fault',
@@ -16849,10 +18129,9 @@ def serve(config: Config, host: Name = '', port: int = None, noscheduler: bool =
     Example:
       python cmres.py serve --port 8080
     """
-    import waitress
-    in_utc()
+    in_utc(config)
     sys.setswitchinterval(NIMBLE)
-    config = dataclasses.replace(config, host=host or config.host, port=config.port if port is None else port)
+    config.take(host=host or config.host, port=config.port if port is None else port)
     told = prepared(config)
     if not os.path.exists(config.database):
         file = key_file(config.database, config.key)
@@ -16862,21 +18141,19 @@ def serve(config: Config, host: Name = '', port: int = None, noscheduler: bool =
     service = local_service(config, make=True)
     cycle = LifeCycle(config, service.clouds)
     service.wake, service.age = cycle.wake.set, None if noscheduler else cycle.age
+    acts = None if noscheduler else cycle
     try:
-        server = waitress.create_server(
-            web(service), host=config.host, port=config.port, connection_limit=1000,
-            _dispatcher=fair_dispatcher(config.threads),
-            asyncore_use_poll=True, max_request_body_size=4 * MOST_ICS, ident=None,
-            clear_untrusted_proxy_headers=True)
+        front = Front(Gate(web(service), service, acts), config)
     except (OSError, ValueError) as error:
-        raise Unavailable(f"can't listen on {config.host}:{config.port}: {error}; choose another with --port") from None
-    service.config = config = dataclasses.replace(config, port=getattr(server, 'effective_port', config.port))
+        raise Unavailable(f"can't listen on {config.host}:{config.port}: {error}; choose another "
+                          'with --port') from None
+    config.take(port=front.port)
     url = f'http://{config.host}:{config.port}'
     told += welcome(service, url) if demo else []
     print(f'cmres {__version__} serves {url} from {config.database}', *told, sep='\n', flush=True)
-    with running(cycle if not noscheduler else None):
-        server.run()
-        server.close()
+    note_start(service, 'serve')
+    with running(acts, Housekeeper(service, acts, front), front.leave):
+        front.run()
 
 
 def scheduler(config: Config) -> None:
@@ -16885,12 +18162,14 @@ def scheduler(config: Config) -> None:
     Example:
       python cmres.py scheduler
     """
-    in_utc()
+    in_utc(config)
     told = prepared(config)
     service = local_service(config)
     first = f'cmres {__version__} runs the life cycle of {config.database}'
     print(first, *told, sep='\n', flush=True)
-    with running(LifeCycle(config, service.clouds)) as stop:
+    note_start(service, 'scheduler')
+    cycle = LifeCycle(config, service.clouds)
+    with running(cycle, Housekeeper(service, cycle)) as stop:
         stop.wait()
 
 
@@ -16959,6 +18238,102 @@ def store_migrate(config: Config) -> dict:
     open_store(config.database, config.key)
     return done or {'database': config.database, 'version': latest_version(),
                     'result': 'nothing to do'}
+
+
+def key_rotate(config: Config) -> dict:
+    """Makes a new key for cookies; who has signed in by the one before stays so to the end of that.
+
+    Running processes take it at once. After a theft, say `user end` or stop cmres and take the
+    file away: then everybody signs in anew.
+
+    Example:
+      python cmres.py key rotate
+    """
+    refuse_missing(config)
+    file, until = key_file(config.database, config.key), int(time.time() + config.signed_in)
+    return {'file': file, 'keys': rotate_key(file, until), 'old_until': instant(until)}
+
+
+def config_show(config: Config) -> Rows:
+    """Lists all settings as they are in force, where each comes from, and which need a restart.
+
+    Secrets are not shown. `serve` and `scheduler` read the others again at SIGHUP.
+
+    Example:
+      python cmres.py config show
+    """
+    return [{'setting': name, 'value': shown_setting(config, name),
+             'from': config.sources.get(name, 'default'),
+             'change': 'restart' if name in FIXED else 'SIGHUP'} for name in SETTINGS]
+
+
+def config_check(config: Config) -> dict:
+    """Tells whether the settings are in order; exit code 2 if not. Nothing is made or changed.
+
+    Example:
+      python cmres.py config check --config /etc/cmres.ini
+    """
+    faults = [fault for check in CHECKS if (fault := check(config))]
+    if faults:
+        raise Invalid('; '.join(faults))
+    return {'file': config.path or 'none', 'set': len(config.sources), 'result': 'ok'}
+
+
+def fault_of_folder(config: Config) -> str:
+    folder = os.path.dirname(os.path.abspath(config.database))
+    fine = os.access(folder, os.W_OK | os.X_OK)
+    return '' if fine else f"database: can't write to its folder '{folder}'"
+
+
+def fault_of_key(config: Config) -> str:
+    file = key_file(config.database, config.key)
+    try:
+        if os.path.exists(file):
+            read_key(file)
+    except Unavailable as error:
+        return f'key: {error}'
+    return ''
+
+
+def fault_of_addresses(config: Config) -> str:
+    """A setting that is an address and isn't."""
+    wrong = [f"{name}: '{text}' is not an http(s) address" for name in ('url', 'address', 'webhook')
+             if (text := getattr(config, name)) and not re.fullmatch(WEB, text)]
+    port = config.mail_server.partition(':')[2]
+    if port and not port.isdecimal():
+        wrong.append(f"mail_server: '{config.mail_server}' is not HOST:PORT")
+    return '; '.join(wrong)
+
+
+def fault_of_credentials(config: Config) -> str:
+    """An entry of clouds.yaml that is named and isn't there."""
+    named = {each for each in config.credentials.values() if not each.startswith('simulated')}
+    if not named:
+        return ''
+    from openstack.config import OpenStackConfig
+    missing = sorted(named - {*OpenStackConfig().get_cloud_names()})
+    return f"[credentials]: clouds.yaml has no {', '.join(missing)}" if missing else ''
+
+
+CHECKS = (fault_of_folder, fault_of_key, fault_of_addresses, fault_of_credentials)
+
+
+def event_export(config: Config, since: When = None) -> None:
+    """Prints the whole event log, a line of JSON for each event, the oldest first.
+
+    `events export` and `journal export` are the same.
+
+    Example:
+      python cmres.py events export --since 2027-01-01 --format jsonl
+    """
+    service = Client(config.url, config.token) if config.url else local_service(config)
+    asked = {'since': since or FIRST}
+    while found := service.events(**asked, limit=EXPORTED):
+        print(''.join(map(json_text, found)), end='', flush=True)
+        asked = {'after': found[-1]['id']}
+
+
+EXPORTED = 1000  # events that are read at once
 
 
 def store_orphans(config: Config, delete: bool = False, adopt: bool = False) -> Rows:
@@ -17065,46 +18440,50 @@ complete -c cmres -f -a '(_CMRES_COMPLETE=1 cmres (commandline -opc)[2..-1] (com
 
 LOCAL = {each.__name__: Operation(each.__name__, each, ADMIN, [('POST', '', {})])
          for each in (serve, scheduler, tick, occurrences, store_backup, store_verify,
-                      store_restore, store_migrate, store_orphans, completion)}
+                      store_restore, store_migrate, store_orphans, completion, key_rotate,
+                      config_show, config_check, event_export)}
 
 
-class Visible(logging.Formatter):
-    """Lines of the log in which nothing is unseen."""
-
-    def format(self, record):
-        return legible(super().format(record))
-
-
-def in_utc() -> None:
+def in_utc(config: Config) -> None:
     """`schedule` reckons in local time, which stands still for an hour when summer ends."""
     os.environ['TZ'] = 'UTC'
     time.tzset()
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(Visible('%(asctime)sZ %(levelname)s %(message)s'))
+    handler.setFormatter(Lines(config.log_format))
     logging.basicConfig(level=logging.INFO, handlers=[handler])
+    log_calls.disabled = not config.log_requests
     logging.getLogger('waitress.queue').setLevel(logging.ERROR)  # it warns at every request that waits
 
 
 @contextmanager
-def running(cycle: LifeCycle | None) -> Iterator[threading.Event]:
-    """Runs a life cycle beside what follows; SIGTERM and Ctrl-C end both in good order."""
+def running(cycle: LifeCycle | None, keeper: Housekeeper,
+            leave: Callable[[], None] | None = None) -> Iterator[threading.Event]:
+    """Runs a life cycle and a housekeeper beside what follows; signals end all in good order.
+
+    Args:
+      leave: what SIGTERM and Ctrl-C call; without it they end what follows at once
+    """
     stop = threading.Event()
 
-    def leave(*_):
+    def end(*_):
         stop.set()
         raise SystemExit(0)
-    signal.signal(signal.SIGTERM, leave)
-    signal.signal(signal.SIGINT, leave)
+    for each in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(each, (lambda *_: leave()) if leave else end)
+    signal.signal(signal.SIGHUP, lambda *_: keeper.read_again())
     watch = cycle and threading.Thread(target=keep_running, args=(cycle, stop), name='watch')
     try:
+        keeper.start()
         if watch:
             watch.start()
+        tell_systemd('READY=1')
         yield stop
     finally:
         stop.set()
         if watch:
             watch.join()
         store_file.settle()
+        keeper.end()
 
 
 def keep_running(cycle: LifeCycle, stop: threading.Event, every: float = 5) -> None:
@@ -17262,6 +18641,8 @@ def take_options(argv: list[str], options: dict) -> list[str]:
             options['follow'] = True
         else:
             rest.append(word)
+    if rest[:2] in (['events', 'export'], ['journal', 'export']):
+        rest[:2] = ['event', 'export']
     if options.get('format', 'table') not in FORMATS:
         raise Invalid(f"--format: '{options['format']}' is none of {', '.join(FORMATS)}")
     return rest
@@ -17439,12 +18820,21 @@ def make(call: Call, config: Config, options: dict) -> str | None:
         time.sleep(2)
     answer = asked(**bound)
     text = render(answer, form, config.zone, table)
+    say_end(getattr(service, 'token_ends', ''), config.zone)
     if more := what_follows(operation, asked, bound, answer):
         say_more(more, form)
     if refused := nothing_taken(operation.name, answer):
         print(text)
         raise refused
     return text
+
+
+def say_end(told: str, zone: ZoneInfo) -> None:
+    """Tells on the error output that the token ends soon, as the server has said."""
+    id, _, at = told.partition(' ')
+    if at:
+        print(f'Your token {id} ends at {format_time(parse_time(at, zone), zone)}. '
+              f'Renew it: token renew {id} --for 90d', file=sys.stderr)
 
 
 CLEAR = '\x1b[H\x1b[2J'  # the cursor to its home, and the screen empty
@@ -17574,6 +18964,8 @@ def render(answer, form: str, zone: ZoneInfo, look: Look = Look()) -> str:
         answer = sorted_lines(answer, look.sort)
     if form == 'json':
         return json_text(answer, indent=2).rstrip('\n')
+    if form == 'jsonl':
+        return ''.join(map(json_text, answer if isinstance(answer, list) else [answer])).rstrip('\n')
     if form == 'yaml':
         return as_yaml(to_plain(answer))
     if form == 'csv':

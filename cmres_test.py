@@ -436,7 +436,8 @@ def folder(tmp_path, monkeypatch):
     return lambda name, text: (tmp_path / name).write_text(text, encoding='utf-8') and name
 
 
-OTHER = {str: 'Europe/Paris', int: '9', float: '0.5', bool: 'yes', 'common_names': 'key:course'}
+OTHER = {str: 'Europe/Paris', int: '9', float: '0.5', bool: 'yes', 'common_names': 'key:course',
+         'metrics': 'open', 'log_format': 'json', 'trusted_proxies': '10.0.0.0/8', 'connections': '99'}
 
 
 def test_without_anything_every_setting_has_its_default(folder):
@@ -3695,7 +3696,8 @@ WRITES = {
     'delete': {'label': 'lab'}, 'keep': {'label': 'on', 'until': '+1h'}, 'skip': {'label': 'lab'},
     'generate': {'count': 3}, 'resource_add': {'name': 'new', 'vms': 3}, 'resource_delete': {'name': 'india'},
     'resource_update': {'name': 'demo', 'vms': 1, 'force': True}, 'token_add': {'user': 'eva'},
-    'token_revoke': {'id': 1}, 'import_': {'file': calendar(event(
+    'token_revoke': {'id': 1}, 'token_renew': {'id': 1, 'lasts': '30d'}, 'user_end': {'user': 'zoe'},
+    'import_': {'file': calendar(event(
         'DTSTART:20261202T090000Z', 'DURATION:PT1H', 'LOCATION:2 x m1.tiny on demo')).decode()}, 'calendar_feed': {},
     'calendar_revoke': {'id': 1}, 'calendar_subscribe': {'url': 'http://127.0.0.1:9/bob.ics', 'resource': 'demo'},
     'calendar_unsubscribe': {'id': 1}, 'calendar_confirm': {'id': 1},
@@ -3715,6 +3717,7 @@ def furnished(world) -> World:
     """Makes that each of WRITES has something to change."""
     service = world.service
     service.token_add('root', 'default', 'admin')
+    service.token_add('zoe')
     service.resource_add('india')
     service.calendar_feed()
     service.calendar_subscribe('http://127.0.0.1:9/eva.ics')
@@ -9852,9 +9855,9 @@ def test_only_an_admin_reserves_for_others(world, service):
 
 
 ADMINS = {'limit_add', 'limit_delete', 'approve', 'reject', 'resource_capacity', 'maintenance_add',
-          'maintenance_delete', 'claim', 'resource_sync', 'resource_add', 'resource_update', 'resource_delete', 'token_add', 'token_list', 'token_revoke', 'check'}
+          'maintenance_delete', 'claim', 'resource_sync', 'resource_add', 'resource_update', 'resource_delete', 'user_end', 'check'}
 READERS = {'list', 'show', 'servers', 'duration', 'find', 'usage', 'events', 'resource_list', 'resource_show',
-           'punctuality', 'calendar_list', 'calendar_feed', 'limit_list', 'maintenance_list', 'report'}
+           'punctuality', 'calendar_list', 'calendar_feed', 'limit_list', 'maintenance_list', 'report', 'token_add', 'token_list', 'token_revoke', 'token_renew'}
 
 
 @pytest.mark.parametrize('name', API)
@@ -13508,6 +13511,373 @@ def test_what_computes_for_long_keeps_no_more_than_its_share(hanging, kind):
     assert ask('eva', 5).result()[0] in (200, 201) and not here.world.service.shares.taken
 
 
+# Tokens ######################################################################
+
+
+@pytest.fixture
+def eva(world):
+    """A user with a token, and REST as that token's holder."""
+    return Rest(world, world.service.token_add('eva', 'biology', lasts=timedelta(days=20))['token'])
+
+
+def test_a_token_ends_at_its_end_and_a_renewed_one_goes_on(world, eva):
+    assert eva.call('GET', '/resource/').json
+    world.service.token_renew(1, timedelta(days=30))
+    world.now += 25 * 86400
+    assert eva.call('GET', '/resource/').json
+    world.now += 5 * 86400
+    told = eva.call('GET', '/resource/', status=401).json['error']
+    assert 'has ended on 2026-12-31' in told and 'token renew 1' in told
+    world.service.token_renew(1)
+    assert world.service.token_list()[0]['ends'] is None and eva.call('GET', '/resource/').json
+
+
+def test_a_person_signed_in_by_a_token_is_so_until_it_ends(world):
+    someone = as_visitor(world)
+    assert someone.get('/list').status_code == 200 and 'Sign out' in someone.get('/list').text
+    world.service.token_renew(world.service.token_list()[-1]['id'], timedelta(hours=1))
+    world.now += 3601
+    assert 'Sign out' not in someone.get('/list').text
+
+
+def test_people_make_see_renew_and_revoke_their_own_tokens_only(world, eva):
+    other = world.service.token_add('max', 'biology')['token']
+    made = eva.call('POST', '/token/', {'purpose': 'phone', 'lasts': '10d', 'role': 'reader'}).json
+    mine = eva.call('GET', '/token/').json
+    assert [(each['user'], each['role'], each['purpose']) for each in mine] == [
+        ('eva', 'user', ''), ('eva', 'reader', 'phone')]
+    assert made['ends'] == mine[1]['ends'] == '2026-12-11T12:00:00+00:00'
+    assert eva.call('POST', f"/token/{mine[1]['id']}/renew").json['ends'] == '2027-03-01T12:00:00+00:00'
+    for verb, path in (('DELETE', '/token/2'), ('POST', '/token/2/renew')):
+        assert 'no token 2' in eva.call(verb, path, status=404).json['error']
+    for asked, told in (({'user': 'max'}, 'only for yourself'), ({'project': 'maths'}, 'only for yourself'),
+                        ({'role': 'admin'}, 'your role is user'), ({'lasts': '2y'}, None),
+                        ({'lasts': '366d'}, '365 days at most')):
+        refusal = eva.call('POST', '/token/', asked, status=403 if told else 400)
+        assert not told or told in refusal.json['error']
+    eva.call('DELETE', '/token/3')
+    assert Rest(world, made['token']).call('GET', '/resource/', status=401)
+    assert Rest(world, other).call('GET', '/resource/').json
+    assert 'only for yourself' in Rest(world, other).call('POST', '/token/', {'user': 'eva'}, status=403).json['error']
+
+
+@pytest.mark.parametrize('scopes, allowed', [
+    (['read'], {'list', 'show', 'find', 'events', 'token_list', 'calendar_list', 'check'}),
+    (['claim'], {'claim'}), (['calendar'], {'calendar_feed', 'calendar_list', 'calendar_subscribe', 'import_'}),
+    (['read', 'claim'], {'list', 'show', 'find', 'events', 'token_list', 'calendar_list', 'check', 'claim'})])
+def test_a_token_with_a_scope_is_good_for_that_alone(world, scopes, allowed):
+    token = world.service.token_add('nova', role='admin', scopes=scopes)['token']
+    actor = cmres.actor_of(token, world.now)
+    for name in ('list', 'show', 'find', 'events', 'token_list', 'calendar_list', 'check', 'claim', 'add', 'delete',
+                 'calendar_feed', 'calendar_subscribe', 'import_', 'token_add', 'token_renew', 'user_end'):
+        try:
+            actor.refuse_out_of_scope(API[name])
+            assert name in allowed, name
+        except Forbidden as refusal:
+            assert name not in allowed and 'this token is only for' in str(refusal)
+    assert Rest(world, token).call('DELETE', '/reservation/lab', status=403)
+
+
+def test_what_makes_no_sense_as_a_scope_is_refused(world):
+    for asked, told in (({'scopes': ['all']}, 'is none of read, claim, calendar'),
+                        ({'scopes': ['claim']}, 'needs the role admin'),
+                        ({'scopes': ['calendar'], 'resource': 'demo'}, 'can have the scope read'),
+                        ({'lasts': timedelta(0)}, 'lasts for some time')):
+        with pytest.raises(Invalid, match=told):
+            world.service.token_add('eva', **asked)
+
+
+def test_a_token_for_one_resource_sees_and_changes_that_alone(world):
+    service = world.service
+    service.resource_add('india', cloud='simulated', vms=4)
+    world.service.token_add('eva', 'default', 'user', resource='india')
+    book(service, 'there', resource='demo')
+    one = Rest(world, service.token_add('eva', 'default', 'user', resource='india')['token'])
+    asked = {'label': 'mine', 'resource': 'india', 'start': '+1h', 'end': '+1h'}
+    assert one.call('POST', '/reservation/', asked).json['resource'] == 'india'
+    assert [each['label'] for each in one.call('GET', '/reservation/').json] == ['mine']
+    assert [each['name'] for each in one.call('GET', '/resource/').json] == ['india']
+    for verb, path, body in (('POST', '/reservation/', asked | {'label': 'x', 'resource': 'demo'}),
+                             ('PATCH', '/reservation/mine', {'resource': 'demo'}), ('GET', '/event/', None),
+                             ('GET', '/resource/demo/usage', None), ('POST', '/token/', {})):
+        assert 'this token is only for' in one.call(verb, path, body, status=403).json['error']
+    for verb, path in (('DELETE', '/reservation/there'), ('GET', '/reservation/there/show')):
+        one.call(verb, path, status=404)
+    service.resource_update('india', rename='bharat')
+    assert service.token_list()[-1]['resource'] == 'bharat'
+    assert [each['name'] for each in one.call('GET', '/resource/').json] == ['bharat']
+
+
+def test_when_a_token_was_used_is_told_at_once_and_written_later(world, eva):
+    world.now += 100
+    eva.call('GET', '/resource/')
+    shown = world.service.token_list()[0]['last_used']
+    assert shown == cmres.instant(int(world.now))
+    assert cmres.row('SELECT last_used FROM token').last_used is None
+    cmres.USES.write()
+    assert world.service.token_list()[0]['last_used'] == shown
+    assert cmres.row('SELECT last_used FROM token').last_used == int(world.now)
+
+
+def test_who_leaves_has_no_token_no_cookie_no_feed_and_no_subscription(tmp_path):
+    world = World(tmp_path, private_addresses=True)
+    eva = as_visitor(world)
+    service = world.as_user()
+    address = service.calendar_feed()['feed']
+    service.calendar_subscribe('http://127.0.0.1:9/eva.ics')
+    told = world.service.user_end('eva')
+    assert told == {'user': 'eva', 'tokens': 1}
+    assert not [*cmres.run('SELECT 1 FROM session UNION ALL SELECT 1 FROM token WHERE revoked IS NULL '
+                           "AND user = 'eva'")]
+    assert 'Sign out' not in eva.get('/list').text
+    with pytest.raises(NotFound):
+        world.service.feed(address.split('/')[-2])
+    assert cmres.row('SELECT due FROM subscription').due is None
+    with pytest.raises(NotFound, match="'eva' has no token"):
+        world.service.user_end('eva')
+    cmres.close_store()
+
+
+@pytest.mark.parametrize('what, make', [
+    ('tokens', lambda service, n: service.token_add()), ('feeds', lambda service, n: service.calendar_feed()),
+    ('subscriptions', lambda service, n: service.calendar_subscribe(f'http://127.0.0.1:9/{n}.ics'))])
+def test_nobody_has_more_tokens_feeds_or_subscriptions_than_one_may(tmp_path, what, make):
+    world = World(tmp_path, private_addresses=True, **{f'{what}_per_user': 2})
+    eva = world.as_user()
+    for n in range(2):
+        make(eva, n)
+    with pytest.raises(cmres.TooMany, match=f'eva has 2 {what}, and no more than 2 are allowed'):
+        make(eva, 3)
+    make(world.as_user('max'), 4)
+    make(world.as_user(role='admin'), 5)
+    cmres.close_store()
+
+
+def test_a_token_that_a_program_has_does_not_sign_in(world):
+    someone = webtest.TestApp(cmres.web(world.service))
+    for asked in ({'scopes': ['calendar']}, {'resource': 'demo'}):
+        form = someone.get('/').forms[0]
+        form['token'] = world.service.token_add('eva', 'biology', **asked)['token']
+        assert 'this token is for a program' in form.submit(status=401).text
+
+
+def test_people_look_after_their_tokens_on_the_page(world):
+    world.service.token_add('max', 'biology')
+    someone = as_visitor(world)
+    made = form_of(someone.get('/tokens'), '/do/token_add')
+    made['purpose'], made['scopes'] = 'phone', 'calendar'
+    assert 'cmres_' in made.submit().text
+    page = someone.get('/tokens')
+    assert [each.text.strip() for each in page.html.select('td[data-name=purpose]')] == ['', 'phone']
+    assert 'max' not in page.text
+    form_of(page, '/do/token_renew').submit(status=303)
+    assert world.service.token_list()[1]['ends'] == NOON + timedelta(days=90)
+    form = [each for each in page.forms.values() if each.action == '/do/token_revoke'][-1]
+    form_of(form.submit(), '/do/token_revoke').submit(status=303)
+    assert len(someone.get('/tokens').html.select('td[data-name=purpose]')) == 1
+    assert not as_visitor(world, role='reader').get('/admin', status=403).html.select('table')
+
+
+# Gate ########################################################################
+
+
+class Gated(Rest):
+    """REST behind its gate, asked from some address."""
+
+    def __init__(self, world, token='', address='192.0.2.7', cycle=None):
+        self.world, self.token, self.address = world, token, address
+        world.service.shares.rates.clock = lambda: world.now
+        self.web = webtest.TestApp(cmres.Gate(cmres.web(world.service), world.service, cycle))
+
+    def ask(self, path='/resource/', verb='GET', body=None, **headers):
+        self.web.extra_environ = {'REMOTE_ADDR': headers.pop('peer', self.address)}
+        bearer = {'Authorization': f'Bearer {self.token}'} if self.token else {}
+        path = path if path.startswith(('/cm/', '/metrics', '/healthz', '/readyz', '/calendar/')) else cmres.BASE + path
+        return self.web.request(path, method=verb, status='*', body=json.dumps(body or {}).encode(),
+                                headers={'Content-Type': 'application/json', **bearer, **headers})
+
+
+@pytest.fixture
+def gated(world):
+    """Makes REST behind a gate, under some settings, with a user's token or an admin's."""
+    def make(role='user', cycle=None, **settings):
+        config = world.config = cmres.dataclasses.replace(world.config, **settings)
+        world.service.config, world.service.shares = config, cmres.Shares(config)
+        return Gated(world, world.service.token_add('eva', 'biology', role)['token'], cycle=cycle)
+    return make
+
+
+def test_who_asks_too_often_waits_and_others_do_not(world, gated):
+    eva = gated(requests_per_user=3, wrong_tokens=30)
+    max_ = Gated(world, world.service.token_add('max', 'biology')['token'])
+    admin = Gated(world, world.service.token_add('root', 'default', 'admin')['token'])
+    assert [eva.ask().status_int for _ in range(5)] == [200, 200, 200, 429, 429]
+    refused = eva.ask()
+    assert refused.headers['Retry-After'] == '20' and refused.json['error'] == (
+        'you have sent more than 3 requests within a minute. Try again in 20s')
+    assert [max_.ask().status_int, *(admin.ask().status_int for _ in range(9))] == [200] * 10
+    world.now += 20
+    assert [eva.ask().status_int for _ in range(2)] == [200, 429]
+    world.now += 3600
+    assert [eva.ask().status_int for _ in range(4)] == [200, 200, 200, 429]
+
+
+def test_an_address_that_asks_too_often_waits_whoever_it_is(world, gated):
+    eva = gated('admin', requests_per_address=3)
+    assert [eva.ask('/resource/', peer=peer).status_int for peer in ('192.0.2.1', '192.0.2.2') for _ in range(4)] == [
+        200, 200, 200, 429] * 2
+    assert [eva.ask(peer=f'2001:db8::{n}').status_int for n in range(4)][-1] == 429  # one network
+    assert eva.ask(peer='2001:db8:0:1::1').status_int == 200
+
+
+def test_only_a_trusted_proxy_is_believed_whose_request_it_is_and_only_what_it_says_last(world, gated):
+    eva = gated(requests_per_address=1, trusted_proxies='10.0.0.0/8')
+    said = [('10.1.2.3', '203.0.113.1, 198.51.100.1'), ('10.1.2.4', 'spoofed, 198.51.100.2'), ('10.1.2.3', '203.0.113.9, 198.51.100.1'),
+            ('192.0.2.1', '198.51.100.3'), ('192.0.2.1', '198.51.100.4'), ('10.1.2.5', 'nonsense')]
+    found = [eva.ask(peer=peer, **{'X-Forwarded-For': text}).status_int for peer, text in said]
+    assert found == [200, 200, 429, 200, 429, 200]
+
+
+def test_bytes_and_computing_are_bounded_as_well(world, gated):
+    eva = gated(mib_per_user=1, cpu_per_user=1)
+    world.service.shares.rates.add('mib_per_user', 'biology/eva', 1.5)
+    assert eva.ask().status_int == 429 and 'more than 1 MiB' in eva.ask().json['error']
+    world.now += 31
+    assert eva.ask().status_int == 200
+    world.service.shares.rates.add('cpu_per_user', 'biology/eva', 5)
+    dry = {'label': 'lab', 'resource': 'demo', 'start': '+1h', 'end': '+1h', 'dry_run': True}
+    assert 'seconds of computing' in eva.ask('/reservation/', 'POST', dry).json['error']
+    assert eva.ask('/reservation/', 'POST', dry | {'dry_run': False}).status_int == 201
+
+
+def test_what_is_sent_and_computed_is_counted(world, gated):
+    eva = gated()
+    rates = world.service.shares.rates
+    eva.ask('/resource/demo/find?duration=1h')
+    assert rates.level('mib_per_user', 'biology/eva') > 0 and rates.level('mib_per_address', '192.0.2.7') > 0
+    assert rates.level('cpu_per_user', 'biology/eva') > 0
+
+
+def test_wrong_tokens_of_an_address_are_slowed_down_and_right_ones_are_not(world, gated):
+    eva = gated(wrong_tokens=3)
+    wrong = Gated(world, 'cmres_wrong')
+    assert [wrong.ask().status_int for _ in range(5)] == [401, 401, 401, 429, 429]
+    assert eva.ask().status_int == 200 and world.service.shares.wrong == {'192.0.2.7': 5}
+    assert wrong.ask(peer='192.0.2.8').status_int == 401
+    form = wrong.web.get('/sign-in', extra_environ={'REMOTE_ADDR': '192.0.2.7'}).forms[0]
+    form['token'] = 'cmres_guess'
+    assert form.submit(extra_environ={'REMOTE_ADDR': '192.0.2.7'}, status=429)
+
+
+def test_of_users_and_addresses_without_number_only_so_many_are_remembered(world):
+    rates = cmres.Rates(world.config, lambda: world.now)
+    rates.KEPT = 100
+    for n in range(1000):
+        rates.take('requests_per_user', f'p/{n % 200}' if n < 990 else 'p/busy')
+    assert len(rates.had) <= 100 and rates.level('requests_per_user', 'p/busy') == 10
+
+
+@pytest.mark.parametrize('form', ['text', 'json'])
+def test_each_request_and_each_call_has_a_line_in_the_log_without_secrets(world, gated, caplog, form):
+    eva, lines = gated(), cmres.Lines(form)
+    feed = urlsplit(world.as_user().calendar_feed()['feed']).path
+    caplog.set_level('INFO')
+    with caplog.at_level('INFO', 'cmres.requests'):
+        asked = eva.ask('/reservation/', 'POST', {'label': 'lab', 'resource': 'demo', 'start': '+1h', 'end': '+1h',
+                                                  'flavor': 'm1.small', 'image': 'cirros', 'user_data': 'pass-word',
+                                                  'notify': ['https://example.org/secret-hook'], 'description': 'private'})
+        eva.ask(feed), eva.ask('/reservation/no-such-label/show'), eva.ask('/healthz'), eva.ask('/cm/nowhere?x=hidden')
+    text = '\n'.join(map(lines.format, caplog.records))
+    for secret in (eva.token, eva.token[6:], feed.split('/')[2], 'pass-word', 'secret-hook', 'hidden', 'private'):
+        assert secret not in text
+    told = [each.fields for each in caplog.records if each.name == 'cmres.requests']
+    assert [(each['operation'], each['status'], each.get('user')) for each in told] == [
+        ('add', 201, 'eva'), ('/calendar/<secret>/<name>.ics', 200, None), ('show', 404, 'eva'), ('-', 404, None)]
+    assert told[0]['id'] == asked.headers['X-Request-Id'] and told[0]['ms'] >= 0 and told[0]['address'] == '192.0.2.7'
+    calls = [each.fields for each in caplog.records if each.name == 'cmres.calls']
+    assert {(each['cloud'], each['verb'], each['result']) for each in calls} == {('simulated', 'things', 'ok')}
+    if form == 'json':
+        assert {'time', 'level', 'message', 'id', 'operation', 'status'} <= json.loads(lines.format(caplog.records[-1])).keys()
+
+
+def metric(text: str, name: str, **labels) -> float | None:
+    """The value of one sample."""
+    told = ','.join(f'{key}="{value}"' for key, value in labels.items())
+    found = re.search(rf'^cmres_{name}{re.escape("{" + told + "}") if told else ""} (\S+)$', text, re.M)
+    return float(found[1]) if found else None
+
+
+def test_metrics_tell_what_is_reserved_refused_waits_and_runs(world, gated):
+    admin = gated('admin', cycle=world.cycle, metrics='open')
+    before = admin.ask('/metrics').text
+    world.service.resource_update('demo', vms=4)
+    for n in range(2):
+        admin.ask('/reservation/', 'POST', {'label': f'r{n}', 'resource': 'demo', 'start': 'now', 'end': '+1h', 'vms': 3,
+                                            'flavor': 'm1.small', 'image': 'cirros'})
+    admin.ask('/reservation/', 'POST', {'label': 'w', 'resource': 'demo', 'start': 'now', 'end': '+1h', 'vms': 3, 'wait': True})
+    world.at(0.01)
+    world.at(0.02)
+    text = admin.ask('/metrics').text
+    assert metric(text, 'used', resource='demo', **{'class': 'vms'}) == 3
+    assert metric(text, 'capacity', resource='demo', **{'class': 'vms'}) == 4
+    assert metric(text, 'reservations_waiting') == 1 and metric(text, 'reservations_pending') == 0
+    assert metric(text, 'servers', cloud='simulated', state='active') == 3
+    grown = {name: (metric(text, *[name], **labels) or 0) - (metric(before, name, **labels) or 0) for name, labels in (
+        ('requests_total', {'operation': 'add', 'status': '409'}), ('requests_total', {'operation': 'add', 'status': '201'}),
+        ('refusals_total', {'kind': 'NoCapacity'}))}
+    assert grown == {'requests_total': 2, 'refusals_total': 1}
+    assert metric(text, 'events_total', code='refused') >= 1 and metric(text, 'events_total', code='added') >= 1
+    assert metric(text, 'cloud_call_seconds_count', cloud='simulated', verb='boot', result='ok') >= 3
+    assert metric(text, 'start_delay_seconds_count', cloud='simulated') >= 3
+    assert metric(text, 'pass_age_seconds') <= 36 and metric(text, 'leader', host=socket.gethostname()) == 1
+    assert metric(text, 'store_bytes') > 10**5 and metric(text, 'resident_bytes') > 10**6
+    assert metric(text, 'lock_wait_seconds_count') > 0 and metric(text, 'cloud_left_alone', cloud='simulated') in (0, None)
+    for name in set(re.findall('^# TYPE cmres_(\\w+)', text, re.M)):
+        assert name in cmres.MEASURED
+    assert not {'eva', 'biology', '192.0.2.7', 'r0'} & set(re.findall('"([^"]*)"', text))
+    assert all(re.fullmatch(r'# (HELP|TYPE) cmres_\w+ .+|cmres_\w+(\{\w+="[^"]*"(,\w+="[^"]*")*\})? [-+0-9.e]+', line)
+               for line in text.splitlines())
+
+
+@pytest.mark.parametrize('setting, role, scopes, status', [
+    ('token', 'admin', [], 200), ('token', 'admin', ['read'], 200), ('token', 'admin', ['claim'], 403), ('token', 'user', [], 403),
+    ('token', None, [], 401), ('open', None, [], 200), ('off', 'admin', [], 404)])
+def test_metrics_are_for_whom_the_setting_says(world, gated, setting, role, scopes, status):
+    asked = gated(metrics=setting)
+    asked.token = role and world.service.token_add('root', 'default', role, scopes=scopes)['token']
+    assert asked.ask('/metrics').status_int == status
+
+
+def test_metrics_are_there_while_the_store_is_not(world, gated, monkeypatch):
+    admin = gated('admin', metrics='open')
+    monkeypatch.setattr(cmres, 'level', lambda *_: (_ for _ in ()).throw(Unavailable('the store is lost')))
+    text = admin.ask('/metrics').text
+    assert metric(text, 'resident_bytes') > 0 and metric(text, 'used', resource='demo', **{'class': 'vms'}) is None
+
+
+def test_a_token_that_ends_soon_is_told_of_with_each_answer(world, gated, monkeypatch):
+    eva = gated()
+    monkeypatch.setattr(cmres.time, 'time', lambda: world.now)
+    assert 'X-Cmres-Token-Ends' not in eva.ask().headers
+    world.service.token_renew(1, timedelta(days=15))
+    assert 'X-Cmres-Token-Ends' not in eva.ask().headers
+    world.service.token_renew(1, timedelta(days=13))
+    assert eva.ask().headers['X-Cmres-Token-Ends'] == '1 2026-12-14T12:00:00+00:00'
+
+
+def test_nothing_is_written_for_a_client_that_has_hung_up(world, gated):
+    eva, here = gated(), [True]
+    gone = {'waitress.client_disconnected': lambda: not here[0]}
+    body = json.dumps({'label': 'lab', 'resource': 'demo', 'start': '+1h', 'end': '+1h'}).encode()
+    def add():
+        return eva.web.post(cmres.BASE + '/reservation/', body, status='*', extra_environ=gone, headers={
+            'Authorization': f'Bearer {eva.token}', 'Content-Type': 'application/json'})
+    here[0] = False
+    assert add().status_int == 503 and world.service.list() == []
+    here[0] = True
+    assert add().status_int == 201 and labels(world.service.list()) == ['lab']
+
+
 # Page ########################################################################
 
 
@@ -14610,6 +14980,239 @@ def test_in_a_browser_no_page_keeps_anybody_out(world, browse):
     assert 'status of 404' in page.faults.pop()
 
 
+# Serving #####################################################################
+
+
+class Waiter:
+    """A WSGI application whose answers wait until they are let; how many are asked for."""
+
+    def __init__(self):
+        self.asked, self.let = queue.SimpleQueue(), threading.Event()
+
+    def __call__(self, environ, start_response):
+        self.asked.put(environ['PATH_INFO'])
+        self.let.wait(60)
+        start_response('200 OK', [('Content-Length', '4')])
+        return [b'done']
+
+
+@pytest.fixture
+def fronted():
+    """Serves an application on loopback under some settings: front, and how to connect."""
+    fronts = []
+
+    def start(app, **settings):
+        front = cmres.Front(app, Config(**{'host': '127.0.0.1', 'port': 0, 'threads': 4} | settings))
+        thread = threading.Thread(target=front.run)
+        thread.start()
+        fronts.append((front, thread, app))
+        return front, thread, lambda: socket.create_connection(('127.0.0.1', front.port), 60)
+    yield start
+    for front, thread, app in fronts:
+        app.let.set()
+        front.leaving.is_set() or front.leave()
+        thread.join(60)
+
+
+ASKS = b'GET /%s HTTP/1.1\r\nHost: x\r\n\r\n'
+
+
+def test_a_server_that_leaves_answers_what_is_under_way_and_takes_nothing_more(fronted):
+    app = Waiter()
+    front, thread, connect = fronted(app)
+    idle, line = connect(), connect()
+    line.sendall(ASKS % b'one')
+    assert app.asked.get(timeout=60) == '/one'
+    front.leave()
+    assert idle.recv(10) == b''
+    with pytest.raises(OSError):
+        connect()
+    assert thread.is_alive()
+    app.let.set()
+    assert line.makefile('rb').read().endswith(b'done')
+    thread.join(60)
+    assert not thread.is_alive()
+
+
+def test_a_server_that_leaves_waits_no_longer_than_it_may_and_the_second_time_not_at_all(fronted):
+    app = Waiter()
+    front, thread, connect = fronted(app, drain=0.0)
+    line = connect()
+    line.sendall(ASKS % b'one')
+    app.asked.get(timeout=60)
+    front.leave()
+    thread.join(60)
+    assert not thread.is_alive()
+    with pytest.raises(SystemExit):
+        front.leave()
+
+
+def test_of_too_many_connections_of_an_address_the_oldest_idle_ones_are_closed(fronted):
+    app = Waiter()
+    front, thread, connect = fronted(app, connections_per_address=3)
+    busy = connect()
+    busy.sendall(ASKS % b'busy')
+    app.asked.get(timeout=60)
+    others = [connect() for _ in range(5)]
+    others[1].sendall(b'GET /')  # a request that is never complete
+    assert [each.recv(1) for each in others[:3]] == [b''] * 3
+    others[4].sendall(ASKS % b'last')
+    assert app.asked.get(timeout=60) == '/last'
+    app.let.set()
+    for line in (busy, others[4]):
+        assert b'200 OK' in line.recv(1000)
+
+
+def test_of_all_connections_there_are_as_many_as_may_be(world):
+    class Channel:
+        def __init__(self, *requests):
+            self.requests, self.socket, self.will_close = requests, socket.socket(), False
+    known = cmres.Connections(cmres.dataclasses.replace(world.config, connections=10, connections_per_address=8))
+    busy, all_ = Channel('one'), []
+    known.add(busy, '10.0.0.0')
+    for n in range(40):
+        all_.append(Channel())
+        known.add(all_[-1], f'10.0.0.{n}')
+    assert len(known.all) == 10 and busy in known.all and not busy.will_close and len(known.of) == 10
+    assert [each.will_close for each in all_] == [True] * 31 + [False] * 9
+    for each in [*known.all]:
+        known.drop(each)
+    assert not known.all and not known.of
+
+
+def test_systemd_is_told_that_the_service_is_well_and_only_then(world, tmp_path, monkeypatch):
+    heard = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    heard.bind(str(tmp_path / 'notify'))
+    heard.settimeout(60)
+    for name, value in (('NOTIFY_SOCKET', str(tmp_path / 'notify')), ('WATCHDOG_USEC', '3000000')):
+        monkeypatch.setenv(name, value)
+    keeper = cmres.Housekeeper(world.service, world.cycle)
+    assert keeper.pause == 1
+    keeper.round()
+    assert heard.recv(100) == b'WATCHDOG=1'
+    world.cycle.passed -= 2 * cmres.LATE
+    keeper.round()
+    world.cycle.passed += 2 * cmres.LATE
+    keeper.again = True
+    keeper.round()
+    assert heard.recv(100).startswith(b'RELOADING=1\nMONOTONIC_USEC=')
+    assert [heard.recv(100) for _ in range(2)] == [b'READY=1', b'WATCHDOG=1']
+    monkeypatch.setenv('WATCHDOG_PID', '1')
+    assert cmres.watchdog_pause() == 0
+
+
+def test_settings_are_read_again_where_they_can_be(folder, tmp_path):
+    folder('config.ini', '[cmres]\nnotice = 60\nport = 1\nwebhook_secret = hush\n')
+    config = load_config(environ={'CMRES_PATIENCE': '5'})
+    folder('config.ini', '[cmres]\nnotice = 70\nport = 2\nwebhook_secret = secret\nrequests_per_user = 5\n'
+                         '[credentials]\nbiology@simulated = simulated-2\n')
+    told = cmres.read_settings_again(config, {'CMRES_PATIENCE': '5'})
+    assert sorted(told) == ['[credentials] has changed', 'notice is 70 now', 'port has changed and needs a restart',
+                            'requests_per_user is 5 now', 'webhook_secret is set, and not shown now']
+    assert (config.notice, config.port, config.requests_per_user, config.patience) == (70, 1, 5, 5)
+    assert config.credentials == {'biology@simulated': 'simulated-2'}
+    folder('config.ini', '[cmres]\nnotice = soon\n')
+    with pytest.raises(Invalid):
+        cmres.read_settings_again(config)
+    assert config.notice == 70
+
+
+def test_the_event_log_tells_where_wrong_tokens_came_from_and_that_and_how_it_was_started(world, gated):
+    gated(webhook_secret='hush')
+    for n in range(15):
+        world.service.shares.wrong[f'192.0.2.{n}'] += n + 1
+    keeper = cmres.Housekeeper(world.service)
+    keeper.audit(), keeper.audit()
+    found = world.service.events()
+    assert [each['code'] for each in found].count('wrong_token') == 1
+    assert found[-1]['sentence'].startswith('120 wrong tokens: 15 from 192.0.2.14, ')
+    assert found[-1]['sentence'].endswith(', and from 5 other addresses')
+    world.service.config.take(sources={'port': 'a.ini', 'webhook_secret': 'a.ini'})
+    cmres.note_start(world.service, 'serve')
+    told = world.service.events()[-1]
+    assert (told['code'], told['sentence']) == (
+        'settings', f'serve {cmres.__version__} has started; set: port=8080, webhook_secret=set, and not shown')
+
+
+def test_who_signs_in_is_in_the_event_log_with_the_address(world):
+    as_visitor(world)
+    assert world.service.events()[-1]['sentence'].startswith('eva in biology signed in from ')
+
+
+def test_a_new_key_leaves_those_signed_in_who_are_and_then_no_more(world):
+    visitor, file = as_visitor(world), world.config.database + '.key'
+    cmres.key_rotate(world.config)
+    other = as_visitor(world, 'max')
+    for each in (visitor, other):
+        assert 'Sign out' in each.get('/list')
+    lines = Path(file).read_text().splitlines()
+    assert len(lines) == 3 and cmres.known_store(file) == lines[1] == cmres.stored_id() and Path(file).stat().st_mode & 0o777 == 0o600
+    cmres.rotate_key(file, 1)  # those before are over already
+    assert 'Sign out' not in visitor.get('/list') and 'Sign out' not in other.get('/list')
+    cmres.rotate_key(file, 2**40)
+    assert len(cmres.read_keys(file)) == 2
+    cmres.close_store()
+    cmres.open_store(world.config.database)
+
+
+def test_settings_are_shown_with_where_they_come_from_and_without_secrets(run, tmp_path, monkeypatch):
+    (tmp_path / 'config.ini').write_text('[cmres]\nnotice = 60\nwebhook_secret = hush\n')
+    monkeypatch.setenv('CMRES_PATIENCE', '5')
+    code, out, _ = run('config', 'show', '--format', 'json')
+    shown = {each['setting']: (each['value'], each['from'], each['change']) for each in json.loads(out)}
+    assert shown.keys() == SETTINGS.keys() and 'hush' not in out and code == 0
+    assert shown['notice'] == ('60', 'config.ini', 'SIGHUP') and shown['patience'] == ('5', 'CMRES_PATIENCE', 'SIGHUP')
+    assert shown['port'] == ('8080', 'default', 'restart') and shown['webhook_secret'][0] == 'set, and not shown'
+    assert cmres.FIXED <= SETTINGS.keys()
+
+
+@pytest.mark.parametrize('text, sentence', [
+    ('', ''), ('notice = soon', "setting notice: 'soon' is not a number"), ('metrics = all', "'all' is none of token, open, off"),
+    ('log_format = xml', "'xml' is none of text, json"), ('trusted_proxies = proxy', "'proxy' is no address and no network"),
+    ('database = nowhere/cmres.db', "database: can't write to its folder"), ('webhook = hook', "webhook: 'hook' is not an http(s) address"),
+    ('mail_server = host:smtp', "mail_server: 'host:smtp' is not HOST:PORT"), ('key = config.ini', "key: can't read the key")])
+def test_settings_are_checked_before_anything_starts(run, tmp_path, text, sentence):
+    (tmp_path / 'config.ini').write_text(f'[cmres]\n{text}\n')
+    code, out, err = run('config', 'check')
+    assert (code, sentence in err) == (2 if text else 0, True) and ('ok' in out) == (not text)
+    assert os.listdir(tmp_path) == ['config.ini']
+
+
+def test_the_whole_event_log_is_exported_from_an_instant_on(run, monkeypatch):
+    monkeypatch.setattr(cmres, 'EXPORTED', 3)
+    for n in range(8):
+        run('resource', 'add', f'r{n}')
+    whole = [json.loads(line) for line in run('event', 'export')[1].splitlines()]
+    assert len(whole) == 8 and [each['id'] for each in whole] == sorted(each['id'] for each in whole)
+    cmres.run('UPDATE event SET at = at + id * 1000')
+    for words in (['events', 'export'], ['journal', 'export'], ['event', 'export']):
+        code, out, _ = run(*words, '--since', str(cmres.instant(int(cmres.row('SELECT at FROM event WHERE id = 5').at))), '--format', 'jsonl')
+        assert [json.loads(line)['id'] for line in out.splitlines()] == [5, 6, 7, 8] and code == 0
+    assert run('events', '--since', '2100-01-01', '--format', 'json')[1].strip() == '[]'
+    assert len(run('resource', 'list', '--format', 'jsonl')[1].splitlines()) == 8
+
+
+def test_readyz_warns_before_the_disk_is_full(world, gated):
+    world.at(0)
+    assert gated().ask('/readyz').json['disk'].keys() == {'free_mib'}
+    answer = gated(min_disk=10**9).ask('/readyz')
+    assert answer.status_int == 503 and 'MiB are free on the disk' in answer.json['disk']['fault']
+
+
+def test_serve_reads_settings_again_and_logs_as_json_and_ends_in_good_order(serving, tmp_path):
+    (tmp_path / 'config.ini').write_text('[cmres]\nlog_format = json\nmetrics = open\n')
+    serve = serving('--demo', '--port=0')
+    assert serve.ask('GET', '/resource/')[0] == 200
+    (tmp_path / 'config.ini').write_text('[cmres]\nlog_format = json\nmetrics = off\n')
+    serve.process.send_signal(signal.SIGHUP)
+    soon(lambda: 'settings: metrics is off now' in serve.said())
+    serve.stop()
+    assert serve.process.returncode == 0
+    lines = [json.loads(line) for line in serve.said().splitlines() if line.startswith('{')]
+    assert {'list' if 'list' in each.get('operation', '') else each['message'] for each in lines} >= {'list'}
+    assert 'settings' in {each['code'] for each in json.loads(cli(tmp_path, 'events', '--format', 'json').stdout)}
+
+
 # Client ######################################################################
 
 
@@ -14733,7 +15336,7 @@ def test_a_client_takes_the_defaults_of_the_service(client, service):
 def test_a_client_is_who_its_token_says(client, world):
     eva = Client(client.url, world.service.token_add('eva', 'biology')['token'])
     assert eva.add('lab', 'demo', hours(1), hours(1))['user'] == 'eva'
-    for call in (eva.check, eva.token_list, lambda: eva.resource_delete('demo')):
+    for call in (eva.check, lambda: eva.user_end('max'), lambda: eva.resource_delete('demo')):
         with pytest.raises(Forbidden, match='needs the role admin'):
             call()
     with pytest.raises(Unauthorized, match='not known or was revoked'):
