@@ -2702,12 +2702,9 @@ class HealthAnswer(Answer):
     error: NotRequired[str]
 
 
-class ReadyAnswer(Answer):
-    """Whether the store can be written and is whole, and the life cycle makes its passes."""
+class ReadyAnswer(Answer, more=dict):
+    """Whether requests can be answered; further fields are the parts that were looked at."""
     status: str
-    store: dict
-    integrity: NotRequired[dict]
-    scheduler: NotRequired[dict]
 
 
 class Field(NamedTuple):
@@ -14493,6 +14490,7 @@ class LifeCycle:
 
 BASE = '/cm/v1.0'
 FEEDS = ('/calendar/<secret>/<name>.ics', '/calendar/<secret>.ics')  # programs show the end
+METRICS_PATH = '/metrics'
 SEED = ('/reservation/add/', '/reservation/delete/')  # older addresses, which name the deed
 WITH_BODY = ('POST', 'PATCH')
 
@@ -14782,17 +14780,21 @@ class Document:
     def other_paths(self) -> dict:
         """The addresses that are no operations."""
         feed = {'200': {'description': 'a calendar', 'content': ICALENDAR},
-                '304': {'description': 'as it was'}} | self.refused(404, 500, 503)
-        document = {'200': self.response('OpenAPI 3.1', dict)} | self.refused(401, 500, 503)
+                '304': {'description': 'as it was'}} | self.refused(404, 429, 500, 503)
+        document = {'200': self.response('OpenAPI 3.1', dict)} | self.refused(401, 429, 500, 503)
         health = {'200': self.response('well', HealthAnswer),
                   '503': self.response('not well', HealthAnswer | RefusalAnswer),
-                  } | self.refused(500)
+                  } | self.refused(429, 500)
         ready = {'200': self.response('ready', ReadyAnswer),
-                 '503': self.response('not ready', ReadyAnswer)}
+                 '503': self.response('not ready', ReadyAnswer)} | self.refused(429)
+        metrics = {'200': {'description': 'metrics', 'content': {'text/plain': {
+            'schema': VALUES[str]}}}} | self.refused(401, 403, 404, 429, 500, 503)
         feeds = {path: (f'feed_{n}' if n else 'feed', 'Shows reservations to calendar programs',
                         feed, []) for n, path in enumerate(FEEDS)}
         found = {'/healthz': ('healthz', 'Tells whether the store can be read', health, []),
                  '/readyz': ('readyz', 'Tells whether requests can be answered', ready, []),
+                 METRICS_PATH: ('metrics', 'Tells Prometheus of all that is counted', metrics,
+                                BY_TOKEN),
                  '/openapi.json': ('openapi', 'Describes all addresses', document, TO_READ),
                  **feeds}
         return {template(path): {'get': plain_entry(path, *said)} for path, said in found.items()}
@@ -15048,12 +15050,9 @@ def refused(error: Error):
 def headers_of(error: Error) -> dict[str, str]:
     """What an error says in headers: how to ask, or when again."""
     if error.status in (429, 503):
-        seconds = float(error.details.get('retry_after') or RETRY_AFTER)
+        seconds = float(error.details.get('retry_after') or RETRY)
         return {'Retry-After': f'{math.ceil(seconds)}'}
     return {'WWW-Authenticate': 'Bearer'} if error.status == 401 else {}
-
-
-RETRY_AFTER = 5  # seconds
 
 
 def location(operation: Operation, answer: dict) -> str:
@@ -15572,7 +15571,7 @@ def given_once(*sources: dict) -> dict:
 # what is counted, and its line in the log. It never sees what is asked, and writes no address that
 # could be a secret.
 
-METRICS_PATH = '/metrics'
+PROMETHEUS = 'text/plain; version=0.0.4; charset=utf-8'
 QUIET = ('/healthz', '/readyz', METRICS_PATH)  # programs ask for them all the time
 #: Where proxies tell of their clients; nobody behind this gate reads it.
 FORWARDED = ('HTTP_X_FORWARDED_FOR', 'HTTP_X_FORWARDED_HOST', 'HTTP_X_FORWARDED_PROTO',
@@ -15585,7 +15584,7 @@ class Gate:
 
     def __init__(self, app: Callable, service: Reservations, cycle: LifeCycle | None = None):
         self.app, self.service, self.cycle = app, service, cycle
-        self.operations = {(verb, (BASE + path).rstrip('/')): operation.name
+        self.operations = {(verb, rule(operation, path)): operation.name
                            for operation in API.values() for verb, path, _ in operation.routes}
         self.store = StoreMetrics(service, cycle)
 
@@ -15631,7 +15630,7 @@ class Gate:
             if asks.role != ADMIN or asks.scopes - {'read'} or asks.resource is not None:
                 raise Forbidden("metrics need an admin's token; it may have the scope read")
         text = exposition(self.store.samples()).encode()
-        return answer.say(200, text, 'text/plain; version=0.0.4; charset=utf-8')
+        return answer.say(200, text, UNKEPT | {'Content-Type': PROMETHEUS})
 
     def finish(self, environ: dict, answer: Reply, began: float, sent: int) -> None:
         """Counts a request that is answered, and writes its line."""
@@ -15675,7 +15674,8 @@ class Reply:
 
     def also(self) -> Iterator[tuple[str, str]]:
         """Headers that this answer needs."""
-        yield 'X-Request-Id', self.environ['cmres.request_id']
+        for name in ('X-Request-Id', 'X-Openstack-Request-Id'):
+            yield name, self.environ['cmres.request_id']
         if self.status in (429, 503):
             yield 'Retry-After', f"{self.environ.get('cmres.retry_after', RETRY)}"
         token = self.environ.get('cmres.token')
@@ -15684,14 +15684,14 @@ class Reply:
 
     def refuse(self, error: Error) -> list[bytes]:
         note_wait(self.environ, error)
-        return self.say(error.status, json_text(error_body(error)).encode(), 'application/json')
+        body = json_text(error_body(error)).encode()
+        return self.say(error.status, body, UNKEPT | headers_of(error))
 
-    def say(self, status: int, body: bytes, kind: str) -> list[bytes]:
+    def say(self, status: int, body: bytes, headers: dict) -> list[bytes]:
         """A whole answer."""
         from http.client import responses
-        challenge = [('WWW-Authenticate', 'Bearer')] if status == 401 else []
         self.begin(f'{status} {responses[status]}', [
-            ('Content-Type', kind), ('Content-Length', f'{len(body)}'), *challenge])
+            *headers.items(), ('Content-Length', f'{len(body)}')])
         return [body]
 
 

@@ -12964,7 +12964,8 @@ def test_openapi_points_only_to_what_it_has_and_names_every_kind_once(app):
     assert len(kinds) == len(set(kinds))
     assert {each['tags'][0] for verbs in described['paths'].values() for each in verbs.values()} <= {
         each['name'] for each in described['tags']}
-    assert set(described['paths']) >= {'/healthz', '/readyz', '/openapi.json', '/calendar/{secret}.ics'}
+    routes = {(each.method.lower(), re.sub(r'<(\w+)[^>]*>', r'{\1}', each.rule)) for each in app.web.app.routes}
+    assert routes == {(verb, path) for path, verbs in described['paths'].items() for verb in verbs} - {('get', '/metrics')}
     assert described['paths'][BASE + '/reservation']['post']['requestBody']['content']['application/json'][
         'example'] == {'label': 'lab', 'resource': 'demo', 'start': '2026-12-01T09:00', 'end': '+2h', 'vms': '3',
                        'flavor': 'm1.small', 'image': 'cirros'}
@@ -13039,6 +13040,8 @@ def test_every_status_that_was_met_is_told(app):
             ('POST', '/reservation/import', '/reservation/import', {'file': 'x'}, 422, {})):
         app.call(verb, path, body, status, **headers)
         assert f'{status}' in described[BASE + where][verb.lower()]['responses']
+    for path, kind in (('/healthz', cmres.HealthAnswer), ('/readyz', cmres.ReadyAnswer)):
+        assert misfit(app.web.get(path, status='*').json, kind) == ''
     assert '403' in described[BASE + '/check']['get']['responses']
     assert not {'403', '412'} & described[BASE + '/reservation']['get']['responses'].keys()
 
@@ -13222,7 +13225,7 @@ def test_a_list_may_come_with_commas_or_each_on_its_own(app):
 
 
 def test_who_comes_too_often_is_told_when_to_come_again(app, monkeypatch):
-    for error, seconds in ((cmres.TooMany('x'), '5'), (Unavailable('x', retry_after=7.2), '8')):
+    for error, seconds in ((cmres.TooMany('x'), f'{cmres.RETRY}'), (Unavailable('x', retry_after=7.2), '8')):
         def refuse(self, error=error):
             raise error
         monkeypatch.setattr(cmres.Reservations, 'check', refuse)
