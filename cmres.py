@@ -2707,6 +2707,34 @@ class ReadyAnswer(Answer, more=dict):
     status: str
 
 
+#: What a field means that is no argument, or means more than what may be typed there.
+MEANS = WORDS | {
+    'account': 'the entry of clouds.yaml under which the VM was made', 'addresses': 'IP addresses',
+    'added': 'when it was made', 'at': 'when it happened', 'actor': 'who did it',
+    'begun': 'when the cloud was asked for it', 'booked_until': 'until when a series is reserved',
+    'cancelled': 'when it was cancelled', 'change': 'what of it waits for an approval',
+    'changed': 'when somebody changed it last', 'code': 'what kind of event it is',
+    'deleted': 'when the VM was gone', 'details': 'what the sentence says, for programs',
+    'end': 'when it ends; that instant is not part of it', 'ends': 'when the token ends',
+    'ends_with': 'what becomes of its VMs', 'error': 'why, in a sentence',
+    'fault': 'what went wrong last', 'free_vms': 'how many VMs are free; without one, any number',
+    'held_now': 'how much is reserved now, by resource class', 'hit': 'whom it affects',
+    'id': 'its number, which never changes', 'ignored': 'how many events ask for nothing',
+    'kind': 'which kind it is of', 'last_pass': 'seconds since VMs were started and ended',
+    'last_used': 'when the token was used last', 'lead': 'seconds before the start',
+    'n': 'which of the VMs of a reservation it is', 'outcome': 'what became of it',
+    'passes': 'whether the server may boot', 'planned': 'when it was to begin',
+    'polled': 'when the calendar was read last', 'ready': 'when the VM was active',
+    'refused': 'what was refused', 'request': 'the group that it is a part of',
+    'revoked': 'since when it is worth nothing', 'seconds': 'its length in seconds',
+    'server': 'an existing server that it starts and stops', 'shows': 'what the calendar is of',
+    'snapshot': 'the image that was made of the VM', 'start': 'when it starts',
+    'state': 'what it is doing now', 'taken': 'what was reserved', 'token': 'the token itself',
+    'tries': 'how often the cloud was asked for it', 'uid': 'its id at the cloud or in a calendar',
+    'until': 'until when it is free', 'up': 'how many of its VMs are active',
+    'warnings': 'what may be otherwise than meant', 'why': 'for what reason'}
+
+
 class Field(NamedTuple):
     """A field of an answer: the type of its value, and whether it is always there."""
     kind: Any
@@ -2728,19 +2756,26 @@ def choices_of(kind) -> tuple:
 
 def as_answer(value, kind):
     """A value of an answer as JSON has it, as what its type says: the reverse of `to_plain`."""
+    kinds = choices_of(kind)
     if isinstance(value, list):
-        [item] = get_args(next(each for each in choices_of(kind) if get_origin(each) is list))
-        return [as_answer(each, item) for each in value]
-    if datetime in choices_of(kind) and value is not None:
-        return datetime.fromisoformat(value)
-    if kind is dict or kind is Any:
-        return from_plain(value)
-    for each in choices_of(kind) if isinstance(value, dict) else ():
-        if is_answer(each) and all(name in value for name, field in declared(each).items()
-                                   if field.always):
-            return each({name: as_answer(one, declared(each).get(name, Field(each.more, 0)).kind)
+        items = [get_args(each)[0] for each in kinds if get_origin(each) is list]
+        return [as_answer(each, *(items or [Any])) for each in value]
+    if isinstance(value, dict):
+        return as_object(value, kinds)
+    return datetime.fromisoformat(value) if value is not None and datetime in kinds else value
+
+
+def as_object(value: dict, kinds: tuple):
+    """The same of an object: the first kind whose fields it has; of another version, as it is."""
+    for each in kinds:
+        if get_origin(each) is dict:
+            return {name: as_answer(one, get_args(each)[1]) for name, one in value.items()}
+        fields = declared(each) if is_answer(each) else {}
+        if fields and all(name in value for name, field in fields.items() if field.always):
+            more = Field(each.more or Any, False)
+            return each({name: as_answer(one, fields.get(name, more).kind)
                          for name, one in value.items()})
-    return value
+    return from_plain(value)
 
 
 def is_answer(kind) -> bool:
@@ -14746,7 +14781,9 @@ class Document:
         fields = declared(kind)
         always = [name for name, each in fields.items() if each.always]
         return {'type': 'object', 'description': inspect.getdoc(kind),
-                'properties': {name: self.answer(each.kind) for name, each in fields.items()},
+                'properties': {name: self.answer(each.kind) | (
+                    {'description': MEANS[name]} if name in MEANS else {})
+                    for name, each in fields.items()},
                 'additionalProperties': self.answer(kind.more) if kind.more else False
                 } | ({'required': always} if always else {})
 
@@ -16165,7 +16202,8 @@ defer></script>
 % if kind.get('properties'):
 <dl>
 % for field, schema in kind['properties'].items():
-<dt>{{field}}</dt><dd>{{told(schema)}}</dd>
+<dt>{{field}}</dt><dd>{{told(schema)}}
+<span class="soft">{{schema.get('description', '')}}</span></dd>
 % end
 </dl>
 % else:

@@ -15283,6 +15283,16 @@ def test_answers_of_a_client_are_read_by_name_and_as_attributes(client):
     assert client.resource_show('demo').held_now == {'vms': 0, 'vcpus': 0, 'ram': 0}
 
 
+def test_a_client_reads_what_a_server_of_another_version_answers():
+    read, at = cmres.as_answer, '2026-12-01T12:00:00+00:00'
+    newer = read({'steps': 1, 'differences': 0, 'seen': [{'at': at}], 'end': at}, cmres.CheckAnswer)
+    assert newer.steps == 1 and newer.seen == [{'at': NOON}] and newer['end'] == at
+    older = read([{'label': 'lab', 'start': at}], list[cmres.ReservationAnswer])
+    assert older == [{'label': 'lab', 'start': NOON}]
+    assert read({'label': 'lab', 'duration': '2h', 'seconds': 7200}, API['duration'].answers).seconds == 7200
+    assert read({'label': 'lab', 'parts': []}, API['duration'].answers).parts == []
+
+
 def test_no_name_of_the_module_is_given_twice():
     import ast
     given = collections.Counter()
