@@ -44,8 +44,7 @@ The file reads from top to bottom; a section uses only the sections above it:
   Waiting, Requests, Plan             the waiting list; what people ask for; what operators do
   Claims, Calendars, Tokens, Records  what Nova asks; imports and feeds; who may ask; what was
   Life cycle                          what makes it so
-  Gate                                who may ask how often; metrics; a line for each request
-  Document, REST, Gate, Page          the faces on the web; all but the page derived from signatures
+  Document, REST, Gate, Page          the faces on the web, and what stands before them
   Serving, Client, Command line       sockets; Python elsewhere; the shell
   Nova filter                         what nova-scheduler loads from this file
 """
@@ -6990,7 +6989,7 @@ class Shares:
 
 MOST_ICS = MOST_FETCHED  # bytes of a calendar
 MOST_TEXT = 20_000      # letters of a text that are looked at
-MOST_READ = 100_000     # components that are looked at
+MOST_COMPONENTS = 100_000  # components that are looked at
 MOST_TOLD = 20          # refusals of a calendar, each by itself
 MOST_HEAD = 4000        # letters of one in which its first line is
 MOST_EVENTS = 2000      # that want machines
@@ -7410,8 +7409,8 @@ def read_calendar(text: str, what: str = 'this') -> list[Entry]:
     reader = Reader(what, data)
     for number, match in enumerate(STRUCTURE.finditer(data)):
         reader.take(match)
-        if number > 2 * MOST_READ:
-            raise BadCalendar(f'{what} has more than {MOST_READ} components')
+        if number > 2 * MOST_COMPONENTS:
+            raise BadCalendar(f'{what} has more than {MOST_COMPONENTS} components')
     if reader.path:
         raise BadCalendar(f'{what} is cut short: it does not end with END:VCALENDAR')
     return reader.entries
@@ -17633,7 +17632,7 @@ EVERY = 5            # seconds between two rounds of the housekeeper
 AUDIT_EVERY = 60     # seconds between two events that tell of wrong tokens
 MOST_ADDRESSES = 10  # that one such event names
 #: What is read once: sockets, threads, files and what hangs on them.
-FIXED = frozenset(
+NEED_RESTART = frozenset(
     'database key host port threads slow_per_user slow_per_target outside_timeout url token timezone '
     'workers call_timeout sweep verify_every connections'.split())
 #: Settings that only their owner may read.
@@ -17862,7 +17861,7 @@ def read_settings_again(config: Config, environ: dict = os.environ) -> list[str]
         before, after = getattr(config, name), getattr(new, name)
         if before == after:
             continue
-        if name in FIXED:
+        if name in NEED_RESTART:
             told += [f'{name} has changed and needs a restart'] if name in new.sources else []
             continue
         told.append(f'{name} is {shown_setting(new, name)} now' if name in SETTINGS else f'[{name}] has changed')
@@ -18264,7 +18263,7 @@ def config_show(config: Config) -> Rows:
     """
     return [{'setting': name, 'value': shown_setting(config, name),
              'from': config.sources.get(name, 'default'),
-             'change': 'restart' if name in FIXED else 'SIGHUP'} for name in SETTINGS]
+             'change': 'restart' if name in NEED_RESTART else 'SIGHUP'} for name in SETTINGS]
 
 
 def config_check(config: Config) -> dict:

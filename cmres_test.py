@@ -2206,7 +2206,7 @@ def make_tenth():
     """Makes of a store one of version 10, where occurrences and events don't tell whose they are."""
     triggers = [each.name for each in cmres.rows("SELECT name FROM sqlite_master WHERE type = 'trigger'")]
     indexes = re.findall(r'CREATE INDEX (\w+)', cmres.INDEXES_OF_11)
-    gone = [('TRIGGER', triggers), ('INDEX', indexes), ('TABLE', ['wait', 'texts', 'tally'])]
+    gone = [('TRIGGER', triggers), ('INDEX', indexes), ('TABLE', ['wait', 'texts', 'tally', 'once'])]
     for kind, name in [(kind, name) for kind, names in gone for name in names]:
         cmres.run(f'DROP {kind} {name}')
     for column in ('of_project', 'of_user'):
@@ -13258,7 +13258,7 @@ class Hanging:
         self.let, self.asked = threading.Event(), queue.SimpleQueue()
         make, hanging = world.clouds.make, self
 
-        class Slow(cmres.Simulated):
+        class SlowCloud(cmres.Simulated):
             def find(self, kind, name, *rest):
                 hanging.asked.put(name)
                 hanging.let.wait()
@@ -13273,7 +13273,7 @@ class Hanging:
                 hanging.asked.put('aggregates')
                 hanging.let.wait()
                 return super().aggregates()
-        world.clouds.make = lambda account: Slow(
+        world.clouds.make = lambda account: SlowCloud(
             account, world.clouds.store, world.config, lambda: world.now) if account == 'slow' else make(account)
         world.service.resource_add('slow', cloud='slow', vms=100)
         world.service.resource_add('counted', cloud='slow', vcpus=100)
@@ -20401,13 +20401,13 @@ SERVES_SLOWLY = """
 import sys, time
 import cmres
 
-class Slow(cmres.Simulated):
+class SlowCloud(cmres.Simulated):
     def find(self, *given):
         time.sleep(3)
         return super().find(*given)
 make = cmres.Clouds.make
 cmres.Clouds.make = lambda self, account: (
-    Slow(account, self.store, self.config, self.clock) if account == 'slow' else make(self, account))
+    SlowCloud(account, self.store, self.config, self.clock) if account == 'slow' else make(self, account))
 sys.exit(cmres.main(['serve', '--port', '0']))
 """
 SERIES = {'repeat': 'weekdays', 'count': 781}
