@@ -1634,6 +1634,7 @@ class StoreFile:
         self.damage = ''  # what a statement or a check met, until a check meets nothing
         self.lost = ''    # the sentence that was logged of a loss
         self.troubles = 0  # how often something was wrong, or right again
+        self.failed = '', 0.0  # why a write failed and when, until one succeeds
 
     def hold(self, path: str) -> None:
         """Says to other processes that the file is in use, and connects the guard."""
@@ -1762,6 +1763,7 @@ class StoreFile:
 
     def acknowledge(self, number: int) -> None:
         """Lets all processes know of a write, unless it went to files that are lost since."""
+        self.failed = '', 0.0
         if self.identity:
             self.look()
             number = max(number, self.acknowledged())
@@ -3125,6 +3127,8 @@ def in_trouble(error: BaseException) -> Unavailable | None:
     sentence = TROUBLES[code].format(f'{cause} ({cause.sqlite_errorname})')
     if TROUBLES[code] is DAMAGED:
         store_file.damage = sentence
+    elif code not in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
+        store_file.failed = sentence, time.monotonic()
     return Unavailable(sentence)
 
 
@@ -11662,7 +11666,8 @@ class Readiness:
 
     def look(self) -> dict:
         """What is so now: each part with a fault, if it has one."""
-        store = {'fault': probe(store_file.path)}
+        failed, at = store_file.failed  # of a disk that is nearly full, a small write proves nothing
+        store = {'fault': probe(store_file.path) or failed * (time.monotonic() < at + 5)}
         found = {'store': store, 'integrity': self.integrity(store['fault']),
                  'scheduler': {} if store['fault'] else self.scheduler()}
         ready = not any(each.get('fault') for each in found.values())

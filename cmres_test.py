@@ -975,6 +975,22 @@ def test_all_processes_know_that_a_store_is_overwritten(serving, tmp_path):
     assert serve.add('back')[0] == 201 and serve.names() == {'demo', 'early', 'back'}
 
 
+def test_readiness_tells_why_the_last_write_failed_though_a_small_one_would_not(app, world, monkeypatch):
+    world.at(0)
+    ready = webtest.TestApp(cmres.rest(world.service))
+
+    def full(self, **_):
+        error = sqlite3.OperationalError('database or disk is full')
+        error.sqlite_errorcode, error.sqlite_errorname = sqlite3.SQLITE_FULL, 'SQLITE_FULL'
+        raise error
+    monkeypatch.setattr(cmres.Reservations, 'resource_list', full)
+    assert 'is full' in app.call('GET', '/resource', status=503).json['error']
+    assert 'is full' in ready.get('/readyz', status=503).json['store']['fault']
+    app.call('POST', '/resource', {'name': 'back'}, 201)
+    ready = webtest.TestApp(cmres.rest(world.service))
+    assert ready.get('/readyz').json['status'] == 'ready'
+
+
 def test_when_all_processes_have_ended_the_file_alone_has_everything(serving, tmp_path):
     """Whoever copies or moves the database then needs no other file."""
     serve = serving()
