@@ -1649,14 +1649,14 @@ class StoreFile:
         self.guard = connect(path)
 
     def settle(self) -> None:
-        """Copies the log into the file, so that it has all; what others read now prevents nothing."""
+        """Copies the log into the file, so that who copies the file alone has everything."""
         with suppress(Unavailable, sqlite3.Error):
             self.look()
             if self.guard and not self.lost:
                 self.guard.execute('PRAGMA wal_checkpoint(PASSIVE)').fetchone()
 
     def leave(self) -> None:
-        """Closes the guard; where nobody else has the file open, SQLite makes all one file again."""
+        """Closes the guard; where nobody else has the file open, SQLite makes all one file."""
         with suppress(Unavailable, *STORE_ERRORS):
             self.look()
             if self.guard and not self.lost:
@@ -11666,7 +11666,7 @@ class Readiness:
 
     def look(self) -> dict:
         """What is so now: each part with a fault, if it has one."""
-        failed, at = store_file.failed  # of a disk that is nearly full, a small write proves nothing
+        failed, at = store_file.failed  # on a disk that is nearly full, small writes go on
         store = {'fault': probe(store_file.path) or failed * (time.monotonic() < at + 5)}
         found = {'store': store, 'integrity': self.integrity(store['fault']),
                  'scheduler': {} if store['fault'] else self.scheduler()}
