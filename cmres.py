@@ -2864,6 +2864,7 @@ class StoreFile:
         self.damage = ''  # what a statement or a check met, until a check meets nothing
         self.lost = ''    # the sentence that was logged of a loss
         self.troubles = 0  # how often something was wrong, or right again
+        self.failed = '', 0.0  # why a write failed and when, until one succeeds
 
     def hold(self, path: str) -> None:
         """Says to other processes that the file is in use, and connects the guard."""
@@ -2878,14 +2879,14 @@ class StoreFile:
         self.guard = connect(path)
 
     def settle(self) -> None:
-        """Copies the log into the file, so that it has all; what others read now prevents nothing."""
+        """Copies the log into the file, so that who copies the file alone has everything."""
         with suppress(Unavailable, sqlite3.Error):
             self.look()
             if self.guard and not self.lost:
                 self.guard.execute('PRAGMA wal_checkpoint(PASSIVE)').fetchone()
 
     def leave(self) -> None:
-        """Closes the guard; where nobody else has the file open, SQLite makes all one file again."""
+        """Closes the guard; where nobody else has the file open, SQLite makes all one file."""
         with suppress(Unavailable, *STORE_ERRORS):
             self.look()
             if self.guard and not self.lost:
@@ -2992,6 +2993,7 @@ class StoreFile:
 
     def acknowledge(self, number: int) -> None:
         """Lets all processes know of a write, unless it went to files that are lost since."""
+        self.failed = '', 0.0
         if self.identity:
             self.look()
             number = max(number, self.acknowledged())
@@ -4518,6 +4520,8 @@ def in_trouble(error: BaseException) -> Unavailable | None:
     sentence = TROUBLES[code].format(f'{cause} ({cause.sqlite_errorname})')
     if TROUBLES[code] is DAMAGED:
         store_file.damage = sentence
+    elif code not in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
+        store_file.failed = sentence, time.monotonic()
     return Unavailable(sentence)
 
 
@@ -15263,7 +15267,9 @@ class Readiness:
 
     def look(self) -> dict:
         """What is so now: each part with a fault, if it has one."""
-        store = {'fault': probe(store_file.path), 'version': latest_version()}
+        failed, at = store_file.failed  # on a disk that is nearly full, small writes go on
+        fault = probe(store_file.path) or failed * (time.monotonic() < at + 5)
+        store = {'fault': fault, 'version': latest_version()}
         found = {'store': store, 'integrity': self.integrity(store['fault']), 'disk': self.disk(),
                  'scheduler': {} if store['fault'] else self.scheduler()}
         ready = not any(each.get('fault') for each in found.values())

@@ -209,7 +209,7 @@ class Rest:
 
 @pytest.fixture
 def run(tmp_path, empty, monkeypatch, capsys):
-    """The command line in a folder with a new store: run('list') gives (exit code, output, errors)."""
+    """The command line in a folder with a new store: run('list') is (exit code, output, errors)."""
     shutil.copy(empty, tmp_path)
     monkeypatch.chdir(tmp_path)
     for name in [name for name in os.environ if name.startswith('CMRES_')]:
@@ -234,8 +234,9 @@ def labels(answer):
 
 def dump(connection=None):
     """Everything that is in the store, but not how often it was written to."""
+    count = 'INSERT INTO "fact" VALUES(\'writes\''
     everything = (connection or cmres.db.connection()).iterdump()
-    return [line for line in everything if not line.startswith('INSERT INTO "fact" VALUES(\'writes\'')]
+    return [line for line in everything if not line.startswith(count)]
 
 
 def test_no_two_things_of_a_module_have_one_name():
@@ -903,7 +904,7 @@ def test_serve_makes_a_store_and_what_to_try_in_an_empty_folder_only(serving, tm
 
 
 @pytest.mark.parametrize('command', [
-    'list', 'show lab', 'add lab demo +1h +1h', 'resource list', 'events', 'check', 'tick', 'scheduler',
+    'list', 'show lab', 'add lab demo +1h +1h', 'resource list', 'check', 'tick', 'scheduler',
     'store orphans', 'store backup b.db', 'store migrate', 'token add eva'])
 def test_only_serve_makes_a_store(run, tmp_path, command):
     """In a wrong folder, a command that made one would answer as if nothing were reserved."""
@@ -1074,7 +1075,8 @@ def another_store(path) -> bytes:
 
 
 @pytest.mark.parametrize('size', [None, 0], ids=['small', 'large'])
-def test_what_sqlite_does_to_the_file_is_no_overwriting_nor_is_a_new_date(app, world, monkeypatch, size):
+def test_what_sqlite_does_to_the_file_is_no_overwriting_nor_is_a_new_date(
+        app, world, monkeypatch, size):
     path = Path(world.config.database)
     if size is not None:
         monkeypatch.setattr(cmres, 'MOST_DIGESTED', size)
@@ -1102,6 +1104,20 @@ def test_while_somebody_reads_a_part_of_the_log_is_copied_and_that_is_no_overwri
             assert path.stat().st_mtime_ns > before
             app.call('POST', '/resource', {'name': f'then-{n}'}, 201)
             reader.execute('COMMIT')
+
+
+def test_a_transaction_that_writes_nothing_looks_once_at_each_file(world, monkeypatch):
+    cmres.fact('store')  # else this thread has no connection yet
+    asked, run, stat = [], [], os.stat
+    monkeypatch.setattr(cmres.os, 'stat', lambda path: asked.append(path) or stat(path))
+    cmres.db.connection().set_trace_callback(run.append)
+    try:
+        with cmres.transaction():
+            pass
+    finally:
+        cmres.db.connection().set_trace_callback(None)
+    assert asked == [world.config.database + side for side in ('', '-wal', '-shm')]
+    assert run == ['BEGIN IMMEDIATE', 'COMMIT']
 
 
 def test_a_log_or_an_index_that_is_an_older_one_is_noticed(app, world):
@@ -1146,13 +1162,30 @@ def test_all_processes_know_that_a_store_is_overwritten(serving, tmp_path):
     assert serve.add('back')[0] == 201 and serve.names() == {'demo', 'early', 'back'}
 
 
+def test_readiness_tells_why_the_last_write_failed(app, world, monkeypatch):
+    """On a disk that is nearly full, a write as small as a probe may succeed."""
+    world.at(0)
+    ready = webtest.TestApp(cmres.rest(world.service))
+
+    def full(self, **_):
+        error = sqlite3.OperationalError('database or disk is full')
+        error.sqlite_errorcode, error.sqlite_errorname = sqlite3.SQLITE_FULL, 'SQLITE_FULL'
+        raise error
+    monkeypatch.setattr(cmres.Reservations, 'resource_list', full)
+    assert 'is full' in app.call('GET', '/resource', status=503).json['error']
+    assert 'is full' in ready.get('/readyz', status=503).json['store']['fault']
+    app.call('POST', '/resource', {'name': 'back'}, 201)
+    ready = webtest.TestApp(cmres.rest(world.service))
+    assert ready.get('/readyz').json['status'] == 'ready'
+
+
 def test_when_all_processes_have_ended_the_file_alone_has_everything(serving, tmp_path):
     """Whoever copies or moves the database then needs no other file."""
     serve = serving()
     assert serve.add('early')[0] == 201
     serve.stop()
-    with contextlib.closing(sqlite3.connect(f'file:{tmp_path}/cmres.db?immutable=1', uri=True)) as alone:
-        assert alone.execute("SELECT count(*) FROM resource WHERE name = 'early'").fetchone() == (1,)
+    shutil.copy(tmp_path / 'cmres.db', tmp_path / 'copied')
+    assert labels_in(tmp_path / 'copied', 'SELECT name FROM resource') == {'demo', 'early'}
     assert serve.names() == {'demo', 'early'}
     assert not list(tmp_path.glob('cmres.db-*'))
 
@@ -1235,7 +1268,7 @@ def fill_up(serve, refusal: int = 503) -> tuple[set[str], dict]:
 
 def test_a_full_disk_is_named_and_what_was_acknowledged_is_there(serving, tmp_path):
     with small_disk(tmp_path / 'disk') as disk:
-        serve = serving(database=disk / 'cmres.db')
+        serve = serving(database=disk / 'cmres.db', min_disk=0)
         done, refusal = fill_up(serve)
         (disk / 'ballast').write_bytes(b'')
         assert 'is full' in refusal['error'] and 'free space' in refusal['error']
