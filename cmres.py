@@ -36,7 +36,7 @@ The words, used everywhere in one sense:
 The file reads from top to bottom; a section uses only the sections above it:
 
   Errors, Time, Repetition            sentences, instants, wall times that come again and again
-  Config, Calls                       settings; text that becomes arguments
+  Config, Calls, Answers              settings; text that becomes arguments; what is answered
   Store, Capacity                     what is on disk; the rule that admits
   Clouds, Notices, Shares, Calendar   what boots VMs; who is told; who may be slow; iCalendar in and out
   Service, Wishes, Limits             who asks; what is asked; how much anybody may have
@@ -76,6 +76,7 @@ import sys
 import textwrap
 import threading
 import time
+import uuid
 import zlib
 from bisect import bisect_left, bisect_right
 from collections import Counter, defaultdict, deque, namedtuple
@@ -83,7 +84,9 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, nullcontext, suppress
 from datetime import date, datetime, timedelta, timezone, tzinfo
 from html import unescape
-from typing import Any, Callable, Iterable, Iterator, NamedTuple, NewType
+from types import UnionType
+from typing import (Any, Callable, Iterable, Iterator, NamedTuple, NewType, NotRequired, Union, get_args, get_origin,
+                    get_type_hints)
 from urllib.parse import parse_qsl, quote, unquote, urlencode, urljoin, urlsplit
 from zoneinfo import ZoneInfo
 
@@ -117,9 +120,11 @@ class Unauthorized(Error): status = 401  # noqa: E701
 class Forbidden(Error): status = 403     # noqa: E701
 class NotFound(Error): status = 404      # noqa: E701
 class Conflict(Error): status = 409      # noqa: E701
+class Changed(Error): status = 412       # noqa: E701
 class TooLarge(Error): status = 413      # noqa: E701
 class TooMany(Error): status = 429       # noqa: E701
 class BadCalendar(Error): status = 422   # noqa: E701
+class KeyReused(Error): status = 422     # noqa: E701
 class NoCapacity(Conflict): pass         # noqa: E701
 class Unavailable(Error): status = 503   # noqa: E701
 
@@ -139,9 +144,14 @@ class CloudError(Error):
         return status in (0, 401, 408, 429) or status >= 500
 
 
+class UnknownCloud(CloudError):
+    """A cloud that clouds.yaml does not name."""
+    status = 404
+
+
 ERRORS = {kind.__name__: kind for kind in (
-    Error, Invalid, Unauthorized, Forbidden, NotFound, Conflict, TooLarge, TooMany, BadCalendar,
-    NoCapacity, Unavailable, CloudError)}
+    Error, Invalid, Unauthorized, Forbidden, NotFound, Conflict, Changed, TooLarge, TooMany,
+    BadCalendar, KeyReused, NoCapacity, Unavailable, CloudError, UnknownCloud)}
 
 
 def nearest(word: str, words: Iterable[str]) -> str:
@@ -1568,16 +1578,25 @@ ROLES = (READER, USER, ADMIN)  # each may do what those before it may
 
 @dataclasses.dataclass
 class Operation:
-    """A published method: its routes `(verb, path, fixed arguments)`, who may call it, what it takes."""
+    """A published method: its routes `(verb, path, fixed arguments)`, who may call it, what it takes.
+
+    What makes something says in `made` at which path that is found: its answer is 201.
+    """
     name: str
     method: Callable
     role: str
     routes: list
+    made: str = ''
 
     @functools.cached_property
     def parameters(self) -> dict[str, inspect.Parameter]:
         signature = inspect.signature(self.method, eval_str=True)
         return {name: each for name, each in signature.parameters.items() if name not in ('self', 'config')}
+
+    @functools.cached_property
+    def answers(self):
+        """The type of its answer."""
+        return inspect.signature(self.method, eval_str=True).return_annotation
 
     @property
     def changes(self) -> bool:
@@ -1596,20 +1615,23 @@ class Operation:
 API: dict[str, Operation] = {}
 
 
-def api(verb: str, path: str, role: str | None = None, **fixed):
+def api(verb: str, path: str, role: str | None = None, made: str = '', **fixed):
     """Publishes a method; the topmost of several marks is the address that clients use.
 
     Args:
       role: the least role that may call it; reader for a GET, else user
+      made: where that is found which it makes, its parts named as fields of the answer
       fixed: arguments that this address stands for
     """
     def publish(method):
         known = API.get(method.__name__)
         if known:
             known.routes.insert(0, (verb, path, fixed))
+            known.made = made or known.made
             return method
+        needed = role or (READER if verb == 'GET' else USER)
         API[method.__name__] = Operation(
-            method.__name__, method, role or (READER if verb == 'GET' else USER), [(verb, path, fixed)])
+            method.__name__, method, needed, [(verb, path, fixed)], made)
         return guarded_by_role(method)
     return publish
 
@@ -1757,6 +1779,8 @@ def read_file(value, here=None) -> str:
 
 
 def read_int(value, here=None) -> int:
+    if isinstance(value, float) and value.is_integer():  # JSON knows one kind of number
+        value = int(value)
     if isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**53:
         return value
     if isinstance(value, str) and re.fullmatch(r'[+-]?[0-9]{1,12}', value.strip()):
@@ -2001,12 +2025,490 @@ def from_plain(value):
     return [from_plain(each) for each in value] if isinstance(value, list) else value
 
 
+# Answers #####################################################################
+#
+# What operations answer, each kind declared once. The service makes plain dicts of these fields,
+# clients are given them as the objects below, and /openapi.json has its schemas from here. A test
+# looks at every answer that the tests meet.
+
+State = NewType('State', str)    # of an occurrence
+Lasts = NewType('Lasts', str)  # a length in words, such as 1d2h30m
+Secret = NewType('Secret', str)  # what is shown once and kept nowhere
+
+
+class Answer(dict):
+    """Fields that are read as a['label'] and as a.label; the annotations of a kind say which."""
+    more = None  # the type of further fields, whose names are known to nobody before
+
+    def __init_subclass__(cls, more=None, **kwargs):
+        super().__init_subclass__(**kwargs)
+        cls.more = more or cls.more
+
+    def __getattr__(self, name: str):
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(f"{type(self).__name__} has no field '{name}' here") from None
+
+
+class ReservationAnswer(Answer):
+    """An occurrence of a reservation: what was asked for, when it is, and in which state."""
+    id: int
+    label: Label
+    user: str
+    project: str
+    resource: str
+    cell: str
+    cloud: str
+    region: str
+    aggregate: str
+    vms: int
+    flavor: str
+    image: str
+    network: str
+    key: str
+    security_groups: list[str]
+    metadata: dict[str, str]
+    server: str
+    at_end: str
+    notify: list[str]
+    vcpus: int
+    ram: int
+    classes: dict[str, int]
+    lead: int
+    description: str
+    personal: bool
+    repeat: str
+    tz: str
+    start: datetime
+    end: datetime
+    cancelled: datetime | None
+    added: datetime
+    changed: datetime | None
+    up: int
+    fault: str | None
+    request: str
+    host: str
+    state: State
+    change: NotRequired[dict]
+
+
+class OutcomeAnswer(Answer):
+    """What became of one occurrence of a series."""
+    start: datetime
+    end: datetime
+    vms: int
+    outcome: str
+    why: NotRequired[str]
+
+
+class BookedAnswer(ReservationAnswer):
+    """A reservation that was made or changed; of a series, what became of each occurrence."""
+    booked_until: NotRequired[datetime | None]
+    occurrences: NotRequired[list[OutcomeAnswer]]
+    warnings: NotRequired[list[str]]
+
+
+class GroupAnswer(Answer):
+    """Several reservations that were made together, or not at all."""
+    label: Label
+    parts: list[BookedAnswer]
+
+
+class CancelledAnswer(ReservationAnswer):
+    """A reservation that was cancelled, and what becomes of its VMs."""
+    ends_with: NotRequired[str]
+    warnings: NotRequired[list[str]]
+
+
+class ServerAnswer(Answer):
+    """A VM of a reservation: when it was planned, begun, ready and deleted, and what went wrong."""
+    n: int
+    name: str
+    state: str
+    addresses: list[str]
+    planned: datetime
+    begun: datetime | None
+    ready: datetime | None
+    deleted: datetime | None
+    snapshot: str
+    tries: int
+    fault: str
+    account: str
+    uid: str | None
+
+
+class KeptAnswer(Answer):
+    """A VM that was stopped or shelved at the end of its reservation and stays."""
+    id: int
+    name: str
+    label: Label
+    project: str
+    user: str
+    state: str
+    addresses: list[str]
+    end: datetime
+    account: str
+    uid: str | None
+
+
+class ComingAnswer(Answer):
+    """An occurrence of a series that is not over."""
+    start: datetime
+    end: datetime
+    vms: int
+    resource: str
+    state: State
+
+
+class DetailAnswer(ReservationAnswer):
+    """All of a reservation, with its VMs, and what comes of a series."""
+    user_data: str
+    servers: list[ServerAnswer]
+    on_conflict: NotRequired[str]
+    booked_until: NotRequired[datetime | None]
+    occurrences: NotRequired[list[ComingAnswer]]
+
+
+class DetailGroupAnswer(Answer):
+    """All of several reservations that were made together."""
+    label: Label
+    parts: list[DetailAnswer]
+
+
+class DurationAnswer(Answer):
+    """How long a reservation is."""
+    label: Label
+    duration: Lasts
+    seconds: int
+
+
+class DurationGroupAnswer(Answer):
+    """How long the parts of a group are."""
+    label: Label
+    parts: list[DurationAnswer]
+
+
+class RefusedLineAnswer(Answer):
+    """A line of many that was refused, and why."""
+    line: int
+    label: Any
+    error: str
+
+
+class LoadedAnswer(Answer):
+    """What became of many reservations."""
+    taken: list[BookedAnswer | GroupAnswer]
+    refused: list[RefusedLineAnswer]
+
+
+class SlotAnswer(Answer):
+    """A time window that is free for so many VMs."""
+    start: datetime
+    until: datetime
+    duration: Lasts
+    vms: int
+
+
+class UsageAnswer(Answer, more=int):
+    """How much of a resource is used in a time window; further fields are resource classes."""
+    start: datetime
+    end: datetime
+    vms: int
+    vcpus: int
+    ram: int
+    free_vms: int | None
+
+
+class LimitAnswer(Answer):
+    """What a project or a user may reserve at most."""
+    id: int
+    project: str
+    user: str
+    resource: str
+    most_vms: int | None
+    longest: Lasts | None
+    ahead: Lasts | None
+    least_notice: Lasts | None
+    vcpu_hours: int | None
+    waiting: int | None
+    exempt: Lasts
+    added: datetime
+
+
+class ResourceAnswer(Answer):
+    """A resource: its location and its capacity, without a number where that is unlimited."""
+    id: int
+    name: str
+    cell: str
+    cloud: str
+    region: str
+    aggregate: str
+    vms: int | None
+    vcpus: int | None
+    ram: int | None
+    classes: dict[str, int]
+    mode: str
+    hold: int
+    approval: int
+    no_show: int
+    hosts: list[str]
+    added: datetime
+
+
+class ResourceNowAnswer(ResourceAnswer):
+    """A resource, and how much of it is used now."""
+    held_now: dict[str, int]
+
+
+class ResourceChangedAnswer(ResourceAnswer):
+    """A resource that was changed, and what no longer fits."""
+    no_longer_fit: list[ReservationAnswer]
+
+
+class DifferenceAnswer(Answer):
+    """A field of a resource that a cloud has otherwise."""
+    resource: str
+    what: str
+    before: Any
+    after: Any
+
+
+class AffectedAnswer(Answer):
+    """An occurrence that no longer fits after a capacity change, and what became of it."""
+    label: Label
+    user: str
+    project: str
+    vms: int
+    start: datetime
+    end: datetime
+    outcome: str
+
+
+class CapacityChangeAnswer(Answer):
+    """A capacity change or a maintenance that was made, and whom it affects."""
+    id: int
+    resource: str
+    start: datetime
+    end: datetime
+    reason: str
+    hit: list[AffectedAnswer]
+
+
+class MaintenanceAnswer(Answer):
+    """A capacity change or a maintenance."""
+    id: int
+    resource: str
+    start: datetime
+    end: datetime
+    vms: int | None
+    vcpus: int | None
+    ram: int | None
+    classes: dict[str, int]
+    reason: str
+
+
+class CalledOffAnswer(Answer):
+    """A capacity change or a maintenance that was called off."""
+    id: int
+    reason: str
+
+
+class CheckAnswer(Answer):
+    """How many steps of usage were compared, and in how many they differed."""
+    steps: int
+    differences: int
+
+
+class ClaimAnswer(Answer):
+    """Whether a server may boot on a resource, why, and on which hosts; on any without a list."""
+    resource: str
+    passes: bool
+    why: str
+    hosts: list[str] | None
+
+
+class EventOutcomeAnswer(Answer):
+    """What became of an event of a calendar."""
+    uid: str
+    summary: str
+    outcome: str
+    why: NotRequired[str]
+    label: NotRequired[Label]
+    start: NotRequired[datetime]
+    vms: NotRequired[int]
+    flavor: NotRequired[str]
+    count: NotRequired[int]
+    occurrences: NotRequired[list[OutcomeAnswer]]
+
+
+class ImportAnswer(Answer):
+    """What became of the events of a calendar, and how many ask for nothing."""
+    events: list[EventOutcomeAnswer]
+    ignored: int
+    held: NotRequired[str]
+
+
+class CalendarAnswer(Answer):
+    """A feed that shows reservations, or a subscription that makes them."""
+    id: int
+    kind: str
+    user: str
+    project: str
+    shows: NotRequired[str | None]
+    added: NotRequired[datetime]
+    revoked: NotRequired[datetime]
+    polled: NotRequired[datetime | None]
+    fault: NotRequired[str]
+    held: NotRequired[str]
+
+
+class FeedAnswer(Answer):
+    """The address of a feed; of a dry run, whose it would be."""
+    feed: NotRequired[Secret]
+    user: NotRequired[str]
+    project: NotRequired[str]
+
+
+class EventAnswer(Answer):
+    """A line of the journal."""
+    id: int
+    at: datetime
+    actor: str
+    code: str
+    label: Label | None
+    project: str | None
+    sentence: str
+
+
+class LatenessAnswer(Answer):
+    """How late the VMs of a cloud were, in seconds."""
+    cloud: str
+    servers: int
+    begun_median: float | None
+    begun_95: float | None
+    begun_worst: float | None
+    ready_median: float | None
+    ready_95: float | None
+    ready_worst: float | None
+    tried_again: int
+
+
+class FailedAnswer(Answer):
+    """A VM that did not start."""
+    cloud: str
+    label: Label
+    name: str
+    tries: int
+    planned: datetime
+    fault: str
+
+
+class PunctualityAnswer(Answer):
+    """How late VMs were, and which failed."""
+    clouds: list[LatenessAnswer]
+    failed: list[FailedAnswer]
+
+
+class ReportAnswer(Answer):
+    """The sums of a project, a user or a resource."""
+    project: NotRequired[str]
+    user: NotRequired[str]
+    resource: NotRequired[str]
+    reserved_hours: float
+    used_hours: float
+    unused_hours: float
+    refused: int
+    late_worst: float
+
+
+class TokenAnswer(Answer):
+    """Whose a token is; not the token itself, of which only a hash is kept."""
+    id: int
+    user: str
+    project: str
+    role: str
+    added: datetime
+    revoked: datetime | None
+
+
+class NewTokenAnswer(Answer):
+    """A token that was made; of a dry run, whose it would be."""
+    token: NotRequired[Secret]
+    user: NotRequired[str]
+    project: NotRequired[str]
+    role: NotRequired[str]
+
+
+class RefusalAnswer(Answer):
+    """Why a request was refused, in a sentence; `details` say more to programs."""
+    error: str
+    kind: str
+    details: NotRequired[dict]
+
+
+class HealthAnswer(Answer):
+    """Whether the store can be read, and seconds since VMs were looked after."""
+    status: NotRequired[str]
+    last_pass: NotRequired[float]
+    error: NotRequired[str]
+
+
+class ReadyAnswer(Answer):
+    """Whether the store can be written and is whole, and the life cycle makes its passes."""
+    status: str
+    store: dict
+    integrity: NotRequired[dict]
+    scheduler: NotRequired[dict]
+
+
+class Field(NamedTuple):
+    """A field of an answer: the type of its value, and whether it is always there."""
+    kind: Any
+    always: bool
+
+
+@functools.cache
+def declared(answer: type[Answer]) -> dict[str, Field]:
+    """The fields that an answer declares."""
+    hints = get_type_hints(answer, include_extras=True)
+    return {name: Field(get_args(kind)[0], False) if get_origin(kind) is NotRequired
+            else Field(kind, True) for name, kind in hints.items()}
+
+
+def choices_of(kind) -> tuple:
+    """The types of which a value has one."""
+    return get_args(kind) if get_origin(kind) in (UnionType, Union) else (kind,)
+
+
+def as_answer(value, kind):
+    """A value of an answer as JSON has it, as what its type says: the reverse of `to_plain`."""
+    if isinstance(value, list):
+        [item] = get_args(next(each for each in choices_of(kind) if get_origin(each) is list))
+        return [as_answer(each, item) for each in value]
+    if datetime in choices_of(kind) and value is not None:
+        return datetime.fromisoformat(value)
+    if kind is dict or kind is Any:
+        return from_plain(value)
+    for each in choices_of(kind) if isinstance(value, dict) else ():
+        if is_answer(each) and all(name in value for name, field in declared(each).items()
+                                   if field.always):
+            return each({name: as_answer(one, declared(each).get(name, Field(each.more, 0)).kind)
+                         for name, one in value.items()})
+    return value
+
+
+def is_answer(kind) -> bool:
+    return isinstance(kind, type) and issubclass(kind, Answer)
+
+
 # Store #######################################################################
 #
 # peewee's models say what is on disk. Everything that is read or written at every request goes
 # through a few functions over plain SQL (building peewee's SQL costs ten times what SQLite needs
 # to run it). There is one idiom for writing: `with transaction():`, IMMEDIATE, so that what is
-# read in it can't change before it ends. Nothing remote is ever called inside.
+# read in it can't change before it ends. Nothing remote is ever called inside. Dry runs, and the
+# search for what would fit instead of what is refused, are `rehearsing()`: they hold up nobody.
 
 PATIENT = 30  # seconds that a writer waits for others
 PIECE = 0.02  # seconds after which what is long lets others write between
@@ -2026,6 +2528,11 @@ class LogState(NamedTuple):
     def follows(self, changes: int, salt: int, frames: int) -> bool:
         """Whether it can be what became of an earlier state; an index made anew counts from 0."""
         return self.changes >= changes or self.salt == salt and self.frames >= frames
+
+    @property
+    def is_between(self) -> bool:
+        """Whether the database file has some of the log: that can be anything of a page."""
+        return 0 < self.copied < self.frames
 
     def has_copied(self, before: LogState) -> bool:
         """Whether pages may have been copied since an earlier state."""
@@ -2083,8 +2590,8 @@ class Copied(NamedTuple):
 
     def may_become(self, now: Copied, state: LogState, least: int) -> bool:
         """Whether SQLite may have made another file of it, which has so many writes."""
-        return (not self.lost and state.follows(*self[:3])
-                and now.number >= max(self.number, least))
+        enough = state.is_between or now.number >= max(self.number, least)
+        return not self.lost and state.follows(*self[:3]) and enough
 
     def packed(self) -> bytes:
         """It as bytes, with a check sum."""
@@ -2121,6 +2628,7 @@ class StoreFile:
         self.known: Copied | None = None  # as the file was last when it was right
         self.damage = ''  # what a statement or a check met, until a check meets nothing
         self.lost = ''    # the sentence that was logged of a loss
+        self.troubles = 0  # how often something was wrong, or right again
 
     def hold(self, path: str) -> None:
         """Says to other processes that the file is in use, and connects the guard."""
@@ -2128,12 +2636,26 @@ class StoreFile:
         self.lock = lock_store(path, alone=False)
         self.file = os.open(path, os.O_RDONLY)
         if os.path.exists(path + '-shm'):  # before SQLite reads what others know to be lost
-            index = os.open(path + '-shm', os.O_RDONLY)
-            try:
-                self.compare(index, self.log)
-            finally:
-                os.close(index)
+            self.index = os.open(path + '-shm', os.O_RDONLY)
+            self.compare(self.log)
+            os.close(self.index)
+            self.index = None
         self.guard = connect(path)
+
+    def settle(self) -> None:
+        """Copies the log into the file, so that it has all; what others read now prevents nothing."""
+        with suppress(Unavailable, sqlite3.Error):
+            self.look()
+            if self.guard and not self.lost:
+                self.guard.execute('PRAGMA wal_checkpoint(PASSIVE)').fetchone()
+
+    def leave(self) -> None:
+        """Closes the guard; where nobody else has the file open, SQLite makes all one file again."""
+        with suppress(Unavailable, *STORE_ERRORS):
+            self.look()
+            if self.guard and not self.lost:
+                db.close()
+                self.guard.close()
 
     def release(self) -> None:
         """Forgets the files."""
@@ -2178,7 +2700,8 @@ class StoreFile:
             self.refuse_shorter(before, state, stats[1].st_size)
             self.log = state
         if not known or not known.is_like(stats[0]) or state and not known.is_of(state):
-            self.compare(self.index, before)
+            with suppress(FileNotFoundError):  # the next look will tell
+                self.compare(before)
 
     def refuse_shorter(self, before: LogState, state: LogState, size: int) -> None:
         """Raises Unavailable if the log or its index went back."""
@@ -2187,10 +2710,10 @@ class StoreFile:
         if size < state.size and read_log(self.index) == state:  # else it was begun anew just now
             raise Unavailable(self.told_of('-wal', OVERWRITTEN, RESTART))
 
-    def compare(self, index: int, before: LogState) -> None:
+    def compare(self, before: LogState) -> None:
         """Raises Unavailable if the file changed, and not by what was copied into it."""
         written, last = self.written(), unpacked(os.pread(self.lock, ACKNOWLEDGED, 0))
-        state, found = read_log(index), os.stat(self.path)
+        state, found = read_log(self.index), os.stat(self.path)
         if not state:
             return
         now = self.left_by(state, found)
@@ -2199,7 +2722,7 @@ class StoreFile:
         right = not last or last.is_like(found) or (
             last.holds_what(now) if same else
             last.may_become(now, state, written - ends_in_log(self.path, state)))
-        if not is_calm(state, read_log(index)):
+        if not is_calm(state, read_log(self.index)):
             return  # it is being copied: the next look will tell
         if not right:
             if same:
@@ -2212,8 +2735,11 @@ class StoreFile:
     def left_by(self, state: LogState, found: os.stat_result) -> Copied:
         """What the file is like now; it is read if it has changed."""
         known, size = self.known, found.st_size
-        contents = known[5:7] if known and known.is_like(found) else contents_of(
-            self.path, self.file, size)
+        if known and known.is_like(found):
+            contents = known[5:7]
+        else:
+            before = known.number if known and state.is_between else None
+            contents = contents_of(self.path, self.file, size, before)
         return Copied(*state[:2], state.copied, size, found.st_mtime_ns, *contents)
 
     def acknowledged(self) -> int:
@@ -2226,7 +2752,7 @@ class StoreFile:
         number = self.acknowledged()
         if self.guard:
             with suppress(sqlite3.Error):  # the file may hold anything now
-                number = max([number, *map(int, self.guard.execute(LAST_WRITE).fetchone() or ())])
+                number = max(number, *self.guard.execute(LAST_WRITE).fetchone() or (0,))
         return number
 
     def acknowledge(self, number: int) -> None:
@@ -2248,7 +2774,7 @@ class StoreFile:
             write_probe(self.path)
         except sqlite3.Error as error:
             raise in_trouble(error) or Unavailable(self.lost) from None
-        self.lost = ''
+        self.lost, self.troubles = '', self.troubles + 1
 
     def loss(self, found: tuple) -> str:
         """What became of the files, as people read it; logged once."""
@@ -2263,7 +2789,7 @@ class StoreFile:
         name = os.path.basename(self.path) + side
         lost = f"the database file '{name}' {what}: nothing is saved now. {then}"
         if lost != self.lost:
-            self.lost = lost
+            self.lost, self.troubles = lost, self.troubles + 1
             log.critical('%s', lost)
         return lost
 
@@ -2295,7 +2821,7 @@ def identity_of(stats: tuple) -> tuple:
 
 def ends_in_log(path: str, state: LogState) -> int:
     """How many transactions end in that part of a log which the database file has not."""
-    if state.copied == state.frames:
+    if state.copied >= state.frames:
         return 0
     size, ends = (state.size - 32) // state.frames, 0
     with open(path + '-wal', 'rb') as file:
@@ -2304,15 +2830,17 @@ def ends_in_log(path: str, state: LogState) -> int:
     return ends
 
 
-def contents_of(path: str, file: int, size: int) -> tuple[int, int]:
+def contents_of(path: str, file: int, size: int, number: int | None) -> tuple[int, int]:
     """The number of the last write in a database file without its log, and a digest of the file."""
     digest = zlib.crc32(os.pread(file, size + 1, 0)) if size <= MOST_DIGESTED else 0
+    if number is not None:
+        return number, digest
     try:
         with closing(sqlite3.connect(file_uri(path) + '&immutable=1', uri=True)) as alone:
             found = alone.execute(LAST_WRITE).fetchone()
     except sqlite3.Error:  # it is empty, or damaged
         return -1, digest
-    return int(found[0]) if found else 0, digest
+    return found[0] if found else 0, digest
 
 
 def file_uri(path: str) -> str:
@@ -2408,7 +2936,7 @@ class Turns:
 
     def acquire(self, timeout: float = -1, first: bool = False) -> bool:
         """Waits for the turn of this thread, which may have it already; whether it came in time."""
-        if self.holder == threading.get_ident():
+        if self.mine:
             self.depth += 1
             return True
         comes = threading.Lock()
@@ -2454,6 +2982,11 @@ class Turns:
             self.written = Counter({name: each for name, each in self.written.items() if each > self.least})
         self.began = time.monotonic()
         comes.release()
+
+    @property
+    def mine(self) -> bool:
+        """Whether this thread has the turn."""
+        return self.holder == threading.get_ident()
 
     def lasts(self) -> float:
         """For how many seconds whoever has the turn has had it."""
@@ -2812,6 +3345,23 @@ class Session(Table):
     until = peewee.IntegerField(index=True)
 
 
+class OnceDone(Table):
+    """A request that names itself by an Idempotency-Key, so that it is done once."""
+    user = peewee.CharField()
+    project = peewee.CharField()
+    key = peewee.CharField()
+    digest = peewee.CharField()  # of what was asked
+    mark = peewee.CharField()    # of the attempt that did it
+    at = peewee.IntegerField(index=True)
+    status = peewee.IntegerField()  # 0: its answer is not there
+    answer = peewee.TextField()
+
+    class Meta:
+        table_name = 'once'
+        primary_key = peewee.CompositeKey('user', 'project', 'key')
+        without_rowid = True
+
+
 class Feed(Table):
     """What a secret address shows as a calendar: of a user, of a project or of a resource."""
     user = peewee.CharField()
@@ -2910,7 +3460,7 @@ class SimulatedServer(Table):
 
 
 TABLES = [Resource, Reservation, Occurrence, Texts, Capacity, Proposal, ExtraHold, Wait, Limit, Step,
-          Server, Claim, Tally, Token, Session, Feed, Subscription, Event, Outbox, Mailed, Lease, Fact,
+          Server, Claim, Tally, Token, Session, OnceDone, Feed, Subscription, Event, Outbox, Mailed, Lease, Fact,
           SimulatedServer]
 
 #: What brings an older store up to the models above, one function a version. None reads the models,
@@ -2919,7 +3469,7 @@ MIGRATIONS: list[Callable] = [
     lambda: add_tracks(), lambda: add_proposals(), lambda: add_up_told(), lambda: add_owners(),
     lambda: trust_names(), lambda: add_sessions(), lambda: add_ends_of_calls(),
     lambda: keep_resource_ids(), lambda: end_left_calendars(),
-    lambda: add_whose(), lambda: add_waits(), lambda: add_sums()]
+    lambda: add_whose(), lambda: add_waits(), lambda: add_sums(), lambda: add_once()]
 
 
 def long_texts(row: str) -> str:
@@ -2953,13 +3503,15 @@ TRIGGERS = TRIGGERS_OF_13 = (f'''
   END''')
 
 
-def open_store(path: str, key: str = '') -> None:
+def open_store(path: str, key: str = '', make: bool = True) -> None:
     """Opens the database for all threads. Where none ever was, it and its key are made.
 
     Args:
       key: the file of the key, if it is not the one beside the database
+      make: false if a database that is not there is not to be made
 
     Raises:
+      NotFound: there never was one, and none is to be made.
       Unavailable: the file can't be opened, is gone, or is of something else, of another store or
         of another version.
     """
@@ -2970,6 +3522,8 @@ def open_store(path: str, key: str = '') -> None:
     known = known_store(file)
     if known and not os.path.exists(path):
         raise Unavailable(STORE_GONE.format(path, file))
+    if not make:
+        refuse_missing(path)
     try:
         take_file(path, known)
         remember(file, store_file.store)
@@ -2994,6 +3548,14 @@ def take_file(path: str, known: str) -> None:
     ROW_TYPES.clear()  # in another store, columns may stand in another order
 
 
+def refuse_missing(path: str) -> None:
+    """NotFound if there is no database."""
+    if not os.path.exists(path):
+        raise NotFound(NO_STORE.format(os.path.abspath(path)))
+
+
+NO_STORE = ("there is no database '{}'. `serve` makes one (`serve --demo` with something to try). "
+            'If there is one elsewhere, go to its folder or name it with the setting `database`')
 STORE_GONE = ("the database '{0}' is gone, and there was one: '{1}' remembers it. Bring it back "
               "with `store restore FILE`. To begin with an empty one, delete '{1}'")
 STORE_OLDER = ("the database '{0}' is of version {1}, this cmres needs version {2}. Stop all "
@@ -3609,6 +4171,17 @@ def add_sums() -> None:
         run(trigger)
 
 
+def add_once() -> None:
+    """Version 14: requests that name themselves are done once."""
+    run_all("""
+        CREATE TABLE once (
+          user VARCHAR(255) NOT NULL, project VARCHAR(255) NOT NULL, key VARCHAR(255) NOT NULL,
+          digest VARCHAR(255) NOT NULL, mark VARCHAR(255) NOT NULL, at INTEGER NOT NULL,
+          status INTEGER NOT NULL, answer TEXT NOT NULL,
+          PRIMARY KEY (user, project, key)) WITHOUT ROWID;
+        CREATE INDEX once_at ON once (at)""")
+
+
 # What goes wrong with the store. SQLite's first error is what the user is told, with what helps.
 
 STORE_ERRORS = (peewee.DatabaseError, sqlite3.Error)
@@ -3660,6 +4233,7 @@ def in_trouble(error: BaseException) -> Unavailable | None:
     code = code_of(cause)
     if code not in TROUBLES:
         return None
+    store_file.troubles += 1
     sentence = TROUBLES[code].format(f'{cause} ({cause.sqlite_errorname})')
     if TROUBLES[code] is DAMAGED:
         store_file.damage = sentence
@@ -3771,7 +4345,7 @@ def watched() -> Iterator[None]:
 
 
 #: Each write has a number, by which a database file tells how old it is.
-LAST_WRITE = "SELECT value FROM fact WHERE name = 'writes'"
+LAST_WRITE = "SELECT CAST(value AS INTEGER) FROM fact WHERE name = 'writes'"
 COUNT_WRITE = """INSERT INTO fact (name, value) VALUES ('writes', 1)
   ON CONFLICT (name) DO UPDATE SET value = value + 1 RETURNING value"""
 
@@ -3819,7 +4393,7 @@ class Unmade(Exception):
 rehearsal = Rehearsal()
 #: What operations change, each with what changes with it.
 REHEARSED = dict.fromkeys(('occurrence', 'resource', 'capacity', 'proposal', 'extra_hold', 'wait',
-                           'limits', 'server', 'token', 'feed', 'subscription'), ()) | {
+                           'limits', 'token', 'feed', 'subscription'), ()) | {
     'reservation': ('occurrence', 'texts')}
 WRITTEN = re.compile(r'\s*(?:INSERT INTO|UPDATE|DELETE FROM)\s+(\w+)')
 NAMED = re.compile(r'\b((?:FROM|JOIN|INTO|UPDATE)\s+)(\w+)\b')
@@ -3850,7 +4424,7 @@ def rehearsing() -> Iterator[None]:
 
 def set_stage() -> None:
     """Makes, once on each connection, what rehearsals write to."""
-    if run("SELECT 1 FROM temp.sqlite_master WHERE name = 'texts_now'").fetchone():
+    if run('PRAGMA temp.table_info(texts_now)').fetchone():
         return
     run('PRAGMA temp_store = memory')
     for table in REHEARSED:
@@ -4024,6 +4598,12 @@ def resource_of(id: int, removed: bool = False):
     return found if removed or found.removed is None else None
 
 
+def state_of_store() -> tuple:
+    """What is another as soon as anything was written, by this connection or by another one."""
+    connection = db.connection()
+    return id(connection), connection.total_changes, run('PRAGMA data_version').fetchone()[0]
+
+
 def row_type(sql: str, cursor):
     if len(ROW_TYPES) > 500:  # queries with lists of filters come in many forms
         ROW_TYPES.clear()
@@ -4053,6 +4633,9 @@ def insert_text(model, names: tuple, instead: str = '') -> str:
 
 def insert_many(model: type[Table], many: list[dict]) -> None:
     """Writes rows in one statement, in order; what some don't have is NULL."""
+    if len(many) == 1:
+        insert(model, **many[0])
+        return
     table, names = model._meta.table_name, (*dict.fromkeys(name for each in many for name in each),)
     if rehearsal.on:
         note_written(table)
@@ -4267,6 +4850,9 @@ def given(where: list) -> list:
 # that is counted, such as CUSTOM_GPU: a track each, and (1) to (3) are said of every track. A
 # maintenance holds one of the track CLOSED, of which no resource has any: so nothing is admitted in
 # it, also where a resource has no figure that could be used up.
+#
+# A transaction keeps what it holds and gives back in memory, the ledger, and writes the net of it at
+# its end: so what is undone costs nothing, and a rehearsal writes nothing.
 #
 # Cost: a few index look-ups and one row per change of level inside the window, whatever the number
 # of reservations. `check` derives the same function from the occurrences and compares.
@@ -4500,11 +5086,10 @@ class Ledger(threading.local):
         if not missing:
             return
         for piece, found in zip(missing, run(PEAKS, json.dumps(missing)).fetchall()):
-            begun, inside, ended = found[:3], found[3], found[4:]
+            at, before, inside, *ended = map(step_of, found)
             resource, track, begin, until = piece
-            levels = [json.loads(each) if each else ZERO for each in (begun[2], inside)]
-            self.peaks[piece] = levels if inside else levels[:1]
-            self.cuts[resource, track, begin], self.cuts[resource, track, until] = begun, ended
+            self.peaks[piece] = [at or before or ZERO, *([inside] if inside else [])]
+            self.cuts[resource, track, begin], self.cuts[resource, track, until] = (at, before), ended
 
     def peak(self, resource: int, track: str, begin: float, until: float) -> tuple:
         """The peak of a track in a window that was read, with what this transaction holds."""
@@ -4528,30 +5113,36 @@ MOST_READ = 5000  # windows of which a transaction remembers what is held
 
 ledger = Ledger()
 MEMORIES.append(ledger)
-#: Of a step function and an instant, [resource, track, at, until] in JSON, those of `step`.
-OF_ITS = "resource_id = json_extract(p.value, '$[0]') AND track = json_extract(p.value, '$[1]')"
-AT, UNTIL = "json_extract(p.value, '$[2]')", "json_extract(p.value, '$[3]')"
-LEVEL = f'(SELECT json_array(vms, vcpus, ram) FROM step WHERE {OF_ITS} AND at {{}} {AT} ORDER BY at DESC LIMIT 1)'
-AROUND = f"""EXISTS (SELECT 1 FROM step WHERE {OF_ITS} AND at = {AT}), {LEVEL.format('<')},
-         {LEVEL.format('<=')}"""
-STEPS_AT = f'SELECT {AROUND} FROM json_each(?) p ORDER BY p.key'
-PEAKS = f"""
-  SELECT {AROUND},
-         (SELECT iif(max(vms) IS NULL, NULL, json_array(max(vms), max(vcpus), max(ram))) FROM step
-           WHERE {OF_ITS} AND at > {AT} AND at < {UNTIL}),
-         {AROUND.replace(AT, UNTIL)}
-    FROM json_each(?) p ORDER BY p.key"""
-PUT_STEPS = f"""
-  INSERT INTO step (resource_id, track, at, vms, vcpus, ram)
-  SELECT {', '.join(f"json_extract(value, '$[{n}]')" for n in range(6))} FROM json_each(?) WHERE 1
-      ON CONFLICT DO UPDATE SET vms = excluded.vms, vcpus = excluded.vcpus, ram = excluded.ram"""
-RAISE_STEPS = f"""
-  UPDATE step SET vms = vms + json_extract(p.value, '$[4]'), vcpus = vcpus + json_extract(p.value, '$[5]'),
-         ram = ram + json_extract(p.value, '$[6]')
-    FROM json_each(?) p WHERE {OF_ITS} AND at > {AT} AND at < {UNTIL}"""
-DROP_STEPS = """
-  DELETE FROM step WHERE (resource_id, track, at) IN (
-    SELECT json_extract(value, '$[0]'), json_extract(value, '$[1]'), json_extract(value, '$[2]') FROM json_each(?))"""
+def of_list(query: str, *names: str) -> str:
+    """A query that uses a list of lists, its one parameter in JSON, as a table p of columns with names."""
+    columns = ', '.join(f"json_extract(value, '$[{n}]') AS {name}" for n, name in enumerate(names))
+    return f'WITH p AS MATERIALIZED (SELECT key, {columns} FROM json_each(?)) {query}'
+
+
+OF_ITS = 'step.resource_id = p.resource AND step.track = p.track'  # steps of the step function of p
+#: The step at an instant of p if there is one, and the one before it.
+AROUND = f"""(SELECT json_array(vms, vcpus, ram) FROM step WHERE {OF_ITS} AND at = p.{{0}}),
+             (SELECT json_array(vms, vcpus, ram) FROM step WHERE {OF_ITS} AND at < p.{{0}} ORDER BY at DESC LIMIT 1)"""
+INSIDE = f'FROM step WHERE {OF_ITS} AND at > p.begun AND at < p.until'
+STEPS_AT = of_list(f"SELECT {AROUND.format('at')} FROM p ORDER BY key", 'resource', 'track', 'at')
+PEAKS = of_list(f"""
+  SELECT {AROUND.format('begun')},
+         (SELECT iif(max(vms) IS NULL, NULL, json_array(max(vms), max(vcpus), max(ram))) {INSIDE}),
+         {AROUND.format('until')} FROM p ORDER BY key""", 'resource', 'track', 'begun', 'until')
+PUT_STEPS = of_list("""
+  INSERT INTO step (resource_id, track, at, vms, vcpus, ram) SELECT resource, track, at, a, b, c FROM p WHERE 1
+      ON CONFLICT DO UPDATE SET vms = excluded.vms, vcpus = excluded.vcpus, ram = excluded.ram""",
+                    'resource', 'track', 'at', 'a', 'b', 'c')
+RAISE_STEPS = of_list(f"""
+  UPDATE step SET vms = vms + p.a, vcpus = vcpus + p.b, ram = ram + p.c FROM p
+   WHERE {OF_ITS} AND at > p.begun AND at < p.until""", 'resource', 'track', 'begun', 'until', 'a', 'b', 'c')
+DROP_STEPS = of_list('DELETE FROM step WHERE (resource_id, track, at) IN (SELECT resource, track, at FROM p)',
+                     'resource', 'track', 'at')
+
+
+def step_of(text: str | None) -> tuple | None:
+    """The figures of a step that was read as JSON."""
+    return tuple(json.loads(text)) if text else None
 
 
 def write_steps(pieces: list[tuple]) -> None:
@@ -4560,15 +5151,15 @@ def write_steps(pieces: list[tuple]) -> None:
     ended = {(resource, track, until): figures for resource, track, _, until, figures in pieces}
     cuts = sorted(begun.keys() | ended.keys())
     unknown = [cut for cut in cuts if cut not in ledger.cuts]
-    known = ledger.cuts | dict(zip(unknown, run(STEPS_AT, json.dumps(unknown)) if unknown else ()))
+    for cut, found in zip(unknown, run(STEPS_AT, json.dumps(unknown)).fetchall() if unknown else ()):
+        ledger.cuts[cut] = map(step_of, found)
     put, gone = [], []
     for cut in cuts:
-        there, *levels = known[cut]
-        was, held = (tuple(json.loads(each)) if each else ZERO for each in levels)
-        new = plus(held, begun[cut][4] if cut in begun else ZERO)
-        if new == plus(was, ended.get(cut, ZERO)):
-            gone += [cut] if there else []
-        elif not there or new != held:
+        at, before = ledger.cuts[cut]
+        new = plus(at or before or ZERO, begun[cut][4] if cut in begun else ZERO)
+        if new == plus(before or ZERO, ended.get(cut, ZERO)):
+            gone += [cut] if at else []
+        elif new != at:
             put.append((*cut, *new))
     inside = [(*piece[:4], *piece[4]) for piece in pieces
               if len(ledger.peaks.get(piece[:4], (0, 0))) > 1]
@@ -5088,6 +5679,8 @@ class OpenStack(Cloud):
 
     def log_in(self):
         import openstack
+        if self.account not in openstack.config.OpenStackConfig().get_cloud_names():
+            raise UnknownCloud(f"there is no cloud '{self.account}' in clouds.yaml", sure=True)
         connection = openstack.connect(cloud=self.account, api_timeout=self.config.call_timeout,
                                        app_name='cmres')
         door = self.door()
@@ -5891,11 +6484,10 @@ class Shares:
                 raise self.refusal(self.full(names))
             self.taken.update(names)
         here.has = names
-        self.pace.acquire()
         try:
-            yield
+            with self.paced():
+                yield
         finally:
-            self.pace.release()
             here.has = ()
             self.give(names)
 
@@ -5909,11 +6501,23 @@ class Shares:
             if taken:
                 self.pace.release()
 
+    @contextmanager
+    def resting(self) -> Iterator[None]:
+        """Lets others compute for as long as this request only waits."""
+        paced = self.pace.mine
+        if paced:
+            self.pace.release()
+        try:
+            yield
+        finally:
+            if paced:
+                self.pace.acquire()
+
     def breathe(self) -> None:
         """Lets others compute who wait for that; never inside a transaction, which others wait for."""
-        if self.bounded and self.request.has and self.pace.lasts() > PIECE:
-            self.pace.release()
-            self.pace.acquire()
+        if self.pace.mine and self.pace.lasts() > PIECE:
+            with self.resting():
+                pass
 
     def ask(self, target: str, call: Callable):
         """The answer of a call to a target outside, such as `the cloud chameleon`; it may hang.
@@ -5955,13 +6559,10 @@ class Shares:
             if full:
                 raise self.refusal(full)
             self.taken.update(place)
-        if self.request.has:  # who waits does not compute
-            self.pace.release()
         try:
-            asked.ended.wait(max(self.request.left - QUICK, 0))
+            with self.resting():
+                asked.ended.wait(max(self.request.left - QUICK, 0))
         finally:
-            if self.request.has:
-                self.pace.acquire()
             self.give(place)
 
     def end(self, asked: Outside) -> None:
@@ -7039,7 +7640,7 @@ def calendar_text(name: str, shown: Iterable[Shown]) -> str:
 # what they may see; what is asked, read and resolved; limits; what is held; series; admission; the
 # waiting list; and then the operations themselves. A method reads: what is asked, what the cloud
 # knows of it (outside any transaction), then one transaction that admits or refuses, then the
-# answer read back.
+# answer read back. What is refused is explained after it, when nobody waits.
 
 
 class Actor(NamedTuple):
@@ -7287,6 +7888,17 @@ def public(found) -> dict:
     return shown
 
 
+def cut_short(text: str, most: int = 200) -> str:
+    return text if len(text) <= most else f'{text[:most - 3]}...'
+
+
+def in_lines(found: Iterable) -> list[dict]:
+    """Rows as an answer of many shows them: descriptions are cut, long metadata is left out."""
+    return [public(each._replace(description=cut_short(each.description),
+                                 metadata=each.metadata if len(each.metadata) <= 1000 else '{}'))
+            for each in found]
+
+
 @functools.lru_cache
 def shown_fields(fields: tuple) -> list[tuple]:
     """Of each field that is shown: its name, its place in the row, and what reads it."""
@@ -7350,8 +7962,12 @@ NONE_OF_THEM = -1
 #: What becomes of what is booked where there is less room than before.
 THEN = ('notify', 'move', 'cancel')
 ANY_APPROVAL = 'SELECT id FROM resource WHERE approval > 0 AND removed IS NULL LIMIT 1'
-FROM_ALL = ('FROM occurrence o JOIN reservation r ON r.id = o.reservation_id JOIN resource s ON s.id = o.resource_id')
-FROM_EXTRA = ('FROM extra_hold x JOIN reservation r ON r.id = x.reservation_id JOIN resource s ON s.id = x.resource_id')
+FROM_ALL = 'FROM occurrence o JOIN reservation r ON r.id = o.reservation_id JOIN resource s ON s.id = o.resource_id'
+FROM_EXTRA = ('FROM extra_hold x WHERE EXISTS (SELECT 1 FROM reservation r WHERE r.id = x.reservation_id '
+              'AND {})')
+#: By whom and what counts against limits: the columns of user, project, reservation and resource.
+OF_OCCURRENCE = ('o.of_user', 'o.of_project', 'o.reservation_id', 'o.resource_id')
+OF_EXTRA = ('r.user', 'r.project', 'r.id', 'x.resource_id')
 
 
 def in_words_of(seconds: int | None) -> str:
@@ -7422,17 +8038,18 @@ class Service:
         What has no room is refused at once, so that nobody waits while it is explained; why, and what
         would fit, is found out in a rehearsal.
         """
-        if not dry_run:
+        if dry_run:
+            with self.writing(dry_run) as now:
+                return deed(now)
+        for _ in range(3):
             try:
                 with self.writing() as now:
                     return deed(now)
             except NoCapacity:
                 if db.in_transaction():  # what this is a part of is refused as a whole
                     raise
-        with self.shares.paced(), self.writing(dry_run=True) as now:
-            answer = deed(now)
-        if dry_run:
-            return answer
+            with self.shares.paced(), self.writing(dry_run=True) as now:
+                deed(now)  # where it is not refused, somebody has given something back meanwhile
         raise NoCapacity(A_MOMENT_AGO)
 
     def journal(self, now: float, code: str, sentence: str, reservation: int | None = None,
@@ -7494,6 +8111,13 @@ class Service:
         return [each.id for each in rows(
             f"SELECT id FROM reservation r WHERE label = ?{also} UNION SELECT id FROM reservation r WHERE request = ? "
             f"AND request <> ''{also} ORDER BY id DESC", label, *given(where), label, *given(where))]
+
+    def newest_deed(self, label: str, project: str = '') -> int | None:
+        """The newest event of what people have done to the reservations of a label; None without any."""
+        found = row('SELECT max(id) AS id FROM event WHERE actor <> ? AND reservation_id IN '
+                    '(SELECT value FROM json_each(?))', 'cmres',
+                    json.dumps(self.labelled(label, project)[:MOST_PARTS]))
+        return found.id
 
     def parts_of(self, label: str, project: str = '') -> list:
         """The parts of the request that a label means; none if it means a reservation.
@@ -7616,13 +8240,13 @@ class Service:
           Conflict: several projects have one; the sentence names them.
         """
         where = [('r.label = ?', label), *self.visible(), *([('r.project = ?', project)] if project else [])]
-        known = f"FROM reservation r WHERE {' AND '.join(text for text, _ in where)}"
-        found = self.search([(f"o.id IN (SELECT ({NEXT_OF.format('r.id')}) {known} AND r.over > ?1)",
-                              *given(where))], tail='ORDER BY reservation')
+        known = (f"SELECT r.id FROM reservation r WHERE {' AND '.join(text for text, _ in where)} "
+                 'AND EXISTS (SELECT 1 FROM occurrence WHERE reservation_id = r.id)')
+        found = [self.next_of(each.id) for each in rows(f'{known} AND r.over > ? ORDER BY r.id', *given(where),
+                                                        int(self.clock()))]
         usable = [each for each in found if each.cancelled is None and each.end > self.clock()]
         if not usable:
-            past = row(f'SELECT r.id {known} AND EXISTS (SELECT 1 FROM occurrence WHERE reservation_id = r.id) '
-                       'ORDER BY r.over DESC, r.id DESC LIMIT 1', *given(where))
+            past = row(f'{known} ORDER BY r.over DESC, r.id DESC LIMIT 1', *given(where))
             if live or not past:
                 raise NotFound(f"there is no reservation '{label}'{' that is not over' if past else ''}")
             usable = [self.next_of(past.id)]
@@ -8038,7 +8662,7 @@ class Wishes(Service):
             with Attempt() if rehearsal.on else nullcontext():
                 yield
         except NoCapacity as refusal:
-            if not rehearsal.on and (deed or wish.stretches):
+            if deed and not rehearsal.on:
                 raise
             with undone():
                 wish = self.as_now(getattr(refusal, 'wish', wish))
@@ -8208,9 +8832,9 @@ class Wishes(Service):
         for way, condition, value in whose:
             ways = self.overlapping([(f'{way}_live', 'o.due IS NOT NULL')], begin, ' AND o.due IS NOT NULL')
             found += walk(self.clock(), ways, [(condition, value), later], most)
-        return [each.end for each in rows(
-            'SELECT DISTINCT "end" FROM occurrence WHERE id IN (SELECT value FROM json_each(?)) ORDER BY 1 LIMIT ?',
-            json.dumps([id for _, id in found]), most)]
+        ends = run('SELECT "end" FROM occurrence WHERE id IN (SELECT value FROM json_each(?))',
+                   json.dumps([id for _, id in found]))
+        return sorted({end for end, in ends})[:most]
 
     def fewer(self, wish: Wish, lack: Lack | None, old) -> Iterator[tuple[int, Wish]]:
         """As many VMs as there is room for in that window."""
@@ -8283,10 +8907,10 @@ LIMITS = '''SELECT l.*, coalesce(s.name, '') AS resource
 class Limits(Wishes):
     """What users and projects may reserve at most."""
 
-    @api('POST', '/limit/', role=ADMIN)
+    @api('POST', '/limit/', role=ADMIN, made='/limit/')
     def limit_add(self, project: Name = '', user: Name = '', resource: Label = '', most_vms: Count = None,
                   longest: Span = None, ahead: Span = None, least_notice: Span = None, vcpu_hours: Count = None,
-                  waiting: int = None, exempt: Span = None, dry_run: bool = False) -> dict:
+                  waiting: int = None, exempt: Span = None, dry_run: bool = False) -> LimitAnswer:
         """Limits what a project or a user may reserve; with neither, every project that has no limit of its own.
 
         With --resource it counts there alone, else everywhere together. What begins within --exempt from
@@ -8309,7 +8933,7 @@ class Limits(Wishes):
             return self.limit_public(row(f'{LIMITS} WHERE l.id = ?', id))
 
     @api('GET', '/limit/')
-    def limit_list(self) -> Rows:
+    def limit_list(self) -> list[LimitAnswer]:
         """Lists the limits; of those for others, only an admin sees any.
 
         Example:
@@ -8320,7 +8944,7 @@ class Limits(Wishes):
                 or each.project in ('', self.actor.project) and each.user in ('', self.actor.user)]
 
     @api('DELETE', '/limit/<id>', role=ADMIN)
-    def limit_delete(self, id: int, dry_run: bool = False) -> dict:
+    def limit_delete(self, id: int, dry_run: bool = False) -> LimitAnswer:
         """Takes a limit away.
 
         Example:
@@ -8388,45 +9012,46 @@ class Limits(Wishes):
             yield 'vcpu_hours', limit.vcpu_hours, less or used + need <= limit.vcpu_hours, (
                 f'{limit.vcpu_hours}, of which {max(limit.vcpu_hours - used, 0):.0f} are left')
 
-    def counted(self, limit, wish: Wish, old, others: Others | None) -> tuple[str, tuple]:
-        """What counts against a limit, as conditions on r and s and values of theirs."""
-        who = ('r.user = ?', wish.user) if limit.user else ('r.project = ?', wish.project)
-        conditions = [who, *([('r.project = ?', limit.project)] if limit.user and limit.project else []),
-                      ('r.id <> ?', others.reservation if others else 0),
-                      *([('s.id = ?', limit.resource_id)] if limit.resource_id else [])]
-        return ' AND '.join(text for text, _ in conditions), tuple(value for _, value in conditions)
+    def counted(self, limit, wish: Wish, others: Others | None, of: tuple[str, ...]) -> tuple[str, list]:
+        """What counts against a limit, as conditions on some columns and values of theirs.
 
-    def whose(self, limit, wish: Wish) -> tuple[str, str]:
-        """The column by which an index finds the occurrences of the limited, and its value."""
-        return ('o.of_user', wish.user) if limit.user else ('o.of_project', wish.project)
+        Args:
+          of: the columns of user, project, reservation and resource
+        """
+        user, project, reservation, resource = of
+        wanted = {user: limit.user and wish.user, project: limit.project or not limit.user and wish.project,
+                  resource: limit.resource_id}
+        conditions = {f'{column} = ?': value for column, value in wanted.items() if value}
+        conditions |= {f'{reservation} <> ?': others.reservation if others else 0}
+        return ' AND '.join(conditions), [*conditions.values()]
 
     def most_at_once(self, limit, wish: Wish, old, others: Others | None) -> int:
         """How many machines the limited have at most at the same time in the window of a wish."""
-        where, values = self.counted(limit, wish, old, others)
         begin, until = wish.held
-        whose, who = self.whose(limit, wish)
-        found = run(f'SELECT o.held_from, o.held_until, o.vms {FROM_ALL} WHERE {whose} = ? AND {where} AND '
-                    f'o.due IS NOT NULL AND o.start < ? + {LONGEST_LEAD} AND o.held_until > o.held_from '
-                    'AND o.id <> ? AND o.held_from < ? AND o.held_until > ? UNION ALL '
-                    f'SELECT x.held_from, x.held_until, x.vms {FROM_EXTRA} WHERE {where} AND x.held_from < ? '
-                    'AND x.held_until > ? AND (x.proposal_id IS NOT NULL OR r.id <> ?)',
-                    who, *values, until, old.id if old else 0, until, begin, *values, until, begin,
-                    old.reservation if old and not others else 0).fetchall()
+        where, values = self.counted(limit, wish, others, OF_OCCURRENCE)
+        found = run(f'SELECT held_from, held_until, vms FROM occurrence o WHERE {where} AND o.due IS NOT NULL AND '
+                    f'o.start < ? + {LONGEST_LEAD} AND held_until > held_from AND o.id <> ? AND held_from < ? '
+                    'AND held_until > ?', *values, until, old.id if old else 0, until, begin).fetchall()
+        where, values = self.counted(limit, wish, others, OF_EXTRA)
+        found += run(f'SELECT x.held_from, x.held_until, x.vms {FROM_EXTRA.format(where)} AND held_from < ? AND '
+                     'held_until > ? AND (proposal_id IS NOT NULL OR reservation_id <> ?)', *values, until, begin,
+                     old.reservation if old and not others else 0).fetchall()
         found += others.holding(limit.resource_id, begin, until) if others else []
         changes = [change for first, last, vms in found for change in ((max(first, begin), 1, vms), (last, 0, -vms))]
         return max(itertools.accumulate((vms for _, _, vms in sorted(changes)), initial=0))
 
     def future_hours(self, limit, wish: Wish, now: float, old, others: Others | None) -> float:
         """The vcpu-hours that the limited have reserved from now on."""
-        where, values = self.counted(limit, wish, old, others)
-        own = others.seconds[limit.resource_id] if others else 0
-        whose, who = self.whose(limit, wish)
-        return (own + run(
-            f'SELECT coalesce(sum(o.vcpus * (o."end" - max(o.start, ?))), 0) {FROM_ALL} WHERE {whose} = ? AND {where} AND '
-            'o.due IS NOT NULL AND o.held_until > o.held_from AND o.id <> ? AND o."end" > ?',
-            int(now), who, *values, old.id if old else 0, int(now)).fetchone()[0] + run(
-            f'SELECT coalesce(sum(x.vcpus * (x.held_until - max(x.held_from, ?))), 0) {FROM_EXTRA} WHERE {where} '
-            'AND x.proposal_id IS NOT NULL AND x.held_until > ?', int(now), *values, int(now)).fetchone()[0]) / 3600
+        where, values = self.counted(limit, wish, others, OF_OCCURRENCE)
+        seconds = others.seconds[limit.resource_id] if others else 0
+        seconds += run(
+            f'SELECT coalesce(sum(vcpus * ("end" - max(start, ?))), 0) FROM occurrence o WHERE {where} AND '
+            'o.due IS NOT NULL AND held_until > held_from AND o.id <> ? AND "end" > ?',
+            int(now), *values, old.id if old else 0, int(now)).fetchone()[0]
+        where, values = self.counted(limit, wish, others, OF_EXTRA)
+        extra = run(f'SELECT vcpus * (held_until - max(held_from, ?)) {FROM_EXTRA.format(where)} '
+                    'AND proposal_id IS NOT NULL AND held_until > ?', int(now), *values, int(now))
+        return (seconds + sum(each for each, in extra)) / 3600
 
 
 # Holding #####################################################################
@@ -8762,8 +9387,6 @@ class Series(Holding):
             try:
                 done.append(self.place(reservation, wish, turn, others, now))
             except NoCapacity as error:
-                if not rehearsal.on:
-                    raise
                 refused.append((turn.slot, error))
         if refused:
             raise self.refusal_of(refused, len(turns), wish)
@@ -8835,10 +9458,10 @@ class Series(Holding):
         refused = one.on_conflict in ('', 'refuse')
         if refused and 'limit' in error.details:
             raise error
-        if refused and not rehearsal.on:
-            raise NoCapacity('')
         lack = self.lack(one)
         why = str(error) or self.why_not(one, lack)
+        if refused and not rehearsal.on:
+            raise NoCapacity(why)
         if refused:
             refusal = NoCapacity(why, **self.in_the_way(one, lack, reservation))
             refusal.most_vms = max((vms for vms, _ in self.fewer(one, lack, old)), default=0)
@@ -8876,8 +9499,6 @@ class Series(Holding):
             todo = [(slot, old._replace(altered=False))]
             (done, columns), = self.place_all(old.reservation_id, wish, todo, now)
         except NoCapacity as refusal:
-            if not rehearsal.on:
-                raise
             conflict, = refusal.details.pop('conflicts')
             why = f"what was left out does not fit any more: {conflict['why']}"
             raise NoCapacity(why, **refusal.details) from None
@@ -9467,7 +10088,8 @@ class Approval(Waiting):
         # Another change settles those that were proposed before.
         if SHAPE & set(asked) and (old.change is not None or old.repeats and not alone):
             self.drop_proposals(old.reservation, old.id if alone else None)
-        if self.actor.role == ADMIN or old.waiting is not None or not (once(ANY_APPROVAL) or self.proposes_all):
+        if self.actor.role == ADMIN or old.waiting is not None or not (
+                self.proposes_all or self.may_need_approval(old, wish)):
             return deed()
         before = self.holds(old.reservation)
         with Attempt() as attempt:
@@ -9485,6 +10107,12 @@ class Approval(Waiting):
         until = min(int(now) + (span or int(LAST.timestamp())), last)
         self.propose(old, wish, sorted(asked), until, now, code, named, alone, growth)
         return None
+
+    def may_need_approval(self, old, wish: Wish) -> bool:
+        """Whether a change concerns a resource on which an admin must approve what is reserved."""
+        if old.repeats or wish.stretches:
+            return bool(once(ANY_APPROVAL))
+        return any(resource_of(id, removed=True).approval for id in (old.resource_id, wish.resource.id))
 
     def await_approval(self, reservation: int, until: int, wish: Wish, now: float) -> None:
         """Lets a reservation wait for an admin until an instant."""
@@ -9558,7 +10186,7 @@ class Approval(Waiting):
                            'its end, vms, user, description and label can')
 
     @api('POST', '/reservation/<label>/approve', role=ADMIN)
-    def approve(self, label: Label, project: Name = '', dry_run: bool = False) -> dict:
+    def approve(self, label: Label, project: Name = '', dry_run: bool = False) -> BookedAnswer | GroupAnswer:
         """Lets a pending reservation be, or a change of one that is approved.
 
         Example:
@@ -9576,7 +10204,7 @@ class Approval(Waiting):
         return self.carry_out(deed, dry_run)
 
     @api('POST', '/reservation/<label>/accept')
-    def accept(self, label: Label, project: Name = '', dry_run: bool = False) -> dict:
+    def accept(self, label: Label, project: Name = '', dry_run: bool = False) -> BookedAnswer | GroupAnswer:
         """Takes the room that is held for a reservation of yours that had waited.
 
         Example:
@@ -9592,7 +10220,7 @@ class Approval(Waiting):
             return self.told_parts(label, pending)
 
     @api('POST', '/reservation/<label>/reject', role=ADMIN)
-    def reject(self, label: Label, reason: Text = '', project: Name = '', dry_run: bool = False) -> dict:
+    def reject(self, label: Label, reason: Text = '', project: Name = '', dry_run: bool = False) -> BookedAnswer | GroupAnswer:
         """Refuses a pending reservation and frees what it held; of a request, all parts.
 
         A change of a reservation that was approved before is refused alone: that goes on as it was.
@@ -9650,7 +10278,7 @@ GOES_ON = 60
 STAGED = "name > 'staged-' AND name < 'staged.'"
 
 
-def still_staged() -> tuple[Callable, Callable]:
+def not_real_yet() -> tuple[Callable, Callable]:
     """Tell of a reservation, and of an event, whether it is written but not real yet."""
     pieces = [piece for each in rows(f'SELECT value FROM fact WHERE {STAGED}')
               for piece in json.loads(each.value.partition(' ')[2])]
@@ -9741,7 +10369,7 @@ class Staged:
 class Requests(Approval):
     """The operations on reservations."""
 
-    @api('POST', '/reservation/')
+    @api('POST', '/reservation/', made='/reservation/<label>')
     @api('POST', '/reservation/add/<label>/<resource>/<start>/<end>')
     @api('POST', '/reservation/add/<label>/<cell>/<cloud>/<region>/<aggregate>/<vms>/<start>/<end>', resource=ANY)
     def add(self, label: NewLabel, resource: Place, start: When, end: When, vms: Count = 1, flavor: Name = '',
@@ -9752,7 +10380,7 @@ class Requests(Approval):
             skip_dates: Names = (), holidays: Source = '', on_conflict: Clash = 'refuse', user: Name = '',
             project: Name = '', cell: Name = '', cloud: Name = '', region: Name = '', aggregate: Name = '',
             part: Parts = (), host: Hosts = (), wait: bool = False, priority: int = 0, confirm: Span = None,
-            dry_run: bool = False) -> dict:
+            dry_run: bool = False) -> BookedAnswer | GroupAnswer:
         """Reserves machines from START to END, once or again and again.
 
         With an image, they are booted at the start and deleted at the end, or what --at-end says;
@@ -9822,8 +10450,8 @@ class Requests(Approval):
             raise refusal
         return found
 
-    @api('POST', '/reservation/load')
-    def load(self, rows: Rows, partial: bool = False, dry_run: bool = False) -> dict:
+    @api('POST', '/reservation/load', made='/reservation/')
+    def load(self, rows: Rows, partial: bool = False, dry_run: bool = False) -> LoadedAnswer:
         """Adds many reservations at once: all of them, or with --partial those that fit.
 
         Each refused line is named with its number and the reason. In a CSV file the first line
@@ -9841,22 +10469,21 @@ class Requests(Approval):
             except Error as error:
                 unread.append({'line': line, 'label': given.get('label', ''), 'error': str(error)})
 
-        def rehearsed(now: float) -> tuple[list, list]:
+        def deed(now: float) -> dict:
             taken, refused = self.take_lines(requests, partial, now)
-            refused = by_line(unread + self.told_lines(refused, now))
+            refused = by_line(unread + refused)
             if refused and not partial:
                 raise Conflict(f'{len(refused)} of {len(rows)} lines were refused, so nothing was '
                                'reserved', refused=refused)
-            return taken, refused
-        if dry_run or unread and not partial:
-            taken, refused = self.carry_out(rehearsed, dry_run=True)
             return {'taken': taken, 'refused': refused}
+        if dry_run or unread and not partial:
+            return self.carry_out(deed, dry_run=True)
         try:
             taken, refused = self.take_in_turns(requests, partial)
         except NoCapacity:
-            self.carry_out(rehearsed, dry_run=True)
+            self.carry_out(deed, dry_run=True)
             raise NoCapacity(A_MOMENT_AGO) from None
-        return {'taken': taken, 'refused': by_line(unread + self.told_lines(refused, self.clock()))}
+        return {'taken': taken, 'refused': by_line(unread + refused)}
 
     def take_in_turns(self, requests: list[tuple], partial: bool) -> tuple[list, list]:
         """Takes lines, some at a time so that others can write between; what was taken, and what not.
@@ -9882,34 +10509,21 @@ class Requests(Approval):
         return taken, refused
 
     def take_lines(self, lines: Iterable[tuple], partial: bool, now: float) -> tuple[list, list]:
-        """Takes what fits of some lines; what was taken, and those that are refused, each with its error."""
+        """Takes what fits of some lines; what was taken, and those that are refused, each with why.
+
+        Raises:
+          NoCapacity: one is refused and that is not allowed; a rehearsal goes on and tells them all.
+        """
         taken, refused = [], []
         for line, request in lines:
             try:
                 with Attempt(), self.explaining(request.last):
                     taken.append(self.take(request, now))
             except Error as error:
-                if not partial and not rehearsal.on:  # a rehearsal tells them all
+                if not (partial or rehearsal.on):
                     raise NoCapacity('') from error
-                refused.append((line, request, error))
+                refused.append({'line': line, 'label': request.label, 'error': str(error)})
         return taken, refused
-
-    def told_lines(self, refused: list[tuple], now: float) -> list[dict]:
-        """Lines that were refused, as answers show them."""
-        with rehearsing() if refused else nullcontext():
-            return [{'line': line, 'label': request.label, 'error': self.why(request, error, now)}
-                    for line, request, error in refused]
-
-    def why(self, request: Request, error: Error, now: float) -> str:
-        """The sentence of a refusal; in a rehearsal."""
-        if str(error):
-            return str(error)
-        try:
-            with undone(), self.explaining(request.last):
-                self.take(request, now)
-        except Error as refusal:
-            return str(refusal)
-        return A_MOMENT_AGO
 
     def read_line(self, given: dict) -> dict:
         """The arguments of `add` that one line of many stands for; empty cells are not given."""
@@ -9920,9 +10534,9 @@ class Requests(Approval):
         defaults = {name: each.default for name, each in operation.parameters.items()}
         return defaults | bind(operation, given, self.here)
 
-    @api('POST', '/reservation/generate')
+    @api('POST', '/reservation/generate', made='/reservation/')
     def generate(self, resource: Label = 'demo', count: Page = 10, seed: int = None, flavor: Name = '',
-                 image: Name = '', dry_run: bool = False) -> dict:
+                 image: Name = '', dry_run: bool = False) -> LoadedAnswer:
         """Adds random reservations within the next week, for trying things out; those that don't fit are left out.
 
         Example:
@@ -9940,7 +10554,7 @@ class Requests(Approval):
     @api('GET', '/reservation/<label>')
     def list(self, label: Label = '', user: Name = '', project: Name = '', resource: Name = '', cell: Name = '',
              cloud: Name = '', region: Name = '', aggregate: Name = '', state: Names = (), start: When = None,
-             end: When = None, limit: Page = 100, after: Cursor = '') -> Rows:
+             end: When = None, limit: Page = 100, after: Cursor = '') -> list[ReservationAnswer]:
         """Lists reservations, the earliest first: those that are not over, or all that the filters meet.
 
         A label, a state or a window [START, END) that they overlap also finds what is over. Of a series
@@ -9999,7 +10613,7 @@ class Requests(Approval):
 
     @api('GET', '/reservation/<label>/show')
     @for_each_part
-    def show(self, label: Label, project: Name = '', occurrence: Day = None, tz: Zone = '') -> dict:
+    def show(self, label: Label, project: Name = '', occurrence: Day = None, tz: Zone = '') -> DetailAnswer | DetailGroupAnswer:
         """Shows all of one reservation: what was asked, its state, its servers; of a series also what comes.
 
         Example:
@@ -10018,7 +10632,7 @@ class Requests(Approval):
     @api('GET', '/server/')
     @api('GET', '/reservation/<label>/servers')
     def servers(self, label: Label = '', project: Name = '', occurrence: Day = None, kept: bool = False,
-                tz: Zone = '') -> Rows:
+                tz: Zone = '') -> list[ServerAnswer | KeptAnswer]:
         """Lists the servers of a reservation: state, addresses, and when each was planned, begun and ready.
 
         With --kept, those that were stopped or shelved at their end and stay: of a label, or all.
@@ -10048,7 +10662,7 @@ class Requests(Approval):
 
     @api('GET', '/reservation/<label>/duration')
     @for_each_part
-    def duration(self, label: Label, project: Name = '') -> dict:
+    def duration(self, label: Label, project: Name = '') -> DurationAnswer | DurationGroupAnswer:
         """Tells how long a reservation is.
 
         Example:
@@ -10067,7 +10681,7 @@ class Requests(Approval):
                host: Name = None, repeat: Repeat = None, until: Day = None, count: Count = None,
                skip_dates: Names = None, holidays: Source = None,
                on_conflict: Clash = None, user: Name = None, rename: NewLabel = None, occurrence: Day = None,
-               following: bool = False, tz: Zone = '', project: Name = '', dry_run: bool = False) -> dict:
+               following: bool = False, tz: Zone = '', project: Name = '', dry_run: bool = False) -> BookedAnswer | GroupAnswer:
         """Changes a reservation, all of it or nothing.
 
         A new start alone moves it with its length; a new end alone makes it longer or shorter. One
@@ -10089,7 +10703,7 @@ class Requests(Approval):
     @api('POST', '/reservation/<label>/extend')
     @for_each_part
     def extend(self, label: Label, by: Span, project: Name = '', occurrence: Day = None, tz: Zone = '',
-               dry_run: bool = False) -> dict:
+               dry_run: bool = False) -> BookedAnswer | GroupAnswer:
         """Lets a reservation end later; works until its end. Of a series, only the present or next occurrence.
 
         Example:
@@ -10101,7 +10715,7 @@ class Requests(Approval):
 
     @api('POST', '/reservation/<label>/keep')
     @for_each_part
-    def keep(self, label: Label, until: When, project: Name = '', tz: Zone = '', dry_run: bool = False) -> dict:
+    def keep(self, label: Label, until: When, project: Name = '', tz: Zone = '', dry_run: bool = False) -> BookedAnswer | GroupAnswer:
         """Lets what runs now go on until a later instant, if that fits; a series goes on after that as planned.
 
         Example:
@@ -10129,7 +10743,7 @@ class Requests(Approval):
     @api('POST', '/reservation/<label>/skip')
     @for_each_part
     def skip(self, label: Label, project: Name = '', occurrence: Day = None, undo: bool = False,
-             tz: Zone = '', dry_run: bool = False) -> dict:
+             tz: Zone = '', dry_run: bool = False) -> BookedAnswer | GroupAnswer:
         """Leaves out the next occurrence, which must not have begun.
 
         With --undo, an occurrence of a series that was left out, skipped or cancelled by itself
@@ -10310,7 +10924,7 @@ class Requests(Approval):
     def delete(self, label: Label = '', user: Name = '', project: Name = '', resource: Name = '', cell: Name = '',
                cloud: Name = '', region: Name = '', aggregate: Name = '', vms: Count = None, start: When = None,
                end: When = None, count: Count = None, occurrence: Day = None, following: bool = False,
-               kept: bool = False, tz: Zone = '', dry_run: bool = False) -> Rows:
+               kept: bool = False, tz: Zone = '', dry_run: bool = False) -> list[CancelledAnswer | KeptAnswer]:
         """Cancels a reservation: its capacity is free at once, and its VMs are deleted.
 
         Give a label, or filters that must all match exactly (start and end too); without a label,
@@ -10342,7 +10956,8 @@ class Requests(Approval):
                 self.refuse_uncounted(found, label, count, dry_run)
                 for each in found:
                     self.cancel(self.live(each), now, ends=True)
-            return [public(self.occurrence(each.id)) | self.ends_with(each) for each in found]
+            lines = in_lines(self.in_order([each.id for each in found]))
+            return [line | self.ends_with(each) for line, each in zip(lines, found)]
 
     def delete_kept(self, label: str, project: str, dry_run: bool) -> Rows:
         """Deletes the VMs of a label that stay after their end; what they hold is free at once."""
@@ -10355,7 +10970,7 @@ class Requests(Approval):
                 raise Conflict(f"'{label}' is in several projects ({', '.join(projects)}); name one with --project")
             if not found:
                 raise NotFound(f"no VM of '{label}' was stopped or shelved at its end and stays")
-            for each in found:
+            for each in () if rehearsal.on else found:
                 change(Server, each.id, goal='delete', state='shutoff', due=now)
             for reservation in {each.reservation for each in found}:
                 self.count_stopped(reservation, now)
@@ -10389,7 +11004,7 @@ class Requests(Approval):
 
     @api('GET', '/resource/<resource>/find')
     def find(self, resource: Label, duration: Span, vms: Count = 1, flavor: Name = '', lead: Span = None,
-             after: When = None, before: When = None, limit: Page = 10) -> Rows:
+             after: When = None, before: When = None, limit: Page = 10) -> list[SlotAnswer]:
         """Finds the earliest slots that are free for so many machines for so long.
 
         Each slot says from when until when it is free. Looks a year ahead unless --before says how far.
@@ -10411,7 +11026,7 @@ class Requests(Approval):
                 for (first, last), _ in zip(slots, range(limit))]
 
     @api('GET', '/resource/<resource>/usage')
-    def usage(self, resource: Label, start: When = None, end: When = None) -> Rows:
+    def usage(self, resource: Label, start: When = None, end: When = None) -> list[UsageAnswer]:
         """Tells how much of a resource is held, when; by whom it doesn't tell.
 
         Shows the next 7 days unless --start or --end say otherwise.
@@ -10436,11 +11051,11 @@ class Requests(Approval):
 class Plan(Requests):
     """The operations on resources and their capacity."""
 
-    @api('POST', '/resource/', role=ADMIN)
+    @api('POST', '/resource/', role=ADMIN, made='/resource/<name>')
     def resource_add(self, name: NewLabel, cell: Name = '', cloud: Name = '', region: Name = '', aggregate: Name = '',
                      vms: Most = UNLIMITED, vcpus: Most = UNLIMITED, ram: Most = UNLIMITED, classes: Classes = None,
                      mode: Name = '', hold: Span = None, approval: Span = None, no_show: Span = None,
-                     dry_run: bool = False) -> dict:
+                     dry_run: bool = False) -> ResourceNowAnswer:
         """Adds a resource; a figure that isn't given is unlimited.
 
         With --classes, other resource classes of Placement count as well: what flavors take of them
@@ -10462,7 +11077,7 @@ class Plan(Requests):
             return self.resource_show(name)
 
     @api('GET', '/resource/')
-    def resource_list(self, cell: Name = '', cloud: Name = '', region: Name = '', aggregate: Name = '') -> Rows:
+    def resource_list(self, cell: Name = '', cloud: Name = '', region: Name = '', aggregate: Name = '') -> list[ResourceAnswer]:
         """Lists the resources: their places and what they hold at most.
 
         Example:
@@ -10471,7 +11086,7 @@ class Plan(Requests):
         return [self.resource_public(each) for each in self.places(cell, cloud, region, aggregate)]
 
     @api('GET', '/resource/<name>')
-    def resource_show(self, name: Label) -> dict:
+    def resource_show(self, name: Label) -> ResourceNowAnswer:
         """Shows a resource, and what is held of it now.
 
         Example:
@@ -10486,7 +11101,7 @@ class Plan(Requests):
                         region: Name = None, aggregate: Name = None, vms: Most = None, vcpus: Most = None,
                         ram: Most = None, classes: Classes = None, mode: Name = None, hold: Span = None,
                         approval: Span = None, no_show: Span = None, force: bool = False,
-                        dry_run: bool = False) -> dict:
+                        dry_run: bool = False) -> ResourceChangedAnswer:
         """Changes a resource; `unlimited` takes a limit away.
 
         A capacity below what is held already needs --force; nothing is cancelled then, and the
@@ -10520,7 +11135,7 @@ class Plan(Requests):
             return self.resource_public(found) | {'no_longer_fit': homeless}
 
     @api('DELETE', '/resource/<name>', role=ADMIN)
-    def resource_delete(self, name: Label, dry_run: bool = False) -> dict:
+    def resource_delete(self, name: Label, dry_run: bool = False) -> ResourceAnswer:
         """Removes a resource that nothing is reserved on any more; its history stays.
 
         Example:
@@ -10565,7 +11180,7 @@ class Plan(Requests):
 
     @api('POST', '/resource/sync', role=ADMIN)
     def resource_sync(self, cloud: Name, aggregates: Names = (), mode: Name = '', hold: Span = None,
-                      named: bool = None, force: bool = False, dry_run: bool = False) -> Rows:
+                      named: bool = None, force: bool = False, dry_run: bool = False) -> list[DifferenceAnswer]:
         """Reads host aggregates of a cloud, makes resources of them or updates those, and marks them for Nova.
 
         The vcpus, ram and other classes of a resource become what Placement gives out of the aggregate's
@@ -10631,10 +11246,10 @@ class Plan(Requests):
             self.journal(now, 'resource', f"synced the resource '{found.name}': {fields}")
         return found.name, lines
 
-    @api('POST', '/resource/<name>/capacity', role=ADMIN)
+    @api('POST', '/resource/<name>/capacity', role=ADMIN, made='/maintenance/')
     def resource_capacity(self, name: Label, start: When, end: When, vms: Most = None, vcpus: Most = None,
                           ram: Most = None, classes: Classes = None, reason: Text = '', then: Name = 'notify',
-                          dry_run: bool = False) -> dict:
+                          dry_run: bool = False) -> CapacityChangeAnswer:
         """Gives a resource another capacity from START to END: a loan of nodes, or less for a while.
 
         What is booked there and no longer fits is left and its owner told (--then notify), moved to
@@ -10648,9 +11263,9 @@ class Plan(Requests):
         most = Amount(vms, vcpus, ram, tuple(sorted((classes or {}).items())))
         return self.change_capacity(name, start, end, most, reason or 'another capacity', then, dry_run)
 
-    @api('POST', '/maintenance/', role=ADMIN)
+    @api('POST', '/maintenance/', role=ADMIN, made='/maintenance/')
     def maintenance_add(self, resource: Label, start: When, end: When, reason: Text = '', then: Name = 'notify',
-                        dry_run: bool = False) -> dict:
+                        dry_run: bool = False) -> CapacityChangeAnswer:
         """Closes a resource from START to END; what is booked in it is left, moved or cancelled, as --then says.
 
         Nothing new is reserved in it, also on a resource whose capacity is unlimited.
@@ -10661,7 +11276,7 @@ class Plan(Requests):
         return self.change_capacity(resource, start, end, None, reason or 'maintenance', then, dry_run)
 
     @api('GET', '/maintenance/')
-    def maintenance_list(self, resource: Label = '') -> Rows:
+    def maintenance_list(self, resource: Label = '') -> list[MaintenanceAnswer]:
         """Lists maintenances and other changes of capacity that are not over.
 
         Example:
@@ -10677,7 +11292,7 @@ class Plan(Requests):
         return lines
 
     @api('DELETE', '/maintenance/<id>', role=ADMIN)
-    def maintenance_delete(self, id: int, dry_run: bool = False) -> dict:
+    def maintenance_delete(self, id: int, dry_run: bool = False) -> CalledOffAnswer:
         """Calls off a maintenance or another change of capacity.
 
         Example:
@@ -10799,7 +11414,7 @@ class Plan(Requests):
 
     def no_longer_fitting(self, place, now: float) -> list[dict]:
         """The occurrences for which there is no room any more, as answers show them."""
-        return [public(each) for each in self.homeless(place, int(now), int(LAST.timestamp()))[:1000]]
+        return in_lines(self.homeless(place, int(now), int(LAST.timestamp()))[:1000])
 
     def homeless(self, place, begin: int, until: int) -> list:
         """Of the occurrences where more is held than there is, as many of the latest added as must go."""
@@ -10843,13 +11458,15 @@ class Plan(Requests):
 
     def let_start(self, resource: int, now: float) -> None:
         """Lets start at once what has waited for a resource to have as much as is booked."""
+        if rehearsal.on:
+            return
         run("UPDATE server SET due = ? WHERE due > ? AND goal = 'up' "
             "AND (state = 'planned' OR ready IS NULL OR borrowed) AND occurrence_id IN "
             '(SELECT id FROM occurrence WHERE resource_id = ? AND due IS NOT NULL '
             f'AND start <= ? + {LONGEST_LEAD} AND held_from <= ?)', now, now, resource, int(now), int(now))
 
     @api('GET', '/check', role=ADMIN)
-    def check(self) -> dict:
+    def check(self) -> CheckAnswer:
         """Rebuilds the usage from the occurrences and compares it with what is kept; fails on any difference.
 
         Example:
@@ -10881,7 +11498,7 @@ class Claims(Plan):
 
     @api('POST', '/claim/', role=ADMIN)
     def claim(self, server: Name, resources: Names, project: Name, user: Name = '', vcpus: Figure = 0,
-              ram: Figure = 0, classes: Classes = None, label: Name = '', dry_run: bool = False) -> Rows:
+              ram: Figure = 0, classes: Classes = None, label: Name = '', dry_run: bool = False) -> list[ClaimAnswer]:
         """Tells on which resources a server may boot, why, and counts it there: what Nova's scheduler asks.
 
         Who has an active reservation passes as long as fewer machines, vcpus and ram were booted than
@@ -11022,7 +11639,7 @@ class Calendars(Claims):
     @api('POST', '/reservation/import')
     def import_(self, file: Ics, resource: Label = '', flavor: Name = '', image: Name = '', network: Name = '',
                 key: Name = '', vms: Count = 1, at_end: Name = '', notify: Names = (), on_conflict: Clash = 'refuse',
-                tz: Zone = '', user: Name = '', project: Name = '', dry_run: bool = False) -> dict:
+                tz: Zone = '', user: Name = '', project: Name = '', dry_run: bool = False) -> ImportAnswer:
         """Reserves what the events of an iCalendar file ask for, each event on its own.
 
         An event asks with `2 x m1.small` in the first line of its description or in its place, with
@@ -11053,40 +11670,19 @@ class Calendars(Claims):
         wanted = self.without_lookalikes(wanted, said, owner, subscription)
         ignored = len({each.uid for each in entries} | {*groups}) - len(wanted)
         lines = self.read_bookings(wanted, said, zone, budget)
-        every, before = [*lines], []
+        before = []
         if not dry_run and not self.live_of(subscription, self.clock()):
             before = self.take_in_pieces(lines, owner, subscription)
-
-        def deed(now: float) -> list[dict]:
-            done = before + self.take_bookings(wanted, lines, owner, subscription, now)
-            return self.explained_events(done, every, owner, subscription) if rehearsal.on else done
         try:
-            done = self.carry_out(deed, dry_run)
+            with self.writing(dry_run) as now:
+                done = before + self.take_bookings(wanted, lines, owner, subscription, now)
+                if subscription:
+                    self.tell_refused(subscription, done, now)
         except Held as held:
             with self.writing(dry_run) as now:
                 self.tell_held(subscription, str(held), now)
             return {'held': str(held), 'events': [], 'ignored': ignored}
-        done = done if dry_run else self.explained_events(done, every, owner, subscription)
-        if subscription:
-            with self.writing(dry_run) as now:
-                self.tell_refused(subscription, done, now)
         return {'events': sorted(done, key=lambda each: each['uid']), 'ignored': ignored}
-
-    def explained_events(self, done: list[dict], lines: list[tuple], owner: tuple[str, str],
-                         subscription) -> list[dict]:
-        """What became of each event, with why those were refused that had no room."""
-        if all(each.get('why', 'known') for each in done):
-            return done
-        with rehearsing():
-            return [each if each.get('why', 'known') else
-                    self.tried_again(each, line, owner, subscription)
-                    for each, line in zip(done, lines)] + done[len(lines):]
-
-    def tried_again(self, refused: dict, line: tuple, owner: tuple[str, str], subscription) -> dict:
-        """An event that was refused, with the reason; in a rehearsal."""
-        with undone():
-            found = self.take_booking(*line, owner, subscription, self.clock())
-        return found if found['outcome'] == 'refused' else refused | {'why': A_MOMENT_AGO}
 
     def without_lookalikes(self, wanted: list[Booking], said: dict, owner: tuple[str, str],
                            subscription) -> list[Booking]:
@@ -11225,7 +11821,7 @@ class Calendars(Claims):
             with Attempt():
                 return line | self.book_event(booking, wish, known if live else None, origin, source, now)
         except Error as refusal:
-            return line | {'outcome': 'refused', 'why': booking.why(refusal) if str(refusal) else ''}
+            return line | {'outcome': 'refused', 'why': booking.why(refusal)}
 
     def book_event(self, booking: Booking, wish: Wish, known, origin: str, source: int | None, now: float) -> dict:
         """Books an event, or makes of its reservation what the event says now."""
@@ -11264,7 +11860,7 @@ class Calendars(Claims):
         return f'{wish.label}-{free}' if free > 1 else wish.label
 
     @api('GET', '/calendar/')
-    def calendar_list(self) -> Rows:
+    def calendar_list(self) -> list[CalendarAnswer]:
         """Lists calendars: feeds that show reservations, and subscriptions that make them; no secret of theirs.
 
         Example:
@@ -11282,9 +11878,9 @@ class Calendars(Claims):
             {name: value for name, value in public(each).items() if name != 'url'} |
             {'shows': urlsplit(each.url).hostname} for each in subscribed]
 
-    @api('POST', '/calendar/feed', role=READER)
+    @api('POST', '/calendar/feed', role=READER, made='/calendar/')
     def calendar_feed(self, resource: Label = '', whole_project: bool = False, user: Name = '', project: Name = '',
-                      dry_run: bool = False) -> dict:
+                      dry_run: bool = False) -> FeedAnswer:
         """Makes an address at which any calendar program can subscribe to your reservations, and prints it.
 
         The address is a secret and is shown only now; `calendar revoke` makes it worthless. With
@@ -11305,7 +11901,7 @@ class Calendars(Claims):
                     f'/calendar/{secret}/{name}.ics'}
 
     @api('DELETE', '/calendar/<id>')
-    def calendar_revoke(self, id: int, dry_run: bool = False) -> dict:
+    def calendar_revoke(self, id: int, dry_run: bool = False) -> CalendarAnswer:
         """Makes the address of a feed worthless from now on.
 
         Example:
@@ -11318,11 +11914,11 @@ class Calendars(Claims):
             return {'id': id, 'kind': 'feed', 'user': found.user, 'project': found.project,
                     'revoked': instant(int(now))}
 
-    @api('POST', '/calendar/subscription/')
+    @api('POST', '/calendar/subscription/', made='/calendar/')
     def calendar_subscribe(self, url: Url, resource: Label = '', flavor: Name = '', image: Name = '',
                            network: Name = '', key: Name = '', vms: Count = 1, at_end: Name = '', notify: Names = (),
                            on_conflict: Clash = 'refuse', tz: Zone = '', user: Name = '', project: Name = '',
-                           dry_run: bool = False) -> dict:
+                           dry_run: bool = False) -> CalendarAnswer:
         """Lets a calendar of yours book machines: what appears in it is reserved, what moves moves, what goes goes.
 
         It is looked at every five minutes (`calendar_poll`). Its events ask for machines as those of `import` do.
@@ -11357,7 +11953,7 @@ class Calendars(Claims):
                 'shows': parts.hostname}
 
     @api('DELETE', '/calendar/subscription/<id>')
-    def calendar_unsubscribe(self, id: int, dry_run: bool = False) -> dict:
+    def calendar_unsubscribe(self, id: int, dry_run: bool = False) -> CalendarAnswer:
         """Stops looking at a calendar; what it has booked stays.
 
         Example:
@@ -11366,7 +11962,7 @@ class Calendars(Claims):
         return self.changed_subscription(id, dry_run, 'unsubscribed from calendar', due=None)
 
     @api('POST', '/calendar/subscription/<id>/confirm')
-    def calendar_confirm(self, id: int, dry_run: bool = False) -> dict:
+    def calendar_confirm(self, id: int, dry_run: bool = False) -> CalendarAnswer:
         """Lets a calendar cancel what it asked about: most of what it had booked.
 
         Example:
@@ -11588,7 +12184,7 @@ class Reservations(Calendars):
 
     @api('GET', '/event/')
     @api('GET', '/reservation/<label>/events')
-    def events(self, label: Label = '', project: Name = '', after: int = 0, limit: Page = 100) -> Rows:
+    def events(self, label: Label = '', project: Name = '', after: int = 0, limit: Page = 100) -> list[EventAnswer]:
         """Shows the journal: when, who, what, why; the newest lines last.
 
         On the command line, --follow goes on to show each event as it comes, until Ctrl-C.
@@ -11609,7 +12205,7 @@ class Reservations(Calendars):
         return [public(each) for each in (found if after else found[::-1])]
 
     @api('GET', '/punctuality/')
-    def punctuality(self, since: When = None) -> dict:
+    def punctuality(self, since: When = None) -> PunctualityAnswer:
         """Tells how late servers were begun and ready, per cloud, in seconds: median, 95 %, worst; and what failed.
 
         Example:
@@ -11637,7 +12233,7 @@ class Reservations(Calendars):
                             'planned': instant(each.planned), 'fault': each.fault} for each in failed[-100:]]}
 
     @api('GET', '/report/')
-    def report(self, since: When = None, until: When = None, by_whom: Name = 'project') -> Rows:
+    def report(self, since: When = None, until: When = None, by_whom: Name = 'project') -> list[ReportAnswer]:
         """Adds up VM-hours reserved, used and unused, requests refused, and lateness.
 
         A reservation counts from its lead to its end; what runs or stays after that is not used.
@@ -11655,7 +12251,8 @@ class Reservations(Calendars):
         own = ' AND '.join(['1', *(text for text, _ in self.visible())])
         told = ('reserved', 'used', 'unused', 'late_worst')
         lines: dict = defaultdict(lambda: dict.fromkeys((*told, 'refused'), 0.0))
-        near = ids_by(self.ways({'user': '', 'project': ''}, (), first))
+        ways = self.ways({'user': '', 'project': ''}, (), first)
+        near = ids_by((way, f'{which} AND o.start < {last} + {LONGEST_LEAD}') for way, which in ways)
         hours = HOURS.format(by=columns[by_whom], own=own, near=near)
         for name, *figures in run(hours, first, last, last, first,
                                   *(value for _, value in self.visible()), now, now):
@@ -11758,8 +12355,8 @@ class Reservations(Calendars):
             'unused = unused + excluded.unused, refused = refused + excluded.refused, '
             'late = max(late, excluded.late)', *whose, *figures.values())
 
-    @api('POST', '/token/', role=ADMIN)
-    def token_add(self, user: Name, project: Name = 'default', role: Name = USER, dry_run: bool = False) -> dict:
+    @api('POST', '/token/', role=ADMIN, made='/token/')
+    def token_add(self, user: Name, project: Name = 'default', role: Name = USER, dry_run: bool = False) -> NewTokenAnswer:
         """Makes a token for a user in a project, and prints it: it is shown only now.
 
         Example:
@@ -11776,7 +12373,7 @@ class Reservations(Calendars):
         return {'user': user, 'project': project, 'role': role} if dry_run else {'token': token}
 
     @api('GET', '/token/', role=ADMIN)
-    def token_list(self) -> Rows:
+    def token_list(self) -> list[TokenAnswer]:
         """Lists the tokens: whose, which role; never the tokens themselves, of which only hashes are kept.
 
         Example:
@@ -11785,7 +12382,7 @@ class Reservations(Calendars):
         return [public(each) for each in rows('SELECT id, user, project, role, added, revoked FROM token ORDER BY id')]
 
     @api('DELETE', '/token/<id>', role=ADMIN)
-    def token_revoke(self, id: int, dry_run: bool = False) -> dict:
+    def token_revoke(self, id: int, dry_run: bool = False) -> TokenAnswer:
         """Makes a token worthless from now on.
 
         With the last token of a user in a project, their feeds and subscriptions end as well. What
@@ -12001,7 +12598,7 @@ class LifeCycle:
         self.service.fence = self.refuse_without_lease
         self.stale = False  # whether series are still to be carried on
         self.dropping = False  # whether more is to be dropped that was begun and not ended
-        self.soonest = 0.0  # when something is due next
+        self.soonest, self.seen = 0.0, None  # when something is due next, and in which state of the store
         self.calm_until = 0.0  # until when notices that have to wait for others are left alone
         self.zones, self.fresh_until = '', 0.0
         self.reported: set[str] = set()  # orphans that wait for an admin
@@ -12023,13 +12620,13 @@ class LifeCycle:
         self.record(now)
         self.give_up()
         self.refresh(now)
-        self.soonest, self.dropping = self.next_due(), False
-        if self.soonest <= now:
+        self.dropping = False
+        if self.has_work(now):
             self.admit_waiting(now)
             self.drop_staged(now)
             self.plan(now)
             self.call(now)
-            self.soonest = self.next_due(now)
+            self.soonest, self.seen = self.next_due(now), None
         self.tidy(now)
         return True
 
@@ -12046,6 +12643,13 @@ class LifeCycle:
         """Whether a call may still end in time: a worker has it, or will be free for it."""
         hanging = Counter(call.account for call in self.hanging)
         return any(hanging[call.account] < self.config.workers for call in self.flying.values())
+
+    def has_work(self, now: float) -> bool:
+        """Whether anything is due; asked anew only where somebody has written since."""
+        state = state_of_store()
+        if state != self.seen:
+            self.seen, self.soonest = state, self.next_due()
+        return self.soonest <= now
 
     def next_due(self, after: float = -1) -> float:
         """When, after an instant, the next pass has something to do; infinity if nothing is planned."""
@@ -12369,7 +12973,7 @@ class LifeCycle:
                'JOIN resource s ON s.id = o.resource_id')
         if self.is_due('occurrence', now):
             with self.acting():
-                is_aside, _ = still_staged()
+                is_aside, _ = not_real_yet()
                 for occurrence in self.those_due('occurrence', due, now):
                     if not is_aside(occurrence.reservation_id):
                         self.plan_one(occurrence, now)
@@ -12694,7 +13298,7 @@ class LifeCycle:
         hosts = Counter(host_of(key[1]) for key in under_way)
         if now < self.calm_until:  # nothing has changed for those that had to wait
             return []
-        _, is_aside = still_staged()
+        _, is_aside = not_real_yet()
         heads = [each for each in self.those_due('notice', NOTICES, now, 'ORDER BY n.id')
                  if not is_aside(each.event)]
         queues = {those[0].owner: iter(those) for those in grouped(heads, 'owner')}
@@ -13222,61 +13826,655 @@ class LifeCycle:
             self.look_again(id, now)
 
 
+# Document ####################################################################
+#
+# /openapi.json, OpenAPI 3.1, out of what there is anyway: the marks and signatures of operations,
+# the types by which arguments are read, the types of answers, the examples of the help. A schema
+# says what `bind` takes, which is more than what is written best: examples show that.
+
+BASE = '/cm/v1.0'
+FEEDS = ('/calendar/<secret>/<name>.ics', '/calendar/<secret>.ics')  # programs show the end
+SEED = ('/reservation/add/', '/reservation/delete/')  # older addresses, which name the deed
+WITH_BODY = ('POST', 'PATCH')
+
+#: A text without unseen characters, as far as all dialects of patterns can say it.
+SEEN = '^[^{}' + UNSEEN.pattern[1:-1].partition('\ud800')[0] + ']*$'
+DIGITS = ' *[+-]?[0-9]{1,12} *'
+SHORT_LENGTH = {'type': 'string', 'minLength': 2, 'examples': ['2h', '+1d12h', '90m'], 'pattern':
+                r'^\+?([0-9]{1,4}w)?([0-9]{1,5}d)?([0-9]{1,6}h)?([0-9]{1,8}m)?([0-9]{1,9}s)?$'}
+ISO_LENGTH = {'type': 'string', 'minLength': 3, 'examples': ['PT2H'], 'pattern':
+              '^P([0-9]{1,4}W)?([0-9]{1,5}D)?(T([0-9]{1,6}H)?([0-9]{1,8}M)?([0-9]{1,9}S)?)?$'}
+LONG_LENGTH = {'type': 'string', 'examples': ['1:30', '2 hours'], 'pattern':
+               r'^\+?([0-9]{1,4}:[0-5][0-9]|[0-9]{1,6} (days?|hours?|minutes?|seconds?))$'}
+ISO_DATE = '(19[7-9][0-9]|2[01][0-9][0-9])[-/](0[1-9]|1[0-2])[-/](0[1-9]|[12][0-9]|3[01])'
+ISO_TIME = {'type': 'string', 'examples': ['2026-12-01T09:00+01:00', '2026-12-01 09:00'], 'pattern':
+            f'^{ISO_DATE}([T ]([01][0-9]|2[0-3]):[0-5][0-9](:[0-5][0-9])?'
+            '(Z|[+-](0[0-9]|1[0-3]):[0-5][0-9])?)?$'}
+SPOKEN_CLOCK = '([01]?[0-9]|2[0-3]):[0-5][0-9]'
+SPOKEN_TIME = {'type': 'string', 'examples': ['tomorrow 9:00', '17:00', 'now'], 'pattern':
+               '^(now|((today|tomorrow|((next|this) )?(mon|tue|wed|thu|fri|sat|sun)) )?'
+               f'{SPOKEN_CLOCK})$'}
+NAME = {'type': 'string', 'maxLength': 255, 'pattern': SEEN.format(r'\n\t')}
+TEXT = {'type': 'string', 'maxLength': 65535, 'pattern': SEEN.format('')}
+LABEL = {'type': 'string', 'not': {'enum': [*NO_LABELS]}, 'examples': ['lab']}
+COMMAS = {'type': 'string', 'description': 'with commas between'}
+
+
+def number_schema(least: int, most: int, **more) -> dict:
+    """A number, or its digits: text is what addresses, forms and files have."""
+    return {'type': ['integer', 'string'], 'minimum': least, 'maximum': most,
+            'pattern': f'^{DIGITS}$'} | more
+
+
+def list_schema(item: dict, **more) -> dict:
+    """Several in a list, or in one text."""
+    return {'anyOf': [{'type': 'array', 'items': item, 'maxItems': MOST_PARTS} | more, COMMAS]}
+
+
+#: What each type of an argument takes, under the name that it has here. A few are in answers too.
+SCHEMAS: dict[Any, tuple[str, dict]] = {
+    int: ('Integer', number_schema(1 - 2**53, 2**53 - 1)),
+    bool: ('Boolean', {'type': ['boolean', 'string'], 'pattern':
+                       '^([Tt][Rr][Uu][Ee]|[Yy][Ee][Ss]|1|[Ff][Aa][Ll][Ss][Ee]|[Nn][Oo]|0)$'}),
+    Count: ('Count', number_schema(1, 1_000_000)), Page: ('Page', number_schema(1, 10_000)),
+    Figure: ('Figure', number_schema(0, 10**12)),
+    Most: ('Capacity', number_schema(0, 10**12, pattern=f'^({DIGITS}|unlimited)$')),
+    Label: ('Label', LABEL | {'pattern': '^[A-Za-z0-9._-]{1,64}$'}),
+    NewLabel: ('NewLabel', LABEL | {'pattern': '^[A-Za-z0-9._][A-Za-z0-9._-]{0,63}$'}),
+    Place: ('ResourceName', LABEL | {'not': {'enum': [each for each in NO_LABELS if each != ANY]},
+                                     'pattern': '^[A-Za-z0-9._-]{1,64}$', 'examples': ['demo', ANY]}),
+    Name: ('Name', NAME), Text: ('Text', TEXT), File: ('UserData', TEXT | {'maxLength': 49149}),
+    Cursor: ('Cursor', {'type': ['string', 'integer'], 'minimum': 0, 'pattern':
+                        '^([0-9]{1,18}|[0-9]{1,10}[-/][0-9]{1,18}|' + f'{ISO_DATE}.*/[0-9]{{1,18}})$',
+                        'examples': ['2026-12-01T12:00Z/7']}),
+    Span: ('Length', {'anyOf': [SHORT_LENGTH, ISO_LENGTH, LONG_LENGTH]}),
+    When: ('Time', {'anyOf': [ISO_TIME, SPOKEN_TIME, SHORT_LENGTH, ISO_LENGTH]}),
+    Day: ('Day', {'anyOf': [ISO_TIME, SPOKEN_TIME, SHORT_LENGTH, ISO_LENGTH]}),
+    Names: ('Names', list_schema(NAME, maxItems=100)),
+    Pairs: ('Pairs', {'anyOf': [{'type': 'object', 'maxProperties': 128, 'propertyNames': {
+        'pattern': '^[a-zA-Z0-9_:. -]{1,255}$'}, 'additionalProperties': NAME | TEXT | {'maxLength': 255}},
+        {'type': 'string', 'pattern': '^([a-zA-Z0-9_:. -]+=[^,]*(,|$))*$', 'examples': ['k=v,k=v']}]}),
+    Classes: ('ResourceClasses', {'anyOf': [{'type': 'object', 'maxProperties': 50, 'propertyNames': {
+        'pattern': '^[A-Z0-9_]{1,255}$', 'not': {'enum': [*PLAIN]}},
+        'additionalProperties': number_schema(0, 10**12, pattern=f'^({DIGITS}|unlimited)$')},
+        {'type': 'string', 'pattern': '^([A-Z0-9_]+=[0-9]{1,12}(,|$))*$', 'examples': ['CUSTOM_GPU=2']}]}),
+    Hosts: ('Hosts', list_schema({'type': 'string', 'pattern': r'^[A-Za-z0-9._\[\],-]{1,255}$'},
+                                 minItems=1, examples=[['m01', 'm02']])),
+    Parts: ('Parts', list_schema({'anyOf': [{'type': 'string', 'examples': ['gpu:2']}, {
+        'type': 'object', 'additionalProperties': False, 'properties': {
+            name: number_schema(1, 1_000_000) if kind is Count else NAME
+            for name, kind in PART_FIELDS.items()}}]}, minItems=1)),
+    Rows: ('Rows', {'type': 'array', 'minItems': 1, 'maxItems': 100_000, 'items': {
+        'type': 'object', 'properties': {'line': {'type': 'integer'}}}}),
+    Zone: ('Zone', {'type': 'string', 'pattern': '^([A-Za-z][A-Za-z0-9_+-]*(/[A-Za-z0-9_+-]+)*)?$',
+                    'maxLength': 64, 'examples': ['Europe/Paris', 'UTC']}),
+    Repeat: ('Repetition', {'type': 'string', 'maxLength': 500, 'examples': [
+        'weekly on tue,thu', 'weekdays', 'FREQ=WEEKLY;BYDAY=TU']}),
+    Clash: ('OnConflict', {'type': 'string', 'pattern': r'^ *(refuse|skip|shift=.+) *$',
+                           'examples': ['refuse', 'skip', 'shift=2h']}),
+    Ics: ('ICalendar', {'type': 'string', 'maxLength': MOST_ICS}),
+    Source: ('ICalendarOrUrl', {'type': 'string', 'maxLength': MOST_ICS}),
+    Url: ('Url', {'type': 'string', 'maxLength': 2000, 'pattern': '^(https?|webcals?)://[!-~]+$',
+                  'examples': ['https://calendar.example.org/secret/eva.ics']}),
+    State: ('State', {'type': 'string', 'enum': [*STATES]}),
+    Lasts: ('Lasts', SHORT_LENGTH | {'examples': ['1d2h30m']}),
+    Secret: ('Secret', {'type': 'string', 'description': 'shown only now and kept nowhere'})}
+
+#: What answers hold besides.
+VALUES = {int: {'type': 'integer'}, float: {'type': 'number'}, str: {'type': 'string'},
+          bool: {'type': 'boolean'}, dict: {'type': 'object'}, Any: {}, type(None): {'type': 'null'},
+          datetime: {'type': 'string', 'format': 'date-time', 'examples': ['2026-12-01T09:00:00+00:00']}}
+
+#: The words of which an argument is one.
+CHOICES = {'role': ROLES, 'at_end': ('', *ENDS), 'mode': ('', 'open', *MODES), 'then': THEN,
+           'by_whom': ('project', 'user', 'resource')}
+
+#: Why requests are refused; where a calendar or a key is wrong, the sentence tells which.
+REFUSALS = {400: 'an argument is missing, malformed or unknown', 401: 'no token, or none in force',
+            403: 'the role or the project is too small for it', 404: 'something named is not there',
+            409: 'it does not fit, or not the state of what it is about; nothing was changed',
+            412: 'it was changed since it was read; nothing was changed', 413: 'the body is too large',
+            422: 'the calendar is none, or the Idempotency-Key was another request\'s',
+            429: 'too many requests; try again later', 500: 'a mistake of cmres, which its log tells of',
+            502: 'a cloud refused or did not answer', 503: 'not now; try again later'}
+
+TAGS = {'reservation': 'VMs or capacity of a resource for a time window, once or in a series',
+        'server': 'VMs that stay after their end', 'resource': 'what can be reserved',
+        'maintenance': 'other capacities for a while', 'limit': 'how much anybody may reserve',
+        'calendar': 'calendars that show reservations, and calendars that make them',
+        'claim': 'what the scheduler of Nova asks', 'event': 'the journal',
+        'punctuality': 'how late VMs were', 'report': 'sums for operators',
+        'check': 'the proof that all adds up', 'token': 'who may ask', 'service': 'the server itself'}
+
+HEADERS = {
+    'If-Match': ('the ETag of the reservation that was read; if somebody has changed it since: 412', '"417"'),
+    'Idempotency-Key': ('a name for this request, so that it is done once; remembered for a day',
+                        '0d1f6d3e-8f6c-4d4b-9d34-5f0f2f1a7c11')}
+TOLD = {'ETag': 'the state of the reservation, for If-Match; servers don\'t count',
+        'Location': 'where that is found which was made', 'Link': 'where the list goes on: rel="next"',
+        'Retry-After': 'seconds until it may be tried again', 'WWW-Authenticate': 'Bearer'}
+
+
+class Document:
+    """The parts of /openapi.json; schemas are noted as they are met."""
+
+    def __init__(self):
+        self.schemas: dict[str, dict] = {}
+
+    def whole(self) -> dict:
+        paths: dict = defaultdict(dict)
+        for operation in API.values():
+            for number, (verb, path, fixed) in enumerate(operation.routes):
+                paths[template(BASE + path)][verb.lower()] = self.entry(operation, number, verb, path, fixed)
+        paths |= self.others()
+        return {'openapi': '3.1.0', 'info': {
+            'title': 'cmres', 'version': __version__, 'summary': 'Reservations of VMs on OpenStack clouds',
+            'description': __doc__.partition('\n')[0], 'license': {'name': 'Apache 2.0', 'identifier': 'Apache-2.0'}},
+            'servers': [{'url': '/'}], 'security': [{'bearer': []}, {'token': []}], 'paths': paths,
+            'tags': [{'name': name, 'description': text} for name, text in TAGS.items()],
+            'components': {'schemas': self.schemas, 'responses': self.refusals(),
+                           'parameters': {name: self.header(name) for name in HEADERS},
+                           'securitySchemes': SECURITY}}
+
+    def entry(self, operation: Operation, number: int, verb: str, path: str, fixed: dict) -> dict:
+        """What is said of one verb at one address."""
+        named = re.findall(r'<(\w+)>', path)
+        fields = {name: each for name, each in operation.parameters.items()
+                  if name not in (*named, *fixed)}
+        example = example_of(operation)
+        entry = {'operationId': operation.name.strip('_') + (f'_{number}' if number else ''),
+                 'tags': [path.split('/')[1]], **said_of(operation), 'parameters': [
+                     *(self.parameter(operation, name, 'path', example) for name in named),
+                     *(self.parameter(operation, name, 'query', example) for name in fields
+                       if verb not in WITH_BODY or takes_calendar(operation)),
+                     *({'$ref': f'#/components/parameters/{name}'} for name in conditions(operation, verb))],
+                 'responses': self.responses(operation, verb, path)}
+        if verb in WITH_BODY and fields:
+            entry['requestBody'] = self.body(operation, fields, example)
+        if verb == 'GET':  # who has signed in to the page reads by its cookie
+            entry['security'] = [{'bearer': []}, {'token': []}, {'cookie': []}]
+        return entry | ({'deprecated': True} if path.startswith(SEED) else {})
+
+    def parameter(self, operation: Operation, name: str, place: str, example: dict) -> dict:
+        """An argument in an address; lists come as several, or as one with commas."""
+        found = operation.parameters[name]
+        schema = self.argument(name, found.annotation)
+        if place == 'query' and name in several(operation):
+            schema = {'type': 'array', 'items': {'type': 'string'}, 'maxItems': 100}
+        entry = {'name': name, 'in': place, 'description': WORDS[name], 'schema': schema}
+        if name in example:
+            entry['example'] = example[name].split(',') if schema.get('type') == 'array' else example[name]
+        required = place == 'path' or found.default is REQUIRED and not takes_calendar(operation)
+        return entry | ({'required': True} if required else {})
+
+    def body(self, operation: Operation, fields: dict, example: dict) -> dict:
+        """The arguments in a body, as JSON or, of a calendar, as itself."""
+        optional = {'resource'} if 'part' in fields else ()  # the parts name resources
+        needed = [name for name, each in fields.items()
+                  if each.default is REQUIRED and name not in optional]
+        shape = {'type': 'object', 'additionalProperties': False, 'properties': {
+            name: self.field(name, each) for name, each in fields.items()}}
+        shape |= {'required': needed} if needed else {}
+        given = {name: value for name, value in example.items() if name in fields}
+        whole = given and given.keys() >= {*needed}
+        content = {'application/json': {'schema': shape} | ({'example': given} if whole else {})}
+        if takes_calendar(operation):
+            content['text/calendar'] = {'schema': {'type': 'string'}}
+        return {'required': bool(needed), 'content': content}
+
+    def field(self, name: str, parameter: inspect.Parameter) -> dict:
+        """An argument in a body; null is as if it were not given."""
+        schema, said = self.argument(name, parameter.annotation), {'description': WORDS[name]}
+        null = parameter.default is not REQUIRED or name == 'resource'
+        return ({'anyOf': [schema, {'type': 'null'}]} if null else schema) | said
+
+    def argument(self, name: str, kind) -> dict:
+        """What an argument takes."""
+        if name in CHOICES:
+            return {'type': 'string', 'enum': [*CHOICES[name]]}
+        return self.ref(*SCHEMAS[kind if kind in SCHEMAS else Name])
+
+    def ref(self, name: str, schema: dict) -> dict:
+        """A schema by its name."""
+        self.schemas[name] = schema
+        return {'$ref': f'#/components/schemas/{name}'}
+
+    def answer(self, kind) -> dict:
+        """What is answered."""
+        choices = choices_of(kind)
+        if len(choices) > 1:
+            return {'anyOf': [self.answer(each) for each in choices]}
+        if get_origin(kind) is list:
+            return {'type': 'array', 'items': self.answer(*get_args(kind))}
+        if get_origin(kind) is dict:
+            return {'type': 'object', 'additionalProperties': self.answer(get_args(kind)[1])}
+        if is_answer(kind):
+            return self.ref(kind.__name__.removesuffix('Answer'), self.shape(kind))
+        return VALUES[kind] if kind in VALUES else self.ref(*SCHEMAS[kind])
+
+    def shape(self, kind: type[Answer]) -> dict:
+        """All fields of an answer."""
+        fields = declared(kind)
+        always = [name for name, each in fields.items() if each.always]
+        return {'type': 'object', 'description': inspect.getdoc(kind),
+                'properties': {name: self.answer(each.kind) for name, each in fields.items()},
+                'additionalProperties': self.answer(kind.more) if kind.more else False
+                } | ({'required': always} if always else {})
+
+    def responses(self, operation: Operation, verb: str, path: str) -> dict:
+        """What can come of a request."""
+        done = self.content(operation.answers)
+        told = {'Link': 'after' in operation.parameters,
+                'ETag': verb == 'GET' and '<label>' in path and tells_of_reservations(operation)}
+        headers = {name: header(TOLD[name]) for name, there in told.items() if there}
+        found = {'200': {'description': 'done' if not operation.made else 'what a dry run would do',
+                         'content': done} | ({'headers': headers} if headers else {})}
+        if operation.made:
+            found['201'] = {'description': 'made', 'content': done,
+                            'headers': {'Location': header(TOLD['Location'])}}
+        refusals = {f'{status}': {'$ref': f'#/components/responses/{refusal_name(status)}'}
+                    for status in sorted(statuses_of(operation, verb))}
+        return found | refusals
+
+    def content(self, kind) -> dict:
+        return {'application/json': {'schema': self.answer(kind)}}
+
+    def refusals(self) -> dict:
+        """The answer of each status that refuses."""
+        content = self.content(RefusalAnswer)
+        when = header(TOLD['Retry-After'], {'type': 'integer'})
+        headers = {401: {'WWW-Authenticate': header(TOLD['WWW-Authenticate'])},
+                   429: {'Retry-After': when}, 503: {'Retry-After': when}}
+        return {refusal_name(status): {'description': text, 'content': content} | (
+            {'headers': headers[status]} if status in headers else {}) for status, text in REFUSALS.items()}
+
+    def header(self, name: str) -> dict:
+        text, example = HEADERS[name]
+        return {'name': name, 'in': 'header', 'description': text, 'example': example,
+                'schema': {'type': 'string', 'pattern': '^[!-~]{1,255}$'}}
+
+    def others(self) -> dict:
+        """The addresses that are no operations."""
+        failed = {'500': {'$ref': '#/components/responses/Error'}}
+        late = {'description': 'not so', 'content': self.content(HealthAnswer | RefusalAnswer)}
+        health = {'200': {'description': 'well', 'content': self.content(HealthAnswer)}, '503': late} | failed
+        unready = {'description': 'not so', 'content': self.content(ReadyAnswer)}
+        ready = {'200': {'description': 'ready', 'content': self.content(ReadyAnswer)}, '503': unready}
+        text = {'text/calendar': {'schema': {'type': 'string'}}}
+        away = {'$ref': '#/components/responses/Unavailable'}
+        feed = {'200': {'description': 'a calendar', 'content': text, 'headers': {'ETag': header('of its text')}},
+                '304': {'description': 'as it was'}, '503': away, '404': {'$ref': '#/components/responses/NotFound'}}
+        described = {'200': {'description': 'OpenAPI 3.1', 'content': {'application/json': {'schema': {
+            'type': 'object'}}}}, '401': {'$ref': '#/components/responses/Unauthorized'}, '503': away} | failed
+        return {'/healthz': plain_entry('healthz', 'Tells whether the store can be read and VMs are started', health),
+                '/readyz': plain_entry('readyz', 'Tells whether requests can be answered, and if not, why', ready),
+                '/openapi.json': plain_entry('openapi', 'Describes all addresses', described, [
+                    {'bearer': []}, {'token': []}, {'cookie': []}]),
+                **{template(path): plain_entry(f'feed_{n}' if n else 'feed', 'Shows reservations to calendar programs; '
+                                               'the secret in its address tells whose', feed | failed, names=re.findall(
+                                                   r'<(\w+)>', path)) for n, path in enumerate(FEEDS)}}
+
+
+def plain_entry(name: str, text: str, responses: dict, security: list = [], names: Iterable[str] = ()) -> dict:
+    """An address that only answers."""
+    return {'get': {'operationId': name, 'tags': ['service'], 'summary': text, 'description': f'{text}.',
+                    'security': security, 'responses': responses, 'parameters': [
+                        {'name': each, 'in': 'path', 'required': True, 'schema': {'type': 'string', 'pattern': '^[!-.0-~]+$'},
+                         'description': f'the {each} in the address'} for each in names]}}
+
+
+SECURITY = {'bearer': {'type': 'http', 'scheme': 'bearer', 'description': 'a token that `token add` printed'},
+            'token': {'type': 'apiKey', 'in': 'header', 'name': 'X-Auth-Token',
+                      'description': 'the same, as programs of OpenStack send it'},
+            'cookie': {'type': 'apiKey', 'in': 'cookie', 'name': 'cmres',
+                       'description': 'of who has signed in to the page; it only reads'}}
+
+
+@functools.cache
+def openapi() -> dict:
+    """OpenAPI 3.1 of all that is answered."""
+    return Document().whole()
+
+
+def template(path: str) -> str:
+    """An address as OpenAPI writes it."""
+    return re.sub(r'<(\w+)>', r'{\1}', path).rstrip('/')
+
+
+def header(text: str, schema: dict | None = None) -> dict:
+    return {'description': text, 'schema': schema or {'type': 'string'}}
+
+
+def refusal_name(status: int) -> str:
+    """The kind of error with a status: its first."""
+    return next(name for name, kind in ERRORS.items() if kind.status == status)
+
+
+def said_of(operation: Operation) -> dict:
+    """What its help says of an operation, for who types nothing."""
+    summary, _, more = re.sub(r'\n\n(Example|Args):.*', '', inspect.getdoc(operation.method),
+                              flags=re.S).partition('\n\n')
+    return {'summary': summary.rstrip('.').replace('\n', ' '), 'description': more or summary}
+
+
+def example_of(operation: Operation) -> dict:
+    """The arguments of the first command in the help of an operation."""
+    import shlex
+    found = re.search(r'Example:\n\s*python cmres.py (.*)', inspect.getdoc(operation.method))
+    words = shlex.split(found[1] if found else '')[len(operation.words.split()):]
+    example, names = {}, [*operation.parameters]
+    while words:
+        word = words.pop(0)
+        name = word[2:].replace('-', '_') if word.startswith('--') else names[len(example)]
+        switch = word.startswith('--') and (not words or words[0].startswith('--'))
+        example[name] = True if switch else words.pop(0) if word.startswith('--') else word
+    return {name: value for name, value in example.items()
+            if name in names and operation.parameters[name].annotation not in FROM_FILES}
+
+
+#: What stands for a file on the command line.
+FROM_FILES = (File, Rows, Ics, Source)
+
+
+def takes_calendar(operation: Operation) -> bool:
+    """Whether a calendar may be its body: then other arguments stand in the address."""
+    return any(each.annotation is Ics for each in operation.parameters.values())
+
+
+def several(operation: Operation) -> set[str]:
+    """The arguments that take several values, with commas between or each on its own."""
+    return {name for name, each in operation.parameters.items()
+            if each.annotation in (Names, Hosts, Parts)}
+
+
+def conditions(operation: Operation, verb: str) -> list[str]:
+    """The headers on which it may be made to depend."""
+    return ['If-Match'] * (operation.changes and is_about_one(operation)) + ['Idempotency-Key'] * (verb == 'POST')
+
+
+def is_about_one(operation: Operation) -> bool:
+    """Whether an address of it names the reservation that it is about."""
+    return any(path.startswith('/reservation/<label>') for _, path, _ in operation.routes)
+
+
+def tells_of_reservations(operation: Operation) -> bool:
+    """Whether a reservation is what it answers, or a list of them."""
+    kinds = [one for each in choices_of(operation.answers) for one in get_args(each) or (each,)]
+    return any(is_answer(each) and issubclass(each, ReservationAnswer) for each in kinds)
+
+
+def statuses_of(operation: Operation, verb: str) -> set[int]:
+    """The statuses with which it may be refused."""
+    kinds = {each.annotation for each in operation.parameters.values()}
+    names = operation.parameters.keys()
+    found = {400: True, 401: True, 429: True, 500: True, 503: True,
+             403: operation.changes or operation.role != READER,
+             404: bool(kinds & {Label, Place, Name}) or 'id' in names,
+             409: operation.changes or 'label' in names,
+             412: 'If-Match' in conditions(operation, verb), 413: verb in WITH_BODY,
+             422: verb == 'POST' or Source in kinds,
+             502: bool(names & {*CLOUDY, 'aggregates'})}
+    return {status for status, there in found.items() if there}
+
+
 # REST ########################################################################
 #
 # Routes come from the marks of the service. One wrapper reads, calls and answers; it and the
 # error handler below it are the only places that know statuses. All answers are JSON.
+#
+# A request may say on what it depends: If-Match, the state of a reservation that it has seen, and
+# Idempotency-Key, that it was not done before. Both are looked at in the transaction that does it.
 
-BASE = '/cm/v1.0'
 MOST_BODY = 2**20  # bytes
 LATE = 60  # seconds without a pass after which a life cycle is taken for broken
+LEAST_GZIP = 1000  # bytes of an answer below which compressing it is in vain
+#: Of every answer that is no page.
+UNKEPT = {'Content-Type': 'application/json', 'Cache-Control': 'no-store',
+         'X-Content-Type-Options': 'nosniff', 'Vary': 'Accept-Encoding'}
 
 
-def rest(service: Reservations, told: Callable | None = None):
-    """The WSGI application that answers for a service; `told` words what never reaches one of its handlers."""
+def rest(service: Reservations, told: Callable | None = None, visitor: Callable | None = None):
+    """The WSGI application that answers for a service.
+
+    Args:
+      told: words what never reaches one of its handlers
+      visitor: tells who is signed in to the page, by the cookie of a request
+    """
     import bottle
     app = bottle.Bottle()
     app.uninstall('json')  # it knows neither lists nor instants
-    app.default_error_handler = told or (lambda failure: error_text(failure, bottle.request, bottle.response))
+    app.default_error_handler = told or (
+        lambda failure: error_text(failure, bottle.request, bottle.response))
     app.install(answering)
     app.add_hook('before_request', lambda: plain_path(bottle.request.environ))
+    app.add_hook('after_request', lambda: name_request(bottle.request, bottle.response))
     for operation in API.values():
         for verb, path, fixed in operation.routes:
-            app.route((BASE + path).rstrip('/'), verb, handler(service, operation, fixed))
+            app.route((BASE + path).rstrip('/'), verb, handler(service, operation, fixed, visitor))
     app.route('/healthz', 'GET', health_handler(service))
-    for path in ('/calendar/<secret>/<name>.ics', '/calendar/<secret>.ics'):  # programs show the end
+    for path in FEEDS:
         app.route(path, 'GET', feed_handler(service))
     app.route('/readyz', 'GET', Readiness(service).answer, skip=[answering])
-    app.route('/openapi.json', 'GET', handler(service, None, {}))
+    app.route('/openapi.json', 'GET', document_handler(service, visitor))
     return app
 
 
-def handler(service: Reservations, operation: Operation | None, fixed: dict) -> Callable:
+def handler(service: Reservations, operation: Operation, fixed: dict, visitor: Callable | None) -> Callable:
     """Answers one address: who asks, what is asked, the call, its answer in JSON."""
     import bottle
 
     def handle(**path):
+        request = bottle.request
         try:
-            acting = service.acting(actor_of(bearer(bottle.request)))
-            if operation is None:
-                return reply(200, openapi())
-            body = read_body(bottle.request, most_body(operation))
-            given = given_once(read_query(bottle.request), body, path, fixed)
+            acting = service.acting(who_asks(request, visitor))
+            given = given_once(read_query(request, several(operation)),
+                               read_body(request, most_body(operation)), path, fixed)
             bound = bind(operation, given, acting.here)
             with acting.shares.answering(acting.actor.user):
-                answer = getattr(acting, operation.name)(**bound)
+                return respond(acting, operation, bound, request, given)
         except Error as error:
-            return reply(error.status, error_body(error))
-        made = operation.name.rsplit('_')[-1] in ('add', 'load', 'generate') and not bound.get('dry_run')
-        return reply(201 if made else 200, answer)
-
-    def reply(status: int, body):
-        headers = {'WWW-Authenticate': 'Bearer'} if status == 401 else {}
-        for field, kind in (('label', 'reservation'), ('name', 'resource')):
-            if status == 201 and field in body:
-                headers['Location'] = f'{BASE}/{kind}/{body[field]}'
-        return bottle.HTTPResponse(json_text(body), status, {'Content-Type': 'application/json', **headers})
+            return refused(error)
     return handle
+
+
+def document_handler(service: Reservations, visitor: Callable | None) -> Callable:
+    """Answers with the description of all that is here, for who may ask for any of it."""
+    import bottle
+
+    def handle():
+        try:
+            who_asks(bottle.request, visitor)
+            return sent(json_text(openapi()), 200, UNKEPT)
+        except Error as error:
+            return refused(error)
+    return handle
+
+
+def respond(acting: Reservations, operation: Operation, bound: dict, request, given: dict):
+    """The answer to a call on the conditions of its request."""
+    once = once_of(acting, operation, bound, request, given)
+    if once and (kept := once.kept()):
+        return sent(kept.answer, kept.status, UNKEPT | {'Idempotency-Replayed': 'true'})
+    acting.fence = in_turn(acting.fence, unchanged(acting, operation, bound, request), once and once.claim)
+    tag = tag_for(acting, operation, bound)  # before what it tells of is read: it may be older, not newer
+    try:
+        answer = getattr(acting, operation.name)(**bound)
+    except Error:
+        if once:
+            once.drop()
+        raise
+    status = 201 if operation.made and not bound.get('dry_run') else 200
+    text = json_text(answer)
+    if once:
+        once.keep(status, text)
+    headers = {'ETag': tag, 'Location': location(operation, answer) if status == 201 else '',
+               'Link': next_page(operation, answer, request)}
+    return sent(text, status, UNKEPT | {name: value for name, value in headers.items() if value})
+
+
+def in_turn(*looks: Callable | None) -> Callable:
+    """Calls several, as far as they are there, once in each transaction."""
+    seen = None
+
+    def look():
+        nonlocal seen
+        now = db.top_transaction()
+        for each in filter(None, looks if now is not seen else ()):
+            each()
+        seen = now
+    return look
+
+
+def sent(text: str, status: int, headers: dict):
+    """An answer, compressed for who takes that: never a page, which holds secrets (BREACH)."""
+    import bottle
+    import gzip
+    data = text.encode('utf8', 'replace')
+    if len(data) >= LEAST_GZIP and TAKES_GZIP.search(bottle.request.get_header('Accept-Encoding', '')):
+        data, headers = gzip.compress(data, 5, mtime=0), headers | {'Content-Encoding': 'gzip'}
+    return bottle.HTTPResponse(data, status, headers)
+
+
+TAKES_GZIP = re.compile(r'(?:^|[,\s])gzip(?!\s*;\s*q=0(?:\.0*)?\s*(?:,|$))')
+
+
+def refused(error: Error):
+    """The answer that says why something is not done."""
+    return sent(json_text(error_body(error)), error.status, UNKEPT | headers_of(error))
+
+
+def headers_of(error: Error) -> dict[str, str]:
+    """What an error says in headers: how to ask, or when again."""
+    if error.status in (429, 503):
+        return {'Retry-After': f"{math.ceil(float(error.details.get('retry_after') or RETRY_AFTER))}"}
+    return {'WWW-Authenticate': 'Bearer'} if error.status == 401 else {}
+
+
+RETRY_AFTER = 5  # seconds
+
+
+def location(operation: Operation, answer: dict) -> str:
+    """Where that is found which was made."""
+    return BASE + re.sub(r'<(\w+)>', lambda part: quote(answer[part[1]], safe=''), operation.made)
+
+
+def next_page(operation: Operation, answer, request) -> str:
+    """The link to what follows a page of a list; the last page is the one without a line."""
+    if 'after' not in operation.parameters or not answer or 'id' not in answer[-1]:
+        return ''
+    query = [each for each in parse_qsl(request.query_string) if each[0] != 'after']
+    more = urlencode([*query, ('after', cursor_of(answer[-1]))])
+    return f'<{quote(request.path)}?{more}>; rel="next"'
+
+
+def cursor_of(line: dict) -> str:
+    """What `after` takes to go on behind a line of a list."""
+    return f"{int(line['start'].timestamp())}-{line['id']}" if 'start' in line else f"{line['id']}"
+
+
+# What a request depends on.
+
+
+def tag_for(acting: Reservations, operation: Operation, bound: dict) -> str:
+    """The ETag of a reservation that is read; of anything else none."""
+    if operation.changes or not bound.get('label') or not tells_of_reservations(operation):
+        return ''
+    return tag_of(acting, bound)
+
+
+def tag_of(acting: Reservations, bound: dict) -> str:
+    """An ETag that differs after each change that people make to a reservation: servers don't count."""
+    newest = acting.newest_deed(bound['label'], bound.get('project', ''))
+    return f'"{newest}"' if newest else ''
+
+
+def unchanged(acting: Reservations, operation: Operation, bound: dict, request) -> Callable | None:
+    """What refuses in the transaction of a change, if it was made for another state (RFC 9110, 13.1.1)."""
+    wanted = request.get_header('If-Match', '*')
+    if wanted.strip() == '*' or not bound.get('label') or not is_about_one(operation):
+        return None
+
+    def look():
+        tag = tag_of(acting, bound)
+        if tag and tag not in [each.strip() for each in wanted.split(',')]:
+            raise Changed(f"'{bound['label']}' was changed since you read it. Nothing was done. "
+                          'Read it again, then change it', etag=tag)
+    return look
+
+
+def once_of(acting: Reservations, operation: Operation, bound: dict, request, given: dict) -> Once | None:
+    """The key of a POST that has one; a dry run keeps nothing, not even that."""
+    key = request.get_header('Idempotency-Key')
+    if key is None or request.method != 'POST' or bound.get('dry_run'):
+        return None
+    if not re.fullmatch('[!-~]{1,255}', key):
+        raise Invalid('Idempotency-Key: 1 to 255 letters, digits and signs are needed, such as a UUID')
+    asked = json.dumps([operation.name, given], sort_keys=True, default=str)
+    return Once(acting, key, hashed(asked), not has_secret(operation.answers))
+
+
+def has_secret(kind) -> bool:
+    """Whether an answer has a field that is shown once and kept nowhere."""
+    return is_answer(kind) and any(each.kind is Secret for each in declared(kind).values())
+
+
+class Once:
+    """What a request with an Idempotency-Key does is done once: its key is written with it.
+
+    The answer is kept for a day, unless it is long or holds a secret; a refusal is not.
+    """
+    LASTS = 86400  # seconds
+    MOST = 65536   # characters of an answer
+
+    def __init__(self, acting: Reservations, key: str, digest: str, keeps: bool):
+        self.acting, self.digest, self.keeps = acting, digest, keeps
+        self.whose = (acting.actor.user, acting.actor.project, key)
+        self.mark = secrets.token_hex(8)  # tells ours from that of a request beside this one
+
+    def row(self):
+        return row('SELECT digest, mark, status, answer FROM once WHERE user = ? AND project = ? AND key = ? AND at > ?',
+                   *self.whose, int(self.acting.clock()) - self.LASTS)
+
+    def kept(self):
+        """The status and answer of the same request before; None if there was none.
+
+        Raises:
+          KeyReused: it was another request.
+          Conflict: its answer is not there, or not yet.
+        """
+        found = self.row()
+        if found and found.digest != self.digest:
+            raise KeyReused('another request had this Idempotency-Key: take a new key for each request')
+        if found and not found.answer:
+            raise Conflict('a request with this Idempotency-Key was done or is being done, and its answer is not '
+                           'there: ask for what it made')
+        return found
+
+    def claim(self) -> None:
+        """Writes the key in the transaction of what is done; Conflict if another request was faster."""
+        found = self.row()
+        if found and found.mark != self.mark:
+            self.kept()
+            raise Conflict('the first request with this Idempotency-Key has just been done: send it again')
+        if not found:
+            now = int(self.acting.clock())
+            run('DELETE FROM once WHERE at <= ?', now - self.LASTS)
+            run('INSERT INTO once (user, project, key, digest, mark, at, status, answer) '
+                "VALUES (?, ?, ?, ?, ?, ?, 0, '')", *self.whose, self.digest, self.mark, now)
+
+    def keep(self, status: int, text: str) -> None:
+        """Keeps an answer for who asks again."""
+        if self.keeps and len(text) <= self.MOST:
+            self.run('UPDATE once SET status = ?, answer = ?', status, text)
+
+    def drop(self) -> None:
+        """Forgets a request that was refused: it may be sent again."""
+        if self.row():
+            self.run('DELETE FROM once')
+
+    def run(self, deed: str, *values) -> None:
+        with transaction():
+            run(f'{deed} WHERE user = ? AND project = ? AND key = ? AND mark = ?', *values, *self.whose, self.mark)
 
 
 def feed_handler(service: Reservations) -> Callable:
@@ -13304,10 +14502,11 @@ def feed_handler(service: Reservations) -> Callable:
         try:
             etag, text = current(secret)
         except Error as error:
-            return bottle.HTTPResponse(json_text(error_body(error)), error.status, {'Content-Type': 'application/json'})
+            return refused(error)
         same = etag in bottle.request.headers.get('If-None-Match', '')
-        return bottle.HTTPResponse('' if same else text, 304 if same else 200, {
-            'Content-Type': 'text/calendar; charset=utf-8', 'ETag': etag, 'Cache-Control': 'private, no-cache'})
+        return sent('' if same else text, 304 if same else 200, UNKEPT | {
+            'Content-Type': 'text/calendar; charset=utf-8', 'ETag': etag,
+            'Cache-Control': 'private, no-cache'})
     return handle
 
 
@@ -13347,7 +14546,7 @@ def health_handler(service: Reservations) -> Callable:
         if age > LATE:
             status, body = 503, {'last_pass': round(age, 1), 'error': 'no VM was started or ended for '
                                  f'{format_duration(age)}; the log of this server says why'}
-        return bottle.HTTPResponse(json_text(body), status, {'Content-Type': 'application/json'})
+        return sent(json_text(body), status, UNKEPT)
     return handle
 
 
@@ -13400,16 +14599,18 @@ class Readiness:
 
     def __init__(self, service: Reservations):
         self.service, self.lock = service, threading.Lock()
-        self.until, self.found = 0.0, {}
+        self.until, self.found, self.troubles = 0.0, {}, 0
 
     def answer(self):
         import bottle
         with self.lock:
-            if time.monotonic() >= self.until:
+            with suppress(Unavailable):
+                store_file.look()
+            if time.monotonic() >= self.until or store_file.troubles != self.troubles:
+                self.troubles = store_file.troubles
                 self.found, self.until = self.look_safely(), time.monotonic() + 1
             found = self.found
-        return bottle.HTTPResponse(json_text(found), 200 if found['status'] == 'ready' else 503,
-                                   {'Content-Type': 'application/json'})
+        return sent(json_text(found), 200 if found['status'] == 'ready' else 503, UNKEPT)
 
     def look_safely(self) -> dict:
         """What is so now, also where that can't be read."""
@@ -13455,15 +14656,41 @@ def error_body(error: Error) -> dict:
 
 def error_text(failure, request, response) -> str:
     """The JSON of what never reached a handler: no such address, wrong verb, a bug."""
-    response.content_type = 'application/json'
-    allow = failure.headers.get('Allow')
-    sentences = {404: f'there is nothing at {request.path}; /openapi.json lists all addresses',
-                 405: f"{request.method} is not for this address; use {' or '.join((allow or '').split(','))}"}
-    if isinstance(failure.body, Error):
-        return json_text(error_body(failure.body))
-    if failure.status_code == 500:
-        return json_text(error_body(mistake(failure.exception, request)))
-    return json_text({'error': sentences.get(failure.status_code, f'{failure.body}'.lower())})
+    for name, value in UNKEPT.items():
+        response.set_header(name, value)
+    if failure.status_code == 405:
+        return wrong_verb(failure, request, response)
+    error = failure.body
+    if failure.status_code == 500 and not isinstance(error, Error):
+        error = mistake(failure.exception, request)
+    if failure.status_code == 404 and not isinstance(error, Error):
+        error = NotFound(f'there is nothing at {request.path}; /openapi.json lists all addresses')
+    if not isinstance(error, Error):
+        error = Invalid(f'{error}'.lower())
+    for name, value in headers_of(error).items():
+        response.set_header(name, value)
+    return json_text(error_body(error))
+
+
+def wrong_verb(failure, request, response) -> str:
+    """What is said of the verbs of an address: to who asks for them, and to who took another."""
+    verbs = set(failure.headers['Allow'].split(',')) - {'PROXY'}
+    verbs = sorted(verbs | {'OPTIONS'} | ({'HEAD'} if 'GET' in verbs else set()))
+    response.set_header('Allow', ', '.join(verbs))
+    if request.method == 'OPTIONS':
+        response.status = 204
+        return ''
+    use = ' or '.join(each for each in verbs if each not in ('HEAD', 'OPTIONS'))
+    return json_text(error_body(Error(f'{request.method} is not for this address; use {use}')))
+
+
+def name_request(request, response) -> None:
+    """Gives an answer the name that its request came with, or a new one, under which logs tell of it."""
+    name = request.environ.get('HTTP_X_REQUEST_ID', '')
+    if not re.fullmatch('[A-Za-z0-9._-]{1,64}', name):
+        name = f'req-{uuid.uuid4()}'
+    for header in ('X-Request-Id', 'X-Openstack-Request-Id'):
+        response.set_header(header, name)
 
 
 def plain_path(environ: dict) -> None:
@@ -13476,25 +14703,45 @@ def plain_path(environ: dict) -> None:
     environ['PATH_INFO'] = environ['PATH_INFO'].rstrip('/') or '/'
 
 
+def who_asks(request, visitor: Callable | None = None) -> Actor:
+    """Whose token a request has; who only reads may have signed in to the page instead."""
+    token = bearer(request)
+    if not token and visitor and request.method in ('GET', 'HEAD') and (actor := visitor(request)):
+        return actor
+    if not token:
+        raise Unauthorized('a token is needed: Authorization: Bearer TOKEN; an admin makes one '
+                           'with: token add USER')
+    return actor_of(token)
+
+
 def bearer(request) -> str:
-    scheme, _, token = request.environ.get('HTTP_AUTHORIZATION', '').partition(' ')
-    if scheme.lower() != 'bearer' or not token:
-        raise Unauthorized('a token is needed: Authorization: Bearer TOKEN; an admin makes one with: token add USER')
-    return token.strip()
+    """The token of a request; '' without one."""
+    scheme, _, token = request.get_header('Authorization', '').partition(' ')
+    token = token if scheme.lower() == 'bearer' else ''
+    return (token or request.get_header('X-Auth-Token', '')).strip()
 
 
-def read_query(request) -> dict:
+def read_query(request, several: Iterable[str] = ()) -> dict:
     """The fields of an address, each once."""
-    return fields_of(request.query_string.encode(), 'query')
+    return fields_of(request.query_string.encode(), 'query', several)
 
 
-def fields_of(text: bytes, what: str) -> dict:
-    """The fields of a query or of a form; Invalid if they are not UTF-8, too many, or given twice with two values."""
+def fields_of(text: bytes, what: str, several: Iterable[str] = ()) -> dict:
+    """The fields of a query or of a form.
+
+    Args:
+      several: those that may come more than once
+
+    Raises:
+      Invalid: they are not UTF-8, too many, or given twice with two values.
+    """
     try:
         pairs = parse_qsl(text.decode(), keep_blank_values=True, errors='strict', max_num_fields=100)
     except (UnicodeDecodeError, ValueError):
         raise Invalid(f'the {what} is not UTF-8 or has more than 100 fields') from None
-    return given_once(*({name: value} for name, value in pairs))
+    lists = {each: ','.join(value for name, value in pairs if name == each)
+             for each in several if any(name == each for name, _ in pairs)}
+    return lists | given_once(*({name: value} for name, value in pairs if name not in lists))
 
 
 def whole_body(request, most: int = MOST_BODY) -> bytes:
@@ -13506,8 +14753,7 @@ def whole_body(request, most: int = MOST_BODY) -> bytes:
 
 def most_body(operation: Operation) -> int:
     """How many bytes its body may have: a calendar in JSON is longer than in a file."""
-    takes_calendar = any(each.annotation is Ics for each in operation.parameters.values())
-    return 2 * MOST_ICS if takes_calendar else MOST_BODY
+    return 2 * MOST_ICS if takes_calendar(operation) else MOST_BODY
 
 
 def read_body(request, most: int) -> dict:
@@ -13537,55 +14783,6 @@ def given_once(*sources: dict) -> dict:
                 raise Invalid(f'{name} is given twice: {shown(given[name])} and {shown(value)}')
             given[name] = value
     return given
-
-
-SCHEMAS = {int: {'type': 'integer'}, Cursor: {'type': ['string', 'integer']},
-           bool: {'type': 'boolean'}, Count: {'type': 'integer', 'minimum': 1},
-           Most: {'oneOf': [{'type': 'integer', 'minimum': 0}, {'const': 'unlimited'}]},
-           Label: {'type': 'string', 'pattern': '^[A-Za-z0-9._-]{1,64}$'},
-           NewLabel: {'type': 'string', 'pattern': '^[A-Za-z0-9._][A-Za-z0-9._-]{0,63}$'},
-           Names: {'type': 'array', 'items': {'type': 'string'}},
-           Pairs: {'type': 'object', 'additionalProperties': {'type': 'string'}},
-           Rows: {'type': 'array', 'items': {'type': 'object'}},
-           Classes: {'type': 'object', 'additionalProperties': {'type': 'integer', 'minimum': 0}},
-           Hosts: {'type': 'array', 'items': {'type': 'string'}, 'maxItems': MOST_PARTS},
-           Parts: {'type': 'array', 'maxItems': MOST_PARTS, 'items': {'oneOf': [
-               {'type': 'string'}, {'type': 'object', 'additionalProperties': False, 'properties': {
-                   name: {'type': 'integer' if kind is Count else 'string'} for name, kind in PART_FIELDS.items()}}]}}}
-
-
-def openapi() -> dict:
-    """OpenAPI 3.1 of all operations, out of the same signatures that read the arguments."""
-    paths: dict = defaultdict(dict)
-    for operation in API.values():
-        for number, (verb, path, fixed) in enumerate(operation.routes):
-            named = re.findall(r'<(\w+)>', path)
-            fields = {name: each for name, each in operation.parameters.items() if name not in (*named, *fixed)}
-            entry = {'operationId': operation.name + (f'_{number}' if number else ''), 'summary': operation.summary,
-                     'parameters': [openapi_parameter(name, operation.parameters[name], 'path') for name in named],
-                     'responses': {'200': {'description': 'done'},
-                                   'default': {'description': 'refused: {"error": "..."}'}}}
-            if verb in ('POST', 'PATCH'):
-                entry['requestBody'] = {'content': {'application/json': {'schema': openapi_object(fields)}}}
-            else:
-                entry['parameters'] += [openapi_parameter(name, each, 'query') for name, each in fields.items()]
-            paths[(BASE + path).replace('<', '{').replace('>', '}')][verb.lower()] = entry
-    return {'openapi': '3.1.0', 'info': {'title': 'cmres', 'version': __version__}, 'paths': paths,
-            'components': {'securitySchemes': {'token': {'type': 'http', 'scheme': 'bearer'}}},
-            'security': [{'token': []}]}
-
-
-def openapi_parameter(name: str, parameter, place: str) -> dict:
-    return {'name': name, 'in': place, 'required': place == 'path', 'description': WORDS[name],
-            'schema': SCHEMAS.get(parameter.annotation, {'type': 'string'})}
-
-
-def openapi_object(fields: dict) -> dict:
-    return {'type': 'object', 'additionalProperties': False,
-            'properties': {name: SCHEMAS.get(each.annotation, {'type': 'string'}) | {'description': WORDS[name]}
-                           for name, each in fields.items()},
-            'required': [name for name, each in fields.items() if each.default is each.empty
-                         and (name, 'part') != ('resource', 'part' if 'part' in fields else '')]}
 
 
 # Page ########################################################################
@@ -13878,6 +15075,9 @@ defer></script>
 {{!body}}
 </main>
 <footer>
+% if visit.actor:
+<p><a href="/docs">REST</a></p>
+% end
 <form method="post" action="/zone" class="row">{{!visit.guard}}<label>Times are in the zone
 <input name="zone" value="{{visit.zone.key}}" autocomplete="off"></label>
 <input type="hidden" name="next" value="{{back}}">
@@ -13898,6 +15098,55 @@ defer></script>
 <div><button class="main">Sign in</button></div>
 </form>
 </div>
+''', 'docs': '''
+<p class="soft">All that programs can ask for, with a token in the header <code>Authorization: Bearer TOKEN</code>
+or <code>X-Auth-Token</code>. The same for programs: <a href="/openapi.json">/openapi.json</a> (OpenAPI 3.1).</p>
+<nav class="tabs" aria-label="Kinds">
+% for tag in tags:
+<a href="#{{tag}}">{{tag}}</a>
+% end
+<a href="#kinds">kinds</a></nav>
+% for tag, (text, entries) in tags.items():
+<h2 id="{{tag}}">{{tag.capitalize()}}</h2>
+<p class="soft">{{text.capitalize()}}.</p>
+% for verb, path, entry, arguments in entries:
+<details class="card"><summary><strong>{{verb}}</strong> <code>{{path}}</code>
+{{'(old form)' if entry.get('deprecated') else ''}} <span class="soft">{{entry['summary']}}</span></summary>
+<p>{{entry['description']}}</p>
+% if arguments:
+<div class="scroll"><table><thead><tr><th>Argument</th><th>In</th><th>Kind</th><th>Meaning</th></tr></thead><tbody>
+% for name, place, needed, kind, meaning in arguments:
+<tr><td data-name="Argument"><code>{{name}}</code>{{' (needed)' if needed else ''}}</td><td data-name="In">{{place}}</td>
+<td data-name="Kind">{{kind}}</td><td data-name="Meaning">{{meaning}}</td></tr>
+% end
+</tbody></table></div>
+% end
+<dl>
+% for status, answer in entry['responses'].items():
+<dt>{{status}}</dt><dd>{{answer.get('description') or refusals[int(status)]}}
+% for kind, content in answer.get('content', {}).items():
+<span class="soft">{{told(content['schema'])}} ({{kind}})</span>
+% end
+</dd>
+% end
+</dl></details>
+% end
+% end
+<h2 id="kinds">Kinds</h2>
+% for name, kind in sorted(kinds.items()):
+<details class="card" id="kind-{{name}}"><summary><strong>{{name}}</strong>
+<span class="soft">{{kind.get('description', '')}}</span></summary>
+% if kind.get('properties'):
+<dl>
+% for field, schema in kind['properties'].items():
+<dt>{{field}}</dt><dd>{{told(schema)}}</dd>
+% end
+</dl>
+% else:
+<p>{{told(kind)}}</p>
+% end
+</details>
+% end
 ''', 'secret': '''
 <div class="card" role="status"><p>{{words}}</p><p><code>{{secret}}</code></p>
 <p>It is shown only now: copy it. Nobody can show it again.</p></div>
@@ -14597,7 +15846,7 @@ class Pages:
                 ('GET', '/', self.plan), ('GET', '/list', self.list), ('GET', '/book', self.book),
                 ('POST', '/book', self.add), ('GET', '/book/check', self.check),
                 ('GET', '/r/<label>', self.reservation), ('GET', '/r/<label>/live', self.live),
-                ('GET', '/admin', self.admin), ('POST', '/do/<name>', self.do)):
+                ('GET', '/admin', self.admin), ('GET', '/docs', self.docs), ('POST', '/do/<name>', self.do)):
             app.route(path, verb, self.visited(handle))
         for verb, path, handle in (('GET', '/sign-in', self.ask),
                                    ('POST', '/sign-in', self.sign_in),
@@ -14609,6 +15858,16 @@ class Pages:
             app.route(path, 'GET', lambda text=text, kind=kind: answered(text, headers={
                 'Content-Type': f'{kind}; charset=utf-8',
                 'Cache-Control': 'public, max-age=31536000, immutable'}))
+
+    def docs(self, visit: Visit, given: dict):
+        """What programs can ask for: /openapi.json for people."""
+        told = openapi()
+        by_tag = {tag['name']: (tag['description'], []) for tag in told['tags']}
+        for path, verbs in told['paths'].items():
+            for verb, entry in verbs.items():
+                by_tag[entry['tags'][0]][1].append((verb.upper(), path, entry, arguments_told(entry)))
+        return self.page(visit, 'REST', render_page('docs', tags=by_tag, kinds=told['components']['schemas'],
+                                                    told=kind_told, refusals=REFUSALS))
 
     # Who visits
 
@@ -15180,6 +16439,29 @@ def told_done(name: str, said: dict, answer) -> str:
         f'; {len(hit)} were in the way: {told}' if hit else '')
 
 
+def arguments_told(entry: dict) -> list[tuple]:
+    """The arguments of an operation: each with where it stands, whether it must be there, what it is."""
+    body = entry.get('requestBody', {}).get('content', {}).get('application/json', {}).get('schema', {})
+    found = [(each['name'], each['in'], each.get('required', False), kind_told(each['schema']), each['description'])
+             for each in entry['parameters'] if '$ref' not in each]
+    return found + [(name, 'body', name in body['required'] if 'required' in body else False, kind_told(each),
+                     each['description']) for name, each in body.get('properties', {}).items()]
+
+
+def kind_told(schema: dict) -> str:
+    """A schema in a few words: the name of a kind, or what it is of."""
+    if '$ref' in schema:
+        return schema['$ref'].rpartition('/')[2]
+    if 'anyOf' in schema:
+        return ' or '.join(dict.fromkeys(kind_told(each) for each in schema['anyOf']))
+    if 'enum' in schema:
+        return ', '.join(each for each in schema['enum'] if each)
+    if schema.get('type') == 'array':
+        return f"list of {kind_told(schema['items'])}"
+    found = schema.get('format') or schema.get('pattern') or schema.get('type', 'anything')
+    return found if isinstance(found, str) else ' or '.join(found)
+
+
 def answered(text: str, status: int = 200, headers: dict | None = None):
     """An answer of the page, with the headers that guard it."""
     import bottle
@@ -15340,7 +16622,7 @@ def web(service: Reservations):
 
     def told(failure):
         request, sentence = bottle.request, error_text(failure, bottle.request, bottle.response)
-        if ('text/html' not in request.get_header('Accept', '')
+        if (not sentence or 'text/html' not in request.get_header('Accept', '')
             or request.path.startswith((BASE, '/calendar/'))):
             return sentence
         for name, value in SAFE.items():
@@ -15349,7 +16631,7 @@ def web(service: Reservations):
         title = 'Not available' if failure.status_code >= 500 else 'Not here'
         return render_page('layout', title=title, body=body, visit=pages.anybody(request), note='',
                            here='', version=LOOK, back='/')
-    app = rest(service, told)
+    app = rest(service, told, lambda request: pages.visit(request).actor)
     pages.mount(app)
     return app
 
@@ -15383,7 +16665,7 @@ class Client:
             if body:
                 request.add_header('Content-Type', 'application/json')
             with urlopen(request, timeout=self.timeout) as answer:
-                return from_plain(json.load(answer))
+                return as_answer(json.load(answer), operation.answers)
         except HTTPError as error:
             raise self.refusal(error) from None
         except (URLError, OSError, ValueError) as error:
@@ -15578,9 +16860,12 @@ def serve(config: Config, host: Name = '', port: int = None, noscheduler: bool =
     sys.setswitchinterval(NIMBLE)
     config = dataclasses.replace(config, host=host or config.host, port=config.port if port is None else port)
     told = prepared(config)
+    if not os.path.exists(config.database):
+        file = key_file(config.database, config.key)
+        told = [f"Made the database '{config.database}' and its key '{file}'."]
     demo = demo or not (config.path or any(map(os.path.exists, (
         config.database, key_file(config.database, config.key)))))
-    service = local_service(config)
+    service = local_service(config, make=True)
     cycle = LifeCycle(config, service.clouds)
     service.wake, service.age = cycle.wake.set, None if noscheduler else cycle.age
     try:
@@ -15639,7 +16924,7 @@ def store_backup(config: Config, path: Name) -> dict:
     Example:
       python cmres.py store backup cmres-monday.db
     """
-    refuse_missing(config)
+    refuse_missing(config.database)
     copy_store(config.database, path)
     return {'file': path, 'bytes': os.path.getsize(path), 'key': 'not in the copy'}
 
@@ -15675,7 +16960,7 @@ def store_migrate(config: Config) -> dict:
     Example:
       python cmres.py store migrate
     """
-    refuse_missing(config)
+    refuse_missing(config.database)
     done = migrate_store(config.database)
     open_store(config.database, config.key)
     return done or {'database': config.database, 'version': latest_version(),
@@ -15716,17 +17001,8 @@ def all_orphans(cycle: LifeCycle) -> list[dict]:
     return found
 
 
-def refuse_missing(config: Config) -> None:
-    """NotFound if there is no database."""
-    if not os.path.exists(config.database):
-        raise NotFound(f"there is no database '{config.database}'")
-
-
 def prepared(config: Config) -> list[str]:
-    """Migrates an older database; what is to be said of that, or of one that will be made."""
-    if not os.path.exists(config.database):
-        file = key_file(config.database, config.key)
-        return [f"Made the database '{config.database}' and its key '{file}'."]
+    """Migrates an older database; what is to be said of that."""
     done = migrate_store(config.database)
     return [MIGRATED.format(**done)] if done else []
 
@@ -15834,6 +17110,7 @@ def running(cycle: LifeCycle | None) -> Iterator[threading.Event]:
         stop.set()
         if watch:
             watch.join()
+        store_file.settle()
 
 
 def keep_running(cycle: LifeCycle, stop: threading.Event, every: float = 5) -> None:
@@ -15857,9 +17134,9 @@ def keep_running(cycle: LifeCycle, stop: threading.Event, every: float = 5) -> N
     thread.join(30)  # one that hangs is left behind
 
 
-def local_service(config: Config) -> Reservations:
+def local_service(config: Config, make: bool = False) -> Reservations:
     """The service on the local database; whoever can write that file acts as admin."""
-    open_store(config.database, config.key)
+    open_store(config.database, config.key, make)
     try:
         user = getpass.getuser()
     except (KeyError, OSError):  # a user id without a name
@@ -16196,7 +17473,7 @@ def what_follows(operation: Operation, asked: Callable, bound: dict, answer) -> 
     if not answer or len(answer) < bound.get('limit', limit.default) or 'id' not in answer[-1]:
         return ''
     last = answer[-1]
-    after = last['id'] if operation.name == 'events' else f"{int(last['start'].timestamp())}-{last['id']}"
+    after = cursor_of(last)
     shown = last['id'] if operation.name == 'events' else f"{last['start']:%Y-%m-%dT%H:%M:%SZ}/{last['id']}"
     return f'--after {shown}' if asked(**bound | {'after': after, 'limit': 1}) else ''
 
@@ -16515,4 +17792,5 @@ def in_words(error: Error, zone: ZoneInfo) -> list[str]:
 if __name__ == '__main__':
     code = main()
     sys.stdout.flush()
+    store_file.leave()
     os._exit(code)  # workers may wait for a cloud that hangs; what became of their calls, the next pass finds out

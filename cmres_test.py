@@ -30,6 +30,7 @@ import email.policy
 import email.utils
 import functools
 import gc
+import gzip
 import html
 import http.client
 import http.server
@@ -52,10 +53,12 @@ import threading
 import time
 import types
 import uuid
+import wsgiref.util
 import zoneinfo
 from concurrent.futures import ThreadPoolExecutor
 from datetime import date, datetime, timedelta, timezone
 from pathlib import Path
+from typing import Any, get_args, get_origin
 from urllib.parse import parse_qsl, urlencode, urlsplit
 
 import icalendar
@@ -79,6 +82,49 @@ MODULE = Path(cmres.__file__)
 
 def hours(number: float) -> timedelta:
     return timedelta(hours=number)
+
+
+def misfit(value, kind, where='answer') -> str:
+    """Where a value is not of the type that an answer declares; '' where all of it is."""
+    kinds = cmres.choices_of(kind)
+    if isinstance(value, dict) and any(map(cmres.is_answer, kinds)):
+        faults = [misfit_of_fields(value, each, where) for each in kinds if cmres.is_answer(each)]
+        return '' if '' in faults else min(faults)
+    for each in kinds:
+        origin, inside = get_origin(each) or each, get_args(each)
+        if origin in (list, dict) and isinstance(value, origin) and inside:
+            items = value.items() if origin is dict else enumerate(value)
+            return next(filter(None, (misfit(one, inside[-1], f'{where}[{n!r}]') for n, one in items)), '')
+        plain = getattr(origin, '__supertype__', origin)
+        if plain is Any or value is None and plain is type(None) or type(value) in (plain, int if plain is float else plain):
+            return ''
+    return f'{where} is {value!r}, not {kind}'
+
+
+def misfit_of_fields(value: dict, kind, where: str) -> str:
+    fields = cmres.declared(kind)
+    missing = [name for name, field in fields.items() if field.always and name not in value]
+    more = [] if kind.more else [name for name in value if name not in fields]
+    if missing or more:
+        return f'{where} of {kind.__name__} lacks {missing} and has {more}'
+    return next(filter(None, (misfit(each, fields[name].kind if name in fields else kind.more, f'{where}[{name!r}]')
+                              for name, each in value.items())), '')
+
+
+def checked_answer(operation):
+    """The operation, for all tests: what it answers has just the fields and types that it declares."""
+    method = getattr(cmres.Reservations, operation.name)
+
+    @functools.wraps(method)
+    def call(self, *args, **kwargs):
+        answer = method(self, *args, **kwargs)
+        assert not misfit(answer, operation.answers), f'{operation.name}: {misfit(answer, operation.answers)}'
+        return answer
+    return call
+
+
+for _operation in API.values():
+    setattr(cmres.Reservations, _operation.name, checked_answer(_operation))
 
 
 class World:
@@ -155,14 +201,16 @@ class Rest:
     def call(self, verb: str, path: str, body=None, status=None, **headers):
         """The answer to one request; `body` becomes JSON unless it is bytes."""
         data = b'' if body is None else body if isinstance(body, bytes) else json.dumps(body).encode()
-        headers = {'Authorization': f'Bearer {self.token}', 'Content-Type': 'application/json'} | headers
+        headers = {'Authorization': f'Bearer {self.token}', 'Content-Type': 'application/json'} | {
+            name.replace('_', '-'): value for name, value in headers.items()}
         path = path if path.startswith(('/cm/', '/healthz', '/openapi.json')) else cmres.BASE + path
         return self.web.request(path, method=verb, body=data, headers=headers, status=status)
 
 
 @pytest.fixture
-def run(tmp_path, monkeypatch, capsys):
-    """The command line in an empty folder: run('list') gives (exit code, output, errors)."""
+def run(tmp_path, empty, monkeypatch, capsys):
+    """The command line in a folder with a new store: run('list') gives (exit code, output, errors)."""
+    shutil.copy(empty, tmp_path)
     monkeypatch.chdir(tmp_path)
     for name in [name for name in os.environ if name.startswith('CMRES_')]:
         monkeypatch.delenv(name)
@@ -720,7 +768,8 @@ def serving(tmp_path):
 
 
 def from_dump(path, dump: str):
-    """A database file out of its dump."""
+    """A database file out of its dump, in the place of one that may be there."""
+    Path(path).unlink(missing_ok=True)
     made = sqlite3.connect(path)
     made.executescript(dump)
     made.execute('PRAGMA journal_mode = WAL')
@@ -850,6 +899,18 @@ def test_serve_makes_a_store_and_what_to_try_in_an_empty_folder_only(serving, tm
     furnished.stop()
     shown = serving('--demo', folder=other)
     assert "Made the resource 'demo'" in shown.said() and shown.ask('GET', '/resource/')[0] == 200
+
+
+@pytest.mark.parametrize('command', [
+    'list', 'show lab', 'add lab demo +1h +1h', 'resource list', 'events', 'check', 'tick', 'scheduler',
+    'store orphans', 'store backup b.db', 'store migrate', 'token add eva'])
+def test_only_serve_makes_a_store(run, tmp_path, command):
+    """In a wrong folder, a command that made one would answer as if nothing were reserved."""
+    os.remove('cmres.db')
+    code, out, err = run(*command.split())
+    assert code == 1 and not out and f"there is no database '{tmp_path}/cmres.db'" in err, err
+    assert '`serve` makes one' in err and '--demo' in err and 'setting `database`' in err
+    assert os.listdir(tmp_path) == []
 
 
 def test_files_of_a_store_are_its_owners_alone_and_nothing_in_them_signs(serving, tmp_path, monkeypatch):
@@ -1025,6 +1086,23 @@ def test_what_sqlite_does_to_the_file_is_no_overwriting_nor_is_a_new_date(app, w
     app.call('POST', '/resource', {'name': 'late'}, 503 if size == 0 else 201)
 
 
+def test_while_somebody_reads_a_part_of_the_log_is_copied_and_that_is_no_overwriting(app, world):
+    """Of a page that was written again since, the file has neither what it was nor what it is."""
+    path = Path(world.config.database)
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as reader:
+        for n in range(4):
+            long = {'label': f'long-{n}', 'description': 'y' * 20000}  # on pages of its own
+            app.call('POST', '/reservation/', FINE | long, 201)
+            reader.execute('BEGIN')
+            reader.execute('SELECT count(*) FROM resource').fetchall()
+            app.call('POST', '/resource', {'name': f'since-{n}'}, 201)
+            before = path.stat().st_mtime_ns
+            copied_into_it(path, truncate=False)
+            assert path.stat().st_mtime_ns > before
+            app.call('POST', '/resource', {'name': f'then-{n}'}, 201)
+            reader.execute('COMMIT')
+
+
 def test_a_log_or_an_index_that_is_an_older_one_is_noticed(app, world):
     path = Path(world.config.database)
     index, log = (path.with_name(path.name + side) for side in ('-shm', '-wal'))
@@ -1067,6 +1145,29 @@ def test_all_processes_know_that_a_store_is_overwritten(serving, tmp_path):
     assert serve.add('back')[0] == 201 and serve.names() == {'demo', 'early', 'back'}
 
 
+def test_when_all_processes_have_ended_the_file_alone_has_everything(serving, tmp_path):
+    """Whoever copies or moves the database then needs no other file."""
+    serve = serving()
+    assert serve.add('early')[0] == 201
+    serve.stop()
+    with contextlib.closing(sqlite3.connect(f'file:{tmp_path}/cmres.db?immutable=1', uri=True)) as alone:
+        assert alone.execute("SELECT count(*) FROM resource WHERE name = 'early'").fetchone() == (1,)
+    assert serve.names() == {'demo', 'early'}
+    assert not list(tmp_path.glob('cmres.db-*'))
+
+
+def test_readiness_is_asked_anew_when_something_went_wrong_since(app, world):
+    ready = webtest.TestApp(cmres.rest(world.service))
+    world.at(0)
+    assert ready.get('/readyz').json['status'] == 'ready'
+    path = Path(world.config.database)
+    path.rename(path.with_name('away'))
+    assert 'was removed' in ready.get('/readyz', status=503).json['store']['fault']
+    path.with_name('away').rename(path)
+    app.call('GET', '/resource')
+    assert ready.get('/readyz').json['status'] == 'ready'
+
+
 def test_what_was_acknowledged_survives_the_loss_of_the_log(serving, tmp_path):
     """The write-ahead log holds what the database file does not have yet."""
     serve = serving()
@@ -1084,7 +1185,7 @@ def test_an_empty_file_or_another_store_in_its_place_is_refused_at_the_start(run
     Path('cmres.db').touch()
     assert "'cmres.db' is empty, but its key is of store" in run('list')[2]
     os.remove('cmres.db')
-    assert run('list', '--config', Path('o.ini').write_text('[cmres]\ndatabase = other.db\n') and 'o.ini')[0] == 0
+    cmres.open_store('other.db')
     cmres.close_store()
     os.rename('other.db', 'cmres.db')
     assert 'put the right file back' in run('list')[2]
@@ -4157,7 +4258,12 @@ QUESTIONS = {
     'claim': lambda of, start: of.claim('s1', ['place-3'], 'p', vcpus=1) if of.actor.role == 'admin' else None,
     'refused': lambda of, start: without_room(of, start),
     'events LABEL': lambda of, start: of.events('known'),
-    'events': lambda of, start: of.events(limit=10)}
+    'events': lambda of, start: of.events(limit=10),
+    'report': lambda of, start: of.report(since=start - hours(2)),
+    'servers LABEL': lambda of, start: of.servers('known'),
+    'update LABEL': lambda of, start: of.update('known', description='another'),
+    'skip LABEL': lambda of, start: of.skip('known', dry_run=True),
+    'events after one': lambda of, start: of.events(after=cmres.row('SELECT max(id) AS id FROM event').id - 5)}
 
 
 @pytest.mark.parametrize('statistics', [False, True])
@@ -4266,7 +4372,7 @@ def tables_of(sql: str) -> dict[str, str]:
 
 def names_of_found(sql: str) -> set[str]:
     """The names of what a statement itself has found before, and looks through."""
-    made = set(re.findall(r'\b(\w+) AS \((?=\s*SELECT)', sql))
+    made = set(re.findall(r'\b(\w+) AS (?:MATERIALIZED )?\((?=\s*SELECT)', sql))
     return made | {alias for table, alias in re.findall(r'\b(?:FROM|JOIN)\s+(\w+) (\w)\b', sql) if table in made} | (
         set(re.findall(r'\) (\w) CROSS JOIN', sql)))
 
@@ -4340,8 +4446,39 @@ def test_no_question_looks_through_a_table_that_grows(tmp_path, monkeypatch, sta
     if statistics:
         cmres.run('ANALYZE')
     wrong = [(why, sql, faults) for sql, (why, values) in asked.items()
-             if re.match('SELECT|UPDATE|DELETE|INSERT', sql) and why not in THOROUGH and (faults := faults_of_plan(sql, values))]
+             if re.match('SELECT|UPDATE|DELETE|INSERT|WITH', sql) and why not in THOROUGH and (faults := faults_of_plan(sql, values))]
     assert len(asked) > 150 and not wrong, '\n'.join(f'{why}: {sql}\n  {faults}' for why, sql, faults in wrong)
+
+
+def test_no_dry_run_looks_through_a_table_that_grows(tmp_path, monkeypatch):
+    """What a rehearsal asks after it has written there, by the plans of the views that stand for tables then."""
+    world = furnished(World(tmp_path, private_addresses=True))
+    service, asked, execute = world.service, {}, cmres.execute
+    for whose in ({'project': 'default'}, {'user': 'eva'}):
+        service.limit_add(**whose, most_vms=10**6, vcpu_hours=10**6)
+    later = {'start': NOON + hours(60), 'end': hours(1), 'resource': 'demo'}
+    pair = {'resource': '-', 'cloud': 'simulated', 'part': [{'vms': 1}, {'vms': 2}]}
+    service.add('series', **later, repeat='daily', count=3), service.add('pair', **later | pair)
+    service.add('stops', **later, image='cirros', flavor='m1.tiny', at_end='stop')
+
+    def recorded(sql, values=()):
+        if cmres.rehearsal.on:
+            asked.setdefault(sql, values)
+        return execute(sql, values)
+    monkeypatch.setattr(cmres, 'execute', recorded)
+    full = [('add', later | more | {'label': 'x', 'vms': 15}) for more in ({}, {'wait': True}, {'repeat': 'daily', 'count': 2}, pair)]
+    changes = [('update', {'label': 'pair', 'start': NOON + hours(70)}), ('update', {'label': 'series', 'vms': 3}),
+               ('delete', {'label': 'series'}), ('delete', {'label': 'pair'}), ('extend', {'label': 'stops', 'by': hours(1)}),
+               ('update', {'label': 'lab', 'resource': 'asks'})]
+    for name, given in [*WRITES.items(), *full, *changes]:
+        for of in (service, world.as_user('eva', 'default')):
+            with contextlib.suppress(Error):
+                getattr(of, name)(**bind(API[name], given, of.here), dry_run=True)
+    monkeypatch.undo()
+    plans = {sql: [each[3] for each in execute(f'EXPLAIN QUERY PLAN {sql}', values)] for sql, values in asked.items() if '_now' in sql}
+    wrong = {sql: plan for sql, plan in plans.items() for line in plan
+             if line.split()[:2] in [['SCAN', f'main.{table}'] for table in TABLES_THAT_GROW]}
+    assert len(plans) > 40 and not wrong
 
 
 def many_wait(world, number: int) -> None:
@@ -4483,6 +4620,9 @@ def test_a_list_has_short_texts_and_each_page_few_bytes(world, service):
     many = {f'k{n}': 'v' * 255 for n in range(128)}
     for number in range(60):
         book(service, f'm{number}', 2 + number, 3 + number, metadata=many)
+    for many_lines in (service.delete(user='root', dry_run=True),
+                       service.resource_update('demo', vms=0, force=True, dry_run=True)['no_longer_fit']):
+        assert len(many_lines) == 61 and len(cmres.json_text(many_lines)) < 100_000
     seen, after, sizes = [], '', []
     while page := service.list(limit=1000, after=after):
         seen += page
@@ -9203,11 +9343,12 @@ def test_two_that_wait_with_one_server_are_not_let_in_together(world):
 
 def test_openapi_tells_what_parts_hosts_and_classes_are(app):
     found = app.call('GET', '/openapi.json').json['paths']
-    add = found[f'{BASE}/reservation/']['post']['requestBody']['content']['application/json']['schema']
-    assert add['properties']['part']['type'] == 'array' and add['properties']['host']['type'] == 'array'
+    add = found[f'{BASE}/reservation']['post']['requestBody']['content']['application/json']['schema']
+    for name in ('part', 'host'):
+        assert add['properties'][name]['anyOf'][0]['$ref'] == f'#/components/schemas/{name.capitalize()}s'
     assert 'resource' not in add['required'] and {'label', 'start', 'end'} <= set(add['required'])
-    resource = found[f'{BASE}/resource/']['post']['requestBody']['content']['application/json']['schema']
-    assert resource['properties']['classes']['type'] == 'object'
+    resource = found[f'{BASE}/resource']['post']['requestBody']['content']['application/json']['schema']
+    assert resource['properties']['classes']['anyOf'][0]['$ref'] == '#/components/schemas/ResourceClasses'
 
 
 def test_on_the_command_line_options_have_the_names_that_people_give_them(run):
@@ -12797,17 +12938,114 @@ def test_health_needs_no_token(app):
 
 
 def test_openapi_lists_every_operation_and_all_that_it_takes(app):
-    assert app.web.post('/healthz', status=405).headers['Allow'] == 'GET'
+    assert app.web.post('/healthz', status=405).headers['Allow'] == 'GET, HEAD, OPTIONS'
     described = app.call('GET', '/openapi.json').json
     for operation in API.values():
         for verb, path, fixed in operation.routes:
-            entry = described['paths'][(BASE + path).replace('<', '{').replace('>', '}')][verb.lower()]
-            told = {each['name'] for each in entry['parameters']} | set(
+            entry = described['paths'][cmres.template(BASE + path)][verb.lower()]
+            told = {each['name'] for each in entry['parameters'] if '$ref' not in each} | set(
                 entry.get('requestBody', {'content': {'application/json': {'schema': {'properties': {}}}}})
                 ['content']['application/json']['schema']['properties'])
-            assert entry['summary'] and told == set(operation.parameters) - set(fixed)
+            assert entry['summary'] and entry['description'] and told == set(operation.parameters) - set(fixed)
+            assert entry.get('deprecated', False) == ('/add/' in path or '/delete/' in path)
     ids = [entry['operationId'] for verbs in described['paths'].values() for entry in verbs.values()]
     assert len(ids) == len(set(ids)) and described['openapi'].startswith('3.')
+
+
+def test_openapi_points_only_to_what_it_has_and_names_every_kind_once(app):
+    text = json.dumps(described := app.call('GET', '/openapi.json').json)
+    for place, kind, name in set(re.findall('"#/(components)/([a-zA-Z]+)/([^"]+)"', text)):
+        assert name in described[place][kind], name
+    kinds = [name for name, _ in cmres.SCHEMAS.values()] + [
+        name.removesuffix('Answer') for name, each in vars(cmres).items() if cmres.is_answer(each)]
+    assert len(kinds) == len(set(kinds))
+    assert {each['tags'][0] for verbs in described['paths'].values() for each in verbs.values()} <= {
+        each['name'] for each in described['tags']}
+    assert set(described['paths']) >= {'/healthz', '/readyz', '/openapi.json', '/calendar/{secret}.ics'}
+    assert described['paths'][BASE + '/reservation']['post']['requestBody']['content']['application/json'][
+        'example'] == {'label': 'lab', 'resource': 'demo', 'start': '2026-12-01T09:00', 'end': '+2h', 'vms': '3',
+                       'flavor': 'm1.small', 'image': 'cirros'}
+
+
+def fits(value, schema, kinds) -> bool:
+    """Whether a schema of the document takes a value: as much of JSON Schema as it uses for arguments."""
+    if '$ref' in schema:
+        return fits(value, kinds[schema['$ref'].rpartition('/')[2]], kinds)
+    if 'anyOf' in schema:
+        return any(fits(value, each, kinds) for each in schema['anyOf'])
+    if 'not' in schema and fits(value, schema['not'], kinds) or value not in schema.get('enum', [value]):
+        return False
+    types = {'string': str, 'integer': int, 'array': list, 'object': dict, 'boolean': bool, 'null': type(None)}
+    named = schema.get('type', [*types])
+    if type(value) not in [types[each] for each in (named if isinstance(named, list) else [named])]:
+        return False
+    if isinstance(value, str):
+        return bool(re.search(schema.get('pattern', ''), value)) and (
+            schema.get('minLength', 0) <= len(value) <= schema.get('maxLength', 10**9))
+    if isinstance(value, int):
+        return schema.get('minimum', value) <= value <= schema.get('maximum', value)
+    return not isinstance(value, list) or all(fits(each, schema['items'], kinds) for each in value)
+
+
+@pytest.mark.parametrize('kind, values', [
+    (cmres.When, ['2026-12-01T09:00:00+01:00', '2026-12-01', '2026-12-01 09:00', 'now', 'tomorrow 9:00', '+2h', '17:00',
+                  'next tue 14:00', 'PT2H']),
+    (cmres.Day, ['2026-12-01', 'mon 9:00', '+1d']), (cmres.Span, ['2h', '+1d12h', '90m', 'PT2H', '1:30', '2 hours', 'P1DT2H']),
+    (int, [5, '5', '-5', ' 7']), (bool, [True, 'true', 'No', '0']), (cmres.Count, [1, '1', 1_000_000]),
+    (cmres.Most, [0, '7', 'unlimited']), (cmres.Label, ['lab', '-x', 'a.b_c']), (cmres.NewLabel, ['lab']),
+    (cmres.Place, ['demo', '-']), (cmres.Name, ['', 'Ève', 'a b']), (cmres.Names, ['a,b', ['a', 'b'], []]),
+    (cmres.Pairs, ['k=v,l=w', '', {'k': 'v'}]), (cmres.Classes, ['CUSTOM_GPU=2', {'CUSTOM_GPU': 2, 'X': 'unlimited'}]),
+    (cmres.Hosts, ['m[01-05]', ['m01', 'm02']]), (cmres.Parts, ['gpu:2,cpu:20', [{'resource': 'gpu', 'vms': 2}], ['gpu:2']]),
+    (cmres.Zone, ['Europe/Paris', 'UTC', 'Etc/GMT+3', '']), (cmres.Repeat, ['weekly on tue', 'FREQ=DAILY', '']),
+    (cmres.Clash, ['refuse', 'skip', 'shift=2h']), (cmres.Cursor, ['7', 7, '1796126400-7', '2026-12-01T12:00Z/7']),
+    (cmres.Url, ['https://example.org/x.ics', 'webcal://example.org/']), (cmres.Page, [1, '10000']), (cmres.Text, ['a\nb'])])
+def test_what_a_kind_is_said_to_take_is_taken(kind, values):
+    kinds, here = cmres.openapi()['components']['schemas'], Here(PARIS, NOON)
+    for value in values:
+        cmres.READERS[kind](value, here)
+        assert fits(value, cmres.SCHEMAS[kind][1], kinds), value
+
+
+@pytest.mark.parametrize('kind, values', [
+    (int, ['x', 1.5, None, True, '']), (bool, [1, 'maybe', '']), (cmres.Count, [0, 'x', 1_000_001]), (cmres.Most, [-2, 'none']),
+    (cmres.Label, ['add', 'delete', '', 'a/b', '-', 'é', 'x' * 65]), (cmres.NewLabel, ['-x']), (cmres.Place, ['', 'add']),
+    (cmres.Name, ['a\u202eb', 'x' * 256, 5, 'a\nb']), (cmres.Span, ['2', 'x', '', 'P', '+']), (cmres.When, ['', 'x', 5, 'T']),
+    (cmres.Names, [5, [1], {}]), (cmres.Pairs, [5, 'x', {'k': 1}, {'é': 'x'}]), (cmres.Classes, ['X', {'VCPU': 1}]),
+    (cmres.Url, ['ftp://x', '', 'x y']), (cmres.Zone, ['no zone']), (cmres.Clash, ['never']), (cmres.Page, [0, 10_001])])
+def test_what_a_kind_is_said_to_refuse_is_refused(kind, values):
+    kinds, here = cmres.openapi()['components']['schemas'], Here(PARIS, NOON)
+    for value in values:
+        with pytest.raises((ValueError, TypeError, Invalid)):
+            cmres.READERS[kind](value, here)
+        schema = cmres.SCHEMAS[kind][1]
+        assert not fits(value, schema, kinds) or isinstance(value, (dict, str)) and kind in (cmres.Pairs, cmres.Classes), value
+
+
+def test_every_status_that_was_met_is_told(app):
+    """By an operation of each kind: what it answers stands in the document."""
+    described = app.call('GET', '/openapi.json').json['paths']
+    app.call('POST', '/reservation/', FINE, 201)
+    for verb, path, where, body, status, headers in (
+            ('POST', '/reservation', '/reservation', FINE | {'label': 'x', 'dry_run': True}, 200, {}),
+            ('POST', '/reservation', '/reservation', {}, 400, {}), ('GET', '/reservation', '/reservation', None, 401,
+                                                                   {'Authorization': 'x'}),
+            ('GET', '/reservation/x', '/reservation/{label}', None, 404, {}),
+            ('POST', '/reservation', '/reservation', FINE, 409, {}),
+            ('DELETE', '/reservation/lab', '/reservation/{label}', None, 412, {'If-Match': '"x"'}),
+            ('POST', '/reservation', '/reservation', b' ' * (2**20 + 1), 413, {}),
+            ('POST', '/reservation/import', '/reservation/import', {'file': 'x'}, 422, {})):
+        app.call(verb, path, body, status, **headers)
+        assert f'{status}' in described[BASE + where][verb.lower()]['responses']
+    assert '403' in described[BASE + '/check']['get']['responses']
+    assert not {'403', '412'} & described[BASE + '/reservation']['get']['responses'].keys()
+
+
+def test_the_page_of_the_document_names_every_address_and_asks_no_other_host(world):
+    answer = as_visitor(world).get('/docs')
+    assert "default-src 'none'" in answer.headers['Content-Security-Policy']
+    for path in cmres.openapi()['paths']:
+        assert f'<code>{path}</code>' in answer.text
+    assert not re.findall('(?:src|href)="(?!/|#)', answer.text) and 'style=' not in answer.text
 
 
 @pytest.mark.parametrize('path', ['/reservation', '/resource', '/resource/demo', '/token', '/event', '/check',
@@ -12828,6 +13066,175 @@ def test_a_dry_run_makes_nothing_so_it_is_not_201(app):
     answer = app.call('POST', '/reservation/', FINE | {'dry_run': True}, 200)
     assert 'Location' not in answer.headers and app.call('GET', '/reservation').json == []
     assert app.call('POST', '/reservation/load', {'rows': [FINE]}, 201).json['refused'] == []
+
+
+def test_a_change_of_what_somebody_else_has_changed_meanwhile_is_412(app):
+    eva, seen = app.as_user(), []
+    eva.call('POST', '/reservation/', FINE, 201)
+    for path in ('/reservation/lab', '/reservation/lab/show'):
+        seen.append(eva.call('GET', path).headers['ETag'])
+    assert seen[0] == seen[1] and 'ETag' not in eva.call('GET', '/reservation').headers
+    book(app.world.as_user(), 'other')
+    eva.call('PATCH', '/reservation/lab', {'vms': 2}, 200, If_Match=seen[0])
+    for verb, path, body in (('PATCH', '', {'vms': 3}), ('POST', '/extend', {'by': '1h'}), ('DELETE', '', None)):
+        answer = eva.call(verb, f'/reservation/lab{path}', body, 412, If_Match=f'"0", {seen[0]}')
+        assert answer.json['kind'] == 'Changed' and 'was changed since you read it' in answer.json['error']
+    again = answer.json['details']['etag']
+    assert again == eva.call('GET', '/reservation/lab').headers['ETag'] != seen[0]
+    eva.call('PATCH', '/reservation/lab', {'vms': 3}, 200, If_Match=f'{seen[0]},{again}')
+    eva.call('PATCH', '/reservation/lab', {'vms': 2}, 200, If_Match='*')
+    eva.call('DELETE', '/reservation/nobody', status=404, If_Match=again)
+
+
+def test_the_state_of_a_reservation_is_no_change_of_it_and_one_of_a_part_is(app):
+    book(app.world.service, start=0.1, part='demo:1,demo:2', resource='-', flavor='m1.small', image='cirros')
+    tag = app.call('GET', '/reservation/lab').headers['ETag']
+    for n in (0.1, 0.11, 0.12):
+        app.world.at(n)
+    assert app.call('GET', '/reservation/lab').json[0]['state'] == 'active'
+    assert app.call('GET', '/reservation/lab/show').headers['ETag'] == tag
+    app.call('POST', '/reservation/lab/extend', {'by': '1h'}, 200, If_Match=tag)  # both parts, one after the other
+    app.call('PATCH', '/reservation/lab-2', {'description': 'x'}, 200)
+    assert len({app.call('GET', f'/reservation/lab{part}').headers['ETag'] for part in ('', '-1', '-2')}) == 2
+    app.call('DELETE', '/reservation/lab', status=412, If_Match=tag)
+
+
+def test_a_request_with_a_key_is_done_once(app):
+    eva, key = app.as_user(), {'Idempotency_Key': 'one'}
+    made = eva.call('POST', '/reservation/', FINE, 201, **key)
+    again = eva.call('POST', '/reservation/', dict(reversed(FINE.items())), 201, **key)
+    assert again.body == made.body and again.headers['Idempotency-Replayed'] == 'true'
+    assert 'ETag' not in again.headers and len(eva.call('GET', '/reservation').json) == 1
+    eva.call('POST', '/reservation/', FINE | {'label': 'b'}, 201, Idempotency_Key='two')
+    other = eva.call('POST', '/reservation/', FINE | {'label': 'c'}, 422, **key).json
+    assert other['kind'] == 'KeyReused' and 'take a new key' in other['error']
+    app.call('POST', '/reservation/', FINE | {'label': 'd'}, 201, **key)  # somebody else's key
+    for n in (1, 2):
+        eva.call('POST', '/reservation/lab/extend', {'by': '1h'}, 200, Idempotency_Key='longer')
+        app.call('POST', '/token', {'user': 'x'}, [201, 409][n - 1], Idempotency_Key='token')
+    assert eva.call('GET', '/reservation/lab/duration').json['seconds'] == 7200
+    assert 'cmres_' not in '\n'.join(each for each in dump() if '"once"' in each)
+    app.world.now += 86401
+    later = FINE | {'label': 'later', 'start': '+1h', 'end': '+1h'}
+    assert eva.call('POST', '/reservation/', later, 201, **key).json['label'] == 'later'
+    assert cmres.row('SELECT count(*) AS n FROM once').n == 1
+
+
+def test_a_refusal_and_a_dry_run_keep_no_key(app):
+    key = {'Idempotency_Key': 'k'}
+    app.call('POST', '/reservation/', FINE | {'vms': 20}, 409, **key)
+    app.call('POST', '/reservation/', FINE | {'dry_run': True}, 200, **key)
+    app.call('POST', '/reservation/', FINE | {'resource': 'x'}, 404, **key)
+    assert app.call('POST', '/reservation/', FINE, 201, **key).json['label'] == 'lab'
+    app.call('POST', '/reservation/lab/extend', {'by': '1h'}, 400, Idempotency_Key='a b')
+
+
+def test_of_two_requests_with_one_key_at_the_same_time_one_is_done(app, monkeypatch):
+    """The second comes after the first has looked for the key, and is faster."""
+    faster, read = [], cmres.Reservations.read_request
+
+    def read_late(self, asked):
+        if not faster:
+            faster.append('the second')
+            app.call('POST', '/reservation/', FINE, 201, Idempotency_Key='k')
+        return read(self, asked)
+    monkeypatch.setattr(cmres.Reservations, 'read_request', read_late)
+    answer = app.call('POST', '/reservation/', FINE, 409, Idempotency_Key='k')
+    assert 'send it again' in answer.json['error'] and len(app.call('GET', '/reservation').json) == 1
+    assert app.call('POST', '/reservation/', FINE, 201, Idempotency_Key='k').json['label'] == 'lab'
+
+
+def test_a_page_of_a_list_links_to_the_next(app):
+    for n in range(5):
+        book(app.world.service, f'é{n}'.replace('é', 'e'), start=n + 1, end=n + 2)
+    for path, name in (('/reservation?limit=2&user=root', 'label'), ('/event?limit=2&after=1', 'id')):
+        found, pages = [], 0
+        while path:
+            answer = app.call('GET', path)
+            found += [each[name] for each in answer.json]
+            link = re.fullmatch('<(/.*)>; rel="next"', answer.headers.get('Link', ''))
+            path, pages = link and link[1], pages + 1
+        assert len(found) == len(set(found)) >= 5 and pages >= 3
+    assert 'Link' not in app.call('GET', '/resource').headers
+
+
+@pytest.mark.parametrize('path, allowed', [
+    ('/healthz', 'GET, HEAD, OPTIONS'), (f'{BASE}/check', 'GET, HEAD, OPTIONS'), (f'{BASE}/claim/', 'OPTIONS, POST'),
+    (f'{BASE}/reservation', 'DELETE, GET, HEAD, OPTIONS, POST'),
+    (f'{BASE}/reservation/lab', 'DELETE, GET, HEAD, OPTIONS, PATCH'), ('/calendar/x.ics', 'GET, HEAD, OPTIONS'),
+    (f'{BASE}/limit/1', 'DELETE, OPTIONS')])
+def test_an_address_tells_its_verbs(app, path, allowed):
+    told = app.web.options(path, status=204)
+    wrong = app.web.request(path, method='PUT', status=405)
+    assert told.headers['Allow'] == wrong.headers['Allow'] == allowed and not told.body
+    assert wrong.json['error'].startswith('PUT is not for this address; use ')
+
+
+def test_every_answer_says_how_it_may_be_kept_and_whose_request_it_is_for(app):
+    for verb, path, status in (('GET', '/reservation', 200), ('GET', '/resource/x', 404), ('PUT', '/resource', 405),
+                               ('GET', '/nothing', 404), ('GET', '/healthz', 200), ('GET', '/openapi.json', 200),
+                               ('HEAD', '/resource', 200), ('GET', '/reservation?limit=x', 400)):
+        answer = app.call(verb, path, status=status, X_Request_Id='req-7')
+        assert answer.headers['X-Request-Id'] == answer.headers['X-Openstack-Request-Id'] == 'req-7'
+        assert answer.headers['Cache-Control'] == 'no-store' and answer.headers['X-Content-Type-Options'] == 'nosniff'
+        assert answer.content_type == 'application/json' and 'Server' not in answer.headers
+    made = [app.call('GET', '/resource', X_Request_Id=each).headers['X-Request-Id'] for each in ('a b', 'x' * 65, '')]
+    assert len(set(made)) == 3 and all(re.fullmatch('req-[0-9a-f-]{36}', each) for each in made)
+
+
+def test_long_answers_are_compressed_for_who_takes_that(app):
+    told = {}
+
+    def asks(path, takes):
+        def told_in(status, headers, failure=None):
+            told.clear() or told.update(headers)
+        environ = {'PATH_INFO': path, 'HTTP_ACCEPT_ENCODING': takes, 'HTTP_AUTHORIZATION': f'Bearer {app.token}'}
+        wsgiref.util.setup_testing_defaults(environ)
+        return b''.join(app.web.app(environ, told_in))
+    plain = asks('/openapi.json', '')
+    for takes, packed in (('gzip', True), ('br, gzip;q=0.5', True), ('gzip;q=0', False), ('identity', False)):
+        text = asks('/openapi.json', takes)
+        assert told.get('Content-Encoding') == ('gzip' if packed else None) and told['Vary'] == 'Accept-Encoding'
+        assert (gzip.decompress(text) if packed else text) == plain and int(told['Content-Length']) == len(text)
+    assert asks(f'{BASE}/resource/demo', 'gzip') and 'Content-Encoding' not in told
+
+
+def test_a_token_may_stand_in_a_header_of_openstack_and_a_cookie_of_the_page_reads(app):
+    get = functools.partial(app.web.get, f'{BASE}/reservation')
+    assert get(headers={'X-Auth-Token': app.token}).json == []
+    get(headers={'X-Auth-Token': 'x'}, status=401)
+    page = webtest.TestApp(cmres.web(app.world.service))
+    page.post('/sign-in', {'token': app.token}, status=303)
+    assert page.get(f'{BASE}/reservation').json == []
+    page.post_json(f'{BASE}/reservation', FINE, status=401)
+    assert webtest.TestApp(app.web.app).get(f'{BASE}/reservation', headers={
+        'Cookie': '; '.join(f'{name}={value}' for name, value in page.cookies.items())}, status=401)
+
+
+def test_a_list_may_come_with_commas_or_each_on_its_own(app):
+    book(app.world.service)
+    for query in ('state=reserved,active', 'state=active&state=reserved', 'state=active&state=reserved,ended'):
+        assert labels(app.call('GET', f'/reservation?{query}').json) == ['lab']
+    assert app.call('GET', '/reservation?state=active&state=ended').json == []
+
+
+def test_who_comes_too_often_is_told_when_to_come_again(app, monkeypatch):
+    for error, seconds in ((cmres.TooMany('x'), '5'), (Unavailable('x', retry_after=7.2), '8')):
+        def refuse(self, error=error):
+            raise error
+        monkeypatch.setattr(cmres.Reservations, 'check', refuse)
+        assert app.call('GET', '/check', status=error.status).headers['Retry-After'] == seconds
+
+
+def test_what_makes_something_says_so_and_where_it_is(app):
+    for path, body, where in (
+            ('/reservation/', FINE, '/reservation/lab'), ('/resource/', {'name': 'x'}, '/resource/x'),
+            ('/limit/', {'most_vms': 3}, '/limit/'), ('/token/', {'user': 'x'}, '/token/'),
+            ('/calendar/feed', {}, '/calendar/'),
+            ('/maintenance/', {'resource': 'demo', 'start': '+1d', 'end': '+1h'}, '/maintenance/')):
+        assert app.call('POST', path, body, 201).headers['Location'] == BASE + where
+        other = {name: 'other' for name in ('label', 'name') if name in body}
+        assert 'Location' not in app.call('POST', path, body | other | {'dry_run': True}, 200).headers
 
 
 def test_the_readme_lists_every_address():
@@ -13038,6 +13445,44 @@ def test_a_series_is_not_checked_while_one_types_beside_others_that_compute(hang
     assert 'It fits' in visitor.get('/book/check', asked | {'repeat': 'daily'})
 
 
+def test_one_computes_at_a_time_and_lets_others_between(hanging, monkeypatch):
+    here, under_way, seen = hanging(threads=8), [], []
+    monkeypatch.setattr(cmres, 'PIECE', 0)
+
+    def read(self, given, line=cmres.Requests.read_line):
+        under_way.append(self.actor.user)
+        seen.append((len(under_way), self.actor.user))
+        found = line(self, given)
+        under_way.remove(self.actor.user)
+        return found
+    monkeypatch.setattr(cmres.Requests, 'read_line', read)
+    shares = here.world.service.shares
+    shares.pace.acquire()
+    asks = [here.sends(user, 'POST', '/reservation/load', {'dry_run': True, 'rows': [
+        {'label': f'{user}-{n}', 'resource': 'demo', 'start': '+1h', 'end': '+1h'} for n in range(5)]})
+        for user in ('eva', 'max', 'ann')]
+    until(lambda: len(shares.pace.waiting) == 3)
+    shares.pace.release()
+    assert {each.result()[0] for each in asks} <= {200, 409}
+    assert len(seen) == 15 and {number for number, _ in seen} == {1}
+    changes = sum(one[1] != another[1] for one, another in zip(seen, seen[1:]))
+    assert changes > 2 and not shares.taken and shares.pace.holder is None
+
+
+def test_few_wait_for_their_turn_to_compute_and_the_others_are_refused_at_once(hanging):
+    here, let = hanging(threads=8, slow_per_user=10), threading.Event()
+    here.world.service.progress = lambda rows: (let.wait(), rows)[1]
+    shares = here.world.service.shares
+    ask = lambda n: here.sends('eva', 'POST', '/reservation/load', {'rows': [{'label': f'x{n}'}]})
+    loads = [ask(n) for n in range(4)]
+    until(lambda: shares.taken['all', ''] == 4)
+    shares.taken['wait', ''] = 1  # somebody waits already
+    assert ask(5).result()[0] == 503
+    shares.taken['wait', ''] = 0
+    let.set()
+    assert {each.result()[0] for each in loads} == {409}
+
+
 @pytest.mark.parametrize('kind', ['load', 'import', 'generate'])
 def test_what_computes_for_long_keeps_no_more_than_its_share(hanging, kind):
     here = hanging(threads=8)
@@ -13075,6 +13520,17 @@ def as_visitor(world, user='eva', project='biology', role='user'):
     assert form.submit().status_int == 303
     visitor.bearer = token
     return visitor
+
+
+@pytest.mark.parametrize('asked, said', [
+    ({}, 'It fits'), ({'vms': '17'}, 'holds at most 16'), ({'vms': '9'}, '8 machines then'),
+    ({'repeat': 'daily', 'until': '2026-12-05', 'vms': '9'}, 'without the others')])
+def test_the_page_checks_what_is_typed_while_others_write(world, asked, said):
+    visitor = as_visitor(world)
+    book(world.service, 'full', 20, 23, vms=8)
+    form = {'resource': 'demo', 'start': '2026-12-02T09:00', 'end': '2026-12-02T10:00', 'vms': '2'} | asked
+    with others_writing():
+        assert said in visitor.get('/book/check', form)
 
 
 def form_of(page, action):
@@ -14211,6 +14667,21 @@ def test_a_client_changes_what_the_service_shows(client, service):
     assert client.resource_delete('india')['name'] == 'india'
 
 
+def test_answers_of_a_client_are_read_by_name_and_as_attributes(client):
+    made = client.add('lab', 'demo', hours(1), hours(2), metadata={'start': 'x'})
+    assert made.label == made['label'] == 'lab' and made.start == NOON + hours(1)
+    assert made.metadata == {'start': 'x'} and type(client.show('lab')) is cmres.DetailAnswer
+    assert [each.state for each in client.list()] == ['reserved'] and not hasattr(made, 'nothing')
+    group = client.add('exam', '-', hours(1), hours(2), part='demo:1,demo:2')
+    assert [each.vms for each in group.parts] == [1, 2]
+    assert client.resource_show('demo').held_now == {'vms': 0, 'vcpus': 0, 'ram': 0}
+
+
+def test_no_field_of_an_answer_has_the_name_of_a_method():
+    kinds = [each for each in vars(cmres).values() if cmres.is_answer(each)]
+    assert len(kinds) > 30 and not {name for each in kinds for name in cmres.declared(each)} & set(dir(cmres.Answer))
+
+
 @pytest.mark.parametrize('name, args, kind', [
     ('show', ('nobody',), NotFound), ('list', ('nobody',), NotFound), ('update', ('nobody', 'demo'), NotFound),
     ('delete', ('nobody',), NotFound),
@@ -14372,7 +14843,7 @@ def test_help_of_every_command_answers_on_standard_output_with_an_example(run, t
     code, out, err = run(*name.split(), '--help')
     assert (code, err) == (0, '') and f'python cmres.py {name}' in out
     assert run(*name.split(), 'word', '--help')[:1] == (0,)
-    assert not list(tmp_path.iterdir())  # asking for help opens no store
+    assert os.listdir(tmp_path) == ['cmres.db']  # asking for help opens no store
 
 
 @pytest.mark.parametrize('line', ['_private', '__class__', 'config', 'clock', 'acting', 'alter', 'cancel', 'here',
@@ -14381,7 +14852,8 @@ def test_help_of_every_command_answers_on_standard_output_with_an_example(run, t
                                   'token __doc__'])
 def test_nothing_that_was_not_published_is_a_command(run, tmp_path, line):
     code, out, err = run(*line.split())
-    assert (code, out) == (2, '') and f"there is no command '{line}'" in err and not list(tmp_path.iterdir())
+    assert (code, out) == (2, '') and f"there is no command '{line}'" in err
+    assert os.listdir(tmp_path) == ['cmres.db']
 
 
 def test_delete_on_the_command_line_warns_of_an_end_that_is_not_done(run):
@@ -14528,7 +15000,8 @@ def environment():
     return {name: value for name, value in os.environ.items() if not name.startswith('CMRES_')} | {'TZ': 'UTC'}
 
 
-def test_a_list_imports_only_what_it_uses(tmp_path):
+def test_a_list_imports_only_what_it_uses(tmp_path, empty):
+    shutil.copy(empty, tmp_path)
     code = ("import sys; sys.path.insert(0, sys.argv[1]); import cmres; code = cmres.main(['list']); "
             "print(*sorted({name.partition('.')[0] for name in sys.modules})); sys.exit(code)")
     ended = subprocess.run([sys.executable, '-B', '-c', code, str(MODULE.parent)], cwd=tmp_path, env=environment(),
@@ -14803,7 +15276,8 @@ def test_what_is_no_plain_line_is_read_by_fire(monkeypatch, line):
     assert came and 'plain' not in came
 
 
-def test_the_program_itself_lists_and_ends_with_its_code(tmp_path):
+def test_the_program_itself_lists_and_ends_with_its_code(tmp_path, empty):
+    shutil.copy(empty, tmp_path)
     for words, code in ((['list'], 0), (['show', 'nobody'], 1), (['lst'], 2)):
         ended = subprocess.run([sys.executable, '-B', str(MODULE), *words], cwd=tmp_path, env=environment(),
                                capture_output=True, text=True)
@@ -18467,7 +18941,7 @@ def test_a_credential_is_read_anew_after_a_401_and_nobody_else_knocks_for_a_whil
 
 
 def test_a_cloud_that_is_not_there_or_not_in_the_file_is_told_of(nova, tmp_path):
-    with pytest.raises(cmres.CloudError, match='the cloud nosuch could not be reached: Cloud nosuch was not found'):
+    with pytest.raises(cmres.CloudError, match="there is no cloud 'nosuch' in clouds.yaml"):
         verbs(nova, 'nosuch').servers()
     nova.stop()
     with pytest.raises(cmres.CloudError, match='the cloud lab could not be reached: .') as failure:
@@ -19248,6 +19722,8 @@ def bench_page(folder: Path) -> None:
 
 def bench_start(folder: Path) -> None:
     environment = os.environ | {'CMRES_DATABASE': str(folder / 'cmres.db')}
+    cmres.open_store(environment['CMRES_DATABASE'])
+    cmres.close_store()
 
     def run(*words):
         return lambda turn: subprocess.run([sys.executable, *words], env=environment, check=True, stdout=subprocess.DEVNULL)
