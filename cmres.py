@@ -7394,7 +7394,7 @@ def group_occurrences(group: list[Entry], owner: ZoneInfo, begin: datetime,
 
 
 def bookings(groups: dict[str, list[Entry]], owner: ZoneInfo, begin: datetime, until: datetime,
-             defaults: Want, budget: Budget) -> list[Booking]:
+             defaults: Want) -> list[Booking]:
     """What the events of calendars want, those that want nothing left out unread.
 
     Args:
@@ -7402,7 +7402,7 @@ def bookings(groups: dict[str, list[Entry]], owner: ZoneInfo, begin: datetime, u
       owner: the zone of times without one
       begin, until: the window that a series in a zone of its own making is spelled out for
     """
-    found, uids = {}, {id(group): uid for uid, group in groups.items()}
+    found, uids, budget = {}, {id(group): uid for uid, group in groups.items()}, Budget()
     for group in simple_first(groups.values()):
         uid = uids[id(group)]
         if FEED_UID.fullmatch(uid):
@@ -11662,14 +11662,13 @@ class Calendars(Claims):
           said: what the events don't say, named as in `import`
         """
         zone, here = read_zone(said['tz'] or self.config.timezone), self.here.now
-        owner, budget = self.owner(said), Budget()
-        entries = read_calendar(text, 'the calendar')
+        owner, entries = self.owner(said), read_calendar(text, 'the calendar')
         groups = by_uid(wishful(entries))
         wanted = bookings(groups, zone, here, here + timedelta(days=self.config.horizon),
-                          Want(*(said[name] for name in Want._fields)), budget)
+                          Want(*(said[name] for name in Want._fields)))
         wanted = self.without_lookalikes(wanted, said, owner, subscription)
         ignored = len({each.uid for each in entries} | {*groups}) - len(wanted)
-        lines = self.read_bookings(wanted, said, zone, budget)
+        lines = self.read_bookings(wanted, said, zone)
         before = []
         if not dry_run and not self.live_of(subscription, self.clock()):
             before = self.take_in_pieces(lines, owner, subscription)
@@ -11747,13 +11746,12 @@ class Calendars(Claims):
         self.ask_before_most_goes(subscription, had, now)
         return done
 
-    def read_bookings(self, wanted: list[Booking], said: dict, zone: ZoneInfo,
-                      budget: Budget) -> deque[tuple]:
+    def read_bookings(self, wanted: list[Booking], said: dict, zone: ZoneInfo) -> deque[tuple]:
         """Bookings with their wishes, or with the errors that refuse them.
 
         Asks clouds, so outside any transaction. What doesn't repeat is read first.
         """
-        lines, left = {}, 10 * MOST_OCCURRENCES
+        lines, left, budget = {}, 10 * MOST_OCCURRENCES, Budget()
         for booking in self.progress(sorted(wanted, key=repeats)):
             self.shares.breathe()
             try:

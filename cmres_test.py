@@ -16111,6 +16111,13 @@ def test_ordinary_series_are_booked_beside_one_that_is_too_hard(service, monkeyp
         'hard': 'refused', 'DAILY': 'booked', 'WEEKLY': 'booked', 'YEARLY': 'booked'}
 
 
+def test_what_could_be_followed_is_booked_though_nothing_is_left_for_others(service, monkeypatch):
+    monkeypatch.setattr(cmres, 'MOST_STEPS', 20_000)
+    rule = 'RRULE:FREQ=WEEKLY\nEXDATE;TZID=Europe/Paris:' + dates_of(1000)
+    answer = take(service, repeated(*[rule] * 4), dry_run=True)
+    assert [*by_uid(answer).values()] == ['booked', 'booked', 'refused', 'refused']
+
+
 def test_of_more_wishes_than_are_taken_at_once_the_others_are_refused_by_themselves(
         service, monkeypatch):
     monkeypatch.setattr(cmres, 'MOST_EVENTS', 3)
