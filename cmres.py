@@ -939,7 +939,7 @@ def turn_of(rule: Rule, start: date) -> Callable[[int], int]:
 
 
 def rule_days(rule: Rule, start: date, begin: date) -> Iterator[list[int]]:
-    """The days of a rule from one on, as ordinals: year by year, where there are positions turn by turn."""
+    """The days of a rule from one on, as ordinals: year by year, with positions turn by turn."""
     turn = turn_of(rule, start)
     first = begin.toordinal()
     if rule.positions:  # of a turn all days count, but those of weeks only from the start on
@@ -1037,7 +1037,8 @@ def walls(stretch: Stretch, near: datetime = datetime.min) -> Iterator[datetime]
 
 def moved_walls(stretch: Stretch) -> Iterator[datetime]:
     """The wall times of those slots of a stretch that are otherwise, in order."""
-    start, listed, skips = datetime.fromisoformat(stretch.start), listed_walls(stretch), {*stretch.skips}
+    start = datetime.fromisoformat(stretch.start)
+    listed, skips = listed_walls(stretch), {*stretch.skips}
     for key in sorted(stretch.moved):
         wall = datetime.fromisoformat(key)
         STEPS.take(10)
@@ -6993,7 +6994,7 @@ class Shares:
 
 MOST_ICS = MOST_FETCHED  # bytes of a calendar
 MOST_TEXT = 20_000      # letters of a text that are looked at
-MOST_COMPONENTS = 100_000  # components that are looked at
+MOST_COMPONENTS = 150_000  # components that are looked at
 MOST_TOLD = 20          # refusals of a calendar, each by itself
 MOST_HEAD = 4000        # letters of one in which its first line is
 MOST_EVENTS = 2000      # that want machines
@@ -7172,7 +7173,8 @@ def changes_of(part: dict[str, list[str]]) -> Iterator[tuple[datetime, timedelta
     """The changes to the offset of a part; ValueError for offsets of days and rules that take long."""
     before, offset = (read_offset(part[name][0]) for name in ('TZOFFSETFROM', 'TZOFFSETTO'))
     start = zone_wall(part['DTSTART'][0])
-    dates = [each.partition('/')[0] for values in part.get('RDATE', ()) for each in values.split(',')]
+    dates = [each.partition('/')[0] for values in part.get('RDATE', ())
+             for each in values.split(',')]
     STEPS.take(5 * len(dates))
     walls = {start, *map(zone_wall, dates)}
     for rule in part.get('RRULE', ()):
@@ -7293,7 +7295,8 @@ class Entry:
         """Whether it is once, and plainly ends before a day or starts after another."""
         data = self.frame.data
         begin, end = ([match[1].decode() for piece in self.pieces
-                       for match in pattern.finditer(data, *piece)] for pattern in (FIRST_DAY, LAST_DAY))
+                       for match in pattern.finditer(data, *piece)]
+                      for pattern in (FIRST_DAY, LAST_DAY))
         plain = len(begin) == len(end) == 1 and not self.holds(REPEATS) and not self.exception
         return plain and (end[0] < first or last < begin[0])
 
@@ -7379,7 +7382,8 @@ class Entry:
     @property
     def name(self) -> str:
         """What a sentence calls it, so that its owner finds it."""
-        title = ' '.join(re.sub('[\x00-\x20\x7f]+', ' ', self.text('SUMMARY')[:400]).split()) or self.uid
+        title = re.sub('[\x00-\x20\x7f]+', ' ', self.text('SUMMARY')[:400])
+        title = ' '.join(title.split()) or self.uid
         title = textwrap.shorten(title, 80) if len(title) > 80 else title
         day = re.match(r'(\d{4})(\d\d)(\d\d)', self.said.get('DTSTART', [('', '')])[0][1])
         return f"the event '{title}'" + (
@@ -7460,7 +7464,8 @@ class Reader:
         """Takes a line that begins or ends a component, and what stands before it."""
         begin, end = match.span()
         self.keep(self.behind, begin)
-        self.line += sum(self.data.count(each, self.behind, end) for each in (b'\n', FOLD))
+        self.line += self.data.count(b'\n', self.behind, end)
+        self.line += self.data.count(FOLD, self.behind, end)
         self.behind = end
         kind = plain_line(match[2]).strip().upper()
         if match[1]:
@@ -7697,7 +7702,7 @@ def overridden(stretches: list[Stretch], exceptions: dict[str, Entry], clock: Cl
 
 
 def with_moved(stretches: list[Stretch], moved: dict[str, tuple]) -> list[Stretch]:
-    """A series of which some occurrences are otherwise, also where the rule has no slot for them."""
+    """A series of which some occurrences are otherwise, even where the rule has no slot."""
     found = []
     for stretch in stretches:
         dates = stretch.dates or (stretch.start,)
@@ -7755,9 +7760,9 @@ def may_repeat(group: list[Entry]) -> bool:
 
 
 class Budget:
-    """What the events of a calendar may cost in steps: each by itself, and together those that repeat.
+    """What the events of a calendar may cost in steps: each by itself, and all together.
 
-    What doesn't has steps of its own, that nothing else can use up.
+    What doesn't repeat has steps of its own, that nothing else can use up.
     """
 
     def __init__(self):
@@ -7788,7 +7793,7 @@ def group_occurrences(group: list[Entry], owner: ZoneInfo, begin: datetime,
 
 
 def bookings(groups: dict[str, list[Entry]], owner: ZoneInfo, begin: datetime, until: datetime,
-             defaults: Want, budget: Budget) -> list[Booking]:
+             defaults: Want) -> list[Booking]:
     """What the events of calendars want, those that want nothing left out unread.
 
     Args:
@@ -7796,7 +7801,7 @@ def bookings(groups: dict[str, list[Entry]], owner: ZoneInfo, begin: datetime, u
       owner: the zone of times without one
       begin, until: the window that a series in a zone of its own making is spelled out for
     """
-    found, uids = {}, {id(group): uid for uid, group in groups.items()}
+    found, uids, budget = {}, {id(group): uid for uid, group in groups.items()}, Budget()
     for group in simple_first(groups.values()):
         uid = uids[id(group)]
         if FEED_UID.fullmatch(uid):
@@ -12138,14 +12143,13 @@ class Calendars(Claims):
           said: what the events don't say, named as in `import`
         """
         zone, here = read_zone(said['tz'] or self.config.timezone), self.here.now
-        owner, budget = self.owner(said), Budget()
-        entries = read_calendar(text, 'the calendar')
+        owner, entries = self.owner(said), read_calendar(text, 'the calendar')
         groups = by_uid(wishful(entries))
         wanted = bookings(groups, zone, here, here + timedelta(days=self.config.horizon),
-                          Want(*(said[name] for name in Want._fields)), budget)
+                          Want(*(said[name] for name in Want._fields)))
         wanted = self.without_lookalikes(wanted, said, owner, subscription)
         ignored = len({each.uid for each in entries} | {*groups}) - len(wanted)
-        lines = deque(self.read_bookings(wanted, said, zone, budget))
+        lines = self.read_bookings(wanted, said, zone)
         before = []
         if not dry_run and not self.live_of(subscription, self.clock()):
             before = self.take_in_pieces(lines, owner, subscription)
@@ -12223,13 +12227,12 @@ class Calendars(Claims):
         self.ask_before_most_goes(subscription, had, now)
         return done
 
-    def read_bookings(self, wanted: list[Booking], said: dict, zone: ZoneInfo,
-                      budget: Budget) -> list[tuple]:
+    def read_bookings(self, wanted: list[Booking], said: dict, zone: ZoneInfo) -> deque[tuple]:
         """Bookings with their wishes, or with the errors that refuse them.
 
         Asks clouds, so outside any transaction. What doesn't repeat is read first.
         """
-        lines, left = {}, 10 * MOST_OCCURRENCES
+        lines, left, budget = {}, 10 * MOST_OCCURRENCES, Budget()
         for booking in self.progress(sorted(wanted, key=repeats)):
             self.shares.breathe()
             try:
@@ -12242,7 +12245,7 @@ class Calendars(Claims):
                 lines[booking.uid] = booking, wish, None
             except Error as error:
                 lines[booking.uid] = booking, None, error
-        return [lines[booking.uid] for booking in wanted]
+        return deque(lines[booking.uid] for booking in wanted)
 
     def read_booking(self, booking: Booking, said: dict,
                      zone: ZoneInfo) -> tuple[Wish | None, list[Slot]]:
@@ -12256,12 +12259,13 @@ class Calendars(Claims):
             return None, []
         asked = said | want._asdict() | {
             'label': calendar_name(booking.summary), 'start': instant(coming[0].start),
-            'end': instant(coming[0].end), 'security_groups': (), 'user_data': '', 'metadata': None, 'server': '',
-            'personal': False, 'lead': None, 'description': booking.summary[:1000],
-            'repeat': booking.stretches[0].rule, 'late': True}
+            'end': instant(coming[0].end), 'security_groups': (), 'user_data': '',
+            'metadata': None, 'server': '', 'personal': False, 'lead': None,
+            'description': booking.summary[:1000], 'repeat': booking.stretches[0].rule,
+            'late': True}
         if not want.resource:
-            raise Invalid(f"no resource is named; write `{want.vms} x {want.flavor or 'm1.small'} on RESOURCE`, or "
-                          'say --resource')
+            raise Invalid(f"no resource is named; write `{want.vms} x {want.flavor or 'm1.small'} "
+                          'on RESOURCE`, or say --resource')
         wish = self.read_wish(asked, changes=())
         stretches = [stretch._replace(resource=wish.resource.id) for stretch in booking.stretches]
         return wish._replace(stretches=stretches, tz=stretches[0].zone), coming
@@ -12322,10 +12326,10 @@ class Calendars(Claims):
         """The label of a wish, with a number behind it if somebody has it."""
         def taken(number: int) -> bool:
             label = f'{wish.label}-{number}' if number > 1 else wish.label
-            return bool(row('SELECT id FROM reservation WHERE project = ? AND over > ? AND label = ? UNION ALL '
-                            'SELECT id FROM reservation WHERE project = ? AND over > ? AND request = ? '
-                            "AND request <> '' LIMIT 1",
-                            *(wish.project, int(now), label) * 2))
+            return bool(row(
+                'SELECT id FROM reservation WHERE project = ? AND over > ? AND label = ? UNION ALL '
+                'SELECT id FROM reservation WHERE project = ? AND over > ? AND request = ? '
+                "AND request <> '' LIMIT 1", *(wish.project, int(now), label) * 2))
         last = free = 1
         while taken(free):
             last, free = free, 2 * free
