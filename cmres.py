@@ -3168,7 +3168,7 @@ class Turns:
     def __init__(self):
         self.lock = threading.Lock()
         self.holder, self.depth, self.began = None, 0, 0.0
-        self.waiting: list[tuple] = []      # before others or not, whose, a lock that opens, its thread
+        self.waiting: list[tuple] = []      # after others or not, whose, what opens, its thread
         self.written: Counter = Counter()   # seconds, by whose; who comes anew begins at `least`
         self.least = 0.0
 
@@ -3217,7 +3217,8 @@ class Turns:
         self.least = self.least if not after else max(self.least, self.written[self.name])
         self.written[self.name] = max(self.least, self.written[self.name])
         if len(self.written) > 1000:
-            self.written = Counter({name: each for name, each in self.written.items() if each > self.least})
+            ahead = {name: each for name, each in self.written.items() if each > self.least}
+            self.written = Counter(ahead)
         self.began = time.monotonic()
         comes.release()
 
@@ -4609,7 +4610,7 @@ def transaction(first: bool = False) -> Iterator[None]:
 
 
 def some_of(left: deque) -> Iterator:
-    """Takes one by one what is left, until a transaction has lasted so long that others are let write."""
+    """Takes one by one what is left, until a transaction has lasted for as long as a piece may."""
     until = time.monotonic() + PIECE
     while left:
         yield left.popleft()
@@ -6825,7 +6826,7 @@ class Shares:
                      'target': config.slow_per_target}
         self.rates, self.wrong = Rates(config), Counter()  # wrong: tokens, by address
         self.changed = threading.Condition()
-        self.pace = Turns()  # one of those that compute for long does so at a time: others come between
+        self.pace = Turns()  # one of those that compute for long does so at a time
         self.taken: Counter = Counter()  # by kind and name
         # Of this thread's request: whose it is, how long it may still wait, what it has taken.
         self.request = threading.local()
@@ -6892,7 +6893,7 @@ class Shares:
 
     @contextmanager
     def paced(self) -> Iterator[None]:
-        """A part of a request that computes for a while: one of them at a time, if others don't wait for it."""
+        """A part of a request that computes for a while: one of them at a time."""
         taken = self.bounded and not db.in_transaction() and self.pace.acquire()
         try:
             yield
@@ -6913,7 +6914,7 @@ class Shares:
                 self.pace.acquire()
 
     def breathe(self) -> None:
-        """Lets others compute who wait for that; never inside a transaction, which others wait for."""
+        """Lets others compute who wait for that; never inside a transaction."""
         if self.pace.mine and self.pace.lasts() > PIECE:
             with self.resting():
                 pass
@@ -10754,7 +10755,8 @@ class Approval(Waiting):
 
 #: Seconds after which what a process has begun to write in pieces is dropped, if it does not go on.
 GOES_ON = 60
-#: What was written in pieces of which the last has not come: each a fact, its value begins with when it is dropped.
+#: What was written in pieces of which the last has not come: facts, whose values begin with the
+#: instant at which they are dropped.
 STAGED = "name > 'staged-' AND name < 'staged.'"
 
 
@@ -10766,7 +10768,7 @@ def not_real_yet() -> tuple[Callable, Callable]:
 
 
 def inside(ranges: list[tuple[int, int]]) -> Callable[[int], bool]:
-    """Tells of a number whether it is in one of some ranges, which begin after their first number."""
+    """Tells of a number whether one of some ranges has it: each begins after its first number."""
     ranges.sort()
 
     def told(number: int) -> bool:
@@ -10776,10 +10778,11 @@ def inside(ranges: list[tuple[int, int]]) -> Callable[[int], bool]:
 
 
 class Staged:
-    """What is written in pieces, and is real when the last one is: until then nothing starts, nobody is told.
+    """What is written in pieces, and is real when the last one is.
 
-    It holds its capacity from the first piece on, so that the last can't fail. What is not made real
-    is erased; what a process has left behind that died, the life cycle erases.
+    Until then nothing starts and nobody is told. It holds its capacity from the first piece on, so
+    that the last can't fail. What is not made real is erased; what a process has left behind that
+    died, the life cycle erases.
     """
 
     def __init__(self, service: Service, name: str = ''):
@@ -10789,15 +10792,16 @@ class Staged:
         self.dropping = False
 
     def begin(self) -> None:
-        """Notes where a piece begins; this and all that follows but `drop_all` inside a transaction."""
+        """Notes where a piece begins; all but `drop_all` are called inside a transaction."""
         self.before = self.newest()
 
     def newest(self) -> tuple:
-        return tuple(run('SELECT (SELECT max(id) FROM reservation), (SELECT max(id) FROM event)').fetchone())
+        last = '(SELECT coalesce(max(id), 0) FROM {})'.format
+        return run(f"SELECT {last('reservation')}, {last('event')}").fetchone()
 
     def set_aside(self, now: float) -> None:
         """Keeps what was written since it began from being looked at and told."""
-        self.pieces.append([each or 0 for each in (*self.before, *self.newest())])
+        self.pieces.append([*self.before, *self.newest()])
         self.note(now + GOES_ON)
 
     def note(self, dropped: float) -> None:
@@ -10818,8 +10822,9 @@ class Staged:
         first, told, last, last_told = self.pieces[-1]
         if not self.dropping:  # so that no id of an event comes twice, one stays
             self.dropping = True
-            run("UPDATE event SET reservation_id = NULL, occurrence = NULL, project = '', code = 'dropped', sentence = "
-                "'many lines were begun and not all had room, so none is reserved' WHERE id = ?", last_told)
+            run("UPDATE event SET reservation_id = NULL, occurrence = NULL, project = '', "
+                "code = 'dropped', sentence = 'many lines were begun and not all had room, so none "
+                "is reserved' WHERE id = ?", last_told)
             run('DELETE FROM outbox WHERE event_id = ?', last_told)
         for last in some_of(deque(range(last, first, -1))):
             self.erase(last, now)
@@ -10830,17 +10835,21 @@ class Staged:
             run('DELETE FROM fact WHERE name = ?', self.name)
 
     def erase(self, reservation: int, now: float) -> None:
-        """Erases a reservation as if it had never been; one whose VMs somebody has started is cancelled."""
-        held = rows('SELECT id, resource_id, held_from, held_until, vms, vcpus, ram, classes FROM occurrence '
-                    'WHERE reservation_id = ?', reservation)
+        """Erases a reservation as if it had never been; one that has VMs is cancelled."""
+        held = rows('SELECT id, resource_id, held_from, held_until, vms, vcpus, ram, classes '
+                    'FROM occurrence WHERE reservation_id = ?', reservation)
         ids = json.dumps([each.id for each in held])
-        if row('SELECT 1 AS one FROM server WHERE occurrence_id IN (SELECT value FROM json_each(?)) LIMIT 1', ids):
-            self.service.cancel(self.service.live(self.service.next_of(reservation)), now, 'not all of it had room', True)
+        if row('SELECT 1 AS one FROM server '
+               'WHERE occurrence_id IN (SELECT value FROM json_each(?)) LIMIT 1', ids):
+            live = self.service.live(self.service.next_of(reservation))
+            self.service.cancel(live, now, 'not all of it had room', True)
             return
         give(hold_of(each) for each in held if each.held_from < each.held_until)
         self.service.drop_proposals(reservation)
-        give(hold_of(each) for each in rows('SELECT * FROM extra_hold WHERE reservation_id = ?', reservation))
-        run('DELETE FROM outbox WHERE event_id IN (SELECT id FROM event WHERE reservation_id = ?)', reservation)
+        extra = rows('SELECT * FROM extra_hold WHERE reservation_id = ?', reservation)
+        give(map(hold_of, extra))
+        run('DELETE FROM outbox WHERE event_id IN '
+            '(SELECT id FROM event WHERE reservation_id = ?)', reservation)
         for table in ('extra_hold', 'wait', 'event', 'occurrence'):
             run(f'DELETE FROM {table} WHERE reservation_id = ?', reservation)
         run('DELETE FROM reservation WHERE id = ?', reservation)
@@ -12200,17 +12209,19 @@ class Calendars(Claims):
             "SELECT DISTINCT cloud FROM resource WHERE cloud <> '' AND removed IS NULL")]
 
     def take_in_pieces(self, lines: deque, owner: tuple[str, str], subscription) -> list[dict]:
-        """What became of each event; others can write between. Of what was there nothing goes by that."""
+        """What became of each event, where none can make anything go; others can write between."""
         done = []
         while lines:
             self.shares.breathe()
             with self.writing() as now:
                 self.refuse_unsubscribed(subscription)
-                done += [self.take_booking(*line, owner, subscription, now) for line in some_of(lines)]
+                done += [self.take_booking(*line, owner, subscription, now)
+                         for line in some_of(lines)]
         return done
 
     def refuse_unsubscribed(self, subscription) -> None:
-        if subscription and not row('SELECT id FROM subscription WHERE id = ? AND due IS NOT NULL', subscription.id):
+        if subscription and not row('SELECT id FROM subscription WHERE id = ? AND due IS NOT NULL',
+                                    subscription.id):
             raise Conflict('it was unsubscribed meanwhile')
 
     def take_bookings(self, wanted: list[Booking], lines: Iterable[tuple], owner: tuple[str, str],
@@ -12954,7 +12965,8 @@ class Reservations(Tokens):
         told = ('reserved', 'used', 'unused', 'late_worst')
         lines: dict = defaultdict(lambda: dict.fromkeys((*told, 'refused'), 0.0))
         ways = self.ways({'user': '', 'project': ''}, (), first)
-        near = ids_by((way, f'{which} AND o.start < {last} + {LONGEST_LEAD}') for way, which in ways)
+        begun = f'AND o.start < {last} + {LONGEST_LEAD}'
+        near = ids_by((way, f'{which} {begun}') for way, which in ways)
         hours = HOURS.format(by=columns[by_whom], own=own, near=near)
         for name, *figures in run(hours, first, last, last, first,
                                   *(value for _, value in self.visible()), now, now):
@@ -13238,7 +13250,8 @@ class LifeCycle:
         self.service.fence = self.refuse_without_lease
         self.stale = False  # whether series are still to be carried on
         self.dropping = False  # whether more is to be dropped that was begun and not ended
-        self.soonest, self.seen = 0.0, None  # when something is due next, and in which state of the store
+        self.soonest = 0.0  # when something is due next
+        self.seen: tuple | None = None  # the state of the store in which that was so
         self.calm_until = 0.0  # until when notices that have to wait for others are left alone
         self.zones, self.fresh_until = '', 0.0
         self.reported: set[str] = set()  # orphans that wait for an admin
@@ -13891,10 +13904,11 @@ class LifeCycle:
 
     def call(self, now: float) -> None:
         """Hands the calls that are due to workers, each after its intent is written."""
-        due = [server for server in self.those_due('server', SERVERS, now, 'ORDER BY +v.planned, v.id')
-               if not self.busy(('server', server.id))]
+        servers = self.those_due('server', SERVERS, now, 'ORDER BY +v.planned, v.id')
+        due = [server for server in servers if not self.busy(('server', server.id))]
         notices = self.next_notices(now)
-        polls = self.those_due('subscription', 'SELECT u.* FROM subscription u', now, 'ORDER BY u.due')
+        polls = self.those_due(
+            'subscription', 'SELECT u.* FROM subscription u', now, 'ORDER BY u.due')
         claims: dict = defaultdict(list)
         for each in self.those_due('claim', 'SELECT c.server, s.cloud FROM claim c JOIN resource s '
                                    'ON s.id = c.resource_id', now, 'LIMIT 100'):
@@ -13946,7 +13960,8 @@ class LifeCycle:
         while queues and len(under_way) + len(chosen) < self.config.workers:
             owner = min(queues, key=owners.__getitem__)
             full = owners[owner] >= max(self.config.workers // 4, 1)
-            notice = None if full else next((each for each in queues[owner] if self.has_room(each, hosts)), None)
+            may_go = (each for each in queues[owner] if not full and self.has_room(each, hosts))
+            notice = next(may_go, None)
             if notice is None:
                 del queues[owner]
                 continue
@@ -15219,7 +15234,7 @@ class Line:
 
 
 def whose(channel) -> str:
-    """Who sends the request that a connection has: by what they identify themselves with, or from where."""
+    """Who sends the request that a connection has: by their token or session, else from where."""
     headers = channel.requests[0].headers if channel.requests else {}
     return headers.get('AUTHORIZATION') or headers.get('COOKIE') or str(channel.addr)
 
