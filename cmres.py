@@ -7622,7 +7622,8 @@ class Series(Holding):
             elif slot and old.cancelled is None:
                 done.append(told(old, 'unchanged'))
         todo += [(slot, None) for slot in wanted.values() if slot.end > now]
-        placed = self.place_all(reservation, wish, sorted(todo, key=lambda each: each[0].start), now)
+        placed = self.place_all(reservation, wish, sorted(todo, key=lambda each: each[0].start), now,
+                                {id for id, _ in changed})
         done = sorted([*done, *(line for line, _ in placed)], key=lambda each: each['start'])
         return Reshaped(done, changed + [each for _, each in placed], horizon, freed)
 
@@ -7663,9 +7664,15 @@ class Series(Holding):
         release(old.resource_id, until, old.held_until, amount_of(old))
         return {'cancelled': int(now), 'held_until': until, 'due': now}
 
-    def place_all(self, reservation: int, wish: Wish, todo: list, now: float) -> list[tuple]:
-        """Holds many occurrences of a series, or refuses all; what became of each, and what is written of it."""
-        done, refused, others = [], [], self.others_of(reservation, todo, now)
+    def place_all(self, reservation: int, wish: Wish, todo: list, now: float,
+                  gone: Iterable[int] = ()) -> list[tuple]:
+        """Holds many occurrences of a series, or refuses all; what became of each, and what is written of it.
+
+        Args:
+          gone: the ids of those that it goes without
+        """
+        done, refused = [], []
+        others = self.others_of(reservation, {*gone, *(old.id for _, old in todo if old)}, now)
         if wish.server and any(one.end > after.start for (one, _), (after, _) in zip(todo, todo[1:])):
             raise Conflict(f'the occurrences overlap, and the server {wish.server} is one machine')
         turns = [Turn(slot, old, [hold_of(old)] if old and old.cancelled is None else [],
@@ -7695,9 +7702,8 @@ class Series(Holding):
         refusal.most_vms = min(getattr(why, 'most_vms', 0) for _, why in refused)
         return refusal
 
-    def others_of(self, reservation: int, todo: list, now: float) -> Others:
+    def others_of(self, reservation: int, changing: set[int], now: float) -> Others:
         """What counts against limits of the occurrences that stay as they are while others change."""
-        changing = {old.id for _, old in todo if old}
         others = Others(reservation, now)
         for each in rows('SELECT * FROM occurrence WHERE reservation_id = ? AND due IS NOT NULL '
                          'AND held_until > held_from', reservation) if standing().limits and reservation else ():

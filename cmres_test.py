@@ -3506,6 +3506,14 @@ def test_what_waits_does_not_become_a_series(service):
     assert service.check()['differences'] == 0 and service.show('waits')['state'] == 'reserved'
 
 
+def test_what_a_series_goes_without_counts_against_no_limit_of_what_it_gets_instead(world):
+    eva = world.as_user()
+    world.service.limit_add(user='eva', most_vms=7)
+    book(eva, 'often', 22, 24, vms=4, repeat='daily', count=3)
+    eva.update('often', start=NOON + hours(13))
+    assert {each['outcome'] for each in eva.update('often', repeat='daily', count=4)['occurrences']} == {'cancelled', 'booked'}
+
+
 REFUSALS = {
     'add': lambda service: book(service, 'new', 1, 3, vms=9),
     'add of a series': lambda service: book(service, 'new', 1, 3, vms=9, repeat='daily', count=9),
