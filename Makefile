@@ -8,11 +8,11 @@ PYTEST  = $(BIN)/python -m pytest -q -o markers='openstack: needs a cloud, named
 help:            ## show this
 	@sed -n 's/^\([a-z-]*\): *.*## /make \1\t/p' Makefile | expand -t 22
 
-serve: $(VENV)/cmres   ## serve the page and REST, and run the life cycle, on 127.0.0.1:8080
+serve: $(VENV)/cmres $(BIN)/cmres   ## serve the page and REST, and run the life cycle, on 127.0.0.1:8080
 	$(BIN)/python cmres.py serve
 
 test: $(VENV)/cmres_test   ## run all tests that need no cloud
-	$(PYTEST) -m 'not openstack' cmres_test.py
+	$(PYTEST) -n 4 --dist worksteal -m 'not openstack' cmres_test.py  # more than cores: many wait
 
 test-openstack: $(VENV)/cmres_test   ## run the tests for a real OpenStack, on the cloud OS_CLOUD
 	$(PYTEST) -m openstack cmres_test.py
@@ -29,6 +29,10 @@ $(VENV)/%: %.py FORCE | $(BIN)/python
 	@cmp -s $@.new $@ && rm $@.new || { $(BIN)/python -m pip install -q --disable-pip-version-check -r $@.new && mv $@.new $@; }
 
 $(VENV)/cmres_test: $(VENV)/cmres
+
+$(BIN)/cmres: | $(BIN)/python   # the same program under a short name, compiled once
+	@printf '#!%s\nimport sys\nsys.path.insert(0, "%s")\nfrom cmres import main\nsys.exit(main())\n' \
+	  '$(abspath $(BIN))/python' '$(CURDIR)' > $@ && chmod +x $@
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)

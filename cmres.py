@@ -7,9 +7,8 @@
 #   "openstacksdk>=4.4,<5",    # clouds: sessions, clouds.yaml, Nova, Glance, Neutron
 #   "icalendar>=7.1,<8",       # calendars: what zones are called on Windows
 #   "peewee~=4.5.3",           # store: models, transactions, one connection a thread
-#   "python-dateutil>=2.9,<3", # repetitions: the slots of an RRULE
 #   "pyyaml~=6.0",             # YAML files of reservations, YAML answers
-#   "rich>=13,<16",            # tables and progress bars for people
+#   "rich>=13,<16",            # progress bars for people
 #   "schedule~=1.2.2",         # heartbeat of the life cycle
 #   "tzdata>=2025.2",          # time zones, where the system has none
 #   "waitress~=3.0.2",         # HTTP server: slow clients hold no thread
@@ -37,15 +36,17 @@ The words, used everywhere in one sense:
 The file reads from top to bottom; a section uses only the sections above it:
 
   Errors, Time, Repetition            sentences, instants, wall times that come again and again
-  Config, Calls                       settings; text that becomes arguments
+  Config, Metrics, Calls, Answers     settings; what is counted; what becomes arguments; answers
   Store, Capacity                     what is on disk; the rule that admits
   Clouds, Notices, Shares, Calendar   what boots VMs; who is told; who may be slow; iCalendar in and out
   Service, Wishes, Limits             who asks; what is asked; how much anybody may have
   Holding, Series, Admission          one occurrence, many, whole reservations, by the rule
   Waiting, Requests, Plan             the waiting list; what people ask for; what operators do
-  Claims, Calendars, Records          what Nova asks; imports and feeds; what was
+  Claims, Calendars, Tokens, Records  what Nova asks; imports and feeds; who may ask; what was
   Life cycle                          what makes it so
-  REST, Page, Client, Command line    four faces of the service; all but the page derived from its signatures
+  Gate                                who may ask how often; metrics; a line for each request
+  Document, REST, Gate, Page          the faces on the web; all but the page derived from signatures
+  Serving, Client, Command line       sockets; Python elsewhere; the shell
   Nova filter                         what nova-scheduler loads from this file
 """
 
@@ -72,17 +73,22 @@ import secrets
 import signal
 import socket
 import sqlite3
+import struct
 import sys
 import textwrap
 import threading
 import time
+import uuid
+import zlib
 from bisect import bisect_left, bisect_right
 from collections import Counter, defaultdict, deque, namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, nullcontext, suppress
 from datetime import date, datetime, timedelta, timezone, tzinfo
 from html import unescape
-from typing import Any, Callable, Iterable, Iterator, NamedTuple, NewType
+from types import UnionType
+from typing import (Any, Callable, Iterable, Iterator, NamedTuple, NewType, NotRequired, Union, get_args, get_origin,
+                    get_type_hints)
 from urllib.parse import parse_qsl, quote, unquote, urlencode, urljoin, urlsplit
 from zoneinfo import ZoneInfo
 
@@ -116,9 +122,11 @@ class Unauthorized(Error): status = 401  # noqa: E701
 class Forbidden(Error): status = 403     # noqa: E701
 class NotFound(Error): status = 404      # noqa: E701
 class Conflict(Error): status = 409      # noqa: E701
+class Changed(Error): status = 412       # noqa: E701
 class TooLarge(Error): status = 413      # noqa: E701
 class TooMany(Error): status = 429       # noqa: E701
 class BadCalendar(Error): status = 422   # noqa: E701
+class KeyReused(Error): status = 422     # noqa: E701
 class NoCapacity(Conflict): pass         # noqa: E701
 class Unavailable(Error): status = 503   # noqa: E701
 
@@ -138,9 +146,14 @@ class CloudError(Error):
         return status in (0, 401, 408, 429) or status >= 500
 
 
+class UnknownCloud(CloudError):
+    """A cloud that clouds.yaml does not name."""
+    status = 404
+
+
 ERRORS = {kind.__name__: kind for kind in (
-    Error, Invalid, Unauthorized, Forbidden, NotFound, Conflict, TooLarge, TooMany, BadCalendar,
-    NoCapacity, Unavailable, CloudError)}
+    Error, Invalid, Unauthorized, Forbidden, NotFound, Conflict, Changed, TooLarge, TooMany,
+    BadCalendar, KeyReused, NoCapacity, Unavailable, CloudError, UnknownCloud)}
 
 
 def nearest(word: str, words: Iterable[str]) -> str:
@@ -180,12 +193,21 @@ def first_line(error: Exception) -> str:
 UTC = timezone.utc
 FIRST, LAST = datetime(1970, 1, 1, tzinfo=UTC), datetime(2200, 1, 1, tzinfo=UTC)
 ZONED = re.compile(r'(.*)\[([A-Za-z0-9_+/-]{1,64})\]')  # a time and the zone of its clock (RFC 9557)
-DURATION = re.compile(r'\+?(?:(\d{1,4})w)?(?:(\d{1,5})d)?(?:(\d{1,6})h)?(?:(\d{1,8})m)?(?:(\d{1,10})s)?', re.I | re.A)
+DURATION = re.compile(r'\+?' + ' *'.join(
+    rf'(?:(\d{{1,10}}(?:\.\d{{1,3}})?) ?(?:{unit}))?' for unit in (
+        'w|weeks?', 'd|days?', 'h|hrs?|hours?', 'm|mins?|minutes?', 's|secs?|seconds?')), re.I | re.A)
+CLOCK_LENGTH = re.compile(r'\+?(\d{1,4}):([0-5]\d)')
 ISO_DURATION = re.compile(
-    r'P(?:(\d{1,4})W)?(?:(\d{1,5})D)?(?:T(?:(\d{1,6})H)?(?:(\d{1,8})M)?(?:(\d{1,10})S)?)?', re.I | re.A)
+    r'P(?:(\d{1,4})W)?(?:(\d{1,5})D)?(?:T(?:(\d{1,6})H)?(?:(\d{1,8})M)?(?:(\d{1,10})S)?)?',
+    re.I | re.A)
 # An offset's + that an unescaped query made a space.
 LOST_PLUS = re.compile(r'(:\d\d) (\d\d:?\d\d)$')
-
+CLOCK = re.compile(r'(\d{1,2})(?::(\d\d)(?::(\d\d))?)?([ap]m)?', re.A)
+DAY_NAMES = ('monday', 'tuesday', 'wednesday', 'thursday', 'friday', 'saturday', 'sunday')
+MONTH_NAMES = ('january', 'february', 'march', 'april', 'may', 'june', 'july', 'august',
+               'september', 'october', 'november', 'december')
+#: Days from today; what else names a date, `dates_of` reads.
+NEAR_DAYS = {'yesterday': -1, 'today': 0, 'tomorrow': 1}
 
 class Typed(datetime):
     """An instant that was typed as a time on the clocks of a zone; `wall` and `zone` are that.
@@ -228,37 +250,208 @@ def read_zone(name: str) -> ZoneInfo:
         raise Invalid(f"unknown time zone '{name}'; write one such as Europe/Paris or UTC") from None
 
 
-def parse_time(text: str, zone: ZoneInfo, now: datetime) -> datetime:
+def machine_zone(environ: dict, link: str = '/etc/localtime') -> str:
+    """The name of the zone that the clocks of this machine show: by TZ, else by what `link` points to."""
+    where = environ.get('TZ') or (os.path.realpath(link) if os.path.islink(link) else '')
+    name = where.removeprefix(':').rpartition('/zoneinfo/')[2]
+    return name if known_zone(name) and not re.fullmatch('(Etc/)?(UTC|UCT|Zulu|Universal)', name) else 'UTC'
+
+
+def parse_time(text: str, zone: ZoneInfo, now: datetime, after: datetime | None = None) -> datetime:
     """The instant that a person typed, in UTC and whole seconds.
 
     Args:
-      text: ISO 8601 with or without offset, with `/` for `-` or a space for `T`; `now`; or `+2h`, from now;
-        a zone in brackets goes before `zone`
+      text: ISO 8601 with or without offset, with `/` for `-` or a space for `T`; what a clock, a
+        weekday or a date says, such as 9:00, 9am, mon 9:00, next tue 14:00, tomorrow 9:00 and
+        1 Dec 2026, 9:00; `now`; `in 2h` or `+2h`, from now; all that `format_time` and
+        `format_moment` make. A zone that stands behind it goes before `zone`.
       zone: the zone of a time without an offset
+      after: what says no date, or no year, is the first such after this; without it, after now
 
     Returns:
       a Typed one where the text was a time without an offset.
 
     Raises:
-      ValueError: it is none of these, or outside the years 1970 to 2199.
+      ValueError: it is none of these, may be two, or is outside the years 1970 to 2199.
     """
     word = LOST_PLUS.sub(r'\1+\2', text.strip())
     if word == 'now':
         return now
-    if word.startswith('+'):
-        return now + parse_duration(word)
+    if word.startswith('+') or word.startswith('in '):
+        return now + parse_duration(word.removeprefix('in').strip())
     try:
-        if named := ZONED.fullmatch(word):
-            word, zone = named[1], read_zone(named[2])
-        if not re.fullmatch('[0-9:TWZ+ .,/-]+', word):  # Python takes any letter between date and time
-            raise ValueError
-        wall = datetime.fromisoformat(word.replace('/', '-')).replace(microsecond=0)
-        moment = (wall if wall.tzinfo else wall.replace(tzinfo=zone)).astimezone(UTC)
-    except (ValueError, OverflowError, Invalid):
-        raise ValueError(f"'{text}' is not a time; write 2026-12-01T09:00, now or +2h") from None
+        moment = iso_time(word, zone) or spoken_time(word, zone, after or now, now)
+    except OverflowError:
+        moment = None
+    if not moment:
+        raise ValueError(f"'{text}' is not a time; write 2026-12-01 09:00, 17:00, tomorrow 9:00, "
+                         'mon 9:00, now or +2h')
     if not FIRST <= moment < LAST:
         raise ValueError(f"'{text}' is not between the years 1970 and 2199")
-    return moment if wall.tzinfo else typed_at(moment, wall, zone)
+    return moment
+
+
+def iso_time(word: str, zone: ZoneInfo) -> datetime | None:
+    """The instant of a time in ISO 8601, maybe with a zone in brackets (RFC 9557); None if it is none."""
+    if named := ZONED.fullmatch(word):
+        word, zone = named[1], ZoneInfo(named[2]) if known_zone(named[2]) else None
+    # Python takes any letter between date and time.
+    if not zone or not re.fullmatch('[0-9:TWZ+ .,/-]+', word):
+        return None
+    try:
+        wall = datetime.fromisoformat(word.replace('/', '-')).replace(microsecond=0)
+    except ValueError:
+        return None
+    return wall.astimezone(UTC) if wall.tzinfo else at_clock(wall, zone)
+
+
+def spoken_time(text: str, zone: ZoneInfo, after: datetime, now: datetime) -> datetime | None:
+    """The instant that words name: a date and what a clock shows, or one of both; None if it is none."""
+    words, zone, called = zone_of_words(text, zone)
+    clocks = [word for word in words if read_clock(word) is not None]
+    day = ' '.join(word for word in words if word not in clocks)
+    if not zone or not words or len(clocks) > 1:
+        return None
+    clock = read_clock(clocks[0]) if clocks else timedelta(0)
+    today = (now if day in NEAR_DAYS else after).astimezone(zone).date()
+    walls = [datetime.combine(each, datetime.min.time()) + clock for each in dates_of(day, today)]
+    moments = [at_clock(wall, zone, called) for wall in walls]
+    return next((each for each in moments if each > after), moments[-1] if moments else None)
+
+
+#: A time, what clocks call theirs, and the zone that they are in, as `format_moment` writes them.
+WITH_ZONE = re.compile(r'(.*\d.*?)(?: ([A-Z]{1,5}|[+-]\d{2,4}))?(?: \(?([A-Za-z]\w+/[\w/+-]+|UTC)\)?)?')
+
+
+def zone_of_words(text: str, zone: ZoneInfo) -> tuple[list[str], ZoneInfo | None, str]:
+    """The words of a time, its zone (None if unknown), and what clocks call their time then."""
+    match = WITH_ZONE.fullmatch(' '.join(text.split()))
+    words, called, name = match.groups() if match else (text, None, None)
+    if called and is_word(called.lower()):
+        words, called = f'{words} {called}', None
+    if name or called in ('UTC', 'GMT', 'Z'):
+        name, called = name or 'UTC', None if not name else called
+        zone = ZoneInfo(name) if known_zone(name) else None
+    words = re.sub(r'(\d{4}-\d\d-\d\d)t', r'\1 ', words.lower().replace(',', ' '))
+    words = re.sub(r'(\d) ([ap]m)\b', r'\1\2', words)
+    words = re.sub(r'\bat (\d{1,2})(?= |$)', r'\1:00', words)
+    return [word for word in words.split() if word not in ('at', 'on')], zone, called or ''
+
+
+def is_word(text: str) -> bool:
+    """Whether it is a word of a time, and no zone: pm, tue, december."""
+    return text in ('am', 'pm', 'noon') or any(
+        len(text) > 1 and name.startswith(text) for name in DAY_NAMES + MONTH_NAMES)
+
+
+def known_zone(name: str) -> bool:
+    try:
+        return bool(read_zone(name))
+    except Invalid:
+        return False
+
+
+def read_clock(word: str) -> timedelta | None:
+    """The time of day that a word names, from midnight on: 9:00, 9am, 12:30pm, noon, 24:00."""
+    if word in ('noon', 'midnight'):
+        return timedelta(hours=12 if word == 'noon' else 24)
+    match = CLOCK.fullmatch(word)
+    if not match or not (match[2] or match[4]):
+        return None
+    hour, minute, second = (int(part or 0) for part in match.groups()[:3])
+    if match[4]:
+        hour = hour % 12 + 12 * (match[4] == 'pm') if 1 <= hour <= 12 else 99
+    clock = timedelta(hours=hour, minutes=minute, seconds=second)
+    return clock if minute < 60 and second < 60 and clock <= timedelta(days=1) else None
+
+
+def dates_of(words: str, today: date) -> list[date]:
+    """The dates that words may mean, the nearest first; those without a year come again.
+
+    Raises:
+      ValueError: they name two days, such as 01/02/2026.
+    """
+    if not words:
+        return [today, today + timedelta(days=1), today + timedelta(days=2)]
+    if words in NEAR_DAYS:
+        return [today + timedelta(days=NEAR_DAYS[words])]
+    if match := re.fullmatch(r'(next |this )?([a-z]{2,})', words):
+        return coming_weekdays(match[2], today, match[1] == 'next ')
+    if match := re.fullmatch(r'(\d{4})-(\d\d)-(\d\d)t?', words):
+        return dates_on(match[3], match[2], match[1])
+    if match := re.fullmatch(r'(\d{1,2})([./])(\d{1,2})\2(\d{4})', words):
+        return slashed_date(*match.groups())
+    return named_dates(words, today)
+
+
+def coming_weekdays(word: str, today: date, later: bool) -> list[date]:
+    days = [number for number, name in enumerate(DAY_NAMES) if name.startswith(word)]
+    if len(days) != 1:
+        return []
+    first = today + timedelta(days=(days[0] - today.weekday()) % 7)
+    dates = [first, first + timedelta(days=7)]
+    return [max(each for each in dates[:1 + (first == today)])] if later else dates
+
+
+def slashed_date(first: str, mark: str, second: str, year: str) -> list[date]:
+    """A date in figures: the day comes first where dots are; where slashes are, people differ."""
+    there = dates_on(first, second, year)
+    other = dates_on(second, first, year) if mark == '/' else []
+    if there and other and there != other:
+        one, two = (f'{each[0]:%d %b %Y}'.lstrip('0') for each in (there, other))
+        raise ValueError(f"'{first}/{second}/{year}' may be {one} or {two}; write "
+                         f'{there[0]} or {other[0]}')
+    return there or other
+
+
+def dates_on(day: str, month: str | int, year: str | int) -> list[date]:
+    try:
+        return [date(int(year), int(month), int(day))]
+    except ValueError:
+        return []
+
+
+def named_dates(words: str, today: date) -> list[date]:
+    """The dates of: 1 dec, dec 1st 2026, tue 1 december 2026."""
+    match = re.fullmatch(r'(?:([a-z]{2,}) )?(?:(\d{1,2})(?:st|nd|rd|th)?\.? ([a-z]{3,})|'
+                         r'([a-z]{3,})\.? (\d{1,2})(?:st|nd|rd|th)?)(?: (\d{4}))?', words)
+    if not match:
+        return []
+    weekday, day, month, other_month, other_day, year = match.groups()
+    months = [number for number, name in enumerate(MONTH_NAMES, 1)
+              if name.startswith(month or other_month)]
+    if len(months) != 1:
+        return []
+    years = [year] if year else range(today.year, today.year + 9)
+    dates = [found for each in years for found in dates_on(day or other_day, months[0], each)]
+    dates = [each for each in dates if year or each >= today]
+    if not weekday or not dates:
+        return dates
+    fitting = [each for each in dates if DAY_NAMES[each.weekday()].startswith(weekday)]
+    if not fitting or len(dates) > 1 and fitting[0] != dates[0]:
+        is_one = DAY_NAMES[dates[0].weekday()].capitalize()
+        raise ValueError(f"{dates[0].day} {dates[0]:%b %Y} is a {is_one}, not '{weekday}'")
+    return fitting
+
+
+def at_clock(wall: datetime, zone: ZoneInfo, called: str = '') -> datetime:
+    """The instant at which clocks of a zone show a time.
+
+    Args:
+      called: what they call their time then, such as CET or +03; it tells apart an hour that
+        comes twice
+
+    Raises:
+      ValueError: they call it otherwise.
+    """
+    folds = [wall.replace(tzinfo=zone, fold=fold) for fold in (0, 1)]
+    if not called:
+        return typed_at(folds[0].astimezone(UTC), wall, zone)
+    for each in folds:
+        if each.tzname() == called:
+            return each.astimezone(UTC)
+    raise ValueError(f"clocks of {zone.key} do not show {called} at {wall:%Y-%m-%d %H:%M}; write "
+                     f'the zone: {wall:%Y-%m-%d %H:%M} ({zone.key})')
 
 
 def typed_at(moment: datetime, wall: datetime, zone: ZoneInfo) -> Typed:
@@ -269,15 +462,24 @@ def typed_at(moment: datetime, wall: datetime, zone: ZoneInfo) -> Typed:
 
 
 def parse_duration(text: str) -> Length:
-    """The length that a person typed: 2h, +1d12h, 90m or PT2H; ValueError if it is none."""
-    match = DURATION.fullmatch(text.strip()) or ISO_DURATION.fullmatch(text.strip())
-    if not match or not any(match.groups()):
-        raise ValueError(f"'{text}' is not a duration; write 2h, 1d12h, 90m or PT2H")
-    weeks, days, hours, minutes, seconds = (int(part or 0) for part in match.groups())
-    length = Length(weeks=weeks, days=days, hours=hours, minutes=minutes, seconds=seconds)
-    length.nominal = 86400 * (7 * weeks + days)
-    if length > LAST - FIRST:
+    """The length that a person typed; ValueError if it is none.
+
+    Args:
+      text: 2h, +1d12h, 90min, 1.5h, 2 hours 30 minutes, 1:30, or PT2H
+    """
+    word = text.strip()
+    match = DURATION.fullmatch(word) or ISO_DURATION.fullmatch(word)
+    clock = CLOCK_LENGTH.fullmatch(word)
+    if not clock and not (match and any(match.groups())):
+        raise ValueError(f"'{text}' is not a duration; write 2h, 1d12h, 90m, 1.5h or PT2H")
+    parts = (0, 0, *clock.groups(), 0) if clock else match.groups()
+    weeks, days, hours, minutes, seconds = (float(part or 0) for part in parts)
+    days += 7 * weeks
+    seconds += 86400 * days + 3600 * hours + 60 * minutes
+    if seconds > (LAST - FIRST).total_seconds():
         raise ValueError(f"'{text}' is longer than {(LAST - FIRST).days} days")
+    length = Length(seconds=round(seconds))
+    length.nominal = 86400 * int(days)
     return length
 
 
@@ -292,7 +494,9 @@ def format_moment(moment: datetime, zone: ZoneInfo) -> str:
     """A time for people who may be elsewhere: Tue 1 Dec 2026, 09:00 (Europe/Paris)."""
     local = moment.astimezone(zone)
     clock = '%H:%M:%S' if local.second else '%H:%M'
-    return local.strftime(f'%a {local.day} %b %Y, {clock} ({zone.key})')
+    twice = local.replace(fold=1 - local.fold).astimezone(UTC) != moment.astimezone(UTC)
+    called = ' %Z' if twice else ''
+    return local.strftime(f'%a {local.day} %b %Y, {clock}{called} ({zone.key})')
 
 
 def format_duration(length: float) -> str:
@@ -318,21 +522,19 @@ def format_duration(length: float) -> str:
 
 MOST_OCCURRENCES = 2000  # of a series within the horizon
 MOST_A_DAY = 100
+MOST_RULE = 4000  # letters
 #: What may stand in a rule, and between which numbers (RFC 5545, 3.3.10).
 RULE_PARTS = {'FREQ': None, 'UNTIL': None, 'WKST': None, 'BYDAY': None, 'COUNT': (1, 100_000), 'INTERVAL': (1, 1000),
               'BYMONTH': (1, 12), 'BYMONTHDAY': (1, 31), 'BYYEARDAY': (1, 366), 'BYWEEKNO': (1, 53),
               'BYSETPOS': (1, 366), 'BYHOUR': (0, 23), 'BYMINUTE': (0, 59), 'BYSECOND': (0, 59)}
 CLOCK_PARTS = ('BYHOUR', 'BYMINUTE', 'BYSECOND')
 FREQUENCIES = {'day': 'DAILY', 'week': 'WEEKLY', 'month': 'MONTHLY', 'year': 'YEARLY'}
-DAY_NAMES = ('monday', 'tuesday', 'wednesday', 'thursday', 'friday', 'saturday', 'sunday')
 WEEKDAYS = ('MO', 'TU', 'WE', 'TH', 'FR', 'SA', 'SU')
 #: Days that these leave of a week, or of some days, differ from one to the next.
 UNEVEN = {'BYMONTH', 'BYMONTHDAY', 'BYYEARDAY', 'BYWEEKNO', 'BYSETPOS'}
 ORDINALS = {'first': '1', 'second': '2', 'third': '3', 'fourth': '4', 'fifth': '5', 'last': '-1'}
-REPEAT_HELP = "write daily, weekdays, weekly on tue,thu, every 2 weeks on mon, monthly on first mon, or an RRULE"
-# dateutil gives a rule that never matches up in the year 9999 only. The calendar repeats itself
-# every 400 years, weekdays too, so that rules are followed this much nearer to that end.
-YEARS_AHEAD = 7600
+REPEAT_HELP = ('write daily, weekdays, weekly on tue,thu, every 2 weeks on mon, every other tue, '
+               'monthly on first mon, or an RRULE')
 
 
 class Stretch(NamedTuple):
@@ -414,31 +616,117 @@ def read_repeat(text: str, here=None) -> str:
     return checked_rule(word.upper() if '=' in word else spoken_rule(word.lower())) if word else ''
 
 
+#: What people say for what `spoken_rule` reads.
+SAME_RULES = {'weekdays': 'weekly on mon,tue,wed,thu,fri', 'biweekly': 'every 2 weeks',
+              'fortnightly': 'every 2 weeks', 'every weekday': 'weekly on mon,tue,wed,thu,fri'}
+SPOKEN = re.compile(
+    r'(?:(?P<name>daily|weekly|monthly|yearly)|every(?: (?P<number>\d+))? (?P<unit>day|week|month|year)s?)'
+    r'(?: on (?P<on>.+))?|every(?P<other> other)? (?P<days>.+)')
+SPOKEN_DAY = re.compile(r'(?:the )?(?:(first|second|third|fourth|fifth|last) )?([a-z]{2,})(?: of the month)?')
+SPOKEN_END = re.compile(r'(.+?),? (?:until (?:the )?(.+)|(?:for )?(\d+) times)')
+
+
 def spoken_rule(words: str) -> str:
-    """The RRULE of: daily, weekdays, weekly on tue,thu, every 2 weeks, monthly on last fri, yearly."""
-    if words == 'weekdays':
-        return 'FREQ=WEEKLY;BYDAY=MO,TU,WE,TH,FR'
-    match = re.fullmatch(r'(?:(daily|weekly|monthly|yearly)|every(?: (\d+))? (day|week|month|year)s?)(?: on (.+))?',
-                         words)
+    """The RRULE of: daily, every tue and thu, every other week, monthly on last fri, weekly until 23 feb 2027."""
+    text, ends = words, ''
+    if match := SPOKEN_END.fullmatch(words):
+        text = match[1]
+        ends = f';COUNT={match[3]}' if match[3] else f';UNTIL={last_day(match[2], words)}'
+    text = SAME_RULES.get(text, text)
+    text = re.sub('^every other (day|week|month|year)$', r'every 2 \1s', text)
+    text = re.sub('^every other (day|week|month|year)( on .+)$', r'every 2 \1s\2', text)
+    match = SPOKEN.fullmatch(text)
     if not match:
         raise ValueError(f"'{words}' is no repetition; {REPEAT_HELP}")
-    name, interval, unit, days = match.groups()
-    rule = f'FREQ={name.upper() if name else FREQUENCIES[unit]}' + (f';INTERVAL={interval}' if interval else '')
-    return rule + (spoken_days(days, words) if days else '')
+    if match['days']:
+        return every_named_day(match['days'], '2' if match['other'] else '', words) + ends
+    rule = f"FREQ={match['name'].upper() if match['name'] else FREQUENCIES[match['unit']]}"
+    rule += f";INTERVAL={match['number']}" if match['number'] else ''
+    return rule + (spoken_days(match['on'], words) if match['on'] else '') + ends
+
+
+def every_named_day(text: str, interval: str, words: str) -> str:
+    """The RRULE of `every` with names of days behind it, which are days of a week or of a month."""
+    days = spoken_days(text, words)
+    monthly = re.search('=.*[0-9]', days)
+    if 'BYMONTHDAY' in days:  # `every 15` says neither month nor day
+        raise ValueError(f"'{words}' is no repetition; {REPEAT_HELP}")
+    rule = 'FREQ=MONTHLY' if monthly else 'FREQ=WEEKLY'
+    return rule + (f';INTERVAL={interval}' if interval else '') + days
+
+
+def last_day(text: str, words: str) -> str:
+    """The last date of a repetition as UNTIL has it, of words that name one with its year."""
+    days = dates_of(' '.join(text.replace(',', ' ').split()), date.min)
+    if len(days) != 1:
+        raise ValueError(f"'{words}' names no last date; write it with its year, such as "
+                         'until 23 feb 2027')
+    return f'{days[0]:%Y%m%d}T235959'
 
 
 def spoken_days(text: str, words: str) -> str:
-    days = [day.strip() for day in re.split(',| and ', text)]
+    days = [day.strip().removeprefix('the ') for day in re.split(',| and ', text)]
+    days = [re.sub(r'^(\d{1,2})(st|nd|rd|th)$', r'\1', '-1' if day == 'last day' else day)
+            for day in days]
     if all(re.fullmatch(r'-?\d{1,2}', day) for day in days):
         return f";BYMONTHDAY={','.join(days)}"
-    found = [re.fullmatch(r'(?:(first|second|third|fourth|fifth|last) )?([a-z]{2,})', day) for day in days]
-    if not all(each and any(name.startswith(each[2]) for name in DAY_NAMES) for each in found):
+    found = [SPOKEN_DAY.fullmatch(day) for day in days]
+    if not all(each and is_weekday(each[2]) for each in found):
         raise ValueError(f"'{words}' is no repetition; {REPEAT_HELP}")
     return ';BYDAY=' + ','.join(ORDINALS.get(each[1], '') + each[2][:2].upper() for each in found)
 
 
+def is_weekday(word: str) -> bool:
+    return any(name.startswith(word) or f'{name}s' == word for name in DAY_NAMES)
+
+
+def rule_in_words(rule: str) -> str:
+    """A repetition for people, which `read_repeat` reads back; the rule itself where words can't say it."""
+    parts = dict(part.split('=') for part in rule.split(';'))
+    unit = next(unit for unit, name in FREQUENCIES.items() if name == parts['FREQ'])
+    number = int(parts.get('INTERVAL', 1))
+    every = f'every {number} {unit}s' if number > 1 else f'every {unit}'
+    days = days_in_words(parts)
+    said = {'FREQ', 'INTERVAL', 'BYDAY', 'BYMONTHDAY', 'UNTIL', 'COUNT', 'WKST'}
+    if parts.keys() - said or days is None or 'BYDAY' in parts and 'BYMONTHDAY' in parts:
+        return rule
+    if number == 1 and unit == 'week' and days:
+        every, days = 'every', days if days != 'Monday, Tuesday, Wednesday, Thursday and Friday' else 'weekday'
+    elif days:
+        days = f'on {days}'
+    ends = f"{parts['COUNT']} times" if 'COUNT' in parts else ''
+    if 'UNTIL' in parts:
+        last = read_until(parts['UNTIL'])
+        ends = f'until {last.day} {last:%b %Y}'
+    return ' '.join(filter(None, (every, days, ends)))
+
+
+def days_in_words(parts: dict) -> str | None:
+    """Days of a rule as people say them; '' without any, None where words can't say them."""
+    names = {short: name.capitalize() for short, name in zip(WEEKDAYS, DAY_NAMES)}
+    ordinals = {number: f'the {word} ' for word, number in ORDINALS.items()} | {'': ''}
+    days = []
+    for day in filter(None, parts.get('BYDAY', '').split(',')):
+        number, name = day[:-2].removeprefix('+'), day[-2:]
+        if number not in ordinals or number and parts['FREQ'] != 'MONTHLY':
+            return None
+        days.append(ordinals[number] + names[name])
+    for day in filter(None, parts.get('BYMONTHDAY', '').split(',')):
+        if int(day) < -1 or parts['FREQ'] != 'MONTHLY':
+            return None
+        days.append('the last day' if day == '-1' else f'the {nth(int(day))}')
+    return ' and '.join(filter(None, (', '.join(days[:-1]), *days[-1:])))
+
+
+def nth(number: int) -> str:
+    ending = 'th' if number in (11, 12, 13) else {1: 'st', 2: 'nd', 3: 'rd'}.get(number % 10, 'th')
+    return f'{number}{ending}'
+
+
 def checked_rule(rule: str) -> str:
     """A rule in capitals, its parts allowed and within bounds; ValueError if not."""
+    if len(rule) > MOST_RULE:
+        raise ValueError(f'a repetition has at most {MOST_RULE} letters')
     pairs = [part.partition('=')[::2] for part in rule.strip(';').split(';')]
     parts = dict(pairs)
     for name, value in pairs:
@@ -500,68 +788,246 @@ def explicit(rule: str, start: datetime) -> str:
     return f'{rule}{month};BYMONTHDAY={start.day}'
 
 
+class By(NamedTuple):
+    """What the BY parts of a rule leave of a year; of an empty one all is left."""
+    months: tuple = ()
+    monthdays: tuple = ()
+    yeardays: tuple = ()
+    weeks: tuple = ()
+    weekdays: tuple = ()
+    ordinals: tuple = ()   # weekdays with their number in a month or year
+    monthly: bool = False  # that number is of a month
+    first: int = 0         # the weekday on which weeks begin
+
+
+class Rule(NamedTuple):
+    """An RRULE as numbers."""
+    unit: str        # of its turns: FREQ
+    interval: int
+    count: int       # 0 without one
+    last: datetime
+    by: By
+    positions: tuple
+    times: tuple     # of a day, since midnight
+
+
+@functools.lru_cache(2000)
+def read_rule(rule: str, start: datetime) -> Rule:
+    """A checked rule as numbers; what it leaves to its start is that of its start."""
+    parts = parts_of(explicit(rule, start))
+    months, monthdays, yeardays, weeks, positions = (
+        numbers_in(parts, f'BY{name}') for name in ('MONTH', 'MONTHDAY', 'YEARDAY', 'WEEKNO', 'SETPOS'))
+    days = [(int(day[:-2] or 0), WEEKDAYS.index(day[-2:]))
+            for day in parts.get('BYDAY', '').split(',') if day]
+    unit = parts['FREQ']
+    numbered = unit in ('MONTHLY', 'YEARLY')
+    by = By(months, monthdays, yeardays, weeks,
+            tuple(sorted({day for number, day in days if not (number and numbered)})),
+            tuple(sorted({day for day in days if day[0] and numbered})),
+            unit == 'MONTHLY' or bool(months), WEEKDAYS.index(parts.get('WKST', 'MO')))
+    clock = (numbers_in(parts, name) or (now,) for name, now in
+             zip(CLOCK_PARTS, (start.hour, start.minute, start.second)))
+    times = tuple(timedelta(hours=hour, minutes=minute, seconds=second)
+                  for hour, minute, second in itertools.product(*clock))
+    last = read_until(parts['UNTIL']) if 'UNTIL' in parts else datetime.max
+    return Rule(unit, int(parts.get('INTERVAL', 1)), int(parts.get('COUNT', 0)), last, by,
+                positions, times)
+
+
+def numbers_in(parts: dict, name: str) -> tuple[int, ...]:
+    return tuple(sorted({int(each) for each in parts[name].split(',')})) if name in parts else ()
+
+
+#: The days of a year, or of a leap year, before each of its months, and all.
+MONTHS = tuple((*itertools.accumulate((31, 28 + leap, 31, 30, 31, 30, 31, 31, 30, 31, 30, 31),
+                                      initial=0),) for leap in (0, 1))
+
+
+@functools.lru_cache(4000)
+def days_left(by: By, weekday: int, leap: bool, after_leap: bool) -> tuple[int, ...]:
+    """The days, counted from 0, that BY parts leave of a kind of year: there are 28 kinds.
+
+    Args:
+      weekday: of its first day
+    """
+    starts, length = MONTHS[leap], 365 + leap
+    days = set(range(length))
+    months = [range(*starts[number - 1:number + 1]) for number in by.months or range(1, 13)]
+    if by.months:
+        days.intersection_update(itertools.chain(*months))
+    if by.monthdays:
+        days &= numbered_of(by.monthdays, [range(*each) for each in itertools.pairwise(starts)])
+    if by.yeardays:
+        days &= numbered_of(by.yeardays, [range(length)])
+    if by.weeks:
+        days &= days_of_weeks(by, weekday, length, 365 + after_leap)
+    if by.weekdays:
+        days.intersection_update(*[itertools.chain(*(range((day - weekday) % 7, length, 7)
+                                                     for day in by.weekdays))])
+    if by.ordinals:
+        spans = months if by.monthly else [range(length)]
+        days &= set().union(*(numbered_of([number], [
+            range(span.start + (day - weekday - span.start) % 7, span.stop, 7) for span in spans])
+            for number, day in by.ordinals))
+    return tuple(sorted(days))
+
+
+def numbered_of(numbers: Iterable[int], spans: list[range]) -> set[int]:
+    """Of each span the days with these numbers; those below 0 count from its end."""
+    return {span[number - (number > 0)] for span in spans for number in numbers
+            if abs(number) <= len(span)}
+
+
+def days_of_weeks(by: By, weekday: int, length: int, before: int) -> set[int]:
+    """The days of a year in weeks with some numbers (ISO 8601, but weeks begin as a rule says)."""
+    first = first_week(weekday - by.first)
+    after = length + first_week(weekday + length - by.first)
+    last_year = first_week(weekday - before - by.first) - before
+    weeks = [range(start, start + 7) for start in range(first, after, 7)]
+    days = {day for number in by.weeks if abs(number) <= len(weeks)
+            for day in weeks[number - (number > 0)]}
+    if 1 in by.weeks:
+        days.update(range(after, length))
+    if {-1, (first - last_year) // 7} & {*by.weeks}:
+        days.update(range(first))
+    return days
+
+
+def first_week(weekday: int) -> int:
+    """The day on which the first week of a year begins: that with four days of it."""
+    return 3 - (weekday % 7 + 3) % 7
+
+
+class Steps(threading.local):
+    """How much this thread has had to look at: a clock that runs alike on all machines."""
+    taken, most = 0, math.inf
+
+    def take(self, number: int) -> None:
+        """Counts some steps of about a microsecond; Invalid where they are too many."""
+        self.taken += number
+        if self.taken > self.most:
+            raise Invalid('when it occurs is too hard to follow; write a simpler rule, or fewer '
+                          'dates and exceptions')
+
+    @contextmanager
+    def at_most(self, number: float) -> Iterator[None]:
+        """Bounds what is done within."""
+        before, self.most = self.most, self.taken + number
+        try:
+            yield
+        finally:
+            self.most = before
+
+
+STEPS = Steps()
+
+
+def turn_of(rule: Rule, start: date) -> Callable[[int], int]:
+    """Which turn of a rule a day is in, counted from that of its start."""
+    first = start.toordinal()
+    if rule.unit == 'DAILY':
+        return lambda day: day - first
+    if rule.unit == 'WEEKLY':
+        first -= (start.weekday() - rule.by.first) % 7
+        return lambda day: (day - first) // 7
+    of_year = rule.unit == 'YEARLY'
+
+    def turn(day: int) -> int:
+        there = date.fromordinal(day)
+        years = there.year - start.year
+        return years if of_year else 12 * years + there.month - start.month
+    return turn
+
+
+def rule_days(rule: Rule, start: date, begin: date) -> Iterator[list[int]]:
+    """The days of a rule from one on, as ordinals: year by year, where there are positions turn by turn."""
+    turn = turn_of(rule, start)
+    first = begin.toordinal()
+    if rule.positions:  # of a turn all days count, but those of weeks only from the start on
+        now = turn(first)
+        while first > 1 and turn(first - 1) == now and (
+                rule.unit in ('MONTHLY', 'YEARLY') or first > start.toordinal()):
+            first -= 1
+    years = years_of_days(rule, turn, first)
+    if not rule.positions:
+        return years
+    return (list(days) for _, days in itertools.groupby(itertools.chain.from_iterable(years), turn))
+
+
+def years_of_days(rule: Rule, turn: Callable[[int], int], first: int) -> Iterator[list[int]]:
+    """The days of a rule from one on, year by year, as far as times go."""
+    for year in range(date.fromordinal(first).year, min(rule.last.year, LAST.year) + 1):
+        start = date(year, 1, 1)
+        before = start.toordinal()
+        kinds = start.weekday(), is_leap(year), is_leap(year - 1)
+        STEPS.take(10)
+        if rule.unit == 'YEARLY' and turn(before) % rule.interval:
+            continue
+        days = [before + day for day in days_left(rule.by, *kinds)]
+        STEPS.take(len(days) // (2 if rule.positions or rule.interval > 1 else 8))
+        if rule.interval > 1:
+            days = [day for day in days if turn(day) % rule.interval == 0]
+        if days and days[0] < first:
+            days = [day for day in days if day >= first]
+        yield days
+
+
+def is_leap(year: int) -> bool:
+    return year % 4 == 0 and (year % 100 != 0 or year % 400 == 0)
+
+
+def rule_walls(rule: Rule, start: datetime, near: datetime) -> Iterator[datetime]:
+    """The wall times of a rule from the day of one on, in order; they may have no end."""
+    left = rule.count or math.inf
+    begin = start if rule.count else max(start, near)
+    for days in rule_days(rule, start.date(), begin.date()):
+        if rule.count and not rule.positions:  # what is before needs no look to be counted
+            known = bisect_right(days, start.toordinal()), bisect_left(days, near.toordinal())
+            left -= max(known[1] - known[0], 0) * len(rule.times)
+            days = days[:known[0]] + days[max(known):]
+        for wall in day_walls(rule, days):
+            if wall > rule.last or left <= 0:
+                return
+            if wall >= start:
+                left -= 1
+                yield wall
+
+
+def day_walls(rule: Rule, days: Iterable[int]) -> Iterator[datetime]:
+    """The wall times of a rule on some days, of a turn those that its positions leave."""
+    found = (datetime.fromordinal(day) + at for day in days for at in rule.times)
+    if not rule.positions:
+        return found
+    found = list(found)
+    STEPS.take(len(found))
+    return iter(sorted(numbered_of(rule.positions, [found])))
+
+
+def on_rule(rule: str, start: datetime, wall: datetime) -> bool:
+    """Whether a wall time is one of those of a rule."""
+    read = read_rule(rule, start)
+    if read.count or read.positions:
+        return next(followed(rule, start, wall), None) == wall
+    day, year = wall.toordinal(), date(wall.year, 1, 1)
+    kinds = year.weekday(), is_leap(wall.year), is_leap(wall.year - 1)
+    return (start <= wall <= read.last and wall - at_midnight(wall) in read.times
+            and turn_of(read, start.date())(day) % read.interval == 0
+            and day - year.toordinal() in days_left(read.by, *kinds))
+
+
 def followed(rule: str, start: datetime, near: datetime) -> Iterator[datetime]:
-    """The wall times of a rule from one on, as if it was followed from its start; begun near."""
-    rule = explicit(rule, start)
-    begun = near_months if parts_of(rule)['FREQ'] in ('MONTHLY', 'YEARLY') else near_weeks
-    return itertools.dropwhile(lambda wall: wall < near, rule_walls(*begun(rule, start, near)))
-
-
-def near_months(rule: str, start: datetime, near: datetime) -> tuple[str, datetime]:
-    """A rule with the first day of one of its months, or years, shortly before a wall time.
-
-    A COUNT needs them all.
-    """
-    parts = parts_of(rule)
-    yearly = parts['FREQ'] == 'YEARLY'
-    step = int(parts.get('INTERVAL', 1)) * (12 if yearly else 1)
-    turns = ((near.year - start.year) * 12 + near.month - start.month) // step - 1
-    if turns <= 0 or 'COUNT' in parts:
-        return rule, start
-    years, months = divmod(start.year * 12 + (0 if yearly else start.month - 1) + turns * step, 12)
-    return rule, start.replace(year=years, month=months + 1, day=1)
-
-
-def near_weeks(rule: str, start: datetime, near: datetime) -> tuple[str, datetime]:
-    """A rule of days or weeks with a later start, on the same weekday and in its rhythm.
-
-    It has what is left of COUNT; of what isn't alike in all weeks (UNEVEN) a COUNT needs them all.
-    """
-    parts = parts_of(rule)
-    step = int(parts.get('INTERVAL', 1)) * (7 if parts['FREQ'] == 'WEEKLY' else 1)
-    turn = timedelta(days=math.lcm(step, 7))
-    turns = (near - start) // turn - 1
-    if turns <= 0 or 'COUNT' in parts and UNEVEN & set(parts):
-        return rule, start
-    if 'COUNT' in parts:
-        first = rule_walls(endless(rule), start)
-        first = itertools.takewhile(lambda wall: wall < start + turn, first)
-        left = max(int(parts['COUNT']) - turns * sum(1 for _ in first), 0)
-        rule = re.sub('COUNT=[0-9]+', f'COUNT={left}', rule)
-    return rule, start + turns * turn
-
-
-def rule_walls(rule: str, start: datetime) -> Iterator[datetime]:
-    """The wall times of a rule from its start on, in order; they may have no end."""
-    from dateutil.rrule import rrulestr
-    if parts_of(rule).get('COUNT') == '0':
-        return iter(())
-    rule = re.sub(r'UNTIL=(\d{4})', lambda year: f'UNTIL={int(year[1]) + YEARS_AHEAD}', rule)
-    return (ahead(each, -YEARS_AHEAD) for each in rrulestr(rule, dtstart=ahead(start, YEARS_AHEAD)))
-
-
-def ahead(moment: datetime, years: int) -> datetime:
-    return moment.replace(year=moment.year + years)
+    """The wall times of a rule from one on, as if it was followed from its start."""
+    ruled = rule_walls(read_rule(rule, start), start, near)
+    return itertools.dropwhile(lambda wall: wall < near, ruled)
 
 
 def walls(stretch: Stretch, near: datetime = datetime.min) -> Iterator[datetime]:
     """The wall times of all slots of a stretch in order, those of its rule from one on; maybe for ever."""
-    start = datetime.fromisoformat(stretch.start)
-    listed = stretch.dates if stretch.rule or stretch.dates else [stretch.start]
-    listed = sorted({datetime.fromisoformat(each.partition('/')[0]) for each in listed})
+    start, listed = datetime.fromisoformat(stretch.start), sorted(listed_walls(stretch))
     ruled = followed(stretch.rule, start, near) if stretch.rule else ()
     skips, before = frozenset(stretch.skips), None
-    for wall in heapq.merge(ruled, listed):
+    for wall in heapq.merge(ruled, listed) if listed and ruled else ruled or listed:
+        STEPS.take(1)
         key = wall.isoformat()
         if stretch.until and key >= stretch.until:
             return
@@ -572,12 +1038,21 @@ def walls(stretch: Stretch, near: datetime = datetime.min) -> Iterator[datetime]
 
 def moved_walls(stretch: Stretch) -> Iterator[datetime]:
     """The wall times of those slots of a stretch that are otherwise, in order."""
-    dates = tuple({*stretch.moved} & {*stretch.dates})  # these need no rule
-    listed = {*walls(stretch._replace(rule='', dates=dates))} if dates else ()
-    for wall in map(datetime.fromisoformat, sorted(stretch.moved)):
-        until_there = itertools.takewhile(lambda each: each <= wall, walls(stretch, wall))
-        if wall in listed or wall in until_there:
+    start, listed, skips = datetime.fromisoformat(stretch.start), listed_walls(stretch), {*stretch.skips}
+    for key in sorted(stretch.moved):
+        wall = datetime.fromisoformat(key)
+        STEPS.take(10)
+        if (stretch.since <= key and (not stretch.until or key < stretch.until)
+                and not {key, key[:10]} & skips
+                and (wall in listed or stretch.rule and on_rule(stretch.rule, start, wall))):
             yield wall
+
+
+def listed_walls(stretch: Stretch) -> set[datetime]:
+    """The wall times of those slots of a stretch that no rule gives."""
+    listed = stretch.dates if stretch.rule or stretch.dates else [stretch.start]
+    STEPS.take(len(listed))
+    return {datetime.fromisoformat(each.partition('/')[0]) for each in listed}
 
 
 def slots(stretch: Stretch, begin: float, until: float,
@@ -596,8 +1071,10 @@ def slots(stretch: Stretch, begin: float, until: float,
     first, last = (to_wall(instant(each), zone) for each in (begin, until))
     last += day - timedelta(seconds=stretch.shift)
     ruled = itertools.takewhile(lambda wall: wall < last, walls(stretch, first - longest - day))
-    ruled = (wall for wall in ruled if wall.isoformat() not in stretch.moved)
-    for wall in heapq.merge(ruled, moved_walls(stretch)):
+    if stretch.moved:
+        ruled = (wall for wall in ruled if wall.isoformat() not in stretch.moved)
+        ruled = heapq.merge(ruled, moved_walls(stretch))
+    for wall in ruled:
         key = wall.isoformat()
         shifted, vms = wall + timedelta(seconds=stretch.shift), stretch.vms
         length, exact = (lengths[key], 0) if key in lengths else (stretch.length, stretch.exact)
@@ -605,6 +1082,7 @@ def slots(stretch: Stretch, begin: float, until: float,
             shifted, length, vms, exact = [*stretch.moved[key], 0][:4]
             shifted = datetime.fromisoformat(shifted)
         start, end = window_of(shifted, int(length), zone, exact)
+        STEPS.take(5)
         if end > begin and start < until:
             found += 1
             yield Slot('' if stretch.single else key, start, end, vms, stretch.resource)
@@ -776,7 +1254,35 @@ class Config:
         50.0, 'seconds that one request may wait for clouds and calendars in all', 0.1)
     url: str = setting('', 'a cmres server: with it, commands talk to that server and not to the database')
     token: str = setting('', 'the token for that server')
-    timezone: str = setting('UTC', 'the zone of times typed without an offset, and of tables')
+    connections: int = setting(2000, 'connections that are open at the same time; for one more, the '
+                               'oldest on which nothing is answered is closed', 10, 100_000)
+    connections_per_address: int = setting(200, 'those of one address, also of a proxy', 1)
+    requests_per_address: int = setting(
+        12000, 'requests from one address within a minute; 0: any number', 0)
+    requests_per_user: int = setting(
+        3000, 'requests of one user within a minute; 0: any number. Admins have no such limit', 0)
+    mib_per_address: int = setting(
+        2000, 'MiB to and from one address within a minute; 0: any number', 0)
+    mib_per_user: int = setting(
+        500, 'MiB to and from one user within a minute; 0: any number. Admins have no such limit', 0)
+    cpu_per_user: float = setting(
+        30.0, 'seconds of computing for dry runs and questions of one user within a minute; 0: any '
+        'number. Admins have no such limit', 0.0)
+    wrong_tokens: int = setting(
+        30, 'wrong tokens from one address within a minute; who sends more is answered 429', 1)
+    trusted_proxies: str = setting(
+        '127.0.0.1, ::1', 'addresses and networks of proxies; what they say last in '
+        'X-Forwarded-For counts for limits and the log, and for nothing else')
+    metrics: str = setting('token', "who may read /metrics: token (with an admin's token), open "
+                           '(everybody) or off (nobody)')
+    log_format: str = setting('text', 'how lines of the log are written: text or json')
+    log_requests: bool = setting(
+        True, 'whether the log has a line for each request and for each call to a cloud')
+    drain: float = setting(30.0, 'seconds that requests under way may go on after SIGTERM', 0.0)
+    min_disk: int = setting(
+        100, 'MiB on the disk of the database; with less free, /readyz warns', 0)
+    timezone: str = setting('UTC', 'the zone of times typed without an offset, and of tables; '
+                                   'without it, that of the machine')
     workers: int = setting(32, 'calls to one cloud that run side by side', 1)
     call_timeout: float = setting(60.0, 'seconds after which a call to a cloud is given up', 0.1)
     boot_timeout: float = setting(900.0, 'seconds after which a server that does not come up is made anew', 0.1)
@@ -801,6 +1307,14 @@ class Config:
         '', 'the domains that mails may go to, with commas between; empty: any')
     notices_per_day: int = setting(
         200, 'mails that are sent for one user within a day; what is beyond is dropped', 0)
+    own_token_days: int = setting(
+        365, 'days for which people may make and renew tokens of their own at most', 1, 36500)
+    tokens_per_user: int = setting(
+        50, 'tokens that one user may have in a project; 0: any number', 0)
+    feeds_per_user: int = setting(
+        50, 'calendar feeds that one user may have in a project; 0: any number', 0)
+    subscriptions_per_user: int = setting(
+        50, 'calendars that one user may subscribe to in a project; 0: any number', 0)
     horizon: int = setting(366, 'days ahead for which the occurrences of a repetition are reserved', 1, 3660)
     calendar_poll: float = setting(300.0, 'seconds between looks at a calendar that somebody subscribed to', 0.1)
     address: str = setting('', 'how people reach `serve`, for links, such as https://cmres.example.org')
@@ -828,6 +1342,7 @@ class Config:
     texts: dict = dataclasses.field(default_factory=TEXTS.copy)
     path: str = dataclasses.field(default='', compare=False)      # its file, if there is one
     stamp: tuple = dataclasses.field(default=(), compare=False)   # of that file, when it was read
+    sources: dict = dataclasses.field(default_factory=dict, compare=False)  # of what is set, where
 
     @property
     def zone(self) -> ZoneInfo:
@@ -844,6 +1359,26 @@ class Config:
                               f"key:course; the kinds are {', '.join(KINDS)}{nearest(kind, KINDS)}")
         return frozenset(names)
 
+    @property
+    def proxies(self) -> list:
+        """The setting `trusted_proxies`, one by one; Invalid if one of them is none."""
+        return read_networks(self.trusted_proxies)
+
+    def is_proxy(self, peer: str) -> bool:
+        """Whether an address is that of a trusted proxy."""
+        import ipaddress
+        with suppress(ValueError):
+            found = ipaddress.ip_address(peer)
+            return any(found in each for each in self.proxies)
+        return False
+
+    def check_choices(self) -> None:
+        """Invalid if a setting that is one of some words is another."""
+        for name, words in WORDS_OF.items():
+            if (said := getattr(self, name)) not in words:
+                raise Invalid(f"setting {name}: '{said}' is none of {', '.join(words)}"
+                              f'{nearest(said, words)}')
+
     def may_tell(self, target: str) -> bool:
         """Whether notices may go to an address: of the web, or a mail address of `mail_domains`."""
         domains = self.mail_domains.lower().replace(',', ' ').split()
@@ -853,6 +1388,11 @@ class Config:
         """An instant as sentences tell it: in the zone of a reservation, else of the service."""
         return format_moment(instant(seconds), read_zone(tz or self.timezone))
 
+    def take(self, **values) -> None:
+        """Changes settings for all who have this object."""
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
+
     def read_again(self) -> Config:
         """Itself, with the sections of AGAIN from its file if that has changed since.
 
@@ -860,15 +1400,32 @@ class Config:
         """
         stamp = file_stamp(self.path)
         if stamp != self.stamp:
-            object.__setattr__(self, 'stamp', stamp)
+            self.take(stamp=stamp)
             try:
                 sections = read_config_file(self.path)
-                for name in AGAIN:
-                    object.__setattr__(self, name, sections[name])
+                self.take(**{name: sections[name] for name in AGAIN})
             except Invalid as error:
                 stays = ' and '.join(f'[{name}]' for name in AGAIN)
                 log.warning('%s; what it said before in %s stays', error, stays)
         return self
+
+
+#: Settings that are one of some words.
+WORDS_OF = {'metrics': ('token', 'open', 'off'), 'log_format': ('text', 'json')}
+
+
+@functools.lru_cache
+def read_networks(text: str) -> list:
+    """Addresses and networks with commas between; Invalid if one of them is none."""
+    import ipaddress
+    found = []
+    for each in filter(None, map(str.strip, text.split(','))):
+        try:
+            found.append(ipaddress.ip_network(each, strict=False))
+        except ValueError:
+            raise Invalid(f"setting trusted_proxies: '{each}' is no address and no network such as "
+                          '10.0.0.0/8') from None
+    return found
 
 
 SETTINGS = {field.name: field for field in dataclasses.fields(Config) if 'why' in field.metadata}
@@ -886,17 +1443,19 @@ def load_config(path: str | None = None, environ: dict = os.environ) -> Config:
         'config.ini' if os.path.exists('config.ini') else '')
     stamp = file_stamp(path)  # before it is read: what changes meanwhile is read again
     sections = read_config_file(path) if path else dict.fromkeys(SECTIONS, {})
-    texts = dict(sections['cmres'])
-    texts |= {name[6:].lower(): text for name, text in environ.items()
-              if name.startswith('CMRES_') and name not in ('CMRES_CONFIG', 'CMRES_CALENDARS')}
+    twins = {name[6:].lower(): text for name, text in environ.items()
+             if name.startswith('CMRES_') and name not in ('CMRES_CONFIG', 'CMRES_CALENDARS')}
+    texts = sections['cmres'] | twins
+    sources = {name: f'CMRES_{name.upper()}' if name in twins else path for name in texts}
     for name in sections['texts']:
         if name not in TEXTS:
             raise Invalid(f"{path}: there is no event '{name}' to be told of{nearest(name, TEXTS)}")
         check_template(f'{path}: [texts] {name}', sections['texts'][name])
+    texts.setdefault('timezone', machine_zone(environ))
     config = Config(**{name: read_setting(name, text) for name, text in texts.items()},
                     credentials=sections['credentials'], identities=sections['identities'],
-                    texts=TEXTS | sections['texts'], path=path, stamp=stamp)
-    config.zone, config.common  # what is wrong with them is told here, not when they are used
+                    texts=TEXTS | sections['texts'], path=path, stamp=stamp, sources=sources)
+    config.zone, config.common, config.proxies, config.check_choices()  # what is wrong with them is told here, not when they are used
     return config
 
 
@@ -968,6 +1527,156 @@ def read_setting(name: str, text: str):
     return value
 
 
+# Metrics #####################################################################
+#
+# What this process counts, for /metrics. Labels are names from a list or of the operator, never
+# users, addresses or labels of reservations: of those there is no end.
+
+#: The upper bounds of histograms, in seconds.
+BOUNDS = {'request_seconds': (0.005, 0.02, 0.1, 0.5, 2, 10, 60),
+          'cloud_call_seconds': (0.1, 0.5, 2, 10, 60, 300),
+          'start_delay_seconds': (5, 15, 30, 60, 120, 300, 900, 3600),
+          'lock_wait_seconds': (0.001, 0.01, 0.1, 1, 10, 60)}
+#: What is measured, as Prometheus tells people; what ends in _total only grows.
+MEASURED = {
+    'requests_total': 'requests, by operation and status',
+    'request_seconds': 'time until requests were answered, by operation',
+    'refusals_total': 'requests that were refused, by the kind of the error',
+    'limited_total': 'requests that were more than a setting allows, by the setting',
+    'hung_up_total': 'changes that were not made since the client had hung up',
+    'connections_closed_total': 'connections closed for newer ones, by the bound that was reached',
+    'wrong_tokens_total': 'tokens that were refused',
+    'sign_ins_total': 'people who signed in to the page',
+    'cloud_call_seconds': 'time of calls to clouds, by cloud, verb and result',
+    'start_delay_seconds': 'seconds from the planned start of a VM until it was ready, by cloud',
+    'lock_wait_seconds': 'time for which changes waited for their turn to write',
+    'events_total': 'events in the event log, by code: added, refused, admitted, failed and so on',
+    'reservations_waiting': 'requests on the waiting list',
+    'reservations_pending': 'reservations and changes that need an answer',
+    'capacity': 'capacity of a resource, by resource class; none where it is unlimited',
+    'used': 'amount of a resource that is reserved now, by resource class',
+    'servers': 'VMs that are not deleted, by cloud and state',
+    'cloud_left_alone': 'whether a cloud is left alone after failures: 1 or 0',
+    'cloud_failures': 'failures of a cloud in a row',
+    'pass_age_seconds': 'seconds since the life cycle has made a pass',
+    'leader': 'the host of which a scheduler acts now',
+    'store_bytes': 'size of the database with its write-ahead log',
+    'disk_free_bytes': 'free space on the disk of the database',
+    'notices_waiting': 'notices that have not arrived yet',
+    'notice_age_seconds': 'for how long the oldest notice that is due has been waiting',
+    'store_damaged': 'whether the last check of the database found damage: 1 or 0',
+    'resident_bytes': 'memory of this process',
+    'version': 'the version of cmres'}
+
+
+class Metrics:
+    """Sums and histograms of this process, since it began; any thread may add to them."""
+
+    def __init__(self):
+        self.lock = threading.Lock()
+        self.sums: dict[tuple, float] = defaultdict(float)  # by name and labels
+        self.spreads: dict[tuple, list] = {}                # numbers by bound, and the sum
+
+    def count(self, name: str, number: float = 1, **labels: str) -> None:
+        """Adds to a sum."""
+        with self.lock:
+            self.sums[name, tuple(labels.items())] += number
+
+    def observe(self, name: str, value: float, **labels: str) -> None:
+        """Adds a value to a histogram."""
+        bounds = BOUNDS[name]
+        with self.lock:
+            spread = self.spreads.setdefault(
+                (name, tuple(labels.items())), [0] * (len(bounds) + 1) + [0.0])
+            spread[bisect_left(bounds, value)] += 1
+            spread[-1] += value
+
+    def samples(self) -> list[tuple]:
+        """All of it as (name, labels, value), histograms as Prometheus has them."""
+        with self.lock:
+            sums = [(name, labels, value) for (name, labels), value in self.sums.items()]
+            spreads = [(*key, [*spread]) for key, spread in self.spreads.items()]
+        return sums + [each for spread in spreads for each in buckets_of(*spread)]
+
+
+def buckets_of(name: str, labels: tuple, spread: list) -> Iterator[tuple]:
+    """The samples of one histogram: how many were at most each bound, their sum and number."""
+    *numbers, total = spread
+    for bound, number in zip((*BOUNDS[name], '+Inf'), itertools.accumulate(numbers)):
+        yield f'{name}_bucket', (*labels, ('le', f'{bound}')), number
+    yield f'{name}_sum', labels, total
+    yield f'{name}_count', labels, sum(numbers)
+
+
+def exposition(samples: Iterable[tuple]) -> str:
+    """Samples in the text format of Prometheus (0.0.4), which needs no library: a line for each."""
+    lines: dict[str, list[str]] = defaultdict(list)
+    for name, labels, value in samples:
+        family = re.sub('_(bucket|sum|count)$', '', name)
+        told = ','.join(f'{key}="{escaped_label(text)}"' for key, text in labels)
+        lines[family].append(f"cmres_{name}{told and f'{{{told}}}'} {value:.10g}")
+    return ''.join(f'# HELP cmres_{name} {MEASURED[name]}\n# TYPE cmres_{name} {kind_of_metric(name)}\n'
+                   + '\n'.join(found) + '\n' for name, found in lines.items())
+
+
+def escaped_label(text) -> str:
+    return f'{text}'.replace('\\', r'\\').replace('"', r'\"').replace('\n', r'\n')
+
+
+def kind_of_metric(name: str) -> str:
+    return 'histogram' if name in BOUNDS else 'counter' if name.endswith('_total') else 'gauge'
+
+
+METRICS = Metrics()
+
+
+@contextmanager
+def timed(name: str, **labels: str) -> Iterator[dict]:
+    """Measures what is done inside; what it yields may get more labels."""
+    began = time.monotonic()
+    try:
+        yield labels
+    finally:
+        METRICS.observe(name, time.monotonic() - began, **labels)
+
+
+def told_fields(logger: logging.Logger, what: str, **fields) -> None:
+    """A line of the log that says something of each field; what has no value is left out."""
+    fields = {name: each for name, each in fields.items() if each not in (None, '')}
+    logger.info(what, extra={'fields': fields})
+
+
+log_requests = logging.getLogger('cmres.requests')
+log_calls = logging.getLogger('cmres.calls')
+
+
+class Lines(logging.Formatter):
+    """Lines of the log, as text or as JSON, in which nothing is unseen."""
+
+    def __init__(self, form: str = 'text'):
+        super().__init__('%(asctime)sZ %(levelname)s %(message)s')
+        self.converter, self.form = time.gmtime, form
+
+    def format(self, record):
+        fields = getattr(record, 'fields', {})
+        if self.form == 'json':
+            return legible(json.dumps(self.whole(record) | fields, ensure_ascii=False, default=str))
+        told = ' '.join(f'{name}={self.word(each)}' for name, each in fields.items())
+        return legible(f'{super().format(record)} {told}'.rstrip())
+
+    def whole(self, record) -> dict:
+        """What every line has as JSON."""
+        at = instant(record.created).isoformat(timespec='milliseconds')
+        made = {'time': at, 'level': record.levelname, 'message': record.getMessage()}
+        trace = record.exc_info and self.formatException(record.exc_info)
+        return made | ({'trace': trace} if trace else {})
+
+    def word(self, value) -> str:
+        """A value that is told from the next field."""
+        text = f'{value}'
+        return text if re.fullmatch(r'[\w.:/@,+<>-]+', text) else json.dumps(text, ensure_ascii=False)
+
+
 # Calls #######################################################################
 #
 # An operation is described once: by the signature of a method marked @api. Routes, commands,
@@ -1021,8 +1730,8 @@ WORDS = {
     'count': 'how many; of a series, how many slots; for a delete by filter, the number that it must hit',
     'description': 'free text for people',
     'dry_run': 'check and answer as if it were done, and keep nothing',
-    'duration': 'length of the window, such as 2h, 1d12h or PT90M',
-    'end': 'an instant, or a length from the start such as +2h',
+    'duration': 'length of the window, such as 2h, 90min, 1.5h or 1d12h',
+    'end': 'a time, or a length from the start such as +2h; 17:00 is the next one after the start',
     'file': 'an .ics file of at most 16 MiB',
     'flavor': 'flavor of the machines, by name or id; its vcpus and ram count',
     'force': 'do it although occurrences that are admitted already would no longer fit',
@@ -1033,6 +1742,7 @@ WORDS = {
     'image': 'image to boot, by name or id; without one, capacity is held and nothing boots',
     'kept': 'the VMs that were stopped or shelved at the end of a reservation and stay',
     'key': 'key pair to put into the machines',
+    'lasts': 'for how long the token is good, such as 90d',
     'label': 'your own name for it: 1 to 64 letters, digits, . _ -',
     'lead': 'how long before the start the machines are booted; held as well',
     'limit': 'at most so many lines',
@@ -1046,10 +1756,11 @@ WORDS = {
     'part': 'one of several parts that are reserved together or not at all: RESOURCE:VMS, or :FLAVOR:IMAGE as well',
     'partial': 'take the lines that fit, instead of all or nothing',
     'project': 'project that it belongs to',
+    'purpose': 'what the token is for, such as laptop',
     'ram': 'most MiB of memory; with none, or `unlimited`, no limit',
     'region': 'region of the resource',
     'rename': 'the new name',
-    'repeat': 'daily, weekdays, weekly on tue,thu, every 2 weeks on mon, monthly on last fri, or an RRULE',
+    'repeat': 'daily, weekdays, weekly on tue,thu, every other tue, monthly on last fri, or an RRULE',
     'resource': 'name of the resource, or - for one found by its place',
     'role': 'admin, user or reader',
     'mode': 'whom Nova lets boot there: exclusive (who has reserved), shared (others too, while it is free), or open',
@@ -1074,11 +1785,13 @@ WORDS = {
     'personal': 'only the user, not all of the project, may boot there through Nova',
     'rows': 'CSV, JSON or YAML with one reservation a line, fields named as in `add`',
     'security_groups': 'security groups of the machines, with commas between',
+    'scopes': 'what alone the token is good for: read, claim, calendar; without any, all its role may',
     'seed': 'the same seed gives the same reservations',
+    'shell': 'bash, zsh or fish',
     'server': 'a machine that you have, by name or id, instead of an image: it is started and stopped, never deleted',
     'skip_dates': 'dates without an occurrence, with commas between',
-    'since': 'only what was planned from then on; without it, the last 30 days',
-    'start': 'ISO 8601, now, or +2h from now; without an offset it is local time',
+    'since': 'only what happened or was planned from then on; of sums, else the last 30 days',
+    'start': 'a time: 2026-12-01 09:00, 9:00, tomorrow 9:00, mon 9:00, now, or +2h from now',
     'state': 'states, with commas between; without any, all that are not over',
     'undo': 'have it again instead',
     'tz': 'zone of times without an offset, and the one whose clocks a series goes by',
@@ -1098,16 +1811,25 @@ ROLES = (READER, USER, ADMIN)  # each may do what those before it may
 
 @dataclasses.dataclass
 class Operation:
-    """A published method: its routes `(verb, path, fixed arguments)`, who may call it, what it takes."""
+    """A published method: its routes `(verb, path, fixed arguments)`, who may call it, what it takes.
+
+    What makes something says in `made` at which path that is found: its answer is 201.
+    """
     name: str
     method: Callable
     role: str
     routes: list
+    made: str = ''
 
     @functools.cached_property
     def parameters(self) -> dict[str, inspect.Parameter]:
         signature = inspect.signature(self.method, eval_str=True)
         return {name: each for name, each in signature.parameters.items() if name not in ('self', 'config')}
+
+    @functools.cached_property
+    def answers(self):
+        """The type of its answer."""
+        return inspect.signature(self.method, eval_str=True).return_annotation
 
     @property
     def changes(self) -> bool:
@@ -1126,20 +1848,23 @@ class Operation:
 API: dict[str, Operation] = {}
 
 
-def api(verb: str, path: str, role: str | None = None, **fixed):
+def api(verb: str, path: str, role: str | None = None, made: str = '', **fixed):
     """Publishes a method; the topmost of several marks is the address that clients use.
 
     Args:
       role: the least role that may call it; reader for a GET, else user
+      made: where that is found which it makes, its parts named as fields of the answer
       fixed: arguments that this address stands for
     """
     def publish(method):
         known = API.get(method.__name__)
         if known:
             known.routes.insert(0, (verb, path, fixed))
+            known.made = made or known.made
             return method
+        needed = role or (READER if verb == 'GET' else USER)
         API[method.__name__] = Operation(
-            method.__name__, method, role or (READER if verb == 'GET' else USER), [(verb, path, fixed)])
+            method.__name__, method, needed, [(verb, path, fixed)], made)
         return guarded_by_role(method)
     return publish
 
@@ -1152,8 +1877,11 @@ def guarded_by_role(method):
         if ROLES.index(self.actor.role) < ROLES.index(needed):
             raise Forbidden(f"{API[method.__name__].words} needs the role {needed}; "
                             f"{self.actor.user} is {self.actor.role}")
+        self.actor.refuse_out_of_scope(API[method.__name__])
         takes_long = method.__name__ in LONG or any(kwargs.get(name) for name in LONG_BY)
-        with self.shares.computing() if takes_long else nullcontext():
+        asks_only = not API[method.__name__].changes or kwargs.get('dry_run')
+        with (self.shares.charging(self.actor) if asks_only else nullcontext(),
+              self.shares.computing() if takes_long else nullcontext()):
             return method(self, *args, **kwargs)
     return checked
 
@@ -1164,9 +1892,13 @@ LONG_BY = ('repeat', 'holidays')
 
 
 class Here(NamedTuple):
-    """Where and when arguments are read: the zone of bare times, and the instant that `now` means."""
+    """Where and when arguments are read: the zone of bare times, and the instant that `now` means.
+
+    A bare clock time is the first `after` that instant, or after `now` where it is None.
+    """
     zone: ZoneInfo
     now: datetime
+    after: datetime | None = None
 
 
 def bind(operation: Operation, given: dict, here: Here) -> dict:
@@ -1187,7 +1919,23 @@ def bind(operation: Operation, given: dict, here: Here) -> dict:
         raise Invalid(f"{missing[0]} is missing: {WORDS[missing[0]]}")
     if given.get('tz'):
         here = here._replace(zone=read_zone(read_argument('tz', given['tz'], Zone, here)))
-    return {name: read_argument(name, value, parameters[name].annotation, here) for name, value in given.items()}
+    read = {}
+    for name in sorted(given, key=lambda name: name in AFTER):  # what others come after is read first
+        later = here._replace(after=start_of(read, AFTER.get(name), here))
+        read[name] = read_argument(name, given[name], parameters[name].annotation, later)
+    return read
+
+
+#: What comes after what: a bare `17:00` there is the next one after it.
+AFTER = {'end': 'start', 'before': 'after'}
+
+
+def start_of(read: dict, name: str | None, here: Here) -> datetime | None:
+    """The instant that an argument which was read names; None where it names none."""
+    value = read.get(name)
+    if isinstance(value, timedelta):
+        return here.now + value
+    return value if isinstance(value, datetime) else None
 
 
 def refuse_unknown(operation: Operation, names: Iterable[str]) -> None:
@@ -1267,6 +2015,8 @@ def read_file(value, here=None) -> str:
 
 
 def read_int(value, here=None) -> int:
+    if isinstance(value, float) and value.is_integer():  # JSON knows one kind of number
+        value = int(value)
     if isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**53:
         return value
     if isinstance(value, str) and re.fullmatch(r'[+-]?[0-9]{1,12}', value.strip()):
@@ -1322,15 +2072,19 @@ def read_when(value, here: Here):
     if isinstance(value, datetime):
         return value.replace(tzinfo=here.zone)
     text = read_str(value).strip()
-    return parse_duration(text) if text[:1] in '+P' and text else parse_time(text, here.zone, here.now)
+    if text[:1] in ('+', 'P') or DURATION.fullmatch(text) and text:
+        return parse_duration(text)
+    return parse_time(text, here.zone, here.now, here.after)
 
 
 def read_day(value, here: Here):
-    text = value.strip().replace('/', '-') if isinstance(value, str) else ''
-    if re.fullmatch('[0-9]{4}-[0-9]{2}-[0-9]{2}', text):
-        parse_time(text, here.zone, here.now)
-        return date.fromisoformat(text)
-    return value if type(value) is date else read_when(value, here)
+    text = ' '.join(value.split()) if isinstance(value, str) else ''
+    iso = text.replace('/', '-')
+    if re.fullmatch('[0-9]{4}-[0-9]{2}-[0-9]{2}', iso):
+        parse_time(iso, here.zone, here.now)
+        return date.fromisoformat(iso)
+    days = dates_of(text.lower(), here.now.astimezone(here.zone).date()) if text else []
+    return days[0] if days else value if type(value) is date else read_when(value, here)
 
 
 def read_names(value, here=None) -> list[str]:
@@ -1474,8 +2228,8 @@ READERS = {
 
 #: The fields that hold instants, wherever they appear.
 INSTANTS = frozenset(
-    'added at begun booked_until cancelled changed decide_before deleted end next_start planned polled ready revoked start until'
-    .split())
+    'added at begun booked_until cancelled changed decide_before deleted end ends last_used '
+    'next_start planned polled ready revoked start until'.split())
 
 
 def to_plain(value):
@@ -1507,6 +2261,483 @@ def from_plain(value):
     return [from_plain(each) for each in value] if isinstance(value, list) else value
 
 
+# Answers #####################################################################
+#
+# What operations answer, each kind declared once. The service makes plain dicts of these fields,
+# clients are given them as the objects below, and /openapi.json has its schemas from here. A test
+# looks at every answer that the tests meet.
+
+State = NewType('State', str)    # of an occurrence
+Lasts = NewType('Lasts', str)  # a length in words, such as 1d2h30m
+Secret = NewType('Secret', str)  # what is shown once and kept nowhere
+
+
+class Answer(dict):
+    """Fields that are read as a['label'] and as a.label; the annotations of a kind say which."""
+    more = None  # the type of further fields, whose names are known to nobody before
+
+    def __init_subclass__(cls, more=None, **kwargs):
+        super().__init_subclass__(**kwargs)
+        cls.more = more or cls.more
+
+    def __getattr__(self, name: str):
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(f"{type(self).__name__} has no field '{name}' here") from None
+
+
+class ReservationAnswer(Answer):
+    """An occurrence of a reservation: what was asked for, when it is, and in which state."""
+    id: int
+    label: Label
+    user: str
+    project: str
+    resource: str
+    cell: str
+    cloud: str
+    region: str
+    aggregate: str
+    vms: int
+    flavor: str
+    image: str
+    network: str
+    key: str
+    security_groups: list[str]
+    metadata: dict[str, str]
+    server: str
+    at_end: str
+    notify: list[str]
+    vcpus: int
+    ram: int
+    classes: dict[str, int]
+    lead: int
+    description: str
+    personal: bool
+    repeat: str
+    tz: str
+    start: datetime
+    end: datetime
+    cancelled: datetime | None
+    added: datetime
+    changed: datetime | None
+    up: int
+    fault: str | None
+    request: str
+    host: str
+    state: State
+    change: NotRequired[dict]
+
+
+class OutcomeAnswer(Answer):
+    """What became of one occurrence of a series."""
+    start: datetime
+    end: datetime
+    vms: int
+    outcome: str
+    why: NotRequired[str]
+
+
+class BookedAnswer(ReservationAnswer):
+    """A reservation that was made or changed; of a series, what became of each occurrence."""
+    booked_until: NotRequired[datetime | None]
+    occurrences: NotRequired[list[OutcomeAnswer]]
+    warnings: NotRequired[list[str]]
+
+
+class GroupAnswer(Answer):
+    """Several reservations that were made together, or not at all."""
+    label: Label
+    parts: list[BookedAnswer]
+
+
+class CancelledAnswer(ReservationAnswer):
+    """A reservation that was cancelled, and what becomes of its VMs."""
+    ends_with: NotRequired[str]
+    warnings: NotRequired[list[str]]
+
+
+class ServerAnswer(Answer):
+    """A VM of a reservation: when it was planned, begun, ready and deleted, and what went wrong."""
+    n: int
+    name: str
+    state: str
+    addresses: list[str]
+    planned: datetime
+    begun: datetime | None
+    ready: datetime | None
+    deleted: datetime | None
+    snapshot: str
+    tries: int
+    fault: str
+    account: str
+    uid: str | None
+
+
+class KeptAnswer(Answer):
+    """A VM that was stopped or shelved at the end of its reservation and stays."""
+    id: int
+    name: str
+    label: Label
+    project: str
+    user: str
+    state: str
+    addresses: list[str]
+    end: datetime
+    account: str
+    uid: str | None
+
+
+class ComingAnswer(Answer):
+    """An occurrence of a series that is not over."""
+    start: datetime
+    end: datetime
+    vms: int
+    resource: str
+    state: State
+
+
+class DetailAnswer(ReservationAnswer):
+    """All of a reservation, with its VMs, and what comes of a series."""
+    user_data: str
+    servers: list[ServerAnswer]
+    on_conflict: NotRequired[str]
+    booked_until: NotRequired[datetime | None]
+    occurrences: NotRequired[list[ComingAnswer]]
+
+
+class DetailGroupAnswer(Answer):
+    """All of several reservations that were made together."""
+    label: Label
+    parts: list[DetailAnswer]
+
+
+class DurationAnswer(Answer):
+    """How long a reservation is."""
+    label: Label
+    duration: Lasts
+    seconds: int
+
+
+class DurationGroupAnswer(Answer):
+    """How long the parts of a group are."""
+    label: Label
+    parts: list[DurationAnswer]
+
+
+class RefusedLineAnswer(Answer):
+    """A line of many that was refused, and why."""
+    line: int
+    label: Any
+    error: str
+
+
+class LoadedAnswer(Answer):
+    """What became of many reservations."""
+    taken: list[BookedAnswer | GroupAnswer]
+    refused: list[RefusedLineAnswer]
+
+
+class SlotAnswer(Answer):
+    """A time window that is free for so many VMs."""
+    start: datetime
+    until: datetime
+    duration: Lasts
+    vms: int
+
+
+class UsageAnswer(Answer, more=int):
+    """How much of a resource is used in a time window; further fields are resource classes."""
+    start: datetime
+    end: datetime
+    vms: int
+    vcpus: int
+    ram: int
+    free_vms: int | None
+
+
+class LimitAnswer(Answer):
+    """What a project or a user may reserve at most."""
+    id: int
+    project: str
+    user: str
+    resource: str
+    most_vms: int | None
+    longest: Lasts | None
+    ahead: Lasts | None
+    least_notice: Lasts | None
+    vcpu_hours: int | None
+    waiting: int | None
+    exempt: Lasts
+    added: datetime
+
+
+class ResourceAnswer(Answer):
+    """A resource: its location and its capacity, without a number where that is unlimited."""
+    id: int
+    name: str
+    cell: str
+    cloud: str
+    region: str
+    aggregate: str
+    vms: int | None
+    vcpus: int | None
+    ram: int | None
+    classes: dict[str, int]
+    mode: str
+    hold: int
+    approval: int
+    no_show: int
+    hosts: list[str]
+    added: datetime
+
+
+class ResourceNowAnswer(ResourceAnswer):
+    """A resource, and how much of it is used now."""
+    held_now: dict[str, int]
+
+
+class ResourceChangedAnswer(ResourceAnswer):
+    """A resource that was changed, and what no longer fits."""
+    no_longer_fit: list[ReservationAnswer]
+
+
+class DifferenceAnswer(Answer):
+    """A field of a resource that a cloud has otherwise."""
+    resource: str
+    what: str
+    before: Any
+    after: Any
+
+
+class AffectedAnswer(Answer):
+    """An occurrence that no longer fits after a capacity change, and what became of it."""
+    label: Label
+    user: str
+    project: str
+    vms: int
+    start: datetime
+    end: datetime
+    outcome: str
+
+
+class CapacityChangeAnswer(Answer):
+    """A capacity change or a maintenance that was made, and whom it affects."""
+    id: int
+    resource: str
+    start: datetime
+    end: datetime
+    reason: str
+    hit: list[AffectedAnswer]
+
+
+class MaintenanceAnswer(Answer):
+    """A capacity change or a maintenance."""
+    id: int
+    resource: str
+    start: datetime
+    end: datetime
+    vms: int | None
+    vcpus: int | None
+    ram: int | None
+    classes: dict[str, int]
+    reason: str
+
+
+class CalledOffAnswer(Answer):
+    """A capacity change or a maintenance that was called off."""
+    id: int
+    reason: str
+
+
+class CheckAnswer(Answer):
+    """How many steps of usage were compared, and in how many they differed."""
+    steps: int
+    differences: int
+
+
+class ClaimAnswer(Answer):
+    """Whether a server may boot on a resource, why, and on which hosts; on any without a list."""
+    resource: str
+    passes: bool
+    why: str
+    hosts: list[str] | None
+
+
+class EventOutcomeAnswer(Answer):
+    """What became of an event of a calendar."""
+    uid: str
+    summary: str
+    outcome: str
+    why: NotRequired[str]
+    label: NotRequired[Label]
+    start: NotRequired[datetime]
+    vms: NotRequired[int]
+    flavor: NotRequired[str]
+    count: NotRequired[int]
+    occurrences: NotRequired[list[OutcomeAnswer]]
+
+
+class ImportAnswer(Answer):
+    """What became of the events of a calendar, and how many ask for nothing."""
+    events: list[EventOutcomeAnswer]
+    ignored: int
+    held: NotRequired[str]
+
+
+class CalendarAnswer(Answer):
+    """A feed that shows reservations, or a subscription that makes them."""
+    id: int
+    kind: str
+    user: str
+    project: str
+    shows: NotRequired[str | None]
+    added: NotRequired[datetime]
+    revoked: NotRequired[datetime]
+    polled: NotRequired[datetime | None]
+    fault: NotRequired[str]
+    held: NotRequired[str]
+
+
+class FeedAnswer(Answer):
+    """The address of a feed; of a dry run, whose it would be."""
+    feed: NotRequired[Secret]
+    user: NotRequired[str]
+    project: NotRequired[str]
+
+
+class EventAnswer(Answer):
+    """A line of the journal."""
+    id: int
+    at: datetime
+    actor: str
+    code: str
+    label: Label | None
+    project: str | None
+    sentence: str
+
+
+class LatenessAnswer(Answer):
+    """How late the VMs of a cloud were, in seconds."""
+    cloud: str
+    servers: int
+    begun_median: float | None
+    begun_95: float | None
+    begun_worst: float | None
+    ready_median: float | None
+    ready_95: float | None
+    ready_worst: float | None
+    tried_again: int
+
+
+class FailedAnswer(Answer):
+    """A VM that did not start."""
+    cloud: str
+    label: Label
+    name: str
+    tries: int
+    planned: datetime
+    fault: str
+
+
+class PunctualityAnswer(Answer):
+    """How late VMs were, and which failed."""
+    clouds: list[LatenessAnswer]
+    failed: list[FailedAnswer]
+
+
+class ReportAnswer(Answer):
+    """The sums of a project, a user or a resource."""
+    project: NotRequired[str]
+    user: NotRequired[str]
+    resource: NotRequired[str]
+    reserved_hours: float
+    used_hours: float
+    unused_hours: float
+    refused: int
+    late_worst: float
+
+
+class TokenAnswer(Answer):
+    """Whose a token is; not the token itself, of which only a hash is kept."""
+    id: int
+    user: str
+    project: str
+    role: str
+    added: datetime
+    revoked: datetime | None
+
+
+class NewTokenAnswer(Answer):
+    """A token that was made; of a dry run, whose it would be."""
+    token: NotRequired[Secret]
+    user: NotRequired[str]
+    project: NotRequired[str]
+    role: NotRequired[str]
+
+
+class RefusalAnswer(Answer):
+    """Why a request was refused, in a sentence; `details` say more to programs."""
+    error: str
+    kind: str
+    details: NotRequired[dict]
+
+
+class HealthAnswer(Answer):
+    """Whether the store can be read, and seconds since VMs were looked after."""
+    status: NotRequired[str]
+    last_pass: NotRequired[float]
+    error: NotRequired[str]
+
+
+class ReadyAnswer(Answer):
+    """Whether the store can be written and is whole, and the life cycle makes its passes."""
+    status: str
+    store: dict
+    integrity: NotRequired[dict]
+    scheduler: NotRequired[dict]
+
+
+class Field(NamedTuple):
+    """A field of an answer: the type of its value, and whether it is always there."""
+    kind: Any
+    always: bool
+
+
+@functools.cache
+def declared(answer: type[Answer]) -> dict[str, Field]:
+    """The fields that an answer declares."""
+    hints = get_type_hints(answer, include_extras=True)
+    return {name: Field(get_args(kind)[0], False) if get_origin(kind) is NotRequired
+            else Field(kind, True) for name, kind in hints.items()}
+
+
+def choices_of(kind) -> tuple:
+    """The types of which a value has one."""
+    return get_args(kind) if get_origin(kind) in (UnionType, Union) else (kind,)
+
+
+def as_answer(value, kind):
+    """A value of an answer as JSON has it, as what its type says: the reverse of `to_plain`."""
+    if isinstance(value, list):
+        [item] = get_args(next(each for each in choices_of(kind) if get_origin(each) is list))
+        return [as_answer(each, item) for each in value]
+    if datetime in choices_of(kind) and value is not None:
+        return datetime.fromisoformat(value)
+    if kind is dict or kind is Any:
+        return from_plain(value)
+    for each in choices_of(kind) if isinstance(value, dict) else ():
+        if is_answer(each) and all(name in value for name, field in declared(each).items()
+                                   if field.always):
+            return each({name: as_answer(one, declared(each).get(name, Field(each.more, 0)).kind)
+                         for name, one in value.items()})
+    return value
+
+
+def is_answer(kind) -> bool:
+    return isinstance(kind, type) and issubclass(kind, Answer)
+
+
 # Store #######################################################################
 #
 # peewee's models say what is on disk. Everything that is read or written at every request goes
@@ -1516,54 +2747,275 @@ def from_plain(value):
 # search for what would fit instead of what is refused, are `rehearsing()`: they hold up nobody.
 
 PATIENT = 30  # seconds that a writer waits for others
+PIECE = 0.02  # seconds after which what is long lets others write between
 OURS = 0x636d7265  # the application id of our databases: 'cmre'
 SIDES = ('', '-wal', '-shm')  # the files of an open database: itself, its log, the log's index
+
+
+class LogState(NamedTuple):
+    """How far SQLite's log is, as its index says."""
+    changes: int  # how many transactions ended since the first process opened the database
+    salt: int     # another one each time that the log is begun anew
+    frames: int   # how many pages it has
+    copied: int   # how many of them the database file has too
+    size: int     # bytes that the log has at least
+    calm: bool    # nobody copies now
+
+    def follows(self, changes: int, salt: int, frames: int) -> bool:
+        """Whether it can be what became of an earlier state; an index made anew counts from 0."""
+        return self.changes >= changes or self.salt == salt and self.frames >= frames
+
+    @property
+    def is_between(self) -> bool:
+        """Whether the database file has some of the log: that can be anything of a page."""
+        return 0 < self.copied < self.frames
+
+    def has_copied(self, before: LogState) -> bool:
+        """Whether pages may have been copied since an earlier state."""
+        new = self.changes - before.changes  # with one transaction, the log was only begun anew
+        same = before.copied == before.frames and not self.copied
+        return not same or new > 1 or new == 1 and not self.frames
+
+
+def read_log(index: int) -> LogState | None:
+    """What the open index of a log says (https://sqlite.org/walformat.html)."""
+    return log_state(os.pread(index, 136, 0))
+
+
+@functools.lru_cache(16)
+def log_state(data: bytes) -> LogState | None:
+    """What the first bytes of an index say; None while they change."""
+    if len(data) < 136 or data[:48] != data[48:96]:
+        return None
+    changes, page, frames = struct.unpack_from('=I2xHI', data, 8)
+    salt, = struct.unpack_from('=Q', data, 32)
+    copied, tried = struct.unpack_from('=I28xI', data, 96)
+    size = 32 + frames * (24 + (65536 if page == 1 else page)) if frames else 0
+    return LogState(changes, salt, frames, copied, size, copied == tried <= frames)
+
+
+def is_calm(state: LogState | None, again: LogState | None) -> bool:
+    """Whether nothing was copied from the log between two looks at its index."""
+    if not state or not again or not state.calm or not again.calm:
+        return False
+    return (state.salt, state.copied) == (again.salt, again.copied)
+
+
+class Copied(NamedTuple):
+    """A database file as SQLite left it when it had copied so much of its log into it."""
+    changes: int
+    salt: int
+    copied: int
+    size: int
+    mtime: int   # ns
+    number: int  # of the last write that is in it
+    digest: int  # of all that is in it; 0: it is large
+    lost: bool = False  # it was found to be overwritten since
+
+    def is_of(self, state: LogState | Copied) -> bool:
+        """Whether no more was copied, nor the log begun anew."""
+        return (self.salt, self.copied) == (state.salt, state.copied)
+
+    def is_like(self, found: os.stat_result) -> bool:
+        """Whether nobody has written to the file since."""
+        return (self.size, self.mtime) == (found.st_size, found.st_mtime_ns)
+
+    def holds_what(self, now: Copied) -> bool:
+        """Whether a file that was written to holds what it held."""
+        return (self.size, self.digest) == (now.size, now.digest) and self.digest > 0
+
+    def may_become(self, now: Copied, state: LogState, least: int) -> bool:
+        """Whether SQLite may have made another file of it, which has so many writes."""
+        enough = state.is_between or now.number >= max(self.number, least)
+        return not self.lost and state.follows(*self[:3]) and enough
+
+    def packed(self) -> bytes:
+        """It as bytes, with a check sum."""
+        data = struct.pack(COPIED, *self)
+        return data + struct.pack('=I', zlib.crc32(data))
+
+
+COPIED = '=IQIqqqI?'
+ACKNOWLEDGED = 64  # where the lock has the number of the last write that was acknowledged
+
+
+def unpacked(data: bytes) -> Copied | None:
+    """What was packed; None if nothing was, or somebody is writing it."""
+    size = struct.calcsize(COPIED)
+    found = Copied(*struct.unpack_from(COPIED, data)) if len(data) > size else None
+    return found if found and data.startswith(found.packed()) else None
 
 
 class StoreFile:
     """The files of the open database, known by device and inode, and the lock beside them.
 
-    What is written to a file that was removed or replaced is lost, and SQLite does not notice.
+    What is written to a file that was removed or replaced is lost, and SQLite does not notice. Nor
+    does it notice that another program writes into the file. But SQLite itself changes the file
+    only when it copies its log into it, and the log's index says how much was copied. So a file
+    that changed while nothing was copied was overwritten. All processes share, in the lock, what
+    the file was like last.
     """
 
     def __init__(self):
         self.path, self.identity, self.store = '', (), ''  # the last is the id that is in the file
         self.lock = self.guard = None  # the guard is a connection that keeps log and index in place
+        self.file = self.index = None  # open as long as the guard: closing drops SQLite's locks
+        self.log = LogState(0, 0, 0, 0, 0, True)
+        self.known: Copied | None = None  # as the file was last when it was right
         self.damage = ''  # what a statement or a check met, until a check meets nothing
         self.lost = ''    # the sentence that was logged of a loss
+        self.troubles = 0  # how often something was wrong, or right again
 
     def hold(self, path: str) -> None:
         """Says to other processes that the file is in use, and connects the guard."""
         self.path = os.path.abspath(path)
         self.lock = lock_store(path, alone=False)
+        self.file = os.open(path, os.O_RDONLY)
+        if os.path.exists(path + '-shm'):  # before SQLite reads what others know to be lost
+            self.index = os.open(path + '-shm', os.O_RDONLY)
+            self.compare(self.log)
+            os.close(self.index)
+            self.index = None
         self.guard = connect(path)
 
+    def settle(self) -> None:
+        """Copies the log into the file, so that it has all; what others read now prevents nothing."""
+        with suppress(Unavailable, sqlite3.Error):
+            self.look()
+            if self.guard and not self.lost:
+                self.guard.execute('PRAGMA wal_checkpoint(PASSIVE)').fetchone()
+
+    def leave(self) -> None:
+        """Closes the guard; where nobody else has the file open, SQLite makes all one file again."""
+        with suppress(Unavailable, *STORE_ERRORS):
+            self.look()
+            if self.guard and not self.lost:
+                db.close()
+                self.guard.close()
+
     def release(self) -> None:
-        """Forgets the file."""
+        """Forgets the files."""
         if self.guard:
             self.guard.close()
-        if self.lock is not None:
-            os.close(self.lock)
+        for each in (self.index, self.file, self.lock):
+            if each is not None:
+                os.close(each)
         self.__init__()
 
     def recognise(self) -> None:
         """From now on only these files are ours."""
         self.guard.execute('PRAGMA journal_mode = wal').fetchone()
         self.guard.execute('SELECT count(*) FROM sqlite_master').fetchone()  # opens log and index
-        self.identity = identity_of(self.path)
+        self.index = os.open(self.path + '-shm', os.O_RDONLY)
+        if (state := read_log(self.index)) and not state.calm:  # who copied last was killed
+            self.guard.execute('PRAGMA wal_checkpoint(PASSIVE)').fetchone()
+        self.identity = identity_of(stats_of(self.path))
+        self.look()
 
     def check(self) -> None:
-        """Raises Unavailable unless the path leads to the files that are open."""
-        if self.identity and (found := identity_of(self.path)) != self.identity:
-            raise Unavailable(self.loss(found))
+        """Raises Unavailable unless the path leads to the open files, as SQLite left them."""
+        self.look()
         if self.lost:  # until the cause is gone
-            self.refuse_other(store_in(self.path))
-            self.lost = ''
+            self.renew()
+
+    def confirm(self) -> None:
+        """The same before a transaction ends, which may have read what is right again now."""
+        self.look()
+        if self.lost:
+            raise Unavailable(self.lost)
+
+    def look(self) -> None:
+        """Raises Unavailable if the files are others than were opened, or were overwritten."""
+        if not self.identity:
+            return
+        before, known = self.log, self.known
+        state, stats = read_log(self.index), stats_of(self.path)
+        if (found := identity_of(stats)) != self.identity:
+            raise Unavailable(self.loss(found))
+        if state:
+            self.refuse_shorter(before, state, stats[1].st_size)
+            self.log = state
+        if not known or not known.is_like(stats[0]) or state and not known.is_of(state):
+            with suppress(FileNotFoundError):  # the next look will tell
+                self.compare(before)
+
+    def refuse_shorter(self, before: LogState, state: LogState, size: int) -> None:
+        """Raises Unavailable if the log or its index went back."""
+        if not state.follows(*before[:3]):
+            raise Unavailable(self.told_of('-shm', OVERWRITTEN, RESTART))
+        if size < state.size and read_log(self.index) == state:  # else it was begun anew just now
+            raise Unavailable(self.told_of('-wal', OVERWRITTEN, RESTART))
+
+    def compare(self, before: LogState) -> None:
+        """Raises Unavailable if the file changed, and not by what was copied into it."""
+        written, last = self.written(), unpacked(os.pread(self.lock, ACKNOWLEDGED, 0))
+        state, found = read_log(self.index), os.stat(self.path)
+        if not state:
+            return
+        now = self.left_by(state, found)
+        same = last and (last.is_of(state) or
+                         last.is_of(before) and not state.has_copied(before))
+        right = not last or last.is_like(found) or (
+            last.holds_what(now) if same else
+            last.may_become(now, state, written - ends_in_log(self.path, state)))
+        if not is_calm(state, read_log(self.index)):
+            return  # it is being copied: the next look will tell
+        if not right:
+            if same:
+                self.note(Copied(*now[:3], *last[3:7], lost=True))
+            raise Unavailable(self.told_of('', OVERWRITTEN, PUT_BACK))
+        if self.guard and now.is_like(os.stat(self.path)):
+            self.note(now)
+            self.known = now
+
+    def left_by(self, state: LogState, found: os.stat_result) -> Copied:
+        """What the file is like now; it is read if it has changed."""
+        known, size = self.known, found.st_size
+        if known and known.is_like(found):
+            contents = known[5:7]
+        else:
+            before = known.number if known and state.is_between else None
+            contents = contents_of(self.path, self.file, size, before)
+        return Copied(*state[:2], state.copied, size, found.st_mtime_ns, *contents)
+
+    def acknowledged(self) -> int:
+        """The number of the last write that was acknowledged, by any process."""
+        found = os.pread(self.lock, 8, ACKNOWLEDGED)
+        return struct.unpack('=Q', found)[0] if len(found) == 8 else 0
+
+    def written(self) -> int:
+        """The number of the last write that anybody knows of."""
+        number = self.acknowledged()
+        if self.guard:
+            with suppress(sqlite3.Error):  # the file may hold anything now
+                number = max(number, *self.guard.execute(LAST_WRITE).fetchone() or (0,))
+        return number
+
+    def acknowledge(self, number: int) -> None:
+        """Lets all processes know of a write, unless it went to files that are lost since."""
+        if self.identity:
+            self.look()
+            number = max(number, self.acknowledged())
+            with suppress(OSError):  # a full disk is told of elsewhere
+                os.pwrite(self.lock, struct.pack('=Q', number), ACKNOWLEDGED)
+
+    def note(self, copied: Copied) -> None:
+        """Tells all processes what the file was like last."""
+        with suppress(OSError):
+            os.pwrite(self.lock, copied.packed(), 0)
+
+    def renew(self) -> None:
+        """Ends a loss: a write lets all connections forget what they have read meanwhile."""
+        try:
+            write_probe(self.path)
+        except sqlite3.Error as error:
+            raise in_trouble(error) or Unavailable(self.lost) from None
+        self.lost, self.troubles = '', self.troubles + 1
 
     def loss(self, found: tuple) -> str:
         """What became of the files, as people read it; logged once."""
         side = next(n for n in range(len(SIDES)) if found[n] != self.identity[n])
-        what = 'was replaced by another file' if found[side] else 'was removed'
+        what = f"was {'replaced by another file' if found[side] else 'removed'} while cmres used it"
         if side == 1 and not found[1] and not self.lost:  # what the log alone holds is saved
             self.guard.execute('PRAGMA wal_checkpoint(PASSIVE)')
         return self.told_of(SIDES[side], what, RESTART if side else PUT_BACK)
@@ -1571,36 +3023,60 @@ class StoreFile:
     def told_of(self, side: str, what: str, then: str) -> str:
         """The sentence about a loss; it is logged when it is a new one."""
         name = os.path.basename(self.path) + side
-        lost = f"the database file '{name}' {what} while cmres used it: nothing is saved now. {then}"
+        lost = f"the database file '{name}' {what}: nothing is saved now. {then}"
         if lost != self.lost:
-            self.lost = lost
+            self.lost, self.troubles = lost, self.troubles + 1
             log.critical('%s', lost)
         return lost
-
-    def refuse_other(self, store: str) -> None:
-        """Raises Unavailable if the file holds another store than when it was opened."""
-        if self.store and store != self.store:
-            what = f"was overwritten with {f'the store {store}' if store else 'an empty one'}"
-            raise Unavailable(self.told_of('', what, PUT_BACK))
 
 
 RESTART = 'Stop all processes of cmres and start them again'
 PUT_BACK = ('Put the first file back; or stop cmres, restore a backup with `store restore FILE`, '
             'and start it again')
+OVERWRITTEN = 'was overwritten by another program while cmres used it, so it is damaged'
+MOST_DIGESTED = 16 << 20  # bytes of a database file, which is read whole each time it has changed
 store_file = StoreFile()
 
 
-def identity_of(path: str) -> tuple:
-    """Device and inode of each of the files of a database; None for one that is not there."""
-    return tuple(inode_of(path + side) for side in SIDES)
+def stats_of(path: str) -> tuple:
+    """What the system says of each of the files of a database; None for one that is not there."""
+    return tuple(stat_of(path + side) for side in SIDES)
 
 
-def inode_of(path: str) -> tuple | None:
+def stat_of(path: str) -> os.stat_result | None:
     try:
-        found = os.stat(path)
+        return os.stat(path)
     except OSError:
         return None
-    return found.st_dev, found.st_ino
+
+
+def identity_of(stats: tuple) -> tuple:
+    """Device and inode of each of some files; None for one that is not there."""
+    return tuple(each and (each.st_dev, each.st_ino) for each in stats)
+
+
+def ends_in_log(path: str, state: LogState) -> int:
+    """How many transactions end in that part of a log which the database file has not."""
+    if state.copied >= state.frames:
+        return 0
+    size, ends = (state.size - 32) // state.frames, 0
+    with open(path + '-wal', 'rb') as file:
+        for n in range(state.copied, state.frames):
+            ends += any(os.pread(file.fileno(), 4, 32 + n * size + 4))
+    return ends
+
+
+def contents_of(path: str, file: int, size: int, number: int | None) -> tuple[int, int]:
+    """The number of the last write in a database file without its log, and a digest of the file."""
+    digest = zlib.crc32(os.pread(file, size + 1, 0)) if size <= MOST_DIGESTED else 0
+    if number is not None:
+        return number, digest
+    try:
+        with closing(sqlite3.connect(file_uri(path) + '&immutable=1', uri=True)) as alone:
+            found = alone.execute(LAST_WRITE).fetchone()
+    except sqlite3.Error:  # it is empty, or damaged
+        return -1, digest
+    return found[0] if found else 0, digest
 
 
 def file_uri(path: str) -> str:
@@ -1617,16 +3093,20 @@ def connect(path: str, timeout: float = PATIENT) -> sqlite3.Connection:
 def lock_store(path: str, alone: bool) -> int:
     """Takes the lock beside a database: alone to replace or migrate it, else together with others.
 
-    The lock ends with the process or when the file descriptor is closed.
+    The lock ends with the process or when the file descriptor is closed. Whoever comes first
+    forgets what earlier processes knew of the file.
 
     Raises:
       Unavailable: others use the database, or one replaces it.
     """
     import fcntl
     try:
-        file = os.open(f'{path}.lock', os.O_RDONLY | os.O_CREAT, mode_of(path))
+        file = os.open(f'{path}.lock', os.O_RDWR | os.O_CREAT, mode_of(path))
     except OSError as error:
         raise Unavailable(f"can't open the lock '{path}.lock': {error.strerror}") from None
+    with suppress(BlockingIOError):
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.ftruncate(file, 0)
     kind, refusal = (fcntl.LOCK_EX, IN_USE) if alone else (fcntl.LOCK_SH, BEING_REPLACED)
     until = time.monotonic() + (0 if alone else PATIENT)
     while True:
@@ -1675,8 +3155,97 @@ class Database(peewee.SqliteDatabase):
 db = Database(None, lock_type='IMMEDIATE', pragmas={
     'journal_mode': 'wal', 'synchronous': 'full', 'foreign_keys': 1, 'cache_size': -32_000})
 
-# SQLite's busy handler is unfair: writers of one process queue here, those of others there.
-write_lock = threading.RLock()
+
+class Turns:
+    """Whose turn it is to write in this process: SQLite's own handler of the busy is unfair.
+
+    The life cycle comes first: people wait for VMs. Then comes who has written for the shortest
+    time, then who waits longest. So nobody who writes much delays others by more than one turn.
+    """
+
+    def __init__(self):
+        self.lock = threading.Lock()
+        self.holder, self.depth, self.began = None, 0, 0.0
+        self.waiting: list[tuple] = []      # before others or not, whose, a lock that opens, its thread
+        self.written: Counter = Counter()   # seconds, by whose; who comes anew begins at `least`
+        self.least = 0.0
+
+    def acquire(self, timeout: float = -1, first: bool = False) -> bool:
+        """Waits for the turn of this thread, which may have it already; whether it came in time."""
+        if self.mine:
+            self.depth += 1
+            return True
+        comes = threading.Lock()
+        comes.acquire()
+        mine = not first, getattr(WRITER, 'name', ''), comes, threading.get_ident()
+        with self.lock:
+            self.waiting.append(mine)
+            self.hand_on()
+        try:
+            comes.acquire(timeout=timeout)
+        except BaseException:  # a signal ends the program
+            if self.came(mine):
+                self.release()
+            raise
+        return self.came(mine)
+
+    def came(self, one: tuple) -> bool:
+        """Whether the turn of one came; if not, it waits no longer."""
+        with self.lock:
+            if late := one in self.waiting:
+                self.waiting.remove(one)
+        return not late
+
+    def release(self) -> None:
+        """Ends what `acquire` has begun."""
+        if self.depth:
+            self.depth -= 1
+            return
+        with self.lock:
+            self.written[self.name] += time.monotonic() - self.began
+            self.holder = None
+            self.hand_on()
+
+    def hand_on(self) -> None:
+        """Gives the turn to who is next, if nobody has it."""
+        if self.holder is not None or not self.waiting:
+            return
+        after, self.name, comes, self.holder = min(self.waiting, key=self.place)
+        self.waiting = [each for each in self.waiting if each[2] is not comes]
+        self.least = self.least if not after else max(self.least, self.written[self.name])
+        self.written[self.name] = max(self.least, self.written[self.name])
+        if len(self.written) > 1000:
+            self.written = Counter({name: each for name, each in self.written.items() if each > self.least})
+        self.began = time.monotonic()
+        comes.release()
+
+    @property
+    def mine(self) -> bool:
+        """Whether this thread has the turn."""
+        return self.holder == threading.get_ident()
+
+    def lasts(self) -> float:
+        """For how many seconds whoever has the turn has had it."""
+        return time.monotonic() - self.began
+
+    def place(self, one: tuple) -> tuple[bool, float]:
+        """What decides who of those that wait is next; of equals, who came first."""
+        after, name, *_ = one
+        return after, max(self.written[name], self.least)
+
+
+turns = Turns()
+WRITER = threading.local()  # its `name` tells for whom this thread acts
+
+
+@contextmanager
+def acting_for(name: str) -> Iterator[None]:
+    """What this thread does is done for somebody."""
+    WRITER.name = name
+    try:
+        yield
+    finally:
+        WRITER.name = ''
 
 
 class Table(peewee.Model):
@@ -2003,13 +3572,39 @@ class Token(Table):
     hash = peewee.CharField(unique=True)
     added = peewee.IntegerField()
     revoked = peewee.IntegerField(null=True)
+    purpose = peewee.CharField(default='')
+    ends = peewee.IntegerField(null=True)
+    last_used = peewee.IntegerField(null=True)  # to about a minute
+    scopes = peewee.CharField(default='')       # with commas between; '': all that its role may
+    resource = peewee.ForeignKeyField(Resource, index=False, null=True)  # the only one
+
+
+Token.add_index(Token.index(Token.user, Token.project, where=Token.revoked.is_null(),
+                            name='token_of'))
 
 
 class Session(Table):
     """Somebody who has signed in to the page, by the hash of what their cookie says."""
     hash = peewee.CharField(primary_key=True)
-    token = peewee.ForeignKeyField(Token, index=False)
+    token = peewee.ForeignKeyField(Token)
     until = peewee.IntegerField(index=True)
+
+
+class OnceDone(Table):
+    """A request that names itself by an Idempotency-Key, so that it is done once."""
+    user = peewee.CharField()
+    project = peewee.CharField()
+    key = peewee.CharField()
+    digest = peewee.CharField()  # of what was asked
+    mark = peewee.CharField()    # of the attempt that did it
+    at = peewee.IntegerField(index=True)
+    status = peewee.IntegerField()  # 0: its answer is not there
+    answer = peewee.TextField()
+
+    class Meta:
+        table_name = 'once'
+        primary_key = peewee.CompositeKey('user', 'project', 'key')
+        without_rowid = True
 
 
 class Feed(Table):
@@ -2042,6 +3637,10 @@ class Subscription(Table):
     added = peewee.IntegerField()
 
 
+Feed.add_index(Feed.index(Feed.user, Feed.project, where=Feed.revoked.is_null(), name='feed_of'))
+Subscription.add_index(Subscription.index(
+    Subscription.user, Subscription.project, where=Subscription.due.is_null(False),
+    name='subscription_of'))
 Subscription.add_index(Subscription.index(Subscription.due, where=Subscription.due.is_null(False),
                                           name='subscription_due'))
 
@@ -2110,7 +3709,7 @@ class SimulatedServer(Table):
 
 
 TABLES = [Resource, Reservation, Occurrence, Texts, Capacity, Proposal, ExtraHold, Wait, Limit, Step,
-          Server, Claim, Tally, Token, Session, Feed, Subscription, Event, Outbox, Mailed, Lease, Fact,
+          Server, Claim, Tally, Token, Session, OnceDone, Feed, Subscription, Event, Outbox, Mailed, Lease, Fact,
           SimulatedServer]
 
 #: What brings an older store up to the models above, one function a version. None reads the models,
@@ -2119,7 +3718,8 @@ MIGRATIONS: list[Callable] = [
     lambda: add_tracks(), lambda: add_proposals(), lambda: add_up_told(), lambda: add_owners(),
     lambda: trust_names(), lambda: add_sessions(), lambda: add_ends_of_calls(),
     lambda: keep_resource_ids(), lambda: end_left_calendars(),
-    lambda: add_whose(), lambda: add_waits(), lambda: add_sums()]
+    lambda: add_whose(), lambda: add_waits(), lambda: add_sums(), lambda: add_once(),
+    lambda: add_ends_of_tokens()]
 
 
 def long_texts(row: str) -> str:
@@ -2153,13 +3753,15 @@ TRIGGERS = TRIGGERS_OF_13 = (f'''
   END''')
 
 
-def open_store(path: str, key: str = '') -> None:
+def open_store(path: str, key: str = '', make: bool = True) -> None:
     """Opens the database for all threads. Where none ever was, it and its key are made.
 
     Args:
       key: the file of the key, if it is not the one beside the database
+      make: false if a database that is not there is not to be made
 
     Raises:
+      NotFound: there never was one, and none is to be made.
       Unavailable: the file can't be opened, is gone, or is of something else, of another store or
         of another version.
     """
@@ -2170,6 +3772,8 @@ def open_store(path: str, key: str = '') -> None:
     known = known_store(file)
     if known and not os.path.exists(path):
         raise Unavailable(STORE_GONE.format(path, file))
+    if not make:
+        refuse_missing(path)
     try:
         take_file(path, known)
         remember(file, store_file.store)
@@ -2194,6 +3798,14 @@ def take_file(path: str, known: str) -> None:
     ROW_TYPES.clear()  # in another store, columns may stand in another order
 
 
+def refuse_missing(path: str) -> None:
+    """NotFound if there is no database."""
+    if not os.path.exists(path):
+        raise NotFound(NO_STORE.format(os.path.abspath(path)))
+
+
+NO_STORE = ("there is no database '{}'. `serve` makes one (`serve --demo` with something to try). "
+            'If there is one elsewhere, go to its folder or name it with the setting `database`')
 STORE_GONE = ("the database '{0}' is gone, and there was one: '{1}' remembers it. Bring it back "
               "with `store restore FILE`. To begin with an empty one, delete '{1}'")
 STORE_OLDER = ("the database '{0}' is of version {1}, this cmres needs version {2}. Stop all "
@@ -2269,7 +3881,7 @@ def known_store(file: str) -> str:
     """The id of the store that a key remembers; '' if there is none."""
     try:
         with open(file, encoding='ascii') as lines:
-            return lines.read().partition('\n')[2].strip()
+            return [*lines.read().splitlines(), '', ''][1].strip()
     except FileNotFoundError:
         return ''
     except (OSError, UnicodeDecodeError) as error:
@@ -2292,15 +3904,34 @@ def read_key(file: str) -> bytes:
     return key
 
 
+def read_keys(file: str) -> list[bytes]:
+    """The key, and those before it that are still good: whose cookies have not ended yet."""
+    with open(file, encoding='ascii') as lines:
+        older = [line.split() for line in lines.read().splitlines()[2:]]
+    return [read_key(file), *(bytes.fromhex(key) for key, until in older if int(until) > time.time())]
+
+
+def rotate_key(file: str, until: int) -> int:
+    """Makes a new key; those before it are good until an instant. How many keys there are now."""
+    keys = read_keys(file)
+    write_key(file, secrets.token_hex(32), known_store(file),
+              *(f'{each.hex()} {until}' for each in keys))
+    return len(keys) + 1
+
+
 def remember(file: str, store: str) -> None:
     """Makes the key, or notes in it which store it is of."""
-    if known_store(file) == store:
-        return
-    key = read_key(file).hex() if os.path.exists(file) else secrets.token_hex(32)
+    if known_store(file) != store:
+        key = read_key(file).hex() if os.path.exists(file) else secrets.token_hex(32)
+        write_key(file, key, store)
+
+
+def write_key(file: str, *said: str) -> None:
+    """Writes a key, all of it or nothing."""
     part = f'{file}.{secrets.token_hex(4)}'
     make_private(part)
     with open(part, 'w', encoding='ascii') as lines:
-        lines.write(f'{key}\n{store}\n')
+        lines.write('\n'.join([*said, '']))
         lines.flush()
         os.fsync(lines.fileno())
     os.replace(part, file)
@@ -2809,6 +4440,30 @@ def add_sums() -> None:
         run(trigger)
 
 
+def add_once() -> None:
+    """Version 14: requests that name themselves are done once."""
+    run_all("""
+        CREATE TABLE once (
+          user VARCHAR(255) NOT NULL, project VARCHAR(255) NOT NULL, key VARCHAR(255) NOT NULL,
+          digest VARCHAR(255) NOT NULL, mark VARCHAR(255) NOT NULL, at INTEGER NOT NULL,
+          status INTEGER NOT NULL, answer TEXT NOT NULL,
+          PRIMARY KEY (user, project, key)) WITHOUT ROWID;
+        CREATE INDEX once_at ON once (at)""")
+
+
+def add_ends_of_tokens() -> None:
+    """Version 15: tokens end, are for something, and tell when they were used; whose each thing is."""
+    name = "VARCHAR(255) NOT NULL DEFAULT ''"
+    add_columns('token', {'purpose': name, 'scopes': name, 'ends': 'INTEGER', 'last_used': 'INTEGER',
+                          'resource_id': 'INTEGER REFERENCES resource (id)'})
+    run_all("""
+        CREATE INDEX IF NOT EXISTS session_token_id ON session (token_id);
+        CREATE INDEX IF NOT EXISTS token_of ON token (user, project) WHERE revoked IS NULL;
+        CREATE INDEX IF NOT EXISTS feed_of ON feed (user, project) WHERE revoked IS NULL;
+        CREATE INDEX IF NOT EXISTS subscription_of ON subscription (user, project)
+          WHERE due IS NOT NULL""")
+
+
 # What goes wrong with the store. SQLite's first error is what the user is told, with what helps.
 
 STORE_ERRORS = (peewee.DatabaseError, sqlite3.Error)
@@ -2837,7 +4492,6 @@ def trouble(error: BaseException) -> Unavailable | None:
         return None
     try:
         store_file.check()  # any error may follow from this one
-        store_file.refuse_other(store_in(store_file.path))
     except Unavailable as lost:
         return lost
     return in_trouble(error)
@@ -2861,19 +4515,11 @@ def in_trouble(error: BaseException) -> Unavailable | None:
     code = code_of(cause)
     if code not in TROUBLES:
         return None
+    store_file.troubles += 1
     sentence = TROUBLES[code].format(f'{cause} ({cause.sqlite_errorname})')
     if TROUBLES[code] is DAMAGED:
         store_file.damage = sentence
     return Unavailable(sentence)
-
-
-def store_in(path: str) -> str:
-    """The id of the store that a file holds now; the one that is open, where that can't be read."""
-    try:
-        with closing(connect(path, timeout=1)) as connection:
-            return told_by(connection)[2]
-    except sqlite3.Error:
-        return store_file.store
 
 
 def look_for_damage(path: str) -> str:
@@ -2900,13 +4546,16 @@ def probe(path: str) -> str:
     """Writes to the database on a connection of its own; what prevents that, '' if nothing."""
     try:
         store_file.check()
-        with closing(connect(path, timeout=5)) as connection:
-            store_file.refuse_other(told_by(connection)[2])
-            connection.execute("INSERT OR REPLACE INTO fact (name, value) VALUES ('probe', ?)",
-                               (f'{time.time()}',))
+        write_probe(path)
     except (Unavailable, sqlite3.Error) as error:
         return str(error if isinstance(error, Unavailable) else trouble(error) or error)
     return ''
+
+
+def write_probe(path: str) -> None:
+    """Writes nothing but that it writes, on a connection that has read nothing before."""
+    with closing(connect(path, timeout=5)) as connection:
+        connection.execute(COUNT_WRITE).fetchone()
 
 
 def first_cause(error: Exception) -> Exception:
@@ -2922,10 +4571,13 @@ MEMORIES: list = []
 
 
 @contextmanager
-def transaction() -> Iterator[None]:
+def transaction(first: bool = False) -> Iterator[None]:
     """All of it or nothing, on disk when it ends; alone in this process.
 
     Inside of another, or of a rehearsal, it is a part of that.
+
+    Args:
+      first: before all others of this process that wait
 
     Raises:
       Unavailable: others have been writing for too long, or the file is not there any more.
@@ -2935,22 +4587,51 @@ def transaction() -> Iterator[None]:
             yield
             write_memories()
         return
-    if not write_lock.acquire(timeout=PATIENT):
+    began = time.monotonic()
+    if not turns.acquire(PATIENT, first):
         raise Unavailable(TROUBLES[sqlite3.SQLITE_BUSY])
     try:
-        store_file.check()
-        with db.atomic():
-            store_file.refuse_other(standing().store)
+        METRICS.observe('lock_wait_seconds', time.monotonic() - began)
+        with watched():
             try:
                 yield
                 write_memories()
             finally:
                 forget_memories()
-        store_file.check()  # what was written to a file that has gone meanwhile is lost
     except STORE_ERRORS as error:
         raise of_store(error)
     finally:
-        write_lock.release()
+        turns.release()
+
+
+def some_of(left: deque) -> Iterator:
+    """Takes one by one what is left, until a transaction has lasted so long that others are let write."""
+    until = time.monotonic() + PIECE
+    while left:
+        yield left.popleft()
+        if time.monotonic() >= until:
+            return
+
+
+@contextmanager
+def watched() -> Iterator[None]:
+    """A transaction that writes to the files that cmres has opened, or not at all."""
+    store_file.check()
+    number = 0
+    with db.atomic():
+        before = db.connection().total_changes
+        yield
+        if db.connection().total_changes > before:
+            number = int(run(COUNT_WRITE).fetchone()[0])
+            store_file.confirm()
+    if number:
+        store_file.acknowledge(number)
+
+
+#: Each write has a number, by which a database file tells how old it is.
+LAST_WRITE = "SELECT CAST(value AS INTEGER) FROM fact WHERE name = 'writes'"
+COUNT_WRITE = """INSERT INTO fact (name, value) VALUES ('writes', 1)
+  ON CONFLICT (name) DO UPDATE SET value = value + 1 RETURNING value"""
 
 
 def of_store(error: Exception) -> Exception:
@@ -3014,7 +4695,6 @@ def rehearsing() -> Iterator[None]:
     try:
         set_stage()
         with suppress(Unmade), db.atomic('DEFERRED'):
-            store_file.refuse_other(standing().store)
             rehearsal.tables, rehearsal.ids = frozenset(), {}
             try:
                 yield
@@ -3178,8 +4858,7 @@ class Remembered(threading.local):
 remembered = Remembered()
 MEMORIES.append(remembered)
 SELDOM = ('resource', 'limits', 'wait')
-STANDING = """SELECT (SELECT value FROM fact WHERE name = 'store') AS store,
-                     EXISTS (SELECT 1 FROM wait) AS waits,
+STANDING = """SELECT EXISTS (SELECT 1 FROM wait) AS waits,
                      EXISTS (SELECT 1 FROM limits) AS limits"""
 
 
@@ -3194,14 +4873,8 @@ def once(sql: str, *values) -> list:
 
 
 def standing():
-    """The id of the store that is in the file, and whether anybody waits, or is limited, at all."""
-    return once(STANDING)[0] if store_file.store else Standing('', 0, 0)
-
-
-class Standing(NamedTuple):
-    store: str
-    waits: int
-    limits: int
+    """Whether anybody waits, and whether anybody is limited, at all: `waits` and `limits`."""
+    return once(STANDING)[0]
 
 
 def resource_of(id: int, removed: bool = False):
@@ -3210,10 +4883,10 @@ def resource_of(id: int, removed: bool = False):
     return found if removed or found.removed is None else None
 
 
-def stored_id() -> str:
-    """The id of the store that is in the file, as this connection reads it; '' before it is made."""
-    found = store_file.store and run("SELECT value FROM fact WHERE name = 'store'").fetchone()
-    return found[0] if found else ''
+def state_of_store() -> tuple:
+    """What is another as soon as anything was written, by this connection or by another one."""
+    connection = db.connection()
+    return id(connection), connection.total_changes, run('PRAGMA data_version').fetchone()[0]
 
 
 def row_type(sql: str, cursor):
@@ -4099,7 +5772,9 @@ class Aggregate(NamedTuple):
 
 
 def classes_of(extra_specs: dict) -> tuple:
-    """The resource classes that a flavor asks for, of all its groups (Nova's extra specs resources*:CLASS)."""
+    """The resource classes that a flavor asks for, of all its groups (Nova's extra specs
+    resources*:CLASS).
+    """
     found: dict = defaultdict(int)
     for key, value in extra_specs.items():
         match = re.fullmatch('resources[A-Za-z0-9_-]*:([A-Z0-9_]+)', key)
@@ -4109,7 +5784,9 @@ def classes_of(extra_specs: dict) -> tuple:
 
 
 class Seen(NamedTuple):
-    """A server of ours as its cloud shows it: Nova's status in lower case, `made` in seconds since 1970."""
+    """A server of ours as its cloud shows it: Nova's status in lower case, `made` in seconds since
+    1970.
+    """
     uid: str
     mark: str
     state: str
@@ -4117,6 +5794,42 @@ class Seen(NamedTuple):
     fault: str = ''
     addresses: list = []
     name: str = ''
+
+
+#: What Nova may still list for a moment.
+GONE = ('deleted', 'soft_deleted')
+
+
+MEASURED_CALLS = set('things boot servers delete server start stop shelve snapshot saved aggregates '
+                     'mark hosts'.split())
+calling = threading.local()  # whether this thread is in such a call already
+
+
+def measured(call: Callable) -> Callable:
+    """A call to a cloud that is timed and logged, with its result; those inside it are part of it."""
+    @functools.wraps(call)
+    def asked(self, *args, **options):
+        if getattr(calling, 'now', False):
+            return call(self, *args, **options)
+        calling.now, began = True, time.monotonic()
+        labels = {'cloud': self.account, 'verb': call.__name__, 'result': 'ok'}
+        try:
+            return call(self, *args, **options)
+        except Exception as error:
+            labels['result'] = result_of(error)
+            raise
+        finally:
+            calling.now, took = False, time.monotonic() - began
+            METRICS.observe('cloud_call_seconds', took, **labels)
+            told_fields(log_calls, 'call', **labels, ms=round(1000 * took, 1))
+    return asked
+
+
+def result_of(error: Exception) -> str:
+    """How a call to a cloud ended, in one of few words."""
+    if isinstance(error, CloudError):
+        return f"{error.details.get('status') or 'unanswered'}"
+    return 'refused' if isinstance(error, Error) else 'failed'
 
 
 class Cloud:
@@ -4128,6 +5841,12 @@ class Cloud:
 
     def __init__(self, account: str):
         self.account = account
+
+    def __init_subclass__(cls, **options):
+        """Has all calls of a kind of cloud measured and logged."""
+        super().__init_subclass__(**options)
+        for verb in MEASURED_CALLS & vars(cls).keys():
+            setattr(cls, verb, measured(vars(cls)[verb]))
 
     def things(self, kind: str, name: str = '') -> list[Thing]:
         """What there is of one of KINDS; with a name, only what has it as its name or id."""
@@ -4151,9 +5870,11 @@ class Cloud:
         return [each.name for each in self.things(kind) if each.name and sight.shows(kind, each)]
 
     def boot(self, machine: Machine) -> str:
-        """Begins to make one server and tells its id; unless CloudError is `sure`, it may exist all the same.
+        """Begins to make one server and tells its id; unless CloudError is `sure`, it may exist all
+        the same.
 
-        Calls the machine's `fence` just before the one request that makes it, and lets through what that raises.
+        Calls the machine's `fence` just before the one request that makes it, and lets through what
+        that raises.
         """
         raise NotImplementedError
 
@@ -4162,7 +5883,9 @@ class Cloud:
         raise NotImplementedError
 
     def delete(self, uid: str) -> None:
-        """Begins to delete a server; it is gone when servers() doesn't show it; one that is gone already is fine."""
+        """Begins to delete a server; it is gone when servers() doesn't show it; one that is gone
+        already is fine.
+        """
         raise NotImplementedError
 
     def server(self, uid: str) -> Seen | None:
@@ -4170,7 +5893,9 @@ class Cloud:
         raise NotImplementedError
 
     def start(self, uid: str) -> None:
-        """Begins to make a server active that is at rest, in rescue or resized; one that is active is fine."""
+        """Begins to make a server active that is at rest, in rescue or resized; one that is active
+        is fine.
+        """
         raise NotImplementedError
 
     def stop(self, uid: str) -> None:
@@ -4182,7 +5907,9 @@ class Cloud:
         raise NotImplementedError
 
     def snapshot(self, uid: str, name: str) -> str:
-        """Begins to make an image of a server, unless there is one of that name, and tells the image's id."""
+        """Begins to make an image of a server, unless there is one of that name, and tells the
+        image's id.
+        """
         raise NotImplementedError
 
     def saved(self, image: str) -> bool | None:
@@ -4194,15 +5921,21 @@ class Cloud:
         raise NotImplementedError
 
     def mark(self, aggregate: str, resource: str) -> None:
-        """Marks an aggregate with a resource, so that Nova's scheduler asks for it; '' takes the mark away."""
+        """Marks an aggregate with a resource, so that Nova's scheduler asks for it; '' takes the
+        mark away.
+        """
         raise NotImplementedError
 
     def hosts(self, uids: Iterable[str]) -> dict[str, str | None]:
-        """On which host each server is: '' while it is nowhere yet, None if it is gone or failed."""
+        """On which host each server is: '' while it is nowhere yet, None if it is gone or
+        failed.
+        """
         raise NotImplementedError
 
     def time(self) -> float | None:
-        """The cloud's own clock, in seconds since 1970, to about a second; None where it tells none."""
+        """The cloud's own clock, in seconds since 1970, to about a second; None where it tells
+        none.
+        """
         return None
 
     def check(self, named: Iterable[tuple[str, str]], sight: Sight = EVERYTHING) -> list[Thing]:
@@ -4284,6 +6017,8 @@ class OpenStack(Cloud):
 
     def log_in(self):
         import openstack
+        if self.account not in openstack.config.OpenStackConfig().get_cloud_names():
+            raise UnknownCloud(f"there is no cloud '{self.account}' in clouds.yaml", sure=True)
         connection = openstack.connect(cloud=self.account, api_timeout=self.config.call_timeout,
                                        app_name='cmres')
         door = self.door()
@@ -4309,15 +6044,19 @@ class OpenStack(Cloud):
             yield
         except Error:
             raise
-        except Exception as error:  # the SDK's, keystoneauth's, requests', urllib3's and the parser's own kinds
+        # the SDK's, keystoneauth's, requests', urllib3's and the parser's own kinds
+        except Exception as error:
             status = getattr(error, 'status_code', None) or getattr(error, 'http_status', None) or 0
             if status == 401:  # the operator may put a new credential into clouds.yaml
                 self.session = None
             response = getattr(error, 'response', None)
-            details = {'retry_after': response.headers.get('Retry-After')} if response is not None else {}
+            details = ({'retry_after': response.headers.get('Retry-After')} if response is not None
+                       else {})
             text = getattr(error, 'details', None) or str(error) or type(error).__name__
-            raise CloudError(f"the cloud {self.account} could not {what}: {textwrap.shorten(str(text), 300)}",
-                             sure or 400 <= status < 500 and status != 408, status=status, **details) from error
+            raise CloudError(f"the cloud {self.account} could not {what}: "
+                             f"{textwrap.shorten(str(text), 300)}",
+                             sure or 400 <= status < 500 and status != 408, status=status,
+                             **details) from error
 
     def find(self, kind, name, sight=EVERYTHING):
         key, oldest = (kind, name, sight), time.monotonic() - self.REMEMBER
@@ -4432,7 +6171,8 @@ class OpenStack(Cloud):
         for (kind, _), thing in zip(named, self.check(named, machine.sight)):
             found[kind].append(thing.id)
         wish = {'name': machine.name, 'metadata': machine.metadata,
-                'flavor_id': found['flavor'][0], 'image_id': found['image'][0], 'tags': [self.store, machine.mark],
+                'flavor_id': found['flavor'][0], 'image_id': found['image'][0],
+                'tags': [self.store, machine.mark],
                 'networks': [{'uuid': id} for id in found['network']] or machine.network or 'auto'}
         if machine.key:
             wish['key_name'] = machine.key
@@ -4511,7 +6251,8 @@ class OpenStack(Cloud):
     def saved(self, image):
         with self.calling('show an image', sure=True) as cloud:
             found = self.got(cloud.image.get_image, image)
-            gone = found is None or found.status in ('killed', 'deleted', 'pending_delete', 'deactivated')
+            gone = (found is None
+                    or found.status in ('killed', 'deleted', 'pending_delete', 'deactivated'))
             return None if gone else found.status == 'active'
 
     def aggregates(self):
@@ -4565,7 +6306,8 @@ class Simulated(Cloud):
     FLAVORS = {'m1.tiny': Flavor(1, 512), 'm1.small': Flavor(1, 2048), 'm1.medium': Flavor(2, 4096),
                'm1.large': Flavor(4, 8192), 'm1.xlarge': Flavor(8, 16384),
                'g1.medium': Flavor(2, 4096, (('CUSTOM_GPU', 1),))}
-    NAMES = {'flavor': FLAVORS, 'image': ('cirros', 'debian-12', 'ubuntu-24.04'), 'network': ('private', 'public'),
+    NAMES = {'flavor': FLAVORS, 'image': ('cirros', 'debian-12', 'ubuntu-24.04'),
+             'network': ('private', 'public'),
              'key': ('default',), 'security_group': ('default',)}
 
     def __init__(self, account: str, store: str, config: Config, clock: Callable[[], float]):
@@ -4586,13 +6328,16 @@ class Simulated(Cloud):
         machine.fence()
         with transaction():
             full = 0 < self.config.simulated_vms <= self.present().count()
-            fault = 'No valid host was found.' if full or random.random() < self.config.simulated_failures else ''
-            insert(SimulatedServer, account=self.account, uid=uid, name=machine.name, mark=machine.mark,
+            fault = ('No valid host was found.' if full
+                     or random.random() < self.config.simulated_failures else '')
+            insert(SimulatedServer, account=self.account, uid=uid, name=machine.name,
+                   mark=machine.mark,
                    made=self.clock(), boots=self.config.simulated_boot, power='active', fault=fault)
         return uid
 
     #: Two hosts, as `resource sync` finds them.
-    AGGREGATES = (Aggregate('gpu', dict.fromkeys(('gpu-1', 'gpu-2'), Amount(0, 16, 65536, (('CUSTOM_GPU', 4),))), ''),)
+    AGGREGATES = (Aggregate('gpu', dict.fromkeys(('gpu-1', 'gpu-2'),
+                                                 Amount(0, 16, 65536, (('CUSTOM_GPU', 4),))), ''),)
 
     def aggregates(self):
         marks = dict(run("SELECT substr(name, 6), value FROM fact WHERE name LIKE 'mark-%'").fetchall())
@@ -4607,12 +6352,14 @@ class Simulated(Cloud):
         return {uid: 'gpu-1' if uid in there else None for uid in uids}
 
     def present(self):
-        return SimulatedServer.select().where(SimulatedServer.account == self.account, SimulatedServer.gone.is_null())
+        return SimulatedServer.select().where(SimulatedServer.account == self.account,
+                                              SimulatedServer.gone.is_null())
 
     def servers(self):
         time.sleep(self.config.simulated_latency)
         ours = SimulatedServer.mark.startswith(self.store)
-        return [self.seen(server) for server in self.present().where(ours).order_by(SimulatedServer.id)]
+        return [self.seen(server)
+                for server in self.present().where(ours).order_by(SimulatedServer.id)]
 
     def server(self, uid):
         found = self.present().where(SimulatedServer.uid == uid).first()
@@ -4692,12 +6439,15 @@ class Clouds:
 
     @functools.cached_property
     def store(self) -> str:
-        """What all our marks begin with: two installations on one cloud don't touch each other's servers."""
+        """What all our marks begin with: two installations on one cloud don't touch each other's
+        servers.
+        """
         return f"cmres-{fact('store')}"
 
     def accounts(self) -> set[str]:
         """All accounts that serve the resources there are."""
-        clouds = {each.cloud for each in rows("SELECT DISTINCT cloud FROM resource WHERE cloud <> ''")}
+        clouds = {each.cloud
+                  for each in rows("SELECT DISTINCT cloud FROM resource WHERE cloud <> ''")}
         known = self.config.read_again().credentials
         return clouds | {entry for key, entry in known.items() if key.rpartition('@')[2] in clouds}
 
@@ -4732,6 +6482,7 @@ NOTICES = '''SELECT n.id, n.target, n.owner, n.tries, e.id AS event, e.at, e.act
                FROM outbox n JOIN event e ON e.id = n.event_id'''
 
 
+@functools.lru_cache(4096)
 def host_of(target: str) -> str:
     """The host that a notice goes to; '' for mails, which all go to our own server."""
     try:
@@ -4795,7 +6546,8 @@ def fetch(config: Config, url: str, headers: dict) -> tuple[int, dict, bytes]:
             url = target
         raise ValueError('it redirects more than five times')
     except (OSError, ValueError, HTTPException) as error:
-        raise Undelivered(f'{type(error).__name__}: {first_line(error)}') from None
+        kind = '' if type(error) is ValueError else f'{type(error).__name__}: '  # it's our sentence
+        raise Undelivered(f'{kind}{first_line(error)}') from None
 
 
 def exchange(config: Config, verb: str, url: str, body: bytes | None, headers: dict) -> tuple[int, dict, bytes]:
@@ -4886,9 +6638,17 @@ def allowed_address(config: Config, host: str, port: int) -> str:
     return str(found[0])
 
 
+#: Ranges that only later Pythons know not to be public, without so many bits: 192.0.0.0/24 is for
+#: protocols, 3fff::/20 for examples (RFC 6890, RFC 9637).
+NOT_PUBLIC = {4: (8, 0xc00000), 6: (108, 0x3fff0)}
+
+
 def is_public(address) -> bool:
     """Whether an address is on the public internet, and so is each IPv4 address in it."""
     inside = embedded(address)
+    bits, reserved = NOT_PUBLIC[address.version]
+    if int(address) >> bits == reserved:
+        return False
     if address.version == 6 and not (inside and is_translated(address)):
         # All that was ever given out is in 2000::/3 (IANA's registry of IPv6 address space).
         if int(address) >> 125 != 1 or not address.is_global:
@@ -4958,6 +6718,8 @@ def in_cell(value, zone: ZoneInfo) -> str:
         return ' '.join(f'{name}={in_cell(each, zone)}' for name, each in value.items())
     if isinstance(value, (list, tuple)):
         return ', '.join(in_cell(each, zone) for each in value)
+    if isinstance(value, str) and value.startswith('FREQ='):
+        return rule_in_words(value)
     return '-' if value is None else legible(str(value))
 
 
@@ -4973,6 +6735,7 @@ def json_text(value, indent: int | None = None) -> str:
 # queue would keep the other half. So all that asks for nothing outside is always answered.
 
 QUICK = 0.25  # seconds that a call may take before its request counts as one that waits
+WAITS = ('wait', ''),  # what a request is counted as that waits for its turn to compute
 #: What is said to who comes when no more may be.
 FULL = {
     'all': (Unavailable, 'the server is busy with {most} slow requests, as many as it lets in; try '
@@ -5005,14 +6768,76 @@ class Outside(threading.Thread):
             self.ends(self)
 
 
+class Rates:
+    """How much each user and each address has had lately, and whether that is too much.
+
+    A setting allows so much within a minute: all of it at once, and then again bit by bit.
+    """
+    KEPT = 10_000  # users and addresses that are remembered; who has had least is forgotten
+
+    def __init__(self, config: Config, clock: Callable[[], float] = time.monotonic):
+        self.config, self.clock, self.lock = config, clock, threading.Lock()
+        self.had: dict[tuple[str, str], tuple[float, float]] = {}  # how much, as of when
+
+    def take(self, setting: str, who: str, number: float = 1) -> None:
+        """Counts something before it is done; TooMany if it is more than the setting allows."""
+        self.look(setting, who, number)
+        self.add(setting, who, number)
+
+    def look(self, setting: str, who: str, number: float = 0) -> None:
+        """TooMany if somebody has had as much as the setting allows."""
+        most = getattr(self.config, setting)
+        too_much = self.level(setting, who) + number - most
+        if most and too_much > 0:
+            METRICS.count('limited_total', setting=setting)
+            wait = math.ceil(too_much * 60 / most)
+            raise TooMany(LIMITED[setting].format(most=f'{most:g}', wait=format_duration(wait)),
+                          retry_after=wait)
+
+    def level(self, setting: str, who: str) -> float:
+        """How much somebody has had that is not given back yet."""
+        had, at = self.had.get((setting, who), (0.0, 0.0))
+        return max(had - getattr(self.config, setting) * (self.clock() - at) / 60, 0.0)
+
+    def add(self, setting: str, who: str, number: float) -> None:
+        """Counts something that was done, however much it is."""
+        if not getattr(self.config, setting):
+            return
+        with self.lock:
+            if len(self.had) >= self.KEPT and (setting, who) not in self.had:
+                self.forget()
+            self.had[setting, who] = self.level(setting, who) + number, self.clock()
+
+    def forget(self) -> None:
+        """Forgets the half that has had least."""
+        kept = sorted(self.had, key=lambda key: self.level(*key))[len(self.had) // 2:]
+        self.had = {key: self.had[key] for key in kept}
+
+
+#: What is said to who has had as much as a setting allows within a minute.
+LIMITED = {
+    'requests_per_address': 'more than {most} requests within a minute came from your address. Try '
+                            'again in {wait}',
+    'requests_per_user': 'you have sent more than {most} requests within a minute. Try again in {wait}',
+    'mib_per_address': 'more than {most} MiB within a minute went to and from your address. Try '
+                       'again in {wait}',
+    'mib_per_user': 'more than {most} MiB within a minute went to and from you. Try again in {wait}',
+    'cpu_per_user': 'your dry runs and questions have taken more than {most} seconds of computing '
+                    'within a minute. Try again in {wait}',
+    'wrong_tokens': 'too many wrong tokens came from your address. Try again in {wait}'}
+
+
 class Shares:
     """Which requests of this process take long at the same time, and how many more may."""
 
     def __init__(self, config: Config):
         self.patience = config.outside_timeout
-        self.most = {'all': max(config.threads // 2, 1), 'user': config.slow_per_user,
+        self.most = {'all': max(config.threads // 2, 1), 'wait': max(config.threads // 8, 1),
+                     'user': config.slow_per_user,
                      'target': config.slow_per_target}
+        self.rates, self.wrong = Rates(config), Counter()  # wrong: tokens, by address
         self.changed = threading.Condition()
+        self.pace = Turns()  # one of those that compute for long does so at a time: others come between
         self.taken: Counter = Counter()  # by kind and name
         # Of this thread's request: whose it is, how long it may still wait, what it has taken.
         self.request = threading.local()
@@ -5023,9 +6848,23 @@ class Shares:
         here = self.request
         here.user, here.left, here.has = user, self.patience, ()
         try:
-            yield
+            with acting_for(user):
+                yield
         finally:
             here.user = None
+
+    @contextmanager
+    def charging(self, actor: Actor) -> Iterator[None]:
+        """A question or a dry run: its computing time counts, as nothing else bounds it."""
+        if not self.bounded or actor.role == ADMIN:
+            yield
+            return
+        name, began = f'{actor.project}/{actor.user}', time.thread_time()
+        self.rates.look('cpu_per_user', name)
+        try:
+            yield
+        finally:
+            self.rates.add('cpu_per_user', name, time.thread_time() - began)
 
     @property
     def bounded(self) -> bool:
@@ -5048,15 +6887,48 @@ class Shares:
             return
         names = ('all', ''), ('user', here.user)
         with self.changed:
-            if not self.changed.wait_for(lambda: not self.full(names), patience):
+            patience = 0 if self.full(WAITS) else patience
+            self.taken.update(WAITS)
+            free = self.changed.wait_for(lambda: not self.full(names), patience)
+            self.taken.subtract(WAITS)
+            if not free:
                 raise self.refusal(self.full(names))
             self.taken.update(names)
         here.has = names
         try:
-            yield
+            with self.paced():
+                yield
         finally:
             here.has = ()
             self.give(names)
+
+    @contextmanager
+    def paced(self) -> Iterator[None]:
+        """A part of a request that computes for a while: one of them at a time, if others don't wait for it."""
+        taken = self.bounded and not db.in_transaction() and self.pace.acquire()
+        try:
+            yield
+        finally:
+            if taken:
+                self.pace.release()
+
+    @contextmanager
+    def resting(self) -> Iterator[None]:
+        """Lets others compute for as long as this request only waits."""
+        paced = self.pace.mine
+        if paced:
+            self.pace.release()
+        try:
+            yield
+        finally:
+            if paced:
+                self.pace.acquire()
+
+    def breathe(self) -> None:
+        """Lets others compute who wait for that; never inside a transaction, which others wait for."""
+        if self.pace.mine and self.pace.lasts() > PIECE:
+            with self.resting():
+                pass
 
     def ask(self, target: str, call: Callable):
         """The answer of a call to a target outside, such as `the cloud chameleon`; it may hang.
@@ -5099,7 +6971,8 @@ class Shares:
                 raise self.refusal(full)
             self.taken.update(place)
         try:
-            asked.ended.wait(max(self.request.left - QUICK, 0))
+            with self.resting():
+                asked.ended.wait(max(self.request.left - QUICK, 0))
         finally:
             self.give(place)
 
@@ -5133,26 +7006,50 @@ class Shares:
 
 MOST_ICS = MOST_FETCHED  # bytes of a calendar
 MOST_TEXT = 20_000      # letters of a text that are looked at
+MOST_READ = 100_000     # components that are looked at
+MOST_TOLD = 20          # refusals of a calendar, each by itself
+MOST_HEAD = 4000        # letters of one in which its first line is
 MOST_EVENTS = 2000      # that want machines
 MOST_DATES = 5000       # RDATEs and EXDATEs of an event, exceptions of a series
+MOST_ALIKE = 100        # series of one UID
 MOST_ZONE = 50_000      # letters that describe a time zone
+MOST_CHANGES = 2000     # of the clocks of one that a part of it describes
 MOST_NESTING = 8
 MOST_LENGTH = 366 * 86400  # seconds of one occurrence
-MOST_EXPANDING = 10     # seconds of computing for the occurrences of a whole calendar
+MOST_STEPS = 300_000    # to follow all events of a calendar: a step is about a microsecond
+MOST_STEPS_EACH = 50_000  # of these for one event
 MOST_SHOWN_BY_FEED = 100_000
 #: What an event wants: 2 x m1.small, and if it likes an image and a resource: 2 x m1.small cirros on demo.
 WANT = re.compile(
     r'(\d{1,7})\s*[x×]\s*([^\s,;]+)(?:\s+(?!on\s)([^\s,;]+))?(?:\s+on\s+([A-Za-z0-9._-]{1,64}))?\s*', re.I)
 MARKED = re.compile(r'#vm\b\s*([^\n<]*)', re.I)
+MAYBE_MARKED = re.compile('#vm|&#|&num', re.I)
 #: An event of our own feeds: what it shows is booked already.
 FEED_UID = re.compile(r'occurrence-\d+@cmres-[0-9a-f]{8}')
 PROPERTY = re.compile(r'([A-Za-z0-9-]+)((?:;[^":;]*(?:"[^"]*"[^":;]*)*)*):(.*)', re.S)
 TIMES = ('DTSTART', 'DTEND', 'RECURRENCE-ID', 'RDATE', 'EXDATE')
 PROGRAMMED = ('FLAVOR', 'IMAGE', 'RESOURCE', 'NETWORK', 'KEY')
-TOLD_OF_ZONES = ('BEGIN', 'END', 'TZID', 'DTSTART', 'RRULE', 'RDATE', 'TZOFFSETFROM', 'TZOFFSETTO')
 KEPT = frozenset((*TIMES, 'UID', 'SUMMARY', 'DESCRIPTION', 'LOCATION', 'CATEGORIES', 'STATUS',
                   'SEQUENCE', 'DURATION', 'RRULE', 'EXRULE', 'X-VM-COUNT',
                   *(f'X-VM-{name}' for name in PROGRAMMED)))
+#: No event wants a VM without one of these in its text, maybe folded: #vm, 2 x, 2 &times;, VM.
+WISH = re.compile(
+    rb'&\x1f?(?:#|num)|#\x1f?[vV]\x1f?[mM]|\n(?i:CATEGORIES)[^\n]*(?i:v\x1f?m)'
+    rb'|[\d\x80-\xff](?:[ \t\x1f\x80-\xff]|&[A-Za-z0-9#\x1f]{1,9};)*(?:[xX&]|\xc3\x1f?\x97)')
+#: Stands where a line was folded, and counts as one.
+FOLD = b'\x1f'
+FOLDED_NAME = re.compile(rb'(\n[A-Za-z0-9-]{0,20})(\x1f)([A-Za-z0-9-]{0,20}[;:])')
+#: Patterns that begin with the end of the line before are found fast.
+STRUCTURE = re.compile(rb'\n(?:([Bb])(?i:EGIN)|[Ee](?i:ND)):([^\n]*)')
+KEPT_LINE = re.compile(rb'\n(?i:%b)(?=[;:])[^\n]*' % '|'.join(sorted(KEPT)).encode())
+EXCEPTION = re.compile(rb'\n(?i:RECURRENCE-ID)[;:]')
+NAMING_LINE = re.compile(rb'\n(?i:DTSTART|SUMMARY)(?=[;:])[^\n]*')
+UID_LINE = re.compile(rb'\n(?i:UID)[;:][^\n]*')
+REPEATS = re.compile(rb'\n(?i:RRULE|RDATE)[;:]')
+FIRST_DAY = re.compile(rb'\n(?i:DTSTART)(?:;[^\n]*)?:(\d{8})')
+LAST_DAY = re.compile(rb'\n(?i:DTEND)(?:;[^\n]*)?:(\d{8})')
+ZONE_NAME = re.compile(rb'\n(?i:TZID)[^\n:]*:([^\n]*)')
+BESIDE = re.compile(rb'\n(?i:X-WR-TIMEZONE)[^\n]*:([^\n]*)')
 MOMENT = re.compile(r'(\d{4})(\d\d)(\d\d)(?:T(\d\d)(\d\d)(\d\d)(Z?))?', re.A)
 OFFSET = re.compile(r'[+-]([01]\d|2[0-3])[0-5]\d([0-5]\d)?', re.A)
 
@@ -5187,8 +7084,10 @@ class Booking(NamedTuple):
 class Frame:
     """What stands around the events of a VCALENDAR: zones that it describes or names."""
 
-    def __init__(self):
-        self.beside, self.described, self.known = '', {}, {}
+    def __init__(self, data: bytes):
+        self.data, self.beside = data, ''
+        self.described: dict[str, tuple[int, int]] = {}
+        self.known: dict[str, tzinfo | None] = {}
 
     def zone(self, name: str) -> tzinfo:
         """The zone of a name, of the zone table rather than of the calendar.
@@ -5198,11 +7097,17 @@ class Frame:
         """
         name = name.strip(' "')
         if name not in self.known:
-            self.known[name] = table_zone(name) or described_zone(self.described.get(name, ()))
+            self.known[name] = table_zone(name) or described_zone(self.lines_of(name))
         if self.known[name] is None:
             raise Invalid(f'the time zone {shown(name)} is not known, nor described in a way that '
                           'can be followed')
         return self.known[name]
+
+    def lines_of(self, name: str) -> list[str]:
+        """What describes a zone."""
+        begin, end = self.described.get(name, (0, 0))
+        STEPS.take((end - begin) // 10)
+        return [plain_line(line) for line in self.data[begin:end].split(b'\n') if line]
 
     def clock(self) -> tzinfo:
         """The zone by which a series in UTC goes, as Google writes it (X-WR-TIMEZONE)."""
@@ -5220,30 +7125,103 @@ def table_zone(name: str) -> ZoneInfo | None:
     return table_zone(WINDOWS_TO_OLSON[name]) if name in WINDOWS_TO_OLSON else None
 
 
-def described_zone(lines: Iterable[str]) -> tzinfo | None:
+class DescribedZone(tzinfo):
+    """A zone that a calendar describes: its changes, as instants without their zone."""
+
+    def __init__(self, changes: list[tuple[datetime, timedelta]], before: timedelta):
+        self.instants = [at for at, _ in changes]
+        self.offsets = [before, *(offset for _, offset in changes)]
+        pairs = [*zip(self.instants, itertools.pairwise(self.offsets))]
+        # What a clock shows at a change: of an hour that it shows twice its end, or its begin.
+        self.walls = [[at + side(pair) for at, pair in pairs] for side in (max, min)]
+
+    def utcoffset(self, moment: datetime | None) -> timedelta | None:
+        wall = moment.replace(tzinfo=None, fold=0)
+        return self.offsets[bisect_right(self.walls[moment.fold], wall)]
+
+    def dst(self, moment: datetime | None) -> timedelta | None:
+        return None
+
+    def tzname(self, moment: datetime | None) -> str:
+        return 'local'
+
+    def fromutc(self, moment: datetime) -> datetime:
+        at = moment.replace(tzinfo=None)
+        number = bisect_right(self.instants, at)
+        wall = at + self.offsets[number]
+        return wall.replace(tzinfo=self, fold=number and wall < self.walls[0][number - 1])
+
+
+def described_zone(lines: list[str]) -> tzinfo | None:
     """The zone that a VTIMEZONE describes; None if it can't be followed in reasonable time."""
-    from dateutil.tz import tzical
     try:
-        said = filter(None, map(read_property, lines))
-        told = [f'{name}:{zone_value(name, value.strip())}' for name, _, value in said
-                if name in TOLD_OF_ZONES]
-        return tzical(io.StringIO('\n'.join(told))).get()
-    except Exception:  # it has many kinds of its own for what is none
+        parts = [*observances(lines)]
+        changes = sorted(change for part in parts for change in changes_of(part))
+        standard = next((part for part in parts if part['BEGIN'] == ['STANDARD']), parts[0])
+        return DescribedZone(changes, read_offset(standard['TZOFFSETTO'][0]))
+    except (Error, ValueError, LookupError, OverflowError):
         return None
 
 
-def zone_value(name: str, value: str) -> str:
-    """A value of a VTIMEZONE; ValueError for offsets of days and rules that take long."""
-    if name.startswith('TZOFFSET') and not OFFSET.fullmatch(value):
-        raise ValueError(value)
-    if name != 'RRULE':
-        return value
-    rule = parts_of(checked_rule(re.sub(r'\s', '', value).upper()))
-    if rule['FREQ'] != 'YEARLY':
-        raise ValueError(value)
-    if 'UNTIL' in rule:  # it is an instant; by the clock a day more holds no other change
-        rule['UNTIL'] = f"{read_until(rule['UNTIL']) + timedelta(days=1):%Y%m%dT%H%M%S}"
-    return ';'.join('='.join(each) for each in rule.items())
+def observances(lines: list[str]) -> Iterator[dict[str, list[str]]]:
+    """The parts of a VTIMEZONE (RFC 5545, 3.6.5), as values by names.
+
+    Raises:
+      ValueError: it is cut off.
+    """
+    part: dict[str, list[str]] = {}
+    if not lines or lines[-1].strip().upper() != 'END:VTIMEZONE':
+        raise ValueError(lines[-1:])
+    for name, _, value in filter(None, map(read_property, lines)):
+        value = value.strip()
+        if name == 'BEGIN':
+            part = defaultdict(list)
+        elif name == 'END' and value.upper() in ('STANDARD', 'DAYLIGHT'):
+            yield part
+        part[name].append(value.upper())
+
+
+def changes_of(part: dict[str, list[str]]) -> Iterator[tuple[datetime, timedelta]]:
+    """The changes to the offset of a part; ValueError for offsets of days and rules that take long."""
+    before, offset = (read_offset(part[name][0]) for name in ('TZOFFSETFROM', 'TZOFFSETTO'))
+    start = zone_wall(part['DTSTART'][0])
+    dates = [each.partition('/')[0] for values in part.get('RDATE', ()) for each in values.split(',')]
+    STEPS.take(5 * len(dates))
+    walls = {start, *map(zone_wall, dates)}
+    for rule in part.get('RRULE', ()):
+        ruled = [*itertools.islice(zone_walls(rule, start), MOST_CHANGES)]
+        STEPS.take(len(ruled))
+        walls.update(ruled)
+    if len(walls) >= MOST_CHANGES:
+        raise ValueError(len(walls))
+    return ((wall - before, offset) for wall in walls)
+
+
+def zone_wall(text: str) -> datetime:
+    """A local time of a VTIMEZONE."""
+    match = MOMENT.fullmatch(text.strip())
+    if not match:
+        raise ValueError(text)
+    return datetime(*(int(each or 0) for each in match.groups()[:6]))
+
+
+def zone_walls(rule: str, start: datetime) -> Iterator[datetime]:
+    """The wall times of a rule of a VTIMEZONE."""
+    parts = parts_of(checked_rule(re.sub(r'\s', '', rule)))
+    if parts['FREQ'] != 'YEARLY':
+        raise ValueError(rule)
+    if 'UNTIL' in parts:  # it is an instant; by the clock a day more holds no other change
+        parts['UNTIL'] = f"{read_until(parts['UNTIL']) + timedelta(days=1):%Y%m%dT%H%M%S}"
+    return followed(';'.join('='.join(each) for each in parts.items()), start, start)
+
+
+def read_offset(text: str) -> timedelta:
+    """A TZOFFSETFROM or TZOFFSETTO."""
+    if not OFFSET.fullmatch(text):
+        raise ValueError(text)
+    hours, minutes, seconds = (int(text[at:at + 2] or 0) for at in (1, 3, 5))
+    length = timedelta(hours=hours, minutes=minutes, seconds=seconds)
+    return -length if text[0] == '-' else length
 
 
 def read_property(line: str) -> tuple[str, str, str] | None:
@@ -5298,11 +7276,39 @@ def read_length(text: str) -> timedelta:
 
 
 class Entry:
-    """A VEVENT as it stands in a text; what it says is read only when it is asked for."""
+    """A VEVENT as it stands in a calendar; what it says is read only when it is asked for."""
 
     def __init__(self, line: int, frame: Frame):
         self.line, self.frame = line, frame
-        self.said: dict[str, list[tuple[str, str]]] = defaultdict(list)
+        self.pieces: list[tuple[int, int]] = []  # without the components in it
+
+    @functools.cached_property
+    def said(self) -> dict[str, list[tuple[str, str]]]:
+        """Parameters and values of what may be asked for, by names."""
+        return self.read(KEPT_LINE, MOST_DATES)
+
+    def read(self, pattern: re.Pattern, most: int) -> dict[str, list[tuple[str, str]]]:
+        """What the first lines of a kind say."""
+        found: dict = defaultdict(list)
+        lines = (match[0] for piece in self.pieces
+                 for match in pattern.finditer(self.frame.data, *piece))
+        for line in itertools.islice(lines, most):
+            STEPS.take(2)
+            if read := read_property(plain_line(line)):
+                found[read[0]].append(read[1:])
+        return found
+
+    def holds(self, pattern: re.Pattern) -> bool:
+        """Whether its text as it stands there has something."""
+        return any(pattern.search(self.frame.data, *piece) for piece in self.pieces)
+
+    def outside(self, first: str, last: str) -> bool:
+        """Whether it is once, and plainly ends before a day or starts after another."""
+        data = self.frame.data
+        begin, end = ([match[1].decode() for piece in self.pieces
+                       for match in pattern.finditer(data, *piece)] for pattern in (FIRST_DAY, LAST_DAY))
+        plain = len(begin) == len(end) == 1 and not self.holds(REPEATS) and not self.exception
+        return plain and (end[0] < first or last < begin[0])
 
     def one(self, name: str) -> tuple[str, str]:
         """Parameters and value of what may be there once; both '' without it."""
@@ -5313,9 +7319,7 @@ class Entry:
 
     def text(self, name: str) -> str:
         """The first of a text, without what is for machines only; '' without it."""
-        value = self.said.get(name, [('', '')])[0][1][:MOST_TEXT]
-        value = value.replace('\\\\', '\0').replace('\\n', '\n').replace('\\N', '\n')
-        return value.replace('\\,', ',').replace('\\;', ';').replace('\0', '\\')
+        return unescaped(self.said.get(name, [('', '')])[0][1])
 
     def moment(self, name: str) -> Moment:
         parameters, value = self.one(name)
@@ -5325,6 +7329,7 @@ class Entry:
         """The times of RDATE or EXDATE, with the end or the length of periods (RFC 5545, 3.3.9)."""
         for parameters, values in self.said.get(name, ()):
             for value in filter(str.strip, values.split(',')):
+                STEPS.take(10)
                 begin, _, end = value.partition('/')
                 timed = end.strip()[:1].isdigit()
                 yield (read_moment(begin, parameters, self.frame), None if not end else
@@ -5359,7 +7364,7 @@ class Entry:
     @property
     def exception(self) -> bool:
         """Whether it is an occurrence of a series that is otherwise, or the rest of it."""
-        return 'RECURRENCE-ID' in self.said
+        return self.holds(EXCEPTION)
 
     @property
     def repeats(self) -> bool:
@@ -5377,18 +7382,27 @@ class Entry:
     @functools.cached_property
     def uid(self) -> str:
         """Its UID; for one without it a name by its start and title, which stays while they do."""
-        if uid := self.text('UID').strip():
+        named = self.read(UID_LINE, 1).get('UID', [('', '')])
+        if uid := unescaped(named[0][1]).strip():
             return uid
-        named = repr([self.said.get(name) for name in ('DTSTART', 'SUMMARY')])
+        said = self.read(NAMING_LINE, 9)
+        named = repr([said.get(name) for name in ('DTSTART', 'SUMMARY')])
         return f'without-uid-{hashlib.sha256(named.encode()).hexdigest()[:12]}'
 
     @property
     def name(self) -> str:
         """What a sentence calls it, so that its owner finds it."""
-        title = re.sub('[\x00-\x20\x7f]+', ' ', self.text('SUMMARY')).strip() or self.uid
+        title = ' '.join(re.sub('[\x00-\x20\x7f]+', ' ', self.text('SUMMARY')[:400]).split()) or self.uid
+        title = textwrap.shorten(title, 80) if len(title) > 80 else title
         day = re.match(r'(\d{4})(\d\d)(\d\d)', self.said.get('DTSTART', [('', '')])[0][1])
-        return f"the event '{textwrap.shorten(title, 80)}'" + (
+        return f"the event '{title}'" + (
             f" of {'-'.join(day.groups())}" if day else '') + f' (line {self.line})'
+
+
+def unescaped(text: str) -> str:
+    """A TEXT (RFC 5545, 3.3.11) as it is meant."""
+    text = text[:MOST_TEXT].replace('\\\\', '\0').replace('\\n', '\n').replace('\\N', '\n')
+    return text.replace('\\,', ',').replace('\\;', ';').replace('\0', '\\')
 
 
 @contextmanager
@@ -5408,15 +7422,12 @@ def read_calendar(text: str, what: str = 'this') -> list[Entry]:
     Raises:
       BadCalendar: it is none, is cut short, or is larger than MOST_ICS.
     """
-    reader = Reader(what)
-    for number, line in content_lines(guarded_text(text, what)):
-        kind = line[:6].upper()
-        if kind == 'BEGIN:':
-            reader.begin(line[6:].strip().upper(), number)
-        elif kind.startswith('END:'):
-            reader.end(line[4:].strip().upper())
-        elif reader.path:
-            reader.take(line)
+    data = unfolded(guarded_text(text, what))
+    reader = Reader(what, data)
+    for number, match in enumerate(STRUCTURE.finditer(data)):
+        reader.take(match)
+        if number > 2 * MOST_READ:
+            raise BadCalendar(f'{what} has more than {MOST_READ} components')
     if reader.path:
         raise BadCalendar(f'{what} is cut short: it does not end with END:VCALENDAR')
     return reader.entries
@@ -5434,63 +7445,71 @@ def guarded_text(text: str, what: str) -> bytes:
     return data
 
 
-def content_lines(data: bytes) -> Iterator[tuple[int, str]]:
-    """The lines of a calendar with their numbers; a fold may be within a letter (RFC 5545, 3.1)."""
-    first, parts = 0, []
-    for number, line in enumerate(io.BytesIO(data), 1):
-        line = line.rstrip(b'\r\n')
-        if line[:1] in (b' ', b'\t'):
-            parts.append(line[1:])
-        elif line:
-            if parts:
-                yield first, b''.join(parts).decode('utf8', 'replace')
-            first, parts = number, [line]
-    yield first, b''.join(parts).decode('utf8', 'replace')
+def unfolded(data: bytes) -> bytes:
+    """A calendar with each property on a line, FOLD where it had a fold (RFC 5545, 3.1).
+
+    An end of line stands before the first and behind the last. A fold may be within a letter, and
+    even within a name.
+    """
+    for old, new in ((FOLD, b''), (b'\r\n', b'\n'), (b'\n ', FOLD), (b'\n\t', FOLD)):
+        data = data.replace(old, new)
+    return FOLDED_NAME.sub(rb'\1\3\2', b'\n%b\n' % data, MOST_DATES)
+
+
+def plain_line(line: bytes) -> str:
+    return line.replace(FOLD, b'').strip(b'\r\n').decode('utf8', 'replace')
 
 
 class Reader:
-    """Takes a calendar a line at a time; what is neither an event nor a zone is passed over."""
+    """Takes a calendar a component at a time; what is neither event nor zone is passed over."""
 
-    def __init__(self, what: str):
-        self.what, self.path, self.entries = what, [], []
-        self.frame, self.zone, self.room = Frame(), [], 0
+    def __init__(self, what: str, data: bytes):
+        self.what, self.data = what, data
+        self.path, self.entries = [], []
+        self.frame, self.zone = Frame(data), 0
+        self.behind, self.line = 0, 0
 
-    def begin(self, kind: str, number: int) -> None:
-        self.end(kind)  # no component is within its like: an end is missing
+    def take(self, match: re.Match) -> None:
+        """Takes a line that begins or ends a component, and what stands before it."""
+        begin, end = match.span()
+        self.keep(self.behind, begin)
+        self.line += sum(self.data.count(each, self.behind, end) for each in (b'\n', FOLD))
+        self.behind = end
+        kind = plain_line(match[2]).strip().upper()
+        if match[1]:
+            self.begin(kind, begin)
+        else:
+            self.end(kind, end)
+
+    def begin(self, kind: str, at: int) -> None:
+        self.end(kind, at)  # no component is within its like: an end is missing
         if not self.path and kind != 'VCALENDAR':  # behind the end of the calendar
             return
         self.path.append(kind)
         if len(self.path) > MOST_NESTING:
             raise BadCalendar(f'{self.what} has components nested more than {MOST_NESTING} deep')
         if kind == 'VCALENDAR':
-            self.frame = Frame()
+            self.frame = Frame(self.data)
         elif kind == 'VEVENT':
-            self.entries.append(Entry(number, self.frame))
+            self.entries.append(Entry(self.line, self.frame))
         elif kind == 'VTIMEZONE':
-            self.zone, self.room = [], MOST_ZONE
-        self.describe(f'BEGIN:{kind}')
+            self.zone = at
 
-    def end(self, kind: str) -> None:
+    def end(self, kind: str, at: int) -> None:
         """Ends the component of a kind that is open, with all that was left open in it."""
         if kind in self.path:
-            self.describe(f'END:{kind}')
             del self.path[len(self.path) - 1 - self.path[::-1].index(kind):]
+            if kind == 'VTIMEZONE' and (name := ZONE_NAME.search(self.data, self.zone, at)):
+                named = plain_line(name[1]).strip(' "')
+                self.frame.described[named] = self.zone, min(at, self.zone + MOST_ZONE)
 
-    def describe(self, line: str) -> None:
-        if 'VTIMEZONE' in self.path and self.room > 0:  # one that is cut off is none
-            self.zone.append(line[:self.room])
-            self.room -= len(line)
-
-    def take(self, line: str) -> None:
-        """Keeps a property if it is one that may be asked for."""
-        self.describe(line)
-        if self.path[-1] == 'VEVENT' and re.match('[A-Za-z0-9-]*', line)[0].upper() in KEPT:
-            if found := read_property(line):
-                self.entries[-1].said[found[0]].append(found[1:])
-        elif self.path[-1] == 'VTIMEZONE' and line[:4].upper() == 'TZID':
-            self.frame.described[line.partition(':')[2].strip(' "')] = self.zone
-        elif self.path[-1] == 'VCALENDAR' and line[:13].upper() == 'X-WR-TIMEZONE':
-            self.frame.beside = line.rpartition(':')[2].strip()
+    def keep(self, begin: int, end: int) -> None:
+        """Keeps the lines between two components where they may be asked for."""
+        kind = self.path[-1] if end > begin and self.path else ''
+        if kind == 'VEVENT':
+            self.entries[-1].pieces.append((begin, end))
+        elif kind == 'VCALENDAR' and (beside := BESIDE.search(self.data, begin, end)):
+            self.frame.beside = plain_line(beside[1]).strip()
 
 
 def by_uid(entries: list[Entry]) -> dict[str, list[Entry]]:
@@ -5504,11 +7523,30 @@ def by_uid(entries: list[Entry]) -> dict[str, list[Entry]]:
     return {key: group for uid, found in groups.items() for key, group in told_apart(uid, found)}
 
 
+def wishful(entries: list[Entry]) -> list[Entry]:
+    """The events of those UIDs of which one may want VMs: what has no wish needs no reading."""
+    uids = {entry.uid for entry in entries if entry.holds(WISH)}
+    return [entry for entry in entries if entry.uid in uids]
+
+
+def near_window(entries: list[Entry], begin: datetime, until: datetime) -> list[Entry]:
+    """The events without those that are plainly before or after a window: most of a long life."""
+    uids = Counter(entry.uid for entry in entries)
+    days = [f'{day:%Y%m%d}' for day in (begin - timedelta(days=2), until + timedelta(days=2))]
+    return [entry for entry in entries if uids[entry.uid] > 1 or not entry.outside(*days)]
+
+
 def told_apart(uid: str, found: list[Entry]) -> Iterator[tuple[str, list[Entry]]]:
+    if len(found) == 1:
+        yield uid, found
+        return
     exceptions = [each for each in found if each.exception]
     newest = max((each.sequence for each in found if not each.exception), default=0)
     masters = [*{str(each.said.get('DTSTART')): each for each in found
                  if not each.exception and each.sequence == newest}.values()]
+    if len(masters) > MOST_ALIKE:
+        yield uid, masters + exceptions
+        return
     yield uid, masters[:1] + exceptions
     for number, master in enumerate(masters[1:], 2):
         yield f'{uid} ({number})', [master]
@@ -5594,22 +7632,24 @@ def timetable(entries: list[Entry], owner: tzinfo,
     Raises:
       Error: one of them can't be understood; BadCalendar names it.
     """
-    head, clock = entries[0], clock_of(entries, owner)
+    STEPS.take(30)
+    if sum(not entry.exception for entry in entries) > 1:
+        raise Invalid(f'more than {MOST_ALIKE} events have its UID')
     refuse_too_many_dates(entries)
+    head, clock = entries[0], clock_of(entries, owner)
     stretches = [plain_stretch(head, clock, vms(head))]
     exceptions = exceptions_of(entries, clock)
     if head.exception:  # without their series they are all there is
         keys = tuple(sorted(exceptions))
         exceptions = exceptions if len(keys) > 1 else {}
         stretches = [stretches[0]._replace(dates=keys if len(keys) > 1 else ())]
-    for key, entry in sorted(exceptions.items()):
-        with naming(entry):
-            stretches = overridden(stretches, key, entry, clock, vms(entry))
+    stretches = overridden(stretches, exceptions, clock, vms)
     return Timetable(stretches, clock.here, head.status,
                      {key: entry.status for key, entry in exceptions.items()})
 
 
 def refuse_too_many_dates(entries: list[Entry]) -> None:
+    """Raises Invalid for more than MOST_DATES of them, before any is read."""
     head = entries[0]
     lists = (values for name in ('RDATE', 'EXDATE') for _, values in head.said.get(name, ()))
     if sum(values.count(',') + 1 for values in lists) + len(entries) > MOST_DATES:
@@ -5621,6 +7661,7 @@ def exceptions_of(entries: list[Entry], clock: Clock) -> dict[str, Entry]:
     found = {}
     for entry in sorted(entries, key=lambda each: each.sequence):
         if entry.exception:
+            STEPS.take(20)
             with naming(entry):
                 found[clock.slot(entry.moment('RECURRENCE-ID')).isoformat()] = entry
     return found
@@ -5650,25 +7691,39 @@ def added_dates(entry: Entry, clock: Clock) -> Iterator[str]:
         yield f'{wall.isoformat()}{length}'
 
 
-def overridden(stretches: list[Stretch], key: str, entry: Entry, clock: Clock,
-               vms: int) -> list[Stretch]:
-    """A series with one exception: moved, or with RANGE=THISANDFUTURE otherwise from there on."""
-    start, (length, exact) = clock.wall(entry.start), entry.lengths
-    rest = 'RANGE=THISANDFUTURE' in entry.one('RECURRENCE-ID')[0].upper()
-    if rest and is_ruled(stretches[-1], key):
-        return following(stretches, key, entry, start, length=length, exact=exact, vms=vms)
-    # One that stands where the rule has no slot is an occurrence all the same.
-    return [stretch._replace(
-        moved=stretch.moved | {key: (start.isoformat(), length, vms, exact)},
-        dates=stretch.dates if key in (stretch.dates or [stretch.start])
-        else (*(stretch.dates or [stretch.start]), key)) for stretch in stretches]
+def overridden(stretches: list[Stretch], exceptions: dict[str, Entry], clock: Clock,
+               vms: Callable[[Entry], int]) -> list[Stretch]:
+    """A series with its exceptions: moved, or with RANGE=THISANDFUTURE otherwise from there on."""
+    moved = {}
+    for key, entry in sorted(exceptions.items()):
+        with naming(entry):
+            start, (length, exact) = clock.wall(entry.start), entry.lengths
+            rest = 'RANGE=THISANDFUTURE' in entry.one('RECURRENCE-ID')[0].upper()
+            if rest and is_ruled(stretches[-1], key):
+                STEPS.take(5 * len(stretches))
+                stretches, moved = with_moved(stretches, moved), {}
+                stretches = following(stretches, key, entry, start, length=length, exact=exact,
+                                      vms=vms(entry))
+            else:
+                moved[key] = start.isoformat(), length, vms(entry), exact
+    return with_moved(stretches, moved)
+
+
+def with_moved(stretches: list[Stretch], moved: dict[str, tuple]) -> list[Stretch]:
+    """A series of which some occurrences are otherwise, also where the rule has no slot for them."""
+    found = []
+    for stretch in stretches:
+        dates = stretch.dates or (stretch.start,)
+        more = tuple(sorted(moved.keys() - {*dates}))
+        found.append(stretch._replace(moved=stretch.moved | moved,
+                                      dates=(*dates, *more) if more else stretch.dates))
+    return found
 
 
 def is_ruled(stretch: Stretch, key: str) -> bool:
     """Whether a slot is one of a rule; what was added by hand has none that follow."""
     start, wall = datetime.fromisoformat(stretch.start), datetime.fromisoformat(key)
-    ruled = followed(stretch.rule, start, wall) if stretch.rule else iter(())
-    return wall == start or next(ruled, None) == wall
+    return wall == start or bool(stretch.rule) and on_rule(stretch.rule, start, wall)
 
 
 def following(stretches: list[Stretch], key: str, entry: Entry, start: datetime,
@@ -5690,28 +7745,49 @@ def occurrences_of(entries: list[Entry], owner: ZoneInfo, begin: datetime,
     Raises:
       BadCalendar: they are too many.
     """
-    found, refused, deadline = [], [], Deadline()
-    for group in by_uid(entries).values():
+    found, refused, budget = [], [], Budget()
+    for group in simple_first(by_uid(near_window(entries, begin, until)).values()):
         try:
-            with naming(group[0]):
+            with naming(group[0]), budget.event(may_repeat(group)):
                 found += group_occurrences(group, owner, begin, until)
         except BadCalendar as error:
             refused.append(error)
-        if len(found) > 10 * MOST_OCCURRENCES or deadline.over:
+        if len(found) > 10 * MOST_OCCURRENCES:
             raise BadCalendar(f'there are too many occurrences from {begin:%Y-%m-%d} to {until:%Y-%m-%d}; '
                               'ask for a shorter window')
     return sorted(found, key=lambda each: (each['start'], each['end'], each['uid'])), refused
 
 
-class Deadline:
-    """Until when the rules of a calendar may be followed: seconds of this thread's own work."""
+def simple_first(groups: Iterable[list[Entry]]) -> list[list[Entry]]:
+    """The events of UIDs, those first that don't repeat."""
+    return sorted(groups, key=may_repeat)
+
+
+def may_repeat(group: list[Entry]) -> bool:
+    return len(group) > 1 or group[0].holds(REPEATS)
+
+
+class Budget:
+    """What the events of a calendar may cost in steps: each by itself, and together those that repeat.
+
+    What doesn't has steps of its own, that nothing else can use up.
+    """
 
     def __init__(self):
-        self.began = time.thread_time()
+        self.left = {False: 5 * MOST_STEPS, True: MOST_STEPS}
 
-    @property
-    def over(self) -> bool:
-        return time.thread_time() - self.began > MOST_EXPANDING
+    @contextmanager
+    def event(self, repeats: bool) -> Iterator[None]:
+        """Bounds what is done for one event; Invalid where nothing is left for it."""
+        if self.left[repeats] <= 0:
+            raise Invalid('it is too much beside the other events of its calendar; '
+                          'put it into a calendar of its own')
+        began = STEPS.taken
+        try:
+            with STEPS.at_most(MOST_STEPS_EACH):
+                yield
+        finally:
+            self.left[repeats] -= STEPS.taken - began
 
 
 def group_occurrences(group: list[Entry], owner: ZoneInfo, begin: datetime,
@@ -5725,40 +7801,40 @@ def group_occurrences(group: list[Entry], owner: ZoneInfo, begin: datetime,
 
 
 def bookings(groups: dict[str, list[Entry]], owner: ZoneInfo, begin: datetime, until: datetime,
-             defaults: Want) -> list[Booking]:
+             defaults: Want, budget: Budget) -> list[Booking]:
     """What the events of calendars want, those that want nothing left out unread.
 
     Args:
       groups: the events by UID
       owner: the zone of times without one
       begin, until: the window that a series in a zone of its own making is spelled out for
-
-    Raises:
-      BadCalendar: they are too many.
     """
-    found, deadline = [], Deadline()
-    for uid, group in groups.items():
-        if not FEED_UID.fullmatch(uid):
-            found.append(booking_of(uid, group, owner, begin, until, defaults))
-            if found[-1] is None:  # it wants nothing
-                found.pop()
-        if len(found) > MOST_EVENTS or deadline.over:
-            raise BadCalendar(f'the calendar asks for too much at once: over {MOST_EVENTS} events, '
-                              'or rules that are hard to follow')
-    return found
+    found, uids = {}, {id(group): uid for uid, group in groups.items()}
+    for group in simple_first(groups.values()):
+        uid = uids[id(group)]
+        if FEED_UID.fullmatch(uid):
+            continue
+        more = len(found) >= MOST_EVENTS
+        booking = booking_of(uid, group, owner, begin, until, defaults, budget, more)
+        if booking:  # else it wants nothing
+            found[uid] = booking
+    return [found[uid] for uid in groups if uid in found]
 
 
 def booking_of(uid: str, group: list[Entry], owner: ZoneInfo, begin: datetime, until: datetime,
-               defaults: Want) -> Booking | None:
+               defaults: Want, budget: Budget, too_many: bool = False) -> Booking | None:
     """What the events of one UID want; what they say badly refuses them alone."""
     head = group[0]
     try:
-        wants = wants_of(group, defaults)
-        group = [each for each in group if each.line in wants]
-        if not group:
-            return None
-        head = group[0]
-        with naming(head):
+        with naming(head), budget.event(may_repeat(group)):
+            wants = wants_of(group, defaults)
+            group = [each for each in group if each.line in wants]
+            if not group:
+                return None
+            head = group[0]
+            if too_many:
+                raise Invalid(f'its calendar has more than {MOST_EVENTS} events that ask for VMs; '
+                              'put it into a calendar of its own')
             table = timetable(group, owner, lambda entry: wants[entry.line].vms)
             stretches, cancelled = wanted_stretches(table, group, begin, until)
         return Booking(uid, title_of(head), wants[head.line], stretches, cancelled,
@@ -5844,13 +7920,14 @@ def plain_text(text: str) -> str:
 
 def marks_of(entry: Entry) -> list[re.Match]:
     """Where an event says in so many words that it wants machines."""
-    texts = entry.text('SUMMARY'), plain_text(entry.text('DESCRIPTION'))
+    texts = [entry.text('SUMMARY'), entry.text('DESCRIPTION')]
+    texts[1:] = map(plain_text, filter(MAYBE_MARKED.search, texts[1:]))
     return [*filter(None, map(MARKED.search, texts))]
 
 
 def spoken(entry: Entry) -> re.Match | None:
     """What looks like a wish in the first line of its description, or as its place."""
-    text, place = (plain_text(entry.text(name)) for name in ('DESCRIPTION', 'LOCATION'))
+    text, place = (plain_text(entry.text(name)[:MOST_HEAD]) for name in ('DESCRIPTION', 'LOCATION'))
     lines = (line.strip() for line in (text.partition('\n')[0], place) if len(line) < 500)
     return next(filter(None, map(WANT.fullmatch, lines)), None)
 
@@ -5866,7 +7943,7 @@ def want_of(entry: Entry, defaults: Want) -> Want | None:
     for match in marks_of(entry):
         said = WANT.fullmatch(match[1].strip())
         if not said and match[1].strip():
-            raise Invalid(f'{shown(match[0])} is not such as #vm 2 x m1.small')
+            raise Invalid(f'{shown(match[0][:80])} is not such as #vm 2 x m1.small')
         return spoken_want(said, defaults) if said else defaults
     if said := spoken(entry):
         return spoken_want(said, defaults)
@@ -5973,11 +8050,32 @@ def calendar_text(name: str, shown: Iterable[Shown]) -> str:
 # answer read back. What is refused is explained after it, when nobody waits.
 
 
+#: What a token with a scope is good for; with several, for all of that.
+SCOPES: dict[str, Callable[[Operation], bool]] = {
+    'read': lambda operation: not operation.changes,
+    'claim': lambda operation: operation.name == 'claim',
+    'calendar': lambda operation: operation.name.startswith(('calendar_', 'import_'))}
+#: What a token for one resource is good for: what looks at resources one by one.
+ON_ONE_RESOURCE = frozenset(
+    'add list show servers duration update extend keep skip delete accept find usage resource_list '
+    'resource_show'.split())
+
+
 class Actor(NamedTuple):
-    """Who asks; an admin may act for everybody."""
+    """Who asks; an admin may act for everybody. A token can be good for less than its role."""
     user: str
     project: str
     role: str
+    scopes: frozenset[str] = frozenset()  # of SCOPES; without any, all
+    resource: int | None = None           # the only one, by its id
+
+    def refuse_out_of_scope(self, operation: Operation) -> None:
+        """Forbidden if the token of who asks is not for an operation."""
+        if self.scopes and not any(SCOPES[each](operation) for each in self.scopes):
+            raise Forbidden(f"this token is only for {' and '.join(sorted(self.scopes))}, not for: "
+                            f'{operation.words}')
+        if self.resource is not None and operation.name not in ON_ONE_RESOURCE:
+            raise Forbidden(f'this token is only for one resource, not for: {operation.words}')
 
 
 class Wish(NamedTuple):
@@ -6072,6 +8170,11 @@ def changed_most(changes: list[tuple], begin: int) -> int:
     def less_at(at: int) -> int:
         return sum(less for each, less in changes if each.start <= at < each.end)
     return max((less_at(max(each.start, begin)) for each, _ in changes), default=0)
+
+
+def by_line(lines: Iterable[dict]) -> list[dict]:
+    """Refused lines of a file by their numbers."""
+    return sorted(lines, key=lambda each: each['line'])
 
 
 class Request(NamedTuple):
@@ -6214,6 +8317,17 @@ def public(found) -> dict:
     return shown
 
 
+def cut_short(text: str, most: int = 200) -> str:
+    return text if len(text) <= most else f'{text[:most - 3]}...'
+
+
+def in_lines(found: Iterable) -> list[dict]:
+    """Rows as an answer of many shows them: descriptions are cut, long metadata is left out."""
+    return [public(each._replace(description=cut_short(each.description),
+                                 metadata=each.metadata if len(each.metadata) <= 1000 else '{}'))
+            for each in found]
+
+
 @functools.lru_cache
 def shown_fields(fields: tuple) -> list[tuple]:
     """Of each field that is shown: its name, its place in the row, and what reads it."""
@@ -6295,12 +8409,63 @@ def hashed(token: str) -> str:
     return hashlib.sha256(token.encode()).hexdigest()
 
 
-def actor_of(token: str) -> Actor:
-    """Whose token this is; Unauthorized if it is nobody's or revoked."""
-    found = row('SELECT user, project, role FROM token WHERE hash = ? AND revoked IS NULL', hashed(token))
-    if not found:
+#: Of a token t: it is in force at an instant.
+IN_FORCE = 't.revoked IS NULL AND (t.ends IS NULL OR t.ends > ?)'
+TOKEN = ('SELECT t.id, t.user, t.project, t.role, t.scopes, t.resource_id, t.ends, t.revoked '
+         'FROM token t')
+#: Of what people have, each with a condition: it is still good for something.
+STILL = {'tokens': 'revoked IS NULL', 'feeds': 'revoked IS NULL',
+         'subscriptions': 'due IS NOT NULL'}
+
+
+def token_of(secret: str, now: float):
+    """The row of a token; Unauthorized if it is nobody's, revoked or over."""
+    found = row(f'{TOKEN} WHERE t.hash = ?', hashed(secret))
+    if not found or found.revoked is not None:
         raise Unauthorized('this token is not known or was revoked; an admin makes one with: token add USER')
-    return Actor(*found)
+    if found.ends is not None and found.ends <= now:
+        raise Unauthorized(f'this token has ended on {instant(found.ends):%Y-%m-%d}. Renew it with '
+                           f'another of yours, or ask an admin: token renew {found.id}')
+    return found
+
+
+def bearer_of(found) -> Actor:
+    """Who a token acts for."""
+    scopes = frozenset(filter(None, found.scopes.split(',')))
+    return Actor(found.user, found.project, found.role, scopes, found.resource_id)
+
+
+def actor_of(secret: str, now: float | None = None) -> Actor:
+    """Who has a token; Unauthorized if it is nobody's, revoked or over."""
+    return bearer_of(token_of(secret, time.time() if now is None else now))
+
+
+class Uses:
+    """When tokens were used last, kept here until `write` is called: no request waits for that."""
+
+    def __init__(self):
+        self.lock, self.seen = threading.Lock(), {}
+
+    def note(self, id: int, now: float) -> None:
+        with self.lock:
+            self.seen[id] = max(now, self.seen.get(id, 0))
+
+    def latest(self, id: int) -> int:
+        """When a token was used, as far as that is not written yet; 0 if it was not."""
+        return int(self.seen.get(id, 0))
+
+    def write(self) -> None:
+        """Writes down what was noted since the last time."""
+        with self.lock:
+            seen, self.seen = self.seen, {}
+        if seen:
+            with transaction():
+                for id, at in seen.items():
+                    run('UPDATE token SET last_used = max(coalesce(last_used, 0), ?) '
+                        'WHERE id = ?', int(at), id)
+
+
+USES = Uses()
 
 
 #: Why something had no room that has some when that is looked into.
@@ -6325,6 +8490,8 @@ class Service:
         self.shares = shares or Shares(config)
         # Called in each transaction that writes; raises to end it.
         self.fence: Callable[[], None] = lambda: None
+        # Called before a change and before it is written; raises if nobody wants it any more.
+        self.wanted: Callable[[], None] = lambda: None
         # The seconds since the life cycle of this process has made a pass; None: it has none.
         self.age: Callable[[], float] | None = None
 
@@ -6345,7 +8512,9 @@ class Service:
         """A transaction that yields its instant and wakes the life cycle when it has changed something."""
         with rehearsing() if dry_run else transaction():
             self.fence()
+            self.wanted()
             yield self.clock()
+            self.wanted()
         if not dry_run and not rehearsal.on:
             self.wake()
 
@@ -6365,7 +8534,7 @@ class Service:
             except NoCapacity:
                 if db.in_transaction():  # what this is a part of is refused as a whole
                     raise
-            with self.writing(dry_run=True) as now:
+            with self.shares.paced(), self.writing(dry_run=True) as now:
                 deed(now)  # where it is not refused, somebody has given something back meanwhile
         raise NoCapacity(A_MOMENT_AGO)
 
@@ -6413,7 +8582,9 @@ class Service:
 
     def visible(self) -> list:
         """The condition that keeps an actor to what is theirs."""
-        return [] if self.actor.role == ADMIN else [('r.project = ?', self.actor.project)]
+        own = [] if self.actor.role == ADMIN else [('r.project = ?', self.actor.project)]
+        one = 'EXISTS (SELECT 1 FROM occurrence WHERE reservation_id = r.id AND resource_id = ?)'
+        return own if self.actor.resource is None else [*own, (one, self.actor.resource)]
 
     def window(self, start, end) -> list:
         """The conditions on occurrences that overlap a window, either end of which may be missing."""
@@ -6428,6 +8599,13 @@ class Service:
         return [each.id for each in rows(
             f"SELECT id FROM reservation r WHERE label = ?{also} UNION SELECT id FROM reservation r WHERE request = ? "
             f"AND request <> ''{also} ORDER BY id DESC", label, *given(where), label, *given(where))]
+
+    def newest_deed(self, label: str, project: str = '') -> int | None:
+        """The newest event of what people have done to the reservations of a label; None without any."""
+        found = row('SELECT max(id) AS id FROM event WHERE actor <> ? AND reservation_id IN '
+                    '(SELECT value FROM json_each(?))', 'cmres',
+                    json.dumps(self.labelled(label, project)[:MOST_PARTS]))
+        return found.id
 
     def parts_of(self, label: str, project: str = '') -> list:
         """The parts of the request that a label means; none if it means a reservation.
@@ -6599,6 +8777,8 @@ class Service:
         if not found:
             names = [each.name for each in self.places()]
             raise NotFound(f"there is no resource '{name}'{nearest(name, names)}")
+        if self.actor.resource not in (None, found.id):
+            raise Forbidden(f"this token is only for another resource, not for '{name}'")
         return found
 
     def id_of(self, name: str) -> int | None:
@@ -6608,6 +8788,7 @@ class Service:
     def places(self, *place: str) -> list:
         """Resources by cell, cloud, region and aggregate, as far as these are given."""
         given = [(column, value) for column, value in zip(PLACE, place) if value]
+        given += [('id', self.actor.resource)] if self.actor.resource is not None else []
         condition = ''.join(f' AND "{column}" = ?' for column, _ in given)
         return rows(f'SELECT * FROM resource WHERE removed IS NULL{condition} ORDER BY name',
                     *(value for _, value in given))
@@ -7221,10 +9402,10 @@ LIMITS = '''SELECT l.*, coalesce(s.name, '') AS resource
 class Limits(Wishes):
     """What users and projects may reserve at most."""
 
-    @api('POST', '/limit/', role=ADMIN)
+    @api('POST', '/limit/', role=ADMIN, made='/limit/')
     def limit_add(self, project: Name = '', user: Name = '', resource: Label = '', most_vms: Count = None,
                   longest: Span = None, ahead: Span = None, least_notice: Span = None, vcpu_hours: Count = None,
-                  waiting: int = None, exempt: Span = None, dry_run: bool = False) -> dict:
+                  waiting: int = None, exempt: Span = None, dry_run: bool = False) -> LimitAnswer:
         """Limits what a project or a user may reserve; with neither, every project that has no limit of its own.
 
         With --resource it counts there alone, else everywhere together. What begins within --exempt from
@@ -7247,7 +9428,7 @@ class Limits(Wishes):
             return self.limit_public(row(f'{LIMITS} WHERE l.id = ?', id))
 
     @api('GET', '/limit/')
-    def limit_list(self) -> Rows:
+    def limit_list(self) -> list[LimitAnswer]:
         """Lists the limits; of those for others, only an admin sees any.
 
         Example:
@@ -7258,7 +9439,7 @@ class Limits(Wishes):
                 or each.project in ('', self.actor.project) and each.user in ('', self.actor.user)]
 
     @api('DELETE', '/limit/<id>', role=ADMIN)
-    def limit_delete(self, id: int, dry_run: bool = False) -> dict:
+    def limit_delete(self, id: int, dry_run: bool = False) -> LimitAnswer:
         """Takes a limit away.
 
         Example:
@@ -7731,11 +9912,13 @@ class Series(Holding):
                    wish: Wish) -> NoCapacity:
         """The refusal of a series some occurrences of which have no room."""
         slot, error = refused[0]
-        zone = read_zone(wish.stretches[0].zone)
+        first = format_time(instant(slot.start), read_zone(wish.stretches[0].zone))
+        text = (f'{len(refused)} of {number} occurrences do not fit, so nothing was changed; '
+                f'the first from {first}: {error}')
+        if len(refused) < number:
+            text += '. Take the others with --on-conflict skip'
         refusal = NoCapacity(
-            f"{len(refused)} of {number} occurrences do not fit, so nothing was changed; the first "
-            f"from {format_time(instant(slot.start), zone)}: {error}. "
-            "Take the others with --on-conflict skip",
+            text if number > 1 else str(error),
             conflicts=[{'start': instant(each.start), 'end': instant(each.end), 'vms': each.vms,
                         'why': str(why)}
                        for each, why in refused[:1000]], **error.details)
@@ -8538,7 +10721,7 @@ class Approval(Waiting):
                            'its end, vms, user, description and label can')
 
     @api('POST', '/reservation/<label>/approve', role=ADMIN)
-    def approve(self, label: Label, project: Name = '', dry_run: bool = False) -> dict:
+    def approve(self, label: Label, project: Name = '', dry_run: bool = False) -> BookedAnswer | GroupAnswer:
         """Lets a pending reservation be, or a change of one that is approved.
 
         Example:
@@ -8556,7 +10739,7 @@ class Approval(Waiting):
         return self.carry_out(deed, dry_run)
 
     @api('POST', '/reservation/<label>/accept')
-    def accept(self, label: Label, project: Name = '', dry_run: bool = False) -> dict:
+    def accept(self, label: Label, project: Name = '', dry_run: bool = False) -> BookedAnswer | GroupAnswer:
         """Takes the room that is held for a reservation of yours that had waited.
 
         Example:
@@ -8572,7 +10755,7 @@ class Approval(Waiting):
             return self.told_parts(label, pending)
 
     @api('POST', '/reservation/<label>/reject', role=ADMIN)
-    def reject(self, label: Label, reason: Text = '', project: Name = '', dry_run: bool = False) -> dict:
+    def reject(self, label: Label, reason: Text = '', project: Name = '', dry_run: bool = False) -> BookedAnswer | GroupAnswer:
         """Refuses a pending reservation and frees what it held; of a request, all parts.
 
         A change of a reservation that was approved before is refused alone: that goes on as it was.
@@ -8624,10 +10807,104 @@ class Approval(Waiting):
 # What people do with reservations: add, list, show, change, end them.
 
 
+#: Seconds after which what a process has begun to write in pieces is dropped, if it does not go on.
+GOES_ON = 60
+#: What was written in pieces of which the last has not come: each a fact, its value begins with when it is dropped.
+STAGED = "name > 'staged-' AND name < 'staged.'"
+
+
+def not_real_yet() -> tuple[Callable, Callable]:
+    """Tell of a reservation, and of an event, whether it is written but not real yet."""
+    pieces = [piece for each in rows(f'SELECT value FROM fact WHERE {STAGED}')
+              for piece in json.loads(each.value.partition(' ')[2])]
+    return tuple(inside([(piece[n], piece[n + 2]) for piece in pieces]) for n in (0, 1))
+
+
+def inside(ranges: list[tuple[int, int]]) -> Callable[[int], bool]:
+    """Tells of a number whether it is in one of some ranges, which begin after their first number."""
+    ranges.sort()
+
+    def told(number: int) -> bool:
+        at = bisect_left(ranges, (number,)) - 1
+        return at >= 0 and number <= ranges[at][1]
+    return told
+
+
+class Staged:
+    """What is written in pieces, and is real when the last one is: until then nothing starts, nobody is told.
+
+    It holds its capacity from the first piece on, so that the last can't fail. What is not made real
+    is erased; what a process has left behind that died, the life cycle erases.
+    """
+
+    def __init__(self, service: Service, name: str = ''):
+        self.service, self.name = service, name or f'staged-{secrets.token_hex(8)}'
+        # Of each piece the last reservation and event before it, and its own last ones.
+        self.pieces = json.loads(fact(name).partition(' ')[2] or '[]') if name else []
+        self.dropping = False
+
+    def begin(self) -> None:
+        """Notes where a piece begins; this and all that follows but `drop_all` inside a transaction."""
+        self.before = self.newest()
+
+    def newest(self) -> tuple:
+        return tuple(run('SELECT (SELECT max(id) FROM reservation), (SELECT max(id) FROM event)').fetchone())
+
+    def set_aside(self, now: float) -> None:
+        """Keeps what was written since it began from being looked at and told."""
+        self.pieces.append([each or 0 for each in (*self.before, *self.newest())])
+        self.note(now + GOES_ON)
+
+    def note(self, dropped: float) -> None:
+        note_fact(self.name, f'{dropped:.0f} {json.dumps(self.pieces)}')
+
+    def make_real(self) -> None:
+        """Lets the life cycle see and tell all of it."""
+        run('DELETE FROM fact WHERE name = ?', self.name)
+
+    def drop_all(self) -> None:
+        """Erases all of it, some at a time."""
+        while self.pieces:
+            with self.service.writing() as now:
+                self.drop_some(now + GOES_ON)
+
+    def drop_some(self, now: float) -> None:
+        """Erases the last of it that is there; the rest is to be dropped from an instant on."""
+        first, told, last, last_told = self.pieces[-1]
+        if not self.dropping:  # so that no id of an event comes twice, one stays
+            self.dropping = True
+            run("UPDATE event SET reservation_id = NULL, occurrence = NULL, project = '', code = 'dropped', sentence = "
+                "'many lines were begun and not all had room, so none is reserved' WHERE id = ?", last_told)
+            run('DELETE FROM outbox WHERE event_id = ?', last_told)
+        for last in some_of(deque(range(last, first, -1))):
+            self.erase(last, now)
+        last -= 1
+        self.pieces[-1:] = [[first, told, last, last_told]] if last > first else []
+        self.note(now)
+        if not self.pieces:
+            run('DELETE FROM fact WHERE name = ?', self.name)
+
+    def erase(self, reservation: int, now: float) -> None:
+        """Erases a reservation as if it had never been; one whose VMs somebody has started is cancelled."""
+        held = rows('SELECT id, resource_id, held_from, held_until, vms, vcpus, ram, classes FROM occurrence '
+                    'WHERE reservation_id = ?', reservation)
+        ids = json.dumps([each.id for each in held])
+        if row('SELECT 1 AS one FROM server WHERE occurrence_id IN (SELECT value FROM json_each(?)) LIMIT 1', ids):
+            self.service.cancel(self.service.live(self.service.next_of(reservation)), now, 'not all of it had room', True)
+            return
+        give(hold_of(each) for each in held if each.held_from < each.held_until)
+        self.service.drop_proposals(reservation)
+        give(hold_of(each) for each in rows('SELECT * FROM extra_hold WHERE reservation_id = ?', reservation))
+        run('DELETE FROM outbox WHERE event_id IN (SELECT id FROM event WHERE reservation_id = ?)', reservation)
+        for table in ('extra_hold', 'wait', 'event', 'occurrence'):
+            run(f'DELETE FROM {table} WHERE reservation_id = ?', reservation)
+        run('DELETE FROM reservation WHERE id = ?', reservation)
+
+
 class Requests(Approval):
     """The operations on reservations."""
 
-    @api('POST', '/reservation/')
+    @api('POST', '/reservation/', made='/reservation/<label>')
     @api('POST', '/reservation/add/<label>/<resource>/<start>/<end>')
     @api('POST', '/reservation/add/<label>/<cell>/<cloud>/<region>/<aggregate>/<vms>/<start>/<end>', resource=ANY)
     def add(self, label: NewLabel, resource: Place, start: When, end: When, vms: Count = 1, flavor: Name = '',
@@ -8638,7 +10915,7 @@ class Requests(Approval):
             skip_dates: Names = (), holidays: Source = '', on_conflict: Clash = 'refuse', user: Name = '',
             project: Name = '', cell: Name = '', cloud: Name = '', region: Name = '', aggregate: Name = '',
             part: Parts = (), host: Hosts = (), wait: bool = False, priority: int = 0, confirm: Span = None,
-            dry_run: bool = False) -> dict:
+            dry_run: bool = False) -> BookedAnswer | GroupAnswer:
         """Reserves machines from START to END, once or again and again.
 
         With an image, they are booted at the start and deleted at the end, or what --at-end says;
@@ -8708,8 +10985,8 @@ class Requests(Approval):
             raise refusal
         return found
 
-    @api('POST', '/reservation/load')
-    def load(self, rows: Rows, partial: bool = False, dry_run: bool = False) -> dict:
+    @api('POST', '/reservation/load', made='/reservation/')
+    def load(self, rows: Rows, partial: bool = False, dry_run: bool = False) -> LoadedAnswer:
         """Adds many reservations at once: all of them, or with --partial those that fit.
 
         Each refused line is named with its number and the reason. In a CSV file the first line
@@ -8720,6 +10997,7 @@ class Requests(Approval):
         """
         unread, requests = [], []
         for number, given in enumerate(self.progress(rows), 1):
+            self.shares.breathe()
             line = given.get('line', number)
             try:
                 requests.append((line, self.read_request(self.read_line(given))))
@@ -8727,21 +11005,60 @@ class Requests(Approval):
                 unread.append({'line': line, 'label': given.get('label', ''), 'error': str(error)})
 
         def deed(now: float) -> dict:
-            taken, refused = [], [*unread]
-            for line, request in requests:
-                try:
-                    with Attempt(), self.explaining(request.last):
-                        taken.append(self.take(request, now))
-                except Error as error:
-                    if not (partial or rehearsal.on):  # a rehearsal tells them all
-                        raise NoCapacity('') from error
-                    refused.append({'line': line, 'label': request.label, 'error': str(error)})
-            refused.sort(key=lambda each: each['line'])
+            taken, refused = self.take_lines(requests, partial, now)
+            refused = by_line(unread + refused)
             if refused and not partial:
-                raise Conflict(f'{len(refused)} of {len(rows)} lines were refused, so nothing was reserved',
-                               refused=refused)
+                raise Conflict(f'{len(refused)} of {len(rows)} lines were refused, so nothing was '
+                               'reserved', refused=refused)
             return {'taken': taken, 'refused': refused}
-        return self.carry_out(deed, dry_run or bool(unread) and not partial)
+        if dry_run or unread and not partial:
+            return self.carry_out(deed, dry_run=True)
+        try:
+            taken, refused = self.take_in_turns(requests, partial)
+        except NoCapacity:
+            self.carry_out(deed, dry_run=True)
+            raise NoCapacity(A_MOMENT_AGO) from None
+        return {'taken': taken, 'refused': by_line(unread + refused)}
+
+    def take_in_turns(self, requests: list[tuple], partial: bool) -> tuple[list, list]:
+        """Takes lines, some at a time so that others can write between; what was taken, and what not.
+
+        Raises:
+          NoCapacity: one has no room and that is not allowed, so that none is taken.
+        """
+        taken, refused, left, staged = [], [], deque(requests), Staged(self)
+        try:
+            while left:
+                self.shares.breathe()
+                with self.writing() as now:
+                    staged.begin()
+                    done, failed = self.take_lines(some_of(left), partial, now)
+                    if not partial and (left or staged.pieces):
+                        staged.set_aside(now)
+                    if not left and staged.pieces:
+                        staged.make_real()
+                taken, refused = taken + done, refused + failed
+        except NoCapacity:
+            staged.drop_all()
+            raise
+        return taken, refused
+
+    def take_lines(self, lines: Iterable[tuple], partial: bool, now: float) -> tuple[list, list]:
+        """Takes what fits of some lines; what was taken, and those that are refused, each with why.
+
+        Raises:
+          NoCapacity: one is refused and that is not allowed; a rehearsal goes on and tells them all.
+        """
+        taken, refused = [], []
+        for line, request in lines:
+            try:
+                with Attempt(), self.explaining(request.last):
+                    taken.append(self.take(request, now))
+            except Error as error:
+                if not (partial or rehearsal.on):
+                    raise NoCapacity('') from error
+                refused.append({'line': line, 'label': request.label, 'error': str(error)})
+        return taken, refused
 
     def read_line(self, given: dict) -> dict:
         """The arguments of `add` that one line of many stands for; empty cells are not given."""
@@ -8752,9 +11069,9 @@ class Requests(Approval):
         defaults = {name: each.default for name, each in operation.parameters.items()}
         return defaults | bind(operation, given, self.here)
 
-    @api('POST', '/reservation/generate')
+    @api('POST', '/reservation/generate', made='/reservation/')
     def generate(self, resource: Label = 'demo', count: Page = 10, seed: int = None, flavor: Name = '',
-                 image: Name = '', dry_run: bool = False) -> dict:
+                 image: Name = '', dry_run: bool = False) -> LoadedAnswer:
         """Adds random reservations within the next week, for trying things out; those that don't fit are left out.
 
         Example:
@@ -8772,7 +11089,7 @@ class Requests(Approval):
     @api('GET', '/reservation/<label>')
     def list(self, label: Label = '', user: Name = '', project: Name = '', resource: Name = '', cell: Name = '',
              cloud: Name = '', region: Name = '', aggregate: Name = '', state: Names = (), start: When = None,
-             end: When = None, limit: Page = 100, after: Cursor = '') -> Rows:
+             end: When = None, limit: Page = 100, after: Cursor = '') -> list[ReservationAnswer]:
         """Lists reservations, the earliest first: those that are not over, or all that the filters meet.
 
         A label, a state or a window [START, END) that they overlap also finds what is over. Of a series
@@ -8823,6 +11140,7 @@ class Requests(Approval):
                       ('o.of_project = ?', own)]
         placed = [(column, asked[column]) for column in PLACE if asked[column]]
         placed += [('name', asked['resource'])] if asked['resource'] else []
+        placed += [('id', self.actor.resource)] if self.actor.resource is not None else []
         filters = {'user': asked['user'], 'project': asked['project'] or own}
         if placed:  # also on those that were removed
             at = ' AND '.join(f'"{column}" = ?' for column, _ in placed)
@@ -8831,7 +11149,7 @@ class Requests(Approval):
 
     @api('GET', '/reservation/<label>/show')
     @for_each_part
-    def show(self, label: Label, project: Name = '', occurrence: Day = None, tz: Zone = '') -> dict:
+    def show(self, label: Label, project: Name = '', occurrence: Day = None, tz: Zone = '') -> DetailAnswer | DetailGroupAnswer:
         """Shows all of one reservation: what was asked, its state, its servers; of a series also what comes.
 
         Example:
@@ -8850,7 +11168,7 @@ class Requests(Approval):
     @api('GET', '/server/')
     @api('GET', '/reservation/<label>/servers')
     def servers(self, label: Label = '', project: Name = '', occurrence: Day = None, kept: bool = False,
-                tz: Zone = '') -> Rows:
+                tz: Zone = '') -> list[ServerAnswer | KeptAnswer]:
         """Lists the servers of a reservation: state, addresses, and when each was planned, begun and ready.
 
         With --kept, those that were stopped or shelved at their end and stay: of a label, or all.
@@ -8880,7 +11198,7 @@ class Requests(Approval):
 
     @api('GET', '/reservation/<label>/duration')
     @for_each_part
-    def duration(self, label: Label, project: Name = '') -> dict:
+    def duration(self, label: Label, project: Name = '') -> DurationAnswer | DurationGroupAnswer:
         """Tells how long a reservation is.
 
         Example:
@@ -8899,7 +11217,7 @@ class Requests(Approval):
                host: Name = None, repeat: Repeat = None, until: Day = None, count: Count = None,
                skip_dates: Names = None, holidays: Source = None,
                on_conflict: Clash = None, user: Name = None, rename: NewLabel = None, occurrence: Day = None,
-               following: bool = False, tz: Zone = '', project: Name = '', dry_run: bool = False) -> dict:
+               following: bool = False, tz: Zone = '', project: Name = '', dry_run: bool = False) -> BookedAnswer | GroupAnswer:
         """Changes a reservation, all of it or nothing.
 
         A new start alone moves it with its length; a new end alone makes it longer or shorter. One
@@ -8921,7 +11239,7 @@ class Requests(Approval):
     @api('POST', '/reservation/<label>/extend')
     @for_each_part
     def extend(self, label: Label, by: Span, project: Name = '', occurrence: Day = None, tz: Zone = '',
-               dry_run: bool = False) -> dict:
+               dry_run: bool = False) -> BookedAnswer | GroupAnswer:
         """Lets a reservation end later; works until its end. Of a series, only the present or next occurrence.
 
         Example:
@@ -8934,7 +11252,7 @@ class Requests(Approval):
 
     @api('POST', '/reservation/<label>/keep')
     @for_each_part
-    def keep(self, label: Label, until: When, project: Name = '', tz: Zone = '', dry_run: bool = False) -> dict:
+    def keep(self, label: Label, until: When, project: Name = '', tz: Zone = '', dry_run: bool = False) -> BookedAnswer | GroupAnswer:
         """Lets what runs now go on until a later instant, if that fits; a series goes on after that as planned.
 
         Example:
@@ -8969,7 +11287,7 @@ class Requests(Approval):
     @api('POST', '/reservation/<label>/skip')
     @for_each_part
     def skip(self, label: Label, project: Name = '', occurrence: Day = None, undo: bool = False,
-             tz: Zone = '', dry_run: bool = False) -> dict:
+             tz: Zone = '', dry_run: bool = False) -> BookedAnswer | GroupAnswer:
         """Leaves out the next occurrence, which must not have begun.
 
         With --undo, an occurrence of a series that was left out, skipped or cancelled by itself
@@ -9154,7 +11472,7 @@ class Requests(Approval):
     def delete(self, label: Label = '', user: Name = '', project: Name = '', resource: Name = '', cell: Name = '',
                cloud: Name = '', region: Name = '', aggregate: Name = '', vms: Count = None, start: When = None,
                end: When = None, count: Count = None, occurrence: Day = None, following: bool = False,
-               kept: bool = False, tz: Zone = '', dry_run: bool = False) -> Rows:
+               kept: bool = False, tz: Zone = '', dry_run: bool = False) -> list[CancelledAnswer | KeptAnswer]:
         """Cancels a reservation: its capacity is free at once, and its VMs are deleted.
 
         Give a label, or filters that must all match exactly (start and end too); without a label,
@@ -9186,7 +11504,8 @@ class Requests(Approval):
                 self.refuse_uncounted(found, label, count, dry_run)
                 for each in found:
                     self.cancel(self.live(each), now, ends=True)
-            return [public(self.occurrence(each.id)) | self.ends_with(each) for each in found]
+            lines = in_lines(self.in_order([each.id for each in found]))
+            return [line | self.ends_with(each) for line, each in zip(lines, found)]
 
     def delete_kept(self, label: str, project: str, dry_run: bool) -> Rows:
         """Deletes the VMs of a label that stay after their end; what they hold is free at once."""
@@ -9233,7 +11552,7 @@ class Requests(Approval):
 
     @api('GET', '/resource/<resource>/find')
     def find(self, resource: Label, duration: Span, vms: Count = 1, flavor: Name = '', lead: Span = None,
-             after: When = None, before: When = None, limit: Page = 10) -> Rows:
+             after: When = None, before: When = None, limit: Page = 10) -> list[SlotAnswer]:
         """Finds the earliest slots that are free for so many machines for so long.
 
         Each slot says from when until when it is free. Looks a year ahead unless --before says how far.
@@ -9255,7 +11574,7 @@ class Requests(Approval):
                 for (first, last), _ in zip(slots, range(limit))]
 
     @api('GET', '/resource/<resource>/usage')
-    def usage(self, resource: Label, start: When = None, end: When = None) -> Rows:
+    def usage(self, resource: Label, start: When = None, end: When = None) -> list[UsageAnswer]:
         """Tells how much of a resource is held, when; by whom it doesn't tell.
 
         Shows the next 7 days unless --start or --end say otherwise.
@@ -9280,11 +11599,11 @@ class Requests(Approval):
 class Plan(Requests):
     """The operations on resources and their capacity."""
 
-    @api('POST', '/resource/', role=ADMIN)
+    @api('POST', '/resource/', role=ADMIN, made='/resource/<name>')
     def resource_add(self, name: NewLabel, cell: Name = '', cloud: Name = '', region: Name = '', aggregate: Name = '',
                      vms: Most = UNLIMITED, vcpus: Most = UNLIMITED, ram: Most = UNLIMITED, classes: Classes = None,
                      mode: Name = '', hold: Span = None, approval: Span = None, no_show: Span = None,
-                     dry_run: bool = False) -> dict:
+                     dry_run: bool = False) -> ResourceNowAnswer:
         """Adds a resource; a figure that isn't given is unlimited.
 
         With --classes, other resource classes of Placement count as well: what flavors take of them
@@ -9306,7 +11625,7 @@ class Plan(Requests):
             return self.resource_show(name)
 
     @api('GET', '/resource/')
-    def resource_list(self, cell: Name = '', cloud: Name = '', region: Name = '', aggregate: Name = '') -> Rows:
+    def resource_list(self, cell: Name = '', cloud: Name = '', region: Name = '', aggregate: Name = '') -> list[ResourceAnswer]:
         """Lists the resources: their places and what they hold at most.
 
         Example:
@@ -9315,7 +11634,7 @@ class Plan(Requests):
         return [self.resource_public(each) for each in self.places(cell, cloud, region, aggregate)]
 
     @api('GET', '/resource/<name>')
-    def resource_show(self, name: Label) -> dict:
+    def resource_show(self, name: Label) -> ResourceNowAnswer:
         """Shows a resource, and what is held of it now.
 
         Example:
@@ -9330,7 +11649,7 @@ class Plan(Requests):
                         region: Name = None, aggregate: Name = None, vms: Most = None, vcpus: Most = None,
                         ram: Most = None, classes: Classes = None, mode: Name = None, hold: Span = None,
                         approval: Span = None, no_show: Span = None, force: bool = False,
-                        dry_run: bool = False) -> dict:
+                        dry_run: bool = False) -> ResourceChangedAnswer:
         """Changes a resource; `unlimited` takes a limit away.
 
         A capacity below what is held already needs --force; nothing is cancelled then, and the
@@ -9364,7 +11683,7 @@ class Plan(Requests):
             return self.resource_public(found) | {'no_longer_fit': homeless}
 
     @api('DELETE', '/resource/<name>', role=ADMIN)
-    def resource_delete(self, name: Label, dry_run: bool = False) -> dict:
+    def resource_delete(self, name: Label, dry_run: bool = False) -> ResourceAnswer:
         """Removes a resource that nothing is reserved on any more; its history stays.
 
         Example:
@@ -9409,7 +11728,7 @@ class Plan(Requests):
 
     @api('POST', '/resource/sync', role=ADMIN)
     def resource_sync(self, cloud: Name, aggregates: Names = (), mode: Name = '', hold: Span = None,
-                      named: bool = None, force: bool = False, dry_run: bool = False) -> Rows:
+                      named: bool = None, force: bool = False, dry_run: bool = False) -> list[DifferenceAnswer]:
         """Reads host aggregates of a cloud, makes resources of them or updates those, and marks them for Nova.
 
         The vcpus, ram and other classes of a resource become what Placement gives out of the aggregate's
@@ -9475,10 +11794,10 @@ class Plan(Requests):
             self.journal(now, 'resource', f"synced the resource '{found.name}': {fields}")
         return found.name, lines
 
-    @api('POST', '/resource/<name>/capacity', role=ADMIN)
+    @api('POST', '/resource/<name>/capacity', role=ADMIN, made='/maintenance/')
     def resource_capacity(self, name: Label, start: When, end: When, vms: Most = None, vcpus: Most = None,
                           ram: Most = None, classes: Classes = None, reason: Text = '', then: Name = 'notify',
-                          dry_run: bool = False) -> dict:
+                          dry_run: bool = False) -> CapacityChangeAnswer:
         """Gives a resource another capacity from START to END: a loan of nodes, or less for a while.
 
         What is booked there and no longer fits is left and its owner told (--then notify), moved to
@@ -9492,9 +11811,9 @@ class Plan(Requests):
         most = Amount(vms, vcpus, ram, tuple(sorted((classes or {}).items())))
         return self.change_capacity(name, start, end, most, reason or 'another capacity', then, dry_run)
 
-    @api('POST', '/maintenance/', role=ADMIN)
+    @api('POST', '/maintenance/', role=ADMIN, made='/maintenance/')
     def maintenance_add(self, resource: Label, start: When, end: When, reason: Text = '', then: Name = 'notify',
-                        dry_run: bool = False) -> dict:
+                        dry_run: bool = False) -> CapacityChangeAnswer:
         """Closes a resource from START to END; what is booked in it is left, moved or cancelled, as --then says.
 
         Nothing new is reserved in it, also on a resource whose capacity is unlimited.
@@ -9505,7 +11824,7 @@ class Plan(Requests):
         return self.change_capacity(resource, start, end, None, reason or 'maintenance', then, dry_run)
 
     @api('GET', '/maintenance/')
-    def maintenance_list(self, resource: Label = '') -> Rows:
+    def maintenance_list(self, resource: Label = '') -> list[MaintenanceAnswer]:
         """Lists maintenances and other changes of capacity that are not over.
 
         Example:
@@ -9521,7 +11840,7 @@ class Plan(Requests):
         return lines
 
     @api('DELETE', '/maintenance/<id>', role=ADMIN)
-    def maintenance_delete(self, id: int, dry_run: bool = False) -> dict:
+    def maintenance_delete(self, id: int, dry_run: bool = False) -> CalledOffAnswer:
         """Calls off a maintenance or another change of capacity.
 
         Example:
@@ -9643,7 +11962,7 @@ class Plan(Requests):
 
     def no_longer_fitting(self, place, now: float) -> list[dict]:
         """The occurrences for which there is no room any more, as answers show them."""
-        return [public(each) for each in self.homeless(place, int(now), int(LAST.timestamp()))[:1000]]
+        return in_lines(self.homeless(place, int(now), int(LAST.timestamp()))[:1000])
 
     def homeless(self, place, begin: int, until: int) -> list:
         """Of the occurrences where more is held than there is, as many of the latest added as must go."""
@@ -9695,7 +12014,7 @@ class Plan(Requests):
             f'AND start <= ? + {LONGEST_LEAD} AND held_from <= ?)', now, now, resource, int(now), int(now))
 
     @api('GET', '/check', role=ADMIN)
-    def check(self) -> dict:
+    def check(self) -> CheckAnswer:
         """Rebuilds the usage from the occurrences and compares it with what is kept; fails on any difference.
 
         Example:
@@ -9727,7 +12046,7 @@ class Claims(Plan):
 
     @api('POST', '/claim/', role=ADMIN)
     def claim(self, server: Name, resources: Names, project: Name, user: Name = '', vcpus: Figure = 0,
-              ram: Figure = 0, classes: Classes = None, label: Name = '', dry_run: bool = False) -> Rows:
+              ram: Figure = 0, classes: Classes = None, label: Name = '', dry_run: bool = False) -> list[ClaimAnswer]:
         """Tells on which resources a server may boot, why, and counts it there: what Nova's scheduler asks.
 
         Who has an active reservation passes as long as fewer machines, vcpus and ram were booted than
@@ -9858,13 +12177,18 @@ class Claims(Plan):
 # Calendars that make reservations, once or again and again, and calendars that show them.
 
 
+def repeats(booking: Booking) -> bool:
+    """Whether an event may have more than one occurrence."""
+    return any(not stretch.single for stretch in booking.stretches)
+
+
 class Calendars(Claims):
     """Imports, subscriptions and feeds."""
 
     @api('POST', '/reservation/import')
     def import_(self, file: Ics, resource: Label = '', flavor: Name = '', image: Name = '', network: Name = '',
                 key: Name = '', vms: Count = 1, at_end: Name = '', notify: Names = (), on_conflict: Clash = 'refuse',
-                tz: Zone = '', user: Name = '', project: Name = '', dry_run: bool = False) -> dict:
+                tz: Zone = '', user: Name = '', project: Name = '', dry_run: bool = False) -> ImportAnswer:
         """Reserves what the events of an iCalendar file ask for, each event on its own.
 
         An event asks with `2 x m1.small` in the first line of its description or in its place, with
@@ -9887,15 +12211,22 @@ class Calendars(Claims):
           said: what the events don't say, named as in `import`
         """
         zone, here = read_zone(said['tz'] or self.config.timezone), self.here.now
-        groups, owner = by_uid(read_calendar(text, 'the calendar')), self.owner(said)
+        owner, budget = self.owner(said), Budget()
+        entries = read_calendar(text, 'the calendar')
+        groups = by_uid(wishful(entries))
         wanted = bookings(groups, zone, here, here + timedelta(days=self.config.horizon),
-                          Want(*(said[name] for name in Want._fields)))
+                          Want(*(said[name] for name in Want._fields)), budget)
         wanted = self.without_lookalikes(wanted, said, owner, subscription)
-        ignored = len(groups) - len(wanted)
-        lines = self.read_bookings(wanted, said, zone)
+        ignored = len({each.uid for each in entries} | {*groups}) - len(wanted)
+        lines = deque(self.read_bookings(wanted, said, zone, budget))
+        before = []
+        if not dry_run and not self.live_of(subscription, self.clock()):
+            before = self.take_in_pieces(lines, owner, subscription)
         try:
             with self.writing(dry_run) as now:
-                done = self.take_bookings(wanted, lines, owner, subscription, now)
+                done = before + self.take_bookings(wanted, lines, owner, subscription, now)
+                if subscription:
+                    self.tell_refused(subscription, done, now)
         except Held as held:
             with self.writing(dry_run) as now:
                 self.tell_held(subscription, str(held), now)
@@ -9920,8 +12251,9 @@ class Calendars(Claims):
                      for name in self.flavor_names(self.clouds.account(cloud, owner[1]))}
         except CloudError:
             return wanted
-        return [each for each in wanted if not each.guess or each.uid in booked or not names
-                or difflib.get_close_matches(each.guess, names, 1)]
+        close = {guess for guess in {each.guess for each in wanted}
+                 if not guess or not names or difflib.get_close_matches(guess, names, 1)}
+        return [each for each in wanted if each.guess in close or each.uid in booked]
 
     def flavor_names(self, account: str) -> list[str]:
         cloud = self.clouds.open(account)
@@ -9936,58 +12268,76 @@ class Calendars(Claims):
         return [each.cloud for each in rows(
             "SELECT DISTINCT cloud FROM resource WHERE cloud <> '' AND removed IS NULL")]
 
-    def take_bookings(self, wanted: list[Booking], lines: list[tuple], owner: tuple[str, str], subscription,
-                      now: float) -> list[dict]:
+    def take_in_pieces(self, lines: deque, owner: tuple[str, str], subscription) -> list[dict]:
+        """What became of each event; others can write between. Of what was there nothing goes by that."""
+        done = []
+        while lines:
+            self.shares.breathe()
+            with self.writing() as now:
+                self.refuse_unsubscribed(subscription)
+                done += [self.take_booking(*line, owner, subscription, now) for line in some_of(lines)]
+        return done
+
+    def refuse_unsubscribed(self, subscription) -> None:
+        if subscription and not row('SELECT id FROM subscription WHERE id = ? AND due IS NOT NULL', subscription.id):
+            raise Conflict('it was unsubscribed meanwhile')
+
+    def take_bookings(self, wanted: list[Booking], lines: Iterable[tuple], owner: tuple[str, str],
+                      subscription, now: float) -> list[dict]:
         """What became of each event; inside a transaction.
 
         Raises:
           Held: of a subscription more than half would go, and nothing was done.
         """
-        if subscription and not row('SELECT id FROM subscription WHERE id = ? AND due IS NOT NULL', subscription.id):
-            raise Conflict('it was unsubscribed meanwhile')
+        self.refuse_unsubscribed(subscription)
         had = self.live_of(subscription, now)
         done = [self.take_booking(*line, owner, subscription, now) for line in lines]
         done += self.drop_missing(wanted, subscription, now)
         self.ask_before_most_goes(subscription, had, now)
-        if subscription:
-            self.tell_refused(subscription, done, now)
         return done
 
-    def read_bookings(self, wanted: list[Booking], said: dict, zone: ZoneInfo) -> list[tuple]:
-        """Bookings with their wishes; all refused where others would wait too long for them."""
-        lines, total, now, deadline = [], 0, self.clock(), Deadline()
-        for booking in self.progress(wanted):
-            lines.append(self.read_booking(booking, said, zone))
-            if lines[-1][1]:
-                horizon = self.horizon(booking.stretches, now)
-                total += len(all_slots(booking.stretches, now, horizon))
-            if total > 10 * MOST_OCCURRENCES or deadline.over:
-                raise BadCalendar('the calendar asks for too many occurrences until the horizon: '
-                                  f'over {10 * MOST_OCCURRENCES}, or for rules that are hard to follow')
-        return lines
+    def read_bookings(self, wanted: list[Booking], said: dict, zone: ZoneInfo,
+                      budget: Budget) -> list[tuple]:
+        """Bookings with their wishes, or with the errors that refuse them.
 
-    def read_booking(self, booking: Booking, said: dict, zone: ZoneInfo) -> tuple:
-        """A booking with its wish, or with the error that refuses it; asks clouds, so outside any transaction."""
+        Asks clouds, so outside any transaction. What doesn't repeat is read first.
+        """
+        lines, left = {}, 10 * MOST_OCCURRENCES
+        for booking in self.progress(sorted(wanted, key=repeats)):
+            self.shares.breathe()
+            try:
+                with budget.event(repeats(booking)):
+                    wish, coming = self.read_booking(booking, said, zone)
+                if len(coming) > left:
+                    raise Invalid(f'its calendar asks for more than {10 * MOST_OCCURRENCES} '
+                                  'occurrences until the horizon; put it into one of its own')
+                left -= len(coming)
+                lines[booking.uid] = booking, wish, None
+            except Error as error:
+                lines[booking.uid] = booking, None, error
+        return [lines[booking.uid] for booking in wanted]
+
+    def read_booking(self, booking: Booking, said: dict,
+                     zone: ZoneInfo) -> tuple[Wish | None, list[Slot]]:
+        """The wish of a booking, and what it wants until the horizon; Error if it is refused."""
         want = booking.want
         if booking.error:
-            return booking, None, BadCalendar(booking.error)
-        try:
-            coming = all_slots(booking.stretches, self.clock(), self.horizon(booking.stretches, self.clock()))
-            if booking.cancelled or not coming:
-                return booking, None, None
-            asked = said | want._asdict() | {
-                'label': calendar_name(booking.summary), 'start': instant(coming[0].start),
-                'end': instant(coming[0].end), 'security_groups': (), 'user_data': '', 'metadata': None, 'server': '',
-                'personal': False, 'lead': None, 'description': booking.summary[:1000],
-                'repeat': booking.stretches[0].rule, 'late': True}
-            if not want.resource:
-                raise Invalid(f"no resource is named; write `{want.vms} x {want.flavor or 'm1.small'} on RESOURCE`, or "
-                              'say --resource')
-            wish = self.read_wish(asked, changes=())
-            stretches = [stretch._replace(resource=wish.resource.id) for stretch in booking.stretches]
-            return booking, wish._replace(stretches=stretches, tz=stretches[0].zone), None
-        except Error as error:
-            return booking, None, error
+            raise BadCalendar(booking.error)
+        now = self.clock()
+        coming = all_slots(booking.stretches, now, self.horizon(booking.stretches, now))
+        if booking.cancelled or not coming:
+            return None, []
+        asked = said | want._asdict() | {
+            'label': calendar_name(booking.summary), 'start': instant(coming[0].start),
+            'end': instant(coming[0].end), 'security_groups': (), 'user_data': '', 'metadata': None, 'server': '',
+            'personal': False, 'lead': None, 'description': booking.summary[:1000],
+            'repeat': booking.stretches[0].rule, 'late': True}
+        if not want.resource:
+            raise Invalid(f"no resource is named; write `{want.vms} x {want.flavor or 'm1.small'} on RESOURCE`, or "
+                          'say --resource')
+        wish = self.read_wish(asked, changes=())
+        stretches = [stretch._replace(resource=wish.resource.id) for stretch in booking.stretches]
+        return wish._replace(stretches=stretches, tz=stretches[0].zone), coming
 
     def take_booking(self, booking: Booking, wish: Wish | None, error: Error | None, owner: tuple[str, str],
                      subscription,
@@ -10043,16 +12393,22 @@ class Calendars(Claims):
 
     def free_label(self, wish: Wish, now: float) -> str:
         """The label of a wish, with a number behind it if somebody has it."""
-        between = (wish.project, int(now), wish.label, wish.label + '~')
-        taken = {each.label for each in rows(
-            'SELECT label FROM reservation WHERE project = ? AND over > ? AND label >= ? AND label < ? UNION '
-            "SELECT request FROM reservation WHERE project = ? AND over > ? AND request >= ? AND request < ? "
-            "AND request <> ''", *between, *between)}
-        return next(name for name in (wish.label, *(f'{wish.label}-{n}' for n in range(2, len(taken) + 3)))
-                    if name not in taken)
+        def taken(number: int) -> bool:
+            label = f'{wish.label}-{number}' if number > 1 else wish.label
+            return bool(row('SELECT id FROM reservation WHERE project = ? AND over > ? AND label = ? UNION ALL '
+                            'SELECT id FROM reservation WHERE project = ? AND over > ? AND request = ? '
+                            "AND request <> '' LIMIT 1",
+                            *(wish.project, int(now), label) * 2))
+        last = free = 1
+        while taken(free):
+            last, free = free, 2 * free
+        while free - last > 1:
+            middle = (last + free) // 2
+            last, free = (middle, free) if taken(middle) else (last, middle)
+        return f'{wish.label}-{free}' if free > 1 else wish.label
 
     @api('GET', '/calendar/')
-    def calendar_list(self) -> Rows:
+    def calendar_list(self) -> list[CalendarAnswer]:
         """Lists calendars: feeds that show reservations, and subscriptions that make them; no secret of theirs.
 
         Example:
@@ -10070,9 +12426,9 @@ class Calendars(Claims):
             {name: value for name, value in public(each).items() if name != 'url'} |
             {'shows': urlsplit(each.url).hostname} for each in subscribed]
 
-    @api('POST', '/calendar/feed', role=READER)
+    @api('POST', '/calendar/feed', role=READER, made='/calendar/')
     def calendar_feed(self, resource: Label = '', whole_project: bool = False, user: Name = '', project: Name = '',
-                      dry_run: bool = False) -> dict:
+                      dry_run: bool = False) -> FeedAnswer:
         """Makes an address at which any calendar program can subscribe to your reservations, and prints it.
 
         The address is a secret and is shown only now; `calendar revoke` makes it worthless. With
@@ -10084,6 +12440,7 @@ class Calendars(Claims):
         user, project = self.owner({'user': user, 'project': project})
         secret = secrets.token_urlsafe(24)
         with self.writing(dry_run) as now:
+            self.refuse_one_more('feeds', user, project)
             insert(Feed, user=user, project=project, whole_project=whole_project,
                    resource=self.id_of(resource), hash=hashed(secret), added=int(now), revoked=None)
             self.journal(now, 'calendar', f'made a feed for {user} in {project}')
@@ -10093,7 +12450,7 @@ class Calendars(Claims):
                     f'/calendar/{secret}/{name}.ics'}
 
     @api('DELETE', '/calendar/<id>')
-    def calendar_revoke(self, id: int, dry_run: bool = False) -> dict:
+    def calendar_revoke(self, id: int, dry_run: bool = False) -> CalendarAnswer:
         """Makes the address of a feed worthless from now on.
 
         Example:
@@ -10106,11 +12463,11 @@ class Calendars(Claims):
             return {'id': id, 'kind': 'feed', 'user': found.user, 'project': found.project,
                     'revoked': instant(int(now))}
 
-    @api('POST', '/calendar/subscription/')
+    @api('POST', '/calendar/subscription/', made='/calendar/')
     def calendar_subscribe(self, url: Url, resource: Label = '', flavor: Name = '', image: Name = '',
                            network: Name = '', key: Name = '', vms: Count = 1, at_end: Name = '', notify: Names = (),
                            on_conflict: Clash = 'refuse', tz: Zone = '', user: Name = '', project: Name = '',
-                           dry_run: bool = False) -> dict:
+                           dry_run: bool = False) -> CalendarAnswer:
         """Lets a calendar of yours book machines: what appears in it is reserved, what moves moves, what goes goes.
 
         It is looked at every five minutes (`calendar_poll`). Its events ask for machines as those of `import` do.
@@ -10136,6 +12493,7 @@ class Calendars(Claims):
             if row('SELECT id FROM subscription WHERE url = ? AND user = ? AND project = ? AND due IS NOT NULL',
                    url, said['user'], said['project']):
                 raise Conflict('you are subscribed to this calendar already; `calendar list` shows it')
+            self.refuse_one_more('subscriptions', said['user'], said['project'])
             id = insert(Subscription, user=said['user'], project=said['project'], url=url, defaults=json.dumps(said),
                         notify=json.dumps([*notify]), added=int(now), due=now, etag='', modified='', fault='', held='',
                         refused='{}',
@@ -10145,7 +12503,7 @@ class Calendars(Claims):
                 'shows': parts.hostname}
 
     @api('DELETE', '/calendar/subscription/<id>')
-    def calendar_unsubscribe(self, id: int, dry_run: bool = False) -> dict:
+    def calendar_unsubscribe(self, id: int, dry_run: bool = False) -> CalendarAnswer:
         """Stops looking at a calendar; what it has booked stays.
 
         Example:
@@ -10154,7 +12512,7 @@ class Calendars(Claims):
         return self.changed_subscription(id, dry_run, 'unsubscribed from calendar', due=None)
 
     @api('POST', '/calendar/subscription/<id>/confirm')
-    def calendar_confirm(self, id: int, dry_run: bool = False) -> dict:
+    def calendar_confirm(self, id: int, dry_run: bool = False) -> CalendarAnswer:
         """Lets a calendar cancel what it asked about: most of what it had booked.
 
         Example:
@@ -10256,10 +12614,12 @@ class Calendars(Claims):
         before = json.loads(subscription.refused)
         refused = {each['uid']: re.sub(r' \(line \d+\)', '', each['why'])[:500]  # which change
                    for each in done if each['outcome'] == 'refused'}
-        for uid, why in refused.items():
-            if before.get(uid) != why:
-                journal(self.config, now, self.actor.user, 'refused', f'your calendar: {why}', None,
-                        json.loads(subscription.notify), project=self.actor.project)
+        new = [why for uid, why in refused.items() if before.get(uid) != why]
+        if len(new) > MOST_TOLD:
+            new[MOST_TOLD:] = [f'{len(new) - MOST_TOLD} more of its events are refused']
+        for why in new:
+            journal(self.config, now, self.actor.user, 'refused', f'your calendar: {why}', None,
+                    json.loads(subscription.notify), project=self.actor.project)
         change(Subscription, subscription.id, refused=json.dumps(refused))
 
     def feed(self, secret: str) -> tuple[str, Any]:
@@ -10329,9 +12689,218 @@ class Calendars(Claims):
                      'TENTATIVE' if found.state in ('waiting', 'pending') else 'CONFIRMED')
 
 
+# Tokens ######################################################################
+#
+# Who may ask at all. A token is kept as its hash alone. It may end, and be good for some operations
+# or for one resource only. People make, renew and revoke their own, an admin those of everybody.
+
+#: For how long somebody's own token is made or renewed, unless they say.
+OWN_FOR = timedelta(days=90)
+FIELDS_OF_TOKEN = '''SELECT t.id, t.user, t.project, t.role, t.purpose, t.scopes, s.name AS resource,
+                            t.added, t.ends, t.last_used, t.revoked
+                       FROM token t LEFT JOIN resource s ON s.id = t.resource_id'''
+
+
+class Tokens(Calendars):
+    """Tokens, and what ends with the last one of a person; see Service."""
+
+    @api('POST', '/token/', role=READER)
+    def token_add(self, user: Name = '', project: Name = '', role: Name = '', purpose: Name = '',
+                  lasts: Span = None, scopes: Names = (), resource: Name = '',
+                  dry_run: bool = False) -> dict:
+        """Makes a token for yourself, as an admin for others, and prints it: it is shown only now.
+
+        Without --for, a token that people make for themselves is good for 90 days.
+
+        Example:
+          python cmres.py token add eva --project biology --role user --for 90d
+          python cmres.py token add --scopes calendar --purpose phone
+        """
+        user = user or self.actor.user
+        mine = user == self.actor.user
+        project = project or (self.actor.project if mine else 'default')
+        role = role or (self.actor.role if mine and self.actor.role != ADMIN else USER)
+        self.refuse_for_others(user, project, role)
+        self.check_scopes(role, scopes, resource)
+        token = f'cmres_{secrets.token_urlsafe(32)}'
+        with self.writing(dry_run) as now:
+            self.refuse_one_more('tokens', user, project)
+            ends = self.end_of_token(lasts, now)
+            insert(Token, user=user, project=project, role=role, hash=hashed(token),
+                   added=int(now), purpose=purpose, ends=ends, scopes=','.join(scopes),
+                   resource=self.id_of(resource))
+            until = f' until {self.config.told_time(ends)}' if ends else ''
+            only = ', '.join([*scopes, *filter(None, [resource])])
+            self.journal(now, 'token', f'made a token for {user} in {project} as {role}{until}'
+                                       f"{only and f', only for {only}'}")
+        made = {'user': user, 'project': project, 'role': role} if dry_run else {'token': token}
+        return made | ({'ends': instant(ends)} if ends else {})
+
+    def refuse_for_others(self, user: str, project: str, role: str) -> None:
+        """Refuses a token of an unknown role, or one that its maker may not have."""
+        if role not in ROLES:
+            raise Invalid(f"role: '{role}' is none of {', '.join(ROLES)}{nearest(role, ROLES)}")
+        if not user or not project:
+            raise Invalid('a token needs a user and a project')
+        if self.actor.role == ADMIN:
+            return
+        if (user, project) != (self.actor.user, self.actor.project):
+            raise Forbidden('you can make tokens only for yourself, in your own project '
+                            f"'{self.actor.project}'. Ask an admin")
+        if ROLES.index(role) > ROLES.index(self.actor.role):
+            raise Forbidden(f"your role is {self.actor.role}, so you can't make a token as {role}. "
+                            'Ask an admin')
+
+    def check_scopes(self, role: str, scopes: Iterable[str], resource: str) -> None:
+        """Refuses what is no scope, and those that allow nothing together."""
+        for each in scopes:
+            if each not in SCOPES:
+                raise Invalid(f"scopes: '{each}' is none of {', '.join(SCOPES)}"
+                              f'{nearest(each, SCOPES)}')
+        if 'claim' in scopes and role != ADMIN:
+            raise Invalid('scopes: claim is what Nova asks with, which needs the role admin')
+        if resource and {*scopes} - {'read'}:
+            raise Invalid('a token for one resource can have the scope read, and no other')
+
+    def end_of_token(self, lasts: timedelta | None, now: float) -> int | None:
+        """When a token ends that is made or renewed now; an admin's need not."""
+        if lasts is not None and lasts <= timedelta(0):
+            raise Invalid('lasts: a token lasts for some time, such as 90d')
+        if self.actor.role != ADMIN:
+            most = timedelta(days=self.config.own_token_days)
+            lasts = min(OWN_FOR, most) if lasts is None else lasts
+            if lasts > most:
+                raise Forbidden(f'people make and renew tokens for {self.config.own_token_days} '
+                                'days at most. Ask an admin for a longer time')
+        return None if lasts is None else int(now + lasts.total_seconds())
+
+    @api('GET', '/token/', role=READER)
+    def token_list(self) -> Rows:
+        """Lists your tokens, as an admin all: what for, until when, when used last.
+
+        The tokens themselves are never shown again: only hashes of them are kept.
+
+        Example:
+          python cmres.py token list
+        """
+        own, values = self.own_tokens()
+        return [self.token_public(each) for each in rows(
+            f'{FIELDS_OF_TOKEN} WHERE {own} ORDER BY t.id', *values)]
+
+    def token_public(self, found) -> dict:
+        """A token as answers show it."""
+        used = max(found.last_used or 0, USES.latest(found.id)) or None
+        shown = public(found._replace(last_used=used))
+        return shown | {'scopes': [each for each in found.scopes.split(',') if each]}
+
+    def own_tokens(self) -> tuple[str, tuple]:
+        """The condition on the tokens that an actor may see and change."""
+        if self.actor.role == ADMIN:
+            return '1', ()
+        return 't.user = ? AND t.project = ?', (self.actor.user, self.actor.project)
+
+    def own_token(self, id: int):
+        """A token that is not revoked and that an actor may change."""
+        own, values = self.own_tokens()
+        found = row(f'{FIELDS_OF_TOKEN} WHERE t.id = ? AND t.revoked IS NULL AND {own}',
+                    id, *values)
+        if not found:
+            raise NotFound(f'there is no token {id} that is in force')
+        return found
+
+    @api('POST', '/token/<id>/renew', role=READER)
+    def token_renew(self, id: int, lasts: Span = None, dry_run: bool = False) -> dict:
+        """Lets a token end later: 90 days from now, or as --for says; an admin's need not end.
+
+        Example:
+          python cmres.py token renew 3 --for 90d
+        """
+        with self.writing(dry_run) as now:
+            found = self.own_token(id)
+            if self.actor.role != ADMIN and ROLES.index(found.role) > ROLES.index(self.actor.role):
+                raise Forbidden(f'token {id} is of the role {found.role}, and you are '
+                                f'{self.actor.role}. Ask an admin')
+            ends = self.end_of_token(lasts, now)
+            change(Token, id, ends=ends)
+            until = f'until {self.config.told_time(ends)}' if ends else 'without an end'
+            self.journal(now, 'token', f'renewed token {id} of {found.user} {until}')
+            return self.token_public(self.own_token(id))
+
+    @api('DELETE', '/token/<id>', role=READER)
+    def token_revoke(self, id: int, dry_run: bool = False) -> dict:
+        """Makes a token worthless from now on.
+
+        With the last token of a user in a project, their feeds and subscriptions end as well. What
+        they have reserved stays.
+
+        Example:
+          python cmres.py token revoke 3
+        """
+        with self.writing(dry_run) as now:
+            found = self.own_token(id)
+            self.revoke(id, now)
+            ended = self.end_calendars(found.user, found.project, now)
+            self.journal(now, 'token', f'revoked token {id} of {found.user}{ended}')
+            return self.token_public(row(f'{FIELDS_OF_TOKEN} WHERE t.id = ?', id))
+
+    def revoke(self, id: int, now: float) -> None:
+        """Makes a token worthless, and whoever has signed in with it is signed out."""
+        change(Token, id, revoked=int(now))
+        run('DELETE FROM session WHERE token_id = ?', id)
+
+    @api('DELETE', '/user/<user>', role=ADMIN)
+    def user_end(self, user: Name, project: Name = '', dry_run: bool = False) -> dict:
+        """Ends all that lets a person in: tokens, sign-ins, feeds and subscriptions.
+
+        In all projects, or in one. What they have reserved stays.
+
+        Example:
+          python cmres.py user end eva --project biology
+        """
+        with self.writing(dry_run) as now:
+            found = rows('SELECT id, project FROM token WHERE user = ? AND revoked IS NULL', user)
+            found = [each for each in found if project in ('', each.project)]
+            if not found:
+                where = f' in {project}' if project else ''
+                raise NotFound(f"'{user}' has no token{where} that is in force")
+            for each in found:
+                self.revoke(each.id, now)
+            ended = ''.join(self.end_calendars(user, each, now)
+                            for each in sorted({each.project for each in found}))
+            self.journal(now, 'token', f'revoked all tokens of {user}: {len(found)}{ended}')
+        return {'user': user, 'tokens': len(found)}
+
+    def refuse_one_more(self, what: str, user: str, project: str) -> None:
+        """TooMany if a user has as many tokens, feeds or subscriptions as one may; in a transaction."""
+        most, still = getattr(self.config, f'{what}_per_user'), STILL[what]
+        number, = run(f'SELECT count(*) FROM {what[:-1]} '
+                      f'WHERE user = ? AND project = ? AND {still}', user, project).fetchone()
+        if self.actor.role != ADMIN and 0 < most <= number:
+            raise TooMany(f'{user} has {number} {what}, and no more than {most} are allowed. '
+                          'Take away one that is not needed first')
+
+    def end_calendars(self, user: str, project: str, now: float) -> str:
+        """Ends the feeds of who has no token any more, and the subscriptions of who may not book.
+
+        Returns:
+          what has ended, as the end of a sentence.
+        """
+        mine = 'WHERE user = ? AND project = ? AND'
+        roles = {each.role for each in rows(
+            f'SELECT role FROM token {mine} revoked IS NULL', user, project)}
+        ended = []
+        if not roles:
+            ended.append((run(f'UPDATE feed SET revoked = ? {mine} revoked IS NULL',
+                              int(now), user, project).rowcount, 'feeds'))
+        if not roles - {READER}:
+            ended.append((run(f'UPDATE subscription SET due = NULL {mine} due IS NOT NULL',
+                              user, project).rowcount, 'subscriptions'))
+        return ''.join(f'; {number} {what} of {user} ended' for number, what in ended if number)
+
+
 # Records #####################################################################
 #
-# What was: the journal, punctuality, reports; and who may ask at all. The class on top is the service.
+# What was: the journal, punctuality, reports. The class on top is the service.
 
 
 #: Of an occurrence o: nothing of it is there, on its way, or asked for.
@@ -10369,12 +12938,13 @@ HOURS = f'''
          max(coalesce(max(late), 0), 0) FROM each GROUP BY of'''
 
 
-class Reservations(Calendars):
+class Reservations(Tokens):
     """The whole service, on behalf of one actor; see Service for its arguments."""
 
     @api('GET', '/event/')
     @api('GET', '/reservation/<label>/events')
-    def events(self, label: Label = '', project: Name = '', after: int = 0, limit: Page = 100) -> Rows:
+    def events(self, label: Label = '', project: Name = '', after: int = 0, limit: Page = 100,
+               since: When = None) -> list[EventAnswer]:
         """Shows the journal: when, who, what, why; the newest lines last.
 
         On the command line, --follow goes on to show each event as it comes, until Ctrl-C.
@@ -10382,6 +12952,8 @@ class Reservations(Calendars):
         Example:
           python cmres.py events lab --follow
         """
+        onward = bool(after or since)
+        after = max(after, self.event_before(self.resolve(since, LAST)[0]) if since else 0)
         where = [('e.id > ?', after)]
         if label:
             where.append(self.among('e.reservation_id', self.labelled(label, project)))
@@ -10390,12 +12962,21 @@ class Reservations(Calendars):
             where += [('e.project = ? AND e.reservation_id > 0', each) for each in (project, own) if each]
         found = rows('SELECT e.id, e.at, e.actor, e.code, r.label, r.project, e.sentence '
                      'FROM event e LEFT JOIN reservation r ON r.id = e.reservation_id WHERE '
-                     f"{' AND '.join(text for text, _ in where)} ORDER BY e.id {'ASC' if after else 'DESC'} "
+                     f"{' AND '.join(text for text, _ in where)} ORDER BY e.id {'ASC' if onward else 'DESC'} "
                      f'LIMIT {limit}', *given(where))
-        return [public(each) for each in (found if after else found[::-1])]
+        return [public(each) for each in (found if onward else found[::-1])]
+
+    def event_before(self, at: float) -> int:
+        """The id of the last event before an instant; they are written in the order of time."""
+        low, high = 0, row('SELECT max(id) AS id FROM event').id or 0
+        while low < high:
+            middle = (low + high + 1) // 2
+            found = row('SELECT id, at FROM event WHERE id >= ? ORDER BY id LIMIT 1', middle)
+            low, high = (found.id, high) if found.at < at else (low, middle - 1)
+        return low
 
     @api('GET', '/punctuality/')
-    def punctuality(self, since: When = None) -> dict:
+    def punctuality(self, since: When = None) -> PunctualityAnswer:
         """Tells how late servers were begun and ready, per cloud, in seconds: median, 95 %, worst; and what failed.
 
         Example:
@@ -10423,7 +13004,7 @@ class Reservations(Calendars):
                             'planned': instant(each.planned), 'fault': each.fault} for each in failed[-100:]]}
 
     @api('GET', '/report/')
-    def report(self, since: When = None, until: When = None, by_whom: Name = 'project') -> Rows:
+    def report(self, since: When = None, until: When = None, by_whom: Name = 'project') -> list[ReportAnswer]:
         """Adds up VM-hours reserved, used and unused, requests refused, and lateness.
 
         A reservation counts from its lead to its end; what runs or stays after that is not used.
@@ -10441,7 +13022,8 @@ class Reservations(Calendars):
         own = ' AND '.join(['1', *(text for text, _ in self.visible())])
         told = ('reserved', 'used', 'unused', 'late_worst')
         lines: dict = defaultdict(lambda: dict.fromkeys((*told, 'refused'), 0.0))
-        near = ids_by(self.ways({'user': '', 'project': ''}, (), first))
+        ways = self.ways({'user': '', 'project': ''}, (), first)
+        near = ids_by((way, f'{which} AND o.start < {last} + {LONGEST_LEAD}') for way, which in ways)
         hours = HOURS.format(by=columns[by_whom], own=own, near=near)
         for name, *figures in run(hours, first, last, last, first,
                                   *(value for _, value in self.visible()), now, now):
@@ -10544,68 +13126,6 @@ class Reservations(Calendars):
             'unused = unused + excluded.unused, refused = refused + excluded.refused, '
             'late = max(late, excluded.late)', *whose, *figures.values())
 
-    @api('POST', '/token/', role=ADMIN)
-    def token_add(self, user: Name, project: Name = 'default', role: Name = USER, dry_run: bool = False) -> dict:
-        """Makes a token for a user in a project, and prints it: it is shown only now.
-
-        Example:
-          python cmres.py token add eva --project biology --role user
-        """
-        if role not in ROLES:
-            raise Invalid(f"role: '{role}' is none of {', '.join(ROLES)}{nearest(role, ROLES)}")
-        if not user or not project:
-            raise Invalid('a token needs a user and a project')
-        token = f'cmres_{secrets.token_urlsafe(32)}'
-        with self.writing(dry_run) as now:
-            insert(Token, user=user, project=project, role=role, hash=hashed(token), added=int(now))
-            self.journal(now, 'token', f'made a token for {user} in {project} as {role}')
-        return {'user': user, 'project': project, 'role': role} if dry_run else {'token': token}
-
-    @api('GET', '/token/', role=ADMIN)
-    def token_list(self) -> Rows:
-        """Lists the tokens: whose, which role; never the tokens themselves, of which only hashes are kept.
-
-        Example:
-          python cmres.py token list
-        """
-        return [public(each) for each in rows('SELECT id, user, project, role, added, revoked FROM token ORDER BY id')]
-
-    @api('DELETE', '/token/<id>', role=ADMIN)
-    def token_revoke(self, id: int, dry_run: bool = False) -> dict:
-        """Makes a token worthless from now on.
-
-        With the last token of a user in a project, their feeds and subscriptions end as well. What
-        they have reserved stays.
-
-        Example:
-          python cmres.py token revoke 3
-        """
-        with self.writing(dry_run) as now:
-            found = row('SELECT user, project FROM token WHERE id = ? AND revoked IS NULL', id)
-            if not found:
-                raise NotFound(f'there is no token {id} that is in force')
-            change(Token, id, revoked=int(now))
-            self.journal(now, 'token', f'revoked token {id}{self.end_calendars(*found, now)}')
-            return public(row('SELECT id, user, project, role, added, revoked FROM token WHERE id = ?', id))
-
-    def end_calendars(self, user: str, project: str, now: float) -> str:
-        """Ends the feeds of who has no token any more, and the subscriptions of who may not book.
-
-        Returns:
-          what has ended, as the end of a sentence.
-        """
-        mine = 'WHERE user = ? AND project = ? AND'
-        roles = {each.role for each in rows(
-            f'SELECT role FROM token {mine} revoked IS NULL', user, project)}
-        ended = []
-        if not roles:
-            ended.append((run(f'UPDATE feed SET revoked = ? {mine} revoked IS NULL',
-                              int(now), user, project).rowcount, 'feeds'))
-        if not roles - {READER}:
-            ended.append((run(f'UPDATE subscription SET due = NULL {mine} due IS NOT NULL',
-                              user, project).rowcount, 'subscriptions'))
-        return ''.join(f'; {number} {what} of {user} ended' for number, what in ended if number)
-
 
 # Life cycle ##################################################################
 #
@@ -10643,7 +13163,6 @@ ENDS_FROM = {'stop': ('active',), 'shelve': ('active', *DOWN[:3]),
              'snapshot': ('active', *DOWN[:3])}
 #: What is under way has arrived in these states. What is paused still fills its host.
 ARRIVED = {'starting': ('active',), 'stopping': ('shutoff', *DOWN[2:]), 'shelving': DOWN[3:]}
-GONE = ('deleted', 'soft_deleted')  # what Nova may still list for a moment
 FINAL = ('deleted', 'kept')  # it is gone, or it stays as its owner wished and is no longer ours to watch
 DRIFT = 1e-4  # seconds by which two clocks may part in one, without either being wrong
 CALM = 60  # seconds that another number of servers must be up before it is told
@@ -10656,7 +13175,12 @@ DUE = {'occurrence': ('occurrence o', 'o.due', '1'), 'server': ('server v', 'v.d
                   'n.id IN (SELECT min(id) FROM outbox WHERE due IS NOT NULL GROUP BY target, owner)'),
        'subscription': ('subscription u', 'u.due', '1'), 'claim': ('claim c', 'c.due', '1'),
        'wait': ('wait w', 'w.due', '1'), 'pending': ('reservation r', 'r.pending', '1'),
-       'proposal': ('proposal p', 'p.until', '1')}
+       'proposal': ('proposal p', 'p.until', '1'),
+       'staged': ('fact f', 'CAST(f.value AS REAL)', STAGED)}
+#: The soonest instant of all of these that is after another one.
+SOONEST = 'SELECT min(due) AS due FROM ({})'.format(' UNION ALL '.join(
+    f'SELECT min({column}) AS due FROM {table} WHERE {column} > ?1 AND {which}'
+    for table, column, which in DUE.values()))
 
 SERVERS = '''SELECT v.*, r.flavor, r.image, r.network, r.key, r.security_groups, r.user_data, r.metadata,
                     r.label, r.project, r.trusted, r.notify, o.reservation_id, o."end", o.resource_id, s.mode
@@ -10782,6 +13306,9 @@ class LifeCycle:
         self.service = Reservations(config, clouds, Actor('cmres', 'default', ADMIN), self.now)
         self.service.fence = self.refuse_without_lease
         self.stale = False  # whether series are still to be carried on
+        self.dropping = False  # whether more is to be dropped that was begun and not ended
+        self.soonest, self.seen = 0.0, None  # when something is due next, and in which state of the store
+        self.calm_until = 0.0  # until when notices that have to wait for others are left alone
         self.zones, self.fresh_until = '', 0.0
         self.reported: set[str] = set()  # orphans that wait for an admin
         self.tidied = 0.0  # when old things were last looked for
@@ -10802,17 +13329,21 @@ class LifeCycle:
         self.record(now)
         self.give_up()
         self.refresh(now)
-        self.admit_waiting(now)
-        self.plan(now)
-        self.call(now)
+        self.dropping = False
+        if self.has_work(now):
+            self.admit_waiting(now)
+            self.drop_staged(now)
+            self.plan(now)
+            self.call(now)
+            self.soonest, self.seen = self.next_due(now), None
         self.tidy(now)
         return True
 
     def settle(self) -> bool:
         """Passes until no call is under way: what `tick` does; false if another scheduler acts."""
         acting = self.converge(self.clock())
-        while acting and (self.stale or self.under_way()):
-            self.wake.wait(0 if self.stale else 1)
+        while acting and (self.stale or self.dropping or self.under_way()):
+            self.wake.wait(0 if self.stale or self.dropping else 1)
             self.wake.clear()
             acting = self.converge(self.clock())
         return acting
@@ -10822,16 +13353,27 @@ class LifeCycle:
         hanging = Counter(call.account for call in self.hanging)
         return any(hanging[call.account] < self.config.workers for call in self.flying.values())
 
-    def next_due(self, after: float = 0) -> float:
+    def has_work(self, now: float) -> bool:
+        """Whether anything is due; asked anew only where somebody has written since."""
+        state = state_of_store()
+        if state != self.seen:
+            self.seen, self.soonest = state, self.next_due()
+        return self.soonest <= now
+
+    def next_due(self, after: float = -1) -> float:
         """When, after an instant, the next pass has something to do; infinity if nothing is planned."""
-        found = [row(f'SELECT min({column}) AS due FROM {table} WHERE {column} > ? AND {which}', after).due
-                 for table, column, which in DUE.values()]
-        return min((due for due in found if due is not None), default=float('inf'))
+        due = row(SOONEST, after).due
+        return float('inf') if due is None else due
 
     def is_due(self, what: str, now: float) -> bool:
         """Whether anything of a kind is due."""
         table, column, which = DUE[what]
         return bool(row(f'SELECT 1 AS one FROM {table} WHERE {column} <= ? AND {which} LIMIT 1', now))
+
+    def those_due(self, what: str, query: str, now: float, tail: str = '') -> list:
+        """The rows of a query that are due as one kind."""
+        _, column, which = DUE[what]
+        return rows(f'{query} WHERE {column} <= ? AND {which} {tail}', now)
 
     def run(self, stop: threading.Event) -> None:
         """Passes at every instant that is due, at every change, and at least every second, until `stop` is set."""
@@ -10857,12 +13399,12 @@ class LifeCycle:
         return self.guarded(self.one_pass)
 
     def one_pass(self) -> float:
-        now, acts = self.now(), self.converge(self.clock())
+        acts = self.converge(self.clock())
         self.passed = time.monotonic()
         if not acts:
             return 1
         # What was due already is done, or waits for a call, and each of them wakes us when it ends.
-        return 0 if self.stale else self.next_due(now) - self.now()
+        return 0 if self.stale or self.dropping else self.soonest - self.now()
 
     def guarded(self, deed: Callable[[], float]) -> float:
         """Does what is done again and again: what goes wrong is only logged, and 1 the seconds to wait."""
@@ -10900,7 +13442,7 @@ class LifeCycle:
 
     def hand_over(self) -> None:
         """Gives the lease back, and what no worker has begun to who acts next."""
-        with transaction():
+        with transaction(first=True):
             if run('UPDATE lease SET until = ? WHERE holder = ?', self.now(), self.name).rowcount:
                 for call in self.flying.values():
                     if call.verb == 'boot' and call.taken is None:
@@ -10915,7 +13457,7 @@ class LifeCycle:
         if self.held_by_another(now):
             self.leased_until = 0.0
             return False
-        with transaction():
+        with transaction(first=True):
             now = self.clock()  # we may have been frozen since; nobody else writes from here on
             if self.held_by_another(now):
                 return False
@@ -10942,7 +13484,7 @@ class LifeCycle:
     @contextmanager
     def acting(self) -> Iterator[None]:
         """A transaction of the process that has the lease; LostLease for any other."""
-        with transaction():
+        with transaction(first=True):
             self.refuse_without_lease()
             yield
 
@@ -11124,16 +13666,26 @@ class LifeCycle:
             with self.acting():
                 self.service.admit_waiting(now)
 
+    def drop_staged(self, now: float) -> None:
+        """Erases some of what a process had begun to write, and has not gone on with."""
+        left = self.those_due('staged', 'SELECT f.name FROM fact f', now)
+        self.dropping = bool(left)
+        for each in left:
+            with self.acting():
+                Staged(self.service, each.name).drop_some(now)
+
     def plan(self, now: float) -> None:
         """Writes down the servers that occurrences want now, and gives up those they don't."""
         due = ('SELECT o.*, r.label, r.image, r.server, r.at_end, r.notify, r.changed, r.project, s.cloud, '
                'r.waiting IS NOT NULL OR r.pending IS NOT NULL AS idle, s.no_show, s.mode '
                'FROM occurrence o JOIN reservation r ON r.id = o.reservation_id '
-               'JOIN resource s ON s.id = o.resource_id WHERE o.due <= ?')
+               'JOIN resource s ON s.id = o.resource_id')
         if self.is_due('occurrence', now):
             with self.acting():
-                for occurrence in rows(due, now):
-                    self.plan_one(occurrence, now)
+                is_aside, _ = not_real_yet()
+                for occurrence in self.those_due('occurrence', due, now):
+                    if not is_aside(occurrence.reservation_id):
+                        self.plan_one(occurrence, now)
 
     def plan_one(self, occurrence, now: float) -> None:
         over = occurrence.cancelled is not None or now >= occurrence.end
@@ -11408,14 +13960,13 @@ class LifeCycle:
 
     def call(self, now: float) -> None:
         """Hands the calls that are due to workers, each after its intent is written."""
-        due = [server for server in rows(f'{SERVERS} WHERE v.due <= ? ORDER BY +v.planned, v.id', now)
+        due = [server for server in self.those_due('server', SERVERS, now, 'ORDER BY +v.planned, v.id')
                if not self.busy(('server', server.id))]
         notices = self.next_notices(now)
-        polls = rows('SELECT * FROM subscription WHERE due <= ? ORDER BY due', now)
+        polls = self.those_due('subscription', 'SELECT u.* FROM subscription u', now, 'ORDER BY u.due')
         claims: dict = defaultdict(list)
-        for each in rows('SELECT c.server, s.cloud FROM claim c JOIN resource s ON s.id = c.resource_id '
-                         'WHERE c.due <= ? '
-                         'LIMIT 100', now):
+        for each in self.those_due('claim', 'SELECT c.server, s.cloud FROM claim c JOIN resource s '
+                                   'ON s.id = c.resource_id', now, 'LIMIT 100'):
             claims[each.cloud].append(each.server)
         looks, calls, waits = set(), [], {}
         if due:
@@ -11454,18 +14005,24 @@ class LifeCycle:
             return []
         owners = Counter(key[2] for key in under_way)
         hosts = Counter(host_of(key[1]) for key in under_way)
-        heads = rows(f'{NOTICES} WHERE n.due <= ? AND {DUE["notice"][2]} ORDER BY n.id', now)
+        if now < self.calm_until:  # nothing has changed for those that had to wait
+            return []
+        _, is_aside = not_real_yet()
+        heads = [each for each in self.those_due('notice', NOTICES, now, 'ORDER BY n.id')
+                 if not is_aside(each.event)]
         queues = {those[0].owner: iter(those) for those in grouped(heads, 'owner')}
         chosen: list = []
         while queues and len(under_way) + len(chosen) < self.config.workers:
             owner = min(queues, key=owners.__getitem__)
-            notice = next((each for each in queues[owner] if self.has_room(each, hosts)), None)
-            if notice is None or owners[owner] >= max(self.config.workers // 4, 1):
+            full = owners[owner] >= max(self.config.workers // 4, 1)
+            notice = None if full else next((each for each in queues[owner] if self.has_room(each, hosts)), None)
+            if notice is None:
                 del queues[owner]
                 continue
             chosen.append(notice)
             owners[owner] += 1
             hosts[host_of(notice.target)] += 1
+        self.calm_until = now + 0.5 if len(heads) > len(chosen) else 0.0
         return chosen
 
     def has_room(self, notice, hosts: Counter) -> bool:
@@ -11658,7 +14215,8 @@ class LifeCycle:
         return None if said is None else said - self.uptime()
 
     def do_poll(self, call: Job) -> dict:
-        return self.service.poll(call.target)
+        with acting_for(call.target.user):
+            return self.service.poll(call.target)
 
     def mark(self, server) -> str:
         return f'{self.clouds.store}-{server.id}-{server.tries}'
@@ -11797,6 +14355,7 @@ class LifeCycle:
 
     def record_notice(self, result: Job, now: float) -> None:
         notice, error = result.target, result.error
+        self.calm_until = 0.0
         if not error:
             change(Outbox, notice.id, due=None, fault='')
         elif now - notice.at > GIVE_UP:
@@ -11901,6 +14460,8 @@ class LifeCycle:
             change(Server, server.id, state=state, due=now if stuck else now + self.config.poll)
         elif server.goal == 'up' and seen.state == 'active':
             if server.state != 'active' or server.addresses != json.dumps(seen.addresses):
+                if not server.ready:
+                    METRICS.observe('start_delay_seconds', now - server.planned, cloud=server.account)
                 change(Server, server.id, uid=seen.uid, state='active', ready=server.ready or now, fault='', failures=0,
                        addresses=json.dumps(seen.addresses))
                 run('UPDATE occurrence SET revision = revision + 1, revised = ? WHERE id = ?', int(now),
@@ -11976,61 +14537,656 @@ class LifeCycle:
             self.look_again(id, now)
 
 
+# Document ####################################################################
+#
+# /openapi.json, OpenAPI 3.1, out of what there is anyway: the marks and signatures of operations,
+# the types by which arguments are read, the types of answers, the examples of the help. A schema
+# says what `bind` takes, which is more than what is written best: examples show that.
+
+BASE = '/cm/v1.0'
+FEEDS = ('/calendar/<secret>/<name>.ics', '/calendar/<secret>.ics')  # programs show the end
+SEED = ('/reservation/add/', '/reservation/delete/')  # older addresses, which name the deed
+WITH_BODY = ('POST', 'PATCH')
+
+#: A text without unseen characters, as far as all dialects of patterns can say it.
+SEEN = '^[^{}' + UNSEEN.pattern[1:-1].partition('\ud800')[0] + ']*$'
+DIGITS = ' *[+-]?[0-9]{1,12} *'
+SHORT_LENGTH = {'type': 'string', 'minLength': 2, 'examples': ['2h', '+1d12h', '90m'], 'pattern':
+                r'^\+?([0-9]{1,4}w)?([0-9]{1,5}d)?([0-9]{1,6}h)?([0-9]{1,8}m)?([0-9]{1,9}s)?$'}
+ISO_LENGTH = {'type': 'string', 'minLength': 3, 'examples': ['PT2H'], 'pattern':
+              '^P([0-9]{1,4}W)?([0-9]{1,5}D)?(T([0-9]{1,6}H)?([0-9]{1,8}M)?([0-9]{1,9}S)?)?$'}
+LONG_LENGTH = {'type': 'string', 'examples': ['1:30', '2 hours'], 'pattern':
+               r'^\+?([0-9]{1,4}:[0-5][0-9]|[0-9]{1,6} (days?|hours?|minutes?|seconds?))$'}
+ISO_DATE = '(19[7-9][0-9]|2[01][0-9][0-9])[-/](0[1-9]|1[0-2])[-/](0[1-9]|[12][0-9]|3[01])'
+ISO_TIME = {'type': 'string', 'examples': ['2026-12-01T09:00+01:00', '2026-12-01 09:00'], 'pattern':
+            f'^{ISO_DATE}([T ]([01][0-9]|2[0-3]):[0-5][0-9](:[0-5][0-9])?'
+            '(Z|[+-](0[0-9]|1[0-3]):[0-5][0-9])?)?$'}
+SPOKEN_CLOCK = '([01]?[0-9]|2[0-3]):[0-5][0-9]'
+SPOKEN_TIME = {'type': 'string', 'examples': ['tomorrow 9:00', '17:00', 'now'], 'pattern':
+               '^(now|((today|tomorrow|((next|this) )?(mon|tue|wed|thu|fri|sat|sun)) )?'
+               f'{SPOKEN_CLOCK})$'}
+NAME = {'type': 'string', 'maxLength': 255, 'pattern': SEEN.format(r'\n\t')}
+TEXT = {'type': 'string', 'maxLength': 65535, 'pattern': SEEN.format('')}
+LABEL = {'type': 'string', 'not': {'enum': [*NO_LABELS]}, 'examples': ['lab']}
+COMMAS = {'type': 'string', 'description': 'with commas between'}
+
+
+def number_schema(least: int, most: int, **more) -> dict:
+    """A number, or its digits: text is what addresses, forms and files have."""
+    return {'type': ['integer', 'string'], 'minimum': least, 'maximum': most,
+            'pattern': f'^{DIGITS}$'} | more
+
+
+def list_schema(item: dict, **more) -> dict:
+    """Several in a list, or in one text."""
+    return {'anyOf': [{'type': 'array', 'items': item, 'maxItems': MOST_PARTS} | more, COMMAS]}
+
+
+#: What each type of an argument takes, under the name that it has here. A few are in answers too.
+SCHEMAS: dict[Any, tuple[str, dict]] = {
+    int: ('Integer', number_schema(1 - 2**53, 2**53 - 1)),
+    bool: ('Boolean', {'type': ['boolean', 'string'], 'pattern':
+                       '^([Tt][Rr][Uu][Ee]|[Yy][Ee][Ss]|1|[Ff][Aa][Ll][Ss][Ee]|[Nn][Oo]|0)$'}),
+    Count: ('Count', number_schema(1, 1_000_000)), Page: ('Page', number_schema(1, 10_000)),
+    Figure: ('Figure', number_schema(0, 10**12)),
+    Most: ('Capacity', number_schema(0, 10**12, pattern=f'^({DIGITS}|unlimited)$')),
+    Label: ('Label', LABEL | {'pattern': '^[A-Za-z0-9._-]{1,64}$'}),
+    NewLabel: ('NewLabel', LABEL | {'pattern': '^[A-Za-z0-9._][A-Za-z0-9._-]{0,63}$'}),
+    Place: ('ResourceName', LABEL | {'not': {'enum': [each for each in NO_LABELS if each != ANY]},
+                                     'pattern': '^[A-Za-z0-9._-]{1,64}$', 'examples': ['demo', ANY]}),
+    Name: ('Name', NAME), Text: ('Text', TEXT), File: ('UserData', TEXT | {'maxLength': 49149}),
+    Cursor: ('Cursor', {'type': ['string', 'integer'], 'minimum': 0, 'pattern':
+                        '^([0-9]{1,18}|[0-9]{1,10}[-/][0-9]{1,18}|' + f'{ISO_DATE}.*/[0-9]{{1,18}})$',
+                        'examples': ['2026-12-01T12:00Z/7']}),
+    Span: ('Length', {'anyOf': [SHORT_LENGTH, ISO_LENGTH, LONG_LENGTH]}),
+    When: ('Time', {'anyOf': [ISO_TIME, SPOKEN_TIME, SHORT_LENGTH, ISO_LENGTH]}),
+    Day: ('Day', {'anyOf': [ISO_TIME, SPOKEN_TIME, SHORT_LENGTH, ISO_LENGTH]}),
+    Names: ('Names', list_schema(NAME, maxItems=100)),
+    Pairs: ('Pairs', {'anyOf': [{'type': 'object', 'maxProperties': 128, 'propertyNames': {
+        'pattern': '^[a-zA-Z0-9_:. -]{1,255}$'}, 'additionalProperties': NAME | TEXT | {'maxLength': 255}},
+        {'type': 'string', 'pattern': '^([a-zA-Z0-9_:. -]+=[^,]*(,|$))*$', 'examples': ['k=v,k=v']}]}),
+    Classes: ('ResourceClasses', {'anyOf': [{'type': 'object', 'maxProperties': 50, 'propertyNames': {
+        'pattern': '^[A-Z0-9_]{1,255}$', 'not': {'enum': [*PLAIN]}},
+        'additionalProperties': number_schema(0, 10**12, pattern=f'^({DIGITS}|unlimited)$')},
+        {'type': 'string', 'pattern': '^([A-Z0-9_]+=[0-9]{1,12}(,|$))*$', 'examples': ['CUSTOM_GPU=2']}]}),
+    Hosts: ('Hosts', list_schema({'type': 'string', 'pattern': r'^[A-Za-z0-9._\[\],-]{1,255}$'},
+                                 minItems=1, examples=[['m01', 'm02']])),
+    Parts: ('Parts', list_schema({'anyOf': [{'type': 'string', 'examples': ['gpu:2']}, {
+        'type': 'object', 'additionalProperties': False, 'properties': {
+            name: number_schema(1, 1_000_000) if kind is Count else NAME
+            for name, kind in PART_FIELDS.items()}}]}, minItems=1)),
+    Rows: ('Rows', {'type': 'array', 'minItems': 1, 'maxItems': 100_000, 'items': {
+        'type': 'object', 'properties': {'line': {'type': 'integer'}}}}),
+    Zone: ('Zone', {'type': 'string', 'pattern': '^([A-Za-z][A-Za-z0-9_+-]*(/[A-Za-z0-9_+-]+)*)?$',
+                    'maxLength': 64, 'examples': ['Europe/Paris', 'UTC']}),
+    Repeat: ('Repetition', {'type': 'string', 'maxLength': 500, 'examples': [
+        'weekly on tue,thu', 'weekdays', 'FREQ=WEEKLY;BYDAY=TU']}),
+    Clash: ('OnConflict', {'type': 'string', 'pattern': r'^ *(refuse|skip|shift=.+) *$',
+                           'examples': ['refuse', 'skip', 'shift=2h']}),
+    Ics: ('ICalendar', {'type': 'string', 'maxLength': MOST_ICS}),
+    Source: ('ICalendarOrUrl', {'type': 'string', 'maxLength': MOST_ICS}),
+    Url: ('Url', {'type': 'string', 'maxLength': 2000, 'pattern': '^(https?|webcals?)://[!-~]+$',
+                  'examples': ['https://calendar.example.org/secret/eva.ics']}),
+    State: ('State', {'type': 'string', 'enum': [*STATES]}),
+    Lasts: ('Lasts', SHORT_LENGTH | {'examples': ['1d2h30m']}),
+    Secret: ('Secret', {'type': 'string', 'description': 'shown only now and kept nowhere'})}
+
+#: What answers hold besides.
+VALUES = {int: {'type': 'integer'}, float: {'type': 'number'}, str: {'type': 'string'},
+          bool: {'type': 'boolean'}, dict: {'type': 'object'}, Any: {}, type(None): {'type': 'null'},
+          datetime: {'type': 'string', 'format': 'date-time', 'examples': ['2026-12-01T09:00:00+00:00']}}
+
+#: The words of which an argument is one.
+CHOICES = {'role': ROLES, 'at_end': ('', *ENDS), 'mode': ('', 'open', *MODES), 'then': THEN,
+           'by_whom': ('project', 'user', 'resource')}
+
+#: Why requests are refused; where a calendar or a key is wrong, the sentence tells which.
+REFUSALS = {400: 'an argument is missing, malformed or unknown', 401: 'no token, or none in force',
+            403: 'the role or the project is too small for it', 404: 'something named is not there',
+            409: 'it does not fit, or not the state of what it is about; nothing was changed',
+            412: 'it was changed since it was read; nothing was changed', 413: 'the body is too large',
+            422: 'the calendar is none, or the Idempotency-Key was another request\'s',
+            429: 'too many requests; try again later', 500: 'a mistake of cmres, which its log tells of',
+            502: 'a cloud refused or did not answer', 503: 'not now; try again later'}
+
+TAGS = {'reservation': 'VMs or capacity of a resource for a time window, once or in a series',
+        'server': 'VMs that stay after their end', 'resource': 'what can be reserved',
+        'maintenance': 'other capacities for a while', 'limit': 'how much anybody may reserve',
+        'calendar': 'calendars that show reservations, and calendars that make them',
+        'claim': 'what the scheduler of Nova asks', 'event': 'the journal',
+        'punctuality': 'how late VMs were', 'report': 'sums for operators',
+        'check': 'the proof that all adds up', 'token': 'who may ask', 'service': 'the server itself'}
+
+HEADERS = {
+    'If-Match': ('the ETag of the reservation that was read; if somebody has changed it since: 412', '"417"'),
+    'Idempotency-Key': ('a name for this request, so that it is done once; remembered for a day',
+                        '0d1f6d3e-8f6c-4d4b-9d34-5f0f2f1a7c11')}
+TOLD = {'ETag': 'the state of the reservation, for If-Match; servers don\'t count',
+        'Location': 'where that is found which was made', 'Link': 'where the list goes on: rel="next"',
+        'Retry-After': 'seconds until it may be tried again', 'WWW-Authenticate': 'Bearer'}
+
+
+class Document:
+    """The parts of /openapi.json; schemas are noted as they are met."""
+
+    def __init__(self):
+        self.schemas: dict[str, dict] = {}
+
+    def whole(self) -> dict:
+        paths: dict = defaultdict(dict)
+        for operation in API.values():
+            for number, (verb, path, fixed) in enumerate(operation.routes):
+                paths[template(BASE + path)][verb.lower()] = self.entry(operation, number, verb, path, fixed)
+        paths |= self.others()
+        return {'openapi': '3.1.0', 'info': {
+            'title': 'cmres', 'version': __version__, 'summary': 'Reservations of VMs on OpenStack clouds',
+            'description': __doc__.partition('\n')[0], 'license': {'name': 'Apache 2.0', 'identifier': 'Apache-2.0'}},
+            'servers': [{'url': '/'}], 'security': [{'bearer': []}, {'token': []}], 'paths': paths,
+            'tags': [{'name': name, 'description': text} for name, text in TAGS.items()],
+            'components': {'schemas': self.schemas, 'responses': self.refusals(),
+                           'parameters': {name: self.header(name) for name in HEADERS},
+                           'securitySchemes': SECURITY}}
+
+    def entry(self, operation: Operation, number: int, verb: str, path: str, fixed: dict) -> dict:
+        """What is said of one verb at one address."""
+        named = re.findall(r'<(\w+)>', path)
+        fields = {name: each for name, each in operation.parameters.items()
+                  if name not in (*named, *fixed)}
+        example = example_of(operation)
+        entry = {'operationId': operation.name.strip('_') + (f'_{number}' if number else ''),
+                 'tags': [path.split('/')[1]], **said_of(operation), 'parameters': [
+                     *(self.parameter(operation, name, 'path', example) for name in named),
+                     *(self.parameter(operation, name, 'query', example) for name in fields
+                       if verb not in WITH_BODY or takes_calendar(operation)),
+                     *({'$ref': f'#/components/parameters/{name}'} for name in conditions(operation, verb))],
+                 'responses': self.responses(operation, verb, path)}
+        if verb in WITH_BODY and fields:
+            entry['requestBody'] = self.body(operation, fields, example)
+        if verb == 'GET':  # who has signed in to the page reads by its cookie
+            entry['security'] = [{'bearer': []}, {'token': []}, {'cookie': []}]
+        return entry | ({'deprecated': True} if path.startswith(SEED) else {})
+
+    def parameter(self, operation: Operation, name: str, place: str, example: dict) -> dict:
+        """An argument in an address; lists come as several, or as one with commas."""
+        found = operation.parameters[name]
+        schema = self.argument(name, found.annotation)
+        if place == 'query' and name in several(operation):
+            schema = {'type': 'array', 'items': {'type': 'string'}, 'maxItems': 100}
+        entry = {'name': name, 'in': place, 'description': WORDS[name], 'schema': schema}
+        if name in example:
+            entry['example'] = example[name].split(',') if schema.get('type') == 'array' else example[name]
+        required = place == 'path' or found.default is REQUIRED and not takes_calendar(operation)
+        return entry | ({'required': True} if required else {})
+
+    def body(self, operation: Operation, fields: dict, example: dict) -> dict:
+        """The arguments in a body, as JSON or, of a calendar, as itself."""
+        optional = {'resource'} if 'part' in fields else ()  # the parts name resources
+        needed = [name for name, each in fields.items()
+                  if each.default is REQUIRED and name not in optional]
+        shape = {'type': 'object', 'additionalProperties': False, 'properties': {
+            name: self.field(name, each) for name, each in fields.items()}}
+        shape |= {'required': needed} if needed else {}
+        given = {name: value for name, value in example.items() if name in fields}
+        whole = given and given.keys() >= {*needed}
+        content = {'application/json': {'schema': shape} | ({'example': given} if whole else {})}
+        if takes_calendar(operation):
+            content['text/calendar'] = {'schema': {'type': 'string'}}
+        return {'required': bool(needed), 'content': content}
+
+    def field(self, name: str, parameter: inspect.Parameter) -> dict:
+        """An argument in a body; null is as if it were not given."""
+        schema, said = self.argument(name, parameter.annotation), {'description': WORDS[name]}
+        null = parameter.default is not REQUIRED or name == 'resource'
+        return ({'anyOf': [schema, {'type': 'null'}]} if null else schema) | said
+
+    def argument(self, name: str, kind) -> dict:
+        """What an argument takes."""
+        if name in CHOICES:
+            return {'type': 'string', 'enum': [*CHOICES[name]]}
+        return self.ref(*SCHEMAS[kind if kind in SCHEMAS else Name])
+
+    def ref(self, name: str, schema: dict) -> dict:
+        """A schema by its name."""
+        self.schemas[name] = schema
+        return {'$ref': f'#/components/schemas/{name}'}
+
+    def answer(self, kind) -> dict:
+        """What is answered."""
+        choices = choices_of(kind)
+        if len(choices) > 1:
+            return {'anyOf': [self.answer(each) for each in choices]}
+        if get_origin(kind) is list:
+            return {'type': 'array', 'items': self.answer(*get_args(kind))}
+        if get_origin(kind) is dict:
+            return {'type': 'object', 'additionalProperties': self.answer(get_args(kind)[1])}
+        if is_answer(kind):
+            return self.ref(kind.__name__.removesuffix('Answer'), self.shape(kind))
+        return VALUES[kind] if kind in VALUES else self.ref(*SCHEMAS[kind])
+
+    def shape(self, kind: type[Answer]) -> dict:
+        """All fields of an answer."""
+        fields = declared(kind)
+        always = [name for name, each in fields.items() if each.always]
+        return {'type': 'object', 'description': inspect.getdoc(kind),
+                'properties': {name: self.answer(each.kind) for name, each in fields.items()},
+                'additionalProperties': self.answer(kind.more) if kind.more else False
+                } | ({'required': always} if always else {})
+
+    def responses(self, operation: Operation, verb: str, path: str) -> dict:
+        """What can come of a request."""
+        done = self.content(operation.answers)
+        told = {'Link': 'after' in operation.parameters,
+                'ETag': verb == 'GET' and '<label>' in path and tells_of_reservations(operation)}
+        headers = {name: header(TOLD[name]) for name, there in told.items() if there}
+        found = {'200': {'description': 'done' if not operation.made else 'what a dry run would do',
+                         'content': done} | ({'headers': headers} if headers else {})}
+        if operation.made:
+            found['201'] = {'description': 'made', 'content': done,
+                            'headers': {'Location': header(TOLD['Location'])}}
+        refusals = {f'{status}': {'$ref': f'#/components/responses/{refusal_name(status)}'}
+                    for status in sorted(statuses_of(operation, verb))}
+        return found | refusals
+
+    def content(self, kind) -> dict:
+        return {'application/json': {'schema': self.answer(kind)}}
+
+    def refusals(self) -> dict:
+        """The answer of each status that refuses."""
+        content = self.content(RefusalAnswer)
+        when = header(TOLD['Retry-After'], {'type': 'integer'})
+        headers = {401: {'WWW-Authenticate': header(TOLD['WWW-Authenticate'])},
+                   429: {'Retry-After': when}, 503: {'Retry-After': when}}
+        return {refusal_name(status): {'description': text, 'content': content} | (
+            {'headers': headers[status]} if status in headers else {}) for status, text in REFUSALS.items()}
+
+    def header(self, name: str) -> dict:
+        text, example = HEADERS[name]
+        return {'name': name, 'in': 'header', 'description': text, 'example': example,
+                'schema': {'type': 'string', 'pattern': '^[!-~]{1,255}$'}}
+
+    def others(self) -> dict:
+        """The addresses that are no operations."""
+        failed = {'500': {'$ref': '#/components/responses/Error'}}
+        late = {'description': 'not so', 'content': self.content(HealthAnswer | RefusalAnswer)}
+        health = {'200': {'description': 'well', 'content': self.content(HealthAnswer)}, '503': late} | failed
+        unready = {'description': 'not so', 'content': self.content(ReadyAnswer)}
+        ready = {'200': {'description': 'ready', 'content': self.content(ReadyAnswer)}, '503': unready}
+        text = {'text/calendar': {'schema': {'type': 'string'}}}
+        away = {'$ref': '#/components/responses/Unavailable'}
+        feed = {'200': {'description': 'a calendar', 'content': text, 'headers': {'ETag': header('of its text')}},
+                '304': {'description': 'as it was'}, '503': away, '404': {'$ref': '#/components/responses/NotFound'}}
+        described = {'200': {'description': 'OpenAPI 3.1', 'content': {'application/json': {'schema': {
+            'type': 'object'}}}}, '401': {'$ref': '#/components/responses/Unauthorized'}, '503': away} | failed
+        return {'/healthz': plain_entry('healthz', 'Tells whether the store can be read and VMs are started', health),
+                '/readyz': plain_entry('readyz', 'Tells whether requests can be answered, and if not, why', ready),
+                '/openapi.json': plain_entry('openapi', 'Describes all addresses', described, [
+                    {'bearer': []}, {'token': []}, {'cookie': []}]),
+                **{template(path): plain_entry(f'feed_{n}' if n else 'feed', 'Shows reservations to calendar programs; '
+                                               'the secret in its address tells whose', feed | failed, names=re.findall(
+                                                   r'<(\w+)>', path)) for n, path in enumerate(FEEDS)}}
+
+
+def plain_entry(name: str, text: str, responses: dict, security: list = [], names: Iterable[str] = ()) -> dict:
+    """An address that only answers."""
+    return {'get': {'operationId': name, 'tags': ['service'], 'summary': text, 'description': f'{text}.',
+                    'security': security, 'responses': responses, 'parameters': [
+                        {'name': each, 'in': 'path', 'required': True, 'schema': {'type': 'string', 'pattern': '^[!-.0-~]+$'},
+                         'description': f'the {each} in the address'} for each in names]}}
+
+
+SECURITY = {'bearer': {'type': 'http', 'scheme': 'bearer', 'description': 'a token that `token add` printed'},
+            'token': {'type': 'apiKey', 'in': 'header', 'name': 'X-Auth-Token',
+                      'description': 'the same, as programs of OpenStack send it'},
+            'cookie': {'type': 'apiKey', 'in': 'cookie', 'name': 'cmres',
+                       'description': 'of who has signed in to the page; it only reads'}}
+
+
+@functools.cache
+def openapi() -> dict:
+    """OpenAPI 3.1 of all that is answered."""
+    return Document().whole()
+
+
+def template(path: str) -> str:
+    """An address as OpenAPI writes it."""
+    return re.sub(r'<(\w+)>', r'{\1}', path).rstrip('/')
+
+
+def header(text: str, schema: dict | None = None) -> dict:
+    return {'description': text, 'schema': schema or {'type': 'string'}}
+
+
+def refusal_name(status: int) -> str:
+    """The kind of error with a status: its first."""
+    return next(name for name, kind in ERRORS.items() if kind.status == status)
+
+
+def said_of(operation: Operation) -> dict:
+    """What its help says of an operation, for who types nothing."""
+    summary, _, more = re.sub(r'\n\n(Example|Args):.*', '', inspect.getdoc(operation.method),
+                              flags=re.S).partition('\n\n')
+    return {'summary': summary.rstrip('.').replace('\n', ' '), 'description': more or summary}
+
+
+def example_of(operation: Operation) -> dict:
+    """The arguments of the first command in the help of an operation."""
+    import shlex
+    found = re.search(r'Example:\n\s*python cmres.py (.*)', inspect.getdoc(operation.method))
+    words = shlex.split(found[1] if found else '')[len(operation.words.split()):]
+    example, names = {}, [*operation.parameters]
+    while words:
+        word = words.pop(0)
+        name = word[2:].replace('-', '_') if word.startswith('--') else names[len(example)]
+        switch = word.startswith('--') and (not words or words[0].startswith('--'))
+        example[name] = True if switch else words.pop(0) if word.startswith('--') else word
+    return {name: value for name, value in example.items()
+            if name in names and operation.parameters[name].annotation not in FROM_FILES}
+
+
+#: What stands for a file on the command line.
+FROM_FILES = (File, Rows, Ics, Source)
+
+
+def takes_calendar(operation: Operation) -> bool:
+    """Whether a calendar may be its body: then other arguments stand in the address."""
+    return any(each.annotation is Ics for each in operation.parameters.values())
+
+
+def several(operation: Operation) -> set[str]:
+    """The arguments that take several values, with commas between or each on its own."""
+    return {name for name, each in operation.parameters.items()
+            if each.annotation in (Names, Hosts, Parts)}
+
+
+def conditions(operation: Operation, verb: str) -> list[str]:
+    """The headers on which it may be made to depend."""
+    return ['If-Match'] * (operation.changes and is_about_one(operation)) + ['Idempotency-Key'] * (verb == 'POST')
+
+
+def is_about_one(operation: Operation) -> bool:
+    """Whether an address of it names the reservation that it is about."""
+    return any(path.startswith('/reservation/<label>') for _, path, _ in operation.routes)
+
+
+def tells_of_reservations(operation: Operation) -> bool:
+    """Whether a reservation is what it answers, or a list of them."""
+    kinds = [one for each in choices_of(operation.answers) for one in get_args(each) or (each,)]
+    return any(is_answer(each) and issubclass(each, ReservationAnswer) for each in kinds)
+
+
+def statuses_of(operation: Operation, verb: str) -> set[int]:
+    """The statuses with which it may be refused."""
+    kinds = {each.annotation for each in operation.parameters.values()}
+    names = operation.parameters.keys()
+    found = {400: True, 401: True, 429: True, 500: True, 503: True,
+             403: operation.changes or operation.role != READER,
+             404: bool(kinds & {Label, Place, Name}) or 'id' in names,
+             409: operation.changes or 'label' in names,
+             412: 'If-Match' in conditions(operation, verb), 413: verb in WITH_BODY,
+             422: verb == 'POST' or Source in kinds,
+             502: bool(names & {*CLOUDY, 'aggregates'})}
+    return {status for status, there in found.items() if there}
+
+
 # REST ########################################################################
 #
 # Routes come from the marks of the service. One wrapper reads, calls and answers; it and the
 # error handler below it are the only places that know statuses. All answers are JSON.
+#
+# A request may say on what it depends: If-Match, the state of a reservation that it has seen, and
+# Idempotency-Key, that it was not done before. Both are looked at in the transaction that does it.
 
-BASE = '/cm/v1.0'
 MOST_BODY = 2**20  # bytes
 LATE = 60  # seconds without a pass after which a life cycle is taken for broken
+LEAST_GZIP = 1000  # bytes of an answer below which compressing it is in vain
+#: Of every answer that is no page.
+UNKEPT = {'Content-Type': 'application/json', 'Cache-Control': 'no-store',
+         'X-Content-Type-Options': 'nosniff', 'Vary': 'Accept-Encoding'}
 
 
-def rest(service: Reservations, told: Callable | None = None):
-    """The WSGI application that answers for a service; `told` words what never reaches one of its handlers."""
+def rest(service: Reservations, told: Callable | None = None, visitor: Callable | None = None):
+    """The WSGI application that answers for a service.
+
+    Args:
+      told: words what never reaches one of its handlers
+      visitor: tells who is signed in to the page, by the cookie of a request
+    """
     import bottle
     app = bottle.Bottle()
     app.uninstall('json')  # it knows neither lists nor instants
-    app.default_error_handler = told or (lambda failure: error_text(failure, bottle.request, bottle.response))
+    app.default_error_handler = told or (
+        lambda failure: error_text(failure, bottle.request, bottle.response))
     app.install(answering)
     app.add_hook('before_request', lambda: plain_path(bottle.request.environ))
+    app.add_hook('after_request', lambda: name_request(bottle.request, bottle.response))
     for operation in API.values():
         for verb, path, fixed in operation.routes:
-            app.route((BASE + path).rstrip('/'), verb, handler(service, operation, fixed))
+            app.route((BASE + path).rstrip('/'), verb, handler(service, operation, fixed, visitor))
     app.route('/healthz', 'GET', health_handler(service))
-    for path in ('/calendar/<secret>/<name>.ics', '/calendar/<secret>.ics'):  # programs show the end
+    for path in FEEDS:
         app.route(path, 'GET', feed_handler(service))
     app.route('/readyz', 'GET', Readiness(service).answer, skip=[answering])
-    app.route('/openapi.json', 'GET', handler(service, None, {}))
+    app.route('/openapi.json', 'GET', document_handler(service, visitor))
     return app
 
 
-def handler(service: Reservations, operation: Operation | None, fixed: dict) -> Callable:
+def handler(service: Reservations, operation: Operation, fixed: dict, visitor: Callable | None) -> Callable:
     """Answers one address: who asks, what is asked, the call, its answer in JSON."""
     import bottle
 
     def handle(**path):
+        request = bottle.request
         try:
-            acting = service.acting(actor_of(bearer(bottle.request)))
-            if operation is None:
-                return reply(200, openapi())
-            body = read_body(bottle.request, most_body(operation))
-            given = given_once(read_query(bottle.request), body, path, fixed)
+            acting = service.acting(who_asks(service, request, visitor))
+            acting.wanted = while_there(request.environ)
+            given = given_once(read_query(request, several(operation)),
+                               read_body(request, most_body(operation)), path, fixed)
             bound = bind(operation, given, acting.here)
             with acting.shares.answering(acting.actor.user):
-                answer = getattr(acting, operation.name)(**bound)
+                return respond(acting, operation, bound, request, given)
         except Error as error:
-            return reply(error.status, error_body(error))
-        made = operation.name.rsplit('_')[-1] in ('add', 'load', 'generate') and not bound.get('dry_run')
-        return reply(201 if made else 200, answer)
-
-    def reply(status: int, body):
-        headers = {'WWW-Authenticate': 'Bearer'} if status == 401 else {}
-        for field, kind in (('label', 'reservation'), ('name', 'resource')):
-            if status == 201 and field in body:
-                headers['Location'] = f'{BASE}/{kind}/{body[field]}'
-        return bottle.HTTPResponse(json_text(body), status, {'Content-Type': 'application/json', **headers})
+            return refused(error)
     return handle
+
+
+def document_handler(service: Reservations, visitor: Callable | None) -> Callable:
+    """Answers with the description of all that is here, for who may ask for any of it."""
+    import bottle
+
+    def handle():
+        try:
+            who_asks(service, bottle.request, visitor)
+            return sent(json_text(openapi()), 200, UNKEPT)
+        except Error as error:
+            return refused(error)
+    return handle
+
+
+def respond(acting: Reservations, operation: Operation, bound: dict, request, given: dict):
+    """The answer to a call on the conditions of its request."""
+    once = once_of(acting, operation, bound, request, given)
+    if once and (kept := once.kept()):
+        return sent(kept.answer, kept.status, UNKEPT | {'Idempotency-Replayed': 'true'})
+    acting.fence = in_turn(acting.fence, unchanged(acting, operation, bound, request), once and once.claim)
+    tag = tag_for(acting, operation, bound)  # before what it tells of is read: it may be older, not newer
+    try:
+        answer = getattr(acting, operation.name)(**bound)
+    except Error:
+        if once:
+            once.drop()
+        raise
+    status = 201 if operation.made and not bound.get('dry_run') else 200
+    text = json_text(answer)
+    if once:
+        once.keep(status, text)
+    headers = {'ETag': tag, 'Location': location(operation, answer) if status == 201 else '',
+               'Link': next_page(operation, answer, request)}
+    return sent(text, status, UNKEPT | {name: value for name, value in headers.items() if value})
+
+
+def in_turn(*looks: Callable | None) -> Callable:
+    """Calls several, as far as they are there, once in each transaction."""
+    seen = None
+
+    def look():
+        nonlocal seen
+        now = db.top_transaction()
+        for each in filter(None, looks if now is not seen else ()):
+            each()
+        seen = now
+    return look
+
+
+def sent(text: str, status: int, headers: dict):
+    """An answer, compressed for who takes that: never a page, which holds secrets (BREACH)."""
+    import bottle
+    import gzip
+    data = text.encode('utf8', 'replace')
+    if len(data) >= LEAST_GZIP and TAKES_GZIP.search(bottle.request.get_header('Accept-Encoding', '')):
+        data, headers = gzip.compress(data, 5, mtime=0), headers | {'Content-Encoding': 'gzip'}
+    return bottle.HTTPResponse(data, status, headers)
+
+
+TAKES_GZIP = re.compile(r'(?:^|[,\s])gzip(?!\s*;\s*q=0(?:\.0*)?\s*(?:,|$))')
+
+
+def refused(error: Error):
+    """The answer that says why something is not done."""
+    return sent(json_text(error_body(error)), error.status, UNKEPT | headers_of(error))
+
+
+def headers_of(error: Error) -> dict[str, str]:
+    """What an error says in headers: how to ask, or when again."""
+    if error.status in (429, 503):
+        return {'Retry-After': f"{math.ceil(float(error.details.get('retry_after') or RETRY_AFTER))}"}
+    return {'WWW-Authenticate': 'Bearer'} if error.status == 401 else {}
+
+
+RETRY_AFTER = 5  # seconds
+
+
+def location(operation: Operation, answer: dict) -> str:
+    """Where that is found which was made."""
+    return BASE + re.sub(r'<(\w+)>', lambda part: quote(answer[part[1]], safe=''), operation.made)
+
+
+def next_page(operation: Operation, answer, request) -> str:
+    """The link to what follows a page of a list; the last page is the one without a line."""
+    if 'after' not in operation.parameters or not answer or 'id' not in answer[-1]:
+        return ''
+    query = [each for each in parse_qsl(request.query_string) if each[0] != 'after']
+    more = urlencode([*query, ('after', cursor_of(answer[-1]))])
+    return f'<{quote(request.path)}?{more}>; rel="next"'
+
+
+def cursor_of(line: dict) -> str:
+    """What `after` takes to go on behind a line of a list."""
+    return f"{int(line['start'].timestamp())}-{line['id']}" if 'start' in line else f"{line['id']}"
+
+
+# What a request depends on.
+
+
+def tag_for(acting: Reservations, operation: Operation, bound: dict) -> str:
+    """The ETag of a reservation that is read; of anything else none."""
+    if operation.changes or not bound.get('label') or not tells_of_reservations(operation):
+        return ''
+    return tag_of(acting, bound)
+
+
+def tag_of(acting: Reservations, bound: dict) -> str:
+    """An ETag that differs after each change that people make to a reservation: servers don't count."""
+    newest = acting.newest_deed(bound['label'], bound.get('project', ''))
+    return f'"{newest}"' if newest else ''
+
+
+def unchanged(acting: Reservations, operation: Operation, bound: dict, request) -> Callable | None:
+    """What refuses in the transaction of a change, if it was made for another state (RFC 9110, 13.1.1)."""
+    wanted = request.get_header('If-Match', '*')
+    if wanted.strip() == '*' or not bound.get('label') or not is_about_one(operation):
+        return None
+
+    def look():
+        tag = tag_of(acting, bound)
+        if tag and tag not in [each.strip() for each in wanted.split(',')]:
+            raise Changed(f"'{bound['label']}' was changed since you read it. Nothing was done. "
+                          'Read it again, then change it', etag=tag)
+    return look
+
+
+def once_of(acting: Reservations, operation: Operation, bound: dict, request, given: dict) -> Once | None:
+    """The key of a POST that has one; a dry run keeps nothing, not even that."""
+    key = request.get_header('Idempotency-Key')
+    if key is None or request.method != 'POST' or bound.get('dry_run'):
+        return None
+    if not re.fullmatch('[!-~]{1,255}', key):
+        raise Invalid('Idempotency-Key: 1 to 255 letters, digits and signs are needed, such as a UUID')
+    asked = json.dumps([operation.name, given], sort_keys=True, default=str)
+    return Once(acting, key, hashed(asked), not has_secret(operation.answers))
+
+
+def has_secret(kind) -> bool:
+    """Whether an answer has a field that is shown once and kept nowhere."""
+    return is_answer(kind) and any(each.kind is Secret for each in declared(kind).values())
+
+
+class Once:
+    """What a request with an Idempotency-Key does is done once: its key is written with it.
+
+    The answer is kept for a day, unless it is long or holds a secret; a refusal is not.
+    """
+    LASTS = 86400  # seconds
+    MOST = 65536   # characters of an answer
+
+    def __init__(self, acting: Reservations, key: str, digest: str, keeps: bool):
+        self.acting, self.digest, self.keeps = acting, digest, keeps
+        self.whose = (acting.actor.user, acting.actor.project, key)
+        self.mark = secrets.token_hex(8)  # tells ours from that of a request beside this one
+
+    def row(self):
+        return row('SELECT digest, mark, status, answer FROM once WHERE user = ? AND project = ? AND key = ? AND at > ?',
+                   *self.whose, int(self.acting.clock()) - self.LASTS)
+
+    def kept(self):
+        """The status and answer of the same request before; None if there was none.
+
+        Raises:
+          KeyReused: it was another request.
+          Conflict: its answer is not there, or not yet.
+        """
+        found = self.row()
+        if found and found.digest != self.digest:
+            raise KeyReused('another request had this Idempotency-Key: take a new key for each request')
+        if found and not found.answer:
+            raise Conflict('a request with this Idempotency-Key was done or is being done, and its answer is not '
+                           'there: ask for what it made')
+        return found
+
+    def claim(self) -> None:
+        """Writes the key in the transaction of what is done; Conflict if another request was faster."""
+        found = self.row()
+        if found and found.mark != self.mark:
+            self.kept()
+            raise Conflict('the first request with this Idempotency-Key has just been done: send it again')
+        if not found:
+            now = int(self.acting.clock())
+            run('DELETE FROM once WHERE at <= ?', now - self.LASTS)
+            run('INSERT INTO once (user, project, key, digest, mark, at, status, answer) '
+                "VALUES (?, ?, ?, ?, ?, ?, 0, '')", *self.whose, self.digest, self.mark, now)
+
+    def keep(self, status: int, text: str) -> None:
+        """Keeps an answer for who asks again."""
+        if self.keeps and len(text) <= self.MOST:
+            self.run('UPDATE once SET status = ?, answer = ?', status, text)
+
+    def drop(self) -> None:
+        """Forgets a request that was refused: it may be sent again."""
+        if self.row():
+            self.run('DELETE FROM once')
+
+    def run(self, deed: str, *values) -> None:
+        with transaction():
+            run(f'{deed} WHERE user = ? AND project = ? AND key = ? AND mark = ?', *values, *self.whose, self.mark)
 
 
 def feed_handler(service: Reservations) -> Callable:
@@ -12058,10 +15214,11 @@ def feed_handler(service: Reservations) -> Callable:
         try:
             etag, text = current(secret)
         except Error as error:
-            return bottle.HTTPResponse(json_text(error_body(error)), error.status, {'Content-Type': 'application/json'})
+            return refused(error)
         same = etag in bottle.request.headers.get('If-None-Match', '')
-        return bottle.HTTPResponse('' if same else text, 304 if same else 200, {
-            'Content-Type': 'text/calendar; charset=utf-8', 'ETag': etag, 'Cache-Control': 'private, no-cache'})
+        return sent('' if same else text, 304 if same else 200, UNKEPT | {
+            'Content-Type': 'text/calendar; charset=utf-8', 'ETag': etag,
+            'Cache-Control': 'private, no-cache'})
     return handle
 
 
@@ -12072,7 +15229,6 @@ def answering(handle: Callable) -> Callable:
     def answer(*args, **path):
         try:
             store_file.check()
-            store_file.refuse_other(stored_id())
             return handle(*args, **path)
         except bottle.HTTPResponse:
             raise
@@ -12093,7 +15249,6 @@ def mistake(error: Exception, request) -> Error:
 
 def health_handler(service: Reservations) -> Callable:
     """Says whether the store can be read and the life cycle goes on; the address needs no token."""
-    import bottle
 
     def handle():
         row('SELECT 1 AS one')
@@ -12102,8 +15257,58 @@ def health_handler(service: Reservations) -> Callable:
         if age > LATE:
             status, body = 503, {'last_pass': round(age, 1), 'error': 'no VM was started or ended for '
                                  f'{format_duration(age)}; the log of this server says why'}
-        return bottle.HTTPResponse(json_text(body), status, {'Content-Type': 'application/json'})
+        return sent(json_text(body), status, UNKEPT)
     return handle
+
+
+class Line:
+    """Requests that wait for a thread: next is one of whom the fewest are being answered.
+
+    So who sends many at once waits for their own, and others pass.
+    """
+
+    def __init__(self):
+        self.waiting: list[tuple] = []         # whose, what `waitress` serves
+        self.answered: dict[int, str] = {}     # by thread, whose
+
+    def __len__(self):
+        return len(self.waiting)
+
+    def append(self, channel) -> None:
+        self.waiting.append((whose(channel), channel))
+
+    def popleft(self):
+        """What this thread answers next; what it has answered before is done."""
+        self.answered.pop(threading.get_ident(), None)
+        under_way = Counter(self.answered.values())
+        name, channel = next_ = min(self.waiting, key=lambda each: under_way[each[0]])
+        self.waiting.remove(next_)
+        self.answered[threading.get_ident()] = name
+        return channel
+
+
+def whose(channel) -> str:
+    """Who sends the request that a connection has: by what they identify themselves with, or from where."""
+    headers = channel.requests[0].headers if channel.requests else {}
+    return headers.get('AUTHORIZATION') or headers.get('COOKIE') or str(channel.addr)
+
+
+def fair_dispatcher(threads: int):
+    """The threads of `waitress`, with a line of ours before them."""
+    from waitress.task import ThreadedTaskDispatcher
+    made = ThreadedTaskDispatcher()
+    made.queue = Line()
+    made.set_thread_count(threads)
+    return made
+
+
+def disk_free(path: str) -> int:
+    """The free bytes on the disk of a file, for who isn't root; 0 where that can't be told."""
+    import shutil
+    try:
+        return shutil.disk_usage(os.path.dirname(os.path.abspath(path))).free
+    except OSError:
+        return 0
 
 
 class Readiness:
@@ -12114,16 +15319,17 @@ class Readiness:
 
     def __init__(self, service: Reservations):
         self.service, self.lock = service, threading.Lock()
-        self.until, self.found = 0.0, {}
+        self.until, self.found, self.troubles = 0.0, {}, 0
 
     def answer(self):
-        import bottle
         with self.lock:
-            if time.monotonic() >= self.until:
+            with suppress(Unavailable):
+                store_file.look()
+            if time.monotonic() >= self.until or store_file.troubles != self.troubles:
+                self.troubles = store_file.troubles
                 self.found, self.until = self.look_safely(), time.monotonic() + 1
             found = self.found
-        return bottle.HTTPResponse(json_text(found), 200 if found['status'] == 'ready' else 503,
-                                   {'Content-Type': 'application/json'})
+        return sent(json_text(found), 200 if found['status'] == 'ready' else 503, UNKEPT)
 
     def look_safely(self) -> dict:
         """What is so now, also where that can't be read."""
@@ -12134,13 +15340,20 @@ class Readiness:
 
     def look(self) -> dict:
         """What is so now: each part with a fault, if it has one."""
-        store = {'fault': probe(store_file.path)}
-        found = {'store': store, 'integrity': self.integrity(store['fault']),
+        store = {'fault': probe(store_file.path), 'version': latest_version()}
+        found = {'store': store, 'integrity': self.integrity(store['fault']), 'disk': self.disk(),
                  'scheduler': {} if store['fault'] else self.scheduler()}
         ready = not any(each.get('fault') for each in found.values())
         return {'status': 'ready' if ready else 'not ready'} | {
             name: {key: value for key, value in each.items() if value != ''}
             for name, each in found.items()}
+
+    def disk(self) -> dict:
+        """How much space the database has left."""
+        config = self.service.config
+        free, most = disk_free(config.database) // 2**20, config.min_disk
+        fault = f'only {free} MiB are free on the disk of the database; {most} are to be kept (min_disk)'
+        return {'free_mib': free, 'fault': fault if free < most else ''}
 
     def integrity(self, fault: str) -> dict:
         """What the last check of the file found; a new one, where damage was met since."""
@@ -12163,21 +15376,60 @@ class Readiness:
         return {'last_pass': age, 'fault': late if age > most else ''}
 
 
+RETRY = 60  # seconds after which somebody may try again, where nothing better is known
+
+
+def note_wait(environ: dict, error: Error) -> None:
+    """Notes of a request that is refused when it may be sent again."""
+    environ['cmres.retry_after'] = error.details.get('retry_after', RETRY)
+
+
 def error_body(error: Error) -> dict:
+    METRICS.count('refusals_total', kind=type(error).__name__)
     return {'error': str(error), 'kind': type(error).__name__} | ({'details': error.details} if error.details else {})
 
 
 def error_text(failure, request, response) -> str:
     """The JSON of what never reached a handler: no such address, wrong verb, a bug."""
-    response.content_type = 'application/json'
-    allow = failure.headers.get('Allow')
-    sentences = {404: f'there is nothing at {request.path}; /openapi.json lists all addresses',
-                 405: f"{request.method} is not for this address; use {' or '.join((allow or '').split(','))}"}
-    if isinstance(failure.body, Error):
-        return json_text(error_body(failure.body))
-    if failure.status_code == 500:
-        return json_text(error_body(mistake(failure.exception, request)))
-    return json_text({'error': sentences.get(failure.status_code, f'{failure.body}'.lower())})
+    for name, value in UNKEPT.items():
+        response.set_header(name, value)
+    if failure.status_code == 405:
+        return wrong_verb(failure, request, response)
+    error = failure.body
+    if failure.status_code == 500 and not isinstance(error, Error):
+        error = mistake(failure.exception, request)
+    if failure.status_code == 404 and not isinstance(error, Error):
+        error = NotFound(f'there is nothing at {request.path}; /openapi.json lists all addresses')
+    if not isinstance(error, Error):
+        error = Invalid(f'{error}'.lower())
+    for name, value in headers_of(error).items():
+        response.set_header(name, value)
+    return json_text(error_body(error))
+
+
+def wrong_verb(failure, request, response) -> str:
+    """What is said of the verbs of an address: to who asks for them, and to who took another."""
+    verbs = set(failure.headers['Allow'].split(',')) - {'PROXY'}
+    verbs = sorted(verbs | {'OPTIONS'} | ({'HEAD'} if 'GET' in verbs else set()))
+    response.set_header('Allow', ', '.join(verbs))
+    if request.method == 'OPTIONS':
+        response.status = 204
+        return ''
+    use = ' or '.join(each for each in verbs if each not in ('HEAD', 'OPTIONS'))
+    return json_text(error_body(Error(f'{request.method} is not for this address; use {use}')))
+
+
+def request_name(environ: dict) -> str:
+    """The name that a request came with, or a new one."""
+    name = environ.get('HTTP_X_REQUEST_ID', '')
+    return name if re.fullmatch('[A-Za-z0-9._-]{1,64}', name) else f'req-{uuid.uuid4()}'
+
+
+def name_request(request, response) -> None:
+    """Gives an answer the name that its request came with, or a new one, under which logs tell of it."""
+    name = request.environ.get('cmres.request_id') or request_name(request.environ)
+    for header in ('X-Request-Id', 'X-Openstack-Request-Id'):
+        response.set_header(header, name)
 
 
 def plain_path(environ: dict) -> None:
@@ -12190,25 +15442,80 @@ def plain_path(environ: dict) -> None:
     environ['PATH_INFO'] = environ['PATH_INFO'].rstrip('/') or '/'
 
 
+def who_asks(service: Reservations, request, visitor: Callable | None = None) -> Actor:
+    """Whose token a request has; who only reads may have signed in to the page instead."""
+    secret = bearer(request)
+    if not secret and visitor and request.method in ('GET', 'HEAD') and (actor := visitor(request)):
+        return actor
+    if not secret:
+        raise Unauthorized('a token is needed: Authorization: Bearer TOKEN; an admin makes one '
+                           'with: token add USER')
+    try:
+        found = token_of(secret, service.clock())
+    except Unauthorized:
+        note_wrong(service, request.environ)
+        raise
+    note_caller(service, request.environ, found)
+    return bearer_of(found)
+
+
+def note_caller(service: Reservations, environ: dict, found) -> None:
+    """Notes of a request who sends it; TooMany if they do so too often."""
+    environ['cmres.token'] = found
+    USES.note(found.id, service.clock())
+    if found.role != ADMIN:  # theirs are the programs of the operator, such as Nova's filter
+        name = f'{found.project}/{found.user}'
+        service.shares.rates.take('requests_per_user', name)
+        service.shares.rates.look('mib_per_user', name)
+
+
+def note_wrong(service: Reservations, environ: dict) -> None:
+    """Notes a wrong token of an address; TooMany if many come from there."""
+    address = environ.get('cmres.address', '')
+    METRICS.count('wrong_tokens_total')
+    service.shares.wrong[address] += 1
+    service.shares.rates.take('wrong_tokens', address)
+
+
+def while_there(environ: dict) -> Callable[[], None]:
+    """What is asked before a change is written: whether its client has hung up meanwhile."""
+    gone = environ.get('waitress.client_disconnected', lambda: False)
+
+    def check() -> None:
+        if gone():
+            METRICS.count('hung_up_total')
+            raise Unavailable('the client has hung up, so nothing was changed')
+    return check
+
+
 def bearer(request) -> str:
-    scheme, _, token = request.environ.get('HTTP_AUTHORIZATION', '').partition(' ')
-    if scheme.lower() != 'bearer' or not token:
-        raise Unauthorized('a token is needed: Authorization: Bearer TOKEN; an admin makes one with: token add USER')
-    return token.strip()
+    """The token of a request; '' without one."""
+    scheme, _, token = request.get_header('Authorization', '').partition(' ')
+    token = token if scheme.lower() == 'bearer' else ''
+    return (token or request.get_header('X-Auth-Token', '')).strip()
 
 
-def read_query(request) -> dict:
+def read_query(request, several: Iterable[str] = ()) -> dict:
     """The fields of an address, each once."""
-    return fields_of(request.query_string.encode(), 'query')
+    return fields_of(request.query_string.encode(), 'query', several)
 
 
-def fields_of(text: bytes, what: str) -> dict:
-    """The fields of a query or of a form; Invalid if they are not UTF-8, too many, or given twice with two values."""
+def fields_of(text: bytes, what: str, several: Iterable[str] = ()) -> dict:
+    """The fields of a query or of a form.
+
+    Args:
+      several: those that may come more than once
+
+    Raises:
+      Invalid: they are not UTF-8, too many, or given twice with two values.
+    """
     try:
         pairs = parse_qsl(text.decode(), keep_blank_values=True, errors='strict', max_num_fields=100)
     except (UnicodeDecodeError, ValueError):
         raise Invalid(f'the {what} is not UTF-8 or has more than 100 fields') from None
-    return given_once(*({name: value} for name, value in pairs))
+    lists = {each: ','.join(value for name, value in pairs if name == each)
+             for each in several if any(name == each for name, _ in pairs)}
+    return lists | given_once(*({name: value} for name, value in pairs if name not in lists))
 
 
 def whole_body(request, most: int = MOST_BODY) -> bytes:
@@ -12220,8 +15527,7 @@ def whole_body(request, most: int = MOST_BODY) -> bytes:
 
 def most_body(operation: Operation) -> int:
     """How many bytes its body may have: a calendar in JSON is longer than in a file."""
-    takes_calendar = any(each.annotation is Ics for each in operation.parameters.values())
-    return 2 * MOST_ICS if takes_calendar else MOST_BODY
+    return 2 * MOST_ICS if takes_calendar(operation) else MOST_BODY
 
 
 def read_body(request, most: int) -> dict:
@@ -12253,53 +15559,245 @@ def given_once(*sources: dict) -> dict:
     return given
 
 
-SCHEMAS = {int: {'type': 'integer'}, Cursor: {'type': ['string', 'integer']},
-           bool: {'type': 'boolean'}, Count: {'type': 'integer', 'minimum': 1},
-           Most: {'oneOf': [{'type': 'integer', 'minimum': 0}, {'const': 'unlimited'}]},
-           Label: {'type': 'string', 'pattern': '^[A-Za-z0-9._-]{1,64}$'},
-           NewLabel: {'type': 'string', 'pattern': '^[A-Za-z0-9._][A-Za-z0-9._-]{0,63}$'},
-           Names: {'type': 'array', 'items': {'type': 'string'}},
-           Pairs: {'type': 'object', 'additionalProperties': {'type': 'string'}},
-           Rows: {'type': 'array', 'items': {'type': 'object'}},
-           Classes: {'type': 'object', 'additionalProperties': {'type': 'integer', 'minimum': 0}},
-           Hosts: {'type': 'array', 'items': {'type': 'string'}, 'maxItems': MOST_PARTS},
-           Parts: {'type': 'array', 'maxItems': MOST_PARTS, 'items': {'oneOf': [
-               {'type': 'string'}, {'type': 'object', 'additionalProperties': False, 'properties': {
-                   name: {'type': 'integer' if kind is Count else 'string'} for name, kind in PART_FIELDS.items()}}]}}}
+# Gate ########################################################################
+#
+# What stands before REST and the page: whose address a request is from, whether it asks too often,
+# what is counted, and its line in the log. It never sees what is asked, and writes no address that
+# could be a secret.
+
+METRICS_PATH = '/metrics'
+QUIET = ('/healthz', '/readyz', METRICS_PATH)  # programs ask for them all the time
+#: Where proxies tell of their clients; nobody behind this gate reads it.
+FORWARDED = ('HTTP_X_FORWARDED_FOR', 'HTTP_X_FORWARDED_HOST', 'HTTP_X_FORWARDED_PROTO',
+             'HTTP_X_FORWARDED_PORT', 'HTTP_X_FORWARDED_BY', 'HTTP_FORWARDED')
+END_IS_NEAR = 14 * DAY  # then answers tell that a token ends
 
 
-def openapi() -> dict:
-    """OpenAPI 3.1 of all operations, out of the same signatures that read the arguments."""
-    paths: dict = defaultdict(dict)
-    for operation in API.values():
-        for number, (verb, path, fixed) in enumerate(operation.routes):
-            named = re.findall(r'<(\w+)>', path)
-            fields = {name: each for name, each in operation.parameters.items() if name not in (*named, *fixed)}
-            entry = {'operationId': operation.name + (f'_{number}' if number else ''), 'summary': operation.summary,
-                     'parameters': [openapi_parameter(name, operation.parameters[name], 'path') for name in named],
-                     'responses': {'200': {'description': 'done'},
-                                   'default': {'description': 'refused: {"error": "..."}'}}}
-            if verb in ('POST', 'PATCH'):
-                entry['requestBody'] = {'content': {'application/json': {'schema': openapi_object(fields)}}}
+class Gate:
+    """The WSGI application before that of a service; `cycle` is the life cycle of this process."""
+
+    def __init__(self, app: Callable, service: Reservations, cycle: LifeCycle | None = None):
+        self.app, self.service, self.cycle = app, service, cycle
+        self.operations = {(verb, (BASE + path).rstrip('/')): operation.name
+                           for operation in API.values() for verb, path, _ in operation.routes}
+        self.store = StoreMetrics(service, cycle)
+
+    def __call__(self, environ: dict, start_response: Callable) -> Iterable[bytes]:
+        began, answer = time.monotonic(), Reply(environ, start_response)
+        environ['cmres.address'] = address = self.address(environ)
+        environ['cmres.began'] = began
+        environ['cmres.request_id'] = request_name(environ)
+        try:
+            self.service.shares.rates.take('requests_per_address', address)
+            self.service.shares.rates.look('mib_per_address', address)
+            if environ['PATH_INFO'] == METRICS_PATH:
+                body = self.metrics(environ, answer)
             else:
-                entry['parameters'] += [openapi_parameter(name, each, 'query') for name, each in fields.items()]
-            paths[(BASE + path).replace('<', '{').replace('>', '}')][verb.lower()] = entry
-    return {'openapi': '3.1.0', 'info': {'title': 'cmres', 'version': __version__}, 'paths': paths,
-            'components': {'securitySchemes': {'token': {'type': 'http', 'scheme': 'bearer'}}},
-            'security': [{'token': []}]}
+                body = self.app(environ, answer.begin)
+        except Error as error:
+            body = answer.refuse(error)
+        return Counting(body, lambda sent: self.finish(environ, answer, began, sent))
+
+    def address(self, environ: dict) -> str:
+        """Who asks, for limits and the log: the peer, or what a trusted proxy says last."""
+        peer = environ.get('REMOTE_ADDR', '')
+        said = environ.get('HTTP_X_FORWARDED_FOR', '').rpartition(',')[2].strip()
+        for name in FORWARDED:
+            environ.pop(name, None)
+        trusted = said and self.service.config.is_proxy(peer)
+        return network_of(said) or network_of(peer) if trusted else network_of(peer)
+
+    def metrics(self, environ: dict, answer: Reply) -> Iterable[bytes]:
+        """What Prometheus reads.
+
+        Raises:
+          NotFound: the operator wants none.
+          Forbidden: it needs the token of an admin.
+        """
+        allowed = self.service.config.metrics
+        if allowed == 'off':
+            raise NotFound('there are no metrics here; the setting `metrics` can allow them')
+        if allowed != 'open':
+            import bottle
+            with db.connection_context():
+                asks = who_asks(self.service, bottle.LocalRequest(environ))
+            if asks.role != ADMIN or asks.scopes - {'read'} or asks.resource is not None:
+                raise Forbidden("metrics need an admin's token; it may have the scope read")
+        text = exposition(self.store.samples()).encode()
+        return answer.say(200, text, 'text/plain; version=0.0.4; charset=utf-8')
+
+    def finish(self, environ: dict, answer: Reply, began: float, sent: int) -> None:
+        """Counts a request that is answered, and writes its line."""
+        operation, took = self.operation(environ), time.monotonic() - began
+        token, received = environ.get('cmres.token'), int(environ.get('CONTENT_LENGTH') or 0)
+        METRICS.count('requests_total', operation=operation, status=f'{answer.status}')
+        METRICS.observe('request_seconds', took, operation=operation)
+        rates, mib = self.service.shares.rates, (sent + received) / 2**20
+        rates.add('mib_per_address', environ['cmres.address'], mib)
+        if token and token.role != ADMIN:
+            rates.add('mib_per_user', f'{token.project}/{token.user}', mib)
+        if self.service.config.log_requests and not (
+                environ['PATH_INFO'] in QUIET and answer.status < 400):
+            told_fields(log_requests, 'request', id=environ['cmres.request_id'],
+                        address=environ['cmres.address'], user=token and token.user,
+                        project=token and token.project, token=token and token.id,
+                        method=environ['REQUEST_METHOD'][:16], operation=operation,
+                        status=answer.status, ms=round(1000 * took, 1), bytes=sent)
+
+    def operation(self, environ: dict) -> str:
+        """What a request asked for: the name of an operation, else the rule of a page, else -."""
+        if environ['PATH_INFO'] in QUIET:
+            return environ['PATH_INFO'][1:]
+        rule = getattr(environ.get('bottle.route'), 'rule', '-')
+        verb = environ['REQUEST_METHOD']
+        return self.operations.get(('GET' if verb == 'HEAD' else verb, rule), rule)
 
 
-def openapi_parameter(name: str, parameter, place: str) -> dict:
-    return {'name': name, 'in': place, 'required': place == 'path', 'description': WORDS[name],
-            'schema': SCHEMAS.get(parameter.annotation, {'type': 'string'})}
+class Reply:
+    """How one request is answered, as far as the gate has a say in it."""
+
+    def __init__(self, environ: dict, start_response: Callable):
+        self.environ, self.start_response, self.status = environ, start_response, 0
+
+    def begin(self, status: str, headers: list, exc_info=None):
+        """Begins an answer, with what has to be said beside it."""
+        self.status = int(status[:3])
+        names = {name.lower() for name, _ in headers}
+        also = [(name, value) for name, value in self.also() if name.lower() not in names]
+        return self.start_response(status, headers + also, *([exc_info] if exc_info else []))
+
+    def also(self) -> Iterator[tuple[str, str]]:
+        """Headers that this answer needs."""
+        yield 'X-Request-Id', self.environ['cmres.request_id']
+        if self.status in (429, 503):
+            yield 'Retry-After', f"{self.environ.get('cmres.retry_after', RETRY)}"
+        token = self.environ.get('cmres.token')
+        if token and token.ends is not None and token.ends < time.time() + END_IS_NEAR:
+            yield 'X-Cmres-Token-Ends', f"{token.id} {to_plain(instant(token.ends))}"
+
+    def refuse(self, error: Error) -> list[bytes]:
+        note_wait(self.environ, error)
+        return self.say(error.status, json_text(error_body(error)).encode(), 'application/json')
+
+    def say(self, status: int, body: bytes, kind: str) -> list[bytes]:
+        """A whole answer."""
+        from http.client import responses
+        challenge = [('WWW-Authenticate', 'Bearer')] if status == 401 else []
+        self.begin(f'{status} {responses[status]}', [
+            ('Content-Type', kind), ('Content-Length', f'{len(body)}'), *challenge])
+        return [body]
 
 
-def openapi_object(fields: dict) -> dict:
-    return {'type': 'object', 'additionalProperties': False,
-            'properties': {name: SCHEMAS.get(each.annotation, {'type': 'string'}) | {'description': WORDS[name]}
-                           for name, each in fields.items()},
-            'required': [name for name, each in fields.items() if each.default is each.empty
-                         and (name, 'part') != ('resource', 'part' if 'part' in fields else '')]}
+class Counting:
+    """A body that tells how many bytes were sent of it, once it is closed."""
+
+    def __init__(self, body: Iterable[bytes], end: Callable[[int], None]):
+        self.body, self.end, self.sent = body, end, 0
+
+    def __iter__(self) -> Iterator[bytes]:
+        for each in self.body:
+            self.sent += len(each)
+            yield each
+
+    def __len__(self) -> int:
+        return len(self.body)
+
+    def close(self) -> None:
+        with suppress(AttributeError):
+            self.body.close()
+        self.end(self.sent)
+
+
+def network_of(text: str) -> str:
+    """What limits count an address under: itself, or of IPv6 the network; '' if it is none."""
+    import ipaddress
+    try:
+        found = ipaddress.ip_address(text.partition('%')[0])
+    except ValueError:
+        return ''
+    found = getattr(found, 'ipv4_mapped', None) or found
+    return f'{found}' if found.version == 4 else f'{ipaddress.ip_network((found, 64), strict=False)}'
+
+
+class StoreMetrics:
+    """What /metrics tells beside what is counted: how the store and the life cycle stand."""
+
+    def __init__(self, service: Reservations, cycle: LifeCycle | None):
+        self.service, self.cycle, self.lock = service, cycle, threading.Lock()
+        self.seen: int | None = None  # the last event that was counted
+
+    def samples(self) -> list[tuple]:
+        """Samples of all that is measured; without the store, where that can't be read."""
+        with self.lock, db.connection_context():
+            try:
+                self.count_events()
+                found = [*self.of_store(), *self.of_resources()]
+            except (Unavailable, *STORE_ERRORS) as error:
+                log.warning('no metrics of the store: %s', trouble(error) or error)
+                found = []
+            return [*METRICS.samples(), *found, *self.of_process()]
+
+    def count_events(self) -> None:
+        """Counts the events that came since the last time, be they of another process."""
+        newest = row('SELECT max(id) AS id FROM event').id or 0
+        if self.seen is not None:
+            for code, number in run('SELECT code, count(*) FROM event WHERE id > ? AND id <= ? '
+                                    'GROUP BY code', self.seen, newest).fetchall():
+                METRICS.count('events_total', number, code=code)
+        self.seen = newest
+
+    def of_store(self) -> Iterator[tuple]:
+        """What is counted by few rows of the store."""
+        now = self.service.clock()
+        for name, which in (('waiting', 'reservation WHERE waiting IS NOT NULL'),
+                            ('pending', 'reservation WHERE pending IS NOT NULL')):
+            yield f'reservations_{name}', (), run(f'SELECT count(*) FROM {which}').fetchone()[0]
+        number, oldest = run('SELECT count(*), min(due) FROM outbox WHERE due IS NOT NULL').fetchone()
+        yield 'notices_waiting', (), number
+        yield 'notice_age_seconds', (), max(now - (now if oldest is None else oldest), 0)
+        for account, state, number in run('SELECT account, state, count(*) FROM server '
+                                          "WHERE state <> 'deleted' GROUP BY 1, 2").fetchall():
+            yield 'servers', (('cloud', account), ('state', state)), number
+        if lease := row('SELECT holder, until FROM lease'):
+            renewed = lease.until - self.service.config.lease
+            yield 'pass_age_seconds', (), max(now - renewed, 0)
+            if lease.until > now:
+                yield 'leader', (('host', lease.holder.partition(':')[0]),), 1
+        yield 'store_damaged', (), int('"ok"' not in (fact('checked') or '"ok"'))
+
+    def of_resources(self) -> Iterator[tuple]:
+        """What each resource has, and how much of it is reserved now."""
+        now = self.service.clock()
+        for each in rows('SELECT * FROM resource WHERE removed IS NULL ORDER BY name'):
+            most, classes = capacity(each), read_json(each.classes)
+            used = level(each.id, now, classes)
+            for name, value in (*zip(FIGURES, used), *used.classes):
+                yield 'used', (('resource', each.name), ('class', name)), value
+            for name, value in (*zip(FIGURES, most), *classes.items()):
+                if value is not None and value >= 0:
+                    yield 'capacity', (('resource', each.name), ('class', name)), value
+
+    def of_process(self) -> Iterator[tuple]:
+        """What is measured without the store."""
+        yield 'version', (('version', __version__),), 1
+        yield 'resident_bytes', (), resident()
+        path = self.service.config.database
+        sizes = [os.path.getsize(each) for each in (path, f'{path}-wal') if os.path.exists(each)]
+        yield 'store_bytes', (), sum(sizes)
+        yield 'disk_free_bytes', (), disk_free(path)
+        for account, breaker in [*self.cycle.breakers.items()] if self.cycle else ():
+            left_alone = breaker.failures >= TRIPS or breaker.until > self.service.clock()
+            yield 'cloud_left_alone', (('cloud', account),), int(left_alone)
+            yield 'cloud_failures', (('cloud', account),), breaker.failures
+
+
+def resident() -> int:
+    """The memory of this process in bytes; 0 where that can't be told."""
+    try:
+        with open('/proc/self/statm', encoding='ascii') as file:
+            return int(file.read().split()[1]) * os.sysconf('SC_PAGE_SIZE')
+    except OSError:
+        return 0
 
 
 # Page ########################################################################
@@ -12316,32 +15814,41 @@ MOST_LANES = 8     # of them, one below the other on one resource
 MOST_LINES_SHOWN = 50  # reservations on one page of the list
 THINNEST = 0.7     # percent of a time line that a bar takes at least
 ROOM = 9           # percent of a time line that a label takes
-SAFE = {'Content-Security-Policy': "default-src 'none'; style-src 'self'; script-src 'self'; connect-src 'self'; "
+SAFE = {'Content-Security-Policy': "default-src 'none'; style-src 'self'; script-src 'self'; "
+                                   "connect-src 'self'; "
                                    "form-action 'self'; base-uri 'none'; frame-ancestors 'none'",
-        'X-Frame-Options': 'DENY', 'X-Content-Type-Options': 'nosniff', 'Referrer-Policy': 'same-origin',
+        'X-Frame-Options': 'DENY', 'X-Content-Type-Options': 'nosniff',
+        'Referrer-Policy': 'same-origin',
         'Cache-Control': 'no-store', 'Content-Type': 'text/html; charset=utf-8'}
 #: A sign beside the word of each state, for those who don't tell colours apart.
-SIGNS = {'waiting': '…', 'pending': '?', 'reserved': '○', 'starting': '◔', 'active': '●', 'degraded': '◑',
+SIGNS = {'waiting': '…', 'pending': '?', 'reserved': '○', 'starting': '◔', 'active': '●',
+         'degraded': '◑',
          'ending': '◕', 'ended': '□', 'cancelled': '×', 'failed': '!'}
 
 STYLE = '''
 :root { color-scheme: light dark; --back: #f6f7f9; --card: #fff; --text: #1b2430; --soft: #51606f;
-  --line: #d5dbe1; --busy: #b9c3ce; --full: #8494a5; --mine: #0b62a4; --on-mine: #fff; --good: #0a6b4d;
+  --line: #d5dbe1; --busy: #b9c3ce; --full: #8494a5; --mine: #0b62a4; --on-mine: #fff;
+    --good: #0a6b4d;
   --warn: #8a5a00; --bad: #a63a00; --now: #c2410c; --tint: #e8f1f9; --focus: #0b62a4 }
 @media (prefers-color-scheme: dark) {
-  :root { --back: #11161c; --card: #1a212a; --text: #e8edf2; --soft: #a9b6c3; --line: #33404d; --busy: #4a5968;
-    --full: #74869a; --mine: #7cbcf0; --on-mine: #0c1620; --good: #6fd3ae; --warn: #f0b95a; --bad: #ff9d73;
+  :root { --back: #11161c; --card: #1a212a; --text: #e8edf2; --soft: #a9b6c3; --line: #33404d;
+    --busy: #4a5968;
+    --full: #74869a; --mine: #7cbcf0; --on-mine: #0c1620; --good: #6fd3ae; --warn: #f0b95a;
+      --bad: #ff9d73;
     --now: #ff9d73; --tint: #1f3040; --focus: #7cbcf0 }
 }
 * { box-sizing: border-box }
 body { margin: 0; font: 15px/1.5 system-ui, 'Segoe UI', Roboto, 'Noto Sans', sans-serif;
   background: var(--back); color: var(--text) }
 a { color: var(--mine) }
-a:focus-visible, button:focus-visible, input:focus-visible, select:focus-visible, textarea:focus-visible,
-  summary:focus-visible, [tabindex]:focus-visible { outline: 3px solid var(--focus); outline-offset: 2px }
+a:focus-visible, button:focus-visible, input:focus-visible, select:focus-visible,
+  textarea:focus-visible,
+  summary:focus-visible, [tabindex]:focus-visible { outline: 3px solid var(--focus);
+    outline-offset: 2px }
 .skip { position: absolute; left: -99rem }
 .skip:focus { left: 1rem; top: .5rem; background: var(--card); z-index: 2 }
-header { display: flex; flex-wrap: wrap; gap: .3rem 1.2rem; align-items: center; padding: .6rem 1.2rem;
+header { display: flex; flex-wrap: wrap; gap: .3rem 1.2rem; align-items: center;
+  padding: .6rem 1.2rem;
   background: var(--card); border-bottom: 1px solid var(--line) }
 header nav { display: flex; flex-wrap: wrap; gap: 1rem; flex: 1 }
 header nav a { text-decoration: none; padding: .2rem 0 }
@@ -12350,11 +15857,13 @@ header nav a[aria-current] { font-weight: 600; border-bottom: 2px solid }
   color: var(--text) }
 main { max-width: 78rem; margin: 0 auto; padding: 1rem 1.2rem 3rem }
 main:focus { outline: none }
-footer { max-width: 78rem; margin: 0 auto; padding: 0 1.2rem 2rem; color: var(--soft); font-size: .9rem }
+footer { max-width: 78rem; margin: 0 auto; padding: 0 1.2rem 2rem; color: var(--soft);
+  font-size: .9rem }
 h1 { font-size: 1.5rem; margin: .4rem 0 .8rem }
 h2 { font-size: 1.1rem; margin: 1.6rem 0 .5rem }
 h3 { font-size: 1rem; margin: 0 }
-.card { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: .8rem 1rem;
+.card { background: var(--card); border: 1px solid var(--line); border-radius: 10px;
+  padding: .8rem 1rem;
   margin: .6rem 0 }
 .soft { color: var(--soft) }
 .small { font-size: .88rem }
@@ -12367,12 +15876,15 @@ time + span { white-space: nowrap }
 .bar-top { display: flex; flex-wrap: wrap; gap: .5rem 1rem; align-items: center;
   justify-content: space-between }
 .tabs { display: flex; flex-wrap: wrap; gap: .35rem }
-.tabs a { padding: .25rem .7rem; border: 1px solid var(--line); border-radius: 999px; text-decoration: none;
+.tabs a { padding: .25rem .7rem; border: 1px solid var(--line); border-radius: 999px;
+  text-decoration: none;
   background: var(--card) }
 .tabs a[aria-current] { text-decoration: underline; background: var(--mine); color: var(--on-mine);
   border-color: var(--mine) }
-button, .button { font: inherit; padding: .3rem .8rem; border-radius: 7px; border: 1px solid var(--mine);
-  background: var(--card); color: var(--mine); cursor: pointer; text-decoration: none; display: inline-block }
+button, .button { font: inherit; padding: .3rem .8rem; border-radius: 7px;
+  border: 1px solid var(--mine);
+  background: var(--card); color: var(--mine); cursor: pointer; text-decoration: none;
+    display: inline-block }
 button.main, .button.main { background: var(--mine); color: var(--on-mine) }
 button.bad { border-color: var(--bad); color: var(--bad) }
 input, select, textarea { font: inherit; padding: .3rem .5rem; border: 1px solid var(--full);
@@ -12409,7 +15921,8 @@ dd { margin: 0; overflow-wrap: anywhere }
 .refused { border-left: 4px solid var(--bad); background: var(--card); padding: .5rem .8rem }
 .refused p, .note p { margin: .2rem 0 }
 .offers { display: flex; flex-wrap: wrap; gap: .4rem; margin-top: .4rem }
-.place { display: grid; grid-template-columns: 11rem minmax(0, 1fr); gap: .2rem 1rem; padding: .6rem 0;
+.place { display: grid; grid-template-columns: 11rem minmax(0, 1fr); gap: .2rem 1rem;
+  padding: .6rem 0;
   border-top: 1px solid var(--line) }
 .place:first-of-type { border-top: 0 }
 .days { display: grid; grid-template-columns: 11rem 1fr; gap: 1rem }
@@ -12428,7 +15941,8 @@ svg .own rect { fill: var(--mine) }
 svg .own text { fill: var(--on-mine); font-weight: 600 }
 svg .other rect { fill: var(--full) }
 svg .other text { fill: var(--back) }
-svg .own.dashed rect { fill: var(--card); stroke: var(--mine); stroke-width: 2; stroke-dasharray: 4 3 }
+svg .own.dashed rect { fill: var(--card); stroke: var(--mine); stroke-width: 2;
+  stroke-dasharray: 4 3 }
 svg .own.dashed text { fill: var(--mine) }
 svg .closed { fill: url(#hatch) }
 svg .hatch { stroke: var(--bad) }
@@ -12445,7 +15959,8 @@ svg.plot { touch-action: pan-y; cursor: crosshair; user-select: none }
   table, tbody, tr, td { display: block }
   thead { display: none }
   tr { border-bottom: 1px solid var(--line); padding: .4rem 0 }
-  td { border: 0; padding: .1rem 0; display: grid; grid-template-columns: 6.5rem minmax(0, 1fr); gap: .5rem;
+  td { border: 0; padding: .1rem 0; display: grid; grid-template-columns: 6.5rem minmax(0, 1fr);
+    gap: .5rem;
     overflow-wrap: anywhere }
   td:empty { display: none }
   td::before { content: attr(data-name); color: var(--soft); font-size: .88rem }
@@ -12480,7 +15995,8 @@ for (const plot of document.querySelectorAll('svg.plot')) {
   };
   const book = (...ends) => {
     const [start, stop] = ends.map(each => new Date(1000 * each).toISOString());
-    location.assign('/book?' + new URLSearchParams(stop ? {resource, start, end: stop} : {resource, start}));
+    const chosen = stop ? {resource, start, end: stop} : {resource, start};
+    location.assign('/book?' + new URLSearchParams(chosen));
   };
   plot.addEventListener('dragstart', event => event.preventDefault());
   plot.addEventListener('pointerdown', event => {
@@ -12494,7 +16010,8 @@ for (const plot of document.querySelectorAll('svg.plot')) {
     draw(Math.min(from, at(event)), Math.max(from, at(event)));
   });
   plot.addEventListener('pointerup', event => {
-    if (from !== null && dragged && at(event) !== from) book(Math.min(from, at(event)), Math.max(from, at(event)));
+    if (from !== null && dragged && at(event) !== from)
+      book(Math.min(from, at(event)), Math.max(from, at(event)));
     else draw(0, 0);
     from = null;
   });
@@ -12511,7 +16028,11 @@ for (const plot of document.querySelectorAll('svg.plot')) {
 const form = document.querySelector('form.booking'), verdict = document.getElementById('verdict');
 if (form) {
   let timer, asked = 0;
-  const fields = () => { const all = new FormData(form); all.delete('form'); return new URLSearchParams(all); };
+  const fields = () => {
+    const all = new FormData(form);
+    all.delete('form');
+    return new URLSearchParams(all);
+  };
   const check = async () => {
     const turn = ++asked, answer = await fetch('/book/check?' + fields()).catch(() => null);
     if (turn !== asked) return;
@@ -12526,7 +16047,8 @@ if (live) {
   let tag = `"${live.dataset.tag}"`;
   setInterval(async () => {
     if (document.hidden) return;
-    const answer = await fetch(live.dataset.href, {headers: {'If-None-Match': tag}}).catch(() => null);
+    const asked = fetch(live.dataset.href, {headers: {'If-None-Match': tag}});
+    const answer = await asked.catch(() => null);
     if (answer && answer.status === 401) location.reload();
     if (!answer || !answer.ok) return;
     tag = answer.headers.get('ETag');
@@ -12543,7 +16065,8 @@ TEMPLATES = {'layout': '''<!doctype html>
 <head>
 <meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{{title}} · cmres</title>
-<link rel="stylesheet" href="/page.css?{{version}}"><script src="/page.js?{{version}}" defer></script>
+<link rel="stylesheet" href="/page.css?{{version}}"><script src="/page.js?{{version}}"
+defer></script>
 </head>
 <body data-zone="{{visit.zone.key}}">
 <a class="skip" href="#main">Skip to content</a>
@@ -12567,6 +16090,9 @@ TEMPLATES = {'layout': '''<!doctype html>
 {{!body}}
 </main>
 <footer>
+% if visit.actor:
+<p><a href="/docs">REST</a></p>
+% end
 <form method="post" action="/zone" class="row">{{!visit.guard}}<label>Times are in the zone
 <input name="zone" value="{{visit.zone.key}}" autocomplete="off"></label>
 <input type="hidden" name="next" value="{{back}}">
@@ -12587,6 +16113,55 @@ TEMPLATES = {'layout': '''<!doctype html>
 <div><button class="main">Sign in</button></div>
 </form>
 </div>
+''', 'docs': '''
+<p class="soft">All that programs can ask for, with a token in the header <code>Authorization: Bearer TOKEN</code>
+or <code>X-Auth-Token</code>. The same for programs: <a href="/openapi.json">/openapi.json</a> (OpenAPI 3.1).</p>
+<nav class="tabs" aria-label="Kinds">
+% for tag in tags:
+<a href="#{{tag}}">{{tag}}</a>
+% end
+<a href="#kinds">kinds</a></nav>
+% for tag, (text, entries) in tags.items():
+<h2 id="{{tag}}">{{tag.capitalize()}}</h2>
+<p class="soft">{{text.capitalize()}}.</p>
+% for verb, path, entry, arguments in entries:
+<details class="card"><summary><strong>{{verb}}</strong> <code>{{path}}</code>
+{{'(old form)' if entry.get('deprecated') else ''}} <span class="soft">{{entry['summary']}}</span></summary>
+<p>{{entry['description']}}</p>
+% if arguments:
+<div class="scroll"><table><thead><tr><th>Argument</th><th>In</th><th>Kind</th><th>Meaning</th></tr></thead><tbody>
+% for name, place, needed, kind, meaning in arguments:
+<tr><td data-name="Argument"><code>{{name}}</code>{{' (needed)' if needed else ''}}</td><td data-name="In">{{place}}</td>
+<td data-name="Kind">{{kind}}</td><td data-name="Meaning">{{meaning}}</td></tr>
+% end
+</tbody></table></div>
+% end
+<dl>
+% for status, answer in entry['responses'].items():
+<dt>{{status}}</dt><dd>{{answer.get('description') or refusals[int(status)]}}
+% for kind, content in answer.get('content', {}).items():
+<span class="soft">{{told(content['schema'])}} ({{kind}})</span>
+% end
+</dd>
+% end
+</dl></details>
+% end
+% end
+<h2 id="kinds">Kinds</h2>
+% for name, kind in sorted(kinds.items()):
+<details class="card" id="kind-{{name}}"><summary><strong>{{name}}</strong>
+<span class="soft">{{kind.get('description', '')}}</span></summary>
+% if kind.get('properties'):
+<dl>
+% for field, schema in kind['properties'].items():
+<dt>{{field}}</dt><dd>{{told(schema)}}</dd>
+% end
+</dl>
+% else:
+<p>{{told(kind)}}</p>
+% end
+</details>
+% end
 ''', 'secret': '''
 <div class="card" role="status"><p>{{words}}</p><p><code>{{secret}}</code></p>
 <p>It is shown only now: copy it. Nobody can show it again.</p></div>
@@ -12621,12 +16196,15 @@ TEMPLATES = {'layout': '''<!doctype html>
 <a href="/?view={{view}}&amp;at={{after}}{{more}}" aria-label="Later">Later ›</a>
 </div>
 </div>
-<svg class="hidden" width="0" height="0" aria-hidden="true"><defs><pattern id="hatch" width="7" height="7"
-patternUnits="userSpaceOnUse" patternTransform="rotate(45)"><line class="hatch" x1="0" y1="0" x2="0" y2="7"
+<svg class="hidden" width="0" height="0" aria-hidden="true"><defs><pattern id="hatch" width="7"
+height="7"
+patternUnits="userSpaceOnUse" patternTransform="rotate(45)"><line class="hatch" x1="0" y1="0" x2="0"
+y2="7"
 stroke-width="2"/></pattern></defs></svg>
 % if not groups:
 <div class="card">
-<p>There is nothing to reserve yet{{': add a resource' if visit.actor.role == 'admin' else ''}}.</p></div>
+<p>There is nothing to reserve
+yet{{': add a resource' if visit.actor.role == 'admin' else ''}}.</p></div>
 % end
 % for name, places in groups:
 <section class="card" aria-label="{{name}}">
@@ -12641,24 +16219,29 @@ stroke-width="2"/></pattern></defs></svg>
 <div class="place">
 <div><h3><bdi>{{place.name}}</bdi></h3><span class="soft small">{{place.holds}}</span><br>
 % if visit.writes:
-<a class="small" href="/book?resource={{place.name}}">Book<span class="soft"> on {{place.name}}</span></a>
+<a class="small" href="/book?resource={{place.name}}">Book<span class="soft"> on
+{{place.name}}</span></a>
 % end
 % if place.left_out:
 <br><a class="small" href="/list">{{place.left_out}} more in the list</a>
 % end
 </div>
-<svg class="plot" height="{{place.height}}" data-resource="{{place.name}}" data-begin="{{begin}}" data-end="{{end}}"
-data-snap="{{snap}}" data-edges="{{edges}}" role="group" aria-label="{{place.name}}: {{place.summary}}">
+<svg class="plot" height="{{place.height}}" data-resource="{{place.name}}" data-begin="{{begin}}"
+data-end="{{end}}"
+data-snap="{{snap}}" data-edges="{{edges}}" role="group" 
+aria-label="{{place.name}}: {{place.summary}}">
 % if place.open:
 <rect class="room" x="0" y="14" width="100%" height="50"/>
 % end
-<svg x="0" y="14" width="100%" height="50" viewBox="0 0 1000 50" preserveAspectRatio="none"><path class="held"
+<svg x="0" y="14" width="100%" height="50" viewBox="0 0 1000 50" preserveAspectRatio="none"><path
+class="held"
 d="{{place.path}}"/></svg>
 % if place.limited:
 <line class="most" x1="0" x2="100%" y1="14" y2="14"/>
 % end
 <svg width="100%" height="100%" viewBox="0 0 1000 9" preserveAspectRatio="none"><path class="grid"
-d="{{''.join(f'M{10 * each.left:.0f} 0V9' for each in cells)}}" vector-effect="non-scaling-stroke"/></svg>
+d="{{''.join(f'M{10 * each.left:.0f} 0V9' for each in cells)}}"
+vector-effect="non-scaling-stroke"/></svg>
 <g class="free {{view}}">
 % for each in place.cells:
 % if each.free:
@@ -12674,23 +16257,27 @@ d="{{''.join(f'M{10 * each.left:.0f} 0V9' for each in cells)}}" vector-effect="n
 % if visit.writes:
 <a href="/book?resource={{place.name}}&amp;start={{each.start}}" tabindex="-1">
 % end
-<rect class="cell" x="{{each.left}}%" width="{{each.width}}%" height="64"><title>{{each.words}}</title></rect>
+<rect class="cell" x="{{each.left}}%" width="{{each.width}}%"
+height="64"><title>{{each.words}}</title></rect>
 % if visit.writes:
 </a>
 % end
 % end
 % for each in place.closed:
-<rect class="closed" x="{{each.left}}%" width="{{each.width}}%" y="14" height="50"><title>{{each.words}}</title></rect>
+<rect class="closed" x="{{each.left}}%" width="{{each.width}}%" y="14"
+height="50"><title>{{each.words}}</title></rect>
 % end
 % for each in place.bars:
 <a class="bar {{each.kind}}" href="{{each.href}}"><title>{{each.words}}</title>
-<svg x="{{each.left}}%" width="{{each.width}}%" y="{{each.top}}" height="18"><rect width="100%" height="100%" rx="4"/>
+<svg x="{{each.left}}%" width="{{each.width}}%" y="{{each.top}}" height="18"><rect width="100%"
+height="100%" rx="4"/>
 % if not each.narrow:
 <text x="5" y="13">{{each.text}}</text>
 % end
 </svg>
 % if each.narrow:
-<text class="beside" x="{{each.beside}}%" dx="{{4 if each.beside > each.left else -4}}" y="{{each.top + 13}}"
+<text class="beside" x="{{each.beside}}%" dx="{{4 if each.beside > each.left else -4}}"
+y="{{each.top + 13}}"
 text-anchor="{{'start' if each.beside > each.left else 'end'}}">{{each.text}}</text>
 % end
 </a>
@@ -12713,15 +16300,19 @@ text-anchor="{{'start' if each.beside > each.left else 'end'}}">{{each.text}}</t
 % end
 </p>
 % if left_out:
-<p class="soft">Only the first {{bars}} reservations are drawn; <a href="/list">the list</a> has them all.</p>
+<p class="soft">Only the first {{bars}} reservations are drawn; <a href="/list">the list</a> has
+them all.</p>
 % end
-<p class="soft small">Grey is what is held, up to the dashed line of the capacity; the figures are what is free.
-Yours are the bars below, by label; dashed ones wait or are pending. Hatched is maintenance; the line across is now.
+<p class="soft small">Grey is what is held, up to the dashed line of the capacity; the figures are
+what is free.
+Yours are the bars below, by label; dashed ones wait or are pending. Hatched is maintenance; the
+line across is now.
 % if visit.writes:
 Drag over free time, or follow a day or Book, to reserve.
 % end
 </p>
-''', 'state': '''<span class="state {{state}}"><i aria-hidden="true">{{sign}}</i>{{state}}</span>''', 'list': '''
+''', 'state': '''<span class="state {{state}}"><i
+aria-hidden="true">{{sign}}</i>{{state}}</span>''', 'list': '''
 % if over is not None:
 <div class="bar-top"><div class="tabs" role="group" aria-label="Which">
 <a href="/list"{{!'' if over else ' aria-current="true"'}}>Now and to come</a>
@@ -12735,7 +16326,8 @@ Drag over free time, or follow a day or Book, to reserve.
 <div class="card"><p>{{'Nothing is over yet' if over else 'Nothing is reserved'}}.</p></div>
 % else:
 <div class="card scroll" tabindex="0" role="region" aria-label="Reservations"><table>
-<thead><tr><th scope="col">Label</th><th scope="col">State</th><th scope="col">Where</th><th scope="col">Machines</th>
+<thead><tr><th scope="col">Label</th><th scope="col">State</th><th scope="col">Where</th><th
+scope="col">Machines</th>
 <th scope="col">From</th><th scope="col">To</th><th scope="col">Addresses</th>
 {{!'<th scope="col">Change</th>' if visit.writes else ''}}</tr></thead>
 <tbody>
@@ -12770,7 +16362,8 @@ Drag over free time, or follow a day or Book, to reserve.
 </tbody></table></div>
 % end
 % if after:
-<p><a href="/list?{{'over=1&amp;' if over else ''}}after={{after}}">{{'Earlier' if over else 'Later'}} ones</a></p>
+<p><a
+href="/list?{{'over=1&amp;' if over else ''}}after={{after}}">{{'Earlier' if over else 'Later'}} ones</a></p>
 % end
 ''', 'verdict': '''
 % if refusal is None and not fits:
@@ -12795,7 +16388,8 @@ Drag over free time, or follow a day or Book, to reserve.
 ''', 'book': '''
 <form method="post" action="/book" class="card booking">{{!visit.guard}}
 <div class="fields">
-<label>Label <input name="label" value="{{said['label']}}" required maxlength="64" pattern="[A-Za-z0-9._\\-]+"
+<label>Label <input name="label" value="{{said['label']}}" required maxlength="64"
+pattern="[A-Za-z0-9._\\-]+"
 placeholder="lab" title="letters, digits, . _ -"></label>
 <label>Resource <select name="resource">
 % for each in places:
@@ -12804,8 +16398,10 @@ placeholder="lab" title="letters, digits, . _ -"></label>
 </select></label>
 <label>From <input name="start" type="datetime-local" value="{{said['start']}}" required></label>
 <label>To <input name="end" type="datetime-local" value="{{said['end']}}" required></label>
-<label>Machines <input name="vms" type="number" min="1" max="1000000" value="{{said['vms']}}" required></label>
-<label>Flavor <input name="flavor" value="{{said['flavor']}}" list="flavors" autocomplete="off"></label>
+<label>Machines <input name="vms" type="number" min="1" max="1000000" value="{{said['vms']}}"
+required></label>
+<label>Flavor <input name="flavor" value="{{said['flavor']}}" list="flavors"
+autocomplete="off"></label>
 <label>Image <input name="image" value="{{said['image']}}" list="images" autocomplete="off"
 placeholder="none: nothing boots"></label>
 <label>At the end <select name="at_end">
@@ -12814,9 +16410,11 @@ placeholder="none: nothing boots"></label>
 % end
 </select></label>
 <label>Repeat
-<input name="repeat" value="{{said['repeat']}}" list="repeats" autocomplete="off" placeholder="once"></label>
+<input name="repeat" value="{{said['repeat']}}" list="repeats" autocomplete="off"
+placeholder="once"></label>
 <label>Until <input name="until" type="date" value="{{said['until']}}"></label>
-<label class="wide">Description <textarea name="description" rows="2">{{said['description']}}</textarea></label>
+<label class="wide">Description <textarea name="description"
+rows="2">{{said['description']}}</textarea></label>
 <label><input type="checkbox" name="wait" value="true"{{!' checked' if said['wait'] else ''}}>
 If it does not fit, wait</label>
 </div>
@@ -12841,12 +16439,13 @@ If it does not fit, wait</label>
 </datalist>
 % end
 <datalist id="repeats">
-% for each in ('daily', 'weekdays', 'weekly on tue,thu', 'every 2 weeks on mon', 'monthly on first mon'):
+% for each in usual_rules:
 <option value="{{each}}"></option>
 % end
 </datalist>
 <div id="verdict" role="status" aria-live="polite">{{!verdict}}</div>
-<div class="row"><button class="main">Book</button><button name="check" value="yes" formnovalidate>Check</button></div>
+<div class="row"><button class="main">Book</button><button name="check" value="yes"
+formnovalidate>Check</button></div>
 </form>
 ''', 'reservation': '''
 <p id="told" class="aside" role="status"></p>
@@ -12856,8 +16455,10 @@ If it does not fit, wait</label>
 <form method="post" action="/do/update" class="card">{{!visit.guard}}<div class="fields">
 <input type="hidden" name="label" value="{{found['label']}}">
 <input type="hidden" name="project" value="{{found['project']}}">
-<input type="hidden" name="next" value="{{back}}"><input type="hidden" name="was_start" value="{{start}}">
-<input type="hidden" name="was_end" value="{{end}}"><input type="hidden" name="was_vms" value="{{found['vms']}}">
+<input type="hidden" name="next" value="{{back}}"><input type="hidden" name="was_start"
+value="{{start}}">
+<input type="hidden" name="was_end" value="{{end}}"><input type="hidden" name="was_vms"
+value="{{found['vms']}}">
 % if occurrence:
 <input type="hidden" name="occurrence" value="{{occurrence}}">
 % end
@@ -12888,7 +16489,8 @@ If it does not fit, wait</label>
 </div>
 % end
 % if found.get('occurrences'):
-<h2>Occurrences</h2><div class="card scroll" tabindex="0" role="region" aria-label="Occurrences"><table>
+<h2>Occurrences</h2><div class="card scroll" tabindex="0" role="region"
+aria-label="Occurrences"><table>
 <thead><tr><th scope="col">From</th><th scope="col">To</th><th scope="col">Machines</th>
 <th scope="col">State</th></tr></thead>
 <tbody>
@@ -12906,11 +16508,13 @@ If it does not fit, wait</label>
 % end
 % if found['servers']:
 <h2>Servers</h2><div class="card scroll" tabindex="0" role="region" aria-label="Servers"><table>
-<thead><tr><th scope="col">Name</th><th scope="col">State</th><th scope="col">Addresses</th><th scope="col">Ready</th>
+<thead><tr><th scope="col">Name</th><th scope="col">State</th><th scope="col">Addresses</th><th
+scope="col">Ready</th>
 <th scope="col">Fault</th></tr></thead><tbody>
 % for each in found['servers']:
 <tr><td data-name="Name">{{each['name']}}</td><td data-name="State">{{each['state']}}</td>
-<td data-name="Addresses">{{', '.join(each['addresses'])}}</td><td data-name="Ready">{{late(each)}}</td>
+<td data-name="Addresses">{{', '.join(each['addresses'])}}</td><td
+data-name="Ready">{{late(each)}}</td>
 <td data-name="Fault">{{each['fault']}}</td></tr>
 % end
 </tbody></table></div>
@@ -12956,7 +16560,8 @@ If it does not fit, wait</label>
 </div>
 ''', 'form': '''
 <details class="card"><summary>{{title}}</summary>
-<form method="post" action="/do/{{operation}}">{{!visit.guard}}<input type="hidden" name="next" value="/admin">
+<form method="post" action="/do/{{operation}}">{{!visit.guard}}<input type="hidden" name="next"
+value="{{visit.home}}">
 <input type="hidden" name="once" value="{{once}}">
 <p class="soft small">{{summary}}</p><div class="fields">
 % for name, words, required, choices in fields:
@@ -12984,39 +16589,58 @@ aria-label="{{words}} {{about}} {{field[1]}}">
 % end
 </form>'''}
 
-#: What a button does: its word, the field beside it (argument, word, default), and whether it takes something away.
-DEEDS = {'extend': ('Extend', ('by', 'by', '+1h'), False), 'keep': ('Keep on', ('until', 'for', '+1h'), False),
-         'skip': ('Skip', None, True), 'delete': ('Cancel', None, True), 'accept': ('Accept', None, False),
+#: What a button does: its word, the field beside it (argument, word, default), and whether it takes
+#: something away.
+DEEDS = {'extend': ('Extend', ('by', 'by', '+1h'), False),
+         'keep': ('Keep on', ('until', 'for', '+1h'), False),
+         'skip': ('Skip', None, True), 'delete': ('Cancel', None, True),
+         'accept': ('Accept', None, False),
          'approve': ('Approve', None, False), 'reject': ('Reject', ('reason', 'because', ''), True),
          'maintenance_delete': ('Call off', None, True), 'token_revoke': ('Revoke', None, True),
+         'token_renew': ('Renew', None, False),
          'limit_delete': ('Take away', None, True), 'resource_delete': ('Remove', None, True)}
 ASKS = ('delete', 'resource_delete', 'token_revoke')  # what is asked for twice
 SECRET = {'token', 'feed'}  # fields of answers: shown in the answer itself, and kept nowhere
-#: What can be done to a reservation in each state; to a pending one, what its holder or an admin says.
+#: What can be done to a reservation in each state; to a pending one, what its holder or an admin
+#: says.
 DEEDS_IN = {'cancelled': ('skip',), 'waiting': ('delete',), 'pending': ('delete',),
             'reserved': ('extend', 'skip', 'delete'),
             **dict.fromkeys(('starting', 'active', 'degraded'), ('extend', 'keep', 'delete'))}
 #: The fields of the admin's forms, in the order in which people think of them.
-FORMS = {'resource_add': ('name', 'cloud', 'region', 'aggregate', 'vms', 'vcpus', 'ram', 'classes', 'mode', 'approval'),
-         'resource_update': ('name', 'vms', 'vcpus', 'ram', 'classes', 'mode', 'hold', 'approval', 'no_show'),
+FORMS = {'resource_add': ('name', 'cloud', 'region', 'aggregate', 'vms', 'vcpus', 'ram', 'classes',
+                          'mode', 'approval'),
+         'resource_update': ('name', 'vms', 'vcpus', 'ram', 'classes', 'mode', 'hold', 'approval',
+                             'no_show'),
          'maintenance_add': ('resource', 'start', 'end', 'reason', 'then'),
-         'limit_add': ('project', 'user', 'resource', 'most_vms', 'longest', 'ahead', 'least_notice', 'vcpu_hours',
+         'limit_add': ('project', 'user', 'resource', 'most_vms', 'longest', 'ahead',
+                       'least_notice', 'vcpu_hours',
                        'waiting', 'exempt'),
-         'token_add': ('user', 'project', 'role')}
-CHOICES = {'mode': ('', 'open', *MODES), 'then': THEN, 'role': (USER, READER, ADMIN)}  # of those fields
-TITLES = {'resource_add': 'Add a resource', 'resource_update': 'Change a resource', 'token_add': 'Make a token',
+         'token_add': ('user', 'project', 'role', 'purpose', 'lasts', 'scopes', 'resource')}
+#: Of those fields; the first of them is what is meant unless one is chosen.
+PICKS = {'mode': ('', 'open', *MODES), 'then': THEN, 'role': ('', USER, READER, ADMIN),
+         'scopes': ('', *SCOPES)}
+TOKEN_COLUMNS = 'id user project role purpose scopes resource added ends last_used'
+TITLES = {'resource_add': 'Add a resource', 'resource_update': 'Change a resource',
+          'token_add': 'Make a token',
           'maintenance_add': 'Plan a maintenance', 'limit_add': 'Set a limit'}
 DONE = {'extend': 'is longer now', 'keep': 'goes on', 'skip': 'is left out',
         'undo': 'has the occurrence again', 'delete': 'is cancelled',
-        'update': 'is changed', 'accept': 'is yours', 'approve': 'is approved', 'reject': 'is rejected'}
-MORE = {'network': 'Network', 'key': 'Key pair', 'lead': 'Boot before the start by', 'notify': 'Notify',
+        'update': 'is changed', 'accept': 'is yours', 'approve': 'is approved',
+        'reject': 'is rejected'}
+MORE = {'network': 'Network', 'key': 'Key pair', 'lead': 'Boot before the start by',
+        'notify': 'Notify',
         'skip_dates': 'Not on these dates'}  # further fields of the form to book
-BOOKING = ('label', 'resource', 'start', 'end', 'vms', 'flavor', 'image', 'at_end', 'repeat', 'until', 'skip_dates',
+USUAL_RULES = ('daily', 'weekdays', 'every tuesday', 'weekly on tue,thu', 'every 2 weeks on mon',
+               'monthly on first mon')
+BOOKING = ('label', 'resource', 'start', 'end', 'vms', 'flavor', 'image', 'at_end', 'repeat',
+           'until', 'skip_dates',
            'on_conflict', 'network', 'key', 'lead', 'notify', 'description', 'wait')
 
 
 class Cell(NamedTuple):
-    """A day, or some hours, of a time line; where it is in percent of its width; instants in seconds."""
+    """A day, or some hours, of a time line; where it is in percent of its width; instants in
+    seconds.
+    """
     left: float
     width: float
     begin: int
@@ -13084,7 +16708,9 @@ def in_html(value) -> str:
 
 @dataclasses.dataclass
 class Visit:
-    """A request from a browser: who has signed in, if anybody, and how pages are written for them."""
+    """A request from a browser: who has signed in, if anybody, and how pages are written for
+    them.
+    """
     service: Reservations
     actor: Actor | None
     zone: ZoneInfo
@@ -13092,14 +16718,20 @@ class Visit:
     form: str       # what a form of theirs must carry
 
     @property
+    def home(self) -> str:
+        """Where what they look after is listed."""
+        return '/admin' if self.actor.role == ADMIN else '/tokens'
+
+    @property
     def writes(self) -> bool:
         """Whether they may change anything at all."""
-        return self.actor is not None and self.actor.role != READER
+        return self.actor is not None and self.actor.role != READER and not self.actor.scopes
 
     @property
     def links(self) -> list[tuple[str, str]]:
         """The pages that this person has a use for."""
-        return [('/', 'Plan'), ('/list', 'Reservations'), *([('/book', 'Book')] if self.writes else []),
+        return [('/', 'Plan'), ('/list', 'Reservations'),
+                *([('/book', 'Book')] if self.writes else []), ('/tokens', 'Tokens'),
                 *([('/admin', 'Admin')] if self.actor.role == ADMIN else [])]
 
     @property
@@ -13118,7 +16750,8 @@ class Visit:
         day = '' if here.date() == there.date() else f'{there:%a} '
         other = '' if here.utcoffset() == there.utcoffset() else (
             f' <span class="soft small">({day}{there:%H:%M} {there:%Z})</span>')
-        return f'<time datetime="{moment:%Y-%m-%dT%H:%MZ}">{here:%a} {here.day} {here:%b %Y %H:%M}</time>{other}'
+        shown = f'{here:%a} {here.day} {here:%b %Y %H:%M}'
+        return f'<time datetime="{moment:%Y-%m-%dT%H:%MZ}">{shown}</time>{other}'
 
     def plain(self, moment: datetime) -> str:
         """A time within a sentence."""
@@ -13134,7 +16767,8 @@ class Visit:
         import bottle
         if value in (None, '', {}, []):
             return ''
-        text = self.at(value) if isinstance(value, datetime) else bottle.html_escape(in_cell(value, self.zone))
+        text = (self.at(value) if isinstance(value, datetime)
+                else bottle.html_escape(in_cell(value, self.zone)))
         return f'<span>{text}</span>'
 
     def href(self, label: str, project: str, start: datetime | None = None) -> str:
@@ -13146,7 +16780,8 @@ class Visit:
         """The button that does something to what a line is about.
 
         Args:
-          wide: there is room for a field beside it, and it leads back to the page of the reservation
+          wide: there is room for a field beside it, and it leads back to the page of the
+            reservation
           occurrence: of a series, the one that is meant
         """
         words, field, bad = DEEDS[name]
@@ -13160,10 +16795,12 @@ class Visit:
             if name == 'delete':
                 words += ' this one' if occurrence else ' all' if line.get('tz') else ''
         else:
-            fields, onward = {key: line[key] for key in ('name', 'id') if key in line}, '/admin'
+            fields = {key: line[key] for key in ('name', 'id') if key in line}
+            onward = self.home
             fields = dict([next(iter(fields.items()))])
         field = field if wide or name in ('extend', 'keep') else None
-        return render_page('deed', visit=self, operation=name, fields=fields | {'next': onward}, words=words, bad=bad,
+        return render_page('deed', visit=self, operation=name, fields=fields | {'next': onward},
+                           words=words, bad=bad,
                            field=field, about=next(iter(fields.values())))
 
     def deeds(self, found: dict) -> list[str]:
@@ -13171,14 +16808,17 @@ class Visit:
         asks = []
         if found['state'] == 'pending' or 'change' in found:
             held = self.service.occurrence(found['id'])
-            asks = ['accept'] if held.confirm else ['approve', 'reject'] if self.actor.role == ADMIN else []
+            asks = (['accept'] if held.confirm else ['approve', 'reject']
+                    if self.actor.role == ADMIN else [])
         skips = found['tz'] and found['start'] > self.here.now
         can = [deed for deed in DEEDS_IN.get(found['state'], ()) if deed != 'skip' or skips]
         return [*asks, *can] if self.writes else []
 
 
 class CloudNames:
-    """The names of flavors and images on clouds, looked up aside: nobody waits long for a cloud that is slow."""
+    """The names of flavors and images on clouds, looked up aside: nobody waits long for a cloud
+    that is slow.
+    """
 
     def __init__(self, clouds: Clouds):
         self.clouds, self.lock = clouds, threading.Lock()
@@ -13188,7 +16828,9 @@ class CloudNames:
 
     def of(self, account: str, sight: Sight,
            patience: float = 1) -> tuple[dict[str, list[str]], str]:
-        """The names in sight, by kind; and why, if the cloud does not answer within some seconds."""
+        """The names in sight, by kind; and why, if the cloud does not answer within some
+        seconds.
+        """
         nothing = (0.0, {'flavor': [], 'image': []}, f'the cloud {account} does not answer yet')
         key = account, sight._replace(project='')  # that is for servers only
         with self.lock:
@@ -13220,7 +16862,8 @@ class Pages:
         self.service = service
         self.names = CloudNames(service.clouds)
         self.sent: deque[str] = deque(maxlen=1000)  # forms that were sent, by their numbers
-        self.key = read_key(key_file(service.config.database, service.config.key))
+        self.key_file = key_file(service.config.database, service.config.key)
+        self.read: tuple = (None, [])  # the stamp of that file, and what was in it
 
     def mount(self, app) -> None:
         """Gives an application the addresses of all pages."""
@@ -13228,21 +16871,44 @@ class Pages:
                 ('GET', '/', self.plan), ('GET', '/list', self.list), ('GET', '/book', self.book),
                 ('POST', '/book', self.add), ('GET', '/book/check', self.check),
                 ('GET', '/r/<label>', self.reservation), ('GET', '/r/<label>/live', self.live),
-                ('GET', '/admin', self.admin), ('POST', '/do/<name>', self.do)):
+                ('GET', '/admin', self.admin), ('GET', '/tokens', self.tokens),
+                ('GET', '/docs', self.docs), ('POST', '/do/<name>', self.do)):
             app.route(path, verb, self.visited(handle))
-        for verb, path, handle in (('GET', '/sign-in', self.ask), ('POST', '/sign-in', self.sign_in),
-                                   ('POST', '/sign-out', self.sign_out), ('POST', '/zone', self.choose_zone)):
+        for verb, path, handle in (('GET', '/sign-in', self.ask),
+                                   ('POST', '/sign-in', self.sign_in),
+                                   ('POST', '/sign-out', self.sign_out),
+                                   ('POST', '/zone', self.choose_zone)):
             app.route(path, verb, self.visited(handle, signed_in=False))
-        for path, text, kind in (('/page.css', STYLE, 'text/css'), ('/page.js', SCRIPT, 'text/javascript')):
+        for path, text, kind in (('/page.css', STYLE, 'text/css'),
+                                 ('/page.js', SCRIPT, 'text/javascript')):
             app.route(path, 'GET', lambda text=text, kind=kind: answered(text, headers={
-                'Content-Type': f'{kind}; charset=utf-8', 'Cache-Control': 'public, max-age=31536000, immutable'}))
+                'Content-Type': f'{kind}; charset=utf-8',
+                'Cache-Control': 'public, max-age=31536000, immutable'}))
+
+    def docs(self, visit: Visit, given: dict):
+        """What programs can ask for: /openapi.json for people."""
+        told = openapi()
+        by_tag = {tag['name']: (tag['description'], []) for tag in told['tags']}
+        for path, verbs in told['paths'].items():
+            for verb, entry in verbs.items():
+                by_tag[entry['tags'][0]][1].append((verb.upper(), path, entry, arguments_told(entry)))
+        return self.page(visit, 'REST', render_page('docs', tags=by_tag, kinds=told['components']['schemas'],
+                                                    told=kind_told, refusals=REFUSALS))
 
     # Who visits
 
-    def sign(self, purpose: str, text: str) -> str:
+    @property
+    def keys(self) -> list[bytes]:
+        """What we sign with, the newest first; another process may have made a new one."""
+        stamp = file_stamp(self.key_file)
+        if stamp and stamp != self.read[0]:
+            self.read = stamp, read_keys(self.key_file)
+        return self.read[1]
+
+    def sign(self, purpose: str, text: str, key: bytes = b'') -> str:
         """What only we can know of a text, for one purpose."""
         import hmac
-        return hmac.new(self.key, f'{purpose}\0{text}'.encode(), 'sha256').hexdigest()
+        return hmac.new(key or self.keys[0], f'{purpose}\0{text}'.encode(), 'sha256').hexdigest()
 
     def signed(self, purpose: str, text: str) -> str:
         """A text with its signature."""
@@ -13251,22 +16917,28 @@ class Pages:
     def unsigned(self, purpose: str, text: str) -> str | None:
         """What was signed, if it was by us, for this."""
         said, _, sign = text.rpartition('.')
-        return said if secrets.compare_digest(sign.encode(), self.sign(purpose, said).encode()) else None
+        ours = [secrets.compare_digest(sign.encode(), self.sign(purpose, said, key).encode())
+                for key in self.keys]
+        return said if any(ours) else None
 
     def visit(self, request) -> Visit:
         """Who sends a request: by the cookie of a session that lasts, of a token in force."""
         session = hashed(self.unsigned('session', request.get_cookie('cmres') or '') or '')
-        found = row('SELECT t.user, t.project, t.role, t.id '
-                    'FROM session s JOIN token t ON t.id = s.token_id '
-                    'WHERE s.hash = ? AND s.until > ? AND t.revoked IS NULL',
-                    session, int(self.service.clock()))
-        actor = Actor(*found[:3]) if found else None
+        now = self.service.clock()
+        found = row(f'{TOKEN} JOIN session s ON s.token_id = t.id '
+                    f'WHERE s.hash = ? AND s.until > ? AND {IN_FORCE}', session, int(now), now)
+        actor = bearer_of(found) if found else None
+        if found:
+            note_caller(self.service, request.environ, found)
         try:
-            zone = read_zone(unquote(request.get_cookie('zone') or '') or self.service.config.timezone)
+            zone = read_zone(unquote(request.get_cookie('zone') or '')
+                             or self.service.config.timezone)
         except Invalid:
             zone = self.service.config.zone
         service = self.service.acting(actor or Actor('', '', READER))
-        service.config = dataclasses.replace(service.config, timezone=zone.key)  # sentences speak in the person's zone
+        service.wanted = while_there(request.environ)
+        # sentences speak in the person's zone
+        service.config = dataclasses.replace(service.config, timezone=zone.key)
         form = self.sign('form', f'{found.id}' if found else '')
         return Visit(service, actor, zone, self.service.config.zone, form)
 
@@ -13299,17 +16971,25 @@ class Pages:
 
     def refusal(self, visit: Visit, error: Error, back: str):
         """The page that says what could not be done."""
-        return self.page(visit, 'Refused', render_page('refused', sentence=str(error), back=back), error.status)
+        import bottle
+        note_wait(bottle.request.environ, error)
+        return self.page(visit, 'Refused', render_page('refused', sentence=str(error), back=back),
+                         error.status)
 
     def refuse_foreign(self, request, given: dict, visit: Visit, signed_in: bool) -> None:
-        """Refuses what another site's page sends: by where it comes from, and by what only our forms know."""
+        """Refuses what another site's page sends: by where it comes from, and by what only our
+        forms know.
+        """
         origin = request.get_header('Origin')
         ours = (request.get_header('Host'), urlsplit(self.service.config.address).netloc or None)
         elsewhere = origin and (urlsplit(origin).netloc or '-') not in ours
-        if elsewhere or request.get_header('Sec-Fetch-Site', 'same-origin') not in ('same-origin', 'none'):
+        if (elsewhere
+            or request.get_header('Sec-Fetch-Site', 'same-origin') not in ('same-origin', 'none')):
             raise Forbidden('this form comes from another site')
-        if not secrets.compare_digest(given.pop('form', '').encode(), visit.form.encode()) and signed_in:
-            raise Forbidden('this form is of another person, or comes from elsewhere; go back and load the page again')
+        if (not secrets.compare_digest(given.pop('form', '').encode(), visit.form.encode())
+            and signed_in):
+            raise Forbidden('this form is of another person, or comes from elsewhere; go back and '
+                            'load the page again')
 
     def page(self, visit: Visit, title: str, body: str, status: int = 200):
         """A whole page; what the last form did is said once."""
@@ -13317,7 +16997,8 @@ class Pages:
         note = self.unsigned('note', unquote(bottle.request.get_cookie('note') or ''))
         here = bottle.request.path
         back = here + (f'?{bottle.request.query_string}' if bottle.request.query_string else '')
-        text = render_page('layout', title=title, body=body, visit=visit, note=note, here=here, version=LOOK,
+        text = render_page('layout', title=title, body=body, visit=visit, note=note, here=here,
+                           version=LOOK,
                            back=back if bottle.request.method == 'GET' and visit.actor else '/')
         made = answered(text, status)
         if note:
@@ -13327,7 +17008,8 @@ class Pages:
     def asking(self, visit: Visit, request, given: dict):
         """The form to sign in, which leads back to what was asked for, and to what was typed."""
         typed = {name: value for name, value in given.items() if name in BOOKING and value}
-        query = f'?{urlencode(typed)}' if request.method == 'POST' else f'?{request.query_string}'.rstrip('?')
+        query = (f'?{urlencode(typed)}' if request.method == 'POST'
+                 else f'?{request.query_string}'.rstrip('?'))
         aside = request.path.endswith(('/live', '/check'))
         goes = request.method == 'GET' and not aside or request.path == '/book'
         status = 200 if request.method == 'GET' and not aside else 401
@@ -13340,10 +17022,13 @@ class Pages:
 
     def sign_in(self, visit: Visit, given: dict):
         """Signs in by a token, for as long as `signed_in` says."""
+        import bottle
         token = given.get('token', '').strip()
         try:
-            actor_of(token)
-        except Unauthorized as error:
+            self.refuse_programs(actor := actor_of(token, self.service.clock()))
+        except (Unauthorized, Forbidden) as error:
+            if isinstance(error, Unauthorized):
+                note_wrong(self.service, bottle.request.environ)
             return self.page(visit, 'Sign in', render_page(
                 'sign in', refusal=str(error), back=local(given.get('next'))), 401)
         session, lasts = secrets.token_urlsafe(24), self.service.config.signed_in
@@ -13353,8 +17038,18 @@ class Pages:
             run('INSERT INTO session (hash, token_id, until) '
                 'SELECT ?, id, ? FROM token WHERE hash = ?',
                 hashed(session), int(self.service.clock() + lasts), hashed(token))
+            where = bottle.request.environ.get('cmres.address') or 'an unknown address'
+            journal(self.service.config, self.service.clock(), actor.user, 'signed_in',
+                    f'{actor.user} in {actor.project} signed in from {where}')
+        METRICS.count('sign_ins_total')
         self.set_cookie(made, 'cmres', self.signed('session', session), int(lasts))
         return made
+
+    def refuse_programs(self, actor: Actor) -> None:
+        """Forbidden for a token that is good for less than pages show."""
+        if actor.scopes - {'read'} or actor.resource is not None:
+            raise Forbidden('this token is for a program: it is good for a few operations only. '
+                            'Sign in with another')
 
     def sign_out(self, visit: Visit, given: dict):
         """Ends the session, also for whoever has a copy of its cookie."""
@@ -13370,7 +17065,8 @@ class Pages:
     def choose_zone(self, visit: Visit, given: dict):
         """Shows times in another zone from now on."""
         zone, made = read_zone(given.get('zone', '')), self.onward(local(given.get('next')))
-        made.set_cookie('zone', quote(zone.key, safe=''), path='/', samesite='strict', max_age=31536000)
+        made.set_cookie('zone', quote(zone.key, safe=''), path='/', samesite='strict',
+                        max_age=31536000)
         return made
 
     def onward(self, href: str, note: str = ''):
@@ -13393,13 +17089,16 @@ class Pages:
         today = visit.here.now.astimezone(visit.zone).date()
         first, after = span_of_view(view, read_date(given.get('at')) or today)
         cells = cells_of(view, first, after, visit.zone)
-        begin, end = (int(from_wall(at_midnight(each), visit.zone).timestamp()) for each in (first, after))
+        begin, end = (int(from_wall(at_midnight(each), visit.zone).timestamp())
+                      for each in (first, after))
         page = int(given['page']) if re.fullmatch('[0-9]{1,4}', given.get('page', '')) else 0
-        places = sorted(visit.service.places(), key=lambda each: (each.cloud, each.region, each.name))
+        places = sorted(visit.service.places(),
+                        key=lambda each: (each.cloud, each.region, each.name))
         shown = places[page * MOST_PLACES:(page + 1) * MOST_PLACES]
         found = self.on_plan(visit, shown, begin, end)
         drawn = [(place, self.draw(visit, place, cells, begin, end, view, [
-            each for each in found[:MOST_BARS] if each.resource_id == place.id])) for place in shown]
+            each for each in found[:MOST_BARS] if each.resource_id == place.id]))
+                 for place in shown]
         groups: dict = defaultdict(list)
         for place, each in drawn:
             groups[', '.join(filter(None, (place.cloud or 'no cloud', place.region)))].append(each)
@@ -13407,29 +17106,39 @@ class Pages:
         return self.page(visit, 'Plan', render_page(
             'plan', visit=visit, brief=in_brief_figures, views=VIEWS, view=view, at=first,
             before=first - timedelta(days=1), after=after,
-            span=named_span(view, first, after), cells=cells, groups=groups.items(), begin=begin, end=end,
+            span=named_span(view, first, after), cells=cells, groups=groups.items(), begin=begin,
+            end=end,
             snap=900 if view == 'day' else 3600, bars=MOST_BARS, page=page,
-            edges=','.join(str(each.begin) for each in cells) + f',{end}' if view == 'month' else '',
-            now_at=percent(now, begin, end) if begin <= now < end else None, left_out=len(found) > MOST_BARS,
+            edges=','.join(str(each.begin) for each in cells) + f',{end}' if view == 'month'
+            else '',
+            now_at=percent(now, begin, end) if begin <= now < end else None,
+            left_out=len(found) > MOST_BARS,
             more=f'&page={page}' if page else '',
             next_places=page + 1 if len(places) > (page + 1) * MOST_PLACES else 0))
 
     def on_plan(self, visit: Visit, places: list, begin: int, end: int) -> list:
         """The reservations that are drawn, one more than there may be if there are more."""
-        filters, where = visit.service.filtered(dict.fromkeys(('user', 'project', 'resource', *PLACE), ''))
+        filters, where = visit.service.filtered(dict.fromkeys(('user', 'project', 'resource',
+                                                               *PLACE), ''))
         filters |= {'places': [each.id for each in places]}
         where += [('o.start < ?', end), ('o."end" > ?', begin), ('o.cancelled IS NULL',)]
-        return visit.service.page(visit.service.ways(filters, (), begin), where, (), MOST_BARS + 1, fields=BRIEF)
+        return visit.service.page(visit.service.ways(filters, (), begin), where, (), MOST_BARS + 1,
+                                  fields=BRIEF)
 
-    def draw(self, visit: Visit, place, cells: list[Cell], begin: int, end: int, view: str, found: list) -> Drawn:
-        """A resource on a time line: its curve, what is free in each cell, and what stands on it."""
+    def draw(self, visit: Visit, place, cells: list[Cell], begin: int, end: int, view: str,
+             found: list) -> Drawn:
+        """A resource on a time line: its curve, what is free in each cell, and what stands on
+        it.
+        """
         most = capacity(place)
         width = {'day': 900, 'week': 3600, 'month': 10800}[view]
         levels = peaks(place.id, begin, width, -(-(end - begin) // width), most.names)
         limits = {name: n for name, n in in_figures(most).items() if n is not None}
         highest = max((each.vms for each in levels), default=0)
         shares = [share_of(in_figures(each), limits, highest) for each in levels]
-        filled = [told_free(cell, levels[(cell.begin - begin) // width:-(-(cell.until - begin) // width)], limits)
+        filled = [told_free(cell,
+                            levels[(cell.begin
+                                    - begin) // width:-(-(cell.until - begin) // width)], limits)
                   for cell in cells]
         bars, lanes = bars_of(visit, found, begin, end)
         changes = [(each['start'].timestamp(), each['end'].timestamp(), each['reason'])
@@ -13437,10 +17146,13 @@ class Pages:
         closed = [Bar(*extent(start, until, begin, end), why) for start, until, why in changes
                   if start < end and until > begin]
         holds = ', '.join(f'{n} {name}' for name, n in limits.items()) or 'without a limit'
-        least = min((each for each in filled if each.free), key=lambda each: int(each.free), default=None)
-        summary = f"at least {least.free} {least.unit or 'vms'} free at any time" if least else 'nothing limits it'
+        least = min((each for each in filled if each.free), key=lambda each: int(each.free),
+                    default=None)
+        summary = (f"at least {least.free} {least.unit or 'vms'} free at any time" if least
+                   else 'nothing limits it')
         opened = not limits or all(limits.values())
-        return Drawn(place.name, holds, summary, bool(limits), opened, curve(shares), filled, closed, bars,
+        return Drawn(place.name, holds, summary, bool(limits), opened, curve(shares), filled,
+                     closed, bars,
                      68 + 21 * lanes, len(found) - len(bars))
 
     # Reservations
@@ -13449,7 +17161,8 @@ class Pages:
         """One's own reservations, an admin's all, with what can be done to them."""
         after, over = given.get('after', ''), 'over' in given
         after = after if re.fullmatch('([0-9]{1,11}-)?[0-9]{1,18}', after) else ''
-        lines = visit.service.over if over else lambda after, limit: visit.service.list(limit=limit, after=after)
+        service = visit.service
+        lines = service.over if over else lambda after, most: service.list(limit=most, after=after)
         found = lines(after, MOST_LINES_SHOWN)
         last = f"{int(found[-1]['start'].timestamp())}-{found[-1]['id']}" if found else ''
         return self.page(visit, 'Reservations', render_page(
@@ -13457,12 +17170,17 @@ class Pages:
             after=last if last and lines(last, 1) else ''))
 
     def lines(self, visit: Visit, found: list[dict]) -> list[dict]:
-        """Reservations with their addresses, how late they were ready, and what can be done to them."""
+        """Reservations with their addresses, how late they were ready, and what can be done to
+        them.
+        """
         servers: dict = defaultdict(list)
-        for each in rows('SELECT occurrence_id, addresses, ready, planned FROM server WHERE occurrence_id IN '
-                         '(SELECT value FROM json_each(?))', json.dumps([each['id'] for each in found])):
+        for each in rows('SELECT occurrence_id, addresses, ready, planned FROM server WHERE '
+                         'occurrence_id IN '
+                         '(SELECT value FROM json_each(?))',
+                         json.dumps([each['id'] for each in found])):
             servers[each.occurrence_id].append(each)
-        return [each | {'addresses': sum((json.loads(server.addresses) for server in servers[each['id']]), []),
+        return [each | {'addresses': sum((json.loads(server.addresses)
+                                          for server in servers[each['id']]), []),
                         'late': lateness_of(servers[each['id']]), 'deeds': visit.deeds(each),
                         'href': visit.href(each['label'], each['project'])} for each in found]
 
@@ -13476,14 +17194,17 @@ class Pages:
             project = found['parts'][0]['project']
             whole = [visit.deed(deed, {'label': label, 'project': project}, True)
                      for deed in ('extend', 'delete')] if 'label' in found and visit.writes else []
-            return self.page(visit, label, render_page('list', visit=visit, lines=self.lines(visit, found['parts']),
+            return self.page(visit, label, render_page('list', visit=visit,
+                                                       lines=self.lines(visit, found['parts']),
                                                        after=0, over=None) + ''.join(whole))
         query = {'project': found['project']} | ({'occurrence': occurrence} if occurrence else {})
         running = found['tz'] and found['state'] in ('starting', 'active', 'degraded')
         only = occurrence or (to_plain(found['start']) if running else '')
         return self.page(visit, label, render_page(
-            'reservation', visit=visit, found=found, live=live, href=f'/r/{quote(label)}', query=f'?{urlencode(query)}',
-            back=visit.href(label, found['project']), over=(*OVER, 'ending'), occurrence=only, tag=hashed(live)[:20],
+            'reservation', visit=visit, found=found, live=live, href=f'/r/{quote(label)}',
+            query=f'?{urlencode(query)}',
+            back=visit.href(label, found['project']), over=(*OVER, 'ending'), occurrence=only,
+            tag=hashed(live)[:20],
             **{name: local_time(found[name], visit.zone) for name in ('start', 'end')}))
 
     def live(self, visit: Visit, label: str, given: dict):
@@ -13500,17 +17221,21 @@ class Pages:
         found = visit.service.show(**bind(API['show'], asked | {'label': label}, visit.here))
         if 'parts' in found:
             return found, '', ''
-        facts = [('Machines', f"{found['vms']} {found['flavor']} {found['image']}"), ('Resource', found['resource']),
+        facts = [('Machines', f"{found['vms']} {found['flavor']} {found['image']}"),
+                 ('Resource', found['resource']),
                  ('Waits for approval', found.get('change')),
                  ('Host', found['host']), ('Owner', f"{found['user']} in {found['project']}"),
                  ('From', found['start']), ('To', found['end']), ('Repeats', found['repeat']),
                  ('At the end', found['at_end'] if found['image'] or found['server'] else ''),
                  ('Part of', found['request']), ('Description', found['description'])]
-        events, occurrence = visit.service.events(label, found['project'], limit=50)[::-1], asked.get('occurrence', '')
-        deeds = [visit.deed(each, found, True, occurrence if each in ('extend', 'skip', 'delete') else '')
+        events, occurrence = visit.service.events(label, found['project'],
+                                                  limit=50)[::-1], asked.get('occurrence', '')
+        deeds = [visit.deed(each, found, True,
+                            occurrence if each in ('extend', 'skip', 'delete') else '')
                  for each in visit.deeds(found)]
         facts = [(name, visit.cell(value)) for name, value in facts if value]
-        return found, render_page('live', visit=visit, found=found, events=events, late=lateness_told, deeds=deeds,
+        return found, render_page('live', visit=visit, found=found, events=events,
+                                  late=lateness_told, deeds=deeds,
                                   facts=facts), occurrence
 
     # Booking
@@ -13525,13 +17250,15 @@ class Pages:
         """The page with the form."""
         names, why = self.offered(visit, said['resource'])
         return self.page(visit, 'Book', render_page(
-            'book', visit=visit, said=said, places=[each.name for each in visit.service.places()], ends=ENDS,
-            names=names, why=why, more=MORE, verdict=self.verdict(**checked)), status)
+            'book', visit=visit, said=said, places=[each.name for each in visit.service.places()],
+            ends=ENDS, usual_rules=USUAL_RULES, names=names, why=why, more=MORE,
+            verdict=self.verdict(**checked)), status)
 
     def verdict(self, fits: str = '', refusal: str | None = None, offers: Iterable = (),
                 warnings: Iterable = ()) -> str:
         """What the form says of itself: it fits, or why not and what would."""
-        return render_page('verdict', fits=fits, refusal=refusal, offers=[*offers], warnings=[*warnings])
+        return render_page('verdict', fits=fits, refusal=refusal, offers=[*offers],
+                           warnings=[*warnings])
 
     def offered(self, visit: Visit, resource: str) -> tuple[dict, str]:
         """The names of flavors and images on a resource's cloud, and why there are none."""
@@ -13544,15 +17271,20 @@ class Pages:
         return self.names.of(account, sight)
 
     def filled(self, visit: Visit, given: dict) -> dict:
-        """The fields of the form: as given, times as clocks show them there; what was clicked on, not before now."""
+        """The fields of the form: as given, times as clocks show them there; what was clicked on,
+        not before now.
+        """
         hour = visit.here.now.replace(minute=0, second=0) + timedelta(hours=1)
-        start = read_argument('start', given['start'], When, visit.here) if given.get('start') else hour
+        start = (read_argument('start', given['start'], When, visit.here) if given.get('start')
+                 else hour)
         start = visit.here.now + start if isinstance(start, timedelta) else start
         start = max(start, visit.here.now) if 'label' not in given else start
-        end = read_argument('end', given['end'], When, visit.here) if given.get('end') else timedelta(hours=1)
+        end = (read_argument('end', given['end'], When, visit.here) if given.get('end')
+               else timedelta(hours=1))
         end = start + end if isinstance(end, timedelta) else max(end, start + timedelta(minutes=1))
         places = visit.service.places()
-        return dict.fromkeys(BOOKING, '') | {'resource': places[0].name if places else '', 'vms': '1'} | {
+        return dict.fromkeys(BOOKING, '') | {'resource': places[0].name if places else '',
+                                             'vms': '1'} | {
             name: given[name] for name in BOOKING if given.get(name)} | {
             'start': local_time(start, visit.zone), 'end': local_time(end, visit.zone)}
 
@@ -13563,11 +17295,13 @@ class Pages:
 
     def tried(self, visit: Visit, said: dict) -> dict:
         """Whether it fits, and if not, what would: the values of the verdict."""
-        why = self.offered(visit, said.get('resource', ''))[1] if said.get('flavor') or said.get('image') else ''
+        why = (self.offered(visit, said.get('resource', ''))[1] if said.get('flavor')
+               or said.get('image') else '')
         if why:  # nobody waits for that cloud before they book
             return {'refusal': f'not checked: {why}; to book asks once more'}
         try:
-            answer = visit.service.add(**self.asked(visit, said | {'label': said.get('label') or self.unused_label}),
+            answer = visit.service.add(**self.asked(visit, said | {'label': said.get('label')
+                                                                   or self.unused_label}),
                                        dry_run=True)
             return {'fits': self.told(visit, answer), 'warnings': answer.get('warnings', ())}
         except Error as error:
@@ -13585,18 +17319,23 @@ class Pages:
                  f"to {visit.plain(answer['end'])}")
         if 'occurrences' in answer:
             left_out = len(answer['occurrences']) - len(taken)
-            return (f'It fits: {len(taken)} times, the first {words}, the last on {visit.plain(taken[-1]["start"])}' + (
-                    f'; {left_out} times it does not fit and is left out' if left_out else ''))
-        return f'It does not fit now, and will wait: {words}' if answer['state'] == 'waiting' else (
-            f"It fits: {words}{'; an admin must approve it' if answer['state'] == 'pending' else ''}")
+            rest = f'; {left_out} times it does not fit and is left out' if left_out else ''
+            return (f'It fits: {len(taken)} times, the first {words}, the last on '
+                    f'{visit.plain(taken[-1]["start"])}{rest}')
+        if answer['state'] == 'waiting':
+            return f'It does not fit now, and will wait: {words}'
+        approval = '; an admin must approve it' if answer['state'] == 'pending' else ''
+        return f'It fits: {words}{approval}'
 
     def offers(self, visit: Visit, said: dict, error: Error) -> Iterator[tuple[str, str]]:
         """Links to the same form with what would fit; each was tried."""
         for words, other in self.offered_instead(visit, said, error):
-            other = {name: to_plain(each) if isinstance(each, datetime) else each for name, each in other.items()}
+            other = {name: to_plain(each) if isinstance(each, datetime) else each
+                     for name, each in other.items()}
             wish = {name: value for name, value in (said | other).items() if value}
             try:
-                visit.service.add(**self.asked(visit, wish | {'label': self.unused_label}), dry_run=True)
+                visit.service.add(**self.asked(visit, wish | {'label': self.unused_label}),
+                                  dry_run=True)
             except Error:
                 continue
             yield f"/book?{urlencode(wish | {'label': said.get('label', '')})}", words
@@ -13604,11 +17343,13 @@ class Pages:
     def offered_instead(self, visit: Visit, said: dict, error: Error) -> Iterator[tuple[str, dict]]:
         """What might fit instead of a wish, in words and as other fields of the form."""
         try:
-            start, end = (from_wall(datetime.fromisoformat(said[name]), visit.zone) for name in ('start', 'end'))
+            start, end = (from_wall(datetime.fromisoformat(said[name]), visit.zone)
+                          for name in ('start', 'end'))
         except (KeyError, ValueError):
             return
         if 'most_vms' in error.details:
-            yield f"{error.details['most_vms']} machines then", {'vms': str(error.details['most_vms'])}
+            most = str(error.details['most_vms'])
+            yield f'{most} machines then', {'vms': most}
         if 'longest' in error.details:
             longest = error.details['longest']
             yield f'for {longest} only', {'end': start + parse_duration(longest)}
@@ -13622,7 +17363,8 @@ class Pages:
     def slots(self, visit: Visit, said: dict, start: datetime, end: datetime) -> list[dict]:
         """The next free slots for a wish; none where that can't be told."""
         try:
-            return visit.service.find(said['resource'], end - start, int(said['vms']), said.get('flavor', ''),
+            return visit.service.find(said['resource'], end - start, int(said['vms']),
+                                      said.get('flavor', ''),
                                       after=start, limit=3)
         except Error:
             return []
@@ -13643,7 +17385,8 @@ class Pages:
                 return self.onward(visit.href(found['label'], about['project']),
                                    f"'{found['label']}' is {about['state']}{warnings}")
             except Error as error:
-                checked, status = {'refusal': str(error), 'offers': [*self.offers(visit, said, error)]}, error.status
+                checked, status = {'refusal': str(error),
+                                   'offers': [*self.offers(visit, said, error)]}, error.status
         try:
             said = self.filled(visit, given)
         except Error:  # what can't be read stands there as it was typed
@@ -13655,36 +17398,60 @@ class Pages:
     def admin(self, visit: Visit, given: dict):
         """What an operator looks after."""
         service = visit.service
-        tokens = [each for each in service.token_list() if not each['revoked']]  # which is for admins alone
+        if visit.actor.role != ADMIN:
+            raise Forbidden('this page needs the role admin; '
+                            f'{visit.actor.user} is {visit.actor.role}')
+        tokens = [each for each in service.token_list() if not each['revoked']]
         late = service.punctuality()
         sections = (
-            ('Resources', service.resource_list(), 'name cell cloud region aggregate vms vcpus ram classes mode',
+            ('Resources', service.resource_list(),
+             'name cell cloud region aggregate vms vcpus ram classes mode',
              ('resource_delete',), ('resource_add', 'resource_update')),
-            ('Maintenance', service.maintenance_list(), 'id resource start end vms vcpus ram reason',
+            ('Maintenance', service.maintenance_list(),
+             'id resource start end vms vcpus ram reason',
              ('maintenance_delete',), ('maintenance_add',)),
-            ('Pending', service.awaiting_approval(), 'label user project resource vms start end change',
+            ('Pending', service.awaiting_approval(),
+             'label user project resource vms start end change',
              ('approve', 'reject'), ()),
-            ('Waiting', service.list(state=['waiting']), 'label user project resource vms start end', ('delete',), ()),
-            ('Tokens', tokens, 'id user project role added', ('token_revoke',), ('token_add',)),
-            ('Limits', service.limit_list(), 'id project user resource most_vms longest ahead least_notice vcpu_hours '
+            ('Waiting', service.list(state=['waiting']),
+             'label user project resource vms start end', ('delete',), ()),
+            ('Tokens', tokens, TOKEN_COLUMNS, ('token_revoke',), ('token_add',)),
+            ('Limits', service.limit_list(),
+             'id project user resource most_vms longest ahead least_notice vcpu_hours '
              'waiting exempt', ('limit_delete',), ('limit_add',)),
-            ('Punctuality of the last 30 days, in seconds', late['clouds'], 'cloud servers begun_median begun_95 '
+            ('Punctuality of the last 30 days, in seconds', late['clouds'],
+             'cloud servers begun_median begun_95 '
              'begun_worst ready_median ready_95 ready_worst tried_again', (), ()),
             ('Failed', late['failed'], 'cloud label name tries planned fault', (), ()))
         return self.page(visit, 'Admin', '\n'.join(self.section(visit, *each) for each in sections))
 
-    def section(self, visit: Visit, name: str, lines: list, columns: str, deeds: tuple, forms: tuple) -> str:
+    def tokens(self, visit: Visit, given: dict):
+        """One's own tokens: what for, until when; made, renewed and revoked here."""
+        me = (visit.actor.user, visit.actor.project)
+        own = [each for each in visit.service.token_list()
+               if not each['revoked'] and (each['user'], each['project']) == me]
+        deeds = () if visit.actor.scopes else ('token_renew', 'token_revoke')
+        forms = () if visit.actor.scopes else ('token_add',)
+        return self.page(visit, 'Tokens', self.section(
+            visit, 'Your tokens', own, TOKEN_COLUMNS, deeds, forms))
+
+    def section(self, visit: Visit, name: str, lines: list, columns: str, deeds: tuple,
+                forms: tuple) -> str:
         """One part of the admin's page: a table, and the forms that belong to it."""
-        table = render_page('table', visit=visit, name=name, lines=lines, columns=columns.split(), deeds=deeds)
+        table = render_page('table', visit=visit, name=name, lines=lines, columns=columns.split(),
+                            deeds=deeds)
         return f'<h2>{name}</h2>{table}' + ''.join(render_page(
             'form', visit=visit, operation=each, title=TITLES[each], summary=API[each].summary,
             once=secrets.token_hex(8), fields=[
-                (field, WORDS[field], API[each].parameters[field].default is REQUIRED, CHOICES.get(field))
+                (field, WORDS[field], API[each].parameters[field].default is REQUIRED,
+                 PICKS.get(field))
                 for field in FORMS[each]])
             for each in forms)
 
     def do(self, visit: Visit, name: str, given: dict):
-        """Whatever a form asks for: an operation by its name, its fields read as those of REST are."""
+        """Whatever a form asks for: an operation by its name, its fields read as those of REST
+        are.
+        """
         operation = API.get(name)
         if not operation or not operation.changes:
             raise NotFound(f"there is no operation '{name}' that changes something")
@@ -13692,12 +17459,15 @@ class Pages:
         said = {field: value for field, value in given.items() if field != 'next'}
         if name in ASKS and not sure:
             return self.page(visit, 'Are you sure?', render_page(
-                'sure', visit=visit, operation=name, fields=given, words=DEEDS[name][0], back=onward,
+                'sure', visit=visit, operation=name, fields=given, words=DEEDS[name][0],
+                back=onward,
                 warnings=self.warned(visit, operation, said) if name == 'delete' else [],
-                about=said.get('label') or said.get('name') or said.get('id'), which=said.get('occurrence')))
+                about=said.get('label') or said.get('name') or said.get('id'),
+                which=said.get('occurrence')))
         # What a form has shown and nobody has changed is not asked for.
         said = {field: value for field, value in said.items()
-                if value != '' and not field.startswith('was_') and said.get(f'was_{field}') != value}
+                if value != '' and not field.startswith('was_')
+                and said.get(f'was_{field}') != value}
         if 'tz' in operation.parameters:
             said.setdefault('tz', visit.zone.key)
         if once and once in self.sent:  # else loading the answer again makes another secret
@@ -13722,7 +17492,8 @@ class Pages:
 def told_done(name: str, said: dict, answer) -> str:
     """What a form has done, in a sentence."""
     name = 'undo' if said.get('undo') else name
-    about = said.get('rename') or said.get('label') or said.get('name') or said.get('id') or said.get('user') or ''
+    about = (said.get('rename') or said.get('label') or said.get('name') or said.get('id')
+             or said.get('user') or '')
     hit = answer.get('hit', []) if isinstance(answer, dict) else []
     told = ', '.join(f"{each['label']} of {each['user']} ({each['outcome']})" for each in hit[:20])
     gone = answer if name == 'delete' else ()
@@ -13730,6 +17501,29 @@ def told_done(name: str, said: dict, answer) -> str:
     done = f"'{about}' {DONE[name]}" if name in DONE else f'done: {API[name].words} {about}'
     return '; '.join([done, *warned]) + (
         f'; {len(hit)} were in the way: {told}' if hit else '')
+
+
+def arguments_told(entry: dict) -> list[tuple]:
+    """The arguments of an operation: each with where it stands, whether it must be there, what it is."""
+    body = entry.get('requestBody', {}).get('content', {}).get('application/json', {}).get('schema', {})
+    found = [(each['name'], each['in'], each.get('required', False), kind_told(each['schema']), each['description'])
+             for each in entry['parameters'] if '$ref' not in each]
+    return found + [(name, 'body', name in body['required'] if 'required' in body else False, kind_told(each),
+                     each['description']) for name, each in body.get('properties', {}).items()]
+
+
+def kind_told(schema: dict) -> str:
+    """A schema in a few words: the name of a kind, or what it is of."""
+    if '$ref' in schema:
+        return schema['$ref'].rpartition('/')[2]
+    if 'anyOf' in schema:
+        return ' or '.join(dict.fromkeys(kind_told(each) for each in schema['anyOf']))
+    if 'enum' in schema:
+        return ', '.join(each for each in schema['enum'] if each)
+    if schema.get('type') == 'array':
+        return f"list of {kind_told(schema['items'])}"
+    found = schema.get('format') or schema.get('pattern') or schema.get('type', 'anything')
+    return found if isinstance(found, str) else ' or '.join(found)
 
 
 def answered(text: str, status: int = 200, headers: dict | None = None):
@@ -13774,7 +17568,8 @@ def span_of_view(view: str, day: date) -> tuple[date, date]:
 def named_span(view: str, first: date, after: date) -> str:
     """What a time line shows, in words."""
     last = after - timedelta(days=1)
-    return (f'{first:%B %Y}' if view == 'month' else f'{first:%A} {first.day} {first:%B %Y}' if view == 'day' else
+    return (f'{first:%B %Y}' if view == 'month' else f'{first:%A} {first.day} {first:%B %Y}'
+            if view == 'day' else
             f'{first.day} {first:%b} to {last.day} {last:%b %Y}')
 
 
@@ -13784,8 +17579,10 @@ def cells_of(view: str, first: date, after: date, zone: ZoneInfo) -> list[Cell]:
     walls = [at_midnight(first) + timedelta(hours=hour) for hour in (
         range(0, 24, 3) if view == 'day' else range(0, 24 * (after - first).days, 24))]
     ends = [from_wall(each, zone).timestamp() for each in walls[1:]] + [end]
-    return [Cell(*extent(from_wall(wall, zone).timestamp(), until, begin, end), int(from_wall(wall, zone).timestamp()),
-                 int(until), f'{wall:%H:%M}' if view == 'day' else f'{wall.day}' if view == 'month' else
+    return [Cell(*extent(from_wall(wall, zone).timestamp(), until, begin, end),
+                 int(from_wall(wall, zone).timestamp()),
+                 int(until),
+                 f'{wall:%H:%M}' if view == 'day' else f'{wall.day}' if view == 'month' else
                  f'{wall:%a} {wall.day}', wall.isoformat(timespec='minutes').removesuffix('T00:00'))
             for wall, until in zip(walls, ends)]
 
@@ -13798,7 +17595,8 @@ def told_free(cell: Cell, levels: list[Amount], limits: dict[str, int]) -> Cell:
     free = {name: limit - max(each.get(name, 0) for each in used) for name, limit in limits.items()}
     scarcest = min(free, key=lambda name: free[name] / limits[name] if limits[name] else 0)
     least = max(free[scarcest], 0)
-    return cell._replace(words=f'{cell.name}: {least} of {limits[scarcest]} {scarcest} free', free=str(least),
+    return cell._replace(words=f'{cell.name}: {least} of {limits[scarcest]} {scarcest} free',
+                         free=str(least),
                          unit='' if scarcest == 'vms' else scarcest)
 
 
@@ -13814,7 +17612,9 @@ def extent(start: float, until: float, begin: float, end: float) -> tuple[float,
 
 
 def share_of(held: dict[str, int], limits: dict[str, int], highest: int) -> float:
-    """How full a resource is, 0 to 1; where nothing limits it, against the highest that is shown."""
+    """How full a resource is, 0 to 1; where nothing limits it, against the highest that is
+    shown.
+    """
     shares = [held.get(name, 0) / limit if limit else 1.0 for name, limit in limits.items()]
     return min(max(shares) if shares else held['vms'] / (1.6 * highest or 1), 1)
 
@@ -13836,7 +17636,9 @@ def curve(shares: list[float]) -> str:
 
 
 def bars_of(visit: Visit, found: list, begin: int, end: int) -> tuple[list[Bar], int]:
-    """Reservations as bars in lanes, none over another, and the number of lanes; what finds no lane is not drawn."""
+    """Reservations as bars in lanes, none over another, and the number of lanes; what finds no lane
+    is not drawn.
+    """
     lanes: list[float] = []  # until where each is taken, in percent
     bars = []
     for each in found:
@@ -13850,9 +17652,11 @@ def bars_of(visit: Visit, found: list, begin: int, end: int) -> tuple[list[Bar],
             continue
         lanes[lane:lane + 1] = [last]
         mine = each.project == visit.actor.project
-        kind = ('own' if mine else 'other') + (' dashed' if mine and each.state in ('waiting', 'pending') else '')
+        kind = ('own' if mine else 'other') + (' dashed' if mine
+                                               and each.state in ('waiting', 'pending') else '')
         text = f'{SIGNS[each.state]} {each.label}'
-        words = (f'{each.label}, {each.state}, {each.vms} vms {each.flavor}, {visit.plain(instant(each.start))} to '
+        words = (f'{each.label}, {each.state}, {each.vms} vms {each.flavor}, '
+                 f'{visit.plain(instant(each.start))} to '
                  f'{visit.plain(instant(each.end))}, {each.user}')
         start = instant(each.start) if each.repeats else None
         bars.append(Bar(left, width, words, 68 + 21 * lane, text,
@@ -13882,7 +17686,8 @@ def web(service: Reservations):
 
     def told(failure):
         request, sentence = bottle.request, error_text(failure, bottle.request, bottle.response)
-        if 'text/html' not in request.get_header('Accept', '') or request.path.startswith((BASE, '/calendar/')):
+        if (not sentence or 'text/html' not in request.get_header('Accept', '')
+            or request.path.startswith((BASE, '/calendar/'))):
             return sentence
         for name, value in SAFE.items():
             bottle.response.set_header(name, value)
@@ -13890,9 +17695,276 @@ def web(service: Reservations):
         title = 'Not available' if failure.status_code >= 500 else 'Not here'
         return render_page('layout', title=title, body=body, visit=pages.anybody(request), note='',
                            here='', version=LOOK, back='/')
-    app = rest(service, told)
+    app = rest(service, told, lambda request: pages.visit(request).actor)
     pages.mount(app)
     return app
+
+
+# Serving #####################################################################
+#
+# What `serve` does beside answering: it bounds connections, ends in good order, tells systemd how it
+# is, reads settings again, and writes down now and then what was counted meanwhile.
+
+EVERY = 5            # seconds between two rounds of the housekeeper
+AUDIT_EVERY = 60     # seconds between two events that tell of wrong tokens
+MOST_ADDRESSES = 10  # that one such event names
+#: What is read once: sockets, threads, files and what hangs on them.
+FIXED = frozenset(
+    'database key host port threads slow_per_user slow_per_target outside_timeout url token timezone '
+    'workers call_timeout sweep verify_every connections'.split())
+#: Settings that only their owner may read.
+SECRETS = frozenset(('token', 'webhook', 'webhook_secret'))
+
+
+class Connections:
+    """The open connections, the oldest first. Where there are too many, the oldest idle one goes.
+
+    Whoever comes last is let in: so an address that opens thousands of them loses only its own.
+    """
+
+    def __init__(self, config: Config):
+        self.config = config
+        self.all: dict = {}
+        self.of: dict[str, dict] = defaultdict(dict)
+
+    def add(self, channel, peer: str) -> None:
+        """Notes a new connection from an address, and closes the one that is too many."""
+        channel.peer = peer
+        for setting, those in (('connections_per_address', self.of[peer]), ('connections', self.all)):
+            those[channel] = None
+            if len(those) > getattr(self.config, setting):
+                self.close_one(those, setting)
+
+    def close_one(self, those: dict, setting: str) -> None:
+        """Closes the oldest connection on which nothing is being answered."""
+        channel = next(each for each in those if not each.requests)  # at least the newest
+        METRICS.count('connections_closed_total', setting=setting)
+        self.drop(channel)
+        channel.will_close = True
+        hang_up(channel.socket)  # so that it is looked at, also if its client reads nothing
+
+    def drop(self, channel) -> None:
+        """Forgets a connection that is closed."""
+        self.all.pop(channel, None)
+        mine = self.of.get(channel.peer, {})
+        mine.pop(channel, None)
+        if not mine:
+            self.of.pop(channel.peer, None)
+
+
+def channels_in(connections: Connections) -> type:
+    """waitress' kind of connection, which says when it begins and ends."""
+    from waitress.channel import HTTPChannel
+
+    class Channel(HTTPChannel):
+        peer = ''
+
+        def __init__(self, server, sock, addr, adj, map=None):
+            super().__init__(server, sock, addr, adj, map=map)
+            connections.add(self, network_of(addr[0]))
+
+        def del_channel(self, map=None):
+            super().del_channel(map)
+            connections.drop(self)
+    return Channel
+
+
+class Front:
+    """The sockets of a server, from its first turn until the last answer is sent."""
+
+    def __init__(self, app: Callable, config: Config):
+        import waitress
+        allow_files(config.connections + 500)
+        self.config, self.turned = config, time.monotonic()
+        self.leaving = threading.Event()
+        self.server = waitress.create_server(
+            app, host=config.host, port=config.port, asyncore_use_poll=True,
+            _dispatcher=fair_dispatcher(config.threads),
+            connection_limit=config.connections + 100, max_request_body_size=4 * MOST_ICS, ident=None,
+            channel_request_lookahead=1, clear_untrusted_proxy_headers=False)
+        self.port = getattr(self.server, 'effective_port', config.port)
+        self.sockets = getattr(self.server, 'map', None) or self.server._map
+        self.doors = [each for each in self.sockets.values() if getattr(each, 'accepting', False)]
+        kind = channels_in(Connections(config))
+        for each in self.doors:
+            each.channel_class = kind
+
+    def leave(self) -> None:
+        """Lets the server end; the second time at once."""
+        if self.leaving.is_set():
+            raise SystemExit(0)
+        self.leaving.set()
+        self.doors[0].pull_trigger()
+
+    def turn(self) -> None:
+        """Reads and writes what can be, for a second at most."""
+        self.turned = time.monotonic()
+        self.server.asyncore.loop(1, True, self.sockets, 1)
+
+    def run(self) -> None:
+        """Serves until it is to leave, and then until all is answered, or `drain` is over."""
+        while not self.leaving.is_set():
+            self.turn()
+        tell_systemd('STOPPING=1')
+        for each in self.doors:
+            self.server.asyncore.dispatcher.close(each)
+        until = time.monotonic() + self.config.drain
+        while (busy := self.busy()) and time.monotonic() < until:
+            self.turn()
+        if busy:
+            log.warning('%d requests were not answered within %g seconds', busy, self.config.drain)
+        self.server.task_dispatcher.shutdown(timeout=0 if busy else 5)
+        self.server.asyncore.close_all(self.sockets, ignore_all=True)
+
+    def busy(self) -> int:
+        """How many connections have something to be answered; the others are closed."""
+        found = [each for each in self.sockets.values() if hasattr(each, 'requests')]
+        for each in found:
+            each.will_close = each.will_close or not (each.requests or each.total_outbufs_len)
+        return sum(not each.will_close for each in found)
+
+
+def allow_files(number: int) -> None:
+    """Lets this process open so many files, as far as it may."""
+    import resource
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = number if hard == resource.RLIM_INFINITY else min(number, hard)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+
+
+def tell_systemd(text: str, environ: dict = os.environ) -> None:
+    """Tells systemd how this service is, if that has started it (sd_notify)."""
+    path = environ.get('NOTIFY_SOCKET', '')
+    if path:
+        with suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as line:
+            line.sendto(text.encode(), '\0' + path[1:] if path.startswith('@') else path)
+
+
+def watchdog_pause(environ: dict = os.environ) -> float:
+    """The seconds within which systemd wants a sign of life; 0 if it wants none of this process."""
+    mine = environ.get('WATCHDOG_PID', f'{os.getpid()}') == f'{os.getpid()}'
+    return int(environ.get('WATCHDOG_USEC', 0)) / 10**6 if mine else 0
+
+
+class Housekeeper(threading.Thread):
+    """Does now and then what no request waits for; what goes wrong is tried again the next time."""
+
+    def __init__(self, service: Reservations, cycle: LifeCycle | None = None,
+                 front: Front | None = None):
+        super().__init__(name='housekeeper', daemon=True)
+        self.service, self.cycle, self.front = service, cycle, front
+        self.wake, self.stop, self.again = threading.Event(), False, False
+        self.audited = time.monotonic()
+        self.pause = min(EVERY, watchdog_pause() / 3 or EVERY)
+
+    def end(self) -> None:
+        """Ends it, when what it has in hand is done."""
+        self.stop = True
+        self.wake.set()
+        self.join(30)
+
+    def read_again(self) -> None:
+        """Lets it read the settings again; for a handler of signals."""
+        self.again = True
+        self.wake.set()
+
+    def run(self) -> None:
+        while not self.stop:
+            self.wake.wait(self.pause)
+            self.wake.clear()
+            self.round()
+        self.guarded(self.audit)
+
+    def round(self) -> None:
+        """One round of all that there is to do."""
+        if self.again:
+            self.again = False
+            self.guarded(self.settings)
+        self.guarded(USES.write)
+        if time.monotonic() >= self.audited + AUDIT_EVERY:
+            self.audited = time.monotonic()
+            self.guarded(self.audit)
+        if self.is_well():
+            tell_systemd('WATCHDOG=1')
+
+    def guarded(self, deed: Callable[[], None]) -> None:
+        try:
+            with db.connection_context():
+                deed()
+        except Exception as error:  # of any kind: the next round comes
+            log.warning('the housekeeper failed: %s', trouble(error) or error)
+
+    def is_well(self) -> bool:
+        """Whether requests are taken and passes are made."""
+        answers = self.front is None or time.monotonic() < self.front.turned + LATE
+        return answers and (self.cycle is None or self.cycle.age() < LATE)
+
+    def audit(self) -> None:
+        """Writes down where wrong tokens came from since the last time: one event for all."""
+        wrong, self.service.shares.wrong = self.service.shares.wrong, Counter()
+        if not wrong:
+            return
+        worst = ', '.join(f'{number} from {address or "somewhere"}'
+                          for address, number in wrong.most_common(MOST_ADDRESSES))
+        more = len(wrong) - MOST_ADDRESSES
+        others = f', and from {more} other addresses' if more > 0 else ''
+        with transaction():
+            journal(self.service.config, self.service.clock(), 'cmres', 'wrong_token',
+                    f'{wrong.total()} wrong tokens: {worst}{others}')
+
+    def settings(self) -> None:
+        """Reads the settings again, and tells what has changed."""
+        tell_systemd(f'RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}')
+        try:
+            for line in read_settings_again(self.service.config):
+                log.info('settings: %s', line)
+        except Invalid as error:
+            log.warning('settings: %s; they stay as they were', error)
+        tell_systemd('READY=1')
+
+
+def read_settings_again(config: Config, environ: dict = os.environ) -> list[str]:
+    """Reads the settings again for all who share them.
+
+    Returns:
+      what has changed, and what would have but needs a restart.
+
+    Raises:
+      Invalid: they can't be read, so that nothing has changed.
+    """
+    new, told = load_config(config.path or None, environ), []
+    for name in (*SETTINGS, *(each for each in SECTIONS if each != 'cmres')):
+        before, after = getattr(config, name), getattr(new, name)
+        if before == after:
+            continue
+        if name in FIXED:
+            told += [f'{name} has changed and needs a restart'] if name in new.sources else []
+            continue
+        told.append(f'{name} is {shown_setting(new, name)} now' if name in SETTINGS else f'[{name}] has changed')
+        config.take(**{name: after})
+    config.take(sources=new.sources, stamp=new.stamp)
+    return told
+
+
+def shown_setting(config: Config, name: str) -> str:
+    """A setting as people may see it."""
+    value = getattr(config, name)
+    if name in SECRETS and value:
+        return 'set, and not shown'
+    return str(value).lower() if isinstance(value, bool) else f'{value:g}' if isinstance(value, float) else f'{value}'
+
+
+def note_start(service: Reservations, what: str) -> None:
+    """Writes down that a process has started, and with which settings."""
+    config = service.config
+    said = ', '.join(f'{name}={shown_setting(config, name)}' for name in SETTINGS if name in config.sources)
+    try:
+        with transaction():
+            journal(config, service.clock(), 'cmres', 'settings',
+                    f'{what} {__version__} has started; set: {said or "nothing"}')
+    except (Unavailable, *STORE_ERRORS) as error:
+        log.warning('the start was not written down: %s', trouble(error) or error)
 
 
 # Client ######################################################################
@@ -13909,6 +17981,7 @@ class Client:
 
     def __init__(self, url: str, token: str, timeout: float = 60):
         self.url, self.token, self.timeout = url.rstrip('/'), token, timeout
+        self.token_ends = ''  # its id and its end, if that is near
 
     def call(self, operation: Operation, given: dict):
         """One operation over HTTP.
@@ -13924,7 +17997,8 @@ class Client:
             if body:
                 request.add_header('Content-Type', 'application/json')
             with urlopen(request, timeout=self.timeout) as answer:
-                return from_plain(json.load(answer))
+                self.token_ends = answer.headers.get('X-Cmres-Token-Ends', '')
+                return as_answer(json.load(answer), operation.answers)
         except HTTPError as error:
             raise self.refusal(error) from None
         except (URLError, OSError, ValueError) as error:
@@ -14041,10 +18115,14 @@ GROUPS = {'resource': """What can be reserved: places and their capacities.
 
 Example:
   python cmres.py resource add india --cloud simulated --vms 40
-""", 'token': """Who may use the REST interface.
+""", 'token': """Who may use cmres: tokens for programs, and to sign in to the page.
 
 Example:
   python cmres.py token add eva --project biology --role user
+""", 'user': """People who leave.
+
+Example:
+  python cmres.py user end eva
 """, 'limit': """What projects and users may reserve at most.
 
 Example:
@@ -14057,6 +18135,18 @@ Example:
 
 Example:
   python cmres.py calendar feed
+""", 'config': """Settings: whether they are in order, and what is in force.
+
+Example:
+  python cmres.py config show
+""", 'event': """The event log as a whole; `events` shows some of it.
+
+Example:
+  python cmres.py event export --since 2027-01-01
+""", 'key': """The key that signs cookies; on this machine only.
+
+Example:
+  python cmres.py key rotate
 """, 'store': """The database file: copies, checks, migrations; on this machine only.
 
 Example:
@@ -14067,6 +18157,8 @@ HELP = '''Reservations for virtual machines on OpenStack clouds.
 
 Works on the local database, or with CMRES_URL and CMRES_TOKEN on a server.
 Options may stand anywhere; every command also takes --config FILE, --format table|json|csv|yaml and --tz ZONE.
+Tables take --columns A,B, --sort A or --sort=-A (the last first), --wide (all columns, whatever the width), and
+with --watch they are shown anew every 2 seconds.
 Exit codes: 0 done, 1 refused or failed, 2 wrong use.
 
 Example:
@@ -14075,10 +18167,11 @@ Example:
   python cmres.py list
 '''
 
-FORMATS = ('table', 'json', 'csv', 'yaml')
+FORMATS = ('table', 'json', 'jsonl', 'csv', 'yaml')
 #: Other names that people give to options, and of which commands.
 ALSO = {'--from': ([], '--start'), '--to': ([], '--end'), '--by': (['report'], '--by-whom'),
-        '--aggregate': (['resource', 'sync'], '--aggregates')}
+        '--aggregate': (['resource', 'sync'], '--aggregates'),
+        '--for': (['token'], '--lasts'), '--name': (['token'], '--purpose')}
 
 #: What a table shows of answers that have more fields than a line has room for.
 COLUMNS = {'list': 'id label user project resource host vms flavor start end repeat state change fault',
@@ -14090,6 +18183,15 @@ COLUMNS = {'list': 'id label user project resource host vms flavor start end rep
            'refused': 'line label error', 'occurrences': 'uid start end status vms resource state outcome why',
            'events': 'uid summary label outcome start vms flavor count why'}
 MOST_SHOWN = 40  # lines of a table within an answer
+#: What a table that is too wide for its terminal goes without, the first first.
+LEAST = ('id cloud project request vcpus ram image host flavor cell region aggregate kind warnings '
+         'user repeat resource fault change vms').split()
+#: Options that every command takes, and those of them that have no value.
+COMMON = ('--config', '--format', '--tz', '--columns', '--sort')
+SWITCHES = ('--wide', '--watch')
+#: Seconds that a thread computes before another one may: who asks the store forty things in a request
+#: waits that long each time while others compute, and Python's own 5 ms add up.
+NIMBLE = 0.0003
 
 
 def serve(config: Config, host: Name = '', port: int = None, noscheduler: bool = False,
@@ -14103,29 +18205,31 @@ def serve(config: Config, host: Name = '', port: int = None, noscheduler: bool =
     Example:
       python cmres.py serve --port 8080
     """
-    import waitress
-    in_utc()
-    config = dataclasses.replace(config, host=host or config.host, port=config.port if port is None else port)
+    in_utc(config)
+    sys.setswitchinterval(NIMBLE)
+    config.take(host=host or config.host, port=config.port if port is None else port)
     told = prepared(config)
+    if not os.path.exists(config.database):
+        file = key_file(config.database, config.key)
+        told = [f"Made the database '{config.database}' and its key '{file}'."]
     demo = demo or not (config.path or any(map(os.path.exists, (
         config.database, key_file(config.database, config.key)))))
-    service = local_service(config)
+    service = local_service(config, make=True)
     cycle = LifeCycle(config, service.clouds)
     service.wake, service.age = cycle.wake.set, None if noscheduler else cycle.age
+    acts = None if noscheduler else cycle
     try:
-        server = waitress.create_server(
-            web(service), host=config.host, port=config.port, threads=config.threads, connection_limit=1000,
-            asyncore_use_poll=True, max_request_body_size=4 * MOST_ICS, ident=None,
-            clear_untrusted_proxy_headers=True)
+        front = Front(Gate(web(service), service, acts), config)
     except (OSError, ValueError) as error:
-        raise Unavailable(f"can't listen on {config.host}:{config.port}: {error}; choose another with --port") from None
-    service.config = config = dataclasses.replace(config, port=getattr(server, 'effective_port', config.port))
+        raise Unavailable(f"can't listen on {config.host}:{config.port}: {error}; choose another "
+                          'with --port') from None
+    config.take(port=front.port)
     url = f'http://{config.host}:{config.port}'
     told += welcome(service, url) if demo else []
     print(f'cmres {__version__} serves {url} from {config.database}', *told, sep='\n', flush=True)
-    with running(cycle if not noscheduler else None):
-        server.run()
-        server.close()
+    note_start(service, 'serve')
+    with running(acts, Housekeeper(service, acts, front), front.leave):
+        front.run()
 
 
 def scheduler(config: Config) -> None:
@@ -14134,12 +18238,14 @@ def scheduler(config: Config) -> None:
     Example:
       python cmres.py scheduler
     """
-    in_utc()
+    in_utc(config)
     told = prepared(config)
     service = local_service(config)
     first = f'cmres {__version__} runs the life cycle of {config.database}'
     print(first, *told, sep='\n', flush=True)
-    with running(LifeCycle(config, service.clouds)) as stop:
+    note_start(service, 'scheduler')
+    cycle = LifeCycle(config, service.clouds)
+    with running(cycle, Housekeeper(service, cycle)) as stop:
         stop.wait()
 
 
@@ -14167,7 +18273,7 @@ def store_backup(config: Config, path: Name) -> dict:
     Example:
       python cmres.py store backup cmres-monday.db
     """
-    refuse_missing(config)
+    refuse_missing(config.database)
     copy_store(config.database, path)
     return {'file': path, 'bytes': os.path.getsize(path), 'key': 'not in the copy'}
 
@@ -14203,11 +18309,107 @@ def store_migrate(config: Config) -> dict:
     Example:
       python cmres.py store migrate
     """
-    refuse_missing(config)
+    refuse_missing(config.database)
     done = migrate_store(config.database)
     open_store(config.database, config.key)
     return done or {'database': config.database, 'version': latest_version(),
                     'result': 'nothing to do'}
+
+
+def key_rotate(config: Config) -> dict:
+    """Makes a new key for cookies; who has signed in by the one before stays so to the end of that.
+
+    Running processes take it at once. After a theft, say `user end` or stop cmres and take the
+    file away: then everybody signs in anew.
+
+    Example:
+      python cmres.py key rotate
+    """
+    refuse_missing(config)
+    file, until = key_file(config.database, config.key), int(time.time() + config.signed_in)
+    return {'file': file, 'keys': rotate_key(file, until), 'old_until': instant(until)}
+
+
+def config_show(config: Config) -> Rows:
+    """Lists all settings as they are in force, where each comes from, and which need a restart.
+
+    Secrets are not shown. `serve` and `scheduler` read the others again at SIGHUP.
+
+    Example:
+      python cmres.py config show
+    """
+    return [{'setting': name, 'value': shown_setting(config, name),
+             'from': config.sources.get(name, 'default'),
+             'change': 'restart' if name in FIXED else 'SIGHUP'} for name in SETTINGS]
+
+
+def config_check(config: Config) -> dict:
+    """Tells whether the settings are in order; exit code 2 if not. Nothing is made or changed.
+
+    Example:
+      python cmres.py config check --config /etc/cmres.ini
+    """
+    faults = [fault for check in CHECKS if (fault := check(config))]
+    if faults:
+        raise Invalid('; '.join(faults))
+    return {'file': config.path or 'none', 'set': len(config.sources), 'result': 'ok'}
+
+
+def fault_of_folder(config: Config) -> str:
+    folder = os.path.dirname(os.path.abspath(config.database))
+    fine = os.access(folder, os.W_OK | os.X_OK)
+    return '' if fine else f"database: can't write to its folder '{folder}'"
+
+
+def fault_of_key(config: Config) -> str:
+    file = key_file(config.database, config.key)
+    try:
+        if os.path.exists(file):
+            read_key(file)
+    except Unavailable as error:
+        return f'key: {error}'
+    return ''
+
+
+def fault_of_addresses(config: Config) -> str:
+    """A setting that is an address and isn't."""
+    wrong = [f"{name}: '{text}' is not an http(s) address" for name in ('url', 'address', 'webhook')
+             if (text := getattr(config, name)) and not re.fullmatch(WEB, text)]
+    port = config.mail_server.partition(':')[2]
+    if port and not port.isdecimal():
+        wrong.append(f"mail_server: '{config.mail_server}' is not HOST:PORT")
+    return '; '.join(wrong)
+
+
+def fault_of_credentials(config: Config) -> str:
+    """An entry of clouds.yaml that is named and isn't there."""
+    named = {each for each in config.credentials.values() if not each.startswith('simulated')}
+    if not named:
+        return ''
+    from openstack.config import OpenStackConfig
+    missing = sorted(named - {*OpenStackConfig().get_cloud_names()})
+    return f"[credentials]: clouds.yaml has no {', '.join(missing)}" if missing else ''
+
+
+CHECKS = (fault_of_folder, fault_of_key, fault_of_addresses, fault_of_credentials)
+
+
+def event_export(config: Config, since: When = None) -> None:
+    """Prints the whole event log, a line of JSON for each event, the oldest first.
+
+    `events export` and `journal export` are the same.
+
+    Example:
+      python cmres.py events export --since 2027-01-01 --format jsonl
+    """
+    service = Client(config.url, config.token) if config.url else local_service(config)
+    asked = {'since': since or FIRST}
+    while found := service.events(**asked, limit=EXPORTED):
+        print(''.join(map(json_text, found)), end='', flush=True)
+        asked = {'after': found[-1]['id']}
+
+
+EXPORTED = 1000  # events that are read at once
 
 
 def store_orphans(config: Config, delete: bool = False, adopt: bool = False) -> Rows:
@@ -14244,17 +18446,8 @@ def all_orphans(cycle: LifeCycle) -> list[dict]:
     return found
 
 
-def refuse_missing(config: Config) -> None:
-    """NotFound if there is no database."""
-    if not os.path.exists(config.database):
-        raise NotFound(f"there is no database '{config.database}'")
-
-
 def prepared(config: Config) -> list[str]:
-    """Migrates an older database; what is to be said of that, or of one that will be made."""
-    if not os.path.exists(config.database):
-        file = key_file(config.database, config.key)
-        return [f"Made the database '{config.database}' and its key '{file}'."]
+    """Migrates an older database; what is to be said of that."""
     done = migrate_store(config.database)
     return [MIGRATED.format(**done)] if done else []
 
@@ -14289,47 +18482,84 @@ def occurrences(config: Config, file: Ics, start: When = None, end: When = None,
     return found
 
 
+def completion(config: Config, shell: Name) -> None:
+    """Prints what lets a shell complete commands, options, labels and names of resources.
+
+    Example:
+      python cmres.py completion bash >> ~/.bashrc
+    """
+    if shell not in COMPLETIONS:
+        raise Invalid(f"there is no completion for '{shell}'{nearest(shell, COMPLETIONS)}; there is "
+                      f"one for {', '.join(COMPLETIONS)}")
+    print(COMPLETIONS[shell].strip('\n'))
+
+
+#: Shells ask the program itself, with all words up to the one that is typed.
+COMPLETIONS = {'bash': r"""
+_cmres() {
+    local IFS=$'\n'
+    COMPREPLY=($(_CMRES_COMPLETE=1 cmres "${COMP_WORDS[@]:1:COMP_CWORD}" 2>/dev/null))
+}
+complete -o default -F _cmres cmres
+""", 'zsh': r"""
+#compdef cmres
+_cmres() {
+    local -a found
+    found=("${(@f)$(_CMRES_COMPLETE=1 cmres "${(@)words[2,CURRENT]}" 2>/dev/null)}")
+    (( $#found )) && [[ -n $found[1] ]] && compadd -Q -- $found || _files
+}
+compdef _cmres cmres
+""", 'fish': r"""
+complete -c cmres -f -a '(_CMRES_COMPLETE=1 cmres (commandline -opc)[2..-1] (commandline -ct))'
+"""}
+
+
 LOCAL = {each.__name__: Operation(each.__name__, each, ADMIN, [('POST', '', {})])
          for each in (serve, scheduler, tick, occurrences, store_backup, store_verify,
-                      store_restore, store_migrate, store_orphans)}
+                      store_restore, store_migrate, store_orphans, completion, key_rotate,
+                      config_show, config_check, event_export)}
 
 
-class Visible(logging.Formatter):
-    """Lines of the log in which nothing is unseen."""
-
-    def format(self, record):
-        return legible(super().format(record))
-
-
-def in_utc() -> None:
+def in_utc(config: Config) -> None:
     """`schedule` reckons in local time, which stands still for an hour when summer ends."""
     os.environ['TZ'] = 'UTC'
     time.tzset()
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(Visible('%(asctime)sZ %(levelname)s %(message)s'))
+    handler.setFormatter(Lines(config.log_format))
     logging.basicConfig(level=logging.INFO, handlers=[handler])
+    log_calls.disabled = not config.log_requests
     logging.getLogger('waitress.queue').setLevel(logging.ERROR)  # it warns at every request that waits
 
 
 @contextmanager
-def running(cycle: LifeCycle | None) -> Iterator[threading.Event]:
-    """Runs a life cycle beside what follows; SIGTERM and Ctrl-C end both in good order."""
+def running(cycle: LifeCycle | None, keeper: Housekeeper,
+            leave: Callable[[], None] | None = None) -> Iterator[threading.Event]:
+    """Runs a life cycle and a housekeeper beside what follows; signals end all in good order.
+
+    Args:
+      leave: what SIGTERM and Ctrl-C call; without it they end what follows at once
+    """
     stop = threading.Event()
 
-    def leave(*_):
+    def end(*_):
         stop.set()
         raise SystemExit(0)
-    signal.signal(signal.SIGTERM, leave)
-    signal.signal(signal.SIGINT, leave)
+    for each in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(each, (lambda *_: leave()) if leave else end)
+    signal.signal(signal.SIGHUP, lambda *_: keeper.read_again())
     watch = cycle and threading.Thread(target=keep_running, args=(cycle, stop), name='watch')
     try:
+        keeper.start()
         if watch:
             watch.start()
+        tell_systemd('READY=1')
         yield stop
     finally:
         stop.set()
         if watch:
             watch.join()
+        store_file.settle()
+        keeper.end()
 
 
 def keep_running(cycle: LifeCycle, stop: threading.Event, every: float = 5) -> None:
@@ -14353,9 +18583,9 @@ def keep_running(cycle: LifeCycle, stop: threading.Event, every: float = 5) -> N
     thread.join(30)  # one that hangs is left behind
 
 
-def local_service(config: Config) -> Reservations:
+def local_service(config: Config, make: bool = False) -> Reservations:
     """The service on the local database; whoever can write that file acts as admin."""
-    open_store(config.database, config.key)
+    open_store(config.database, config.key, make)
     try:
         user = getpass.getuser()
     except (KeyError, OSError):  # a user id without a name
@@ -14419,29 +18649,38 @@ def command(operation: Operation, helping: bool) -> Callable:
     return note
 
 
-def commands(helping: bool = False) -> Group:
-    """The tree of all commands: those of the service, and those of this machine."""
+def commands(leaf: Callable) -> Group:
+    """The tree of all commands, those of the service and those of this machine; `leaf` makes one of an operation."""
     tree: dict = {}
     groups: dict = defaultdict(dict)
     for name, operation in (LOCAL | API).items():
         group, _, verb = name.partition('_')
         here, word = (groups[group], verb) if group in GROUPS else (tree, operation.words)
-        here[word] = command(operation, helping)
+        here[word] = leaf(operation)
     return Group(HELP, tree | {name: Group(GROUPS[name], members) for name, members in groups.items()})
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs one command line and tells its exit code."""
     options, zone = {}, UTC
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if '_CMRES_COMPLETE' in os.environ:
+        print('\n'.join(completed(argv)))
+        return 0
     try:
-        argv = take_options(list(sys.argv[1:] if argv is None else argv), options)
+        argv = take_options(argv, options)
+        if argv == ['--version']:
+            print(f'cmres {__version__}')
+            return 0
         config = load_config(options.get('config'))
         config = dataclasses.replace(config, timezone=options.get('tz', config.timezone))
         zone = config.zone
-        run_fire(argv, lambda call: make(call, config, options) if isinstance(call, Call) else call)
+        run_command(argv, lambda call: make(call, config, options) if isinstance(call, Call) else call)
         return 0
     except Error as error:
-        print(legible('\n'.join(in_words(error, zone))), file=sys.stderr)
+        as_json = options.get('format') == 'json'
+        said = json_text(error_body(error), indent=2) if as_json else '\n'.join(in_words(error, zone))
+        print(legible(said).rstrip('\n'), file=sys.stderr)
         return 2 if isinstance(error, Invalid) else 1
     except STORE_ERRORS as error:
         if not (refusal := trouble(error)):
@@ -14462,12 +18701,14 @@ def take_options(argv: list[str], options: dict) -> list[str]:
     rest, words = [], iter(argv)
     for word in words:
         name, equals, value = word.partition('=')
-        if name in ('--config', '--format', '--tz') or name == '--file' and rest[:1] == ['add']:
+        if name in COMMON or name == '--file' and rest[:1] == ['add']:
             value = value if equals else next(words, None)
             if not value:
                 raise Invalid(f'{name} needs a value')
-        if name in ('--config', '--format', '--tz'):
+        if name in COMMON:
             options[name[2:]] = value
+        elif word in SWITCHES:
+            options[word[2:]] = True
         elif name in ALSO and rest[:len(ALSO[name][0])] == ALSO[name][0]:
             rest.append(ALSO[name][1] + equals + value)
         elif name == '--file' and rest[:1] == ['add']:
@@ -14476,28 +18717,112 @@ def take_options(argv: list[str], options: dict) -> list[str]:
             options['follow'] = True
         else:
             rest.append(word)
+    if rest[:2] in (['events', 'export'], ['journal', 'export']):
+        rest[:2] = ['event', 'export']
     if options.get('format', 'table') not in FORMATS:
         raise Invalid(f"--format: '{options['format']}' is none of {', '.join(FORMATS)}")
     return rest
 
 
-def run_fire(argv: list[str], finish: Callable) -> None:
-    """Lets Fire read a line; `finish` makes of the call it noted what is printed."""
-    import fire
-    from contextlib import redirect_stderr
-    os.environ['PAGER'] = 'cat'
-    fire.parser.DefaultParseValue = str  # else gpu#1, 1e3 and 2026 are guessed to be Python
-    argv = ['--help' if word == '-h' else word for word in argv]  # Fire would take it for a short --holidays
+def run_command(argv: list[str], finish: Callable) -> None:
+    """Reads a line and prints what `finish` makes of the call that it is.
+
+    Fire reads it and shows all help; a call that has nothing for Fire to find out is read without
+    it, as to import it costs as much as to list reservations.
+    """
+    # Fire would take -h for a short --holidays.
+    argv = ['--help' if word == '-h' else word for word in argv]
     if argv[:1] in ([], ['help']):
         argv = [*argv[1:], '--help']
     helping = '--help' in argv
-    tree = commands(helping)
-    path, here = command_path(tree, argv)
+    path, here = command_path(commands(lambda operation: operation), argv)
     if helping or isinstance(here, Group):
-        with redirect_stderr(sys.stdout):
-            fire.Fire(tree, path + ['--', '--help'], 'cmres', finish)
-    # Fire's own flags, such as --interactive, are not ours to offer; a lone `-` is a word of ours.
-    fire.Fire(tree, path + plain_flags(here._operation, argv[len(path):]) + ['--', '--separator=\0'], 'cmres', finish)
+        show_help(path, helping)
+    words = plain_flags(here, argv[len(path):])
+    call = plain_call(here, words)
+    if call is None:
+        by_fire(path + words, finish)
+    elif (text := finish(call)) is not None:
+        print(text)
+
+
+def show_help(path: list[str], helping: bool) -> None:
+    """Prints Fire's help for a command or a group, and ends."""
+    import fire
+    from contextlib import redirect_stderr
+    os.environ['PAGER'] = 'cat'
+    tree = commands(functools.partial(command, helping=helping))
+    with redirect_stderr(sys.stdout):
+        fire.Fire(tree, path + ['--', '--help'], 'cmres')
+
+
+def by_fire(words: list[str], finish: Callable) -> None:
+    """Lets Fire read a whole line; its own flags, such as --interactive, are not ours to offer."""
+    import fire
+    fire.parser.DefaultParseValue = str  # else gpu#1, 1e3 and 2026 are guessed to be Python
+    tree = commands(functools.partial(command, helping=False))
+    fire.Fire(tree, words + ['--', '--separator=\0'], 'cmres', finish)  # a lone `-` is a word of ours
+
+
+def plain_call(operation: Operation, words: list[str]) -> Call | None:
+    """The call of a line with nothing but words and flags with values, as Fire reads it; else None."""
+    flags, plain, each = {}, [], iter(words)
+    for word in each:
+        name, equals, value = word[2:].partition('=')
+        if not word.startswith('--'):
+            plain.append(word)
+            continue
+        value = value if equals else next(each, '--')
+        if not equals and value.startswith('-') or (name := name.replace('-', '_')) in flags:
+            return None
+        flags[name] = value
+    rest = [name for name in operation.parameters if name not in flags]
+    if len(plain) > len(rest):
+        return None
+    return Call(operation, dict(zip(rest, plain)) | flags)
+
+
+#: What may stand for some arguments.
+KNOWN_VALUES = {'state': STATES, 'role': ROLES, 'mode': (*MODES, 'open'), 'at_end': ENDS, 'on_conflict': CLASHES,
+           'then': THEN, 'format': FORMATS, 'shell': tuple(COMPLETIONS)}
+
+
+def completed(words: list[str]) -> list[str]:
+    """What the last of some words may become; nothing where that can't be told."""
+    words = [word for word in words[:-1] if word != '='] + [words[-1].lstrip('=') if words else '']
+    typed = words.pop()
+    tree = commands(lambda operation: operation)
+    with suppress(Error, OSError, *STORE_ERRORS):
+        path, here = command_path(tree, [word for word in words if not word.startswith('-')])
+        if isinstance(here, Group):
+            return sorted(word for word in dir(here) if word.startswith(typed))
+        name, equals, begun = typed.partition('=')
+        if equals:
+            return [f'{name}={each}' for each in values_of(here, name) if each.startswith(begun)]
+        last = words[-1] if words else ''
+        if last.startswith('--') and last not in SWITCHES and '=' not in last:
+            return [each for each in values_of(here, last) if each.startswith(typed)]
+        if typed.startswith('-'):
+            flags = [f'--{each.replace("_", "-")}' for each in here.parameters]
+            return [each for each in (*flags, *COMMON, *SWITCHES) if each.startswith(typed)]
+        plain = [word for word in words[len(path):] if not word.startswith('--')]
+        place = list(here.parameters)[len(plain):][:1]
+        return [each for each in values_of(here, *place) if each.startswith(typed)]
+    return []
+
+
+def values_of(operation: Operation, name: str = '') -> list[str]:
+    """What stands in the store for an argument, or may stand there."""
+    name = name.removeprefix('--').replace('-', '_')
+    if name in KNOWN_VALUES:
+        return list(KNOWN_VALUES[name])
+    config = load_config()
+    service = Client(config.url, config.token) if config.url else local_service(config)
+    if name in ('resource', 'resources') or name == 'name' and operation.name.startswith('resource_'):
+        return [each['name'] for each in service.resource_list()]
+    if name == 'label' and operation.name != 'add':
+        return list(dict.fromkeys(each['label'] for each in service.list(limit=1000)))
+    return []
 
 
 def command_path(tree: Group, argv: list[str]) -> tuple[list[str], Any]:
@@ -14558,19 +18883,64 @@ def make(call: Call, config: Config, options: dict) -> str | None:
     form = options.get('format', 'table')
     if operation.name in LOCAL:
         answer = operation.method(config, **bound)
-        return answer if answer is None else render(answer, form, config.zone, COLUMNS.get(operation.name))
+        look = Look.of(options, COLUMNS.get(operation.name))
+        return answer if answer is None else render(answer, form, config.zone, look)
     service = Client(config.url, config.token) if config.url else local_service(config)
     asked = getattr(service, operation.name)
     if options.get('follow'):
         follow(asked, bound, form, config.zone)
-    columns = None if operation.name == 'events' else COLUMNS.get(operation.name)
+    table = Look.of(options, None if operation.name == 'events' else COLUMNS.get(operation.name))
+    while options.get('watch') and not operation.changes:
+        shown = render(asked(**bound), form, config.zone, table)
+        print(f'{CLEAR if sys.stdout.isatty() else ""}{shown}', flush=True)
+        time.sleep(2)
     answer = asked(**bound)
-    text = render(answer, form, config.zone, columns)
-    outcomes = {each['outcome'] for each in answer['events']} if operation.name == 'import_' else ()
-    if outcomes == {'refused'}:
+    text = render(answer, form, config.zone, table)
+    say_end(getattr(service, 'token_ends', ''), config.zone)
+    if more := what_follows(operation, asked, bound, answer):
+        say_more(more, form)
+    if refused := nothing_taken(operation.name, answer):
         print(text)
-        raise BadCalendar(f"all events that ask for VMs are refused: {len(answer['events'])}")
+        raise refused
     return text
+
+
+def say_end(told: str, zone: ZoneInfo) -> None:
+    """Tells on the error output that the token ends soon, as the server has said."""
+    id, _, at = told.partition(' ')
+    if at:
+        print(f'Your token {id} ends at {format_time(parse_time(at, zone), zone)}. '
+              f'Renew it: token renew {id} --for 90d', file=sys.stderr)
+
+
+CLEAR = '\x1b[H\x1b[2J'  # the cursor to its home, and the screen empty
+
+
+def nothing_taken(name: str, answer) -> Error | None:
+    """What a command that took nothing of many ends with."""
+    if name == 'import_' and {each['outcome'] for each in answer['events']} == {'refused'}:
+        return BadCalendar(f"all events that ask for VMs are refused: {len(answer['events'])}")
+    if name == 'load' and answer.get('refused') and not answer.get('taken'):
+        return Conflict(f"all reservations are refused: {len(answer['refused'])}")
+    return None
+
+
+def what_follows(operation: Operation, asked: Callable, bound: dict, answer) -> str:
+    """Where a list goes on that is longer than what was shown; '' where it is whole."""
+    limit = operation.parameters.get('limit')
+    if not limit or 'after' not in operation.parameters or not isinstance(answer, list):
+        return ''
+    if not answer or len(answer) < bound.get('limit', limit.default) or 'id' not in answer[-1]:
+        return ''
+    last = answer[-1]
+    after = cursor_of(last)
+    shown = last['id'] if operation.name == 'events' else f"{last['start']:%Y-%m-%dT%H:%M:%SZ}/{last['id']}"
+    return f'--after {shown}' if asked(**bound | {'after': after, 'limit': 1}) else ''
+
+
+def say_more(more: str, form: str) -> None:
+    """Tells that a list goes on, where no program takes it for a line of the list."""
+    print(f'There is more: add {more}, or a higher --limit.', file=sys.stderr)
 
 
 def follow(events: Callable, bound: dict, form: str, zone: ZoneInfo, pause: float = 1) -> None:
@@ -14647,15 +19017,65 @@ def progress_bar(items: list) -> Iterable:
     return track(items, 'working', console=Console(stderr=True), transient=True)
 
 
-def render(answer, form: str, zone: ZoneInfo, columns: str | None) -> str:
+class Look(NamedTuple):
+    """What of an answer a table shows."""
+    columns: tuple[str, ...] | None = None  # without, all that are not empty
+    chosen: bool = False                    # whether somebody asked for just these
+    sort: str = ''
+    width: int | None = None                # of a terminal; without, as wide as it needs to be
+
+    @staticmethod
+    def of(options: dict, usual: str | None = None) -> Look:
+        """As the options of a command line say; `usual`: the columns that are shown without any."""
+        chosen = [each.strip() for each in options.get('columns', '').split(',') if each.strip()]
+        narrow = sys.stdout.isatty() and not options.get('wide')
+        columns = chosen or (usual.split() if usual and not options.get('wide') else None)
+        return Look(columns and tuple(columns), bool(chosen), options.get('sort', ''),
+                    terminal_width() if narrow else None)
+
+
+def render(answer, form: str, zone: ZoneInfo, look: Look = Look()) -> str:
     """An answer as text: a table for people, or JSON, CSV or YAML for programs."""
+    if look.sort and isinstance(answer, list):
+        answer = sorted_lines(answer, look.sort)
     if form == 'json':
         return json_text(answer, indent=2).rstrip('\n')
+    if form == 'jsonl':
+        return ''.join(map(json_text, answer if isinstance(answer, list) else [answer])).rstrip('\n')
     if form == 'yaml':
         return as_yaml(to_plain(answer))
     if form == 'csv':
-        return as_csv(answer if isinstance(answer, list) else [answer])
-    return as_table(answer, zone, columns)
+        return as_csv(only_columns(answer if isinstance(answer, list) else [answer], look))
+    return as_table(answer, zone, look)
+
+
+def sorted_lines(lines: list[dict], names: str) -> list[dict]:
+    """Lines by the fields that are named, with - before one whose last comes first; empty ones are last."""
+    for name in reversed([each.strip() for each in names.split(',')]):
+        field = name.removeprefix('-')
+        refuse_unknown_column(field, lines)
+        full = [each for each in lines if each.get(field) is not None]
+        numbers = all(isinstance(each[field], (int, float, datetime)) for each in full)
+        key = (lambda each: each[field]) if numbers else lambda each: str(each[field])
+        lines = (sorted(full, key=key, reverse=name.startswith('-'))
+                 + [each for each in lines if each.get(field) is None])
+    return lines
+
+
+def refuse_unknown_column(name: str, lines: list[dict]) -> None:
+    known = list(dict.fromkeys(each for line in lines for each in line))
+    if lines and name not in known:
+        raise Invalid(f"there is no column '{name}'{nearest(name, known)}; "
+                      f"there are {', '.join(known)}")
+
+
+def only_columns(lines: list[dict], look: Look) -> list[dict]:
+    """The lines with the columns that somebody chose."""
+    if not look.chosen:
+        return lines
+    for name in look.columns:
+        refuse_unknown_column(name, lines)
+    return [{name: each.get(name) for name in look.columns} for each in lines]
 
 
 def as_yaml(answer) -> str:
@@ -14686,39 +19106,130 @@ def csv_cell(value):
     return legible(json.dumps(plain, ensure_ascii=False))
 
 
-def as_table(answer, zone: ZoneInfo, columns: str | None = None) -> str:
-    if isinstance(answer, dict) and len(answer) == 1:
-        return '\n'.join(in_cell(each, zone) for each in answer.values())
+def as_table(answer, zone: ZoneInfo, look: Look = Look()) -> str:
     if isinstance(answer, dict):
-        inner = {name: each for name, each in answer.items() if each and isinstance(each, list)
-                 and isinstance(each[0], dict)}
-        pairs = [(name, in_cell(each, zone)) for name, each in answer.items()
-                 if name not in inner and each is not False and each not in (None, '', [], {})]
-        tables = [f'\n{name}:\n{as_table(each[:MOST_SHOWN], zone, COLUMNS.get(name, COLUMNS["list"]))}'
-                  + (f'\n... and {len(each) - MOST_SHOWN} more; --format json shows all'
-                     if len(each) > MOST_SHOWN else '')
-                  for name, each in inner.items()]
-        return '\n'.join([drawn([], pairs) if pairs else '', *tables]).strip('\n')
+        return as_pairs(answer, zone, look)
     if not answer:
         return 'nothing found'
-    names = [name for name in (columns.split() if columns else answer[0])
-             if any(each.get(name) not in (None, '', [], {}) for each in answer)]
-    names = names or list(answer[0])
-    return drawn(names, [[in_cell(each.get(name), zone) for name in names] for each in answer])
+    lines = only_columns(answer, look)
+    names = list(dict.fromkeys(name for line in lines for name in line))
+    if not look.chosen:
+        filled = {name for name in names if any(line.get(name) not in EMPTY for line in lines)}
+        names = [name for name in look.columns or names if name in filled] or names
+    cells = [[in_cell(line.get(name), zone) for name in names] for line in lines]
+    shown = range(len(names))
+    if look.width and not look.chosen:
+        shown = fitting(names, cells, look.width)
+    text = drawn([names[each] for each in shown], [[line[each] for each in shown] for line in cells])
+    left_out = [name for name in names if names.index(name) not in shown]
+    return text + (f"\nnot shown: {', '.join(left_out)} (--wide shows all)" if left_out else '')
+
+
+EMPTY = (None, '', [], {}, ())
+
+
+def as_pairs(answer: dict, zone: ZoneInfo, look: Look) -> str:
+    """One thing: a line for each field that is not empty, then its lists as tables of their own."""
+    if len(answer) == 1:
+        return '\n'.join(in_cell(each, zone) for each in answer.values())
+    inner = {name: each for name, each in answer.items()
+             if each and isinstance(each, list) and isinstance(each[0], dict)}
+    pairs = [(name, in_cell(each, zone)) for name, each in answer.items()
+             if name not in inner and each is not False and each not in EMPTY]
+    tables = [inner_table(name, each, zone, look) for name, each in inner.items()]
+    return '\n'.join([drawn([], pairs) if pairs else '', *tables]).strip('\n')
+
+
+def inner_table(name: str, lines: list[dict], zone: ZoneInfo, look: Look) -> str:
+    columns = tuple(COLUMNS.get(name, COLUMNS['list']).split())
+    text = as_table(lines[:MOST_SHOWN], zone, Look(columns, width=look.width))
+    more = len(lines) - MOST_SHOWN
+    return f'\n{name}:\n{text}' + (f'\n... and {more} more; --format json shows all' if more > 0 else '')
+
+
+def fitting(names: list[str], cells: list[list[str]], width: int) -> list[int]:
+    """The columns for which a terminal has room: first goes what all lines share, then what matters least."""
+    widths = [max(map(len, (name, *(line[place] for line in cells)))) for place, name in enumerate(names)]
+    shared = {name for place, name in enumerate(names)
+              if len(cells) > 1 and len({line[place] for line in cells}) == 1}
+    goes = [name for name in LEAST if name in shared] + [name for name in LEAST if name not in shared]
+    shown = list(range(len(names)))
+    for name in goes:
+        if sum(widths[each] + 2 for each in shown) - 2 <= width:
+            break
+        shown = [each for each in shown if names[each] != name]
+    return shown
 
 
 def drawn(names: list[str], lines: list) -> str:
-    """A table as text, as wide as the terminal, or as it needs to be where there is none."""
-    from rich.console import Console
-    from rich.table import Table as Drawing
-    from rich.text import Text as Plain
-    drawing = Drawing(*names, box=None, show_header=bool(names), pad_edge=False, header_style='bold')
-    for line in lines:
-        drawing.add_row(*map(Plain, line))
-    console = Console(width=None if sys.stdout.isatty() else 250, file=io.StringIO(),
-                      force_terminal=sys.stdout.isatty() or None)
-    console.print(drawing)
-    return '\n'.join(each.rstrip() for each in console.file.getvalue().splitlines())
+    """A table as text, each column as wide as it needs to be; a terminal's widest ones are folded."""
+    table = [names, *lines] if names else lines
+    widths = [max(wide(part) for line in table for part in line[place].split('\n'))
+              for place in range(len(table[0]))]
+    on_terminal = sys.stdout.isatty()
+    if on_terminal:
+        times = [all(re.match(r'\d{4}-\d\d-\d\d \d\d:|-$', line[place]) for line in lines)
+                 for place in range(len(widths))]
+        widths = narrowed(widths, times, terminal_width())
+    text = [drawn_line(line, widths) for line in table]
+    if names and on_terminal:
+        text[0] = f'\x1b[1m{text[0]}\x1b[0m'
+    return '\n'.join(text)
+
+
+def drawn_line(line: list[str], widths: list[int]) -> str:
+    """A line of a table, of as many lines as its longest cell is folded into."""
+    cells = [list(pieces_of(cell, width)) for cell, width in zip(line, widths)]
+    return '\n'.join('  '.join(piece + ' ' * (width - wide(piece))
+                               for piece, width in zip(pieces, widths)).rstrip()
+                     for pieces in itertools.zip_longest(*cells, fillvalue=''))
+
+
+def narrowed(widths: list[int], whole: list[bool], most: int, least: int = 12) -> list[int]:
+    """Widths that fit a terminal: the widest goes down to the next, none that is `whole` or has the least."""
+    widths = widths[:]
+    while (too_many := sum(widths) + 2 * len(widths) - 2 - most) > 0:
+        there = sorted({width for width, fixed in zip(widths, whole) if not fixed and width > least})
+        if not there:
+            break
+        place = next(n for n, width in enumerate(widths) if width == there[-1] and not whole[n])
+        lower = there[-2] if len(there) > 1 else least
+        widths[place] = max(widths[place] - too_many, lower if lower < there[-1] else least)
+    return widths
+
+
+def pieces_of(cell: str, width: int) -> Iterator[str]:
+    """The lines of a cell, cut where they are too wide, between words if there are any."""
+    for part in cell.split('\n'):
+        while (end := fitting_end(part, width)) < len(part):
+            space = part.rfind(' ', 1, end + 1)
+            end = space if space > 0 and part[:space].strip() else end
+            yield part[:end].rstrip()
+            part = part[end:].lstrip()
+        yield part
+
+
+def fitting_end(text: str, width: int) -> int:
+    """How many letters of a text fit; at least one."""
+    taken = 0
+    for end, letter in enumerate(text):
+        taken += wide(letter)
+        if taken > width:
+            return max(end, 1)
+    return len(text)
+
+
+def wide(text: str) -> int:
+    """How many columns of a terminal a text takes: letters of East Asia two, accents none."""
+    if text.isascii():
+        return len(text)
+    from unicodedata import combining, east_asian_width
+    return sum(0 if combining(each) else 1 + (east_asian_width(each) in 'WF') for each in text)
+
+
+def terminal_width() -> int:
+    import shutil
+    return shutil.get_terminal_size().columns
 
 
 def in_words(error: Error, zone: ZoneInfo) -> list[str]:
@@ -14743,4 +19254,5 @@ def in_words(error: Error, zone: ZoneInfo) -> list[str]:
 if __name__ == '__main__':
     code = main()
     sys.stdout.flush()
+    store_file.leave()
     os._exit(code)  # workers may wait for a cloud that hangs; what became of their calls, the next pass finds out

@@ -7,6 +7,8 @@
 #   "khal~=0.14.1",            # a calendar program that reads a feed
 #   "playwright~=1.65.2",      # drives Debian's Chromium
 #   "pytest>=8,<10",           # the tests
+#   "pytest-xdist~=3.8",       # tests side by side
+#   "python-dateutil>=2.9,<3", # a second opinion on rules
 #   "recurring-ical-events~=3.8.2",  # a second opinion on when events occur
 #   "vdirsyncer~=0.21.0",      # subscribes to a feed over HTTP
 #   "webtest~=3.0.7",          # REST without a socket
@@ -18,6 +20,7 @@ A test plays time itself: `world.now` is the clock of everything in it. Tests ma
 need a real cloud, named by OS_CLOUD, and are skipped where there is none.
 """
 
+import ast
 import asyncio
 import base64
 import collections
@@ -27,6 +30,7 @@ import email.policy
 import email.utils
 import functools
 import gc
+import gzip
 import html
 import http.client
 import http.server
@@ -37,18 +41,24 @@ import os
 import queue
 import random
 import re
+import shlex
 import shutil
 import signal
 import socket
+import sqlite3
 import subprocess
+import symtable
 import sys
 import threading
 import time
+import types
 import uuid
+import wsgiref.util
 import zoneinfo
 from concurrent.futures import ThreadPoolExecutor
 from datetime import date, datetime, timedelta, timezone
 from pathlib import Path
+from typing import Any, get_args, get_origin
 from urllib.parse import parse_qsl, urlencode, urlsplit
 
 import icalendar
@@ -59,7 +69,7 @@ import waitress
 import webtest
 import yaml
 from dateutil.rrule import rrulestr
-from hypothesis import HealthCheck, assume, given, settings, strategies as st
+from hypothesis import HealthCheck, assume, example, given, settings, strategies as st
 
 import cmres
 from cmres import (API, BASE, SETTINGS, Actor, Amount, Client, Config, Conflict, Error, Forbidden, Here, Invalid,
@@ -72,6 +82,49 @@ MODULE = Path(cmres.__file__)
 
 def hours(number: float) -> timedelta:
     return timedelta(hours=number)
+
+
+def misfit(value, kind, where='answer') -> str:
+    """Where a value is not of the type that an answer declares; '' where all of it is."""
+    kinds = cmres.choices_of(kind)
+    if isinstance(value, dict) and any(map(cmres.is_answer, kinds)):
+        faults = [misfit_of_fields(value, each, where) for each in kinds if cmres.is_answer(each)]
+        return '' if '' in faults else min(faults)
+    for each in kinds:
+        origin, inside = get_origin(each) or each, get_args(each)
+        if origin in (list, dict) and isinstance(value, origin) and inside:
+            items = value.items() if origin is dict else enumerate(value)
+            return next(filter(None, (misfit(one, inside[-1], f'{where}[{n!r}]') for n, one in items)), '')
+        plain = getattr(origin, '__supertype__', origin)
+        if plain is Any or value is None and plain is type(None) or type(value) in (plain, int if plain is float else plain):
+            return ''
+    return f'{where} is {value!r}, not {kind}'
+
+
+def misfit_of_fields(value: dict, kind, where: str) -> str:
+    fields = cmres.declared(kind)
+    missing = [name for name, field in fields.items() if field.always and name not in value]
+    more = [] if kind.more else [name for name in value if name not in fields]
+    if missing or more:
+        return f'{where} of {kind.__name__} lacks {missing} and has {more}'
+    return next(filter(None, (misfit(each, fields[name].kind if name in fields else kind.more, f'{where}[{name!r}]')
+                              for name, each in value.items())), '')
+
+
+def checked_answer(operation):
+    """The operation, for all tests: what it answers has just the fields and types that it declares."""
+    method = getattr(cmres.Reservations, operation.name)
+
+    @functools.wraps(method)
+    def call(self, *args, **kwargs):
+        answer = method(self, *args, **kwargs)
+        assert not misfit(answer, operation.answers), f'{operation.name}: {misfit(answer, operation.answers)}'
+        return answer
+    return call
+
+
+for _operation in API.values():
+    setattr(cmres.Reservations, _operation.name, checked_answer(_operation))
 
 
 class World:
@@ -148,17 +201,20 @@ class Rest:
     def call(self, verb: str, path: str, body=None, status=None, **headers):
         """The answer to one request; `body` becomes JSON unless it is bytes."""
         data = b'' if body is None else body if isinstance(body, bytes) else json.dumps(body).encode()
-        headers = {'Authorization': f'Bearer {self.token}', 'Content-Type': 'application/json'} | headers
+        headers = {'Authorization': f'Bearer {self.token}', 'Content-Type': 'application/json'} | {
+            name.replace('_', '-'): value for name, value in headers.items()}
         path = path if path.startswith(('/cm/', '/healthz', '/openapi.json')) else cmres.BASE + path
         return self.web.request(path, method=verb, body=data, headers=headers, status=status)
 
 
 @pytest.fixture
-def run(tmp_path, monkeypatch, capsys):
-    """The command line in an empty folder: run('list') gives (exit code, output, errors)."""
+def run(tmp_path, empty, monkeypatch, capsys):
+    """The command line in a folder with a new store: run('list') gives (exit code, output, errors)."""
+    shutil.copy(empty, tmp_path)
     monkeypatch.chdir(tmp_path)
     for name in [name for name in os.environ if name.startswith('CMRES_')]:
         monkeypatch.delenv(name)
+    monkeypatch.setenv('TZ', 'UTC')  # whatever the zone of this machine is
 
     def run(*argv):
         code = cmres.main(list(argv))
@@ -176,9 +232,38 @@ def labels(answer):
     return [each['label'] for each in answer]
 
 
-def dump():
-    """Everything that is in the store."""
-    return list(cmres.db.connection().iterdump())
+def dump(connection=None):
+    """Everything that is in the store, but not how often it was written to."""
+    everything = (connection or cmres.db.connection()).iterdump()
+    return [line for line in everything if not line.startswith('INSERT INTO "fact" VALUES(\'writes\'')]
+
+
+def test_no_two_things_of_a_module_have_one_name():
+    for module in (MODULE, Path(__file__)):
+        tree = ast.parse(module.read_text())
+        names = collections.Counter(
+            name for each in tree.body for name in (
+                [each.name] if isinstance(each, (ast.FunctionDef, ast.ClassDef)) else
+                [target.id for target in getattr(each, 'targets', ()) if isinstance(target, ast.Name)]))
+        assert [name for name, number in names.items() if number > 1 and not name.startswith('_')] == []
+
+
+def test_a_section_uses_only_those_above_it():
+    text = MODULE.read_text()
+    heads = [number for number, line in enumerate(text.split('\n'), 1) if re.match('# [A-Z].* #{5,}$', line)]
+    section = lambda line: sum(head <= line for head in heads)  # noqa: E731
+    there = {}
+    for each in ast.parse(text).body:
+        targets = getattr(each, 'targets', [getattr(each, 'target', None)])
+        for name in [getattr(each, 'name', None), *(getattr(target, 'id', None) for target in targets)]:
+            there.setdefault(name, section(each.lineno))
+    below, tables = [], symtable.symtable(text, MODULE.name, 'exec').get_children()
+    while tables:
+        table = tables.pop()
+        tables += table.get_children()
+        below += [f'{table.get_name()}: {each.get_name()}' for each in table.get_symbols()
+                  if each.is_global() and each.is_referenced() and there.get(each.get_name(), 0) > section(table.get_lineno())]
+    assert len(heads) > 25 and below == []
 
 
 # Time ########################################################################
@@ -211,9 +296,94 @@ def test_a_time_is_read_in_its_zone(text, utc):
     assert cmres.parse_time(text, PARIS, NOON) == datetime.fromisoformat(utc).replace(tzinfo=UTC)
 
 
+@pytest.mark.parametrize('text, paris', [  # now it is Tuesday 1 December, 13:00 in Paris
+    ('17:00', '2026-12-01T17:00'), ('9:00', '2026-12-02T09:00'), ('13:00', '2026-12-02T13:00'),
+    ('9am', '2026-12-02T09:00'), ('2 pm', '2026-12-01T14:00'), ('12am', '2026-12-02T00:00'),
+    ('12:30 PM', '2026-12-02T12:30'), ('noon', '2026-12-02T12:00'), ('24:00', '2026-12-02T00:00'),
+    ('midnight', '2026-12-02T00:00'), ('today 9:00', '2026-12-01T09:00'), ('today at 14', '2026-12-01T14:00'),
+    ('tomorrow 9:00', '2026-12-02T09:00'), ('tomorrow', '2026-12-02T00:00'), ('9:00 tomorrow', '2026-12-02T09:00'),
+    ('Tomorrow, 9:00', '2026-12-02T09:00'), ('yesterday 9:00', '2026-11-30T09:00'),
+    ('mon 9:00', '2026-12-07T09:00'), ('Monday 9:00', '2026-12-07T09:00'), ('tue 9:00', '2026-12-08T09:00'),
+    ('tue 14:00', '2026-12-01T14:00'), ('this tue 14:00', '2026-12-01T14:00'), ('next tuesday 14:00', '2026-12-08T14:00'),
+    ('next wed 14:00', '2026-12-02T14:00'), ('on friday at 9', '2026-12-04T09:00'), ('9:00 THU', '2026-12-03T09:00'),
+    ('1 Dec 2026 9:00', '2026-12-01T09:00'), ('Dec 1, 2026 9:00', '2026-12-01T09:00'), ('1 dec 9:00', '2027-12-01T09:00'),
+    ('1 dec 17:00', '2026-12-01T17:00'), ('24th december 8pm', '2026-12-24T20:00'), ('29 feb 9:00', '2028-02-29T09:00'),
+    ('Tue 1 Dec 2026, 09:00', '2026-12-01T09:00'), ('9:00 1 DEC', '2027-12-01T09:00'), ('2026-12-01 24:00', '2026-12-02T00:00'),
+    ('2026-12-01T24:00', '2026-12-02T00:00'), ('2026-12-01 9:00', '2026-12-01T09:00'), ('2026-12-01 9pm', '2026-12-01T21:00'),
+    ('25/12/2026 9:00', '2026-12-25T09:00'), ('12/25/2026 9:00', '2026-12-25T09:00'), ('11/11/2026', '2026-11-11T00:00'),
+    ('1.12.2026 9:00', '2026-12-01T09:00'), ('in 2h', '2026-12-01T15:00'), ('in 90 minutes', '2026-12-01T14:30'),
+    ('2026-12-01 14:00 UTC', '2026-12-01T15:00'), ('9:00 UTC', '2026-12-02T10:00'), ('2026-12-01 09:00 CET', '2026-12-01T09:00'),
+    ('2026-07-01 09:00 CEST', '2026-07-01T09:00'), ('mon 9:00 (Asia/Tokyo)', '2026-12-07T01:00'),
+    ('2026-12-01T09:00 Europe/Paris', '2026-12-01T09:00'), ('2026-10-25 02:30 CET', '2026-10-25T02:30:00+01:00'),
+    ('2026-10-25 02:30 CEST', '2026-10-25T02:30:00+02:00'), ('Sun 25 Oct 2026, 02:30 CET (Europe/Paris)', '2026-10-25T02:30:00+01:00'),
+])
+def test_times_are_read_as_people_say_them(text, paris):
+    moment = datetime.fromisoformat(paris)
+    assert cmres.parse_time(text, PARIS, NOON) == (moment if moment.tzinfo else moment.replace(tzinfo=PARIS))
+
+
+@pytest.mark.parametrize('environ, link, zone', [
+    ({'TZ': 'Europe/Paris'}, '', 'Europe/Paris'), ({'TZ': ':/usr/share/zoneinfo/Asia/Tokyo'}, '', 'Asia/Tokyo'),
+    ({}, '/usr/share/zoneinfo/America/New_York', 'America/New_York'), ({'TZ': ''}, '/usr/share/zoneinfo/Asia/Tokyo', 'Asia/Tokyo'),
+    ({'TZ': 'EST5EDT,M3.2.0'}, '', 'UTC'), ({}, '/nowhere/else', 'UTC'), ({}, None, 'UTC')])
+def test_the_zone_of_the_machine_is_the_one_that_its_clocks_show(tmp_path, environ, link, zone):
+    if link:
+        (tmp_path / 'localtime').symlink_to(link)
+    assert cmres.machine_zone(environ, str(tmp_path / 'localtime')) == zone
+
+
+def test_without_a_setting_a_command_line_reads_and_shows_times_of_the_machine(run, monkeypatch):
+    monkeypatch.setenv('TZ', 'Asia/Tokyo')
+    run('resource', 'add', 'demo', '--vms', '4')
+    assert '2100-01-04 09:00 JST' in run('add', 'lab', 'demo', '2100-01-04 9:00', '17:00')[1]
+    assert '2100-01-04 01:00 CET' in run('list', '--tz', 'Europe/Paris')[1]
+    monkeypatch.setenv('CMRES_TIMEZONE', 'UTC')
+    assert '2100-01-04 00:00 UTC' in run('list')[1]
+
+
+@pytest.mark.parametrize('text, why', [
+    ('01/02/2026 9:00', r"'01/02/2026' may be 1 Feb 2026 or 2 Jan 2026; write 2026-02-01 or 2026-01-02"),
+    ('mon 1 dec 2026 9:00', "1 Dec 2026 is a Tuesday, not 'mon'"),
+    ('2026-12-01 09:00 EST', r'clocks of Europe/Paris do not show EST at 2026-12-01 09:00; write the zone: '
+                             r'2026-12-01 09:00 \(Europe/Paris\)'),
+    ('2026-12-01 09:00 CEST', 'do not show CEST')])
+def test_a_time_that_may_be_two_or_none_is_refused_with_what_to_write(text, why):
+    with pytest.raises(ValueError, match=why):
+        cmres.parse_time(text, PARIS, NOON)
+
+
+#: Their clocks go back by an hour or half of one, or at midnight; some have no letters for their time.
+ZONES_READ = ['Europe/Paris', 'America/New_York', 'Australia/Lord_Howe', 'America/Havana', 'Asia/Tashkent', 'Asia/Kathmandu',
+              'America/Santiago', 'Pacific/Apia', 'UTC', 'Africa/Casablanca']
+
+
+@given(st.datetimes(datetime(1971, 1, 1), datetime(2199, 12, 30)).map(lambda each: each.replace(microsecond=0)),
+       st.sampled_from(ZONES_READ), st.sampled_from(ZONES_READ), st.booleans())
+@example(datetime(2026, 10, 25, 0, 30), 'Europe/Paris', 'UTC', True)
+@example(datetime(2026, 10, 25, 1, 30), 'Europe/Paris', 'UTC', True)
+@example(datetime(2026, 10, 25, 1, 30), 'Europe/Paris', 'Europe/Paris', False)
+def test_whatever_time_is_shown_can_be_typed(moment, zone, readers, for_others):
+    moment, zone = moment.replace(tzinfo=UTC), read_zone(zone)
+    text = cmres.format_moment(moment, zone) if for_others else cmres.format_time(moment, zone)
+    assert cmres.parse_time(text, read_zone(readers) if for_others else zone, NOON) == moment
+
+
+@pytest.mark.parametrize('start, end, ends', [  # an end without a date is the first after the start
+    ('22:00', '6:00', '2026-12-02T06:00'), ('tomorrow 9:00', '17:00', '2026-12-02T17:00'),
+    ('2027-03-01 9:00', '17:00', '2027-03-01T17:00'), ('2027-03-01 9:00', 'wed 17:00', '2027-03-03T17:00'),
+    ('2027-03-01 9:00', '3 mar', '2027-03-03T00:00'), ('now', '2h', '2026-12-01T14:00'),
+    ('+1h', '90 min', '2026-12-01T14:30'), ('mon 9:00', '24:00', '2026-12-08T00:00'), ('2h', '+1:30', '2026-12-01T15:30')])
+def test_an_end_is_read_from_its_start_on(app, start, end, ends):
+    body = {'label': 'lab', 'resource': 'demo', 'start': start, 'end': end}
+    made = app.call('POST', '/reservation/', body, 201).json
+    assert made['end'] == f'{ends}:00+00:00'
+
+
 @pytest.mark.parametrize('text', [
-    '', 'tomorrow', '2026', '2026-12', '10:30', '1e3', '1764579600', '2026-02-30', '2026-13-01', '01.12.2026',
-    '2026-12-01T25:00', '2026-12-01T09:00+25:00', '2026-12-01T09:00 Europe/Paris', '-1h', '+', '+2', '+h',
+    '', '2026', '2026-12', '1e3', '1764579600', '2026-02-30', '2026-13-01', '31.02.2026', '32 dec',
+    '2026-12-01T25:00', '2026-12-01T09:00+25:00', '2026-12-01T09:00 Europe/Nowhere', '-1h', 'soon', '25:00', '9:60',
+    '13pm', '0am', '24:01', 'mon tue 9:00', '9:00 17:00', 'mo nday', 't 9:00', '9', 'next 9:00', '1 foo 2026 9:00',
+    '2026-12-01 09:00 (nowhere)', '2 months', '+', '+2', '+h',
     '1969-12-31T23:59:59Z', '2200-01-01T00:00Z', '0001-01-01T00:00+14:00', '9999-12-31T23:59-14:00'])
 def test_what_is_no_time_is_refused(text):
     with pytest.raises(ValueError, match='is not'):
@@ -222,13 +392,16 @@ def test_what_is_no_time_is_refused(text):
 
 @pytest.mark.parametrize('text, seconds', [
     ('2h', 7200), ('+2h', 7200), ('1d12h', 129600), ('+1d12h', 129600), ('90m', 5400), ('1h30m', 5400), ('30s', 30),
-    ('1w', 604800), ('2H', 7200), ('PT2H', 7200), ('PT90M', 5400), ('P1DT2H', 93600), ('P1W', 604800), ('0h', 0)])
+    ('1w', 604800), ('1.5h', 5400), ('90min', 5400), ('2 hours', 7200), ('1 hour 30 minutes', 5400), ('+1:30', 5400),
+    ('1:30', 5400), ('1 day', 86400), ('1.5d', 129600), ('2 weeks', 1209600), ('45 sec', 45), ('0.333h', 1199),
+    ('2H', 7200), ('PT2H', 7200), ('PT90M', 5400), ('P1DT2H', 93600), ('P1W', 604800), ('0h', 0)])
 def test_a_duration_is_read(text, seconds):
     assert cmres.parse_duration(text) == timedelta(seconds=seconds)
 
 
 @pytest.mark.parametrize('text', [
-    '', '+', '2', 'h', '-1h', '1.5h', '1h30', '12h1d', '2h2h', 'two hours', 'P', 'PT', 'P1M', 'P1Y', '99999d', '1:30'])
+    '', '+', '2', 'h', '-1h', '1.h', '1h30', '12h1d', '2h2h', 'two hours', 'P', 'PT', 'P1M', 'P1Y', '99999d', '1:60',
+    '1,5h', '2 months', '1:2:3', '9999999999w'])
 def test_what_is_no_duration_is_refused(text):
     with pytest.raises(ValueError, match='is not a duration|is longer than'):
         cmres.parse_duration(text)
@@ -263,11 +436,12 @@ def folder(tmp_path, monkeypatch):
     return lambda name, text: (tmp_path / name).write_text(text, encoding='utf-8') and name
 
 
-OTHER = {str: 'Europe/Paris', int: '9', float: '0.5', bool: 'yes', 'common_names': 'key:course'}
+OTHER = {str: 'Europe/Paris', int: '9', float: '0.5', bool: 'yes', 'common_names': 'key:course',
+         'metrics': 'open', 'log_format': 'json', 'trusted_proxies': '10.0.0.0/8', 'connections': '99'}
 
 
 def test_without_anything_every_setting_has_its_default(folder):
-    assert load_config(environ={}) == Config()
+    assert load_config(environ={'TZ': 'UTC'}) == Config()
     assert (Config().database, Config().host, Config().port) == ('cmres.db', '127.0.0.1', 8080)
 
 
@@ -386,7 +560,7 @@ def test_a_new_identity_needs_no_restart(folder, world):
 
 def test_the_example_lists_every_setting_at_its_default_with_its_reason(folder):
     text = (MODULE.parent / 'config.example.ini').read_text()
-    assert load_config(folder('as-it-is.ini', text), {}) == Config()
+    assert load_config(folder('as-it-is.ini', text), {'TZ': 'UTC'}) == Config()
     taken = folder('taken.ini', '\n'.join(line.removeprefix('#') for line in text.splitlines()
                                           if (not line.startswith('# ') or line.startswith('#    ')) and 'biology' not in line))
     sections = cmres.read_config_file(taken)
@@ -403,14 +577,14 @@ FINE = {'label': 'lab', 'resource': 'demo', 'start': '+1h', 'end': '+1h'}
 
 @pytest.mark.parametrize('given, sentence', [
     ({'lable': 'x'}, "add has no argument 'lable'; did you mean 'label'?"),
-    ({'end': None}, 'end is missing: an instant, or a length from the start such as +2h'),
+    ({'end': None}, 'end is missing: a time, or a length from the start such as +2h'),
     ({'vms': 'lots'}, 'vms: "lots" is not a whole number'),
     ({'vms': '0'}, 'vms: 0 is not between 1 and 1000000'),
     ({'vms': '1e3'}, 'vms: "1e3" is not a whole number'),
     ({'vms': '1000001'}, 'vms: 1000001 is not between 1 and 1000000'),
-    ({'start': 'tomorrow'}, "start: 'tomorrow' is not a time; write 2026-12-01T09:00, now or +2h"),
-    ({'end': '+2'}, "end: '+2' is not a duration; write 2h, 1d12h, 90m or PT2H"),
-    ({'lead': 'soon'}, "lead: 'soon' is not a duration; write 2h, 1d12h, 90m or PT2H"),
+    ({'start': 'soon'}, "start: 'soon' is not a time; write 2026-12-01 09:00, 17:00, tomorrow 9:00, mon 9:00, now or +2h"),
+    ({'end': '+2'}, "end: '+2' is not a duration; write 2h, 1d12h, 90m, 1.5h or PT2H"),
+    ({'lead': 'soon'}, "lead: 'soon' is not a duration; write 2h, 1d12h, 90m, 1.5h or PT2H"),
     ({'label': 'a b'}, 'label: "a b" is not a name of 1 to 64 letters'),
     ({'label': 'x' * 65}, 'is not a name of 1 to 64 letters'),
     ({'label': 'add'}, 'label: "add" is not a name of 1 to 64 letters'),
@@ -595,8 +769,8 @@ def serving(tmp_path):
 
 
 def from_dump(path, dump: str):
-    """A database file out of its dump."""
-    import sqlite3
+    """A database file out of its dump, in the place of one that may be there."""
+    Path(path).unlink(missing_ok=True)
     made = sqlite3.connect(path)
     made.executescript(dump)
     made.execute('PRAGMA journal_mode = WAL')
@@ -653,8 +827,7 @@ def test_a_store_of_a_newer_version_is_refused_and_left_as_it_is(run, tmp_path):
         assert code == 1 and 'a newer cmres wrote the database' in err, command
     newer = run('store', 'backup', 'newer.db')
     assert newer[0] == 0 and 'a newer cmres' in run('store', 'restore', 'newer.db')[2]
-    import sqlite3
-    assert list(sqlite3.connect('cmres.db').iterdump()) == before
+    assert dump(sqlite3.connect('cmres.db')) == before
 
 
 def test_the_next_version_is_reached_from_the_first_whatever_the_models_say_by_then(tmp_path, monkeypatch):
@@ -727,6 +900,18 @@ def test_serve_makes_a_store_and_what_to_try_in_an_empty_folder_only(serving, tm
     furnished.stop()
     shown = serving('--demo', folder=other)
     assert "Made the resource 'demo'" in shown.said() and shown.ask('GET', '/resource/')[0] == 200
+
+
+@pytest.mark.parametrize('command', [
+    'list', 'show lab', 'add lab demo +1h +1h', 'resource list', 'events', 'check', 'tick', 'scheduler',
+    'store orphans', 'store backup b.db', 'store migrate', 'token add eva'])
+def test_only_serve_makes_a_store(run, tmp_path, command):
+    """In a wrong folder, a command that made one would answer as if nothing were reserved."""
+    os.remove('cmres.db')
+    code, out, err = run(*command.split())
+    assert code == 1 and not out and f"there is no database '{tmp_path}/cmres.db'" in err, err
+    assert '`serve` makes one' in err and '--demo' in err and 'setting `database`' in err
+    assert os.listdir(tmp_path) == []
 
 
 def test_files_of_a_store_are_its_owners_alone_and_nothing_in_them_signs(serving, tmp_path, monkeypatch):
@@ -823,21 +1008,165 @@ def test_a_store_that_is_replaced_while_serving_takes_no_writes(serving, tmp_pat
     assert serve.add('back')[0] == 201 and serve.names() == {'demo', 'back'}
 
 
-def test_a_store_that_is_overwritten_with_another_takes_no_writes(serving, tmp_path):
-    """`cp` leaves the file what it is for the system, and SQLite reads what is in it now."""
-    import sqlite3
-    serve = serving()
-    (tmp_path / 'other').mkdir()
-    for command in (['resource', 'add', 'other'], ['store', 'backup', '../other.db']):
-        assert cli(tmp_path / 'other', *command).returncode == 0
-    line = sqlite3.connect(tmp_path / 'cmres.db')
-    line.execute('PRAGMA wal_checkpoint(TRUNCATE)').fetchall()  # else the log still holds all of it
+def overwrite(path, data: bytes) -> None:
+    """Writes into a file as `cp` does: it stays what it is for the system."""
+    Path(path).write_bytes(data)
+
+
+def copied_into_it(path, truncate: bool = True) -> bytes:
+    """The database file, once all of the log is in it; another connection sees to that."""
+    line = sqlite3.connect(path)
+    line.execute(f"PRAGMA wal_checkpoint({'TRUNCATE' if truncate else 'PASSIVE'})").fetchall()
     line.close()
-    shutil.copyfile(tmp_path / 'other.db', tmp_path / 'cmres.db')
-    soon(lambda: 'was overwritten with the store' in str(serve.ask('GET', '/readyz')[1]))
-    status, answer = serve.add('late')
-    assert status == 503 and 'was overwritten with the store' in answer['error']
-    assert labels_in(tmp_path / 'cmres.db', 'SELECT name FROM resource') == {'other'}
+    return Path(path).read_bytes()
+
+
+OVERWRITTEN = ['older', 'backup', 'another', 'empty', 'half', 'newer', 'zeros', 'a byte']
+
+
+@pytest.mark.parametrize('before, what', [
+    *itertools.product(['all is copied', 'some is in the log'], OVERWRITTEN),
+    *itertools.product(['nobody has seen the copying'], OVERWRITTEN[:5])])
+def test_a_store_that_is_overwritten_in_place_is_noticed_until_it_is_right(
+        app, world, tmp_path, before, what):
+    """SQLite reads what is in the file now, or what it remembers, and notices nothing."""
+    path = Path(world.config.database)
+    older = copied_into_it(path)
+    cmres.copy_store(str(path), str(tmp_path / 'backup'))
+    app.call('POST', '/resource', {'name': 'early'}, 201)
+    first = copied_into_it(path, truncate=False)
+    if before == 'all is copied':
+        app.call('GET', '/resource')
+    if before == 'some is in the log':
+        app.call('POST', '/resource', {'name': 'logged'}, 201)
+    data = {'older': older, 'backup': (tmp_path / 'backup').read_bytes(),
+            'another': another_store(tmp_path / 'another'),
+            'empty': b'', 'half': first[:len(first) // 8192 * 4096],
+            'zeros': first[:4096] + bytes(8192) + first[12288:],
+            'a byte': first[:9000] + bytes([first[9000] ^ 1]) + first[9001:]}.get(what)
+    if what == 'newer':
+        (tmp_path / 'newer').write_bytes(first)
+        with contextlib.closing(sqlite3.connect(tmp_path / 'newer')) as line, line:
+            line.execute("UPDATE resource SET name = 'since' WHERE name = 'early'")
+        data = copied_into_it(tmp_path / 'newer')
+    overwrite(path, data)
+    for verb in ('POST', 'GET', 'POST'):
+        body = {'name': 'late'} if verb == 'POST' else None
+        answer = app.call(verb, '/resource', body, 503).json['error']
+        assert "'cmres.db' was overwritten by another program" in answer
+        assert 'store restore' in answer
+    ready = webtest.TestApp(cmres.rest(world.service))
+    assert 'was overwritten' in ready.get('/readyz', status=503).json['store']['fault']
+    overwrite(path, first)
+    app.call('POST', '/resource', {'name': 'back'}, 201)
+    logged = {'logged'} if before == 'some is in the log' else set()
+    found = labels_in(path, 'SELECT name FROM resource')
+    assert found == {'demo', 'early', 'back'} | logged
+    assert cmres.verify_store(str(path))['result'] == 'ok'
+
+
+def another_store(path) -> bytes:
+    """What a database of something else holds."""
+    line = sqlite3.connect(path)
+    line.executescript('CREATE TABLE fact (name PRIMARY KEY, value); PRAGMA journal_mode = WAL')
+    line.close()
+    return path.read_bytes()
+
+
+@pytest.mark.parametrize('size', [None, 0], ids=['small', 'large'])
+def test_what_sqlite_does_to_the_file_is_no_overwriting_nor_is_a_new_date(app, world, monkeypatch, size):
+    path = Path(world.config.database)
+    if size is not None:
+        monkeypatch.setattr(cmres, 'MOST_DIGESTED', size)
+    for n in range(3):
+        for truncate in (True, False):
+            app.call('POST', '/resource', {'name': f'r{n}{truncate}'}, 201)
+            copied_into_it(path, truncate)
+            app.call('GET', '/resource')
+    os.utime(path)
+    app.call('POST', '/resource', {'name': 'late'}, 503 if size == 0 else 201)
+
+
+def test_while_somebody_reads_a_part_of_the_log_is_copied_and_that_is_no_overwriting(app, world):
+    """Of a page that was written again since, the file has neither what it was nor what it is."""
+    path = Path(world.config.database)
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as reader:
+        for n in range(4):
+            long = {'label': f'long-{n}', 'description': 'y' * 20000}  # on pages of its own
+            app.call('POST', '/reservation/', FINE | long, 201)
+            reader.execute('BEGIN')
+            reader.execute('SELECT count(*) FROM resource').fetchall()
+            app.call('POST', '/resource', {'name': f'since-{n}'}, 201)
+            before = path.stat().st_mtime_ns
+            copied_into_it(path, truncate=False)
+            assert path.stat().st_mtime_ns > before
+            app.call('POST', '/resource', {'name': f'then-{n}'}, 201)
+            reader.execute('COMMIT')
+
+
+def test_a_log_or_an_index_that_is_an_older_one_is_noticed(app, world):
+    path = Path(world.config.database)
+    index, log = (path.with_name(path.name + side) for side in ('-shm', '-wal'))
+    app.call('POST', '/resource', {'name': 'early'}, 201)
+    before = index.read_bytes()
+    app.call('POST', '/resource', {'name': 'more'}, 201)
+    now = index.read_bytes()
+    write_over(index, before)
+    answer = app.call('GET', '/resource', status=503).json['error']
+    assert "'cmres.db-shm' was overwritten" in answer
+    write_over(index, now)
+    app.call('GET', '/resource')
+    data = log.read_bytes()
+    os.truncate(log, len(data) // 2)
+    answer = app.call('POST', '/resource', {'name': 'late'}, 503).json['error']
+    assert "'cmres.db-wal' was overwritten" in answer
+    write_over(log, data)
+    app.call('POST', '/resource', {'name': 'back'}, 201)
+
+
+def write_over(path, data: bytes) -> None:
+    """Writes over a file without cutting it off."""
+    with open(path, 'r+b') as file:
+        file.write(data)
+
+
+def test_all_processes_know_that_a_store_is_overwritten(serving, tmp_path):
+    """Also one that begins since, which has not seen what was in the file."""
+    serve = serving()
+    older = copied_into_it(tmp_path / 'cmres.db')
+    assert serve.add('early')[0] == 201
+    first = copied_into_it(tmp_path / 'cmres.db')
+    overwrite(tmp_path / 'cmres.db', older)
+    for _ in range(2):
+        again = cli(tmp_path, 'resource', 'add', 'late', **serve.env)
+        assert again.returncode == 1
+        assert "'cmres.db' was overwritten by another program" in again.stderr
+    lost(serve, 'cmres.db', 'was overwritten')
+    overwrite(tmp_path / 'cmres.db', first)
+    assert serve.add('back')[0] == 201 and serve.names() == {'demo', 'early', 'back'}
+
+
+def test_when_all_processes_have_ended_the_file_alone_has_everything(serving, tmp_path):
+    """Whoever copies or moves the database then needs no other file."""
+    serve = serving()
+    assert serve.add('early')[0] == 201
+    serve.stop()
+    with contextlib.closing(sqlite3.connect(f'file:{tmp_path}/cmres.db?immutable=1', uri=True)) as alone:
+        assert alone.execute("SELECT count(*) FROM resource WHERE name = 'early'").fetchone() == (1,)
+    assert serve.names() == {'demo', 'early'}
+    assert not list(tmp_path.glob('cmres.db-*'))
+
+
+def test_readiness_is_asked_anew_when_something_went_wrong_since(app, world):
+    ready = webtest.TestApp(cmres.rest(world.service))
+    world.at(0)
+    assert ready.get('/readyz').json['status'] == 'ready'
+    path = Path(world.config.database)
+    path.rename(path.with_name('away'))
+    assert 'was removed' in ready.get('/readyz', status=503).json['store']['fault']
+    path.with_name('away').rename(path)
+    app.call('GET', '/resource')
+    assert ready.get('/readyz').json['status'] == 'ready'
 
 
 def test_what_was_acknowledged_survives_the_loss_of_the_log(serving, tmp_path):
@@ -857,7 +1186,7 @@ def test_an_empty_file_or_another_store_in_its_place_is_refused_at_the_start(run
     Path('cmres.db').touch()
     assert "'cmres.db' is empty, but its key is of store" in run('list')[2]
     os.remove('cmres.db')
-    assert run('list', '--config', Path('o.ini').write_text('[cmres]\ndatabase = other.db\n') and 'o.ini')[0] == 0
+    cmres.open_store('other.db')
     cmres.close_store()
     os.rename('other.db', 'cmres.db')
     assert 'put the right file back' in run('list')[2]
@@ -967,7 +1296,6 @@ def test_damage_met_while_serving_is_named_and_stays_known_until_it_is_gone(serv
 
 def page_of(path, table: str) -> list[int]:
     """The root page of a table, and of its indexes."""
-    import sqlite3
     found = sqlite3.connect(path).execute('SELECT rootpage FROM sqlite_master WHERE tbl_name = ?', (table,)).fetchall()
     return [each[0] for each in found]
 
@@ -1010,7 +1338,6 @@ def test_a_mistake_of_ours_is_500_with_a_number_that_is_in_the_log(app, monkeypa
 
 def test_the_first_cause_of_a_failed_transaction_is_told(world):
     """An inner transaction finds nothing to undo once SQLite has undone all of it."""
-    import sqlite3
     def full():
         cmres.db.connection().execute('ROLLBACK')
         raise sqlite3.OperationalError('database or disk is full')
@@ -1076,7 +1403,6 @@ def ini(folder, world) -> str:
 
 def labels_in(path, query: str = 'SELECT label FROM reservation') -> set[str]:
     """The labels in a database file."""
-    import sqlite3
     return {each[0] for each in sqlite3.connect(path).execute(query)}
 
 
@@ -2648,7 +2974,8 @@ def occur(run, tmp_path):
     """`occurrences` for the bytes of a file: (exit code, what it printed, errors)."""
     def occur(data: bytes, *options):
         (tmp_path / 'f.ics').write_bytes(data)
-        return run('occurrences', 'f.ics', '--format=json', *options)
+        code, out, err = run('occurrences', 'f.ics', '--format=json', *options)
+        return code, out, f"cmres: {json.loads(err)['error']}\n" if err.startswith('{') else err
     return occur
 
 
@@ -3369,7 +3696,8 @@ WRITES = {
     'delete': {'label': 'lab'}, 'keep': {'label': 'on', 'until': '+1h'}, 'skip': {'label': 'lab'},
     'generate': {'count': 3}, 'resource_add': {'name': 'new', 'vms': 3}, 'resource_delete': {'name': 'india'},
     'resource_update': {'name': 'demo', 'vms': 1, 'force': True}, 'token_add': {'user': 'eva'},
-    'token_revoke': {'id': 1}, 'import_': {'file': calendar(event(
+    'token_revoke': {'id': 1}, 'token_renew': {'id': 1, 'lasts': '30d'}, 'user_end': {'user': 'zoe'},
+    'import_': {'file': calendar(event(
         'DTSTART:20261202T090000Z', 'DURATION:PT1H', 'LOCATION:2 x m1.tiny on demo')).decode()}, 'calendar_feed': {},
     'calendar_revoke': {'id': 1}, 'calendar_subscribe': {'url': 'http://127.0.0.1:9/bob.ics', 'resource': 'demo'},
     'calendar_unsubscribe': {'id': 1}, 'calendar_confirm': {'id': 1},
@@ -3389,6 +3717,7 @@ def furnished(world) -> World:
     """Makes that each of WRITES has something to change."""
     service = world.service
     service.token_add('root', 'default', 'admin')
+    service.token_add('zoe')
     service.resource_add('india')
     service.calendar_feed()
     service.calendar_subscribe('http://127.0.0.1:9/eva.ics')
@@ -3940,7 +4269,12 @@ QUESTIONS = {
     'claim': lambda of, start: of.claim('s1', ['place-3'], 'p', vcpus=1) if of.actor.role == 'admin' else None,
     'refused': lambda of, start: without_room(of, start),
     'events LABEL': lambda of, start: of.events('known'),
-    'events': lambda of, start: of.events(limit=10)}
+    'events': lambda of, start: of.events(limit=10),
+    'report': lambda of, start: of.report(since=start - hours(2)),
+    'servers LABEL': lambda of, start: of.servers('known'),
+    'update LABEL': lambda of, start: of.update('known', description='another'),
+    'skip LABEL': lambda of, start: of.skip('known', dry_run=True),
+    'events after one': lambda of, start: of.events(after=cmres.row('SELECT max(id) AS id FROM event').id - 5)}
 
 
 @pytest.mark.parametrize('statistics', [False, True])
@@ -4097,6 +4431,22 @@ def test_no_question_looks_through_a_table_that_grows(tmp_path, monkeypatch, sta
         visitor.get(path, status='*')
     doing[0] = 'feed'
     web.get(shown)
+    for path in ('/healthz', '/readyz', '/openapi.json', f'{BASE}/reservation/'):
+        doing[0] = f'REST {path}'
+        web.get(path, status='*')
+    doing[0] = 'the check of a form'
+    visitor.get('/book/check?resource=demo&start=2026-12-02T10:00&end=2026-12-02T11:00&vms=1&repeat=daily', status='*')
+    for lines in (lines_of(4, vms=5, wait=True), lines_of(4, vms=5, at_end='stop')):
+        doing[0] = 'load in pieces'
+        with pytest.MonkeyPatch.context() as patched, contextlib.suppress(Error):
+            patched.setattr(cmres, 'PIECE', 0)
+            service.load([*lines, {'label': 'much', 'resource': 'demo', 'start': '+1h', 'end': '+1h', 'vms': 10**7}])
+    with pytest.MonkeyPatch.context() as patched, contextlib.suppress(Error):
+        doing[0] = 'a calendar is looked at'
+        text = calendar(event('DTSTART:20261205T140000Z', 'DURATION:PT1H', 'DESCRIPTION:1 x m1.small cirros on demo'))
+        patched.setattr(cmres, 'fetch', lambda *_: (200, {}, text))
+        for _ in range(2):
+            service.poll(cmres.row('SELECT * FROM subscription'))
     for hour in (0, 1.5, 30):
         doing[0] = f'life cycle at {hour}'
         world.at(hour)
@@ -4281,6 +4631,9 @@ def test_a_list_has_short_texts_and_each_page_few_bytes(world, service):
     many = {f'k{n}': 'v' * 255 for n in range(128)}
     for number in range(60):
         book(service, f'm{number}', 2 + number, 3 + number, metadata=many)
+    for many_lines in (service.delete(user='root', dry_run=True),
+                       service.resource_update('demo', vms=0, force=True, dry_run=True)['no_longer_fit']):
+        assert len(many_lines) == 61 and len(cmres.json_text(many_lines)) < 100_000
     seen, after, sizes = [], '', []
     while page := service.list(limit=1000, after=after):
         seen += page
@@ -4371,6 +4724,166 @@ def test_a_process_that_may_not_act_forgets_nothing_and_what_is_not_delivered_st
     world.at(24 * 501 + 1)
     with pytest.raises(NotFound):
         service.show('old')
+
+
+def test_a_pass_asks_one_question_when_nothing_is_due_whatever_has_failed_before(tmp_path, monkeypatch):
+    world = furnished(World(tmp_path, private_addresses=True, webhook='http://127.0.0.1:9/x'))
+    service, eva, cycle = world.service, world.as_user(), world.cycle
+    book(eva, 'mails', 1, 2, notify=['eva@example.org', 'http://127.0.0.1:9/y', 'http://127.0.0.1:9/z'])
+    service.resource_add('tight', vms=1)
+    eva.add('rep', 'tight', NOON + hours(1), hours(1), repeat='daily', count=3)
+    book(eva, 'waits', 1, 2, 'tight', wait=True)
+    for hour in (1, 2, 9, 100):
+        world.at(hour)
+    asked, begun, run = [], [0], cmres.run
+    monkeypatch.setattr(cmres, 'run', lambda sql, *values: (asked.append(sql), run(sql, *values))[1])
+    cmres.db.connection().set_trace_callback(lambda sql: begun.__setitem__(0, begun[0] + sql.startswith('BEGIN')))
+    costs, end = [], world.now + 60
+    while world.now < end:
+        before = len(asked)
+        wait = cycle.one_pass()
+        costs.append(len(asked) - before)
+        assert len(costs) < 120
+        world.now += min(max(wait, 0), 1)
+        until(lambda: cycle.results.qsize() == len(cycle.flying))
+    cmres.db.connection().set_trace_callback(None)
+    assert sorted(costs)[len(costs) // 2] == 1, collections.Counter(asked).most_common(20)
+    assert begun[0] < 30, begun  # the lease is renewed every 3 seconds
+
+
+# Service: long work lets others write ########################################
+
+
+def test_the_life_cycle_writes_first_then_who_has_written_least_then_who_waits_longest():
+    turns, wrote = cmres.Turns(), []
+    turns.written.update({'much': 5.0, 'little': 1.0})
+
+    def writes(name, first=False):
+        with cmres.acting_for(name):
+            assert turns.acquire(60, first)
+            wrote.append((name, first))
+            turns.release()
+    assert turns.acquire(60) and turns.acquire(60)  # one thread, twice
+    threads = []
+    for asked in (('much',), ('little',), ('new',), ('much',), ('', True)):
+        threads.append(threading.Thread(target=writes, args=asked))
+        threads[-1].start()
+        until(lambda: len(turns.waiting) == len(threads))
+    turns.release()
+    assert not wrote
+    turns.release()
+    for each in threads:
+        each.join()
+    assert wrote == [('', True), ('new', False), ('little', False), ('much', False), ('much', False)]
+    assert turns.holder is None
+
+
+def test_who_waits_for_a_turn_in_vain_waits_no_longer():
+    turns, came = cmres.Turns(), []
+    turns.acquire()
+    thread = threading.Thread(target=lambda: came.append(turns.acquire(0)))
+    thread.start()
+    thread.join()
+    assert came == [False] and not turns.waiting
+    turns.release()
+    assert turns.acquire(0)
+
+
+MACHINES = {'flavor': 'm1.tiny', 'image': 'cirros', 'notify': ['eva@example.org']}
+
+
+def lines_of(number: int, **more) -> list[dict]:
+    return [{'label': f'l{n}', 'resource': 'demo', 'start': '+1s', 'end': '+1h'} | MACHINES | more for n in range(number)]
+
+
+def between(monkeypatch, service, deed):
+    """Lets every line be a piece of its own, and does something after each; the number of pieces."""
+    monkeypatch.setattr(cmres, 'PIECE', 0)
+    pieces = itertools.count(1)
+    service.wake = lambda: deed(next(pieces))
+
+
+def test_between_pieces_of_a_load_others_write_and_nothing_of_it_starts_or_is_told(world, monkeypatch):
+    eva, others = world.as_user(), world.as_user('bob', 'chemistry')
+    seen = []
+
+    def meanwhile(piece):
+        if piece < 4:
+            world.now += 10
+            book(others, f'other-{piece}', 10, 11, vms=1)
+            world.cycle.settle()
+            seen.append((cmres.row('SELECT count(*) AS n FROM occurrence').n, len(cmres.rows('SELECT id FROM server')),
+                         [each.tries for each in cmres.rows('SELECT tries FROM outbox')]))
+    between(monkeypatch, eva, meanwhile)
+    assert len(eva.load(lines_of(4, vms=1))['taken']) == 4
+    assert seen == [(2, 0, [0]), (4, 0, [0, 0]), (6, 0, [0, 0, 0])]
+    world.cycle.settle()
+    assert len(cmres.rows('SELECT id FROM server')) == 4 and not cmres.rows(f'SELECT * FROM fact WHERE {cmres.STAGED}')
+    assert cmres.row('SELECT max(tries) AS n FROM outbox').n == 1  # of one owner one after the other
+
+
+def test_of_a_load_in_pieces_that_is_refused_nothing_is_left(world, monkeypatch):
+    service = world.service
+    book(service, 'before', 5, 6)
+    tables = ('reservation', 'occurrence', 'step', 'outbox', 'wait', 'extra_hold', 'server', 'texts')
+    before = [cmres.rows(f'SELECT * FROM {table}') for table in tables]
+    last = cmres.row('SELECT max(id) AS id FROM event').id
+    between(monkeypatch, service, lambda piece: None)
+    with pytest.raises(Conflict, match='2 of 5 lines were refused, so nothing was reserved') as refusal:
+        service.load(lines_of(4, vms=5, wait=False, at_end='stop') + [{'label': 'l0'}])
+    assert [each['line'] for each in refusal.value.details['refused']] == [4, 5]
+    with pytest.raises(Conflict, match='1 of 4 lines'):
+        service.load(lines_of(4, vms=5, description='x' * 2000))
+    assert [[each for each in cmres.rows(f'SELECT * FROM {table}') if 'size' not in each._fields or each.size]
+            for table in tables] == before
+    assert cmres.row('SELECT max(id) AS id FROM event').id > last  # no id comes twice
+    assert service.check()['differences'] == 0
+
+
+def test_what_a_process_has_begun_to_load_before_it_died_is_dropped_in_a_minute(world, monkeypatch):
+    def dies(piece):
+        if piece == 3:
+            raise SystemExit
+    eva = world.as_user()
+    between(monkeypatch, eva, dies)
+    with pytest.raises(SystemExit):
+        eva.load(lines_of(5, vms=1))
+    for seconds, left in ((30, 3), (59, 3), (61, 0)):
+        world.now = NOON.timestamp() + seconds
+        world.cycle.settle()
+        assert cmres.row('SELECT count(*) AS n FROM reservation').n == left
+        assert not cmres.rows('SELECT id FROM server')
+    assert world.service.check()['differences'] == 0 and not cmres.rows(f'SELECT * FROM fact WHERE {cmres.STAGED}')
+    assert len(eva.load(lines_of(5, vms=1))['taken']) == 5
+
+
+def test_between_the_events_of_a_calendar_others_write(world, monkeypatch):
+    eva, seen = world.as_user(), []
+    between(monkeypatch, eva, lambda piece: seen.append(cmres.row('SELECT count(*) AS n FROM reservation').n))
+    text = calendar(''.join(event(f'DTSTART:2026120{n}T140000Z', 'DURATION:PT1H', 'DESCRIPTION:1 x m1.small cirros on demo',
+                                  uid=str(n)) for n in range(2, 6)))
+    assert {each['outcome'] for each in eva.import_(text.decode())['events']} == {'booked'}
+    assert seen[:4] == [1, 2, 3, 4]
+
+
+def test_next_is_answered_who_has_the_fewest_requests_under_way():
+    line, answered = cmres.Line(), []
+
+    def channel(user):
+        return types.SimpleNamespace(requests=[types.SimpleNamespace(headers={'AUTHORIZATION': user})], addr=('::1', 1))
+    waits = [channel(user) for user in ('bad', 'bad', 'bad', 'worse', 'worse', 'good')]
+    for each in waits:
+        line.append(each)
+
+    def answers():
+        answered.append(line.popleft().requests[0].headers['AUTHORIZATION'])
+        gone.wait()
+    gone, threads = threading.Event(), [threading.Thread(target=answers) for _ in range(5)]
+    for number, each in enumerate(threads, 1):
+        each.start()
+        until(lambda: len(answered) == number)
+    assert answered == ['bad', 'worse', 'good', 'bad', 'worse'] and len(line) == 1
+    gone.set()
 
 
 # Service: series #############################################################
@@ -4464,7 +4977,8 @@ def rules(draw):
     add('BYMONTHDAY', st.integers(-31, 31).filter(bool)) if freq != 'WEEKLY' else None
     add('BYMONTH', st.integers(1, 12))
     add('BYYEARDAY', st.integers(-366, 366).filter(bool), one_in=8) if freq == 'YEARLY' else None
-    add('BYWEEKNO', st.integers(1, 53), one_in=8) if freq == 'YEARLY' else None
+    # Of the last week of the year before dateutil counts wrong: see the test of weeks.
+    add('BYWEEKNO', st.integers(1, 51), one_in=8) if freq == 'YEARLY' else None
     add('WKST', DAYS, 1, 6)
     if ordinal and any(part.startswith('BY') for part in parts):
         add('BYSETPOS', st.integers(-3, 3).filter(bool), 2, 4)
@@ -4543,7 +5057,7 @@ def test_a_rule_that_is_begun_near_a_window_gives_what_it_gives_from_its_first_d
 
 
 def test_a_series_of_half_a_century_costs_no_more_than_a_new_one():
-    """Counted, not timed: how many wall times dateutil gives for one year of it."""
+    """Counted, not timed: how many wall times its rule gives for one year of it."""
     old = cmres.Stretch('1970-01-01T09:00:00', 3600, 'UTC', 1, 1, 'FREQ=DAILY;COUNT=30000')
     given, rule_walls = [], cmres.rule_walls
     with pytest.MonkeyPatch.context() as patch:
@@ -4557,6 +5071,22 @@ def test_of_weeks_alone_the_weekday_is_that_of_the_start():
     series = cmres.Stretch('2027-05-18T10:00:00', 3600, 'UTC', 1, 1, 'FREQ=YEARLY;BYWEEKNO=20;COUNT=3')
     assert [f'{wall:%Y-%m-%d %a}' for wall in cmres.walls(series)] == [
         '2027-05-18 Tue', '2028-05-16 Tue', '2029-05-15 Tue']
+
+
+@pytest.mark.parametrize('number', [1, 2, 52, 53, -1, -52])
+def test_weeks_are_those_of_the_calendar_of_weeks(number):
+    rule = f'FREQ=YEARLY;BYWEEKNO={number};BYDAY={",".join(cmres.WEEKDAYS)}'
+    first, last = datetime(1990, 1, 1), datetime(2030, 1, 1)
+    found = itertools.takewhile(lambda wall: wall < last, cmres.followed(rule, first, first))
+
+    def meant(day: datetime) -> int:
+        year, week, _ = day.isocalendar()
+        return week if number > 0 else week - datetime(year, 12, 28).isocalendar()[1] - 1
+    days = (first + timedelta(days=n) for n in range((last - first).days))
+    expected = [day for day in days if meant(day) == number]
+    if number == -52:  # of the next year's first week, as of all, only a rule from there on knows
+        expected = [day for day in expected if day.isocalendar()[0] == day.year]
+    assert [*found] == expected
 
 
 def test_a_slot_of_later_that_was_moved_into_a_window_is_found():
@@ -4725,6 +5255,17 @@ def test_a_day_that_a_zone_left_out_gives_the_instant_after_it(world):
     ('monthly on last fri', 'FREQ=MONTHLY;BYDAY=-1FR', ['12-25', '01-29']),
     ('monthly on 15,-1', 'FREQ=MONTHLY;BYMONTHDAY=15,-1', ['12-15', '12-31', '01-15']),
     ('yearly', 'FREQ=YEARLY', ['12-01']),
+    ('every tuesday', 'FREQ=WEEKLY;BYDAY=TU', ['12-01', '12-08']),
+    ('every Tue and Thu', 'FREQ=WEEKLY;BYDAY=TU,TH', ['12-01', '12-03', '12-08']),
+    ('every other tue', 'FREQ=WEEKLY;INTERVAL=2;BYDAY=TU', ['12-01', '12-15']),
+    ('every other week', 'FREQ=WEEKLY;INTERVAL=2', ['12-01', '12-15']),
+    ('every other week on mondays', 'FREQ=WEEKLY;INTERVAL=2;BYDAY=MO', ['12-14', '12-28']),
+    ('biweekly', 'FREQ=WEEKLY;INTERVAL=2', ['12-01', '12-15']),
+    ('every weekday', 'FREQ=WEEKLY;BYDAY=MO,TU,WE,TH,FR', ['12-01', '12-02', '12-03', '12-04', '12-07']),
+    ('every first monday of the month', 'FREQ=MONTHLY;BYDAY=1MO', ['12-07', '01-04']),
+    ('every month on the 15th and the last day', 'FREQ=MONTHLY;BYMONTHDAY=15,-1', ['12-15', '12-31', '01-15']),
+    ('every tue 2 times', 'FREQ=WEEKLY;BYDAY=TU;COUNT=2', ['12-01', '12-08']),
+    ('daily until 3 dec 2026', 'FREQ=DAILY;UNTIL=20261203T235959', ['12-01', '12-02', '12-03']),
     ('RRULE:FREQ=WEEKLY;BYDAY=WE', 'FREQ=WEEKLY;BYDAY=WE', ['12-02', '12-09']),
     ('freq=weekly;byday=we', 'FREQ=WEEKLY;BYDAY=WE', ['12-02', '12-09']),
 ])
@@ -4744,7 +5285,11 @@ NO_REPETITION = 'is no repetition; write daily, weekdays, weekly on tue,thu, eve
 @pytest.mark.parametrize('given, sentence', [
     ({'repeat': 'sometimes'}, f"repeat: 'sometimes' {NO_REPETITION}"),
     ({'repeat': 'weekly on blursday'}, f"repeat: 'weekly on blursday' {NO_REPETITION}"),
-    ({'repeat': 'every other week'}, NO_REPETITION),
+    ({'repeat': 'every other'}, NO_REPETITION),
+    ({'repeat': 'every 15'}, NO_REPETITION),
+    ({'repeat': 'every 2nd tue'}, NO_REPETITION),
+    ({'repeat': 'weekly until 23 feb'}, "'weekly until 23 feb' names no last date; write it with its year"),
+    ({'repeat': 'weekly until later'}, "'weekly until later' names no last date"),
     ({'repeat': 'weekly on'}, NO_REPETITION),
     ({'repeat': 'monthly on seventh mon'}, NO_REPETITION),
     ({'repeat': 'hourly'}, NO_REPETITION),
@@ -6040,6 +6585,27 @@ def test_a_file_of_reservations_may_have_series(service):
     found = service.load([lesson, lab])
     assert [len(each.get('occurrences', [])) for each in found['taken']] == [3, 0]
     refused(lambda: service.load([lesson | {'label': 'other', 'repeat': 'never'}]))
+
+
+@given(st.sampled_from(['DAILY', 'WEEKLY', 'MONTHLY', 'YEARLY']), st.integers(1, 12),
+       st.lists(st.sampled_from(['MO', 'TU', 'WE', 'TH', 'FR', 'SA', 'SU', '1MO', '-1FR', '5SU', '53TH']), max_size=5, unique=True),
+       st.lists(st.integers(-2, 31).filter(bool), max_size=3, unique=True),
+       st.sampled_from(['', ';COUNT=1', ';COUNT=12', ';UNTIL=20270223T235959', ';BYSETPOS=1']))
+def test_a_repetition_that_is_shown_can_be_typed(freq, interval, days, dates, end):
+    rule = f'FREQ={freq}' + (f';INTERVAL={interval}' if interval > 1 else '')
+    rule += f";BYDAY={','.join(days)}" if days else ''
+    rule += f";BYMONTHDAY={','.join(map(str, dates))}" if dates else ''
+    assert read_repeat(cmres.rule_in_words(rule + end)) == rule + end
+
+
+@pytest.mark.parametrize('rule, words', [
+    ('FREQ=WEEKLY;BYDAY=TU;UNTIL=20270223T100000', 'every Tuesday until 23 Feb 2027'),
+    ('FREQ=WEEKLY;BYDAY=MO,TU,WE,TH,FR', 'every weekday'), ('FREQ=DAILY;COUNT=5', 'every day 5 times'),
+    ('FREQ=WEEKLY;INTERVAL=2;BYDAY=MO,WE', 'every 2 weeks on Monday and Wednesday'),
+    ('FREQ=MONTHLY;BYDAY=-1FR', 'every month on the last Friday'), ('FREQ=YEARLY;BYWEEKNO=20', 'FREQ=YEARLY;BYWEEKNO=20'),
+    ('FREQ=MONTHLY;BYMONTHDAY=1,2,13,-1', 'every month on the 1st, the 2nd, the 13th and the last day')])
+def test_people_see_a_repetition_in_words(rule, words):
+    assert cmres.rule_in_words(rule) == words
 
 
 @pytest.mark.parametrize('words', ['weekly on tux', 'weekly on thirsty', 'monthly on last monkey', 'weekly on m'])
@@ -8788,11 +9354,12 @@ def test_two_that_wait_with_one_server_are_not_let_in_together(world):
 
 def test_openapi_tells_what_parts_hosts_and_classes_are(app):
     found = app.call('GET', '/openapi.json').json['paths']
-    add = found[f'{BASE}/reservation/']['post']['requestBody']['content']['application/json']['schema']
-    assert add['properties']['part']['type'] == 'array' and add['properties']['host']['type'] == 'array'
+    add = found[f'{BASE}/reservation']['post']['requestBody']['content']['application/json']['schema']
+    for name in ('part', 'host'):
+        assert add['properties'][name]['anyOf'][0]['$ref'] == f'#/components/schemas/{name.capitalize()}s'
     assert 'resource' not in add['required'] and {'label', 'start', 'end'} <= set(add['required'])
-    resource = found[f'{BASE}/resource/']['post']['requestBody']['content']['application/json']['schema']
-    assert resource['properties']['classes']['type'] == 'object'
+    resource = found[f'{BASE}/resource']['post']['requestBody']['content']['application/json']['schema']
+    assert resource['properties']['classes']['anyOf'][0]['$ref'] == '#/components/schemas/ResourceClasses'
 
 
 def test_on_the_command_line_options_have_the_names_that_people_give_them(run):
@@ -9296,9 +9863,9 @@ def test_only_an_admin_reserves_for_others(world, service):
 
 
 ADMINS = {'limit_add', 'limit_delete', 'approve', 'reject', 'resource_capacity', 'maintenance_add',
-          'maintenance_delete', 'claim', 'resource_sync', 'resource_add', 'resource_update', 'resource_delete', 'token_add', 'token_list', 'token_revoke', 'check'}
+          'maintenance_delete', 'claim', 'resource_sync', 'resource_add', 'resource_update', 'resource_delete', 'user_end', 'check'}
 READERS = {'list', 'show', 'servers', 'duration', 'find', 'usage', 'events', 'resource_list', 'resource_show',
-           'punctuality', 'calendar_list', 'calendar_feed', 'limit_list', 'maintenance_list', 'report'}
+           'punctuality', 'calendar_list', 'calendar_feed', 'limit_list', 'maintenance_list', 'report', 'token_add', 'token_list', 'token_revoke', 'token_renew'}
 
 
 @pytest.mark.parametrize('name', API)
@@ -9838,7 +10405,7 @@ def resolving(monkeypatch, *addresses):
     '64:ff9b::10.1.2.3', '64:ff9b:1::8.8.8.8', '64:ff9b:1:a00::1', '2002:7f00:1::', '2002:a01:203::1',
     '2001:0:7f00:1::1', '2001:0:4136:e378:8000:63bf:f5ff:fffe', '2606:4700::5efe:10.1.2.3',
     '2606:4700::200:5efe:127.0.0.1', 'fe80::5efe:10.1.2.3', 'fe80::1%lo', 'fec0::1', 'fc00::1', 'fd12::1', 'ff02::1',
-    '2001:db8::1', '4000::1'])
+    '2001:db8::1', '4000::1', '192.0.0.8', '64:ff9b::192.0.0.200', '3fff:fff::1'])
 def test_an_address_that_leads_inside_is_refused_however_it_is_written(service, monkeypatch, address):
     """And in the words that refuse a name that nobody has: nobody finds out what there is inside."""
     def refused(*addresses):
@@ -9854,6 +10421,15 @@ def test_an_address_that_leads_inside_is_refused_however_it_is_written(service, 
     with pytest.raises(Invalid) as refusal:
         service.calendar_subscribe('https://inside.example.org/a.ics')
     assert str(refusal.value) == known and address.partition('%')[0] not in known
+
+
+def test_of_holidays_at_an_address_inside_only_that_is_told(service, monkeypatch):
+    """In our words: no library's kind of error stands before them."""
+    resolving(monkeypatch, '64:ff9b::10.1.2.3')
+    with pytest.raises(cmres.Unavailable) as refusal:
+        book(service, repeat=read_repeat('daily'), count=3, holidays='http://inside.example.org/h.ics')
+    assert str(refusal.value).startswith(
+        'the calendar could not be fetched: "inside.example.org" is not the name of a host')
 
 
 @pytest.mark.parametrize('address', ['1.1.1.1', '2606:4700::1111', '::ffff:1.1.1.1', '64:ff9b::1.1.1.1', '2002:101:101::1'])
@@ -11106,7 +11682,6 @@ def test_an_answer_that_can_not_be_recorded_costs_no_other_cloud_anything(tmp_pa
 
 
 def test_while_the_store_is_locked_the_life_cycle_waits_and_then_goes_on(world):
-    import sqlite3
     cmres.close_store()
     cmres.db.init(world.config.database, timeout=0.05)
     boot(world)
@@ -12374,17 +12949,114 @@ def test_health_needs_no_token(app):
 
 
 def test_openapi_lists_every_operation_and_all_that_it_takes(app):
-    assert app.web.post('/healthz', status=405).headers['Allow'] == 'GET'
+    assert app.web.post('/healthz', status=405).headers['Allow'] == 'GET, HEAD, OPTIONS'
     described = app.call('GET', '/openapi.json').json
     for operation in API.values():
         for verb, path, fixed in operation.routes:
-            entry = described['paths'][(BASE + path).replace('<', '{').replace('>', '}')][verb.lower()]
-            told = {each['name'] for each in entry['parameters']} | set(
+            entry = described['paths'][cmres.template(BASE + path)][verb.lower()]
+            told = {each['name'] for each in entry['parameters'] if '$ref' not in each} | set(
                 entry.get('requestBody', {'content': {'application/json': {'schema': {'properties': {}}}}})
                 ['content']['application/json']['schema']['properties'])
-            assert entry['summary'] and told == set(operation.parameters) - set(fixed)
+            assert entry['summary'] and entry['description'] and told == set(operation.parameters) - set(fixed)
+            assert entry.get('deprecated', False) == ('/add/' in path or '/delete/' in path)
     ids = [entry['operationId'] for verbs in described['paths'].values() for entry in verbs.values()]
     assert len(ids) == len(set(ids)) and described['openapi'].startswith('3.')
+
+
+def test_openapi_points_only_to_what_it_has_and_names_every_kind_once(app):
+    text = json.dumps(described := app.call('GET', '/openapi.json').json)
+    for place, kind, name in set(re.findall('"#/(components)/([a-zA-Z]+)/([^"]+)"', text)):
+        assert name in described[place][kind], name
+    kinds = [name for name, _ in cmres.SCHEMAS.values()] + [
+        name.removesuffix('Answer') for name, each in vars(cmres).items() if cmres.is_answer(each)]
+    assert len(kinds) == len(set(kinds))
+    assert {each['tags'][0] for verbs in described['paths'].values() for each in verbs.values()} <= {
+        each['name'] for each in described['tags']}
+    assert set(described['paths']) >= {'/healthz', '/readyz', '/openapi.json', '/calendar/{secret}.ics'}
+    assert described['paths'][BASE + '/reservation']['post']['requestBody']['content']['application/json'][
+        'example'] == {'label': 'lab', 'resource': 'demo', 'start': '2026-12-01T09:00', 'end': '+2h', 'vms': '3',
+                       'flavor': 'm1.small', 'image': 'cirros'}
+
+
+def fits(value, schema, kinds) -> bool:
+    """Whether a schema of the document takes a value: as much of JSON Schema as it uses for arguments."""
+    if '$ref' in schema:
+        return fits(value, kinds[schema['$ref'].rpartition('/')[2]], kinds)
+    if 'anyOf' in schema:
+        return any(fits(value, each, kinds) for each in schema['anyOf'])
+    if 'not' in schema and fits(value, schema['not'], kinds) or value not in schema.get('enum', [value]):
+        return False
+    types = {'string': str, 'integer': int, 'array': list, 'object': dict, 'boolean': bool, 'null': type(None)}
+    named = schema.get('type', [*types])
+    if type(value) not in [types[each] for each in (named if isinstance(named, list) else [named])]:
+        return False
+    if isinstance(value, str):
+        return bool(re.search(schema.get('pattern', ''), value)) and (
+            schema.get('minLength', 0) <= len(value) <= schema.get('maxLength', 10**9))
+    if isinstance(value, int):
+        return schema.get('minimum', value) <= value <= schema.get('maximum', value)
+    return not isinstance(value, list) or all(fits(each, schema['items'], kinds) for each in value)
+
+
+@pytest.mark.parametrize('kind, values', [
+    (cmres.When, ['2026-12-01T09:00:00+01:00', '2026-12-01', '2026-12-01 09:00', 'now', 'tomorrow 9:00', '+2h', '17:00',
+                  'next tue 14:00', 'PT2H']),
+    (cmres.Day, ['2026-12-01', 'mon 9:00', '+1d']), (cmres.Span, ['2h', '+1d12h', '90m', 'PT2H', '1:30', '2 hours', 'P1DT2H']),
+    (int, [5, '5', '-5', ' 7']), (bool, [True, 'true', 'No', '0']), (cmres.Count, [1, '1', 1_000_000]),
+    (cmres.Most, [0, '7', 'unlimited']), (cmres.Label, ['lab', '-x', 'a.b_c']), (cmres.NewLabel, ['lab']),
+    (cmres.Place, ['demo', '-']), (cmres.Name, ['', 'Ève', 'a b']), (cmres.Names, ['a,b', ['a', 'b'], []]),
+    (cmres.Pairs, ['k=v,l=w', '', {'k': 'v'}]), (cmres.Classes, ['CUSTOM_GPU=2', {'CUSTOM_GPU': 2, 'X': 'unlimited'}]),
+    (cmres.Hosts, ['m[01-05]', ['m01', 'm02']]), (cmres.Parts, ['gpu:2,cpu:20', [{'resource': 'gpu', 'vms': 2}], ['gpu:2']]),
+    (cmres.Zone, ['Europe/Paris', 'UTC', 'Etc/GMT+3', '']), (cmres.Repeat, ['weekly on tue', 'FREQ=DAILY', '']),
+    (cmres.Clash, ['refuse', 'skip', 'shift=2h']), (cmres.Cursor, ['7', 7, '1796126400-7', '2026-12-01T12:00Z/7']),
+    (cmres.Url, ['https://example.org/x.ics', 'webcal://example.org/']), (cmres.Page, [1, '10000']), (cmres.Text, ['a\nb'])])
+def test_what_a_kind_is_said_to_take_is_taken(kind, values):
+    kinds, here = cmres.openapi()['components']['schemas'], Here(PARIS, NOON)
+    for value in values:
+        cmres.READERS[kind](value, here)
+        assert fits(value, cmres.SCHEMAS[kind][1], kinds), value
+
+
+@pytest.mark.parametrize('kind, values', [
+    (int, ['x', 1.5, None, True, '']), (bool, [1, 'maybe', '']), (cmres.Count, [0, 'x', 1_000_001]), (cmres.Most, [-2, 'none']),
+    (cmres.Label, ['add', 'delete', '', 'a/b', '-', 'é', 'x' * 65]), (cmres.NewLabel, ['-x']), (cmres.Place, ['', 'add']),
+    (cmres.Name, ['a\u202eb', 'x' * 256, 5, 'a\nb']), (cmres.Span, ['2', 'x', '', 'P', '+']), (cmres.When, ['', 'x', 5, 'T']),
+    (cmres.Names, [5, [1], {}]), (cmres.Pairs, [5, 'x', {'k': 1}, {'é': 'x'}]), (cmres.Classes, ['X', {'VCPU': 1}]),
+    (cmres.Url, ['ftp://x', '', 'x y']), (cmres.Zone, ['no zone']), (cmres.Clash, ['never']), (cmres.Page, [0, 10_001])])
+def test_what_a_kind_is_said_to_refuse_is_refused(kind, values):
+    kinds, here = cmres.openapi()['components']['schemas'], Here(PARIS, NOON)
+    for value in values:
+        with pytest.raises((ValueError, TypeError, Invalid)):
+            cmres.READERS[kind](value, here)
+        schema = cmres.SCHEMAS[kind][1]
+        assert not fits(value, schema, kinds) or isinstance(value, (dict, str)) and kind in (cmres.Pairs, cmres.Classes), value
+
+
+def test_every_status_that_was_met_is_told(app):
+    """By an operation of each kind: what it answers stands in the document."""
+    described = app.call('GET', '/openapi.json').json['paths']
+    app.call('POST', '/reservation/', FINE, 201)
+    for verb, path, where, body, status, headers in (
+            ('POST', '/reservation', '/reservation', FINE | {'label': 'x', 'dry_run': True}, 200, {}),
+            ('POST', '/reservation', '/reservation', {}, 400, {}), ('GET', '/reservation', '/reservation', None, 401,
+                                                                   {'Authorization': 'x'}),
+            ('GET', '/reservation/x', '/reservation/{label}', None, 404, {}),
+            ('POST', '/reservation', '/reservation', FINE, 409, {}),
+            ('DELETE', '/reservation/lab', '/reservation/{label}', None, 412, {'If-Match': '"x"'}),
+            ('POST', '/reservation', '/reservation', b' ' * (2**20 + 1), 413, {}),
+            ('POST', '/reservation/import', '/reservation/import', {'file': 'x'}, 422, {})):
+        app.call(verb, path, body, status, **headers)
+        assert f'{status}' in described[BASE + where][verb.lower()]['responses']
+    assert '403' in described[BASE + '/check']['get']['responses']
+    assert not {'403', '412'} & described[BASE + '/reservation']['get']['responses'].keys()
+
+
+def test_the_page_of_the_document_names_every_address_and_asks_no_other_host(world):
+    answer = as_visitor(world).get('/docs')
+    assert "default-src 'none'" in answer.headers['Content-Security-Policy']
+    for path in cmres.openapi()['paths']:
+        assert f'<code>{path}</code>' in answer.text
+    assert not re.findall('(?:src|href)="(?!/|#)', answer.text) and 'style=' not in answer.text
 
 
 @pytest.mark.parametrize('path', ['/reservation', '/resource', '/resource/demo', '/token', '/event', '/check',
@@ -12405,6 +13077,175 @@ def test_a_dry_run_makes_nothing_so_it_is_not_201(app):
     answer = app.call('POST', '/reservation/', FINE | {'dry_run': True}, 200)
     assert 'Location' not in answer.headers and app.call('GET', '/reservation').json == []
     assert app.call('POST', '/reservation/load', {'rows': [FINE]}, 201).json['refused'] == []
+
+
+def test_a_change_of_what_somebody_else_has_changed_meanwhile_is_412(app):
+    eva, seen = app.as_user(), []
+    eva.call('POST', '/reservation/', FINE, 201)
+    for path in ('/reservation/lab', '/reservation/lab/show'):
+        seen.append(eva.call('GET', path).headers['ETag'])
+    assert seen[0] == seen[1] and 'ETag' not in eva.call('GET', '/reservation').headers
+    book(app.world.as_user(), 'other')
+    eva.call('PATCH', '/reservation/lab', {'vms': 2}, 200, If_Match=seen[0])
+    for verb, path, body in (('PATCH', '', {'vms': 3}), ('POST', '/extend', {'by': '1h'}), ('DELETE', '', None)):
+        answer = eva.call(verb, f'/reservation/lab{path}', body, 412, If_Match=f'"0", {seen[0]}')
+        assert answer.json['kind'] == 'Changed' and 'was changed since you read it' in answer.json['error']
+    again = answer.json['details']['etag']
+    assert again == eva.call('GET', '/reservation/lab').headers['ETag'] != seen[0]
+    eva.call('PATCH', '/reservation/lab', {'vms': 3}, 200, If_Match=f'{seen[0]},{again}')
+    eva.call('PATCH', '/reservation/lab', {'vms': 2}, 200, If_Match='*')
+    eva.call('DELETE', '/reservation/nobody', status=404, If_Match=again)
+
+
+def test_the_state_of_a_reservation_is_no_change_of_it_and_one_of_a_part_is(app):
+    book(app.world.service, start=0.1, part='demo:1,demo:2', resource='-', flavor='m1.small', image='cirros')
+    tag = app.call('GET', '/reservation/lab').headers['ETag']
+    for n in (0.1, 0.11, 0.12):
+        app.world.at(n)
+    assert app.call('GET', '/reservation/lab').json[0]['state'] == 'active'
+    assert app.call('GET', '/reservation/lab/show').headers['ETag'] == tag
+    app.call('POST', '/reservation/lab/extend', {'by': '1h'}, 200, If_Match=tag)  # both parts, one after the other
+    app.call('PATCH', '/reservation/lab-2', {'description': 'x'}, 200)
+    assert len({app.call('GET', f'/reservation/lab{part}').headers['ETag'] for part in ('', '-1', '-2')}) == 2
+    app.call('DELETE', '/reservation/lab', status=412, If_Match=tag)
+
+
+def test_a_request_with_a_key_is_done_once(app):
+    eva, key = app.as_user(), {'Idempotency_Key': 'one'}
+    made = eva.call('POST', '/reservation/', FINE, 201, **key)
+    again = eva.call('POST', '/reservation/', dict(reversed(FINE.items())), 201, **key)
+    assert again.body == made.body and again.headers['Idempotency-Replayed'] == 'true'
+    assert 'ETag' not in again.headers and len(eva.call('GET', '/reservation').json) == 1
+    eva.call('POST', '/reservation/', FINE | {'label': 'b'}, 201, Idempotency_Key='two')
+    other = eva.call('POST', '/reservation/', FINE | {'label': 'c'}, 422, **key).json
+    assert other['kind'] == 'KeyReused' and 'take a new key' in other['error']
+    app.call('POST', '/reservation/', FINE | {'label': 'd'}, 201, **key)  # somebody else's key
+    for n in (1, 2):
+        eva.call('POST', '/reservation/lab/extend', {'by': '1h'}, 200, Idempotency_Key='longer')
+        app.call('POST', '/token', {'user': 'x'}, [201, 409][n - 1], Idempotency_Key='token')
+    assert eva.call('GET', '/reservation/lab/duration').json['seconds'] == 7200
+    assert 'cmres_' not in '\n'.join(each for each in dump() if '"once"' in each)
+    app.world.now += 86401
+    later = FINE | {'label': 'later', 'start': '+1h', 'end': '+1h'}
+    assert eva.call('POST', '/reservation/', later, 201, **key).json['label'] == 'later'
+    assert cmres.row('SELECT count(*) AS n FROM once').n == 1
+
+
+def test_a_refusal_and_a_dry_run_keep_no_key(app):
+    key = {'Idempotency_Key': 'k'}
+    app.call('POST', '/reservation/', FINE | {'vms': 20}, 409, **key)
+    app.call('POST', '/reservation/', FINE | {'dry_run': True}, 200, **key)
+    app.call('POST', '/reservation/', FINE | {'resource': 'x'}, 404, **key)
+    assert app.call('POST', '/reservation/', FINE, 201, **key).json['label'] == 'lab'
+    app.call('POST', '/reservation/lab/extend', {'by': '1h'}, 400, Idempotency_Key='a b')
+
+
+def test_of_two_requests_with_one_key_at_the_same_time_one_is_done(app, monkeypatch):
+    """The second comes after the first has looked for the key, and is faster."""
+    faster, read = [], cmres.Reservations.read_request
+
+    def read_late(self, asked):
+        if not faster:
+            faster.append('the second')
+            app.call('POST', '/reservation/', FINE, 201, Idempotency_Key='k')
+        return read(self, asked)
+    monkeypatch.setattr(cmres.Reservations, 'read_request', read_late)
+    answer = app.call('POST', '/reservation/', FINE, 409, Idempotency_Key='k')
+    assert 'send it again' in answer.json['error'] and len(app.call('GET', '/reservation').json) == 1
+    assert app.call('POST', '/reservation/', FINE, 201, Idempotency_Key='k').json['label'] == 'lab'
+
+
+def test_a_page_of_a_list_links_to_the_next(app):
+    for n in range(5):
+        book(app.world.service, f'é{n}'.replace('é', 'e'), start=n + 1, end=n + 2)
+    for path, name in (('/reservation?limit=2&user=root', 'label'), ('/event?limit=2&after=1', 'id')):
+        found, pages = [], 0
+        while path:
+            answer = app.call('GET', path)
+            found += [each[name] for each in answer.json]
+            link = re.fullmatch('<(/.*)>; rel="next"', answer.headers.get('Link', ''))
+            path, pages = link and link[1], pages + 1
+        assert len(found) == len(set(found)) >= 5 and pages >= 3
+    assert 'Link' not in app.call('GET', '/resource').headers
+
+
+@pytest.mark.parametrize('path, allowed', [
+    ('/healthz', 'GET, HEAD, OPTIONS'), (f'{BASE}/check', 'GET, HEAD, OPTIONS'), (f'{BASE}/claim/', 'OPTIONS, POST'),
+    (f'{BASE}/reservation', 'DELETE, GET, HEAD, OPTIONS, POST'),
+    (f'{BASE}/reservation/lab', 'DELETE, GET, HEAD, OPTIONS, PATCH'), ('/calendar/x.ics', 'GET, HEAD, OPTIONS'),
+    (f'{BASE}/limit/1', 'DELETE, OPTIONS')])
+def test_an_address_tells_its_verbs(app, path, allowed):
+    told = app.web.options(path, status=204)
+    wrong = app.web.request(path, method='PUT', status=405)
+    assert told.headers['Allow'] == wrong.headers['Allow'] == allowed and not told.body
+    assert wrong.json['error'].startswith('PUT is not for this address; use ')
+
+
+def test_every_answer_says_how_it_may_be_kept_and_whose_request_it_is_for(app):
+    for verb, path, status in (('GET', '/reservation', 200), ('GET', '/resource/x', 404), ('PUT', '/resource', 405),
+                               ('GET', '/nothing', 404), ('GET', '/healthz', 200), ('GET', '/openapi.json', 200),
+                               ('HEAD', '/resource', 200), ('GET', '/reservation?limit=x', 400)):
+        answer = app.call(verb, path, status=status, X_Request_Id='req-7')
+        assert answer.headers['X-Request-Id'] == answer.headers['X-Openstack-Request-Id'] == 'req-7'
+        assert answer.headers['Cache-Control'] == 'no-store' and answer.headers['X-Content-Type-Options'] == 'nosniff'
+        assert answer.content_type == 'application/json' and 'Server' not in answer.headers
+    made = [app.call('GET', '/resource', X_Request_Id=each).headers['X-Request-Id'] for each in ('a b', 'x' * 65, '')]
+    assert len(set(made)) == 3 and all(re.fullmatch('req-[0-9a-f-]{36}', each) for each in made)
+
+
+def test_long_answers_are_compressed_for_who_takes_that(app):
+    told = {}
+
+    def asks(path, takes):
+        def told_in(status, headers, failure=None):
+            told.clear() or told.update(headers)
+        environ = {'PATH_INFO': path, 'HTTP_ACCEPT_ENCODING': takes, 'HTTP_AUTHORIZATION': f'Bearer {app.token}'}
+        wsgiref.util.setup_testing_defaults(environ)
+        return b''.join(app.web.app(environ, told_in))
+    plain = asks('/openapi.json', '')
+    for takes, packed in (('gzip', True), ('br, gzip;q=0.5', True), ('gzip;q=0', False), ('identity', False)):
+        text = asks('/openapi.json', takes)
+        assert told.get('Content-Encoding') == ('gzip' if packed else None) and told['Vary'] == 'Accept-Encoding'
+        assert (gzip.decompress(text) if packed else text) == plain and int(told['Content-Length']) == len(text)
+    assert asks(f'{BASE}/resource/demo', 'gzip') and 'Content-Encoding' not in told
+
+
+def test_a_token_may_stand_in_a_header_of_openstack_and_a_cookie_of_the_page_reads(app):
+    get = functools.partial(app.web.get, f'{BASE}/reservation')
+    assert get(headers={'X-Auth-Token': app.token}).json == []
+    get(headers={'X-Auth-Token': 'x'}, status=401)
+    page = webtest.TestApp(cmres.web(app.world.service))
+    page.post('/sign-in', {'token': app.token}, status=303)
+    assert page.get(f'{BASE}/reservation').json == []
+    page.post_json(f'{BASE}/reservation', FINE, status=401)
+    assert webtest.TestApp(app.web.app).get(f'{BASE}/reservation', headers={
+        'Cookie': '; '.join(f'{name}={value}' for name, value in page.cookies.items())}, status=401)
+
+
+def test_a_list_may_come_with_commas_or_each_on_its_own(app):
+    book(app.world.service)
+    for query in ('state=reserved,active', 'state=active&state=reserved', 'state=active&state=reserved,ended'):
+        assert labels(app.call('GET', f'/reservation?{query}').json) == ['lab']
+    assert app.call('GET', '/reservation?state=active&state=ended').json == []
+
+
+def test_who_comes_too_often_is_told_when_to_come_again(app, monkeypatch):
+    for error, seconds in ((cmres.TooMany('x'), '5'), (Unavailable('x', retry_after=7.2), '8')):
+        def refuse(self, error=error):
+            raise error
+        monkeypatch.setattr(cmres.Reservations, 'check', refuse)
+        assert app.call('GET', '/check', status=error.status).headers['Retry-After'] == seconds
+
+
+def test_what_makes_something_says_so_and_where_it_is(app):
+    for path, body, where in (
+            ('/reservation/', FINE, '/reservation/lab'), ('/resource/', {'name': 'x'}, '/resource/x'),
+            ('/limit/', {'most_vms': 3}, '/limit/'), ('/token/', {'user': 'x'}, '/token/'),
+            ('/calendar/feed', {}, '/calendar/'),
+            ('/maintenance/', {'resource': 'demo', 'start': '+1d', 'end': '+1h'}, '/maintenance/')):
+        assert app.call('POST', path, body, 201).headers['Location'] == BASE + where
+        other = {name: 'other' for name in ('label', 'name') if name in body}
+        assert 'Location' not in app.call('POST', path, body | other | {'dry_run': True}, 200).headers
 
 
 def test_the_readme_lists_every_address():
@@ -12615,6 +13456,44 @@ def test_a_series_is_not_checked_while_one_types_beside_others_that_compute(hang
     assert 'It fits' in visitor.get('/book/check', asked | {'repeat': 'daily'})
 
 
+def test_one_computes_at_a_time_and_lets_others_between(hanging, monkeypatch):
+    here, under_way, seen = hanging(threads=8), [], []
+    monkeypatch.setattr(cmres, 'PIECE', 0)
+
+    def read(self, given, line=cmres.Requests.read_line):
+        under_way.append(self.actor.user)
+        seen.append((len(under_way), self.actor.user))
+        found = line(self, given)
+        under_way.remove(self.actor.user)
+        return found
+    monkeypatch.setattr(cmres.Requests, 'read_line', read)
+    shares = here.world.service.shares
+    shares.pace.acquire()
+    asks = [here.sends(user, 'POST', '/reservation/load', {'dry_run': True, 'rows': [
+        {'label': f'{user}-{n}', 'resource': 'demo', 'start': '+1h', 'end': '+1h'} for n in range(5)]})
+        for user in ('eva', 'max', 'ann')]
+    until(lambda: len(shares.pace.waiting) == 3)
+    shares.pace.release()
+    assert {each.result()[0] for each in asks} <= {200, 409}
+    assert len(seen) == 15 and {number for number, _ in seen} == {1}
+    changes = sum(one[1] != another[1] for one, another in zip(seen, seen[1:]))
+    assert changes > 2 and not shares.taken and shares.pace.holder is None
+
+
+def test_few_wait_for_their_turn_to_compute_and_the_others_are_refused_at_once(hanging):
+    here, let = hanging(threads=8, slow_per_user=10), threading.Event()
+    here.world.service.progress = lambda rows: (let.wait(), rows)[1]
+    shares = here.world.service.shares
+    ask = lambda n: here.sends('eva', 'POST', '/reservation/load', {'rows': [{'label': f'x{n}'}]})
+    loads = [ask(n) for n in range(4)]
+    until(lambda: shares.taken['all', ''] == 4)
+    shares.taken['wait', ''] = 1  # somebody waits already
+    assert ask(5).result()[0] == 503
+    shares.taken['wait', ''] = 0
+    let.set()
+    assert {each.result()[0] for each in loads} == {409}
+
+
 @pytest.mark.parametrize('kind', ['load', 'import', 'generate'])
 def test_what_computes_for_long_keeps_no_more_than_its_share(hanging, kind):
     here = hanging(threads=8)
@@ -12638,6 +13517,373 @@ def test_what_computes_for_long_keeps_no_more_than_its_share(hanging, kind):
     let.set()
     assert all(each.result()[0] in (200, 201, 429, 503) for each in of_eva + of_others)
     assert ask('eva', 5).result()[0] in (200, 201) and not here.world.service.shares.taken
+
+
+# Tokens ######################################################################
+
+
+@pytest.fixture
+def eva(world):
+    """A user with a token, and REST as that token's holder."""
+    return Rest(world, world.service.token_add('eva', 'biology', lasts=timedelta(days=20))['token'])
+
+
+def test_a_token_ends_at_its_end_and_a_renewed_one_goes_on(world, eva):
+    assert eva.call('GET', '/resource/').json
+    world.service.token_renew(1, timedelta(days=30))
+    world.now += 25 * 86400
+    assert eva.call('GET', '/resource/').json
+    world.now += 5 * 86400
+    told = eva.call('GET', '/resource/', status=401).json['error']
+    assert 'has ended on 2026-12-31' in told and 'token renew 1' in told
+    world.service.token_renew(1)
+    assert world.service.token_list()[0]['ends'] is None and eva.call('GET', '/resource/').json
+
+
+def test_a_person_signed_in_by_a_token_is_so_until_it_ends(world):
+    someone = as_visitor(world)
+    assert someone.get('/list').status_code == 200 and 'Sign out' in someone.get('/list').text
+    world.service.token_renew(world.service.token_list()[-1]['id'], timedelta(hours=1))
+    world.now += 3601
+    assert 'Sign out' not in someone.get('/list').text
+
+
+def test_people_make_see_renew_and_revoke_their_own_tokens_only(world, eva):
+    other = world.service.token_add('max', 'biology')['token']
+    made = eva.call('POST', '/token/', {'purpose': 'phone', 'lasts': '10d', 'role': 'reader'}).json
+    mine = eva.call('GET', '/token/').json
+    assert [(each['user'], each['role'], each['purpose']) for each in mine] == [
+        ('eva', 'user', ''), ('eva', 'reader', 'phone')]
+    assert made['ends'] == mine[1]['ends'] == '2026-12-11T12:00:00+00:00'
+    assert eva.call('POST', f"/token/{mine[1]['id']}/renew").json['ends'] == '2027-03-01T12:00:00+00:00'
+    for verb, path in (('DELETE', '/token/2'), ('POST', '/token/2/renew')):
+        assert 'no token 2' in eva.call(verb, path, status=404).json['error']
+    for asked, told in (({'user': 'max'}, 'only for yourself'), ({'project': 'maths'}, 'only for yourself'),
+                        ({'role': 'admin'}, 'your role is user'), ({'lasts': '2y'}, None),
+                        ({'lasts': '366d'}, '365 days at most')):
+        refusal = eva.call('POST', '/token/', asked, status=403 if told else 400)
+        assert not told or told in refusal.json['error']
+    eva.call('DELETE', '/token/3')
+    assert Rest(world, made['token']).call('GET', '/resource/', status=401)
+    assert Rest(world, other).call('GET', '/resource/').json
+    assert 'only for yourself' in Rest(world, other).call('POST', '/token/', {'user': 'eva'}, status=403).json['error']
+
+
+@pytest.mark.parametrize('scopes, allowed', [
+    (['read'], {'list', 'show', 'find', 'events', 'token_list', 'calendar_list', 'check'}),
+    (['claim'], {'claim'}), (['calendar'], {'calendar_feed', 'calendar_list', 'calendar_subscribe', 'import_'}),
+    (['read', 'claim'], {'list', 'show', 'find', 'events', 'token_list', 'calendar_list', 'check', 'claim'})])
+def test_a_token_with_a_scope_is_good_for_that_alone(world, scopes, allowed):
+    token = world.service.token_add('nova', role='admin', scopes=scopes)['token']
+    actor = cmres.actor_of(token, world.now)
+    for name in ('list', 'show', 'find', 'events', 'token_list', 'calendar_list', 'check', 'claim', 'add', 'delete',
+                 'calendar_feed', 'calendar_subscribe', 'import_', 'token_add', 'token_renew', 'user_end'):
+        try:
+            actor.refuse_out_of_scope(API[name])
+            assert name in allowed, name
+        except Forbidden as refusal:
+            assert name not in allowed and 'this token is only for' in str(refusal)
+    assert Rest(world, token).call('DELETE', '/reservation/lab', status=403)
+
+
+def test_what_makes_no_sense_as_a_scope_is_refused(world):
+    for asked, told in (({'scopes': ['all']}, 'is none of read, claim, calendar'),
+                        ({'scopes': ['claim']}, 'needs the role admin'),
+                        ({'scopes': ['calendar'], 'resource': 'demo'}, 'can have the scope read'),
+                        ({'lasts': timedelta(0)}, 'lasts for some time')):
+        with pytest.raises(Invalid, match=told):
+            world.service.token_add('eva', **asked)
+
+
+def test_a_token_for_one_resource_sees_and_changes_that_alone(world):
+    service = world.service
+    service.resource_add('india', cloud='simulated', vms=4)
+    world.service.token_add('eva', 'default', 'user', resource='india')
+    book(service, 'there', resource='demo')
+    one = Rest(world, service.token_add('eva', 'default', 'user', resource='india')['token'])
+    asked = {'label': 'mine', 'resource': 'india', 'start': '+1h', 'end': '+1h'}
+    assert one.call('POST', '/reservation/', asked).json['resource'] == 'india'
+    assert [each['label'] for each in one.call('GET', '/reservation/').json] == ['mine']
+    assert [each['name'] for each in one.call('GET', '/resource/').json] == ['india']
+    for verb, path, body in (('POST', '/reservation/', asked | {'label': 'x', 'resource': 'demo'}),
+                             ('PATCH', '/reservation/mine', {'resource': 'demo'}), ('GET', '/event/', None),
+                             ('GET', '/resource/demo/usage', None), ('POST', '/token/', {})):
+        assert 'this token is only for' in one.call(verb, path, body, status=403).json['error']
+    for verb, path in (('DELETE', '/reservation/there'), ('GET', '/reservation/there/show')):
+        one.call(verb, path, status=404)
+    service.resource_update('india', rename='bharat')
+    assert service.token_list()[-1]['resource'] == 'bharat'
+    assert [each['name'] for each in one.call('GET', '/resource/').json] == ['bharat']
+
+
+def test_when_a_token_was_used_is_told_at_once_and_written_later(world, eva):
+    world.now += 100
+    eva.call('GET', '/resource/')
+    shown = world.service.token_list()[0]['last_used']
+    assert shown == cmres.instant(int(world.now))
+    assert cmres.row('SELECT last_used FROM token').last_used is None
+    cmres.USES.write()
+    assert world.service.token_list()[0]['last_used'] == shown
+    assert cmres.row('SELECT last_used FROM token').last_used == int(world.now)
+
+
+def test_who_leaves_has_no_token_no_cookie_no_feed_and_no_subscription(tmp_path):
+    world = World(tmp_path, private_addresses=True)
+    eva = as_visitor(world)
+    service = world.as_user()
+    address = service.calendar_feed()['feed']
+    service.calendar_subscribe('http://127.0.0.1:9/eva.ics')
+    told = world.service.user_end('eva')
+    assert told == {'user': 'eva', 'tokens': 1}
+    assert not [*cmres.run('SELECT 1 FROM session UNION ALL SELECT 1 FROM token WHERE revoked IS NULL '
+                           "AND user = 'eva'")]
+    assert 'Sign out' not in eva.get('/list').text
+    with pytest.raises(NotFound):
+        world.service.feed(address.split('/')[-2])
+    assert cmres.row('SELECT due FROM subscription').due is None
+    with pytest.raises(NotFound, match="'eva' has no token"):
+        world.service.user_end('eva')
+    cmres.close_store()
+
+
+@pytest.mark.parametrize('what, make', [
+    ('tokens', lambda service, n: service.token_add()), ('feeds', lambda service, n: service.calendar_feed()),
+    ('subscriptions', lambda service, n: service.calendar_subscribe(f'http://127.0.0.1:9/{n}.ics'))])
+def test_nobody_has_more_tokens_feeds_or_subscriptions_than_one_may(tmp_path, what, make):
+    world = World(tmp_path, private_addresses=True, **{f'{what}_per_user': 2})
+    eva = world.as_user()
+    for n in range(2):
+        make(eva, n)
+    with pytest.raises(cmres.TooMany, match=f'eva has 2 {what}, and no more than 2 are allowed'):
+        make(eva, 3)
+    make(world.as_user('max'), 4)
+    make(world.as_user(role='admin'), 5)
+    cmres.close_store()
+
+
+def test_a_token_that_a_program_has_does_not_sign_in(world):
+    someone = webtest.TestApp(cmres.web(world.service))
+    for asked in ({'scopes': ['calendar']}, {'resource': 'demo'}):
+        form = someone.get('/').forms[0]
+        form['token'] = world.service.token_add('eva', 'biology', **asked)['token']
+        assert 'this token is for a program' in form.submit(status=401).text
+
+
+def test_people_look_after_their_tokens_on_the_page(world):
+    world.service.token_add('max', 'biology')
+    someone = as_visitor(world)
+    made = form_of(someone.get('/tokens'), '/do/token_add')
+    made['purpose'], made['scopes'] = 'phone', 'calendar'
+    assert 'cmres_' in made.submit().text
+    page = someone.get('/tokens')
+    assert [each.text.strip() for each in page.html.select('td[data-name=purpose]')] == ['', 'phone']
+    assert 'max' not in page.text
+    form_of(page, '/do/token_renew').submit(status=303)
+    assert world.service.token_list()[1]['ends'] == NOON + timedelta(days=90)
+    form = [each for each in page.forms.values() if each.action == '/do/token_revoke'][-1]
+    form_of(form.submit(), '/do/token_revoke').submit(status=303)
+    assert len(someone.get('/tokens').html.select('td[data-name=purpose]')) == 1
+    assert not as_visitor(world, role='reader').get('/admin', status=403).html.select('table')
+
+
+# Gate ########################################################################
+
+
+class Gated(Rest):
+    """REST behind its gate, asked from some address."""
+
+    def __init__(self, world, token='', address='192.0.2.7', cycle=None):
+        self.world, self.token, self.address = world, token, address
+        world.service.shares.rates.clock = lambda: world.now
+        self.web = webtest.TestApp(cmres.Gate(cmres.web(world.service), world.service, cycle))
+
+    def ask(self, path='/resource/', verb='GET', body=None, **headers):
+        self.web.extra_environ = {'REMOTE_ADDR': headers.pop('peer', self.address)}
+        bearer = {'Authorization': f'Bearer {self.token}'} if self.token else {}
+        path = path if path.startswith(('/cm/', '/metrics', '/healthz', '/readyz', '/calendar/')) else cmres.BASE + path
+        return self.web.request(path, method=verb, status='*', body=json.dumps(body or {}).encode(),
+                                headers={'Content-Type': 'application/json', **bearer, **headers})
+
+
+@pytest.fixture
+def gated(world):
+    """Makes REST behind a gate, under some settings, with a user's token or an admin's."""
+    def make(role='user', cycle=None, **settings):
+        config = world.config = cmres.dataclasses.replace(world.config, **settings)
+        world.service.config, world.service.shares = config, cmres.Shares(config)
+        return Gated(world, world.service.token_add('eva', 'biology', role)['token'], cycle=cycle)
+    return make
+
+
+def test_who_asks_too_often_waits_and_others_do_not(world, gated):
+    eva = gated(requests_per_user=3, wrong_tokens=30)
+    max_ = Gated(world, world.service.token_add('max', 'biology')['token'])
+    admin = Gated(world, world.service.token_add('root', 'default', 'admin')['token'])
+    assert [eva.ask().status_int for _ in range(5)] == [200, 200, 200, 429, 429]
+    refused = eva.ask()
+    assert refused.headers['Retry-After'] == '20' and refused.json['error'] == (
+        'you have sent more than 3 requests within a minute. Try again in 20s')
+    assert [max_.ask().status_int, *(admin.ask().status_int for _ in range(9))] == [200] * 10
+    world.now += 20
+    assert [eva.ask().status_int for _ in range(2)] == [200, 429]
+    world.now += 3600
+    assert [eva.ask().status_int for _ in range(4)] == [200, 200, 200, 429]
+
+
+def test_an_address_that_asks_too_often_waits_whoever_it_is(world, gated):
+    eva = gated('admin', requests_per_address=3)
+    assert [eva.ask('/resource/', peer=peer).status_int for peer in ('192.0.2.1', '192.0.2.2') for _ in range(4)] == [
+        200, 200, 200, 429] * 2
+    assert [eva.ask(peer=f'2001:db8::{n}').status_int for n in range(4)][-1] == 429  # one network
+    assert eva.ask(peer='2001:db8:0:1::1').status_int == 200
+
+
+def test_only_a_trusted_proxy_is_believed_whose_request_it_is_and_only_what_it_says_last(world, gated):
+    eva = gated(requests_per_address=1, trusted_proxies='10.0.0.0/8')
+    said = [('10.1.2.3', '203.0.113.1, 198.51.100.1'), ('10.1.2.4', 'spoofed, 198.51.100.2'), ('10.1.2.3', '203.0.113.9, 198.51.100.1'),
+            ('192.0.2.1', '198.51.100.3'), ('192.0.2.1', '198.51.100.4'), ('10.1.2.5', 'nonsense')]
+    found = [eva.ask(peer=peer, **{'X-Forwarded-For': text}).status_int for peer, text in said]
+    assert found == [200, 200, 429, 200, 429, 200]
+
+
+def test_bytes_and_computing_are_bounded_as_well(world, gated):
+    eva = gated(mib_per_user=1, cpu_per_user=1)
+    world.service.shares.rates.add('mib_per_user', 'biology/eva', 1.5)
+    assert eva.ask().status_int == 429 and 'more than 1 MiB' in eva.ask().json['error']
+    world.now += 31
+    assert eva.ask().status_int == 200
+    world.service.shares.rates.add('cpu_per_user', 'biology/eva', 5)
+    dry = {'label': 'lab', 'resource': 'demo', 'start': '+1h', 'end': '+1h', 'dry_run': True}
+    assert 'seconds of computing' in eva.ask('/reservation/', 'POST', dry).json['error']
+    assert eva.ask('/reservation/', 'POST', dry | {'dry_run': False}).status_int == 201
+
+
+def test_what_is_sent_and_computed_is_counted(world, gated):
+    eva = gated()
+    rates = world.service.shares.rates
+    eva.ask('/resource/demo/find?duration=1h')
+    assert rates.level('mib_per_user', 'biology/eva') > 0 and rates.level('mib_per_address', '192.0.2.7') > 0
+    assert rates.level('cpu_per_user', 'biology/eva') > 0
+
+
+def test_wrong_tokens_of_an_address_are_slowed_down_and_right_ones_are_not(world, gated):
+    eva = gated(wrong_tokens=3)
+    wrong = Gated(world, 'cmres_wrong')
+    assert [wrong.ask().status_int for _ in range(5)] == [401, 401, 401, 429, 429]
+    assert eva.ask().status_int == 200 and world.service.shares.wrong == {'192.0.2.7': 5}
+    assert wrong.ask(peer='192.0.2.8').status_int == 401
+    form = wrong.web.get('/sign-in', extra_environ={'REMOTE_ADDR': '192.0.2.7'}).forms[0]
+    form['token'] = 'cmres_guess'
+    assert form.submit(extra_environ={'REMOTE_ADDR': '192.0.2.7'}, status=429)
+
+
+def test_of_users_and_addresses_without_number_only_so_many_are_remembered(world):
+    rates = cmres.Rates(world.config, lambda: world.now)
+    rates.KEPT = 100
+    for n in range(1000):
+        rates.take('requests_per_user', f'p/{n % 200}' if n < 990 else 'p/busy')
+    assert len(rates.had) <= 100 and rates.level('requests_per_user', 'p/busy') == 10
+
+
+@pytest.mark.parametrize('form', ['text', 'json'])
+def test_each_request_and_each_call_has_a_line_in_the_log_without_secrets(world, gated, caplog, form):
+    eva, lines = gated(), cmres.Lines(form)
+    feed = urlsplit(world.as_user().calendar_feed()['feed']).path
+    caplog.set_level('INFO')
+    with caplog.at_level('INFO', 'cmres.requests'):
+        asked = eva.ask('/reservation/', 'POST', {'label': 'lab', 'resource': 'demo', 'start': '+1h', 'end': '+1h',
+                                                  'flavor': 'm1.small', 'image': 'cirros', 'user_data': 'pass-word',
+                                                  'notify': ['https://example.org/secret-hook'], 'description': 'private'})
+        eva.ask(feed), eva.ask('/reservation/no-such-label/show'), eva.ask('/healthz'), eva.ask('/cm/nowhere?x=hidden')
+    text = '\n'.join(map(lines.format, caplog.records))
+    for secret in (eva.token, eva.token[6:], feed.split('/')[2], 'pass-word', 'secret-hook', 'hidden', 'private'):
+        assert secret not in text
+    told = [each.fields for each in caplog.records if each.name == 'cmres.requests']
+    assert [(each['operation'], each['status'], each.get('user')) for each in told] == [
+        ('add', 201, 'eva'), ('/calendar/<secret>/<name>.ics', 200, None), ('show', 404, 'eva'), ('-', 404, None)]
+    assert told[0]['id'] == asked.headers['X-Request-Id'] and told[0]['ms'] >= 0 and told[0]['address'] == '192.0.2.7'
+    calls = [each.fields for each in caplog.records if each.name == 'cmres.calls']
+    assert {(each['cloud'], each['verb'], each['result']) for each in calls} == {('simulated', 'things', 'ok')}
+    if form == 'json':
+        assert {'time', 'level', 'message', 'id', 'operation', 'status'} <= json.loads(lines.format(caplog.records[-1])).keys()
+
+
+def metric(text: str, name: str, **labels) -> float | None:
+    """The value of one sample."""
+    told = ','.join(f'{key}="{value}"' for key, value in labels.items())
+    found = re.search(rf'^cmres_{name}{re.escape("{" + told + "}") if told else ""} (\S+)$', text, re.M)
+    return float(found[1]) if found else None
+
+
+def test_metrics_tell_what_is_reserved_refused_waits_and_runs(world, gated):
+    admin = gated('admin', cycle=world.cycle, metrics='open')
+    before = admin.ask('/metrics').text
+    world.service.resource_update('demo', vms=4)
+    for n in range(2):
+        admin.ask('/reservation/', 'POST', {'label': f'r{n}', 'resource': 'demo', 'start': 'now', 'end': '+1h', 'vms': 3,
+                                            'flavor': 'm1.small', 'image': 'cirros'})
+    admin.ask('/reservation/', 'POST', {'label': 'w', 'resource': 'demo', 'start': 'now', 'end': '+1h', 'vms': 3, 'wait': True})
+    world.at(0.01)
+    world.at(0.02)
+    text = admin.ask('/metrics').text
+    assert metric(text, 'used', resource='demo', **{'class': 'vms'}) == 3
+    assert metric(text, 'capacity', resource='demo', **{'class': 'vms'}) == 4
+    assert metric(text, 'reservations_waiting') == 1 and metric(text, 'reservations_pending') == 0
+    assert metric(text, 'servers', cloud='simulated', state='active') == 3
+    grown = {name: (metric(text, *[name], **labels) or 0) - (metric(before, name, **labels) or 0) for name, labels in (
+        ('requests_total', {'operation': 'add', 'status': '409'}), ('requests_total', {'operation': 'add', 'status': '201'}),
+        ('refusals_total', {'kind': 'NoCapacity'}))}
+    assert grown == {'requests_total': 2, 'refusals_total': 1}
+    assert metric(text, 'events_total', code='refused') >= 1 and metric(text, 'events_total', code='added') >= 1
+    assert metric(text, 'cloud_call_seconds_count', cloud='simulated', verb='boot', result='ok') >= 3
+    assert metric(text, 'start_delay_seconds_count', cloud='simulated') >= 3
+    assert metric(text, 'pass_age_seconds') <= 36 and metric(text, 'leader', host=socket.gethostname()) == 1
+    assert metric(text, 'store_bytes') > 10**5 and metric(text, 'resident_bytes') > 10**6
+    assert metric(text, 'lock_wait_seconds_count') > 0 and metric(text, 'cloud_left_alone', cloud='simulated') in (0, None)
+    for name in set(re.findall('^# TYPE cmres_(\\w+)', text, re.M)):
+        assert name in cmres.MEASURED
+    assert not {'eva', 'biology', '192.0.2.7', 'r0'} & set(re.findall('"([^"]*)"', text))
+    assert all(re.fullmatch(r'# (HELP|TYPE) cmres_\w+ .+|cmres_\w+(\{\w+="[^"]*"(,\w+="[^"]*")*\})? [-+0-9.e]+', line)
+               for line in text.splitlines())
+
+
+@pytest.mark.parametrize('setting, role, scopes, status', [
+    ('token', 'admin', [], 200), ('token', 'admin', ['read'], 200), ('token', 'admin', ['claim'], 403), ('token', 'user', [], 403),
+    ('token', None, [], 401), ('open', None, [], 200), ('off', 'admin', [], 404)])
+def test_metrics_are_for_whom_the_setting_says(world, gated, setting, role, scopes, status):
+    asked = gated(metrics=setting)
+    asked.token = role and world.service.token_add('root', 'default', role, scopes=scopes)['token']
+    assert asked.ask('/metrics').status_int == status
+
+
+def test_metrics_are_there_while_the_store_is_not(world, gated, monkeypatch):
+    admin = gated('admin', metrics='open')
+    monkeypatch.setattr(cmres, 'level', lambda *_: (_ for _ in ()).throw(Unavailable('the store is lost')))
+    text = admin.ask('/metrics').text
+    assert metric(text, 'resident_bytes') > 0 and metric(text, 'used', resource='demo', **{'class': 'vms'}) is None
+
+
+def test_a_token_that_ends_soon_is_told_of_with_each_answer(world, gated, monkeypatch):
+    eva = gated()
+    monkeypatch.setattr(cmres.time, 'time', lambda: world.now)
+    assert 'X-Cmres-Token-Ends' not in eva.ask().headers
+    world.service.token_renew(1, timedelta(days=15))
+    assert 'X-Cmres-Token-Ends' not in eva.ask().headers
+    world.service.token_renew(1, timedelta(days=13))
+    assert eva.ask().headers['X-Cmres-Token-Ends'] == '1 2026-12-14T12:00:00+00:00'
+
+
+def test_nothing_is_written_for_a_client_that_has_hung_up(world, gated):
+    eva, here = gated(), [True]
+    gone = {'waitress.client_disconnected': lambda: not here[0]}
+    body = json.dumps({'label': 'lab', 'resource': 'demo', 'start': '+1h', 'end': '+1h'}).encode()
+    def add():
+        return eva.web.post(cmres.BASE + '/reservation/', body, status='*', extra_environ=gone, headers={
+            'Authorization': f'Bearer {eva.token}', 'Content-Type': 'application/json'})
+    here[0] = False
+    assert add().status_int == 503 and world.service.list() == []
+    here[0] = True
+    assert add().status_int == 201 and labels(world.service.list()) == ['lab']
 
 
 # Page ########################################################################
@@ -13213,16 +14459,20 @@ def test_reservations_that_have_no_lane_are_told_of(world):
 
 def test_a_cloud_that_does_not_answer_holds_up_nobody(world, monkeypatch):
     world.service.resource_add('far', cloud='far', vms=4)
+    done, waited = threading.Event(), []
+
     class Mute(cmres.Cloud):
         def things(self, kind, name=''):
-            time.sleep(8)
+            waited.append(done.wait(60))
             raise cmres.CloudError('the cloud far does not answer')
     real = world.clouds.open
-    monkeypatch.setattr(world.clouds, 'open', lambda account: object.__new__(Mute) if account == 'far' else real(account))
-    visitor = as_visitor(world)
-    begun = time.monotonic()
-    page = visitor.get('/book?resource=far')
-    assert time.monotonic() - begun < 4
+    monkeypatch.setattr(world.clouds, 'open',
+                        lambda account: object.__new__(Mute) if account == 'far' else real(account))
+    try:
+        page = as_visitor(world).get('/book?resource=far')
+        assert not waited  # the page came while that cloud was still mute
+    finally:
+        done.set()
     assert 'far' in verdict_of(page) or 'does not answer' in page.html.text
 
 
@@ -13738,6 +14988,239 @@ def test_in_a_browser_no_page_keeps_anybody_out(world, browse):
     assert 'status of 404' in page.faults.pop()
 
 
+# Serving #####################################################################
+
+
+class Waiter:
+    """A WSGI application whose answers wait until they are let; how many are asked for."""
+
+    def __init__(self):
+        self.asked, self.let = queue.SimpleQueue(), threading.Event()
+
+    def __call__(self, environ, start_response):
+        self.asked.put(environ['PATH_INFO'])
+        self.let.wait(60)
+        start_response('200 OK', [('Content-Length', '4')])
+        return [b'done']
+
+
+@pytest.fixture
+def fronted():
+    """Serves an application on loopback under some settings: front, and how to connect."""
+    fronts = []
+
+    def start(app, **settings):
+        front = cmres.Front(app, Config(**{'host': '127.0.0.1', 'port': 0, 'threads': 4} | settings))
+        thread = threading.Thread(target=front.run)
+        thread.start()
+        fronts.append((front, thread, app))
+        return front, thread, lambda: socket.create_connection(('127.0.0.1', front.port), 60)
+    yield start
+    for front, thread, app in fronts:
+        app.let.set()
+        front.leaving.is_set() or front.leave()
+        thread.join(60)
+
+
+ASKS = b'GET /%s HTTP/1.1\r\nHost: x\r\n\r\n'
+
+
+def test_a_server_that_leaves_answers_what_is_under_way_and_takes_nothing_more(fronted):
+    app = Waiter()
+    front, thread, connect = fronted(app)
+    idle, line = connect(), connect()
+    line.sendall(ASKS % b'one')
+    assert app.asked.get(timeout=60) == '/one'
+    front.leave()
+    assert idle.recv(10) == b''
+    with pytest.raises(OSError):
+        connect()
+    assert thread.is_alive()
+    app.let.set()
+    assert line.makefile('rb').read().endswith(b'done')
+    thread.join(60)
+    assert not thread.is_alive()
+
+
+def test_a_server_that_leaves_waits_no_longer_than_it_may_and_the_second_time_not_at_all(fronted):
+    app = Waiter()
+    front, thread, connect = fronted(app, drain=0.0)
+    line = connect()
+    line.sendall(ASKS % b'one')
+    app.asked.get(timeout=60)
+    front.leave()
+    thread.join(60)
+    assert not thread.is_alive()
+    with pytest.raises(SystemExit):
+        front.leave()
+
+
+def test_of_too_many_connections_of_an_address_the_oldest_idle_ones_are_closed(fronted):
+    app = Waiter()
+    front, thread, connect = fronted(app, connections_per_address=3)
+    busy = connect()
+    busy.sendall(ASKS % b'busy')
+    app.asked.get(timeout=60)
+    others = [connect() for _ in range(5)]
+    others[1].sendall(b'GET /')  # a request that is never complete
+    assert [each.recv(1) for each in others[:3]] == [b''] * 3
+    others[4].sendall(ASKS % b'last')
+    assert app.asked.get(timeout=60) == '/last'
+    app.let.set()
+    for line in (busy, others[4]):
+        assert b'200 OK' in line.recv(1000)
+
+
+def test_of_all_connections_there_are_as_many_as_may_be(world):
+    class Channel:
+        def __init__(self, *requests):
+            self.requests, self.socket, self.will_close = requests, socket.socket(), False
+    known = cmres.Connections(cmres.dataclasses.replace(world.config, connections=10, connections_per_address=8))
+    busy, all_ = Channel('one'), []
+    known.add(busy, '10.0.0.0')
+    for n in range(40):
+        all_.append(Channel())
+        known.add(all_[-1], f'10.0.0.{n}')
+    assert len(known.all) == 10 and busy in known.all and not busy.will_close and len(known.of) == 10
+    assert [each.will_close for each in all_] == [True] * 31 + [False] * 9
+    for each in [*known.all]:
+        known.drop(each)
+    assert not known.all and not known.of
+
+
+def test_systemd_is_told_that_the_service_is_well_and_only_then(world, tmp_path, monkeypatch):
+    heard = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    heard.bind(str(tmp_path / 'notify'))
+    heard.settimeout(60)
+    for name, value in (('NOTIFY_SOCKET', str(tmp_path / 'notify')), ('WATCHDOG_USEC', '3000000')):
+        monkeypatch.setenv(name, value)
+    keeper = cmres.Housekeeper(world.service, world.cycle)
+    assert keeper.pause == 1
+    keeper.round()
+    assert heard.recv(100) == b'WATCHDOG=1'
+    world.cycle.passed -= 2 * cmres.LATE
+    keeper.round()
+    world.cycle.passed += 2 * cmres.LATE
+    keeper.again = True
+    keeper.round()
+    assert heard.recv(100).startswith(b'RELOADING=1\nMONOTONIC_USEC=')
+    assert [heard.recv(100) for _ in range(2)] == [b'READY=1', b'WATCHDOG=1']
+    monkeypatch.setenv('WATCHDOG_PID', '1')
+    assert cmres.watchdog_pause() == 0
+
+
+def test_settings_are_read_again_where_they_can_be(folder, tmp_path):
+    folder('config.ini', '[cmres]\nnotice = 60\nport = 1\nwebhook_secret = hush\n')
+    config = load_config(environ={'CMRES_PATIENCE': '5'})
+    folder('config.ini', '[cmres]\nnotice = 70\nport = 2\nwebhook_secret = secret\nrequests_per_user = 5\n'
+                         '[credentials]\nbiology@simulated = simulated-2\n')
+    told = cmres.read_settings_again(config, {'CMRES_PATIENCE': '5'})
+    assert sorted(told) == ['[credentials] has changed', 'notice is 70 now', 'port has changed and needs a restart',
+                            'requests_per_user is 5 now', 'webhook_secret is set, and not shown now']
+    assert (config.notice, config.port, config.requests_per_user, config.patience) == (70, 1, 5, 5)
+    assert config.credentials == {'biology@simulated': 'simulated-2'}
+    folder('config.ini', '[cmres]\nnotice = soon\n')
+    with pytest.raises(Invalid):
+        cmres.read_settings_again(config)
+    assert config.notice == 70
+
+
+def test_the_event_log_tells_where_wrong_tokens_came_from_and_that_and_how_it_was_started(world, gated):
+    gated(webhook_secret='hush')
+    for n in range(15):
+        world.service.shares.wrong[f'192.0.2.{n}'] += n + 1
+    keeper = cmres.Housekeeper(world.service)
+    keeper.audit(), keeper.audit()
+    found = world.service.events()
+    assert [each['code'] for each in found].count('wrong_token') == 1
+    assert found[-1]['sentence'].startswith('120 wrong tokens: 15 from 192.0.2.14, ')
+    assert found[-1]['sentence'].endswith(', and from 5 other addresses')
+    world.service.config.take(sources={'port': 'a.ini', 'webhook_secret': 'a.ini'})
+    cmres.note_start(world.service, 'serve')
+    told = world.service.events()[-1]
+    assert (told['code'], told['sentence']) == (
+        'settings', f'serve {cmres.__version__} has started; set: port=8080, webhook_secret=set, and not shown')
+
+
+def test_who_signs_in_is_in_the_event_log_with_the_address(world):
+    as_visitor(world)
+    assert world.service.events()[-1]['sentence'].startswith('eva in biology signed in from ')
+
+
+def test_a_new_key_leaves_those_signed_in_who_are_and_then_no_more(world):
+    visitor, file = as_visitor(world), world.config.database + '.key'
+    cmres.key_rotate(world.config)
+    other = as_visitor(world, 'max')
+    for each in (visitor, other):
+        assert 'Sign out' in each.get('/list')
+    lines = Path(file).read_text().splitlines()
+    assert len(lines) == 3 and cmres.known_store(file) == lines[1] == cmres.stored_id() and Path(file).stat().st_mode & 0o777 == 0o600
+    cmres.rotate_key(file, 1)  # those before are over already
+    assert 'Sign out' not in visitor.get('/list') and 'Sign out' not in other.get('/list')
+    cmres.rotate_key(file, 2**40)
+    assert len(cmres.read_keys(file)) == 2
+    cmres.close_store()
+    cmres.open_store(world.config.database)
+
+
+def test_settings_are_shown_with_where_they_come_from_and_without_secrets(run, tmp_path, monkeypatch):
+    (tmp_path / 'config.ini').write_text('[cmres]\nnotice = 60\nwebhook_secret = hush\n')
+    monkeypatch.setenv('CMRES_PATIENCE', '5')
+    code, out, _ = run('config', 'show', '--format', 'json')
+    shown = {each['setting']: (each['value'], each['from'], each['change']) for each in json.loads(out)}
+    assert shown.keys() == SETTINGS.keys() and 'hush' not in out and code == 0
+    assert shown['notice'] == ('60', 'config.ini', 'SIGHUP') and shown['patience'] == ('5', 'CMRES_PATIENCE', 'SIGHUP')
+    assert shown['port'] == ('8080', 'default', 'restart') and shown['webhook_secret'][0] == 'set, and not shown'
+    assert cmres.FIXED <= SETTINGS.keys()
+
+
+@pytest.mark.parametrize('text, sentence', [
+    ('', ''), ('notice = soon', "setting notice: 'soon' is not a number"), ('metrics = all', "'all' is none of token, open, off"),
+    ('log_format = xml', "'xml' is none of text, json"), ('trusted_proxies = proxy', "'proxy' is no address and no network"),
+    ('database = nowhere/cmres.db', "database: can't write to its folder"), ('webhook = hook', "webhook: 'hook' is not an http(s) address"),
+    ('mail_server = host:smtp', "mail_server: 'host:smtp' is not HOST:PORT"), ('key = config.ini', "key: can't read the key")])
+def test_settings_are_checked_before_anything_starts(run, tmp_path, text, sentence):
+    (tmp_path / 'config.ini').write_text(f'[cmres]\n{text}\n')
+    code, out, err = run('config', 'check')
+    assert (code, sentence in err) == (2 if text else 0, True) and ('ok' in out) == (not text)
+    assert os.listdir(tmp_path) == ['config.ini']
+
+
+def test_the_whole_event_log_is_exported_from_an_instant_on(run, monkeypatch):
+    monkeypatch.setattr(cmres, 'EXPORTED', 3)
+    for n in range(8):
+        run('resource', 'add', f'r{n}')
+    whole = [json.loads(line) for line in run('event', 'export')[1].splitlines()]
+    assert len(whole) == 8 and [each['id'] for each in whole] == sorted(each['id'] for each in whole)
+    cmres.run('UPDATE event SET at = at + id * 1000')
+    for words in (['events', 'export'], ['journal', 'export'], ['event', 'export']):
+        code, out, _ = run(*words, '--since', str(cmres.instant(int(cmres.row('SELECT at FROM event WHERE id = 5').at))), '--format', 'jsonl')
+        assert [json.loads(line)['id'] for line in out.splitlines()] == [5, 6, 7, 8] and code == 0
+    assert run('events', '--since', '2100-01-01', '--format', 'json')[1].strip() == '[]'
+    assert len(run('resource', 'list', '--format', 'jsonl')[1].splitlines()) == 8
+
+
+def test_readyz_warns_before_the_disk_is_full(world, gated):
+    world.at(0)
+    assert gated().ask('/readyz').json['disk'].keys() == {'free_mib'}
+    answer = gated(min_disk=10**9).ask('/readyz')
+    assert answer.status_int == 503 and 'MiB are free on the disk' in answer.json['disk']['fault']
+
+
+def test_serve_reads_settings_again_and_logs_as_json_and_ends_in_good_order(serving, tmp_path):
+    (tmp_path / 'config.ini').write_text('[cmres]\nlog_format = json\nmetrics = open\n')
+    serve = serving('--demo', '--port=0')
+    assert serve.ask('GET', '/resource/')[0] == 200
+    (tmp_path / 'config.ini').write_text('[cmres]\nlog_format = json\nmetrics = off\n')
+    serve.process.send_signal(signal.SIGHUP)
+    soon(lambda: 'settings: metrics is off now' in serve.said())
+    serve.stop()
+    assert serve.process.returncode == 0
+    lines = [json.loads(line) for line in serve.said().splitlines() if line.startswith('{')]
+    assert {'list' if 'list' in each.get('operation', '') else each['message'] for each in lines} >= {'list'}
+    assert 'settings' in {each['code'] for each in json.loads(cli(tmp_path, 'events', '--format', 'json').stdout)}
+
+
 # Client ######################################################################
 
 
@@ -13795,6 +15278,21 @@ def test_a_client_changes_what_the_service_shows(client, service):
     assert client.resource_delete('india')['name'] == 'india'
 
 
+def test_answers_of_a_client_are_read_by_name_and_as_attributes(client):
+    made = client.add('lab', 'demo', hours(1), hours(2), metadata={'start': 'x'})
+    assert made.label == made['label'] == 'lab' and made.start == NOON + hours(1)
+    assert made.metadata == {'start': 'x'} and type(client.show('lab')) is cmres.DetailAnswer
+    assert [each.state for each in client.list()] == ['reserved'] and not hasattr(made, 'nothing')
+    group = client.add('exam', '-', hours(1), hours(2), part='demo:1,demo:2')
+    assert [each.vms for each in group.parts] == [1, 2]
+    assert client.resource_show('demo').held_now == {'vms': 0, 'vcpus': 0, 'ram': 0}
+
+
+def test_no_field_of_an_answer_has_the_name_of_a_method():
+    kinds = [each for each in vars(cmres).values() if cmres.is_answer(each)]
+    assert len(kinds) > 30 and not {name for each in kinds for name in cmres.declared(each)} & set(dir(cmres.Answer))
+
+
 @pytest.mark.parametrize('name, args, kind', [
     ('show', ('nobody',), NotFound), ('list', ('nobody',), NotFound), ('update', ('nobody', 'demo'), NotFound),
     ('delete', ('nobody',), NotFound),
@@ -13846,7 +15344,7 @@ def test_a_client_takes_the_defaults_of_the_service(client, service):
 def test_a_client_is_who_its_token_says(client, world):
     eva = Client(client.url, world.service.token_add('eva', 'biology')['token'])
     assert eva.add('lab', 'demo', hours(1), hours(1))['user'] == 'eva'
-    for call in (eva.check, eva.token_list, lambda: eva.resource_delete('demo')):
+    for call in (eva.check, lambda: eva.user_end('max'), lambda: eva.resource_delete('demo')):
         with pytest.raises(Forbidden, match='needs the role admin'):
             call()
     with pytest.raises(Unauthorized, match='not known or was revoked'):
@@ -13956,7 +15454,7 @@ def test_help_of_every_command_answers_on_standard_output_with_an_example(run, t
     code, out, err = run(*name.split(), '--help')
     assert (code, err) == (0, '') and f'python cmres.py {name}' in out
     assert run(*name.split(), 'word', '--help')[:1] == (0,)
-    assert not list(tmp_path.iterdir())  # asking for help opens no store
+    assert os.listdir(tmp_path) == ['cmres.db']  # asking for help opens no store
 
 
 @pytest.mark.parametrize('line', ['_private', '__class__', 'config', 'clock', 'acting', 'alter', 'cancel', 'here',
@@ -13965,7 +15463,8 @@ def test_help_of_every_command_answers_on_standard_output_with_an_example(run, t
                                   'token __doc__'])
 def test_nothing_that_was_not_published_is_a_command(run, tmp_path, line):
     code, out, err = run(*line.split())
-    assert (code, out) == (2, '') and f"there is no command '{line}'" in err and not list(tmp_path.iterdir())
+    assert (code, out) == (2, '') and f"there is no command '{line}'" in err
+    assert os.listdir(tmp_path) == ['cmres.db']
 
 
 def test_delete_on_the_command_line_warns_of_an_end_that_is_not_done(run):
@@ -14109,21 +15608,287 @@ def test_token_add_prints_the_token_and_nothing_else(run):
 
 
 def environment():
-    return {name: value for name, value in os.environ.items() if not name.startswith('CMRES_')}
+    return {name: value for name, value in os.environ.items() if not name.startswith('CMRES_')} | {'TZ': 'UTC'}
 
 
-def test_a_list_imports_only_what_it_uses(tmp_path):
+def test_a_list_imports_only_what_it_uses(tmp_path, empty):
+    shutil.copy(empty, tmp_path)
     code = ("import sys; sys.path.insert(0, sys.argv[1]); import cmres; code = cmres.main(['list']); "
             "print(*sorted({name.partition('.')[0] for name in sys.modules})); sys.exit(code)")
     ended = subprocess.run([sys.executable, '-B', '-c', code, str(MODULE.parent)], cwd=tmp_path, env=environment(),
                            capture_output=True, text=True)
     assert ended.returncode == 0 and ended.stdout.startswith('nothing found\n')
     loaded = set(ended.stdout.split())
-    assert 'fire' in loaded and not loaded & {'openstack', 'bottle', 'waitress', 'schedule', 'yaml', 'rich',
-                                              'configparser', 'urllib3', 'keystoneauth1'}
+    assert not loaded & {'fire', 'openstack', 'bottle', 'waitress', 'schedule', 'yaml', 'rich', 'configparser', 'urllib3',
+                         'keystoneauth1'}
 
 
-def test_the_program_itself_lists_and_ends_with_its_code(tmp_path):
+def on_terminal(tmp_path, *argv, columns=80, **env):
+    """What a command prints on a terminal of so many columns, as the terminal gets it without its colours."""
+    import pty
+    leader, follower = pty.openpty()
+    env = environment() | {'COLUMNS': str(columns), 'TERM': 'xterm'} | env
+    process = subprocess.Popen([sys.executable, '-B', str(MODULE), *argv], cwd=tmp_path, env=env, stdin=follower,
+                               stdout=follower, stderr=subprocess.PIPE)
+    os.close(follower)
+    text = b''
+    with contextlib.suppress(OSError):  # the end of a terminal
+        while data := os.read(leader, 65536):
+            text += data
+    assert process.wait(timeout=60) == 0, process.stderr.read()
+    os.close(leader)
+    process.stderr.close()
+    return re.sub(r'\x1b\[[0-9;]*[A-Za-z]', '', text.decode().replace('\r\n', '\n'))
+
+
+def test_eighty_columns_show_labels_times_and_states_whole(run, tmp_path):
+    run('resource', 'add', 'a-resource-with-a-long-name', '--vms', '100000')
+    rows = [{'label': f'experiment-with-a-name-{n}', 'resource': 'a-resource-with-a-long-name', 'start': f'2100-01-04T{n % 24:02}:00',
+             'end': '+2h', 'vms': n + 1, 'repeat': 'every tuesday until 23 feb 2101' if n < 3 else ''} for n in range(120)]
+    (tmp_path / 'rows.json').write_text(json.dumps(rows))
+    assert run('add', '--file', 'rows.json')[0] == 0
+    text = on_terminal(tmp_path, 'list', '--limit', '120')
+    lines = text.splitlines()
+    assert max(map(len, lines)) <= 80 and lines[0].split()[0] == 'label'
+    for n, row in enumerate(rows):
+        [line] = [line for line in lines if line.split()[:1] == [row['label']]]
+        assert re.search(r' 2100-01-0\d \d\d:00 UTC +2100-01-0\d \d\d:00 UTC +reserved$', line)
+    assert re.fullmatch(r'not shown: .*\bresource\b.* \(--wide shows all\)', lines[-1])
+    assert 'a-resource-with-a-long-name' in on_terminal(tmp_path, 'list', '--wide', '--limit', '1', columns=300)
+    assert 'a-resource-with-a-long-name' in on_terminal(tmp_path, 'list', '--limit', '1', columns=300)
+    assert '\x1b' not in run('list')[1] and 'a-resource-with-a-long-name' in run('list')[1]  # what is piped is whole
+
+
+@given(st.lists(st.lists(st.text('ab é漢 \n-', max_size=60), min_size=3, max_size=3), min_size=1, max_size=5),
+       st.integers(40, 120))
+@example([['a' * 500, 'a' * 100 + ' b', '漢' * 200]], 40)
+def test_a_table_fits_any_terminal_and_loses_no_letter(lines, most):
+    letters = lambda text: collections.Counter(re.sub(r'\s', '', text))  # noqa: E731
+    names = ['one', 'two', 'three']
+    widths = [max(cmres.wide(part) for line in [names, *lines] for part in line[n].split('\n')) for n in range(3)]
+    widths = cmres.narrowed(widths, [False] * 3, most)
+    text = '\n'.join(cmres.drawn_line(line, widths) for line in lines)
+    assert max(map(cmres.wide, text.split('\n'))) <= most
+    assert letters(text) == letters(''.join(map(''.join, lines)))
+
+
+def test_columns_are_as_wide_as_letters_of_any_kind(capsys):
+    print(cmres.drawn(['name', 'n'], [['漢字', '1'], ['e\u0301', '2'], ['two\nlines', '3']]))
+    assert capsys.readouterr().out.splitlines() == ['name   n', '漢字   1', 'e\u0301      2', 'two    3', 'lines']
+
+
+def test_columns_and_their_order_are_chosen(run):
+    run('resource', 'add', 'demo', '--vms', '16')
+    for label, vms in (('b', 3), ('a', 1), ('c', 10)):
+        run('add', label, 'demo', '2100-01-04T09:00', '+1h', '--vms', str(vms))
+    assert run('list', '--columns', 'vms,label', '--sort', 'label')[1].split() == ['vms', 'label', '1', 'a', '3', 'b', '10', 'c']
+    assert run('list', '--columns=label', '--sort=-vms', '--format=csv')[1].split() == ['label', 'c', 'b', 'a']
+    assert [each['label'] for each in json.loads(run('list', '--sort', 'vms', '--format', 'json')[1])] == ['a', 'b', 'c']
+    code, out, err = run('list', '--columns', 'lable')
+    assert (code, out) == (2, '') and "there is no column 'lable'; did you mean label?" in err.replace("'label'", 'label')
+    assert run('list', '--sort', 'vmz')[0] == 2
+
+
+def test_a_list_says_when_there_is_more_and_where_it_goes_on(run):
+    run('resource', 'add', 'demo', '--vms', '16')
+    for n in range(3):
+        run('add', f'lab-{n}', 'demo', f'2100-01-04T0{n}:00', '+1h')
+    code, out, err = run('list', '--limit', '2')
+    assert code == 0 and 'lab-1' in out and 'lab-2' not in out
+    more = re.fullmatch(r'There is more: add (--after) (\S+), or a higher --limit.\n', err).groups()
+    assert 'lab-2' in run('list', *more)[1] and run('list', *more)[2] == ''
+    assert run('list', '--limit', '3')[2] == '' and run('list', '--limit', '2', '--format', 'json')[2] == err
+    assert 'There is more: add --after ' in run('events', '--after', '1', '--limit', '1')[2]
+
+
+def test_an_error_is_json_for_who_reads_json(run):
+    run('resource', 'add', 'demo', '--vms', '1')
+    code, out, err = run('add', 'lab', 'demo', '2100-01-04T09:00', '+1h', '--vms', '2', '--format', 'json')
+    said = json.loads(err)
+    assert (code, out, said['kind']) == (1, '', 'NoCapacity') and said['details'] and "'demo'" in said['error']
+    assert json.loads(run('show', 'nothing', '--format=json')[2])['kind'] == 'NotFound'
+
+
+def test_a_file_of_which_nothing_was_taken_is_a_failure(run, tmp_path):
+    run('resource', 'add', 'demo', '--vms', '1')
+    (tmp_path / 'rows.csv').write_text('label,resource,start,end,vms\nlab,demo,2100-01-04T09:00,+1h,2\n')
+    code, out, err = run('load', 'rows.csv', '--partial')
+    assert code == 1 and 'lab' in out and err == 'cmres: all reservations are refused: 1\n'
+
+
+def test_the_version_is_told(run):
+    assert run('--version') == (0, f'cmres {cmres.__version__}\n', '')
+
+
+def test_a_list_that_is_watched_is_shown_again_until_it_is_interrupted(run, monkeypatch):
+    run('resource', 'add', 'demo', '--vms', '16')
+    naps = []
+
+    def nap(seconds):
+        naps.append(seconds)
+        if len(naps) == 3:
+            raise KeyboardInterrupt
+        run_quietly('add', f'lab-{len(naps)}', 'demo', '2100-01-04T09:00', '+1h')
+    run_quietly = lambda *argv: cmres.main(['--format=json', *argv])  # noqa: E731
+    monkeypatch.setattr(cmres.time, 'sleep', nap)
+    code, out, err = run('list', '--watch', '--columns', 'label')
+    assert code == 130 and naps == [2, 2, 2] and out.count('nothing found') == 1
+    assert out.splitlines()[-3:] == ['label', 'lab-1', 'lab-2']
+
+
+@pytest.mark.parametrize('words, found', [
+    (['']  , {'add', 'list', 'resource'}), (['li'], {'list', 'limit'}), (['resource', ''], {'add', 'list', 'update'}),
+    (['add', 'new', ''], {'demo', 'gpu'}), (['add', 'new', 'd'], {'demo'}), (['extend', ''], {'lab', 'lesson'}),
+    (['extend', 'le'], {'lesson'}), (['list', '--st'], {'--start', '--state'}), (['list', '--state', 'e'], {'ending', 'ended'}),
+    (['list', '--state=e'], {'--state=ending', '--state=ended'}), (['list', '--resource', '=', 'd'], {'demo'}),
+    (['list', '--format', ''], {'table', 'json', 'csv', 'yaml'}), (['completion', ''], {'bash', 'zsh', 'fish'}),
+    (['resource', 'update', 'g'], {'gpu'}), (['nothing', ''], set()), (['add', 'new', 'demo', ''], set())])
+def test_words_are_completed(run, words, found):
+    run('resource', 'add', 'demo', '--vms', '16')
+    run('resource', 'add', 'gpu', '--vms', '16')
+    run('add', 'lab', 'demo', '2100-01-04T09:00', '+1h')
+    run('add', 'lesson', 'demo', '2100-01-04T09:00', '+1h')
+    came = cmres.completed(words)
+    assert set(came) >= found if words[-1] in ('', 'li') and len(words) < 3 else set(came) == found
+
+
+SHELLS = {'bash': 'eval "$(cmres completion bash)"; COMP_WORDS=(cmres extend le); COMP_CWORD=2; _cmres; echo "${COMPREPLY[@]}"',
+          'zsh': 'compdef() { }; compadd() { shift 2; echo $@ }; eval "$(cmres completion zsh)"; '
+                 'words=(cmres extend le); CURRENT=3; _cmres',
+          'fish': 'cmres completion fish | source; complete -C "cmres extend le"'}
+
+
+@pytest.mark.parametrize('shell', [each for each in SHELLS if shutil.which(each)])
+def test_a_real_shell_completes_a_label(run, tmp_path, shell):
+    run('resource', 'add', 'demo', '--vms', '16')
+    run('add', 'lesson-1', 'demo', '2100-01-04T09:00', '+1h')
+    run('add', 'lab', 'demo', '2100-01-04T09:00', '+1h')
+    (tmp_path / 'cmres').write_text(f'#!/bin/sh\nexec {sys.executable} -B {MODULE} "$@"\n')
+    (tmp_path / 'cmres').chmod(0o755)
+    env = environment() | {'PATH': f"{tmp_path}:{os.environ['PATH']}", 'HOME': str(tmp_path)}
+    ended = subprocess.run([shell, '-c', SHELLS[shell]], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60)
+    assert (ended.stdout.split(), ended.stderr) == (['lesson-1'], '')
+
+
+class Played:
+    """The module `time` with a clock of ours; all else is as it is."""
+
+    def __init__(self, now: float):
+        self.now = now
+
+    def __getattr__(self, name):
+        return getattr(time, name)
+
+    def time(self) -> float:
+        return self.now
+
+
+def shown_in_readme() -> list[tuple[str, str]]:
+    """The commands of README's sessions, each with what is shown below it."""
+    text = re.sub(r'^ {0,3}\S.*$', '', (MODULE.parent / 'README.md').read_text(), flags=re.M)
+    blocks = [each for each in re.split(r'\n(?=    \$ )|\n\n\n+', text) if each.startswith('    $ ')]
+    return [(head[6:], '\n'.join(line[4:] for line in rest)) for head, *rest in (each.split('\n') for each in blocks)]
+
+
+def masked(text: str) -> list[str]:
+    """The lines of an answer without what differs from run to run: figures, secrets, widths of columns."""
+    text = re.sub(r'/calendar/\S+/', '/calendar/SECRET/', re.sub(r'\bstore +\S+', 'store ID', text))
+    text = re.sub(r'\b(UTC|CES?T)\b', 'ZONE', re.sub(r'[0-9]+(?:[.:][0-9]+)*', 'N', text))
+    return [' '.join(line.split()) for line in text.splitlines() if line.strip() and line.strip() != '...']
+
+
+#: What README says without a session: files that it reads, and resources that it takes for given.
+GIVEN = {'add finals': [['resource', 'add', 'gpu', '--vms', '20'], ['resource', 'add', 'cpu', '--vms', '40']]}
+CLASS_ICS = calendar('''BEGIN:VEVENT
+UID:os-course@example.org
+DTSTART;TZID=Europe/Paris:20270412T140000
+DURATION:PT2H
+RRULE:FREQ=WEEKLY;COUNT=3
+SUMMARY:Operating systems
+DESCRIPTION:4 x m1.small
+END:VEVENT
+BEGIN:VEVENT
+UID:other@example.org
+DTSTART:20270412T140000Z
+SUMMARY:Lunch
+END:VEVENT
+''')
+
+
+def test_readme_shows_what_its_commands_print(tmp_path, monkeypatch, run):
+    played = Played(datetime(2026, 11, 23, 6, 53, 54, tzinfo=UTC).timestamp())
+    monkeypatch.setattr(cmres, 'time', played)
+    monkeypatch.setenv('LOGNAME', 'eva')
+    clouds = cmres.Clouds(Config(), clock=played.time)
+    monkeypatch.setattr(cmres, 'local_service', lambda config: cmres.open_store(config.database, config.key) or cmres.Reservations(
+        config, clouds, Actor('eva', 'default', 'admin'), played.time))
+    cmres.prepared(Config())
+    cmres.welcome(cmres.local_service(Config()), 'http://127.0.0.1:8080')
+    cycle = cmres.LifeCycle(Config(), clouds, played.time)
+    (tmp_path / 'class.ics').write_bytes(CLASS_ICS)
+    compared, wrong = 0, []
+    for line, shown in shown_in_readme():
+        line = line.partition('  #')[0].strip()
+        for pause in (5, 5):
+            played.now += pause
+            cycle.settle()
+        if line.startswith('export '):
+            monkeypatch.setenv(*line.removeprefix('export ').split('='))
+        elif line.startswith('cat '):
+            (tmp_path / line.split()[1]).write_text(shown + '\n')
+        elif not re.search('chameleon|add (class|typo) gpu|servers class|my-workstation', line):
+            for given in next((each for start, each in GIVEN.items() if start in line), ()):
+                assert run(*given)[0] == 0
+            code, out, err = run(*shlex.split(line.removeprefix('python cmres.py ')))
+            if shown.strip():
+                compared += 1
+                end = masked(shown.split('...\n')[-1])  # what is left out there
+                whole = masked(out + err)
+                same = whole[-len(end):] == end if '...\n' in shown else whole == end
+                wrong += [] if same else [(line, out + err)]
+            else:
+                assert code == 0, (line, err)
+    assert compared >= 20 and not wrong, '\n'.join(f'$ {line}\n{text}' for line, text in wrong)
+
+
+#: Words as people type them, some of which Fire would take for something else.
+TYPED = ['lab', '2026', '1e3', 'a=b', '-', '[1,2]', '"x"', 'True', 'gpu#1', '', 'a b', "it's", '0x1f', '+2h', 'None']
+
+
+@pytest.mark.parametrize('name', sorted(cmres.LOCAL | cmres.API))
+def test_every_command_is_read_alike_with_and_without_fire(monkeypatch, name):
+    operation = (cmres.LOCAL | cmres.API)[name]
+    words = name.split('_', 1) if name.partition('_')[0] in cmres.GROUPS else [operation.words]
+    random.seed(name)
+    for _ in range(4):
+        taken = [each for each in operation.parameters if random.random() < 0.5]
+        typed = {each: random.choice(TYPED) for each in taken}
+        flags = [word for each, value in typed.items() if random.random() < 0.6
+                 for word in ([f'--{each.replace("_", "-")}', value]
+                              if random.random() < 0.5 and operation.parameters[each].annotation is not bool
+                              else [f'--{each}={value}'])]
+        named = {word[2:].partition('=')[0].replace('-', '_') for word in flags if word.startswith('--')}
+        line = words + [value for each, value in typed.items() if each not in named] + flags
+        read, seen = [], []
+        note = lambda into: lambda call: into.append((call._operation, call._given))  # noqa: E731
+        cmres.run_command(line, note(read))
+        with monkeypatch.context() as patch:
+            patch.setattr(cmres, 'plain_call', lambda *_: None)
+            cmres.run_command(line, note(seen))
+        assert read == seen and len(read) == 1, line
+
+
+@pytest.mark.parametrize('line', [['list', '--label'], ['list', '--label', '--user'], ['list', '--label=a', '--label=b'],
+                                  ['skip', 'a', 'b', 'c', 'd', 'e', 'f', 'g', 'h']])
+def test_what_is_no_plain_line_is_read_by_fire(monkeypatch, line):
+    came = []
+    monkeypatch.setattr(cmres, 'by_fire', lambda words, finish: came.append(words))
+    cmres.run_command(line, lambda call: came.append('plain'))
+    assert came and 'plain' not in came
+
+
+def test_the_program_itself_lists_and_ends_with_its_code(tmp_path, empty):
+    shutil.copy(empty, tmp_path)
     for words, code in ((['list'], 0), (['show', 'nobody'], 1), (['lst'], 2)):
         ended = subprocess.run([sys.executable, '-B', str(MODULE), *words], cwd=tmp_path, env=environment(),
                                capture_output=True, text=True)
@@ -14550,13 +16315,13 @@ def test_a_feed_has_no_other_verb(app, world):
     assert app.web.head(path).headers['ETag'] == fetch(app, path).headers['ETag']
 
 
-HOSTILE = ['a\nBEGIN:VEVENT\nUID:x', 'a\r\nDTSTART:20200101T000000Z\r\n', 'a;b,c\\d\\n\\;\\,',
+HOSTILE_TEXTS = ['a\nBEGIN:VEVENT\nUID:x', 'a\r\nDTSTART:20200101T000000Z\r\n', 'a;b,c\\d\\n\\;\\,',
            '<script>alert(1)</script>', '\u202eright to left\u202c \u200f', '"quotes" \'and\' :colons:', 'x' * 20000,
            '\u00e9\U0001f680' * 1500, '\\', ' leading and trailing ', 'a\n\n\nb', '\ttab', 'END:VCALENDAR',
            '\u2028\u2029\x85', '%s {address} {0}']
 
 
-@pytest.mark.parametrize('text', HOSTILE, ids=range(len(HOSTILE)))
+@pytest.mark.parametrize('text', HOSTILE_TEXTS, ids=range(len(HOSTILE_TEXTS)))
 def test_a_hostile_description_is_text_and_nothing_else(app, world, text):
     book(world.service, description=text.replace('\r\n', '\n'))
     data = fetch(app, feed(app)).body
@@ -14611,7 +16376,7 @@ console.log(JSON.stringify(root.getAllSubcomponents('vevent').map(each => new IC
 @pytest.mark.skipif(not shutil.which('node') or not os.environ.get('ICAL_JS'),
                     reason='needs node, and ICAL_JS: a folder in which `npm install ical.js` was run')
 def test_ical_js_reads_a_feed(app, world, tmp_path):
-    book(world.service, description=''.join(HOSTILE[:6]).replace('\r', ''))
+    book(world.service, description=''.join(HOSTILE_TEXTS[:6]).replace('\r', ''))
     data = fetch(app, feed(app)).body
     ended = subprocess.run(['node', '-e', ICAL_JS], input=data, capture_output=True, timeout=30,
                            cwd=os.environ['ICAL_JS'], env=environment() | {'NODE_PATH': 'node_modules'})
@@ -14621,29 +16386,25 @@ def test_ical_js_reads_a_feed(app, world, tmp_path):
     assert text == str(events_in(data)['lab']['DESCRIPTION']) and isinstance(sequence, int)
 
 
-def test_an_unchanged_feed_of_5000_occurrences_is_not_made_again(app, world):
+def test_an_unchanged_feed_is_not_made_again_and_of_a_changed_one_only_what_changed(app, world, monkeypatch):
     world.service.resource_update('demo', vms=100000)
-    with cmres.transaction():  # six a day for some years: written as `add` would, but at once
-        for n in range(13):
-            world.service.add(f'series-{n}', 'demo', NOON + hours(1 + n / 10), timedelta(minutes=5), repeat='daily',
-                              count=366)
+    for n in range(4):
+        world.service.add(f'series-{n}', 'demo', NOON + hours(1 + n / 10), timedelta(minutes=5), repeat='daily',
+                          count=60)
     count = cmres.row('SELECT count(*) AS n FROM occurrence').n
-    assert count >= 4700
-    path = feed(app)
-
-    def cost(**headers):
-        began = time.process_time()
-        answer = fetch(app, path, '*', **headers)
-        return time.process_time() - began, answer
-    first, answer = cost()
-    again, same = cost()
-    none, unchanged = cost(If_None_Match=answer.headers['ETag'])
+    path, made = feed(app), []
+    real = cmres.Reservations.feed_events
+    monkeypatch.setattr(cmres.Reservations, 'feed_events', lambda self, feed: made.append(feed) or real(self, feed))
+    cmres.event_text.cache_clear()
+    written = lambda: cmres.event_text.cache_info().misses  # noqa: E731
+    answer, same = fetch(app, path, '*'), fetch(app, path, '*')
+    unchanged = fetch(app, path, '*', If_None_Match=answer.headers['ETag'])
     assert (answer.status_int, same.status_int, unchanged.status_int) == (200, 200, 304)
-    assert same.body == answer.body and answer.body.count(b'BEGIN:VEVENT') == count
-    assert again < first / 10 and none < first / 20
+    assert same.body == answer.body and answer.body.count(b'BEGIN:VEVENT') == count == written()
+    assert len(made) == 1
     world.service.update('series-0', end=timedelta(minutes=10), occurrence=NOON + hours(1))
-    changed, new = cost(If_None_Match=answer.headers['ETag'])
-    assert new.status_int == 200 and changed < first / 2  # of what is the same, the text is
+    new = fetch(app, path, '*', If_None_Match=answer.headers['ETag'])
+    assert new.status_int == 200 and len(made) == 2 and written() == count + 1
 
 
 # Clients
@@ -14828,6 +16589,15 @@ def test_what_is_refused_is_told_with_title_date_and_line(service):
     assert why['big'].startswith("the event 'big' of 2026-12-01 (line 21): ") and '16' in why['big']
 
 
+@pytest.mark.parametrize('rule, said', [
+    ('', "'demo' holds at most 16 vms; 99 are asked for"),
+    ('RRULE:FREQ=DAILY;COUNT=3', "3 of 3 occurrences do not fit, so nothing was changed; the first from "
+     "2026-12-01 13:00 UTC: 'demo' holds at most 16 vms; 99 are asked for")])
+def test_what_can_be_taken_is_offered_only_where_there_is_some(service, rule, said):
+    answer = take(service, asks(13, 14, *filter(None, [rule]), want='99 x m1.small', uid='big'))
+    assert answer['events'][0]['why'] == f"the event 'big' of 2026-12-01 (line 4): {said}"
+
+
 def test_an_import_of_which_all_is_refused_ends_with_1_and_tells_it(app, run, tmp_path):
     run('resource', 'add', 'demo', '--vms=16', '--cloud=simulated')
     bad = asks(13, 14, want='99 x m1.small').replace('202612', '219012')
@@ -14859,7 +16629,7 @@ def test_a_body_of_anything_else_is_as_small_as_before(app):
 
 
 def test_daily_events_of_half_a_century_are_followed_from_now_on(service):
-    """Counted, not timed: how many wall times dateutil gives for all of them."""
+    """Counted, not timed: how many wall times their rules give for all of them."""
     body = ''.join(event('DTSTART;TZID=Europe/Paris:19700102T090000', 'DURATION:PT1H', 'RRULE:FREQ=DAILY', 'CATEGORIES:VM',
                          uid=f'u{n}') for n in range(10))
     given, rule_walls = [], cmres.rule_walls
@@ -14867,6 +16637,137 @@ def test_daily_events_of_half_a_century_are_followed_from_now_on(service):
         patch.setattr(cmres, 'rule_walls', lambda *rule: (given.append(wall) or wall for wall in rule_walls(*rule)))
         answer = take(service, body, dry_run=True)
     assert set(by_uid(answer).values()) == {'booked'} and len(given) < 10 * 8 * 366
+
+
+SINCE_1970 = ('DTSTART;TZID=Europe/Paris:19700101T090000', 'DURATION:PT1H', 'CATEGORIES:VM')
+
+
+def dates_of(number: int, year: int = 1975) -> str:
+    return ','.join(f'{datetime(year, 1, 1, 9) + timedelta(days=n):%Y%m%dT%H%M%S}' for n in range(number))
+
+
+def repeated(*rules: str) -> str:
+    """Events that are hard to follow."""
+    return ''.join(event(*SINCE_1970, f'SUMMARY:Bomb {n}', rule, uid=f'u{n}') for n, rule in enumerate(rules))
+
+
+def changed_on(days, *more: str) -> str:
+    """A daily event of which some days are otherwise."""
+    return event(*SINCE_1970, 'RRULE:FREQ=DAILY', 'SUMMARY:Bomb', uid='u0') + ''.join(
+        event(f'DTSTART;TZID=Europe/Paris:{day:%Y%m%dT%H%M%S}', 'DURATION:PT2H', 'CATEGORIES:VM', 'SUMMARY:Bomb',
+              f'RECURRENCE-ID{"".join(more)};TZID=Europe/Paris:{day:%Y%m%dT%H%M%S}', uid='u0') for day in days)
+
+
+#: Events that cost much to follow, more of them than MOST_STEPS allows; each must be refused by itself.
+HOSTILE_WISHES = {
+    'days that never come': lambda: repeated(*(
+        f'RRULE:FREQ=DAILY;INTERVAL={n};BYMONTH=2;BYMONTHDAY=30' for n in range(1, 40))),
+    'positions that never come': lambda: repeated(*(
+        f'RRULE:FREQ=MONTHLY;INTERVAL={n};BYDAY=MO;BYSETPOS=366' for n in range(1, 40))),
+    'counts from 1970 on': lambda: repeated(*(
+        f'RRULE:FREQ=DAILY;INTERVAL={n};COUNT=100000;BYMONTH=1,2,3,4,5,6,7,8,9,10,11' for n in range(1, 40))),
+    'times of a day': lambda: repeated(*['RRULE:FREQ=DAILY;BYHOUR=1,2,3,4,5,6,7,8,9;BYMINUTE=1,2,3,4,5,6'] * 20),
+    'dates added': lambda: repeated(*['RDATE;TZID=Europe/Paris:' + dates_of(1500)] * 20),
+    'dates left out': lambda: repeated(*['RRULE:FREQ=DAILY\nEXDATE;TZID=Europe/Paris:' + dates_of(1500)] * 20),
+    'dates in many lines': lambda: repeated(*['\n'.join(['RDATE:20270101T090000Z'] * 4000)] * 10),
+    'a rule that never ends': lambda: repeated(*['RRULE:FREQ=MONTHLY;BYDAY=' + ','.join(['1MO'] * 9000)] * 3),
+    'days that are otherwise': lambda: changed_on(datetime(1990, 1, 1, 9) + timedelta(days=n) for n in range(900)),
+    'ever otherwise from a day on': lambda: changed_on(
+        (datetime(1990, 1, 1, 9) + timedelta(days=n) for n in range(200)), ';RANGE=THISANDFUTURE'),
+    'one name for many': lambda: ''.join(
+        event(f'DTSTART:2027{1 + n // 28:02}{1 + n % 28:02}T090000Z', 'DURATION:PT1H', 'CATEGORIES:VM',
+              'SUMMARY:Bomb', uid='u0') for n in range(150)),
+    'zones of many changes': lambda: ''.join(
+        zone(f'Z{n}', ('+0100', *AUTUMN), ('+0200', *SPRING)).replace(
+            'END:STANDARD', 'RDATE:' + dates_of(2500) + '\nEND:STANDARD')
+        + event(f'DTSTART;TZID=Z{n}:20270101T090000', 'DURATION:PT1H', 'RRULE:FREQ=DAILY', 'CATEGORIES:VM',
+                f'SUMMARY:Bomb {n}', uid=f'u{n}') for n in range(6)),
+}
+
+
+@pytest.mark.parametrize('name', HOSTILE_WISHES)
+def test_what_is_hard_to_follow_is_refused_by_itself_after_a_bounded_number_of_steps(service, monkeypatch, name):
+    """Counted, not timed; what does not repeat is booked beside any of them."""
+    monkeypatch.setattr(cmres, 'MOST_STEPS', 20_000)
+    monkeypatch.setattr(cmres, 'MOST_STEPS_EACH', 5000)
+    body, before = HOSTILE_WISHES[name]() + asks(13, 14, uid='mine'), cmres.STEPS.taken
+    answer = take(service, body, dry_run=True)
+    assert cmres.STEPS.taken - before < 5 * (20_000 + 5000)  # what is booked is followed once more
+    refused = [each for each in answer['events'] if each['uid'] != 'mine']
+    assert by_uid(answer)['mine'] == 'booked' and {each['outcome'] for each in refused} <= {
+        'refused', 'past', 'booked'}
+    whys = [each['why'] for each in refused if 'why' in each]
+    assert whys and all(re.match(r"the event 'Bomb( \d+)?' of \d{4}-\d\d-\d\d \(line \d+\): \w", why) for why in whys)
+    before = cmres.STEPS.taken
+    found, errors = cmres.occurrences_of(cmres.read_calendar(calendar(body).decode()), read_zone('UTC'), NOON,
+                                         NOON + timedelta(days=31))
+    assert cmres.STEPS.taken - before < 5 * (20_000 + 5000) and errors
+    assert [each['uid'] for each in found if each['start'] == NOON + hours(1)] == ['mine']
+
+
+def test_ordinary_series_are_booked_beside_one_that_is_too_hard(service, monkeypatch):
+    monkeypatch.setattr(cmres, 'MOST_STEPS_EACH', 5000)
+    hard = event(*SINCE_1970, 'RRULE:FREQ=DAILY;BYHOUR=1,2,3,4,5,6,7,8,9;BYMINUTE=1,2,3,4,5,6', uid='hard')
+    body = hard + ''.join(event(*SINCE_1970, f'RRULE:FREQ={each}', uid=each) for each in ('DAILY', 'WEEKLY', 'YEARLY'))
+    assert by_uid(take(service, body)) == {
+        'hard': 'refused', 'DAILY': 'booked', 'WEEKLY': 'booked', 'YEARLY': 'booked'}
+
+
+def test_of_more_wishes_than_are_taken_at_once_the_others_are_refused_by_themselves(service, monkeypatch):
+    monkeypatch.setattr(cmres, 'MOST_EVENTS', 3)
+    answer = take(service, ''.join(asks(13, 14, uid=f'u{n}', want='1 x m1.tiny') for n in range(5)))
+    assert [*by_uid(answer).values()] == ['booked'] * 3 + ['refused'] * 2
+    assert answer['events'][-1]['why'] == (
+        "the event 'u4' of 2026-12-01 (line 36): its calendar has more than 3 events that ask for VMs; "
+        'put it into a calendar of its own')
+
+
+@pytest.mark.parametrize('body', ['BEGIN:VEVENT\nEND:VEVENT\n' * 60, 'BEGIN:VEVENT\n' * 60, 'BEGIN:VTODO\n' * 60])
+def test_a_calendar_of_too_many_components_is_refused(monkeypatch, body):
+    monkeypatch.setattr(cmres, 'MOST_READ', 25)
+    with pytest.raises(cmres.BadCalendar, match='the file has more than 25 components'):
+        cmres.read_calendar(calendar(body).decode(), 'the file')
+
+
+def test_what_has_no_wish_is_not_read(service, monkeypatch):
+    """Most of what a person's calendar holds: but for where a wish may be, nothing looks at it."""
+    read, read_property = [], cmres.read_property
+    monkeypatch.setattr(cmres, 'read_property', lambda line: read.append(line) or read_property(line))
+    others = ''.join(event('DTSTART:20261201T130000Z', 'DTEND:20261201T140000Z', 'SUMMARY:Lunch 4 you & me',
+                           'DESCRIPTION:<p>See #vote &amp; come</p>', uid=f'u{n}') for n in range(50))
+    assert take(service, others + asks(13, 14))['ignored'] == 50
+    assert {line.partition(':')[0] for line in read[50:]} <= {'UID', 'DTSTART', 'DTEND', 'SUMMARY', 'LOCATION'}
+    assert len(read) < 2 * 50 + 20
+
+
+@pytest.mark.parametrize('text', ['#\n vm 2 x m1.small', '#v\n m', '2\n  x m1.small', '2 &#120; m1.small',
+                                  '&#50; x m1.small', '2&nbsp;x&nbsp;m1.small', '&num;vm 2 x m1.small',
+                                  '2\u2009\u00d7 m1.small', '<b>2 x m1.small</b>'])
+def test_a_wish_is_found_however_it_is_written(service, text):
+    answer = take(service, event('DTSTART:20261201T130000Z', 'DURATION:PT1H', f'DESCRIPTION:{text}'))
+    assert by_uid(answer) == {'one': 'booked'} and answer['ignored'] == 0
+
+
+def test_lines_are_those_of_the_file_whatever_is_folded(service):
+    bad = ('DTSTART:never', 'DURATION:PT1H', 'LOCATION:1 x m1.tiny')
+    answer = take(service, event('SUMMA\n RY:a\n b\n\tc', 'DTSTART:20261201T130000Z', uid='x') + event(*bad, uid='y'))
+    assert [each['why'].partition(':')[0] for each in answer['events']] == ["the event 'y' (line 13)"]
+
+
+def test_a_zone_that_is_described_goes_as_the_one_it_describes():
+    autumn, spring = ((day, f'BYMONTH={month};BYDAY=-1SU') for day, month in
+                      (('19701025T030000', 10), ('19700329T020000', 3)))
+    lines = zone('Office', ('+0100', *autumn), ('+0200', *spring)).split('\n')
+    office, paris = cmres.described_zone([each for each in lines if each]), read_zone('Europe/Paris')
+    for year in (2005, 2026, 2150):
+        for day in (date(year, 3, 24), date(year, 10, 24)):
+            for minutes in range(0, 9 * 1440, 30):
+                at = datetime(day.year, day.month, day.day, tzinfo=UTC) + timedelta(minutes=minutes)
+                mine, theirs = at.astimezone(office), at.astimezone(paris)
+                assert (mine.replace(tzinfo=None), mine.fold) == (theirs.replace(tzinfo=None), theirs.fold)
+                for fold in (0, 1):
+                    wall = at.replace(fold=fold)
+                    assert wall.replace(tzinfo=office).utcoffset() == wall.replace(tzinfo=paris).utcoffset()
 
 
 UTC_9 = ('DURATION:PT1H', 'LOCATION:1 x m1.tiny')
@@ -15262,12 +17163,14 @@ def test_an_import_with_exceptions_books_what_occurs(world, name):
 def test_an_import_is_bounded_as_occurrences_are(service, monkeypatch):
     """All of it is one transaction: nobody else writes while it lasts."""
     monkeypatch.setattr(cmres, 'MOST_OCCURRENCES', 100)
-    data = calendar(''.join(asks(13, 14, 'RRULE:FREQ=DAILY;COUNT=90', want='1 x m1.tiny', uid=f'u{n}')
+    data = calendar(''.join(asks(13, 14, 'RRULE:FREQ=DAILY;COUNT=90', want='1 x m1.tiny', uid=f'u{n:02}')
                             for n in range(15)))
     with pytest.raises(Error, match='too many'):
         cmres.occurrences_of(cmres.read_calendar(data.decode()), cmres.read_zone('UTC'), NOON, NOON + timedelta(366))
-    with pytest.raises(Error, match='too many'):
-        take(service, data)
+    answer = take(service, data)
+    assert [each['outcome'] for each in answer['events']] == 11 * ['booked'] + 4 * ['refused']
+    assert 'more than 1000 occurrences until the horizon' in answer['events'][-1]['why']
+    assert "the event 'u14' of 2026-12-01 (line" in answer['events'][-1]['why']
 
 
 def test_import_answers_the_same_on_the_line_over_rest_and_in_the_service(app, run, world, tmp_path):
@@ -15780,6 +17683,16 @@ def test_what_a_calendar_asks_for_in_vain_is_told(lan, shelf):
     told = [each['sentence'] for each in lan.service.events(limit=1000) if each['code'] == 'refused']
     assert len(told) == 1 and 'one' in told[0] and inbox.codes().count('refused') == 1
     inbox.server.shutdown()
+
+
+def test_of_many_things_that_a_calendar_asks_for_in_vain_the_first_are_told(lan, shelf, monkeypatch):
+    monkeypatch.setattr(cmres, 'MOST_TOLD', 2)
+    shelf.etags = False
+    shelf.shows(*(asks(13, 14, want='99 x m1.small', uid=f'u{n}') for n in range(5)), *FIVE[1:])
+    subscribe(lan, shelf)
+    look(lan)
+    told = [each['sentence'] for each in lan.service.events(limit=1000) if each['code'] == 'refused']
+    assert len(told) == 3 and [each for each in told if each.endswith('3 more of its events are refused')]
 
 
 def test_a_strangers_invitation_takes_no_control_from_the_owner(lan, shelf):
@@ -17623,7 +19536,7 @@ def test_a_credential_is_read_anew_after_a_401_and_nobody_else_knocks_for_a_whil
 
 
 def test_a_cloud_that_is_not_there_or_not_in_the_file_is_told_of(nova, tmp_path):
-    with pytest.raises(cmres.CloudError, match='the cloud nosuch could not be reached: Cloud nosuch was not found'):
+    with pytest.raises(cmres.CloudError, match="there is no cloud 'nosuch' in clouds.yaml"):
         verbs(nova, 'nosuch').servers()
     nova.stop()
     with pytest.raises(cmres.CloudError, match='the cloud lab could not be reached: .') as failure:
@@ -18404,6 +20317,8 @@ def bench_page(folder: Path) -> None:
 
 def bench_start(folder: Path) -> None:
     environment = os.environ | {'CMRES_DATABASE': str(folder / 'cmres.db')}
+    cmres.open_store(environment['CMRES_DATABASE'])
+    cmres.close_store()
 
     def run(*words):
         return lambda turn: subprocess.run([sys.executable, *words], env=environment, check=True, stdout=subprocess.DEVNULL)
@@ -18489,10 +20404,140 @@ def bench_idle(folder: Path) -> None:
         cmres.close_store()
 
 
+#: A `serve` process among whose clouds one answers after seconds.
+SERVES_SLOWLY = """
+import sys, time
+import cmres
+
+class Slow(cmres.Simulated):
+    def find(self, *given):
+        time.sleep(3)
+        return super().find(*given)
+make = cmres.Clouds.make
+cmres.Clouds.make = lambda self, account: (
+    Slow(account, self.store, self.config, self.clock) if account == 'slow' else make(self, account))
+sys.exit(cmres.main(['serve', '--port', '0']))
+"""
+SERIES = {'repeat': 'weekdays', 'count': 781}
+
+
+def worst_deeds(silent: str) -> list:
+    """What a user can do that costs others most: verb, path and body, by a number that is never the same."""
+    def event_of(n: int) -> str:
+        return (f'BEGIN:VEVENT\r\nUID:{n}\r\nDTSTAMP:20261101T000000Z\r\nDTSTART:20261205T0{n % 10}0000Z\r\n'
+                f'DURATION:PT1H\r\nRRULE:FREQ=DAILY\r\nSUMMARY:e{n}\r\nDESCRIPTION:#vm 1 x m1.small cirros on big\r\nEND:VEVENT\r\n')
+
+    def add(n: int, resource: str, **more) -> tuple:
+        return 'POST', '/reservation/', {'label': f'x{n}', 'resource': resource, 'start': '+1h', 'end': '+1h'} | more
+
+    def lines(n: int, number: int) -> list:
+        return [{'label': f'l{n}-{each}', 'resource': 'big', 'start': f'+{each % 900 + 1}h', 'end': '+1h'}
+                for each in range(number)]
+    return [
+        ('import', lambda n, user: ('POST', '/reservation/import', {
+            'file': 'BEGIN:VCALENDAR\r\nVERSION:2.0\r\nPRODID:x\r\n' + ''.join(
+                event_of(20 * n + each) for each in range(20)) + 'END:VCALENDAR\r\n'})),
+        ('load', lambda n, user: ('POST', '/reservation/load', {'rows': lines(n, 10**4)})),
+        ('update', lambda n, user: ('PATCH', f'/reservation/series-{user}', {'vms': 1 + n % 7})),
+        ('refused', lambda n, user: add(n, 'full', end='+100d')),
+        ('dry run', lambda n, user: add(n, 'big', **SERIES, dry_run=True)),
+        ('dry load', lambda n, user: ('POST', '/reservation/load', {'rows': lines(n, 1000), 'dry_run': True})),
+        ('slow cloud', lambda n, user: add(n, 'slow', flavor='m1.small', image='cirros')),
+        ('holidays', lambda n, user: add(n, 'big', repeat='daily', holidays=f'{silent}/{n}')),
+        ('subscribe', lambda n, user: ('POST', '/calendar/subscription/', {'url': f'{silent}/{n}', 'resource': 'big'})),
+        ('hooks', lambda n, user: add(n, 'big', notify=[f'{silent}/{n}/{each}' for each in range(10)]))]
+
+
+def bench_anger(folder: Path) -> None:
+    """What another user waits for an `add`, and starts come too late, while four users do their worst."""
+    variables = {'CMRES_DATABASE': str(folder / 'cmres.db'), 'CMRES_PRIVATE_ADDRESSES': 'true'}
+    config = Config(database=variables['CMRES_DATABASE'], private_addresses=True)
+    cmres.open_store(config.database)
+    service = cmres.Reservations(config, cmres.Clouds(config), Actor('root', 'default', 'admin'))
+    fill(types.SimpleNamespace(now=time.time(), service=service), 10**4, 100)
+    for name, values in {'big': {'cloud': 'simulated'}, 'full': {'vms': 2}, 'slow': {'cloud': 'slow'}, 'demo': {'cloud': 'simulated'}}.items():
+        service.resource_add(name, **values)
+    service.add('all-of-it', 'full', service.here.now, timedelta(days=300))
+    service.load([{'label': f'f{n}', 'resource': 'full', 'start': f'+{2 * n + 1}h', 'end': '+1h'} for n in range(4000)])
+    silent = socket.create_server(('127.0.0.1', 0), backlog=200)
+    deeds, users, tokens = worst_deeds(f'http://127.0.0.1:{silent.getsockname()[1]}'), [f'bad{n}' for n in range(4)], {}
+    for user in (*users, 'good'):
+        tokens[user] = service.token_add(user, user, 'user')['token']
+        service.acting(Actor(user, user, 'user')).add(
+            f'series-{user}', 'big', service.here.now + hours(1), hours(1), **SERIES)
+    process = subprocess.Popen([sys.executable, '-B', '-c', SERVES_SLOWLY], env=environment() | variables | {
+        'PYTHONPATH': str(MODULE.parent)}, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    port, over = int(re.search(r':(\d+) from', process.stdout.readline())[1]), threading.Event()
+    numbers, spent = itertools.count(1), collections.defaultdict(list)
+
+    def ask(user, name, verb, path, body):
+        line = http.client.HTTPConnection('127.0.0.1', port, timeout=120)
+        began = time.perf_counter()
+        line.request(verb, cmres.BASE + path, json.dumps(body), {
+            'Authorization': f'Bearer {tokens[user]}', 'Content-Type': 'application/json'})
+        answer = line.getresponse()
+        answer.read()
+        line.close()
+        spent[name].append((time.perf_counter() - began, answer.status))
+
+    def does_its_worst(user, first):
+        for name, deed in itertools.islice(itertools.cycle(deeds), first, None):
+            if over.is_set():
+                return
+            with contextlib.suppress(OSError, http.client.HTTPException):
+                ask(user, name, *deed(next(numbers), user))
+
+    def adds(name, until):
+        while time.monotonic() < until:
+            n = next(numbers)
+            ask('good', name, 'POST', '/reservation/', {
+                'label': f'g{n}', 'resource': f'place-{n % 100}', 'start': '+1h', 'end': '+1h'})
+            time.sleep(0.02)
+
+    def starts(name, seconds):
+        """Lets a VM start in each of the next seconds, and tells how late those of before were."""
+        first = service.here.now + timedelta(seconds=3)
+        for n in range(seconds):
+            service.add(f'{name}-{n}', 'demo', first + timedelta(seconds=n), hours(1), flavor='m1.tiny', image='cirros')
+
+    def lateness(name):
+        return [each.late for each in cmres.rows(
+            'SELECT v.begun - v.planned AS late FROM server v JOIN occurrence o ON o.id = v.occurrence_id '
+            'JOIN reservation r ON r.id = o.reservation_id WHERE r.label LIKE ?', f'{name}-%')]
+    seconds = 60
+    starts('alone', 10)
+    adds('alone', time.monotonic() + 15)
+    starts('beside', seconds - 5)
+    threads = [threading.Thread(target=does_its_worst, args=(user, 3 * n + each * 4), daemon=True)
+               for n, user in enumerate(users) for each in range(3)]
+    for each in threads:
+        each.start()
+    adds('beside', time.monotonic() + seconds)
+    over.set()
+    for each in threads:
+        each.join(130)
+    at = {name: [sorted(each for each, _ in spent[name])[int(share * (len(spent[name]) - 1))] for share in (0.5, 0.99)]
+          for name in spent}
+    for n, share in enumerate(('median', '99 %')):
+        show(f'add beside 4 users who do their worst, {share}', at['beside'][n], at['alone'][n],
+             f"of {len(spent['beside'])}, + {(at['beside'][n] - at['alone'][n]) * 1e3:.0f} ms")
+    for name in ('alone', 'beside'):
+        late = sorted(each if each is not None else 1e9 for each in lateness(name))
+        print(f"{f'starts {name}':58} {late[len(late) // 2] * 1e3:9.0f} ms late, worst {late[-1] * 1e3:.0f} ms, of {len(late)}")
+    for name in [name for name, _ in deeds]:
+        statuses = collections.Counter(status for _, status in spent[name])
+        print(f'    {name:54} {at.get(name, [0, 0])[0]:9.2f} s  worst {max((each for each, _ in spent[name]), default=0):.2f} s '
+              f'{dict(statuses)}')
+    process.terminate()
+    process.wait()
+    silent.close()
+    cmres.close_store()
+
+
 def bench() -> None:
     """All benchmarks, or those whose names are given."""
     import tempfile
-    for name in sys.argv[1:] or ['start', 'rest', 'page', 'lists', 'add', 'series', 'claim', 'filter', 'starts', 'idle']:
+    for name in sys.argv[1:] or ['start', 'rest', 'page', 'lists', 'add', 'series', 'claim', 'filter', 'starts', 'idle', 'anger']:
         with tempfile.TemporaryDirectory() as folder:
             globals()[f'bench_{name}'](Path(folder))
 
