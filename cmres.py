@@ -17709,7 +17709,7 @@ EVERY = 5            # seconds between two rounds of the housekeeper
 AUDIT_EVERY = 60     # seconds between two events that tell of wrong tokens
 MOST_ADDRESSES = 10  # that one such event names
 #: What is read once: sockets, threads, files and what hangs on them.
-FIXED = frozenset(
+FIXED_SETTINGS = frozenset(
     'database key host port threads slow_per_user slow_per_target outside_timeout url token timezone '
     'workers call_timeout sweep verify_every connections'.split())
 #: Settings that only their owner may read.
@@ -17938,7 +17938,7 @@ def read_settings_again(config: Config, environ: dict = os.environ) -> list[str]
         before, after = getattr(config, name), getattr(new, name)
         if before == after:
             continue
-        if name in FIXED:
+        if name in FIXED_SETTINGS:
             told += [f'{name} has changed and needs a restart'] if name in new.sources else []
             continue
         told.append(f'{name} is {shown_setting(new, name)} now' if name in SETTINGS else f'[{name}] has changed')
@@ -18340,7 +18340,7 @@ def config_show(config: Config) -> Rows:
     """
     return [{'setting': name, 'value': shown_setting(config, name),
              'from': config.sources.get(name, 'default'),
-             'change': 'restart' if name in FIXED else 'SIGHUP'} for name in SETTINGS]
+             'change': 'restart' if name in FIXED_SETTINGS else 'SIGHUP'} for name in SETTINGS]
 
 
 def config_check(config: Config) -> dict:
