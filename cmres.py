@@ -5369,7 +5369,7 @@ class Ledger(threading.local):
 
     def read(self, pieces: Iterable[tuple]) -> None:
         """Reads what `step` has of windows, (resource, track, begin, until), that were not read."""
-        if len(self.peaks) > MOST_READ:
+        if len(self.peaks) > MOST_WINDOWS:
             self.peaks, self.cuts = {}, {}
         missing = [piece for piece in dict.fromkeys(pieces) if piece not in self.peaks]
         if not missing:
@@ -5399,7 +5399,7 @@ class Ledger(threading.local):
         self.written, self.profiles, self.peaks, self.cuts = len(self.entries), {}, {}, {}
 
 
-MOST_READ = 5000  # windows of which a transaction remembers what is held
+MOST_WINDOWS = 5000  # windows of which a transaction remembers what is held
 
 
 ledger = Ledger()

@@ -15171,7 +15171,7 @@ def test_settings_are_shown_with_where_they_come_from_and_without_secrets(run, t
     assert shown.keys() == SETTINGS.keys() and 'hush' not in out and code == 0
     assert shown['notice'] == ('60', 'config.ini', 'SIGHUP') and shown['patience'] == ('5', 'CMRES_PATIENCE', 'SIGHUP')
     assert shown['port'] == ('8080', 'default', 'restart') and shown['webhook_secret'][0] == 'set, and not shown'
-    assert cmres.FIXED <= SETTINGS.keys()
+    assert cmres.FIXED_SETTINGS <= SETTINGS.keys()
 
 
 @pytest.mark.parametrize('text, sentence', [
