@@ -4666,7 +4666,7 @@ def forget_memories() -> None:
 # those in NAME_new. So a deed and its rehearsal are one program.
 
 class Rehearsal(threading.local):
-    """What this thread rehearses: to which tables it has written, and the ids that are next there."""
+    """What this thread rehearses: to which tables it has written, and the next ids there."""
     tables: frozenset | None = None
     ids: dict = {}
 
@@ -4863,7 +4863,8 @@ class Remembered(threading.local):
 remembered = Remembered()
 MEMORIES.append(remembered)
 SELDOM = ('resource', 'limits', 'wait')
-STANDING = """SELECT EXISTS (SELECT 1 FROM wait) AS waits, EXISTS (SELECT 1 FROM limits) AS limits"""
+STANDING = """SELECT EXISTS (SELECT 1 FROM wait) AS waits,
+                     EXISTS (SELECT 1 FROM limits) AS limits"""
 
 
 def once(sql: str, *values) -> list:
@@ -4939,7 +4940,8 @@ def insert_many(model: type[Table], many: list[dict]) -> None:
 def insert_many_text(model, names: tuple, instead: str) -> str:
     columns = ', '.join(f'"{model._meta.fields[name].column_name}"' for name in names)
     values = ', '.join(f"json_extract(value, '$[{n}]')" for n, _ in enumerate(names))
-    return f'INSERT INTO {model._meta.table_name}{instead} ({columns}) SELECT {values} FROM json_each(?) ORDER BY key'
+    return (f'INSERT INTO {model._meta.table_name}{instead} ({columns}) '
+            f'SELECT {values} FROM json_each(?) ORDER BY key')
 
 
 def change(model: type[Table], id: int, **values) -> None:
@@ -4956,7 +4958,7 @@ def change_text(model, names: tuple, more: str = '') -> str:
 
 
 def change_occurrence(id: int, now: float, **values) -> None:
-    """Writes some columns of an occurrence, and that it is another one for calendars from now on."""
+    """Writes some columns of an occurrence, which is another one for calendars then."""
     values['revised'] = int(now)
     run(change_text(Occurrence, tuple(values), ', revision = revision + 1'), *values.values(), id)
 
@@ -4973,7 +4975,8 @@ def journal(config: Config, at: float, actor: str, code: str, sentence: str, res
     """
     if rehearsal.on:
         return
-    about = {'reservation': reservation, 'occurrence': occurrence, 'project': '', 'resource': None} | refused
+    about = {'reservation': reservation, 'occurrence': occurrence, 'project': '',
+             'resource': None} | refused
     event = write_event(at, actor, code, sentence, about)
     if reservation and (occurrence is None or occurrence > 0):
         by, which, id = ('', 'id', occurrence) if occurrence else (
@@ -4989,8 +4992,9 @@ def journal(config: Config, at: float, actor: str, code: str, sentence: str, res
 
 def write_event(at: float, actor: str, code: str, sentence: str, about: dict) -> int:
     """Appends an event; one of a reservation is of its project."""
-    return run('INSERT INTO event (at, actor, code, sentence, reservation_id, occurrence, project, resource_id) '
-               'SELECT ?1, ?2, ?3, ?4, ?5, ?6, coalesce((SELECT project FROM reservation WHERE id = ?5), ?7), ?8',
+    return run('INSERT INTO event (at, actor, code, sentence, reservation_id, occurrence, project, '
+               'resource_id) SELECT ?1, ?2, ?3, ?4, ?5, ?6, '
+               'coalesce((SELECT project FROM reservation WHERE id = ?5), ?7), ?8',
                at, actor, code, sentence, *(about[name] for name in (
                    'reservation', 'occurrence', 'project', 'resource'))).lastrowid
 
@@ -5007,8 +5011,9 @@ def tell_owners(config: Config, event: int, targets: list[str], about: dict, act
     send_later(event, [target for target in targets if is_web(target)] + may_go, owner, at)
     if 0 <= left < len(mails):
         tomorrow = config.told_time((at // 86400 + 1) * 86400)
-        last = write_event(at, 'cmres', 'dropped', f'{config.notices_per_day} mails were sent for {owner} '
-                           f'today, so no more are sent until {tomorrow}; the event log has everything', about)
+        last = write_event(at, 'cmres', 'dropped', (
+            f'{config.notices_per_day} mails were sent for {owner} today, so no more are sent '
+            f'until {tomorrow}; the event log has everything'), about)
         send_later(last, mails, owner, at)
 
 
@@ -5140,8 +5145,8 @@ def given(where: list) -> list:
 # maintenance holds one of the track CLOSED, of which no resource has any: so nothing is admitted in
 # it, also where a resource has no figure that could be used up.
 #
-# A transaction keeps what it holds and gives back in memory, the ledger, and writes the net of it at
-# its end: so what is undone costs nothing, and a rehearsal writes nothing.
+# A transaction keeps what it holds and gives back in memory, the ledger, and writes the net at its
+# end: so what is undone costs nothing, and a rehearsal writes nothing.
 #
 # Cost: a few index look-ups and one row per change of level inside the window, whatever the number
 # of reservations. `check` derives the same function from the occurrences and compares.
@@ -5271,7 +5276,7 @@ def stored(amount: Amount, prefix: str = '') -> dict:
 
 
 class Profile:
-    """What is held more of one track from each of some instants on; as many figures as a step has."""
+    """What is held more of one track from each of some instants on, as figures of steps."""
 
     def __init__(self):
         self.ats, self.levels = [], []
@@ -5317,7 +5322,7 @@ def plus(some: tuple, others: tuple) -> tuple:
 
 
 class Ledger(threading.local):
-    """What this thread's transaction holds and gives back, until the net of it is written as steps."""
+    """What this thread's transaction holds and gives back, until the net is written as steps."""
 
     def __init__(self):
         self.forget()
@@ -5369,7 +5374,7 @@ class Ledger(threading.local):
 
     def read(self, pieces: Iterable[tuple]) -> None:
         """Reads what `step` has of windows, (resource, track, begin, until), that were not read."""
-        if len(self.peaks) > MOST_READ:
+        if len(self.peaks) > MOST_WINDOWS:
             self.peaks, self.cuts = {}, {}
         missing = [piece for piece in dict.fromkeys(pieces) if piece not in self.peaks]
         if not missing:
@@ -5378,16 +5383,18 @@ class Ledger(threading.local):
             at, before, inside, *ended = map(step_of, found)
             resource, track, begin, until = piece
             self.peaks[piece] = [at or before or ZERO, *([inside] if inside else [])]
-            self.cuts[resource, track, begin], self.cuts[resource, track, until] = (at, before), ended
+            self.cuts[resource, track, begin] = at, before
+            self.cuts[resource, track, until] = ended
 
     def peak(self, resource: int, track: str, begin: float, until: float) -> tuple:
         """The peak of a track in a window that was read, with what this transaction holds."""
-        held = [plus(level, more) for first, last, more in self.within(resource, track, begin, until)
+        held = [plus(level, more)
+                for first, last, more in self.within(resource, track, begin, until)
                 for level in self.peaks[resource, track, first, last]]
         return tuple(map(max, *held)) if len(held) > 1 else held[0]
 
     def write(self) -> None:
-        """Writes the net of what was held and given back, and tries those again that wait for it."""
+        """Writes the net of what was held and given back, and lets those that wait try again."""
         pieces = [(*of, *piece) for of, each in self.profiles.items() for piece in each.pieces()]
         if pieces:
             write_steps(pieces)
@@ -5397,13 +5404,13 @@ class Ledger(threading.local):
         self.written, self.profiles, self.peaks, self.cuts = len(self.entries), {}, {}, {}
 
 
-MOST_READ = 5000  # windows of which a transaction remembers what is held
+MOST_WINDOWS = 5000  # windows of which a transaction remembers what is held
 
 
 ledger = Ledger()
 MEMORIES.append(ledger)
 def of_list(query: str, *names: str) -> str:
-    """A query that uses a list of lists, its one parameter in JSON, as a table p of columns with names."""
+    """A query that uses lists, its one parameter in JSON, as the rows of a table p."""
     columns = ', '.join(f"json_extract(value, '$[{n}]') AS {name}" for n, name in enumerate(names))
     return f'WITH p AS MATERIALIZED (SELECT key, {columns} FROM json_each(?)) {query}'
 
@@ -5411,7 +5418,8 @@ def of_list(query: str, *names: str) -> str:
 OF_ITS = 'step.resource_id = p.resource AND step.track = p.track'  # steps of the step function of p
 #: The step at an instant of p if there is one, and the one before it.
 AROUND = f"""(SELECT json_array(vms, vcpus, ram) FROM step WHERE {OF_ITS} AND at = p.{{0}}),
-             (SELECT json_array(vms, vcpus, ram) FROM step WHERE {OF_ITS} AND at < p.{{0}} ORDER BY at DESC LIMIT 1)"""
+             (SELECT json_array(vms, vcpus, ram) FROM step WHERE {OF_ITS} AND at < p.{{0}}
+               ORDER BY at DESC LIMIT 1)"""
 INSIDE = f'FROM step WHERE {OF_ITS} AND at > p.begun AND at < p.until'
 STEPS_AT = of_list(f"SELECT {AROUND.format('at')} FROM p ORDER BY key", 'resource', 'track', 'at')
 PEAKS = of_list(f"""
@@ -5419,13 +5427,16 @@ PEAKS = of_list(f"""
          (SELECT iif(max(vms) IS NULL, NULL, json_array(max(vms), max(vcpus), max(ram))) {INSIDE}),
          {AROUND.format('until')} FROM p ORDER BY key""", 'resource', 'track', 'begun', 'until')
 PUT_STEPS = of_list("""
-  INSERT INTO step (resource_id, track, at, vms, vcpus, ram) SELECT resource, track, at, a, b, c FROM p WHERE 1
+  INSERT INTO step (resource_id, track, at, vms, vcpus, ram)
+  SELECT resource, track, at, a, b, c FROM p WHERE 1
       ON CONFLICT DO UPDATE SET vms = excluded.vms, vcpus = excluded.vcpus, ram = excluded.ram""",
                     'resource', 'track', 'at', 'a', 'b', 'c')
 RAISE_STEPS = of_list(f"""
   UPDATE step SET vms = vms + p.a, vcpus = vcpus + p.b, ram = ram + p.c FROM p
-   WHERE {OF_ITS} AND at > p.begun AND at < p.until""", 'resource', 'track', 'begun', 'until', 'a', 'b', 'c')
-DROP_STEPS = of_list('DELETE FROM step WHERE (resource_id, track, at) IN (SELECT resource, track, at FROM p)',
+   WHERE {OF_ITS} AND at > p.begun AND at < p.until""",
+                      'resource', 'track', 'begun', 'until', 'a', 'b', 'c')
+DROP_STEPS = of_list('DELETE FROM step WHERE (resource_id, track, at) IN '
+                     '(SELECT resource, track, at FROM p)',
                      'resource', 'track', 'at')
 
 
@@ -5435,13 +5446,13 @@ def step_of(text: str | None) -> tuple | None:
 
 
 def write_steps(pieces: list[tuple]) -> None:
-    """(3): holds more in some pieces that don't overlap, each (resource, track, begin, until, figures)."""
+    """(3): holds more in pieces that don't overlap: (resource, track, begin, until, figures)."""
     begun = {tuple(piece[:3]): piece for piece in pieces}
     ended = {(resource, track, until): figures for resource, track, _, until, figures in pieces}
     cuts = sorted(begun.keys() | ended.keys())
     unknown = [cut for cut in cuts if cut not in ledger.cuts]
-    for cut, found in zip(unknown, run(STEPS_AT, json.dumps(unknown)).fetchall() if unknown else ()):
-        ledger.cuts[cut] = map(step_of, found)
+    found = run(STEPS_AT, json.dumps(unknown)).fetchall() if unknown else ()
+    ledger.cuts |= zip(unknown, ([*map(step_of, each)] for each in found))
     put, gone = [], []
     for cut in cuts:
         at, before = ledger.cuts[cut]
@@ -5489,7 +5500,8 @@ def read_windows(holds: Iterable[Hold], now: float) -> None:
     """Reads at once what is held where some holds would be taken."""
     ledger.read((each.resource, track, *piece[:2]) for each in holds if each.until > now
                 for track in ('', CLOSED, *each.amount.names)
-                for piece in ledger.within(each.resource, track, max(each.begin, int(now)), each.until))
+                for piece in ledger.within(each.resource, track, max(each.begin, int(now)),
+                                           each.until))
 
 
 def hold(resource: int, begin: int, until: int, amount: Amount) -> None:
@@ -5504,7 +5516,8 @@ def hold(resource: int, begin: int, until: int, amount: Amount) -> None:
 def call_waiting(resource: int, begin: float = 0, until: float = 2**62) -> None:
     """Lets those be tried again that wait for room on a resource in a window, and those that lacked something else."""
     if standing().waits:
-        run('UPDATE wait SET due = 0 WHERE resource_id = ? AND until > ? AND held_from < ?', resource, begin, until)
+        run('UPDATE wait SET due = 0 WHERE resource_id = ? AND until > ? AND held_from < ?',
+            resource, begin, until)
         run('UPDATE wait SET due = 0 WHERE limited')
 
 
@@ -5565,7 +5578,8 @@ def steps(resource: int, begin: float, until: float, classes: Iterable[str] = ()
     for after, track, side, figures in [*sorted(changes), (until, '', 0, ZERO)]:
         if after > at:
             held = {track: plus(*each) for track, each in levels.items()}
-            yield at, Amount(*held[''], tuple((name, held[name][0]) for name in tracks[1:] if held[name][0]))
+            classes = ((name, held[name][0]) for name in tracks[1:] if held[name][0])
+            yield at, Amount(*held[''], tuple(classes))
         at, levels[track][side] = after, figures
 
 
@@ -5622,9 +5636,11 @@ def free_of(resource: int, track: str, need: tuple, most: tuple, after: float,
         yield free
 
 
-def free_within(resource: int, track: str, rooms: list, after: float, before: float) -> Iterator[tuple[float, float]]:
+def free_within(resource: int, track: str, rooms: list, after: float,
+                before: float) -> Iterator[tuple[float, float]]:
     """The windows in which no more than some figures is written as held."""
-    begin = after if all(each <= room for each, room in zip(written_level(resource, track, after), rooms)) else None
+    held = written_level(resource, track, after)
+    begin = after if all(each <= room for each, room in zip(held, rooms)) else None
     at = after
     while at < before:
         at = next_step(resource, track, rooms, at, before, free=begin is None)
@@ -8260,7 +8276,8 @@ NEXT_OF_ITS = """NOT EXISTS (SELECT 1 FROM occurrence c
                               WHERE c.reservation_id = o.reservation_id AND (c.due IS NULL) = 0
                               AND c.cancelled IS NULL AND c."end" > ?1 AND (c.start, c.id) < (o.start, o.id))"""
 #: Its occurrences in the order in which people mean them: the present or next, those after it, at last those before.
-NEXT_OF = """SELECT id FROM occurrence WHERE reservation_id = {} ORDER BY cancelled IS NOT NULL OR "end" <= ?1,
+NEXT_OF = """SELECT id FROM occurrence WHERE reservation_id = {}
+               ORDER BY cancelled IS NOT NULL OR "end" <= ?1,
                iif(cancelled IS NULL AND "end" > ?1, start, -start), id LIMIT 1"""
 NOT_OVER = 'o.cancelled IS NULL AND o."end" > ?1'
 #: What is live, and what is over for good.
@@ -8383,8 +8400,10 @@ NONE_OF_THEM = -1
 #: What becomes of what is booked where there is less room than before.
 THEN = ('notify', 'move', 'cancel')
 ANY_APPROVAL = 'SELECT id FROM resource WHERE approval > 0 AND removed IS NULL LIMIT 1'
-FROM_ALL = 'FROM occurrence o JOIN reservation r ON r.id = o.reservation_id JOIN resource s ON s.id = o.resource_id'
-FROM_EXTRA = ('FROM extra_hold x WHERE EXISTS (SELECT 1 FROM reservation r WHERE r.id = x.reservation_id '
+FROM_ALL = ('FROM occurrence o JOIN reservation r ON r.id = o.reservation_id '
+            'JOIN resource s ON s.id = o.resource_id')
+FROM_EXTRA = ('FROM extra_hold x WHERE EXISTS (SELECT 1 FROM reservation r '
+              'WHERE r.id = x.reservation_id '
               'AND {})')
 #: By whom and what counts against limits: the columns of user, project, reservation and resource.
 OF_OCCURRENCE = ('o.of_user', 'o.of_project', 'o.reservation_id', 'o.resource_id')
@@ -8511,8 +8530,8 @@ class Service:
     def carry_out(self, deed: Callable[[float], Any], dry_run: bool = False) -> Any:
         """Does something at an instant, all of it or nothing.
 
-        What has no room is refused at once, so that nobody waits while it is explained; why, and what
-        would fit, is found out in a rehearsal.
+        What has no room is refused at once, so that nobody waits while it is explained: why, and
+        what would fit, is found out in a rehearsal.
         """
         if dry_run:
             with self.writing(dry_run) as now:
@@ -8732,7 +8751,8 @@ class Service:
         if len(usable) > 1:
             projects = ', '.join(sorted(each.project for each in usable))
             raise Conflict(f"'{label}' is in several projects ({projects}); name one with --project")
-        if not occurrence or isinstance(occurrence, datetime) and occurrence.timestamp() == usable[0].start:
+        this = isinstance(occurrence, datetime) and occurrence.timestamp() == usable[0].start
+        if this or not occurrence:
             return usable[0]
         return self.occurrence_at(usable[0], occurrence, live)
 
@@ -9132,7 +9152,9 @@ class Wishes(Service):
 
     @contextmanager
     def explaining(self, wish: Wish, old=None, deed: Callable[[Wish, str], Any] | None = None):
-        """Makes of a bare NoCapacity one that says why; in a rehearsal, also what is in the way and would fit.
+        """Makes of a bare NoCapacity one that says why.
+
+        In a rehearsal it also tells what is in the way and what would fit.
 
         Args:
           old: the occurrence that was to change
@@ -9151,7 +9173,8 @@ class Wishes(Service):
                 more |= refusal.details | (self.tested(deed, offers) if deed else {})
                 raise NoCapacity(why, **more) from None
 
-    def explained(self, refusal: NoCapacity, wish: Wish, old, offering: bool) -> tuple[str, dict, dict]:
+    def explained(self, refusal: NoCapacity, wish: Wish, old,
+                  offering: bool) -> tuple[str, dict, dict]:
         """The sentence of a refusal, what is in the way, and what might be offered, best first."""
         if wish.stretches:  # a series tells by itself
             fitting = 0 if old else getattr(refusal, 'most_vms', 0)
@@ -9449,8 +9472,8 @@ class Limits(Wishes):
 
     def limits_for(self, wish: Wish) -> list:
         """The limits that a wish is under: of its user, of its project, and of every project if that has none."""
-        theirs = once('SELECT * FROM limits WHERE user IN (?, ?) AND project IN (?, ?)', '', wish.user, '',
-                      wish.project) if standing().limits else ()
+        theirs = once('SELECT * FROM limits WHERE user IN (?, ?) AND project IN (?, ?)', '',
+                      wish.user, '', wish.project) if standing().limits else ()
         found = [each for each in theirs if each.resource_id in (None, wish.resource.id)]
         own = {each.resource_id for each in found if each.project and not each.user}
         return [each for each in found if each.user or each.project or each.resource_id not in own]
@@ -9493,14 +9516,16 @@ class Limits(Wishes):
             yield 'vcpu_hours', limit.vcpu_hours, less or used + need <= limit.vcpu_hours, (
                 f'{limit.vcpu_hours}, of which {max(limit.vcpu_hours - used, 0):.0f} are left')
 
-    def counted(self, limit, wish: Wish, others: Others | None, of: tuple[str, ...]) -> tuple[str, list]:
+    def counted(self, limit, wish: Wish, others: Others | None,
+                of: tuple[str, ...]) -> tuple[str, list]:
         """What counts against a limit, as conditions on some columns and values of theirs.
 
         Args:
           of: the columns of user, project, reservation and resource
         """
         user, project, reservation, resource = of
-        wanted = {user: limit.user and wish.user, project: limit.project or not limit.user and wish.project,
+        wanted = {user: limit.user and wish.user,
+                  project: limit.project or not limit.user and wish.project,
                   resource: limit.resource_id}
         conditions = {f'{column} = ?': value for column, value in wanted.items() if value}
         conditions |= {f'{reservation} <> ?': others.reservation if others else 0}
@@ -9510,12 +9535,14 @@ class Limits(Wishes):
         """How many machines the limited have at most at the same time in the window of a wish."""
         begin, until = wish.held
         where, values = self.counted(limit, wish, others, OF_OCCURRENCE)
-        found = run(f'SELECT held_from, held_until, vms FROM occurrence o WHERE {where} AND o.due IS NOT NULL AND '
-                    f'o.start < ? + {LONGEST_LEAD} AND held_until > held_from AND o.id <> ? AND held_from < ? '
-                    'AND held_until > ?', *values, until, old.id if old else 0, until, begin).fetchall()
+        found = run('SELECT held_from, held_until, vms FROM occurrence o '
+                    f'WHERE {where} AND o.due IS NOT NULL AND o.start < ? + {LONGEST_LEAD} '
+                    'AND held_until > held_from AND o.id <> ? AND held_from < ? AND held_until > ?',
+                    *values, until, old.id if old else 0, until, begin).fetchall()
         where, values = self.counted(limit, wish, others, OF_EXTRA)
-        found += run(f'SELECT x.held_from, x.held_until, x.vms {FROM_EXTRA.format(where)} AND held_from < ? AND '
-                     'held_until > ? AND (proposal_id IS NOT NULL OR reservation_id <> ?)', *values, until, begin,
+        found += run(f'SELECT x.held_from, x.held_until, x.vms {FROM_EXTRA.format(where)} '
+                     'AND held_from < ? AND held_until > ? '
+                     'AND (proposal_id IS NOT NULL OR reservation_id <> ?)', *values, until, begin,
                      old.reservation if old and not others else 0).fetchall()
         found += others.holding(limit.resource_id, begin, until) if others else []
         changes = [change for first, last, vms in found for change in ((max(first, begin), 1, vms), (last, 0, -vms))]
@@ -9526,7 +9553,8 @@ class Limits(Wishes):
         where, values = self.counted(limit, wish, others, OF_OCCURRENCE)
         seconds = others.seconds[limit.resource_id] if others else 0
         seconds += run(
-            f'SELECT coalesce(sum(vcpus * ("end" - max(start, ?))), 0) FROM occurrence o WHERE {where} AND '
+            'SELECT coalesce(sum(vcpus * ("end" - max(start, ?))), 0) FROM occurrence o '
+            f'WHERE {where} AND '
             'o.due IS NOT NULL AND held_until > held_from AND o.id <> ? AND "end" > ?',
             int(now), *values, old.id if old else 0, int(now)).fetchone()[0]
         where, values = self.counted(limit, wish, others, OF_EXTRA)
@@ -9605,7 +9633,8 @@ class Holding(Limits):
 
     def first_in_line(self, resource: int, begin: int, until: int, now: float, before: str = '', *place):
         """Who has waited for longer than `patience` for a resource in a window; none beyond a place in the line."""
-        return standing().waits and row(f"""SELECT o.vms, r.waiting FROM wait w INDEXED BY wait_since
+        return standing().waits and row(f"""
+                       SELECT o.vms, r.waiting FROM wait w INDEXED BY wait_since
                          CROSS JOIN reservation r ON r.id = w.reservation_id
                          JOIN occurrence o ON o.reservation_id = r.id
                         WHERE w.resource_id = ? AND w.until > ? AND w.held_from < ? AND w.since <= ? AND w.until > ?
@@ -9616,7 +9645,8 @@ class Holding(Limits):
     def refuse_overtaken(self, pieces: list[Hold], now: float) -> None:
         """Refuses to take what is kept for one that has waited for long."""
         for each in pieces:
-            self.refuse_overtaking(resource_of(each.resource, removed=True), each.begin, each.until, now)
+            place = resource_of(each.resource, removed=True)
+            self.refuse_overtaking(place, each.begin, each.until, now)
 
     def holds(self, reservation: int) -> list[Hold]:
         """What a reservation holds: its occurrences, and its VMs that stay after them."""
@@ -9692,15 +9722,18 @@ class Holding(Limits):
                     amount = one if each.host else one * number
                     yield Hold(each.resource_id, each.held_until, until, amount)
 
-    def columns_of(self, wish: Wish, slot: Slot, now: float, new: bool, held_from: int | None = None,
+    def columns_of(self, wish: Wish, slot: Slot, now: float, new: bool,
+                   held_from: int | None = None,
                    **more) -> dict:
         """What is written of an occurrence."""
         begin = slot.start - wish.lead if held_from is None else held_from
-        first = dict(of_project=wish.project, of_user=wish.user, slot=slot.key, altered=False, revision=0,
+        first = dict(of_project=wish.project, of_user=wish.user, slot=slot.key, altered=False,
+                     revision=0,
                      revised=int(now), told=0) if new else {}
         due = min(begin, slot.start - self.config.notice) if new else min(now, begin)
         return first | dict(
-            resource=slot.resource, start=slot.start, end=slot.end, held_from=begin, held_until=slot.end,
+            resource=slot.resource, start=slot.start, end=slot.end, held_from=begin,
+            held_until=slot.end,
             due=due, **stored(wish.takes(slot.vms))) | more
 
     def write_occurrence(self, id: int | None, reservation: int, wish: Wish, slot: Slot, now: float,
@@ -9712,16 +9745,19 @@ class Holding(Limits):
         change_occurrence(id, now, **columns)
         return id
 
-    def write_all(self, reservation: int, changed: list[tuple[int | None, dict]], now: float) -> None:
-        """Writes occurrences of a reservation, each by its id, or a new one; what they hold is held already."""
-        insert_many(Occurrence, [{'reservation': reservation} | columns for id, columns in changed if id is None])
+    def write_all(self, reservation: int, changed: list[tuple[int | None, dict]],
+                  now: float) -> None:
+        """Writes occurrences of a reservation, by id or new; what they hold is held already."""
+        insert_many(Occurrence, [{'reservation': reservation} | columns
+                                 for id, columns in changed if id is None])
         for id, columns in changed:
             if id is not None:
                 change_occurrence(id, now, **columns)
 
-    def grow(self, one: Wish, growth: list[Hold], now: float, old=None, others: Others | None = None,
+    def grow(self, one: Wish, growth: list[Hold], now: float, old=None,
+             others: Others | None = None,
              own: int = 0) -> None:
-        """Takes what is wanted more, if every rule lets it: all that is promised comes through here.
+        """Takes what is wanted more, if every rule lets it: all that is asked for goes through here.
 
         Args:
           one: what is wanted in all
@@ -9771,9 +9807,10 @@ class Series(Holding):
         """Makes the occurrences of a series what its stretches want, as far as the horizon; inside a transaction.
 
         Raises:
-          NoCapacity: one doesn't fit and all or nothing was asked for; the caller's transaction ends.
+          NoCapacity: one doesn't fit and all or nothing was asked for; the transaction ends.
         """
-        there = rows('SELECT * FROM occurrence WHERE reservation_id = ? ORDER BY start', reservation)
+        there = rows('SELECT * FROM occurrence WHERE reservation_id = ? ORDER BY start',
+                     reservation)
         became = self.reshaped(reservation, wish, there, now, gentle, again)
         self.write_all(reservation, became.changed, now)
         self.close(reservation, wish.stretches, now, became.horizon)
@@ -9812,7 +9849,8 @@ class Series(Holding):
             elif slot and old.cancelled is None:
                 done.append(told(old, 'unchanged'))
         todo += [(slot, None) for slot in wanted.values() if slot.end > now]
-        placed = self.place_all(reservation, wish, sorted(todo, key=lambda each: each[0].start), now)
+        todo.sort(key=lambda each: each[0].start)
+        placed = self.place_all(reservation, wish, todo, now, {id for id, _ in changed})
         done = sorted([*done, *(line for line, _ in placed)], key=lambda each: each['start'])
         return Reshaped(done, changed + [each for _, each in placed], horizon, freed)
 
@@ -9848,14 +9886,20 @@ class Series(Holding):
             slot.start - wish.lead != old.held_from and not old.altered)
 
     def given_up(self, old, now: float) -> dict:
-        """Gives back what an occurrence holds that its series goes without, and tells what is written of it."""
+        """Gives back what an occurrence holds that its series goes without; what is written."""
         until = min(max(int(now), old.held_from), old.held_until)
         release(old.resource_id, until, old.held_until, amount_of(old))
         return {'cancelled': int(now), 'held_until': until, 'due': now}
 
-    def place_all(self, reservation: int, wish: Wish, todo: list, now: float) -> list[tuple]:
-        """Holds many occurrences of a series, or refuses all; what became of each, and what is written of it."""
-        done, refused, others = [], [], self.others_of(reservation, todo, now)
+    def place_all(self, reservation: int, wish: Wish, todo: list, now: float,
+                  gone: Iterable[int] = ()) -> list[tuple]:
+        """Holds many occurrences of a series, or refuses all; what became of each, and its row.
+
+        Args:
+          gone: the ids of those that it goes without
+        """
+        done, refused = [], []
+        others = self.others_of(reservation, {*gone, *(old.id for _, old in todo if old)}, now)
         if wish.server and any(one.end > after.start for (one, _), (after, _) in zip(todo, todo[1:])):
             raise Conflict(f'the occurrences overlap, and the server {wish.server} is one machine')
         turns = [Turn(slot, old, [hold_of(old)] if old and old.cancelled is None else [],
@@ -9873,7 +9917,8 @@ class Series(Holding):
             raise self.refusal_of(refused, len(turns), wish)
         return done
 
-    def refusal_of(self, refused: list[tuple[Slot, NoCapacity]], number: int, wish: Wish) -> NoCapacity:
+    def refusal_of(self, refused: list[tuple[Slot, NoCapacity]], number: int,
+                   wish: Wish) -> NoCapacity:
         """The refusal of a series some occurrences of which have no room."""
         slot, error = refused[0]
         first = format_time(instant(slot.start), read_zone(wish.stretches[0].zone))
@@ -9883,17 +9928,19 @@ class Series(Holding):
             text += '. Take the others with --on-conflict skip'
         refusal = NoCapacity(
             text if number > 1 else str(error),
-            conflicts=[{'start': instant(each.start), 'end': instant(each.end), 'vms': each.vms, 'why': str(why)}
+            conflicts=[{'start': instant(each.start), 'end': instant(each.end), 'vms': each.vms,
+                        'why': str(why)}
                        for each, why in refused[:1000]], **error.details)
         refusal.most_vms = min(getattr(why, 'most_vms', 0) for _, why in refused)
         return refusal
 
-    def others_of(self, reservation: int, todo: list, now: float) -> Others:
+    def others_of(self, reservation: int, changing: set[int], now: float) -> Others:
         """What counts against limits of the occurrences that stay as they are while others change."""
-        changing = {old.id for _, old in todo if old}
         others = Others(reservation, now)
-        for each in rows('SELECT * FROM occurrence WHERE reservation_id = ? AND due IS NOT NULL '
-                         'AND held_until > held_from', reservation) if standing().limits and reservation else ():
+        there = standing().limits and reservation and rows(
+            'SELECT * FROM occurrence WHERE reservation_id = ? AND due IS NOT NULL '
+            'AND held_until > held_from', reservation)
+        for each in there or ():
             if each.id not in changing:
                 others.put(each.slot, [hold_of(each)], each.start)
         return others
@@ -9919,7 +9966,8 @@ class Series(Holding):
         one = wish._replace(resource=place, start=slot.start, end=slot.end, vms=slot.vms, stretches=[])
         others.put(slot.key, (), slot.start)
         try:
-            self.grow(one, beyond(turn.wants, turn.had), now, old if turn.had else None, others, reservation)
+            before = old if turn.had else None
+            self.grow(one, beyond(turn.wants, turn.had), now, before, others, reservation)
         except Conflict as error:
             return self.placed_otherwise(reservation, one, turn, others, error, now)
         keep = {'told': 0, 'altered': old.altered} if old and old.start != slot.start else {}
@@ -9954,15 +10002,18 @@ class Series(Holding):
             holds = [Hold(slot.resource, shifted.start - one.lead, shifted.end, one.amount)]
             take(holds, now)
             others.put(slot.key, holds, shifted.start)
-            return told(shifted, 'shifted', why), self.row_of(old, one, shifted, now, altered=True, cancelled=None)
+            return told(shifted, 'shifted', why), self.row_of(
+                old, one, shifted, now, altered=True, cancelled=None)
         if self.stays(turn, now):
             others.put(slot.key, turn.had, old.start)
             return told(old, 'unchanged', why), (old.id, {'altered': True})
-        return told(slot, 'left out', why), self.row_of(old, one, slot, now, **self.left_out_as(one, slot, now, old))
+        return told(slot, 'left out', why), self.row_of(
+            old, one, slot, now, **self.left_out_as(one, slot, now, old))
 
     def left_out_as(self, one: Wish, slot: Slot, now: float, old=None) -> dict:
-        """What is otherwise of an occurrence that holds nothing, since its series goes without it."""
-        return {'held_until': slot.start - one.lead, 'cancelled': int(now), 'due': now if old else None}
+        """What is otherwise of an occurrence that its series goes without: it holds nothing."""
+        return {'held_until': slot.start - one.lead, 'cancelled': int(now),
+                'due': now if old else None}
 
     def bring_back(self, id: int, wish: Wish, now: float) -> list[dict]:
         """Holds an occurrence that its series was left without; inside a transaction.
@@ -10020,8 +10071,10 @@ class Series(Holding):
     def close(self, reservation: int, stretches: list[Stretch], now: float, horizon: int = 0) -> None:
         """Writes until when a reservation's label is taken, and how far a series is in rows."""
         on = goes_on(stretches, horizon)
-        run("""UPDATE reservation SET changed = ?2, booked_until = ?3, over = coalesce(?4, max(?2, coalesce((
-                 SELECT min(max("end"), 1 << 62) FROM occurrence WHERE reservation_id = ?1 AND cancelled IS NULL), 0)))
+        run("""UPDATE reservation SET changed = ?2, booked_until = ?3,
+                      over = coalesce(?4, max(?2, coalesce((
+                 SELECT min(max("end"), 1 << 62) FROM occurrence
+                  WHERE reservation_id = ?1 AND cancelled IS NULL), 0)))
                 WHERE id = ?1""", reservation, int(now), horizon if on else None,
             int(LAST.timestamp()) if on else None)
 
@@ -10161,14 +10214,17 @@ class Admission(Series):
         wish = self.as_now(wish)
         place = wish.resource
         became = self.reshaped(0, wish, [], now) if wish.stretches else self.single(wish, now)
-        done, live = became.done, [columns['end'] for _, columns in became.changed if not columns.get('cancelled')]
+        done, live = became.done, [
+            columns['end'] for _, columns in became.changed if not columns.get('cancelled')]
         if done and not live:
-            raise NoCapacity(f"none of {len(done)} occurrences fits; of the first: {done[0]['why']}",
+            first = done[0]['why']
+            raise NoCapacity(f"none of {len(done)} occurrences fits; of the first: {first}",
                              conflicts=done[:1000])
         on = goes_on(wish.stretches, became.horizon)
         pending = int(now) + place.approval if place.approval and self.actor.role != ADMIN else None
         reservation = insert(
-            Reservation, **wish.columns(*STORED), **event, origin=origin, added=int(now), changed=int(now),
+            Reservation, **wish.columns(*STORED), **event, origin=origin, added=int(now),
+            changed=int(now),
             pending=pending, priority=0, confirm=0, request=request, choices='',
             series=stored_stretches(wish.stretches) if wish.stretches else '',
             booked_until=became.horizon if on else None,
@@ -10219,7 +10275,8 @@ class Admission(Series):
         else:
             change(Reservation, old.reservation, **wish.columns(*STORED), changed=int(now), over=wish.end)
         if old.waiting is not None:
-            if beyond(wants, [hold_of(old)._replace(until=old.end)]):  # it goes to the end of the line
+            anew = beyond(wants, [hold_of(old)._replace(until=old.end)])
+            if anew:  # it goes to the end of the line
                 change(Reservation, old.reservation, waiting=int(now))
             self.stand_in_line(old.reservation)
         if old.image or wish.image:
@@ -10239,7 +10296,8 @@ class Admission(Series):
                 self.drop_proposals(each.reservation, each.id)
             until = min(max(int(now), each.held_from), each.held_until)
             release(each.resource_id, until, each.held_until, amount_of(each))
-            change_occurrence(each.id, now, cancelled=int(now), held_until=until, due=now, altered=True)
+            change_occurrence(each.id, now, cancelled=int(now), held_until=until, due=now,
+                              altered=True)
         if first.repeats and ends:
             stretches = stretches_before(self.stretches(first.reservation), min(each.slot for each in found))
             change(Reservation, first.reservation, series=stored_stretches(stretches) if stretches else '[]')
@@ -10247,14 +10305,17 @@ class Admission(Series):
             self.reshape(first.reservation, self.carried_on(first), now, gentle=True, again=False)
         else:
             self.close(first.reservation, [], now)
-        if first.waiting is not None or first.pending is not None:  # is there nothing left to wait for?
-            run('UPDATE reservation SET waiting = NULL, pending = NULL WHERE id = ?1 AND NOT EXISTS '
-                '(SELECT 1 FROM occurrence o WHERE o.reservation_id = ?1 AND o.cancelled IS NULL)', first.reservation)
+        if (first.waiting, first.pending) != (None, None):  # is there nothing left to wait for?
+            run('UPDATE reservation SET waiting = NULL, pending = NULL WHERE id = ?1 AND '
+                'NOT EXISTS (SELECT 1 FROM occurrence o WHERE o.reservation_id = ?1 AND o.cancelled IS NULL)',
+                first.reservation)
         if first.waiting is not None:
             self.stand_in_line(first.reservation)
         if first.image:
             self.keep_stopped(first.reservation, now, freed)
-        only = None if first.repeats and len(found) > 1 else first.id if first.repeats else NONE_OF_THEM
+        only = NONE_OF_THEM
+        if first.repeats:
+            only = first.id if len(found) == 1 else None
         said = [why or f'cancelled by {self.actor.user}']
         said += [warning for each in found for warning in self.ends_with(each).get('warnings', ())]
         self.journal(now, 'released', '; '.join(said), first.reservation, json.loads(first.notify),
@@ -10508,7 +10569,8 @@ class Waiting(Admission):
     def next_change(self, resource: int, names: Iterable[str], now: float, until: int) -> float:
         """The next instant at which what is held of a resource changes, before an end."""
         tracks = ('', CLOSED, *names)
-        found = [run('SELECT min(at) FROM step WHERE resource_id = ? AND track = ? AND at > ?', resource, track,
+        found = [run('SELECT min(at) FROM step WHERE resource_id = ? AND track = ? AND at > ?',
+                     resource, track,
                      now).fetchone()[0] for track in tracks]
         found += [ledger.after(resource, track, now) for track in tracks]
         return min([until, *filter(None, found)])
@@ -10593,7 +10655,8 @@ class Approval(Waiting):
         """Whether a change concerns a resource on which an admin must approve what is reserved."""
         if old.repeats or wish.stretches:
             return bool(once(ANY_APPROVAL))
-        return any(resource_of(id, removed=True).approval for id in (old.resource_id, wish.resource.id))
+        places = old.resource_id, wish.resource.id
+        return any(resource_of(id, removed=True).approval for id in places)
 
     def await_approval(self, reservation: int, until: int, wish: Wish, now: float) -> None:
         """Lets a reservation wait for an admin until an instant."""
@@ -11201,7 +11264,8 @@ class Requests(Approval):
         """
         if by <= timedelta(0):
             raise Invalid(f'by: {to_plain(by)} is no length to extend by; write +1h')
-        return self.prolong(label, project, occurrence, lambda old: instant(old.end) + by, 'updated', dry_run)
+        return self.prolong(label, project, occurrence, lambda old: instant(old.end) + by,
+                            'updated', dry_run)
 
     @api('POST', '/reservation/<label>/keep')
     @for_each_part
@@ -11216,18 +11280,25 @@ class Requests(Approval):
             if self.clock() < old.held_from:
                 raise Conflict(f"'{label}' has not begun; `update` moves its end")
             if last.timestamp() <= old.end:
-                raise Invalid(f'until: {to_plain(last)} is not after the end, {to_plain(instant(old.end))}')
+                raise Invalid(f'until: {to_plain(last)} is not after the end, '
+                              f'{to_plain(instant(old.end))}')
             return last
         return self.prolong(label, project, None, end, 'kept', dry_run)
 
-    def prolong(self, label: str, project: str, occurrence: Day | None, end: Callable[[Any], datetime], code: str,
+    def prolong(self, label: str, project: str, occurrence: Day | None,
+                end: Callable[[Any], datetime], code: str,
                 dry_run: bool) -> dict:
-        """Lets the present or next occurrence, or a certain one, end at another instant; no cloud need be asked."""
+        """Lets the present, next or a certain occurrence end at another instant.
+
+        No cloud need be asked, so all of it is done in the one transaction.
+        """
         def deed(now: float) -> dict:
             old = self.mine(label, project, occurrence=occurrence)
             asked = {'end': end(old)}
-            wish = self.read_wish(self.unaltered(old) | asked, old, asked, place=resource_of(old.resource_id))
-            return self.altered(old, wish, asked, now, code, named=not old.repeats, only=bool(old.repeats))
+            place = resource_of(old.resource_id)
+            wish = self.read_wish(self.unaltered(old) | asked, old, asked, place=place)
+            return self.altered(old, wish, asked, now, code, named=not old.repeats,
+                                only=bool(old.repeats))
         return self.carry_out(deed, dry_run)
 
     @api('POST', '/reservation/<label>/skip')
@@ -11331,12 +11402,14 @@ class Requests(Approval):
                 return answer
         raise Conflict(f"'{label}' is being changed by others all the time; try again")
 
-    def altered(self, old, wish: Wish, asked: dict, now: float, code: str, named: bool, only: bool) -> dict:
-        """Changes what was read in the same transaction, all of it or nothing, and answers; what changes nothing
-        is told to nobody.
+    def altered(self, old, wish: Wish, asked: dict, now: float, code: str, named: bool,
+                only: bool) -> dict:
+        """Changes what was read in the same transaction, all of it or nothing, and answers.
+
+        What changes nothing is told to nobody.
 
         Args:
-          named: the occurrence was named, so that it changes also if it was changed on its own before
+          named: it was named, so that it changes also if it was changed on its own before
           only: no other occurrence changes
         """
         def changed(wish: Wish, *otherwise: str) -> list | None:
@@ -11358,8 +11431,9 @@ class Requests(Approval):
             old.resource_id, old.held_from, old.start, old.end, amount_of(old)) == (
             wish.resource.id, wish.held[0], wish.start, wish.end, wish.amount)
 
-    def unless_same(self, old, wish: Wish, deed: Callable[[], list | None]) -> tuple[list | None, bool]:
-        """Does something to a reservation, and whether all of it is as before then: that is undone."""
+    def unless_same(self, old, wish: Wish,
+                    deed: Callable[[], list | None]) -> tuple[list | None, bool]:
+        """Does something to a reservation; whether all is as before then, and that is undone."""
         if not (old.repeats or wish.stretches):
             return deed(), False
         before = self.as_stored(old.reservation)
@@ -11403,7 +11477,8 @@ class Requests(Approval):
         """Writes down that a reservation was changed."""
         self.journal(now, code, f"{self.actor.user} changed: {', '.join(sorted(asked.keys() - {'tz'}))}",
                      old.reservation, wish.notify,
-                     NONE_OF_THEM if done or not old.repeats else None if wish.stretches else old.id)
+                     NONE_OF_THEM if done or not old.repeats else
+                     None if wish.stretches else old.id)
 
     @api('DELETE', '/reservation/<label>')
     @api('DELETE', '/reservation/')
@@ -12029,8 +12104,9 @@ class Claims(Plan):
             return {'passes': False, 'why': why, 'hosts': None}
         classes = stored(need)['classes']
         if not rehearsal.on:
-            run('INSERT INTO claim (resource_id, occurrence, server, project, user, vcpus, ram, classes, at, due) '
-                'VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (resource_id, server) DO UPDATE SET '
+            run('INSERT INTO claim (resource_id, occurrence, server, project, user, vcpus, ram, '
+                'classes, at, due) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?) '
+                'ON CONFLICT (resource_id, server) DO UPDATE SET '
                 'occurrence = excluded.occurrence, vcpus = excluded.vcpus, ram = excluded.ram, '
                 'classes = excluded.classes, due = excluded.due', place.id,
                 found.id if found else None, server, project, user, need.vcpus, need.ram, classes,
@@ -17657,7 +17733,7 @@ EVERY = 5            # seconds between two rounds of the housekeeper
 AUDIT_EVERY = 60     # seconds between two events that tell of wrong tokens
 MOST_ADDRESSES = 10  # that one such event names
 #: What is read once: sockets, threads, files and what hangs on them.
-NEED_RESTART = frozenset(
+FIXED_SETTINGS = frozenset(
     'database key host port threads slow_per_user slow_per_target outside_timeout url token timezone '
     'workers call_timeout sweep verify_every connections'.split())
 #: Settings that only their owner may read.
@@ -17886,7 +17962,7 @@ def read_settings_again(config: Config, environ: dict = os.environ) -> list[str]
         before, after = getattr(config, name), getattr(new, name)
         if before == after:
             continue
-        if name in NEED_RESTART:
+        if name in FIXED_SETTINGS:
             told += [f'{name} has changed and needs a restart'] if name in new.sources else []
             continue
         told.append(f'{name} is {shown_setting(new, name)} now' if name in SETTINGS else f'[{name}] has changed')
@@ -18288,7 +18364,7 @@ def config_show(config: Config) -> Rows:
     """
     return [{'setting': name, 'value': shown_setting(config, name),
              'from': config.sources.get(name, 'default'),
-             'change': 'restart' if name in NEED_RESTART else 'SIGHUP'} for name in SETTINGS]
+             'change': 'restart' if name in FIXED_SETTINGS else 'SIGHUP'} for name in SETTINGS]
 
 
 def config_check(config: Config) -> dict:

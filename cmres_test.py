@@ -3868,6 +3868,14 @@ def test_what_waits_does_not_become_a_series(service):
     assert service.check()['differences'] == 0 and service.show('waits')['state'] == 'reserved'
 
 
+def test_what_a_series_goes_without_counts_against_no_limit_of_what_it_gets_instead(world):
+    eva = world.as_user()
+    world.service.limit_add(user='eva', most_vms=7)
+    book(eva, 'often', 22, 24, vms=4, repeat='daily', count=3)
+    eva.update('often', start=NOON + hours(13))
+    assert {each['outcome'] for each in eva.update('often', repeat='daily', count=4)['occurrences']} == {'cancelled', 'booked'}
+
+
 REFUSALS = {
     'add': lambda service: book(service, 'new', 1, 3, vms=9),
     'add of a series': lambda service: book(service, 'new', 1, 3, vms=9, repeat='daily', count=9),
@@ -15214,7 +15222,7 @@ def test_settings_are_shown_with_where_they_come_from_and_without_secrets(run, t
     assert shown.keys() == SETTINGS.keys() and 'hush' not in out and code == 0
     assert shown['notice'] == ('60', 'config.ini', 'SIGHUP') and shown['patience'] == ('5', 'CMRES_PATIENCE', 'SIGHUP')
     assert shown['port'] == ('8080', 'default', 'restart') and shown['webhook_secret'][0] == 'set, and not shown'
-    assert cmres.NEED_RESTART <= SETTINGS.keys()
+    assert cmres.FIXED_SETTINGS <= SETTINGS.keys()
 
 
 @pytest.mark.parametrize('text, sentence', [
