@@ -1361,7 +1361,7 @@ MEASURED = {
     'store_bytes': 'size of the database with its write-ahead log',
     'disk_free_bytes': 'free space on the disk of the database',
     'notices_waiting': 'notices that have not arrived yet',
-    'notice_age_seconds': 'for how long the oldest notice that is due has been waiting',
+    'notice_age_seconds': 'for how long the oldest notice that has not arrived has been waiting',
     'store_damaged': 'whether the last check of the database found damage: 1 or 0',
     'resident_bytes': 'memory of this process',
     'version': 'the version of cmres'}
@@ -12199,6 +12199,7 @@ class Gate:
         self.operations = {(verb, (BASE + path).rstrip('/')): operation.name
                            for operation in API.values() for verb, path, _ in operation.routes}
         self.store = StoreMetrics(service, cycle)
+        self.reader = ''  # the hash of the token that has read metrics last
 
     def __call__(self, environ: dict, start_response: Callable) -> Iterable[bytes]:
         began, answer = time.monotonic(), Answer(environ, start_response)
@@ -12236,13 +12237,25 @@ class Gate:
         if allowed == 'off':
             raise NotFound('there are no metrics here; the setting `metrics` can allow them')
         if allowed != 'open':
-            import bottle
-            with db.connection_context():
-                asks = caller(self.service, bottle.LocalRequest(environ))
-            if asks.role != ADMIN or asks.scopes - {'read'} or asks.resource is not None:
-                raise Forbidden("metrics need an admin's token; it may have the scope read")
+            self.refuse_reader(environ)
         text = exposition(self.store.samples()).encode()
         return answer.say(200, text, 'text/plain; version=0.0.4; charset=utf-8')
+
+    def refuse_reader(self, environ: dict) -> None:
+        """Refuses who may not read metrics; who could before, may while the store can't be read."""
+        import bottle
+        request = bottle.LocalRequest(environ)
+        secret = hashed(bearer(request))
+        try:
+            with db.connection_context():
+                asks = caller(self.service, request)
+        except (Unavailable, *STORE_ERRORS) as error:
+            if secret != self.reader:
+                raise trouble(error) or error from None
+            return
+        if asks.role != ADMIN or asks.scopes - {'read'} or asks.resource is not None:
+            raise Forbidden("metrics need an admin's token; it may have the scope read")
+        self.reader = secret
 
     def finish(self, environ: dict, answer: Answer, began: float, sent: int) -> None:
         """Counts a request that is answered, and writes its line."""
@@ -12351,13 +12364,20 @@ class StoreMetrics:
     def __init__(self, service: Reservations, cycle: LifeCycle | None):
         self.service, self.cycle, self.lock = service, cycle, threading.Lock()
         self.seen: int | None = None  # the last event that was counted
+        for code in TEXTS:  # Prometheus sees no increase from nothing to one
+            METRICS.count('events_total', 0, code=code)
+        for setting in LIMITED:
+            METRICS.count('limited_total', 0, setting=setting)
+        for name in ('wrong_tokens_total', 'sign_ins_total', 'hung_up_total'):
+            METRICS.count(name, 0)
 
     def samples(self) -> list[tuple]:
         """Samples of all that is measured; without the store, where that can't be read."""
-        with self.lock, db.connection_context():
+        with self.lock:
             try:
-                self.count_events()
-                found = [*self.of_store(), *self.of_resources()]
+                with db.connection_context():
+                    self.count_events()
+                    found = [*self.of_store(), *self.of_resources()]
             except (Unavailable, *STORE_ERRORS) as error:
                 log.warning('no metrics of the store: %s', trouble(error) or error)
                 found = []
@@ -12378,7 +12398,8 @@ class StoreMetrics:
         for name, which in (('waiting', 'reservation WHERE waiting IS NOT NULL'),
                             ('pending', 'reservation WHERE pending IS NOT NULL')):
             yield f'reservations_{name}', (), run(f'SELECT count(*) FROM {which}').fetchone()[0]
-        number, oldest = run('SELECT count(*), min(due) FROM outbox WHERE due IS NOT NULL').fetchone()
+        number, oldest = run('SELECT count(*), min(e.at) FROM outbox n JOIN event e ON e.id = n.event_id '
+                             'WHERE n.due IS NOT NULL').fetchone()
         yield 'notices_waiting', (), number
         yield 'notice_age_seconds', (), max(now - (now if oldest is None else oldest), 0)
         for account, state, number in run('SELECT account, state, count(*) FROM server '
@@ -12412,6 +12433,8 @@ class StoreMetrics:
         yield 'store_bytes', (), sum(sizes)
         yield 'disk_free_bytes', (), disk_free(path)
         for account, breaker in [*self.cycle.breakers.items()] if self.cycle else ():
+            if account.startswith(' '):  # hosts of notices and calendars, which are no cloud
+                continue
             left_alone = breaker.failures >= TRIPS or breaker.until > self.service.clock()
             yield 'cloud_left_alone', (('cloud', account),), int(left_alone)
             yield 'cloud_failures', (('cloud', account),), breaker.failures
@@ -14590,6 +14613,118 @@ def allow_files(number: int) -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
+class Alert(NamedTuple):
+    """One rule of Prometheus: when it holds for so long, somebody is told."""
+    name: str
+    holds: str
+    lasts: str
+    severity: str
+    summary: str
+
+
+ALERTS = (
+    Alert('CmresDown', 'up{job="cmres"} == 0 or absent(up{job="cmres"})', '2m', 'page',
+          'cmres does not answer Prometheus: nobody can reserve, and nothing may start'),
+    Alert('CmresStandsStill', 'cmres_pass_age_seconds > 180 or absent(cmres_leader)', '2m', 'page',
+          'No life cycle makes passes: no VM is started or ended. See the log of the scheduler'),
+    Alert('CmresCloudIll', 'cmres_cloud_left_alone == 1', '5m', 'page',
+          'The cloud {{ $labels.cloud }} fails again and again and is left alone for a while'),
+    Alert('CmresStartsFail', 'increase(cmres_events_total{code="failed"}[1h]) > 0', '0m', 'ticket',
+          'A reservation was over and its VMs were never up'),
+    Alert('CmresStartsLate', 'histogram_quantile(0.95, sum by (le, cloud) '
+          '(increase(cmres_start_delay_seconds_bucket[1h]))) > 300', '10m', 'ticket',
+          'VMs on {{ $labels.cloud }} are ready more than five minutes late'),
+    Alert('CmresErrors', 'sum(rate(cmres_requests_total{status=~"5.."}[5m])) > '
+          '0.02 * sum(rate(cmres_requests_total[5m]))', '5m', 'page',
+          'One request in fifty or more ends in an error of the server'),
+    Alert('CmresSlow', 'histogram_quantile(0.9, sum by (le) '
+          '(rate(cmres_request_seconds_bucket[5m]))) > 2', '10m', 'ticket',
+          'One request in ten takes longer than two seconds'),
+    Alert('CmresNoticesStuck', 'cmres_notice_age_seconds > 900', '5m', 'ticket',
+          'Mails or webhooks are not delivered. See the event log and the mail server'),
+    Alert('CmresStoreInDanger', 'cmres_disk_free_bytes < 5e8 or cmres_store_damaged == 1', '1m', 'page',
+          'The disk of the database is nearly full, or the database is damaged: see /readyz'),
+    Alert('CmresGuessed', 'rate(cmres_wrong_tokens_total[5m]) > 1', '5m', 'ticket',
+          'Somebody tries tokens. The event log tells from where'))
+
+#: The charts of the dashboard: title, unit, and of each line what it shows and its name.
+CHARTS = (
+    ('Requests', 'reqps', (('sum by (status) (rate(cmres_requests_total[5m]))', '{{status}}'),)),
+    ('Answered within', 's', tuple(
+        (f'histogram_quantile({share}, sum by (le) (rate(cmres_request_seconds_bucket[5m])))', name)
+        for share, name in ((0.5, 'half'), (0.95, '95 %'), (0.99, '99 %')))),
+    ('Reserved now, of capacity', 'percentunit', (
+        ('cmres_used{class="vms"} / cmres_capacity{class="vms"}', '{{resource}}'),)),
+    ('VMs by state', 'short', (('sum by (cloud, state) (cmres_servers)', '{{cloud}} {{state}}'),)),
+    ('Reserved and refused', 'short', (
+        ('increase(cmres_events_total{code=~"added|admitted"}[1h])', '{{code}}'),
+        ('increase(cmres_refusals_total[1h])', 'refused: {{kind}}'))),
+    ('Waiting and pending', 'short', (
+        ('cmres_reservations_waiting', 'waiting'), ('cmres_reservations_pending', 'pending'))),
+    ('VMs ready after their planned start', 's', tuple(
+        (f'histogram_quantile({share}, sum by (le, cloud) '
+         '(increase(cmres_start_delay_seconds_bucket[1h])))', f'{{{{cloud}}}} {name}')
+        for share, name in ((0.5, 'half'), (0.95, '95 %')))),
+    ('Calls to clouds', 'reqps', (
+        ('sum by (cloud, verb, result) (rate(cmres_cloud_call_seconds_count[5m]))',
+         '{{cloud}} {{verb}} {{result}}'),)),
+    ('Last pass of the life cycle, age', 's', (('cmres_pass_age_seconds', 'age'),)),
+    ('Waiting to write', 's', (
+        ('histogram_quantile(0.95, sum by (le) (rate(cmres_lock_wait_seconds_bucket[5m])))', '95 %'),)),
+    ('Database and memory', 'bytes', (
+        ('cmres_store_bytes', 'database'), ('cmres_resident_bytes', 'memory'),
+        ('cmres_disk_free_bytes', 'free on disk'))),
+    ('Refused by limits, wrong tokens', 'short', (
+        ('increase(cmres_limited_total[5m])', '{{setting}}'),
+        ('increase(cmres_wrong_tokens_total[5m])', 'wrong tokens'))))
+
+
+def alert_rules() -> dict:
+    """The alerts as Prometheus reads them."""
+    return {'groups': [{'name': 'cmres', 'rules': [
+        {'alert': each.name, 'expr': each.holds, 'for': each.lasts,
+         'labels': {'severity': each.severity}, 'annotations': {'summary': each.summary}}
+        for each in ALERTS]}]}
+
+
+def grafana_dashboard() -> dict:
+    """The dashboard as Grafana imports it; it asks for the data source."""
+    source = {'type': 'prometheus', 'uid': '${source}'}
+    panels = [{
+        'id': place + 1, 'type': 'timeseries', 'title': title, 'datasource': source,
+        'gridPos': {'x': place % 2 * 12, 'y': place // 2 * 8, 'w': 12, 'h': 8},
+        'fieldConfig': {'defaults': {'unit': unit, 'min': 0}, 'overrides': []},
+        'targets': [{'refId': 'ABC'[at], 'expr': what, 'legendFormat': name, 'datasource': source}
+                    for at, (what, name) in enumerate(lines)],
+    } for place, (title, unit, lines) in enumerate(CHARTS)]
+    choice = {'name': 'source', 'type': 'datasource', 'query': 'prometheus', 'label': 'Prometheus'}
+    return {'title': 'cmres', 'uid': 'cmres', 'schemaVersion': 39, 'editable': True, 'refresh': '30s',
+            'time': {'from': 'now-6h', 'to': 'now'}, 'templating': {'list': [choice]},
+            'panels': panels}
+
+
+CONTAINER = r"""
+# podman build -t cmres .   (in the folder of cmres.py; docker reads it with -f Containerfile)
+# podman run --read-only --tmpfs /tmp --cap-drop all --security-opt no-new-privileges \
+#   -v cmres:/var/lib/cmres -p 127.0.0.1:8080:8080 --stop-timeout 40 cmres
+FROM docker.io/library/python:3.13-slim
+COPY cmres.py /opt/cmres/
+RUN sed -n '/^# \/\/\/$/q; s/^#   "\([^"]*\)",.*/\1/p' /opt/cmres/cmres.py > /opt/cmres/needs \
+ && pip install --no-cache-dir --disable-pip-version-check -r /opt/cmres/needs \
+ && python -m compileall -q /opt/cmres \
+ && useradd --uid 10001 --home-dir /var/lib/cmres --create-home cmres
+ENV CMRES_HOST=0.0.0.0 CMRES_DATABASE=/var/lib/cmres/cmres.db CMRES_LOG_FORMAT=json PYTHONUNBUFFERED=1
+USER 10001
+WORKDIR /var/lib/cmres
+VOLUME /var/lib/cmres
+EXPOSE 8080
+HEALTHCHECK --start-period=30s CMD ["python", "-c", \
+  "import urllib.request as u; u.urlopen('http://127.0.0.1:8080/healthz', timeout=5)"]
+ENTRYPOINT ["python", "/opt/cmres/cmres.py"]
+CMD ["serve"]
+"""
+
+
 def tell_systemd(text: str, environ: dict = os.environ) -> None:
     """Tells systemd how this service is, if that has started it (sd_notify)."""
     path = environ.get('NOTIFY_SOCKET', '')
@@ -15241,6 +15376,34 @@ def occurrences(config: Config, file: Ics, start: When = None, end: When = None,
     return found
 
 
+def alerts(config: Config) -> None:
+    """Prints ten alert rules for Prometheus, which scrapes /metrics as the job `cmres`.
+
+    Example:
+      python cmres.py alerts > /etc/prometheus/cmres.yml
+    """
+    import yaml
+    print(yaml.safe_dump(alert_rules(), sort_keys=False, width=200), end='')
+
+
+def dashboard(config: Config) -> None:
+    """Prints a dashboard that Grafana imports.
+
+    Example:
+      python cmres.py dashboard > cmres.json
+    """
+    print(json_text(grafana_dashboard(), indent=2), end='')
+
+
+def container(config: Config) -> None:
+    """Prints a Containerfile: not root, nothing written but one volume, an end in good order.
+
+    Example:
+      python cmres.py container > Containerfile
+    """
+    print(CONTAINER.strip('\n'))
+
+
 def completion(config: Config, shell: Name) -> None:
     """Prints what lets a shell complete commands, options, labels and names of resources.
 
@@ -15276,7 +15439,7 @@ complete -c cmres -f -a '(_CMRES_COMPLETE=1 cmres (commandline -opc)[2..-1] (com
 LOCAL = {each.__name__: Operation(each.__name__, each, ADMIN, [('POST', '', {})])
          for each in (serve, scheduler, tick, occurrences, store_backup, store_verify,
                       store_restore, store_migrate, store_orphans, completion, key_rotate,
-                      config_show, config_check, event_export)}
+                      config_show, config_check, event_export, alerts, dashboard, container)}
 
 
 def in_utc(config: Config) -> None:

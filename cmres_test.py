@@ -997,7 +997,7 @@ def fill_up(serve, refusal: int = 503) -> tuple[set[str], dict]:
 
 def test_a_full_disk_is_named_and_what_was_acknowledged_is_there(serving, tmp_path):
     with small_disk(tmp_path / 'disk') as disk:
-        serve = serving(database=disk / 'cmres.db')
+        serve = serving(database=disk / 'cmres.db', min_disk=0)
         done, refusal = fill_up(serve)
         (disk / 'ballast').write_bytes(b'')
         assert 'is full' in refusal['error'] and 'free space' in refusal['error']
@@ -12944,8 +12944,10 @@ def test_metrics_are_for_whom_the_setting_says(world, gated, setting, role, scop
 
 
 def test_metrics_are_there_while_the_store_is_not(world, gated, monkeypatch):
-    admin = gated('admin', metrics='open')
-    monkeypatch.setattr(cmres, 'level', lambda *_: (_ for _ in ()).throw(Unavailable('the store is lost')))
+    admin, other = gated('admin'), Gated(world, 'cmres_other')
+    assert admin.ask('/metrics').status_int == 200
+    monkeypatch.setattr(cmres, 'rows', lambda *_: (_ for _ in ()).throw(Unavailable('the store is lost')))
+    assert other.ask('/metrics').status_int == 503
     text = admin.ask('/metrics').text
     assert metric(text, 'resident_bytes') > 0 and metric(text, 'used', resource='demo', **{'class': 'vms'}) is None
 
@@ -14281,6 +14283,25 @@ def test_readyz_warns_before_the_disk_is_full(world, gated):
     assert gated().ask('/readyz').json['disk'].keys() == {'free_mib'}
     answer = gated(min_disk=10**9).ask('/readyz')
     assert answer.status_int == 503 and 'MiB are free on the disk' in answer.json['disk']['fault']
+
+
+def test_alerts_and_charts_ask_for_what_is_measured(run):
+    rules = yaml.safe_load(run('alerts')[1])['groups'][0]['rules']
+    charts = json.loads(run('dashboard')[1])['panels']
+    asked = [each['expr'] for each in rules] + [line['expr'] for each in charts for line in each['targets']]
+    names = {re.sub('_(bucket|count)$', '', name) for text in asked for name in re.findall(r'cmres_(\w+)', text)}
+    assert len(rules) == 10 and names <= cmres.MEASURED.keys()
+    codes = set(re.findall('[a-z_]+', ' '.join(re.findall('code=~?"([^"]*)"', ' '.join(asked)))))
+    assert codes <= {'failed', 'added', 'admitted'} and all(each['annotations']['summary'] for each in rules)
+
+
+def test_a_container_is_nobody_special_and_writes_to_one_volume(run):
+    lines = run('container')[1].splitlines()
+    told = [line.split()[0] for line in lines if line[:1].isupper()]
+    assert told[-1] == 'CMD' and lines.index('USER 10001') < lines.index('CMD ["serve"]') and told.count('VOLUME') == 1
+    pattern = re.search("'(/.*p)' /opt", '\n'.join(lines))[1]
+    needs = subprocess.run(['sed', '-n', pattern, str(MODULE)], capture_output=True, text=True).stdout.split()
+    assert 'bottle~=0.13.4' in needs and len(needs) == 11
 
 
 def test_serve_reads_settings_again_and_logs_as_json_and_ends_in_good_order(serving, tmp_path):
