@@ -1382,12 +1382,16 @@ class Metrics:
 
     def observe(self, name: str, value: float, **labels: str) -> None:
         """Adds a value to a histogram."""
-        bounds = BOUNDS[name]
+        self.begin(name, **labels)
         with self.lock:
-            spread = self.spreads.setdefault(
-                (name, tuple(labels.items())), [0] * (len(bounds) + 1) + [0.0])
-            spread[bisect_left(bounds, value)] += 1
+            spread = self.spreads[name, tuple(labels.items())]
+            spread[bisect_left(BOUNDS[name], value)] += 1
             spread[-1] += value
+
+    def begin(self, name: str, **labels: str) -> None:
+        """Begins a histogram, empty: Prometheus sees no increase where there was nothing before."""
+        with self.lock:
+            self.spreads.setdefault((name, tuple(labels.items())), [0] * (len(BOUNDS[name]) + 1) + [0.0])
 
     def samples(self) -> list[tuple]:
         """All of it as (name, labels, value), histograms as Prometheus has them."""
@@ -12377,6 +12381,8 @@ class StoreMetrics:
             try:
                 with db.connection_context():
                     self.count_events()
+                    for account in self.service.clouds.accounts():
+                        METRICS.begin('start_delay_seconds', cloud=account)
                     found = [*self.of_store(), *self.of_resources()]
             except (Unavailable, *STORE_ERRORS) as error:
                 log.warning('no metrics of the store: %s', trouble(error) or error)
@@ -14487,6 +14493,7 @@ def web(service: Reservations):
 # is, reads settings again, and writes down now and then what was counted meanwhile.
 
 EVERY = 5            # seconds between two rounds of the housekeeper
+SILENT = 30          # seconds between two looks at connections that do nothing
 AUDIT_EVERY = 60     # seconds between two events that tell of wrong tokens
 MOST_ADDRESSES = 10  # that one such event names
 #: What is read once: sockets, threads, files and what hangs on them.
@@ -14533,7 +14540,53 @@ class Connections:
             self.of.pop(channel.peer, None)
 
 
-def channels_in(connections: Connections) -> type:
+class Watch:
+    """Waits for sockets by epoll. waitress asks each of them at every turn whether it has anything
+    to do, which thousands of idle connections make slow; here those at rest are not asked.
+    """
+
+    def __init__(self, sockets: dict):
+        import select
+        self.sockets, self.epoll = sockets, select.epoll()
+        self.flags: dict[int, int] = {}  # what each is waited for
+        self.awake = set(sockets)        # those that are asked at the next turn
+
+    def add(self, fd: int) -> None:
+        """Asks a new socket from now on; its number may be that of one before it."""
+        self.flags.pop(fd, None)
+        self.awake.add(fd)
+
+    def turn(self, timeout: float) -> None:
+        """Reads and writes what can be."""
+        from waitress.wasyncore import readwrite
+        for fd in [*self.awake]:
+            self.ask(fd)
+        for fd, events in self.epoll.poll(timeout):
+            if each := self.sockets.get(fd):
+                self.awake.add(fd)
+                readwrite(each, events)
+
+    def ask(self, fd: int) -> None:
+        """Waits for what a socket needs next; what is at rest needs to be read, and is not asked."""
+        import select
+        each = self.sockets.get(fd)
+        if each is None or self.is_at_rest(each):
+            self.awake.discard(fd)
+        if each is None:
+            return
+        reads = select.EPOLLIN | select.EPOLLPRI if each.readable() else 0
+        writes = select.EPOLLOUT if each.writable() and not each.accepting else 0
+        if (flags := reads | writes) != self.flags.get(fd):
+            (self.epoll.modify if fd in self.flags else self.epoll.register)(fd, flags)
+            self.flags[fd] = flags
+
+    def is_at_rest(self, each) -> bool:
+        """Whether a connection changes only by what comes from its client."""
+        return hasattr(each, 'requests') and not (
+            each.requests or each.total_outbufs_len or each.will_close or each.close_when_flushed)
+
+
+def channels_in(connections: Connections, watch: Watch) -> type:
     """waitress' kind of connection, which says when it begins and ends."""
     from waitress.channel import HTTPChannel
 
@@ -14542,9 +14595,11 @@ def channels_in(connections: Connections) -> type:
 
         def __init__(self, server, sock, addr, adj, map=None):
             super().__init__(server, sock, addr, adj, map=map)
+            watch.add(self._fileno)
             connections.add(self, network_of(addr[0]))
 
         def del_channel(self, map=None):
+            watch.flags.pop(self._fileno, None)
             super().del_channel(map)
             connections.drop(self)
     return Channel
@@ -14565,7 +14620,8 @@ class Front:
         self.port = getattr(self.server, 'effective_port', config.port)
         self.sockets = getattr(self.server, 'map', None) or self.server._map
         self.doors = [each for each in self.sockets.values() if getattr(each, 'accepting', False)]
-        kind = channels_in(Connections(config))
+        self.watch, self.looked = Watch(self.sockets), time.monotonic()
+        kind = channels_in(Connections(config), self.watch)
         for each in self.doors:
             each.channel_class = kind
 
@@ -14579,7 +14635,10 @@ class Front:
     def turn(self) -> None:
         """Reads and writes what can be, for a second at most."""
         self.turned = time.monotonic()
-        self.server.asyncore.loop(1, True, self.sockets, 1)
+        if self.leaving.is_set() or self.turned > self.looked + SILENT:
+            self.looked = self.turned
+            self.watch.awake.update(self.sockets)  # waitress closes those that are silent for long
+        self.watch.turn(1)
 
     def run(self) -> None:
         """Serves until it is to leave, and then until all is answered, or `drain` is over."""
