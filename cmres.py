@@ -2214,7 +2214,7 @@ class Database(peewee.SqliteDatabase):
 
 
 db = Database(None, lock_type='IMMEDIATE', pragmas={
-    'journal_mode': 'wal', 'synchronous': 'full', 'foreign_keys': 1, 'cache_size': -32_000})
+    'journal_mode': 'wal', 'synchronous': 'full', 'foreign_keys': 1, 'cache_size': -10_000})
 
 # SQLite's busy handler is unfair: writers of one process queue here, those of others there.
 write_lock = threading.RLock()
@@ -5076,7 +5076,8 @@ def in_cell(value, zone: ZoneInfo) -> str:
 
 
 def json_text(value, indent: int | None = None) -> str:
-    return legible(json.dumps(to_plain(value), ensure_ascii=False, indent=indent)) + '\n'
+    text = json.dumps(value, ensure_ascii=False, indent=indent, default=to_plain)  # without a copy
+    return legible(text) + '\n'
 
 
 # Shares ######################################################################
@@ -9900,6 +9901,12 @@ class Claims(Plan):
 # Calendars that make reservations, once or again and again, and calendars that show them.
 
 
+#: What a feed reads: no user data, and of a long description its beginning.
+FOR_FEEDS = LISTING.replace('r.user_data,', "'' AS user_data,").replace(
+    'r.description,', "iif(length(r.description) > 500, substr(r.description, 1, 497) || '...', "
+    'r.description) AS description,')
+
+
 class Calendars(Claims):
     """Imports, subscriptions and feeds."""
 
@@ -10320,7 +10327,7 @@ class Calendars(Claims):
 
         What is others' is shown as busy only.
         """
-        found = self.page(*self.shown_in(feed), (), limit=MOST_SHOWN_BY_FEED + 1)
+        found = self.page(*self.shown_in(feed), (), limit=MOST_SHOWN_BY_FEED + 1, fields=FOR_FEEDS)
         servers: dict = defaultdict(list)
         for each in rows("SELECT occurrence_id, addresses FROM server WHERE occurrence_id IN "
                          "(SELECT value FROM json_each(?)) AND due IS NOT NULL AND goal = 'up'",
@@ -12209,7 +12216,7 @@ class Gate:
         began, answer = time.monotonic(), Answer(environ, start_response)
         environ['cmres.address'] = address = self.address(environ)
         environ['cmres.began'] = began
-        environ.setdefault('cmres.request_id', f'req-{secrets.token_hex(8)}')
+        environ.setdefault('cmres.request_id', request_id(environ))
         try:
             self.service.shares.rates.take('requests_per_address', address)
             self.service.shares.rates.look('mib_per_address', address)
@@ -12286,6 +12293,12 @@ class Gate:
         rule = getattr(environ.get('bottle.route'), 'rule', '-')
         verb = environ['REQUEST_METHOD']
         return self.operations.get(('GET' if verb == 'HEAD' else verb, rule), rule)
+
+
+def request_id(environ: dict) -> str:
+    """The id that a request brings, if it is one, else a new one."""
+    said = environ.get('HTTP_X_REQUEST_ID', '')
+    return said if re.fullmatch('[A-Za-z0-9._-]{1,64}', said) else f'req-{secrets.token_hex(8)}'
 
 
 RETRY = 60  # seconds after which somebody may try again, where nothing better is known
@@ -12526,33 +12539,76 @@ def handler(service: Reservations, operation: Operation | None, fixed: dict) -> 
 def feed_handler(service: Reservations) -> Callable:
     """Answers calendar programs: nothing but a secret in the address tells who asks."""
     import bottle
-    # By feed: the newest event of the journal then, what was shown, until when the text holds, ETag, text.
-    kept: dict[int, tuple] = {}
-
-    def current(secret: str) -> tuple[str, str]:
-        name, feed = service.feed(secret)
-        version, now = row('SELECT max(id) AS newest FROM event').newest, service.clock()
-        newest, digest, holds, *text = kept.get(feed.id, (None, None, 0))
-        if version != newest or now >= holds:
-            before, digest = digest, service.feed_digest(feed)
-            if digest != before or now >= holds:
-                found, holds = service.feed_events(feed)
-                text = calendar_text(name, found)
-                text = f'"{hashed(text)[:32]}"', text
-            if len(kept) > 1000:
-                kept.clear()
-            kept[feed.id] = version, digest, holds, *text
-        return tuple(text)
+    written = WrittenFeeds(service)
 
     def handle(secret: str, name: str = ''):
         try:
-            etag, text = current(secret)
+            etag, text = written.current(secret)
         except Error as error:
             return bottle.HTTPResponse(json_text(error_body(error)), error.status, {'Content-Type': 'application/json'})
         same = etag in bottle.request.headers.get('If-None-Match', '')
         return bottle.HTTPResponse('' if same else text, 304 if same else 200, {
             'Content-Type': 'text/calendar; charset=utf-8', 'ETag': etag, 'Cache-Control': 'private, no-cache'})
     return handle
+
+
+class Written(NamedTuple):
+    """A feed as it was written, with what tells whether it still holds."""
+    newest: int | None = None  # the last event of the event log then
+    digest: str | None = None  # of what it shows
+    holds: float = 0           # until when, if nothing changes
+    etag: str = ''
+    text: bytes = b''
+
+
+class WrittenFeeds:
+    """The feeds that were asked for last, each written once for all who ask.
+
+    One is written at a time: a long one takes memory. While half of the threads wait for that,
+    others are told to come again.
+    """
+    MOST = 2**26  # bytes of all that are kept
+
+    def __init__(self, service: Reservations):
+        self.service, self.kept = service, {}
+        self.lock = threading.Lock()
+        self.places = threading.BoundedSemaphore(max(service.config.threads // 2, 1))
+
+    def current(self, secret: str) -> tuple[str, bytes]:
+        """The ETag and the text of a feed as it is now."""
+        name, feed = self.service.feed(secret)
+        found = self.kept.get(feed.id, Written())
+        if self.is_old(found):
+            if not self.places.acquire(blocking=False):
+                raise Unavailable('many calendars are being written; try again in a minute')
+            try:
+                with self.lock:
+                    found = self.written_anew(name, feed)
+            finally:
+                self.places.release()
+        return found.etag, found.text
+
+    def newest(self) -> int | None:
+        return row('SELECT max(id) AS newest FROM event').newest
+
+    def is_old(self, found: Written) -> bool:
+        return found.newest != self.newest() or self.service.clock() >= found.holds
+
+    def written_anew(self, name: str, feed) -> Written:
+        """The feed as it is now; somebody else may have written it meanwhile."""
+        found, newest = self.kept.get(feed.id, Written()), self.newest()
+        if not self.is_old(found):
+            return found
+        digest = self.service.feed_digest(feed)
+        if digest != found.digest or self.service.clock() >= found.holds:
+            events, holds = self.service.feed_events(feed)
+            text = calendar_text(name, events).encode()
+            found = Written(newest, digest, holds, f'"{hashlib.sha256(text).hexdigest()[:32]}"', text)
+        self.kept.pop(feed.id, None)
+        while self.kept and sum(len(each.text) for each in self.kept.values()) + len(found.text) > self.MOST:
+            del self.kept[next(iter(self.kept))]
+        self.kept[feed.id] = found = found._replace(newest=newest)
+        return found
 
 
 def answering(handle: Callable) -> Callable:
@@ -14497,7 +14553,7 @@ SILENT = 30          # seconds between two looks at connections that do nothing
 AUDIT_EVERY = 60     # seconds between two events that tell of wrong tokens
 MOST_ADDRESSES = 10  # that one such event names
 #: What is read once: sockets, threads, files and what hangs on them.
-FIXED = frozenset(
+NEEDS_RESTART = frozenset(
     'database key host port threads slow_per_user slow_per_target outside_timeout url token timezone '
     'workers call_timeout sweep verify_every connections'.split())
 #: Settings that only their owner may read.
@@ -14889,7 +14945,7 @@ def read_settings_again(config: Config, environ: dict = os.environ) -> list[str]
         before, after = getattr(config, name), getattr(new, name)
         if before == after:
             continue
-        if name in FIXED:
+        if name in NEEDS_RESTART:
             told += [f'{name} has changed and needs a restart'] if name in new.sources else []
             continue
         told.append(f'{name} is {shown_setting(new, name)} now' if name in SETTINGS else f'[{name}] has changed')
@@ -15284,7 +15340,7 @@ def config_show(config: Config) -> Rows:
     """
     return [{'setting': name, 'value': shown_setting(config, name),
              'from': config.sources.get(name, 'default'),
-             'change': 'restart' if name in FIXED else 'SIGHUP'} for name in SETTINGS]
+             'change': 'restart' if name in NEEDS_RESTART else 'SIGHUP'} for name in SETTINGS]
 
 
 def config_check(config: Config) -> dict:

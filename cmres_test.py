@@ -12962,6 +12962,13 @@ def test_a_token_that_ends_soon_is_told_of_with_each_answer(world, gated, monkey
     assert eva.ask().headers['X-Cmres-Token-Ends'] == '1 2026-12-14T12:00:00+00:00'
 
 
+def test_the_id_that_a_request_brings_is_kept_if_it_is_one(world, gated):
+    eva = gated()
+    for said, kept in (('abc-1.2_3', True), ('a b', False), ('x' * 65, False), ('', False)):
+        found = eva.ask(**{'X-Request-Id': said}).headers['X-Request-Id']
+        assert (found == said) is kept and re.fullmatch('req-[0-9a-f]{16}|abc-1.2_3', found)
+
+
 def test_nothing_is_written_for_a_client_that_has_hung_up(world, gated):
     eva, here = gated(), [True]
     gone = {'waitress.client_disconnected': lambda: not here[0]}
@@ -14069,7 +14076,7 @@ def test_in_a_browser_no_page_keeps_anybody_out(world, browse):
 # Serving #####################################################################
 
 
-class Slow:
+class Patient:
     """A WSGI application whose answers wait until they are let; how many are asked for."""
 
     def __init__(self):
@@ -14104,7 +14111,7 @@ ASKS = b'GET /%s HTTP/1.1\r\nHost: x\r\n\r\n'
 
 
 def test_a_server_that_leaves_answers_what_is_under_way_and_takes_nothing_more(fronted):
-    app = Slow()
+    app = Patient()
     front, thread, connect = fronted(app)
     idle, line = connect(), connect()
     line.sendall(ASKS % b'one')
@@ -14121,7 +14128,7 @@ def test_a_server_that_leaves_answers_what_is_under_way_and_takes_nothing_more(f
 
 
 def test_a_server_that_leaves_waits_no_longer_than_it_may_and_the_second_time_not_at_all(fronted):
-    app = Slow()
+    app = Patient()
     front, thread, connect = fronted(app, drain=0.0)
     line = connect()
     line.sendall(ASKS % b'one')
@@ -14134,7 +14141,7 @@ def test_a_server_that_leaves_waits_no_longer_than_it_may_and_the_second_time_no
 
 
 def test_of_too_many_connections_of_an_address_the_oldest_idle_ones_are_closed(fronted):
-    app = Slow()
+    app = Patient()
     front, thread, connect = fronted(app, connections_per_address=3)
     busy = connect()
     busy.sendall(ASKS % b'busy')
@@ -14249,7 +14256,7 @@ def test_settings_are_shown_with_where_they_come_from_and_without_secrets(run, t
     assert shown.keys() == SETTINGS.keys() and 'hush' not in out and code == 0
     assert shown['notice'] == ('60', 'config.ini', 'SIGHUP') and shown['patience'] == ('5', 'CMRES_PATIENCE', 'SIGHUP')
     assert shown['port'] == ('8080', 'default', 'restart') and shown['webhook_secret'][0] == 'set, and not shown'
-    assert cmres.FIXED <= SETTINGS.keys()
+    assert cmres.NEEDS_RESTART <= SETTINGS.keys()
 
 
 @pytest.mark.parametrize('text, sentence', [
