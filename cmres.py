@@ -1563,7 +1563,7 @@ MEASURED = {
     'store_bytes': 'size of the database with its write-ahead log',
     'disk_free_bytes': 'free space on the disk of the database',
     'notices_waiting': 'notices that have not arrived yet',
-    'notice_age_seconds': 'for how long the oldest notice that is due has been waiting',
+    'notice_age_seconds': 'for how long the oldest notice that has not arrived has been waiting',
     'store_damaged': 'whether the last check of the database found damage: 1 or 0',
     'resident_bytes': 'memory of this process',
     'version': 'the version of cmres'}
@@ -1584,12 +1584,16 @@ class Metrics:
 
     def observe(self, name: str, value: float, **labels: str) -> None:
         """Adds a value to a histogram."""
-        bounds = BOUNDS[name]
+        self.begin(name, **labels)
         with self.lock:
-            spread = self.spreads.setdefault(
-                (name, tuple(labels.items())), [0] * (len(bounds) + 1) + [0.0])
-            spread[bisect_left(bounds, value)] += 1
+            spread = self.spreads[name, tuple(labels.items())]
+            spread[bisect_left(BOUNDS[name], value)] += 1
             spread[-1] += value
+
+    def begin(self, name: str, **labels: str) -> None:
+        """Begins a histogram, empty: Prometheus sees no increase where there was nothing before."""
+        with self.lock:
+            self.spreads.setdefault((name, tuple(labels.items())), [0] * (len(BOUNDS[name]) + 1) + [0.0])
 
     def samples(self) -> list[tuple]:
         """All of it as (name, labels, value), histograms as Prometheus has them."""
@@ -3155,7 +3159,7 @@ class Database(peewee.SqliteDatabase):
 
 
 db = Database(None, lock_type='IMMEDIATE', pragmas={
-    'journal_mode': 'wal', 'synchronous': 'full', 'foreign_keys': 1, 'cache_size': -32_000})
+    'journal_mode': 'wal', 'synchronous': 'full', 'foreign_keys': 1, 'cache_size': -10_000})
 
 
 class Turns:
@@ -6729,7 +6733,8 @@ def in_cell(value, zone: ZoneInfo) -> str:
 
 
 def json_text(value, indent: int | None = None) -> str:
-    return legible(json.dumps(to_plain(value), ensure_ascii=False, indent=indent)) + '\n'
+    text = json.dumps(value, ensure_ascii=False, indent=indent, default=to_plain)  # without a copy
+    return legible(text) + '\n'
 
 
 # Shares ######################################################################
@@ -12194,6 +12199,12 @@ class Claims(Plan):
 # Calendars that make reservations, once or again and again, and calendars that show them.
 
 
+#: What a feed reads: no user data, and of a long description its beginning.
+FOR_FEEDS = LISTING.replace('r.user_data,', "'' AS user_data,").replace(
+    'r.description,', "iif(length(r.description) > 500, substr(r.description, 1, 497) || '...', "
+    'r.description) AS description,')
+
+
 def repeats(booking: Booking) -> bool:
     """Whether an event may have more than one occurrence."""
     return any(not stretch.single for stretch in booking.stretches)
@@ -12654,7 +12665,7 @@ class Calendars(Claims):
 
         What is others' is shown as busy only.
         """
-        found = self.page(*self.shown_in(feed), (), limit=MOST_SHOWN_BY_FEED + 1)
+        found = self.page(*self.shown_in(feed), (), limit=MOST_SHOWN_BY_FEED + 1, fields=FOR_FEEDS)
         servers: dict = defaultdict(list)
         for each in rows("SELECT occurrence_id, addresses FROM server WHERE occurrence_id IN "
                          "(SELECT value FROM json_each(?)) AND due IS NOT NULL AND goal = 'up'",
@@ -12864,7 +12875,8 @@ class Tokens(Calendars):
     def revoke(self, id: int, now: float) -> None:
         """Makes a token worthless, and whoever has signed in with it is signed out."""
         change(Token, id, revoked=int(now))
-        run('DELETE FROM session WHERE token_id = ?', id)
+        if not rehearsal.on:
+            run('DELETE FROM session WHERE token_id = ?', id)
 
     @api('DELETE', '/user/<user>', role=ADMIN)
     def user_end(self, user: Name, project: Name = '', dry_run: bool = False) -> dict:
@@ -15059,11 +15071,11 @@ def in_turn(*looks: Callable | None) -> Callable:
     return look
 
 
-def sent(text: str, status: int, headers: dict):
+def sent(text: str | bytes, status: int, headers: dict):
     """An answer, compressed for who takes that: never a page, which holds secrets (BREACH)."""
     import bottle
     import gzip
-    data = text.encode('utf8', 'replace')
+    data = text if isinstance(text, bytes) else text.encode('utf8', 'replace')
     if len(data) >= LEAST_GZIP and TAKES_GZIP.search(bottle.request.get_header('Accept-Encoding', '')):
         data, headers = gzip.compress(data, 5, mtime=0), headers | {'Content-Encoding': 'gzip'}
     return bottle.HTTPResponse(data, status, headers)
@@ -15214,34 +15226,77 @@ class Once:
 def feed_handler(service: Reservations) -> Callable:
     """Answers calendar programs: nothing but a secret in the address tells who asks."""
     import bottle
-    # By feed: the newest event of the journal then, what was shown, until when the text holds, ETag, text.
-    kept: dict[int, tuple] = {}
-
-    def current(secret: str) -> tuple[str, str]:
-        name, feed = service.feed(secret)
-        version, now = row('SELECT max(id) AS newest FROM event').newest, service.clock()
-        newest, digest, holds, *text = kept.get(feed.id, (None, None, 0))
-        if version != newest or now >= holds:
-            before, digest = digest, service.feed_digest(feed)
-            if digest != before or now >= holds:
-                found, holds = service.feed_events(feed)
-                text = calendar_text(name, found)
-                text = f'"{hashed(text)[:32]}"', text
-            if len(kept) > 1000:
-                kept.clear()
-            kept[feed.id] = version, digest, holds, *text
-        return tuple(text)
+    written = WrittenFeeds(service)
 
     def handle(secret: str, name: str = ''):
         try:
-            etag, text = current(secret)
+            etag, text = written.current(secret)
         except Error as error:
             return refused(error)
         same = etag in bottle.request.headers.get('If-None-Match', '')
-        return sent('' if same else text, 304 if same else 200, UNKEPT | {
+        return sent(b'' if same else text, 304 if same else 200, UNKEPT | {
             'Content-Type': 'text/calendar; charset=utf-8', 'ETag': etag,
             'Cache-Control': 'private, no-cache'})
     return handle
+
+
+class Written(NamedTuple):
+    """A feed as it was written, with what tells whether it still holds."""
+    newest: int | None = None  # the last event of the event log then
+    digest: str | None = None  # of what it shows
+    holds: float = 0           # until when, if nothing changes
+    etag: str = ''
+    text: bytes = b''
+
+
+class WrittenFeeds:
+    """The feeds that were asked for last, each written once for all who ask.
+
+    One is written at a time: a long one takes memory. While half of the threads wait for that,
+    others are told to come again.
+    """
+    MOST = 2**26  # bytes of all that are kept
+
+    def __init__(self, service: Reservations):
+        self.service, self.kept = service, {}
+        self.lock = threading.Lock()
+        self.places = threading.BoundedSemaphore(max(service.config.threads // 2, 1))
+
+    def current(self, secret: str) -> tuple[str, bytes]:
+        """The ETag and the text of a feed as it is now."""
+        name, feed = self.service.feed(secret)
+        found = self.kept.get(feed.id, Written())
+        if self.is_old(found):
+            if not self.places.acquire(blocking=False):
+                raise Unavailable('many calendars are being written; try again in a minute')
+            try:
+                with self.lock:
+                    found = self.written_anew(name, feed)
+            finally:
+                self.places.release()
+        return found.etag, found.text
+
+    def newest(self) -> int | None:
+        return row('SELECT max(id) AS newest FROM event').newest
+
+    def is_old(self, found: Written) -> bool:
+        return found.newest != self.newest() or self.service.clock() >= found.holds
+
+    def written_anew(self, name: str, feed) -> Written:
+        """The feed as it is now; somebody else may have written it meanwhile."""
+        found, newest = self.kept.get(feed.id, Written()), self.newest()
+        if not self.is_old(found):
+            return found
+        digest = self.service.feed_digest(feed)
+        if digest != found.digest or self.service.clock() >= found.holds:
+            events, holds = self.service.feed_events(feed)
+            text = calendar_text(name, events).encode()
+            found = Written(newest, digest, holds, f'"{hashlib.sha256(text).hexdigest()[:32]}"', text)
+        self.kept.pop(feed.id, None)
+        while self.kept and sum(len(each.text) for each in self.kept.values()) + len(found.text) > self.MOST:
+            del self.kept[next(iter(self.kept))]
+        self.kept[feed.id] = found = found._replace(newest=newest)
+        return found
 
 
 def answering(handle: Callable) -> Callable:
@@ -15605,6 +15660,7 @@ class Gate:
         self.operations = {(verb, (BASE + path).rstrip('/')): operation.name
                            for operation in API.values() for verb, path, _ in operation.routes}
         self.store = StoreMetrics(service, cycle)
+        self.reader = ''  # the hash of the token that has read metrics last
 
     def __call__(self, environ: dict, start_response: Callable) -> Iterable[bytes]:
         began, answer = time.monotonic(), Reply(environ, start_response)
@@ -15642,13 +15698,25 @@ class Gate:
         if allowed == 'off':
             raise NotFound('there are no metrics here; the setting `metrics` can allow them')
         if allowed != 'open':
-            import bottle
-            with db.connection_context():
-                asks = who_asks(self.service, bottle.LocalRequest(environ))
-            if asks.role != ADMIN or asks.scopes - {'read'} or asks.resource is not None:
-                raise Forbidden("metrics need an admin's token; it may have the scope read")
+            self.refuse_reader(environ)
         text = exposition(self.store.samples()).encode()
         return answer.say(200, text, 'text/plain; version=0.0.4; charset=utf-8')
+
+    def refuse_reader(self, environ: dict) -> None:
+        """Refuses who may not read metrics; who could before, may while the store can't be read."""
+        import bottle
+        request = bottle.LocalRequest(environ)
+        secret = hashed(bearer(request))
+        try:
+            with db.connection_context():
+                asks = who_asks(self.service, request)
+        except (Unavailable, *STORE_ERRORS) as error:
+            if secret != self.reader:
+                raise trouble(error) or error from None
+            return
+        if asks.role != ADMIN or asks.scopes - {'read'} or asks.resource is not None:
+            raise Forbidden("metrics need an admin's token; it may have the scope read")
+        self.reader = secret
 
     def finish(self, environ: dict, answer: Reply, began: float, sent: int) -> None:
         """Counts a request that is answered, and writes its line."""
@@ -15749,13 +15817,22 @@ class StoreMetrics:
     def __init__(self, service: Reservations, cycle: LifeCycle | None):
         self.service, self.cycle, self.lock = service, cycle, threading.Lock()
         self.seen: int | None = None  # the last event that was counted
+        for code in TEXTS:  # Prometheus sees no increase from nothing to one
+            METRICS.count('events_total', 0, code=code)
+        for setting in LIMITED:
+            METRICS.count('limited_total', 0, setting=setting)
+        for name in ('wrong_tokens_total', 'sign_ins_total', 'hung_up_total'):
+            METRICS.count(name, 0)
 
     def samples(self) -> list[tuple]:
         """Samples of all that is measured; without the store, where that can't be read."""
-        with self.lock, db.connection_context():
+        with self.lock:
             try:
-                self.count_events()
-                found = [*self.of_store(), *self.of_resources()]
+                with db.connection_context():
+                    self.count_events()
+                    for account in self.service.clouds.accounts():
+                        METRICS.begin('start_delay_seconds', cloud=account)
+                    found = [*self.of_store(), *self.of_resources()]
             except (Unavailable, *STORE_ERRORS) as error:
                 log.warning('no metrics of the store: %s', trouble(error) or error)
                 found = []
@@ -15776,7 +15853,8 @@ class StoreMetrics:
         for name, which in (('waiting', 'reservation WHERE waiting IS NOT NULL'),
                             ('pending', 'reservation WHERE pending IS NOT NULL')):
             yield f'reservations_{name}', (), run(f'SELECT count(*) FROM {which}').fetchone()[0]
-        number, oldest = run('SELECT count(*), min(due) FROM outbox WHERE due IS NOT NULL').fetchone()
+        number, oldest = run('SELECT count(*), min(e.at) FROM outbox n JOIN event e ON e.id = n.event_id '
+                             'WHERE n.due IS NOT NULL').fetchone()
         yield 'notices_waiting', (), number
         yield 'notice_age_seconds', (), max(now - (now if oldest is None else oldest), 0)
         for account, state, number in run('SELECT account, state, count(*) FROM server '
@@ -15810,6 +15888,8 @@ class StoreMetrics:
         yield 'store_bytes', (), sum(sizes)
         yield 'disk_free_bytes', (), disk_free(path)
         for account, breaker in [*self.cycle.breakers.items()] if self.cycle else ():
+            if account.startswith(' '):  # hosts of notices and calendars, which are no cloud
+                continue
             left_alone = breaker.failures >= TRIPS or breaker.until > self.service.clock()
             yield 'cloud_left_alone', (('cloud', account),), int(left_alone)
             yield 'cloud_failures', (('cloud', account),), breaker.failures
@@ -17730,10 +17810,11 @@ def web(service: Reservations):
 # is, reads settings again, and writes down now and then what was counted meanwhile.
 
 EVERY = 5            # seconds between two rounds of the housekeeper
+SILENT = 30          # seconds between two looks at connections that do nothing
 AUDIT_EVERY = 60     # seconds between two events that tell of wrong tokens
 MOST_ADDRESSES = 10  # that one such event names
 #: What is read once: sockets, threads, files and what hangs on them.
-FIXED_SETTINGS = frozenset(
+NEEDS_RESTART = frozenset(
     'database key host port threads slow_per_user slow_per_target outside_timeout url token timezone '
     'workers call_timeout sweep verify_every connections'.split())
 #: Settings that only their owner may read.
@@ -17776,7 +17857,53 @@ class Connections:
             self.of.pop(channel.peer, None)
 
 
-def channels_in(connections: Connections) -> type:
+class Watch:
+    """Waits for sockets by epoll. waitress asks each of them at every turn whether it has anything
+    to do, which thousands of idle connections make slow; here those at rest are not asked.
+    """
+
+    def __init__(self, sockets: dict):
+        import select
+        self.sockets, self.epoll = sockets, select.epoll()
+        self.flags: dict[int, int] = {}  # what each is waited for
+        self.awake = set(sockets)        # those that are asked at the next turn
+
+    def add(self, fd: int) -> None:
+        """Asks a new socket from now on; its number may be that of one before it."""
+        self.flags.pop(fd, None)
+        self.awake.add(fd)
+
+    def turn(self, timeout: float) -> None:
+        """Reads and writes what can be."""
+        from waitress.wasyncore import readwrite
+        for fd in [*self.awake]:
+            self.ask(fd)
+        for fd, events in self.epoll.poll(timeout):
+            if each := self.sockets.get(fd):
+                self.awake.add(fd)
+                readwrite(each, events)
+
+    def ask(self, fd: int) -> None:
+        """Waits for what a socket needs next; what is at rest needs to be read, and is not asked."""
+        import select
+        each = self.sockets.get(fd)
+        if each is None or self.is_at_rest(each):
+            self.awake.discard(fd)
+        if each is None:
+            return
+        reads = select.EPOLLIN | select.EPOLLPRI if each.readable() else 0
+        writes = select.EPOLLOUT if each.writable() and not each.accepting else 0
+        if (flags := reads | writes) != self.flags.get(fd):
+            (self.epoll.modify if fd in self.flags else self.epoll.register)(fd, flags)
+            self.flags[fd] = flags
+
+    def is_at_rest(self, each) -> bool:
+        """Whether a connection changes only by what comes from its client."""
+        return hasattr(each, 'requests') and not (
+            each.requests or each.total_outbufs_len or each.will_close or each.close_when_flushed)
+
+
+def channels_in(connections: Connections, watch: Watch) -> type:
     """waitress' kind of connection, which says when it begins and ends."""
     from waitress.channel import HTTPChannel
 
@@ -17785,9 +17912,11 @@ def channels_in(connections: Connections) -> type:
 
         def __init__(self, server, sock, addr, adj, map=None):
             super().__init__(server, sock, addr, adj, map=map)
+            watch.add(self._fileno)
             connections.add(self, network_of(addr[0]))
 
         def del_channel(self, map=None):
+            watch.flags.pop(self._fileno, None)
             super().del_channel(map)
             connections.drop(self)
     return Channel
@@ -17809,7 +17938,8 @@ class Front:
         self.port = getattr(self.server, 'effective_port', config.port)
         self.sockets = getattr(self.server, 'map', None) or self.server._map
         self.doors = [each for each in self.sockets.values() if getattr(each, 'accepting', False)]
-        kind = channels_in(Connections(config))
+        self.watch, self.looked = Watch(self.sockets), time.monotonic()
+        kind = channels_in(Connections(config), self.watch)
         for each in self.doors:
             each.channel_class = kind
 
@@ -17823,7 +17953,10 @@ class Front:
     def turn(self) -> None:
         """Reads and writes what can be, for a second at most."""
         self.turned = time.monotonic()
-        self.server.asyncore.loop(1, True, self.sockets, 1)
+        if self.leaving.is_set() or self.turned > self.looked + SILENT:
+            self.looked = self.turned
+            self.watch.awake.update(self.sockets)  # waitress closes those that are silent for long
+        self.watch.turn(1)
 
     def run(self) -> None:
         """Serves until it is to leave, and then until all is answered, or `drain` is over."""
@@ -17855,6 +17988,118 @@ def allow_files(number: int) -> None:
     most = number if hard == resource.RLIM_INFINITY else min(number, hard)
     if soft != resource.RLIM_INFINITY and soft < most:
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+
+
+class Alert(NamedTuple):
+    """One rule of Prometheus: when it holds for so long, somebody is told."""
+    name: str
+    holds: str
+    lasts: str
+    severity: str
+    summary: str
+
+
+ALERTS = (
+    Alert('CmresDown', 'up{job="cmres"} == 0 or absent(up{job="cmres"})', '2m', 'page',
+          'cmres does not answer Prometheus: nobody can reserve, and nothing may start'),
+    Alert('CmresStandsStill', 'cmres_pass_age_seconds > 180 or absent(cmres_leader)', '2m', 'page',
+          'No life cycle makes passes: no VM is started or ended. See the log of the scheduler'),
+    Alert('CmresCloudIll', 'cmres_cloud_left_alone == 1', '5m', 'page',
+          'The cloud {{ $labels.cloud }} fails again and again and is left alone for a while'),
+    Alert('CmresStartsFail', 'increase(cmres_events_total{code="failed"}[1h]) > 0', '0m', 'ticket',
+          'A reservation was over and its VMs were never up'),
+    Alert('CmresStartsLate', 'histogram_quantile(0.95, sum by (le, cloud) '
+          '(increase(cmres_start_delay_seconds_bucket[1h]))) > 300', '10m', 'ticket',
+          'VMs on {{ $labels.cloud }} are ready more than five minutes late'),
+    Alert('CmresErrors', 'sum(rate(cmres_requests_total{status=~"5.."}[5m])) > '
+          '0.02 * sum(rate(cmres_requests_total[5m]))', '5m', 'page',
+          'One request in fifty or more ends in an error of the server'),
+    Alert('CmresSlow', 'histogram_quantile(0.9, sum by (le) '
+          '(rate(cmres_request_seconds_bucket[5m]))) > 2', '10m', 'ticket',
+          'One request in ten takes longer than two seconds'),
+    Alert('CmresNoticesStuck', 'cmres_notice_age_seconds > 900', '5m', 'ticket',
+          'Mails or webhooks are not delivered. See the event log and the mail server'),
+    Alert('CmresStoreInDanger', 'cmres_disk_free_bytes < 5e8 or cmres_store_damaged == 1', '1m', 'page',
+          'The disk of the database is nearly full, or the database is damaged: see /readyz'),
+    Alert('CmresGuessed', 'rate(cmres_wrong_tokens_total[5m]) > 1', '5m', 'ticket',
+          'Somebody tries tokens. The event log tells from where'))
+
+#: The charts of the dashboard: title, unit, and of each line what it shows and its name.
+CHARTS = (
+    ('Requests', 'reqps', (('sum by (status) (rate(cmres_requests_total[5m]))', '{{status}}'),)),
+    ('Answered within', 's', tuple(
+        (f'histogram_quantile({share}, sum by (le) (rate(cmres_request_seconds_bucket[5m])))', name)
+        for share, name in ((0.5, 'half'), (0.95, '95 %'), (0.99, '99 %')))),
+    ('Reserved now, of capacity', 'percentunit', (
+        ('cmres_used{class="vms"} / cmres_capacity{class="vms"}', '{{resource}}'),)),
+    ('VMs by state', 'short', (('sum by (cloud, state) (cmres_servers)', '{{cloud}} {{state}}'),)),
+    ('Reserved and refused', 'short', (
+        ('increase(cmres_events_total{code=~"added|admitted"}[1h])', '{{code}}'),
+        ('increase(cmres_refusals_total[1h])', 'refused: {{kind}}'))),
+    ('Waiting and pending', 'short', (
+        ('cmres_reservations_waiting', 'waiting'), ('cmres_reservations_pending', 'pending'))),
+    ('VMs ready after their planned start', 's', tuple(
+        (f'histogram_quantile({share}, sum by (le, cloud) '
+         '(increase(cmres_start_delay_seconds_bucket[1h])))', f'{{{{cloud}}}} {name}')
+        for share, name in ((0.5, 'half'), (0.95, '95 %')))),
+    ('Calls to clouds', 'reqps', (
+        ('sum by (cloud, verb, result) (rate(cmres_cloud_call_seconds_count[5m]))',
+         '{{cloud}} {{verb}} {{result}}'),)),
+    ('Last pass of the life cycle, age', 's', (('cmres_pass_age_seconds', 'age'),)),
+    ('Waiting to write', 's', (
+        ('histogram_quantile(0.95, sum by (le) (rate(cmres_lock_wait_seconds_bucket[5m])))', '95 %'),)),
+    ('Database and memory', 'bytes', (
+        ('cmres_store_bytes', 'database'), ('cmres_resident_bytes', 'memory'),
+        ('cmres_disk_free_bytes', 'free on disk'))),
+    ('Refused by limits, wrong tokens', 'short', (
+        ('increase(cmres_limited_total[5m])', '{{setting}}'),
+        ('increase(cmres_wrong_tokens_total[5m])', 'wrong tokens'))))
+
+
+def alert_rules() -> dict:
+    """The alerts as Prometheus reads them."""
+    return {'groups': [{'name': 'cmres', 'rules': [
+        {'alert': each.name, 'expr': each.holds, 'for': each.lasts,
+         'labels': {'severity': each.severity}, 'annotations': {'summary': each.summary}}
+        for each in ALERTS]}]}
+
+
+def grafana_dashboard() -> dict:
+    """The dashboard as Grafana imports it; it asks for the data source."""
+    source = {'type': 'prometheus', 'uid': '${source}'}
+    panels = [{
+        'id': place + 1, 'type': 'timeseries', 'title': title, 'datasource': source,
+        'gridPos': {'x': place % 2 * 12, 'y': place // 2 * 8, 'w': 12, 'h': 8},
+        'fieldConfig': {'defaults': {'unit': unit, 'min': 0}, 'overrides': []},
+        'targets': [{'refId': 'ABC'[at], 'expr': what, 'legendFormat': name, 'datasource': source}
+                    for at, (what, name) in enumerate(lines)],
+    } for place, (title, unit, lines) in enumerate(CHARTS)]
+    choice = {'name': 'source', 'type': 'datasource', 'query': 'prometheus', 'label': 'Prometheus'}
+    return {'title': 'cmres', 'uid': 'cmres', 'schemaVersion': 39, 'editable': True, 'refresh': '30s',
+            'time': {'from': 'now-6h', 'to': 'now'}, 'templating': {'list': [choice]},
+            'panels': panels}
+
+
+CONTAINER = r"""
+# podman build -t cmres .   (in the folder of cmres.py; docker reads it with -f Containerfile)
+# podman run --read-only --tmpfs /tmp --cap-drop all --security-opt no-new-privileges \
+#   -v cmres:/var/lib/cmres -p 127.0.0.1:8080:8080 --stop-timeout 40 cmres
+FROM docker.io/library/python:3.13-slim
+COPY cmres.py /opt/cmres/
+RUN sed -n '/^# \/\/\/$/q; s/^#   "\([^"]*\)",.*/\1/p' /opt/cmres/cmres.py > /opt/cmres/needs \
+ && pip install --no-cache-dir --disable-pip-version-check -r /opt/cmres/needs \
+ && python -m compileall -q /opt/cmres \
+ && useradd --uid 10001 --home-dir /var/lib/cmres --create-home cmres
+ENV CMRES_HOST=0.0.0.0 CMRES_DATABASE=/var/lib/cmres/cmres.db CMRES_LOG_FORMAT=json PYTHONUNBUFFERED=1
+USER 10001
+WORKDIR /var/lib/cmres
+VOLUME /var/lib/cmres
+EXPOSE 8080
+HEALTHCHECK --start-period=30s CMD ["python", "-c", \
+  "import urllib.request as u; u.urlopen('http://127.0.0.1:8080/healthz', timeout=5)"]
+ENTRYPOINT ["python", "/opt/cmres/cmres.py"]
+CMD ["serve"]
+"""
 
 
 def tell_systemd(text: str, environ: dict = os.environ) -> None:
@@ -17962,7 +18207,7 @@ def read_settings_again(config: Config, environ: dict = os.environ) -> list[str]
         before, after = getattr(config, name), getattr(new, name)
         if before == after:
             continue
-        if name in FIXED_SETTINGS:
+        if name in NEEDS_RESTART:
             told += [f'{name} has changed and needs a restart'] if name in new.sources else []
             continue
         told.append(f'{name} is {shown_setting(new, name)} now' if name in SETTINGS else f'[{name}] has changed')
@@ -18364,7 +18609,7 @@ def config_show(config: Config) -> Rows:
     """
     return [{'setting': name, 'value': shown_setting(config, name),
              'from': config.sources.get(name, 'default'),
-             'change': 'restart' if name in FIXED_SETTINGS else 'SIGHUP'} for name in SETTINGS]
+             'change': 'restart' if name in NEEDS_RESTART else 'SIGHUP'} for name in SETTINGS]
 
 
 def config_check(config: Config) -> dict:
@@ -18506,6 +18751,34 @@ def occurrences(config: Config, file: Ics, start: When = None, end: When = None,
     return found
 
 
+def alerts(config: Config) -> None:
+    """Prints ten alert rules for Prometheus, which scrapes /metrics as the job `cmres`.
+
+    Example:
+      python cmres.py alerts > /etc/prometheus/cmres.yml
+    """
+    import yaml
+    print(yaml.safe_dump(alert_rules(), sort_keys=False, width=200), end='')
+
+
+def dashboard(config: Config) -> None:
+    """Prints a dashboard that Grafana imports.
+
+    Example:
+      python cmres.py dashboard > cmres.json
+    """
+    print(json_text(grafana_dashboard(), indent=2), end='')
+
+
+def container(config: Config) -> None:
+    """Prints a Containerfile: not root, nothing written but one volume, an end in good order.
+
+    Example:
+      python cmres.py container > Containerfile
+    """
+    print(CONTAINER.strip('\n'))
+
+
 def completion(config: Config, shell: Name) -> None:
     """Prints what lets a shell complete commands, options, labels and names of resources.
 
@@ -18541,7 +18814,7 @@ complete -c cmres -f -a '(_CMRES_COMPLETE=1 cmres (commandline -opc)[2..-1] (com
 LOCAL = {each.__name__: Operation(each.__name__, each, ADMIN, [('POST', '', {})])
          for each in (serve, scheduler, tick, occurrences, store_backup, store_verify,
                       store_restore, store_migrate, store_orphans, completion, key_rotate,
-                      config_show, config_check, event_export)}
+                      config_show, config_check, event_export, alerts, dashboard, container)}
 
 
 def in_utc(config: Config) -> None:

@@ -13908,8 +13908,10 @@ def test_metrics_are_for_whom_the_setting_says(world, gated, setting, role, scop
 
 
 def test_metrics_are_there_while_the_store_is_not(world, gated, monkeypatch):
-    admin = gated('admin', metrics='open')
-    monkeypatch.setattr(cmres, 'level', lambda *_: (_ for _ in ()).throw(Unavailable('the store is lost')))
+    admin, other = gated('admin'), Gated(world, 'cmres_other')
+    assert admin.ask('/metrics').status_int == 200
+    monkeypatch.setattr(cmres, 'rows', lambda *_: (_ for _ in ()).throw(Unavailable('the store is lost')))
+    assert other.ask('/metrics').status_int == 503
     text = admin.ask('/metrics').text
     assert metric(text, 'resident_bytes') > 0 and metric(text, 'used', resource='demo', **{'class': 'vms'}) is None
 
@@ -13922,6 +13924,13 @@ def test_a_token_that_ends_soon_is_told_of_with_each_answer(world, gated, monkey
     assert 'X-Cmres-Token-Ends' not in eva.ask().headers
     world.service.token_renew(1, timedelta(days=13))
     assert eva.ask().headers['X-Cmres-Token-Ends'] == '1 2026-12-14T12:00:00+00:00'
+
+
+def test_the_id_that_a_request_brings_is_kept_if_it_is_one(world, gated):
+    eva = gated()
+    for said, kept in (('abc-1.2_3', True), ('a b', False), ('x' * 65, False), ('', False)):
+        found = eva.ask(**{'X-Request-Id': said}).headers['X-Request-Id']
+        assert (found == said) is kept and re.fullmatch('req-[0-9a-f]{16}|abc-1.2_3', found)
 
 
 def test_nothing_is_written_for_a_client_that_has_hung_up(world, gated):
@@ -15042,7 +15051,7 @@ def test_in_a_browser_no_page_keeps_anybody_out(world, browse):
 # Serving #####################################################################
 
 
-class Waiter:
+class Patient:
     """A WSGI application whose answers wait until they are let; how many are asked for."""
 
     def __init__(self):
@@ -15077,7 +15086,7 @@ ASKS = b'GET /%s HTTP/1.1\r\nHost: x\r\n\r\n'
 
 
 def test_a_server_that_leaves_answers_what_is_under_way_and_takes_nothing_more(fronted):
-    app = Waiter()
+    app = Patient()
     front, thread, connect = fronted(app)
     idle, line = connect(), connect()
     line.sendall(ASKS % b'one')
@@ -15094,7 +15103,7 @@ def test_a_server_that_leaves_answers_what_is_under_way_and_takes_nothing_more(f
 
 
 def test_a_server_that_leaves_waits_no_longer_than_it_may_and_the_second_time_not_at_all(fronted):
-    app = Waiter()
+    app = Patient()
     front, thread, connect = fronted(app, drain=0.0)
     line = connect()
     line.sendall(ASKS % b'one')
@@ -15107,7 +15116,7 @@ def test_a_server_that_leaves_waits_no_longer_than_it_may_and_the_second_time_no
 
 
 def test_of_too_many_connections_of_an_address_the_oldest_idle_ones_are_closed(fronted):
-    app = Waiter()
+    app = Patient()
     front, thread, connect = fronted(app, connections_per_address=3)
     busy = connect()
     busy.sendall(ASKS % b'busy')
@@ -15222,7 +15231,7 @@ def test_settings_are_shown_with_where_they_come_from_and_without_secrets(run, t
     assert shown.keys() == SETTINGS.keys() and 'hush' not in out and code == 0
     assert shown['notice'] == ('60', 'config.ini', 'SIGHUP') and shown['patience'] == ('5', 'CMRES_PATIENCE', 'SIGHUP')
     assert shown['port'] == ('8080', 'default', 'restart') and shown['webhook_secret'][0] == 'set, and not shown'
-    assert cmres.FIXED_SETTINGS <= SETTINGS.keys()
+    assert cmres.NEEDS_RESTART <= SETTINGS.keys()
 
 
 @pytest.mark.parametrize('text, sentence', [
@@ -15234,7 +15243,7 @@ def test_settings_are_checked_before_anything_starts(run, tmp_path, text, senten
     (tmp_path / 'config.ini').write_text(f'[cmres]\n{text}\n')
     code, out, err = run('config', 'check')
     assert (code, sentence in err) == (2 if text else 0, True) and ('ok' in out) == (not text)
-    assert os.listdir(tmp_path) == ['config.ini']
+    assert {*os.listdir(tmp_path)} <= {'config.ini', 'cmres.db'}  # that of the fixture
 
 
 def test_the_whole_event_log_is_exported_from_an_instant_on(run, monkeypatch):
@@ -15256,6 +15265,25 @@ def test_readyz_warns_before_the_disk_is_full(world, gated):
     assert gated().ask('/readyz').json['disk'].keys() == {'free_mib'}
     answer = gated(min_disk=10**9).ask('/readyz')
     assert answer.status_int == 503 and 'MiB are free on the disk' in answer.json['disk']['fault']
+
+
+def test_alerts_and_charts_ask_for_what_is_measured(run):
+    rules = yaml.safe_load(run('alerts')[1])['groups'][0]['rules']
+    charts = json.loads(run('dashboard')[1])['panels']
+    asked = [each['expr'] for each in rules] + [line['expr'] for each in charts for line in each['targets']]
+    names = {re.sub('_(bucket|count)$', '', name) for text in asked for name in re.findall(r'cmres_(\w+)', text)}
+    assert len(rules) == 10 and names <= cmres.MEASURED.keys()
+    codes = set(re.findall('[a-z_]+', ' '.join(re.findall('code=~?"([^"]*)"', ' '.join(asked)))))
+    assert codes <= {'failed', 'added', 'admitted'} and all(each['annotations']['summary'] for each in rules)
+
+
+def test_a_container_is_nobody_special_and_writes_to_one_volume(run):
+    lines = run('container')[1].splitlines()
+    told = [line.split()[0] for line in lines if line[:1].isupper()]
+    assert told[-1] == 'CMD' and lines.index('USER 10001') < lines.index('CMD ["serve"]') and told.count('VOLUME') == 1
+    pattern = re.search("'(/.*p)' /opt", '\n'.join(lines))[1]
+    needs = subprocess.run(['sed', '-n', pattern, str(MODULE)], capture_output=True, text=True).stdout.split()
+    assert 'bottle~=0.13.4' in needs and len(needs) == 11
 
 
 def test_serve_reads_settings_again_and_logs_as_json_and_ends_in_good_order(serving, tmp_path):
