@@ -77,7 +77,6 @@ import sys
 import textwrap
 import threading
 import time
-import uuid
 import zlib
 from bisect import bisect_left, bisect_right
 from collections import Counter, defaultdict, deque, namedtuple
@@ -86,8 +85,8 @@ from contextlib import closing, contextmanager, nullcontext, suppress
 from datetime import date, datetime, timedelta, timezone, tzinfo
 from html import unescape
 from types import UnionType
-from typing import (Any, Callable, Iterable, Iterator, NamedTuple, NewType, NotRequired, Union, get_args, get_origin,
-                    get_type_hints)
+from typing import (Any, Callable, Iterable, Iterator, NamedTuple, NewType, NotRequired, Union,
+                    get_args, get_origin, get_type_hints)
 from urllib.parse import parse_qsl, quote, unquote, urlencode, urljoin, urlsplit
 from zoneinfo import ZoneInfo
 
@@ -1815,9 +1814,10 @@ ROLES = (READER, USER, ADMIN)  # each may do what those before it may
 
 @dataclasses.dataclass
 class Operation:
-    """A published method: its routes `(verb, path, fixed arguments)`, who may call it, what it takes.
+    """A published method: its routes, who may call it, what it takes and answers.
 
-    What makes something says in `made` at which path that is found: its answer is 201.
+    A route is a verb, a path and fixed arguments. What makes something says in `made` at which
+    path that is found: its answer is 201.
     """
     name: str
     method: Callable
@@ -2611,7 +2611,7 @@ class FeedAnswer(Answer):
 
 
 class EventAnswer(Answer):
-    """A line of the journal."""
+    """A line of the event log."""
     id: int
     at: datetime
     actor: str
@@ -2663,12 +2663,17 @@ class ReportAnswer(Answer):
 
 
 class TokenAnswer(Answer):
-    """Whose a token is; not the token itself, of which only a hash is kept."""
+    """Whose a token is and what for; not the token itself, of which only a hash is kept."""
     id: int
     user: str
     project: str
     role: str
+    purpose: str
+    scopes: list[str]
+    resource: str | None
     added: datetime
+    ends: datetime | None
+    last_used: datetime | None
     revoked: datetime | None
 
 
@@ -2678,6 +2683,13 @@ class NewTokenAnswer(Answer):
     user: NotRequired[str]
     project: NotRequired[str]
     role: NotRequired[str]
+    ends: NotRequired[datetime]
+
+
+class EndedAnswer(Answer):
+    """How many tokens of a person have ended."""
+    user: str
+    tokens: int
 
 
 class RefusalAnswer(Answer):
@@ -3716,8 +3728,8 @@ class SimulatedServer(Table):
 
 
 TABLES = [Resource, Reservation, Occurrence, Texts, Capacity, Proposal, ExtraHold, Wait, Limit, Step,
-          Server, Claim, Tally, Token, Session, OnceDone, Feed, Subscription, Event, Outbox, Mailed, Lease, Fact,
-          SimulatedServer]
+          Server, Claim, Tally, Token, Session, OnceDone, Feed, Subscription, Event, Outbox, Mailed,
+          Lease, Fact, SimulatedServer]
 
 #: What brings an older store up to the models above, one function a version. None reads the models,
 #: which tell of today: each names its tables and columns.
@@ -8615,7 +8627,7 @@ class Service:
             f"AND request <> ''{also} ORDER BY id DESC", label, *given(where), label, *given(where))]
 
     def newest_deed(self, label: str, project: str = '') -> int | None:
-        """The newest event of what people have done to the reservations of a label; None without any."""
+        """The newest event of what people did to the reservations of a label; None without any."""
         found = row('SELECT max(id) AS id FROM event WHERE actor <> ? AND reservation_id IN '
                     '(SELECT value FROM json_each(?))', 'cmres',
                     json.dumps(self.labelled(label, project)[:MOST_PARTS]))
@@ -10735,7 +10747,8 @@ class Approval(Waiting):
                            'its end, vms, user, description and label can')
 
     @api('POST', '/reservation/<label>/approve', role=ADMIN)
-    def approve(self, label: Label, project: Name = '', dry_run: bool = False) -> BookedAnswer | GroupAnswer:
+    def approve(self, label: Label, project: Name = '',
+                dry_run: bool = False) -> BookedAnswer | GroupAnswer:
         """Lets a pending reservation be, or a change of one that is approved.
 
         Example:
@@ -10753,7 +10766,8 @@ class Approval(Waiting):
         return self.carry_out(deed, dry_run)
 
     @api('POST', '/reservation/<label>/accept')
-    def accept(self, label: Label, project: Name = '', dry_run: bool = False) -> BookedAnswer | GroupAnswer:
+    def accept(self, label: Label, project: Name = '',
+               dry_run: bool = False) -> BookedAnswer | GroupAnswer:
         """Takes the room that is held for a reservation of yours that had waited.
 
         Example:
@@ -10769,7 +10783,8 @@ class Approval(Waiting):
             return self.told_parts(label, pending)
 
     @api('POST', '/reservation/<label>/reject', role=ADMIN)
-    def reject(self, label: Label, reason: Text = '', project: Name = '', dry_run: bool = False) -> BookedAnswer | GroupAnswer:
+    def reject(self, label: Label, reason: Text = '', project: Name = '',
+               dry_run: bool = False) -> BookedAnswer | GroupAnswer:
         """Refuses a pending reservation and frees what it held; of a request, all parts.
 
         A change of a reservation that was approved before is refused alone: that goes on as it was.
@@ -11171,7 +11186,8 @@ class Requests(Approval):
 
     @api('GET', '/reservation/<label>/show')
     @for_each_part
-    def show(self, label: Label, project: Name = '', occurrence: Day = None, tz: Zone = '') -> DetailAnswer | DetailGroupAnswer:
+    def show(self, label: Label, project: Name = '', occurrence: Day = None,
+             tz: Zone = '') -> DetailAnswer | DetailGroupAnswer:
         """Shows all of one reservation: what was asked, its state, its servers; of a series also what comes.
 
         Example:
@@ -11239,7 +11255,8 @@ class Requests(Approval):
                host: Name = None, repeat: Repeat = None, until: Day = None, count: Count = None,
                skip_dates: Names = None, holidays: Source = None,
                on_conflict: Clash = None, user: Name = None, rename: NewLabel = None, occurrence: Day = None,
-               following: bool = False, tz: Zone = '', project: Name = '', dry_run: bool = False) -> BookedAnswer | GroupAnswer:
+               following: bool = False, tz: Zone = '', project: Name = '',
+               dry_run: bool = False) -> BookedAnswer | GroupAnswer:
         """Changes a reservation, all of it or nothing.
 
         A new start alone moves it with its length; a new end alone makes it longer or shorter. One
@@ -11274,7 +11291,8 @@ class Requests(Approval):
 
     @api('POST', '/reservation/<label>/keep')
     @for_each_part
-    def keep(self, label: Label, until: When, project: Name = '', tz: Zone = '', dry_run: bool = False) -> BookedAnswer | GroupAnswer:
+    def keep(self, label: Label, until: When, project: Name = '', tz: Zone = '',
+             dry_run: bool = False) -> BookedAnswer | GroupAnswer:
         """Lets what runs now go on until a later instant, if that fits; a series goes on after that as planned.
 
         Example:
@@ -11494,7 +11512,8 @@ class Requests(Approval):
     def delete(self, label: Label = '', user: Name = '', project: Name = '', resource: Name = '', cell: Name = '',
                cloud: Name = '', region: Name = '', aggregate: Name = '', vms: Count = None, start: When = None,
                end: When = None, count: Count = None, occurrence: Day = None, following: bool = False,
-               kept: bool = False, tz: Zone = '', dry_run: bool = False) -> list[CancelledAnswer | KeptAnswer]:
+               kept: bool = False, tz: Zone = '',
+               dry_run: bool = False) -> list[CancelledAnswer | KeptAnswer]:
         """Cancels a reservation: its capacity is free at once, and its VMs are deleted.
 
         Give a label, or filters that must all match exactly (start and end too); without a label,
@@ -11647,7 +11666,8 @@ class Plan(Requests):
             return self.resource_show(name)
 
     @api('GET', '/resource/')
-    def resource_list(self, cell: Name = '', cloud: Name = '', region: Name = '', aggregate: Name = '') -> list[ResourceAnswer]:
+    def resource_list(self, cell: Name = '', cloud: Name = '', region: Name = '',
+                      aggregate: Name = '') -> list[ResourceAnswer]:
         """Lists the resources: their places and what they hold at most.
 
         Example:
@@ -11750,7 +11770,8 @@ class Plan(Requests):
 
     @api('POST', '/resource/sync', role=ADMIN)
     def resource_sync(self, cloud: Name, aggregates: Names = (), mode: Name = '', hold: Span = None,
-                      named: bool = None, force: bool = False, dry_run: bool = False) -> list[DifferenceAnswer]:
+                      named: bool = None, force: bool = False,
+                      dry_run: bool = False) -> list[DifferenceAnswer]:
         """Reads host aggregates of a cloud, makes resources of them or updates those, and marks them for Nova.
 
         The vcpus, ram and other classes of a resource become what Placement gives out of the aggregate's
@@ -12068,7 +12089,8 @@ class Claims(Plan):
 
     @api('POST', '/claim/', role=ADMIN)
     def claim(self, server: Name, resources: Names, project: Name, user: Name = '', vcpus: Figure = 0,
-              ram: Figure = 0, classes: Classes = None, label: Name = '', dry_run: bool = False) -> list[ClaimAnswer]:
+              ram: Figure = 0, classes: Classes = None, label: Name = '',
+              dry_run: bool = False) -> list[ClaimAnswer]:
         """Tells on which resources a server may boot, why, and counts it there: what Nova's scheduler asks.
 
         Who has an active reservation passes as long as fewer machines, vcpus and ram were booted than
@@ -12216,7 +12238,8 @@ class Calendars(Claims):
     @api('POST', '/reservation/import')
     def import_(self, file: Ics, resource: Label = '', flavor: Name = '', image: Name = '', network: Name = '',
                 key: Name = '', vms: Count = 1, at_end: Name = '', notify: Names = (), on_conflict: Clash = 'refuse',
-                tz: Zone = '', user: Name = '', project: Name = '', dry_run: bool = False) -> ImportAnswer:
+                tz: Zone = '', user: Name = '', project: Name = '',
+                dry_run: bool = False) -> ImportAnswer:
         """Reserves what the events of an iCalendar file ask for, each event on its own.
 
         An event asks with `2 x m1.small` in the first line of its description or in its place, with
@@ -12733,10 +12756,10 @@ FIELDS_OF_TOKEN = '''SELECT t.id, t.user, t.project, t.role, t.purpose, t.scopes
 class Tokens(Calendars):
     """Tokens, and what ends with the last one of a person; see Service."""
 
-    @api('POST', '/token/', role=READER)
+    @api('POST', '/token/', role=READER, made='/token/')
     def token_add(self, user: Name = '', project: Name = '', role: Name = '', purpose: Name = '',
                   lasts: Span = None, scopes: Names = (), resource: Name = '',
-                  dry_run: bool = False) -> dict:
+                  dry_run: bool = False) -> NewTokenAnswer:
         """Makes a token for yourself, as an admin for others, and prints it: it is shown only now.
 
         Without --for, a token that people make for themselves is good for 90 days.
@@ -12804,7 +12827,7 @@ class Tokens(Calendars):
         return None if lasts is None else int(now + lasts.total_seconds())
 
     @api('GET', '/token/', role=READER)
-    def token_list(self) -> Rows:
+    def token_list(self) -> list[TokenAnswer]:
         """Lists your tokens, as an admin all: what for, until when, when used last.
 
         The tokens themselves are never shown again: only hashes of them are kept.
@@ -12838,7 +12861,7 @@ class Tokens(Calendars):
         return found
 
     @api('POST', '/token/<id>/renew', role=READER)
-    def token_renew(self, id: int, lasts: Span = None, dry_run: bool = False) -> dict:
+    def token_renew(self, id: int, lasts: Span = None, dry_run: bool = False) -> TokenAnswer:
         """Lets a token end later: 90 days from now, or as --for says; an admin's need not end.
 
         Example:
@@ -12856,7 +12879,7 @@ class Tokens(Calendars):
             return self.token_public(self.own_token(id))
 
     @api('DELETE', '/token/<id>', role=READER)
-    def token_revoke(self, id: int, dry_run: bool = False) -> dict:
+    def token_revoke(self, id: int, dry_run: bool = False) -> TokenAnswer:
         """Makes a token worthless from now on.
 
         With the last token of a user in a project, their feeds and subscriptions end as well. What
@@ -12879,7 +12902,7 @@ class Tokens(Calendars):
             run('DELETE FROM session WHERE token_id = ?', id)
 
     @api('DELETE', '/user/<user>', role=ADMIN)
-    def user_end(self, user: Name, project: Name = '', dry_run: bool = False) -> dict:
+    def user_end(self, user: Name, project: Name = '', dry_run: bool = False) -> EndedAnswer:
         """Ends all that lets a person in: tokens, sign-ins, feeds and subscriptions.
 
         In all projects, or in one. What they have reserved stays.
@@ -13034,7 +13057,8 @@ class Reservations(Tokens):
                             'planned': instant(each.planned), 'fault': each.fault} for each in failed[-100:]]}
 
     @api('GET', '/report/')
-    def report(self, since: When = None, until: When = None, by_whom: Name = 'project') -> list[ReportAnswer]:
+    def report(self, since: When = None, until: When = None,
+               by_whom: Name = 'project') -> list[ReportAnswer]:
         """Adds up VM-hours reserved, used and unused, requests refused, and lateness.
 
         A reservation counts from its lead to its end; what runs or stays after that is not used.
@@ -14616,39 +14640,48 @@ def list_schema(item: dict, **more) -> dict:
     return {'anyOf': [{'type': 'array', 'items': item, 'maxItems': MOST_PARTS} | more, COMMAS]}
 
 
+def pairs_schema(letter: str, value: dict, most: int, example: str,
+                 never: Iterable[str] = ()) -> dict:
+    """Names with values in an object, or in one text."""
+    name = {'pattern': f'^{letter}{{1,255}}$'} | ({'not': {'enum': [*never]}} if never else {})
+    return {'anyOf': [
+        {'type': 'object', 'maxProperties': most, 'propertyNames': name,
+         'additionalProperties': value},
+        {'type': 'string', 'pattern': f'^({letter}+=[^,]*(,|$))*$', 'examples': [example]}]}
+
+
+CAPACITY = number_schema(0, 10**12, pattern=f'^({DIGITS}|unlimited)$')
+PART = {'type': 'object', 'additionalProperties': False, 'properties': {
+    name: number_schema(1, 1_000_000) if kind is Count else NAME
+    for name, kind in PART_FIELDS.items()}}
+
 #: What each type of an argument takes, under the name that it has here. A few are in answers too.
 SCHEMAS: dict[Any, tuple[str, dict]] = {
     int: ('Integer', number_schema(1 - 2**53, 2**53 - 1)),
     bool: ('Boolean', {'type': ['boolean', 'string'], 'pattern':
                        '^([Tt][Rr][Uu][Ee]|[Yy][Ee][Ss]|1|[Ff][Aa][Ll][Ss][Ee]|[Nn][Oo]|0)$'}),
     Count: ('Count', number_schema(1, 1_000_000)), Page: ('Page', number_schema(1, 10_000)),
-    Figure: ('Figure', number_schema(0, 10**12)),
-    Most: ('Capacity', number_schema(0, 10**12, pattern=f'^({DIGITS}|unlimited)$')),
+    Figure: ('Amount', number_schema(0, 10**12)),
+    Most: ('Capacity', CAPACITY),
     Label: ('Label', LABEL | {'pattern': '^[A-Za-z0-9._-]{1,64}$'}),
     NewLabel: ('NewLabel', LABEL | {'pattern': '^[A-Za-z0-9._][A-Za-z0-9._-]{0,63}$'}),
-    Place: ('ResourceName', LABEL | {'not': {'enum': [each for each in NO_LABELS if each != ANY]},
-                                     'pattern': '^[A-Za-z0-9._-]{1,64}$', 'examples': ['demo', ANY]}),
+    Place: ('ResourceName', LABEL | {
+        'not': {'enum': [each for each in NO_LABELS if each != ANY]},
+        'pattern': '^[A-Za-z0-9._-]{1,64}$', 'examples': ['demo', ANY]}),
     Name: ('Name', NAME), Text: ('Text', TEXT), File: ('UserData', TEXT | {'maxLength': 49149}),
-    Cursor: ('Cursor', {'type': ['string', 'integer'], 'minimum': 0, 'pattern':
-                        '^([0-9]{1,18}|[0-9]{1,10}[-/][0-9]{1,18}|' + f'{ISO_DATE}.*/[0-9]{{1,18}})$',
-                        'examples': ['2026-12-01T12:00Z/7']}),
+    Cursor: ('Cursor', {
+        'type': ['string', 'integer'], 'minimum': 0, 'examples': ['2026-12-01T12:00Z/7'],
+        'pattern': f'^(([0-9]{{1,10}}[-/])?[0-9]{{1,18}}|{ISO_DATE}.*/[0-9]{{1,18}})$'}),
     Span: ('Length', {'anyOf': [SHORT_LENGTH, ISO_LENGTH, LONG_LENGTH]}),
     When: ('Time', {'anyOf': [ISO_TIME, SPOKEN_TIME, SHORT_LENGTH, ISO_LENGTH]}),
     Day: ('Day', {'anyOf': [ISO_TIME, SPOKEN_TIME, SHORT_LENGTH, ISO_LENGTH]}),
     Names: ('Names', list_schema(NAME, maxItems=100)),
-    Pairs: ('Pairs', {'anyOf': [{'type': 'object', 'maxProperties': 128, 'propertyNames': {
-        'pattern': '^[a-zA-Z0-9_:. -]{1,255}$'}, 'additionalProperties': NAME | TEXT | {'maxLength': 255}},
-        {'type': 'string', 'pattern': '^([a-zA-Z0-9_:. -]+=[^,]*(,|$))*$', 'examples': ['k=v,k=v']}]}),
-    Classes: ('ResourceClasses', {'anyOf': [{'type': 'object', 'maxProperties': 50, 'propertyNames': {
-        'pattern': '^[A-Z0-9_]{1,255}$', 'not': {'enum': [*PLAIN]}},
-        'additionalProperties': number_schema(0, 10**12, pattern=f'^({DIGITS}|unlimited)$')},
-        {'type': 'string', 'pattern': '^([A-Z0-9_]+=[0-9]{1,12}(,|$))*$', 'examples': ['CUSTOM_GPU=2']}]}),
+    Pairs: ('Pairs', pairs_schema('[a-zA-Z0-9_:. -]', TEXT | {'maxLength': 255}, 128, 'k=v,k=v')),
+    Classes: ('ResourceClasses', pairs_schema('[A-Z0-9_]', CAPACITY, 50, 'CUSTOM_GPU=2', PLAIN)),
     Hosts: ('Hosts', list_schema({'type': 'string', 'pattern': r'^[A-Za-z0-9._\[\],-]{1,255}$'},
                                  minItems=1, examples=[['m01', 'm02']])),
-    Parts: ('Parts', list_schema({'anyOf': [{'type': 'string', 'examples': ['gpu:2']}, {
-        'type': 'object', 'additionalProperties': False, 'properties': {
-            name: number_schema(1, 1_000_000) if kind is Count else NAME
-            for name, kind in PART_FIELDS.items()}}]}, minItems=1)),
+    Parts: ('Parts', list_schema({'anyOf': [{'type': 'string', 'examples': ['gpu:2']}, PART]},
+                                 minItems=1)),
     Rows: ('Rows', {'type': 'array', 'minItems': 1, 'maxItems': 100_000, 'items': {
         'type': 'object', 'properties': {'line': {'type': 'integer'}}}}),
     Zone: ('Zone', {'type': 'string', 'pattern': '^([A-Za-z][A-Za-z0-9_+-]*(/[A-Za-z0-9_+-]+)*)?$',
@@ -14666,38 +14699,54 @@ SCHEMAS: dict[Any, tuple[str, dict]] = {
     Secret: ('Secret', {'type': 'string', 'description': 'shown only now and kept nowhere'})}
 
 #: What answers hold besides.
-VALUES = {int: {'type': 'integer'}, float: {'type': 'number'}, str: {'type': 'string'},
-          bool: {'type': 'boolean'}, dict: {'type': 'object'}, Any: {}, type(None): {'type': 'null'},
-          datetime: {'type': 'string', 'format': 'date-time', 'examples': ['2026-12-01T09:00:00+00:00']}}
+VALUES: dict[Any, dict] = {
+    int: {'type': 'integer'}, float: {'type': 'number'}, str: {'type': 'string'},
+    bool: {'type': 'boolean'}, dict: {'type': 'object'}, Any: {}, type(None): {'type': 'null'},
+    datetime: {'type': 'string', 'format': 'date-time', 'examples': ['2026-12-01T09:00:00+00:00']}}
 
 #: The words of which an argument is one.
 CHOICES = {'role': ROLES, 'at_end': ('', *ENDS), 'mode': ('', 'open', *MODES), 'then': THEN,
            'by_whom': ('project', 'user', 'resource')}
 
-#: Why requests are refused; where a calendar or a key is wrong, the sentence tells which.
-REFUSALS = {400: 'an argument is missing, malformed or unknown', 401: 'no token, or none in force',
-            403: 'the role or the project is too small for it', 404: 'something named is not there',
-            409: 'it does not fit, or not the state of what it is about; nothing was changed',
-            412: 'it was changed since it was read; nothing was changed', 413: 'the body is too large',
-            422: 'the calendar is none, or the Idempotency-Key was another request\'s',
-            429: 'too many requests; try again later', 500: 'a mistake of cmres, which its log tells of',
-            502: 'a cloud refused or did not answer', 503: 'not now; try again later'}
+#: Why requests are refused.
+REFUSALS = {
+    400: 'an argument is missing, malformed or unknown', 401: 'no token, or none in force',
+    403: 'the role or the project is too small for it', 404: 'something named is not there',
+    409: 'it does not fit, or what it is about is in another state; nothing was changed',
+    412: 'somebody has changed it since it was read; nothing was changed',
+    413: 'the body is too large',
+    422: "the calendar is none, or the Idempotency-Key was another request's",
+    429: 'too many requests; try again later', 500: 'a mistake of cmres; its log tells more',
+    502: 'a cloud refused or did not answer', 503: 'not now; try again later'}
 
-TAGS = {'reservation': 'VMs or capacity of a resource for a time window, once or in a series',
-        'server': 'VMs that stay after their end', 'resource': 'what can be reserved',
-        'maintenance': 'other capacities for a while', 'limit': 'how much anybody may reserve',
-        'calendar': 'calendars that show reservations, and calendars that make them',
-        'claim': 'what the scheduler of Nova asks', 'event': 'the journal',
-        'punctuality': 'how late VMs were', 'report': 'sums for operators',
-        'check': 'the proof that all adds up', 'token': 'who may ask', 'service': 'the server itself'}
+TAGS = {
+    'reservation': 'VMs or capacity of a resource for a time window, once or in a series',
+    'server': 'VMs that stay after their end', 'resource': 'what can be reserved',
+    'maintenance': 'other capacities for a while', 'limit': 'how much anybody may reserve',
+    'calendar': 'calendars that show reservations, and calendars that make them',
+    'claim': 'what the scheduler of Nova asks', 'event': 'what happened, when and why',
+    'punctuality': 'how late VMs were', 'report': 'sums for operators',
+    'check': 'the proof that all adds up', 'token': 'who may ask',
+    'user': 'people, whose tokens end', 'service': 'the server itself'}
 
+#: What a request may say in headers, each with an example; and what answers do.
 HEADERS = {
-    'If-Match': ('the ETag of the reservation that was read; if somebody has changed it since: 412', '"417"'),
+    'If-Match': ('the ETag of the reservation that was read', '"417"'),
     'Idempotency-Key': ('a name for this request, so that it is done once; remembered for a day',
                         '0d1f6d3e-8f6c-4d4b-9d34-5f0f2f1a7c11')}
-TOLD = {'ETag': 'the state of the reservation, for If-Match; servers don\'t count',
-        'Location': 'where that is found which was made', 'Link': 'where the list goes on: rel="next"',
+TOLD = {'ETag': 'what If-Match takes; states of VMs do not change it',
+        'Location': 'where that is found which was made',
+        'Link': 'where the list goes on: rel="next"',
         'Retry-After': 'seconds until it may be tried again', 'WWW-Authenticate': 'Bearer'}
+
+SECURITY = {
+    'bearer': {'type': 'http', 'scheme': 'bearer', 'description': 'what `token add` printed'},
+    'token': {'type': 'apiKey', 'in': 'header', 'name': 'X-Auth-Token',
+              'description': 'the same, as programs of OpenStack send it'},
+    'cookie': {'type': 'apiKey', 'in': 'cookie', 'name': 'cmres',
+               'description': 'of who has signed in to the page; it only reads'}}
+BY_TOKEN = [{'bearer': []}, {'token': []}]
+TO_READ = [*BY_TOKEN, {'cookie': []}]
 
 
 class Document:
@@ -14707,77 +14756,84 @@ class Document:
         self.schemas: dict[str, dict] = {}
 
     def whole(self) -> dict:
-        paths: dict = defaultdict(dict)
+        return {'openapi': '3.1.0', 'info': INFO, 'servers': [{'url': '/'}],
+                'security': BY_TOKEN, 'paths': self.paths() | self.other_paths(),
+                'tags': [{'name': name, 'description': text} for name, text in TAGS.items()],
+                'components': {'responses': self.refusals(), 'securitySchemes': SECURITY,
+                               'parameters': {name: header_argument(name) for name in HEADERS},
+                               'schemas': self.schemas}}
+
+    def paths(self) -> dict:
+        found: dict = defaultdict(dict)
         for operation in API.values():
             for number, (verb, path, fixed) in enumerate(operation.routes):
-                paths[template(BASE + path)][verb.lower()] = self.entry(operation, number, verb, path, fixed)
-        paths |= self.others()
-        return {'openapi': '3.1.0', 'info': {
-            'title': 'cmres', 'version': __version__, 'summary': 'Reservations of VMs on OpenStack clouds',
-            'description': __doc__.partition('\n')[0], 'license': {'name': 'Apache 2.0', 'identifier': 'Apache-2.0'}},
-            'servers': [{'url': '/'}], 'security': [{'bearer': []}, {'token': []}], 'paths': paths,
-            'tags': [{'name': name, 'description': text} for name, text in TAGS.items()],
-            'components': {'schemas': self.schemas, 'responses': self.refusals(),
-                           'parameters': {name: self.header(name) for name in HEADERS},
-                           'securitySchemes': SECURITY}}
+                entry = self.entry(operation, verb, path, fixed)
+                entry['operationId'] += f'_{number}' if number else ''
+                found[template(BASE + path)][verb.lower()] = entry
+        return found
 
-    def entry(self, operation: Operation, number: int, verb: str, path: str, fixed: dict) -> dict:
+    def entry(self, operation: Operation, verb: str, path: str, fixed: dict) -> dict:
         """What is said of one verb at one address."""
-        named = re.findall(r'<(\w+)>', path)
         fields = {name: each for name, each in operation.parameters.items()
-                  if name not in (*named, *fixed)}
-        example = example_of(operation)
-        entry = {'operationId': operation.name.strip('_') + (f'_{number}' if number else ''),
-                 'tags': [path.split('/')[1]], **said_of(operation), 'parameters': [
-                     *(self.parameter(operation, name, 'path', example) for name in named),
-                     *(self.parameter(operation, name, 'query', example) for name in fields
-                       if verb not in WITH_BODY or takes_calendar(operation)),
-                     *({'$ref': f'#/components/parameters/{name}'} for name in conditions(operation, verb))],
+                  if f'<{name}>' not in path and name not in fixed}
+        entry = {'operationId': operation.name.strip('_'), 'tags': [path.split('/')[1]],
+                 **said_of(operation),
+                 'parameters': [*self.in_address(operation, verb, path, fields),
+                                *map(header_ref, conditions(operation, verb))],
                  'responses': self.responses(operation, verb, path)}
         if verb in WITH_BODY and fields:
-            entry['requestBody'] = self.body(operation, fields, example)
-        if verb == 'GET':  # who has signed in to the page reads by its cookie
-            entry['security'] = [{'bearer': []}, {'token': []}, {'cookie': []}]
+            entry['requestBody'] = self.body(operation, fields)
+        if verb == 'GET':
+            entry['security'] = TO_READ
         return entry | ({'deprecated': True} if path.startswith(SEED) else {})
 
-    def parameter(self, operation: Operation, name: str, place: str, example: dict) -> dict:
-        """An argument in an address; lists come as several, or as one with commas."""
-        found = operation.parameters[name]
-        schema = self.argument(name, found.annotation)
-        if place == 'query' and name in several(operation):
-            schema = {'type': 'array', 'items': {'type': 'string'}, 'maxItems': 100}
-        entry = {'name': name, 'in': place, 'description': WORDS[name], 'schema': schema}
-        if name in example:
-            entry['example'] = example[name].split(',') if schema.get('type') == 'array' else example[name]
-        required = place == 'path' or found.default is REQUIRED and not takes_calendar(operation)
-        return entry | ({'required': True} if required else {})
+    def in_address(self, operation: Operation, verb: str, path: str,
+                   fields: dict) -> Iterator[dict]:
+        """The arguments in an address, as parts of it or behind it."""
+        for name in re.findall(r'<(\w+)>', path):
+            yield self.parameter(operation, name, 'path')
+        for name in fields if verb not in WITH_BODY or takes_calendar(operation) else ():
+            yield self.parameter(operation, name, 'query')
 
-    def body(self, operation: Operation, fields: dict, example: dict) -> dict:
+    def parameter(self, operation: Operation, name: str, place: str) -> dict:
+        """An argument in an address; lists come as several, or as one with commas."""
+        found, example = operation.parameters[name], example_of(operation).get(name)
+        listed = place == 'query' and name in several(operation)
+        schema = LISTED if listed else self.argument(name, found)
+        entry = {'name': name, 'in': place, 'description': WORDS[name], 'schema': schema}
+        if example is not None:
+            entry['example'] = example.split(',') if listed else example
+        needed = found.default is REQUIRED and not takes_calendar(operation)
+        return entry | ({'required': True} if place == 'path' or needed else {})
+
+    def body(self, operation: Operation, fields: dict) -> dict:
         """The arguments in a body, as JSON or, of a calendar, as itself."""
-        optional = {'resource'} if 'part' in fields else ()  # the parts name resources
-        needed = [name for name, each in fields.items()
-                  if each.default is REQUIRED and name not in optional]
         shape = {'type': 'object', 'additionalProperties': False, 'properties': {
             name: self.field(name, each) for name, each in fields.items()}}
-        shape |= {'required': needed} if needed else {}
-        given = {name: value for name, value in example.items() if name in fields}
-        whole = given and given.keys() >= {*needed}
-        content = {'application/json': {'schema': shape} | ({'example': given} if whole else {})}
-        if takes_calendar(operation):
-            content['text/calendar'] = {'schema': {'type': 'string'}}
-        return {'required': bool(needed), 'content': content}
+        needed = [name for name, each in fields.items()
+                  if each.default is REQUIRED and (name, 'part' in fields) != ('resource', True)]
+        example = {name: value for name, value in example_of(operation).items() if name in fields}
+        content = {'schema': shape | ({'required': needed} if needed else {})}
+        if example and example.keys() >= {*needed}:
+            content['example'] = example
+        kinds = {'application/json': content} | (ICALENDAR if takes_calendar(operation) else {})
+        return {'required': bool(needed), 'content': kinds}
 
     def field(self, name: str, parameter: inspect.Parameter) -> dict:
         """An argument in a body; null is as if it were not given."""
-        schema, said = self.argument(name, parameter.annotation), {'description': WORDS[name]}
-        null = parameter.default is not REQUIRED or name == 'resource'
-        return ({'anyOf': [schema, {'type': 'null'}]} if null else schema) | said
+        schema = self.argument(name, parameter)
+        if parameter.default is not REQUIRED or name == 'resource':
+            schema = {'anyOf': [schema, VALUES[type(None)]]}
+        return schema | {'description': WORDS[name]}
 
-    def argument(self, name: str, kind) -> dict:
-        """What an argument takes."""
+    def argument(self, name: str, parameter: inspect.Parameter) -> dict:
+        """What an argument takes; one that filters, also what stands for anything."""
         if name in CHOICES:
             return {'type': 'string', 'enum': [*CHOICES[name]]}
-        return self.ref(*SCHEMAS[kind if kind in SCHEMAS else Name])
+        schema = self.ref(*SCHEMAS[parameter.annotation])
+        if name in FILTERS and parameter.default is not REQUIRED and parameter.annotation != Name:
+            return {'anyOf': [schema, {'type': 'string', 'enum': [ANY]}]}
+        return schema
 
     def ref(self, name: str, schema: dict) -> dict:
         """A schema by its name."""
@@ -14786,13 +14842,13 @@ class Document:
 
     def answer(self, kind) -> dict:
         """What is answered."""
-        choices = choices_of(kind)
+        choices, inside = choices_of(kind), get_args(kind)
         if len(choices) > 1:
             return {'anyOf': [self.answer(each) for each in choices]}
         if get_origin(kind) is list:
-            return {'type': 'array', 'items': self.answer(*get_args(kind))}
+            return {'type': 'array', 'items': self.answer(inside[0])}
         if get_origin(kind) is dict:
-            return {'type': 'object', 'additionalProperties': self.answer(get_args(kind)[1])}
+            return {'type': 'object', 'additionalProperties': self.answer(inside[1])}
         if is_answer(kind):
             return self.ref(kind.__name__.removesuffix('Answer'), self.shape(kind))
         return VALUES[kind] if kind in VALUES else self.ref(*SCHEMAS[kind])
@@ -14808,71 +14864,74 @@ class Document:
 
     def responses(self, operation: Operation, verb: str, path: str) -> dict:
         """What can come of a request."""
-        done = self.content(operation.answers)
-        told = {'Link': 'after' in operation.parameters,
-                'ETag': verb == 'GET' and '<label>' in path and tells_of_reservations(operation)}
-        headers = {name: header(TOLD[name]) for name, there in told.items() if there}
-        found = {'200': {'description': 'done' if not operation.made else 'what a dry run would do',
-                         'content': done} | ({'headers': headers} if headers else {})}
+        kind = operation.answers
+        tagged = verb == 'GET' and '<label>' in path and tells_of_reservations(operation)
+        told = ['ETag'] * tagged + ['Link'] * ('after' in operation.parameters)
+        found = {'200': self.response('done', kind, told)}
         if operation.made:
-            found['201'] = {'description': 'made', 'content': done,
-                            'headers': {'Location': header(TOLD['Location'])}}
-        refusals = {f'{status}': {'$ref': f'#/components/responses/{refusal_name(status)}'}
-                    for status in sorted(statuses_of(operation, verb))}
-        return found | refusals
+            found = {'200': self.response('what would be made, of a dry run', kind),
+                     '201': self.response('made', kind, ['Location'])}
+        return found | self.refused(*statuses_of(operation, verb))
 
-    def content(self, kind) -> dict:
-        return {'application/json': {'schema': self.answer(kind)}}
+    def response(self, text: str, kind, headers: Iterable[str] = ()) -> dict:
+        """An answer of a type, with some headers."""
+        told = {name: {'description': TOLD[name], 'schema': VALUES[str]} for name in headers}
+        return {'description': text, 'content': {'application/json': {'schema': self.answer(kind)}}
+                } | ({'headers': told} if told else {})
+
+    def refused(self, *statuses: int) -> dict:
+        return {f'{each}': {'$ref': f'#/components/responses/{refusal_name(each)}'}
+                for each in sorted(statuses)}
 
     def refusals(self) -> dict:
         """The answer of each status that refuses."""
-        content = self.content(RefusalAnswer)
-        when = header(TOLD['Retry-After'], {'type': 'integer'})
-        headers = {401: {'WWW-Authenticate': header(TOLD['WWW-Authenticate'])},
-                   429: {'Retry-After': when}, 503: {'Retry-After': when}}
-        return {refusal_name(status): {'description': text, 'content': content} | (
-            {'headers': headers[status]} if status in headers else {}) for status, text in REFUSALS.items()}
+        headers = {401: ['WWW-Authenticate'], 429: ['Retry-After'], 503: ['Retry-After']}
+        return {refusal_name(status): self.response(text, RefusalAnswer, headers.get(status, ()))
+                for status, text in REFUSALS.items()}
 
-    def header(self, name: str) -> dict:
-        text, example = HEADERS[name]
-        return {'name': name, 'in': 'header', 'description': text, 'example': example,
-                'schema': {'type': 'string', 'pattern': '^[!-~]{1,255}$'}}
-
-    def others(self) -> dict:
+    def other_paths(self) -> dict:
         """The addresses that are no operations."""
-        failed = {'500': {'$ref': '#/components/responses/Error'}}
-        late = {'description': 'not so', 'content': self.content(HealthAnswer | RefusalAnswer)}
-        health = {'200': {'description': 'well', 'content': self.content(HealthAnswer)}, '503': late} | failed
-        unready = {'description': 'not so', 'content': self.content(ReadyAnswer)}
-        ready = {'200': {'description': 'ready', 'content': self.content(ReadyAnswer)}, '503': unready}
-        text = {'text/calendar': {'schema': {'type': 'string'}}}
-        away = {'$ref': '#/components/responses/Unavailable'}
-        feed = {'200': {'description': 'a calendar', 'content': text, 'headers': {'ETag': header('of its text')}},
-                '304': {'description': 'as it was'}, '503': away, '404': {'$ref': '#/components/responses/NotFound'}}
-        described = {'200': {'description': 'OpenAPI 3.1', 'content': {'application/json': {'schema': {
-            'type': 'object'}}}}, '401': {'$ref': '#/components/responses/Unauthorized'}, '503': away} | failed
-        return {'/healthz': plain_entry('healthz', 'Tells whether the store can be read and VMs are started', health),
-                '/readyz': plain_entry('readyz', 'Tells whether requests can be answered, and if not, why', ready),
-                '/openapi.json': plain_entry('openapi', 'Describes all addresses', described, [
-                    {'bearer': []}, {'token': []}, {'cookie': []}]),
-                **{template(path): plain_entry(f'feed_{n}' if n else 'feed', 'Shows reservations to calendar programs; '
-                                               'the secret in its address tells whose', feed | failed, names=re.findall(
-                                                   r'<(\w+)>', path)) for n, path in enumerate(FEEDS)}}
+        feed = {'200': {'description': 'a calendar', 'content': ICALENDAR},
+                '304': {'description': 'as it was'}} | self.refused(404, 500, 503)
+        document = {'200': self.response('OpenAPI 3.1', dict)} | self.refused(401, 500, 503)
+        health = {'200': self.response('well', HealthAnswer),
+                  '503': self.response('not well', HealthAnswer | RefusalAnswer),
+                  } | self.refused(500)
+        ready = {'200': self.response('ready', ReadyAnswer),
+                 '503': self.response('not ready', ReadyAnswer)}
+        feeds = {path: (f'feed_{n}' if n else 'feed', 'Shows reservations to calendar programs',
+                        feed, []) for n, path in enumerate(FEEDS)}
+        found = {'/healthz': ('healthz', 'Tells whether the store can be read', health, []),
+                 '/readyz': ('readyz', 'Tells whether requests can be answered', ready, []),
+                 '/openapi.json': ('openapi', 'Describes all addresses', document, TO_READ),
+                 **feeds}
+        return {template(path): {'get': plain_entry(path, *said)} for path, said in found.items()}
 
 
-def plain_entry(name: str, text: str, responses: dict, security: list = [], names: Iterable[str] = ()) -> dict:
+INFO = {'title': 'cmres', 'version': __version__, 'description': __doc__.partition('\n')[0],
+        'license': {'name': 'Apache License 2.0', 'identifier': 'Apache-2.0'}}
+ICALENDAR = {'text/calendar': {'schema': {'type': 'string'}}}
+LISTED = {'type': 'array', 'items': {'type': 'string'}, 'maxItems': 100}
+
+
+def plain_entry(path: str, name: str, text: str, responses: dict, security: list) -> dict:
     """An address that only answers."""
-    return {'get': {'operationId': name, 'tags': ['service'], 'summary': text, 'description': f'{text}.',
-                    'security': security, 'responses': responses, 'parameters': [
-                        {'name': each, 'in': 'path', 'required': True, 'schema': {'type': 'string', 'pattern': '^[!-.0-~]+$'},
-                         'description': f'the {each} in the address'} for each in names]}}
+    return {'operationId': name, 'tags': ['service'], 'summary': text, 'description': f'{text}.',
+            'security': security, 'responses': responses, 'parameters': [
+                {'name': each, 'in': 'path', 'required': True, 'description': f'its {each}',
+                 'schema': {'type': 'string', 'pattern': '^[!-.0-~]+$'}}
+                for each in re.findall(r'<(\w+)>', path)]}
 
 
-SECURITY = {'bearer': {'type': 'http', 'scheme': 'bearer', 'description': 'a token that `token add` printed'},
-            'token': {'type': 'apiKey', 'in': 'header', 'name': 'X-Auth-Token',
-                      'description': 'the same, as programs of OpenStack send it'},
-            'cookie': {'type': 'apiKey', 'in': 'cookie', 'name': 'cmres',
-                       'description': 'of who has signed in to the page; it only reads'}}
+def header_argument(name: str) -> dict:
+    """A header of a request."""
+    text, example = HEADERS[name]
+    return {'name': name, 'in': 'header', 'description': text, 'example': example,
+            'schema': {'type': 'string', 'pattern': '^[!-~]{1,255}$'}}
+
+
+def header_ref(name: str) -> dict:
+    return {'$ref': f'#/components/parameters/{name}'}
 
 
 @functools.cache
@@ -14884,10 +14943,6 @@ def openapi() -> dict:
 def template(path: str) -> str:
     """An address as OpenAPI writes it."""
     return re.sub(r'<(\w+)>', r'{\1}', path).rstrip('/')
-
-
-def header(text: str, schema: dict | None = None) -> dict:
-    return {'description': text, 'schema': schema or {'type': 'string'}}
 
 
 def refusal_name(status: int) -> str:
@@ -14906,15 +14961,16 @@ def example_of(operation: Operation) -> dict:
     """The arguments of the first command in the help of an operation."""
     import shlex
     found = re.search(r'Example:\n\s*python cmres.py (.*)', inspect.getdoc(operation.method))
-    words = shlex.split(found[1] if found else '')[len(operation.words.split()):]
-    example, names = {}, [*operation.parameters]
-    while words:
-        word = words.pop(0)
-        name = word[2:].replace('-', '_') if word.startswith('--') else names[len(example)]
-        switch = word.startswith('--') and (not words or words[0].startswith('--'))
-        example[name] = True if switch else words.pop(0) if word.startswith('--') else word
-    return {name: value for name, value in example.items()
-            if name in names and operation.parameters[name].annotation not in FROM_FILES}
+    words = shlex.split(found[1])[len(operation.words.split()):]
+    plain = [*itertools.takewhile(lambda word: not word.startswith('--'), words)]
+    example = dict(zip(operation.parameters, plain))
+    options = [*words[len(plain):], '--']
+    for word, value in zip(options, options[1:]):
+        if word.startswith('--'):
+            example[word[2:].replace('-', '_')] = True if value.startswith('--') else value
+    taken = {name for name, each in operation.parameters.items()
+             if each.annotation not in FROM_FILES}
+    return {name: value for name, value in example.items() if name in taken}
 
 
 #: What stands for a file on the command line.
@@ -14934,7 +14990,8 @@ def several(operation: Operation) -> set[str]:
 
 def conditions(operation: Operation, verb: str) -> list[str]:
     """The headers on which it may be made to depend."""
-    return ['If-Match'] * (operation.changes and is_about_one(operation)) + ['Idempotency-Key'] * (verb == 'POST')
+    of_one = operation.changes and is_about_one(operation)
+    return ['If-Match'] * of_one + ['Idempotency-Key'] * (verb == 'POST')
 
 
 def is_about_one(operation: Operation) -> bool:
@@ -14995,7 +15052,7 @@ def rest(service: Reservations, told: Callable | None = None, visitor: Callable 
     app.add_hook('after_request', lambda: name_request(bottle.request, bottle.response))
     for operation in API.values():
         for verb, path, fixed in operation.routes:
-            app.route((BASE + path).rstrip('/'), verb, handler(service, operation, fixed, visitor))
+            app.route(rule(operation, path), verb, handler(service, operation, fixed, visitor))
     app.route('/healthz', 'GET', health_handler(service))
     for path in FEEDS:
         app.route(path, 'GET', feed_handler(service))
@@ -15004,7 +15061,16 @@ def rest(service: Reservations, told: Callable | None = None, visitor: Callable 
     return app
 
 
-def handler(service: Reservations, operation: Operation, fixed: dict, visitor: Callable | None) -> Callable:
+def rule(operation: Operation, path: str) -> str:
+    """An address as bottle takes it: where a number must be, a word is of another address."""
+    for name, each in operation.parameters.items():
+        if each.annotation is int:
+            path = path.replace(f'<{name}>', f'<{name}:re:[+-]?[0-9]+>')
+    return (BASE + path).rstrip('/')
+
+
+def handler(service: Reservations, operation: Operation, fixed: dict,
+            visitor: Callable | None) -> Callable:
     """Answers one address: who asks, what is asked, the call, its answer in JSON."""
     import bottle
 
@@ -15041,26 +15107,24 @@ def respond(acting: Reservations, operation: Operation, bound: dict, request, gi
     once = once_of(acting, operation, bound, request, given)
     if once and (kept := once.kept()):
         return sent(kept.answer, kept.status, UNKEPT | {'Idempotency-Replayed': 'true'})
-    acting.fence = in_turn(acting.fence, unchanged(acting, operation, bound, request), once and once.claim)
-    tag = tag_for(acting, operation, bound)  # before what it tells of is read: it may be older, not newer
-    try:
+    state = unchanged(acting, operation, bound, request)
+    acting.fence = in_turn(acting.fence, state, once and once.claim)
+    # The tag is of before what it tells of is read: it may be too old, never too new.
+    tag = tag_for(acting, operation, bound)
+    with once or nullcontext():
         answer = getattr(acting, operation.name)(**bound)
-    except Error:
-        if once:
-            once.drop()
-        raise
     status = 201 if operation.made and not bound.get('dry_run') else 200
     text = json_text(answer)
     if once:
         once.keep(status, text)
     headers = {'ETag': tag, 'Location': location(operation, answer) if status == 201 else '',
                'Link': next_page(operation, answer, request)}
-    return sent(text, status, UNKEPT | {name: value for name, value in headers.items() if value})
+    return sent(text, status, UNKEPT | {name: each for name, each in headers.items() if each})
 
 
 def in_turn(*looks: Callable | None) -> Callable:
     """Calls several, as far as they are there, once in each transaction."""
-    seen = None
+    seen = ''
 
     def look():
         nonlocal seen
@@ -15076,8 +15140,10 @@ def sent(text: str | bytes, status: int, headers: dict):
     import bottle
     import gzip
     data = text if isinstance(text, bytes) else text.encode('utf8', 'replace')
-    if len(data) >= LEAST_GZIP and TAKES_GZIP.search(bottle.request.get_header('Accept-Encoding', '')):
-        data, headers = gzip.compress(data, 5, mtime=0), headers | {'Content-Encoding': 'gzip'}
+    takes = bottle.request.get_header('Accept-Encoding', '')
+    if len(data) >= LEAST_GZIP and TAKES_GZIP.search(takes):
+        data = gzip.compress(data, 5, mtime=0)
+        headers = headers | {'Content-Encoding': 'gzip'}
     return bottle.HTTPResponse(data, status, headers)
 
 
@@ -15092,7 +15158,8 @@ def refused(error: Error):
 def headers_of(error: Error) -> dict[str, str]:
     """What an error says in headers: how to ask, or when again."""
     if error.status in (429, 503):
-        return {'Retry-After': f"{math.ceil(float(error.details.get('retry_after') or RETRY_AFTER))}"}
+        seconds = float(error.details.get('retry_after') or RETRY_AFTER)
+        return {'Retry-After': f'{math.ceil(seconds)}'}
     return {'WWW-Authenticate': 'Bearer'} if error.status == 401 else {}
 
 
@@ -15129,13 +15196,13 @@ def tag_for(acting: Reservations, operation: Operation, bound: dict) -> str:
 
 
 def tag_of(acting: Reservations, bound: dict) -> str:
-    """An ETag that differs after each change that people make to a reservation: servers don't count."""
+    """An ETag of what people did to a reservation: it stays while only its VMs change."""
     newest = acting.newest_deed(bound['label'], bound.get('project', ''))
     return f'"{newest}"' if newest else ''
 
 
 def unchanged(acting: Reservations, operation: Operation, bound: dict, request) -> Callable | None:
-    """What refuses in the transaction of a change, if it was made for another state (RFC 9110, 13.1.1)."""
+    """What refuses a change that was meant for another state (RFC 9110, 13.1.1)."""
     wanted = request.get_header('If-Match', '*')
     if wanted.strip() == '*' or not bound.get('label') or not is_about_one(operation):
         return None
@@ -15148,13 +15215,15 @@ def unchanged(acting: Reservations, operation: Operation, bound: dict, request) 
     return look
 
 
-def once_of(acting: Reservations, operation: Operation, bound: dict, request, given: dict) -> Once | None:
+def once_of(acting: Reservations, operation: Operation, bound: dict, request,
+            given: dict) -> Once | None:
     """The key of a POST that has one; a dry run keeps nothing, not even that."""
     key = request.get_header('Idempotency-Key')
     if key is None or request.method != 'POST' or bound.get('dry_run'):
         return None
     if not re.fullmatch('[!-~]{1,255}', key):
-        raise Invalid('Idempotency-Key: 1 to 255 letters, digits and signs are needed, such as a UUID')
+        raise Invalid('Idempotency-Key: 1 to 255 letters, digits and signs are needed, such as '
+                      'a UUID')
     asked = json.dumps([operation.name, given], sort_keys=True, default=str)
     return Once(acting, key, hashed(asked), not has_secret(operation.answers))
 
@@ -15167,19 +15236,29 @@ def has_secret(kind) -> bool:
 class Once:
     """What a request with an Idempotency-Key does is done once: its key is written with it.
 
-    The answer is kept for a day, unless it is long or holds a secret; a refusal is not.
+    The answer is kept for a day, unless it is long or holds a secret. A refusal is not: the
+    request may be sent again.
     """
     LASTS = 86400  # seconds
     MOST = 65536   # characters of an answer
 
     def __init__(self, acting: Reservations, key: str, digest: str, keeps: bool):
-        self.acting, self.digest, self.keeps = acting, digest, keeps
+        self.digest, self.keeps = digest, keeps
+        self.now = int(acting.clock())
         self.whose = (acting.actor.user, acting.actor.project, key)
         self.mark = secrets.token_hex(8)  # tells ours from that of a request beside this one
 
+    def __enter__(self) -> Once:
+        return self
+
+    def __exit__(self, kind, error, trace) -> None:
+        if error and self.row():
+            self.run('DELETE FROM once')
+
     def row(self):
-        return row('SELECT digest, mark, status, answer FROM once WHERE user = ? AND project = ? AND key = ? AND at > ?',
-                   *self.whose, int(self.acting.clock()) - self.LASTS)
+        return row('SELECT digest, mark, status, answer FROM once '
+                   'WHERE user = ? AND project = ? AND key = ? AND at > ?',
+                   *self.whose, self.now - self.LASTS)
 
     def kept(self):
         """The status and answer of the same request before; None if there was none.
@@ -15190,37 +15269,40 @@ class Once:
         """
         found = self.row()
         if found and found.digest != self.digest:
-            raise KeyReused('another request had this Idempotency-Key: take a new key for each request')
+            raise KeyReused('another request had this Idempotency-Key: take a new key for each')
         if found and not found.answer:
-            raise Conflict('a request with this Idempotency-Key was done or is being done, and its answer is not '
-                           'there: ask for what it made')
+            raise Conflict('a request with this Idempotency-Key was done or is being done, and '
+                           'its answer is not there: ask for what it made')
         return found
 
     def claim(self) -> None:
-        """Writes the key in the transaction of what is done; Conflict if another request was faster."""
+        """Writes the key in the transaction of what is done.
+
+        Raises:
+          Conflict: another request was faster.
+        """
+        if rehearsal.on:
+            return
         found = self.row()
         if found and found.mark != self.mark:
             self.kept()
-            raise Conflict('the first request with this Idempotency-Key has just been done: send it again')
+            raise Conflict('the first request with this Idempotency-Key has just been done: '
+                           'send it again')
         if not found:
-            now = int(self.acting.clock())
-            run('DELETE FROM once WHERE at <= ?', now - self.LASTS)
+            run('DELETE FROM once WHERE at <= ?', self.now - self.LASTS)
             run('INSERT INTO once (user, project, key, digest, mark, at, status, answer) '
-                "VALUES (?, ?, ?, ?, ?, ?, 0, '')", *self.whose, self.digest, self.mark, now)
+                "VALUES (?, ?, ?, ?, ?, ?, 0, '')", *self.whose, self.digest, self.mark, self.now)
 
     def keep(self, status: int, text: str) -> None:
         """Keeps an answer for who asks again."""
         if self.keeps and len(text) <= self.MOST:
             self.run('UPDATE once SET status = ?, answer = ?', status, text)
 
-    def drop(self) -> None:
-        """Forgets a request that was refused: it may be sent again."""
-        if self.row():
-            self.run('DELETE FROM once')
-
     def run(self, deed: str, *values) -> None:
+        """Does something to the row that this request has written."""
         with transaction():
-            run(f'{deed} WHERE user = ? AND project = ? AND key = ? AND mark = ?', *values, *self.whose, self.mark)
+            run(f'{deed} WHERE user = ? AND project = ? AND key = ? AND mark = ?',
+                *values, *self.whose, self.mark)
 
 
 def feed_handler(service: Reservations) -> Callable:
@@ -15500,12 +15582,13 @@ def wrong_verb(failure, request, response) -> str:
 
 def request_name(environ: dict) -> str:
     """The name that a request came with, or a new one."""
+    import uuid
     name = environ.get('HTTP_X_REQUEST_ID', '')
     return name if re.fullmatch('[A-Za-z0-9._-]{1,64}', name) else f'req-{uuid.uuid4()}'
 
 
 def name_request(request, response) -> None:
-    """Gives an answer the name that its request came with, or a new one, under which logs tell of it."""
+    """Gives an answer the name that its request came with, or a new one."""
     name = request.environ.get('cmres.request_id') or request_name(request.environ)
     for header in ('X-Request-Id', 'X-Openstack-Request-Id'):
         response.set_header(header, name)
@@ -16218,8 +16301,9 @@ defer></script>
 </form>
 </div>
 ''', 'docs': '''
-<p class="soft">All that programs can ask for, with a token in the header <code>Authorization: Bearer TOKEN</code>
-or <code>X-Auth-Token</code>. The same for programs: <a href="/openapi.json">/openapi.json</a> (OpenAPI 3.1).</p>
+<p class="soft">All that programs can ask for, with a token in the header
+<code>Authorization: Bearer TOKEN</code> or <code>X-Auth-Token: TOKEN</code>. The same for programs:
+<a href="/openapi.json">/openapi.json</a> (OpenAPI 3.1).</p>
 <nav class="tabs" aria-label="Kinds">
 % for tag in tags:
 <a href="#{{tag}}">{{tag}}</a>
@@ -16230,13 +16314,16 @@ or <code>X-Auth-Token</code>. The same for programs: <a href="/openapi.json">/op
 <p class="soft">{{text.capitalize()}}.</p>
 % for verb, path, entry, arguments in entries:
 <details class="card"><summary><strong>{{verb}}</strong> <code>{{path}}</code>
-{{'(old form)' if entry.get('deprecated') else ''}} <span class="soft">{{entry['summary']}}</span></summary>
+{{'(old form)' if entry.get('deprecated') else ''}}
+<span class="soft">{{entry['summary']}}</span></summary>
 <p>{{entry['description']}}</p>
 % if arguments:
-<div class="scroll"><table><thead><tr><th>Argument</th><th>In</th><th>Kind</th><th>Meaning</th></tr></thead><tbody>
+<div class="scroll"><table>
+<thead><tr><th>Argument</th><th>In</th><th>Kind</th><th>Meaning</th></tr></thead><tbody>
 % for name, place, needed, kind, meaning in arguments:
-<tr><td data-name="Argument"><code>{{name}}</code>{{' (needed)' if needed else ''}}</td><td data-name="In">{{place}}</td>
-<td data-name="Kind">{{kind}}</td><td data-name="Meaning">{{meaning}}</td></tr>
+<tr><td data-name="Argument"><code>{{name}}</code>{{' (needed)' if needed else ''}}</td>
+<td data-name="In">{{place}}</td><td data-name="Kind">{{kind}}</td>
+<td data-name="Meaning">{{meaning}}</td></tr>
 % end
 </tbody></table></div>
 % end
@@ -16995,9 +17082,11 @@ class Pages:
         by_tag = {tag['name']: (tag['description'], []) for tag in told['tags']}
         for path, verbs in told['paths'].items():
             for verb, entry in verbs.items():
-                by_tag[entry['tags'][0]][1].append((verb.upper(), path, entry, arguments_told(entry)))
-        return self.page(visit, 'REST', render_page('docs', tags=by_tag, kinds=told['components']['schemas'],
-                                                    told=kind_told, refusals=REFUSALS))
+                line = verb.upper(), path, entry, arguments_told(entry)
+                by_tag[entry['tags'][0]][1].append(line)
+        return self.page(visit, 'REST', render_page(
+            'docs', tags=by_tag, kinds=told['components']['schemas'], told=kind_told,
+            refusals=REFUSALS))
 
     # Who visits
 
@@ -17608,12 +17697,15 @@ def told_done(name: str, said: dict, answer) -> str:
 
 
 def arguments_told(entry: dict) -> list[tuple]:
-    """The arguments of an operation: each with where it stands, whether it must be there, what it is."""
-    body = entry.get('requestBody', {}).get('content', {}).get('application/json', {}).get('schema', {})
-    found = [(each['name'], each['in'], each.get('required', False), kind_told(each['schema']), each['description'])
-             for each in entry['parameters'] if '$ref' not in each]
-    return found + [(name, 'body', name in body['required'] if 'required' in body else False, kind_told(each),
-                     each['description']) for name, each in body.get('properties', {}).items()]
+    """The arguments of an operation: each with where it stands, if it is needed, kind, meaning."""
+    body = entry.get('requestBody', {'content': {'application/json': {'schema': {}}}})
+    shape = body['content']['application/json']['schema']
+    needed = shape.get('required', ())
+    found = [(each['name'], each['in'], each.get('required', False), each)
+             for each in entry['parameters'] if 'in' in each]
+    found += [(name, 'body', name in needed, {'schema': each} | each)
+              for name, each in shape.get('properties', {}).items()]
+    return [(*head, kind_told(each['schema']), each['description']) for *head, each in found]
 
 
 def kind_told(schema: dict) -> str:
@@ -17790,8 +17882,8 @@ def web(service: Reservations):
 
     def told(failure):
         request, sentence = bottle.request, error_text(failure, bottle.request, bottle.response)
-        if (not sentence or 'text/html' not in request.get_header('Accept', '')
-            or request.path.startswith((BASE, '/calendar/'))):
+        for_people = 'text/html' in request.get_header('Accept', '')
+        if not sentence or not for_people or request.path.startswith((BASE, '/calendar/')):
             return sentence
         for name, value in SAFE.items():
             bottle.response.set_header(name, value)

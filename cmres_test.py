@@ -13225,7 +13225,7 @@ def test_a_page_of_a_list_links_to_the_next(app):
     ('/healthz', 'GET, HEAD, OPTIONS'), (f'{BASE}/check', 'GET, HEAD, OPTIONS'), (f'{BASE}/claim/', 'OPTIONS, POST'),
     (f'{BASE}/reservation', 'DELETE, GET, HEAD, OPTIONS, POST'),
     (f'{BASE}/reservation/lab', 'DELETE, GET, HEAD, OPTIONS, PATCH'), ('/calendar/x.ics', 'GET, HEAD, OPTIONS'),
-    (f'{BASE}/limit/1', 'DELETE, OPTIONS')])
+    (f'{BASE}/limit/1', 'DELETE, OPTIONS'), (f'{BASE}/calendar/subscription', 'OPTIONS, POST')])
 def test_an_address_tells_its_verbs(app, path, allowed):
     told = app.web.options(path, status=204)
     wrong = app.web.request(path, method='PUT', status=405)
@@ -15365,6 +15365,16 @@ def test_answers_of_a_client_are_read_by_name_and_as_attributes(client):
     group = client.add('exam', '-', hours(1), hours(2), part='demo:1,demo:2')
     assert [each.vms for each in group.parts] == [1, 2]
     assert client.resource_show('demo').held_now == {'vms': 0, 'vcpus': 0, 'ram': 0}
+
+
+def test_no_name_of_the_module_is_given_twice():
+    import ast
+    given = collections.Counter()
+    for each in ast.parse(MODULE.read_text()).body:
+        targets = getattr(each, 'targets', [getattr(each, 'target', None)])
+        given.update([each.name] if hasattr(each, 'name') else [
+            name.id for target in targets if target for name in ast.walk(target) if isinstance(name, ast.Name)])
+    assert [name for name, times in given.items() if times > 1 and not name.startswith('_')] == []
 
 
 def test_no_field_of_an_answer_has_the_name_of_a_method():
