@@ -44,8 +44,7 @@ The file reads from top to bottom; a section uses only the sections above it:
   Waiting, Requests, Plan             the waiting list; what people ask for; what operators do
   Claims, Calendars, Tokens, Records  what Nova asks; imports and feeds; who may ask; what was
   Life cycle                          what makes it so
-  Gate                                who may ask how often; metrics; a line for each request
-  Document, REST, Gate, Page          the faces on the web; all but the page derived from signatures
+  Document, REST, Gate, Page          the faces on the web, and what stands before them
   Serving, Client, Command line       sockets; Python elsewhere; the shell
   Nova filter                         what nova-scheduler loads from this file
 """
@@ -939,7 +938,7 @@ def turn_of(rule: Rule, start: date) -> Callable[[int], int]:
 
 
 def rule_days(rule: Rule, start: date, begin: date) -> Iterator[list[int]]:
-    """The days of a rule from one on, as ordinals: year by year, where there are positions turn by turn."""
+    """The days of a rule from one on, as ordinals: year by year, with positions turn by turn."""
     turn = turn_of(rule, start)
     first = begin.toordinal()
     if rule.positions:  # of a turn all days count, but those of weeks only from the start on
@@ -1037,7 +1036,8 @@ def walls(stretch: Stretch, near: datetime = datetime.min) -> Iterator[datetime]
 
 def moved_walls(stretch: Stretch) -> Iterator[datetime]:
     """The wall times of those slots of a stretch that are otherwise, in order."""
-    start, listed, skips = datetime.fromisoformat(stretch.start), listed_walls(stretch), {*stretch.skips}
+    start = datetime.fromisoformat(stretch.start)
+    listed, skips = listed_walls(stretch), {*stretch.skips}
     for key in sorted(stretch.moved):
         wall = datetime.fromisoformat(key)
         STEPS.take(10)
@@ -1562,7 +1562,7 @@ MEASURED = {
     'store_bytes': 'size of the database with its write-ahead log',
     'disk_free_bytes': 'free space on the disk of the database',
     'notices_waiting': 'notices that have not arrived yet',
-    'notice_age_seconds': 'for how long the oldest notice that is due has been waiting',
+    'notice_age_seconds': 'for how long the oldest notice that has not arrived has been waiting',
     'store_damaged': 'whether the last check of the database found damage: 1 or 0',
     'resident_bytes': 'memory of this process',
     'version': 'the version of cmres'}
@@ -1583,12 +1583,16 @@ class Metrics:
 
     def observe(self, name: str, value: float, **labels: str) -> None:
         """Adds a value to a histogram."""
-        bounds = BOUNDS[name]
+        self.begin(name, **labels)
         with self.lock:
-            spread = self.spreads.setdefault(
-                (name, tuple(labels.items())), [0] * (len(bounds) + 1) + [0.0])
-            spread[bisect_left(bounds, value)] += 1
+            spread = self.spreads[name, tuple(labels.items())]
+            spread[bisect_left(BOUNDS[name], value)] += 1
             spread[-1] += value
+
+    def begin(self, name: str, **labels: str) -> None:
+        """Begins a histogram, empty: Prometheus sees no increase where there was nothing before."""
+        with self.lock:
+            self.spreads.setdefault((name, tuple(labels.items())), [0] * (len(BOUNDS[name]) + 1) + [0.0])
 
     def samples(self) -> list[tuple]:
         """All of it as (name, labels, value), histograms as Prometheus has them."""
@@ -2909,6 +2913,7 @@ class StoreFile:
         self.damage = ''  # what a statement or a check met, until a check meets nothing
         self.lost = ''    # the sentence that was logged of a loss
         self.troubles = 0  # how often something was wrong, or right again
+        self.failed = '', 0.0  # why a write failed and when, until one succeeds
 
     def hold(self, path: str) -> None:
         """Says to other processes that the file is in use, and connects the guard."""
@@ -2923,14 +2928,14 @@ class StoreFile:
         self.guard = connect(path)
 
     def settle(self) -> None:
-        """Copies the log into the file, so that it has all; what others read now prevents nothing."""
+        """Copies the log into the file, so that who copies the file alone has everything."""
         with suppress(Unavailable, sqlite3.Error):
             self.look()
             if self.guard and not self.lost:
                 self.guard.execute('PRAGMA wal_checkpoint(PASSIVE)').fetchone()
 
     def leave(self) -> None:
-        """Closes the guard; where nobody else has the file open, SQLite makes all one file again."""
+        """Closes the guard; where nobody else has the file open, SQLite makes all one file."""
         with suppress(Unavailable, *STORE_ERRORS):
             self.look()
             if self.guard and not self.lost:
@@ -3037,6 +3042,7 @@ class StoreFile:
 
     def acknowledge(self, number: int) -> None:
         """Lets all processes know of a write, unless it went to files that are lost since."""
+        self.failed = '', 0.0
         if self.identity:
             self.look()
             number = max(number, self.acknowledged())
@@ -3197,7 +3203,7 @@ class Database(peewee.SqliteDatabase):
 
 
 db = Database(None, lock_type='IMMEDIATE', pragmas={
-    'journal_mode': 'wal', 'synchronous': 'full', 'foreign_keys': 1, 'cache_size': -32_000})
+    'journal_mode': 'wal', 'synchronous': 'full', 'foreign_keys': 1, 'cache_size': -10_000})
 
 
 class Turns:
@@ -3210,7 +3216,7 @@ class Turns:
     def __init__(self):
         self.lock = threading.Lock()
         self.holder, self.depth, self.began = None, 0, 0.0
-        self.waiting: list[tuple] = []      # before others or not, whose, a lock that opens, its thread
+        self.waiting: list[tuple] = []      # after others or not, whose, what opens, its thread
         self.written: Counter = Counter()   # seconds, by whose; who comes anew begins at `least`
         self.least = 0.0
 
@@ -3259,7 +3265,8 @@ class Turns:
         self.least = self.least if not after else max(self.least, self.written[self.name])
         self.written[self.name] = max(self.least, self.written[self.name])
         if len(self.written) > 1000:
-            self.written = Counter({name: each for name, each in self.written.items() if each > self.least})
+            ahead = {name: each for name, each in self.written.items() if each > self.least}
+            self.written = Counter(ahead)
         self.began = time.monotonic()
         comes.release()
 
@@ -4563,6 +4570,8 @@ def in_trouble(error: BaseException) -> Unavailable | None:
     sentence = TROUBLES[code].format(f'{cause} ({cause.sqlite_errorname})')
     if TROUBLES[code] is DAMAGED:
         store_file.damage = sentence
+    elif code not in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
+        store_file.failed = sentence, time.monotonic()
     return Unavailable(sentence)
 
 
@@ -4649,7 +4658,7 @@ def transaction(first: bool = False) -> Iterator[None]:
 
 
 def some_of(left: deque) -> Iterator:
-    """Takes one by one what is left, until a transaction has lasted so long that others are let write."""
+    """Takes one by one what is left, until a transaction has lasted for as long as a piece may."""
     until = time.monotonic() + PIECE
     while left:
         yield left.popleft()
@@ -4705,7 +4714,7 @@ def forget_memories() -> None:
 # those in NAME_new. So a deed and its rehearsal are one program.
 
 class Rehearsal(threading.local):
-    """What this thread rehearses: to which tables it has written, and the ids that are next there."""
+    """What this thread rehearses: to which tables it has written, and the next ids there."""
     tables: frozenset | None = None
     ids: dict = {}
 
@@ -4902,7 +4911,8 @@ class Remembered(threading.local):
 remembered = Remembered()
 MEMORIES.append(remembered)
 SELDOM = ('resource', 'limits', 'wait')
-STANDING = """SELECT EXISTS (SELECT 1 FROM wait) AS waits, EXISTS (SELECT 1 FROM limits) AS limits"""
+STANDING = """SELECT EXISTS (SELECT 1 FROM wait) AS waits,
+                     EXISTS (SELECT 1 FROM limits) AS limits"""
 
 
 def once(sql: str, *values) -> list:
@@ -4978,7 +4988,8 @@ def insert_many(model: type[Table], many: list[dict]) -> None:
 def insert_many_text(model, names: tuple, instead: str) -> str:
     columns = ', '.join(f'"{model._meta.fields[name].column_name}"' for name in names)
     values = ', '.join(f"json_extract(value, '$[{n}]')" for n, _ in enumerate(names))
-    return f'INSERT INTO {model._meta.table_name}{instead} ({columns}) SELECT {values} FROM json_each(?) ORDER BY key'
+    return (f'INSERT INTO {model._meta.table_name}{instead} ({columns}) '
+            f'SELECT {values} FROM json_each(?) ORDER BY key')
 
 
 def change(model: type[Table], id: int, **values) -> None:
@@ -4995,7 +5006,7 @@ def change_text(model, names: tuple, more: str = '') -> str:
 
 
 def change_occurrence(id: int, now: float, **values) -> None:
-    """Writes some columns of an occurrence, and that it is another one for calendars from now on."""
+    """Writes some columns of an occurrence, which is another one for calendars then."""
     values['revised'] = int(now)
     run(change_text(Occurrence, tuple(values), ', revision = revision + 1'), *values.values(), id)
 
@@ -5012,7 +5023,8 @@ def journal(config: Config, at: float, actor: str, code: str, sentence: str, res
     """
     if rehearsal.on:
         return
-    about = {'reservation': reservation, 'occurrence': occurrence, 'project': '', 'resource': None} | refused
+    about = {'reservation': reservation, 'occurrence': occurrence, 'project': '',
+             'resource': None} | refused
     event = write_event(at, actor, code, sentence, about)
     if reservation and (occurrence is None or occurrence > 0):
         by, which, id = ('', 'id', occurrence) if occurrence else (
@@ -5028,8 +5040,9 @@ def journal(config: Config, at: float, actor: str, code: str, sentence: str, res
 
 def write_event(at: float, actor: str, code: str, sentence: str, about: dict) -> int:
     """Appends an event; one of a reservation is of its project."""
-    return run('INSERT INTO event (at, actor, code, sentence, reservation_id, occurrence, project, resource_id) '
-               'SELECT ?1, ?2, ?3, ?4, ?5, ?6, coalesce((SELECT project FROM reservation WHERE id = ?5), ?7), ?8',
+    return run('INSERT INTO event (at, actor, code, sentence, reservation_id, occurrence, project, '
+               'resource_id) SELECT ?1, ?2, ?3, ?4, ?5, ?6, '
+               'coalesce((SELECT project FROM reservation WHERE id = ?5), ?7), ?8',
                at, actor, code, sentence, *(about[name] for name in (
                    'reservation', 'occurrence', 'project', 'resource'))).lastrowid
 
@@ -5046,8 +5059,9 @@ def tell_owners(config: Config, event: int, targets: list[str], about: dict, act
     send_later(event, [target for target in targets if is_web(target)] + may_go, owner, at)
     if 0 <= left < len(mails):
         tomorrow = config.told_time((at // 86400 + 1) * 86400)
-        last = write_event(at, 'cmres', 'dropped', f'{config.notices_per_day} mails were sent for {owner} '
-                           f'today, so no more are sent until {tomorrow}; the event log has everything', about)
+        last = write_event(at, 'cmres', 'dropped', (
+            f'{config.notices_per_day} mails were sent for {owner} today, so no more are sent '
+            f'until {tomorrow}; the event log has everything'), about)
         send_later(last, mails, owner, at)
 
 
@@ -5179,8 +5193,8 @@ def given(where: list) -> list:
 # maintenance holds one of the track CLOSED, of which no resource has any: so nothing is admitted in
 # it, also where a resource has no figure that could be used up.
 #
-# A transaction keeps what it holds and gives back in memory, the ledger, and writes the net of it at
-# its end: so what is undone costs nothing, and a rehearsal writes nothing.
+# A transaction keeps what it holds and gives back in memory, the ledger, and writes the net at its
+# end: so what is undone costs nothing, and a rehearsal writes nothing.
 #
 # Cost: a few index look-ups and one row per change of level inside the window, whatever the number
 # of reservations. `check` derives the same function from the occurrences and compares.
@@ -5310,7 +5324,7 @@ def stored(amount: Amount, prefix: str = '') -> dict:
 
 
 class Profile:
-    """What is held more of one track from each of some instants on; as many figures as a step has."""
+    """What is held more of one track from each of some instants on, as figures of steps."""
 
     def __init__(self):
         self.ats, self.levels = [], []
@@ -5356,7 +5370,7 @@ def plus(some: tuple, others: tuple) -> tuple:
 
 
 class Ledger(threading.local):
-    """What this thread's transaction holds and gives back, until the net of it is written as steps."""
+    """What this thread's transaction holds and gives back, until the net is written as steps."""
 
     def __init__(self):
         self.forget()
@@ -5408,7 +5422,7 @@ class Ledger(threading.local):
 
     def read(self, pieces: Iterable[tuple]) -> None:
         """Reads what `step` has of windows, (resource, track, begin, until), that were not read."""
-        if len(self.peaks) > MOST_READ:
+        if len(self.peaks) > MOST_WINDOWS:
             self.peaks, self.cuts = {}, {}
         missing = [piece for piece in dict.fromkeys(pieces) if piece not in self.peaks]
         if not missing:
@@ -5417,16 +5431,18 @@ class Ledger(threading.local):
             at, before, inside, *ended = map(step_of, found)
             resource, track, begin, until = piece
             self.peaks[piece] = [at or before or ZERO, *([inside] if inside else [])]
-            self.cuts[resource, track, begin], self.cuts[resource, track, until] = (at, before), ended
+            self.cuts[resource, track, begin] = at, before
+            self.cuts[resource, track, until] = ended
 
     def peak(self, resource: int, track: str, begin: float, until: float) -> tuple:
         """The peak of a track in a window that was read, with what this transaction holds."""
-        held = [plus(level, more) for first, last, more in self.within(resource, track, begin, until)
+        held = [plus(level, more)
+                for first, last, more in self.within(resource, track, begin, until)
                 for level in self.peaks[resource, track, first, last]]
         return tuple(map(max, *held)) if len(held) > 1 else held[0]
 
     def write(self) -> None:
-        """Writes the net of what was held and given back, and tries those again that wait for it."""
+        """Writes the net of what was held and given back, and lets those that wait try again."""
         pieces = [(*of, *piece) for of, each in self.profiles.items() for piece in each.pieces()]
         if pieces:
             write_steps(pieces)
@@ -5436,13 +5452,13 @@ class Ledger(threading.local):
         self.written, self.profiles, self.peaks, self.cuts = len(self.entries), {}, {}, {}
 
 
-MOST_READ = 5000  # windows of which a transaction remembers what is held
+MOST_WINDOWS = 5000  # windows of which a transaction remembers what is held
 
 
 ledger = Ledger()
 MEMORIES.append(ledger)
 def of_list(query: str, *names: str) -> str:
-    """A query that uses a list of lists, its one parameter in JSON, as a table p of columns with names."""
+    """A query that uses lists, its one parameter in JSON, as the rows of a table p."""
     columns = ', '.join(f"json_extract(value, '$[{n}]') AS {name}" for n, name in enumerate(names))
     return f'WITH p AS MATERIALIZED (SELECT key, {columns} FROM json_each(?)) {query}'
 
@@ -5450,7 +5466,8 @@ def of_list(query: str, *names: str) -> str:
 OF_ITS = 'step.resource_id = p.resource AND step.track = p.track'  # steps of the step function of p
 #: The step at an instant of p if there is one, and the one before it.
 AROUND = f"""(SELECT json_array(vms, vcpus, ram) FROM step WHERE {OF_ITS} AND at = p.{{0}}),
-             (SELECT json_array(vms, vcpus, ram) FROM step WHERE {OF_ITS} AND at < p.{{0}} ORDER BY at DESC LIMIT 1)"""
+             (SELECT json_array(vms, vcpus, ram) FROM step WHERE {OF_ITS} AND at < p.{{0}}
+               ORDER BY at DESC LIMIT 1)"""
 INSIDE = f'FROM step WHERE {OF_ITS} AND at > p.begun AND at < p.until'
 STEPS_AT = of_list(f"SELECT {AROUND.format('at')} FROM p ORDER BY key", 'resource', 'track', 'at')
 PEAKS = of_list(f"""
@@ -5458,13 +5475,16 @@ PEAKS = of_list(f"""
          (SELECT iif(max(vms) IS NULL, NULL, json_array(max(vms), max(vcpus), max(ram))) {INSIDE}),
          {AROUND.format('until')} FROM p ORDER BY key""", 'resource', 'track', 'begun', 'until')
 PUT_STEPS = of_list("""
-  INSERT INTO step (resource_id, track, at, vms, vcpus, ram) SELECT resource, track, at, a, b, c FROM p WHERE 1
+  INSERT INTO step (resource_id, track, at, vms, vcpus, ram)
+  SELECT resource, track, at, a, b, c FROM p WHERE 1
       ON CONFLICT DO UPDATE SET vms = excluded.vms, vcpus = excluded.vcpus, ram = excluded.ram""",
                     'resource', 'track', 'at', 'a', 'b', 'c')
 RAISE_STEPS = of_list(f"""
   UPDATE step SET vms = vms + p.a, vcpus = vcpus + p.b, ram = ram + p.c FROM p
-   WHERE {OF_ITS} AND at > p.begun AND at < p.until""", 'resource', 'track', 'begun', 'until', 'a', 'b', 'c')
-DROP_STEPS = of_list('DELETE FROM step WHERE (resource_id, track, at) IN (SELECT resource, track, at FROM p)',
+   WHERE {OF_ITS} AND at > p.begun AND at < p.until""",
+                      'resource', 'track', 'begun', 'until', 'a', 'b', 'c')
+DROP_STEPS = of_list('DELETE FROM step WHERE (resource_id, track, at) IN '
+                     '(SELECT resource, track, at FROM p)',
                      'resource', 'track', 'at')
 
 
@@ -5474,13 +5494,13 @@ def step_of(text: str | None) -> tuple | None:
 
 
 def write_steps(pieces: list[tuple]) -> None:
-    """(3): holds more in some pieces that don't overlap, each (resource, track, begin, until, figures)."""
+    """(3): holds more in pieces that don't overlap: (resource, track, begin, until, figures)."""
     begun = {tuple(piece[:3]): piece for piece in pieces}
     ended = {(resource, track, until): figures for resource, track, _, until, figures in pieces}
     cuts = sorted(begun.keys() | ended.keys())
     unknown = [cut for cut in cuts if cut not in ledger.cuts]
-    for cut, found in zip(unknown, run(STEPS_AT, json.dumps(unknown)).fetchall() if unknown else ()):
-        ledger.cuts[cut] = map(step_of, found)
+    found = run(STEPS_AT, json.dumps(unknown)).fetchall() if unknown else ()
+    ledger.cuts |= zip(unknown, ([*map(step_of, each)] for each in found))
     put, gone = [], []
     for cut in cuts:
         at, before = ledger.cuts[cut]
@@ -5528,7 +5548,8 @@ def read_windows(holds: Iterable[Hold], now: float) -> None:
     """Reads at once what is held where some holds would be taken."""
     ledger.read((each.resource, track, *piece[:2]) for each in holds if each.until > now
                 for track in ('', CLOSED, *each.amount.names)
-                for piece in ledger.within(each.resource, track, max(each.begin, int(now)), each.until))
+                for piece in ledger.within(each.resource, track, max(each.begin, int(now)),
+                                           each.until))
 
 
 def hold(resource: int, begin: int, until: int, amount: Amount) -> None:
@@ -5543,7 +5564,8 @@ def hold(resource: int, begin: int, until: int, amount: Amount) -> None:
 def call_waiting(resource: int, begin: float = 0, until: float = 2**62) -> None:
     """Lets those be tried again that wait for room on a resource in a window, and those that lacked something else."""
     if standing().waits:
-        run('UPDATE wait SET due = 0 WHERE resource_id = ? AND until > ? AND held_from < ?', resource, begin, until)
+        run('UPDATE wait SET due = 0 WHERE resource_id = ? AND until > ? AND held_from < ?',
+            resource, begin, until)
         run('UPDATE wait SET due = 0 WHERE limited')
 
 
@@ -5604,7 +5626,8 @@ def steps(resource: int, begin: float, until: float, classes: Iterable[str] = ()
     for after, track, side, figures in [*sorted(changes), (until, '', 0, ZERO)]:
         if after > at:
             held = {track: plus(*each) for track, each in levels.items()}
-            yield at, Amount(*held[''], tuple((name, held[name][0]) for name in tracks[1:] if held[name][0]))
+            classes = ((name, held[name][0]) for name in tracks[1:] if held[name][0])
+            yield at, Amount(*held[''], tuple(classes))
         at, levels[track][side] = after, figures
 
 
@@ -5661,9 +5684,11 @@ def free_of(resource: int, track: str, need: tuple, most: tuple, after: float,
         yield free
 
 
-def free_within(resource: int, track: str, rooms: list, after: float, before: float) -> Iterator[tuple[float, float]]:
+def free_within(resource: int, track: str, rooms: list, after: float,
+                before: float) -> Iterator[tuple[float, float]]:
     """The windows in which no more than some figures is written as held."""
-    begin = after if all(each <= room for each, room in zip(written_level(resource, track, after), rooms)) else None
+    held = written_level(resource, track, after)
+    begin = after if all(each <= room for each, room in zip(held, rooms)) else None
     at = after
     while at < before:
         at = next_step(resource, track, rooms, at, before, free=begin is None)
@@ -6752,7 +6777,8 @@ def in_cell(value, zone: ZoneInfo) -> str:
 
 
 def json_text(value, indent: int | None = None) -> str:
-    return legible(json.dumps(to_plain(value), ensure_ascii=False, indent=indent)) + '\n'
+    text = json.dumps(value, ensure_ascii=False, indent=indent, default=to_plain)  # without a copy
+    return legible(text) + '\n'
 
 
 # Shares ######################################################################
@@ -6865,7 +6891,7 @@ class Shares:
                      'target': config.slow_per_target}
         self.rates, self.wrong = Rates(config), Counter()  # wrong: tokens, by address
         self.changed = threading.Condition()
-        self.pace = Turns()  # one of those that compute for long does so at a time: others come between
+        self.pace = Turns()  # one of those that compute for long does so at a time
         self.taken: Counter = Counter()  # by kind and name
         # Of this thread's request: whose it is, how long it may still wait, what it has taken.
         self.request = threading.local()
@@ -6932,7 +6958,7 @@ class Shares:
 
     @contextmanager
     def paced(self) -> Iterator[None]:
-        """A part of a request that computes for a while: one of them at a time, if others don't wait for it."""
+        """A part of a request that computes for a while: one of them at a time."""
         taken = self.bounded and not db.in_transaction() and self.pace.acquire()
         try:
             yield
@@ -6953,7 +6979,7 @@ class Shares:
                 self.pace.acquire()
 
     def breathe(self) -> None:
-        """Lets others compute who wait for that; never inside a transaction, which others wait for."""
+        """Lets others compute who wait for that; never inside a transaction."""
         if self.pace.mine and self.pace.lasts() > PIECE:
             with self.resting():
                 pass
@@ -7034,7 +7060,7 @@ class Shares:
 
 MOST_ICS = MOST_FETCHED  # bytes of a calendar
 MOST_TEXT = 20_000      # letters of a text that are looked at
-MOST_COMPONENTS = 100_000  # that are looked at
+MOST_COMPONENTS = 150_000  # components that are looked at
 MOST_TOLD = 20          # refusals of a calendar, each by itself
 MOST_HEAD = 4000        # letters of one in which its first line is
 MOST_EVENTS = 2000      # that want machines
@@ -7213,7 +7239,8 @@ def changes_of(part: dict[str, list[str]]) -> Iterator[tuple[datetime, timedelta
     """The changes to the offset of a part; ValueError for offsets of days and rules that take long."""
     before, offset = (read_offset(part[name][0]) for name in ('TZOFFSETFROM', 'TZOFFSETTO'))
     start = zone_wall(part['DTSTART'][0])
-    dates = [each.partition('/')[0] for values in part.get('RDATE', ()) for each in values.split(',')]
+    dates = [each.partition('/')[0] for values in part.get('RDATE', ())
+             for each in values.split(',')]
     STEPS.take(5 * len(dates))
     walls = {start, *map(zone_wall, dates)}
     for rule in part.get('RRULE', ()):
@@ -7334,7 +7361,8 @@ class Entry:
         """Whether it is once, and plainly ends before a day or starts after another."""
         data = self.frame.data
         begin, end = ([match[1].decode() for piece in self.pieces
-                       for match in pattern.finditer(data, *piece)] for pattern in (FIRST_DAY, LAST_DAY))
+                       for match in pattern.finditer(data, *piece)]
+                      for pattern in (FIRST_DAY, LAST_DAY))
         plain = len(begin) == len(end) == 1 and not self.holds(REPEATS) and not self.exception
         return plain and (end[0] < first or last < begin[0])
 
@@ -7420,7 +7448,8 @@ class Entry:
     @property
     def name(self) -> str:
         """What a sentence calls it, so that its owner finds it."""
-        title = ' '.join(re.sub('[\x00-\x20\x7f]+', ' ', self.text('SUMMARY')[:400]).split()) or self.uid
+        title = re.sub('[\x00-\x20\x7f]+', ' ', self.text('SUMMARY')[:400])
+        title = ' '.join(title.split()) or self.uid
         title = textwrap.shorten(title, 80) if len(title) > 80 else title
         day = re.match(r'(\d{4})(\d\d)(\d\d)', self.said.get('DTSTART', [('', '')])[0][1])
         return f"the event '{title}'" + (
@@ -7501,7 +7530,8 @@ class Reader:
         """Takes a line that begins or ends a component, and what stands before it."""
         begin, end = match.span()
         self.keep(self.behind, begin)
-        self.line += sum(self.data.count(each, self.behind, end) for each in (b'\n', FOLD))
+        self.line += self.data.count(b'\n', self.behind, end)
+        self.line += self.data.count(FOLD, self.behind, end)
         self.behind = end
         kind = plain_line(match[2]).strip().upper()
         if match[1]:
@@ -7738,7 +7768,7 @@ def overridden(stretches: list[Stretch], exceptions: dict[str, Entry], clock: Cl
 
 
 def with_moved(stretches: list[Stretch], moved: dict[str, tuple]) -> list[Stretch]:
-    """A series of which some occurrences are otherwise, also where the rule has no slot for them."""
+    """A series of which some occurrences are otherwise, even where the rule has no slot."""
     found = []
     for stretch in stretches:
         dates = stretch.dates or (stretch.start,)
@@ -7796,9 +7826,9 @@ def may_repeat(group: list[Entry]) -> bool:
 
 
 class Budget:
-    """What the events of a calendar may cost in steps: each by itself, and together those that repeat.
+    """What the events of a calendar may cost in steps: each by itself, and all together.
 
-    What doesn't has steps of its own, that nothing else can use up.
+    What doesn't repeat has steps of its own, that nothing else can use up.
     """
 
     def __init__(self):
@@ -7829,7 +7859,7 @@ def group_occurrences(group: list[Entry], owner: ZoneInfo, begin: datetime,
 
 
 def bookings(groups: dict[str, list[Entry]], owner: ZoneInfo, begin: datetime, until: datetime,
-             defaults: Want, budget: Budget) -> list[Booking]:
+             defaults: Want) -> list[Booking]:
     """What the events of calendars want, those that want nothing left out unread.
 
     Args:
@@ -7837,7 +7867,7 @@ def bookings(groups: dict[str, list[Entry]], owner: ZoneInfo, begin: datetime, u
       owner: the zone of times without one
       begin, until: the window that a series in a zone of its own making is spelled out for
     """
-    found, uids = {}, {id(group): uid for uid, group in groups.items()}
+    found, uids, budget = {}, {id(group): uid for uid, group in groups.items()}, Budget()
     for group in simple_first(groups.values()):
         uid = uids[id(group)]
         if FEED_UID.fullmatch(uid):
@@ -8295,7 +8325,8 @@ NEXT_OF_ITS = """NOT EXISTS (SELECT 1 FROM occurrence c
                               WHERE c.reservation_id = o.reservation_id AND (c.due IS NULL) = 0
                               AND c.cancelled IS NULL AND c."end" > ?1 AND (c.start, c.id) < (o.start, o.id))"""
 #: Its occurrences in the order in which people mean them: the present or next, those after it, at last those before.
-NEXT_OF = """SELECT id FROM occurrence WHERE reservation_id = {} ORDER BY cancelled IS NOT NULL OR "end" <= ?1,
+NEXT_OF = """SELECT id FROM occurrence WHERE reservation_id = {}
+               ORDER BY cancelled IS NOT NULL OR "end" <= ?1,
                iif(cancelled IS NULL AND "end" > ?1, start, -start), id LIMIT 1"""
 NOT_OVER = 'o.cancelled IS NULL AND o."end" > ?1'
 #: What is live, and what is over for good.
@@ -8418,8 +8449,10 @@ NONE_OF_THEM = -1
 #: What becomes of what is booked where there is less room than before.
 THEN = ('notify', 'move', 'cancel')
 ANY_APPROVAL = 'SELECT id FROM resource WHERE approval > 0 AND removed IS NULL LIMIT 1'
-FROM_ALL = 'FROM occurrence o JOIN reservation r ON r.id = o.reservation_id JOIN resource s ON s.id = o.resource_id'
-FROM_EXTRA = ('FROM extra_hold x WHERE EXISTS (SELECT 1 FROM reservation r WHERE r.id = x.reservation_id '
+FROM_ALL = ('FROM occurrence o JOIN reservation r ON r.id = o.reservation_id '
+            'JOIN resource s ON s.id = o.resource_id')
+FROM_EXTRA = ('FROM extra_hold x WHERE EXISTS (SELECT 1 FROM reservation r '
+              'WHERE r.id = x.reservation_id '
               'AND {})')
 #: By whom and what counts against limits: the columns of user, project, reservation and resource.
 OF_OCCURRENCE = ('o.of_user', 'o.of_project', 'o.reservation_id', 'o.resource_id')
@@ -8546,8 +8579,8 @@ class Service:
     def carry_out(self, deed: Callable[[float], Any], dry_run: bool = False) -> Any:
         """Does something at an instant, all of it or nothing.
 
-        What has no room is refused at once, so that nobody waits while it is explained; why, and what
-        would fit, is found out in a rehearsal.
+        What has no room is refused at once, so that nobody waits while it is explained: why, and
+        what would fit, is found out in a rehearsal.
         """
         if dry_run:
             with self.writing(dry_run) as now:
@@ -8767,7 +8800,8 @@ class Service:
         if len(usable) > 1:
             projects = ', '.join(sorted(each.project for each in usable))
             raise Conflict(f"'{label}' is in several projects ({projects}); name one with --project")
-        if not occurrence or isinstance(occurrence, datetime) and occurrence.timestamp() == usable[0].start:
+        this = isinstance(occurrence, datetime) and occurrence.timestamp() == usable[0].start
+        if this or not occurrence:
             return usable[0]
         return self.occurrence_at(usable[0], occurrence, live)
 
@@ -9167,7 +9201,9 @@ class Wishes(Service):
 
     @contextmanager
     def explaining(self, wish: Wish, old=None, deed: Callable[[Wish, str], Any] | None = None):
-        """Makes of a bare NoCapacity one that says why; in a rehearsal, also what is in the way and would fit.
+        """Makes of a bare NoCapacity one that says why.
+
+        In a rehearsal it also tells what is in the way and what would fit.
 
         Args:
           old: the occurrence that was to change
@@ -9186,7 +9222,8 @@ class Wishes(Service):
                 more |= refusal.details | (self.tested(deed, offers) if deed else {})
                 raise NoCapacity(why, **more) from None
 
-    def explained(self, refusal: NoCapacity, wish: Wish, old, offering: bool) -> tuple[str, dict, dict]:
+    def explained(self, refusal: NoCapacity, wish: Wish, old,
+                  offering: bool) -> tuple[str, dict, dict]:
         """The sentence of a refusal, what is in the way, and what might be offered, best first."""
         if wish.stretches:  # a series tells by itself
             fitting = 0 if old else getattr(refusal, 'most_vms', 0)
@@ -9484,8 +9521,8 @@ class Limits(Wishes):
 
     def limits_for(self, wish: Wish) -> list:
         """The limits that a wish is under: of its user, of its project, and of every project if that has none."""
-        theirs = once('SELECT * FROM limits WHERE user IN (?, ?) AND project IN (?, ?)', '', wish.user, '',
-                      wish.project) if standing().limits else ()
+        theirs = once('SELECT * FROM limits WHERE user IN (?, ?) AND project IN (?, ?)', '',
+                      wish.user, '', wish.project) if standing().limits else ()
         found = [each for each in theirs if each.resource_id in (None, wish.resource.id)]
         own = {each.resource_id for each in found if each.project and not each.user}
         return [each for each in found if each.user or each.project or each.resource_id not in own]
@@ -9528,14 +9565,16 @@ class Limits(Wishes):
             yield 'vcpu_hours', limit.vcpu_hours, less or used + need <= limit.vcpu_hours, (
                 f'{limit.vcpu_hours}, of which {max(limit.vcpu_hours - used, 0):.0f} are left')
 
-    def counted(self, limit, wish: Wish, others: Others | None, of: tuple[str, ...]) -> tuple[str, list]:
+    def counted(self, limit, wish: Wish, others: Others | None,
+                of: tuple[str, ...]) -> tuple[str, list]:
         """What counts against a limit, as conditions on some columns and values of theirs.
 
         Args:
           of: the columns of user, project, reservation and resource
         """
         user, project, reservation, resource = of
-        wanted = {user: limit.user and wish.user, project: limit.project or not limit.user and wish.project,
+        wanted = {user: limit.user and wish.user,
+                  project: limit.project or not limit.user and wish.project,
                   resource: limit.resource_id}
         conditions = {f'{column} = ?': value for column, value in wanted.items() if value}
         conditions |= {f'{reservation} <> ?': others.reservation if others else 0}
@@ -9545,12 +9584,14 @@ class Limits(Wishes):
         """How many machines the limited have at most at the same time in the window of a wish."""
         begin, until = wish.held
         where, values = self.counted(limit, wish, others, OF_OCCURRENCE)
-        found = run(f'SELECT held_from, held_until, vms FROM occurrence o WHERE {where} AND o.due IS NOT NULL AND '
-                    f'o.start < ? + {LONGEST_LEAD} AND held_until > held_from AND o.id <> ? AND held_from < ? '
-                    'AND held_until > ?', *values, until, old.id if old else 0, until, begin).fetchall()
+        found = run('SELECT held_from, held_until, vms FROM occurrence o '
+                    f'WHERE {where} AND o.due IS NOT NULL AND o.start < ? + {LONGEST_LEAD} '
+                    'AND held_until > held_from AND o.id <> ? AND held_from < ? AND held_until > ?',
+                    *values, until, old.id if old else 0, until, begin).fetchall()
         where, values = self.counted(limit, wish, others, OF_EXTRA)
-        found += run(f'SELECT x.held_from, x.held_until, x.vms {FROM_EXTRA.format(where)} AND held_from < ? AND '
-                     'held_until > ? AND (proposal_id IS NOT NULL OR reservation_id <> ?)', *values, until, begin,
+        found += run(f'SELECT x.held_from, x.held_until, x.vms {FROM_EXTRA.format(where)} '
+                     'AND held_from < ? AND held_until > ? '
+                     'AND (proposal_id IS NOT NULL OR reservation_id <> ?)', *values, until, begin,
                      old.reservation if old and not others else 0).fetchall()
         found += others.holding(limit.resource_id, begin, until) if others else []
         changes = [change for first, last, vms in found for change in ((max(first, begin), 1, vms), (last, 0, -vms))]
@@ -9561,7 +9602,8 @@ class Limits(Wishes):
         where, values = self.counted(limit, wish, others, OF_OCCURRENCE)
         seconds = others.seconds[limit.resource_id] if others else 0
         seconds += run(
-            f'SELECT coalesce(sum(vcpus * ("end" - max(start, ?))), 0) FROM occurrence o WHERE {where} AND '
+            'SELECT coalesce(sum(vcpus * ("end" - max(start, ?))), 0) FROM occurrence o '
+            f'WHERE {where} AND '
             'o.due IS NOT NULL AND held_until > held_from AND o.id <> ? AND "end" > ?',
             int(now), *values, old.id if old else 0, int(now)).fetchone()[0]
         where, values = self.counted(limit, wish, others, OF_EXTRA)
@@ -9640,7 +9682,8 @@ class Holding(Limits):
 
     def first_in_line(self, resource: int, begin: int, until: int, now: float, before: str = '', *place):
         """Who has waited for longer than `patience` for a resource in a window; none beyond a place in the line."""
-        return standing().waits and row(f"""SELECT o.vms, r.waiting FROM wait w INDEXED BY wait_since
+        return standing().waits and row(f"""
+                       SELECT o.vms, r.waiting FROM wait w INDEXED BY wait_since
                          CROSS JOIN reservation r ON r.id = w.reservation_id
                          JOIN occurrence o ON o.reservation_id = r.id
                         WHERE w.resource_id = ? AND w.until > ? AND w.held_from < ? AND w.since <= ? AND w.until > ?
@@ -9651,7 +9694,8 @@ class Holding(Limits):
     def refuse_overtaken(self, pieces: list[Hold], now: float) -> None:
         """Refuses to take what is kept for one that has waited for long."""
         for each in pieces:
-            self.refuse_overtaking(resource_of(each.resource, removed=True), each.begin, each.until, now)
+            place = resource_of(each.resource, removed=True)
+            self.refuse_overtaking(place, each.begin, each.until, now)
 
     def holds(self, reservation: int) -> list[Hold]:
         """What a reservation holds: its occurrences, and its VMs that stay after them."""
@@ -9727,15 +9771,18 @@ class Holding(Limits):
                     amount = one if each.host else one * number
                     yield Hold(each.resource_id, each.held_until, until, amount)
 
-    def columns_of(self, wish: Wish, slot: Slot, now: float, new: bool, held_from: int | None = None,
+    def columns_of(self, wish: Wish, slot: Slot, now: float, new: bool,
+                   held_from: int | None = None,
                    **more) -> dict:
         """What is written of an occurrence."""
         begin = slot.start - wish.lead if held_from is None else held_from
-        first = dict(of_project=wish.project, of_user=wish.user, slot=slot.key, altered=False, revision=0,
+        first = dict(of_project=wish.project, of_user=wish.user, slot=slot.key, altered=False,
+                     revision=0,
                      revised=int(now), told=0) if new else {}
         due = min(begin, slot.start - self.config.notice) if new else min(now, begin)
         return first | dict(
-            resource=slot.resource, start=slot.start, end=slot.end, held_from=begin, held_until=slot.end,
+            resource=slot.resource, start=slot.start, end=slot.end, held_from=begin,
+            held_until=slot.end,
             due=due, **stored(wish.takes(slot.vms))) | more
 
     def write_occurrence(self, id: int | None, reservation: int, wish: Wish, slot: Slot, now: float,
@@ -9747,16 +9794,19 @@ class Holding(Limits):
         change_occurrence(id, now, **columns)
         return id
 
-    def write_all(self, reservation: int, changed: list[tuple[int | None, dict]], now: float) -> None:
-        """Writes occurrences of a reservation, each by its id, or a new one; what they hold is held already."""
-        insert_many(Occurrence, [{'reservation': reservation} | columns for id, columns in changed if id is None])
+    def write_all(self, reservation: int, changed: list[tuple[int | None, dict]],
+                  now: float) -> None:
+        """Writes occurrences of a reservation, by id or new; what they hold is held already."""
+        insert_many(Occurrence, [{'reservation': reservation} | columns
+                                 for id, columns in changed if id is None])
         for id, columns in changed:
             if id is not None:
                 change_occurrence(id, now, **columns)
 
-    def grow(self, one: Wish, growth: list[Hold], now: float, old=None, others: Others | None = None,
+    def grow(self, one: Wish, growth: list[Hold], now: float, old=None,
+             others: Others | None = None,
              own: int = 0) -> None:
-        """Takes what is wanted more, if every rule lets it: all that is promised comes through here.
+        """Takes what is wanted more, if every rule lets it: all that is asked for goes through here.
 
         Args:
           one: what is wanted in all
@@ -9806,9 +9856,10 @@ class Series(Holding):
         """Makes the occurrences of a series what its stretches want, as far as the horizon; inside a transaction.
 
         Raises:
-          NoCapacity: one doesn't fit and all or nothing was asked for; the caller's transaction ends.
+          NoCapacity: one doesn't fit and all or nothing was asked for; the transaction ends.
         """
-        there = rows('SELECT * FROM occurrence WHERE reservation_id = ? ORDER BY start', reservation)
+        there = rows('SELECT * FROM occurrence WHERE reservation_id = ? ORDER BY start',
+                     reservation)
         became = self.reshaped(reservation, wish, there, now, gentle, again)
         self.write_all(reservation, became.changed, now)
         self.close(reservation, wish.stretches, now, became.horizon)
@@ -9847,7 +9898,8 @@ class Series(Holding):
             elif slot and old.cancelled is None:
                 done.append(told(old, 'unchanged'))
         todo += [(slot, None) for slot in wanted.values() if slot.end > now]
-        placed = self.place_all(reservation, wish, sorted(todo, key=lambda each: each[0].start), now)
+        todo.sort(key=lambda each: each[0].start)
+        placed = self.place_all(reservation, wish, todo, now, {id for id, _ in changed})
         done = sorted([*done, *(line for line, _ in placed)], key=lambda each: each['start'])
         return Reshaped(done, changed + [each for _, each in placed], horizon, freed)
 
@@ -9883,14 +9935,20 @@ class Series(Holding):
             slot.start - wish.lead != old.held_from and not old.altered)
 
     def given_up(self, old, now: float) -> dict:
-        """Gives back what an occurrence holds that its series goes without, and tells what is written of it."""
+        """Gives back what an occurrence holds that its series goes without; what is written."""
         until = min(max(int(now), old.held_from), old.held_until)
         release(old.resource_id, until, old.held_until, amount_of(old))
         return {'cancelled': int(now), 'held_until': until, 'due': now}
 
-    def place_all(self, reservation: int, wish: Wish, todo: list, now: float) -> list[tuple]:
-        """Holds many occurrences of a series, or refuses all; what became of each, and what is written of it."""
-        done, refused, others = [], [], self.others_of(reservation, todo, now)
+    def place_all(self, reservation: int, wish: Wish, todo: list, now: float,
+                  gone: Iterable[int] = ()) -> list[tuple]:
+        """Holds many occurrences of a series, or refuses all; what became of each, and its row.
+
+        Args:
+          gone: the ids of those that it goes without
+        """
+        done, refused = [], []
+        others = self.others_of(reservation, {*gone, *(old.id for _, old in todo if old)}, now)
         if wish.server and any(one.end > after.start for (one, _), (after, _) in zip(todo, todo[1:])):
             raise Conflict(f'the occurrences overlap, and the server {wish.server} is one machine')
         turns = [Turn(slot, old, [hold_of(old)] if old and old.cancelled is None else [],
@@ -9908,7 +9966,8 @@ class Series(Holding):
             raise self.refusal_of(refused, len(turns), wish)
         return done
 
-    def refusal_of(self, refused: list[tuple[Slot, NoCapacity]], number: int, wish: Wish) -> NoCapacity:
+    def refusal_of(self, refused: list[tuple[Slot, NoCapacity]], number: int,
+                   wish: Wish) -> NoCapacity:
         """The refusal of a series some occurrences of which have no room."""
         slot, error = refused[0]
         first = format_time(instant(slot.start), read_zone(wish.stretches[0].zone))
@@ -9918,17 +9977,19 @@ class Series(Holding):
             text += '. Take the others with --on-conflict skip'
         refusal = NoCapacity(
             text if number > 1 else str(error),
-            conflicts=[{'start': instant(each.start), 'end': instant(each.end), 'vms': each.vms, 'why': str(why)}
+            conflicts=[{'start': instant(each.start), 'end': instant(each.end), 'vms': each.vms,
+                        'why': str(why)}
                        for each, why in refused[:1000]], **error.details)
         refusal.most_vms = min(getattr(why, 'most_vms', 0) for _, why in refused)
         return refusal
 
-    def others_of(self, reservation: int, todo: list, now: float) -> Others:
+    def others_of(self, reservation: int, changing: set[int], now: float) -> Others:
         """What counts against limits of the occurrences that stay as they are while others change."""
-        changing = {old.id for _, old in todo if old}
         others = Others(reservation, now)
-        for each in rows('SELECT * FROM occurrence WHERE reservation_id = ? AND due IS NOT NULL '
-                         'AND held_until > held_from', reservation) if standing().limits and reservation else ():
+        there = standing().limits and reservation and rows(
+            'SELECT * FROM occurrence WHERE reservation_id = ? AND due IS NOT NULL '
+            'AND held_until > held_from', reservation)
+        for each in there or ():
             if each.id not in changing:
                 others.put(each.slot, [hold_of(each)], each.start)
         return others
@@ -9954,7 +10015,8 @@ class Series(Holding):
         one = wish._replace(resource=place, start=slot.start, end=slot.end, vms=slot.vms, stretches=[])
         others.put(slot.key, (), slot.start)
         try:
-            self.grow(one, beyond(turn.wants, turn.had), now, old if turn.had else None, others, reservation)
+            before = old if turn.had else None
+            self.grow(one, beyond(turn.wants, turn.had), now, before, others, reservation)
         except Conflict as error:
             return self.placed_otherwise(reservation, one, turn, others, error, now)
         keep = {'told': 0, 'altered': old.altered} if old and old.start != slot.start else {}
@@ -9989,15 +10051,18 @@ class Series(Holding):
             holds = [Hold(slot.resource, shifted.start - one.lead, shifted.end, one.amount)]
             take(holds, now)
             others.put(slot.key, holds, shifted.start)
-            return told(shifted, 'shifted', why), self.row_of(old, one, shifted, now, altered=True, cancelled=None)
+            return told(shifted, 'shifted', why), self.row_of(
+                old, one, shifted, now, altered=True, cancelled=None)
         if self.stays(turn, now):
             others.put(slot.key, turn.had, old.start)
             return told(old, 'unchanged', why), (old.id, {'altered': True})
-        return told(slot, 'left out', why), self.row_of(old, one, slot, now, **self.left_out_as(one, slot, now, old))
+        return told(slot, 'left out', why), self.row_of(
+            old, one, slot, now, **self.left_out_as(one, slot, now, old))
 
     def left_out_as(self, one: Wish, slot: Slot, now: float, old=None) -> dict:
-        """What is otherwise of an occurrence that holds nothing, since its series goes without it."""
-        return {'held_until': slot.start - one.lead, 'cancelled': int(now), 'due': now if old else None}
+        """What is otherwise of an occurrence that its series goes without: it holds nothing."""
+        return {'held_until': slot.start - one.lead, 'cancelled': int(now),
+                'due': now if old else None}
 
     def bring_back(self, id: int, wish: Wish, now: float) -> list[dict]:
         """Holds an occurrence that its series was left without; inside a transaction.
@@ -10055,8 +10120,10 @@ class Series(Holding):
     def close(self, reservation: int, stretches: list[Stretch], now: float, horizon: int = 0) -> None:
         """Writes until when a reservation's label is taken, and how far a series is in rows."""
         on = goes_on(stretches, horizon)
-        run("""UPDATE reservation SET changed = ?2, booked_until = ?3, over = coalesce(?4, max(?2, coalesce((
-                 SELECT min(max("end"), 1 << 62) FROM occurrence WHERE reservation_id = ?1 AND cancelled IS NULL), 0)))
+        run("""UPDATE reservation SET changed = ?2, booked_until = ?3,
+                      over = coalesce(?4, max(?2, coalesce((
+                 SELECT min(max("end"), 1 << 62) FROM occurrence
+                  WHERE reservation_id = ?1 AND cancelled IS NULL), 0)))
                 WHERE id = ?1""", reservation, int(now), horizon if on else None,
             int(LAST.timestamp()) if on else None)
 
@@ -10196,14 +10263,17 @@ class Admission(Series):
         wish = self.as_now(wish)
         place = wish.resource
         became = self.reshaped(0, wish, [], now) if wish.stretches else self.single(wish, now)
-        done, live = became.done, [columns['end'] for _, columns in became.changed if not columns.get('cancelled')]
+        done, live = became.done, [
+            columns['end'] for _, columns in became.changed if not columns.get('cancelled')]
         if done and not live:
-            raise NoCapacity(f"none of {len(done)} occurrences fits; of the first: {done[0]['why']}",
+            first = done[0]['why']
+            raise NoCapacity(f"none of {len(done)} occurrences fits; of the first: {first}",
                              conflicts=done[:1000])
         on = goes_on(wish.stretches, became.horizon)
         pending = int(now) + place.approval if place.approval and self.actor.role != ADMIN else None
         reservation = insert(
-            Reservation, **wish.columns(*STORED), **event, origin=origin, added=int(now), changed=int(now),
+            Reservation, **wish.columns(*STORED), **event, origin=origin, added=int(now),
+            changed=int(now),
             pending=pending, priority=0, confirm=0, request=request, choices='',
             series=stored_stretches(wish.stretches) if wish.stretches else '',
             booked_until=became.horizon if on else None,
@@ -10254,7 +10324,8 @@ class Admission(Series):
         else:
             change(Reservation, old.reservation, **wish.columns(*STORED), changed=int(now), over=wish.end)
         if old.waiting is not None:
-            if beyond(wants, [hold_of(old)._replace(until=old.end)]):  # it goes to the end of the line
+            anew = beyond(wants, [hold_of(old)._replace(until=old.end)])
+            if anew:  # it goes to the end of the line
                 change(Reservation, old.reservation, waiting=int(now))
             self.stand_in_line(old.reservation)
         if old.image or wish.image:
@@ -10274,7 +10345,8 @@ class Admission(Series):
                 self.drop_proposals(each.reservation, each.id)
             until = min(max(int(now), each.held_from), each.held_until)
             release(each.resource_id, until, each.held_until, amount_of(each))
-            change_occurrence(each.id, now, cancelled=int(now), held_until=until, due=now, altered=True)
+            change_occurrence(each.id, now, cancelled=int(now), held_until=until, due=now,
+                              altered=True)
         if first.repeats and ends:
             stretches = stretches_before(self.stretches(first.reservation), min(each.slot for each in found))
             change(Reservation, first.reservation, series=stored_stretches(stretches) if stretches else '[]')
@@ -10282,14 +10354,17 @@ class Admission(Series):
             self.reshape(first.reservation, self.carried_on(first), now, gentle=True, again=False)
         else:
             self.close(first.reservation, [], now)
-        if first.waiting is not None or first.pending is not None:  # is there nothing left to wait for?
-            run('UPDATE reservation SET waiting = NULL, pending = NULL WHERE id = ?1 AND NOT EXISTS '
-                '(SELECT 1 FROM occurrence o WHERE o.reservation_id = ?1 AND o.cancelled IS NULL)', first.reservation)
+        if (first.waiting, first.pending) != (None, None):  # is there nothing left to wait for?
+            run('UPDATE reservation SET waiting = NULL, pending = NULL WHERE id = ?1 AND '
+                'NOT EXISTS (SELECT 1 FROM occurrence o WHERE o.reservation_id = ?1 AND o.cancelled IS NULL)',
+                first.reservation)
         if first.waiting is not None:
             self.stand_in_line(first.reservation)
         if first.image:
             self.keep_stopped(first.reservation, now, freed)
-        only = None if first.repeats and len(found) > 1 else first.id if first.repeats else NONE_OF_THEM
+        only = NONE_OF_THEM
+        if first.repeats:
+            only = first.id if len(found) == 1 else None
         said = [why or f'cancelled by {self.actor.user}']
         said += [warning for each in found for warning in self.ends_with(each).get('warnings', ())]
         self.journal(now, 'released', '; '.join(said), first.reservation, json.loads(first.notify),
@@ -10543,7 +10618,8 @@ class Waiting(Admission):
     def next_change(self, resource: int, names: Iterable[str], now: float, until: int) -> float:
         """The next instant at which what is held of a resource changes, before an end."""
         tracks = ('', CLOSED, *names)
-        found = [run('SELECT min(at) FROM step WHERE resource_id = ? AND track = ? AND at > ?', resource, track,
+        found = [run('SELECT min(at) FROM step WHERE resource_id = ? AND track = ? AND at > ?',
+                     resource, track,
                      now).fetchone()[0] for track in tracks]
         found += [ledger.after(resource, track, now) for track in tracks]
         return min([until, *filter(None, found)])
@@ -10628,7 +10704,8 @@ class Approval(Waiting):
         """Whether a change concerns a resource on which an admin must approve what is reserved."""
         if old.repeats or wish.stretches:
             return bool(once(ANY_APPROVAL))
-        return any(resource_of(id, removed=True).approval for id in (old.resource_id, wish.resource.id))
+        places = old.resource_id, wish.resource.id
+        return any(resource_of(id, removed=True).approval for id in places)
 
     def await_approval(self, reservation: int, until: int, wish: Wish, now: float) -> None:
         """Lets a reservation wait for an admin until an instant."""
@@ -10793,7 +10870,8 @@ class Approval(Waiting):
 
 #: Seconds after which what a process has begun to write in pieces is dropped, if it does not go on.
 GOES_ON = 60
-#: What was written in pieces of which the last has not come: each a fact, its value begins with when it is dropped.
+#: What was written in pieces of which the last has not come: facts, whose values begin with the
+#: instant at which they are dropped.
 STAGED = "name > 'staged-' AND name < 'staged.'"
 
 
@@ -10805,7 +10883,7 @@ def not_real_yet() -> tuple[Callable, Callable]:
 
 
 def inside(ranges: list[tuple[int, int]]) -> Callable[[int], bool]:
-    """Tells of a number whether it is in one of some ranges, which begin after their first number."""
+    """Tells of a number whether one of some ranges has it: each begins after its first number."""
     ranges.sort()
 
     def told(number: int) -> bool:
@@ -10815,10 +10893,11 @@ def inside(ranges: list[tuple[int, int]]) -> Callable[[int], bool]:
 
 
 class Staged:
-    """What is written in pieces, and is real when the last one is: until then nothing starts, nobody is told.
+    """What is written in pieces, and is real when the last one is.
 
-    It holds its capacity from the first piece on, so that the last can't fail. What is not made real
-    is erased; what a process has left behind that died, the life cycle erases.
+    Until then nothing starts and nobody is told. It holds its capacity from the first piece on, so
+    that the last can't fail. What is not made real is erased; what a process has left behind that
+    died, the life cycle erases.
     """
 
     def __init__(self, service: Service, name: str = ''):
@@ -10828,15 +10907,16 @@ class Staged:
         self.dropping = False
 
     def begin(self) -> None:
-        """Notes where a piece begins; this and all that follows but `drop_all` inside a transaction."""
+        """Notes where a piece begins; all but `drop_all` are called inside a transaction."""
         self.before = self.newest()
 
     def newest(self) -> tuple:
-        return tuple(run('SELECT (SELECT max(id) FROM reservation), (SELECT max(id) FROM event)').fetchone())
+        last = '(SELECT coalesce(max(id), 0) FROM {})'.format
+        return run(f"SELECT {last('reservation')}, {last('event')}").fetchone()
 
     def set_aside(self, now: float) -> None:
         """Keeps what was written since it began from being looked at and told."""
-        self.pieces.append([each or 0 for each in (*self.before, *self.newest())])
+        self.pieces.append([*self.before, *self.newest()])
         self.note(now + GOES_ON)
 
     def note(self, dropped: float) -> None:
@@ -10857,8 +10937,9 @@ class Staged:
         first, told, last, last_told = self.pieces[-1]
         if not self.dropping:  # so that no id of an event comes twice, one stays
             self.dropping = True
-            run("UPDATE event SET reservation_id = NULL, occurrence = NULL, project = '', code = 'dropped', sentence = "
-                "'many lines were begun and not all had room, so none is reserved' WHERE id = ?", last_told)
+            run("UPDATE event SET reservation_id = NULL, occurrence = NULL, project = '', "
+                "code = 'dropped', sentence = 'many lines were begun and not all had room, so none "
+                "is reserved' WHERE id = ?", last_told)
             run('DELETE FROM outbox WHERE event_id = ?', last_told)
         for last in some_of(deque(range(last, first, -1))):
             self.erase(last, now)
@@ -10869,17 +10950,21 @@ class Staged:
             run('DELETE FROM fact WHERE name = ?', self.name)
 
     def erase(self, reservation: int, now: float) -> None:
-        """Erases a reservation as if it had never been; one whose VMs somebody has started is cancelled."""
-        held = rows('SELECT id, resource_id, held_from, held_until, vms, vcpus, ram, classes FROM occurrence '
-                    'WHERE reservation_id = ?', reservation)
+        """Erases a reservation as if it had never been; one that has VMs is cancelled."""
+        held = rows('SELECT id, resource_id, held_from, held_until, vms, vcpus, ram, classes '
+                    'FROM occurrence WHERE reservation_id = ?', reservation)
         ids = json.dumps([each.id for each in held])
-        if row('SELECT 1 AS one FROM server WHERE occurrence_id IN (SELECT value FROM json_each(?)) LIMIT 1', ids):
-            self.service.cancel(self.service.live(self.service.next_of(reservation)), now, 'not all of it had room', True)
+        if row('SELECT 1 AS one FROM server '
+               'WHERE occurrence_id IN (SELECT value FROM json_each(?)) LIMIT 1', ids):
+            live = self.service.live(self.service.next_of(reservation))
+            self.service.cancel(live, now, 'not all of it had room', True)
             return
         give(hold_of(each) for each in held if each.held_from < each.held_until)
         self.service.drop_proposals(reservation)
-        give(hold_of(each) for each in rows('SELECT * FROM extra_hold WHERE reservation_id = ?', reservation))
-        run('DELETE FROM outbox WHERE event_id IN (SELECT id FROM event WHERE reservation_id = ?)', reservation)
+        extra = rows('SELECT * FROM extra_hold WHERE reservation_id = ?', reservation)
+        give(map(hold_of, extra))
+        run('DELETE FROM outbox WHERE event_id IN '
+            '(SELECT id FROM event WHERE reservation_id = ?)', reservation)
         for table in ('extra_hold', 'wait', 'event', 'occurrence'):
             run(f'DELETE FROM {table} WHERE reservation_id = ?', reservation)
         run('DELETE FROM reservation WHERE id = ?', reservation)
@@ -11233,7 +11318,8 @@ class Requests(Approval):
         """
         if by <= timedelta(0):
             raise Invalid(f'by: {to_plain(by)} is no length to extend by; write +1h')
-        return self.prolong(label, project, occurrence, lambda old: instant(old.end) + by, 'updated', dry_run)
+        return self.prolong(label, project, occurrence, lambda old: instant(old.end) + by,
+                            'updated', dry_run)
 
     @api('POST', '/reservation/<label>/keep')
     @for_each_part
@@ -11249,18 +11335,25 @@ class Requests(Approval):
             if self.clock() < old.held_from:
                 raise Conflict(f"'{label}' has not begun; `update` moves its end")
             if last.timestamp() <= old.end:
-                raise Invalid(f'until: {to_plain(last)} is not after the end, {to_plain(instant(old.end))}')
+                raise Invalid(f'until: {to_plain(last)} is not after the end, '
+                              f'{to_plain(instant(old.end))}')
             return last
         return self.prolong(label, project, None, end, 'kept', dry_run)
 
-    def prolong(self, label: str, project: str, occurrence: Day | None, end: Callable[[Any], datetime], code: str,
+    def prolong(self, label: str, project: str, occurrence: Day | None,
+                end: Callable[[Any], datetime], code: str,
                 dry_run: bool) -> dict:
-        """Lets the present or next occurrence, or a certain one, end at another instant; no cloud need be asked."""
+        """Lets the present, next or a certain occurrence end at another instant.
+
+        No cloud need be asked, so all of it is done in the one transaction.
+        """
         def deed(now: float) -> dict:
             old = self.mine(label, project, occurrence=occurrence)
             asked = {'end': end(old)}
-            wish = self.read_wish(self.unaltered(old) | asked, old, asked, place=resource_of(old.resource_id))
-            return self.altered(old, wish, asked, now, code, named=not old.repeats, only=bool(old.repeats))
+            place = resource_of(old.resource_id)
+            wish = self.read_wish(self.unaltered(old) | asked, old, asked, place=place)
+            return self.altered(old, wish, asked, now, code, named=not old.repeats,
+                                only=bool(old.repeats))
         return self.carry_out(deed, dry_run)
 
     @api('POST', '/reservation/<label>/skip')
@@ -11364,12 +11457,14 @@ class Requests(Approval):
                 return answer
         raise Conflict(f"'{label}' is being changed by others all the time; try again")
 
-    def altered(self, old, wish: Wish, asked: dict, now: float, code: str, named: bool, only: bool) -> dict:
-        """Changes what was read in the same transaction, all of it or nothing, and answers; what changes nothing
-        is told to nobody.
+    def altered(self, old, wish: Wish, asked: dict, now: float, code: str, named: bool,
+                only: bool) -> dict:
+        """Changes what was read in the same transaction, all of it or nothing, and answers.
+
+        What changes nothing is told to nobody.
 
         Args:
-          named: the occurrence was named, so that it changes also if it was changed on its own before
+          named: it was named, so that it changes also if it was changed on its own before
           only: no other occurrence changes
         """
         def changed(wish: Wish, *otherwise: str) -> list | None:
@@ -11391,8 +11486,9 @@ class Requests(Approval):
             old.resource_id, old.held_from, old.start, old.end, amount_of(old)) == (
             wish.resource.id, wish.held[0], wish.start, wish.end, wish.amount)
 
-    def unless_same(self, old, wish: Wish, deed: Callable[[], list | None]) -> tuple[list | None, bool]:
-        """Does something to a reservation, and whether all of it is as before then: that is undone."""
+    def unless_same(self, old, wish: Wish,
+                    deed: Callable[[], list | None]) -> tuple[list | None, bool]:
+        """Does something to a reservation; whether all is as before then, and that is undone."""
         if not (old.repeats or wish.stretches):
             return deed(), False
         before = self.as_stored(old.reservation)
@@ -11436,7 +11532,8 @@ class Requests(Approval):
         """Writes down that a reservation was changed."""
         self.journal(now, code, f"{self.actor.user} changed: {', '.join(sorted(asked.keys() - {'tz'}))}",
                      old.reservation, wish.notify,
-                     NONE_OF_THEM if done or not old.repeats else None if wish.stretches else old.id)
+                     NONE_OF_THEM if done or not old.repeats else
+                     None if wish.stretches else old.id)
 
     @api('DELETE', '/reservation/<label>')
     @api('DELETE', '/reservation/')
@@ -12066,8 +12163,9 @@ class Claims(Plan):
             return {'passes': False, 'why': why, 'hosts': None}
         classes = stored(need)['classes']
         if not rehearsal.on:
-            run('INSERT INTO claim (resource_id, occurrence, server, project, user, vcpus, ram, classes, at, due) '
-                'VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (resource_id, server) DO UPDATE SET '
+            run('INSERT INTO claim (resource_id, occurrence, server, project, user, vcpus, ram, '
+                'classes, at, due) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?) '
+                'ON CONFLICT (resource_id, server) DO UPDATE SET '
                 'occurrence = excluded.occurrence, vcpus = excluded.vcpus, ram = excluded.ram, '
                 'classes = excluded.classes, due = excluded.due', place.id,
                 found.id if found else None, server, project, user, need.vcpus, need.ram, classes,
@@ -12155,6 +12253,12 @@ class Claims(Plan):
 # Calendars that make reservations, once or again and again, and calendars that show them.
 
 
+#: What a feed reads: no user data, and of a long description its beginning.
+FOR_FEEDS = LISTING.replace('r.user_data,', "'' AS user_data,").replace(
+    'r.description,', "iif(length(r.description) > 500, substr(r.description, 1, 497) || '...', "
+    'r.description) AS description,')
+
+
 def repeats(booking: Booking) -> bool:
     """Whether an event may have more than one occurrence."""
     return any(not stretch.single for stretch in booking.stretches)
@@ -12190,14 +12294,13 @@ class Calendars(Claims):
           said: what the events don't say, named as in `import`
         """
         zone, here = read_zone(said['tz'] or self.config.timezone), self.here.now
-        owner, budget = self.owner(said), Budget()
-        entries = read_calendar(text, 'the calendar')
+        owner, entries = self.owner(said), read_calendar(text, 'the calendar')
         groups = by_uid(wishful(entries))
         wanted = bookings(groups, zone, here, here + timedelta(days=self.config.horizon),
-                          Want(*(said[name] for name in Want._fields)), budget)
+                          Want(*(said[name] for name in Want._fields)))
         wanted = self.without_lookalikes(wanted, said, owner, subscription)
         ignored = len({each.uid for each in entries} | {*groups}) - len(wanted)
-        lines = deque(self.read_bookings(wanted, said, zone, budget))
+        lines = self.read_bookings(wanted, said, zone)
         before = []
         if not dry_run and not self.live_of(subscription, self.clock()):
             before = self.take_in_pieces(lines, owner, subscription)
@@ -12248,17 +12351,19 @@ class Calendars(Claims):
             "SELECT DISTINCT cloud FROM resource WHERE cloud <> '' AND removed IS NULL")]
 
     def take_in_pieces(self, lines: deque, owner: tuple[str, str], subscription) -> list[dict]:
-        """What became of each event; others can write between. Of what was there nothing goes by that."""
+        """What became of each event, where none can make anything go; others can write between."""
         done = []
         while lines:
             self.shares.breathe()
             with self.writing() as now:
                 self.refuse_unsubscribed(subscription)
-                done += [self.take_booking(*line, owner, subscription, now) for line in some_of(lines)]
+                done += [self.take_booking(*line, owner, subscription, now)
+                         for line in some_of(lines)]
         return done
 
     def refuse_unsubscribed(self, subscription) -> None:
-        if subscription and not row('SELECT id FROM subscription WHERE id = ? AND due IS NOT NULL', subscription.id):
+        if subscription and not row('SELECT id FROM subscription WHERE id = ? AND due IS NOT NULL',
+                                    subscription.id):
             raise Conflict('it was unsubscribed meanwhile')
 
     def take_bookings(self, wanted: list[Booking], lines: Iterable[tuple], owner: tuple[str, str],
@@ -12275,13 +12380,12 @@ class Calendars(Claims):
         self.ask_before_most_goes(subscription, had, now)
         return done
 
-    def read_bookings(self, wanted: list[Booking], said: dict, zone: ZoneInfo,
-                      budget: Budget) -> list[tuple]:
+    def read_bookings(self, wanted: list[Booking], said: dict, zone: ZoneInfo) -> deque[tuple]:
         """Bookings with their wishes, or with the errors that refuse them.
 
         Asks clouds, so outside any transaction. What doesn't repeat is read first.
         """
-        lines, left = {}, 10 * MOST_OCCURRENCES
+        lines, left, budget = {}, 10 * MOST_OCCURRENCES, Budget()
         for booking in self.progress(sorted(wanted, key=repeats)):
             self.shares.breathe()
             try:
@@ -12294,7 +12398,7 @@ class Calendars(Claims):
                 lines[booking.uid] = booking, wish, None
             except Error as error:
                 lines[booking.uid] = booking, None, error
-        return [lines[booking.uid] for booking in wanted]
+        return deque(lines[booking.uid] for booking in wanted)
 
     def read_booking(self, booking: Booking, said: dict,
                      zone: ZoneInfo) -> tuple[Wish | None, list[Slot]]:
@@ -12308,12 +12412,13 @@ class Calendars(Claims):
             return None, []
         asked = said | want._asdict() | {
             'label': calendar_name(booking.summary), 'start': instant(coming[0].start),
-            'end': instant(coming[0].end), 'security_groups': (), 'user_data': '', 'metadata': None, 'server': '',
-            'personal': False, 'lead': None, 'description': booking.summary[:1000],
-            'repeat': booking.stretches[0].rule, 'late': True}
+            'end': instant(coming[0].end), 'security_groups': (), 'user_data': '',
+            'metadata': None, 'server': '', 'personal': False, 'lead': None,
+            'description': booking.summary[:1000], 'repeat': booking.stretches[0].rule,
+            'late': True}
         if not want.resource:
-            raise Invalid(f"no resource is named; write `{want.vms} x {want.flavor or 'm1.small'} on RESOURCE`, or "
-                          'say --resource')
+            raise Invalid(f"no resource is named; write `{want.vms} x {want.flavor or 'm1.small'} "
+                          'on RESOURCE`, or say --resource')
         wish = self.read_wish(asked, changes=())
         stretches = [stretch._replace(resource=wish.resource.id) for stretch in booking.stretches]
         return wish._replace(stretches=stretches, tz=stretches[0].zone), coming
@@ -12374,10 +12479,10 @@ class Calendars(Claims):
         """The label of a wish, with a number behind it if somebody has it."""
         def taken(number: int) -> bool:
             label = f'{wish.label}-{number}' if number > 1 else wish.label
-            return bool(row('SELECT id FROM reservation WHERE project = ? AND over > ? AND label = ? UNION ALL '
-                            'SELECT id FROM reservation WHERE project = ? AND over > ? AND request = ? '
-                            "AND request <> '' LIMIT 1",
-                            *(wish.project, int(now), label) * 2))
+            return bool(row(
+                'SELECT id FROM reservation WHERE project = ? AND over > ? AND label = ? UNION ALL '
+                'SELECT id FROM reservation WHERE project = ? AND over > ? AND request = ? '
+                "AND request <> '' LIMIT 1", *(wish.project, int(now), label) * 2))
         last = free = 1
         while taken(free):
             last, free = free, 2 * free
@@ -12615,7 +12720,7 @@ class Calendars(Claims):
 
         What is others' is shown as busy only.
         """
-        found = self.page(*self.shown_in(feed), (), limit=MOST_SHOWN_BY_FEED + 1)
+        found = self.page(*self.shown_in(feed), (), limit=MOST_SHOWN_BY_FEED + 1, fields=FOR_FEEDS)
         servers: dict = defaultdict(list)
         for each in rows("SELECT occurrence_id, addresses FROM server WHERE occurrence_id IN "
                          "(SELECT value FROM json_each(?)) AND due IS NOT NULL AND goal = 'up'",
@@ -12825,7 +12930,8 @@ class Tokens(Calendars):
     def revoke(self, id: int, now: float) -> None:
         """Makes a token worthless, and whoever has signed in with it is signed out."""
         change(Token, id, revoked=int(now))
-        run('DELETE FROM session WHERE token_id = ?', id)
+        if not rehearsal.on:
+            run('DELETE FROM session WHERE token_id = ?', id)
 
     @api('DELETE', '/user/<user>', role=ADMIN)
     def user_end(self, user: Name, project: Name = '', dry_run: bool = False) -> EndedAnswer:
@@ -13003,7 +13109,8 @@ class Reservations(Tokens):
         told = ('reserved', 'used', 'unused', 'late_worst')
         lines: dict = defaultdict(lambda: dict.fromkeys((*told, 'refused'), 0.0))
         ways = self.ways({'user': '', 'project': ''}, (), first)
-        near = ids_by((way, f'{which} AND o.start < {last} + {LONGEST_LEAD}') for way, which in ways)
+        begun = f'AND o.start < {last} + {LONGEST_LEAD}'
+        near = ids_by((way, f'{which} {begun}') for way, which in ways)
         hours = HOURS.format(by=columns[by_whom], own=own, near=near)
         for name, *figures in run(hours, first, last, last, first,
                                   *(value for _, value in self.visible()), now, now):
@@ -13287,7 +13394,8 @@ class LifeCycle:
         self.service.fence = self.refuse_without_lease
         self.stale = False  # whether series are still to be carried on
         self.dropping = False  # whether more is to be dropped that was begun and not ended
-        self.soonest, self.seen = 0.0, None  # when something is due next, and in which state of the store
+        self.soonest = 0.0  # when something is due next
+        self.seen: tuple | None = None  # the state of the store in which that was so
         self.calm_until = 0.0  # until when notices that have to wait for others are left alone
         self.zones, self.fresh_until = '', 0.0
         self.reported: set[str] = set()  # orphans that wait for an admin
@@ -13940,10 +14048,11 @@ class LifeCycle:
 
     def call(self, now: float) -> None:
         """Hands the calls that are due to workers, each after its intent is written."""
-        due = [server for server in self.those_due('server', SERVERS, now, 'ORDER BY +v.planned, v.id')
-               if not self.busy(('server', server.id))]
+        servers = self.those_due('server', SERVERS, now, 'ORDER BY +v.planned, v.id')
+        due = [server for server in servers if not self.busy(('server', server.id))]
         notices = self.next_notices(now)
-        polls = self.those_due('subscription', 'SELECT u.* FROM subscription u', now, 'ORDER BY u.due')
+        polls = self.those_due(
+            'subscription', 'SELECT u.* FROM subscription u', now, 'ORDER BY u.due')
         claims: dict = defaultdict(list)
         for each in self.those_due('claim', 'SELECT c.server, s.cloud FROM claim c JOIN resource s '
                                    'ON s.id = c.resource_id', now, 'LIMIT 100'):
@@ -13995,7 +14104,8 @@ class LifeCycle:
         while queues and len(under_way) + len(chosen) < self.config.workers:
             owner = min(queues, key=owners.__getitem__)
             full = owners[owner] >= max(self.config.workers // 4, 1)
-            notice = None if full else next((each for each in queues[owner] if self.has_room(each, hosts)), None)
+            may_go = (each for each in queues[owner] if not full and self.has_room(each, hosts))
+            notice = next(may_go, None)
             if notice is None:
                 del queues[owner]
                 continue
@@ -15064,11 +15174,11 @@ def in_turn(*looks: Callable | None) -> Callable:
     return look
 
 
-def sent(text: str, status: int, headers: dict):
+def sent(text: str | bytes, status: int, headers: dict):
     """An answer, compressed for who takes that: never a page, which holds secrets (BREACH)."""
     import bottle
     import gzip
-    data = text.encode('utf8', 'replace')
+    data = text if isinstance(text, bytes) else text.encode('utf8', 'replace')
     takes = bottle.request.get_header('Accept-Encoding', '')
     if len(data) >= LEAST_GZIP and TAKES_GZIP.search(takes):
         data = gzip.compress(data, 5, mtime=0)
@@ -15234,34 +15344,77 @@ class Once:
 def feed_handler(service: Reservations) -> Callable:
     """Answers calendar programs: nothing but a secret in the address tells who asks."""
     import bottle
-    # By feed: the newest event of the journal then, what was shown, until when the text holds, ETag, text.
-    kept: dict[int, tuple] = {}
-
-    def current(secret: str) -> tuple[str, str]:
-        name, feed = service.feed(secret)
-        version, now = row('SELECT max(id) AS newest FROM event').newest, service.clock()
-        newest, digest, holds, *text = kept.get(feed.id, (None, None, 0))
-        if version != newest or now >= holds:
-            before, digest = digest, service.feed_digest(feed)
-            if digest != before or now >= holds:
-                found, holds = service.feed_events(feed)
-                text = calendar_text(name, found)
-                text = f'"{hashed(text)[:32]}"', text
-            if len(kept) > 1000:
-                kept.clear()
-            kept[feed.id] = version, digest, holds, *text
-        return tuple(text)
+    written = WrittenFeeds(service)
 
     def handle(secret: str, name: str = ''):
         try:
-            etag, text = current(secret)
+            etag, text = written.current(secret)
         except Error as error:
             return refused(error)
         same = etag in bottle.request.headers.get('If-None-Match', '')
-        return sent('' if same else text, 304 if same else 200, UNKEPT | {
+        return sent(b'' if same else text, 304 if same else 200, UNKEPT | {
             'Content-Type': 'text/calendar; charset=utf-8', 'ETag': etag,
             'Cache-Control': 'private, no-cache'})
     return handle
+
+
+class Written(NamedTuple):
+    """A feed as it was written, with what tells whether it still holds."""
+    newest: int | None = None  # the last event of the event log then
+    digest: str | None = None  # of what it shows
+    holds: float = 0           # until when, if nothing changes
+    etag: str = ''
+    text: bytes = b''
+
+
+class WrittenFeeds:
+    """The feeds that were asked for last, each written once for all who ask.
+
+    One is written at a time: a long one takes memory. While half of the threads wait for that,
+    others are told to come again.
+    """
+    MOST = 2**26  # bytes of all that are kept
+
+    def __init__(self, service: Reservations):
+        self.service, self.kept = service, {}
+        self.lock = threading.Lock()
+        self.places = threading.BoundedSemaphore(max(service.config.threads // 2, 1))
+
+    def current(self, secret: str) -> tuple[str, bytes]:
+        """The ETag and the text of a feed as it is now."""
+        name, feed = self.service.feed(secret)
+        found = self.kept.get(feed.id, Written())
+        if self.is_old(found):
+            if not self.places.acquire(blocking=False):
+                raise Unavailable('many calendars are being written; try again in a minute')
+            try:
+                with self.lock:
+                    found = self.written_anew(name, feed)
+            finally:
+                self.places.release()
+        return found.etag, found.text
+
+    def newest(self) -> int | None:
+        return row('SELECT max(id) AS newest FROM event').newest
+
+    def is_old(self, found: Written) -> bool:
+        return found.newest != self.newest() or self.service.clock() >= found.holds
+
+    def written_anew(self, name: str, feed) -> Written:
+        """The feed as it is now; somebody else may have written it meanwhile."""
+        found, newest = self.kept.get(feed.id, Written()), self.newest()
+        if not self.is_old(found):
+            return found
+        digest = self.service.feed_digest(feed)
+        if digest != found.digest or self.service.clock() >= found.holds:
+            events, holds = self.service.feed_events(feed)
+            text = calendar_text(name, events).encode()
+            found = Written(newest, digest, holds, f'"{hashlib.sha256(text).hexdigest()[:32]}"', text)
+        self.kept.pop(feed.id, None)
+        while self.kept and sum(len(each.text) for each in self.kept.values()) + len(found.text) > self.MOST:
+            del self.kept[next(iter(self.kept))]
+        self.kept[feed.id] = found = found._replace(newest=newest)
+        return found
 
 
 def answering(handle: Callable) -> Callable:
@@ -15330,7 +15483,7 @@ class Line:
 
 
 def whose(channel) -> str:
-    """Who sends the request that a connection has: by what they identify themselves with, or from where."""
+    """Who sends the request that a connection has: by their token or session, else from where."""
     headers = channel.requests[0].headers if channel.requests else {}
     return headers.get('AUTHORIZATION') or headers.get('COOKIE') or str(channel.addr)
 
@@ -15382,7 +15535,9 @@ class Readiness:
 
     def look(self) -> dict:
         """What is so now: each part with a fault, if it has one."""
-        store = {'fault': probe(store_file.path), 'version': latest_version()}
+        failed, at = store_file.failed  # on a disk that is nearly full, small writes go on
+        fault = probe(store_file.path) or failed * (time.monotonic() < at + 5)
+        store = {'fault': fault, 'version': latest_version()}
         found = {'store': store, 'integrity': self.integrity(store['fault']), 'disk': self.disk(),
                  'scheduler': {} if store['fault'] else self.scheduler()}
         ready = not any(each.get('fault') for each in found.values())
@@ -15624,6 +15779,7 @@ class Gate:
         self.operations = {(verb, rule(operation, path)): operation.name
                            for operation in API.values() for verb, path, _ in operation.routes}
         self.store = StoreMetrics(service, cycle)
+        self.reader = ''  # the hash of the token that has read metrics last
 
     def __call__(self, environ: dict, start_response: Callable) -> Iterable[bytes]:
         began, answer = time.monotonic(), Reply(environ, start_response)
@@ -15661,13 +15817,25 @@ class Gate:
         if allowed == 'off':
             raise NotFound('there are no metrics here; the setting `metrics` can allow them')
         if allowed != 'open':
-            import bottle
-            with db.connection_context():
-                asks = who_asks(self.service, bottle.LocalRequest(environ))
-            if asks.role != ADMIN or asks.scopes - {'read'} or asks.resource is not None:
-                raise Forbidden("metrics need an admin's token; it may have the scope read")
+            self.refuse_reader(environ)
         text = exposition(self.store.samples()).encode()
         return answer.say(200, text, UNKEPT | {'Content-Type': PROMETHEUS})
+
+    def refuse_reader(self, environ: dict) -> None:
+        """Refuses who may not read metrics; who could before, may while the store can't be read."""
+        import bottle
+        request = bottle.LocalRequest(environ)
+        secret = hashed(bearer(request))
+        try:
+            with db.connection_context():
+                asks = who_asks(self.service, request)
+        except (Unavailable, *STORE_ERRORS) as error:
+            if secret != self.reader:
+                raise trouble(error) or error from None
+            return
+        if asks.role != ADMIN or asks.scopes - {'read'} or asks.resource is not None:
+            raise Forbidden("metrics need an admin's token; it may have the scope read")
+        self.reader = secret
 
     def finish(self, environ: dict, answer: Reply, began: float, sent: int) -> None:
         """Counts a request that is answered, and writes its line."""
@@ -15769,13 +15937,22 @@ class StoreMetrics:
     def __init__(self, service: Reservations, cycle: LifeCycle | None):
         self.service, self.cycle, self.lock = service, cycle, threading.Lock()
         self.seen: int | None = None  # the last event that was counted
+        for code in TEXTS:  # Prometheus sees no increase from nothing to one
+            METRICS.count('events_total', 0, code=code)
+        for setting in LIMITED:
+            METRICS.count('limited_total', 0, setting=setting)
+        for name in ('wrong_tokens_total', 'sign_ins_total', 'hung_up_total'):
+            METRICS.count(name, 0)
 
     def samples(self) -> list[tuple]:
         """Samples of all that is measured; without the store, where that can't be read."""
-        with self.lock, db.connection_context():
+        with self.lock:
             try:
-                self.count_events()
-                found = [*self.of_store(), *self.of_resources()]
+                with db.connection_context():
+                    self.count_events()
+                    for account in self.service.clouds.accounts():
+                        METRICS.begin('start_delay_seconds', cloud=account)
+                    found = [*self.of_store(), *self.of_resources()]
             except (Unavailable, *STORE_ERRORS) as error:
                 log.warning('no metrics of the store: %s', trouble(error) or error)
                 found = []
@@ -15796,7 +15973,8 @@ class StoreMetrics:
         for name, which in (('waiting', 'reservation WHERE waiting IS NOT NULL'),
                             ('pending', 'reservation WHERE pending IS NOT NULL')):
             yield f'reservations_{name}', (), run(f'SELECT count(*) FROM {which}').fetchone()[0]
-        number, oldest = run('SELECT count(*), min(due) FROM outbox WHERE due IS NOT NULL').fetchone()
+        number, oldest = run('SELECT count(*), min(e.at) FROM outbox n JOIN event e ON e.id = n.event_id '
+                             'WHERE n.due IS NOT NULL').fetchone()
         yield 'notices_waiting', (), number
         yield 'notice_age_seconds', (), max(now - (now if oldest is None else oldest), 0)
         for account, state, number in run('SELECT account, state, count(*) FROM server '
@@ -15830,6 +16008,8 @@ class StoreMetrics:
         yield 'store_bytes', (), sum(sizes)
         yield 'disk_free_bytes', (), disk_free(path)
         for account, breaker in [*self.cycle.breakers.items()] if self.cycle else ():
+            if account.startswith(' '):  # hosts of notices and calendars, which are no cloud
+                continue
             left_alone = breaker.failures >= TRIPS or breaker.until > self.service.clock()
             yield 'cloud_left_alone', (('cloud', account),), int(left_alone)
             yield 'cloud_failures', (('cloud', account),), breaker.failures
@@ -17760,10 +17940,11 @@ def web(service: Reservations):
 # is, reads settings again, and writes down now and then what was counted meanwhile.
 
 EVERY = 5            # seconds between two rounds of the housekeeper
+SILENT = 30          # seconds between two looks at connections that do nothing
 AUDIT_EVERY = 60     # seconds between two events that tell of wrong tokens
 MOST_ADDRESSES = 10  # that one such event names
 #: What is read once: sockets, threads, files and what hangs on them.
-READ_ONCE = frozenset(
+NEEDS_RESTART = frozenset(
     'database key host port threads slow_per_user slow_per_target outside_timeout url token timezone '
     'workers call_timeout sweep verify_every connections'.split())
 #: Settings that only their owner may read.
@@ -17806,7 +17987,53 @@ class Connections:
             self.of.pop(channel.peer, None)
 
 
-def channels_in(connections: Connections) -> type:
+class Watch:
+    """Waits for sockets by epoll. waitress asks each of them at every turn whether it has anything
+    to do, which thousands of idle connections make slow; here those at rest are not asked.
+    """
+
+    def __init__(self, sockets: dict):
+        import select
+        self.sockets, self.epoll = sockets, select.epoll()
+        self.flags: dict[int, int] = {}  # what each is waited for
+        self.awake = set(sockets)        # those that are asked at the next turn
+
+    def add(self, fd: int) -> None:
+        """Asks a new socket from now on; its number may be that of one before it."""
+        self.flags.pop(fd, None)
+        self.awake.add(fd)
+
+    def turn(self, timeout: float) -> None:
+        """Reads and writes what can be."""
+        from waitress.wasyncore import readwrite
+        for fd in [*self.awake]:
+            self.ask(fd)
+        for fd, events in self.epoll.poll(timeout):
+            if each := self.sockets.get(fd):
+                self.awake.add(fd)
+                readwrite(each, events)
+
+    def ask(self, fd: int) -> None:
+        """Waits for what a socket needs next; what is at rest needs to be read, and is not asked."""
+        import select
+        each = self.sockets.get(fd)
+        if each is None or self.is_at_rest(each):
+            self.awake.discard(fd)
+        if each is None:
+            return
+        reads = select.EPOLLIN | select.EPOLLPRI if each.readable() else 0
+        writes = select.EPOLLOUT if each.writable() and not each.accepting else 0
+        if (flags := reads | writes) != self.flags.get(fd):
+            (self.epoll.modify if fd in self.flags else self.epoll.register)(fd, flags)
+            self.flags[fd] = flags
+
+    def is_at_rest(self, each) -> bool:
+        """Whether a connection changes only by what comes from its client."""
+        return hasattr(each, 'requests') and not (
+            each.requests or each.total_outbufs_len or each.will_close or each.close_when_flushed)
+
+
+def channels_in(connections: Connections, watch: Watch) -> type:
     """waitress' kind of connection, which says when it begins and ends."""
     from waitress.channel import HTTPChannel
 
@@ -17815,9 +18042,11 @@ def channels_in(connections: Connections) -> type:
 
         def __init__(self, server, sock, addr, adj, map=None):
             super().__init__(server, sock, addr, adj, map=map)
+            watch.add(self._fileno)
             connections.add(self, network_of(addr[0]))
 
         def del_channel(self, map=None):
+            watch.flags.pop(self._fileno, None)
             super().del_channel(map)
             connections.drop(self)
     return Channel
@@ -17839,7 +18068,8 @@ class Front:
         self.port = getattr(self.server, 'effective_port', config.port)
         self.sockets = getattr(self.server, 'map', None) or self.server._map
         self.doors = [each for each in self.sockets.values() if getattr(each, 'accepting', False)]
-        kind = channels_in(Connections(config))
+        self.watch, self.looked = Watch(self.sockets), time.monotonic()
+        kind = channels_in(Connections(config), self.watch)
         for each in self.doors:
             each.channel_class = kind
 
@@ -17853,7 +18083,10 @@ class Front:
     def turn(self) -> None:
         """Reads and writes what can be, for a second at most."""
         self.turned = time.monotonic()
-        self.server.asyncore.loop(1, True, self.sockets, 1)
+        if self.leaving.is_set() or self.turned > self.looked + SILENT:
+            self.looked = self.turned
+            self.watch.awake.update(self.sockets)  # waitress closes those that are silent for long
+        self.watch.turn(1)
 
     def run(self) -> None:
         """Serves until it is to leave, and then until all is answered, or `drain` is over."""
@@ -17885,6 +18118,118 @@ def allow_files(number: int) -> None:
     most = number if hard == resource.RLIM_INFINITY else min(number, hard)
     if soft != resource.RLIM_INFINITY and soft < most:
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+
+
+class Alert(NamedTuple):
+    """One rule of Prometheus: when it holds for so long, somebody is told."""
+    name: str
+    holds: str
+    lasts: str
+    severity: str
+    summary: str
+
+
+ALERTS = (
+    Alert('CmresDown', 'up{job="cmres"} == 0 or absent(up{job="cmres"})', '2m', 'page',
+          'cmres does not answer Prometheus: nobody can reserve, and nothing may start'),
+    Alert('CmresStandsStill', 'cmres_pass_age_seconds > 180 or absent(cmres_leader)', '2m', 'page',
+          'No life cycle makes passes: no VM is started or ended. See the log of the scheduler'),
+    Alert('CmresCloudIll', 'cmres_cloud_left_alone == 1', '5m', 'page',
+          'The cloud {{ $labels.cloud }} fails again and again and is left alone for a while'),
+    Alert('CmresStartsFail', 'increase(cmres_events_total{code="failed"}[1h]) > 0', '0m', 'ticket',
+          'A reservation was over and its VMs were never up'),
+    Alert('CmresStartsLate', 'histogram_quantile(0.95, sum by (le, cloud) '
+          '(increase(cmres_start_delay_seconds_bucket[1h]))) > 300', '10m', 'ticket',
+          'VMs on {{ $labels.cloud }} are ready more than five minutes late'),
+    Alert('CmresErrors', 'sum(rate(cmres_requests_total{status=~"5.."}[5m])) > '
+          '0.02 * sum(rate(cmres_requests_total[5m]))', '5m', 'page',
+          'One request in fifty or more ends in an error of the server'),
+    Alert('CmresSlow', 'histogram_quantile(0.9, sum by (le) '
+          '(rate(cmres_request_seconds_bucket[5m]))) > 2', '10m', 'ticket',
+          'One request in ten takes longer than two seconds'),
+    Alert('CmresNoticesStuck', 'cmres_notice_age_seconds > 900', '5m', 'ticket',
+          'Mails or webhooks are not delivered. See the event log and the mail server'),
+    Alert('CmresStoreInDanger', 'cmres_disk_free_bytes < 5e8 or cmres_store_damaged == 1', '1m', 'page',
+          'The disk of the database is nearly full, or the database is damaged: see /readyz'),
+    Alert('CmresGuessed', 'rate(cmres_wrong_tokens_total[5m]) > 1', '5m', 'ticket',
+          'Somebody tries tokens. The event log tells from where'))
+
+#: The charts of the dashboard: title, unit, and of each line what it shows and its name.
+CHARTS = (
+    ('Requests', 'reqps', (('sum by (status) (rate(cmres_requests_total[5m]))', '{{status}}'),)),
+    ('Answered within', 's', tuple(
+        (f'histogram_quantile({share}, sum by (le) (rate(cmres_request_seconds_bucket[5m])))', name)
+        for share, name in ((0.5, 'half'), (0.95, '95 %'), (0.99, '99 %')))),
+    ('Reserved now, of capacity', 'percentunit', (
+        ('cmres_used{class="vms"} / cmres_capacity{class="vms"}', '{{resource}}'),)),
+    ('VMs by state', 'short', (('sum by (cloud, state) (cmres_servers)', '{{cloud}} {{state}}'),)),
+    ('Reserved and refused', 'short', (
+        ('increase(cmres_events_total{code=~"added|admitted"}[1h])', '{{code}}'),
+        ('increase(cmres_refusals_total[1h])', 'refused: {{kind}}'))),
+    ('Waiting and pending', 'short', (
+        ('cmres_reservations_waiting', 'waiting'), ('cmres_reservations_pending', 'pending'))),
+    ('VMs ready after their planned start', 's', tuple(
+        (f'histogram_quantile({share}, sum by (le, cloud) '
+         '(increase(cmres_start_delay_seconds_bucket[1h])))', f'{{{{cloud}}}} {name}')
+        for share, name in ((0.5, 'half'), (0.95, '95 %')))),
+    ('Calls to clouds', 'reqps', (
+        ('sum by (cloud, verb, result) (rate(cmres_cloud_call_seconds_count[5m]))',
+         '{{cloud}} {{verb}} {{result}}'),)),
+    ('Last pass of the life cycle, age', 's', (('cmres_pass_age_seconds', 'age'),)),
+    ('Waiting to write', 's', (
+        ('histogram_quantile(0.95, sum by (le) (rate(cmres_lock_wait_seconds_bucket[5m])))', '95 %'),)),
+    ('Database and memory', 'bytes', (
+        ('cmres_store_bytes', 'database'), ('cmres_resident_bytes', 'memory'),
+        ('cmres_disk_free_bytes', 'free on disk'))),
+    ('Refused by limits, wrong tokens', 'short', (
+        ('increase(cmres_limited_total[5m])', '{{setting}}'),
+        ('increase(cmres_wrong_tokens_total[5m])', 'wrong tokens'))))
+
+
+def alert_rules() -> dict:
+    """The alerts as Prometheus reads them."""
+    return {'groups': [{'name': 'cmres', 'rules': [
+        {'alert': each.name, 'expr': each.holds, 'for': each.lasts,
+         'labels': {'severity': each.severity}, 'annotations': {'summary': each.summary}}
+        for each in ALERTS]}]}
+
+
+def grafana_dashboard() -> dict:
+    """The dashboard as Grafana imports it; it asks for the data source."""
+    source = {'type': 'prometheus', 'uid': '${source}'}
+    panels = [{
+        'id': place + 1, 'type': 'timeseries', 'title': title, 'datasource': source,
+        'gridPos': {'x': place % 2 * 12, 'y': place // 2 * 8, 'w': 12, 'h': 8},
+        'fieldConfig': {'defaults': {'unit': unit, 'min': 0}, 'overrides': []},
+        'targets': [{'refId': 'ABC'[at], 'expr': what, 'legendFormat': name, 'datasource': source}
+                    for at, (what, name) in enumerate(lines)],
+    } for place, (title, unit, lines) in enumerate(CHARTS)]
+    choice = {'name': 'source', 'type': 'datasource', 'query': 'prometheus', 'label': 'Prometheus'}
+    return {'title': 'cmres', 'uid': 'cmres', 'schemaVersion': 39, 'editable': True, 'refresh': '30s',
+            'time': {'from': 'now-6h', 'to': 'now'}, 'templating': {'list': [choice]},
+            'panels': panels}
+
+
+CONTAINER = r"""
+# podman build -t cmres .   (in the folder of cmres.py; docker reads it with -f Containerfile)
+# podman run --read-only --tmpfs /tmp --cap-drop all --security-opt no-new-privileges \
+#   -v cmres:/var/lib/cmres -p 127.0.0.1:8080:8080 --stop-timeout 40 cmres
+FROM docker.io/library/python:3.13-slim
+COPY cmres.py /opt/cmres/
+RUN sed -n '/^# \/\/\/$/q; s/^#   "\([^"]*\)",.*/\1/p' /opt/cmres/cmres.py > /opt/cmres/needs \
+ && pip install --no-cache-dir --disable-pip-version-check -r /opt/cmres/needs \
+ && python -m compileall -q /opt/cmres \
+ && useradd --uid 10001 --home-dir /var/lib/cmres --create-home cmres
+ENV CMRES_HOST=0.0.0.0 CMRES_DATABASE=/var/lib/cmres/cmres.db CMRES_LOG_FORMAT=json PYTHONUNBUFFERED=1
+USER 10001
+WORKDIR /var/lib/cmres
+VOLUME /var/lib/cmres
+EXPOSE 8080
+HEALTHCHECK --start-period=30s CMD ["python", "-c", \
+  "import urllib.request as u; u.urlopen('http://127.0.0.1:8080/healthz', timeout=5)"]
+ENTRYPOINT ["python", "/opt/cmres/cmres.py"]
+CMD ["serve"]
+"""
 
 
 def tell_systemd(text: str, environ: dict = os.environ) -> None:
@@ -17992,7 +18337,7 @@ def read_settings_again(config: Config, environ: dict = os.environ) -> list[str]
         before, after = getattr(config, name), getattr(new, name)
         if before == after:
             continue
-        if name in READ_ONCE:
+        if name in NEEDS_RESTART:
             told += [f'{name} has changed and needs a restart'] if name in new.sources else []
             continue
         told.append(f'{name} is {shown_setting(new, name)} now' if name in SETTINGS else f'[{name}] has changed')
@@ -18394,7 +18739,7 @@ def config_show(config: Config) -> Rows:
     """
     return [{'setting': name, 'value': shown_setting(config, name),
              'from': config.sources.get(name, 'default'),
-             'change': 'restart' if name in READ_ONCE else 'SIGHUP'} for name in SETTINGS]
+             'change': 'restart' if name in NEEDS_RESTART else 'SIGHUP'} for name in SETTINGS]
 
 
 def config_check(config: Config) -> dict:
@@ -18536,6 +18881,34 @@ def occurrences(config: Config, file: Ics, start: When = None, end: When = None,
     return found
 
 
+def alerts(config: Config) -> None:
+    """Prints ten alert rules for Prometheus, which scrapes /metrics as the job `cmres`.
+
+    Example:
+      python cmres.py alerts > /etc/prometheus/cmres.yml
+    """
+    import yaml
+    print(yaml.safe_dump(alert_rules(), sort_keys=False, width=200), end='')
+
+
+def dashboard(config: Config) -> None:
+    """Prints a dashboard that Grafana imports.
+
+    Example:
+      python cmres.py dashboard > cmres.json
+    """
+    print(json_text(grafana_dashboard(), indent=2), end='')
+
+
+def container(config: Config) -> None:
+    """Prints a Containerfile: not root, nothing written but one volume, an end in good order.
+
+    Example:
+      python cmres.py container > Containerfile
+    """
+    print(CONTAINER.strip('\n'))
+
+
 def completion(config: Config, shell: Name) -> None:
     """Prints what lets a shell complete commands, options, labels and names of resources.
 
@@ -18571,7 +18944,7 @@ complete -c cmres -f -a '(_CMRES_COMPLETE=1 cmres (commandline -opc)[2..-1] (com
 LOCAL = {each.__name__: Operation(each.__name__, each, ADMIN, [('POST', '', {})])
          for each in (serve, scheduler, tick, occurrences, store_backup, store_verify,
                       store_restore, store_migrate, store_orphans, completion, key_rotate,
-                      config_show, config_check, event_export)}
+                      config_show, config_check, event_export, alerts, dashboard, container)}
 
 
 def in_utc(config: Config) -> None:
