@@ -6071,7 +6071,7 @@ class OpenStack(Cloud):
     def log_in(self):
         import openstack
         if self.account not in openstack.config.OpenStackConfig().get_cloud_names():
-            raise UnknownCloud(f"there is no cloud '{self.account}' in clouds.yaml", sure=True)
+            raise UnknownCloud(f'the cloud {self.account} is not in clouds.yaml', sure=True)
         connection = openstack.connect(cloud=self.account, api_timeout=self.config.call_timeout,
                                        app_name='cmres')
         door = self.door()
