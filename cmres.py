@@ -14891,9 +14891,8 @@ class Document:
         fields = declared(kind)
         always = [name for name, each in fields.items() if each.always]
         return {'type': 'object', 'description': inspect.getdoc(kind),
-                'properties': {name: self.answer(each.kind) | (
-                    {'description': MEANS[name]} if name in MEANS else {})
-                    for name, each in fields.items()},
+                'properties': {name: self.answer(each.kind) | meaning(name)
+                               for name, each in fields.items()},
                 'additionalProperties': self.answer(kind.more) if kind.more else False
                 } | ({'required': always} if always else {})
 
@@ -14950,7 +14949,8 @@ class Document:
 INFO = {'title': 'cmres', 'version': __version__, 'description': __doc__.partition('\n')[0],
         'license': {'name': 'Apache License 2.0', 'identifier': 'Apache-2.0'}}
 ICALENDAR = {'text/calendar': {'schema': {'type': 'string'}}}
-LISTED = {'type': 'array', 'items': {'type': 'string'}, 'maxItems': 100}
+LISTED = {'type': 'array', 'items': {'type': 'string'}, 'maxItems': 100,
+          'description': 'one by one, or with commas between'}
 
 
 def plain_entry(path: str, name: str, text: str, responses: dict, security: list) -> dict:
@@ -14967,6 +14967,10 @@ def header_argument(name: str) -> dict:
     text, example = HEADERS[name]
     return {'name': name, 'in': 'header', 'description': text, 'example': example,
             'schema': {'type': 'string', 'pattern': '^[!-~]{1,255}$'}}
+
+
+def meaning(field: str) -> dict:
+    return {'description': MEANS[field]} if field in MEANS else {}
 
 
 def header_ref(name: str) -> dict:
@@ -15097,7 +15101,13 @@ def rest(service: Reservations, told: Callable | None = None, visitor: Callable 
         app.route(path, 'GET', feed_handler(service))
     app.route('/readyz', 'GET', Readiness(service).answer, skip=[answering])
     app.route('/openapi.json', 'GET', document_handler(service, visitor))
+    app.route(METRICS_PATH, 'GET', no_metrics)
     return app
+
+
+def no_metrics():
+    """What is answered where no gate is before the application."""
+    return refused(NotFound('`serve` counts, and only there are metrics'))
 
 
 def rule(operation: Operation, path: str) -> str:
@@ -15789,7 +15799,8 @@ class Gate:
         try:
             self.service.shares.rates.take('requests_per_address', address)
             self.service.shares.rates.look('mib_per_address', address)
-            if environ['PATH_INFO'] == METRICS_PATH:
+            reads = environ['REQUEST_METHOD'] in ('GET', 'HEAD')
+            if reads and environ['PATH_INFO'] == METRICS_PATH:
                 body = self.metrics(environ, answer)
             else:
                 body = self.app(environ, answer.begin)
@@ -15897,7 +15908,7 @@ class Reply:
         from http.client import responses
         self.begin(f'{status} {responses[status]}', [
             *headers.items(), ('Content-Length', f'{len(body)}')])
-        return [body]
+        return [] if self.environ['REQUEST_METHOD'] == 'HEAD' else [body]
 
 
 class Counting:

@@ -13025,7 +13025,7 @@ def test_openapi_points_only_to_what_it_has_and_names_every_kind_once(app):
     assert {each['tags'][0] for verbs in described['paths'].values() for each in verbs.values()} <= {
         each['name'] for each in described['tags']}
     routes = {(each.method.lower(), re.sub(r'<(\w+)[^>]*>', r'{\1}', each.rule)) for each in app.web.app.routes}
-    assert routes == {(verb, path) for path, verbs in described['paths'].items() for verb in verbs} - {('get', '/metrics')}
+    assert routes == {(verb, path) for path, verbs in described['paths'].items() for verb in verbs}
     assert described['paths'][BASE + '/reservation']['post']['requestBody']['content']['application/json'][
         'example'] == {'label': 'lab', 'resource': 'demo', 'start': '2026-12-01T09:00', 'end': '+2h', 'vms': '3',
                        'flavor': 'm1.small', 'image': 'cirros'}
@@ -13228,7 +13228,8 @@ def test_a_page_of_a_list_links_to_the_next(app):
     ('/healthz', 'GET, HEAD, OPTIONS'), (f'{BASE}/check', 'GET, HEAD, OPTIONS'), (f'{BASE}/claim/', 'OPTIONS, POST'),
     (f'{BASE}/reservation', 'DELETE, GET, HEAD, OPTIONS, POST'),
     (f'{BASE}/reservation/lab', 'DELETE, GET, HEAD, OPTIONS, PATCH'), ('/calendar/x.ics', 'GET, HEAD, OPTIONS'),
-    (f'{BASE}/limit/1', 'DELETE, OPTIONS'), (f'{BASE}/calendar/subscription', 'OPTIONS, POST')])
+    ('/metrics', 'GET, HEAD, OPTIONS'), (f'{BASE}/limit/1', 'DELETE, OPTIONS'),
+    (f'{BASE}/calendar/subscription', 'OPTIONS, POST')])
 def test_an_address_tells_its_verbs(app, path, allowed):
     told = app.web.options(path, status=204)
     wrong = app.web.request(path, method='PUT', status=405)
@@ -13768,6 +13769,17 @@ def gated(world):
         world.service.config, world.service.shares = config, cmres.Shares(config)
         return Gated(world, world.service.token_add('eva', 'biology', role)['token'], cycle=cycle)
     return make
+
+
+def test_the_gate_answers_each_verb_as_what_is_behind_it(gated):
+    admin = gated('admin')
+    assert admin.ask('/metrics', 'HEAD').status_int == 200 and not admin.ask('/metrics', 'HEAD').body
+    for path in ('/metrics', '/healthz'):
+        told = admin.ask(path, 'TRACE')
+        assert told.status_int == 405 and told.headers['Allow'] == 'GET, HEAD, OPTIONS'
+    answer = gated('user').ask('/metrics')
+    assert answer.status_int == 403 and answer.headers['Cache-Control'] == 'no-store'
+    assert answer.headers['X-Openstack-Request-Id'] == answer.headers['X-Request-Id']
 
 
 def test_who_asks_too_often_waits_and_others_do_not(world, gated):
