@@ -16359,17 +16359,19 @@ defer></script>
 <a href="#kinds">kinds</a></nav>
 % for tag, (text, entries) in tags.items():
 <h2 id="{{tag}}">{{tag.capitalize()}}</h2>
-<p class="soft">{{text.capitalize()}}.</p>
-% for verb, path, entry, arguments in entries:
+<p class="soft">{{text[0].upper() + text[1:]}}.</p>
+% for verb, path, entry, arguments in sorted(entries, key=lambda each: 'deprecated' in each[2]):
 <details class="card"><summary><strong>{{verb}}</strong> <code>{{path}}</code>
 {{'(old form)' if entry.get('deprecated') else ''}}
 <span class="soft">{{entry['summary']}}</span></summary>
+% if entry['description'].rstrip('.') != entry['summary']:
 <p>{{entry['description']}}</p>
+% end
 % if arguments:
 <div class="scroll"><table>
 <thead><tr><th>Argument</th><th>In</th><th>Kind</th><th>Meaning</th></tr></thead><tbody>
 % for name, place, needed, kind, meaning in arguments:
-<tr><td data-name="Argument"><code>{{name}}</code>{{' (needed)' if needed else ''}}</td>
+<tr><td data-name="Argument"><span><code>{{name}}</code>{{' (needed)' if needed else ''}}</span></td>
 <td data-name="In">{{place}}</td><td data-name="Kind">{{kind}}</td>
 <td data-name="Meaning">{{meaning}}</td></tr>
 % end
