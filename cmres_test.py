@@ -12890,10 +12890,10 @@ def test_a_get_of_what_changes_something_is_405_and_changes_nothing(app, verb, p
 @pytest.mark.parametrize('verb, path, allow', [
     ('PUT', '/reservation', {'GET', 'POST', 'DELETE'}), ('PATCH', '/reservation/', {'GET', 'POST', 'DELETE'}),
     ('POST', '/reservation/lab', {'GET', 'PATCH', 'DELETE'}), ('POST', '/resource/demo', {'GET', 'PATCH', 'DELETE'}),
-    ('DELETE', '/token', {'GET', 'POST'}), ('OPTIONS', '/check', {'GET'})])
+    ('DELETE', '/token', {'GET', 'POST'})])
 def test_a_wrong_verb_is_405_and_told_which_is_right(app, verb, path, allow):
     answer = app.call(verb, path, status=405)
-    assert set(answer.headers['Allow'].split(',')) >= allow
+    assert set(answer.headers['Allow'].split(', ')) >= allow
     assert answer.json['error'].startswith(f'{verb} is not for this address; use ')
 
 
@@ -12969,6 +12969,17 @@ def test_without_a_good_token_there_is_nothing_to_see(app, value):
     for path in ('/reservation', '/resource', '/token', '/openapi.json'):
         answer = app.call('GET', path, status=401, Authorization=value)
         assert answer.headers['WWW-Authenticate'] == 'Bearer' and 'token' in answer.json['error']
+
+
+def test_a_header_may_be_of_any_bytes(app):
+    page = webtest.TestApp(cmres.web(app.world.service))
+    for name in ('Accept', 'Accept-Encoding', 'Accept-Language', 'Cookie', 'If-Match', 'If-None-Match', 'Idempotency-Key',
+                 'Origin', 'X-Auth-Token', 'X-Request-Id', 'X-Forwarded-For', 'Content-Encoding'):
+        for path in ('/', '/sign-in', '/healthz', '/nothing', '/calendar/x.ics', f'{BASE}/reservation'):
+            assert page.get(path, headers={name: '\xe9\xff'}, status='*').status_int < 500, (name, path)
+    app.call('POST', '/reservation/', FINE, 400, Idempotency_Key='\xe9')
+    app.call('POST', '/reservation/', FINE, 201, Content_Type='application/json; charset=\xe9')
+    app.call('PATCH', '/reservation/lab', {'vms': 2}, 412, If_Match='"\xe9"')
 
 
 def test_a_revoked_token_is_worth_nothing(app):
@@ -13946,7 +13957,7 @@ def test_the_id_that_a_request_brings_is_kept_if_it_is_one(world, gated):
     eva = gated()
     for said, kept in (('abc-1.2_3', True), ('a b', False), ('x' * 65, False), ('', False)):
         found = eva.ask(**{'X-Request-Id': said}).headers['X-Request-Id']
-        assert (found == said) is kept and re.fullmatch('req-[0-9a-f]{16}|abc-1.2_3', found)
+        assert (found == said) is kept and re.fullmatch('req-[0-9a-f-]{36}|abc-1.2_3', found)
 
 
 def test_nothing_is_written_for_a_client_that_has_hung_up(world, gated):
