@@ -7,9 +7,8 @@
 #   "openstacksdk>=4.4,<5",    # clouds: sessions, clouds.yaml, Nova, Glance, Neutron
 #   "icalendar>=7.1,<8",       # calendars: what zones are called on Windows
 #   "peewee~=4.5.3",           # store: models, transactions, one connection a thread
-#   "python-dateutil>=2.9,<3", # repetitions: the slots of an RRULE
 #   "pyyaml~=6.0",             # YAML files of reservations, YAML answers
-#   "rich>=13,<16",            # tables and progress bars for people
+#   "rich>=13,<16",            # progress bars for people
 #   "schedule~=1.2.2",         # heartbeat of the life cycle
 #   "tzdata>=2025.2",          # time zones, where the system has none
 #   "waitress~=3.0.2",         # HTTP server: slow clients hold no thread
@@ -37,7 +36,7 @@ The words, used everywhere in one sense:
 The file reads from top to bottom; a section uses only the sections above it:
 
   Errors, Time, Repetition            sentences, instants, wall times that come again and again
-  Config, Metrics, Calls              settings; what is counted; text that becomes arguments
+  Config, Metrics, Calls, Answers     settings; what is counted; what becomes arguments; answers
   Store, Capacity                     what is on disk; the rule that admits
   Clouds, Notices, Shares, Calendar   what boots VMs; who is told; who may be slow; iCalendar in and out
   Service, Wishes, Limits             who asks; what is asked; how much anybody may have
@@ -45,9 +44,8 @@ The file reads from top to bottom; a section uses only the sections above it:
   Waiting, Requests, Plan             the waiting list; what people ask for; what operators do
   Claims, Calendars, Tokens, Records  what Nova asks; imports and feeds; who may ask; what was
   Life cycle                          what makes it so
-  Gate                                who may ask how often; metrics; a line for each request
-  REST, Page, Client, Command line    four faces of the service, three from its signatures
-  Serving                             what `serve` does beside answering
+  Document, REST, Gate, Page          the faces on the web, and what stands before them
+  Serving, Client, Command line       sockets; Python elsewhere; the shell
   Nova filter                         what nova-scheduler loads from this file
 """
 
@@ -74,17 +72,21 @@ import secrets
 import signal
 import socket
 import sqlite3
+import struct
 import sys
 import textwrap
 import threading
 import time
-from bisect import bisect_left
+import zlib
+from bisect import bisect_left, bisect_right
 from collections import Counter, defaultdict, deque, namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, nullcontext, suppress
 from datetime import date, datetime, timedelta, timezone, tzinfo
 from html import unescape
-from typing import Any, Callable, Iterable, Iterator, NamedTuple, NewType
+from types import UnionType
+from typing import (Any, Callable, Iterable, Iterator, NamedTuple, NewType, NotRequired, Union,
+                    get_args, get_origin, get_type_hints)
 from urllib.parse import parse_qsl, quote, unquote, urlencode, urljoin, urlsplit
 from zoneinfo import ZoneInfo
 
@@ -118,9 +120,11 @@ class Unauthorized(Error): status = 401  # noqa: E701
 class Forbidden(Error): status = 403     # noqa: E701
 class NotFound(Error): status = 404      # noqa: E701
 class Conflict(Error): status = 409      # noqa: E701
+class Changed(Error): status = 412       # noqa: E701
 class TooLarge(Error): status = 413      # noqa: E701
 class TooMany(Error): status = 429       # noqa: E701
 class BadCalendar(Error): status = 422   # noqa: E701
+class KeyReused(Error): status = 422     # noqa: E701
 class NoCapacity(Conflict): pass         # noqa: E701
 class Unavailable(Error): status = 503   # noqa: E701
 
@@ -140,9 +144,14 @@ class CloudError(Error):
         return status in (0, 401, 408, 429) or status >= 500
 
 
+class UnknownCloud(CloudError):
+    """A cloud that clouds.yaml does not name."""
+    status = 404
+
+
 ERRORS = {kind.__name__: kind for kind in (
-    Error, Invalid, Unauthorized, Forbidden, NotFound, Conflict, TooLarge, TooMany, BadCalendar,
-    NoCapacity, Unavailable, CloudError)}
+    Error, Invalid, Unauthorized, Forbidden, NotFound, Conflict, Changed, TooLarge, TooMany,
+    BadCalendar, KeyReused, NoCapacity, Unavailable, CloudError, UnknownCloud)}
 
 
 def nearest(word: str, words: Iterable[str]) -> str:
@@ -511,6 +520,7 @@ def format_duration(length: float) -> str:
 
 MOST_OCCURRENCES = 2000  # of a series within the horizon
 MOST_A_DAY = 100
+MOST_RULE = 4000  # letters
 #: What may stand in a rule, and between which numbers (RFC 5545, 3.3.10).
 RULE_PARTS = {'FREQ': None, 'UNTIL': None, 'WKST': None, 'BYDAY': None, 'COUNT': (1, 100_000), 'INTERVAL': (1, 1000),
               'BYMONTH': (1, 12), 'BYMONTHDAY': (1, 31), 'BYYEARDAY': (1, 366), 'BYWEEKNO': (1, 53),
@@ -523,9 +533,6 @@ UNEVEN = {'BYMONTH', 'BYMONTHDAY', 'BYYEARDAY', 'BYWEEKNO', 'BYSETPOS'}
 ORDINALS = {'first': '1', 'second': '2', 'third': '3', 'fourth': '4', 'fifth': '5', 'last': '-1'}
 REPEAT_HELP = ('write daily, weekdays, weekly on tue,thu, every 2 weeks on mon, every other tue, '
                'monthly on first mon, or an RRULE')
-# dateutil gives a rule that never matches up in the year 9999 only. The calendar repeats itself
-# every 400 years, weekdays too, so that rules are followed this much nearer to that end.
-YEARS_AHEAD = 7600
 
 
 class Stretch(NamedTuple):
@@ -716,6 +723,8 @@ def nth(number: int) -> str:
 
 def checked_rule(rule: str) -> str:
     """A rule in capitals, its parts allowed and within bounds; ValueError if not."""
+    if len(rule) > MOST_RULE:
+        raise ValueError(f'a repetition has at most {MOST_RULE} letters')
     pairs = [part.partition('=')[::2] for part in rule.strip(';').split(';')]
     parts = dict(pairs)
     for name, value in pairs:
@@ -777,68 +786,246 @@ def explicit(rule: str, start: datetime) -> str:
     return f'{rule}{month};BYMONTHDAY={start.day}'
 
 
+class By(NamedTuple):
+    """What the BY parts of a rule leave of a year; of an empty one all is left."""
+    months: tuple = ()
+    monthdays: tuple = ()
+    yeardays: tuple = ()
+    weeks: tuple = ()
+    weekdays: tuple = ()
+    ordinals: tuple = ()   # weekdays with their number in a month or year
+    monthly: bool = False  # that number is of a month
+    first: int = 0         # the weekday on which weeks begin
+
+
+class Rule(NamedTuple):
+    """An RRULE as numbers."""
+    unit: str        # of its turns: FREQ
+    interval: int
+    count: int       # 0 without one
+    last: datetime
+    by: By
+    positions: tuple
+    times: tuple     # of a day, since midnight
+
+
+@functools.lru_cache(2000)
+def read_rule(rule: str, start: datetime) -> Rule:
+    """A checked rule as numbers; what it leaves to its start is that of its start."""
+    parts = parts_of(explicit(rule, start))
+    months, monthdays, yeardays, weeks, positions = (
+        numbers_in(parts, f'BY{name}') for name in ('MONTH', 'MONTHDAY', 'YEARDAY', 'WEEKNO', 'SETPOS'))
+    days = [(int(day[:-2] or 0), WEEKDAYS.index(day[-2:]))
+            for day in parts.get('BYDAY', '').split(',') if day]
+    unit = parts['FREQ']
+    numbered = unit in ('MONTHLY', 'YEARLY')
+    by = By(months, monthdays, yeardays, weeks,
+            tuple(sorted({day for number, day in days if not (number and numbered)})),
+            tuple(sorted({day for day in days if day[0] and numbered})),
+            unit == 'MONTHLY' or bool(months), WEEKDAYS.index(parts.get('WKST', 'MO')))
+    clock = (numbers_in(parts, name) or (now,) for name, now in
+             zip(CLOCK_PARTS, (start.hour, start.minute, start.second)))
+    times = tuple(timedelta(hours=hour, minutes=minute, seconds=second)
+                  for hour, minute, second in itertools.product(*clock))
+    last = read_until(parts['UNTIL']) if 'UNTIL' in parts else datetime.max
+    return Rule(unit, int(parts.get('INTERVAL', 1)), int(parts.get('COUNT', 0)), last, by,
+                positions, times)
+
+
+def numbers_in(parts: dict, name: str) -> tuple[int, ...]:
+    return tuple(sorted({int(each) for each in parts[name].split(',')})) if name in parts else ()
+
+
+#: The days of a year, or of a leap year, before each of its months, and all.
+MONTHS = tuple((*itertools.accumulate((31, 28 + leap, 31, 30, 31, 30, 31, 31, 30, 31, 30, 31),
+                                      initial=0),) for leap in (0, 1))
+
+
+@functools.lru_cache(4000)
+def days_left(by: By, weekday: int, leap: bool, after_leap: bool) -> tuple[int, ...]:
+    """The days, counted from 0, that BY parts leave of a kind of year: there are 28 kinds.
+
+    Args:
+      weekday: of its first day
+    """
+    starts, length = MONTHS[leap], 365 + leap
+    days = set(range(length))
+    months = [range(*starts[number - 1:number + 1]) for number in by.months or range(1, 13)]
+    if by.months:
+        days.intersection_update(itertools.chain(*months))
+    if by.monthdays:
+        days &= numbered_of(by.monthdays, [range(*each) for each in itertools.pairwise(starts)])
+    if by.yeardays:
+        days &= numbered_of(by.yeardays, [range(length)])
+    if by.weeks:
+        days &= days_of_weeks(by, weekday, length, 365 + after_leap)
+    if by.weekdays:
+        days.intersection_update(*[itertools.chain(*(range((day - weekday) % 7, length, 7)
+                                                     for day in by.weekdays))])
+    if by.ordinals:
+        spans = months if by.monthly else [range(length)]
+        days &= set().union(*(numbered_of([number], [
+            range(span.start + (day - weekday - span.start) % 7, span.stop, 7) for span in spans])
+            for number, day in by.ordinals))
+    return tuple(sorted(days))
+
+
+def numbered_of(numbers: Iterable[int], spans: list[range]) -> set[int]:
+    """Of each span the days with these numbers; those below 0 count from its end."""
+    return {span[number - (number > 0)] for span in spans for number in numbers
+            if abs(number) <= len(span)}
+
+
+def days_of_weeks(by: By, weekday: int, length: int, before: int) -> set[int]:
+    """The days of a year in weeks with some numbers (ISO 8601, but weeks begin as a rule says)."""
+    first = first_week(weekday - by.first)
+    after = length + first_week(weekday + length - by.first)
+    last_year = first_week(weekday - before - by.first) - before
+    weeks = [range(start, start + 7) for start in range(first, after, 7)]
+    days = {day for number in by.weeks if abs(number) <= len(weeks)
+            for day in weeks[number - (number > 0)]}
+    if 1 in by.weeks:
+        days.update(range(after, length))
+    if {-1, (first - last_year) // 7} & {*by.weeks}:
+        days.update(range(first))
+    return days
+
+
+def first_week(weekday: int) -> int:
+    """The day on which the first week of a year begins: that with four days of it."""
+    return 3 - (weekday % 7 + 3) % 7
+
+
+class Steps(threading.local):
+    """How much this thread has had to look at: a clock that runs alike on all machines."""
+    taken, most = 0, math.inf
+
+    def take(self, number: int) -> None:
+        """Counts some steps of about a microsecond; Invalid where they are too many."""
+        self.taken += number
+        if self.taken > self.most:
+            raise Invalid('when it occurs is too hard to follow; write a simpler rule, or fewer '
+                          'dates and exceptions')
+
+    @contextmanager
+    def at_most(self, number: float) -> Iterator[None]:
+        """Bounds what is done within."""
+        before, self.most = self.most, self.taken + number
+        try:
+            yield
+        finally:
+            self.most = before
+
+
+STEPS = Steps()
+
+
+def turn_of(rule: Rule, start: date) -> Callable[[int], int]:
+    """Which turn of a rule a day is in, counted from that of its start."""
+    first = start.toordinal()
+    if rule.unit == 'DAILY':
+        return lambda day: day - first
+    if rule.unit == 'WEEKLY':
+        first -= (start.weekday() - rule.by.first) % 7
+        return lambda day: (day - first) // 7
+    of_year = rule.unit == 'YEARLY'
+
+    def turn(day: int) -> int:
+        there = date.fromordinal(day)
+        years = there.year - start.year
+        return years if of_year else 12 * years + there.month - start.month
+    return turn
+
+
+def rule_days(rule: Rule, start: date, begin: date) -> Iterator[list[int]]:
+    """The days of a rule from one on, as ordinals: year by year, with positions turn by turn."""
+    turn = turn_of(rule, start)
+    first = begin.toordinal()
+    if rule.positions:  # of a turn all days count, but those of weeks only from the start on
+        now = turn(first)
+        while first > 1 and turn(first - 1) == now and (
+                rule.unit in ('MONTHLY', 'YEARLY') or first > start.toordinal()):
+            first -= 1
+    years = years_of_days(rule, turn, first)
+    if not rule.positions:
+        return years
+    return (list(days) for _, days in itertools.groupby(itertools.chain.from_iterable(years), turn))
+
+
+def years_of_days(rule: Rule, turn: Callable[[int], int], first: int) -> Iterator[list[int]]:
+    """The days of a rule from one on, year by year, as far as times go."""
+    for year in range(date.fromordinal(first).year, min(rule.last.year, LAST.year) + 1):
+        start = date(year, 1, 1)
+        before = start.toordinal()
+        kinds = start.weekday(), is_leap(year), is_leap(year - 1)
+        STEPS.take(10)
+        if rule.unit == 'YEARLY' and turn(before) % rule.interval:
+            continue
+        days = [before + day for day in days_left(rule.by, *kinds)]
+        STEPS.take(len(days) // (2 if rule.positions or rule.interval > 1 else 8))
+        if rule.interval > 1:
+            days = [day for day in days if turn(day) % rule.interval == 0]
+        if days and days[0] < first:
+            days = [day for day in days if day >= first]
+        yield days
+
+
+def is_leap(year: int) -> bool:
+    return year % 4 == 0 and (year % 100 != 0 or year % 400 == 0)
+
+
+def rule_walls(rule: Rule, start: datetime, near: datetime) -> Iterator[datetime]:
+    """The wall times of a rule from the day of one on, in order; they may have no end."""
+    left = rule.count or math.inf
+    begin = start if rule.count else max(start, near)
+    for days in rule_days(rule, start.date(), begin.date()):
+        if rule.count and not rule.positions:  # what is before needs no look to be counted
+            known = bisect_right(days, start.toordinal()), bisect_left(days, near.toordinal())
+            left -= max(known[1] - known[0], 0) * len(rule.times)
+            days = days[:known[0]] + days[max(known):]
+        for wall in day_walls(rule, days):
+            if wall > rule.last or left <= 0:
+                return
+            if wall >= start:
+                left -= 1
+                yield wall
+
+
+def day_walls(rule: Rule, days: Iterable[int]) -> Iterator[datetime]:
+    """The wall times of a rule on some days, of a turn those that its positions leave."""
+    found = (datetime.fromordinal(day) + at for day in days for at in rule.times)
+    if not rule.positions:
+        return found
+    found = list(found)
+    STEPS.take(len(found))
+    return iter(sorted(numbered_of(rule.positions, [found])))
+
+
+def on_rule(rule: str, start: datetime, wall: datetime) -> bool:
+    """Whether a wall time is one of those of a rule."""
+    read = read_rule(rule, start)
+    if read.count or read.positions:
+        return next(followed(rule, start, wall), None) == wall
+    day, year = wall.toordinal(), date(wall.year, 1, 1)
+    kinds = year.weekday(), is_leap(wall.year), is_leap(wall.year - 1)
+    return (start <= wall <= read.last and wall - at_midnight(wall) in read.times
+            and turn_of(read, start.date())(day) % read.interval == 0
+            and day - year.toordinal() in days_left(read.by, *kinds))
+
+
 def followed(rule: str, start: datetime, near: datetime) -> Iterator[datetime]:
-    """The wall times of a rule from one on, as if it was followed from its start; begun near."""
-    rule = explicit(rule, start)
-    begun = near_months if parts_of(rule)['FREQ'] in ('MONTHLY', 'YEARLY') else near_weeks
-    return itertools.dropwhile(lambda wall: wall < near, rule_walls(*begun(rule, start, near)))
-
-
-def near_months(rule: str, start: datetime, near: datetime) -> tuple[str, datetime]:
-    """A rule with the first day of one of its months, or years, shortly before a wall time.
-
-    A COUNT needs them all.
-    """
-    parts = parts_of(rule)
-    yearly = parts['FREQ'] == 'YEARLY'
-    step = int(parts.get('INTERVAL', 1)) * (12 if yearly else 1)
-    turns = ((near.year - start.year) * 12 + near.month - start.month) // step - 1
-    if turns <= 0 or 'COUNT' in parts:
-        return rule, start
-    years, months = divmod(start.year * 12 + (0 if yearly else start.month - 1) + turns * step, 12)
-    return rule, start.replace(year=years, month=months + 1, day=1)
-
-
-def near_weeks(rule: str, start: datetime, near: datetime) -> tuple[str, datetime]:
-    """A rule of days or weeks with a later start, on the same weekday and in its rhythm.
-
-    It has what is left of COUNT; of what isn't alike in all weeks (UNEVEN) a COUNT needs them all.
-    """
-    parts = parts_of(rule)
-    step = int(parts.get('INTERVAL', 1)) * (7 if parts['FREQ'] == 'WEEKLY' else 1)
-    turn = timedelta(days=math.lcm(step, 7))
-    turns = (near - start) // turn - 1
-    if turns <= 0 or 'COUNT' in parts and UNEVEN & set(parts):
-        return rule, start
-    if 'COUNT' in parts:
-        first = rule_walls(endless(rule), start)
-        first = itertools.takewhile(lambda wall: wall < start + turn, first)
-        left = max(int(parts['COUNT']) - turns * sum(1 for _ in first), 0)
-        rule = re.sub('COUNT=[0-9]+', f'COUNT={left}', rule)
-    return rule, start + turns * turn
-
-
-def rule_walls(rule: str, start: datetime) -> Iterator[datetime]:
-    """The wall times of a rule from its start on, in order; they may have no end."""
-    from dateutil.rrule import rrulestr
-    if parts_of(rule).get('COUNT') == '0':
-        return iter(())
-    rule = re.sub(r'UNTIL=(\d{4})', lambda year: f'UNTIL={int(year[1]) + YEARS_AHEAD}', rule)
-    return (ahead(each, -YEARS_AHEAD) for each in rrulestr(rule, dtstart=ahead(start, YEARS_AHEAD)))
-
-
-def ahead(moment: datetime, years: int) -> datetime:
-    return moment.replace(year=moment.year + years)
+    """The wall times of a rule from one on, as if it was followed from its start."""
+    ruled = rule_walls(read_rule(rule, start), start, near)
+    return itertools.dropwhile(lambda wall: wall < near, ruled)
 
 
 def walls(stretch: Stretch, near: datetime = datetime.min) -> Iterator[datetime]:
     """The wall times of all slots of a stretch in order, those of its rule from one on; maybe for ever."""
-    start = datetime.fromisoformat(stretch.start)
-    listed = stretch.dates if stretch.rule or stretch.dates else [stretch.start]
-    listed = sorted({datetime.fromisoformat(each.partition('/')[0]) for each in listed})
+    start, listed = datetime.fromisoformat(stretch.start), sorted(listed_walls(stretch))
     ruled = followed(stretch.rule, start, near) if stretch.rule else ()
     skips, before = frozenset(stretch.skips), None
-    for wall in heapq.merge(ruled, listed):
+    for wall in heapq.merge(ruled, listed) if listed and ruled else ruled or listed:
+        STEPS.take(1)
         key = wall.isoformat()
         if stretch.until and key >= stretch.until:
             return
@@ -849,12 +1036,22 @@ def walls(stretch: Stretch, near: datetime = datetime.min) -> Iterator[datetime]
 
 def moved_walls(stretch: Stretch) -> Iterator[datetime]:
     """The wall times of those slots of a stretch that are otherwise, in order."""
-    dates = tuple({*stretch.moved} & {*stretch.dates})  # these need no rule
-    listed = {*walls(stretch._replace(rule='', dates=dates))} if dates else ()
-    for wall in map(datetime.fromisoformat, sorted(stretch.moved)):
-        until_there = itertools.takewhile(lambda each: each <= wall, walls(stretch, wall))
-        if wall in listed or wall in until_there:
+    start = datetime.fromisoformat(stretch.start)
+    listed, skips = listed_walls(stretch), {*stretch.skips}
+    for key in sorted(stretch.moved):
+        wall = datetime.fromisoformat(key)
+        STEPS.take(10)
+        if (stretch.since <= key and (not stretch.until or key < stretch.until)
+                and not {key, key[:10]} & skips
+                and (wall in listed or stretch.rule and on_rule(stretch.rule, start, wall))):
             yield wall
+
+
+def listed_walls(stretch: Stretch) -> set[datetime]:
+    """The wall times of those slots of a stretch that no rule gives."""
+    listed = stretch.dates if stretch.rule or stretch.dates else [stretch.start]
+    STEPS.take(len(listed))
+    return {datetime.fromisoformat(each.partition('/')[0]) for each in listed}
 
 
 def slots(stretch: Stretch, begin: float, until: float,
@@ -873,8 +1070,10 @@ def slots(stretch: Stretch, begin: float, until: float,
     first, last = (to_wall(instant(each), zone) for each in (begin, until))
     last += day - timedelta(seconds=stretch.shift)
     ruled = itertools.takewhile(lambda wall: wall < last, walls(stretch, first - longest - day))
-    ruled = (wall for wall in ruled if wall.isoformat() not in stretch.moved)
-    for wall in heapq.merge(ruled, moved_walls(stretch)):
+    if stretch.moved:
+        ruled = (wall for wall in ruled if wall.isoformat() not in stretch.moved)
+        ruled = heapq.merge(ruled, moved_walls(stretch))
+    for wall in ruled:
         key = wall.isoformat()
         shifted, vms = wall + timedelta(seconds=stretch.shift), stretch.vms
         length, exact = (lengths[key], 0) if key in lengths else (stretch.length, stretch.exact)
@@ -882,6 +1081,7 @@ def slots(stretch: Stretch, begin: float, until: float,
             shifted, length, vms, exact = [*stretch.moved[key], 0][:4]
             shifted = datetime.fromisoformat(shifted)
         start, end = window_of(shifted, int(length), zone, exact)
+        STEPS.take(5)
         if end > begin and start < until:
             found += 1
             yield Slot('' if stretch.single else key, start, end, vms, stretch.resource)
@@ -1620,16 +1820,26 @@ ROLES = (READER, USER, ADMIN)  # each may do what those before it may
 
 @dataclasses.dataclass
 class Operation:
-    """A published method: its routes `(verb, path, fixed arguments)`, who may call it, what it takes."""
+    """A published method: its routes, who may call it, what it takes and answers.
+
+    A route is a verb, a path and fixed arguments. What makes something says in `made` at which
+    path that is found: its answer is 201.
+    """
     name: str
     method: Callable
     role: str
     routes: list
+    made: str = ''
 
     @functools.cached_property
     def parameters(self) -> dict[str, inspect.Parameter]:
         signature = inspect.signature(self.method, eval_str=True)
         return {name: each for name, each in signature.parameters.items() if name not in ('self', 'config')}
+
+    @functools.cached_property
+    def answers(self):
+        """The type of its answer."""
+        return inspect.signature(self.method, eval_str=True).return_annotation
 
     @property
     def changes(self) -> bool:
@@ -1648,20 +1858,23 @@ class Operation:
 API: dict[str, Operation] = {}
 
 
-def api(verb: str, path: str, role: str | None = None, **fixed):
+def api(verb: str, path: str, role: str | None = None, made: str = '', **fixed):
     """Publishes a method; the topmost of several marks is the address that clients use.
 
     Args:
       role: the least role that may call it; reader for a GET, else user
+      made: where that is found which it makes, its parts named as fields of the answer
       fixed: arguments that this address stands for
     """
     def publish(method):
         known = API.get(method.__name__)
         if known:
             known.routes.insert(0, (verb, path, fixed))
+            known.made = made or known.made
             return method
+        needed = role or (READER if verb == 'GET' else USER)
         API[method.__name__] = Operation(
-            method.__name__, method, role or (READER if verb == 'GET' else USER), [(verb, path, fixed)])
+            method.__name__, method, needed, [(verb, path, fixed)], made)
         return guarded_by_role(method)
     return publish
 
@@ -1812,6 +2025,8 @@ def read_file(value, here=None) -> str:
 
 
 def read_int(value, here=None) -> int:
+    if isinstance(value, float) and value.is_integer():  # JSON knows one kind of number
+        value = int(value)
     if isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**53:
         return value
     if isinstance(value, str) and re.fullmatch(r'[+-]?[0-9]{1,12}', value.strip()):
@@ -2056,62 +2271,775 @@ def from_plain(value):
     return [from_plain(each) for each in value] if isinstance(value, list) else value
 
 
+# Answers #####################################################################
+#
+# What operations answer, each kind declared once. The service makes plain dicts of these fields,
+# clients are given them as the objects below, and /openapi.json has its schemas from here. A test
+# looks at every answer that the tests meet.
+
+State = NewType('State', str)    # of an occurrence
+Lasts = NewType('Lasts', str)  # a length in words, such as 1d2h30m
+Secret = NewType('Secret', str)  # what is shown once and kept nowhere
+
+
+class Answer(dict):
+    """Fields that are read as a['label'] and as a.label; the annotations of a kind say which."""
+    more = None  # the type of further fields, whose names are known to nobody before
+
+    def __init_subclass__(cls, more=None, **kwargs):
+        super().__init_subclass__(**kwargs)
+        cls.more = more or cls.more
+
+    def __getattr__(self, name: str):
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(f"{type(self).__name__} has no field '{name}' here") from None
+
+
+class ReservationAnswer(Answer):
+    """An occurrence of a reservation: what was asked for, when it is, and in which state."""
+    id: int
+    label: Label
+    user: str
+    project: str
+    resource: str
+    cell: str
+    cloud: str
+    region: str
+    aggregate: str
+    vms: int
+    flavor: str
+    image: str
+    network: str
+    key: str
+    security_groups: list[str]
+    metadata: dict[str, str]
+    server: str
+    at_end: str
+    notify: list[str]
+    vcpus: int
+    ram: int
+    classes: dict[str, int]
+    lead: int
+    description: str
+    personal: bool
+    repeat: str
+    tz: str
+    start: datetime
+    end: datetime
+    cancelled: datetime | None
+    added: datetime
+    changed: datetime | None
+    up: int
+    fault: str | None
+    request: str
+    host: str
+    state: State
+    change: NotRequired[dict]
+
+
+class OutcomeAnswer(Answer):
+    """What became of one occurrence of a series."""
+    start: datetime
+    end: datetime
+    vms: int
+    outcome: str
+    why: NotRequired[str]
+
+
+class BookedAnswer(ReservationAnswer):
+    """A reservation that was made or changed; of a series, what became of each occurrence."""
+    booked_until: NotRequired[datetime | None]
+    occurrences: NotRequired[list[OutcomeAnswer]]
+    warnings: NotRequired[list[str]]
+
+
+class GroupAnswer(Answer):
+    """Several reservations that were made together, or not at all."""
+    label: Label
+    parts: list[BookedAnswer]
+
+
+class CancelledAnswer(ReservationAnswer):
+    """A reservation that was cancelled, and what becomes of its VMs."""
+    ends_with: NotRequired[str]
+    warnings: NotRequired[list[str]]
+
+
+class ServerAnswer(Answer):
+    """A VM of a reservation: when it was planned, begun, ready and deleted, and what went wrong."""
+    n: int
+    name: str
+    state: str
+    addresses: list[str]
+    planned: datetime
+    begun: datetime | None
+    ready: datetime | None
+    deleted: datetime | None
+    snapshot: str
+    tries: int
+    fault: str
+    account: str
+    uid: str | None
+
+
+class KeptAnswer(Answer):
+    """A VM that was stopped or shelved at the end of its reservation and stays."""
+    id: int
+    name: str
+    label: Label
+    project: str
+    user: str
+    state: str
+    addresses: list[str]
+    end: datetime
+    account: str
+    uid: str | None
+
+
+class ComingAnswer(Answer):
+    """An occurrence of a series that is not over."""
+    start: datetime
+    end: datetime
+    vms: int
+    resource: str
+    state: State
+
+
+class DetailAnswer(ReservationAnswer):
+    """All of a reservation, with its VMs, and what comes of a series."""
+    user_data: str
+    servers: list[ServerAnswer]
+    on_conflict: NotRequired[str]
+    booked_until: NotRequired[datetime | None]
+    occurrences: NotRequired[list[ComingAnswer]]
+
+
+class DetailGroupAnswer(Answer):
+    """All of several reservations that were made together."""
+    label: Label
+    parts: list[DetailAnswer]
+
+
+class DurationAnswer(Answer):
+    """How long a reservation is."""
+    label: Label
+    duration: Lasts
+    seconds: int
+
+
+class DurationGroupAnswer(Answer):
+    """How long the parts of a group are."""
+    label: Label
+    parts: list[DurationAnswer]
+
+
+class RefusedLineAnswer(Answer):
+    """A line of many that was refused, and why."""
+    line: int
+    label: Any
+    error: str
+
+
+class LoadedAnswer(Answer):
+    """What became of many reservations."""
+    taken: list[BookedAnswer | GroupAnswer]
+    refused: list[RefusedLineAnswer]
+
+
+class SlotAnswer(Answer):
+    """A time window that is free for so many VMs."""
+    start: datetime
+    until: datetime
+    duration: Lasts
+    vms: int
+
+
+class UsageAnswer(Answer, more=int):
+    """How much of a resource is used in a time window; further fields are resource classes."""
+    start: datetime
+    end: datetime
+    vms: int
+    vcpus: int
+    ram: int
+    free_vms: int | None
+
+
+class LimitAnswer(Answer):
+    """What a project or a user may reserve at most."""
+    id: int
+    project: str
+    user: str
+    resource: str
+    most_vms: int | None
+    longest: Lasts | None
+    ahead: Lasts | None
+    least_notice: Lasts | None
+    vcpu_hours: int | None
+    waiting: int | None
+    exempt: Lasts
+    added: datetime
+
+
+class ResourceAnswer(Answer):
+    """A resource: its location and its capacity, without a number where that is unlimited."""
+    id: int
+    name: str
+    cell: str
+    cloud: str
+    region: str
+    aggregate: str
+    vms: int | None
+    vcpus: int | None
+    ram: int | None
+    classes: dict[str, int]
+    mode: str
+    hold: int
+    approval: int
+    no_show: int
+    hosts: list[str]
+    added: datetime
+
+
+class ResourceNowAnswer(ResourceAnswer):
+    """A resource, and how much of it is used now."""
+    held_now: dict[str, int]
+
+
+class ResourceChangedAnswer(ResourceAnswer):
+    """A resource that was changed, and what no longer fits."""
+    no_longer_fit: list[ReservationAnswer]
+
+
+class DifferenceAnswer(Answer):
+    """A field of a resource that a cloud has otherwise."""
+    resource: str
+    what: str
+    before: Any
+    after: Any
+
+
+class AffectedAnswer(Answer):
+    """An occurrence that no longer fits after a capacity change, and what became of it."""
+    label: Label
+    user: str
+    project: str
+    vms: int
+    start: datetime
+    end: datetime
+    outcome: str
+
+
+class CapacityChangeAnswer(Answer):
+    """A capacity change or a maintenance that was made, and whom it affects."""
+    id: int
+    resource: str
+    start: datetime
+    end: datetime
+    reason: str
+    hit: list[AffectedAnswer]
+
+
+class MaintenanceAnswer(Answer):
+    """A capacity change or a maintenance."""
+    id: int
+    resource: str
+    start: datetime
+    end: datetime
+    vms: int | None
+    vcpus: int | None
+    ram: int | None
+    classes: dict[str, int]
+    reason: str
+
+
+class CalledOffAnswer(Answer):
+    """A capacity change or a maintenance that was called off."""
+    id: int
+    reason: str
+
+
+class CheckAnswer(Answer):
+    """How many steps of usage were compared, and in how many they differed."""
+    steps: int
+    differences: int
+
+
+class ClaimAnswer(Answer):
+    """Whether a server may boot on a resource, why, and on which hosts; on any without a list."""
+    resource: str
+    passes: bool
+    why: str
+    hosts: list[str] | None
+
+
+class EventOutcomeAnswer(Answer):
+    """What became of an event of a calendar."""
+    uid: str
+    summary: str
+    outcome: str
+    why: NotRequired[str]
+    label: NotRequired[Label]
+    start: NotRequired[datetime]
+    vms: NotRequired[int]
+    flavor: NotRequired[str]
+    count: NotRequired[int]
+    occurrences: NotRequired[list[OutcomeAnswer]]
+
+
+class ImportAnswer(Answer):
+    """What became of the events of a calendar, and how many ask for nothing."""
+    events: list[EventOutcomeAnswer]
+    ignored: int
+    held: NotRequired[str]
+
+
+class CalendarAnswer(Answer):
+    """A feed that shows reservations, or a subscription that makes them."""
+    id: int
+    kind: str
+    user: str
+    project: str
+    shows: NotRequired[str | None]
+    added: NotRequired[datetime]
+    revoked: NotRequired[datetime]
+    polled: NotRequired[datetime | None]
+    fault: NotRequired[str]
+    held: NotRequired[str]
+
+
+class FeedAnswer(Answer):
+    """The address of a feed; of a dry run, whose it would be."""
+    feed: NotRequired[Secret]
+    user: NotRequired[str]
+    project: NotRequired[str]
+
+
+class EventAnswer(Answer):
+    """A line of the event log."""
+    id: int
+    at: datetime
+    actor: str
+    code: str
+    label: Label | None
+    project: str | None
+    sentence: str
+
+
+class LatenessAnswer(Answer):
+    """How late the VMs of a cloud were, in seconds."""
+    cloud: str
+    servers: int
+    begun_median: float | None
+    begun_95: float | None
+    begun_worst: float | None
+    ready_median: float | None
+    ready_95: float | None
+    ready_worst: float | None
+    tried_again: int
+
+
+class FailedAnswer(Answer):
+    """A VM that did not start."""
+    cloud: str
+    label: Label
+    name: str
+    tries: int
+    planned: datetime
+    fault: str
+
+
+class PunctualityAnswer(Answer):
+    """How late VMs were, and which failed."""
+    clouds: list[LatenessAnswer]
+    failed: list[FailedAnswer]
+
+
+class ReportAnswer(Answer):
+    """The sums of a project, a user or a resource."""
+    project: NotRequired[str]
+    user: NotRequired[str]
+    resource: NotRequired[str]
+    reserved_hours: float
+    used_hours: float
+    unused_hours: float
+    refused: int
+    late_worst: float
+
+
+class TokenAnswer(Answer):
+    """Whose a token is and what for; not the token itself, of which only a hash is kept."""
+    id: int
+    user: str
+    project: str
+    role: str
+    purpose: str
+    scopes: list[str]
+    resource: str | None
+    added: datetime
+    ends: datetime | None
+    last_used: datetime | None
+    revoked: datetime | None
+
+
+class NewTokenAnswer(Answer):
+    """A token that was made; of a dry run, whose it would be."""
+    token: NotRequired[Secret]
+    user: NotRequired[str]
+    project: NotRequired[str]
+    role: NotRequired[str]
+    ends: NotRequired[datetime]
+
+
+class EndedAnswer(Answer):
+    """How many tokens of a person have ended."""
+    user: str
+    tokens: int
+
+
+class RefusalAnswer(Answer):
+    """Why a request was refused, in a sentence; `details` say more to programs."""
+    error: str
+    kind: str
+    details: NotRequired[dict]
+
+
+class HealthAnswer(Answer):
+    """Whether the store can be read, and seconds since VMs were looked after."""
+    status: NotRequired[str]
+    last_pass: NotRequired[float]
+    error: NotRequired[str]
+
+
+class ReadyAnswer(Answer):
+    """Whether the store can be written and is whole, and the life cycle makes its passes."""
+    status: str
+    store: dict
+    integrity: NotRequired[dict]
+    scheduler: NotRequired[dict]
+
+
+class Field(NamedTuple):
+    """A field of an answer: the type of its value, and whether it is always there."""
+    kind: Any
+    always: bool
+
+
+@functools.cache
+def declared(answer: type[Answer]) -> dict[str, Field]:
+    """The fields that an answer declares."""
+    hints = get_type_hints(answer, include_extras=True)
+    return {name: Field(get_args(kind)[0], False) if get_origin(kind) is NotRequired
+            else Field(kind, True) for name, kind in hints.items()}
+
+
+def choices_of(kind) -> tuple:
+    """The types of which a value has one."""
+    return get_args(kind) if get_origin(kind) in (UnionType, Union) else (kind,)
+
+
+def as_answer(value, kind):
+    """A value of an answer as JSON has it, as what its type says: the reverse of `to_plain`."""
+    if isinstance(value, list):
+        [item] = get_args(next(each for each in choices_of(kind) if get_origin(each) is list))
+        return [as_answer(each, item) for each in value]
+    if datetime in choices_of(kind) and value is not None:
+        return datetime.fromisoformat(value)
+    if kind is dict or kind is Any:
+        return from_plain(value)
+    for each in choices_of(kind) if isinstance(value, dict) else ():
+        if is_answer(each) and all(name in value for name, field in declared(each).items()
+                                   if field.always):
+            return each({name: as_answer(one, declared(each).get(name, Field(each.more, 0)).kind)
+                         for name, one in value.items()})
+    return value
+
+
+def is_answer(kind) -> bool:
+    return isinstance(kind, type) and issubclass(kind, Answer)
+
+
 # Store #######################################################################
 #
 # peewee's models say what is on disk. Everything that is read or written at every request goes
 # through a few functions over plain SQL (building peewee's SQL costs ten times what SQLite needs
 # to run it). There is one idiom for writing: `with transaction():`, IMMEDIATE, so that what is
-# read in it can't change before it ends. Nothing remote is ever called inside.
+# read in it can't change before it ends. Nothing remote is ever called inside. Dry runs, and the
+# search for what would fit instead of what is refused, are `rehearsing()`: they hold up nobody.
 
 PATIENT = 30  # seconds that a writer waits for others
+PIECE = 0.02  # seconds after which what is long lets others write between
 OURS = 0x636d7265  # the application id of our databases: 'cmre'
 SIDES = ('', '-wal', '-shm')  # the files of an open database: itself, its log, the log's index
+
+
+class LogState(NamedTuple):
+    """How far SQLite's log is, as its index says."""
+    changes: int  # how many transactions ended since the first process opened the database
+    salt: int     # another one each time that the log is begun anew
+    frames: int   # how many pages it has
+    copied: int   # how many of them the database file has too
+    size: int     # bytes that the log has at least
+    calm: bool    # nobody copies now
+
+    def follows(self, changes: int, salt: int, frames: int) -> bool:
+        """Whether it can be what became of an earlier state; an index made anew counts from 0."""
+        return self.changes >= changes or self.salt == salt and self.frames >= frames
+
+    @property
+    def is_between(self) -> bool:
+        """Whether the database file has some of the log: that can be anything of a page."""
+        return 0 < self.copied < self.frames
+
+    def has_copied(self, before: LogState) -> bool:
+        """Whether pages may have been copied since an earlier state."""
+        new = self.changes - before.changes  # with one transaction, the log was only begun anew
+        same = before.copied == before.frames and not self.copied
+        return not same or new > 1 or new == 1 and not self.frames
+
+
+def read_log(index: int) -> LogState | None:
+    """What the open index of a log says (https://sqlite.org/walformat.html)."""
+    return log_state(os.pread(index, 136, 0))
+
+
+@functools.lru_cache(16)
+def log_state(data: bytes) -> LogState | None:
+    """What the first bytes of an index say; None while they change."""
+    if len(data) < 136 or data[:48] != data[48:96]:
+        return None
+    changes, page, frames = struct.unpack_from('=I2xHI', data, 8)
+    salt, = struct.unpack_from('=Q', data, 32)
+    copied, tried = struct.unpack_from('=I28xI', data, 96)
+    size = 32 + frames * (24 + (65536 if page == 1 else page)) if frames else 0
+    return LogState(changes, salt, frames, copied, size, copied == tried <= frames)
+
+
+def is_calm(state: LogState | None, again: LogState | None) -> bool:
+    """Whether nothing was copied from the log between two looks at its index."""
+    if not state or not again or not state.calm or not again.calm:
+        return False
+    return (state.salt, state.copied) == (again.salt, again.copied)
+
+
+class Copied(NamedTuple):
+    """A database file as SQLite left it when it had copied so much of its log into it."""
+    changes: int
+    salt: int
+    copied: int
+    size: int
+    mtime: int   # ns
+    number: int  # of the last write that is in it
+    digest: int  # of all that is in it; 0: it is large
+    lost: bool = False  # it was found to be overwritten since
+
+    def is_of(self, state: LogState | Copied) -> bool:
+        """Whether no more was copied, nor the log begun anew."""
+        return (self.salt, self.copied) == (state.salt, state.copied)
+
+    def is_like(self, found: os.stat_result) -> bool:
+        """Whether nobody has written to the file since."""
+        return (self.size, self.mtime) == (found.st_size, found.st_mtime_ns)
+
+    def holds_what(self, now: Copied) -> bool:
+        """Whether a file that was written to holds what it held."""
+        return (self.size, self.digest) == (now.size, now.digest) and self.digest > 0
+
+    def may_become(self, now: Copied, state: LogState, least: int) -> bool:
+        """Whether SQLite may have made another file of it, which has so many writes."""
+        enough = state.is_between or now.number >= max(self.number, least)
+        return not self.lost and state.follows(*self[:3]) and enough
+
+    def packed(self) -> bytes:
+        """It as bytes, with a check sum."""
+        data = struct.pack(COPIED, *self)
+        return data + struct.pack('=I', zlib.crc32(data))
+
+
+COPIED = '=IQIqqqI?'
+ACKNOWLEDGED = 64  # where the lock has the number of the last write that was acknowledged
+
+
+def unpacked(data: bytes) -> Copied | None:
+    """What was packed; None if nothing was, or somebody is writing it."""
+    size = struct.calcsize(COPIED)
+    found = Copied(*struct.unpack_from(COPIED, data)) if len(data) > size else None
+    return found if found and data.startswith(found.packed()) else None
 
 
 class StoreFile:
     """The files of the open database, known by device and inode, and the lock beside them.
 
-    What is written to a file that was removed or replaced is lost, and SQLite does not notice.
+    What is written to a file that was removed or replaced is lost, and SQLite does not notice. Nor
+    does it notice that another program writes into the file. But SQLite itself changes the file
+    only when it copies its log into it, and the log's index says how much was copied. So a file
+    that changed while nothing was copied was overwritten. All processes share, in the lock, what
+    the file was like last.
     """
 
     def __init__(self):
         self.path, self.identity, self.store = '', (), ''  # the last is the id that is in the file
         self.lock = self.guard = None  # the guard is a connection that keeps log and index in place
+        self.file = self.index = None  # open as long as the guard: closing drops SQLite's locks
+        self.log = LogState(0, 0, 0, 0, 0, True)
+        self.known: Copied | None = None  # as the file was last when it was right
         self.damage = ''  # what a statement or a check met, until a check meets nothing
         self.lost = ''    # the sentence that was logged of a loss
+        self.troubles = 0  # how often something was wrong, or right again
+        self.failed = '', 0.0  # why a write failed and when, until one succeeds
 
     def hold(self, path: str) -> None:
         """Says to other processes that the file is in use, and connects the guard."""
         self.path = os.path.abspath(path)
         self.lock = lock_store(path, alone=False)
+        self.file = os.open(path, os.O_RDONLY)
+        if os.path.exists(path + '-shm'):  # before SQLite reads what others know to be lost
+            self.index = os.open(path + '-shm', os.O_RDONLY)
+            self.compare(self.log)
+            os.close(self.index)
+            self.index = None
         self.guard = connect(path)
 
+    def settle(self) -> None:
+        """Copies the log into the file, so that who copies the file alone has everything."""
+        with suppress(Unavailable, sqlite3.Error):
+            self.look()
+            if self.guard and not self.lost:
+                self.guard.execute('PRAGMA wal_checkpoint(PASSIVE)').fetchone()
+
+    def leave(self) -> None:
+        """Closes the guard; where nobody else has the file open, SQLite makes all one file."""
+        with suppress(Unavailable, *STORE_ERRORS):
+            self.look()
+            if self.guard and not self.lost:
+                db.close()
+                self.guard.close()
+
     def release(self) -> None:
-        """Forgets the file."""
+        """Forgets the files."""
         if self.guard:
             self.guard.close()
-        if self.lock is not None:
-            os.close(self.lock)
+        for each in (self.index, self.file, self.lock):
+            if each is not None:
+                os.close(each)
         self.__init__()
 
     def recognise(self) -> None:
         """From now on only these files are ours."""
         self.guard.execute('PRAGMA journal_mode = wal').fetchone()
         self.guard.execute('SELECT count(*) FROM sqlite_master').fetchone()  # opens log and index
-        self.identity = identity_of(self.path)
+        self.index = os.open(self.path + '-shm', os.O_RDONLY)
+        if (state := read_log(self.index)) and not state.calm:  # who copied last was killed
+            self.guard.execute('PRAGMA wal_checkpoint(PASSIVE)').fetchone()
+        self.identity = identity_of(stats_of(self.path))
+        self.look()
 
     def check(self) -> None:
-        """Raises Unavailable unless the path leads to the files that are open."""
-        if self.identity and (found := identity_of(self.path)) != self.identity:
-            raise Unavailable(self.loss(found))
+        """Raises Unavailable unless the path leads to the open files, as SQLite left them."""
+        self.look()
         if self.lost:  # until the cause is gone
-            self.refuse_other(store_in(self.path))
-            self.lost = ''
+            self.renew()
+
+    def confirm(self) -> None:
+        """The same before a transaction ends, which may have read what is right again now."""
+        self.look()
+        if self.lost:
+            raise Unavailable(self.lost)
+
+    def look(self) -> None:
+        """Raises Unavailable if the files are others than were opened, or were overwritten."""
+        if not self.identity:
+            return
+        before, known = self.log, self.known
+        state, stats = read_log(self.index), stats_of(self.path)
+        if (found := identity_of(stats)) != self.identity:
+            raise Unavailable(self.loss(found))
+        if state:
+            self.refuse_shorter(before, state, stats[1].st_size)
+            self.log = state
+        if not known or not known.is_like(stats[0]) or state and not known.is_of(state):
+            with suppress(FileNotFoundError):  # the next look will tell
+                self.compare(before)
+
+    def refuse_shorter(self, before: LogState, state: LogState, size: int) -> None:
+        """Raises Unavailable if the log or its index went back."""
+        if not state.follows(*before[:3]):
+            raise Unavailable(self.told_of('-shm', OVERWRITTEN, RESTART))
+        if size < state.size and read_log(self.index) == state:  # else it was begun anew just now
+            raise Unavailable(self.told_of('-wal', OVERWRITTEN, RESTART))
+
+    def compare(self, before: LogState) -> None:
+        """Raises Unavailable if the file changed, and not by what was copied into it."""
+        written, last = self.written(), unpacked(os.pread(self.lock, ACKNOWLEDGED, 0))
+        state, found = read_log(self.index), os.stat(self.path)
+        if not state:
+            return
+        now = self.left_by(state, found)
+        same = last and (last.is_of(state) or
+                         last.is_of(before) and not state.has_copied(before))
+        right = not last or last.is_like(found) or (
+            last.holds_what(now) if same else
+            last.may_become(now, state, written - ends_in_log(self.path, state)))
+        if not is_calm(state, read_log(self.index)):
+            return  # it is being copied: the next look will tell
+        if not right:
+            if same:
+                self.note(Copied(*now[:3], *last[3:7], lost=True))
+            raise Unavailable(self.told_of('', OVERWRITTEN, PUT_BACK))
+        if self.guard and now.is_like(os.stat(self.path)):
+            self.note(now)
+            self.known = now
+
+    def left_by(self, state: LogState, found: os.stat_result) -> Copied:
+        """What the file is like now; it is read if it has changed."""
+        known, size = self.known, found.st_size
+        if known and known.is_like(found):
+            contents = known[5:7]
+        else:
+            before = known.number if known and state.is_between else None
+            contents = contents_of(self.path, self.file, size, before)
+        return Copied(*state[:2], state.copied, size, found.st_mtime_ns, *contents)
+
+    def acknowledged(self) -> int:
+        """The number of the last write that was acknowledged, by any process."""
+        found = os.pread(self.lock, 8, ACKNOWLEDGED)
+        return struct.unpack('=Q', found)[0] if len(found) == 8 else 0
+
+    def written(self) -> int:
+        """The number of the last write that anybody knows of."""
+        number = self.acknowledged()
+        if self.guard:
+            with suppress(sqlite3.Error):  # the file may hold anything now
+                number = max(number, *self.guard.execute(LAST_WRITE).fetchone() or (0,))
+        return number
+
+    def acknowledge(self, number: int) -> None:
+        """Lets all processes know of a write, unless it went to files that are lost since."""
+        self.failed = '', 0.0
+        if self.identity:
+            self.look()
+            number = max(number, self.acknowledged())
+            with suppress(OSError):  # a full disk is told of elsewhere
+                os.pwrite(self.lock, struct.pack('=Q', number), ACKNOWLEDGED)
+
+    def note(self, copied: Copied) -> None:
+        """Tells all processes what the file was like last."""
+        with suppress(OSError):
+            os.pwrite(self.lock, copied.packed(), 0)
+
+    def renew(self) -> None:
+        """Ends a loss: a write lets all connections forget what they have read meanwhile."""
+        try:
+            write_probe(self.path)
+        except sqlite3.Error as error:
+            raise in_trouble(error) or Unavailable(self.lost) from None
+        self.lost, self.troubles = '', self.troubles + 1
 
     def loss(self, found: tuple) -> str:
         """What became of the files, as people read it; logged once."""
         side = next(n for n in range(len(SIDES)) if found[n] != self.identity[n])
-        what = 'was replaced by another file' if found[side] else 'was removed'
+        what = f"was {'replaced by another file' if found[side] else 'removed'} while cmres used it"
         if side == 1 and not found[1] and not self.lost:  # what the log alone holds is saved
             self.guard.execute('PRAGMA wal_checkpoint(PASSIVE)')
         return self.told_of(SIDES[side], what, RESTART if side else PUT_BACK)
@@ -2119,36 +3047,60 @@ class StoreFile:
     def told_of(self, side: str, what: str, then: str) -> str:
         """The sentence about a loss; it is logged when it is a new one."""
         name = os.path.basename(self.path) + side
-        lost = f"the database file '{name}' {what} while cmres used it: nothing is saved now. {then}"
+        lost = f"the database file '{name}' {what}: nothing is saved now. {then}"
         if lost != self.lost:
-            self.lost = lost
+            self.lost, self.troubles = lost, self.troubles + 1
             log.critical('%s', lost)
         return lost
-
-    def refuse_other(self, store: str) -> None:
-        """Raises Unavailable if the file holds another store than when it was opened."""
-        if self.store and store != self.store:
-            what = f"was overwritten with {f'the store {store}' if store else 'an empty one'}"
-            raise Unavailable(self.told_of('', what, PUT_BACK))
 
 
 RESTART = 'Stop all processes of cmres and start them again'
 PUT_BACK = ('Put the first file back; or stop cmres, restore a backup with `store restore FILE`, '
             'and start it again')
+OVERWRITTEN = 'was overwritten by another program while cmres used it, so it is damaged'
+MOST_DIGESTED = 16 << 20  # bytes of a database file, which is read whole each time it has changed
 store_file = StoreFile()
 
 
-def identity_of(path: str) -> tuple:
-    """Device and inode of each of the files of a database; None for one that is not there."""
-    return tuple(inode_of(path + side) for side in SIDES)
+def stats_of(path: str) -> tuple:
+    """What the system says of each of the files of a database; None for one that is not there."""
+    return tuple(stat_of(path + side) for side in SIDES)
 
 
-def inode_of(path: str) -> tuple | None:
+def stat_of(path: str) -> os.stat_result | None:
     try:
-        found = os.stat(path)
+        return os.stat(path)
     except OSError:
         return None
-    return found.st_dev, found.st_ino
+
+
+def identity_of(stats: tuple) -> tuple:
+    """Device and inode of each of some files; None for one that is not there."""
+    return tuple(each and (each.st_dev, each.st_ino) for each in stats)
+
+
+def ends_in_log(path: str, state: LogState) -> int:
+    """How many transactions end in that part of a log which the database file has not."""
+    if state.copied >= state.frames:
+        return 0
+    size, ends = (state.size - 32) // state.frames, 0
+    with open(path + '-wal', 'rb') as file:
+        for n in range(state.copied, state.frames):
+            ends += any(os.pread(file.fileno(), 4, 32 + n * size + 4))
+    return ends
+
+
+def contents_of(path: str, file: int, size: int, number: int | None) -> tuple[int, int]:
+    """The number of the last write in a database file without its log, and a digest of the file."""
+    digest = zlib.crc32(os.pread(file, size + 1, 0)) if size <= MOST_DIGESTED else 0
+    if number is not None:
+        return number, digest
+    try:
+        with closing(sqlite3.connect(file_uri(path) + '&immutable=1', uri=True)) as alone:
+            found = alone.execute(LAST_WRITE).fetchone()
+    except sqlite3.Error:  # it is empty, or damaged
+        return -1, digest
+    return found[0] if found else 0, digest
 
 
 def file_uri(path: str) -> str:
@@ -2165,16 +3117,20 @@ def connect(path: str, timeout: float = PATIENT) -> sqlite3.Connection:
 def lock_store(path: str, alone: bool) -> int:
     """Takes the lock beside a database: alone to replace or migrate it, else together with others.
 
-    The lock ends with the process or when the file descriptor is closed.
+    The lock ends with the process or when the file descriptor is closed. Whoever comes first
+    forgets what earlier processes knew of the file.
 
     Raises:
       Unavailable: others use the database, or one replaces it.
     """
     import fcntl
     try:
-        file = os.open(f'{path}.lock', os.O_RDONLY | os.O_CREAT, mode_of(path))
+        file = os.open(f'{path}.lock', os.O_RDWR | os.O_CREAT, mode_of(path))
     except OSError as error:
         raise Unavailable(f"can't open the lock '{path}.lock': {error.strerror}") from None
+    with suppress(BlockingIOError):
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.ftruncate(file, 0)
     kind, refusal = (fcntl.LOCK_EX, IN_USE) if alone else (fcntl.LOCK_SH, BEING_REPLACED)
     until = time.monotonic() + (0 if alone else PATIENT)
     while True:
@@ -2223,8 +3179,98 @@ class Database(peewee.SqliteDatabase):
 db = Database(None, lock_type='IMMEDIATE', pragmas={
     'journal_mode': 'wal', 'synchronous': 'full', 'foreign_keys': 1, 'cache_size': -10_000})
 
-# SQLite's busy handler is unfair: writers of one process queue here, those of others there.
-write_lock = threading.RLock()
+
+class Turns:
+    """Whose turn it is to write in this process: SQLite's own handler of the busy is unfair.
+
+    The life cycle comes first: people wait for VMs. Then comes who has written for the shortest
+    time, then who waits longest. So nobody who writes much delays others by more than one turn.
+    """
+
+    def __init__(self):
+        self.lock = threading.Lock()
+        self.holder, self.depth, self.began = None, 0, 0.0
+        self.waiting: list[tuple] = []      # after others or not, whose, what opens, its thread
+        self.written: Counter = Counter()   # seconds, by whose; who comes anew begins at `least`
+        self.least = 0.0
+
+    def acquire(self, timeout: float = -1, first: bool = False) -> bool:
+        """Waits for the turn of this thread, which may have it already; whether it came in time."""
+        if self.mine:
+            self.depth += 1
+            return True
+        comes = threading.Lock()
+        comes.acquire()
+        mine = not first, getattr(WRITER, 'name', ''), comes, threading.get_ident()
+        with self.lock:
+            self.waiting.append(mine)
+            self.hand_on()
+        try:
+            comes.acquire(timeout=timeout)
+        except BaseException:  # a signal ends the program
+            if self.came(mine):
+                self.release()
+            raise
+        return self.came(mine)
+
+    def came(self, one: tuple) -> bool:
+        """Whether the turn of one came; if not, it waits no longer."""
+        with self.lock:
+            if late := one in self.waiting:
+                self.waiting.remove(one)
+        return not late
+
+    def release(self) -> None:
+        """Ends what `acquire` has begun."""
+        if self.depth:
+            self.depth -= 1
+            return
+        with self.lock:
+            self.written[self.name] += time.monotonic() - self.began
+            self.holder = None
+            self.hand_on()
+
+    def hand_on(self) -> None:
+        """Gives the turn to who is next, if nobody has it."""
+        if self.holder is not None or not self.waiting:
+            return
+        after, self.name, comes, self.holder = min(self.waiting, key=self.place)
+        self.waiting = [each for each in self.waiting if each[2] is not comes]
+        self.least = self.least if not after else max(self.least, self.written[self.name])
+        self.written[self.name] = max(self.least, self.written[self.name])
+        if len(self.written) > 1000:
+            ahead = {name: each for name, each in self.written.items() if each > self.least}
+            self.written = Counter(ahead)
+        self.began = time.monotonic()
+        comes.release()
+
+    @property
+    def mine(self) -> bool:
+        """Whether this thread has the turn."""
+        return self.holder == threading.get_ident()
+
+    def lasts(self) -> float:
+        """For how many seconds whoever has the turn has had it."""
+        return time.monotonic() - self.began
+
+    def place(self, one: tuple) -> tuple[bool, float]:
+        """What decides who of those that wait is next; of equals, who came first."""
+        after, name, *_ = one
+        return after, max(self.written[name], self.least)
+
+
+turns = Turns()
+WRITER = threading.local()  # its `name` tells for whom this thread acts
+
+
+@contextmanager
+def acting_for(name: str) -> Iterator[None]:
+    """What this thread does is done for somebody."""
+    WRITER.name = name
+    try:
+        yield
+    finally:
+        WRITER.name = ''
 
 
 class Table(peewee.Model):
@@ -2569,6 +3615,23 @@ class Session(Table):
     until = peewee.IntegerField(index=True)
 
 
+class OnceDone(Table):
+    """A request that names itself by an Idempotency-Key, so that it is done once."""
+    user = peewee.CharField()
+    project = peewee.CharField()
+    key = peewee.CharField()
+    digest = peewee.CharField()  # of what was asked
+    mark = peewee.CharField()    # of the attempt that did it
+    at = peewee.IntegerField(index=True)
+    status = peewee.IntegerField()  # 0: its answer is not there
+    answer = peewee.TextField()
+
+    class Meta:
+        table_name = 'once'
+        primary_key = peewee.CompositeKey('user', 'project', 'key')
+        without_rowid = True
+
+
 class Feed(Table):
     """What a secret address shows as a calendar: of a user, of a project or of a resource."""
     user = peewee.CharField()
@@ -2671,8 +3734,8 @@ class SimulatedServer(Table):
 
 
 TABLES = [Resource, Reservation, Occurrence, Texts, Capacity, Proposal, ExtraHold, Wait, Limit, Step,
-          Server, Claim, Tally, Token, Session, Feed, Subscription, Event, Outbox, Mailed, Lease, Fact,
-          SimulatedServer]
+          Server, Claim, Tally, Token, Session, OnceDone, Feed, Subscription, Event, Outbox, Mailed,
+          Lease, Fact, SimulatedServer]
 
 #: What brings an older store up to the models above, one function a version. None reads the models,
 #: which tell of today: each names its tables and columns.
@@ -2680,7 +3743,8 @@ MIGRATIONS: list[Callable] = [
     lambda: add_tracks(), lambda: add_proposals(), lambda: add_up_told(), lambda: add_owners(),
     lambda: trust_names(), lambda: add_sessions(), lambda: add_ends_of_calls(),
     lambda: keep_resource_ids(), lambda: end_left_calendars(),
-    lambda: add_whose(), lambda: add_waits(), lambda: add_sums(), lambda: add_ends_of_tokens()]
+    lambda: add_whose(), lambda: add_waits(), lambda: add_sums(), lambda: add_once(),
+    lambda: add_ends_of_tokens()]
 
 
 def long_texts(row: str) -> str:
@@ -2714,13 +3778,15 @@ TRIGGERS = TRIGGERS_OF_13 = (f'''
   END''')
 
 
-def open_store(path: str, key: str = '') -> None:
+def open_store(path: str, key: str = '', make: bool = True) -> None:
     """Opens the database for all threads. Where none ever was, it and its key are made.
 
     Args:
       key: the file of the key, if it is not the one beside the database
+      make: false if a database that is not there is not to be made
 
     Raises:
+      NotFound: there never was one, and none is to be made.
       Unavailable: the file can't be opened, is gone, or is of something else, of another store or
         of another version.
     """
@@ -2731,6 +3797,8 @@ def open_store(path: str, key: str = '') -> None:
     known = known_store(file)
     if known and not os.path.exists(path):
         raise Unavailable(STORE_GONE.format(path, file))
+    if not make:
+        refuse_missing(path)
     try:
         take_file(path, known)
         remember(file, store_file.store)
@@ -2755,6 +3823,14 @@ def take_file(path: str, known: str) -> None:
     ROW_TYPES.clear()  # in another store, columns may stand in another order
 
 
+def refuse_missing(path: str) -> None:
+    """NotFound if there is no database."""
+    if not os.path.exists(path):
+        raise NotFound(NO_STORE.format(os.path.abspath(path)))
+
+
+NO_STORE = ("there is no database '{}'. `serve` makes one (`serve --demo` with something to try). "
+            'If there is one elsewhere, go to its folder or name it with the setting `database`')
 STORE_GONE = ("the database '{0}' is gone, and there was one: '{1}' remembers it. Bring it back "
               "with `store restore FILE`. To begin with an empty one, delete '{1}'")
 STORE_OLDER = ("the database '{0}' is of version {1}, this cmres needs version {2}. Stop all "
@@ -3390,6 +4466,17 @@ def add_sums() -> None:
         run(trigger)
 
 
+def add_once() -> None:
+    """Version 14: requests that name themselves are done once."""
+    run_all("""
+        CREATE TABLE once (
+          user VARCHAR(255) NOT NULL, project VARCHAR(255) NOT NULL, key VARCHAR(255) NOT NULL,
+          digest VARCHAR(255) NOT NULL, mark VARCHAR(255) NOT NULL, at INTEGER NOT NULL,
+          status INTEGER NOT NULL, answer TEXT NOT NULL,
+          PRIMARY KEY (user, project, key)) WITHOUT ROWID;
+        CREATE INDEX once_at ON once (at)""")
+
+
 def add_ends_of_tokens() -> None:
     """Version 15: tokens end, are for something, and tell when they were used."""
     name = "VARCHAR(255) NOT NULL DEFAULT ''"
@@ -3432,7 +4519,6 @@ def trouble(error: BaseException) -> Unavailable | None:
         return None
     try:
         store_file.check()  # any error may follow from this one
-        store_file.refuse_other(store_in(store_file.path))
     except Unavailable as lost:
         return lost
     return in_trouble(error)
@@ -3456,19 +4542,13 @@ def in_trouble(error: BaseException) -> Unavailable | None:
     code = code_of(cause)
     if code not in TROUBLES:
         return None
+    store_file.troubles += 1
     sentence = TROUBLES[code].format(f'{cause} ({cause.sqlite_errorname})')
     if TROUBLES[code] is DAMAGED:
         store_file.damage = sentence
+    elif code not in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
+        store_file.failed = sentence, time.monotonic()
     return Unavailable(sentence)
-
-
-def store_in(path: str) -> str:
-    """The id of the store that a file holds now; the one that is open, where that can't be read."""
-    try:
-        with closing(connect(path, timeout=1)) as connection:
-            return told_by(connection)[2]
-    except sqlite3.Error:
-        return store_file.store
 
 
 def look_for_damage(path: str) -> str:
@@ -3495,13 +4575,16 @@ def probe(path: str) -> str:
     """Writes to the database on a connection of its own; what prevents that, '' if nothing."""
     try:
         store_file.check()
-        with closing(connect(path, timeout=5)) as connection:
-            store_file.refuse_other(told_by(connection)[2])
-            connection.execute("INSERT OR REPLACE INTO fact (name, value) VALUES ('probe', ?)",
-                               (f'{time.time()}',))
+        write_probe(path)
     except (Unavailable, sqlite3.Error) as error:
         return str(error if isinstance(error, Unavailable) else trouble(error) or error)
     return ''
+
+
+def write_probe(path: str) -> None:
+    """Writes nothing but that it writes, on a connection that has read nothing before."""
+    with closing(connect(path, timeout=5)) as connection:
+        connection.execute(COUNT_WRITE).fetchone()
 
 
 def first_cause(error: Exception) -> Exception:
@@ -3511,37 +4594,246 @@ def first_cause(error: Exception) -> Exception:
     return error
 
 
+#: What keeps in memory what transactions have decided: `mark` tells how much that is, `back` makes
+#: it as little again, `write` writes it, and `forget` forgets it.
+MEMORIES: list = []
+
+
 @contextmanager
-def transaction(keep: bool = True) -> Iterator[None]:
-    """All of it or nothing, on disk when it ends; alone in this process; without `keep`, undone.
+def transaction(first: bool = False) -> Iterator[None]:
+    """All of it or nothing, on disk when it ends; alone in this process.
+
+    Inside of another, or of a rehearsal, it is a part of that.
+
+    Args:
+      first: before all others of this process that wait
 
     Raises:
       Unavailable: others have been writing for too long, or the file is not there any more.
     """
+    if db.in_transaction():
+        with Attempt():
+            yield
+            write_memories()
+        return
     began = time.monotonic()
-    if not write_lock.acquire(timeout=PATIENT):
+    if not turns.acquire(PATIENT, first):
         raise Unavailable(TROUBLES[sqlite3.SQLITE_BUSY])
     try:
-        store_file.check()
-        with db.atomic() as current:
-            METRICS.observe('lock_wait_seconds', time.monotonic() - began)
-            store_file.refuse_other(stored_id())
-            yield
-            if not keep:
-                current.rollback()
-        store_file.check()  # what was written to a file that has gone meanwhile is lost
+        METRICS.observe('lock_wait_seconds', time.monotonic() - began)
+        with watched():
+            try:
+                yield
+                write_memories()
+            finally:
+                forget_memories()
     except STORE_ERRORS as error:
-        cause = first_cause(error)
-        # A connection that was opened while nothing could be written stays so: the next is a new one.
-        if code_of(sqlite_error(cause)) == sqlite3.SQLITE_READONLY and not db.in_transaction():
-            db.close()
-        raise cause
+        raise of_store(error)
     finally:
-        write_lock.release()
+        turns.release()
+
+
+def some_of(left: deque) -> Iterator:
+    """Takes one by one what is left, until a transaction has lasted for as long as a piece may."""
+    until = time.monotonic() + PIECE
+    while left:
+        yield left.popleft()
+        if time.monotonic() >= until:
+            return
+
+
+@contextmanager
+def watched() -> Iterator[None]:
+    """A transaction that writes to the files that cmres has opened, or not at all."""
+    store_file.check()
+    number = 0
+    with db.atomic():
+        before = db.connection().total_changes
+        yield
+        if db.connection().total_changes > before:
+            number = int(run(COUNT_WRITE).fetchone()[0])
+            store_file.confirm()
+    if number:
+        store_file.acknowledge(number)
+
+
+#: Each write has a number, by which a database file tells how old it is.
+LAST_WRITE = "SELECT CAST(value AS INTEGER) FROM fact WHERE name = 'writes'"
+COUNT_WRITE = """INSERT INTO fact (name, value) VALUES ('writes', 1)
+  ON CONFLICT (name) DO UPDATE SET value = value + 1 RETURNING value"""
+
+
+def of_store(error: Exception) -> Exception:
+    """The first cause of an error, after which this thread may go on."""
+    cause = first_cause(error)
+    # A connection that was opened while nothing could be written stays so: the next is a new one.
+    if code_of(sqlite_error(cause)) == sqlite3.SQLITE_READONLY and not db.in_transaction():
+        db.close()
+    return cause
+
+
+def write_memories() -> None:
+    """Makes true what was decided so far; in a rehearsal nothing is."""
+    for memory in () if rehearsal.on else MEMORIES:
+        memory.write()
+
+
+def forget_memories() -> None:
+    for memory in MEMORIES:
+        memory.forget()
+
+
+# A rehearsal decides and answers what a transaction would, upon the store as it is at one instant,
+# and nothing of it ever happens. It takes no lock: what it writes goes to tables of its own, in
+# memory and on this connection alone. From its first write to a table on, its statements read and
+# write instead of that the view NAME_now: the rows of the table without those in NAME_gone, and
+# those in NAME_new. So a deed and its rehearsal are one program.
+
+class Rehearsal(threading.local):
+    """What this thread rehearses: to which tables it has written, and the next ids there."""
+    tables: frozenset | None = None
+    ids: dict = {}
+
+    @property
+    def on(self) -> bool:
+        return self.tables is not None
+
+
+class Unmade(Exception):
+    """Ends a rehearsal."""
+
+
+rehearsal = Rehearsal()
+#: What operations change, each with what changes with it.
+REHEARSED = dict.fromkeys(('occurrence', 'resource', 'capacity', 'proposal', 'extra_hold', 'wait',
+                           'limits', 'token', 'feed', 'subscription'), ()) | {
+    'reservation': ('occurrence', 'texts')}
+WRITTEN = re.compile(r'\s*(?:INSERT INTO|UPDATE|DELETE FROM)\s+(\w+)')
+NAMED = re.compile(r'\b((?:FROM|JOIN|INTO|UPDATE)\s+)(\w+)\b')
+INDEXED = re.compile(r'\b((?:FROM|JOIN|UPDATE)\s+(\w+)(?:\s+\w+)?)\s+INDEXED BY \w+')
+
+
+@contextmanager
+def rehearsing() -> Iterator[None]:
+    """A transaction of which nothing is kept, and that nobody waits for; or so much of one."""
+    if db.in_transaction():
+        with undone():
+            yield
+        return
+    store_file.check()
+    try:
+        set_stage()
+        with suppress(Unmade), db.atomic('DEFERRED'):
+            rehearsal.tables, rehearsal.ids = frozenset(), {}
+            try:
+                yield
+            finally:
+                rehearsal.tables = None
+                forget_memories()
+            raise Unmade
+    except STORE_ERRORS as error:
+        raise of_store(error)
+
+
+def set_stage() -> None:
+    """Makes, once on each connection, what rehearsals write to."""
+    if run('PRAGMA temp.table_info(texts_now)').fetchone():
+        return
+    run('PRAGMA temp_store = memory')
+    for table in REHEARSED:
+        columns = run(f'PRAGMA main.table_info({table})').fetchall()
+        names = ', '.join(f'"{name}"' for _, name, *_ in columns)
+        kinds = ', '.join(f'"{name}" {kind} {"NOT NULL" if needed else ""}'
+                          f'{" PRIMARY KEY" if key else f" DEFAULT {default}" if default else ""}'
+                          for _, name, kind, needed, default, key in columns)
+        news = ', '.join(f'NEW."{name}"' for _, name, *_ in columns)
+        owner = """UPDATE occurrence_now SET of_project = NEW.project, of_user = NEW.user WHERE
+          reservation_id = NEW.id AND (NEW.project, NEW.user) <> (OLD.project, OLD.user);"""
+        run_all(f"""
+          CREATE TEMP TABLE {table}_new ({kinds});
+          CREATE TEMP TABLE {table}_gone (id INTEGER PRIMARY KEY);
+          CREATE TEMP VIEW {table}_now AS
+            SELECT {names} FROM main.{table} WHERE id NOT IN (SELECT id FROM {table}_gone)
+            UNION ALL SELECT {names} FROM {table}_new""")
+        run(f"""CREATE TEMP TRIGGER {table}_changed INSTEAD OF UPDATE ON {table}_now BEGIN
+          INSERT OR REPLACE INTO {table}_new VALUES ({news});
+          INSERT OR IGNORE INTO {table}_gone VALUES (OLD.id);
+          {owner if table == 'reservation' else ''} END""")
+        run(f"""CREATE TEMP TRIGGER {table}_dropped INSTEAD OF DELETE ON {table}_now BEGIN
+          DELETE FROM {table}_new WHERE id = OLD.id;
+          INSERT OR IGNORE INTO {table}_gone VALUES (OLD.id); END""")
+    run(f"""CREATE TEMP VIEW texts_now AS
+      SELECT project, sum(size) AS size FROM (
+        SELECT project, size FROM main.texts UNION ALL
+        SELECT project, {long_texts('n')} FROM reservation_new n WHERE {long_texts('n')} > 1000
+        UNION ALL SELECT project, -{long_texts('g')} FROM main.reservation g
+         WHERE id IN (SELECT id FROM reservation_gone) AND {long_texts('g')} > 1000) GROUP BY 1""")
+
+
+def rehearsed(sql: str) -> str:
+    """A statement as this thread's rehearsal runs it."""
+    if written := WRITTEN.match(sql):
+        note_written(written[1])
+    return rehearsed_text(sql, rehearsal.tables) if rehearsal.tables else sql
+
+
+def note_written(table: str) -> None:
+    """From now on what this thread's rehearsal has of a table is not what the store has."""
+    if table not in REHEARSED:
+        raise RuntimeError(f'{table} would be written to in a rehearsal')
+    rehearsal.tables |= {table, *REHEARSED[table]}
+
+
+@functools.lru_cache(1000)
+def rehearsed_text(sql: str, tables: frozenset) -> str:
+    sql = INDEXED.sub(lambda found: found[found[2] in tables], sql)
+    return NAMED.sub(lambda found: f'{found[0]}_now' if found[2] in tables else found[0], sql)
+
+
+def rehearsed_id(table: str) -> int:
+    """The id that the next new row of a table would have."""
+    if table not in rehearsal.ids:
+        rehearsal.ids[table] = run(f'SELECT coalesce(max(id), 0) FROM main.{table}').fetchone()[0]
+    rehearsal.ids[table] += 1
+    return rehearsal.ids[table]
+
+
+class Attempt:
+    """A part of a transaction that is done as a whole, or undone: where it fails, or is told so."""
+
+    def __enter__(self):
+        self.marks, self.ids = [memory.mark() for memory in MEMORIES], {**rehearsal.ids}
+        run('SAVEPOINT attempt')
+        return self
+
+    def undo(self) -> None:
+        """Makes all as it was before; what comes then is a part of the attempt as well."""
+        run('ROLLBACK TO attempt')
+        rehearsal.ids = self.ids.copy()
+        for memory, mark in zip(MEMORIES, self.marks):
+            memory.back(mark)
+
+    def __exit__(self, kind, error, trace) -> None:
+        if kind:
+            self.undo()
+        run('RELEASE attempt')
+
+
+@contextmanager
+def undone() -> Iterator[None]:
+    """A part of a transaction of which nothing is kept."""
+    with Attempt() as attempt:
+        yield
+        attempt.undo()
 
 
 def run(sql: str, *values) -> sqlite3.Cursor:
     """Runs one statement on this thread's connection; peewee's kinds of errors, without its cost."""
+    return execute(rehearsed(sql) if rehearsal.on else sql, values)
+
+
+def execute(sql: str, values: Iterable = ()) -> sqlite3.Cursor:
+    """Runs one statement as it stands."""
     try:
         return db.connection().execute(sql, values)
     except sqlite3.Error as error:
@@ -3566,10 +4858,64 @@ def row(sql: str, *values):
 ROW_TYPES: dict = {}
 
 
-def stored_id() -> str:
-    """The id of the store that is in the file, as this connection reads it; '' before it is made."""
-    found = store_file.store and run("SELECT value FROM fact WHERE name = 'store'").fetchone()
-    return found[0] if found else ''
+class Remembered(threading.local):
+    """What this thread's transaction has read of what it seldom writes to."""
+
+    def __init__(self):
+        self.found: dict = {}
+        self.written = False  # to what it remembers, since it began
+
+    def mark(self) -> None:
+        """Nothing: what was read before an attempt and in it is the same."""
+
+    def back(self, mark: None) -> None:
+        if self.written:
+            self.found.clear()
+
+    def write(self) -> None:
+        """Nothing is decided here."""
+
+    def forget(self) -> None:
+        self.__init__()
+
+    def change(self) -> None:
+        """Reads all anew, since something was written."""
+        self.found.clear()
+        self.written = True
+
+
+remembered = Remembered()
+MEMORIES.append(remembered)
+SELDOM = ('resource', 'limits', 'wait')
+STANDING = """SELECT EXISTS (SELECT 1 FROM wait) AS waits,
+                     EXISTS (SELECT 1 FROM limits) AS limits"""
+
+
+def once(sql: str, *values) -> list:
+    """All rows of a query on SELDOM, which a transaction asks once until it writes there."""
+    if not db.in_transaction():
+        return rows(sql, *values)
+    key = sql, values
+    if key not in remembered.found:
+        remembered.found[key] = rows(sql, *values)
+    return remembered.found[key]
+
+
+def standing():
+    """Whether anybody waits, and whether anybody is limited, at all: `waits` and `limits`."""
+    return once(STANDING)[0]
+
+
+def resource_of(id: int, removed: bool = False):
+    """The row of a resource; None if it was removed."""
+    found = once('SELECT * FROM resource WHERE id = ?', id)[0]
+    return found if removed or found.removed is None else None
+
+
+def state_of_store() -> tuple:
+    """What is another as soon as anything was written, by this connection or by another one."""
+    connection = db.connection()
+    return id(connection), connection.total_changes, run('PRAGMA data_version').fetchone()[0]
 
 
 def row_type(sql: str, cursor):
@@ -3581,24 +4927,64 @@ def row_type(sql: str, cursor):
 
 def insert(model: type[Table], **values) -> int:
     """Writes a row and tells its id."""
-    return run(insert_text(model, tuple(values)), *values.values()).lastrowid
+    if model._meta.table_name in SELDOM:
+        remembered.change()
+    if not rehearsal.on:
+        return run(insert_text(model, tuple(values)), *values.values()).lastrowid
+    table = model._meta.table_name
+    note_written(table)
+    values['id'] = rehearsed_id(table)
+    execute(insert_text(model, tuple(values), '_new'), (*values.values(),))
+    return values['id']
 
 
 @functools.lru_cache
-def insert_text(model, names: tuple) -> str:
+def insert_text(model, names: tuple, instead: str = '') -> str:
     columns = ', '.join(f'"{model._meta.fields[name].column_name}"' for name in names)
-    return f"INSERT INTO {model._meta.table_name} ({columns}) VALUES ({', '.join('?' * len(names))})"
+    marks = ', '.join('?' * len(names))
+    return f'INSERT INTO {model._meta.table_name}{instead} ({columns}) VALUES ({marks})'
+
+
+def insert_many(model: type[Table], many: list[dict]) -> None:
+    """Writes rows in one statement, in order; what some don't have is NULL."""
+    if len(many) == 1:
+        insert(model, **many[0])
+        return
+    table, names = model._meta.table_name, (*dict.fromkeys(name for each in many for name in each),)
+    if rehearsal.on:
+        note_written(table)
+        names = ('id', *names)
+        many = [{'id': rehearsed_id(table), **each} for each in many]
+    if many:
+        execute(insert_many_text(model, names, '_new' if rehearsal.on else ''), (json.dumps(
+            [[each.get(name) for name in names] for each in many]),))
+
+
+@functools.lru_cache
+def insert_many_text(model, names: tuple, instead: str) -> str:
+    columns = ', '.join(f'"{model._meta.fields[name].column_name}"' for name in names)
+    values = ', '.join(f"json_extract(value, '$[{n}]')" for n, _ in enumerate(names))
+    return (f'INSERT INTO {model._meta.table_name}{instead} ({columns}) '
+            f'SELECT {values} FROM json_each(?) ORDER BY key')
 
 
 def change(model: type[Table], id: int, **values) -> None:
     """Writes some columns of one row."""
+    if model._meta.table_name in SELDOM:
+        remembered.change()
     run(change_text(model, tuple(values)), *values.values(), id)
 
 
 @functools.lru_cache
-def change_text(model, names: tuple) -> str:
+def change_text(model, names: tuple, more: str = '') -> str:
     columns = ', '.join(f'"{model._meta.fields[name].column_name}" = ?' for name in names)
-    return f'UPDATE {model._meta.table_name} SET {columns} WHERE id = ?'
+    return f'UPDATE {model._meta.table_name} SET {columns}{more} WHERE id = ?'
+
+
+def change_occurrence(id: int, now: float, **values) -> None:
+    """Writes some columns of an occurrence, which is another one for calendars then."""
+    values['revised'] = int(now)
+    run(change_text(Occurrence, tuple(values), ', revision = revision + 1'), *values.values(), id)
 
 
 def journal(config: Config, at: float, actor: str, code: str, sentence: str, reservation: int | None = None,
@@ -3611,10 +4997,11 @@ def journal(config: Config, at: float, actor: str, code: str, sentence: str, res
       occurrence: the one that it is about; without one, all that are not over
       refused: project, and id of the resource, of what is no reservation
     """
-    whose = row('SELECT project FROM reservation WHERE id = ?', reservation) if reservation else None
-    about = {'reservation': reservation, 'occurrence': occurrence,
-             'project': whose.project if whose else '', 'resource': None} | refused
-    event = insert(Event, at=at, actor=actor, code=code, sentence=sentence, **about)
+    if rehearsal.on:
+        return
+    about = {'reservation': reservation, 'occurrence': occurrence, 'project': '',
+             'resource': None} | refused
+    event = write_event(at, actor, code, sentence, about)
     if reservation and (occurrence is None or occurrence > 0):
         by, which, id = ('', 'id', occurrence) if occurrence else (
             'INDEXED BY occurrence_series', '(due IS NULL) = 0 AND reservation_id', reservation)
@@ -3625,6 +5012,15 @@ def journal(config: Config, at: float, actor: str, code: str, sentence: str, res
         send_later(event, [config.webhook], '', at)
     targets = [target for target in notify if config.may_tell(target)]
     tell_owners(config, event, targets, about, actor, at)
+
+
+def write_event(at: float, actor: str, code: str, sentence: str, about: dict) -> int:
+    """Appends an event; one of a reservation is of its project."""
+    return run('INSERT INTO event (at, actor, code, sentence, reservation_id, occurrence, project, '
+               'resource_id) SELECT ?1, ?2, ?3, ?4, ?5, ?6, '
+               'coalesce((SELECT project FROM reservation WHERE id = ?5), ?7), ?8',
+               at, actor, code, sentence, *(about[name] for name in (
+                   'reservation', 'occurrence', 'project', 'resource'))).lastrowid
 
 
 def tell_owners(config: Config, event: int, targets: list[str], about: dict, actor: str,
@@ -3639,9 +5035,9 @@ def tell_owners(config: Config, event: int, targets: list[str], about: dict, act
     send_later(event, [target for target in targets if is_web(target)] + may_go, owner, at)
     if 0 <= left < len(mails):
         tomorrow = config.told_time((at // 86400 + 1) * 86400)
-        last = insert(Event, at=at, actor='cmres', code='dropped', **about, sentence=(
+        last = write_event(at, 'cmres', 'dropped', (
             f'{config.notices_per_day} mails were sent for {owner} today, so no more are sent '
-            f'until {tomorrow}; the event log has everything'))
+            f'until {tomorrow}; the event log has everything'), about)
         send_later(last, mails, owner, at)
 
 
@@ -3773,6 +5169,9 @@ def given(where: list) -> list:
 # maintenance holds one of the track CLOSED, of which no resource has any: so nothing is admitted in
 # it, also where a resource has no figure that could be used up.
 #
+# A transaction keeps what it holds and gives back in memory, the ledger, and writes the net at its
+# end: so what is undone costs nothing, and a rehearsal writes nothing.
+#
 # Cost: a few index look-ups and one row per change of level inside the window, whatever the number
 # of reservations. `check` derives the same function from the occurrences and compares.
 
@@ -3900,54 +5299,250 @@ def stored(amount: Amount, prefix: str = '') -> dict:
         f'{prefix}classes': json.dumps(dict(amount.classes)) if amount.classes else ''}
 
 
+class Profile:
+    """What is held more of one track from each of some instants on, as figures of steps."""
+
+    def __init__(self):
+        self.ats, self.levels = [], []
+
+    def add(self, begin: int, until: int, figures: tuple) -> None:
+        first, last = self.cut(begin), self.cut(until)
+        for n in range(first, last):
+            self.levels[n] = plus(self.levels[n], figures)
+
+    def cut(self, at: int) -> int:
+        """Where an instant stands among the cuts; it is one from now on."""
+        n = bisect_left(self.ats, at)
+        if n == len(self.ats) or self.ats[n] != at:
+            self.ats.insert(n, at)
+            self.levels.insert(n, self.level(n - 1))
+        return n
+
+    def level(self, n: int) -> tuple:
+        return self.levels[n] if n >= 0 else ZERO
+
+    def at(self, instant: float) -> tuple:
+        return self.level(bisect_right(self.ats, instant) - 1)
+
+    def within(self, begin: float, until: float) -> Iterator[tuple[float, float, tuple]]:
+        """A window in pieces, each with what is held more in all of it."""
+        n = bisect_right(self.ats, begin)
+        cuts = [begin, *self.ats[n:bisect_left(self.ats, until)], until]
+        for number, (first, last) in enumerate(itertools.pairwise(cuts), n - 1):
+            yield first, last, self.level(number)
+
+    def pieces(self) -> Iterator[tuple[int, int, tuple]]:
+        """All of it that isn't nothing."""
+        for (begin, level), until in zip(zip(self.ats, self.levels), self.ats[1:]):
+            if level != ZERO:
+                yield begin, until, level
+
+
+ZERO = (0, 0, 0)
+
+
+def plus(some: tuple, others: tuple) -> tuple:
+    return tuple(map(int.__add__, some, others))
+
+
+class Ledger(threading.local):
+    """What this thread's transaction holds and gives back, until the net is written as steps."""
+
+    def __init__(self):
+        self.forget()
+
+    def forget(self) -> None:
+        self.entries = []  # (resource, track, begin, until, figures), in order
+        self.written = 0   # so many of them are steps already
+        self.profiles: dict[tuple[int, str], Profile] = {}  # the sum of the others
+        self.peaks: dict[tuple, list] = {}  # what was read of windows, and around cuts
+        self.cuts: dict[tuple, tuple] = {}
+
+    def mark(self) -> tuple[int, int]:
+        return len(self.entries), self.written
+
+    def back(self, mark: tuple[int, int]) -> None:
+        """Forgets what came after a mark; what was written since is no more, either."""
+        if mark == self.mark():
+            return
+        number, written = mark
+        kept, read = self.entries[:number], (self.peaks, self.cuts)
+        same = self.written == written
+        self.forget()
+        self.entries, self.written = kept[:written], written
+        if same:
+            self.peaks, self.cuts = read
+        for entry in kept[written:]:
+            self.add(*entry)
+
+    def add(self, *entry) -> None:
+        self.entries.append(entry)
+        resource, track, *change = entry
+        if (resource, track) not in self.profiles:
+            self.profiles[resource, track] = Profile()
+        self.profiles[resource, track].add(*change)
+
+    def within(self, resource: int, track: str, begin: float, until: float) -> list[tuple]:
+        """A window in pieces, each with what this transaction holds more in all of it."""
+        found = self.profiles.get((resource, track))
+        return [*found.within(begin, until)] if found else [(begin, until, ZERO)]
+
+    def after(self, resource: int, track: str, instant: float) -> int | None:
+        """The next instant at which it is another amount."""
+        found = self.profiles.get((resource, track))
+        return next((at for at in found.ats if at > instant), None) if found else None
+
+    def at(self, resource: int, track: str, instant: float) -> tuple:
+        found = self.profiles.get((resource, track))
+        return found.at(instant) if found else ZERO
+
+    def read(self, pieces: Iterable[tuple]) -> None:
+        """Reads what `step` has of windows, (resource, track, begin, until), that were not read."""
+        if len(self.peaks) > MOST_WINDOWS:
+            self.peaks, self.cuts = {}, {}
+        missing = [piece for piece in dict.fromkeys(pieces) if piece not in self.peaks]
+        if not missing:
+            return
+        for piece, found in zip(missing, run(PEAKS, json.dumps(missing)).fetchall()):
+            at, before, inside, *ended = map(step_of, found)
+            resource, track, begin, until = piece
+            self.peaks[piece] = [at or before or ZERO, *([inside] if inside else [])]
+            self.cuts[resource, track, begin] = at, before
+            self.cuts[resource, track, until] = ended
+
+    def peak(self, resource: int, track: str, begin: float, until: float) -> tuple:
+        """The peak of a track in a window that was read, with what this transaction holds."""
+        held = [plus(level, more)
+                for first, last, more in self.within(resource, track, begin, until)
+                for level in self.peaks[resource, track, first, last]]
+        return tuple(map(max, *held)) if len(held) > 1 else held[0]
+
+    def write(self) -> None:
+        """Writes the net of what was held and given back, and lets those that wait try again."""
+        pieces = [(*of, *piece) for of, each in self.profiles.items() for piece in each.pieces()]
+        if pieces:
+            write_steps(pieces)
+            for resource, _, begin, until, figures in pieces:
+                if any(each < 0 for each in figures):
+                    call_waiting(resource, begin, until)
+        self.written, self.profiles, self.peaks, self.cuts = len(self.entries), {}, {}, {}
+
+
+MOST_WINDOWS = 5000  # windows of which a transaction remembers what is held
+
+
+ledger = Ledger()
+MEMORIES.append(ledger)
+def of_list(query: str, *names: str) -> str:
+    """A query that uses lists, its one parameter in JSON, as the rows of a table p."""
+    columns = ', '.join(f"json_extract(value, '$[{n}]') AS {name}" for n, name in enumerate(names))
+    return f'WITH p AS MATERIALIZED (SELECT key, {columns} FROM json_each(?)) {query}'
+
+
+OF_ITS = 'step.resource_id = p.resource AND step.track = p.track'  # steps of the step function of p
+#: The step at an instant of p if there is one, and the one before it.
+AROUND = f"""(SELECT json_array(vms, vcpus, ram) FROM step WHERE {OF_ITS} AND at = p.{{0}}),
+             (SELECT json_array(vms, vcpus, ram) FROM step WHERE {OF_ITS} AND at < p.{{0}}
+               ORDER BY at DESC LIMIT 1)"""
+INSIDE = f'FROM step WHERE {OF_ITS} AND at > p.begun AND at < p.until'
+STEPS_AT = of_list(f"SELECT {AROUND.format('at')} FROM p ORDER BY key", 'resource', 'track', 'at')
+PEAKS = of_list(f"""
+  SELECT {AROUND.format('begun')},
+         (SELECT iif(max(vms) IS NULL, NULL, json_array(max(vms), max(vcpus), max(ram))) {INSIDE}),
+         {AROUND.format('until')} FROM p ORDER BY key""", 'resource', 'track', 'begun', 'until')
+PUT_STEPS = of_list("""
+  INSERT INTO step (resource_id, track, at, vms, vcpus, ram)
+  SELECT resource, track, at, a, b, c FROM p WHERE 1
+      ON CONFLICT DO UPDATE SET vms = excluded.vms, vcpus = excluded.vcpus, ram = excluded.ram""",
+                    'resource', 'track', 'at', 'a', 'b', 'c')
+RAISE_STEPS = of_list(f"""
+  UPDATE step SET vms = vms + p.a, vcpus = vcpus + p.b, ram = ram + p.c FROM p
+   WHERE {OF_ITS} AND at > p.begun AND at < p.until""",
+                      'resource', 'track', 'begun', 'until', 'a', 'b', 'c')
+DROP_STEPS = of_list('DELETE FROM step WHERE (resource_id, track, at) IN '
+                     '(SELECT resource, track, at FROM p)',
+                     'resource', 'track', 'at')
+
+
+def step_of(text: str | None) -> tuple | None:
+    """The figures of a step that was read as JSON."""
+    return tuple(json.loads(text)) if text else None
+
+
+def write_steps(pieces: list[tuple]) -> None:
+    """(3): holds more in pieces that don't overlap: (resource, track, begin, until, figures)."""
+    begun = {tuple(piece[:3]): piece for piece in pieces}
+    ended = {(resource, track, until): figures for resource, track, _, until, figures in pieces}
+    cuts = sorted(begun.keys() | ended.keys())
+    unknown = [cut for cut in cuts if cut not in ledger.cuts]
+    found = run(STEPS_AT, json.dumps(unknown)).fetchall() if unknown else ()
+    ledger.cuts |= zip(unknown, ([*map(step_of, each)] for each in found))
+    put, gone = [], []
+    for cut in cuts:
+        at, before = ledger.cuts[cut]
+        new = plus(at or before or ZERO, begun[cut][4] if cut in begun else ZERO)
+        if new == plus(before or ZERO, ended.get(cut, ZERO)):
+            gone += [cut] if at else []
+        elif new != at:
+            put.append((*cut, *new))
+    inside = [(*piece[:4], *piece[4]) for piece in pieces
+              if len(ledger.peaks.get(piece[:4], (0, 0))) > 1]
+    for statement, values in (RAISE_STEPS, inside), (PUT_STEPS, put), (DROP_STEPS, gone):
+        if values:
+            run(statement, json.dumps(values))
+
+
 def level(resource: int, at: float, classes: Iterable[str] = ()) -> Amount:
     """(1), also of some classes."""
     found = ((name, level_of(resource, name, at)[0]) for name in classes)
     return Amount(*level_of(resource, '', at), tuple(each for each in found if each[1]))
 
 
-def level_of(resource: int, track: str, at: float) -> tuple[int, int, int]:
+def level_of(resource: int, track: str, at: float) -> tuple[int, ...]:
+    return plus(written_level(resource, track, at), ledger.at(resource, track, at))
+
+
+def written_level(resource: int, track: str, at: float) -> tuple[int, ...]:
     return run('SELECT vms, vcpus, ram FROM step WHERE resource_id = ? AND track = ? AND at <= ? '
-               'ORDER BY at DESC LIMIT 1', resource, track, at).fetchone() or (0, 0, 0)
+               'ORDER BY at DESC LIMIT 1', resource, track, at).fetchone() or ZERO
 
 
 def peak(resource: int, begin: float, until: float, classes: Iterable[str] = ()) -> Amount:
     """(2), each figure on its own; with CLOSED, where a resource is closed."""
-    closed = peak_of(resource, CLOSED, begin, until)[0]
-    return Amount(*peak_of(resource, '', begin, until), (
-        *(((CLOSED, closed),) if closed else ()),
-        *((name, peak_of(resource, name, begin, until)[0]) for name in classes)))
+    tracks = ('', CLOSED, *classes)
+    ledger.read((resource, track, *piece[:2]) for track in tracks
+                for piece in ledger.within(resource, track, begin, until))
+    found = {track: ledger.peak(resource, track, begin, until) for track in tracks}
+    closed = found[CLOSED][0]
+    if not db.in_transaction():
+        ledger.forget()
+    return Amount(*found[''], (*(((CLOSED, closed),) if closed else ()),
+                               *((name, found[name][0]) for name in classes)))
 
 
-def peak_of(resource: int, track: str, begin: float, until: float) -> tuple[int, ...]:
-    inside = run('SELECT max(vms), max(vcpus), max(ram) FROM step '
-                 'WHERE resource_id = ? AND track = ? AND at > ? AND at < ?', resource, track, begin, until).fetchone()
-    return tuple(a if b is None else max(a, b) for a, b in zip(level_of(resource, track, begin), inside))
+def read_windows(holds: Iterable[Hold], now: float) -> None:
+    """Reads at once what is held where some holds would be taken."""
+    ledger.read((each.resource, track, *piece[:2]) for each in holds if each.until > now
+                for track in ('', CLOSED, *each.amount.names)
+                for piece in ledger.within(each.resource, track, max(each.begin, int(now)),
+                                           each.until))
 
 
 def hold(resource: int, begin: int, until: int, amount: Amount) -> None:
-    """(3), without asking whether it fits; those that wait for what is given back are tried again."""
-    if begin < until and any(each < 0 for each in (*amount[:3], *(each for _, each in amount.classes))):
-        call_waiting(resource, begin, until)
+    """(3), without asking whether it fits; what is given back by it is there at once."""
     for track, figures in amount.tracks if begin < until else ():
-        there_before = [at for at in (begin, until) if not cut(resource, track, at)]
-        run('UPDATE step SET vms = vms + ?, vcpus = vcpus + ?, ram = ram + ? '
-            'WHERE resource_id = ? AND track = ? AND at >= ? AND at < ?', *figures, resource, track, begin, until)
-        for at in there_before:  # a new cut is a change of level for sure
-            if level_of(resource, track, at) == level_of(resource, track, at - 1):
-                run('DELETE FROM step WHERE resource_id = ? AND track = ? AND at = ?', resource, track, at)
+        ledger.add(resource, track, begin, until, figures)
+    if not db.in_transaction():
+        ledger.write()
+        ledger.forget()
 
 
 def call_waiting(resource: int, begin: float = 0, until: float = 2**62) -> None:
     """Lets those be tried again that wait for room on a resource in a window, and those that lacked something else."""
-    run('UPDATE wait SET due = 0 WHERE resource_id = ? AND until > ? AND held_from < ?', resource, begin, until)
-    run('UPDATE wait SET due = 0 WHERE limited')
-
-
-def cut(resource: int, track: str, at: int) -> bool:
-    """Makes sure that there is a row at an instant; whether it is new."""
-    return run('INSERT INTO step (resource_id, track, at, vms, vcpus, ram) VALUES (?, ?, ?, ?, ?, ?) '
-               'ON CONFLICT DO NOTHING', resource, track, at, *level_of(resource, track, at)).rowcount > 0
+    if standing().waits:
+        run('UPDATE wait SET due = 0 WHERE resource_id = ? AND until > ? AND held_from < ?',
+            resource, begin, until)
+        run('UPDATE wait SET due = 0 WHERE limited')
 
 
 def release(resource: int, begin: int, until: int, amount: Amount) -> None:
@@ -3986,7 +5581,7 @@ def take(pieces: list[Hold], now: float, given: list[Hold] = ()) -> None:
       NoCapacity: one doesn't; nothing was changed.
     """
     for each in beyond(pieces, given):
-        place = row('SELECT * FROM resource WHERE id = ?', each.resource)
+        place = resource_of(each.resource, removed=True)
         if each.until > now and not fits(place, max(each.begin, int(now)), each.until, each.amount):
             raise NoCapacity('')
     for each in pieces:
@@ -3996,15 +5591,20 @@ def take(pieces: list[Hold], now: float, given: list[Hold] = ()) -> None:
 def steps(resource: int, begin: float, until: float, classes: Iterable[str] = ()) -> Iterator[tuple[float, Amount]]:
     """The step function in a window: (instant, level from then on), also of CLOSED."""
     tracks = ['', CLOSED, *classes]
-    levels = {track: level_of(resource, track, begin) for track in tracks}
+    levels = {track: [written_level(resource, track, begin), ZERO] for track in tracks}
     marks = ', '.join('?' * len(tracks))
-    changes = run(f'SELECT at, track, vms, vcpus, ram FROM step WHERE resource_id = ? AND track IN ({marks}) '
-                  'AND at > ? AND at < ? ORDER BY at', resource, *tracks, begin, until)
+    changes = [(at, track, 0, figures) for at, track, *figures in run(
+        f'SELECT at, track, vms, vcpus, ram FROM step WHERE resource_id = ? AND track IN ({marks}) '
+        'AND at > ? AND at < ? ORDER BY at', resource, *tracks, begin, until)]
+    changes += [(at, track, 1, more) for track in tracks
+                for at, _, more in ledger.within(resource, track, begin, until)]
     at = begin
-    for after, track, *figures in [*changes, (until, '', 0, 0, 0)]:
+    for after, track, side, figures in [*sorted(changes), (until, '', 0, ZERO)]:
         if after > at:
-            yield at, Amount(*levels[''], tuple((name, levels[name][0]) for name in tracks[1:] if levels[name][0]))
-        at, levels[track] = after, figures
+            held = {track: plus(*each) for track, each in levels.items()}
+            classes = ((name, held[name][0]) for name in tracks[1:] if held[name][0])
+            yield at, Amount(*held[''], tuple(classes))
+        at, levels[track][side] = after, figures
 
 
 def peaks(resource: int, begin: int, width: int, number: int, classes: Iterable[str] = ()) -> list[Amount]:
@@ -4045,7 +5645,26 @@ def free_of(resource: int, track: str, need: tuple, most: tuple, after: float,
             before: float) -> Iterator[tuple[float, float]]:
     """The free windows of one step function."""
     rooms = [2**62 if limit is None else limit - each for limit, each in zip(most, need)]
-    begin = after if all(each <= room for each, room in zip(level_of(resource, track, after), rooms)) else None
+    free = None  # it may go on
+    for begin, until, more in ledger.within(resource, track, after, before):
+        left = [room - each for room, each in zip(rooms, more)]
+        for first, last in free_within(resource, track, left, begin, until):
+            if free and free[1] < first:
+                yield free
+                free = None
+            free = (free[0] if free else first, last)
+            if last < until:
+                yield free
+                free = None
+    if free:
+        yield free
+
+
+def free_within(resource: int, track: str, rooms: list, after: float,
+                before: float) -> Iterator[tuple[float, float]]:
+    """The windows in which no more than some figures is written as held."""
+    held = written_level(resource, track, after)
+    begin = after if all(each <= room for each, room in zip(held, rooms)) else None
     at = after
     while at < before:
         at = next_step(resource, track, rooms, at, before, free=begin is None)
@@ -4182,7 +5801,9 @@ class Aggregate(NamedTuple):
 
 
 def classes_of(extra_specs: dict) -> tuple:
-    """The resource classes that a flavor asks for, of all its groups (Nova's extra specs resources*:CLASS)."""
+    """The resource classes that a flavor asks for, of all its groups (Nova's extra specs
+    resources*:CLASS).
+    """
     found: dict = defaultdict(int)
     for key, value in extra_specs.items():
         match = re.fullmatch('resources[A-Za-z0-9_-]*:([A-Z0-9_]+)', key)
@@ -4192,7 +5813,9 @@ def classes_of(extra_specs: dict) -> tuple:
 
 
 class Seen(NamedTuple):
-    """A server of ours as its cloud shows it: Nova's status in lower case, `made` in seconds since 1970."""
+    """A server of ours as its cloud shows it: Nova's status in lower case, `made` in seconds since
+    1970.
+    """
     uid: str
     mark: str
     state: str
@@ -4200,6 +5823,10 @@ class Seen(NamedTuple):
     fault: str = ''
     addresses: list = []
     name: str = ''
+
+
+#: What Nova may still list for a moment.
+GONE = ('deleted', 'soft_deleted')
 
 
 MEASURED_CALLS = set('things boot servers delete server start stop shelve snapshot saved '
@@ -4272,9 +5899,11 @@ class Cloud:
         return [each.name for each in self.things(kind) if each.name and sight.shows(kind, each)]
 
     def boot(self, machine: Machine) -> str:
-        """Begins to make one server and tells its id; unless CloudError is `sure`, it may exist all the same.
+        """Begins to make one server and tells its id; unless CloudError is `sure`, it may exist all
+        the same.
 
-        Calls the machine's `fence` just before the one request that makes it, and lets through what that raises.
+        Calls the machine's `fence` just before the one request that makes it, and lets through what
+        that raises.
         """
         raise NotImplementedError
 
@@ -4283,7 +5912,9 @@ class Cloud:
         raise NotImplementedError
 
     def delete(self, uid: str) -> None:
-        """Begins to delete a server; it is gone when servers() doesn't show it; one that is gone already is fine."""
+        """Begins to delete a server; it is gone when servers() doesn't show it; one that is gone
+        already is fine.
+        """
         raise NotImplementedError
 
     def server(self, uid: str) -> Seen | None:
@@ -4291,7 +5922,9 @@ class Cloud:
         raise NotImplementedError
 
     def start(self, uid: str) -> None:
-        """Begins to make a server active that is at rest, in rescue or resized; one that is active is fine."""
+        """Begins to make a server active that is at rest, in rescue or resized; one that is active
+        is fine.
+        """
         raise NotImplementedError
 
     def stop(self, uid: str) -> None:
@@ -4303,7 +5936,9 @@ class Cloud:
         raise NotImplementedError
 
     def snapshot(self, uid: str, name: str) -> str:
-        """Begins to make an image of a server, unless there is one of that name, and tells the image's id."""
+        """Begins to make an image of a server, unless there is one of that name, and tells the
+        image's id.
+        """
         raise NotImplementedError
 
     def saved(self, image: str) -> bool | None:
@@ -4315,15 +5950,21 @@ class Cloud:
         raise NotImplementedError
 
     def mark(self, aggregate: str, resource: str) -> None:
-        """Marks an aggregate with a resource, so that Nova's scheduler asks for it; '' takes the mark away."""
+        """Marks an aggregate with a resource, so that Nova's scheduler asks for it; '' takes the
+        mark away.
+        """
         raise NotImplementedError
 
     def hosts(self, uids: Iterable[str]) -> dict[str, str | None]:
-        """On which host each server is: '' while it is nowhere yet, None if it is gone or failed."""
+        """On which host each server is: '' while it is nowhere yet, None if it is gone or
+        failed.
+        """
         raise NotImplementedError
 
     def time(self) -> float | None:
-        """The cloud's own clock, in seconds since 1970, to about a second; None where it tells none."""
+        """The cloud's own clock, in seconds since 1970, to about a second; None where it tells
+        none.
+        """
         return None
 
     def check(self, named: Iterable[tuple[str, str]], sight: Sight = EVERYTHING) -> list[Thing]:
@@ -4405,6 +6046,8 @@ class OpenStack(Cloud):
 
     def log_in(self):
         import openstack
+        if self.account not in openstack.config.OpenStackConfig().get_cloud_names():
+            raise UnknownCloud(f"there is no cloud '{self.account}' in clouds.yaml", sure=True)
         connection = openstack.connect(cloud=self.account, api_timeout=self.config.call_timeout,
                                        app_name='cmres')
         door = self.door()
@@ -4430,15 +6073,19 @@ class OpenStack(Cloud):
             yield
         except Error:
             raise
-        except Exception as error:  # the SDK's, keystoneauth's, requests', urllib3's and the parser's own kinds
+        # the SDK's, keystoneauth's, requests', urllib3's and the parser's own kinds
+        except Exception as error:
             status = getattr(error, 'status_code', None) or getattr(error, 'http_status', None) or 0
             if status == 401:  # the operator may put a new credential into clouds.yaml
                 self.session = None
             response = getattr(error, 'response', None)
-            details = {'retry_after': response.headers.get('Retry-After')} if response is not None else {}
+            details = ({'retry_after': response.headers.get('Retry-After')} if response is not None
+                       else {})
             text = getattr(error, 'details', None) or str(error) or type(error).__name__
-            raise CloudError(f"the cloud {self.account} could not {what}: {textwrap.shorten(str(text), 300)}",
-                             sure or 400 <= status < 500 and status != 408, status=status, **details) from error
+            raise CloudError(f"the cloud {self.account} could not {what}: "
+                             f"{textwrap.shorten(str(text), 300)}",
+                             sure or 400 <= status < 500 and status != 408, status=status,
+                             **details) from error
 
     def find(self, kind, name, sight=EVERYTHING):
         key, oldest = (kind, name, sight), time.monotonic() - self.REMEMBER
@@ -4553,7 +6200,8 @@ class OpenStack(Cloud):
         for (kind, _), thing in zip(named, self.check(named, machine.sight)):
             found[kind].append(thing.id)
         wish = {'name': machine.name, 'metadata': machine.metadata,
-                'flavor_id': found['flavor'][0], 'image_id': found['image'][0], 'tags': [self.store, machine.mark],
+                'flavor_id': found['flavor'][0], 'image_id': found['image'][0],
+                'tags': [self.store, machine.mark],
                 'networks': [{'uuid': id} for id in found['network']] or machine.network or 'auto'}
         if machine.key:
             wish['key_name'] = machine.key
@@ -4632,7 +6280,8 @@ class OpenStack(Cloud):
     def saved(self, image):
         with self.calling('show an image', sure=True) as cloud:
             found = self.got(cloud.image.get_image, image)
-            gone = found is None or found.status in ('killed', 'deleted', 'pending_delete', 'deactivated')
+            gone = (found is None
+                    or found.status in ('killed', 'deleted', 'pending_delete', 'deactivated'))
             return None if gone else found.status == 'active'
 
     def aggregates(self):
@@ -4686,7 +6335,8 @@ class Simulated(Cloud):
     FLAVORS = {'m1.tiny': Flavor(1, 512), 'm1.small': Flavor(1, 2048), 'm1.medium': Flavor(2, 4096),
                'm1.large': Flavor(4, 8192), 'm1.xlarge': Flavor(8, 16384),
                'g1.medium': Flavor(2, 4096, (('CUSTOM_GPU', 1),))}
-    NAMES = {'flavor': FLAVORS, 'image': ('cirros', 'debian-12', 'ubuntu-24.04'), 'network': ('private', 'public'),
+    NAMES = {'flavor': FLAVORS, 'image': ('cirros', 'debian-12', 'ubuntu-24.04'),
+             'network': ('private', 'public'),
              'key': ('default',), 'security_group': ('default',)}
 
     def __init__(self, account: str, store: str, config: Config, clock: Callable[[], float]):
@@ -4707,13 +6357,16 @@ class Simulated(Cloud):
         machine.fence()
         with transaction():
             full = 0 < self.config.simulated_vms <= self.present().count()
-            fault = 'No valid host was found.' if full or random.random() < self.config.simulated_failures else ''
-            insert(SimulatedServer, account=self.account, uid=uid, name=machine.name, mark=machine.mark,
+            fault = ('No valid host was found.' if full
+                     or random.random() < self.config.simulated_failures else '')
+            insert(SimulatedServer, account=self.account, uid=uid, name=machine.name,
+                   mark=machine.mark,
                    made=self.clock(), boots=self.config.simulated_boot, power='active', fault=fault)
         return uid
 
     #: Two hosts, as `resource sync` finds them.
-    AGGREGATES = (Aggregate('gpu', dict.fromkeys(('gpu-1', 'gpu-2'), Amount(0, 16, 65536, (('CUSTOM_GPU', 4),))), ''),)
+    AGGREGATES = (Aggregate('gpu', dict.fromkeys(('gpu-1', 'gpu-2'),
+                                                 Amount(0, 16, 65536, (('CUSTOM_GPU', 4),))), ''),)
 
     def aggregates(self):
         marks = dict(run("SELECT substr(name, 6), value FROM fact WHERE name LIKE 'mark-%'").fetchall())
@@ -4728,12 +6381,14 @@ class Simulated(Cloud):
         return {uid: 'gpu-1' if uid in there else None for uid in uids}
 
     def present(self):
-        return SimulatedServer.select().where(SimulatedServer.account == self.account, SimulatedServer.gone.is_null())
+        return SimulatedServer.select().where(SimulatedServer.account == self.account,
+                                              SimulatedServer.gone.is_null())
 
     def servers(self):
         time.sleep(self.config.simulated_latency)
         ours = SimulatedServer.mark.startswith(self.store)
-        return [self.seen(server) for server in self.present().where(ours).order_by(SimulatedServer.id)]
+        return [self.seen(server)
+                for server in self.present().where(ours).order_by(SimulatedServer.id)]
 
     def server(self, uid):
         found = self.present().where(SimulatedServer.uid == uid).first()
@@ -4813,12 +6468,15 @@ class Clouds:
 
     @functools.cached_property
     def store(self) -> str:
-        """What all our marks begin with: two installations on one cloud don't touch each other's servers."""
+        """What all our marks begin with: two installations on one cloud don't touch each other's
+        servers.
+        """
         return f"cmres-{fact('store')}"
 
     def accounts(self) -> set[str]:
         """All accounts that serve the resources there are."""
-        clouds = {each.cloud for each in rows("SELECT DISTINCT cloud FROM resource WHERE cloud <> ''")}
+        clouds = {each.cloud
+                  for each in rows("SELECT DISTINCT cloud FROM resource WHERE cloud <> ''")}
         known = self.config.read_again().credentials
         return clouds | {entry for key, entry in known.items() if key.rpartition('@')[2] in clouds}
 
@@ -4853,6 +6511,7 @@ NOTICES = '''SELECT n.id, n.target, n.owner, n.tries, e.id AS event, e.at, e.act
                FROM outbox n JOIN event e ON e.id = n.event_id'''
 
 
+@functools.lru_cache(4096)
 def host_of(target: str) -> str:
     """The host that a notice goes to; '' for mails, which all go to our own server."""
     try:
@@ -4916,7 +6575,8 @@ def fetch(config: Config, url: str, headers: dict) -> tuple[int, dict, bytes]:
             url = target
         raise ValueError('it redirects more than five times')
     except (OSError, ValueError, HTTPException) as error:
-        raise Undelivered(f'{type(error).__name__}: {first_line(error)}') from None
+        kind = '' if type(error) is ValueError else f'{type(error).__name__}: '  # it's our sentence
+        raise Undelivered(f'{kind}{first_line(error)}') from None
 
 
 def exchange(config: Config, verb: str, url: str, body: bytes | None, headers: dict) -> tuple[int, dict, bytes]:
@@ -5007,9 +6667,17 @@ def allowed_address(config: Config, host: str, port: int) -> str:
     return str(found[0])
 
 
+#: Ranges that only later Pythons know not to be public, without so many bits: 192.0.0.0/24 is for
+#: protocols, 3fff::/20 for examples (RFC 6890, RFC 9637).
+NOT_PUBLIC = {4: (8, 0xc00000), 6: (108, 0x3fff0)}
+
+
 def is_public(address) -> bool:
     """Whether an address is on the public internet, and so is each IPv4 address in it."""
     inside = embedded(address)
+    bits, reserved = NOT_PUBLIC[address.version]
+    if int(address) >> bits == reserved:
+        return False
     if address.version == 6 and not (inside and is_translated(address)):
         # All that was ever given out is in 2000::/3 (IANA's registry of IPv6 address space).
         if int(address) >> 125 != 1 or not address.is_global:
@@ -5097,6 +6765,7 @@ def json_text(value, indent: int | None = None) -> str:
 # queue would keep the other half. So all that asks for nothing outside is always answered.
 
 QUICK = 0.25  # seconds that a call may take before its request counts as one that waits
+WAITS = ('wait', ''),  # what a request is counted as that waits for its turn to compute
 #: What is said to who comes when no more may be.
 FULL = {
     'all': (Unavailable, 'the server is busy with {most} slow requests, as many as it lets in; try '
@@ -5220,11 +6889,13 @@ class Shares:
 
     def __init__(self, config: Config):
         self.patience = config.outside_timeout
-        self.most = {'all': max(config.threads // 2, 1), 'user': config.slow_per_user,
+        self.most = {'all': max(config.threads // 2, 1), 'wait': max(config.threads // 8, 1),
+                     'user': config.slow_per_user,
                      'target': config.slow_per_target}
         self.rates, self.uses = Rates(config), Uses()
         self.wrong: Counter = Counter()  # tokens, by address
         self.changed = threading.Condition()
+        self.pace = Turns()  # one of those that compute for long does so at a time
         self.taken: Counter = Counter()  # by kind and name
         # Of this thread's request: whose it is, how long it may still wait, what it has taken.
         self.request = threading.local()
@@ -5235,7 +6906,8 @@ class Shares:
         here = self.request
         here.user, here.left, here.has = user, self.patience, ()
         try:
-            yield
+            with acting_for(user):
+                yield
         finally:
             here.user = None
 
@@ -5273,15 +6945,48 @@ class Shares:
             return
         names = ('all', ''), ('user', here.user)
         with self.changed:
-            if not self.changed.wait_for(lambda: not self.full(names), patience):
+            patience = 0 if self.full(WAITS) else patience
+            self.taken.update(WAITS)
+            free = self.changed.wait_for(lambda: not self.full(names), patience)
+            self.taken.subtract(WAITS)
+            if not free:
                 raise self.refusal(self.full(names))
             self.taken.update(names)
         here.has = names
         try:
-            yield
+            with self.paced():
+                yield
         finally:
             here.has = ()
             self.give(names)
+
+    @contextmanager
+    def paced(self) -> Iterator[None]:
+        """A part of a request that computes for a while: one of them at a time."""
+        taken = self.bounded and not db.in_transaction() and self.pace.acquire()
+        try:
+            yield
+        finally:
+            if taken:
+                self.pace.release()
+
+    @contextmanager
+    def resting(self) -> Iterator[None]:
+        """Lets others compute for as long as this request only waits."""
+        paced = self.pace.mine
+        if paced:
+            self.pace.release()
+        try:
+            yield
+        finally:
+            if paced:
+                self.pace.acquire()
+
+    def breathe(self) -> None:
+        """Lets others compute who wait for that; never inside a transaction."""
+        if self.pace.mine and self.pace.lasts() > PIECE:
+            with self.resting():
+                pass
 
     def ask(self, target: str, call: Callable):
         """The answer of a call to a target outside, such as `the cloud chameleon`; it may hang.
@@ -5324,7 +7029,8 @@ class Shares:
                 raise self.refusal(full)
             self.taken.update(place)
         try:
-            asked.ended.wait(max(self.request.left - QUICK, 0))
+            with self.resting():
+                asked.ended.wait(max(self.request.left - QUICK, 0))
         finally:
             self.give(place)
 
@@ -5358,26 +7064,50 @@ class Shares:
 
 MOST_ICS = MOST_FETCHED  # bytes of a calendar
 MOST_TEXT = 20_000      # letters of a text that are looked at
+MOST_COMPONENTS = 150_000  # components that are looked at
+MOST_TOLD = 20          # refusals of a calendar, each by itself
+MOST_HEAD = 4000        # letters of one in which its first line is
 MOST_EVENTS = 2000      # that want machines
 MOST_DATES = 5000       # RDATEs and EXDATEs of an event, exceptions of a series
+MOST_ALIKE = 100        # series of one UID
 MOST_ZONE = 50_000      # letters that describe a time zone
+MOST_CHANGES = 2000     # of the clocks of one that a part of it describes
 MOST_NESTING = 8
 MOST_LENGTH = 366 * 86400  # seconds of one occurrence
-MOST_EXPANDING = 10     # seconds of computing for the occurrences of a whole calendar
+MOST_STEPS = 300_000    # to follow all events of a calendar: a step is about a microsecond
+MOST_STEPS_EACH = 50_000  # of these for one event
 MOST_SHOWN_BY_FEED = 100_000
 #: What an event wants: 2 x m1.small, and if it likes an image and a resource: 2 x m1.small cirros on demo.
 WANT = re.compile(
     r'(\d{1,7})\s*[x×]\s*([^\s,;]+)(?:\s+(?!on\s)([^\s,;]+))?(?:\s+on\s+([A-Za-z0-9._-]{1,64}))?\s*', re.I)
 MARKED = re.compile(r'#vm\b\s*([^\n<]*)', re.I)
+MAYBE_MARKED = re.compile('#vm|&#|&num', re.I)
 #: An event of our own feeds: what it shows is booked already.
 FEED_UID = re.compile(r'occurrence-\d+@cmres-[0-9a-f]{8}')
 PROPERTY = re.compile(r'([A-Za-z0-9-]+)((?:;[^":;]*(?:"[^"]*"[^":;]*)*)*):(.*)', re.S)
 TIMES = ('DTSTART', 'DTEND', 'RECURRENCE-ID', 'RDATE', 'EXDATE')
 PROGRAMMED = ('FLAVOR', 'IMAGE', 'RESOURCE', 'NETWORK', 'KEY')
-TOLD_OF_ZONES = ('BEGIN', 'END', 'TZID', 'DTSTART', 'RRULE', 'RDATE', 'TZOFFSETFROM', 'TZOFFSETTO')
 KEPT = frozenset((*TIMES, 'UID', 'SUMMARY', 'DESCRIPTION', 'LOCATION', 'CATEGORIES', 'STATUS',
                   'SEQUENCE', 'DURATION', 'RRULE', 'EXRULE', 'X-VM-COUNT',
                   *(f'X-VM-{name}' for name in PROGRAMMED)))
+#: No event wants a VM without one of these in its text, maybe folded: #vm, 2 x, 2 &times;, VM.
+WISH = re.compile(
+    rb'&\x1f?(?:#|num)|#\x1f?[vV]\x1f?[mM]|\n(?i:CATEGORIES)[^\n]*(?i:v\x1f?m)'
+    rb'|[\d\x80-\xff](?:[ \t\x1f\x80-\xff]|&[A-Za-z0-9#\x1f]{1,9};)*(?:[xX&]|\xc3\x1f?\x97)')
+#: Stands where a line was folded, and counts as one.
+FOLD = b'\x1f'
+FOLDED_NAME = re.compile(rb'(\n[A-Za-z0-9-]{0,20})(\x1f)([A-Za-z0-9-]{0,20}[;:])')
+#: Patterns that begin with the end of the line before are found fast.
+STRUCTURE = re.compile(rb'\n(?:([Bb])(?i:EGIN)|[Ee](?i:ND)):([^\n]*)')
+KEPT_LINE = re.compile(rb'\n(?i:%b)(?=[;:])[^\n]*' % '|'.join(sorted(KEPT)).encode())
+EXCEPTION = re.compile(rb'\n(?i:RECURRENCE-ID)[;:]')
+NAMING_LINE = re.compile(rb'\n(?i:DTSTART|SUMMARY)(?=[;:])[^\n]*')
+UID_LINE = re.compile(rb'\n(?i:UID)[;:][^\n]*')
+REPEATS = re.compile(rb'\n(?i:RRULE|RDATE)[;:]')
+FIRST_DAY = re.compile(rb'\n(?i:DTSTART)(?:;[^\n]*)?:(\d{8})')
+LAST_DAY = re.compile(rb'\n(?i:DTEND)(?:;[^\n]*)?:(\d{8})')
+ZONE_NAME = re.compile(rb'\n(?i:TZID)[^\n:]*:([^\n]*)')
+BESIDE = re.compile(rb'\n(?i:X-WR-TIMEZONE)[^\n]*:([^\n]*)')
 MOMENT = re.compile(r'(\d{4})(\d\d)(\d\d)(?:T(\d\d)(\d\d)(\d\d)(Z?))?', re.A)
 OFFSET = re.compile(r'[+-]([01]\d|2[0-3])[0-5]\d([0-5]\d)?', re.A)
 
@@ -5412,8 +7142,10 @@ class Booking(NamedTuple):
 class Frame:
     """What stands around the events of a VCALENDAR: zones that it describes or names."""
 
-    def __init__(self):
-        self.beside, self.described, self.known = '', {}, {}
+    def __init__(self, data: bytes):
+        self.data, self.beside = data, ''
+        self.described: dict[str, tuple[int, int]] = {}
+        self.known: dict[str, tzinfo | None] = {}
 
     def zone(self, name: str) -> tzinfo:
         """The zone of a name, of the zone table rather than of the calendar.
@@ -5423,11 +7155,17 @@ class Frame:
         """
         name = name.strip(' "')
         if name not in self.known:
-            self.known[name] = table_zone(name) or described_zone(self.described.get(name, ()))
+            self.known[name] = table_zone(name) or described_zone(self.lines_of(name))
         if self.known[name] is None:
             raise Invalid(f'the time zone {shown(name)} is not known, nor described in a way that '
                           'can be followed')
         return self.known[name]
+
+    def lines_of(self, name: str) -> list[str]:
+        """What describes a zone."""
+        begin, end = self.described.get(name, (0, 0))
+        STEPS.take((end - begin) // 10)
+        return [plain_line(line) for line in self.data[begin:end].split(b'\n') if line]
 
     def clock(self) -> tzinfo:
         """The zone by which a series in UTC goes, as Google writes it (X-WR-TIMEZONE)."""
@@ -5445,30 +7183,104 @@ def table_zone(name: str) -> ZoneInfo | None:
     return table_zone(WINDOWS_TO_OLSON[name]) if name in WINDOWS_TO_OLSON else None
 
 
-def described_zone(lines: Iterable[str]) -> tzinfo | None:
+class DescribedZone(tzinfo):
+    """A zone that a calendar describes: its changes, as instants without their zone."""
+
+    def __init__(self, changes: list[tuple[datetime, timedelta]], before: timedelta):
+        self.instants = [at for at, _ in changes]
+        self.offsets = [before, *(offset for _, offset in changes)]
+        pairs = [*zip(self.instants, itertools.pairwise(self.offsets))]
+        # What a clock shows at a change: of an hour that it shows twice its end, or its begin.
+        self.walls = [[at + side(pair) for at, pair in pairs] for side in (max, min)]
+
+    def utcoffset(self, moment: datetime | None) -> timedelta | None:
+        wall = moment.replace(tzinfo=None, fold=0)
+        return self.offsets[bisect_right(self.walls[moment.fold], wall)]
+
+    def dst(self, moment: datetime | None) -> timedelta | None:
+        return None
+
+    def tzname(self, moment: datetime | None) -> str:
+        return 'local'
+
+    def fromutc(self, moment: datetime) -> datetime:
+        at = moment.replace(tzinfo=None)
+        number = bisect_right(self.instants, at)
+        wall = at + self.offsets[number]
+        return wall.replace(tzinfo=self, fold=number and wall < self.walls[0][number - 1])
+
+
+def described_zone(lines: list[str]) -> tzinfo | None:
     """The zone that a VTIMEZONE describes; None if it can't be followed in reasonable time."""
-    from dateutil.tz import tzical
     try:
-        said = filter(None, map(read_property, lines))
-        told = [f'{name}:{zone_value(name, value.strip())}' for name, _, value in said
-                if name in TOLD_OF_ZONES]
-        return tzical(io.StringIO('\n'.join(told))).get()
-    except Exception:  # it has many kinds of its own for what is none
+        parts = [*observances(lines)]
+        changes = sorted(change for part in parts for change in changes_of(part))
+        standard = next((part for part in parts if part['BEGIN'] == ['STANDARD']), parts[0])
+        return DescribedZone(changes, read_offset(standard['TZOFFSETTO'][0]))
+    except (Error, ValueError, LookupError, OverflowError):
         return None
 
 
-def zone_value(name: str, value: str) -> str:
-    """A value of a VTIMEZONE; ValueError for offsets of days and rules that take long."""
-    if name.startswith('TZOFFSET') and not OFFSET.fullmatch(value):
-        raise ValueError(value)
-    if name != 'RRULE':
-        return value
-    rule = parts_of(checked_rule(re.sub(r'\s', '', value).upper()))
-    if rule['FREQ'] != 'YEARLY':
-        raise ValueError(value)
-    if 'UNTIL' in rule:  # it is an instant; by the clock a day more holds no other change
-        rule['UNTIL'] = f"{read_until(rule['UNTIL']) + timedelta(days=1):%Y%m%dT%H%M%S}"
-    return ';'.join('='.join(each) for each in rule.items())
+def observances(lines: list[str]) -> Iterator[dict[str, list[str]]]:
+    """The parts of a VTIMEZONE (RFC 5545, 3.6.5), as values by names.
+
+    Raises:
+      ValueError: it is cut off.
+    """
+    part: dict[str, list[str]] = {}
+    if not lines or lines[-1].strip().upper() != 'END:VTIMEZONE':
+        raise ValueError(lines[-1:])
+    for name, _, value in filter(None, map(read_property, lines)):
+        value = value.strip()
+        if name == 'BEGIN':
+            part = defaultdict(list)
+        elif name == 'END' and value.upper() in ('STANDARD', 'DAYLIGHT'):
+            yield part
+        part[name].append(value.upper())
+
+
+def changes_of(part: dict[str, list[str]]) -> Iterator[tuple[datetime, timedelta]]:
+    """The changes to the offset of a part; ValueError for offsets of days and rules that take long."""
+    before, offset = (read_offset(part[name][0]) for name in ('TZOFFSETFROM', 'TZOFFSETTO'))
+    start = zone_wall(part['DTSTART'][0])
+    dates = [each.partition('/')[0] for values in part.get('RDATE', ())
+             for each in values.split(',')]
+    STEPS.take(5 * len(dates))
+    walls = {start, *map(zone_wall, dates)}
+    for rule in part.get('RRULE', ()):
+        ruled = [*itertools.islice(zone_walls(rule, start), MOST_CHANGES)]
+        STEPS.take(len(ruled))
+        walls.update(ruled)
+    if len(walls) >= MOST_CHANGES:
+        raise ValueError(len(walls))
+    return ((wall - before, offset) for wall in walls)
+
+
+def zone_wall(text: str) -> datetime:
+    """A local time of a VTIMEZONE."""
+    match = MOMENT.fullmatch(text.strip())
+    if not match:
+        raise ValueError(text)
+    return datetime(*(int(each or 0) for each in match.groups()[:6]))
+
+
+def zone_walls(rule: str, start: datetime) -> Iterator[datetime]:
+    """The wall times of a rule of a VTIMEZONE."""
+    parts = parts_of(checked_rule(re.sub(r'\s', '', rule)))
+    if parts['FREQ'] != 'YEARLY':
+        raise ValueError(rule)
+    if 'UNTIL' in parts:  # it is an instant; by the clock a day more holds no other change
+        parts['UNTIL'] = f"{read_until(parts['UNTIL']) + timedelta(days=1):%Y%m%dT%H%M%S}"
+    return followed(';'.join('='.join(each) for each in parts.items()), start, start)
+
+
+def read_offset(text: str) -> timedelta:
+    """A TZOFFSETFROM or TZOFFSETTO."""
+    if not OFFSET.fullmatch(text):
+        raise ValueError(text)
+    hours, minutes, seconds = (int(text[at:at + 2] or 0) for at in (1, 3, 5))
+    length = timedelta(hours=hours, minutes=minutes, seconds=seconds)
+    return -length if text[0] == '-' else length
 
 
 def read_property(line: str) -> tuple[str, str, str] | None:
@@ -5523,11 +7335,40 @@ def read_length(text: str) -> timedelta:
 
 
 class Entry:
-    """A VEVENT as it stands in a text; what it says is read only when it is asked for."""
+    """A VEVENT as it stands in a calendar; what it says is read only when it is asked for."""
 
     def __init__(self, line: int, frame: Frame):
         self.line, self.frame = line, frame
-        self.said: dict[str, list[tuple[str, str]]] = defaultdict(list)
+        self.pieces: list[tuple[int, int]] = []  # without the components in it
+
+    @functools.cached_property
+    def said(self) -> dict[str, list[tuple[str, str]]]:
+        """Parameters and values of what may be asked for, by names."""
+        return self.read(KEPT_LINE, MOST_DATES)
+
+    def read(self, pattern: re.Pattern, most: int) -> dict[str, list[tuple[str, str]]]:
+        """What the first lines of a kind say."""
+        found: dict = defaultdict(list)
+        lines = (match[0] for piece in self.pieces
+                 for match in pattern.finditer(self.frame.data, *piece))
+        for line in itertools.islice(lines, most):
+            STEPS.take(2)
+            if read := read_property(plain_line(line)):
+                found[read[0]].append(read[1:])
+        return found
+
+    def holds(self, pattern: re.Pattern) -> bool:
+        """Whether its text as it stands there has something."""
+        return any(pattern.search(self.frame.data, *piece) for piece in self.pieces)
+
+    def outside(self, first: str, last: str) -> bool:
+        """Whether it is once, and plainly ends before a day or starts after another."""
+        data = self.frame.data
+        begin, end = ([match[1].decode() for piece in self.pieces
+                       for match in pattern.finditer(data, *piece)]
+                      for pattern in (FIRST_DAY, LAST_DAY))
+        plain = len(begin) == len(end) == 1 and not self.holds(REPEATS) and not self.exception
+        return plain and (end[0] < first or last < begin[0])
 
     def one(self, name: str) -> tuple[str, str]:
         """Parameters and value of what may be there once; both '' without it."""
@@ -5538,9 +7379,7 @@ class Entry:
 
     def text(self, name: str) -> str:
         """The first of a text, without what is for machines only; '' without it."""
-        value = self.said.get(name, [('', '')])[0][1][:MOST_TEXT]
-        value = value.replace('\\\\', '\0').replace('\\n', '\n').replace('\\N', '\n')
-        return value.replace('\\,', ',').replace('\\;', ';').replace('\0', '\\')
+        return unescaped(self.said.get(name, [('', '')])[0][1])
 
     def moment(self, name: str) -> Moment:
         parameters, value = self.one(name)
@@ -5550,6 +7389,7 @@ class Entry:
         """The times of RDATE or EXDATE, with the end or the length of periods (RFC 5545, 3.3.9)."""
         for parameters, values in self.said.get(name, ()):
             for value in filter(str.strip, values.split(',')):
+                STEPS.take(10)
                 begin, _, end = value.partition('/')
                 timed = end.strip()[:1].isdigit()
                 yield (read_moment(begin, parameters, self.frame), None if not end else
@@ -5584,7 +7424,7 @@ class Entry:
     @property
     def exception(self) -> bool:
         """Whether it is an occurrence of a series that is otherwise, or the rest of it."""
-        return 'RECURRENCE-ID' in self.said
+        return self.holds(EXCEPTION)
 
     @property
     def repeats(self) -> bool:
@@ -5602,18 +7442,28 @@ class Entry:
     @functools.cached_property
     def uid(self) -> str:
         """Its UID; for one without it a name by its start and title, which stays while they do."""
-        if uid := self.text('UID').strip():
+        named = self.read(UID_LINE, 1).get('UID', [('', '')])
+        if uid := unescaped(named[0][1]).strip():
             return uid
-        named = repr([self.said.get(name) for name in ('DTSTART', 'SUMMARY')])
+        said = self.read(NAMING_LINE, 9)
+        named = repr([said.get(name) for name in ('DTSTART', 'SUMMARY')])
         return f'without-uid-{hashlib.sha256(named.encode()).hexdigest()[:12]}'
 
     @property
     def name(self) -> str:
         """What a sentence calls it, so that its owner finds it."""
-        title = re.sub('[\x00-\x20\x7f]+', ' ', self.text('SUMMARY')).strip() or self.uid
+        title = re.sub('[\x00-\x20\x7f]+', ' ', self.text('SUMMARY')[:400])
+        title = ' '.join(title.split()) or self.uid
+        title = textwrap.shorten(title, 80) if len(title) > 80 else title
         day = re.match(r'(\d{4})(\d\d)(\d\d)', self.said.get('DTSTART', [('', '')])[0][1])
-        return f"the event '{textwrap.shorten(title, 80)}'" + (
+        return f"the event '{title}'" + (
             f" of {'-'.join(day.groups())}" if day else '') + f' (line {self.line})'
+
+
+def unescaped(text: str) -> str:
+    """A TEXT (RFC 5545, 3.3.11) as it is meant."""
+    text = text[:MOST_TEXT].replace('\\\\', '\0').replace('\\n', '\n').replace('\\N', '\n')
+    return text.replace('\\,', ',').replace('\\;', ';').replace('\0', '\\')
 
 
 @contextmanager
@@ -5633,15 +7483,12 @@ def read_calendar(text: str, what: str = 'this') -> list[Entry]:
     Raises:
       BadCalendar: it is none, is cut short, or is larger than MOST_ICS.
     """
-    reader = Reader(what)
-    for number, line in content_lines(guarded_text(text, what)):
-        kind = line[:6].upper()
-        if kind == 'BEGIN:':
-            reader.begin(line[6:].strip().upper(), number)
-        elif kind.startswith('END:'):
-            reader.end(line[4:].strip().upper())
-        elif reader.path:
-            reader.take(line)
+    data = unfolded(guarded_text(text, what))
+    reader = Reader(what, data)
+    for number, match in enumerate(STRUCTURE.finditer(data)):
+        reader.take(match)
+        if number > 2 * MOST_COMPONENTS:
+            raise BadCalendar(f'{what} has more than {MOST_COMPONENTS} components')
     if reader.path:
         raise BadCalendar(f'{what} is cut short: it does not end with END:VCALENDAR')
     return reader.entries
@@ -5659,63 +7506,72 @@ def guarded_text(text: str, what: str) -> bytes:
     return data
 
 
-def content_lines(data: bytes) -> Iterator[tuple[int, str]]:
-    """The lines of a calendar with their numbers; a fold may be within a letter (RFC 5545, 3.1)."""
-    first, parts = 0, []
-    for number, line in enumerate(io.BytesIO(data), 1):
-        line = line.rstrip(b'\r\n')
-        if line[:1] in (b' ', b'\t'):
-            parts.append(line[1:])
-        elif line:
-            if parts:
-                yield first, b''.join(parts).decode('utf8', 'replace')
-            first, parts = number, [line]
-    yield first, b''.join(parts).decode('utf8', 'replace')
+def unfolded(data: bytes) -> bytes:
+    """A calendar with each property on a line, FOLD where it had a fold (RFC 5545, 3.1).
+
+    An end of line stands before the first and behind the last. A fold may be within a letter, and
+    even within a name.
+    """
+    for old, new in ((FOLD, b''), (b'\r\n', b'\n'), (b'\n ', FOLD), (b'\n\t', FOLD)):
+        data = data.replace(old, new)
+    return FOLDED_NAME.sub(rb'\1\3\2', b'\n%b\n' % data, MOST_DATES)
+
+
+def plain_line(line: bytes) -> str:
+    return line.replace(FOLD, b'').strip(b'\r\n').decode('utf8', 'replace')
 
 
 class Reader:
-    """Takes a calendar a line at a time; what is neither an event nor a zone is passed over."""
+    """Takes a calendar a component at a time; what is neither event nor zone is passed over."""
 
-    def __init__(self, what: str):
-        self.what, self.path, self.entries = what, [], []
-        self.frame, self.zone, self.room = Frame(), [], 0
+    def __init__(self, what: str, data: bytes):
+        self.what, self.data = what, data
+        self.path, self.entries = [], []
+        self.frame, self.zone = Frame(data), 0
+        self.behind, self.line = 0, 0
 
-    def begin(self, kind: str, number: int) -> None:
-        self.end(kind)  # no component is within its like: an end is missing
+    def take(self, match: re.Match) -> None:
+        """Takes a line that begins or ends a component, and what stands before it."""
+        begin, end = match.span()
+        self.keep(self.behind, begin)
+        self.line += self.data.count(b'\n', self.behind, end)
+        self.line += self.data.count(FOLD, self.behind, end)
+        self.behind = end
+        kind = plain_line(match[2]).strip().upper()
+        if match[1]:
+            self.begin(kind, begin)
+        else:
+            self.end(kind, end)
+
+    def begin(self, kind: str, at: int) -> None:
+        self.end(kind, at)  # no component is within its like: an end is missing
         if not self.path and kind != 'VCALENDAR':  # behind the end of the calendar
             return
         self.path.append(kind)
         if len(self.path) > MOST_NESTING:
             raise BadCalendar(f'{self.what} has components nested more than {MOST_NESTING} deep')
         if kind == 'VCALENDAR':
-            self.frame = Frame()
+            self.frame = Frame(self.data)
         elif kind == 'VEVENT':
-            self.entries.append(Entry(number, self.frame))
+            self.entries.append(Entry(self.line, self.frame))
         elif kind == 'VTIMEZONE':
-            self.zone, self.room = [], MOST_ZONE
-        self.describe(f'BEGIN:{kind}')
+            self.zone = at
 
-    def end(self, kind: str) -> None:
+    def end(self, kind: str, at: int) -> None:
         """Ends the component of a kind that is open, with all that was left open in it."""
         if kind in self.path:
-            self.describe(f'END:{kind}')
             del self.path[len(self.path) - 1 - self.path[::-1].index(kind):]
+            if kind == 'VTIMEZONE' and (name := ZONE_NAME.search(self.data, self.zone, at)):
+                named = plain_line(name[1]).strip(' "')
+                self.frame.described[named] = self.zone, min(at, self.zone + MOST_ZONE)
 
-    def describe(self, line: str) -> None:
-        if 'VTIMEZONE' in self.path and self.room > 0:  # one that is cut off is none
-            self.zone.append(line[:self.room])
-            self.room -= len(line)
-
-    def take(self, line: str) -> None:
-        """Keeps a property if it is one that may be asked for."""
-        self.describe(line)
-        if self.path[-1] == 'VEVENT' and re.match('[A-Za-z0-9-]*', line)[0].upper() in KEPT:
-            if found := read_property(line):
-                self.entries[-1].said[found[0]].append(found[1:])
-        elif self.path[-1] == 'VTIMEZONE' and line[:4].upper() == 'TZID':
-            self.frame.described[line.partition(':')[2].strip(' "')] = self.zone
-        elif self.path[-1] == 'VCALENDAR' and line[:13].upper() == 'X-WR-TIMEZONE':
-            self.frame.beside = line.rpartition(':')[2].strip()
+    def keep(self, begin: int, end: int) -> None:
+        """Keeps the lines between two components where they may be asked for."""
+        kind = self.path[-1] if end > begin and self.path else ''
+        if kind == 'VEVENT':
+            self.entries[-1].pieces.append((begin, end))
+        elif kind == 'VCALENDAR' and (beside := BESIDE.search(self.data, begin, end)):
+            self.frame.beside = plain_line(beside[1]).strip()
 
 
 def by_uid(entries: list[Entry]) -> dict[str, list[Entry]]:
@@ -5729,11 +7585,30 @@ def by_uid(entries: list[Entry]) -> dict[str, list[Entry]]:
     return {key: group for uid, found in groups.items() for key, group in told_apart(uid, found)}
 
 
+def wishful(entries: list[Entry]) -> list[Entry]:
+    """The events of those UIDs of which one may want VMs: what has no wish needs no reading."""
+    uids = {entry.uid for entry in entries if entry.holds(WISH)}
+    return [entry for entry in entries if entry.uid in uids]
+
+
+def near_window(entries: list[Entry], begin: datetime, until: datetime) -> list[Entry]:
+    """The events without those that are plainly before or after a window: most of a long life."""
+    uids = Counter(entry.uid for entry in entries)
+    days = [f'{day:%Y%m%d}' for day in (begin - timedelta(days=2), until + timedelta(days=2))]
+    return [entry for entry in entries if uids[entry.uid] > 1 or not entry.outside(*days)]
+
+
 def told_apart(uid: str, found: list[Entry]) -> Iterator[tuple[str, list[Entry]]]:
+    if len(found) == 1:
+        yield uid, found
+        return
     exceptions = [each for each in found if each.exception]
     newest = max((each.sequence for each in found if not each.exception), default=0)
     masters = [*{str(each.said.get('DTSTART')): each for each in found
                  if not each.exception and each.sequence == newest}.values()]
+    if len(masters) > MOST_ALIKE:
+        yield uid, masters + exceptions
+        return
     yield uid, masters[:1] + exceptions
     for number, master in enumerate(masters[1:], 2):
         yield f'{uid} ({number})', [master]
@@ -5819,22 +7694,24 @@ def timetable(entries: list[Entry], owner: tzinfo,
     Raises:
       Error: one of them can't be understood; BadCalendar names it.
     """
-    head, clock = entries[0], clock_of(entries, owner)
+    STEPS.take(30)
+    if sum(not entry.exception for entry in entries) > 1:
+        raise Invalid(f'more than {MOST_ALIKE} events have its UID')
     refuse_too_many_dates(entries)
+    head, clock = entries[0], clock_of(entries, owner)
     stretches = [plain_stretch(head, clock, vms(head))]
     exceptions = exceptions_of(entries, clock)
     if head.exception:  # without their series they are all there is
         keys = tuple(sorted(exceptions))
         exceptions = exceptions if len(keys) > 1 else {}
         stretches = [stretches[0]._replace(dates=keys if len(keys) > 1 else ())]
-    for key, entry in sorted(exceptions.items()):
-        with naming(entry):
-            stretches = overridden(stretches, key, entry, clock, vms(entry))
+    stretches = overridden(stretches, exceptions, clock, vms)
     return Timetable(stretches, clock.here, head.status,
                      {key: entry.status for key, entry in exceptions.items()})
 
 
 def refuse_too_many_dates(entries: list[Entry]) -> None:
+    """Raises Invalid for more than MOST_DATES of them, before any is read."""
     head = entries[0]
     lists = (values for name in ('RDATE', 'EXDATE') for _, values in head.said.get(name, ()))
     if sum(values.count(',') + 1 for values in lists) + len(entries) > MOST_DATES:
@@ -5846,6 +7723,7 @@ def exceptions_of(entries: list[Entry], clock: Clock) -> dict[str, Entry]:
     found = {}
     for entry in sorted(entries, key=lambda each: each.sequence):
         if entry.exception:
+            STEPS.take(20)
             with naming(entry):
                 found[clock.slot(entry.moment('RECURRENCE-ID')).isoformat()] = entry
     return found
@@ -5875,25 +7753,39 @@ def added_dates(entry: Entry, clock: Clock) -> Iterator[str]:
         yield f'{wall.isoformat()}{length}'
 
 
-def overridden(stretches: list[Stretch], key: str, entry: Entry, clock: Clock,
-               vms: int) -> list[Stretch]:
-    """A series with one exception: moved, or with RANGE=THISANDFUTURE otherwise from there on."""
-    start, (length, exact) = clock.wall(entry.start), entry.lengths
-    rest = 'RANGE=THISANDFUTURE' in entry.one('RECURRENCE-ID')[0].upper()
-    if rest and is_ruled(stretches[-1], key):
-        return following(stretches, key, entry, start, length=length, exact=exact, vms=vms)
-    # One that stands where the rule has no slot is an occurrence all the same.
-    return [stretch._replace(
-        moved=stretch.moved | {key: (start.isoformat(), length, vms, exact)},
-        dates=stretch.dates if key in (stretch.dates or [stretch.start])
-        else (*(stretch.dates or [stretch.start]), key)) for stretch in stretches]
+def overridden(stretches: list[Stretch], exceptions: dict[str, Entry], clock: Clock,
+               vms: Callable[[Entry], int]) -> list[Stretch]:
+    """A series with its exceptions: moved, or with RANGE=THISANDFUTURE otherwise from there on."""
+    moved = {}
+    for key, entry in sorted(exceptions.items()):
+        with naming(entry):
+            start, (length, exact) = clock.wall(entry.start), entry.lengths
+            rest = 'RANGE=THISANDFUTURE' in entry.one('RECURRENCE-ID')[0].upper()
+            if rest and is_ruled(stretches[-1], key):
+                STEPS.take(5 * len(stretches))
+                stretches, moved = with_moved(stretches, moved), {}
+                stretches = following(stretches, key, entry, start, length=length, exact=exact,
+                                      vms=vms(entry))
+            else:
+                moved[key] = start.isoformat(), length, vms(entry), exact
+    return with_moved(stretches, moved)
+
+
+def with_moved(stretches: list[Stretch], moved: dict[str, tuple]) -> list[Stretch]:
+    """A series of which some occurrences are otherwise, even where the rule has no slot."""
+    found = []
+    for stretch in stretches:
+        dates = stretch.dates or (stretch.start,)
+        more = tuple(sorted(moved.keys() - {*dates}))
+        found.append(stretch._replace(moved=stretch.moved | moved,
+                                      dates=(*dates, *more) if more else stretch.dates))
+    return found
 
 
 def is_ruled(stretch: Stretch, key: str) -> bool:
     """Whether a slot is one of a rule; what was added by hand has none that follow."""
     start, wall = datetime.fromisoformat(stretch.start), datetime.fromisoformat(key)
-    ruled = followed(stretch.rule, start, wall) if stretch.rule else iter(())
-    return wall == start or next(ruled, None) == wall
+    return wall == start or bool(stretch.rule) and on_rule(stretch.rule, start, wall)
 
 
 def following(stretches: list[Stretch], key: str, entry: Entry, start: datetime,
@@ -5915,28 +7807,49 @@ def occurrences_of(entries: list[Entry], owner: ZoneInfo, begin: datetime,
     Raises:
       BadCalendar: they are too many.
     """
-    found, refused, deadline = [], [], Deadline()
-    for group in by_uid(entries).values():
+    found, refused, budget = [], [], Budget()
+    for group in simple_first(by_uid(near_window(entries, begin, until)).values()):
         try:
-            with naming(group[0]):
+            with naming(group[0]), budget.event(may_repeat(group)):
                 found += group_occurrences(group, owner, begin, until)
         except BadCalendar as error:
             refused.append(error)
-        if len(found) > 10 * MOST_OCCURRENCES or deadline.over:
+        if len(found) > 10 * MOST_OCCURRENCES:
             raise BadCalendar(f'there are too many occurrences from {begin:%Y-%m-%d} to {until:%Y-%m-%d}; '
                               'ask for a shorter window')
     return sorted(found, key=lambda each: (each['start'], each['end'], each['uid'])), refused
 
 
-class Deadline:
-    """Until when the rules of a calendar may be followed: seconds of this thread's own work."""
+def simple_first(groups: Iterable[list[Entry]]) -> list[list[Entry]]:
+    """The events of UIDs, those first that don't repeat."""
+    return sorted(groups, key=may_repeat)
+
+
+def may_repeat(group: list[Entry]) -> bool:
+    return len(group) > 1 or group[0].holds(REPEATS)
+
+
+class Budget:
+    """What the events of a calendar may cost in steps: each by itself, and all together.
+
+    What doesn't repeat has steps of its own, that nothing else can use up.
+    """
 
     def __init__(self):
-        self.began = time.thread_time()
+        self.left = {False: 5 * MOST_STEPS, True: MOST_STEPS}
 
-    @property
-    def over(self) -> bool:
-        return time.thread_time() - self.began > MOST_EXPANDING
+    @contextmanager
+    def event(self, repeats: bool) -> Iterator[None]:
+        """Bounds what is done for one event; Invalid where nothing is left for it."""
+        if self.left[repeats] <= 0:
+            raise Invalid('it is too much beside the other events of its calendar; '
+                          'put it into a calendar of its own')
+        began = STEPS.taken
+        try:
+            with STEPS.at_most(MOST_STEPS_EACH):
+                yield
+        finally:
+            self.left[repeats] -= STEPS.taken - began
 
 
 def group_occurrences(group: list[Entry], owner: ZoneInfo, begin: datetime,
@@ -5957,33 +7870,33 @@ def bookings(groups: dict[str, list[Entry]], owner: ZoneInfo, begin: datetime, u
       groups: the events by UID
       owner: the zone of times without one
       begin, until: the window that a series in a zone of its own making is spelled out for
-
-    Raises:
-      BadCalendar: they are too many.
     """
-    found, deadline = [], Deadline()
-    for uid, group in groups.items():
-        if not FEED_UID.fullmatch(uid):
-            found.append(booking_of(uid, group, owner, begin, until, defaults))
-            if found[-1] is None:  # it wants nothing
-                found.pop()
-        if len(found) > MOST_EVENTS or deadline.over:
-            raise BadCalendar(f'the calendar asks for too much at once: over {MOST_EVENTS} events, '
-                              'or rules that are hard to follow')
-    return found
+    found, uids, budget = {}, {id(group): uid for uid, group in groups.items()}, Budget()
+    for group in simple_first(groups.values()):
+        uid = uids[id(group)]
+        if FEED_UID.fullmatch(uid):
+            continue
+        more = len(found) >= MOST_EVENTS
+        booking = booking_of(uid, group, owner, begin, until, defaults, budget, more)
+        if booking:  # else it wants nothing
+            found[uid] = booking
+    return [found[uid] for uid in groups if uid in found]
 
 
 def booking_of(uid: str, group: list[Entry], owner: ZoneInfo, begin: datetime, until: datetime,
-               defaults: Want) -> Booking | None:
+               defaults: Want, budget: Budget, too_many: bool = False) -> Booking | None:
     """What the events of one UID want; what they say badly refuses them alone."""
     head = group[0]
     try:
-        wants = wants_of(group, defaults)
-        group = [each for each in group if each.line in wants]
-        if not group:
-            return None
-        head = group[0]
-        with naming(head):
+        with naming(head), budget.event(may_repeat(group)):
+            wants = wants_of(group, defaults)
+            group = [each for each in group if each.line in wants]
+            if not group:
+                return None
+            head = group[0]
+            if too_many:
+                raise Invalid(f'its calendar has more than {MOST_EVENTS} events that ask for VMs; '
+                              'put it into a calendar of its own')
             table = timetable(group, owner, lambda entry: wants[entry.line].vms)
             stretches, cancelled = wanted_stretches(table, group, begin, until)
         return Booking(uid, title_of(head), wants[head.line], stretches, cancelled,
@@ -6069,13 +7982,14 @@ def plain_text(text: str) -> str:
 
 def marks_of(entry: Entry) -> list[re.Match]:
     """Where an event says in so many words that it wants machines."""
-    texts = entry.text('SUMMARY'), plain_text(entry.text('DESCRIPTION'))
+    texts = [entry.text('SUMMARY'), entry.text('DESCRIPTION')]
+    texts[1:] = map(plain_text, filter(MAYBE_MARKED.search, texts[1:]))
     return [*filter(None, map(MARKED.search, texts))]
 
 
 def spoken(entry: Entry) -> re.Match | None:
     """What looks like a wish in the first line of its description, or as its place."""
-    text, place = (plain_text(entry.text(name)) for name in ('DESCRIPTION', 'LOCATION'))
+    text, place = (plain_text(entry.text(name)[:MOST_HEAD]) for name in ('DESCRIPTION', 'LOCATION'))
     lines = (line.strip() for line in (text.partition('\n')[0], place) if len(line) < 500)
     return next(filter(None, map(WANT.fullmatch, lines)), None)
 
@@ -6091,7 +8005,7 @@ def want_of(entry: Entry, defaults: Want) -> Want | None:
     for match in marks_of(entry):
         said = WANT.fullmatch(match[1].strip())
         if not said and match[1].strip():
-            raise Invalid(f'{shown(match[0])} is not such as #vm 2 x m1.small')
+            raise Invalid(f'{shown(match[0][:80])} is not such as #vm 2 x m1.small')
         return spoken_want(said, defaults) if said else defaults
     if said := spoken(entry):
         return spoken_want(said, defaults)
@@ -6195,7 +8109,7 @@ def calendar_text(name: str, shown: Iterable[Shown]) -> str:
 # what they may see; what is asked, read and resolved; limits; what is held; series; admission; the
 # waiting list; and then the operations themselves. A method reads: what is asked, what the cloud
 # knows of it (outside any transaction), then one transaction that admits or refuses, then the
-# answer read back.
+# answer read back. What is refused is explained after it, when nobody waits.
 
 
 #: What a token with a scope is good for; with several, for all of that.
@@ -6288,7 +8202,7 @@ def restored_wish(text: str) -> Wish:
         *figures, classes = values[name] or [None]
         values[name] = Amount(*figures, tuple(map(tuple, classes))) if figures else None
     stretches = [Stretch(**each) for each in values['stretches']]
-    return Wish(**values | {'resource': row('SELECT * FROM resource WHERE id = ?', values['resource']),
+    return Wish(**values | {'resource': resource_of(values['resource'], removed=True),
                             'stretches': stretches})
 
 
@@ -6318,6 +8232,11 @@ def changed_most(changes: list[tuple], begin: int) -> int:
     def less_at(at: int) -> int:
         return sum(less for each, less in changes if each.start <= at < each.end)
     return max((less_at(max(each.start, begin)) for each, _ in changes), default=0)
+
+
+def by_line(lines: Iterable[dict]) -> list[dict]:
+    """Refused lines of a file by their numbers."""
+    return sorted(lines, key=lambda each: each['line'])
 
 
 class Request(NamedTuple):
@@ -6354,16 +8273,20 @@ def for_each_part(method):
                           f"{', '.join(each.label for each in parts[:20])}")
         given |= {'dry_run': False} if 'dry_run' in given else {}
         each_given = [given | {'label': each.label, 'project': each.project} for each in parts]
-        with self.writing(dry_run) if API[method.__name__].changes else nullcontext():
-            with db.atomic() as attempt:
+
+        def all_parts(now: float) -> list:
+            with Attempt() as attempt:
                 answers = [method(**each) for each in each_given]
                 waits = ['change' in each for each in answers if isinstance(each, dict)]
-                if any(waits) and not all(waits):
-                    attempt.rollback()
-            if any(waits) and not all(waits):  # a part needs approval: so the change of all parts waits for it
-                acting = self.acting(self.actor)
-                acting.proposes_all = True
-                answers = [method(**each | {'self': acting}) for each in each_given]
+                if all(waits) or not any(waits):
+                    return answers
+                attempt.undo()  # a part needs approval: so the change of all parts waits for it
+            acting = self.acting(self.actor)
+            acting.proposes_all = True
+            return [method(**each | {'self': acting}) for each in each_given]
+        changes = API[method.__name__].changes
+        answers = self.carry_out(all_parts, dry_run) if changes else [
+            method(**each) for each in each_given]
         return sum(answers, []) if isinstance(answers[0], list) else {'label': given['label'], 'parts': answers}
     return acting
 
@@ -6406,7 +8329,9 @@ NEXT_OF_ITS = """NOT EXISTS (SELECT 1 FROM occurrence c
                               WHERE c.reservation_id = o.reservation_id AND (c.due IS NULL) = 0
                               AND c.cancelled IS NULL AND c."end" > ?1 AND (c.start, c.id) < (o.start, o.id))"""
 #: Its occurrences in the order in which people mean them: the present or next, those after it, at last those before.
-NEXT_FIRST = 'cancelled IS NOT NULL OR "end" <= now, iif(cancelled IS NULL AND "end" > now, start, -start), id'
+NEXT_OF = """SELECT id FROM occurrence WHERE reservation_id = {}
+               ORDER BY cancelled IS NOT NULL OR "end" <= ?1,
+               iif(cancelled IS NULL AND "end" > ?1, start, -start), id LIMIT 1"""
 NOT_OVER = 'o.cancelled IS NULL AND o."end" > ?1'
 #: What is live, and what is over for good.
 BOTH = [(half, f'o.{rows}') for half, rows in HALVES.items()]
@@ -6452,6 +8377,17 @@ def public(found) -> dict:
     if not shown.get('change', True):
         del shown['change']  # nothing of it awaits approval
     return shown
+
+
+def cut_short(text: str, most: int = 200) -> str:
+    return text if len(text) <= most else f'{text[:most - 3]}...'
+
+
+def in_lines(found: Iterable) -> list[dict]:
+    """Rows as an answer of many shows them: descriptions are cut, long metadata is left out."""
+    return [public(each._replace(description=cut_short(each.description),
+                                 metadata=each.metadata if len(each.metadata) <= 1000 else '{}'))
+            for each in found]
 
 
 @functools.lru_cache
@@ -6517,8 +8453,14 @@ NONE_OF_THEM = -1
 #: What becomes of what is booked where there is less room than before.
 THEN = ('notify', 'move', 'cancel')
 ANY_APPROVAL = 'SELECT id FROM resource WHERE approval > 0 AND removed IS NULL LIMIT 1'
-FROM_ALL = ('FROM occurrence o JOIN reservation r ON r.id = o.reservation_id JOIN resource s ON s.id = o.resource_id')
-FROM_EXTRA = ('FROM extra_hold x JOIN reservation r ON r.id = x.reservation_id JOIN resource s ON s.id = x.resource_id')
+FROM_ALL = ('FROM occurrence o JOIN reservation r ON r.id = o.reservation_id '
+            'JOIN resource s ON s.id = o.resource_id')
+FROM_EXTRA = ('FROM extra_hold x WHERE EXISTS (SELECT 1 FROM reservation r '
+              'WHERE r.id = x.reservation_id '
+              'AND {})')
+#: By whom and what counts against limits: the columns of user, project, reservation and resource.
+OF_OCCURRENCE = ('o.of_user', 'o.of_project', 'o.reservation_id', 'o.resource_id')
+OF_EXTRA = ('r.user', 'r.project', 'r.id', 'x.resource_id')
 
 
 def in_words_of(seconds: int | None) -> str:
@@ -6560,6 +8502,10 @@ def actor_of(secret: str, now: float | None = None) -> Actor:
     return bearer_of(token_of(secret, time.time() if now is None else now))
 
 
+#: Why something had no room that has some when that is looked into.
+A_MOMENT_AGO = 'there was no room a moment ago; try again'
+
+
 class Service:
     """The service, on behalf of one actor.
 
@@ -6598,13 +8544,33 @@ class Service:
     @contextmanager
     def writing(self, dry_run: bool = False) -> Iterator[float]:
         """A transaction that yields its instant and wakes the life cycle when it has changed something."""
-        with transaction(keep=not dry_run):
+        with rehearsing() if dry_run else transaction():
             self.fence()
             self.wanted()
             yield self.clock()
             self.wanted()
-        if not dry_run:
+        if not dry_run and not rehearsal.on:
             self.wake()
+
+    def carry_out(self, deed: Callable[[float], Any], dry_run: bool = False) -> Any:
+        """Does something at an instant, all of it or nothing.
+
+        What has no room is refused at once, so that nobody waits while it is explained: why, and
+        what would fit, is found out in a rehearsal.
+        """
+        if dry_run:
+            with self.writing(dry_run) as now:
+                return deed(now)
+        for _ in range(3):
+            try:
+                with self.writing() as now:
+                    return deed(now)
+            except NoCapacity:
+                if db.in_transaction():  # what this is a part of is refused as a whole
+                    raise
+            with self.shares.paced(), self.writing(dry_run=True) as now:
+                deed(now)  # where it is not refused, somebody has given something back meanwhile
+        raise NoCapacity(A_MOMENT_AGO)
 
     def journal(self, now: float, code: str, sentence: str, reservation: int | None = None,
                 notify: Iterable[str] = (), occurrence: int | None = None) -> None:
@@ -6667,6 +8633,13 @@ class Service:
         return [each.id for each in rows(
             f"SELECT id FROM reservation r WHERE label = ?{also} UNION SELECT id FROM reservation r WHERE request = ? "
             f"AND request <> ''{also} ORDER BY id DESC", label, *given(where), label, *given(where))]
+
+    def newest_deed(self, label: str, project: str = '') -> int | None:
+        """The newest event of what people did to the reservations of a label; None without any."""
+        found = row('SELECT max(id) AS id FROM event WHERE actor <> ? AND reservation_id IN '
+                    '(SELECT value FROM json_each(?))', 'cmres',
+                    json.dumps(self.labelled(label, project)[:MOST_PARTS]))
+        return found.id
 
     def parts_of(self, label: str, project: str = '') -> list:
         """The parts of the request that a label means; none if it means a reservation.
@@ -6776,9 +8749,8 @@ class Service:
 
     def next_of(self, reservation: int):
         """Its present or next occurrence, else its last; None if it has none."""
-        found = row('SELECT id, ?1 AS now FROM occurrence WHERE reservation_id = ?2 '
-                    f'ORDER BY {NEXT_FIRST} LIMIT 1', int(self.clock()), reservation)
-        return self.occurrence(found.id) if found else None
+        found = self.search([(f'o.id = ({NEXT_OF.format("?")})', reservation)], tail='')
+        return found[0] if found else None
 
     def mine(self, label: str, project: str = '', live: bool = True, occurrence: datetime | None = None):
         """The one reservation of that label that the actor means: not over, else (unless `live`) the latest.
@@ -6804,7 +8776,10 @@ class Service:
         if len(usable) > 1:
             projects = ', '.join(sorted(each.project for each in usable))
             raise Conflict(f"'{label}' is in several projects ({projects}); name one with --project")
-        return self.occurrence_at(usable[0], occurrence, live) if occurrence else usable[0]
+        this = isinstance(occurrence, datetime) and occurrence.timestamp() == usable[0].start
+        if this or not occurrence:
+            return usable[0]
+        return self.occurrence_at(usable[0], occurrence, live)
 
     def occurrence_at(self, found, asked: Day, live: bool):
         """The occurrence of the same reservation that begins then, or on that date by the clocks of its series."""
@@ -6818,6 +8793,8 @@ class Service:
 
     def live(self, found, since: str = '') -> list:
         """The occurrences of a reservation that are not over, from a slot on."""
+        if not found.repeats and found.cancelled is None and found.end > self.clock():
+            return [found]
         return self.search([('r.id = ?', found.reservation), (NOT_OVER, None), ('o.slot >= ?', since)])
 
     def stretches(self, reservation: int) -> list[Stretch]:
@@ -7176,7 +9153,7 @@ class Wishes(Service):
           Conflict: it was removed since it was read, or what the cloud told for it is out of date.
         """
         before = wish.resource
-        place = row('SELECT * FROM resource WHERE id = ? AND removed IS NULL', before.id)
+        place = resource_of(before.id)
         if not place or place.cloud != before.cloud or wish.host and place.named != before.named:
             raise Conflict(f"the resource '{before.name}' was changed or removed meanwhile; "
                            'ask again')
@@ -7200,7 +9177,9 @@ class Wishes(Service):
 
     @contextmanager
     def explaining(self, wish: Wish, old=None, deed: Callable[[Wish, str], Any] | None = None):
-        """Makes of a bare NoCapacity one that says what is in the way and what would fit.
+        """Makes of a bare NoCapacity one that says why.
+
+        In a rehearsal it also tells what is in the way and what would fit.
 
         Args:
           old: the occurrence that was to change
@@ -7208,27 +9187,34 @@ class Wishes(Service):
             nothing is offered
         """
         try:
-            yield
+            with Attempt() if rehearsal.on else nullcontext():
+                yield
         except NoCapacity as refusal:
-            with transaction(keep=False):
+            if deed and not rehearsal.on:
+                raise
+            with undone():
                 wish = self.as_now(getattr(refusal, 'wish', wish))
-                why, more, offers = self.explained(refusal, wish, old)
+                why, more, offers = self.explained(refusal, wish, old, bool(deed))
                 more |= refusal.details | (self.tested(deed, offers) if deed else {})
                 raise NoCapacity(why, **more) from None
 
-    def explained(self, refusal: NoCapacity, wish: Wish, old) -> tuple[str, dict, dict]:
+    def explained(self, refusal: NoCapacity, wish: Wish, old,
+                  offering: bool) -> tuple[str, dict, dict]:
         """The sentence of a refusal, what is in the way, and what might be offered, best first."""
         if wish.stretches:  # a series tells by itself
             fitting = 0 if old else getattr(refusal, 'most_vms', 0)
             offers = [(fitting, with_vms(wish, fitting))] if fitting else []
             return str(refusal), {}, {'most_vms': offers}
-        with transaction(keep=False):
+        with undone():
             if old:  # it is not in its own way
                 give([hold_of(old)])
             lack, why = self.lack(wish), str(refusal)
+            if not offering:
+                return why or self.why_not(wish, lack), {}, {}
             more = {} if why else self.in_the_way(wish, lack, old.reservation if old else 0)
+            why = why or self.why_not(wish, lack)
             later = self.later(wish, getattr(refusal, 'others', ()))
-            return why or self.why_not(wish, lack), more, {
+            return why, more, {
                 'next_start': [*itertools.islice(later, MOST_OFFERS)],
                 'most_vms': [*self.fewer(wish, lack, old)], 'longest': [*self.shorter(wish, old)]}
 
@@ -7245,7 +9231,7 @@ class Wishes(Service):
     def would_do(self, deed: Callable[[Wish, str], Any], wish: Wish, field: str) -> bool:
         """Whether something can be done; it is undone."""
         try:
-            with transaction(keep=False):
+            with undone():
                 deed(wish, field)
                 return True
         except Error:
@@ -7287,7 +9273,7 @@ class Wishes(Service):
         """The sentence that says which figure is lacking, when, and how much of it there is."""
         name = wish.resource.name
         if not lack:  # somebody has just given something back
-            return f"'{name}' was full a moment ago; try again"
+            return A_MOMENT_AGO
         start, end = (format_time(instant(at), self.config.zone) for at in wish.held)
         unit = 'MiB of ram' if lack.figure == 'ram' else lack.figure
         if lack.changes and lack.alone:
@@ -7366,7 +9352,7 @@ class Wishes(Service):
 
     def ends_after(self, wish: Wish, begin: int, others: Iterable[int]) -> list[int]:
         """When things end that count against the same limits, wait, or are on some resources."""
-        if not (others or row('SELECT id FROM limits LIMIT 1') or row('SELECT id FROM wait LIMIT 1')):
+        if not (others or standing().limits or standing().waits):
             return []
         most, later = 10 * MOST_OFFERS, ('o."end" > ?', begin)
         found = walk(self.clock(), WAYS['waiting'], [('o.due IS NOT NULL',), later], most)
@@ -7375,9 +9361,9 @@ class Wishes(Service):
         for way, condition, value in whose:
             ways = self.overlapping([(f'{way}_live', 'o.due IS NOT NULL')], begin, ' AND o.due IS NOT NULL')
             found += walk(self.clock(), ways, [(condition, value), later], most)
-        return [each.end for each in rows(
-            'SELECT DISTINCT "end" FROM occurrence WHERE id IN (SELECT value FROM json_each(?)) ORDER BY 1 LIMIT ?',
-            json.dumps([id for _, id in found]), most)]
+        ends = run('SELECT "end" FROM occurrence WHERE id IN (SELECT value FROM json_each(?))',
+                   json.dumps([id for _, id in found]))
+        return sorted({end for end, in ends})[:most]
 
     def fewer(self, wish: Wish, lack: Lack | None, old) -> Iterator[tuple[int, Wish]]:
         """As many VMs as there is room for in that window."""
@@ -7450,10 +9436,10 @@ LIMITS = '''SELECT l.*, coalesce(s.name, '') AS resource
 class Limits(Wishes):
     """What users and projects may reserve at most."""
 
-    @api('POST', '/limit/', role=ADMIN)
+    @api('POST', '/limit/', role=ADMIN, made='/limit/')
     def limit_add(self, project: Name = '', user: Name = '', resource: Label = '', most_vms: Count = None,
                   longest: Span = None, ahead: Span = None, least_notice: Span = None, vcpu_hours: Count = None,
-                  waiting: int = None, exempt: Span = None, dry_run: bool = False) -> dict:
+                  waiting: int = None, exempt: Span = None, dry_run: bool = False) -> LimitAnswer:
         """Limits what a project or a user may reserve; with neither, every project that has no limit of its own.
 
         With --resource it counts there alone, else everywhere together. What begins within --exempt from
@@ -7476,7 +9462,7 @@ class Limits(Wishes):
             return self.limit_public(row(f'{LIMITS} WHERE l.id = ?', id))
 
     @api('GET', '/limit/')
-    def limit_list(self) -> Rows:
+    def limit_list(self) -> list[LimitAnswer]:
         """Lists the limits; of those for others, only an admin sees any.
 
         Example:
@@ -7487,7 +9473,7 @@ class Limits(Wishes):
                 or each.project in ('', self.actor.project) and each.user in ('', self.actor.user)]
 
     @api('DELETE', '/limit/<id>', role=ADMIN)
-    def limit_delete(self, id: int, dry_run: bool = False) -> dict:
+    def limit_delete(self, id: int, dry_run: bool = False) -> LimitAnswer:
         """Takes a limit away.
 
         Example:
@@ -7498,6 +9484,7 @@ class Limits(Wishes):
             if not found:
                 raise NotFound(f'there is no limit {id}')
             run('DELETE FROM limits WHERE id = ?', id)
+            remembered.change()
             run('UPDATE wait SET due = 0 WHERE limited')
             self.journal(now, 'limit', f'took limit {id} away')
             return self.limit_public(found)
@@ -7510,9 +9497,9 @@ class Limits(Wishes):
 
     def limits_for(self, wish: Wish) -> list:
         """The limits that a wish is under: of its user, of its project, and of every project if that has none."""
-        found = rows('SELECT * FROM limits WHERE user IN (?, ?) AND project IN (?, ?) '
-                     'AND (resource_id IS NULL OR resource_id = ?)',
-                     '', wish.user, '', wish.project, wish.resource.id)
+        theirs = once('SELECT * FROM limits WHERE user IN (?, ?) AND project IN (?, ?)', '',
+                      wish.user, '', wish.project) if standing().limits else ()
+        found = [each for each in theirs if each.resource_id in (None, wish.resource.id)]
         own = {each.resource_id for each in found if each.project and not each.user}
         return [each for each in found if each.user or each.project or each.resource_id not in own]
 
@@ -7554,45 +9541,51 @@ class Limits(Wishes):
             yield 'vcpu_hours', limit.vcpu_hours, less or used + need <= limit.vcpu_hours, (
                 f'{limit.vcpu_hours}, of which {max(limit.vcpu_hours - used, 0):.0f} are left')
 
-    def counted(self, limit, wish: Wish, old, others: Others | None) -> tuple[str, tuple]:
-        """What counts against a limit, as conditions on r and s and values of theirs."""
-        who = ('r.user = ?', wish.user) if limit.user else ('r.project = ?', wish.project)
-        conditions = [who, *([('r.project = ?', limit.project)] if limit.user and limit.project else []),
-                      ('r.id <> ?', others.reservation if others else 0),
-                      *([('s.id = ?', limit.resource_id)] if limit.resource_id else [])]
-        return ' AND '.join(text for text, _ in conditions), tuple(value for _, value in conditions)
+    def counted(self, limit, wish: Wish, others: Others | None,
+                of: tuple[str, ...]) -> tuple[str, list]:
+        """What counts against a limit, as conditions on some columns and values of theirs.
 
-    def whose(self, limit, wish: Wish) -> tuple[str, str]:
-        """The column by which an index finds the occurrences of the limited, and its value."""
-        return ('o.of_user', wish.user) if limit.user else ('o.of_project', wish.project)
+        Args:
+          of: the columns of user, project, reservation and resource
+        """
+        user, project, reservation, resource = of
+        wanted = {user: limit.user and wish.user,
+                  project: limit.project or not limit.user and wish.project,
+                  resource: limit.resource_id}
+        conditions = {f'{column} = ?': value for column, value in wanted.items() if value}
+        conditions |= {f'{reservation} <> ?': others.reservation if others else 0}
+        return ' AND '.join(conditions), [*conditions.values()]
 
     def most_at_once(self, limit, wish: Wish, old, others: Others | None) -> int:
         """How many machines the limited have at most at the same time in the window of a wish."""
-        where, values = self.counted(limit, wish, old, others)
         begin, until = wish.held
-        whose, who = self.whose(limit, wish)
-        found = run(f'SELECT o.held_from, o.held_until, o.vms {FROM_ALL} WHERE {whose} = ? AND {where} AND '
-                    f'o.due IS NOT NULL AND o.start < ? + {LONGEST_LEAD} AND o.held_until > o.held_from '
-                    'AND o.id <> ? AND o.held_from < ? AND o.held_until > ? UNION ALL '
-                    f'SELECT x.held_from, x.held_until, x.vms {FROM_EXTRA} WHERE {where} AND x.held_from < ? '
-                    'AND x.held_until > ? AND (x.proposal_id IS NOT NULL OR r.id <> ?)',
-                    who, *values, until, old.id if old else 0, until, begin, *values, until, begin,
-                    old.reservation if old and not others else 0).fetchall()
+        where, values = self.counted(limit, wish, others, OF_OCCURRENCE)
+        found = run('SELECT held_from, held_until, vms FROM occurrence o '
+                    f'WHERE {where} AND o.due IS NOT NULL AND o.start < ? + {LONGEST_LEAD} '
+                    'AND held_until > held_from AND o.id <> ? AND held_from < ? AND held_until > ?',
+                    *values, until, old.id if old else 0, until, begin).fetchall()
+        where, values = self.counted(limit, wish, others, OF_EXTRA)
+        found += run(f'SELECT x.held_from, x.held_until, x.vms {FROM_EXTRA.format(where)} '
+                     'AND held_from < ? AND held_until > ? '
+                     'AND (proposal_id IS NOT NULL OR reservation_id <> ?)', *values, until, begin,
+                     old.reservation if old and not others else 0).fetchall()
         found += others.holding(limit.resource_id, begin, until) if others else []
         changes = [change for first, last, vms in found for change in ((max(first, begin), 1, vms), (last, 0, -vms))]
         return max(itertools.accumulate((vms for _, _, vms in sorted(changes)), initial=0))
 
     def future_hours(self, limit, wish: Wish, now: float, old, others: Others | None) -> float:
         """The vcpu-hours that the limited have reserved from now on."""
-        where, values = self.counted(limit, wish, old, others)
-        own = others.seconds[limit.resource_id] if others else 0
-        whose, who = self.whose(limit, wish)
-        return (own + run(
-            f'SELECT coalesce(sum(o.vcpus * (o."end" - max(o.start, ?))), 0) {FROM_ALL} WHERE {whose} = ? AND {where} AND '
-            'o.due IS NOT NULL AND o.held_until > o.held_from AND o.id <> ? AND o."end" > ?',
-            int(now), who, *values, old.id if old else 0, int(now)).fetchone()[0] + run(
-            f'SELECT coalesce(sum(x.vcpus * (x.held_until - max(x.held_from, ?))), 0) {FROM_EXTRA} WHERE {where} '
-            'AND x.proposal_id IS NOT NULL AND x.held_until > ?', int(now), *values, int(now)).fetchone()[0]) / 3600
+        where, values = self.counted(limit, wish, others, OF_OCCURRENCE)
+        seconds = others.seconds[limit.resource_id] if others else 0
+        seconds += run(
+            'SELECT coalesce(sum(vcpus * ("end" - max(start, ?))), 0) FROM occurrence o '
+            f'WHERE {where} AND '
+            'o.due IS NOT NULL AND held_until > held_from AND o.id <> ? AND "end" > ?',
+            int(now), *values, old.id if old else 0, int(now)).fetchone()[0]
+        where, values = self.counted(limit, wish, others, OF_EXTRA)
+        extra = run(f'SELECT vcpus * (held_until - max(held_from, ?)) {FROM_EXTRA.format(where)} '
+                    'AND proposal_id IS NOT NULL AND held_until > ?', int(now), *values, int(now))
+        return (seconds + sum(each for each, in extra)) / 3600
 
 
 # Holding #####################################################################
@@ -7647,6 +9640,7 @@ class Holding(Limits):
         for each in rows('SELECT resource_id, held_from, until FROM wait WHERE reservation_id = ?', reservation):
             call_waiting(*each)
         run('DELETE FROM wait WHERE reservation_id = ?', reservation)
+        remembered.change()
         found = row('SELECT r.choices, r.waiting, o.resource_id, o.held_from, o."end" '
                     'FROM reservation r JOIN occurrence o ON o.reservation_id = r.id WHERE r.id = ? AND r.waiting IS NOT NULL AND o.cancelled IS NULL',
                     reservation)
@@ -7664,7 +9658,8 @@ class Holding(Limits):
 
     def first_in_line(self, resource: int, begin: int, until: int, now: float, before: str = '', *place):
         """Who has waited for longer than `patience` for a resource in a window; none beyond a place in the line."""
-        return row(f"""SELECT o.vms, r.waiting FROM wait w INDEXED BY wait_since
+        return standing().waits and row(f"""
+                       SELECT o.vms, r.waiting FROM wait w INDEXED BY wait_since
                          CROSS JOIN reservation r ON r.id = w.reservation_id
                          JOIN occurrence o ON o.reservation_id = r.id
                         WHERE w.resource_id = ? AND w.until > ? AND w.held_from < ? AND w.since <= ? AND w.until > ?
@@ -7672,17 +9667,10 @@ class Holding(Limits):
                         ORDER BY r.priority DESC, r.waiting, o.id LIMIT 1""",
                    resource, begin, until, now - self.config.patience, int(now), *place)
 
-    def retake(self, had: list[Hold], wants: list[Hold], now: float) -> None:
-        """Gives back what is wanted no more and takes what is wanted more; NoCapacity if that doesn't fit."""
-        growth = beyond(wants, had)
-        self.refuse_overtaken(growth, now)
-        give(beyond(had, wants))
-        take(growth, now)
-
     def refuse_overtaken(self, pieces: list[Hold], now: float) -> None:
         """Refuses to take what is kept for one that has waited for long."""
-        for each in pieces if row('SELECT id FROM wait LIMIT 1') else ():
-            place = row('SELECT * FROM resource WHERE id = ?', each.resource)
+        for each in pieces:
+            place = resource_of(each.resource, removed=True)
             self.refuse_overtaking(place, each.begin, each.until, now)
 
     def holds(self, reservation: int) -> list[Hold]:
@@ -7759,20 +9747,56 @@ class Holding(Limits):
                     amount = one if each.host else one * number
                     yield Hold(each.resource_id, each.held_until, until, amount)
 
-    def write_occurrence(self, id: int | None, reservation: int, wish: Wish, slot: Slot, now: float,
-                         held_from: int | None = None, **more) -> None:
-        """Writes what an occurrence is; what it holds is held already."""
+    def columns_of(self, wish: Wish, slot: Slot, now: float, new: bool,
+                   held_from: int | None = None,
+                   **more) -> dict:
+        """What is written of an occurrence."""
         begin = slot.start - wish.lead if held_from is None else held_from
-        values = dict(resource=slot.resource, start=slot.start, end=slot.end, held_from=begin, held_until=slot.end,
-                      **stored(wish.takes(slot.vms)))
+        first = dict(of_project=wish.project, of_user=wish.user, slot=slot.key, altered=False,
+                     revision=0,
+                     revised=int(now), told=0) if new else {}
+        due = min(begin, slot.start - self.config.notice) if new else min(now, begin)
+        return first | dict(
+            resource=slot.resource, start=slot.start, end=slot.end, held_from=begin,
+            held_until=slot.end,
+            due=due, **stored(wish.takes(slot.vms))) | more
+
+    def write_occurrence(self, id: int | None, reservation: int, wish: Wish, slot: Slot, now: float,
+                         **more) -> int:
+        """Writes what an occurrence is; what it holds is held already. Tells its id."""
+        columns = self.columns_of(wish, slot, now, id is None, **more)
         if id is None:
-            new = dict(reservation=reservation, of_project=wish.project, of_user=wish.user,
-                       slot=slot.key, altered=False, revision=0, revised=int(now), told=0,
-                       due=min(begin, slot.start - self.config.notice))
-            insert(Occurrence, **new | values | more)
-        else:
-            change(Occurrence, id, **values | {'due': min(now, begin)} | more)
-            run('UPDATE occurrence SET revision = revision + 1, revised = ? WHERE id = ?', int(now), id)
+            return insert(Occurrence, reservation=reservation, **columns)
+        change_occurrence(id, now, **columns)
+        return id
+
+    def write_all(self, reservation: int, changed: list[tuple[int | None, dict]],
+                  now: float) -> None:
+        """Writes occurrences of a reservation, by id or new; what they hold is held already."""
+        insert_many(Occurrence, [{'reservation': reservation} | columns
+                                 for id, columns in changed if id is None])
+        for id, columns in changed:
+            if id is not None:
+                change_occurrence(id, now, **columns)
+
+    def grow(self, one: Wish, growth: list[Hold], now: float, old=None,
+             others: Others | None = None,
+             own: int = 0) -> None:
+        """Takes what is wanted more, if every rule lets it: all that is asked for goes through here.
+
+        Args:
+          one: what is wanted in all
+          old: its occurrence as it was, if it counts against limits
+          others: the other occurrences of its series
+          own: its reservation
+
+        Raises:
+          Conflict: a rule is against it (NoCapacity: there is no room); nothing was taken.
+        """
+        self.refuse_shared_server(one, own)
+        self.refuse_beyond(one, now, old, others)
+        self.refuse_overtaken(growth, now)
+        take(growth, now)
 
 
 # Series ######################################################################
@@ -7793,29 +9817,49 @@ class Turn(NamedTuple):
         return beyond(self.had, beyond(self.had, self.wants))
 
 
+class Reshaped(NamedTuple):
+    """What a series comes to be."""
+    done: list[dict]  # what became of each occurrence, by start
+    changed: list[tuple[int | None, dict]]  # what is written of occurrences: by id, or a new one
+    horizon: int      # until when they are there
+    freed: list[Hold]
+
+
 class Series(Holding):
     """The occurrences of series."""
 
     def reshape(self, reservation: int, wish: Wish, now: float, gentle: bool = False, again: bool = True) -> list[dict]:
         """Makes the occurrences of a series what its stretches want, as far as the horizon; inside a transaction.
 
+        Raises:
+          NoCapacity: one doesn't fit and all or nothing was asked for; the transaction ends.
+        """
+        there = rows('SELECT * FROM occurrence WHERE reservation_id = ? ORDER BY start',
+                     reservation)
+        became = self.reshaped(reservation, wish, there, now, gentle, again)
+        self.write_all(reservation, became.changed, now)
+        self.close(reservation, wish.stretches, now, became.horizon)
+        self.keep_stopped(reservation, now, became.freed)
+        return became.done
+
+    def reshaped(self, reservation: int, wish: Wish, there: list, now: float, gentle: bool = False,
+                 again: bool = True) -> Reshaped:
+        """Decides what a series becomes, and holds that.
+
         First all give back what they want no more, then each takes what it wants more, or what --on-conflict
         says is done. What has begun keeps its start; what was changed, left out or skipped on its own
         stays as it is.
 
         Args:
+          there: the rows of its occurrences
           gentle: what runs goes on, also if it isn't wanted any more
           again: what had no room, or was not wanted for a while, is tried again
-
-        Raises:
-          NoCapacity: one doesn't fit and all or nothing was asked for; the caller's transaction ends.
         """
-        there = rows('SELECT * FROM occurrence WHERE reservation_id = ? ORDER BY start', reservation)
         skipped = {old.slot for old in there if old.cancelled is not None and old.altered}
         horizon = self.horizon(wish.stretches, now, skipped)
         earliest = self.earliest(there, wish.stretches, now)
         wanted = {slot.key: slot for slot in all_slots(wish.stretches, earliest, horizon)}
-        done, todo, freed = [], [], []
+        done, todo, changed, freed = [], [], [], []
         for old in there:
             slot = wanted.pop(old.slot, None)
             if old.end <= now:
@@ -7823,17 +9867,17 @@ class Series(Holding):
             slot = self.settled(old, slot, wish, now, gentle, again)
             if slot is None and old.cancelled is None:
                 freed.append(hold_of(old))
-                self.give_up(old, now)
+                changed.append((old.id, self.given_up(old, now)))
                 done.append(told(old, 'cancelled'))
             elif slot and self.differs(old, slot, wish):
                 todo.append((slot, old))
             elif slot and old.cancelled is None:
                 done.append(told(old, 'unchanged'))
         todo += [(slot, None) for slot in wanted.values() if slot.end > now]
-        done += self.place_all(reservation, wish, sorted(todo, key=lambda each: each[0].start), now)
-        self.close(reservation, wish.stretches, now, horizon)
-        self.keep_stopped(reservation, now, freed)
-        return sorted(done, key=lambda each: each['start'])
+        todo.sort(key=lambda each: each[0].start)
+        placed = self.place_all(reservation, wish, todo, now, {id for id, _ in changed})
+        done = sorted([*done, *(line for line, _ in placed)], key=lambda each: each['start'])
+        return Reshaped(done, changed + [each for _, each in placed], horizon, freed)
 
     def earliest(self, there: list, stretches: list[Stretch], now: float) -> float:
         """From when on slots must be known: one that was moved to later has been planned for earlier."""
@@ -7866,47 +9910,62 @@ class Series(Holding):
             slot.start, slot.end, slot.resource, *wish.takes(slot.vms)) or (
             slot.start - wish.lead != old.held_from and not old.altered)
 
-    def give_up(self, old, now: float) -> None:
-        """Takes an occurrence out of its series."""
+    def given_up(self, old, now: float) -> dict:
+        """Gives back what an occurrence holds that its series goes without; what is written."""
         until = min(max(int(now), old.held_from), old.held_until)
         release(old.resource_id, until, old.held_until, amount_of(old))
-        change(Occurrence, old.id, cancelled=int(now), held_until=until, due=now,
-               revision=old.revision + 1, revised=int(now))
+        return {'cancelled': int(now), 'held_until': until, 'due': now}
 
-    def place_all(self, reservation: int, wish: Wish, todo: list, now: float) -> list[dict]:
-        """Holds many occurrences of a series, and tells all that have no room at once."""
-        done, refused, others = [], [], self.others_of(reservation, todo, now)
+    def place_all(self, reservation: int, wish: Wish, todo: list, now: float,
+                  gone: Iterable[int] = ()) -> list[tuple]:
+        """Holds many occurrences of a series, or refuses all; what became of each, and its row.
+
+        Args:
+          gone: the ids of those that it goes without
+        """
+        done, refused = [], []
+        others = self.others_of(reservation, {*gone, *(old.id for _, old in todo if old)}, now)
         if wish.server and any(one.end > after.start for (one, _), (after, _) in zip(todo, todo[1:])):
             raise Conflict(f'the occurrences overlap, and the server {wish.server} is one machine')
-        todo = [Turn(slot, old, [hold_of(old)] if old and old.cancelled is None else [],
-                     [self.hold_at(wish, slot, old, now)]) for slot, old in todo]
-        for turn in todo:
+        turns = [Turn(slot, old, [hold_of(old)] if old and old.cancelled is None else [],
+                      [self.hold_at(wish, slot, old, now)]) for slot, old in todo]
+        for turn in turns:
             give(beyond(turn.had, turn.wants))
             others.put(turn.slot.key, turn.kept, turn.slot.start)
-        for turn in self.progress(todo):
-            slot = turn.slot
+        read_windows((piece for turn in turns for piece in beyond(turn.wants, turn.had)), now)
+        for turn in self.progress(turns):
             try:
                 done.append(self.place(reservation, wish, turn, others, now))
             except NoCapacity as error:
-                refused.append((slot, error))
+                refused.append((turn.slot, error))
         if refused:
-            slot, error = refused[0]
-            zone = read_zone(wish.stretches[0].zone)
-            refusal = NoCapacity(
-                f"{len(refused)} of {len(todo)} occurrences do not fit, so nothing was changed; the first from "
-                f"{format_time(instant(slot.start), zone)}: {error}. Take the others with --on-conflict skip",
-                conflicts=[{'start': instant(each.start), 'end': instant(each.end), 'vms': each.vms, 'why': str(why)}
-                           for each, why in refused[:1000]], **error.details)
-            refusal.most_vms = min(getattr(why, 'most_vms', 0) for _, why in refused)
-            raise refusal
+            raise self.refusal_of(refused, len(turns), wish)
         return done
 
-    def others_of(self, reservation: int, todo: list, now: float) -> Others:
+    def refusal_of(self, refused: list[tuple[Slot, NoCapacity]], number: int,
+                   wish: Wish) -> NoCapacity:
+        """The refusal of a series some occurrences of which have no room."""
+        slot, error = refused[0]
+        first = format_time(instant(slot.start), read_zone(wish.stretches[0].zone))
+        text = (f'{len(refused)} of {number} occurrences do not fit, so nothing was changed; '
+                f'the first from {first}: {error}')
+        if len(refused) < number:
+            text += '. Take the others with --on-conflict skip'
+        refusal = NoCapacity(
+            text if number > 1 else str(error),
+            conflicts=[{'start': instant(each.start), 'end': instant(each.end), 'vms': each.vms,
+                        'why': str(why)}
+                       for each, why in refused[:1000]], **error.details)
+        refusal.most_vms = min(getattr(why, 'most_vms', 0) for _, why in refused)
+        return refusal
+
+    def others_of(self, reservation: int, changing: set[int], now: float) -> Others:
         """What counts against limits of the occurrences that stay as they are while others change."""
-        changing = {old.id for _, old in todo if old}
         others = Others(reservation, now)
-        for each in rows('SELECT * FROM occurrence WHERE reservation_id = ? AND due IS NOT NULL '
-                         'AND held_until > held_from', reservation):
+        there = standing().limits and reservation and rows(
+            'SELECT * FROM occurrence WHERE reservation_id = ? AND due IS NOT NULL '
+            'AND held_until > held_from', reservation)
+        for each in there or ():
             if each.id not in changing:
                 others.put(each.slot, [hold_of(each)], each.start)
         return others
@@ -7917,14 +9976,14 @@ class Series(Holding):
         begin = min(old.held_from, slot.start) if begun else slot.start - wish.lead
         return Hold(slot.resource, begin, slot.end, wish.takes(slot.vms))
 
-    def place(self, reservation: int, wish: Wish, turn: Turn, others: Others, now: float) -> dict:
-        """Holds one occurrence of a series and writes it; inside a transaction.
+    def place(self, reservation: int, wish: Wish, turn: Turn, others: Others, now: float) -> tuple:
+        """Holds one occurrence of a series; what became of it, and its row.
 
         Raises:
           NoCapacity: it doesn't fit, and that refuses the whole series.
         """
         slot, old, (wants,) = turn.slot, turn.old, turn.wants
-        place = row('SELECT * FROM resource WHERE id = ? AND removed IS NULL', slot.resource)
+        place = resource_of(slot.resource)
         if place is None:
             raise Conflict('the resource of the series is not there any more; move it to another with --resource')
         if old and slot.start != old.start and slot.start < now - PATIENCE:
@@ -7932,27 +9991,32 @@ class Series(Holding):
         one = wish._replace(resource=place, start=slot.start, end=slot.end, vms=slot.vms, stretches=[])
         others.put(slot.key, (), slot.start)
         try:
-            self.refuse_beyond(one, now, old if turn.had else None, others)
-            self.refuse_shared_server(one, reservation)
-            growth = beyond(turn.wants, turn.had)
-            self.refuse_overtaken(growth, now)
-            take(growth, now)
+            before = old if turn.had else None
+            self.grow(one, beyond(turn.wants, turn.had), now, before, others, reservation)
         except Conflict as error:
             return self.placed_otherwise(reservation, one, turn, others, error, now)
         keep = {'told': 0, 'altered': old.altered} if old and old.start != slot.start else {}
         revived = {'cancelled': None} if old and not turn.had else {}
-        self.write_occurrence(old.id if old else None, reservation, one, slot, now, wants.begin, **keep, **revived)
         others.put(slot.key, turn.wants, slot.start)
-        return told(slot, 'changed' if turn.had else 'booked')
+        return told(slot, 'changed' if turn.had else 'booked'), self.row_of(
+            old, one, slot, now, held_from=wants.begin, **keep, **revived)
+
+    def row_of(self, old, one: Wish, slot: Slot, now: float, **more) -> tuple[int | None, dict]:
+        """What is written of an occurrence, by its id if it has one."""
+        return old.id if old else None, self.columns_of(one, slot, now, old is None, **more)
 
     def placed_otherwise(self, reservation: int, one: Wish, turn: Turn, others: Others, error: Conflict,
-                         now: float) -> dict:
+                         now: float) -> tuple:
         """What --on-conflict says of an occurrence that has no room."""
-        slot, old, lack = turn.slot, turn.old, self.lack(one)
+        slot, old = turn.slot, turn.old
+        refused = one.on_conflict in ('', 'refuse')
+        if refused and 'limit' in error.details:
+            raise error
+        lack = self.lack(one)
         why = str(error) or self.why_not(one, lack)
-        if one.on_conflict in ('', 'refuse'):
-            if 'limit' in error.details:
-                raise error
+        if refused and not rehearsal.on:
+            raise NoCapacity(why)
+        if refused:
             refusal = NoCapacity(why, **self.in_the_way(one, lack, reservation))
             refusal.most_vms = max((vms for vms, _ in self.fewer(one, lack, old)), default=0)
             raise refusal
@@ -7963,22 +10027,18 @@ class Series(Holding):
             holds = [Hold(slot.resource, shifted.start - one.lead, shifted.end, one.amount)]
             take(holds, now)
             others.put(slot.key, holds, shifted.start)
-            self.write_occurrence(old.id if old else None, reservation, one, shifted, now, altered=True,
-                                  cancelled=None)
-            return told(shifted, 'shifted', why)
+            return told(shifted, 'shifted', why), self.row_of(
+                old, one, shifted, now, altered=True, cancelled=None)
         if self.stays(turn, now):
             others.put(slot.key, turn.had, old.start)
-            change(Occurrence, old.id, altered=True)
-            return told(old, 'unchanged', why)
-        self.write_left_out(reservation, one, slot, now, old)
-        return told(slot, 'left out', why)
+            return told(old, 'unchanged', why), (old.id, {'altered': True})
+        return told(slot, 'left out', why), self.row_of(
+            old, one, slot, now, **self.left_out_as(one, slot, now, old))
 
-    def write_left_out(self, reservation: int, wish: Wish, slot: Slot, now: float, old=None) -> int:
-        """Writes an occurrence that holds nothing, since its series goes without it; its id."""
-        self.write_occurrence(old.id if old else None, reservation, wish, slot, now,
-                              held_until=slot.start - wish.lead, cancelled=int(now),
-                              due=now if old else None)
-        return old.id if old else row('SELECT max(id) AS id FROM occurrence').id
+    def left_out_as(self, one: Wish, slot: Slot, now: float, old=None) -> dict:
+        """What is otherwise of an occurrence that its series goes without: it holds nothing."""
+        return {'held_until': slot.start - one.lead, 'cancelled': int(now),
+                'due': now if old else None}
 
     def bring_back(self, id: int, wish: Wish, now: float) -> list[dict]:
         """Holds an occurrence that its series was left without; inside a transaction.
@@ -7994,14 +10054,15 @@ class Series(Holding):
         slot = Slot(old.slot, wish.start, wish.end, wish.vms, wish.resource.id)
         try:
             todo = [(slot, old._replace(altered=False))]
-            done = self.place_all(old.reservation_id, wish, todo, now)
+            (done, columns), = self.place_all(old.reservation_id, wish, todo, now)
         except NoCapacity as refusal:
             conflict, = refusal.details.pop('conflicts')
             why = f"what was left out does not fit any more: {conflict['why']}"
             raise NoCapacity(why, **refusal.details) from None
+        self.write_all(old.reservation_id, [columns], now)
         self.close(old.reservation_id, stretches, now, self.horizon(stretches, now))
         self.keep_stopped(old.reservation_id, now)
-        return done
+        return [done]
 
     def stays(self, turn: Turn, now: float) -> bool:
         """Holds again what an occurrence had, which has begun or still fits; whether it does."""
@@ -8035,10 +10096,12 @@ class Series(Holding):
     def close(self, reservation: int, stretches: list[Stretch], now: float, horizon: int = 0) -> None:
         """Writes until when a reservation's label is taken, and how far a series is in rows."""
         on = goes_on(stretches, horizon)
-        last = row('SELECT max("end") AS last FROM occurrence WHERE reservation_id = ? AND cancelled IS NULL',
-                   reservation).last
-        change(Reservation, reservation, changed=int(now), booked_until=horizon if on else None,
-               over=int(LAST.timestamp()) if on else min(last, 2**62) if last and last > now else int(now))
+        run("""UPDATE reservation SET changed = ?2, booked_until = ?3,
+                      over = coalesce(?4, max(?2, coalesce((
+                 SELECT min(max("end"), 1 << 62) FROM occurrence
+                  WHERE reservation_id = ?1 AND cancelled IS NULL), 0)))
+                WHERE id = ?1""", reservation, int(now), horizon if on else None,
+            int(LAST.timestamp()) if on else None)
 
     def refresh(self, reservation: int, now: float) -> None:
         """Carries a series on as far as the horizon is now, by the zone table as it is now; inside a transaction."""
@@ -8137,7 +10200,7 @@ def chosen(parts: list[tuple], take: Callable, tries: Iterator, taken: list, fir
                         f'{MOST_TRIES} tries; name a resource for each part, or ask for fewer '
                         'parts')
         try:
-            with db.atomic():
+            with Attempt():
                 got = [*taken, take(choices[n], taken)]
                 if len(got) == len(parts):
                     return got
@@ -8175,31 +10238,40 @@ class Admission(Series):
         """
         wish = self.as_now(wish)
         place = wish.resource
+        became = self.reshaped(0, wish, [], now) if wish.stretches else self.single(wish, now)
+        done, live = became.done, [
+            columns['end'] for _, columns in became.changed if not columns.get('cancelled')]
+        if done and not live:
+            first = done[0]['why']
+            raise NoCapacity(f"none of {len(done)} occurrences fits; of the first: {first}",
+                             conflicts=done[:1000])
+        on = goes_on(wish.stretches, became.horizon)
         pending = int(now) + place.approval if place.approval and self.actor.role != ADMIN else None
-        reservation = insert(Reservation, **wish.columns(*STORED), **event, origin=origin, added=int(now),
-                             changed=int(now), pending=pending, priority=0, confirm=0, request=request, choices='',
-                             series=stored_stretches(wish.stretches) if wish.stretches else '', over=wish.end)
+        reservation = insert(
+            Reservation, **wish.columns(*STORED), **event, origin=origin, added=int(now),
+            changed=int(now),
+            pending=pending, priority=0, confirm=0, request=request, choices='',
+            series=stored_stretches(wish.stretches) if wish.stretches else '',
+            booked_until=became.horizon if on else None,
+            over=int(LAST.timestamp()) if on else max([int(now), *live]))
         self.refuse_many_texts(wish)
-        if wish.stretches:
-            done = self.reshape(reservation, wish, now)
-            if done and all(each['outcome'] == 'left out' for each in done):
-                raise NoCapacity(f"none of {len(done)} occurrences fits; of the first: {done[0]['why']}",
-                                 conflicts=done[:1000])
-            self.journal(now, 'added', self.told_series(wish, done), reservation, wish.notify)
-            return reservation, done
-        self.refuse_shared_server(wish)
-        self.refuse_beyond(wish, now)
-        self.refuse_overtaking(place, *wish.held, now)
-        admit(place, *wish.held, wish.amount, now)
-        self.write_occurrence(None, reservation, wish, Slot('', wish.start, wish.end, wish.vms, place.id), now)
-        if wish.at_end == 'stop':
+        self.write_all(reservation, became.changed, now)
+        if wish.image and wish.at_end == 'stop':
             self.keep_stopped(reservation, now)
-        self.journal(now, 'added', f'{wish.vms} vms on {place.name}', reservation, wish.notify, NONE_OF_THEM)
-        if pending:
+        what = self.told_series(wish, done) if wish.stretches else f'{wish.vms} vms on {place.name}'
+        self.journal(now, 'added', what, reservation, wish.notify, NONE_OF_THEM)
+        if pending and not wish.stretches:
             until = self.config.told_time(pending, wish.tz)
             self.journal(now, 'pending', f'an admin must approve it until {until}', reservation,
                          wish.notify)
-        return reservation, []
+        return reservation, done
+
+    def single(self, wish: Wish, now: float) -> Reshaped:
+        """Holds the one occurrence of a new reservation."""
+        place = wish.resource
+        self.grow(wish, [Hold(place.id, *wish.held, wish.amount)], now)
+        slot = Slot('', wish.start, wish.end, wish.vms, place.id)
+        return Reshaped([], [self.row_of(None, wish, slot, now)], 0, [])
 
     def told_series(self, wish: Wish, done: list[dict]) -> str:
         """What was booked of a series, for the journal."""
@@ -8211,15 +10283,13 @@ class Admission(Series):
         """Makes one occurrence what is wished; inside a transaction."""
         wish = self.as_now(wish)
         place = wish.resource
-        self.refuse_shared_server(wish, old.reservation)
-        self.refuse_beyond(wish, now, old)
-        wants = [Hold(place.id, *wish.held, wish.amount)]
+        wants, growth = [Hold(place.id, *wish.held, wish.amount)], []
         if old.waiting is None:
-            self.retake([hold_of(old)], wants, now)
-        elif not wish.amount.within(self.most_ever(wish)):
+            give(beyond([hold_of(old)], wants))
+            growth = beyond(wants, [hold_of(old)])
+        self.grow(wish, growth, now, old, own=old.reservation)
+        if old.waiting is not None and not wish.amount.within(self.most_ever(wish)):
             raise NoCapacity('')
-        elif beyond(wants, [hold_of(old)._replace(until=old.end)]):  # it goes to the end of the line
-            change(Reservation, old.reservation, waiting=int(now))
         slot = Slot(old.slot, wish.start, wish.end, wish.vms, place.id)
         self.write_occurrence(old.id, old.reservation, wish, slot, now, altered=bool(old.repeats),
                               told=0 if wish.start != old.start else old.told & ~(ENDING if wish.end != old.end else 0),
@@ -8230,8 +10300,12 @@ class Admission(Series):
         else:
             change(Reservation, old.reservation, **wish.columns(*STORED), changed=int(now), over=wish.end)
         if old.waiting is not None:
+            anew = beyond(wants, [hold_of(old)._replace(until=old.end)])
+            if anew:  # it goes to the end of the line
+                change(Reservation, old.reservation, waiting=int(now))
             self.stand_in_line(old.reservation)
-        self.keep_stopped(old.reservation, now)
+        if old.image or wish.image:
+            self.keep_stopped(old.reservation, now)
 
     def cancel(self, found: list, now: float, why: str = '', ends: bool = False) -> None:
         """Cancels occurrences of one reservation: what they held from now on is free; inside a transaction.
@@ -8243,10 +10317,12 @@ class Admission(Series):
             return
         first, freed = found[0], [hold_of(each) for each in found]
         for each in found:
-            self.drop_proposals(each.reservation, each.id)
+            if each.change is not None:
+                self.drop_proposals(each.reservation, each.id)
             until = min(max(int(now), each.held_from), each.held_until)
             release(each.resource_id, until, each.held_until, amount_of(each))
-            change(Occurrence, each.id, cancelled=int(now), held_until=until, due=now, altered=True)
+            change_occurrence(each.id, now, cancelled=int(now), held_until=until, due=now,
+                              altered=True)
         if first.repeats and ends:
             stretches = stretches_before(self.stretches(first.reservation), min(each.slot for each in found))
             change(Reservation, first.reservation, series=stored_stretches(stretches) if stretches else '[]')
@@ -8254,13 +10330,17 @@ class Admission(Series):
             self.reshape(first.reservation, self.carried_on(first), now, gentle=True, again=False)
         else:
             self.close(first.reservation, [], now)
-        run('UPDATE reservation SET waiting = NULL, pending = NULL WHERE id = ? AND NOT EXISTS '
-            '(SELECT 1 FROM occurrence o WHERE o.reservation_id = ? AND o.cancelled IS NULL)',
-            first.reservation, first.reservation)  # there is nothing left to wait for
+        if (first.waiting, first.pending) != (None, None):  # is there nothing left to wait for?
+            run('UPDATE reservation SET waiting = NULL, pending = NULL WHERE id = ?1 AND '
+                'NOT EXISTS (SELECT 1 FROM occurrence o WHERE o.reservation_id = ?1 AND o.cancelled IS NULL)',
+                first.reservation)
         if first.waiting is not None:
             self.stand_in_line(first.reservation)
-        self.keep_stopped(first.reservation, now, freed)
-        only = first.id if len(found) == 1 and first.repeats else None
+        if first.image:
+            self.keep_stopped(first.reservation, now, freed)
+        only = NONE_OF_THEM
+        if first.repeats:
+            only = first.id if len(found) == 1 else None
         said = [why or f'cancelled by {self.actor.user}']
         said += [warning for each in found for warning in self.ends_with(each).get('warnings', ())]
         self.journal(now, 'released', '; '.join(said), first.reservation, json.loads(first.notify),
@@ -8352,13 +10432,16 @@ def kind_of_waiting(part: list[tuple]) -> tuple:
                  for each, place, amount in part)
 
 
+A_SERIES_WAITS = 'a series can not wait; --on-conflict skip takes the occurrences that fit'
+
+
 class Waiting(Admission):
     """Requests that wait for room, and reservations that wait for a word."""
 
     def take(self, request: Request, now: float) -> dict:
         """Books a request, or lines it up if it may wait; inside a transaction."""
         try:
-            with db.atomic() if request.wait else nullcontext():
+            with Attempt() if request.wait else nullcontext():
                 return self.answer_all(request, self.book_all(request, now))
         except NoCapacity:
             if not request.wait:
@@ -8368,7 +10451,7 @@ class Waiting(Admission):
     def line_up(self, request: Request, now: float) -> dict:
         """Writes down a request that has no room now, and waits; inside a transaction."""
         if any(part[0].stretches for part in request.parts):
-            raise Invalid('a series can not wait; --on-conflict skip takes the occurrences that fit')
+            raise Invalid(A_SERIES_WAITS)
         parts = [[wish for wish in map(self.as_now, part)
                   if wish.amount.within(self.most_ever(wish))] for part in request.parts]
         without = (part[0] for part, left in zip(request.parts, parts) if not left)
@@ -8418,7 +10501,7 @@ class Waiting(Admission):
         wanted = [(resource, of_columns(columns) if whole else of_columns(columns) * found.vms)
                   for resource, whole, columns in json.loads(found.choices or '[]')]
         for resource, amount in wanted or [(found.resource_id, amount_of(found))]:
-            if place := row('SELECT * FROM resource WHERE id = ? AND removed IS NULL', resource):
+            if place := resource_of(resource):
                 yield place, amount
 
     def most_ever(self, wish: Wish) -> Amount:
@@ -8494,6 +10577,7 @@ class Waiting(Admission):
         """Takes out of the line whose window is over."""
         for each in reservations:
             run('DELETE FROM wait WHERE reservation_id = ?', each)
+            remembered.change()
 
     def try_later(self, request: list, limited: bool, now: float) -> None:
         """Notes when those that have no room are tried again, if nothing is given back before.
@@ -8509,8 +10593,11 @@ class Waiting(Admission):
 
     def next_change(self, resource: int, names: Iterable[str], now: float, until: int) -> float:
         """The next instant at which what is held of a resource changes, before an end."""
-        found = [row('SELECT min(at) AS at FROM step WHERE resource_id = ? AND track = ? AND at > ?', resource, track,
-                     now).at for track in ('', CLOSED, *names)]
+        tracks = ('', CLOSED, *names)
+        found = [run('SELECT min(at) FROM step WHERE resource_id = ? AND track = ? AND at > ?',
+                     resource, track,
+                     now).fetchone()[0] for track in tracks]
+        found += [ledger.after(resource, track, now) for track in tracks]
         return min([until, *filter(None, found)])
 
     def let_in(self, found, place, amount: Amount, now: float) -> None:
@@ -8566,26 +10653,35 @@ class Approval(Waiting):
           alone: no other occurrence changes
           deed: makes the change, and tells what became of each occurrence of a series
         """
-        if SHAPE & set(asked):  # another change settles those that were proposed before
+        # Another change settles those that were proposed before.
+        if SHAPE & set(asked) and (old.change is not None or old.repeats and not alone):
             self.drop_proposals(old.reservation, old.id if alone else None)
-        if self.actor.role == ADMIN or old.waiting is not None or not (row(ANY_APPROVAL) or self.proposes_all):
+        if self.actor.role == ADMIN or old.waiting is not None or not (
+                self.proposes_all or self.may_need_approval(old, wish)):
             return deed()
         before = self.holds(old.reservation)
-        with db.atomic() as attempt:
+        with Attempt() as attempt:
             done = deed()
             growth = [each for each in beyond(self.holds(old.reservation), before) if each.until > now]
-            span = max((row('SELECT approval FROM resource WHERE id = ?', each.resource).approval
+            span = max((resource_of(each.resource, removed=True).approval
                         for each in growth), default=0)
             if not growth or not span and not self.proposes_all:
                 return done
             if old.pending is not None:
                 self.await_approval(old.reservation, int(now) + span, wish, now)
                 return done
-            attempt.rollback()
+            attempt.undo()
         last = old.end if alone or not old.repeats else int(LAST.timestamp())
         until = min(int(now) + (span or int(LAST.timestamp())), last)
         self.propose(old, wish, sorted(asked), until, now, code, named, alone, growth)
         return None
+
+    def may_need_approval(self, old, wish: Wish) -> bool:
+        """Whether a change concerns a resource on which an admin must approve what is reserved."""
+        if old.repeats or wish.stretches:
+            return bool(once(ANY_APPROVAL))
+        places = old.resource_id, wish.resource.id
+        return any(resource_of(id, removed=True).approval for id in places)
 
     def await_approval(self, reservation: int, until: int, wish: Wish, now: float) -> None:
         """Lets a reservation wait for an admin until an instant."""
@@ -8635,6 +10731,8 @@ class Approval(Waiting):
     def rewrite(self, old, wish: Wish, asked: dict, now: float, named: bool) -> list:
         """Writes a change of a reservation; inside the transaction that looked whether it is still as it was read."""
         self.refuse_fixed(old, wish, asked)
+        if wish.stretches and old.waiting is not None:
+            raise Invalid(A_SERIES_WAITS)
         if old.choices and asked.keys() & {'resource', 'host', 'flavor'}:  # it waits for this one alone
             change(Reservation, old.reservation, choices='')
         if (wish.label, wish.project) != (old.label, old.project):
@@ -8657,13 +10755,14 @@ class Approval(Waiting):
                            'its end, vms, user, description and label can')
 
     @api('POST', '/reservation/<label>/approve', role=ADMIN)
-    def approve(self, label: Label, project: Name = '', dry_run: bool = False) -> dict:
+    def approve(self, label: Label, project: Name = '',
+                dry_run: bool = False) -> BookedAnswer | GroupAnswer:
         """Lets a pending reservation be, or a change of one that is approved.
 
         Example:
           python cmres.py approve lab --project biology
         """
-        with self.writing(dry_run) as now:
+        def deed(now: float) -> dict:
             found, pending, proposals = self.pending_of(label, project)
             for each in pending:
                 self.settle(each, 'approved', now)
@@ -8672,9 +10771,11 @@ class Approval(Waiting):
                 self.journal(now, 'approved', f'the change was approved by {self.actor.user}', each.reservation,
                              json.loads(each.notify))
             return self.told_parts(label, pending or found)
+        return self.carry_out(deed, dry_run)
 
     @api('POST', '/reservation/<label>/accept')
-    def accept(self, label: Label, project: Name = '', dry_run: bool = False) -> dict:
+    def accept(self, label: Label, project: Name = '',
+               dry_run: bool = False) -> BookedAnswer | GroupAnswer:
         """Takes the room that is held for a reservation of yours that had waited.
 
         Example:
@@ -8690,7 +10791,8 @@ class Approval(Waiting):
             return self.told_parts(label, pending)
 
     @api('POST', '/reservation/<label>/reject', role=ADMIN)
-    def reject(self, label: Label, reason: Text = '', project: Name = '', dry_run: bool = False) -> dict:
+    def reject(self, label: Label, reason: Text = '', project: Name = '',
+               dry_run: bool = False) -> BookedAnswer | GroupAnswer:
         """Refuses a pending reservation and frees what it held; of a request, all parts.
 
         A change of a reservation that was approved before is refused alone: that goes on as it was.
@@ -8742,10 +10844,112 @@ class Approval(Waiting):
 # What people do with reservations: add, list, show, change, end them.
 
 
+#: Seconds after which what a process has begun to write in pieces is dropped, if it does not go on.
+GOES_ON = 60
+#: What was written in pieces of which the last has not come: facts, whose values begin with the
+#: instant at which they are dropped.
+STAGED = "name > 'staged-' AND name < 'staged.'"
+
+
+def not_real_yet() -> tuple[Callable, Callable]:
+    """Tell of a reservation, and of an event, whether it is written but not real yet."""
+    pieces = [piece for each in rows(f'SELECT value FROM fact WHERE {STAGED}')
+              for piece in json.loads(each.value.partition(' ')[2])]
+    return tuple(inside([(piece[n], piece[n + 2]) for piece in pieces]) for n in (0, 1))
+
+
+def inside(ranges: list[tuple[int, int]]) -> Callable[[int], bool]:
+    """Tells of a number whether one of some ranges has it: each begins after its first number."""
+    ranges.sort()
+
+    def told(number: int) -> bool:
+        at = bisect_left(ranges, (number,)) - 1
+        return at >= 0 and number <= ranges[at][1]
+    return told
+
+
+class Staged:
+    """What is written in pieces, and is real when the last one is.
+
+    Until then nothing starts and nobody is told. It holds its capacity from the first piece on, so
+    that the last can't fail. What is not made real is erased; what a process has left behind that
+    died, the life cycle erases.
+    """
+
+    def __init__(self, service: Service, name: str = ''):
+        self.service, self.name = service, name or f'staged-{secrets.token_hex(8)}'
+        # Of each piece the last reservation and event before it, and its own last ones.
+        self.pieces = json.loads(fact(name).partition(' ')[2] or '[]') if name else []
+        self.dropping = False
+
+    def begin(self) -> None:
+        """Notes where a piece begins; all but `drop_all` are called inside a transaction."""
+        self.before = self.newest()
+
+    def newest(self) -> tuple:
+        last = '(SELECT coalesce(max(id), 0) FROM {})'.format
+        return run(f"SELECT {last('reservation')}, {last('event')}").fetchone()
+
+    def set_aside(self, now: float) -> None:
+        """Keeps what was written since it began from being looked at and told."""
+        self.pieces.append([*self.before, *self.newest()])
+        self.note(now + GOES_ON)
+
+    def note(self, dropped: float) -> None:
+        note_fact(self.name, f'{dropped:.0f} {json.dumps(self.pieces)}')
+
+    def make_real(self) -> None:
+        """Lets the life cycle see and tell all of it."""
+        run('DELETE FROM fact WHERE name = ?', self.name)
+
+    def drop_all(self) -> None:
+        """Erases all of it, some at a time."""
+        while self.pieces:
+            with self.service.writing() as now:
+                self.drop_some(now + GOES_ON)
+
+    def drop_some(self, now: float) -> None:
+        """Erases the last of it that is there; the rest is to be dropped from an instant on."""
+        first, told, last, last_told = self.pieces[-1]
+        if not self.dropping:  # so that no id of an event comes twice, one stays
+            self.dropping = True
+            run("UPDATE event SET reservation_id = NULL, occurrence = NULL, project = '', "
+                "code = 'dropped', sentence = 'many lines were begun and not all had room, so none "
+                "is reserved' WHERE id = ?", last_told)
+            run('DELETE FROM outbox WHERE event_id = ?', last_told)
+        for last in some_of(deque(range(last, first, -1))):
+            self.erase(last, now)
+        last -= 1
+        self.pieces[-1:] = [[first, told, last, last_told]] if last > first else []
+        self.note(now)
+        if not self.pieces:
+            run('DELETE FROM fact WHERE name = ?', self.name)
+
+    def erase(self, reservation: int, now: float) -> None:
+        """Erases a reservation as if it had never been; one that has VMs is cancelled."""
+        held = rows('SELECT id, resource_id, held_from, held_until, vms, vcpus, ram, classes '
+                    'FROM occurrence WHERE reservation_id = ?', reservation)
+        ids = json.dumps([each.id for each in held])
+        if row('SELECT 1 AS one FROM server '
+               'WHERE occurrence_id IN (SELECT value FROM json_each(?)) LIMIT 1', ids):
+            live = self.service.live(self.service.next_of(reservation))
+            self.service.cancel(live, now, 'not all of it had room', True)
+            return
+        give(hold_of(each) for each in held if each.held_from < each.held_until)
+        self.service.drop_proposals(reservation)
+        extra = rows('SELECT * FROM extra_hold WHERE reservation_id = ?', reservation)
+        give(map(hold_of, extra))
+        run('DELETE FROM outbox WHERE event_id IN '
+            '(SELECT id FROM event WHERE reservation_id = ?)', reservation)
+        for table in ('extra_hold', 'wait', 'event', 'occurrence'):
+            run(f'DELETE FROM {table} WHERE reservation_id = ?', reservation)
+        run('DELETE FROM reservation WHERE id = ?', reservation)
+
+
 class Requests(Approval):
     """The operations on reservations."""
 
-    @api('POST', '/reservation/')
+    @api('POST', '/reservation/', made='/reservation/<label>')
     @api('POST', '/reservation/add/<label>/<resource>/<start>/<end>')
     @api('POST', '/reservation/add/<label>/<cell>/<cloud>/<region>/<aggregate>/<vms>/<start>/<end>', resource=ANY)
     def add(self, label: NewLabel, resource: Place, start: When, end: When, vms: Count = 1, flavor: Name = '',
@@ -8756,7 +10960,7 @@ class Requests(Approval):
             skip_dates: Names = (), holidays: Source = '', on_conflict: Clash = 'refuse', user: Name = '',
             project: Name = '', cell: Name = '', cloud: Name = '', region: Name = '', aggregate: Name = '',
             part: Parts = (), host: Hosts = (), wait: bool = False, priority: int = 0, confirm: Span = None,
-            dry_run: bool = False) -> dict:
+            dry_run: bool = False) -> BookedAnswer | GroupAnswer:
         """Reserves machines from START to END, once or again and again.
 
         With an image, they are booted at the start and deleted at the end, or what --at-end says;
@@ -8783,12 +10987,15 @@ class Requests(Approval):
         """
         request = self.read_request({name: value for name, value in locals().items() if name != 'self'})
         refused = request.last._replace(label=label)
+
         def instead(wish: Wish, field: str) -> None:
             self.instead(request, wish, field, self.clock())
-        explaining = self.explaining(request.last, None, instead)
-        with self.recording_refusal(refused, dry_run), explaining:
-            with self.writing(dry_run) as now:
+
+        def deed(now: float) -> dict:
+            with self.explaining(request.last, None, instead):
                 return self.take(request, now)
+        with self.recording_refusal(refused, dry_run):
+            return self.carry_out(deed, dry_run)
 
     def read_request(self, asked: dict) -> Request:
         """What `add` was asked, resolved for each part and each resource on which that could be."""
@@ -8823,8 +11030,8 @@ class Requests(Approval):
             raise refusal
         return found
 
-    @api('POST', '/reservation/load')
-    def load(self, rows: Rows, partial: bool = False, dry_run: bool = False) -> dict:
+    @api('POST', '/reservation/load', made='/reservation/')
+    def load(self, rows: Rows, partial: bool = False, dry_run: bool = False) -> LoadedAnswer:
         """Adds many reservations at once: all of them, or with --partial those that fit.
 
         Each refused line is named with its number and the reason. In a CSV file the first line
@@ -8833,25 +11040,70 @@ class Requests(Approval):
         Example:
           python cmres.py load class.csv --partial
         """
-        refused, requests, taken = [], [], []
+        unread, requests = [], []
         for number, given in enumerate(self.progress(rows), 1):
+            self.shares.breathe()
             line = given.get('line', number)
             try:
                 requests.append((line, self.read_request(self.read_line(given))))
             except Error as error:
-                refused.append({'line': line, 'label': given.get('label', ''), 'error': str(error)})
-        with self.writing(dry_run or bool(refused) and not partial) as now:
-            for line, request in requests:
-                try:
-                    with db.atomic(), self.explaining(request.last):
-                        taken.append(self.take(request, now))
-                except Error as error:
-                    refused.append({'line': line, 'label': request.label, 'error': str(error)})
-            refused.sort(key=lambda each: each['line'])
+                unread.append({'line': line, 'label': given.get('label', ''), 'error': str(error)})
+
+        def deed(now: float) -> dict:
+            taken, refused = self.take_lines(requests, partial, now)
+            refused = by_line(unread + refused)
             if refused and not partial:
-                raise Conflict(f'{len(refused)} of {len(rows)} lines were refused, so nothing was reserved',
-                               refused=refused)
-        return {'taken': taken, 'refused': refused}
+                raise Conflict(f'{len(refused)} of {len(rows)} lines were refused, so nothing was '
+                               'reserved', refused=refused)
+            return {'taken': taken, 'refused': refused}
+        if dry_run or unread and not partial:
+            return self.carry_out(deed, dry_run=True)
+        try:
+            taken, refused = self.take_in_turns(requests, partial)
+        except NoCapacity:
+            self.carry_out(deed, dry_run=True)
+            raise NoCapacity(A_MOMENT_AGO) from None
+        return {'taken': taken, 'refused': by_line(unread + refused)}
+
+    def take_in_turns(self, requests: list[tuple], partial: bool) -> tuple[list, list]:
+        """Takes lines, some at a time so that others can write between; what was taken, and what not.
+
+        Raises:
+          NoCapacity: one has no room and that is not allowed, so that none is taken.
+        """
+        taken, refused, left, staged = [], [], deque(requests), Staged(self)
+        try:
+            while left:
+                self.shares.breathe()
+                with self.writing() as now:
+                    staged.begin()
+                    done, failed = self.take_lines(some_of(left), partial, now)
+                    if not partial and (left or staged.pieces):
+                        staged.set_aside(now)
+                    if not left and staged.pieces:
+                        staged.make_real()
+                taken, refused = taken + done, refused + failed
+        except NoCapacity:
+            staged.drop_all()
+            raise
+        return taken, refused
+
+    def take_lines(self, lines: Iterable[tuple], partial: bool, now: float) -> tuple[list, list]:
+        """Takes what fits of some lines; what was taken, and those that are refused, each with why.
+
+        Raises:
+          NoCapacity: one is refused and that is not allowed; a rehearsal goes on and tells them all.
+        """
+        taken, refused = [], []
+        for line, request in lines:
+            try:
+                with Attempt(), self.explaining(request.last):
+                    taken.append(self.take(request, now))
+            except Error as error:
+                if not (partial or rehearsal.on):
+                    raise NoCapacity('') from error
+                refused.append({'line': line, 'label': request.label, 'error': str(error)})
+        return taken, refused
 
     def read_line(self, given: dict) -> dict:
         """The arguments of `add` that one line of many stands for; empty cells are not given."""
@@ -8862,9 +11114,9 @@ class Requests(Approval):
         defaults = {name: each.default for name, each in operation.parameters.items()}
         return defaults | bind(operation, given, self.here)
 
-    @api('POST', '/reservation/generate')
+    @api('POST', '/reservation/generate', made='/reservation/')
     def generate(self, resource: Label = 'demo', count: Page = 10, seed: int = None, flavor: Name = '',
-                 image: Name = '', dry_run: bool = False) -> dict:
+                 image: Name = '', dry_run: bool = False) -> LoadedAnswer:
         """Adds random reservations within the next week, for trying things out; those that don't fit are left out.
 
         Example:
@@ -8882,7 +11134,7 @@ class Requests(Approval):
     @api('GET', '/reservation/<label>')
     def list(self, label: Label = '', user: Name = '', project: Name = '', resource: Name = '', cell: Name = '',
              cloud: Name = '', region: Name = '', aggregate: Name = '', state: Names = (), start: When = None,
-             end: When = None, limit: Page = 100, after: Cursor = '') -> Rows:
+             end: When = None, limit: Page = 100, after: Cursor = '') -> list[ReservationAnswer]:
         """Lists reservations, the earliest first: those that are not over, or all that the filters meet.
 
         A label, a state or a window [START, END) that they overlap also finds what is over. Of a series
@@ -8942,7 +11194,8 @@ class Requests(Approval):
 
     @api('GET', '/reservation/<label>/show')
     @for_each_part
-    def show(self, label: Label, project: Name = '', occurrence: Day = None, tz: Zone = '') -> dict:
+    def show(self, label: Label, project: Name = '', occurrence: Day = None,
+             tz: Zone = '') -> DetailAnswer | DetailGroupAnswer:
         """Shows all of one reservation: what was asked, its state, its servers; of a series also what comes.
 
         Example:
@@ -8961,7 +11214,7 @@ class Requests(Approval):
     @api('GET', '/server/')
     @api('GET', '/reservation/<label>/servers')
     def servers(self, label: Label = '', project: Name = '', occurrence: Day = None, kept: bool = False,
-                tz: Zone = '') -> Rows:
+                tz: Zone = '') -> list[ServerAnswer | KeptAnswer]:
         """Lists the servers of a reservation: state, addresses, and when each was planned, begun and ready.
 
         With --kept, those that were stopped or shelved at their end and stay: of a label, or all.
@@ -8991,7 +11244,7 @@ class Requests(Approval):
 
     @api('GET', '/reservation/<label>/duration')
     @for_each_part
-    def duration(self, label: Label, project: Name = '') -> dict:
+    def duration(self, label: Label, project: Name = '') -> DurationAnswer | DurationGroupAnswer:
         """Tells how long a reservation is.
 
         Example:
@@ -9010,7 +11263,8 @@ class Requests(Approval):
                host: Name = None, repeat: Repeat = None, until: Day = None, count: Count = None,
                skip_dates: Names = None, holidays: Source = None,
                on_conflict: Clash = None, user: Name = None, rename: NewLabel = None, occurrence: Day = None,
-               following: bool = False, tz: Zone = '', project: Name = '', dry_run: bool = False) -> dict:
+               following: bool = False, tz: Zone = '', project: Name = '',
+               dry_run: bool = False) -> BookedAnswer | GroupAnswer:
         """Changes a reservation, all of it or nothing.
 
         A new start alone moves it with its length; a new end alone makes it longer or shorter. One
@@ -9032,7 +11286,7 @@ class Requests(Approval):
     @api('POST', '/reservation/<label>/extend')
     @for_each_part
     def extend(self, label: Label, by: Span, project: Name = '', occurrence: Day = None, tz: Zone = '',
-               dry_run: bool = False) -> dict:
+               dry_run: bool = False) -> BookedAnswer | GroupAnswer:
         """Lets a reservation end later; works until its end. Of a series, only the present or next occurrence.
 
         Example:
@@ -9040,29 +11294,48 @@ class Requests(Approval):
         """
         if by <= timedelta(0):
             raise Invalid(f'by: {to_plain(by)} is no length to extend by; write +1h')
-        old = self.mine(label, project, occurrence=occurrence)
-        return self.alter(label, project, {'end': instant(old.end) + by}, dry_run, occurrence=instant(old.start))
+        return self.prolong(label, project, occurrence, lambda old: instant(old.end) + by,
+                            'updated', dry_run)
 
     @api('POST', '/reservation/<label>/keep')
     @for_each_part
-    def keep(self, label: Label, until: When, project: Name = '', tz: Zone = '', dry_run: bool = False) -> dict:
+    def keep(self, label: Label, until: When, project: Name = '', tz: Zone = '',
+             dry_run: bool = False) -> BookedAnswer | GroupAnswer:
         """Lets what runs now go on until a later instant, if that fits; a series goes on after that as planned.
 
         Example:
           python cmres.py keep lab +2h
         """
-        old = self.mine(label, project)
-        until = instant(old.end) + until if isinstance(until, timedelta) else until
-        if self.clock() < old.held_from:
-            raise Conflict(f"'{label}' has not begun; `update` moves its end")
-        if until.timestamp() <= old.end:
-            raise Invalid(f'until: {to_plain(until)} is not after the end, {to_plain(instant(old.end))}')
-        return self.alter(label, project, {'end': until}, dry_run, 'kept', occurrence=instant(old.start))
+        def end(old) -> datetime:
+            last = instant(old.end) + until if isinstance(until, timedelta) else until
+            if self.clock() < old.held_from:
+                raise Conflict(f"'{label}' has not begun; `update` moves its end")
+            if last.timestamp() <= old.end:
+                raise Invalid(f'until: {to_plain(last)} is not after the end, '
+                              f'{to_plain(instant(old.end))}')
+            return last
+        return self.prolong(label, project, None, end, 'kept', dry_run)
+
+    def prolong(self, label: str, project: str, occurrence: Day | None,
+                end: Callable[[Any], datetime], code: str,
+                dry_run: bool) -> dict:
+        """Lets the present, next or a certain occurrence end at another instant.
+
+        No cloud need be asked, so all of it is done in the one transaction.
+        """
+        def deed(now: float) -> dict:
+            old = self.mine(label, project, occurrence=occurrence)
+            asked = {'end': end(old)}
+            place = resource_of(old.resource_id)
+            wish = self.read_wish(self.unaltered(old) | asked, old, asked, place=place)
+            return self.altered(old, wish, asked, now, code, named=not old.repeats,
+                                only=bool(old.repeats))
+        return self.carry_out(deed, dry_run)
 
     @api('POST', '/reservation/<label>/skip')
     @for_each_part
     def skip(self, label: Label, project: Name = '', occurrence: Day = None, undo: bool = False,
-             tz: Zone = '', dry_run: bool = False) -> dict:
+             tz: Zone = '', dry_run: bool = False) -> BookedAnswer | GroupAnswer:
         """Leaves out the next occurrence, which must not have begun.
 
         With --undo, an occurrence of a series that was left out, skipped or cancelled by itself
@@ -9087,23 +11360,25 @@ class Requests(Approval):
 
     def put_back(self, label: str, project: str, occurrence: Day | None, dry_run: bool) -> dict:
         """Lets a series have an occurrence again that was left out."""
-        with self.writing(dry_run) as now:
+        def deed(now: float) -> dict:
             found = self.mine(label, project, live=False)
             slot, old = self.left_out(found, occurrence, now)
             if found.over <= now:
                 self.refuse_taken_label(self.carried_on(found), now)
-            place = row('SELECT * FROM resource WHERE id = ?', slot.resource)
+            place = resource_of(slot.resource, removed=True)
             wish = self.carried_on(found)._replace(
                 resource=place, start=slot.start, end=slot.end, vms=slot.vms, on_conflict='refuse')
-            id = old.id if old else self.write_left_out(found.reservation, wish, slot, now)
-            deed = functools.partial(self.bring_back, id, wish, now)
-            done = self.unless_it_grows(self.occurrence(id), wish, {'occurrence': None}, now, BACK,
-                                        named=True, alone=True, deed=deed)
+            id = old.id if old else self.write_occurrence(
+                None, found.reservation, wish, slot, now, **self.left_out_as(wish, slot, now))
+            done = self.unless_it_grows(
+                self.occurrence(id), wish, {'occurrence': None}, now, BACK, named=True, alone=True,
+                deed=functools.partial(self.bring_back, id, wish, now))
             if done is not None:
                 why = f'{self.actor.user} has put back what was left out on '
                 self.journal(now, 'updated', why + self.config.told_time(slot.start),
                              found.reservation, wish.notify, id)
             return public(self.occurrence(id))
+        return self.carry_out(deed, dry_run)
 
     def left_out(self, found, asked: Day | None, now: float) -> tuple[Slot, Any]:
         """The occurrence that a series was left without, as it has it now, and its row if any.
@@ -9148,24 +11423,57 @@ class Requests(Approval):
             wish = self.read_wish(self.unaltered(old) | asked, old, asked, stretches, key)
             named = bool(occurrence) and not only
 
-            def deed(wish: Wish, *otherwise: str) -> list | None:
-                new, now = asked | dict.fromkeys(otherwise), self.clock()
-                return self.unless_it_grows(old, wish, new, now, code, named, only,
-                                            lambda: self.rewrite(old, wish, new, now, named))
-            with self.explaining(wish, old, deed), self.writing(dry_run) as now:
+            def deed(now: float) -> dict | None:
                 current, series = self.occurrence(old.id), self.stretches(old.reservation)
-                if all(getattr(current, name) == getattr(old, name) for name in UNCHANGED) and (
-                        not stretches or series == stretches):
-                    before = self.as_stored(old.reservation)
-                    with db.atomic() as rewriting:
-                        done = deed(wish)
-                        same = done is not None and self.as_stored(old.reservation) == before
-                        if same:
-                            rewriting.rollback()
-                    if done is not None and not same:  # what changes nothing is told to nobody
-                        self.tell_change(old, wish, asked, done, code, now)
-                    return self.answer(old.reservation, done or [], wish, old.id if only else None)
+                if any(getattr(current, name) != getattr(old, name) for name in UNCHANGED) or (
+                        stretches and series != stretches):
+                    return None
+                return self.altered(current, wish, asked, now, code, named, only)
+            if answer := self.carry_out(deed, dry_run):
+                return answer
         raise Conflict(f"'{label}' is being changed by others all the time; try again")
+
+    def altered(self, old, wish: Wish, asked: dict, now: float, code: str, named: bool,
+                only: bool) -> dict:
+        """Changes what was read in the same transaction, all of it or nothing, and answers.
+
+        What changes nothing is told to nobody.
+
+        Args:
+          named: it was named, so that it changes also if it was changed on its own before
+          only: no other occurrence changes
+        """
+        def changed(wish: Wish, *otherwise: str) -> list | None:
+            new = asked | dict.fromkeys(otherwise)
+            return self.unless_it_grows(old, wish, new, now, code, named, only,
+                                        lambda: self.rewrite(old, wish, new, now, named))
+        done, same = [], not (old.repeats or wish.stretches) and self.is_as_wished(old, wish)
+        if not same:
+            with self.explaining(wish, old, changed):
+                done, same = self.unless_same(old, wish, functools.partial(changed, wish))
+        if done is not None and not same:
+            self.tell_change(old, wish, asked, done, code, now)
+        return self.answer(old.reservation, done or [], wish, old.id if only else None)
+
+    def is_as_wished(self, old, wish: Wish) -> bool:
+        """Whether a plain reservation is already what is wished."""
+        new = wish.columns(*STORED)
+        return all(getattr(old, name) == new[name] for name in STORED) and (
+            old.resource_id, old.held_from, old.start, old.end, amount_of(old)) == (
+            wish.resource.id, wish.held[0], wish.start, wish.end, wish.amount)
+
+    def unless_same(self, old, wish: Wish,
+                    deed: Callable[[], list | None]) -> tuple[list | None, bool]:
+        """Does something to a reservation; whether all is as before then, and that is undone."""
+        if not (old.repeats or wish.stretches):
+            return deed(), False
+        before = self.as_stored(old.reservation)
+        with Attempt() as attempt:
+            done = deed()
+            same = done is not None and self.as_stored(old.reservation) == before
+            if same:
+                attempt.undo()
+        return done, same
 
     def refuse_common(self, old, asked: dict, occurrence: datetime | None, only: bool) -> None:
         """Refuses to change for some occurrences of a series what all of them have in common."""
@@ -9200,7 +11508,8 @@ class Requests(Approval):
         """Writes down that a reservation was changed."""
         self.journal(now, code, f"{self.actor.user} changed: {', '.join(sorted(asked.keys() - {'tz'}))}",
                      old.reservation, wish.notify,
-                     NONE_OF_THEM if done else old.id if old.repeats and not wish.stretches else None)
+                     NONE_OF_THEM if done or not old.repeats else
+                     None if wish.stretches else old.id)
 
     @api('DELETE', '/reservation/<label>')
     @api('DELETE', '/reservation/')
@@ -9211,7 +11520,8 @@ class Requests(Approval):
     def delete(self, label: Label = '', user: Name = '', project: Name = '', resource: Name = '', cell: Name = '',
                cloud: Name = '', region: Name = '', aggregate: Name = '', vms: Count = None, start: When = None,
                end: When = None, count: Count = None, occurrence: Day = None, following: bool = False,
-               kept: bool = False, tz: Zone = '', dry_run: bool = False) -> Rows:
+               kept: bool = False, tz: Zone = '',
+               dry_run: bool = False) -> list[CancelledAnswer | KeptAnswer]:
         """Cancels a reservation: its capacity is free at once, and its VMs are deleted.
 
         Give a label, or filters that must all match exactly (start and end too); without a label,
@@ -9243,7 +11553,8 @@ class Requests(Approval):
                 self.refuse_uncounted(found, label, count, dry_run)
                 for each in found:
                     self.cancel(self.live(each), now, ends=True)
-            return [public(self.occurrence(each.id)) | self.ends_with(each) for each in found]
+            lines = in_lines(self.in_order([each.id for each in found]))
+            return [line | self.ends_with(each) for line, each in zip(lines, found)]
 
     def delete_kept(self, label: str, project: str, dry_run: bool) -> Rows:
         """Deletes the VMs of a label that stay after their end; what they hold is free at once."""
@@ -9256,7 +11567,7 @@ class Requests(Approval):
                 raise Conflict(f"'{label}' is in several projects ({', '.join(projects)}); name one with --project")
             if not found:
                 raise NotFound(f"no VM of '{label}' was stopped or shelved at its end and stays")
-            for each in found:
+            for each in () if rehearsal.on else found:
                 change(Server, each.id, goal='delete', state='shutoff', due=now)
             for reservation in {each.reservation for each in found}:
                 self.count_stopped(reservation, now)
@@ -9290,7 +11601,7 @@ class Requests(Approval):
 
     @api('GET', '/resource/<resource>/find')
     def find(self, resource: Label, duration: Span, vms: Count = 1, flavor: Name = '', lead: Span = None,
-             after: When = None, before: When = None, limit: Page = 10) -> Rows:
+             after: When = None, before: When = None, limit: Page = 10) -> list[SlotAnswer]:
         """Finds the earliest slots that are free for so many machines for so long.
 
         Each slot says from when until when it is free. Looks a year ahead unless --before says how far.
@@ -9312,7 +11623,7 @@ class Requests(Approval):
                 for (first, last), _ in zip(slots, range(limit))]
 
     @api('GET', '/resource/<resource>/usage')
-    def usage(self, resource: Label, start: When = None, end: When = None) -> Rows:
+    def usage(self, resource: Label, start: When = None, end: When = None) -> list[UsageAnswer]:
         """Tells how much of a resource is held, when; by whom it doesn't tell.
 
         Shows the next 7 days unless --start or --end say otherwise.
@@ -9337,11 +11648,11 @@ class Requests(Approval):
 class Plan(Requests):
     """The operations on resources and their capacity."""
 
-    @api('POST', '/resource/', role=ADMIN)
+    @api('POST', '/resource/', role=ADMIN, made='/resource/<name>')
     def resource_add(self, name: NewLabel, cell: Name = '', cloud: Name = '', region: Name = '', aggregate: Name = '',
                      vms: Most = UNLIMITED, vcpus: Most = UNLIMITED, ram: Most = UNLIMITED, classes: Classes = None,
                      mode: Name = '', hold: Span = None, approval: Span = None, no_show: Span = None,
-                     dry_run: bool = False) -> dict:
+                     dry_run: bool = False) -> ResourceNowAnswer:
         """Adds a resource; a figure that isn't given is unlimited.
 
         With --classes, other resource classes of Placement count as well: what flavors take of them
@@ -9363,7 +11674,8 @@ class Plan(Requests):
             return self.resource_show(name)
 
     @api('GET', '/resource/')
-    def resource_list(self, cell: Name = '', cloud: Name = '', region: Name = '', aggregate: Name = '') -> Rows:
+    def resource_list(self, cell: Name = '', cloud: Name = '', region: Name = '',
+                      aggregate: Name = '') -> list[ResourceAnswer]:
         """Lists the resources: their places and what they hold at most.
 
         Example:
@@ -9372,7 +11684,7 @@ class Plan(Requests):
         return [self.resource_public(each) for each in self.places(cell, cloud, region, aggregate)]
 
     @api('GET', '/resource/<name>')
-    def resource_show(self, name: Label) -> dict:
+    def resource_show(self, name: Label) -> ResourceNowAnswer:
         """Shows a resource, and what is held of it now.
 
         Example:
@@ -9387,7 +11699,7 @@ class Plan(Requests):
                         region: Name = None, aggregate: Name = None, vms: Most = None, vcpus: Most = None,
                         ram: Most = None, classes: Classes = None, mode: Name = None, hold: Span = None,
                         approval: Span = None, no_show: Span = None, force: bool = False,
-                        dry_run: bool = False) -> dict:
+                        dry_run: bool = False) -> ResourceChangedAnswer:
         """Changes a resource; `unlimited` takes a limit away.
 
         A capacity below what is held already needs --force; nothing is cancelled then, and the
@@ -9421,7 +11733,7 @@ class Plan(Requests):
             return self.resource_public(found) | {'no_longer_fit': homeless}
 
     @api('DELETE', '/resource/<name>', role=ADMIN)
-    def resource_delete(self, name: Label, dry_run: bool = False) -> dict:
+    def resource_delete(self, name: Label, dry_run: bool = False) -> ResourceAnswer:
         """Removes a resource that nothing is reserved on any more; its history stays.
 
         Example:
@@ -9466,7 +11778,8 @@ class Plan(Requests):
 
     @api('POST', '/resource/sync', role=ADMIN)
     def resource_sync(self, cloud: Name, aggregates: Names = (), mode: Name = '', hold: Span = None,
-                      named: bool = None, force: bool = False, dry_run: bool = False) -> Rows:
+                      named: bool = None, force: bool = False,
+                      dry_run: bool = False) -> list[DifferenceAnswer]:
         """Reads host aggregates of a cloud, makes resources of them or updates those, and marks them for Nova.
 
         The vcpus, ram and other classes of a resource become what Placement gives out of the aggregate's
@@ -9532,10 +11845,10 @@ class Plan(Requests):
             self.journal(now, 'resource', f"synced the resource '{found.name}': {fields}")
         return found.name, lines
 
-    @api('POST', '/resource/<name>/capacity', role=ADMIN)
+    @api('POST', '/resource/<name>/capacity', role=ADMIN, made='/maintenance/')
     def resource_capacity(self, name: Label, start: When, end: When, vms: Most = None, vcpus: Most = None,
                           ram: Most = None, classes: Classes = None, reason: Text = '', then: Name = 'notify',
-                          dry_run: bool = False) -> dict:
+                          dry_run: bool = False) -> CapacityChangeAnswer:
         """Gives a resource another capacity from START to END: a loan of nodes, or less for a while.
 
         What is booked there and no longer fits is left and its owner told (--then notify), moved to
@@ -9549,9 +11862,9 @@ class Plan(Requests):
         most = Amount(vms, vcpus, ram, tuple(sorted((classes or {}).items())))
         return self.change_capacity(name, start, end, most, reason or 'another capacity', then, dry_run)
 
-    @api('POST', '/maintenance/', role=ADMIN)
+    @api('POST', '/maintenance/', role=ADMIN, made='/maintenance/')
     def maintenance_add(self, resource: Label, start: When, end: When, reason: Text = '', then: Name = 'notify',
-                        dry_run: bool = False) -> dict:
+                        dry_run: bool = False) -> CapacityChangeAnswer:
         """Closes a resource from START to END; what is booked in it is left, moved or cancelled, as --then says.
 
         Nothing new is reserved in it, also on a resource whose capacity is unlimited.
@@ -9562,7 +11875,7 @@ class Plan(Requests):
         return self.change_capacity(resource, start, end, None, reason or 'maintenance', then, dry_run)
 
     @api('GET', '/maintenance/')
-    def maintenance_list(self, resource: Label = '') -> Rows:
+    def maintenance_list(self, resource: Label = '') -> list[MaintenanceAnswer]:
         """Lists maintenances and other changes of capacity that are not over.
 
         Example:
@@ -9578,7 +11891,7 @@ class Plan(Requests):
         return lines
 
     @api('DELETE', '/maintenance/<id>', role=ADMIN)
-    def maintenance_delete(self, id: int, dry_run: bool = False) -> dict:
+    def maintenance_delete(self, id: int, dry_run: bool = False) -> CalledOffAnswer:
         """Calls off a maintenance or another change of capacity.
 
         Example:
@@ -9660,7 +11973,7 @@ class Plan(Requests):
         if now >= found.held_from or found.server:
             return None
         amount, need = amount_of(found), found.held_until - found.held_from
-        here = row('SELECT * FROM resource WHERE id = ?', found.resource_id)
+        here = resource_of(found.resource_id, removed=True)
         release(here.id, found.held_from, found.held_until, amount)
         others = [each for each in self.places() if each.cloud == here.cloud and each.id != here.id and not found.host
                   and not each.approval and each.mode == here.mode]
@@ -9700,7 +12013,7 @@ class Plan(Requests):
 
     def no_longer_fitting(self, place, now: float) -> list[dict]:
         """The occurrences for which there is no room any more, as answers show them."""
-        return [public(each) for each in self.homeless(place, int(now), int(LAST.timestamp()))[:1000]]
+        return in_lines(self.homeless(place, int(now), int(LAST.timestamp()))[:1000])
 
     def homeless(self, place, begin: int, until: int) -> list:
         """Of the occurrences where more is held than there is, as many of the latest added as must go."""
@@ -9744,13 +12057,15 @@ class Plan(Requests):
 
     def let_start(self, resource: int, now: float) -> None:
         """Lets start at once what has waited for a resource to have as much as is booked."""
+        if rehearsal.on:
+            return
         run("UPDATE server SET due = ? WHERE due > ? AND goal = 'up' "
             "AND (state = 'planned' OR ready IS NULL OR borrowed) AND occurrence_id IN "
             '(SELECT id FROM occurrence WHERE resource_id = ? AND due IS NOT NULL '
             f'AND start <= ? + {LONGEST_LEAD} AND held_from <= ?)', now, now, resource, int(now), int(now))
 
     @api('GET', '/check', role=ADMIN)
-    def check(self) -> dict:
+    def check(self) -> CheckAnswer:
         """Rebuilds the usage from the occurrences and compares it with what is kept; fails on any difference.
 
         Example:
@@ -9782,7 +12097,8 @@ class Claims(Plan):
 
     @api('POST', '/claim/', role=ADMIN)
     def claim(self, server: Name, resources: Names, project: Name, user: Name = '', vcpus: Figure = 0,
-              ram: Figure = 0, classes: Classes = None, label: Name = '', dry_run: bool = False) -> Rows:
+              ram: Figure = 0, classes: Classes = None, label: Name = '',
+              dry_run: bool = False) -> list[ClaimAnswer]:
         """Tells on which resources a server may boot, why, and counts it there: what Nova's scheduler asks.
 
         Who has an active reservation passes as long as fewer machines, vcpus and ram were booted than
@@ -9822,11 +12138,14 @@ class Claims(Plan):
         if not (found or walks_in) or hosts == []:
             return {'passes': False, 'why': why, 'hosts': None}
         classes = stored(need)['classes']
-        run('INSERT INTO claim (resource_id, occurrence, server, project, user, vcpus, ram, classes, at, due) '
-            'VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (resource_id, server) DO UPDATE SET occurrence = '
-            'excluded.occurrence, vcpus = excluded.vcpus, ram = excluded.ram, classes = excluded.classes, '
-            'due = excluded.due', place.id, found.id if found else None, server, project, user, need.vcpus, need.ram,
-            classes, now, now + self.config.settle)
+        if not rehearsal.on:
+            run('INSERT INTO claim (resource_id, occurrence, server, project, user, vcpus, ram, '
+                'classes, at, due) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?) '
+                'ON CONFLICT (resource_id, server) DO UPDATE SET '
+                'occurrence = excluded.occurrence, vcpus = excluded.vcpus, ram = excluded.ram, '
+                'classes = excluded.classes, due = excluded.due', place.id,
+                found.id if found else None, server, project, user, need.vcpus, need.ram, classes,
+                now, now + self.config.settle)
         return {'passes': True, 'why': 'reserved' if found else 'free', 'hosts': hosts}
 
     def hosts_for(self, place, found, now: float) -> list[str] | None:
@@ -9916,13 +12235,19 @@ FOR_FEEDS = LISTING.replace('r.user_data,', "'' AS user_data,").replace(
     'r.description) AS description,')
 
 
+def repeats(booking: Booking) -> bool:
+    """Whether an event may have more than one occurrence."""
+    return any(not stretch.single for stretch in booking.stretches)
+
+
 class Calendars(Claims):
     """Imports, subscriptions and feeds."""
 
     @api('POST', '/reservation/import')
     def import_(self, file: Ics, resource: Label = '', flavor: Name = '', image: Name = '', network: Name = '',
                 key: Name = '', vms: Count = 1, at_end: Name = '', notify: Names = (), on_conflict: Clash = 'refuse',
-                tz: Zone = '', user: Name = '', project: Name = '', dry_run: bool = False) -> dict:
+                tz: Zone = '', user: Name = '', project: Name = '',
+                dry_run: bool = False) -> ImportAnswer:
         """Reserves what the events of an iCalendar file ask for, each event on its own.
 
         An event asks with `2 x m1.small` in the first line of its description or in its place, with
@@ -9945,18 +12270,25 @@ class Calendars(Claims):
           said: what the events don't say, named as in `import`
         """
         zone, here = read_zone(said['tz'] or self.config.timezone), self.here.now
-        groups, owner = by_uid(read_calendar(text, 'the calendar')), self.owner(said)
+        owner, entries = self.owner(said), read_calendar(text, 'the calendar')
+        groups = by_uid(wishful(entries))
         wanted = bookings(groups, zone, here, here + timedelta(days=self.config.horizon),
                           Want(*(said[name] for name in Want._fields)))
         wanted = self.without_lookalikes(wanted, said, owner, subscription)
-        ignored = len(groups) - len(wanted)
+        ignored = len({each.uid for each in entries} | {*groups}) - len(wanted)
         lines = self.read_bookings(wanted, said, zone)
-        with self.writing(dry_run) as now:
-            try:
-                done = self.take_bookings(wanted, lines, owner, subscription, now)
-            except Held as held:
+        before = []
+        if not dry_run and not self.live_of(subscription, self.clock()):
+            before = self.take_in_pieces(lines, owner, subscription)
+        try:
+            with self.writing(dry_run) as now:
+                done = before + self.take_bookings(wanted, lines, owner, subscription, now)
+                if subscription:
+                    self.tell_refused(subscription, done, now)
+        except Held as held:
+            with self.writing(dry_run) as now:
                 self.tell_held(subscription, str(held), now)
-                return {'held': str(held), 'events': [], 'ignored': ignored}
+            return {'held': str(held), 'events': [], 'ignored': ignored}
         return {'events': sorted(done, key=lambda each: each['uid']), 'ignored': ignored}
 
     def without_lookalikes(self, wanted: list[Booking], said: dict, owner: tuple[str, str],
@@ -9977,8 +12309,9 @@ class Calendars(Claims):
                      for name in self.flavor_names(self.clouds.account(cloud, owner[1]))}
         except CloudError:
             return wanted
-        return [each for each in wanted if not each.guess or each.uid in booked or not names
-                or difflib.get_close_matches(each.guess, names, 1)]
+        close = {guess for guess in {each.guess for each in wanted}
+                 if not guess or not names or difflib.get_close_matches(guess, names, 1)}
+        return [each for each in wanted if each.guess in close or each.uid in booked]
 
     def flavor_names(self, account: str) -> list[str]:
         cloud = self.clouds.open(account)
@@ -9993,59 +12326,78 @@ class Calendars(Claims):
         return [each.cloud for each in rows(
             "SELECT DISTINCT cloud FROM resource WHERE cloud <> '' AND removed IS NULL")]
 
-    def take_bookings(self, wanted: list[Booking], lines: list[tuple], owner: tuple[str, str], subscription,
-                      now: float) -> list[dict]:
+    def take_in_pieces(self, lines: deque, owner: tuple[str, str], subscription) -> list[dict]:
+        """What became of each event, where none can make anything go; others can write between."""
+        done = []
+        while lines:
+            self.shares.breathe()
+            with self.writing() as now:
+                self.refuse_unsubscribed(subscription)
+                done += [self.take_booking(*line, owner, subscription, now)
+                         for line in some_of(lines)]
+        return done
+
+    def refuse_unsubscribed(self, subscription) -> None:
+        if subscription and not row('SELECT id FROM subscription WHERE id = ? AND due IS NOT NULL',
+                                    subscription.id):
+            raise Conflict('it was unsubscribed meanwhile')
+
+    def take_bookings(self, wanted: list[Booking], lines: Iterable[tuple], owner: tuple[str, str],
+                      subscription, now: float) -> list[dict]:
         """What became of each event; inside a transaction.
 
         Raises:
           Held: of a subscription more than half would go, and nothing was done.
         """
-        if subscription and not row('SELECT id FROM subscription WHERE id = ? AND due IS NOT NULL', subscription.id):
-            raise Conflict('it was unsubscribed meanwhile')
-        with db.atomic():
-            had = self.live_of(subscription, now)
-            done = [self.take_booking(*line, owner, subscription, now) for line in lines]
-            done += self.drop_missing(wanted, subscription, now)
-            self.ask_before_most_goes(subscription, had, now)
-        if subscription:
-            self.tell_refused(subscription, done, now)
+        self.refuse_unsubscribed(subscription)
+        had = self.live_of(subscription, now)
+        done = [self.take_booking(*line, owner, subscription, now) for line in lines]
+        done += self.drop_missing(wanted, subscription, now)
+        self.ask_before_most_goes(subscription, had, now)
         return done
 
-    def read_bookings(self, wanted: list[Booking], said: dict, zone: ZoneInfo) -> list[tuple]:
-        """Bookings with their wishes; all refused where others would wait too long for them."""
-        lines, total, now, deadline = [], 0, self.clock(), Deadline()
-        for booking in self.progress(wanted):
-            lines.append(self.read_booking(booking, said, zone))
-            if lines[-1][1]:
-                horizon = self.horizon(booking.stretches, now)
-                total += len(all_slots(booking.stretches, now, horizon))
-            if total > 10 * MOST_OCCURRENCES or deadline.over:
-                raise BadCalendar('the calendar asks for too many occurrences until the horizon: '
-                                  f'over {10 * MOST_OCCURRENCES}, or for rules that are hard to follow')
-        return lines
+    def read_bookings(self, wanted: list[Booking], said: dict, zone: ZoneInfo) -> deque[tuple]:
+        """Bookings with their wishes, or with the errors that refuse them.
 
-    def read_booking(self, booking: Booking, said: dict, zone: ZoneInfo) -> tuple:
-        """A booking with its wish, or with the error that refuses it; asks clouds, so outside any transaction."""
+        Asks clouds, so outside any transaction. What doesn't repeat is read first.
+        """
+        lines, left, budget = {}, 10 * MOST_OCCURRENCES, Budget()
+        for booking in self.progress(sorted(wanted, key=repeats)):
+            self.shares.breathe()
+            try:
+                with budget.event(repeats(booking)):
+                    wish, coming = self.read_booking(booking, said, zone)
+                if len(coming) > left:
+                    raise Invalid(f'its calendar asks for more than {10 * MOST_OCCURRENCES} '
+                                  'occurrences until the horizon; put it into one of its own')
+                left -= len(coming)
+                lines[booking.uid] = booking, wish, None
+            except Error as error:
+                lines[booking.uid] = booking, None, error
+        return deque(lines[booking.uid] for booking in wanted)
+
+    def read_booking(self, booking: Booking, said: dict,
+                     zone: ZoneInfo) -> tuple[Wish | None, list[Slot]]:
+        """The wish of a booking, and what it wants until the horizon; Error if it is refused."""
         want = booking.want
         if booking.error:
-            return booking, None, BadCalendar(booking.error)
-        try:
-            coming = all_slots(booking.stretches, self.clock(), self.horizon(booking.stretches, self.clock()))
-            if booking.cancelled or not coming:
-                return booking, None, None
-            asked = said | want._asdict() | {
-                'label': calendar_name(booking.summary), 'start': instant(coming[0].start),
-                'end': instant(coming[0].end), 'security_groups': (), 'user_data': '', 'metadata': None, 'server': '',
-                'personal': False, 'lead': None, 'description': booking.summary[:1000],
-                'repeat': booking.stretches[0].rule, 'late': True}
-            if not want.resource:
-                raise Invalid(f"no resource is named; write `{want.vms} x {want.flavor or 'm1.small'} on RESOURCE`, or "
-                              'say --resource')
-            wish = self.read_wish(asked, changes=())
-            stretches = [stretch._replace(resource=wish.resource.id) for stretch in booking.stretches]
-            return booking, wish._replace(stretches=stretches, tz=stretches[0].zone), None
-        except Error as error:
-            return booking, None, error
+            raise BadCalendar(booking.error)
+        now = self.clock()
+        coming = all_slots(booking.stretches, now, self.horizon(booking.stretches, now))
+        if booking.cancelled or not coming:
+            return None, []
+        asked = said | want._asdict() | {
+            'label': calendar_name(booking.summary), 'start': instant(coming[0].start),
+            'end': instant(coming[0].end), 'security_groups': (), 'user_data': '',
+            'metadata': None, 'server': '', 'personal': False, 'lead': None,
+            'description': booking.summary[:1000], 'repeat': booking.stretches[0].rule,
+            'late': True}
+        if not want.resource:
+            raise Invalid(f"no resource is named; write `{want.vms} x {want.flavor or 'm1.small'} "
+                          'on RESOURCE`, or say --resource')
+        wish = self.read_wish(asked, changes=())
+        stretches = [stretch._replace(resource=wish.resource.id) for stretch in booking.stretches]
+        return wish._replace(stretches=stretches, tz=stretches[0].zone), coming
 
     def take_booking(self, booking: Booking, wish: Wish | None, error: Error | None, owner: tuple[str, str],
                      subscription,
@@ -10074,7 +12426,7 @@ class Calendars(Claims):
             return line | {'outcome': 'unchanged' if live else 'left out', 'label': known.label} | (
                 {} if live else {'why': 'it was cancelled here'})
         try:
-            with db.atomic():
+            with Attempt():
                 return line | self.book_event(booking, wish, known if live else None, origin, source, now)
         except Error as refusal:
             return line | {'outcome': 'refused', 'why': booking.why(refusal)}
@@ -10101,16 +12453,22 @@ class Calendars(Claims):
 
     def free_label(self, wish: Wish, now: float) -> str:
         """The label of a wish, with a number behind it if somebody has it."""
-        between = (wish.project, int(now), wish.label, wish.label + '~')
-        taken = {each.label for each in rows(
-            'SELECT label FROM reservation WHERE project = ? AND over > ? AND label >= ? AND label < ? UNION '
-            "SELECT request FROM reservation WHERE project = ? AND over > ? AND request >= ? AND request < ? "
-            "AND request <> ''", *between, *between)}
-        return next(name for name in (wish.label, *(f'{wish.label}-{n}' for n in range(2, len(taken) + 3)))
-                    if name not in taken)
+        def taken(number: int) -> bool:
+            label = f'{wish.label}-{number}' if number > 1 else wish.label
+            return bool(row(
+                'SELECT id FROM reservation WHERE project = ? AND over > ? AND label = ? UNION ALL '
+                'SELECT id FROM reservation WHERE project = ? AND over > ? AND request = ? '
+                "AND request <> '' LIMIT 1", *(wish.project, int(now), label) * 2))
+        last = free = 1
+        while taken(free):
+            last, free = free, 2 * free
+        while free - last > 1:
+            middle = (last + free) // 2
+            last, free = (middle, free) if taken(middle) else (last, middle)
+        return f'{wish.label}-{free}' if free > 1 else wish.label
 
     @api('GET', '/calendar/')
-    def calendar_list(self) -> Rows:
+    def calendar_list(self) -> list[CalendarAnswer]:
         """Lists calendars: feeds that show reservations, and subscriptions that make them; no secret of theirs.
 
         Example:
@@ -10128,9 +12486,9 @@ class Calendars(Claims):
             {name: value for name, value in public(each).items() if name != 'url'} |
             {'shows': urlsplit(each.url).hostname} for each in subscribed]
 
-    @api('POST', '/calendar/feed', role=READER)
+    @api('POST', '/calendar/feed', role=READER, made='/calendar/')
     def calendar_feed(self, resource: Label = '', whole_project: bool = False, user: Name = '', project: Name = '',
-                      dry_run: bool = False) -> dict:
+                      dry_run: bool = False) -> FeedAnswer:
         """Makes an address at which any calendar program can subscribe to your reservations, and prints it.
 
         The address is a secret and is shown only now; `calendar revoke` makes it worthless. With
@@ -10152,7 +12510,7 @@ class Calendars(Claims):
                     f'/calendar/{secret}/{name}.ics'}
 
     @api('DELETE', '/calendar/<id>')
-    def calendar_revoke(self, id: int, dry_run: bool = False) -> dict:
+    def calendar_revoke(self, id: int, dry_run: bool = False) -> CalendarAnswer:
         """Makes the address of a feed worthless from now on.
 
         Example:
@@ -10165,11 +12523,11 @@ class Calendars(Claims):
             return {'id': id, 'kind': 'feed', 'user': found.user, 'project': found.project,
                     'revoked': instant(int(now))}
 
-    @api('POST', '/calendar/subscription/')
+    @api('POST', '/calendar/subscription/', made='/calendar/')
     def calendar_subscribe(self, url: Url, resource: Label = '', flavor: Name = '', image: Name = '',
                            network: Name = '', key: Name = '', vms: Count = 1, at_end: Name = '', notify: Names = (),
                            on_conflict: Clash = 'refuse', tz: Zone = '', user: Name = '', project: Name = '',
-                           dry_run: bool = False) -> dict:
+                           dry_run: bool = False) -> CalendarAnswer:
         """Lets a calendar of yours book machines: what appears in it is reserved, what moves moves, what goes goes.
 
         It is looked at every five minutes (`calendar_poll`). Its events ask for machines as those of `import` do.
@@ -10205,7 +12563,7 @@ class Calendars(Claims):
                 'shows': parts.hostname}
 
     @api('DELETE', '/calendar/subscription/<id>')
-    def calendar_unsubscribe(self, id: int, dry_run: bool = False) -> dict:
+    def calendar_unsubscribe(self, id: int, dry_run: bool = False) -> CalendarAnswer:
         """Stops looking at a calendar; what it has booked stays.
 
         Example:
@@ -10214,7 +12572,7 @@ class Calendars(Claims):
         return self.changed_subscription(id, dry_run, 'unsubscribed from calendar', due=None)
 
     @api('POST', '/calendar/subscription/<id>/confirm')
-    def calendar_confirm(self, id: int, dry_run: bool = False) -> dict:
+    def calendar_confirm(self, id: int, dry_run: bool = False) -> CalendarAnswer:
         """Lets a calendar cancel what it asked about: most of what it had booked.
 
         Example:
@@ -10316,10 +12674,12 @@ class Calendars(Claims):
         before = json.loads(subscription.refused)
         refused = {each['uid']: re.sub(r' \(line \d+\)', '', each['why'])[:500]  # which change
                    for each in done if each['outcome'] == 'refused'}
-        for uid, why in refused.items():
-            if before.get(uid) != why:
-                journal(self.config, now, self.actor.user, 'refused', f'your calendar: {why}', None,
-                        json.loads(subscription.notify), project=self.actor.project)
+        new = [why for uid, why in refused.items() if before.get(uid) != why]
+        if len(new) > MOST_TOLD:
+            new[MOST_TOLD:] = [f'{len(new) - MOST_TOLD} more of its events are refused']
+        for why in new:
+            journal(self.config, now, self.actor.user, 'refused', f'your calendar: {why}', None,
+                    json.loads(subscription.notify), project=self.actor.project)
         change(Subscription, subscription.id, refused=json.dumps(refused))
 
     def feed(self, secret: str) -> tuple[str, Any]:
@@ -10404,10 +12764,10 @@ FIELDS_OF_TOKEN = '''SELECT t.id, t.user, t.project, t.role, t.purpose, t.scopes
 class Tokens(Calendars):
     """Tokens, and what ends with the last one of a person; see Service."""
 
-    @api('POST', '/token/', role=READER)
+    @api('POST', '/token/', role=READER, made='/token/')
     def token_add(self, user: Name = '', project: Name = '', role: Name = '', purpose: Name = '',
                   lasts: Span = None, scopes: Names = (), resource: Name = '',
-                  dry_run: bool = False) -> dict:
+                  dry_run: bool = False) -> NewTokenAnswer:
         """Makes a token for yourself, as an admin for others, and prints it: it is shown only now.
 
         Without --for, a token that people make for themselves is good for 90 days.
@@ -10475,7 +12835,7 @@ class Tokens(Calendars):
         return None if lasts is None else int(now + lasts.total_seconds())
 
     @api('GET', '/token/', role=READER)
-    def token_list(self) -> Rows:
+    def token_list(self) -> list[TokenAnswer]:
         """Lists your tokens, as an admin all: what for, until when, when used last.
 
         The tokens themselves are never shown again: only hashes of them are kept.
@@ -10509,7 +12869,7 @@ class Tokens(Calendars):
         return found
 
     @api('POST', '/token/<id>/renew', role=READER)
-    def token_renew(self, id: int, lasts: Span = None, dry_run: bool = False) -> dict:
+    def token_renew(self, id: int, lasts: Span = None, dry_run: bool = False) -> TokenAnswer:
         """Lets a token end later: 90 days from now, or as --for says; an admin's need not end.
 
         Example:
@@ -10527,7 +12887,7 @@ class Tokens(Calendars):
             return self.token_public(self.own_token(id))
 
     @api('DELETE', '/token/<id>', role=READER)
-    def token_revoke(self, id: int, dry_run: bool = False) -> dict:
+    def token_revoke(self, id: int, dry_run: bool = False) -> TokenAnswer:
         """Makes a token worthless from now on.
 
         With the last token of a user in a project, their feeds and subscriptions end as well. What
@@ -10546,10 +12906,11 @@ class Tokens(Calendars):
     def revoke(self, id: int, now: float) -> None:
         """Makes a token worthless, and whoever has signed in with it is signed out."""
         change(Token, id, revoked=int(now))
-        run('DELETE FROM session WHERE token_id = ?', id)
+        if not rehearsal.on:
+            run('DELETE FROM session WHERE token_id = ?', id)
 
     @api('DELETE', '/user/<user>', role=ADMIN)
-    def user_end(self, user: Name, project: Name = '', dry_run: bool = False) -> dict:
+    def user_end(self, user: Name, project: Name = '', dry_run: bool = False) -> EndedAnswer:
         """Ends all that lets a person in: tokens, sign-ins, feeds and subscriptions.
 
         In all projects, or in one. What they have reserved stays.
@@ -10644,7 +13005,7 @@ class Reservations(Tokens):
     @api('GET', '/event/')
     @api('GET', '/reservation/<label>/events')
     def events(self, label: Label = '', project: Name = '', after: int = 0, limit: Page = 100,
-               since: When = None) -> Rows:
+               since: When = None) -> list[EventAnswer]:
         """Shows the journal: when, who, what, why; the newest lines last.
 
         On the command line, --follow goes on to show each event as it comes, until Ctrl-C.
@@ -10676,7 +13037,7 @@ class Reservations(Tokens):
         return low
 
     @api('GET', '/punctuality/')
-    def punctuality(self, since: When = None) -> dict:
+    def punctuality(self, since: When = None) -> PunctualityAnswer:
         """Tells how late servers were begun and ready, per cloud, in seconds: median, 95 %, worst; and what failed.
 
         Example:
@@ -10704,7 +13065,8 @@ class Reservations(Tokens):
                             'planned': instant(each.planned), 'fault': each.fault} for each in failed[-100:]]}
 
     @api('GET', '/report/')
-    def report(self, since: When = None, until: When = None, by_whom: Name = 'project') -> Rows:
+    def report(self, since: When = None, until: When = None,
+               by_whom: Name = 'project') -> list[ReportAnswer]:
         """Adds up VM-hours reserved, used and unused, requests refused, and lateness.
 
         A reservation counts from its lead to its end; what runs or stays after that is not used.
@@ -10722,7 +13084,9 @@ class Reservations(Tokens):
         own = ' AND '.join(['1', *(text for text, _ in self.visible())])
         told = ('reserved', 'used', 'unused', 'late_worst')
         lines: dict = defaultdict(lambda: dict.fromkeys((*told, 'refused'), 0.0))
-        near = ids_by(self.ways({'user': '', 'project': ''}, (), first))
+        ways = self.ways({'user': '', 'project': ''}, (), first)
+        begun = f'AND o.start < {last} + {LONGEST_LEAD}'
+        near = ids_by((way, f'{which} {begun}') for way, which in ways)
         hours = HOURS.format(by=columns[by_whom], own=own, near=near)
         for name, *figures in run(hours, first, last, last, first,
                                   *(value for _, value in self.visible()), now, now):
@@ -10862,7 +13226,6 @@ ENDS_FROM = {'stop': ('active',), 'shelve': ('active', *DOWN[:3]),
              'snapshot': ('active', *DOWN[:3])}
 #: What is under way has arrived in these states. What is paused still fills its host.
 ARRIVED = {'starting': ('active',), 'stopping': ('shutoff', *DOWN[2:]), 'shelving': DOWN[3:]}
-GONE = ('deleted', 'soft_deleted')  # what Nova may still list for a moment
 FINAL = ('deleted', 'kept')  # it is gone, or it stays as its owner wished and is no longer ours to watch
 DRIFT = 1e-4  # seconds by which two clocks may part in one, without either being wrong
 CALM = 60  # seconds that another number of servers must be up before it is told
@@ -10875,7 +13238,12 @@ DUE = {'occurrence': ('occurrence o', 'o.due', '1'), 'server': ('server v', 'v.d
                   'n.id IN (SELECT min(id) FROM outbox WHERE due IS NOT NULL GROUP BY target, owner)'),
        'subscription': ('subscription u', 'u.due', '1'), 'claim': ('claim c', 'c.due', '1'),
        'wait': ('wait w', 'w.due', '1'), 'pending': ('reservation r', 'r.pending', '1'),
-       'proposal': ('proposal p', 'p.until', '1')}
+       'proposal': ('proposal p', 'p.until', '1'),
+       'staged': ('fact f', 'CAST(f.value AS REAL)', STAGED)}
+#: The soonest instant of all of these that is after another one.
+SOONEST = 'SELECT min(due) AS due FROM ({})'.format(' UNION ALL '.join(
+    f'SELECT min({column}) AS due FROM {table} WHERE {column} > ?1 AND {which}'
+    for table, column, which in DUE.values()))
 
 SERVERS = '''SELECT v.*, r.flavor, r.image, r.network, r.key, r.security_groups, r.user_data, r.metadata,
                     r.label, r.project, r.trusted, r.notify, o.reservation_id, o."end", o.resource_id, s.mode
@@ -11001,6 +13369,10 @@ class LifeCycle:
         self.service = Reservations(config, clouds, Actor('cmres', 'default', ADMIN), self.now)
         self.service.fence = self.refuse_without_lease
         self.stale = False  # whether series are still to be carried on
+        self.dropping = False  # whether more is to be dropped that was begun and not ended
+        self.soonest = 0.0  # when something is due next
+        self.seen: tuple | None = None  # the state of the store in which that was so
+        self.calm_until = 0.0  # until when notices that have to wait for others are left alone
         self.zones, self.fresh_until = '', 0.0
         self.reported: set[str] = set()  # orphans that wait for an admin
         self.tidied = 0.0  # when old things were last looked for
@@ -11021,17 +13393,21 @@ class LifeCycle:
         self.record(now)
         self.give_up()
         self.refresh(now)
-        self.admit_waiting(now)
-        self.plan(now)
-        self.call(now)
+        self.dropping = False
+        if self.has_work(now):
+            self.admit_waiting(now)
+            self.drop_staged(now)
+            self.plan(now)
+            self.call(now)
+            self.soonest, self.seen = self.next_due(now), None
         self.tidy(now)
         return True
 
     def settle(self) -> bool:
         """Passes until no call is under way: what `tick` does; false if another scheduler acts."""
         acting = self.converge(self.clock())
-        while acting and (self.stale or self.under_way()):
-            self.wake.wait(0 if self.stale else 1)
+        while acting and (self.stale or self.dropping or self.under_way()):
+            self.wake.wait(0 if self.stale or self.dropping else 1)
             self.wake.clear()
             acting = self.converge(self.clock())
         return acting
@@ -11041,16 +13417,27 @@ class LifeCycle:
         hanging = Counter(call.account for call in self.hanging)
         return any(hanging[call.account] < self.config.workers for call in self.flying.values())
 
-    def next_due(self, after: float = 0) -> float:
+    def has_work(self, now: float) -> bool:
+        """Whether anything is due; asked anew only where somebody has written since."""
+        state = state_of_store()
+        if state != self.seen:
+            self.seen, self.soonest = state, self.next_due()
+        return self.soonest <= now
+
+    def next_due(self, after: float = -1) -> float:
         """When, after an instant, the next pass has something to do; infinity if nothing is planned."""
-        found = [row(f'SELECT min({column}) AS due FROM {table} WHERE {column} > ? AND {which}', after).due
-                 for table, column, which in DUE.values()]
-        return min((due for due in found if due is not None), default=float('inf'))
+        due = row(SOONEST, after).due
+        return float('inf') if due is None else due
 
     def is_due(self, what: str, now: float) -> bool:
         """Whether anything of a kind is due."""
         table, column, which = DUE[what]
         return bool(row(f'SELECT 1 AS one FROM {table} WHERE {column} <= ? AND {which} LIMIT 1', now))
+
+    def those_due(self, what: str, query: str, now: float, tail: str = '') -> list:
+        """The rows of a query that are due as one kind."""
+        _, column, which = DUE[what]
+        return rows(f'{query} WHERE {column} <= ? AND {which} {tail}', now)
 
     def run(self, stop: threading.Event) -> None:
         """Passes at every instant that is due, at every change, and at least every second, until `stop` is set."""
@@ -11076,12 +13463,12 @@ class LifeCycle:
         return self.guarded(self.one_pass)
 
     def one_pass(self) -> float:
-        now, acts = self.now(), self.converge(self.clock())
+        acts = self.converge(self.clock())
         self.passed = time.monotonic()
         if not acts:
             return 1
         # What was due already is done, or waits for a call, and each of them wakes us when it ends.
-        return 0 if self.stale else self.next_due(now) - self.now()
+        return 0 if self.stale or self.dropping else self.soonest - self.now()
 
     def guarded(self, deed: Callable[[], float]) -> float:
         """Does what is done again and again: what goes wrong is only logged, and 1 the seconds to wait."""
@@ -11119,7 +13506,7 @@ class LifeCycle:
 
     def hand_over(self) -> None:
         """Gives the lease back, and what no worker has begun to who acts next."""
-        with transaction():
+        with transaction(first=True):
             if run('UPDATE lease SET until = ? WHERE holder = ?', self.now(), self.name).rowcount:
                 for call in self.flying.values():
                     if call.verb == 'boot' and call.taken is None:
@@ -11134,7 +13521,7 @@ class LifeCycle:
         if self.held_by_another(now):
             self.leased_until = 0.0
             return False
-        with transaction():
+        with transaction(first=True):
             now = self.clock()  # we may have been frozen since; nobody else writes from here on
             if self.held_by_another(now):
                 return False
@@ -11161,7 +13548,7 @@ class LifeCycle:
     @contextmanager
     def acting(self) -> Iterator[None]:
         """A transaction of the process that has the lease; LostLease for any other."""
-        with transaction():
+        with transaction(first=True):
             self.refuse_without_lease()
             yield
 
@@ -11343,16 +13730,26 @@ class LifeCycle:
             with self.acting():
                 self.service.admit_waiting(now)
 
+    def drop_staged(self, now: float) -> None:
+        """Erases some of what a process had begun to write, and has not gone on with."""
+        left = self.those_due('staged', 'SELECT f.name FROM fact f', now)
+        self.dropping = bool(left)
+        for each in left:
+            with self.acting():
+                Staged(self.service, each.name).drop_some(now)
+
     def plan(self, now: float) -> None:
         """Writes down the servers that occurrences want now, and gives up those they don't."""
         due = ('SELECT o.*, r.label, r.image, r.server, r.at_end, r.notify, r.changed, r.project, s.cloud, '
                'r.waiting IS NOT NULL OR r.pending IS NOT NULL AS idle, s.no_show, s.mode '
                'FROM occurrence o JOIN reservation r ON r.id = o.reservation_id '
-               'JOIN resource s ON s.id = o.resource_id WHERE o.due <= ?')
+               'JOIN resource s ON s.id = o.resource_id')
         if self.is_due('occurrence', now):
             with self.acting():
-                for occurrence in rows(due, now):
-                    self.plan_one(occurrence, now)
+                is_aside, _ = not_real_yet()
+                for occurrence in self.those_due('occurrence', due, now):
+                    if not is_aside(occurrence.reservation_id):
+                        self.plan_one(occurrence, now)
 
     def plan_one(self, occurrence, now: float) -> None:
         over = occurrence.cancelled is not None or now >= occurrence.end
@@ -11627,14 +14024,14 @@ class LifeCycle:
 
     def call(self, now: float) -> None:
         """Hands the calls that are due to workers, each after its intent is written."""
-        due = [server for server in rows(f'{SERVERS} WHERE v.due <= ? ORDER BY +v.planned, v.id', now)
-               if not self.busy(('server', server.id))]
+        servers = self.those_due('server', SERVERS, now, 'ORDER BY +v.planned, v.id')
+        due = [server for server in servers if not self.busy(('server', server.id))]
         notices = self.next_notices(now)
-        polls = rows('SELECT * FROM subscription WHERE due <= ? ORDER BY due', now)
+        polls = self.those_due(
+            'subscription', 'SELECT u.* FROM subscription u', now, 'ORDER BY u.due')
         claims: dict = defaultdict(list)
-        for each in rows('SELECT c.server, s.cloud FROM claim c JOIN resource s ON s.id = c.resource_id '
-                         'WHERE c.due <= ? '
-                         'LIMIT 100', now):
+        for each in self.those_due('claim', 'SELECT c.server, s.cloud FROM claim c JOIN resource s '
+                                   'ON s.id = c.resource_id', now, 'LIMIT 100'):
             claims[each.cloud].append(each.server)
         looks, calls, waits = set(), [], {}
         if due:
@@ -11673,18 +14070,25 @@ class LifeCycle:
             return []
         owners = Counter(key[2] for key in under_way)
         hosts = Counter(host_of(key[1]) for key in under_way)
-        heads = rows(f'{NOTICES} WHERE n.due <= ? AND {DUE["notice"][2]} ORDER BY n.id', now)
+        if now < self.calm_until:  # nothing has changed for those that had to wait
+            return []
+        _, is_aside = not_real_yet()
+        heads = [each for each in self.those_due('notice', NOTICES, now, 'ORDER BY n.id')
+                 if not is_aside(each.event)]
         queues = {those[0].owner: iter(those) for those in grouped(heads, 'owner')}
         chosen: list = []
         while queues and len(under_way) + len(chosen) < self.config.workers:
             owner = min(queues, key=owners.__getitem__)
-            notice = next((each for each in queues[owner] if self.has_room(each, hosts)), None)
-            if notice is None or owners[owner] >= max(self.config.workers // 4, 1):
+            full = owners[owner] >= max(self.config.workers // 4, 1)
+            may_go = (each for each in queues[owner] if not full and self.has_room(each, hosts))
+            notice = next(may_go, None)
+            if notice is None:
                 del queues[owner]
                 continue
             chosen.append(notice)
             owners[owner] += 1
             hosts[host_of(notice.target)] += 1
+        self.calm_until = now + 0.5 if len(heads) > len(chosen) else 0.0
         return chosen
 
     def has_room(self, notice, hosts: Counter) -> bool:
@@ -11877,7 +14281,8 @@ class LifeCycle:
         return None if said is None else said - self.uptime()
 
     def do_poll(self, call: Job) -> dict:
-        return self.service.poll(call.target)
+        with acting_for(call.target.user):
+            return self.service.poll(call.target)
 
     def mark(self, server) -> str:
         return f'{self.clouds.store}-{server.id}-{server.tries}'
@@ -11907,7 +14312,7 @@ class LifeCycle:
     def record_alone(self, result: Job, now: float) -> None:
         """Records one result; one that can't be recorded costs the others nothing, and a look finds out later."""
         try:
-            with db.atomic():
+            with Attempt():
                 self.record_one(result, now)
         except (*STORE_ERRORS, LostLease):
             raise
@@ -12016,6 +14421,7 @@ class LifeCycle:
 
     def record_notice(self, result: Job, now: float) -> None:
         notice, error = result.target, result.error
+        self.calm_until = 0.0
         if not error:
             change(Outbox, notice.id, due=None, fault='')
         elif now - notice.at > GIVE_UP:
@@ -12198,6 +14604,1136 @@ class LifeCycle:
             self.look_again(id, now)
 
 
+# Document ####################################################################
+#
+# /openapi.json, OpenAPI 3.1, out of what there is anyway: the marks and signatures of operations,
+# the types by which arguments are read, the types of answers, the examples of the help. A schema
+# says what `bind` takes, which is more than what is written best: examples show that.
+
+BASE = '/cm/v1.0'
+FEEDS = ('/calendar/<secret>/<name>.ics', '/calendar/<secret>.ics')  # programs show the end
+SEED = ('/reservation/add/', '/reservation/delete/')  # older addresses, which name the deed
+WITH_BODY = ('POST', 'PATCH')
+
+#: A text without unseen characters, as far as all dialects of patterns can say it.
+SEEN = '^[^{}' + UNSEEN.pattern[1:-1].partition('\ud800')[0] + ']*$'
+DIGITS = ' *[+-]?[0-9]{1,12} *'
+SHORT_LENGTH = {'type': 'string', 'minLength': 2, 'examples': ['2h', '+1d12h', '90m'], 'pattern':
+                r'^\+?([0-9]{1,4}w)?([0-9]{1,5}d)?([0-9]{1,6}h)?([0-9]{1,8}m)?([0-9]{1,9}s)?$'}
+ISO_LENGTH = {'type': 'string', 'minLength': 3, 'examples': ['PT2H'], 'pattern':
+              '^P([0-9]{1,4}W)?([0-9]{1,5}D)?(T([0-9]{1,6}H)?([0-9]{1,8}M)?([0-9]{1,9}S)?)?$'}
+LONG_LENGTH = {'type': 'string', 'examples': ['1:30', '2 hours'], 'pattern':
+               r'^\+?([0-9]{1,4}:[0-5][0-9]|[0-9]{1,6} (days?|hours?|minutes?|seconds?))$'}
+ISO_DATE = '(19[7-9][0-9]|2[01][0-9][0-9])[-/](0[1-9]|1[0-2])[-/](0[1-9]|[12][0-9]|3[01])'
+ISO_TIME = {'type': 'string', 'examples': ['2026-12-01T09:00+01:00', '2026-12-01 09:00'], 'pattern':
+            f'^{ISO_DATE}([T ]([01][0-9]|2[0-3]):[0-5][0-9](:[0-5][0-9])?'
+            '(Z|[+-](0[0-9]|1[0-3]):[0-5][0-9])?)?$'}
+SPOKEN_CLOCK = '([01]?[0-9]|2[0-3]):[0-5][0-9]'
+SPOKEN_TIME = {'type': 'string', 'examples': ['tomorrow 9:00', '17:00', 'now'], 'pattern':
+               '^(now|((today|tomorrow|((next|this) )?(mon|tue|wed|thu|fri|sat|sun)) )?'
+               f'{SPOKEN_CLOCK})$'}
+NAME = {'type': 'string', 'maxLength': 255, 'pattern': SEEN.format(r'\n\t')}
+TEXT = {'type': 'string', 'maxLength': 65535, 'pattern': SEEN.format('')}
+LABEL = {'type': 'string', 'not': {'enum': [*NO_LABELS]}, 'examples': ['lab']}
+COMMAS = {'type': 'string', 'description': 'with commas between'}
+
+
+def number_schema(least: int, most: int, **more) -> dict:
+    """A number, or its digits: text is what addresses, forms and files have."""
+    return {'type': ['integer', 'string'], 'minimum': least, 'maximum': most,
+            'pattern': f'^{DIGITS}$'} | more
+
+
+def list_schema(item: dict, **more) -> dict:
+    """Several in a list, or in one text."""
+    return {'anyOf': [{'type': 'array', 'items': item, 'maxItems': MOST_PARTS} | more, COMMAS]}
+
+
+def pairs_schema(letter: str, value: dict, most: int, example: str,
+                 never: Iterable[str] = ()) -> dict:
+    """Names with values in an object, or in one text."""
+    name = {'pattern': f'^{letter}{{1,255}}$'} | ({'not': {'enum': [*never]}} if never else {})
+    return {'anyOf': [
+        {'type': 'object', 'maxProperties': most, 'propertyNames': name,
+         'additionalProperties': value},
+        {'type': 'string', 'pattern': f'^({letter}+=[^,]*(,|$))*$', 'examples': [example]}]}
+
+
+CAPACITY = number_schema(0, 10**12, pattern=f'^({DIGITS}|unlimited)$')
+PART = {'type': 'object', 'additionalProperties': False, 'properties': {
+    name: number_schema(1, 1_000_000) if kind is Count else NAME
+    for name, kind in PART_FIELDS.items()}}
+
+#: What each type of an argument takes, under the name that it has here. A few are in answers too.
+SCHEMAS: dict[Any, tuple[str, dict]] = {
+    int: ('Integer', number_schema(1 - 2**53, 2**53 - 1)),
+    bool: ('Boolean', {'type': ['boolean', 'string'], 'pattern':
+                       '^([Tt][Rr][Uu][Ee]|[Yy][Ee][Ss]|1|[Ff][Aa][Ll][Ss][Ee]|[Nn][Oo]|0)$'}),
+    Count: ('Count', number_schema(1, 1_000_000)), Page: ('Page', number_schema(1, 10_000)),
+    Figure: ('Amount', number_schema(0, 10**12)),
+    Most: ('Capacity', CAPACITY),
+    Label: ('Label', LABEL | {'pattern': '^[A-Za-z0-9._-]{1,64}$'}),
+    NewLabel: ('NewLabel', LABEL | {'pattern': '^[A-Za-z0-9._][A-Za-z0-9._-]{0,63}$'}),
+    Place: ('ResourceName', LABEL | {
+        'not': {'enum': [each for each in NO_LABELS if each != ANY]},
+        'pattern': '^[A-Za-z0-9._-]{1,64}$', 'examples': ['demo', ANY]}),
+    Name: ('Name', NAME), Text: ('Text', TEXT), File: ('UserData', TEXT | {'maxLength': 49149}),
+    Cursor: ('Cursor', {
+        'type': ['string', 'integer'], 'minimum': 0, 'examples': ['2026-12-01T12:00Z/7'],
+        'pattern': f'^(([0-9]{{1,10}}[-/])?[0-9]{{1,18}}|{ISO_DATE}.*/[0-9]{{1,18}})$'}),
+    Span: ('Length', {'anyOf': [SHORT_LENGTH, ISO_LENGTH, LONG_LENGTH]}),
+    When: ('Time', {'anyOf': [ISO_TIME, SPOKEN_TIME, SHORT_LENGTH, ISO_LENGTH]}),
+    Day: ('Day', {'anyOf': [ISO_TIME, SPOKEN_TIME, SHORT_LENGTH, ISO_LENGTH]}),
+    Names: ('Names', list_schema(NAME, maxItems=100)),
+    Pairs: ('Pairs', pairs_schema('[a-zA-Z0-9_:. -]', TEXT | {'maxLength': 255}, 128, 'k=v,k=v')),
+    Classes: ('ResourceClasses', pairs_schema('[A-Z0-9_]', CAPACITY, 50, 'CUSTOM_GPU=2', PLAIN)),
+    Hosts: ('Hosts', list_schema({'type': 'string', 'pattern': r'^[A-Za-z0-9._\[\],-]{1,255}$'},
+                                 minItems=1, examples=[['m01', 'm02']])),
+    Parts: ('Parts', list_schema({'anyOf': [{'type': 'string', 'examples': ['gpu:2']}, PART]},
+                                 minItems=1)),
+    Rows: ('Rows', {'type': 'array', 'minItems': 1, 'maxItems': 100_000, 'items': {
+        'type': 'object', 'properties': {'line': {'type': 'integer'}}}}),
+    Zone: ('Zone', {'type': 'string', 'pattern': '^([A-Za-z][A-Za-z0-9_+-]*(/[A-Za-z0-9_+-]+)*)?$',
+                    'maxLength': 64, 'examples': ['Europe/Paris', 'UTC']}),
+    Repeat: ('Repetition', {'type': 'string', 'maxLength': 500, 'examples': [
+        'weekly on tue,thu', 'weekdays', 'FREQ=WEEKLY;BYDAY=TU']}),
+    Clash: ('OnConflict', {'type': 'string', 'pattern': r'^ *(refuse|skip|shift=.+) *$',
+                           'examples': ['refuse', 'skip', 'shift=2h']}),
+    Ics: ('ICalendar', {'type': 'string', 'maxLength': MOST_ICS}),
+    Source: ('ICalendarOrUrl', {'type': 'string', 'maxLength': MOST_ICS}),
+    Url: ('Url', {'type': 'string', 'maxLength': 2000, 'pattern': '^(https?|webcals?)://[!-~]+$',
+                  'examples': ['https://calendar.example.org/secret/eva.ics']}),
+    State: ('State', {'type': 'string', 'enum': [*STATES]}),
+    Lasts: ('Lasts', SHORT_LENGTH | {'examples': ['1d2h30m']}),
+    Secret: ('Secret', {'type': 'string', 'description': 'shown only now and kept nowhere'})}
+
+#: What answers hold besides.
+VALUES: dict[Any, dict] = {
+    int: {'type': 'integer'}, float: {'type': 'number'}, str: {'type': 'string'},
+    bool: {'type': 'boolean'}, dict: {'type': 'object'}, Any: {}, type(None): {'type': 'null'},
+    datetime: {'type': 'string', 'format': 'date-time', 'examples': ['2026-12-01T09:00:00+00:00']}}
+
+#: The words of which an argument is one.
+CHOICES = {'role': ROLES, 'at_end': ('', *ENDS), 'mode': ('', 'open', *MODES), 'then': THEN,
+           'by_whom': ('project', 'user', 'resource')}
+
+#: Why requests are refused.
+REFUSALS = {
+    400: 'an argument is missing, malformed or unknown', 401: 'no token, or none in force',
+    403: 'the role or the project is too small for it', 404: 'something named is not there',
+    409: 'it does not fit, or what it is about is in another state; nothing was changed',
+    412: 'somebody has changed it since it was read; nothing was changed',
+    413: 'the body is too large',
+    422: "the calendar is none, or the Idempotency-Key was another request's",
+    429: 'too many requests; try again later', 500: 'a mistake of cmres; its log tells more',
+    502: 'a cloud refused or did not answer', 503: 'not now; try again later'}
+
+TAGS = {
+    'reservation': 'VMs or capacity of a resource for a time window, once or in a series',
+    'server': 'VMs that stay after their end', 'resource': 'what can be reserved',
+    'maintenance': 'other capacities for a while', 'limit': 'how much anybody may reserve',
+    'calendar': 'calendars that show reservations, and calendars that make them',
+    'claim': 'what the scheduler of Nova asks', 'event': 'what happened, when and why',
+    'punctuality': 'how late VMs were', 'report': 'sums for operators',
+    'check': 'the proof that all adds up', 'token': 'who may ask',
+    'user': 'people, whose tokens end', 'service': 'the server itself'}
+
+#: What a request may say in headers, each with an example; and what answers do.
+HEADERS = {
+    'If-Match': ('the ETag of the reservation that was read', '"417"'),
+    'Idempotency-Key': ('a name for this request, so that it is done once; remembered for a day',
+                        '0d1f6d3e-8f6c-4d4b-9d34-5f0f2f1a7c11')}
+TOLD = {'ETag': 'what If-Match takes; states of VMs do not change it',
+        'Location': 'where that is found which was made',
+        'Link': 'where the list goes on: rel="next"',
+        'Retry-After': 'seconds until it may be tried again', 'WWW-Authenticate': 'Bearer'}
+
+SECURITY = {
+    'bearer': {'type': 'http', 'scheme': 'bearer', 'description': 'what `token add` printed'},
+    'token': {'type': 'apiKey', 'in': 'header', 'name': 'X-Auth-Token',
+              'description': 'the same, as programs of OpenStack send it'},
+    'cookie': {'type': 'apiKey', 'in': 'cookie', 'name': 'cmres',
+               'description': 'of who has signed in to the page; it only reads'}}
+BY_TOKEN = [{'bearer': []}, {'token': []}]
+TO_READ = [*BY_TOKEN, {'cookie': []}]
+
+
+class Document:
+    """The parts of /openapi.json; schemas are noted as they are met."""
+
+    def __init__(self):
+        self.schemas: dict[str, dict] = {}
+
+    def whole(self) -> dict:
+        return {'openapi': '3.1.0', 'info': INFO, 'servers': [{'url': '/'}],
+                'security': BY_TOKEN, 'paths': self.paths() | self.other_paths(),
+                'tags': [{'name': name, 'description': text} for name, text in TAGS.items()],
+                'components': {'responses': self.refusals(), 'securitySchemes': SECURITY,
+                               'parameters': {name: header_argument(name) for name in HEADERS},
+                               'schemas': self.schemas}}
+
+    def paths(self) -> dict:
+        found: dict = defaultdict(dict)
+        for operation in API.values():
+            for number, (verb, path, fixed) in enumerate(operation.routes):
+                entry = self.entry(operation, verb, path, fixed)
+                entry['operationId'] += f'_{number}' if number else ''
+                found[template(BASE + path)][verb.lower()] = entry
+        return found
+
+    def entry(self, operation: Operation, verb: str, path: str, fixed: dict) -> dict:
+        """What is said of one verb at one address."""
+        fields = {name: each for name, each in operation.parameters.items()
+                  if f'<{name}>' not in path and name not in fixed}
+        entry = {'operationId': operation.name.strip('_'), 'tags': [path.split('/')[1]],
+                 **said_of(operation),
+                 'parameters': [*self.in_address(operation, verb, path, fields),
+                                *map(header_ref, conditions(operation, verb))],
+                 'responses': self.responses(operation, verb, path)}
+        if verb in WITH_BODY and fields:
+            entry['requestBody'] = self.body(operation, fields)
+        if verb == 'GET':
+            entry['security'] = TO_READ
+        return entry | ({'deprecated': True} if path.startswith(SEED) else {})
+
+    def in_address(self, operation: Operation, verb: str, path: str,
+                   fields: dict) -> Iterator[dict]:
+        """The arguments in an address, as parts of it or behind it."""
+        for name in re.findall(r'<(\w+)>', path):
+            yield self.parameter(operation, name, 'path')
+        for name in fields if verb not in WITH_BODY or takes_calendar(operation) else ():
+            yield self.parameter(operation, name, 'query')
+
+    def parameter(self, operation: Operation, name: str, place: str) -> dict:
+        """An argument in an address; lists come as several, or as one with commas."""
+        found, example = operation.parameters[name], example_of(operation).get(name)
+        listed = place == 'query' and name in several(operation)
+        schema = LISTED if listed else self.argument(name, found)
+        entry = {'name': name, 'in': place, 'description': WORDS[name], 'schema': schema}
+        if example is not None:
+            entry['example'] = example.split(',') if listed else example
+        needed = found.default is REQUIRED and not takes_calendar(operation)
+        return entry | ({'required': True} if place == 'path' or needed else {})
+
+    def body(self, operation: Operation, fields: dict) -> dict:
+        """The arguments in a body, as JSON or, of a calendar, as itself."""
+        shape = {'type': 'object', 'additionalProperties': False, 'properties': {
+            name: self.field(name, each) for name, each in fields.items()}}
+        needed = [name for name, each in fields.items()
+                  if each.default is REQUIRED and (name, 'part' in fields) != ('resource', True)]
+        example = {name: value for name, value in example_of(operation).items() if name in fields}
+        content = {'schema': shape | ({'required': needed} if needed else {})}
+        if example and example.keys() >= {*needed}:
+            content['example'] = example
+        kinds = {'application/json': content} | (ICALENDAR if takes_calendar(operation) else {})
+        return {'required': bool(needed), 'content': kinds}
+
+    def field(self, name: str, parameter: inspect.Parameter) -> dict:
+        """An argument in a body; null is as if it were not given."""
+        schema = self.argument(name, parameter)
+        if parameter.default is not REQUIRED or name == 'resource':
+            schema = {'anyOf': [schema, VALUES[type(None)]]}
+        return schema | {'description': WORDS[name]}
+
+    def argument(self, name: str, parameter: inspect.Parameter) -> dict:
+        """What an argument takes; one that filters, also what stands for anything."""
+        if name in CHOICES:
+            return {'type': 'string', 'enum': [*CHOICES[name]]}
+        schema = self.ref(*SCHEMAS[parameter.annotation])
+        if name in FILTERS and parameter.default is not REQUIRED and parameter.annotation != Name:
+            return {'anyOf': [schema, {'type': 'string', 'enum': [ANY]}]}
+        return schema
+
+    def ref(self, name: str, schema: dict) -> dict:
+        """A schema by its name."""
+        self.schemas[name] = schema
+        return {'$ref': f'#/components/schemas/{name}'}
+
+    def answer(self, kind) -> dict:
+        """What is answered."""
+        choices, inside = choices_of(kind), get_args(kind)
+        if len(choices) > 1:
+            return {'anyOf': [self.answer(each) for each in choices]}
+        if get_origin(kind) is list:
+            return {'type': 'array', 'items': self.answer(inside[0])}
+        if get_origin(kind) is dict:
+            return {'type': 'object', 'additionalProperties': self.answer(inside[1])}
+        if is_answer(kind):
+            return self.ref(kind.__name__.removesuffix('Answer'), self.shape(kind))
+        return VALUES[kind] if kind in VALUES else self.ref(*SCHEMAS[kind])
+
+    def shape(self, kind: type[Answer]) -> dict:
+        """All fields of an answer."""
+        fields = declared(kind)
+        always = [name for name, each in fields.items() if each.always]
+        return {'type': 'object', 'description': inspect.getdoc(kind),
+                'properties': {name: self.answer(each.kind) for name, each in fields.items()},
+                'additionalProperties': self.answer(kind.more) if kind.more else False
+                } | ({'required': always} if always else {})
+
+    def responses(self, operation: Operation, verb: str, path: str) -> dict:
+        """What can come of a request."""
+        kind = operation.answers
+        tagged = verb == 'GET' and '<label>' in path and tells_of_reservations(operation)
+        told = ['ETag'] * tagged + ['Link'] * ('after' in operation.parameters)
+        found = {'200': self.response('done', kind, told)}
+        if operation.made:
+            found = {'200': self.response('what would be made, of a dry run', kind),
+                     '201': self.response('made', kind, ['Location'])}
+        return found | self.refused(*statuses_of(operation, verb))
+
+    def response(self, text: str, kind, headers: Iterable[str] = ()) -> dict:
+        """An answer of a type, with some headers."""
+        told = {name: {'description': TOLD[name], 'schema': VALUES[str]} for name in headers}
+        return {'description': text, 'content': {'application/json': {'schema': self.answer(kind)}}
+                } | ({'headers': told} if told else {})
+
+    def refused(self, *statuses: int) -> dict:
+        return {f'{each}': {'$ref': f'#/components/responses/{refusal_name(each)}'}
+                for each in sorted(statuses)}
+
+    def refusals(self) -> dict:
+        """The answer of each status that refuses."""
+        headers = {401: ['WWW-Authenticate'], 429: ['Retry-After'], 503: ['Retry-After']}
+        return {refusal_name(status): self.response(text, RefusalAnswer, headers.get(status, ()))
+                for status, text in REFUSALS.items()}
+
+    def other_paths(self) -> dict:
+        """The addresses that are no operations."""
+        feed = {'200': {'description': 'a calendar', 'content': ICALENDAR},
+                '304': {'description': 'as it was'}} | self.refused(404, 500, 503)
+        document = {'200': self.response('OpenAPI 3.1', dict)} | self.refused(401, 500, 503)
+        health = {'200': self.response('well', HealthAnswer),
+                  '503': self.response('not well', HealthAnswer | RefusalAnswer),
+                  } | self.refused(500)
+        ready = {'200': self.response('ready', ReadyAnswer),
+                 '503': self.response('not ready', ReadyAnswer)}
+        feeds = {path: (f'feed_{n}' if n else 'feed', 'Shows reservations to calendar programs',
+                        feed, []) for n, path in enumerate(FEEDS)}
+        found = {'/healthz': ('healthz', 'Tells whether the store can be read', health, []),
+                 '/readyz': ('readyz', 'Tells whether requests can be answered', ready, []),
+                 '/openapi.json': ('openapi', 'Describes all addresses', document, TO_READ),
+                 **feeds}
+        return {template(path): {'get': plain_entry(path, *said)} for path, said in found.items()}
+
+
+INFO = {'title': 'cmres', 'version': __version__, 'description': __doc__.partition('\n')[0],
+        'license': {'name': 'Apache License 2.0', 'identifier': 'Apache-2.0'}}
+ICALENDAR = {'text/calendar': {'schema': {'type': 'string'}}}
+LISTED = {'type': 'array', 'items': {'type': 'string'}, 'maxItems': 100}
+
+
+def plain_entry(path: str, name: str, text: str, responses: dict, security: list) -> dict:
+    """An address that only answers."""
+    return {'operationId': name, 'tags': ['service'], 'summary': text, 'description': f'{text}.',
+            'security': security, 'responses': responses, 'parameters': [
+                {'name': each, 'in': 'path', 'required': True, 'description': f'its {each}',
+                 'schema': {'type': 'string', 'pattern': '^[!-.0-~]+$'}}
+                for each in re.findall(r'<(\w+)>', path)]}
+
+
+def header_argument(name: str) -> dict:
+    """A header of a request."""
+    text, example = HEADERS[name]
+    return {'name': name, 'in': 'header', 'description': text, 'example': example,
+            'schema': {'type': 'string', 'pattern': '^[!-~]{1,255}$'}}
+
+
+def header_ref(name: str) -> dict:
+    return {'$ref': f'#/components/parameters/{name}'}
+
+
+@functools.cache
+def openapi() -> dict:
+    """OpenAPI 3.1 of all that is answered."""
+    return Document().whole()
+
+
+def template(path: str) -> str:
+    """An address as OpenAPI writes it."""
+    return re.sub(r'<(\w+)>', r'{\1}', path).rstrip('/')
+
+
+def refusal_name(status: int) -> str:
+    """The kind of error with a status: its first."""
+    return next(name for name, kind in ERRORS.items() if kind.status == status)
+
+
+def said_of(operation: Operation) -> dict:
+    """What its help says of an operation, for who types nothing."""
+    summary, _, more = re.sub(r'\n\n(Example|Args):.*', '', inspect.getdoc(operation.method),
+                              flags=re.S).partition('\n\n')
+    return {'summary': summary.rstrip('.').replace('\n', ' '), 'description': more or summary}
+
+
+def example_of(operation: Operation) -> dict:
+    """The arguments of the first command in the help of an operation."""
+    import shlex
+    found = re.search(r'Example:\n\s*python cmres.py (.*)', inspect.getdoc(operation.method))
+    words = shlex.split(found[1])[len(operation.words.split()):]
+    plain = [*itertools.takewhile(lambda word: not word.startswith('--'), words)]
+    example = dict(zip(operation.parameters, plain))
+    options = [*words[len(plain):], '--']
+    for word, value in zip(options, options[1:]):
+        if word.startswith('--'):
+            example[word[2:].replace('-', '_')] = True if value.startswith('--') else value
+    taken = {name for name, each in operation.parameters.items()
+             if each.annotation not in FROM_FILES}
+    return {name: value for name, value in example.items() if name in taken}
+
+
+#: What stands for a file on the command line.
+FROM_FILES = (File, Rows, Ics, Source)
+
+
+def takes_calendar(operation: Operation) -> bool:
+    """Whether a calendar may be its body: then other arguments stand in the address."""
+    return any(each.annotation is Ics for each in operation.parameters.values())
+
+
+def several(operation: Operation) -> set[str]:
+    """The arguments that take several values, with commas between or each on its own."""
+    return {name for name, each in operation.parameters.items()
+            if each.annotation in (Names, Hosts, Parts)}
+
+
+def conditions(operation: Operation, verb: str) -> list[str]:
+    """The headers on which it may be made to depend."""
+    of_one = operation.changes and is_about_one(operation)
+    return ['If-Match'] * of_one + ['Idempotency-Key'] * (verb == 'POST')
+
+
+def is_about_one(operation: Operation) -> bool:
+    """Whether an address of it names the reservation that it is about."""
+    return any(path.startswith('/reservation/<label>') for _, path, _ in operation.routes)
+
+
+def tells_of_reservations(operation: Operation) -> bool:
+    """Whether a reservation is what it answers, or a list of them."""
+    kinds = [one for each in choices_of(operation.answers) for one in get_args(each) or (each,)]
+    return any(is_answer(each) and issubclass(each, ReservationAnswer) for each in kinds)
+
+
+def statuses_of(operation: Operation, verb: str) -> set[int]:
+    """The statuses with which it may be refused."""
+    kinds = {each.annotation for each in operation.parameters.values()}
+    names = operation.parameters.keys()
+    found = {400: True, 401: True, 429: True, 500: True, 503: True,
+             403: operation.changes or operation.role != READER,
+             404: bool(kinds & {Label, Place, Name}) or 'id' in names,
+             409: operation.changes or 'label' in names,
+             412: 'If-Match' in conditions(operation, verb), 413: verb in WITH_BODY,
+             422: verb == 'POST' or Source in kinds,
+             502: bool(names & {*CLOUDY, 'aggregates'})}
+    return {status for status, there in found.items() if there}
+
+
+# REST ########################################################################
+#
+# Routes come from the marks of the service. One wrapper reads, calls and answers; it and the
+# error handler below it are the only places that know statuses. All answers are JSON.
+#
+# A request may say on what it depends: If-Match, the state of a reservation that it has seen, and
+# Idempotency-Key, that it was not done before. Both are looked at in the transaction that does it.
+
+MOST_BODY = 2**20  # bytes
+LATE = 60  # seconds without a pass after which a life cycle is taken for broken
+LEAST_GZIP = 1000  # bytes of an answer below which compressing it is in vain
+#: Of every answer that is no page.
+UNKEPT = {'Content-Type': 'application/json', 'Cache-Control': 'no-store',
+         'X-Content-Type-Options': 'nosniff', 'Vary': 'Accept-Encoding'}
+
+
+def rest(service: Reservations, told: Callable | None = None, visitor: Callable | None = None):
+    """The WSGI application that answers for a service.
+
+    Args:
+      told: words what never reaches one of its handlers
+      visitor: tells who is signed in to the page, by the cookie of a request
+    """
+    import bottle
+    app = bottle.Bottle()
+    app.uninstall('json')  # it knows neither lists nor instants
+    app.default_error_handler = told or (
+        lambda failure: error_text(failure, bottle.request, bottle.response))
+    app.install(answering)
+    app.add_hook('before_request', lambda: plain_path(bottle.request.environ))
+    app.add_hook('after_request', lambda: name_request(bottle.request, bottle.response))
+    for operation in API.values():
+        for verb, path, fixed in operation.routes:
+            app.route(rule(operation, path), verb, handler(service, operation, fixed, visitor))
+    app.route('/healthz', 'GET', health_handler(service))
+    for path in FEEDS:
+        app.route(path, 'GET', feed_handler(service))
+    app.route('/readyz', 'GET', Readiness(service).answer, skip=[answering])
+    app.route('/openapi.json', 'GET', document_handler(service, visitor))
+    return app
+
+
+def rule(operation: Operation, path: str) -> str:
+    """An address as bottle takes it: where a number must be, a word is of another address."""
+    for name, each in operation.parameters.items():
+        if each.annotation is int:
+            path = path.replace(f'<{name}>', f'<{name}:re:[+-]?[0-9]+>')
+    return (BASE + path).rstrip('/')
+
+
+def handler(service: Reservations, operation: Operation, fixed: dict,
+            visitor: Callable | None) -> Callable:
+    """Answers one address: who asks, what is asked, the call, its answer in JSON."""
+    import bottle
+
+    def handle(**path):
+        request = bottle.request
+        try:
+            acting = service.acting(who_asks(service, request, visitor))
+            acting.wanted = while_there(request.environ)
+            given = given_once(read_query(request, several(operation)),
+                               read_body(request, most_body(operation)), path, fixed)
+            bound = bind(operation, given, acting.here)
+            with acting.shares.answering(acting.actor.user):
+                return respond(acting, operation, bound, request, given)
+        except Error as error:
+            return refused(error)
+    return handle
+
+
+def document_handler(service: Reservations, visitor: Callable | None) -> Callable:
+    """Answers with the description of all that is here, for who may ask for any of it."""
+    import bottle
+
+    def handle():
+        try:
+            who_asks(service, bottle.request, visitor)
+            return sent(json_text(openapi()), 200, UNKEPT)
+        except Error as error:
+            return refused(error)
+    return handle
+
+
+def respond(acting: Reservations, operation: Operation, bound: dict, request, given: dict):
+    """The answer to a call on the conditions of its request."""
+    once = once_of(acting, operation, bound, request, given)
+    if once and (kept := once.kept()):
+        return sent(kept.answer, kept.status, UNKEPT | {'Idempotency-Replayed': 'true'})
+    state = unchanged(acting, operation, bound, request)
+    acting.fence = in_turn(acting.fence, state, once and once.claim)
+    # The tag is of before what it tells of is read: it may be too old, never too new.
+    tag = tag_for(acting, operation, bound)
+    with once or nullcontext():
+        answer = getattr(acting, operation.name)(**bound)
+    status = 201 if operation.made and not bound.get('dry_run') else 200
+    text = json_text(answer)
+    if once:
+        once.keep(status, text)
+    headers = {'ETag': tag, 'Location': location(operation, answer) if status == 201 else '',
+               'Link': next_page(operation, answer, request)}
+    return sent(text, status, UNKEPT | {name: each for name, each in headers.items() if each})
+
+
+def in_turn(*looks: Callable | None) -> Callable:
+    """Calls several, as far as they are there, once in each transaction."""
+    seen = ''
+
+    def look():
+        nonlocal seen
+        now = db.top_transaction()
+        for each in filter(None, looks if now is not seen else ()):
+            each()
+        seen = now
+    return look
+
+
+def sent(text: str | bytes, status: int, headers: dict):
+    """An answer, compressed for who takes that: never a page, which holds secrets (BREACH)."""
+    import bottle
+    import gzip
+    data = text if isinstance(text, bytes) else text.encode('utf8', 'replace')
+    takes = bottle.request.get_header('Accept-Encoding', '')
+    if len(data) >= LEAST_GZIP and TAKES_GZIP.search(takes):
+        data = gzip.compress(data, 5, mtime=0)
+        headers = headers | {'Content-Encoding': 'gzip'}
+    return bottle.HTTPResponse(data, status, headers)
+
+
+TAKES_GZIP = re.compile(r'(?:^|[,\s])gzip(?!\s*;\s*q=0(?:\.0*)?\s*(?:,|$))')
+
+
+def refused(error: Error):
+    """The answer that says why something is not done."""
+    return sent(json_text(error_body(error)), error.status, UNKEPT | headers_of(error))
+
+
+def headers_of(error: Error) -> dict[str, str]:
+    """What an error says in headers: how to ask, or when again."""
+    if error.status in (429, 503):
+        seconds = float(error.details.get('retry_after') or RETRY_AFTER)
+        return {'Retry-After': f'{math.ceil(seconds)}'}
+    return {'WWW-Authenticate': 'Bearer'} if error.status == 401 else {}
+
+
+RETRY_AFTER = 5  # seconds
+
+
+def location(operation: Operation, answer: dict) -> str:
+    """Where that is found which was made."""
+    return BASE + re.sub(r'<(\w+)>', lambda part: quote(answer[part[1]], safe=''), operation.made)
+
+
+def next_page(operation: Operation, answer, request) -> str:
+    """The link to what follows a page of a list; the last page is the one without a line."""
+    if 'after' not in operation.parameters or not answer or 'id' not in answer[-1]:
+        return ''
+    query = [each for each in parse_qsl(request.query_string) if each[0] != 'after']
+    more = urlencode([*query, ('after', cursor_of(answer[-1]))])
+    return f'<{quote(request.path)}?{more}>; rel="next"'
+
+
+def cursor_of(line: dict) -> str:
+    """What `after` takes to go on behind a line of a list."""
+    return f"{int(line['start'].timestamp())}-{line['id']}" if 'start' in line else f"{line['id']}"
+
+
+# What a request depends on.
+
+
+def tag_for(acting: Reservations, operation: Operation, bound: dict) -> str:
+    """The ETag of a reservation that is read; of anything else none."""
+    if operation.changes or not bound.get('label') or not tells_of_reservations(operation):
+        return ''
+    return tag_of(acting, bound)
+
+
+def tag_of(acting: Reservations, bound: dict) -> str:
+    """An ETag of what people did to a reservation: it stays while only its VMs change."""
+    newest = acting.newest_deed(bound['label'], bound.get('project', ''))
+    return f'"{newest}"' if newest else ''
+
+
+def unchanged(acting: Reservations, operation: Operation, bound: dict, request) -> Callable | None:
+    """What refuses a change that was meant for another state (RFC 9110, 13.1.1)."""
+    wanted = request.get_header('If-Match', '*')
+    if wanted.strip() == '*' or not bound.get('label') or not is_about_one(operation):
+        return None
+
+    def look():
+        tag = tag_of(acting, bound)
+        if tag and tag not in [each.strip() for each in wanted.split(',')]:
+            raise Changed(f"'{bound['label']}' was changed since you read it. Nothing was done. "
+                          'Read it again, then change it', etag=tag)
+    return look
+
+
+def once_of(acting: Reservations, operation: Operation, bound: dict, request,
+            given: dict) -> Once | None:
+    """The key of a POST that has one; a dry run keeps nothing, not even that."""
+    key = request.get_header('Idempotency-Key')
+    if key is None or request.method != 'POST' or bound.get('dry_run'):
+        return None
+    if not re.fullmatch('[!-~]{1,255}', key):
+        raise Invalid('Idempotency-Key: 1 to 255 letters, digits and signs are needed, such as '
+                      'a UUID')
+    asked = json.dumps([operation.name, given], sort_keys=True, default=str)
+    return Once(acting, key, hashed(asked), not has_secret(operation.answers))
+
+
+def has_secret(kind) -> bool:
+    """Whether an answer has a field that is shown once and kept nowhere."""
+    return is_answer(kind) and any(each.kind is Secret for each in declared(kind).values())
+
+
+class Once:
+    """What a request with an Idempotency-Key does is done once: its key is written with it.
+
+    The answer is kept for a day, unless it is long or holds a secret. A refusal is not: the
+    request may be sent again.
+    """
+    LASTS = 86400  # seconds
+    MOST = 65536   # characters of an answer
+
+    def __init__(self, acting: Reservations, key: str, digest: str, keeps: bool):
+        self.digest, self.keeps = digest, keeps
+        self.now = int(acting.clock())
+        self.whose = (acting.actor.user, acting.actor.project, key)
+        self.mark = secrets.token_hex(8)  # tells ours from that of a request beside this one
+
+    def __enter__(self) -> Once:
+        return self
+
+    def __exit__(self, kind, error, trace) -> None:
+        if error and self.row():
+            self.run('DELETE FROM once')
+
+    def row(self):
+        return row('SELECT digest, mark, status, answer FROM once '
+                   'WHERE user = ? AND project = ? AND key = ? AND at > ?',
+                   *self.whose, self.now - self.LASTS)
+
+    def kept(self):
+        """The status and answer of the same request before; None if there was none.
+
+        Raises:
+          KeyReused: it was another request.
+          Conflict: its answer is not there, or not yet.
+        """
+        found = self.row()
+        if found and found.digest != self.digest:
+            raise KeyReused('another request had this Idempotency-Key: take a new key for each')
+        if found and not found.answer:
+            raise Conflict('a request with this Idempotency-Key was done or is being done, and '
+                           'its answer is not there: ask for what it made')
+        return found
+
+    def claim(self) -> None:
+        """Writes the key in the transaction of what is done.
+
+        Raises:
+          Conflict: another request was faster.
+        """
+        if rehearsal.on:
+            return
+        found = self.row()
+        if found and found.mark != self.mark:
+            self.kept()
+            raise Conflict('the first request with this Idempotency-Key has just been done: '
+                           'send it again')
+        if not found:
+            run('DELETE FROM once WHERE at <= ?', self.now - self.LASTS)
+            run('INSERT INTO once (user, project, key, digest, mark, at, status, answer) '
+                "VALUES (?, ?, ?, ?, ?, ?, 0, '')", *self.whose, self.digest, self.mark, self.now)
+
+    def keep(self, status: int, text: str) -> None:
+        """Keeps an answer for who asks again."""
+        if self.keeps and len(text) <= self.MOST:
+            self.run('UPDATE once SET status = ?, answer = ?', status, text)
+
+    def run(self, deed: str, *values) -> None:
+        """Does something to the row that this request has written."""
+        with transaction():
+            run(f'{deed} WHERE user = ? AND project = ? AND key = ? AND mark = ?',
+                *values, *self.whose, self.mark)
+
+
+def feed_handler(service: Reservations) -> Callable:
+    """Answers calendar programs: nothing but a secret in the address tells who asks."""
+    import bottle
+    written = WrittenFeeds(service)
+
+    def handle(secret: str, name: str = ''):
+        try:
+            etag, text = written.current(secret)
+        except Error as error:
+            return refused(error)
+        same = etag in bottle.request.headers.get('If-None-Match', '')
+        return sent(b'' if same else text, 304 if same else 200, UNKEPT | {
+            'Content-Type': 'text/calendar; charset=utf-8', 'ETag': etag,
+            'Cache-Control': 'private, no-cache'})
+    return handle
+
+
+class Written(NamedTuple):
+    """A feed as it was written, with what tells whether it still holds."""
+    newest: int | None = None  # the last event of the event log then
+    digest: str | None = None  # of what it shows
+    holds: float = 0           # until when, if nothing changes
+    etag: str = ''
+    text: bytes = b''
+
+
+class WrittenFeeds:
+    """The feeds that were asked for last, each written once for all who ask.
+
+    One is written at a time: a long one takes memory. While half of the threads wait for that,
+    others are told to come again.
+    """
+    MOST = 2**26  # bytes of all that are kept
+
+    def __init__(self, service: Reservations):
+        self.service, self.kept = service, {}
+        self.lock = threading.Lock()
+        self.places = threading.BoundedSemaphore(max(service.config.threads // 2, 1))
+
+    def current(self, secret: str) -> tuple[str, bytes]:
+        """The ETag and the text of a feed as it is now."""
+        name, feed = self.service.feed(secret)
+        found = self.kept.get(feed.id, Written())
+        if self.is_old(found):
+            if not self.places.acquire(blocking=False):
+                raise Unavailable('many calendars are being written; try again in a minute')
+            try:
+                with self.lock:
+                    found = self.written_anew(name, feed)
+            finally:
+                self.places.release()
+        return found.etag, found.text
+
+    def size(self) -> int:
+        return sum(len(each.text) for each in self.kept.values())
+
+    def newest(self) -> int | None:
+        return row('SELECT max(id) AS newest FROM event').newest
+
+    def is_old(self, found: Written) -> bool:
+        return found.newest != self.newest() or self.service.clock() >= found.holds
+
+    def written_anew(self, name: str, feed) -> Written:
+        """The feed as it is now; somebody else may have written it meanwhile."""
+        found, newest = self.kept.get(feed.id, Written()), self.newest()
+        if not self.is_old(found):
+            return found
+        digest = self.service.feed_digest(feed)
+        if digest != found.digest or self.service.clock() >= found.holds:
+            events, holds = self.service.feed_events(feed)
+            text = calendar_text(name, events).encode()
+            found = Written(newest, digest, holds, f'"{hashlib.sha256(text).hexdigest()[:32]}"', text)
+        self.kept.pop(feed.id, None)
+        while self.kept and self.size() + len(found.text) > self.MOST:
+            del self.kept[next(iter(self.kept))]
+        self.kept[feed.id] = found = found._replace(newest=newest)
+        return found
+
+
+def answering(handle: Callable) -> Callable:
+    """A handler that is not asked while the store is lost, and whose failures are told."""
+    import bottle
+
+    def answer(*args, **path):
+        try:
+            store_file.check()
+            return handle(*args, **path)
+        except bottle.HTTPResponse:
+            raise
+        except Exception as error:
+            refusal = error if isinstance(error, Error) else trouble(error)
+            refusal = refusal or mistake(error, bottle.request)
+            return bottle.HTTPError(refusal.status, refusal)
+    return answer
+
+
+def mistake(error: Exception, request) -> Error:
+    """What is said of a mistake of ours: where the log has all of it."""
+    id = secrets.token_hex(4)
+    log.error('%s: %s %s failed', id, request.method, request.path, exc_info=error)
+    return Error(f'cmres made a mistake. Please tell an admin this number: {id}. It is in the log '
+                 'of the server', id=id)
+
+
+def health_handler(service: Reservations) -> Callable:
+    """Says whether the store can be read and the life cycle goes on; the address needs no token."""
+
+    def handle():
+        row('SELECT 1 AS one')
+        age = service.age() if service.age else 0
+        status, body = 200, {'status': 'ok'} | ({'last_pass': round(age, 1)} if service.age else {})
+        if age > LATE:
+            status, body = 503, {'last_pass': round(age, 1), 'error': 'no VM was started or ended for '
+                                 f'{format_duration(age)}; the log of this server says why'}
+        return sent(json_text(body), status, UNKEPT)
+    return handle
+
+
+class Line:
+    """Requests that wait for a thread: next is one of whom the fewest are being answered.
+
+    So who sends many at once waits for their own, and others pass.
+    """
+
+    def __init__(self):
+        self.waiting: list[tuple] = []         # whose, what `waitress` serves
+        self.answered: dict[int, str] = {}     # by thread, whose
+
+    def __len__(self):
+        return len(self.waiting)
+
+    def append(self, channel) -> None:
+        self.waiting.append((whose(channel), channel))
+
+    def popleft(self):
+        """What this thread answers next; what it has answered before is done."""
+        self.answered.pop(threading.get_ident(), None)
+        under_way = Counter(self.answered.values())
+        name, channel = next_ = min(self.waiting, key=lambda each: under_way[each[0]])
+        self.waiting.remove(next_)
+        self.answered[threading.get_ident()] = name
+        return channel
+
+
+def whose(channel) -> str:
+    """Who sends the request that a connection has: by their token or session, else from where."""
+    headers = channel.requests[0].headers if channel.requests else {}
+    return headers.get('AUTHORIZATION') or headers.get('COOKIE') or str(channel.addr)
+
+
+def fair_dispatcher(threads: int):
+    """The threads of `waitress`, with a line of ours before them."""
+    from waitress.task import ThreadedTaskDispatcher
+    made = ThreadedTaskDispatcher()
+    made.queue = Line()
+    made.set_thread_count(threads)
+    return made
+
+
+def disk_free(path: str) -> int:
+    """The free bytes on the disk of a file, for who isn't root; 0 where that can't be told."""
+    import shutil
+    try:
+        return shutil.disk_usage(os.path.dirname(os.path.abspath(path))).free
+    except OSError:
+        return 0
+
+
+class Readiness:
+    """Tells whether the store can be written and is whole, and the life cycle makes its passes.
+
+    It needs no token; whoever asks often gets the answer of the second before.
+    """
+
+    def __init__(self, service: Reservations):
+        self.service, self.lock = service, threading.Lock()
+        self.until, self.found, self.troubles = 0.0, {}, 0
+
+    def answer(self):
+        with self.lock:
+            with suppress(Unavailable):
+                store_file.look()
+            if time.monotonic() >= self.until or store_file.troubles != self.troubles:
+                self.troubles = store_file.troubles
+                self.found, self.until = self.look_safely(), time.monotonic() + 1
+            found = self.found
+        return sent(json_text(found), 200 if found['status'] == 'ready' else 503, UNKEPT)
+
+    def look_safely(self) -> dict:
+        """What is so now, also where that can't be read."""
+        try:
+            return self.look()
+        except (Unavailable, *STORE_ERRORS) as error:
+            return {'status': 'not ready', 'store': {'fault': str(trouble(error) or error)}}
+
+    def look(self) -> dict:
+        """What is so now: each part with a fault, if it has one."""
+        failed, at = store_file.failed  # on a disk that is nearly full, small writes go on
+        fault = probe(store_file.path) or failed * (time.monotonic() < at + 5)
+        store = {'fault': fault, 'version': latest_version()}
+        found = {'store': store, 'integrity': self.integrity(store['fault']), 'disk': self.disk(),
+                 'scheduler': {} if store['fault'] else self.scheduler()}
+        ready = not any(each.get('fault') for each in found.values())
+        return {'status': 'ready' if ready else 'not ready'} | {
+            name: {key: value for key, value in each.items() if value != ''}
+            for name, each in found.items()}
+
+    def disk(self) -> dict:
+        """How much space the database has left."""
+        config = self.service.config
+        free, most = disk_free(config.database) // 2**20, config.min_disk
+        fault = (f'only {free} MiB are free on the disk of the database; {most} are to be kept '
+                 '(min_disk)')
+        return {'free_mib': free, 'fault': fault if free < most else ''}
+
+    def integrity(self, fault: str) -> dict:
+        """What the last check of the file found; a new one, where damage was met since."""
+        if store_file.damage and not fault and not (damage := look_for_damage(store_file.path)):
+            with transaction():
+                note_check(self.service.clock(), damage)
+        last = {} if fault else json.loads(fact('checked') or '{}')
+        checked = {'checked': instant(last['at'])} if last else {}
+        return checked | {'fault': store_file.damage or (
+            DAMAGED.format(last['result']) if last and last['result'] != 'ok' else '')}
+
+    def scheduler(self) -> dict:
+        """How long ago a scheduler renewed its right to act, which it does in its passes."""
+        found, most = row('SELECT until FROM lease'), self.service.config.max_pass_age
+        if not found:
+            return {'fault': 'no scheduler has run yet: start `serve` or `scheduler`'}
+        age = round(max(self.service.clock() - found.until + self.service.config.lease, 0), 1)
+        late = (f'the last pass was {format_duration(int(age))} ago: start `serve` or `scheduler`, '
+                'or look at its log')
+        return {'last_pass': age, 'fault': late if age > most else ''}
+
+
+RETRY = 60  # seconds after which somebody may try again, where nothing better is known
+
+
+def note_wait(environ: dict, error: Error) -> None:
+    """Notes of a request that is refused when it may be sent again."""
+    environ['cmres.retry_after'] = error.details.get('retry_after', RETRY)
+
+
+def error_body(error: Error) -> dict:
+    METRICS.count('refusals_total', kind=type(error).__name__)
+    return {'error': str(error), 'kind': type(error).__name__} | ({'details': error.details} if error.details else {})
+
+
+def error_text(failure, request, response) -> str:
+    """The JSON of what never reached a handler: no such address, wrong verb, a bug."""
+    for name, value in UNKEPT.items():
+        response.set_header(name, value)
+    if failure.status_code == 405:
+        return wrong_verb(failure, request, response)
+    error = failure.body
+    if failure.status_code == 500 and not isinstance(error, Error):
+        error = mistake(failure.exception, request)
+    if failure.status_code == 404 and not isinstance(error, Error):
+        error = NotFound(f'there is nothing at {request.path}; /openapi.json lists all addresses')
+    if not isinstance(error, Error):
+        error = Invalid(f'{error}'.lower())
+    for name, value in headers_of(error).items():
+        response.set_header(name, value)
+    return json_text(error_body(error))
+
+
+def wrong_verb(failure, request, response) -> str:
+    """What is said of the verbs of an address: to who asks for them, and to who took another."""
+    verbs = set(failure.headers['Allow'].split(',')) - {'PROXY'}
+    verbs = sorted(verbs | {'OPTIONS'} | ({'HEAD'} if 'GET' in verbs else set()))
+    response.set_header('Allow', ', '.join(verbs))
+    if request.method == 'OPTIONS':
+        response.status = 204
+        return ''
+    use = ' or '.join(each for each in verbs if each not in ('HEAD', 'OPTIONS'))
+    return json_text(error_body(Error(f'{request.method} is not for this address; use {use}')))
+
+
+def request_name(environ: dict) -> str:
+    """The name that a request came with, or a new one."""
+    import uuid
+    name = environ.get('HTTP_X_REQUEST_ID', '')
+    return name if re.fullmatch('[A-Za-z0-9._-]{1,64}', name) else f'req-{uuid.uuid4()}'
+
+
+def name_request(request, response) -> None:
+    """Gives an answer the name that its request came with, or a new one."""
+    name = request.environ.get('cmres.request_id') or request_name(request.environ)
+    for header in ('X-Request-Id', 'X-Openstack-Request-Id'):
+        response.set_header(header, name)
+
+
+def plain_path(environ: dict) -> None:
+    """The address without its last slash; refuses one that is not UTF-8."""
+    import bottle
+    try:
+        environ['bottle.raw_path'].encode('latin1').decode('utf8')
+    except UnicodeDecodeError:
+        raise bottle.HTTPError(400, 'the address is not UTF-8') from None
+    environ['PATH_INFO'] = environ['PATH_INFO'].rstrip('/') or '/'
+
+
+def who_asks(service: Reservations, request, visitor: Callable | None = None) -> Actor:
+    """Whose token a request has; who only reads may have signed in to the page instead."""
+    secret = bearer(request)
+    if not secret and visitor and request.method in ('GET', 'HEAD') and (actor := visitor(request)):
+        return actor
+    if not secret:
+        raise Unauthorized('a token is needed: Authorization: Bearer TOKEN; an admin makes one '
+                           'with: token add USER')
+    try:
+        found = token_of(secret, service.clock())
+    except Unauthorized:
+        note_wrong(service, request.environ)
+        raise
+    note_caller(service, request.environ, found)
+    return bearer_of(found)
+
+
+def note_caller(service: Reservations, environ: dict, found) -> None:
+    """Notes of a request who sends it; TooMany if they do so too often."""
+    environ['cmres.token'] = found
+    service.shares.uses.note(found.id, service.clock())
+    if found.role != ADMIN:  # theirs are the programs of the operator, such as Nova's filter
+        name = f'{found.project}/{found.user}'
+        service.shares.rates.take('requests_per_user', name)
+        service.shares.rates.look('mib_per_user', name)
+
+
+def note_wrong(service: Reservations, environ: dict) -> None:
+    """Notes a wrong token of an address; TooMany if many come from there."""
+    address = environ.get('cmres.address', '')
+    METRICS.count('wrong_tokens_total')
+    service.shares.wrong[address] += 1
+    service.shares.rates.take('wrong_tokens', address)
+
+
+def while_there(environ: dict) -> Callable[[], None]:
+    """What is asked before a change is written: whether its client has hung up meanwhile."""
+    gone = environ.get('waitress.client_disconnected', lambda: False)
+
+    def check() -> None:
+        if gone():
+            METRICS.count('hung_up_total')
+            raise Unavailable('the client has hung up, so nothing was changed')
+    return check
+
+
+def bearer(request) -> str:
+    """The token of a request; '' without one."""
+    scheme, _, token = request.get_header('Authorization', '').partition(' ')
+    token = token if scheme.lower() == 'bearer' else ''
+    return (token or request.get_header('X-Auth-Token', '')).strip()
+
+
+def read_query(request, several: Iterable[str] = ()) -> dict:
+    """The fields of an address, each once."""
+    return fields_of(request.query_string.encode(), 'query', several)
+
+
+def fields_of(text: bytes, what: str, several: Iterable[str] = ()) -> dict:
+    """The fields of a query or of a form.
+
+    Args:
+      several: those that may come more than once
+
+    Raises:
+      Invalid: they are not UTF-8, too many, or given twice with two values.
+    """
+    try:
+        pairs = parse_qsl(text.decode(), keep_blank_values=True, errors='strict', max_num_fields=100)
+    except (UnicodeDecodeError, ValueError):
+        raise Invalid(f'the {what} is not UTF-8 or has more than 100 fields') from None
+    lists = {each: ','.join(value for name, value in pairs if name == each)
+             for each in several if any(name == each for name, _ in pairs)}
+    return lists | given_once(*({name: value} for name, value in pairs if name not in lists))
+
+
+def whole_body(request, most: int = MOST_BODY) -> bytes:
+    """The body of a request; TooLarge if it has more than `most` bytes."""
+    if (request.content_length or 0) > most or len(body := request.body.read(most + 1)) > most:
+        raise TooLarge(f'the body is larger than {most} bytes; send it in parts')
+    return body
+
+
+def most_body(operation: Operation) -> int:
+    """How many bytes its body may have: a calendar in JSON is longer than in a file."""
+    return 2 * MOST_ICS if takes_calendar(operation) else MOST_BODY
+
+
+def read_body(request, most: int) -> dict:
+    text = whole_body(request, most)
+    if not text.strip():
+        return {}
+    if request.content_type.partition(';')[0].strip().lower() == 'text/calendar':
+        return {'file': text.decode('utf8', 'surrogateescape')}
+    try:
+        body = json.loads(text.decode('utf8'), object_pairs_hook=lambda pairs: given_once(*({k: v} for k, v in pairs)))
+        json.dumps(body, ensure_ascii=False).encode()
+    except UnicodeError:
+        raise Invalid('the body is not UTF-8') from None
+    except (ValueError, RecursionError) as error:
+        raise Invalid(f'the body is not JSON: {error}') from None
+    if not isinstance(body, dict):
+        raise Invalid(f'the body must be a JSON object such as {{"label": "lab"}}, not {shown(body)}')
+    return body
+
+
+def given_once(*sources: dict) -> dict:
+    """All arguments together; refuses one that comes twice with different values."""
+    given: dict = {}
+    for source in sources:
+        for name, value in source.items():
+            if name in given and given[name] != value:
+                raise Invalid(f'{name} is given twice: {shown(given[name])} and {shown(value)}')
+            given[name] = value
+    return given
+
+
 # Gate ########################################################################
 #
 # What stands before REST and the page: whose address a request is from, whether it asks too often,
@@ -12223,10 +15759,10 @@ class Gate:
         self.reader = ''  # the hash of the token that has read metrics last
 
     def __call__(self, environ: dict, start_response: Callable) -> Iterable[bytes]:
-        began, answer = time.monotonic(), Answer(environ, start_response)
+        began, answer = time.monotonic(), Reply(environ, start_response)
         environ['cmres.address'] = address = self.address(environ)
         environ['cmres.began'] = began
-        environ.setdefault('cmres.request_id', request_id(environ))
+        environ['cmres.request_id'] = request_name(environ)
         try:
             self.service.shares.rates.take('requests_per_address', address)
             self.service.shares.rates.look('mib_per_address', address)
@@ -12247,7 +15783,7 @@ class Gate:
         trusted = said and self.service.config.is_proxy(peer)
         return network_of(said) or network_of(peer) if trusted else network_of(peer)
 
-    def metrics(self, environ: dict, answer: Answer) -> Iterable[bytes]:
+    def metrics(self, environ: dict, answer: Reply) -> Iterable[bytes]:
         """What Prometheus reads.
 
         Raises:
@@ -12269,7 +15805,7 @@ class Gate:
         secret = hashed(bearer(request))
         try:
             with db.connection_context():
-                asks = caller(self.service, request)
+                asks = who_asks(self.service, request)
         except (Unavailable, *STORE_ERRORS) as error:
             if secret != self.reader:
                 raise trouble(error) or error from None
@@ -12278,7 +15814,7 @@ class Gate:
             raise Forbidden("metrics need an admin's token; it may have the scope read")
         self.reader = secret
 
-    def finish(self, environ: dict, answer: Answer, began: float, sent: int) -> None:
+    def finish(self, environ: dict, answer: Reply, began: float, sent: int) -> None:
         """Counts a request that is answered, and writes its line."""
         operation, took = self.operation(environ), time.monotonic() - began
         token, received = environ.get('cmres.token'), int(environ.get('CONTENT_LENGTH') or 0)
@@ -12305,21 +15841,7 @@ class Gate:
         return self.operations.get(('GET' if verb == 'HEAD' else verb, rule), rule)
 
 
-def request_id(environ: dict) -> str:
-    """The id that a request brings, if it is one, else a new one."""
-    said = environ.get('HTTP_X_REQUEST_ID', '')
-    return said if re.fullmatch('[A-Za-z0-9._-]{1,64}', said) else f'req-{secrets.token_hex(8)}'
-
-
-RETRY = 60  # seconds after which somebody may try again, where nothing better is known
-
-
-def note_wait(environ: dict, error: Error) -> None:
-    """Notes of a request that is refused when it may be sent again."""
-    environ['cmres.retry_after'] = error.details.get('retry_after', RETRY)
-
-
-class Answer:
+class Reply:
     """How one request is answered, as far as the gate has a say in it."""
 
     def __init__(self, environ: dict, start_response: Callable):
@@ -12479,440 +16001,6 @@ def resident() -> int:
         return 0
 
 
-def disk_free(path: str) -> int:
-    """The free bytes on the disk of a file, for who isn't root; 0 where that can't be told."""
-    import shutil
-    try:
-        return shutil.disk_usage(os.path.dirname(os.path.abspath(path))).free
-    except OSError:
-        return 0
-
-
-# REST ########################################################################
-#
-# Routes come from the marks of the service. One wrapper reads, calls and answers; it and the
-# error handler below it are the only places that know statuses. All answers are JSON.
-
-BASE = '/cm/v1.0'
-MOST_BODY = 2**20  # bytes
-LATE = 60  # seconds without a pass after which a life cycle is taken for broken
-
-
-def rest(service: Reservations, told: Callable | None = None):
-    """The WSGI application that answers for a service; `told` words what never reaches one of its handlers."""
-    import bottle
-    app = bottle.Bottle()
-    app.uninstall('json')  # it knows neither lists nor instants
-    app.default_error_handler = told or (lambda failure: error_text(failure, bottle.request, bottle.response))
-    app.install(answering)
-    app.add_hook('before_request', lambda: plain_path(bottle.request.environ))
-    for operation in API.values():
-        for verb, path, fixed in operation.routes:
-            app.route((BASE + path).rstrip('/'), verb, handler(service, operation, fixed))
-    app.route('/healthz', 'GET', health_handler(service))
-    for path in ('/calendar/<secret>/<name>.ics', '/calendar/<secret>.ics'):  # programs show the end
-        app.route(path, 'GET', feed_handler(service))
-    app.route('/readyz', 'GET', Readiness(service).answer, skip=[answering])
-    app.route('/openapi.json', 'GET', handler(service, None, {}))
-    return app
-
-
-def handler(service: Reservations, operation: Operation | None, fixed: dict) -> Callable:
-    """Answers one address: who asks, what is asked, the call, its answer in JSON."""
-    import bottle
-
-    def handle(**path):
-        try:
-            acting = service.acting(caller(service, bottle.request))
-            acting.wanted = while_there(bottle.request.environ)
-            if operation is None:
-                return reply(200, openapi())
-            body = read_body(bottle.request, most_body(operation))
-            given = given_once(read_query(bottle.request), body, path, fixed)
-            bound = bind(operation, given, acting.here)
-            with acting.shares.answering(acting.actor.user):
-                answer = getattr(acting, operation.name)(**bound)
-        except Error as error:
-            note_wait(bottle.request.environ, error)
-            return reply(error.status, error_body(error))
-        made = operation.name.rsplit('_')[-1] in ('add', 'load', 'generate') and not bound.get('dry_run')
-        return reply(201 if made else 200, answer)
-
-    def reply(status: int, body):
-        headers = {'WWW-Authenticate': 'Bearer'} if status == 401 else {}
-        for field, kind in (('label', 'reservation'), ('name', 'resource')):
-            if status == 201 and field in body:
-                headers['Location'] = f'{BASE}/{kind}/{body[field]}'
-        return bottle.HTTPResponse(json_text(body), status, {'Content-Type': 'application/json', **headers})
-    return handle
-
-
-def feed_handler(service: Reservations) -> Callable:
-    """Answers calendar programs: nothing but a secret in the address tells who asks."""
-    import bottle
-    written = WrittenFeeds(service)
-
-    def handle(secret: str, name: str = ''):
-        try:
-            etag, text = written.current(secret)
-        except Error as error:
-            return bottle.HTTPResponse(json_text(error_body(error)), error.status, {'Content-Type': 'application/json'})
-        same = etag in bottle.request.headers.get('If-None-Match', '')
-        return bottle.HTTPResponse('' if same else text, 304 if same else 200, {
-            'Content-Type': 'text/calendar; charset=utf-8', 'ETag': etag, 'Cache-Control': 'private, no-cache'})
-    return handle
-
-
-class Written(NamedTuple):
-    """A feed as it was written, with what tells whether it still holds."""
-    newest: int | None = None  # the last event of the event log then
-    digest: str | None = None  # of what it shows
-    holds: float = 0           # until when, if nothing changes
-    etag: str = ''
-    text: bytes = b''
-
-
-class WrittenFeeds:
-    """The feeds that were asked for last, each written once for all who ask.
-
-    One is written at a time: a long one takes memory. While half of the threads wait for that,
-    others are told to come again.
-    """
-    MOST = 2**26  # bytes of all that are kept
-
-    def __init__(self, service: Reservations):
-        self.service, self.kept = service, {}
-        self.lock = threading.Lock()
-        self.places = threading.BoundedSemaphore(max(service.config.threads // 2, 1))
-
-    def current(self, secret: str) -> tuple[str, bytes]:
-        """The ETag and the text of a feed as it is now."""
-        name, feed = self.service.feed(secret)
-        found = self.kept.get(feed.id, Written())
-        if self.is_old(found):
-            if not self.places.acquire(blocking=False):
-                raise Unavailable('many calendars are being written; try again in a minute')
-            try:
-                with self.lock:
-                    found = self.written_anew(name, feed)
-            finally:
-                self.places.release()
-        return found.etag, found.text
-
-    def size(self) -> int:
-        return sum(len(each.text) for each in self.kept.values())
-
-    def newest(self) -> int | None:
-        return row('SELECT max(id) AS newest FROM event').newest
-
-    def is_old(self, found: Written) -> bool:
-        return found.newest != self.newest() or self.service.clock() >= found.holds
-
-    def written_anew(self, name: str, feed) -> Written:
-        """The feed as it is now; somebody else may have written it meanwhile."""
-        found, newest = self.kept.get(feed.id, Written()), self.newest()
-        if not self.is_old(found):
-            return found
-        digest = self.service.feed_digest(feed)
-        if digest != found.digest or self.service.clock() >= found.holds:
-            events, holds = self.service.feed_events(feed)
-            text = calendar_text(name, events).encode()
-            etag = hashlib.sha256(text).hexdigest()[:32]
-            found = Written(newest, digest, holds, f'"{etag}"', text)
-        self.kept.pop(feed.id, None)
-        while self.kept and self.size() + len(found.text) > self.MOST:
-            del self.kept[next(iter(self.kept))]
-        self.kept[feed.id] = found = found._replace(newest=newest)
-        return found
-
-
-def answering(handle: Callable) -> Callable:
-    """A handler that is not asked while the store is lost, and whose failures are told."""
-    import bottle
-
-    def answer(*args, **path):
-        try:
-            store_file.check()
-            store_file.refuse_other(stored_id())
-            return handle(*args, **path)
-        except bottle.HTTPResponse:
-            raise
-        except Exception as error:
-            refusal = error if isinstance(error, Error) else trouble(error)
-            refusal = refusal or mistake(error, bottle.request)
-            return bottle.HTTPError(refusal.status, refusal)
-    return answer
-
-
-def mistake(error: Exception, request) -> Error:
-    """What is said of a mistake of ours: where the log has all of it."""
-    id = secrets.token_hex(4)
-    log.error('%s: %s %s failed', id, request.method, request.path, exc_info=error)
-    return Error(f'cmres made a mistake. Please tell an admin this number: {id}. It is in the log '
-                 'of the server', id=id)
-
-
-def health_handler(service: Reservations) -> Callable:
-    """Says whether the store can be read and the life cycle goes on; the address needs no token."""
-    import bottle
-
-    def handle():
-        row('SELECT 1 AS one')
-        age = service.age() if service.age else 0
-        status, body = 200, {'status': 'ok'} | ({'last_pass': round(age, 1)} if service.age else {})
-        if age > LATE:
-            status, body = 503, {'last_pass': round(age, 1), 'error': 'no VM was started or ended for '
-                                 f'{format_duration(age)}; the log of this server says why'}
-        return bottle.HTTPResponse(json_text(body), status, {'Content-Type': 'application/json'})
-    return handle
-
-
-class Readiness:
-    """Tells whether the store can be written and is whole, and the life cycle makes its passes.
-
-    It needs no token; whoever asks often gets the answer of the second before.
-    """
-
-    def __init__(self, service: Reservations):
-        self.service, self.lock = service, threading.Lock()
-        self.until, self.found = 0.0, {}
-
-    def answer(self):
-        import bottle
-        with self.lock:
-            if time.monotonic() >= self.until:
-                self.found, self.until = self.look_safely(), time.monotonic() + 1
-            found = self.found
-        return bottle.HTTPResponse(json_text(found), 200 if found['status'] == 'ready' else 503,
-                                   {'Content-Type': 'application/json'})
-
-    def look_safely(self) -> dict:
-        """What is so now, also where that can't be read."""
-        try:
-            return self.look()
-        except (Unavailable, *STORE_ERRORS) as error:
-            return {'status': 'not ready', 'store': {'fault': str(trouble(error) or error)}}
-
-    def look(self) -> dict:
-        """What is so now: each part with a fault, if it has one."""
-        store = {'fault': probe(store_file.path), 'version': latest_version()}
-        found = {'store': store, 'integrity': self.integrity(store['fault']), 'disk': self.disk(),
-                 'scheduler': {} if store['fault'] else self.scheduler()}
-        ready = not any(each.get('fault') for each in found.values())
-        return {'status': 'ready' if ready else 'not ready'} | {
-            name: {key: value for key, value in each.items() if value != ''}
-            for name, each in found.items()}
-
-    def disk(self) -> dict:
-        """How much space the database has left."""
-        config = self.service.config
-        free, most = disk_free(config.database) // 2**20, config.min_disk
-        fault = (f'only {free} MiB are free on the disk of the database; {most} are to be kept '
-                 '(min_disk)')
-        return {'free_mib': free, 'fault': fault if free < most else ''}
-
-    def integrity(self, fault: str) -> dict:
-        """What the last check of the file found; a new one, where damage was met since."""
-        if store_file.damage and not fault and not (damage := look_for_damage(store_file.path)):
-            with transaction():
-                note_check(self.service.clock(), damage)
-        last = {} if fault else json.loads(fact('checked') or '{}')
-        checked = {'checked': instant(last['at'])} if last else {}
-        return checked | {'fault': store_file.damage or (
-            DAMAGED.format(last['result']) if last and last['result'] != 'ok' else '')}
-
-    def scheduler(self) -> dict:
-        """How long ago a scheduler renewed its right to act, which it does in its passes."""
-        found, most = row('SELECT until FROM lease'), self.service.config.max_pass_age
-        if not found:
-            return {'fault': 'no scheduler has run yet: start `serve` or `scheduler`'}
-        age = round(max(self.service.clock() - found.until + self.service.config.lease, 0), 1)
-        late = (f'the last pass was {format_duration(int(age))} ago: start `serve` or `scheduler`, '
-                'or look at its log')
-        return {'last_pass': age, 'fault': late if age > most else ''}
-
-
-def error_body(error: Error) -> dict:
-    METRICS.count('refusals_total', kind=type(error).__name__)
-    return {'error': str(error), 'kind': type(error).__name__} | ({'details': error.details} if error.details else {})
-
-
-def error_text(failure, request, response) -> str:
-    """The JSON of what never reached a handler: no such address, wrong verb, a bug."""
-    response.content_type = 'application/json'
-    allow = failure.headers.get('Allow')
-    sentences = {404: f'there is nothing at {request.path}; /openapi.json lists all addresses',
-                 405: f"{request.method} is not for this address; use {' or '.join((allow or '').split(','))}"}
-    if isinstance(failure.body, Error):
-        return json_text(error_body(failure.body))
-    if failure.status_code == 500:
-        return json_text(error_body(mistake(failure.exception, request)))
-    return json_text({'error': sentences.get(failure.status_code, f'{failure.body}'.lower())})
-
-
-def plain_path(environ: dict) -> None:
-    """The address without its last slash; refuses one that is not UTF-8."""
-    import bottle
-    try:
-        environ['bottle.raw_path'].encode('latin1').decode('utf8')
-    except UnicodeDecodeError:
-        raise bottle.HTTPError(400, 'the address is not UTF-8') from None
-    environ['PATH_INFO'] = environ['PATH_INFO'].rstrip('/') or '/'
-
-
-def caller(service: Reservations, request) -> Actor:
-    """Who sends a request, by its token, of which is noted that it was used."""
-    secret = bearer(request)
-    try:
-        found = token_of(secret, service.clock())
-    except Unauthorized:
-        note_wrong(service, request.environ)
-        raise
-    note_caller(service, request.environ, found)
-    return bearer_of(found)
-
-
-def note_caller(service: Reservations, environ: dict, found) -> None:
-    """Notes of a request who sends it; TooMany if they do so too often."""
-    environ['cmres.token'] = found
-    service.shares.uses.note(found.id, service.clock())
-    if found.role != ADMIN:  # theirs are the programs of the operator, such as Nova's filter
-        name = f'{found.project}/{found.user}'
-        service.shares.rates.take('requests_per_user', name)
-        service.shares.rates.look('mib_per_user', name)
-
-
-def note_wrong(service: Reservations, environ: dict) -> None:
-    """Notes a wrong token of an address; TooMany if many come from there."""
-    address = environ.get('cmres.address', '')
-    METRICS.count('wrong_tokens_total')
-    service.shares.wrong[address] += 1
-    service.shares.rates.take('wrong_tokens', address)
-
-
-def while_there(environ: dict) -> Callable[[], None]:
-    """What is asked before a change is written: whether its client has hung up meanwhile."""
-    gone = environ.get('waitress.client_disconnected', lambda: False)
-
-    def check() -> None:
-        if gone():
-            METRICS.count('hung_up_total')
-            raise Unavailable('the client has hung up, so nothing was changed')
-    return check
-
-
-def bearer(request) -> str:
-    scheme, _, token = request.environ.get('HTTP_AUTHORIZATION', '').partition(' ')
-    if scheme.lower() != 'bearer' or not token:
-        raise Unauthorized('a token is needed: Authorization: Bearer TOKEN; an admin makes one with: token add USER')
-    return token.strip()
-
-
-def read_query(request) -> dict:
-    """The fields of an address, each once."""
-    return fields_of(request.query_string.encode(), 'query')
-
-
-def fields_of(text: bytes, what: str) -> dict:
-    """The fields of a query or of a form; Invalid if they are not UTF-8, too many, or given twice with two values."""
-    try:
-        pairs = parse_qsl(text.decode(), keep_blank_values=True, errors='strict', max_num_fields=100)
-    except (UnicodeDecodeError, ValueError):
-        raise Invalid(f'the {what} is not UTF-8 or has more than 100 fields') from None
-    return given_once(*({name: value} for name, value in pairs))
-
-
-def whole_body(request, most: int = MOST_BODY) -> bytes:
-    """The body of a request; TooLarge if it has more than `most` bytes."""
-    if (request.content_length or 0) > most or len(body := request.body.read(most + 1)) > most:
-        raise TooLarge(f'the body is larger than {most} bytes; send it in parts')
-    return body
-
-
-def most_body(operation: Operation) -> int:
-    """How many bytes its body may have: a calendar in JSON is longer than in a file."""
-    takes_calendar = any(each.annotation is Ics for each in operation.parameters.values())
-    return 2 * MOST_ICS if takes_calendar else MOST_BODY
-
-
-def read_body(request, most: int) -> dict:
-    text = whole_body(request, most)
-    if not text.strip():
-        return {}
-    if request.content_type.partition(';')[0].strip().lower() == 'text/calendar':
-        return {'file': text.decode('utf8', 'surrogateescape')}
-    try:
-        body = json.loads(text.decode('utf8'), object_pairs_hook=lambda pairs: given_once(*({k: v} for k, v in pairs)))
-        json.dumps(body, ensure_ascii=False).encode()
-    except UnicodeError:
-        raise Invalid('the body is not UTF-8') from None
-    except (ValueError, RecursionError) as error:
-        raise Invalid(f'the body is not JSON: {error}') from None
-    if not isinstance(body, dict):
-        raise Invalid(f'the body must be a JSON object such as {{"label": "lab"}}, not {shown(body)}')
-    return body
-
-
-def given_once(*sources: dict) -> dict:
-    """All arguments together; refuses one that comes twice with different values."""
-    given: dict = {}
-    for source in sources:
-        for name, value in source.items():
-            if name in given and given[name] != value:
-                raise Invalid(f'{name} is given twice: {shown(given[name])} and {shown(value)}')
-            given[name] = value
-    return given
-
-
-SCHEMAS = {int: {'type': 'integer'}, Cursor: {'type': ['string', 'integer']},
-           bool: {'type': 'boolean'}, Count: {'type': 'integer', 'minimum': 1},
-           Most: {'oneOf': [{'type': 'integer', 'minimum': 0}, {'const': 'unlimited'}]},
-           Label: {'type': 'string', 'pattern': '^[A-Za-z0-9._-]{1,64}$'},
-           NewLabel: {'type': 'string', 'pattern': '^[A-Za-z0-9._][A-Za-z0-9._-]{0,63}$'},
-           Names: {'type': 'array', 'items': {'type': 'string'}},
-           Pairs: {'type': 'object', 'additionalProperties': {'type': 'string'}},
-           Rows: {'type': 'array', 'items': {'type': 'object'}},
-           Classes: {'type': 'object', 'additionalProperties': {'type': 'integer', 'minimum': 0}},
-           Hosts: {'type': 'array', 'items': {'type': 'string'}, 'maxItems': MOST_PARTS},
-           Parts: {'type': 'array', 'maxItems': MOST_PARTS, 'items': {'oneOf': [
-               {'type': 'string'}, {'type': 'object', 'additionalProperties': False, 'properties': {
-                   name: {'type': 'integer' if kind is Count else 'string'} for name, kind in PART_FIELDS.items()}}]}}}
-
-
-def openapi() -> dict:
-    """OpenAPI 3.1 of all operations, out of the same signatures that read the arguments."""
-    paths: dict = defaultdict(dict)
-    for operation in API.values():
-        for number, (verb, path, fixed) in enumerate(operation.routes):
-            named = re.findall(r'<(\w+)>', path)
-            fields = {name: each for name, each in operation.parameters.items() if name not in (*named, *fixed)}
-            entry = {'operationId': operation.name + (f'_{number}' if number else ''), 'summary': operation.summary,
-                     'parameters': [openapi_parameter(name, operation.parameters[name], 'path') for name in named],
-                     'responses': {'200': {'description': 'done'},
-                                   'default': {'description': 'refused: {"error": "..."}'}}}
-            if verb in ('POST', 'PATCH'):
-                entry['requestBody'] = {'content': {'application/json': {'schema': openapi_object(fields)}}}
-            else:
-                entry['parameters'] += [openapi_parameter(name, each, 'query') for name, each in fields.items()]
-            paths[(BASE + path).replace('<', '{').replace('>', '}')][verb.lower()] = entry
-    return {'openapi': '3.1.0', 'info': {'title': 'cmres', 'version': __version__}, 'paths': paths,
-            'components': {'securitySchemes': {'token': {'type': 'http', 'scheme': 'bearer'}}},
-            'security': [{'token': []}]}
-
-
-def openapi_parameter(name: str, parameter, place: str) -> dict:
-    return {'name': name, 'in': place, 'required': place == 'path', 'description': WORDS[name],
-            'schema': SCHEMAS.get(parameter.annotation, {'type': 'string'})}
-
-
-def openapi_object(fields: dict) -> dict:
-    return {'type': 'object', 'additionalProperties': False,
-            'properties': {name: SCHEMAS.get(each.annotation, {'type': 'string'}) | {'description': WORDS[name]}
-                           for name, each in fields.items()},
-            'required': [name for name, each in fields.items() if each.default is each.empty
-                         and (name, 'part') != ('resource', 'part' if 'part' in fields else '')]}
-
-
 # Page ########################################################################
 #
 # What people see in a browser: pages drawn here, forms that call the service. A form names the
@@ -12927,32 +16015,41 @@ MOST_LANES = 8     # of them, one below the other on one resource
 MOST_LINES_SHOWN = 50  # reservations on one page of the list
 THINNEST = 0.7     # percent of a time line that a bar takes at least
 ROOM = 9           # percent of a time line that a label takes
-SAFE = {'Content-Security-Policy': "default-src 'none'; style-src 'self'; script-src 'self'; connect-src 'self'; "
+SAFE = {'Content-Security-Policy': "default-src 'none'; style-src 'self'; script-src 'self'; "
+                                   "connect-src 'self'; "
                                    "form-action 'self'; base-uri 'none'; frame-ancestors 'none'",
-        'X-Frame-Options': 'DENY', 'X-Content-Type-Options': 'nosniff', 'Referrer-Policy': 'same-origin',
+        'X-Frame-Options': 'DENY', 'X-Content-Type-Options': 'nosniff',
+        'Referrer-Policy': 'same-origin',
         'Cache-Control': 'no-store', 'Content-Type': 'text/html; charset=utf-8'}
 #: A sign beside the word of each state, for those who don't tell colours apart.
-SIGNS = {'waiting': '…', 'pending': '?', 'reserved': '○', 'starting': '◔', 'active': '●', 'degraded': '◑',
+SIGNS = {'waiting': '…', 'pending': '?', 'reserved': '○', 'starting': '◔', 'active': '●',
+         'degraded': '◑',
          'ending': '◕', 'ended': '□', 'cancelled': '×', 'failed': '!'}
 
 STYLE = '''
 :root { color-scheme: light dark; --back: #f6f7f9; --card: #fff; --text: #1b2430; --soft: #51606f;
-  --line: #d5dbe1; --busy: #b9c3ce; --full: #8494a5; --mine: #0b62a4; --on-mine: #fff; --good: #0a6b4d;
+  --line: #d5dbe1; --busy: #b9c3ce; --full: #8494a5; --mine: #0b62a4; --on-mine: #fff;
+    --good: #0a6b4d;
   --warn: #8a5a00; --bad: #a63a00; --now: #c2410c; --tint: #e8f1f9; --focus: #0b62a4 }
 @media (prefers-color-scheme: dark) {
-  :root { --back: #11161c; --card: #1a212a; --text: #e8edf2; --soft: #a9b6c3; --line: #33404d; --busy: #4a5968;
-    --full: #74869a; --mine: #7cbcf0; --on-mine: #0c1620; --good: #6fd3ae; --warn: #f0b95a; --bad: #ff9d73;
+  :root { --back: #11161c; --card: #1a212a; --text: #e8edf2; --soft: #a9b6c3; --line: #33404d;
+    --busy: #4a5968;
+    --full: #74869a; --mine: #7cbcf0; --on-mine: #0c1620; --good: #6fd3ae; --warn: #f0b95a;
+      --bad: #ff9d73;
     --now: #ff9d73; --tint: #1f3040; --focus: #7cbcf0 }
 }
 * { box-sizing: border-box }
 body { margin: 0; font: 15px/1.5 system-ui, 'Segoe UI', Roboto, 'Noto Sans', sans-serif;
   background: var(--back); color: var(--text) }
 a { color: var(--mine) }
-a:focus-visible, button:focus-visible, input:focus-visible, select:focus-visible, textarea:focus-visible,
-  summary:focus-visible, [tabindex]:focus-visible { outline: 3px solid var(--focus); outline-offset: 2px }
+a:focus-visible, button:focus-visible, input:focus-visible, select:focus-visible,
+  textarea:focus-visible,
+  summary:focus-visible, [tabindex]:focus-visible { outline: 3px solid var(--focus);
+    outline-offset: 2px }
 .skip { position: absolute; left: -99rem }
 .skip:focus { left: 1rem; top: .5rem; background: var(--card); z-index: 2 }
-header { display: flex; flex-wrap: wrap; gap: .3rem 1.2rem; align-items: center; padding: .6rem 1.2rem;
+header { display: flex; flex-wrap: wrap; gap: .3rem 1.2rem; align-items: center;
+  padding: .6rem 1.2rem;
   background: var(--card); border-bottom: 1px solid var(--line) }
 header nav { display: flex; flex-wrap: wrap; gap: 1rem; flex: 1 }
 header nav a { text-decoration: none; padding: .2rem 0 }
@@ -12961,11 +16058,13 @@ header nav a[aria-current] { font-weight: 600; border-bottom: 2px solid }
   color: var(--text) }
 main { max-width: 78rem; margin: 0 auto; padding: 1rem 1.2rem 3rem }
 main:focus { outline: none }
-footer { max-width: 78rem; margin: 0 auto; padding: 0 1.2rem 2rem; color: var(--soft); font-size: .9rem }
+footer { max-width: 78rem; margin: 0 auto; padding: 0 1.2rem 2rem; color: var(--soft);
+  font-size: .9rem }
 h1 { font-size: 1.5rem; margin: .4rem 0 .8rem }
 h2 { font-size: 1.1rem; margin: 1.6rem 0 .5rem }
 h3 { font-size: 1rem; margin: 0 }
-.card { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: .8rem 1rem;
+.card { background: var(--card); border: 1px solid var(--line); border-radius: 10px;
+  padding: .8rem 1rem;
   margin: .6rem 0 }
 .soft { color: var(--soft) }
 .small { font-size: .88rem }
@@ -12978,12 +16077,15 @@ time + span { white-space: nowrap }
 .bar-top { display: flex; flex-wrap: wrap; gap: .5rem 1rem; align-items: center;
   justify-content: space-between }
 .tabs { display: flex; flex-wrap: wrap; gap: .35rem }
-.tabs a { padding: .25rem .7rem; border: 1px solid var(--line); border-radius: 999px; text-decoration: none;
+.tabs a { padding: .25rem .7rem; border: 1px solid var(--line); border-radius: 999px;
+  text-decoration: none;
   background: var(--card) }
 .tabs a[aria-current] { text-decoration: underline; background: var(--mine); color: var(--on-mine);
   border-color: var(--mine) }
-button, .button { font: inherit; padding: .3rem .8rem; border-radius: 7px; border: 1px solid var(--mine);
-  background: var(--card); color: var(--mine); cursor: pointer; text-decoration: none; display: inline-block }
+button, .button { font: inherit; padding: .3rem .8rem; border-radius: 7px;
+  border: 1px solid var(--mine);
+  background: var(--card); color: var(--mine); cursor: pointer; text-decoration: none;
+    display: inline-block }
 button.main, .button.main { background: var(--mine); color: var(--on-mine) }
 button.bad { border-color: var(--bad); color: var(--bad) }
 input, select, textarea { font: inherit; padding: .3rem .5rem; border: 1px solid var(--full);
@@ -13020,7 +16122,8 @@ dd { margin: 0; overflow-wrap: anywhere }
 .refused { border-left: 4px solid var(--bad); background: var(--card); padding: .5rem .8rem }
 .refused p, .note p { margin: .2rem 0 }
 .offers { display: flex; flex-wrap: wrap; gap: .4rem; margin-top: .4rem }
-.place { display: grid; grid-template-columns: 11rem minmax(0, 1fr); gap: .2rem 1rem; padding: .6rem 0;
+.place { display: grid; grid-template-columns: 11rem minmax(0, 1fr); gap: .2rem 1rem;
+  padding: .6rem 0;
   border-top: 1px solid var(--line) }
 .place:first-of-type { border-top: 0 }
 .days { display: grid; grid-template-columns: 11rem 1fr; gap: 1rem }
@@ -13039,7 +16142,8 @@ svg .own rect { fill: var(--mine) }
 svg .own text { fill: var(--on-mine); font-weight: 600 }
 svg .other rect { fill: var(--full) }
 svg .other text { fill: var(--back) }
-svg .own.dashed rect { fill: var(--card); stroke: var(--mine); stroke-width: 2; stroke-dasharray: 4 3 }
+svg .own.dashed rect { fill: var(--card); stroke: var(--mine); stroke-width: 2;
+  stroke-dasharray: 4 3 }
 svg .own.dashed text { fill: var(--mine) }
 svg .closed { fill: url(#hatch) }
 svg .hatch { stroke: var(--bad) }
@@ -13056,7 +16160,8 @@ svg.plot { touch-action: pan-y; cursor: crosshair; user-select: none }
   table, tbody, tr, td { display: block }
   thead { display: none }
   tr { border-bottom: 1px solid var(--line); padding: .4rem 0 }
-  td { border: 0; padding: .1rem 0; display: grid; grid-template-columns: 6.5rem minmax(0, 1fr); gap: .5rem;
+  td { border: 0; padding: .1rem 0; display: grid; grid-template-columns: 6.5rem minmax(0, 1fr);
+    gap: .5rem;
     overflow-wrap: anywhere }
   td:empty { display: none }
   td::before { content: attr(data-name); color: var(--soft); font-size: .88rem }
@@ -13091,7 +16196,8 @@ for (const plot of document.querySelectorAll('svg.plot')) {
   };
   const book = (...ends) => {
     const [start, stop] = ends.map(each => new Date(1000 * each).toISOString());
-    location.assign('/book?' + new URLSearchParams(stop ? {resource, start, end: stop} : {resource, start}));
+    const chosen = stop ? {resource, start, end: stop} : {resource, start};
+    location.assign('/book?' + new URLSearchParams(chosen));
   };
   plot.addEventListener('dragstart', event => event.preventDefault());
   plot.addEventListener('pointerdown', event => {
@@ -13105,7 +16211,8 @@ for (const plot of document.querySelectorAll('svg.plot')) {
     draw(Math.min(from, at(event)), Math.max(from, at(event)));
   });
   plot.addEventListener('pointerup', event => {
-    if (from !== null && dragged && at(event) !== from) book(Math.min(from, at(event)), Math.max(from, at(event)));
+    if (from !== null && dragged && at(event) !== from)
+      book(Math.min(from, at(event)), Math.max(from, at(event)));
     else draw(0, 0);
     from = null;
   });
@@ -13122,7 +16229,11 @@ for (const plot of document.querySelectorAll('svg.plot')) {
 const form = document.querySelector('form.booking'), verdict = document.getElementById('verdict');
 if (form) {
   let timer, asked = 0;
-  const fields = () => { const all = new FormData(form); all.delete('form'); return new URLSearchParams(all); };
+  const fields = () => {
+    const all = new FormData(form);
+    all.delete('form');
+    return new URLSearchParams(all);
+  };
   const check = async () => {
     const turn = ++asked, answer = await fetch('/book/check?' + fields()).catch(() => null);
     if (turn !== asked) return;
@@ -13137,7 +16248,8 @@ if (live) {
   let tag = `"${live.dataset.tag}"`;
   setInterval(async () => {
     if (document.hidden) return;
-    const answer = await fetch(live.dataset.href, {headers: {'If-None-Match': tag}}).catch(() => null);
+    const asked = fetch(live.dataset.href, {headers: {'If-None-Match': tag}});
+    const answer = await asked.catch(() => null);
     if (answer && answer.status === 401) location.reload();
     if (!answer || !answer.ok) return;
     tag = answer.headers.get('ETag');
@@ -13154,7 +16266,8 @@ TEMPLATES = {'layout': '''<!doctype html>
 <head>
 <meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{{title}} · cmres</title>
-<link rel="stylesheet" href="/page.css?{{version}}"><script src="/page.js?{{version}}" defer></script>
+<link rel="stylesheet" href="/page.css?{{version}}"><script src="/page.js?{{version}}"
+defer></script>
 </head>
 <body data-zone="{{visit.zone.key}}">
 <a class="skip" href="#main">Skip to content</a>
@@ -13178,6 +16291,9 @@ TEMPLATES = {'layout': '''<!doctype html>
 {{!body}}
 </main>
 <footer>
+% if visit.actor:
+<p><a href="/docs">REST</a></p>
+% end
 <form method="post" action="/zone" class="row">{{!visit.guard}}<label>Times are in the zone
 <input name="zone" value="{{visit.zone.key}}" autocomplete="off"></label>
 <input type="hidden" name="next" value="{{back}}">
@@ -13198,6 +16314,59 @@ TEMPLATES = {'layout': '''<!doctype html>
 <div><button class="main">Sign in</button></div>
 </form>
 </div>
+''', 'docs': '''
+<p class="soft">All that programs can ask for, with a token in the header
+<code>Authorization: Bearer TOKEN</code> or <code>X-Auth-Token: TOKEN</code>. The same for programs:
+<a href="/openapi.json">/openapi.json</a> (OpenAPI 3.1).</p>
+<nav class="tabs" aria-label="Kinds">
+% for tag in tags:
+<a href="#{{tag}}">{{tag}}</a>
+% end
+<a href="#kinds">kinds</a></nav>
+% for tag, (text, entries) in tags.items():
+<h2 id="{{tag}}">{{tag.capitalize()}}</h2>
+<p class="soft">{{text.capitalize()}}.</p>
+% for verb, path, entry, arguments in entries:
+<details class="card"><summary><strong>{{verb}}</strong> <code>{{path}}</code>
+{{'(old form)' if entry.get('deprecated') else ''}}
+<span class="soft">{{entry['summary']}}</span></summary>
+<p>{{entry['description']}}</p>
+% if arguments:
+<div class="scroll"><table>
+<thead><tr><th>Argument</th><th>In</th><th>Kind</th><th>Meaning</th></tr></thead><tbody>
+% for name, place, needed, kind, meaning in arguments:
+<tr><td data-name="Argument"><code>{{name}}</code>{{' (needed)' if needed else ''}}</td>
+<td data-name="In">{{place}}</td><td data-name="Kind">{{kind}}</td>
+<td data-name="Meaning">{{meaning}}</td></tr>
+% end
+</tbody></table></div>
+% end
+<dl>
+% for status, answer in entry['responses'].items():
+<dt>{{status}}</dt><dd>{{answer.get('description') or refusals[int(status)]}}
+% for kind, content in answer.get('content', {}).items():
+<span class="soft">{{told(content['schema'])}} ({{kind}})</span>
+% end
+</dd>
+% end
+</dl></details>
+% end
+% end
+<h2 id="kinds">Kinds</h2>
+% for name, kind in sorted(kinds.items()):
+<details class="card" id="kind-{{name}}"><summary><strong>{{name}}</strong>
+<span class="soft">{{kind.get('description', '')}}</span></summary>
+% if kind.get('properties'):
+<dl>
+% for field, schema in kind['properties'].items():
+<dt>{{field}}</dt><dd>{{told(schema)}}</dd>
+% end
+</dl>
+% else:
+<p>{{told(kind)}}</p>
+% end
+</details>
+% end
 ''', 'secret': '''
 <div class="card" role="status"><p>{{words}}</p><p><code>{{secret}}</code></p>
 <p>It is shown only now: copy it. Nobody can show it again.</p></div>
@@ -13232,12 +16401,15 @@ TEMPLATES = {'layout': '''<!doctype html>
 <a href="/?view={{view}}&amp;at={{after}}{{more}}" aria-label="Later">Later ›</a>
 </div>
 </div>
-<svg class="hidden" width="0" height="0" aria-hidden="true"><defs><pattern id="hatch" width="7" height="7"
-patternUnits="userSpaceOnUse" patternTransform="rotate(45)"><line class="hatch" x1="0" y1="0" x2="0" y2="7"
+<svg class="hidden" width="0" height="0" aria-hidden="true"><defs><pattern id="hatch" width="7"
+height="7"
+patternUnits="userSpaceOnUse" patternTransform="rotate(45)"><line class="hatch" x1="0" y1="0" x2="0"
+y2="7"
 stroke-width="2"/></pattern></defs></svg>
 % if not groups:
 <div class="card">
-<p>There is nothing to reserve yet{{': add a resource' if visit.actor.role == 'admin' else ''}}.</p></div>
+<p>There is nothing to reserve
+yet{{': add a resource' if visit.actor.role == 'admin' else ''}}.</p></div>
 % end
 % for name, places in groups:
 <section class="card" aria-label="{{name}}">
@@ -13252,24 +16424,29 @@ stroke-width="2"/></pattern></defs></svg>
 <div class="place">
 <div><h3><bdi>{{place.name}}</bdi></h3><span class="soft small">{{place.holds}}</span><br>
 % if visit.writes:
-<a class="small" href="/book?resource={{place.name}}">Book<span class="soft"> on {{place.name}}</span></a>
+<a class="small" href="/book?resource={{place.name}}">Book<span class="soft"> on
+{{place.name}}</span></a>
 % end
 % if place.left_out:
 <br><a class="small" href="/list">{{place.left_out}} more in the list</a>
 % end
 </div>
-<svg class="plot" height="{{place.height}}" data-resource="{{place.name}}" data-begin="{{begin}}" data-end="{{end}}"
-data-snap="{{snap}}" data-edges="{{edges}}" role="group" aria-label="{{place.name}}: {{place.summary}}">
+<svg class="plot" height="{{place.height}}" data-resource="{{place.name}}" data-begin="{{begin}}"
+data-end="{{end}}"
+data-snap="{{snap}}" data-edges="{{edges}}" role="group" 
+aria-label="{{place.name}}: {{place.summary}}">
 % if place.open:
 <rect class="room" x="0" y="14" width="100%" height="50"/>
 % end
-<svg x="0" y="14" width="100%" height="50" viewBox="0 0 1000 50" preserveAspectRatio="none"><path class="held"
+<svg x="0" y="14" width="100%" height="50" viewBox="0 0 1000 50" preserveAspectRatio="none"><path
+class="held"
 d="{{place.path}}"/></svg>
 % if place.limited:
 <line class="most" x1="0" x2="100%" y1="14" y2="14"/>
 % end
 <svg width="100%" height="100%" viewBox="0 0 1000 9" preserveAspectRatio="none"><path class="grid"
-d="{{''.join(f'M{10 * each.left:.0f} 0V9' for each in cells)}}" vector-effect="non-scaling-stroke"/></svg>
+d="{{''.join(f'M{10 * each.left:.0f} 0V9' for each in cells)}}"
+vector-effect="non-scaling-stroke"/></svg>
 <g class="free {{view}}">
 % for each in place.cells:
 % if each.free:
@@ -13285,23 +16462,27 @@ d="{{''.join(f'M{10 * each.left:.0f} 0V9' for each in cells)}}" vector-effect="n
 % if visit.writes:
 <a href="/book?resource={{place.name}}&amp;start={{each.start}}" tabindex="-1">
 % end
-<rect class="cell" x="{{each.left}}%" width="{{each.width}}%" height="64"><title>{{each.words}}</title></rect>
+<rect class="cell" x="{{each.left}}%" width="{{each.width}}%"
+height="64"><title>{{each.words}}</title></rect>
 % if visit.writes:
 </a>
 % end
 % end
 % for each in place.closed:
-<rect class="closed" x="{{each.left}}%" width="{{each.width}}%" y="14" height="50"><title>{{each.words}}</title></rect>
+<rect class="closed" x="{{each.left}}%" width="{{each.width}}%" y="14"
+height="50"><title>{{each.words}}</title></rect>
 % end
 % for each in place.bars:
 <a class="bar {{each.kind}}" href="{{each.href}}"><title>{{each.words}}</title>
-<svg x="{{each.left}}%" width="{{each.width}}%" y="{{each.top}}" height="18"><rect width="100%" height="100%" rx="4"/>
+<svg x="{{each.left}}%" width="{{each.width}}%" y="{{each.top}}" height="18"><rect width="100%"
+height="100%" rx="4"/>
 % if not each.narrow:
 <text x="5" y="13">{{each.text}}</text>
 % end
 </svg>
 % if each.narrow:
-<text class="beside" x="{{each.beside}}%" dx="{{4 if each.beside > each.left else -4}}" y="{{each.top + 13}}"
+<text class="beside" x="{{each.beside}}%" dx="{{4 if each.beside > each.left else -4}}"
+y="{{each.top + 13}}"
 text-anchor="{{'start' if each.beside > each.left else 'end'}}">{{each.text}}</text>
 % end
 </a>
@@ -13324,15 +16505,19 @@ text-anchor="{{'start' if each.beside > each.left else 'end'}}">{{each.text}}</t
 % end
 </p>
 % if left_out:
-<p class="soft">Only the first {{bars}} reservations are drawn; <a href="/list">the list</a> has them all.</p>
+<p class="soft">Only the first {{bars}} reservations are drawn; <a href="/list">the list</a> has
+them all.</p>
 % end
-<p class="soft small">Grey is what is held, up to the dashed line of the capacity; the figures are what is free.
-Yours are the bars below, by label; dashed ones wait or are pending. Hatched is maintenance; the line across is now.
+<p class="soft small">Grey is what is held, up to the dashed line of the capacity; the figures are
+what is free.
+Yours are the bars below, by label; dashed ones wait or are pending. Hatched is maintenance; the
+line across is now.
 % if visit.writes:
 Drag over free time, or follow a day or Book, to reserve.
 % end
 </p>
-''', 'state': '''<span class="state {{state}}"><i aria-hidden="true">{{sign}}</i>{{state}}</span>''', 'list': '''
+''', 'state': '''<span class="state {{state}}"><i
+aria-hidden="true">{{sign}}</i>{{state}}</span>''', 'list': '''
 % if over is not None:
 <div class="bar-top"><div class="tabs" role="group" aria-label="Which">
 <a href="/list"{{!'' if over else ' aria-current="true"'}}>Now and to come</a>
@@ -13346,7 +16531,8 @@ Drag over free time, or follow a day or Book, to reserve.
 <div class="card"><p>{{'Nothing is over yet' if over else 'Nothing is reserved'}}.</p></div>
 % else:
 <div class="card scroll" tabindex="0" role="region" aria-label="Reservations"><table>
-<thead><tr><th scope="col">Label</th><th scope="col">State</th><th scope="col">Where</th><th scope="col">Machines</th>
+<thead><tr><th scope="col">Label</th><th scope="col">State</th><th scope="col">Where</th><th
+scope="col">Machines</th>
 <th scope="col">From</th><th scope="col">To</th><th scope="col">Addresses</th>
 {{!'<th scope="col">Change</th>' if visit.writes else ''}}</tr></thead>
 <tbody>
@@ -13381,7 +16567,8 @@ Drag over free time, or follow a day or Book, to reserve.
 </tbody></table></div>
 % end
 % if after:
-<p><a href="/list?{{'over=1&amp;' if over else ''}}after={{after}}">{{'Earlier' if over else 'Later'}} ones</a></p>
+<p><a
+href="/list?{{'over=1&amp;' if over else ''}}after={{after}}">{{'Earlier' if over else 'Later'}} ones</a></p>
 % end
 ''', 'verdict': '''
 % if refusal is None and not fits:
@@ -13406,7 +16593,8 @@ Drag over free time, or follow a day or Book, to reserve.
 ''', 'book': '''
 <form method="post" action="/book" class="card booking">{{!visit.guard}}
 <div class="fields">
-<label>Label <input name="label" value="{{said['label']}}" required maxlength="64" pattern="[A-Za-z0-9._\\-]+"
+<label>Label <input name="label" value="{{said['label']}}" required maxlength="64"
+pattern="[A-Za-z0-9._\\-]+"
 placeholder="lab" title="letters, digits, . _ -"></label>
 <label>Resource <select name="resource">
 % for each in places:
@@ -13415,8 +16603,10 @@ placeholder="lab" title="letters, digits, . _ -"></label>
 </select></label>
 <label>From <input name="start" type="datetime-local" value="{{said['start']}}" required></label>
 <label>To <input name="end" type="datetime-local" value="{{said['end']}}" required></label>
-<label>Machines <input name="vms" type="number" min="1" max="1000000" value="{{said['vms']}}" required></label>
-<label>Flavor <input name="flavor" value="{{said['flavor']}}" list="flavors" autocomplete="off"></label>
+<label>Machines <input name="vms" type="number" min="1" max="1000000" value="{{said['vms']}}"
+required></label>
+<label>Flavor <input name="flavor" value="{{said['flavor']}}" list="flavors"
+autocomplete="off"></label>
 <label>Image <input name="image" value="{{said['image']}}" list="images" autocomplete="off"
 placeholder="none: nothing boots"></label>
 <label>At the end <select name="at_end">
@@ -13425,9 +16615,11 @@ placeholder="none: nothing boots"></label>
 % end
 </select></label>
 <label>Repeat
-<input name="repeat" value="{{said['repeat']}}" list="repeats" autocomplete="off" placeholder="once"></label>
+<input name="repeat" value="{{said['repeat']}}" list="repeats" autocomplete="off"
+placeholder="once"></label>
 <label>Until <input name="until" type="date" value="{{said['until']}}"></label>
-<label class="wide">Description <textarea name="description" rows="2">{{said['description']}}</textarea></label>
+<label class="wide">Description <textarea name="description"
+rows="2">{{said['description']}}</textarea></label>
 <label><input type="checkbox" name="wait" value="true"{{!' checked' if said['wait'] else ''}}>
 If it does not fit, wait</label>
 </div>
@@ -13452,12 +16644,13 @@ If it does not fit, wait</label>
 </datalist>
 % end
 <datalist id="repeats">
-% for each in ('daily', 'weekdays', 'every tuesday', 'weekly on tue,thu', 'every 2 weeks on mon', 'monthly on first mon'):
+% for each in usual_rules:
 <option value="{{each}}"></option>
 % end
 </datalist>
 <div id="verdict" role="status" aria-live="polite">{{!verdict}}</div>
-<div class="row"><button class="main">Book</button><button name="check" value="yes" formnovalidate>Check</button></div>
+<div class="row"><button class="main">Book</button><button name="check" value="yes"
+formnovalidate>Check</button></div>
 </form>
 ''', 'reservation': '''
 <p id="told" class="aside" role="status"></p>
@@ -13467,8 +16660,10 @@ If it does not fit, wait</label>
 <form method="post" action="/do/update" class="card">{{!visit.guard}}<div class="fields">
 <input type="hidden" name="label" value="{{found['label']}}">
 <input type="hidden" name="project" value="{{found['project']}}">
-<input type="hidden" name="next" value="{{back}}"><input type="hidden" name="was_start" value="{{start}}">
-<input type="hidden" name="was_end" value="{{end}}"><input type="hidden" name="was_vms" value="{{found['vms']}}">
+<input type="hidden" name="next" value="{{back}}"><input type="hidden" name="was_start"
+value="{{start}}">
+<input type="hidden" name="was_end" value="{{end}}"><input type="hidden" name="was_vms"
+value="{{found['vms']}}">
 % if occurrence:
 <input type="hidden" name="occurrence" value="{{occurrence}}">
 % end
@@ -13499,7 +16694,8 @@ If it does not fit, wait</label>
 </div>
 % end
 % if found.get('occurrences'):
-<h2>Occurrences</h2><div class="card scroll" tabindex="0" role="region" aria-label="Occurrences"><table>
+<h2>Occurrences</h2><div class="card scroll" tabindex="0" role="region"
+aria-label="Occurrences"><table>
 <thead><tr><th scope="col">From</th><th scope="col">To</th><th scope="col">Machines</th>
 <th scope="col">State</th></tr></thead>
 <tbody>
@@ -13517,11 +16713,13 @@ If it does not fit, wait</label>
 % end
 % if found['servers']:
 <h2>Servers</h2><div class="card scroll" tabindex="0" role="region" aria-label="Servers"><table>
-<thead><tr><th scope="col">Name</th><th scope="col">State</th><th scope="col">Addresses</th><th scope="col">Ready</th>
+<thead><tr><th scope="col">Name</th><th scope="col">State</th><th scope="col">Addresses</th><th
+scope="col">Ready</th>
 <th scope="col">Fault</th></tr></thead><tbody>
 % for each in found['servers']:
 <tr><td data-name="Name">{{each['name']}}</td><td data-name="State">{{each['state']}}</td>
-<td data-name="Addresses">{{', '.join(each['addresses'])}}</td><td data-name="Ready">{{late(each)}}</td>
+<td data-name="Addresses">{{', '.join(each['addresses'])}}</td><td
+data-name="Ready">{{late(each)}}</td>
 <td data-name="Fault">{{each['fault']}}</td></tr>
 % end
 </tbody></table></div>
@@ -13567,8 +16765,8 @@ If it does not fit, wait</label>
 </div>
 ''', 'form': '''
 <details class="card"><summary>{{title}}</summary>
-<form method="post" action="/do/{{operation}}">{{!visit.guard}}
-<input type="hidden" name="next" value="{{visit.home}}">
+<form method="post" action="/do/{{operation}}">{{!visit.guard}}<input type="hidden" name="next"
+value="{{visit.home}}">
 <input type="hidden" name="once" value="{{once}}">
 <p class="soft small">{{summary}}</p><div class="fields">
 % for name, words, required, choices in fields:
@@ -13596,43 +16794,58 @@ aria-label="{{words}} {{about}} {{field[1]}}">
 % end
 </form>'''}
 
-#: What a button does: its word, the field beside it (argument, word, default), and whether it takes something away.
-DEEDS = {'extend': ('Extend', ('by', 'by', '+1h'), False), 'keep': ('Keep on', ('until', 'for', '+1h'), False),
-         'skip': ('Skip', None, True), 'delete': ('Cancel', None, True), 'accept': ('Accept', None, False),
+#: What a button does: its word, the field beside it (argument, word, default), and whether it takes
+#: something away.
+DEEDS = {'extend': ('Extend', ('by', 'by', '+1h'), False),
+         'keep': ('Keep on', ('until', 'for', '+1h'), False),
+         'skip': ('Skip', None, True), 'delete': ('Cancel', None, True),
+         'accept': ('Accept', None, False),
          'approve': ('Approve', None, False), 'reject': ('Reject', ('reason', 'because', ''), True),
          'maintenance_delete': ('Call off', None, True), 'token_revoke': ('Revoke', None, True),
          'token_renew': ('Renew', None, False),
          'limit_delete': ('Take away', None, True), 'resource_delete': ('Remove', None, True)}
 ASKS = ('delete', 'resource_delete', 'token_revoke')  # what is asked for twice
 SECRET = {'token', 'feed'}  # fields of answers: shown in the answer itself, and kept nowhere
-#: What can be done to a reservation in each state; to a pending one, what its holder or an admin says.
+#: What can be done to a reservation in each state; to a pending one, what its holder or an admin
+#: says.
 DEEDS_IN = {'cancelled': ('skip',), 'waiting': ('delete',), 'pending': ('delete',),
             'reserved': ('extend', 'skip', 'delete'),
             **dict.fromkeys(('starting', 'active', 'degraded'), ('extend', 'keep', 'delete'))}
 #: The fields of the admin's forms, in the order in which people think of them.
-FORMS = {'resource_add': ('name', 'cloud', 'region', 'aggregate', 'vms', 'vcpus', 'ram', 'classes', 'mode', 'approval'),
-         'resource_update': ('name', 'vms', 'vcpus', 'ram', 'classes', 'mode', 'hold', 'approval', 'no_show'),
+FORMS = {'resource_add': ('name', 'cloud', 'region', 'aggregate', 'vms', 'vcpus', 'ram', 'classes',
+                          'mode', 'approval'),
+         'resource_update': ('name', 'vms', 'vcpus', 'ram', 'classes', 'mode', 'hold', 'approval',
+                             'no_show'),
          'maintenance_add': ('resource', 'start', 'end', 'reason', 'then'),
-         'limit_add': ('project', 'user', 'resource', 'most_vms', 'longest', 'ahead', 'least_notice', 'vcpu_hours',
+         'limit_add': ('project', 'user', 'resource', 'most_vms', 'longest', 'ahead',
+                       'least_notice', 'vcpu_hours',
                        'waiting', 'exempt'),
          'token_add': ('user', 'project', 'role', 'purpose', 'lasts', 'scopes', 'resource')}
 #: Of those fields; the first of them is what is meant unless one is chosen.
 PICKS = {'mode': ('', 'open', *MODES), 'then': THEN, 'role': ('', USER, READER, ADMIN),
          'scopes': ('', *SCOPES)}
 TOKEN_COLUMNS = 'id user project role purpose scopes resource added ends last_used'
-TITLES = {'resource_add': 'Add a resource', 'resource_update': 'Change a resource', 'token_add': 'Make a token',
+TITLES = {'resource_add': 'Add a resource', 'resource_update': 'Change a resource',
+          'token_add': 'Make a token',
           'maintenance_add': 'Plan a maintenance', 'limit_add': 'Set a limit'}
 DONE = {'extend': 'is longer now', 'keep': 'goes on', 'skip': 'is left out',
         'undo': 'has the occurrence again', 'delete': 'is cancelled',
-        'update': 'is changed', 'accept': 'is yours', 'approve': 'is approved', 'reject': 'is rejected'}
-MORE = {'network': 'Network', 'key': 'Key pair', 'lead': 'Boot before the start by', 'notify': 'Notify',
+        'update': 'is changed', 'accept': 'is yours', 'approve': 'is approved',
+        'reject': 'is rejected'}
+MORE = {'network': 'Network', 'key': 'Key pair', 'lead': 'Boot before the start by',
+        'notify': 'Notify',
         'skip_dates': 'Not on these dates'}  # further fields of the form to book
-BOOKING = ('label', 'resource', 'start', 'end', 'vms', 'flavor', 'image', 'at_end', 'repeat', 'until', 'skip_dates',
+USUAL_RULES = ('daily', 'weekdays', 'every tuesday', 'weekly on tue,thu', 'every 2 weeks on mon',
+               'monthly on first mon')
+BOOKING = ('label', 'resource', 'start', 'end', 'vms', 'flavor', 'image', 'at_end', 'repeat',
+           'until', 'skip_dates',
            'on_conflict', 'network', 'key', 'lead', 'notify', 'description', 'wait')
 
 
 class Cell(NamedTuple):
-    """A day, or some hours, of a time line; where it is in percent of its width; instants in seconds."""
+    """A day, or some hours, of a time line; where it is in percent of its width; instants in
+    seconds.
+    """
     left: float
     width: float
     begin: int
@@ -13700,7 +16913,9 @@ def in_html(value) -> str:
 
 @dataclasses.dataclass
 class Visit:
-    """A request from a browser: who has signed in, if anybody, and how pages are written for them."""
+    """A request from a browser: who has signed in, if anybody, and how pages are written for
+    them.
+    """
     service: Reservations
     actor: Actor | None
     zone: ZoneInfo
@@ -13720,8 +16935,9 @@ class Visit:
     @property
     def links(self) -> list[tuple[str, str]]:
         """The pages that this person has a use for."""
-        return [('/', 'Plan'), ('/list', 'Reservations'), *([('/book', 'Book')] if self.writes else []),
-                ('/tokens', 'Tokens'), *([('/admin', 'Admin')] if self.actor.role == ADMIN else [])]
+        return [('/', 'Plan'), ('/list', 'Reservations'),
+                *([('/book', 'Book')] if self.writes else []), ('/tokens', 'Tokens'),
+                *([('/admin', 'Admin')] if self.actor.role == ADMIN else [])]
 
     @property
     def here(self) -> Here:
@@ -13739,7 +16955,8 @@ class Visit:
         day = '' if here.date() == there.date() else f'{there:%a} '
         other = '' if here.utcoffset() == there.utcoffset() else (
             f' <span class="soft small">({day}{there:%H:%M} {there:%Z})</span>')
-        return f'<time datetime="{moment:%Y-%m-%dT%H:%MZ}">{here:%a} {here.day} {here:%b %Y %H:%M}</time>{other}'
+        shown = f'{here:%a} {here.day} {here:%b %Y %H:%M}'
+        return f'<time datetime="{moment:%Y-%m-%dT%H:%MZ}">{shown}</time>{other}'
 
     def plain(self, moment: datetime) -> str:
         """A time within a sentence."""
@@ -13755,7 +16972,8 @@ class Visit:
         import bottle
         if value in (None, '', {}, []):
             return ''
-        text = self.at(value) if isinstance(value, datetime) else bottle.html_escape(in_cell(value, self.zone))
+        text = (self.at(value) if isinstance(value, datetime)
+                else bottle.html_escape(in_cell(value, self.zone)))
         return f'<span>{text}</span>'
 
     def href(self, label: str, project: str, start: datetime | None = None) -> str:
@@ -13767,7 +16985,8 @@ class Visit:
         """The button that does something to what a line is about.
 
         Args:
-          wide: there is room for a field beside it, and it leads back to the page of the reservation
+          wide: there is room for a field beside it, and it leads back to the page of the
+            reservation
           occurrence: of a series, the one that is meant
         """
         words, field, bad = DEEDS[name]
@@ -13785,7 +17004,8 @@ class Visit:
             onward = self.home
             fields = dict([next(iter(fields.items()))])
         field = field if wide or name in ('extend', 'keep') else None
-        return render_page('deed', visit=self, operation=name, fields=fields | {'next': onward}, words=words, bad=bad,
+        return render_page('deed', visit=self, operation=name, fields=fields | {'next': onward},
+                           words=words, bad=bad,
                            field=field, about=next(iter(fields.values())))
 
     def deeds(self, found: dict) -> list[str]:
@@ -13793,14 +17013,17 @@ class Visit:
         asks = []
         if found['state'] == 'pending' or 'change' in found:
             held = self.service.occurrence(found['id'])
-            asks = ['accept'] if held.confirm else ['approve', 'reject'] if self.actor.role == ADMIN else []
+            asks = (['accept'] if held.confirm else ['approve', 'reject']
+                    if self.actor.role == ADMIN else [])
         skips = found['tz'] and found['start'] > self.here.now
         can = [deed for deed in DEEDS_IN.get(found['state'], ()) if deed != 'skip' or skips]
         return [*asks, *can] if self.writes else []
 
 
 class CloudNames:
-    """The names of flavors and images on clouds, looked up aside: nobody waits long for a cloud that is slow."""
+    """The names of flavors and images on clouds, looked up aside: nobody waits long for a cloud
+    that is slow.
+    """
 
     def __init__(self, clouds: Clouds):
         self.clouds, self.lock = clouds, threading.Lock()
@@ -13810,7 +17033,9 @@ class CloudNames:
 
     def of(self, account: str, sight: Sight,
            patience: float = 1) -> tuple[dict[str, list[str]], str]:
-        """The names in sight, by kind; and why, if the cloud does not answer within some seconds."""
+        """The names in sight, by kind; and why, if the cloud does not answer within some
+        seconds.
+        """
         nothing = (0.0, {'flavor': [], 'image': []}, f'the cloud {account} does not answer yet')
         key = account, sight._replace(project='')  # that is for servers only
         with self.lock:
@@ -13852,14 +17077,30 @@ class Pages:
                 ('POST', '/book', self.add), ('GET', '/book/check', self.check),
                 ('GET', '/r/<label>', self.reservation), ('GET', '/r/<label>/live', self.live),
                 ('GET', '/admin', self.admin), ('GET', '/tokens', self.tokens),
-                ('POST', '/do/<name>', self.do)):
+                ('GET', '/docs', self.docs), ('POST', '/do/<name>', self.do)):
             app.route(path, verb, self.visited(handle))
-        for verb, path, handle in (('GET', '/sign-in', self.ask), ('POST', '/sign-in', self.sign_in),
-                                   ('POST', '/sign-out', self.sign_out), ('POST', '/zone', self.choose_zone)):
+        for verb, path, handle in (('GET', '/sign-in', self.ask),
+                                   ('POST', '/sign-in', self.sign_in),
+                                   ('POST', '/sign-out', self.sign_out),
+                                   ('POST', '/zone', self.choose_zone)):
             app.route(path, verb, self.visited(handle, signed_in=False))
-        for path, text, kind in (('/page.css', STYLE, 'text/css'), ('/page.js', SCRIPT, 'text/javascript')):
+        for path, text, kind in (('/page.css', STYLE, 'text/css'),
+                                 ('/page.js', SCRIPT, 'text/javascript')):
             app.route(path, 'GET', lambda text=text, kind=kind: answered(text, headers={
-                'Content-Type': f'{kind}; charset=utf-8', 'Cache-Control': 'public, max-age=31536000, immutable'}))
+                'Content-Type': f'{kind}; charset=utf-8',
+                'Cache-Control': 'public, max-age=31536000, immutable'}))
+
+    def docs(self, visit: Visit, given: dict):
+        """What programs can ask for: /openapi.json for people."""
+        told = openapi()
+        by_tag = {tag['name']: (tag['description'], []) for tag in told['tags']}
+        for path, verbs in told['paths'].items():
+            for verb, entry in verbs.items():
+                line = verb.upper(), path, entry, arguments_told(entry)
+                by_tag[entry['tags'][0]][1].append(line)
+        return self.page(visit, 'REST', render_page(
+            'docs', tags=by_tag, kinds=told['components']['schemas'], told=kind_told,
+            refusals=REFUSALS))
 
     # Who visits
 
@@ -13897,12 +17138,14 @@ class Pages:
         if found:
             note_caller(self.service, request.environ, found)
         try:
-            zone = read_zone(unquote(request.get_cookie('zone') or '') or self.service.config.timezone)
+            zone = read_zone(unquote(request.get_cookie('zone') or '')
+                             or self.service.config.timezone)
         except Invalid:
             zone = self.service.config.zone
         service = self.service.acting(actor or Actor('', '', READER))
         service.wanted = while_there(request.environ)
-        service.config = dataclasses.replace(service.config, timezone=zone.key)  # sentences speak in the person's zone
+        # sentences speak in the person's zone
+        service.config = dataclasses.replace(service.config, timezone=zone.key)
         form = self.sign('form', f'{found.id}' if found else '')
         return Visit(service, actor, zone, self.service.config.zone, form)
 
@@ -13937,17 +17180,23 @@ class Pages:
         """The page that says what could not be done."""
         import bottle
         note_wait(bottle.request.environ, error)
-        return self.page(visit, 'Refused', render_page('refused', sentence=str(error), back=back), error.status)
+        return self.page(visit, 'Refused', render_page('refused', sentence=str(error), back=back),
+                         error.status)
 
     def refuse_foreign(self, request, given: dict, visit: Visit, signed_in: bool) -> None:
-        """Refuses what another site's page sends: by where it comes from, and by what only our forms know."""
+        """Refuses what another site's page sends: by where it comes from, and by what only our
+        forms know.
+        """
         origin = request.get_header('Origin')
         ours = (request.get_header('Host'), urlsplit(self.service.config.address).netloc or None)
         elsewhere = origin and (urlsplit(origin).netloc or '-') not in ours
-        if elsewhere or request.get_header('Sec-Fetch-Site', 'same-origin') not in ('same-origin', 'none'):
+        if (elsewhere
+            or request.get_header('Sec-Fetch-Site', 'same-origin') not in ('same-origin', 'none')):
             raise Forbidden('this form comes from another site')
-        if not secrets.compare_digest(given.pop('form', '').encode(), visit.form.encode()) and signed_in:
-            raise Forbidden('this form is of another person, or comes from elsewhere; go back and load the page again')
+        if (not secrets.compare_digest(given.pop('form', '').encode(), visit.form.encode())
+            and signed_in):
+            raise Forbidden('this form is of another person, or comes from elsewhere; go back and '
+                            'load the page again')
 
     def page(self, visit: Visit, title: str, body: str, status: int = 200):
         """A whole page; what the last form did is said once."""
@@ -13955,7 +17204,8 @@ class Pages:
         note = self.unsigned('note', unquote(bottle.request.get_cookie('note') or ''))
         here = bottle.request.path
         back = here + (f'?{bottle.request.query_string}' if bottle.request.query_string else '')
-        text = render_page('layout', title=title, body=body, visit=visit, note=note, here=here, version=LOOK,
+        text = render_page('layout', title=title, body=body, visit=visit, note=note, here=here,
+                           version=LOOK,
                            back=back if bottle.request.method == 'GET' and visit.actor else '/')
         made = answered(text, status)
         if note:
@@ -13965,7 +17215,8 @@ class Pages:
     def asking(self, visit: Visit, request, given: dict):
         """The form to sign in, which leads back to what was asked for, and to what was typed."""
         typed = {name: value for name, value in given.items() if name in BOOKING and value}
-        query = f'?{urlencode(typed)}' if request.method == 'POST' else f'?{request.query_string}'.rstrip('?')
+        query = (f'?{urlencode(typed)}' if request.method == 'POST'
+                 else f'?{request.query_string}'.rstrip('?'))
         aside = request.path.endswith(('/live', '/check'))
         goes = request.method == 'GET' and not aside or request.path == '/book'
         status = 200 if request.method == 'GET' and not aside else 401
@@ -14021,7 +17272,8 @@ class Pages:
     def choose_zone(self, visit: Visit, given: dict):
         """Shows times in another zone from now on."""
         zone, made = read_zone(given.get('zone', '')), self.onward(local(given.get('next')))
-        made.set_cookie('zone', quote(zone.key, safe=''), path='/', samesite='strict', max_age=31536000)
+        made.set_cookie('zone', quote(zone.key, safe=''), path='/', samesite='strict',
+                        max_age=31536000)
         return made
 
     def onward(self, href: str, note: str = ''):
@@ -14044,13 +17296,16 @@ class Pages:
         today = visit.here.now.astimezone(visit.zone).date()
         first, after = span_of_view(view, read_date(given.get('at')) or today)
         cells = cells_of(view, first, after, visit.zone)
-        begin, end = (int(from_wall(at_midnight(each), visit.zone).timestamp()) for each in (first, after))
+        begin, end = (int(from_wall(at_midnight(each), visit.zone).timestamp())
+                      for each in (first, after))
         page = int(given['page']) if re.fullmatch('[0-9]{1,4}', given.get('page', '')) else 0
-        places = sorted(visit.service.places(), key=lambda each: (each.cloud, each.region, each.name))
+        places = sorted(visit.service.places(),
+                        key=lambda each: (each.cloud, each.region, each.name))
         shown = places[page * MOST_PLACES:(page + 1) * MOST_PLACES]
         found = self.on_plan(visit, shown, begin, end)
         drawn = [(place, self.draw(visit, place, cells, begin, end, view, [
-            each for each in found[:MOST_BARS] if each.resource_id == place.id])) for place in shown]
+            each for each in found[:MOST_BARS] if each.resource_id == place.id]))
+                 for place in shown]
         groups: dict = defaultdict(list)
         for place, each in drawn:
             groups[', '.join(filter(None, (place.cloud or 'no cloud', place.region)))].append(each)
@@ -14058,29 +17313,39 @@ class Pages:
         return self.page(visit, 'Plan', render_page(
             'plan', visit=visit, brief=in_brief_figures, views=VIEWS, view=view, at=first,
             before=first - timedelta(days=1), after=after,
-            span=named_span(view, first, after), cells=cells, groups=groups.items(), begin=begin, end=end,
+            span=named_span(view, first, after), cells=cells, groups=groups.items(), begin=begin,
+            end=end,
             snap=900 if view == 'day' else 3600, bars=MOST_BARS, page=page,
-            edges=','.join(str(each.begin) for each in cells) + f',{end}' if view == 'month' else '',
-            now_at=percent(now, begin, end) if begin <= now < end else None, left_out=len(found) > MOST_BARS,
+            edges=','.join(str(each.begin) for each in cells) + f',{end}' if view == 'month'
+            else '',
+            now_at=percent(now, begin, end) if begin <= now < end else None,
+            left_out=len(found) > MOST_BARS,
             more=f'&page={page}' if page else '',
             next_places=page + 1 if len(places) > (page + 1) * MOST_PLACES else 0))
 
     def on_plan(self, visit: Visit, places: list, begin: int, end: int) -> list:
         """The reservations that are drawn, one more than there may be if there are more."""
-        filters, where = visit.service.filtered(dict.fromkeys(('user', 'project', 'resource', *PLACE), ''))
+        filters, where = visit.service.filtered(dict.fromkeys(('user', 'project', 'resource',
+                                                               *PLACE), ''))
         filters |= {'places': [each.id for each in places]}
         where += [('o.start < ?', end), ('o."end" > ?', begin), ('o.cancelled IS NULL',)]
-        return visit.service.page(visit.service.ways(filters, (), begin), where, (), MOST_BARS + 1, fields=BRIEF)
+        return visit.service.page(visit.service.ways(filters, (), begin), where, (), MOST_BARS + 1,
+                                  fields=BRIEF)
 
-    def draw(self, visit: Visit, place, cells: list[Cell], begin: int, end: int, view: str, found: list) -> Drawn:
-        """A resource on a time line: its curve, what is free in each cell, and what stands on it."""
+    def draw(self, visit: Visit, place, cells: list[Cell], begin: int, end: int, view: str,
+             found: list) -> Drawn:
+        """A resource on a time line: its curve, what is free in each cell, and what stands on
+        it.
+        """
         most = capacity(place)
         width = {'day': 900, 'week': 3600, 'month': 10800}[view]
         levels = peaks(place.id, begin, width, -(-(end - begin) // width), most.names)
         limits = {name: n for name, n in in_figures(most).items() if n is not None}
         highest = max((each.vms for each in levels), default=0)
         shares = [share_of(in_figures(each), limits, highest) for each in levels]
-        filled = [told_free(cell, levels[(cell.begin - begin) // width:-(-(cell.until - begin) // width)], limits)
+        filled = [told_free(cell,
+                            levels[(cell.begin
+                                    - begin) // width:-(-(cell.until - begin) // width)], limits)
                   for cell in cells]
         bars, lanes = bars_of(visit, found, begin, end)
         changes = [(each['start'].timestamp(), each['end'].timestamp(), each['reason'])
@@ -14088,10 +17353,13 @@ class Pages:
         closed = [Bar(*extent(start, until, begin, end), why) for start, until, why in changes
                   if start < end and until > begin]
         holds = ', '.join(f'{n} {name}' for name, n in limits.items()) or 'without a limit'
-        least = min((each for each in filled if each.free), key=lambda each: int(each.free), default=None)
-        summary = f"at least {least.free} {least.unit or 'vms'} free at any time" if least else 'nothing limits it'
+        least = min((each for each in filled if each.free), key=lambda each: int(each.free),
+                    default=None)
+        summary = (f"at least {least.free} {least.unit or 'vms'} free at any time" if least
+                   else 'nothing limits it')
         opened = not limits or all(limits.values())
-        return Drawn(place.name, holds, summary, bool(limits), opened, curve(shares), filled, closed, bars,
+        return Drawn(place.name, holds, summary, bool(limits), opened, curve(shares), filled,
+                     closed, bars,
                      68 + 21 * lanes, len(found) - len(bars))
 
     # Reservations
@@ -14100,7 +17368,8 @@ class Pages:
         """One's own reservations, an admin's all, with what can be done to them."""
         after, over = given.get('after', ''), 'over' in given
         after = after if re.fullmatch('([0-9]{1,11}-)?[0-9]{1,18}', after) else ''
-        lines = visit.service.over if over else lambda after, limit: visit.service.list(limit=limit, after=after)
+        service = visit.service
+        lines = service.over if over else lambda after, most: service.list(limit=most, after=after)
         found = lines(after, MOST_LINES_SHOWN)
         last = f"{int(found[-1]['start'].timestamp())}-{found[-1]['id']}" if found else ''
         return self.page(visit, 'Reservations', render_page(
@@ -14108,12 +17377,17 @@ class Pages:
             after=last if last and lines(last, 1) else ''))
 
     def lines(self, visit: Visit, found: list[dict]) -> list[dict]:
-        """Reservations with their addresses, how late they were ready, and what can be done to them."""
+        """Reservations with their addresses, how late they were ready, and what can be done to
+        them.
+        """
         servers: dict = defaultdict(list)
-        for each in rows('SELECT occurrence_id, addresses, ready, planned FROM server WHERE occurrence_id IN '
-                         '(SELECT value FROM json_each(?))', json.dumps([each['id'] for each in found])):
+        for each in rows('SELECT occurrence_id, addresses, ready, planned FROM server WHERE '
+                         'occurrence_id IN '
+                         '(SELECT value FROM json_each(?))',
+                         json.dumps([each['id'] for each in found])):
             servers[each.occurrence_id].append(each)
-        return [each | {'addresses': sum((json.loads(server.addresses) for server in servers[each['id']]), []),
+        return [each | {'addresses': sum((json.loads(server.addresses)
+                                          for server in servers[each['id']]), []),
                         'late': lateness_of(servers[each['id']]), 'deeds': visit.deeds(each),
                         'href': visit.href(each['label'], each['project'])} for each in found]
 
@@ -14127,14 +17401,17 @@ class Pages:
             project = found['parts'][0]['project']
             whole = [visit.deed(deed, {'label': label, 'project': project}, True)
                      for deed in ('extend', 'delete')] if 'label' in found and visit.writes else []
-            return self.page(visit, label, render_page('list', visit=visit, lines=self.lines(visit, found['parts']),
+            return self.page(visit, label, render_page('list', visit=visit,
+                                                       lines=self.lines(visit, found['parts']),
                                                        after=0, over=None) + ''.join(whole))
         query = {'project': found['project']} | ({'occurrence': occurrence} if occurrence else {})
         running = found['tz'] and found['state'] in ('starting', 'active', 'degraded')
         only = occurrence or (to_plain(found['start']) if running else '')
         return self.page(visit, label, render_page(
-            'reservation', visit=visit, found=found, live=live, href=f'/r/{quote(label)}', query=f'?{urlencode(query)}',
-            back=visit.href(label, found['project']), over=(*OVER, 'ending'), occurrence=only, tag=hashed(live)[:20],
+            'reservation', visit=visit, found=found, live=live, href=f'/r/{quote(label)}',
+            query=f'?{urlencode(query)}',
+            back=visit.href(label, found['project']), over=(*OVER, 'ending'), occurrence=only,
+            tag=hashed(live)[:20],
             **{name: local_time(found[name], visit.zone) for name in ('start', 'end')}))
 
     def live(self, visit: Visit, label: str, given: dict):
@@ -14151,17 +17428,21 @@ class Pages:
         found = visit.service.show(**bind(API['show'], asked | {'label': label}, visit.here))
         if 'parts' in found:
             return found, '', ''
-        facts = [('Machines', f"{found['vms']} {found['flavor']} {found['image']}"), ('Resource', found['resource']),
+        facts = [('Machines', f"{found['vms']} {found['flavor']} {found['image']}"),
+                 ('Resource', found['resource']),
                  ('Waits for approval', found.get('change')),
                  ('Host', found['host']), ('Owner', f"{found['user']} in {found['project']}"),
                  ('From', found['start']), ('To', found['end']), ('Repeats', found['repeat']),
                  ('At the end', found['at_end'] if found['image'] or found['server'] else ''),
                  ('Part of', found['request']), ('Description', found['description'])]
-        events, occurrence = visit.service.events(label, found['project'], limit=50)[::-1], asked.get('occurrence', '')
-        deeds = [visit.deed(each, found, True, occurrence if each in ('extend', 'skip', 'delete') else '')
+        events, occurrence = visit.service.events(label, found['project'],
+                                                  limit=50)[::-1], asked.get('occurrence', '')
+        deeds = [visit.deed(each, found, True,
+                            occurrence if each in ('extend', 'skip', 'delete') else '')
                  for each in visit.deeds(found)]
         facts = [(name, visit.cell(value)) for name, value in facts if value]
-        return found, render_page('live', visit=visit, found=found, events=events, late=lateness_told, deeds=deeds,
+        return found, render_page('live', visit=visit, found=found, events=events,
+                                  late=lateness_told, deeds=deeds,
                                   facts=facts), occurrence
 
     # Booking
@@ -14176,13 +17457,15 @@ class Pages:
         """The page with the form."""
         names, why = self.offered(visit, said['resource'])
         return self.page(visit, 'Book', render_page(
-            'book', visit=visit, said=said, places=[each.name for each in visit.service.places()], ends=ENDS,
-            names=names, why=why, more=MORE, verdict=self.verdict(**checked)), status)
+            'book', visit=visit, said=said, places=[each.name for each in visit.service.places()],
+            ends=ENDS, usual_rules=USUAL_RULES, names=names, why=why, more=MORE,
+            verdict=self.verdict(**checked)), status)
 
     def verdict(self, fits: str = '', refusal: str | None = None, offers: Iterable = (),
                 warnings: Iterable = ()) -> str:
         """What the form says of itself: it fits, or why not and what would."""
-        return render_page('verdict', fits=fits, refusal=refusal, offers=[*offers], warnings=[*warnings])
+        return render_page('verdict', fits=fits, refusal=refusal, offers=[*offers],
+                           warnings=[*warnings])
 
     def offered(self, visit: Visit, resource: str) -> tuple[dict, str]:
         """The names of flavors and images on a resource's cloud, and why there are none."""
@@ -14195,15 +17478,20 @@ class Pages:
         return self.names.of(account, sight)
 
     def filled(self, visit: Visit, given: dict) -> dict:
-        """The fields of the form: as given, times as clocks show them there; what was clicked on, not before now."""
+        """The fields of the form: as given, times as clocks show them there; what was clicked on,
+        not before now.
+        """
         hour = visit.here.now.replace(minute=0, second=0) + timedelta(hours=1)
-        start = read_argument('start', given['start'], When, visit.here) if given.get('start') else hour
+        start = (read_argument('start', given['start'], When, visit.here) if given.get('start')
+                 else hour)
         start = visit.here.now + start if isinstance(start, timedelta) else start
         start = max(start, visit.here.now) if 'label' not in given else start
-        end = read_argument('end', given['end'], When, visit.here) if given.get('end') else timedelta(hours=1)
+        end = (read_argument('end', given['end'], When, visit.here) if given.get('end')
+               else timedelta(hours=1))
         end = start + end if isinstance(end, timedelta) else max(end, start + timedelta(minutes=1))
         places = visit.service.places()
-        return dict.fromkeys(BOOKING, '') | {'resource': places[0].name if places else '', 'vms': '1'} | {
+        return dict.fromkeys(BOOKING, '') | {'resource': places[0].name if places else '',
+                                             'vms': '1'} | {
             name: given[name] for name in BOOKING if given.get(name)} | {
             'start': local_time(start, visit.zone), 'end': local_time(end, visit.zone)}
 
@@ -14214,11 +17502,13 @@ class Pages:
 
     def tried(self, visit: Visit, said: dict) -> dict:
         """Whether it fits, and if not, what would: the values of the verdict."""
-        why = self.offered(visit, said.get('resource', ''))[1] if said.get('flavor') or said.get('image') else ''
+        why = (self.offered(visit, said.get('resource', ''))[1] if said.get('flavor')
+               or said.get('image') else '')
         if why:  # nobody waits for that cloud before they book
             return {'refusal': f'not checked: {why}; to book asks once more'}
         try:
-            answer = visit.service.add(**self.asked(visit, said | {'label': said.get('label') or self.unused_label}),
+            answer = visit.service.add(**self.asked(visit, said | {'label': said.get('label')
+                                                                   or self.unused_label}),
                                        dry_run=True)
             return {'fits': self.told(visit, answer), 'warnings': answer.get('warnings', ())}
         except Error as error:
@@ -14236,18 +17526,23 @@ class Pages:
                  f"to {visit.plain(answer['end'])}")
         if 'occurrences' in answer:
             left_out = len(answer['occurrences']) - len(taken)
-            return (f'It fits: {len(taken)} times, the first {words}, the last on {visit.plain(taken[-1]["start"])}' + (
-                    f'; {left_out} times it does not fit and is left out' if left_out else ''))
-        return f'It does not fit now, and will wait: {words}' if answer['state'] == 'waiting' else (
-            f"It fits: {words}{'; an admin must approve it' if answer['state'] == 'pending' else ''}")
+            rest = f'; {left_out} times it does not fit and is left out' if left_out else ''
+            return (f'It fits: {len(taken)} times, the first {words}, the last on '
+                    f'{visit.plain(taken[-1]["start"])}{rest}')
+        if answer['state'] == 'waiting':
+            return f'It does not fit now, and will wait: {words}'
+        approval = '; an admin must approve it' if answer['state'] == 'pending' else ''
+        return f'It fits: {words}{approval}'
 
     def offers(self, visit: Visit, said: dict, error: Error) -> Iterator[tuple[str, str]]:
         """Links to the same form with what would fit; each was tried."""
         for words, other in self.offered_instead(visit, said, error):
-            other = {name: to_plain(each) if isinstance(each, datetime) else each for name, each in other.items()}
+            other = {name: to_plain(each) if isinstance(each, datetime) else each
+                     for name, each in other.items()}
             wish = {name: value for name, value in (said | other).items() if value}
             try:
-                visit.service.add(**self.asked(visit, wish | {'label': self.unused_label}), dry_run=True)
+                visit.service.add(**self.asked(visit, wish | {'label': self.unused_label}),
+                                  dry_run=True)
             except Error:
                 continue
             yield f"/book?{urlencode(wish | {'label': said.get('label', '')})}", words
@@ -14255,11 +17550,13 @@ class Pages:
     def offered_instead(self, visit: Visit, said: dict, error: Error) -> Iterator[tuple[str, dict]]:
         """What might fit instead of a wish, in words and as other fields of the form."""
         try:
-            start, end = (from_wall(datetime.fromisoformat(said[name]), visit.zone) for name in ('start', 'end'))
+            start, end = (from_wall(datetime.fromisoformat(said[name]), visit.zone)
+                          for name in ('start', 'end'))
         except (KeyError, ValueError):
             return
         if 'most_vms' in error.details:
-            yield f"{error.details['most_vms']} machines then", {'vms': str(error.details['most_vms'])}
+            most = str(error.details['most_vms'])
+            yield f'{most} machines then', {'vms': most}
         if 'longest' in error.details:
             longest = error.details['longest']
             yield f'for {longest} only', {'end': start + parse_duration(longest)}
@@ -14273,7 +17570,8 @@ class Pages:
     def slots(self, visit: Visit, said: dict, start: datetime, end: datetime) -> list[dict]:
         """The next free slots for a wish; none where that can't be told."""
         try:
-            return visit.service.find(said['resource'], end - start, int(said['vms']), said.get('flavor', ''),
+            return visit.service.find(said['resource'], end - start, int(said['vms']),
+                                      said.get('flavor', ''),
                                       after=start, limit=3)
         except Error:
             return []
@@ -14294,7 +17592,8 @@ class Pages:
                 return self.onward(visit.href(found['label'], about['project']),
                                    f"'{found['label']}' is {about['state']}{warnings}")
             except Error as error:
-                checked, status = {'refusal': str(error), 'offers': [*self.offers(visit, said, error)]}, error.status
+                checked, status = {'refusal': str(error),
+                                   'offers': [*self.offers(visit, said, error)]}, error.status
         try:
             said = self.filled(visit, given)
         except Error:  # what can't be read stands there as it was typed
@@ -14312,17 +17611,23 @@ class Pages:
         tokens = [each for each in service.token_list() if not each['revoked']]
         late = service.punctuality()
         sections = (
-            ('Resources', service.resource_list(), 'name cell cloud region aggregate vms vcpus ram classes mode',
+            ('Resources', service.resource_list(),
+             'name cell cloud region aggregate vms vcpus ram classes mode',
              ('resource_delete',), ('resource_add', 'resource_update')),
-            ('Maintenance', service.maintenance_list(), 'id resource start end vms vcpus ram reason',
+            ('Maintenance', service.maintenance_list(),
+             'id resource start end vms vcpus ram reason',
              ('maintenance_delete',), ('maintenance_add',)),
-            ('Pending', service.awaiting_approval(), 'label user project resource vms start end change',
+            ('Pending', service.awaiting_approval(),
+             'label user project resource vms start end change',
              ('approve', 'reject'), ()),
-            ('Waiting', service.list(state=['waiting']), 'label user project resource vms start end', ('delete',), ()),
+            ('Waiting', service.list(state=['waiting']),
+             'label user project resource vms start end', ('delete',), ()),
             ('Tokens', tokens, TOKEN_COLUMNS, ('token_revoke',), ('token_add',)),
-            ('Limits', service.limit_list(), 'id project user resource most_vms longest ahead least_notice vcpu_hours '
+            ('Limits', service.limit_list(),
+             'id project user resource most_vms longest ahead least_notice vcpu_hours '
              'waiting exempt', ('limit_delete',), ('limit_add',)),
-            ('Punctuality of the last 30 days, in seconds', late['clouds'], 'cloud servers begun_median begun_95 '
+            ('Punctuality of the last 30 days, in seconds', late['clouds'],
+             'cloud servers begun_median begun_95 '
              'begun_worst ready_median ready_95 ready_worst tried_again', (), ()),
             ('Failed', late['failed'], 'cloud label name tries planned fault', (), ()))
         return self.page(visit, 'Admin', '\n'.join(self.section(visit, *each) for each in sections))
@@ -14337,9 +17642,11 @@ class Pages:
         return self.page(visit, 'Tokens', self.section(
             visit, 'Your tokens', own, TOKEN_COLUMNS, deeds, forms))
 
-    def section(self, visit: Visit, name: str, lines: list, columns: str, deeds: tuple, forms: tuple) -> str:
+    def section(self, visit: Visit, name: str, lines: list, columns: str, deeds: tuple,
+                forms: tuple) -> str:
         """One part of the admin's page: a table, and the forms that belong to it."""
-        table = render_page('table', visit=visit, name=name, lines=lines, columns=columns.split(), deeds=deeds)
+        table = render_page('table', visit=visit, name=name, lines=lines, columns=columns.split(),
+                            deeds=deeds)
         return f'<h2>{name}</h2>{table}' + ''.join(render_page(
             'form', visit=visit, operation=each, title=TITLES[each], summary=API[each].summary,
             once=secrets.token_hex(8), fields=[
@@ -14349,7 +17656,9 @@ class Pages:
             for each in forms)
 
     def do(self, visit: Visit, name: str, given: dict):
-        """Whatever a form asks for: an operation by its name, its fields read as those of REST are."""
+        """Whatever a form asks for: an operation by its name, its fields read as those of REST
+        are.
+        """
         operation = API.get(name)
         if not operation or not operation.changes:
             raise NotFound(f"there is no operation '{name}' that changes something")
@@ -14357,12 +17666,15 @@ class Pages:
         said = {field: value for field, value in given.items() if field != 'next'}
         if name in ASKS and not sure:
             return self.page(visit, 'Are you sure?', render_page(
-                'sure', visit=visit, operation=name, fields=given, words=DEEDS[name][0], back=onward,
+                'sure', visit=visit, operation=name, fields=given, words=DEEDS[name][0],
+                back=onward,
                 warnings=self.warned(visit, operation, said) if name == 'delete' else [],
-                about=said.get('label') or said.get('name') or said.get('id'), which=said.get('occurrence')))
+                about=said.get('label') or said.get('name') or said.get('id'),
+                which=said.get('occurrence')))
         # What a form has shown and nobody has changed is not asked for.
         said = {field: value for field, value in said.items()
-                if value != '' and not field.startswith('was_') and said.get(f'was_{field}') != value}
+                if value != '' and not field.startswith('was_')
+                and said.get(f'was_{field}') != value}
         if 'tz' in operation.parameters:
             said.setdefault('tz', visit.zone.key)
         if once and once in self.sent:  # else loading the answer again makes another secret
@@ -14387,7 +17699,8 @@ class Pages:
 def told_done(name: str, said: dict, answer) -> str:
     """What a form has done, in a sentence."""
     name = 'undo' if said.get('undo') else name
-    about = said.get('rename') or said.get('label') or said.get('name') or said.get('id') or said.get('user') or ''
+    about = (said.get('rename') or said.get('label') or said.get('name') or said.get('id')
+             or said.get('user') or '')
     hit = answer.get('hit', []) if isinstance(answer, dict) else []
     told = ', '.join(f"{each['label']} of {each['user']} ({each['outcome']})" for each in hit[:20])
     gone = answer if name == 'delete' else ()
@@ -14395,6 +17708,32 @@ def told_done(name: str, said: dict, answer) -> str:
     done = f"'{about}' {DONE[name]}" if name in DONE else f'done: {API[name].words} {about}'
     return '; '.join([done, *warned]) + (
         f'; {len(hit)} were in the way: {told}' if hit else '')
+
+
+def arguments_told(entry: dict) -> list[tuple]:
+    """The arguments of an operation: each with where it stands, if it is needed, kind, meaning."""
+    body = entry.get('requestBody', {'content': {'application/json': {'schema': {}}}})
+    shape = body['content']['application/json']['schema']
+    needed = shape.get('required', ())
+    found = [(each['name'], each['in'], each.get('required', False), each)
+             for each in entry['parameters'] if 'in' in each]
+    found += [(name, 'body', name in needed, {'schema': each} | each)
+              for name, each in shape.get('properties', {}).items()]
+    return [(*head, kind_told(each['schema']), each['description']) for *head, each in found]
+
+
+def kind_told(schema: dict) -> str:
+    """A schema in a few words: the name of a kind, or what it is of."""
+    if '$ref' in schema:
+        return schema['$ref'].rpartition('/')[2]
+    if 'anyOf' in schema:
+        return ' or '.join(dict.fromkeys(kind_told(each) for each in schema['anyOf']))
+    if 'enum' in schema:
+        return ', '.join(each for each in schema['enum'] if each)
+    if schema.get('type') == 'array':
+        return f"list of {kind_told(schema['items'])}"
+    found = schema.get('format') or schema.get('pattern') or schema.get('type', 'anything')
+    return found if isinstance(found, str) else ' or '.join(found)
 
 
 def answered(text: str, status: int = 200, headers: dict | None = None):
@@ -14439,7 +17778,8 @@ def span_of_view(view: str, day: date) -> tuple[date, date]:
 def named_span(view: str, first: date, after: date) -> str:
     """What a time line shows, in words."""
     last = after - timedelta(days=1)
-    return (f'{first:%B %Y}' if view == 'month' else f'{first:%A} {first.day} {first:%B %Y}' if view == 'day' else
+    return (f'{first:%B %Y}' if view == 'month' else f'{first:%A} {first.day} {first:%B %Y}'
+            if view == 'day' else
             f'{first.day} {first:%b} to {last.day} {last:%b %Y}')
 
 
@@ -14449,8 +17789,10 @@ def cells_of(view: str, first: date, after: date, zone: ZoneInfo) -> list[Cell]:
     walls = [at_midnight(first) + timedelta(hours=hour) for hour in (
         range(0, 24, 3) if view == 'day' else range(0, 24 * (after - first).days, 24))]
     ends = [from_wall(each, zone).timestamp() for each in walls[1:]] + [end]
-    return [Cell(*extent(from_wall(wall, zone).timestamp(), until, begin, end), int(from_wall(wall, zone).timestamp()),
-                 int(until), f'{wall:%H:%M}' if view == 'day' else f'{wall.day}' if view == 'month' else
+    return [Cell(*extent(from_wall(wall, zone).timestamp(), until, begin, end),
+                 int(from_wall(wall, zone).timestamp()),
+                 int(until),
+                 f'{wall:%H:%M}' if view == 'day' else f'{wall.day}' if view == 'month' else
                  f'{wall:%a} {wall.day}', wall.isoformat(timespec='minutes').removesuffix('T00:00'))
             for wall, until in zip(walls, ends)]
 
@@ -14463,7 +17805,8 @@ def told_free(cell: Cell, levels: list[Amount], limits: dict[str, int]) -> Cell:
     free = {name: limit - max(each.get(name, 0) for each in used) for name, limit in limits.items()}
     scarcest = min(free, key=lambda name: free[name] / limits[name] if limits[name] else 0)
     least = max(free[scarcest], 0)
-    return cell._replace(words=f'{cell.name}: {least} of {limits[scarcest]} {scarcest} free', free=str(least),
+    return cell._replace(words=f'{cell.name}: {least} of {limits[scarcest]} {scarcest} free',
+                         free=str(least),
                          unit='' if scarcest == 'vms' else scarcest)
 
 
@@ -14479,7 +17822,9 @@ def extent(start: float, until: float, begin: float, end: float) -> tuple[float,
 
 
 def share_of(held: dict[str, int], limits: dict[str, int], highest: int) -> float:
-    """How full a resource is, 0 to 1; where nothing limits it, against the highest that is shown."""
+    """How full a resource is, 0 to 1; where nothing limits it, against the highest that is
+    shown.
+    """
     shares = [held.get(name, 0) / limit if limit else 1.0 for name, limit in limits.items()]
     return min(max(shares) if shares else held['vms'] / (1.6 * highest or 1), 1)
 
@@ -14501,7 +17846,9 @@ def curve(shares: list[float]) -> str:
 
 
 def bars_of(visit: Visit, found: list, begin: int, end: int) -> tuple[list[Bar], int]:
-    """Reservations as bars in lanes, none over another, and the number of lanes; what finds no lane is not drawn."""
+    """Reservations as bars in lanes, none over another, and the number of lanes; what finds no lane
+    is not drawn.
+    """
     lanes: list[float] = []  # until where each is taken, in percent
     bars = []
     for each in found:
@@ -14515,9 +17862,11 @@ def bars_of(visit: Visit, found: list, begin: int, end: int) -> tuple[list[Bar],
             continue
         lanes[lane:lane + 1] = [last]
         mine = each.project == visit.actor.project
-        kind = ('own' if mine else 'other') + (' dashed' if mine and each.state in ('waiting', 'pending') else '')
+        kind = ('own' if mine else 'other') + (' dashed' if mine
+                                               and each.state in ('waiting', 'pending') else '')
         text = f'{SIGNS[each.state]} {each.label}'
-        words = (f'{each.label}, {each.state}, {each.vms} vms {each.flavor}, {visit.plain(instant(each.start))} to '
+        words = (f'{each.label}, {each.state}, {each.vms} vms {each.flavor}, '
+                 f'{visit.plain(instant(each.start))} to '
                  f'{visit.plain(instant(each.end))}, {each.user}')
         start = instant(each.start) if each.repeats else None
         bars.append(Bar(left, width, words, 68 + 21 * lane, text,
@@ -14547,7 +17896,8 @@ def web(service: Reservations):
 
     def told(failure):
         request, sentence = bottle.request, error_text(failure, bottle.request, bottle.response)
-        if 'text/html' not in request.get_header('Accept', '') or request.path.startswith((BASE, '/calendar/')):
+        for_people = 'text/html' in request.get_header('Accept', '')
+        if not sentence or not for_people or request.path.startswith((BASE, '/calendar/')):
             return sentence
         for name, value in SAFE.items():
             bottle.response.set_header(name, value)
@@ -14555,7 +17905,7 @@ def web(service: Reservations):
         title = 'Not available' if failure.status_code >= 500 else 'Not here'
         return render_page('layout', title=title, body=body, visit=pages.anybody(request), note='',
                            here='', version=LOOK, back='/')
-    app = rest(service, told)
+    app = rest(service, told, lambda request: pages.visit(request).actor)
     pages.mount(app)
     return app
 
@@ -14688,9 +18038,10 @@ class Front:
         self.config, self.turned = config, time.monotonic()
         self.leaving = threading.Event()
         self.server = waitress.create_server(
-            app, host=config.host, port=config.port, threads=config.threads, asyncore_use_poll=True,
-            connection_limit=config.connections + 100, max_request_body_size=4 * MOST_ICS,
-            ident=None, channel_request_lookahead=1, clear_untrusted_proxy_headers=False)
+            app, host=config.host, port=config.port, asyncore_use_poll=True,
+            _dispatcher=fair_dispatcher(config.threads),
+            connection_limit=config.connections + 100, max_request_body_size=4 * MOST_ICS, ident=None,
+            channel_request_lookahead=1, clear_untrusted_proxy_headers=False)
         self.port = getattr(self.server, 'effective_port', config.port)
         self.sockets = getattr(self.server, 'map', None) or self.server._map
         self.doors = [each for each in self.sockets.values() if getattr(each, 'accepting', False)]
@@ -15030,7 +18381,7 @@ class Client:
                 request.add_header('Content-Type', 'application/json')
             with urlopen(request, timeout=self.timeout) as answer:
                 self.token_ends = answer.headers.get('X-Cmres-Token-Ends', '')
-                return from_plain(json.load(answer))
+                return as_answer(json.load(answer), operation.answers)
         except HTTPError as error:
             raise self.refusal(error) from None
         except (URLError, OSError, ValueError) as error:
@@ -15221,6 +18572,9 @@ LEAST = ('id cloud project request vcpus ram image host flavor cell region aggre
 #: Options that every command takes, and those of them that have no value.
 COMMON = ('--config', '--format', '--tz', '--columns', '--sort')
 SWITCHES = ('--wide', '--watch')
+#: Seconds that a thread computes before another one may: who asks the store forty things in a request
+#: waits that long each time while others compute, and Python's own 5 ms add up.
+NIMBLE = 0.0003
 
 
 def serve(config: Config, host: Name = '', port: int = None, noscheduler: bool = False,
@@ -15235,11 +18589,15 @@ def serve(config: Config, host: Name = '', port: int = None, noscheduler: bool =
       python cmres.py serve --port 8080
     """
     in_utc(config)
+    sys.setswitchinterval(NIMBLE)
     config.take(host=host or config.host, port=config.port if port is None else port)
     told = prepared(config)
+    if not os.path.exists(config.database):
+        file = key_file(config.database, config.key)
+        told = [f"Made the database '{config.database}' and its key '{file}'."]
     demo = demo or not (config.path or any(map(os.path.exists, (
         config.database, key_file(config.database, config.key)))))
-    service = local_service(config)
+    service = local_service(config, make=True)
     cycle = LifeCycle(config, service.clouds)
     service.wake, service.age = cycle.wake.set, None if noscheduler else cycle.age
     acts = None if noscheduler else cycle
@@ -15298,7 +18656,7 @@ def store_backup(config: Config, path: Name) -> dict:
     Example:
       python cmres.py store backup cmres-monday.db
     """
-    refuse_missing(config)
+    refuse_missing(config.database)
     copy_store(config.database, path)
     return {'file': path, 'bytes': os.path.getsize(path), 'key': 'not in the copy'}
 
@@ -15334,7 +18692,7 @@ def store_migrate(config: Config) -> dict:
     Example:
       python cmres.py store migrate
     """
-    refuse_missing(config)
+    refuse_missing(config.database)
     done = migrate_store(config.database)
     open_store(config.database, config.key)
     return done or {'database': config.database, 'version': latest_version(),
@@ -15471,17 +18829,8 @@ def all_orphans(cycle: LifeCycle) -> list[dict]:
     return found
 
 
-def refuse_missing(config: Config) -> None:
-    """NotFound if there is no database."""
-    if not os.path.exists(config.database):
-        raise NotFound(f"there is no database '{config.database}'")
-
-
 def prepared(config: Config) -> list[str]:
-    """Migrates an older database; what is to be said of that, or of one that will be made."""
-    if not os.path.exists(config.database):
-        file = key_file(config.database, config.key)
-        return [f"Made the database '{config.database}' and its key '{file}'."]
+    """Migrates an older database; what is to be said of that."""
     done = migrate_store(config.database)
     return [MIGRATED.format(**done)] if done else []
 
@@ -15620,6 +18969,7 @@ def running(cycle: LifeCycle | None, keeper: Housekeeper,
         stop.set()
         if watch:
             watch.join()
+        store_file.settle()
         keeper.end()
 
 
@@ -15644,9 +18994,9 @@ def keep_running(cycle: LifeCycle, stop: threading.Event, every: float = 5) -> N
     thread.join(30)  # one that hangs is left behind
 
 
-def local_service(config: Config) -> Reservations:
+def local_service(config: Config, make: bool = False) -> Reservations:
     """The service on the local database; whoever can write that file acts as admin."""
-    open_store(config.database, config.key)
+    open_store(config.database, config.key, make)
     try:
         user = getpass.getuser()
     except (KeyError, OSError):  # a user id without a name
@@ -15844,7 +19194,7 @@ def plain_call(operation: Operation, words: list[str]) -> Call | None:
 
 
 #: What may stand for some arguments.
-CHOICES = {'state': STATES, 'role': ROLES, 'mode': (*MODES, 'open'), 'at_end': ENDS, 'on_conflict': CLASHES,
+KNOWN_VALUES = {'state': STATES, 'role': ROLES, 'mode': (*MODES, 'open'), 'at_end': ENDS, 'on_conflict': CLASHES,
            'then': THEN, 'format': FORMATS, 'shell': tuple(COMPLETIONS)}
 
 
@@ -15875,8 +19225,8 @@ def completed(words: list[str]) -> list[str]:
 def values_of(operation: Operation, name: str = '') -> list[str]:
     """What stands in the store for an argument, or may stand there."""
     name = name.removeprefix('--').replace('-', '_')
-    if name in CHOICES:
-        return list(CHOICES[name])
+    if name in KNOWN_VALUES:
+        return list(KNOWN_VALUES[name])
     config = load_config()
     service = Client(config.url, config.token) if config.url else local_service(config)
     if name in ('resource', 'resources') or name == 'name' and operation.name.startswith('resource_'):
@@ -15994,7 +19344,7 @@ def what_follows(operation: Operation, asked: Callable, bound: dict, answer) -> 
     if not answer or len(answer) < bound.get('limit', limit.default) or 'id' not in answer[-1]:
         return ''
     last = answer[-1]
-    after = last['id'] if operation.name == 'events' else f"{int(last['start'].timestamp())}-{last['id']}"
+    after = cursor_of(last)
     shown = last['id'] if operation.name == 'events' else f"{last['start']:%Y-%m-%dT%H:%M:%SZ}/{last['id']}"
     return f'--after {shown}' if asked(**bound | {'after': after, 'limit': 1}) else ''
 
@@ -16098,7 +19448,7 @@ class Look(NamedTuple):
 def render(answer, form: str, zone: ZoneInfo, look: Look = Look()) -> str:
     """An answer as text: a table for people, or JSON, CSV or YAML for programs."""
     if look.sort and isinstance(answer, list):
-        answer = in_order(answer, look.sort)
+        answer = sorted_lines(answer, look.sort)
     if form == 'json':
         return json_text(answer, indent=2).rstrip('\n')
     if form == 'jsonl':
@@ -16111,7 +19461,7 @@ def render(answer, form: str, zone: ZoneInfo, look: Look = Look()) -> str:
     return as_table(answer, zone, look)
 
 
-def in_order(lines: list[dict], names: str) -> list[dict]:
+def sorted_lines(lines: list[dict], names: str) -> list[dict]:
     """Lines by the fields that are named, with - before one whose last comes first; empty ones are last."""
     for name in reversed([each.strip() for each in names.split(',')]):
         field = name.removeprefix('-')
@@ -16224,20 +19574,69 @@ def fitting(names: list[str], cells: list[list[str]], width: int) -> list[int]:
 
 
 def drawn(names: list[str], lines: list) -> str:
-    """A table as text, as wide as the terminal, or as it needs to be where there is none."""
-    from rich.console import Console
-    from rich.table import Table as Drawing
-    from rich.text import Text as Plain
-    drawing = Drawing(box=None, show_header=bool(names), pad_edge=False, header_style='bold')
-    for place in range(len(lines[0])):
-        times = all(re.match(r'\d{4}-\d\d-\d\d \d\d:|-$', line[place]) for line in lines)
-        drawing.add_column(names[place] if names else '', no_wrap=times, overflow='fold')
-    for line in lines:
-        drawing.add_row(*map(Plain, line))
-    width = terminal_width() if sys.stdout.isatty() else 250
-    console = Console(width=width, file=io.StringIO(), force_terminal=sys.stdout.isatty() or None)
-    console.print(drawing)
-    return '\n'.join(each.rstrip() for each in console.file.getvalue().splitlines())
+    """A table as text, each column as wide as it needs to be; a terminal's widest ones are folded."""
+    table = [names, *lines] if names else lines
+    widths = [max(wide(part) for line in table for part in line[place].split('\n'))
+              for place in range(len(table[0]))]
+    on_terminal = sys.stdout.isatty()
+    if on_terminal:
+        times = [all(re.match(r'\d{4}-\d\d-\d\d \d\d:|-$', line[place]) for line in lines)
+                 for place in range(len(widths))]
+        widths = narrowed(widths, times, terminal_width())
+    text = [drawn_line(line, widths) for line in table]
+    if names and on_terminal:
+        text[0] = f'\x1b[1m{text[0]}\x1b[0m'
+    return '\n'.join(text)
+
+
+def drawn_line(line: list[str], widths: list[int]) -> str:
+    """A line of a table, of as many lines as its longest cell is folded into."""
+    cells = [list(pieces_of(cell, width)) for cell, width in zip(line, widths)]
+    return '\n'.join('  '.join(piece + ' ' * (width - wide(piece))
+                               for piece, width in zip(pieces, widths)).rstrip()
+                     for pieces in itertools.zip_longest(*cells, fillvalue=''))
+
+
+def narrowed(widths: list[int], whole: list[bool], most: int, least: int = 12) -> list[int]:
+    """Widths that fit a terminal: the widest goes down to the next, none that is `whole` or has the least."""
+    widths = widths[:]
+    while (too_many := sum(widths) + 2 * len(widths) - 2 - most) > 0:
+        there = sorted({width for width, fixed in zip(widths, whole) if not fixed and width > least})
+        if not there:
+            break
+        place = next(n for n, width in enumerate(widths) if width == there[-1] and not whole[n])
+        lower = there[-2] if len(there) > 1 else least
+        widths[place] = max(widths[place] - too_many, lower if lower < there[-1] else least)
+    return widths
+
+
+def pieces_of(cell: str, width: int) -> Iterator[str]:
+    """The lines of a cell, cut where they are too wide, between words if there are any."""
+    for part in cell.split('\n'):
+        while (end := fitting_end(part, width)) < len(part):
+            space = part.rfind(' ', 1, end + 1)
+            end = space if space > 0 and part[:space].strip() else end
+            yield part[:end].rstrip()
+            part = part[end:].lstrip()
+        yield part
+
+
+def fitting_end(text: str, width: int) -> int:
+    """How many letters of a text fit; at least one."""
+    taken = 0
+    for end, letter in enumerate(text):
+        taken += wide(letter)
+        if taken > width:
+            return max(end, 1)
+    return len(text)
+
+
+def wide(text: str) -> int:
+    """How many columns of a terminal a text takes: letters of East Asia two, accents none."""
+    if text.isascii():
+        return len(text)
+    from unicodedata import combining, east_asian_width
+    return sum(0 if combining(each) else 1 + (east_asian_width(each) in 'WF') for each in text)
 
 
 def terminal_width() -> int:
@@ -16267,4 +19666,5 @@ def in_words(error: Error, zone: ZoneInfo) -> list[str]:
 if __name__ == '__main__':
     code = main()
     sys.stdout.flush()
+    store_file.leave()
     os._exit(code)  # workers may wait for a cloud that hangs; what became of their calls, the next pass finds out

@@ -8,6 +8,7 @@
 #   "playwright~=1.65.2",      # drives Debian's Chromium
 #   "pytest>=8,<10",           # the tests
 #   "pytest-xdist~=3.8",       # tests side by side
+#   "python-dateutil>=2.9,<3", # a second opinion on rules
 #   "recurring-ical-events~=3.8.2",  # a second opinion on when events occur
 #   "vdirsyncer~=0.21.0",      # subscribes to a feed over HTTP
 #   "webtest~=3.0.7",          # REST without a socket
@@ -19,6 +20,7 @@ A test plays time itself: `world.now` is the clock of everything in it. Tests ma
 need a real cloud, named by OS_CLOUD, and are skipped where there is none.
 """
 
+import ast
 import asyncio
 import base64
 import collections
@@ -28,6 +30,7 @@ import email.policy
 import email.utils
 import functools
 import gc
+import gzip
 import html
 import http.client
 import http.server
@@ -38,18 +41,24 @@ import os
 import queue
 import random
 import re
+import shlex
 import shutil
 import signal
 import socket
+import sqlite3
 import subprocess
+import symtable
 import sys
 import threading
 import time
+import types
 import uuid
+import wsgiref.util
 import zoneinfo
 from concurrent.futures import ThreadPoolExecutor
 from datetime import date, datetime, timedelta, timezone
 from pathlib import Path
+from typing import Any, get_args, get_origin
 from urllib.parse import parse_qsl, urlencode, urlsplit
 
 import icalendar
@@ -73,6 +82,49 @@ MODULE = Path(cmres.__file__)
 
 def hours(number: float) -> timedelta:
     return timedelta(hours=number)
+
+
+def misfit(value, kind, where='answer') -> str:
+    """Where a value is not of the type that an answer declares; '' where all of it is."""
+    kinds = cmres.choices_of(kind)
+    if isinstance(value, dict) and any(map(cmres.is_answer, kinds)):
+        faults = [misfit_of_fields(value, each, where) for each in kinds if cmres.is_answer(each)]
+        return '' if '' in faults else min(faults)
+    for each in kinds:
+        origin, inside = get_origin(each) or each, get_args(each)
+        if origin in (list, dict) and isinstance(value, origin) and inside:
+            items = value.items() if origin is dict else enumerate(value)
+            return next(filter(None, (misfit(one, inside[-1], f'{where}[{n!r}]') for n, one in items)), '')
+        plain = getattr(origin, '__supertype__', origin)
+        if plain is Any or value is None and plain is type(None) or type(value) in (plain, int if plain is float else plain):
+            return ''
+    return f'{where} is {value!r}, not {kind}'
+
+
+def misfit_of_fields(value: dict, kind, where: str) -> str:
+    fields = cmres.declared(kind)
+    missing = [name for name, field in fields.items() if field.always and name not in value]
+    more = [] if kind.more else [name for name in value if name not in fields]
+    if missing or more:
+        return f'{where} of {kind.__name__} lacks {missing} and has {more}'
+    return next(filter(None, (misfit(each, fields[name].kind if name in fields else kind.more, f'{where}[{name!r}]')
+                              for name, each in value.items())), '')
+
+
+def checked_answer(operation):
+    """The operation, for all tests: what it answers has just the fields and types that it declares."""
+    method = getattr(cmres.Reservations, operation.name)
+
+    @functools.wraps(method)
+    def call(self, *args, **kwargs):
+        answer = method(self, *args, **kwargs)
+        assert not misfit(answer, operation.answers), f'{operation.name}: {misfit(answer, operation.answers)}'
+        return answer
+    return call
+
+
+for _operation in API.values():
+    setattr(cmres.Reservations, _operation.name, checked_answer(_operation))
 
 
 class World:
@@ -149,14 +201,16 @@ class Rest:
     def call(self, verb: str, path: str, body=None, status=None, **headers):
         """The answer to one request; `body` becomes JSON unless it is bytes."""
         data = b'' if body is None else body if isinstance(body, bytes) else json.dumps(body).encode()
-        headers = {'Authorization': f'Bearer {self.token}', 'Content-Type': 'application/json'} | headers
+        headers = {'Authorization': f'Bearer {self.token}', 'Content-Type': 'application/json'} | {
+            name.replace('_', '-'): value for name, value in headers.items()}
         path = path if path.startswith(('/cm/', '/healthz', '/openapi.json')) else cmres.BASE + path
         return self.web.request(path, method=verb, body=data, headers=headers, status=status)
 
 
 @pytest.fixture
-def run(tmp_path, monkeypatch, capsys):
-    """The command line in an empty folder: run('list') gives (exit code, output, errors)."""
+def run(tmp_path, empty, monkeypatch, capsys):
+    """The command line in a folder with a new store: run('list') is (exit code, output, errors)."""
+    shutil.copy(empty, tmp_path)
     monkeypatch.chdir(tmp_path)
     for name in [name for name in os.environ if name.startswith('CMRES_')]:
         monkeypatch.delenv(name)
@@ -178,9 +232,39 @@ def labels(answer):
     return [each['label'] for each in answer]
 
 
-def dump():
-    """Everything that is in the store."""
-    return list(cmres.db.connection().iterdump())
+def dump(connection=None):
+    """Everything that is in the store, but not how often it was written to."""
+    count = 'INSERT INTO "fact" VALUES(\'writes\''
+    everything = (connection or cmres.db.connection()).iterdump()
+    return [line for line in everything if not line.startswith(count)]
+
+
+def test_no_two_things_of_a_module_have_one_name():
+    for module in (MODULE, Path(__file__)):
+        tree = ast.parse(module.read_text())
+        names = collections.Counter(
+            name for each in tree.body for name in (
+                [each.name] if isinstance(each, (ast.FunctionDef, ast.ClassDef)) else
+                [target.id for target in getattr(each, 'targets', ()) if isinstance(target, ast.Name)]))
+        assert [name for name, number in names.items() if number > 1 and not name.startswith('_')] == []
+
+
+def test_a_section_uses_only_those_above_it():
+    text = MODULE.read_text()
+    heads = [number for number, line in enumerate(text.split('\n'), 1) if re.match('# [A-Z].* #{5,}$', line)]
+    section = lambda line: sum(head <= line for head in heads)  # noqa: E731
+    there = {}
+    for each in ast.parse(text).body:
+        targets = getattr(each, 'targets', [getattr(each, 'target', None)])
+        for name in [getattr(each, 'name', None), *(getattr(target, 'id', None) for target in targets)]:
+            there.setdefault(name, section(each.lineno))
+    below, tables = [], symtable.symtable(text, MODULE.name, 'exec').get_children()
+    while tables:
+        table = tables.pop()
+        tables += table.get_children()
+        below += [f'{table.get_name()}: {each.get_name()}' for each in table.get_symbols()
+                  if each.is_global() and each.is_referenced() and there.get(each.get_name(), 0) > section(table.get_lineno())]
+    assert len(heads) > 25 and below == []
 
 
 # Time ########################################################################
@@ -687,8 +771,8 @@ def serving(tmp_path):
 
 
 def from_dump(path, dump: str):
-    """A database file out of its dump."""
-    import sqlite3
+    """A database file out of its dump, in the place of one that may be there."""
+    Path(path).unlink(missing_ok=True)
     made = sqlite3.connect(path)
     made.executescript(dump)
     made.execute('PRAGMA journal_mode = WAL')
@@ -745,8 +829,7 @@ def test_a_store_of_a_newer_version_is_refused_and_left_as_it_is(run, tmp_path):
         assert code == 1 and 'a newer cmres wrote the database' in err, command
     newer = run('store', 'backup', 'newer.db')
     assert newer[0] == 0 and 'a newer cmres' in run('store', 'restore', 'newer.db')[2]
-    import sqlite3
-    assert list(sqlite3.connect('cmres.db').iterdump()) == before
+    assert dump(sqlite3.connect('cmres.db')) == before
 
 
 def test_the_next_version_is_reached_from_the_first_whatever_the_models_say_by_then(tmp_path, monkeypatch):
@@ -819,6 +902,18 @@ def test_serve_makes_a_store_and_what_to_try_in_an_empty_folder_only(serving, tm
     furnished.stop()
     shown = serving('--demo', folder=other)
     assert "Made the resource 'demo'" in shown.said() and shown.ask('GET', '/resource/')[0] == 200
+
+
+@pytest.mark.parametrize('command', [
+    'list', 'show lab', 'add lab demo +1h +1h', 'resource list', 'check', 'tick', 'scheduler',
+    'store orphans', 'store backup b.db', 'store migrate', 'token add eva'])
+def test_only_serve_makes_a_store(run, tmp_path, command):
+    """In a wrong folder, a command that made one would answer as if nothing were reserved."""
+    os.remove('cmres.db')
+    code, out, err = run(*command.split())
+    assert code == 1 and not out and f"there is no database '{tmp_path}/cmres.db'" in err, err
+    assert '`serve` makes one' in err and '--demo' in err and 'setting `database`' in err
+    assert os.listdir(tmp_path) == []
 
 
 def test_files_of_a_store_are_its_owners_alone_and_nothing_in_them_signs(serving, tmp_path, monkeypatch):
@@ -915,21 +1010,197 @@ def test_a_store_that_is_replaced_while_serving_takes_no_writes(serving, tmp_pat
     assert serve.add('back')[0] == 201 and serve.names() == {'demo', 'back'}
 
 
-def test_a_store_that_is_overwritten_with_another_takes_no_writes(serving, tmp_path):
-    """`cp` leaves the file what it is for the system, and SQLite reads what is in it now."""
-    import sqlite3
-    serve = serving()
-    (tmp_path / 'other').mkdir()
-    for command in (['resource', 'add', 'other'], ['store', 'backup', '../other.db']):
-        assert cli(tmp_path / 'other', *command).returncode == 0
-    line = sqlite3.connect(tmp_path / 'cmres.db')
-    line.execute('PRAGMA wal_checkpoint(TRUNCATE)').fetchall()  # else the log still holds all of it
+def overwrite(path, data: bytes) -> None:
+    """Writes into a file as `cp` does: it stays what it is for the system."""
+    Path(path).write_bytes(data)
+
+
+def copied_into_it(path, truncate: bool = True) -> bytes:
+    """The database file, once all of the log is in it; another connection sees to that."""
+    line = sqlite3.connect(path)
+    line.execute(f"PRAGMA wal_checkpoint({'TRUNCATE' if truncate else 'PASSIVE'})").fetchall()
     line.close()
-    shutil.copyfile(tmp_path / 'other.db', tmp_path / 'cmres.db')
-    soon(lambda: 'was overwritten with the store' in str(serve.ask('GET', '/readyz')[1]))
-    status, answer = serve.add('late')
-    assert status == 503 and 'was overwritten with the store' in answer['error']
-    assert labels_in(tmp_path / 'cmres.db', 'SELECT name FROM resource') == {'other'}
+    return Path(path).read_bytes()
+
+
+OVERWRITTEN = ['older', 'backup', 'another', 'empty', 'half', 'newer', 'zeros', 'a byte']
+
+
+@pytest.mark.parametrize('before, what', [
+    *itertools.product(['all is copied', 'some is in the log'], OVERWRITTEN),
+    *itertools.product(['nobody has seen the copying'], OVERWRITTEN[:5])])
+def test_a_store_that_is_overwritten_in_place_is_noticed_until_it_is_right(
+        app, world, tmp_path, before, what):
+    """SQLite reads what is in the file now, or what it remembers, and notices nothing."""
+    path = Path(world.config.database)
+    older = copied_into_it(path)
+    cmres.copy_store(str(path), str(tmp_path / 'backup'))
+    app.call('POST', '/resource', {'name': 'early'}, 201)
+    first = copied_into_it(path, truncate=False)
+    if before == 'all is copied':
+        app.call('GET', '/resource')
+    if before == 'some is in the log':
+        app.call('POST', '/resource', {'name': 'logged'}, 201)
+    data = {'older': older, 'backup': (tmp_path / 'backup').read_bytes(),
+            'another': another_store(tmp_path / 'another'),
+            'empty': b'', 'half': first[:len(first) // 8192 * 4096],
+            'zeros': first[:4096] + bytes(8192) + first[12288:],
+            'a byte': first[:9000] + bytes([first[9000] ^ 1]) + first[9001:]}.get(what)
+    if what == 'newer':
+        (tmp_path / 'newer').write_bytes(first)
+        with contextlib.closing(sqlite3.connect(tmp_path / 'newer')) as line, line:
+            line.execute("UPDATE resource SET name = 'since' WHERE name = 'early'")
+        data = copied_into_it(tmp_path / 'newer')
+    overwrite(path, data)
+    for verb in ('POST', 'GET', 'POST'):
+        body = {'name': 'late'} if verb == 'POST' else None
+        answer = app.call(verb, '/resource', body, 503).json['error']
+        assert "'cmres.db' was overwritten by another program" in answer
+        assert 'store restore' in answer
+    ready = webtest.TestApp(cmres.rest(world.service))
+    assert 'was overwritten' in ready.get('/readyz', status=503).json['store']['fault']
+    overwrite(path, first)
+    app.call('POST', '/resource', {'name': 'back'}, 201)
+    logged = {'logged'} if before == 'some is in the log' else set()
+    found = labels_in(path, 'SELECT name FROM resource')
+    assert found == {'demo', 'early', 'back'} | logged
+    assert cmres.verify_store(str(path))['result'] == 'ok'
+
+
+def another_store(path) -> bytes:
+    """What a database of something else holds."""
+    line = sqlite3.connect(path)
+    line.executescript('CREATE TABLE fact (name PRIMARY KEY, value); PRAGMA journal_mode = WAL')
+    line.close()
+    return path.read_bytes()
+
+
+@pytest.mark.parametrize('size', [None, 0], ids=['small', 'large'])
+def test_what_sqlite_does_to_the_file_is_no_overwriting_nor_is_a_new_date(
+        app, world, monkeypatch, size):
+    path = Path(world.config.database)
+    if size is not None:
+        monkeypatch.setattr(cmres, 'MOST_DIGESTED', size)
+    for n in range(3):
+        for truncate in (True, False):
+            app.call('POST', '/resource', {'name': f'r{n}{truncate}'}, 201)
+            copied_into_it(path, truncate)
+            app.call('GET', '/resource')
+    os.utime(path)
+    app.call('POST', '/resource', {'name': 'late'}, 503 if size == 0 else 201)
+
+
+def test_while_somebody_reads_a_part_of_the_log_is_copied_and_that_is_no_overwriting(app, world):
+    """Of a page that was written again since, the file has neither what it was nor what it is."""
+    path = Path(world.config.database)
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as reader:
+        for n in range(4):
+            long = {'label': f'long-{n}', 'description': 'y' * 20000}  # on pages of its own
+            app.call('POST', '/reservation/', FINE | long, 201)
+            reader.execute('BEGIN')
+            reader.execute('SELECT count(*) FROM resource').fetchall()
+            app.call('POST', '/resource', {'name': f'since-{n}'}, 201)
+            before = path.stat().st_mtime_ns
+            copied_into_it(path, truncate=False)
+            assert path.stat().st_mtime_ns > before
+            app.call('POST', '/resource', {'name': f'then-{n}'}, 201)
+            reader.execute('COMMIT')
+
+
+def test_a_transaction_that_writes_nothing_looks_once_at_each_file(world, monkeypatch):
+    cmres.fact('store')  # else this thread has no connection yet
+    asked, run, stat = [], [], os.stat
+    monkeypatch.setattr(cmres.os, 'stat', lambda path: asked.append(path) or stat(path))
+    cmres.db.connection().set_trace_callback(run.append)
+    try:
+        with cmres.transaction():
+            pass
+    finally:
+        cmres.db.connection().set_trace_callback(None)
+    assert asked == [world.config.database + side for side in ('', '-wal', '-shm')]
+    assert run == ['BEGIN IMMEDIATE', 'COMMIT']
+
+
+def test_a_log_or_an_index_that_is_an_older_one_is_noticed(app, world):
+    path = Path(world.config.database)
+    index, log = (path.with_name(path.name + side) for side in ('-shm', '-wal'))
+    app.call('POST', '/resource', {'name': 'early'}, 201)
+    before = index.read_bytes()
+    app.call('POST', '/resource', {'name': 'more'}, 201)
+    now = index.read_bytes()
+    write_over(index, before)
+    answer = app.call('GET', '/resource', status=503).json['error']
+    assert "'cmres.db-shm' was overwritten" in answer
+    write_over(index, now)
+    app.call('GET', '/resource')
+    data = log.read_bytes()
+    os.truncate(log, len(data) // 2)
+    answer = app.call('POST', '/resource', {'name': 'late'}, 503).json['error']
+    assert "'cmres.db-wal' was overwritten" in answer
+    write_over(log, data)
+    app.call('POST', '/resource', {'name': 'back'}, 201)
+
+
+def write_over(path, data: bytes) -> None:
+    """Writes over a file without cutting it off."""
+    with open(path, 'r+b') as file:
+        file.write(data)
+
+
+def test_all_processes_know_that_a_store_is_overwritten(serving, tmp_path):
+    """Also one that begins since, which has not seen what was in the file."""
+    serve = serving()
+    older = copied_into_it(tmp_path / 'cmres.db')
+    assert serve.add('early')[0] == 201
+    first = copied_into_it(tmp_path / 'cmres.db')
+    overwrite(tmp_path / 'cmres.db', older)
+    for _ in range(2):
+        again = cli(tmp_path, 'resource', 'add', 'late', **serve.env)
+        assert again.returncode == 1
+        assert "'cmres.db' was overwritten by another program" in again.stderr
+    lost(serve, 'cmres.db', 'was overwritten')
+    overwrite(tmp_path / 'cmres.db', first)
+    assert serve.add('back')[0] == 201 and serve.names() == {'demo', 'early', 'back'}
+
+
+def test_readiness_tells_why_the_last_write_failed(app, world, monkeypatch):
+    """On a disk that is nearly full, a write as small as a probe may succeed."""
+    world.at(0)
+    ready = webtest.TestApp(cmres.rest(world.service))
+
+    def full(self, **_):
+        error = sqlite3.OperationalError('database or disk is full')
+        error.sqlite_errorcode, error.sqlite_errorname = sqlite3.SQLITE_FULL, 'SQLITE_FULL'
+        raise error
+    monkeypatch.setattr(cmres.Reservations, 'resource_list', full)
+    assert 'is full' in app.call('GET', '/resource', status=503).json['error']
+    assert 'is full' in ready.get('/readyz', status=503).json['store']['fault']
+    app.call('POST', '/resource', {'name': 'back'}, 201)
+    ready = webtest.TestApp(cmres.rest(world.service))
+    assert ready.get('/readyz').json['status'] == 'ready'
+
+
+def test_when_all_processes_have_ended_the_file_alone_has_everything(serving, tmp_path):
+    """Whoever copies or moves the database then needs no other file."""
+    serve = serving()
+    assert serve.add('early')[0] == 201
+    serve.stop()
+    shutil.copy(tmp_path / 'cmres.db', tmp_path / 'copied')
+    assert labels_in(tmp_path / 'copied', 'SELECT name FROM resource') == {'demo', 'early'}
+    assert serve.names() == {'demo', 'early'}
+    assert not list(tmp_path.glob('cmres.db-*'))
+
+
+def test_readiness_is_asked_anew_when_something_went_wrong_since(app, world):
+    ready = webtest.TestApp(cmres.rest(world.service))
+    world.at(0)
+    assert ready.get('/readyz').json['status'] == 'ready'
+    path = Path(world.config.database)
+    path.rename(path.with_name('away'))
+    assert 'was removed' in ready.get('/readyz', status=503).json['store']['fault']
+    path.with_name('away').rename(path)
+    app.call('GET', '/resource')
+    assert ready.get('/readyz').json['status'] == 'ready'
 
 
 def test_what_was_acknowledged_survives_the_loss_of_the_log(serving, tmp_path):
@@ -949,7 +1220,7 @@ def test_an_empty_file_or_another_store_in_its_place_is_refused_at_the_start(run
     Path('cmres.db').touch()
     assert "'cmres.db' is empty, but its key is of store" in run('list')[2]
     os.remove('cmres.db')
-    assert run('list', '--config', Path('o.ini').write_text('[cmres]\ndatabase = other.db\n') and 'o.ini')[0] == 0
+    cmres.open_store('other.db')
     cmres.close_store()
     os.rename('other.db', 'cmres.db')
     assert 'put the right file back' in run('list')[2]
@@ -1059,7 +1330,6 @@ def test_damage_met_while_serving_is_named_and_stays_known_until_it_is_gone(serv
 
 def page_of(path, table: str) -> list[int]:
     """The root page of a table, and of its indexes."""
-    import sqlite3
     found = sqlite3.connect(path).execute('SELECT rootpage FROM sqlite_master WHERE tbl_name = ?', (table,)).fetchall()
     return [each[0] for each in found]
 
@@ -1102,7 +1372,6 @@ def test_a_mistake_of_ours_is_500_with_a_number_that_is_in_the_log(app, monkeypa
 
 def test_the_first_cause_of_a_failed_transaction_is_told(world):
     """An inner transaction finds nothing to undo once SQLite has undone all of it."""
-    import sqlite3
     def full():
         cmres.db.connection().execute('ROLLBACK')
         raise sqlite3.OperationalError('database or disk is full')
@@ -1168,7 +1437,6 @@ def ini(folder, world) -> str:
 
 def labels_in(path, query: str = 'SELECT label FROM reservation') -> set[str]:
     """The labels in a database file."""
-    import sqlite3
     return {each[0] for each in sqlite3.connect(path).execute(query)}
 
 
@@ -1972,7 +2240,7 @@ def make_tenth():
     """Makes of a store one of version 10, where occurrences and events don't tell whose they are."""
     triggers = [each.name for each in cmres.rows("SELECT name FROM sqlite_master WHERE type = 'trigger'")]
     indexes = re.findall(r'CREATE INDEX (\w+)', cmres.INDEXES_OF_11)
-    gone = [('TRIGGER', triggers), ('INDEX', indexes), ('TABLE', ['wait', 'texts', 'tally'])]
+    gone = [('TRIGGER', triggers), ('INDEX', indexes), ('TABLE', ['wait', 'texts', 'tally', 'once'])]
     for kind, name in [(kind, name) for kind, names in gone for name in names]:
         cmres.run(f'DROP {kind} {name}')
     for column in ('of_project', 'of_user'):
@@ -2740,7 +3008,8 @@ def occur(run, tmp_path):
     """`occurrences` for the bytes of a file: (exit code, what it printed, errors)."""
     def occur(data: bytes, *options):
         (tmp_path / 'f.ics').write_bytes(data)
-        return run('occurrences', 'f.ics', '--format=json', *options)
+        code, out, err = run('occurrences', 'f.ics', '--format=json', *options)
+        return code, out, f"cmres: {json.loads(err)['error']}\n" if err.startswith('{') else err
     return occur
 
 
@@ -3505,17 +3774,143 @@ def furnished(world) -> World:
     return world
 
 
+@contextlib.contextmanager
+def others_writing():
+    """Another process has the lock of the store and keeps it; who wanted it would be refused at once."""
+    cmres.run('PRAGMA busy_timeout = 0')
+    with contextlib.closing(cmres.connect(cmres.store_file.path)) as other:
+        other.execute('BEGIN IMMEDIATE')
+        yield
+        other.execute('ROLLBACK')
+    cmres.run(f'PRAGMA busy_timeout = {1000 * cmres.PATIENT}')
+
+
 @pytest.mark.parametrize('name', WRITES)
-def test_a_dry_run_answers_as_if_it_were_done_and_keeps_nothing(tmp_path, name):
+def test_a_dry_run_answers_as_if_it_were_done_keeps_nothing_and_waits_for_nobody(tmp_path, name):
     service = furnished(World(tmp_path, private_addresses=True)).service
     woken = []
     service.wake = lambda: woken.append(1)
     before, bound = dump(), bind(API[name], WRITES[name], service.here)
-    dry = getattr(service, name)(**bound, dry_run=True)
+    with others_writing():
+        dry = getattr(service, name)(**bound, dry_run=True)
     assert dump() == before and not woken
     real = getattr(service, name)(**bound)
     assert dump() != before and woken
     assert name in ('generate', 'token_add', 'calendar_feed', 'calendar_subscribe') or cmres.to_plain(dry) == cmres.to_plain(real)
+
+
+def anything(world, chance, number):
+    """An operation at random: who does it, its name and arguments."""
+    def when(least=0):
+        return NOON + timedelta(minutes=30 * (chance.randrange(least, 60))) + timedelta(seconds=world.now - NOON.timestamp())
+    label = chance.choice(labels(world.service.list()) or ['none'])
+    window = {'start': when(), 'end': timedelta(minutes=30 * chance.randrange(1, 12))}
+    new = {'label': f'r{number}', 'resource': chance.choice(['demo', 'asks', 'small', '-']), 'vms': chance.randrange(1, 6),
+           'on_conflict': chance.choice(['refuse', 'skip', 'shift=2h'])} | window
+    boots = {'flavor': 'm1.small', 'image': 'cirros', 'at_end': chance.choice(['stop', 'delete'])}
+    series = {'repeat': chance.choice(['daily', 'every 2 days']), 'count': chance.randrange(2, 6)}
+    parts = {'resource': '-', 'part': [{'vms': chance.randrange(1, 9)}, {'vms': 2, 'resource': chance.choice(['demo', 'asks'])}]}
+    plain = {'cloud': 'simulated'} if new['resource'] == '-' else {}
+    name, given, role = chance.choice([
+        ('add', new | plain, 'user'), ('add', new | plain, 'user'), ('add', new | plain | {'wait': True, 'confirm': chance.choice([None, hours(1)])}, 'user'),
+        ('add', new | plain | boots | {'lead': hours(chance.choice([0, 1]))}, 'user'), ('add', new | plain | series, 'user'),
+        ('add', new | plain | series | boots, 'user'), ('add', new | parts, 'user'), ('add', new | parts | {'wait': True}, 'user'),
+        ('extend', {'label': label, 'by': hours(chance.choice([1, 5]))}, 'user'),
+        ('keep', {'label': label, 'until': hours(1)}, 'user'),
+        ('update', {'label': label, 'vms': chance.randrange(1, 9)}, 'user'),
+        ('update', {'label': label, 'start': when()}, 'user'), ('update', {'label': label, 'repeat': 'daily', 'count': 4}, 'user'),
+        ('update', {'label': label, 'description': 'x' * chance.choice([3, 2000])}, 'user'),
+        ('update', {'label': label, 'resource': chance.choice(['demo', 'asks', 'small']), 'user': 'bob'}, 'admin'),
+        ('delete', {'label': label}, 'user'), ('skip', {'label': label}, 'user'),
+        ('skip', {'label': label, 'undo': True}, 'user'), ('approve', {'label': label}, 'admin'), ('reject', {'label': label}, 'admin'),
+        ('accept', {'label': label}, 'user'), ('load', {'rows': [new, new | {'label': f'r{number}x', 'vms': 9}], 'partial': chance.random() < 0.6}, 'user'),
+        ('resource_update', {'name': 'demo', 'vms': chance.choice([8, 16, 20]), 'force': True}, 'admin'),
+        ('resource_capacity', {'name': 'demo', 'vms': chance.choice([4, 30]), 'then': chance.choice(['move', 'cancel', 'notify'])} | window, 'admin'),
+        ('maintenance_add', {'resource': chance.choice(['demo', 'small']), 'then': chance.choice(['move', 'cancel', 'notify'])} | window, 'admin'),
+        ('maintenance_delete', {'id': chance.randrange(1, 4)}, 'admin'), ('limit_add', {'user': 'eva', 'most_vms': chance.randrange(6, 30)}, 'admin'),
+        ('limit_add', {'project': 'biology', 'vcpu_hours': 200, 'longest': hours(9)}, 'admin'), ('limit_delete', {'id': chance.randrange(1, 4)}, 'admin'),
+        ('import_', {'file': calendar(event(f'DTSTART:{when(4):%Y%m%dT%H%M%SZ}', 'DURATION:PT2H', 'RRULE:FREQ=DAILY;COUNT=3',
+                                            f'LOCATION:{chance.randrange(1, 9)} x m1.tiny on demo')).decode(),
+                     'on_conflict': chance.choice(['refuse', 'skip'])}, 'user')])
+    return world.as_user(role=role), name, given
+
+
+@pytest.mark.parametrize('seed', range(3))
+def test_a_dry_run_of_anything_says_what_is_done_then_and_waits_for_nobody(world, seed):
+    chance, done = random.Random(seed), collections.Counter()
+    world.service.resource_add('asks', cloud='simulated', vms=6, approval=hours(9))
+    world.service.resource_add('small', cloud='simulated', vms=3, vcpus=9)
+
+    def answer(service, name, given):
+        try:
+            return 'done', cmres.to_plain(getattr(service, name)(**given))
+        except Error as error:
+            return type(error).__name__, str(error), cmres.to_plain(error.details)
+    for number in range(80):
+        service, name, given = anything(world, chance, number)
+        given = bind(API[name], given, service.here)
+        before = dump()
+        with others_writing():
+            dry = answer(service, name, given | {'dry_run': True})
+        assert dump() == before
+        assert answer(service, name, given) == dry, (name, given)
+        done[name, dry[0]] += 1
+        if number % 10 == 0:
+            world.at((world.now - NOON.timestamp()) / 3600 + 0.5)
+    assert len(done) > 15 and world.service.check()['differences'] == 0
+
+
+def test_what_waits_does_not_become_a_series(service):
+    book(service, vms=16), book(service, 'waits', vms=2, wait=True)
+    for dry_run in (True, False):
+        with pytest.raises(Invalid, match='a series can not wait'):
+            service.update('waits', repeat='daily', count=3, dry_run=dry_run)
+    service.delete('lab')
+    service.admit_waiting(service.clock())
+    assert service.check()['differences'] == 0 and service.show('waits')['state'] == 'reserved'
+
+
+def test_what_a_series_goes_without_counts_against_no_limit_of_what_it_gets_instead(world):
+    eva = world.as_user()
+    world.service.limit_add(user='eva', most_vms=7)
+    book(eva, 'often', 22, 24, vms=4, repeat='daily', count=3)
+    eva.update('often', start=NOON + hours(13))
+    assert {each['outcome'] for each in eva.update('often', repeat='daily', count=4)['occurrences']} == {'cancelled', 'booked'}
+
+
+REFUSALS = {
+    'add': lambda service: book(service, 'new', 1, 3, vms=9),
+    'add of a series': lambda service: book(service, 'new', 1, 3, vms=9, repeat='daily', count=9),
+    'add somewhere': lambda service: book(service, 'new', 1, 3, vms=9, resource='-', cloud='simulated'),
+    'add of parts': lambda service: service.add('new', '-', NOON + hours(1), hours(2), part=[{'vms': 3}, {'vms': 9}], cloud='simulated'),
+    'extend': lambda service: service.extend('before', hours(1)),
+    'update': lambda service: service.update('before', vms=14, end=NOON + hours(2)),
+    'update of a series': lambda service: service.update('often', vms=14),
+    'update of parts': lambda service: service.update('pair', start=NOON + hours(1)),
+    'skip --undo': lambda service: service.skip('often', undo=True, occurrence=NOON + hours(26)),
+    'load': lambda service: service.load([{'label': 'new', 'resource': 'demo', 'start': NOON + hours(1), 'end': hours(2), 'vms': 9}] * 2)}
+
+
+@pytest.mark.parametrize('name', REFUSALS)
+def test_what_would_fit_instead_is_searched_when_nobody_waits(world, name):
+    service = world.service
+    book(service, 'often', 2, 3, vms=2, repeat='daily', count=4)
+    service.skip('often', occurrence=NOON + hours(26))
+    book(service, 'before', 0.5, 1, vms=8), book(service, 'full', 1, 4, vms=10)
+    book(service, 'fuller', 26, 27, vms=15)
+    service.add('pair', 'demo', NOON + hours(9), hours(1), vms=1)
+    service.delete('pair')
+    service.add('pair', '-', NOON + hours(9), hours(1), part=[{'vms': 3}, {'vms': 9}], cloud='simulated')
+    seen = []
+    cmres.db.connection().set_trace_callback(seen.append)
+    with pytest.raises(Conflict) as refusal:
+        REFUSALS[name](service)
+    cmres.db.connection().set_trace_callback(None)
+    alone = seen[seen.index('BEGIN IMMEDIATE'):seen.index('ROLLBACK')]
+    assert refusal.type is NoCapacity or name == 'load'
+    assert str(refusal.value) not in ('', cmres.A_MOMENT_AGO)
+    assert len(alone) < 70 and 'BEGIN DEFERRED' in seen
+    assert not any(sql.startswith('SELECT at FROM step') or 'FROM (\n              SELECT reservation_id' in sql for sql in alone)
 
 
 @pytest.mark.parametrize('seed', range(4))
@@ -3909,7 +4304,13 @@ QUESTIONS = {
     'claim': lambda of, start: of.claim('s1', ['place-3'], 'p', vcpus=1) if of.actor.role == 'admin' else None,
     'refused': lambda of, start: without_room(of, start),
     'events LABEL': lambda of, start: of.events('known'),
-    'events': lambda of, start: of.events(limit=10)}
+    'events': lambda of, start: of.events(limit=10),
+    'report': lambda of, start: of.report(since=start - hours(2)),
+    'servers LABEL': lambda of, start: of.servers('known'),
+    'update LABEL': lambda of, start: of.update('known', description='another'),
+    'skip LABEL': lambda of, start: of.skip('known', dry_run=True),
+    'events after one': lambda of, start: of.events(
+        after=cmres.row('SELECT max(id) AS id FROM event').id - 5)}
 
 
 @pytest.mark.parametrize('statistics', [False, True])
@@ -4018,7 +4419,7 @@ def tables_of(sql: str) -> dict[str, str]:
 
 def names_of_found(sql: str) -> set[str]:
     """The names of what a statement itself has found before, and looks through."""
-    made = set(re.findall(r'\b(\w+) AS \((?=\s*SELECT)', sql))
+    made = set(re.findall(r'\b(\w+) AS (?:MATERIALIZED )?\((?=\s*SELECT)', sql))
     return made | {alias for table, alias in re.findall(r'\b(?:FROM|JOIN)\s+(\w+) (\w)\b', sql) if table in made} | (
         set(re.findall(r'\) (\w) CROSS JOIN', sql)))
 
@@ -4066,6 +4467,24 @@ def test_no_question_looks_through_a_table_that_grows(tmp_path, monkeypatch, sta
         visitor.get(path, status='*')
     doing[0] = 'feed'
     web.get(shown)
+    for path in ('/healthz', '/readyz', '/openapi.json', f'{BASE}/reservation/'):
+        doing[0] = f'REST {path}'
+        web.get(path, status='*')
+    doing[0] = 'the check of a form'
+    visitor.get('/book/check?resource=demo&start=2026-12-02T10:00&end=2026-12-02T11:00&vms=1'
+                '&repeat=daily', status='*')
+    for lines in (lines_of(4, vms=5, wait=True), lines_of(4, vms=5, at_end='stop')):
+        doing[0] = 'load in pieces'
+        with pytest.MonkeyPatch.context() as patched, contextlib.suppress(Error):
+            patched.setattr(cmres, 'PIECE', 0)
+            service.load([*lines, lines[0] | {'label': 'much', 'vms': 10**7}])
+    with pytest.MonkeyPatch.context() as patched, contextlib.suppress(Error):
+        doing[0] = 'a calendar is looked at'
+        text = calendar(event('DTSTART:20261205T140000Z', 'DURATION:PT1H',
+                              'DESCRIPTION:1 x m1.small cirros on demo'))
+        patched.setattr(cmres, 'fetch', lambda *_: (200, {}, text))
+        for _ in range(2):
+            service.poll(cmres.row('SELECT * FROM subscription'))
     for hour in (0, 1.5, 30):
         doing[0] = f'life cycle at {hour}'
         world.at(hour)
@@ -4076,8 +4495,39 @@ def test_no_question_looks_through_a_table_that_grows(tmp_path, monkeypatch, sta
     if statistics:
         cmres.run('ANALYZE')
     wrong = [(why, sql, faults) for sql, (why, values) in asked.items()
-             if re.match('SELECT|UPDATE|DELETE|INSERT', sql) and why not in THOROUGH and (faults := faults_of_plan(sql, values))]
+             if re.match('SELECT|UPDATE|DELETE|INSERT|WITH', sql) and why not in THOROUGH and (faults := faults_of_plan(sql, values))]
     assert len(asked) > 150 and not wrong, '\n'.join(f'{why}: {sql}\n  {faults}' for why, sql, faults in wrong)
+
+
+def test_no_dry_run_looks_through_a_table_that_grows(tmp_path, monkeypatch):
+    """What a rehearsal asks after it has written there, by the plans of the views that stand for tables then."""
+    world = furnished(World(tmp_path, private_addresses=True))
+    service, asked, execute = world.service, {}, cmres.execute
+    for whose in ({'project': 'default'}, {'user': 'eva'}):
+        service.limit_add(**whose, most_vms=10**6, vcpu_hours=10**6)
+    later = {'start': NOON + hours(60), 'end': hours(1), 'resource': 'demo'}
+    pair = {'resource': '-', 'cloud': 'simulated', 'part': [{'vms': 1}, {'vms': 2}]}
+    service.add('series', **later, repeat='daily', count=3), service.add('pair', **later | pair)
+    service.add('stops', **later, image='cirros', flavor='m1.tiny', at_end='stop')
+
+    def recorded(sql, values=()):
+        if cmres.rehearsal.on:
+            asked.setdefault(sql, values)
+        return execute(sql, values)
+    monkeypatch.setattr(cmres, 'execute', recorded)
+    full = [('add', later | more | {'label': 'x', 'vms': 15}) for more in ({}, {'wait': True}, {'repeat': 'daily', 'count': 2}, pair)]
+    changes = [('update', {'label': 'pair', 'start': NOON + hours(70)}), ('update', {'label': 'series', 'vms': 3}),
+               ('delete', {'label': 'series'}), ('delete', {'label': 'pair'}), ('extend', {'label': 'stops', 'by': hours(1)}),
+               ('update', {'label': 'lab', 'resource': 'asks'})]
+    for name, given in [*WRITES.items(), *full, *changes]:
+        for of in (service, world.as_user('eva', 'default')):
+            with contextlib.suppress(Error):
+                getattr(of, name)(**bind(API[name], given, of.here), dry_run=True)
+    monkeypatch.undo()
+    plans = {sql: [each[3] for each in execute(f'EXPLAIN QUERY PLAN {sql}', values)] for sql, values in asked.items() if '_now' in sql}
+    wrong = {sql: plan for sql, plan in plans.items() for line in plan
+             if line.split()[:2] in [['SCAN', f'main.{table}'] for table in TABLES_THAT_GROW]}
+    assert len(plans) > 40 and not wrong
 
 
 def many_wait(world, number: int) -> None:
@@ -4219,6 +4669,9 @@ def test_a_list_has_short_texts_and_each_page_few_bytes(world, service):
     many = {f'k{n}': 'v' * 255 for n in range(128)}
     for number in range(60):
         book(service, f'm{number}', 2 + number, 3 + number, metadata=many)
+    closed = service.resource_update('demo', vms=0, force=True, dry_run=True)
+    for many_lines in (service.delete(user='root', dry_run=True), closed['no_longer_fit']):
+        assert len(many_lines) == 61 and len(cmres.json_text(many_lines)) < 100_000
     seen, after, sizes = [], '', []
     while page := service.list(limit=1000, after=after):
         seen += page
@@ -4309,6 +4762,182 @@ def test_a_process_that_may_not_act_forgets_nothing_and_what_is_not_delivered_st
     world.at(24 * 501 + 1)
     with pytest.raises(NotFound):
         service.show('old')
+
+
+def test_a_pass_asks_one_question_when_nothing_is_due_whatever_has_failed(tmp_path, monkeypatch):
+    world = furnished(World(tmp_path, private_addresses=True, webhook='http://127.0.0.1:9/x'))
+    service, eva, cycle = world.service, world.as_user(), world.cycle
+    book(eva, 'mails', 1, 2, notify=['eva@example.org', 'http://127.0.0.1:9/y'])
+    service.resource_add('tight', vms=1)
+    eva.add('rep', 'tight', NOON + hours(1), hours(1), repeat='daily', count=3)
+    book(eva, 'waits', 1, 2, 'tight', wait=True)
+    for hour in (1, 2, 9, 100):
+        world.at(hour)
+    asked, begun, run = [], [0], cmres.run
+
+    def recorded(sql, *values):
+        asked.append(sql)
+        return run(sql, *values)
+
+    def counted(sql):
+        begun[0] += sql.startswith('BEGIN')
+    monkeypatch.setattr(cmres, 'run', recorded)
+    cmres.db.connection().set_trace_callback(counted)
+    costs, end = [], world.now + 60
+    while world.now < end:
+        before = len(asked)
+        wait = cycle.one_pass()
+        costs.append(len(asked) - before)
+        assert len(costs) < 120
+        world.now += min(max(wait, 0), 1)
+        until(lambda: cycle.results.qsize() == len(cycle.flying))
+    cmres.db.connection().set_trace_callback(None)
+    assert sorted(costs)[len(costs) // 2] == 1, collections.Counter(asked).most_common(20)
+    assert begun[0] < 30, begun  # the lease is renewed every 3 seconds
+
+
+# Service: long work lets others write ########################################
+
+
+def test_the_life_cycle_writes_first_then_who_has_written_least_then_who_waits_longest():
+    turns, wrote = cmres.Turns(), []
+    turns.written.update({'much': 5.0, 'little': 1.0})
+
+    def writes(name, first=False):
+        with cmres.acting_for(name):
+            assert turns.acquire(60, first)
+            wrote.append((name, first))
+            turns.release()
+    assert turns.acquire(60) and turns.acquire(60)  # one thread, twice
+    threads = []
+    for asked in (('much',), ('little',), ('new',), ('much',), ('', True)):
+        threads.append(threading.Thread(target=writes, args=asked))
+        threads[-1].start()
+        until(lambda: len(turns.waiting) == len(threads))
+    turns.release()
+    assert not wrote
+    turns.release()
+    for each in threads:
+        each.join()
+    assert wrote == [('', True), *((name, False) for name in ('new', 'little', 'much', 'much'))]
+    assert turns.holder is None
+
+
+def test_who_waits_for_a_turn_in_vain_waits_no_longer():
+    turns, came = cmres.Turns(), []
+    turns.acquire()
+    thread = threading.Thread(target=lambda: came.append(turns.acquire(0)))
+    thread.start()
+    thread.join()
+    assert came == [False] and not turns.waiting
+    turns.release()
+    assert turns.acquire(0)
+
+
+MACHINES = {'flavor': 'm1.tiny', 'image': 'cirros', 'notify': ['eva@example.org']}
+
+
+def lines_of(number: int, **more) -> list[dict]:
+    return [{'label': f'l{n}', 'resource': 'demo', 'start': '+1s', 'end': '+1h'} | MACHINES | more
+            for n in range(number)]
+
+
+def between(monkeypatch, service, deed):
+    """Lets every line be a piece of its own, and does something after each, by its number."""
+    monkeypatch.setattr(cmres, 'PIECE', 0)
+    pieces = itertools.count(1)
+    service.wake = lambda: deed(next(pieces))
+
+
+def test_between_pieces_of_a_load_others_write_and_nothing_of_it_starts(world, monkeypatch):
+    eva, others = world.as_user(), world.as_user('bob', 'chemistry')
+    seen = []
+
+    def meanwhile(piece):
+        if piece < 4:
+            world.now += 10
+            book(others, f'other-{piece}', 10, 11, vms=1)
+            world.cycle.settle()
+            number = cmres.row('SELECT count(*) AS n FROM occurrence').n
+            tries = [each.tries for each in cmres.rows('SELECT tries FROM outbox')]
+            seen.append((number, len(cmres.rows('SELECT id FROM server')), tries))
+    between(monkeypatch, eva, meanwhile)
+    assert len(eva.load(lines_of(4, vms=1))['taken']) == 4
+    assert seen == [(2, 0, [0]), (4, 0, [0, 0]), (6, 0, [0, 0, 0])]
+    world.cycle.settle()
+    assert len(cmres.rows('SELECT id FROM server')) == 4
+    assert not cmres.rows(f'SELECT * FROM fact WHERE {cmres.STAGED}')
+    assert cmres.row('SELECT max(tries) AS n FROM outbox').n == 1  # one after the other
+
+
+def test_of_a_load_in_pieces_that_is_refused_nothing_is_left(world, monkeypatch):
+    service = world.service
+    book(service, 'before', 5, 6)
+    tables = ('reservation', 'occurrence', 'step', 'outbox', 'wait', 'extra_hold', 'server')
+    before = [cmres.rows(f'SELECT * FROM {table}') for table in tables]
+    last = cmres.row('SELECT max(id) AS id FROM event').id
+    between(monkeypatch, service, lambda piece: None)
+    with pytest.raises(Conflict, match='2 of 5 lines were refused, so nothing was') as refusal:
+        service.load(lines_of(4, vms=5, wait=False, at_end='stop') + [{'label': 'l0'}])
+    assert [each['line'] for each in refusal.value.details['refused']] == [4, 5]
+    with pytest.raises(Conflict, match='1 of 4 lines'):
+        service.load(lines_of(4, vms=5, description='x' * 2000))
+    assert [cmres.rows(f'SELECT * FROM {table}') for table in tables] == before
+    assert not cmres.rows('SELECT * FROM texts WHERE size <> 0')
+    assert cmres.row('SELECT max(id) AS id FROM event').id > last  # no id comes twice
+    assert service.check()['differences'] == 0
+
+
+def test_what_a_process_has_begun_to_load_before_it_died_is_dropped_in_a_minute(world, monkeypatch):
+    def dies(piece):
+        if piece == 3:
+            raise SystemExit
+    eva = world.as_user()
+    between(monkeypatch, eva, dies)
+    with pytest.raises(SystemExit):
+        eva.load(lines_of(5, vms=1))
+    for seconds, left in ((30, 3), (59, 3), (61, 0)):
+        world.now = NOON.timestamp() + seconds
+        world.cycle.settle()
+        assert cmres.row('SELECT count(*) AS n FROM reservation').n == left
+        assert not cmres.rows('SELECT id FROM server')
+    assert world.service.check()['differences'] == 0
+    assert not cmres.rows(f'SELECT * FROM fact WHERE {cmres.STAGED}')
+    assert len(eva.load(lines_of(5, vms=1))['taken']) == 5
+
+
+def test_between_the_events_of_a_calendar_others_write(world, monkeypatch):
+    eva, seen = world.as_user(), []
+
+    def meanwhile(piece):
+        seen.append(cmres.row('SELECT count(*) AS n FROM reservation').n)
+    between(monkeypatch, eva, meanwhile)
+    text = calendar(''.join(event(f'DTSTART:2026120{n}T140000Z', 'DURATION:PT1H',
+                                  'DESCRIPTION:1 x m1.small cirros on demo', uid=str(n))
+                            for n in range(2, 6)))
+    assert {each['outcome'] for each in eva.import_(text.decode())['events']} == {'booked'}
+    assert seen[:4] == [1, 2, 3, 4]
+
+
+def test_next_is_answered_who_has_the_fewest_requests_under_way():
+    line, answered = cmres.Line(), []
+
+    def channel(user):
+        request = types.SimpleNamespace(headers={'AUTHORIZATION': user})
+        return types.SimpleNamespace(requests=[request], addr=('::1', 1))
+    waits = [channel(user) for user in ('bad', 'bad', 'bad', 'worse', 'worse', 'good')]
+    for each in waits:
+        line.append(each)
+
+    def answers():
+        answered.append(line.popleft().requests[0].headers['AUTHORIZATION'])
+        gone.wait()
+    gone, threads = threading.Event(), [threading.Thread(target=answers) for _ in range(5)]
+    for number, each in enumerate(threads, 1):
+        each.start()
+        until(lambda: len(answered) == number)
+    assert answered == ['bad', 'worse', 'good', 'bad', 'worse'] and len(line) == 1
+    gone.set()
 
 
 # Service: series #############################################################
@@ -4402,7 +5031,8 @@ def rules(draw):
     add('BYMONTHDAY', st.integers(-31, 31).filter(bool)) if freq != 'WEEKLY' else None
     add('BYMONTH', st.integers(1, 12))
     add('BYYEARDAY', st.integers(-366, 366).filter(bool), one_in=8) if freq == 'YEARLY' else None
-    add('BYWEEKNO', st.integers(1, 53), one_in=8) if freq == 'YEARLY' else None
+    # Of the last week of the year before dateutil counts wrong: see the test of weeks.
+    add('BYWEEKNO', st.integers(1, 51), one_in=8) if freq == 'YEARLY' else None
     add('WKST', DAYS, 1, 6)
     if ordinal and any(part.startswith('BY') for part in parts):
         add('BYSETPOS', st.integers(-3, 3).filter(bool), 2, 4)
@@ -4481,7 +5111,7 @@ def test_a_rule_that_is_begun_near_a_window_gives_what_it_gives_from_its_first_d
 
 
 def test_a_series_of_half_a_century_costs_no_more_than_a_new_one():
-    """Counted, not timed: how many wall times dateutil gives for one year of it."""
+    """Counted, not timed: how many wall times its rule gives for one year of it."""
     old = cmres.Stretch('1970-01-01T09:00:00', 3600, 'UTC', 1, 1, 'FREQ=DAILY;COUNT=30000')
     given, rule_walls = [], cmres.rule_walls
     with pytest.MonkeyPatch.context() as patch:
@@ -4495,6 +5125,22 @@ def test_of_weeks_alone_the_weekday_is_that_of_the_start():
     series = cmres.Stretch('2027-05-18T10:00:00', 3600, 'UTC', 1, 1, 'FREQ=YEARLY;BYWEEKNO=20;COUNT=3')
     assert [f'{wall:%Y-%m-%d %a}' for wall in cmres.walls(series)] == [
         '2027-05-18 Tue', '2028-05-16 Tue', '2029-05-15 Tue']
+
+
+@pytest.mark.parametrize('number', [1, 2, 52, 53, -1, -52])
+def test_weeks_are_those_of_the_calendar_of_weeks(number):
+    rule = f'FREQ=YEARLY;BYWEEKNO={number};BYDAY={",".join(cmres.WEEKDAYS)}'
+    first, last = datetime(1990, 1, 1), datetime(2030, 1, 1)
+    found = itertools.takewhile(lambda wall: wall < last, cmres.followed(rule, first, first))
+
+    def meant(day: datetime) -> int:
+        year, week, _ = day.isocalendar()
+        return week if number > 0 else week - datetime(year, 12, 28).isocalendar()[1] - 1
+    days = (first + timedelta(days=n) for n in range((last - first).days))
+    expected = [day for day in days if meant(day) == number]
+    if number == -52:  # of the next year's first week, as of all, only a rule from there on knows
+        expected = [day for day in expected if day.isocalendar()[0] == day.year]
+    assert [*found] == expected
 
 
 def test_a_slot_of_later_that_was_moved_into_a_window_is_found():
@@ -7213,18 +7859,24 @@ class Cell:
     def seen(self, deed):
         """What happens, undone again: the decision, its sentence, the hours, the events."""
         before, newest = self.hours(), cmres.row('SELECT max(id) AS id FROM event').id
-        with cmres.transaction(keep=False):
-            try:
-                answer, sentence = self.DEEDS[deed][0](self), ''
-                answer = answer[0] if isinstance(answer, list) else answer
-                decision = 'proposed' if 'change' in answer else 'pending' if answer.get('state') == 'pending' else 'done'
-            except Error as refusal:
-                decision, sentence = 'refused', str(refusal)
+        with cmres.transaction(), cmres.undone():
+            decision, sentence = self.decision(deed)
             codes = [each.code for each in cmres.rows(
                 'SELECT e.code FROM event e JOIN reservation r ON r.id = e.reservation_id WHERE e.id > ? AND r.label = ?',
                 newest, self.label)]
             assert self.service.check()['differences'] == 0
-            return decision, sentence, self.hours() / before, codes
+            factor = self.hours() / before
+        with cmres.rehearsing() if not sentence else contextlib.nullcontext():
+            sentence = sentence or self.decision(deed)[1]
+        return decision, sentence, factor, codes
+
+    def decision(self, deed):
+        try:
+            answer = self.DEEDS[deed][0](self)
+            answer = answer[0] if isinstance(answer, list) else answer
+            return 'proposed' if 'change' in answer else 'pending' if answer.get('state') == 'pending' else 'done', ''
+        except Error as refusal:
+            return 'refused', str(refusal)
 
 
 def test_every_change_of_every_kind_under_every_rule_does_what_the_model_says(tmp_path_factory, empty, capsys):
@@ -8756,11 +9408,12 @@ def test_two_that_wait_with_one_server_are_not_let_in_together(world):
 
 def test_openapi_tells_what_parts_hosts_and_classes_are(app):
     found = app.call('GET', '/openapi.json').json['paths']
-    add = found[f'{BASE}/reservation/']['post']['requestBody']['content']['application/json']['schema']
-    assert add['properties']['part']['type'] == 'array' and add['properties']['host']['type'] == 'array'
+    add = found[f'{BASE}/reservation']['post']['requestBody']['content']['application/json']['schema']
+    for name in ('part', 'host'):
+        assert add['properties'][name]['anyOf'][0]['$ref'] == f'#/components/schemas/{name.capitalize()}s'
     assert 'resource' not in add['required'] and {'label', 'start', 'end'} <= set(add['required'])
-    resource = found[f'{BASE}/resource/']['post']['requestBody']['content']['application/json']['schema']
-    assert resource['properties']['classes']['type'] == 'object'
+    resource = found[f'{BASE}/resource']['post']['requestBody']['content']['application/json']['schema']
+    assert resource['properties']['classes']['anyOf'][0]['$ref'] == '#/components/schemas/ResourceClasses'
 
 
 def test_on_the_command_line_options_have_the_names_that_people_give_them(run):
@@ -9808,7 +10461,7 @@ def resolving(monkeypatch, *addresses):
     '64:ff9b::10.1.2.3', '64:ff9b:1::8.8.8.8', '64:ff9b:1:a00::1', '2002:7f00:1::', '2002:a01:203::1',
     '2001:0:7f00:1::1', '2001:0:4136:e378:8000:63bf:f5ff:fffe', '2606:4700::5efe:10.1.2.3',
     '2606:4700::200:5efe:127.0.0.1', 'fe80::5efe:10.1.2.3', 'fe80::1%lo', 'fec0::1', 'fc00::1', 'fd12::1', 'ff02::1',
-    '2001:db8::1', '4000::1'])
+    '2001:db8::1', '4000::1', '192.0.0.8', '64:ff9b::192.0.0.200', '3fff:fff::1'])
 def test_an_address_that_leads_inside_is_refused_however_it_is_written(service, monkeypatch, address):
     """And in the words that refuse a name that nobody has: nobody finds out what there is inside."""
     def refused(*addresses):
@@ -9824,6 +10477,15 @@ def test_an_address_that_leads_inside_is_refused_however_it_is_written(service, 
     with pytest.raises(Invalid) as refusal:
         service.calendar_subscribe('https://inside.example.org/a.ics')
     assert str(refusal.value) == known and address.partition('%')[0] not in known
+
+
+def test_of_holidays_at_an_address_inside_only_that_is_told(service, monkeypatch):
+    """In our words: no library's kind of error stands before them."""
+    resolving(monkeypatch, '64:ff9b::10.1.2.3')
+    with pytest.raises(cmres.Unavailable) as refusal:
+        book(service, repeat=read_repeat('daily'), count=3, holidays='http://inside.example.org/h.ics')
+    assert str(refusal.value).startswith(
+        'the calendar could not be fetched: "inside.example.org" is not the name of a host')
 
 
 @pytest.mark.parametrize('address', ['1.1.1.1', '2606:4700::1111', '::ffff:1.1.1.1', '64:ff9b::1.1.1.1', '2002:101:101::1'])
@@ -11076,7 +11738,6 @@ def test_an_answer_that_can_not_be_recorded_costs_no_other_cloud_anything(tmp_pa
 
 
 def test_while_the_store_is_locked_the_life_cycle_waits_and_then_goes_on(world):
-    import sqlite3
     cmres.close_store()
     cmres.db.init(world.config.database, timeout=0.05)
     boot(world)
@@ -12344,17 +13005,114 @@ def test_health_needs_no_token(app):
 
 
 def test_openapi_lists_every_operation_and_all_that_it_takes(app):
-    assert app.web.post('/healthz', status=405).headers['Allow'] == 'GET'
+    assert app.web.post('/healthz', status=405).headers['Allow'] == 'GET, HEAD, OPTIONS'
     described = app.call('GET', '/openapi.json').json
     for operation in API.values():
         for verb, path, fixed in operation.routes:
-            entry = described['paths'][(BASE + path).replace('<', '{').replace('>', '}')][verb.lower()]
-            told = {each['name'] for each in entry['parameters']} | set(
+            entry = described['paths'][cmres.template(BASE + path)][verb.lower()]
+            told = {each['name'] for each in entry['parameters'] if '$ref' not in each} | set(
                 entry.get('requestBody', {'content': {'application/json': {'schema': {'properties': {}}}}})
                 ['content']['application/json']['schema']['properties'])
-            assert entry['summary'] and told == set(operation.parameters) - set(fixed)
+            assert entry['summary'] and entry['description'] and told == set(operation.parameters) - set(fixed)
+            assert entry.get('deprecated', False) == ('/add/' in path or '/delete/' in path)
     ids = [entry['operationId'] for verbs in described['paths'].values() for entry in verbs.values()]
     assert len(ids) == len(set(ids)) and described['openapi'].startswith('3.')
+
+
+def test_openapi_points_only_to_what_it_has_and_names_every_kind_once(app):
+    text = json.dumps(described := app.call('GET', '/openapi.json').json)
+    for place, kind, name in set(re.findall('"#/(components)/([a-zA-Z]+)/([^"]+)"', text)):
+        assert name in described[place][kind], name
+    kinds = [name for name, _ in cmres.SCHEMAS.values()] + [
+        name.removesuffix('Answer') for name, each in vars(cmres).items() if cmres.is_answer(each)]
+    assert len(kinds) == len(set(kinds))
+    assert {each['tags'][0] for verbs in described['paths'].values() for each in verbs.values()} <= {
+        each['name'] for each in described['tags']}
+    assert set(described['paths']) >= {'/healthz', '/readyz', '/openapi.json', '/calendar/{secret}.ics'}
+    assert described['paths'][BASE + '/reservation']['post']['requestBody']['content']['application/json'][
+        'example'] == {'label': 'lab', 'resource': 'demo', 'start': '2026-12-01T09:00', 'end': '+2h', 'vms': '3',
+                       'flavor': 'm1.small', 'image': 'cirros'}
+
+
+def fits(value, schema, kinds) -> bool:
+    """Whether a schema of the document takes a value: as much of JSON Schema as it uses for arguments."""
+    if '$ref' in schema:
+        return fits(value, kinds[schema['$ref'].rpartition('/')[2]], kinds)
+    if 'anyOf' in schema:
+        return any(fits(value, each, kinds) for each in schema['anyOf'])
+    if 'not' in schema and fits(value, schema['not'], kinds) or value not in schema.get('enum', [value]):
+        return False
+    types = {'string': str, 'integer': int, 'array': list, 'object': dict, 'boolean': bool, 'null': type(None)}
+    named = schema.get('type', [*types])
+    if type(value) not in [types[each] for each in (named if isinstance(named, list) else [named])]:
+        return False
+    if isinstance(value, str):
+        return bool(re.search(schema.get('pattern', ''), value)) and (
+            schema.get('minLength', 0) <= len(value) <= schema.get('maxLength', 10**9))
+    if isinstance(value, int):
+        return schema.get('minimum', value) <= value <= schema.get('maximum', value)
+    return not isinstance(value, list) or all(fits(each, schema['items'], kinds) for each in value)
+
+
+@pytest.mark.parametrize('kind, values', [
+    (cmres.When, ['2026-12-01T09:00:00+01:00', '2026-12-01', '2026-12-01 09:00', 'now', 'tomorrow 9:00', '+2h', '17:00',
+                  'next tue 14:00', 'PT2H']),
+    (cmres.Day, ['2026-12-01', 'mon 9:00', '+1d']), (cmres.Span, ['2h', '+1d12h', '90m', 'PT2H', '1:30', '2 hours', 'P1DT2H']),
+    (int, [5, '5', '-5', ' 7']), (bool, [True, 'true', 'No', '0']), (cmres.Count, [1, '1', 1_000_000]),
+    (cmres.Most, [0, '7', 'unlimited']), (cmres.Label, ['lab', '-x', 'a.b_c']), (cmres.NewLabel, ['lab']),
+    (cmres.Place, ['demo', '-']), (cmres.Name, ['', 'Ève', 'a b']), (cmres.Names, ['a,b', ['a', 'b'], []]),
+    (cmres.Pairs, ['k=v,l=w', '', {'k': 'v'}]), (cmres.Classes, ['CUSTOM_GPU=2', {'CUSTOM_GPU': 2, 'X': 'unlimited'}]),
+    (cmres.Hosts, ['m[01-05]', ['m01', 'm02']]), (cmres.Parts, ['gpu:2,cpu:20', [{'resource': 'gpu', 'vms': 2}], ['gpu:2']]),
+    (cmres.Zone, ['Europe/Paris', 'UTC', 'Etc/GMT+3', '']), (cmres.Repeat, ['weekly on tue', 'FREQ=DAILY', '']),
+    (cmres.Clash, ['refuse', 'skip', 'shift=2h']), (cmres.Cursor, ['7', 7, '1796126400-7', '2026-12-01T12:00Z/7']),
+    (cmres.Url, ['https://example.org/x.ics', 'webcal://example.org/']), (cmres.Page, [1, '10000']), (cmres.Text, ['a\nb'])])
+def test_what_a_kind_is_said_to_take_is_taken(kind, values):
+    kinds, here = cmres.openapi()['components']['schemas'], Here(PARIS, NOON)
+    for value in values:
+        cmres.READERS[kind](value, here)
+        assert fits(value, cmres.SCHEMAS[kind][1], kinds), value
+
+
+@pytest.mark.parametrize('kind, values', [
+    (int, ['x', 1.5, None, True, '']), (bool, [1, 'maybe', '']), (cmres.Count, [0, 'x', 1_000_001]), (cmres.Most, [-2, 'none']),
+    (cmres.Label, ['add', 'delete', '', 'a/b', '-', 'é', 'x' * 65]), (cmres.NewLabel, ['-x']), (cmres.Place, ['', 'add']),
+    (cmres.Name, ['a\u202eb', 'x' * 256, 5, 'a\nb']), (cmres.Span, ['2', 'x', '', 'P', '+']), (cmres.When, ['', 'x', 5, 'T']),
+    (cmres.Names, [5, [1], {}]), (cmres.Pairs, [5, 'x', {'k': 1}, {'é': 'x'}]), (cmres.Classes, ['X', {'VCPU': 1}]),
+    (cmres.Url, ['ftp://x', '', 'x y']), (cmres.Zone, ['no zone']), (cmres.Clash, ['never']), (cmres.Page, [0, 10_001])])
+def test_what_a_kind_is_said_to_refuse_is_refused(kind, values):
+    kinds, here = cmres.openapi()['components']['schemas'], Here(PARIS, NOON)
+    for value in values:
+        with pytest.raises((ValueError, TypeError, Invalid)):
+            cmres.READERS[kind](value, here)
+        schema = cmres.SCHEMAS[kind][1]
+        assert not fits(value, schema, kinds) or isinstance(value, (dict, str)) and kind in (cmres.Pairs, cmres.Classes), value
+
+
+def test_every_status_that_was_met_is_told(app):
+    """By an operation of each kind: what it answers stands in the document."""
+    described = app.call('GET', '/openapi.json').json['paths']
+    app.call('POST', '/reservation/', FINE, 201)
+    for verb, path, where, body, status, headers in (
+            ('POST', '/reservation', '/reservation', FINE | {'label': 'x', 'dry_run': True}, 200, {}),
+            ('POST', '/reservation', '/reservation', {}, 400, {}), ('GET', '/reservation', '/reservation', None, 401,
+                                                                   {'Authorization': 'x'}),
+            ('GET', '/reservation/x', '/reservation/{label}', None, 404, {}),
+            ('POST', '/reservation', '/reservation', FINE, 409, {}),
+            ('DELETE', '/reservation/lab', '/reservation/{label}', None, 412, {'If-Match': '"x"'}),
+            ('POST', '/reservation', '/reservation', b' ' * (2**20 + 1), 413, {}),
+            ('POST', '/reservation/import', '/reservation/import', {'file': 'x'}, 422, {})):
+        app.call(verb, path, body, status, **headers)
+        assert f'{status}' in described[BASE + where][verb.lower()]['responses']
+    assert '403' in described[BASE + '/check']['get']['responses']
+    assert not {'403', '412'} & described[BASE + '/reservation']['get']['responses'].keys()
+
+
+def test_the_page_of_the_document_names_every_address_and_asks_no_other_host(world):
+    answer = as_visitor(world).get('/docs')
+    assert "default-src 'none'" in answer.headers['Content-Security-Policy']
+    for path in cmres.openapi()['paths']:
+        assert f'<code>{path}</code>' in answer.text
+    assert not re.findall('(?:src|href)="(?!/|#)', answer.text) and 'style=' not in answer.text
 
 
 @pytest.mark.parametrize('path', ['/reservation', '/resource', '/resource/demo', '/token', '/event', '/check',
@@ -12377,6 +13135,175 @@ def test_a_dry_run_makes_nothing_so_it_is_not_201(app):
     assert app.call('POST', '/reservation/load', {'rows': [FINE]}, 201).json['refused'] == []
 
 
+def test_a_change_of_what_somebody_else_has_changed_meanwhile_is_412(app):
+    eva, seen = app.as_user(), []
+    eva.call('POST', '/reservation/', FINE, 201)
+    for path in ('/reservation/lab', '/reservation/lab/show'):
+        seen.append(eva.call('GET', path).headers['ETag'])
+    assert seen[0] == seen[1] and 'ETag' not in eva.call('GET', '/reservation').headers
+    book(app.world.as_user(), 'other')
+    eva.call('PATCH', '/reservation/lab', {'vms': 2}, 200, If_Match=seen[0])
+    for verb, path, body in (('PATCH', '', {'vms': 3}), ('POST', '/extend', {'by': '1h'}), ('DELETE', '', None)):
+        answer = eva.call(verb, f'/reservation/lab{path}', body, 412, If_Match=f'"0", {seen[0]}')
+        assert answer.json['kind'] == 'Changed' and 'was changed since you read it' in answer.json['error']
+    again = answer.json['details']['etag']
+    assert again == eva.call('GET', '/reservation/lab').headers['ETag'] != seen[0]
+    eva.call('PATCH', '/reservation/lab', {'vms': 3}, 200, If_Match=f'{seen[0]},{again}')
+    eva.call('PATCH', '/reservation/lab', {'vms': 2}, 200, If_Match='*')
+    eva.call('DELETE', '/reservation/nobody', status=404, If_Match=again)
+
+
+def test_the_state_of_a_reservation_is_no_change_of_it_and_one_of_a_part_is(app):
+    book(app.world.service, start=0.1, part='demo:1,demo:2', resource='-', flavor='m1.small', image='cirros')
+    tag = app.call('GET', '/reservation/lab').headers['ETag']
+    for n in (0.1, 0.11, 0.12):
+        app.world.at(n)
+    assert app.call('GET', '/reservation/lab').json[0]['state'] == 'active'
+    assert app.call('GET', '/reservation/lab/show').headers['ETag'] == tag
+    app.call('POST', '/reservation/lab/extend', {'by': '1h'}, 200, If_Match=tag)  # both parts, one after the other
+    app.call('PATCH', '/reservation/lab-2', {'description': 'x'}, 200)
+    assert len({app.call('GET', f'/reservation/lab{part}').headers['ETag'] for part in ('', '-1', '-2')}) == 2
+    app.call('DELETE', '/reservation/lab', status=412, If_Match=tag)
+
+
+def test_a_request_with_a_key_is_done_once(app):
+    eva, key = app.as_user(), {'Idempotency_Key': 'one'}
+    made = eva.call('POST', '/reservation/', FINE, 201, **key)
+    again = eva.call('POST', '/reservation/', dict(reversed(FINE.items())), 201, **key)
+    assert again.body == made.body and again.headers['Idempotency-Replayed'] == 'true'
+    assert 'ETag' not in again.headers and len(eva.call('GET', '/reservation').json) == 1
+    eva.call('POST', '/reservation/', FINE | {'label': 'b'}, 201, Idempotency_Key='two')
+    other = eva.call('POST', '/reservation/', FINE | {'label': 'c'}, 422, **key).json
+    assert other['kind'] == 'KeyReused' and 'take a new key' in other['error']
+    app.call('POST', '/reservation/', FINE | {'label': 'd'}, 201, **key)  # somebody else's key
+    for n in (1, 2):
+        eva.call('POST', '/reservation/lab/extend', {'by': '1h'}, 200, Idempotency_Key='longer')
+        app.call('POST', '/token', {'user': 'x'}, [201, 409][n - 1], Idempotency_Key='token')
+    assert eva.call('GET', '/reservation/lab/duration').json['seconds'] == 7200
+    assert 'cmres_' not in '\n'.join(each for each in dump() if '"once"' in each)
+    app.world.now += 86401
+    later = FINE | {'label': 'later', 'start': '+1h', 'end': '+1h'}
+    assert eva.call('POST', '/reservation/', later, 201, **key).json['label'] == 'later'
+    assert cmres.row('SELECT count(*) AS n FROM once').n == 1
+
+
+def test_a_refusal_and_a_dry_run_keep_no_key(app):
+    key = {'Idempotency_Key': 'k'}
+    app.call('POST', '/reservation/', FINE | {'vms': 20}, 409, **key)
+    app.call('POST', '/reservation/', FINE | {'dry_run': True}, 200, **key)
+    app.call('POST', '/reservation/', FINE | {'resource': 'x'}, 404, **key)
+    assert app.call('POST', '/reservation/', FINE, 201, **key).json['label'] == 'lab'
+    app.call('POST', '/reservation/lab/extend', {'by': '1h'}, 400, Idempotency_Key='a b')
+
+
+def test_of_two_requests_with_one_key_at_the_same_time_one_is_done(app, monkeypatch):
+    """The second comes after the first has looked for the key, and is faster."""
+    faster, read = [], cmres.Reservations.read_request
+
+    def read_late(self, asked):
+        if not faster:
+            faster.append('the second')
+            app.call('POST', '/reservation/', FINE, 201, Idempotency_Key='k')
+        return read(self, asked)
+    monkeypatch.setattr(cmres.Reservations, 'read_request', read_late)
+    answer = app.call('POST', '/reservation/', FINE, 409, Idempotency_Key='k')
+    assert 'send it again' in answer.json['error'] and len(app.call('GET', '/reservation').json) == 1
+    assert app.call('POST', '/reservation/', FINE, 201, Idempotency_Key='k').json['label'] == 'lab'
+
+
+def test_a_page_of_a_list_links_to_the_next(app):
+    for n in range(5):
+        book(app.world.service, f'é{n}'.replace('é', 'e'), start=n + 1, end=n + 2)
+    for path, name in (('/reservation?limit=2&user=root', 'label'), ('/event?limit=2&after=1', 'id')):
+        found, pages = [], 0
+        while path:
+            answer = app.call('GET', path)
+            found += [each[name] for each in answer.json]
+            link = re.fullmatch('<(/.*)>; rel="next"', answer.headers.get('Link', ''))
+            path, pages = link and link[1], pages + 1
+        assert len(found) == len(set(found)) >= 5 and pages >= 3
+    assert 'Link' not in app.call('GET', '/resource').headers
+
+
+@pytest.mark.parametrize('path, allowed', [
+    ('/healthz', 'GET, HEAD, OPTIONS'), (f'{BASE}/check', 'GET, HEAD, OPTIONS'), (f'{BASE}/claim/', 'OPTIONS, POST'),
+    (f'{BASE}/reservation', 'DELETE, GET, HEAD, OPTIONS, POST'),
+    (f'{BASE}/reservation/lab', 'DELETE, GET, HEAD, OPTIONS, PATCH'), ('/calendar/x.ics', 'GET, HEAD, OPTIONS'),
+    (f'{BASE}/limit/1', 'DELETE, OPTIONS'), (f'{BASE}/calendar/subscription', 'OPTIONS, POST')])
+def test_an_address_tells_its_verbs(app, path, allowed):
+    told = app.web.options(path, status=204)
+    wrong = app.web.request(path, method='PUT', status=405)
+    assert told.headers['Allow'] == wrong.headers['Allow'] == allowed and not told.body
+    assert wrong.json['error'].startswith('PUT is not for this address; use ')
+
+
+def test_every_answer_says_how_it_may_be_kept_and_whose_request_it_is_for(app):
+    for verb, path, status in (('GET', '/reservation', 200), ('GET', '/resource/x', 404), ('PUT', '/resource', 405),
+                               ('GET', '/nothing', 404), ('GET', '/healthz', 200), ('GET', '/openapi.json', 200),
+                               ('HEAD', '/resource', 200), ('GET', '/reservation?limit=x', 400)):
+        answer = app.call(verb, path, status=status, X_Request_Id='req-7')
+        assert answer.headers['X-Request-Id'] == answer.headers['X-Openstack-Request-Id'] == 'req-7'
+        assert answer.headers['Cache-Control'] == 'no-store' and answer.headers['X-Content-Type-Options'] == 'nosniff'
+        assert answer.content_type == 'application/json' and 'Server' not in answer.headers
+    made = [app.call('GET', '/resource', X_Request_Id=each).headers['X-Request-Id'] for each in ('a b', 'x' * 65, '')]
+    assert len(set(made)) == 3 and all(re.fullmatch('req-[0-9a-f-]{36}', each) for each in made)
+
+
+def test_long_answers_are_compressed_for_who_takes_that(app):
+    told = {}
+
+    def asks(path, takes):
+        def told_in(status, headers, failure=None):
+            told.clear() or told.update(headers)
+        environ = {'PATH_INFO': path, 'HTTP_ACCEPT_ENCODING': takes, 'HTTP_AUTHORIZATION': f'Bearer {app.token}'}
+        wsgiref.util.setup_testing_defaults(environ)
+        return b''.join(app.web.app(environ, told_in))
+    plain = asks('/openapi.json', '')
+    for takes, packed in (('gzip', True), ('br, gzip;q=0.5', True), ('gzip;q=0', False), ('identity', False)):
+        text = asks('/openapi.json', takes)
+        assert told.get('Content-Encoding') == ('gzip' if packed else None) and told['Vary'] == 'Accept-Encoding'
+        assert (gzip.decompress(text) if packed else text) == plain and int(told['Content-Length']) == len(text)
+    assert asks(f'{BASE}/resource/demo', 'gzip') and 'Content-Encoding' not in told
+
+
+def test_a_token_may_stand_in_a_header_of_openstack_and_a_cookie_of_the_page_reads(app):
+    get = functools.partial(app.web.get, f'{BASE}/reservation')
+    assert get(headers={'X-Auth-Token': app.token}).json == []
+    get(headers={'X-Auth-Token': 'x'}, status=401)
+    page = webtest.TestApp(cmres.web(app.world.service))
+    page.post('/sign-in', {'token': app.token}, status=303)
+    assert page.get(f'{BASE}/reservation').json == []
+    page.post_json(f'{BASE}/reservation', FINE, status=401)
+    assert webtest.TestApp(app.web.app).get(f'{BASE}/reservation', headers={
+        'Cookie': '; '.join(f'{name}={value}' for name, value in page.cookies.items())}, status=401)
+
+
+def test_a_list_may_come_with_commas_or_each_on_its_own(app):
+    book(app.world.service)
+    for query in ('state=reserved,active', 'state=active&state=reserved', 'state=active&state=reserved,ended'):
+        assert labels(app.call('GET', f'/reservation?{query}').json) == ['lab']
+    assert app.call('GET', '/reservation?state=active&state=ended').json == []
+
+
+def test_who_comes_too_often_is_told_when_to_come_again(app, monkeypatch):
+    for error, seconds in ((cmres.TooMany('x'), '5'), (Unavailable('x', retry_after=7.2), '8')):
+        def refuse(self, error=error):
+            raise error
+        monkeypatch.setattr(cmres.Reservations, 'check', refuse)
+        assert app.call('GET', '/check', status=error.status).headers['Retry-After'] == seconds
+
+
+def test_what_makes_something_says_so_and_where_it_is(app):
+    for path, body, where in (
+            ('/reservation/', FINE, '/reservation/lab'), ('/resource/', {'name': 'x'}, '/resource/x'),
+            ('/limit/', {'most_vms': 3}, '/limit/'), ('/token/', {'user': 'x'}, '/token/'),
+            ('/calendar/feed', {}, '/calendar/'),
+            ('/maintenance/', {'resource': 'demo', 'start': '+1d', 'end': '+1h'}, '/maintenance/')):
+        assert app.call('POST', path, body, 201).headers['Location'] == BASE + where
+        other = {name: 'other' for name in ('label', 'name') if name in body}
+        assert 'Location' not in app.call('POST', path, body | other | {'dry_run': True}, 200).headers
+
+
 def test_the_readme_lists_every_address():
     listed = set()
     for verbs, path in re.findall(r'^\| ([A-Z]+(?: or [A-Z]+)?) `(/[^`]*)`', (MODULE.parent / 'README.md').read_text(), re.M):
@@ -12395,7 +13322,7 @@ class Hanging:
         self.let, self.asked = threading.Event(), queue.SimpleQueue()
         make, hanging = world.clouds.make, self
 
-        class Slow(cmres.Simulated):
+        class SlowCloud(cmres.Simulated):
             def find(self, kind, name, *rest):
                 hanging.asked.put(name)
                 hanging.let.wait()
@@ -12410,7 +13337,7 @@ class Hanging:
                 hanging.asked.put('aggregates')
                 hanging.let.wait()
                 return super().aggregates()
-        world.clouds.make = lambda account: Slow(
+        world.clouds.make = lambda account: SlowCloud(
             account, world.clouds.store, world.config, lambda: world.now) if account == 'slow' else make(account)
         world.service.resource_add('slow', cloud='slow', vms=100)
         world.service.resource_add('counted', cloud='slow', vcpus=100)
@@ -12583,6 +13510,43 @@ def test_a_series_is_not_checked_while_one_types_beside_others_that_compute(hang
     let.set()
     assert {each.result()[0] for each in loads} == {409}
     assert 'It fits' in visitor.get('/book/check', asked | {'repeat': 'daily'})
+
+
+def test_one_computes_at_a_time_and_lets_others_between(hanging, monkeypatch):
+    here, under_way, seen = hanging(threads=8), [], []
+    monkeypatch.setattr(cmres, 'PIECE', 0)
+
+    def read(self, given, line=cmres.Requests.read_line):
+        under_way.append(self.actor.user)
+        seen.append((len(under_way), self.actor.user))
+        found = line(self, given)
+        under_way.remove(self.actor.user)
+        return found
+    monkeypatch.setattr(cmres.Requests, 'read_line', read)
+    shares = here.world.service.shares
+    shares.pace.acquire()
+    asks = [here.sends(user, 'POST', '/reservation/load', {
+        'dry_run': True, 'rows': lines_of(5, vms=1)}) for user in ('eva', 'max', 'ann')]
+    until(lambda: len(shares.pace.waiting) == 3)
+    shares.pace.release()
+    assert {each.result()[0] for each in asks} <= {200, 409}
+    assert len(seen) == 15 and {number for number, _ in seen} == {1}
+    changes = sum(one[1] != another[1] for one, another in zip(seen, seen[1:]))
+    assert changes > 2 and not shares.taken and shares.pace.holder is None
+
+
+def test_few_wait_for_their_turn_to_compute_and_the_others_are_refused_at_once(hanging):
+    here, let = hanging(threads=8, slow_per_user=10), threading.Event()
+    here.world.service.progress = lambda rows: (let.wait(), rows)[1]
+    shares = here.world.service.shares
+    ask = lambda n: here.sends('eva', 'POST', '/reservation/load', {'rows': [{'label': f'x{n}'}]})
+    loads = [ask(n) for n in range(4)]
+    until(lambda: shares.taken['all', ''] == 4)
+    shares.taken['wait', ''] = 1  # somebody waits already
+    assert ask(5).result()[0] == 503
+    shares.taken['wait', ''] = 0
+    let.set()
+    assert {each.result()[0] for each in loads} == {409}
 
 
 @pytest.mark.parametrize('kind', ['load', 'import', 'generate'])
@@ -13125,6 +14089,17 @@ def as_visitor(world, user='eva', project='biology', role='user'):
     assert form.submit().status_int == 303
     visitor.bearer = token
     return visitor
+
+
+@pytest.mark.parametrize('asked, said', [
+    ({}, 'It fits'), ({'vms': '17'}, 'holds at most 16'), ({'vms': '9'}, '8 machines then'),
+    ({'repeat': 'daily', 'until': '2026-12-05', 'vms': '9'}, 'without the others')])
+def test_the_page_checks_what_is_typed_while_others_write(world, asked, said):
+    visitor = as_visitor(world)
+    book(world.service, 'full', 20, 23, vms=8)
+    form = {'resource': 'demo', 'start': '2026-12-02T09:00', 'end': '2026-12-02T10:00', 'vms': '2'} | asked
+    with others_writing():
+        assert said in visitor.get('/book/check', form)
 
 
 def form_of(page, action):
@@ -14401,7 +15376,7 @@ def test_settings_are_checked_before_anything_starts(run, tmp_path, text, senten
     (tmp_path / 'config.ini').write_text(f'[cmres]\n{text}\n')
     code, out, err = run('config', 'check')
     assert (code, sentence in err) == (2 if text else 0, True) and ('ok' in out) == (not text)
-    assert os.listdir(tmp_path) == ['config.ini']
+    assert {*os.listdir(tmp_path)} <= {'config.ini', 'cmres.db'}  # that of the fixture
 
 
 def test_the_whole_event_log_is_exported_from_an_instant_on(run, monkeypatch):
@@ -14513,6 +15488,31 @@ def test_a_client_changes_what_the_service_shows(client, service):
     client.resource_add('india', vms=4)
     assert client.resource_update('india', vms=5)['vms'] == 5 == service.resource_show('india')['vms']
     assert client.resource_delete('india')['name'] == 'india'
+
+
+def test_answers_of_a_client_are_read_by_name_and_as_attributes(client):
+    made = client.add('lab', 'demo', hours(1), hours(2), metadata={'start': 'x'})
+    assert made.label == made['label'] == 'lab' and made.start == NOON + hours(1)
+    assert made.metadata == {'start': 'x'} and type(client.show('lab')) is cmres.DetailAnswer
+    assert [each.state for each in client.list()] == ['reserved'] and not hasattr(made, 'nothing')
+    group = client.add('exam', '-', hours(1), hours(2), part='demo:1,demo:2')
+    assert [each.vms for each in group.parts] == [1, 2]
+    assert client.resource_show('demo').held_now == {'vms': 0, 'vcpus': 0, 'ram': 0}
+
+
+def test_no_name_of_the_module_is_given_twice():
+    import ast
+    given = collections.Counter()
+    for each in ast.parse(MODULE.read_text()).body:
+        targets = getattr(each, 'targets', [getattr(each, 'target', None)])
+        given.update([each.name] if hasattr(each, 'name') else [
+            name.id for target in targets if target for name in ast.walk(target) if isinstance(name, ast.Name)])
+    assert [name for name, times in given.items() if times > 1 and not name.startswith('_')] == []
+
+
+def test_no_field_of_an_answer_has_the_name_of_a_method():
+    kinds = [each for each in vars(cmres).values() if cmres.is_answer(each)]
+    assert len(kinds) > 30 and not {name for each in kinds for name in cmres.declared(each)} & set(dir(cmres.Answer))
 
 
 @pytest.mark.parametrize('name, args, kind', [
@@ -14676,7 +15676,7 @@ def test_help_of_every_command_answers_on_standard_output_with_an_example(run, t
     code, out, err = run(*name.split(), '--help')
     assert (code, err) == (0, '') and f'python cmres.py {name}' in out
     assert run(*name.split(), 'word', '--help')[:1] == (0,)
-    assert not list(tmp_path.iterdir())  # asking for help opens no store
+    assert os.listdir(tmp_path) == ['cmres.db']  # asking for help opens no store
 
 
 @pytest.mark.parametrize('line', ['_private', '__class__', 'shares', 'clock', 'acting', 'alter', 'cancel', 'here',
@@ -14685,7 +15685,8 @@ def test_help_of_every_command_answers_on_standard_output_with_an_example(run, t
                                   'token __doc__'])
 def test_nothing_that_was_not_published_is_a_command(run, tmp_path, line):
     code, out, err = run(*line.split())
-    assert (code, out) == (2, '') and f"there is no command '{line}'" in err and not list(tmp_path.iterdir())
+    assert (code, out) == (2, '') and f"there is no command '{line}'" in err
+    assert os.listdir(tmp_path) == ['cmres.db']
 
 
 def test_delete_on_the_command_line_warns_of_an_end_that_is_not_done(run):
@@ -14832,7 +15833,8 @@ def environment():
     return {name: value for name, value in os.environ.items() if not name.startswith('CMRES_')} | {'TZ': 'UTC'}
 
 
-def test_a_list_imports_only_what_it_uses(tmp_path):
+def test_a_list_imports_only_what_it_uses(tmp_path, empty):
+    shutil.copy(empty, tmp_path)
     code = ("import sys; sys.path.insert(0, sys.argv[1]); import cmres; code = cmres.main(['list']); "
             "print(*sorted({name.partition('.')[0] for name in sys.modules})); sys.exit(code)")
     ended = subprocess.run([sys.executable, '-B', '-c', code, str(MODULE.parent)], cwd=tmp_path, env=environment(),
@@ -14877,6 +15879,24 @@ def test_eighty_columns_show_labels_times_and_states_whole(run, tmp_path):
     assert 'a-resource-with-a-long-name' in on_terminal(tmp_path, 'list', '--wide', '--limit', '1', columns=300)
     assert 'a-resource-with-a-long-name' in on_terminal(tmp_path, 'list', '--limit', '1', columns=300)
     assert '\x1b' not in run('list')[1] and 'a-resource-with-a-long-name' in run('list')[1]  # what is piped is whole
+
+
+@given(st.lists(st.lists(st.text('ab é漢 \n-', max_size=60), min_size=3, max_size=3), min_size=1, max_size=5),
+       st.integers(40, 120))
+@example([['a' * 500, 'a' * 100 + ' b', '漢' * 200]], 40)
+def test_a_table_fits_any_terminal_and_loses_no_letter(lines, most):
+    letters = lambda text: collections.Counter(re.sub(r'\s', '', text))  # noqa: E731
+    names = ['one', 'two', 'three']
+    widths = [max(cmres.wide(part) for line in [names, *lines] for part in line[n].split('\n')) for n in range(3)]
+    widths = cmres.narrowed(widths, [False] * 3, most)
+    text = '\n'.join(cmres.drawn_line(line, widths) for line in lines)
+    assert max(map(cmres.wide, text.split('\n'))) <= most
+    assert letters(text) == letters(''.join(map(''.join, lines)))
+
+
+def test_columns_are_as_wide_as_letters_of_any_kind(capsys):
+    print(cmres.drawn(['name', 'n'], [['漢字', '1'], ['e\u0301', '2'], ['two\nlines', '3']]))
+    assert capsys.readouterr().out.splitlines() == ['name   n', '漢字   1', 'e\u0301      2', 'two    3', 'lines']
 
 
 def test_columns_and_their_order_are_chosen(run):
@@ -14972,6 +15992,87 @@ def test_a_real_shell_completes_a_label(run, tmp_path, shell):
     assert (ended.stdout.split(), ended.stderr) == (['lesson-1'], '')
 
 
+class Played:
+    """The module `time` with a clock of ours; all else is as it is."""
+
+    def __init__(self, now: float):
+        self.now = now
+
+    def __getattr__(self, name):
+        return getattr(time, name)
+
+    def time(self) -> float:
+        return self.now
+
+
+def shown_in_readme() -> list[tuple[str, str]]:
+    """The commands of README's sessions, each with what is shown below it."""
+    text = re.sub(r'^ {0,3}\S.*$', '', (MODULE.parent / 'README.md').read_text(), flags=re.M)
+    blocks = [each for each in re.split(r'\n(?=    \$ )|\n\n\n+', text) if each.startswith('    $ ')]
+    return [(head[6:], '\n'.join(line[4:] for line in rest)) for head, *rest in (each.split('\n') for each in blocks)]
+
+
+def masked(text: str) -> list[str]:
+    """The lines of an answer without what differs from run to run: figures, secrets, widths of columns."""
+    text = re.sub(r'/calendar/\S+/', '/calendar/SECRET/', re.sub(r'\bstore +\S+', 'store ID', text))
+    text = re.sub(r'\b(UTC|CES?T)\b', 'ZONE', re.sub(r'[0-9]+(?:[.:][0-9]+)*', 'N', text))
+    return [' '.join(line.split()) for line in text.splitlines() if line.strip() and line.strip() != '...']
+
+
+#: What README says without a session: files that it reads, and resources that it takes for given.
+GIVEN = {'add finals': [['resource', 'add', 'gpu', '--vms', '20'], ['resource', 'add', 'cpu', '--vms', '40']]}
+CLASS_ICS = calendar('''BEGIN:VEVENT
+UID:os-course@example.org
+DTSTART;TZID=Europe/Paris:20270412T140000
+DURATION:PT2H
+RRULE:FREQ=WEEKLY;COUNT=3
+SUMMARY:Operating systems
+DESCRIPTION:4 x m1.small
+END:VEVENT
+BEGIN:VEVENT
+UID:other@example.org
+DTSTART:20270412T140000Z
+SUMMARY:Lunch
+END:VEVENT
+''')
+
+
+def test_readme_shows_what_its_commands_print(tmp_path, monkeypatch, run):
+    played = Played(datetime(2026, 11, 23, 6, 53, 54, tzinfo=UTC).timestamp())
+    monkeypatch.setattr(cmres, 'time', played)
+    monkeypatch.setenv('LOGNAME', 'eva')
+    clouds = cmres.Clouds(Config(), clock=played.time)
+    monkeypatch.setattr(cmres, 'local_service', lambda config: cmres.open_store(config.database, config.key) or cmres.Reservations(
+        config, clouds, Actor('eva', 'default', 'admin'), played.time))
+    cmres.prepared(Config())
+    cmres.welcome(cmres.local_service(Config()), 'http://127.0.0.1:8080')
+    cycle = cmres.LifeCycle(Config(), clouds, played.time)
+    (tmp_path / 'class.ics').write_bytes(CLASS_ICS)
+    compared, wrong = 0, []
+    for line, shown in shown_in_readme():
+        line = line.partition('  #')[0].strip()
+        for pause in (5, 5):
+            played.now += pause
+            cycle.settle()
+        if line.startswith('export '):
+            monkeypatch.setenv(*line.removeprefix('export ').split('='))
+        elif line.startswith('cat '):
+            (tmp_path / line.split()[1]).write_text(shown + '\n')
+        elif not re.search('chameleon|add (class|typo) gpu|servers class|my-workstation', line):
+            for given in next((each for start, each in GIVEN.items() if start in line), ()):
+                assert run(*given)[0] == 0
+            code, out, err = run(*shlex.split(line.removeprefix('python cmres.py ')))
+            if shown.strip():
+                compared += 1
+                end = masked(shown.split('...\n')[-1])  # what is left out there
+                whole = masked(out + err)
+                same = whole[-len(end):] == end if '...\n' in shown else whole == end
+                wrong += [] if same else [(line, out + err)]
+            else:
+                assert code == 0, (line, err)
+    assert compared >= 20 and not wrong, '\n'.join(f'$ {line}\n{text}' for line, text in wrong)
+
+
 #: Words as people type them, some of which Fire would take for something else.
 TYPED = ['lab', '2026', '1e3', 'a=b', '-', '[1,2]', '"x"', 'True', 'gpu#1', '', 'a b', "it's", '0x1f', '+2h', 'None']
 
@@ -15008,7 +16109,8 @@ def test_what_is_no_plain_line_is_read_by_fire(monkeypatch, line):
     assert came and 'plain' not in came
 
 
-def test_the_program_itself_lists_and_ends_with_its_code(tmp_path):
+def test_the_program_itself_lists_and_ends_with_its_code(tmp_path, empty):
+    shutil.copy(empty, tmp_path)
     for words, code in ((['list'], 0), (['show', 'nobody'], 1), (['lst'], 2)):
         ended = subprocess.run([sys.executable, '-B', str(MODULE), *words], cwd=tmp_path, env=environment(),
                                capture_output=True, text=True)
@@ -15435,13 +16537,13 @@ def test_a_feed_has_no_other_verb(app, world):
     assert app.web.head(path).headers['ETag'] == fetch(app, path).headers['ETag']
 
 
-HOSTILE = ['a\nBEGIN:VEVENT\nUID:x', 'a\r\nDTSTART:20200101T000000Z\r\n', 'a;b,c\\d\\n\\;\\,',
+HOSTILE_TEXTS = ['a\nBEGIN:VEVENT\nUID:x', 'a\r\nDTSTART:20200101T000000Z\r\n', 'a;b,c\\d\\n\\;\\,',
            '<script>alert(1)</script>', '\u202eright to left\u202c \u200f', '"quotes" \'and\' :colons:', 'x' * 20000,
            '\u00e9\U0001f680' * 1500, '\\', ' leading and trailing ', 'a\n\n\nb', '\ttab', 'END:VCALENDAR',
            '\u2028\u2029\x85', '%s {address} {0}']
 
 
-@pytest.mark.parametrize('text', HOSTILE, ids=range(len(HOSTILE)))
+@pytest.mark.parametrize('text', HOSTILE_TEXTS, ids=range(len(HOSTILE_TEXTS)))
 def test_a_hostile_description_is_text_and_nothing_else(app, world, text):
     book(world.service, description=text.replace('\r\n', '\n'))
     data = fetch(app, feed(app)).body
@@ -15498,7 +16600,7 @@ console.log(JSON.stringify(root.getAllSubcomponents('vevent').map(each => new IC
 @pytest.mark.skipif(not shutil.which('node') or not os.environ.get('ICAL_JS'),
                     reason='needs node, and ICAL_JS: a folder in which `npm install ical.js` was run')
 def test_ical_js_reads_a_feed(app, world, tmp_path):
-    book(world.service, description=''.join(HOSTILE[:6]).replace('\r', ''))
+    book(world.service, description=''.join(HOSTILE_TEXTS[:6]).replace('\r', ''))
     data = fetch(app, feed(app)).body
     ended = subprocess.run(['node', '-e', ICAL_JS], input=data, capture_output=True, timeout=30,
                            cwd=os.environ['ICAL_JS'], env=environment() | {'NODE_PATH': 'node_modules'})
@@ -15711,6 +16813,15 @@ def test_what_is_refused_is_told_with_title_date_and_line(service):
     assert why['big'].startswith("the event 'big' of 2026-12-01 (line 21): ") and '16' in why['big']
 
 
+@pytest.mark.parametrize('rule, said', [
+    ('', "'demo' holds at most 16 vms; 99 are asked for"),
+    ('RRULE:FREQ=DAILY;COUNT=3', "3 of 3 occurrences do not fit, so nothing was changed; the first from "
+     "2026-12-01 13:00 UTC: 'demo' holds at most 16 vms; 99 are asked for")])
+def test_what_can_be_taken_is_offered_only_where_there_is_some(service, rule, said):
+    answer = take(service, asks(13, 14, *filter(None, [rule]), want='99 x m1.small', uid='big'))
+    assert answer['events'][0]['why'] == f"the event 'big' of 2026-12-01 (line 4): {said}"
+
+
 def test_an_import_of_which_all_is_refused_ends_with_1_and_tells_it(app, run, tmp_path):
     run('resource', 'add', 'demo', '--vms=16', '--cloud=simulated')
     bad = asks(13, 14, want='99 x m1.small').replace('202612', '219012')
@@ -15742,7 +16853,7 @@ def test_a_body_of_anything_else_is_as_small_as_before(app):
 
 
 def test_daily_events_of_half_a_century_are_followed_from_now_on(service):
-    """Counted, not timed: how many wall times dateutil gives for all of them."""
+    """Counted, not timed: how many wall times their rules give for all of them."""
     body = ''.join(event('DTSTART;TZID=Europe/Paris:19700102T090000', 'DURATION:PT1H', 'RRULE:FREQ=DAILY', 'CATEGORIES:VM',
                          uid=f'u{n}') for n in range(10))
     given, rule_walls = [], cmres.rule_walls
@@ -15750,6 +16861,160 @@ def test_daily_events_of_half_a_century_are_followed_from_now_on(service):
         patch.setattr(cmres, 'rule_walls', lambda *rule: (given.append(wall) or wall for wall in rule_walls(*rule)))
         answer = take(service, body, dry_run=True)
     assert set(by_uid(answer).values()) == {'booked'} and len(given) < 10 * 8 * 366
+
+
+SINCE_1970 = ('DTSTART;TZID=Europe/Paris:19700101T090000', 'DURATION:PT1H', 'CATEGORIES:VM')
+
+
+def dates_of(number: int, year: int = 1975) -> str:
+    return ','.join(f'{datetime(year, 1, 1, 9) + timedelta(days=n):%Y%m%dT%H%M%S}' for n in range(number))
+
+
+def repeated(*rules: str) -> str:
+    """Events that are hard to follow."""
+    return ''.join(event(*SINCE_1970, f'SUMMARY:Bomb {n}', rule, uid=f'u{n}')
+                   for n, rule in enumerate(rules))
+
+
+def changed_on(days, *more: str) -> str:
+    """A daily event of which some days are otherwise."""
+    return event(*SINCE_1970, 'RRULE:FREQ=DAILY', 'SUMMARY:Bomb', uid='u0') + ''.join(
+        event(f'DTSTART;TZID=Europe/Paris:{day:%Y%m%dT%H%M%S}', 'DURATION:PT2H', 'CATEGORIES:VM',
+              f'RECURRENCE-ID{"".join(more)};TZID=Europe/Paris:{day:%Y%m%dT%H%M%S}',
+              'SUMMARY:Bomb', uid='u0') for day in days)
+
+
+#: Events that cost much to follow, more of them than MOST_STEPS allows; each must be refused by itself.
+HOSTILE_WISHES = {
+    'days that never come': lambda: repeated(*(
+        f'RRULE:FREQ=DAILY;INTERVAL={n};BYMONTH=2;BYMONTHDAY=30' for n in range(1, 40))),
+    'positions that never come': lambda: repeated(*(
+        f'RRULE:FREQ=MONTHLY;INTERVAL={n};BYDAY=MO;BYSETPOS=366' for n in range(1, 40))),
+    'counts from 1970 on': lambda: repeated(*(
+        f'RRULE:FREQ=DAILY;INTERVAL={n};COUNT=100000;BYMONTH=1,2,3,4,5,6,7,8,9,10,11' for n in range(1, 40))),
+    'times of a day': lambda: repeated(*[
+        'RRULE:FREQ=DAILY;BYHOUR=1,2,3,4,5,6,7,8,9;BYMINUTE=1,2,3,4,5,6'] * 6),
+    'dates added': lambda: repeated(*['RDATE;TZID=Europe/Paris:' + dates_of(1500)] * 20),
+    'dates left out': lambda: repeated(*[
+        'RRULE:FREQ=DAILY\nEXDATE;TZID=Europe/Paris:' + dates_of(1500)] * 20),
+    'dates in many lines': lambda: repeated(*[
+        '\n'.join(['RDATE:20270101T090000Z'] * 4000)] * 4),
+    'a rule that never ends': lambda: repeated(*[
+        'RRULE:FREQ=MONTHLY;BYDAY=' + ','.join(['1MO'] * 9000)] * 3),
+    'days that are otherwise': lambda: changed_on(
+        datetime(1990, 1, 1, 9) + timedelta(days=n) for n in range(900)),
+    'ever otherwise from a day on': lambda: changed_on(
+        (datetime(1990, 1, 1, 9) + timedelta(days=n) for n in range(200)), ';RANGE=THISANDFUTURE'),
+    'one name for many': lambda: ''.join(
+        event(f'DTSTART:2027{1 + n // 28:02}{1 + n % 28:02}T090000Z', 'DURATION:PT1H', 'CATEGORIES:VM',
+              'SUMMARY:Bomb', uid='u0') for n in range(150)),
+    'zones of many changes': lambda: ''.join(
+        zone(f'Z{n}', ('+0100', *AUTUMN), ('+0200', *SPRING)).replace(
+            'END:STANDARD', 'RDATE:' + dates_of(2500) + '\nEND:STANDARD')
+        + event(f'DTSTART;TZID=Z{n}:20270101T090000', 'DURATION:PT1H', 'RRULE:FREQ=DAILY', 'CATEGORIES:VM',
+                f'SUMMARY:Bomb {n}', uid=f'u{n}') for n in range(6)),
+}
+
+
+@pytest.mark.parametrize('name', HOSTILE_WISHES)
+def test_what_is_hard_to_follow_is_refused_by_itself_after_a_bounded_number_of_steps(
+        service, monkeypatch, name):
+    """Counted, not timed; what does not repeat is booked beside any of them."""
+    monkeypatch.setattr(cmres, 'MOST_STEPS', 20_000)
+    monkeypatch.setattr(cmres, 'MOST_STEPS_EACH', 5000)
+    body, before = HOSTILE_WISHES[name]() + asks(13, 14, uid='mine'), cmres.STEPS.taken
+    answer = take(service, body, dry_run=True)
+    assert cmres.STEPS.taken - before < 5 * (20_000 + 5000)  # what is booked is followed once more
+    refused = [each for each in answer['events'] if each['uid'] != 'mine']
+    assert by_uid(answer)['mine'] == 'booked' and {each['outcome'] for each in refused} <= {
+        'refused', 'past', 'booked'}
+    whys = [each['why'] for each in refused if 'why' in each]
+    named = re.compile(r"the event 'Bomb( \d+)?' of \d{4}-\d\d-\d\d \(line \d+\): \w")
+    assert whys and all(map(named.match, whys))
+    before, entries = cmres.STEPS.taken, cmres.read_calendar(calendar(body).decode())
+    found, errors = cmres.occurrences_of(entries, read_zone('UTC'), NOON, NOON + timedelta(days=31))
+    assert cmres.STEPS.taken - before < 5 * (20_000 + 5000) and errors
+    assert [each['uid'] for each in found if each['start'] == NOON + hours(1)] == ['mine']
+
+
+def test_ordinary_series_are_booked_beside_one_that_is_too_hard(service, monkeypatch):
+    monkeypatch.setattr(cmres, 'MOST_STEPS_EACH', 5000)
+    hard = 'RRULE:FREQ=DAILY;BYHOUR=1,2,3,4,5,6,7,8,9;BYMINUTE=1,2,3,4,5,6'
+    body = event(*SINCE_1970, hard, uid='hard') + ''.join(
+        event(*SINCE_1970, f'RRULE:FREQ={each}', uid=each) for each in ('DAILY', 'WEEKLY', 'YEARLY'))
+    assert by_uid(take(service, body)) == {
+        'hard': 'refused', 'DAILY': 'booked', 'WEEKLY': 'booked', 'YEARLY': 'booked'}
+
+
+def test_what_could_be_followed_is_booked_though_nothing_is_left_for_others(service, monkeypatch):
+    monkeypatch.setattr(cmres, 'MOST_STEPS', 20_000)
+    rule = 'RRULE:FREQ=WEEKLY\nEXDATE;TZID=Europe/Paris:' + dates_of(1000)
+    answer = take(service, repeated(*[rule] * 4), dry_run=True)
+    assert [*by_uid(answer).values()] == ['booked', 'booked', 'refused', 'refused']
+
+
+def test_of_more_wishes_than_are_taken_at_once_the_others_are_refused_by_themselves(
+        service, monkeypatch):
+    monkeypatch.setattr(cmres, 'MOST_EVENTS', 3)
+    body = ''.join(asks(13, 14, uid=f'u{n}', want='1 x m1.tiny') for n in range(5))
+    answer = take(service, body)
+    assert [*by_uid(answer).values()] == ['booked'] * 3 + ['refused'] * 2
+    assert answer['events'][-1]['why'] == (
+        "the event 'u4' of 2026-12-01 (line 36): its calendar has more than 3 events that ask for VMs; "
+        'put it into a calendar of its own')
+
+
+@pytest.mark.parametrize('body', [
+    'BEGIN:VEVENT\nEND:VEVENT\n' * 60, 'BEGIN:VEVENT\n' * 60, 'BEGIN:VTODO\n' * 60])
+def test_a_calendar_of_too_many_components_is_refused(monkeypatch, body):
+    monkeypatch.setattr(cmres, 'MOST_COMPONENTS', 25)
+    with pytest.raises(cmres.BadCalendar, match='the file has more than 25 components'):
+        cmres.read_calendar(calendar(body).decode(), 'the file')
+
+
+def test_what_has_no_wish_is_not_read(service, monkeypatch):
+    """Most of what a person's calendar holds: but for where a wish may be, nothing looks at it."""
+    read, read_property = [], cmres.read_property
+    monkeypatch.setattr(cmres, 'read_property',
+                        lambda line: read.append(line) or read_property(line))
+    others = ''.join(event('DTSTART:20261201T130000Z', 'DTEND:20261201T140000Z',
+                           'SUMMARY:Lunch 4 you & me', 'DESCRIPTION:<p>See #vote &amp; come</p>',
+                           uid=f'u{n}') for n in range(50))
+    assert take(service, others + asks(13, 14))['ignored'] == 50
+    assert len(read) < 2 * 50 + 20
+
+
+@pytest.mark.parametrize('text', ['#\n vm 2 x m1.small', '#v\n m', '2\n  x m1.small', '2 &#120; m1.small',
+                                  '&#50; x m1.small', '2&nbsp;x&nbsp;m1.small', '&num;vm 2 x m1.small',
+                                  '2\u2009\u00d7 m1.small', '<b>2 x m1.small</b>'])
+def test_a_wish_is_found_however_it_is_written(service, text):
+    lines = 'DTSTART:20261201T130000Z', 'DURATION:PT1H', f'DESCRIPTION:{text}'
+    answer = take(service, event(*lines))
+    assert by_uid(answer) == {'one': 'booked'} and answer['ignored'] == 0
+
+
+def test_lines_are_those_of_the_file_whatever_is_folded(service):
+    bad = ('DTSTART:never', 'DURATION:PT1H', 'LOCATION:1 x m1.tiny')
+    good = event('SUMMA\n RY:a\n b\n\tc', 'DTSTART:20261201T130000Z', uid='x')
+    answer = take(service, good + event(*bad, uid='y'))
+    assert [each['why'].partition(':')[0] for each in answer['events']] == [
+        "the event 'y' (line 13)"]
+
+
+def test_a_zone_that_is_described_goes_as_the_one_it_describes():
+    autumn, spring = ((day, f'BYMONTH={month};BYDAY=-1SU') for day, month in
+                      (('19701025T030000', 10), ('19700329T020000', 3)))
+    lines = zone('Office', ('+0100', *autumn), ('+0200', *spring)).split('\n')
+    office, paris = cmres.described_zone([each for each in lines if each]), read_zone('Europe/Paris')
+    for year in (2005, 2026, 2150):
+        for day in (date(year, 3, 24), date(year, 10, 24)):
+            for minutes in range(0, 9 * 1440, 60):
+                at = datetime(day.year, day.month, day.day, tzinfo=UTC) + timedelta(minutes=minutes)
+                mine, theirs = at.astimezone(office), at.astimezone(paris)
+                assert (f'{mine:%c}', mine.fold) == (f'{theirs:%c}', theirs.fold)
+                for fold in (0, 1):
+                    mine, theirs = (at.replace(fold=fold, tzinfo=each) for each in (office, paris))
+                    assert mine.utcoffset() == theirs.utcoffset()
 
 
 UTC_9 = ('DURATION:PT1H', 'LOCATION:1 x m1.tiny')
@@ -16145,12 +17410,14 @@ def test_an_import_with_exceptions_books_what_occurs(world, name):
 def test_an_import_is_bounded_as_occurrences_are(service, monkeypatch):
     """All of it is one transaction: nobody else writes while it lasts."""
     monkeypatch.setattr(cmres, 'MOST_OCCURRENCES', 100)
-    data = calendar(''.join(asks(13, 14, 'RRULE:FREQ=DAILY;COUNT=90', want='1 x m1.tiny', uid=f'u{n}')
+    data = calendar(''.join(asks(13, 14, 'RRULE:FREQ=DAILY;COUNT=90', want='1 x m1.tiny', uid=f'u{n:02}')
                             for n in range(15)))
     with pytest.raises(Error, match='too many'):
         cmres.occurrences_of(cmres.read_calendar(data.decode()), cmres.read_zone('UTC'), NOON, NOON + timedelta(366))
-    with pytest.raises(Error, match='too many'):
-        take(service, data)
+    answer = take(service, data)
+    assert [each['outcome'] for each in answer['events']] == 11 * ['booked'] + 4 * ['refused']
+    assert 'more than 1000 occurrences until the horizon' in answer['events'][-1]['why']
+    assert "the event 'u14' of 2026-12-01 (line" in answer['events'][-1]['why']
 
 
 def test_import_answers_the_same_on_the_line_over_rest_and_in_the_service(app, run, world, tmp_path):
@@ -16663,6 +17930,16 @@ def test_what_a_calendar_asks_for_in_vain_is_told(lan, shelf):
     told = [each['sentence'] for each in lan.service.events(limit=1000) if each['code'] == 'refused']
     assert len(told) == 1 and 'one' in told[0] and inbox.codes().count('refused') == 1
     inbox.server.shutdown()
+
+
+def test_of_many_things_that_a_calendar_asks_for_in_vain_the_first_are_told(lan, shelf, monkeypatch):
+    monkeypatch.setattr(cmres, 'MOST_TOLD', 2)
+    shelf.etags = False
+    shelf.shows(*(asks(13, 14, want='99 x m1.small', uid=f'u{n}') for n in range(5)), *FIVE[1:])
+    subscribe(lan, shelf)
+    look(lan)
+    told = [each['sentence'] for each in lan.service.events(limit=1000) if each['code'] == 'refused']
+    assert len(told) == 3 and [each for each in told if each.endswith('3 more of its events are refused')]
 
 
 def test_a_strangers_invitation_takes_no_control_from_the_owner(lan, shelf):
@@ -18506,7 +19783,7 @@ def test_a_credential_is_read_anew_after_a_401_and_nobody_else_knocks_for_a_whil
 
 
 def test_a_cloud_that_is_not_there_or_not_in_the_file_is_told_of(nova, tmp_path):
-    with pytest.raises(cmres.CloudError, match='the cloud nosuch could not be reached: Cloud nosuch was not found'):
+    with pytest.raises(cmres.CloudError, match="there is no cloud 'nosuch' in clouds.yaml"):
         verbs(nova, 'nosuch').servers()
     nova.stop()
     with pytest.raises(cmres.CloudError, match='the cloud lab could not be reached: .') as failure:
@@ -19287,6 +20564,8 @@ def bench_page(folder: Path) -> None:
 
 def bench_start(folder: Path) -> None:
     environment = os.environ | {'CMRES_DATABASE': str(folder / 'cmres.db')}
+    cmres.open_store(environment['CMRES_DATABASE'])
+    cmres.close_store()
 
     def run(*words):
         return lambda turn: subprocess.run([sys.executable, *words], env=environment, check=True, stdout=subprocess.DEVNULL)
@@ -19372,10 +20651,156 @@ def bench_idle(folder: Path) -> None:
         cmres.close_store()
 
 
+#: A `serve` process among whose clouds one answers after seconds.
+SERVES_SLOWLY = """
+import sys, time
+import cmres
+
+class SlowCloud(cmres.Simulated):
+    def find(self, *given):
+        time.sleep(3)
+        return super().find(*given)
+make = cmres.Clouds.make
+def made(self, account):
+    slow = account == 'slow'
+    return SlowCloud(account, self.store, self.config, self.clock) if slow else make(self, account)
+cmres.Clouds.make = made
+sys.exit(cmres.main(['serve', '--port', '0']))
+"""
+SERIES = {'repeat': 'weekdays', 'count': 781}
+
+
+def worst_deeds(silent: str) -> list:
+    """What a user can do that costs others most: verb, path and body, by a new number."""
+    def event_of(n: int) -> str:
+        return event(f'DTSTART:20261205T0{n % 10}0000Z', 'DURATION:PT1H', 'RRULE:FREQ=DAILY',
+                     f'SUMMARY:e{n}', 'DESCRIPTION:#vm 1 x m1.small cirros on big', uid=str(n))
+
+    def add(n: int, resource: str, **more) -> tuple:
+        window = {'start': '+1h', 'end': '+1h'}
+        return 'POST', '/reservation/', {'label': f'x{n}', 'resource': resource} | window | more
+
+    def lines(n: int, number: int) -> list:
+        return [{'label': f'l{n}-{each}', 'resource': 'big', 'start': f'+{each % 900 + 1}h',
+                 'end': '+1h'} for each in range(number)]
+    return [
+        ('import', lambda n, user: ('POST', '/reservation/import', {
+            'file': calendar(''.join(event_of(20 * n + each) for each in range(20))).decode()})),
+        ('load', lambda n, user: ('POST', '/reservation/load', {'rows': lines(n, 10**4)})),
+        ('update', lambda n, user: ('PATCH', f'/reservation/series-{user}', {'vms': 1 + n % 7})),
+        ('refused', lambda n, user: add(n, 'full', end='+100d')),
+        ('dry run', lambda n, user: add(n, 'big', **SERIES, dry_run=True)),
+        ('dry load', lambda n, user: (
+            'POST', '/reservation/load', {'rows': lines(n, 1000), 'dry_run': True})),
+        ('slow cloud', lambda n, user: add(n, 'slow', flavor='m1.small', image='cirros')),
+        ('holidays', lambda n, user: add(n, 'big', repeat='daily', holidays=f'{silent}/{n}')),
+        ('subscribe', lambda n, user: (
+            'POST', '/calendar/subscription/', {'url': f'{silent}/{n}', 'resource': 'big'})),
+        ('hooks', lambda n, user: add(
+            n, 'big', notify=[f'{silent}/{n}/{each}' for each in range(10)]))]
+
+
+def bench_anger(folder: Path) -> None:
+    """How long an `add` takes and how late starts come while four others do their worst."""
+    variables = {'CMRES_DATABASE': str(folder / 'cmres.db'), 'CMRES_PRIVATE_ADDRESSES': 'true'}
+    config = Config(database=variables['CMRES_DATABASE'], private_addresses=True)
+    cmres.open_store(config.database)
+    service = cmres.Reservations(config, cmres.Clouds(config), Actor('root', 'default', 'admin'))
+    fill(types.SimpleNamespace(now=time.time(), service=service), 10**4, 100)
+    for name, cloud in {'big': 'simulated', 'slow': 'slow', 'demo': 'simulated'}.items():
+        service.resource_add(name, cloud=cloud)
+    service.resource_add('full', vms=2)
+    service.add('all-of-it', 'full', service.here.now, timedelta(days=300))
+    service.load([{'label': f'f{n}', 'resource': 'full', 'start': f'+{2 * n + 1}h', 'end': '+1h'}
+                  for n in range(4000)])
+    silent = socket.create_server(('127.0.0.1', 0), backlog=200)
+    deeds = worst_deeds(f'http://127.0.0.1:{silent.getsockname()[1]}')
+    users, tokens = [f'bad{n}' for n in range(4)], {}
+    for user in (*users, 'good'):
+        tokens[user] = service.token_add(user, user, 'user')['token']
+        service.acting(Actor(user, user, 'user')).add(
+            f'series-{user}', 'big', service.here.now + hours(1), hours(1), **SERIES)
+    serves = [sys.executable, '-B', '-c', SERVES_SLOWLY]
+    process = subprocess.Popen(serves, env=environment() | variables | {
+        'PYTHONPATH': str(MODULE.parent)}, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+        text=True)
+    port, over = int(re.search(r':(\d+) from', process.stdout.readline())[1]), threading.Event()
+    numbers, spent = itertools.count(1), collections.defaultdict(list)
+
+    def ask(user, name, verb, path, body):
+        line = http.client.HTTPConnection('127.0.0.1', port, timeout=120)
+        began = time.perf_counter()
+        line.request(verb, cmres.BASE + path, json.dumps(body), {
+            'Authorization': f'Bearer {tokens[user]}', 'Content-Type': 'application/json'})
+        answer = line.getresponse()
+        answer.read()
+        line.close()
+        spent[name].append((time.perf_counter() - began, answer.status))
+
+    def does_its_worst(user, first):
+        for name, deed in itertools.islice(itertools.cycle(deeds), first, None):
+            if over.is_set():
+                return
+            with contextlib.suppress(OSError, http.client.HTTPException):
+                ask(user, name, *deed(next(numbers), user))
+
+    def adds(name, until):
+        while time.monotonic() < until:
+            n = next(numbers)
+            ask('good', name, 'POST', '/reservation/', {
+                'label': f'g{n}', 'resource': f'place-{n % 100}', 'start': '+1h', 'end': '+1h'})
+            time.sleep(0.02)
+
+    def starts(name, seconds):
+        """Lets a VM start in each of the next seconds, and tells how late those of before were."""
+        first = service.here.now + timedelta(seconds=3)
+        for n in range(seconds):
+            service.add(f'{name}-{n}', 'demo', first + timedelta(seconds=n), hours(1),
+                        flavor='m1.tiny', image='cirros')
+
+    def lateness(name):
+        return [each.late for each in cmres.rows(
+            'SELECT v.begun - v.planned AS late '
+            'FROM server v JOIN occurrence o ON o.id = v.occurrence_id '
+            'JOIN reservation r ON r.id = o.reservation_id WHERE r.label LIKE ?', f'{name}-%')]
+    seconds = 60
+    starts('alone', 10)
+    adds('alone', time.monotonic() + 15)
+    starts('beside', seconds - 5)
+    threads = [threading.Thread(target=does_its_worst, args=(user, 3 * n + each * 4), daemon=True)
+               for n, user in enumerate(users) for each in range(3)]
+    for each in threads:
+        each.start()
+    adds('beside', time.monotonic() + seconds)
+    over.set()
+    for each in threads:
+        each.join(130)
+    at = {}
+    for name in spent:
+        times = sorted(each for each, _ in spent[name])
+        at[name] = [times[int(share * (len(times) - 1))] for share in (0.5, 0.99, 1)]
+    for n, share in enumerate(('median', '99 %')):
+        show(f'add beside 4 users who do their worst, {share}', at['beside'][n], at['alone'][n],
+             f"of {len(spent['beside'])}, + {(at['beside'][n] - at['alone'][n]) * 1e3:.0f} ms")
+    for name in ('alone', 'beside'):
+        late = sorted(each if each is not None else 1e9 for each in lateness(name))
+        middle, worst = late[len(late) // 2] * 1e3, late[-1] * 1e3
+        print(f"{f'starts {name}':58} {middle:9.0f} ms late, worst {worst:.0f} ms, of {len(late)}")
+    for name in [name for name, _ in deeds]:
+        statuses = collections.Counter(status for _, status in spent[name])
+        middle, _, worst = at.get(name, (0, 0, 0))
+        print(f'    {name:54} {middle:9.2f} s  worst {worst:.2f} s {dict(statuses)}')
+    process.terminate()
+    process.wait()
+    silent.close()
+    cmres.close_store()
+
+
 def bench() -> None:
     """All benchmarks, or those whose names are given."""
     import tempfile
-    for name in sys.argv[1:] or ['start', 'rest', 'page', 'lists', 'add', 'series', 'claim', 'filter', 'starts', 'idle']:
+    all_of_them = 'start rest page lists add series claim filter starts idle anger'.split()
+    for name in sys.argv[1:] or all_of_them:
         with tempfile.TemporaryDirectory() as folder:
             globals()[f'bench_{name}'](Path(folder))
 
