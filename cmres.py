@@ -44,8 +44,7 @@ The file reads from top to bottom; a section uses only the sections above it:
   Waiting, Requests, Plan             the waiting list; what people ask for; what operators do
   Claims, Calendars, Tokens, Records  what Nova asks; imports and feeds; who may ask; what was
   Life cycle                          what makes it so
-  Gate                                who may ask how often; metrics; a line for each request
-  Document, REST, Gate, Page          the faces on the web; all but the page derived from signatures
+  Document, REST, Gate, Page          the faces on the web, and what stands before them
   Serving, Client, Command line       sockets; Python elsewhere; the shell
   Nova filter                         what nova-scheduler loads from this file
 """
@@ -78,7 +77,6 @@ import sys
 import textwrap
 import threading
 import time
-import uuid
 import zlib
 from bisect import bisect_left, bisect_right
 from collections import Counter, defaultdict, deque, namedtuple
@@ -87,8 +85,8 @@ from contextlib import closing, contextmanager, nullcontext, suppress
 from datetime import date, datetime, timedelta, timezone, tzinfo
 from html import unescape
 from types import UnionType
-from typing import (Any, Callable, Iterable, Iterator, NamedTuple, NewType, NotRequired, Union, get_args, get_origin,
-                    get_type_hints)
+from typing import (Any, Callable, Iterable, Iterator, NamedTuple, NewType, NotRequired, Union,
+                    get_args, get_origin, get_type_hints)
 from urllib.parse import parse_qsl, quote, unquote, urlencode, urljoin, urlsplit
 from zoneinfo import ZoneInfo
 
@@ -940,7 +938,7 @@ def turn_of(rule: Rule, start: date) -> Callable[[int], int]:
 
 
 def rule_days(rule: Rule, start: date, begin: date) -> Iterator[list[int]]:
-    """The days of a rule from one on, as ordinals: year by year, where there are positions turn by turn."""
+    """The days of a rule from one on, as ordinals: year by year, with positions turn by turn."""
     turn = turn_of(rule, start)
     first = begin.toordinal()
     if rule.positions:  # of a turn all days count, but those of weeks only from the start on
@@ -1038,7 +1036,8 @@ def walls(stretch: Stretch, near: datetime = datetime.min) -> Iterator[datetime]
 
 def moved_walls(stretch: Stretch) -> Iterator[datetime]:
     """The wall times of those slots of a stretch that are otherwise, in order."""
-    start, listed, skips = datetime.fromisoformat(stretch.start), listed_walls(stretch), {*stretch.skips}
+    start = datetime.fromisoformat(stretch.start)
+    listed, skips = listed_walls(stretch), {*stretch.skips}
     for key in sorted(stretch.moved):
         wall = datetime.fromisoformat(key)
         STEPS.take(10)
@@ -1563,7 +1562,7 @@ MEASURED = {
     'store_bytes': 'size of the database with its write-ahead log',
     'disk_free_bytes': 'free space on the disk of the database',
     'notices_waiting': 'notices that have not arrived yet',
-    'notice_age_seconds': 'for how long the oldest notice that is due has been waiting',
+    'notice_age_seconds': 'for how long the oldest notice that has not arrived has been waiting',
     'store_damaged': 'whether the last check of the database found damage: 1 or 0',
     'resident_bytes': 'memory of this process',
     'version': 'the version of cmres'}
@@ -1584,12 +1583,16 @@ class Metrics:
 
     def observe(self, name: str, value: float, **labels: str) -> None:
         """Adds a value to a histogram."""
-        bounds = BOUNDS[name]
+        self.begin(name, **labels)
         with self.lock:
-            spread = self.spreads.setdefault(
-                (name, tuple(labels.items())), [0] * (len(bounds) + 1) + [0.0])
-            spread[bisect_left(bounds, value)] += 1
+            spread = self.spreads[name, tuple(labels.items())]
+            spread[bisect_left(BOUNDS[name], value)] += 1
             spread[-1] += value
+
+    def begin(self, name: str, **labels: str) -> None:
+        """Begins a histogram, empty: Prometheus sees no increase where there was nothing before."""
+        with self.lock:
+            self.spreads.setdefault((name, tuple(labels.items())), [0] * (len(BOUNDS[name]) + 1) + [0.0])
 
     def samples(self) -> list[tuple]:
         """All of it as (name, labels, value), histograms as Prometheus has them."""
@@ -1811,9 +1814,10 @@ ROLES = (READER, USER, ADMIN)  # each may do what those before it may
 
 @dataclasses.dataclass
 class Operation:
-    """A published method: its routes `(verb, path, fixed arguments)`, who may call it, what it takes.
+    """A published method: its routes, who may call it, what it takes and answers.
 
-    What makes something says in `made` at which path that is found: its answer is 201.
+    A route is a verb, a path and fixed arguments. What makes something says in `made` at which
+    path that is found: its answer is 201.
     """
     name: str
     method: Callable
@@ -2607,7 +2611,7 @@ class FeedAnswer(Answer):
 
 
 class EventAnswer(Answer):
-    """A line of the journal."""
+    """A line of the event log."""
     id: int
     at: datetime
     actor: str
@@ -2659,12 +2663,17 @@ class ReportAnswer(Answer):
 
 
 class TokenAnswer(Answer):
-    """Whose a token is; not the token itself, of which only a hash is kept."""
+    """Whose a token is and what for; not the token itself, of which only a hash is kept."""
     id: int
     user: str
     project: str
     role: str
+    purpose: str
+    scopes: list[str]
+    resource: str | None
     added: datetime
+    ends: datetime | None
+    last_used: datetime | None
     revoked: datetime | None
 
 
@@ -2674,6 +2683,13 @@ class NewTokenAnswer(Answer):
     user: NotRequired[str]
     project: NotRequired[str]
     role: NotRequired[str]
+    ends: NotRequired[datetime]
+
+
+class EndedAnswer(Answer):
+    """How many tokens of a person have ended."""
+    user: str
+    tokens: int
 
 
 class RefusalAnswer(Answer):
@@ -2865,6 +2881,7 @@ class StoreFile:
         self.damage = ''  # what a statement or a check met, until a check meets nothing
         self.lost = ''    # the sentence that was logged of a loss
         self.troubles = 0  # how often something was wrong, or right again
+        self.failed = '', 0.0  # why a write failed and when, until one succeeds
 
     def hold(self, path: str) -> None:
         """Says to other processes that the file is in use, and connects the guard."""
@@ -2879,14 +2896,14 @@ class StoreFile:
         self.guard = connect(path)
 
     def settle(self) -> None:
-        """Copies the log into the file, so that it has all; what others read now prevents nothing."""
+        """Copies the log into the file, so that who copies the file alone has everything."""
         with suppress(Unavailable, sqlite3.Error):
             self.look()
             if self.guard and not self.lost:
                 self.guard.execute('PRAGMA wal_checkpoint(PASSIVE)').fetchone()
 
     def leave(self) -> None:
-        """Closes the guard; where nobody else has the file open, SQLite makes all one file again."""
+        """Closes the guard; where nobody else has the file open, SQLite makes all one file."""
         with suppress(Unavailable, *STORE_ERRORS):
             self.look()
             if self.guard and not self.lost:
@@ -2993,6 +3010,7 @@ class StoreFile:
 
     def acknowledge(self, number: int) -> None:
         """Lets all processes know of a write, unless it went to files that are lost since."""
+        self.failed = '', 0.0
         if self.identity:
             self.look()
             number = max(number, self.acknowledged())
@@ -3153,7 +3171,7 @@ class Database(peewee.SqliteDatabase):
 
 
 db = Database(None, lock_type='IMMEDIATE', pragmas={
-    'journal_mode': 'wal', 'synchronous': 'full', 'foreign_keys': 1, 'cache_size': -32_000})
+    'journal_mode': 'wal', 'synchronous': 'full', 'foreign_keys': 1, 'cache_size': -10_000})
 
 
 class Turns:
@@ -3166,7 +3184,7 @@ class Turns:
     def __init__(self):
         self.lock = threading.Lock()
         self.holder, self.depth, self.began = None, 0, 0.0
-        self.waiting: list[tuple] = []      # before others or not, whose, a lock that opens, its thread
+        self.waiting: list[tuple] = []      # after others or not, whose, what opens, its thread
         self.written: Counter = Counter()   # seconds, by whose; who comes anew begins at `least`
         self.least = 0.0
 
@@ -3215,7 +3233,8 @@ class Turns:
         self.least = self.least if not after else max(self.least, self.written[self.name])
         self.written[self.name] = max(self.least, self.written[self.name])
         if len(self.written) > 1000:
-            self.written = Counter({name: each for name, each in self.written.items() if each > self.least})
+            ahead = {name: each for name, each in self.written.items() if each > self.least}
+            self.written = Counter(ahead)
         self.began = time.monotonic()
         comes.release()
 
@@ -3709,8 +3728,8 @@ class SimulatedServer(Table):
 
 
 TABLES = [Resource, Reservation, Occurrence, Texts, Capacity, Proposal, ExtraHold, Wait, Limit, Step,
-          Server, Claim, Tally, Token, Session, OnceDone, Feed, Subscription, Event, Outbox, Mailed, Lease, Fact,
-          SimulatedServer]
+          Server, Claim, Tally, Token, Session, OnceDone, Feed, Subscription, Event, Outbox, Mailed,
+          Lease, Fact, SimulatedServer]
 
 #: What brings an older store up to the models above, one function a version. None reads the models,
 #: which tell of today: each names its tables and columns.
@@ -4519,6 +4538,8 @@ def in_trouble(error: BaseException) -> Unavailable | None:
     sentence = TROUBLES[code].format(f'{cause} ({cause.sqlite_errorname})')
     if TROUBLES[code] is DAMAGED:
         store_file.damage = sentence
+    elif code not in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
+        store_file.failed = sentence, time.monotonic()
     return Unavailable(sentence)
 
 
@@ -4605,7 +4626,7 @@ def transaction(first: bool = False) -> Iterator[None]:
 
 
 def some_of(left: deque) -> Iterator:
-    """Takes one by one what is left, until a transaction has lasted so long that others are let write."""
+    """Takes one by one what is left, until a transaction has lasted for as long as a piece may."""
     until = time.monotonic() + PIECE
     while left:
         yield left.popleft()
@@ -6724,7 +6745,8 @@ def in_cell(value, zone: ZoneInfo) -> str:
 
 
 def json_text(value, indent: int | None = None) -> str:
-    return legible(json.dumps(to_plain(value), ensure_ascii=False, indent=indent)) + '\n'
+    text = json.dumps(value, ensure_ascii=False, indent=indent, default=to_plain)  # without a copy
+    return legible(text) + '\n'
 
 
 # Shares ######################################################################
@@ -6837,7 +6859,7 @@ class Shares:
                      'target': config.slow_per_target}
         self.rates, self.wrong = Rates(config), Counter()  # wrong: tokens, by address
         self.changed = threading.Condition()
-        self.pace = Turns()  # one of those that compute for long does so at a time: others come between
+        self.pace = Turns()  # one of those that compute for long does so at a time
         self.taken: Counter = Counter()  # by kind and name
         # Of this thread's request: whose it is, how long it may still wait, what it has taken.
         self.request = threading.local()
@@ -6904,7 +6926,7 @@ class Shares:
 
     @contextmanager
     def paced(self) -> Iterator[None]:
-        """A part of a request that computes for a while: one of them at a time, if others don't wait for it."""
+        """A part of a request that computes for a while: one of them at a time."""
         taken = self.bounded and not db.in_transaction() and self.pace.acquire()
         try:
             yield
@@ -6925,7 +6947,7 @@ class Shares:
                 self.pace.acquire()
 
     def breathe(self) -> None:
-        """Lets others compute who wait for that; never inside a transaction, which others wait for."""
+        """Lets others compute who wait for that; never inside a transaction."""
         if self.pace.mine and self.pace.lasts() > PIECE:
             with self.resting():
                 pass
@@ -7006,7 +7028,7 @@ class Shares:
 
 MOST_ICS = MOST_FETCHED  # bytes of a calendar
 MOST_TEXT = 20_000      # letters of a text that are looked at
-MOST_READ = 100_000     # components that are looked at
+MOST_COMPONENTS = 150_000  # components that are looked at
 MOST_TOLD = 20          # refusals of a calendar, each by itself
 MOST_HEAD = 4000        # letters of one in which its first line is
 MOST_EVENTS = 2000      # that want machines
@@ -7185,7 +7207,8 @@ def changes_of(part: dict[str, list[str]]) -> Iterator[tuple[datetime, timedelta
     """The changes to the offset of a part; ValueError for offsets of days and rules that take long."""
     before, offset = (read_offset(part[name][0]) for name in ('TZOFFSETFROM', 'TZOFFSETTO'))
     start = zone_wall(part['DTSTART'][0])
-    dates = [each.partition('/')[0] for values in part.get('RDATE', ()) for each in values.split(',')]
+    dates = [each.partition('/')[0] for values in part.get('RDATE', ())
+             for each in values.split(',')]
     STEPS.take(5 * len(dates))
     walls = {start, *map(zone_wall, dates)}
     for rule in part.get('RRULE', ()):
@@ -7306,7 +7329,8 @@ class Entry:
         """Whether it is once, and plainly ends before a day or starts after another."""
         data = self.frame.data
         begin, end = ([match[1].decode() for piece in self.pieces
-                       for match in pattern.finditer(data, *piece)] for pattern in (FIRST_DAY, LAST_DAY))
+                       for match in pattern.finditer(data, *piece)]
+                      for pattern in (FIRST_DAY, LAST_DAY))
         plain = len(begin) == len(end) == 1 and not self.holds(REPEATS) and not self.exception
         return plain and (end[0] < first or last < begin[0])
 
@@ -7392,7 +7416,8 @@ class Entry:
     @property
     def name(self) -> str:
         """What a sentence calls it, so that its owner finds it."""
-        title = ' '.join(re.sub('[\x00-\x20\x7f]+', ' ', self.text('SUMMARY')[:400]).split()) or self.uid
+        title = re.sub('[\x00-\x20\x7f]+', ' ', self.text('SUMMARY')[:400])
+        title = ' '.join(title.split()) or self.uid
         title = textwrap.shorten(title, 80) if len(title) > 80 else title
         day = re.match(r'(\d{4})(\d\d)(\d\d)', self.said.get('DTSTART', [('', '')])[0][1])
         return f"the event '{title}'" + (
@@ -7426,8 +7451,8 @@ def read_calendar(text: str, what: str = 'this') -> list[Entry]:
     reader = Reader(what, data)
     for number, match in enumerate(STRUCTURE.finditer(data)):
         reader.take(match)
-        if number > 2 * MOST_READ:
-            raise BadCalendar(f'{what} has more than {MOST_READ} components')
+        if number > 2 * MOST_COMPONENTS:
+            raise BadCalendar(f'{what} has more than {MOST_COMPONENTS} components')
     if reader.path:
         raise BadCalendar(f'{what} is cut short: it does not end with END:VCALENDAR')
     return reader.entries
@@ -7473,7 +7498,8 @@ class Reader:
         """Takes a line that begins or ends a component, and what stands before it."""
         begin, end = match.span()
         self.keep(self.behind, begin)
-        self.line += sum(self.data.count(each, self.behind, end) for each in (b'\n', FOLD))
+        self.line += self.data.count(b'\n', self.behind, end)
+        self.line += self.data.count(FOLD, self.behind, end)
         self.behind = end
         kind = plain_line(match[2]).strip().upper()
         if match[1]:
@@ -7710,7 +7736,7 @@ def overridden(stretches: list[Stretch], exceptions: dict[str, Entry], clock: Cl
 
 
 def with_moved(stretches: list[Stretch], moved: dict[str, tuple]) -> list[Stretch]:
-    """A series of which some occurrences are otherwise, also where the rule has no slot for them."""
+    """A series of which some occurrences are otherwise, even where the rule has no slot."""
     found = []
     for stretch in stretches:
         dates = stretch.dates or (stretch.start,)
@@ -7768,9 +7794,9 @@ def may_repeat(group: list[Entry]) -> bool:
 
 
 class Budget:
-    """What the events of a calendar may cost in steps: each by itself, and together those that repeat.
+    """What the events of a calendar may cost in steps: each by itself, and all together.
 
-    What doesn't has steps of its own, that nothing else can use up.
+    What doesn't repeat has steps of its own, that nothing else can use up.
     """
 
     def __init__(self):
@@ -7801,7 +7827,7 @@ def group_occurrences(group: list[Entry], owner: ZoneInfo, begin: datetime,
 
 
 def bookings(groups: dict[str, list[Entry]], owner: ZoneInfo, begin: datetime, until: datetime,
-             defaults: Want, budget: Budget) -> list[Booking]:
+             defaults: Want) -> list[Booking]:
     """What the events of calendars want, those that want nothing left out unread.
 
     Args:
@@ -7809,7 +7835,7 @@ def bookings(groups: dict[str, list[Entry]], owner: ZoneInfo, begin: datetime, u
       owner: the zone of times without one
       begin, until: the window that a series in a zone of its own making is spelled out for
     """
-    found, uids = {}, {id(group): uid for uid, group in groups.items()}
+    found, uids, budget = {}, {id(group): uid for uid, group in groups.items()}, Budget()
     for group in simple_first(groups.values()):
         uid = uids[id(group)]
         if FEED_UID.fullmatch(uid):
@@ -8601,7 +8627,7 @@ class Service:
             f"AND request <> ''{also} ORDER BY id DESC", label, *given(where), label, *given(where))]
 
     def newest_deed(self, label: str, project: str = '') -> int | None:
-        """The newest event of what people have done to the reservations of a label; None without any."""
+        """The newest event of what people did to the reservations of a label; None without any."""
         found = row('SELECT max(id) AS id FROM event WHERE actor <> ? AND reservation_id IN '
                     '(SELECT value FROM json_each(?))', 'cmres',
                     json.dumps(self.labelled(label, project)[:MOST_PARTS]))
@@ -10721,7 +10747,8 @@ class Approval(Waiting):
                            'its end, vms, user, description and label can')
 
     @api('POST', '/reservation/<label>/approve', role=ADMIN)
-    def approve(self, label: Label, project: Name = '', dry_run: bool = False) -> BookedAnswer | GroupAnswer:
+    def approve(self, label: Label, project: Name = '',
+                dry_run: bool = False) -> BookedAnswer | GroupAnswer:
         """Lets a pending reservation be, or a change of one that is approved.
 
         Example:
@@ -10739,7 +10766,8 @@ class Approval(Waiting):
         return self.carry_out(deed, dry_run)
 
     @api('POST', '/reservation/<label>/accept')
-    def accept(self, label: Label, project: Name = '', dry_run: bool = False) -> BookedAnswer | GroupAnswer:
+    def accept(self, label: Label, project: Name = '',
+               dry_run: bool = False) -> BookedAnswer | GroupAnswer:
         """Takes the room that is held for a reservation of yours that had waited.
 
         Example:
@@ -10755,7 +10783,8 @@ class Approval(Waiting):
             return self.told_parts(label, pending)
 
     @api('POST', '/reservation/<label>/reject', role=ADMIN)
-    def reject(self, label: Label, reason: Text = '', project: Name = '', dry_run: bool = False) -> BookedAnswer | GroupAnswer:
+    def reject(self, label: Label, reason: Text = '', project: Name = '',
+               dry_run: bool = False) -> BookedAnswer | GroupAnswer:
         """Refuses a pending reservation and frees what it held; of a request, all parts.
 
         A change of a reservation that was approved before is refused alone: that goes on as it was.
@@ -10809,7 +10838,8 @@ class Approval(Waiting):
 
 #: Seconds after which what a process has begun to write in pieces is dropped, if it does not go on.
 GOES_ON = 60
-#: What was written in pieces of which the last has not come: each a fact, its value begins with when it is dropped.
+#: What was written in pieces of which the last has not come: facts, whose values begin with the
+#: instant at which they are dropped.
 STAGED = "name > 'staged-' AND name < 'staged.'"
 
 
@@ -10821,7 +10851,7 @@ def not_real_yet() -> tuple[Callable, Callable]:
 
 
 def inside(ranges: list[tuple[int, int]]) -> Callable[[int], bool]:
-    """Tells of a number whether it is in one of some ranges, which begin after their first number."""
+    """Tells of a number whether one of some ranges has it: each begins after its first number."""
     ranges.sort()
 
     def told(number: int) -> bool:
@@ -10831,10 +10861,11 @@ def inside(ranges: list[tuple[int, int]]) -> Callable[[int], bool]:
 
 
 class Staged:
-    """What is written in pieces, and is real when the last one is: until then nothing starts, nobody is told.
+    """What is written in pieces, and is real when the last one is.
 
-    It holds its capacity from the first piece on, so that the last can't fail. What is not made real
-    is erased; what a process has left behind that died, the life cycle erases.
+    Until then nothing starts and nobody is told. It holds its capacity from the first piece on, so
+    that the last can't fail. What is not made real is erased; what a process has left behind that
+    died, the life cycle erases.
     """
 
     def __init__(self, service: Service, name: str = ''):
@@ -10844,15 +10875,16 @@ class Staged:
         self.dropping = False
 
     def begin(self) -> None:
-        """Notes where a piece begins; this and all that follows but `drop_all` inside a transaction."""
+        """Notes where a piece begins; all but `drop_all` are called inside a transaction."""
         self.before = self.newest()
 
     def newest(self) -> tuple:
-        return tuple(run('SELECT (SELECT max(id) FROM reservation), (SELECT max(id) FROM event)').fetchone())
+        last = '(SELECT coalesce(max(id), 0) FROM {})'.format
+        return run(f"SELECT {last('reservation')}, {last('event')}").fetchone()
 
     def set_aside(self, now: float) -> None:
         """Keeps what was written since it began from being looked at and told."""
-        self.pieces.append([each or 0 for each in (*self.before, *self.newest())])
+        self.pieces.append([*self.before, *self.newest()])
         self.note(now + GOES_ON)
 
     def note(self, dropped: float) -> None:
@@ -10873,8 +10905,9 @@ class Staged:
         first, told, last, last_told = self.pieces[-1]
         if not self.dropping:  # so that no id of an event comes twice, one stays
             self.dropping = True
-            run("UPDATE event SET reservation_id = NULL, occurrence = NULL, project = '', code = 'dropped', sentence = "
-                "'many lines were begun and not all had room, so none is reserved' WHERE id = ?", last_told)
+            run("UPDATE event SET reservation_id = NULL, occurrence = NULL, project = '', "
+                "code = 'dropped', sentence = 'many lines were begun and not all had room, so none "
+                "is reserved' WHERE id = ?", last_told)
             run('DELETE FROM outbox WHERE event_id = ?', last_told)
         for last in some_of(deque(range(last, first, -1))):
             self.erase(last, now)
@@ -10885,17 +10918,21 @@ class Staged:
             run('DELETE FROM fact WHERE name = ?', self.name)
 
     def erase(self, reservation: int, now: float) -> None:
-        """Erases a reservation as if it had never been; one whose VMs somebody has started is cancelled."""
-        held = rows('SELECT id, resource_id, held_from, held_until, vms, vcpus, ram, classes FROM occurrence '
-                    'WHERE reservation_id = ?', reservation)
+        """Erases a reservation as if it had never been; one that has VMs is cancelled."""
+        held = rows('SELECT id, resource_id, held_from, held_until, vms, vcpus, ram, classes '
+                    'FROM occurrence WHERE reservation_id = ?', reservation)
         ids = json.dumps([each.id for each in held])
-        if row('SELECT 1 AS one FROM server WHERE occurrence_id IN (SELECT value FROM json_each(?)) LIMIT 1', ids):
-            self.service.cancel(self.service.live(self.service.next_of(reservation)), now, 'not all of it had room', True)
+        if row('SELECT 1 AS one FROM server '
+               'WHERE occurrence_id IN (SELECT value FROM json_each(?)) LIMIT 1', ids):
+            live = self.service.live(self.service.next_of(reservation))
+            self.service.cancel(live, now, 'not all of it had room', True)
             return
         give(hold_of(each) for each in held if each.held_from < each.held_until)
         self.service.drop_proposals(reservation)
-        give(hold_of(each) for each in rows('SELECT * FROM extra_hold WHERE reservation_id = ?', reservation))
-        run('DELETE FROM outbox WHERE event_id IN (SELECT id FROM event WHERE reservation_id = ?)', reservation)
+        extra = rows('SELECT * FROM extra_hold WHERE reservation_id = ?', reservation)
+        give(map(hold_of, extra))
+        run('DELETE FROM outbox WHERE event_id IN '
+            '(SELECT id FROM event WHERE reservation_id = ?)', reservation)
         for table in ('extra_hold', 'wait', 'event', 'occurrence'):
             run(f'DELETE FROM {table} WHERE reservation_id = ?', reservation)
         run('DELETE FROM reservation WHERE id = ?', reservation)
@@ -11149,7 +11186,8 @@ class Requests(Approval):
 
     @api('GET', '/reservation/<label>/show')
     @for_each_part
-    def show(self, label: Label, project: Name = '', occurrence: Day = None, tz: Zone = '') -> DetailAnswer | DetailGroupAnswer:
+    def show(self, label: Label, project: Name = '', occurrence: Day = None,
+             tz: Zone = '') -> DetailAnswer | DetailGroupAnswer:
         """Shows all of one reservation: what was asked, its state, its servers; of a series also what comes.
 
         Example:
@@ -11217,7 +11255,8 @@ class Requests(Approval):
                host: Name = None, repeat: Repeat = None, until: Day = None, count: Count = None,
                skip_dates: Names = None, holidays: Source = None,
                on_conflict: Clash = None, user: Name = None, rename: NewLabel = None, occurrence: Day = None,
-               following: bool = False, tz: Zone = '', project: Name = '', dry_run: bool = False) -> BookedAnswer | GroupAnswer:
+               following: bool = False, tz: Zone = '', project: Name = '',
+               dry_run: bool = False) -> BookedAnswer | GroupAnswer:
         """Changes a reservation, all of it or nothing.
 
         A new start alone moves it with its length; a new end alone makes it longer or shorter. One
@@ -11252,7 +11291,8 @@ class Requests(Approval):
 
     @api('POST', '/reservation/<label>/keep')
     @for_each_part
-    def keep(self, label: Label, until: When, project: Name = '', tz: Zone = '', dry_run: bool = False) -> BookedAnswer | GroupAnswer:
+    def keep(self, label: Label, until: When, project: Name = '', tz: Zone = '',
+             dry_run: bool = False) -> BookedAnswer | GroupAnswer:
         """Lets what runs now go on until a later instant, if that fits; a series goes on after that as planned.
 
         Example:
@@ -11472,7 +11512,8 @@ class Requests(Approval):
     def delete(self, label: Label = '', user: Name = '', project: Name = '', resource: Name = '', cell: Name = '',
                cloud: Name = '', region: Name = '', aggregate: Name = '', vms: Count = None, start: When = None,
                end: When = None, count: Count = None, occurrence: Day = None, following: bool = False,
-               kept: bool = False, tz: Zone = '', dry_run: bool = False) -> list[CancelledAnswer | KeptAnswer]:
+               kept: bool = False, tz: Zone = '',
+               dry_run: bool = False) -> list[CancelledAnswer | KeptAnswer]:
         """Cancels a reservation: its capacity is free at once, and its VMs are deleted.
 
         Give a label, or filters that must all match exactly (start and end too); without a label,
@@ -11625,7 +11666,8 @@ class Plan(Requests):
             return self.resource_show(name)
 
     @api('GET', '/resource/')
-    def resource_list(self, cell: Name = '', cloud: Name = '', region: Name = '', aggregate: Name = '') -> list[ResourceAnswer]:
+    def resource_list(self, cell: Name = '', cloud: Name = '', region: Name = '',
+                      aggregate: Name = '') -> list[ResourceAnswer]:
         """Lists the resources: their places and what they hold at most.
 
         Example:
@@ -11728,7 +11770,8 @@ class Plan(Requests):
 
     @api('POST', '/resource/sync', role=ADMIN)
     def resource_sync(self, cloud: Name, aggregates: Names = (), mode: Name = '', hold: Span = None,
-                      named: bool = None, force: bool = False, dry_run: bool = False) -> list[DifferenceAnswer]:
+                      named: bool = None, force: bool = False,
+                      dry_run: bool = False) -> list[DifferenceAnswer]:
         """Reads host aggregates of a cloud, makes resources of them or updates those, and marks them for Nova.
 
         The vcpus, ram and other classes of a resource become what Placement gives out of the aggregate's
@@ -12046,7 +12089,8 @@ class Claims(Plan):
 
     @api('POST', '/claim/', role=ADMIN)
     def claim(self, server: Name, resources: Names, project: Name, user: Name = '', vcpus: Figure = 0,
-              ram: Figure = 0, classes: Classes = None, label: Name = '', dry_run: bool = False) -> list[ClaimAnswer]:
+              ram: Figure = 0, classes: Classes = None, label: Name = '',
+              dry_run: bool = False) -> list[ClaimAnswer]:
         """Tells on which resources a server may boot, why, and counts it there: what Nova's scheduler asks.
 
         Who has an active reservation passes as long as fewer machines, vcpus and ram were booted than
@@ -12177,6 +12221,12 @@ class Claims(Plan):
 # Calendars that make reservations, once or again and again, and calendars that show them.
 
 
+#: What a feed reads: no user data, and of a long description its beginning.
+FOR_FEEDS = LISTING.replace('r.user_data,', "'' AS user_data,").replace(
+    'r.description,', "iif(length(r.description) > 500, substr(r.description, 1, 497) || '...', "
+    'r.description) AS description,')
+
+
 def repeats(booking: Booking) -> bool:
     """Whether an event may have more than one occurrence."""
     return any(not stretch.single for stretch in booking.stretches)
@@ -12188,7 +12238,8 @@ class Calendars(Claims):
     @api('POST', '/reservation/import')
     def import_(self, file: Ics, resource: Label = '', flavor: Name = '', image: Name = '', network: Name = '',
                 key: Name = '', vms: Count = 1, at_end: Name = '', notify: Names = (), on_conflict: Clash = 'refuse',
-                tz: Zone = '', user: Name = '', project: Name = '', dry_run: bool = False) -> ImportAnswer:
+                tz: Zone = '', user: Name = '', project: Name = '',
+                dry_run: bool = False) -> ImportAnswer:
         """Reserves what the events of an iCalendar file ask for, each event on its own.
 
         An event asks with `2 x m1.small` in the first line of its description or in its place, with
@@ -12211,14 +12262,13 @@ class Calendars(Claims):
           said: what the events don't say, named as in `import`
         """
         zone, here = read_zone(said['tz'] or self.config.timezone), self.here.now
-        owner, budget = self.owner(said), Budget()
-        entries = read_calendar(text, 'the calendar')
+        owner, entries = self.owner(said), read_calendar(text, 'the calendar')
         groups = by_uid(wishful(entries))
         wanted = bookings(groups, zone, here, here + timedelta(days=self.config.horizon),
-                          Want(*(said[name] for name in Want._fields)), budget)
+                          Want(*(said[name] for name in Want._fields)))
         wanted = self.without_lookalikes(wanted, said, owner, subscription)
         ignored = len({each.uid for each in entries} | {*groups}) - len(wanted)
-        lines = deque(self.read_bookings(wanted, said, zone, budget))
+        lines = self.read_bookings(wanted, said, zone)
         before = []
         if not dry_run and not self.live_of(subscription, self.clock()):
             before = self.take_in_pieces(lines, owner, subscription)
@@ -12269,17 +12319,19 @@ class Calendars(Claims):
             "SELECT DISTINCT cloud FROM resource WHERE cloud <> '' AND removed IS NULL")]
 
     def take_in_pieces(self, lines: deque, owner: tuple[str, str], subscription) -> list[dict]:
-        """What became of each event; others can write between. Of what was there nothing goes by that."""
+        """What became of each event, where none can make anything go; others can write between."""
         done = []
         while lines:
             self.shares.breathe()
             with self.writing() as now:
                 self.refuse_unsubscribed(subscription)
-                done += [self.take_booking(*line, owner, subscription, now) for line in some_of(lines)]
+                done += [self.take_booking(*line, owner, subscription, now)
+                         for line in some_of(lines)]
         return done
 
     def refuse_unsubscribed(self, subscription) -> None:
-        if subscription and not row('SELECT id FROM subscription WHERE id = ? AND due IS NOT NULL', subscription.id):
+        if subscription and not row('SELECT id FROM subscription WHERE id = ? AND due IS NOT NULL',
+                                    subscription.id):
             raise Conflict('it was unsubscribed meanwhile')
 
     def take_bookings(self, wanted: list[Booking], lines: Iterable[tuple], owner: tuple[str, str],
@@ -12296,13 +12348,12 @@ class Calendars(Claims):
         self.ask_before_most_goes(subscription, had, now)
         return done
 
-    def read_bookings(self, wanted: list[Booking], said: dict, zone: ZoneInfo,
-                      budget: Budget) -> list[tuple]:
+    def read_bookings(self, wanted: list[Booking], said: dict, zone: ZoneInfo) -> deque[tuple]:
         """Bookings with their wishes, or with the errors that refuse them.
 
         Asks clouds, so outside any transaction. What doesn't repeat is read first.
         """
-        lines, left = {}, 10 * MOST_OCCURRENCES
+        lines, left, budget = {}, 10 * MOST_OCCURRENCES, Budget()
         for booking in self.progress(sorted(wanted, key=repeats)):
             self.shares.breathe()
             try:
@@ -12315,7 +12366,7 @@ class Calendars(Claims):
                 lines[booking.uid] = booking, wish, None
             except Error as error:
                 lines[booking.uid] = booking, None, error
-        return [lines[booking.uid] for booking in wanted]
+        return deque(lines[booking.uid] for booking in wanted)
 
     def read_booking(self, booking: Booking, said: dict,
                      zone: ZoneInfo) -> tuple[Wish | None, list[Slot]]:
@@ -12329,12 +12380,13 @@ class Calendars(Claims):
             return None, []
         asked = said | want._asdict() | {
             'label': calendar_name(booking.summary), 'start': instant(coming[0].start),
-            'end': instant(coming[0].end), 'security_groups': (), 'user_data': '', 'metadata': None, 'server': '',
-            'personal': False, 'lead': None, 'description': booking.summary[:1000],
-            'repeat': booking.stretches[0].rule, 'late': True}
+            'end': instant(coming[0].end), 'security_groups': (), 'user_data': '',
+            'metadata': None, 'server': '', 'personal': False, 'lead': None,
+            'description': booking.summary[:1000], 'repeat': booking.stretches[0].rule,
+            'late': True}
         if not want.resource:
-            raise Invalid(f"no resource is named; write `{want.vms} x {want.flavor or 'm1.small'} on RESOURCE`, or "
-                          'say --resource')
+            raise Invalid(f"no resource is named; write `{want.vms} x {want.flavor or 'm1.small'} "
+                          'on RESOURCE`, or say --resource')
         wish = self.read_wish(asked, changes=())
         stretches = [stretch._replace(resource=wish.resource.id) for stretch in booking.stretches]
         return wish._replace(stretches=stretches, tz=stretches[0].zone), coming
@@ -12395,10 +12447,10 @@ class Calendars(Claims):
         """The label of a wish, with a number behind it if somebody has it."""
         def taken(number: int) -> bool:
             label = f'{wish.label}-{number}' if number > 1 else wish.label
-            return bool(row('SELECT id FROM reservation WHERE project = ? AND over > ? AND label = ? UNION ALL '
-                            'SELECT id FROM reservation WHERE project = ? AND over > ? AND request = ? '
-                            "AND request <> '' LIMIT 1",
-                            *(wish.project, int(now), label) * 2))
+            return bool(row(
+                'SELECT id FROM reservation WHERE project = ? AND over > ? AND label = ? UNION ALL '
+                'SELECT id FROM reservation WHERE project = ? AND over > ? AND request = ? '
+                "AND request <> '' LIMIT 1", *(wish.project, int(now), label) * 2))
         last = free = 1
         while taken(free):
             last, free = free, 2 * free
@@ -12636,7 +12688,7 @@ class Calendars(Claims):
 
         What is others' is shown as busy only.
         """
-        found = self.page(*self.shown_in(feed), (), limit=MOST_SHOWN_BY_FEED + 1)
+        found = self.page(*self.shown_in(feed), (), limit=MOST_SHOWN_BY_FEED + 1, fields=FOR_FEEDS)
         servers: dict = defaultdict(list)
         for each in rows("SELECT occurrence_id, addresses FROM server WHERE occurrence_id IN "
                          "(SELECT value FROM json_each(?)) AND due IS NOT NULL AND goal = 'up'",
@@ -12704,10 +12756,10 @@ FIELDS_OF_TOKEN = '''SELECT t.id, t.user, t.project, t.role, t.purpose, t.scopes
 class Tokens(Calendars):
     """Tokens, and what ends with the last one of a person; see Service."""
 
-    @api('POST', '/token/', role=READER)
+    @api('POST', '/token/', role=READER, made='/token/')
     def token_add(self, user: Name = '', project: Name = '', role: Name = '', purpose: Name = '',
                   lasts: Span = None, scopes: Names = (), resource: Name = '',
-                  dry_run: bool = False) -> dict:
+                  dry_run: bool = False) -> NewTokenAnswer:
         """Makes a token for yourself, as an admin for others, and prints it: it is shown only now.
 
         Without --for, a token that people make for themselves is good for 90 days.
@@ -12775,7 +12827,7 @@ class Tokens(Calendars):
         return None if lasts is None else int(now + lasts.total_seconds())
 
     @api('GET', '/token/', role=READER)
-    def token_list(self) -> Rows:
+    def token_list(self) -> list[TokenAnswer]:
         """Lists your tokens, as an admin all: what for, until when, when used last.
 
         The tokens themselves are never shown again: only hashes of them are kept.
@@ -12809,7 +12861,7 @@ class Tokens(Calendars):
         return found
 
     @api('POST', '/token/<id>/renew', role=READER)
-    def token_renew(self, id: int, lasts: Span = None, dry_run: bool = False) -> dict:
+    def token_renew(self, id: int, lasts: Span = None, dry_run: bool = False) -> TokenAnswer:
         """Lets a token end later: 90 days from now, or as --for says; an admin's need not end.
 
         Example:
@@ -12827,7 +12879,7 @@ class Tokens(Calendars):
             return self.token_public(self.own_token(id))
 
     @api('DELETE', '/token/<id>', role=READER)
-    def token_revoke(self, id: int, dry_run: bool = False) -> dict:
+    def token_revoke(self, id: int, dry_run: bool = False) -> TokenAnswer:
         """Makes a token worthless from now on.
 
         With the last token of a user in a project, their feeds and subscriptions end as well. What
@@ -12846,10 +12898,11 @@ class Tokens(Calendars):
     def revoke(self, id: int, now: float) -> None:
         """Makes a token worthless, and whoever has signed in with it is signed out."""
         change(Token, id, revoked=int(now))
-        run('DELETE FROM session WHERE token_id = ?', id)
+        if not rehearsal.on:
+            run('DELETE FROM session WHERE token_id = ?', id)
 
     @api('DELETE', '/user/<user>', role=ADMIN)
-    def user_end(self, user: Name, project: Name = '', dry_run: bool = False) -> dict:
+    def user_end(self, user: Name, project: Name = '', dry_run: bool = False) -> EndedAnswer:
         """Ends all that lets a person in: tokens, sign-ins, feeds and subscriptions.
 
         In all projects, or in one. What they have reserved stays.
@@ -13004,7 +13057,8 @@ class Reservations(Tokens):
                             'planned': instant(each.planned), 'fault': each.fault} for each in failed[-100:]]}
 
     @api('GET', '/report/')
-    def report(self, since: When = None, until: When = None, by_whom: Name = 'project') -> list[ReportAnswer]:
+    def report(self, since: When = None, until: When = None,
+               by_whom: Name = 'project') -> list[ReportAnswer]:
         """Adds up VM-hours reserved, used and unused, requests refused, and lateness.
 
         A reservation counts from its lead to its end; what runs or stays after that is not used.
@@ -13023,7 +13077,8 @@ class Reservations(Tokens):
         told = ('reserved', 'used', 'unused', 'late_worst')
         lines: dict = defaultdict(lambda: dict.fromkeys((*told, 'refused'), 0.0))
         ways = self.ways({'user': '', 'project': ''}, (), first)
-        near = ids_by((way, f'{which} AND o.start < {last} + {LONGEST_LEAD}') for way, which in ways)
+        begun = f'AND o.start < {last} + {LONGEST_LEAD}'
+        near = ids_by((way, f'{which} {begun}') for way, which in ways)
         hours = HOURS.format(by=columns[by_whom], own=own, near=near)
         for name, *figures in run(hours, first, last, last, first,
                                   *(value for _, value in self.visible()), now, now):
@@ -13307,7 +13362,8 @@ class LifeCycle:
         self.service.fence = self.refuse_without_lease
         self.stale = False  # whether series are still to be carried on
         self.dropping = False  # whether more is to be dropped that was begun and not ended
-        self.soonest, self.seen = 0.0, None  # when something is due next, and in which state of the store
+        self.soonest = 0.0  # when something is due next
+        self.seen: tuple | None = None  # the state of the store in which that was so
         self.calm_until = 0.0  # until when notices that have to wait for others are left alone
         self.zones, self.fresh_until = '', 0.0
         self.reported: set[str] = set()  # orphans that wait for an admin
@@ -13960,10 +14016,11 @@ class LifeCycle:
 
     def call(self, now: float) -> None:
         """Hands the calls that are due to workers, each after its intent is written."""
-        due = [server for server in self.those_due('server', SERVERS, now, 'ORDER BY +v.planned, v.id')
-               if not self.busy(('server', server.id))]
+        servers = self.those_due('server', SERVERS, now, 'ORDER BY +v.planned, v.id')
+        due = [server for server in servers if not self.busy(('server', server.id))]
         notices = self.next_notices(now)
-        polls = self.those_due('subscription', 'SELECT u.* FROM subscription u', now, 'ORDER BY u.due')
+        polls = self.those_due(
+            'subscription', 'SELECT u.* FROM subscription u', now, 'ORDER BY u.due')
         claims: dict = defaultdict(list)
         for each in self.those_due('claim', 'SELECT c.server, s.cloud FROM claim c JOIN resource s '
                                    'ON s.id = c.resource_id', now, 'LIMIT 100'):
@@ -14015,7 +14072,8 @@ class LifeCycle:
         while queues and len(under_way) + len(chosen) < self.config.workers:
             owner = min(queues, key=owners.__getitem__)
             full = owners[owner] >= max(self.config.workers // 4, 1)
-            notice = None if full else next((each for each in queues[owner] if self.has_room(each, hosts)), None)
+            may_go = (each for each in queues[owner] if not full and self.has_room(each, hosts))
+            notice = next(may_go, None)
             if notice is None:
                 del queues[owner]
                 continue
@@ -14582,39 +14640,48 @@ def list_schema(item: dict, **more) -> dict:
     return {'anyOf': [{'type': 'array', 'items': item, 'maxItems': MOST_PARTS} | more, COMMAS]}
 
 
+def pairs_schema(letter: str, value: dict, most: int, example: str,
+                 never: Iterable[str] = ()) -> dict:
+    """Names with values in an object, or in one text."""
+    name = {'pattern': f'^{letter}{{1,255}}$'} | ({'not': {'enum': [*never]}} if never else {})
+    return {'anyOf': [
+        {'type': 'object', 'maxProperties': most, 'propertyNames': name,
+         'additionalProperties': value},
+        {'type': 'string', 'pattern': f'^({letter}+=[^,]*(,|$))*$', 'examples': [example]}]}
+
+
+CAPACITY = number_schema(0, 10**12, pattern=f'^({DIGITS}|unlimited)$')
+PART = {'type': 'object', 'additionalProperties': False, 'properties': {
+    name: number_schema(1, 1_000_000) if kind is Count else NAME
+    for name, kind in PART_FIELDS.items()}}
+
 #: What each type of an argument takes, under the name that it has here. A few are in answers too.
 SCHEMAS: dict[Any, tuple[str, dict]] = {
     int: ('Integer', number_schema(1 - 2**53, 2**53 - 1)),
     bool: ('Boolean', {'type': ['boolean', 'string'], 'pattern':
                        '^([Tt][Rr][Uu][Ee]|[Yy][Ee][Ss]|1|[Ff][Aa][Ll][Ss][Ee]|[Nn][Oo]|0)$'}),
     Count: ('Count', number_schema(1, 1_000_000)), Page: ('Page', number_schema(1, 10_000)),
-    Figure: ('Figure', number_schema(0, 10**12)),
-    Most: ('Capacity', number_schema(0, 10**12, pattern=f'^({DIGITS}|unlimited)$')),
+    Figure: ('Amount', number_schema(0, 10**12)),
+    Most: ('Capacity', CAPACITY),
     Label: ('Label', LABEL | {'pattern': '^[A-Za-z0-9._-]{1,64}$'}),
     NewLabel: ('NewLabel', LABEL | {'pattern': '^[A-Za-z0-9._][A-Za-z0-9._-]{0,63}$'}),
-    Place: ('ResourceName', LABEL | {'not': {'enum': [each for each in NO_LABELS if each != ANY]},
-                                     'pattern': '^[A-Za-z0-9._-]{1,64}$', 'examples': ['demo', ANY]}),
+    Place: ('ResourceName', LABEL | {
+        'not': {'enum': [each for each in NO_LABELS if each != ANY]},
+        'pattern': '^[A-Za-z0-9._-]{1,64}$', 'examples': ['demo', ANY]}),
     Name: ('Name', NAME), Text: ('Text', TEXT), File: ('UserData', TEXT | {'maxLength': 49149}),
-    Cursor: ('Cursor', {'type': ['string', 'integer'], 'minimum': 0, 'pattern':
-                        '^([0-9]{1,18}|[0-9]{1,10}[-/][0-9]{1,18}|' + f'{ISO_DATE}.*/[0-9]{{1,18}})$',
-                        'examples': ['2026-12-01T12:00Z/7']}),
+    Cursor: ('Cursor', {
+        'type': ['string', 'integer'], 'minimum': 0, 'examples': ['2026-12-01T12:00Z/7'],
+        'pattern': f'^(([0-9]{{1,10}}[-/])?[0-9]{{1,18}}|{ISO_DATE}.*/[0-9]{{1,18}})$'}),
     Span: ('Length', {'anyOf': [SHORT_LENGTH, ISO_LENGTH, LONG_LENGTH]}),
     When: ('Time', {'anyOf': [ISO_TIME, SPOKEN_TIME, SHORT_LENGTH, ISO_LENGTH]}),
     Day: ('Day', {'anyOf': [ISO_TIME, SPOKEN_TIME, SHORT_LENGTH, ISO_LENGTH]}),
     Names: ('Names', list_schema(NAME, maxItems=100)),
-    Pairs: ('Pairs', {'anyOf': [{'type': 'object', 'maxProperties': 128, 'propertyNames': {
-        'pattern': '^[a-zA-Z0-9_:. -]{1,255}$'}, 'additionalProperties': NAME | TEXT | {'maxLength': 255}},
-        {'type': 'string', 'pattern': '^([a-zA-Z0-9_:. -]+=[^,]*(,|$))*$', 'examples': ['k=v,k=v']}]}),
-    Classes: ('ResourceClasses', {'anyOf': [{'type': 'object', 'maxProperties': 50, 'propertyNames': {
-        'pattern': '^[A-Z0-9_]{1,255}$', 'not': {'enum': [*PLAIN]}},
-        'additionalProperties': number_schema(0, 10**12, pattern=f'^({DIGITS}|unlimited)$')},
-        {'type': 'string', 'pattern': '^([A-Z0-9_]+=[0-9]{1,12}(,|$))*$', 'examples': ['CUSTOM_GPU=2']}]}),
+    Pairs: ('Pairs', pairs_schema('[a-zA-Z0-9_:. -]', TEXT | {'maxLength': 255}, 128, 'k=v,k=v')),
+    Classes: ('ResourceClasses', pairs_schema('[A-Z0-9_]', CAPACITY, 50, 'CUSTOM_GPU=2', PLAIN)),
     Hosts: ('Hosts', list_schema({'type': 'string', 'pattern': r'^[A-Za-z0-9._\[\],-]{1,255}$'},
                                  minItems=1, examples=[['m01', 'm02']])),
-    Parts: ('Parts', list_schema({'anyOf': [{'type': 'string', 'examples': ['gpu:2']}, {
-        'type': 'object', 'additionalProperties': False, 'properties': {
-            name: number_schema(1, 1_000_000) if kind is Count else NAME
-            for name, kind in PART_FIELDS.items()}}]}, minItems=1)),
+    Parts: ('Parts', list_schema({'anyOf': [{'type': 'string', 'examples': ['gpu:2']}, PART]},
+                                 minItems=1)),
     Rows: ('Rows', {'type': 'array', 'minItems': 1, 'maxItems': 100_000, 'items': {
         'type': 'object', 'properties': {'line': {'type': 'integer'}}}}),
     Zone: ('Zone', {'type': 'string', 'pattern': '^([A-Za-z][A-Za-z0-9_+-]*(/[A-Za-z0-9_+-]+)*)?$',
@@ -14632,38 +14699,54 @@ SCHEMAS: dict[Any, tuple[str, dict]] = {
     Secret: ('Secret', {'type': 'string', 'description': 'shown only now and kept nowhere'})}
 
 #: What answers hold besides.
-VALUES = {int: {'type': 'integer'}, float: {'type': 'number'}, str: {'type': 'string'},
-          bool: {'type': 'boolean'}, dict: {'type': 'object'}, Any: {}, type(None): {'type': 'null'},
-          datetime: {'type': 'string', 'format': 'date-time', 'examples': ['2026-12-01T09:00:00+00:00']}}
+VALUES: dict[Any, dict] = {
+    int: {'type': 'integer'}, float: {'type': 'number'}, str: {'type': 'string'},
+    bool: {'type': 'boolean'}, dict: {'type': 'object'}, Any: {}, type(None): {'type': 'null'},
+    datetime: {'type': 'string', 'format': 'date-time', 'examples': ['2026-12-01T09:00:00+00:00']}}
 
 #: The words of which an argument is one.
 CHOICES = {'role': ROLES, 'at_end': ('', *ENDS), 'mode': ('', 'open', *MODES), 'then': THEN,
            'by_whom': ('project', 'user', 'resource')}
 
-#: Why requests are refused; where a calendar or a key is wrong, the sentence tells which.
-REFUSALS = {400: 'an argument is missing, malformed or unknown', 401: 'no token, or none in force',
-            403: 'the role or the project is too small for it', 404: 'something named is not there',
-            409: 'it does not fit, or not the state of what it is about; nothing was changed',
-            412: 'it was changed since it was read; nothing was changed', 413: 'the body is too large',
-            422: 'the calendar is none, or the Idempotency-Key was another request\'s',
-            429: 'too many requests; try again later', 500: 'a mistake of cmres, which its log tells of',
-            502: 'a cloud refused or did not answer', 503: 'not now; try again later'}
+#: Why requests are refused.
+REFUSALS = {
+    400: 'an argument is missing, malformed or unknown', 401: 'no token, or none in force',
+    403: 'the role or the project is too small for it', 404: 'something named is not there',
+    409: 'it does not fit, or what it is about is in another state; nothing was changed',
+    412: 'somebody has changed it since it was read; nothing was changed',
+    413: 'the body is too large',
+    422: "the calendar is none, or the Idempotency-Key was another request's",
+    429: 'too many requests; try again later', 500: 'a mistake of cmres; its log tells more',
+    502: 'a cloud refused or did not answer', 503: 'not now; try again later'}
 
-TAGS = {'reservation': 'VMs or capacity of a resource for a time window, once or in a series',
-        'server': 'VMs that stay after their end', 'resource': 'what can be reserved',
-        'maintenance': 'other capacities for a while', 'limit': 'how much anybody may reserve',
-        'calendar': 'calendars that show reservations, and calendars that make them',
-        'claim': 'what the scheduler of Nova asks', 'event': 'the journal',
-        'punctuality': 'how late VMs were', 'report': 'sums for operators',
-        'check': 'the proof that all adds up', 'token': 'who may ask', 'service': 'the server itself'}
+TAGS = {
+    'reservation': 'VMs or capacity of a resource for a time window, once or in a series',
+    'server': 'VMs that stay after their end', 'resource': 'what can be reserved',
+    'maintenance': 'other capacities for a while', 'limit': 'how much anybody may reserve',
+    'calendar': 'calendars that show reservations, and calendars that make them',
+    'claim': 'what the scheduler of Nova asks', 'event': 'what happened, when and why',
+    'punctuality': 'how late VMs were', 'report': 'sums for operators',
+    'check': 'the proof that all adds up', 'token': 'who may ask',
+    'user': 'people, whose tokens end', 'service': 'the server itself'}
 
+#: What a request may say in headers, each with an example; and what answers do.
 HEADERS = {
-    'If-Match': ('the ETag of the reservation that was read; if somebody has changed it since: 412', '"417"'),
+    'If-Match': ('the ETag of the reservation that was read', '"417"'),
     'Idempotency-Key': ('a name for this request, so that it is done once; remembered for a day',
                         '0d1f6d3e-8f6c-4d4b-9d34-5f0f2f1a7c11')}
-TOLD = {'ETag': 'the state of the reservation, for If-Match; servers don\'t count',
-        'Location': 'where that is found which was made', 'Link': 'where the list goes on: rel="next"',
+TOLD = {'ETag': 'what If-Match takes; states of VMs do not change it',
+        'Location': 'where that is found which was made',
+        'Link': 'where the list goes on: rel="next"',
         'Retry-After': 'seconds until it may be tried again', 'WWW-Authenticate': 'Bearer'}
+
+SECURITY = {
+    'bearer': {'type': 'http', 'scheme': 'bearer', 'description': 'what `token add` printed'},
+    'token': {'type': 'apiKey', 'in': 'header', 'name': 'X-Auth-Token',
+              'description': 'the same, as programs of OpenStack send it'},
+    'cookie': {'type': 'apiKey', 'in': 'cookie', 'name': 'cmres',
+               'description': 'of who has signed in to the page; it only reads'}}
+BY_TOKEN = [{'bearer': []}, {'token': []}]
+TO_READ = [*BY_TOKEN, {'cookie': []}]
 
 
 class Document:
@@ -14673,77 +14756,84 @@ class Document:
         self.schemas: dict[str, dict] = {}
 
     def whole(self) -> dict:
-        paths: dict = defaultdict(dict)
+        return {'openapi': '3.1.0', 'info': INFO, 'servers': [{'url': '/'}],
+                'security': BY_TOKEN, 'paths': self.paths() | self.other_paths(),
+                'tags': [{'name': name, 'description': text} for name, text in TAGS.items()],
+                'components': {'responses': self.refusals(), 'securitySchemes': SECURITY,
+                               'parameters': {name: header_argument(name) for name in HEADERS},
+                               'schemas': self.schemas}}
+
+    def paths(self) -> dict:
+        found: dict = defaultdict(dict)
         for operation in API.values():
             for number, (verb, path, fixed) in enumerate(operation.routes):
-                paths[template(BASE + path)][verb.lower()] = self.entry(operation, number, verb, path, fixed)
-        paths |= self.others()
-        return {'openapi': '3.1.0', 'info': {
-            'title': 'cmres', 'version': __version__, 'summary': 'Reservations of VMs on OpenStack clouds',
-            'description': __doc__.partition('\n')[0], 'license': {'name': 'Apache 2.0', 'identifier': 'Apache-2.0'}},
-            'servers': [{'url': '/'}], 'security': [{'bearer': []}, {'token': []}], 'paths': paths,
-            'tags': [{'name': name, 'description': text} for name, text in TAGS.items()],
-            'components': {'schemas': self.schemas, 'responses': self.refusals(),
-                           'parameters': {name: self.header(name) for name in HEADERS},
-                           'securitySchemes': SECURITY}}
+                entry = self.entry(operation, verb, path, fixed)
+                entry['operationId'] += f'_{number}' if number else ''
+                found[template(BASE + path)][verb.lower()] = entry
+        return found
 
-    def entry(self, operation: Operation, number: int, verb: str, path: str, fixed: dict) -> dict:
+    def entry(self, operation: Operation, verb: str, path: str, fixed: dict) -> dict:
         """What is said of one verb at one address."""
-        named = re.findall(r'<(\w+)>', path)
         fields = {name: each for name, each in operation.parameters.items()
-                  if name not in (*named, *fixed)}
-        example = example_of(operation)
-        entry = {'operationId': operation.name.strip('_') + (f'_{number}' if number else ''),
-                 'tags': [path.split('/')[1]], **said_of(operation), 'parameters': [
-                     *(self.parameter(operation, name, 'path', example) for name in named),
-                     *(self.parameter(operation, name, 'query', example) for name in fields
-                       if verb not in WITH_BODY or takes_calendar(operation)),
-                     *({'$ref': f'#/components/parameters/{name}'} for name in conditions(operation, verb))],
+                  if f'<{name}>' not in path and name not in fixed}
+        entry = {'operationId': operation.name.strip('_'), 'tags': [path.split('/')[1]],
+                 **said_of(operation),
+                 'parameters': [*self.in_address(operation, verb, path, fields),
+                                *map(header_ref, conditions(operation, verb))],
                  'responses': self.responses(operation, verb, path)}
         if verb in WITH_BODY and fields:
-            entry['requestBody'] = self.body(operation, fields, example)
-        if verb == 'GET':  # who has signed in to the page reads by its cookie
-            entry['security'] = [{'bearer': []}, {'token': []}, {'cookie': []}]
+            entry['requestBody'] = self.body(operation, fields)
+        if verb == 'GET':
+            entry['security'] = TO_READ
         return entry | ({'deprecated': True} if path.startswith(SEED) else {})
 
-    def parameter(self, operation: Operation, name: str, place: str, example: dict) -> dict:
-        """An argument in an address; lists come as several, or as one with commas."""
-        found = operation.parameters[name]
-        schema = self.argument(name, found.annotation)
-        if place == 'query' and name in several(operation):
-            schema = {'type': 'array', 'items': {'type': 'string'}, 'maxItems': 100}
-        entry = {'name': name, 'in': place, 'description': WORDS[name], 'schema': schema}
-        if name in example:
-            entry['example'] = example[name].split(',') if schema.get('type') == 'array' else example[name]
-        required = place == 'path' or found.default is REQUIRED and not takes_calendar(operation)
-        return entry | ({'required': True} if required else {})
+    def in_address(self, operation: Operation, verb: str, path: str,
+                   fields: dict) -> Iterator[dict]:
+        """The arguments in an address, as parts of it or behind it."""
+        for name in re.findall(r'<(\w+)>', path):
+            yield self.parameter(operation, name, 'path')
+        for name in fields if verb not in WITH_BODY or takes_calendar(operation) else ():
+            yield self.parameter(operation, name, 'query')
 
-    def body(self, operation: Operation, fields: dict, example: dict) -> dict:
+    def parameter(self, operation: Operation, name: str, place: str) -> dict:
+        """An argument in an address; lists come as several, or as one with commas."""
+        found, example = operation.parameters[name], example_of(operation).get(name)
+        listed = place == 'query' and name in several(operation)
+        schema = LISTED if listed else self.argument(name, found)
+        entry = {'name': name, 'in': place, 'description': WORDS[name], 'schema': schema}
+        if example is not None:
+            entry['example'] = example.split(',') if listed else example
+        needed = found.default is REQUIRED and not takes_calendar(operation)
+        return entry | ({'required': True} if place == 'path' or needed else {})
+
+    def body(self, operation: Operation, fields: dict) -> dict:
         """The arguments in a body, as JSON or, of a calendar, as itself."""
-        optional = {'resource'} if 'part' in fields else ()  # the parts name resources
-        needed = [name for name, each in fields.items()
-                  if each.default is REQUIRED and name not in optional]
         shape = {'type': 'object', 'additionalProperties': False, 'properties': {
             name: self.field(name, each) for name, each in fields.items()}}
-        shape |= {'required': needed} if needed else {}
-        given = {name: value for name, value in example.items() if name in fields}
-        whole = given and given.keys() >= {*needed}
-        content = {'application/json': {'schema': shape} | ({'example': given} if whole else {})}
-        if takes_calendar(operation):
-            content['text/calendar'] = {'schema': {'type': 'string'}}
-        return {'required': bool(needed), 'content': content}
+        needed = [name for name, each in fields.items()
+                  if each.default is REQUIRED and (name, 'part' in fields) != ('resource', True)]
+        example = {name: value for name, value in example_of(operation).items() if name in fields}
+        content = {'schema': shape | ({'required': needed} if needed else {})}
+        if example and example.keys() >= {*needed}:
+            content['example'] = example
+        kinds = {'application/json': content} | (ICALENDAR if takes_calendar(operation) else {})
+        return {'required': bool(needed), 'content': kinds}
 
     def field(self, name: str, parameter: inspect.Parameter) -> dict:
         """An argument in a body; null is as if it were not given."""
-        schema, said = self.argument(name, parameter.annotation), {'description': WORDS[name]}
-        null = parameter.default is not REQUIRED or name == 'resource'
-        return ({'anyOf': [schema, {'type': 'null'}]} if null else schema) | said
+        schema = self.argument(name, parameter)
+        if parameter.default is not REQUIRED or name == 'resource':
+            schema = {'anyOf': [schema, VALUES[type(None)]]}
+        return schema | {'description': WORDS[name]}
 
-    def argument(self, name: str, kind) -> dict:
-        """What an argument takes."""
+    def argument(self, name: str, parameter: inspect.Parameter) -> dict:
+        """What an argument takes; one that filters, also what stands for anything."""
         if name in CHOICES:
             return {'type': 'string', 'enum': [*CHOICES[name]]}
-        return self.ref(*SCHEMAS[kind if kind in SCHEMAS else Name])
+        schema = self.ref(*SCHEMAS[parameter.annotation])
+        if name in FILTERS and parameter.default is not REQUIRED and parameter.annotation != Name:
+            return {'anyOf': [schema, {'type': 'string', 'enum': [ANY]}]}
+        return schema
 
     def ref(self, name: str, schema: dict) -> dict:
         """A schema by its name."""
@@ -14752,13 +14842,13 @@ class Document:
 
     def answer(self, kind) -> dict:
         """What is answered."""
-        choices = choices_of(kind)
+        choices, inside = choices_of(kind), get_args(kind)
         if len(choices) > 1:
             return {'anyOf': [self.answer(each) for each in choices]}
         if get_origin(kind) is list:
-            return {'type': 'array', 'items': self.answer(*get_args(kind))}
+            return {'type': 'array', 'items': self.answer(inside[0])}
         if get_origin(kind) is dict:
-            return {'type': 'object', 'additionalProperties': self.answer(get_args(kind)[1])}
+            return {'type': 'object', 'additionalProperties': self.answer(inside[1])}
         if is_answer(kind):
             return self.ref(kind.__name__.removesuffix('Answer'), self.shape(kind))
         return VALUES[kind] if kind in VALUES else self.ref(*SCHEMAS[kind])
@@ -14774,71 +14864,74 @@ class Document:
 
     def responses(self, operation: Operation, verb: str, path: str) -> dict:
         """What can come of a request."""
-        done = self.content(operation.answers)
-        told = {'Link': 'after' in operation.parameters,
-                'ETag': verb == 'GET' and '<label>' in path and tells_of_reservations(operation)}
-        headers = {name: header(TOLD[name]) for name, there in told.items() if there}
-        found = {'200': {'description': 'done' if not operation.made else 'what a dry run would do',
-                         'content': done} | ({'headers': headers} if headers else {})}
+        kind = operation.answers
+        tagged = verb == 'GET' and '<label>' in path and tells_of_reservations(operation)
+        told = ['ETag'] * tagged + ['Link'] * ('after' in operation.parameters)
+        found = {'200': self.response('done', kind, told)}
         if operation.made:
-            found['201'] = {'description': 'made', 'content': done,
-                            'headers': {'Location': header(TOLD['Location'])}}
-        refusals = {f'{status}': {'$ref': f'#/components/responses/{refusal_name(status)}'}
-                    for status in sorted(statuses_of(operation, verb))}
-        return found | refusals
+            found = {'200': self.response('what would be made, of a dry run', kind),
+                     '201': self.response('made', kind, ['Location'])}
+        return found | self.refused(*statuses_of(operation, verb))
 
-    def content(self, kind) -> dict:
-        return {'application/json': {'schema': self.answer(kind)}}
+    def response(self, text: str, kind, headers: Iterable[str] = ()) -> dict:
+        """An answer of a type, with some headers."""
+        told = {name: {'description': TOLD[name], 'schema': VALUES[str]} for name in headers}
+        return {'description': text, 'content': {'application/json': {'schema': self.answer(kind)}}
+                } | ({'headers': told} if told else {})
+
+    def refused(self, *statuses: int) -> dict:
+        return {f'{each}': {'$ref': f'#/components/responses/{refusal_name(each)}'}
+                for each in sorted(statuses)}
 
     def refusals(self) -> dict:
         """The answer of each status that refuses."""
-        content = self.content(RefusalAnswer)
-        when = header(TOLD['Retry-After'], {'type': 'integer'})
-        headers = {401: {'WWW-Authenticate': header(TOLD['WWW-Authenticate'])},
-                   429: {'Retry-After': when}, 503: {'Retry-After': when}}
-        return {refusal_name(status): {'description': text, 'content': content} | (
-            {'headers': headers[status]} if status in headers else {}) for status, text in REFUSALS.items()}
+        headers = {401: ['WWW-Authenticate'], 429: ['Retry-After'], 503: ['Retry-After']}
+        return {refusal_name(status): self.response(text, RefusalAnswer, headers.get(status, ()))
+                for status, text in REFUSALS.items()}
 
-    def header(self, name: str) -> dict:
-        text, example = HEADERS[name]
-        return {'name': name, 'in': 'header', 'description': text, 'example': example,
-                'schema': {'type': 'string', 'pattern': '^[!-~]{1,255}$'}}
-
-    def others(self) -> dict:
+    def other_paths(self) -> dict:
         """The addresses that are no operations."""
-        failed = {'500': {'$ref': '#/components/responses/Error'}}
-        late = {'description': 'not so', 'content': self.content(HealthAnswer | RefusalAnswer)}
-        health = {'200': {'description': 'well', 'content': self.content(HealthAnswer)}, '503': late} | failed
-        unready = {'description': 'not so', 'content': self.content(ReadyAnswer)}
-        ready = {'200': {'description': 'ready', 'content': self.content(ReadyAnswer)}, '503': unready}
-        text = {'text/calendar': {'schema': {'type': 'string'}}}
-        away = {'$ref': '#/components/responses/Unavailable'}
-        feed = {'200': {'description': 'a calendar', 'content': text, 'headers': {'ETag': header('of its text')}},
-                '304': {'description': 'as it was'}, '503': away, '404': {'$ref': '#/components/responses/NotFound'}}
-        described = {'200': {'description': 'OpenAPI 3.1', 'content': {'application/json': {'schema': {
-            'type': 'object'}}}}, '401': {'$ref': '#/components/responses/Unauthorized'}, '503': away} | failed
-        return {'/healthz': plain_entry('healthz', 'Tells whether the store can be read and VMs are started', health),
-                '/readyz': plain_entry('readyz', 'Tells whether requests can be answered, and if not, why', ready),
-                '/openapi.json': plain_entry('openapi', 'Describes all addresses', described, [
-                    {'bearer': []}, {'token': []}, {'cookie': []}]),
-                **{template(path): plain_entry(f'feed_{n}' if n else 'feed', 'Shows reservations to calendar programs; '
-                                               'the secret in its address tells whose', feed | failed, names=re.findall(
-                                                   r'<(\w+)>', path)) for n, path in enumerate(FEEDS)}}
+        feed = {'200': {'description': 'a calendar', 'content': ICALENDAR},
+                '304': {'description': 'as it was'}} | self.refused(404, 500, 503)
+        document = {'200': self.response('OpenAPI 3.1', dict)} | self.refused(401, 500, 503)
+        health = {'200': self.response('well', HealthAnswer),
+                  '503': self.response('not well', HealthAnswer | RefusalAnswer),
+                  } | self.refused(500)
+        ready = {'200': self.response('ready', ReadyAnswer),
+                 '503': self.response('not ready', ReadyAnswer)}
+        feeds = {path: (f'feed_{n}' if n else 'feed', 'Shows reservations to calendar programs',
+                        feed, []) for n, path in enumerate(FEEDS)}
+        found = {'/healthz': ('healthz', 'Tells whether the store can be read', health, []),
+                 '/readyz': ('readyz', 'Tells whether requests can be answered', ready, []),
+                 '/openapi.json': ('openapi', 'Describes all addresses', document, TO_READ),
+                 **feeds}
+        return {template(path): {'get': plain_entry(path, *said)} for path, said in found.items()}
 
 
-def plain_entry(name: str, text: str, responses: dict, security: list = [], names: Iterable[str] = ()) -> dict:
+INFO = {'title': 'cmres', 'version': __version__, 'description': __doc__.partition('\n')[0],
+        'license': {'name': 'Apache License 2.0', 'identifier': 'Apache-2.0'}}
+ICALENDAR = {'text/calendar': {'schema': {'type': 'string'}}}
+LISTED = {'type': 'array', 'items': {'type': 'string'}, 'maxItems': 100}
+
+
+def plain_entry(path: str, name: str, text: str, responses: dict, security: list) -> dict:
     """An address that only answers."""
-    return {'get': {'operationId': name, 'tags': ['service'], 'summary': text, 'description': f'{text}.',
-                    'security': security, 'responses': responses, 'parameters': [
-                        {'name': each, 'in': 'path', 'required': True, 'schema': {'type': 'string', 'pattern': '^[!-.0-~]+$'},
-                         'description': f'the {each} in the address'} for each in names]}}
+    return {'operationId': name, 'tags': ['service'], 'summary': text, 'description': f'{text}.',
+            'security': security, 'responses': responses, 'parameters': [
+                {'name': each, 'in': 'path', 'required': True, 'description': f'its {each}',
+                 'schema': {'type': 'string', 'pattern': '^[!-.0-~]+$'}}
+                for each in re.findall(r'<(\w+)>', path)]}
 
 
-SECURITY = {'bearer': {'type': 'http', 'scheme': 'bearer', 'description': 'a token that `token add` printed'},
-            'token': {'type': 'apiKey', 'in': 'header', 'name': 'X-Auth-Token',
-                      'description': 'the same, as programs of OpenStack send it'},
-            'cookie': {'type': 'apiKey', 'in': 'cookie', 'name': 'cmres',
-                       'description': 'of who has signed in to the page; it only reads'}}
+def header_argument(name: str) -> dict:
+    """A header of a request."""
+    text, example = HEADERS[name]
+    return {'name': name, 'in': 'header', 'description': text, 'example': example,
+            'schema': {'type': 'string', 'pattern': '^[!-~]{1,255}$'}}
+
+
+def header_ref(name: str) -> dict:
+    return {'$ref': f'#/components/parameters/{name}'}
 
 
 @functools.cache
@@ -14850,10 +14943,6 @@ def openapi() -> dict:
 def template(path: str) -> str:
     """An address as OpenAPI writes it."""
     return re.sub(r'<(\w+)>', r'{\1}', path).rstrip('/')
-
-
-def header(text: str, schema: dict | None = None) -> dict:
-    return {'description': text, 'schema': schema or {'type': 'string'}}
 
 
 def refusal_name(status: int) -> str:
@@ -14872,15 +14961,16 @@ def example_of(operation: Operation) -> dict:
     """The arguments of the first command in the help of an operation."""
     import shlex
     found = re.search(r'Example:\n\s*python cmres.py (.*)', inspect.getdoc(operation.method))
-    words = shlex.split(found[1] if found else '')[len(operation.words.split()):]
-    example, names = {}, [*operation.parameters]
-    while words:
-        word = words.pop(0)
-        name = word[2:].replace('-', '_') if word.startswith('--') else names[len(example)]
-        switch = word.startswith('--') and (not words or words[0].startswith('--'))
-        example[name] = True if switch else words.pop(0) if word.startswith('--') else word
-    return {name: value for name, value in example.items()
-            if name in names and operation.parameters[name].annotation not in FROM_FILES}
+    words = shlex.split(found[1])[len(operation.words.split()):]
+    plain = [*itertools.takewhile(lambda word: not word.startswith('--'), words)]
+    example = dict(zip(operation.parameters, plain))
+    options = [*words[len(plain):], '--']
+    for word, value in zip(options, options[1:]):
+        if word.startswith('--'):
+            example[word[2:].replace('-', '_')] = True if value.startswith('--') else value
+    taken = {name for name, each in operation.parameters.items()
+             if each.annotation not in FROM_FILES}
+    return {name: value for name, value in example.items() if name in taken}
 
 
 #: What stands for a file on the command line.
@@ -14900,7 +14990,8 @@ def several(operation: Operation) -> set[str]:
 
 def conditions(operation: Operation, verb: str) -> list[str]:
     """The headers on which it may be made to depend."""
-    return ['If-Match'] * (operation.changes and is_about_one(operation)) + ['Idempotency-Key'] * (verb == 'POST')
+    of_one = operation.changes and is_about_one(operation)
+    return ['If-Match'] * of_one + ['Idempotency-Key'] * (verb == 'POST')
 
 
 def is_about_one(operation: Operation) -> bool:
@@ -14961,7 +15052,7 @@ def rest(service: Reservations, told: Callable | None = None, visitor: Callable 
     app.add_hook('after_request', lambda: name_request(bottle.request, bottle.response))
     for operation in API.values():
         for verb, path, fixed in operation.routes:
-            app.route((BASE + path).rstrip('/'), verb, handler(service, operation, fixed, visitor))
+            app.route(rule(operation, path), verb, handler(service, operation, fixed, visitor))
     app.route('/healthz', 'GET', health_handler(service))
     for path in FEEDS:
         app.route(path, 'GET', feed_handler(service))
@@ -14970,7 +15061,16 @@ def rest(service: Reservations, told: Callable | None = None, visitor: Callable 
     return app
 
 
-def handler(service: Reservations, operation: Operation, fixed: dict, visitor: Callable | None) -> Callable:
+def rule(operation: Operation, path: str) -> str:
+    """An address as bottle takes it: where a number must be, a word is of another address."""
+    for name, each in operation.parameters.items():
+        if each.annotation is int:
+            path = path.replace(f'<{name}>', f'<{name}:re:[+-]?[0-9]+>')
+    return (BASE + path).rstrip('/')
+
+
+def handler(service: Reservations, operation: Operation, fixed: dict,
+            visitor: Callable | None) -> Callable:
     """Answers one address: who asks, what is asked, the call, its answer in JSON."""
     import bottle
 
@@ -15007,26 +15107,24 @@ def respond(acting: Reservations, operation: Operation, bound: dict, request, gi
     once = once_of(acting, operation, bound, request, given)
     if once and (kept := once.kept()):
         return sent(kept.answer, kept.status, UNKEPT | {'Idempotency-Replayed': 'true'})
-    acting.fence = in_turn(acting.fence, unchanged(acting, operation, bound, request), once and once.claim)
-    tag = tag_for(acting, operation, bound)  # before what it tells of is read: it may be older, not newer
-    try:
+    state = unchanged(acting, operation, bound, request)
+    acting.fence = in_turn(acting.fence, state, once and once.claim)
+    # The tag is of before what it tells of is read: it may be too old, never too new.
+    tag = tag_for(acting, operation, bound)
+    with once or nullcontext():
         answer = getattr(acting, operation.name)(**bound)
-    except Error:
-        if once:
-            once.drop()
-        raise
     status = 201 if operation.made and not bound.get('dry_run') else 200
     text = json_text(answer)
     if once:
         once.keep(status, text)
     headers = {'ETag': tag, 'Location': location(operation, answer) if status == 201 else '',
                'Link': next_page(operation, answer, request)}
-    return sent(text, status, UNKEPT | {name: value for name, value in headers.items() if value})
+    return sent(text, status, UNKEPT | {name: each for name, each in headers.items() if each})
 
 
 def in_turn(*looks: Callable | None) -> Callable:
     """Calls several, as far as they are there, once in each transaction."""
-    seen = None
+    seen = ''
 
     def look():
         nonlocal seen
@@ -15037,13 +15135,15 @@ def in_turn(*looks: Callable | None) -> Callable:
     return look
 
 
-def sent(text: str, status: int, headers: dict):
+def sent(text: str | bytes, status: int, headers: dict):
     """An answer, compressed for who takes that: never a page, which holds secrets (BREACH)."""
     import bottle
     import gzip
-    data = text.encode('utf8', 'replace')
-    if len(data) >= LEAST_GZIP and TAKES_GZIP.search(bottle.request.get_header('Accept-Encoding', '')):
-        data, headers = gzip.compress(data, 5, mtime=0), headers | {'Content-Encoding': 'gzip'}
+    data = text if isinstance(text, bytes) else text.encode('utf8', 'replace')
+    takes = bottle.request.get_header('Accept-Encoding', '')
+    if len(data) >= LEAST_GZIP and TAKES_GZIP.search(takes):
+        data = gzip.compress(data, 5, mtime=0)
+        headers = headers | {'Content-Encoding': 'gzip'}
     return bottle.HTTPResponse(data, status, headers)
 
 
@@ -15058,7 +15158,8 @@ def refused(error: Error):
 def headers_of(error: Error) -> dict[str, str]:
     """What an error says in headers: how to ask, or when again."""
     if error.status in (429, 503):
-        return {'Retry-After': f"{math.ceil(float(error.details.get('retry_after') or RETRY_AFTER))}"}
+        seconds = float(error.details.get('retry_after') or RETRY_AFTER)
+        return {'Retry-After': f'{math.ceil(seconds)}'}
     return {'WWW-Authenticate': 'Bearer'} if error.status == 401 else {}
 
 
@@ -15095,13 +15196,13 @@ def tag_for(acting: Reservations, operation: Operation, bound: dict) -> str:
 
 
 def tag_of(acting: Reservations, bound: dict) -> str:
-    """An ETag that differs after each change that people make to a reservation: servers don't count."""
+    """An ETag of what people did to a reservation: it stays while only its VMs change."""
     newest = acting.newest_deed(bound['label'], bound.get('project', ''))
     return f'"{newest}"' if newest else ''
 
 
 def unchanged(acting: Reservations, operation: Operation, bound: dict, request) -> Callable | None:
-    """What refuses in the transaction of a change, if it was made for another state (RFC 9110, 13.1.1)."""
+    """What refuses a change that was meant for another state (RFC 9110, 13.1.1)."""
     wanted = request.get_header('If-Match', '*')
     if wanted.strip() == '*' or not bound.get('label') or not is_about_one(operation):
         return None
@@ -15114,13 +15215,15 @@ def unchanged(acting: Reservations, operation: Operation, bound: dict, request) 
     return look
 
 
-def once_of(acting: Reservations, operation: Operation, bound: dict, request, given: dict) -> Once | None:
+def once_of(acting: Reservations, operation: Operation, bound: dict, request,
+            given: dict) -> Once | None:
     """The key of a POST that has one; a dry run keeps nothing, not even that."""
     key = request.get_header('Idempotency-Key')
     if key is None or request.method != 'POST' or bound.get('dry_run'):
         return None
     if not re.fullmatch('[!-~]{1,255}', key):
-        raise Invalid('Idempotency-Key: 1 to 255 letters, digits and signs are needed, such as a UUID')
+        raise Invalid('Idempotency-Key: 1 to 255 letters, digits and signs are needed, such as '
+                      'a UUID')
     asked = json.dumps([operation.name, given], sort_keys=True, default=str)
     return Once(acting, key, hashed(asked), not has_secret(operation.answers))
 
@@ -15133,19 +15236,29 @@ def has_secret(kind) -> bool:
 class Once:
     """What a request with an Idempotency-Key does is done once: its key is written with it.
 
-    The answer is kept for a day, unless it is long or holds a secret; a refusal is not.
+    The answer is kept for a day, unless it is long or holds a secret. A refusal is not: the
+    request may be sent again.
     """
     LASTS = 86400  # seconds
     MOST = 65536   # characters of an answer
 
     def __init__(self, acting: Reservations, key: str, digest: str, keeps: bool):
-        self.acting, self.digest, self.keeps = acting, digest, keeps
+        self.digest, self.keeps = digest, keeps
+        self.now = int(acting.clock())
         self.whose = (acting.actor.user, acting.actor.project, key)
         self.mark = secrets.token_hex(8)  # tells ours from that of a request beside this one
 
+    def __enter__(self) -> Once:
+        return self
+
+    def __exit__(self, kind, error, trace) -> None:
+        if error and self.row():
+            self.run('DELETE FROM once')
+
     def row(self):
-        return row('SELECT digest, mark, status, answer FROM once WHERE user = ? AND project = ? AND key = ? AND at > ?',
-                   *self.whose, int(self.acting.clock()) - self.LASTS)
+        return row('SELECT digest, mark, status, answer FROM once '
+                   'WHERE user = ? AND project = ? AND key = ? AND at > ?',
+                   *self.whose, self.now - self.LASTS)
 
     def kept(self):
         """The status and answer of the same request before; None if there was none.
@@ -15156,70 +15269,116 @@ class Once:
         """
         found = self.row()
         if found and found.digest != self.digest:
-            raise KeyReused('another request had this Idempotency-Key: take a new key for each request')
+            raise KeyReused('another request had this Idempotency-Key: take a new key for each')
         if found and not found.answer:
-            raise Conflict('a request with this Idempotency-Key was done or is being done, and its answer is not '
-                           'there: ask for what it made')
+            raise Conflict('a request with this Idempotency-Key was done or is being done, and '
+                           'its answer is not there: ask for what it made')
         return found
 
     def claim(self) -> None:
-        """Writes the key in the transaction of what is done; Conflict if another request was faster."""
+        """Writes the key in the transaction of what is done.
+
+        Raises:
+          Conflict: another request was faster.
+        """
+        if rehearsal.on:
+            return
         found = self.row()
         if found and found.mark != self.mark:
             self.kept()
-            raise Conflict('the first request with this Idempotency-Key has just been done: send it again')
+            raise Conflict('the first request with this Idempotency-Key has just been done: '
+                           'send it again')
         if not found:
-            now = int(self.acting.clock())
-            run('DELETE FROM once WHERE at <= ?', now - self.LASTS)
+            run('DELETE FROM once WHERE at <= ?', self.now - self.LASTS)
             run('INSERT INTO once (user, project, key, digest, mark, at, status, answer) '
-                "VALUES (?, ?, ?, ?, ?, ?, 0, '')", *self.whose, self.digest, self.mark, now)
+                "VALUES (?, ?, ?, ?, ?, ?, 0, '')", *self.whose, self.digest, self.mark, self.now)
 
     def keep(self, status: int, text: str) -> None:
         """Keeps an answer for who asks again."""
         if self.keeps and len(text) <= self.MOST:
             self.run('UPDATE once SET status = ?, answer = ?', status, text)
 
-    def drop(self) -> None:
-        """Forgets a request that was refused: it may be sent again."""
-        if self.row():
-            self.run('DELETE FROM once')
-
     def run(self, deed: str, *values) -> None:
+        """Does something to the row that this request has written."""
         with transaction():
-            run(f'{deed} WHERE user = ? AND project = ? AND key = ? AND mark = ?', *values, *self.whose, self.mark)
+            run(f'{deed} WHERE user = ? AND project = ? AND key = ? AND mark = ?',
+                *values, *self.whose, self.mark)
 
 
 def feed_handler(service: Reservations) -> Callable:
     """Answers calendar programs: nothing but a secret in the address tells who asks."""
     import bottle
-    # By feed: the newest event of the journal then, what was shown, until when the text holds, ETag, text.
-    kept: dict[int, tuple] = {}
-
-    def current(secret: str) -> tuple[str, str]:
-        name, feed = service.feed(secret)
-        version, now = row('SELECT max(id) AS newest FROM event').newest, service.clock()
-        newest, digest, holds, *text = kept.get(feed.id, (None, None, 0))
-        if version != newest or now >= holds:
-            before, digest = digest, service.feed_digest(feed)
-            if digest != before or now >= holds:
-                found, holds = service.feed_events(feed)
-                text = calendar_text(name, found)
-                text = f'"{hashed(text)[:32]}"', text
-            if len(kept) > 1000:
-                kept.clear()
-            kept[feed.id] = version, digest, holds, *text
-        return tuple(text)
+    written = WrittenFeeds(service)
 
     def handle(secret: str, name: str = ''):
         try:
-            etag, text = current(secret)
+            etag, text = written.current(secret)
         except Error as error:
             return refused(error)
         same = etag in bottle.request.headers.get('If-None-Match', '')
-        return sent('' if same else text, 304 if same else 200, UNKEPT | {
+        return sent(b'' if same else text, 304 if same else 200, UNKEPT | {
             'Content-Type': 'text/calendar; charset=utf-8', 'ETag': etag,
             'Cache-Control': 'private, no-cache'})
     return handle
+
+
+class Written(NamedTuple):
+    """A feed as it was written, with what tells whether it still holds."""
+    newest: int | None = None  # the last event of the event log then
+    digest: str | None = None  # of what it shows
+    holds: float = 0           # until when, if nothing changes
+    etag: str = ''
+    text: bytes = b''
+
+
+class WrittenFeeds:
+    """The feeds that were asked for last, each written once for all who ask.
+
+    One is written at a time: a long one takes memory. While half of the threads wait for that,
+    others are told to come again.
+    """
+    MOST = 2**26  # bytes of all that are kept
+
+    def __init__(self, service: Reservations):
+        self.service, self.kept = service, {}
+        self.lock = threading.Lock()
+        self.places = threading.BoundedSemaphore(max(service.config.threads // 2, 1))
+
+    def current(self, secret: str) -> tuple[str, bytes]:
+        """The ETag and the text of a feed as it is now."""
+        name, feed = self.service.feed(secret)
+        found = self.kept.get(feed.id, Written())
+        if self.is_old(found):
+            if not self.places.acquire(blocking=False):
+                raise Unavailable('many calendars are being written; try again in a minute')
+            try:
+                with self.lock:
+                    found = self.written_anew(name, feed)
+            finally:
+                self.places.release()
+        return found.etag, found.text
+
+    def newest(self) -> int | None:
+        return row('SELECT max(id) AS newest FROM event').newest
+
+    def is_old(self, found: Written) -> bool:
+        return found.newest != self.newest() or self.service.clock() >= found.holds
+
+    def written_anew(self, name: str, feed) -> Written:
+        """The feed as it is now; somebody else may have written it meanwhile."""
+        found, newest = self.kept.get(feed.id, Written()), self.newest()
+        if not self.is_old(found):
+            return found
+        digest = self.service.feed_digest(feed)
+        if digest != found.digest or self.service.clock() >= found.holds:
+            events, holds = self.service.feed_events(feed)
+            text = calendar_text(name, events).encode()
+            found = Written(newest, digest, holds, f'"{hashlib.sha256(text).hexdigest()[:32]}"', text)
+        self.kept.pop(feed.id, None)
+        while self.kept and sum(len(each.text) for each in self.kept.values()) + len(found.text) > self.MOST:
+            del self.kept[next(iter(self.kept))]
+        self.kept[feed.id] = found = found._replace(newest=newest)
+        return found
 
 
 def answering(handle: Callable) -> Callable:
@@ -15288,7 +15447,7 @@ class Line:
 
 
 def whose(channel) -> str:
-    """Who sends the request that a connection has: by what they identify themselves with, or from where."""
+    """Who sends the request that a connection has: by their token or session, else from where."""
     headers = channel.requests[0].headers if channel.requests else {}
     return headers.get('AUTHORIZATION') or headers.get('COOKIE') or str(channel.addr)
 
@@ -15340,7 +15499,9 @@ class Readiness:
 
     def look(self) -> dict:
         """What is so now: each part with a fault, if it has one."""
-        store = {'fault': probe(store_file.path), 'version': latest_version()}
+        failed, at = store_file.failed  # on a disk that is nearly full, small writes go on
+        fault = probe(store_file.path) or failed * (time.monotonic() < at + 5)
+        store = {'fault': fault, 'version': latest_version()}
         found = {'store': store, 'integrity': self.integrity(store['fault']), 'disk': self.disk(),
                  'scheduler': {} if store['fault'] else self.scheduler()}
         ready = not any(each.get('fault') for each in found.values())
@@ -15421,12 +15582,13 @@ def wrong_verb(failure, request, response) -> str:
 
 def request_name(environ: dict) -> str:
     """The name that a request came with, or a new one."""
+    import uuid
     name = environ.get('HTTP_X_REQUEST_ID', '')
     return name if re.fullmatch('[A-Za-z0-9._-]{1,64}', name) else f'req-{uuid.uuid4()}'
 
 
 def name_request(request, response) -> None:
-    """Gives an answer the name that its request came with, or a new one, under which logs tell of it."""
+    """Gives an answer the name that its request came with, or a new one."""
     name = request.environ.get('cmres.request_id') or request_name(request.environ)
     for header in ('X-Request-Id', 'X-Openstack-Request-Id'):
         response.set_header(header, name)
@@ -15581,6 +15743,7 @@ class Gate:
         self.operations = {(verb, (BASE + path).rstrip('/')): operation.name
                            for operation in API.values() for verb, path, _ in operation.routes}
         self.store = StoreMetrics(service, cycle)
+        self.reader = ''  # the hash of the token that has read metrics last
 
     def __call__(self, environ: dict, start_response: Callable) -> Iterable[bytes]:
         began, answer = time.monotonic(), Reply(environ, start_response)
@@ -15618,13 +15781,25 @@ class Gate:
         if allowed == 'off':
             raise NotFound('there are no metrics here; the setting `metrics` can allow them')
         if allowed != 'open':
-            import bottle
-            with db.connection_context():
-                asks = who_asks(self.service, bottle.LocalRequest(environ))
-            if asks.role != ADMIN or asks.scopes - {'read'} or asks.resource is not None:
-                raise Forbidden("metrics need an admin's token; it may have the scope read")
+            self.refuse_reader(environ)
         text = exposition(self.store.samples()).encode()
         return answer.say(200, text, 'text/plain; version=0.0.4; charset=utf-8')
+
+    def refuse_reader(self, environ: dict) -> None:
+        """Refuses who may not read metrics; who could before, may while the store can't be read."""
+        import bottle
+        request = bottle.LocalRequest(environ)
+        secret = hashed(bearer(request))
+        try:
+            with db.connection_context():
+                asks = who_asks(self.service, request)
+        except (Unavailable, *STORE_ERRORS) as error:
+            if secret != self.reader:
+                raise trouble(error) or error from None
+            return
+        if asks.role != ADMIN or asks.scopes - {'read'} or asks.resource is not None:
+            raise Forbidden("metrics need an admin's token; it may have the scope read")
+        self.reader = secret
 
     def finish(self, environ: dict, answer: Reply, began: float, sent: int) -> None:
         """Counts a request that is answered, and writes its line."""
@@ -15725,13 +15900,22 @@ class StoreMetrics:
     def __init__(self, service: Reservations, cycle: LifeCycle | None):
         self.service, self.cycle, self.lock = service, cycle, threading.Lock()
         self.seen: int | None = None  # the last event that was counted
+        for code in TEXTS:  # Prometheus sees no increase from nothing to one
+            METRICS.count('events_total', 0, code=code)
+        for setting in LIMITED:
+            METRICS.count('limited_total', 0, setting=setting)
+        for name in ('wrong_tokens_total', 'sign_ins_total', 'hung_up_total'):
+            METRICS.count(name, 0)
 
     def samples(self) -> list[tuple]:
         """Samples of all that is measured; without the store, where that can't be read."""
-        with self.lock, db.connection_context():
+        with self.lock:
             try:
-                self.count_events()
-                found = [*self.of_store(), *self.of_resources()]
+                with db.connection_context():
+                    self.count_events()
+                    for account in self.service.clouds.accounts():
+                        METRICS.begin('start_delay_seconds', cloud=account)
+                    found = [*self.of_store(), *self.of_resources()]
             except (Unavailable, *STORE_ERRORS) as error:
                 log.warning('no metrics of the store: %s', trouble(error) or error)
                 found = []
@@ -15752,7 +15936,8 @@ class StoreMetrics:
         for name, which in (('waiting', 'reservation WHERE waiting IS NOT NULL'),
                             ('pending', 'reservation WHERE pending IS NOT NULL')):
             yield f'reservations_{name}', (), run(f'SELECT count(*) FROM {which}').fetchone()[0]
-        number, oldest = run('SELECT count(*), min(due) FROM outbox WHERE due IS NOT NULL').fetchone()
+        number, oldest = run('SELECT count(*), min(e.at) FROM outbox n JOIN event e ON e.id = n.event_id '
+                             'WHERE n.due IS NOT NULL').fetchone()
         yield 'notices_waiting', (), number
         yield 'notice_age_seconds', (), max(now - (now if oldest is None else oldest), 0)
         for account, state, number in run('SELECT account, state, count(*) FROM server '
@@ -15786,6 +15971,8 @@ class StoreMetrics:
         yield 'store_bytes', (), sum(sizes)
         yield 'disk_free_bytes', (), disk_free(path)
         for account, breaker in [*self.cycle.breakers.items()] if self.cycle else ():
+            if account.startswith(' '):  # hosts of notices and calendars, which are no cloud
+                continue
             left_alone = breaker.failures >= TRIPS or breaker.until > self.service.clock()
             yield 'cloud_left_alone', (('cloud', account),), int(left_alone)
             yield 'cloud_failures', (('cloud', account),), breaker.failures
@@ -16114,8 +16301,9 @@ defer></script>
 </form>
 </div>
 ''', 'docs': '''
-<p class="soft">All that programs can ask for, with a token in the header <code>Authorization: Bearer TOKEN</code>
-or <code>X-Auth-Token</code>. The same for programs: <a href="/openapi.json">/openapi.json</a> (OpenAPI 3.1).</p>
+<p class="soft">All that programs can ask for, with a token in the header
+<code>Authorization: Bearer TOKEN</code> or <code>X-Auth-Token: TOKEN</code>. The same for programs:
+<a href="/openapi.json">/openapi.json</a> (OpenAPI 3.1).</p>
 <nav class="tabs" aria-label="Kinds">
 % for tag in tags:
 <a href="#{{tag}}">{{tag}}</a>
@@ -16126,13 +16314,16 @@ or <code>X-Auth-Token</code>. The same for programs: <a href="/openapi.json">/op
 <p class="soft">{{text.capitalize()}}.</p>
 % for verb, path, entry, arguments in entries:
 <details class="card"><summary><strong>{{verb}}</strong> <code>{{path}}</code>
-{{'(old form)' if entry.get('deprecated') else ''}} <span class="soft">{{entry['summary']}}</span></summary>
+{{'(old form)' if entry.get('deprecated') else ''}}
+<span class="soft">{{entry['summary']}}</span></summary>
 <p>{{entry['description']}}</p>
 % if arguments:
-<div class="scroll"><table><thead><tr><th>Argument</th><th>In</th><th>Kind</th><th>Meaning</th></tr></thead><tbody>
+<div class="scroll"><table>
+<thead><tr><th>Argument</th><th>In</th><th>Kind</th><th>Meaning</th></tr></thead><tbody>
 % for name, place, needed, kind, meaning in arguments:
-<tr><td data-name="Argument"><code>{{name}}</code>{{' (needed)' if needed else ''}}</td><td data-name="In">{{place}}</td>
-<td data-name="Kind">{{kind}}</td><td data-name="Meaning">{{meaning}}</td></tr>
+<tr><td data-name="Argument"><code>{{name}}</code>{{' (needed)' if needed else ''}}</td>
+<td data-name="In">{{place}}</td><td data-name="Kind">{{kind}}</td>
+<td data-name="Meaning">{{meaning}}</td></tr>
 % end
 </tbody></table></div>
 % end
@@ -16891,9 +17082,11 @@ class Pages:
         by_tag = {tag['name']: (tag['description'], []) for tag in told['tags']}
         for path, verbs in told['paths'].items():
             for verb, entry in verbs.items():
-                by_tag[entry['tags'][0]][1].append((verb.upper(), path, entry, arguments_told(entry)))
-        return self.page(visit, 'REST', render_page('docs', tags=by_tag, kinds=told['components']['schemas'],
-                                                    told=kind_told, refusals=REFUSALS))
+                line = verb.upper(), path, entry, arguments_told(entry)
+                by_tag[entry['tags'][0]][1].append(line)
+        return self.page(visit, 'REST', render_page(
+            'docs', tags=by_tag, kinds=told['components']['schemas'], told=kind_told,
+            refusals=REFUSALS))
 
     # Who visits
 
@@ -17504,12 +17697,15 @@ def told_done(name: str, said: dict, answer) -> str:
 
 
 def arguments_told(entry: dict) -> list[tuple]:
-    """The arguments of an operation: each with where it stands, whether it must be there, what it is."""
-    body = entry.get('requestBody', {}).get('content', {}).get('application/json', {}).get('schema', {})
-    found = [(each['name'], each['in'], each.get('required', False), kind_told(each['schema']), each['description'])
-             for each in entry['parameters'] if '$ref' not in each]
-    return found + [(name, 'body', name in body['required'] if 'required' in body else False, kind_told(each),
-                     each['description']) for name, each in body.get('properties', {}).items()]
+    """The arguments of an operation: each with where it stands, if it is needed, kind, meaning."""
+    body = entry.get('requestBody', {'content': {'application/json': {'schema': {}}}})
+    shape = body['content']['application/json']['schema']
+    needed = shape.get('required', ())
+    found = [(each['name'], each['in'], each.get('required', False), each)
+             for each in entry['parameters'] if 'in' in each]
+    found += [(name, 'body', name in needed, {'schema': each} | each)
+              for name, each in shape.get('properties', {}).items()]
+    return [(*head, kind_told(each['schema']), each['description']) for *head, each in found]
 
 
 def kind_told(schema: dict) -> str:
@@ -17686,8 +17882,8 @@ def web(service: Reservations):
 
     def told(failure):
         request, sentence = bottle.request, error_text(failure, bottle.request, bottle.response)
-        if (not sentence or 'text/html' not in request.get_header('Accept', '')
-            or request.path.startswith((BASE, '/calendar/'))):
+        for_people = 'text/html' in request.get_header('Accept', '')
+        if not sentence or not for_people or request.path.startswith((BASE, '/calendar/')):
             return sentence
         for name, value in SAFE.items():
             bottle.response.set_header(name, value)
@@ -17706,10 +17902,11 @@ def web(service: Reservations):
 # is, reads settings again, and writes down now and then what was counted meanwhile.
 
 EVERY = 5            # seconds between two rounds of the housekeeper
+SILENT = 30          # seconds between two looks at connections that do nothing
 AUDIT_EVERY = 60     # seconds between two events that tell of wrong tokens
 MOST_ADDRESSES = 10  # that one such event names
 #: What is read once: sockets, threads, files and what hangs on them.
-FIXED_SETTINGS = frozenset(
+NEEDS_RESTART = frozenset(
     'database key host port threads slow_per_user slow_per_target outside_timeout url token timezone '
     'workers call_timeout sweep verify_every connections'.split())
 #: Settings that only their owner may read.
@@ -17752,7 +17949,53 @@ class Connections:
             self.of.pop(channel.peer, None)
 
 
-def channels_in(connections: Connections) -> type:
+class Watch:
+    """Waits for sockets by epoll. waitress asks each of them at every turn whether it has anything
+    to do, which thousands of idle connections make slow; here those at rest are not asked.
+    """
+
+    def __init__(self, sockets: dict):
+        import select
+        self.sockets, self.epoll = sockets, select.epoll()
+        self.flags: dict[int, int] = {}  # what each is waited for
+        self.awake = set(sockets)        # those that are asked at the next turn
+
+    def add(self, fd: int) -> None:
+        """Asks a new socket from now on; its number may be that of one before it."""
+        self.flags.pop(fd, None)
+        self.awake.add(fd)
+
+    def turn(self, timeout: float) -> None:
+        """Reads and writes what can be."""
+        from waitress.wasyncore import readwrite
+        for fd in [*self.awake]:
+            self.ask(fd)
+        for fd, events in self.epoll.poll(timeout):
+            if each := self.sockets.get(fd):
+                self.awake.add(fd)
+                readwrite(each, events)
+
+    def ask(self, fd: int) -> None:
+        """Waits for what a socket needs next; what is at rest needs to be read, and is not asked."""
+        import select
+        each = self.sockets.get(fd)
+        if each is None or self.is_at_rest(each):
+            self.awake.discard(fd)
+        if each is None:
+            return
+        reads = select.EPOLLIN | select.EPOLLPRI if each.readable() else 0
+        writes = select.EPOLLOUT if each.writable() and not each.accepting else 0
+        if (flags := reads | writes) != self.flags.get(fd):
+            (self.epoll.modify if fd in self.flags else self.epoll.register)(fd, flags)
+            self.flags[fd] = flags
+
+    def is_at_rest(self, each) -> bool:
+        """Whether a connection changes only by what comes from its client."""
+        return hasattr(each, 'requests') and not (
+            each.requests or each.total_outbufs_len or each.will_close or each.close_when_flushed)
+
+
+def channels_in(connections: Connections, watch: Watch) -> type:
     """waitress' kind of connection, which says when it begins and ends."""
     from waitress.channel import HTTPChannel
 
@@ -17761,9 +18004,11 @@ def channels_in(connections: Connections) -> type:
 
         def __init__(self, server, sock, addr, adj, map=None):
             super().__init__(server, sock, addr, adj, map=map)
+            watch.add(self._fileno)
             connections.add(self, network_of(addr[0]))
 
         def del_channel(self, map=None):
+            watch.flags.pop(self._fileno, None)
             super().del_channel(map)
             connections.drop(self)
     return Channel
@@ -17785,7 +18030,8 @@ class Front:
         self.port = getattr(self.server, 'effective_port', config.port)
         self.sockets = getattr(self.server, 'map', None) or self.server._map
         self.doors = [each for each in self.sockets.values() if getattr(each, 'accepting', False)]
-        kind = channels_in(Connections(config))
+        self.watch, self.looked = Watch(self.sockets), time.monotonic()
+        kind = channels_in(Connections(config), self.watch)
         for each in self.doors:
             each.channel_class = kind
 
@@ -17799,7 +18045,10 @@ class Front:
     def turn(self) -> None:
         """Reads and writes what can be, for a second at most."""
         self.turned = time.monotonic()
-        self.server.asyncore.loop(1, True, self.sockets, 1)
+        if self.leaving.is_set() or self.turned > self.looked + SILENT:
+            self.looked = self.turned
+            self.watch.awake.update(self.sockets)  # waitress closes those that are silent for long
+        self.watch.turn(1)
 
     def run(self) -> None:
         """Serves until it is to leave, and then until all is answered, or `drain` is over."""
@@ -17831,6 +18080,118 @@ def allow_files(number: int) -> None:
     most = number if hard == resource.RLIM_INFINITY else min(number, hard)
     if soft != resource.RLIM_INFINITY and soft < most:
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+
+
+class Alert(NamedTuple):
+    """One rule of Prometheus: when it holds for so long, somebody is told."""
+    name: str
+    holds: str
+    lasts: str
+    severity: str
+    summary: str
+
+
+ALERTS = (
+    Alert('CmresDown', 'up{job="cmres"} == 0 or absent(up{job="cmres"})', '2m', 'page',
+          'cmres does not answer Prometheus: nobody can reserve, and nothing may start'),
+    Alert('CmresStandsStill', 'cmres_pass_age_seconds > 180 or absent(cmres_leader)', '2m', 'page',
+          'No life cycle makes passes: no VM is started or ended. See the log of the scheduler'),
+    Alert('CmresCloudIll', 'cmres_cloud_left_alone == 1', '5m', 'page',
+          'The cloud {{ $labels.cloud }} fails again and again and is left alone for a while'),
+    Alert('CmresStartsFail', 'increase(cmres_events_total{code="failed"}[1h]) > 0', '0m', 'ticket',
+          'A reservation was over and its VMs were never up'),
+    Alert('CmresStartsLate', 'histogram_quantile(0.95, sum by (le, cloud) '
+          '(increase(cmres_start_delay_seconds_bucket[1h]))) > 300', '10m', 'ticket',
+          'VMs on {{ $labels.cloud }} are ready more than five minutes late'),
+    Alert('CmresErrors', 'sum(rate(cmres_requests_total{status=~"5.."}[5m])) > '
+          '0.02 * sum(rate(cmres_requests_total[5m]))', '5m', 'page',
+          'One request in fifty or more ends in an error of the server'),
+    Alert('CmresSlow', 'histogram_quantile(0.9, sum by (le) '
+          '(rate(cmres_request_seconds_bucket[5m]))) > 2', '10m', 'ticket',
+          'One request in ten takes longer than two seconds'),
+    Alert('CmresNoticesStuck', 'cmres_notice_age_seconds > 900', '5m', 'ticket',
+          'Mails or webhooks are not delivered. See the event log and the mail server'),
+    Alert('CmresStoreInDanger', 'cmres_disk_free_bytes < 5e8 or cmres_store_damaged == 1', '1m', 'page',
+          'The disk of the database is nearly full, or the database is damaged: see /readyz'),
+    Alert('CmresGuessed', 'rate(cmres_wrong_tokens_total[5m]) > 1', '5m', 'ticket',
+          'Somebody tries tokens. The event log tells from where'))
+
+#: The charts of the dashboard: title, unit, and of each line what it shows and its name.
+CHARTS = (
+    ('Requests', 'reqps', (('sum by (status) (rate(cmres_requests_total[5m]))', '{{status}}'),)),
+    ('Answered within', 's', tuple(
+        (f'histogram_quantile({share}, sum by (le) (rate(cmres_request_seconds_bucket[5m])))', name)
+        for share, name in ((0.5, 'half'), (0.95, '95 %'), (0.99, '99 %')))),
+    ('Reserved now, of capacity', 'percentunit', (
+        ('cmres_used{class="vms"} / cmres_capacity{class="vms"}', '{{resource}}'),)),
+    ('VMs by state', 'short', (('sum by (cloud, state) (cmres_servers)', '{{cloud}} {{state}}'),)),
+    ('Reserved and refused', 'short', (
+        ('increase(cmres_events_total{code=~"added|admitted"}[1h])', '{{code}}'),
+        ('increase(cmres_refusals_total[1h])', 'refused: {{kind}}'))),
+    ('Waiting and pending', 'short', (
+        ('cmres_reservations_waiting', 'waiting'), ('cmres_reservations_pending', 'pending'))),
+    ('VMs ready after their planned start', 's', tuple(
+        (f'histogram_quantile({share}, sum by (le, cloud) '
+         '(increase(cmres_start_delay_seconds_bucket[1h])))', f'{{{{cloud}}}} {name}')
+        for share, name in ((0.5, 'half'), (0.95, '95 %')))),
+    ('Calls to clouds', 'reqps', (
+        ('sum by (cloud, verb, result) (rate(cmres_cloud_call_seconds_count[5m]))',
+         '{{cloud}} {{verb}} {{result}}'),)),
+    ('Last pass of the life cycle, age', 's', (('cmres_pass_age_seconds', 'age'),)),
+    ('Waiting to write', 's', (
+        ('histogram_quantile(0.95, sum by (le) (rate(cmres_lock_wait_seconds_bucket[5m])))', '95 %'),)),
+    ('Database and memory', 'bytes', (
+        ('cmres_store_bytes', 'database'), ('cmres_resident_bytes', 'memory'),
+        ('cmres_disk_free_bytes', 'free on disk'))),
+    ('Refused by limits, wrong tokens', 'short', (
+        ('increase(cmres_limited_total[5m])', '{{setting}}'),
+        ('increase(cmres_wrong_tokens_total[5m])', 'wrong tokens'))))
+
+
+def alert_rules() -> dict:
+    """The alerts as Prometheus reads them."""
+    return {'groups': [{'name': 'cmres', 'rules': [
+        {'alert': each.name, 'expr': each.holds, 'for': each.lasts,
+         'labels': {'severity': each.severity}, 'annotations': {'summary': each.summary}}
+        for each in ALERTS]}]}
+
+
+def grafana_dashboard() -> dict:
+    """The dashboard as Grafana imports it; it asks for the data source."""
+    source = {'type': 'prometheus', 'uid': '${source}'}
+    panels = [{
+        'id': place + 1, 'type': 'timeseries', 'title': title, 'datasource': source,
+        'gridPos': {'x': place % 2 * 12, 'y': place // 2 * 8, 'w': 12, 'h': 8},
+        'fieldConfig': {'defaults': {'unit': unit, 'min': 0}, 'overrides': []},
+        'targets': [{'refId': 'ABC'[at], 'expr': what, 'legendFormat': name, 'datasource': source}
+                    for at, (what, name) in enumerate(lines)],
+    } for place, (title, unit, lines) in enumerate(CHARTS)]
+    choice = {'name': 'source', 'type': 'datasource', 'query': 'prometheus', 'label': 'Prometheus'}
+    return {'title': 'cmres', 'uid': 'cmres', 'schemaVersion': 39, 'editable': True, 'refresh': '30s',
+            'time': {'from': 'now-6h', 'to': 'now'}, 'templating': {'list': [choice]},
+            'panels': panels}
+
+
+CONTAINER = r"""
+# podman build -t cmres .   (in the folder of cmres.py; docker reads it with -f Containerfile)
+# podman run --read-only --tmpfs /tmp --cap-drop all --security-opt no-new-privileges \
+#   -v cmres:/var/lib/cmres -p 127.0.0.1:8080:8080 --stop-timeout 40 cmres
+FROM docker.io/library/python:3.13-slim
+COPY cmres.py /opt/cmres/
+RUN sed -n '/^# \/\/\/$/q; s/^#   "\([^"]*\)",.*/\1/p' /opt/cmres/cmres.py > /opt/cmres/needs \
+ && pip install --no-cache-dir --disable-pip-version-check -r /opt/cmres/needs \
+ && python -m compileall -q /opt/cmres \
+ && useradd --uid 10001 --home-dir /var/lib/cmres --create-home cmres
+ENV CMRES_HOST=0.0.0.0 CMRES_DATABASE=/var/lib/cmres/cmres.db CMRES_LOG_FORMAT=json PYTHONUNBUFFERED=1
+USER 10001
+WORKDIR /var/lib/cmres
+VOLUME /var/lib/cmres
+EXPOSE 8080
+HEALTHCHECK --start-period=30s CMD ["python", "-c", \
+  "import urllib.request as u; u.urlopen('http://127.0.0.1:8080/healthz', timeout=5)"]
+ENTRYPOINT ["python", "/opt/cmres/cmres.py"]
+CMD ["serve"]
+"""
 
 
 def tell_systemd(text: str, environ: dict = os.environ) -> None:
@@ -17938,7 +18299,7 @@ def read_settings_again(config: Config, environ: dict = os.environ) -> list[str]
         before, after = getattr(config, name), getattr(new, name)
         if before == after:
             continue
-        if name in FIXED_SETTINGS:
+        if name in NEEDS_RESTART:
             told += [f'{name} has changed and needs a restart'] if name in new.sources else []
             continue
         told.append(f'{name} is {shown_setting(new, name)} now' if name in SETTINGS else f'[{name}] has changed')
@@ -18340,7 +18701,7 @@ def config_show(config: Config) -> Rows:
     """
     return [{'setting': name, 'value': shown_setting(config, name),
              'from': config.sources.get(name, 'default'),
-             'change': 'restart' if name in FIXED_SETTINGS else 'SIGHUP'} for name in SETTINGS]
+             'change': 'restart' if name in NEEDS_RESTART else 'SIGHUP'} for name in SETTINGS]
 
 
 def config_check(config: Config) -> dict:
@@ -18482,6 +18843,34 @@ def occurrences(config: Config, file: Ics, start: When = None, end: When = None,
     return found
 
 
+def alerts(config: Config) -> None:
+    """Prints ten alert rules for Prometheus, which scrapes /metrics as the job `cmres`.
+
+    Example:
+      python cmres.py alerts > /etc/prometheus/cmres.yml
+    """
+    import yaml
+    print(yaml.safe_dump(alert_rules(), sort_keys=False, width=200), end='')
+
+
+def dashboard(config: Config) -> None:
+    """Prints a dashboard that Grafana imports.
+
+    Example:
+      python cmres.py dashboard > cmres.json
+    """
+    print(json_text(grafana_dashboard(), indent=2), end='')
+
+
+def container(config: Config) -> None:
+    """Prints a Containerfile: not root, nothing written but one volume, an end in good order.
+
+    Example:
+      python cmres.py container > Containerfile
+    """
+    print(CONTAINER.strip('\n'))
+
+
 def completion(config: Config, shell: Name) -> None:
     """Prints what lets a shell complete commands, options, labels and names of resources.
 
@@ -18517,7 +18906,7 @@ complete -c cmres -f -a '(_CMRES_COMPLETE=1 cmres (commandline -opc)[2..-1] (com
 LOCAL = {each.__name__: Operation(each.__name__, each, ADMIN, [('POST', '', {})])
          for each in (serve, scheduler, tick, occurrences, store_backup, store_verify,
                       store_restore, store_migrate, store_orphans, completion, key_rotate,
-                      config_show, config_check, event_export)}
+                      config_show, config_check, event_export, alerts, dashboard, container)}
 
 
 def in_utc(config: Config) -> None:
