@@ -3878,6 +3878,29 @@ def test_what_a_series_goes_without_counts_against_no_limit_of_what_it_gets_inst
     assert {each['outcome'] for each in eva.update('often', repeat='daily', count=4)['occurrences']} == {'cancelled', 'booked'}
 
 
+def statements(deed) -> list[str]:
+    """What SQLite is asked by something, but for the beginning and the end of its transaction."""
+    seen, connection = [], cmres.db.connection()
+    connection.set_trace_callback(seen.append)
+    try:
+        deed()
+    finally:
+        connection.set_trace_callback(None)
+    # The programs of triggers are told as if their statement came again.
+    return [sql for sql, _ in itertools.groupby(seen) if not sql.startswith(('BEGIN', 'COMMIT'))]
+
+
+@pytest.mark.parametrize('name, most, deed', [
+    ('add', 12, lambda eva: book(eva, 'new', 5, 6)),
+    ('add of a series', 12, lambda eva: book(eva, 'new', 5, 6, repeat='daily', count=5)),
+    ('extend', 15, lambda eva: eva.extend('lab', hours(1))),
+    ('delete', 15, lambda eva: eva.delete('lab'))])
+def test_what_is_decided_in_memory_asks_the_store_little(world, name, most, deed):
+    eva = world.as_user()
+    book(eva, start=3, end=4), book(eva, 'other', 3.5, 6)
+    assert len(statements(lambda: deed(eva))) <= most
+
+
 REFUSALS = {
     'add': lambda service: book(service, 'new', 1, 3, vms=9),
     'add of a series': lambda service: book(service, 'new', 1, 3, vms=9, repeat='daily', count=9),
