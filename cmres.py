@@ -1253,8 +1253,9 @@ class Config:
         50.0, 'seconds that one request may wait for clouds and calendars in all', 0.1)
     url: str = setting('', 'a cmres server: with it, commands talk to that server and not to the database')
     token: str = setting('', 'the token for that server')
-    connections: int = setting(2000, 'connections that are open at the same time; for one more, the '
-                               'oldest on which nothing is answered is closed', 10, 100_000)
+    connections: int = setting(
+        2000, 'connections that are open at the same time; for one more, the oldest on which '
+        'nothing is answered is closed', 10, 100_000)
     connections_per_address: int = setting(200, 'those of one address, also of a proxy', 1)
     requests_per_address: int = setting(
         12000, 'requests from one address within a minute; 0: any number', 0)
@@ -1263,7 +1264,8 @@ class Config:
     mib_per_address: int = setting(
         2000, 'MiB to and from one address within a minute; 0: any number', 0)
     mib_per_user: int = setting(
-        500, 'MiB to and from one user within a minute; 0: any number. Admins have no such limit', 0)
+        500, 'MiB to and from one user within a minute; 0: any number. Admins have no such limit',
+        0)
     cpu_per_user: float = setting(
         30.0, 'seconds of computing for dry runs and questions of one user within a minute; 0: any '
         'number. Admins have no such limit', 0.0)
@@ -1454,7 +1456,8 @@ def load_config(path: str | None = None, environ: dict = os.environ) -> Config:
     config = Config(**{name: read_setting(name, text) for name, text in texts.items()},
                     credentials=sections['credentials'], identities=sections['identities'],
                     texts=TEXTS | sections['texts'], path=path, stamp=stamp, sources=sources)
-    config.zone, config.common, config.proxies, config.check_choices()  # what is wrong with them is told here, not when they are used
+    # What is wrong with them is told here, not when they are used.
+    config.zone, config.common, config.proxies, config.check_choices()
     return config
 
 
@@ -1592,7 +1595,8 @@ class Metrics:
     def begin(self, name: str, **labels: str) -> None:
         """Begins a histogram, empty: Prometheus sees no increase where there was nothing before."""
         with self.lock:
-            self.spreads.setdefault((name, tuple(labels.items())), [0] * (len(BOUNDS[name]) + 1) + [0.0])
+            nothing = [0] * (len(BOUNDS[name]) + 1) + [0.0]
+            self.spreads.setdefault((name, tuple(labels.items())), nothing)
 
     def samples(self) -> list[tuple]:
         """All of it as (name, labels, value), histograms as Prometheus has them."""
@@ -1618,7 +1622,8 @@ def exposition(samples: Iterable[tuple]) -> str:
         family = re.sub('_(bucket|sum|count)$', '', name)
         told = ','.join(f'{key}="{escaped_label(text)}"' for key, text in labels)
         lines[family].append(f"cmres_{name}{told and f'{{{told}}}'} {value:.10g}")
-    return ''.join(f'# HELP cmres_{name} {MEASURED[name]}\n# TYPE cmres_{name} {kind_of_metric(name)}\n'
+    return ''.join(f'# HELP cmres_{name} {MEASURED[name]}\n'
+                   f'# TYPE cmres_{name} {kind_of_metric(name)}\n'
                    + '\n'.join(found) + '\n' for name, found in lines.items())
 
 
@@ -1677,7 +1682,8 @@ class Lines(logging.Formatter):
     def word(self, value) -> str:
         """A value that is told from the next field."""
         text = f'{value}'
-        return text if re.fullmatch(r'[\w.:/@,+<>-]+', text) else json.dumps(text, ensure_ascii=False)
+        plain = re.fullmatch(r'[\w.:/@,+<>-]+', text)
+        return text if plain else json.dumps(text, ensure_ascii=False)
 
 
 # Calls #######################################################################
@@ -1788,7 +1794,7 @@ WORDS = {
     'personal': 'only the user, not all of the project, may boot there through Nova',
     'rows': 'CSV, JSON or YAML with one reservation a line, fields named as in `add`',
     'security_groups': 'security groups of the machines, with commas between',
-    'scopes': 'what alone the token is good for: read, claim, calendar; without any, all its role may',
+    'scopes': 'what alone the token is good for: read, claim, calendar; without any, for all',
     'seed': 'the same seed gives the same reservations',
     'shell': 'bash, zsh or fish',
     'server': 'a machine that you have, by name or id, instead of an image: it is started and stopped, never deleted',
@@ -3959,7 +3965,8 @@ def read_keys(file: str) -> list[bytes]:
     """The key, and those before it that are still good: whose cookies have not ended yet."""
     with open(file, encoding='ascii') as lines:
         older = [line.split() for line in lines.read().splitlines()[2:]]
-    return [read_key(file), *(bytes.fromhex(key) for key, until in older if int(until) > time.time())]
+    good = [bytes.fromhex(key) for key, until in older if int(until) > time.time()]
+    return [read_key(file), *good]
 
 
 def rotate_key(file: str, until: int) -> int:
@@ -4503,9 +4510,10 @@ def add_once() -> None:
 
 
 def add_ends_of_tokens() -> None:
-    """Version 15: tokens end, are for something, and tell when they were used; whose each thing is."""
+    """Version 15: tokens end, are for something, and tell when they were used."""
     name = "VARCHAR(255) NOT NULL DEFAULT ''"
-    add_columns('token', {'purpose': name, 'scopes': name, 'ends': 'INTEGER', 'last_used': 'INTEGER',
+    add_columns('token', {'purpose': name, 'scopes': name})
+    add_columns('token', {'ends': 'INTEGER', 'last_used': 'INTEGER',
                           'resource_id': 'INTEGER REFERENCES resource (id)'})
     run_all("""
         CREATE INDEX IF NOT EXISTS session_token_id ON session (token_id);
@@ -5853,13 +5861,13 @@ class Seen(NamedTuple):
 GONE = ('deleted', 'soft_deleted')
 
 
-MEASURED_CALLS = set('things boot servers delete server start stop shelve snapshot saved aggregates '
-                     'mark hosts'.split())
+MEASURED_CALLS = set('things boot servers delete server start stop shelve snapshot saved '
+                     'aggregates mark hosts'.split())
 calling = threading.local()  # whether this thread is in such a call already
 
 
 def measured(call: Callable) -> Callable:
-    """A call to a cloud that is timed and logged, with its result; those inside it are part of it."""
+    """A call to a cloud that is timed and logged; those inside it are part of it."""
     @functools.wraps(call)
     def asked(self, *args, **options):
         if getattr(calling, 'now', False):
@@ -6872,13 +6880,40 @@ class Rates:
 LIMITED = {
     'requests_per_address': 'more than {most} requests within a minute came from your address. Try '
                             'again in {wait}',
-    'requests_per_user': 'you have sent more than {most} requests within a minute. Try again in {wait}',
+    'requests_per_user': 'you have sent more than {most} requests within a minute. Try again in '
+                         '{wait}',
     'mib_per_address': 'more than {most} MiB within a minute went to and from your address. Try '
                        'again in {wait}',
-    'mib_per_user': 'more than {most} MiB within a minute went to and from you. Try again in {wait}',
+    'mib_per_user': 'more than {most} MiB within a minute went to and from you. Try again in '
+                    '{wait}',
     'cpu_per_user': 'your dry runs and questions have taken more than {most} seconds of computing '
                     'within a minute. Try again in {wait}',
     'wrong_tokens': 'too many wrong tokens came from your address. Try again in {wait}'}
+
+
+class Uses:
+    """When tokens were used last, kept here until `write` is called: no request waits for that."""
+
+    def __init__(self):
+        self.lock, self.seen = threading.Lock(), {}
+
+    def note(self, id: int, now: float) -> None:
+        with self.lock:
+            self.seen[id] = max(now, self.seen.get(id, 0))
+
+    def latest(self, id: int) -> int:
+        """When a token was used, as far as that is not written yet; 0 if it was not."""
+        return int(self.seen.get(id, 0))
+
+    def write(self) -> None:
+        """Writes down what was noted since the last time."""
+        with self.lock:
+            seen, self.seen = self.seen, {}
+        if seen:
+            with transaction():
+                for id, at in seen.items():
+                    run('UPDATE token SET last_used = max(coalesce(last_used, 0), ?) '
+                        'WHERE id = ?', int(at), id)
 
 
 class Shares:
@@ -6889,7 +6924,8 @@ class Shares:
         self.most = {'all': max(config.threads // 2, 1), 'wait': max(config.threads // 8, 1),
                      'user': config.slow_per_user,
                      'target': config.slow_per_target}
-        self.rates, self.wrong = Rates(config), Counter()  # wrong: tokens, by address
+        self.rates, self.uses = Rates(config), Uses()
+        self.wrong: Counter = Counter()  # tokens, by address
         self.changed = threading.Condition()
         self.pace = Turns()  # one of those that compute for long does so at a time
         self.taken: Counter = Counter()  # by kind and name
@@ -8496,34 +8532,6 @@ def bearer_of(found) -> Actor:
 def actor_of(secret: str, now: float | None = None) -> Actor:
     """Who has a token; Unauthorized if it is nobody's, revoked or over."""
     return bearer_of(token_of(secret, time.time() if now is None else now))
-
-
-class Uses:
-    """When tokens were used last, kept here until `write` is called: no request waits for that."""
-
-    def __init__(self):
-        self.lock, self.seen = threading.Lock(), {}
-
-    def note(self, id: int, now: float) -> None:
-        with self.lock:
-            self.seen[id] = max(now, self.seen.get(id, 0))
-
-    def latest(self, id: int) -> int:
-        """When a token was used, as far as that is not written yet; 0 if it was not."""
-        return int(self.seen.get(id, 0))
-
-    def write(self) -> None:
-        """Writes down what was noted since the last time."""
-        with self.lock:
-            seen, self.seen = self.seen, {}
-        if seen:
-            with transaction():
-                for id, at in seen.items():
-                    run('UPDATE token SET last_used = max(coalesce(last_used, 0), ?) '
-                        'WHERE id = ?', int(at), id)
-
-
-USES = Uses()
 
 
 #: Why something had no room that has some when that is looked into.
@@ -12780,8 +12788,8 @@ class Calendars(Claims):
 
 #: For how long somebody's own token is made or renewed, unless they say.
 OWN_FOR = timedelta(days=90)
-FIELDS_OF_TOKEN = '''SELECT t.id, t.user, t.project, t.role, t.purpose, t.scopes, s.name AS resource,
-                            t.added, t.ends, t.last_used, t.revoked
+FIELDS_OF_TOKEN = '''SELECT t.id, t.user, t.project, t.role, t.purpose, t.scopes,
+                            s.name AS resource, t.added, t.ends, t.last_used, t.revoked
                        FROM token t LEFT JOIN resource s ON s.id = t.resource_id'''
 
 
@@ -12873,7 +12881,7 @@ class Tokens(Calendars):
 
     def token_public(self, found) -> dict:
         """A token as answers show it."""
-        used = max(found.last_used or 0, USES.latest(found.id)) or None
+        used = max(found.last_used or 0, self.shares.uses.latest(found.id)) or None
         shown = public(found._replace(last_used=used))
         return shown | {'scopes': [each for each in found.scopes.split(',') if each]}
 
@@ -12956,7 +12964,7 @@ class Tokens(Calendars):
         return {'user': user, 'tokens': len(found)}
 
     def refuse_one_more(self, what: str, user: str, project: str) -> None:
-        """TooMany if a user has as many tokens, feeds or subscriptions as one may; in a transaction."""
+        """TooMany if a user has as many tokens, feeds or subscriptions as one may."""
         most, still = getattr(self.config, f'{what}_per_user'), STILL[what]
         number, = run(f'SELECT count(*) FROM {what[:-1]} '
                       f'WHERE user = ? AND project = ? AND {still}', user, project).fetchone()
@@ -13047,8 +13055,8 @@ class Reservations(Tokens):
             where += [('e.project = ? AND e.reservation_id > 0', each) for each in (project, own) if each]
         found = rows('SELECT e.id, e.at, e.actor, e.code, r.label, r.project, e.sentence '
                      'FROM event e LEFT JOIN reservation r ON r.id = e.reservation_id WHERE '
-                     f"{' AND '.join(text for text, _ in where)} ORDER BY e.id {'ASC' if onward else 'DESC'} "
-                     f'LIMIT {limit}', *given(where))
+                     f"{' AND '.join(text for text, _ in where)} "
+                     f"ORDER BY e.id {'ASC' if onward else 'DESC'} LIMIT {limit}", *given(where))
         return [public(each) for each in (found if onward else found[::-1])]
 
     def event_before(self, at: float) -> int:
@@ -14551,7 +14559,8 @@ class LifeCycle:
         elif server.goal == 'up' and seen.state == 'active':
             if server.state != 'active' or server.addresses != json.dumps(seen.addresses):
                 if not server.ready:
-                    METRICS.observe('start_delay_seconds', now - server.planned, cloud=server.account)
+                    METRICS.observe('start_delay_seconds', now - server.planned,
+                                    cloud=server.account)
                 change(Server, server.id, uid=seen.uid, state='active', ready=server.ready or now, fault='', failures=0,
                        addresses=json.dumps(seen.addresses))
                 run('UPDATE occurrence SET revision = revision + 1, revised = ? WHERE id = ?', int(now),
@@ -15409,6 +15418,9 @@ class WrittenFeeds:
                 self.places.release()
         return found.etag, found.text
 
+    def size(self) -> int:
+        return sum(len(each.text) for each in self.kept.values())
+
     def newest(self) -> int | None:
         return row('SELECT max(id) AS newest FROM event').newest
 
@@ -15426,7 +15438,7 @@ class WrittenFeeds:
             text = calendar_text(name, events).encode()
             found = Written(newest, digest, holds, f'"{hashlib.sha256(text).hexdigest()[:32]}"', text)
         self.kept.pop(feed.id, None)
-        while self.kept and sum(len(each.text) for each in self.kept.values()) + len(found.text) > self.MOST:
+        while self.kept and self.size() + len(found.text) > self.MOST:
             del self.kept[next(iter(self.kept))]
         self.kept[feed.id] = found = found._replace(newest=newest)
         return found
@@ -15564,7 +15576,8 @@ class Readiness:
         """How much space the database has left."""
         config = self.service.config
         free, most = disk_free(config.database) // 2**20, config.min_disk
-        fault = f'only {free} MiB are free on the disk of the database; {most} are to be kept (min_disk)'
+        fault = (f'only {free} MiB are free on the disk of the database; {most} are to be kept '
+                 '(min_disk)')
         return {'free_mib': free, 'fault': fault if free < most else ''}
 
     def integrity(self, fault: str) -> dict:
@@ -15675,7 +15688,7 @@ def who_asks(service: Reservations, request, visitor: Callable | None = None) ->
 def note_caller(service: Reservations, environ: dict, found) -> None:
     """Notes of a request who sends it; TooMany if they do so too often."""
     environ['cmres.token'] = found
-    USES.note(found.id, service.clock())
+    service.shares.uses.note(found.id, service.clock())
     if found.role != ADMIN:  # theirs are the programs of the operator, such as Nova's filter
         name = f'{found.project}/{found.user}'
         service.shares.rates.take('requests_per_user', name)
@@ -15944,7 +15957,7 @@ def network_of(text: str) -> str:
     except ValueError:
         return ''
     found = getattr(found, 'ipv4_mapped', None) or found
-    return f'{found}' if found.version == 4 else f'{ipaddress.ip_network((found, 64), strict=False)}'
+    return f'{found if found.version == 4 else ipaddress.ip_network((found, 64), strict=False)}'
 
 
 class StoreMetrics:
@@ -15989,8 +16002,9 @@ class StoreMetrics:
         for name, which in (('waiting', 'reservation WHERE waiting IS NOT NULL'),
                             ('pending', 'reservation WHERE pending IS NOT NULL')):
             yield f'reservations_{name}', (), run(f'SELECT count(*) FROM {which}').fetchone()[0]
-        number, oldest = run('SELECT count(*), min(e.at) FROM outbox n JOIN event e ON e.id = n.event_id '
-                             'WHERE n.due IS NOT NULL').fetchone()
+        number, oldest = run(
+            'SELECT count(*), min(e.at) FROM outbox n JOIN event e ON e.id = n.event_id '
+            'WHERE n.due IS NOT NULL').fetchone()
         yield 'notices_waiting', (), number
         yield 'notice_age_seconds', (), max(now - (now if oldest is None else oldest), 0)
         for account, state, number in run('SELECT account, state, count(*) FROM server '
@@ -17954,8 +17968,8 @@ def web(service: Reservations):
 
 # Serving #####################################################################
 #
-# What `serve` does beside answering: it bounds connections, ends in good order, tells systemd how it
-# is, reads settings again, and writes down now and then what was counted meanwhile.
+# What `serve` does beside answering: it bounds connections, ends in good order, tells systemd how
+# it is, reads settings again, and writes down now and then what was counted meanwhile.
 
 EVERY = 5            # seconds between two rounds of the housekeeper
 SILENT = 30          # seconds between two looks at connections that do nothing
@@ -17963,8 +17977,8 @@ AUDIT_EVERY = 60     # seconds between two events that tell of wrong tokens
 MOST_ADDRESSES = 10  # that one such event names
 #: What is read once: sockets, threads, files and what hangs on them.
 NEEDS_RESTART = frozenset(
-    'database key host port threads slow_per_user slow_per_target outside_timeout url token timezone '
-    'workers call_timeout sweep verify_every connections'.split())
+    'database key host port threads slow_per_user slow_per_target outside_timeout url token '
+    'timezone workers call_timeout sweep verify_every connections'.split())
 #: Settings that only their owner may read.
 SECRETS = frozenset(('token', 'webhook', 'webhook_secret'))
 
@@ -17983,7 +17997,8 @@ class Connections:
     def add(self, channel, peer: str) -> None:
         """Notes a new connection from an address, and closes the one that is too many."""
         channel.peer = peer
-        for setting, those in (('connections_per_address', self.of[peer]), ('connections', self.all)):
+        for setting, those in (('connections_per_address', self.of[peer]),
+                               ('connections', self.all)):
             those[channel] = None
             if len(those) > getattr(self.config, setting):
                 self.close_one(those, setting)
@@ -18032,7 +18047,7 @@ class Watch:
                 readwrite(each, events)
 
     def ask(self, fd: int) -> None:
-        """Waits for what a socket needs next; what is at rest needs to be read, and is not asked."""
+        """Waits for what a socket needs next; one at rest is not asked again before that comes."""
         import select
         each = self.sockets.get(fd)
         if each is None or self.is_at_rest(each):
@@ -18167,8 +18182,8 @@ ALERTS = (
           'One request in ten takes longer than two seconds'),
     Alert('CmresNoticesStuck', 'cmres_notice_age_seconds > 900', '5m', 'ticket',
           'Mails or webhooks are not delivered. See the event log and the mail server'),
-    Alert('CmresStoreInDanger', 'cmres_disk_free_bytes < 5e8 or cmres_store_damaged == 1', '1m', 'page',
-          'The disk of the database is nearly full, or the database is damaged: see /readyz'),
+    Alert('CmresStoreInDanger', 'cmres_disk_free_bytes < 5e8 or cmres_store_damaged == 1', '1m',
+          'page', 'The disk of the database is nearly full, or the database is damaged'),
     Alert('CmresGuessed', 'rate(cmres_wrong_tokens_total[5m]) > 1', '5m', 'ticket',
           'Somebody tries tokens. The event log tells from where'))
 
@@ -18195,7 +18210,8 @@ CHARTS = (
          '{{cloud}} {{verb}} {{result}}'),)),
     ('Last pass of the life cycle, age', 's', (('cmres_pass_age_seconds', 'age'),)),
     ('Waiting to write', 's', (
-        ('histogram_quantile(0.95, sum by (le) (rate(cmres_lock_wait_seconds_bucket[5m])))', '95 %'),)),
+        ('histogram_quantile(0.95, sum by (le) (rate(cmres_lock_wait_seconds_bucket[5m])))',
+         '95 %'),)),
     ('Database and memory', 'bytes', (
         ('cmres_store_bytes', 'database'), ('cmres_resident_bytes', 'memory'),
         ('cmres_disk_free_bytes', 'free on disk'))),
@@ -18223,8 +18239,9 @@ def grafana_dashboard() -> dict:
                     for at, (what, name) in enumerate(lines)],
     } for place, (title, unit, lines) in enumerate(CHARTS)]
     choice = {'name': 'source', 'type': 'datasource', 'query': 'prometheus', 'label': 'Prometheus'}
-    return {'title': 'cmres', 'uid': 'cmres', 'schemaVersion': 39, 'editable': True, 'refresh': '30s',
-            'time': {'from': 'now-6h', 'to': 'now'}, 'templating': {'list': [choice]},
+    return {'title': 'cmres', 'uid': 'cmres', 'schemaVersion': 39, 'editable': True,
+            'refresh': '30s', 'time': {'from': 'now-6h', 'to': 'now'},
+            'templating': {'list': [choice]},
             'panels': panels}
 
 
@@ -18238,7 +18255,8 @@ RUN sed -n '/^# \/\/\/$/q; s/^#   "\([^"]*\)",.*/\1/p' /opt/cmres/cmres.py > /op
  && pip install --no-cache-dir --disable-pip-version-check -r /opt/cmres/needs \
  && python -m compileall -q /opt/cmres \
  && useradd --uid 10001 --home-dir /var/lib/cmres --create-home cmres
-ENV CMRES_HOST=0.0.0.0 CMRES_DATABASE=/var/lib/cmres/cmres.db CMRES_LOG_FORMAT=json PYTHONUNBUFFERED=1
+ENV CMRES_HOST=0.0.0.0 CMRES_DATABASE=/var/lib/cmres/cmres.db CMRES_LOG_FORMAT=json \
+    PYTHONUNBUFFERED=1
 USER 10001
 WORKDIR /var/lib/cmres
 VOLUME /var/lib/cmres
@@ -18298,7 +18316,7 @@ class Housekeeper(threading.Thread):
         if self.again:
             self.again = False
             self.guarded(self.settings)
-        self.guarded(USES.write)
+        self.guarded(self.service.shares.uses.write)
         if time.monotonic() >= self.audited + AUDIT_EVERY:
             self.audited = time.monotonic()
             self.guarded(self.audit)
@@ -18358,7 +18376,8 @@ def read_settings_again(config: Config, environ: dict = os.environ) -> list[str]
         if name in NEEDS_RESTART:
             told += [f'{name} has changed and needs a restart'] if name in new.sources else []
             continue
-        told.append(f'{name} is {shown_setting(new, name)} now' if name in SETTINGS else f'[{name}] has changed')
+        told.append(f'{name} is {shown_setting(new, name)} now' if name in SETTINGS else
+                    f'[{name}] has changed')
         config.take(**{name: after})
     config.take(sources=new.sources, stamp=new.stamp)
     return told
@@ -18369,13 +18388,16 @@ def shown_setting(config: Config, name: str) -> str:
     value = getattr(config, name)
     if name in SECRETS and value:
         return 'set, and not shown'
-    return str(value).lower() if isinstance(value, bool) else f'{value:g}' if isinstance(value, float) else f'{value}'
+    if isinstance(value, bool):
+        return str(value).lower()
+    return f'{value:g}' if isinstance(value, float) else f'{value}'
 
 
 def note_start(service: Reservations, what: str) -> None:
     """Writes down that a process has started, and with which settings."""
     config = service.config
-    said = ', '.join(f'{name}={shown_setting(config, name)}' for name in SETTINGS if name in config.sources)
+    said = ', '.join(f'{name}={shown_setting(config, name)}' for name in SETTINGS
+                     if name in config.sources)
     try:
         with transaction():
             journal(config, service.clock(), 'cmres', 'settings',
@@ -18817,7 +18839,7 @@ def event_export(config: Config, since: When = None) -> None:
     `events export` and `journal export` are the same.
 
     Example:
-      python cmres.py events export --since 2027-01-01 --format jsonl
+      python cmres.py event export --since 2027-01-01
     """
     service = Client(config.url, config.token) if config.url else local_service(config)
     asked = {'since': since or FIRST}
@@ -19486,7 +19508,8 @@ def render(answer, form: str, zone: ZoneInfo, look: Look = Look()) -> str:
     if form == 'json':
         return json_text(answer, indent=2).rstrip('\n')
     if form == 'jsonl':
-        return ''.join(map(json_text, answer if isinstance(answer, list) else [answer])).rstrip('\n')
+        lines = answer if isinstance(answer, list) else [answer]
+        return ''.join(map(json_text, lines)).rstrip('\n')
     if form == 'yaml':
         return as_yaml(to_plain(answer))
     if form == 'csv':
