@@ -15564,9 +15564,9 @@ def test_no_name_of_the_module_is_given_twice():
     import ast
     given = collections.Counter()
     for each in ast.parse(MODULE.read_text()).body:
-        targets = getattr(each, 'targets', [getattr(each, 'target', None)])
+        targets = getattr(each, 'targets', [each.target] if isinstance(each, ast.AnnAssign) else ())
         given.update([each.name] if hasattr(each, 'name') else [
-            name.id for target in targets if target for name in ast.walk(target) if isinstance(name, ast.Name)])
+            name.id for target in targets for name in ast.walk(target) if isinstance(name, ast.Name)])
     assert [name for name, times in given.items() if times > 1 and not name.startswith('_')] == []
 
 
