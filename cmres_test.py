@@ -15560,16 +15560,6 @@ def test_a_client_reads_what_a_server_of_another_version_answers():
     assert read({'label': 'lab', 'parts': []}, API['duration'].answers).parts == []
 
 
-def test_no_name_of_the_module_is_given_twice():
-    import ast
-    given = collections.Counter()
-    for each in ast.parse(MODULE.read_text()).body:
-        targets = getattr(each, 'targets', [each.target] if isinstance(each, ast.AnnAssign) else ())
-        given.update([each.name] if hasattr(each, 'name') else [
-            name.id for target in targets for name in ast.walk(target) if isinstance(name, ast.Name)])
-    assert [name for name, times in given.items() if times > 1 and not name.startswith('_')] == []
-
-
 def test_no_field_of_an_answer_has_the_name_of_a_method():
     kinds = [each for each in vars(cmres).values() if cmres.is_answer(each)]
     assert len(kinds) > 30 and not {name for each in kinds for name in cmres.declared(each)} & set(dir(cmres.Answer))
