@@ -15711,9 +15711,10 @@ def while_there(environ: dict) -> Callable[[], None]:
 
 def bearer(request) -> str:
     """The token of a request; '' without one."""
-    scheme, _, token = request.get_header('Authorization', '').partition(' ')
+    environ = request.environ  # as it came: a header may be no UTF-8
+    scheme, _, token = environ.get('HTTP_AUTHORIZATION', '').partition(' ')
     token = token if scheme.lower() == 'bearer' else ''
-    return (token or request.get_header('X-Auth-Token', '')).strip()
+    return (token or environ.get('HTTP_X_AUTH_TOKEN', '')).strip()
 
 
 def read_query(request, several: Iterable[str] = ()) -> dict:
@@ -18759,7 +18760,7 @@ def key_rotate(config: Config) -> dict:
     Example:
       python cmres.py key rotate
     """
-    refuse_missing(config)
+    refuse_missing(config.database)
     file, until = key_file(config.database, config.key), int(time.time() + config.signed_in)
     return {'file': file, 'keys': rotate_key(file, until), 'old_until': instant(until)}
 
@@ -19395,7 +19396,7 @@ def what_follows(operation: Operation, asked: Callable, bound: dict, answer) -> 
     if not answer or len(answer) < bound.get('limit', limit.default) or 'id' not in answer[-1]:
         return ''
     last = answer[-1]
-    after = cursor_of(last)
+    after = last['id'] if operation.name == 'events' else cursor_of(last)
     shown = last['id'] if operation.name == 'events' else f"{last['start']:%Y-%m-%dT%H:%M:%SZ}/{last['id']}"
     return f'--after {shown}' if asked(**bound | {'after': after, 'limit': 1}) else ''
 
