@@ -15614,7 +15614,18 @@ def plain_path(environ: dict) -> None:
         environ['bottle.raw_path'].encode('latin1').decode('utf8')
     except UnicodeDecodeError:
         raise bottle.HTTPError(400, 'the address is not UTF-8') from None
+    legible_headers(environ)
     environ['PATH_INFO'] = environ['PATH_INFO'].rstrip('/') or '/'
+
+
+def legible_headers(environ: dict) -> None:
+    """Makes that every header can be read: letters of one that is not UTF-8 become `?`."""
+    for name, value in environ.items():
+        if name.startswith('HTTP_') and not value.isascii():
+            try:
+                value.encode('latin1').decode('utf8')
+            except UnicodeError:
+                environ[name] = value.encode('ascii', 'replace').decode()
 
 
 def who_asks(service: Reservations, request, visitor: Callable | None = None) -> Actor:
@@ -15664,10 +15675,10 @@ def while_there(environ: dict) -> Callable[[], None]:
 
 
 def bearer(request) -> str:
-    """The token of a request; '' without one."""
-    scheme, _, token = request.get_header('Authorization', '').partition(' ')
+    """The token of a request, of whatever letters; '' without one."""
+    scheme, _, token = request.environ.get('HTTP_AUTHORIZATION', '').partition(' ')
     token = token if scheme.lower() == 'bearer' else ''
-    return (token or request.get_header('X-Auth-Token', '')).strip()
+    return (token or request.environ.get('HTTP_X_AUTH_TOKEN', '')).strip()
 
 
 def read_query(request, several: Iterable[str] = ()) -> dict:
