@@ -2712,12 +2712,37 @@ class HealthAnswer(Answer):
     error: NotRequired[str]
 
 
-class ReadyAnswer(Answer):
-    """Whether the store can be written and is whole, and the life cycle makes its passes."""
+class ReadyAnswer(Answer, more=dict):
+    """Whether requests can be answered; further fields are the parts that were looked at."""
     status: str
-    store: dict
-    integrity: NotRequired[dict]
-    scheduler: NotRequired[dict]
+
+
+#: What a field means that is no argument, or means more than what may be typed there.
+MEANS = WORDS | {
+    'account': 'the entry of clouds.yaml under which the VM was made', 'addresses': 'IP addresses',
+    'added': 'when it was made', 'at': 'when it happened', 'actor': 'who did it',
+    'begun': 'when the cloud was asked for it', 'booked_until': 'until when a series is reserved',
+    'cancelled': 'when it was cancelled', 'change': 'what of it waits for an approval',
+    'changed': 'when somebody changed it last', 'code': 'what kind of event it is',
+    'deleted': 'when the VM was gone', 'details': 'what the sentence says, for programs',
+    'end': 'when it ends; that instant is not part of it', 'ends': 'when the token ends',
+    'ends_with': 'what becomes of its VMs', 'error': 'why, in a sentence',
+    'fault': 'what went wrong last', 'free_vms': 'how many VMs are free; without one, any number',
+    'held_now': 'how much is reserved now, by resource class', 'hit': 'whom it affects',
+    'id': 'its number, which never changes', 'ignored': 'how many events ask for nothing',
+    'kind': 'which kind it is of', 'last_pass': 'seconds since VMs were started and ended',
+    'last_used': 'when the token was used last', 'lead': 'seconds before the start',
+    'n': 'which of the VMs of a reservation it is', 'outcome': 'what became of it',
+    'passes': 'whether the server may boot', 'planned': 'when it was to begin',
+    'polled': 'when the calendar was read last', 'ready': 'when the VM was active',
+    'refused': 'what was refused', 'request': 'the group that it is a part of',
+    'revoked': 'since when it is worth nothing', 'seconds': 'its length in seconds',
+    'server': 'an existing server that it starts and stops', 'shows': 'what the calendar is of',
+    'snapshot': 'the image that was made of the VM', 'start': 'when it starts',
+    'state': 'what it is doing now', 'taken': 'what was reserved', 'token': 'the token itself',
+    'tries': 'how often the cloud was asked for it', 'uid': 'its id at the cloud or in a calendar',
+    'until': 'until when it is free', 'up': 'how many of its VMs are active',
+    'warnings': 'what may be otherwise than meant', 'why': 'for what reason'}
 
 
 class Field(NamedTuple):
@@ -2741,19 +2766,26 @@ def choices_of(kind) -> tuple:
 
 def as_answer(value, kind):
     """A value of an answer as JSON has it, as what its type says: the reverse of `to_plain`."""
+    kinds = choices_of(kind)
     if isinstance(value, list):
-        [item] = get_args(next(each for each in choices_of(kind) if get_origin(each) is list))
-        return [as_answer(each, item) for each in value]
-    if datetime in choices_of(kind) and value is not None:
-        return datetime.fromisoformat(value)
-    if kind is dict or kind is Any:
-        return from_plain(value)
-    for each in choices_of(kind) if isinstance(value, dict) else ():
-        if is_answer(each) and all(name in value for name, field in declared(each).items()
-                                   if field.always):
-            return each({name: as_answer(one, declared(each).get(name, Field(each.more, 0)).kind)
+        items = [get_args(each)[0] for each in kinds if get_origin(each) is list]
+        return [as_answer(each, *(items or [Any])) for each in value]
+    if isinstance(value, dict):
+        return as_object(value, kinds)
+    return datetime.fromisoformat(value) if value is not None and datetime in kinds else value
+
+
+def as_object(value: dict, kinds: tuple):
+    """The same of an object: the first kind whose fields it has; of another version, as it is."""
+    for each in kinds:
+        if get_origin(each) is dict:
+            return {name: as_answer(one, get_args(each)[1]) for name, one in value.items()}
+        fields = declared(each) if is_answer(each) else {}
+        if fields and all(name in value for name, field in fields.items() if field.always):
+            more = Field(each.more or Any, False)
+            return each({name: as_answer(one, fields.get(name, more).kind)
                          for name, one in value.items()})
-    return value
+    return from_plain(value)
 
 
 def is_answer(kind) -> bool:
@@ -6047,7 +6079,7 @@ class OpenStack(Cloud):
     def log_in(self):
         import openstack
         if self.account not in openstack.config.OpenStackConfig().get_cloud_names():
-            raise UnknownCloud(f"there is no cloud '{self.account}' in clouds.yaml", sure=True)
+            raise UnknownCloud(f'the cloud {self.account} is not in clouds.yaml', sure=True)
         connection = openstack.connect(cloud=self.account, api_timeout=self.config.call_timeout,
                                        app_name='cmres')
         door = self.door()
@@ -14612,6 +14644,7 @@ class LifeCycle:
 
 BASE = '/cm/v1.0'
 FEEDS = ('/calendar/<secret>/<name>.ics', '/calendar/<secret>.ics')  # programs show the end
+METRICS_PATH = '/metrics'
 SEED = ('/reservation/add/', '/reservation/delete/')  # older addresses, which name the deed
 WITH_BODY = ('POST', 'PATCH')
 
@@ -14867,7 +14900,8 @@ class Document:
         fields = declared(kind)
         always = [name for name, each in fields.items() if each.always]
         return {'type': 'object', 'description': inspect.getdoc(kind),
-                'properties': {name: self.answer(each.kind) for name, each in fields.items()},
+                'properties': {name: self.answer(each.kind) | meaning(name)
+                               for name, each in fields.items()},
                 'additionalProperties': self.answer(kind.more) if kind.more else False
                 } | ({'required': always} if always else {})
 
@@ -14901,17 +14935,21 @@ class Document:
     def other_paths(self) -> dict:
         """The addresses that are no operations."""
         feed = {'200': {'description': 'a calendar', 'content': ICALENDAR},
-                '304': {'description': 'as it was'}} | self.refused(404, 500, 503)
-        document = {'200': self.response('OpenAPI 3.1', dict)} | self.refused(401, 500, 503)
+                '304': {'description': 'as it was'}} | self.refused(404, 429, 500, 503)
+        document = {'200': self.response('OpenAPI 3.1', dict)} | self.refused(401, 429, 500, 503)
         health = {'200': self.response('well', HealthAnswer),
                   '503': self.response('not well', HealthAnswer | RefusalAnswer),
-                  } | self.refused(500)
+                  } | self.refused(429, 500)
         ready = {'200': self.response('ready', ReadyAnswer),
-                 '503': self.response('not ready', ReadyAnswer)}
+                 '503': self.response('not ready', ReadyAnswer)} | self.refused(429)
+        metrics = {'200': {'description': 'metrics', 'content': {'text/plain': {
+            'schema': VALUES[str]}}}} | self.refused(401, 403, 404, 429, 500, 503)
         feeds = {path: (f'feed_{n}' if n else 'feed', 'Shows reservations to calendar programs',
                         feed, []) for n, path in enumerate(FEEDS)}
         found = {'/healthz': ('healthz', 'Tells whether the store can be read', health, []),
                  '/readyz': ('readyz', 'Tells whether requests can be answered', ready, []),
+                 METRICS_PATH: ('metrics', 'Tells Prometheus of all that is counted', metrics,
+                                BY_TOKEN),
                  '/openapi.json': ('openapi', 'Describes all addresses', document, TO_READ),
                  **feeds}
         return {template(path): {'get': plain_entry(path, *said)} for path, said in found.items()}
@@ -14920,7 +14958,8 @@ class Document:
 INFO = {'title': 'cmres', 'version': __version__, 'description': __doc__.partition('\n')[0],
         'license': {'name': 'Apache License 2.0', 'identifier': 'Apache-2.0'}}
 ICALENDAR = {'text/calendar': {'schema': {'type': 'string'}}}
-LISTED = {'type': 'array', 'items': {'type': 'string'}, 'maxItems': 100}
+LISTED = {'type': 'array', 'items': {'type': 'string'}, 'maxItems': 100,
+          'description': 'one by one, or with commas between'}
 
 
 def plain_entry(path: str, name: str, text: str, responses: dict, security: list) -> dict:
@@ -14937,6 +14976,10 @@ def header_argument(name: str) -> dict:
     text, example = HEADERS[name]
     return {'name': name, 'in': 'header', 'description': text, 'example': example,
             'schema': {'type': 'string', 'pattern': '^[!-~]{1,255}$'}}
+
+
+def meaning(field: str) -> dict:
+    return {'description': MEANS[field]} if field in MEANS else {}
 
 
 def header_ref(name: str) -> dict:
@@ -15067,7 +15110,13 @@ def rest(service: Reservations, told: Callable | None = None, visitor: Callable 
         app.route(path, 'GET', feed_handler(service))
     app.route('/readyz', 'GET', Readiness(service).answer, skip=[answering])
     app.route('/openapi.json', 'GET', document_handler(service, visitor))
+    app.route(METRICS_PATH, 'GET', no_metrics)
     return app
+
+
+def no_metrics():
+    """What is answered where no gate is before the application."""
+    return refused(NotFound('`serve` counts, and only there are metrics'))
 
 
 def rule(operation: Operation, path: str) -> str:
@@ -15167,12 +15216,9 @@ def refused(error: Error):
 def headers_of(error: Error) -> dict[str, str]:
     """What an error says in headers: how to ask, or when again."""
     if error.status in (429, 503):
-        seconds = float(error.details.get('retry_after') or RETRY_AFTER)
+        seconds = float(error.details.get('retry_after') or RETRY)
         return {'Retry-After': f'{math.ceil(seconds)}'}
     return {'WWW-Authenticate': 'Bearer'} if error.status == 401 else {}
-
-
-RETRY_AFTER = 5  # seconds
 
 
 def location(operation: Operation, answer: dict) -> str:
@@ -15751,7 +15797,7 @@ def given_once(*sources: dict) -> dict:
 # what is counted, and its line in the log. It never sees what is asked, and writes no address that
 # could be a secret.
 
-METRICS_PATH = '/metrics'
+PROMETHEUS = 'text/plain; version=0.0.4; charset=utf-8'
 QUIET = ('/healthz', '/readyz', METRICS_PATH)  # programs ask for them all the time
 #: Where proxies tell of their clients; nobody behind this gate reads it.
 FORWARDED = ('HTTP_X_FORWARDED_FOR', 'HTTP_X_FORWARDED_HOST', 'HTTP_X_FORWARDED_PROTO',
@@ -15764,7 +15810,7 @@ class Gate:
 
     def __init__(self, app: Callable, service: Reservations, cycle: LifeCycle | None = None):
         self.app, self.service, self.cycle = app, service, cycle
-        self.operations = {(verb, (BASE + path).rstrip('/')): operation.name
+        self.operations = {(verb, rule(operation, path)): operation.name
                            for operation in API.values() for verb, path, _ in operation.routes}
         self.store = StoreMetrics(service, cycle)
         self.reader = ''  # the hash of the token that has read metrics last
@@ -15777,7 +15823,8 @@ class Gate:
         try:
             self.service.shares.rates.take('requests_per_address', address)
             self.service.shares.rates.look('mib_per_address', address)
-            if environ['PATH_INFO'] == METRICS_PATH:
+            reads = environ['REQUEST_METHOD'] in ('GET', 'HEAD')
+            if reads and environ['PATH_INFO'] == METRICS_PATH:
                 body = self.metrics(environ, answer)
             else:
                 body = self.app(environ, answer.begin)
@@ -15807,7 +15854,7 @@ class Gate:
         if allowed != 'open':
             self.refuse_reader(environ)
         text = exposition(self.store.samples()).encode()
-        return answer.say(200, text, 'text/plain; version=0.0.4; charset=utf-8')
+        return answer.say(200, text, UNKEPT | {'Content-Type': PROMETHEUS})
 
     def refuse_reader(self, environ: dict) -> None:
         """Refuses who may not read metrics; who could before, may while the store can't be read."""
@@ -15867,7 +15914,8 @@ class Reply:
 
     def also(self) -> Iterator[tuple[str, str]]:
         """Headers that this answer needs."""
-        yield 'X-Request-Id', self.environ['cmres.request_id']
+        for name in ('X-Request-Id', 'X-Openstack-Request-Id'):
+            yield name, self.environ['cmres.request_id']
         if self.status in (429, 503):
             yield 'Retry-After', f"{self.environ.get('cmres.retry_after', RETRY)}"
         token = self.environ.get('cmres.token')
@@ -15876,15 +15924,15 @@ class Reply:
 
     def refuse(self, error: Error) -> list[bytes]:
         note_wait(self.environ, error)
-        return self.say(error.status, json_text(error_body(error)).encode(), 'application/json')
+        body = json_text(error_body(error)).encode()
+        return self.say(error.status, body, UNKEPT | headers_of(error))
 
-    def say(self, status: int, body: bytes, kind: str) -> list[bytes]:
+    def say(self, status: int, body: bytes, headers: dict) -> list[bytes]:
         """A whole answer."""
         from http.client import responses
-        challenge = [('WWW-Authenticate', 'Bearer')] if status == 401 else []
         self.begin(f'{status} {responses[status]}', [
-            ('Content-Type', kind), ('Content-Length', f'{len(body)}'), *challenge])
-        return [body]
+            *headers.items(), ('Content-Length', f'{len(body)}')])
+        return [] if self.environ['REQUEST_METHOD'] == 'HEAD' else [body]
 
 
 class Counting:
@@ -16336,17 +16384,19 @@ defer></script>
 <a href="#kinds">kinds</a></nav>
 % for tag, (text, entries) in tags.items():
 <h2 id="{{tag}}">{{tag.capitalize()}}</h2>
-<p class="soft">{{text.capitalize()}}.</p>
-% for verb, path, entry, arguments in entries:
+<p class="soft">{{text[0].upper() + text[1:]}}.</p>
+% for verb, path, entry, arguments in sorted(entries, key=lambda each: 'deprecated' in each[2]):
 <details class="card"><summary><strong>{{verb}}</strong> <code>{{path}}</code>
 {{'(old form)' if entry.get('deprecated') else ''}}
 <span class="soft">{{entry['summary']}}</span></summary>
+% if entry['description'].rstrip('.') != entry['summary']:
 <p>{{entry['description']}}</p>
+% end
 % if arguments:
 <div class="scroll"><table>
 <thead><tr><th>Argument</th><th>In</th><th>Kind</th><th>Meaning</th></tr></thead><tbody>
 % for name, place, needed, kind, meaning in arguments:
-<tr><td data-name="Argument"><code>{{name}}</code>{{' (needed)' if needed else ''}}</td>
+<tr><td data-name="Argument"><span><code>{{name}}</code>{{' (needed)' if needed else ''}}</span></td>
 <td data-name="In">{{place}}</td><td data-name="Kind">{{kind}}</td>
 <td data-name="Meaning">{{meaning}}</td></tr>
 % end
@@ -16370,7 +16420,8 @@ defer></script>
 % if kind.get('properties'):
 <dl>
 % for field, schema in kind['properties'].items():
-<dt>{{field}}</dt><dd>{{told(schema)}}</dd>
+<dt>{{field}}</dt><dd>{{told(schema)}}
+<span class="soft">{{schema.get('description', '')}}</span></dd>
 % end
 </dl>
 % else:

@@ -3878,6 +3878,29 @@ def test_what_a_series_goes_without_counts_against_no_limit_of_what_it_gets_inst
     assert {each['outcome'] for each in eva.update('often', repeat='daily', count=4)['occurrences']} == {'cancelled', 'booked'}
 
 
+def statements(deed) -> list[str]:
+    """What SQLite is asked by something, but for the beginning and the end of its transaction."""
+    seen, connection = [], cmres.db.connection()
+    connection.set_trace_callback(seen.append)
+    try:
+        deed()
+    finally:
+        connection.set_trace_callback(None)
+    # The programs of triggers are told as if their statement came again.
+    return [sql for sql, _ in itertools.groupby(seen) if not sql.startswith(('BEGIN', 'COMMIT'))]
+
+
+@pytest.mark.parametrize('name, most, deed', [
+    ('add', 12, lambda eva: book(eva, 'new', 5, 6)),
+    ('add of a series', 12, lambda eva: book(eva, 'new', 5, 6, repeat='daily', count=5)),
+    ('extend', 15, lambda eva: eva.extend('lab', hours(1))),
+    ('delete', 15, lambda eva: eva.delete('lab'))])
+def test_what_is_decided_in_memory_asks_the_store_little(world, name, most, deed):
+    eva = world.as_user()
+    book(eva, start=3, end=4), book(eva, 'other', 3.5, 6)
+    assert len(statements(lambda: deed(eva))) <= most
+
+
 REFUSALS = {
     'add': lambda service: book(service, 'new', 1, 3, vms=9),
     'add of a series': lambda service: book(service, 'new', 1, 3, vms=9, repeat='daily', count=9),
@@ -13028,7 +13051,8 @@ def test_openapi_points_only_to_what_it_has_and_names_every_kind_once(app):
     assert len(kinds) == len(set(kinds))
     assert {each['tags'][0] for verbs in described['paths'].values() for each in verbs.values()} <= {
         each['name'] for each in described['tags']}
-    assert set(described['paths']) >= {'/healthz', '/readyz', '/openapi.json', '/calendar/{secret}.ics'}
+    routes = {(each.method.lower(), re.sub(r'<(\w+)[^>]*>', r'{\1}', each.rule)) for each in app.web.app.routes}
+    assert routes == {(verb, path) for path, verbs in described['paths'].items() for verb in verbs}
     assert described['paths'][BASE + '/reservation']['post']['requestBody']['content']['application/json'][
         'example'] == {'label': 'lab', 'resource': 'demo', 'start': '2026-12-01T09:00', 'end': '+2h', 'vms': '3',
                        'flavor': 'm1.small', 'image': 'cirros'}
@@ -13103,6 +13127,8 @@ def test_every_status_that_was_met_is_told(app):
             ('POST', '/reservation/import', '/reservation/import', {'file': 'x'}, 422, {})):
         app.call(verb, path, body, status, **headers)
         assert f'{status}' in described[BASE + where][verb.lower()]['responses']
+    for path, kind in (('/healthz', cmres.HealthAnswer), ('/readyz', cmres.ReadyAnswer)):
+        assert misfit(app.web.get(path, status='*').json, kind) == ''
     assert '403' in described[BASE + '/check']['get']['responses']
     assert not {'403', '412'} & described[BASE + '/reservation']['get']['responses'].keys()
 
@@ -13229,7 +13255,8 @@ def test_a_page_of_a_list_links_to_the_next(app):
     ('/healthz', 'GET, HEAD, OPTIONS'), (f'{BASE}/check', 'GET, HEAD, OPTIONS'), (f'{BASE}/claim/', 'OPTIONS, POST'),
     (f'{BASE}/reservation', 'DELETE, GET, HEAD, OPTIONS, POST'),
     (f'{BASE}/reservation/lab', 'DELETE, GET, HEAD, OPTIONS, PATCH'), ('/calendar/x.ics', 'GET, HEAD, OPTIONS'),
-    (f'{BASE}/limit/1', 'DELETE, OPTIONS'), (f'{BASE}/calendar/subscription', 'OPTIONS, POST')])
+    ('/metrics', 'GET, HEAD, OPTIONS'), (f'{BASE}/limit/1', 'DELETE, OPTIONS'),
+    (f'{BASE}/calendar/subscription', 'OPTIONS, POST')])
 def test_an_address_tells_its_verbs(app, path, allowed):
     told = app.web.options(path, status=204)
     wrong = app.web.request(path, method='PUT', status=405)
@@ -13286,7 +13313,7 @@ def test_a_list_may_come_with_commas_or_each_on_its_own(app):
 
 
 def test_who_comes_too_often_is_told_when_to_come_again(app, monkeypatch):
-    for error, seconds in ((cmres.TooMany('x'), '5'), (Unavailable('x', retry_after=7.2), '8')):
+    for error, seconds in ((cmres.TooMany('x'), f'{cmres.RETRY}'), (Unavailable('x', retry_after=7.2), '8')):
         def refuse(self, error=error):
             raise error
         monkeypatch.setattr(cmres.Reservations, 'check', refuse)
@@ -13308,7 +13335,8 @@ def test_the_readme_lists_every_address():
     listed = set()
     for verbs, path in re.findall(r'^\| ([A-Z]+(?: or [A-Z]+)?) `(/[^`]*)`', (MODULE.parent / 'README.md').read_text(), re.M):
         listed |= {(verb, path) for verb in verbs.split(' or ')}
-    assert listed == {(verb, path) for operation in API.values() for verb, path, _ in operation.routes}
+    assert listed - {('GET', cmres.METRICS_PATH)} == {
+        (verb, path) for operation in API.values() for verb, path, _ in operation.routes}
 
 
 # Shares ######################################################################
@@ -13780,6 +13808,17 @@ def gated(world):
         world.service.config, world.service.shares = config, cmres.Shares(config)
         return Gated(world, world.service.token_add('eva', 'biology', role)['token'], cycle=cycle)
     return make
+
+
+def test_the_gate_answers_each_verb_as_what_is_behind_it(gated):
+    admin = gated('admin')
+    assert admin.ask('/metrics', 'HEAD').status_int == 200 and not admin.ask('/metrics', 'HEAD').body
+    for path in ('/metrics', '/healthz'):
+        told = admin.ask(path, 'TRACE')
+        assert told.status_int == 405 and told.headers['Allow'] == 'GET, HEAD, OPTIONS'
+    answer = gated('user').ask('/metrics')
+    assert answer.status_int == 403 and answer.headers['Cache-Control'] == 'no-store'
+    assert answer.headers['X-Openstack-Request-Id'] == answer.headers['X-Request-Id']
 
 
 def test_who_asks_too_often_waits_and_others_do_not(world, gated):
@@ -15507,6 +15546,16 @@ def test_answers_of_a_client_are_read_by_name_and_as_attributes(client):
     group = client.add('exam', '-', hours(1), hours(2), part='demo:1,demo:2')
     assert [each.vms for each in group.parts] == [1, 2]
     assert client.resource_show('demo').held_now == {'vms': 0, 'vcpus': 0, 'ram': 0}
+
+
+def test_a_client_reads_what_a_server_of_another_version_answers():
+    read, at = cmres.as_answer, '2026-12-01T12:00:00+00:00'
+    newer = read({'steps': 1, 'differences': 0, 'seen': [{'at': at}], 'end': at}, cmres.CheckAnswer)
+    assert newer.steps == 1 and newer.seen == [{'at': NOON}] and newer['end'] == at
+    older = read([{'label': 'lab', 'start': at}], list[cmres.ReservationAnswer])
+    assert older == [{'label': 'lab', 'start': NOON}]
+    assert read({'label': 'lab', 'duration': '2h', 'seconds': 7200}, API['duration'].answers).seconds == 7200
+    assert read({'label': 'lab', 'parts': []}, API['duration'].answers).parts == []
 
 
 def test_no_name_of_the_module_is_given_twice():
@@ -19792,7 +19841,7 @@ def test_a_credential_is_read_anew_after_a_401_and_nobody_else_knocks_for_a_whil
 
 
 def test_a_cloud_that_is_not_there_or_not_in_the_file_is_told_of(nova, tmp_path):
-    with pytest.raises(cmres.CloudError, match="there is no cloud 'nosuch' in clouds.yaml"):
+    with pytest.raises(cmres.CloudError, match='the cloud nosuch is not in clouds.yaml'):
         verbs(nova, 'nosuch').servers()
     nova.stop()
     with pytest.raises(cmres.CloudError, match='the cloud lab could not be reached: .') as failure:
