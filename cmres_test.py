@@ -13794,7 +13794,7 @@ class Gated(Rest):
     def ask(self, path='/resource/', verb='GET', body=None, **headers):
         self.web.extra_environ = {'REMOTE_ADDR': headers.pop('peer', self.address)}
         bearer = {'Authorization': f'Bearer {self.token}'} if self.token else {}
-        path = path if path.startswith(('/cm/', '/metrics', '/healthz', '/readyz',
+        path = path if path.startswith(('/cm/', '/metrics', '/healthz', '/readyz', '/sign-in',
                                         '/calendar/')) else cmres.BASE + path
         return self.web.request(path, method=verb, status='*', body=json.dumps(body or {}).encode(),
                                 headers={'Content-Type': 'application/json', **bearer, **headers})
@@ -14101,6 +14101,15 @@ def test_the_id_that_a_request_brings_is_kept_if_it_is_one(world, gated):
     for said, kept in (('abc-1.2_3', True), ('a b', False), ('x' * 65, False), ('', False)):
         found = eva.ask(**{'X-Request-Id': said}).headers['X-Request-Id']
         assert (found == said) is kept and re.fullmatch('req-[0-9a-f-]{36}|abc-1.2_3', found)
+
+
+@pytest.mark.parametrize('name', ['Authorization', 'X-Auth-Token', 'Accept', 'Accept-Encoding', 'Origin',
+                                  'If-Match', 'If-None-Match', 'Idempotency-Key', 'X-Request-Id',
+                                  'X-Forwarded-For', 'Sec-Fetch-Site', 'Cookie'])
+def test_a_header_that_is_not_utf_8_is_no_mistake_of_ours(gated, name):
+    eva = gated()
+    for path in ('/resource/', '/sign-in', '/metrics'):
+        assert eva.ask(path, **{name: '\xe9'}).status_int < 500
 
 
 def test_nothing_is_written_for_a_client_that_has_hung_up(world, gated):
