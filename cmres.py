@@ -15198,7 +15198,7 @@ def sent(text: str | bytes, status: int, headers: dict):
     import bottle
     import gzip
     data = text if isinstance(text, bytes) else text.encode('utf8', 'replace')
-    takes = bottle.request.get_header('Accept-Encoding', '')
+    takes = header(bottle.request, 'Accept-Encoding')
     if len(data) >= LEAST_GZIP and TAKES_GZIP.search(takes):
         data = gzip.compress(data, 5, mtime=0)
         headers = headers | {'Content-Encoding': 'gzip'}
@@ -15206,6 +15206,11 @@ def sent(text: str | bytes, status: int, headers: dict):
 
 
 TAKES_GZIP = re.compile(r'(?:^|[,\s])gzip(?!\s*;\s*q=0(?:\.0*)?\s*(?:,|$))')
+
+
+def header(request, name: str, default: str | None = '') -> str | None:
+    """A header of a request, whatever bytes it has: bottle's own reader wants UTF-8."""
+    return request.environ.get(f"HTTP_{name.upper().replace('-', '_')}", default)
 
 
 def refused(error: Error):
@@ -15258,7 +15263,7 @@ def tag_of(acting: Reservations, bound: dict) -> str:
 
 def unchanged(acting: Reservations, operation: Operation, bound: dict, request) -> Callable | None:
     """What refuses a change that was meant for another state (RFC 9110, 13.1.1)."""
-    wanted = request.get_header('If-Match', '*')
+    wanted = header(request, 'If-Match', '*')
     if wanted.strip() == '*' or not bound.get('label') or not is_about_one(operation):
         return None
 
@@ -15273,7 +15278,7 @@ def unchanged(acting: Reservations, operation: Operation, bound: dict, request) 
 def once_of(acting: Reservations, operation: Operation, bound: dict, request,
             given: dict) -> Once | None:
     """The key of a POST that has one; a dry run keeps nothing, not even that."""
-    key = request.get_header('Idempotency-Key')
+    key = header(request, 'Idempotency-Key', None)
     if key is None or request.method != 'POST' or bound.get('dry_run'):
         return None
     if not re.fullmatch('[!-~]{1,255}', key):
@@ -15370,7 +15375,7 @@ def feed_handler(service: Reservations) -> Callable:
             etag, text = written.current(secret)
         except Error as error:
             return refused(error)
-        same = etag in bottle.request.headers.get('If-None-Match', '')
+        same = etag in header(bottle.request, 'If-None-Match')
         return sent(b'' if same else text, 304 if same else 200, UNKEPT | {
             'Content-Type': 'text/calendar; charset=utf-8', 'ETag': etag,
             'Cache-Control': 'private, no-cache'})
@@ -15722,10 +15727,9 @@ def while_there(environ: dict) -> Callable[[], None]:
 
 def bearer(request) -> str:
     """The token of a request; '' without one."""
-    environ = request.environ  # as it came: a header may be no UTF-8
-    scheme, _, token = environ.get('HTTP_AUTHORIZATION', '').partition(' ')
+    scheme, _, token = header(request, 'Authorization').partition(' ')
     token = token if scheme.lower() == 'bearer' else ''
-    return (token or environ.get('HTTP_X_AUTH_TOKEN', '')).strip()
+    return (token or header(request, 'X-Auth-Token')).strip()
 
 
 def read_query(request, several: Iterable[str] = ()) -> dict:
@@ -17250,11 +17254,11 @@ class Pages:
         """Refuses what another site's page sends: by where it comes from, and by what only our
         forms know.
         """
-        origin = request.get_header('Origin')
-        ours = (request.get_header('Host'), urlsplit(self.service.config.address).netloc or None)
+        origin = header(request, 'Origin')
+        ours = (header(request, 'Host'), urlsplit(self.service.config.address).netloc or None)
         elsewhere = origin and (urlsplit(origin).netloc or '-') not in ours
         if (elsewhere
-            or request.get_header('Sec-Fetch-Site', 'same-origin') not in ('same-origin', 'none')):
+            or header(request, 'Sec-Fetch-Site', 'same-origin') not in ('same-origin', 'none')):
             raise Forbidden('this form comes from another site')
         if (not secrets.compare_digest(given.pop('form', '').encode(), visit.form.encode())
             and signed_in):
@@ -17482,7 +17486,7 @@ class Pages:
         import bottle
         text = self.shown(visit, label, given)[1]
         tag = f'"{hashed(text)[:20]}"'
-        same = tag == bottle.request.get_header('If-None-Match')
+        same = tag == header(bottle.request, 'If-None-Match')
         return answered('' if same else text, 304 if same else 200, {'ETag': tag})
 
     def shown(self, visit: Visit, label: str, given: dict) -> tuple[dict, str, str]:
@@ -17959,7 +17963,7 @@ def web(service: Reservations):
 
     def told(failure):
         request, sentence = bottle.request, error_text(failure, bottle.request, bottle.response)
-        for_people = 'text/html' in request.get_header('Accept', '')
+        for_people = 'text/html' in header(request, 'Accept')
         if not sentence or not for_people or request.path.startswith((BASE, '/calendar/')):
             return sentence
         for name, value in SAFE.items():

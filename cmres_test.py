@@ -12998,6 +12998,17 @@ def test_without_a_good_token_there_is_nothing_to_see(app, value):
         assert answer.headers['WWW-Authenticate'] == 'Bearer' and 'token' in answer.json['error']
 
 
+def test_a_header_may_be_of_any_bytes(app):
+    page = webtest.TestApp(cmres.web(app.world.service))
+    for name in ('Accept', 'Accept-Encoding', 'Accept-Language', 'Cookie', 'If-Match', 'If-None-Match', 'Idempotency-Key',
+                 'Origin', 'X-Auth-Token', 'X-Request-Id', 'X-Forwarded-For', 'Content-Encoding'):
+        for path in ('/', '/sign-in', '/healthz', '/nothing', '/calendar/x.ics', f'{BASE}/reservation'):
+            assert page.get(path, headers={name: '\xe9\xff'}, status='*').status_int < 500, (name, path)
+    app.call('POST', '/reservation/', FINE, 400, Idempotency_Key='\xe9')
+    app.call('POST', '/reservation/', FINE, 201, Content_Type='application/json; charset=\xe9')
+    app.call('PATCH', '/reservation/lab', {'vms': 2}, 412, If_Match='"\xe9"')
+
+
 def test_a_revoked_token_is_worth_nothing(app):
     eva = app.as_user()
     assert eva.call('GET', '/reservation').json == []
