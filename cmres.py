@@ -15665,7 +15665,18 @@ def plain_path(environ: dict) -> None:
         environ['bottle.raw_path'].encode('latin1').decode('utf8')
     except UnicodeDecodeError:
         raise bottle.HTTPError(400, 'the address is not UTF-8') from None
+    legible_headers(environ)
     environ['PATH_INFO'] = environ['PATH_INFO'].rstrip('/') or '/'
+
+
+def legible_headers(environ: dict) -> None:
+    """Makes that every header can be read: letters of one that is not UTF-8 become `?`."""
+    for name, value in environ.items():
+        if name.startswith('HTTP_') and not value.isascii():
+            try:
+                value.encode('latin1').decode('utf8')
+            except UnicodeError:
+                environ[name] = value.encode('ascii', 'replace').decode()
 
 
 def who_asks(service: Reservations, request, visitor: Callable | None = None) -> Actor:
@@ -18764,7 +18775,7 @@ def key_rotate(config: Config) -> dict:
     Example:
       python cmres.py key rotate
     """
-    refuse_missing(config)
+    refuse_missing(config.database)
     file, until = key_file(config.database, config.key), int(time.time() + config.signed_in)
     return {'file': file, 'keys': rotate_key(file, until), 'old_until': instant(until)}
 
@@ -19400,7 +19411,7 @@ def what_follows(operation: Operation, asked: Callable, bound: dict, answer) -> 
     if not answer or len(answer) < bound.get('limit', limit.default) or 'id' not in answer[-1]:
         return ''
     last = answer[-1]
-    after = cursor_of(last)
+    after = last['id'] if operation.name == 'events' else cursor_of(last)
     shown = last['id'] if operation.name == 'events' else f"{last['start']:%Y-%m-%dT%H:%M:%SZ}/{last['id']}"
     return f'--after {shown}' if asked(**bound | {'after': after, 'limit': 1}) else ''
 
