@@ -15665,18 +15665,7 @@ def plain_path(environ: dict) -> None:
         environ['bottle.raw_path'].encode('latin1').decode('utf8')
     except UnicodeDecodeError:
         raise bottle.HTTPError(400, 'the address is not UTF-8') from None
-    legible_headers(environ)
     environ['PATH_INFO'] = environ['PATH_INFO'].rstrip('/') or '/'
-
-
-def legible_headers(environ: dict) -> None:
-    """Makes that every header can be read: letters of one that is not UTF-8 become `?`."""
-    for name, value in environ.items():
-        if name.startswith('HTTP_') and not value.isascii():
-            try:
-                value.encode('latin1').decode('utf8')
-            except UnicodeError:
-                environ[name] = value.encode('ascii', 'replace').decode()
 
 
 def who_asks(service: Reservations, request, visitor: Callable | None = None) -> Actor:
