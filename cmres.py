@@ -28,7 +28,8 @@ The words, used everywhere in one sense:
   resource     a place with a capacity: what its cell, cloud, region, aggregate holds at most
   reservation  what somebody asked for, under a label: a resource, machines, a window of time
   occurrence   one interval of a reservation; it holds capacity and has its own state and servers
-  state        waiting, pending, reserved, starting, active, degraded, ending, ended, cancelled or failed
+  state        waiting, pending, reserved, starting, active, degraded, ending, ended,
+               cancelled or failed
   server       one virtual machine that a cloud made for an occurrence
   usage        how much of a resource is held at each instant: a step function of time
   event        one line of the journal: when, who, what, to which reservation, why
@@ -38,7 +39,7 @@ The file reads from top to bottom; a section uses only the sections above it:
   Errors, Time, Repetition            sentences, instants, wall times that come again and again
   Config, Metrics, Calls, Answers     settings; what is counted; what becomes arguments; answers
   Store, Capacity                     what is on disk; the rule that admits
-  Clouds, Notices, Shares, Calendar   what boots VMs; who is told; who may be slow; iCalendar in and out
+  Clouds, Notices, Shares, Calendar   what boots VMs; who is told; who may be slow; iCalendar
   Service, Wishes, Limits             who asks; what is asked; how much anybody may have
   Holding, Series, Admission          one occurrence, many, whole reservations, by the rule
   Waiting, Requests, Plan             the waiting list; what people ask for; what operators do
@@ -107,7 +108,9 @@ log = logging.getLogger('cmres')
 
 
 class Error(Exception):
-    """What could not be done and what would be right, in one sentence; `details` says more to programs."""
+    """What could not be done and what would be right, in one sentence; `details` says more to
+    programs.
+    """
     status = 500
 
     def __init__(self, sentence: str, **details):
@@ -190,10 +193,12 @@ def first_line(error: Exception) -> str:
 
 UTC = timezone.utc
 FIRST, LAST = datetime(1970, 1, 1, tzinfo=UTC), datetime(2200, 1, 1, tzinfo=UTC)
-ZONED = re.compile(r'(.*)\[([A-Za-z0-9_+/-]{1,64})\]')  # a time and the zone of its clock (RFC 9557)
+# a time and the zone of its clock (RFC 9557)
+ZONED = re.compile(r'(.*)\[([A-Za-z0-9_+/-]{1,64})\]')
 DURATION = re.compile(r'\+?' + ' *'.join(
     rf'(?:(\d{{1,10}}(?:\.\d{{1,3}})?) ?(?:{unit}))?' for unit in (
-        'w|weeks?', 'd|days?', 'h|hrs?|hours?', 'm|mins?|minutes?', 's|secs?|seconds?')), re.I | re.A)
+        'w|weeks?', 'd|days?', 'h|hrs?|hours?', 'm|mins?|minutes?', 's|secs?|seconds?')),
+                      re.I | re.A)
 CLOCK_LENGTH = re.compile(r'\+?(\d{1,4}):([0-5]\d)')
 ISO_DURATION = re.compile(
     r'P(?:(\d{1,4})W)?(?:(\d{1,5})D)?(?:T(?:(\d{1,6})H)?(?:(\d{1,8})M)?(?:(\d{1,10})S)?)?',
@@ -227,7 +232,9 @@ def instant(seconds: float | None) -> datetime | None:
 
 
 def zone_table() -> str:
-    """Which releases of the zone table are here: that of the system, and that of the package tzdata."""
+    """Which releases of the zone table are here: that of the system, and that of the package
+    tzdata.
+    """
     from importlib.metadata import version
     try:
         with open('/usr/share/zoneinfo/tzdata.zi', encoding='ascii') as file:
@@ -245,14 +252,18 @@ def read_zone(name: str) -> ZoneInfo:
     try:
         return ZoneInfo(name)
     except (ValueError, OSError, KeyError):
-        raise Invalid(f"unknown time zone '{name}'; write one such as Europe/Paris or UTC") from None
+        raise Invalid(f"unknown time zone '{name}'; write one such as Europe/Paris or "
+                      'UTC') from None
 
 
 def machine_zone(environ: dict, link: str = '/etc/localtime') -> str:
-    """The name of the zone that the clocks of this machine show: by TZ, else by what `link` points to."""
+    """The name of the zone that the clocks of this machine show: by TZ, else by what `link` points
+    to.
+    """
     where = environ.get('TZ') or (os.path.realpath(link) if os.path.islink(link) else '')
     name = where.removeprefix(':').rpartition('/zoneinfo/')[2]
-    return name if known_zone(name) and not re.fullmatch('(Etc/)?(UTC|UCT|Zulu|Universal)', name) else 'UTC'
+    return (name if known_zone(name) and not re.fullmatch('(Etc/)?(UTC|UCT|Zulu|Universal)', name)
+            else 'UTC')
 
 
 def parse_time(text: str, zone: ZoneInfo, now: datetime, after: datetime | None = None) -> datetime:
@@ -290,7 +301,9 @@ def parse_time(text: str, zone: ZoneInfo, now: datetime, after: datetime | None 
 
 
 def iso_time(word: str, zone: ZoneInfo) -> datetime | None:
-    """The instant of a time in ISO 8601, maybe with a zone in brackets (RFC 9557); None if it is none."""
+    """The instant of a time in ISO 8601, maybe with a zone in brackets (RFC 9557); None if it is
+    none.
+    """
     if named := ZONED.fullmatch(word):
         word, zone = named[1], ZoneInfo(named[2]) if known_zone(named[2]) else None
     # Python takes any letter between date and time.
@@ -304,7 +317,9 @@ def iso_time(word: str, zone: ZoneInfo) -> datetime | None:
 
 
 def spoken_time(text: str, zone: ZoneInfo, after: datetime, now: datetime) -> datetime | None:
-    """The instant that words name: a date and what a clock shows, or one of both; None if it is none."""
+    """The instant that words name: a date and what a clock shows, or one of both; None if it is
+    none.
+    """
     words, zone, called = zone_of_words(text, zone)
     clocks = [word for word in words if read_clock(word) is not None]
     day = ' '.join(word for word in words if word not in clocks)
@@ -318,7 +333,8 @@ def spoken_time(text: str, zone: ZoneInfo, after: datetime, now: datetime) -> da
 
 
 #: A time, what clocks call theirs, and the zone that they are in, as `format_moment` writes them.
-WITH_ZONE = re.compile(r'(.*\d.*?)(?: ([A-Z]{1,5}|[+-]\d{2,4}))?(?: \(?([A-Za-z]\w+/[\w/+-]+|UTC)\)?)?')
+WITH_ZONE = re.compile(r'(.*\d.*?)(?: ([A-Z]{1,5}|[+-]\d{2,4}))?'
+                       r'(?: \(?([A-Za-z]\w+/[\w/+-]+|UTC)\)?)?')
 
 
 def zone_of_words(text: str, zone: ZoneInfo) -> tuple[list[str], ZoneInfo | None, str]:
@@ -514,15 +530,16 @@ def format_duration(length: float) -> str:
 #
 #   An hour that doesn't exist is taken with the offset before the gap: 02:30 becomes 03:30.
 #   An hour that exists twice is taken the first time (both RFC 5545, 3.3.5).
-#   An end that was typed as a time is a wall time as well: a night from 22:00 to 06:00 ends at 06:00
-#   on every date. A length is a length on every date: six hours are six, a day is to the same hour
-#   of the next day (RFC 5545, 3.3.6).
+#   An end that was typed as a time is a wall time as well: a night from 22:00 to 06:00 ends at
+#   06:00 on every date. A length is a length on every date: six hours are six, a day is to the same
+#   hour of the next day (RFC 5545, 3.3.6).
 
 MOST_OCCURRENCES = 2000  # of a series within the horizon
 MOST_A_DAY = 100
 MOST_RULE = 4000  # letters
 #: What may stand in a rule, and between which numbers (RFC 5545, 3.3.10).
-RULE_PARTS = {'FREQ': None, 'UNTIL': None, 'WKST': None, 'BYDAY': None, 'COUNT': (1, 100_000), 'INTERVAL': (1, 1000),
+RULE_PARTS = {'FREQ': None, 'UNTIL': None, 'WKST': None, 'BYDAY': None, 'COUNT': (1, 100_000),
+              'INTERVAL': (1, 1000),
               'BYMONTH': (1, 12), 'BYMONTHDAY': (1, 31), 'BYYEARDAY': (1, 366), 'BYWEEKNO': (1, 53),
               'BYSETPOS': (1, 366), 'BYHOUR': (0, 23), 'BYMINUTE': (0, 59), 'BYSECOND': (0, 59)}
 CLOCK_PARTS = ('BYHOUR', 'BYMINUTE', 'BYSECOND')
@@ -552,7 +569,8 @@ class Stretch(NamedTuple):
     until: str = ''    # ... to before then belong to this stretch
     shift: int = 0     # how much later than its slot each occurrence starts
     moved: dict = {}   # slot: (wall time, length, vms, exact) of those that are otherwise
-    exact: int = 0     # elapsed seconds from the end of `length` on: what clocks show of them may differ
+    # elapsed seconds from the end of `length` on: what clocks show of them may differ
+    exact: int = 0
 
     @property
     def single(self) -> bool:
@@ -560,7 +578,9 @@ class Stretch(NamedTuple):
 
 
 class Slot(NamedTuple):
-    """An occurrence that a series wants: its key ('' if it is the only one), and seconds since 1970."""
+    """An occurrence that a series wants: its key ('' if it is the only one), and seconds since
+    1970.
+    """
     key: str
     start: int
     end: int
@@ -581,7 +601,8 @@ def typed_wall(moment: datetime, zone: ZoneInfo) -> datetime:
 
 def typed_length(end: datetime | timedelta, start: datetime, first: datetime,
                  zone: ZoneInfo) -> tuple[int, int]:
-    """The length of a stretch that an end asks for: seconds by the clocks, and exact ones after that.
+    """The length of a stretch that an end asks for: seconds by the clocks, and exact ones after
+    that.
 
     Args:
       end: a length keeps its hours; a time is one on the clocks
@@ -618,14 +639,18 @@ def read_repeat(text: str, here=None) -> str:
 SAME_RULES = {'weekdays': 'weekly on mon,tue,wed,thu,fri', 'biweekly': 'every 2 weeks',
               'fortnightly': 'every 2 weeks', 'every weekday': 'weekly on mon,tue,wed,thu,fri'}
 SPOKEN = re.compile(
-    r'(?:(?P<name>daily|weekly|monthly|yearly)|every(?: (?P<number>\d+))? (?P<unit>day|week|month|year)s?)'
+    r'(?:(?P<name>daily|weekly|monthly|yearly)|'
+    r'every(?: (?P<number>\d+))? (?P<unit>day|week|month|year)s?)'
     r'(?: on (?P<on>.+))?|every(?P<other> other)? (?P<days>.+)')
-SPOKEN_DAY = re.compile(r'(?:the )?(?:(first|second|third|fourth|fifth|last) )?([a-z]{2,})(?: of the month)?')
+SPOKEN_DAY = re.compile(r'(?:the )?(?:(first|second|third|fourth|fifth|last) )?([a-z]{2,})'
+                        '(?: of the month)?')
 SPOKEN_END = re.compile(r'(.+?),? (?:until (?:the )?(.+)|(?:for )?(\d+) times)')
 
 
 def spoken_rule(words: str) -> str:
-    """The RRULE of: daily, every tue and thu, every other week, monthly on last fri, weekly until 23 feb 2027."""
+    """The RRULE of: daily, every tue and thu, every other week, monthly on last fri, weekly until
+    23 feb 2027.
+    """
     text, ends = words, ''
     if match := SPOKEN_END.fullmatch(words):
         text = match[1]
@@ -679,7 +704,9 @@ def is_weekday(word: str) -> bool:
 
 
 def rule_in_words(rule: str) -> str:
-    """A repetition for people, which `read_repeat` reads back; the rule itself where words can't say it."""
+    """A repetition for people, which `read_repeat` reads back; the rule itself where words can't
+    say it.
+    """
     parts = dict(part.split('=') for part in rule.split(';'))
     unit = next(unit for unit, name in FREQUENCIES.items() if name == parts['FREQ'])
     number = int(parts.get('INTERVAL', 1))
@@ -689,7 +716,8 @@ def rule_in_words(rule: str) -> str:
     if parts.keys() - said or days is None or 'BYDAY' in parts and 'BYMONTHDAY' in parts:
         return rule
     if number == 1 and unit == 'week' and days:
-        every, days = 'every', days if days != 'Monday, Tuesday, Wednesday, Thursday and Friday' else 'weekday'
+        every, days = ('every', days if days != 'Monday, Tuesday, Wednesday, Thursday and Friday'
+                       else 'weekday')
     elif days:
         days = f'on {days}'
     ends = f"{parts['COUNT']} times" if 'COUNT' in parts else ''
@@ -735,10 +763,13 @@ def checked_rule(rule: str) -> str:
     if math.prod(parts.get(name, '').count(',') + 1 for name in CLOCK_PARTS) > MOST_A_DAY:
         raise ValueError(f'it is more than {MOST_A_DAY} times a day')
     if parts.get('FREQ') not in FREQUENCIES.values():
-        raise ValueError(f"FREQ={parts.get('FREQ', '')} is none of {', '.join(FREQUENCIES.values())}")
+        raise ValueError(f"FREQ={parts.get('FREQ', '')} is none of "
+                         f"{', '.join(FREQUENCIES.values())}")
     if not all(re.fullmatch(r'([+-]?([1-9]|[1-4]\d|5[0-3]))?(MO|TU|WE|TH|FR|SA|SU)', day)
-               for day in parts.get('BYDAY', 'MO').split(',')) or parts.get('WKST', 'MO') not in WEEKDAYS:
-        raise ValueError(f'{rule}: a day is MO, TU, WE, TH, FR, SA or SU, in BYDAY also 1MO or -1FR')
+               for day in parts.get('BYDAY', 'MO').split(',')) or parts.get('WKST',
+                                                                            'MO') not in WEEKDAYS:
+        raise ValueError(f'{rule}: a day is MO, TU, WE, TH, FR, SA or SU, in BYDAY also 1MO or '
+                         f'-1FR')
     if 'UNTIL' in parts and ('COUNT' in parts or not read_until(parts['UNTIL'])):
         raise ValueError(f'{rule}: UNTIL is such as 20261231T235959Z, and not beside a COUNT')
     return ';'.join(f'{name}={value}' for name, value in pairs)
@@ -748,7 +779,8 @@ def read_until(text: str) -> datetime | None:
     """The last instant of a rule as it stands there, a day to its end; None if it is none."""
     whole = text if 'T' in text else f'{text}T235959'
     try:
-        return datetime.strptime(whole.removesuffix('Z'), '%Y%m%dT%H%M%S') if len(whole) in (15, 16) else None
+        return (datetime.strptime(whole.removesuffix('Z'), '%Y%m%dT%H%M%S')
+                if len(whole) in (15, 16) else None)
     except ValueError:
         return None
 
@@ -814,7 +846,8 @@ def read_rule(rule: str, start: datetime) -> Rule:
     """A checked rule as numbers; what it leaves to its start is that of its start."""
     parts = parts_of(explicit(rule, start))
     months, monthdays, yeardays, weeks, positions = (
-        numbers_in(parts, f'BY{name}') for name in ('MONTH', 'MONTHDAY', 'YEARDAY', 'WEEKNO', 'SETPOS'))
+        numbers_in(parts, f'BY{name}')
+        for name in ('MONTH', 'MONTHDAY', 'YEARDAY', 'WEEKNO', 'SETPOS'))
     days = [(int(day[:-2] or 0), WEEKDAYS.index(day[-2:]))
             for day in parts.get('BYDAY', '').split(',') if day]
     unit = parts['FREQ']
@@ -1020,7 +1053,9 @@ def followed(rule: str, start: datetime, near: datetime) -> Iterator[datetime]:
 
 
 def walls(stretch: Stretch, near: datetime = datetime.min) -> Iterator[datetime]:
-    """The wall times of all slots of a stretch in order, those of its rule from one on; maybe for ever."""
+    """The wall times of all slots of a stretch in order, those of its rule from one on; maybe for
+    ever.
+    """
     start, listed = datetime.fromisoformat(stretch.start), sorted(listed_walls(stretch))
     ruled = followed(stretch.rule, start, near) if stretch.rule else ()
     skips, before = frozenset(stretch.skips), None
@@ -1112,7 +1147,8 @@ def all_slots(stretches: Iterable[Stretch], begin: float, until: float,
 
 def goes_on(stretches: Iterable[Stretch], after: float) -> bool:
     """Whether a series wants anything that begins after an instant."""
-    return any(slot.start >= after for stretch in stretches for slot in slots(stretch, after, LAST.timestamp()))
+    return any(slot.start >= after for stretch in stretches
+               for slot in slots(stretch, after, LAST.timestamp()))
 
 
 def stretches_before(stretches: list[Stretch], key: str) -> list[Stretch]:
@@ -1122,7 +1158,9 @@ def stretches_before(stretches: list[Stretch], key: str) -> list[Stretch]:
 
 
 def cut_stretches(stretches: list[Stretch], key: str, **changes) -> list[Stretch]:
-    """A series that is otherwise from a slot on: shifted by so many seconds more, or with other values."""
+    """A series that is otherwise from a slot on: shifted by so many seconds more, or with other
+    values.
+    """
     shift = changes.pop('shift', 0)
     after = [stretch._replace(since=max(stretch.since, key), shift=stretch.shift + shift, **changes)
              for stretch in stretches if not stretch.until or stretch.until > key]
@@ -1210,7 +1248,8 @@ TEXTS = {
     'kept': '{label} goes on until {end}\n{sentence}.',
     'released': '{label} was released\n{sentence}.',
     'pending': '{label} waits for a word\n{sentence}.',
-    'admitted': '{label} is reserved now\n{vms} vms on {resource} from {start} to {end}, after waiting.',
+    'admitted': '{label} is reserved now\n{vms} vms on {resource} from {start} to {end}, after '
+                'waiting.',
     'approved': '{label} is approved\n{sentence}.',
     'rejected': '{label} stays as it was\n{sentence}.',
     'maintenance': '{label} is in the way of a maintenance\n{sentence}.',
@@ -1239,10 +1278,12 @@ def setting(default, why: str, least=None, most=10**9):
 @dataclasses.dataclass(frozen=True)
 class Config:
     """Everything that can be set; once read, only what `read_again` takes is ever changed."""
-    database: str = setting('cmres.db', 'the SQLite file that holds everything; not on a network file system')
+    database: str = setting('cmres.db',
+                            'the SQLite file that holds everything; not on a network file system')
     key: str = setting('', 'the file that signs cookies and remembers the database; if empty, the '
                        'database with .key')
-    host: str = setting('127.0.0.1', 'the address that `serve` listens on; put a TLS proxy before any other')
+    host: str = setting('127.0.0.1',
+                        'the address that `serve` listens on; put a TLS proxy before any other')
     port: int = setting(8080, 'the port that `serve` listens on', 0, 65535)
     threads: int = setting(8, 'requests that are answered side by side', 1)
     slow_per_user: int = setting(2, 'requests of one user that may wait for clouds and calendars, '
@@ -1251,7 +1292,8 @@ class Config:
                                    'one host, at the same time', 1)
     outside_timeout: float = setting(
         50.0, 'seconds that one request may wait for clouds and calendars in all', 0.1)
-    url: str = setting('', 'a cmres server: with it, commands talk to that server and not to the database')
+    url: str = setting('', 'a cmres server: with it, commands talk to that server and not to the '
+                           'database')
     token: str = setting('', 'the token for that server')
     connections: int = setting(
         2000, 'connections that are open at the same time; for one more, the oldest on which '
@@ -1286,23 +1328,32 @@ class Config:
                                    'without it, that of the machine')
     workers: int = setting(32, 'calls to one cloud that run side by side', 1)
     call_timeout: float = setting(60.0, 'seconds after which a call to a cloud is given up', 0.1)
-    boot_timeout: float = setting(900.0, 'seconds after which a server that does not come up is made anew', 0.1)
-    settle: float = setting(15.0, 'seconds after a lost answer before a missing server is made again', 0.0)
+    boot_timeout: float = setting(900.0, 'seconds after which a server that does not come up is '
+                                         'made anew', 0.1)
+    settle: float = setting(15.0, 'seconds after a lost answer before a missing server is made '
+                                  'again', 0.0)
     common_names: str = setting(
         '', "what users may name on an account that is not their own project's, besides what is "
         'public there: KIND:NAME,KIND:NAME')
     poll: float = setting(1.0, 'seconds between looks at servers that are coming or going', 0.01)
     sweep: float = setting(60.0, 'seconds between looks at servers that should just be there', 0.01)
-    retry_first: float = setting(5.0, 'seconds before a failed boot or delete is tried again; doubles each time', 0.01)
+    retry_first: float = setting(5.0, 'seconds before a failed boot or delete is tried again; '
+                                      'doubles each time', 0.01)
     retry_most: float = setting(300.0, 'seconds that this pause grows to at most', 0.01)
-    lease: float = setting(6.0, 'seconds after which another scheduler takes over from one that is silent', 0.1)
-    notice: float = setting(600.0, 'seconds before a start and an end at which they are announced', 0.0)
-    end_grace: float = setting(600.0, 'seconds after an end at which what is not stopped, shelved or saved goes', 0.0)
-    webhook: str = setting('', 'an http(s) address that is told of every event that [texts] has words for')
-    webhook_secret: str = setting('', 'the key of the HMAC-SHA256 that signs what webhooks are sent')
+    lease: float = setting(6.0, 'seconds after which another scheduler takes over from one that is '
+                                'silent', 0.1)
+    notice: float = setting(600.0, 'seconds before a start and an end at which they are announced',
+                            0.0)
+    end_grace: float = setting(600.0, 'seconds after an end at which what is not stopped, shelved '
+                                      'or saved goes', 0.0)
+    webhook: str = setting('', 'an http(s) address that is told of every event that [texts] has '
+                               'words for')
+    webhook_secret: str = setting('',
+                                  'the key of the HMAC-SHA256 that signs what webhooks are sent')
     private_addresses: bool = setting(
         False, 'whether webhooks and calendars may be in private networks and on this machine')
-    mail_server: str = setting('', 'host:port of the SMTP server that takes notices; without one, no mail is sent')
+    mail_server: str = setting('', 'host:port of the SMTP server that takes notices; without one, '
+                                   'no mail is sent')
     mail_from: str = setting('cmres@localhost', 'the sender of mails')
     mail_domains: str = setting(
         '', 'the domains that mails may go to, with commas between; empty: any')
@@ -1316,26 +1367,36 @@ class Config:
         50, 'calendar feeds that one user may have in a project; 0: any number', 0)
     subscriptions_per_user: int = setting(
         50, 'calendars that one user may subscribe to in a project; 0: any number', 0)
-    horizon: int = setting(366, 'days ahead for which the occurrences of a repetition are reserved', 1, 3660)
-    calendar_poll: float = setting(300.0, 'seconds between looks at a calendar that somebody subscribed to', 0.1)
-    address: str = setting('', 'how people reach `serve`, for links, such as https://cmres.example.org')
+    horizon: int = setting(366,
+                           'days ahead for which the occurrences of a repetition are reserved', 1,
+                           3660)
+    calendar_poll: float = setting(300.0, 'seconds between looks at a calendar that somebody '
+                                          'subscribed to', 0.1)
+    address: str = setting('',
+                           'how people reach `serve`, for links, such as https://cmres.example.org')
     signed_in: float = setting(43200.0, 'seconds after which people sign in to the page anew', 0.1)
-    login: str = setting('ssh {address}', 'how people log in to a machine, as their calendar tells them')
-    patience: float = setting(86400.0, 'seconds after which no later request is let pass one that waits', 0.0)
+    login: str = setting('ssh {address}',
+                         'how people log in to a machine, as their calendar tells them')
+    patience: float = setting(86400.0, 'seconds after which no later request is let pass one that '
+                                       'waits', 0.0)
     exempt_longest: float = setting(
         86400.0, 'seconds that a reservation may take at most to be exempt from limits', 0.0)
-    end_foreign: bool = setting(False, 'whether machines that people booted by hand on what they had reserved are '
+    end_foreign: bool = setting(False, 'whether machines that people booted by hand on what they '
+                                       'had reserved are '
                                 'deleted at its end')
-    retention: int = setting(400, 'days after which what is over is forgotten; reports keep its sums', 1, 36500)
+    retention: int = setting(400, 'days after which what is over is forgotten; reports keep its '
+                                  'sums', 1, 36500)
     project_texts: int = setting(
         100, 'MiB of user data, descriptions and metadata that a project may keep here', 1, 10**6)
-    orphan_grace: float = setting(60.0, 'age in seconds at which a server of ours that nothing wants is removed', 0.0)
+    orphan_grace: float = setting(60.0, 'age in seconds at which a server of ours that nothing '
+                                        'wants is removed', 0.0)
     verify_every: float = setting(
         3600.0, 'seconds between two checks of the database file for damage', 0.1)
     max_pass_age: float = setting(
         180.0, 'seconds after the last pass of the life cycle at which /readyz warns', 0.1)
     simulated_boot: float = setting(3.0, 'seconds that a boot takes on the cloud `simulated`', 0.0)
-    simulated_failures: float = setting(0.0, 'share of boots that end in ERROR there, 0 to 1', 0.0, 1.0)
+    simulated_failures: float = setting(0.0, 'share of boots that end in ERROR there, 0 to 1', 0.0,
+                                        1.0)
     simulated_vms: int = setting(0, 'servers that fit there; 0 means any number', 0)
     simulated_latency: float = setting(0.0, 'seconds that each call takes there', 0.0)
     credentials: dict = dataclasses.field(default_factory=dict)
@@ -1499,7 +1560,8 @@ def read_config_file(path: str) -> dict[str, dict]:
         with open(path, encoding='utf-8') as file:
             parser.read_file(file)
     except (OSError, UnicodeDecodeError, configparser.Error) as error:
-        raise Invalid(f"can't read the configuration '{path}': {str(error).splitlines()[0]}") from None
+        why = str(error).splitlines()[0]
+        raise Invalid(f"can't read the configuration '{path}': {why}") from None
     for section in set(parser.sections()) - set(SECTIONS):
         raise Invalid(f'{path}: unknown section [{section}]{nearest(section, SECTIONS)}')
     return {name: dict(parser[name]) if parser.has_section(name) else {} for name in SECTIONS}
@@ -1521,7 +1583,8 @@ def read_setting(name: str, text: str):
     try:
         value = read_bool(text) if isinstance(field.default, bool) else type(field.default)(text)
     except ValueError:
-        what = 'neither true nor false' if isinstance(field.default, bool) else f'not a number such as {field.default}'
+        what = ('neither true nor false' if isinstance(field.default, bool)
+                else f'not a number such as {field.default}')
         raise Invalid(f"setting {name}: '{text}' is {what}") from None
     least, most = field.metadata['least'], field.metadata['most']
     if least is not None and not least <= value <= most:
@@ -1697,7 +1760,8 @@ NewLabel = NewType('NewLabel', str)  # one that is given now
 Place = NewType('Place', str)      # a resource's name, or - for one found by its place
 Name = NewType('Name', str)        # somebody else's name: a user, a flavor, an image
 Text = NewType('Text', str)        # free text, up to 64 KiB
-File = NewType('File', str)        # text too; on the command line, the name of the file that holds it
+# text too; on the command line, the name of the file that holds it
+File = NewType('File', str)
 Count = NewType('Count', int)      # 1 to a million
 Page = NewType('Page', int)        # 1 to 10000 lines of a list
 Cursor = NewType('Cursor', str)    # where a list goes on: START/ID of the last line seen, or its id
@@ -1705,38 +1769,45 @@ Figure = NewType('Figure', int)    # 0 to 10^12
 Most = NewType('Most', int)        # a capacity figure; `unlimited` is UNLIMITED
 Span = NewType('Span', timedelta)  # a length of time
 When = datetime | timedelta        # an instant, or a length from what comes before it
-Day = date | datetime | timedelta  # that, or a date: the whole of it, in the zone of what it is about
+# that, or a date: the whole of it, in the zone of what it is about
+Day = date | datetime | timedelta
 Names = NewType('Names', list)     # several names; text is split at commas
 Pairs = NewType('Pairs', dict)     # names with values; text is k=v,k=v
 Classes = NewType('Classes', dict)  # resource classes with figures; text is CUSTOM_GPU=2,...
 Hosts = NewType('Hosts', list)     # names of hosts; text is m01,m02 or m[01-02]
-Parts = NewType('Parts', list)     # parts of a request, each with a resource or place and vms; text is gpu:2,cpu:20
+# parts of a request, each with a resource or place and vms; text is gpu:2,cpu:20
+Parts = NewType('Parts', list)
 Zone = NewType('Zone', str)        # a time zone; the zone of the bare times beside it
 Repeat = NewType('Repeat', str)    # a repetition, in words or as an RRULE
 Clash = NewType('Clash', str)      # refuse, skip or shift=DURATION
-Ics = NewType('Ics', str)          # iCalendar text, up to 16 MiB; on the command line, the file that holds it
+# iCalendar text, up to 16 MiB; on the command line, the file that holds it
+Ics = NewType('Ics', str)
 Source = NewType('Source', str)    # that, or the http(s) address of it
 Url = NewType('Url', str)          # an http(s) address, which may be a secret
-Rows = NewType('Rows', list)       # many reservations; on the command line, a CSV, JSON or YAML file
+# many reservations; on the command line, a CSV, JSON or YAML file
+Rows = NewType('Rows', list)
 
 UNLIMITED = -1
 WEB = 'https?://[!-~]+'
 CLASHES = ('refuse', 'skip', 'shift')
 NO_LABELS = ('add', 'delete', '-', '.', '..')  # addresses read them in another sense
 ANY = '-'  # for an argument that filters: anything, as if it were not given
-FILTERS = {'label', 'user', 'project', 'resource', 'cell', 'cloud', 'region', 'aggregate', 'vms', 'start', 'end'}
+FILTERS = {'label', 'user', 'project', 'resource', 'cell', 'cloud', 'region', 'aggregate', 'vms',
+           'start', 'end'}
 
 #: What each argument means, in the one sense that it has in every operation.
 WORDS = {
     'after': 'the earliest start, or in a list START/ID of the last line seen, or its id',
     'aggregate': 'host aggregate of the resource',
-    'at_end': 'what becomes of the machines at the end: delete, stop, shelve or snapshot (an image, then delete)',
+    'at_end': 'what becomes of the machines at the end: delete, stop, shelve or snapshot (an '
+              'image, then delete)',
     'before': 'the latest end',
     'by': 'how much longer, such as +1h',
     'cell': 'cell of the resource',
     'classes': 'other resource classes of Placement, with figures: CUSTOM_GPU=2',
     'cloud': 'cloud of the resource: a name in clouds.yaml, or simulated',
-    'count': 'how many; of a series, how many slots; for a delete by filter, the number that it must hit',
+    'count': 'how many; of a series, how many slots; for a delete by filter, the number that it '
+             'must hit',
     'description': 'free text for people',
     'dry_run': 'check and answer as if it were done, and keep nothing',
     'duration': 'length of the window, such as 2h, 90min, 1.5h or 1d12h',
@@ -1746,7 +1817,8 @@ WORDS = {
     'force': 'do it although occurrences that are admitted already would no longer fit',
     'following': 'not only that occurrence: all after it too',
     'holidays': 'an .ics file or address; on the days of its all-day events nothing is reserved',
-    'host': 'all of a host of the resource, by its name, m[01-05] for several; of `serve`, the address to listen on',
+    'host': 'all of a host of the resource, by its name, m[01-05] for several; of `serve`, the '
+            'address to listen on',
     'id': 'the id that the list shows',
     'image': 'image to boot, by name or id; without one, capacity is held and nothing boots',
     'kept': 'the VMs that were stopped or shelved at the end of a reservation and stay',
@@ -1758,29 +1830,38 @@ WORDS = {
     'metadata': 'metadata of the machines: k=v,k=v',
     'name': 'name of the resource: 1 to 64 letters, digits, . _ -',
     'network': 'network of the machines, by name or id; else what the cloud chooses',
-    'notify': 'mail addresses and http(s) addresses that are told what happens, with commas between',
+    'notify': 'mail addresses and http(s) addresses that are told what happens, with commas '
+              'between',
     'occurrence': 'of a series, the one that starts at this time or on this date',
-    'on_conflict': 'what a series does where one does not fit: refuse all, skip it, or shift=DURATION at most',
+    'on_conflict': 'what a series does where one does not fit: refuse all, skip it, or '
+                   'shift=DURATION at most',
     'named': 'whether hosts can be reserved by their names',
-    'part': 'one of several parts that are reserved together or not at all: RESOURCE:VMS, or :FLAVOR:IMAGE as well',
+    'part': 'one of several parts that are reserved together or not at all: RESOURCE:VMS, or '
+            ':FLAVOR:IMAGE as well',
     'partial': 'take the lines that fit, instead of all or nothing',
     'project': 'project that it belongs to',
     'purpose': 'what the token is for, such as laptop',
     'ram': 'most MiB of memory; with none, or `unlimited`, no limit',
     'region': 'region of the resource',
     'rename': 'the new name',
-    'repeat': 'daily, weekdays, weekly on tue,thu, every other tue, monthly on last fri, or an RRULE',
+    'repeat': 'daily, weekdays, weekly on tue,thu, every other tue, monthly on last fri, or an '
+              'RRULE',
     'resource': 'name of the resource, or - for one found by its place',
     'role': 'admin, user or reader',
-    'mode': 'whom Nova lets boot there: exclusive (who has reserved), shared (others too, while it is free), or open',
+    'mode': 'whom Nova lets boot there: exclusive (who has reserved), shared (others too, while it '
+            'is free), or open',
     'hold': 'for how long it must stay free for others to boot there, such as 1h',
     'resources': 'names of resources, with commas between',
-    'aggregates': 'names of aggregates, with commas between; without any, those that are marked already',
+    'aggregates': 'names of aggregates, with commas between; without any, those that are marked '
+                  'already',
     'ahead': 'the furthest start from now, such as 30d',
-    'approval': 'for how long a reservation there is held until an admin approves it, such as 2d; 0s needs none',
+    'approval': 'for how long a reservation there is held until an admin approves it, such as 2d; '
+                '0s needs none',
     'by_whom': 'project, user or resource',
-    'confirm': 'for how long it is held for you to `accept` it, once there is room; without one, it is yours at once',
-    'exempt': 'reservations of at most a day that begin within that from now are not limited, such as 4h',
+    'confirm': 'for how long it is held for you to `accept` it, once there is room; without one, '
+               'it is yours at once',
+    'exempt': 'reservations of at most a day that begin within that from now are not limited, such '
+              'as 4h',
     'least_notice': 'the nearest start from now, such as 1h',
     'longest': 'the longest window, such as 7d',
     'most_vms': 'most machines at once',
@@ -1797,7 +1878,8 @@ WORDS = {
     'scopes': 'what alone the token is good for: read, claim, calendar; without any, for all',
     'seed': 'the same seed gives the same reservations',
     'shell': 'bash, zsh or fish',
-    'server': 'a machine that you have, by name or id, instead of an image: it is started and stopped, never deleted',
+    'server': 'a machine that you have, by name or id, instead of an image: it is started and '
+              'stopped, never deleted',
     'skip_dates': 'dates without an occurrence, with commas between',
     'since': 'only what happened or was planned from then on; of sums, else the last 30 days',
     'start': 'a time: 2026-12-01 09:00, 9:00, tomorrow 9:00, mon 9:00, now, or +2h from now',
@@ -1834,7 +1916,8 @@ class Operation:
     @functools.cached_property
     def parameters(self) -> dict[str, inspect.Parameter]:
         signature = inspect.signature(self.method, eval_str=True)
-        return {name: each for name, each in signature.parameters.items() if name not in ('self', 'config')}
+        return {name: each for name, each in signature.parameters.items()
+                if name not in ('self', 'config')}
 
     @functools.cached_property
     def answers(self):
@@ -1921,16 +2004,19 @@ def bind(operation: Operation, given: dict, here: Here) -> dict:
     refuse_unknown(operation, given)
     anything = {name for name in FILTERS & given.keys()
                 if given[name] == ANY and parameters[name].default is not REQUIRED}
-    given = {name: value for name, value in given.items() if value is not None and name not in anything}
+    given = {name: value for name, value in given.items() if value is not None
+             and name not in anything}
     if given.get('part'):  # the parts name the resources
         given = {'resource': ANY} | given
-    missing = [name for name, each in parameters.items() if each.default is REQUIRED and name not in given]
+    missing = [name for name, each in parameters.items() if each.default is REQUIRED
+               and name not in given]
     if missing:
         raise Invalid(f"{missing[0]} is missing: {WORDS[missing[0]]}")
     if given.get('tz'):
         here = here._replace(zone=read_zone(read_argument('tz', given['tz'], Zone, here)))
     read = {}
-    for name in sorted(given, key=lambda name: name in AFTER):  # what others come after is read first
+    # what others come after is read first
+    for name in sorted(given, key=lambda name: name in AFTER):
         later = here._replace(after=start_of(read, AFTER.get(name), here))
         read[name] = read_argument(name, given[name], parameters[name].annotation, later)
     return read
@@ -2050,7 +2136,8 @@ def read_cursor(value, here: Here) -> str:
     """An id, or SECONDS-ID: the start and the id of a line."""
     start, _, id = str(value).replace('/', '-').rpartition('-')
     if type(value) is bool or not re.fullmatch('[0-9]{1,18}', id):
-        raise ValueError(f'{shown(value)} is not a whole number, nor the start and id of a line such as '
+        raise ValueError(f'{shown(value)} is not a whole number, nor the start and id of a line '
+                         f'such as '
                          '2026-12-01T12:00Z/7')
     if not start or re.fullmatch('[0-9]{1,11}', start):
         return '-'.join(filter(None, (start, id)))
@@ -2108,12 +2195,15 @@ def read_pairs(value, here=None) -> dict[str, str]:
     """Nova's metadata: at most 128 pairs, names and values of up to 255 characters."""
     pairs = value
     if isinstance(value, str):
-        pairs = dict(pair.split('=', 1) if '=' in pair else (pair, None) for pair in value.split(',') if pair)
-    if not isinstance(pairs, dict) or len(pairs) > 128 or not all(isinstance(each, str) for each in pairs.values()):
+        pairs = dict(pair.split('=', 1) if '=' in pair else (pair, None)
+                     for pair in value.split(',') if pair)
+    if (not isinstance(pairs, dict) or len(pairs) > 128
+        or not all(isinstance(each, str) for each in pairs.values())):
         raise ValueError(f'{shown(value)} is not k=v,k=v with at most 128 pairs')
     for name in pairs:
         if not re.fullmatch('[a-zA-Z0-9_:. -]{1,255}', name):
-            raise ValueError(f'{shown(name)} is not a name of 1 to 255 letters, digits, spaces, - _ : .')
+            raise ValueError(f'{shown(name)} is not a name of 1 to 255 letters, digits, spaces, - '
+                             f'_ : .')
     return {name: read_str(each) for name, each in pairs.items()}
 
 
@@ -2121,22 +2211,27 @@ def read_classes(value, here=None) -> dict[str, int]:
     """Names as Placement has them, each with a figure; `unlimited` is UNLIMITED."""
     classes = value
     if isinstance(value, str):
-        classes = dict(pair.split('=', 1) if '=' in pair else (pair, None) for pair in value.split(',') if pair)
+        classes = dict(pair.split('=', 1) if '=' in pair else (pair, None)
+                       for pair in value.split(',') if pair)
     if not isinstance(classes, dict) or len(classes) > 50:
         raise ValueError(f'{shown(value)} is not such as CUSTOM_GPU=2, with at most 50 classes')
     for name in classes:
         if not re.fullmatch('[A-Z0-9_]{1,255}', name) or name in PLAIN:
-            raise ValueError(f'{shown(name)} is not a resource class such as CUSTOM_GPU; vcpus and ram count anyway')
+            raise ValueError(f'{shown(name)} is not a resource class such as CUSTOM_GPU; vcpus and '
+                             f'ram count anyway')
     return {name: read_most(most) for name, most in classes.items()}
 
 
 def read_hosts(value, here=None) -> list[str]:
     """Names of hosts, those in brackets spelled out: m[01-03,7] is m01, m02, m03 and m7."""
-    words = re.split(r',(?![^\[]*\])', read_str(value, most=2000)) if isinstance(value, str) else read_names(value)
+    words = (re.split(r',(?![^\[]*\])', read_str(value, most=2000)) if isinstance(value, str)
+             else read_names(value))
     spelled = (host for word in words if word for host in hosts_in(word.strip()))
     hosts = list(dict.fromkeys(itertools.islice(spelled, MOST_PARTS + 1)))
-    if not 0 < len(hosts) <= MOST_PARTS or any(not re.fullmatch('[A-Za-z0-9._-]{1,255}', host) for host in hosts):
-        raise ValueError(f'{shown(value)} is not such as m01,m02 or m[01-05], with at most {MOST_PARTS} hosts')
+    if (not 0 < len(hosts) <= MOST_PARTS
+        or any(not re.fullmatch('[A-Za-z0-9._-]{1,255}', host) for host in hosts)):
+        raise ValueError(f'{shown(value)} is not such as m01,m02 or m[01-05], with at most '
+                         f'{MOST_PARTS} hosts')
     return hosts
 
 
@@ -2159,21 +2254,24 @@ def read_parts(value, here=None) -> list[dict]:
     """The parts of a request as objects; what they don't say is as in all of the request."""
     parts = value.split(',') if isinstance(value, str) else value
     if not isinstance(parts, (list, tuple)) or not 0 < len(parts) <= MOST_PARTS:
-        raise ValueError(f'{shown(value)} is not a list of 1 to {MOST_PARTS} parts such as gpu:2,cpu:20')
+        raise ValueError(f'{shown(value)} is not a list of 1 to {MOST_PARTS} parts such as '
+                         f'gpu:2,cpu:20')
     return [read_part(part.split(':') if isinstance(part, str) else part, here) for part in parts]
 
 
 def read_part(part, here) -> dict:
     if isinstance(part, list):
         if not 1 <= len(part) <= len(PART_WORDS):
-            raise ValueError(f"{shown(':'.join(part))} is not RESOURCE:VMS, with :FLAVOR and :IMAGE behind it")
+            raise ValueError(f"{shown(':'.join(part))} is not RESOURCE:VMS, with :FLAVOR and "
+                             f":IMAGE behind it")
         part = {name: word for name, word in zip(PART_WORDS, part) if word}
     if not isinstance(part, dict):
         raise ValueError(f'{shown(part)} is not such as gpu:2, nor an object')
     for name in part:
         if name not in PART_FIELDS:
             raise ValueError(f"a part has no '{name}'{nearest(str(name), PART_FIELDS)}")
-    return {name: read_argument(name, each, PART_FIELDS[name], here) for name, each in part.items() if each is not None}
+    return {name: read_argument(name, each, PART_FIELDS[name], here) for name, each in part.items()
+            if each is not None}
 
 
 def read_zone_name(value, here=None) -> str:
@@ -2185,7 +2283,8 @@ def read_clash(value, here=None) -> str:
     if word in ('refuse', 'skip') and not equals:
         return word
     if word != 'shift':
-        raise ValueError(f"{shown(value)} is none of refuse, skip, shift=DURATION{nearest(word, CLASHES)}")
+        raise ValueError(f"{shown(value)} is none of refuse, skip, "
+                         f"shift=DURATION{nearest(word, CLASHES)}")
     return f'shift={format_duration(parse_duration(length).total_seconds())}'
 
 
@@ -2220,7 +2319,8 @@ MOST_PARTS = 100
 PLAIN = ('VCPU', 'MEMORY_MB', 'DISK_GB')
 PART_WORDS = ('resource', 'vms', 'flavor', 'image')
 #: What may be otherwise in a part than in the rest of a request.
-PART_FIELDS = {'resource': Place, 'vms': Count, 'flavor': Name, 'image': Name, 'network': Name, 'host': Name,
+PART_FIELDS = {'resource': Place, 'vms': Count, 'flavor': Name, 'image': Name, 'network': Name,
+               'host': Name,
                'cell': Name, 'cloud': Name, 'region': Name, 'aggregate': Name}
 
 READERS = {
@@ -2230,9 +2330,11 @@ READERS = {
     Cursor: read_cursor, Figure: read_figure, Most: read_most,
     Span: read_span,
     When: read_when, Day: read_day, Names: read_names, Pairs: read_pairs,
-    Classes: read_classes, Hosts: read_hosts, Parts: read_parts, Rows: read_rows, Zone: read_zone_name,
+    Classes: read_classes, Hosts: read_hosts, Parts: read_parts, Rows: read_rows,
+    Zone: read_zone_name,
     Clash: read_clash,
-    Repeat: lambda value, here=None: read_repeat(read_str(value, most=500)), Ics: read_ics, Source: read_source,
+    Repeat: lambda value, here=None: read_repeat(read_str(value, most=500)), Ics: read_ics,
+    Source: read_source,
     Url: read_url}
 
 
@@ -2267,7 +2369,8 @@ def from_plain(value):
     """What to_plain was given: the client's answers are equal to the service's."""
     if isinstance(value, dict):
         return {name: each if name == 'metadata' else datetime.fromisoformat(each)
-                if name in INSTANTS and isinstance(each, str) else from_plain(each) for name, each in value.items()}
+                if name in INSTANTS and isinstance(each, str) else from_plain(each)
+                for name, each in value.items()}
     return [from_plain(each) for each in value] if isinstance(value, list) else value
 
 
@@ -3322,11 +3425,15 @@ class Resource(Table):
     ram = peewee.IntegerField(null=True)  # MiB
     mode = peewee.CharField(default='')   # '' or one of MODES
     hold = peewee.IntegerField(default=0)  # seconds
-    approval = peewee.IntegerField(default=0)  # seconds that one is held for an admin to approve it; 0: no need
-    no_show = peewee.IntegerField(default=0)   # seconds after which one that nobody uses is released; 0: never
-    classes = peewee.TextField(default='')  # JSON: what it holds of other resource classes of Placement; '': none
+    # seconds that one is held for an admin to approve it; 0: no need
+    approval = peewee.IntegerField(default=0)
+    # seconds after which one that nobody uses is released; 0: never
+    no_show = peewee.IntegerField(default=0)
+    # JSON: what it holds of other resource classes of Placement; '': none
+    classes = peewee.TextField(default='')
     hosts = peewee.TextField(default='[]')  # JSON: of its aggregate, as `sync` saw them
-    named = peewee.TextField(default='')    # JSON: what each of them holds, where they are reserved by name
+    # JSON: what each of them holds, where they are reserved by name
+    named = peewee.TextField(default='')
     added = peewee.IntegerField()
     removed = peewee.IntegerField(null=True)
 
@@ -3345,7 +3452,8 @@ class Reservation(Table):
     security_groups = peewee.TextField()  # JSON
     user_data = peewee.TextField()
     metadata = peewee.TextField()  # JSON
-    server = peewee.CharField()  # the id of a machine that its owner has already, in place of an image
+    # the id of a machine that its owner has already, in place of an image
+    server = peewee.CharField()
     at_end = peewee.CharField()  # '' or one of ENDS
     notify = peewee.TextField()  # JSON
     lead = peewee.IntegerField()  # seconds
@@ -3355,33 +3463,39 @@ class Reservation(Table):
     series = peewee.TextField(default='')        # JSON: its stretches
     request = peewee.CharField(default='')       # the label of the request of which this is a part
     host = peewee.CharField(default='')          # all of it is reserved, by its name
-    choices = peewee.TextField(default='')       # JSON: while it waits for one of several resources, those
+    # JSON: while it waits for one of several resources, those
+    choices = peewee.TextField(default='')
     waiting = peewee.IntegerField(null=True)     # since when it waits for room
     priority = peewee.IntegerField(default=0)
-    confirm = peewee.IntegerField(default=0)     # seconds that room is held for its owner to accept it
+    # seconds that room is held for its owner to accept it
+    confirm = peewee.IntegerField(default=0)
     pending = peewee.IntegerField(null=True)     # until when it is held for somebody's word
     personal = peewee.BooleanField(default=False)  # only its user may boot on it through Nova
     on_conflict = peewee.CharField(default='')   # what becomes of an occurrence that has no room
     trusted = peewee.TextField(default='[]')     # JSON: KIND:NAME that an admin gave it
     booked_until = peewee.IntegerField(null=True)  # how far it is in rows, if it goes on after that
-    origin = peewee.CharField(default='')        # a digest of that event, to see whether it is another
+    # a digest of that event, to see whether it is another
+    origin = peewee.CharField(default='')
     uid = peewee.CharField(null=True)            # of the event of a calendar that it comes from
     subscription = peewee.IntegerField(null=True)  # the calendar that brought it
     added = peewee.IntegerField()
     changed = peewee.IntegerField()
     over = peewee.IntegerField()  # from then on its label is free again
-    carried = peewee.CharField(null=True)  # by which day and zone table a series was carried on last
+    # by which day and zone table a series was carried on last
+    carried = peewee.CharField(null=True)
 
     class Meta:
         indexes = ((('label', 'project', 'over'), False),)
 
 
-Reservation.add_index(Reservation.index(Reservation.uid, where=Reservation.uid.is_null(False), name='reservation_uid'))
+Reservation.add_index(Reservation.index(Reservation.uid, where=Reservation.uid.is_null(False),
+                                        name='reservation_uid'))
 
 
 class Occurrence(Table):
     reservation = peewee.ForeignKeyField(Reservation, index=False)
-    slot = peewee.CharField(default='')  # the wall time at which a series has it: its key; '' if it is the only one
+    # the wall time at which a series has it: its key; '' if it is the only one
+    slot = peewee.CharField(default='')
     altered = peewee.BooleanField(default=False)  # it was changed on its own: the series lets it be
     revision = peewee.IntegerField(default=0)  # how often something about it was told
     revised = peewee.IntegerField(default=0)   # when that was last
@@ -3396,7 +3510,8 @@ class Occurrence(Table):
     classes = peewee.TextField(default='')  # of all its machines, JSON
     cancelled = peewee.IntegerField(null=True)
     told = peewee.IntegerField(default=0)  # which of SOON, READY, ENDING were announced
-    due = peewee.DoubleField(null=True)  # when the life cycle must look at it next; NULL: never again
+    # when the life cycle must look at it next; NULL: never again
+    due = peewee.DoubleField(null=True)
     up_told = peewee.IntegerField(null=True)  # so many servers were up when that was last told
     up_check = peewee.DoubleField(null=True)  # when another number is told, if it is one still
     # These two are as its reservation has them, so that indexes know them; triggers keep them so.
@@ -3408,36 +3523,46 @@ class Occurrence(Table):
 
 
 #: What lists walk, in order of start: what is live and what is over for good apart, so that what is
-#: asked for most is not found among history. Each costs about a page of the journal at every change.
+#: asked for most is not found among history. Each costs about a page of the journal at every
+#: change.
 WALKED = {'': (), 'project': ('of_project',), 'user': ('of_user',), 'place': ('resource_id',)}
 HALVES = {'live': 'due IS NOT NULL', 'over': 'due IS NULL'}
 DAY, MONTH = 86400, 31 * 86400
 #: Indexes of occurrences that peewee can't write: by name, on what, and of which rows.
 ORDERS = {'series': ('reservation_id, due IS NULL, start', ''), 'due': ('due', 'due IS NOT NULL'),
           'cancelled': ('start', 'cancelled IS NOT NULL'), 'failed': ('start', 'told & 128'),
-          'long': ('start', f'"end" - start > {DAY}'), 'longest': ('start', f'"end" - start > {MONTH}')} | {
+          'long': ('start', f'"end" - start > {DAY}'),
+          'longest': ('start', f'"end" - start > {MONTH}')} | {
     '_'.join(filter(None, (by, half))): (', '.join((*columns, 'start')), rows)
     for by, columns in WALKED.items() for half, rows in HALVES.items()}
 
 for _name, (_columns, _rows) in ORDERS.items():
-    Occurrence.add_index(peewee.SQL(f'CREATE INDEX IF NOT EXISTS occurrence_{_name} ON occurrence ({_columns})'
+    Occurrence.add_index(peewee.SQL(f'CREATE INDEX IF NOT EXISTS occurrence_{_name} ON occurrence '
+                                    f'({_columns})'
                                     + (f' WHERE {_rows}' if _rows else '')))
 # What has ended; where its end is still to come, a wrong clock has ended it.
 Occurrence.add_index(Occurrence.index(
-    Occurrence.end, where=Occurrence.due.is_null() & Occurrence.cancelled.is_null(), name='occurrence_ended'))
+    Occurrence.end, where=Occurrence.due.is_null() & Occurrence.cancelled.is_null(),
+    name='occurrence_ended'))
 
 
 Reservation.add_index(Reservation.index(Reservation.request, where=Reservation.request != '',
                                         name='reservation_request'))
-Reservation.add_index(Reservation.index(Reservation.waiting, where=Reservation.waiting.is_null(False),
+Reservation.add_index(Reservation.index(Reservation.waiting,
+                                        where=Reservation.waiting.is_null(False),
                                         name='reservation_waiting'))
 Reservation.add_index(Reservation.index(
-    Reservation.over, Reservation.carried, where=Reservation.series != '', name='reservation_series'))
-Reservation.add_index(Reservation.index(Reservation.pending, where=Reservation.pending.is_null(False),
+    Reservation.over, Reservation.carried, where=Reservation.series != '',
+    name='reservation_series'))
+Reservation.add_index(Reservation.index(Reservation.pending,
+                                        where=Reservation.pending.is_null(False),
                                         name='reservation_pending'))
-Reservation.add_index(Reservation.index(Reservation.lead, where=Reservation.lead > 0, name='reservation_lead'))
-Reservation.add_index(Reservation.index(Reservation.server, where=Reservation.server != '', name='reservation_server'))
-Reservation.add_index(Reservation.index(Reservation.subscription, Reservation.over, name='reservation_subscription',
+Reservation.add_index(Reservation.index(Reservation.lead, where=Reservation.lead > 0,
+                                        name='reservation_lead'))
+Reservation.add_index(Reservation.index(Reservation.server, where=Reservation.server != '',
+                                        name='reservation_server'))
+Reservation.add_index(Reservation.index(Reservation.subscription, Reservation.over,
+                                        name='reservation_subscription',
                                         where=Reservation.subscription.is_null(False)))
 
 
@@ -3458,7 +3583,8 @@ class Capacity(Table):
     vms = peewee.IntegerField(null=True)    # NULL in these: as always
     vcpus = peewee.IntegerField(null=True)
     ram = peewee.IntegerField(null=True)
-    held_vms = peewee.IntegerField()        # what it holds; less than nothing where there is more than always
+    # what it holds; less than nothing where there is more than always
+    held_vms = peewee.IntegerField()
     held_vcpus = peewee.IntegerField()
     held_ram = peewee.IntegerField()
     classes = peewee.TextField(default='')
@@ -3468,11 +3594,14 @@ class Capacity(Table):
     removed = peewee.IntegerField(null=True)
 
 
-Capacity.add_index(Capacity.index(Capacity.end, where=Capacity.removed.is_null(), name='capacity_end'))
+Capacity.add_index(Capacity.index(Capacity.end, where=Capacity.removed.is_null(),
+                                  name='capacity_end'))
 
 
 class Proposal(Table):
-    """A change that would take more of what needs approval: it waits, and what it is about goes on as it is."""
+    """A change that would take more of what needs approval: it waits, and what it is about goes on
+    as it is.
+    """
     reservation = peewee.ForeignKeyField(Reservation)
     occurrence = peewee.IntegerField()           # the one that it is told for
     alone = peewee.BooleanField()                # it changes no other
@@ -3489,7 +3618,9 @@ Proposal.add_index(Proposal.index(Proposal.until, name='proposal_until'))
 
 
 class ExtraHold(Table):
-    """What a reservation holds beside its occurrences: what a proposal takes more, or VMs that stay stopped."""
+    """What a reservation holds beside its occurrences: what a proposal takes more, or VMs that stay
+    stopped.
+    """
     reservation = peewee.ForeignKeyField(Reservation)
     proposal = peewee.ForeignKeyField(Proposal, null=True)  # NULL: for VMs that stay
     resource = peewee.ForeignKeyField(Resource)
@@ -3502,7 +3633,9 @@ class ExtraHold(Table):
 
 
 class Wait(Table):
-    """A resource on which one that waits could be; when to try it again, if nothing is given back there before."""
+    """A resource on which one that waits could be; when to try it again, if nothing is given back
+    there before.
+    """
     reservation = peewee.ForeignKeyField(Reservation)
     resource = peewee.ForeignKeyField(Resource, index=False)
     held_from = peewee.IntegerField()
@@ -3539,7 +3672,8 @@ class Limit(Table):
 class Step(Table):
     """Of `resource`, this much is held from `at` until the next step of the same track."""
     resource = peewee.ForeignKeyField(Resource, index=False)
-    track = peewee.CharField()  # '' of the three figures; else a resource class, whose figure stands in `vms`
+    # '' of the three figures; else a resource class, whose figure stands in `vms`
+    track = peewee.CharField()
     at = peewee.IntegerField()
     vms = peewee.IntegerField()
     vcpus = peewee.IntegerField()
@@ -3556,9 +3690,12 @@ class Server(Table):
     name = peewee.CharField()
     account = peewee.CharField()       # the entry of clouds.yaml that it is made with
     goal = peewee.CharField()          # up, then what becomes of it: one of ENDS
-    state = peewee.CharField()         # planned, then Nova's status in lower case or one of UNDER_WAY, at last FINAL
-    borrowed = peewee.BooleanField()   # it was there before, and will be after: never made, never deleted
-    tries = peewee.IntegerField()      # creates begun so far: part of the mark, so that none is used twice
+    # planned, then Nova's status in lower case or one of UNDER_WAY, at last FINAL
+    state = peewee.CharField()
+    # it was there before, and will be after: never made, never deleted
+    borrowed = peewee.BooleanField()
+    # creates begun so far: part of the mark, so that none is used twice
+    tries = peewee.IntegerField()
     failures = peewee.IntegerField()   # in a row; the pause grows with them
     uid = peewee.CharField(null=True)  # the cloud's id, once an answer or a look told it
     addresses = peewee.TextField()     # JSON
@@ -3586,7 +3723,8 @@ Server.add_index(Server.index(Server.uid, where=Server.uid.is_null(False), name=
 class Claim(Table):
     """A server that Nova was let boot on a resource; it counts until it is gone."""
     resource = peewee.ForeignKeyField(Resource, index=False)
-    occurrence = peewee.IntegerField(null=True)  # what it boots on; NULL: on what nobody has reserved
+    # what it boots on; NULL: on what nobody has reserved
+    occurrence = peewee.IntegerField(null=True)
     server = peewee.CharField()   # Nova's id
     project = peewee.CharField()  # Nova's ids
     user = peewee.CharField()
@@ -3600,7 +3738,8 @@ class Claim(Table):
 
 Claim.add_index(Claim.index(Claim.resource, Claim.server, unique=True, name='claim_server'))
 Claim.add_index(Claim.index(Claim.occurrence, Claim.due, name='claim_of'))
-Claim.add_index(Claim.index(Claim.resource, Claim.occurrence, where=Claim.due.is_null(False), name='claim_there'))
+Claim.add_index(Claim.index(Claim.resource, Claim.occurrence, where=Claim.due.is_null(False),
+                            name='claim_there'))
 Claim.add_index(Claim.index(Claim.gone, name='claim_gone'))
 Claim.add_index(Claim.index(Claim.due, where=Claim.due.is_null(False), name='claim_due'))
 
@@ -3709,7 +3848,8 @@ class Event(Table):
     sentence = peewee.TextField()
     reservation = peewee.ForeignKeyField(Reservation, null=True)
     occurrence = peewee.IntegerField(null=True)  # of a series, the one that it is about
-    project = peewee.CharField(default='')       # of the reservation then, or of what was refused, which is none
+    # of the reservation then, or of what was refused, which is none
+    project = peewee.CharField(default='')
     resource = peewee.ForeignKeyField(Resource, index=False, null=True)  # of what was refused
 
 
@@ -3765,7 +3905,8 @@ class SimulatedServer(Table):
     gone = peewee.DoubleField(null=True)
 
 
-TABLES = [Resource, Reservation, Occurrence, Texts, Capacity, Proposal, ExtraHold, Wait, Limit, Step,
+TABLES = [Resource, Reservation, Occurrence, Texts, Capacity, Proposal, ExtraHold, Wait, Limit,
+          Step,
           Server, Claim, Tally, Token, Session, OnceDone, Feed, Subscription, Event, Outbox, Mailed,
           Lease, Fact, SimulatedServer]
 
@@ -3780,7 +3921,9 @@ MIGRATIONS: list[Callable] = [
 
 
 def long_texts(row: str) -> str:
-    """How many characters of long texts a reservation has; in a trigger, its row before or after."""
+    """How many characters of long texts a reservation has; in a trigger, its row before or
+    after.
+    """
     return f'(length({row}.user_data) + length({row}.description) + length({row}.metadata))'
 
 
@@ -4347,7 +4490,9 @@ def add_owners() -> None:
 
 
 def trust_names() -> None:
-    """Version 6: names are looked at with the rights of who asks; what was booked before goes on."""
+    """Version 6: names are looked at with the rights of who asks; what was booked before goes
+    on.
+    """
     add_columns('reservation', {'trusted': "TEXT NOT NULL DEFAULT '[]'"})
     run('''UPDATE reservation SET trusted = (SELECT json_group_array(name) FROM (
              SELECT 'flavor:' || flavor AS name WHERE flavor <> '' UNION ALL
@@ -4370,13 +4515,17 @@ def add_sessions() -> None:
 
 
 def add_ends_of_calls() -> None:
-    """Version 8: calls whose end is not known, how far series are, indexes of what waits or has ended."""
+    """Version 8: calls whose end is not known, how far series are, indexes of what waits or has
+    ended.
+    """
     add_columns('server', {'intended': 'REAL'})
     add_columns('reservation', {'carried': 'VARCHAR(255)'})
-    run("UPDATE server SET intended = called WHERE state = 'build' AND uid IS NULL AND due IS NOT NULL")
+    run("UPDATE server SET intended = called WHERE state = 'build' AND uid IS NULL AND due IS NOT "
+        "NULL")
     run('CREATE INDEX IF NOT EXISTS occurrence_ended ON occurrence ("end") '
         'WHERE due IS NULL AND cancelled IS NULL')
-    run("CREATE INDEX IF NOT EXISTS reservation_series ON reservation (over, carried) WHERE series != ''")
+    run("CREATE INDEX IF NOT EXISTS reservation_series ON reservation (over, carried) WHERE series "
+        "!= ''")
     run('UPDATE reservation SET waiting = NULL, pending = NULL '
         'WHERE (waiting IS NOT NULL OR pending IS NOT NULL) AND NOT EXISTS '
         '(SELECT 1 FROM occurrence WHERE reservation_id = reservation.id AND cancelled IS NULL)')
@@ -4453,7 +4602,8 @@ def add_whose() -> None:
     add_columns('occurrence', {'of_project': name, 'of_user': name})
     run('UPDATE occurrence SET (of_project, of_user) = '
         '(SELECT project, user FROM reservation r WHERE r.id = reservation_id)')
-    run('UPDATE event SET project = (SELECT project FROM reservation r WHERE r.id = reservation_id) '
+    run('UPDATE event SET project = (SELECT project FROM reservation r WHERE r.id = '
+        'reservation_id) '
         'WHERE reservation_id IS NOT NULL')
     run('UPDATE occurrence SET told = told | 128 '
         "WHERE id IN (SELECT occurrence FROM event WHERE code = 'failed') OR reservation_id IN "
@@ -4860,7 +5010,9 @@ def undone() -> Iterator[None]:
 
 
 def run(sql: str, *values) -> sqlite3.Cursor:
-    """Runs one statement on this thread's connection; peewee's kinds of errors, without its cost."""
+    """Runs one statement on this thread's connection; peewee's kinds of errors, without its
+    cost.
+    """
     return execute(rehearsed(sql) if rehearsal.on else sql, values)
 
 
@@ -5019,7 +5171,8 @@ def change_occurrence(id: int, now: float, **values) -> None:
     run(change_text(Occurrence, tuple(values), ', revision = revision + 1'), *values.values(), id)
 
 
-def journal(config: Config, at: float, actor: str, code: str, sentence: str, reservation: int | None = None,
+def journal(config: Config, at: float, actor: str, code: str, sentence: str,
+            reservation: int | None = None,
             notify: Iterable[str] | None = (), occurrence: int | None = None,
             **refused) -> None:
     """Appends an event, and the notices of it; inside the transaction of what it tells.
@@ -5037,7 +5190,8 @@ def journal(config: Config, at: float, actor: str, code: str, sentence: str, res
     if reservation and (occurrence is None or occurrence > 0):
         by, which, id = ('', 'id', occurrence) if occurrence else (
             'INDEXED BY occurrence_series', '(due IS NULL) = 0 AND reservation_id', reservation)
-        run(f'UPDATE occurrence {by} SET revision = revision + 1, revised = ? WHERE {which} = ?', int(at), id)
+        run(f'UPDATE occurrence {by} SET revision = revision + 1, revised = ? WHERE {which} = ?',
+            int(at), id)
     if code not in TEXTS or notify is None:
         return
     if config.webhook:
@@ -5106,46 +5260,58 @@ LISTING = '''
          r.repeat, r.tz, o.start, o."end", o.cancelled, r.added, r.changed,
          (SELECT count(*) FROM server v
            WHERE v.occurrence_id = o.id AND v.goal = 'up' AND v.state = 'active') AS up,
-         (SELECT v.fault FROM server v WHERE v.occurrence_id = o.id AND v.goal = 'up' AND v.fault <> ''
+         (SELECT v.fault FROM server v WHERE v.occurrence_id = o.id AND v.goal = 'up'
+           AND v.fault <> ''
            ORDER BY v.n LIMIT 1) AS fault,
          (SELECT count(*) FROM server v
            WHERE v.occurrence_id = o.id AND v.state NOT IN ('deleted', 'kept')) AS existing,
-         (SELECT count(*) FROM server v WHERE v.occurrence_id = o.id AND v.ready IS NOT NULL) AS ever,
+         (SELECT count(*) FROM server v WHERE v.occurrence_id = o.id
+           AND v.ready IS NOT NULL) AS ever,
          (r.image <> '' OR r.server <> '') AS runs,
          CAST(?1 AS INTEGER) AS now, o.told, o.held_from, o.held_until, o.resource_id, r.over,
-         o.due, o.slot, o.altered, o.revision, o.revised, r.waiting, r.priority, r.confirm, r.pending, r.on_conflict, r.booked_until, r.subscription,
+         o.due, o.slot, o.altered, o.revision, o.revised, r.waiting,
+         r.priority, r.confirm, r.pending, r.on_conflict, r.booked_until, r.subscription,
          r.series <> '' AS repeats, iif(r.repeat <> '', r.series, '') AS series, r.request, r.host,
          r.choices, r.trusted,
-         (SELECT p.shown FROM proposal p WHERE p.reservation_id = r.id AND (p.occurrence = o.id OR NOT p.alone)
+         (SELECT p.shown FROM proposal p WHERE p.reservation_id = r.id AND (p.occurrence = o.id
+           OR NOT p.alone)
            ORDER BY p.id DESC LIMIT 1) AS change
     FROM occurrence o
     JOIN reservation r ON r.id = o.reservation_id JOIN resource s ON s.id = o.resource_id'''
 
 #: In a list long texts are left out or cut: they are for who asks for one reservation.
 BRIEF = LISTING.replace('r.user_data,', "'' AS user_data,").replace(
-    'r.description,', "iif(length(r.description) > 200, substr(r.description, 1, 197) || '...', r.description) "
+    'r.description,',
+    "iif(length(r.description) > 200, substr(r.description, 1, 197) || '...', r.description) "
     'AS description,')
 
 STATE = '''
   CASE WHEN cancelled IS NOT NULL THEN CASE WHEN existing > 0 THEN 'ending' ELSE 'cancelled' END
        WHEN waiting IS NOT NULL THEN CASE WHEN now < "end" THEN 'waiting' ELSE 'cancelled' END
-       WHEN pending IS NOT NULL AND now < "end" OR change IS NOT NULL AND now < held_from THEN 'pending'
+       WHEN pending IS NOT NULL AND now < "end" OR change IS NOT NULL AND now < held_from
+         THEN 'pending'
        WHEN now < held_from OR NOT runs AND now < start THEN 'reserved'
        WHEN NOT runs THEN CASE WHEN now < "end" THEN 'active' ELSE 'ended' END
-       WHEN now >= "end" THEN CASE WHEN existing > 0 THEN 'ending' WHEN ever > 0 THEN 'ended' ELSE 'failed' END
+       WHEN now >= "end" THEN CASE WHEN existing > 0 THEN 'ending' WHEN ever > 0 THEN 'ended'
+         ELSE 'failed' END
        WHEN up >= vms THEN 'active' WHEN up > 0 THEN 'degraded' ELSE 'starting' END'''
 
-STATES = ('waiting', 'pending', 'reserved', 'starting', 'active', 'degraded', 'ending', 'ended', 'cancelled', 'failed')
+STATES = ('waiting', 'pending', 'reserved', 'starting', 'active', 'degraded', 'ending', 'ended',
+          'cancelled', 'failed')
 
 
 def listing(now: float, where: str = '1', values: tuple = (), state: str = '1', tail: str = '',
             fields: str = LISTING) -> list:
-    """Occurrences with their reservation and state, by conditions on o, r and s and then on the state."""
-    return rows(f'SELECT * FROM (SELECT *, {STATE} AS state FROM ({fields} WHERE {where})) WHERE {state} {tail}',
+    """Occurrences with their reservation and state, by conditions on o, r and s and then on the
+    state.
+    """
+    return rows(f'SELECT * FROM (SELECT *, {STATE} AS state FROM ({fields} WHERE {where})) WHERE '
+                f'{state} {tail}',
                 int(now), *values)
 
 
-#: What is held before an instant starts at most so much after it; leads are few, and an index knows the longest.
+#: What is held before an instant starts at most so much after it; leads are few, and an index knows
+#: the longest.
 LONGEST_LEAD = '(SELECT coalesce(max(lead), 0) FROM reservation WHERE lead > 0)'
 
 
@@ -5159,21 +5325,29 @@ def walk(now: float, ways: Iterable[tuple[str, str]], where: list, limit: int,
     """
     count = itertools.count(2)
     common = ''.join(f' AND {text}' for text, *_ in where)
-    common = re.sub(r'\?(?!1\b)', lambda _: f'?{next(count)}', common)  # they stand in the text once for each way
-    ones = ' UNION '.join(f'SELECT o.start, o.id FROM occurrence o INDEXED BY occurrence_{way} WHERE {condition}{common}'
+    # they stand in the text once for each way
+    common = re.sub(r'\?(?!1\b)', lambda _: f'?{next(count)}', common)
+    ones = ' UNION '.join(f'SELECT o.start, o.id FROM occurrence o INDEXED BY occurrence_{way} '
+                          f'WHERE {condition}{common}'
                           for way, condition in ways)
     order = 'DESC' if latest else 'ASC'
-    return run(f'{ones} ORDER BY 1 {order}, 2 {order} LIMIT {limit}', int(now), *given(where)).fetchall()
+    return run(f'{ones} ORDER BY 1 {order}, 2 {order} LIMIT {limit}', int(now),
+               *given(where)).fetchall()
 
 
 def ids_by(ways: Iterable[tuple[str, str]]) -> str:
-    """The query of the ids of occurrences by some ORDERS, each with a condition without parameters."""
-    return ' UNION ALL '.join(f'SELECT o.id FROM occurrence o INDEXED BY occurrence_{way} WHERE {condition}'
+    """The query of the ids of occurrences by some ORDERS, each with a condition without
+    parameters.
+    """
+    return ' UNION ALL '.join(f'SELECT o.id FROM occurrence o INDEXED BY occurrence_{way} WHERE '
+                              f'{condition}'
                               for way, condition in ways)
 
 
 def given(where: list) -> list:
-    """The values of the parameters of conditions, each of which stands behind its text, or None behind one without."""
+    """The values of the parameters of conditions, each of which stands behind its text, or None
+    behind one without.
+    """
     return [value for _, *values in where for value in values if value is not None]
 
 
@@ -5212,11 +5386,14 @@ class Amount(NamedTuple):
     vms: int = 0
     vcpus: int = 0
     ram: int = 0
-    classes: tuple = ()  # (name, figure) of Placement's other resource classes, by name; none with nothing
+    # (name, figure) of Placement's other resource classes, by name; none with nothing
+    classes: tuple = ()
 
-    def __add__(self, other): return Amount(*(a + b for a, b in zip(self[:3], other)), added(self, other, 1))
+    def __add__(self, other): return Amount(*(a + b for a, b in zip(self[:3], other)),
+                                            added(self, other, 1))
 
-    def __sub__(self, other): return Amount(*(a - b for a, b in zip(self[:3], other)), added(self, other, -1))
+    def __sub__(self, other): return Amount(*(a - b for a, b in zip(self[:3], other)),
+                                            added(self, other, -1))
 
     def __mul__(self, factor: int):
         return Amount(*(each * factor for each in self[:3]),
@@ -5228,10 +5405,13 @@ class Amount(NamedTuple):
 
     def within(self, capacity) -> bool:
         return all(most is None or each <= most for each, most in zip(self[:3], capacity)) and all(
-            capacity.most(name) is None or each <= capacity.most(name) for name, each in self.classes)
+            capacity.most(name) is None or each <= capacity.most(name)
+            for name, each in self.classes)
 
     def most(self, name: str) -> int | None:
-        """Of a capacity, the figure of a class; what isn't told is unlimited, but each host is there once."""
+        """Of a capacity, the figure of a class; what isn't told is unlimited, but each host is
+        there once.
+        """
         known = {CLOSED: 0} | dict(self.classes)
         return known.get(name, 1 if name.startswith(HOST) else known.get(OTHERS))
 
@@ -5246,7 +5426,9 @@ class Amount(NamedTuple):
 
     @property
     def tracks(self) -> Iterator[tuple[str, tuple]]:
-        """The step functions that it is a part of: that of the three figures, and one of each class."""
+        """The step functions that it is a part of: that of the three figures, and one of each
+        class.
+        """
         if any(self[:3]):
             yield '', self[:3]
         for name, each in self.classes:
@@ -5316,13 +5498,15 @@ def amount_of(row, prefix: str = '') -> Amount:
 
 def of_columns(columns: dict) -> Amount:
     """The amount that `stored` has made columns of."""
-    return Amount(*(columns[name] for name in FIGURES), tuple(json.loads(columns['classes'] or '{}').items()))
+    return Amount(*(columns[name] for name in FIGURES),
+                  tuple(json.loads(columns['classes'] or '{}').items()))
 
 
 def capacity(resource) -> Amount:
     """What the row of a resource holds; of what Placement has not told for its hosts, nothing."""
     most = amount_of(resource)
-    return most if resource.hosts in ('', '[]') else most._replace(classes=(*most.classes, (OTHERS, 0)))
+    return (most if resource.hosts in ('', '[]')
+            else most._replace(classes=(*most.classes, (OTHERS, 0))))
 
 
 def stored(amount: Amount, prefix: str = '') -> dict:
@@ -5570,7 +5754,9 @@ def hold(resource: int, begin: int, until: int, amount: Amount) -> None:
 
 
 def call_waiting(resource: int, begin: float = 0, until: float = 2**62) -> None:
-    """Lets those be tried again that wait for room on a resource in a window, and those that lacked something else."""
+    """Lets those be tried again that wait for room on a resource in a window, and those that lacked
+    something else.
+    """
     if standing().waits:
         run('UPDATE wait SET due = 0 WHERE resource_id = ? AND until > ? AND held_from < ?',
             resource, begin, until)
@@ -5620,7 +5806,8 @@ def take(pieces: list[Hold], now: float, given: list[Hold] = ()) -> None:
         hold(*each)
 
 
-def steps(resource: int, begin: float, until: float, classes: Iterable[str] = ()) -> Iterator[tuple[float, Amount]]:
+def steps(resource: int, begin: float, until: float,
+          classes: Iterable[str] = ()) -> Iterator[tuple[float, Amount]]:
     """The step function in a window: (instant, level from then on), also of CLOSED."""
     tracks = ['', CLOSED, *classes]
     levels = {track: [written_level(resource, track, begin), ZERO] for track in tracks}
@@ -5639,37 +5826,46 @@ def steps(resource: int, begin: float, until: float, classes: Iterable[str] = ()
         at, levels[track][side] = after, figures
 
 
-def peaks(resource: int, begin: int, width: int, number: int, classes: Iterable[str] = ()) -> list[Amount]:
+def peaks(resource: int, begin: int, width: int, number: int,
+          classes: Iterable[str] = ()) -> list[Amount]:
     """The peaks of so many spans of so many seconds, one after the other."""
     tracks = {track: peaks_of(resource, track, begin, width, number) for track in ('', *classes)}
-    return [Amount(*tracks[''][n], tuple((name, tracks[name][n][0]) for name in tracks if name and tracks[name][n][0]))
+    return [Amount(*tracks[''][n], tuple((name, tracks[name][n][0]) for name in tracks if name
+                                         and tracks[name][n][0]))
             for n in range(number)]
 
 
 def peaks_of(resource: int, track: str, begin: int, width: int, number: int) -> list[tuple]:
     spans = {n: (first, peak, last) for n, first, *peak, last in run(
-        'SELECT (at - ?) / ?, min(at), max(vms), max(vcpus), max(ram), max(at) FROM step WHERE resource_id = ? '
+        'SELECT (at - ?) / ?, min(at), max(vms), max(vcpus), max(ram), max(at) FROM step WHERE '
+        'resource_id = ? '
         'AND track = ? AND at >= ? AND at < ? GROUP BY 1', begin, width, resource, track, begin,
         begin + width * number)}
     at_last = dict((at, figures) for at, *figures in run(
         'SELECT at, vms, vcpus, ram FROM step WHERE resource_id = ? AND track = ? AND at IN '
-        '(SELECT value FROM json_each(?))', resource, track, json.dumps([last for _, _, last in spans.values()])))
+        '(SELECT value FROM json_each(?))', resource, track,
+        json.dumps([last for _, _, last in spans.values()])))
     carried, found = level_of(resource, track, begin), []
     for n in range(number):
         first, inside, last = spans.get(n, (None, carried, None))
         # What holds at the beginning counts, unless there is a step just there.
-        found.append(tuple(inside if first in (None, begin + n * width) else map(max, inside, carried)))
+        found.append(tuple(inside if first in (None, begin + n * width)
+                           else map(max, inside, carried)))
         carried = at_last.get(last, carried)
     return found
 
 
-def free_windows(resource, amount: Amount, after: float, before: float) -> Iterator[tuple[float, float]]:
-    """The longest windows [begin, until) within [after, before) in which an amount fits, earliest first."""
+def free_windows(resource, amount: Amount, after: float,
+                 before: float) -> Iterator[tuple[float, float]]:
+    """The longest windows [begin, until) within [after, before) in which an amount fits, earliest
+    first.
+    """
     most = capacity(resource)
     found = overlaps(free_of(resource.id, '', amount[:3], most[:3], after, before),
                      free_of(resource.id, CLOSED, (0,), (0,), after, before))
     for name, need in amount.classes:
-        found = overlaps(found, free_of(resource.id, name, (need,), (most.most(name),), after, before))
+        found = overlaps(found,
+                         free_of(resource.id, name, (need,), (most.most(name),), after, before))
     return found
 
 
@@ -5705,10 +5901,14 @@ def free_within(resource: int, track: str, rooms: list, after: float,
         begin = at if begin is None else None
 
 
-def next_step(resource: int, track: str, rooms: list, after: float, before: float, free: bool) -> float:
-    """The first step in (after, before) within some figures, or with `free` false beyond them; else `before`."""
+def next_step(resource: int, track: str, rooms: list, after: float, before: float,
+              free: bool) -> float:
+    """The first step in (after, before) within some figures, or with `free` false beyond them; else
+    `before`.
+    """
     within = ' AND '.join(f'{figure} <= ?' for figure, _ in zip(FIGURES, rooms))
-    found = run(f"SELECT at FROM step WHERE resource_id = ? AND track = ? AND at > ? AND at < ? AND "
+    found = run(f"SELECT at FROM step WHERE resource_id = ? AND track = ? AND at > ? AND at < ? "
+                f"AND "
                 f"{'' if free else 'NOT'} ({within}) ORDER BY at LIMIT 1",
                 resource, track, after, before, *rooms).fetchone()
     return found[0] if found else before
@@ -5728,9 +5928,12 @@ def overlaps(ones: Iterator, others: Iterator) -> Iterator[tuple[float, float]]:
 
 
 def held_steps(resource: int) -> Iterator[tuple[tuple[str, int], tuple]]:
-    """The step functions as occurrences and changes of capacity give them, canonical: what table `step` must hold."""
+    """The step functions as occurrences and changes of capacity give them, canonical: what table
+    `step` must hold.
+    """
     changes = defaultdict(lambda: NOTHING)
-    held = rows('SELECT start AS held_from, "end" AS held_until, held_vms AS vms, held_vcpus AS vcpus, '
+    held = rows('SELECT start AS held_from, "end" AS held_until, held_vms AS vms, held_vcpus AS '
+                'vcpus, '
                 'held_ram AS ram, held_classes AS classes FROM capacity '
                 'WHERE resource_id = ? AND removed IS NULL', resource)
     for table in ('occurrence', 'extra_hold'):
@@ -6401,7 +6604,8 @@ class Simulated(Cloud):
                                                  Amount(0, 16, 65536, (('CUSTOM_GPU', 4),))), ''),)
 
     def aggregates(self):
-        marks = dict(run("SELECT substr(name, 6), value FROM fact WHERE name LIKE 'mark-%'").fetchall())
+        marks = dict(run('SELECT substr(name, 6), value FROM fact '
+                         "WHERE name LIKE 'mark-%'").fetchall())
         return [each._replace(mark=marks.get(each.name, '')) for each in self.AGGREGATES]
 
     def mark(self, aggregate, resource):
@@ -6565,7 +6769,8 @@ def deliver(config: Config, notice, about: dict) -> None:
     from http.client import HTTPException
     try:
         if is_web(notice.target):
-            body = {'id': notice.event, 'event': notice.code, 'at': instant(notice.at), 'actor': notice.actor,
+            body = {'id': notice.event, 'event': notice.code, 'at': instant(notice.at),
+                    'actor': notice.actor,
                     'sentence': notice.sentence, 'reservation': about}
             post(config, notice.target, json_text(body).encode())
         else:
@@ -6577,7 +6782,8 @@ def deliver(config: Config, notice, about: dict) -> None:
 def post(config: Config, url: str, body: bytes) -> None:
     """Posts a webhook: signed if there is a secret, no redirects, and only where that is allowed.
 
-    The header X-Cmres-Signature is `sha256=` and the hex HMAC of X-Cmres-Timestamp, a full stop and the body.
+    The header X-Cmres-Signature is `sha256=` and the hex HMAC of X-Cmres-Timestamp, a full stop and
+    the body.
     """
     import hmac
     stamp = str(int(time.time())).encode()
@@ -6586,14 +6792,17 @@ def post(config: Config, url: str, body: bytes) -> None:
         'Content-Type': 'application/json', 'X-Cmres-Timestamp': stamp.decode()}
         | ({'X-Cmres-Signature': f'sha256={signature}'} if config.webhook_secret else {}))
     if not 200 <= status < 300:
-        raise ValueError(f'the webhook answered {status}; 200 to 299 is taken, and no redirect is followed')
+        raise ValueError(f'the webhook answered {status}; 200 to 299 is taken, and no redirect is '
+                         f'followed')
 
 
 def fetch(config: Config, url: str, headers: dict) -> tuple[int, dict, bytes]:
-    """The answer to a GET of somebody's address, each of at most five redirects checked like the first.
+    """The answer to a GET of somebody's address, each of at most five redirects checked like the
+    first.
 
     Raises:
-      Undelivered: there is none, or not where that is allowed; the sentence doesn't tell the address.
+      Undelivered: there is none, or not where that is allowed; the sentence doesn't tell the
+        address.
     """
     from http.client import HTTPException
     try:
@@ -6602,8 +6811,10 @@ def fetch(config: Config, url: str, headers: dict) -> tuple[int, dict, bytes]:
             if status not in (301, 302, 303, 307, 308):
                 return status, found, body
             target = urljoin(url, found.get('location', ''))
-            if not re.fullmatch(WEB, target) or url.startswith('https:') and not target.startswith('https:'):
-                raise ValueError('it redirects to an address that is not http(s), or no longer https')
+            if (not re.fullmatch(WEB, target) or url.startswith('https:')
+                and not target.startswith('https:')):
+                raise ValueError('it redirects to an address that is not http(s), or no longer '
+                                 'https')
             url = target
         raise ValueError('it redirects more than five times')
     except (OSError, ValueError, HTTPException) as error:
@@ -6611,7 +6822,8 @@ def fetch(config: Config, url: str, headers: dict) -> tuple[int, dict, bytes]:
         raise Undelivered(f'{kind}{first_line(error)}') from None
 
 
-def exchange(config: Config, verb: str, url: str, body: bytes | None, headers: dict) -> tuple[int, dict, bytes]:
+def exchange(config: Config, verb: str, url: str, body: bytes | None,
+             headers: dict) -> tuple[int, dict, bytes]:
     """One request to an address that a person gave: its status, headers in lower case and body.
 
     Raises:
@@ -6749,9 +6961,11 @@ def send_mail(config: Config, notice, about: dict) -> None:
     host, _, port = config.mail_server.partition(':')
     message = EmailMessage()
     subject, _, text = notice_text(config, notice, about).partition('\n')
-    message['From'], message['To'], message['Subject'] = config.mail_from, notice.target, f'[cmres] {subject}'
+    message['From'], message['To'] = config.mail_from, notice.target
+    message['Subject'] = f'[cmres] {subject}'
     message['Date'] = formatdate()  # RFC 5322 wants one, and spam filters miss it
-    message['Message-ID'] = f'<event-{notice.event}-{notice.id}@cmres>'  # a repeated one is known as such
+    # a repeated one is known as such
+    message['Message-ID'] = f'<event-{notice.event}-{notice.id}@cmres>'
     sentence = legible(notice.sentence)
     message.set_content(f'{text}\n\n{sentence}\n' if sentence not in text else f'{text}\n')
     with cut_off(MAIL_WAIT) as connect, smtplib.SMTP(timeout=MOST_WAIT) as server:
@@ -7109,9 +7323,11 @@ MOST_LENGTH = 366 * 86400  # seconds of one occurrence
 MOST_STEPS = 300_000    # to follow all events of a calendar: a step is about a microsecond
 MOST_STEPS_EACH = 50_000  # of these for one event
 MOST_SHOWN_BY_FEED = 100_000
-#: What an event wants: 2 x m1.small, and if it likes an image and a resource: 2 x m1.small cirros on demo.
+#: What an event wants: 2 x m1.small, and if it likes an image and a resource: 2 x m1.small cirros
+#: on demo.
 WANT = re.compile(
-    r'(\d{1,7})\s*[x×]\s*([^\s,;]+)(?:\s+(?!on\s)([^\s,;]+))?(?:\s+on\s+([A-Za-z0-9._-]{1,64}))?\s*', re.I)
+    r'(\d{1,7})\s*[x×]\s*([^\s,;]+)(?:\s+(?!on\s)([^\s,;]+))?'
+    r'(?:\s+on\s+([A-Za-z0-9._-]{1,64}))?\s*', re.I)
 MARKED = re.compile(r'#vm\b\s*([^\n<]*)', re.I)
 MAYBE_MARKED = re.compile('#vm|&#|&num', re.I)
 #: An event of our own feeds: what it shows is booked already.
@@ -7205,7 +7421,9 @@ class Frame:
 
 
 def table_zone(name: str) -> ZoneInfo | None:
-    """A zone by its name in the zone table, maybe behind a path (Evolution), or by that of Windows."""
+    """A zone by its name in the zone table, maybe behind a path (Evolution), or by that of
+    Windows.
+    """
     words = name.split('/')
     ends = ('/'.join(words[number:]) for number in range(1, len(words) if not words[0] else 1))
     for each in (name, *ends):
@@ -7272,7 +7490,9 @@ def observances(lines: list[str]) -> Iterator[dict[str, list[str]]]:
 
 
 def changes_of(part: dict[str, list[str]]) -> Iterator[tuple[datetime, timedelta]]:
-    """The changes to the offset of a part; ValueError for offsets of days and rules that take long."""
+    """The changes to the offset of a part; ValueError for offsets of days and rules that take
+    long.
+    """
     before, offset = (read_offset(part[name][0]) for name in ('TZOFFSETFROM', 'TZOFFSETTO'))
     start = zone_wall(part['DTSTART'][0])
     dates = [each.partition('/')[0] for values in part.get('RDATE', ())
@@ -7449,7 +7669,9 @@ class Entry:
 
     @property
     def lengths(self) -> tuple[int, int]:
-        """Its length by the clocks, and the exact one after that: the hours of a DURATION are exact."""
+        """Its length by the clocks, and the exact one after that: the hours of a DURATION are
+        exact.
+        """
         nominal = int(getattr(self.length, 'nominal', self.length.total_seconds()))
         return nominal, int(self.length.total_seconds()) - nominal
 
@@ -7847,7 +8069,8 @@ def occurrences_of(entries: list[Entry], owner: ZoneInfo, begin: datetime,
         except BadCalendar as error:
             refused.append(error)
         if len(found) > 10 * MOST_OCCURRENCES:
-            raise BadCalendar(f'there are too many occurrences from {begin:%Y-%m-%d} to {until:%Y-%m-%d}; '
+            raise BadCalendar(f'there are too many occurrences from {begin:%Y-%m-%d} to '
+                              f'{until:%Y-%m-%d}; '
                               'ask for a shorter window')
     return sorted(found, key=lambda each: (each['start'], each['end'], each['uid'])), refused
 
@@ -8052,10 +8275,13 @@ def spoken_want(said: re.Match, defaults: Want) -> Want:
 
 
 def programmed_want(entry: Entry, defaults: Want) -> Want:
-    """CATEGORIES:VM and X-VM-COUNT, X-VM-FLAVOR, X-VM-IMAGE, X-VM-RESOURCE, X-VM-NETWORK, X-VM-KEY."""
+    """CATEGORIES:VM and X-VM-COUNT, X-VM-FLAVOR, X-VM-IMAGE, X-VM-RESOURCE, X-VM-NETWORK,
+    X-VM-KEY.
+    """
     said = {name: entry.text(f'X-VM-{name}') for name in PROGRAMMED if f'X-VM-{name}' in entry.said}
     vms = read_count(entry.text('X-VM-COUNT') or str(defaults.vms))
-    return defaults._replace(vms=vms, **{name.lower(): read_name(value) for name, value in said.items()})
+    return defaults._replace(vms=vms,
+                             **{name.lower(): read_name(value) for name, value in said.items()})
 
 
 def categories_of(entry: Entry) -> list[str]:
@@ -8070,7 +8296,8 @@ def days_of(entries: list[Entry], zone: ZoneInfo, begin: datetime,
     for each in found:
         first, last = to_wall(each['start'], zone), to_wall(each['end'], zone)
         if first.time() == last.time() == datetime.min.time() and each['status'] != 'CANCELLED':
-            days |= {(first + timedelta(days=n)).date().isoformat() for n in range((last - first).days)}
+            days |= {(first + timedelta(days=n)).date().isoformat()
+                     for n in range((last - first).days)}
     return sorted(days), [str(error) for error in refused]
 
 
@@ -8098,7 +8325,9 @@ class Shown(NamedTuple):
 
 @functools.lru_cache(20_000)
 def event_text(shown: Shown) -> str:
-    """The VEVENT of an occurrence (RFC 5545, 3.6.1), in UTC; its times of change are those of the occurrence."""
+    """The VEVENT of an occurrence (RFC 5545, 3.6.1), in UTC; its times of change are those of the
+    occurrence.
+    """
     times = shown.start, shown.end, shown.revised
     start, end, changed = (f'{instant(each):%Y%m%dT%H%M%SZ}' for each in times)
     said = {'BEGIN': 'VEVENT', 'UID': shown.uid, 'DTSTAMP': changed, 'LAST-MODIFIED': changed,
@@ -8209,7 +8438,9 @@ class Wish(NamedTuple):
         return self.takes(self.vms)
 
     def takes(self, vms: int) -> Amount:
-        """What so many machines take: what each does, or the whole of a host that is reserved by name."""
+        """What so many machines take: what each does, or the whole of a host that is reserved by
+        name.
+        """
         return self.whole._replace(vms=vms) if self.whole else self.each * vms
 
     @property
@@ -8272,7 +8503,9 @@ def by_line(lines: Iterable[dict]) -> list[dict]:
 
 
 class Request(NamedTuple):
-    """What somebody asks for under one label: its parts, each as the wishes of which the first that fits will do."""
+    """What somebody asks for under one label: its parts, each as the wishes of which the first that
+    fits will do.
+    """
     label: str
     parts: list[list[Wish]]
     wait: bool
@@ -8290,7 +8523,9 @@ class Request(NamedTuple):
 
 
 def for_each_part(method):
-    """Lets an operation on a label act on each part of a request of that label: on all of them, or on none."""
+    """Lets an operation on a label act on each part of a request of that label: on all of them, or
+    on none.
+    """
     @functools.wraps(method)
     def acting(self, *args, **kwargs):
         given = inspect.signature(method).bind(self, *args, **kwargs).arguments
@@ -8319,11 +8554,13 @@ def for_each_part(method):
         changes = API[method.__name__].changes
         answers = self.carry_out(all_parts, dry_run) if changes else [
             method(**each) for each in each_given]
-        return sum(answers, []) if isinstance(answers[0], list) else {'label': given['label'], 'parts': answers}
+        return (sum(answers, []) if isinstance(answers[0], list)
+                else {'label': given['label'], 'parts': answers})
     return acting
 
 
-#: Whom Nova's scheduler lets boot on a resource: who has reserved, or others as well while it is free.
+#: Whom Nova's scheduler lets boot on a resource: who has reserved, or others as well while it is
+#: free.
 MODES = ('exclusive', 'shared')
 #: The lengths of a resource that count only where Nova's scheduler asks cmres.
 ASKED_BY_NOVA = ('hold', 'no_show')
@@ -8335,32 +8572,40 @@ SOON, READY, ENDING, FOREIGN, UNUSED, SHORT, LEFT, FAILED = 1, 2, 4, 8, 16, 32, 
 CLOUDY = ('flavor', 'image', 'network', 'key', 'security_groups', 'server')
 #: The fields of a reservation that a machine is made of; they are fixed once it has begun.
 FIXED = (*CLOUDY, 'resource', 'start', 'lead', 'user_data', 'metadata', 'host')
-STORED = ('label', 'user', 'project', *CLOUDY, 'user_data', 'metadata', 'at_end', 'notify', 'lead', 'description',
+STORED = ('label', 'user', 'project', *CLOUDY, 'user_data', 'metadata', 'at_end', 'notify', 'lead',
+          'description',
           'personal', 'repeat', 'tz', 'on_conflict', 'host', 'trusted')
 #: What a project keeps only so much of.
 LONG_TEXTS = ('user_data', 'description', 'metadata')
 #: What one occurrence of a series may have otherwise than the others.
 OWN = frozenset(('resource', 'start', 'end', 'vms'))
 #: What needs more or less capacity, or other one, when it changes.
-SHAPE = OWN | {'repeat', 'until', 'count', 'skip_dates', 'holidays', 'flavor', 'image', 'host', 'lead', 'on_conflict',
+SHAPE = OWN | {'repeat', 'until', 'count', 'skip_dates', 'holidays', 'flavor', 'image', 'host',
+               'lead', 'on_conflict',
                'at_end', 'calendar'}
 BACK = 'put back'  # the code of a proposal to have an occurrence again that was left out
 #: What makes a series.
 REPEATING = frozenset(('repeat', 'until', 'count', 'skip_dates', 'holidays'))
 JSON = frozenset(('security_groups', 'metadata', 'notify', 'addresses', 'hosts', 'classes', 'named',
                   'trusted'))
-UNCHANGED = (*STORED, 'resource_id', 'start', 'end', 'held_from', 'held_until', *Amount._fields, 'over')
+UNCHANGED = (*STORED, 'resource_id', 'start', 'end', 'held_from', 'held_until', *Amount._fields,
+             'over')
 OVER = ('ended', 'cancelled', 'failed')
 PLACE = ('cell', 'cloud', 'region', 'aggregate')
-HIDDEN = frozenset(('now', 'resource_id', 'held_from', 'held_until', 'over', 'due', 'reservation', 'user_data',
-                    'existing', 'ever', 'runs', 'told', 'slot', 'altered', 'revision', 'revised', 'on_conflict',
+HIDDEN = frozenset(('now', 'resource_id', 'held_from', 'held_until', 'over', 'due', 'reservation',
+                    'user_data',
+                    'existing', 'ever', 'runs', 'told', 'slot', 'altered', 'revision', 'revised',
+                    'on_conflict',
                     'booked_until', 'subscription', 'repeats', 'series', 'waiting', 'confirm',
                     'pending', 'priority', 'choices', 'named', 'trusted'))
-#: Of a reservation, the occurrence that is now or comes next: no other that is not over comes before it.
+#: Of a reservation, the occurrence that is now or comes next: no other that is not over comes
+#: before it.
 NEXT_OF_ITS = """NOT EXISTS (SELECT 1 FROM occurrence c
                               WHERE c.reservation_id = o.reservation_id AND (c.due IS NULL) = 0
-                              AND c.cancelled IS NULL AND c."end" > ?1 AND (c.start, c.id) < (o.start, o.id))"""
-#: Its occurrences in the order in which people mean them: the present or next, those after it, at last those before.
+                              AND c.cancelled IS NULL AND c."end" > ?1 AND (c.start,
+                                c.id) < (o.start, o.id))"""
+#: Its occurrences in the order in which people mean them: the present or next, those after it, at
+#: last those before.
 NEXT_OF = """SELECT id FROM occurrence WHERE reservation_id = {}
                ORDER BY cancelled IS NOT NULL OR "end" <= ?1,
                iif(cancelled IS NULL AND "end" > ?1, start, -start), id LIMIT 1"""
@@ -8370,8 +8615,10 @@ BOTH = [(half, f'o.{rows}') for half, rows in HALVES.items()]
 #: What has begun and is not over for good.
 BEGUN = ('live', f'o.due IS NOT NULL AND o.start <= ?1 + {LONGEST_LEAD}')
 #: By which indexes the occurrences of a state are found.
-WAYS = {'waiting': [('series', 'o.reservation_id IN (SELECT id FROM reservation WHERE waiting IS NOT NULL)')],
-        'pending': [('series', 'o.reservation_id IN (SELECT id FROM reservation WHERE pending IS NOT NULL UNION '
+WAYS = {'waiting': [('series',
+                     'o.reservation_id IN (SELECT id FROM reservation WHERE waiting IS NOT NULL)')],
+        'pending': [('series', 'o.reservation_id IN (SELECT id FROM reservation WHERE pending IS '
+                               'NOT NULL UNION '
                                'SELECT reservation_id FROM proposal)')],
         'reserved': [('live', 'o.due IS NOT NULL AND o.start >= ?1')],
         **dict.fromkeys(('starting', 'active', 'degraded', 'ending'), [BEGUN]),
@@ -8390,7 +8637,8 @@ PATIENCE = 60  # seconds that a start may lie in the past: slow clocks, slow net
 
 def told(of, outcome: str, why: str = '') -> dict:
     """What became of one occurrence of a series."""
-    return {'start': instant(of.start), 'end': instant(of.end), 'vms': of.vms, 'outcome': outcome} | (
+    return {'start': instant(of.start), 'end': instant(of.end), 'vms': of.vms,
+            'outcome': outcome} | (
         {'why': why} if why else {})
 
 
@@ -8403,7 +8651,8 @@ def without_secrets(found):
 
 def public(found) -> dict:
     """A row as an answer shows it: instants as datetimes, stored JSON read, nothing internal."""
-    shown = {name: read(found[place]) if read else found[place] for name, place, read in shown_fields(found._fields)}
+    shown = {name: read(found[place]) if read else found[place]
+             for name, place, read in shown_fields(found._fields)}
     if shown.get('repeat') and (stretches := read_stretches(found.series)):
         shown['repeat'] = rule_from(stretches, found.slot)
     if not shown.get('change', True):
@@ -8427,7 +8676,8 @@ def shown_fields(fields: tuple) -> list[tuple]:
     """Of each field that is shown: its name, its place in the row, and what reads it."""
     readers = dict.fromkeys(INSTANTS, instant) | dict.fromkeys(JSON, read_json) | {
         'personal': bool, 'change': lambda text: from_plain(read_json(text or 'null'))}
-    return [(name, place, readers.get(name)) for place, name in enumerate(fields) if name not in HIDDEN]
+    return [(name, place, readers.get(name)) for place, name in enumerate(fields)
+            if name not in HIDDEN]
 
 
 def read_json(text: str):
@@ -8437,8 +8687,10 @@ def read_json(text: str):
 
 def within_bytes(found: list) -> list:
     """The first rows that have no more text together than a page may have; one at least."""
-    sizes = itertools.accumulate(sum(len(each) for each in line if type(each) is str) for line in found)
-    return [line for number, (line, size) in enumerate(zip(found, sizes)) if size <= MOST_BYTES or not number]
+    sizes = itertools.accumulate(sum(len(each) for each in line if type(each) is str)
+                                 for line in found)
+    return [line for number, (line, size) in enumerate(zip(found, sizes)) if size <= MOST_BYTES
+            or not number]
 
 
 def in_figures(amount: Amount) -> dict:
@@ -8453,26 +8705,33 @@ def added_host(whole: Amount, name: str) -> Amount:
 
 
 def known_classes(before: str, given: dict | None) -> str:
-    """The classes of a resource, with other figures of some of them; an unlimited one is not counted."""
+    """The classes of a resource, with other figures of some of them; an unlimited one is not
+    counted.
+    """
     classes = json.loads(before or '{}') | (given or {})
-    return json.dumps({name: most for name, most in sorted(classes.items()) if most != UNLIMITED}) if classes else ''
+    return (json.dumps({name: most for name, most in sorted(classes.items()) if most != UNLIMITED})
+            if classes else '')
 
 
 def in_brief(field: str, value):
-    """A figure of a resource as a line about its difference shows it: of named hosts only the names."""
+    """A figure of a resource as a line about its difference shows it: of named hosts only the
+    names.
+    """
     return ', '.join(json.loads(value)) if field == 'named' and value else value
 
 
 def lowered(before: Amount, after: Amount) -> bool:
     """Whether a capacity is less than another in any figure."""
-    pairs = [*zip(before[:3], after[:3]), *((before.most(name), most) for name, most in after.classes)]
+    pairs = [*zip(before[:3], after[:3]),
+             *((before.most(name), most) for name, most in after.classes)]
     return any(most is not None and (was is None or most < was) for was, most in pairs)
 
 
 def spread(name: str, lateness: list[float]) -> dict:
     """The median, the 95th of a hundred and the worst of some seconds."""
     ordered = sorted(max(each, 0) for each in lateness)
-    return {f'{name}_{word}': round(ordered[min(int(len(ordered) * share), len(ordered) - 1)], 3) if ordered else None
+    return {f'{name}_{word}': round(ordered[min(int(len(ordered) * share), len(ordered) - 1)], 3)
+            if ordered else None
             for word, share in (('median', 0.5), ('95', 0.95), ('worst', 1))}
 
 
@@ -8516,7 +8775,8 @@ def token_of(secret: str, now: float):
     """The row of a token; Unauthorized if it is nobody's, revoked or over."""
     found = row(f'{TOKEN} WHERE t.hash = ?', hashed(secret))
     if not found or found.revoked is not None:
-        raise Unauthorized('this token is not known or was revoked; an admin makes one with: token add USER')
+        raise Unauthorized('this token is not known or was revoked; an admin makes one with: token '
+                           'add USER')
     if found.ends is not None and found.ends <= now:
         raise Unauthorized(f'this token has ended on {instant(found.ends):%Y-%m-%d}. Renew it with '
                            f'another of yours, or ask an admin: token renew {found.id}')
@@ -8548,7 +8808,8 @@ class Service:
       shares: what requests may take long at the same time
     """
 
-    def __init__(self, config: Config, clouds: Clouds, actor: Actor, clock: Callable[[], float] = time.time,
+    def __init__(self, config: Config, clouds: Clouds, actor: Actor,
+                 clock: Callable[[], float] = time.time,
                  wake: Callable[[], None] = lambda: None,
                  progress: Callable[[list], Iterable] = iter, shares: Shares | None = None):
         self.config, self.clouds, self.actor = config, clouds, actor
@@ -8575,7 +8836,9 @@ class Service:
 
     @contextmanager
     def writing(self, dry_run: bool = False) -> Iterator[float]:
-        """A transaction that yields its instant and wakes the life cycle when it has changed something."""
+        """A transaction that yields its instant and wakes the life cycle when it has changed
+        something.
+        """
         with rehearsing() if dry_run else transaction():
             self.fence()
             self.wanted()
@@ -8610,18 +8873,23 @@ class Service:
         journal(self.config, now, self.actor.user, code, sentence, reservation, notify, occurrence)
 
     def resolve(self, start, end) -> tuple[int, int]:
-        """The seconds of a window: a length for a start counts from now, for an end from the start."""
+        """The seconds of a window: a length for a start counts from now, for an end from the
+        start.
+        """
         start = self.here.now + start if isinstance(start, timedelta) else start
         try:
             end = self.end_after(start, end) if isinstance(end, timedelta) else end
         except OverflowError:
             end = LAST
         if not start < end <= LAST:
-            raise Invalid(f'the end {to_plain(end)} is not after the start {to_plain(start)} and before the year 2200')
+            raise Invalid(f'the end {to_plain(end)} is not after the start {to_plain(start)} and '
+                          f'before the year 2200')
         return int(start.timestamp()), int(end.timestamp())
 
     def end_after(self, start: datetime, length: timedelta) -> datetime:
-        """The instant that is so much later: typed days to the same hour of the clocks, hours exactly."""
+        """The instant that is so much later: typed days to the same hour of the clocks, hours
+        exactly.
+        """
         zone = getattr(start, 'zone', None) or self.config.zone
         nominal = timedelta(seconds=getattr(length, 'nominal', 0))
         if not nominal:
@@ -8632,7 +8900,8 @@ class Service:
         """The seconds that an instant or a date stands for, and how a sentence calls it."""
         if type(asked) is date:
             first = at_midnight(asked)
-            begin, until = (int(from_wall(each, zone).timestamp()) for each in (first, first + timedelta(days=1)))
+            begin, until = (int(from_wall(each, zone).timestamp())
+                            for each in (first, first + timedelta(days=1)))
             return begin, until, f'{asked}'
         asked = self.here.now + asked if isinstance(asked, timedelta) else asked
         return int(asked.timestamp()), int(asked.timestamp()) + 1, format_time(asked, zone)
@@ -8641,9 +8910,11 @@ class Service:
         """Whose it will be: only an admin may reserve for others."""
         user, project = asked['user'] or self.actor.user, asked['project'] or self.actor.project
         if self.actor.role != ADMIN and project != self.actor.project:
-            raise Forbidden(f"only an admin may act in another project than their own, '{self.actor.project}'")
+            raise Forbidden(f"only an admin may act in another project than their own, "
+                            f"'{self.actor.project}'")
         if self.actor.role != ADMIN and asked['user'] not in ('', self.actor.user):
-            raise Forbidden(f"only an admin may reserve for another user than themselves, '{self.actor.user}'")
+            raise Forbidden(f"only an admin may reserve for another user than themselves, "
+                            f"'{self.actor.user}'")
         return user, project
 
     def visible(self) -> list:
@@ -8653,18 +8924,24 @@ class Service:
         return own if self.actor.resource is None else [*own, (one, self.actor.resource)]
 
     def window(self, start, end) -> list:
-        """The conditions on occurrences that overlap a window, either end of which may be missing."""
+        """The conditions on occurrences that overlap a window, either end of which may be
+        missing.
+        """
         first = self.here.now if isinstance(end, timedelta) else FIRST
         begin, until = self.resolve(start or first, end or LAST)
         return ([('o.end > ?', begin)] if start else []) + ([('o.start < ?', until)] if end else [])
 
     def labelled(self, label: str, project: str = '') -> list[int]:
-        """The reservations of a label that they may see, or parts of a request of that label; the latest first."""
+        """The reservations of a label that they may see, or parts of a request of that label; the
+        latest first.
+        """
         where = [*self.visible(), *([('r.project = ?', project)] if project else [])]
         also = ''.join(f' AND {text}' for text, _ in where)
         return [each.id for each in rows(
-            f"SELECT id FROM reservation r WHERE label = ?{also} UNION SELECT id FROM reservation r WHERE request = ? "
-            f"AND request <> ''{also} ORDER BY id DESC", label, *given(where), label, *given(where))]
+            f"SELECT id FROM reservation r WHERE label = ?{also} UNION SELECT id FROM reservation "
+            f"r WHERE request = ? "
+            f"AND request <> ''{also} ORDER BY id DESC", label, *given(where), label,
+            *given(where))]
 
     def newest_deed(self, label: str, project: str = '') -> int | None:
         """The newest event of what people did to the reservations of a label; None without any."""
@@ -8694,26 +8971,32 @@ class Service:
         meant = [each for each in meant if each.project == self.actor.project] or meant
         if len({each.project for each in meant}) > 1:
             projects = ', '.join(sorted({each.project for each in meant}))
-            raise Conflict(f"'{label}' is in several projects ({projects}); name one with --project")
+            raise Conflict(f"'{label}' is in several projects ({projects}); name one with "
+                           f"--project")
         latest = max(meant, key=lambda each: (each.added, each.id))
-        return [each for each in meant if each in parts and each.added == latest.added] if latest in parts else []
+        return ([each for each in meant if each in parts and each.added == latest.added]
+                if latest in parts else [])
 
-    def search(self, where: list, state: Iterable[str] = (), limit: int = -1, tail: str = 'ORDER BY start, id',
+    def search(self, where: list, state: Iterable[str] = (), limit: int = -1,
+               tail: str = 'ORDER BY start, id',
                fields: str = LISTING) -> list:
         """Rows of the listing that meet all conditions, a page of them."""
         condition = ' AND '.join(text for text, *_ in where) or '1'
         in_state = f"state IN ({', '.join('?' * len(state))})" if state else '1'
-        found = listing(self.clock(), condition, (*given(where), *state), in_state, f'{tail} LIMIT {limit}',
+        found = listing(self.clock(), condition, (*given(where), *state), in_state,
+                        f'{tail} LIMIT {limit}',
                         fields)
         return list(map(without_secrets, found)) if self.actor.role == READER else found
 
     def page(self, ways: list, where: list, state: Iterable[str], limit: int, after: str = '',
              latest: bool = False, fields: str = LISTING) -> list:
-        """The first rows of the listing in order of start, or with `latest` in the order from the last one back.
+        """The first rows of the listing in order of start, or with `latest` in the order from the
+        last one back.
 
         Args:
           ways, where: as `walk` takes them
-          state: only these; they are looked at after the walk, some at a time until the page is full
+          state: only these; they are looked at after the walk, some at a time until the page is
+            full
           after: the cursor, or the id, of the line behind which it begins
         """
         found, size, beyond = [], min(limit, BATCH), '<' if latest else '>'
@@ -8728,7 +9011,9 @@ class Service:
         return (within_bytes(found) if fields is BRIEF else found)[:limit]
 
     def in_order(self, ids: list[int], state: Iterable[str] = (), fields: str = LISTING) -> list:
-        """The listing of occurrences, as far as they are in some states, in the order of their ids here."""
+        """The listing of occurrences, as far as they are in some states, in the order of their ids
+        here.
+        """
         found = self.search([self.among('o.id', ids)], state, tail='', fields=fields) if ids else ()
         lines = {each.id: each for each in found}
         return [lines[id] for id in ids if id in lines]
@@ -8738,33 +9023,42 @@ class Service:
         return f'{column} IN (SELECT value FROM json_each(?))', json.dumps(ids)
 
     def place_of_cursor(self, after: str) -> tuple[int, int]:
-        """The start and id behind which a page begins; after an id alone, that one's present start."""
+        """The start and id behind which a page begins; after an id alone, that one's present
+        start.
+        """
         start, _, id = read_argument('after', after, Cursor, self.here).rpartition('-')
         if start:
             return int(start), int(id)
         there = row('SELECT start, id FROM occurrence WHERE id = ?', int(id))
         return tuple(there) if there else (int(LAST.timestamp()), 0)
 
-    def ways(self, asked: dict, state: Iterable[str], begin: int | None = None) -> list[tuple[str, str]]:
+    def ways(self, asked: dict, state: Iterable[str],
+             begin: int | None = None) -> list[tuple[str, str]]:
         """By which indexes a page is found that filters ask for.
 
         Args:
           asked: whose and where, as `filtered` has it
-          begin: they end after that; few windows are longer than a day or a month, and indexes have those
+          begin: they end after that; few windows are longer than a day or a month, and indexes have
+            those
         """
-        found = self.ways_by(asked, dict.fromkeys(way for word in state for way in WAYS[word]) if state else BOTH)
+        found = self.ways_by(asked, dict.fromkeys(way for word in state for way in WAYS[word])
+                             if state else BOTH)
         return found if begin is None else self.overlapping(found, begin, self.within(asked))
 
     def overlapping(self, ways: list, begin: int, also: str) -> list[tuple[str, str]]:
-        """The same ways to what ends after an instant: only a long one of those that start long before does."""
+        """The same ways to what ends after an instant: only a long one of those that start long
+        before does.
+        """
         day, month = begin - DAY, begin - MONTH
         return [('longest', f'o."end" - o.start > {MONTH} AND o.start < {month}{also}'),
-                ('long', f'o."end" - o.start > {DAY} AND o.start >= {month} AND o.start < {day}{also}'),
+                ('long',
+                 f'o."end" - o.start > {DAY} AND o.start >= {month} AND o.start < {day}{also}'),
                 *((way, f'{condition} AND o.start >= {day}') for way, condition in ways)]
 
     def ways_by(self, asked: dict, ways: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
         """The same ways, by the indexes that know whose or where as well."""
-        ids, whose = asked.get('places'), 'user_' if asked['user'] else 'project_' if asked['project'] else ''
+        ids, whose = (asked.get('places'),
+                      'user_' if asked['user'] else 'project_' if asked['project'] else '')
         by = [(whose, self.within(asked))]
         if ids is not None and len(ids) <= MOST_WAYS:
             by = [('place_', f' AND o.resource_id = {id}') for id in ids]
@@ -8773,7 +9067,8 @@ class Service:
 
     def within(self, asked: dict) -> str:
         """The condition on the resources that are asked for."""
-        return f" AND o.resource_id IN ({', '.join(map(str, asked['places']))})" if 'places' in asked else ''
+        return (f" AND o.resource_id IN ({', '.join(map(str, asked['places']))})"
+                if 'places' in asked else '')
 
     def occurrence(self, id: int):
         """The listing of one occurrence, by its id."""
@@ -8784,54 +9079,67 @@ class Service:
         found = self.search([(f'o.id = ({NEXT_OF.format("?")})', reservation)], tail='')
         return found[0] if found else None
 
-    def mine(self, label: str, project: str = '', live: bool = True, occurrence: datetime | None = None):
-        """The one reservation of that label that the actor means: not over, else (unless `live`) the latest.
+    def mine(self, label: str, project: str = '', live: bool = True,
+             occurrence: datetime | None = None):
+        """The one reservation of that label that the actor means: not over, else (unless `live`)
+        the latest.
 
-        Of a series it is the present or next occurrence, or the one that begins at an instant or on a date.
+        Of a series it is the present or next occurrence, or the one that begins at an instant or on
+        a date.
 
         Raises:
           NotFound: there is none that they may see.
           Conflict: several projects have one; the sentence names them.
         """
-        where = [('r.label = ?', label), *self.visible(), *([('r.project = ?', project)] if project else [])]
+        where = [('r.label = ?', label), *self.visible(),
+                 *([('r.project = ?', project)] if project else [])]
         known = (f"SELECT r.id FROM reservation r WHERE {' AND '.join(text for text, _ in where)} "
                  'AND EXISTS (SELECT 1 FROM occurrence WHERE reservation_id = r.id)')
-        found = [self.next_of(each.id) for each in rows(f'{known} AND r.over > ? ORDER BY r.id', *given(where),
-                                                        int(self.clock()))]
+        found = [self.next_of(each.id)
+                 for each in rows(f'{known} AND r.over > ? ORDER BY r.id', *given(where),
+                                  int(self.clock()))]
         usable = [each for each in found if each.cancelled is None and each.end > self.clock()]
         if not usable:
             past = row(f'{known} ORDER BY r.over DESC, r.id DESC LIMIT 1', *given(where))
             if live or not past:
-                raise NotFound(f"there is no reservation '{label}'{' that is not over' if past else ''}")
+                raise NotFound(f"there is no reservation "
+                               f"'{label}'{' that is not over' if past else ''}")
             usable = [self.next_of(past.id)]
         usable = [each for each in usable if each.project == self.actor.project] or usable
         if len(usable) > 1:
             projects = ', '.join(sorted(each.project for each in usable))
-            raise Conflict(f"'{label}' is in several projects ({projects}); name one with --project")
+            raise Conflict(f"'{label}' is in several projects ({projects}); name one with "
+                           f"--project")
         this = isinstance(occurrence, datetime) and occurrence.timestamp() == usable[0].start
         if this or not occurrence:
             return usable[0]
         return self.occurrence_at(usable[0], occurrence, live)
 
     def occurrence_at(self, found, asked: Day, live: bool):
-        """The occurrence of the same reservation that begins then, or on that date by the clocks of its series."""
+        """The occurrence of the same reservation that begins then, or on that date by the clocks of
+        its series.
+        """
         zone = read_zone(found.tz or self.config.timezone)
         begin, until, text = self.span_of(asked, zone)
-        there = self.search([('r.id = ?', found.reservation), ('o.start >= ?', begin), ('o.start < ?', until),
+        there = self.search([('r.id = ?', found.reservation), ('o.start >= ?', begin),
+                             ('o.start < ?', until),
                              *([(NOT_OVER, None)] if live else [])], limit=1)
         if not there:
-            raise NotFound(f"'{found.label}' has no occurrence {'that is not over ' if live else ''}on {text}")
+            raise NotFound(f"'{found.label}' has no occurrence "
+                           f"{'that is not over ' if live else ''}on {text}")
         return there[0]
 
     def live(self, found, since: str = '') -> list:
         """The occurrences of a reservation that are not over, from a slot on."""
         if not found.repeats and found.cancelled is None and found.end > self.clock():
             return [found]
-        return self.search([('r.id = ?', found.reservation), (NOT_OVER, None), ('o.slot >= ?', since)])
+        return self.search([('r.id = ?', found.reservation), (NOT_OVER, None),
+                            ('o.slot >= ?', since)])
 
     def stretches(self, reservation: int) -> list[Stretch]:
         """The stretches of a series; none of a plain reservation."""
-        return read_stretches(row('SELECT series FROM reservation WHERE id = ?', reservation).series)
+        return read_stretches(row('SELECT series FROM reservation WHERE id = ?',
+                                  reservation).series)
 
     def begun(self, found) -> bool:
         """Whether an occurrence has begun: with machines, from its lead on."""
@@ -8864,7 +9172,8 @@ class Service:
         found = self.resources_at(asked)
         if len(found) > 1:
             names = ', '.join(each.name for each in found[:20])
-            raise Conflict(f'{len(found)} resources are at {self.place_of(asked)}; name one of {names}')
+            raise Conflict(f'{len(found)} resources are at {self.place_of(asked)}; name one of '
+                           f'{names}')
         return found[0]
 
     def resources_at(self, asked: dict) -> list:
@@ -8872,8 +9181,10 @@ class Service:
         place = [asked.get(column, '') for column in PLACE]
         if asked['resource'] != ANY:
             found = self.resource_row(asked['resource'])
-            if any(wanted not in ('', is_at) for wanted, is_at in zip(place, (getattr(found, each) for each in PLACE))):
-                raise NotFound(f"the resource '{found.name}' is not at {self.place_of(asked)}; leave the place out, or "
+            if any(wanted not in ('', is_at)
+                   for wanted, is_at in zip(place, (getattr(found, each) for each in PLACE))):
+                raise NotFound(f"the resource '{found.name}' is not at {self.place_of(asked)}; "
+                               f"leave the place out, or "
                                'say - for its name')
             return [found]
         found = self.places(*place)
@@ -8883,13 +9194,16 @@ class Service:
 
     def place_of(self, asked: dict) -> str:
         """The place that was asked for, in words."""
-        return ', '.join(f'{column} {asked[column]}' for column in PLACE if asked.get(column)) or 'any place'
+        return (', '.join(f'{column} {asked[column]}' for column in PLACE if asked.get(column))
+                or 'any place')
 
     def servers_of(self, occurrence: int) -> Rows:
         """The servers of an occurrence, as answers show them."""
         return [public(each) for each in rows(
-            'SELECT n, name, state, addresses, planned, begun, ready, deleted, snapshot, tries, fault, account, uid '
-            "FROM server WHERE occurrence_id = ? ORDER BY n, state <> 'deleted', tries, id", occurrence)]
+            'SELECT n, name, state, addresses, planned, begun, ready, deleted, snapshot, tries, '
+            'fault, account, uid '
+            "FROM server WHERE occurrence_id = ? ORDER BY n, state <> 'deleted', tries, id",
+            occurrence)]
 
 
 # Wishes ######################################################################
@@ -8915,7 +9229,8 @@ class Wishes(Service):
         lead = int((asked['lead'] or timedelta(0)).total_seconds())
         start, end = self.resolve_window(asked, old, lead)
         if old and self.actor.role != ADMIN and asked['user'] != old.user:
-            raise Forbidden(f"only an admin may give a reservation of '{old.user}' to somebody else")
+            raise Forbidden(f"only an admin may give a reservation of '{old.user}' to somebody "
+                            f"else")
         user, project = (asked['user'], old.project) if old else self.owner(asked)
         place, warnings = place or self.resource_at(asked), []
         self.refuse_unbootable(asked, place)
@@ -8931,13 +9246,17 @@ class Wishes(Service):
             each, server = self.each_takes(found), found['server'].id if 'server' in found else ''
             new = set(changes) if old else {'resource'}
             trusted = self.trusted(asked | {'server': server}, kept, new)
-        wish = Wish(asked['label'], user, project, place, start, end, asked['vms'], asked['flavor'], asked['image'],
+        wish = Wish(asked['label'], user, project, place, start, end, asked['vms'],
+                    asked['flavor'], asked['image'],
                     asked['network'], asked['key'], [*asked['security_groups']], asked['user_data'],
-                    dict(asked['metadata'] or {}), server, asked['at_end'] or ('stop' if server else 'delete'),
-                    [*asked['notify']], lead, asked['description'], bool(asked['personal']), asked['repeat'],
+                    dict(asked['metadata'] or {}), server,
+                    asked['at_end'] or ('stop' if server else 'delete'),
+                    [*asked['notify']], lead, asked['description'], bool(asked['personal']),
+                    asked['repeat'],
                     old.tz if old else '',
                     asked['on_conflict'], [], each, warnings, *(
-                        (old.host, amount_of(old)) if old and old.host and not {*asks, 'vms'} & set(changes)
+                        (old.host, amount_of(old)) if old and old.host
+                        and not {*asks, 'vms'} & set(changes)
                         else self.whole_host(place, asked, each)), trusted=trusted)
         if stretches and not {'repeat'} & set(changes):
             stretches = self.moved_stretches(wish, asked, old, stretches, key, changes)
@@ -8970,31 +9289,39 @@ class Wishes(Service):
         """Refuses combinations that could never boot, end or be told of."""
         boots, has = asked['image'], asked['server']
         if boots and has:
-            raise Invalid('an image or a server, not both: a machine is made anew, or it is there already')
+            raise Invalid('an image or a server, not both: a machine is made anew, or it is there '
+                          'already')
         if boots and not asked['flavor']:
             raise Invalid('an image needs a flavor to boot it with')
         if (boots or has) and not place.cloud:
-            raise Invalid(f"the resource '{place.name}' has no cloud, so nothing can boot there; leave the "
+            raise Invalid(f"the resource '{place.name}' has no cloud, so nothing can boot there; "
+                          f"leave the "
                           f"{'image' if boots else 'server'} out")
         if has and asked['vms'] != 1:
             raise Invalid(f"vms: a server is one machine, not {asked['vms']}")
         ends = ENDS[1:3] if has else ENDS
         if asked['at_end'] not in ('', *ends):
-            raise Invalid(f"at_end: '{asked['at_end']}' is none of {', '.join(ends)}{nearest(asked['at_end'], ends)}")
+            raise Invalid(f"at_end: '{asked['at_end']}' is none of "
+                          f"{', '.join(ends)}{nearest(asked['at_end'], ends)}")
         for target in asked['notify']:
-            if not re.fullmatch(r'https?://\S+|[^@\s,<>]+@[^@\s,<>]+', target) or len(asked['notify']) > 10:
-                raise Invalid(f"notify: '{target}' is no mail address and no http(s) address, or they are over 10")
+            if (not re.fullmatch(r'https?://\S+|[^@\s,<>]+@[^@\s,<>]+', target)
+                or len(asked['notify']) > 10):
+                raise Invalid(f"notify: '{target}' is no mail address and no http(s) address, or "
+                              f"they are over 10")
 
     def ask_cloud(self, place, asked: dict, warnings: list) -> dict:
-        """What the resource's cloud knows under the names that are asked for; an unknown one is refused.
+        """What the resource's cloud knows under the names that are asked for; an unknown one is
+        refused.
 
-        If the cloud can't be asked, that goes to `warnings`, unless only it could tell what is needed.
+        If the cloud can't be asked, that goes to `warnings`, unless only it could tell what is
+        needed.
         """
         named = named_by(asked)
         if not named:
             return {}
         if not place.cloud:
-            raise Invalid(f"the resource '{place.name}' has no cloud that knows the {named[0][0].replace('_', ' ')} "
+            raise Invalid(f"the resource '{place.name}' has no cloud that knows the "
+                          f"{named[0][0].replace('_', ' ')} "
                           f"'{named[0][1]}'; leave it out")
         project = asked.get('project', self.actor.project)
         account = self.clouds.account(place.cloud, project)
@@ -9009,7 +9336,8 @@ class Wishes(Service):
                 raise CloudError(f"{error}; its flavor '{asked['flavor']}' must be known to count "
                                  f"vcpus and ram on '{place.name}'") from None
             if asked.get('server'):
-                raise CloudError(f"{error}; it must tell which server '{asked['server']}' is") from None
+                raise CloudError(f"{error}; it must tell which server '{asked['server']}' "
+                                 'is') from None
             warnings.append(f'not checked: {error}')
             return {}
 
@@ -9030,15 +9358,18 @@ class Wishes(Service):
             return '', None
         named = json.loads(place.named or '{}')
         if name not in named:
-            raise NotFound(f"the resource '{place.name}' has no host named '{name}'{nearest(name, named)}" + (
+            raise NotFound(f"the resource '{place.name}' has no host named "
+                           f"'{name}'{nearest(name, named)}" + (
                            '' if named else '; an admin names hosts with: resource sync --named'))
         holds = named[name]
-        classes = tuple(sorted((figure, most) for figure, most in holds.items() if figure not in FIGURES))
+        classes = tuple(sorted((figure, most) for figure, most in holds.items()
+                               if figure not in FIGURES))
         whole = Amount(asked['vms'], holds['vcpus'], holds['ram'], classes)
         need = each * asked['vms']
         missing = tuple((each, 0) for each in need.names if each not in holds)
         if not need.within(whole._replace(classes=classes + missing)):
-            raise Invalid(f"vms: {asked['vms']} machines of {asked['flavor']} are more than the host '{name}' holds: "
+            raise Invalid(f"vms: {asked['vms']} machines of {asked['flavor']} are more than the "
+                          f"host '{name}' holds: "
                           f"{', '.join(f'{most} {figure}' for figure, most in holds.items())}")
         return name, added_host(whole, name)
 
@@ -9049,11 +9380,15 @@ class Wishes(Service):
                        'lead': timedelta(seconds=old.lead), 'start': instant(old.start)}
 
     def carried_on(self, old) -> Wish:
-        """What was wished of a series, as the store has it; nobody is there to be refused anything."""
+        """What was wished of a series, as the store has it; nobody is there to be refused
+        anything.
+        """
         clash = old.on_conflict if old.on_conflict.startswith('shift') else 'skip'
         kept = {name: self.unaltered(old)[name] for name in STORED} | {'lead': old.lead}
-        return Wish(resource=None, start=old.start, end=old.end, vms=old.vms, stretches=self.stretches(old.reservation),
-                    each=amount_of(old) // old.vms, warnings=[], whole=amount_of(old) if old.host else None,
+        return Wish(resource=None, start=old.start, end=old.end, vms=old.vms,
+                    stretches=self.stretches(old.reservation),
+                    each=amount_of(old) // old.vms, warnings=[],
+                    whole=amount_of(old) if old.host else None,
                     **kept | {'on_conflict': clash})
 
     def repeating(self, wish: Wish, asked: dict, old, stretches: list[Stretch], key: str,
@@ -9064,7 +9399,8 @@ class Wishes(Service):
           Invalid: there is no such slot, or it can't be both until and a count.
         """
         zone = read_zone(asked.get('tz') or wish.tz or self.config.timezone)
-        wish = wish._replace(on_conflict=read_argument('on_conflict', asked['on_conflict'], Clash, self.here))
+        wish = wish._replace(on_conflict=read_argument('on_conflict', asked['on_conflict'], Clash,
+                                                       self.here))
         begins = asked['start'] if isinstance(asked['start'], datetime) else instant(wish.start)
         first, ends = typed_wall(begins, zone), asked.get('end', instant(wish.end))
         length, exact = typed_length(ends, instant(wish.start), first, zone)
@@ -9074,7 +9410,8 @@ class Wishes(Service):
             first = self.planned(old, stretches)[1]
         skips = self.read_skips(asked, zone, wish.start, wish.warnings)
         if not asked['repeat']:
-            raise Invalid(f"{min(name for name in REPEATING if asked.get(name))} is for a series; say --repeat as well")
+            raise Invalid(f"{min(name for name in REPEATING if asked.get(name))} is for a series; "
+                          f"say --repeat as well")
         rule = local_rule(self.ended_rule(asked, zone), zone)
         stretch = Stretch(first.isoformat(), length, zone.key, wish.vms, wish.resource.id, rule,
                           skips=skips, exact=exact)
@@ -9082,7 +9419,8 @@ class Wishes(Service):
         if not slot:
             raise Invalid(f'the repetition {rule} has no occurrence from {first:%Y-%m-%d %H:%M} on')
         stretches = [*stretches_before(stretches, key), stretch]
-        return wish._replace(start=slot.start, end=slot.end, repeat=rule, tz=zone.key, stretches=stretches)
+        return wish._replace(start=slot.start, end=slot.end, repeat=rule, tz=zone.key,
+                             stretches=stretches)
 
     def moved_stretches(self, wish: Wish, asked: dict, old, stretches: list[Stretch], key: str,
                         changes: Iterable[str]) -> list[Stretch]:
@@ -9092,7 +9430,8 @@ class Wishes(Service):
         zone, planned = self.planned(old, stretches)
         begins = asked['start'] if isinstance(asked['start'], datetime) else instant(wish.start)
         start = typed_wall(begins, zone)
-        first = start if 'start' in changes or old.altered else planned  # where a gap has put it, by what was planned
+        # where a gap has put it, by what was planned
+        first = start if 'start' in changes or old.altered else planned
         ends = asked['end'] if 'end' in changes else instant(wish.end)
         length, exact = typed_length(ends, instant(wish.start), first, zone)
         new = {'length': length, 'exact': exact} if 'end' in changes else {}
@@ -9102,7 +9441,9 @@ class Wishes(Service):
         return cut_stretches(stretches, key, shift=shift, **new)
 
     def planned(self, old, stretches: list[Stretch]) -> tuple[ZoneInfo, datetime]:
-        """The zone of a series, and the wall time at which it has an occurrence, wherever that was moved to."""
+        """The zone of a series, and the wall time at which it has an occurrence, wherever that was
+        moved to.
+        """
         stretch, _, _ = self.stretch_of(old, stretches)
         slot = datetime.fromisoformat(old.slot or stretch.start)
         return read_zone(stretch.zone), slot + timedelta(seconds=stretch.shift)
@@ -9121,24 +9462,29 @@ class Wishes(Service):
         skips = self.read_skips(asked, zone, int(self.clock()), warnings)
         ends = {'until', 'count'} & set(changes)
         return [stretch._replace(skips=(*stretch.skips, *skips), rule=local_rule(self.ended_rule(
-            asked | {'repeat': endless(stretch.rule)}, zone), zone) if ends and stretch.rule else stretch.rule)
+            asked | {'repeat': endless(stretch.rule)}, zone), zone) if ends and stretch.rule
+                                 else stretch.rule)
                 for stretch in stretches]
 
     def ended_rule(self, asked: dict, zone: ZoneInfo) -> str:
         """The rule that is asked for with its end; a date is meant to its last second."""
-        rule = read_argument('repeat', asked['repeat'], Repeat, self.here)  # Python may call without `bind`
+        # Python may call without `bind`
+        rule = read_argument('repeat', asked['repeat'], Repeat, self.here)
         until, count = asked.get('until'), asked.get('count')
         if (until is not None) + (count is not None) + bool(re.search('UNTIL|COUNT', rule)) > 1:
             raise Invalid('a series ends once: by --until, by --count or in its rule')
         if until is not None:
             until = self.here.now + until if isinstance(until, timedelta) else until
-            last = datetime.combine(until, datetime.max.time()) if type(until) is date else to_wall(until, zone)
+            last = (datetime.combine(until, datetime.max.time()) if type(until) is date
+                    else to_wall(until, zone))
             return f'{rule};UNTIL={last:%Y%m%dT%H%M%S}'
         return f'{rule};COUNT={count}' if count else rule
 
     def read_skips(self, asked: dict, zone: ZoneInfo, start: int,
                    warnings: list) -> tuple[str, ...]:
-        """Days, or wall times, without an occurrence; holidays are fetched, outside any transaction."""
+        """Days, or wall times, without an occurrence; holidays are fetched, outside any
+        transaction.
+        """
         skips = []
         for text in asked.get('skip_dates') or ():
             try:
@@ -9146,7 +9492,8 @@ class Wishes(Service):
             except ValueError:
                 raise Invalid(f"skip_dates: '{text}' is no date; write 2026-12-24") from None
             wall = to_wall(moment, zone) if moment.tzinfo else moment
-            skips.append(wall.date().isoformat() if re.fullmatch('[0-9/-]+', text) else wall.isoformat())
+            skips.append(wall.date().isoformat() if re.fullmatch('[0-9/-]+', text)
+                         else wall.isoformat())
         if source := asked.get('holidays'):
             skips += self.holidays(source, zone, instant(start), warnings)
         return tuple(skips)
@@ -9348,14 +9695,19 @@ class Wishes(Service):
         begin, until = self.to_come(wish)
         where, values = (f'{lack.figure} > 0', ()) if lack.figure in FIGURES else (
             'classes LIKE ?', (f'%"{lack.figure}"%',))
-        there = f' AND o.due IS NOT NULL AND o.resource_id = {wish.resource.id} AND o.start < {until} + {LONGEST_LEAD}'
+        there = (f' AND o.due IS NOT NULL AND o.resource_id = {wish.resource.id} '
+                 f'AND o.start < {until} + {LONGEST_LEAD}')
         near = ids_by(self.overlapping([('place_live', f'1{there}')], begin, there))
         found = rows(f"""
             SELECT r.label, r.user, r.project, h.vms, h.start, h.until FROM (
-              SELECT reservation_id, vms, start, "end" AS until FROM occurrence WHERE id IN ({near}) AND resource_id = ?
-                 AND held_from < ? AND held_until > ? AND held_until > held_from AND {where} UNION ALL
-              SELECT reservation_id, vms, held_from, held_until FROM extra_hold WHERE resource_id = ?
-                 AND held_from < ? AND held_until > ? AND {where}) h CROSS JOIN reservation r ON r.id = h.reservation_id
+              SELECT reservation_id, vms, start, "end" AS until FROM occurrence
+                WHERE id IN ({near}) AND resource_id = ?
+                 AND held_from < ? AND held_until > ? AND held_until > held_from AND {where}
+                   UNION ALL
+              SELECT reservation_id, vms, held_from, held_until FROM extra_hold
+                WHERE resource_id = ?
+                 AND held_from < ? AND held_until > ? AND {where}) h CROSS
+                   JOIN reservation r ON r.id = h.reservation_id
              WHERE r.id <> ? ORDER BY h.start DESC, r.id DESC LIMIT 10""",
             *(wish.resource.id, until, begin, *values) * 2, own)
         return {'in_the_way': changes + [self.seen_in_the_way(each) for each in found[::-1]]}
@@ -9388,10 +9740,12 @@ class Wishes(Service):
             return []
         most, later = 10 * MOST_OFFERS, ('o."end" > ?', begin)
         found = walk(self.clock(), WAYS['waiting'], [('o.due IS NOT NULL',), later], most)
-        whose = [('project', 'o.of_project = ?', wish.project), ('user', 'o.of_user = ?', wish.user)]
+        whose = [('project', 'o.of_project = ?', wish.project),
+                 ('user', 'o.of_user = ?', wish.user)]
         whose += [('place', 'o.resource_id = ?', each) for each in others]
         for way, condition, value in whose:
-            ways = self.overlapping([(f'{way}_live', 'o.due IS NOT NULL')], begin, ' AND o.due IS NOT NULL')
+            ways = self.overlapping([(f'{way}_live', 'o.due IS NOT NULL')], begin,
+                                    ' AND o.due IS NOT NULL')
             found += walk(self.clock(), ways, [(condition, value), later], most)
         ends = run('SELECT "end" FROM occurrence WHERE id IN (SELECT value FROM json_each(?))',
                    json.dumps([id for _, id in found]))
@@ -9404,8 +9758,10 @@ class Wishes(Service):
         used = peak(wish.resource.id, begin, until, wish.amount.names)
         left = {name: most.most(name) - held for name, held in used.classes
                 if most.most(name) is not None} | {
-                name: limit - held for name, limit, held in zip(FIGURES, most, used) if limit is not None}
-        rooms = [left[name] // need for name, need in in_figures(wish.each).items() if need and name in left]
+                name: limit - held for name, limit, held in zip(FIGURES, most, used)
+                if limit is not None}
+        rooms = [left[name] // need for name, need in in_figures(wish.each).items() if need
+                 and name in left]
         # Who asks for more than there ever is must ask for something else, however much is free.
         offered = rooms and lack and not wish.whole and not (lack.alone and lack.used > lack.less)
         if offered and (old.vms if old else 0) < min(rooms) < wish.vms:
@@ -9429,15 +9785,19 @@ class Wishes(Service):
 
 
 class Others:
-    """The other occurrences of a series while it is changed, one by one: what counts against limits.
+    """The other occurrences of a series while it is changed, one by one: what counts against
+    limits.
 
-    The store has the old of those that are not written yet; here each is what it keeps, then what it gets.
+    The store has the old of those that are not written yet; here each is what it keeps, then what
+    it gets.
     """
 
     def __init__(self, reservation: int, now: float):
         self.reservation, self.now = reservation, int(now)
-        self.holds: dict[str, list[tuple[Hold, int]]] = {}  # by slot: with the start, from which on hours count
-        self.days: dict[int, set[str]] = defaultdict(set)   # the slots that hold something on a day since 1970
+        # by slot: with the start, from which on hours count
+        self.holds: dict[str, list[tuple[Hold, int]]] = {}
+        # the slots that hold something on a day since 1970
+        self.days: dict[int, set[str]] = defaultdict(set)
         self.seconds: dict[int | None, int] = defaultdict(int)  # of vcpus; None: of all resources
 
     def put(self, slot: str, holds: Iterable[Hold], start: int) -> None:
@@ -9448,7 +9808,8 @@ class Others:
 
     def count(self, slot: str, sign: int) -> None:
         for each, start in self.holds.get(slot, ()):
-            seconds = sign * each.amount.vcpus * max(each.until - max(each.begin, start, self.now), 0)
+            seconds = sign * each.amount.vcpus * max(each.until - max(each.begin, start, self.now),
+                                                     0)
             for resource in (None, each.resource):
                 self.seconds[resource] += seconds
             for day in range(each.begin // 86400, each.until // 86400 + 1):
@@ -9456,8 +9817,10 @@ class Others:
 
     def holding(self, resource: int | None, begin: int, until: int) -> list[tuple[int, int, int]]:
         """The holds on a resource, or on any, that overlap a window: when, and of how many VMs."""
-        slots = set().union(*(self.days.get(day, ()) for day in range(begin // 86400, until // 86400 + 1)))
-        return [(each.begin, each.until, each.amount.vms) for slot in slots for each, _ in self.holds[slot]
+        slots = set().union(*(self.days.get(day, ())
+                              for day in range(begin // 86400, until // 86400 + 1)))
+        return [(each.begin, each.until, each.amount.vms) for slot in slots
+                for each, _ in self.holds[slot]
                 if each.begin < until and each.until > begin and resource in (None, each.resource)]
 
 
@@ -9469,18 +9832,24 @@ class Limits(Wishes):
     """What users and projects may reserve at most."""
 
     @api('POST', '/limit/', role=ADMIN, made='/limit/')
-    def limit_add(self, project: Name = '', user: Name = '', resource: Label = '', most_vms: Count = None,
-                  longest: Span = None, ahead: Span = None, least_notice: Span = None, vcpu_hours: Count = None,
+    def limit_add(self, project: Name = '', user: Name = '', resource: Label = '',
+                  most_vms: Count = None,
+                  longest: Span = None, ahead: Span = None, least_notice: Span = None,
+                  vcpu_hours: Count = None,
                   waiting: int = None, exempt: Span = None, dry_run: bool = False) -> LimitAnswer:
-        """Limits what a project or a user may reserve; with neither, every project that has no limit of its own.
+        """Limits what a project or a user may reserve; with neither, every project that has no
+        limit of its own.
 
-        With --resource it counts there alone, else everywhere together. What begins within --exempt from
-        now and takes no longer than a day (`exempt_longest`) is not limited: tonight's idle VMs may be used.
+        With --resource it counts there alone, else everywhere together. What begins within --exempt
+        from now and takes no longer than a day (`exempt_longest`) is not limited: tonight's idle
+        VMs may be used.
 
         Example:
-          python cmres.py limit add --project biology --most-vms 20 --longest 7d --ahead 30d --exempt 4h
+          python cmres.py limit add --project biology --most-vms 20 --longest 7d --ahead 30d
+          --exempt 4h
         """
-        figures = {'most_vms': most_vms, 'longest': longest, 'ahead': ahead, 'least_notice': least_notice,
+        figures = {'most_vms': most_vms, 'longest': longest, 'ahead': ahead,
+                   'least_notice': least_notice,
                    'vcpu_hours': vcpu_hours, 'waiting': waiting}
         if all(each is None for each in figures.values()):
             raise Invalid(f"say what is limited: {', '.join(figures)}")
@@ -9528,7 +9897,9 @@ class Limits(Wishes):
                 for name, value in (public(found) | {'waiting': found.waiting}).items()}
 
     def limits_for(self, wish: Wish) -> list:
-        """The limits that a wish is under: of its user, of its project, and of every project if that has none."""
+        """The limits that a wish is under: of its user, of its project, and of every project if
+        that has none.
+        """
         theirs = once('SELECT * FROM limits WHERE user IN (?, ?) AND project IN (?, ?)', '',
                       wish.user, '', wish.project) if standing().limits else ()
         found = [each for each in theirs if each.resource_id in (None, wish.resource.id)]
@@ -9539,8 +9910,10 @@ class Limits(Wishes):
         """Refuses what goes beyond a limit; inside the transaction that would admit it.
 
         Args:
-          old: its occurrence as it was, which doesn't count against it; what it had already, it may keep
-          others: the other occurrences of its series as they will be, instead of what the store has of it
+          old: its occurrence as it was, which doesn't count against it; what it had already, it may
+            keep
+          others: the other occurrences of its series as they will be, instead of what the store has
+            of it
         """
         for limit in self.limits_for(wish):
             near = limit.exempt and int(now) - PATIENCE <= wish.start < now + limit.exempt and (
@@ -9553,16 +9926,20 @@ class Limits(Wishes):
                                        limit=name, value=value, passes=passes)
 
     def beyond(self, limit, wish: Wish, now: float, old, others: Others | None) -> Iterator[tuple]:
-        """For each figure of a limit: its name, its value, whether a wish is within it, and what would be."""
+        """For each figure of a limit: its name, its value, whether a wish is within it, and what
+        would be.
+        """
         length, before = wish.end - wish.start, old.end - old.start if old else 0
         stays = old and (not limit.resource_id or old.resource_id == wish.resource.id)
         less = stays and old.start <= wish.start and wish.end <= old.end and wish.vms <= old.vms
-        yield 'longest', limit.longest, length <= max(limit.longest or 0, before), in_words_of(limit.longest)
+        yield 'longest', limit.longest, length <= max(limit.longest or 0,
+                                                      before), in_words_of(limit.longest)
         moved = not old or wish.start != old.start
         yield 'ahead', limit.ahead, not moved or wish.start <= now + (limit.ahead or 0), (
             f'{in_words_of(limit.ahead)}: until {instant(int(now) + (limit.ahead or 0))}')
-        yield 'least_notice', limit.least_notice, not moved or wish.start >= now + (limit.least_notice or 0), (
-            f'{in_words_of(limit.least_notice)}: from {instant(int(now) + (limit.least_notice or 0))}')
+        nearest = now + (limit.least_notice or 0)
+        yield 'least_notice', limit.least_notice, not moved or wish.start >= nearest, (
+            f'{in_words_of(limit.least_notice)}: from {instant(int(nearest))}')
         if limit.most_vms is not None:
             most = self.most_at_once(limit, wish, old, others)
             yield 'most_vms', limit.most_vms, less or most + wish.vms <= limit.most_vms, (
@@ -9602,7 +9979,8 @@ class Limits(Wishes):
                      'AND (proposal_id IS NOT NULL OR reservation_id <> ?)', *values, until, begin,
                      old.reservation if old and not others else 0).fetchall()
         found += others.holding(limit.resource_id, begin, until) if others else []
-        changes = [change for first, last, vms in found for change in ((max(first, begin), 1, vms), (last, 0, -vms))]
+        changes = [change for first, last, vms in found
+                   for change in ((max(first, begin), 1, vms), (last, 0, -vms))]
         return max(itertools.accumulate((vms for _, _, vms in sorted(changes)), initial=0))
 
     def future_hours(self, limit, wish: Wish, now: float, old, others: Others | None) -> float:
@@ -9630,36 +10008,49 @@ class Holding(Limits):
     """What is taken and written for one occurrence; inside a transaction."""
 
     def refuse_many_texts(self, wish: Wish, old=None) -> None:
-        """Refuses what makes the long texts of a project more than it may keep; after they were written."""
+        """Refuses what makes the long texts of a project more than it may keep; after they were
+        written.
+        """
         now, before = (sum(len(text) for text in texts) for texts in (
-            wish.columns(*LONG_TEXTS).values(), [getattr(old, name) for name in LONG_TEXTS] if old else ()))
-        kept = row('SELECT size FROM texts WHERE project = ?', wish.project) if now > max(before, 1000) else None
+            wish.columns(*LONG_TEXTS).values(),
+            [getattr(old, name) for name in LONG_TEXTS] if old else ()))
+        kept = (row('SELECT size FROM texts WHERE project = ?', wish.project)
+                if now > max(before, 1000) else None)
         most = self.config.project_texts
         if kept and kept.size > most * 2**20:
-            raise TooLarge(f"the project '{wish.project}' keeps at most {most} MiB of user data, descriptions and "
-                           'metadata; shorten some, or let an admin raise the setting project_texts')
+            raise TooLarge(f"the project '{wish.project}' keeps at most {most} MiB of user data, "
+                           f"descriptions and "
+                           'metadata; shorten some, or let an admin raise the setting '
+                           'project_texts')
 
     def refuse_taken_label(self, wish: Wish, now: float) -> None:
-        """Refuses a label that a reservation or a request of the project has, as long as it is not over."""
+        """Refuses a label that a reservation or a request of the project has, as long as it is not
+        over.
+        """
         read_argument('label', wish.label, Label, self.here)  # Python may call without `bind`
-        if row('SELECT id FROM reservation WHERE project = ? AND label = ? AND over > ? UNION ALL SELECT id FROM '
-               "reservation WHERE request = ? AND request <> '' AND project = ? AND over > ?", wish.project, wish.label,
+        if row('SELECT id FROM reservation WHERE project = ? AND label = ? AND over > ? UNION ALL '
+               'SELECT id FROM '
+               "reservation WHERE request = ? AND request <> '' AND project = ? AND over > ?",
+               wish.project, wish.label,
                int(now), wish.label, wish.project, int(now)):
-            raise Conflict(f"the label '{wish.label}' is taken in project '{wish.project}' by a reservation that is "
+            raise Conflict(f"the label '{wish.label}' is taken in project '{wish.project}' by a "
+                           f"reservation that is "
                            'not over; choose another')
 
     def refuse_taken_resource(self, name: str) -> None:
         """Refuses the name of a resource that there is."""
         read_argument('name', name, Label, self.here)
         if row('SELECT id FROM resource WHERE name = ? AND removed IS NULL', name):
-            raise Conflict(f"there is a resource '{name}' already; choose another name or update that one")
+            raise Conflict(f"there is a resource '{name}' already; choose another name or update "
+                           f"that one")
 
     def refuse_shared_server(self, wish: Wish, own: int = 0) -> None:
         """A machine that somebody has can be started and stopped by one reservation at a time."""
         begin, until = wish.held
         other = row('SELECT o.id, r.label, r.project FROM occurrence o '
                     'JOIN reservation r ON r.id = o.reservation_id WHERE r.server = ? '
-                    "AND r.server <> '' AND o.due IS NOT NULL AND o.held_from < ? AND o.held_until > ? AND r.id <> ?",
+                    "AND r.server <> '' AND o.due IS NOT NULL AND o.held_from < ? AND o.held_until "
+                    "> ? AND r.id <> ?",
                     wish.server, until, begin, own) if wish.server else None
         if other:
             # The sentence goes to the event log as well, which the project of the wish reads.
@@ -9668,33 +10059,43 @@ class Holding(Limits):
                            in_the_way=[self.in_brief_for_actor(self.occurrence(other.id))])
 
     def stand_in_line(self, reservation: int) -> None:
-        """Notes where one that waits could be, as it is now; one that does so no more makes way for others."""
-        for each in rows('SELECT resource_id, held_from, until FROM wait WHERE reservation_id = ?', reservation):
+        """Notes where one that waits could be, as it is now; one that does so no more makes way for
+        others.
+        """
+        for each in rows('SELECT resource_id, held_from, until FROM wait WHERE reservation_id = ?',
+                         reservation):
             call_waiting(*each)
         run('DELETE FROM wait WHERE reservation_id = ?', reservation)
         remembered.change()
         found = row('SELECT r.choices, r.waiting, o.resource_id, o.held_from, o."end" '
-                    'FROM reservation r JOIN occurrence o ON o.reservation_id = r.id WHERE r.id = ? AND r.waiting IS NOT NULL AND o.cancelled IS NULL',
+                    'FROM reservation r JOIN occurrence o ON o.reservation_id = r.id WHERE r.id = '
+                    '? AND r.waiting IS NOT NULL AND o.cancelled IS NULL',
                     reservation)
         for resource in dict.fromkeys(each[0] for each in json.loads(found.choices or '[]')
                                       or [[found.resource_id]]) if found else ():
-            insert(Wait, reservation=reservation, resource=resource, held_from=found.held_from, until=found.end,
+            insert(Wait, reservation=reservation, resource=resource, held_from=found.held_from,
+                   until=found.end,
                    since=found.waiting, limited=False, due=0)
 
     def refuse_overtaking(self, place, begin: int, until: int, now: float) -> None:
         """Refuses to take, before one that has waited for long, room in its window."""
         first = self.first_in_line(place.id, begin, until, now)
         if first:
-            raise NoCapacity(f"'{place.name}' is kept for a request of {first.vms} vms that waits since "
+            raise NoCapacity(f"'{place.name}' is kept for a request of {first.vms} vms that waits "
+                             f"since "
                              f'{instant(first.waiting)}', waits_since=instant(first.waiting))
 
-    def first_in_line(self, resource: int, begin: int, until: int, now: float, before: str = '', *place):
-        """Who has waited for longer than `patience` for a resource in a window; none beyond a place in the line."""
+    def first_in_line(self, resource: int, begin: int, until: int, now: float, before: str = '',
+                      *place):
+        """Who has waited for longer than `patience` for a resource in a window; none beyond a place
+        in the line.
+        """
         return standing().waits and row(f"""
                        SELECT o.vms, r.waiting FROM wait w INDEXED BY wait_since
                          CROSS JOIN reservation r ON r.id = w.reservation_id
                          JOIN occurrence o ON o.reservation_id = r.id
-                        WHERE w.resource_id = ? AND w.until > ? AND w.held_from < ? AND w.since <= ? AND w.until > ?
+                        WHERE w.resource_id = ? AND w.until > ? AND w.held_from < ?
+                          AND w.since <= ? AND w.until > ?
                               AND o.cancelled IS NULL {before}
                         ORDER BY r.priority DESC, r.waiting, o.id LIMIT 1""",
                    resource, begin, until, now - self.config.patience, int(now), *place)
@@ -9709,8 +10110,10 @@ class Holding(Limits):
         """What a reservation holds: its occurrences, and its VMs that stay after them."""
         own = 'resource_id, held_from, held_until, vms, vcpus, ram, classes'
         return [hold_of(each) for each in rows(
-            f'SELECT {own} FROM occurrence WHERE reservation_id = ? AND due IS NOT NULL AND held_until > held_from '
-            f'UNION ALL SELECT {own} FROM extra_hold WHERE reservation_id = ? AND proposal_id IS NULL',
+            f'SELECT {own} FROM occurrence WHERE reservation_id = ? AND due IS NOT NULL AND '
+            f'held_until > held_from '
+            f'UNION ALL SELECT {own} FROM extra_hold WHERE reservation_id = ? AND proposal_id IS '
+            f'NULL',
             reservation, reservation)]
 
     def hold_beside(self, reservation: int, proposal: int | None, holds: Iterable[Hold]) -> None:
@@ -9720,20 +10123,24 @@ class Holding(Limits):
                    held_from=each.begin, held_until=each.until, **stored(each.amount))
 
     def drop_proposals(self, reservation: int, occurrence: int | None = None) -> int:
-        """Forgets the changes of a reservation, or of one occurrence, that await approval; how many there were.
+        """Forgets the changes of a reservation, or of one occurrence, that await approval; how many
+        there were.
 
         What they are about stays as it is.
         """
-        found = rows('SELECT id FROM proposal WHERE reservation_id = ? AND (NOT alone OR occurrence = coalesce(?, '
+        found = rows('SELECT id FROM proposal WHERE reservation_id = ? AND (NOT alone OR '
+                     'occurrence = coalesce(?, '
                      'occurrence))', reservation, occurrence)
         for each in found:
-            give([hold_of(extra) for extra in rows('SELECT * FROM extra_hold WHERE proposal_id = ?', each.id)])
+            give([hold_of(extra)
+                  for extra in rows('SELECT * FROM extra_hold WHERE proposal_id = ?', each.id)])
             run('DELETE FROM extra_hold WHERE proposal_id = ?', each.id)
             run('DELETE FROM proposal WHERE id = ?', each.id)
         return len(found)
 
     def keep_stopped(self, reservation: int, now: float, given: list[Hold] = ()) -> None:
-        """Holds what VMs take that are stopped at the end and stay: until the next occurrence, or for good.
+        """Holds what VMs take that are stopped at the end and stay: until the next occurrence, or
+        for good.
 
         Args:
           given: what the same change has given back
@@ -9742,7 +10149,8 @@ class Holding(Limits):
           NoCapacity: others have that capacity.
         """
         had = [hold_of(each) for each in rows(
-            'SELECT * FROM extra_hold WHERE reservation_id = ? AND proposal_id IS NULL', reservation)]
+            'SELECT * FROM extra_hold WHERE reservation_id = ? AND proposal_id IS NULL',
+            reservation)]
         wants = sorted(self.stopped_holds(reservation, now))
         if wants == sorted(had):
             return
@@ -9750,7 +10158,8 @@ class Holding(Limits):
         try:
             take(beyond(wants, had), now, given)
         except NoCapacity:
-            raise NoCapacity('stopped VMs keep their capacity after the end until they are deleted, and others have '
+            raise NoCapacity('stopped VMs keep their capacity after the end until they are '
+                             'deleted, and others have '
                              'reserved it by then; end with --at-end delete or shelve') from None
         run('DELETE FROM extra_hold WHERE reservation_id = ? AND proposal_id IS NULL', reservation)
         self.hold_beside(reservation, None, wants)
@@ -9760,21 +10169,27 @@ class Holding(Limits):
         self.keep_stopped(reservation, now, [*self.stopped_holds(reservation, now)])
 
     def stopped_holds(self, reservation: int, now: float) -> Iterator[Hold]:
-        """What the VMs of a reservation hold that are stopped or will be, from the end of each occurrence on."""
+        """What the VMs of a reservation hold that are stopped or will be, from the end of each
+        occurrence on.
+        """
         found = rows("""
-            SELECT o.*, r.host, (SELECT count(*) FROM server v WHERE v.occurrence_id = o.id AND v.goal = 'stop'
+            SELECT o.*, r.host, (SELECT count(*) FROM server v WHERE v.occurrence_id = o.id
+              AND v.goal = 'stop'
                                     AND v.state = 'kept' AND NOT v.borrowed) AS stopped
               FROM occurrence o JOIN reservation r ON r.id = o.reservation_id
-             WHERE r.id = ? AND r.image <> '' AND r.waiting IS NULL AND (o.cancelled IS NULL OR o.due IS NULL) AND (
+             WHERE r.id = ? AND r.image <> '' AND r.waiting IS NULL AND (o.cancelled IS NULL
+               OR o.due IS NULL) AND (
                    o.due IS NOT NULL AND r.at_end = 'stop' OR o.id IN (
-                     SELECT occurrence_id FROM server WHERE state = 'kept' AND goal = 'stop' AND NOT borrowed))
+                     SELECT occurrence_id FROM server WHERE state = 'kept' AND goal = 'stop'
+                       AND NOT borrowed))
              ORDER BY o.start""", reservation)
         for each, after in zip(found, [*found[1:], None]):
             there = each.vms if each.due is not None else each.stopped
             starts_them = after and after.held_from > now and after.resource_id == each.resource_id
             again = min(there, after.vms) if starts_them else 0
             one = amount_of(each) if each.host else amount_of(each) // each.vms
-            for number, until in ((again, after.held_from if again else 0), (there - again, int(LAST.timestamp()))):
+            for number, until in ((again, after.held_from if again else 0),
+                                  (there - again, int(LAST.timestamp()))):
                 if number and each.held_until < until:
                     amount = one if each.host else one * number
                     yield Hold(each.resource_id, each.held_until, until, amount)
@@ -9814,7 +10229,8 @@ class Holding(Limits):
     def grow(self, one: Wish, growth: list[Hold], now: float, old=None,
              others: Others | None = None,
              own: int = 0) -> None:
-        """Takes what is wanted more, if every rule lets it: all that is asked for goes through here.
+        """Takes what is wanted more, if every rule lets it: all that is asked for goes through
+        here.
 
         Args:
           one: what is wanted in all
@@ -9860,8 +10276,10 @@ class Reshaped(NamedTuple):
 class Series(Holding):
     """The occurrences of series."""
 
-    def reshape(self, reservation: int, wish: Wish, now: float, gentle: bool = False, again: bool = True) -> list[dict]:
-        """Makes the occurrences of a series what its stretches want, as far as the horizon; inside a transaction.
+    def reshape(self, reservation: int, wish: Wish, now: float, gentle: bool = False,
+                again: bool = True) -> list[dict]:
+        """Makes the occurrences of a series what its stretches want, as far as the horizon; inside
+        a transaction.
 
         Raises:
           NoCapacity: one doesn't fit and all or nothing was asked for; the transaction ends.
@@ -9878,9 +10296,9 @@ class Series(Holding):
                  again: bool = True) -> Reshaped:
         """Decides what a series becomes, and holds that.
 
-        First all give back what they want no more, then each takes what it wants more, or what --on-conflict
-        says is done. What has begun keeps its start; what was changed, left out or skipped on its own
-        stays as it is.
+        First all give back what they want no more, then each takes what it wants more, or what
+        --on-conflict says is done. What has begun keeps its start; what was changed, left out or
+        skipped on its own stays as it is.
 
         Args:
           there: the rows of its occurrences
@@ -9912,10 +10330,14 @@ class Series(Holding):
         return Reshaped(done, changed + [each for _, each in placed], horizon, freed)
 
     def earliest(self, there: list, stretches: list[Stretch], now: float) -> float:
-        """From when on slots must be known: one that was moved to later has been planned for earlier."""
-        moved = [from_wall(datetime.fromisoformat(old.slot), read_zone(stretches[0].zone)).timestamp()
+        """From when on slots must be known: one that was moved to later has been planned for
+        earlier.
+        """
+        moved = [from_wall(datetime.fromisoformat(old.slot),
+                           read_zone(stretches[0].zone)).timestamp()
                  for old in there if old.slot and old.end > now and stretches]
-        return min([now, *moved]) - max((abs(stretch.shift) for stretch in stretches), default=0) - 86400
+        return min([now, *moved]) - max((abs(stretch.shift) for stretch in stretches),
+                                        default=0) - 86400
 
     def horizon(self, stretches: list[Stretch], now: float, skipped: Iterable[str] = ()) -> int:
         """Until when a series is in rows: at least its next occurrence is."""
@@ -9923,8 +10345,11 @@ class Series(Holding):
                            if slot.key not in skipped), 0) for stretch in stretches]
         return max(int(now) + self.config.horizon * 86400, min(filter(None, following), default=0))
 
-    def settled(self, old, slot: Slot | None, wish: Wish, now: float, gentle: bool, again: bool) -> Slot | None:
-        """What an occurrence that is not over is to become, of what its series wants; None: cancelled."""
+    def settled(self, old, slot: Slot | None, wish: Wish, now: float, gentle: bool,
+                again: bool) -> Slot | None:
+        """What an occurrence that is not over is to become, of what its series wants; None:
+        cancelled.
+        """
         here = Slot(old.slot, old.start, old.end, old.vms, old.resource_id)
         if old.cancelled is not None:
             same = slot and not again and (slot.start, slot.end) == (old.start, old.end)
@@ -9938,7 +10363,8 @@ class Series(Holding):
 
     def differs(self, old, slot: Slot, wish: Wish) -> bool:
         """Whether an occurrence is otherwise than its series wants it."""
-        return old.cancelled is not None or (old.start, old.end, old.resource_id, *amount_of(old)) != (
+        return old.cancelled is not None or (old.start, old.end, old.resource_id,
+                                             *amount_of(old)) != (
             slot.start, slot.end, slot.resource, *wish.takes(slot.vms)) or (
             slot.start - wish.lead != old.held_from and not old.altered)
 
@@ -9957,7 +10383,8 @@ class Series(Holding):
         """
         done, refused = [], []
         others = self.others_of(reservation, {*gone, *(old.id for _, old in todo if old)}, now)
-        if wish.server and any(one.end > after.start for (one, _), (after, _) in zip(todo, todo[1:])):
+        if (wish.server
+            and any(one.end > after.start for (one, _), (after, _) in zip(todo, todo[1:]))):
             raise Conflict(f'the occurrences overlap, and the server {wish.server} is one machine')
         turns = [Turn(slot, old, [hold_of(old)] if old and old.cancelled is None else [],
                       [self.hold_at(wish, slot, old, now)]) for slot, old in todo]
@@ -9992,7 +10419,9 @@ class Series(Holding):
         return refusal
 
     def others_of(self, reservation: int, changing: set[int], now: float) -> Others:
-        """What counts against limits of the occurrences that stay as they are while others change."""
+        """What counts against limits of the occurrences that stay as they are while others
+        change.
+        """
         others = Others(reservation, now)
         there = standing().limits and reservation and rows(
             'SELECT * FROM occurrence WHERE reservation_id = ? AND due IS NOT NULL '
@@ -10017,10 +10446,13 @@ class Series(Holding):
         slot, old, (wants,) = turn.slot, turn.old, turn.wants
         place = resource_of(slot.resource)
         if place is None:
-            raise Conflict('the resource of the series is not there any more; move it to another with --resource')
+            raise Conflict('the resource of the series is not there any more; move it to another '
+                           'with --resource')
         if old and slot.start != old.start and slot.start < now - PATIENCE:
-            raise Conflict(f'the occurrence of {instant(old.start)} would begin in the past, {instant(slot.start)}')
-        one = wish._replace(resource=place, start=slot.start, end=slot.end, vms=slot.vms, stretches=[])
+            raise Conflict(f'the occurrence of {instant(old.start)} would begin in the past, '
+                           f'{instant(slot.start)}')
+        one = wish._replace(resource=place, start=slot.start, end=slot.end, vms=slot.vms,
+                            stretches=[])
         others.put(slot.key, (), slot.start)
         try:
             before = old if turn.had else None
@@ -10037,7 +10469,8 @@ class Series(Holding):
         """What is written of an occurrence, by its id if it has one."""
         return old.id if old else None, self.columns_of(one, slot, now, old is None, **more)
 
-    def placed_otherwise(self, reservation: int, one: Wish, turn: Turn, others: Others, error: Conflict,
+    def placed_otherwise(self, reservation: int, one: Wish, turn: Turn, others: Others,
+                         error: Conflict,
                          now: float) -> tuple:
         """What --on-conflict says of an occurrence that has no room."""
         slot, old = turn.slot, turn.old
@@ -10054,7 +10487,8 @@ class Series(Holding):
             raise refusal
         give(turn.kept)
         full = isinstance(error, NoCapacity)
-        shifted = self.shifted(one, slot, others, now) if full and one.on_conflict.startswith('shift') else None
+        shifted = (self.shifted(one, slot, others, now) if full
+                   and one.on_conflict.startswith('shift') else None)
         if shifted:
             holds = [Hold(slot.resource, shifted.start - one.lead, shifted.end, one.amount)]
             take(holds, now)
@@ -10108,24 +10542,27 @@ class Series(Holding):
         return True
 
     def shifted(self, one: Wish, slot: Slot, others: Others, now: float) -> Slot | None:
-        """The slot moved by as little as possible to where there is room; None if that is further than it may be,
-        or beyond a limit.
+        """The slot moved by as little as possible to where there is room; None if that is further
+        than it may be, or beyond a limit.
         """
         most = int(parse_duration(one.on_conflict.partition('=')[2]).total_seconds())
         begin, need = slot.start - one.lead, slot.end - slot.start + one.lead
         earliest = max(begin - most, int(now))
-        nearest_ones = [min(max(begin, int(first)), int(last) - need) for first, last in free_windows(
+        nearest_ones = [min(max(begin, int(first)), int(last) - need)
+                        for first, last in free_windows(
             one.resource, one.amount, earliest, begin + most + need) if last - first >= need]
         for at in sorted(nearest_ones, key=lambda at: (abs(at - begin), at)):
             found = slot._replace(start=at + one.lead, end=at + need)
             try:
-                self.refuse_beyond(one._replace(start=found.start, end=found.end), now, None, others)
+                self.refuse_beyond(one._replace(start=found.start, end=found.end), now, None,
+                                   others)
                 return found
             except Conflict:
                 continue
         return None
 
-    def close(self, reservation: int, stretches: list[Stretch], now: float, horizon: int = 0) -> None:
+    def close(self, reservation: int, stretches: list[Stretch], now: float,
+              horizon: int = 0) -> None:
         """Writes until when a reservation's label is taken, and how far a series is in rows."""
         on = goes_on(stretches, horizon)
         run("""UPDATE reservation SET changed = ?2, booked_until = ?3,
@@ -10136,17 +10573,22 @@ class Series(Holding):
             int(LAST.timestamp()) if on else None)
 
     def refresh(self, reservation: int, now: float) -> None:
-        """Carries a series on as far as the horizon is now, by the zone table as it is now; inside a transaction."""
+        """Carries a series on as far as the horizon is now, by the zone table as it is now; inside
+        a transaction.
+        """
         head = self.next_of(reservation)
         done = self.reshape(reservation, self.carried_on(head), now, gentle=True, again=False)
         for one in done:
             if one.get('why') and one['outcome'] in ('left out', 'shifted'):
-                self.journal(now, 'refused', f"{format_time(one['start'], read_zone(head.tz or 'UTC'))} is "
-                             f"{one['outcome']}: {one['why']}", reservation, json.loads(head.notify))
+                self.journal(now, 'refused',
+                             f"{format_time(one['start'], read_zone(head.tz or 'UTC'))} is "
+                             f"{one['outcome']}: {one['why']}", reservation,
+                             json.loads(head.notify))
 
     def rebook_event(self, reservation: int, wish: Wish, now: float) -> list[dict]:
         """Makes of a reservation what the event of a calendar says now; inside a transaction."""
-        change(Reservation, reservation, **wish.columns(*STORED), series=stored_stretches(wish.stretches))
+        change(Reservation, reservation, **wish.columns(*STORED),
+               series=stored_stretches(wish.stretches))
         self.keep_identities(reservation, wish, now)
         return self.reshape(reservation, wish, now, gentle=True)
 
@@ -10185,7 +10627,8 @@ class Series(Holding):
             change(Occurrence, old.id, slot=key if self.begun(old) else first.key)
         if old.altered and named:
             change(Occurrence, old.id, altered=False)
-        change(Reservation, old.reservation, **wish.columns(*STORED), series=stored_stretches(wish.stretches),
+        change(Reservation, old.reservation, **wish.columns(*STORED),
+               series=stored_stretches(wish.stretches),
                changed=int(now))
         return self.reshape(old.reservation, wish, now) if moves else []
 
@@ -10258,12 +10701,14 @@ def kind_of(part: list[Wish]) -> tuple:
 class Admission(Series):
     """Reservations as a whole, and requests of several; inside a transaction."""
 
-    def book(self, wish: Wish, now: float, origin: str = '', request: str = '', **event) -> tuple[int, list]:
+    def book(self, wish: Wish, now: float, origin: str = '', request: str = '',
+             **event) -> tuple[int, list]:
         """Writes a reservation and its occurrences, and holds their amounts; inside a transaction.
 
         Args:
           request: the label of the request of which this is a part
-          origin, event: the digest, `uid` and `subscription` of the event of a calendar that it comes from
+          origin, event: the digest, `uid` and `subscription` of the event of a calendar that it
+            comes from
 
         Returns:
           its id, and of a series what became of each occurrence.
@@ -10308,7 +10753,8 @@ class Admission(Series):
     def told_series(self, wish: Wish, done: list[dict]) -> str:
         """What was booked of a series, for the journal."""
         left_out = sum(each['outcome'] == 'left out' for each in done)
-        return (f"{wish.vms} vms on {wish.resource.name}, {wish.repeat or 'once'}: {len(done) - left_out} occurrences"
+        return (f"{wish.vms} vms on {wish.resource.name}, {wish.repeat or 'once'}: "
+                f"{len(done) - left_out} occurrences"
                 f"{f', {left_out} left out' if left_out else ''}")
 
     def rebook(self, old, wish: Wish, now: float) -> None:
@@ -10324,13 +10770,15 @@ class Admission(Series):
             raise NoCapacity('')
         slot = Slot(old.slot, wish.start, wish.end, wish.vms, place.id)
         self.write_occurrence(old.id, old.reservation, wish, slot, now, altered=bool(old.repeats),
-                              told=0 if wish.start != old.start else old.told & ~(ENDING if wish.end != old.end else 0),
+                              told=0 if wish.start != old.start
+                              else old.told & ~(ENDING if wish.end != old.end else 0),
                               **({'held_until': wish.held[0]} if old.waiting is not None else {}))
         if old.repeats:
             stretches = self.stretches(old.reservation)
             self.close(old.reservation, stretches, now, self.horizon(stretches, now))
         else:
-            change(Reservation, old.reservation, **wish.columns(*STORED), changed=int(now), over=wish.end)
+            change(Reservation, old.reservation, **wish.columns(*STORED), changed=int(now),
+                   over=wish.end)
         if old.waiting is not None:
             anew = beyond(wants, [hold_of(old)._replace(until=old.end)])
             if anew:  # it goes to the end of the line
@@ -10340,7 +10788,8 @@ class Admission(Series):
             self.keep_stopped(old.reservation, now)
 
     def cancel(self, found: list, now: float, why: str = '', ends: bool = False) -> None:
-        """Cancels occurrences of one reservation: what they held from now on is free; inside a transaction.
+        """Cancels occurrences of one reservation: what they held from now on is free; inside a
+        transaction.
 
         Args:
           ends: nothing of the series comes after them
@@ -10356,15 +10805,18 @@ class Admission(Series):
             change_occurrence(each.id, now, cancelled=int(now), held_until=until, due=now,
                               altered=True)
         if first.repeats and ends:
-            stretches = stretches_before(self.stretches(first.reservation), min(each.slot for each in found))
-            change(Reservation, first.reservation, series=stored_stretches(stretches) if stretches else '[]')
+            stretches = stretches_before(self.stretches(first.reservation),
+                                         min(each.slot for each in found))
+            change(Reservation, first.reservation,
+                   series=stored_stretches(stretches) if stretches else '[]')
         if first.repeats and not ends:  # so that there is a next one
             self.reshape(first.reservation, self.carried_on(first), now, gentle=True, again=False)
         else:
             self.close(first.reservation, [], now)
         if (first.waiting, first.pending) != (None, None):  # is there nothing left to wait for?
             run('UPDATE reservation SET waiting = NULL, pending = NULL WHERE id = ?1 AND '
-                'NOT EXISTS (SELECT 1 FROM occurrence o WHERE o.reservation_id = ?1 AND o.cancelled IS NULL)',
+                'NOT EXISTS (SELECT 1 FROM occurrence o WHERE o.reservation_id = ?1 AND '
+                'o.cancelled IS NULL)',
                 first.reservation)
         if first.waiting is not None:
             self.stand_in_line(first.reservation)
@@ -10379,7 +10831,8 @@ class Admission(Series):
                      only)
 
     def ends_with(self, found) -> dict:
-        """What becomes of the VMs, if there are any, of an occurrence that is cancelled: `ends_with`, `warnings`.
+        """What becomes of the VMs, if there are any, of an occurrence that is cancelled:
+        `ends_with`, `warnings`.
 
         A server that its owner had before ends as agreed; all others are deleted.
         """
@@ -10391,7 +10844,9 @@ class Admission(Series):
             f"the VMs of '{found.label}' are deleted; the agreed {found.at_end} is not done"]}
 
     def book_all(self, request: Request, now: float) -> list[tuple]:
-        """Books all parts of a request: of each its wish, its reservation, and what became of its occurrences."""
+        """Books all parts of a request: of each its wish, its reservation, and what became of its
+        occurrences.
+        """
         for name in dict.fromkeys([request.label, *(part[0].label for part in request.parts)]):
             self.refuse_taken_label(request.last._replace(label=name), now)
         try:
@@ -10445,10 +10900,12 @@ class Admission(Series):
         answers = [self.answer(reservation, done, wish) for wish, reservation, done in booked]
         return {'label': request.label, 'parts': answers} if request.name else answers[0]
 
-    def answer(self, reservation: int, done: Iterable[dict], wish: Wish, occurrence: int | None = None) -> dict:
+    def answer(self, reservation: int, done: Iterable[dict], wish: Wish,
+               occurrence: int | None = None) -> dict:
         """What was reserved, of a series the next occurrence and what became of each."""
         found = self.occurrence(occurrence) if occurrence else self.next_of(reservation)
-        series = {'booked_until': instant(found.booked_until), 'occurrences': [*done]} if wish.stretches else {}
+        series = ({'booked_until': instant(found.booked_until), 'occurrences': [*done]}
+                  if wish.stretches else {})
         return public(found) | series | ({'warnings': wish.warnings} if wish.warnings else {})
 
 
@@ -10505,7 +10962,9 @@ class Waiting(Admission):
         return wish
 
     def refuse_beyond_together(self, wishes: list[Wish], now: float) -> None:
-        """Refuses what goes beyond a limit, as all parts of a request count: on each resource, and in all."""
+        """Refuses what goes beyond a limit, as all parts of a request count: on each resource, and
+        in all.
+        """
         for id in dict.fromkeys([0, *(wish.resource.id for wish in wishes)]):  # 0: any resource
             there = [wish for wish in wishes if id in (0, wish.resource.id)]
             total = sum((wish.amount for wish in there), NOTHING)
@@ -10515,16 +10974,20 @@ class Waiting(Admission):
     def wait_for(self, wishes: list[Wish], request: Request, now: float) -> tuple:
         """Writes down one part of it, which waits for the first of some resources that has room."""
         wish = wishes[0]
-        choices = [[each.resource.id, bool(each.whole), stored(each.whole or each.each)] for each in wishes]
-        reservation = insert(Reservation, **wish.columns(*STORED), series='', origin='', added=int(now),
-                             changed=int(now), over=wish.end, waiting=int(now), priority=request.priority,
+        choices = [[each.resource.id, bool(each.whole), stored(each.whole or each.each)]
+                   for each in wishes]
+        reservation = insert(Reservation, **wish.columns(*STORED), series='', origin='',
+                             added=int(now),
+                             changed=int(now), over=wish.end, waiting=int(now),
+                             priority=request.priority,
                              confirm=request.confirm, request=request.name,
                              choices=json.dumps(choices) if len(choices) > 1 else '')
         self.refuse_many_texts(wish)
         slot = Slot('', wish.start, wish.end, wish.vms, wish.resource.id)
         self.write_occurrence(None, reservation, wish, slot, now, held_until=wish.held[0])
         self.stand_in_line(reservation)
-        self.journal(now, 'waiting', f"{wish.vms} vms on {' or '.join(each.resource.name for each in wishes[:20])} "
+        self.journal(now, 'waiting',
+                     f"{wish.vms} vms on {' or '.join(each.resource.name for each in wishes[:20])} "
                      'are not free', reservation, wish.notify)
         return wish, reservation, []
 
@@ -10537,14 +11000,20 @@ class Waiting(Admission):
                 yield place, amount
 
     def most_ever(self, wish: Wish) -> Amount:
-        """What a resource holds at most in the window of a wish, loans included, if nothing is booked."""
+        """What a resource holds at most in the window of a wish, loans included, if nothing is
+        booked.
+        """
         begin, until = wish.held
         most, lent = capacity(wish.resource), NOTHING
-        for each in rows('SELECT held_vms, held_vcpus, held_ram, held_classes FROM capacity WHERE resource_id = ? '
-                         'AND removed IS NULL AND start < ? AND "end" > ?', wish.resource.id, until, begin):
+        for each in rows('SELECT held_vms, held_vcpus, held_ram, held_classes FROM capacity WHERE '
+                         'resource_id = ? '
+                         'AND removed IS NULL AND start < ? AND "end" > ?', wish.resource.id,
+                         until, begin):
             held = amount_of(each, 'held_')
-            lent -= Amount(*(min(figure, 0) for figure in held[:3]), tuple(one for one in held.classes if one[1] < 0))
-        return Amount(*(None if each is None else each + more for each, more in zip(most[:3], lent)),
+            lent -= Amount(*(min(figure, 0) for figure in held[:3]),
+                           tuple(one for one in held.classes if one[1] < 0))
+        return Amount(*(None if each is None else each + more
+                        for each, more in zip(most[:3], lent)),
                       added(most, lent, 1))
 
     def refuse_many_waiting(self, wish: Wish) -> None:
@@ -10553,29 +11022,39 @@ class Waiting(Admission):
             if limit.waiting is None:
                 continue
             who, name = ('user', wish.user) if limit.user else ('project', wish.project)
-            waits = run("SELECT count(DISTINCT iif(request <> '', project || ' ' || request, id)) FROM reservation WHERE "
-                        f'waiting IS NOT NULL AND {who} = ? AND over > ?', name, int(self.clock())).fetchone()[0]
+            waits = run("SELECT count(DISTINCT iif(request <> '', project || ' ' || request, id)) "
+                        "FROM reservation WHERE "
+                        f'waiting IS NOT NULL AND {who} = ? AND over > ?', name,
+                        int(self.clock())).fetchone()[0]
             if waits >= limit.waiting:
-                raise Conflict(f'the limit waiting of {name} is {limit.waiting}, and {waits} wait already',
+                raise Conflict(f'the limit waiting of {name} is {limit.waiting}, and {waits} wait '
+                               f'already',
                                limit='waiting', value=limit.waiting, passes=0)
 
     def admit_waiting(self, now: float) -> None:
-        """Gives room that has become free to those that wait, and frees what waited for a word in vain."""
+        """Gives room that has become free to those that wait, and frees what waited for a word in
+        vain.
+        """
         for request in self.waiting_requests(now):
             parts = [[(each, *choice) for choice in self.choices(each)] for each in request]
             try:
                 choose(parts, lambda choice, _: self.let_in(*choice, now), kind_of_waiting)
-            except Conflict as error:  # without room, or beyond a limit within which it was when it was asked for
+            # without room, or beyond a limit within which it was when it was asked for
+            except Conflict as error:
                 self.try_later(request, not isinstance(error, NoCapacity), now)
-        for each in self.search([('r.pending <= ?', int(now)), (NOT_OVER, None), (NEXT_OF_ITS, None)]):
+        for each in self.search([('r.pending <= ?', int(now)), (NOT_OVER, None),
+                                 (NEXT_OF_ITS, None)]):
             why = f"nobody has {'accepted' if each.confirm else 'approved'} it in time"
             for part in self.together(each):
                 self.cancel(self.live(part), now, why, ends=True)
-        for each in rows('SELECT DISTINCT reservation_id AS reservation FROM proposal WHERE until <= ?', int(now)):
+        for each in rows('SELECT DISTINCT reservation_id AS reservation FROM proposal WHERE until '
+                         '<= ?', int(now)):
             self.leave_as_it_was(each.reservation, now, 'nobody has approved the change in time')
 
     def leave_as_it_was(self, reservation: int, now: float, why: str) -> None:
-        """Drops what is asked of a reservation and of the other parts of its request, and tells of it."""
+        """Drops what is asked of a reservation and of the other parts of its request, and tells of
+        it.
+        """
         for part in self.together(self.next_of(reservation)):
             if self.drop_proposals(part.reservation):
                 self.journal(now, 'rejected', why, part.reservation, json.loads(part.notify))
@@ -10584,25 +11063,32 @@ class Waiting(Admission):
         """A reservation and, if it is a part of a request, the other parts that are not over."""
         if not found.request:
             return [found]
-        return self.search([('r.request = ?', found.request), ('r.project = ?', found.project), (NOT_OVER, None),
+        return self.search([('r.request = ?', found.request), ('r.project = ?', found.project),
+                            (NOT_OVER, None),
                             (NEXT_OF_ITS, None)], tail='ORDER BY reservation')
 
     def waiting_requests(self, now: float) -> list[list]:
-        """Some of those that wait and may have room now, in the order in which they get it; parts of one together."""
+        """Some of those that wait and may have room now, in the order in which they get it; parts
+        of one together.
+        """
         due = rows(f"""SELECT DISTINCT r.id, r.project, r.request FROM wait w INDEXED BY wait_due
                          CROSS JOIN reservation r ON r.id = w.reservation_id WHERE w.due <= ?
                          ORDER BY r.priority DESC, r.waiting, r.id LIMIT {MOST_TRIED}""", now)
         whole = {each.id for each in due}
         for project, request in {(each.project, each.request) for each in due if each.request}:
-            whole |= {each.id for each in rows("SELECT id FROM reservation WHERE request = ? AND request <> '' AND "
-                                               'project = ? AND waiting IS NOT NULL', request, project)}
+            whole |= {each.id for each in rows("SELECT id FROM reservation WHERE request = ? AND "
+                                               "request <> '' AND "
+                                               'project = ? AND waiting IS NOT NULL', request,
+                                               project)}
         found: dict = defaultdict(list)
         theirs = 'SELECT id FROM occurrence INDEXED BY occurrence_series WHERE reservation_id'
         condition, ids = self.among(theirs, [*whole])
-        for each in self.search([(f'o.id IN ({condition})', ids), ('o.cancelled IS NULL',), ('o.end > ?', int(now))],
+        for each in self.search([(f'o.id IN ({condition})', ids), ('o.cancelled IS NULL',),
+                                 ('o.end > ?', int(now))],
                                 tail='ORDER BY priority DESC, waiting, id'):
             found[(each.project, each.request) if each.request else each.id].append(each)
-        self.leave_line(whole - {each.reservation for request in found.values() for each in request})
+        self.leave_line(whole
+                        - {each.reservation for request in found.values() for each in request})
         return [*found.values()]
 
     def leave_line(self, reservations: Iterable[int]) -> None:
@@ -10614,13 +11100,16 @@ class Waiting(Admission):
     def try_later(self, request: list, limited: bool, now: float) -> None:
         """Notes when those that have no room are tried again, if nothing is given back before.
 
-        What is held by others goes by: of a window that has begun, the next change of level may be the one.
+        What is held by others goes by: of a window that has begun, the next change of level may be
+          the one.
         """
         for each in request:
             names = {name for _, amount in self.choices(each) for name in amount.names}
-            for wait in rows('SELECT id, resource_id FROM wait WHERE reservation_id = ?', each.reservation):
-                later = now + 60 if limited else each.held_from if each.held_from > now else self.next_change(
-                    wait.resource_id, names, now, each.end)
+            for wait in rows('SELECT id, resource_id FROM wait WHERE reservation_id = ?',
+                             each.reservation):
+                later = now + 60 if limited else each.held_from
+                if later <= now:
+                    later = self.next_change(wait.resource_id, names, now, each.end)
                 change(Wait, wait.id, limited=limited, due=later)
 
     def next_change(self, resource: int, names: Iterable[str], now: float, until: int) -> float:
@@ -10640,42 +11129,53 @@ class Waiting(Admission):
         """
         begin = max(found.held_from, int(now))
         behind = self.first_in_line(
-            place.id, found.held_from, found.end, now, 'AND NOT w.limited AND w.due > 0 AND r.id <> ? AND '
-            '(-r.priority, r.waiting, o.id) < (?, ?, ?)', found.reservation, -found.priority, found.waiting, found.id)
+            place.id, found.held_from, found.end, now,
+            'AND NOT w.limited AND w.due > 0 AND r.id <> ? AND '
+            '(-r.priority, r.waiting, o.id) < (?, ?, ?)', found.reservation, -found.priority,
+            found.waiting, found.id)
         if behind or not fits(place, begin, found.end, amount):
             raise NoCapacity('')
         wish = self.carried_on(found)._replace(resource=place, each=amount // found.vms)
         self.refuse_shared_server(wish, found.reservation)
         self.refuse_beyond(wish, now)
         hold(place.id, found.held_from, found.end, amount)
-        pending = int(now) + (place.approval or found.confirm) if place.approval or found.confirm else None
-        change(Reservation, found.reservation, waiting=None, pending=pending, changed=int(now), choices='',
+        pending = (int(now) + (place.approval or found.confirm) if place.approval or found.confirm
+                   else None)
+        change(Reservation, found.reservation, waiting=None, pending=pending, changed=int(now),
+               choices='',
                confirm=0 if place.approval else found.confirm)
-        change(Occurrence, found.id, resource=place.id, **stored(amount), held_until=found.end, due=min(begin, now))
+        change(Occurrence, found.id, resource=place.id, **stored(amount), held_until=found.end,
+               due=min(begin, now))
         self.stand_in_line(found.reservation)
         self.keep_stopped(found.reservation, now)
-        whose = 'an admin must approve it' if place.approval else f'`accept {found.request or found.label}`'
+        whose = ('an admin must approve it' if place.approval
+                 else f'`accept {found.request or found.label}`')
         until = self.config.told_time(pending or now, found.tz)
         asks = f'there is room; {whose} until {until}' if pending else ''
         code, sentence = ('pending', asks) if pending else (
-            'admitted', f'{found.vms} vms on {place.name}, after {format_duration(int(now) - found.waiting)}')
+            'admitted',
+            f'{found.vms} vms on {place.name}, after {format_duration(int(now) - found.waiting)}')
         self.journal(now, code, sentence, found.reservation, json.loads(found.notify))
 
 
 # Approval ####################################################################
 #
-# A resource can ask that an admin approves what is reserved there. A new reservation is pending until
-# then. A change of one that is approved takes effect at once as far as it takes nothing more; else it
-# is kept as a proposal, which holds what it takes more, and what was approved goes on unchanged.
-# Approved, the change is made; rejected, or forgotten for as long as the resource says, it is dropped.
+# A resource can ask that an admin approves what is reserved there. A new reservation is pending
+# until then. A change of one that is approved takes effect at once as far as it takes nothing more;
+# else it is kept as a proposal, which holds what it takes more, and what was approved goes on
+# unchanged.
+# Approved, the change is made; rejected, or forgotten for as long as the resource says, it is
+# dropped.
 
 
 class Approval(Waiting):
     """Reservations and changes that wait for somebody's word."""
 
-    proposes_all = False  # also what needs no approval by itself: it belongs to a request of which a part does
+    # also what needs no approval by itself: it belongs to a request of which a part does
+    proposes_all = False
 
-    def unless_it_grows(self, old, wish: Wish, asked: Iterable[str], now: float, code: str, named: bool,
+    def unless_it_grows(self, old, wish: Wish, asked: Iterable[str], now: float, code: str,
+                        named: bool,
                         alone: bool, deed: Callable[[], list]) -> list | None:
         """Makes a change; one that takes more of what needs approval is proposed instead, and None.
 
@@ -10694,7 +11194,8 @@ class Approval(Waiting):
         before = self.holds(old.reservation)
         with Attempt() as attempt:
             done = deed()
-            growth = [each for each in beyond(self.holds(old.reservation), before) if each.until > now]
+            growth = [each for each in beyond(self.holds(old.reservation), before)
+                      if each.until > now]
             span = max((resource_of(each.resource, removed=True).approval
                         for each in growth), default=0)
             if not growth or not span and not self.proposes_all:
@@ -10722,13 +11223,18 @@ class Approval(Waiting):
         self.journal(now, 'pending', f'an admin must approve it until {said}', reservation,
                      wish.notify)
 
-    def propose(self, old, wish: Wish, asked: list[str], until: int, now: float, code: str, named: bool, alone: bool,
+    def propose(self, old, wish: Wish, asked: list[str], until: int, now: float, code: str,
+                named: bool, alone: bool,
                 growth: list[Hold]) -> None:
         """Writes down a change that waits for approval, and holds what it takes more."""
-        take(growth, now)  # it fits: the deed had that, and at each instant what was or what will be is held
-        shown = self.shown_change(old, wish, asked) | {'asked_by': self.actor.user, 'decide_before': instant(until)}
-        id = insert(Proposal, reservation=old.reservation, occurrence=old.id, alone=alone, named=named,
-                    user=self.actor.user, code=code, asked=json.dumps(asked), wish=stored_wish(wish), until=until,
+        # it fits: the deed had that, and at each instant what was or what will be is held
+        take(growth, now)
+        shown = self.shown_change(old, wish, asked) | {'asked_by': self.actor.user,
+                                                       'decide_before': instant(until)}
+        id = insert(Proposal, reservation=old.reservation, occurrence=old.id, alone=alone,
+                    named=named,
+                    user=self.actor.user, code=code, asked=json.dumps(asked),
+                    wish=stored_wish(wish), until=until,
                     shown=json.dumps(to_plain(shown)))
         self.hold_beside(old.reservation, id, growth)
         said = self.config.told_time(until, wish.tz)
@@ -10750,7 +11256,8 @@ class Approval(Waiting):
             old = self.next_of(proposal.reservation_id)
         asked, wish = dict.fromkeys(json.loads(proposal.asked)), restored_wish(proposal.wish)
         current = self.unaltered(old)
-        wish = wish._replace(**{name: current[name] for name in STORED if name not in asked and name not in (
+        wish = wish._replace(**{name: current[name] for name in STORED if name not in asked
+                                and name not in (
             'lead', 'repeat', 'tz', 'on_conflict')} if not proposal.code == 'calendar' else {})
         self.drop_proposals(old.reservation, proposal.occurrence if proposal.alone else None)
         if proposal.code == BACK:
@@ -10761,11 +11268,14 @@ class Approval(Waiting):
             self.rewrite(old, wish, asked, now, bool(proposal.named))
 
     def rewrite(self, old, wish: Wish, asked: dict, now: float, named: bool) -> list:
-        """Writes a change of a reservation; inside the transaction that looked whether it is still as it was read."""
+        """Writes a change of a reservation; inside the transaction that looked whether it is still
+        as it was read.
+        """
         self.refuse_fixed(old, wish, asked)
         if wish.stretches and old.waiting is not None:
             raise Invalid(A_SERIES_WAITS)
-        if old.choices and asked.keys() & {'resource', 'host', 'flavor'}:  # it waits for this one alone
+        # it waits for this one alone
+        if old.choices and asked.keys() & {'resource', 'host', 'flavor'}:
             change(Reservation, old.reservation, choices='')
         if (wish.label, wish.project) != (old.label, old.project):
             self.refuse_taken_label(wish, now)
@@ -10779,11 +11289,13 @@ class Approval(Waiting):
     def refuse_fixed(self, old, wish: Wish, asked: dict) -> None:
         """A reservation that has begun keeps what its machines are made of."""
         begun = self.begun(old)
-        kept = {name: json.loads(getattr(old, name)) if name in JSON else getattr(old, name) for name in FIXED}
+        kept = {name: json.loads(getattr(old, name)) if name in JSON else getattr(old, name)
+                for name in FIXED}
         new = {name: getattr(wish, name) for name in FIXED} | {'resource': wish.resource.name}
         changed = [name for name in FIXED if name in asked and new[name] != kept[name]]
         if begun and changed:
-            raise Conflict(f"'{old.label}' has begun, so its {changed[0].replace('_', ' ')} can't change; "
+            raise Conflict(f"'{old.label}' has begun, so its {changed[0].replace('_', ' ')} can't "
+                           f"change; "
                            'its end, vms, user, description and label can')
 
     @api('POST', '/reservation/<label>/approve', role=ADMIN)
@@ -10800,7 +11312,8 @@ class Approval(Waiting):
                 self.settle(each, 'approved', now)
             for proposal, each in proposals:
                 self.grant(proposal, now)
-                self.journal(now, 'approved', f'the change was approved by {self.actor.user}', each.reservation,
+                self.journal(now, 'approved', f'the change was approved by {self.actor.user}',
+                             each.reservation,
                              json.loads(each.notify))
             return self.told_parts(label, pending or found)
         return self.carry_out(deed, dry_run)
@@ -10845,13 +11358,18 @@ class Approval(Waiting):
     def settle(self, found, deed: str, now: float) -> None:
         """Lets a reservation be that waited for a word."""
         change(Reservation, found.reservation, pending=None, changed=int(now))
-        run('UPDATE occurrence SET due = ? WHERE reservation_id = ? AND due IS NOT NULL', now, found.reservation)
-        self.journal(now, 'approved', f'{deed} by {self.actor.user}', found.reservation, json.loads(found.notify))
+        run('UPDATE occurrence SET due = ? WHERE reservation_id = ? AND due IS NOT NULL', now,
+            found.reservation)
+        self.journal(now, 'approved', f'{deed} by {self.actor.user}', found.reservation,
+                     json.loads(found.notify))
 
     def pending_of(self, label: str, project: str) -> tuple[list, list, list[tuple]]:
-        """What a label means, which of it waits for a word, and the changes of it that do, each with its reservation."""
+        """What a label means, which of it waits for a word, and the changes of it that do, each
+        with its reservation.
+        """
         parts = self.parts_of(label, project)
-        found = [self.mine(each.label, each.project) for each in parts] or [self.mine(label, project)]
+        found = ([self.mine(each.label, each.project) for each in parts]
+                 or [self.mine(label, project)])
         pending = [each for each in found if each.pending is not None and each.state == 'pending']
         proposals = [(proposal, each) for each in found for proposal in rows(
             'SELECT * FROM proposal WHERE reservation_id = ? ORDER BY id', each.reservation)]
@@ -10860,10 +11378,14 @@ class Approval(Waiting):
         return found, pending, proposals
 
     def awaiting_approval(self) -> list[dict]:
-        """The reservations that are pending, and those of which a change is; as answers show them."""
-        waits = 'SELECT id FROM reservation WHERE pending IS NOT NULL UNION SELECT reservation_id FROM proposal'
+        """The reservations that are pending, and those of which a change is; as answers show
+        them.
+        """
+        waits = ('SELECT id FROM reservation WHERE pending IS NOT NULL '
+                 'UNION SELECT reservation_id FROM proposal')
         return [public(each) for each in self.search(
-            [*self.visible(), (f'r.id IN ({waits})', None), (NOT_OVER, None), (NEXT_OF_ITS, None)], limit=1000)]
+            [*self.visible(), (f'r.id IN ({waits})', None), (NOT_OVER, None), (NEXT_OF_ITS, None)],
+            limit=1000)]
 
     def told_parts(self, label: str, found: list) -> dict:
         """Reservations as they are now: that of a label, or as the parts of a request."""
@@ -10983,41 +11505,54 @@ class Requests(Approval):
 
     @api('POST', '/reservation/', made='/reservation/<label>')
     @api('POST', '/reservation/add/<label>/<resource>/<start>/<end>')
-    @api('POST', '/reservation/add/<label>/<cell>/<cloud>/<region>/<aggregate>/<vms>/<start>/<end>', resource=ANY)
-    def add(self, label: NewLabel, resource: Place, start: When, end: When, vms: Count = 1, flavor: Name = '',
-            image: Name = '', network: Name = '', key: Name = '', security_groups: Names = (), user_data: File = '',
-            metadata: Pairs = None, server: Name = '', at_end: Name = '', notify: Names = (), lead: Span = None,
-            description: Text = '', personal: bool = False, repeat: Repeat = '', tz: Zone = '', until: Day = None,
+    @api('POST',
+         '/reservation/add/<label>/<cell>/<cloud>/<region>/<aggregate>/<vms>/<start>/<end>',
+         resource=ANY)
+    def add(self, label: NewLabel, resource: Place, start: When, end: When, vms: Count = 1,
+            flavor: Name = '',
+            image: Name = '', network: Name = '', key: Name = '', security_groups: Names = (),
+            user_data: File = '',
+            metadata: Pairs = None, server: Name = '', at_end: Name = '', notify: Names = (),
+            lead: Span = None,
+            description: Text = '', personal: bool = False, repeat: Repeat = '', tz: Zone = '',
+            until: Day = None,
             count: Count = None,
-            skip_dates: Names = (), holidays: Source = '', on_conflict: Clash = 'refuse', user: Name = '',
-            project: Name = '', cell: Name = '', cloud: Name = '', region: Name = '', aggregate: Name = '',
-            part: Parts = (), host: Hosts = (), wait: bool = False, priority: int = 0, confirm: Span = None,
+            skip_dates: Names = (), holidays: Source = '', on_conflict: Clash = 'refuse',
+            user: Name = '',
+            project: Name = '', cell: Name = '', cloud: Name = '', region: Name = '',
+            aggregate: Name = '',
+            part: Parts = (), host: Hosts = (), wait: bool = False, priority: int = 0,
+            confirm: Span = None,
             dry_run: bool = False) -> BookedAnswer | GroupAnswer:
         """Reserves machines from START to END, once or again and again.
 
         With an image, they are booted at the start and deleted at the end, or what --at-end says;
-        with --server, a machine that you have is started and stopped instead. With neither, capacity
-        is held and nothing boots. With a flavor, its vcpus and ram count against the resource as
-        well. What doesn't fit is refused with what would; `add --file FILE` is `load FILE`.
+        with --server, a machine that you have is started and stopped instead. With neither,
+        capacity is held and nothing boots. With a flavor, its vcpus and ram count against the
+        resource as well. What doesn't fit is refused with what would; `add --file FILE` is `load
+        FILE`.
 
-        With --repeat it is a series by the clocks of --tz: START is when the first may begin, END says
-        how long each takes. What begins in an hour that the change of the clocks leaves out begins an
-        hour later by the clock; in an hour that comes twice, the first time. Its occurrences are
-        reserved as far as the setting `horizon` says, and from day to day further.
+        With --repeat it is a series by the clocks of --tz: START is when the first may begin, END
+        says how long each takes. What begins in an hour that the change of the clocks leaves out
+        begins an hour later by the clock; in an hour that comes twice, the first time. Its
+        occurrences are reserved as far as the setting `horizon` says, and from day to day further.
 
-        With --wait, what doesn't fit waits until it does: the higher priority first, then the older. For
-        a place with gaps instead of a resource, the first in order of names that has room is taken.
+        With --wait, what doesn't fit waits until it does: the higher priority first, then the
+        older. For a place with gaps instead of a resource, the first in order of names that has
+        room is taken.
 
-        With several --part, also on several clouds, all of them are reserved or none; they are LABEL-1,
-        LABEL-2 and so on, and what is said of LABEL is said of each. With --host, all of that host is
-        reserved, where `resource sync --named` has told its name; m[01-05] are five parts.
+        With several --part, also on several clouds, all of them are reserved or none; they are
+        LABEL-1, LABEL-2 and so on, and what is said of LABEL is said of each. With --host, all of
+        that host is reserved, where `resource sync --named` has told its name; m[01-05] are five
+        parts.
 
         Example:
           python cmres.py add lab demo 2026-12-01T09:00 +2h --vms 3 --flavor m1.small --image cirros
-          python cmres.py add class demo 2027-01-12T09:00 +2h --repeat 'weekly on tue,thu' --until 2027-06-30
-          python cmres.py add exam 2027-01-12T09:00 +2h --part gpu:2 --part cpu:20
+          python cmres.py add class demo 2027-01-12T09:00 +2h --repeat 'weekly on tue,thu' --until
+          2027-06-30 python cmres.py add exam 2027-01-12T09:00 +2h --part gpu:2 --part cpu:20
         """
-        request = self.read_request({name: value for name, value in locals().items() if name != 'self'})
+        request = self.read_request({name: value for name, value in locals().items()
+                                     if name != 'self'})
         refused = request.last._replace(label=label)
 
         def instead(wish: Wish, field: str) -> None:
@@ -11034,18 +11569,23 @@ class Requests(Approval):
         if asked['priority'] and self.actor.role != ADMIN:
             raise Forbidden('only an admin may give a priority')
         parts = self.parts_asked(asked)
-        names = [f"{asked['label']}-{n}" for n, _ in enumerate(parts, 1)] if len(parts) > 1 else [asked['label']]
-        return Request(asked['label'], [self.wishes(part | {'label': name}) for part, name in zip(parts, names)],
-                       asked['wait'], asked['priority'], int((asked['confirm'] or timedelta(0)).total_seconds()))
+        names = ([f"{asked['label']}-{n}" for n, _ in enumerate(parts, 1)] if len(parts) > 1
+                 else [asked['label']])
+        return Request(asked['label'],
+                       [self.wishes(part | {'label': name}) for part, name in zip(parts, names)],
+                       asked['wait'], asked['priority'],
+                       int((asked['confirm'] or timedelta(0)).total_seconds()))
 
     def parts_asked(self, asked: dict) -> list[dict]:
         """The arguments of each part of a request, a part for each host that is named."""
         if asked['part'] and asked['resource'] != ANY:
-            raise Invalid(f"a resource or parts, not both: '{asked['resource']}' would be a part of its own")
+            raise Invalid(f"a resource or parts, not both: '{asked['resource']}' would be a part "
+                          f"of its own")
         parts = [asked | part for part in read_argument('part', asked['part'], Parts, self.here)
                  ] if asked['part'] else [asked]
         parts = [part | {'host': host} for part in parts
-                 for host in (read_argument('host', part['host'], Hosts, self.here) if part['host'] else [''])]
+                 for host in (read_argument('host', part['host'], Hosts, self.here) if part['host']
+                              else [''])]
         if len(parts) > MOST_PARTS:
             raise Invalid(f'a request has at most {MOST_PARTS} parts, not {len(parts)}')
         return parts
@@ -11098,7 +11638,8 @@ class Requests(Approval):
         return {'taken': taken, 'refused': by_line(unread + refused)}
 
     def take_in_turns(self, requests: list[tuple], partial: bool) -> tuple[list, list]:
-        """Takes lines, some at a time so that others can write between; what was taken, and what not.
+        """Takes lines, some at a time so that others can write between; what was taken, and what
+        not.
 
         Raises:
           NoCapacity: one has no room and that is not allowed, so that none is taken.
@@ -11124,7 +11665,8 @@ class Requests(Approval):
         """Takes what fits of some lines; what was taken, and those that are refused, each with why.
 
         Raises:
-          NoCapacity: one is refused and that is not allowed; a rehearsal goes on and tells them all.
+          NoCapacity: one is refused and that is not allowed; a rehearsal goes on and tells them
+            all.
         """
         taken, refused = [], []
         for line, request in lines:
@@ -11140,16 +11682,19 @@ class Requests(Approval):
     def read_line(self, given: dict) -> dict:
         """The arguments of `add` that one line of many stands for; empty cells are not given."""
         operation = API['add']
-        given = {name: value for name, value in given.items() if name != 'line' and value not in ('', None)}
+        given = {name: value for name, value in given.items() if name != 'line'
+                 and value not in ('', None)}
         if 'dry_run' in given:
             raise Invalid('dry_run is for all lines together')
         defaults = {name: each.default for name, each in operation.parameters.items()}
         return defaults | bind(operation, given, self.here)
 
     @api('POST', '/reservation/generate', made='/reservation/')
-    def generate(self, resource: Label = 'demo', count: Page = 10, seed: int = None, flavor: Name = '',
+    def generate(self, resource: Label = 'demo', count: Page = 10, seed: int = None,
+                 flavor: Name = '',
                  image: Name = '', dry_run: bool = False) -> LoadedAnswer:
-        """Adds random reservations within the next week, for trying things out; those that don't fit are left out.
+        """Adds random reservations within the next week, for trying things out; those that don't
+        fit are left out.
 
         Example:
           python cmres.py generate demo --count 20
@@ -11158,21 +11703,26 @@ class Requests(Approval):
         most = min(place.vms or 8, 8)
         wanted = [{'label': f'random-{secrets.token_hex(4)}', 'resource': resource,
                    'start': now + timedelta(minutes=15 * chance.randrange(1, 600)),
-                   'end': timedelta(minutes=30 * chance.randrange(1, 17)), 'vms': chance.randint(1, most),
+                   'end': timedelta(minutes=30 * chance.randrange(1, 17)),
+                   'vms': chance.randint(1, most),
                    'flavor': flavor, 'image': image} for _ in range(count)]
         return self.load(wanted, partial=True, dry_run=dry_run)
 
     @api('GET', '/reservation/')
     @api('GET', '/reservation/<label>')
-    def list(self, label: Label = '', user: Name = '', project: Name = '', resource: Name = '', cell: Name = '',
-             cloud: Name = '', region: Name = '', aggregate: Name = '', state: Names = (), start: When = None,
+    def list(self, label: Label = '', user: Name = '', project: Name = '', resource: Name = '',
+             cell: Name = '',
+             cloud: Name = '', region: Name = '', aggregate: Name = '', state: Names = (),
+             start: When = None,
              end: When = None, limit: Page = 100, after: Cursor = '') -> list[ReservationAnswer]:
-        """Lists reservations, the earliest first: those that are not over, or all that the filters meet.
+        """Lists reservations, the earliest first: those that are not over, or all that the filters
+        meet.
 
-        A label, a state or a window [START, END) that they overlap also finds what is over. Of a series
-        only the present or next occurrence is listed; a label or a window finds all of them. Each page
-        has at most --limit lines, fewer if they are long: the last page is the one without a line;
-        --after START/ID of its last line gives the next, whatever moved. Long descriptions are cut, and
+        A label, a state or a window [START, END) that they overlap also finds what is over. Of a
+        series only the present or next occurrence is listed; a label or a window finds all of them.
+        Each page has at most --limit lines, fewer if they are long: the last page is the one
+        without a line; --after START/ID of its last line gives the next, whatever moved. Long
+        descriptions are cut, and
         user data is left out: `show` has them.
 
         Example:
@@ -11180,9 +11730,11 @@ class Requests(Approval):
         """
         for word in state:
             if word not in STATES:
-                raise Invalid(f"state: '{word}' is none of {', '.join(STATES)}{nearest(word, STATES)}")
-        found = self.matching(label, {'user': user, 'project': project, 'resource': resource, 'cell': cell,
-                                      'cloud': cloud, 'region': region, 'aggregate': aggregate},
+                raise Invalid(f"state: '{word}' is none of "
+                              f"{', '.join(STATES)}{nearest(word, STATES)}")
+        found = self.matching(label,
+                              {'user': user, 'project': project, 'resource': resource, 'cell': cell,
+                               'cloud': cloud, 'region': region, 'aggregate': aggregate},
                               state, start, end, limit, after)
         if label and not found and not self.labelled(label):
             raise NotFound(f"there is no reservation '{label}'")
@@ -11196,7 +11748,8 @@ class Requests(Approval):
             self.ways_by(filters, BOTH), where + begun, OVER, limit, before, latest=True,
             fields=BRIEF)]
 
-    def matching(self, label: str, asked: dict, state: Iterable[str], start, end, limit: int, after: str) -> list:
+    def matching(self, label: str, asked: dict, state: Iterable[str], start, end, limit: int,
+                 after: str) -> list:
         """A page of what the filters of `list` meet."""
         where = self.window(start, end)
         if not (label or start or end):
@@ -11211,7 +11764,9 @@ class Requests(Approval):
         return self.page(ways, where + also, state, limit, after, fields=BRIEF)
 
     def filtered(self, asked: dict) -> tuple[dict, list]:
-        """The filters by whose, and on which resources: as `ways` takes them, and as conditions on o."""
+        """The filters by whose, and on which resources: as `ways` takes them, and as conditions on
+        o.
+        """
         own = self.actor.project if self.actor.role != ADMIN else ''
         conditions = [('o.of_user = ?', asked['user']), ('o.of_project = ?', asked['project']),
                       ('o.of_project = ?', own)]
@@ -11221,33 +11776,40 @@ class Requests(Approval):
         filters = {'user': asked['user'], 'project': asked['project'] or own}
         if placed:  # also on those that were removed
             at = ' AND '.join(f'"{column}" = ?' for column, _ in placed)
-            filters['places'] = [each.id for each in rows(f'SELECT id FROM resource WHERE {at}', *given(placed))]
+            filters['places'] = [each.id for each in rows(f'SELECT id FROM resource WHERE {at}',
+                                                          *given(placed))]
         return filters, [condition for condition in conditions if condition[1]]
 
     @api('GET', '/reservation/<label>/show')
     @for_each_part
     def show(self, label: Label, project: Name = '', occurrence: Day = None,
              tz: Zone = '') -> DetailAnswer | DetailGroupAnswer:
-        """Shows all of one reservation: what was asked, its state, its servers; of a series also what comes.
+        """Shows all of one reservation: what was asked, its state, its servers; of a series also
+        what comes.
 
         Example:
           python cmres.py show lab
         """
         found = self.mine(label, project, live=False, occurrence=occurrence)
-        answer = public(found) | {'user_data': found.user_data, 'servers': self.servers_of(found.id)}
+        answer = public(found) | {'user_data': found.user_data,
+                                  'servers': self.servers_of(found.id)}
         if not found.repeats:
             return answer
         comes = self.page([('series', f'o.reservation_id = {found.reservation}')],
                           [('o."end" > ?', int(self.clock()))], (), 1000, fields=BRIEF)
         fields = ('start', 'end', 'vms', 'resource', 'state')
-        return answer | {'on_conflict': found.on_conflict, 'booked_until': instant(found.booked_until), 'occurrences': [
-            {name: value for name, value in public(each).items() if name in fields} for each in comes]}
+        return answer | {'on_conflict': found.on_conflict,
+                         'booked_until': instant(found.booked_until), 'occurrences': [
+            {name: value for name, value in public(each).items() if name in fields}
+            for each in comes]}
 
     @api('GET', '/server/')
     @api('GET', '/reservation/<label>/servers')
-    def servers(self, label: Label = '', project: Name = '', occurrence: Day = None, kept: bool = False,
+    def servers(self, label: Label = '', project: Name = '', occurrence: Day = None,
+                kept: bool = False,
                 tz: Zone = '') -> list[ServerAnswer | KeptAnswer]:
-        """Lists the servers of a reservation: state, addresses, and when each was planned, begun and ready.
+        """Lists the servers of a reservation: state, addresses, and when each was planned, begun
+        and ready.
 
         With --kept, those that were stopped or shelved at their end and stay: of a label, or all.
 
@@ -11261,17 +11823,20 @@ class Requests(Approval):
             raise Invalid('say which: the label of a reservation, or --kept')
         found = self.parts_of(label, project)
         return [line for each in found or [None] for line in self.servers_of(self.mine(
-            each.label if each else label, each.project if each else project, live=False, occurrence=occurrence).id)]
+            each.label if each else label, each.project if each else project, live=False,
+            occurrence=occurrence).id)]
 
     def kept_servers(self, label: str, project: str) -> list:
         """The servers that stay after their end, of a label or all, that the actor may see."""
         where = [*self.visible(), *([('r.project = ?', project)] if project else [])]
         where += [self.among('r.id', self.labelled(label))] if label else []
-        return rows(f"""SELECT v.name, r.label, r.project, r.user, iif(v.goal = 'stop', 'stopped', 'shelved') AS state,
+        return rows(f"""SELECT v.name, r.label, r.project, r.user, iif(v.goal = 'stop', 'stopped',
+          'shelved') AS state,
                                v.addresses, o."end", v.account, v.uid, v.id, r.id AS reservation
                           FROM server v JOIN occurrence o ON o.id = v.occurrence_id
                           JOIN reservation r ON r.id = o.reservation_id
-                         WHERE v.state = 'kept' AND NOT v.borrowed{''.join(f' AND {text}' for text, _ in where)}
+                         WHERE v.state = 'kept'
+                           AND NOT v.borrowed{''.join(f' AND {text}' for text, _ in where)}
                          ORDER BY v.id""", *(value for _, value in where))
 
     @api('GET', '/reservation/<label>/duration')
@@ -11288,28 +11853,34 @@ class Requests(Approval):
 
     @api('PATCH', '/reservation/<label>')
     @for_each_part
-    def update(self, label: Label, resource: Label = None, start: When = None, end: When = None, vms: Count = None,
+    def update(self, label: Label, resource: Label = None, start: When = None, end: When = None,
+               vms: Count = None,
                flavor: Name = None, image: Name = None, network: Name = None, key: Name = None,
-               security_groups: Names = None, user_data: File = None, metadata: Pairs = None, at_end: Name = None,
-               notify: Names = None, lead: Span = None, description: Text = None, personal: bool = None,
+               security_groups: Names = None, user_data: File = None, metadata: Pairs = None,
+               at_end: Name = None,
+               notify: Names = None, lead: Span = None, description: Text = None,
+               personal: bool = None,
                host: Name = None, repeat: Repeat = None, until: Day = None, count: Count = None,
                skip_dates: Names = None, holidays: Source = None,
-               on_conflict: Clash = None, user: Name = None, rename: NewLabel = None, occurrence: Day = None,
+               on_conflict: Clash = None, user: Name = None, rename: NewLabel = None,
+               occurrence: Day = None,
                following: bool = False, tz: Zone = '', project: Name = '',
                dry_run: bool = False) -> BookedAnswer | GroupAnswer:
         """Changes a reservation, all of it or nothing.
 
         A new start alone moves it with its length; a new end alone makes it longer or shorter. One
-        that has begun keeps its start, its place and what its machines are made of. Of a series, all
-        that has not begun changes; with --occurrence only that one, and with --following those after
-        it as well. An occurrence that was changed on its own lets the others be, and they it.
+        that has begun keeps its start, its place and what its machines are made of. Of a series,
+        all that has not begun changes; with --occurrence only that one, and with --following those
+        after it as well. An occurrence that was changed on its own lets the others be, and they it.
 
         Example:
           python cmres.py update lab --start 2026-12-01T10:00 --vms 5
           python cmres.py update class --occurrence 2027-02-02 --start 2027-02-03T09:00
         """
-        asked = {name: value for name, value in locals().items() if value is not None and name not in (
-            'self', 'label', 'rename', 'project', 'dry_run', 'occurrence', 'following') and (name, value) != ('tz', '')}
+        asked = {name: value for name, value in locals().items() if value is not None
+                 and name not in (
+            'self', 'label', 'rename', 'project', 'dry_run', 'occurrence', 'following')
+                 and (name, value) != ('tz', '')}
         if following and not occurrence:
             raise Invalid('--following needs an --occurrence, from which on things change')
         return self.alter(label, project, asked | ({'label': rename} if rename else {}), dry_run,
@@ -11317,9 +11888,11 @@ class Requests(Approval):
 
     @api('POST', '/reservation/<label>/extend')
     @for_each_part
-    def extend(self, label: Label, by: Span, project: Name = '', occurrence: Day = None, tz: Zone = '',
+    def extend(self, label: Label, by: Span, project: Name = '', occurrence: Day = None,
+               tz: Zone = '',
                dry_run: bool = False) -> BookedAnswer | GroupAnswer:
-        """Lets a reservation end later; works until its end. Of a series, only the present or next occurrence.
+        """Lets a reservation end later; works until its end. Of a series, only the present or next
+        occurrence.
 
         Example:
           python cmres.py extend lab +1h
@@ -11333,7 +11906,8 @@ class Requests(Approval):
     @for_each_part
     def keep(self, label: Label, until: When, project: Name = '', tz: Zone = '',
              dry_run: bool = False) -> BookedAnswer | GroupAnswer:
-        """Lets what runs now go on until a later instant, if that fits; a series goes on after that as planned.
+        """Lets what runs now go on until a later instant, if that fits; a series goes on after that
+        as planned.
 
         Example:
           python cmres.py keep lab +2h
@@ -11383,7 +11957,8 @@ class Requests(Approval):
         with self.writing(dry_run) as now:
             found = self.mine(label, project, occurrence=occurrence)
             if now >= found.held_from and found.repeats and not occurrence:
-                coming = [('r.id = ?', found.reservation), (NOT_OVER, None), ('o.held_from > ?', now)]
+                coming = [('r.id = ?', found.reservation), (NOT_OVER, None),
+                          ('o.held_from > ?', now)]
                 found = (self.search(coming, limit=1) or [found])[0]
             if now >= found.held_from:
                 raise Conflict(f"'{label}' has begun; `delete` ends it")
@@ -11447,7 +12022,8 @@ class Requests(Approval):
         """
         if not asked.keys() - {'tz'}:
             raise Invalid('say what to change, such as --end or --vms')
-        for _ in range(10):  # what the cloud was asked about may be out of date by the time we write
+        # what the cloud was asked about may be out of date by the time we write
+        for _ in range(10):
             old, stretches, key = self.to_alter(label, project, occurrence, asked)
             only = alone and bool(occurrence) and bool(old.repeats)
             self.refuse_common(old, asked, occurrence, only)
@@ -11512,15 +12088,20 @@ class Requests(Approval):
         own = OWN | {'tz', 'on_conflict'} | (set() if only else REPEATING)
         if old.repeats and occurrence and asked.keys() - own:
             common = min(asked.keys() - own).replace('_', ' ')
-            raise Invalid(f'the {common} is the same for all occurrences; some alone can have another '
+            raise Invalid(f'the {common} is the same for all occurrences; some alone can have '
+                          f'another '
                           f"{', '.join(sorted(OWN))}")
 
     def to_alter(self, label: str, project: str, occurrence: datetime | None, asked: dict) -> tuple:
-        """The occurrence that a change is told for, the stretches of its series, and from which slot they change."""
+        """The occurrence that a change is told for, the stretches of its series, and from which
+        slot they change.
+        """
         old = self.mine(label, project, occurrence=occurrence)
         key = old.slot
-        if old.repeats and not occurrence and asked.keys() & (OWN | REPEATING):  # all that has not begun
-            coming = self.search([('r.id = ?', old.reservation), (NOT_OVER, None), ('o.held_from > ?', self.clock())])
+        # all that has not begun
+        if old.repeats and not occurrence and asked.keys() & (OWN | REPEATING):
+            coming = self.search([('r.id = ?', old.reservation), (NOT_OVER, None),
+                                  ('o.held_from > ?', self.clock())])
             # One that was moved on its own is no measure for the others.
             old = next((each for each in coming if not each.altered), (coming or [old])[0])
             key = min((each.slot for each in coming), default=old.slot)
@@ -11533,12 +12114,14 @@ class Requests(Approval):
                      for each in json.loads(found.series or '[]')}
         return (found._replace(changed=0, series=stretches),
                 rows('SELECT slot, altered, resource_id, start, "end", held_from, held_until, vms, '
-                     'vcpus, ram, classes, cancelled FROM occurrence WHERE reservation_id = ? ORDER BY id',
+                     'vcpus, ram, classes, cancelled FROM occurrence WHERE reservation_id = ? '
+                     'ORDER BY id',
                      reservation))
 
     def tell_change(self, old, wish: Wish, asked: dict, done: list, code: str, now: float) -> None:
         """Writes down that a reservation was changed."""
-        self.journal(now, code, f"{self.actor.user} changed: {', '.join(sorted(asked.keys() - {'tz'}))}",
+        self.journal(now, code,
+                     f"{self.actor.user} changed: {', '.join(sorted(asked.keys() - {'tz'}))}",
                      old.reservation, wish.notify,
                      NONE_OF_THEM if done or not old.repeats else
                      None if wish.stretches else old.id)
@@ -11547,39 +12130,49 @@ class Requests(Approval):
     @api('DELETE', '/reservation/')
     @api('DELETE', '/reservation/delete/<label>')
     @api('POST', '/reservation/delete/<label>')
-    @api('DELETE', '/reservation/delete/<label>/<cell>/<cloud>/<region>/<aggregate>/<vms>/<start>/<end>')
-    @api('POST', '/reservation/delete/<label>/<cell>/<cloud>/<region>/<aggregate>/<vms>/<start>/<end>')
-    def delete(self, label: Label = '', user: Name = '', project: Name = '', resource: Name = '', cell: Name = '',
-               cloud: Name = '', region: Name = '', aggregate: Name = '', vms: Count = None, start: When = None,
-               end: When = None, count: Count = None, occurrence: Day = None, following: bool = False,
+    @api('DELETE',
+         '/reservation/delete/<label>/<cell>/<cloud>/<region>/<aggregate>/<vms>/<start>/<end>')
+    @api('POST',
+         '/reservation/delete/<label>/<cell>/<cloud>/<region>/<aggregate>/<vms>/<start>/<end>')
+    def delete(self, label: Label = '', user: Name = '', project: Name = '', resource: Name = '',
+               cell: Name = '',
+               cloud: Name = '', region: Name = '', aggregate: Name = '', vms: Count = None,
+               start: When = None,
+               end: When = None, count: Count = None, occurrence: Day = None,
+               following: bool = False,
                kept: bool = False, tz: Zone = '',
                dry_run: bool = False) -> list[CancelledAnswer | KeptAnswer]:
         """Cancels a reservation: its capacity is free at once, and its VMs are deleted.
 
         Give a label, or filters that must all match exactly (start and end too); without a label,
-        --count must say how many that hits. Nothing that is over is touched. Of a series, --occurrence
-        cancels only that one, and with --following those after it as well. With --kept, nothing is
+        --count must say how many that hits. Nothing that is over is touched. Of a series,
+        --occurrence cancels only that one, and with --following those after it as well. With
+        --kept, nothing is
         cancelled: the VMs are deleted that were stopped or shelved at the end and stay.
 
         Example:
           python cmres.py delete --resource demo --user eva --dry-run
         """
-        asked = {'user': user, 'project': project, 'resource': resource, 'cell': cell, 'cloud': cloud,
+        asked = {'user': user, 'project': project, 'resource': resource, 'cell': cell,
+                 'cloud': cloud,
                  'region': region, 'aggregate': aggregate}
         if not any([label, vms, start, end, *asked.values()]):
             raise Invalid('say which: a label, or filters such as --resource and --user')
         if kept:
             return self.delete_kept(label, project, dry_run)
         begin, until = self.resolve(start or FIRST, end or LAST)
-        exact = [('o.vms = ?', vms), ('o.start = ?', start and begin), ('o."end" = ?', end and until)]
+        exact = [('o.vms = ?', vms), ('o.start = ?', start and begin),
+                 ('o."end" = ?', end and until)]
         if (occurrence or following) and not (label and occurrence):
-            raise Invalid('--occurrence and --following need a label, and --following an --occurrence')
+            raise Invalid('--occurrence and --following need a label, and --following an '
+                          '--occurrence')
         with self.writing(dry_run) as now:
             if occurrence:
                 found = [self.mine(each, project, occurrence=occurrence) for each in (
                     [part.label for part in self.parts_of(label, project)] or [label])]
                 for each in found:
-                    self.cancel(self.live(each, each.slot) if following else [each], now, ends=following)
+                    self.cancel(self.live(each, each.slot) if following else [each], now,
+                                ends=following)
             else:
                 found = self.next_that_meet(label, asked, [each for each in exact if each[1]])
                 self.refuse_uncounted(found, label, count, dry_run)
@@ -11596,19 +12189,24 @@ class Requests(Approval):
             found = self.kept_servers(label, project)
             projects = sorted({each.project for each in found})
             if len(projects) > 1:
-                raise Conflict(f"'{label}' is in several projects ({', '.join(projects)}); name one with --project")
+                raise Conflict(f"'{label}' is in several projects ({', '.join(projects)}); name "
+                               f"one with --project")
             if not found:
                 raise NotFound(f"no VM of '{label}' was stopped or shelved at its end and stays")
             for each in () if rehearsal.on else found:
                 change(Server, each.id, goal='delete', state='shutoff', due=now)
             for reservation in {each.reservation for each in found}:
                 self.count_stopped(reservation, now)
-            self.journal(now, 'released', f'{self.actor.user} deletes {len(found)} VMs that stayed: '
-                         f"{', '.join(each.name for each in found[:20])}", found[0].reservation, (), NONE_OF_THEM)
+            self.journal(now, 'released',
+                         f'{self.actor.user} deletes {len(found)} VMs that stayed: '
+                         f"{', '.join(each.name for each in found[:20])}", found[0].reservation,
+                         (), NONE_OF_THEM)
             return [public(each) for each in found]
 
     def next_that_meet(self, label: str, asked: dict, exact: list) -> list:
-        """Of each reservation that is not over and meets filters, the present or next occurrence."""
+        """Of each reservation that is not over and meets filters, the present or next
+        occurrence.
+        """
         filters, where = self.filtered(asked)
         where += [*exact, (NOT_OVER,), (NEXT_OF_ITS,)]
         ways = self.ways_by(filters, BOTH[:1])
@@ -11618,25 +12216,32 @@ class Requests(Approval):
         return self.page(ways, where, (), 2**31)
 
     def refuse_uncounted(self, found: list, label: str, count: int | None, dry_run: bool) -> None:
-        """Refuses a delete that would hit none, another number than was said, or several projects."""
+        """Refuses a delete that would hit none, another number than was said, or several
+        projects.
+        """
         if not found:
-            raise NotFound(f"there is no reservation {shown(label) + ' ' if label else ''}that is not over"
+            raise NotFound(f"there is no reservation {shown(label) + ' ' if label else ''}that is "
+                           f"not over"
                            f"{'' if label else ' and meets all of these filters'}")
         if label and len({each.project for each in found}) > 1:
             projects = ', '.join(sorted({each.project for each in found}))
             found[:] = [each for each in found if each.project == self.actor.project]
             if not found:
-                raise Conflict(f"'{label}' is in several projects ({projects}); name one with --project")
+                raise Conflict(f"'{label}' is in several projects ({projects}); name one with "
+                               f"--project")
         if (not label or count) and count != len(found) and not dry_run:
-            raise Conflict(f'this would cancel {len(found)} reservations; say --count {len(found)} to do it',
+            raise Conflict(f'this would cancel {len(found)} reservations; say --count {len(found)} '
+                           f'to do it',
                            labels=[each.label for each in found[:100]], count=len(found))
 
     @api('GET', '/resource/<resource>/find')
-    def find(self, resource: Label, duration: Span, vms: Count = 1, flavor: Name = '', lead: Span = None,
+    def find(self, resource: Label, duration: Span, vms: Count = 1, flavor: Name = '',
+             lead: Span = None,
              after: When = None, before: When = None, limit: Page = 10) -> list[SlotAnswer]:
         """Finds the earliest slots that are free for so many machines for so long.
 
-        Each slot says from when until when it is free. Looks a year ahead unless --before says how far.
+        Each slot says from when until when it is free. Looks a year ahead unless --before says how
+        far.
 
         Example:
           python cmres.py find demo 2h --vms 4
@@ -11674,16 +12279,20 @@ class Requests(Approval):
 
 # Plan ########################################################################
 #
-# What operators do: resources, their capacity over time, maintenance; and the proof that all adds up.
+# What operators do: resources, their capacity over time, maintenance; and the proof that all adds
+# up.
 
 
 class Plan(Requests):
     """The operations on resources and their capacity."""
 
     @api('POST', '/resource/', role=ADMIN, made='/resource/<name>')
-    def resource_add(self, name: NewLabel, cell: Name = '', cloud: Name = '', region: Name = '', aggregate: Name = '',
-                     vms: Most = UNLIMITED, vcpus: Most = UNLIMITED, ram: Most = UNLIMITED, classes: Classes = None,
-                     mode: Name = '', hold: Span = None, approval: Span = None, no_show: Span = None,
+    def resource_add(self, name: NewLabel, cell: Name = '', cloud: Name = '', region: Name = '',
+                     aggregate: Name = '',
+                     vms: Most = UNLIMITED, vcpus: Most = UNLIMITED, ram: Most = UNLIMITED,
+                     classes: Classes = None,
+                     mode: Name = '', hold: Span = None, approval: Span = None,
+                     no_show: Span = None,
                      dry_run: bool = False) -> ResourceNowAnswer:
         """Adds a resource; a figure that isn't given is unlimited.
 
@@ -11699,7 +12308,8 @@ class Plan(Requests):
                        for figure, most in (('vms', vms), ('vcpus', vcpus), ('ram', ram))}
             lengths = self.read_seconds(hold=hold, approval=approval, no_show=no_show)
             self.refuse_idle(self.read_mode(mode), lengths)
-            insert(Resource, name=name, cell=cell, cloud=cloud, region=region, aggregate=aggregate, **figures,
+            insert(Resource, name=name, cell=cell, cloud=cloud, region=region, aggregate=aggregate,
+                   **figures,
                    mode=self.read_mode(mode), **lengths,
                    classes=known_classes('', classes), hosts='[]', named='', added=int(now))
             self.journal(now, 'resource', f"added the resource '{name}'")
@@ -11727,9 +12337,12 @@ class Plan(Requests):
         return self.resource_public(found) | {'held_now': in_figures(held)}
 
     @api('PATCH', '/resource/<name>', role=ADMIN)
-    def resource_update(self, name: Label, rename: NewLabel = '', cell: Name = None, cloud: Name = None,
-                        region: Name = None, aggregate: Name = None, vms: Most = None, vcpus: Most = None,
-                        ram: Most = None, classes: Classes = None, mode: Name = None, hold: Span = None,
+    def resource_update(self, name: Label, rename: NewLabel = '', cell: Name = None,
+                        cloud: Name = None,
+                        region: Name = None, aggregate: Name = None, vms: Most = None,
+                        vcpus: Most = None,
+                        ram: Most = None, classes: Classes = None, mode: Name = None,
+                        hold: Span = None,
                         approval: Span = None, no_show: Span = None, force: bool = False,
                         dry_run: bool = False) -> ResourceChangedAnswer:
         """Changes a resource; `unlimited` takes a limit away.
@@ -11740,11 +12353,15 @@ class Plan(Requests):
         Example:
           python cmres.py resource update demo --vms 8 --dry-run
         """
-        asked = {'name': rename or None, 'cell': cell, 'cloud': cloud, 'region': region, 'aggregate': aggregate,
-                 'vms': vms, 'vcpus': vcpus, 'ram': ram, 'mode': mode if mode is None else self.read_mode(mode),
+        asked = {'name': rename or None, 'cell': cell, 'cloud': cloud, 'region': region,
+                 'aggregate': aggregate,
+                 'vms': vms, 'vcpus': vcpus, 'ram': ram,
+                 'mode': mode if mode is None else self.read_mode(mode),
                  **self.read_seconds(**{field: length for field, length in (
-                     ('hold', hold), ('approval', approval), ('no_show', no_show)) if length is not None})}
-        new = {field: None if value == UNLIMITED else value for field, value in asked.items() if value is not None}
+                     ('hold', hold), ('approval', approval), ('no_show', no_show))
+                                        if length is not None})}
+        new = {field: None if value == UNLIMITED else value for field, value in asked.items()
+               if value is not None}
         with self.writing(dry_run) as now:
             found = self.resource_row(name)
             if new.keys() & {'mode', *ASKED_BY_NOVA}:
@@ -11757,11 +12374,14 @@ class Plan(Requests):
                 change(Resource, found.id, **new)
             before, found = found, self.resource_row(rename or name)
             self.rehold_changes(found, now)
-            homeless = self.no_longer_fitting(found, now) if lowered(capacity(before), capacity(found)) else []
+            homeless = (self.no_longer_fitting(found, now)
+                        if lowered(capacity(before), capacity(found)) else [])
             if homeless and not force:
-                raise Conflict(f"{len(homeless)} occurrences on '{name}' would no longer fit; --force does it all the "
+                raise Conflict(f"{len(homeless)} occurrences on '{name}' would no longer fit; "
+                               f"--force does it all the "
                                'same and cancels nothing', occurrences=homeless)
-            self.journal(now, 'resource', f"changed the resource '{name}': {', '.join(new) or 'nothing'}")
+            self.journal(now, 'resource',
+                         f"changed the resource '{name}': {', '.join(new) or 'nothing'}")
             return self.resource_public(found) | {'no_longer_fit': homeless}
 
     @api('DELETE', '/resource/<name>', role=ADMIN)
@@ -11775,7 +12395,8 @@ class Plan(Requests):
             found = self.resource_row(name)
             busy = self.page([('place_live', f'o.resource_id = {found.id} AND o.due IS NOT NULL')],
                              [('o.held_until > ?', int(now))], (), limit=100)
-            needed = rows("SELECT label FROM reservation WHERE series <> '' AND over > ? AND series LIKE ? LIMIT 100",
+            needed = rows("SELECT label FROM reservation WHERE series <> '' AND over > ? AND "
+                          "series LIKE ? LIMIT 100",
                           int(now),
                           f'%"resource":{found.id},%')  # a series may come back to it
             if busy or needed:
@@ -11791,12 +12412,14 @@ class Plan(Requests):
 
     def read_seconds(self, **lengths: timedelta | None) -> dict[str, int]:
         """Lengths as the store has them; none is 0."""
-        return {name: int((length or timedelta(0)).total_seconds()) for name, length in lengths.items()}
+        return {name: int((length or timedelta(0)).total_seconds())
+                for name, length in lengths.items()}
 
     def read_mode(self, mode: str) -> str:
         """The mode of a resource as the store has it."""
         if mode not in ('', 'open', *MODES):
-            raise Invalid(f"mode: '{mode}' is none of open, {', '.join(MODES)}{nearest(mode, MODES)}")
+            raise Invalid(f"mode: '{mode}' is none of open, "
+                          f"{', '.join(MODES)}{nearest(mode, MODES)}")
         return '' if mode == 'open' else mode
 
     def refuse_idle(self, mode: str, values: dict) -> None:
@@ -11812,12 +12435,14 @@ class Plan(Requests):
     def resource_sync(self, cloud: Name, aggregates: Names = (), mode: Name = '', hold: Span = None,
                       named: bool = None, force: bool = False,
                       dry_run: bool = False) -> list[DifferenceAnswer]:
-        """Reads host aggregates of a cloud, makes resources of them or updates those, and marks them for Nova.
+        """Reads host aggregates of a cloud, makes resources of them or updates those, and marks
+        them for Nova.
 
-        The vcpus, ram and other classes of a resource become what Placement gives out of the aggregate's
-        hosts. The entry of clouds.yaml must be an admin's. Each line of the answer is a difference; with
-        --dry-run that is all that happens. Without --aggregates, those that are marked are updated.
-        With --named, a reservation may ask for a host by its name: add ... --host NAME.
+        The vcpus, ram and other classes of a resource become what Placement gives out of the
+        aggregate's hosts. The entry of clouds.yaml must be an admin's. Each line of the answer is a
+        difference; with --dry-run that is all that happens. Without --aggregates, those that are
+        marked are updated. With --named, a reservation may ask for a host by its name: add ...
+        --host NAME.
 
         Example:
           python cmres.py resource sync chameleon --aggregate gpu --mode exclusive --dry-run
@@ -11832,16 +12457,20 @@ class Plan(Requests):
         wanted |= {'hold': int(hold.total_seconds())} if hold is not None else {}
         with self.writing(dry_run) as now:
             synced = [self.sync_one(cloud, each, wanted, named, force, now) for each in chosen]
-        for each, (name, _) in zip(chosen, synced):  # outside the transaction: it is a call to the cloud
+        # outside the transaction: it is a call to the cloud
+        for each, (name, _) in zip(chosen, synced):
             if each.mark != name and not dry_run:
                 self.shares.ask(target, functools.partial(opened.mark, each.name, name))
         return [line for (name, lines), each in zip(synced, chosen) for line in lines + (
             [{'resource': name, 'what': 'mark', 'before': each.mark or None, 'after': name}]
             if each.mark != name else [])]
 
-    def sync_one(self, cloud: str, aggregate: Aggregate, wanted: dict, named: bool | None, force: bool,
+    def sync_one(self, cloud: str, aggregate: Aggregate, wanted: dict, named: bool | None,
+                 force: bool,
                  now: float) -> tuple[str, list[dict]]:
-        """Makes or updates the resource of an aggregate; its name, and a line for each difference."""
+        """Makes or updates the resource of an aggregate; its name, and a line for each
+        difference.
+        """
         found = row('SELECT * FROM resource WHERE cloud = ? AND aggregate = ? AND removed IS NULL',
                     cloud, aggregate.name)
         if wanted:
@@ -11851,18 +12480,24 @@ class Plan(Requests):
         new = {name: each for name, each in stored(total).items() if name != 'vms'} | {
             'hosts': json.dumps([*aggregate.hosts]), **wanted}
         if named or named is None and found and found.named or named is False:
-            new['named'] = json.dumps({host: {'vcpus': each.vcpus, 'ram': each.ram} | dict(each.classes)
-                                       for host, each in aggregate.hosts.items()}) if named is not False else ''
+            hosts = {host: {'vcpus': each.vcpus, 'ram': each.ram} | dict(each.classes)
+                     for host, each in aggregate.hosts.items()}
+            new['named'] = '' if named is False else json.dumps(hosts)
         if not found:
             name = calendar_name(aggregate.name)
             self.refuse_taken_resource(name)
-            insert(Resource, **({'name': name, 'cell': '', 'cloud': cloud, 'region': '', 'aggregate': aggregate.name,
+            insert(Resource, **({'name': name, 'cell': '', 'cloud': cloud, 'region': '',
+                                 'aggregate': aggregate.name,
                                  'vms': None, 'mode': '', 'named': '', 'added': int(now),
-                                 **self.read_seconds(hold=None, approval=None, no_show=None)} | new))
-            self.journal(now, 'resource', f"added the resource '{name}' from the aggregate '{aggregate.name}'")
-            return name, [{'resource': name, 'what': field, 'before': None, 'after': in_brief(field, value)}
+                                 **self.read_seconds(hold=None, approval=None, no_show=None)}
+                                | new))
+            self.journal(now, 'resource',
+                         f"added the resource '{name}' from the aggregate '{aggregate.name}'")
+            return name, [{'resource': name, 'what': field, 'before': None,
+                           'after': in_brief(field, value)}
                           for field, value in new.items()]
-        lines = [{'resource': found.name, 'what': field, 'before': in_brief(field, getattr(found, field)),
+        lines = [{'resource': found.name, 'what': field,
+                  'before': in_brief(field, getattr(found, field)),
                   'after': in_brief(field, value)}
                  for field, value in new.items() if getattr(found, field) != value]
         if lines:
@@ -11871,20 +12506,25 @@ class Plan(Requests):
             homeless = self.no_longer_fitting(self.resource_row(found.name), now)
             homeless += self.without_host(found, new, now)
             if homeless and not force:
-                raise Conflict(f"{len(homeless)} occurrences on '{found.name}' would no longer fit; --force does it "
+                raise Conflict(f"{len(homeless)} occurrences on '{found.name}' would no longer "
+                               f"fit; --force does it "
                                'all the same and cancels nothing', occurrences=homeless)
             fields = ', '.join(each['what'] for each in lines)
             self.journal(now, 'resource', f"synced the resource '{found.name}': {fields}")
         return found.name, lines
 
     @api('POST', '/resource/<name>/capacity', role=ADMIN, made='/maintenance/')
-    def resource_capacity(self, name: Label, start: When, end: When, vms: Most = None, vcpus: Most = None,
-                          ram: Most = None, classes: Classes = None, reason: Text = '', then: Name = 'notify',
+    def resource_capacity(self, name: Label, start: When, end: When, vms: Most = None,
+                          vcpus: Most = None,
+                          ram: Most = None, classes: Classes = None, reason: Text = '',
+                          then: Name = 'notify',
                           dry_run: bool = False) -> CapacityChangeAnswer:
-        """Gives a resource another capacity from START to END: a loan of nodes, or less for a while.
+        """Gives a resource another capacity from START to END: a loan of nodes, or less for a
+        while.
 
         What is booked there and no longer fits is left and its owner told (--then notify), moved to
-        another resource of the same cloud or to the next time that fits (move), or cancelled (cancel).
+        another resource of the same cloud or to the next time that fits (move), or cancelled
+        (cancel).
 
         Example:
           python cmres.py resource capacity demo --from 2027-03-01 --to 2027-03-08 --vms 4 --dry-run
@@ -11892,19 +12532,24 @@ class Plan(Requests):
         if vms is vcpus is ram is None and not classes:
             raise Invalid('say how much there is: --vms, --vcpus, --ram or --classes')
         most = Amount(vms, vcpus, ram, tuple(sorted((classes or {}).items())))
-        return self.change_capacity(name, start, end, most, reason or 'another capacity', then, dry_run)
+        return self.change_capacity(name, start, end, most, reason or 'another capacity', then,
+                                    dry_run)
 
     @api('POST', '/maintenance/', role=ADMIN, made='/maintenance/')
-    def maintenance_add(self, resource: Label, start: When, end: When, reason: Text = '', then: Name = 'notify',
+    def maintenance_add(self, resource: Label, start: When, end: When, reason: Text = '',
+                        then: Name = 'notify',
                         dry_run: bool = False) -> CapacityChangeAnswer:
-        """Closes a resource from START to END; what is booked in it is left, moved or cancelled, as --then says.
+        """Closes a resource from START to END; what is booked in it is left, moved or cancelled, as
+        --then says.
 
         Nothing new is reserved in it, also on a resource whose capacity is unlimited.
 
         Example:
-          python cmres.py maintenance add demo 2027-03-01T08:00 +4h --reason 'new disks' --then move --dry-run
+          python cmres.py maintenance add demo 2027-03-01T08:00 +4h --reason 'new disks' --then move
+          --dry-run
         """
-        return self.change_capacity(resource, start, end, None, reason or 'maintenance', then, dry_run)
+        return self.change_capacity(resource, start, end, None, reason or 'maintenance', then,
+                                    dry_run)
 
     @api('GET', '/maintenance/')
     def maintenance_list(self, resource: Label = '') -> list[MaintenanceAnswer]:
@@ -11913,8 +12558,10 @@ class Plan(Requests):
         Example:
           python cmres.py maintenance list
         """
-        found = rows('SELECT c.id, s.name AS resource, c.start, c.end, c.vms, c.vcpus, c.ram, c.classes, c.reason '
-                     'FROM capacity c JOIN resource s ON s.id = c.resource_id WHERE c.removed IS NULL AND c.end > ? '
+        found = rows('SELECT c.id, s.name AS resource, c.start, c.end, c.vms, c.vcpus, c.ram, '
+                     'c.classes, c.reason '
+                     'FROM capacity c JOIN resource s ON s.id = c.resource_id WHERE c.removed IS '
+                     'NULL AND c.end > ? '
                      f"{'AND s.name = ?' if resource else ''} ORDER BY c.start", int(self.clock()),
                      *([resource] if resource else []))
         lines = [public(each) for each in found]
@@ -11956,18 +12603,22 @@ class Plan(Requests):
                 raise Conflict(f"'{name}' has no limit that this would change; set one with: "
                                f'resource update {name} --vms N')
             hold(place.id, begin, until, held)
-            id = insert(Capacity, resource=place.id, start=begin, end=until, **stored(most), **stored(held, 'held_'),
+            id = insert(Capacity, resource=place.id, start=begin, end=until, **stored(most),
+                        **stored(held, 'held_'),
                         reason=reason, added=int(now), removed=None)
             first, last = self.config.told_time(begin), self.config.told_time(until)
             why = f"{reason} on {name} from {first} to {last}"
             hit = [self.make_room(each, why, then, now)
                    for each in self.homeless(place, max(begin, int(now)), until)]
             self.journal(now, 'resource', why)
-            return {'id': id, 'resource': name, 'start': instant(begin), 'end': instant(until), 'reason': reason,
+            return {'id': id, 'resource': name, 'start': instant(begin), 'end': instant(until),
+                    'reason': reason,
                     'hit': hit}
 
     def difference(self, place, most: Amount) -> Amount:
-        """What must be held so that a resource has another capacity; an unlimited figure stays so."""
+        """What must be held so that a resource has another capacity; an unlimited figure stays
+        so.
+        """
         always, told = capacity(place), dict(most.classes)
         return Amount(*(0 if each is None or wanted in (None, UNLIMITED) else each - wanted
                         for each, wanted in zip(always[:3], most)),
@@ -11976,9 +12627,12 @@ class Plan(Requests):
                          if told.get(name, each) not in (UNLIMITED, each))))
 
     def rehold_changes(self, place, now: float) -> None:
-        """Lets changes of capacity be what they were meant to be, after the capacity itself has changed."""
+        """Lets changes of capacity be what they were meant to be, after the capacity itself has
+        changed.
+        """
         call_waiting(place.id)
-        for each in rows('SELECT * FROM capacity WHERE resource_id = ? AND removed IS NULL AND "end" > ?',
+        for each in rows('SELECT * FROM capacity WHERE resource_id = ? AND removed IS NULL AND '
+                         '"end" > ?',
                          place.id, int(now)):
             held = self.difference(place, amount_of(each))
             release(place.id, each.start, each.end, amount_of(each, 'held_'))
@@ -11987,39 +12641,48 @@ class Plan(Requests):
         self.let_start(place.id, now)
 
     def make_room(self, found, why: str, then: str, now: float) -> dict:
-        """Moves or cancels an occurrence for which there is no room any more, or only tells its owner."""
+        """Moves or cancels an occurrence for which there is no room any more, or only tells its
+        owner.
+        """
         line = {name: value for name, value in public(found).items() if name in (
             'label', 'user', 'project', 'vms', 'start', 'end')}
         if then == 'cancel':
             self.cancel([found], now, why)
             return line | {'outcome': 'cancelled'}
         place = self.moved_elsewhere(found, now) if then == 'move' else None
-        outcome = f'moved to {place[0]} from {format_time(instant(place[1]), self.config.zone)}' if place else 'left'
+        outcome = (f'moved to {place[0]} from {format_time(instant(place[1]), self.config.zone)}'
+                   if place else 'left')
         later = '' if place else ', and VMs that do not run yet start when that is over'
         self.journal(now, 'maintenance', f'{why}; it is {outcome}{later}', found.reservation,
                      json.loads(found.notify), found.id)
         return line | {'outcome': outcome}
 
     def moved_elsewhere(self, found, now: float) -> tuple[str, int] | None:
-        """Moves an occurrence that has not begun to another resource of its cloud, else to later: where it is now."""
+        """Moves an occurrence that has not begun to another resource of its cloud, else to later:
+        where it is now.
+        """
         if now >= found.held_from or found.server:
             return None
         amount, need = amount_of(found), found.held_until - found.held_from
         here = resource_of(found.resource_id, removed=True)
         release(here.id, found.held_from, found.held_until, amount)
-        others = [each for each in self.places() if each.cloud == here.cloud and each.id != here.id and not found.host
+        others = [each for each in self.places() if each.cloud == here.cloud and each.id != here.id
+                  and not found.host
                   and not each.approval and each.mode == here.mode]
-        place = next((each for each in others if fits(each, found.held_from, found.held_until, amount)
+        place = next((each for each in others
+                      if fits(each, found.held_from, found.held_until, amount)
                       and self.within_limits(found, each, found.start, now)), None)
         first = found.held_from if place else next((int(first) for first, last in free_windows(
             here, amount, found.held_from, LAST.timestamp()) if last - first >= need), None)
-        if first is None or not place and not self.within_limits(found, here, first + found.lead, now):
+        if (first is None or not place
+            and not self.within_limits(found, here, first + found.lead, now)):
             hold(here.id, found.held_from, found.held_until, amount)
             return None
         self.drop_proposals(found.reservation)
         place, start = place or here, first + found.lead
         hold(place.id, first, first + need, amount)
-        change(Occurrence, found.id, resource=place.id, start=start, end=start + found.end - found.start,
+        change(Occurrence, found.id, resource=place.id, start=start,
+               end=start + found.end - found.start,
                held_from=first,
                held_until=first + need, due=min(now, first), told=0, altered=bool(found.repeats))
         if not found.repeats:
@@ -12027,8 +12690,11 @@ class Plan(Requests):
         return place.name, start
 
     def within_limits(self, found, place, start: int, now: float) -> bool:
-        """Whether an occurrence may be on a resource from an instant on: by the limits of its owner, and in its turn."""
-        wish = self.carried_on(found)._replace(resource=place, start=start, end=start + found.end - found.start)
+        """Whether an occurrence may be on a resource from an instant on: by the limits of its
+        owner, and in its turn.
+        """
+        wish = self.carried_on(found)._replace(resource=place, start=start,
+                                               end=start + found.end - found.start)
         try:
             self.refuse_beyond(wish, now, found)
             self.refuse_overtaken([Hold(place.id, *wish.held, wish.amount)], now)
@@ -12039,7 +12705,8 @@ class Plan(Requests):
     def without_host(self, place, new: dict, now: float) -> list[dict]:
         """What is reserved on hosts that a resource has no more, or no more by their names."""
         left = json.loads(new.get('named', place.named) or '{}')
-        found = self.search([('o.resource_id = ?', place.id), ("r.host <> ''", None), (NOT_OVER, None),
+        found = self.search([('o.resource_id = ?', place.id), ("r.host <> ''", None),
+                             (NOT_OVER, None),
                              ('o.held_until > ?', int(now))], limit=1000)
         return [public(each) for each in found if each.host not in left]
 
@@ -12048,7 +12715,9 @@ class Plan(Requests):
         return in_lines(self.homeless(place, int(now), int(LAST.timestamp()))[:1000])
 
     def homeless(self, place, begin: int, until: int) -> list:
-        """Of the occurrences where more is held than there is, as many of the latest added as must go."""
+        """Of the occurrences where more is held than there is, as many of the latest added as must
+        go.
+        """
         return self.in_order(self.must_go(place, begin, until))
 
     def must_go(self, place, begin: int, until: int) -> list[int]:
@@ -12057,15 +12726,22 @@ class Plan(Requests):
         levels = dict(steps(place.id, begin, until, most.names))
         if all(held.within(most) for held in levels.values()):
             return []
-        held = rows('SELECT id, resource_id, held_from, held_until, vms, vcpus, ram, classes FROM occurrence '
-                    f'WHERE resource_id = ? AND due IS NOT NULL AND start < ? + {LONGEST_LEAD} AND held_until > ? '
-                    'AND held_from < ? AND held_until > held_from ORDER BY +id DESC', place.id, until, begin, until)
-        # Between two cuts the same occurrences hold, so that what one of them gives back is all of it there.
-        cuts = sorted({*levels, *(min(max(at, begin), until) for each in held for at in each[2:4])} - {until})
-        there = list(itertools.accumulate((levels.get(at) for at in cuts), lambda before, after: after or before))
+        held = rows('SELECT id, resource_id, held_from, held_until, vms, vcpus, ram, classes FROM '
+                    'occurrence '
+                    f'WHERE resource_id = ? AND due IS NOT NULL AND start < ? + {LONGEST_LEAD} AND '
+                    f'held_until > ? '
+                    'AND held_from < ? AND held_until > held_from ORDER BY +id DESC', place.id,
+                    until, begin, until)
+        # Between two cuts the same occurrences hold, so that what one of them gives back is all of
+        # it there.
+        cuts = sorted({*levels, *(min(max(at, begin), until) for each in held for at in each[2:4])}
+                      - {until})
+        there = list(itertools.accumulate((levels.get(at)
+                                           for at in cuts), lambda before, after: after or before))
         found = []
         for each in held:
-            touched = range(bisect_left(cuts, max(each.held_from, begin)), bisect_left(cuts, each.held_until))
+            touched = range(bisect_left(cuts, max(each.held_from, begin)),
+                            bisect_left(cuts, each.held_until))
             if not all(there[n].within(most) for n in touched):
                 found.append(each.id)
                 for n in touched:
@@ -12094,11 +12770,13 @@ class Plan(Requests):
         run("UPDATE server SET due = ? WHERE due > ? AND goal = 'up' "
             "AND (state = 'planned' OR ready IS NULL OR borrowed) AND occurrence_id IN "
             '(SELECT id FROM occurrence WHERE resource_id = ? AND due IS NOT NULL '
-            f'AND start <= ? + {LONGEST_LEAD} AND held_from <= ?)', now, now, resource, int(now), int(now))
+            f'AND start <= ? + {LONGEST_LEAD} AND held_from <= ?)', now, now, resource, int(now),
+            int(now))
 
     @api('GET', '/check', role=ADMIN)
     def check(self) -> CheckAnswer:
-        """Rebuilds the usage from the occurrences and compares it with what is kept; fails on any difference.
+        """Rebuilds the usage from the occurrences and compares it with what is kept; fails on any
+        difference.
 
         Example:
           python cmres.py check
@@ -12110,12 +12788,16 @@ class Plan(Requests):
                     'SELECT track, at, vms, vcpus, ram FROM step WHERE resource_id = ?', place.id)}
                 right = dict(held_steps(place.id))
                 steps_seen += len(right)
-                wrong = sorted(step for step in kept.keys() | right.keys() if kept.get(step) != right.get(step))
-                differences += [{'resource': place.name, 'at': instant(step[1]), 'kept': kept.get(step),
+                wrong = sorted(step for step in kept.keys() | right.keys()
+                               if kept.get(step) != right.get(step))
+                differences += [{'resource': place.name, 'at': instant(step[1]),
+                                 'kept': kept.get(step),
                                  'right': right.get(step)} for step in wrong]
         if differences:
-            raise Error(f'the usage differs from the occurrences at {len(differences)} instants, first on '
-                        f"{differences[0]['resource']} at {differences[0]['at']}", differences=differences[:100])
+            raise Error(f'the usage differs from the occurrences at {len(differences)} instants, '
+                        f'first on '
+                        f"{differences[0]['resource']} at {differences[0]['at']}",
+                        differences=differences[:100])
         return {'steps': steps_seen, 'differences': 0}
 
 
@@ -12128,19 +12810,22 @@ class Claims(Plan):
     """What may be booted through Nova."""
 
     @api('POST', '/claim/', role=ADMIN)
-    def claim(self, server: Name, resources: Names, project: Name, user: Name = '', vcpus: Figure = 0,
+    def claim(self, server: Name, resources: Names, project: Name, user: Name = '',
+              vcpus: Figure = 0,
               ram: Figure = 0, classes: Classes = None, label: Name = '',
               dry_run: bool = False) -> list[ClaimAnswer]:
-        """Tells on which resources a server may boot, why, and counts it there: what Nova's scheduler asks.
+        """Tells on which resources a server may boot, why, and counts it there: what Nova's
+        scheduler asks.
 
-        Who has an active reservation passes as long as fewer machines, vcpus and ram were booted than
-        reserved. Others pass on a shared resource as far as it is free, and stays so for its hold time.
-        Asking again for the same server counts it once.
+        Who has an active reservation passes as long as fewer machines, vcpus and ram were booted
+        than reserved. Others pass on a shared resource as far as it is free, and stays so for its
+        hold time. Asking again for the same server counts it once.
 
         Example:
           python cmres.py claim 7c1f gpu biology --vcpus 4 --ram 8192
         """
-        need = Amount(1, vcpus, ram, tuple(sorted(each for each in (classes or {}).items() if each[1] > 0)))
+        need = Amount(1, vcpus, ram,
+                      tuple(sorted(each for each in (classes or {}).items() if each[1] > 0)))
         projects, users = self.names_of(project), self.names_of(user)
         with self.writing(dry_run) as now:
             return [{'resource': name} | self.claim_on(name, server, projects, users, need, label,
@@ -12151,9 +12836,12 @@ class Claims(Plan):
         known = self.config.read_again().identities
         return [name for name, id in known.items() if id == identity] or [identity]
 
-    def claim_on(self, name: str, server: str, projects: list[str], users: list[str], need: Amount, label: str,
+    def claim_on(self, name: str, server: str, projects: list[str], users: list[str], need: Amount,
+                 label: str,
                  project: str, user: str, now: float) -> dict:
-        """Whether a server may boot on one resource, why, and on which of its hosts; if so, it counts from now on."""
+        """Whether a server may boot on one resource, why, and on which of its hosts; if so, it
+        counts from now on.
+        """
         place = row('SELECT * FROM resource WHERE name = ? AND removed IS NULL', name)
         if not place or not place.mode:
             why = f"'{name}' is open to everybody" if place else f"there is no resource '{name}'"
@@ -12181,19 +12869,24 @@ class Claims(Plan):
         return {'passes': True, 'why': 'reserved' if found else 'free', 'hosts': hosts}
 
     def hosts_for(self, place, found, now: float) -> list[str] | None:
-        """The hosts on which a server may boot; None: any. One that is reserved by name is its owner's alone."""
+        """The hosts on which a server may boot; None: any. One that is reserved by name is its
+        owner's alone.
+        """
         if found and found.host:
             return [host for host in json.loads(place.hosts) if host == found.host]
         if not place.named:
             return None
         until = found.end if found else now + max(place.hold, 1)
         taken = {each.host for each in rows(
-            'SELECT r.host FROM occurrence o JOIN reservation r ON r.id = o.reservation_id WHERE o.resource_id = ? AND '
-            f"o.due IS NOT NULL AND r.host <> '' AND o.start < ? + {LONGEST_LEAD} AND o.held_from < ? "
+            'SELECT r.host FROM occurrence o JOIN reservation r ON r.id = o.reservation_id WHERE '
+            'o.resource_id = ? AND '
+            f"o.due IS NOT NULL AND r.host <> '' AND o.start < ? + {LONGEST_LEAD} AND o.held_from "
+            f"< ? "
             'AND o.held_until > ? AND o.held_until > o.held_from', place.id, until, until, now)}
         return [host for host in json.loads(place.hosts) if host not in taken] if taken else None
 
-    def may_boot(self, place, server: str, projects: list[str], users: list[str], need: Amount, label: str,
+    def may_boot(self, place, server: str, projects: list[str], users: list[str], need: Amount,
+                 label: str,
                  now: float) -> tuple[Any, str]:
         """The occurrence on which a server may boot, or None and why there is none."""
         named = f'{shown(label)} ' if label else ''
@@ -12207,28 +12900,38 @@ class Claims(Plan):
             elif self.has_left(place, each, server, need, now):
                 return each, ''
             else:
-                why = f"'{each.label}' has {each.vms} vms, {each.vcpus} vcpus and {each.ram} MiB, and they are in use"
+                why = (f"'{each.label}' has {each.vms} vms, {each.vcpus} vcpus and {each.ram} MiB, "
+                       'and they are in use')
         for each in [] if mine else self.booked_by(projects, label, place, now, now + 86400)[:1]:
             why = f"'{each.label}' begins at {instant(each.held_from)}"
         return None, why
 
     def booked_by(self, projects: list[str], label: str, place, after: float, until: float) -> list:
-        """What projects have booked on a resource that is held from an instant in (after, until] on."""
+        """What projects have booked on a resource that is held from an instant in (after, until]
+        on.
+        """
         marks = ', '.join('?' * len(projects))
-        # CROSS JOIN and +: SQLite is to begin with what is held there then, not with all that anybody has reserved.
+        # CROSS JOIN and +: SQLite is to begin with what is held there then, not with all that
+        # anybody has reserved.
         return rows('SELECT o.*, r.label, r.user, r.personal, r.flavor, r.host FROM occurrence o '
-                    'CROSS JOIN reservation r ON r.id = o.reservation_id WHERE o.resource_id = ? AND o.due IS NOT NULL '
+                    'CROSS JOIN reservation r ON r.id = o.reservation_id WHERE o.resource_id = ? '
+                    'AND o.due IS NOT NULL '
                     f'AND o.start > ? AND o.start <= ? + {LONGEST_LEAD} '
-                    'AND o.held_from > ? AND o.held_from <= ? AND o.cancelled IS NULL AND r.waiting IS NULL '
+                    'AND o.held_from > ? AND o.held_from <= ? AND o.cancelled IS NULL AND '
+                    'r.waiting IS NULL '
                     'AND r.pending IS NULL '
-                    f"AND r.project IN ({marks}){' AND ? IN (r.label, r.request)' if label else ''} ORDER BY +o.start",
+                    f"AND r.project IN "
+                    f"({marks}){' AND ? IN (r.label, r.request)' if label else ''} ORDER BY "
+                    f"+o.start",
                     place.id, after, until, after, until, *projects, *([label] if label else []))
 
     def has_left(self, place, found, server: str, need: Amount, now: float) -> bool:
         """Whether of what an occurrence has reserved there is still enough for one more server."""
         taken, reserved = self.claimed('occurrence = ?', found.id, server) + need, amount_of(found)
         if found.flavor or found.host:
-            return taken.within(reserved._replace(classes=tuple((name, dict(reserved.classes).get(name, 0))
+            return taken.within(reserved._replace(classes=tuple((name,
+                                                                 dict(reserved.classes).get(name,
+                                                                                            0))
                                                                 for name in taken.names)))
         # What was reserved without a flavor holds no vcpus: its machines take what is free of them.
         return taken.vms <= reserved.vms and self.walk_in(place, server, need._replace(vms=0), now)
@@ -12236,20 +12939,27 @@ class Claims(Plan):
     def claimed(self, condition: str, value, server: str) -> Amount:
         """What other servers than this one have claimed and still use."""
         where = f'FROM claim WHERE {condition} AND due IS NOT NULL AND server <> ?'
-        total = Amount(*run(f'SELECT count(*), coalesce(sum(vcpus), 0), coalesce(sum(ram), 0) {where}',
+        total = Amount(*run(f'SELECT count(*), coalesce(sum(vcpus), 0), coalesce(sum(ram), 0) '
+                            f'{where}',
                             value, server).fetchone())
-        for (classes,) in run(f"SELECT classes {where} AND classes <> ''", value, server).fetchall():
+        for (classes,) in run(f"SELECT classes {where} AND classes <> ''", value,
+                              server).fetchall():
             total += Amount(classes=tuple(sorted(json.loads(classes).items())))
         return total
 
     def walk_in(self, place, server: str, need: Amount, now: float) -> bool:
-        """Whether there is room that nobody has reserved from now for the hold time of a resource."""
+        """Whether there is room that nobody has reserved from now for the hold time of a
+        resource.
+        """
         others = self.claimed('resource_id = ? AND occurrence IS NULL', place.id, server)
-        for each in rows('SELECT o.id, o.cancelled, o."end", o.vms, o.vcpus, o.ram, o.classes FROM occurrence o '
-                         'WHERE o.id IN (SELECT occurrence FROM claim WHERE resource_id = ? AND due IS NOT NULL)',
+        for each in rows('SELECT o.id, o.cancelled, o."end", o.vms, o.vcpus, o.ram, o.classes FROM '
+                         'occurrence o '
+                         'WHERE o.id IN (SELECT occurrence FROM claim WHERE resource_id = ? AND '
+                         'due IS NOT NULL)',
                          place.id):
             held = NOTHING if each.cancelled is not None or each.end <= now else amount_of(each)
-            beyond = self.claimed('occurrence = ?', each.id, server) - held  # what is there and nobody holds
+            # what is there and nobody holds
+            beyond = self.claimed('occurrence = ?', each.id, server) - held
             others += Amount(*(max(figure, 0) for figure in beyond[:3]),
                              tuple(one for one in beyond.classes if one[1] > 0))
         used = peak(place.id, now, now + max(place.hold, 1), need.names)
@@ -12276,27 +12986,32 @@ class Calendars(Claims):
     """Imports, subscriptions and feeds."""
 
     @api('POST', '/reservation/import')
-    def import_(self, file: Ics, resource: Label = '', flavor: Name = '', image: Name = '', network: Name = '',
-                key: Name = '', vms: Count = 1, at_end: Name = '', notify: Names = (), on_conflict: Clash = 'refuse',
+    def import_(self, file: Ics, resource: Label = '', flavor: Name = '', image: Name = '',
+                network: Name = '',
+                key: Name = '', vms: Count = 1, at_end: Name = '', notify: Names = (),
+                on_conflict: Clash = 'refuse',
                 tz: Zone = '', user: Name = '', project: Name = '',
                 dry_run: bool = False) -> ImportAnswer:
         """Reserves what the events of an iCalendar file ask for, each event on its own.
 
         An event asks with `2 x m1.small` in the first line of its description or in its place, with
-        `#vm 2 x m1.small` in its title or description, or with CATEGORIES:VM and X-VM-COUNT, X-VM-FLAVOR,
-        X-VM-IMAGE; an image and a resource may follow: `2 x m1.small cirros on demo`. The options
-        here are for what it doesn't say. Events that ask for nothing are left alone, whatever they
-        are; what is refused is refused alone. Importing again changes only what changed; nothing is
-        cancelled because it is not in the file any more.
+        `#vm 2 x m1.small` in its title or description, or with CATEGORIES:VM and X-VM-COUNT,
+        X-VM-FLAVOR, X-VM-IMAGE; an image and a resource may follow: `2 x m1.small cirros on demo`.
+        The options here are for what it doesn't say. Events that ask for nothing are left alone,
+        whatever they are; what is refused is refused alone. Importing again changes only what
+        changed; nothing is cancelled because it is not in the file any more.
 
         Example:
-          python cmres.py import class.ics --resource demo --image cirros --tz Europe/Paris --dry-run
+          python cmres.py import class.ics --resource demo --image cirros --tz Europe/Paris
+          --dry-run
         """
-        said = {name: value for name, value in locals().items() if name not in ('self', 'file', 'dry_run')}
+        said = {name: value for name, value in locals().items()
+                if name not in ('self', 'file', 'dry_run')}
         return self.take_calendar(file, said, dry_run)
 
     def take_calendar(self, text: str, said: dict, dry_run: bool, subscription=None) -> dict:
-        """Reserves what the events of a calendar ask for, and of a subscription cancels what is gone.
+        """Reserves what the events of a calendar ask for, and of a subscription cancels what is
+        gone.
 
         Args:
           said: what the events don't say, named as in `import`
@@ -12431,20 +13146,25 @@ class Calendars(Claims):
         stretches = [stretch._replace(resource=wish.resource.id) for stretch in booking.stretches]
         return wish._replace(stretches=stretches, tz=stretches[0].zone), coming
 
-    def take_booking(self, booking: Booking, wish: Wish | None, error: Error | None, owner: tuple[str, str],
+    def take_booking(self, booking: Booking, wish: Wish | None, error: Error | None,
+                     owner: tuple[str, str],
                      subscription,
                      now: float) -> dict:
-        """What became of an event: booked, changed, unchanged, cancelled, refused, or nothing because it is past."""
+        """What became of an event: booked, changed, unchanged, cancelled, refused, or nothing
+        because it is past.
+        """
         line = {'uid': booking.uid, 'summary': booking.summary[:200]}
         if error:
             return line | {'outcome': 'refused', 'why': booking.why(error)}
         source = subscription.id if subscription else None
-        known = row('SELECT * FROM reservation WHERE uid = ? AND project = ? AND user = ? AND subscription IS ? '
+        known = row('SELECT * FROM reservation WHERE uid = ? AND project = ? AND user = ? AND '
+                    'subscription IS ? '
                     'ORDER BY id DESC LIMIT 1', booking.uid, *owner[::-1], source)
         live = known and known.over > now
         if wish is None:
             stops = booking.cancelled and not subscription  # else what runs goes on
-            gone = [each for each in self.live(self.next_of(known.id)) if stops or not self.begun(each)] if live else []
+            gone = ([each for each in self.live(self.next_of(known.id)) if stops
+                     or not self.begun(each)] if live else [])
             if gone:
                 self.cancel(gone, now, 'cancelled in the calendar', ends=True)
                 return line | {'outcome': 'cancelled', 'label': known.label}
@@ -12452,34 +13172,41 @@ class Calendars(Claims):
         asked = (name for name in STORED if name not in ('label', 'trusted'))
         origin = hashed(repr((booking.digest, wish.columns(*asked))))
         if known and known.origin == origin and (live or subscription):
-            if live and known.series != stored_stretches(wish.stretches):  # it is spelled out, further than before
+            # it is spelled out, further than before
+            if live and known.series != stored_stretches(wish.stretches):
                 change(Reservation, known.id, series=stored_stretches(wish.stretches))
                 self.refresh(known.id, now)
             return line | {'outcome': 'unchanged' if live else 'left out', 'label': known.label} | (
                 {} if live else {'why': 'it was cancelled here'})
         try:
             with Attempt():
-                return line | self.book_event(booking, wish, known if live else None, origin, source, now)
+                return line | self.book_event(booking, wish, known if live else None, origin,
+                                              source, now)
         except Error as refusal:
             return line | {'outcome': 'refused', 'why': booking.why(refusal)}
 
-    def book_event(self, booking: Booking, wish: Wish, known, origin: str, source: int | None, now: float) -> dict:
+    def book_event(self, booking: Booking, wish: Wish, known, origin: str, source: int | None,
+                   now: float) -> dict:
         """Books an event, or makes of its reservation what the event says now."""
         if known:
             head = self.next_of(known.id)
             wish = wish._replace(label=known.label)
-            self.refuse_fixed(head, wish, {name: 1 for name in FIXED if name not in ('start', 'resource', 'lead')})
+            self.refuse_fixed(head, wish, {name: 1 for name in FIXED
+                                           if name not in ('start', 'resource', 'lead')})
             change(Reservation, known.id, origin=origin)
             done = self.unless_it_grows(head, wish, {'calendar': 1}, now, 'calendar', False, False,
                                         lambda: self.rebook_event(known.id, wish, now))
             if done is None:
-                return {'label': wish.label, 'outcome': 'pending', 'why': 'an admin must approve the change'}
-            self.journal(now, 'updated', 'changed in the calendar', known.id, wish.notify, NONE_OF_THEM)
+                return {'label': wish.label, 'outcome': 'pending',
+                        'why': 'an admin must approve the change'}
+            self.journal(now, 'updated', 'changed in the calendar', known.id, wish.notify,
+                         NONE_OF_THEM)
         else:
             wish = wish._replace(label=self.free_label(wish, now))
             _, done = self.book(wish, now, uid=booking.uid, subscription=source, origin=origin)
         left_out = [each for each in done if each['outcome'] in ('left out', 'shifted')]
-        return {'label': wish.label, 'outcome': 'changed' if known else 'booked', 'start': instant(wish.start),
+        return {'label': wish.label, 'outcome': 'changed' if known else 'booked',
+                'start': instant(wish.start),
                 'vms': wish.vms, 'flavor': wish.flavor, 'count': len(done)} | (
                 {'occurrences': left_out} if left_out else {})
 
@@ -12501,7 +13228,8 @@ class Calendars(Claims):
 
     @api('GET', '/calendar/')
     def calendar_list(self) -> list[CalendarAnswer]:
-        """Lists calendars: feeds that show reservations, and subscriptions that make them; no secret of theirs.
+        """Lists calendars: feeds that show reservations, and subscriptions that make them; no
+        secret of theirs.
 
         Example:
           python cmres.py calendar list
@@ -12512,16 +13240,19 @@ class Calendars(Claims):
                      "(SELECT name FROM resource s WHERE s.id = resource_id), "
                      "iif(whole_project, 'the project', 'the user')) "
                      f'AS shows, added FROM feed WHERE revoked IS NULL {own} ORDER BY id', *who)
-        subscribed = rows(f"SELECT id, 'subscription' AS kind, user, project, url, added, polled, fault, held "
+        subscribed = rows(f"SELECT id, 'subscription' AS kind, user, project, url, added, polled, "
+                          f"fault, held "
                           f'FROM subscription WHERE due IS NOT NULL {own} ORDER BY id', *who)
         return [public(each) for each in feeds] + [
             {name: value for name, value in public(each).items() if name != 'url'} |
             {'shows': urlsplit(each.url).hostname} for each in subscribed]
 
     @api('POST', '/calendar/feed', role=READER, made='/calendar/')
-    def calendar_feed(self, resource: Label = '', whole_project: bool = False, user: Name = '', project: Name = '',
+    def calendar_feed(self, resource: Label = '', whole_project: bool = False, user: Name = '',
+                      project: Name = '',
                       dry_run: bool = False) -> FeedAnswer:
-        """Makes an address at which any calendar program can subscribe to your reservations, and prints it.
+        """Makes an address at which any calendar program can subscribe to your reservations, and
+        prints it.
 
         The address is a secret and is shown only now; `calendar revoke` makes it worthless. With
         --resource it shows all of that resource, what is others' as busy only.
@@ -12537,8 +13268,9 @@ class Calendars(Claims):
                    resource=self.id_of(resource), hash=hashed(secret), added=int(now), revoked=None)
             self.journal(now, 'calendar', f'made a feed for {user} in {project}')
         name = quote(resource or (project if whole_project else user), safe='')
+        served = f'http://{self.config.host}:{self.config.port}'
         return {'user': user, 'project': project} if dry_run else {
-            'feed': f"{self.config.address.rstrip('/') or f'http://{self.config.host}:{self.config.port}'}"
+            'feed': f"{self.config.address.rstrip('/') or served}"
                     f'/calendar/{secret}/{name}.ics'}
 
     @api('DELETE', '/calendar/<id>')
@@ -12556,38 +13288,50 @@ class Calendars(Claims):
                     'revoked': instant(int(now))}
 
     @api('POST', '/calendar/subscription/', made='/calendar/')
-    def calendar_subscribe(self, url: Url, resource: Label = '', flavor: Name = '', image: Name = '',
-                           network: Name = '', key: Name = '', vms: Count = 1, at_end: Name = '', notify: Names = (),
-                           on_conflict: Clash = 'refuse', tz: Zone = '', user: Name = '', project: Name = '',
+    def calendar_subscribe(self, url: Url, resource: Label = '', flavor: Name = '',
+                           image: Name = '',
+                           network: Name = '', key: Name = '', vms: Count = 1, at_end: Name = '',
+                           notify: Names = (),
+                           on_conflict: Clash = 'refuse', tz: Zone = '', user: Name = '',
+                           project: Name = '',
                            dry_run: bool = False) -> CalendarAnswer:
-        """Lets a calendar of yours book machines: what appears in it is reserved, what moves moves, what goes goes.
+        """Lets a calendar of yours book machines: what appears in it is reserved, what moves moves,
+        what goes goes.
 
-        It is looked at every five minutes (`calendar_poll`). Its events ask for machines as those of `import` do.
-        Nothing is cancelled because it could not be read; before more than half would go, or all of
+        It is looked at every five minutes (`calendar_poll`). Its events ask for machines as those
+        of `import` do. Nothing is cancelled because it could not be read; before more than half
+        would go, or all of
         it, cmres asks: it does nothing until `calendar confirm`. What runs goes on to its end.
 
         Example:
-          python cmres.py calendar subscribe https://calendar.example.org/secret/eva.ics --resource demo
+          python cmres.py calendar subscribe https://calendar.example.org/secret/eva.ics --resource
+          demo
         """
-        said = {name: value for name, value in locals().items() if name not in ('self', 'url', 'dry_run')}
+        said = {name: value for name, value in locals().items()
+                if name not in ('self', 'url', 'dry_run')}
         said['user'], said['project'] = self.owner(said)
         said['resource'] = self.id_of(resource) or 0
         try:
             parts = urlsplit(url)
             host, port = parts.hostname or '', parts.port or 443
         except ValueError:
-            raise Invalid('url: its host or port is none; write one such as https://example.org/eva.ics') from None
+            raise Invalid('url: its host or port is none; write one such as '
+                          'https://example.org/eva.ics') from None
         try:
             self.shares.ask(f'the host {host}', lambda: allowed_address(self.config, host, port))
         except (OSError, ValueError) as error:
             raise Invalid(f'url: {error}') from None
         with self.writing(dry_run) as now:
-            if row('SELECT id FROM subscription WHERE url = ? AND user = ? AND project = ? AND due IS NOT NULL',
+            if row('SELECT id FROM subscription WHERE url = ? AND user = ? AND project = ? AND due '
+                   'IS NOT NULL',
                    url, said['user'], said['project']):
-                raise Conflict('you are subscribed to this calendar already; `calendar list` shows it')
+                raise Conflict('you are subscribed to this calendar already; `calendar list` '
+                               'shows it')
             self.refuse_one_more('subscriptions', said['user'], said['project'])
-            id = insert(Subscription, user=said['user'], project=said['project'], url=url, defaults=json.dumps(said),
-                        notify=json.dumps([*notify]), added=int(now), due=now, etag='', modified='', fault='', held='',
+            id = insert(Subscription, user=said['user'], project=said['project'], url=url,
+                        defaults=json.dumps(said),
+                        notify=json.dumps([*notify]), added=int(now), due=now, etag='',
+                        modified='', fault='', held='',
                         refused='{}',
                         confirmed=False, tries=0)
             self.journal(now, 'calendar', f'subscribed to a calendar at {parts.hostname}')
@@ -12612,7 +13356,8 @@ class Calendars(Claims):
         """
         if not self.own_calendar('subscription', 'due IS NOT NULL', id).held:
             raise Conflict(f'the calendar {id} asks for nothing that would need a word')
-        return self.changed_subscription(id, dry_run, 'confirmed calendar', confirmed=True, etag='', modified='',
+        return self.changed_subscription(id, dry_run, 'confirmed calendar', confirmed=True,
+                                         etag='', modified='',
                                          due=self.clock())
 
     def changed_subscription(self, id: int, dry_run: bool, what: str, **values) -> dict:
@@ -12632,13 +13377,15 @@ class Calendars(Claims):
         return found
 
     def poll(self, subscription) -> dict:
-        """Looks at a calendar that somebody subscribed to, and books what it asks; what to remember of it.
+        """Looks at a calendar that somebody subscribed to, and books what it asks; what to remember
+        of it.
 
         Raises:
           Error: it could not be read, and nothing was changed.
         """
         headers = {'If-None-Match': subscription.etag, 'If-Modified-Since': subscription.modified}
-        if int(subscription.polled or 0) // 86400 != int(self.clock()) // 86400:  # what is spelled out must go on
+        # what is spelled out must go on
+        if int(subscription.polled or 0) // 86400 != int(self.clock()) // 86400:
             headers = {}
         status, found, body = fetch(self.config, subscription.url,
                                     {name: value for name, value in headers.items() if value})
@@ -12648,10 +13395,13 @@ class Calendars(Claims):
             raise Unavailable(f'the answer was {status}')
         said = self.defaults_of(subscription)
         acting = self.acting(Actor(subscription.user, subscription.project, USER))
-        answer = acting.take_calendar(body.decode('utf8', 'surrogateescape'), said, False, subscription)
+        answer = acting.take_calendar(body.decode('utf8', 'surrogateescape'), said, False,
+                                      subscription)
         # What could not be done now is asked for again, also when the calendar is the same.
-        open_end = answer.get('held') or any(each['outcome'] == 'refused' for each in answer['events'])
-        kept = {'held': answer.get('held', ''), 'etag': '' if open_end else found.get('etag', '')[:255],
+        open_end = (answer.get('held')
+                    or any(each['outcome'] == 'refused' for each in answer['events']))
+        kept = {'held': answer.get('held', ''),
+                'etag': '' if open_end else found.get('etag', '')[:255],
                 'modified': '' if open_end else found.get('last-modified', '')[:255]}
         return kept | ({} if answer.get('held') else {'confirmed': False})
 
@@ -12670,30 +13420,38 @@ class Calendars(Claims):
 
     def live_of(self, subscription, now: float) -> dict[int, int]:
         """How many occurrences to come a subscription has, of each reservation."""
-        return dict(run('SELECT r.id, count(*) FROM occurrence o JOIN reservation r ON r.id = o.reservation_id '
-                        'WHERE r.subscription = ? AND o.cancelled IS NULL AND o.start > ? GROUP BY 1',
-                        subscription.id, int(now)).fetchall()) if subscription else {}
+        if not subscription:
+            return {}
+        return dict(run('SELECT r.id, count(*) FROM occurrence o JOIN reservation r '
+                        'ON r.id = o.reservation_id WHERE r.subscription = ? '
+                        'AND o.cancelled IS NULL AND o.start > ? GROUP BY 1',
+                        subscription.id, int(now)).fetchall())
 
     def drop_missing(self, wanted: list[Booking], subscription, now: float) -> list[dict]:
         """Cancels what a subscription has booked and asks for no more; what runs goes on."""
         if not subscription:
             return []
         uids, done = {each.uid for each in wanted}, []
-        for each in rows('SELECT id, uid, label FROM reservation WHERE subscription = ? AND over > ?',
-                         subscription.id, int(now)):
-            coming = [] if each.uid in uids else self.search([('r.id = ?', each.id), (NOT_OVER, None),
+        for each in rows('SELECT id, uid, label FROM reservation '
+                         'WHERE subscription = ? AND over > ?', subscription.id, int(now)):
+            coming = [] if each.uid in uids else self.search([('r.id = ?', each.id),
+                                                              (NOT_OVER, None),
                                                               ('o.held_from > ?', now)])
             if coming:
                 self.cancel(coming, now, 'gone from the calendar', ends=True)
-                done.append({'uid': each.uid, 'summary': '', 'outcome': 'cancelled', 'label': each.label})
+                done.append({'uid': each.uid, 'summary': '', 'outcome': 'cancelled',
+                             'label': each.label})
         return done
 
     def ask_before_most_goes(self, subscription, had: dict[int, int], now: float) -> None:
-        """Raises Held where a calendar would cancel most of what it had, and nobody has said that this is meant."""
+        """Raises Held where a calendar would cancel most of what it had, and nobody has said that
+        this is meant.
+        """
         have, all_of_them = self.live_of(subscription, now), sum(had.values())
         gone = sum(max(number - have.get(id, 0), 0) for id, number in had.items())
         if subscription and not subscription.confirmed and 2 * gone > all_of_them:
-            raise Held(f'{gone} of {all_of_them} occurrences to come would be cancelled, so nothing was done; say: '
+            raise Held(f'{gone} of {all_of_them} occurrences to come would be cancelled, so '
+                       f'nothing was done; say: '
                        f'calendar confirm {subscription.id}')
 
     def tell_held(self, subscription, why: str, now: float) -> None:
@@ -12721,10 +13479,12 @@ class Calendars(Claims):
                     'WHERE hash = ? AND revoked IS NULL', hashed(secret))
         if not found:
             raise NotFound('there is no calendar at this address, or no longer')
-        return found.resource or f"{found.project if found.whole_project else found.user} on cmres", found
+        return (found.resource
+                or f"{found.project if found.whole_project else found.user} on cmres", found)
 
     def feed_events(self, feed) -> tuple[list[Shown], float]:
-        """What a feed shows, and until when it holds: what ended in the last 31 days, and all that is to come.
+        """What a feed shows, and until when it holds: what ended in the last 31 days, and all that
+        is to come.
 
         What is others' is shown as busy only.
         """
@@ -12736,7 +13496,8 @@ class Calendars(Claims):
             servers[each.occurrence_id] += json.loads(each.addresses)
         now = self.clock()
         turns = [at for each in found for at in (each.held_from, each.start, each.end) if at > now]
-        shown = [self.feed_event(each, feed, servers[each.id]) for each in found[:MOST_SHOWN_BY_FEED]
+        shown = [self.feed_event(each, feed, servers[each.id])
+                 for each in found[:MOST_SHOWN_BY_FEED]
                  if each.project == feed.project or each.state not in ('cancelled', 'failed')]
         shown += [self.not_shown(each) for each in found[MOST_SHOWN_BY_FEED:]]
         return shown, min([now + 60, *turns])
@@ -12745,7 +13506,8 @@ class Calendars(Claims):
         """What a feed says in the place of the first occurrence that is too many for it."""
         uid, words = f'more-{first.start}@{self.clouds.store}', 'more is reserved from here on'
         return Shown(uid, first.start, first.end, 0, first.start, words,
-                     f'This calendar shows {MOST_SHOWN_BY_FEED} occurrences. See the others with: list',
+                     f'This calendar shows {MOST_SHOWN_BY_FEED} occurrences. See the others with: '
+                     f'list',
                      '', 'TENTATIVE')
 
     def shown_in(self, feed) -> tuple[list, list]:
@@ -12759,10 +13521,13 @@ class Calendars(Claims):
         return self.ways(filters, (), begin), [*where, ('o."end" > ?', begin)]
 
     def feed_digest(self, feed) -> str:
-        """Changes whenever something that a feed shows does; that costs much less than to write the feed."""
+        """Changes whenever something that a feed shows does; that costs much less than to write the
+        feed.
+        """
         ids = [id for _, id in walk(self.clock(), *self.shown_in(feed), MOST_SHOWN_BY_FEED + 1)]
         return hashed(str(run('SELECT id, revision, revised FROM occurrence '
-                              'WHERE id IN (SELECT value FROM json_each(?))', json.dumps(ids)).fetchall()))
+                              'WHERE id IN (SELECT value FROM json_each(?))',
+                              json.dumps(ids)).fetchall()))
 
     def feed_event(self, found, feed, addresses: list[str]) -> Shown:
         """An occurrence as a feed shows it: one's own with all that helps, others' as busy."""
@@ -12770,13 +13535,16 @@ class Calendars(Claims):
         passed = [at for at in (found.held_from, found.start, found.end) if at <= found.now]
         revision, revised = found.revision + len(passed), max([found.revised, *passed])
         if found.project != feed.project:
-            return Shown(uid, found.start, found.end, revision, revised, 'busy', f'{found.vms} vms are reserved',
+            return Shown(uid, found.start, found.end, revision, revised, 'busy',
+                         f'{found.vms} vms are reserved',
                          found.resource, 'CONFIRMED')
-        lines = [found.state, f"{found.vms} vms {found.flavor} {found.image}".strip(), found.description]
+        lines = [found.state, f"{found.vms} vms {found.flavor} {found.image}".strip(),
+                 found.description]
         lines += [self.config.login.replace('{address}', address) for address in addresses]
         lines += [f'key pair: {found.key}'] if found.key and addresses else []
         lines += [found.fault] if found.fault else []
-        return Shown(uid, found.start, found.end, revision, revised, found.label, '\n'.join(filter(None, lines)),
+        return Shown(uid, found.start, found.end, revision, revised, found.label,
+                     '\n'.join(filter(None, lines)),
                      found.resource, 'CANCELLED' if found.state in ('cancelled', 'failed') else
                      'TENTATIVE' if found.state in ('waiting', 'pending') else 'CONFIRMED')
 
@@ -12999,7 +13767,8 @@ class Tokens(Calendars):
 #: Of an occurrence o: nothing of it is there, on its way, or asked for.
 NOTHING_OPEN = '''
   NOT EXISTS (SELECT 1 FROM server v WHERE v.occurrence_id = o.id AND v.state <> 'deleted')
-  AND NOT EXISTS (SELECT 1 FROM server v WHERE v.occurrence_id = o.id AND v.id = (SELECT max(id) FROM server))
+  AND NOT EXISTS (SELECT 1 FROM server v WHERE v.occurrence_id = o.id
+    AND v.id = (SELECT max(id) FROM server))
   AND NOT EXISTS (SELECT 1 FROM claim c WHERE c.occurrence = o.id AND c.due IS NOT NULL)
   AND NOT EXISTS (SELECT 1 FROM event e JOIN outbox n ON n.event_id = e.id
                    WHERE e.reservation_id = o.reservation_id AND n.due IS NOT NULL)'''
@@ -13008,12 +13777,14 @@ STILL_KNOWN = '''(
   EXISTS (SELECT 1 FROM occurrence WHERE reservation_id = reservation.id)
   OR EXISTS (SELECT 1 FROM extra_hold WHERE reservation_id = reservation.id)
   OR EXISTS (SELECT 1 FROM proposal WHERE reservation_id = reservation.id)
-  OR EXISTS (SELECT 1 FROM event WHERE reservation_id = reservation.id AND id = (SELECT max(id) FROM event))
+  OR EXISTS (SELECT 1 FROM event WHERE reservation_id = reservation.id AND id = (SELECT max(id)
+    FROM event))
   OR booked_until IS NOT NULL OR id = (SELECT max(id) FROM reservation))'''
 #: VM-hours of each kind: reserved, used of that, unused; and how late a VM was at worst.
 #: What runs on after its window, or stays stopped, is no use of a reservation.
 HOURS = f'''
-  WITH held AS (SELECT o.id, {{by}} AS of, o.vms, max(o.held_from, ?) AS begin, min(o.held_until, ?) AS until
+  WITH held AS (SELECT o.id, {{by}} AS of, o.vms, max(o.held_from, ?) AS begin, min(o.held_until,
+    ?) AS until
                   {FROM_ALL} WHERE o.id IN ({{near}}) AND o.held_from < ? AND o.held_until > ?
                    AND {{own}}),
        ran AS (SELECT h.id, min(coalesce(v.deleted, ?), h.until) - max(v.ready, h.begin) AS used,
@@ -13052,7 +13823,8 @@ class Reservations(Tokens):
             where.append(self.among('e.reservation_id', self.labelled(label, project)))
         else:
             own = self.actor.project if self.actor.role != ADMIN else ''
-            where += [('e.project = ? AND e.reservation_id > 0', each) for each in (project, own) if each]
+            where += [('e.project = ? AND e.reservation_id > 0', each) for each in (project, own)
+                      if each]
         found = rows('SELECT e.id, e.at, e.actor, e.code, r.label, r.project, e.sentence '
                      'FROM event e LEFT JOIN reservation r ON r.id = e.reservation_id WHERE '
                      f"{' AND '.join(text for text, _ in where)} "
@@ -13070,7 +13842,8 @@ class Reservations(Tokens):
 
     @api('GET', '/punctuality/')
     def punctuality(self, since: When = None) -> PunctualityAnswer:
-        """Tells how late servers were begun and ready, per cloud, in seconds: median, 95 %, worst; and what failed.
+        """Tells how late servers were begun and ready, per cloud, in seconds: median, 95 %, worst;
+        and what failed.
 
         Example:
           python cmres.py punctuality --since 2026-11-01
@@ -13078,10 +13851,12 @@ class Reservations(Tokens):
         first = self.resolve(since, LAST)[0] if since else int(self.clock()) - 30 * 86400
         where = [('v.planned >= ?', first), ('NOT v.borrowed', None), *self.visible()]
         found = rows(f"""
-            SELECT v.account AS cloud, v.name, r.label, v.tries, v.fault, v.planned, v.ready - v.planned AS ready,
+            SELECT v.account AS cloud, v.name, r.label, v.tries, v.fault, v.planned,
+              v.ready - v.planned AS ready,
                    iif(v.tries > 1, NULL, v.begun) - v.planned + CASE
                    WHEN v.planned = o.start THEN o.start - o.held_from ELSE 0 END AS begun
-              FROM server v JOIN occurrence o ON o.id = v.occurrence_id JOIN reservation r ON r.id = o.reservation_id
+              FROM server v JOIN occurrence o ON o.id = v.occurrence_id
+                JOIN reservation r ON r.id = o.reservation_id
              WHERE {' AND '.join(text for text, _ in where)} ORDER BY v.account, v.id""",
                      *(value for text, value in where if '?' in text))
         late: dict = defaultdict(list)
@@ -13089,12 +13864,16 @@ class Reservations(Tokens):
             late[each.cloud].append(each)
         failed = [each for each in found if each.ready is None and each.fault]
         return {'clouds': [{'cloud': cloud, 'servers': len(servers),
-                            **spread('begun', [each.begun for each in servers if each.begun is not None]),
-                            **spread('ready', [each.ready for each in servers if each.ready is not None]),
+                            **spread('begun',
+                                     [each.begun for each in servers if each.begun is not None]),
+                            **spread('ready',
+                                     [each.ready for each in servers if each.ready is not None]),
                             'tried_again': sum(each.tries > 1 for each in servers)}
                            for cloud, servers in late.items()],
-                'failed': [{'cloud': each.cloud, 'label': each.label, 'name': each.name, 'tries': each.tries,
-                            'planned': instant(each.planned), 'fault': each.fault} for each in failed[-100:]]}
+                'failed': [{'cloud': each.cloud, 'label': each.label, 'name': each.name,
+                            'tries': each.tries,
+                            'planned': instant(each.planned), 'fault': each.fault}
+                           for each in failed[-100:]]}
 
     @api('GET', '/report/')
     def report(self, since: When = None, until: When = None,
@@ -13109,7 +13888,8 @@ class Reservations(Tokens):
         """
         columns = {'project': 'r.project', 'user': 'r.user', 'resource': 's.name'}
         if by_whom not in columns:
-            raise Invalid(f"by_whom: '{by_whom}' is none of {', '.join(columns)}{nearest(by_whom, columns)}")
+            raise Invalid(f"by_whom: '{by_whom}' is none of "
+                          f"{', '.join(columns)}{nearest(by_whom, columns)}")
         now = self.clock()
         last = self.resolve(FIRST, until)[1] if until else int(now)
         first = self.resolve(since, LAST)[0] if since else last - 30 * 86400
@@ -13128,18 +13908,25 @@ class Reservations(Tokens):
         refused = {'project': 'project', 'user': 'actor',
                    'resource': f"coalesce({name_then}, '')"}[by_whom]
         mine = '' if self.actor.role == ADMIN else 'AND project = ?'
-        for name, count in run(f"SELECT {refused}, count(*) FROM event WHERE code = 'refused' AND project <> '' "
+        for name, count in run(f"SELECT {refused}, count(*) FROM event WHERE code = 'refused' AND "
+                               f"project <> '' "
                                'AND reservation_id IS NULL AND at >= ? '
-                               f'AND at < ? {mine} GROUP BY 1', first, last, *([self.actor.project] if mine else [])):
+                               f'AND at < ? {mine} GROUP BY 1', first, last,
+                               *([self.actor.project] if mine else [])):
             lines[name]['refused'] += count
-        return [{by_whom: name, 'reserved_hours': round(each['reserved'], 3), 'used_hours': round(each['used'], 3),
+        return [{by_whom: name, 'reserved_hours': round(each['reserved'], 3),
+                 'used_hours': round(each['used'], 3),
                  'unused_hours': round(each['unused'], 3), 'refused': int(each['refused']),
-                 'late_worst': round(each['late_worst'], 3)} for name, each in sorted(lines.items())]
+                 'late_worst': round(each['late_worst'], 3)}
+                for name, each in sorted(lines.items())]
 
     def add_forgotten(self, lines: dict, by_whom: str, first: int, last: int) -> None:
-        """Adds what is kept of forgotten days to the lines of a report; of a day that is cut, its share."""
+        """Adds what is kept of forgotten days to the lines of a report; of a day that is cut, its
+        share.
+        """
         own = '' if self.actor.role == ADMIN else 'AND project = ?'
-        by = "(SELECT name FROM resource s WHERE s.id = t.resource)" if by_whom == 'resource' else by_whom
+        by = ("(SELECT name FROM resource s WHERE s.id = t.resource)" if by_whom == 'resource'
+              else by_whom)
         share = f'(min(day + {DAY}, ?2) - max(day, ?1)) / {DAY}.0'
         sums = ', '.join(f'sum({name} * {share}) / {unit}' for name, unit in (
             ('reserved', 3600), ('used', 3600), ('unused', 3600), ('refused', 1)))
@@ -13152,7 +13939,8 @@ class Reservations(Tokens):
             lines[name]['late_worst'] = max(lines[name]['late_worst'], late)
 
     def forget(self, now: float, most: int = 200) -> int:
-        """Forgets some of what has been over for longer than `retention`, and keeps its sums; how much it was.
+        """Forgets some of what has been over for longer than `retention`, and keeps its sums; how
+        much it was.
 
         The newest row of each table stays, so that no id is ever given twice. Inside a transaction.
         """
@@ -13163,13 +13951,18 @@ class Reservations(Tokens):
                        ORDER BY start LIMIT {most}''', before, before)
         for each in old:
             self.forget_occurrence(each)
-        events = rows(f'''SELECT id, at, code, actor, project, resource_id, reservation_id FROM event e WHERE at < ?
-                           AND id < (SELECT max(id) FROM event) AND id <= (SELECT min(id) FROM event) + {most}
-                           AND NOT EXISTS (SELECT 1 FROM outbox WHERE event_id = e.id AND due IS NOT NULL)
+        events = rows(f'''SELECT id, at, code, actor, project, resource_id, reservation_id
+                            FROM event e WHERE at < ?
+                           AND id < (SELECT max(id) FROM event) AND id <= (SELECT min(id)
+                             FROM event) + {most}
+                           AND NOT EXISTS (SELECT 1 FROM outbox WHERE event_id = e.id
+                             AND due IS NOT NULL)
                          LIMIT {most}''', before)
         self.forget_events(events)
-        gone = run(f'DELETE FROM claim WHERE id IN (SELECT id FROM claim WHERE gone < ? AND occurrence IS NULL '
-                   f'AND due IS NULL AND id < (SELECT max(id) FROM claim) LIMIT {most})', before).rowcount
+        gone = run(f'DELETE FROM claim WHERE id IN (SELECT id FROM claim WHERE gone < ? AND '
+                   f'occurrence IS NULL '
+                   f'AND due IS NULL AND id < (SELECT max(id) FROM claim) LIMIT {most})',
+                   before).rowcount
         changes = rows('SELECT * FROM capacity WHERE removed IS NULL AND "end" < ? '
                        f'AND id < (SELECT max(id) FROM capacity) LIMIT {most}', before)
         for each in changes:
@@ -13178,14 +13971,18 @@ class Reservations(Tokens):
         return len(old) + len(events) + gone + len(changes)
 
     def forget_occurrence(self, old) -> None:
-        """Forgets one occurrence with its servers and claims, and its reservation if it was the last."""
+        """Forgets one occurrence with its servers and claims, and its reservation if it was the
+        last.
+        """
         self.tally(old)
         release(old.resource_id, old.held_from, old.held_until, amount_of(old))
         run('DELETE FROM server WHERE occurrence_id = ?', old.id)
         run('DELETE FROM claim WHERE occurrence = ?', old.id)
         run('DELETE FROM occurrence WHERE id = ?', old.id)
-        if not row(f'SELECT 1 AS one FROM reservation WHERE id = ? AND {STILL_KNOWN}', old.reservation_id):
-            self.forget_events(rows('SELECT id, at, code, actor, project, resource_id, reservation_id FROM event '
+        if not row(f'SELECT 1 AS one FROM reservation WHERE id = ? AND {STILL_KNOWN}',
+                   old.reservation_id):
+            self.forget_events(rows('SELECT id, at, code, actor, project, resource_id, '
+                                    'reservation_id FROM event '
                                     'WHERE reservation_id = ?', old.reservation_id))
             run('DELETE FROM reservation WHERE id = ?', old.reservation_id)
 
@@ -13199,23 +13996,30 @@ class Reservations(Tokens):
             run('DELETE FROM event WHERE id = ?', each.id)
 
     def tally(self, old) -> None:
-        """Adds what an occurrence held, and what ran of that, to the sums of its days; as HOURS reckons."""
+        """Adds what an occurrence held, and what ran of that, to the sums of its days; as HOURS
+        reckons.
+        """
         ran = [*run('SELECT ready, coalesce(deleted, ?2), ready - planned FROM server '
                     'WHERE occurrence_id = ?1 AND ready IS NOT NULL', old.id, old.held_until),
-               *run('SELECT at, coalesce(gone, ?2), 0 FROM claim c WHERE occurrence = ?1 AND NOT EXISTS '
+               *run('SELECT at, coalesce(gone, ?2), 0 FROM claim c WHERE occurrence = ?1 AND NOT '
+                    'EXISTS '
                     '(SELECT 1 FROM server v WHERE v.uid = c.server)', old.id, old.held_until)]
         late = max((each[2] for each in ran), default=0)
         for day in range(old.held_from // DAY * DAY, old.held_until, DAY):
             first, last = max(day, old.held_from), min(day + DAY, old.held_until)
             reserved = old.vms * (last - first)
             used = sum(max(min(end, last) - max(begin, first), 0) for begin, end, _ in ran)
-            self.count((day, old.of_project, old.of_user, old.resource_id), reserved=reserved, used=used,
+            self.count((day, old.of_project, old.of_user, old.resource_id), reserved=reserved,
+                       used=used,
                        unused=max(reserved - used, 0), late=max(late, 0))
 
     def count(self, whose: tuple, **figures: float) -> None:
-        """Adds figures to the sums of a day, project, user and resource; of how late, the worst counts."""
+        """Adds figures to the sums of a day, project, user and resource; of how late, the worst
+        counts.
+        """
         figures = dict.fromkeys(('reserved', 'used', 'unused', 'refused', 'late'), 0) | figures
-        run('INSERT INTO tally (day, project, user, resource, reserved, used, unused, refused, late) '
+        run('INSERT INTO tally (day, project, user, resource, reserved, used, unused, refused, '
+            'late) '
             'VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO UPDATE SET '
             'reserved = reserved + excluded.reserved, used = used + excluded.used, '
             'unused = unused + excluded.unused, refused = refused + excluded.refused, '
@@ -13247,7 +14051,8 @@ class Reservations(Tokens):
 # Of several processes one acts, by a lease with a deadline: it is renewed while passes are made, it
 # is looked at in every transaction and before every call, and who lost it does nothing more.
 
-UNDER_WAY = {'delete': 'deleting', 'start': 'starting', 'stop': 'stopping', 'shelve': 'shelving', 'snapshot': 'saving'}
+UNDER_WAY = {'delete': 'deleting', 'start': 'starting', 'stop': 'stopping', 'shelve': 'shelving',
+             'snapshot': 'saving'}
 #: What wakes a server that somebody put to rest, by its state: a word of `openstack server`.
 WAKES = {'shutoff': 'start', 'paused': 'unpause', 'suspended': 'resume', 'shelved': 'unshelve',
          'shelved_offloaded': 'unshelve', 'rescue': 'unrescue', 'verify_resize': 'resize confirm'}
@@ -13258,7 +14063,8 @@ ENDS_FROM = {'stop': ('active',), 'shelve': ('active', *DOWN[:3]),
              'snapshot': ('active', *DOWN[:3])}
 #: What is under way has arrived in these states. What is paused still fills its host.
 ARRIVED = {'starting': ('active',), 'stopping': ('shutoff', *DOWN[2:]), 'shelving': DOWN[3:]}
-FINAL = ('deleted', 'kept')  # it is gone, or it stays as its owner wished and is no longer ours to watch
+# it is gone, or it stays as its owner wished and is no longer ours to watch
+FINAL = ('deleted', 'kept')
 DRIFT = 1e-4  # seconds by which two clocks may part in one, without either being wrong
 CALM = 60  # seconds that another number of servers must be up before it is told
 TRIPS = 3  # failures in a row after which a cloud is left alone for a while
@@ -13267,7 +14073,8 @@ TRIPS = 3  # failures in a row after which a cloud is left alone for a while
 DUE = {'occurrence': ('occurrence o', 'o.due', '1'), 'server': ('server v', 'v.due', '1'),
        # Each target is told in order, one notice of an owner after another.
        'notice': ('outbox n', 'n.due',
-                  'n.id IN (SELECT min(id) FROM outbox WHERE due IS NOT NULL GROUP BY target, owner)'),
+                  'n.id IN (SELECT min(id) FROM outbox WHERE due IS NOT NULL GROUP BY target, '
+                  'owner)'),
        'subscription': ('subscription u', 'u.due', '1'), 'claim': ('claim c', 'c.due', '1'),
        'wait': ('wait w', 'w.due', '1'), 'pending': ('reservation r', 'r.pending', '1'),
        'proposal': ('proposal p', 'p.until', '1'),
@@ -13277,10 +14084,12 @@ SOONEST = 'SELECT min(due) AS due FROM ({})'.format(' UNION ALL '.join(
     f'SELECT min({column}) AS due FROM {table} WHERE {column} > ?1 AND {which}'
     for table, column, which in DUE.values()))
 
-SERVERS = '''SELECT v.*, r.flavor, r.image, r.network, r.key, r.security_groups, r.user_data, r.metadata,
-                    r.label, r.project, r.trusted, r.notify, o.reservation_id, o."end", o.resource_id, s.mode
+SERVERS = '''SELECT v.*, r.flavor, r.image, r.network, r.key, r.security_groups, r.user_data,
+                    r.metadata, r.label, r.project, r.trusted, r.notify, o.reservation_id,
+                    o."end", o.resource_id, s.mode
                FROM server v CROSS JOIN occurrence o ON o.id = v.occurrence_id
-               JOIN reservation r ON r.id = o.reservation_id JOIN resource s ON s.id = o.resource_id'''
+               JOIN reservation r ON r.id = o.reservation_id
+                 JOIN resource s ON s.id = o.resource_id'''
 
 
 UNKNOWN = ('the VM {} on {} is unknown since the database was restored: `store orphans` lists such '
@@ -13328,7 +14137,9 @@ class Job:
 
 
 class Trust(NamedTuple):
-    """How the wall clock stood to the uptime when it was believed last, and what is doubted since."""
+    """How the wall clock stood to the uptime when it was believed last, and what is doubted
+    since.
+    """
     boot: str      # since which start of this computer the uptime counts
     offset: float  # seconds of the wall clock less those of the uptime
     uptime: float
@@ -13337,7 +14148,9 @@ class Trust(NamedTuple):
 
 
 class Breaker(NamedTuple):
-    """What is remembered of a cloud in trouble: failures in a row, the last one, until when it is left alone."""
+    """What is remembered of a cloud in trouble: failures in a row, the last one, until when it is
+    left alone.
+    """
     failures: int = 0
     last: float = 0
     until: float = 0
@@ -13391,7 +14204,8 @@ class LifeCycle:
         self.passed = time.monotonic()  # when a pass has worked last
         self.flying: dict[tuple, Job] = {}  # calls that workers have or will have
         self.hanging: set[Job] = set()      # calls that workers have although their time is over
-        self.fence = threading.Lock()        # whether a call may go on is decided by one thread at a time
+        # whether a call may go on is decided by one thread at a time
+        self.fence = threading.Lock()
         self.results: queue.SimpleQueue[Job] = queue.SimpleQueue()
         self.ended: list[Job] = []          # calls that ended, which is not on disk yet
         self.pools: dict[str, ThreadPoolExecutor] = {}
@@ -13412,7 +14226,9 @@ class LifeCycle:
     # Repeating
 
     def converge(self, now: float) -> bool:
-        """One pass, if this process may act; calls that it begins go on after it and are recorded by a later one."""
+        """One pass, if this process may act; calls that it begins go on after it and are recorded
+        by a later one.
+        """
         if not self.lead(now):
             self.forget()
             return False
@@ -13457,14 +14273,17 @@ class LifeCycle:
         return self.soonest <= now
 
     def next_due(self, after: float = -1) -> float:
-        """When, after an instant, the next pass has something to do; infinity if nothing is planned."""
+        """When, after an instant, the next pass has something to do; infinity if nothing is
+        planned.
+        """
         due = row(SOONEST, after).due
         return float('inf') if due is None else due
 
     def is_due(self, what: str, now: float) -> bool:
         """Whether anything of a kind is due."""
         table, column, which = DUE[what]
-        return bool(row(f'SELECT 1 AS one FROM {table} WHERE {column} <= ? AND {which} LIMIT 1', now))
+        return bool(row(f'SELECT 1 AS one FROM {table} WHERE {column} <= ? AND {which} LIMIT 1',
+                        now))
 
     def those_due(self, what: str, query: str, now: float, tail: str = '') -> list:
         """The rows of a query that are due as one kind."""
@@ -13472,10 +14291,13 @@ class LifeCycle:
         return rows(f'{query} WHERE {column} <= ? AND {which} {tail}', now)
 
     def run(self, stop: threading.Event) -> None:
-        """Passes at every instant that is due, at every change, and at least every second, until `stop` is set."""
+        """Passes at every instant that is due, at every change, and at least every second, until
+        `stop` is set.
+        """
         import schedule
         beat = schedule.Scheduler()
-        beat.every(1).seconds.do(lambda: None)  # other processes may change the store; clocks may be set
+        # other processes may change the store; clocks may be set
+        beat.every(1).seconds.do(lambda: None)
         beat.every(max(int(10 * self.config.sweep), 1)).seconds.do(self.guarded, self.sweep)
         beat.every(max(int(self.config.verify_every), 1)).seconds.do(self.guarded, self.check_file)
         while not stop.is_set():
@@ -13485,7 +14307,8 @@ class LifeCycle:
 
     def rest(self, wait: float, beat) -> float:
         """Waits until the next pass is due; 0, so that nothing else is waited for."""
-        self.wake.wait(max(min(wait, beat.idle_seconds, 1), 0))  # `schedule` goes by a clock that may be set
+        # `schedule` goes by a clock that may be set
+        self.wake.wait(max(min(wait, beat.idle_seconds, 1), 0))
         self.wake.clear()
         beat.run_pending()
         return 0
@@ -13503,7 +14326,9 @@ class LifeCycle:
         return 0 if self.stale or self.dropping else self.soonest - self.now()
 
     def guarded(self, deed: Callable[[], float]) -> float:
-        """Does what is done again and again: what goes wrong is only logged, and 1 the seconds to wait."""
+        """Does what is done again and again: what goes wrong is only logged, and 1 the seconds to
+        wait.
+        """
         try:
             return deed()
         except LostLease as error:
@@ -13522,7 +14347,9 @@ class LifeCycle:
         return time.monotonic() - self.passed
 
     def finish(self, patience: float = 5) -> None:
-        """Lets calls that are under way end and records them; then another scheduler may act at once."""
+        """Lets calls that are under way end and records them; then another scheduler may act at
+        once.
+        """
         self.guarded(lambda: self.wait_for_calls(time.monotonic() + patience))
         with self.fence:  # no worker begins anything after another process has begun to act
             self.leased_until = 0.0
@@ -13542,7 +14369,8 @@ class LifeCycle:
             if run('UPDATE lease SET until = ? WHERE holder = ?', self.now(), self.name).rowcount:
                 for call in self.flying.values():
                     if call.verb == 'boot' and call.taken is None:
-                        change(Server, call.target.id, state='planned', intended=None, due=self.now())
+                        change(Server, call.target.id, state='planned', intended=None,
+                               due=self.now())
 
     # Who acts
 
@@ -13558,7 +14386,8 @@ class LifeCycle:
             if self.held_by_another(now):
                 return False
             taken_over = not row('SELECT name FROM lease WHERE holder = ?', self.name)
-            run('INSERT INTO lease (name, holder, until) VALUES (?, ?, ?) ON CONFLICT (name) DO UPDATE '
+            run('INSERT INTO lease (name, holder, until) VALUES (?, ?, ?) ON CONFLICT (name) DO '
+                'UPDATE '
                 'SET holder = excluded.holder, until = excluded.until',
                 'scheduler', self.name, now + self.config.lease)
             if taken_over or not self.trust:
@@ -13575,7 +14404,8 @@ class LifeCycle:
     def held_by_another(self, now: float) -> bool:
         found = row('SELECT holder, until FROM lease')
         # One that ends further ahead than any lease was made before the clock was set back.
-        return bool(found) and found.holder != self.name and now < found.until <= now + 2 * self.config.lease
+        return (bool(found) and found.holder != self.name
+                and now < found.until <= now + 2 * self.config.lease)
 
     @contextmanager
     def acting(self) -> Iterator[None]:
@@ -13603,7 +14433,9 @@ class LifeCycle:
         self.ended.clear()
 
     def bound_calls(self, now: float) -> None:
-        """Notes when the calls of who acted before will have ended; until then a server may appear."""
+        """Notes when the calls of who acted before will have ended; until then a server may
+        appear.
+        """
         latest = now + self.config.call_timeout
         with self.acting():
             run('UPDATE server SET called = ? '
@@ -13622,7 +14454,8 @@ class LifeCycle:
                 "WHEN goal = 'snapshot' AND uid IS NOT NULL THEN ? ELSE ? END), "
                 'called = min(called, iif(uid IS NULL, ?, ?)) WHERE due IS NOT NULL',
                 pause, longest, now, longest, now)
-            run('UPDATE occurrence SET due = ? WHERE due > ? AND held_from <= ? AND id IN (SELECT id FROM occurrence '
+            run('UPDATE occurrence SET due = ? WHERE due > ? AND held_from <= ? AND id IN (SELECT '
+                'id FROM occurrence '
                 f'WHERE due IS NOT NULL AND start <= ? + {LONGEST_LEAD})', now, now, latest, latest)
             run('UPDATE outbox SET due = min(due, ?) WHERE due IS NOT NULL', pause)
             run('UPDATE wait SET due = 0 WHERE due > 0')
@@ -13681,20 +14514,24 @@ class LifeCycle:
     def judge(self, said: Trust | None = None) -> None:
         """Keeps what is thought of the clocks, and tells when that is another; in a transaction."""
         before, self.trust = self.trust, said or self.judged()[0]
-        run('INSERT INTO fact (name, value) VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET value = excluded.value',
+        run('INSERT INTO fact (name, value) VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET value = '
+            'excluded.value',
             'clocks', json.dumps(self.trust))
         if self.trust.doubted == (before and before.doubted):
             return
         sentence = 'the clock of this computer is believed again'
         if self.trust.doubted is not None:
             ahead = format_duration(self.trust.doubted - self.trust.offset)
-            sentence = (f'the clock of this computer has jumped ahead by {ahead}, and nothing confirms that yet; '
+            sentence = (f'the clock of this computer has jumped ahead by {ahead}, and nothing '
+                        f'confirms that yet; '
                         'until then nothing is stopped or deleted because of it')
         log.warning('%s', sentence)
         journal(self.config, self.now(), 'cmres', 'clock', sentence)
 
     def believed(self) -> float:
-        """The instant by which a pass acts; asks the clouds for theirs while the clock is doubted."""
+        """The instant by which a pass acts; asks the clouds for theirs while the clock is
+        doubted.
+        """
         trust, now = self.judged()
         if trust.doubted != (self.trust and self.trust.doubted):
             with self.acting():
@@ -13712,7 +14549,9 @@ class LifeCycle:
     # What is wanted
 
     def refresh(self, now: float) -> None:
-        """Carries series on, once a day and when the zone table is another; some in each pass, so that none is long."""
+        """Carries series on, once a day and when the zone table is another; some in each pass, so
+        that none is long.
+        """
         if now < self.fresh_until:
             return
         stamp = f'{instant(int(now)):%Y-%m-%d} {zone_table()}'
@@ -13721,7 +14560,8 @@ class LifeCycle:
             ZoneInfo.clear_cache()  # the files may be others than when this process began
             self.zones = stamp
         stale = [] if done else rows(
-            "SELECT id FROM reservation WHERE series <> '' AND over > ? AND carried IS NOT ? LIMIT 20",
+            "SELECT id FROM reservation WHERE series <> '' AND over > ? "
+            'AND carried IS NOT ? LIMIT 20',
             int(now), stamp)
         for each in stale:
             self.carry_on(each.id, stamp, now)
@@ -13738,10 +14578,12 @@ class LifeCycle:
             with self.acting():
                 self.service.refresh(reservation, now)
                 change(Reservation, reservation, carried=stamp)
-        except (peewee.OperationalError, Unavailable, LostLease):  # that is wrong with the store, or with all
+        # that is wrong with the store, or with all
+        except (peewee.OperationalError, Unavailable, LostLease):
             raise
         except Exception as error:
-            log.warning('the series of reservation %s could not be carried on: %s', reservation, error,
+            log.warning('the series of reservation %s could not be carried on: %s', reservation,
+                        error,
                         exc_info=not isinstance(error, Error))
             with self.acting():
                 change(Reservation, reservation, carried=stamp)
@@ -13772,7 +14614,8 @@ class LifeCycle:
 
     def plan(self, now: float) -> None:
         """Writes down the servers that occurrences want now, and gives up those they don't."""
-        due = ('SELECT o.*, r.label, r.image, r.server, r.at_end, r.notify, r.changed, r.project, s.cloud, '
+        due = ('SELECT o.*, r.label, r.image, r.server, r.at_end, r.notify, r.changed, r.project, '
+               's.cloud, '
                'r.waiting IS NOT NULL OR r.pending IS NOT NULL AS idle, s.no_show, s.mode '
                'FROM occurrence o JOIN reservation r ON r.id = o.reservation_id '
                'JOIN resource s ON s.id = o.resource_id')
@@ -13821,11 +14664,14 @@ class LifeCycle:
         told = self.announce(occurrence, over, now)
         due = self.next_look(occurrence, over, now)
         # `next_look` may have told that it failed.
-        run('UPDATE occurrence SET told = told & ? | ?, up_told = ?, up_check = ?, due = ? WHERE id = ?',
+        run('UPDATE occurrence SET told = told & ? | ?, up_told = ?, up_check = ?, due = ? WHERE '
+            'id = ?',
             FAILED, told, occurrence.up_told, occurrence.up_check, due, occurrence.id)
 
     def plan_server(self, occurrence, n: int, now: float, before=None) -> None:
-        """Writes down a server that is wanted: a new one, one that was there, or a series' own from `before`."""
+        """Writes down a server that is wanted: a new one, one that was there, or a series' own from
+        `before`.
+        """
         borrowed = bool(occurrence.server)
         number = f'-{occurrence.id}-{n}'
         # One that was there has a name of its own, which the first look tells.
@@ -13834,32 +14680,46 @@ class LifeCycle:
                       state='unknown' if borrowed else 'planned', begun=None,
                       account=self.clouds.account(occurrence.cloud, occurrence.project))
         if before:
-            change(Server, before.id, state='deleted', deleted=now)  # from now on it is the new row's
-            values = dict(name=before.name, uid=before.uid, tries=1, state=DOWN[0], begun=now, account=before.account)
-        insert(Server, id=next_server(), occurrence=occurrence.id, n=n, goal='up', borrowed=borrowed,
+            # from now on it is the new row's
+            change(Server, before.id, state='deleted', deleted=now)
+            values = dict(name=before.name, uid=before.uid, tries=1, state=DOWN[0], begun=now,
+                          account=before.account)
+        insert(Server, id=next_server(), occurrence=occurrence.id, n=n, goal='up',
+               borrowed=borrowed,
                failures=0, addresses='[]', snapshot='', snapshot_id='', fault='', due=now,
                # What was asked for after the start can't be ready at the start.
                planned=max(occurrence.start, occurrence.changed), **values)
 
     def still_stopping(self, occurrence) -> bool:
-        """Whether VMs of an earlier occurrence of the same series are on their way to be stopped or shelved."""
+        """Whether VMs of an earlier occurrence of the same series are on their way to be stopped or
+        shelved.
+        """
         return bool(row("SELECT v.id FROM occurrence o JOIN server v ON v.occurrence_id = o.id "
-                        "WHERE o.reservation_id = ? AND o.id <> ? AND v.goal IN ('stop', 'shelve') AND NOT v.borrowed "
-                        "AND v.state NOT IN ('deleted', 'kept') LIMIT 1", occurrence.reservation_id, occurrence.id))
+                        "WHERE o.reservation_id = ? AND o.id <> ? AND v.goal IN ('stop', 'shelve') "
+                        "AND NOT v.borrowed "
+                        "AND v.state NOT IN ('deleted', 'kept') LIMIT 1",
+                        occurrence.reservation_id, occurrence.id))
 
     def stopped_before(self, occurrence) -> list:
-        """The VMs that earlier occurrences of a series have left, stopped or shelved, on the same account."""
+        """The VMs that earlier occurrences of a series have left, stopped or shelved, on the same
+        account.
+        """
         account = self.clouds.account(occurrence.cloud, occurrence.project)
-        return rows("SELECT v.id, v.uid, v.name, v.account FROM occurrence o JOIN server v ON v.occurrence_id = o.id "
-                    "WHERE o.reservation_id = ? AND o.resource_id = ? AND v.state = 'kept' AND NOT v.borrowed "
+        return rows("SELECT v.id, v.uid, v.name, v.account FROM occurrence o JOIN server v ON "
+                    "v.occurrence_id = o.id "
+                    "WHERE o.reservation_id = ? AND o.resource_id = ? AND v.state = 'kept' AND NOT "
+                    "v.borrowed "
                     "AND v.goal IN ('stop', 'shelve') AND v.account = ? ORDER BY v.n, v.id",
                     occurrence.reservation_id, occurrence.resource_id, account)
 
     def goal_after(self, occurrence, server, over: bool) -> str:
-        """What becomes of a server that is up no longer; one that never was up is not worth keeping."""
+        """What becomes of a server that is up no longer; one that never was up is not worth
+        keeping.
+        """
         if server.borrowed:
             return occurrence.at_end
-        asked = over and occurrence.cancelled is None and server.ready and server.state not in ('error', 'deleting')
+        asked = (over and occurrence.cancelled is None and server.ready
+                 and server.state not in ('error', 'deleting'))
         return occurrence.at_end if asked else 'delete'
 
     def tell_in_error(self, occurrence, servers: list, over: bool, now: float) -> None:
@@ -13871,14 +14731,22 @@ class LifeCycle:
                          f'in error, so these are deleted: {named(lost)}', occurrence)
 
     def handed_on(self, occurrence, now: float) -> bool:
-        """Whether the next reservation of the same machine has begun, so that it must not be stopped between."""
-        return bool(row('SELECT o.id FROM occurrence o JOIN reservation r ON r.id = o.reservation_id '
-                        "WHERE r.server = ? AND r.server <> '' AND o.id <> ? AND o.cancelled IS NULL AND o.due IS NOT NULL "
-                        'AND o.held_from <= ? AND o."end" > ?', occurrence.server, occurrence.id, now, now))
+        """Whether the next reservation of the same machine has begun, so that it must not be
+        stopped between.
+        """
+        return bool(row('SELECT o.id FROM occurrence o JOIN reservation r ON r.id = '
+                        'o.reservation_id '
+                        "WHERE r.server = ? AND r.server <> '' AND o.id <> ? AND o.cancelled IS "
+                        "NULL AND o.due IS NOT NULL "
+                        'AND o.held_from <= ? AND o."end" > ?', occurrence.server, occurrence.id,
+                        now, now))
 
     def force(self, occurrence, now: float) -> None:
-        """Deletes after the grace time what could not be stopped, shelved or saved: others were promised its place."""
-        late = rows("SELECT id, name FROM server WHERE occurrence_id = ? AND goal <> 'delete' AND NOT borrowed "
+        """Deletes after the grace time what could not be stopped, shelved or saved: others were
+        promised its place.
+        """
+        late = rows("SELECT id, name FROM server WHERE occurrence_id = ? AND goal <> 'delete' AND "
+                    "NOT borrowed "
                     "AND state NOT IN ('deleted', 'kept')", occurrence.id)
         for server in late:  # an image that is not complete by now never will be
             change(Server, server.id, goal='delete', state='active', snapshot='', due=now)
@@ -13888,7 +14756,9 @@ class LifeCycle:
                          f'are deleted: {named(late)}', occurrence)
 
     def release_unused(self, occurrence, now: float) -> bool:
-        """Warns of, and then releases, one without machines on which nobody has booted any; whether it did."""
+        """Warns of, and then releases, one without machines on which nobody has booted any; whether
+        it did.
+        """
         boots = occurrence.image or occurrence.server or occurrence.idle
         if not occurrence.no_show or not occurrence.mode or boots or row(
                 'SELECT id FROM claim WHERE occurrence = ? LIMIT 1', occurrence.id):
@@ -13896,24 +14766,30 @@ class LifeCycle:
         begun = max(occurrence.start, occurrence.changed)  # who was let in late has as long
         if now >= begun + occurrence.no_show:
             found = self.service.occurrence(occurrence.id)
-            self.service.cancel([found], now, f'nobody has used it within {format_duration(occurrence.no_show)}')
+            self.service.cancel([found], now,
+                                f'nobody has used it within {format_duration(occurrence.no_show)}')
             return True
         if now >= begun + occurrence.no_show // 2 and not occurrence.told & UNUSED:
             until = self.config.told_time(begun + occurrence.no_show)
             self.journal(now, 'unused', f'it is released at {until} unless a machine '
                          'is booted on it', occurrence)
-            change(Occurrence, occurrence.id, told=occurrence.told | UNUSED, due=begun + occurrence.no_show)
+            change(Occurrence, occurrence.id, told=occurrence.told | UNUSED,
+                   due=begun + occurrence.no_show)
             return True
         return False
 
     def end_foreign(self, occurrence, now: float) -> None:
-        """Reports machines that people booted by themselves on what is over now; deletes them if that is set."""
-        foreign = rows('SELECT c.server FROM claim c WHERE c.occurrence = ? AND c.due IS NOT NULL AND c.server NOT IN '
+        """Reports machines that people booted by themselves on what is over now; deletes them if
+        that is set.
+        """
+        foreign = rows('SELECT c.server FROM claim c WHERE c.occurrence = ? AND c.due IS NOT NULL '
+                       'AND c.server NOT IN '
                        '(SELECT uid FROM server WHERE uid IS NOT NULL AND occurrence_id = ?)',
                        occurrence.id, occurrence.id)
         if foreign:
             deed = 'are deleted' if self.config.end_foreign else 'go on'
-            self.journal(now, 'foreign', f"{len(foreign)} machines that were booted by hand {deed}: "
+            self.journal(now, 'foreign',
+                         f"{len(foreign)} machines that were booted by hand {deed}: "
                          f"{', '.join(each.server for each in foreign)}", occurrence)
         for each in foreign if self.config.end_foreign else ():
             self.submit(('clear', each.server), 'clear', occurrence.cloud, each.server)
@@ -13994,27 +14870,34 @@ class LifeCycle:
         """Tells of a start or an end that comes soon, once; what was told so far."""
         soon, ending = self.notice_times(occurrence)
         if not over and not occurrence.told & SOON and soon <= now < occurrence.start:
-            self.journal(now, 'soon', f'starts in {format_duration(occurrence.start - now)}', occurrence)
+            self.journal(now, 'soon', f'starts in {format_duration(occurrence.start - now)}',
+                         occurrence)
             return occurrence.told | SOON
         if not over and not occurrence.told & ENDING and ending <= now:
-            self.journal(now, 'ending', f'ends in {format_duration(occurrence.end - now)}', occurrence)
+            self.journal(now, 'ending', f'ends in {format_duration(occurrence.end - now)}',
+                         occurrence)
             return occurrence.told | ENDING
         return occurrence.told
 
     def notice_times(self, occurrence) -> tuple[float, float]:
         """When a start and an end are announced; the end of a short window, in its middle."""
         length = occurrence.end - occurrence.start
-        return occurrence.start - self.config.notice, occurrence.end - min(self.config.notice, length / 2)
+        return occurrence.start - self.config.notice, occurrence.end - min(self.config.notice,
+                                                                           length / 2)
 
     def next_look(self, occurrence, over: bool, now: float) -> float | None:
-        """When an occurrence must be planned again; never, once it is over and nothing is left to do."""
+        """When an occurrence must be planned again; never, once it is over and nothing is left to
+        do.
+        """
         if not over:
-            comes = (*self.notice_times(occurrence), occurrence.held_from, occurrence.start, occurrence.end,
+            comes = (*self.notice_times(occurrence), occurrence.held_from, occurrence.start,
+                     occurrence.end,
                      *(max(occurrence.start, occurrence.changed) + each
                        for each in (occurrence.no_show // 2, occurrence.no_show)),
                      occurrence.up_check or 0)
             return min(each for each in comes if each > now)
-        if row("SELECT id FROM server WHERE occurrence_id = ? AND state NOT IN ('deleted', 'kept') LIMIT 1",
+        if row("SELECT id FROM server WHERE occurrence_id = ? AND state NOT IN ('deleted', 'kept') "
+               "LIMIT 1",
                occurrence.id):
             return now + self.config.poll
         if occurrence.cancelled is None:
@@ -14028,7 +14911,8 @@ class LifeCycle:
         if occurrence.idle:
             self.service.cancel([self.service.occurrence(occurrence.id)], now, 'it waited in vain')
             return
-        found = row('SELECT count(ready) AS ever, max(fault) AS fault FROM server WHERE occurrence_id = ?',
+        found = row('SELECT count(ready) AS ever, max(fault) AS fault FROM server WHERE '
+                    'occurrence_id = ?',
                     occurrence.id)
         if (occurrence.image or occurrence.server) and not found.ever:
             run('UPDATE occurrence SET told = told | ? WHERE id = ?', FAILED, occurrence.id)
@@ -14069,7 +14953,8 @@ class LifeCycle:
         if due:
             with self.acting():
                 for server in due:
-                    if server.intended is not None:  # the call was given up, or never reached a worker
+                    # the call was given up, or never reached a worker
+                    if server.intended is not None:
                         late = (f'the cloud {server.account} did not answer within '
                                 f'{self.config.call_timeout:g} seconds')
                         change(Server, server.id, intended=None, called=now, fault=late)
@@ -14088,7 +14973,8 @@ class LifeCycle:
             self.submit(('notice', notice.target, notice.owner), 'notice', ' notices', notice)
         for account, uids in claims.items():
             self.submit(('claims', account), 'trace', account, uids)
-        for each in polls:  # one at a time of each host: one that is slow holds no more than a worker
+        # one at a time of each host: one that is slow holds no more than a worker
+        for each in polls:
             self.submit(('poll', urlsplit(each.url).hostname), 'poll', ' calendars', each)
 
     def next_notices(self, now: float) -> list:
@@ -14132,11 +15018,14 @@ class LifeCycle:
         return not notice.owner or hosts[host] < most
 
     def left_alone(self, server, now: float) -> bool:
-        """Whether a cloud is in such trouble that calls to it wait; a look then finds out whether it is over."""
+        """Whether a cloud is in such trouble that calls to it wait; a look then finds out whether
+        it is over.
+        """
         breaker = self.breakers[server.account]
         if breaker.failures < TRIPS and breaker.until <= now:
             return False
-        change(Server, server.id, due=max(breaker.until, now + self.config.poll), fault=breaker.fault[:500])
+        change(Server, server.id, due=max(breaker.until, now + self.config.poll),
+               fault=breaker.fault[:500])
         if server.fault != breaker.fault[:500]:
             self.look_again(server.occurrence_id, now)
         return True
@@ -14194,15 +15083,18 @@ class LifeCycle:
         return [each.uid for each in rows(
             "SELECT uid FROM server WHERE account = ? AND due IS NOT NULL AND uid IS NOT NULL "
             "AND (goal = 'up' OR borrowed) UNION ALL "
-            "SELECT uid FROM server WHERE account = ? AND state = 'kept' AND NOT borrowed", account, account)]
+            "SELECT uid FROM server WHERE account = ? AND state = 'kept' AND NOT borrowed",
+            account, account)]
 
     def submit(self, key: tuple, verb: str, account: str, target) -> None:
         if self.busy(key):
             return
         self.flying[key] = call = Job(key, verb, account, target)
         try:
-            if account not in self.pools:  # one pool an account: a cloud that hangs holds nobody else's workers
-                self.pools[account] = ThreadPoolExecutor(self.config.workers, thread_name_prefix=account)
+            # one pool an account: a cloud that hangs holds nobody else's workers
+            if account not in self.pools:
+                self.pools[account] = ThreadPoolExecutor(self.config.workers,
+                                                         thread_name_prefix=account)
             self.pools[account].submit(self.work, call)
         except RuntimeError:  # no thread can be started, so that nobody would ever tell of it
             del self.flying[key]
@@ -14216,7 +15108,8 @@ class LifeCycle:
         """Fences the calls whose own time is over; a look decides what became of them."""
         with self.fence:
             for key, call in [*self.flying.items()]:
-                call.fenced = call.taken is not None and self.uptime() >= call.taken + self.config.call_timeout
+                call.fenced = (call.taken is not None
+                               and self.uptime() >= call.taken + self.config.call_timeout)
                 if call.fenced:
                     self.hanging.add(self.flying.pop(key))
 
@@ -14231,13 +15124,17 @@ class LifeCycle:
             up, now = self.uptime(), self.clock()
             if not self.leased_until - self.config.lease <= now < self.leased_until:
                 raise LostLease('the time for this call ran out before it began')
-            if call.fenced or call.taken is not None and up >= call.taken + self.config.call_timeout:
-                raise CloudError(f'the cloud {call.account} did not answer within {self.config.call_timeout:g} '
+            if (call.fenced or call.taken is not None
+                and up >= call.taken + self.config.call_timeout):
+                raise CloudError(f'the cloud {call.account} did not answer within '
+                                 f'{self.config.call_timeout:g} '
                                  'seconds, so that nothing was asked for', sure=True)
             call.taken = up
 
     def work(self, call: Job) -> None:
-        """A worker's whole job: one call, if it is not too late for it; the next pass records it."""
+        """A worker's whole job: one call, if it is not too late for it; the next pass records
+        it.
+        """
         call.began = self.now()
         try:
             self.go_on(call)
@@ -14252,7 +15149,8 @@ class LifeCycle:
         server = call.target
         return self.clouds.open(call.account).boot(Machine(
             server.name, self.mark(server), server.flavor, server.image, server.network, server.key,
-            tuple(json.loads(server.security_groups)), server.user_data, json.loads(server.metadata),
+            tuple(json.loads(server.security_groups)), server.user_data,
+            json.loads(server.metadata),
             server.label if server.mode else '',
             self.clouds.sight(call.account, server.project, json.loads(server.trusted)),
             lambda: self.go_on(call)))
@@ -14288,7 +15186,8 @@ class LifeCycle:
         """
         cloud = self.clouds.open(call.account)
         seen = [each for each in cloud.servers() if each.state not in GONE]
-        unseen = sorted(set(call.target) - {each.uid for each in seen})[:100]  # the others' turn comes with the next
+        # the others' turn comes with the next
+        unseen = sorted(set(call.target) - {each.uid for each in seen})[:100]
         found = {uid: cloud.server(uid) for uid in unseen}
         gone = {uid for uid, each in found.items() if each is None or each.state in GONE}
         return seen + [found[uid] for uid in unseen if uid not in gone], gone
@@ -14322,7 +15221,9 @@ class LifeCycle:
     # What became of it
 
     def record(self, now: float) -> None:
-        """Writes down the results of the calls that ended since the last pass; they wait until that has worked."""
+        """Writes down the results of the calls that ended since the last pass; they wait until that
+        has worked.
+        """
         while not self.results.empty():
             result = self.results.get()
             # The clock may have been set back since.
@@ -14342,14 +15243,17 @@ class LifeCycle:
         self.forget_calls()
 
     def record_alone(self, result: Job, now: float) -> None:
-        """Records one result; one that can't be recorded costs the others nothing, and a look finds out later."""
+        """Records one result; one that can't be recorded costs the others nothing, and a look finds
+        out later.
+        """
         try:
             with Attempt():
                 self.record_one(result, now)
         except (*STORE_ERRORS, LostLease):
             raise
         except Exception:
-            log.exception('the result of %s for %s could not be recorded', result.verb, result.account)
+            log.exception('the result of %s for %s could not be recorded', result.verb,
+                          result.account)
 
     def record_one(self, result: Job, now: float) -> None:
         if result.key[0] != 'server':
@@ -14361,7 +15265,8 @@ class LifeCycle:
             return
         change(Server, server.id, intended=None)
         if isinstance(result.error, LostLease):
-            change(Server, server.id, due=now, **({'state': 'planned'} if result.verb == 'boot' else {}))
+            change(Server, server.id, due=now,
+                   **({'state': 'planned'} if result.verb == 'boot' else {}))
         elif result.verb == 'boot':
             self.record_boot(server, result, now)
         elif result.error:
@@ -14372,7 +15277,8 @@ class LifeCycle:
         elif result.verb == 'verify':
             self.record_verify(server, result.answer, now)
         else:
-            saved = dict(zip(('snapshot', 'snapshot_id'), result.answer)) if result.verb == 'snapshot' else {}
+            saved = (dict(zip(('snapshot', 'snapshot_id'), result.answer))
+                     if result.verb == 'snapshot' else {})
             change(Server, server.id, state=UNDER_WAY[result.verb], called=result.ended,
                    due=now + self.config.poll, **saved)
 
@@ -14380,14 +15286,18 @@ class LifeCycle:
         begun, error = result.began, result.error
         if not error:
             due = now + self.config.poll if server.goal == 'up' else now
-            state = 'build' if server.state == 'planned' else server.state  # it was given up too early
-            change(Server, server.id, state=state, uid=result.answer, begun=begun, called=result.ended, due=due)
+            # it was given up too early
+            state = 'build' if server.state == 'planned' else server.state
+            change(Server, server.id, state=state, uid=result.answer, begun=begun,
+                   called=result.ended, due=due)
         elif isinstance(error, Error) and getattr(error, 'sure', True):
-            self.put_off(server, str(error), now, self.retry_after(error), state='planned', begun=begun,
+            self.put_off(server, str(error), now, self.retry_after(error), state='planned',
+                         begun=begun,
                          called=result.ended)
         elif not server.uid:  # a look has not found it yet
             self.tell_trouble(server, self.fault(error), now)
-            change(Server, server.id, fault=self.fault(error)[:500], begun=begun, called=result.ended,
+            change(Server, server.id, fault=self.fault(error)[:500], begun=begun,
+                   called=result.ended,
                    due=result.ended + self.config.settle)
 
     def record_verify(self, server, complete: bool | None, now: float) -> None:
@@ -14395,7 +15305,8 @@ class LifeCycle:
             change(Server, server.id, goal='delete', state='active', due=now)
             self.look_again(server.occurrence_id, now)
         elif complete is None:
-            self.put_off(server, f'the image {server.snapshot} was not completed', now, state='active')
+            self.put_off(server, f'the image {server.snapshot} was not completed', now,
+                         state='active')
         else:
             change(Server, server.id, due=now + self.config.poll)
 
@@ -14445,7 +15356,8 @@ class LifeCycle:
 
     def record_clear(self, result: Job, now: float) -> None:
         if result.error:
-            log.warning('could not remove the server %s that nothing wants: %s', result.target, result.error)
+            log.warning('could not remove the server %s that nothing wants: %s', result.target,
+                        result.error)
 
     def record_integrity(self, result: Job, now: float) -> None:
         if not result.error:
@@ -14461,25 +15373,31 @@ class LifeCycle:
             log.warning('gave up telling %s of event %s: %s', notice.target, notice.event, error)
         else:
             tries = notice.tries + 1
-            change(Outbox, notice.id, tries=tries, due=now + self.pause(tries), fault=str(error)[:500])
+            change(Outbox, notice.id, tries=tries, due=now + self.pause(tries),
+                   fault=str(error)[:500])
 
     def record_trace(self, result: Job, now: float) -> None:
         """Lets claims count as long as their servers are there, on a host of the resource."""
         if result.error:
-            run(f"UPDATE claim SET due = ? WHERE due <= ? AND server IN ({', '.join('?' * len(result.target))})",
+            run(f"UPDATE claim SET due = ? WHERE due <= ? AND server IN "
+                f"({', '.join('?' * len(result.target))})",
                 now + self.config.sweep, now, *result.target)
             return
         for uid, host in result.answer.items():
-            for claim in rows('SELECT c.id, c.occurrence, s.hosts FROM claim c JOIN resource s ON s.id = c.resource_id '
-                              'WHERE c.server = ? AND c.due IS NOT NULL AND s.cloud = ?', uid, result.account):
+            for claim in rows('SELECT c.id, c.occurrence, s.hosts FROM claim c JOIN resource s ON '
+                              's.id = c.resource_id '
+                              'WHERE c.server = ? AND c.due IS NOT NULL AND s.cloud = ?', uid,
+                              result.account):
                 hosts = json.loads(claim.hosts)
                 elsewhere = host is None or host and hosts and host not in hosts
                 later = now + (self.config.sweep if host else self.config.poll)
-                change(Claim, claim.id, due=None if elsewhere else later, gone=now if elsewhere else None)
+                change(Claim, claim.id, due=None if elsewhere else later,
+                       gone=now if elsewhere else None)
 
     def record_time(self, result: Job, now: float) -> None:
         """Lets a cloud's clock confirm a doubted one, or contradict it for as long as it does."""
-        trust, said, slack = self.trust, result.answer, self.config.lease + result.ended - result.began
+        trust, said = self.trust, result.answer
+        slack = self.config.lease + result.ended - result.began
         if said is None or trust.doubted is None or said < trust.offset - slack:
             return
         up = self.uptime()
@@ -14495,8 +15413,10 @@ class LifeCycle:
         pause = max(self.config.calendar_poll, self.pause(tries) if error else 0)
         fault = {'fault': self.fault(error)[:500]} if error else {'fault': ''} | result.answer
         if error and str(error) != subscription.fault:
-            self.service.journal(now, 'trouble', f'the calendar {subscription.id} of {subscription.user}: {error}')
-        run('UPDATE subscription SET due = ? WHERE id = ? AND due IS NOT NULL', now + pause, subscription.id)
+            self.service.journal(now, 'trouble',
+                                 f'the calendar {subscription.id} of {subscription.user}: {error}')
+        run('UPDATE subscription SET due = ? WHERE id = ? AND due IS NOT NULL', now + pause,
+            subscription.id)
         change(Subscription, subscription.id, tries=tries, polled=now, **fault)
 
     def record_look(self, result: Job, now: float) -> None:
@@ -14515,17 +15435,20 @@ class LifeCycle:
                                   if f'{self.clouds.store}-{each[0]}-{each[1]}' in builds}
         for server, found in matched:
             if server.state in FINAL:
-                if not found and server.account == account and server.uid in gone and not server.borrowed:
+                if (not found and server.account == account and server.uid in gone
+                    and not server.borrowed):
                     change(Server, server.id, state='deleted', deleted=now)
                     self.service.count_stopped(server.reservation_id, now)
                 continue
             if found:
                 self.record_seen(server, found, now)
-            elif server.account == account and (server.uid in gone or not server.uid or server.goal != 'up'
+            elif server.account == account and (server.uid in gone or not server.uid
+                                                or server.goal != 'up'
                                                 and not server.borrowed):
                 vanished += self.record_missing(server, result.began, now)
         self.tell_vanished(vanished, now)
-        run("UPDATE server SET due = ? WHERE account = ? AND goal = 'up' AND state = 'active' AND state <> 'deleted'",
+        run("UPDATE server SET due = ? WHERE account = ? AND goal = 'up' AND state = 'active' AND "
+            "state <> 'deleted'",
             now + self.config.sweep, account)
         self.clear_orphans(account, orphans_in(seen, matched), now)
 
@@ -14554,16 +15477,19 @@ class LifeCycle:
             change(Server, server.id, name=seen.name)
         if server.state in UNDER_WAY.values() and not self.arrived(server.state, seen.state):
             stuck = now >= server.called + self.config.call_timeout  # then it is asked once more
-            state = ('error' if server.state == 'deleting' else seen.state) if stuck else server.state
+            state = (('error' if server.state == 'deleting' else seen.state) if stuck
+                     else server.state)
             change(Server, server.id, state=state, due=now if stuck else now + self.config.poll)
         elif server.goal == 'up' and seen.state == 'active':
             if server.state != 'active' or server.addresses != json.dumps(seen.addresses):
                 if not server.ready:
                     METRICS.observe('start_delay_seconds', now - server.planned,
                                     cloud=server.account)
-                change(Server, server.id, uid=seen.uid, state='active', ready=server.ready or now, fault='', failures=0,
+                change(Server, server.id, uid=seen.uid, state='active', ready=server.ready or now,
+                       fault='', failures=0,
                        addresses=json.dumps(seen.addresses))
-                run('UPDATE occurrence SET revision = revision + 1, revised = ? WHERE id = ?', int(now),
+                run('UPDATE occurrence SET revision = revision + 1, revised = ? WHERE id = ?',
+                    int(now),
                     server.occurrence_id)
                 self.look_again(server.occurrence_id, now)
         elif server.goal in ('stop', 'shelve') and self.arrived(UNDER_WAY[server.goal], seen.state):
@@ -14577,14 +15503,16 @@ class LifeCycle:
             later = now + self.config.poll
             known = server.uid and server.state == seen.state  # then its instant is set already
             calls = self.next_call(server._replace(uid=seen.uid, state=seen.state)) != 'look'
-            change(Server, server.id, uid=seen.uid, state=seen.state, fault=seen.fault[:500] or server.fault,
+            change(Server, server.id, uid=seen.uid, state=seen.state,
+                   fault=seen.fault[:500] or server.fault,
                    due=max(server.due or 0, later) if known else now if calls else later)
             if not known:
                 self.look_again(server.occurrence_id, now)
 
     def too_slow(self, server) -> bool:
         """Whether this process has seen a server boot for too long; by a clock that nobody sets."""
-        first = self.building[server.account].setdefault((server.id, server.tries), time.monotonic())
+        first = self.building[server.account].setdefault((server.id, server.tries),
+                                                         time.monotonic())
         return time.monotonic() >= first + self.config.boot_timeout
 
     def arrived(self, under_way: str, state: str) -> bool:
@@ -14607,10 +15535,12 @@ class LifeCycle:
             self.put_off(server, 'the server is not there any more', now, state='unknown')
         elif server.state in ('error', 'deleting') or not server.uid:
             self.write_off(server, now)
-            self.put_off(server, server.fault or 'it was never made', now, state='planned', uid=None)
+            self.put_off(server, server.fault or 'it was never made', now, state='planned',
+                         uid=None)
         else:
             self.write_off(server, now)
-            change(Server, server.id, state='planned', uid=None, fault='it vanished from the cloud', due=now)
+            change(Server, server.id, state='planned', uid=None,
+                   fault='it vanished from the cloud', due=now)
             return [server]
         return []
 
@@ -15436,7 +16366,8 @@ class WrittenFeeds:
         if digest != found.digest or self.service.clock() >= found.holds:
             events, holds = self.service.feed_events(feed)
             text = calendar_text(name, events).encode()
-            found = Written(newest, digest, holds, f'"{hashlib.sha256(text).hexdigest()[:32]}"', text)
+            found = Written(newest, digest, holds, f'"{hashlib.sha256(text).hexdigest()[:32]}"',
+                            text)
         self.kept.pop(feed.id, None)
         while self.kept and self.size() + len(found.text) > self.MOST:
             del self.kept[next(iter(self.kept))]
@@ -15477,7 +16408,8 @@ def health_handler(service: Reservations) -> Callable:
         age = service.age() if service.age else 0
         status, body = 200, {'status': 'ok'} | ({'last_pass': round(age, 1)} if service.age else {})
         if age > LATE:
-            status, body = 503, {'last_pass': round(age, 1), 'error': 'no VM was started or ended for '
+            status, body = 503, {'last_pass': round(age, 1),
+                                 'error': 'no VM was started or ended for '
                                  f'{format_duration(age)}; the log of this server says why'}
         return sent(json_text(body), status, UNKEPT)
     return handle
@@ -15611,7 +16543,8 @@ def note_wait(environ: dict, error: Error) -> None:
 
 def error_body(error: Error) -> dict:
     METRICS.count('refusals_total', kind=type(error).__name__)
-    return {'error': str(error), 'kind': type(error).__name__} | ({'details': error.details} if error.details else {})
+    return {'error': str(error),
+            'kind': type(error).__name__} | ({'details': error.details} if error.details else {})
 
 
 def error_text(failure, request, response) -> str:
@@ -15736,7 +16669,8 @@ def fields_of(text: bytes, what: str, several: Iterable[str] = ()) -> dict:
       Invalid: they are not UTF-8, too many, or given twice with two values.
     """
     try:
-        pairs = parse_qsl(text.decode(), keep_blank_values=True, errors='strict', max_num_fields=100)
+        pairs = parse_qsl(text.decode(), keep_blank_values=True, errors='strict',
+                          max_num_fields=100)
     except (UnicodeDecodeError, ValueError):
         raise Invalid(f'the {what} is not UTF-8 or has more than 100 fields') from None
     lists = {each: ','.join(value for name, value in pairs if name == each)
@@ -15763,14 +16697,16 @@ def read_body(request, most: int) -> dict:
     if request.content_type.partition(';')[0].strip().lower() == 'text/calendar':
         return {'file': text.decode('utf8', 'surrogateescape')}
     try:
-        body = json.loads(text.decode('utf8'), object_pairs_hook=lambda pairs: given_once(*({k: v} for k, v in pairs)))
+        body = json.loads(text.decode('utf8'),
+                          object_pairs_hook=lambda pairs: given_once(*({k: v} for k, v in pairs)))
         json.dumps(body, ensure_ascii=False).encode()
     except UnicodeError:
         raise Invalid('the body is not UTF-8') from None
     except (ValueError, RecursionError) as error:
         raise Invalid(f'the body is not JSON: {error}') from None
     if not isinstance(body, dict):
-        raise Invalid(f'the body must be a JSON object such as {{"label": "lab"}}, not {shown(body)}')
+        raise Invalid(f'the body must be a JSON object such as {{"label": "lab"}}, not '
+                      f'{shown(body)}')
     return body
 
 
@@ -16236,11 +17172,13 @@ for (const plot of document.querySelectorAll('svg.plot')) {
   const {resource, begin, end, snap} = plot.dataset, shade = plot.querySelector('.drag');
   const edges = plot.dataset.edges ? plot.dataset.edges.split(',').map(Number) : null;
   let from = null, dragged = false;
-  const near = seconds => edges ? edges.reduce((a, b) => Math.abs(b - seconds) < Math.abs(a - seconds) ? b : a)
+  const nearer = seconds => (a, b) => Math.abs(b - seconds) < Math.abs(a - seconds) ? b : a;
+  const near = seconds => edges ? edges.reduce(nearer(seconds))
                                 : +begin + Math.round((seconds - begin) / snap) * snap;
   const exact = event => {
     const box = plot.getBoundingClientRect();
-    return +begin + Math.min(Math.max((event.clientX - box.left) / box.width, 0), 1) * (end - begin);
+    const share = (event.clientX - box.left) / box.width;
+    return +begin + Math.min(Math.max(share, 0), 1) * (end - begin);
   };
   const at = event => near(exact(event));
   const draw = (one, other) => {
@@ -16390,7 +17328,8 @@ defer></script>
 <div class="scroll"><table>
 <thead><tr><th>Argument</th><th>In</th><th>Kind</th><th>Meaning</th></tr></thead><tbody>
 % for name, place, needed, kind, meaning in arguments:
-<tr><td data-name="Argument"><span><code>{{name}}</code>{{' (needed)' if needed else ''}}</span></td>
+<tr><td
+data-name="Argument"><span><code>{{name}}</code>{{' (needed)' if needed else ''}}</span></td>
 <td data-name="In">{{place}}</td><td data-name="Kind">{{kind}}</td>
 <td data-name="Meaning">{{meaning}}</td></tr>
 % end
@@ -18096,7 +19035,8 @@ class Front:
         self.server = waitress.create_server(
             app, host=config.host, port=config.port, asyncore_use_poll=True,
             _dispatcher=fair_dispatcher(config.threads),
-            connection_limit=config.connections + 100, max_request_body_size=4 * MOST_ICS, ident=None,
+            connection_limit=config.connections + 100, max_request_body_size=4 * MOST_ICS,
+            ident=None,
             channel_request_lookahead=1, clear_untrusted_proxy_headers=False)
         self.port = getattr(self.server, 'effective_port', config.port)
         self.sockets = getattr(self.server, 'map', None) or self.server._map
@@ -18410,7 +19350,8 @@ def note_start(service: Reservations, what: str) -> None:
 
 
 class Client:
-    """A cmres server as if it were here: the methods, signatures, answers and errors of Reservations.
+    """A cmres server as if it were here: the methods, signatures, answers and errors of
+    Reservations.
 
     Args:
       url: where the server is, such as http://127.0.0.1:8080
@@ -18432,7 +19373,8 @@ class Client:
         from urllib.request import Request, urlopen
         verb, address, body = self.address(operation, to_plain(given))
         try:
-            request = Request(self.url + address, body, {'Authorization': f'Bearer {self.token}'}, method=verb)
+            request = Request(self.url + address, body, {'Authorization': f'Bearer {self.token}'},
+                              method=verb)
             if body:
                 request.add_header('Content-Type', 'application/json')
             with urlopen(request, timeout=self.timeout) as answer:
@@ -18441,26 +19383,33 @@ class Client:
         except HTTPError as error:
             raise self.refusal(error) from None
         except (URLError, OSError, ValueError) as error:
-            raise Unavailable(f"no answer from {self.url}: {getattr(error, 'reason', error)}") from None
+            why = getattr(error, 'reason', error)
+            raise Unavailable(f'no answer from {self.url}: {why}') from None
 
     def address(self, operation: Operation, given: dict) -> tuple[str, str, bytes | None]:
         """The verb, the first of the addresses whose parts are all given, and the body."""
         given = {name: value for name, value in given.items() if value is not None}
         verb, path, _ = next(each for each in operation.routes
-                             if set(re.findall(r'<(\w+)>', each[1])) <= given.keys() and not each[2])
+                             if set(re.findall(r'<(\w+)>', each[1])) <= given.keys()
+                             and not each[2])
         path = re.sub(r'<(\w+)>', lambda part: quote(str(given.pop(part[1])), safe=''), path)
         if verb in ('POST', 'PATCH'):
             return verb, BASE + path, json.dumps(given).encode()
-        query = {name: ','.join(value) if isinstance(value, list) else value for name, value in given.items()}
+        query = {name: ','.join(value) if isinstance(value, list) else value
+                 for name, value in given.items()}
         return verb, BASE + path + (f'?{urlencode(query)}' if query else ''), None
 
     def refusal(self, answer) -> Error:
-        """The error that the server sent, of the same kind; something else's words if it wasn't cmres."""
+        """The error that the server sent, of the same kind; something else's words if it wasn't
+        cmres.
+        """
         try:
             body = json.load(answer)
-            return ERRORS.get(body.get('kind'), Error)(body['error'], **from_plain(body.get('details', {})))
+            return ERRORS.get(body.get('kind'), Error)(body['error'],
+                                                       **from_plain(body.get('details', {})))
         except (ValueError, KeyError, AttributeError):
-            return Unavailable(f'{self.url} answered {answer.status} {answer.reason}, which is not cmres')
+            return Unavailable(f'{self.url} answered {answer.status} {answer.reason}, which is not '
+                               f'cmres')
 
 
 def client_method(operation: Operation) -> Callable:
@@ -18468,7 +19417,8 @@ def client_method(operation: Operation) -> Callable:
     def method(self, *args, **kwargs):
         given = inspect.signature(operation.method).bind(self, *args, **kwargs).arguments
         return self.call(operation, {name: value for name, value in given.items()
-                                     if name != 'self' and value != operation.parameters[name].default})
+                                     if name != 'self'
+                                     and value != operation.parameters[name].default})
     return method
 
 
@@ -18500,12 +19450,16 @@ def nova_settings():
 
 
 class ReservationFilter(_nova.BaseHostFilter if _nova else object):
-    """Lets a server boot on the hosts of a marked aggregate only if cmres says so; others are not concerned."""
+    """Lets a server boot on the hosts of a marked aggregate only if cmres says so; others are not
+    concerned.
+    """
 
     RUN_ON_REBUILD = False
 
     def filter_all(self, hosts, spec):
-        """Nova's own entry point: the hosts of a request that pass, asked for at once for all of them."""
+        """Nova's own entry point: the hosts of a request that pass, asked for at once for all of
+        them.
+        """
         marks = [(host, self.marks(host)) for host in hosts]
         resources = sorted(set().union(*(names for _, names in marks)))
         verdicts = self.ask(resources, spec) if resources and not self.is_rebuild(spec) else {}
@@ -18524,24 +19478,29 @@ class ReservationFilter(_nova.BaseHostFilter if _nova else object):
             (spec.scheduler_hints or {}).get('_nova_check_type') or []))
 
     def ask(self, resources: list[str], spec) -> dict[str, bool | list]:
-        """Whether each resource may be booted on, or on which of its hosts; a refusal is logged with its reason."""
+        """Whether each resource may be booted on, or on which of its hosts; a refusal is logged
+        with its reason.
+        """
         settings = nova_settings()
         hints = (spec.scheduler_hints or {}) if spec.obj_attr_is_set('scheduler_hints') else {}
         label = (hints.get('cmres') or [''])[0]
         try:
             answer = Client(settings.url, settings.token, settings.timeout).claim(
-                spec.instance_uuid, resources, spec.project_id, spec.user_id or '', spec.flavor.vcpus,
+                spec.instance_uuid, resources, spec.project_id, spec.user_id or '',
+                spec.flavor.vcpus,
                 spec.flavor.memory_mb, dict(classes_of(self.extra_specs(spec.flavor))), label)
         except Error as error:
             log.warning('cmres does not answer, so its hosts are %s: %s', settings.when_down, error)
             return dict.fromkeys(resources, settings.when_down == 'open')
         for each in answer:
             if not each['passes']:
-                log.info('%s may not boot on %s: %s', spec.instance_uuid, each['resource'], each['why'])
+                log.info('%s may not boot on %s: %s', spec.instance_uuid, each['resource'],
+                         each['why'])
         return {each['resource']: each['passes'] and (each['hosts'] or True) for each in answer}
 
     def extra_specs(self, flavor) -> dict:
-        return flavor.extra_specs if flavor.obj_attr_is_set('extra_specs') and flavor.extra_specs else {}
+        return (flavor.extra_specs if flavor.obj_attr_is_set('extra_specs') and flavor.extra_specs
+                else {})
 
 
 # Command line ################################################################
@@ -18595,9 +19554,9 @@ Example:
 HELP = '''Reservations for virtual machines on OpenStack clouds.
 
 Works on the local database, or with CMRES_URL and CMRES_TOKEN on a server.
-Options may stand anywhere; every command also takes --config FILE, --format table|json|csv|yaml and --tz ZONE.
-Tables take --columns A,B, --sort A or --sort=-A (the last first), --wide (all columns, whatever the width), and
-with --watch they are shown anew every 2 seconds.
+Options may stand anywhere; every command also takes --config FILE, --tz ZONE and --format
+table|json|csv|yaml. Tables take --columns A,B, --sort A or --sort=-A (the last first), --wide (all
+columns, whatever the width), and with --watch they are shown anew every 2 seconds.
 Exit codes: 0 done, 1 refused or failed, 2 wrong use.
 
 Example:
@@ -18613,13 +19572,16 @@ ALSO = {'--from': ([], '--start'), '--to': ([], '--end'), '--by': (['report'], '
         '--for': (['token'], '--lasts'), '--name': (['token'], '--purpose')}
 
 #: What a table shows of answers that have more fields than a line has room for.
-COLUMNS = {'list': 'id label user project resource host vms flavor start end repeat state change fault',
+COLUMNS = {'list': 'id label user project resource host vms flavor start end repeat state change '
+                   'fault',
            'delete': 'id label user project resource vms start end state ends_with warnings',
            'calendar_list': 'id kind user project shows added polled fault held',
-           'hit': 'label user project vms start end outcome', 'resource_sync': 'resource what before after',
+           'hit': 'label user project vms start end outcome',
+           'resource_sync': 'resource what before after',
            'servers': 'n name state addresses planned begun ready deleted snapshot fault',
            'resource_list': 'name cell cloud region aggregate vms vcpus ram classes mode',
-           'refused': 'line label error', 'occurrences': 'uid start end status vms resource state outcome why',
+           'refused': 'line label error',
+           'occurrences': 'uid start end status vms resource state outcome why',
            'events': 'uid summary label outcome start vms flavor count why'}
 MOST_SHOWN = 40  # lines of a table within an answer
 #: What a table that is too wide for its terminal goes without, the first first.
@@ -18628,8 +19590,8 @@ LEAST = ('id cloud project request vcpus ram image host flavor cell region aggre
 #: Options that every command takes, and those of them that have no value.
 COMMON = ('--config', '--format', '--tz', '--columns', '--sort')
 SWITCHES = ('--wide', '--watch')
-#: Seconds that a thread computes before another one may: who asks the store forty things in a request
-#: waits that long each time while others compute, and Python's own 5 ms add up.
+#: Seconds that a thread computes before another one may: who asks the store forty things in a
+#: request waits that long each time while others compute, and Python's own 5 ms add up.
 NIMBLE = 0.0003
 
 
@@ -18899,17 +19861,21 @@ WORDS |= {'adopt': 'leave them to people for ever', 'delete': 'let the life cycl
           'noscheduler': 'leave the life cycle to another process'}
 
 
-def occurrences(config: Config, file: Ics, start: When = None, end: When = None, tz: Zone = '') -> Rows:
-    """Tells when the events of an iCalendar file occur, in the next 366 days unless --start and --end say otherwise.
+def occurrences(config: Config, file: Ics, start: When = None, end: When = None,
+                tz: Zone = '') -> Rows:
+    """Tells when the events of an iCalendar file occur, in the next 366 days unless --start and
+    --end say otherwise.
 
-    Nothing is reserved. Times without a zone and whole days are in that of --tz. Events that can't be
-    understood are not listed but named on the error output.
+    Nothing is reserved. Times without a zone and whole days are in that of --tz. Events that can't
+    be understood are not listed but named on the error output.
 
     Example:
       python cmres.py occurrences class.ics --start 2027-01-01 --end 2027-02-01 --tz Europe/Paris
     """
-    start = start if isinstance(start, datetime) else datetime.now(UTC).replace(microsecond=0) + (start or timedelta(0))
-    end = start + (timedelta(days=366) if end is None else end) if not isinstance(end, datetime) else end
+    start = (start if isinstance(start, datetime)
+             else datetime.now(UTC).replace(microsecond=0) + (start or timedelta(0)))
+    end = (start + (timedelta(days=366) if end is None else end) if not isinstance(end, datetime)
+           else end)
     if not start < end:
         raise Invalid(f'the end {to_plain(end)} is not after the start {to_plain(start)}')
     zone = read_zone(tz or config.timezone)
@@ -18956,7 +19922,8 @@ def completion(config: Config, shell: Name) -> None:
       python cmres.py completion bash >> ~/.bashrc
     """
     if shell not in COMPLETIONS:
-        raise Invalid(f"there is no completion for '{shell}'{nearest(shell, COMPLETIONS)}; there is "
+        raise Invalid(f"there is no completion for '{shell}'{nearest(shell, COMPLETIONS)}; there "
+                      f"is "
                       f"one for {', '.join(COMPLETIONS)}")
     print(COMPLETIONS[shell].strip('\n'))
 
@@ -18995,7 +19962,8 @@ def in_utc(config: Config) -> None:
     handler.setFormatter(Lines(config.log_format))
     logging.basicConfig(level=logging.INFO, handlers=[handler])
     log_calls.disabled = not config.log_requests
-    logging.getLogger('waitress.queue').setLevel(logging.ERROR)  # it warns at every request that waits
+    # it warns at every request that waits
+    logging.getLogger('waitress.queue').setLevel(logging.ERROR)
 
 
 @contextmanager
@@ -19030,7 +19998,9 @@ def running(cycle: LifeCycle | None, keeper: Housekeeper,
 
 
 def keep_running(cycle: LifeCycle, stop: threading.Event, every: float = 5) -> None:
-    """Runs a life cycle in a thread until `stop` is set: begins another if it dies, and tells if it hangs."""
+    """Runs a life cycle in a thread until `stop` is set: begins another if it dies, and tells if it
+    hangs.
+    """
     import traceback
     thread, told = None, False
     while not stop.is_set():
@@ -19057,7 +20027,8 @@ def local_service(config: Config, make: bool = False) -> Reservations:
         user = getpass.getuser()
     except (KeyError, OSError):  # a user id without a name
         user = str(os.getuid())
-    return Reservations(config, Clouds(config), Actor(user, 'default', ADMIN), progress=progress_bar)
+    return Reservations(config, Clouds(config), Actor(user, 'default', ADMIN),
+                        progress=progress_bar)
 
 
 def welcome(service: Reservations, url: str) -> list[str]:
@@ -19068,14 +20039,17 @@ def welcome(service: Reservations, url: str) -> list[str]:
         lines.append("Made the resource 'demo': 16 vms on the built-in cloud 'simulated'.")
     if not service.token_list():
         token = service.token_add(service.actor.user, service.actor.project, ADMIN)['token']
-        lines += [f'Made a token for {service.actor.user}, who is admin; it is shown only now: {token}',
+        lines += [f'Made a token for {service.actor.user}, who is admin; it is shown only now: '
+                  f'{token}',
                   f'Sign in with it: {url}/sign-in', 'Try:',
                   f"  curl -H 'Authorization: Bearer {token}' {url}{BASE}/resource/"]
     return lines
 
 
 class Call:
-    """A command that was understood but not made yet; it has no members that Fire could go on to."""
+    """A command that was understood but not made yet; it has no members that Fire could go on
+    to.
+    """
 
     def __init__(self, operation: Operation, given: dict):
         self._operation, self._given = operation, given
@@ -19105,7 +20079,8 @@ def command(operation: Operation, helping: bool) -> Callable:
     """
     def note(*args, **kwargs):
         typed = note.__signature__.bind(*args, **kwargs).arguments
-        return Call(operation, {name: value for name, value in typed.items() if not isinstance(value, Untyped)})
+        return Call(operation, {name: value for name, value in typed.items()
+                                if not isinstance(value, Untyped)})
     note.__signature__ = inspect.Signature([
         each.replace(annotation=REQUIRED, default=REQUIRED if helping and each.default is REQUIRED
                      else Untyped('' if each.default in (None, (), REQUIRED) else each.default))
@@ -19117,14 +20092,17 @@ def command(operation: Operation, helping: bool) -> Callable:
 
 
 def commands(leaf: Callable) -> Group:
-    """The tree of all commands, those of the service and those of this machine; `leaf` makes one of an operation."""
+    """The tree of all commands, those of the service and those of this machine; `leaf` makes one of
+    an operation.
+    """
     tree: dict = {}
     groups: dict = defaultdict(dict)
     for name, operation in (LOCAL | API).items():
         group, _, verb = name.partition('_')
         here, word = (groups[group], verb) if group in GROUPS else (tree, operation.words)
         here[word] = leaf(operation)
-    return Group(HELP, tree | {name: Group(GROUPS[name], members) for name, members in groups.items()})
+    return Group(HELP,
+                 tree | {name: Group(GROUPS[name], members) for name, members in groups.items()})
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -19142,11 +20120,13 @@ def main(argv: list[str] | None = None) -> int:
         config = load_config(options.get('config'))
         config = dataclasses.replace(config, timezone=options.get('tz', config.timezone))
         zone = config.zone
-        run_command(argv, lambda call: make(call, config, options) if isinstance(call, Call) else call)
+        run_command(argv, lambda call: make(call, config, options) if isinstance(call, Call)
+                    else call)
         return 0
     except Error as error:
         as_json = options.get('format') == 'json'
-        said = json_text(error_body(error), indent=2) if as_json else '\n'.join(in_words(error, zone))
+        said = (json_text(error_body(error), indent=2) if as_json
+                else '\n'.join(in_words(error, zone)))
         print(legible(said).rstrip('\n'), file=sys.stderr)
         return 2 if isinstance(error, Invalid) else 1
     except STORE_ERRORS as error:
@@ -19228,11 +20208,14 @@ def by_fire(words: list[str], finish: Callable) -> None:
     import fire
     fire.parser.DefaultParseValue = str  # else gpu#1, 1e3 and 2026 are guessed to be Python
     tree = commands(functools.partial(command, helping=False))
-    fire.Fire(tree, words + ['--', '--separator=\0'], 'cmres', finish)  # a lone `-` is a word of ours
+    # a lone `-` is a word of ours
+    fire.Fire(tree, words + ['--', '--separator=\0'], 'cmres', finish)
 
 
 def plain_call(operation: Operation, words: list[str]) -> Call | None:
-    """The call of a line with nothing but words and flags with values, as Fire reads it; else None."""
+    """The call of a line with nothing but words and flags with values, as Fire reads it; else
+    None.
+    """
     flags, plain, each = {}, [], iter(words)
     for word in each:
         name, equals, value = word[2:].partition('=')
@@ -19250,7 +20233,8 @@ def plain_call(operation: Operation, words: list[str]) -> Call | None:
 
 
 #: What may stand for some arguments.
-KNOWN_VALUES = {'state': STATES, 'role': ROLES, 'mode': (*MODES, 'open'), 'at_end': ENDS, 'on_conflict': CLASHES,
+KNOWN_VALUES = {'state': STATES, 'role': ROLES, 'mode': (*MODES, 'open'), 'at_end': ENDS,
+                'on_conflict': CLASHES,
            'then': THEN, 'format': FORMATS, 'shell': tuple(COMPLETIONS)}
 
 
@@ -19285,7 +20269,8 @@ def values_of(operation: Operation, name: str = '') -> list[str]:
         return list(KNOWN_VALUES[name])
     config = load_config()
     service = Client(config.url, config.token) if config.url else local_service(config)
-    if name in ('resource', 'resources') or name == 'name' and operation.name.startswith('resource_'):
+    if (name in ('resource', 'resources') or name == 'name'
+        and operation.name.startswith('resource_')):
         return [each['name'] for each in service.resource_list()]
     if name == 'label' and operation.name != 'add':
         return list(dict.fromkeys(each['label'] for each in service.list(limit=1000)))
@@ -19293,23 +20278,29 @@ def values_of(operation: Operation, name: str = '') -> list[str]:
 
 
 def command_path(tree: Group, argv: list[str]) -> tuple[list[str], Any]:
-    """The words of a line that name its command, and that command; refuses an unknown one with the nearest."""
+    """The words of a line that name its command, and that command; refuses an unknown one with the
+    nearest.
+    """
     path, here = [], tree
     for word in argv:
         if not isinstance(here, Group) or word == '--help':
             break
         if word not in dir(here):
-            raise Invalid(f"there is no command '{' '.join([*path, word])}'{nearest(word, dir(here))}")
+            raise Invalid(f"there is no command "
+                          f"'{' '.join([*path, word])}'{nearest(word, dir(here))}")
         path, here = [*path, word], getattr(here, word)
     return path, here
 
 
 def joined_flags(operation: Operation, words: list[str]) -> list[str]:
-    """The words after a command, those of a list that come under one flag again and again with commas between."""
+    """The words after a command, those of a list that come under one flag again and again with
+    commas between.
+    """
     rest, lists, each = [], {}, iter(words)
     for word in each:
         flag, equals, value = word.partition('=')
-        kind = operation.parameters.get(flag[2:].replace('-', '_')) if flag.startswith('--') else None
+        kind = (operation.parameters.get(flag[2:].replace('-', '_')) if flag.startswith('--')
+                else None)
         if kind and kind.annotation in (Names, Parts, Hosts, Classes, Pairs):
             lists.setdefault(flag, []).append(value if equals else next(each, ''))
         else:
@@ -19318,7 +20309,9 @@ def joined_flags(operation: Operation, words: list[str]) -> list[str]:
 
 
 def plain_flags(operation: Operation, words: list[str]) -> list[str]:
-    """The words after a command, flags checked, and `--flag` of a yes-or-no argument closed by its value."""
+    """The words after a command, flags checked, and `--flag` of a yes-or-no argument closed by its
+    value.
+    """
     plain = []
     for word in joined_flags(operation, words):
         if re.match('-[A-Za-z]|--$', word):
@@ -19328,7 +20321,8 @@ def plain_flags(operation: Operation, words: list[str]) -> list[str]:
         flag, equals, _ = word.partition('=')
         name = flag[2:].replace('-', '_')
         off = name.removeprefix('no')
-        if flag.startswith('--') and off in operation.parameters and name not in operation.parameters:
+        if (flag.startswith('--') and off in operation.parameters
+            and name not in operation.parameters):
             name, word, equals = off, f'--{off}=false', '='
         if flag.startswith('--'):
             refuse_unknown(operation, [name])
@@ -19340,9 +20334,12 @@ def plain_flags(operation: Operation, words: list[str]) -> list[str]:
 def make(call: Call, config: Config, options: dict) -> str | None:
     """Makes a call that Fire noted, here or on a server, and renders its answer."""
     operation = call._operation
-    given = {name: from_file(value, operation.parameters[name].annotation) for name, value in call._given.items()}
-    if 'part' in given and 'end' not in given and 'resource' in given:  # the parts name resources: the rest came early
-        given |= {'resource': ANY, 'start': given['resource']} | ({'end': given['start']} if 'start' in given else {})
+    given = {name: from_file(value, operation.parameters[name].annotation)
+             for name, value in call._given.items()}
+    # the parts name resources: the rest came early
+    if 'part' in given and 'end' not in given and 'resource' in given:
+        given |= {'resource': ANY, 'start': given['resource']} | ({'end': given['start']}
+                                                                  if 'start' in given else {})
     if 'tz' in operation.parameters:
         zone = options.get('tz') or (config.timezone if operation.routes[0][0] == 'POST' else '')
         given.setdefault('tz', zone)
@@ -19401,7 +20398,8 @@ def what_follows(operation: Operation, asked: Callable, bound: dict, answer) -> 
         return ''
     last = answer[-1]
     after = last['id'] if operation.name == 'events' else cursor_of(last)
-    shown = last['id'] if operation.name == 'events' else f"{last['start']:%Y-%m-%dT%H:%M:%SZ}/{last['id']}"
+    shown = (last['id'] if operation.name == 'events'
+             else f"{last['start']:%Y-%m-%dT%H:%M:%SZ}/{last['id']}")
     return f'--after {shown}' if asked(**bound | {'after': after, 'limit': 1}) else ''
 
 
@@ -19415,7 +20413,8 @@ def follow(events: Callable, bound: dict, form: str, zone: ZoneInfo, pause: floa
     while True:
         for each in events(**bound):
             line = json_text(each) if form == 'json' else '  '.join(
-                in_cell(each[name], zone) for name in ('at', 'actor', 'code', 'label', 'sentence')) + '\n'
+                in_cell(each[name], zone)
+                for name in ('at', 'actor', 'code', 'label', 'sentence')) + '\n'
             print(line, end='', flush=True)
             bound = bound | {'after': each['id']}
         time.sleep(pause)
@@ -19423,7 +20422,8 @@ def follow(events: Callable, bound: dict, form: str, zone: ZoneInfo, pause: floa
 
 def from_file(value: str, kind):
     """What a file argument stands for: the text of the file, or its reservations."""
-    if kind not in (File, Rows, Ics, Source) or not value or kind is Source and re.match('(https?|webcals?)://', value):
+    if (kind not in (File, Rows, Ics, Source) or not value or kind is Source
+        and re.match('(https?|webcals?)://', value)):
         return value
     try:
         if kind in (Ics, Source):
@@ -19447,7 +20447,8 @@ def file_rows(text: str, name: str) -> list[dict]:
             return yaml.load(text, yaml.BaseLoader)  # every value stays text: bind reads them
         return csv_rows(text)
     except (ValueError, RecursionError, csv.Error) as error:
-        raise Invalid(f"'{name}' can't be read as {name.rpartition('.')[2].upper()}: {error}") from None
+        kind = name.rpartition('.')[2].upper()
+        raise Invalid(f"'{name}' can't be read as {kind}: {error}") from None
     except Exception as error:  # the YAML parser's own kinds, which are not worth importing it for
         raise Invalid(f"'{name}' is not YAML: {str(error).splitlines()[0]}") from None
 
@@ -19463,7 +20464,9 @@ def unquoted(cell):
 
 
 def csv_rows(text: str) -> list[dict]:
-    """The lines of a CSV text with commas, or with semicolons as spreadsheets of many countries write them."""
+    """The lines of a CSV text with commas, or with semicolons as spreadsheets of many countries
+    write them.
+    """
     head = text.partition('\n')[0]
     reader = csv.DictReader(io.StringIO(text), restkey='', skipinitialspace=True,
                             delimiter=';' if ';' in head and ',' not in head else ',')
@@ -19518,7 +20521,9 @@ def render(answer, form: str, zone: ZoneInfo, look: Look = Look()) -> str:
 
 
 def sorted_lines(lines: list[dict], names: str) -> list[dict]:
-    """Lines by the fields that are named, with - before one whose last comes first; empty ones are last."""
+    """Lines by the fields that are named, with - before one whose last comes first; empty ones are
+    last.
+    """
     for name in reversed([each.strip() for each in names.split(',')]):
         field = name.removeprefix('-')
         refuse_unknown_column(field, lines)
@@ -19588,7 +20593,8 @@ def as_table(answer, zone: ZoneInfo, look: Look = Look()) -> str:
     shown = range(len(names))
     if look.width and not look.chosen:
         shown = fitting(names, cells, look.width)
-    text = drawn([names[each] for each in shown], [[line[each] for each in shown] for line in cells])
+    text = drawn([names[each] for each in shown],
+                 [[line[each] for each in shown] for line in cells])
     left_out = [name for name in names if names.index(name) not in shown]
     return text + (f"\nnot shown: {', '.join(left_out)} (--wide shows all)" if left_out else '')
 
@@ -19612,15 +20618,20 @@ def inner_table(name: str, lines: list[dict], zone: ZoneInfo, look: Look) -> str
     columns = tuple(COLUMNS.get(name, COLUMNS['list']).split())
     text = as_table(lines[:MOST_SHOWN], zone, Look(columns, width=look.width))
     more = len(lines) - MOST_SHOWN
-    return f'\n{name}:\n{text}' + (f'\n... and {more} more; --format json shows all' if more > 0 else '')
+    return f'\n{name}:\n{text}' + (f'\n... and {more} more; --format json shows all' if more > 0
+                                   else '')
 
 
 def fitting(names: list[str], cells: list[list[str]], width: int) -> list[int]:
-    """The columns for which a terminal has room: first goes what all lines share, then what matters least."""
-    widths = [max(map(len, (name, *(line[place] for line in cells)))) for place, name in enumerate(names)]
+    """The columns for which a terminal has room: first goes what all lines share, then what matters
+    least.
+    """
+    widths = [max(map(len, (name, *(line[place] for line in cells))))
+              for place, name in enumerate(names)]
     shared = {name for place, name in enumerate(names)
               if len(cells) > 1 and len({line[place] for line in cells}) == 1}
-    goes = [name for name in LEAST if name in shared] + [name for name in LEAST if name not in shared]
+    goes = [name for name in LEAST if name in shared] + [name for name in LEAST
+                                                         if name not in shared]
     shown = list(range(len(names)))
     for name in goes:
         if sum(widths[each] + 2 for each in shown) - 2 <= width:
@@ -19630,7 +20641,9 @@ def fitting(names: list[str], cells: list[list[str]], width: int) -> list[int]:
 
 
 def drawn(names: list[str], lines: list) -> str:
-    """A table as text, each column as wide as it needs to be; a terminal's widest ones are folded."""
+    """A table as text, each column as wide as it needs to be; a terminal's widest ones are
+    folded.
+    """
     table = [names, *lines] if names else lines
     widths = [max(wide(part) for line in table for part in line[place].split('\n'))
               for place in range(len(table[0]))]
@@ -19654,10 +20667,13 @@ def drawn_line(line: list[str], widths: list[int]) -> str:
 
 
 def narrowed(widths: list[int], whole: list[bool], most: int, least: int = 12) -> list[int]:
-    """Widths that fit a terminal: the widest goes down to the next, none that is `whole` or has the least."""
+    """Widths that fit a terminal: the widest goes down to the next, none that is `whole` or has the
+    least.
+    """
     widths = widths[:]
     while (too_many := sum(widths) + 2 * len(widths) - 2 - most) > 0:
-        there = sorted({width for width, fixed in zip(widths, whole) if not fixed and width > least})
+        there = sorted({width for width, fixed in zip(widths, whole) if not fixed
+                        and width > least})
         if not there:
             break
         place = next(n for n, width in enumerate(widths) if width == there[-1] and not whole[n])
@@ -19708,13 +20724,16 @@ def in_words(error: Error, zone: ZoneInfo) -> list[str]:
         what = f"{who}{each['vms']} vms" if 'vms' in each else each['reason']
         until = f"to {in_cell(each['end'], zone)}" if each['end'] else 'until they are deleted'
         lines.append(f"  in the way: {what} from {in_cell(each['start'], zone)} {until}")
-    offers = {'next_start': 'the same from {}', 'most_vms': '{} vms at that time', 'longest': '{} from that start'}
+    offers = {'next_start': 'the same from {}', 'most_vms': '{} vms at that time',
+              'longest': '{} from that start'}
     lines += [f'  would fit:  {text.format(in_cell(details[name], zone))}'
               for name, text in offers.items() if name in details]
     lines += [f"  does not fit: {in_cell(each['start'], zone)}: {each['why']}"
               for each in details.get('conflicts', [])[1:MOST_SHOWN]]
-    lines += [f"  line {each['line']}: {each['label']}: {each['error']}" for each in details.get('refused', [])]
-    lines += [f"  {each['label']} of {each['user']}, {each['vms']} vms from {in_cell(each['start'], zone)}"
+    lines += [f"  line {each['line']}: {each['label']}: {each['error']}"
+              for each in details.get('refused', [])]
+    lines += [f"  {each['label']} of {each['user']}, {each['vms']} vms from "
+              f"{in_cell(each['start'], zone)}"
               for each in details.get('occurrences', [])]
     return lines
 
@@ -19723,4 +20742,5 @@ if __name__ == '__main__':
     code = main()
     sys.stdout.flush()
     store_file.leave()
-    os._exit(code)  # workers may wait for a cloud that hangs; what became of their calls, the next pass finds out
+    # workers may wait for a cloud that hangs; what became of their calls, the next pass finds out
+    os._exit(code)
