@@ -19256,8 +19256,10 @@ class Housekeeper(threading.Thread):
         if self.again:
             self.again = False
             self.guarded(self.settings)
-        self.guarded(self.service.shares.uses.write)
-        if time.monotonic() >= self.audited + AUDIT_EVERY:
+        shares = self.service.shares
+        if shares.uses.seen:  # else no connection is made for nothing
+            self.guarded(shares.uses.write)
+        if shares.wrong and time.monotonic() >= self.audited + AUDIT_EVERY:
             self.audited = time.monotonic()
             self.guarded(self.audit)
         if self.is_well():

@@ -15340,6 +15340,18 @@ def test_of_all_connections_there_are_as_many_as_may_be(world):
     assert not known.all and not known.of
 
 
+def test_a_housekeeper_that_has_nothing_to_write_opens_no_connection(world, monkeypatch):
+    keeper, rounds = cmres.Housekeeper(world.service), []
+    monkeypatch.setattr(keeper, 'guarded', rounds.append)
+    keeper.audited -= 3600
+    keeper.round()
+    assert rounds == []
+    world.service.shares.uses.note(1, world.now)
+    world.service.shares.wrong['127.0.0.1'] += 1
+    keeper.round()
+    assert rounds == [world.service.shares.uses.write, keeper.audit]
+
+
 def test_systemd_is_told_that_the_service_is_well_and_only_then(world, tmp_path, monkeypatch):
     heard = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
     heard.bind(str(tmp_path / 'notify'))
