@@ -12037,7 +12037,9 @@ class Requests(Approval):
                         stretches and series != stretches):
                     return None
                 return self.altered(current, wish, asked, now, code, named, only)
-            if answer := self.carry_out(deed, dry_run):
+            with self.shares.paced():
+                answer = self.carry_out(deed, dry_run)
+            if answer:
                 return answer
         raise Conflict(f"'{label}' is being changed by others all the time; try again")
 
