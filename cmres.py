@@ -16069,14 +16069,19 @@ def handler(service: Reservations, operation: Operation, fixed: dict,
         try:
             acting = service.acting(who_asks(service, request, visitor))
             acting.wanted = while_there(request.environ)
-            given = given_once(read_query(request, several(operation)),
-                               read_body(request, most_body(operation)), path, fixed)
-            bound = bind(operation, given, acting.here)
-            with acting.shares.answering(acting.actor.user):
+            with acting.shares.answering(acting.actor.user), at_length(acting, operation):
+                given = given_once(read_query(request, several(operation)),
+                                   read_body(request, most_body(operation)), path, fixed)
+                bound = bind(operation, given, acting.here)
                 return respond(acting, operation, bound, request, given)
         except Error as error:
             return refused(error)
     return handle
+
+
+def at_length(acting: Reservations, operation: Operation):
+    """What bounds a request whose body alone takes long to read, before it is read."""
+    return acting.shares.computing() if operation.name in LONG else nullcontext()
 
 
 def document_handler(service: Reservations, visitor: Callable | None) -> Callable:
