@@ -4004,8 +4004,8 @@ def refuse_missing(path: str) -> None:
         raise NotFound(NO_STORE.format(os.path.abspath(path)))
 
 
-NO_STORE = ("there is no database '{}'. `serve` makes one (`serve --demo` with something to try). "
-            'If there is one elsewhere, go to its folder or name it with the setting `database`')
+NO_STORE = ("there is no database '{}'. `serve` makes one (`serve --demo` with something to try), "
+            'and so does `resource add`. If there is one elsewhere, go to its folder or name it with the setting `database`')
 STORE_GONE = ("the database '{0}' is gone, and there was one: '{1}' remembers it. Bring it back "
               "with `store restore FILE`. To begin with an empty one, delete '{1}'")
 STORE_OLDER = ("the database '{0}' is of version {1}, this cmres needs version {2}. Stop all "
@@ -19620,8 +19620,7 @@ def serve(config: Config, host: Name = '', port: int = None, noscheduler: bool =
     config.take(host=host or config.host, port=config.port if port is None else port)
     told = prepared(config)
     if not os.path.exists(config.database):
-        file = key_file(config.database, config.key)
-        told = [f"Made the database '{config.database}' and its key '{file}'."]
+        told = [told_made(config)]
     demo = demo or not (config.path or any(map(os.path.exists, (
         config.database, key_file(config.database, config.key)))))
     service = local_service(config, make=True)
@@ -20040,6 +20039,12 @@ def local_service(config: Config, make: bool = False) -> Reservations:
                         progress=progress_bar)
 
 
+def told_made(config: Config) -> str:
+    """That a database is made, as people read it."""
+    file = key_file(config.database, config.key)
+    return f"Made the database '{config.database}' and its key '{file}'."
+
+
 def welcome(service: Reservations, url: str) -> list[str]:
     """Makes a resource and a token where there are none, and tells so."""
     lines = []
@@ -20358,7 +20363,11 @@ def make(call: Call, config: Config, options: dict) -> str | None:
         answer = operation.method(config, **bound)
         look = Look.of(options, COLUMNS.get(operation.name))
         return answer if answer is None else render(answer, form, config.zone, look)
-    service = Client(config.url, config.token) if config.url else local_service(config)
+    begins = operation.name in BEGINS and not bound.get('dry_run')
+    if begins and not config.url and not os.path.exists(config.database):
+        print(told_made(config), file=sys.stderr)
+    service = (Client(config.url, config.token) if config.url
+               else local_service(config, make=begins))
     asked = getattr(service, operation.name)
     if options.get('follow'):
         follow(asked, bound, form, config.zone)
@@ -20386,6 +20395,8 @@ def say_end(told: str, zone: ZoneInfo) -> None:
               f'Renew it: token renew {id} --for 90d', file=sys.stderr)
 
 
+#: With these an operator begins, so that they make a database where there never was one.
+BEGINS = ('resource_add', 'resource_sync', 'token_add')
 CLEAR = '\x1b[H\x1b[2J'  # the cursor to its home, and the screen empty
 
 

@@ -907,14 +907,27 @@ def test_serve_makes_a_store_and_what_to_try_in_an_empty_folder_only(serving, tm
 
 @pytest.mark.parametrize('command', [
     'list', 'show lab', 'add lab demo +1h +1h', 'resource list', 'check', 'tick', 'scheduler',
-    'store orphans', 'store backup b.db', 'store migrate', 'token add eva'])
-def test_only_serve_makes_a_store(run, tmp_path, command):
+    'store orphans', 'store backup b.db', 'store migrate', 'resource add demo --dry-run'])
+def test_what_does_not_begin_anything_makes_no_store(run, tmp_path, command):
     """In a wrong folder, a command that made one would answer as if nothing were reserved."""
     os.remove('cmres.db')
     code, out, err = run(*command.split())
     assert code == 1 and not out and f"there is no database '{tmp_path}/cmres.db'" in err, err
     assert '`serve` makes one' in err and '--demo' in err and 'setting `database`' in err
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize('command', ['resource add demo --vms 4', 'token add eva'])
+def test_what_an_operator_begins_with_makes_a_store_and_says_so(run, tmp_path, command):
+    os.remove('cmres.db')
+    code, out, err = run(*command.split())
+    assert (code, err) == (0, "Made the database 'cmres.db' and its key 'cmres.db.key'.\n") and out
+    assert run(*command.split())[2] != err and run('list')[0] == 0
+    cmres.close_store()
+    for name in [name for name in os.listdir() if name.startswith('cmres.db') and not name.endswith('.key')]:
+        os.remove(name)
+    code, _, err = run(*command.split())  # there was one
+    assert code == 1 and "is gone, and there was one" in err
 
 
 def test_files_of_a_store_are_its_owners_alone_and_nothing_in_them_signs(serving, tmp_path, monkeypatch):
