@@ -5634,13 +5634,10 @@ class Ledger(threading.local):
         return tuple(map(max, *held)) if len(held) > 1 else held[0]
 
     def write(self) -> None:
-        """Writes the net of what was held and given back, and lets those that wait try again."""
+        """Writes the net of what was held and given back."""
         pieces = [(*of, *piece) for of, each in self.profiles.items() for piece in each.pieces()]
         if pieces:
             write_steps(pieces)
-            for resource, _, begin, until, figures in pieces:
-                if any(each < 0 for each in figures):
-                    call_waiting(resource, begin, until)
         self.written, self.profiles, self.peaks, self.cuts = len(self.entries), {}, {}, {}
 
 
@@ -5746,8 +5743,12 @@ def read_windows(holds: Iterable[Hold], now: float) -> None:
 
 def hold(resource: int, begin: int, until: int, amount: Amount) -> None:
     """(3), without asking whether it fits; what is given back by it is there at once."""
-    for track, figures in amount.tracks if begin < until else ():
+    tracks = [*amount.tracks] if begin < until else []
+    for track, figures in tracks:
         ledger.add(resource, track, begin, until, figures)
+    # At once: who is first of those that wait must not be passed in this very transaction.
+    if any(each < 0 for _, figures in tracks for each in figures):
+        call_waiting(resource, begin, until)
     if not db.in_transaction():
         ledger.write()
         ledger.forget()
@@ -5761,6 +5762,7 @@ def call_waiting(resource: int, begin: float = 0, until: float = 2**62) -> None:
         run('UPDATE wait SET due = 0 WHERE resource_id = ? AND until > ? AND held_from < ?',
             resource, begin, until)
         run('UPDATE wait SET due = 0 WHERE limited')
+        remembered.change()
 
 
 def release(resource: int, begin: int, until: int, amount: Amount) -> None:
