@@ -16142,7 +16142,7 @@ def test_readme_shows_what_its_commands_print(tmp_path, monkeypatch, run):
     monkeypatch.setattr(cmres, 'time', played)
     monkeypatch.setenv('LOGNAME', 'eva')
     clouds = cmres.Clouds(Config(), clock=played.time)
-    monkeypatch.setattr(cmres, 'local_service', lambda config: cmres.open_store(config.database, config.key) or cmres.Reservations(
+    monkeypatch.setattr(cmres, 'local_service', lambda config, make=False: cmres.open_store(config.database, config.key) or cmres.Reservations(
         config, clouds, Actor('eva', 'default', 'admin'), played.time))
     cmres.prepared(Config())
     cmres.welcome(cmres.local_service(Config()), 'http://127.0.0.1:8080')
