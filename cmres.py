@@ -11033,17 +11033,14 @@ class Waiting(Admission):
                                f'already',
                                limit='waiting', value=limit.waiting, passes=0)
 
-    def admit_waiting(self, now: float) -> None:
+    def admit_waiting(self, now: float) -> bool:
         """Gives room that has become free to those that wait, and frees what waited for a word in
         vain.
+
+        Returns:
+          whether those that wait are to be looked at once more, in their order.
         """
-        for request in self.waiting_requests(now):
-            parts = [[(each, *choice) for choice in self.choices(each)] for each in request]
-            try:
-                choose(parts, lambda choice, _: self.let_in(*choice, now), kind_of_waiting)
-            # without room, or beyond a limit within which it was when it was asked for
-            except Conflict as error:
-                self.try_later(request, not isinstance(error, NoCapacity), now)
+        more = self.admit_in_order(now)
         for each in self.search([('r.pending <= ?', int(now)), (NOT_OVER, None),
                                  (NEXT_OF_ITS, None)]):
             why = f"nobody has {'accepted' if each.confirm else 'approved'} it in time"
@@ -11052,6 +11049,25 @@ class Waiting(Admission):
         for each in rows('SELECT DISTINCT reservation_id AS reservation FROM proposal WHERE until '
                          '<= ?', int(now)):
             self.leave_as_it_was(each.reservation, now, 'nobody has approved the change in time')
+        return more
+
+    def admit_in_order(self, now: float) -> bool:
+        """Gives room to those that are called, the first first.
+
+        Who has waited for long keeps others back, and calls them when let in: they may come before
+        the next that was called already. So the line is read anew then.
+        """
+        for request in self.waiting_requests(now):
+            parts = [[(each, *choice) for choice in self.choices(each)] for each in request]
+            try:
+                choose(parts, lambda choice, _: self.let_in(*choice, now), kind_of_waiting)
+            # without room, or beyond a limit within which it was when it was asked for
+            except Conflict as error:
+                self.try_later(request, not isinstance(error, NoCapacity), now)
+                continue
+            if any(each.waiting <= now - self.config.patience for each in request):
+                return True
+        return False
 
     def leave_as_it_was(self, reservation: int, now: float, why: str) -> None:
         """Drops what is asked of a reservation and of the other parts of its request, and tells of
@@ -14220,6 +14236,7 @@ class LifeCycle:
         self.service.fence = self.refuse_without_lease
         self.stale = False  # whether series are still to be carried on
         self.dropping = False  # whether more is to be dropped that was begun and not ended
+        self.line_moves = False  # whether those that wait are to be looked at once more
         self.soonest = 0.0  # when something is due next
         self.seen: tuple | None = None  # the state of the store in which that was so
         self.calm_until = 0.0  # until when notices that have to wait for others are left alone
@@ -14245,7 +14262,7 @@ class LifeCycle:
         self.record(now)
         self.give_up()
         self.refresh(now)
-        self.dropping = False
+        self.dropping = self.line_moves = False
         if self.has_work(now):
             self.admit_waiting(now)
             self.drop_staged(now)
@@ -14258,11 +14275,16 @@ class LifeCycle:
     def settle(self) -> bool:
         """Passes until no call is under way: what `tick` does; false if another scheduler acts."""
         acting = self.converge(self.clock())
-        while acting and (self.stale or self.dropping or self.under_way()):
-            self.wake.wait(0 if self.stale or self.dropping else 1)
+        while acting and (self.goes_on or self.under_way()):
+            self.wake.wait(0 if self.goes_on else 1)
             self.wake.clear()
             acting = self.converge(self.clock())
         return acting
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether the next pass has something to do at once."""
+        return self.stale or self.dropping or self.line_moves
 
     def under_way(self) -> bool:
         """Whether a call may still end in time: a worker has it, or will be free for it."""
@@ -14327,7 +14349,7 @@ class LifeCycle:
         if not acts:
             return 1
         # What was due already is done, or waits for a call, and each of them wakes us when it ends.
-        return 0 if self.stale or self.dropping else self.soonest - self.now()
+        return 0 if self.goes_on else self.soonest - self.now()
 
     def guarded(self, deed: Callable[[], float]) -> float:
         """Does what is done again and again: what goes wrong is only logged, and 1 the seconds to
@@ -14604,9 +14626,10 @@ class LifeCycle:
             self.tidied = 0.0 if forgotten else now
 
     def admit_waiting(self, now: float) -> None:
+        self.line_moves = False
         if any(self.is_due(each, now) for each in ('wait', 'pending', 'proposal')):
             with self.acting():
-                self.service.admit_waiting(now)
+                self.line_moves = self.service.admit_waiting(now)
 
     def drop_staged(self, now: float) -> None:
         """Erases some of what a process had begun to write, and has not gone on with."""

@@ -8840,18 +8840,20 @@ def test_eight_processes_that_add_wait_and_cancel_admit_nobody_out_of_order(worl
     assert let_in > 1 and world.service.check()['differences'] == 0
 
 
-def test_what_is_given_back_goes_to_the_first_in_the_line_also_in_the_same_transaction(world):
-    """Of two that wait only the younger one was to be tried again when somebody else gave back room."""
+def test_who_is_let_in_and_kept_others_back_is_followed_by_the_first_of_them(tmp_path):
+    """Two that come late are called, one before and one behind those that wait: these are not called then."""
+    world = World(tmp_path, patience=0.0)
     world.service.resource_add('ten', vms=10)
-    book(world.service, 'all', resource='ten', vms=10)
-    for label in ('first', 'second'):
-        book(world.as_user(), label, resource='ten', vms=6, wait=True)
-    first, second = (cmres.row('SELECT id FROM reservation WHERE label = ?', label).id for label in ('first', 'second'))
-    cmres.run('UPDATE wait SET due = CASE reservation_id WHEN ? THEN 0 ELSE ? END', second, world.now + 10**6)
-    with cmres.transaction():
-        world.service.delete('all')
-        world.service.admit_waiting(world.now)
-    assert (world.state('first'), world.state('second')) == ('reserved', 'waiting')
+    book(world.service, 'all', resource='ten', vms=7)
+    for label, vms, priority in (('large', 5, 1), ('kept', 2, 1)):
+        book(world.service, label, resource='ten', vms=vms, priority=priority, wait=True)
+    world.service.admit_waiting(world.now)
+    for label, priority in (('early', 2), ('late', 0)):
+        book(world.service, label, resource='ten', vms=1, priority=priority, wait=True)
+    world.cycle.settle()
+    assert [world.state(label) for label in ('early', 'large', 'kept', 'late')] == [
+        'reserved', 'waiting', 'waiting', 'waiting']
+    cmres.close_store()
 
 
 # Parts, hosts and resource classes
