@@ -250,6 +250,56 @@ def test_no_two_things_of_a_module_have_one_name():
         assert [name for name, number in names.items() if number > 1 and not name.startswith('_')] == []
 
 
+def calls_in(function):
+    """What a function calls, by name, and the statements of SQL in it."""
+    called = collections.defaultdict(list)
+    for each in ast.walk(function):
+        if isinstance(each, ast.Call):
+            called[getattr(each.func, 'id', getattr(each.func, 'attr', ''))].append(each)
+        if isinstance(each, ast.Constant) and isinstance(each.value, str):
+            called['SQL'].append(' '.join(each.value.split()))
+    return called
+
+
+def test_promises_are_made_in_one_place():
+    holding = {'hold', 'release', 'give', 'take', 'admit', 'change_occurrence', 'insert_many', 'write_steps'}
+    loose = {'told', 'due', 'up_told', 'up_check', 'revision', 'revised'}  # no hold, window or state
+    makers = {}
+    for part in ast.parse(MODULE.read_text()).body:
+        for each in part.body if isinstance(part, ast.ClassDef) else [part]:
+            if not isinstance(each, ast.FunctionDef):
+                continue
+            called = calls_in(each)
+            found = {name for name in holding & called.keys() for call in called[name] if isinstance(call.func, ast.Name)}
+            for name in 'change', 'insert':
+                for call in called[name]:
+                    table = getattr(call.args[0], 'id', '') if call.args else ''
+                    if table == 'ExtraHold' or table == 'Occurrence' and {more.arg for more in call.keywords} - loose:
+                        found.add(f'{name} {table}')
+            for text in called['SQL']:
+                written = re.match(r'(INSERT INTO|DELETE FROM|UPDATE) (occurrence|extra_hold|step)\b', text)
+                columns = re.findall(r'(\w+) = ', text.partition(' SET ')[2].partition(' WHERE ')[0]) if written else ()
+                if written and (written[1] != 'UPDATE' or {*columns} - loose):
+                    found.add(f'{written[1]} {written[2]}')
+            if found:
+                makers.setdefault(part.name, {})[each.name] = found
+    # Migrations, and what is forgotten long after its end, promise nothing.
+    for name in ('add_up_told', 'add_whose'):
+        makers.pop(name, None)
+    assert makers.pop('Reservations', {}).keys() <= {'forget_occurrence'}
+    primitives = {'Ledger', 'release', 'give', 'take', 'admit'}
+    assert makers.keys() - primitives == {'Bookings', 'Policy'}
+    assert makers['Policy'].keys() == {'hold_if_allowed'}
+    # What asks no rule: what is given back, what is there already, and what a rule has let pass before.
+    assert {name for name, found in makers['Bookings'].items() if found & {'hold', 'take', 'admit'}} == {
+        'stays', 'keep_stopped', 'propose', 'hold_capacity'}
+    bookings = next(each for each in ast.parse(MODULE.read_text()).body if getattr(each, 'name', '') == 'Bookings')
+    users = {name: {each.name for each in bookings.body if isinstance(each, ast.FunctionDef) and name in calls_in(each)}
+             for name in ('hold_if_allowed', 'decide_all', 'write_occurrences', 'make_true', 'stays')}
+    assert users == {'hold_if_allowed': {'decide', 'shifted'}, 'decide_all': {'make_true'},
+                     'write_occurrences': {'make_true'}, 'make_true': {'commit'}, 'stays': {'decide_otherwise'}}
+
+
 def test_a_section_uses_only_those_above_it():
     text = MODULE.read_text()
     heads = [number for number, line in enumerate(text.split('\n'), 1) if re.match('# [A-Z].* #{5,}$', line)]
