@@ -16427,26 +16427,45 @@ def health_handler(service: Reservations) -> Callable:
 class Line:
     """Requests that wait for a thread: next is one of whom the fewest are being answered.
 
-    So who sends many at once waits for their own, and others pass.
+    Nobody has more than an equal share of the threads, counted with one who may come next. So who
+    sends many at once waits for their own, and who sends the first finds a thread free.
+
+    Args:
+      threads: how many there are
+      call: wakes one of them; `waitress` calls all of this under a lock of its own
     """
 
-    def __init__(self):
+    def __init__(self, threads: int, call: Callable[[], None]):
+        self.threads, self.call = threads, call
         self.waiting: list[tuple] = []         # whose, what `waitress` serves
         self.answered: dict[int, str] = {}     # by thread, whose
 
     def __len__(self):
         return len(self.waiting)
 
+    def __bool__(self):
+        """Whether there is something to do for this thread, which has done what it had."""
+        self.answered.pop(threading.get_ident(), None)
+        return self.next() is not None
+
+    def next(self) -> tuple | None:
+        """What is to be answered next, if any of it may be now."""
+        under_way = Counter(self.answered.values())
+        everybody = {name for name, _ in self.waiting} | {*under_way}
+        share = max(self.threads // (len(everybody) + 1), 1)
+        first = min(self.waiting, key=lambda each: under_way[each[0]], default=None)
+        return first if first and under_way[first[0]] < share else None
+
     def append(self, channel) -> None:
         self.waiting.append((whose(channel), channel))
 
     def popleft(self):
-        """What this thread answers next; what it has answered before is done."""
-        self.answered.pop(threading.get_ident(), None)
-        under_way = Counter(self.answered.values())
-        name, channel = next_ = min(self.waiting, key=lambda each: under_way[each[0]])
+        """What this thread answers next."""
+        name, channel = next_ = self.next()
         self.waiting.remove(next_)
         self.answered[threading.get_ident()] = name
+        if self.next():
+            self.call()
         return channel
 
 
@@ -16460,7 +16479,7 @@ def fair_dispatcher(threads: int):
     """The threads of `waitress`, with a line of ours before them."""
     from waitress.task import ThreadedTaskDispatcher
     made = ThreadedTaskDispatcher()
-    made.queue = Line()
+    made.queue = Line(threads, made.queue_cv.notify)
     made.set_thread_count(threads)
     return made
 

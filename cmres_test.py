@@ -5006,25 +5006,62 @@ def test_between_the_events_of_a_calendar_others_write(world, monkeypatch):
     assert seen[:4] == [1, 2, 3, 4]
 
 
+def channel_of(user: str):
+    """A connection with a request of a user, as `waitress` has them."""
+    request = types.SimpleNamespace(headers={'AUTHORIZATION': user})
+    return types.SimpleNamespace(requests=[request], addr=('::1', 1))
+
+
+class Takers:
+    """Threads that take requests from a line and keep them until `gone`."""
+
+    def __init__(self, threads: int, *users: str):
+        self.line = cmres.Line(threads, lambda: self.called.append(1))
+        self.called, self.answered, self.gone = [], [], threading.Event()
+        for user in users:
+            self.line.append(channel_of(user))
+
+    def answer(self):
+        self.answered.append(self.line.popleft().requests[0].headers['AUTHORIZATION'])
+        self.gone.wait()
+
+    def take(self, number: int):
+        for _ in range(number):
+            threading.Thread(target=self.answer, daemon=True).start()
+            until(lambda had=len(self.answered): len(self.answered) > had - 1)
+            until(lambda: len(self.answered) == len(self.line.answered))
+
+
 def test_next_is_answered_who_has_the_fewest_requests_under_way():
-    line, answered = cmres.Line(), []
+    them = Takers(12, 'bad', 'bad', 'bad', 'worse', 'worse', 'good')
+    for number in range(1, 6):
+        them.take(1)
+        until(lambda: len(them.answered) == number)
+    assert them.answered == ['bad', 'worse', 'good', 'bad', 'worse'] and len(them.line) == 1
+    them.gone.set()
 
-    def channel(user):
-        request = types.SimpleNamespace(headers={'AUTHORIZATION': user})
-        return types.SimpleNamespace(requests=[request], addr=('::1', 1))
-    waits = [channel(user) for user in ('bad', 'bad', 'bad', 'worse', 'worse', 'good')]
-    for each in waits:
-        line.append(each)
 
-    def answers():
-        answered.append(line.popleft().requests[0].headers['AUTHORIZATION'])
-        gone.wait()
-    gone, threads = threading.Event(), [threading.Thread(target=answers) for _ in range(5)]
-    for number, each in enumerate(threads, 1):
-        each.start()
-        until(lambda: len(answered) == number)
-    assert answered == ['bad', 'worse', 'good', 'bad', 'worse'] and len(line) == 1
-    gone.set()
+def test_nobody_has_more_threads_than_a_share_that_leaves_one_for_who_comes():
+    them = Takers(8, *['bad'] * 6)
+    for number in range(1, 5):
+        assert them.line
+        them.take(1)
+        until(lambda: len(them.answered) == number)
+    assert not them.line and len(them.line) == 2  # four of eight are theirs, the others are free
+    them.line.append(channel_of('good'))
+    assert them.line and them.line.next()[0] == 'good'
+    them.gone.set()
+
+
+def test_a_thread_that_is_done_frees_its_share_and_wakes_others_for_what_may_follow():
+    line = cmres.Line(4, lambda: woken.append(1))
+    woken: list = []
+    for user in ('one', 'two', 'two'):
+        line.append(channel_of(user))
+    line.popleft()
+    assert woken  # `two` may be answered as well
+    assert line   # this thread asks again: what it had is done
+    assert [line.popleft().requests[0].headers['AUTHORIZATION'] for _ in range(2)] == ['two'] * 2
 
 
 # Service: series #############################################################
