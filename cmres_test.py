@@ -286,7 +286,7 @@ def test_promises_are_made_in_one_place():
     # Migrations, and what is forgotten long after its end, promise nothing.
     for name in ('add_up_told', 'add_whose'):
         makers.pop(name, None)
-    assert makers.pop('Reservations', {}).keys() <= {'forget_occurrence'}
+    assert makers.pop('Records', {}).keys() <= {'forget_occurrence'}
     primitives = {'Ledger', 'release', 'give', 'take', 'admit'}
     assert makers.keys() - primitives == {'Bookings', 'Policy'}
     assert makers['Policy'].keys() == {'hold_if_allowed'}
@@ -2422,7 +2422,7 @@ def brute_force_windows(held: dict, begin: int, until: int, need: tuple) -> tupl
 def test_steps_agree_with_brute_force_over_thousands_of_random_changes(world):
     """THE RULE against a model that looks at every instant; refusals and the kept usage as well."""
     chance, held, refused = random.Random(20), {}, 0
-    place = world.service.resource_row('demo')._replace(vms=12, vcpus=30, ram=60, classes='{"CUSTOM_GPU": 9}')
+    place = world.service.look.resource_row('demo')._replace(vms=12, vcpus=30, ram=60, classes='{"CUSTOM_GPU": 9}')
     for turn in range(4000):
         if held and chance.random() < 0.45:
             begin, until, amount = held.pop(chance.choice(list(held)))
@@ -3830,7 +3830,7 @@ def furnished(world) -> World:
     book(eva, 'other', start=7, end=8, resource='frees')
     book(eva, 'offered', start=7, end=8, resource='frees', wait=True, confirm=hours(1))
     service.delete('other')
-    service.admit_waiting(service.clock())
+    service.waiting.admit_waiting(service.clock())
     service.limit_add(user='bob', most_vms=1)
     service.maintenance_add('demo', NOON + hours(50), hours(1))
     book(service)
@@ -3930,7 +3930,7 @@ def test_what_waits_does_not_become_a_series(service):
         with pytest.raises(Invalid, match='a series can not wait'):
             service.update('waits', repeat='daily', count=3, dry_run=dry_run)
     service.delete('lab')
-    service.admit_waiting(service.clock())
+    service.waiting.admit_waiting(service.clock())
     assert service.check()['differences'] == 0 and service.show('waits')['state'] == 'reserved'
 
 
@@ -4280,9 +4280,9 @@ def test_what_can_never_fit_is_told_before_what_does_not_fit_now(service):
 
 def test_a_refusal_that_is_out_of_date_when_it_is_explained_is_still_a_refusal(service):
     asked = {name: each.default for name, each in API['add'].parameters.items()}
-    wish = service.read_wish(asked | {'label': 'lab', 'resource': 'demo', 'start': NOON + hours(1),
+    wish = service.wishes.read_wish(asked | {'label': 'lab', 'resource': 'demo', 'start': NOON + hours(1),
                                       'end': NOON + hours(2)})
-    with pytest.raises(NoCapacity), service.explaining(wish):
+    with pytest.raises(NoCapacity), service.offers.explaining(wish):
         raise NoCapacity('')  # as admit did, a moment before somebody else cancelled
 
 
@@ -6495,7 +6495,7 @@ def test_carrying_on_again_on_the_same_day_changes_nothing(world, service):
     assert [line for line in dump() if 'INTO "lease"' not in line] == before
     for id in (1, 2):
         with cmres.transaction():
-            service.refresh(id, world.now)
+            service.series.refresh(id, world.now)
     assert (len(starts()), len(starts('other'))) == (367, 53) and service.check()['differences'] == 0
 
 
@@ -6572,7 +6572,7 @@ def test_what_was_changed_on_its_own_or_has_begun_or_is_over_stays_when_a_zone_c
     before = [(each.start, each.end) for each in rows_of()]
     government()
     with cmres.transaction():
-        service.refresh(1, world.now)
+        service.series.refresh(1, world.now)
     after = [(each.start, each.end) for each in rows_of()]
     assert after[:7] == before[:7] and after[7][0] == before[7][0] and after[8:10] == before[8:10]
     assert [a - b for (a, _), (b, _) in zip(after[10:], before[10:])] == [-3600] * 2
@@ -8846,7 +8846,7 @@ def test_any_sequence_of_waiting_limits_and_capacities_is_as_lists_would_have_it
         waits = {each['label'] for each in world.service.list(state=['waiting'])}
         assert waits == {entry[4] for entry in plan.line if entry[3][2] > plan.now}
         for at in range(plan.now, plan.now + 24):
-            assert cmres.level(world.service.resource_row('demo').id, (NOON + hours(at)).timestamp()).vms == (
+            assert cmres.level(world.service.look.resource_row('demo').id, (NOON + hours(at)).timestamp()).vms == (
                 plan.held(at) + 16 - plan.room(at))
     cmres.close_store()
 
@@ -8891,7 +8891,7 @@ for n in range(30):
         service.delete(here[0])
         mine.remove(here[0])
     with cmres.transaction():
-        service.admit_waiting(now[0])
+        service.waiting.admit_waiting(now[0])
 print('done')
 """
 
@@ -8934,7 +8934,7 @@ def test_who_is_let_in_and_kept_others_back_is_followed_by_the_first_of_them(tmp
     book(world.service, 'all', resource='ten', vms=7)
     for label, vms, priority in (('large', 5, 1), ('kept', 2, 1)):
         book(world.service, label, resource='ten', vms=vms, priority=priority, wait=True)
-    world.service.admit_waiting(world.now)
+    world.service.waiting.admit_waiting(world.now)
     for label, priority in (('early', 2), ('late', 0)):
         book(world.service, label, resource='ten', vms=1, priority=priority, wait=True)
     world.cycle.settle()
@@ -14512,7 +14512,7 @@ def test_cells_fill_a_time_line_also_where_clocks_change(view, zone, at):
 
 
 def test_peaks_are_those_of_each_span(world):
-    chance, place = random.Random(5), world.service.resource_row('demo')
+    chance, place = random.Random(5), world.service.look.resource_row('demo')
     for _ in range(60):
         begin = chance.randrange(0, 900)
         cmres.hold(place.id, begin, begin + chance.randrange(1, 200), Amount(*(chance.randrange(1, 5) for _ in range(3))))
