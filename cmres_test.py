@@ -10578,6 +10578,70 @@ def test_a_notice_is_tried_until_it_arrives_and_follows_no_redirect(tmp_path):
     inbox.server.shutdown()
 
 
+def refusing(monkeypatch, said, *dead):
+    """Lets notices fail that go to some targets, and counts them."""
+    def deliver(config, notice, about):
+        said.append((notice.target, notice.event))
+        if notice.target in dead:
+            raise cmres.Undelivered('refused')
+    monkeypatch.setattr(cmres, 'deliver', deliver)
+
+
+def told_for(world, length: float, step=60):
+    """Lets passes be made for so many hours, one a minute."""
+    for _ in range(int(length * 3600 / step)):
+        world.now += step
+        world.cycle.settle()
+
+
+def test_a_target_that_is_dead_is_asked_seldom_and_told_at_once_when_it_is_well(world, monkeypatch):
+    dead, said = ['http://dead.example.org'], []
+    refusing(monkeypatch, said, *dead)
+    for number in range(5):
+        book(world.as_user(), f'lab-{number}', 200 + number, 201 + number, notify=dead)
+    told_for(world, 6)
+    assert len(said) < 20
+    said.clear()
+    told_for(world, 6)
+    assert len(said) <= 8 and {event for _, event in said} == {said[0][1]}
+    refusing(monkeypatch, said)
+    told_for(world, 1.3)
+    assert not cmres.rows('SELECT id FROM outbox WHERE due IS NOT NULL')
+
+
+def test_what_comes_after_a_notice_that_was_given_up_is_tried_as_seldom(world, monkeypatch):
+    dead, said = ['http://dead.example.org'], []
+    refusing(monkeypatch, said, *dead)
+    for number in range(3):
+        book(world.as_user(), f'lab-{number}', 200 + number, 201 + number, notify=dead)
+    world.now += 80 * 3600
+    book(world.as_user(), 'new', 300, 301, notify=dead)
+    told_for(world, 1, 10)
+    given_up, waits = cmres.row('SELECT count(*) AS n FROM outbox WHERE due IS NULL').n, cmres.rows(
+        'SELECT tries FROM outbox WHERE due IS NOT NULL')
+    assert given_up == 3 and len(waits) == 1 and len(said) < 12
+    said.clear()
+    told_for(world, 3)
+    assert len(said) <= 4
+
+
+def test_whoever_is_well_again_gets_what_waited_for_it_of_all_owners(world, monkeypatch):
+    dead, said = 'http://dead.example.org', []
+    refusing(monkeypatch, said, f'{dead}/a', f'{dead}/b', 'http://other.example.org')
+    for user, target in (('ann', f'{dead}/a'), ('tom', f'{dead}/b'), ('eva', 'http://other.example.org')):
+        book(world.as_user(user), user, 200, 201, notify=[target])
+    told_for(world, 5)
+    refusing(monkeypatch, said, 'http://other.example.org')
+    first = cmres.row("SELECT min(due) AS due FROM outbox WHERE due IS NOT NULL AND target LIKE ?", f'{dead}%').due
+    said.clear()
+    world.now = first
+    world.cycle.settle()
+    world.cycle.settle()
+    assert {target for target, _ in said} >= {f'{dead}/a', f'{dead}/b'}
+    left = cmres.rows('SELECT target FROM outbox WHERE due IS NOT NULL')
+    assert {each.target for each in left} <= {'http://other.example.org'}
+
+
 def test_a_notice_does_not_reach_into_private_networks(world):
     inbox = Inbox()
     boot(world, notify=[inbox.url])
