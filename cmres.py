@@ -1967,15 +1967,14 @@ def guarded_by_role(method):
 
     A method that has the parameter `asked` gets there all its arguments by name.
     """
-    signature = inspect.signature(method)
+    usual = {name: each.default for name, each in inspect.signature(method).parameters.items()}
+    names = [name for name in usual if name not in ('self', 'asked')]
 
     @functools.wraps(method)
     def checked(self, *args, **kwargs):
-        if 'asked' in signature.parameters:
-            bound = signature.bind(self, *args, **kwargs)
-            bound.apply_defaults()
-            kwargs['asked'] = {name: value for name, value in bound.arguments.items()
-                               if name not in ('self', 'asked')}
+        if 'asked' in usual:
+            given = dict(zip(names, args)) | kwargs
+            kwargs['asked'] = {name: usual[name] for name in names} | given
         needed = API[method.__name__].role
         if ROLES.index(self.actor.role) < ROLES.index(needed):
             raise Forbidden(f"{API[method.__name__].words} needs the role {needed}; "
@@ -3444,9 +3443,6 @@ class Resource(Table):
     removed = peewee.IntegerField(null=True)
 
 
-Resource.add_index(Resource.index(Resource.name, unique=True, where=Resource.removed.is_null()))
-
-
 class Reservation(Table):
     label = peewee.CharField()
     user = peewee.CharField()
@@ -3494,10 +3490,6 @@ class Reservation(Table):
         indexes = ((('label', 'project', 'over'), False),)
 
 
-Reservation.add_index(Reservation.index(Reservation.uid, where=Reservation.uid.is_null(False),
-                                        name='reservation_uid'))
-
-
 class Occurrence(Table):
     reservation = peewee.ForeignKeyField(Reservation, index=False)
     # the wall time at which a series has it: its key; '' if it is the only one
@@ -3542,34 +3534,6 @@ ORDERS = {'series': ('reservation_id, due IS NULL, start', ''), 'due': ('due', '
     '_'.join(filter(None, (by, half))): (', '.join((*columns, 'start')), rows)
     for by, columns in WALKED.items() for half, rows in HALVES.items()}
 
-for _name, (_columns, _rows) in ORDERS.items():
-    Occurrence.add_index(peewee.SQL(f'CREATE INDEX IF NOT EXISTS occurrence_{_name} ON occurrence '
-                                    f'({_columns})' + (f' WHERE {_rows}' if _rows else '')))
-# What has ended; where its end is still to come, a wrong clock has ended it.
-Occurrence.add_index(Occurrence.index(
-    Occurrence.end, where=Occurrence.due.is_null() & Occurrence.cancelled.is_null(),
-    name='occurrence_ended'))
-
-
-Reservation.add_index(Reservation.index(Reservation.request, where=Reservation.request != '',
-                                        name='reservation_request'))
-Reservation.add_index(Reservation.index(Reservation.waiting,
-                                        where=Reservation.waiting.is_null(False),
-                                        name='reservation_waiting'))
-Reservation.add_index(Reservation.index(
-    Reservation.over, Reservation.carried, where=Reservation.series != '',
-    name='reservation_series'))
-Reservation.add_index(Reservation.index(Reservation.pending,
-                                        where=Reservation.pending.is_null(False),
-                                        name='reservation_pending'))
-Reservation.add_index(Reservation.index(Reservation.lead, where=Reservation.lead > 0,
-                                        name='reservation_lead'))
-Reservation.add_index(Reservation.index(Reservation.server, where=Reservation.server != '',
-                                        name='reservation_server'))
-Reservation.add_index(Reservation.index(Reservation.subscription, Reservation.over,
-                                        name='reservation_subscription',
-                                        where=Reservation.subscription.is_null(False)))
-
 
 class Texts(Table):
     """How many characters of long texts the reservations of a project have; triggers count them."""
@@ -3596,10 +3560,6 @@ class Capacity(Table):
     removed = peewee.IntegerField(null=True)
 
 
-Capacity.add_index(Capacity.index(Capacity.end, where=Capacity.removed.is_null(),
-                                  name='capacity_end'))
-
-
 class Proposal(Table):
     """A change that takes more of what needs approval; until it has it, all stays as it is."""
     reservation = peewee.ForeignKeyField(Reservation)
@@ -3612,9 +3572,6 @@ class Proposal(Table):
     wish = peewee.TextField()                    # JSON: what the reservation would be
     shown = peewee.TextField()                   # JSON: what of that is told to people
     until = peewee.IntegerField()                # it is dropped then
-
-
-Proposal.add_index(Proposal.index(Proposal.until, name='proposal_until'))
 
 
 class ExtraHold(Table):
@@ -3639,12 +3596,6 @@ class Wait(Table):
     since = peewee.IntegerField()
     limited = peewee.BooleanField(default=False)  # it is not room that it lacks
     due = peewee.DoubleField()
-
-
-Wait.add_index(Wait.index(Wait.resource, Wait.until, name='wait_there'))
-Wait.add_index(Wait.index(Wait.resource, Wait.since, name='wait_since'))
-Wait.add_index(Wait.index(Wait.due, name='wait_due'))
-Wait.add_index(Wait.index(Wait.limited, where=Wait.limited, name='wait_limited'))
 
 
 class Limit(Table):
@@ -3707,15 +3658,6 @@ class Server(Table):
     due = peewee.DoubleField(null=True)
 
 
-Server.add_index(Server.index(Server.account, where=Server.state == 'kept', name='server_kept'))
-Server.add_index(Server.index(Server.due, where=Server.due.is_null(False), name='server_due'))
-Server.add_index(Server.index(Server.occurrence, Server.n, name='server_of'))
-Server.add_index(Server.index(Server.account, where=Server.state != 'deleted', name='server_there'))
-Server.add_index(Server.index(Server.deleted, name='server_deleted'))
-Server.add_index(Server.index(Server.planned, name='server_planned'))
-Server.add_index(Server.index(Server.uid, where=Server.uid.is_null(False), name='server_uid'))
-
-
 class Claim(Table):
     """A server that Nova was let boot on a resource; it counts until it is gone."""
     resource = peewee.ForeignKeyField(Resource, index=False)
@@ -3730,14 +3672,6 @@ class Claim(Table):
     at = peewee.DoubleField()
     due = peewee.DoubleField(null=True)  # when it is looked for next; NULL: it is gone
     gone = peewee.DoubleField(null=True)
-
-
-Claim.add_index(Claim.index(Claim.resource, Claim.server, unique=True, name='claim_server'))
-Claim.add_index(Claim.index(Claim.occurrence, Claim.due, name='claim_of'))
-Claim.add_index(Claim.index(Claim.resource, Claim.occurrence, where=Claim.due.is_null(False),
-                            name='claim_there'))
-Claim.add_index(Claim.index(Claim.gone, name='claim_gone'))
-Claim.add_index(Claim.index(Claim.due, where=Claim.due.is_null(False), name='claim_due'))
 
 
 class Tally(Table):
@@ -3769,10 +3703,6 @@ class Token(Table):
     last_used = peewee.IntegerField(null=True)  # to about a minute
     scopes = peewee.CharField(default='')       # with commas between; '': all that its role may
     resource = peewee.ForeignKeyField(Resource, index=False, null=True)  # the only one
-
-
-Token.add_index(Token.index(Token.user, Token.project, where=Token.revoked.is_null(),
-                            name='token_of'))
 
 
 class Session(Table):
@@ -3829,14 +3759,6 @@ class Subscription(Table):
     added = peewee.IntegerField()
 
 
-Feed.add_index(Feed.index(Feed.user, Feed.project, where=Feed.revoked.is_null(), name='feed_of'))
-Subscription.add_index(Subscription.index(
-    Subscription.user, Subscription.project, where=Subscription.due.is_null(False),
-    name='subscription_of'))
-Subscription.add_index(Subscription.index(Subscription.due, where=Subscription.due.is_null(False),
-                                          name='subscription_due'))
-
-
 class Event(Table):
     at = peewee.DoubleField()
     actor = peewee.CharField()
@@ -3849,10 +3771,6 @@ class Event(Table):
     resource = peewee.ForeignKeyField(Resource, index=False, null=True)  # of what was refused
 
 
-Event.add_index(Event.index(Event.project, where=Event.project != '', name='event_project'))
-Event.add_index(Event.index(Event.at, where=Event.code == 'refused', name='event_refused'))
-
-
 class Outbox(Table):
     """A notice on its way: sent when it is written down with its event, until it has arrived."""
     event = peewee.ForeignKeyField(Event, index=False)
@@ -3861,10 +3779,6 @@ class Outbox(Table):
     tries = peewee.IntegerField(default=0)
     due = peewee.DoubleField(null=True)  # NULL: it has arrived, or was given up
     fault = peewee.TextField(default='')
-
-
-Outbox.add_index(Outbox.index(Outbox.event, name='outbox_event'))
-Outbox.add_index(Outbox.index(Outbox.due, where=Outbox.due.is_null(False), name='outbox_due'))
 
 
 class Mailed(Table):
@@ -3904,6 +3818,48 @@ class SimulatedServer(Table):
 TABLES = [Resource, Reservation, Occurrence, Texts, Capacity, Proposal, ExtraHold, Wait, Limit,
           Step, Server, Claim, Tally, Token, Session, OnceDone, Feed, Subscription, Event, Outbox,
           Mailed, Lease, Fact, SimulatedServer]
+
+#: Indexes that fields don't tell of. `occurrence_ended` finds what a wrong clock has ended.
+INDEXES = '''
+  capacity_end ON capacity ("end") WHERE removed IS NULL;
+  claim_due ON claim (due) WHERE due IS NOT NULL;
+  claim_gone ON claim (gone);
+  claim_of ON claim (occurrence, due);
+  claim_there ON claim (resource_id, occurrence) WHERE due IS NOT NULL;
+  event_project ON event (project) WHERE project != '';
+  event_refused ON event (at) WHERE code = 'refused';
+  feed_of ON feed (user, project) WHERE revoked IS NULL;
+  occurrence_ended ON occurrence ("end") WHERE due IS NULL AND cancelled IS NULL;
+  outbox_due ON outbox (due) WHERE due IS NOT NULL;
+  outbox_event ON outbox (event_id);
+  proposal_until ON proposal (until);
+  reservation_lead ON reservation (lead) WHERE lead > 0;
+  reservation_pending ON reservation (pending) WHERE pending IS NOT NULL;
+  reservation_request ON reservation (request) WHERE request != '';
+  reservation_series ON reservation (over, carried) WHERE series != '';
+  reservation_server ON reservation (server) WHERE server != '';
+  reservation_subscription ON reservation (subscription, over) WHERE subscription IS NOT NULL;
+  reservation_uid ON reservation (uid) WHERE uid IS NOT NULL;
+  reservation_waiting ON reservation (waiting) WHERE waiting IS NOT NULL;
+  server_deleted ON server (deleted);
+  server_due ON server (due) WHERE due IS NOT NULL;
+  server_kept ON server (account) WHERE state = 'kept';
+  server_of ON server (occurrence_id, n);
+  server_planned ON server (planned);
+  server_there ON server (account) WHERE state != 'deleted';
+  server_uid ON server (uid) WHERE uid IS NOT NULL;
+  subscription_due ON subscription (due) WHERE due IS NOT NULL;
+  subscription_of ON subscription (user, project) WHERE due IS NOT NULL;
+  token_of ON token (user, project) WHERE revoked IS NULL;
+  wait_due ON wait (due);
+  wait_limited ON wait (limited) WHERE limited;
+  wait_since ON wait (resource_id, since);
+  wait_there ON wait (resource_id, until)''' + ''.join(
+    f';\n  occurrence_{name} ON occurrence ({columns})' + (f' WHERE {which}' if which else '')
+    for name, (columns, which) in ORDERS.items())
+UNIQUE = ('claim_server ON claim (resource_id, server)',
+          'resource_name ON resource (name) WHERE removed IS NULL')
+
 
 #: What brings an older store up to the models above, one function a version. None reads the models,
 #: which tell of today: each names its tables and columns.
@@ -4050,6 +4006,10 @@ def make_tables() -> None:
     with transaction():
         if db.user_version == 0:
             db.create_tables(TABLES)
+            for index in INDEXES.split(';'):
+                run(f'CREATE INDEX {index}')
+            for index in UNIQUE:
+                run(f'CREATE UNIQUE INDEX {index}')
             for trigger in TRIGGERS:
                 run(trigger)
             insert(Fact, name='store', value=secrets.token_hex(4))
@@ -5274,7 +5234,7 @@ def walk(now: float, ways: Iterable[tuple[str, str]], where: list, limit: int,
       where: conditions on o, each with the values of its parameters
     """
     count = itertools.count(2)
-    common = ''.join(f' AND {text}' for text, *_ in where)
+    common = all_of(where)
     # they stand in the text once for each way
     common = re.sub(r'\?(?!1\b)', lambda _: f'?{next(count)}', common)
     ones = ' UNION '.join(f'SELECT o.start, o.id FROM occurrence o INDEXED BY occurrence_{way} '
@@ -5288,6 +5248,11 @@ def ids_by(ways: Iterable[tuple[str, str]]) -> str:
     """The query of the ids of occurrences by some ORDERS, with conditions without parameters."""
     return ' UNION ALL '.join(f'SELECT o.id FROM occurrence o INDEXED BY occurrence_{way} WHERE '
                               f'{condition}' for way, condition in ways)
+
+
+def all_of(where: list) -> str:
+    """Conditions, as `given` takes them, behind another one."""
+    return ''.join(f' AND {text}' for text, *_ in where)
 
 
 def given(where: list) -> list:
@@ -5709,13 +5674,6 @@ def release(resource: int, begin: int, until: int, amount: Amount) -> None:
 def fits(resource, begin: float, until: float, amount: Amount) -> bool:
     """Whether a resource row has room for an amount during all of a window."""
     return (peak(resource.id, begin, until, amount.names) + amount).within(capacity(resource))
-
-
-def admit(resource, begin: int, until: int, amount: Amount, now: float) -> None:
-    """Holds an amount if it fits from now on (the past is no obstacle), else NoCapacity."""
-    if not fits(resource, max(begin, int(now)), until, amount):
-        raise NoCapacity('')
-    hold(resource.id, begin, until, amount)
 
 
 def give(pieces: Iterable[Hold]) -> None:
@@ -8495,6 +8453,9 @@ SOON, READY, ENDING, FOREIGN, UNUSED, SHORT, LEFT, FAILED = 1, 2, 4, 8, 16, 32, 
 CLOUDY = ('flavor', 'image', 'network', 'key', 'security_groups', 'server')
 #: The fields of a reservation that a machine is made of; they are fixed once it has begun.
 FIXED = (*CLOUDY, 'resource', 'start', 'lead', 'user_data', 'metadata', 'host')
+#: What a wish has as it is asked for.
+SAME = frozenset(('label', 'vms', 'flavor', 'image', 'network', 'key', 'user_data', 'description',
+                  'repeat', 'on_conflict'))
 STORED = ('label', 'user', 'project', *CLOUDY, 'user_data', 'metadata', 'at_end', 'notify', 'lead',
           'description', 'personal', 'repeat', 'tz', 'on_conflict', 'host', 'trusted')
 #: What a project keeps only so much of.
@@ -8577,15 +8538,37 @@ def public(found) -> dict:
     return shown
 
 
-def cut_short(text: str, most: int = 200) -> str:
-    return text if len(text) <= most else f'{text[:most - 3]}...'
+def refuse_unknown_word(name: str, word: str, known: Iterable[str], *also: str) -> None:
+    """Invalid if an argument is none of some words; it names them and the nearest."""
+    if word not in (*known, *also):
+        raise Invalid(f"{name}: '{word}' is none of {', '.join(known)}{nearest(word, known)}")
+
+
+def in_several(label: str, found: Iterable) -> Conflict:
+    """The refusal of a label that several projects have."""
+    projects = ', '.join(sorted({each.project for each in found}))
+    return Conflict(f"'{label}' is in several projects ({projects}); name one with --project")
+
+
+def seconds_of(length: timedelta | None) -> int:
+    return int(length.total_seconds()) if length else 0
+
+
+WHOSE = ('label', 'user', 'project', 'vms', 'start', 'end')
+
+
+def some_of_public(found, *names: str) -> dict:
+    """Some fields of a row, as an answer shows them."""
+    shown = public(found)
+    return {name: shown[name] for name in names}
 
 
 def in_lines(found: Iterable) -> list[dict]:
     """Rows as an answer of many shows them: descriptions are cut, long metadata is left out."""
-    return [public(each._replace(description=cut_short(each.description),
-                                 metadata=each.metadata if len(each.metadata) <= 1000 else '{}'))
-            for each in found]
+    return [public(each._replace(
+        description=each.description if len(each.description) <= 200
+        else f'{each.description[:197]}...',
+        metadata=each.metadata if len(each.metadata) <= 1000 else '{}')) for each in found]
 
 
 @functools.lru_cache
@@ -8614,11 +8597,6 @@ def in_figures(amount: Amount) -> dict:
     """An amount with the names of its figures."""
     return dict(zip(FIGURES, amount)) | {
         name: each for name, each in amount.classes if name not in (OTHERS, CLOSED)}
-
-
-def added_host(whole: Amount, name: str) -> Amount:
-    """What a host holds, and the host itself, which is there once."""
-    return whole + Amount(classes=((HOST + name, 1),))
 
 
 def known_classes(before: str, given: dict | None) -> str:
@@ -8663,10 +8641,6 @@ FROM_EXTRA = ('FROM extra_hold x WHERE EXISTS (SELECT 1 FROM reservation r WHERE
 #: By whom and what counts against limits: the columns of user, project, reservation and resource.
 OF_OCCURRENCE = ('o.of_user', 'o.of_project', 'o.reservation_id', 'o.resource_id')
 OF_EXTRA = ('r.user', 'r.project', 'r.id', 'x.resource_id')
-
-
-def in_words_of(seconds: int | None) -> str:
-    return format_duration(seconds or 0)
 
 
 def hashed(token: str) -> str:
@@ -8779,6 +8753,11 @@ class Service:
         """Appends an event in the name of the actor; inside the transaction of what it tells."""
         journal(self.config, now, self.actor.user, code, sentence, reservation, notify, occurrence)
 
+    def tell(self, now: float, code: str, sentence: str, found,
+             occurrence: int | None = None) -> None:
+        """Appends an event about a row that tells its reservation and whom to notify."""
+        self.journal(now, code, sentence, found.reservation, json.loads(found.notify), occurrence)
+
     def resolve(self, start, end) -> tuple[int, int]:
         """The seconds of a window: a length as start counts from now, as end from the start."""
         start = self.here.now + start if isinstance(start, timedelta) else start
@@ -8832,13 +8811,13 @@ class Lookup:
     def __init__(self, service: Service):
         self.service = service
 
-    def visible(self) -> list:
-        """The condition that keeps an actor to what is theirs."""
-        own = [] if self.service.actor.role == ADMIN else [('r.project = ?',
-                                                            self.service.actor.project)]
+    def visible(self, project: str = '') -> list:
+        """The conditions that keep an actor to what is theirs, and to a project."""
+        actor = self.service.actor
         one = 'EXISTS (SELECT 1 FROM occurrence WHERE reservation_id = r.id AND resource_id = ?)'
-        return own if self.service.actor.resource is None else [*own,
-                                                                (one, self.service.actor.resource)]
+        return [*([] if actor.role == ADMIN else [('r.project = ?', actor.project)]),
+                *([] if actor.resource is None else [(one, actor.resource)]),
+                *([('r.project = ?', project)] if project else [])]
 
     def window(self, start, end) -> list:
         """The conditions on occurrences that overlap a window, either end of which may lack."""
@@ -8848,13 +8827,13 @@ class Lookup:
 
     def labelled(self, label: str, project: str = '') -> list[int]:
         """The reservations of a label, or parts of such a request; the latest first."""
-        where = [*self.visible(), *([('r.project = ?', project)] if project else [])]
-        also = ''.join(f' AND {text}' for text, _ in where)
+        where = self.visible(project)
+        also = all_of(where)
+        both = [label, *given(where)] * 2
         return [each.id for each in rows(
-            f"SELECT id FROM reservation r WHERE label = ?{also} UNION SELECT id FROM reservation "
-            f"r WHERE request = ? "
-            f"AND request <> ''{also} ORDER BY id DESC", label, *given(where), label,
-            *given(where))]
+            f'SELECT id FROM reservation r WHERE label = ?{also} UNION '
+            f"SELECT id FROM reservation r WHERE request = ? AND request <> ''{also} "
+            'ORDER BY id DESC', *both)]
 
     def newest_deed(self, label: str, project: str = '') -> int | None:
         """The newest event of what people did to the reservations of a label; None without any."""
@@ -8868,8 +8847,8 @@ class Lookup:
 
         What is not over comes first, then what is one's own, then the latest.
         """
-        where = [*self.visible(), *([('r.project = ?', project)] if project else [])]
-        also, values = ''.join(f' AND {text}' for text, _ in where), [value for _, value in where]
+        where = self.visible(project)
+        also, values = all_of(where), given(where)
         parts = rows('SELECT id, label, project, over, added, host, flavor FROM reservation r '
                      f"WHERE request = ? AND request <> ''{also} ORDER BY id", label, *values)
         if not parts:
@@ -8880,9 +8859,7 @@ class Lookup:
         meant = live or parts + plain
         meant = [each for each in meant if each.project == self.service.actor.project] or meant
         if len({each.project for each in meant}) > 1:
-            projects = ', '.join(sorted({each.project for each in meant}))
-            raise Conflict(f"'{label}' is in several projects ({projects}); name one with "
-                           f"--project")
+            raise in_several(label, meant)
         latest = max(meant, key=lambda each: (each.added, each.id))
         return ([each for each in meant if each in parts and each.added == latest.added]
                 if latest in parts else [])
@@ -8890,7 +8867,7 @@ class Lookup:
     def search(self, where: list, state: Iterable[str] = (), limit: int = -1,
                tail: str = 'ORDER BY start, id', fields: str = LISTING) -> list:
         """Rows of the listing that meet all conditions, a page of them."""
-        condition = ' AND '.join(text for text, *_ in where) or '1'
+        condition = f'1{all_of(where)}'
         in_state = f"state IN ({', '.join('?' * len(state))})" if state else '1'
         found = listing(self.service.clock(), condition, (*given(where), *state), in_state,
                         f'{tail} LIMIT {limit}', fields)
@@ -8978,9 +8955,8 @@ class Lookup:
         """The one reservation of that label that the actor means: not over, else (unless `live`)
         the latest; of a series the present or next occurrence, or the one at an instant or date.
         """
-        where = [('r.label = ?', label), *self.visible(),
-                 *([('r.project = ?', project)] if project else [])]
-        known = (f"SELECT r.id FROM reservation r WHERE {' AND '.join(text for text, _ in where)} "
+        where = [('r.label = ?', label), *self.visible(project)]
+        known = (f'SELECT r.id FROM reservation r WHERE 1{all_of(where)} '
                  'AND EXISTS (SELECT 1 FROM occurrence WHERE reservation_id = r.id)')
         found = [self.next_of(each.id)
                  for each in rows(f'{known} AND r.over > ? ORDER BY r.id', *given(where),
@@ -8995,9 +8971,7 @@ class Lookup:
             usable = [self.next_of(past.id)]
         usable = [each for each in usable if each.project == self.service.actor.project] or usable
         if len(usable) > 1:
-            projects = ', '.join(sorted(each.project for each in usable))
-            raise Conflict(f"'{label}' is in several projects ({projects}); name one with "
-                           f"--project")
+            raise in_several(label, usable)
         this = isinstance(occurrence, datetime) and occurrence.timestamp() == usable[0].start
         if this or not occurrence:
             return usable[0]
@@ -9116,7 +9090,7 @@ class Lookup:
 
     def kept_servers(self, label: str, project: str) -> list:
         """The servers that stay after their end, of a label or all, that the actor may see."""
-        where = [*self.visible(), *([('r.project = ?', project)] if project else [])]
+        where = self.visible(project)
         where += [self.among('r.id', self.labelled(label))] if label else []
         return rows(f"""SELECT v.name, r.label, r.project, r.user, iif(v.goal = 'stop', 'stopped',
           'shelved') AS state,
@@ -9124,8 +9098,8 @@ class Lookup:
                           FROM server v JOIN occurrence o ON o.id = v.occurrence_id
                           JOIN reservation r ON r.id = o.reservation_id
                          WHERE v.state = 'kept'
-                           AND NOT v.borrowed{''.join(f' AND {text}' for text, _ in where)}
-                         ORDER BY v.id""", *(value for _, value in where))
+                           AND NOT v.borrowed{all_of(where)}
+                         ORDER BY v.id""", *given(where))
 
 
 # Wishes ######################################################################
@@ -9151,41 +9125,53 @@ class Wishes:
           key: the slot from which on they change
           place: the row of its resource, where that is known
         """
-        lead = int((asked['lead'] or timedelta(0)).total_seconds())
+        lead = seconds_of(asked['lead'])
         start, end = self.resolve_window(asked, old, lead)
-        if old and self.service.actor.role != ADMIN and asked['user'] != old.user:
-            raise Forbidden(f"only an admin may give a reservation of '{old.user}' to somebody "
-                            f"else")
-        user, project = (asked['user'], old.project) if old else self.service.owner(asked)
-        place, warnings = place or self.look.resource_at(asked), []
+        user, project = self.owner_of(asked, old)
+        place, warnings, changes = place or self.look.resource_at(asked), [], set(changes)
         self.refuse_unbootable(asked, place)
         if 'notify' in changes:
             self.refuse_untellable(asked['notify'])
+        each, made_of = self.made_of(asked | {'project': project}, old, place, changes, warnings)
+        same = {name: asked[name] for name in Wish._fields if name in SAME}
+        wish = Wish(
+            **same, user=user, project=project, resource=place, start=start, end=end, lead=lead,
+            security_groups=[*asked['security_groups']], metadata=dict(asked['metadata'] or {}),
+            at_end=asked['at_end'] or ('stop' if made_of['server'] else 'delete'),
+            notify=[*asked['notify']], personal=bool(asked['personal']), tz=old.tz if old else '',
+            stretches=[], each=each, warnings=warnings, **made_of)
+        if stretches and 'repeat' not in changes:
+            stretches = self.moved_stretches(wish, asked, old, stretches, key, changes)
+            stretches = self.ended_stretches(stretches, asked, changes, warnings)
+            return wish._replace(stretches=stretches, repeat=stretches[-1].rule)
+        again = REPEATING & {name for name in changes if asked.get(name)}
+        return self.repeating(wish, asked, old, stretches, key, changes) if again else wish
+
+    def made_of(self, asked: dict, old, place, changes: set, warnings: list) -> tuple[Amount, dict]:
+        """What one machine takes; which server it is, which host is reserved, whom one trusts."""
         asks = {'resource', 'host', *CLOUDY} | ({'vms'} if asked.get('host') else set())
-        if old and not asks & set(changes):
+        if old and not asks & changes:
             each, server = Amount(1) if old.host else amount_of(old) // old.vms, old.server
             trusted = asked['trusted']
         else:
             kept = asked['trusted'] if old and old.cloud == place.cloud else []
-            found = self.ask_cloud(place, asked | {'project': project, 'trusted': kept}, warnings)
+            found = self.ask_cloud(place, asked | {'trusted': kept}, warnings)
             each, server = self.each_takes(found), found['server'].id if 'server' in found else ''
-            new = set(changes) if old else {'resource'}
-            trusted = self.trusted(asked | {'server': server}, kept, new)
-        wish = Wish(asked['label'], user, project, place, start, end, asked['vms'], asked['flavor'],
-                    asked['image'], asked['network'], asked['key'], [*asked['security_groups']],
-                    asked['user_data'], dict(asked['metadata'] or {}), server,
-                    asked['at_end'] or ('stop' if server else 'delete'), [*asked['notify']], lead,
-                    asked['description'], bool(asked['personal']), asked['repeat'],
-                    old.tz if old else '', asked['on_conflict'], [], each, warnings, *(
-                        (old.host, amount_of(old)) if old and old.host
-                        and not {*asks, 'vms'} & set(changes)
-                        else self.whole_host(place, asked, each)), trusted=trusted)
-        if stretches and not {'repeat'} & set(changes):
-            stretches = self.moved_stretches(wish, asked, old, stretches, key, changes)
-            stretches = self.ended_stretches(stretches, asked, changes, warnings)
-            return wish._replace(stretches=stretches, repeat=stretches[-1].rule)
-        return self.repeating(wish, asked, old, stretches, key, changes) if REPEATING & {
-            name for name in changes if asked.get(name)} else wish
+            trusted = self.trusted(asked | {'server': server}, kept, changes if old
+                                   else {'resource'})
+        same_host = old and old.host and not {*asks, 'vms'} & changes
+        host, whole = ((old.host, amount_of(old)) if same_host
+                       else self.whole_host(place, asked, each))
+        return each, {'server': server, 'host': host, 'whole': whole, 'trusted': trusted}
+
+    def owner_of(self, asked: dict, old) -> tuple[str, str]:
+        """Whose a reservation will be: user and project."""
+        if not old:
+            return self.service.owner(asked)
+        if self.service.actor.role != ADMIN and asked['user'] != old.user:
+            raise Forbidden(
+                f"only an admin may give a reservation of '{old.user}' to somebody else")
+        return asked['user'], old.project
 
     def resolve_window(self, asked: dict, old, lead: int) -> tuple[int, int]:
         """Start and end in seconds; without a new end, one that is moved keeps its length."""
@@ -9221,9 +9207,7 @@ class Wishes:
         if has and asked['vms'] != 1:
             raise Invalid(f"vms: a server is one machine, not {asked['vms']}")
         ends = ENDS[1:3] if has else ENDS
-        if asked['at_end'] not in ('', *ends):
-            raise Invalid(f"at_end: '{asked['at_end']}' is none of "
-                          f"{', '.join(ends)}{nearest(asked['at_end'], ends)}")
+        refuse_unknown_word('at_end', asked['at_end'], ends, '')
         for target in asked['notify']:
             if (not re.fullmatch(r'https?://\S+|[^@\s,<>]+@[^@\s,<>]+', target)
                 or len(asked['notify']) > 10):
@@ -9291,7 +9275,7 @@ class Wishes:
             raise Invalid(f"vms: {asked['vms']} machines of {asked['flavor']} are more than the "
                           f"host '{name}' holds: "
                           f"{', '.join(f'{most} {figure}' for figure, most in holds.items())}")
-        return name, added_host(whole, name)
+        return name, whole + Amount(classes=((HOST + name, 1),))  # the host itself is there once
 
     def unaltered(self, old) -> dict:
         """What `add` would have to be asked to get the same reservation."""
@@ -9304,9 +9288,9 @@ class Wishes:
         clash = old.on_conflict if old.on_conflict.startswith('shift') else 'skip'
         kept = {name: self.unaltered(old)[name] for name in STORED} | {'lead': old.lead}
         return Wish(resource=None, start=old.start, end=old.end, vms=old.vms,
-                    stretches=self.look.stretches(old.reservation), each=amount_of(old) // old.vms,
-                    warnings=[], whole=amount_of(old) if old.host else None,
-                    **kept | {'on_conflict': clash})
+                    stretches=self.look.stretches(old.reservation) if old.repeats else [],
+                    each=amount_of(old) // old.vms, warnings=[],
+                    whole=amount_of(old) if old.host else None, **kept | {'on_conflict': clash})
 
     def repeating(self, wish: Wish, asked: dict, old, stretches: list[Stretch], key: str,
                   changes: Iterable[str]) -> Wish:
@@ -9422,7 +9406,8 @@ class Wishes:
             return source
         try:
             status, _, body = self.service.shares.ask(f'the host {host_of(source)}',
-                                              lambda: fetch(self.service.config, source, {}))
+                                                      lambda: fetch(self.service.config, source,
+                                                                    {}))
         except (Undelivered, CloudError) as error:
             raise Unavailable(f'the calendar could not be fetched: {error}') from None
         if status != 200:
@@ -9508,8 +9493,7 @@ class Reasons:
     def in_brief_for_actor(self, found) -> dict:
         """When an occurrence holds how much; whose it is, only for those who may see it."""
         seen = self.service.actor.role == ADMIN or found.project == self.service.actor.project
-        fields = ('label', 'user', 'project', 'vms', 'start', 'end')[0 if seen else 3:]
-        return {name: value for name, value in public(found).items() if name in fields}
+        return some_of_public(found, *WHOSE[0 if seen else 3:])
 
     def in_the_way(self, wish: Wish, lack: Lack | None, own: int) -> dict:
         """At most ten of what takes what is lacking; of others' only how much and when."""
@@ -9649,13 +9633,13 @@ class Limits:
         stays = old and (not limit.resource_id or old.resource_id == wish.resource.id)
         less = stays and old.start <= wish.start and wish.end <= old.end and wish.vms <= old.vms
         yield 'longest', limit.longest, length <= max(limit.longest or 0,
-                                                      before), in_words_of(limit.longest)
+                                                      before), format_duration(limit.longest or 0)
         moved = not old or wish.start != old.start
         yield 'ahead', limit.ahead, not moved or wish.start <= now + (limit.ahead or 0), (
-            f'{in_words_of(limit.ahead)}: until {instant(int(now) + (limit.ahead or 0))}')
+            f'{format_duration(limit.ahead or 0)}: until {instant(int(now) + (limit.ahead or 0))}')
         nearest = now + (limit.least_notice or 0)
         yield 'least_notice', limit.least_notice, not moved or wish.start >= nearest, (
-            f'{in_words_of(limit.least_notice)}: from {instant(int(nearest))}')
+            f'{format_duration(limit.least_notice or 0)}: from {instant(int(nearest))}')
         if limit.most_vms is not None:
             most = self.most_at_once(limit, wish, old, others, own)
             yield 'most_vms', limit.most_vms, less or most + wish.vms <= limit.most_vms, (
@@ -9735,16 +9719,14 @@ class Change(NamedTuple):
     key: str           # its slot; '' if it is the only one
     had: list[Hold]    # nothing, if it is new or comes back
     wants: list[Hold]  # nothing, if it waits
+    gives: list[Hold]  # of what it had
+    growth: list[Hold]  # of what it wants
     columns: dict      # what is written of it that follows from nothing else
-
-    @property
-    def growth(self) -> list[Hold]:
-        return beyond(self.wants, self.had)
 
     @property
     def kept(self) -> list[Hold]:
         """What it has and goes on to have."""
-        return beyond(self.had, beyond(self.had, self.wants))
+        return beyond(self.had, self.gives)
 
     @property
     def known(self):
@@ -9755,14 +9737,14 @@ class Change(NamedTuple):
 
 
 def change_to(before, after: Wish, now: float, key: str = '', waits: bool = False,
-            **columns) -> Change:
+              **columns) -> Change:
     """The change of an occurrence to a wish; one that has begun keeps the lead that it had."""
     had = [hold_of(before)] if before and before.cancelled is None else []
     begin, _ = after.held
     if before and before.start == after.start and before.start <= now:
         begin = min(before.held_from, after.start)
-    hold = Hold(after.resource.id, begin, after.end, after.amount)
-    return Change(before, after, key, had, [] if waits else [hold],
+    wants = [] if waits else [Hold(after.resource.id, begin, after.end, after.amount)]
+    return Change(before, after, key, had, wants, beyond(had, wants), beyond(wants, had),
                   {'held_from': begin, 'held_until': begin if waits else after.end} | columns)
 
 
@@ -9770,7 +9752,8 @@ def given_up(before, now: float, **columns) -> Change:
     """The change of an occurrence that ends now, or never begins."""
     until = min(max(int(now), before.held_from), before.held_until)
     had = hold_of(before)
-    return Change(before, None, before.slot, [had], [had._replace(until=until)],
+    gives = [had._replace(begin=until)] if until < had.until else []
+    return Change(before, None, before.slot, [had], [], gives, [],
                   {'cancelled': int(now), 'held_until': until, 'due': now} | columns)
 
 
@@ -10031,7 +10014,7 @@ class Bookings:
         line = (own, -old.priority, old.waiting, old.id) if old and old.waiting is not None else ()
         view = View(now, own, others, line)
         for each in deal.changes:
-            give(beyond(each.had, each.wants))
+            give(each.gives)
             if others and each.after:
                 others.put(each.key, each.kept, each.after.start)
         if others:
@@ -10324,7 +10307,7 @@ class Bookings:
         change(Reservation, reservation, pending=until, confirm=0)
         said = self.service.config.told_time(until, wish.tz)
         self.service.journal(now, 'pending', f'an admin must approve it until {said}', reservation,
-                     wish.notify)
+                             wish.notify)
 
     def propose(self, deal: Deal, until: int, growth: list[Hold], now: float) -> None:
         """Writes down a change that waits for approval, and holds what it takes more."""
@@ -10341,8 +10324,8 @@ class Bookings:
         said = self.service.config.told_time(until, wish.tz)
         self.service.journal(now, 'pending',
                              f"an admin must approve the change of {', '.join(asked)} "
-                     f'until {said}; what was approved goes on as it is', old.reservation,
-                     wish.notify)
+                             f'until {said}; what was approved goes on as it is', old.reservation,
+                             wish.notify)
 
     def shown_change(self, old, wish: Wish, asked: list[str]) -> dict:
         """What would be otherwise, as answers show it."""
@@ -10476,9 +10459,9 @@ class Series:
         for one in self.carry_on(head, now):
             if one.get('why') and one['outcome'] in ('left out', 'shifted'):
                 self.service.journal(now, 'refused',
-                             f"{format_time(one['start'], read_zone(head.tz or 'UTC'))} is "
-                             f"{one['outcome']}: {one['why']}", reservation,
-                             json.loads(head.notify))
+                                     f"{format_time(one['start'], read_zone(head.tz or 'UTC'))} is "
+                                     f"{one['outcome']}: {one['why']}", reservation,
+                                     json.loads(head.notify))
 
     def kept_identities(self, there: list, wish: Wish, now: float) -> dict[int, dict]:
         """New slots for occurrences whose slots are gone, by id; first of the same day.
@@ -10660,8 +10643,8 @@ class Admission:
             columns['series'] = stored_stretches(left) if left else '[]'
         goes_on = first.repeats and not ends
         self.bookings.commit(Deal('released', self.wishes.carried_on(first),
-                         [given_up(each, now, altered=True) for each in found], first, columns,
-                         stretches=None if goes_on else []), now)
+                                  [given_up(each, now, altered=True) for each in found], first,
+                                  columns, stretches=None if goes_on else []), now)
         if goes_on:  # so that there is a next one
             self.series.carry_on(first, now)
         only = NONE_OF_THEM
@@ -10669,8 +10652,7 @@ class Admission:
             only = first.id if len(found) == 1 else None
         said = [why or f'cancelled by {self.service.actor.user}']
         said += [warning for each in found for warning in self.ends_with(each).get('warnings', ())]
-        self.service.journal(now, 'released', '; '.join(said), first.reservation,
-                             json.loads(first.notify), only)
+        self.service.tell(now, 'released', '; '.join(said), first, only)
 
     def ends_with(self, found) -> dict:
         """What becomes of VMs of what is cancelled: as agreed of a server that was there."""
@@ -10847,9 +10829,9 @@ class Waiting:
                                              'confirm': request.confirm, 'request': request.name,
                                              'choices': json.dumps(choices) if len(choices) > 1
                                              else ''}), now)
-        self.service.journal(now, 'waiting',
-                     f"{wish.vms} vms on {' or '.join(each.resource.name for each in wishes[:20])} "
-                     'are not free', made.reservation, wish.notify)
+        places = ' or '.join(each.resource.name for each in wishes[:20])
+        self.service.journal(now, 'waiting', f'{wish.vms} vms on {places} are not free',
+                             made.reservation, wish.notify)
         return wish, made.reservation, []
 
     def choices(self, found) -> Iterator[tuple]:
@@ -10866,7 +10848,7 @@ class Waiting:
         """
         more = self.admit_in_order(now)
         for each in self.look.search([('r.pending <= ?', int(now)), (NOT_OVER, None),
-                                 (NEXT_OF_ITS, None)]):
+                                      (NEXT_OF_ITS, None)]):
             why = f"nobody has {'accepted' if each.confirm else 'approved'} it in time"
             for part in self.look.together(each):
                 self.admission.cancel(self.look.live(part), now, why, ends=True)
@@ -10897,8 +10879,7 @@ class Waiting:
         """Drops what is asked of a reservation and its other parts, and tells of it."""
         for part in self.look.together(self.look.next_of(reservation)):
             if self.bookings.drop_proposals(part.reservation):
-                self.service.journal(now, 'rejected', why, part.reservation,
-                                     json.loads(part.notify))
+                self.service.tell(now, 'rejected', why, part)
 
     def waiting_requests(self, now: float) -> list[list]:
         """Some of those that wait and may have room now, in their order; parts together."""
@@ -10914,8 +10895,8 @@ class Waiting:
         theirs = 'SELECT id FROM occurrence INDEXED BY occurrence_series WHERE reservation_id'
         condition, ids = self.look.among(theirs, [*whole])
         for each in self.look.search([(f'o.id IN ({condition})', ids), ('o.cancelled IS NULL',),
-                                 ('o.end > ?', int(now))],
-                                tail='ORDER BY priority DESC, waiting, id'):
+                                      ('o.end > ?', int(now))],
+                                     tail='ORDER BY priority DESC, waiting, id'):
             found[(each.project, each.request) if each.request else each.id].append(each)
         for id in whole - {each.reservation for request in found.values() for each in request}:
             run('DELETE FROM wait WHERE reservation_id = ?', id)  # its window is over
@@ -10946,7 +10927,7 @@ class Waiting:
     def let_in(self, found, place, amount: Amount, now: float) -> None:
         """Gives room on a resource to what waits, or raises a Conflict."""
         wish = self.wishes.carried_on(found)._replace(resource=place, each=amount // found.vms,
-                                               whole=amount if found.host else None)
+                                                      whole=amount if found.host else None)
         held = place.approval or found.confirm
         pending = int(now) + held if held else None
         self.bookings.commit(Deal('admitted', wish, [change_to(found, wish, now)], found, {
@@ -10959,7 +10940,7 @@ class Waiting:
         code, sentence = ('pending', asks) if pending else (
             'admitted',
             f'{found.vms} vms on {place.name}, after {format_duration(int(now) - found.waiting)}')
-        self.service.journal(now, code, sentence, found.reservation, json.loads(found.notify))
+        self.service.tell(now, code, sentence, found)
 
 
 # Offers ######################################################################
@@ -11070,7 +11051,7 @@ class Offers:
         whose += [('place', 'o.resource_id = ?', each) for each in others]
         for way, condition, value in whose:
             ways = self.look.overlapping([(f'{way}_live', 'o.due IS NOT NULL')], begin,
-                                    ' AND o.due IS NOT NULL')
+                                         ' AND o.due IS NOT NULL')
             found += walk(self.service.clock(), ways, [(condition, value), later], most)
         ends = run('SELECT "end" FROM occurrence WHERE id IN (SELECT value FROM json_each(?))',
                    json.dumps([id for _, id in found]))
@@ -11130,8 +11111,7 @@ class Approvals(Operations):
                 self.settle(each, 'approved', now)
             for proposal, each in proposals:
                 self.admission.grant(proposal, now)
-                self.journal(now, 'approved', f'the change was approved by {self.actor.user}',
-                             each.reservation, json.loads(each.notify))
+                self.tell(now, 'approved', f'the change was approved by {self.actor.user}', each)
             return self.told_parts(label, pending or found)
         return self.carry_out(deed, dry_run)
 
@@ -11178,8 +11158,7 @@ class Approvals(Operations):
                                   {'pending': None}), now)
         run('UPDATE occurrence SET due = ? WHERE reservation_id = ? AND due IS NOT NULL', now,
             found.reservation)
-        self.journal(now, 'approved', f'{deed} by {self.actor.user}', found.reservation,
-                     json.loads(found.notify))
+        self.tell(now, 'approved', f'{deed} by {self.actor.user}', found)
 
     def pending_of(self, label: str, project: str) -> tuple[list, list, list[tuple]]:
         """What a label means; what of it waits for a word, and what changes of it do."""
@@ -11264,10 +11243,6 @@ class Staged:
 
     def note(self, dropped: float) -> None:
         note_fact(self.name, f'{dropped:.0f} {json.dumps(self.pieces)}')
-
-    def make_real(self) -> None:
-        """Lets the life cycle see and tell all of it."""
-        run('DELETE FROM fact WHERE name = ?', self.name)
 
     def drop_all(self) -> None:
         """Erases all of it, some at a time."""
@@ -11368,8 +11343,7 @@ class Requests(Operations):
                  else [asked['label']])
         return Request(asked['label'],
                        [self.wishes_of(part | {'label': name}) for part, name in zip(parts, names)],
-                       asked['wait'], asked['priority'],
-                       int((asked['confirm'] or timedelta(0)).total_seconds()))
+                       asked['wait'], asked['priority'], seconds_of(asked['confirm']))
 
     def parts_asked(self, asked: dict) -> list[dict]:
         """The arguments of each part of a request, a part for each host that is named."""
@@ -11444,7 +11418,7 @@ class Requests(Operations):
                     if not partial and (left or staged.pieces):
                         staged.set_aside(now)
                     if not left and staged.pieces:
-                        staged.make_real()
+                        run('DELETE FROM fact WHERE name = ?', staged.name)  # it is real now
                 taken, refused = taken + done, refused + failed
         except NoCapacity:
             staged.drop_all()
@@ -11512,9 +11486,7 @@ class Requests(Operations):
           python cmres.py list --resource demo --state starting,active
         """
         for word in state:
-            if word not in STATES:
-                raise Invalid(f"state: '{word}' is none of "
-                              f"{', '.join(STATES)}{nearest(word, STATES)}")
+            refuse_unknown_word('state', word, STATES)
         found = self.matching(label,
                               {'user': user, 'project': project, 'resource': resource, 'cell': cell,
                                'cloud': cloud, 'region': region, 'aggregate': aggregate},
@@ -11563,12 +11535,10 @@ class Requests(Operations):
         if not found.repeats:
             return answer
         comes = self.look.page([('series', f'o.reservation_id = {found.reservation}')],
-                          [('o."end" > ?', int(self.clock()))], (), 1000, fields=BRIEF)
-        fields = ('start', 'end', 'vms', 'resource', 'state')
+                               [('o."end" > ?', int(self.clock()))], (), 1000, fields=BRIEF)
         return answer | {'on_conflict': found.on_conflict,
                          'booked_until': instant(found.booked_until), 'occurrences': [
-            {name: value for name, value in public(each).items() if name in fields}
-            for each in comes]}
+            some_of_public(each, 'resource', 'vms', 'start', 'end', 'state') for each in comes]}
 
     @api('GET', '/server/')
     @api('GET', '/reservation/<label>/servers')
@@ -11721,8 +11691,8 @@ class Requests(Operations):
             wish = self.wishes.carried_on(found)._replace(
                 resource=place, start=slot.start, end=slot.end, vms=slot.vms, on_conflict='refuse')
             if not old:  # it was never there
-                gone = self.series.change_at(wish, slot, None, now)
-                gone = gone._replace(wants=[], columns=gone.columns | unheld(now))
+                one = self.series.change_at(wish, slot, None, now).after
+                gone = change_to(None, one, now, slot.key, waits=True, **unheld(now))
                 self.bookings.commit(Deal('left out', wish, [gone], found), now)
             id = row('SELECT id FROM occurrence WHERE reservation_id = ? AND slot = ?',
                      found.reservation, slot.key).id
@@ -11838,7 +11808,7 @@ class Requests(Operations):
         # all that has not begun
         if old.repeats and not occurrence and asked.keys() & (OWN | REPEATING):
             coming = self.look.search([('r.id = ?', old.reservation), (NOT_OVER, None),
-                                  ('o.held_from > ?', self.clock())])
+                                       ('o.held_from > ?', self.clock())])
             # One that was moved on its own is no measure for the others.
             old = next((each for each in coming if not each.altered), (coming or [old])[0])
             key = min((each.slot for each in coming), default=old.slot)
@@ -11918,10 +11888,8 @@ class Requests(Operations):
             raise Invalid('--kept needs the label of a reservation')
         with self.writing(dry_run) as now:
             found = self.look.kept_servers(label, project)
-            projects = sorted({each.project for each in found})
-            if len(projects) > 1:
-                raise Conflict(f"'{label}' is in several projects ({', '.join(projects)}); name "
-                               f"one with --project")
+            if len({each.project for each in found}) > 1:
+                raise in_several(label, found)
             if not found:
                 raise NotFound(f"no VM of '{label}' was stopped or shelved at its end and stays")
             for each in () if rehearsal.on else found:
@@ -11950,11 +11918,10 @@ class Requests(Operations):
             raise NotFound(f"there is no reservation {shown(label) + ' ' if label else ''}that is "
                            f"not over{'' if label else ' and meets all of these filters'}")
         if label and len({each.project for each in found}) > 1:
-            projects = ', '.join(sorted({each.project for each in found}))
+            refusal = in_several(label, found)
             found[:] = [each for each in found if each.project == self.actor.project]
             if not found:
-                raise Conflict(f"'{label}' is in several projects ({projects}); name one with "
-                               f"--project")
+                raise refusal
         if (not label or count) and count != len(found) and not dry_run:
             raise Conflict(f'this would cancel {len(found)} reservations; say --count {len(found)} '
                            f'to do it',
@@ -11978,7 +11945,7 @@ class Requests(Operations):
         begin, until = self.resolve(after or self.here.now, before or timedelta(days=366))
         begin = max(begin, int(self.clock()))
         amount = self.wishes.each_takes(self.wishes.ask_cloud(place, {'flavor': flavor}, [])) * vms
-        need, ahead = duration.total_seconds(), (lead or timedelta(0)).total_seconds()
+        need, ahead = duration.total_seconds(), seconds_of(lead)
         slots = ((first, last) for first, last in free_windows(place, amount, begin - ahead, until)
                  if last - first >= need + ahead)
         return [{'start': instant(int(first + ahead)), 'until': instant(int(last)),
@@ -12031,12 +11998,11 @@ class Plan(Operations):
                    'least_notice': least_notice, 'vcpu_hours': vcpu_hours, 'waiting': waiting}
         if all(each is None for each in figures.values()):
             raise Invalid(f"say what is limited: {', '.join(figures)}")
-        seconds = {name: int(each.total_seconds()) if isinstance(each, timedelta) else each
+        seconds = {name: seconds_of(each) if isinstance(each, timedelta) else each
                    for name, each in figures.items()}
         with self.writing(dry_run) as now:
             id = insert(Limit, project=project, user=user, resource=self.look.id_of(resource),
-                        **seconds, added=int(now),
-                        exempt=int((exempt or timedelta(0)).total_seconds()))
+                        **seconds, added=int(now), exempt=seconds_of(exempt))
             self.journal(now, 'limit', f"limited {user or project or 'every project'}")
             return self.limit_public(row(f'{LIMITS} WHERE l.id = ?', id))
 
@@ -12159,10 +12125,7 @@ class Plan(Operations):
             self.rehold_changes(found, now)
             homeless = (self.no_longer_fitting(found, now)
                         if lowered(capacity(before), capacity(found)) else [])
-            if homeless and not force:
-                raise Conflict(f"{len(homeless)} occurrences on '{name}' would no longer fit; "
-                               f"--force does it all the "
-                               'same and cancels nothing', occurrences=homeless)
+            self.refuse_homeless(name, [] if force else homeless)
             self.journal(now, 'resource',
                          f"changed the resource '{name}': {', '.join(new) or 'nothing'}")
             return self.resource_public(found) | {'no_longer_fit': homeless}
@@ -12178,7 +12141,7 @@ class Plan(Operations):
             found = self.look.resource_row(name)
             busy = self.look.page([('place_live',
                                     f'o.resource_id = {found.id} AND o.due IS NOT NULL')],
-                             [('o.held_until > ?', int(now))], (), limit=100)
+                                  [('o.held_until > ?', int(now))], (), limit=100)
             needed = rows("SELECT label FROM reservation WHERE series <> '' AND over > ? AND "
                           "series LIKE ? LIMIT 100",
                           int(now),
@@ -12196,14 +12159,11 @@ class Plan(Operations):
 
     def read_seconds(self, **lengths: timedelta | None) -> dict[str, int]:
         """Lengths as the store has them; none is 0."""
-        return {name: int((length or timedelta(0)).total_seconds())
-                for name, length in lengths.items()}
+        return {name: seconds_of(length) for name, length in lengths.items()}
 
     def read_mode(self, mode: str) -> str:
         """The mode of a resource as the store has it."""
-        if mode not in ('', 'open', *MODES):
-            raise Invalid(f"mode: '{mode}' is none of open, "
-                          f"{', '.join(MODES)}{nearest(mode, MODES)}")
+        refuse_unknown_word('mode', mode, ('open', *MODES), '')
         return '' if mode == 'open' else mode
 
     def refuse_idle(self, mode: str, values: dict) -> None:
@@ -12238,7 +12198,7 @@ class Plan(Operations):
                 raise NotFound(f"the cloud {cloud} has no aggregate '{name}'{nearest(name, there)}")
         chosen = [there[name] for name in aggregates or there if aggregates or there[name].mark]
         wanted = {} if not mode else {'mode': self.read_mode(mode)}
-        wanted |= {'hold': int(hold.total_seconds())} if hold is not None else {}
+        wanted |= {'hold': seconds_of(hold)} if hold is not None else {}
         with self.writing(dry_run) as now:
             synced = [self.sync_one(cloud, each, wanted, named, force, now) for each in chosen]
         # outside the transaction: it is a call to the cloud
@@ -12254,43 +12214,45 @@ class Plan(Operations):
         """Makes or updates the resource of an aggregate; its name, a line a difference."""
         found = row('SELECT * FROM resource WHERE cloud = ? AND aggregate = ? AND removed IS NULL',
                     cloud, aggregate.name)
+        before = found._asdict() if found else {'mode': '', 'named': ''}
         if wanted:
-            will = (found._asdict() if found else {'mode': ''}) | wanted
-            self.refuse_idle(will['mode'], will)
-        total = sum(aggregate.hosts.values(), NOTHING)
-        new = {name: each for name, each in stored(total).items() if name != 'vms'} | {
-            'hosts': json.dumps([*aggregate.hosts]), **wanted}
-        if named or named is None and found and found.named or named is False:
-            hosts = {host: {'vcpus': each.vcpus, 'ram': each.ram} | dict(each.classes)
-                     for host, each in aggregate.hosts.items()}
-            new['named'] = '' if named is False else json.dumps(hosts)
+            self.refuse_idle((before | wanted)['mode'], before | wanted)
+        new = self.synced(aggregate, before, named) | wanted
+        name = found.name if found else calendar_name(aggregate.name)
+        lines = [{'resource': name, 'what': field, 'before': in_brief(field, was),
+                  'after': in_brief(field, value)} for field, value in new.items()
+                 for was in [getattr(found, field, None)] if was != value]
         if not found:
-            name = calendar_name(aggregate.name)
-            self.policy.refuse_taken_resource(name)
-            insert(Resource, **({'name': name, 'cell': '', 'cloud': cloud, 'region': '',
-                                 'aggregate': aggregate.name,
-                                 'vms': None, 'mode': '', 'named': '', 'added': int(now),
-                                 **self.read_seconds(hold=None, approval=None, no_show=None)}
-                                | new))
-            self.journal(now, 'resource',
-                         f"added the resource '{name}' from the aggregate '{aggregate.name}'")
-            return name, [{'resource': name, 'what': field, 'before': None,
-                           'after': in_brief(field, value)} for field, value in new.items()]
-        lines = [{'resource': found.name, 'what': field,
-                  'before': in_brief(field, getattr(found, field)), 'after': in_brief(field, value)}
-                 for field, value in new.items() if getattr(found, field) != value]
-        if lines:
+            self.add_synced(cloud, aggregate.name, name, new, now)
+        elif lines:
             change(Resource, found.id, **new)
-            self.rehold_changes(self.look.resource_row(found.name), now)
-            homeless = self.no_longer_fitting(self.look.resource_row(found.name), now)
-            homeless += self.without_host(found, new, now)
-            if homeless and not force:
-                raise Conflict(f"{len(homeless)} occurrences on '{found.name}' would no longer "
-                               f"fit; --force does it "
-                               'all the same and cancels nothing', occurrences=homeless)
+            self.rehold_changes(self.look.resource_row(name), now)
+            homeless = self.no_longer_fitting(self.look.resource_row(name), now)
+            self.refuse_homeless(name, [] if force else
+                                 homeless + self.without_host(found, new, now))
             fields = ', '.join(each['what'] for each in lines)
-            self.journal(now, 'resource', f"synced the resource '{found.name}': {fields}")
-        return found.name, lines
+            self.journal(now, 'resource', f"synced the resource '{name}': {fields}")
+        return name, lines
+
+    def synced(self, aggregate: Aggregate, before: dict, named: bool | None) -> dict:
+        """The columns of a resource that its aggregate tells."""
+        total = stored(sum(aggregate.hosts.values(), NOTHING))
+        new = {figure: each for figure, each in total.items() if figure != 'vms'}
+        new |= {'hosts': json.dumps([*aggregate.hosts])}
+        if named or named is None and before['named']:
+            new['named'] = json.dumps({
+                host: {'vcpus': each.vcpus, 'ram': each.ram} | dict(each.classes)
+                for host, each in aggregate.hosts.items()})
+        return new | ({'named': ''} if named is False else {})
+
+    def add_synced(self, cloud: str, aggregate: str, name: str, new: dict, now: float) -> None:
+        """Makes the resource of an aggregate."""
+        self.policy.refuse_taken_resource(name)
+        insert(Resource, **{'name': name, 'cell': '', 'cloud': cloud, 'region': '',
+                            'aggregate': aggregate, 'vms': None, 'mode': '', 'named': '',
+                            'added': int(now), 'hold': 0, 'approval': 0, 'no_show': 0} | new)
+        self.journal(now, 'resource', f"added the resource '{name}' from the aggregate "
+                     f"'{aggregate}'")
 
     @api('POST', '/resource/<name>/capacity', role=ADMIN, made='/maintenance/')
     def resource_capacity(self, name: Label, start: When, end: When, vms: Most = None,
@@ -12357,7 +12319,7 @@ class Plan(Operations):
             if not found:
                 raise NotFound(f'there is no maintenance {id}')
             self.bookings.hold_capacity(found.resource_id, found.start, found.end,
-                               NOTHING - amount_of(found, 'held_'))
+                                        NOTHING - amount_of(found, 'held_'))
             change(Capacity, id, removed=int(now))
             self.let_start(found.resource_id, now)
             self.journal(now, 'resource', f'called off {found.reason} {id}')
@@ -12366,8 +12328,7 @@ class Plan(Operations):
     def change_capacity(self, name: str, start, end, most: Amount | None, reason: str, then: str,
                         dry_run: bool) -> dict:
         """Gives a resource another capacity for a while; without `most`, none."""
-        if then not in THEN:
-            raise Invalid(f"then: '{then}' is none of {', '.join(THEN)}{nearest(then, THEN)}")
+        refuse_unknown_word('then', then, THEN)
         with self.writing(dry_run) as now:
             place = self.look.resource_row(name)
             begin, until = self.resolve(start, end)
@@ -12406,14 +12367,13 @@ class Plan(Operations):
                          '"end" > ?', place.id, int(now)):
             held = self.difference(place, amount_of(each))
             self.bookings.hold_capacity(place.id, each.start, each.end,
-                               held - amount_of(each, 'held_'))
+                                        held - amount_of(each, 'held_'))
             change(Capacity, each.id, **stored(held, 'held_'))
         self.let_start(place.id, now)
 
     def make_room(self, found, why: str, then: str, now: float) -> dict:
         """Moves or cancels an occurrence that has no room any more, or tells its owner."""
-        line = {name: value for name, value in public(found).items() if name in (
-            'label', 'user', 'project', 'vms', 'start', 'end')}
+        line = some_of_public(found, *WHOSE)
         if then == 'cancel':
             self.admission.cancel([found], now, why)
             return line | {'outcome': 'cancelled'}
@@ -12421,8 +12381,7 @@ class Plan(Operations):
         outcome = (f'moved to {place[0]} from {format_time(instant(place[1]), self.config.zone)}'
                    if place else 'left')
         later = '' if place else ', and VMs that do not run yet start when that is over'
-        self.journal(now, 'maintenance', f'{why}; it is {outcome}{later}', found.reservation,
-                     json.loads(found.notify), found.id)
+        self.tell(now, 'maintenance', f'{why}; it is {outcome}{later}', found, found.id)
         return line | {'outcome': outcome}
 
     def moved_elsewhere(self, found, now: float) -> tuple[str, int] | None:
@@ -12441,7 +12400,7 @@ class Plan(Operations):
             need = found.held_until - found.held_from
             first = next((int(first) for first, last in free_windows(
                 here, amount_of(found), found.held_from, LAST.timestamp()) if last - first >= need),
-                None)
+                         None)
         start = found.start if first is None else first + found.lead
         later = wish._replace(resource=here, start=start, end=start + found.end - found.start)
         if first is not None and self.moved_to(found, later, now):
@@ -12461,11 +12420,18 @@ class Plan(Operations):
         except Conflict:
             return False
 
+    def refuse_homeless(self, name: str, found: list[dict]) -> None:
+        """Refuses a change of a resource after which some occurrences would not fit."""
+        if found:
+            raise Conflict(
+                f"{len(found)} occurrences on '{name}' would no longer fit; --force does "
+                           'it all the same and cancels nothing', occurrences=found)
+
     def without_host(self, place, new: dict, now: float) -> list[dict]:
         """What is reserved on hosts that a resource has no more, or no more by their names."""
         left = json.loads(new.get('named', place.named) or '{}')
         found = self.look.search([('o.resource_id = ?', place.id), ("r.host <> ''", None),
-                             (NOT_OVER, None), ('o.held_until > ?', int(now))], limit=1000)
+                                  (NOT_OVER, None), ('o.held_until > ?', int(now))], limit=1000)
         return [public(each) for each in found if each.host not in left]
 
     def no_longer_fitting(self, place, now: float) -> list[dict]:
@@ -12723,8 +12689,7 @@ class Calendars(Operations):
     def import_(self, file: Ics, resource: Label = '', flavor: Name = '', image: Name = '',
                 network: Name = '', key: Name = '', vms: Count = 1, at_end: Name = '',
                 notify: Names = (), on_conflict: Clash = 'refuse', tz: Zone = '', user: Name = '',
-                project: Name = '', dry_run: bool = False,
-                asked: dict = None) -> ImportAnswer:
+                project: Name = '', dry_run: bool = False, asked: dict = None) -> ImportAnswer:
         """Reserves what the events of an iCalendar file ask for, each event on its own.
 
         An event asks with `2 x m1.small` in the first line of its description or in its place, with
@@ -12760,7 +12725,8 @@ class Calendars(Operations):
                     self.tell_refused(subscription, done, now)
         except Held as held:
             with self.writing(dry_run) as now:
-                self.tell_held(subscription, str(held), now)
+                if not subscription.held:  # it is told once
+                    self.journal(now, 'held', str(held), None, json.loads(subscription.notify))
             return {'held': str(held), 'events': [], 'ignored': ignored}
         return {'events': sorted(done, key=lambda each: each['uid']), 'ignored': ignored}
 
@@ -12778,17 +12744,14 @@ class Calendars(Operations):
             json.dumps([each.uid for each in wanted if each.guess]),
             *owner, subscription.id if subscription else None, int(self.clock()))}
         try:
-            names = {name for cloud in self.clouds_of(said)
-                     for name in self.flavor_names(self.clouds.account(cloud, owner[1]))}
+            accounts = [self.clouds.account(cloud, owner[1]) for cloud in self.clouds_of(said)]
+            names = {name for account in accounts for name in self.shares.ask(
+                f'the cloud {account}', lambda: self.clouds.open(account).names('flavor'))}
         except CloudError:
             return wanted
         close = {guess for guess in {each.guess for each in wanted}
                  if not guess or not names or difflib.get_close_matches(guess, names, 1)}
         return [each for each in wanted if each.guess in close or each.uid in booked]
-
-    def flavor_names(self, account: str) -> list[str]:
-        cloud = self.clouds.open(account)
-        return self.shares.ask(f'the cloud {account}', lambda: cloud.names('flavor'))
 
     def clouds_of(self, said: dict) -> list[str]:
         """The clouds on which a calendar may book: that of its resource, else those of all."""
@@ -13127,8 +13090,8 @@ class Calendars(Operations):
         for each in rows('SELECT id, uid, label FROM reservation '
                          'WHERE subscription = ? AND over > ?', subscription.id, int(now)):
             coming = [] if each.uid in uids else self.look.search([('r.id = ?', each.id),
-                                                              (NOT_OVER, None),
-                                                              ('o.held_from > ?', now)])
+                                                                   (NOT_OVER, None),
+                                                                   ('o.held_from > ?', now)])
             if coming:
                 self.admission.cancel(coming, now, 'gone from the calendar', ends=True)
                 done.append({'uid': each.uid, 'summary': '', 'outcome': 'cancelled',
@@ -13142,11 +13105,6 @@ class Calendars(Operations):
         if subscription and not subscription.confirmed and 2 * gone > all_of_them:
             raise Held(f'{gone} of {all_of_them} occurrences to come would be cancelled, so '
                        f'nothing was done; say: calendar confirm {subscription.id}')
-
-    def tell_held(self, subscription, why: str, now: float) -> None:
-        """Tells the owner of a calendar, once, that it waits for a word."""
-        if not subscription.held:
-            self.journal(now, 'held', why, None, json.loads(subscription.notify))
 
     def tell_refused(self, subscription, done: list[dict], now: float) -> None:
         """Tells, once each, what a calendar asks for in vain."""
@@ -13279,8 +13237,7 @@ class Tokens(Operations):
 
     def refuse_for_others(self, user: str, project: str, role: str) -> None:
         """Refuses a token of an unknown role, or one that its maker may not have."""
-        if role not in ROLES:
-            raise Invalid(f"role: '{role}' is none of {', '.join(ROLES)}{nearest(role, ROLES)}")
+        refuse_unknown_word('role', role, ROLES)
         if not user or not project:
             raise Invalid('a token needs a user and a project')
         if self.actor.role == ADMIN:
@@ -13295,9 +13252,7 @@ class Tokens(Operations):
     def check_scopes(self, role: str, scopes: Iterable[str], resource: str) -> None:
         """Refuses what is no scope, and those that allow nothing together."""
         for each in scopes:
-            if each not in SCOPES:
-                raise Invalid(f"scopes: '{each}' is none of {', '.join(SCOPES)}"
-                              f'{nearest(each, SCOPES)}')
+            refuse_unknown_word('scopes', each, SCOPES)
         if 'claim' in scopes and role != ADMIN:
             raise Invalid('scopes: claim is what Nova asks with, which needs the role admin')
         if resource and {*scopes} - {'read'}:
@@ -13506,8 +13461,8 @@ class Records(Operations):
                       if each]
         found = rows('SELECT e.id, e.at, e.actor, e.code, r.label, r.project, e.sentence '
                      'FROM event e LEFT JOIN reservation r ON r.id = e.reservation_id WHERE '
-                     f"{' AND '.join(text for text, _ in where)} "
-                     f"ORDER BY e.id {'ASC' if onward else 'DESC'} LIMIT {limit}", *given(where))
+                     f"1{all_of(where)} ORDER BY e.id {'ASC' if onward else 'DESC'} LIMIT {limit}",
+                     *given(where))
         return [public(each) for each in (found if onward else found[::-1])]
 
     def event_before(self, at: float) -> int:
@@ -13536,8 +13491,7 @@ class Records(Operations):
                    WHEN v.planned = o.start THEN o.start - o.held_from ELSE 0 END AS begun
               FROM server v JOIN occurrence o ON o.id = v.occurrence_id
                 JOIN reservation r ON r.id = o.reservation_id
-             WHERE {' AND '.join(text for text, _ in where)} ORDER BY v.account, v.id""",
-                     *(value for text, value in where if '?' in text))
+             WHERE 1{all_of(where)} ORDER BY v.account, v.id""", *given(where))
         late: dict = defaultdict(list)
         for each in found:
             late[each.cloud].append(each)
@@ -13565,13 +13519,11 @@ class Records(Operations):
           python cmres.py report --since 2027-01-01 --by user --format csv
         """
         columns = {'project': 'r.project', 'user': 'r.user', 'resource': 's.name'}
-        if by_whom not in columns:
-            raise Invalid(f"by_whom: '{by_whom}' is none of "
-                          f"{', '.join(columns)}{nearest(by_whom, columns)}")
+        refuse_unknown_word('by_whom', by_whom, columns)
         now = self.clock()
         last = self.resolve(FIRST, until)[1] if until else int(now)
         first = self.resolve(since, LAST)[0] if since else last - 30 * 86400
-        own = ' AND '.join(['1', *(text for text, _ in self.look.visible())])
+        own = f'1{all_of(self.look.visible())}'
         told = ('reserved', 'used', 'unused', 'late_worst')
         lines: dict = defaultdict(lambda: dict.fromkeys((*told, 'refused'), 0.0))
         ways = self.look.ways({'user': '', 'project': ''}, (), first)
@@ -13639,7 +13591,7 @@ class Records(Operations):
                        f'AND id < (SELECT max(id) FROM capacity) LIMIT {most}', before)
         for each in changes:
             self.bookings.hold_capacity(each.resource_id, each.start, each.end,
-                               NOTHING - amount_of(each, 'held_'))
+                                        NOTHING - amount_of(each, 'held_'))
             run('DELETE FROM capacity WHERE id = ?', each.id)
         return len(old) + len(events) + gone + len(changes)
 
