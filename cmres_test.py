@@ -53,6 +53,8 @@ import sys
 import threading
 import time
 import types
+import urllib.error
+import urllib.request
 import uuid
 import wsgiref.util
 import zoneinfo
@@ -158,6 +160,12 @@ class World:
     def there(self) -> list[str]:
         """The servers that the simulated cloud has."""
         return sorted(server.name for server in self.clouds.open('simulated').present())
+
+
+@pytest.fixture(scope='session', autouse=True)
+def quick_disk():
+    """Only programs that tests start wait for the disk: that is most of what a commit costs."""
+    cmres.db._pragmas = [(name, 'off' if name == 'synchronous' else value) for name, value in cmres.db._pragmas]
 
 
 @pytest.fixture(scope='session')
@@ -1454,6 +1462,30 @@ def test_readiness_needs_somebody_who_makes_passes(world):
     world.now += 200
     web = webtest.TestApp(cmres.rest(world.service))
     assert 'the last pass was 3m20s ago' in web.get('/readyz', status=503).json['scheduler']['fault']
+
+
+def test_a_scheduler_of_its_own_tells_what_it_counts_and_how_it_is(world, tmp_path):
+    """On its own port; nothing else is there."""
+    token = world.service.token_add('root', 'default', 'admin', scopes=['read'])['token']
+    process = subprocess.Popen([sys.executable, '-B', str(MODULE), 'scheduler', '--port', '0'], cwd=tmp_path,
+                               env=environment() | {'CMRES_DATABASE': world.config.database, 'CMRES_SWEEP': '0.2'},
+                               stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    try:
+        lines = [process.stdout.readline() for _ in range(2)]
+        url = re.search(r'metrics are at (http://\S+)/metrics', ''.join(lines))[1]
+
+        def get(path, **headers):
+            request = urllib.request.Request(url + path, headers=headers)
+            with contextlib.suppress(urllib.error.HTTPError), urllib.request.urlopen(request, timeout=30) as answer:
+                return answer.status, answer.read().decode()
+            return None
+        until(lambda: 'cmres_cloud_call_seconds_count{cloud="simulated"' in get(
+            '/metrics', Authorization=f'Bearer {token}')[1])
+        assert get('/healthz')[0] == get('/readyz')[0] == 200
+        assert not get('/metrics') and not get(f'{BASE}/reservation/', Authorization=f'Bearer {token}') and not get('/')
+    finally:
+        process.terminate()
+        process.wait(20)
 
 
 WRITER = '''
@@ -8925,20 +8957,45 @@ def test_eight_processes_that_add_wait_and_cancel_admit_nobody_out_of_order(worl
     assert let_in > 1 and world.service.check()['differences'] == 0
 
 
-def test_who_is_let_in_and_kept_others_back_is_followed_by_the_first_of_them(tmp_path):
-    """Two that come late are called, one before and one behind those that wait: these are not called then."""
+@pytest.fixture
+def lined(tmp_path):
+    """A resource of ten of which seven are reserved until the tenth hour, and whoever waits keeps others back."""
     world = World(tmp_path, patience=0.0)
     world.service.resource_add('ten', vms=10)
-    book(world.service, 'all', resource='ten', vms=7)
-    for label, vms, priority in (('large', 5, 1), ('kept', 2, 1)):
-        book(world.service, label, resource='ten', vms=vms, priority=priority, wait=True)
-    world.service.waiting.admit_waiting(world.now)
-    for label, priority in (('early', 2), ('late', 0)):
-        book(world.service, label, resource='ten', vms=1, priority=priority, wait=True)
-    world.cycle.settle()
-    assert [world.state(label) for label in ('early', 'large', 'kept', 'late')] == [
-        'reserved', 'waiting', 'waiting', 'waiting']
+    book(world.service, 'all', 0, 10, resource='ten', vms=7)
+
+    def wait(label, vms, priority, *window):
+        book(world.service, label, *window or (1, 2), resource='ten', vms=vms, priority=priority, wait=True)
+    world.wait = wait
+    yield world
     cmres.close_store()
+
+
+def admit(world) -> None:
+    """Lets the line move on, as the life cycle does."""
+    while world.service.waiting.admit_waiting(world.now):
+        pass
+
+
+def test_who_is_let_in_and_kept_others_back_is_followed_by_the_first_of_them(lined):
+    """Two that come late are called, one before and one behind those that wait: these are not called then."""
+    lined.wait('large', 5, 1)
+    lined.wait('kept', 2, 1)
+    admit(lined)
+    lined.wait('early', 1, 2)
+    lined.wait('late', 1, 0)
+    admit(lined)
+    assert [lined.state(label) for label in ('early', 'large', 'kept', 'late')] == [
+        'reserved', 'waiting', 'waiting', 'waiting']
+
+
+def test_who_leaves_the_line_when_its_window_is_over_calls_those_that_it_kept_back(lined):
+    lined.wait('large', 5, 1, 1, 2)
+    lined.wait('kept', 2, 0, 1, 9)
+    lined.at(1)
+    assert lined.state('kept') == 'waiting'
+    lined.at(2)
+    assert lined.state('kept') == 'active'
 
 
 # Parts, hosts and resource classes
@@ -12339,12 +12396,12 @@ def test_a_notice_that_waits_is_not_delayed_by_a_clock_that_is_set_back(tmp_path
     def refuse(*_):
         raise cmres.Undelivered('refused')
     monkeypatch.setattr(cmres, 'deliver', refuse)
-    book = world.service.add('lab', 'demo', NOON + hours(5), NOON + hours(6))
-    assert book
+    book(world.service, start=5, end=6)
     live(world, 300)
+    tries = cmres.row('SELECT tries FROM outbox').tries
     world.now -= 3600
     monkeypatch.setattr(cmres, 'deliver', lambda config, notice, about: sent.append(notice.code))
-    live(world, 400)
+    live(world, world.config.retry_first * 2 ** tries + 60)
     assert sent == ['added']
 
 
