@@ -9490,11 +9490,6 @@ class Reasons:
         return (f"'{name}' has only {left} of {lack.limit} {unit} from {start} to {end} "
                 f'({reasons}); {lack.need} are asked for')
 
-    def in_brief_for_actor(self, found) -> dict:
-        """When an occurrence holds how much; whose it is, only for those who may see it."""
-        seen = self.service.actor.role == ADMIN or found.project == self.service.actor.project
-        return some_of_public(found, *WHOSE[0 if seen else 3:])
-
     def in_the_way(self, wish: Wish, lack: Lack | None, own: int) -> dict:
         """At most ten of what takes what is lacking; of others' only how much and when."""
         changes = [{'reason': each.reason, 'start': instant(each.start), 'end': instant(each.end)}
@@ -9757,6 +9752,16 @@ def given_up(before, now: float, **columns) -> Change:
                   {'cancelled': int(now), 'held_until': until, 'due': now} | columns)
 
 
+def is_same(change: Change) -> bool:
+    """Whether an occurrence is to be what it is."""
+    is_at, to_be = change.before, change.after
+    if not is_at or not to_be or is_at.cancelled is not None:
+        return False
+    return (is_at.start, is_at.end, is_at.resource_id, amount_of(is_at)) == (
+        to_be.start, to_be.end, to_be.resource.id, to_be.amount) and all(
+        getattr(is_at, name) == value for name, value in change.columns.items())
+
+
 class View(NamedTuple):
     """What rules look at beside a change."""
     now: float
@@ -9765,21 +9770,47 @@ class View(NamedTuple):
     line: tuple  # its place among those that wait, if it waits
 
 
+A_SERIES_WAITS = 'a series can not wait; --on-conflict skip takes the occurrences that fit'
+
+
+class Deal(NamedTuple):
+    """What becomes of a reservation: all of it, or nothing."""
+    code: str              # why: the code of its event
+    wish: Wish
+    changes: list[Change]
+    old: Any = None        # the listing of the occurrence that it is told for; None: it is new
+    columns: dict = {}     # what is otherwise of its row
+    stretches: list | None = None  # of its series then, [] of a plain one; None: it ends as before
+    horizon: int = 0       # until when that series is in rows
+    clash: str = ''        # what becomes of an occurrence without room; '': all is refused
+    same: list[dict] = []  # what is told of occurrences that don't change
+    patches: dict = {}     # of occurrences, by id, what nobody is told of: slots
+    asked: Iterable[str] = ()  # the names of what is to be otherwise
+    named: bool = False    # that occurrence was named, so that it changes also if it was alone
+    alone: bool = False    # no other occurrence changes
+
+
+class Made(NamedTuple):
+    """What a deal has made true."""
+    reservation: int
+    done: list[dict]  # of a series, what became of each occurrence, by start
+
+
 class Policy:
-    """The rules: each refuses a change with a Conflict, or lets it pass."""
+    """The rules: each refuses with a Conflict, or lets pass."""
 
     def __init__(self, service: Service, look: Lookup, limits: Limits, reasons: Reasons):
         self.service, self.look, self.limits, self.reasons = service, look, limits, reasons
 
-    @property
-    def rules(self) -> tuple[Callable[[Change, View], None], ...]:
-        """What every change must pass, in this order."""
-        return (self.refuse_shared_server, self.refuse_unlimited, self.refuse_never_fitting,
-                self.refuse_overtaking, self.refuse_overbooking)
+    def refuse_deal(self, deal: Deal, now: float) -> None:
+        """Raises what the first rule says that is against a deal, whatever it wants to hold."""
+        for rule in self.refuse_fixed, self.refuse_waiting_series, self.refuse_taken_label:
+            rule(deal, now)
 
     def hold_if_allowed(self, change: Change, view: View) -> None:
         """Raises what the first rule says that is against a change; else it holds what it wants."""
-        for rule in self.rules:
+        for rule in (self.refuse_shared_server, self.refuse_unlimited, self.refuse_never_fitting,
+                     self.refuse_overtaking, self.refuse_overbooking):
             rule(change, view)
         for each in change.growth:
             hold(*each)
@@ -9789,16 +9820,16 @@ class Policy:
         wish = change.after
         if not wish.server or not change.wants:
             return
-        other = row('SELECT o.id, r.label, r.project FROM occurrence o JOIN reservation r ON r.id '
-                    "= o.reservation_id WHERE r.server = ? AND r.server <> '' AND o.due IS NOT "
-                    'NULL AND o.held_from < ? AND o.held_until > ? AND r.id <> ?',
+        other = row('SELECT r.label, r.user, r.project, o.vms, o.start, o."end" AS until '
+                    'FROM occurrence o JOIN reservation r ON r.id = o.reservation_id '
+                    "WHERE r.server = ? AND r.server <> '' AND o.due IS NOT NULL "
+                    'AND o.held_from < ? AND o.held_until > ? AND r.id <> ?',
                     wish.server, wish.held[1], wish.held[0], view.own)
         if other:
             # The sentence goes to the event log as well, which the project of the wish reads.
             whose = f" by '{other.label}'" if other.project == wish.project else ''
             raise Conflict(f'the server {wish.server} is reserved{whose} in that time already',
-                           in_the_way=[
-                               self.reasons.in_brief_for_actor(self.look.occurrence(other.id))])
+                           in_the_way=[self.reasons.seen_in_the_way(other)])
 
     def refuse_unlimited(self, change: Change, view: View) -> None:
         """Refuses what goes beyond a limit."""
@@ -9848,13 +9879,22 @@ class Policy:
         return Amount(*(None if each is None else each + more
                         for each, more in zip(most[:3], lent)), added(most, lent, 1))
 
-    def refuse_taken_label(self, wish: Wish, now: float) -> None:
-        """Refuses a label that something of the project has that is not over."""
-        # Python may call without `bind`
-        read_argument('label', wish.label, Label, self.service.here)
-        if taken_label(wish.project, wish.label, now):
-            raise Conflict(f"the label '{wish.label}' is taken in project '{wish.project}' by a "
-                           'reservation that is not over; choose another')
+    def refuse_taken_label(self, deal: Deal, now: float) -> None:
+        """Refuses a new label that something of the project has that is not over."""
+        wish, old = deal.wish, deal.old
+        if not old or deal.asked and (wish.label, wish.project) != (old.label, old.project):
+            self.refuse_taken(wish.project, wish.label, now)
+
+    def refuse_taken(self, project: str, label: str, now: float) -> None:
+        read_argument('label', label, Label, self.service.here)  # Python may call without `bind`
+        if taken_label(project, label, now):
+            raise Conflict(f"the label '{label}' is taken in project '{project}' by a reservation "
+                           'that is not over; choose another')
+
+    def refuse_waiting_series(self, deal: Deal, now: float) -> None:
+        if deal.wish.stretches and (deal.columns.get('waiting') or deal.old and deal.asked
+                                    and deal.old.waiting is not None):
+            raise Invalid(A_SERIES_WAITS)
 
     def refuse_taken_resource(self, name: str) -> None:
         """Refuses the name of a resource that there is."""
@@ -9876,12 +9916,15 @@ class Policy:
                            'descriptions and metadata; shorten some, or let an admin raise the '
                            'setting project_texts')
 
-    def refuse_fixed(self, old, wish: Wish, asked: Iterable[str]) -> None:
+    def refuse_fixed(self, deal: Deal, now: float) -> None:
         """A reservation that has begun keeps what its machines are made of."""
+        old, wish, asked = deal.old, deal.wish, deal.asked
         if 'calendar' in asked:  # which says all of it; what has begun keeps start and place
             asked = {*FIXED} - {'start', 'resource', 'lead'}
-        new = {name: getattr(wish, name) for name in FIXED} | {'resource': wish.resource.name}
-        other = [name for name in FIXED if name in asked and new[name] != (
+        names = [name for name in FIXED if name in asked] if old else ()
+        new = {name: getattr(wish, name) for name in names}
+        new |= {'resource': wish.resource.name} if 'resource' in names else {}
+        other = [name for name in names if new[name] != (
             json.loads(getattr(old, name)) if name in JSON else getattr(old, name))]
         if other and self.look.begun(old):
             raise Conflict(f"'{old.label}' has begun, so its {other[0].replace('_', ' ')} can't "
@@ -9904,34 +9947,8 @@ def taken_label(project: str, label: str, now: float) -> bool:
 # as a proposal, which holds the growth.
 
 
-class Deal(NamedTuple):
-    """What becomes of a reservation: all of it, or nothing."""
-    code: str              # why: the code of its event
-    wish: Wish
-    changes: list[Change]
-    old: Any = None        # the listing of the occurrence that it is told for; None: it is new
-    columns: dict = {}     # what is otherwise of its row
-    stretches: list | None = None  # of its series then, [] of a plain one; None: it ends as before
-    horizon: int = 0       # until when that series is in rows
-    clash: str = ''        # what becomes of an occurrence without room; '': all is refused
-    same: list[dict] = []  # what is told of occurrences that don't change
-    patches: dict = {}     # of occurrences, by id, what nobody is told of: slots
-    asked: Iterable[str] = ()  # the names of what is to be otherwise
-    named: bool = False    # that occurrence was named, so that it changes also if it was alone
-    alone: bool = False    # no other occurrence changes
-
-
-class Made(NamedTuple):
-    """What a deal has made true."""
-    reservation: int
-    done: list[dict]  # of a series, what became of each occurrence, by start
-
-
 #: The deals that need no approval, whoever asks: what gives back, was agreed, or is operators'.
 AGREED = ('released', 'carried on', 'left out', 'admitted', 'maintenance', 'granted')
-
-
-A_SERIES_WAITS = 'a series can not wait; --on-conflict skip takes the occurrences that fit'
 
 
 class Bookings:
@@ -9984,12 +10001,7 @@ class Bookings:
     def make_true(self, deal: Deal, now: float) -> Made:
         """Decides and writes a deal that needs no approval."""
         old, wish = deal.old, deal.wish
-        if old and deal.asked:
-            self.policy.refuse_fixed(old, wish, deal.asked)
-            if wish.stretches and old.waiting is not None:
-                raise Invalid(A_SERIES_WAITS)
-        if old and deal.asked and (wish.label, wish.project) != (old.label, old.project):
-            self.policy.refuse_taken_label(wish, now)
+        self.policy.refuse_deal(deal, now)
         decided = self.decide_all(deal, now)
         reservation = old.reservation if old else self.write_new(deal, decided, now)
         self.write_occurrences(reservation, deal.patches, decided, now)
@@ -10599,6 +10611,19 @@ class Admission:
             changes=[change_to(old, wish, now, old.slot, waits, altered=bool(old.repeats))],
             horizon=self.series.horizon(stretches, now) if stretches else 0)
 
+    def is_as_before(self, deal: Deal) -> bool:
+        """Whether a deal changes nothing, wherever the stretches of its series are cut."""
+        def uncut(stretches: list[Stretch]) -> set[str]:
+            return {json.dumps(each._replace(since='', until='')) for each in stretches}
+        for name, value in deal.columns.items():
+            if name == 'series':
+                had = self.look.stretches(deal.old.reservation)
+                if uncut(read_stretches(value)) != uncut(had):
+                    return False
+            elif value != getattr(deal.old, name):
+                return False
+        return not deal.patches and all(map(is_same, deal.changes))
+
     def edit_series(self, deal: Deal, now: float) -> Deal:
         """The deal that changes a series, or makes one of a plain reservation."""
         old, wish, patches = deal.old, deal.wish, {}
@@ -10665,8 +10690,9 @@ class Admission:
 
     def book_all(self, request: Request, now: float) -> list[tuple]:
         """Books all parts of a request: each one's wish, reservation, and what became of it."""
-        for name in dict.fromkeys([request.label, *(part[0].label for part in request.parts)]):
-            self.policy.refuse_taken_label(request.last._replace(label=name), now)
+        for name in [request.label, *(part[0].label for part in request.parts)]:
+            if request.name:  # else it is looked at when it is booked
+                self.policy.refuse_taken(request.last.project, name, now)
         try:
             if len(request.parts) == len(request.parts[0]) == 1:
                 return [self.book_part(request.last, '', now)]
@@ -11696,7 +11722,7 @@ class Requests(Operations):
             found = self.look.mine(label, project, live=False)
             slot, old = self.left_out(found, occurrence, now)
             if found.over <= now:
-                self.policy.refuse_taken_label(self.wishes.carried_on(found), now)
+                self.policy.refuse_taken(found.project, found.label, now)
             place = resource_of(slot.resource, removed=True)
             wish = self.wishes.carried_on(found)._replace(
                 resource=place, start=slot.start, end=slot.end, vms=slot.vms, on_conflict='refuse')
@@ -11771,37 +11797,18 @@ class Requests(Operations):
           named: it was named, so that it changes also if it was changed on its own before
           only: no other occurrence changes
         """
-        def changed(wish: Wish, *otherwise: str) -> list | None:
-            made = self.bookings.commit(self.admission.edit(old, wish, {*asked, *otherwise}, now,
-                                                            code, named, only), now)
-            return made and made.done
-        done, same = [], not (old.repeats or wish.stretches) and self.is_as_wished(old, wish)
-        if not same:
-            with self.offers.explaining(wish, old, changed):
-                done, same = self.unless_same(old, wish, functools.partial(changed, wish))
-        if done is not None and not same:
-            self.tell_change(old, wish, asked, done, code, now)
-        return self.admission.answer(old.reservation, done or [], wish, old.id if only else None)
-
-    def is_as_wished(self, old, wish: Wish) -> bool:
-        """Whether a plain reservation is already what is wished."""
-        new = wish.columns(*STORED)
-        return all(getattr(old, name) == new[name] for name in STORED) and (
-            old.resource_id, old.held_from, old.start, old.end, amount_of(old)) == (
-            wish.resource.id, wish.held[0], wish.start, wish.end, wish.amount)
-
-    def unless_same(self, old, wish: Wish,
-                    deed: Callable[[], list | None]) -> tuple[list | None, bool]:
-        """Does something to a reservation; whether all is as before then, and that is undone."""
-        if not (old.repeats or wish.stretches):
-            return deed(), False
-        before = self.as_stored(old.reservation)
-        with Attempt() as attempt:
-            done = deed()
-            same = done is not None and self.as_stored(old.reservation) == before
-            if same:
-                attempt.undo()
-        return done, same
+        def deal(wish: Wish, *otherwise: str) -> Deal:
+            return self.admission.edit(old, wish, {*asked, *otherwise}, now, code, named, only)
+        wanted = deal(wish)
+        done = wanted.same
+        if not self.admission.is_as_before(wanted):
+            with self.offers.explaining(wish, old, lambda *other: self.bookings.commit(
+                    deal(*other), now)):
+                made = self.bookings.commit(wanted, now)
+            done = made.done if made else []
+            if made:
+                self.tell_change(old, wish, asked, done, code, now)
+        return self.admission.answer(old.reservation, done, wish, old.id if only else None)
 
     def refuse_common(self, old, asked: dict, occurrence: datetime | None, only: bool) -> None:
         """Refuses to change for some occurrences of a series what all of them have in common."""
@@ -11823,16 +11830,6 @@ class Requests(Operations):
             old = next((each for each in coming if not each.altered), (coming or [old])[0])
             key = min((each.slot for each in coming), default=old.slot)
         return old, self.look.stretches(old.reservation), key
-
-    def as_stored(self, reservation: int) -> tuple:
-        """All of a reservation that somebody could change, wherever its stretches are cut."""
-        found = row('SELECT * FROM reservation WHERE id = ?', reservation)
-        stretches = {json.dumps(each | {'since': '', 'until': ''}, sort_keys=True)
-                     for each in json.loads(found.series or '[]')}
-        return (found._replace(changed=0, series=stretches),
-                rows('SELECT slot, altered, resource_id, start, "end", held_from, held_until, vms, '
-                     'vcpus, ram, classes, cancelled FROM occurrence WHERE reservation_id = ? '
-                     'ORDER BY id', reservation))
 
     def tell_change(self, old, wish: Wish, asked: dict, done: list, code: str, now: float) -> None:
         """Writes down that a reservation was changed."""
