@@ -9933,7 +9933,10 @@ class Limits(Wishes):
         """
         length, before = wish.end - wish.start, old.end - old.start if old else 0
         stays = old and (not limit.resource_id or old.resource_id == wish.resource.id)
-        less = stays and old.start <= wish.start and wish.end <= old.end and wish.vms <= old.vms
+        within = stays and old.start <= wish.start and wish.end <= old.end and (
+            old.start <= now or old.held_from <= wish.held[0])
+        less = within and wish.vms <= old.vms
+        cheaper = within and wish.amount.vcpus <= old.vcpus
         yield 'longest', limit.longest, length <= max(limit.longest or 0,
                                                       before), in_words_of(limit.longest)
         moved = not old or wish.start != old.start
@@ -9949,7 +9952,7 @@ class Limits(Wishes):
         if limit.vcpu_hours is not None:
             used = self.future_hours(limit, wish, now, old, others)
             need = wish.amount.vcpus * (wish.end - max(wish.start, int(now))) / 3600
-            yield 'vcpu_hours', limit.vcpu_hours, less or used + need <= limit.vcpu_hours, (
+            yield 'vcpu_hours', limit.vcpu_hours, cheaper or used + need <= limit.vcpu_hours, (
                 f'{limit.vcpu_hours}, of which {max(limit.vcpu_hours - used, 0):.0f} are left')
 
     def counted(self, limit, wish: Wish, others: Others | None,
