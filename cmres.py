@@ -5474,6 +5474,11 @@ def beyond(some: list[Hold], others: list[Hold]) -> list[Hold]:
             for piece in beyond_at(resource, some, others)]
 
 
+def still_to_come(pieces: list[Hold], now: float) -> list[Hold]:
+    """The holds of some that are not past."""
+    return [each for each in pieces if each.until > now]
+
+
 def beyond_at(resource: int, *sides: list[Hold]) -> Iterator[Hold]:
     """The pieces of one resource, in order: what the first side has more of than the second."""
     changes: dict[int, list] = defaultdict(lambda: [NOTHING, NOTHING])
@@ -9588,7 +9593,7 @@ class Wishes(Service):
             return str(refusal), {}, {'most_vms': offers}
         with undone():
             if old:  # it is not in its own way
-                give([hold_of(old)])
+                give([hold_of(old), *self.stopped_held(old.reservation)])
             lack, why = self.lack(wish), str(refusal)
             if not offering:
                 return why or self.why_not(wish, lack), {}, {}
@@ -10009,6 +10014,10 @@ class Limits(Wishes):
 # exist, those that have waited for long, and then THE RULE.
 
 
+STOPPED_KEEP = ('stopped VMs keep their capacity after the end until they are deleted, and others '
+                'have reserved it by then; end with --at-end delete or shelve')
+
+
 class Holding(Limits):
     """What is taken and written for one occurrence; inside a transaction."""
 
@@ -10111,15 +10120,12 @@ class Holding(Limits):
             place = resource_of(each.resource, removed=True)
             self.refuse_overtaking(place, each.begin, each.until, now)
 
-    def holds(self, reservation: int) -> list[Hold]:
+    def holds(self, reservation: int, stopped: bool = True) -> list[Hold]:
         """What a reservation holds: its occurrences, and its VMs that stay after them."""
-        own = 'resource_id, held_from, held_until, vms, vcpus, ram, classes'
         return [hold_of(each) for each in rows(
-            f'SELECT {own} FROM occurrence WHERE reservation_id = ? AND due IS NOT NULL AND '
-            f'held_until > held_from '
-            f'UNION ALL SELECT {own} FROM extra_hold WHERE reservation_id = ? AND proposal_id IS '
-            f'NULL',
-            reservation, reservation)]
+            'SELECT resource_id, held_from, held_until, vms, vcpus, ram, classes FROM occurrence '
+            'WHERE reservation_id = ? AND due IS NOT NULL AND held_until > held_from', reservation)
+            ] + (self.stopped_held(reservation) if stopped else [])
 
     def hold_beside(self, reservation: int, proposal: int | None, holds: Iterable[Hold]) -> None:
         """Writes down what is held beside the occurrences; it is held already."""
@@ -10143,6 +10149,45 @@ class Holding(Limits):
             run('DELETE FROM proposal WHERE id = ?', each.id)
         return len(found)
 
+    @contextmanager
+    def stopped_aside(self, reservation: int, now: float) -> Iterator[list[Hold]]:
+        """Gives back what the stopped VMs of a reservation hold while it is changed: they are not
+        in its way, since it starts them again. Afterwards what stays of them is held.
+
+        Yields a list for what else the change gives back.
+
+        Raises:
+          NoCapacity: others have that capacity.
+        """
+        had, freed = self.stopped_held(reservation), []
+        before = self.holds(reservation) if had else []
+        give(had)
+        yield freed
+        if not had:
+            self.keep_stopped(reservation, now, freed)
+            return
+        wants = sorted(self.stopped_holds(reservation, now))
+        for each in wants:
+            hold(*each)
+        growth = beyond([*self.holds(reservation, stopped=False), *wants], [*before, *freed])
+        if not all(each.until <= now or fits(resource_of(each.resource, removed=True), max(
+                each.begin, int(now)), each.until, NOTHING) for each in growth):
+            raise NoCapacity(STOPPED_KEEP)
+        self.write_stopped(reservation, had, wants)
+
+    def stopped_held(self, reservation: int) -> list[Hold]:
+        """What is held for VMs of a reservation that are stopped at its ends."""
+        return [hold_of(each) for each in rows(
+            'SELECT * FROM extra_hold WHERE reservation_id = ? AND proposal_id IS NULL',
+            reservation)]
+
+    def write_stopped(self, reservation: int, had: list[Hold], wants: list[Hold]) -> None:
+        """Writes down what is held for stopped VMs, where that is otherwise than before."""
+        if wants != sorted(had):
+            run('DELETE FROM extra_hold WHERE reservation_id = ? AND proposal_id IS NULL',
+                reservation)
+            self.hold_beside(reservation, None, wants)
+
     def keep_stopped(self, reservation: int, now: float, given: list[Hold] = ()) -> None:
         """Holds what VMs take that are stopped at the end and stay: until the next occurrence, or
         for good.
@@ -10153,9 +10198,7 @@ class Holding(Limits):
         Raises:
           NoCapacity: others have that capacity.
         """
-        had = [hold_of(each) for each in rows(
-            'SELECT * FROM extra_hold WHERE reservation_id = ? AND proposal_id IS NULL',
-            reservation)]
+        had = self.stopped_held(reservation)
         wants = sorted(self.stopped_holds(reservation, now))
         if wants == sorted(had):
             return
@@ -10163,11 +10206,8 @@ class Holding(Limits):
         try:
             take(beyond(wants, had), now, given)
         except NoCapacity:
-            raise NoCapacity('stopped VMs keep their capacity after the end until they are '
-                             'deleted, and others have '
-                             'reserved it by then; end with --at-end delete or shelve') from None
-        run('DELETE FROM extra_hold WHERE reservation_id = ? AND proposal_id IS NULL', reservation)
-        self.hold_beside(reservation, None, wants)
+            raise NoCapacity(STOPPED_KEEP) from None
+        self.write_stopped(reservation, had, wants)
 
     def count_stopped(self, reservation: int, now: float) -> None:
         """Holds what stopped VMs take, also where others have it: the VMs are there."""
@@ -10180,7 +10220,9 @@ class Holding(Limits):
         found = rows("""
             SELECT o.*, r.host, (SELECT count(*) FROM server v WHERE v.occurrence_id = o.id
               AND v.goal = 'stop'
-                                    AND v.state = 'kept' AND NOT v.borrowed) AS stopped
+                                    AND v.state = 'kept' AND NOT v.borrowed) AS stopped,
+              (SELECT count(*) FROM server v WHERE v.occurrence_id = o.id AND v.goal = 'up'
+                AND v.state <> 'deleted') AS up
               FROM occurrence o JOIN reservation r ON r.id = o.reservation_id
              WHERE r.id = ? AND r.image <> '' AND r.waiting IS NULL AND (o.cancelled IS NULL
                OR o.due IS NULL) AND (
@@ -10188,10 +10230,14 @@ class Holding(Limits):
                      SELECT occurrence_id FROM server WHERE state = 'kept' AND goal = 'stop'
                        AND NOT borrowed))
              ORDER BY o.start""", reservation)
-        for each, after in zip(found, [*found[1:], None]):
+        lacks = {each.id: each.vms - each.up for each in found}  # VMs that each still starts
+        for number, each in enumerate(found):
+            after = next((one for one in found[number + 1:] if one.held_until > now), None)
             there = each.vms if each.due is not None else each.stopped
-            starts_them = after and after.held_from > now and after.resource_id == each.resource_id
-            again = min(there, after.vms) if starts_them else 0
+            starts_them = after and after.resource_id == each.resource_id
+            again = min(there, lacks[after.id]) if starts_them else 0
+            if again:
+                lacks[after.id] -= again
             one = amount_of(each) if each.host else amount_of(each) // each.vms
             for number, until in ((again, after.held_from if again else 0),
                                   (there - again, int(LAST.timestamp()))):
@@ -10291,10 +10337,11 @@ class Series(Holding):
         """
         there = rows('SELECT * FROM occurrence WHERE reservation_id = ? ORDER BY start',
                      reservation)
-        became = self.reshaped(reservation, wish, there, now, gentle, again)
-        self.write_all(reservation, became.changed, now)
-        self.close(reservation, wish.stretches, now, became.horizon)
-        self.keep_stopped(reservation, now, became.freed)
+        with self.stopped_aside(reservation, now) as freed:
+            became = self.reshaped(reservation, wish, there, now, gentle, again)
+            self.write_all(reservation, became.changed, now)
+            self.close(reservation, wish.stretches, now, became.horizon)
+            freed += became.freed
         return became.done
 
     def reshaped(self, reservation: int, wish: Wish, there: list, now: float, gentle: bool = False,
@@ -10522,6 +10569,13 @@ class Series(Holding):
         wish = wish._replace(stretches=stretches)
         change(Reservation, old.reservation_id, series=stored_stretches(stretches))
         change(Occurrence, id, altered=False)
+        with self.stopped_aside(old.reservation_id, now):
+            done = self.placed_again(old, wish, now)
+            self.close(old.reservation_id, stretches, now, self.horizon(stretches, now))
+        return [done]
+
+    def placed_again(self, old, wish: Wish, now: float) -> dict:
+        """Holds and writes an occurrence that its series was left without; what became of it."""
         slot = Slot(old.slot, wish.start, wish.end, wish.vms, wish.resource.id)
         try:
             todo = [(slot, old._replace(altered=False))]
@@ -10531,9 +10585,7 @@ class Series(Holding):
             why = f"what was left out does not fit any more: {conflict['why']}"
             raise NoCapacity(why, **refusal.details) from None
         self.write_all(old.reservation_id, [columns], now)
-        self.close(old.reservation_id, stretches, now, self.horizon(stretches, now))
-        self.keep_stopped(old.reservation_id, now)
-        return [done]
+        return done
 
     def stays(self, turn: Turn, now: float) -> bool:
         """Holds again what an occurrence had, which has begun or still fits; whether it does."""
@@ -10765,6 +10817,12 @@ class Admission(Series):
     def rebook(self, old, wish: Wish, now: float) -> None:
         """Makes one occurrence what is wished; inside a transaction."""
         wish = self.as_now(wish)
+        with self.stopped_aside(old.reservation, now) if old.image or wish.image else (
+                nullcontext()):
+            self.rebook_alone(old, wish, now)
+
+    def rebook_alone(self, old, wish: Wish, now: float) -> None:
+        """Makes one occurrence what is wished, whatever its stopped VMs hold."""
         place = wish.resource
         wants, growth = [Hold(place.id, *wish.held, wish.amount)], []
         if old.waiting is None:
@@ -10789,8 +10847,6 @@ class Admission(Series):
             if anew:  # it goes to the end of the line
                 change(Reservation, old.reservation, waiting=int(now))
             self.stand_in_line(old.reservation)
-        if old.image or wish.image:
-            self.keep_stopped(old.reservation, now)
 
     def cancel(self, found: list, now: float, why: str = '', ends: bool = False) -> None:
         """Cancels occurrences of one reservation: what they held from now on is free; inside a
@@ -11212,23 +11268,32 @@ class Approval(Waiting):
         if self.actor.role == ADMIN or old.waiting is not None or not (
                 self.proposes_all or self.may_need_approval(old, wish)):
             return deed()
-        before = self.holds(old.reservation)
+        ran, stood = self.holds(old.reservation, False), self.stopped_held(old.reservation)
         with Attempt() as attempt:
             done = deed()
-            growth = [each for each in beyond(self.holds(old.reservation), before)
-                      if each.until > now]
+            runs, stands = self.holds(old.reservation, False), self.stopped_held(old.reservation)
+            growth = still_to_come(beyond(runs + stands, ran + stood), now)
+            # VMs that run take more than those that only stay stopped
+            more = still_to_come(beyond(runs, ran), now) + growth
             span = max((resource_of(each.resource, removed=True).approval
-                        for each in growth), default=0)
-            if not growth or not span and not self.proposes_all:
+                        for each in more), default=0)
+            if not more or not span and not self.proposes_all:
                 return done
             if old.pending is not None:
                 self.await_approval(old.reservation, int(now) + span, wish, now)
                 return done
             attempt.undo()
-        last = old.end if alone or not old.repeats else int(LAST.timestamp())
-        until = min(int(now) + (span or int(LAST.timestamp())), last)
+        until = min(int(now) + (span or int(LAST.timestamp())), self.last_of(old, wish, alone))
         self.propose(old, wish, sorted(asked), until, now, code, named, alone, growth)
         return None
+
+    def last_of(self, old, wish: Wish, alone: bool) -> int:
+        """Until when a change can be made: a start changes before it, and nothing ends in the
+        past.
+        """
+        if old.repeats and not alone:
+            return int(LAST.timestamp())
+        return min(old.end, wish.end, old.end if wish.start == old.start else old.held_from)
 
     def may_need_approval(self, old, wish: Wish) -> bool:
         """Whether a change concerns a resource on which an admin must approve what is reserved."""
@@ -11286,7 +11351,8 @@ class Approval(Waiting):
         elif proposal.code == 'calendar':
             self.rebook_event(old.reservation, wish, now)
         else:
-            self.rewrite(old, wish, asked, now, bool(proposal.named))
+            with self.explaining(wish, old):
+                self.rewrite(old, wish, asked, now, bool(proposal.named))
 
     def rewrite(self, old, wish: Wish, asked: dict, now: float, named: bool) -> list:
         """Writes a change of a reservation; inside the transaction that looked whether it is still
