@@ -12810,7 +12810,7 @@ class Plan(Requests):
         return self.in_order(self.must_go(place, begin, until))
 
     def must_go(self, place, begin: int, until: int) -> list[int]:
-        """The ids of those."""
+        """The ids of those. What went and fits after all, since an earlier one had to go, stays."""
         most = capacity(place)
         levels = dict(steps(place.id, begin, until, most.names))
         if all(held.within(most) for held in levels.values()):
@@ -12827,15 +12827,20 @@ class Plan(Requests):
                       - {until})
         there = list(itertools.accumulate((levels.get(at)
                                            for at in cuts), lambda before, after: after or before))
-        found = []
+        found: dict = {}
         for each in held:
             touched = range(bisect_left(cuts, max(each.held_from, begin)),
                             bisect_left(cuts, each.held_until))
             if not all(there[n].within(most) for n in touched):
-                found.append(each.id)
+                found[each.id] = amount_of(each), touched
                 for n in touched:
                     there[n] -= amount_of(each)
-        return found
+        for id, (amount, touched) in [*found.items()][::-1]:
+            if all((there[n] + amount).within(most) for n in touched):
+                del found[id]
+                for n in touched:
+                    there[n] += amount
+        return [*found]
 
     def waits_for(self, place, now: float) -> tuple[str, int, set | None]:
         """Why VMs of a resource can't start now, until when, and of which occurrences; None: all.

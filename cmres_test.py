@@ -10037,6 +10037,18 @@ def test_an_approval_for_which_there_is_no_room_any_more_says_so(world):
         world.service.approve('lab', project='biology')
 
 
+@pytest.mark.parametrize('then, gone', [('cancel', 'cancelled'), ('notify', 'starting')])
+def test_what_fits_in_less_capacity_stays_although_it_was_added_after_what_does_not(world, then, gone):
+    eva = world.as_user()
+    for label, vms in {'large': 10, 'small': 6}.items():
+        book(eva, label, 2, 4, vms=vms, flavor='m1.small', image='cirros')
+    answer = world.service.resource_capacity('demo', NOON + hours(1), NOON + hours(3), vms=8, then=then)
+    assert [each['label'] for each in answer['hit']] == ['large']
+    world.at(2)
+    world.at(2.1)
+    assert (world.state('large'), world.state('small'), len(world.there())) == (gone, 'active', 6)
+
+
 # Service: who may what #######################################################
 
 
