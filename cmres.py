@@ -5805,12 +5805,17 @@ def take(pieces: list[Hold], now: float, given: list[Hold] = ()) -> None:
     Raises:
       NoCapacity: one doesn't; nothing was changed.
     """
-    for each in beyond(pieces, given):
+    refuse_without_room(beyond(pieces, given), now)
+    for each in pieces:
+        hold(*each)
+
+
+def refuse_without_room(pieces: Iterable[Hold], now: float) -> None:
+    """NoCapacity if one of some pieces, which don't overlap, doesn't fit from now on."""
+    for each in pieces:
         place = resource_of(each.resource, removed=True)
         if each.until > now and not fits(place, max(each.begin, int(now)), each.until, each.amount):
             raise NoCapacity('')
-    for each in pieces:
-        hold(*each)
 
 
 def steps(resource: int, begin: float, until: float,
@@ -9913,7 +9918,8 @@ class Limits(Wishes):
         own = {each.resource_id for each in found if each.project and not each.user}
         return [each for each in found if each.user or each.project or each.resource_id not in own]
 
-    def refuse_beyond(self, wish: Wish, now: float, old=None, others: Others | None = None) -> None:
+    def refuse_beyond(self, wish: Wish, now: float, old=None, others: Others | None = None,
+                      own: int = 0) -> None:
         """Refuses what goes beyond a limit; inside the transaction that would admit it.
 
         Args:
@@ -9921,18 +9927,20 @@ class Limits(Wishes):
             keep
           others: the other occurrences of its series as they will be, instead of what the store has
             of it
+          own: its reservation
         """
         for limit in self.limits_for(wish):
             near = limit.exempt and int(now) - PATIENCE <= wish.start < now + limit.exempt and (
                 wish.end - wish.start <= self.config.exempt_longest)
             if not near or old and old.start <= now:
-                for name, value, fits_it, passes in self.beyond(limit, wish, now, old, others):
+                for name, value, fits_it, passes in self.beyond(limit, wish, now, old, others, own):
                     if value is not None and not fits_it:
                         whose = limit.user or limit.project or 'every project'
                         raise Conflict(f"the limit {name.replace('_', ' ')} of {whose} is {passes}",
                                        limit=name, value=value, passes=passes)
 
-    def beyond(self, limit, wish: Wish, now: float, old, others: Others | None) -> Iterator[tuple]:
+    def beyond(self, limit, wish: Wish, now: float, old, others: Others | None,
+               own: int) -> Iterator[tuple]:
         """For each figure of a limit: its name, its value, whether a wish is within it, and what
         would be.
         """
@@ -9951,7 +9959,7 @@ class Limits(Wishes):
         yield 'least_notice', limit.least_notice, not moved or wish.start >= nearest, (
             f'{in_words_of(limit.least_notice)}: from {instant(int(nearest))}')
         if limit.most_vms is not None:
-            most = self.most_at_once(limit, wish, old, others)
+            most = self.most_at_once(limit, wish, old, others, own)
             yield 'most_vms', limit.most_vms, less or most + wish.vms <= limit.most_vms, (
                 f'{limit.most_vms}, of which {max(limit.most_vms - most, 0)} are free at that time')
         if limit.vcpu_hours is not None:
@@ -9975,7 +9983,7 @@ class Limits(Wishes):
         conditions |= {f'{reservation} <> ?': others.reservation if others else 0}
         return ' AND '.join(conditions), [*conditions.values()]
 
-    def most_at_once(self, limit, wish: Wish, old, others: Others | None) -> int:
+    def most_at_once(self, limit, wish: Wish, old, others: Others | None, own: int) -> int:
         """How many machines the limited have at most at the same time in the window of a wish."""
         begin, until = wish.held
         where, values = self.counted(limit, wish, others, OF_OCCURRENCE)
@@ -9987,7 +9995,7 @@ class Limits(Wishes):
         found += run(f'SELECT x.held_from, x.held_until, x.vms {FROM_EXTRA.format(where)} '
                      'AND held_from < ? AND held_until > ? '
                      'AND (proposal_id IS NOT NULL OR reservation_id <> ?)', *values, until, begin,
-                     old.reservation if old and not others else 0).fetchall()
+                     own if old and not others else 0).fetchall()
         found += others.holding(limit.resource_id, begin, until) if others else []
         changes = [change for first, last, vms in found
                    for change in ((max(first, begin), 1, vms), (last, 0, -vms))]
@@ -10008,24 +10016,163 @@ class Limits(Wishes):
         return (seconds + sum(each for each, in extra)) / 3600
 
 
-# Holding #####################################################################
+# Policy ######################################################################
 #
-# What every reservation, change and occurrence of a series goes through: labels, machines that
-# exist, those that have waited for long, and then THE RULE.
+# Whatever is promised changes by a Change, and each Change goes through `Bookings.commit`: it asks
+# these rules, whoever asks for the change. A rule is told what is and what is to be.
 
 
-STOPPED_KEEP = ('stopped VMs keep their capacity after the end until they are deleted, and others '
-                'have reserved it by then; end with --at-end delete or shelve')
+class Change(NamedTuple):
+    """One occurrence as it is, and as it is to be."""
+    before: Any        # its row; None: it is new
+    after: Wish | None  # what it is to be, by itself; None: it is given up
+    key: str           # its slot; '' if it is the only one
+    had: list[Hold]    # nothing, if it is new or comes back
+    wants: list[Hold]  # nothing, if it waits
+    columns: dict      # what is written of it that follows from nothing else
+
+    @property
+    def growth(self) -> list[Hold]:
+        return beyond(self.wants, self.had)
+
+    @property
+    def kept(self) -> list[Hold]:
+        """What it has and goes on to have."""
+        return beyond(self.had, beyond(self.had, self.wants))
+
+    @property
+    def known(self):
+        """Its row, if what it has already is no news for limits."""
+        there = self.before and self.before.cancelled is None
+        holds = there and self.before.held_until > self.before.held_from
+        return self.before if holds or there and not self.wants else None
 
 
-class Holding(Limits):
-    """What is taken and written for one occurrence; inside a transaction."""
+def change_to(before, after: Wish, now: float, key: str = '', waits: bool = False,
+            **columns) -> Change:
+    """The change of an occurrence to a wish; one that has begun keeps the lead that it had."""
+    had = [hold_of(before)] if before and before.cancelled is None else []
+    begin, _ = after.held
+    if before and before.start == after.start and before.start <= now:
+        begin = min(before.held_from, after.start)
+    hold = Hold(after.resource.id, begin, after.end, after.amount)
+    return Change(before, after, key, had, [] if waits else [hold],
+                  {'held_from': begin, 'held_until': begin if waits else after.end} | columns)
+
+
+def given_up(before, now: float, **columns) -> Change:
+    """The change of an occurrence that ends now, or never begins."""
+    until = min(max(int(now), before.held_from), before.held_until)
+    had = hold_of(before)
+    return Change(before, None, before.slot, [had], [had._replace(until=until)],
+                  {'cancelled': int(now), 'held_until': until, 'due': now} | columns)
+
+
+class View(NamedTuple):
+    """What rules look at beside a change."""
+    now: float
+    own: int  # its reservation; 0: a new one
+    others: Others | None  # the other occurrences that change with it
+    line: tuple  # its place among those that wait, if it waits
+
+
+class Policy(Limits):
+    """The rules: each refuses a change with a Conflict, or lets it pass."""
+
+    @property
+    def rules(self) -> tuple[Callable[[Change, View], None], ...]:
+        """What every change must pass, in this order."""
+        return (self.refuse_shared_server, self.refuse_unlimited, self.refuse_never_fitting,
+                self.refuse_overtaking, self.refuse_overbooking)
+
+    def hold_if_allowed(self, change: Change, view: View) -> None:
+        """Raises what the first rule says that is against a change; else it holds what it wants."""
+        for rule in self.rules:
+            rule(change, view)
+        for each in change.growth:
+            hold(*each)
+
+    def refuse_shared_server(self, change: Change, view: View) -> None:
+        """A machine that somebody has can be started and stopped by one reservation at a time."""
+        wish = change.after
+        if not wish.server or not change.wants:
+            return
+        other = row('SELECT o.id, r.label, r.project FROM occurrence o '
+                    'JOIN reservation r ON r.id = o.reservation_id WHERE r.server = ? '
+                    "AND r.server <> '' AND o.due IS NOT NULL AND o.held_from < ? "
+                    'AND o.held_until > ? AND r.id <> ?',
+                    wish.server, wish.held[1], wish.held[0], view.own)
+        if other:
+            # The sentence goes to the event log as well, which the project of the wish reads.
+            whose = f" by '{other.label}'" if other.project == wish.project else ''
+            raise Conflict(f'the server {wish.server} is reserved{whose} in that time already',
+                           in_the_way=[self.in_brief_for_actor(self.occurrence(other.id))])
+
+    def refuse_unlimited(self, change: Change, view: View) -> None:
+        """Refuses what goes beyond a limit."""
+        self.refuse_beyond(change.after, view.now, change.known, view.others, view.own)
+
+    def refuse_never_fitting(self, change: Change, view: View) -> None:
+        """Refuses to wait for what there will never be."""
+        if not change.wants and not change.after.amount.within(self.most_ever(change.after)):
+            raise NoCapacity('')
+
+    def refuse_overtaking(self, change: Change, view: View) -> None:
+        """Refuses to take what is kept for one that has waited for long."""
+        for each in change.growth:
+            first = self.first_in_line(each, view)
+            if first:
+                since = instant(first.waiting)
+                name = resource_of(each.resource, removed=True).name
+                raise NoCapacity(f"'{name}' is kept for a request of {first.vms} vms that waits "
+                                 f'since {since}', waits_since=since)
+
+    def refuse_overbooking(self, change: Change, view: View) -> None:
+        """THE RULE: at no instant from now on is more held than there is."""
+        refuse_without_room(change.growth, view.now)
+
+    def first_in_line(self, wanted: Hold, view: View):
+        """Who has waited for longer than `patience` for room there, and is not behind in line."""
+        before = '''AND NOT w.limited AND w.due > 0 AND r.id <> ?
+                    AND (-r.priority, r.waiting, o.id) < (?, ?, ?)''' if view.line else ''
+        return standing().waits and row(f"""
+                       SELECT o.vms, r.waiting FROM wait w INDEXED BY wait_since
+                         CROSS JOIN reservation r ON r.id = w.reservation_id
+                         JOIN occurrence o ON o.reservation_id = r.id
+                        WHERE w.resource_id = ? AND w.until > ? AND w.held_from < ?
+                          AND w.since <= ? AND w.until > ? AND o.cancelled IS NULL {before}
+                        ORDER BY r.priority DESC, r.waiting, o.id LIMIT 1""",
+                   wanted.resource, wanted.begin, wanted.until, view.now - self.config.patience,
+                   int(view.now), *view.line)
+
+    def most_ever(self, wish: Wish) -> Amount:
+        """What a resource holds at most in the window of a wish, loans included."""
+        begin, until = wish.held
+        most, lent = capacity(wish.resource), NOTHING
+        for each in rows('SELECT held_vms, held_vcpus, held_ram, held_classes FROM capacity '
+                         'WHERE resource_id = ? AND removed IS NULL AND start < ? AND "end" > ?',
+                         wish.resource.id, until, begin):
+            lent += NOTHING.beyond(amount_of(each, 'held_'))
+        return Amount(*(None if each is None else each + more
+                        for each, more in zip(most[:3], lent)), added(most, lent, 1))
+
+    def refuse_taken_label(self, wish: Wish, now: float) -> None:
+        """Refuses a label that something of the project has that is not over."""
+        read_argument('label', wish.label, Label, self.here)  # Python may call without `bind`
+        if taken_label(wish.project, wish.label, now):
+            raise Conflict(f"the label '{wish.label}' is taken in project '{wish.project}' by a "
+                           'reservation that is not over; choose another')
+
+    def refuse_taken_resource(self, name: str) -> None:
+        """Refuses the name of a resource that there is."""
+        read_argument('name', name, Label, self.here)
+        if row('SELECT id FROM resource WHERE name = ? AND removed IS NULL', name):
+            raise Conflict(f"there is a resource '{name}' already; choose another name or update "
+                           'that one')
 
     def refuse_many_texts(self, wish: Wish, old=None) -> None:
-        """Refuses what makes the long texts of a project more than it may keep; after they were
-        written.
-        """
-        now, before = (sum(len(text) for text in texts) for texts in (
+        """Refuses more long texts than a project may keep; after they were written."""
+        now, before = (sum(map(len, texts)) for texts in (
             wish.columns(*LONG_TEXTS).values(),
             [getattr(old, name) for name in LONG_TEXTS] if old else ()))
         kept = (row('SELECT size FROM texts WHERE project = ?', wish.project)
@@ -10033,92 +10180,341 @@ class Holding(Limits):
         most = self.config.project_texts
         if kept and kept.size > most * 2**20:
             raise TooLarge(f"the project '{wish.project}' keeps at most {most} MiB of user data, "
-                           f"descriptions and "
-                           'metadata; shorten some, or let an admin raise the setting '
-                           'project_texts')
+                           'descriptions and metadata; shorten some, or let an admin raise the '
+                           'setting project_texts')
 
-    def refuse_taken_label(self, wish: Wish, now: float) -> None:
-        """Refuses a label that a reservation or a request of the project has, as long as it is not
-        over.
+    def refuse_fixed(self, old, wish: Wish, asked: Iterable[str]) -> None:
+        """A reservation that has begun keeps what its machines are made of."""
+        if 'calendar' in asked:  # which says all of it; what has begun keeps start and place
+            asked = {*FIXED} - {'start', 'resource', 'lead'}
+        new = {name: getattr(wish, name) for name in FIXED} | {'resource': wish.resource.name}
+        other = [name for name in FIXED if name in asked and new[name] != (
+            json.loads(getattr(old, name)) if name in JSON else getattr(old, name))]
+        if other and self.begun(old):
+            raise Conflict(f"'{old.label}' has begun, so its {other[0].replace('_', ' ')} can't "
+                           'change; its end, vms, user, description and label can')
+
+
+def taken_label(project: str, label: str, now: float) -> bool:
+    """Whether a reservation or a request that is not over has a label."""
+    return bool(row('SELECT id FROM reservation WHERE project = ? AND label = ? AND over > ? '
+                    "UNION ALL SELECT id FROM reservation WHERE request = ? AND request <> '' "
+                    'AND project = ? AND over > ? LIMIT 1',
+                    project, label, int(now), label, project, int(now)))
+
+
+# Bookings ####################################################################
+#
+# `commit` makes promises otherwise, and nothing else does: of a reservation all changes or none.
+# First each change gives back what it gives up; then, in order, each takes what it wants more, if
+# every rule lets it; then rows are written. What grows and needs an approval is undone, and waits
+# as a proposal, which holds the growth.
+
+
+class Deal(NamedTuple):
+    """What becomes of a reservation: all of it, or nothing."""
+    code: str              # why: the code of its event
+    wish: Wish
+    changes: list[Change]
+    old: Any = None        # the listing of the occurrence that it is told for; None: it is new
+    columns: dict = {}     # what is otherwise of its row
+    stretches: list | None = None  # of its series then, [] of a plain one; None: it ends as before
+    horizon: int = 0       # until when that series is in rows
+    clash: str = ''        # what becomes of an occurrence without room; '': all is refused
+    same: list[dict] = []  # what is told of occurrences that don't change
+    patches: dict = {}     # of occurrences, by id, what nobody is told of: slots
+    asked: Iterable[str] = ()  # the names of what is to be otherwise
+    named: bool = False    # that occurrence was named, so that it changes also if it was alone
+    alone: bool = False    # no other occurrence changes
+
+
+class Made(NamedTuple):
+    """What a deal has made true."""
+    reservation: int
+    done: list[dict]  # of a series, what became of each occurrence, by start
+
+
+def last_of(deal: Deal) -> int:
+    """Until when a change can be made: a start changes before it, and nothing ends in the past."""
+    old, wish = deal.old, deal.wish
+    if old.repeats and not deal.alone:
+        return int(LAST.timestamp())
+    return min(old.end, wish.end, old.end if wish.start == old.start else old.held_from)
+
+
+#: The deals that need no approval by whoever asks: what gives back, what was agreed, and operators'.
+AGREED = ('released', 'carried on', 'left out', 'admitted', 'maintenance', 'granted')
+
+
+A_SERIES_WAITS = 'a series can not wait; --on-conflict skip takes the occurrences that fit'
+
+
+STOPPED_KEEP = ('stopped VMs keep their capacity after the end until they are deleted, and others '
+                'have reserved it by then; end with --at-end delete or shelve')
+
+
+class Bookings(Policy):
+    """Makes promises; inside a transaction."""
+
+    # also what needs no approval by itself: it belongs to a request of which a part does
+    proposes_all = False
+
+    def commit(self, deal: Deal, now: float) -> Made | None:
+        """Makes a deal true, or none of it; None: it is proposed, since it needs an approval.
+
+        Raises:
+          Conflict: a rule is against it (NoCapacity: there is no room).
         """
-        read_argument('label', wish.label, Label, self.here)  # Python may call without `bind`
-        if row('SELECT id FROM reservation WHERE project = ? AND label = ? AND over > ? UNION ALL '
-               'SELECT id FROM '
-               "reservation WHERE request = ? AND request <> '' AND project = ? AND over > ?",
-               wish.project, wish.label,
-               int(now), wish.label, wish.project, int(now)):
-            raise Conflict(f"the label '{wish.label}' is taken in project '{wish.project}' by a "
-                           f"reservation that is "
-                           'not over; choose another')
+        old = deal.old
+        # Another change settles those that were proposed before.
+        if SHAPE & set(deal.asked) and (old.change is not None or old.repeats and not deal.alone):
+            self.drop_proposals(old.reservation, old.id if deal.alone else None)
+        if not self.may_need_approval(deal):
+            return self.make_true(deal, now)
+        ran, stood = self.holds(old.reservation, False), self.stopped_held(old.reservation)
+        with Attempt() as attempt:
+            made = self.make_true(deal, now)
+            runs, stands = self.holds(old.reservation, False), self.stopped_held(old.reservation)
+            growth = still_to_come(beyond(runs + stands, ran + stood), now)
+            # VMs that run take more than those that only stay stopped
+            more = still_to_come(beyond(runs, ran), now) + growth
+            span = max((resource_of(each.resource, removed=True).approval for each in more),
+                       default=0)
+            if not more or not span and not self.proposes_all:
+                return made
+            if old.pending is not None:
+                self.await_approval(old.reservation, int(now) + span, deal.wish, now)
+                return made
+            attempt.undo()
+        until = min(int(now) + (span or int(LAST.timestamp())), last_of(deal))
+        self.propose(deal, until, growth, now)
+        return None
 
-    def refuse_taken_resource(self, name: str) -> None:
-        """Refuses the name of a resource that there is."""
-        read_argument('name', name, Label, self.here)
-        if row('SELECT id FROM resource WHERE name = ? AND removed IS NULL', name):
-            raise Conflict(f"there is a resource '{name}' already; choose another name or update "
-                           f"that one")
+    def may_need_approval(self, deal: Deal) -> bool:
+        """Whether somebody asks for it who is no admin, where an admin must approve."""
+        old, wish = deal.old, deal.wish
+        if not old or deal.code in AGREED or self.actor.role == ADMIN or old.waiting is not None:
+            return False
+        if self.proposes_all or old.repeats or wish.stretches:
+            return self.proposes_all or bool(once(ANY_APPROVAL))
+        places = old.resource_id, wish.resource.id
+        return any(resource_of(id, removed=True).approval for id in places)
 
-    def refuse_shared_server(self, wish: Wish, own: int = 0) -> None:
-        """A machine that somebody has can be started and stopped by one reservation at a time."""
-        begin, until = wish.held
-        other = row('SELECT o.id, r.label, r.project FROM occurrence o '
-                    'JOIN reservation r ON r.id = o.reservation_id WHERE r.server = ? '
-                    "AND r.server <> '' AND o.due IS NOT NULL AND o.held_from < ? AND o.held_until "
-                    "> ? AND r.id <> ?",
-                    wish.server, until, begin, own) if wish.server else None
-        if other:
-            # The sentence goes to the event log as well, which the project of the wish reads.
-            whose = f" by '{other.label}'" if other.project == wish.project else ''
-            raise Conflict(f'the server {wish.server} is reserved{whose} in that time already',
-                           in_the_way=[self.in_brief_for_actor(self.occurrence(other.id))])
+    def make_true(self, deal: Deal, now: float) -> Made:
+        """Decides and writes a deal that needs no approval."""
+        old, wish = deal.old, deal.wish
+        if old and deal.asked:
+            self.refuse_fixed(old, wish, deal.asked)
+            if wish.stretches and old.waiting is not None:
+                raise Invalid(A_SERIES_WAITS)
+        if old and deal.asked and (wish.label, wish.project) != (old.label, old.project):
+            self.refuse_taken_label(wish, now)
+        stops = wish.image and (old or wish.at_end == 'stop') or old and old.image
+        gone = [each.had[0] for each in deal.changes if not each.after]
+        with self.stopped_aside(old.reservation, now, gone) if old and stops else nullcontext():
+            decided = self.decide_all(deal, now)
+            reservation = old.reservation if old else self.write_new(deal, decided, now)
+            self.write_occurrences(reservation, deal.patches, decided, now)
+            if old:
+                self.write_old(deal, now)
+        if stops and not old:
+            self.keep_stopped(reservation, now)
+        if wish.resource and (not old or deal.asked):
+            self.refuse_many_texts(wish, old)
+        if deal.columns.get('waiting') or old and old.waiting is not None:
+            self.stand_in_line(reservation)
+        done = [*deal.same, *(line for line, _, _ in decided)] if deal.clash else []
+        return Made(reservation, sorted(done, key=lambda line: line['start']))
 
-    def stand_in_line(self, reservation: int) -> None:
-        """Notes where one that waits could be, as it is now; one that does so no more makes way for
-        others.
+    def decide_all(self, deal: Deal, now: float) -> list[tuple]:
+        """Holds what the changes of a deal want: of each what became of it, its row, its columns.
+
+        All give back first what they want no more, then each takes what it wants more.
         """
-        for each in rows('SELECT resource_id, held_from, until FROM wait WHERE reservation_id = ?',
-                         reservation):
-            call_waiting(*each)
-        run('DELETE FROM wait WHERE reservation_id = ?', reservation)
-        remembered.change()
-        found = row('SELECT r.choices, r.waiting, o.resource_id, o.held_from, o."end" '
-                    'FROM reservation r JOIN occurrence o ON o.reservation_id = r.id WHERE r.id = '
-                    '? AND r.waiting IS NOT NULL AND o.cancelled IS NULL',
-                    reservation)
-        for resource in dict.fromkeys(each[0] for each in json.loads(found.choices or '[]')
-                                      or [[found.resource_id]]) if found else ():
-            insert(Wait, reservation=reservation, resource=resource, held_from=found.held_from,
-                   until=found.end,
-                   since=found.waiting, limited=False, due=0)
+        old, wish, decided, refused = deal.old, deal.wish, [], []
+        own = old.reservation if old else 0
+        others = (self.others_of(own, {each.before.id for each in deal.changes if each.before}, now)
+                  if len(deal.changes) > 1 else None)
+        line = (own, -old.priority, old.waiting, old.id) if old and old.waiting is not None else ()
+        view = View(now, own, others, line)
+        for each in deal.changes:
+            give(beyond(each.had, each.wants))
+            if others and each.after:
+                others.put(each.key, each.kept, each.after.start)
+        if others:
+            read_windows((piece for each in deal.changes for piece in each.growth), now)
+        for each in self.progress(deal.changes) if others else deal.changes:
+            try:
+                decided.append(self.decide(each, view, deal.clash))
+            except NoCapacity as error:
+                if not deal.clash:
+                    raise
+                refused.append((each.after, error))
+        if refused:
+            raise self.refusal_of(refused, sum(bool(each.after) for each in deal.changes), wish)
+        return decided
 
-    def refuse_overtaking(self, place, begin: int, until: int, now: float) -> None:
-        """Refuses to take, before one that has waited for long, room in its window."""
-        first = self.first_in_line(place.id, begin, until, now)
-        if first:
-            raise NoCapacity(f"'{place.name}' is kept for a request of {first.vms} vms that waits "
-                             f"since "
-                             f'{instant(first.waiting)}', waits_since=instant(first.waiting))
+    def decide(self, change: Change, view: View, clash: str) -> tuple[dict, Any, dict]:
+        """Holds what one change wants, or what `clash` says is done instead."""
+        old, one = change.before, change.after
+        if not one:
+            return told(old, 'cancelled'), old, change.columns
+        if view.others:
+            view.others.put(change.key, (), one.start)
+        try:
+            self.hold_if_allowed(change, view)
+        except Conflict as error:
+            if not clash:
+                raise
+            return self.decide_otherwise(change, view, clash, error)
+        if view.others:
+            view.others.put(change.key, change.wants, one.start)
+        return (told(one, 'changed' if change.had else 'booked'), old,
+                self.columns_of(change, view.now))
 
-    def first_in_line(self, resource: int, begin: int, until: int, now: float, before: str = '',
-                      *place):
-        """Who has waited for longer than `patience` for a resource in a window; none beyond a place
-        in the line.
+    def decide_otherwise(self, change: Change, view: View, clash: str,
+                         error: Conflict) -> tuple[dict, Any, dict]:
+        """What becomes of an occurrence of a series that has no room, or is beyond a limit."""
+        old, one = change.before, change.after
+        refused = clash == 'refuse'
+        if refused and 'limit' in error.details:
+            raise error
+        lack = self.lack(one)
+        why = str(error) or self.why_not(one, lack)
+        if refused:
+            refusal = NoCapacity(why)
+            if rehearsal.on:
+                refusal = NoCapacity(why, **self.in_the_way(one, lack, view.own))
+                refusal.most_vms = max((vms for vms, _ in self.fewer(one, lack, old)), default=0)
+            raise refusal
+        give(change.kept)
+        if clash.startswith('shift') and isinstance(error, NoCapacity) and (
+                other := self.shifted(change, view, clash)):
+            return told(other.after, 'shifted', why), old, self.columns_of(other, view.now)
+        if self.stays(change, view):
+            return told(old, 'unchanged', why), old, {'altered': True}
+        out = change_to(None, one, view.now, waits=True, **unheld(view.now, old))
+        return told(one, 'left out', why), old, self.columns_of(
+            out._replace(before=old, key=change.key), view.now)
+
+    def shifted(self, change: Change, view: View, clash: str) -> Change | None:
+        """An occurrence moved by as little as possible to where every rule lets it be, if it may
+        move so far.
         """
-        return standing().waits and row(f"""
-                       SELECT o.vms, r.waiting FROM wait w INDEXED BY wait_since
-                         CROSS JOIN reservation r ON r.id = w.reservation_id
-                         JOIN occurrence o ON o.reservation_id = r.id
-                        WHERE w.resource_id = ? AND w.until > ? AND w.held_from < ?
-                          AND w.since <= ? AND w.until > ?
-                              AND o.cancelled IS NULL {before}
-                        ORDER BY r.priority DESC, r.waiting, o.id LIMIT 1""",
-                   resource, begin, until, now - self.config.patience, int(now), *place)
+        one = change.after
+        most = int(parse_duration(clash.partition('=')[2]).total_seconds())
+        (begin, end), now = one.held, int(view.now)
+        need = end - begin
+        free = free_windows(one.resource, one.amount, max(begin - most, now), begin + most + need)
+        nearest_ones = [min(max(begin, int(first)), int(last) - need)
+                        for first, last in free if last - first >= need]
+        for at in sorted(nearest_ones, key=lambda at: (abs(at - begin), at)):
+            there = one._replace(start=at + one.lead, end=at + need)
+            other = change_to(None, there, now, altered=True, cancelled=None)
+            with suppress(Conflict):
+                self.hold_if_allowed(other, view)
+                if view.others:
+                    view.others.put(change.key, other.wants, there.start)
+                return other._replace(before=change.before, key=change.key)
+        return None
 
-    def refuse_overtaken(self, pieces: list[Hold], now: float) -> None:
-        """Refuses to take what is kept for one that has waited for long."""
-        for each in pieces:
-            place = resource_of(each.resource, removed=True)
-            self.refuse_overtaking(place, each.begin, each.until, now)
+    def stays(self, change: Change, view: View) -> bool:
+        """Holds again what an occurrence had, which has begun or still fits; whether it does."""
+        if not change.had:
+            return False
+        begun = change.before.held_from <= view.now
+        try:
+            take(change.had, view.now, given=change.had if begun else change.kept)
+        except NoCapacity:
+            return False
+        if view.others:
+            view.others.put(change.key, change.had, change.before.start)
+        return True
+
+    def refusal_of(self, refused: list[tuple[Wish, NoCapacity]], number: int,
+                   wish: Wish) -> NoCapacity:
+        """The refusal of a series some occurrences of which have no room."""
+        one, error = refused[0]
+        first = format_time(instant(one.start), read_zone(wish.stretches[0].zone))
+        text = (f'{len(refused)} of {number} occurrences do not fit, so nothing was changed; '
+                f'the first from {first}: {error}')
+        if len(refused) < number:
+            text += '. Take the others with --on-conflict skip'
+        refusal = NoCapacity(
+            text if number > 1 else str(error),
+            conflicts=[{'start': instant(each.start), 'end': instant(each.end), 'vms': each.vms,
+                        'why': str(why)} for each, why in refused[:1000]], **error.details)
+        refusal.most_vms = min(getattr(why, 'most_vms', 0) for _, why in refused)
+        return refusal
+
+    def others_of(self, reservation: int, changing: set[int], now: float) -> Others:
+        """What counts against limits of the occurrences that stay as they are while others
+        change.
+        """
+        others = Others(reservation, now)
+        there = standing().limits and reservation and rows(
+            'SELECT * FROM occurrence WHERE reservation_id = ? AND due IS NOT NULL '
+            'AND held_until > held_from', reservation)
+        for each in there or ():
+            if each.id not in changing:
+                others.put(each.slot, [hold_of(each)], each.start)
+        return others
+
+    # What is written.
+
+    def columns_of(self, change: Change, now: float) -> dict:
+        """What is written of an occurrence that is to be."""
+        old, one, begin = change.before, change.after, change.columns['held_from']
+        if not old:
+            first = dict(of_project=one.project, of_user=one.user, slot=change.key, altered=False,
+                         revision=0, revised=int(now), told=0,
+                         due=min(begin, one.start - self.config.notice))
+        else:
+            again = 0 if one.start != old.start else ~ENDING if one.end != old.end else ~0
+            first = {'due': min(now, begin), 'told': old.told & again, 'cancelled': None}
+        return first | dict(resource=one.resource.id, start=one.start, end=one.end,
+                            **stored(one.amount)) | change.columns
+
+    def write_new(self, deal: Deal, decided: list[tuple], now: float) -> int:
+        """Writes the row of a new reservation; its id."""
+        wish, stretches = deal.wish, deal.stretches or []
+        live = [columns['end'] for _, _, columns in decided if not columns.get('cancelled')]
+        if not live:
+            first = decided[0][0]['why']
+            raise NoCapacity(f"none of {len(decided)} occurrences fits; of the first: {first}",
+                             conflicts=[line for line, _, _ in decided[:1000]])
+        on = goes_on(stretches, deal.horizon)
+        end = int(LAST.timestamp()) if on else max(int(now), *live)
+        return insert(Reservation, **wish.columns(*STORED) | {
+            'origin': '', 'added': int(now), 'changed': int(now), 'priority': 0, 'confirm': 0,
+            'request': '', 'choices': '', 'booked_until': deal.horizon if on else None,
+            'series': stored_stretches(stretches) if stretches else '', 'over': end} | deal.columns)
+
+    def write_old(self, deal: Deal, now: float) -> None:
+        """Writes what is otherwise of a reservation, and until when its label is taken."""
+        columns, id = deal.columns | {'changed': int(now)}, deal.old.reservation
+        if deal.stretches is None:
+            change(Reservation, id, **columns)
+            return
+        on = goes_on(deal.stretches, deal.horizon)
+        columns['booked_until'] = deal.horizon if on else None
+        over = """, over = coalesce(?, max(?, coalesce((SELECT min(max("end"), 1 << 62)
+                     FROM occurrence WHERE reservation_id = ? AND cancelled IS NULL), 0)))"""
+        run(change_text(Reservation, tuple(columns), over), *columns.values(),
+            int(LAST.timestamp()) if on else None, int(now), id, id)
+
+    def write_occurrences(self, reservation: int, patches: dict, decided: list[tuple],
+                          now: float) -> None:
+        """Writes what became of occurrences; what they hold is held already."""
+        insert_many(Occurrence, [{'reservation': reservation} | columns
+                                 for _, old, columns in decided if not old])
+        written = {old.id: columns for _, old, columns in decided if old}
+        for id in patches.keys() - written.keys():
+            change(Occurrence, id, **patches[id])
+        for id, columns in written.items():
+            change_occurrence(id, now, **patches.get(id, {}) | columns)
+
+    # What is held beside occurrences.
 
     def holds(self, reservation: int, stopped: bool = True) -> list[Hold]:
         """What a reservation holds: its occurrences, and its VMs that stay after them."""
@@ -10136,42 +10532,39 @@ class Holding(Limits):
     def drop_proposals(self, reservation: int, occurrence: int | None = None) -> int:
         """Forgets the changes of a reservation, or of one occurrence, that await approval; how many
         there were.
-
-        What they are about stays as it is.
         """
         found = rows('SELECT id FROM proposal WHERE reservation_id = ? AND (NOT alone OR '
-                     'occurrence = coalesce(?, '
-                     'occurrence))', reservation, occurrence)
+                     'occurrence = coalesce(?, occurrence))', reservation, occurrence)
         for each in found:
-            give([hold_of(extra)
-                  for extra in rows('SELECT * FROM extra_hold WHERE proposal_id = ?', each.id)])
+            give(map(hold_of, rows('SELECT * FROM extra_hold WHERE proposal_id = ?', each.id)))
             run('DELETE FROM extra_hold WHERE proposal_id = ?', each.id)
             run('DELETE FROM proposal WHERE id = ?', each.id)
         return len(found)
 
     @contextmanager
-    def stopped_aside(self, reservation: int, now: float) -> Iterator[list[Hold]]:
+    def stopped_aside(self, reservation: int, now: float, gone: list[Hold]) -> Iterator[None]:
         """Gives back what the stopped VMs of a reservation hold while it is changed: they are not
         in its way, since it starts them again. Afterwards what stays of them is held.
 
-        Yields a list for what else the change gives back.
+        Args:
+          gone: what else the change gives back
 
         Raises:
           NoCapacity: others have that capacity.
         """
-        had, freed = self.stopped_held(reservation), []
+        had = self.stopped_held(reservation)
         before = self.holds(reservation) if had else []
         give(had)
-        yield freed
+        yield
         if not had:
-            self.keep_stopped(reservation, now, freed)
+            self.keep_stopped(reservation, now, gone)
             return
         wants = sorted(self.stopped_holds(reservation, now))
         for each in wants:
             hold(*each)
-        growth = beyond([*self.holds(reservation, stopped=False), *wants], [*before, *freed])
-        if not all(each.until <= now or fits(resource_of(each.resource, removed=True), max(
-                each.begin, int(now)), each.until, NOTHING) for each in growth):
+        growth = beyond([*self.holds(reservation, stopped=False), *wants], [*before, *gone])
+        if not all(fits(resource_of(each.resource, removed=True), max(each.begin, int(now)),
+                        each.until, NOTHING) for each in still_to_come(growth, now)):
             raise NoCapacity(STOPPED_KEEP)
         self.write_stopped(reservation, had, wants)
 
@@ -10214,19 +10607,16 @@ class Holding(Limits):
         self.keep_stopped(reservation, now, [*self.stopped_holds(reservation, now)])
 
     def stopped_holds(self, reservation: int, now: float) -> Iterator[Hold]:
-        """What the VMs of a reservation hold that are stopped or will be, from the end of each
-        occurrence on.
-        """
+        """What the VMs hold that are stopped or will be, from the end of each occurrence on."""
         found = rows("""
             SELECT o.*, r.host, (SELECT count(*) FROM server v WHERE v.occurrence_id = o.id
-              AND v.goal = 'stop'
-                                    AND v.state = 'kept' AND NOT v.borrowed) AS stopped,
-              (SELECT count(*) FROM server v WHERE v.occurrence_id = o.id AND v.goal = 'up'
-                AND v.state <> 'deleted') AS up
+                     AND v.goal = 'stop' AND v.state = 'kept' AND NOT v.borrowed) AS stopped,
+                   (SELECT count(*) FROM server v WHERE v.occurrence_id = o.id
+                     AND v.goal = 'up' AND v.state <> 'deleted') AS up
               FROM occurrence o JOIN reservation r ON r.id = o.reservation_id
-             WHERE r.id = ? AND r.image <> '' AND r.waiting IS NULL AND (o.cancelled IS NULL
-               OR o.due IS NULL) AND (
-                   o.due IS NOT NULL AND r.at_end = 'stop' OR o.id IN (
+             WHERE r.id = ? AND r.image <> '' AND r.waiting IS NULL
+               AND (o.cancelled IS NULL OR o.due IS NULL)
+               AND (o.due IS NOT NULL AND r.at_end = 'stop' OR o.id IN (
                      SELECT occurrence_id FROM server WHERE state = 'kept' AND goal = 'stop'
                        AND NOT borrowed))
              ORDER BY o.start""", reservation)
@@ -10245,141 +10635,128 @@ class Holding(Limits):
                     amount = one if each.host else one * number
                     yield Hold(each.resource_id, each.held_until, until, amount)
 
-    def columns_of(self, wish: Wish, slot: Slot, now: float, new: bool,
-                   held_from: int | None = None,
-                   **more) -> dict:
-        """What is written of an occurrence."""
-        begin = slot.start - wish.lead if held_from is None else held_from
-        first = dict(of_project=wish.project, of_user=wish.user, slot=slot.key, altered=False,
-                     revision=0,
-                     revised=int(now), told=0) if new else {}
-        due = min(begin, slot.start - self.config.notice) if new else min(now, begin)
-        return first | dict(
-            resource=slot.resource, start=slot.start, end=slot.end, held_from=begin,
-            held_until=slot.end,
-            due=due, **stored(wish.takes(slot.vms))) | more
+    def stand_in_line(self, reservation: int) -> None:
+        """Notes where one that waits could be, as it is now; one that waits no more makes way."""
+        for each in rows('SELECT resource_id, held_from, until FROM wait WHERE reservation_id = ?',
+                         reservation):
+            call_waiting(*each)
+        run('DELETE FROM wait WHERE reservation_id = ?', reservation)
+        remembered.change()
+        found = row('SELECT r.choices, r.waiting, o.resource_id, o.held_from, o."end" '
+                    'FROM reservation r JOIN occurrence o ON o.reservation_id = r.id '
+                    'WHERE r.id = ? AND r.waiting IS NOT NULL AND o.cancelled IS NULL', reservation)
+        for resource in dict.fromkeys(each[0] for each in json.loads(found.choices or '[]')
+                                      or [[found.resource_id]]) if found else ():
+            insert(Wait, reservation=reservation, resource=resource, held_from=found.held_from,
+                   until=found.end, since=found.waiting, limited=False, due=0)
 
-    def write_occurrence(self, id: int | None, reservation: int, wish: Wish, slot: Slot, now: float,
-                         **more) -> int:
-        """Writes what an occurrence is; what it holds is held already. Tells its id."""
-        columns = self.columns_of(wish, slot, now, id is None, **more)
-        if id is None:
-            return insert(Occurrence, reservation=reservation, **columns)
-        change_occurrence(id, now, **columns)
-        return id
+    # What needs somebody's word.
 
-    def write_all(self, reservation: int, changed: list[tuple[int | None, dict]],
-                  now: float) -> None:
-        """Writes occurrences of a reservation, by id or new; what they hold is held already."""
-        insert_many(Occurrence, [{'reservation': reservation} | columns
-                                 for id, columns in changed if id is None])
-        for id, columns in changed:
-            if id is not None:
-                change_occurrence(id, now, **columns)
+    def await_approval(self, reservation: int, until: int, wish: Wish, now: float) -> None:
+        """Lets a reservation wait for an admin until an instant."""
+        change(Reservation, reservation, pending=until, confirm=0)
+        said = self.config.told_time(until, wish.tz)
+        self.journal(now, 'pending', f'an admin must approve it until {said}', reservation,
+                     wish.notify)
 
-    def grow(self, one: Wish, growth: list[Hold], now: float, old=None,
-             others: Others | None = None,
-             own: int = 0) -> None:
-        """Takes what is wanted more, if every rule lets it: all that is asked for goes through
-        here.
-
-        Args:
-          one: what is wanted in all
-          old: its occurrence as it was, if it counts against limits
-          others: the other occurrences of its series
-          own: its reservation
-
-        Raises:
-          Conflict: a rule is against it (NoCapacity: there is no room); nothing was taken.
-        """
-        self.refuse_shared_server(one, own)
-        self.refuse_beyond(one, now, old, others)
-        self.refuse_overtaken(growth, now)
+    def propose(self, deal: Deal, until: int, growth: list[Hold], now: float) -> None:
+        """Writes down a change that waits for approval, and holds what it takes more."""
+        # it fits: the deed had that, and at each instant what was or what will be is held
         take(growth, now)
+        old, wish, asked = deal.old, deal.wish, sorted(deal.asked)
+        shown = self.shown_change(old, wish, asked) | {'asked_by': self.actor.user,
+                                                       'decide_before': instant(until)}
+        id = insert(Proposal, reservation=old.reservation, occurrence=old.id, alone=deal.alone,
+                    named=deal.named, user=self.actor.user, code=deal.code,
+                    asked=json.dumps(asked), wish=stored_wish(wish), until=until,
+                    shown=json.dumps(to_plain(shown)))
+        self.hold_beside(old.reservation, id, growth)
+        said = self.config.told_time(until, wish.tz)
+        self.journal(now, 'pending', f"an admin must approve the change of {', '.join(asked)} "
+                     f'until {said}; what was approved goes on as it is', old.reservation,
+                     wish.notify)
+
+    def shown_change(self, old, wish: Wish, asked: list[str]) -> dict:
+        """What would be otherwise, as answers show it."""
+        new = wish.columns(*STORED) | {'resource': wish.resource.name, 'start': instant(wish.start),
+                                       'end': instant(wish.end), 'vms': wish.vms}
+        before = public(old)
+        return {name: value for name, value in new.items()
+                if name in asked or name in OWN and value != before[name]}
+
+
+def unheld(now: float, old=None) -> dict:
+    """What is otherwise of an occurrence that its series goes without: it holds nothing."""
+    return {'cancelled': int(now), 'due': now if old else None}
 
 
 # Series ######################################################################
 #
-# Makes the occurrences of a series what its stretches want, as far as the horizon.
+# What makes the occurrences of a series what its stretches want, as far as the horizon.
 
 
-class Turn(NamedTuple):
-    """An occurrence of a series that is to be otherwise, and its row if there is one."""
-    slot: Slot
-    old: Any
-    had: list[Hold]    # nothing, if it is new or comes back
-    wants: list[Hold]
+class Series(Bookings):
+    """The deals of series."""
 
-    @property
-    def kept(self) -> list[Hold]:
-        """What it has and goes on to have."""
-        return beyond(self.had, beyond(self.had, self.wants))
+    def spelled(self, deal: Deal, there: list, now: float, gentle: bool = False,
+                again: bool = True) -> Deal:
+        """A deal with all changes that make of a series what its stretches want.
 
-
-class Reshaped(NamedTuple):
-    """What a series comes to be."""
-    done: list[dict]  # what became of each occurrence, by start
-    changed: list[tuple[int | None, dict]]  # what is written of occurrences: by id, or a new one
-    horizon: int      # until when they are there
-    freed: list[Hold]
-
-
-class Series(Holding):
-    """The occurrences of series."""
-
-    def reshape(self, reservation: int, wish: Wish, now: float, gentle: bool = False,
-                again: bool = True) -> list[dict]:
-        """Makes the occurrences of a series what its stretches want, as far as the horizon; inside
-        a transaction.
-
-        Raises:
-          NoCapacity: one doesn't fit and all or nothing was asked for; the transaction ends.
-        """
-        there = rows('SELECT * FROM occurrence WHERE reservation_id = ? ORDER BY start',
-                     reservation)
-        with self.stopped_aside(reservation, now) as freed:
-            became = self.reshaped(reservation, wish, there, now, gentle, again)
-            self.write_all(reservation, became.changed, now)
-            self.close(reservation, wish.stretches, now, became.horizon)
-            freed += became.freed
-        return became.done
-
-    def reshaped(self, reservation: int, wish: Wish, there: list, now: float, gentle: bool = False,
-                 again: bool = True) -> Reshaped:
-        """Decides what a series becomes, and holds that.
-
-        First all give back what they want no more, then each takes what it wants more, or what
-        --on-conflict says is done. What has begun keeps its start; what was changed, left out or
-        skipped on its own stays as it is.
+        What has begun keeps its start; what was changed, left out or skipped on its own stays as it
+        is.
 
         Args:
           there: the rows of its occurrences
           gentle: what runs goes on, also if it isn't wanted any more
           again: what had no room, or was not wanted for a while, is tried again
         """
+        wish, stretches = deal.wish, deal.wish.stretches
+        there = [each._replace(**deal.patches.get(each.id, {})) for each in there]
         skipped = {old.slot for old in there if old.cancelled is not None and old.altered}
-        horizon = self.horizon(wish.stretches, now, skipped)
-        earliest = self.earliest(there, wish.stretches, now)
-        wanted = {slot.key: slot for slot in all_slots(wish.stretches, earliest, horizon)}
-        done, todo, changed, freed = [], [], [], []
+        horizon = self.horizon(stretches, now, skipped)
+        earliest = self.earliest(there, stretches, now)
+        wanted = {slot.key: slot for slot in all_slots(stretches, earliest, horizon)}
+        gone, same, todo = [], [], []
         for old in there:
             slot = wanted.pop(old.slot, None)
             if old.end <= now:
                 continue
             slot = self.settled(old, slot, wish, now, gentle, again)
             if slot is None and old.cancelled is None:
-                freed.append(hold_of(old))
-                changed.append((old.id, self.given_up(old, now)))
-                done.append(told(old, 'cancelled'))
+                gone.append(given_up(old, now))
             elif slot and self.differs(old, slot, wish):
                 todo.append((slot, old))
             elif slot and old.cancelled is None:
-                done.append(told(old, 'unchanged'))
+                same.append(told(old, 'unchanged'))
         todo += [(slot, None) for slot in wanted.values() if slot.end > now]
         todo.sort(key=lambda each: each[0].start)
-        placed = self.place_all(reservation, wish, todo, now, {id for id, _ in changed})
-        done = sorted([*done, *(line for line, _ in placed)], key=lambda each: each['start'])
-        return Reshaped(done, changed + [each for _, each in placed], horizon, freed)
+        self.refuse_impossible(wish, todo, now)
+        return deal._replace(
+            changes=gone + [self.change_at(wish, slot, old, now) for slot, old in todo],
+            same=same, stretches=stretches, horizon=horizon, clash=wish.on_conflict or 'refuse')
+
+    def change_at(self, wish: Wish, slot: Slot, old, now: float) -> Change:
+        """The change that makes an occurrence be at a slot."""
+        one = wish._replace(resource=resource_of(slot.resource), start=slot.start, end=slot.end,
+                            vms=slot.vms, stretches=[])
+        return change_to(old, one, now, slot.key)
+
+    def refuse_impossible(self, wish: Wish, todo: list[tuple], now: float) -> None:
+        """Refuses what can't be of a series, however much room there is."""
+        if wish.server and any(one.end > after.start
+                               for (one, _), (after, _) in zip(todo, todo[1:])):
+            raise Conflict(f'the occurrences overlap, and the server {wish.server} is one machine')
+        for slot, old in todo:
+            if resource_of(slot.resource) is None:
+                raise Conflict('the resource of the series is not there any more; move it to '
+                               'another with --resource')
+            if old and slot.start != old.start and slot.start < now - PATIENCE:
+                raise Conflict(f'the occurrence of {instant(old.start)} would begin in the past, '
+                               f'{instant(slot.start)}')
+
+    def there(self, reservation: int) -> list:
+        """The rows of all occurrences of a reservation."""
+        return rows('SELECT * FROM occurrence WHERE reservation_id = ? ORDER BY start', reservation)
 
     def earliest(self, there: list, stretches: list[Stretch], now: float) -> float:
         """From when on slots must be known: one that was moved to later has been planned for
@@ -10415,247 +10792,32 @@ class Series(Holding):
 
     def differs(self, old, slot: Slot, wish: Wish) -> bool:
         """Whether an occurrence is otherwise than its series wants it."""
-        return old.cancelled is not None or (old.start, old.end, old.resource_id,
-                                             *amount_of(old)) != (
-            slot.start, slot.end, slot.resource, *wish.takes(slot.vms)) or (
+        is_at = old.start, old.end, old.resource_id, *amount_of(old)
+        wanted = slot.start, slot.end, slot.resource, *wish.takes(slot.vms)
+        return old.cancelled is not None or is_at != wanted or (
             slot.start - wish.lead != old.held_from and not old.altered)
 
-    def given_up(self, old, now: float) -> dict:
-        """Gives back what an occurrence holds that its series goes without; what is written."""
-        until = min(max(int(now), old.held_from), old.held_until)
-        release(old.resource_id, until, old.held_until, amount_of(old))
-        return {'cancelled': int(now), 'held_until': until, 'due': now}
-
-    def place_all(self, reservation: int, wish: Wish, todo: list, now: float,
-                  gone: Iterable[int] = ()) -> list[tuple]:
-        """Holds many occurrences of a series, or refuses all; what became of each, and its row.
-
-        Args:
-          gone: the ids of those that it goes without
-        """
-        done, refused = [], []
-        others = self.others_of(reservation, {*gone, *(old.id for _, old in todo if old)}, now)
-        if (wish.server
-            and any(one.end > after.start for (one, _), (after, _) in zip(todo, todo[1:]))):
-            raise Conflict(f'the occurrences overlap, and the server {wish.server} is one machine')
-        turns = [Turn(slot, old, [hold_of(old)] if old and old.cancelled is None else [],
-                      [self.hold_at(wish, slot, old, now)]) for slot, old in todo]
-        for turn in turns:
-            give(beyond(turn.had, turn.wants))
-            others.put(turn.slot.key, turn.kept, turn.slot.start)
-        read_windows((piece for turn in turns for piece in beyond(turn.wants, turn.had)), now)
-        for turn in self.progress(turns):
-            try:
-                done.append(self.place(reservation, wish, turn, others, now))
-            except NoCapacity as error:
-                refused.append((turn.slot, error))
-        if refused:
-            raise self.refusal_of(refused, len(turns), wish)
-        return done
-
-    def refusal_of(self, refused: list[tuple[Slot, NoCapacity]], number: int,
-                   wish: Wish) -> NoCapacity:
-        """The refusal of a series some occurrences of which have no room."""
-        slot, error = refused[0]
-        first = format_time(instant(slot.start), read_zone(wish.stretches[0].zone))
-        text = (f'{len(refused)} of {number} occurrences do not fit, so nothing was changed; '
-                f'the first from {first}: {error}')
-        if len(refused) < number:
-            text += '. Take the others with --on-conflict skip'
-        refusal = NoCapacity(
-            text if number > 1 else str(error),
-            conflicts=[{'start': instant(each.start), 'end': instant(each.end), 'vms': each.vms,
-                        'why': str(why)}
-                       for each, why in refused[:1000]], **error.details)
-        refusal.most_vms = min(getattr(why, 'most_vms', 0) for _, why in refused)
-        return refusal
-
-    def others_of(self, reservation: int, changing: set[int], now: float) -> Others:
-        """What counts against limits of the occurrences that stay as they are while others
-        change.
-        """
-        others = Others(reservation, now)
-        there = standing().limits and reservation and rows(
-            'SELECT * FROM occurrence WHERE reservation_id = ? AND due IS NOT NULL '
-            'AND held_until > held_from', reservation)
-        for each in there or ():
-            if each.id not in changing:
-                others.put(each.slot, [hold_of(each)], each.start)
-        return others
-
-    def hold_at(self, wish: Wish, slot: Slot, old, now: float) -> Hold:
-        """What an occurrence is to hold; one that has begun keeps the lead that it had."""
-        begun = old and old.start == slot.start and old.start <= now
-        begin = min(old.held_from, slot.start) if begun else slot.start - wish.lead
-        return Hold(slot.resource, begin, slot.end, wish.takes(slot.vms))
-
-    def place(self, reservation: int, wish: Wish, turn: Turn, others: Others, now: float) -> tuple:
-        """Holds one occurrence of a series; what became of it, and its row.
-
-        Raises:
-          NoCapacity: it doesn't fit, and that refuses the whole series.
-        """
-        slot, old, (wants,) = turn.slot, turn.old, turn.wants
-        place = resource_of(slot.resource)
-        if place is None:
-            raise Conflict('the resource of the series is not there any more; move it to another '
-                           'with --resource')
-        if old and slot.start != old.start and slot.start < now - PATIENCE:
-            raise Conflict(f'the occurrence of {instant(old.start)} would begin in the past, '
-                           f'{instant(slot.start)}')
-        one = wish._replace(resource=place, start=slot.start, end=slot.end, vms=slot.vms,
-                            stretches=[])
-        others.put(slot.key, (), slot.start)
-        try:
-            before = old if turn.had else None
-            self.grow(one, beyond(turn.wants, turn.had), now, before, others, reservation)
-        except Conflict as error:
-            return self.placed_otherwise(reservation, one, turn, others, error, now)
-        keep = {'told': 0, 'altered': old.altered} if old and old.start != slot.start else {}
-        revived = {'cancelled': None} if old and not turn.had else {}
-        others.put(slot.key, turn.wants, slot.start)
-        return told(slot, 'changed' if turn.had else 'booked'), self.row_of(
-            old, one, slot, now, held_from=wants.begin, **keep, **revived)
-
-    def row_of(self, old, one: Wish, slot: Slot, now: float, **more) -> tuple[int | None, dict]:
-        """What is written of an occurrence, by its id if it has one."""
-        return old.id if old else None, self.columns_of(one, slot, now, old is None, **more)
-
-    def placed_otherwise(self, reservation: int, one: Wish, turn: Turn, others: Others,
-                         error: Conflict,
-                         now: float) -> tuple:
-        """What --on-conflict says of an occurrence that has no room."""
-        slot, old = turn.slot, turn.old
-        refused = one.on_conflict in ('', 'refuse')
-        if refused and 'limit' in error.details:
-            raise error
-        lack = self.lack(one)
-        why = str(error) or self.why_not(one, lack)
-        if refused and not rehearsal.on:
-            raise NoCapacity(why)
-        if refused:
-            refusal = NoCapacity(why, **self.in_the_way(one, lack, reservation))
-            refusal.most_vms = max((vms for vms, _ in self.fewer(one, lack, old)), default=0)
-            raise refusal
-        give(turn.kept)
-        full = isinstance(error, NoCapacity)
-        shifted = (self.shifted(one, slot, others, now) if full
-                   and one.on_conflict.startswith('shift') else None)
-        if shifted:
-            holds = [Hold(slot.resource, shifted.start - one.lead, shifted.end, one.amount)]
-            take(holds, now)
-            others.put(slot.key, holds, shifted.start)
-            return told(shifted, 'shifted', why), self.row_of(
-                old, one, shifted, now, altered=True, cancelled=None)
-        if self.stays(turn, now):
-            others.put(slot.key, turn.had, old.start)
-            return told(old, 'unchanged', why), (old.id, {'altered': True})
-        return told(slot, 'left out', why), self.row_of(
-            old, one, slot, now, **self.left_out_as(one, slot, now, old))
-
-    def left_out_as(self, one: Wish, slot: Slot, now: float, old=None) -> dict:
-        """What is otherwise of an occurrence that its series goes without: it holds nothing."""
-        return {'held_until': slot.start - one.lead, 'cancelled': int(now),
-                'due': now if old else None}
-
-    def bring_back(self, id: int, wish: Wish, now: float) -> list[dict]:
-        """Holds an occurrence that its series was left without; inside a transaction.
-
-        Raises:
-          NoCapacity: it doesn't fit.
-        """
-        old = row('SELECT * FROM occurrence WHERE id = ?', id)
-        stretches = [unskipped(each, old.slot) for each in self.stretches(old.reservation_id)]
-        wish = wish._replace(stretches=stretches)
-        change(Reservation, old.reservation_id, series=stored_stretches(stretches))
-        change(Occurrence, id, altered=False)
-        with self.stopped_aside(old.reservation_id, now):
-            done = self.placed_again(old, wish, now)
-            self.close(old.reservation_id, stretches, now, self.horizon(stretches, now))
-        return [done]
-
-    def placed_again(self, old, wish: Wish, now: float) -> dict:
-        """Holds and writes an occurrence that its series was left without; what became of it."""
-        slot = Slot(old.slot, wish.start, wish.end, wish.vms, wish.resource.id)
-        try:
-            todo = [(slot, old._replace(altered=False))]
-            (done, columns), = self.place_all(old.reservation_id, wish, todo, now)
-        except NoCapacity as refusal:
-            conflict, = refusal.details.pop('conflicts')
-            why = f"what was left out does not fit any more: {conflict['why']}"
-            raise NoCapacity(why, **refusal.details) from None
-        self.write_all(old.reservation_id, [columns], now)
-        return done
-
-    def stays(self, turn: Turn, now: float) -> bool:
-        """Holds again what an occurrence had, which has begun or still fits; whether it does."""
-        if not turn.had:
-            return False
-        begun = turn.old.held_from <= now
-        try:
-            take(turn.had, now, given=turn.had if begun else turn.kept)
-        except NoCapacity:
-            return False
-        return True
-
-    def shifted(self, one: Wish, slot: Slot, others: Others, now: float) -> Slot | None:
-        """The slot moved by as little as possible to where there is room; None if that is further
-        than it may be, or beyond a limit.
-        """
-        most = int(parse_duration(one.on_conflict.partition('=')[2]).total_seconds())
-        begin, need = slot.start - one.lead, slot.end - slot.start + one.lead
-        earliest = max(begin - most, int(now))
-        nearest_ones = [min(max(begin, int(first)), int(last) - need)
-                        for first, last in free_windows(
-            one.resource, one.amount, earliest, begin + most + need) if last - first >= need]
-        for at in sorted(nearest_ones, key=lambda at: (abs(at - begin), at)):
-            found = slot._replace(start=at + one.lead, end=at + need)
-            try:
-                self.refuse_beyond(one._replace(start=found.start, end=found.end), now, None,
-                                   others)
-                return found
-            except Conflict:
-                continue
-        return None
-
-    def close(self, reservation: int, stretches: list[Stretch], now: float,
-              horizon: int = 0) -> None:
-        """Writes until when a reservation's label is taken, and how far a series is in rows."""
-        on = goes_on(stretches, horizon)
-        run("""UPDATE reservation SET changed = ?2, booked_until = ?3,
-                      over = coalesce(?4, max(?2, coalesce((
-                 SELECT min(max("end"), 1 << 62) FROM occurrence
-                  WHERE reservation_id = ?1 AND cancelled IS NULL), 0)))
-                WHERE id = ?1""", reservation, int(now), horizon if on else None,
-            int(LAST.timestamp()) if on else None)
+    def carry_on(self, head, now: float) -> list[dict]:
+        """Carries a series on as far as the horizon is now, by the zone table as it is now."""
+        deal = Deal('carried on', self.carried_on(head), [], head)
+        there = self.there(head.reservation)
+        return self.commit(self.spelled(deal, there, now, gentle=True, again=False), now).done
 
     def refresh(self, reservation: int, now: float) -> None:
-        """Carries a series on as far as the horizon is now, by the zone table as it is now; inside
-        a transaction.
-        """
+        """Carries a series on, and tells what has no room; inside a transaction."""
         head = self.next_of(reservation)
-        done = self.reshape(reservation, self.carried_on(head), now, gentle=True, again=False)
-        for one in done:
+        for one in self.carry_on(head, now):
             if one.get('why') and one['outcome'] in ('left out', 'shifted'):
                 self.journal(now, 'refused',
                              f"{format_time(one['start'], read_zone(head.tz or 'UTC'))} is "
                              f"{one['outcome']}: {one['why']}", reservation,
                              json.loads(head.notify))
 
-    def rebook_event(self, reservation: int, wish: Wish, now: float) -> list[dict]:
-        """Makes of a reservation what the event of a calendar says now; inside a transaction."""
-        change(Reservation, reservation, **wish.columns(*STORED),
-               series=stored_stretches(wish.stretches))
-        self.keep_identities(reservation, wish, now)
-        return self.reshape(reservation, wish, now, gentle=True)
-
-    def keep_identities(self, reservation: int, wish: Wish, now: float) -> None:
-        """Gives occurrences whose slots are gone the new slots, first of the same day.
+    def kept_identities(self, there: list, wish: Wish, now: float) -> dict[int, dict]:
+        """New slots for occurrences whose slots are gone, by id; first of the same day.
 
         So an event that is moved is one event in feeds, and no program shows it twice.
         """
-        there = rows('SELECT * FROM occurrence WHERE reservation_id = ? ORDER BY start',
-                     reservation)
         slots = all_slots(wish.stretches, self.earliest(there, wish.stretches, now),
                           self.horizon(wish.stretches, now))
         wanted, taken = {slot.key for slot in slots}, {old.slot for old in there}
@@ -10668,31 +10830,12 @@ class Series(Holding):
         given = {*pairs.values()}
         rest = [key for key in new if key not in given]
         pairs |= zip((slot for slot in lost if slot not in pairs), rest)
-        for slot, key in pairs.items():
-            change(Occurrence, lost[slot], slot=key)
-
-    def rebook_series(self, old, wish: Wish, now: float, named: bool, moves: bool) -> list[dict]:
-        """Changes a series from one occurrence on; inside a transaction.
-
-        Args:
-          named: that one was named, so that it changes also if it was changed on its own before
-          moves: more than what is told about the series
-        """
-        if not old.repeats:  # it was a plain one: what it has becomes the first of the series
-            first = next(slots(wish.stretches[-1], now, LAST.timestamp()))
-            key = to_wall(instant(old.start), read_zone(wish.tz)).isoformat()
-            change(Occurrence, old.id, slot=key if self.begun(old) else first.key)
-        if old.altered and named:
-            change(Occurrence, old.id, altered=False)
-        change(Reservation, old.reservation, **wish.columns(*STORED),
-               series=stored_stretches(wish.stretches),
-               changed=int(now))
-        return self.reshape(old.reservation, wish, now) if moves else []
+        return {lost[slot]: {'slot': key} for slot, key in pairs.items()}
 
 
 # Admission ###################################################################
 #
-# Books, changes and cancels whole reservations; of a request all of its parts, or none.
+# What makes, changes and cancels whole reservations; of a request all of its parts, or none.
 
 
 class Spent(NoCapacity):
@@ -10758,40 +10901,20 @@ def kind_of(part: list[Wish]) -> tuple:
 class Admission(Series):
     """Reservations as a whole, and requests of several; inside a transaction."""
 
-    def book(self, wish: Wish, now: float, origin: str = '', request: str = '',
-             **event) -> tuple[int, list]:
-        """Writes a reservation and its occurrences, and holds their amounts; inside a transaction.
+    def book(self, wish: Wish, now: float, **columns) -> tuple[int, list]:
+        """Makes a reservation: its id, and of a series what became of each occurrence.
 
         Args:
-          request: the label of the request of which this is a part
-          origin, event: the digest, `uid` and `subscription` of the event of a calendar that it
-            comes from
-
-        Returns:
-          its id, and of a series what became of each occurrence.
+          columns: what else its row has: of which request it is a part, of which event it comes
         """
         wish = self.as_now(wish)
         place = wish.resource
-        became = self.reshaped(0, wish, [], now) if wish.stretches else self.single(wish, now)
-        done, live = became.done, [
-            columns['end'] for _, columns in became.changed if not columns.get('cancelled')]
-        if done and not live:
-            first = done[0]['why']
-            raise NoCapacity(f"none of {len(done)} occurrences fits; of the first: {first}",
-                             conflicts=done[:1000])
-        on = goes_on(wish.stretches, became.horizon)
         pending = int(now) + place.approval if place.approval and self.actor.role != ADMIN else None
-        reservation = insert(
-            Reservation, **wish.columns(*STORED), **event, origin=origin, added=int(now),
-            changed=int(now),
-            pending=pending, priority=0, confirm=0, request=request, choices='',
-            series=stored_stretches(wish.stretches) if wish.stretches else '',
-            booked_until=became.horizon if on else None,
-            over=int(LAST.timestamp()) if on else max([int(now), *live]))
-        self.refuse_many_texts(wish)
-        self.write_all(reservation, became.changed, now)
-        if wish.image and wish.at_end == 'stop':
-            self.keep_stopped(reservation, now)
+        deal = Deal('added', wish, [], columns=columns | {'pending': pending})
+        reservation, done = self.commit(
+            self.spelled(deal, [], now) if wish.stretches
+            else deal._replace(changes=[change_to(None, wish, now)]), now)
+        done = done if wish.stretches else []
         what = self.told_series(wish, done) if wish.stretches else f'{wish.vms} vms on {place.name}'
         self.journal(now, 'added', what, reservation, wish.notify, NONE_OF_THEM)
         if pending and not wish.stretches:
@@ -10800,13 +10923,6 @@ class Admission(Series):
                          wish.notify)
         return reservation, done
 
-    def single(self, wish: Wish, now: float) -> Reshaped:
-        """Holds the one occurrence of a new reservation."""
-        place = wish.resource
-        self.grow(wish, [Hold(place.id, *wish.held, wish.amount)], now)
-        slot = Slot('', wish.start, wish.end, wish.vms, place.id)
-        return Reshaped([], [self.row_of(None, wish, slot, now)], 0, [])
-
     def told_series(self, wish: Wish, done: list[dict]) -> str:
         """What was booked of a series, for the journal."""
         left_out = sum(each['outcome'] == 'left out' for each in done)
@@ -10814,39 +10930,62 @@ class Admission(Series):
                 f"{len(done) - left_out} occurrences"
                 f"{f', {left_out} left out' if left_out else ''}")
 
-    def rebook(self, old, wish: Wish, now: float) -> None:
-        """Makes one occurrence what is wished; inside a transaction."""
-        wish = self.as_now(wish)
-        with self.stopped_aside(old.reservation, now) if old.image or wish.image else (
-                nullcontext()):
-            self.rebook_alone(old, wish, now)
+    def edit(self, old, wish: Wish, asked: Iterable[str], now: float, code: str = 'updated',
+             named: bool = False, alone: bool = False) -> Deal:
+        """The deal that makes of a reservation what is asked.
 
-    def rebook_alone(self, old, wish: Wish, now: float) -> None:
-        """Makes one occurrence what is wished, whatever its stopped VMs hold."""
-        place = wish.resource
-        wants, growth = [Hold(place.id, *wish.held, wish.amount)], []
-        if old.waiting is None:
-            give(beyond([hold_of(old)], wants))
-            growth = beyond(wants, [hold_of(old)])
-        self.grow(wish, growth, now, old, own=old.reservation)
-        if old.waiting is not None and not wish.amount.within(self.most_ever(wish)):
-            raise NoCapacity('')
-        slot = Slot(old.slot, wish.start, wish.end, wish.vms, place.id)
-        self.write_occurrence(old.id, old.reservation, wish, slot, now, altered=bool(old.repeats),
-                              told=0 if wish.start != old.start
-                              else old.told & ~(ENDING if wish.end != old.end else 0),
-                              **({'held_until': wish.held[0]} if old.waiting is not None else {}))
-        if old.repeats:
-            stretches = self.stretches(old.reservation)
-            self.close(old.reservation, stretches, now, self.horizon(stretches, now))
-        else:
-            change(Reservation, old.reservation, **wish.columns(*STORED), changed=int(now),
-                   over=wish.end)
-        if old.waiting is not None:
-            anew = beyond(wants, [hold_of(old)._replace(until=old.end)])
-            if anew:  # it goes to the end of the line
-                change(Reservation, old.reservation, waiting=int(now))
-            self.stand_in_line(old.reservation)
+        Args:
+          old: the occurrence that it is told for, as the store has it
+          code: BACK and 'calendar' say what kind of change it is
+        """
+        deal = Deal(code, wish, [], old, asked=asked, named=named, alone=alone)
+        if code == BACK:
+            return self.edit_back(deal, now)
+        if wish.stretches:
+            return self.edit_series(deal, now)
+        wish = self.as_now(wish)
+        waits = old.waiting is not None
+        stretches = self.stretches(old.reservation) if old.repeats else []
+        columns = {} if old.repeats else wish.columns(*STORED)
+        if old.choices and {'resource', 'host', 'flavor'} & set(asked):
+            columns['choices'] = ''  # it waits for this one alone
+        wants = Hold(wish.resource.id, *wish.held, wish.amount)
+        if waits and beyond([wants], [hold_of(old)._replace(until=old.end)]):
+            columns['waiting'] = int(now)  # it goes to the end of the line
+        return deal._replace(
+            wish=wish, columns=columns, stretches=stretches,
+            changes=[change_to(old, wish, now, old.slot, waits, altered=bool(old.repeats))],
+            horizon=self.horizon(stretches, now) if stretches else 0)
+
+    def edit_series(self, deal: Deal, now: float) -> Deal:
+        """The deal that changes a series, or makes one of a plain reservation."""
+        old, wish, patches = deal.old, deal.wish, {}
+        there = self.there(old.reservation)
+        if deal.code == 'calendar':
+            patches = self.kept_identities(there, wish, now)
+        elif not old.repeats:  # what it has becomes the first of the series
+            first = next(slots(wish.stretches[-1], now, LAST.timestamp()))
+            key = to_wall(instant(old.start), read_zone(wish.tz)).isoformat()
+            patches = {old.id: {'slot': key if self.begun(old) else first.key}}
+        elif old.altered and deal.named:
+            patches = {old.id: {'altered': False}}
+        deal = deal._replace(patches=patches, columns=deal.columns | wish.columns(*STORED) | {
+            'series': stored_stretches(wish.stretches)})
+        if not SHAPE & set(deal.asked):
+            return deal
+        return self.spelled(deal, there, now, gentle=deal.code == 'calendar')
+
+    def edit_back(self, deal: Deal, now: float) -> Deal:
+        """The deal that lets a series have an occurrence again that it was left without."""
+        old, wish = deal.old, deal.wish
+        stretches = [unskipped(each, old.slot) for each in self.stretches(old.reservation)]
+        slot = Slot(old.slot, wish.start, wish.end, wish.vms, wish.resource.id)
+        self.refuse_impossible(wish, [(slot, old)], now)
+        one = self.change_at(wish, slot, old, now)
+        return deal._replace(
+            changes=[one._replace(columns=one.columns | {'altered': False})], stretches=stretches,
+            columns={'series': stored_stretches(stretches)}, clash='refuse',
+            horizon=self.horizon(stretches, now))
 
     def cancel(self, found: list, now: float, why: str = '', ends: bool = False) -> None:
         """Cancels occurrences of one reservation: what they held from now on is free; inside a
@@ -10857,32 +10996,24 @@ class Admission(Series):
         """
         if not found:  # it has ended since it was looked for
             return
-        first, freed = found[0], [hold_of(each) for each in found]
+        first, columns = found[0], {}
         for each in found:
             if each.change is not None:
                 self.drop_proposals(each.reservation, each.id)
-            until = min(max(int(now), each.held_from), each.held_until)
-            release(each.resource_id, until, each.held_until, amount_of(each))
-            change_occurrence(each.id, now, cancelled=int(now), held_until=until, due=now,
-                              altered=True)
         if first.repeats and ends:
-            stretches = stretches_before(self.stretches(first.reservation),
-                                         min(each.slot for each in found))
-            change(Reservation, first.reservation,
-                   series=stored_stretches(stretches) if stretches else '[]')
-        if first.repeats and not ends:  # so that there is a next one
-            self.reshape(first.reservation, self.carried_on(first), now, gentle=True, again=False)
-        else:
-            self.close(first.reservation, [], now)
+            left = stretches_before(self.stretches(first.reservation),
+                                    min(each.slot for each in found))
+            columns['series'] = stored_stretches(left) if left else '[]'
+        goes_on = first.repeats and not ends
+        self.commit(Deal('released', self.carried_on(first),
+                         [given_up(each, now, altered=True) for each in found], first, columns,
+                         stretches=None if goes_on else []), now)
+        if goes_on:  # so that there is a next one
+            self.carry_on(first, now)
         if (first.waiting, first.pending) != (None, None):  # is there nothing left to wait for?
             run('UPDATE reservation SET waiting = NULL, pending = NULL WHERE id = ?1 AND '
                 'NOT EXISTS (SELECT 1 FROM occurrence o WHERE o.reservation_id = ?1 AND '
-                'o.cancelled IS NULL)',
-                first.reservation)
-        if first.waiting is not None:
-            self.stand_in_line(first.reservation)
-        if first.image:
-            self.keep_stopped(first.reservation, now, freed)
+                'o.cancelled IS NULL)', first.reservation)
         only = NONE_OF_THEM
         if first.repeats:
             only = first.id if len(found) == 1 else None
@@ -10892,8 +11023,7 @@ class Admission(Series):
                      only)
 
     def ends_with(self, found) -> dict:
-        """What becomes of the VMs, if there are any, of an occurrence that is cancelled:
-        `ends_with`, `warnings`.
+        """What becomes of the VMs of an occurrence that is cancelled: `ends_with`, `warnings`.
 
         A server that its owner had before ends as agreed; all others are deleted.
         """
@@ -10933,12 +11063,12 @@ class Admission(Series):
 
     def instead(self, request: Request, wish: Wish, field: str, now: float) -> None:
         """Books a request of which each part is otherwise in one field, as a wish is."""
-        def changed(each: Wish) -> Wish:
+        def other(each: Wish) -> Wish:
             return with_vms(each, wish.vms) if field == 'vms' else each._replace(
                 start=wish.start, end=wish.end)
         if field == 'vms' and request.name:
             raise Invalid('of which part, the offer would not say')
-        parts = [[*map(changed, part)] for part in request.parts]
+        parts = [[*map(other, part)] for part in request.parts]
         self.book_all(request._replace(parts=parts), now)
 
     def book_part(self, wish: Wish, name: str, now: float) -> tuple:
@@ -10980,9 +11110,6 @@ def kind_of_waiting(part: list[tuple]) -> tuple:
     """What tells a part that waits from another, as `kind_of` does."""
     return tuple((place.id, each.held_from, each.end, amount, each.server)
                  for each, place, amount in part)
-
-
-A_SERIES_WAITS = 'a series can not wait; --on-conflict skip takes the occurrences that fit'
 
 
 class Waiting(Admission):
@@ -11037,20 +11164,14 @@ class Waiting(Admission):
         wish = wishes[0]
         choices = [[each.resource.id, bool(each.whole), stored(each.whole or each.each)]
                    for each in wishes]
-        reservation = insert(Reservation, **wish.columns(*STORED), series='', origin='',
-                             added=int(now),
-                             changed=int(now), over=wish.end, waiting=int(now),
-                             priority=request.priority,
-                             confirm=request.confirm, request=request.name,
-                             choices=json.dumps(choices) if len(choices) > 1 else '')
-        self.refuse_many_texts(wish)
-        slot = Slot('', wish.start, wish.end, wish.vms, wish.resource.id)
-        self.write_occurrence(None, reservation, wish, slot, now, held_until=wish.held[0])
-        self.stand_in_line(reservation)
+        made = self.commit(Deal('waiting', wish, [change_to(None, wish, now, waits=True)], columns={
+            'waiting': int(now), 'priority': request.priority, 'confirm': request.confirm,
+            'request': request.name,
+            'choices': json.dumps(choices) if len(choices) > 1 else ''}), now)
         self.journal(now, 'waiting',
                      f"{wish.vms} vms on {' or '.join(each.resource.name for each in wishes[:20])} "
-                     'are not free', reservation, wish.notify)
-        return wish, reservation, []
+                     'are not free', made.reservation, wish.notify)
+        return wish, made.reservation, []
 
     def choices(self, found) -> Iterator[tuple]:
         """The resources on one of which what waits can be, in order, and what it takes there."""
@@ -11060,37 +11181,18 @@ class Waiting(Admission):
             if place := resource_of(resource):
                 yield place, amount
 
-    def most_ever(self, wish: Wish) -> Amount:
-        """What a resource holds at most in the window of a wish, loans included, if nothing is
-        booked.
-        """
-        begin, until = wish.held
-        most, lent = capacity(wish.resource), NOTHING
-        for each in rows('SELECT held_vms, held_vcpus, held_ram, held_classes FROM capacity WHERE '
-                         'resource_id = ? '
-                         'AND removed IS NULL AND start < ? AND "end" > ?', wish.resource.id,
-                         until, begin):
-            held = amount_of(each, 'held_')
-            lent -= Amount(*(min(figure, 0) for figure in held[:3]),
-                           tuple(one for one in held.classes if one[1] < 0))
-        return Amount(*(None if each is None else each + more
-                        for each, more in zip(most[:3], lent)),
-                      added(most, lent, 1))
-
     def refuse_many_waiting(self, wish: Wish) -> None:
         """Refuses to let a user or a project wait with more requests than a limit says."""
         for limit in self.limits_for(wish):
             if limit.waiting is None:
                 continue
             who, name = ('user', wish.user) if limit.user else ('project', wish.project)
-            waits = run("SELECT count(DISTINCT iif(request <> '', project || ' ' || request, id)) "
-                        "FROM reservation WHERE "
-                        f'waiting IS NOT NULL AND {who} = ? AND over > ?', name,
-                        int(self.clock())).fetchone()[0]
+            waits, = run("SELECT count(DISTINCT iif(request <> '', project || ' ' || request, id)) "
+                         f'FROM reservation WHERE waiting IS NOT NULL AND {who} = ? AND over > ?',
+                         name, int(self.clock())).fetchone()
             if waits >= limit.waiting:
                 raise Conflict(f'the limit waiting of {name} is {limit.waiting}, and {waits} wait '
-                               f'already',
-                               limit='waiting', value=limit.waiting, passes=0)
+                               'already', limit='waiting', value=limit.waiting, passes=0)
 
     def admit_waiting(self, now: float) -> bool:
         """Gives room that has become free to those that wait, and frees what waited for a word in
@@ -11105,8 +11207,8 @@ class Waiting(Admission):
             why = f"nobody has {'accepted' if each.confirm else 'approved'} it in time"
             for part in self.together(each):
                 self.cancel(self.live(part), now, why, ends=True)
-        for each in rows('SELECT DISTINCT reservation_id AS reservation FROM proposal WHERE until '
-                         '<= ?', int(now)):
+        for each in rows('SELECT DISTINCT reservation_id AS reservation FROM proposal '
+                         'WHERE until <= ?', int(now)):
             self.leave_as_it_was(each.reservation, now, 'nobody has approved the change in time')
         return more
 
@@ -11141,8 +11243,7 @@ class Waiting(Admission):
         if not found.request:
             return [found]
         return self.search([('r.request = ?', found.request), ('r.project = ?', found.project),
-                            (NOT_OVER, None),
-                            (NEXT_OF_ITS, None)], tail='ORDER BY reservation')
+                            (NOT_OVER, None), (NEXT_OF_ITS, None)], tail='ORDER BY reservation')
 
     def waiting_requests(self, now: float) -> list[list]:
         """Some of those that wait and may have room now, in the order in which they get it; parts
@@ -11153,10 +11254,9 @@ class Waiting(Admission):
                          ORDER BY r.priority DESC, r.waiting, r.id LIMIT {MOST_TRIED}""", now)
         whole = {each.id for each in due}
         for project, request in {(each.project, each.request) for each in due if each.request}:
-            whole |= {each.id for each in rows("SELECT id FROM reservation WHERE request = ? AND "
-                                               "request <> '' AND "
-                                               'project = ? AND waiting IS NOT NULL', request,
-                                               project)}
+            whole |= {each.id for each in rows(
+                "SELECT id FROM reservation WHERE request = ? AND request <> '' AND project = ? "
+                'AND waiting IS NOT NULL', request, project)}
         found: dict = defaultdict(list)
         theirs = 'SELECT id FROM occurrence INDEXED BY occurrence_series WHERE reservation_id'
         condition, ids = self.among(theirs, [*whole])
@@ -11164,21 +11264,16 @@ class Waiting(Admission):
                                  ('o.end > ?', int(now))],
                                 tail='ORDER BY priority DESC, waiting, id'):
             found[(each.project, each.request) if each.request else each.id].append(each)
-        self.leave_line(whole
-                        - {each.reservation for request in found.values() for each in request})
-        return [*found.values()]
-
-    def leave_line(self, reservations: Iterable[int]) -> None:
-        """Takes out of the line whose window is over."""
-        for each in reservations:
-            run('DELETE FROM wait WHERE reservation_id = ?', each)
+        for id in whole - {each.reservation for request in found.values() for each in request}:
+            run('DELETE FROM wait WHERE reservation_id = ?', id)  # its window is over
             remembered.change()
+        return [*found.values()]
 
     def try_later(self, request: list, limited: bool, now: float) -> None:
         """Notes when those that have no room are tried again, if nothing is given back before.
 
         What is held by others goes by: of a window that has begun, the next change of level may be
-          the one.
+        the one.
         """
         for each in request:
             names = {name for _, amount in self.choices(each) for name in amount.names}
@@ -11193,8 +11288,7 @@ class Waiting(Admission):
         """The next instant at which what is held of a resource changes, before an end."""
         tracks = ('', CLOSED, *names)
         found = [run('SELECT min(at) FROM step WHERE resource_id = ? AND track = ? AND at > ?',
-                     resource, track,
-                     now).fetchone()[0] for track in tracks]
+                     resource, track, now).fetchone()[0] for track in tracks]
         found += [ledger.after(resource, track, now) for track in tracks]
         return min([until, *filter(None, found)])
 
@@ -11204,27 +11298,13 @@ class Waiting(Admission):
         Raises:
           NoCapacity: there is no room; another Conflict, if it has come to be beyond a limit.
         """
-        begin = max(found.held_from, int(now))
-        behind = self.first_in_line(
-            place.id, found.held_from, found.end, now,
-            'AND NOT w.limited AND w.due > 0 AND r.id <> ? AND '
-            '(-r.priority, r.waiting, o.id) < (?, ?, ?)', found.reservation, -found.priority,
-            found.waiting, found.id)
-        if behind or not fits(place, begin, found.end, amount):
-            raise NoCapacity('')
-        wish = self.carried_on(found)._replace(resource=place, each=amount // found.vms)
-        self.refuse_shared_server(wish, found.reservation)
-        self.refuse_beyond(wish, now)
-        hold(place.id, found.held_from, found.end, amount)
-        pending = (int(now) + (place.approval or found.confirm) if place.approval or found.confirm
-                   else None)
-        change(Reservation, found.reservation, waiting=None, pending=pending, changed=int(now),
-               choices='',
-               confirm=0 if place.approval else found.confirm)
-        change(Occurrence, found.id, resource=place.id, **stored(amount), held_until=found.end,
-               due=min(begin, now))
-        self.stand_in_line(found.reservation)
-        self.keep_stopped(found.reservation, now)
+        wish = self.carried_on(found)._replace(resource=place, each=amount // found.vms,
+                                               whole=amount if found.host else None)
+        held = place.approval or found.confirm
+        pending = int(now) + held if held else None
+        self.commit(Deal('admitted', wish, [change_to(found, wish, now)], found, {
+            'waiting': None, 'pending': pending, 'choices': '',
+            'confirm': 0 if place.approval else found.confirm}), now)
         whose = ('an admin must approve it' if place.approval
                  else f'`accept {found.request or found.label}`')
         until = self.config.told_time(pending or now, found.tz)
@@ -11240,150 +11320,28 @@ class Waiting(Admission):
 # A resource can ask that an admin approves what is reserved there. A new reservation is pending
 # until then. A change of one that is approved takes effect at once as far as it takes nothing more;
 # else it is kept as a proposal, which holds what it takes more, and what was approved goes on
-# unchanged.
-# Approved, the change is made; rejected, or forgotten for as long as the resource says, it is
-# dropped.
+# unchanged. Approved, the change is made; rejected, or forgotten for as long as the resource says,
+# it is dropped.
 
 
 class Approval(Waiting):
     """Reservations and changes that wait for somebody's word."""
 
-    # also what needs no approval by itself: it belongs to a request of which a part does
-    proposes_all = False
-
-    def unless_it_grows(self, old, wish: Wish, asked: Iterable[str], now: float, code: str,
-                        named: bool,
-                        alone: bool, deed: Callable[[], list]) -> list | None:
-        """Makes a change; one that takes more of what needs approval is proposed instead, and None.
-
-        Args:
-          old: the occurrence that the change is told for, as the store has it
-          asked: the names of what is to be otherwise
-          alone: no other occurrence changes
-          deed: makes the change, and tells what became of each occurrence of a series
-        """
-        # Another change settles those that were proposed before.
-        if SHAPE & set(asked) and (old.change is not None or old.repeats and not alone):
-            self.drop_proposals(old.reservation, old.id if alone else None)
-        if self.actor.role == ADMIN or old.waiting is not None or not (
-                self.proposes_all or self.may_need_approval(old, wish)):
-            return deed()
-        ran, stood = self.holds(old.reservation, False), self.stopped_held(old.reservation)
-        with Attempt() as attempt:
-            done = deed()
-            runs, stands = self.holds(old.reservation, False), self.stopped_held(old.reservation)
-            growth = still_to_come(beyond(runs + stands, ran + stood), now)
-            # VMs that run take more than those that only stay stopped
-            more = still_to_come(beyond(runs, ran), now) + growth
-            span = max((resource_of(each.resource, removed=True).approval
-                        for each in more), default=0)
-            if not more or not span and not self.proposes_all:
-                return done
-            if old.pending is not None:
-                self.await_approval(old.reservation, int(now) + span, wish, now)
-                return done
-            attempt.undo()
-        until = min(int(now) + (span or int(LAST.timestamp())), self.last_of(old, wish, alone))
-        self.propose(old, wish, sorted(asked), until, now, code, named, alone, growth)
-        return None
-
-    def last_of(self, old, wish: Wish, alone: bool) -> int:
-        """Until when a change can be made: a start changes before it, and nothing ends in the
-        past.
-        """
-        if old.repeats and not alone:
-            return int(LAST.timestamp())
-        return min(old.end, wish.end, old.end if wish.start == old.start else old.held_from)
-
-    def may_need_approval(self, old, wish: Wish) -> bool:
-        """Whether a change concerns a resource on which an admin must approve what is reserved."""
-        if old.repeats or wish.stretches:
-            return bool(once(ANY_APPROVAL))
-        places = old.resource_id, wish.resource.id
-        return any(resource_of(id, removed=True).approval for id in places)
-
-    def await_approval(self, reservation: int, until: int, wish: Wish, now: float) -> None:
-        """Lets a reservation wait for an admin until an instant."""
-        change(Reservation, reservation, pending=until, confirm=0)
-        said = self.config.told_time(until, wish.tz)
-        self.journal(now, 'pending', f'an admin must approve it until {said}', reservation,
-                     wish.notify)
-
-    def propose(self, old, wish: Wish, asked: list[str], until: int, now: float, code: str,
-                named: bool, alone: bool,
-                growth: list[Hold]) -> None:
-        """Writes down a change that waits for approval, and holds what it takes more."""
-        # it fits: the deed had that, and at each instant what was or what will be is held
-        take(growth, now)
-        shown = self.shown_change(old, wish, asked) | {'asked_by': self.actor.user,
-                                                       'decide_before': instant(until)}
-        id = insert(Proposal, reservation=old.reservation, occurrence=old.id, alone=alone,
-                    named=named,
-                    user=self.actor.user, code=code, asked=json.dumps(asked),
-                    wish=stored_wish(wish), until=until,
-                    shown=json.dumps(to_plain(shown)))
-        self.hold_beside(old.reservation, id, growth)
-        said = self.config.told_time(until, wish.tz)
-        self.journal(now, 'pending', f"an admin must approve the change of {', '.join(asked)} "
-                     f'until {said}; what was approved goes on as it is', old.reservation,
-                     wish.notify)
-
-    def shown_change(self, old, wish: Wish, asked: list[str]) -> dict:
-        """What would be otherwise, as answers show it."""
-        new = wish.columns(*STORED) | {'resource': wish.resource.name, 'start': instant(wish.start),
-                                       'end': instant(wish.end), 'vms': wish.vms}
-        return {name: new[name] for name in (*STORED, 'resource', 'start', 'end', 'vms')
-                if name in asked or name in OWN and new[name] != public(old)[name]}
-
     def grant(self, proposal, now: float) -> None:
         """Makes a change that was proposed."""
         old = self.occurrence(proposal.occurrence)
-        if old.state in OVER:
+        if old.state in OVER and proposal.code != BACK:
             old = self.next_of(proposal.reservation_id)
-        asked, wish = dict.fromkeys(json.loads(proposal.asked)), restored_wish(proposal.wish)
+        asked, wish = json.loads(proposal.asked), restored_wish(proposal.wish)
         current = self.unaltered(old)
-        wish = wish._replace(**{name: current[name] for name in STORED if name not in asked
-                                and name not in (
-            'lead', 'repeat', 'tz', 'on_conflict')} if not proposal.code == 'calendar' else {})
+        if proposal.code != 'calendar':
+            wish = wish._replace(**{
+                name: current[name] for name in STORED
+                if name not in (*asked, 'lead', 'repeat', 'tz', 'on_conflict')})
         self.drop_proposals(old.reservation, proposal.occurrence if proposal.alone else None)
-        if proposal.code == BACK:
-            self.bring_back(proposal.occurrence, wish, now)
-        elif proposal.code == 'calendar':
-            self.rebook_event(old.reservation, wish, now)
-        else:
-            with self.explaining(wish, old):
-                self.rewrite(old, wish, asked, now, bool(proposal.named))
-
-    def rewrite(self, old, wish: Wish, asked: dict, now: float, named: bool) -> list:
-        """Writes a change of a reservation; inside the transaction that looked whether it is still
-        as it was read.
-        """
-        self.refuse_fixed(old, wish, asked)
-        if wish.stretches and old.waiting is not None:
-            raise Invalid(A_SERIES_WAITS)
-        # it waits for this one alone
-        if old.choices and asked.keys() & {'resource', 'host', 'flavor'}:
-            change(Reservation, old.reservation, choices='')
-        if (wish.label, wish.project) != (old.label, old.project):
-            self.refuse_taken_label(wish, now)
-        if wish.stretches:
-            done = self.rebook_series(old, wish, now, named, bool(asked.keys() & SHAPE))
-        else:
-            done = self.rebook(old, wish, now) or []
-        self.refuse_many_texts(wish, old)
-        return done
-
-    def refuse_fixed(self, old, wish: Wish, asked: dict) -> None:
-        """A reservation that has begun keeps what its machines are made of."""
-        begun = self.begun(old)
-        kept = {name: json.loads(getattr(old, name)) if name in JSON else getattr(old, name)
-                for name in FIXED}
-        new = {name: getattr(wish, name) for name in FIXED} | {'resource': wish.resource.name}
-        changed = [name for name in FIXED if name in asked and new[name] != kept[name]]
-        if begun and changed:
-            raise Conflict(f"'{old.label}' has begun, so its {changed[0].replace('_', ' ')} can't "
-                           f"change; "
-                           'its end, vms, user, description and label can')
+        deal = self.edit(old, wish, asked, now, proposal.code, proposal.named, proposal.alone)
+        with self.explaining(wish, old):
+            self.commit(deal._replace(code='granted'), now)
 
     @api('POST', '/reservation/<label>/approve', role=ADMIN)
     def approve(self, label: Label, project: Name = '',
@@ -12062,17 +12020,27 @@ class Requests(Approval):
             place = resource_of(slot.resource, removed=True)
             wish = self.carried_on(found)._replace(
                 resource=place, start=slot.start, end=slot.end, vms=slot.vms, on_conflict='refuse')
-            id = old.id if old else self.write_occurrence(
-                None, found.reservation, wish, slot, now, **self.left_out_as(wish, slot, now))
-            done = self.unless_it_grows(
-                self.occurrence(id), wish, {'occurrence': None}, now, BACK, named=True, alone=True,
-                deed=functools.partial(self.bring_back, id, wish, now))
-            if done is not None:
+            if not old:  # it was never there
+                gone = self.change_at(wish, slot, None, now)
+                gone = gone._replace(wants=[], columns=gone.columns | unheld(now))
+                self.commit(Deal('left out', wish, [gone], found), now)
+            id = row('SELECT id FROM occurrence WHERE reservation_id = ? AND slot = ?',
+                     found.reservation, slot.key).id
+            if self.commit_back(self.occurrence(id), wish, now):
                 why = f'{self.actor.user} has put back what was left out on '
                 self.journal(now, 'updated', why + self.config.told_time(slot.start),
                              found.reservation, wish.notify, id)
             return public(self.occurrence(id))
         return self.carry_out(deed, dry_run)
+
+    def commit_back(self, old, wish: Wish, now: float) -> Made | None:
+        """Lets an occurrence be again that was left out."""
+        try:
+            return self.commit(self.edit(old, wish, ['occurrence'], now, BACK, True, True), now)
+        except NoCapacity as refusal:
+            conflict, = refusal.details.pop('conflicts')
+            why = f"what was left out does not fit any more: {conflict['why']}"
+            raise NoCapacity(why, **refusal.details) from None
 
     def left_out(self, found, asked: Day | None, now: float) -> tuple[Slot, Any]:
         """The occurrence that a series was left without, as it has it now, and its row if any.
@@ -12141,9 +12109,9 @@ class Requests(Approval):
           only: no other occurrence changes
         """
         def changed(wish: Wish, *otherwise: str) -> list | None:
-            new = asked | dict.fromkeys(otherwise)
-            return self.unless_it_grows(old, wish, new, now, code, named, only,
-                                        lambda: self.rewrite(old, wish, new, now, named))
+            made = self.commit(self.edit(old, wish, {*asked, *otherwise}, now, code, named, only),
+                               now)
+            return made and made.done
         done, same = [], not (old.repeats or wish.stretches) and self.is_as_wished(old, wish)
         if not same:
             with self.explaining(wish, old, changed):
@@ -12752,42 +12720,35 @@ class Plan(Requests):
         """
         if now >= found.held_from or found.server:
             return None
-        amount, need = amount_of(found), found.held_until - found.held_from
         here = resource_of(found.resource_id, removed=True)
-        release(here.id, found.held_from, found.held_until, amount)
         others = [each for each in self.places() if each.cloud == here.cloud and each.id != here.id
-                  and not found.host
-                  and not each.approval and each.mode == here.mode]
-        place = next((each for each in others
-                      if fits(each, found.held_from, found.held_until, amount)
-                      and self.within_limits(found, each, found.start, now)), None)
-        first = found.held_from if place else next((int(first) for first, last in free_windows(
-            here, amount, found.held_from, LAST.timestamp()) if last - first >= need), None)
-        if (first is None or not place
-            and not self.within_limits(found, here, first + found.lead, now)):
-            hold(here.id, found.held_from, found.held_until, amount)
-            return None
-        self.drop_proposals(found.reservation)
-        place, start = place or here, first + found.lead
-        hold(place.id, first, first + need, amount)
-        change(Occurrence, found.id, resource=place.id, start=start,
-               end=start + found.end - found.start,
-               held_from=first,
-               held_until=first + need, due=min(now, first), told=0, altered=bool(found.repeats))
-        if not found.repeats:
-            change(Reservation, found.reservation, over=start + found.end - found.start)
-        return place.name, start
+                  and not found.host and not each.approval and each.mode == here.mode]
+        wish = self.carried_on(found)
+        for place in others:
+            if self.moved_to(found, wish._replace(resource=place), now):
+                return place.name, found.start
+        with undone():
+            release(here.id, found.held_from, found.held_until, amount_of(found))
+            need = found.held_until - found.held_from
+            first = next((int(first) for first, last in free_windows(
+                here, amount_of(found), found.held_from, LAST.timestamp()) if last - first >= need),
+                None)
+        start = found.start if first is None else first + found.lead
+        later = wish._replace(resource=here, start=start, end=start + found.end - found.start)
+        if first is not None and self.moved_to(found, later, now):
+            return here.name, start
+        return None
 
-    def within_limits(self, found, place, start: int, now: float) -> bool:
-        """Whether an occurrence may be on a resource from an instant on: by the limits of its
-        owner, and in its turn.
-        """
-        wish = self.carried_on(found)._replace(resource=place, start=start,
-                                               end=start + found.end - found.start)
+    def moved_to(self, found, wish: Wish, now: float) -> bool:
+        """Moves an occurrence to where it is wished to be, if every rule lets it."""
+        deal = Deal('maintenance', wish, [change_to(
+            found, wish._replace(stretches=[]), now, found.slot, told=0,
+            altered=bool(found.repeats))], found, stretches=None if found.repeats else [])
         try:
-            self.refuse_beyond(wish, now, found)
-            self.refuse_overtaken([Hold(place.id, *wish.held, wish.amount)], now)
-            return True
+            with Attempt():
+                self.commit(deal, now)
+                self.drop_proposals(found.reservation)
+                return True
         except Conflict:
             return False
 
@@ -13285,14 +13246,12 @@ class Calendars(Claims):
         if known:
             head = self.next_of(known.id)
             wish = wish._replace(label=known.label)
-            self.refuse_fixed(head, wish, {name: 1 for name in FIXED
-                                           if name not in ('start', 'resource', 'lead')})
             change(Reservation, known.id, origin=origin)
-            done = self.unless_it_grows(head, wish, {'calendar': 1}, now, 'calendar', False, False,
-                                        lambda: self.rebook_event(known.id, wish, now))
-            if done is None:
+            made = self.commit(self.edit(head, wish, ['calendar'], now, 'calendar'), now)
+            if not made:
                 return {'label': wish.label, 'outcome': 'pending',
                         'why': 'an admin must approve the change'}
+            done = made.done
             self.journal(now, 'updated', 'changed in the calendar', known.id, wish.notify,
                          NONE_OF_THEM)
         else:
@@ -13308,10 +13267,7 @@ class Calendars(Claims):
         """The label of a wish, with a number behind it if somebody has it."""
         def taken(number: int) -> bool:
             label = f'{wish.label}-{number}' if number > 1 else wish.label
-            return bool(row(
-                'SELECT id FROM reservation WHERE project = ? AND over > ? AND label = ? UNION ALL '
-                'SELECT id FROM reservation WHERE project = ? AND over > ? AND request = ? '
-                "AND request <> '' LIMIT 1", *(wish.project, int(now), label) * 2))
+            return taken_label(wish.project, label, now)
         last = free = 1
         while taken(free):
             last, free = free, 2 * free
