@@ -8676,6 +8676,14 @@ def cut_short(text: str, most: int = 200) -> str:
     return text if len(text) <= most else f'{text[:most - 3]}...'
 
 
+def grouped(found: Iterable, name: str) -> list[list]:
+    """Rows with the same value of a column together."""
+    groups: dict = defaultdict(list)
+    for each in found:
+        groups[getattr(each, name)].append(each)
+    return [*groups.values()]
+
+
 def in_lines(found: Iterable) -> list[dict]:
     """Rows as an answer of many shows them: descriptions are cut, long metadata is left out."""
     return [public(each._replace(description=cut_short(each.description),
@@ -12665,8 +12673,11 @@ class Plan(Requests):
                         reason=reason, added=int(now), removed=None)
             first, last = self.config.told_time(begin), self.config.told_time(until)
             why = f"{reason} on {name} from {first} to {last}"
-            hit = [self.make_room(each, why, then, now)
-                   for each in self.homeless(place, max(begin, int(now)), until)]
+            homeless = self.homeless(place, max(begin, int(now)), until)
+            # of a series all at once: after each cancelling it is carried on
+            for those in grouped(homeless, 'reservation') if then == 'cancel' else ():
+                self.cancel(those, now, why)
+            hit = [self.make_room(each, why, then, now) for each in homeless]
             self.journal(now, 'resource', why)
             return {'id': id, 'resource': name, 'start': instant(begin), 'end': instant(until),
                     'reason': reason,
@@ -12698,13 +12709,12 @@ class Plan(Requests):
         self.let_start(place.id, now)
 
     def make_room(self, found, why: str, then: str, now: float) -> dict:
-        """Moves or cancels an occurrence for which there is no room any more, or only tells its
-        owner.
+        """Moves an occurrence for which there is no room any more, or only tells its owner; what
+        became of it.
         """
         line = {name: value for name, value in public(found).items() if name in (
             'label', 'user', 'project', 'vms', 'start', 'end')}
         if then == 'cancel':
-            self.cancel([found], now, why)
             return line | {'outcome': 'cancelled'}
         place = self.moved_elsewhere(found, now) if then == 'move' else None
         outcome = (f'moved to {place[0]} from {format_time(instant(place[1]), self.config.zone)}'
@@ -14205,14 +14215,6 @@ class Breaker(NamedTuple):
     last: float = 0
     until: float = 0
     fault: str = ''
-
-
-def grouped(found: Iterable, name: str) -> list[list]:
-    """Rows with the same value of a column together."""
-    groups: dict = defaultdict(list)
-    for each in found:
-        groups[getattr(each, name)].append(each)
-    return [*groups.values()]
 
 
 def named(found: list, most: int = 5) -> str:
