@@ -9604,9 +9604,7 @@ class Wishes(Service):
             fitting = 0 if old else getattr(refusal, 'most_vms', 0)
             offers = [(fitting, with_vms(wish, fitting))] if fitting else []
             return str(refusal), {}, {'most_vms': offers}
-        with undone():
-            if old:  # it is not in its own way
-                give([hold_of(old), *self.stopped_held(old.reservation)])
+        with self.as_if_without(old):  # it is not in its own way
             lack, why = self.lack(wish), str(refusal)
             if not offering:
                 return why or self.why_not(wish, lack), {}, {}
@@ -10501,6 +10499,10 @@ class Bookings(Policy):
     def write_old(self, deal: Deal, now: float) -> None:
         """Writes what is otherwise of a reservation, and until when its label is taken."""
         columns, id = deal.columns | {'changed': int(now)}, deal.old.reservation
+        if deal.code == 'released' and (deal.old.waiting, deal.old.pending) != (None, None):
+            run('UPDATE reservation SET waiting = NULL, pending = NULL WHERE id = ?1 AND '
+                'NOT EXISTS (SELECT 1 FROM occurrence o WHERE o.reservation_id = ?1 AND '
+                'o.cancelled IS NULL)', id)  # there is nothing left to wait for
         if deal.stretches is None:
             change(Reservation, id, **columns)
             return
@@ -10642,6 +10644,33 @@ class Bookings(Policy):
                 if number and each.held_until < until:
                     amount = one if each.host else one * number
                     yield Hold(each.resource_id, each.held_until, until, amount)
+
+    def erase(self, reservation: int) -> None:
+        """Erases a reservation as if it had never been."""
+        self.drop_proposals(reservation)
+        for table in ('occurrence', 'extra_hold'):
+            held = map(hold_of, rows(f'SELECT * FROM {table} WHERE reservation_id = ?',
+                                     reservation))
+            give(each for each in held if each.begin < each.until)
+        run('DELETE FROM outbox WHERE event_id IN '
+            '(SELECT id FROM event WHERE reservation_id = ?)', reservation)
+        for table in ('extra_hold', 'wait', 'event', 'occurrence'):
+            run(f'DELETE FROM {table} WHERE reservation_id = ?', reservation)
+        run('DELETE FROM reservation WHERE id = ?', reservation)
+
+    def hold_capacity(self, resource: int, begin: int, until: int, more: Amount) -> None:
+        """Holds so much more for a change of capacity, which asks no rule: what is booked there
+        must do with the rest.
+        """
+        hold(resource, begin, until, more)
+
+    @contextmanager
+    def as_if_without(self, old) -> Iterator[None]:
+        """Looks at what there would be if an occurrence, and VMs that stay stopped, held nothing."""
+        with undone():
+            if old:
+                give([hold_of(old), *self.stopped_held(old.reservation)])
+            yield
 
     def stand_in_line(self, reservation: int) -> None:
         """Notes where one that waits could be, as it is now; one that waits no more makes way."""
@@ -10850,7 +10879,7 @@ class Spent(NoCapacity):
     """No way was found for all parts of a request in as many tries as are made."""
 
 
-def choose(parts: list[list], take: Callable[[Any, list], Any], kind: Callable[[list], Any]):
+def choose(parts: list[list], book: Callable[[Any, list], Any], kind: Callable[[list], Any]):
     """Takes of each part the first choice that lets the others be taken as well; what that gave.
 
     Parts of one kind are taken one after the other, each from the choice of the one before it on:
@@ -10858,7 +10887,7 @@ def choose(parts: list[list], take: Callable[[Any, list], Any], kind: Callable[[
     they need no search.
 
     Args:
-      take: takes a choice, beside what the parts before it gave
+      book: takes a choice, beside what the parts before it gave
       kind: tells parts apart whose choices differ in what they take
 
     Raises:
@@ -10870,11 +10899,11 @@ def choose(parts: list[list], take: Callable[[Any, list], Any], kind: Callable[[
     order = sorted(range(len(parts)), key=kinds.__getitem__)
     without_search = len(parts) + sum(len(parts[kinds.index(n)]) for n in numbers.values())
     tries = iter(range(MOST_TRIES + without_search))
-    found = chosen([(kinds[n], parts[n]) for n in order], take, tries, [])
+    found = chosen([(kinds[n], parts[n]) for n in order], book, tries, [])
     return [each for _, each in sorted(zip(order, found), key=lambda pair: pair[0])]
 
 
-def chosen(parts: list[tuple], take: Callable, tries: Iterator, taken: list, first: int = 0):
+def chosen(parts: list[tuple], book: Callable, tries: Iterator, taken: list, first: int = 0):
     """What `choose` finds behind what is taken, for the next part from its `first` choice on."""
     (kind, choices), refusals = parts[len(taken)], []
     for n in range(first, len(choices)):
@@ -10884,10 +10913,10 @@ def chosen(parts: list[tuple], take: Callable, tries: Iterator, taken: list, fir
                         'parts')
         try:
             with Attempt():
-                got = [*taken, take(choices[n], taken)]
+                got = [*taken, book(choices[n], taken)]
                 if len(got) == len(parts):
                     return got
-                return chosen(parts, take, tries, got, n if parts[len(got)][0] == kind else 0)
+                return chosen(parts, book, tries, got, n if parts[len(got)][0] == kind else 0)
         except Spent:
             raise
         except Conflict as refusal:
@@ -11018,10 +11047,6 @@ class Admission(Series):
                          stretches=None if goes_on else []), now)
         if goes_on:  # so that there is a next one
             self.carry_on(first, now)
-        if (first.waiting, first.pending) != (None, None):  # is there nothing left to wait for?
-            run('UPDATE reservation SET waiting = NULL, pending = NULL WHERE id = ?1 AND '
-                'NOT EXISTS (SELECT 1 FROM occurrence o WHERE o.reservation_id = ?1 AND '
-                'o.cancelled IS NULL)', first.reservation)
         only = NONE_OF_THEM
         if first.repeats:
             only = first.id if len(found) == 1 else None
@@ -11410,7 +11435,7 @@ class Approval(Waiting):
 
     def settle(self, found, deed: str, now: float) -> None:
         """Lets a reservation be that waited for a word."""
-        change(Reservation, found.reservation, pending=None, changed=int(now))
+        self.commit(Deal('granted', self.carried_on(found), [], found, {'pending': None}), now)
         run('UPDATE occurrence SET due = ? WHERE reservation_id = ? AND due IS NOT NULL', now,
             found.reservation)
         self.journal(now, 'approved', f'{deed} by {self.actor.user}', found.reservation,
@@ -11534,23 +11559,13 @@ class Staged:
 
     def erase(self, reservation: int, now: float) -> None:
         """Erases a reservation as if it had never been; one that has VMs is cancelled."""
-        held = rows('SELECT id, resource_id, held_from, held_until, vms, vcpus, ram, classes '
-                    'FROM occurrence WHERE reservation_id = ?', reservation)
-        ids = json.dumps([each.id for each in held])
-        if row('SELECT 1 AS one FROM server '
-               'WHERE occurrence_id IN (SELECT value FROM json_each(?)) LIMIT 1', ids):
+        there = row('SELECT 1 AS one FROM server WHERE occurrence_id IN '
+                    '(SELECT id FROM occurrence WHERE reservation_id = ?) LIMIT 1', reservation)
+        if there:
             live = self.service.live(self.service.next_of(reservation))
             self.service.cancel(live, now, 'not all of it had room', True)
-            return
-        give(hold_of(each) for each in held if each.held_from < each.held_until)
-        self.service.drop_proposals(reservation)
-        extra = rows('SELECT * FROM extra_hold WHERE reservation_id = ?', reservation)
-        give(map(hold_of, extra))
-        run('DELETE FROM outbox WHERE event_id IN '
-            '(SELECT id FROM event WHERE reservation_id = ?)', reservation)
-        for table in ('extra_hold', 'wait', 'event', 'occurrence'):
-            run(f'DELETE FROM {table} WHERE reservation_id = ?', reservation)
-        run('DELETE FROM reservation WHERE id = ?', reservation)
+        else:
+            self.service.erase(reservation)
 
 
 class Requests(Approval):
@@ -12645,7 +12660,8 @@ class Plan(Requests):
             found = row('SELECT * FROM capacity WHERE id = ? AND removed IS NULL', id)
             if not found:
                 raise NotFound(f'there is no maintenance {id}')
-            release(found.resource_id, found.start, found.end, amount_of(found, 'held_'))
+            self.hold_capacity(found.resource_id, found.start, found.end,
+                               NOTHING - amount_of(found, 'held_'))
             change(Capacity, id, removed=int(now))
             self.let_start(found.resource_id, now)
             self.journal(now, 'resource', f'called off {found.reason} {id}')
@@ -12667,7 +12683,7 @@ class Plan(Requests):
             if held == NOTHING:
                 raise Conflict(f"'{name}' has no limit that this would change; set one with: "
                                f'resource update {name} --vms N')
-            hold(place.id, begin, until, held)
+            self.hold_capacity(place.id, begin, until, held)
             id = insert(Capacity, resource=place.id, start=begin, end=until, **stored(most),
                         **stored(held, 'held_'),
                         reason=reason, added=int(now), removed=None)
@@ -12703,8 +12719,8 @@ class Plan(Requests):
                          '"end" > ?',
                          place.id, int(now)):
             held = self.difference(place, amount_of(each))
-            release(place.id, each.start, each.end, amount_of(each, 'held_'))
-            hold(place.id, each.start, each.end, held)
+            self.hold_capacity(place.id, each.start, each.end,
+                               held - amount_of(each, 'held_'))
             change(Capacity, each.id, **stored(held, 'held_'))
         self.let_start(place.id, now)
 
@@ -12737,8 +12753,7 @@ class Plan(Requests):
         for place in others:
             if self.moved_to(found, wish._replace(resource=place), now):
                 return place.name, found.start
-        with undone():
-            release(here.id, found.held_from, found.held_until, amount_of(found))
+        with self.as_if_without(found):
             need = found.held_until - found.held_from
             first = next((int(first) for first, last in free_windows(
                 here, amount_of(found), found.held_from, LAST.timestamp()) if last - first >= need),
@@ -14026,7 +14041,8 @@ class Reservations(Tokens):
         changes = rows('SELECT * FROM capacity WHERE removed IS NULL AND "end" < ? '
                        f'AND id < (SELECT max(id) FROM capacity) LIMIT {most}', before)
         for each in changes:
-            release(each.resource_id, each.start, each.end, amount_of(each, 'held_'))
+            self.hold_capacity(each.resource_id, each.start, each.end,
+                               NOTHING - amount_of(each, 'held_'))
             run('DELETE FROM capacity WHERE id = ?', each.id)
         return len(old) + len(events) + gone + len(changes)
 
@@ -16482,26 +16498,45 @@ def health_handler(service: Reservations) -> Callable:
 class Line:
     """Requests that wait for a thread: next is one of whom the fewest are being answered.
 
-    So who sends many at once waits for their own, and others pass.
+    Nobody has more than an equal share of the threads, counted with one who may come next. So who
+    sends many at once waits for their own, and who sends the first finds a thread free.
+
+    Args:
+      threads: how many there are
+      call: wakes one of them; `waitress` calls all of this under a lock of its own
     """
 
-    def __init__(self):
+    def __init__(self, threads: int, call: Callable[[], None]):
+        self.threads, self.call = threads, call
         self.waiting: list[tuple] = []         # whose, what `waitress` serves
         self.answered: dict[int, str] = {}     # by thread, whose
 
     def __len__(self):
         return len(self.waiting)
 
+    def __bool__(self):
+        """Whether there is something to do for this thread, which has done what it had."""
+        self.answered.pop(threading.get_ident(), None)
+        return self.next() is not None
+
+    def next(self) -> tuple | None:
+        """What is to be answered next, if any of it may be now."""
+        under_way = Counter(self.answered.values())
+        everybody = {name for name, _ in self.waiting} | {*under_way}
+        share = max(self.threads // (len(everybody) + 1), 1)
+        first = min(self.waiting, key=lambda each: under_way[each[0]], default=None)
+        return first if first and under_way[first[0]] < share else None
+
     def append(self, channel) -> None:
         self.waiting.append((whose(channel), channel))
 
     def popleft(self):
-        """What this thread answers next; what it has answered before is done."""
-        self.answered.pop(threading.get_ident(), None)
-        under_way = Counter(self.answered.values())
-        name, channel = next_ = min(self.waiting, key=lambda each: under_way[each[0]])
+        """What this thread answers next."""
+        name, channel = next_ = self.next()
         self.waiting.remove(next_)
         self.answered[threading.get_ident()] = name
+        if self.next():
+            self.call()
         return channel
 
 
@@ -16515,7 +16550,7 @@ def fair_dispatcher(threads: int):
     """The threads of `waitress`, with a line of ours before them."""
     from waitress.task import ThreadedTaskDispatcher
     made = ThreadedTaskDispatcher()
-    made.queue = Line()
+    made.queue = Line(threads, made.queue_cv.notify)
     made.set_thread_count(threads)
     return made
 

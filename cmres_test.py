@@ -250,6 +250,56 @@ def test_no_two_things_of_a_module_have_one_name():
         assert [name for name, number in names.items() if number > 1 and not name.startswith('_')] == []
 
 
+def calls_in(function):
+    """What a function calls, by name, and the statements of SQL in it."""
+    called = collections.defaultdict(list)
+    for each in ast.walk(function):
+        if isinstance(each, ast.Call):
+            called[getattr(each.func, 'id', getattr(each.func, 'attr', ''))].append(each)
+        if isinstance(each, ast.Constant) and isinstance(each.value, str):
+            called['SQL'].append(' '.join(each.value.split()))
+    return called
+
+
+def test_promises_are_made_in_one_place():
+    holding = {'hold', 'release', 'give', 'take', 'admit', 'change_occurrence', 'insert_many', 'write_steps'}
+    loose = {'told', 'due', 'up_told', 'up_check', 'revision', 'revised'}  # no hold, window or state
+    makers = {}
+    for part in ast.parse(MODULE.read_text()).body:
+        for each in part.body if isinstance(part, ast.ClassDef) else [part]:
+            if not isinstance(each, ast.FunctionDef):
+                continue
+            called = calls_in(each)
+            found = {name for name in holding & called.keys() for call in called[name] if isinstance(call.func, ast.Name)}
+            for name in 'change', 'insert':
+                for call in called[name]:
+                    table = getattr(call.args[0], 'id', '') if call.args else ''
+                    if table == 'ExtraHold' or table == 'Occurrence' and {more.arg for more in call.keywords} - loose:
+                        found.add(f'{name} {table}')
+            for text in called['SQL']:
+                written = re.match(r'(INSERT INTO|DELETE FROM|UPDATE) (occurrence|extra_hold|step)\b', text)
+                columns = re.findall(r'(\w+) = ', text.partition(' SET ')[2].partition(' WHERE ')[0]) if written else ()
+                if written and (written[1] != 'UPDATE' or {*columns} - loose):
+                    found.add(f'{written[1]} {written[2]}')
+            if found:
+                makers.setdefault(part.name, {})[each.name] = found
+    # Migrations, and what is forgotten long after its end, promise nothing.
+    for name in ('add_up_told', 'add_whose'):
+        makers.pop(name, None)
+    assert makers.pop('Reservations', {}).keys() <= {'forget_occurrence'}
+    primitives = {'Ledger', 'release', 'give', 'take', 'admit'}
+    assert makers.keys() - primitives == {'Bookings', 'Policy'}
+    assert makers['Policy'].keys() == {'hold_if_allowed'}
+    # What asks no rule: what is given back, what is there already, and what a rule has let pass before.
+    assert {name for name, found in makers['Bookings'].items() if found & {'hold', 'take', 'admit'}} == {
+        'stays', 'keep_stopped', 'propose', 'hold_capacity'}
+    bookings = next(each for each in ast.parse(MODULE.read_text()).body if getattr(each, 'name', '') == 'Bookings')
+    users = {name: {each.name for each in bookings.body if isinstance(each, ast.FunctionDef) and name in calls_in(each)}
+             for name in ('hold_if_allowed', 'decide_all', 'write_occurrences', 'make_true', 'stays')}
+    assert users == {'hold_if_allowed': {'decide', 'shifted'}, 'decide_all': {'make_true'},
+                     'write_occurrences': {'make_true'}, 'make_true': {'commit'}, 'stays': {'decide_otherwise'}}
+
+
 def test_a_section_uses_only_those_above_it():
     text = MODULE.read_text()
     heads = [number for number, line in enumerate(text.split('\n'), 1) if re.match('# [A-Z].* #{5,}$', line)]
@@ -4956,25 +5006,62 @@ def test_between_the_events_of_a_calendar_others_write(world, monkeypatch):
     assert seen[:4] == [1, 2, 3, 4]
 
 
+def channel_of(user: str):
+    """A connection with a request of a user, as `waitress` has them."""
+    request = types.SimpleNamespace(headers={'AUTHORIZATION': user})
+    return types.SimpleNamespace(requests=[request], addr=('::1', 1))
+
+
+class Takers:
+    """Threads that take requests from a line and keep them until `gone`."""
+
+    def __init__(self, threads: int, *users: str):
+        self.line = cmres.Line(threads, lambda: self.called.append(1))
+        self.called, self.answered, self.gone = [], [], threading.Event()
+        for user in users:
+            self.line.append(channel_of(user))
+
+    def answer(self):
+        self.answered.append(self.line.popleft().requests[0].headers['AUTHORIZATION'])
+        self.gone.wait()
+
+    def take(self, number: int):
+        for _ in range(number):
+            threading.Thread(target=self.answer, daemon=True).start()
+            until(lambda had=len(self.answered): len(self.answered) > had - 1)
+            until(lambda: len(self.answered) == len(self.line.answered))
+
+
 def test_next_is_answered_who_has_the_fewest_requests_under_way():
-    line, answered = cmres.Line(), []
+    them = Takers(12, 'bad', 'bad', 'bad', 'worse', 'worse', 'good')
+    for number in range(1, 6):
+        them.take(1)
+        until(lambda: len(them.answered) == number)
+    assert them.answered == ['bad', 'worse', 'good', 'bad', 'worse'] and len(them.line) == 1
+    them.gone.set()
 
-    def channel(user):
-        request = types.SimpleNamespace(headers={'AUTHORIZATION': user})
-        return types.SimpleNamespace(requests=[request], addr=('::1', 1))
-    waits = [channel(user) for user in ('bad', 'bad', 'bad', 'worse', 'worse', 'good')]
-    for each in waits:
-        line.append(each)
 
-    def answers():
-        answered.append(line.popleft().requests[0].headers['AUTHORIZATION'])
-        gone.wait()
-    gone, threads = threading.Event(), [threading.Thread(target=answers) for _ in range(5)]
-    for number, each in enumerate(threads, 1):
-        each.start()
-        until(lambda: len(answered) == number)
-    assert answered == ['bad', 'worse', 'good', 'bad', 'worse'] and len(line) == 1
-    gone.set()
+def test_nobody_has_more_threads_than_a_share_that_leaves_one_for_who_comes():
+    them = Takers(8, *['bad'] * 6)
+    for number in range(1, 5):
+        assert them.line
+        them.take(1)
+        until(lambda: len(them.answered) == number)
+    assert not them.line and len(them.line) == 2  # four of eight are theirs, the others are free
+    them.line.append(channel_of('good'))
+    assert them.line and them.line.next()[0] == 'good'
+    them.gone.set()
+
+
+def test_a_thread_that_is_done_frees_its_share_and_wakes_others_for_what_may_follow():
+    line = cmres.Line(4, lambda: woken.append(1))
+    woken: list = []
+    for user in ('one', 'two', 'two'):
+        line.append(channel_of(user))
+    line.popleft()
+    assert woken  # `two` may be answered as well
+    assert line   # this thread asks again: what it had is done
+    assert [line.popleft().requests[0].headers['AUTHORIZATION'] for _ in range(2)] == ['two'] * 2
 
 
 # Service: series #############################################################
@@ -10047,6 +10134,27 @@ def test_what_fits_in_less_capacity_stays_although_it_was_added_after_what_does_
     world.at(2)
     world.at(2.1)
     assert (world.state('large'), world.state('small'), len(world.there())) == (gone, 'active', 6)
+
+
+def test_a_maintenance_carries_a_series_on_once_however_much_of_it_is_cancelled(world, monkeypatch):
+    """Each cancelling carries it on, which looks at all of it: one by one, that were squares, while nobody else writes."""
+    eva = world.as_user()
+    book(eva, 'daily', 1, 2, repeat='daily', count=40, notify=['eva@example.org'])
+    book(eva, 'weekly', 3, 4, repeat='weekly', count=6)
+    book(eva, 'alone', 5, 6)
+    costs = []
+    for days in (10, 20):
+        with monkeypatch.context() as counting:
+            asked, run = [], cmres.run
+            counting.setattr(cmres, 'run', lambda sql, *values: (asked.append(sql), run(sql, *values))[1])
+            answer = world.service.maintenance_add('demo', NOON, NOON + hours(24 * days), then='cancel', dry_run=True)
+        costs.append(len(asked))
+    assert len(answer['hit']) == 20 + 3 + 1 and costs[1] < 1.5 * costs[0]
+    answer = world.service.maintenance_add('demo', NOON, NOON + hours(24 * 20), then='cancel')
+    assert {each['outcome'] for each in answer['hit']} == {'cancelled'} and len(answer['hit']) == 24
+    assert [len(world.service.events(label, 'biology')) for label in ('daily', 'weekly', 'alone')] == [2, 2, 2]
+    assert [world.state(label) for label in ('daily', 'weekly', 'alone')] == ['reserved', 'reserved', 'cancelled']
+    assert world.service.check()['differences'] == 0
 
 
 # Service: who may what #######################################################
