@@ -10252,6 +10252,7 @@ def last_of(deal: Deal) -> int:
 AGREED = ('released', 'carried on', 'left out', 'admitted', 'maintenance', 'granted')
 
 
+A_CHANGE_WAITS = 'an admin must approve the change'
 A_SERIES_WAITS = 'a series can not wait; --on-conflict skip takes the occurrences that fit'
 
 
@@ -11375,6 +11376,9 @@ class Approval(Waiting):
         deal = self.edit(old, wish, asked, now, proposal.code, proposal.named, proposal.alone)
         with self.explaining(wish, old):
             self.commit(deal._replace(code='granted'), now)
+        if proposal.code == 'calendar':  # what the calendar says is agreed to
+            run("UPDATE reservation SET origin = substr(origin, instr(origin, ' ') + 1) "
+                'WHERE id = ?', old.reservation)
 
     @api('POST', '/reservation/<label>/approve', role=ADMIN)
     def approve(self, label: Label, project: Name = '',
@@ -13251,13 +13255,10 @@ class Calendars(Claims):
             return line | {'outcome': 'past' if not booking.cancelled else 'cancelled'}
         asked = (name for name in STORED if name not in ('label', 'trusted'))
         origin = hashed(repr((booking.digest, wish.columns(*asked))))
-        if known and known.origin == origin and (live or subscription):
-            # it is spelled out, further than before
-            if live and known.series != stored_stretches(wish.stretches):
-                change(Reservation, known.id, series=stored_stretches(wish.stretches))
-                self.refresh(known.id, now)
-            return line | {'outcome': 'unchanged' if live else 'left out', 'label': known.label} | (
-                {} if live else {'why': 'it was cancelled here'})
+        as_before = known and known.origin.split(' ')[-1] == origin and (
+            self.as_asked_before(known, wish, live, subscription, now))
+        if as_before:
+            return line | {'label': known.label} | as_before
         try:
             with Attempt():
                 return line | self.book_event(booking, wish, known if live else None, origin,
@@ -13265,17 +13266,37 @@ class Calendars(Claims):
         except Error as refusal:
             return line | {'outcome': 'refused', 'why': booking.why(refusal)}
 
+    def as_asked_before(self, known, wish: Wish, live: bool, subscription, now: float) -> dict:
+        """What becomes of an event that asks for no more than it did; nothing, if that is asked for
+        anew.
+        """
+        if not live:
+            cancelled = {'outcome': 'left out', 'why': 'it was cancelled here'}
+            return cancelled if subscription else {}
+        if ' ' in known.origin:  # not agreed to, when it was asked for
+            waits = row('SELECT id FROM proposal WHERE reservation_id = ?', known.id)
+            if waits:
+                return {'outcome': 'unchanged', 'why': A_CHANGE_WAITS}
+            refused = {'outcome': 'unchanged', 'why': 'no admin has approved the change'}
+            return refused if subscription else {}
+        spelled_out = any('/' in each for each in wish.stretches[0].dates)
+        if spelled_out and known.series != stored_stretches(wish.stretches):  # further than before
+            change(Reservation, known.id, series=stored_stretches(wish.stretches))
+            self.refresh(known.id, now)
+        return {'outcome': 'unchanged'}
+
     def book_event(self, booking: Booking, wish: Wish, known, origin: str, source: int | None,
                    now: float) -> dict:
         """Books an event, or makes of its reservation what the event says now."""
         if known:
             head = self.next_of(known.id)
             wish = wish._replace(label=known.label)
-            change(Reservation, known.id, origin=origin)
             made = self.commit(self.edit(head, wish, ['calendar'], now, 'calendar'), now)
+            # what is not agreed to stands behind what is
+            agreed = '' if made else f"{known.origin.split(' ')[0]} "
+            change(Reservation, known.id, origin=agreed + origin)
             if not made:
-                return {'label': wish.label, 'outcome': 'pending',
-                        'why': 'an admin must approve the change'}
+                return {'label': wish.label, 'outcome': 'pending', 'why': A_CHANGE_WAITS}
             done = made.done
             self.journal(now, 'updated', 'changed in the calendar', known.id, wish.notify,
                          NONE_OF_THEM)

@@ -10157,6 +10157,69 @@ def test_a_maintenance_carries_a_series_on_once_however_much_of_it_is_cancelled(
     assert world.service.check()['differences'] == 0
 
 
+ASKED = ('UID:course', 'DTSTART:20261202T090000Z', 'DURATION:PT2H', 'RRULE:FREQ=DAILY;COUNT=3', 'SUMMARY:course')
+
+
+def asking(vms: int) -> bytes:
+    return calendar(event(*ASKED, f'DESCRIPTION:{vms} x m1.small cirros on demo'))
+
+
+@pytest.fixture(params=['import', 'subscription'])
+def looked_at(world, monkeypatch, request):
+    """Reads a calendar as often as it is called, on a resource that asks for approvals; what became of its one event."""
+    eva, text = world.as_user(), ['']
+    world.service.resource_update('demo', approval=hours(48))
+    monkeypatch.setattr(cmres, 'fetch', lambda *_: (200, {}, text[0]))
+    if request.param == 'subscription':
+        world.config.take(private_addresses=True)
+        eva.calendar_subscribe('http://127.0.0.1/x.ics')
+
+    def look(vms: int) -> None:
+        text[0] = asking(vms)
+        if request.param == 'import':
+            eva.import_(text[0].decode())
+        else:
+            world.service.poll(cmres.row('SELECT * FROM subscription'))
+    look.program = request.param
+    return look
+
+
+def vms_of(world) -> set[int]:
+    return {each['vms'] for each in world.service.list('course')}
+
+
+def test_what_a_calendar_asks_for_again_is_approved_by_nobody(world, looked_at):
+    looked_at(1)
+    world.service.approve('course', project='biology')
+    for _ in range(3):
+        looked_at(8)
+        assert vms_of(world) == {1} and 'change' in world.service.list('course')[0]
+    assert [each['code'] for each in world.service.events('course', 'biology')].count('pending') <= 2
+    world.service.reject('course', project='biology')
+    if looked_at.program == 'subscription':
+        looked_at(8)
+        assert vms_of(world) == {1} and 'change' not in world.service.list('course')[0]
+        looked_at(9)
+    else:
+        looked_at(8)
+    assert vms_of(world) == {1} and 'change' in world.service.list('course')[0]
+    looked_at(1)
+    assert vms_of(world) == {1} and 'change' not in world.service.list('course')[0]
+    looked_at(8)
+    world.service.approve('course', project='biology')
+    for _ in range(2):
+        looked_at(8)
+        assert vms_of(world) == {8} and 'change' not in world.service.list('course')[0]
+
+
+def test_what_a_user_has_changed_stays_until_the_calendar_says_something_else(world, looked_at):
+    looked_at(8)
+    world.service.approve('course', project='biology')
+    world.as_user().update('course', vms=2)
+    looked_at(8)
+    assert vms_of(world) == {2}
+
+
 # Service: who may what #######################################################
 
 
