@@ -10754,6 +10754,11 @@ class Series(Bookings):
         horizon = self.horizon(stretches, now, skipped)
         earliest = self.earliest(there, stretches, now)
         wanted = {slot.key: slot for slot in all_slots(stretches, earliest, horizon)}
+        reach, known = self.reach(wish, now), {old.slot for old in there}
+        near = {key: slot for key, slot in wanted.items() if slot.start <= reach or key in known}
+        takes_some = deal.code == 'carried on' or (wish.on_conflict or 'refuse') != 'refuse'
+        if takes_some and near and len(near) < len(wanted):  # the time of the others comes
+            wanted, horizon = near, int(reach) + 1
         gone, same, todo = [], [], []
         for old in there:
             slot = wanted.pop(old.slot, None)
@@ -10772,6 +10777,13 @@ class Series(Bookings):
         return deal._replace(
             changes=gone + [self.change_at(wish, slot, old, now) for slot, old in todo],
             same=same, stretches=stretches, horizon=horizon, clash=wish.on_conflict or 'refuse')
+
+    def reach(self, wish: Wish, now: float) -> float:
+        """Until when the limits of a wish let anything begin."""
+        places = filter(None, {resource_of(each.resource) for each in wish.stretches})
+        ahead = [limit.ahead for place in places for limit in self.limits_for(
+            wish._replace(resource=place)) if limit.ahead is not None]
+        return min([now + each for each in ahead], default=LAST.timestamp())
 
     def change_at(self, wish: Wish, slot: Slot, old, now: float) -> Change:
         """The change that makes an occurrence be at a slot."""

@@ -10220,6 +10220,24 @@ def test_what_a_user_has_changed_stays_until_the_calendar_says_something_else(wo
     assert vms_of(world) == {2}
 
 
+def test_a_series_goes_on_under_a_limit_of_how_far_ahead_it_may_be(tmp_path, empty):
+    """What is too far ahead today is not left out for good: its day comes."""
+    shutil.copy(empty, tmp_path)
+    world = World(tmp_path, horizon=10)
+    eva = world.as_user()
+    book(eva, 'before', 3, 4, repeat='daily', count=8)
+    world.service.limit_add(project='biology', ahead=hours(72))
+    with pytest.raises(Conflict, match='limit ahead'):
+        book(eva, 'all', 1, 2, repeat='daily')
+    book(eva, 'lab', 1, 2, repeat='daily', on_conflict='skip')
+    for day in range(1, 8):
+        world.at(24 * day)
+    assert [each['state'] for each in world.service.list('lab')] == ['ended'] * 7 + ['reserved'] * 3
+    assert {each['state'] for each in world.service.list('before')} == {'ended', 'reserved'}
+    assert 'refused' not in [each['code'] for each in world.service.events('lab', 'biology')]
+    cmres.close_store()
+
+
 # Service: who may what #######################################################
 
 
