@@ -10370,7 +10370,7 @@ class Bookings:
 
     @contextmanager
     def as_if_without(self, old) -> Iterator[None]:
-        """Looks at what there would be if an occurrence, and VMs that stay stopped, held nothing."""
+        """Looks at what there would be if an occurrence and its stopped VMs held nothing."""
         with undone():
             if old:
                 give([hold_of(old), *self.stopped_held(old.reservation)])
