@@ -12578,35 +12578,41 @@ class Plan(Operations):
         return self.look.in_order(self.must_go(place, begin, until))
 
     def must_go(self, place, begin: int, until: int) -> list[int]:
-        """The ids of those. What went and fits after all, since an earlier one had to go, stays."""
+        """The ids of those. What is not approved yet goes first; what fits after all, since an
+        earlier one had to go, stays.
+        """
         most = capacity(place)
         levels = dict(steps(place.id, begin, until, most.names))
         if all(held.within(most) for held in levels.values()):
             return []
-        held = rows('SELECT id, resource_id, held_from, held_until, vms, vcpus, ram, classes FROM '
-                    'occurrence WHERE resource_id = ? AND due IS NOT NULL AND start < ? + '
-                    f'{LONGEST_LEAD} AND held_until > ? AND held_from < ? AND held_until > '
-                    'held_from ORDER BY +id DESC', place.id, until, begin, until)
+        held = rows('SELECT NULL AS id, resource_id, held_from, held_until, vms, vcpus, ram, '
+                    'classes FROM extra_hold WHERE resource_id = ? AND proposal_id IS NOT NULL '
+                    'AND held_until > ? AND held_from < ?', place.id, begin, until)
+        held += rows('SELECT id, resource_id, held_from, held_until, vms, vcpus, ram, classes FROM '
+                     'occurrence WHERE resource_id = ? AND due IS NOT NULL AND start < ? + '
+                     f'{LONGEST_LEAD} AND held_until > ? AND held_from < ? AND held_until > '
+                     'held_from ORDER BY +id DESC', place.id, until, begin, until)
         # Between two cuts the same occurrences hold, so that what one of them gives back is all of
         # it there.
         cuts = sorted({*levels, *(min(max(at, begin), until) for each in held for at in each[2:4])}
                       - {until})
         there = list(itertools.accumulate((levels.get(at)
                                            for at in cuts), lambda before, after: after or before))
-        found: dict = {}
+        gone = []
         for each in held:
             touched = range(bisect_left(cuts, max(each.held_from, begin)),
                             bisect_left(cuts, each.held_until))
             if not all(there[n].within(most) for n in touched):
-                found[each.id] = amount_of(each), touched
+                gone.append((each.id, amount_of(each), touched))
                 for n in touched:
                     there[n] -= amount_of(each)
-        for id, (amount, touched) in [*found.items()][::-1]:
-            if all((there[n] + amount).within(most) for n in touched):
-                del found[id]
-                for n in touched:
-                    there[n] += amount
-        return [*found]
+        must = []
+        for id, amount, touched in reversed(gone):
+            fits_again = all((there[n] + amount).within(most) for n in touched)
+            for n in touched if fits_again else ():
+                there[n] += amount
+            must += [] if fits_again or id is None else [id]
+        return must[::-1]
 
     def waits_for(self, place, now: float) -> tuple[str, int, set | None]:
         """Why VMs of a resource can't start now, until when, and of which occurrences; None: all.

@@ -10269,6 +10269,22 @@ def test_a_series_goes_on_under_a_limit_of_how_far_ahead_it_may_be(tmp_path, emp
     cmres.close_store()
 
 
+@pytest.mark.parametrize('then', ['cancel', 'notify', 'move'])
+def test_what_is_not_approved_yet_makes_nothing_go_that_is(world, then):
+    world.service.resource_update('demo', approval=hours(48))
+    eva = world.as_user()
+    book(eva, 'lab', 1, 3, vms=8, flavor='m1.small', image='cirros')
+    world.service.approve('lab', project='biology')
+    eva.update('lab', vms=16)
+    answer = world.service.resource_capacity('demo', NOON + hours(1), NOON + hours(2), vms=8, then=then)
+    assert answer['hit'] == [] and world.service.list('lab')[0]['change']['vms'] == 16
+    with pytest.raises(NoCapacity, match='has only 8 of 16 vms'):
+        world.service.approve('lab', project='biology')
+    world.at(1)
+    world.at(1.1)
+    assert world.state('lab') == 'active' and len(world.there()) == 8
+
+
 # Service: who may what #######################################################
 
 
