@@ -9705,7 +9705,7 @@ class Limits:
         found += run(f'SELECT x.held_from, x.held_until, x.vms {FROM_EXTRA.format(where)} '
                      'AND held_from < ? AND held_until > ? '
                      'AND (proposal_id IS NOT NULL OR reservation_id <> ?)', *values, until, begin,
-                     own if old and not others else 0).fetchall()
+                     own).fetchall()
         found += others.holding(limit.resource_id, begin, until) if others else []
         changes = [change for first, last, vms in found
                    for change in ((max(first, begin), 1, vms), (last, 0, -vms))]

@@ -10311,6 +10311,20 @@ def test_what_is_not_approved_yet_makes_nothing_go_that_is(world, then):
     assert world.state('lab') == 'active' and len(world.there()) == 8
 
 
+@pytest.mark.parametrize('number', [1, 2])  # with two, more than one occurrence is new on a day
+def test_stopped_vms_that_a_series_starts_again_count_once_against_a_limit(tmp_path, empty, number):
+    shutil.copy(empty, tmp_path)
+    world = World(tmp_path, horizon=3)
+    world.service.limit_add(project='biology', most_vms=6)
+    repeat = 'FREQ=DAILY' if number == 1 else 'FREQ=DAILY;BYHOUR=1,13'
+    book(world.as_user(), 'lab', 1, 2, vms=6, flavor='m1.small', image='cirros', at_end='stop', repeat=repeat)
+    for day in range(5):
+        for hour in (0, 1, 1.1, 2, 2.1, 12, 13, 13.1, 14, 14.1):
+            world.at(24 * day + hour)
+    assert {each['state'] for each in world.service.list('lab')} == {'ended', 'reserved'}
+    cmres.close_store()
+
+
 # Service: who may what #######################################################
 
 
