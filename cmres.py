@@ -16634,13 +16634,28 @@ def plain_path(environ: dict) -> None:
 
 
 def who_asks(service: Reservations, request, visitor: Callable | None = None) -> Actor:
-    """Whose token a request has; who only reads may have signed in to the page instead."""
-    secret = bearer(request)
-    if not secret and visitor and request.method in ('GET', 'HEAD') and (actor := visitor(request)):
+    """Who sends a request, by the first way that it goes.
+
+    Args:
+      visitor: tells who has signed in to the page, which is enough to read
+
+    Raises:
+      Unauthorized: it goes none of these ways.
+    """
+    for way in WAYS_IN:
+        if actor := way(service, request):
+            return actor
+    if visitor and request.method in ('GET', 'HEAD') and (actor := visitor(request)):
         return actor
+    raise Unauthorized('a token is needed: Authorization: Bearer TOKEN; an admin makes one with: '
+                       'token add USER')
+
+
+def by_token(service: Reservations, request) -> Actor | None:
+    """Who has the token of a request: Bearer, X-Auth-Token, or the password of HTTP Basic."""
+    secret = bearer(request)
     if not secret:
-        raise Unauthorized('a token is needed: Authorization: Bearer TOKEN; an admin makes one '
-                           'with: token add USER')
+        return None
     try:
         found = token_of(secret, service.clock())
     except Unauthorized:
@@ -16648,6 +16663,10 @@ def who_asks(service: Reservations, request, visitor: Callable | None = None) ->
         raise
     note_caller(service, request.environ, found)
     return bearer_of(found)
+
+
+#: By what somebody is known who sends a request; each tells nobody if there is no such thing in it.
+WAYS_IN: tuple[Callable, ...] = (by_token,)
 
 
 def note_caller(service: Reservations, environ: dict, found) -> None:
@@ -16681,9 +16700,18 @@ def while_there(environ: dict) -> Callable[[], None]:
 
 def bearer(request) -> str:
     """The token of a request; '' without one."""
-    scheme, _, token = header(request, 'Authorization').partition(' ')
-    token = token if scheme.lower() == 'bearer' else ''
-    return (token or header(request, 'X-Auth-Token')).strip()
+    scheme, _, said = header(request, 'Authorization').partition(' ')
+    how = {'bearer': str, 'basic': basic_password}.get(scheme.lower())
+    return (how and how(said) or header(request, 'X-Auth-Token')).strip()
+
+
+def basic_password(said: str) -> str:
+    """The password of HTTP Basic (RFC 7617); '' if it can't be read."""
+    from base64 import b64decode
+    try:
+        return b64decode(said, validate=True).decode().partition(':')[2]
+    except ValueError:
+        return ''
 
 
 def read_query(request, several: Iterable[str] = ()) -> dict:
