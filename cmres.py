@@ -1234,6 +1234,8 @@ def read_stretches(text: str) -> list[Stretch]:
 
 
 SECTIONS = ('cmres', 'credentials', 'identities', 'texts')
+READER, USER, ADMIN = 'reader', 'user', 'admin'
+ROLES = (READER, USER, ADMIN)  # each may do what those before it may
 #: What has a name on a cloud.
 KINDS = ('flavor', 'image', 'network', 'key', 'security_group', 'server')
 #: What people are told of, and in which words: the first line is the subject.
@@ -1316,6 +1318,18 @@ class Config:
     trusted_proxies: str = setting(
         '127.0.0.1, ::1', 'addresses and networks of proxies; what they say last in '
         'X-Forwarded-For counts for limits and the log, and for nothing else')
+    keystone: str = setting(
+        '', 'the Keystone whose tokens are taken in X-Auth-Token: an entry of clouds.yaml, or an '
+        'address such as https://cloud.example.org/identity')
+    keystone_roles: str = setting(
+        'admin:admin, member:user, reader:reader', 'which role here a role of Keystone gives, as '
+        'KEYSTONE:CMRES; of several the highest, without any of them none')
+    identity_proxies: str = setting(
+        '', 'addresses and networks of proxies that say who asks, in the headers of '
+        '`identity_header`; they must take those headers out of what their clients send')
+    identity_header: str = setting(
+        'X-Remote', 'how the headers begin in which those proxies say who asks: X-Remote-User, '
+        'X-Remote-Project, X-Remote-Role')
     metrics: str = setting('token', "who may read /metrics: token (with an admin's token), open "
                            '(everybody) or off (nobody)')
     log_format: str = setting('text', 'how lines of the log are written: text or json')
@@ -1428,11 +1442,21 @@ class Config:
 
     def is_proxy(self, peer: str) -> bool:
         """Whether an address is that of a trusted proxy."""
-        import ipaddress
-        with suppress(ValueError):
-            found = ipaddress.ip_address(peer)
-            return any(found in each for each in self.proxies)
-        return False
+        return is_among(peer, self.proxies)
+
+    def tells_who(self, peer: str) -> bool:
+        """Whether an address is that of a proxy that says who asks."""
+        return is_among(peer, read_networks(self.identity_proxies, 'identity_proxies'))
+
+    @property
+    def roles(self) -> dict[str, str]:
+        """The setting `keystone_roles`, one by one; Invalid if one of them is none."""
+        pairs = [each.partition(':') for each in self.keystone_roles.replace(' ', '').split(',')]
+        for name, _, role in pairs:
+            if not name or role not in ROLES:
+                raise Invalid(f"setting keystone_roles: '{name}:{role}' is not KEYSTONE:CMRES, "
+                              f"such as member:user; the roles here are {', '.join(ROLES)}")
+        return {name: role for name, _, role in pairs}
 
     def check_choices(self) -> None:
         """Invalid if a setting that is one of some words is another."""
@@ -1476,8 +1500,17 @@ class Config:
 WORDS_OF = {'metrics': ('token', 'open', 'off'), 'log_format': ('text', 'json')}
 
 
+def is_among(address: str, networks: list) -> bool:
+    """Whether an address is in one of some networks."""
+    import ipaddress
+    with suppress(ValueError):
+        found = ipaddress.ip_address(address)
+        return any(found in each for each in networks)
+    return False
+
+
 @functools.lru_cache
-def read_networks(text: str) -> list:
+def read_networks(text: str, setting: str = 'trusted_proxies') -> list:
     """Addresses and networks with commas between; Invalid if one of them is none."""
     import ipaddress
     found = []
@@ -1485,7 +1518,7 @@ def read_networks(text: str) -> list:
         try:
             found.append(ipaddress.ip_network(each, strict=False))
         except ValueError:
-            raise Invalid(f"setting trusted_proxies: '{each}' is no address and no network such as "
+            raise Invalid(f"setting {setting}: '{each}' is no address and no network such as "
                           '10.0.0.0/8') from None
     return found
 
@@ -1518,7 +1551,8 @@ def load_config(path: str | None = None, environ: dict = os.environ) -> Config:
                     credentials=sections['credentials'], identities=sections['identities'],
                     texts=TEXTS | sections['texts'], path=path, stamp=stamp, sources=sources)
     # What is wrong with them is told here, not when they are used.
-    config.zone, config.common, config.proxies, config.check_choices()
+    config.zone, config.common, config.proxies, config.roles, config.check_choices()
+    config.tells_who('')
     return config
 
 
@@ -1896,8 +1930,6 @@ WORDS = {
 }
 
 REQUIRED = inspect.Parameter.empty
-READER, USER, ADMIN = 'reader', 'user', 'admin'
-ROLES = (READER, USER, ADMIN)  # each may do what those before it may
 
 
 @dataclasses.dataclass
@@ -6705,6 +6737,11 @@ class Clouds:
                 if entry == account}
 
     @functools.cached_property
+    def keystone(self) -> Keystone:
+        """What knows the tokens of OpenStack."""
+        return Keystone(self.config, self.clock)
+
+    @functools.cached_property
     def store(self) -> str:
         """What all our marks begin with: two installations on one cloud don't touch each other's
         servers.
@@ -6728,6 +6765,130 @@ class Clouds:
         if account == 'simulated' or account.startswith('simulated-'):
             return Simulated(account, self.store, self.config, self.clock)
         return OpenStack(account, self.store, self.config)
+
+
+class Scoped(NamedTuple):
+    """What Keystone says of a token: whose it is, and for which project."""
+    user: str
+    project: str  # '' of a token for the whole system
+    names: tuple[str, str]  # of both, for people
+    roles: frozenset[str]
+    ends: float
+
+
+class Told(NamedTuple):
+    """What is known of a token, or why it is refused, and until when nobody asks again."""
+    scoped: Scoped | None
+    refusal: Error | None
+    fresh: float
+
+
+class Keystone:
+    """Tells who has a token, asking with that token itself, and remembers it for a while.
+
+    No header says that access rules are known here (OpenStack-Identity-Access-Rules), so Keystone
+    refuses application credentials that have some: what they forbid, cmres could not tell.
+    """
+    FRESH, REFUSED = 120, 10  # seconds that an answer, and a refusal, is remembered
+    SHUT = 10    # seconds that nobody else waits for a Keystone that has not answered
+    PATIENT = 5  # seconds that one waits
+    MOST = 10_000  # tokens that are remembered
+
+    def __init__(self, config: Config, clock: Callable[[], float] = time.time):
+        self.config, self.clock, self.lock = config, clock, threading.Lock()
+        self.known: dict[str, Told] = {}  # by the hash of the token
+        self.shut = 0.0  # until then nobody asks
+
+    def told(self, token: str, ask: Callable[[Callable], Any]) -> Scoped:
+        """Who has a token. While Keystone does not answer, those who were known go on.
+
+        Args:
+          ask: calls what may take long
+
+        Raises:
+          Unauthorized: Keystone does not know it, or it is for no project.
+          Unavailable: Keystone does not answer.
+        """
+        key, now = hashlib.sha256(token.encode()).hexdigest(), self.clock()
+        found = self.known.get(key)
+        ended = found and found.scoped and found.scoped.ends <= now
+        if not found or found.fresh <= now or ended:
+            known = found and found.scoped and not ended
+            found = self.asked(key, token, ask) if now >= self.shut or not known else found
+        if found.refusal:
+            raise found.refusal
+        return found.scoped
+
+    def asked(self, key: str, token: str, ask: Callable[[Callable], Any]) -> Told:
+        """What Keystone says now; what it said before, if it does not answer."""
+        before = self.known.get(key)
+        try:
+            if self.clock() < self.shut:
+                raise Unavailable(SILENT_KEYSTONE)
+            found = ask(lambda: self.look(token))
+        except (CloudError, TooMany, Unavailable):
+            if before and before.scoped and before.scoped.ends > self.clock():
+                return before
+            raise Unavailable(SILENT_KEYSTONE, retry_after=self.SHUT) from None
+        with self.lock:
+            if len(self.known) >= self.MOST:
+                self.known.pop(next(iter(self.known)))
+            self.known.pop(key, None)  # the latest come last
+            self.known[key] = found
+        return found
+
+    def look(self, token: str) -> Told:
+        """What Keystone answers; Unavailable if that is nothing of use."""
+        import requests
+        url, verify = self.door
+        try:
+            answer = self.session.get(
+                f'{url}/v3/auth/tokens?nocatalog', timeout=self.PATIENT, verify=verify,
+                headers={'X-Auth-Token': token, 'X-Subject-Token': token}, allow_redirects=False)
+            if answer.status_code in (401, 403, 404):
+                return self.refused('Keystone does not know this token, or it has ended. Get a '
+                                    'new one: openstack token issue')
+            answer.raise_for_status()
+            return self.read(answer.json()['token'])
+        except (requests.RequestException, ValueError, LookupError, TypeError) as error:
+            self.shut = self.clock() + self.SHUT
+            log.warning('Keystone at %s: %s', url, first_line(error))
+            raise Unavailable(SILENT_KEYSTONE) from None
+
+    def read(self, said: dict) -> Told:
+        """What Keystone says, as it is remembered."""
+        user, project = said['user'], said.get('project')
+        if not project and not said.get('system'):
+            return self.refused('this token is for no project. Get one that is for yours: '
+                                'openstack --os-project-name PROJECT token issue')
+        project = project or {'id': '', 'name': 'system'}
+        ends = datetime.fromisoformat(said['expires_at']).timestamp()
+        roles = frozenset(each['name'] for each in said['roles'])
+        scoped = Scoped(user['id'], project['id'], (user['name'], project['name']), roles, ends)
+        return Told(scoped, None, min(ends, self.clock() + self.FRESH))
+
+    def refused(self, sentence: str) -> Told:
+        return Told(None, Unauthorized(sentence), self.clock() + self.REFUSED)
+
+    @functools.cached_property
+    def session(self):
+        """What requests go through."""
+        import requests
+        return requests.Session()
+
+    @functools.cached_property
+    def door(self) -> tuple[str, Any]:
+        """Its address without the version, and how its certificate is verified."""
+        url, verify = self.config.keystone, True
+        if not is_web(url):
+            import openstack
+            entry = openstack.config.OpenStackConfig().get_one(url)
+            url, verify = entry.config['auth']['auth_url'], entry.get_requests_verify_args()[0]
+        return re.sub('(/v3)?/*$', '', url), verify
+
+
+SILENT_KEYSTONE = ('Keystone does not answer, so your token can not be checked. Try again in a '
+                   'minute; tokens of cmres itself work meanwhile')
 
 
 # Notices #####################################################################
@@ -8764,6 +8925,7 @@ def hashed(token: str) -> str:
     return hashlib.sha256(token.encode()).hexdigest()
 
 
+OUR_TOKENS = 'cmres_'  # how they begin
 #: Of a token t: it is in force at an instant.
 IN_FORCE = 't.revoked IS NULL AND (t.ends IS NULL OR t.ends > ?)'
 TOKEN = ('SELECT t.id, t.user, t.project, t.role, t.scopes, t.resource_id, t.ends, t.revoked '
@@ -13602,7 +13764,7 @@ class Tokens(Calendars):
         role = role or (self.actor.role if mine and self.actor.role != ADMIN else USER)
         self.refuse_for_others(user, project, role)
         self.check_scopes(role, scopes, resource)
-        token = f'cmres_{secrets.token_urlsafe(32)}'
+        token = OUR_TOKENS + secrets.token_urlsafe(32)
         with self.writing(dry_run) as now:
             self.refuse_one_more('tokens', user, project)
             ends = self.end_of_token(lasts, now)
@@ -16654,7 +16816,7 @@ def who_asks(service: Reservations, request, visitor: Callable | None = None) ->
 def by_token(service: Reservations, request) -> Actor | None:
     """Who has the token of a request: Bearer, X-Auth-Token, or the password of HTTP Basic."""
     secret = bearer(request)
-    if not secret:
+    if not secret or secret == keystone_token(service, request):
         return None
     try:
         found = token_of(secret, service.clock())
@@ -16665,14 +16827,78 @@ def by_token(service: Reservations, request) -> Actor | None:
     return bearer_of(found)
 
 
+def keystone_token(service: Reservations, request) -> str:
+    """The token of OpenStack that a request has; '' without one."""
+    said = header(request, 'X-Auth-Token').strip()
+    return said if service.config.keystone and not said.startswith(OUR_TOKENS) else ''
+
+
+def by_keystone(service: Reservations, request) -> Actor | None:
+    """Whom Keystone knows by the token of a request: by ids, as names can be given anew."""
+    if not (token := keystone_token(service, request)):
+        return None
+    shares = service.shares
+
+    def ask(call: Callable):
+        with shares.answering(f'a token {hashed(token)[:8]}'):
+            return shares.ask('Keystone', call)
+    try:
+        found = service.clouds.keystone.told(token, ask)
+    except Unauthorized:
+        note_wrong(service, request.environ)
+        raise
+    return let_in(service, request, found.user, found.project or 'system', role_of(service, found))
+
+
+def role_of(service: Reservations, found: Scoped) -> str:
+    """The highest role here that somebody's roles in Keystone give; Forbidden if none does."""
+    roles = service.config.roles
+    mine = [roles[each] for each in found.roles & roles.keys()]
+    if not mine:
+        raise Forbidden(f"you have none of the roles {', '.join(roles)} in {found.names[1]}, so "
+                        'you can do nothing here. Ask an admin of that project')
+    return max(mine, key=ROLES.index)
+
+
+def by_proxy(service: Reservations, request) -> Actor | None:
+    """Who asks as a trusted proxy says it; anybody else's headers of that name say nothing."""
+    begin = service.config.identity_header
+    user = header(request, f'{begin}-User')
+    if not user or not service.config.tells_who(request.environ.get('REMOTE_ADDR', '')):
+        return None
+    project = header(request, f'{begin}-Project') or 'default'
+    role = header(request, f'{begin}-Role') or USER
+    if role not in ROLES:
+        raise Forbidden(f"the proxy says that your role is '{role}'; it must be one of "
+                        f"{', '.join(ROLES)}")
+    return let_in(service, request, user, project, role)
+
+
+class Caller(NamedTuple):
+    """Somebody who asks without a token of ours, in the fields of one."""
+    id: int | None
+    user: str
+    project: str
+    role: str
+    ends: int | None = None
+
+
+def let_in(service: Reservations, request, user: str, project: str, role: str) -> Actor:
+    """Somebody whom others know, under the names of [identities] if their ids stand there."""
+    user, project = service.names_of(user)[0], service.names_of(project)[0]
+    note_caller(service, request.environ, Caller(None, user, project, role))
+    return Actor(user, project, role)
+
+
 #: By what somebody is known who sends a request; each tells nobody if there is no such thing in it.
-WAYS_IN: tuple[Callable, ...] = (by_token,)
+WAYS_IN: tuple[Callable, ...] = (by_token, by_keystone, by_proxy)
 
 
 def note_caller(service: Reservations, environ: dict, found) -> None:
     """Notes of a request who sends it; TooMany if they do so too often."""
     environ['cmres.token'] = found
-    service.shares.uses.note(found.id, service.clock())
+    if found.id is not None:
+        service.shares.uses.note(found.id, service.clock())
     if found.role != ADMIN:  # theirs are the programs of the operator, such as Nova's filter
         name = f'{found.project}/{found.user}'
         service.shares.rates.take('requests_per_user', name)

@@ -42,6 +42,7 @@ import os
 import queue
 import random
 import re
+import secrets
 import shlex
 import shutil
 import signal
@@ -440,7 +441,7 @@ def folder(tmp_path, monkeypatch):
 
 OTHER = {str: 'Europe/Paris', int: '9', float: '0.5', bool: 'yes', 'common_names': 'key:course',
          'metrics': 'open', 'log_format': 'json', 'trusted_proxies': '10.0.0.0/8',
-         'connections': '99'}
+         'connections': '99', 'keystone_roles': 'boss:admin', 'identity_proxies': '10.0.0.0/8'}
 
 
 def test_without_anything_every_setting_has_its_default(folder):
@@ -13821,6 +13822,175 @@ def test_people_look_after_their_tokens_on_the_page(world):
     assert not as_visitor(world, role='reader').get('/admin', status=403).html.select('table')
 
 
+# Identity ####################################################################
+
+def basic(user, password):
+    return 'Basic ' + base64.b64encode(f'{user}:{password}'.encode()).decode()
+
+
+def test_a_token_is_taken_as_the_password_of_basic_authentication(app):
+    eva = app.as_user()
+    for said in (basic('eva', eva.token), basic('whoever', eva.token).replace('Basic', 'bAsIc')):
+        assert app.call('GET', '/reservation/', Authorization=said).json == []
+    for said in ('Basic !!', 'Basic', basic('eva', 'wrong'), basic('eva', ''), 'Basic ' + base64.b64encode(b'\xff').decode(), 'Digest x'):
+        answer = app.call('GET', '/reservation/', Authorization=said, status=401)
+        assert answer.json['kind'] == 'Unauthorized'
+
+
+@pytest.fixture
+def known(nova, tmp_path):
+    """REST that takes the tokens of the stand-in's Keystone."""
+    world = World(tmp_path, keystone=nova.url, identities={'biology': 'p-bio'})
+    nova.now = lambda: world.now
+    nova.world = world
+    yield Known(nova, world)
+    nova.released.set()
+    cmres.close_store()
+
+
+class Known:
+    def __init__(self, nova, world):
+        self.nova, self.world, self.web = nova, world, webtest.TestApp(cmres.rest(world.service))
+
+    def get(self, token, path='/cm/v1.0/reservation', status=200, **extra):
+        answer = self.web.get(path, headers={'X-Auth-Token': token}, extra_environ=extra, status=status)
+        return answer.json
+
+    def asked(self):
+        return self.nova.count('GET /auth/tokens')
+
+    def later(self, seconds):
+        self.world.now += seconds
+
+
+def test_a_token_of_keystone_says_who_asks_by_ids(known):
+    book(known.world.as_user('u-eva', 'p-chem'), 'hers')
+    token = known.nova.issue('u-eva', 'p-chem')
+    assert labels(known.get(token)) == ['hers'] and known.get(known.nova.issue('u-bob', 'p-other')) == []
+    made = known.web.post_json('/cm/v1.0/reservation', FINE | {'label': 'mine'}, headers={'X-Auth-Token': token}).json
+    assert (made['user'], made['project']) == ('u-eva', 'p-chem')
+
+
+def test_ids_that_the_configuration_names_go_by_their_names(known):
+    book(known.world.as_user('eva', 'biology'), 'older')
+    assert labels(known.get(known.nova.issue('u-eva', 'p-bio'))) == ['older']
+
+
+@pytest.mark.parametrize('roles, more, role', [
+    (['admin'], {}, 'admin'), (['reader', 'member'], {}, 'user'), (['reader'], {}, 'reader'),
+    (['admin'], {'project': None, 'system': {'all': True}}, 'admin'), (['swiftoperator'], {}, None), ([], {}, None)])
+def test_roles_in_keystone_give_roles_here(known, roles, more, role):
+    token = known.nova.issue(roles=roles, **more)
+    answer = known.get(token, status=200 if role else 403)
+    assert role or answer['error'].startswith('you have none of the roles admin, member, reader in ')
+    known.get(token, '/cm/v1.0/check', status=200 if role == 'admin' else 403)
+    if role:
+        status = 403 if role == 'reader' else 201
+        known.web.post_json('/cm/v1.0/reservation', FINE, headers={'X-Auth-Token': token}, status=status)
+
+
+def test_a_token_of_no_project_and_an_unknown_one_are_refused_and_that_is_remembered(known):
+    unscoped = known.nova.issue(project='')
+    assert known.get(unscoped, status=401)['error'].startswith('this token is for no project')
+    for _ in range(3):
+        assert 'openstack token issue' in known.get('made-up', status=401)['error']
+    assert known.asked() == 2
+    known.later(11)
+    known.get('made-up', status=401)
+    assert known.asked() == 3
+
+
+def test_a_token_is_asked_for_once_in_two_minutes_and_not_after_its_end(known):
+    token = known.nova.issue(lasts=200)
+    for seconds, asked in ((0, 1), (119, 1), (2, 2), (60, 2)):
+        known.later(seconds)
+        known.get(token)
+        assert known.asked() == asked
+    known.later(20)  # it has ended
+    del known.nova.tokens[token]
+    known.get(token, status=401)
+    assert known.asked() == 3
+
+
+def test_a_revoked_token_is_refused_when_it_is_asked_for_again(known):
+    token = known.nova.issue()
+    known.get(token)
+    del known.nova.tokens[token]
+    known.get(token)
+    known.later(121)
+    known.get(token, status=401)
+
+
+@pytest.mark.parametrize('fault', ['500 before', '503 before', 'cut'])
+def test_while_keystone_is_down_known_tokens_go_on_until_their_end(known, fault):
+    token, new = known.nova.issue(lasts=300), known.nova.issue()
+    known.get(token)
+    known.nova.faults['GET /auth/tokens'] = [fault] * 2
+    known.later(121)
+    known.get(token)
+    answer = known.get(new, status=503)
+    assert answer['error'].startswith('Keystone does not answer, so your token can not be checked')
+    assert known.asked() == 2, 'nobody else waits for it'
+    known.later(11)
+    known.get(new, status=503)
+    known.get(token)
+    assert known.asked() == 3
+    known.later(11)
+    known.get(new)
+    known.later(170)
+    known.nova.faults['GET /auth/tokens'] = [fault]
+    known.get(token, status=503)
+
+
+def test_tokens_of_cmres_go_on_in_every_header_beside_those_of_keystone(known):
+    ours = known.world.service.token_add('eva', 'biology')['token']
+    assert known.get(ours) == [] and known.asked() == 0
+    known.get('cmres_wrong', status=401)
+    assert known.asked() == 0
+
+
+def test_a_flood_of_made_up_tokens_waits_for_keystone_only_a_few_at_a_time(known, monkeypatch):
+    """Others go on: a token of cmres, and one that is known."""
+    token, ours = known.nova.issue(), known.world.service.token_add('eva', 'biology')['token']
+    known.get(token)
+    known.nova.faults['GET /auth/tokens'] = ['hang before'] * 20
+    monkeypatch.setattr(cmres, 'QUICK', 0.02)
+    monkeypatch.setattr(cmres.Keystone, 'PATIENT', 0.5)
+    with ThreadPoolExecutor(12) as pool:
+        flood = [pool.submit(known.get, f'made-up-{n}', status=503) for n in range(12)]
+        assert known.get(token) == known.get(ours) == []
+        assert {each.result()['kind'] for each in flood} == {'Unavailable'}
+    known.nova.released.set()
+
+
+def test_a_proxy_says_who_asks_and_nobody_else_can(tmp_path, empty):
+    shutil.copy(empty, tmp_path)
+    world = World(tmp_path, identity_proxies='10.1.0.0/16', trusted_proxies='10.9.9.9')
+    web = webtest.TestApp(cmres.Gate(cmres.rest(world.service), world.service))
+    book(world.as_user('eva', 'biology'), 'hers')
+
+    def get(peer, status, **headers):
+        return web.get('/cm/v1.0/reservation', headers=headers, extra_environ={'REMOTE_ADDR': peer}, status=status).json
+    said = {'X-Remote-User': 'eva', 'X-Remote-Project': 'biology'}
+    assert labels(get('10.1.2.3', 200, **said)) == ['hers']
+    assert get('10.1.2.3', 200, **said | {'X-Remote-Project': 'chem'}) == []
+    assert 'must be one of reader, user, admin' in get('10.1.2.3', 403, **said | {'X-Remote-Role': 'root'})['error']
+    get('10.1.2.3', 401)
+    get('10.9.9.9', 401, **said | {'X-Forwarded-For': '10.1.2.3'})
+    get('127.0.0.1', 401, **said)
+    cmres.close_store()
+
+
+@pytest.mark.parametrize('setting, value, sentence', [
+    ('KEYSTONE_ROLES', 'member:boss', "setting keystone_roles: 'member:boss' is not KEYSTONE:CMRES"),
+    ('KEYSTONE_ROLES', 'member', "setting keystone_roles: 'member:' is not"),
+    ('IDENTITY_PROXIES', 'proxy', "setting identity_proxies: 'proxy' is no address")])
+def test_settings_of_identities_are_checked_when_they_are_read(setting, value, sentence):
+    with pytest.raises(Invalid) as refusal:
+        load_config(environ={f'CMRES_{setting}': value})
+    assert str(refusal.value).startswith(sentence)
+
+
 # Gate ########################################################################
 
 
@@ -19250,7 +19420,7 @@ class StandIn(Proxy):
 
     def __init__(self):
         super().__init__(handler=Answering)
-        self.now = NOON.timestamp
+        self.now, self.tokens = NOON.timestamp, {}
         self.servers, self.ghosts, self.untagged, self.busiest, self.open_now = {}, [], 0, 0, 0
         self.made, self.flavor_specs, self.full, self.logins = collections.Counter(), True, False, 0
         self.flavors = {'m1.tiny': (1, 512, {}), 'g1': (4, 8192, {'resources:CUSTOM_GPU': '1', 'hw:x': 'y'})}
@@ -19310,6 +19480,19 @@ class StandIn(Proxy):
                  'user': {'id': who['name'], 'name': who['name'], 'domain': domain},
                  'project': {'id': who['name'], 'name': who['name'], 'domain': domain}, 'roles': []}
         return 201, {'token': token}, [('X-Subject-Token', who['name'])]
+
+    def issue(self, user='u-eva', project='p-bio', roles=('member',), lasts=3600, **more):
+        """A token as somebody has got it from Keystone, with the ids of user and project."""
+        token, ends = secrets.token_urlsafe(24), datetime.fromtimestamp(self.now() + lasts, UTC)
+        self.tokens[token] = {
+            'user': {'id': user, 'name': user[2:]}, 'roles': [{'id': each, 'name': each} for each in roles],
+            'expires_at': ends.strftime('%Y-%m-%dT%H:%M:%S.%fZ')} | (
+                {'project': {'id': project, 'name': project[2:]}} if project else {}) | more
+        return token
+
+    def show_token(self, user, query, said):
+        return (200, {'token': self.tokens[user]}) if user in self.tokens else (
+            401, self.refusal(401, 'The request you have made requires authentication.'))
 
     def versions(self, user, query, said, path):
         if path.strip('/') == 'image':
@@ -19452,7 +19635,7 @@ class StandIn(Proxy):
 
 
 ROUTES = [(re.compile(pattern), getattr(StandIn, name)) for pattern, name in (
-    ('POST /v3/auth/tokens', 'log_in'), ('GET (/|/v3/?|/v2.1/?|/image/?|/placement/?)', 'versions'),
+    ('POST /v3/auth/tokens', 'log_in'), ('GET /v3/auth/tokens', 'show_token'), ('GET (/|/v3/?|/v2.1/?|/image/?|/placement/?)', 'versions'),
     ('GET /v2.1/servers/detail', 'list_servers'), ('GET /v2.1/servers/([^/]+)', 'show_server'),
     ('POST /v2.1/servers', 'make_server'), ('DELETE /v2.1/servers/([^/]+)', 'delete_server'),
     ('POST /v2.1/servers/([^/]+)/action', 'act'), ('GET /v2.1/flavors/detail', 'list_flavors'),
