@@ -45,7 +45,7 @@ The file reads from top to bottom; a section uses only the sections above it:
   Waiting, Requests, Plan             the waiting list; what people ask for; what operators do
   Claims, Calendars, Tokens, Records  what Nova asks; imports and feeds; who may ask; what was
   Life cycle                          what makes it so
-  Document, REST, Gate, Page          the faces on the web, and what stands before them
+  Document, REST, Gate, Blazar, Page  the faces on the web, and what stands before them
   Serving, Client, Command line       sockets; Python elsewhere; the shell
   Nova filter                         what nova-scheduler loads from this file
 """
@@ -65,6 +65,7 @@ import itertools
 import json
 import logging
 import math
+import operator
 import os
 import queue
 import random
@@ -1994,15 +1995,19 @@ def api(verb: str, path: str, role: str | None = None, made: str = '', **fixed):
     return publish
 
 
+def refuse_to(actor: Actor, operation: Operation) -> None:
+    """Forbidden for who may not call an operation: by their role, or by their token."""
+    if ROLES.index(actor.role) < ROLES.index(operation.role):
+        raise Forbidden(f"{operation.words} needs the role {operation.role}; {actor.user} is "
+                        f"{actor.role}")
+    actor.refuse_out_of_scope(operation)
+
+
 def guarded_by_role(method):
     """Refuses before a call an actor whose role is too small, and one too many that takes long."""
     @functools.wraps(method)
     def checked(self, *args, **kwargs):
-        needed = API[method.__name__].role
-        if ROLES.index(self.actor.role) < ROLES.index(needed):
-            raise Forbidden(f"{API[method.__name__].words} needs the role {needed}; "
-                            f"{self.actor.user} is {self.actor.role}")
-        self.actor.refuse_out_of_scope(API[method.__name__])
+        refuse_to(self.actor, API[method.__name__])
         takes_long = method.__name__ in LONG or any(kwargs.get(name) for name in LONG_BY)
         asks_only = not API[method.__name__].changes or kwargs.get('dry_run')
         with (self.shares.charging(self.actor) if asks_only else nullcontext(),
@@ -3917,6 +3922,51 @@ class Lease(Table):
     until = peewee.DoubleField()
 
 
+class BlazarLease(Table):
+    """What somebody has reserved in the words of OpenStack's Blazar: parts under one name."""
+    id = peewee.CharField(primary_key=True)  # a UUID
+    name = peewee.CharField()                # two may have the same
+    user = peewee.CharField()
+    project = peewee.CharField(index=True)
+    start = peewee.IntegerField()            # these two are of the reservations, if it has any
+    end = peewee.IntegerField(index=True)
+    before_end = peewee.IntegerField(null=True)
+    parts = peewee.TextField()               # JSON: of each its UUID, and what was asked
+    added = peewee.IntegerField()
+    changed = peewee.IntegerField(null=True)
+
+
+class BlazarHold(Table):
+    """A reservation that is of a part of a lease."""
+    reservation = peewee.IntegerField(primary_key=True)
+    lease_id = peewee.CharField(index=True)
+    part = peewee.CharField()  # its UUID
+
+
+class HostProperty(Table):
+    """What an operator says of a host that can be reserved by its name; host 0: who may see it."""
+    host = peewee.IntegerField()
+    name = peewee.CharField()
+    value = peewee.CharField()
+
+    class Meta:
+        primary_key = peewee.CompositeKey('host', 'name')
+        without_rowid = True
+
+
+class Credential(Table):
+    """What lets cmres make the VMs of somebody on a cloud in their own name; encrypted."""
+    user = peewee.CharField()
+    project = peewee.CharField()
+    cloud = peewee.CharField()
+    name = peewee.CharField()     # of the application credential: its id
+    secret = peewee.TextField()
+    added = peewee.IntegerField()
+
+    class Meta:
+        indexes = ((('user', 'project', 'cloud'), True),)
+
+
 class Fact(Table):
     """What this store knows of itself."""
     name = peewee.CharField(primary_key=True)
@@ -3940,7 +3990,7 @@ class SimulatedServer(Table):
 TABLES = [Resource, Reservation, Occurrence, Texts, Capacity, Proposal, ExtraHold, Wait, Limit,
           Step,
           Server, Claim, Tally, Token, Session, OnceDone, Feed, Subscription, Event, Outbox, Mailed,
-          Lease, Fact, SimulatedServer]
+          Lease, BlazarLease, BlazarHold, HostProperty, Credential, Fact, SimulatedServer]
 
 #: What brings an older store up to the models above, one function a version. None reads the models,
 #: which tell of today: each names its tables and columns.
@@ -3949,7 +3999,7 @@ MIGRATIONS: list[Callable] = [
     lambda: trust_names(), lambda: add_sessions(), lambda: add_ends_of_calls(),
     lambda: keep_resource_ids(), lambda: end_left_calendars(),
     lambda: add_whose(), lambda: add_waits(), lambda: add_sums(), lambda: add_once(),
-    lambda: add_ends_of_tokens()]
+    lambda: add_ends_of_tokens(), lambda: add_openstack()]
 
 
 def long_texts(row: str) -> str:
@@ -4703,6 +4753,29 @@ def add_ends_of_tokens() -> None:
         CREATE INDEX IF NOT EXISTS feed_of ON feed (user, project) WHERE revoked IS NULL;
         CREATE INDEX IF NOT EXISTS subscription_of ON subscription (user, project)
           WHERE due IS NOT NULL""")
+
+
+def add_openstack() -> None:
+    """Version 16: leases of Blazar, properties of hosts, and credentials of people."""
+    text, number = 'VARCHAR(255) NOT NULL', 'INTEGER NOT NULL'
+    run_all(f"""
+        CREATE TABLE IF NOT EXISTS blazar_lease (
+          "id" {text} PRIMARY KEY, "name" {text}, "user" {text}, "project" {text},
+          "start" {number}, "end" {number}, "before_end" INTEGER, "parts" TEXT NOT NULL,
+          "added" {number}, "changed" INTEGER);
+        CREATE INDEX IF NOT EXISTS blazar_lease_project ON blazar_lease ("project");
+        CREATE INDEX IF NOT EXISTS blazar_lease_end ON blazar_lease ("end");
+        CREATE TABLE IF NOT EXISTS blazar_hold (
+          "reservation" {number} PRIMARY KEY, "lease_id" {text}, "part" {text});
+        CREATE INDEX IF NOT EXISTS blazar_hold_lease_id ON blazar_hold ("lease_id");
+        CREATE TABLE IF NOT EXISTS host_property (
+          "host" {number}, "name" {text}, "value" {text}, PRIMARY KEY ("host", "name"))
+          WITHOUT ROWID;
+        CREATE TABLE IF NOT EXISTS credential (
+          "id" {number} PRIMARY KEY, "user" {text}, "project" {text}, "cloud" {text},
+          "name" {text}, "secret" TEXT NOT NULL, "added" {number});
+        CREATE UNIQUE INDEX IF NOT EXISTS credential_user_project_cloud
+          ON credential ("user", "project", "cloud")""")
 
 
 # What goes wrong with the store. SQLite's first error is what the user is told, with what helps.
@@ -9407,7 +9480,8 @@ class Wishes(Service):
         else:
             kept = asked['trusted'] if old and old.cloud == place.cloud else []
             found = self.ask_cloud(place, asked | {'project': project, 'trusted': kept}, warnings)
-            each, server = self.each_takes(found), found['server'].id if 'server' in found else ''
+            each = asked.get('each') or self.each_takes(found)
+            server = found['server'].id if 'server' in found else ''
             new = set(changes) if old else {'resource'}
             trusted = self.trusted(asked | {'server': server}, kept, new)
         wish = Wish(asked['label'], user, project, place, start, end, asked['vms'],
@@ -10192,14 +10266,17 @@ class Holding(Limits):
         over.
         """
         read_argument('label', wish.label, Label, self.here)  # Python may call without `bind`
-        if row('SELECT id FROM reservation WHERE project = ? AND label = ? AND over > ? UNION ALL '
-               'SELECT id FROM '
-               "reservation WHERE request = ? AND request <> '' AND project = ? AND over > ?",
-               wish.project, wish.label,
-               int(now), wish.label, wish.project, int(now)):
+        if self.is_taken(wish.label, wish.project, now):
             raise Conflict(f"the label '{wish.label}' is taken in project '{wish.project}' by a "
                            f"reservation that is "
                            'not over; choose another')
+
+    def is_taken(self, label: str, project: str, now: float) -> bool:
+        """Whether a label is that of a reservation or a request which is not over."""
+        return bool(row(
+            'SELECT id FROM reservation WHERE project = ? AND label = ? AND over > ? UNION ALL '
+            "SELECT id FROM reservation WHERE request = ? AND request <> '' AND project = ? "
+            'AND over > ?', project, label, int(now), label, project, int(now)))
 
     def refuse_taken_resource(self, name: str) -> None:
         """Refuses the name of a resource that there is."""
@@ -11731,18 +11808,35 @@ class Requests(Approval):
           python cmres.py add class demo 2027-01-12T09:00 +2h --repeat 'weekly on tue,thu' --until
           2027-06-30 python cmres.py add exam 2027-01-12T09:00 +2h --part gpu:2 --part cpu:20
         """
-        request = self.read_request({name: value for name, value in locals().items()
-                                     if name != 'self'})
-        refused = request.last._replace(label=label)
+        return self.reserve([self.read_request({name: value for name, value in locals().items()
+                                                if name != 'self'})], dry_run)
+
+    def reserve(self, requests: list[Request], dry_run: bool = False,
+                also: Callable[[dict], None] = lambda answer: None) -> dict:
+        """Takes the first of some requests that fits; of the last one a refusal tells why.
+
+        Args:
+          also: done with the answer, in the same transaction
+        """
+        last = requests[-1]
 
         def instead(wish: Wish, field: str) -> None:
-            self.instead(request, wish, field, self.clock())
+            self.instead(last, wish, field, self.clock())
 
         def deed(now: float) -> dict:
-            with self.explaining(request.last, None, instead):
-                return self.take(request, now)
-        with self.recording_refusal(refused, dry_run):
+            with self.explaining(last.last, None, instead):
+                answer = self.take_first(requests, now)
+            also(answer)
+            return answer
+        with self.recording_refusal(last.last._replace(label=last.label), dry_run):
             return self.carry_out(deed, dry_run)
+
+    def take_first(self, requests: list[Request], now: float) -> dict:
+        """Takes the first of some requests that fits; inside a transaction."""
+        for request in requests[:-1]:
+            with suppress(NoCapacity), Attempt():
+                return self.take(request, now)
+        return self.take(requests[-1], now)
 
     def read_request(self, asked: dict) -> Request:
         """What `add` was asked, resolved for each part and each resource on which that could be."""
@@ -12576,7 +12670,7 @@ class Plan(Requests):
         with self.writing(dry_run) as now:
             found = self.resource_row(name)
             busy = self.page([('place_live', f'o.resource_id = {found.id} AND o.due IS NOT NULL')],
-                             [('o.held_until > ?', int(now))], (), limit=100)
+                             [('o.held_until > max(?, o.held_from)', int(now))], (), limit=100)
             needed = rows("SELECT label FROM reservation WHERE series <> '' AND over > ? AND "
                           "series LIKE ? LIMIT 100",
                           int(now),
@@ -14150,7 +14244,9 @@ class Reservations(Tokens):
         for each in changes:
             release(each.resource_id, each.start, each.end, amount_of(each, 'held_'))
             run('DELETE FROM capacity WHERE id = ?', each.id)
-        return len(old) + len(events) + gone + len(changes)
+        leases = run(f'DELETE FROM blazar_lease WHERE id IN (SELECT id FROM blazar_lease '
+                     f'WHERE "end" < ? LIMIT {most})', before).rowcount
+        return len(old) + len(events) + gone + len(changes) + leases
 
     def forget_occurrence(self, old) -> None:
         """Forgets one occurrence with its servers and claims, and its reservation if it was the
@@ -14167,6 +14263,7 @@ class Reservations(Tokens):
                                     'reservation_id FROM event '
                                     'WHERE reservation_id = ?', old.reservation_id))
             run('DELETE FROM reservation WHERE id = ?', old.reservation_id)
+            run('DELETE FROM blazar_hold WHERE reservation = ?', old.reservation_id)
 
     def forget_events(self, events: list) -> None:
         """Forgets events and the notices of them; what was refused stays counted."""
@@ -17276,6 +17373,775 @@ def resident() -> int:
         return 0
 
 
+# Blazar ######################################################################
+#
+# The reservation API of OpenStack's Blazar, for its clients. It admits nothing itself: a lease is
+# read as a request of `add`, and all else is done by the operations of the same name.
+#
+#   lease                  a request under one label, with all of its parts or none; its UUID and
+#                          its name, which need not be unique, stand in blazar_lease
+#   reservation            a part: its UUID stands there too, its reservations here in blazar_hold
+#     virtual:instance     `amount` VMs of so many vcpus and so much memory, on whatever resource
+#     flavor:instance      `amount` VMs of a flavor
+#     physical:host        as many hosts by name as fit, from `max` down to `min`: one each
+#   resource_properties    where it may be, and with $image what is started there
+#   dates, state           of the reservations: PENDING until the start, ACTIVE, TERMINATED; a lease
+#                          without reservations has dates of its own
+#   host                   a host that can be reserved by its name; else a resource as a whole
+#
+# Someone who extends or deletes the reservations of a lease otherwise changes the lease.
+
+BLAZAR = '/reservation'
+DATE_IN, DATE_OUT, MADE_OUT = '%Y-%m-%d %H:%M', '%Y-%m-%dT%H:%M:%S.%f', '%Y-%m-%d %H:%M:%S'
+#: What a part of a lease is at each state of an occurrence of its reservations, and the lease.
+LEASE_STATES = {
+    'failed': ('error', 'ERROR'), 'starting': ('active', 'STARTING'),
+    'ending': ('active', 'TERMINATING'), 'active': ('active', 'ACTIVE'),
+    'degraded': ('active', 'ACTIVE'), 'reserved': ('pending', 'PENDING'),
+    'pending': ('pending', 'PENDING'), 'waiting': ('pending', 'PENDING'),
+    'ended': ('deleted', 'TERMINATED'), 'cancelled': ('deleted', 'TERMINATED')}
+LEASE_ORDER = [*LEASE_STATES]  # of several parts, the first of these is what the lease is
+#: The fields of each type of reservation, and what reads them.
+LEASE_FIELDS = {
+    'virtual:instance': {'amount': int, 'vcpus': int, 'memory_mb': int, 'disk_gb': int,
+                         'affinity': bool, 'resource_properties': str},
+    'flavor:instance': {'amount': int, 'flavor_id': str, 'affinity': bool,
+                        'resource_properties': str},
+    'physical:host': {'min': int, 'max': int, 'hypervisor_properties': str,
+                      'resource_properties': str, 'before_end': str}}
+LEASE_OPTIONAL = {'affinity', 'resource_properties', 'hypervisor_properties', 'before_end',
+                  'disk_gb'}
+AFFINITIES = {'': None, 'none': None, 'true': True, 'false': False}
+#: What resource_properties can say of a reservation itself, not of a host.
+LEASE_WORDS = ('image', 'flavor', 'network', 'key', 'at_end')
+LEASE_PLACES = ('resource', *PLACE)
+COMPARED = {'==': operator.eq, '=': operator.eq, '!=': operator.ne, '>=': operator.ge,
+            '<=': operator.le, '>': operator.gt, '<': operator.lt}
+MOST_LEASES = 10_000  # that one list has
+
+
+class Blazar:
+    """The handlers of the API."""
+
+    def __init__(self, service: Reservations):
+        self.service = service
+
+    def mount(self, app) -> None:
+        """Gives an application all addresses."""
+        for path in ('', '/versions'):
+            app.route(BLAZAR + path, 'GET', self.answering(self.versions, status=300, free=True))
+        for verb, path, handle, needed, status in (
+                ('GET', '/leases', self.list_leases, 'list', 200),
+                ('POST', '/leases', self.make_lease, 'add', 201),
+                ('GET', '/leases/<id>', self.show_lease, 'list', 200),
+                ('PUT', '/leases/<id>', self.change_lease, 'update', 200),
+                ('DELETE', '/leases/<id>', self.end_lease, 'delete', 204),
+                ('GET', '/os-hosts', self.list_hosts, 'resource_list', 200),
+                ('POST', '/os-hosts', self.add_host, 'resource_sync', 201),
+                ('GET', '/os-hosts/allocations', self.list_allocations, 'resource_list', 200),
+                ('GET', '/os-hosts/properties', self.list_properties, 'resource_list', 200),
+                ('PATCH', '/os-hosts/properties/<name>', self.hide_property, 'resource_sync', 200),
+                ('GET', '/os-hosts/<id:int>', self.show_host, 'resource_list', 200),
+                ('PUT', '/os-hosts/<id:int>', self.change_host, 'resource_sync', 200),
+                ('DELETE', '/os-hosts/<id:int>', self.remove_host, 'resource_sync', 204),
+                ('GET', '/os-hosts/<id:int>/allocation', self.show_allocation, 'resource_list',
+                 200)):
+            app.route(f'{BLAZAR}/v1{path}', verb, self.answering(handle, needed, status))
+
+    def answering(self, handle: Callable, needed: str = '', status: int = 200,
+                  free: bool = False) -> Callable:
+        """A handler: who asks, what is asked, the answer or what Blazar's clients read of none.
+
+        Args:
+          needed: the operation that one must be allowed to call for that
+          free: nobody need say who they are
+        """
+        import bottle
+
+        def handler(**path):
+            request = bottle.request
+            try:
+                if free:
+                    return sent(json_text(handle()), status, UNKEPT)
+                acting = self.service.acting(who_asks(self.service, request))
+                acting.wanted = while_there(request.environ)
+                with acting.shares.answering(acting.actor.user):
+                    self.refuse(acting, needed)
+                    given = read_body(request, MOST_BODY) | path
+                    if request.method == 'GET':
+                        given |= read_query(request)
+                    answer = handle(LeaseView(acting), given)
+            except Error as error:
+                body = in_blazars_words(error_body(error), error.status)
+                return sent(json_text(body), error.status, UNKEPT | headers_of(error))
+            text = '' if status == 204 else json_text(answer)
+            return sent(text, status, UNKEPT | {'OpenStack-API-Version': 'reservation 1.0'})
+        return handler
+
+    def refuse(self, acting: Reservations, needed: str) -> None:
+        """Forbidden for who may not do so much here."""
+        refuse_to(acting.actor, API[needed])
+        if acting.actor.resource is not None:
+            raise Forbidden('this token is only for one resource, and leases are of all')
+
+    def versions(self) -> dict:
+        import bottle
+        there = self.service.config.address.rstrip('/') or '{0.scheme}://{0.netloc}'.format(
+            bottle.request.urlparts)
+        return {'versions': [{'id': 'v1.0', 'status': 'CURRENT', 'min_version': '1.0',
+                              'max_version': '1.0', 'links': [
+                                  {'href': f'{there}{BLAZAR}/v1', 'rel': 'self'}]}]}
+
+    # Leases
+
+    def list_leases(self, view: LeaseView, given: dict) -> dict:
+        own, values = ('1', ()) if view.actor.role == ADMIN else ('project = ?',
+                                                                  (view.actor.project,))
+        return {'leases': view.leases(rows(
+            f'SELECT * FROM blazar_lease WHERE {own} ORDER BY "end" DESC LIMIT {MOST_LEASES}',
+            *values))}
+
+    def show_lease(self, view: LeaseView, given: dict) -> dict:
+        return {'lease': view.lease(given['id'])}
+
+    def make_lease(self, view: LeaseView, given: dict) -> dict:
+        """Reserves all parts of a lease, or none."""
+        import uuid
+        start, end = read_lease_dates(given, view.acting.clock())
+        parts = [{'id': f'{uuid.uuid4()}', 'asked': read_lease_part(each)}
+                 for each in lease_list(given.get('reservations'), 'reservations')]
+        id, before = f'{uuid.uuid4()}', lease_before_end(given, start, end)
+        lease = {'id': id, 'name': lease_name(given), 'user': view.actor.user,
+                 'project': view.actor.project, 'start': start, 'end': end, 'before_end': before,
+                 'parts': json.dumps(parts), 'added': int(view.acting.clock())}
+        if not parts:
+            with view.acting.writing():
+                insert(BlazarLease, **lease)
+            return {'lease': view.lease(id)}
+        requests = LeaseRequests(view.acting, lease, parts).requests()
+
+        def also(answer: dict) -> None:
+            if not rehearsal.on:
+                insert(BlazarLease, **lease)
+                view.hold(id, parts, requests, answer)
+        view.acting.reserve([request for request, _ in requests], also=also)
+        return {'lease': view.lease(id)}
+
+    def change_lease(self, view: LeaseView, given: dict) -> dict:
+        """Changes a lease: its name, its dates, the number of what its parts have."""
+        id, now = given['id'], view.acting.clock()
+        dates = {name: lease_date(given[f'{name}_date'], now) for name in ('start', 'end')
+                 if given.get(f'{name}_date') is not None}
+
+        def deed(now: float) -> None:
+            found = view.row(id)
+            before = view.shown(found)
+            view.change_dates(found, dates)
+            for each in lease_list(given.get('reservations'), 'reservations'):
+                view.change_part(found, before, each)
+            new = {name: dates[name] for name in dates} | (
+                {'name': lease_name(given)} if 'name' in given else {}) | (
+                {'before_end': lease_before_end(given, found.start, dates.get('end', found.end))}
+                if 'before_end_date' in given else {})
+            if new:
+                new |= {'changed': int(now)}
+                marks = ', '.join(f'"{name}" = ?' for name in new)
+                run(f'UPDATE blazar_lease SET {marks} WHERE id = ?', *new.values(), id)
+        view.acting.carry_out(deed)
+        return {'lease': view.lease(id)}
+
+    def end_lease(self, view: LeaseView, given: dict) -> None:
+        """Ends what a lease has, and forgets it."""
+        def deed(now: float) -> None:
+            found = view.row(given['id'])
+            view.end(found)
+            run('DELETE FROM blazar_lease WHERE id = ?', found.id)
+            run('DELETE FROM blazar_hold WHERE lease_id = ?', found.id)
+        view.acting.carry_out(deed)
+
+    # Hosts
+
+    def list_hosts(self, view: LeaseView, given: dict) -> dict:
+        return {'hosts': [host.shown for host in view.hosts()]}
+
+    def show_host(self, view: LeaseView, given: dict) -> dict:
+        return {'host': view.host(given['id']).shown}
+
+    def add_host(self, view: LeaseView, given: dict) -> dict:
+        """Lets a host of an aggregate be reserved by its name."""
+        name = given.get('name') or given.get('id')
+        if not isinstance(name, str):
+            raise Invalid('Missing parameter name')
+        extras = read_extras({key: value for key, value in given.items()
+                              if key not in ('name', 'id')})
+        if any(host.name == name for host in view.hosts()):
+            raise Conflict(f"the host '{name}' can be reserved already")
+        cloud, aggregate = view.aggregate_of(name)
+        there = view.named(cloud, aggregate.name) | {name: aggregate.hosts[name]}
+        place = view.sync(cloud, aggregate._replace(hosts=there))
+        if aggregate.mark != place:
+            view.asks(cloud, lambda opened: opened.mark(aggregate.name, place))
+        view.set_extras(host_id(cloud, name), extras)
+        return {'host': view.host(host_id(cloud, name)).shown}
+
+    def change_host(self, view: LeaseView, given: dict) -> dict:
+        """Says more of a host, or something else; null says it no more."""
+        extras = read_extras({key: value for key, value in given.items() if key != 'id'})
+        if not extras:
+            raise Invalid('say what is to be otherwise, such as {"gpu": "2"}')
+        view.host(given['id'])
+        view.set_extras(given['id'], extras)
+        return {'host': view.host(given['id']).shown}
+
+    def remove_host(self, view: LeaseView, given: dict) -> None:
+        """Lets a host no more be reserved by its name."""
+        host = view.host(given['id'])
+        left = view.named(host.cloud, host.aggregate)
+        if not left.pop(host.name, None):
+            raise Conflict(f"'{host.name}' is a resource, not a host: resource delete {host.name}")
+        if left:
+            view.sync(host.cloud, Aggregate(host.aggregate, left, ''))
+        else:
+            view.acting.resource_delete(host.resource)
+        view.set_extras(host.id, dict.fromkeys(host.extras))
+
+    def list_allocations(self, view: LeaseView, given: dict) -> dict:
+        return {'allocations': view.allocations(given)}
+
+    def show_allocation(self, view: LeaseView, given: dict) -> dict:
+        id = f"{view.host(given.pop('id')).id}"
+        found = [each for each in view.allocations(given) if each['resource_id'] == id]
+        return {'allocation': found[0] if found else {'resource_id': id, 'reservations': []}}
+
+    def list_properties(self, view: LeaseView, given: dict) -> dict:
+        """What can be asked of hosts; with `detail` also which values there are."""
+        hidden, values = view.hidden(), defaultdict(set)
+        for host in view.hosts():
+            for name, value in host.extras.items():
+                values[name].add(value)
+        shown = {name for name in values if name not in hidden or read_bool(given.get('all', '0'))}
+        detail = read_bool(given.get('detail', '0'))
+        return {'resource_properties': [{'property': name} | ({
+            'private': name in hidden, 'values': sorted(values[name])} if detail else {})
+            for name in sorted(shown)]}
+
+    def hide_property(self, view: LeaseView, given: dict) -> dict:
+        """Shows a property to everybody or hides it from lists."""
+        name, private = given['name'], read_bool(given.get('private', False))
+        if not any(name in host.extras for host in view.hosts()):
+            raise NotFound(f"no host has a property '{name}'")
+        view.set_extras(0, {name: 'private' if private else None})
+        return {'resource_property': {
+            'id': name, 'resource_type': 'physical:host', 'property_name': name,
+            'private': private, 'created_at': None, 'updated_at': None}}
+
+
+class LeaseHost(NamedTuple):
+    """A host that can be reserved by its name, or a resource as a whole."""
+    id: int
+    name: str
+    resource: str
+    cloud: str
+    aggregate: str
+    holds: dict     # figures, by their names
+    extras: dict
+    added: int
+    whole: bool     # it is the resource
+
+    @property
+    def shown(self) -> dict:
+        """It as Blazar's clients read it."""
+        figures = {name: self.holds.get(figure) or 0 for name, figure in (
+            ('vcpus', 'vcpus'), ('memory_mb', 'ram'), ('local_gb', 'DISK_GB'))}
+        return self.extras | {
+            'id': f'{self.id}', 'hypervisor_hostname': self.name, 'service_name': self.name,
+            'hypervisor_type': 'QEMU', 'hypervisor_version': 0, 'cpu_info': '', **figures,
+            'availability_zone': '', 'status': None, 'reservable': True, 'trust_id': '',
+            'created_at': f'{instant(self.added):{MADE_OUT}}', 'updated_at': None}
+
+    def meets(self, conditions: list[tuple[str, str, str]]) -> bool:
+        """Whether all of some conditions hold, each a comparison, a property and a value."""
+        there = self.shown | {'resource': self.resource, 'cloud': self.cloud,
+                              'aggregate': self.aggregate}
+        return all(name in there and is_compared(comparison, f'{there[name]}', value)
+                   for comparison, name, value in conditions)
+
+
+class LeaseView:
+    """Leases and hosts as one actor sees and changes them."""
+
+    def __init__(self, acting: Reservations):
+        self.acting, self.actor = acting, acting.actor
+
+    # Leases
+
+    def row(self, id: str):
+        """The row of a lease; NotFound if there is none, Forbidden if it is of another project."""
+        found = row('SELECT * FROM blazar_lease WHERE id = ?', id)
+        if not found:
+            raise NotFound(f"there is no lease {shown(id)}")
+        if self.actor.role != ADMIN and found.project != self.actor.project:
+            raise Forbidden('this lease is of another project')
+        return found
+
+    def lease(self, id: str) -> dict:
+        return self.shown(self.row(id))
+
+    def shown(self, found) -> dict:
+        return self.leases([found])[0]
+
+    def leases(self, found: list) -> list[dict]:
+        """Leases as Blazar's clients read them."""
+        ids = json.dumps([each.id for each in found])
+        holds = rows('SELECT * FROM blazar_hold WHERE lease_id IN (SELECT value FROM json_each(?))',
+                     ids)
+        among = self.acting.among('o.reservation_id', [each.reservation for each in holds])
+        there = {each.reservation: each for each in listing(
+            self.acting.clock(), among[0], among[1:], fields=BRIEF)} if holds else {}
+        of_part = defaultdict(list)
+        for each in holds:
+            if each.reservation in there:
+                of_part[each.part].append(there[each.reservation])
+        return [self.with_parts(each, of_part) for each in found]
+
+    def with_parts(self, found, of_part: dict) -> dict:
+        """A lease with its parts, and what was reserved for each."""
+        now, parts = self.acting.clock(), json.loads(found.parts)
+        held = [one for part in parts for one in of_part[part['id']]]
+        start, end = lease_window(found, held)
+        state = first_state(held) if parts else bare_state(now, start, end)
+        done = LEASE_STATES[state][1] in ('TERMINATED', 'ERROR')
+        events = [('start_lease', start, now >= start), ('end_lease', end, done and now >= start)]
+        if found.before_end:
+            events.append(('before_end_lease', found.before_end, now >= found.before_end))
+        made = {'created_at': made_at(found.added), 'updated_at': made_at(found.changed)}
+        return {'id': found.id, 'name': found.name, 'user_id': found.user,
+                'project_id': found.project, 'start_date': date_out(start),
+                'end_date': date_out(end), 'trust_id': '', 'status': LEASE_STATES[state][1],
+                'degraded': any(each.state == 'degraded' for each in held), **made,
+                'reservations': [self.part(found, part, of_part[part['id']]) | made
+                                 for part in parts],
+                'events': [{'id': derived_uuid(f'{found.id} {kind}'), 'lease_id': found.id,
+                            'event_type': kind, 'time': date_out(at),
+                            'status': 'DONE' if done else 'UNDONE', **made}
+                           for kind, at, done in events]}
+
+    def part(self, found, part: dict, held: list) -> dict:
+        """A part of a lease, in the fields of its type; its id is that of its flavor as well."""
+        asked, state = part['asked'], LEASE_STATES[first_state(held)][0]
+        of_type = {name: asked.get(name) for name in LEASE_FIELDS[asked['resource_type']]}
+        if 'amount' in of_type and held:
+            of_type['amount'] = held[0].vms
+        if asked['resource_type'] != 'physical:host':
+            of_type |= {'flavor_id': part['id'], 'aggregate_id': 1,
+                        'server_group_id': None if asked['affinity'] is None else part['id']}
+        return of_type | {'id': part['id'], 'lease_id': found.id, 'resource_id': part['id'],
+                          'resource_type': asked['resource_type'], 'status': state,
+                          'missing_resources': False, 'resources_changed': False}
+
+    def hold(self, id: str, parts: list[dict], requests: list[tuple], answer: dict) -> None:
+        """Writes down which reservations are of which part; inside a transaction."""
+        answers = answer.get('parts', [answer])
+        sizes = next(sizes for request, sizes in requests if len(request.parts) == len(answers))
+        whose = [part['id'] for part, size in zip(parts, sizes) for _ in range(size)]
+        for each, part in zip(answers, whose):
+            made = row('SELECT reservation_id AS id FROM occurrence WHERE id = ?', each['id'])
+            run('INSERT INTO blazar_hold (reservation, lease_id, part) VALUES (?, ?, ?)',
+                made.id, id, part)
+
+    def live(self, found, part: str = '') -> list:
+        """The occurrences of a lease that are not over."""
+        which = 'lease_id = ?' + (' AND part = ?' if part else '')
+        ids = [each.reservation for each in rows(f'SELECT reservation FROM blazar_hold '
+                                                 f'WHERE {which}', found.id, *filter(None, [part]))]
+        return self.acting.search([self.acting.among('o.reservation_id', ids), (NOT_OVER,)])
+
+    def end(self, found) -> None:
+        """Ends what a lease has reserved and is not over; inside a transaction."""
+        held = self.live(found)
+        if held:
+            self.acting.delete(held[0].request or held[0].label, project=found.project)
+
+    def change_dates(self, found, dates: dict[str, int]) -> None:
+        """Moves a lease, lets it last longer or ends it; inside a transaction."""
+        held, now = self.live(found), self.acting.clock()
+        if not held or not dates:
+            return
+        if dates.get('end', LAST.timestamp()) <= now:
+            self.end(found)
+            return
+        old = {'start': held[0].start, 'end': held[0].end}
+        new = {name: instant(at) for name, at in dates.items() if at != old[name]}
+        if new:
+            new = {'end': instant(old['end'])} | new
+            self.acting.update(held[0].request or held[0].label, project=found.project, **new)
+
+    def change_part(self, found, before: dict, given: dict) -> None:
+        """Changes how much a part of a lease has; inside a transaction."""
+        there = {each['id']: each for each in before['reservations']}
+        old = there.get(given.get('id'))
+        if not old:
+            raise Invalid(f"this lease has no reservation {shown(given.get('id'))}")
+        new = read_lease_part({name: old[name] for name in LEASE_FIELDS[old['resource_type']]}
+                              | {'resource_type': old['resource_type']} | given)
+        other = [name for name in new if name in old and new[name] != old[name]
+                 and name != 'amount' and name != 'flavor_id']
+        if other:
+            raise Conflict(f"the {other[0]} of a reservation can't be changed. Delete the lease and "
+                           'make another')
+        if 'amount' in new and new['amount'] != old['amount']:
+            for each in self.live(found, old['id']):
+                self.acting.update(each.label, project=found.project, vms=new['amount'])
+
+    # Hosts
+
+    def hosts(self) -> list[LeaseHost]:
+        """All hosts that can be reserved by their names; of resources without such, themselves."""
+        extras = defaultdict(dict)
+        for each in rows('SELECT * FROM host_property WHERE host > 0'):
+            extras[each.host][each.name] = each.value
+        found = []
+        for place in self.acting.places():
+            named = json.loads(place.named or '{}')
+            for name, holds in (named or {place.name: in_figures(capacity(place))}).items():
+                id = host_id(place.cloud if named else f'resource {place.id}', name)
+                figures = {key: f'{most}' for key, most in holds.items() if key.isupper()}
+                found.append(LeaseHost(id, name, place.name, place.cloud, place.aggregate, holds,
+                                       figures | extras[id], place.added, not named))
+        return found
+
+    def host(self, id: int) -> LeaseHost:
+        found = [each for each in self.hosts() if each.id == id]
+        if not found:
+            raise NotFound(f'there is no host {id}')
+        return found[0]
+
+    def named(self, cloud: str, aggregate: str) -> dict[str, Amount]:
+        """The hosts of an aggregate that can be reserved by their names, and what each holds."""
+        place = row('SELECT named FROM resource WHERE cloud = ? AND aggregate = ? '
+                    'AND removed IS NULL', cloud, aggregate)
+        there = json.loads(place.named or '{}') if place else {}
+        return {name: Amount(0, holds.pop('vcpus'), holds.pop('ram'), tuple(sorted(holds.items())))
+                for name, holds in there.items()}
+
+    def sync(self, cloud: str, aggregate: Aggregate) -> str:
+        """Makes the resource of an aggregate have these hosts; its name."""
+        return self.acting.carry_out(lambda now: self.acting.sync_one(
+            cloud, aggregate, {}, True, False, now)[0])
+
+    def asks(self, cloud: str, call: Callable):
+        """What a cloud answers."""
+        opened = self.acting.clouds.open(cloud)
+        return self.acting.shares.ask(f'the cloud {cloud}', lambda: call(opened))
+
+    def aggregate_of(self, name: str) -> tuple[str, Aggregate]:
+        """The cloud and the aggregate that have a host of a name."""
+        config = self.acting.config
+        clouds = {each.cloud for each in self.acting.places() if each.cloud}
+        clouds |= {config.keystone} if config.keystone and not is_web(config.keystone) else set()
+        for cloud in sorted(clouds):
+            for each in self.asks(cloud, lambda opened: opened.aggregates()):
+                if name in each.hosts:
+                    return cloud, each
+        raise NotFound(f"no aggregate of {', '.join(sorted(clouds)) or 'a cloud here'} has a host "
+                       f"'{name}'. Put it into one first: openstack aggregate add host")
+
+    def hidden(self) -> set[str]:
+        """The properties that lists leave out."""
+        return {each.name for each in rows('SELECT name FROM host_property WHERE host = 0')}
+
+    def set_extras(self, id: int, extras: dict) -> None:
+        """Writes properties of a host; None takes one away."""
+        with self.acting.writing():
+            for name, value in extras.items():
+                run('DELETE FROM host_property WHERE host = ? AND name = ?', id, name)
+                if value is not None:
+                    run('INSERT INTO host_property (host, name, value) VALUES (?, ?, ?)',
+                        id, name, value)
+
+    def allocations(self, given: dict) -> list[dict]:
+        """Which host is reserved when, from now on; of a certain lease or reservation, ever."""
+        wanted = {name: given[name] for name in ('lease_id', 'reservation_id') if given.get(name)}
+        found = rows(
+            'SELECT o.reservation_id, o.resource_id, o.start, o."end", r.host, h.lease_id, h.part '
+            'FROM occurrence o CROSS JOIN reservation r ON r.id = o.reservation_id '
+            'LEFT JOIN blazar_hold h ON h.reservation = r.id '
+            f'WHERE o.due IS NOT NULL AND o."end" > ? AND o.cancelled IS NULL AND r.waiting IS NULL'
+            f' ORDER BY o.start LIMIT {MOST_LEASES}', 0 if wanted else int(self.acting.clock()))
+        places = {each.name: each.id for each in self.acting.places()}
+        ids = {(places[each.resource], '' if each.whole else each.name): each.id
+               for each in self.hosts()}
+        lines = defaultdict(list)
+        for each in found:
+            line = {'id': each.part or derived_uuid(f'part {each.reservation_id}'),
+                    'lease_id': each.lease_id or derived_uuid(f'lease {each.reservation_id}'),
+                    'start_date': date_out(each.start), 'end_date': date_out(each.end)}
+            known = {'lease_id': line['lease_id'], 'reservation_id': line['id']}
+            host = ids.get((each.resource_id, each.host))
+            if host and all(known[name] == value for name, value in wanted.items()):
+                lines[host].append(line)
+        return [{'resource_id': f'{host}', 'reservations': each} for host, each in lines.items()]
+
+
+class LeaseRequests:
+    """A lease as requests of `add`, of which the first that fits is taken."""
+
+    def __init__(self, acting: Reservations, lease: dict, parts: list[dict]):
+        self.acting, self.lease, self.asked = acting, lease, [each['asked'] for each in parts]
+        self.common = {name: each.default for name, each in API['add'].parameters.items()} | {
+            'start': instant(lease['start']), 'end': instant(lease['end']), 'resource': ANY}
+        self.hosts = LeaseView(acting).hosts()
+
+    def requests(self) -> list[tuple[Request, list[int]]]:
+        """Each with how many of its parts are of which part of the lease."""
+        spans = [(each['min'], each['max']) if 'max' in each else (1, 1) for each in self.asked]
+        label, found, choices = self.label(), [], [*map(self.choices, self.asked)]
+        for fewer in range(max(most - least for least, most in spans) + 1):
+            sizes = [max(least, most - fewer) for least, most in spans]
+            total = sum(sizes)
+            if total <= MOST_PARTS:
+                names = [f'{label}-{n}' for n in range(1, total + 1)] if total > 1 else [label]
+                each = [choice for size, choice in zip(sizes, choices) for _ in range(size)]
+                wishes = [[wish._replace(label=name) for wish in choice]
+                          for name, choice in zip(names, each)]
+                found.append((Request(label, wishes, False, 0, 0), sizes))
+        if not found:
+            raise Invalid(f'a lease has at most {MOST_PARTS} hosts')
+        return found
+
+    def label(self) -> str:
+        """The name of a lease as a label; with a part of its id if that is taken."""
+        name = self.lease['name']
+        if not re.fullmatch('[A-Za-z0-9._][A-Za-z0-9._-]{0,59}', name) or name in NO_LABELS:
+            name = calendar_name(name)
+        taken = self.acting.is_taken(name, self.lease['project'], self.acting.clock())
+        return f"{name[:51]}-{self.lease['id'][:8]}" if taken else name
+
+    def choices(self, asked: dict) -> list[Wish]:
+        """The wishes for one part, wherever it could be; the reason if that is nowhere."""
+        conditions = read_properties(asked['resource_properties'])
+        conditions += read_properties(asked.get('hypervisor_properties', ''))
+        words = {name: value for comparison, name, value in conditions if name in LEASE_WORDS}
+        if any(name in LEASE_WORDS and comparison not in ('=', '==')
+               for comparison, name, _ in conditions):
+            raise Invalid('what is started is said with ==, such as ["==", "$image", "ubuntu"]')
+        rest = [each for each in conditions if each[1] not in LEASE_WORDS]
+        found, refusal = [], None
+        for place in self.options(asked, rest):
+            try:
+                found.append(self.acting.read_wish(self.wish(asked, words, place)))
+            except Error as error:
+                refusal = refusal or error
+        if not found:
+            raise refusal or Conflict('no resource here is such as was asked for')
+        return found
+
+    def options(self, asked: dict, conditions: list) -> Iterator[dict]:
+        """Where a part could be: on a host, or on a resource."""
+        if asked['resource_type'] == 'physical:host':
+            for host in self.hosts:
+                if not host.whole and host.meets(conditions):
+                    yield {'resource': host.resource, 'host': host.name, 'cloud_': host.cloud}
+            return
+        for name in {each[1] for each in conditions} - {*LEASE_PLACES}:
+            raise Invalid(f"resource_properties: '{name}' is none of "
+                          f"{', '.join((*LEASE_WORDS, *LEASE_PLACES))}"
+                          f'{nearest(name, (*LEASE_WORDS, *LEASE_PLACES))}')
+        for place in self.acting.places():
+            there = {'resource': place.name} | {each: getattr(place, each) for each in PLACE}
+            if all(is_compared(comparison, there[name], value)
+                   for comparison, name, value in conditions):
+                yield {'resource': place.name, 'cloud_': place.cloud}
+
+    def wish(self, asked: dict, words: dict, place: dict) -> dict:
+        """The arguments of `add` for a part that is at a place."""
+        cloud = place.pop('cloud_')
+        given = self.common | words | place | {'vms': asked.get('amount', 1)}
+        each = asked.get('vcpus', 0), asked.get('memory_mb', 0)
+        if asked['resource_type'] == 'flavor:instance':
+            return given | {'flavor': asked['flavor_id']}
+        if asked['resource_type'] == 'virtual:instance' and not given['flavor']:
+            if not given['image']:
+                return given | {'each': Amount(1, *each)}
+            given['flavor'] = self.flavor(cloud, *each)
+        return given
+
+    def flavor(self, cloud: str, vcpus: int, ram: int) -> str:
+        """The smallest flavor in which so much fits."""
+        account = self.acting.clouds.account(cloud, self.lease['project'])
+        opened = self.acting.clouds.open(account)
+        sight = self.acting.clouds.sight(account, self.lease['project'])
+        there = self.acting.shares.ask(f'the cloud {account}', lambda: opened.things('flavor'))
+        fits = [(each.flavor, each.name) for each in there if sight.shows('flavor', each)
+                and each.flavor.vcpus >= vcpus and each.flavor.ram >= ram]
+        if not fits:
+            raise Invalid(f'the cloud {account} has no flavor with {vcpus} vcpus and {ram} MiB')
+        return min(fits)[1]
+
+
+def in_blazars_words(body: dict, status: int) -> dict:
+    """A refusal with what Blazar's clients read of one."""
+    return body | {'error_code': status, 'error_message': body['error'], 'error_name': status}
+
+
+def derived_uuid(text: str) -> str:
+    """A UUID that is the same whenever it is asked for."""
+    import uuid
+    return f'{uuid.uuid5(uuid.NAMESPACE_OID, f"{store_file.store} {text}")}'
+
+
+def host_id(cloud: str, name: str) -> int:
+    """The number of a host: clients take nothing else for an id."""
+    return int(hashed(f'{cloud}/{name}')[:12], 16)
+
+
+def date_out(at: int) -> str:
+    return f'{instant(at):{DATE_OUT}}'
+
+
+def made_at(at: int | None) -> str | None:
+    return at and f'{instant(at):{MADE_OUT}}'
+
+
+def lease_window(found, held: list) -> tuple[int, int]:
+    """From when until when a lease is: as its reservations are, if it has any."""
+    if not held:
+        return found.start, found.end
+    ends = [min(each.end, each.cancelled or each.end) for each in held]
+    return min(each.start for each in held), max(ends)
+
+
+def first_state(held: list) -> str:
+    """The state that tells most of several occurrences; of what is forgotten, that it has ended."""
+    return min((each.state for each in held), key=LEASE_ORDER.index, default='ended')
+
+
+def bare_state(now: float, start: int, end: int) -> str:
+    """What a lease without reservations would be if it had some."""
+    return 'reserved' if now < start else 'active' if now < end else 'ended'
+
+
+def is_compared(comparison: str, there: str, value: str) -> bool:
+    """Whether a comparison holds: of numbers, else of texts."""
+    try:
+        return COMPARED[comparison](float(there), float(value))
+    except ValueError:
+        return COMPARED[comparison](there, value)
+
+
+def read_properties(text: str) -> list[tuple[str, str, str]]:
+    """The conditions in resource_properties, each a comparison, a property and a value."""
+    try:
+        said = json.loads(text or '[]')
+        each = said[1:] if said and said[0] == 'and' else [said] if said else []
+        found = [(comparison, name.removeprefix('$'), f'{value}')
+                 for comparison, name, value in each if COMPARED[comparison]]
+    except (ValueError, LookupError, TypeError, AttributeError):
+        raise Invalid(f'Malformed requirements {shown(text)}: write ["==", "$image", "ubuntu"], '
+                      'and several as ["and", [...], [...]]') from None
+    return found
+
+
+def read_extras(given: dict) -> dict:
+    """The properties of a host that are given."""
+    for name, value in given.items():
+        if len(name) > 64:
+            raise Invalid(f'Extra capability key too long: {shown(name)} has more than 64 '
+                          'characters')
+        if value is not None:
+            given[name] = read_str(value if isinstance(value, str) else json.dumps(value))
+    return given
+
+
+def lease_list(value, name: str) -> list[dict]:
+    """A list of objects in a body."""
+    if value is not None and not (isinstance(value, list) and all(
+            isinstance(each, dict) for each in value)):
+        raise Invalid(f'{name}: {shown(value)} is not a list of objects')
+    return value or []
+
+
+def lease_name(given: dict) -> str:
+    """The name of a lease."""
+    name = given.get('name')
+    if not isinstance(name, str) or not name.strip():
+        raise Invalid('Missing parameter name')
+    if len(name) > 80:
+        raise Invalid(f'name: {shown(name)} has more than 80 characters')
+    return read_str(name)
+
+
+def lease_date(value, now: float) -> int:
+    """An instant as Blazar's clients write it."""
+    if value == 'now':
+        return int(now)
+    try:
+        return int(datetime.strptime(value, DATE_IN).replace(tzinfo=UTC).timestamp())
+    except (ValueError, TypeError):
+        raise Invalid(f'{value} is an invalid date. Required format: {DATE_IN}') from None
+
+
+def read_lease_dates(given: dict, now: float) -> tuple[int, int]:
+    """The window that a new lease asks for."""
+    for name in ('name', 'start_date', 'end_date'):
+        if given.get(name) is None:
+            raise Invalid(f'Missing parameter {name}')
+    start, end = (lease_date(given[name], now) for name in ('start_date', 'end_date'))
+    if start < now - PATIENCE:
+        raise Invalid('Start date must be later than current date.')
+    if end <= start:
+        raise Invalid('End date must be later than start date.')
+    return start, end
+
+
+def lease_before_end(given: dict, start: int, end: int) -> int | None:
+    """When somebody wants to be reminded of the end."""
+    if not given.get('before_end_date'):
+        return None
+    at = lease_date(given['before_end_date'], start)
+    if not start < at < end:
+        raise Forbidden('Datetime is out of lease limits')
+    return at
+
+
+def read_lease_part(given: dict) -> dict:
+    """What a part of a lease asks for, by the fields of its type."""
+    kind = given.get('resource_type')
+    if kind not in LEASE_FIELDS:
+        raise Invalid('Missing parameter resource_type' if kind is None else
+                      f'The {kind} resource type is not supported here; there are '
+                      f"{', '.join(LEASE_FIELDS)}")
+    read = {'resource_type': kind}
+    for name, of_type in LEASE_FIELDS[kind].items():
+        value = given.get(name)
+        if value is None and name not in LEASE_OPTIONAL:
+            raise Invalid(f'Missing parameter {name}')
+        read[name] = LEASE_READERS[of_type](name, value)
+    if kind == 'physical:host' and not 0 < read['min'] <= read['max']:
+        raise Invalid(f"min {read['min']} must be at least 1 and at most max {read['max']}")
+    if read.get('amount', 1) < 1:
+        raise Invalid(f"amount: {read['amount']} is less than 1")
+    return read
+
+
+def read_lease_number(name: str, value) -> int:
+    if isinstance(value, bool) or not re.fullmatch('[0-9]{1,9}', f'{0 if value is None else value}'):
+        raise Invalid(f'{name}: {shown(value)} is not a number such as 2')
+    return int(value or 0)
+
+
+def read_affinity(name: str, value) -> bool | None:
+    """Whether all are to be on one host; clients have many ways to say that it is all the same."""
+    word = f"{'' if value is None else value}".lower()
+    if word not in AFFINITIES:
+        raise Invalid(f'{name}: {shown(value)} is none of True, False and None')
+    return AFFINITIES[word]
+
+
+LEASE_READERS = {int: read_lease_number, bool: read_affinity,
+                 str: lambda name, value: read_str(f"{'' if value is None else value}", most=4000)}
+
+
 # Page ########################################################################
 #
 # What people see in a browser: pages drawn here, forms that call the service. A form names the
@@ -19178,6 +20044,8 @@ def web(service: Reservations):
     def told(failure):
         request, sentence = bottle.request, error_text(failure, bottle.request, bottle.response)
         for_people = 'text/html' in header(request, 'Accept')
+        if sentence and request.path.startswith(BLAZAR):
+            return json_text(in_blazars_words(json.loads(sentence), failure.status_code))
         if not sentence or not for_people or request.path.startswith((BASE, '/calendar/')):
             return sentence
         for name, value in SAFE.items():
@@ -19187,6 +20055,7 @@ def web(service: Reservations):
         return render_page('layout', title=title, body=body, visit=pages.anybody(request), note='',
                            here='', version=LOOK, back='/')
     app = rest(service, told, lambda request: pages.visit(request).actor)
+    Blazar(service).mount(app)
     pages.mount(app)
     return app
 

@@ -14336,6 +14336,310 @@ def test_nothing_is_written_for_a_client_that_has_hung_up(world, gated):
     assert add().status_int == 201 and labels(world.service.list()) == ['lab']
 
 
+# Blazar ######################################################################
+
+class Leases:
+    """Blazar's API as one person's client sees it."""
+
+    def __init__(self, world, *actor):
+        self.world, self.web = world, webtest.TestApp(cmres.web(world.service))
+        self.actor = actor or ('eva', 'biology', 'user')
+        self.token = world.service.token_add(*self.actor)['token']
+
+    def as_user(self, *actor):
+        return Leases(self.world, *actor)
+
+    def call(self, verb, path, body=None, status=None):
+        data = b'' if body is None else json.dumps(body).encode()
+        headers = {'X-Auth-Token': self.token, 'Content-Type': 'application/json'}
+        answer = self.web.request(f'/reservation/v1{path}', method=verb, body=data, headers=headers, status=status)
+        return answer.json if answer.body else None
+
+    def make(self, *parts, status=201, start='2026-12-01 13:00', end='2026-12-01 14:00', name='my lease', **more):
+        body = {'name': name, 'start_date': start, 'end_date': end, 'reservations': [*parts], 'events': [],
+                'before_end_date': None} | more
+        answer = self.call('POST', '/leases', body, status)
+        return answer['lease'] if status == 201 else answer
+
+    def get(self, lease):
+        return self.call('GET', f"/leases/{lease['id']}")['lease']
+
+
+@pytest.fixture
+def leases(world):
+    return Leases(world)
+
+
+def instances(amount=2, vcpus=2, memory_mb=1024, affinity=None, resource_properties='', **more):
+    return {'resource_type': 'virtual:instance', 'amount': amount, 'vcpus': vcpus, 'memory_mb': memory_mb,
+            'disk_gb': 0, 'affinity': affinity, 'resource_properties': resource_properties} | more
+
+
+def test_clients_find_the_version_without_a_token(leases):
+    for path in ('/reservation', '/reservation/', '/reservation/versions'):
+        said = leases.web.get(path, status=300).json['versions'][0]
+        assert (said['id'], said['status']) == ('v1.0', 'CURRENT')
+        assert said['links'] == [{'rel': 'self', 'href': 'http://localhost:80/reservation/v1'}]
+
+
+def test_a_lease_of_instances_holds_what_they_take(leases):
+    world = leases.world
+    world.service.resource_update('demo', vcpus=8)
+    lease = leases.make(instances(3), name='Lab 4 (Eva)')
+    found, = world.service.list()
+    assert (found['label'], found['vms'], found['vcpus'], found['ram']) == ('lab-4-eva', 3, 6, 3072)
+    assert (found['user'], found['project'], found['resource']) == ('eva', 'biology', 'demo')
+    assert lease['name'] == 'Lab 4 (Eva)' and lease == leases.get(lease)
+    assert (lease['start_date'], lease['end_date']) == ('2026-12-01T13:00:00.000000', '2026-12-01T14:00:00.000000')
+    assert (lease['created_at'], lease['updated_at'], lease['degraded']) == ('2026-12-01 12:00:00', None, False)
+    part, = lease['reservations']
+    assert (part['amount'], part['vcpus'], part['memory_mb'], part['status']) == (3, 2, 1024, 'pending')
+    assert part['flavor_id'] == part['id'] != lease['id'] == part['lease_id']
+    assert 'min' not in part and part['aggregate_id'] and part['server_group_id'] is None
+    assert {each['event_type']: (each['time'], each['status']) for each in lease['events']} == {
+        'start_lease': (lease['start_date'], 'UNDONE'), 'end_lease': (lease['end_date'], 'UNDONE')}
+    assert leases.make(instances(1, vcpus=3), status=409)['kind'] == 'NoCapacity'
+    leases.make(instances(1, vcpus=2))
+
+
+def test_a_lease_goes_through_its_states(leases):
+    lease = leases.make(instances(), before_end_date='2026-12-01 13:50')
+    for hour, state, part, done in ((0, 'PENDING', 'pending', ''), (1.5, 'ACTIVE', 'active', 'start_lease'),
+                                    (1.9, 'ACTIVE', 'active', 'before_end_lease start_lease'),
+                                    (2.1, 'TERMINATED', 'deleted', 'before_end_lease end_lease start_lease')):
+        leases.world.at(hour)
+        found, = leases.call('GET', '/leases')['leases']
+        assert (found['id'], found['status'], found['reservations'][0]['status']) == (lease['id'], state, part)
+        assert ' '.join(sorted(each['event_type'] for each in found['events'] if each['status'] == 'DONE')) == done
+    leases.call('DELETE', f"/leases/{lease['id']}", status=204)
+    assert leases.call('GET', '/leases') == {'leases': []}
+    leases.call('GET', f"/leases/{lease['id']}", status=404)
+
+
+def test_a_lease_with_an_image_boots_machines(leases):
+    said = '["and", ["==", "$image", "cirros"], ["==", "$network", "private"], ["=", "$resource", "demo"]]'
+    lease = leases.make(instances(2, vcpus=2, memory_mb=3000, resource_properties=said))
+    found, = leases.world.service.list()
+    assert (found['flavor'], found['image'], found['network'], found['vcpus']) == ('m1.medium', 'cirros', 'private', 4)
+    leases.world.at(1)
+    assert leases.get(lease)['status'] == 'STARTING'
+    leases.world.at(1.1)
+    assert leases.get(lease)['status'] == 'ACTIVE' and len(leases.world.there()) == 2
+    leases.call('DELETE', f"/leases/{lease['id']}", status=204)
+    leases.world.at(1.2)
+    assert leases.world.there() == []
+
+
+def test_a_lease_of_a_flavor(leases):
+    lease = leases.make({'resource_type': 'flavor:instance', 'flavor_id': 'm1.large', 'amount': 2, 'affinity': None})
+    found, = leases.world.service.list()
+    assert (found['flavor'], found['vcpus'], found['image']) == ('m1.large', 8, '')
+    assert lease['reservations'][0]['flavor_id'] == lease['reservations'][0]['id']
+    said = leases.make({'resource_type': 'flavor:instance', 'flavor_id': 2, 'amount': 2}, status=400)
+    assert said['error_message'].startswith("the cloud simulated has no flavor '2'")
+
+
+def test_parts_of_a_lease_are_reserved_together_or_not_at_all(leases):
+    lease = leases.make(instances(2), instances(3), name='two')
+    assert labels(leases.world.service.list()) == ['two-1', 'two-2']
+    assert [each['amount'] for each in lease['reservations']] == [2, 3]
+    assert leases.make(instances(2), instances(10), status=409)['error_code'] == 409
+    assert len(leases.world.service.list()) == 2
+    leases.call('DELETE', f"/leases/{lease['id']}", status=204)
+    assert leases.world.service.list() == []
+
+
+def test_what_has_no_room_is_409_with_what_would_fit(leases):
+    leases.make(instances(12))
+    said = leases.make(instances(8), status=409)
+    assert said['error_message'] == said['error'] and said['error_name'] == 409
+    assert (said['details']['most_vms'], said['details']['next_start']) == (4, '2026-12-01T14:00:00+00:00')
+    assert len(leases.call('GET', '/leases')['leases']) == 1
+
+
+def test_two_leases_may_have_one_name_and_any_name_becomes_a_label(leases):
+    names = ['lab', 'lab', 'add', 'Übung / 7', '-', 'x' * 80, 'lab']
+    made = [leases.make(instances(1), name=name) for name in names]
+    assert [each['name'] for each in made] == names and len(set(labels(leases.world.service.list()))) == len(names)
+    for each in made[:2]:
+        leases.call('DELETE', f"/leases/{each['id']}", status=204)
+    assert len(leases.world.service.list()) == len(names) - 2
+
+
+@pytest.mark.parametrize('said, read', [
+    (None, None), ('', None), ('None', None), ('True', True), ('False', False), (True, True), (False, False)])
+def test_affinity_has_many_spellings(leases, said, read):
+    part, = leases.make(instances(affinity=said))['reservations']
+    assert part['affinity'] is read and (part['server_group_id'] is None) == (read is None)
+
+
+@pytest.mark.parametrize('change, sentence', [
+    ({'start_date': '2050-11-13 13:13', 'end_date': '2050-11-13 12:13'}, 'End date must be later than start date.'),
+    ({'start_date': 'Bogus-date 13:13'}, 'Bogus-date 13:13 is an invalid date. Required format: %Y-%m-%d %H:%M'),
+    ({'end_date': None}, 'Missing parameter end_date'), ({'name': None}, 'Missing parameter name'),
+    ({'name': 'x' * 81}, 'name: '), ({'start_date': '2020-01-01 10:00'}, 'Start date must be later than current date.'),
+    ({'reservations': [instances('foo')]}, "amount: \"foo\" is not a number such as 2"),
+    ({'reservations': [instances(0)]}, 'amount: 0 is less than 1'),
+    ({'reservations': [instances(None)]}, 'Missing parameter amount'),
+    ({'reservations': [instances(affinity='maybe')]}, 'affinity: "maybe" is none of True, False and None'),
+    ({'reservations': [instances(resource_properties='["or", ["==", "$a", "1"]]')]}, 'Malformed requirements'),
+    ({'reservations': [instances(resource_properties='["~", "$a", "1"]')]}, 'Malformed requirements'),
+    ({'reservations': [instances(resource_properties='{}')]}, None),
+    ({'reservations': [instances(resource_properties='["==", "$imagee", "x"]')]}, "resource_properties: 'imagee' is none of"),
+    ({'reservations': [instances(resource_properties='[">=", "$image", "x"]')]}, 'what is started is said with =='),
+    ({'reservations': [instances(resource_properties='["==", "$image", "cirros!"]')]},
+     "the cloud simulated has no image 'cirros!'; did you mean 'cirros'?"),
+    ({'reservations': [{'resource_type': 'virtual:floatingip'}]}, 'The virtual:floatingip resource type is not supported'),
+    ({'reservations': [{}]}, 'Missing parameter resource_type'), ({'reservations': 'x'}, 'reservations: "x" is not a list'),
+    ({'reservations': [{'resource_type': 'physical:host', 'min': 2, 'max': 1, 'hypervisor_properties': '',
+                        'resource_properties': ''}]}, 'min 2 must be at least 1 and at most max 1')])
+def test_a_lease_that_is_not_understood_is_400_and_told_why(leases, change, sentence):
+    said = leases.make(status=400 if sentence else 201, **change)
+    if sentence:
+        assert said['error_message'].startswith(sentence) and said['error_code'] == 400
+    assert bool(leases.call('GET', '/leases')['leases']) == (not sentence)
+
+
+def test_a_lease_without_reservations_has_dates_of_its_own(leases):
+    lease = leases.make(start='now', end='2026-12-01 13:00')
+    assert lease['start_date'] == '2026-12-01T12:00:00.000000' and lease['reservations'] == []
+    assert leases.get(lease)['status'] == 'ACTIVE'
+    changed = leases.call('PUT', f"/leases/{lease['id']}", {'end_date': '2026-12-01 15:00', 'name': 'other'})['lease']
+    assert (changed['name'], changed['end_date']) == ('other', '2026-12-01T15:00:00.000000')
+    assert changed['updated_at'] == '2026-12-01 12:00:00'
+    leases.world.at(4)
+    assert leases.get(lease)['status'] == 'TERMINATED'
+
+
+def test_a_lease_is_moved_made_longer_renamed_and_made_larger(leases):
+    lease = leases.make(instances(2), instances(1))
+    path = f"/leases/{lease['id']}"
+    moved = leases.call('PUT', path, {'start_date': '2026-12-01 14:00', 'end_date': '2026-12-01 16:00'})['lease']
+    assert (moved['start_date'], moved['end_date']) == ('2026-12-01T14:00:00.000000', '2026-12-01T16:00:00.000000')
+    assert {each['end'].hour for each in leases.world.service.list()} == {16}
+    assert leases.call('PUT', path, {})['lease'] == moved | {'updated_at': moved['updated_at']}
+    part = lease['reservations'][0]['id']
+    more = leases.call('PUT', path, {'name': 'big', 'reservations': [{'id': part, 'amount': 9}]})['lease']
+    assert (more['name'], [each['amount'] for each in more['reservations']]) == ('big', [9, 1])
+    said = leases.call('PUT', path, {'name': 'huge', 'reservations': [{'id': part, 'amount': 99}]}, 409)
+    assert said['kind'] == 'NoCapacity' and leases.get(lease)['name'] == 'big'
+    leases.call('PUT', path, {'reservations': [{'id': part, 'vcpus': 5}]}, 409)
+    leases.call('PUT', path, {'reservations': [{'id': 'x'}]}, 400)
+    leases.world.at(2.5)
+    leases.call('PUT', path, {'start_date': '2026-12-01 15:30'}, 409)
+    assert leases.call('PUT', path, {'end_date': 'now'})['lease']['status'] == 'TERMINATED'
+    assert leases.world.service.list() == []
+
+
+def test_leases_of_other_projects_are_out_of_reach(leases):
+    lease, bob, admin = leases.make(instances()), leases.as_user('bob', 'chemistry'), leases.as_user('root', 'default', 'admin')
+    reader = leases.as_user('ann', 'biology', 'reader')
+    path = f"/leases/{lease['id']}"
+    assert bob.call('GET', '/leases') == {'leases': []} and len(admin.call('GET', '/leases')['leases']) == 1
+    for verb, body in (('GET', None), ('PUT', {'name': 'mine'}), ('DELETE', None)):
+        said = bob.call(verb, path, body, 403)
+        assert said['error_message'] == 'this lease is of another project'
+    assert reader.get(lease) == lease and reader.call('DELETE', path, status=403) and reader.make(status=403)
+    for verb in ('GET', 'PUT', 'DELETE'):
+        leases.call(verb, '/leases/nope', {} if verb == 'PUT' else None, 404)
+    leases.web.get('/reservation/v1/leases', status=401)
+    assert leases.call('GET', '/plugins', status=404)['error_message'].startswith('there is nothing at /reservation')
+
+
+def test_a_lease_follows_what_is_done_to_its_reservations_otherwise(leases):
+    lease, world = leases.make(instances(), name='lab'), leases.world
+    world.service.update('lab', rename='other', end='+3h' and NOON + hours(4))
+    assert leases.get(lease)['end_date'] == '2026-12-01T16:00:00.000000'
+    world.service.delete('other')
+    assert leases.get(lease)['status'] == 'TERMINATED'
+    leases.call('DELETE', f"/leases/{lease['id']}", status=204)
+
+
+@pytest.fixture
+def hosts(nova, tmp_path):
+    """Blazar's API for the operator of a cloud with an aggregate of two hosts."""
+    world = World(tmp_path, keystone='admin')
+    nova.aggregates[0]['hosts'].append('gpu-2')
+    nova.inventories['gpu-2'] = nova.inventories['gpu-1']
+    world.service.resource_delete('demo')
+    yield Leases(world, 'root', 'default', 'admin')
+    cmres.close_store()
+
+
+def whole_hosts(least=1, most=1, said='', **more):
+    return {'resource_type': 'physical:host', 'min': least, 'max': most, 'hypervisor_properties': said,
+            'resource_properties': ''} | more
+
+
+def test_hosts_are_taken_in_and_out(hosts, nova):
+    said = hosts.call('POST', '/os-hosts', {'name': 'gpu-1', 'x' * 65: 'foo'}, 400)
+    assert said['error_message'].startswith('Extra capability key too long')
+    host = hosts.call('POST', '/os-hosts', {'name': 'gpu-1', 'gpu': 'a100'}, 201)['host']
+    assert (host['hypervisor_hostname'], host['vcpus'], host['memory_mb'], host['gpu']) == ('gpu-1', 64, 64512, 'a100')
+    assert host['id'].isdigit() and host['reservable'] and hosts.call('GET', '/os-hosts')['hosts'] == [host]
+    assert hosts.call('GET', f"/os-hosts/{host['id']}")['host'] == host
+    assert nova.aggregates[0]['metadata'] == {'cmres': 'gpu'}
+    hosts.call('POST', '/os-hosts', {'name': 'gpu-1'}, 409)
+    assert 'has a host' in hosts.call('POST', '/os-hosts', {'name': 'gpu-3'}, 404)['error_message']
+    hosts.call('POST', '/os-hosts', {'name': 'gpu-2'}, 201)
+    assert hosts.world.service.resource_show('gpu')['vcpus'] == 128
+    user = hosts.as_user('eva', 'biology')
+    assert len(user.call('GET', '/os-hosts')['hosts']) == 2 and user.call('POST', '/os-hosts', {'name': 'gpu-2'}, 403)
+    lease = hosts.make(whole_hosts(2, 2))
+    hosts.call('DELETE', f"/os-hosts/{host['id']}", status=409)
+    hosts.call('DELETE', f"/leases/{lease['id']}", status=204)
+    for each in hosts.call('GET', '/os-hosts')['hosts']:
+        hosts.call('DELETE', f"/os-hosts/{each['id']}", status=204)
+    assert hosts.call('GET', '/os-hosts') == {'hosts': []}
+    hosts.call('GET', f"/os-hosts/{host['id']}", status=404)
+
+
+def test_hosts_are_reserved_by_what_they_are(hosts):
+    for name, gpu in (('gpu-1', '2'), ('gpu-2', '10')):
+        hosts.call('POST', '/os-hosts', {'name': name, 'gpu': gpu}, 201)
+    lease = hosts.make(whole_hosts(1, 2, '[">=", "$gpu", "9"]'))
+    assert [each['host'] for each in hosts.world.service.list()] == ['gpu-2']
+    part, = lease['reservations']
+    assert (part['min'], part['max'], part['status']) == (1, 2, 'pending') and 'amount' not in part
+    assert [each['host'] for each in hosts.world.service.list()] == ['gpu-2']
+    hosts.make(whole_hosts(2, 2), status=409)
+    both = hosts.make(whole_hosts(1, 2), start='2026-12-02 10:00', end='2026-12-02 11:00')
+    one = hosts.make(whole_hosts(1, 2))
+    allocations = hosts.call('GET', '/os-hosts/allocations')['allocations']
+    assert sorted(len(each['reservations']) for each in allocations) == [2, 2]
+    only = hosts.call('GET', f"/os-hosts/allocations?lease_id={one['id']}")['allocations']
+    assert [each['lease_id'] for line in only for each in line['reservations']] == [one['id']]
+    names = {each['id']: each['hypervisor_hostname'] for each in hosts.call('GET', '/os-hosts')['hosts']}
+    assert [names[each['resource_id']] for each in only] == ['gpu-1']
+    alone = hosts.call('GET', f"/os-hosts/{only[0]['resource_id']}/allocation")['allocation']
+    assert {each['lease_id'] for each in alone['reservations']} == {one['id'], both['id']}
+    hosts.make(whole_hosts(said='["==", "$gpu", "7"]'), status=409)
+
+
+def test_properties_of_hosts_are_listed_hidden_and_changed(hosts):
+    host = hosts.call('POST', '/os-hosts', {'name': 'gpu-1', 'gpu': 'a100', 'rack': 7}, 201)['host']
+    listed = lambda query='': hosts.call('GET', f'/os-hosts/properties{query}')['resource_properties']  # noqa: E731
+    assert [each['property'] for each in listed()] == ['CUSTOM_GPU', 'gpu', 'rack']
+    hosts.call('PATCH', '/os-hosts/properties/rack', {'private': True})
+    assert [each['property'] for each in listed()] == ['CUSTOM_GPU', 'gpu']
+    assert {'property': 'rack', 'private': True, 'values': ['7']} in listed('?detail=True&all=True')
+    hosts.call('PATCH', '/os-hosts/properties/colour', {'private': True}, 404)
+    assert hosts.call('PUT', f"/os-hosts/{host['id']}", {'gpu': 'h100', 'rack': None})['host']['gpu'] == 'h100'
+    assert [each['property'] for each in listed('?all=True')] == ['CUSTOM_GPU', 'gpu']
+    hosts.call('PUT', f"/os-hosts/{host['id']}", {}, 400)
+
+
+def test_resources_without_named_hosts_stand_for_themselves(leases):
+    host, = leases.call('GET', '/os-hosts')['hosts']
+    assert (host['hypervisor_hostname'], host['vcpus']) == ('demo', 0)
+    lease = leases.make(instances())
+    book(leases.world.service, 'other')
+    line, = leases.call('GET', '/os-hosts/allocations')['allocations']
+    assert line['resource_id'] == host['id'] and len(line['reservations']) == 2
+    assert lease['id'] in [each['lease_id'] for each in line['reservations']]
+    leases.make(whole_hosts(), status=409)
+
+
 # Page ########################################################################
 
 
