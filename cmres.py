@@ -17733,8 +17733,7 @@ class LeaseView:
         if 'amount' in of_type and held:
             of_type['amount'] = held[0].vms
         if asked['resource_type'] != 'physical:host':
-            of_type |= {'flavor_id': part['id'], 'aggregate_id': 1,
-                        'server_group_id': None if asked['affinity'] is None else part['id']}
+            of_type |= {'flavor_id': part['id'], 'aggregate_id': None, 'server_group_id': None}
         return of_type | {'id': part['id'], 'lease_id': found.id, 'resource_id': part['id'],
                           'resource_type': asked['resource_type'], 'status': state,
                           'missing_resources': False, 'resources_changed': False}
