@@ -1890,6 +1890,8 @@ WORDS = {
     'aggregates': 'names of aggregates, with commas between; without any, those that are marked '
                   'already',
     'ahead': 'the furthest start from now, such as 30d',
+    'application': 'id of an application credential of yours: openstack application credential '
+                   'create cmres',
     'approval': 'for how long a reservation there is held until an admin approves it, such as 2d; '
                 '0s needs none',
     'by_whom': 'project, user or resource',
@@ -1911,6 +1913,7 @@ WORDS = {
     'rows': 'CSV, JSON or YAML with one reservation a line, fields named as in `add`',
     'security_groups': 'security groups of the machines, with commas between',
     'scopes': 'what alone the token is good for: read, claim, calendar; without any, for all',
+    'secret': 'the secret of that application credential',
     'seed': 'the same seed gives the same reservations',
     'shell': 'bash, zsh or fish',
     'server': 'a machine that you have, by name or id, instead of an image: it is started and '
@@ -2821,6 +2824,16 @@ class TokenAnswer(Answer):
     ends: datetime | None
     last_used: datetime | None
     revoked: datetime | None
+
+
+class CredentialAnswer(Answer):
+    """Whose VMs are made in their own name on which cloud; not the secret."""
+    id: int
+    user: str
+    project: str
+    cloud: str
+    application: str
+    added: datetime
 
 
 class NewTokenAnswer(Answer):
@@ -4194,6 +4207,13 @@ def read_keys(file: str) -> list[bytes]:
     return [read_key(file), *good]
 
 
+def all_keys(file: str) -> list[bytes]:
+    """The key and all those before it that its file still has."""
+    with open(file, encoding='ascii') as lines:
+        older = [line.split()[0] for line in lines.read().splitlines()[2:]]
+    return [read_key(file), *map(bytes.fromhex, older)]
+
+
 def rotate_key(file: str, until: int) -> int:
     """Makes a new key; those before it are good until an instant. How many keys there are now."""
     keys = read_keys(file)
@@ -4993,7 +5013,7 @@ class Unmade(Exception):
 rehearsal = Rehearsal()
 #: What operations change, each with what changes with it.
 REHEARSED = dict.fromkeys(('occurrence', 'resource', 'capacity', 'proposal', 'extra_hold', 'wait',
-                           'limits', 'token', 'feed', 'subscription'), ()) | {
+                           'limits', 'token', 'credential', 'feed', 'subscription'), ()) | {
     'reservation': ('occurrence', 'texts')}
 WRITTEN = re.compile(r'\s*(?:INSERT INTO|UPDATE|DELETE FROM)\s+(\w+)')
 NAMED = re.compile(r'\b((?:FROM|JOIN|INTO|UPDATE)\s+)(\w+)\b')
@@ -6171,6 +6191,12 @@ class Seen(NamedTuple):
 GONE = ('deleted', 'soft_deleted')
 
 
+def cloud_of(account: str) -> str:
+    """The entry of clouds.yaml of an account, which may be somebody's own on that cloud."""
+    return account.partition(OF_PERSON)[0]
+
+
+OF_PERSON = '~'  # before the id of a credential in the name of an account
 MEASURED_CALLS = set('things boot servers delete server start stop shelve snapshot saved '
                      'aggregates mark hosts'.split())
 calling = threading.local()  # whether this thread is in such a call already
@@ -6183,7 +6209,7 @@ def measured(call: Callable) -> Callable:
         if getattr(calling, 'now', False):
             return call(self, *args, **options)
         calling.now, began = True, time.monotonic()
-        labels = {'cloud': self.account, 'verb': call.__name__, 'result': 'ok'}
+        labels = {'cloud': cloud_of(self.account), 'verb': call.__name__, 'result': 'ok'}
         try:
             return call(self, *args, **options)
         except Exception as error:
@@ -6388,15 +6414,33 @@ class OpenStack(Cloud):
 
     def log_in(self):
         import openstack
-        if self.account not in openstack.config.OpenStackConfig().get_cloud_names():
-            raise UnknownCloud(f'the cloud {self.account} is not in clouds.yaml', sure=True)
-        connection = openstack.connect(cloud=self.account, api_timeout=self.config.call_timeout,
+        known, entry = openstack.config.OpenStackConfig(), cloud_of(self.account)
+        if entry not in known.get_cloud_names():
+            raise UnknownCloud(f'the cloud {entry} is not in clouds.yaml', sure=True)
+        how = {'cloud': entry}
+        if self.account != entry:
+            how = self.as_person(known.get_one(entry))
+        connection = openstack.connect(**how, api_timeout=self.config.call_timeout,
                                        app_name='cmres')
         door = self.door()
         for scheme in ('http://', 'https://'):
             connection.session.session.mount(scheme, door)
         connection.compute.get_endpoint_data()  # negotiates versions before threads do
         return connection
+
+    def as_person(self, entry) -> dict:
+        """How to log in to the cloud of an entry with the application credential of a person."""
+        found = row('SELECT name, secret FROM credential WHERE id = ?',
+                    int(self.account.partition(OF_PERSON)[2]))
+        if not found:
+            raise CloudError(f'the credential for {self.account} was taken away', sure=True)
+        auth = {'auth_url': entry.config['auth']['auth_url'],
+                'application_credential_id': found.name,
+                'application_credential_secret': decrypted(self.config, found.secret)}
+        same = {name: entry.config[name] for name in ('region_name', 'verify', 'cacert', 'interface')
+                if entry.config.get(name) is not None}
+        return same | {'auth': auth, 'auth_type': 'v3applicationcredential',
+                       'load_yaml_config': False, 'load_envvars': False}
 
     def door(self):
         """What all requests go through: a connection for each thread, and a look at the time."""
@@ -6781,6 +6825,34 @@ class Simulated(Cloud):
         return self.clock() >= found.saved if found and found.saved else None
 
 
+def is_simulated(cloud: str) -> bool:
+    """Whether a cloud is one inside the store."""
+    return cloud == 'simulated' or cloud.startswith('simulated-')
+
+
+def cipher(config: Config):
+    """What encrypts with the key of the store, and reads what was so with those before it."""
+    from base64 import urlsafe_b64encode
+    from cryptography.fernet import Fernet, MultiFernet
+    keys = all_keys(key_file(config.database, config.key))
+    return MultiFernet([Fernet(urlsafe_b64encode(hashlib.sha256(b'credential ' + key).digest()))
+                        for key in keys])
+
+
+def decrypted(config: Config, secret: str) -> str:
+    """A secret as it was given.
+
+    Raises:
+      CloudError: it was encrypted with another key.
+    """
+    from cryptography.fernet import InvalidToken
+    try:
+        return cipher(config).decrypt(secret.encode()).decode()
+    except InvalidToken:
+        raise CloudError('the secret of this credential was encrypted with a key that is gone: add '
+                         'it again', sure=True) from None
+
+
 class Clouds:
     """Finds the account that serves a project on a cloud, and keeps it open."""
 
@@ -6789,9 +6861,13 @@ class Clouds:
         self.opened: dict[str, Cloud] = {}
         self.lock = threading.Lock()
 
-    def account(self, cloud: str, project: str) -> str:
-        """The project's own entry of clouds.yaml, else the resource's."""
-        return self.config.read_again().credentials.get(f'{project}@{cloud}', cloud)
+    def account(self, cloud: str, project: str, user: str) -> str:
+        """A person's own, else the project's own entry of clouds.yaml, else the resource's."""
+        own = None if is_simulated(cloud) else row(
+            'SELECT id FROM credential WHERE user = ? AND project = ? AND cloud = ?',
+            user, project, cloud)
+        return f'{cloud}{OF_PERSON}{own.id}' if own else (
+            self.config.read_again().credentials.get(f'{project}@{cloud}', cloud))
 
     def sight(self, account: str, project: str, trusted: Iterable[str] = (),
               admin: bool = False) -> Sight:
@@ -6801,7 +6877,7 @@ class Clouds:
           trusted: KIND:NAME of what the reservation was given by an admin
           admin: an admin asks, who may name all of it; else that takes an account of one's own
         """
-        all_own = admin or self.owners(account) == {project}
+        all_own = admin or OF_PERSON in account or self.owners(account) == {project}
         return Sight(project, all_own, self.config.common | {*trusted})
 
     def owners(self, account: str) -> set[str]:
@@ -6826,7 +6902,9 @@ class Clouds:
         clouds = {each.cloud
                   for each in rows("SELECT DISTINCT cloud FROM resource WHERE cloud <> ''")}
         known = self.config.read_again().credentials
-        return clouds | {entry for key, entry in known.items() if key.rpartition('@')[2] in clouds}
+        own = {f'{each.cloud}{OF_PERSON}{each.id}'
+               for each in rows('SELECT id, cloud FROM credential') if each.cloud in clouds}
+        return clouds | own | {entry for key, entry in known.items() if key.rpartition('@')[2] in clouds}
 
     def open(self, account: str) -> Cloud:
         with self.lock:
@@ -6835,7 +6913,7 @@ class Clouds:
             return self.opened[account]
 
     def make(self, account: str) -> Cloud:
-        if account == 'simulated' or account.startswith('simulated-'):
+        if is_simulated(account):
             return Simulated(account, self.store, self.config, self.clock)
         return OpenStack(account, self.store, self.config)
 
@@ -9479,7 +9557,8 @@ class Wishes(Service):
             trusted = asked['trusted']
         else:
             kept = asked['trusted'] if old and old.cloud == place.cloud else []
-            found = self.ask_cloud(place, asked | {'project': project, 'trusted': kept}, warnings)
+            found = self.ask_cloud(place, asked | {'user': user, 'project': project,
+                                                  'trusted': kept}, warnings)
             each = asked.get('each') or self.each_takes(found)
             server = found['server'].id if 'server' in found else ''
             new = set(changes) if old else {'resource'}
@@ -9562,7 +9641,7 @@ class Wishes(Service):
                           f"{named[0][0].replace('_', ' ')} "
                           f"'{named[0][1]}'; leave it out")
         project = asked.get('project', self.actor.project)
-        account = self.clouds.account(place.cloud, project)
+        account = self.clouds.account(place.cloud, project, asked.get('user', self.actor.user))
         admin = self.actor.role == ADMIN
         sight = self.clouds.sight(account, project, asked.get('trusted', ()), admin)
         try:
@@ -13329,7 +13408,7 @@ class Calendars(Claims):
             *owner, subscription.id if subscription else None, int(self.clock()))}
         try:
             names = {name for cloud in self.clouds_of(said)
-                     for name in self.flavor_names(self.clouds.account(cloud, owner[1]))}
+                     for name in self.flavor_names(self.clouds.account(cloud, owner[1], owner[0]))}
         except CloudError:
             return wanted
         close = {guess for guess in {each.guess for each in wanted}
@@ -14006,6 +14085,66 @@ class Tokens(Calendars):
                             for each in sorted({each.project for each in found}))
             self.journal(now, 'token', f'revoked all tokens of {user}: {len(found)}{ended}')
         return {'user': user, 'tokens': len(found)}
+
+    @api('POST', '/credential/', made='/credential/')
+    def credential_add(self, cloud: Name, application: Name, secret: Name,
+                       dry_run: bool = False) -> CredentialAnswer:
+        """Lets your VMs on a cloud be made in your own name: your project, quota, networks and keys.
+
+        Give an application credential of yours. Its secret is kept encrypted, and the key is not in
+        the database. What is reserved already uses it for VMs that are not started yet.
+
+        Example:
+          python cmres.py credential add chameleon 8f2c... SECRET
+        """
+        if is_simulated(cloud) or not any(each.cloud == cloud for each in self.places()):
+            raise Invalid(f"'{cloud}' is no cloud of a resource that knows application credentials")
+        mine = {'user': self.actor.user, 'project': self.actor.project, 'cloud': cloud}
+        with self.writing(dry_run) as now:
+            values = {'name': application, 'added': int(now),
+                      'secret': cipher(self.config).encrypt(secret.encode()).decode()}
+            old = row('SELECT id FROM credential WHERE user = ? AND project = ? AND cloud = ?',
+                      *mine.values())
+            if old:  # VMs that were made with it go on
+                change(Credential, old.id, **values)
+                self.clouds.opened.pop(f'{cloud}{OF_PERSON}{old.id}', None)
+            id = old.id if old else insert(Credential, **mine, **values)
+            self.journal(now, 'token', f'gave a credential for {cloud}')
+        return {'id': id, **mine, 'application': application, 'added': instant(int(now))}
+
+    @api('GET', '/credential/')
+    def credential_list(self) -> list[CredentialAnswer]:
+        """Lists your credentials, as an admin all.
+
+        Example:
+          python cmres.py credential list
+        """
+        own, values = self.own_tokens()
+        return [public(each) for each in rows(
+            'SELECT id, user, project, cloud, name AS application, added FROM credential t '
+            f'WHERE {own} ORDER BY id', *values)]
+
+    @api('DELETE', '/credential/<id>')
+    def credential_delete(self, id: int, dry_run: bool = False) -> CredentialAnswer:
+        """Takes a credential away: what starts from now on is made as it is for your project.
+
+        Example:
+          python cmres.py credential delete 1
+        """
+        with self.writing(dry_run) as now:
+            found = [each for each in self.credential_list() if each['id'] == id]
+            if not found:
+                raise NotFound(f'there is no credential {id}')
+            account = f"{found[0]['cloud']}{OF_PERSON}{id}"
+            busy = rows("SELECT name FROM server WHERE account = ? AND state <> 'deleted' "
+                        'LIMIT 100', account)
+            if busy:
+                raise Conflict(f'{len(busy)} VMs were made with credential {id}, and nothing else '
+                               'can delete them. Cancel their reservations first',
+                               servers=[each.name for each in busy])
+            run('DELETE FROM credential WHERE id = ?', id)
+            self.journal(now, 'token', f"took the credential for {found[0]['cloud']} away")
+            return found[0]
 
     def refuse_one_more(self, what: str, user: str, project: str) -> None:
         """TooMany if a user has as many tokens, feeds or subscriptions as one may."""
@@ -14964,7 +15103,8 @@ class LifeCycle:
         values = dict(name=occurrence.server or server_name(occurrence.label, number),
                       uid=occurrence.server or None, tries=0,
                       state='unknown' if borrowed else 'planned', begun=None,
-                      account=self.clouds.account(occurrence.cloud, occurrence.project))
+                      account=self.clouds.account(occurrence.cloud, occurrence.project,
+                                                  occurrence.of_user))
         if before:
             # from now on it is the new row's
             change(Server, before.id, state='deleted', deleted=now)
@@ -14990,7 +15130,7 @@ class LifeCycle:
         """The VMs that earlier occurrences of a series have left, stopped or shelved, on the same
         account.
         """
-        account = self.clouds.account(occurrence.cloud, occurrence.project)
+        account = self.clouds.account(occurrence.cloud, occurrence.project, occurrence.of_user)
         return rows("SELECT v.id, v.uid, v.name, v.account FROM occurrence o JOIN server v ON "
                     "v.occurrence_id = o.id "
                     "WHERE o.reservation_id = ? AND o.resource_id = ? AND v.state = 'kept' AND NOT "
@@ -15985,6 +16125,7 @@ TAGS = {
     'claim': 'what the scheduler of Nova asks', 'event': 'what happened, when and why',
     'punctuality': 'how late VMs were', 'report': 'sums for operators',
     'check': 'the proof that all adds up', 'token': 'who may ask',
+    'credential': 'in whose name VMs are made',
     'user': 'people, whose tokens end', 'service': 'the server itself'}
 
 #: What a request may say in headers, each with an example; and what answers do.
@@ -17298,7 +17439,7 @@ class StoreMetrics:
             try:
                 with db.connection_context():
                     self.count_events()
-                    for account in self.service.clouds.accounts():
+                    for account in {*map(cloud_of, self.service.clouds.accounts())}:
                         METRICS.begin('start_delay_seconds', cloud=account)
                     found = [*self.of_store(), *self.of_resources()]
             except (Unavailable, *STORE_ERRORS) as error:
@@ -17967,7 +18108,7 @@ class LeaseRequests:
 
     def flavor(self, cloud: str, vcpus: int, ram: int) -> str:
         """The smallest flavor in which so much fits."""
-        account = self.acting.clouds.account(cloud, self.lease['project'])
+        account = self.acting.clouds.account(cloud, self.lease['project'], self.lease['user'])
         opened = self.acting.clouds.open(account)
         sight = self.acting.clouds.sight(account, self.lease['project'])
         there = self.acting.shares.ask(f'the cloud {account}', lambda: opened.things('flavor'))
@@ -19619,7 +19760,7 @@ class Pages:
         if not visit.writes or not place or not place.cloud:
             return {'flavor': [], 'image': []}, ''
         clouds, project = self.service.clouds, visit.actor.project
-        account = clouds.account(place.cloud, project)
+        account = clouds.account(place.cloud, project, visit.actor.user)
         sight = clouds.sight(account, project, admin=visit.actor.role == ADMIN)
         return self.names.of(account, sight)
 
@@ -20673,6 +20814,10 @@ Example:
 
 Example:
   python cmres.py token add eva --project biology --role user
+""", 'credential': """In whose name VMs are made: yours, with an application credential of yours.
+
+Example:
+  python cmres.py credential add chameleon 8f2c... SECRET
 """, 'user': """People who leave.
 
 Example:
@@ -20883,7 +21028,12 @@ def key_rotate(config: Config) -> dict:
     """
     refuse_missing(config.database)
     file, until = key_file(config.database, config.key), int(time.time() + config.signed_in)
-    return {'file': file, 'keys': rotate_key(file, until), 'old_until': instant(until)}
+    keys = rotate_key(file, until)
+    open_store(config.database, config.key, make=False)
+    with transaction():
+        for each in rows('SELECT id, secret FROM credential'):
+            change(Credential, each.id, secret=cipher(config).rotate(each.secret).decode())
+    return {'file': file, 'keys': keys, 'old_until': instant(until)}
 
 
 def config_show(config: Config) -> Rows:

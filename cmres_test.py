@@ -19724,7 +19724,7 @@ class StandIn(Proxy):
 
     def __init__(self):
         super().__init__(handler=Answering)
-        self.now, self.tokens = NOON.timestamp, {}
+        self.now, self.tokens, self.applications = NOON.timestamp, {}, {}
         self.servers, self.ghosts, self.untagged, self.busiest, self.open_now = {}, [], 0, 0, 0
         self.made, self.flavor_specs, self.full, self.logins = collections.Counter(), True, False, 0
         self.flavors = {'m1.tiny': (1, 512, {}), 'g1': (4, 8192, {'resources:CUSTOM_GPU': '1', 'hw:x': 'y'})}
@@ -19771,8 +19771,13 @@ class StandIn(Proxy):
 
     def log_in(self, user, query, said):
         self.logins += 1
-        who = said['auth']['identity']['password']['user']
-        if who['name'] != who['password']:
+        identity = said['auth']['identity']
+        if 'application_credential' in identity:
+            mine = identity['application_credential']
+            who = {'name': self.applications.get((mine['id'], mine['secret']), '')}
+        else:
+            who = identity['password']['user']
+        if not who['name'] or who['name'] != who.get('password', who['name']):
             return 401, self.refusal(401, 'The request you have made requires authentication.')
         later = (datetime.now(UTC) + timedelta(days=1)).strftime('%Y-%m-%dT%H:%M:%S.000000Z')
         catalog = [{'type': kind, 'name': kind, 'id': kind, 'endpoints': [
