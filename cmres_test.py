@@ -20897,6 +20897,167 @@ class TestNovaAsks:
         only.schedule()
 
 
+# OpenStack: its own tools ####################################################
+
+#: Where the programs are that `make test-clients` has installed.
+CLIENTS = os.environ.get('CLIENTS', '')
+client = [pytest.mark.clients, pytest.mark.skipif(not CLIENTS, reason='needs the programs of make test-clients')]
+
+
+class Hypervisors(Relay):
+    """What stands before `serve` for suites that ask Nova at the same address."""
+
+    def forward(self, body):
+        if self.path != '/compute/v2.1/os-hypervisors':
+            return super().forward(body)
+        found = [{'id': 1, 'hypervisor_hostname': 'gpu-1', 'status': 'enabled', 'state': 'up'}]
+        return 200, [('Content-Type', 'application/json')], json.dumps({'hypervisors': found}).encode()
+
+
+@pytest.fixture
+def front(nova, tmp_path, serving):
+    """`serve` on an empty store beside the stand-in, with an admin's token; its address and that token."""
+    world = World(tmp_path)
+    world.service.resource_delete('demo')
+    token = world.service.token_add('root', 'default', 'admin')['token']
+    cmres.close_store()
+    served = serving(keystone='admin')
+    proxy = Proxy(served.url, Hypervisors)
+    yield types.SimpleNamespace(url=proxy.url, token=token)
+    proxy.stop()
+
+
+def client_run(name, *argv, **environ):
+    return subprocess.run([Path(CLIENTS) / name, *argv], env=os.environ | environ, capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.parametrize('suite, cases', [('leases', 7), ('hosts', 6), ('allocations', 9)])
+def test_blazars_own_suite_passes(front, tmp_path, suite, cases):
+    """The gabbits of blazar-tempest-plugin, without the fixture that signs in at Keystone."""
+    there, = Path(CLIENTS).parent.glob(f'lib/*/site-packages/blazar_tempest_plugin/tests/api/gabbits/{suite}.yaml')
+    text = there.read_text()
+    (tmp_path / 'suite.yaml').write_text(text.replace('fixtures:\n    - AuthenticationFixture\n', ''))
+    done = client_run('gabbi-run', front.url, '--', str(tmp_path / 'suite.yaml'), OS_TOKEN=front.token)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f'Ran {cases} tests in' in done.stderr and 'skipped' not in done.stderr
+
+
+#: Runs commands of `openstack`, one after the other in one process, which starts in seconds.
+SHELL = '''
+import contextlib, io, json, sys
+from openstackclient import shell
+for argv in json.load(sys.stdin):
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            code = shell.OpenStackShell().run(argv)
+        except SystemExit as error:
+            code = error.code
+    print(json.dumps([code, out.getvalue(), err.getvalue()]))
+'''
+
+
+def openstack_cli(commands, **environ):
+    """What each command answers: its JSON, or its errors."""
+    env = {name: value for name, value in os.environ.items() if not name.startswith('OS_')} | environ
+    argv = [shlex.split(each) + ([] if re.search(' (delete|set)( |$)', each) else ['-f', 'json']) for each in commands]
+    done = subprocess.run([Path(CLIENTS) / 'python', '-c', SHELL], input=json.dumps(argv), env=env, capture_output=True,
+                          text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    for command, (code, out, err) in zip(commands, map(json.loads, done.stdout.splitlines())):
+        shown = out.partition(':\n')[2] if out.startswith('Created') else out
+        yield err if code else json.loads(shown) if shown[:1] in ('{', '[') else out
+
+
+def test_all_commands_of_openstack_reservation_work(front):
+    reserve = 'reservation lease create --start-date "2050-01-01 10:00" --end-date "2050-01-01 12:00"'
+    commands = {
+        'made': 'reservation host create gpu-1 --extra gpu=a100', 'hosts': 'reservation host list',
+        'host': 'reservation host show gpu-1', 'host set': 'reservation host set gpu-1 --extra gpu=h100',
+        'properties': 'reservation host property list --detail --all',
+        'hide': 'reservation host property set gpu --private', 'few': 'reservation host property list',
+        'whole': f"""{reserve} --reservation 'resource_type=physical:host,min=1,max=1,hypervisor_properties=,resource_properties=["==", "$gpu", "h100"]' whole""",
+        'full': f'{reserve} --reservation resource_type=virtual:instance,vcpus=4,memory_mb=1024,disk_gb=0,amount=20,affinity=False small',
+        'later': f'{reserve.replace("01-01", "01-02")} --reservation resource_type=virtual:instance,vcpus=4,memory_mb=1024,disk_gb=0,amount=2,affinity=False small',
+        'flavor': f'{reserve.replace("01-01", "01-03")} --reservation resource_type=flavor:instance,flavor_id=g1,amount=1 cards',
+        'leases': 'reservation lease list', 'lease': 'reservation lease show small',
+        'allocations': 'reservation allocation list host',
+        'longer': 'reservation lease set --prolong-for 2h small', 'shorter': 'reservation lease set --reduce-by 1h small',
+        'moved': 'reservation lease set --defer-by 1h --name tiny small', 'now': 'reservation lease show tiny',
+        'gone': 'reservation lease delete tiny', 'gone too': 'reservation lease delete whole',
+        'gone last': 'reservation lease delete cards', 'left': 'reservation lease list',
+        'out': 'reservation host delete gpu-1', 'none': 'reservation host list', 'never': 'reservation lease show never'}
+    answers = openstack_cli(commands.values(), OS_AUTH_TYPE='admin_token', OS_ENDPOINT=f'{front.url}/reservation/v1',
+                            OS_TOKEN=front.token)
+    said = dict(zip(commands, answers))
+    assert said['made']['gpu'] == 'a100' and said['host']['hypervisor_hostname'] == 'gpu-1'
+    assert [each['vcpus'] for each in said['hosts']] == [64]
+    assert 'h100' in json.dumps(said['properties']) and 'gpu' not in [each['property'] for each in said['few']]
+    assert 'ERROR' in said['full'] and 'vcpus' in said['full'], said['full']
+    assert [each['name'] for each in said['leases']] == ['cards', 'small', 'whole']
+    assert said['lease']['end_date'] == '2050-01-02T12:00:00.000000'
+    assert said['now']['name'] == 'tiny' and said['now']['end_date'] == '2050-01-02T13:00:00.000000'
+    assert said['now']['start_date'] == '2050-01-02T11:00:00.000000'
+    assert len(said['allocations']) == 1
+    assert said['left'] == said['none'] == [] and 'never' in said['never']
+
+
+for _test in (test_blazars_own_suite_passes, test_all_commands_of_openstack_reservation_work):
+    _test.pytestmark = [*getattr(_test, 'pytestmark', ()), *client]
+def test_vms_are_made_in_the_name_of_who_gave_a_credential(far, nova):
+    """Theirs are the networks, keys and images; who gave none gets them as before."""
+    nova.full, nova.applications['app-1', 's3cret'] = False, 'bio'
+    nova.keys['bio'] = ['bio-key']
+    ann, bob = far.as_user('ann', 'chem'), far.as_user('bob', 'chem')
+    book_named(bob, 'image', 'tiny', label='his', start=0)
+    with pytest.raises(Invalid):
+        book_named(ann, 'key', 'bio-key', image='tiny', flavor='m1.tiny')
+    said = ann.credential_add('lab', 'app-1', 's3cret')
+    assert (said['user'], said['project'], said['application']) == ('ann', 'chem', 'app-1')
+    book_named(ann, 'key', 'bio-key', label='hers', image='tiny', flavor='m1.tiny', network='bio-net', start=0)
+    live(far, 10)
+    owners = {each['name'].rpartition('-')[0].partition('-')[0]: each['tenant_id'] for each in nova.servers.values()}
+    assert owners == {'hers': 'bio', 'his': 'lab'} and far.state('hers') == far.state('his') == 'active'
+    with pytest.raises(Conflict, match='1 VMs were made with credential 1'):
+        ann.credential_delete(1)
+    assert [each['id'] for each in ann.credential_list()] == [1] and bob.credential_list() == []
+    with pytest.raises(NotFound):
+        bob.credential_delete(1)
+    ann.delete('hers')
+    live(far, 10)
+    assert [each['tenant_id'] for each in nova.servers.values()] == ['lab']
+    ann.credential_delete(1)
+    assert ann.credential_list() == []
+
+
+def test_a_credential_is_kept_encrypted_and_outlives_its_key(far, nova):
+    ann = far.as_user('ann', 'chem')
+    ann.credential_add('lab', 'app-1', 's3cret')
+    assert 's3cret' not in '\n'.join(dump())
+    for _ in range(3):
+        cmres.key_rotate(far.config)
+    kept, = cmres.rows('SELECT secret FROM credential')
+    assert cmres.decrypted(far.config, kept.secret) == 's3cret'
+    os.remove(cmres.key_file(far.config.database))
+    cmres.write_key(cmres.key_file(far.config.database), 'ab' * 32, cmres.fact('store'))
+    with pytest.raises(cmres.CloudError, match='encrypted with a key that is gone'):
+        cmres.decrypted(far.config, kept.secret)
+
+
+def test_a_credential_that_is_wrong_is_told_and_another_takes_its_place(far, nova):
+    nova.full, nova.applications['app-2', 'new'] = False, 'bio'
+    ann = far.as_user('ann', 'chem')
+    ann.credential_add('lab', 'app-1', 'wrong')
+    with pytest.raises(cmres.CloudError):
+        book_named(ann, 'flavor', 'm1.tiny', label='hers', start=0)
+    assert ann.credential_add('lab', 'app-2', 'new')['id'] == 1
+    book_named(ann, 'flavor', 'm1.tiny', label='hers', start=0)
+    live(far, 10)
+    assert [each['tenant_id'] for each in nova.servers.values()] == ['bio']
+    with pytest.raises(Invalid):
+        ann.credential_add('simulated', 'app-1', 'x')
+
+
 # Benchmarks ##################################################################
 #
 # Each figure is a ratio to the least that could be done, measured by turns in one run on the same
