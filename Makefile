@@ -16,7 +16,7 @@ test: $(VENV)/cmres_test   ## run all tests that need no cloud
 	$(PYTEST) -n 4 --dist worksteal -m 'not openstack and not clients' cmres_test.py  # more than cores: many wait
 
 test-openstack: $(VENV)/cmres_test   ## run the tests for a real OpenStack, on the cloud OS_CLOUD
-	$(PYTEST) -m openstack cmres_test.py
+	CLIENTS=$(wildcard $(abspath $(VENV)-clients)/bin) $(PYTEST) -m openstack cmres_test.py
 
 test-clients: $(VENV)/cmres_test $(VENV)-clients/done   ## run the tests with the programs of others: Blazar's
 	CLIENTS=$(abspath $(VENV)-clients)/bin $(PYTEST) -m clients cmres_test.py

@@ -21058,6 +21058,87 @@ def test_a_credential_that_is_wrong_is_told_and_another_takes_its_place(far, nov
         ann.credential_add('simulated', 'app-1', 'x')
 
 
+def keystone_says(token, lab):
+    """Who has a token, as cmres is told by the real Keystone; or the refusal."""
+    web = webtest.TestApp(cmres.rest(lab.service))
+    made = web.post_json('/cm/v1.0/reservation?dry_run=true', {'label': 'x', 'resource': 'demo', 'start': '+1h', 'end': '+1h'},
+                         headers={'X-Auth-Token': token}, status='*').json
+    return (made['user'], made['project']) if 'user' in made else made['error']
+
+
+@openstack
+@real
+def test_tokens_of_a_real_keystone_say_who_asks(lab):
+    lab.config.take(keystone=ACCOUNT)
+    user, other = sdk(), sdk('lab-user2')
+    for each in (user, other):
+        assert keystone_says(each.auth_token, lab) == (each.current_user_id, each.current_project_id)
+    unscoped = token_from(user, 'Password', username='lab-user', password='lab-user', user_domain_name='Default', unscoped=True)
+    assert 'for no project' in keystone_says(unscoped, lab)
+    assert 'does not know this token' in keystone_says('gAAAA-made-up', lab)
+    system = token_from(user, 'Password', username='admin', password='admin', user_domain_name='Default', system_scope='all')
+    assert keystone_says(system, lab)[1] == 'system'
+    rules = [{'path': '/v2.1/servers', 'method': 'GET', 'service': 'compute'}]
+    for name, more, works in (('whole', {}, True), ('ruled', {'access_rules': rules}, False)):
+        made = user.identity.create_application_credential(user.current_user_id, unique(name), **more)
+        try:
+            token = token_from(user, 'ApplicationCredential', application_credential_id=made.id,
+                               application_credential_secret=made.secret)
+            found = keystone_says(token, lab)
+        finally:
+            user.identity.delete_application_credential(user.current_user_id, made)
+        assert (found == (user.current_user_id, user.current_project_id)) is works
+
+
+def token_from(user, way, **how):
+    """A token from the Keystone of a user, got in some way."""
+    from keystoneauth1 import session
+    from keystoneauth1.identity import v3
+    auth = getattr(v3, way)(auth_url=user.config.config['auth']['auth_url'], **how)
+    return session.Session(auth=auth).get_token()
+
+
+@openstack
+@real
+@pytest.mark.skipif(not CLIENTS, reason='needs the programs of make test-clients')
+def test_a_user_of_the_lab_reserves_machines_that_are_theirs(tmp_path, serving):
+    """With their own password, on a resource of another project's account, by `openstack` alone and one credential."""
+    world, user = World(tmp_path), sdk('lab-user2')
+    world.service.resource_add('lab', cloud=ACCOUNT, vms=40, vcpus=80)
+    cmres.close_store()
+    served = serving(keystone=ACCOUNT, poll=0.5)
+    made = user.identity.create_application_credential(user.current_user_id, unique('cmres'))
+    served.token = user.auth_token
+    line = http.client.HTTPConnection(urlsplit(served.url).netloc)
+    line.request('POST', f'{BASE}/credential/', json.dumps({
+        'cloud': ACCOUNT, 'application': made.id, 'secret': made.secret}), {'X-Auth-Token': user.auth_token})
+    assert line.getresponse().status == 201
+    end = (datetime.now(UTC) + hours(2)).strftime('%Y-%m-%d %H:%M')
+    properties = '["and", ["==", "$image", "tiny"], ["==", "$network", "none"], ["==", "$key", "lab-key"]]'
+    environ = {'OS_AUTH_TYPE': 'password', 'OS_AUTH_URL': user.config.config['auth']['auth_url'],
+               'OS_USERNAME': 'lab-user2', 'OS_PASSWORD': 'lab-user2', 'OS_PROJECT_NAME': 'lab-project2',
+               'OS_USER_DOMAIN_NAME': 'Default', 'OS_PROJECT_DOMAIN_NAME': 'Default', 'OS_IDENTITY_API_VERSION': '3',
+               'OS_RESERVATION_ENDPOINT_OVERRIDE': f'{served.url}/reservation/v1'}
+    command = shlex.join(['reservation', 'lease', 'create', '--end-date', end, '--reservation',
+                          'resource_type=virtual:instance,vcpus=1,memory_mb=512,disk_gb=0,amount=2,affinity=None,'
+                          f'resource_properties={properties}', 'mine'])
+    try:
+        lease, = openstack_cli([command], **environ)
+        assert (lease['user_id'], lease['project_id']) == (user.current_user_id, user.current_project_id)
+        mine = until(lambda: [each for each in user.compute.servers() if each.name.startswith('mine-')
+                              and each.status == 'ACTIVE'][1:])
+        listed, shown = openstack_cli(['server list', 'reservation lease show mine'], **environ)
+        assert sum(each['Name'].startswith('mine-') for each in listed) == 2 and mine[0].key_name == 'lab-key'
+        until(lambda: [*openstack_cli(['reservation lease show mine'], **environ)][0]['status'] == 'ACTIVE')
+        openstack_cli(['reservation lease delete mine'], **environ).__next__()
+        until(lambda: not [each for each in user.compute.servers() if each.name.startswith('mine-')])
+    finally:
+        for each in user.compute.servers():
+            if each.name.startswith('mine-'):
+                user.compute.delete_server(each)
+        user.identity.delete_application_credential(user.current_user_id, made)
+
+
 # Benchmarks ##################################################################
 #
 # Each figure is a ratio to the least that could be done, measured by turns in one run on the same
