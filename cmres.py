@@ -6861,9 +6861,9 @@ class Clouds:
         self.opened: dict[str, Cloud] = {}
         self.lock = threading.Lock()
 
-    def account(self, cloud: str, project: str, user: str) -> str:
+    def account(self, cloud: str, project: str, user: str = '') -> str:
         """A person's own, else the project's own entry of clouds.yaml, else the resource's."""
-        own = None if is_simulated(cloud) else row(
+        own = user and not is_simulated(cloud) and row(
             'SELECT id FROM credential WHERE user = ? AND project = ? AND cloud = ?',
             user, project, cloud)
         return f'{cloud}{OF_PERSON}{own.id}' if own else (

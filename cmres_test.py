@@ -10012,7 +10012,7 @@ ADMINS = {'limit_add', 'limit_delete', 'approve', 'reject', 'resource_capacity',
           'resource_delete', 'user_end', 'check'}
 READERS = {'list', 'show', 'servers', 'duration', 'find', 'usage', 'events', 'resource_list', 'resource_show',
            'punctuality', 'calendar_list', 'calendar_feed', 'limit_list', 'maintenance_list',
-           'report', 'token_add', 'token_list', 'token_revoke', 'token_renew'}
+           'report', 'token_add', 'token_list', 'token_revoke', 'token_renew', 'credential_list'}
 
 
 @pytest.mark.parametrize('name', API)
@@ -21002,7 +21002,7 @@ class TestNovaAsks:
 
 #: Where the programs are that `make test-clients` has installed.
 CLIENTS = os.environ.get('CLIENTS', '')
-client = [pytest.mark.clients, pytest.mark.skipif(not CLIENTS, reason='needs the programs of make test-clients')]
+blazars = [pytest.mark.clients, pytest.mark.skipif(not CLIENTS, reason='needs the programs of make test-clients')]
 
 
 class Hypervisors(Relay):
@@ -21104,7 +21104,7 @@ def test_all_commands_of_openstack_reservation_work(front):
 
 
 for _test in (test_blazars_own_suite_passes, test_all_commands_of_openstack_reservation_work):
-    _test.pytestmark = [*getattr(_test, 'pytestmark', ()), *client]
+    _test.pytestmark = [*getattr(_test, 'pytestmark', ()), *blazars]
 def test_vms_are_made_in_the_name_of_who_gave_a_credential(far, nova):
     """Theirs are the networks, keys and images; who gave none gets them as before."""
     nova.full, nova.applications['app-1', 's3cret'] = False, 'bio'
