@@ -11424,13 +11424,18 @@ class Waiting(Admission):
                                  ('o.end > ?', int(now))],
                                 tail='ORDER BY priority DESC, waiting, id'):
             found[(each.project, each.request) if each.request else each.id].append(each)
-        self.leave_line(whole
-                        - {each.reservation for request in found.values() for each in request})
+        over = whole - {each.reservation for request in found.values() for each in request}
+        if over:
+            self.leave_line(over)
+            return self.waiting_requests(now)
         return [*found.values()]
 
     def leave_line(self, reservations: Iterable[int]) -> None:
-        """Takes out of the line whose window is over."""
+        """Takes out of the line whose window is over; those that they kept back are called."""
         for each in reservations:
+            for place in rows('SELECT resource_id, held_from, until FROM wait '
+                              'WHERE reservation_id = ?', each):
+                call_waiting(*place)
             run('DELETE FROM wait WHERE reservation_id = ?', each)
             remembered.change()
 

@@ -161,6 +161,12 @@ class World:
         return sorted(server.name for server in self.clouds.open('simulated').present())
 
 
+@pytest.fixture(scope='session', autouse=True)
+def quick_disk():
+    """Only programs that tests start wait for the disk: that is most of what a commit costs."""
+    cmres.db._pragmas = [(name, 'off' if name == 'synchronous' else value) for name, value in cmres.db._pragmas]
+
+
 @pytest.fixture(scope='session')
 def empty(tmp_path_factory):
     """A store that is made once: copying it is faster than making one for each test."""
@@ -8878,20 +8884,45 @@ def test_eight_processes_that_add_wait_and_cancel_admit_nobody_out_of_order(worl
     assert let_in > 1 and world.service.check()['differences'] == 0
 
 
-def test_who_is_let_in_and_kept_others_back_is_followed_by_the_first_of_them(tmp_path):
-    """Two that come late are called, one before and one behind those that wait: these are not called then."""
+@pytest.fixture
+def lined(tmp_path):
+    """A resource of ten of which seven are reserved until the tenth hour, and whoever waits keeps others back."""
     world = World(tmp_path, patience=0.0)
     world.service.resource_add('ten', vms=10)
-    book(world.service, 'all', resource='ten', vms=7)
-    for label, vms, priority in (('large', 5, 1), ('kept', 2, 1)):
-        book(world.service, label, resource='ten', vms=vms, priority=priority, wait=True)
-    world.service.admit_waiting(world.now)
-    for label, priority in (('early', 2), ('late', 0)):
-        book(world.service, label, resource='ten', vms=1, priority=priority, wait=True)
-    world.cycle.settle()
-    assert [world.state(label) for label in ('early', 'large', 'kept', 'late')] == [
-        'reserved', 'waiting', 'waiting', 'waiting']
+    book(world.service, 'all', 0, 10, resource='ten', vms=7)
+
+    def wait(label, vms, priority, *window):
+        book(world.service, label, *window or (1, 2), resource='ten', vms=vms, priority=priority, wait=True)
+    world.wait = wait
+    yield world
     cmres.close_store()
+
+
+def admit(world) -> None:
+    """Lets the line move on, as the life cycle does."""
+    while world.service.admit_waiting(world.now):
+        pass
+
+
+def test_who_is_let_in_and_kept_others_back_is_followed_by_the_first_of_them(lined):
+    """Two that come late are called, one before and one behind those that wait: these are not called then."""
+    lined.wait('large', 5, 1)
+    lined.wait('kept', 2, 1)
+    admit(lined)
+    lined.wait('early', 1, 2)
+    lined.wait('late', 1, 0)
+    admit(lined)
+    assert [lined.state(label) for label in ('early', 'large', 'kept', 'late')] == [
+        'reserved', 'waiting', 'waiting', 'waiting']
+
+
+def test_who_leaves_the_line_when_its_window_is_over_calls_those_that_it_kept_back(lined):
+    lined.wait('large', 5, 1, 1, 2)
+    lined.wait('kept', 2, 0, 1, 9)
+    lined.at(1)
+    assert lined.state('kept') == 'waiting'
+    lined.at(2)
+    assert lined.state('kept') == 'active'
 
 
 # Parts, hosts and resource classes
@@ -12292,12 +12323,12 @@ def test_a_notice_that_waits_is_not_delayed_by_a_clock_that_is_set_back(tmp_path
     def refuse(*_):
         raise cmres.Undelivered('refused')
     monkeypatch.setattr(cmres, 'deliver', refuse)
-    book = world.service.add('lab', 'demo', NOON + hours(5), NOON + hours(6))
-    assert book
+    book(world.service, start=5, end=6)
     live(world, 300)
+    tries = cmres.row('SELECT tries FROM outbox').tries
     world.now -= 3600
     monkeypatch.setattr(cmres, 'deliver', lambda config, notice, about: sent.append(notice.code))
-    live(world, 400)
+    live(world, world.config.retry_first * 2 ** tries + 60)
     assert sent == ['added']
 
 
