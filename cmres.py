@@ -1833,6 +1833,7 @@ FILTERS = {'label', 'user', 'project', 'resource', 'cell', 'cloud', 'region', 'a
 #: What each argument means, in the one sense that it has in every operation.
 WORDS = {
     'after': 'the earliest start, or in a list START/ID of the last line seen, or its id',
+    'address': 'how people reach `serve`, such as https://cmres.example.org',
     'aggregate': 'host aggregate of the resource',
     'at_end': 'what becomes of the machines at the end: delete, stop, shelve or snapshot (an '
               'image, then delete)',
@@ -6695,6 +6696,33 @@ class OpenStack(Cloud):
             found = next(each for each in cloud.compute.aggregates() if each.name == aggregate)
             cloud.compute.set_aggregate_metadata(found, {'cmres': resource or None})
 
+    def register(self, address: str, dry_run: bool) -> list[dict]:
+        """Writes into the catalog where Blazar's clients find cmres; a line for each difference."""
+        with self.calling('change its catalog') as cloud:
+            identity, region = cloud.identity, cloud.config.get_region_name()
+            service = next(identity.services(type='reservation'), None)
+            there = {each.interface: each for each in identity.endpoints(service_id=service.id)
+                     if each.region_id == region} if service else {}
+            lines = [] if service else [{'what': 'service', 'before': None, 'after': 'cmres'}]
+            other = [each for each in ('public', 'internal', 'admin')
+                     if each not in there or there[each].url != address]
+            lines += [{'what': f'{each} endpoint', 'after': address,
+                       'before': there[each].url if each in there else None} for each in other]
+            if not dry_run:
+                service = service or identity.create_service(
+                    type='reservation', name='cmres', description='Reservations of VMs and hosts')
+                for each in other:
+                    self.point(identity, there.get(each), service_id=service.id, url=address,
+                               interface=each, region_id=region)
+        return lines
+
+    def point(self, identity, endpoint, **values) -> None:
+        """Makes an endpoint of the catalog, or gives one another address."""
+        if endpoint:
+            identity.update_endpoint(endpoint, url=values['url'])
+        else:
+            identity.create_endpoint(**values)
+
     def hosts(self, uids):
         return {uid: self.host_of(uid) for uid in uids}
 
@@ -6948,6 +6976,7 @@ class Keystone:
     def __init__(self, config: Config, clock: Callable[[], float] = time.time):
         self.config, self.clock, self.lock = config, clock, threading.Lock()
         self.known: dict[str, Told] = {}  # by the hash of the token
+        self.names: dict[str, str] = {}  # by id, for people
         self.shut = 0.0  # until then nobody asks
 
     def told(self, token: str, ask: Callable[[Callable], Any]) -> Scoped:
@@ -6989,16 +7018,30 @@ class Keystone:
         return found
 
     def look(self, token: str) -> Told:
+        """What Keystone says of a token."""
+        return self.answer('GET', 'Keystone does not know this token, or it has ended. Get a new '
+                           'one: openstack token issue',
+                           headers={'X-Auth-Token': token, 'X-Subject-Token': token})
+
+    def sign_in(self, user: str, password: str, project: str, domain: str) -> Told:
+        """What Keystone says of a password, for a project of a name."""
+        where = {'domain': {'name': domain}}
+        identity = {'methods': ['password'],
+                    'password': {'user': {'name': user, 'password': password} | where}}
+        return self.answer('POST', f"Keystone does not know '{user}' with this password in the "
+                           f"project '{project}'", json={'auth': {
+                               'identity': identity, 'scope': {'project': {'name': project} | where}}})
+
+    def answer(self, verb: str, refusal: str, **what) -> Told:
         """What Keystone answers; Unavailable if that is nothing of use."""
         import requests
         url, verify = self.door
         try:
-            answer = self.session.get(
-                f'{url}/v3/auth/tokens?nocatalog', timeout=self.PATIENT, verify=verify,
-                headers={'X-Auth-Token': token, 'X-Subject-Token': token}, allow_redirects=False)
+            answer = self.session.request(
+                verb, f'{url}/v3/auth/tokens?nocatalog', timeout=self.PATIENT, verify=verify,
+                allow_redirects=False, **what)
             if answer.status_code in (401, 403, 404):
-                return self.refused('Keystone does not know this token, or it has ended. Get a '
-                                    'new one: openstack token issue')
+                return self.refused(refusal)
             answer.raise_for_status()
             return self.read(answer.json()['token'])
         except (requests.RequestException, ValueError, LookupError, TypeError) as error:
@@ -7016,6 +7059,7 @@ class Keystone:
         ends = datetime.fromisoformat(said['expires_at']).timestamp()
         roles = frozenset(each['name'] for each in said['roles'])
         scoped = Scoped(user['id'], project['id'], (user['name'], project['name']), roles, ends)
+        self.names[user['id']], self.names[project['id']] = scoped.names
         return Told(scoped, None, min(ends, self.clock() + self.FRESH))
 
     def refused(self, sentence: str) -> Told:
@@ -17130,17 +17174,19 @@ def by_keystone(service: Reservations, request) -> Actor | None:
     """Whom Keystone knows by the token of a request: by ids, as names can be given anew."""
     if not (token := keystone_token(service, request)):
         return None
-    shares = service.shares
-
-    def ask(call: Callable):
-        with shares.answering(f'a token {hashed(token)[:8]}'):
-            return shares.ask('Keystone', call)
+    ask = functools.partial(ask_keystone, service, token)
     try:
         found = service.clouds.keystone.told(token, ask)
     except Unauthorized:
         note_wrong(service, request.environ)
         raise
     return let_in(service, request, found.user, found.project or 'system', role_of(service, found))
+
+
+def ask_keystone(service: Reservations, whose: str, call: Callable):
+    """What Keystone answers; only a few wait for that at the same time."""
+    with service.shares.answering(f'a token {hashed(whose)[:8]}'):
+        return service.shares.ask('Keystone', call)
 
 
 def role_of(service: Reservations, found: Scoped) -> str:
@@ -18616,7 +18662,7 @@ defer></script>
 <a href="{{href}}"{{!' aria-current="page"' if href == here else ''}}>{{name}}</a>
 % end
 </nav>
-<span class="soft small"><bdi>{{visit.actor.user}}</bdi> in <bdi>{{visit.actor.project}}</bdi>,
+<span class="soft small"><bdi>{{visit.named(visit.actor.user)}}</bdi> in <bdi>{{visit.named(visit.actor.project)}}</bdi>,
 {{visit.actor.role}}</span>
 <form method="post" action="/sign-out">{{!visit.guard}}<button>Sign out</button></form>
 % end
@@ -18651,6 +18697,21 @@ defer></script>
 <input type="hidden" name="next" value="{{back}}">
 <div><button class="main">Sign in</button></div>
 </form>
+% if keystone:
+<p>Or with your account of OpenStack. Your password goes to Keystone and is kept nowhere.</p>
+<form method="post" action="/sign-in/keystone" id="keystone" class="fields">
+<label>User
+<input name="user" autocomplete="username" required></label>
+<label>Password
+<input name="password" type="password" autocomplete="current-password" required></label>
+<label>Project
+<input name="project" required></label>
+<label>Domain
+<input name="domain" value="Default" required></label>
+<input type="hidden" name="next" value="{{back}}">
+<div><button class="main">Sign in</button></div>
+</form>
+% end
 </div>
 ''', 'docs': '''
 <p class="soft">All that programs can ask for, with a token in the header
@@ -19264,6 +19325,10 @@ class Visit:
     site: ZoneInfo  # in which the service itself lives
     form: str       # what a form of theirs must carry
 
+    def named(self, id: str) -> str:
+        """What people call whom OpenStack knows under an id."""
+        return self.service.clouds.keystone.names.get(id, id)
+
     @property
     def home(self) -> str:
         """Where what they look after is listed."""
@@ -19423,6 +19488,7 @@ class Pages:
             app.route(path, verb, self.visited(handle))
         for verb, path, handle in (('GET', '/sign-in', self.ask),
                                    ('POST', '/sign-in', self.sign_in),
+                                   ('POST', '/sign-in/keystone', self.sign_in_at_keystone),
                                    ('POST', '/sign-out', self.sign_out),
                                    ('POST', '/zone', self.choose_zone)):
             app.route(path, verb, self.visited(handle, signed_in=False))
@@ -19562,31 +19628,75 @@ class Pages:
         aside = request.path.endswith(('/live', '/check'))
         goes = request.method == 'GET' and not aside or request.path == '/book'
         status = 200 if request.method == 'GET' and not aside else 401
-        return self.page(visit, 'Sign in', render_page(
-            'sign in', refusal='', back=request.path + query if goes else '/'), status)
+        back = request.path + query if goes else '/'
+        return self.page(visit, 'Sign in', self.sign_in_form('', back), status)
 
     def ask(self, visit: Visit, given: dict):
         """The form to sign in, empty: addresses stand in logs and histories, so no token may."""
-        return self.page(visit, 'Sign in', render_page('sign in', refusal='', back='/'))
+        return self.page(visit, 'Sign in', self.sign_in_form('', '/'))
 
     def sign_in(self, visit: Visit, given: dict):
         """Signs in by a token, for as long as `signed_in` says."""
-        import bottle
         token = given.get('token', '').strip()
         try:
             self.refuse_programs(actor := actor_of(token, self.service.clock()))
         except (Unauthorized, Forbidden) as error:
-            if isinstance(error, Unauthorized):
-                note_wrong(self.service, bottle.request.environ)
-            return self.page(visit, 'Sign in', render_page(
-                'sign in', refusal=str(error), back=local(given.get('next'))), 401)
-        session, lasts = secrets.token_urlsafe(24), self.service.config.signed_in
-        made = self.onward(local(given.get('next')))
+            return self.not_signed_in(visit, given, error)
+        return self.signed_in_as(actor, hashed(token), self.service.config.signed_in, given)
+
+    def sign_in_at_keystone(self, visit: Visit, given: dict):
+        """Signs in by a password of OpenStack, which goes to Keystone and nowhere else."""
+        service, said = self.service, {name: given.get(name, '').strip()
+                                       for name in ('user', 'project', 'domain')}
+        try:
+            if not service.config.keystone or not all(said.values()):
+                raise Unauthorized('say who you are, in which project and domain')
+            found = ask_keystone(service, said['user'], lambda: service.clouds.keystone.sign_in(
+                password=given.get('password', ''), **said))
+            if found.refusal:
+                raise found.refusal
+            role = role_of(service, found.scoped)
+        except (Unauthorized, Forbidden) as error:
+            return self.not_signed_in(visit, given, error)
+        user, project = (service.names_of(each)[0] for each in found.scoped[:2])
+        lasts = min(service.config.signed_in, found.scoped.ends - service.clock())
+        made = self.token_of_session(Actor(user, project, role), service.clock() + lasts)
+        return self.signed_in_as(Actor(user, project, role), made, lasts, given)
+
+    def token_of_session(self, actor: Actor, ends: float) -> str:
+        """The hash of a token that nobody knows: sessions of who has none of ours are of it."""
+        purpose, hash = 'signed in at Keystone', secrets.token_hex(32)
+        with transaction():
+            old = row('SELECT id, hash, ends FROM token WHERE user = ? AND project = ? '
+                      'AND purpose = ? AND revoked IS NULL', actor.user, actor.project, purpose)
+            if old:
+                change(Token, old.id, role=actor.role, ends=max(int(ends), old.ends))
+                return old.hash
+            insert(Token, user=actor.user, project=actor.project, role=actor.role, hash=hash,
+                   added=int(self.service.clock()), purpose=purpose, ends=int(ends), scopes='')
+        return hash
+
+    def not_signed_in(self, visit: Visit, given: dict, error: Error):
+        """The form to sign in, and why that was not done."""
+        import bottle
+        if isinstance(error, Unauthorized):
+            note_wrong(self.service, bottle.request.environ)
+        return self.page(visit, 'Sign in', self.sign_in_form(str(error), local(given.get('next'))),
+                         401)
+
+    def sign_in_form(self, refusal: str, back: str) -> str:
+        return render_page('sign in', refusal=refusal, back=back,
+                           keystone=self.service.config.keystone)
+
+    def signed_in_as(self, actor: Actor, token: str, lasts: float, given: dict):
+        """Begins a session of somebody, by the hash of a token."""
+        import bottle
+        session, made = secrets.token_urlsafe(24), self.onward(local(given.get('next')))
         with transaction():
             run('DELETE FROM session WHERE until <= ?', int(self.service.clock()))
             run('INSERT INTO session (hash, token_id, until) '
                 'SELECT ?, id, ? FROM token WHERE hash = ?',
-                hashed(session), int(self.service.clock() + lasts), hashed(token))
+                hashed(session), int(self.service.clock() + lasts), token)
             where = bottle.request.environ.get('cmres.address') or 'an unknown address'
             journal(self.service.config, self.service.clock(), actor.user, 'signed_in',
                     f'{actor.user} in {actor.project} signed in from {where}')
@@ -20873,6 +20983,10 @@ Example:
 
 Example:
   python cmres.py credential add chameleon 8f2c... SECRET
+""", 'catalog': """Where OpenStack's own tools find cmres.
+
+Example:
+  python cmres.py catalog add chameleon --dry-run
 """, 'user': """People who leave.
 
 Example:
@@ -21070,6 +21184,25 @@ def store_migrate(config: Config) -> dict:
     open_store(config.database, config.key)
     return done or {'database': config.database, 'version': latest_version(),
                     'result': 'nothing to do'}
+
+
+def catalog_add(config: Config, cloud: Name, address: Name = '', dry_run: bool = False) -> Rows:
+    """Writes into the catalog of a cloud where `openstack reservation`, Horizon and Heat find cmres.
+
+    Each line is a difference; with --dry-run that is all that happens, and where nothing is to be
+    changed there is none. The entry of clouds.yaml must be an admin's. Without --address, it is
+    that of the setting `address`.
+
+    Example:
+      python cmres.py catalog add chameleon --address https://cmres.example.org --dry-run
+    """
+    address = address or config.address
+    if not is_web(address):
+        raise Invalid('say how people reach `serve`: --address https://cmres.example.org, or the '
+                      'setting `address`')
+    if is_simulated(cloud):
+        raise Invalid(f'the cloud {cloud} has no catalog')
+    return OpenStack(cloud, '', config).register(f"{address.rstrip('/')}{BLAZAR}/v1", dry_run)
 
 
 def key_rotate(config: Config) -> dict:
@@ -21311,7 +21444,7 @@ complete -c cmres -f -a '(_CMRES_COMPLETE=1 cmres (commandline -opc)[2..-1] (com
 LOCAL = {each.__name__: Operation(each.__name__, each, ADMIN, [('POST', '', {})])
          for each in (serve, scheduler, tick, occurrences, store_backup, store_verify,
                       store_restore, store_migrate, store_orphans, completion, key_rotate,
-                      config_show, config_check, event_export, alerts, dashboard, container)}
+                      catalog_add, config_show, config_check, event_export, alerts, dashboard, container)}
 
 
 def in_utc(config: Config) -> None:

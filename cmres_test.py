@@ -19856,7 +19856,7 @@ class StandIn(Proxy):
 
     def __init__(self):
         super().__init__(handler=Answering)
-        self.now, self.tokens, self.applications = NOON.timestamp, {}, {}
+        self.now, self.tokens, self.applications, self.catalog = NOON.timestamp, {}, {}, []
         self.servers, self.ghosts, self.untagged, self.busiest, self.open_now = {}, [], 0, 0, 0
         self.made, self.flavor_specs, self.full, self.logins = collections.Counter(), True, False, 0
         self.flavors = {'m1.tiny': (1, 512, {}), 'g1': (4, 8192, {'resources:CUSTOM_GPU': '1', 'hw:x': 'y'})}
@@ -19909,9 +19909,11 @@ class StandIn(Proxy):
             who = {'name': self.applications.get((mine['id'], mine['secret']), '')}
         else:
             who = identity['password']['user']
-        if not who['name'] or who['name'] != who.get('password', who['name']):
+        wanted = said['auth'].get('scope', {}).get('project', who).get('name', who['name'])
+        if not who['name'] or who['name'] != who.get('password', who['name']) or wanted != who['name']:
             return 401, self.refusal(401, 'The request you have made requires authentication.')
-        later = (datetime.now(UTC) + timedelta(days=1)).strftime('%Y-%m-%dT%H:%M:%S.000000Z')
+        now = datetime.fromtimestamp(max(time.time(), self.now()), UTC)
+        later = (now + timedelta(days=1)).strftime('%Y-%m-%dT%H:%M:%S.000000Z')
         catalog = [{'type': kind, 'name': kind, 'id': kind, 'endpoints': [
             {'id': kind, 'interface': 'public', 'region': 'one', 'region_id': 'one', 'url': f'{self.url}{path}'}]}
             for kind, path in (('identity', '/v3'), ('compute', '/v2.1'), ('image', '/image'), ('network', '/'),
@@ -19919,7 +19921,8 @@ class StandIn(Proxy):
         domain = {'id': 'default', 'name': 'Default'}
         token = {'methods': ['password'], 'expires_at': later, 'catalog': catalog, 'is_domain': False,
                  'user': {'id': who['name'], 'name': who['name'], 'domain': domain},
-                 'project': {'id': who['name'], 'name': who['name'], 'domain': domain}, 'roles': []}
+                 'project': {'id': who['name'], 'name': who['name'], 'domain': domain},
+                 'roles': [{'id': 'member', 'name': 'member'}]}
         return 201, {'token': token}, [('X-Subject-Token', who['name'])]
 
     def issue(self, user='u-eva', project='p-bio', roles=('member',), lasts=3600, **more):
@@ -19934,6 +19937,21 @@ class StandIn(Proxy):
     def show_token(self, user, query, said):
         return (200, {'token': self.tokens[user]}) if user in self.tokens else (
             401, self.refusal(401, 'The request you have made requires authentication.'))
+
+    def list_services(self, user, query, said):
+        return 200, {'services': [each for each in self.catalog if each['kind'] == 'service']}
+
+    def list_endpoints(self, user, query, said):
+        return 200, {'endpoints': [each for each in self.catalog if each['kind'] == 'endpoint']}
+
+    def add_to_catalog(self, user, query, said, kind):
+        self.catalog.append(said[kind] | {'id': f'{kind}-{len(self.catalog)}', 'kind': kind})
+        return 201, {kind: self.catalog[-1]}
+
+    def change_endpoint(self, user, query, said, id):
+        found, = (each for each in self.catalog if each['id'] == id)
+        found |= said['endpoint']
+        return 200, {'endpoint': found}
 
     def versions(self, user, query, said, path):
         if path.strip('/') == 'image':
@@ -20076,7 +20094,9 @@ class StandIn(Proxy):
 
 
 ROUTES = [(re.compile(pattern), getattr(StandIn, name)) for pattern, name in (
-    ('POST /v3/auth/tokens', 'log_in'), ('GET /v3/auth/tokens', 'show_token'), ('GET (/|/v3/?|/v2.1/?|/image/?|/placement/?)', 'versions'),
+    ('POST /v3/auth/tokens', 'log_in'), ('GET /v3/auth/tokens', 'show_token'),
+    ('GET /v3/services', 'list_services'), ('GET /v3/endpoints', 'list_endpoints'),
+    ('POST /v3/(service|endpoint)s', 'add_to_catalog'), ('PATCH /v3/endpoints/([^/]+)', 'change_endpoint'), ('GET (/|/v3/?|/v2.1/?|/image/?|/placement/?)', 'versions'),
     ('GET /v2.1/servers/detail', 'list_servers'), ('GET /v2.1/servers/([^/]+)', 'show_server'),
     ('POST /v2.1/servers', 'make_server'), ('DELETE /v2.1/servers/([^/]+)', 'delete_server'),
     ('POST /v2.1/servers/([^/]+)/action', 'act'), ('GET /v2.1/flavors/detail', 'list_flavors'),
@@ -21269,6 +21289,94 @@ def test_a_user_of_the_lab_reserves_machines_that_are_theirs(tmp_path, serving):
             if each.name.startswith('mine-'):
                 user.compute.delete_server(each)
         user.identity.delete_application_credential(user.current_user_id, made)
+
+
+def test_the_catalog_is_told_where_cmres_is_and_only_what_differs_is_changed(nova, tmp_path):
+    config = Config(database=str(tmp_path / 'none.db'), address='https://a.example')
+    first = cmres.catalog_add(config, 'admin', dry_run=True)
+    assert [each['what'] for each in first] == ['service', 'public endpoint', 'internal endpoint', 'admin endpoint']
+    assert nova.catalog == [] and first[1] == {
+        'what': 'public endpoint', 'before': None, 'after': 'https://a.example/reservation/v1'}
+    assert cmres.catalog_add(config, 'admin') == first and cmres.catalog_add(config, 'admin') == []
+    nova.catalog[1]['url'] = 'http://old.example/v1'
+    line, = cmres.catalog_add(config, 'admin', address='https://a.example/')
+    assert line['before'] == 'http://old.example/v1'
+    assert {each.get('url') for each in nova.catalog[1:]} == {'https://a.example/reservation/v1'}
+    assert [(each.get('type'), each.get('region_id')) for each in nova.catalog] == [
+        ('reservation', None), *[(None, 'one')] * 3]
+    for cloud, more in (('simulated', {}), ('admin', {'address': 'nowhere'})):
+        with pytest.raises(Invalid):
+            cmres.catalog_add(config, cloud, **more)
+
+
+@pytest.fixture
+def visitor_of(nova, tmp_path):
+    """A browser at a page that knows the stand-in's Keystone."""
+    world = World(tmp_path, keystone=nova.url)
+    nova.now = lambda: world.now
+    yield webtest.TestApp(cmres.web(world.service)), world
+    nova.released.set()
+    cmres.close_store()
+
+
+def sign_in_at_keystone(web, user='bio', password='bio', project='bio', **more):
+    form = web.get('/list').forms['keystone']
+    for name, value in {'user': user, 'password': password, 'project': project, **more}.items():
+        form[name] = value
+    return form.submit(status='*')
+
+
+def test_who_has_an_account_of_openstack_signs_in_with_it(visitor_of, nova):
+    web, world = visitor_of
+    book(world.as_user('bio', 'bio'), 'hers')
+    for wrong in ({'password': 'wrong'}, {'project': 'chem'}):
+        said = sign_in_at_keystone(web, **wrong)
+        assert said.status_int == 401 and 'with this password in the project' in said.text
+    answer = sign_in_at_keystone(web)
+    assert (answer.status_int, urlsplit(answer.location).path) == (303, '/list')
+    assert 'hers' in web.get('/list') and 'bio' not in '\n'.join(
+        line for line in dump() if 'password' in line.lower())
+    sign_in_at_keystone(webtest.TestApp(web.app))
+    assert len([each for each in world.service.token_list() if each['purpose'] == 'signed in at Keystone']) == 1
+    world.now += world.config.signed_in + 1
+    assert web.get('/list').forms['keystone']
+
+
+def test_while_keystone_is_down_nobody_signs_in_with_it(visitor_of, nova):
+    web, _ = visitor_of
+    nova.faults['POST /auth/tokens'] = ['500 before']
+    said = sign_in_at_keystone(web)
+    assert said.status_int == 503 and 'Keystone does not answer' in said.text
+
+
+def test_a_page_without_keystone_asks_for_a_token_only(world):
+    web = webtest.TestApp(cmres.web(world.service))
+    assert 'keystone' not in web.get('/list').forms
+    web.post('/sign-in/keystone', {'user': 'a', 'password': 'b', 'project': 'c', 'domain': 'd'}, status=401)
+
+
+@openstack
+@real
+def test_the_catalog_of_a_real_keystone_tells_where_cmres_is(lab):
+    """And a password signs in at it, for a project of the user alone."""
+    identity, address = sdk('lab-admin').identity, 'https://cmres.example/'
+    before = [*identity.services(type='reservation')]
+    try:
+        planned = cmres.catalog_add(lab.config, 'lab-admin', address=address, dry_run=True)
+        assert cmres.catalog_add(lab.config, 'lab-admin', address=address) == planned != []
+        assert cmres.catalog_add(lab.config, 'lab-admin', address=address) == []
+        assert [each['what'] for each in cmres.catalog_add(lab.config, 'lab-admin', address='https://b.example')] == [
+            'public endpoint', 'internal endpoint', 'admin endpoint']
+        from openstack import connect
+        assert connect(cloud=ACCOUNT).session.get_endpoint(service_type='reservation') == 'https://b.example/reservation/v1'
+    finally:
+        for each in identity.services(type='reservation'):
+            if each.id not in {one.id for one in before}:
+                identity.delete_service(each)
+    lab.config.take(keystone=ACCOUNT)
+    known = lab.clouds.keystone.sign_in('lab-user', 'lab-user', 'lab-project', 'Default')
+    assert known.scoped.user == sdk().current_user_id and 'member' in known.scoped.roles
+    assert lab.clouds.keystone.sign_in('lab-user', 'lab-user', 'lab-project2', 'Default').refusal
 
 
 # Benchmarks ##################################################################
