@@ -54,6 +54,8 @@ import sys
 import threading
 import time
 import types
+import urllib.error
+import urllib.request
 import uuid
 import wsgiref.util
 import zoneinfo
@@ -255,6 +257,56 @@ def test_no_two_things_of_a_module_have_one_name():
                 [each.name] if isinstance(each, (ast.FunctionDef, ast.ClassDef)) else
                 [target.id for target in getattr(each, 'targets', ()) if isinstance(target, ast.Name)]))
         assert [name for name, number in names.items() if number > 1 and not name.startswith('_')] == []
+
+
+def calls_in(function):
+    """What a function calls, by name, and the statements of SQL in it."""
+    called = collections.defaultdict(list)
+    for each in ast.walk(function):
+        if isinstance(each, ast.Call):
+            called[getattr(each.func, 'id', getattr(each.func, 'attr', ''))].append(each)
+        if isinstance(each, ast.Constant) and isinstance(each.value, str):
+            called['SQL'].append(' '.join(each.value.split()))
+    return called
+
+
+def test_promises_are_made_in_one_place():
+    holding = {'hold', 'release', 'give', 'take', 'admit', 'change_occurrence', 'insert_many', 'write_steps'}
+    loose = {'told', 'due', 'up_told', 'up_check', 'revision', 'revised'}  # no hold, window or state
+    makers = {}
+    for part in ast.parse(MODULE.read_text()).body:
+        for each in part.body if isinstance(part, ast.ClassDef) else [part]:
+            if not isinstance(each, ast.FunctionDef):
+                continue
+            called = calls_in(each)
+            found = {name for name in holding & called.keys() for call in called[name] if isinstance(call.func, ast.Name)}
+            for name in 'change', 'insert':
+                for call in called[name]:
+                    table = getattr(call.args[0], 'id', '') if call.args else ''
+                    if table == 'ExtraHold' or table == 'Occurrence' and {more.arg for more in call.keywords} - loose:
+                        found.add(f'{name} {table}')
+            for text in called['SQL']:
+                written = re.match(r'(INSERT INTO|DELETE FROM|UPDATE) (occurrence|extra_hold|step)\b', text)
+                columns = re.findall(r'(\w+) = ', text.partition(' SET ')[2].partition(' WHERE ')[0]) if written else ()
+                if written and (written[1] != 'UPDATE' or {*columns} - loose):
+                    found.add(f'{written[1]} {written[2]}')
+            if found:
+                makers.setdefault(part.name, {})[each.name] = found
+    # Migrations, and what is forgotten long after its end, promise nothing.
+    for name in ('add_up_told', 'add_whose'):
+        makers.pop(name, None)
+    assert makers.pop('Records', {}).keys() <= {'forget_occurrence'}
+    primitives = {'Ledger', 'release', 'give', 'take', 'admit'}
+    assert makers.keys() - primitives == {'Bookings', 'Policy'}
+    assert makers['Policy'].keys() == {'hold_if_allowed'}
+    # What asks no rule: what is given back, what is there already, and what a rule has let pass before.
+    assert {name for name, found in makers['Bookings'].items() if found & {'hold', 'take', 'admit'}} == {
+        'stays', 'keep_stopped', 'propose', 'hold_capacity'}
+    bookings = next(each for each in ast.parse(MODULE.read_text()).body if getattr(each, 'name', '') == 'Bookings')
+    users = {name: {each.name for each in bookings.body if isinstance(each, ast.FunctionDef) and name in calls_in(each)}
+             for name in ('hold_if_allowed', 'decide_all', 'write_occurrences', 'make_true', 'stays')}
+    assert users == {'hold_if_allowed': {'decide', 'shifted'}, 'decide_all': {'make_true'},
+                     'write_occurrences': {'make_true'}, 'make_true': {'commit'}, 'stays': {'decide_otherwise'}}
 
 
 def test_a_section_uses_only_those_above_it():
@@ -1413,6 +1465,30 @@ def test_readiness_needs_somebody_who_makes_passes(world):
     assert 'the last pass was 3m20s ago' in web.get('/readyz', status=503).json['scheduler']['fault']
 
 
+def test_a_scheduler_of_its_own_tells_what_it_counts_and_how_it_is(world, tmp_path):
+    """On its own port; nothing else is there."""
+    token = world.service.token_add('root', 'default', 'admin', scopes=['read'])['token']
+    process = subprocess.Popen([sys.executable, '-B', str(MODULE), 'scheduler', '--port', '0'], cwd=tmp_path,
+                               env=environment() | {'CMRES_DATABASE': world.config.database, 'CMRES_SWEEP': '0.2'},
+                               stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    try:
+        lines = [process.stdout.readline() for _ in range(2)]
+        url = re.search(r'metrics are at (http://\S+)/metrics', ''.join(lines))[1]
+
+        def get(path, **headers):
+            request = urllib.request.Request(url + path, headers=headers)
+            with contextlib.suppress(urllib.error.HTTPError), urllib.request.urlopen(request, timeout=30) as answer:
+                return answer.status, answer.read().decode()
+            return None
+        until(lambda: 'cmres_cloud_call_seconds_count{cloud="simulated"' in get(
+            '/metrics', Authorization=f'Bearer {token}')[1])
+        assert get('/healthz')[0] == get('/readyz')[0] == 200
+        assert not get('/metrics') and not get(f'{BASE}/reservation/', Authorization=f'Bearer {token}') and not get('/')
+    finally:
+        process.terminate()
+        process.wait(20)
+
+
 WRITER = '''
 import sys
 import cmres
@@ -2379,7 +2455,7 @@ def brute_force_windows(held: dict, begin: int, until: int, need: tuple) -> tupl
 def test_steps_agree_with_brute_force_over_thousands_of_random_changes(world):
     """THE RULE against a model that looks at every instant; refusals and the kept usage as well."""
     chance, held, refused = random.Random(20), {}, 0
-    place = world.service.resource_row('demo')._replace(vms=12, vcpus=30, ram=60, classes='{"CUSTOM_GPU": 9}')
+    place = world.service.look.resource_row('demo')._replace(vms=12, vcpus=30, ram=60, classes='{"CUSTOM_GPU": 9}')
     for turn in range(4000):
         if held and chance.random() < 0.45:
             begin, until, amount = held.pop(chance.choice(list(held)))
@@ -3787,7 +3863,7 @@ def furnished(world) -> World:
     book(eva, 'other', start=7, end=8, resource='frees')
     book(eva, 'offered', start=7, end=8, resource='frees', wait=True, confirm=hours(1))
     service.delete('other')
-    service.admit_waiting(service.clock())
+    service.waiting.admit_waiting(service.clock())
     service.limit_add(user='bob', most_vms=1)
     service.maintenance_add('demo', NOON + hours(50), hours(1))
     book(service)
@@ -3887,7 +3963,7 @@ def test_what_waits_does_not_become_a_series(service):
         with pytest.raises(Invalid, match='a series can not wait'):
             service.update('waits', repeat='daily', count=3, dry_run=dry_run)
     service.delete('lab')
-    service.admit_waiting(service.clock())
+    service.waiting.admit_waiting(service.clock())
     assert service.check()['differences'] == 0 and service.show('waits')['state'] == 'reserved'
 
 
@@ -4237,9 +4313,9 @@ def test_what_can_never_fit_is_told_before_what_does_not_fit_now(service):
 
 def test_a_refusal_that_is_out_of_date_when_it_is_explained_is_still_a_refusal(service):
     asked = {name: each.default for name, each in API['add'].parameters.items()}
-    wish = service.read_wish(asked | {'label': 'lab', 'resource': 'demo', 'start': NOON + hours(1),
+    wish = service.wishes.read_wish(asked | {'label': 'lab', 'resource': 'demo', 'start': NOON + hours(1),
                                       'end': NOON + hours(2)})
-    with pytest.raises(NoCapacity), service.explaining(wish):
+    with pytest.raises(NoCapacity), service.offers.explaining(wish):
         raise NoCapacity('')  # as admit did, a moment before somebody else cancelled
 
 
@@ -6452,7 +6528,7 @@ def test_carrying_on_again_on_the_same_day_changes_nothing(world, service):
     assert [line for line in dump() if 'INTO "lease"' not in line] == before
     for id in (1, 2):
         with cmres.transaction():
-            service.refresh(id, world.now)
+            service.series.refresh(id, world.now)
     assert (len(starts()), len(starts('other'))) == (367, 53) and service.check()['differences'] == 0
 
 
@@ -6529,7 +6605,7 @@ def test_what_was_changed_on_its_own_or_has_begun_or_is_over_stays_when_a_zone_c
     before = [(each.start, each.end) for each in rows_of()]
     government()
     with cmres.transaction():
-        service.refresh(1, world.now)
+        service.series.refresh(1, world.now)
     after = [(each.start, each.end) for each in rows_of()]
     assert after[:7] == before[:7] and after[7][0] == before[7][0] and after[8:10] == before[8:10]
     assert [a - b for (a, _), (b, _) in zip(after[10:], before[10:])] == [-3600] * 2
@@ -8803,7 +8879,7 @@ def test_any_sequence_of_waiting_limits_and_capacities_is_as_lists_would_have_it
         waits = {each['label'] for each in world.service.list(state=['waiting'])}
         assert waits == {entry[4] for entry in plan.line if entry[3][2] > plan.now}
         for at in range(plan.now, plan.now + 24):
-            assert cmres.level(world.service.resource_row('demo').id, (NOON + hours(at)).timestamp()).vms == (
+            assert cmres.level(world.service.look.resource_row('demo').id, (NOON + hours(at)).timestamp()).vms == (
                 plan.held(at) + 16 - plan.room(at))
     cmres.close_store()
 
@@ -8848,7 +8924,7 @@ for n in range(30):
         service.delete(here[0])
         mine.remove(here[0])
     with cmres.transaction():
-        service.admit_waiting(now[0])
+        service.waiting.admit_waiting(now[0])
 print('done')
 """
 
@@ -8900,7 +8976,7 @@ def lined(tmp_path):
 
 def admit(world) -> None:
     """Lets the line move on, as the life cycle does."""
-    while world.service.admit_waiting(world.now):
+    while world.service.waiting.admit_waiting(world.now):
         pass
 
 
@@ -15031,7 +15107,7 @@ def test_cells_fill_a_time_line_also_where_clocks_change(view, zone, at):
 
 
 def test_peaks_are_those_of_each_span(world):
-    chance, place = random.Random(5), world.service.resource_row('demo')
+    chance, place = random.Random(5), world.service.look.resource_row('demo')
     for _ in range(60):
         begin = chance.randrange(0, 900)
         cmres.hold(place.id, begin, begin + chance.randrange(1, 200), Amount(*(chance.randrange(1, 5) for _ in range(3))))
