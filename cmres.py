@@ -40,9 +40,10 @@ The file reads from top to bottom; a section uses only the sections above it:
   Config, Metrics, Calls, Answers     settings; what is counted; what becomes arguments; answers
   Store, Capacity                     what is on disk; the rule that admits
   Clouds, Notices, Shares, Calendar   what boots VMs; who is told; who may be slow; iCalendar
-  Service, Wishes, Limits             who asks; what is asked; how much anybody may have
-  Holding, Series, Admission          one occurrence, many, whole reservations, by the rule
-  Waiting, Requests, Plan             the waiting list; what people ask for; what operators do
+  Service, Lookup, Wishes, Limits     who asks; what is there; what is asked; what anybody may have
+  Policy, Bookings                    the rules; the one place where promises are made otherwise
+  Series, Admission, Waiting, Offers  what is to change; the waiting list; what would fit instead
+  Approval, Requests, Plan            what admins say; what people ask for; what operators do
   Claims, Calendars, Tokens, Records  what Nova asks; imports and feeds; who may ask; what was
   Life cycle                          what makes it so
   Document, REST, Gate, Blazar, Page  the faces on the web, and what stands before them
@@ -3481,15 +3482,11 @@ class Resource(Table):
     ram = peewee.IntegerField(null=True)  # MiB
     mode = peewee.CharField(default='')   # '' or one of MODES
     hold = peewee.IntegerField(default=0)  # seconds
-    # seconds that one is held for an admin to approve it; 0: no need
-    approval = peewee.IntegerField(default=0)
-    # seconds after which one that nobody uses is released; 0: never
-    no_show = peewee.IntegerField(default=0)
-    # JSON: what it holds of other resource classes of Placement; '': none
-    classes = peewee.TextField(default='')
+    approval = peewee.IntegerField(default=0)  # seconds that an admin has to approve; 0: no need
+    no_show = peewee.IntegerField(default=0)   # seconds until what nobody uses goes; 0: never
+    classes = peewee.TextField(default='')  # JSON: of other resource classes of Placement; '': none
     hosts = peewee.TextField(default='[]')  # JSON: of its aggregate, as `sync` saw them
-    # JSON: what each of them holds, where they are reserved by name
-    named = peewee.TextField(default='')
+    named = peewee.TextField(default='')    # JSON: what each holds, if reserved by name
     added = peewee.IntegerField()
     removed = peewee.IntegerField(null=True)
 
@@ -3505,8 +3502,7 @@ class Reservation(Table):
     security_groups = peewee.TextField()  # JSON
     user_data = peewee.TextField()
     metadata = peewee.TextField()  # JSON
-    # the id of a machine that its owner has already, in place of an image
-    server = peewee.CharField()
+    server = peewee.CharField()  # the id of a machine that its owner has, in place of an image
     at_end = peewee.CharField()  # '' or one of ENDS
     notify = peewee.TextField()  # JSON
     lead = peewee.IntegerField()  # seconds
@@ -3516,26 +3512,22 @@ class Reservation(Table):
     series = peewee.TextField(default='')        # JSON: its stretches
     request = peewee.CharField(default='')       # the label of the request of which this is a part
     host = peewee.CharField(default='')          # all of it is reserved, by its name
-    # JSON: while it waits for one of several resources, those
-    choices = peewee.TextField(default='')
+    choices = peewee.TextField(default='')       # JSON: the resources for one of which it waits
     waiting = peewee.IntegerField(null=True)     # since when it waits for room
     priority = peewee.IntegerField(default=0)
-    # seconds that room is held for its owner to accept it
-    confirm = peewee.IntegerField(default=0)
+    confirm = peewee.IntegerField(default=0)     # seconds that its owner has to accept it
     pending = peewee.IntegerField(null=True)     # until when it is held for somebody's word
     personal = peewee.BooleanField(default=False)  # only its user may boot on it through Nova
     on_conflict = peewee.CharField(default='')   # what becomes of an occurrence that has no room
     trusted = peewee.TextField(default='[]')     # JSON: KIND:NAME that an admin gave it
     booked_until = peewee.IntegerField(null=True)  # how far it is in rows, if it goes on after that
-    # a digest of that event, to see whether it is another
-    origin = peewee.CharField(default='')
+    origin = peewee.CharField(default='')        # a digest of that event
     uid = peewee.CharField(null=True)            # of the event of a calendar that it comes from
     subscription = peewee.IntegerField(null=True)  # the calendar that brought it
     added = peewee.IntegerField()
     changed = peewee.IntegerField()
     over = peewee.IntegerField()  # from then on its label is free again
-    # by which day and zone table a series was carried on last
-    carried = peewee.CharField(null=True)
+    carried = peewee.CharField(null=True)  # day and zone table by which it was carried on last
 
     class Meta:
         indexes = ((('label', 'project', 'over'), False),)
@@ -3543,8 +3535,7 @@ class Reservation(Table):
 
 class Occurrence(Table):
     reservation = peewee.ForeignKeyField(Reservation, index=False)
-    # the wall time at which a series has it: its key; '' if it is the only one
-    slot = peewee.CharField(default='')
+    slot = peewee.CharField(default='')  # the wall time at which a series has it; '': it has none
     altered = peewee.BooleanField(default=False)  # it was changed on its own: the series lets it be
     revision = peewee.IntegerField(default=0)  # how often something about it was told
     revised = peewee.IntegerField(default=0)   # when that was last
@@ -3559,8 +3550,7 @@ class Occurrence(Table):
     classes = peewee.TextField(default='')  # of all its machines, JSON
     cancelled = peewee.IntegerField(null=True)
     told = peewee.IntegerField(default=0)  # which of SOON, READY, ENDING were announced
-    # when the life cycle must look at it next; NULL: never again
-    due = peewee.DoubleField(null=True)
+    due = peewee.DoubleField(null=True)  # when the life cycle looks at it next; NULL: never again
     up_told = peewee.IntegerField(null=True)  # so many servers were up when that was last told
     up_check = peewee.DoubleField(null=True)  # when another number is told, if it is one still
     # These two are as its reservation has them, so that indexes know them; triggers keep them so.
@@ -3600,8 +3590,7 @@ class Capacity(Table):
     vms = peewee.IntegerField(null=True)    # NULL in these: as always
     vcpus = peewee.IntegerField(null=True)
     ram = peewee.IntegerField(null=True)
-    # what it holds; less than nothing where there is more than always
-    held_vms = peewee.IntegerField()
+    held_vms = peewee.IntegerField()  # what it holds; less than nothing for a loan
     held_vcpus = peewee.IntegerField()
     held_ram = peewee.IntegerField()
     classes = peewee.TextField(default='')
@@ -3670,8 +3659,7 @@ class Limit(Table):
 class Step(Table):
     """Of `resource`, this much is held from `at` until the next step of the same track."""
     resource = peewee.ForeignKeyField(Resource, index=False)
-    # '' of the three figures; else a resource class, whose figure stands in `vms`
-    track = peewee.CharField()
+    track = peewee.CharField()  # '': the three figures; else a resource class, its figure in `vms`
     at = peewee.IntegerField()
     vms = peewee.IntegerField()
     vcpus = peewee.IntegerField()
@@ -3688,12 +3676,9 @@ class Server(Table):
     name = peewee.CharField()
     account = peewee.CharField()       # the entry of clouds.yaml that it is made with
     goal = peewee.CharField()          # up, then what becomes of it: one of ENDS
-    # planned, then Nova's status in lower case or one of UNDER_WAY, at last FINAL
-    state = peewee.CharField()
-    # it was there before, and will be after: never made, never deleted
-    borrowed = peewee.BooleanField()
-    # creates begun so far: part of the mark, so that none is used twice
-    tries = peewee.IntegerField()
+    state = peewee.CharField()         # planned, Nova's in lower case or UNDER_WAY, at last FINAL
+    borrowed = peewee.BooleanField()   # there before and after: never made, never deleted
+    tries = peewee.IntegerField()      # creates begun so far: a part of the mark
     failures = peewee.IntegerField()   # in a row; the pause grows with them
     uid = peewee.CharField(null=True)  # the cloud's id, once an answer or a look told it
     addresses = peewee.TextField()     # JSON
@@ -3712,8 +3697,7 @@ class Server(Table):
 class Claim(Table):
     """A server that Nova was let boot on a resource; it counts until it is gone."""
     resource = peewee.ForeignKeyField(Resource, index=False)
-    # what it boots on; NULL: on what nobody has reserved
-    occurrence = peewee.IntegerField(null=True)
+    occurrence = peewee.IntegerField(null=True)  # it boots on; NULL: on what nobody has reserved
     server = peewee.CharField()   # Nova's id
     project = peewee.CharField()  # Nova's ids
     user = peewee.CharField()
@@ -8615,11 +8599,10 @@ def calendar_text(name: str, shown: Iterable[Shown]) -> str:
 
 # Service #####################################################################
 #
-# What people can ask of cmres, built in layers, each a class upon the one before it: who asks and
-# what they may see; what is asked, read and resolved; limits; what is held; series; admission; the
-# waiting list; and then the operations themselves. A method reads: what is asked, what the cloud
-# knows of it (outside any transaction), then one transaction that admits or refuses, then the
-# answer read back. What is refused is explained after it, when nobody waits.
+# Who asks, and what all parts of the service share. Each part, from Lookup to Offers, gets in its
+# constructor what it uses; the operations stand side by side upon them. An operation reads what is
+# asked and what the cloud knows of it (outside any transaction), makes the deal in one transaction,
+# and reads the answer back. What is refused is explained after it, when nobody waits.
 
 
 #: What a token with a scope is good for; with several, for all of that.
@@ -8772,34 +8755,42 @@ def for_each_part(method):
     @functools.wraps(method)
     def acting(self, *args, **kwargs):
         given = inspect.signature(method).bind(self, *args, **kwargs).arguments
-        dry_run = given.get('dry_run', False)
         parts = self.look.parts_of(given['label'], given.get('project', ''))
         if not parts:
             return method(**given)
-        sized = {'vms'} if any(each.host and each.flavor for each in parts) else set()
-        alone = {'rename', 'holidays', 'resource', 'host', *CLOUDY, *sized} & given.keys()
-        if alone:  # clouds are not asked while all others wait
-            raise Invalid(f"the {min(alone)} of a request is changed part by part: "
-                          f"{', '.join(each.label for each in parts[:20])}")
-        given |= {'dry_run': False} if 'dry_run' in given else {}
+        refuse_apart(parts, given)
         each_given = [given | {'label': each.label, 'project': each.project} for each in parts]
-
-        def all_parts(now: float) -> list:
-            with Attempt() as attempt:
-                answers = [method(**each) for each in each_given]
-                waits = ['change' in each for each in answers if isinstance(each, dict)]
-                if all(waits) or not any(waits):
-                    return answers
-                attempt.undo()  # a part needs approval: so the change of all parts waits for it
-            acting = self.acting(self.actor)
-            acting.bookings.proposes_all = True
-            return [method(**each | {'self': acting}) for each in each_given]
-        changes = API[method.__name__].changes
-        answers = self.carry_out(all_parts, dry_run) if changes else [
-            method(**each) for each in each_given]
+        if API[method.__name__].changes:
+            each_given = [each | {'dry_run': False} for each in each_given]
+            answers = self.carry_out(lambda now: changed_together(self, method, each_given),
+                                     given.get('dry_run', False))
+        else:
+            answers = [method(**each) for each in each_given]
         return (sum(answers, []) if isinstance(answers[0], list)
                 else {'label': given['label'], 'parts': answers})
     return acting
+
+
+def refuse_apart(parts: list, given: dict) -> None:
+    """Refuses what is changed part by part: clouds are not asked while all others wait."""
+    sized = {'vms'} if any(each.host and each.flavor for each in parts) else set()
+    alone = {'rename', 'holidays', 'resource', 'host', *CLOUDY, *sized} & given.keys()
+    if alone:
+        raise Invalid(f'the {min(alone)} of a request is changed part by part: '
+                      f"{', '.join(each.label for each in parts[:20])}")
+
+
+def changed_together(service: Service, method: Callable, given: list[dict]) -> list:
+    """What a change answers for each part; if one needs approval, that of all waits for it."""
+    with Attempt() as attempt:
+        answers = [method(**each) for each in given]
+        waits = ['change' in each for each in answers if isinstance(each, dict)]
+        if all(waits) or not any(waits):
+            return answers
+        attempt.undo()
+    acting = service.acting(service.actor)
+    acting.bookings.proposes_all = True
+    return [method(**each | {'self': acting}) for each in given]
 
 
 #: Whom Nova's scheduler lets boot on a resource: who has reserved, or others as well while it is
@@ -9475,8 +9466,7 @@ class Lookup:
 
 # Wishes ######################################################################
 #
-# What somebody asks for, read and resolved, with what the cloud knows of it; and what to say when
-# it doesn't fit: what is in the way, and what would fit instead.
+# What somebody asks for, read and resolved, with what the cloud knows of it; why it doesn't fit.
 
 
 class Wishes:
@@ -11430,8 +11420,7 @@ class Waiting:
 
 # Offers ######################################################################
 #
-# What is said of what has no room: why, what is in the way, and what would fit instead, each offer
-# decided like a request.
+# What would fit instead of what has no room, each offer decided like a request.
 
 
 class Offers:
@@ -11974,7 +11963,7 @@ class Requests(Operations):
     def list(self, label: Label = '', user: Name = '', project: Name = '', resource: Name = '',
              cell: Name = '', cloud: Name = '', region: Name = '', aggregate: Name = '',
              state: Names = (), start: When = None, end: When = None, limit: Page = 100,
-             after: Cursor = '') -> list[ReservationAnswer]:
+             after: Cursor = '', asked: dict = None) -> list[ReservationAnswer]:
         """Lists reservations, the earliest first: those that are not over, or all that the filters
         meet.
 
@@ -11982,18 +11971,14 @@ class Requests(Operations):
         series only the present or next occurrence is listed; a label or a window finds all of them.
         Each page has at most --limit lines, fewer if they are long: the last page is the one
         without a line; --after START/ID of its last line gives the next, whatever moved. Long
-        descriptions are cut, and
-        user data is left out: `show` has them.
+        descriptions are cut, and user data is left out: `show` has them.
 
         Example:
           python cmres.py list --resource demo --state starting,active
         """
         for word in state:
             refuse_unknown_word('state', word, STATES)
-        found = self.matching(label,
-                              {'user': user, 'project': project, 'resource': resource, 'cell': cell,
-                               'cloud': cloud, 'region': region, 'aggregate': aggregate},
-                              state, start, end, limit, after)
+        found = self.matching(label, asked, state, start, end, limit, after)
         if label and not found and not self.look.labelled(label):
             raise NotFound(f"there is no reservation '{label}'")
         return [public(each) for each in found]
@@ -12317,7 +12302,7 @@ class Requests(Operations):
                cell: Name = '', cloud: Name = '', region: Name = '', aggregate: Name = '',
                vms: Count = None, start: When = None, end: When = None, count: Count = None,
                occurrence: Day = None, following: bool = False, kept: bool = False, tz: Zone = '',
-               dry_run: bool = False) -> list[CancelledAnswer | KeptAnswer]:
+               dry_run: bool = False, asked: dict = None) -> list[CancelledAnswer | KeptAnswer]:
         """Cancels a reservation: its capacity is free at once, and its VMs are deleted.
 
         Give a label, or filters that must all match exactly (start and end too); without a label,
@@ -12329,9 +12314,7 @@ class Requests(Operations):
         Example:
           python cmres.py delete --resource demo --user eva --dry-run
         """
-        asked = {'user': user, 'project': project, 'resource': resource, 'cell': cell,
-                 'cloud': cloud, 'region': region, 'aggregate': aggregate}
-        if not any([label, vms, start, end, *asked.values()]):
+        if not any(asked[name] for name in FILTERS):
             raise Invalid('say which: a label, or filters such as --resource and --user')
         if kept:
             return self.delete_kept(label, project, dry_run)
@@ -12568,7 +12551,7 @@ class Plan(Operations):
                         vms: Most = None, vcpus: Most = None, ram: Most = None,
                         classes: Classes = None, mode: Name = None, hold: Span = None,
                         approval: Span = None, no_show: Span = None, force: bool = False,
-                        dry_run: bool = False) -> ResourceChangedAnswer:
+                        dry_run: bool = False, asked: dict = None) -> ResourceChangedAnswer:
         """Changes a resource; `unlimited` takes a limit away.
 
         A capacity below what is held already needs --force; nothing is cancelled then, and the
@@ -12577,14 +12560,12 @@ class Plan(Operations):
         Example:
           python cmres.py resource update demo --vms 8 --dry-run
         """
-        asked = {'name': rename or None, 'cell': cell, 'cloud': cloud, 'region': region,
-                 'aggregate': aggregate, 'vms': vms, 'vcpus': vcpus, 'ram': ram,
-                 'mode': mode if mode is None else self.read_mode(mode),
-                 **self.read_seconds(**{field: length for field, length in (
-                     ('hold', hold), ('approval', approval), ('no_show', no_show))
-                                        if length is not None})}
-        new = {field: None if value == UNLIMITED else value for field, value in asked.items()
-               if value is not None}
+        new = {'name': rename} if rename else {}
+        new |= {field: None if asked[field] == UNLIMITED else asked[field]
+                for field in (*PLACE, *FIGURES) if asked[field] is not None}
+        new |= {} if mode is None else {'mode': self.read_mode(mode)}
+        new |= {field: seconds_of(asked[field]) for field in ('hold', 'approval', 'no_show')
+                if asked[field] is not None}
         with self.writing(dry_run) as now:
             found = self.look.resource_row(name)
             if new.keys() & {'mode', *ASKED_BY_NOVA}:
@@ -13960,7 +13941,7 @@ class Tokens(Operations):
 
 # Records #####################################################################
 #
-# What was: the journal, punctuality, reports. The class on top is the service.
+# What was: the journal, punctuality, reports; at last the whole service.
 
 
 #: Of an occurrence o: nothing of it is there, on its way, or asked for.
