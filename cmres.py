@@ -6835,6 +6835,7 @@ class Clouds:
 # get mail in the words of the configuration.
 
 GIVE_UP = 3 * 86400  # seconds after which an undeliverable notice is given up
+RARELY = 3600  # seconds that pauses grow to before a host is asked again that does not answer
 MOST_WAIT = 10  # seconds for an answer from an address that a person gave
 MAIL_WAIT = 30  # seconds for all that a mail server says: some let one wait
 PER_HOST = 2  # notices that are on their way to one host at the same time
@@ -14637,7 +14638,8 @@ class LifeCycle:
             run('UPDATE occurrence SET due = ? WHERE due > ? AND held_from <= ? AND id IN (SELECT '
                 'id FROM occurrence '
                 f'WHERE due IS NOT NULL AND start <= ? + {LONGEST_LEAD})', now, now, latest, latest)
-            run('UPDATE outbox SET due = min(due, ?) WHERE due IS NOT NULL', pause)
+            run('UPDATE outbox SET due = min(due, ? + min(?, ? * (1 << min(tries, 20)))) '
+                'WHERE due IS NOT NULL', now, RARELY, self.config.retry_first)
             run('UPDATE wait SET due = 0 WHERE due > 0')
             for each in rows('SELECT o.id, o.reservation_id, r.notify FROM occurrence o '
                              'JOIN reservation r ON r.id = o.reservation_id WHERE o.due IS NULL '
@@ -15503,9 +15505,14 @@ class LifeCycle:
             self.note(now, 'trouble', f'{server.name}: {fault}', server)
             self.look_again(server.occurrence_id, now)
 
-    def pause(self, failures: int) -> float:
-        most = min(self.config.retry_first * 2 ** min(failures - 1, 20), self.config.retry_most)
-        return most * random.uniform(0.8, 1.2)
+    def pause(self, failures: int, longest: float = 0) -> float:
+        """The seconds before something is tried again that has failed so often.
+
+        Args:
+          longest: seconds that it grows to; 0: those of the setting `retry_most`
+        """
+        pause = self.config.retry_first * 2 ** min(failures - 1, 20)
+        return min(pause, longest or self.config.retry_most) * random.uniform(0.8, 1.2)
 
     def retry_after(self, error: Exception) -> float:
         """The seconds that a cloud asks us to wait; 0 if it doesn't."""
@@ -15549,13 +15556,37 @@ class LifeCycle:
         self.calm_until = 0.0
         if not error:
             change(Outbox, notice.id, due=None, fault='')
-        elif now - notice.at > GIVE_UP:
-            change(Outbox, notice.id, due=None, fault=f'given up: {error}'[:500])
-            log.warning('gave up telling %s of event %s: %s', notice.target, notice.event, error)
-        else:
-            tries = notice.tries + 1
-            change(Outbox, notice.id, tries=tries, due=now + self.pause(tries),
-                   fault=str(error)[:500])
+            if notice.tries:
+                self.hurry_to(host_of(notice.target), now)
+            return
+        tries = notice.tries + 1
+        due = now + self.pause(tries, RARELY)
+        if now - notice.at > GIVE_UP:
+            self.give_up_telling(notice, error, now)
+            # What comes after it goes to the same dead end, so it need not be tried as often anew.
+            run('UPDATE outbox SET tries = ?, due = ? WHERE id = (SELECT min(id) FROM outbox WHERE '
+                'due IS NOT NULL AND target = ? AND owner = ?)',
+                tries, due, notice.target, notice.owner)
+            return
+        change(Outbox, notice.id, tries=tries, due=due, fault=str(error)[:500])
+
+    def give_up_telling(self, notice, error: Exception, now: float) -> None:
+        """Gives up a notice, and what else waits for the same target for as long."""
+        given_up = run(
+            'UPDATE outbox SET due = NULL, fault = ? WHERE id IN (SELECT n.id FROM outbox n '
+            'JOIN event e ON e.id = n.event_id WHERE n.due IS NOT NULL AND n.target = ? '
+            'AND n.owner = ? AND e.at < ?)', f'given up: {error}'[:500], notice.target,
+            notice.owner, now - GIVE_UP).rowcount
+        log.warning('gave up telling %s of event %s%s: %s', notice.target, notice.event,
+                    f' and {given_up - 1} others' if given_up > 1 else '', error)
+
+    def hurry_to(self, host: str, now: float) -> None:
+        """Lets all notices go out that wait because of a host, or of our mail server, that is well
+        again.
+        """
+        for each in rows(f"{NOTICES} WHERE n.due > ? AND {DUE['notice'][2]}", now):
+            if host_of(each.target) == host:
+                change(Outbox, each.id, due=now)
 
     def record_trace(self, result: Job, now: float) -> None:
         """Lets claims count as long as their servers are there, on a host of the resource."""
@@ -15591,7 +15622,7 @@ class LifeCycle:
         """Notes what a look at somebody's calendar gave; what it books is booked already."""
         subscription, error = result.target, result.error
         tries = subscription.tries + 1 if error else 0
-        pause = max(self.config.calendar_poll, self.pause(tries) if error else 0)
+        pause = max(self.config.calendar_poll, self.pause(tries, RARELY) if error else 0)
         fault = {'fault': self.fault(error)[:500]} if error else {'fault': ''} | result.answer
         if error and str(error) != subscription.fault:
             self.service.journal(now, 'trouble',
@@ -16604,26 +16635,45 @@ def health_handler(service: Reservations) -> Callable:
 class Line:
     """Requests that wait for a thread: next is one of whom the fewest are being answered.
 
-    So who sends many at once waits for their own, and others pass.
+    Nobody has more than an equal share of the threads, counted with one who may come next. So who
+    sends many at once waits for their own, and who sends the first finds a thread free.
+
+    Args:
+      threads: how many there are
+      call: wakes one of them; `waitress` calls all of this under a lock of its own
     """
 
-    def __init__(self):
+    def __init__(self, threads: int, call: Callable[[], None]):
+        self.threads, self.call = threads, call
         self.waiting: list[tuple] = []         # whose, what `waitress` serves
         self.answered: dict[int, str] = {}     # by thread, whose
 
     def __len__(self):
         return len(self.waiting)
 
+    def __bool__(self):
+        """Whether there is something to do for this thread, which has done what it had."""
+        self.answered.pop(threading.get_ident(), None)
+        return self.next() is not None
+
+    def next(self) -> tuple | None:
+        """What is to be answered next, if any of it may be now."""
+        under_way = Counter(self.answered.values())
+        everybody = {name for name, _ in self.waiting} | {*under_way}
+        share = max(self.threads // (len(everybody) + 1), 1)
+        first = min(self.waiting, key=lambda each: under_way[each[0]], default=None)
+        return first if first and under_way[first[0]] < share else None
+
     def append(self, channel) -> None:
         self.waiting.append((whose(channel), channel))
 
     def popleft(self):
-        """What this thread answers next; what it has answered before is done."""
-        self.answered.pop(threading.get_ident(), None)
-        under_way = Counter(self.answered.values())
-        name, channel = next_ = min(self.waiting, key=lambda each: under_way[each[0]])
+        """What this thread answers next."""
+        name, channel = next_ = self.next()
         self.waiting.remove(next_)
         self.answered[threading.get_ident()] = name
+        if self.next():
+            self.call()
         return channel
 
 
@@ -16637,7 +16687,7 @@ def fair_dispatcher(threads: int):
     """The threads of `waitress`, with a line of ours before them."""
     from waitress.task import ThreadedTaskDispatcher
     made = ThreadedTaskDispatcher()
-    made.queue = Line()
+    made.queue = Line(threads, made.queue_cv.notify)
     made.set_thread_count(threads)
     return made
 

@@ -4957,25 +4957,62 @@ def test_between_the_events_of_a_calendar_others_write(world, monkeypatch):
     assert seen[:4] == [1, 2, 3, 4]
 
 
+def channel_of(user: str):
+    """A connection with a request of a user, as `waitress` has them."""
+    request = types.SimpleNamespace(headers={'AUTHORIZATION': user})
+    return types.SimpleNamespace(requests=[request], addr=('::1', 1))
+
+
+class Takers:
+    """Threads that take requests from a line and keep them until `gone`."""
+
+    def __init__(self, threads: int, *users: str):
+        self.line = cmres.Line(threads, lambda: self.called.append(1))
+        self.called, self.answered, self.gone = [], [], threading.Event()
+        for user in users:
+            self.line.append(channel_of(user))
+
+    def answer(self):
+        self.answered.append(self.line.popleft().requests[0].headers['AUTHORIZATION'])
+        self.gone.wait()
+
+    def take(self, number: int):
+        for _ in range(number):
+            threading.Thread(target=self.answer, daemon=True).start()
+            until(lambda had=len(self.answered): len(self.answered) > had - 1)
+            until(lambda: len(self.answered) == len(self.line.answered))
+
+
 def test_next_is_answered_who_has_the_fewest_requests_under_way():
-    line, answered = cmres.Line(), []
+    them = Takers(12, 'bad', 'bad', 'bad', 'worse', 'worse', 'good')
+    for number in range(1, 6):
+        them.take(1)
+        until(lambda: len(them.answered) == number)
+    assert them.answered == ['bad', 'worse', 'good', 'bad', 'worse'] and len(them.line) == 1
+    them.gone.set()
 
-    def channel(user):
-        request = types.SimpleNamespace(headers={'AUTHORIZATION': user})
-        return types.SimpleNamespace(requests=[request], addr=('::1', 1))
-    waits = [channel(user) for user in ('bad', 'bad', 'bad', 'worse', 'worse', 'good')]
-    for each in waits:
-        line.append(each)
 
-    def answers():
-        answered.append(line.popleft().requests[0].headers['AUTHORIZATION'])
-        gone.wait()
-    gone, threads = threading.Event(), [threading.Thread(target=answers) for _ in range(5)]
-    for number, each in enumerate(threads, 1):
-        each.start()
-        until(lambda: len(answered) == number)
-    assert answered == ['bad', 'worse', 'good', 'bad', 'worse'] and len(line) == 1
-    gone.set()
+def test_nobody_has_more_threads_than_a_share_that_leaves_one_for_who_comes():
+    them = Takers(8, *['bad'] * 6)
+    for number in range(1, 5):
+        assert them.line
+        them.take(1)
+        until(lambda: len(them.answered) == number)
+    assert not them.line and len(them.line) == 2  # four of eight are theirs, the others are free
+    them.line.append(channel_of('good'))
+    assert them.line and them.line.next()[0] == 'good'
+    them.gone.set()
+
+
+def test_a_thread_that_is_done_frees_its_share_and_wakes_others_for_what_may_follow():
+    line = cmres.Line(4, lambda: woken.append(1))
+    woken: list = []
+    for user in ('one', 'two', 'two'):
+        line.append(channel_of(user))
+    line.popleft()
+    assert woken  # `two` may be answered as well
+    assert line   # this thread asks again: what it had is done
+    assert [line.popleft().requests[0].headers['AUTHORIZATION'] for _ in range(2)] == ['two'] * 2
 
 
 # Service: series #############################################################
@@ -10490,6 +10527,70 @@ def test_a_notice_is_tried_until_it_arrives_and_follows_no_redirect(tmp_path):
     assert inbox.codes() == ['added'] * 3
     assert cmres.rows('SELECT tries, due, fault FROM outbox') == [(2, None, '')]
     inbox.server.shutdown()
+
+
+def refusing(monkeypatch, said, *dead):
+    """Lets notices fail that go to some targets, and counts them."""
+    def deliver(config, notice, about):
+        said.append((notice.target, notice.event))
+        if notice.target in dead:
+            raise cmres.Undelivered('refused')
+    monkeypatch.setattr(cmres, 'deliver', deliver)
+
+
+def told_for(world, length: float, step=60):
+    """Lets passes be made for so many hours, one a minute."""
+    for _ in range(int(length * 3600 / step)):
+        world.now += step
+        world.cycle.settle()
+
+
+def test_a_target_that_is_dead_is_asked_seldom_and_told_at_once_when_it_is_well(world, monkeypatch):
+    dead, said = ['http://dead.example.org'], []
+    refusing(monkeypatch, said, *dead)
+    for number in range(5):
+        book(world.as_user(), f'lab-{number}', 200 + number, 201 + number, notify=dead)
+    told_for(world, 6)
+    assert len(said) < 20
+    said.clear()
+    told_for(world, 6)
+    assert len(said) <= 8 and {event for _, event in said} == {said[0][1]}
+    refusing(monkeypatch, said)
+    told_for(world, 1.3)
+    assert not cmres.rows('SELECT id FROM outbox WHERE due IS NOT NULL')
+
+
+def test_what_comes_after_a_notice_that_was_given_up_is_tried_as_seldom(world, monkeypatch):
+    dead, said = ['http://dead.example.org'], []
+    refusing(monkeypatch, said, *dead)
+    for number in range(3):
+        book(world.as_user(), f'lab-{number}', 200 + number, 201 + number, notify=dead)
+    world.now += 80 * 3600
+    book(world.as_user(), 'new', 300, 301, notify=dead)
+    told_for(world, 1, 10)
+    given_up, waits = cmres.row('SELECT count(*) AS n FROM outbox WHERE due IS NULL').n, cmres.rows(
+        'SELECT tries FROM outbox WHERE due IS NOT NULL')
+    assert given_up == 3 and len(waits) == 1 and len(said) < 12
+    said.clear()
+    told_for(world, 3)
+    assert len(said) <= 4
+
+
+def test_whoever_is_well_again_gets_what_waited_for_it_of_all_owners(world, monkeypatch):
+    dead, said = 'http://dead.example.org', []
+    refusing(monkeypatch, said, f'{dead}/a', f'{dead}/b', 'http://other.example.org')
+    for user, target in (('ann', f'{dead}/a'), ('tom', f'{dead}/b'), ('eva', 'http://other.example.org')):
+        book(world.as_user(user), user, 200, 201, notify=[target])
+    told_for(world, 5)
+    refusing(monkeypatch, said, 'http://other.example.org')
+    first = cmres.row("SELECT min(due) AS due FROM outbox WHERE due IS NOT NULL AND target LIKE ?", f'{dead}%').due
+    said.clear()
+    world.now = first
+    world.cycle.settle()
+    world.cycle.settle()
+    assert {target for target, _ in said} >= {f'{dead}/a', f'{dead}/b'}
+    left = cmres.rows('SELECT target FROM outbox WHERE due IS NOT NULL')
+    assert {each.target for each in left} <= {'http://other.example.org'}
 
 
 def test_a_notice_does_not_reach_into_private_networks(world):
