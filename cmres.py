@@ -779,9 +779,10 @@ def checked_rule(rule: str) -> str:
 def read_until(text: str) -> datetime | None:
     """The last instant of a rule as it stands there, a day to its end; None if it is none."""
     whole = text if 'T' in text else f'{text}T235959'
+    if len(whole) not in (15, 16) or whole.startswith('0'):  # it is written as a year of 4 digits
+        return None
     try:
-        return (datetime.strptime(whole.removesuffix('Z'), '%Y%m%dT%H%M%S')
-                if len(whole) in (15, 16) else None)
+        return datetime.strptime(whole.removesuffix('Z'), '%Y%m%dT%H%M%S')
     except ValueError:
         return None
 
@@ -17242,7 +17243,7 @@ def resident() -> int:
 DAV = '/dav'
 MOST_OBJECT = 2**16  # bytes of an event with its exceptions
 MOST_DEPTH = 20      # of elements in one another
-MOST_ELEMENTS = 50_000
+MOST_ELEMENTS = 20_000
 MOST_PROPERTY = 2**16  # letters of one that a program keeps with a calendar
 CHECKED_FOR = 60     # seconds for which the hash of a token is remembered
 LOOKED_AT = 'calendars seen'  # the fact: up to which event the event log was looked at
@@ -17529,6 +17530,8 @@ class Understood(NamedTuple):
 
     def keys(self) -> dict[str, str]:
         """The slots of its exceptions, by what they are written as."""
+        if self.booking.error:
+            return {}
         clock = clock_of(self.entries, self.zone)
         return {each.one('RECURRENCE-ID')[1].strip(): self.slot_of(each, clock)
                 for each in self.entries if each.exception}
@@ -17540,16 +17543,23 @@ class Understood(NamedTuple):
         return to_wall(from_wall(named, clock.here), self.here).isoformat()
 
     def slots(self, begin: float, until: float) -> dict[str, Slot]:
-        return {slot.key: slot for slot in all_slots(self.booking.stretches, begin, until)}
+        """What it wants of a window, by slots; what takes long to follow is left out."""
+        try:
+            with Budget().event(True):
+                found = all_slots(self.booking.stretches, begin, until)
+            return {slot.key: slot for slot in found}
+        except (Error, ValueError, OverflowError):
+            return {}
 
     def span(self, until: float) -> tuple[int, int]:
         """When its first occurrence starts and its last one ends, as far as that can be told."""
         try:
             stretches = self.booking.stretches
-            found = all_slots(stretches, 0, until)
-            last = LAST.timestamp() if goes_on(stretches, until) else found[-1].end
+            with Budget().event(True):
+                found = all_slots(stretches, 0, until)
+                last = LAST.timestamp() if goes_on(stretches, until) else found[-1].end
             return found[0].start, int(last)
-        except (Error, LookupError):
+        except (Error, LookupError, ValueError, OverflowError):
             return 0, int(LAST.timestamp())
 
 
@@ -17696,11 +17706,9 @@ class Teller:
 
     def planned(self) -> dict[str, Slot]:
         """What the event itself says, around what there is."""
-        if not self.all or not self.event.booking.stretches:
+        if not self.all:
             return {}
-        with suppress(Error):
-            return self.event.slots(self.all[0].start - 2 * MONTH, self.all[-1].end + MONTH)
-        return {}
+        return self.event.slots(self.all[0].start - 2 * MONTH, self.all[-1].end + MONTH)
 
     def remarks(self) -> dict[str, Remark]:
         """What there is to say, by slots; '' is the event or all of its series."""
@@ -18033,6 +18041,9 @@ def item_of(found) -> Item:
     return Item(found.name, found.etag, found.shown or found.text, found.gone is not None)
 
 
+NO_DOCTYPE = 'the XML has a document type or entities, which are not read here'
+
+
 class Tree:
     """Builds the elements of a body, which has no document type, few elements and little depth."""
 
@@ -18042,7 +18053,7 @@ class Tree:
         self.data, self.close = self.builder.data, self.builder.close
 
     def doctype(self, *_) -> None:
-        raise Invalid('the XML has a document type or entities, which are not read here')
+        raise Invalid(NO_DOCTYPE)
 
     def start(self, tag: str, attributes: dict) -> None:
         self.depth, self.number = self.depth + 1, self.number + 1
@@ -18065,6 +18076,8 @@ def read_xml(data: bytes):
     from xml.etree import ElementTree
     if not data.strip():
         return None
+    if b'<!DOCTYPE' in data:  # the parser tells of it later
+        raise Invalid(NO_DOCTYPE)
     try:
         parser = ElementTree.XMLParser(target=Tree())
         parser.feed(data)
@@ -18135,8 +18148,8 @@ def href_of(*names: str) -> str:
 class Query:
     """A filter of `calendar-query` (RFC 4791, 9.7), as far as it is followed here."""
 
-    def __init__(self, root, zone: ZoneInfo):
-        self.zone = zone
+    def __init__(self, root, zone: ZoneInfo, budget: Budget):
+        self.zone, self.budget = zone, budget
         self.parts = [self.read(each) for each in root.iterfind(full_name('C:comp-filter'))]
         inner = [each for part in self.parts for each in part[3]]
         spans = [span for _, _, span, _, _ in inner if span]
@@ -18183,7 +18196,7 @@ class Query:
                  and all(self.has_alarm(each, one, item) for one in inner)]
         if absent or not found:
             return absent and not found
-        return not span or occurs(item.text, self.zone, *span)
+        return not span or any(True for _ in self.occurrences(item.text, *span))
 
 
     def has_alarm(self, event: Component, part: tuple, item: Item) -> bool:
@@ -18192,26 +18205,30 @@ class Query:
         if name != 'VALARM' or absent or not span:
             there = any(each.strip().upper() == f'BEGIN:{name}' for each in event.lines)
             return there != absent
-        return any(span[0] <= at < span[1] for at in alarms(event, item.text, self.zone, *span))
+        return any(span[0] <= at < span[1] for at in self.alarms(event, item.text, *span))
 
+    def occurrences(self, text: str, begin: int, until: int) -> Iterator[dict]:
+        """The occurrences of an event in a window; {} where that can't be told."""
+        for group in by_uid(read_calendar(text)).values():
+            try:
+                with naming(group[0]), self.budget.event(may_repeat(group)):
+                    yield from group_occurrences(group, self.zone, instant(begin), instant(until))
+            except BadCalendar:
+                yield {}
 
-def alarms(event: Component, text: str, zone: ZoneInfo, begin: int, until: int) -> Iterator[int]:
-    """When the alarms of an event go off, about a window (RFC 5545, 3.8.6.3)."""
-    lines = [read_property(unfolded_line(each)) for each in event.lines]
-    for name, parameters, value in filter(None, lines):
-        if name != 'TRIGGER':
-            continue
-        sign, value = (-1 if value.startswith('-') else 1), value.strip().lstrip('+-')
-        with suppress(Error, ValueError, OverflowError):
-            if not value.upper().startswith('P'):
-                yield int(read_moment(value, '', Frame(b'')).at(zone).timestamp())
-                continue
-            offset = sign * int(read_length(value).total_seconds())
-            side = 'end' if 'RELATED=END' in parameters.upper() else 'start'
-            window = instant(max(begin - offset - 1, 0)), instant(until - offset + 1)
-            for group in by_uid(read_calendar(text)).values():
-                for each in group_occurrences(group, zone, *window):
-                    yield int(each[side].timestamp()) + offset
+    def alarms(self, event: Component, text: str, begin: int, until: int) -> Iterator[int]:
+        """When the alarms of an event go off, about a window (RFC 5545, 3.8.6.3)."""
+        lines = [read_property(unfolded_line(each)) for each in event.lines]
+        for _, parameters, value in (each for each in lines if each and each[0] == 'TRIGGER'):
+            with suppress(Error, ValueError, OverflowError):
+                if not value.strip('+- ').upper().startswith('P'):
+                    yield int(read_moment(value, '', Frame(b'')).at(self.zone).timestamp())
+                    continue
+                offset = int(read_length(value.strip('+- ')).total_seconds())
+                offset = -offset if value.startswith('-') else offset
+                side = 'end' if 'RELATED=END' in parameters.upper() else 'start'
+                for each in self.occurrences(text, max(begin - offset - 1, 0), until - offset + 1):
+                    yield int(each[side].timestamp()) + offset if each else begin
 
 
 COLLATIONS = ('i;ascii-casemap', 'i;unicode-casemap', 'i;octet')
@@ -18229,25 +18246,15 @@ def has_property(event: Component, wanted: tuple) -> bool:
     return (text in value) != (match.get('negate-condition') == 'yes')
 
 
-def occurs(text: str, zone: ZoneInfo, begin: int, until: int) -> bool:
-    """Whether an event has an occurrence in a window; also if that can't be told."""
-    try:
-        return any(group_occurrences(group, zone, instant(begin), instant(until))
-                   for group in by_uid(read_calendar(text)).values())
-    except Error:
-        return True
-
-
-def expanded(text: str, zone: ZoneInfo, begin: int, until: int) -> str:
+def expanded(text: str, entries: list[Entry], zone: ZoneInfo, begin: int, until: int) -> str:
     """An event as its occurrences in a window, each by itself and in UTC (RFC 4791, 9.6.5)."""
     events = events_in(components(text))
-    (group,) = by_uid(read_calendar(text)).values()
+    (group,) = by_uid(entries).values()
     if not may_repeat(group):
         return text
     table, clock = timetable(group, zone), clock_of(group, zone)
     own = {clock.slot(entry.moment('RECURRENCE-ID')).isoformat(): event
-           for entry, event in zip(sorted(group, key=lambda each: each.line), events)
-           if entry.exception}
+           for entry, event in zip(entries, events) if entry.exception}
     form = Form(events[0], table.zone)
     form.instant = not form.whole
     found = []
@@ -18300,6 +18307,7 @@ class Dav:
         self.shelf = self.keeper.shelf
         self.names = [each for each in path.split('/') if each]
         self.user = acting.actor.user
+        self.budget = Budget()  # for all that is followed of series
         self.window: tuple[int, int] | None = None  # events are asked for as what occurs in it
 
     @functools.cached_property
@@ -18406,8 +18414,10 @@ class Dav:
         if not self.window:
             return item.text
         try:
-            return expanded(item.text, self.shelf.zone(self.folder), *self.window)
-        except Error:
+            entries = read_calendar(item.text)
+            with naming(entries[0]), self.budget.event(True):
+                return expanded(item.text, entries, self.shelf.zone(self.folder), *self.window)
+        except BadCalendar:
             return item.text
 
     def href(self, item: Item) -> str:
@@ -18564,8 +18574,8 @@ class Dav:
 
     def calendar_multiget(self, root):
         wanted, found = wanted_in(root), []
-        for each in root.iterfind(full_name('D:href')):
-            href = (each.text or '').strip()
+        hrefs = ((each.text or '').strip() for each in root.iterfind(full_name('D:href')))
+        for href in dict.fromkeys(hrefs):
             names = [*map(unquote, urlsplit(href).path.removeprefix(DAV + '/').split('/'))]
             try:
                 if names[:2] != self.names[:2] or len(names) != 3:
@@ -18580,7 +18590,7 @@ class Dav:
         if asked is None:
             raise Refused(403, 'C:valid-filter', 'a calendar-query needs a filter')
         with self.acting.shares.computing():
-            query = Query(asked, self.shelf.zone(self.folder))
+            query = Query(asked, self.shelf.zone(self.folder), self.budget)
             return multistatus(self.response(each, wanted) for each in self.items(query.begin)
                                if query.takes(each))
 

@@ -14680,6 +14680,12 @@ def test_a_token_of_another_calendar_or_of_one_that_is_forgotten_begins_anew(dav
 
 
 
+
+
+
+
+
+
 # Page ########################################################################
 
 
