@@ -17,6 +17,17 @@ test: $(VENV)/cmres_test   ## run all tests that need no cloud
 test-openstack: $(VENV)/cmres_test   ## run the tests for a real OpenStack, on the cloud OS_CLOUD
 	$(PYTEST) -m openstack cmres_test.py
 
+CALDAV = caldav==3.6.0  # its own test-suite is run against `serve`
+
+test-clients: $(VENV)/cmres_test   ## run the tests with calendar programs, which are installed beside
+	@test -x $(VENV)/clients/bin/python || $(PYTHON) -m venv $(VENV)/clients
+	@$(VENV)/clients/bin/python -m pip install -q --disable-pip-version-check '$(CALDAV)' \
+	  'pytest>=8,<10' pytest-asyncio proxy.py pyfakefs tzlocal vobject radicale
+	@test -d $(VENV)/clients/suite || { $(VENV)/clients/bin/python -m pip download -q --no-deps \
+	  --no-binary caldav --no-build-isolation --disable-pip-version-check -d $(VENV)/clients/source '$(CALDAV)' && \
+	  mkdir $(VENV)/clients/suite && tar xzf $(VENV)/clients/source/*.tar.gz -C $(VENV)/clients/suite --strip-components 1; }
+	CALDAV_CLIENTS='$(abspath $(VENV))/clients' $(PYTEST) -k calendar_clients cmres_test.py
+
 bench: $(VENV)/cmres_test   ## print how fast it is, as ratios measured side by side
 	$(BIN)/python cmres_test.py
 
@@ -37,4 +48,4 @@ $(BIN)/cmres: | $(BIN)/python   # the same program under a short name, compiled 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
-.PHONY: help serve test test-openstack bench clean FORCE
+.PHONY: help serve test test-clients test-openstack bench clean FORCE

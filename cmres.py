@@ -1435,6 +1435,11 @@ class Config:
         """The setting `trusted_proxies`, one by one; Invalid if one of them is none."""
         return read_networks(self.trusted_proxies)
 
+    @property
+    def served(self) -> str:
+        """The address of `serve`, for people."""
+        return self.address.rstrip('/') or f'http://{self.host}:{self.port}'
+
     def is_proxy(self, peer: str) -> bool:
         """Whether an address is that of a trusted proxy."""
         import ipaddress
@@ -13444,10 +13449,8 @@ class Calendars(Claims):
                    resource=self.id_of(resource), hash=hashed(secret), added=int(now), revoked=None)
             self.journal(now, 'calendar', f'made a feed for {user} in {project}')
         name = quote(resource or (project if whole_project else user), safe='')
-        served = f'http://{self.config.host}:{self.config.port}'
         return {'user': user, 'project': project} if dry_run else {
-            'feed': f"{self.config.address.rstrip('/') or served}"
-                    f'/calendar/{secret}/{name}.ics'}
+            'feed': f'{self.config.served}/calendar/{secret}/{name}.ics'}
 
     @api('DELETE', '/calendar/<id>')
     def calendar_revoke(self, id: int, dry_run: bool = False) -> CalendarAnswer:
@@ -18337,7 +18340,7 @@ class Dav:
     def writes(self) -> bool:
         """Whether who asks may change anything."""
         try:
-            self.acting.actor.refuse_out_of_scope(API['import_'])
+            self.acting.actor.refuse_out_of_scope(API[may(self.acting.actor)[1]])
         except Forbidden:
             return False
         return self.acting.actor.role != READER
@@ -18756,7 +18759,7 @@ class Programs:
         try:
             acting = self.service.acting(self.who(request))
             acting.wanted = while_there(request.environ)
-            acting.actor.refuse_out_of_scope(API['calendar_list'])
+            acting.actor.refuse_out_of_scope(API[may(acting.actor)[0]])
             with acting.shares.answering(acting.actor.user):
                 return Dav(acting, request, path).answer()
         except Error as error:
@@ -18792,6 +18795,11 @@ class Programs:
         return found
 
 
+def may(actor: Actor) -> tuple[str, str]:
+    """What a token must be good for, to look at calendars and to write to them."""
+    return ('calendar_list', 'import_') if actor.resource is None else ('list', 'add')
+
+
 def password_of(text: str) -> str:
     """The password of an Authorization header; '' without one."""
     scheme, _, given = text.partition(' ')
@@ -18801,6 +18809,19 @@ def password_of(text: str) -> str:
         return base64.b64decode(given.strip(), validate=True).decode().partition(':')[2]
     except ValueError:
         return ''
+
+
+#: How a person adds the calendars to a program.
+HOW_TO_ADD = {
+    'Thunderbird': 'New Calendar, On the Network; type your user name and the address, Find '
+                   'Calendars, and the token as the password.',
+    'Apple Calendar': 'Settings, Internet Accounts (on iPhone: Apps, Calendar, Calendar Accounts), '
+                      'Add Other Account, CalDAV, Manual; the address is the server. It must '
+                      'begin with https.',
+    'Evolution': 'New, Calendar, type CalDAV; type the address and your user name, Find '
+                 'Calendars, and the token as the password.',
+    'DAVx5 (Android)': 'Add account, Login with URL and user name; the address is the base URL.',
+    'khal': 'with vdirsyncer: a storage of the type caldav with url, username and password.'}
 
 
 def mount_caldav(app, service: Reservations) -> None:
@@ -19599,6 +19620,22 @@ value="{{visit.home}}">
 <span class="soft small">{{words}}</span></label>
 % end
 </div><p><button class="main">{{title}}</button></p></form></details>
+''', 'programs': '''
+<h2>Calendar programs</h2>
+<p>Draw an event in your calendar program, and it is reserved: its VMs start and end with it. Drag it,
+and they move. Delete it, and they are cancelled.</p>
+<p>Address: <code>{{address}}</code><br>User: <code>{{visit.actor.user}}</code><br>Password: a token</p>
+% if makes:
+<form method="post" action="/do/token_add">{{!visit.guard}}<input type="hidden" name="next"
+value="/tokens"><input type="hidden" name="once" value="{{once}}"><input type="hidden" name="scopes"
+value="calendar"><input type="hidden" name="purpose" value="calendar program">
+<button>Make a token for a calendar program</button></form>
+% end
+<ul>
+% for name, words in ways.items():
+<li><strong>{{name}}</strong>: {{words}}</li>
+% end
+</ul>
 ''', 'deed': '''<form class="deed" method="post" action="/do/{{operation}}">{{!visit.guard}}
 % for name, value in fields.items():
 <input type="hidden" name="{{name}}" value="{{value}}">
@@ -20455,8 +20492,11 @@ class Pages:
                if not each['revoked'] and (each['user'], each['project']) == me]
         deeds = () if visit.actor.scopes else ('token_renew', 'token_revoke')
         forms = () if visit.actor.scopes else ('token_add',)
+        programs = render_page(
+            'programs', visit=visit, address=f'{self.service.config.served}{DAV}/',
+            makes=bool(forms), once=secrets.token_hex(8), ways=HOW_TO_ADD)
         return self.page(visit, 'Tokens', self.section(
-            visit, 'Your tokens', own, TOKEN_COLUMNS, deeds, forms))
+            visit, 'Your tokens', own, TOKEN_COLUMNS, deeds, forms) + programs)
 
     def section(self, visit: Visit, name: str, lines: list, columns: str, deeds: tuple,
                 forms: tuple) -> str:
@@ -21864,7 +21904,8 @@ def welcome(service: Reservations, url: str) -> list[str]:
     """Makes a resource and a token where there are none, and tells so."""
     lines = []
     if not service.resource_list():
-        service.resource_add('demo', cloud='simulated', vms=16)
+        service.resource_add('demo', cloud='simulated', vms=16, default_flavor='m1.small',
+                             default_image='cirros')
         lines.append("Made the resource 'demo': 16 vms on the built-in cloud 'simulated'.")
     if not service.token_list():
         token = service.token_add(service.actor.user, service.actor.project, ADMIN)['token']

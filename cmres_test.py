@@ -14686,6 +14686,172 @@ def test_a_token_of_another_calendar_or_of_one_that_is_forgotten_begins_anew(dav
 
 
 
+class Twin:
+    """What a person does in two calendar programs, and the same by the operations on another resource."""
+
+    def __init__(self, world, random):
+        self.world, self.random = world, random
+        world.service.resource_update('demo', vms=4, default_vms=1)
+        world.service.resource_add('twin', cloud='simulated', vms=4)
+        self.programs = [Program(world), Program(world)]
+        self.seen = [program.changes() for program in self.programs]
+        self.bob, self.events = world.as_user('bob', 'other'), {}
+
+    def pick(self, series: bool):
+        names = [name for name, each in self.events.items() if each['days'] > 1 or not series]
+        return self.random.choice(names) if names else None
+
+    def text(self, name: str) -> str:
+        """The event as a program writes it, from what it has seen last."""
+        each = self.events[name]
+        stamp = lambda at: f'{at:%Y%m%dT%H%M%SZ}'
+        more = ''.join(exception(stamp(at), stamp(start), stamp(end), uid=name) for at, (start, end) in sorted(each['moved'].items()))
+        rule = [f"RRULE:FREQ=DAILY;COUNT={each['days']}"] if each['days'] > 1 else []
+        skips = [f'EXDATE:{stamp(at)}' for at in sorted(each['skips'])]
+        return drawn(name, stamp(each['start']), stamp(each['end']), *rule, *skips, f"LOCATION:{each['vms']} x m1.small", more=more)
+
+    def put(self, name: str) -> bool:
+        """Whether the reservation is as the event says now."""
+        program = self.random.choice(self.programs)
+        program.put(name, self.text(name))
+        return 'NOT ' not in program.get(name)
+
+    def window(self):
+        start = NOON + hours(24 + self.random.randrange(40))
+        return start, start + hours(self.random.randrange(1, 4))
+
+    def add(self):
+        name = f'e{len(self.events)}'
+        start, end = self.window()
+        each = dict(start=start, end=end, vms=self.random.randrange(1, 4), days=self.random.choice([1, 1, 3]), moved={}, skips=set())
+        self.events[name] = each
+        fits = self.put(name)
+        repeat = {'repeat': 'daily', 'count': each['days'], 'on_conflict': 'skip'} if each['days'] > 1 else {}
+        each['booked'] = self.done(lambda: self.bob.add(name, 'twin', start, end, vms=each['vms'], flavor='m1.small', **repeat))
+        assert fits or not each['booked'] or each['days'] > 1
+        if each['days'] > 1:
+            del self.events[name]  # what it was left without makes it another one than its twin
+            if fits:
+                self.events[name] = each
+
+    def done(self, deed) -> bool:
+        try:
+            deed()
+            return True
+        except (NoCapacity, NotFound):
+            return False
+
+    def change(self):
+        """Moves a single event, or gives it other VMs."""
+        name = self.random.choice([name for name, each in self.events.items() if each['days'] == 1] or [None])
+        if not name:
+            return
+        each = self.events[name]
+        before = dict(each)
+        each['start'], each['end'] = self.window()
+        each['vms'] = self.random.randrange(1, 4)
+        fits = self.put(name)
+        if each['booked']:
+            assert fits == self.done(lambda: self.bob.update(name, start=each['start'], end=each['end'], vms=each['vms']))
+        else:
+            each['booked'] = self.done(lambda: self.bob.add(name, 'twin', each['start'], each['end'], vms=each['vms'], flavor='m1.small'))
+            assert fits == each['booked']
+
+    def edit_one(self):
+        name = self.pick(series=True)
+        if not name:
+            return
+        each = self.events[name]
+        days = [each['start'] + timedelta(days=n) for n in range(each['days'])]
+        at = self.random.choice(days)
+        if at in each['skips'] or at in each['moved']:
+            return
+        if self.random.random() < .4 and len(each['skips']) < each['days'] - 1:
+            each['skips'].add(at)
+            self.put(name)
+            self.bob.skip(name, occurrence=at)
+            return
+        start = at + hours(self.random.choice([-2, -1, 1, 2]))
+        each['moved'][at] = start, start + hours(1)
+        fits = self.put(name)
+        assert fits == self.done(lambda: self.bob.update(name, occurrence=at, start=start, end=start + hours(1)))
+        if not fits:
+            del each['moved'][at]
+            self.put(name)
+
+    def delete(self):
+        name = self.pick(series=False)
+        if not name:
+            return
+        if self.events.pop(name)['booked']:
+            self.bob.delete(name)
+        self.random.choice(self.programs).ask('DELETE', f'demo/{name}.ics', status=204)
+
+    def compare(self):
+        found = [cmres.run('SELECT start, "end", vms FROM occurrence WHERE resource_id = ? AND cancelled IS NULL ORDER BY 1, 2, 3', id).fetchall()
+                 for id in (1, 2)]
+        assert found[0] == found[1]
+        steps = [cmres.run('SELECT at, vms FROM step WHERE resource_id = ? ORDER BY at', id).fetchall() for id in (1, 2)]
+        assert steps[0] == steps[1] and self.world.service.check()['differences'] == 0
+
+    def sync(self, number: int):
+        """What a program has after it has asked for the differences is what there is."""
+        token, mirror = self.seen[number]
+        token, changed = self.programs[number].changes(token)
+        mirror = {name: etag for name, etag in (mirror | changed).items() if etag}
+        assert mirror == self.programs[number].changes()[1]
+        self.seen[number] = token, mirror
+
+
+@settings(max_examples=4, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.randoms(use_true_random=False))
+def test_whatever_two_programs_do_the_store_is_what_the_operations_would_have_made(tmp_path_factory, empty, random):
+    path = tmp_path_factory.mktemp('twin')
+    shutil.copy(empty, path)
+    twin = Twin(World(path), random)
+    try:
+        for _ in range(10):
+            random.choice([twin.add, twin.add, twin.change, twin.change, twin.edit_one, twin.delete])()
+            twin.compare()
+            if random.random() < .5:
+                twin.sync(random.randrange(2))
+        twin.sync(0), twin.sync(1)
+    finally:
+        cmres.close_store()
+
+
+def test_a_token_for_one_resource_has_its_calendar_alone(dav, world):
+    world.service.resource_add('gpu', cloud='simulated', vms=4, default_flavor='m1.small')
+    one = Program(world, resource='gpu')
+    assert [*properties(one.ask('PROPFIND', '', asked('D:displayname'), Depth='1'))] == ['/dav/eva/', '/dav/eva/gpu/', '/dav/eva/all/']
+    one.put('a', drawn(), 201, calendar='gpu')
+    one.ask('PROPFIND', 'demo/', Depth='0', status=404)
+    one.put('b', drawn('two', '20261201T140000Z', '20261201T160000Z', 'LOCATION:1 x m1.small on demo'), calendar='all')
+    assert [each['resource'] for each in world.service.list()] == ['gpu'] and 'NOT RESERVED' in one.get('b', 'all')
+
+
+def test_a_resource_is_drawn_on_only_if_an_admin_says_what_one_gets(world):
+    with pytest.raises(Invalid, match='needs a flavor'):
+        world.service.resource_update('demo', default_image='cirros')
+    with pytest.raises(Invalid, match='no cloud'):
+        world.service.resource_add('bare', default_flavor='m1.small')
+    assert world.service.resource_update('demo', default_flavor='m1.small')['default_vms'] == 1
+    assert world.service.resource_update('demo', default_vms=0)['default_flavor'] == 'm1.small'
+    dav = Program(world)
+    dav.ask('PROPFIND', 'demo/', Depth='0', status=404).mustcontain("there is no calendar 'demo'")
+    world.service.resource_add('bare', vms=4, default_vms=3)
+    dav.put('a', drawn(), 201, calendar='bare')
+    assert [(each['vms'], each['flavor']) for each in world.service.list()] == [(3, '')]
+
+
+def test_the_page_tells_how_programs_come_to_the_calendars_and_makes_a_token_for_one(world):
+    page = as_visitor(world).get('/tokens')
+    assert 'http://127.0.0.1:8080/dav/' in page.text and all(name in page.text for name in cmres.HOW_TO_ADD)
+    form = [each for each in page.forms.values() if 'scopes' in each.fields and each['scopes'].attrs.get('type') == 'hidden'][-1]
+    token = re.search('cmres_[A-Za-z0-9_-]{40,}', form.submit().text)[0]
+    assert cmres.actor_of(token).scopes == {'calendar'}
+
+
 # Page ########################################################################
 
 
@@ -17350,6 +17516,111 @@ def test_a_person_subscribes_with_vdirsyncer_and_sees_it_in_khal(served, tmp_pat
     after = seen()
     assert '2190-12-03 10:00 2190-12-03 12:00 lab' in after and '2190-12-01' not in after
     assert 'class' not in after or 'CANCELLED' in after[after.index('class'):].upper()
+
+
+CLIENTS = os.environ.get('CALDAV_CLIENTS')  # the environment that `make test-clients` makes
+with_clients = pytest.mark.skipif(not CLIENTS, reason='make test-clients installs calendar programs and runs this')
+
+
+@pytest.fixture
+def drawing(serving, tmp_path):
+    """`serve` with a calendar to draw in, and the token of somebody who does."""
+    serve = serving('--demo')
+    status, _ = serve.ask('PATCH', '/resource/demo', {'vms': 1000, 'default_vms': 2})
+    status, made = serve.ask('POST', '/token/', {'user': 'eva', 'project': 'biology', 'role': 'user'})
+    return serve, made['token']
+
+
+#: What is deliberately not there, in the words of python-caldav.
+PROFILE = {name: {'support': 'unsupported'} for name in (
+    'create-calendar', 'delete-calendar', 'save-load.todo', 'save-load.journal', 'scheduling', 'principal-search')} | {
+    name: {'support': 'full'} for name in ('calendar-color', 'calendar-order', 'save.no-uid-conflict', 'well-known')} | {
+    'tests-cleanup-calendar': {}}
+
+
+@with_clients
+def test_calendar_clients_python_caldav_finds_no_fault(drawing, tmp_path):
+    """Its own test-suite, against a server that it knows nothing of but a profile."""
+    serve, token = drawing
+    suite = tmp_path / 'suite'
+    shutil.copytree(Path(CLIENTS) / 'suite', suite)
+    server = {'type': 'external', 'enabled': True, 'url': f'{serve.url}/dav/', 'username': 'eva', 'password': token, 'features': PROFILE}
+    (suite / 'tests' / 'caldav_test_servers.yaml').write_text(yaml.safe_dump({'test-servers': {'cmres': server}}))
+    done = subprocess.run([f'{CLIENTS}/bin/python', '-m', 'pytest', '-q', '-p', 'no:cacheprovider', '-W', 'ignore', '-k', 'ForServer',
+                           '-o', 'asyncio_default_fixture_loop_scope=function', 'tests/test_caldav.py'], cwd=suite, text=True,
+                          capture_output=True, env=environment() | {'PYTHON_CALDAV_TEST_DOCKER': '0', 'PYTHON_CALDAV_TEST_EMBEDDED': '0'})
+    passed = re.search(r'(\d+) passed', done.stdout)
+    assert done.returncode == 0 and int(passed[1]) >= 40, done.stdout[-3000:] + done.stderr[-3000:]
+
+
+TWO_WAYS = '''[general]
+status_path = "{folder}/status"
+[pair both]
+a = "mine"
+b = "cmres"
+collections = ["demo"]
+conflict_resolution = "b wins"
+[storage mine]
+type = "filesystem"
+path = "{folder}/mine"
+fileext = ".ics"
+[storage cmres]
+type = "caldav"
+url = "{url}/dav/"
+username = "eva"
+password = "{token}"
+'''
+
+
+DRAWN_IN_KHAL = '''[calendars]
+[[demo]]
+path = {folder}/mine/demo
+[locale]
+local_timezone = UTC
+default_timezone = UTC
+dateformat = %Y-%m-%d
+longdateformat = %Y-%m-%d
+timeformat = %H:%M
+datetimeformat = %Y-%m-%d %H:%M
+longdatetimeformat = %Y-%m-%d %H:%M
+[sqlite]
+path = {folder}/khal.db
+'''
+
+
+@with_clients
+@pytest.mark.skipif(not program('vdirsyncer') or not program('khal'), reason='needs vdirsyncer and khal')
+def test_calendar_clients_vdirsyncer_and_khal_draw_change_and_delete(drawing, tmp_path):
+    serve, token = drawing
+    (tmp_path / 'sync.conf').write_text(TWO_WAYS.format(folder=tmp_path, url=serve.url, token=token))
+    (tmp_path / 'khal.conf').write_text(DRAWN_IN_KHAL.format(folder=tmp_path))
+
+    def does(name, config, *argv):
+        done = subprocess.run([program(name), '-c', str(tmp_path / config), *argv], cwd=tmp_path, text=True, capture_output=True,
+                              input='y\n' * 9, env=environment() | {'HOME': str(tmp_path)}, timeout=120)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    def reserved():
+        return [(each['label'], each['start'][:16], each['vms']) for each in serve.ask('GET', '/reservation/')[1] if each['state'] == 'reserved']
+    day = f'{datetime.now() + timedelta(days=30):%Y-%m-%d}'
+    does('vdirsyncer', 'sync.conf', 'discover')
+    does('khal', 'khal.conf', 'new', '-a', 'demo', f'{day} 10:00', '12:00', 'Practical')
+    does('khal', 'khal.conf', 'new', '-a', 'demo', f'{day} 14:00', '15:00', 'Huge', '::', '5000 x m1.small')
+    does('vdirsyncer', 'sync.conf', 'sync')
+    assert reserved() == [('practical', f'{day}T10:00', 2)]
+    does('vdirsyncer', 'sync.conf', 'sync')
+    assert 'NOT RESERVED: Huge' in does('khal', 'khal.conf', 'list', day, '1d', '--format', '{title}')
+    (path,) = [each for each in (tmp_path / 'mine' / 'demo').iterdir() if 'Practical' in each.read_text()]
+    path.write_text(path.read_text().replace('T100000', 'T110000').replace('T120000', 'T130000'))
+    does('vdirsyncer', 'sync.conf', 'sync')
+    assert reserved() == [('practical', f'{day}T11:00', 2)]
+    serve.ask('PATCH', '/reservation/practical', {'start': f'{day}T12:00Z'})
+    does('vdirsyncer', 'sync.conf', 'sync')
+    assert 'T120000' in path.read_text()
+    path.unlink()
+    does('vdirsyncer', 'sync.conf', 'sync')
+    assert reserved() == [] and len([*(tmp_path / 'mine' / 'demo').iterdir()]) == 1
 
 
 def test_a_server_on_a_free_port_gives_addresses_that_lead_to_it(served):
