@@ -1372,6 +1372,8 @@ class Config:
     horizon: int = setting(366,
                            'days ahead for which the occurrences of a repetition are reserved', 1,
                            3660)
+    invitations_per_day: int = setting(
+        200, 'mails that invite people to what one user has reserved, within a day', 0)
     calendar_poll: float = setting(300.0, 'seconds between looks at a calendar that somebody '
                                           'subscribed to', 0.1)
     caldav_refusal: str = setting(
@@ -1463,6 +1465,10 @@ class Config:
     def told_time(self, seconds: float, tz: str = '') -> str:
         """An instant as sentences tell it: in the zone of a reservation, else of the service."""
         return format_moment(instant(seconds), read_zone(tz or self.timezone))
+
+    def logins(self, addresses: Iterable[str]) -> list[str]:
+        """How to log in to VMs, as calendars tell it."""
+        return [self.login.replace('{address}', each) for each in addresses]
 
     def take(self, **values) -> None:
         """Changes settings for all who have this object."""
@@ -1828,6 +1834,7 @@ WORDS = {
     'default_image': 'their image',
     'default_vms': 'how many they are; 0: the resource has no calendar to draw in',
     'description': 'free text for people',
+    'invite': 'mail addresses that get it as an event for their calendars, with commas between',
     'dry_run': 'check and answer as if it were done, and keep nothing',
     'duration': 'length of the window, such as 2h, 90min, 1.5h or 1d12h',
     'end': 'a time, or a length from the start such as +2h; 17:00 is the next one after the start',
@@ -2450,6 +2457,7 @@ class ReservationAnswer(Answer):
     server: str
     at_end: str
     notify: list[str]
+    invite: list[str]
     vcpus: int
     ram: int
     classes: dict[str, int]
@@ -3488,6 +3496,8 @@ class Reservation(Table):
     server = peewee.CharField()
     at_end = peewee.CharField()  # '' or one of ENDS
     notify = peewee.TextField()  # JSON
+    # JSON: mail addresses that get it as an event for their calendars
+    invite = peewee.TextField(default='[]', constraints=[peewee.SQL("DEFAULT '[]'")])
     lead = peewee.IntegerField()  # seconds
     description = peewee.TextField()
     repeat = peewee.CharField(default='')        # the RRULE of a series as it was asked for
@@ -3934,6 +3944,8 @@ class Outbox(Table):
     tries = peewee.IntegerField(default=0)
     due = peewee.DoubleField(null=True)  # NULL: it has arrived, or was given up
     fault = peewee.TextField(default='')
+    # it is a calendar event for somebody who may have no account; a trigger wrote it
+    invites = peewee.BooleanField(default=False, constraints=[peewee.SQL('DEFAULT 0')])
 
 
 Outbox.add_index(Outbox.index(Outbox.event, name='outbox_event'))
@@ -3945,6 +3957,12 @@ class Mailed(Table):
     owner = peewee.CharField(primary_key=True)  # PROJECT/USER
     day = peewee.IntegerField()                 # since 1970
     number = peewee.IntegerField()
+
+
+class Uninvited(Table):
+    """Somebody who wants no invitations any more, by the hash of their mail address."""
+    hash = peewee.CharField(primary_key=True)
+    at = peewee.IntegerField()
 
 
 class Lease(Table):
@@ -3976,7 +3994,7 @@ class SimulatedServer(Table):
 
 TABLES = [Resource, Reservation, Occurrence, Texts, Capacity, Proposal, ExtraHold, Wait, Limit,
           Step, Server, Claim, Tally, Token, Session, OnceDone, Feed, Subscription, CalendarObject,
-          CalendarProperty, Event, Outbox, Mailed, Lease, Fact, SimulatedServer]
+          CalendarProperty, Event, Outbox, Mailed, Uninvited, Lease, Fact, SimulatedServer]
 
 #: What brings an older store up to the models above, one function a version. None reads the models,
 #: which tell of today: each names its tables and columns.
@@ -3985,7 +4003,7 @@ MIGRATIONS: list[Callable] = [
     lambda: trust_names(), lambda: add_sessions(), lambda: add_ends_of_calls(),
     lambda: keep_resource_ids(), lambda: end_left_calendars(), lambda: add_whose(),
     lambda: add_waits(), lambda: add_sums(), lambda: add_once(), lambda: add_ends_of_tokens(),
-    lambda: add_calendar_objects()]
+    lambda: add_calendar_objects(), lambda: add_invitations()]
 
 
 def long_texts(row: str) -> str:
@@ -3995,7 +4013,7 @@ def long_texts(row: str) -> str:
 
 #: What keeps the owners of occurrences as their reservations have them, and counts texts.
 #: Version 13 made them; a version with others drops these.
-TRIGGERS = TRIGGERS_OF_13 = (f'''
+TRIGGERS_OF_13 = (f'''
   CREATE TRIGGER IF NOT EXISTS reservation_texts AFTER INSERT ON reservation WHEN {long_texts('NEW')} > 1000 BEGIN
     INSERT INTO texts VALUES (NEW.project, {long_texts('NEW')})
       ON CONFLICT (project) DO UPDATE SET size = size + excluded.size;
@@ -4017,6 +4035,20 @@ TRIGGERS = TRIGGERS_OF_13 = (f'''
     WHEN (NEW.project, NEW.user) <> (OLD.project, OLD.user) BEGIN
     UPDATE occurrence SET of_project = NEW.project, of_user = NEW.user WHERE reservation_id = NEW.id;
   END''')
+
+
+#: What writes down that those hear of an event who are invited to what it tells of.
+INVITES_OF_17 = '''
+  CREATE TRIGGER IF NOT EXISTS event_invites AFTER INSERT ON event
+    WHEN NEW.reservation_id IS NOT NULL AND NEW.code IN (
+      'added', 'updated', 'kept', 'admitted', 'approved', 'maintenance', 'ready', 'released')
+  BEGIN
+    INSERT INTO outbox (event_id, target, owner, tries, due, fault, invites)
+      SELECT NEW.id, value, r.project || '/' || r.user, 0, NEW.at, '', 1
+        FROM reservation r JOIN json_each(r.invite)
+       WHERE r.id = NEW.reservation_id AND r.invite <> '[]';
+  END'''
+TRIGGERS = (*TRIGGERS_OF_13, INVITES_OF_17)
 
 
 def open_store(path: str, key: str = '', make: bool = True) -> None:
@@ -4736,6 +4768,15 @@ def add_calendar_objects() -> None:
           PRIMARY KEY (user, project, calendar, name)) WITHOUT ROWID""")
 
 
+def add_invitations() -> None:
+    """Version 17: people without an account get reservations as events of their calendars."""
+    add_columns('reservation', {'invite': "TEXT NOT NULL DEFAULT '[]'"})
+    add_columns('outbox', {'invites': 'INTEGER NOT NULL DEFAULT 0'})
+    run('CREATE TABLE IF NOT EXISTS uninvited (hash VARCHAR(255) NOT NULL PRIMARY KEY, '
+        'at INTEGER NOT NULL)')
+    run(INVITES_OF_17)
+
+
 # What goes wrong with the store. SQLite's first error is what the user is told, with what helps.
 
 STORE_ERRORS = (peewee.DatabaseError, sqlite3.Error)
@@ -5311,7 +5352,7 @@ LISTING = '''
   SELECT o.id, r.id AS reservation, r.label, r.user, r.project,
          s.name AS resource, s.cell, s.cloud, s.region, s.aggregate,
          o.vms, r.flavor, r.image, r.network, r.key, r.security_groups, r.metadata, r.user_data,
-         r.server, r.at_end, r.notify, o.vcpus, o.ram, o.classes, r.lead, r.description, r.personal,
+         r.server, r.at_end, r.notify, r.invite, o.vcpus, o.ram, o.classes, r.lead, r.description, r.personal,
          r.repeat, r.tz, o.start, o."end", o.cancelled, r.added, r.changed,
          (SELECT count(*) FROM server v
            WHERE v.occurrence_id = o.id AND v.goal = 'up' AND v.state = 'active') AS up,
@@ -6774,7 +6815,7 @@ PER_HOST = 2  # notices that are on their way to one host at the same time
 MOST_FETCHED = 2**24  # bytes of it: a calendar
 
 NOTICES = '''SELECT n.id, n.target, n.owner, n.tries, e.id AS event, e.at, e.actor, e.code,
-                    e.sentence, e.reservation_id, e.occurrence
+                    e.sentence, e.reservation_id, e.occurrence, n.invites
                FROM outbox n JOIN event e ON e.id = n.event_id'''
 
 
@@ -6984,21 +7025,53 @@ def embedded(address) -> list:
 
 
 def send_mail(config: Config, notice, about: dict) -> None:
-    if not config.mail_server:
-        raise ValueError('no mail_server is set')
-    import smtplib
+    """Sends a notice as a mail."""
+    subject, _, text = notice_text(config, notice, about).partition('\n')
+    sentence = legible(notice.sentence)
+    message = mail_to(config, notice, subject)
+    message.set_content(f'{text}\n\n{sentence}\n' if sentence not in text else f'{text}\n')
+    post_mail(config, message)
+
+
+def send_invitation(config: Config, notice, subject: str, text: str, method: str, event: str,
+                    stop: str) -> None:
+    """Sends a mail with an event for a calendar (RFC 6047).
+
+    Args:
+      stop: the address at which its reader says that no more are wanted
+
+    Raises:
+      Undelivered: it was not accepted.
+    """
+    message = mail_to(config, notice, subject)
+    message['List-Unsubscribe'] = f'<{stop}>'
+    message.set_content(f'{text}\n\nNo more such mails: {stop}\n')
+    message.add_alternative(event, subtype='calendar', params={'method': method})
+    try:
+        post_mail(config, message)
+    except (OSError, ValueError) as error:
+        raise Undelivered(f'{type(error).__name__}: {error}') from None
+
+
+def mail_to(config: Config, notice, subject: str):
+    """A mail for the target of a notice, without a text."""
     from email.message import EmailMessage
     from email.utils import formatdate
-    host, _, port = config.mail_server.partition(':')
     message = EmailMessage()
-    subject, _, text = notice_text(config, notice, about).partition('\n')
     message['From'], message['To'] = config.mail_from, notice.target
     message['Subject'] = f'[cmres] {subject}'
     message['Date'] = formatdate()  # RFC 5322 wants one, and spam filters miss it
     # a repeated one is known as such
     message['Message-ID'] = f'<event-{notice.event}-{notice.id}@cmres>'
-    sentence = legible(notice.sentence)
-    message.set_content(f'{text}\n\n{sentence}\n' if sentence not in text else f'{text}\n')
+    return message
+
+
+def post_mail(config: Config, message) -> None:
+    """Hands a mail to the server of the configuration."""
+    if not config.mail_server:
+        raise ValueError('no mail_server is set')
+    import smtplib
+    host, _, port = config.mail_server.partition(':')
     with cut_off(MAIL_WAIT) as connect, smtplib.SMTP(timeout=MOST_WAIT) as server:
         server._get_socket = lambda host, port, timeout: connect((host, port), timeout)
         server.connect(host, int(port or 25))
@@ -8372,6 +8445,26 @@ def event_text(shown: Shown) -> str:
     return ''.join(folded(f'{name}:{value}') for name, value in said.items() if value)
 
 
+def invitation_text(method: str, sequence: int, shown: Shown, host: str, guest: str,
+                    more: list[tuple[int, int]]) -> str:
+    """A calendar with one event to which somebody is invited (RFC 5546, 3.2.2 and 3.2.5).
+
+    Args:
+      host: the mail address of who invites
+      more: the further windows of a series
+    """
+    head = ('BEGIN:VCALENDAR', 'VERSION:2.0', f'PRODID:-//cmres//{__version__}//EN',
+            f'METHOD:{method}')
+    event = event_text(shown._replace(revision=sequence)).removesuffix('END:VEVENT\r\n')
+    people = (f'ORGANIZER:mailto:{host}',
+              f'ATTENDEE;ROLE=REQ-PARTICIPANT;PARTSTAT=NEEDS-ACTION;RSVP=FALSE:mailto:{guest}')
+    spans = [f'{instant(first):%Y%m%dT%H%M%SZ}/{instant(last):%Y%m%dT%H%M%SZ}'
+             for first, last in more]
+    dates = [f"RDATE;VALUE=PERIOD:{','.join(spans)}"] if spans else []
+    return ''.join([*map(folded, head), event, *map(folded, (*people, *dates)),
+                    'END:VEVENT\r\nEND:VCALENDAR\r\n'])
+
+
 def escaped(text: str) -> str:
     """A TEXT (RFC 5545, 3.3.11), which has no control characters but tabs."""
     text = re.sub(r'([\\;,])', r'\\\1', legible(text.replace('\r\n', '\n')))
@@ -8466,6 +8559,7 @@ class Wish(NamedTuple):
     host: str = ''               # all of it is reserved, by its name
     whole: Amount | None = None  # what it holds
     trusted: list = []           # KIND:NAME that an admin gave it
+    invite: list = []            # mail addresses
 
     @property
     def amount(self) -> Amount:
@@ -8601,7 +8695,7 @@ CLOUDY = ('flavor', 'image', 'network', 'key', 'security_groups', 'server')
 #: The fields of a reservation that a machine is made of; they are fixed once it has begun.
 FIXED = (*CLOUDY, 'resource', 'start', 'lead', 'user_data', 'metadata', 'host')
 STORED = ('label', 'user', 'project', *CLOUDY, 'user_data', 'metadata', 'at_end', 'notify', 'lead',
-          'description', 'personal', 'repeat', 'tz', 'on_conflict', 'host', 'trusted')
+          'description', 'personal', 'repeat', 'tz', 'on_conflict', 'host', 'trusted', 'invite')
 #: What a project keeps only so much of.
 LONG_TEXTS = ('user_data', 'description', 'metadata')
 #: What one occurrence of a series may have otherwise than the others.
@@ -8612,7 +8706,7 @@ SHAPE = OWN | {'repeat', 'until', 'count', 'skip_dates', 'holidays', 'flavor', '
 BACK = 'put back'  # the code of a proposal to have an occurrence again that was left out
 #: What makes a series.
 REPEATING = frozenset(('repeat', 'until', 'count', 'skip_dates', 'holidays'))
-JSON = frozenset(('security_groups', 'metadata', 'notify', 'addresses', 'hosts', 'classes', 'named',
+JSON = frozenset(('security_groups', 'metadata', 'notify', 'invite', 'addresses', 'hosts', 'classes', 'named',
                   'trusted'))
 UNCHANGED = (*STORED, 'resource_id', 'start', 'end', 'held_from', 'held_until', *Amount._fields,
              'over')
@@ -8650,6 +8744,8 @@ WAYS = {'waiting': [('series',
 MOST_WAYS = 200  # that are merged, each of one or two halves; SQLite takes 500
 BATCH = 500      # occurrences that are looked at together
 MOST_BYTES = 2**20  # of text in a page of a list, which then ends before its last line
+MOST_INVITED = 200  # people to one reservation
+MAIL_ADDRESS = re.compile(r'(?=.{3,254}$)[^@\s,<>:;"\\]+@[^@\s,<>:;"\\]+')
 MOST_TRIED = 200  # of those that wait, in one transaction
 MOST_TRIES = 500  # of other ways to spread the parts of a request over resources than the first
 #: What may be offered instead of what is refused, and the field that it changes.
@@ -9270,6 +9366,7 @@ class Wishes:
         self.refuse_unbootable(asked, place)
         if 'notify' in changes:
             self.refuse_untellable(asked['notify'])
+        self.refuse_uninvitable(asked.get('invite') or ())
         asks = {'resource', 'host', *CLOUDY} | ({'vms'} if asked.get('host') else set())
         if old and not asks & set(changes):
             each, server = Amount(1) if old.host else amount_of(old) // old.vms, old.server
@@ -9288,7 +9385,8 @@ class Wishes:
                     old.tz if old else '', asked['on_conflict'], [], each, warnings, *(
                         (old.host, amount_of(old)) if old and old.host
                         and not {*asks, 'vms'} & set(changes)
-                        else self.whole_host(place, asked, each)), trusted=trusted)
+                        else self.whole_host(place, asked, each)), trusted=trusted,
+                    invite=[*(asked.get('invite') or ())])
         if stretches and not {'repeat'} & set(changes):
             stretches = self.moved_stretches(wish, asked, old, stretches, key, changes)
             stretches = self.ended_stretches(stretches, asked, changes, warnings)
@@ -9314,6 +9412,17 @@ class Wishes:
         for target in targets:
             if not self.service.config.may_tell(target):
                 raise Invalid(f"notify: no mails are sent to '{target}'; here they may go to "
+                              f'addresses of {self.service.config.mail_domains} only')
+
+    def refuse_uninvitable(self, people: Iterable[str]) -> None:
+        """Refuses to invite many, or who has no mail address to which mails may go."""
+        if len(people) > MOST_INVITED:
+            raise Invalid(f'invite: at most {MOST_INVITED} people can be invited')
+        for each in people:
+            if not MAIL_ADDRESS.fullmatch(each):
+                raise Invalid(f'invite: {shown(each)} is no mail address such as ann@example.org')
+            if not self.service.config.may_tell(each):
+                raise Invalid(f"invite: no mails are sent to '{each}'; here they may go to "
                               f'addresses of {self.service.config.mail_domains} only')
 
     def refuse_unbootable(self, asked: dict, place) -> None:
@@ -11451,9 +11560,10 @@ class Requests(Operations):
     def add(self, label: NewLabel, resource: Place, start: When, end: When, vms: Count = 1,
             flavor: Name = '', image: Name = '', network: Name = '', key: Name = '',
             security_groups: Names = (), user_data: File = '', metadata: Pairs = None,
-            server: Name = '', at_end: Name = '', notify: Names = (), lead: Span = None,
-            description: Text = '', personal: bool = False, repeat: Repeat = '', tz: Zone = '',
-            until: Day = None, count: Count = None, skip_dates: Names = (), holidays: Source = '',
+            server: Name = '', at_end: Name = '', notify: Names = (), invite: Names = (),
+            lead: Span = None, description: Text = '', personal: bool = False,
+            repeat: Repeat = '', tz: Zone = '', until: Day = None, count: Count = None,
+            skip_dates: Names = (), holidays: Source = '',
             on_conflict: Clash = 'refuse', user: Name = '', project: Name = '', cell: Name = '',
             cloud: Name = '', region: Name = '', aggregate: Name = '', part: Parts = (),
             host: Hosts = (), wait: bool = False, priority: int = 0, confirm: Span = None,
@@ -11747,8 +11857,8 @@ class Requests(Operations):
     def update(self, label: Label, resource: Label = None, start: When = None, end: When = None,
                vms: Count = None, flavor: Name = None, image: Name = None, network: Name = None,
                key: Name = None, security_groups: Names = None, user_data: File = None,
-               metadata: Pairs = None, at_end: Name = None, notify: Names = None, lead: Span = None,
-               description: Text = None, personal: bool = None, host: Name = None,
+               metadata: Pairs = None, at_end: Name = None, notify: Names = None,
+               invite: Names = None, lead: Span = None, description: Text = None, personal: bool = None, host: Name = None,
                repeat: Repeat = None, until: Day = None, count: Count = None,
                skip_dates: Names = None, holidays: Source = None, on_conflict: Clash = None,
                user: Name = None, rename: NewLabel = None, occurrence: Day = None,
@@ -13055,7 +13165,8 @@ class Calendars(Operations):
                 self.admission.cancel(gone, now, 'cancelled in the calendar', ends=True)
                 return {'outcome': 'cancelled', 'label': known.label}
             return {'outcome': 'past' if not booking.cancelled else 'cancelled'}
-        asked = (name for name in STORED if name not in ('label', 'trusted'))
+        asked = [name for name in STORED if name not in ('label', 'trusted', 'invite')]
+        asked += ['invite'] if wish.invite else []
         origin = hashed(repr((booking.digest, wish.columns(*asked))))
         if known and known.origin == origin and (live or subscription or not again):
             # it is spelled out, further than before
@@ -13394,7 +13505,7 @@ class Calendars(Operations):
                          f'{found.vms} vms are reserved', found.resource, 'CONFIRMED')
         lines = [found.state, f"{found.vms} vms {found.flavor} {found.image}".strip(),
                  found.description]
-        lines += [self.config.login.replace('{address}', address) for address in addresses]
+        lines += self.config.logins(addresses)
         lines += [f'key pair: {found.key}'] if found.key and addresses else []
         lines += [found.fault] if found.fault else []
         return Shown(uid, found.start, found.end, revision, revised, found.label,
@@ -13933,6 +14044,19 @@ SERVERS = '''SELECT v.*, r.flavor, r.image, r.network, r.key, r.security_groups,
                FROM server v CROSS JOIN occurrence o ON o.id = v.occurrence_id
                JOIN reservation r ON r.id = o.reservation_id
                  JOIN resource s ON s.id = o.resource_id'''
+
+
+#: How an invitation begins, by the code of its event.
+INVITED = {'added': 'Invitation', 'approved': 'Invitation', 'admitted': 'Invitation',
+           'ready': 'Ready'}
+
+
+def stop_link(config: Config, address: str) -> str:
+    """Where somebody says, without an account, that they want no more invitations."""
+    import hmac
+    key = read_keys(key_file(config.database, config.key))[0]
+    sign = hmac.new(key, f'stop\0{address}'.encode(), 'sha256').hexdigest()[:32]
+    return f"{config.served}/invitations/{quote(address, safe='@')}/{sign}"
 
 
 UNKNOWN = ('the VM {} on {} is unknown since the database was restored: `store orphans` lists such '
@@ -14822,12 +14946,25 @@ class LifeCycle:
             if self.breakers[account].until <= now:
                 self.submit(('look', account), 'look', account, self.known(account))
         for notice in notices:
+            if notice.invites and not notice.tries and self.is_invited_enough(notice, now):
+                continue
             self.submit(('notice', notice.target, notice.owner), 'notice', ' notices', notice)
         for account, uids in claims.items():
             self.submit(('claims', account), 'trace', account, uids)
         # one at a time of each host: one that is slow holds no more than a worker
         for each in polls:
             self.submit(('poll', urlsplit(each.url).hostname), 'poll', ' calendars', each)
+
+    def is_invited_enough(self, notice, now: float) -> bool:
+        """Drops an invitation where as many were sent for a user today as may be."""
+        with transaction():
+            total, = run('INSERT INTO mailed (owner, day, number) VALUES (?, ?, 1) '
+                         'ON CONFLICT (owner) DO UPDATE SET day = excluded.day, '
+                         'number = 1 + iif(day = excluded.day, number, 0) RETURNING number',
+                         f'{notice.owner} invites', int(now // 86400)).fetchone()
+            if enough := total > self.config.invitations_per_day:
+                change(Outbox, notice.id, due=None, fault='too many invitations today')
+        return enough
 
     def next_notices(self, now: float) -> list:
         """The notices that go out now: by turns of their owners, and few to one host at a time.
@@ -15053,7 +15190,38 @@ class LifeCycle:
             found = next(iter(self.service.look.in_order([notice.occurrence])), None)
         elif notice.reservation_id:
             found = self.service.look.next_of(notice.reservation_id)
+        if notice.invites:
+            self.invite(notice)
+            return
         deliver(self.config, notice, public(found) if found else {})
+
+    def invite(self, notice) -> None:
+        """Sends somebody a reservation as it is now, as an event for their calendar."""
+        found = self.service.look.next_of(notice.reservation_id)
+        coming = rows('SELECT id, start, "end" FROM occurrence WHERE reservation_id = ? '
+                      'AND cancelled IS NULL AND "end" > ? ORDER BY start LIMIT 366',
+                      notice.reservation_id, int(self.now()))
+        unwanted = row('SELECT at FROM uninvited WHERE hash = ?', hashed(notice.target.lower()))
+        if unwanted or not found or not coming and found.cancelled is None:
+            return
+        addresses = [each for one in rows(
+            "SELECT addresses FROM server WHERE occurrence_id = ? AND due IS NOT NULL "
+            "AND goal = 'up' ORDER BY n", found.id) for each in json.loads(one.addresses)]
+        lines = [found.description, *self.config.logins(addresses)]
+        lines += [f'key pair: {found.key}'] if found.key and addresses else []
+        first, method = (coming or [found])[0], 'REQUEST' if coming else 'CANCEL'
+        state = 'CANCELLED' if not coming else (
+            'TENTATIVE' if found.state in ('waiting', 'pending') else 'CONFIRMED')
+        shown = Shown(f'reservation-{found.reservation}@{self.clouds.store}', first.start,
+                      first.end, 0, int(notice.at), found.label, '\n'.join(filter(None, lines)),
+                      found.resource, state)
+        event = invitation_text(method, notice.event, shown, self.config.mail_from, notice.target,
+                                [(each.start, each.end) for each in coming[1:]])
+        when = self.config.told_time(first.start, found.tz)
+        word = 'Cancelled' if not coming else INVITED.get(notice.code, 'Changed')
+        send_invitation(self.config, notice, f'{word}: {found.label}, {when}',
+                        '\n'.join(filter(None, [f'{word}: {found.label}, {when}', *lines])),
+                        method, event, stop_link(self.config, notice.target))
 
     def do_trace(self, call: Job) -> dict[str, str | None]:
         return self.clouds.open(call.account).hosts(call.target)
@@ -17210,6 +17378,16 @@ class Understood(NamedTuple):
             return named.isoformat()
         return to_wall(from_wall(named, clock.here), self.here).isoformat()
 
+    def guests(self) -> list[str]:
+        """The mail addresses of who is invited, but not of who invites."""
+        lines = [read_property(unfolded_line(line)) for event in events_in(components(self.text))
+                 for line in event.lines if GUEST.match(line)]
+        found = {name: [value.strip().lower().removeprefix('mailto:')
+                        for kind, _, value in filter(None, lines) if kind == name]
+                 for name in ('ATTENDEE', 'ORGANIZER')}
+        return [each for each in dict.fromkeys(found['ATTENDEE'])
+                if '@' in each and each not in found['ORGANIZER']]
+
     def slots(self, begin: float, until: float) -> dict[str, Slot]:
         """What it wants of a window, by slots; what takes long to follow is left out."""
         try:
@@ -17350,6 +17528,7 @@ class Shelf:
         return Understood(text, wanted[0], group, zone)
 
 
+GUEST = re.compile('(?i)(ATTENDEE|ORGANIZER)[;:]')
 METHOD_LINE = re.compile(r'(?mi)^METHOD[;:]')
 
 
@@ -17445,7 +17624,7 @@ class Teller:
         addresses = [each for one in found for each in json.loads(one.addresses)]
         when = format_time(instant(current.start), self.event.here)
         lines = [f"{when + ': ' if current.repeats else ''}{current.state}",
-                 *(config.login.replace('{address}', each) for each in addresses),
+                 *config.logins(addresses),
                  f'key pair: {current.key}' if current.key and addresses else '', current.fault]
         return '\n'.join(filter(None, lines))
 
@@ -17533,7 +17712,10 @@ class Keeper:
           Error: it is refused, and nothing was changed.
         """
         acting, booking = self.acting, event.booking
-        (_, wish, error), = acting.read_bookings([booking], said_by(booking), event.zone)
+        guests = [each for each in event.guests() if MAIL_ADDRESS.fullmatch(each)
+                  and acting.config.may_tell(each)]
+        said = said_by(booking) | {'invite': guests[:MOST_INVITED]}
+        (_, wish, error), = acting.read_bookings([booking], said, event.zone)
         if error:
             raise error
         with acting.writing() as now:
@@ -18497,6 +18679,30 @@ def mount_caldav(app, service: Reservations) -> None:
     app.route('/.well-known/caldav', 'ANY', programs.elsewhere)
     for path in (DAV, f'{DAV}/<path:path>'):
         app.route(path, 'ANY', programs.answer)
+    for verb in ('GET', 'POST'):
+        app.route('/invitations/<address>/<sign>', verb, uninviting(service))
+
+
+def uninviting(service: Reservations) -> Callable:
+    """Answers who wants no more invitations: with a button, and when it is pressed."""
+    import bottle
+
+    def handle(address: str, sign: str):
+        here = stop_link(service.config, address)
+        if not secrets.compare_digest(here.rpartition('/')[2].encode(), sign.encode()):
+            return refused(NotFound('this address is not one that cmres has sent'))
+        if bottle.request.method == 'POST':
+            with transaction():
+                run('INSERT OR IGNORE INTO uninvited (hash, at) VALUES (?, ?)',
+                    hashed(address.lower()), int(service.clock()))
+            said = f'No more invitations are sent to {escape(address)}.'
+        else:
+            said = (f'<form method="post"><button>Send no more invitations to {escape(address)}'
+                    '</button></form>')
+        return sent(f'<!doctype html><title>cmres</title><p>{said}</p>', 200, UNKEPT | {
+            'Content-Type': 'text/html; charset=utf-8',
+            'Content-Security-Policy': "default-src 'none'; form-action 'self'"})
+    return handle
 
 
 # Page ########################################################################

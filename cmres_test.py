@@ -14929,6 +14929,87 @@ def test_the_page_tells_how_programs_come_to_the_calendars_and_makes_a_token_for
     assert cmres.actor_of(token).scopes == {'calendar'}
 
 
+def invitation(mail):
+    """The method and the event of a mail that invites."""
+    (part,) = [each for each in mail.walk() if each.get_content_type() == 'text/calendar']
+    calendar = icalendar.Calendar.from_ical(part.get_content().encode() if isinstance(part.get_content(), str) else part.get_content())
+    assert part.get_param('method') == calendar['METHOD']
+    (event,) = calendar.walk('VEVENT')
+    return str(calendar['METHOD']), event
+
+
+def test_guests_get_a_lesson_in_their_own_calendars(mails):
+    world, came = mails(timezone='Europe/Paris')
+    eva = world.as_user()
+    book(eva, 'lab', vms=1, flavor='m1.small', image='cirros', description='bring a laptop', invite=['ann@example.org', 'bob@example.org'])
+    world.cycle.settle()
+    assert sorted(mail['To'] for mail in came) == ['ann@example.org', 'bob@example.org']
+    method, event = invitation(came[0])
+    assert (method, event['DTSTART'].dt, event['SUMMARY'], event['STATUS']) == ('REQUEST', NOON + hours(1), 'lab', 'CONFIRMED')
+    assert came[0]['Subject'] == '[cmres] Invitation: lab, Tue 1 Dec 2026, 14:00 (Europe/Paris)' and event['ATTENDEE'] == f"mailto:{came[0]['To']}"
+    uid, sequence = event['UID'], event['SEQUENCE']
+    eva.update('lab', start=NOON + hours(2), end=NOON + hours(3))
+    world.cycle.settle()
+    method, event = invitation(came[2])
+    assert (method, event['DTSTART'].dt, event['UID']) == ('REQUEST', NOON + hours(2), uid) and event['SEQUENCE'] > sequence
+    for n in (2, 2.01, 2.02):
+        world.at(n)
+    method, event = invitation(came[4])
+    assert event['DESCRIPTION'].startswith('bring a laptop\nssh 10.0.0.') and came[4]['Subject'].startswith('[cmres] Ready: lab')
+    eva.delete('lab')
+    world.cycle.settle()
+    method, event = invitation(came[6])
+    assert (method, event['STATUS'], event['UID']) == ('CANCEL', 'CANCELLED', uid) and len(came) == 8
+
+
+def test_who_wants_no_more_invitations_gets_none(mails):
+    world, came = mails()
+    book(world.as_user(), invite=['ann@example.org'])
+    world.cycle.settle()
+    link = urlsplit(re.search(r'No more such mails: (\S+)', came[0].get_body().get_content())[1]).path
+    web = webtest.TestApp(cmres.web(world.service))
+    web.get(link[:-1] + 'x', status=404)
+    assert 'button' in web.get(link).text
+    book(world.as_user(), 'second', 3, 4, invite=['ann@example.org'])
+    world.cycle.settle()
+    assert len(came) == 2
+    web.post(link)
+    book(world.as_user('bob'), 'third', 5, 6, invite=['Ann@example.org'])
+    world.cycle.settle()
+    assert len(came) == 2
+
+
+def test_invitations_are_bounded_and_go_where_mails_may(mails):
+    world, came = mails(invitations_per_day=2, mail_domains='example.org')
+    for wrong, why in ((['ann@other.org'], 'no mails are sent'), (['x'], 'no mail address'), ([f'a{n}@example.org' for n in range(201)], 'at most 200')):
+        with pytest.raises(Invalid, match=why):
+            book(world.as_user(), invite=wrong)
+    book(world.as_user(), invite=['ann@example.org', 'bob@example.org', 'cy@example.org'])
+    book(world.as_user('max'), 'other', invite=['ann@example.org'])
+    world.cycle.settle()
+    assert len(came) == 3
+
+
+def test_a_series_is_one_invitation_and_an_event_that_is_drawn_invites_its_attendees(mails):
+    world, came = mails()
+    world.service.resource_update('demo', default_vms=1)
+    dav = Program(world)
+    dav.put('a', lessons('ORGANIZER:mailto:eva@example.org', 'ATTENDEE;CN=Ann;PARTSTAT=NEEDS-ACTION:mailto:ann@example.org',
+                         'ATTENDEE:MAILTO:eva@example.org', 'ATTENDEE:urn:x'), 201)
+    assert world.service.show('lesson')['invite'] == ['ann@example.org'] and 'ATTENDEE;CN=Ann' in dav.get('a')
+    world.cycle.settle()
+    (mail,) = came
+    _, event = invitation(mail)
+    assert event['DTSTART'].dt == NOON + hours(2) and len(event['RDATE'].dts) == 3
+    world.as_user().skip('lesson', occurrence=date(2026, 12, 3))
+    world.cycle.settle()
+    method, event = invitation(came[1])
+    assert method == 'REQUEST' and len(event['RDATE'].dts) == 2
+    dav.ask('DELETE', 'demo/a.ics', status=204)
+    world.cycle.settle()
+    assert invitation(came[2])[0] == 'CANCEL'
+
+
 # Page ########################################################################
 
 
