@@ -1268,7 +1268,7 @@ TEXTS = {
 #: What stands in braces there: the fields of a reservation as answers show it, and of the event.
 TEXT_FIELDS = frozenset((
     'sentence message actor id label user project resource cell cloud region aggregate vms flavor '
-    'image network key security_groups metadata server at_end notify vcpus ram classes lead '
+    'image network key security_groups metadata server at_end notify invite vcpus ram classes lead '
     'description personal repeat tz start end cancelled added changed up fault request host '
     'state').split())
 
