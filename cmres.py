@@ -16073,6 +16073,18 @@ def rest(service: Reservations, told: Callable | None = None, visitor: Callable 
       told: words what never reaches one of its handlers
       visitor: tells who is signed in to the page, by the cookie of a request
     """
+    app = health_of(service, told)
+    for operation in API.values():
+        for verb, path, fixed in operation.routes:
+            app.route(rule(operation, path), verb, handler(service, operation, fixed, visitor))
+    for path in FEEDS:
+        app.route(path, 'GET', feed_handler(service))
+    app.route('/openapi.json', 'GET', document_handler(service, visitor))
+    return app
+
+
+def health_of(service: Reservations, told: Callable | None = None):
+    """The WSGI application that tells how a service is, and nothing else."""
     import bottle
     app = bottle.Bottle()
     app.uninstall('json')  # it knows neither lists nor instants
@@ -16081,14 +16093,8 @@ def rest(service: Reservations, told: Callable | None = None, visitor: Callable 
     app.install(answering)
     app.add_hook('before_request', lambda: plain_path(bottle.request.environ))
     app.add_hook('after_request', lambda: name_request(bottle.request, bottle.response))
-    for operation in API.values():
-        for verb, path, fixed in operation.routes:
-            app.route(rule(operation, path), verb, handler(service, operation, fixed, visitor))
     app.route('/healthz', 'GET', health_handler(service))
-    for path in FEEDS:
-        app.route(path, 'GET', feed_handler(service))
     app.route('/readyz', 'GET', Readiness(service).answer, skip=[answering])
-    app.route('/openapi.json', 'GET', document_handler(service, visitor))
     app.route(METRICS_PATH, 'GET', no_metrics)
     return app
 
@@ -21356,12 +21362,7 @@ def serve(config: Config, host: Name = '', port: int = None, noscheduler: bool =
     cycle = LifeCycle(config, service.clouds)
     service.wake, service.age = cycle.wake.set, None if noscheduler else cycle.age
     acts = None if noscheduler else cycle
-    try:
-        front = Front(Gate(web(service), service, acts), config)
-    except (OSError, ValueError) as error:
-        raise Unavailable(f"can't listen on {config.host}:{config.port}: {error}; choose another "
-                          'with --port') from None
-    config.take(port=front.port)
+    front = listening(Gate(web(service), service, acts), config)
     url = f'http://{config.host}:{config.port}'
     told += welcome(service, url) if demo else []
     print(f'cmres {__version__} serves {url} from {config.database}', *told, sep='\n', flush=True)
@@ -21370,21 +21371,40 @@ def serve(config: Config, host: Name = '', port: int = None, noscheduler: bool =
         front.run()
 
 
-def scheduler(config: Config) -> None:
+def listening(app: Callable, config: Config) -> Front:
+    """The sockets of a server; the setting `port` is the one that it has then."""
+    try:
+        front = Front(app, config)
+    except (OSError, ValueError) as error:
+        raise Unavailable(f"can't listen on {config.host}:{config.port}: {error}; choose another "
+                          'with --port') from None
+    config.take(port=front.port)
+    return front
+
+
+def scheduler(config: Config, port: int = None) -> None:
     """Runs the life cycle alone, until it is stopped: boots what begins, deletes what is over.
 
+    With --port it also answers `/metrics`, `/healthz` and `/readyz` there: calls to clouds are
+    counted by the process that makes them.
+
     Example:
-      python cmres.py scheduler
+      python cmres.py scheduler --port 8081
     """
     in_utc(config)
     told = prepared(config)
     service = local_service(config)
+    cycle = LifeCycle(config, service.clouds)
+    service.wake, service.age, front = cycle.wake.set, cycle.age, None
+    if port is not None:
+        config.take(port=port)
+        front = listening(Gate(health_of(service), service, cycle), config)
+        told = [f'metrics are at http://{config.host}:{config.port}{METRICS_PATH}', *told]
     first = f'cmres {__version__} runs the life cycle of {config.database}'
     print(first, *told, sep='\n', flush=True)
     note_start(service, 'scheduler')
-    cycle = LifeCycle(config, service.clouds)
-    with running(cycle, Housekeeper(service, cycle)) as stop:
-        stop.wait()
+    with running(cycle, Housekeeper(service, cycle, front), front and front.leave) as stop:
+        front.run() if front else stop.wait()
 
 
 def tick(config: Config) -> None:

@@ -53,6 +53,8 @@ import sys
 import threading
 import time
 import types
+import urllib.error
+import urllib.request
 import uuid
 import wsgiref.util
 import zoneinfo
@@ -1461,6 +1463,30 @@ def test_readiness_needs_somebody_who_makes_passes(world):
     world.now += 200
     web = webtest.TestApp(cmres.rest(world.service))
     assert 'the last pass was 3m20s ago' in web.get('/readyz', status=503).json['scheduler']['fault']
+
+
+def test_a_scheduler_of_its_own_tells_what_it_counts_and_how_it_is(world, tmp_path):
+    """On its own port; nothing else is there."""
+    token = world.service.token_add('root', 'default', 'admin', scopes=['read'])['token']
+    process = subprocess.Popen([sys.executable, '-B', str(MODULE), 'scheduler', '--port', '0'], cwd=tmp_path,
+                               env=environment() | {'CMRES_DATABASE': world.config.database, 'CMRES_SWEEP': '0.2'},
+                               stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    try:
+        lines = [process.stdout.readline() for _ in range(2)]
+        url = re.search(r'metrics are at (http://\S+)/metrics', ''.join(lines))[1]
+
+        def get(path, **headers):
+            request = urllib.request.Request(url + path, headers=headers)
+            with contextlib.suppress(urllib.error.HTTPError), urllib.request.urlopen(request, timeout=30) as answer:
+                return answer.status, answer.read().decode()
+            return None
+        until(lambda: 'cmres_cloud_call_seconds_count{cloud="simulated"' in get(
+            '/metrics', Authorization=f'Bearer {token}')[1])
+        assert get('/healthz')[0] == get('/readyz')[0] == 200
+        assert not get('/metrics') and not get(f'{BASE}/reservation/', Authorization=f'Bearer {token}') and not get('/')
+    finally:
+        process.terminate()
+        process.wait(20)
 
 
 WRITER = '''
