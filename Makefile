@@ -24,7 +24,7 @@ test-clients: $(VENV)/cmres_test   ## run the tests with calendar programs, whic
 	@$(VENV)/clients/bin/python -m pip install -q --disable-pip-version-check '$(CALDAV)' \
 	  'pytest>=8,<10' pytest-asyncio proxy.py pyfakefs tzlocal vobject radicale
 	@test -d $(VENV)/clients/suite || { $(VENV)/clients/bin/python -m pip download -q --no-deps \
-	  --no-binary caldav --no-build-isolation --disable-pip-version-check -d $(VENV)/clients/source '$(CALDAV)' && \
+	  --no-binary caldav --disable-pip-version-check -d $(VENV)/clients/source '$(CALDAV)' && \
 	  mkdir $(VENV)/clients/suite && tar xzf $(VENV)/clients/source/*.tar.gz -C $(VENV)/clients/suite --strip-components 1; }
 	CALDAV_CLIENTS='$(abspath $(VENV))/clients' $(PYTEST) -k calendar_clients cmres_test.py
 
