@@ -45,7 +45,8 @@ The file reads from top to bottom; a section uses only the sections above it:
   Waiting, Requests, Plan             the waiting list; what people ask for; what operators do
   Claims, Calendars, Tokens, Records  what Nova asks; imports and feeds; who may ask; what was
   Life cycle                          what makes it so
-  Document, REST, Gate, CalDAV, Page  the faces on the web, and what stands before them
+  Document, REST, Gate                the faces on the web, and what stands before them
+  Blazar, CalDAV, Page                its REST; calendar programs; what people see in a browser
   Serving, Client, Command line       sockets; Python elsewhere; the shell
   Nova filter                         what nova-scheduler loads from this file
 """
@@ -66,6 +67,7 @@ import itertools
 import json
 import logging
 import math
+import operator
 import os
 import queue
 import random
@@ -1236,6 +1238,8 @@ def read_stretches(text: str) -> list[Stretch]:
 
 
 SECTIONS = ('cmres', 'credentials', 'identities', 'texts')
+READER, USER, ADMIN = 'reader', 'user', 'admin'
+ROLES = (READER, USER, ADMIN)  # each may do what those before it may
 #: What has a name on a cloud.
 KINDS = ('flavor', 'image', 'network', 'key', 'security_group', 'server')
 #: What people are told of, and in which words: the first line is the subject.
@@ -1318,6 +1322,18 @@ class Config:
     trusted_proxies: str = setting(
         '127.0.0.1, ::1', 'addresses and networks of proxies; what they say last in '
         'X-Forwarded-For counts for limits and the log, and for nothing else')
+    keystone: str = setting(
+        '', 'the Keystone whose tokens are taken in X-Auth-Token: an entry of clouds.yaml, or an '
+        'address such as https://cloud.example.org/identity')
+    keystone_roles: str = setting(
+        'admin:admin, member:user, reader:reader', 'which role here a role of Keystone gives, as '
+        'KEYSTONE:CMRES; of several the highest, without any of them none')
+    identity_proxies: str = setting(
+        '', 'addresses and networks of proxies that say who asks, in the headers of '
+        '`identity_header`; they must take those headers out of what their clients send')
+    identity_header: str = setting(
+        'X-Remote', 'how the headers begin in which those proxies say who asks: X-Remote-User, '
+        'X-Remote-Project, X-Remote-Role')
     metrics: str = setting('token', "who may read /metrics: token (with an admin's token), open "
                            '(everybody) or off (nobody)')
     log_format: str = setting('text', 'how lines of the log are written: text or json')
@@ -1444,11 +1460,21 @@ class Config:
 
     def is_proxy(self, peer: str) -> bool:
         """Whether an address is that of a trusted proxy."""
-        import ipaddress
-        with suppress(ValueError):
-            found = ipaddress.ip_address(peer)
-            return any(found in each for each in self.proxies)
-        return False
+        return is_among(peer, self.proxies)
+
+    def tells_who(self, peer: str) -> bool:
+        """Whether an address is that of a proxy that says who asks."""
+        return is_among(peer, read_networks(self.identity_proxies, 'identity_proxies'))
+
+    @property
+    def roles(self) -> dict[str, str]:
+        """The setting `keystone_roles`, one by one; Invalid if one of them is none."""
+        pairs = [each.partition(':') for each in self.keystone_roles.replace(' ', '').split(',')]
+        for name, _, role in pairs:
+            if not name or role not in ROLES:
+                raise Invalid(f"setting keystone_roles: '{name}:{role}' is not KEYSTONE:CMRES, "
+                              f"such as member:user; the roles here are {', '.join(ROLES)}")
+        return {name: role for name, _, role in pairs}
 
     def check_choices(self) -> None:
         """Invalid if a setting that is one of some words is another."""
@@ -1497,8 +1523,17 @@ WORDS_OF = {'metrics': ('token', 'open', 'off'), 'log_format': ('text', 'json'),
             'caldav_refusal': ('mark', '403')}
 
 
+def is_among(address: str, networks: list) -> bool:
+    """Whether an address is in one of some networks."""
+    import ipaddress
+    with suppress(ValueError):
+        found = ipaddress.ip_address(address)
+        return any(found in each for each in networks)
+    return False
+
+
 @functools.lru_cache
-def read_networks(text: str) -> list:
+def read_networks(text: str, setting: str = 'trusted_proxies') -> list:
     """Addresses and networks with commas between; Invalid if one of them is none."""
     import ipaddress
     found = []
@@ -1506,7 +1541,7 @@ def read_networks(text: str) -> list:
         try:
             found.append(ipaddress.ip_network(each, strict=False))
         except ValueError:
-            raise Invalid(f"setting trusted_proxies: '{each}' is no address and no network such as "
+            raise Invalid(f"setting {setting}: '{each}' is no address and no network such as "
                           '10.0.0.0/8') from None
     return found
 
@@ -1539,7 +1574,8 @@ def load_config(path: str | None = None, environ: dict = os.environ) -> Config:
                     credentials=sections['credentials'], identities=sections['identities'],
                     texts=TEXTS | sections['texts'], path=path, stamp=stamp, sources=sources)
     # What is wrong with them is told here, not when they are used.
-    config.zone, config.common, config.proxies, config.check_choices()
+    config.zone, config.common, config.proxies, config.roles, config.check_choices()
+    config.tells_who('')
     return config
 
 
@@ -1819,6 +1855,7 @@ FILTERS = {'label', 'user', 'project', 'resource', 'cell', 'cloud', 'region', 'a
 #: What each argument means, in the one sense that it has in every operation.
 WORDS = {
     'after': 'the earliest start, or in a list START/ID of the last line seen, or its id',
+    'address': 'how people reach `serve`, such as https://cmres.example.org',
     'aggregate': 'host aggregate of the resource',
     'at_end': 'what becomes of the machines at the end: delete, stop, shelve or snapshot (an '
               'image, then delete)',
@@ -1881,6 +1918,8 @@ WORDS = {
     'aggregates': 'names of aggregates, with commas between; without any, those that are marked '
                   'already',
     'ahead': 'the furthest start from now, such as 30d',
+    'application': 'id of an application credential of yours: openstack application credential '
+                   'create cmres',
     'approval': 'for how long a reservation there is held until an admin approves it, such as 2d; '
                 '0s needs none',
     'by_whom': 'project, user or resource',
@@ -1902,6 +1941,7 @@ WORDS = {
     'rows': 'CSV, JSON or YAML with one reservation a line, fields named as in `add`',
     'security_groups': 'security groups of the machines, with commas between',
     'scopes': 'what alone the token is good for: read, claim, calendar; without any, for all',
+    'secret': 'the secret of that application credential',
     'seed': 'the same seed gives the same reservations',
     'shell': 'bash, zsh or fish',
     'server': 'a machine that you have, by name or id, instead of an image: it is started and '
@@ -1922,8 +1962,6 @@ WORDS = {
 }
 
 REQUIRED = inspect.Parameter.empty
-READER, USER, ADMIN = 'reader', 'user', 'admin'
-ROLES = (READER, USER, ADMIN)  # each may do what those before it may
 
 
 @dataclasses.dataclass
@@ -1988,6 +2026,14 @@ def api(verb: str, path: str, role: str | None = None, made: str = '', **fixed):
     return publish
 
 
+def refuse_to(actor: Actor, operation: Operation) -> None:
+    """Forbidden for who may not call an operation: by their role, or by their token."""
+    if ROLES.index(actor.role) < ROLES.index(operation.role):
+        raise Forbidden(f"{operation.words} needs the role {operation.role}; {actor.user} is "
+                        f"{actor.role}")
+    actor.refuse_out_of_scope(operation)
+
+
 def guarded_by_role(method):
     """Refuses before a call an actor whose role is too small, and one too many that takes long.
 
@@ -2002,11 +2048,7 @@ def guarded_by_role(method):
             bound.apply_defaults()
             kwargs['asked'] = {name: value for name, value in bound.arguments.items()
                                if name not in ('self', 'asked')}
-        needed = API[method.__name__].role
-        if ROLES.index(self.actor.role) < ROLES.index(needed):
-            raise Forbidden(f"{API[method.__name__].words} needs the role {needed}; "
-                            f"{self.actor.user} is {self.actor.role}")
-        self.actor.refuse_out_of_scope(API[method.__name__])
+        refuse_to(self.actor, API[method.__name__])
         takes_long = method.__name__ in LONG or any(kwargs.get(name) for name in LONG_BY)
         asks_only = not API[method.__name__].changes or kwargs.get('dry_run')
         with (self.shares.charging(self.actor) if asks_only else nullcontext(),
@@ -2824,6 +2866,16 @@ class TokenAnswer(Answer):
     ends: datetime | None
     last_used: datetime | None
     revoked: datetime | None
+
+
+class CredentialAnswer(Answer):
+    """Whose VMs are made in their own name on which cloud; not the secret."""
+    id: int
+    user: str
+    project: str
+    cloud: str
+    application: str
+    added: datetime
 
 
 class NewTokenAnswer(Answer):
@@ -3972,6 +4024,51 @@ class Lease(Table):
     until = peewee.DoubleField()
 
 
+class BlazarLease(Table):
+    """What somebody has reserved in the words of OpenStack's Blazar: parts under one name."""
+    id = peewee.CharField(primary_key=True)  # a UUID
+    name = peewee.CharField()                # two may have the same
+    user = peewee.CharField()
+    project = peewee.CharField(index=True)
+    start = peewee.IntegerField()            # these two are of the reservations, if it has any
+    end = peewee.IntegerField(index=True)
+    before_end = peewee.IntegerField(null=True)
+    parts = peewee.TextField()               # JSON: of each its UUID, and what was asked
+    added = peewee.IntegerField()
+    changed = peewee.IntegerField(null=True)
+
+
+class BlazarHold(Table):
+    """A reservation that is of a part of a lease."""
+    reservation = peewee.IntegerField(primary_key=True)
+    lease_id = peewee.CharField(index=True)
+    part = peewee.CharField()  # its UUID
+
+
+class HostProperty(Table):
+    """What an operator says of a host that can be reserved by its name; host 0: who may see it."""
+    host = peewee.IntegerField()
+    name = peewee.CharField()
+    value = peewee.CharField()
+
+    class Meta:
+        primary_key = peewee.CompositeKey('host', 'name')
+        without_rowid = True
+
+
+class Credential(Table):
+    """What lets cmres make the VMs of somebody on a cloud in their own name; encrypted."""
+    user = peewee.CharField()
+    project = peewee.CharField()
+    cloud = peewee.CharField()
+    name = peewee.CharField()     # of the application credential: its id
+    secret = peewee.TextField()
+    added = peewee.IntegerField()
+
+    class Meta:
+        indexes = ((('user', 'project', 'cloud'), True),)
+
+
 class Fact(Table):
     """What this store knows of itself."""
     name = peewee.CharField(primary_key=True)
@@ -3994,7 +4091,8 @@ class SimulatedServer(Table):
 
 TABLES = [Resource, Reservation, Occurrence, Texts, Capacity, Proposal, ExtraHold, Wait, Limit,
           Step, Server, Claim, Tally, Token, Session, OnceDone, Feed, Subscription, CalendarObject,
-          CalendarProperty, Event, Outbox, Mailed, Uninvited, Lease, Fact, SimulatedServer]
+          CalendarProperty, Event, Outbox, Mailed, Uninvited, Lease, BlazarLease, BlazarHold,
+          HostProperty, Credential, Fact, SimulatedServer]
 
 #: What brings an older store up to the models above, one function a version. None reads the models,
 #: which tell of today: each names its tables and columns.
@@ -4003,7 +4101,7 @@ MIGRATIONS: list[Callable] = [
     lambda: trust_names(), lambda: add_sessions(), lambda: add_ends_of_calls(),
     lambda: keep_resource_ids(), lambda: end_left_calendars(), lambda: add_whose(),
     lambda: add_waits(), lambda: add_sums(), lambda: add_once(), lambda: add_ends_of_tokens(),
-    lambda: add_calendar_objects(), lambda: add_invitations()]
+    lambda: add_openstack(), lambda: add_calendar_objects(), lambda: add_invitations()]
 
 
 def long_texts(row: str) -> str:
@@ -4038,7 +4136,7 @@ TRIGGERS_OF_13 = (f'''
 
 
 #: What writes down that those hear of an event who are invited to what it tells of.
-INVITES_OF_17 = '''
+INVITES_OF_18 = '''
   CREATE TRIGGER IF NOT EXISTS event_invites AFTER INSERT ON event
     WHEN NEW.reservation_id IS NOT NULL AND NEW.code IN (
       'added', 'updated', 'kept', 'admitted', 'approved', 'maintenance', 'ready', 'released')
@@ -4048,7 +4146,7 @@ INVITES_OF_17 = '''
         FROM reservation r JOIN json_each(r.invite)
        WHERE r.id = NEW.reservation_id AND r.invite <> '[]';
   END'''
-TRIGGERS = (*TRIGGERS_OF_13, INVITES_OF_17)
+TRIGGERS = (*TRIGGERS_OF_13, INVITES_OF_18)
 
 
 def open_store(path: str, key: str = '', make: bool = True) -> None:
@@ -4200,6 +4298,13 @@ def read_keys(file: str) -> list[bytes]:
         older = [line.split() for line in lines.read().splitlines()[2:]]
     good = [bytes.fromhex(key) for key, until in older if int(until) > time.time()]
     return [read_key(file), *good]
+
+
+def all_keys(file: str) -> list[bytes]:
+    """The key and all those before it that its file still has."""
+    with open(file, encoding='ascii') as lines:
+        older = [line.split()[0] for line in lines.read().splitlines()[2:]]
+    return [read_key(file), *map(bytes.fromhex, older)]
 
 
 def rotate_key(file: str, until: int) -> int:
@@ -4740,8 +4845,31 @@ def add_ends_of_tokens() -> None:
           WHERE due IS NOT NULL""")
 
 
+def add_openstack() -> None:
+    """Version 16: leases of Blazar, properties of hosts, and credentials of people."""
+    text, number = 'VARCHAR(255) NOT NULL', 'INTEGER NOT NULL'
+    run_all(f"""
+        CREATE TABLE IF NOT EXISTS blazar_lease (
+          "id" {text} PRIMARY KEY, "name" {text}, "user" {text}, "project" {text},
+          "start" {number}, "end" {number}, "before_end" INTEGER, "parts" TEXT NOT NULL,
+          "added" {number}, "changed" INTEGER);
+        CREATE INDEX IF NOT EXISTS blazar_lease_project ON blazar_lease ("project");
+        CREATE INDEX IF NOT EXISTS blazar_lease_end ON blazar_lease ("end");
+        CREATE TABLE IF NOT EXISTS blazar_hold (
+          "reservation" {number} PRIMARY KEY, "lease_id" {text}, "part" {text});
+        CREATE INDEX IF NOT EXISTS blazar_hold_lease_id ON blazar_hold ("lease_id");
+        CREATE TABLE IF NOT EXISTS host_property (
+          "host" {number}, "name" {text}, "value" {text}, PRIMARY KEY ("host", "name"))
+          WITHOUT ROWID;
+        CREATE TABLE IF NOT EXISTS credential (
+          "id" {number} PRIMARY KEY, "user" {text}, "project" {text}, "cloud" {text},
+          "name" {text}, "secret" TEXT NOT NULL, "added" {number});
+        CREATE UNIQUE INDEX IF NOT EXISTS credential_user_project_cloud
+          ON credential ("user", "project", "cloud")""")
+
+
 def add_calendar_objects() -> None:
-    """Version 16: what calendar programs write, and what a resource gives to who asks for nothing."""
+    """Version 17: what calendar programs write, and what a resource gives to who asks for nothing."""
     name = "VARCHAR(255) NOT NULL DEFAULT ''"
     add_columns('resource', {'default_flavor': name, 'default_image': name,
                              'default_vms': 'INTEGER NOT NULL DEFAULT 0'})
@@ -4769,12 +4897,12 @@ def add_calendar_objects() -> None:
 
 
 def add_invitations() -> None:
-    """Version 17: people without an account get reservations as events of their calendars."""
+    """Version 18: people without an account get reservations as events of their calendars."""
     add_columns('reservation', {'invite': "TEXT NOT NULL DEFAULT '[]'"})
     add_columns('outbox', {'invites': 'INTEGER NOT NULL DEFAULT 0'})
     run('CREATE TABLE IF NOT EXISTS uninvited (hash VARCHAR(255) NOT NULL PRIMARY KEY, '
         'at INTEGER NOT NULL)')
-    run(INVITES_OF_17)
+    run(INVITES_OF_18)
 
 
 # What goes wrong with the store. SQLite's first error is what the user is told, with what helps.
@@ -4987,7 +5115,7 @@ class Unmade(Exception):
 rehearsal = Rehearsal()
 #: What operations change, each with what changes with it.
 REHEARSED = dict.fromkeys(('occurrence', 'resource', 'capacity', 'proposal', 'extra_hold', 'wait',
-                           'limits', 'token', 'feed', 'subscription'), ()) | {
+                           'limits', 'token', 'credential', 'feed', 'subscription'), ()) | {
     'reservation': ('occurrence', 'texts')}
 WRITTEN = re.compile(r'\s*(?:INSERT INTO|UPDATE|DELETE FROM)\s+(\w+)')
 NAMED = re.compile(r'\b((?:FROM|JOIN|INTO|UPDATE)\s+)(\w+)\b')
@@ -5555,6 +5683,11 @@ def beyond(some: list[Hold], others: list[Hold]) -> list[Hold]:
         return some
     return [piece for resource in dict.fromkeys(each.resource for each in some)
             for piece in beyond_at(resource, some, others)]
+
+
+def still_to_come(pieces: list[Hold], now: float) -> list[Hold]:
+    """The holds of some that are not past."""
+    return [each for each in pieces if each.until > now]
 
 
 def beyond_at(resource: int, *sides: list[Hold]) -> Iterator[Hold]:
@@ -6135,6 +6268,12 @@ class Seen(NamedTuple):
 GONE = ('deleted', 'soft_deleted')
 
 
+def cloud_of(account: str) -> str:
+    """The entry of clouds.yaml of an account, which may be somebody's own on that cloud."""
+    return account.partition(OF_PERSON)[0]
+
+
+OF_PERSON = '~'  # before the id of a credential in the name of an account
 MEASURED_CALLS = set('things boot servers delete server start stop shelve snapshot saved '
                      'aggregates mark hosts'.split())
 calling = threading.local()  # whether this thread is in such a call already
@@ -6147,7 +6286,7 @@ def measured(call: Callable) -> Callable:
         if getattr(calling, 'now', False):
             return call(self, *args, **options)
         calling.now, began = True, time.monotonic()
-        labels = {'cloud': self.account, 'verb': call.__name__, 'result': 'ok'}
+        labels = {'cloud': cloud_of(self.account), 'verb': call.__name__, 'result': 'ok'}
         try:
             return call(self, *args, **options)
         except Exception as error:
@@ -6352,15 +6491,33 @@ class OpenStack(Cloud):
 
     def log_in(self):
         import openstack
-        if self.account not in openstack.config.OpenStackConfig().get_cloud_names():
-            raise UnknownCloud(f'the cloud {self.account} is not in clouds.yaml', sure=True)
-        connection = openstack.connect(cloud=self.account, api_timeout=self.config.call_timeout,
+        known, entry = openstack.config.OpenStackConfig(), cloud_of(self.account)
+        if entry not in known.get_cloud_names():
+            raise UnknownCloud(f'the cloud {entry} is not in clouds.yaml', sure=True)
+        how = {'cloud': entry}
+        if self.account != entry:
+            how = self.as_person(known.get_one(entry))
+        connection = openstack.connect(**how, api_timeout=self.config.call_timeout,
                                        app_name='cmres')
         door = self.door()
         for scheme in ('http://', 'https://'):
             connection.session.session.mount(scheme, door)
         connection.compute.get_endpoint_data()  # negotiates versions before threads do
         return connection
+
+    def as_person(self, entry) -> dict:
+        """How to log in to the cloud of an entry with the application credential of a person."""
+        found = row('SELECT name, secret FROM credential WHERE id = ?',
+                    int(self.account.partition(OF_PERSON)[2]))
+        if not found:
+            raise CloudError(f'the credential for {self.account} was taken away', sure=True)
+        auth = {'auth_url': entry.config['auth']['auth_url'],
+                'application_credential_id': found.name,
+                'application_credential_secret': decrypted(self.config, found.secret)}
+        same = {name: entry.config[name] for name in ('region_name', 'verify', 'cacert', 'interface')
+                if entry.config.get(name) is not None}
+        return same | {'auth': auth, 'auth_type': 'v3applicationcredential',
+                       'load_yaml_config': False, 'load_envvars': False}
 
     def door(self):
         """What all requests go through: a connection for each thread, and a look at the time."""
@@ -6615,6 +6772,33 @@ class OpenStack(Cloud):
             found = next(each for each in cloud.compute.aggregates() if each.name == aggregate)
             cloud.compute.set_aggregate_metadata(found, {'cmres': resource or None})
 
+    def register(self, address: str, dry_run: bool) -> list[dict]:
+        """Writes into the catalog where Blazar's clients find cmres; a line for each difference."""
+        with self.calling('change its catalog') as cloud:
+            identity, region = cloud.identity, cloud.config.get_region_name()
+            service = next(identity.services(type='reservation'), None)
+            there = {each.interface: each for each in identity.endpoints(service_id=service.id)
+                     if each.region_id == region} if service else {}
+            lines = [] if service else [{'what': 'service', 'before': None, 'after': 'cmres'}]
+            other = [each for each in ('public', 'internal', 'admin')
+                     if each not in there or there[each].url != address]
+            lines += [{'what': f'{each} endpoint', 'after': address,
+                       'before': there[each].url if each in there else None} for each in other]
+            if not dry_run:
+                service = service or identity.create_service(
+                    type='reservation', name='cmres', description='Reservations of VMs and hosts')
+                for each in other:
+                    self.point(identity, there.get(each), service_id=service.id, url=address,
+                               interface=each, region_id=region)
+        return lines
+
+    def point(self, identity, endpoint, **values) -> None:
+        """Makes an endpoint of the catalog, or gives one another address."""
+        if endpoint:
+            identity.update_endpoint(endpoint, url=values['url'])
+        else:
+            identity.create_endpoint(**values)
+
     def hosts(self, uids):
         return {uid: self.host_of(uid) for uid in uids}
 
@@ -6745,6 +6929,34 @@ class Simulated(Cloud):
         return self.clock() >= found.saved if found and found.saved else None
 
 
+def is_simulated(cloud: str) -> bool:
+    """Whether a cloud is one inside the store."""
+    return cloud == 'simulated' or cloud.startswith('simulated-')
+
+
+def cipher(config: Config):
+    """What encrypts with the key of the store, and reads what was so with those before it."""
+    from base64 import urlsafe_b64encode
+    from cryptography.fernet import Fernet, MultiFernet
+    keys = all_keys(key_file(config.database, config.key))
+    return MultiFernet([Fernet(urlsafe_b64encode(hashlib.sha256(b'credential ' + key).digest()))
+                        for key in keys])
+
+
+def decrypted(config: Config, secret: str) -> str:
+    """A secret as it was given.
+
+    Raises:
+      CloudError: it was encrypted with another key.
+    """
+    from cryptography.fernet import InvalidToken
+    try:
+        return cipher(config).decrypt(secret.encode()).decode()
+    except InvalidToken:
+        raise CloudError('the secret of this credential was encrypted with a key that is gone: add '
+                         'it again', sure=True) from None
+
+
 class Clouds:
     """Finds the account that serves a project on a cloud, and keeps it open."""
 
@@ -6753,9 +6965,13 @@ class Clouds:
         self.opened: dict[str, Cloud] = {}
         self.lock = threading.Lock()
 
-    def account(self, cloud: str, project: str) -> str:
-        """The project's own entry of clouds.yaml, else the resource's."""
-        return self.config.read_again().credentials.get(f'{project}@{cloud}', cloud)
+    def account(self, cloud: str, project: str, user: str = '') -> str:
+        """A person's own, else the project's own entry of clouds.yaml, else the resource's."""
+        own = user and not is_simulated(cloud) and row(
+            'SELECT id FROM credential WHERE user = ? AND project = ? AND cloud = ?',
+            user, project, cloud)
+        return f'{cloud}{OF_PERSON}{own.id}' if own else (
+            self.config.read_again().credentials.get(f'{project}@{cloud}', cloud))
 
     def sight(self, account: str, project: str, trusted: Iterable[str] = (),
               admin: bool = False) -> Sight:
@@ -6765,13 +6981,18 @@ class Clouds:
           trusted: KIND:NAME of what the reservation was given by an admin
           admin: an admin asks, who may name all of it; else that takes an account of one's own
         """
-        all_own = admin or self.owners(account) == {project}
+        all_own = admin or OF_PERSON in account or self.owners(account) == {project}
         return Sight(project, all_own, self.config.common | {*trusted})
 
     def owners(self, account: str) -> set[str]:
         """The projects for which it was written down as their own account."""
         return {key.rpartition('@')[0] for key, entry in self.config.credentials.items()
                 if entry == account}
+
+    @functools.cached_property
+    def keystone(self) -> Keystone:
+        """What knows the tokens of OpenStack."""
+        return Keystone(self.config, self.clock)
 
     @functools.cached_property
     def store(self) -> str:
@@ -6785,7 +7006,9 @@ class Clouds:
         clouds = {each.cloud
                   for each in rows("SELECT DISTINCT cloud FROM resource WHERE cloud <> ''")}
         known = self.config.read_again().credentials
-        return clouds | {entry for key, entry in known.items() if key.rpartition('@')[2] in clouds}
+        own = {f'{each.cloud}{OF_PERSON}{each.id}'
+               for each in rows('SELECT id, cloud FROM credential') if each.cloud in clouds}
+        return clouds | own | {entry for key, entry in known.items() if key.rpartition('@')[2] in clouds}
 
     def open(self, account: str) -> Cloud:
         with self.lock:
@@ -6794,9 +7017,149 @@ class Clouds:
             return self.opened[account]
 
     def make(self, account: str) -> Cloud:
-        if account == 'simulated' or account.startswith('simulated-'):
+        if is_simulated(account):
             return Simulated(account, self.store, self.config, self.clock)
         return OpenStack(account, self.store, self.config)
+
+
+class Scoped(NamedTuple):
+    """What Keystone says of a token: whose it is, and for which project."""
+    user: str
+    project: str  # '' of a token for the whole system
+    names: tuple[str, str]  # of both, for people
+    roles: frozenset[str]
+    ends: float
+
+
+class Told(NamedTuple):
+    """What is known of a token, or why it is refused, and until when nobody asks again."""
+    scoped: Scoped | None
+    refusal: Error | None
+    fresh: float
+
+
+class Keystone:
+    """Tells who has a token, asking with that token itself, and remembers it for a while.
+
+    No header says that access rules are known here (OpenStack-Identity-Access-Rules), so Keystone
+    refuses application credentials that have some: what they forbid, cmres could not tell.
+    """
+    FRESH, REFUSED = 120, 10  # seconds that an answer, and a refusal, is remembered
+    SHUT = 10    # seconds that nobody else waits for a Keystone that has not answered
+    PATIENT = 5  # seconds that one waits
+    MOST = 10_000  # tokens that are remembered
+
+    def __init__(self, config: Config, clock: Callable[[], float] = time.time):
+        self.config, self.clock, self.lock = config, clock, threading.Lock()
+        self.known: dict[str, Told] = {}  # by the hash of the token
+        self.names: dict[str, str] = {}  # by id, for people
+        self.shut = 0.0  # until then nobody asks
+
+    def told(self, token: str, ask: Callable[[Callable], Any]) -> Scoped:
+        """Who has a token. While Keystone does not answer, those who were known go on.
+
+        Args:
+          ask: calls what may take long
+
+        Raises:
+          Unauthorized: Keystone does not know it, or it is for no project.
+          Unavailable: Keystone does not answer.
+        """
+        key, now = hashlib.sha256(token.encode()).hexdigest(), self.clock()
+        found = self.known.get(key)
+        ended = found and found.scoped and found.scoped.ends <= now
+        if not found or found.fresh <= now or ended:
+            known = found and found.scoped and not ended
+            found = self.asked(key, token, ask) if now >= self.shut or not known else found
+        if found.refusal:
+            raise found.refusal
+        return found.scoped
+
+    def asked(self, key: str, token: str, ask: Callable[[Callable], Any]) -> Told:
+        """What Keystone says now; what it said before, if it does not answer."""
+        before = self.known.get(key)
+        try:
+            if self.clock() < self.shut:
+                raise Unavailable(SILENT_KEYSTONE)
+            found = ask(lambda: self.look(token))
+        except (CloudError, TooMany, Unavailable):
+            if before and before.scoped and before.scoped.ends > self.clock():
+                return before
+            raise Unavailable(SILENT_KEYSTONE, retry_after=self.SHUT) from None
+        with self.lock:
+            if len(self.known) >= self.MOST:
+                self.known.pop(next(iter(self.known)))
+            self.known.pop(key, None)  # the latest come last
+            self.known[key] = found
+        return found
+
+    def look(self, token: str) -> Told:
+        """What Keystone says of a token."""
+        return self.answer('GET', 'Keystone does not know this token, or it has ended. Get a new '
+                           'one: openstack token issue',
+                           headers={'X-Auth-Token': token, 'X-Subject-Token': token})
+
+    def sign_in(self, user: str, password: str, project: str, domain: str) -> Told:
+        """What Keystone says of a password, for a project of a name."""
+        where = {'domain': {'name': domain}}
+        identity = {'methods': ['password'],
+                    'password': {'user': {'name': user, 'password': password} | where}}
+        return self.answer('POST', f"Keystone does not know '{user}' with this password in the "
+                           f"project '{project}'", json={'auth': {
+                               'identity': identity, 'scope': {'project': {'name': project} | where}}})
+
+    def answer(self, verb: str, refusal: str, **what) -> Told:
+        """What Keystone answers; Unavailable if that is nothing of use."""
+        import requests
+        url, verify = self.door
+        try:
+            answer = self.session.request(
+                verb, f'{url}/v3/auth/tokens?nocatalog', timeout=self.PATIENT, verify=verify,
+                allow_redirects=False, **what)
+            if answer.status_code in (401, 403, 404):
+                return self.refused(refusal)
+            answer.raise_for_status()
+            return self.read(answer.json()['token'])
+        except (requests.RequestException, ValueError, LookupError, TypeError) as error:
+            self.shut = self.clock() + self.SHUT
+            log.warning('Keystone at %s: %s', url, first_line(error))
+            raise Unavailable(SILENT_KEYSTONE) from None
+
+    def read(self, said: dict) -> Told:
+        """What Keystone says, as it is remembered."""
+        user, project = said['user'], said.get('project')
+        if not project and not said.get('system'):
+            return self.refused('this token is for no project. Get one that is for yours: '
+                                'openstack --os-project-name PROJECT token issue')
+        project = project or {'id': '', 'name': 'system'}
+        ends = datetime.fromisoformat(said['expires_at']).timestamp()
+        roles = frozenset(each['name'] for each in said['roles'])
+        scoped = Scoped(user['id'], project['id'], (user['name'], project['name']), roles, ends)
+        self.names[user['id']], self.names[project['id']] = scoped.names
+        return Told(scoped, None, min(ends, self.clock() + self.FRESH))
+
+    def refused(self, sentence: str) -> Told:
+        return Told(None, Unauthorized(sentence), self.clock() + self.REFUSED)
+
+    @functools.cached_property
+    def session(self):
+        """What requests go through."""
+        import requests
+        return requests.Session()
+
+    @functools.cached_property
+    def door(self) -> tuple[str, Any]:
+        """Its address without the version, and how its certificate is verified."""
+        url, verify = self.config.keystone, True
+        if not is_web(url):
+            import openstack
+            entry = openstack.config.OpenStackConfig().get_one(url)
+            url, verify = entry.config['auth']['auth_url'], entry.get_requests_verify_args()[0]
+        return re.sub('(/v3)?/*$', '', url), verify
+
+
+SILENT_KEYSTONE = ('Keystone does not answer, so your token can not be checked. Try again in a '
+                   'minute; tokens of cmres itself work meanwhile')
 
 
 # Notices #####################################################################
@@ -8782,6 +9145,14 @@ def cut_short(text: str, most: int = 200) -> str:
     return text if len(text) <= most else f'{text[:most - 3]}...'
 
 
+def grouped(found: Iterable, name: str) -> list[list]:
+    """Rows with the same value of a column together."""
+    groups: dict = defaultdict(list)
+    for each in found:
+        groups[getattr(each, name)].append(each)
+    return [*groups.values()]
+
+
 def in_lines(found: Iterable) -> list[dict]:
     """Rows as an answer of many shows them: descriptions are cut, long metadata is left out."""
     return [public(each._replace(description=cut_short(each.description),
@@ -8874,6 +9245,7 @@ def hashed(token: str) -> str:
     return hashlib.sha256(token.encode()).hexdigest()
 
 
+OUR_TOKENS = 'cmres_'  # how they begin
 #: Of a token t: it is in force at an instant.
 IN_FORCE = 't.revoked IS NULL AND (t.ends IS NULL OR t.ends > ?)'
 TOKEN = ('SELECT t.id, t.user, t.project, t.role, t.scopes, t.resource_id, t.ends, t.revoked '
@@ -9373,8 +9745,10 @@ class Wishes:
             trusted = asked['trusted']
         else:
             kept = asked['trusted'] if old and old.cloud == place.cloud else []
-            found = self.ask_cloud(place, asked | {'project': project, 'trusted': kept}, warnings)
-            each, server = self.each_takes(found), found['server'].id if 'server' in found else ''
+            found = self.ask_cloud(place, asked | {'user': user, 'project': project,
+                                                  'trusted': kept}, warnings)
+            each = asked.get('each') or self.each_takes(found)
+            server = found['server'].id if 'server' in found else ''
             new = set(changes) if old else {'resource'}
             trusted = self.trusted(asked | {'server': server}, kept, new)
         wish = Wish(asked['label'], user, project, place, start, end, asked['vms'], asked['flavor'],
@@ -9460,7 +9834,8 @@ class Wishes:
             raise Invalid(f"the resource '{place.name}' has no cloud that knows the "
                           f"{named[0][0].replace('_', ' ')} '{named[0][1]}'; leave it out")
         project = asked.get('project', self.service.actor.project)
-        account = self.service.clouds.account(place.cloud, project)
+        user = asked.get('user', self.service.actor.user)
+        account = self.service.clouds.account(place.cloud, project, user)
         admin = self.service.actor.role == ADMIN
         sight = self.service.clouds.sight(account, project, asked.get('trusted', ()), admin)
         try:
@@ -9865,7 +10240,10 @@ class Limits:
         """Of each figure of a limit: name, value, whether a wish is within, what would be."""
         length, before = wish.end - wish.start, old.end - old.start if old else 0
         stays = old and (not limit.resource_id or old.resource_id == wish.resource.id)
-        less = stays and old.start <= wish.start and wish.end <= old.end and wish.vms <= old.vms
+        within = stays and old.start <= wish.start and wish.end <= old.end and (
+            old.start <= now or old.held_from <= wish.held[0])
+        less = within and wish.vms <= old.vms
+        cheaper = within and wish.amount.vcpus <= old.vcpus
         yield 'longest', limit.longest, length <= max(limit.longest or 0,
                                                       before), in_words_of(limit.longest)
         moved = not old or wish.start != old.start
@@ -9881,7 +10259,7 @@ class Limits:
         if limit.vcpu_hours is not None:
             used = self.future_hours(limit, wish, now, old, others)
             need = wish.amount.vcpus * (wish.end - max(wish.start, int(now))) / 3600
-            yield 'vcpu_hours', limit.vcpu_hours, less or used + need <= limit.vcpu_hours, (
+            yield 'vcpu_hours', limit.vcpu_hours, cheaper or used + need <= limit.vcpu_hours, (
                 f'{limit.vcpu_hours}, of which {max(limit.vcpu_hours - used, 0):.0f} are left')
 
     def counted(self, limit, wish: Wish, others: Others | None,
@@ -9907,7 +10285,7 @@ class Limits:
         found += run(f'SELECT x.held_from, x.held_until, x.vms {FROM_EXTRA.format(where)} '
                      'AND held_from < ? AND held_until > ? '
                      'AND (proposal_id IS NOT NULL OR reservation_id <> ?)', *values, until, begin,
-                     own if old and not others else 0).fetchall()
+                     own).fetchall()
         found += others.holding(limit.resource_id, begin, until) if others else []
         changes = [change for first, last, vms in found
                    for change in ((max(first, begin), 1, vms), (last, 0, -vms))]
@@ -10162,11 +10540,24 @@ class Made(NamedTuple):
     done: list[dict]  # of a series, what became of each occurrence, by start
 
 
+def last_of(deal: Deal) -> int:
+    """Until when a change can be made: a start changes before it, and nothing ends in the past."""
+    old, wish = deal.old, deal.wish
+    if old.repeats and not deal.alone:
+        return int(LAST.timestamp())
+    return min(old.end, wish.end, old.end if wish.start == old.start else old.held_from)
+
+
 #: The deals that need no approval, whoever asks: what gives back, was agreed, or is operators'.
 AGREED = ('released', 'carried on', 'left out', 'admitted', 'maintenance', 'granted')
 
 
+A_CHANGE_WAITS = 'an admin must approve the change'
 A_SERIES_WAITS = 'a series can not wait; --on-conflict skip takes the occurrences that fit'
+
+
+STOPPED_KEEP = ('stopped VMs keep their capacity after the end until they are deleted, and others '
+                'have reserved it by then; end with --at-end delete or shelve')
 
 
 class Bookings:
@@ -10186,21 +10577,22 @@ class Bookings:
             self.drop_proposals(old.reservation, old.id if deal.alone else None)
         if not self.may_need_approval(deal):
             return self.make_true(deal, now)
-        before = self.holds(old.reservation)
+        ran, stood = self.holds(old.reservation, False), self.stopped_held(old.reservation)
         with Attempt() as attempt:
             made = self.make_true(deal, now)
-            growth = [each for each in beyond(self.holds(old.reservation), before)
-                      if each.until > now]
-            span = max((resource_of(each.resource, removed=True).approval for each in growth),
+            runs, stands = self.holds(old.reservation, False), self.stopped_held(old.reservation)
+            growth = still_to_come(beyond(runs + stands, ran + stood), now)
+            # VMs that run take more than those that only stay stopped
+            more = still_to_come(beyond(runs, ran), now) + growth
+            span = max((resource_of(each.resource, removed=True).approval for each in more),
                        default=0)
-            if not growth or not span and not self.proposes_all:
+            if not more or not span and not self.proposes_all:
                 return made
             if old.pending is not None:
                 self.await_approval(old.reservation, int(now) + span, deal.wish, now)
                 return made
             attempt.undo()
-        last = old.end if deal.alone or not old.repeats else int(LAST.timestamp())
-        until = min(int(now) + span, last) if span else last
+        until = min(int(now) + (span or int(LAST.timestamp())), last_of(deal))
         self.propose(deal, until, growth, now)
         return None
 
@@ -10225,18 +10617,20 @@ class Bookings:
                 raise Invalid(A_SERIES_WAITS)
         if old and deal.asked and (wish.label, wish.project) != (old.label, old.project):
             self.policy.refuse_taken_label(wish, now)
-        decided = self.decide_all(deal, now)
-        reservation = old.reservation if old else self.write_new(deal, decided, now)
-        self.write_occurrences(reservation, deal.patches, decided, now)
-        if old:
-            self.write_old(deal, now)
+        stops = wish.image and (old or wish.at_end == 'stop') or old and old.image
+        gone = [each.had[0] for each in deal.changes if not each.after]
+        with self.stopped_aside(old.reservation, now, gone) if old and stops else nullcontext():
+            decided = self.decide_all(deal, now)
+            reservation = old.reservation if old else self.write_new(deal, decided, now)
+            self.write_occurrences(reservation, deal.patches, decided, now)
+            if old:
+                self.write_old(deal, now)
+        if stops and not old:
+            self.keep_stopped(reservation, now)
         if wish.resource and (not old or deal.asked):
             self.policy.refuse_many_texts(wish, old)
         if deal.columns.get('waiting') or old and old.waiting is not None:
             self.stand_in_line(reservation)
-        if wish.image and (old or wish.at_end == 'stop') or old and old.image:
-            gone = [each.had[0] for each in deal.changes if not each.after]
-            self.keep_stopped(reservation, now, gone)
         done = [*deal.same, *(line for line, _, _ in decided)] if deal.clash else []
         return Made(reservation, sorted(done, key=lambda line: line['start']))
 
@@ -10424,13 +10818,12 @@ class Bookings:
         for id, columns in written.items():
             change_occurrence(id, now, **patches.get(id, {}) | columns)
 
-    def holds(self, reservation: int) -> list[Hold]:
+    def holds(self, reservation: int, stopped: bool = True) -> list[Hold]:
         """What a reservation holds: its occurrences, and its VMs that stay after them."""
-        own = 'resource_id, held_from, held_until, vms, vcpus, ram, classes'
         return [hold_of(each) for each in rows(
-            f'SELECT {own} FROM occurrence WHERE reservation_id = ?1 AND due IS NOT NULL '
-            f'AND held_until > held_from UNION ALL SELECT {own} FROM extra_hold '
-            'WHERE reservation_id = ?1 AND proposal_id IS NULL', reservation)]
+            'SELECT resource_id, held_from, held_until, vms, vcpus, ram, classes FROM occurrence '
+            'WHERE reservation_id = ? AND due IS NOT NULL AND held_until > held_from', reservation)
+            ] + (self.stopped_held(reservation) if stopped else [])
 
     def hold_beside(self, reservation: int, proposal: int | None, holds: Iterable[Hold]) -> None:
         """Writes down what is held beside the occurrences; it is held already."""
@@ -10448,15 +10841,53 @@ class Bookings:
             run('DELETE FROM proposal WHERE id = ?', each.id)
         return len(found)
 
+    @contextmanager
+    def stopped_aside(self, reservation: int, now: float, gone: list[Hold]) -> Iterator[None]:
+        """Gives back what the stopped VMs of a reservation hold while it is changed: they are not
+        in its way, since it starts them again. Afterwards what stays of them is held.
+
+        Args:
+          gone: what else the change gives back
+
+        Raises:
+          NoCapacity: others have that capacity.
+        """
+        had = self.stopped_held(reservation)
+        before = self.holds(reservation) if had else []
+        give(had)
+        yield
+        if not had:
+            self.keep_stopped(reservation, now, gone)
+            return
+        wants = sorted(self.stopped_holds(reservation, now))
+        for each in wants:
+            hold(*each)
+        growth = beyond([*self.holds(reservation, stopped=False), *wants], [*before, *gone])
+        if not all(fits(resource_of(each.resource, removed=True), max(each.begin, int(now)),
+                        each.until, NOTHING) for each in still_to_come(growth, now)):
+            raise NoCapacity(STOPPED_KEEP)
+        self.write_stopped(reservation, had, wants)
+
+    def stopped_held(self, reservation: int) -> list[Hold]:
+        """What is held for VMs of a reservation that are stopped at its ends."""
+        return [hold_of(each) for each in rows(
+            'SELECT * FROM extra_hold WHERE reservation_id = ? AND proposal_id IS NULL',
+            reservation)]
+
+    def write_stopped(self, reservation: int, had: list[Hold], wants: list[Hold]) -> None:
+        """Writes down what is held for stopped VMs, where that is otherwise than before."""
+        if wants != sorted(had):
+            run('DELETE FROM extra_hold WHERE reservation_id = ? AND proposal_id IS NULL',
+                reservation)
+            self.hold_beside(reservation, None, wants)
+
     def keep_stopped(self, reservation: int, now: float, given: list[Hold] = ()) -> None:
         """Holds what VMs take that stay, stopped: until the next occurrence, or for good.
 
         Args:
           given: what the same change has given back
         """
-        had = [hold_of(each) for each in rows(
-            'SELECT * FROM extra_hold WHERE reservation_id = ? AND proposal_id IS NULL',
-            reservation)]
+        had = self.stopped_held(reservation)
         wants = sorted(self.stopped_holds(reservation, now))
         if wants == sorted(had):
             return
@@ -10464,11 +10895,8 @@ class Bookings:
         try:
             take(beyond(wants, had), now, given)
         except NoCapacity:
-            raise NoCapacity('stopped VMs keep their capacity after the end until they are '
-                             'deleted, and others have reserved it by then; end with --at-end '
-                             'delete or shelve') from None
-        run('DELETE FROM extra_hold WHERE reservation_id = ? AND proposal_id IS NULL', reservation)
-        self.hold_beside(reservation, None, wants)
+            raise NoCapacity(STOPPED_KEEP) from None
+        self.write_stopped(reservation, had, wants)
 
     def count_stopped(self, reservation: int, now: float) -> None:
         """Holds what stopped VMs take, also where others have it: the VMs are there."""
@@ -10478,7 +10906,9 @@ class Bookings:
         """What the VMs hold that are stopped or will be, from the end of each occurrence on."""
         found = rows("""
             SELECT o.*, r.host, (SELECT count(*) FROM server v WHERE v.occurrence_id = o.id
-                     AND v.goal = 'stop' AND v.state = 'kept' AND NOT v.borrowed) AS stopped
+                     AND v.goal = 'stop' AND v.state = 'kept' AND NOT v.borrowed) AS stopped,
+                   (SELECT count(*) FROM server v WHERE v.occurrence_id = o.id
+                     AND v.goal = 'up' AND v.state <> 'deleted') AS up
               FROM occurrence o JOIN reservation r ON r.id = o.reservation_id
              WHERE r.id = ? AND r.image <> '' AND r.waiting IS NULL
                AND (o.cancelled IS NULL OR o.due IS NULL)
@@ -10486,10 +10916,14 @@ class Bookings:
                      SELECT occurrence_id FROM server WHERE state = 'kept' AND goal = 'stop'
                        AND NOT borrowed))
              ORDER BY o.start""", reservation)
-        for each, after in zip(found, [*found[1:], None]):
+        lacks = {each.id: each.vms - each.up for each in found}  # VMs that each still starts
+        for number, each in enumerate(found):
+            after = next((one for one in found[number + 1:] if one.held_until > now), None)
             there = each.vms if each.due is not None else each.stopped
-            starts_them = after and after.held_from > now and after.resource_id == each.resource_id
-            again = min(there, after.vms) if starts_them else 0
+            starts_them = after and after.resource_id == each.resource_id
+            again = min(there, lacks[after.id]) if starts_them else 0
+            if again:
+                lacks[after.id] -= again
             one = amount_of(each) if each.host else amount_of(each) // each.vms
             for number, until in ((again, after.held_from if again else 0),
                                   (there - again, int(LAST.timestamp()))):
@@ -10516,10 +10950,10 @@ class Bookings:
 
     @contextmanager
     def as_if_without(self, old) -> Iterator[None]:
-        """Looks at what there would be if an occurrence held nothing."""
+        """Looks at what there would be if an occurrence and its stopped VMs held nothing."""
         with undone():
             if old:
-                give([hold_of(old)])
+                give([hold_of(old), *self.stopped_held(old.reservation)])
             yield
 
     def stand_in_line(self, reservation: int) -> None:
@@ -10603,6 +11037,11 @@ class Series:
         horizon = self.horizon(stretches, now, skipped)
         earliest = self.earliest(there, stretches, now)
         wanted = {slot.key: slot for slot in all_slots(stretches, earliest, horizon)}
+        reach, known = self.reach(wish, now), {old.slot for old in there}
+        near = {key: slot for key, slot in wanted.items() if slot.start <= reach or key in known}
+        takes_some = deal.code == 'carried on' or (wish.on_conflict or 'refuse') != 'refuse'
+        if takes_some and near and len(near) < len(wanted):  # the time of the others comes
+            wanted, horizon = near, int(reach) + 1
         gone, same, todo = [], [], []
         for old in there:
             slot = wanted.pop(old.slot, None)
@@ -10621,6 +11060,14 @@ class Series:
         return deal._replace(
             changes=gone + [self.change_at(wish, slot, old, now) for slot, old in todo],
             same=same, stretches=stretches, horizon=horizon, clash=wish.on_conflict or 'refuse')
+
+    def reach(self, wish: Wish, now: float) -> float:
+        """Until when the limits of a wish let anything begin."""
+        places = filter(None, {resource_of(each.resource) for each in wish.stretches})
+        limits_for = self.bookings.policy.limits.limits_for
+        ahead = [limit.ahead for place in places for limit in limits_for(
+            wish._replace(resource=place)) if limit.ahead is not None]
+        return min([now + each for each in ahead], default=LAST.timestamp())
 
     def change_at(self, wish: Wish, slot: Slot, old, now: float) -> Change:
         """The change that makes an occurrence be at a slot."""
@@ -10997,6 +11444,9 @@ class Admission:
                                      proposal.occurrence if proposal.alone else None)
         deal = self.edit(old, wish, asked, now, proposal.code, proposal.named, proposal.alone)
         self.bookings.commit(deal._replace(code='granted'), now)
+        if proposal.code == 'calendar':  # what the calendar says is agreed to
+            run("UPDATE reservation SET origin = substr(origin, instr(origin, ' ') + 1) "
+                'WHERE id = ?', old.reservation)
 
     def commit_back(self, old, wish: Wish, now: float) -> Made | None:
         """Lets an occurrence be again that was left out."""
@@ -11376,7 +11826,8 @@ class Approvals(Operations):
             for each in pending:
                 self.settle(each, 'approved', now)
             for proposal, each in proposals:
-                self.admission.grant(proposal, now)
+                with self.offers.explaining(restored_wish(proposal.wish), each):
+                    self.admission.grant(proposal, now)
                 self.journal(now, 'approved', f'the change was approved by {self.actor.user}',
                              each.reservation, json.loads(each.notify))
             return self.told_parts(label, pending or found)
@@ -11595,17 +12046,34 @@ class Requests(Operations):
           python cmres.py add class demo 2027-01-12T09:00 +2h --repeat 'weekly on tue,thu' --until
           2027-06-30 python cmres.py add exam 2027-01-12T09:00 +2h --part gpu:2 --part cpu:20
         """
-        request = self.read_request(asked)
-        refused = request.last._replace(label=label)
+        return self.reserve([self.read_request(asked)], dry_run)
+
+    def reserve(self, requests: list[Request], dry_run: bool = False,
+                also: Callable[[dict], None] = lambda answer: None) -> dict:
+        """Takes the first of some requests that fits; of the last one a refusal tells why.
+
+        Args:
+          also: done with the answer, in the same transaction
+        """
+        last = requests[-1]
 
         def instead(wish: Wish, field: str) -> None:
-            self.admission.instead(request, wish, field, self.clock())
+            self.admission.instead(last, wish, field, self.clock())
 
         def deed(now: float) -> dict:
-            with self.offers.explaining(request.last, None, instead):
-                return self.waiting.take(request, now)
-        with self.offers.recording_refusal(refused, dry_run):
+            with self.offers.explaining(last.last, None, instead):
+                answer = self.take_first(requests, now)
+            also(answer)
+            return answer
+        with self.offers.recording_refusal(last.last._replace(label=last.label), dry_run):
             return self.carry_out(deed, dry_run)
+
+    def take_first(self, requests: list[Request], now: float) -> dict:
+        """Takes the first of some requests that fits; inside a transaction."""
+        for request in requests[:-1]:
+            with suppress(NoCapacity), Attempt():
+                return self.waiting.take(request, now)
+        return self.waiting.take(requests[-1], now)
 
     def read_request(self, asked: dict) -> Request:
         """What `add` was asked, resolved for each part and each resource on which that could be."""
@@ -12435,7 +12903,7 @@ class Plan(Operations):
             found = self.look.resource_row(name)
             busy = self.look.page([('place_live',
                                     f'o.resource_id = {found.id} AND o.due IS NOT NULL')],
-                             [('o.held_until > ?', int(now))], (), limit=100)
+                             [('o.held_until > max(?, o.held_from)', int(now))], (), limit=100)
             needed = rows("SELECT label FROM reservation WHERE series <> '' AND over > ? AND "
                           "series LIKE ? LIMIT 100",
                           int(now),
@@ -12653,8 +13121,11 @@ class Plan(Operations):
                         **stored(held, 'held_'), reason=reason, added=int(now), removed=None)
             first, last = self.config.told_time(begin), self.config.told_time(until)
             why = f"{reason} on {name} from {first} to {last}"
-            hit = [self.make_room(each, why, then, now)
-                   for each in self.homeless(place, max(begin, int(now)), until)]
+            homeless = self.homeless(place, max(begin, int(now)), until)
+            # of a series all at once: after each cancelling it is carried on
+            for those in grouped(homeless, 'reservation') if then == 'cancel' else ():
+                self.admission.cancel(those, now, why)
+            hit = [self.make_room(each, why, then, now) for each in homeless]
             self.journal(now, 'resource', why)
             return {'id': id, 'resource': name, 'start': instant(begin), 'end': instant(until),
                     'reason': reason, 'hit': hit}
@@ -12680,11 +13151,10 @@ class Plan(Operations):
         self.let_start(place.id, now)
 
     def make_room(self, found, why: str, then: str, now: float) -> dict:
-        """Moves or cancels an occurrence that has no room any more, or tells its owner."""
+        """Moves an occurrence that has no room any more, or tells its owner; what became of it."""
         line = {name: value for name, value in public(found).items() if name in (
             'label', 'user', 'project', 'vms', 'start', 'end')}
         if then == 'cancel':
-            self.admission.cancel([found], now, why)
             return line | {'outcome': 'cancelled'}
         place = self.moved_elsewhere(found, now) if then == 'move' else None
         outcome = (f'moved to {place[0]} from {format_time(instant(place[1]), self.config.zone)}'
@@ -12746,30 +13216,41 @@ class Plan(Operations):
         return self.look.in_order(self.must_go(place, begin, until))
 
     def must_go(self, place, begin: int, until: int) -> list[int]:
-        """The ids of those."""
+        """The ids of those. What is not approved yet goes first; what fits after all, since an
+        earlier one had to go, stays.
+        """
         most = capacity(place)
         levels = dict(steps(place.id, begin, until, most.names))
         if all(held.within(most) for held in levels.values()):
             return []
-        held = rows('SELECT id, resource_id, held_from, held_until, vms, vcpus, ram, classes FROM '
-                    'occurrence WHERE resource_id = ? AND due IS NOT NULL AND start < ? + '
-                    f'{LONGEST_LEAD} AND held_until > ? AND held_from < ? AND held_until > '
-                    'held_from ORDER BY +id DESC', place.id, until, begin, until)
+        held = rows('SELECT NULL AS id, resource_id, held_from, held_until, vms, vcpus, ram, '
+                    'classes FROM extra_hold WHERE resource_id = ? AND proposal_id IS NOT NULL '
+                    'AND held_until > ? AND held_from < ?', place.id, begin, until)
+        held += rows('SELECT id, resource_id, held_from, held_until, vms, vcpus, ram, classes FROM '
+                     'occurrence WHERE resource_id = ? AND due IS NOT NULL AND start < ? + '
+                     f'{LONGEST_LEAD} AND held_until > ? AND held_from < ? AND held_until > '
+                     'held_from ORDER BY +id DESC', place.id, until, begin, until)
         # Between two cuts the same occurrences hold, so that what one of them gives back is all of
         # it there.
         cuts = sorted({*levels, *(min(max(at, begin), until) for each in held for at in each[2:4])}
                       - {until})
         there = list(itertools.accumulate((levels.get(at)
                                            for at in cuts), lambda before, after: after or before))
-        found = []
+        gone = []
         for each in held:
             touched = range(bisect_left(cuts, max(each.held_from, begin)),
                             bisect_left(cuts, each.held_until))
             if not all(there[n].within(most) for n in touched):
-                found.append(each.id)
+                gone.append((each.id, amount_of(each), touched))
                 for n in touched:
                     there[n] -= amount_of(each)
-        return found
+        must = []
+        for id, amount, touched in reversed(gone):
+            fits_again = all((there[n] + amount).within(most) for n in touched)
+            for n in touched if fits_again else ():
+                there[n] += amount
+            must += [] if fits_again or id is None else [id]
+        return must[::-1]
 
     def waits_for(self, place, now: float) -> tuple[str, int, set | None]:
         """Why VMs of a resource can't start now, until when, and of which occurrences; None: all.
@@ -13048,7 +13529,7 @@ class Calendars(Operations):
             *owner, subscription.id if subscription else None, int(self.clock()))}
         try:
             names = {name for cloud in self.clouds_of(said)
-                     for name in self.flavor_names(self.clouds.account(cloud, owner[1]))}
+                     for name in self.flavor_names(self.clouds.account(cloud, owner[1], owner[0]))}
         except CloudError:
             return wanted
         close = {guess for guess in {each.guess for each in wanted}
@@ -13168,13 +13649,10 @@ class Calendars(Operations):
         asked = [name for name in STORED if name not in ('label', 'trusted', 'invite')]
         asked += ['invite'] if wish.invite else []
         origin = hashed(repr((booking.digest, wish.columns(*asked))))
-        if known and known.origin == origin and (live or subscription or not again):
-            # it is spelled out, further than before
-            if live and known.series != stored_stretches(wish.stretches):
-                change(Reservation, known.id, series=stored_stretches(wish.stretches))
-                self.series.refresh(known.id, now)
-            return {'outcome': 'unchanged' if live else 'left out', 'label': known.label} | (
-                {} if live else {'why': 'it was cancelled here'})
+        as_before = known and known.origin.split(' ')[-1] == origin and (
+            self.as_asked_before(known, wish, live, subscription or not again, now))
+        if as_before:
+            return {'label': known.label} | as_before
         with Attempt():
             return self.book_event(booking, wish, known if live else None, origin, source, now)
 
@@ -13183,18 +13661,38 @@ class Calendars(Operations):
         return row('SELECT * FROM reservation WHERE uid = ? AND project = ? AND user = ? AND '
                    'subscription IS ? ORDER BY id DESC LIMIT 1', uid, *owner[::-1], source)
 
+    def as_asked_before(self, known, wish: Wish, live: bool, subscription, now: float) -> dict:
+        """What becomes of an event that asks for no more than it did; nothing, if that is asked for
+        anew.
+        """
+        if not live:
+            cancelled = {'outcome': 'left out', 'why': 'it was cancelled here'}
+            return cancelled if subscription else {}
+        if ' ' in known.origin:  # not agreed to, when it was asked for
+            waits = row('SELECT id FROM proposal WHERE reservation_id = ?', known.id)
+            if waits:
+                return {'outcome': 'unchanged', 'why': A_CHANGE_WAITS}
+            refused = {'outcome': 'unchanged', 'why': 'no admin has approved the change'}
+            return refused if subscription else {}
+        spelled_out = any('/' in each for each in wish.stretches[0].dates)
+        if spelled_out and known.series != stored_stretches(wish.stretches):  # further than before
+            change(Reservation, known.id, series=stored_stretches(wish.stretches))
+            self.series.refresh(known.id, now)
+        return {'outcome': 'unchanged'}
+
     def book_event(self, booking: Booking, wish: Wish, known, origin: str, source: int | None,
                    now: float) -> dict:
         """Books an event, or makes of its reservation what the event says now."""
         if known:
             head = self.look.next_of(known.id)
             wish = wish._replace(label=known.label)
-            change(Reservation, known.id, origin=origin)
             made = self.bookings.commit(self.admission.edit(head, wish, ['calendar'], now,
                                                             'calendar'), now)
+            # what is not agreed to stands behind what is
+            agreed = '' if made else f"{known.origin.split(' ')[0]} "
+            change(Reservation, known.id, origin=agreed + origin)
             if not made:
-                return {'label': wish.label, 'outcome': 'pending',
-                        'why': 'an admin must approve the change'}
+                return {'label': wish.label, 'outcome': 'pending', 'why': A_CHANGE_WAITS}
             done = made.done
             self.journal(now, 'updated', 'changed in the calendar', known.id, wish.notify,
                          NONE_OF_THEM)
@@ -13547,7 +14045,7 @@ class Tokens(Operations):
         role = role or (self.actor.role if mine and self.actor.role != ADMIN else USER)
         self.refuse_for_others(user, project, role)
         self.check_scopes(role, scopes, resource)
-        token = f'cmres_{secrets.token_urlsafe(32)}'
+        token = OUR_TOKENS + secrets.token_urlsafe(32)
         with self.writing(dry_run) as now:
             self.refuse_one_more('tokens', user, project)
             ends = self.end_of_token(lasts, now)
@@ -13695,6 +14193,66 @@ class Tokens(Operations):
                             for each in sorted({each.project for each in found}))
             self.journal(now, 'token', f'revoked all tokens of {user}: {len(found)}{ended}')
         return {'user': user, 'tokens': len(found)}
+
+    @api('POST', '/credential/', made='/credential/')
+    def credential_add(self, cloud: Name, application: Name, secret: Name,
+                       dry_run: bool = False) -> CredentialAnswer:
+        """Lets your VMs on a cloud be made in your own name: your project, quota, networks and keys.
+
+        Give an application credential of yours. Its secret is kept encrypted, and the key is not in
+        the database. What is reserved already uses it for VMs that are not started yet.
+
+        Example:
+          python cmres.py credential add chameleon 8f2c... SECRET
+        """
+        if is_simulated(cloud) or not any(each.cloud == cloud for each in self.look.places()):
+            raise Invalid(f"'{cloud}' is no cloud of a resource that knows application credentials")
+        mine = {'user': self.actor.user, 'project': self.actor.project, 'cloud': cloud}
+        with self.writing(dry_run) as now:
+            values = {'name': application, 'added': int(now),
+                      'secret': cipher(self.config).encrypt(secret.encode()).decode()}
+            old = row('SELECT id FROM credential WHERE user = ? AND project = ? AND cloud = ?',
+                      *mine.values())
+            if old:  # VMs that were made with it go on
+                change(Credential, old.id, **values)
+                self.clouds.opened.pop(f'{cloud}{OF_PERSON}{old.id}', None)
+            id = old.id if old else insert(Credential, **mine, **values)
+            self.journal(now, 'token', f'gave a credential for {cloud}')
+        return {'id': id, **mine, 'application': application, 'added': instant(int(now))}
+
+    @api('GET', '/credential/')
+    def credential_list(self) -> list[CredentialAnswer]:
+        """Lists your credentials, as an admin all.
+
+        Example:
+          python cmres.py credential list
+        """
+        own, values = self.own_tokens()
+        return [public(each) for each in rows(
+            'SELECT id, user, project, cloud, name AS application, added FROM credential t '
+            f'WHERE {own} ORDER BY id', *values)]
+
+    @api('DELETE', '/credential/<id>')
+    def credential_delete(self, id: int, dry_run: bool = False) -> CredentialAnswer:
+        """Takes a credential away: what starts from now on is made as it is for your project.
+
+        Example:
+          python cmres.py credential delete 1
+        """
+        with self.writing(dry_run) as now:
+            found = [each for each in self.credential_list() if each['id'] == id]
+            if not found:
+                raise NotFound(f'there is no credential {id}')
+            account = f"{found[0]['cloud']}{OF_PERSON}{id}"
+            busy = rows("SELECT name FROM server WHERE account = ? AND state <> 'deleted' "
+                        'LIMIT 100', account)
+            if busy:
+                raise Conflict(f'{len(busy)} VMs were made with credential {id}, and nothing else '
+                               'can delete them. Cancel their reservations first',
+                               servers=[each.name for each in busy])
+            run('DELETE FROM credential WHERE id = ?', id)
+            self.journal(now, 'token', f"took the credential for {found[0]['cloud']} away")
+            return found[0]
 
     def refuse_one_more(self, what: str, user: str, project: str) -> None:
         """TooMany if a user has as many tokens, feeds or subscriptions as one may."""
@@ -13925,7 +14483,9 @@ class Records(Operations):
             self.bookings.hold_capacity(each.resource_id, each.start, each.end,
                                NOTHING - amount_of(each, 'held_'))
             run('DELETE FROM capacity WHERE id = ?', each.id)
-        return len(old) + len(events) + gone + len(changes)
+        leases = run(f'DELETE FROM blazar_lease WHERE id IN (SELECT id FROM blazar_lease '
+                     f'WHERE "end" < ? LIMIT {most})', before).rowcount
+        return len(old) + len(events) + gone + len(changes) + leases
 
     def forget_occurrence(self, old) -> None:
         """Forgets one occurrence, and its reservation if it was the last."""
@@ -13940,6 +14500,7 @@ class Records(Operations):
                                     'reservation_id FROM event '
                                     'WHERE reservation_id = ?', old.reservation_id))
             run('DELETE FROM reservation WHERE id = ?', old.reservation_id)
+            run('DELETE FROM blazar_hold WHERE reservation = ?', old.reservation_id)
 
     def forget_events(self, events: list) -> None:
         """Forgets events and the notices of them; what was refused stays counted."""
@@ -13980,11 +14541,7 @@ class Reservations(Approvals, Requests, Plan, Claims, Calendars, Tokens, Records
     """The whole service, on behalf of one actor; see Service for its arguments."""
 
 
-# Life cycle ##################################################################
-#
-# One idempotent pass, `converge`, makes of what is wanted what is; repeating it is all there is.
-# It records the calls that ended, plans servers for what has begun, gives them up for what is
-# over, and hands the next calls to workers. One thread thinks and writes; workers only call.
+# Servers ######################################################################
 #
 # A server is made like this, so that a crash at any point neither loses nor doubles it:
 #
@@ -13993,17 +14550,7 @@ class Reservations(Approvals, Requests, Plan, Claims, Calendars, Tokens, Records
 #   (3) the answer is written. Where (3) is missing, a look at the cloud finds the server by its
 #       mark, or, once it can't come any more, finds that there is none: then from (1), a new mark.
 #
-# When can't it come any more? A call has `call_timeout` from the instant that a worker begins it,
-# and from the request that makes the server once more; where that is over it is fenced, so that
-# what it has not asked for by then it never will. Calls of another process began before it lost
-# the lease. From the latest end that is possible, `settle` goes by before a look is believed.
-#
-# Two clocks must agree before anything ends: the wall clock and the uptime. One that jumps ahead is
-# doubted, and until something confirms it a pass goes by the instant to which the uptime leads.
-#
 # What a server needs next follows from its goal and its state alone; `due` only says when to ask.
-# Of several processes one acts, by a lease with a deadline: it is renewed while passes are made, it
-# is looked at in every transaction and before every call, and who lost it does nothing more.
 
 UNDER_WAY = {'delete': 'deleting', 'start': 'starting', 'stop': 'stopping', 'shelve': 'shelving',
              'snapshot': 'saving'}
@@ -14019,9 +14566,7 @@ ENDS_FROM = {'stop': ('active',), 'shelve': ('active', *DOWN[:3]),
 ARRIVED = {'starting': ('active',), 'stopping': ('shutoff', *DOWN[2:]), 'shelving': DOWN[3:]}
 # it is gone, or it stays as its owner wished and is no longer ours to watch
 FINAL = ('deleted', 'kept')
-DRIFT = 1e-4  # seconds by which two clocks may part in one, without either being wrong
 CALM = 60  # seconds that another number of servers must be up before it is told
-TRIPS = 3  # failures in a row after which a cloud is left alone for a while
 
 #: What a pass looks at once its instant has come, and the next pass waits for: table, column, rows.
 DUE = {'occurrence': ('occurrence o', 'o.due', '1'), 'server': ('server v', 'v.due', '1'),
@@ -14084,23 +14629,94 @@ def server_name(label: str, number: str) -> str:
     return (word or 'vm') + number
 
 
-class LostLease(Error):
-    """Another scheduler acts now; this one must not."""
+def named(found: list, most: int = 5) -> str:
+    """The names of some rows, as a sentence lists them."""
+    names = ', '.join(each.name for each in found[:most])
+    return f'{names} and {len(found) - most} more' if len(found) > most else names
 
 
-@dataclasses.dataclass(eq=False)
-class Job:
-    """What a worker is to do, and once that ended, when, and its answer or its error."""
-    key: tuple
-    verb: str
-    account: str
-    target: Any
-    taken: float | None = None  # the uptime from which its time counts; None: it waits for a worker
-    fenced: bool = False        # its time is over, and it must not make anything any more
-    began: float = 0.0
-    ended: float = 0.0
-    answer: Any = None
-    error: Exception | None = None
+def is_due(what: str, now: float) -> bool:
+    """Whether anything of a kind is due."""
+    table, column, which = DUE[what]
+    return bool(row(f'SELECT 1 AS one FROM {table} WHERE {column} <= ? AND {which} LIMIT 1',
+                    now))
+
+
+def those_due(what: str, query: str, now: float, tail: str = '') -> list:
+    """The rows of a query that are due as one kind."""
+    _, column, which = DUE[what]
+    return rows(f'{query} WHERE {column} <= ? AND {which} {tail}', now)
+
+
+def has_arrived(under_way: str, state: str) -> bool:
+    """Whether a cloud's state is what was asked for."""
+    return state in ARRIVED.get(under_way, ())
+
+
+def next_call(server) -> str:
+    """What a server needs next."""
+    if server.state == 'planned':
+        return 'boot' if server.goal == 'up' else 'drop'
+    if server.state == UNDER_WAY['snapshot']:
+        return 'verify'
+    if server.state in UNDER_WAY.values() or not server.uid:
+        return 'look'
+    if server.goal == 'up' and server.state in DOWN and (server.borrowed or not server.ready):
+        return 'start'
+    if server.goal == 'up' and server.borrowed:
+        return 'look'
+    if server.goal == 'delete' or server.goal == 'up' and server.state == 'error':
+        return 'delete'
+    if server.state in ENDS_FROM.get(server.goal, ()):
+        return server.goal
+    arrived = has_arrived(UNDER_WAY.get(server.goal, ''), server.state)
+    asleep = server.state in WAKES and not arrived
+    return 'start' if server.goal in ENDS_FROM and asleep else 'look'
+
+
+def known_on(account: str) -> list[str]:
+    """The servers that must be there on an account."""
+    return [each.uid for each in rows(
+        "SELECT uid FROM server WHERE account = ? AND due IS NOT NULL AND uid IS NOT NULL "
+        "AND (goal = 'up' OR borrowed) UNION ALL "
+        "SELECT uid FROM server WHERE account = ? AND state = 'kept' AND NOT borrowed",
+        account, account)]
+
+
+def wished_pause(error: Exception) -> float:
+    """The seconds that a cloud asks us to wait; 0 if it doesn't."""
+    text = getattr(error, 'details', {}).get('retry_after') or '0'
+    return min(float(text), 3600) if re.fullmatch(r'[0-9]{1,9}', str(text)) else 0
+
+
+def fault_of(error: Exception) -> str:
+    return str(error) if isinstance(error, Error) else f'{type(error).__name__}: {error}'
+
+
+def note_of(config: Config, now: float, code: str, sentence: str, about,
+         notify: Iterable[str] | None = None) -> None:
+    """An event of one server, which is only logged: `tell_up` tells of all of them together."""
+    occurrence = getattr(about, 'occurrence_id', about.id)
+    journal(config, now, 'cmres', code, sentence[:1000], about.reservation_id, notify,
+            occurrence)
+
+
+def tell_of(config: Config, now: float, code: str, sentence: str, about) -> None:
+    """An event of the life cycle, about a row that tells its reservation and whom to notify."""
+    note_of(config, now, code, sentence, about, json.loads(about.notify))
+
+
+def look_again(occurrence: int, now: float) -> None:
+    """Lets this pass plan an occurrence whose servers are no longer as they were."""
+    run('UPDATE occurrence SET due = ? WHERE id = ? AND due > ?', now, occurrence, now)
+
+
+# Clock ########################################################################
+#
+# Two clocks must agree before anything ends: the wall clock and the uptime. One that jumps ahead is
+# doubted, and until something confirms it a pass goes by the instant to which the uptime leads.
+
+DRIFT = 1e-4  # seconds by which two clocks may part in one, without either being wrong
 
 
 class Trust(NamedTuple):
@@ -14112,30 +14728,6 @@ class Trust(NamedTuple):
     uptime: float
     doubted: float | None = None  # another offset
     since: float = 0.0            # the uptime at which that was first seen, or contradicted last
-
-
-class Breaker(NamedTuple):
-    """What is remembered of a cloud in trouble: failures in a row, the last one, until when it is
-    left alone.
-    """
-    failures: int = 0
-    last: float = 0
-    until: float = 0
-    fault: str = ''
-
-
-def grouped(found: Iterable, name: str) -> list[list]:
-    """Rows with the same value of a column together."""
-    groups: dict = defaultdict(list)
-    for each in found:
-        groups[getattr(each, name)].append(each)
-    return [*groups.values()]
-
-
-def named(found: list, most: int = 5) -> str:
-    """The names of some rows, as a sentence lists them."""
-    names = ', '.join(each.name for each in found[:most])
-    return f'{names} and {len(found) - most} more' if len(found) > most else names
 
 
 def seconds_up() -> float:
@@ -14152,306 +14744,20 @@ def boot_id() -> str:
         return secrets.token_hex(8)
 
 
-class LifeCycle:
-    """Boots what has begun, ends what is over, and looks whether it is so.
+class Clocks:
+    """What time it is, by a wall clock that may be wrong and an uptime that is not.
 
     Args:
       clock: seconds since 1970, by a clock that people and programs may set
       uptime: seconds on a clock that nobody sets; without it, a clock that is passed in is both
     """
 
-    def __init__(self, config: Config, clouds: Clouds, clock: Callable[[], float] = time.time,
+    def __init__(self, config: Config, clock: Callable[[], float],
                  uptime: Callable[[], float] | None = None):
-        self.config, self.clouds, self.clock = config, clouds, clock
+        self.config, self.clock = config, clock
         self.uptime = uptime or (seconds_up if clock is time.time else lambda: self.clock())
         self.boot, self.trust, self.asked = boot_id(), None, float('-inf')
-        self.name = f'{socket.gethostname()}:{os.getpid()}:{secrets.token_hex(4)}'
-        self.leased_until = self.latest = 0.0
-        self.wake = threading.Event()
-        self.passed = time.monotonic()  # when a pass has worked last
-        self.flying: dict[tuple, Job] = {}  # calls that workers have or will have
-        self.hanging: set[Job] = set()      # calls that workers have although their time is over
-        # whether a call may go on is decided by one thread at a time
-        self.fence = threading.Lock()
-        self.results: queue.SimpleQueue[Job] = queue.SimpleQueue()
-        self.ended: list[Job] = []          # calls that ended, which is not on disk yet
-        self.pools: dict[str, ThreadPoolExecutor] = {}
-        self.breakers: dict[str, Breaker] = defaultdict(Breaker)
-        # Since when servers were seen to boot, by account.
-        self.building: dict[str, dict] = defaultdict(dict)
-        self.service = Reservations(config, clouds, Actor('cmres', 'default', ADMIN), self.now)
-        self.service.fence = self.refuse_without_lease
-        self.stale = False  # whether series are still to be carried on
-        self.dropping = False  # whether more is to be dropped that was begun and not ended
-        self.line_moves = False  # whether those that wait are to be looked at once more
-        self.soonest = 0.0  # when something is due next
-        self.seen: tuple | None = None  # the state of the store in which that was so
-        self.calm_until = 0.0  # until when notices that have to wait for others are left alone
-        self.zones, self.fresh_until = '', 0.0
-        self.reported: set[str] = set()  # orphans that wait for an admin
-        self.tidied = 0.0  # when old things were last looked for
-
-    # Repeating
-
-    def converge(self, now: float) -> bool:
-        """One pass, if this process may act; calls that it begins go on after it and are recorded
-        by a later one.
-        """
-        if not self.lead(now):
-            self.forget()
-            return False
-        now = self.believed()  # we may have been frozen since
-        if now < self.latest - 2:
-            log.warning('the clock was set back by %.0f seconds', self.latest - now)
-            self.pull_forward(now)
-            self.sweep()
-        self.latest = now
-        self.record(now)
-        self.give_up()
-        self.refresh(now)
-        self.dropping = self.line_moves = False
-        if self.has_work(now):
-            self.admit_waiting(now)
-            self.drop_staged(now)
-            self.plan(now)
-            self.call(now)
-            self.soonest, self.seen = self.next_due(now), None
-        self.tidy(now)
-        return True
-
-    def settle(self) -> bool:
-        """Passes until no call is under way: what `tick` does; false if another scheduler acts."""
-        acting = self.converge(self.clock())
-        while acting and (self.goes_on or self.under_way()):
-            self.wake.wait(0 if self.goes_on else 1)
-            self.wake.clear()
-            acting = self.converge(self.clock())
-        return acting
-
-    @property
-    def goes_on(self) -> bool:
-        """Whether the next pass has something to do at once."""
-        return self.stale or self.dropping or self.line_moves
-
-    def under_way(self) -> bool:
-        """Whether a call may still end in time: a worker has it, or will be free for it."""
-        hanging = Counter(call.account for call in self.hanging)
-        return any(hanging[call.account] < self.config.workers for call in self.flying.values())
-
-    def has_work(self, now: float) -> bool:
-        """Whether anything is due; asked anew only where somebody has written since."""
-        state = state_of_store()
-        if state != self.seen:
-            self.seen, self.soonest = state, self.next_due()
-        return self.soonest <= now
-
-    def next_due(self, after: float = -1) -> float:
-        """When, after an instant, the next pass has something to do; infinity if nothing is
-        planned.
-        """
-        due = row(SOONEST, after).due
-        return float('inf') if due is None else due
-
-    def is_due(self, what: str, now: float) -> bool:
-        """Whether anything of a kind is due."""
-        table, column, which = DUE[what]
-        return bool(row(f'SELECT 1 AS one FROM {table} WHERE {column} <= ? AND {which} LIMIT 1',
-                        now))
-
-    def those_due(self, what: str, query: str, now: float, tail: str = '') -> list:
-        """The rows of a query that are due as one kind."""
-        _, column, which = DUE[what]
-        return rows(f'{query} WHERE {column} <= ? AND {which} {tail}', now)
-
-    def run(self, stop: threading.Event) -> None:
-        """Passes at every instant that is due, at every change, and at least every second, until
-        `stop` is set.
-        """
-        import schedule
-        beat = schedule.Scheduler()
-        # other processes may change the store; clocks may be set
-        beat.every(1).seconds.do(lambda: None)
-        beat.every(max(int(10 * self.config.sweep), 1)).seconds.do(self.guarded, self.sweep)
-        beat.every(max(int(self.config.verify_every), 1)).seconds.do(self.guarded, self.check_file)
-        while not stop.is_set():
-            wait = self.guarded_pass()
-            stop.wait(self.guarded(lambda: self.rest(wait, beat)))
-        self.guarded(self.finish)
-
-    def rest(self, wait: float, beat) -> float:
-        """Waits until the next pass is due; 0, so that nothing else is waited for."""
-        # `schedule` goes by a clock that may be set
-        self.wake.wait(max(min(wait, beat.idle_seconds, 1), 0))
-        self.wake.clear()
-        beat.run_pending()
-        return 0
-
-    def guarded_pass(self) -> float:
-        """One pass that survives whatever happens; the seconds until the next one is due."""
-        return self.guarded(self.one_pass)
-
-    def one_pass(self) -> float:
-        acts = self.converge(self.clock())
-        self.passed = time.monotonic()
-        if not acts:
-            return 1
-        # What was due already is done, or waits for a call, and each of them wakes us when it ends.
-        return 0 if self.goes_on else self.soonest - self.now()
-
-    def guarded(self, deed: Callable[[], float]) -> float:
-        """Does what is done again and again: what goes wrong is only logged, and 1 the seconds to
-        wait.
-        """
-        try:
-            return deed()
-        except LostLease as error:
-            log.warning('%s', error)
-        except (Unavailable, *STORE_ERRORS) as error:
-            if not (refusal := error if isinstance(error, Unavailable) else trouble(error)):
-                log.exception('this pass failed by a mistake of cmres; the next comes in a second')
-            else:
-                log.warning('waiting: %s', refusal)
-        except Exception:  # whatever it is, the next pass may do better; people wait for machines
-            log.exception('this pass failed; the next comes in a second')
-        return 1
-
-    def age(self) -> float:
-        """The seconds since a pass has worked, be it that another scheduler acts."""
-        return time.monotonic() - self.passed
-
-    def finish(self, patience: float = 5) -> None:
-        """Lets calls that are under way end and records them; then another scheduler may act at
-        once.
-        """
-        self.guarded(lambda: self.wait_for_calls(time.monotonic() + patience))
-        with self.fence:  # no worker begins anything after another process has begun to act
-            self.leased_until = 0.0
-        self.guarded(self.hand_over)
-        for pool in self.pools.values():
-            pool.shutdown(wait=False, cancel_futures=True)
-
-    def wait_for_calls(self, until: float) -> None:
-        while self.flying and time.monotonic() < until and self.lead(self.clock()):
-            self.wake.wait(0.1)
-            self.wake.clear()
-            self.record(self.now())
-
-    def hand_over(self) -> None:
-        """Gives the lease back, and what no worker has begun to who acts next."""
-        with transaction(first=True):
-            if run('UPDATE lease SET until = ? WHERE holder = ?', self.now(), self.name).rowcount:
-                for call in self.flying.values():
-                    if call.verb == 'boot' and call.taken is None:
-                        change(Server, call.target.id, state='planned', intended=None,
-                               due=self.now())
-
-    # Who acts
-
-    def lead(self, now: float) -> bool:
-        """Whether this process may act: it has the lease, renews it, or takes one that ran out."""
-        if self.leased_until - self.config.lease <= now < self.leased_until - self.config.lease / 2:
-            return True
-        if self.held_by_another(now):
-            self.leased_until = 0.0
-            return False
-        with transaction(first=True):
-            now = self.clock()  # we may have been frozen since; nobody else writes from here on
-            if self.held_by_another(now):
-                return False
-            taken_over = not row('SELECT name FROM lease WHERE holder = ?', self.name)
-            run('INSERT INTO lease (name, holder, until) VALUES (?, ?, ?) ON CONFLICT (name) DO '
-                'UPDATE '
-                'SET holder = excluded.holder, until = excluded.until',
-                'scheduler', self.name, now + self.config.lease)
-            if taken_over or not self.trust:
-                self.recall()
-            self.judge()
-            if taken_over:  # whoever made the calls that are under way may never tell of them
-                self.bound_calls(self.now())
-                self.pull_forward(self.now())
-        self.leased_until = now + self.config.lease
-        if taken_over:
-            self.sweep()
-        return True
-
-    def held_by_another(self, now: float) -> bool:
-        found = row('SELECT holder, until FROM lease')
-        # One that ends further ahead than any lease was made before the clock was set back.
-        return (bool(found) and found.holder != self.name
-                and now < found.until <= now + 2 * self.config.lease)
-
-    @contextmanager
-    def acting(self) -> Iterator[None]:
-        """A transaction of the process that has the lease; LostLease for any other."""
-        with transaction(first=True):
-            self.refuse_without_lease()
-            yield
-
-    def refuse_without_lease(self) -> None:
-        if not row('SELECT name FROM lease WHERE holder = ?', self.name):
-            self.leased_until = 0.0
-            raise LostLease('another scheduler has taken over; this one waits its turn')
-
-    def forget(self) -> None:
-        """What ended is for the process to find out that acts now."""
-        while not self.results.empty():
-            self.ended.append(self.results.get())
-        self.forget_calls()
-
-    def forget_calls(self) -> None:
-        for result in self.ended:
-            self.hanging.discard(result)
-            if self.flying.get(result.key) is result:
-                del self.flying[result.key]
-        self.ended.clear()
-
-    def bound_calls(self, now: float) -> None:
-        """Notes when the calls of who acted before will have ended; until then a server may
-        appear.
-        """
-        latest = now + self.config.call_timeout
-        with self.acting():
-            run('UPDATE server SET called = ? '
-                'WHERE intended IS NOT NULL AND due IS NOT NULL AND uid IS NULL', latest)
-            # A second snapshot would make a second image.
-            run('UPDATE server SET due = ? WHERE intended IS NOT NULL AND due IS NOT NULL '
-                "AND goal = 'snapshot' AND state <> ?", latest, UNDER_WAY['snapshot'])
-            run('UPDATE server SET intended = NULL WHERE intended IS NOT NULL AND due IS NOT NULL')
-
-    def pull_forward(self, now: float) -> None:
-        """Lets nothing wait for an instant that an older clock or another process has reckoned."""
-        latest, pause = max(self.latest, now), now + self.config.retry_most
-        longest = now + self.config.call_timeout
-        with self.acting():
-            run("UPDATE server SET due = min(due, CASE WHEN state = 'planned' THEN ? "
-                "WHEN goal = 'snapshot' AND uid IS NOT NULL THEN ? ELSE ? END), "
-                'called = min(called, iif(uid IS NULL, ?, ?)) WHERE due IS NOT NULL',
-                pause, longest, now, longest, now)
-            run('UPDATE occurrence SET due = ? WHERE due > ? AND held_from <= ? AND id IN (SELECT '
-                'id FROM occurrence '
-                f'WHERE due IS NOT NULL AND start <= ? + {LONGEST_LEAD})', now, now, latest, latest)
-            run('UPDATE outbox SET due = min(due, ? + min(?, ? * (1 << min(tries, 20)))) '
-                'WHERE due IS NOT NULL', now, RARELY, self.config.retry_first)
-            run('UPDATE wait SET due = 0 WHERE due > 0')
-            for each in rows('SELECT o.id, o.reservation_id, r.notify FROM occurrence o '
-                             'JOIN reservation r ON r.id = o.reservation_id WHERE o.due IS NULL '
-                             'AND o.cancelled IS NULL AND o."end" > ?', now):
-                change(Occurrence, each.id, due=now, told=0, up_told=None)
-                self.journal(now, 'clock', 'a wrong clock has ended it too early; it goes on', each)
-        self.breakers.clear()
-        self.latest = now
-
-    def sweep(self) -> None:
-        """Looks at every account, also for servers of ours that nothing in the store tells of."""
-        if self.clock() < self.leased_until:
-            for account in self.clouds.accounts():
-                self.submit(('look', account), 'look', account, self.known(account))
-
-    def check_file(self) -> None:
-        """Looks for damage in the database file, aside; /readyz tells what was found."""
-        self.submit(('integrity',), 'integrity', ' store', store_file.path)
-
-    # What time it is
+        self.latest = 0.0  # by which instant a pass has acted last
 
     def now(self) -> float:
         """Seconds since 1970 by the wall clock; while that is doubted, by the uptime."""
@@ -14502,578 +14808,148 @@ class LifeCycle:
         log.warning('%s', sentence)
         journal(self.config, self.now(), 'cmres', 'clock', sentence)
 
-    def believed(self) -> float:
-        """The instant by which a pass acts; asks the clouds for theirs while the clock is
-        doubted.
-        """
-        trust, now = self.judged()
-        if trust.doubted != (self.trust and self.trust.doubted):
-            with self.acting():
-                self.judge()
+    def confirm(self, result: Job, now: float) -> None:
+        """Lets a cloud's clock confirm a doubted one, or contradict it for as long as it does."""
+        trust, said = self.trust, result.answer
+        slack = self.config.lease + result.ended - result.began
+        if said is None or trust.doubted is None or said < trust.offset - slack:
+            return
+        up = self.uptime()
+        if abs(said - trust.doubted) <= slack:
+            self.judge(Trust(self.boot, trust.doubted, up))
         else:
-            self.trust = trust
-        if trust.doubted is None:
-            return now
-        if self.uptime() >= self.asked + self.config.settle / 3:
-            self.asked = self.uptime()
-            for account in self.clouds.accounts():
-                self.submit(('time', account), 'time', account, None)
-        return now
+            self.judge(trust._replace(offset=min(max(said, trust.offset), trust.doubted), since=up))
 
-    # What is wanted
 
-    def refresh(self, now: float) -> None:
-        """Carries series on, once a day and when the zone table is another; some in each pass, so
-        that none is long.
-        """
-        if now < self.fresh_until:
-            return
-        stamp = f'{instant(int(now)):%Y-%m-%d} {zone_table()}'
-        done = fact('refreshed') == stamp
-        if stamp != self.zones:
-            ZoneInfo.clear_cache()  # the files may be others than when this process began
-            self.zones = stamp
-        stale = [] if done else rows(
-            "SELECT id FROM reservation WHERE series <> '' AND over > ? "
-            'AND carried IS NOT ? LIMIT 20',
-            int(now), stamp)
-        for each in stale:
-            self.carry_on(each.id, stamp, now)
-        self.stale = bool(stale)
-        if not stale:
-            self.fresh_until = (now // 86400 + 1) * 86400
-        if not stale and not done:
-            with self.acting():
-                note_fact('refreshed', stamp)
+# Leadership ###################################################################
+#
+# Of several processes one acts, by a lease with a deadline: it is renewed while passes are made, it
+# is looked at in every transaction and before every call, and who lost it does nothing more.
 
-    def carry_on(self, reservation: int, stamp: str, now: float) -> None:
-        """Carries one series on; one that can't be is told of, and is tried again the next day."""
-        try:
-            with self.acting():
-                self.service.series.refresh(reservation, now)
-                change(Reservation, reservation, carried=stamp)
-        # that is wrong with the store, or with all
-        except (peewee.OperationalError, Unavailable, LostLease):
-            raise
-        except Exception as error:
-            log.warning('the series of reservation %s could not be carried on: %s', reservation,
-                        error,
-                        exc_info=not isinstance(error, Error))
-            with self.acting():
-                change(Reservation, reservation, carried=stamp)
-                journal(self.config, now, 'cmres', 'trouble',
-                        f'it could not be carried on: {self.fault(error)}'[:1000], reservation)
 
-    def tidy(self, now: float) -> None:
-        """While no call is under way, forgets a little of what is long over."""
-        if self.flying:
-            return
-        if not self.tidied <= now < self.tidied + 600:
-            with self.acting():
-                forgotten = self.service.forget(now)
-            self.tidied = 0.0 if forgotten else now
+class LostLease(Error):
+    """Another scheduler acts now; this one must not."""
 
-    def admit_waiting(self, now: float) -> None:
-        self.line_moves = False
-        if any(self.is_due(each, now) for each in ('wait', 'pending', 'proposal')):
-            with self.acting():
-                self.line_moves = self.service.waiting.admit_waiting(now)
 
-    def drop_staged(self, now: float) -> None:
-        """Erases some of what a process had begun to write, and has not gone on with."""
-        left = self.those_due('staged', 'SELECT f.name FROM fact f', now)
-        self.dropping = bool(left)
-        for each in left:
-            with self.acting():
-                Staged(self.service, each.name).drop_some(now)
+class Leadership:
+    """Whether this process may act."""
 
-    def plan(self, now: float) -> None:
-        """Writes down the servers that occurrences want now, and gives up those they don't."""
-        due = ('SELECT o.*, r.label, r.image, r.server, r.at_end, r.notify, r.changed, r.project, '
-               's.cloud, '
-               'r.waiting IS NOT NULL OR r.pending IS NOT NULL AS idle, s.no_show, s.mode '
-               'FROM occurrence o JOIN reservation r ON r.id = o.reservation_id '
-               'JOIN resource s ON s.id = o.resource_id')
-        if self.is_due('occurrence', now):
-            with self.acting():
-                is_aside, _ = not_real_yet()
-                for occurrence in self.those_due('occurrence', due, now):
-                    if not is_aside(occurrence.reservation_id):
-                        self.plan_one(occurrence, now)
+    def __init__(self, config: Config, clocks: Clocks):
+        self.config, self.clocks = config, clocks
+        self.name = f'{socket.gethostname()}:{os.getpid()}:{secrets.token_hex(4)}'
+        self.leased_until = 0.0
 
-    def plan_one(self, occurrence, now: float) -> None:
-        over = occurrence.cancelled is not None or now >= occurrence.end
-        servers = rows("SELECT id, n, name, state, ready, borrowed, uid FROM server "
-                       "WHERE occurrence_id = ? AND goal = 'up' "
-                       "AND state NOT IN ('deleted', 'kept') ORDER BY n", occurrence.id)
-        # Machines that are there stay, also where the clock was set back to before their start.
-        runs = (occurrence.image or occurrence.server) and not over and not occurrence.idle and (
-            servers or now >= occurrence.held_from)
-        wanted = occurrence.vms if runs else 0
-        missing = sorted(set(range(1, wanted + 1)) - {server.n for server in servers})
-        if missing and self.still_stopping(occurrence):  # a series starts those again
-            change(Occurrence, occurrence.id, due=now + self.config.poll)
-            return
-        stopped = self.stopped_before(occurrence) if missing else []
-        for n, before in itertools.zip_longest(missing, stopped[:len(missing)]):
-            self.plan_server(occurrence, n, now, before)
-        if stopped:
-            self.service.bookings.count_stopped(occurrence.reservation_id, now)
-        for server in servers:
-            if server.n > wanted and server.borrowed and self.handed_on(occurrence, now):
-                change(Server, server.id, goal='up', state='kept', due=None)
-            elif server.n > wanted:
-                change(Server, server.id, goal=self.goal_after(occurrence, server, over), due=now)
-        self.tell_in_error(occurrence, [each for each in servers if each.n > wanted], over, now)
-        if over and now >= occurrence.end + self.config.end_grace:
-            self.force(occurrence, now)
-        if over and not occurrence.told & FOREIGN:
-            occurrence = occurrence._replace(told=occurrence.told | FOREIGN)
-            self.end_foreign(occurrence, now)
-        if over and not occurrence.told & LEFT:
-            occurrence = occurrence._replace(told=occurrence.told | self.tell_left(occurrence, now))
-        if not over and self.release_unused(occurrence, now):
-            return
-        if wanted:
-            occurrence = self.tell_up(occurrence, now)
-        told = self.announce(occurrence, over, now)
-        due = self.next_look(occurrence, over, now)
-        # `next_look` may have told that it failed.
-        run('UPDATE occurrence SET told = told & ? | ?, up_told = ?, up_check = ?, due = ? WHERE '
-            'id = ?',
-            FAILED, told, occurrence.up_told, occurrence.up_check, due, occurrence.id)
+    def has_time(self, now: float) -> bool:
+        """Whether the lease is this process' at an instant, as it knows by itself."""
+        return self.leased_until - self.config.lease <= now < self.leased_until
 
-    def plan_server(self, occurrence, n: int, now: float, before=None) -> None:
-        """Writes down a server that is wanted: a new one, one that was there, or a series' own from
-        `before`.
-        """
-        borrowed = bool(occurrence.server)
-        number = f'-{occurrence.id}-{n}'
-        # One that was there has a name of its own, which the first look tells.
-        values = dict(name=occurrence.server or server_name(occurrence.label, number),
-                      uid=occurrence.server or None, tries=0,
-                      state='unknown' if borrowed else 'planned', begun=None,
-                      account=self.clouds.account(occurrence.cloud, occurrence.project))
-        if before:
-            # from now on it is the new row's
-            change(Server, before.id, state='deleted', deleted=now)
-            values = dict(name=before.name, uid=before.uid, tries=1, state=DOWN[0], begun=now,
-                          account=before.account)
-        insert(Server, id=next_server(), occurrence=occurrence.id, n=n, goal='up',
-               borrowed=borrowed,
-               failures=0, addresses='[]', snapshot='', snapshot_id='', fault='', due=now,
-               # What was asked for after the start can't be ready at the start.
-               planned=max(occurrence.start, occurrence.changed), **values)
-
-    def still_stopping(self, occurrence) -> bool:
-        """Whether VMs of an earlier occurrence of the same series are on their way to be stopped or
-        shelved.
-        """
-        return bool(row("SELECT v.id FROM occurrence o JOIN server v ON v.occurrence_id = o.id "
-                        "WHERE o.reservation_id = ? AND o.id <> ? AND v.goal IN ('stop', 'shelve') "
-                        "AND NOT v.borrowed "
-                        "AND v.state NOT IN ('deleted', 'kept') LIMIT 1",
-                        occurrence.reservation_id, occurrence.id))
-
-    def stopped_before(self, occurrence) -> list:
-        """The VMs that earlier occurrences of a series have left, stopped or shelved, on the same
-        account.
-        """
-        account = self.clouds.account(occurrence.cloud, occurrence.project)
-        return rows("SELECT v.id, v.uid, v.name, v.account FROM occurrence o JOIN server v ON "
-                    "v.occurrence_id = o.id "
-                    "WHERE o.reservation_id = ? AND o.resource_id = ? AND v.state = 'kept' AND NOT "
-                    "v.borrowed "
-                    "AND v.goal IN ('stop', 'shelve') AND v.account = ? ORDER BY v.n, v.id",
-                    occurrence.reservation_id, occurrence.resource_id, account)
-
-    def goal_after(self, occurrence, server, over: bool) -> str:
-        """What becomes of a server that is up no longer; one that never was up is not worth
-        keeping.
-        """
-        if server.borrowed:
-            return occurrence.at_end
-        asked = (over and occurrence.cancelled is None and server.ready
-                 and server.state not in ('error', 'deleting'))
-        return occurrence.at_end if asked else 'delete'
-
-    def tell_in_error(self, occurrence, servers: list, over: bool, now: float) -> None:
-        """Tells of servers that were up once and are in error at the end: nothing can be done."""
-        lost = [each for each in servers
-                if each.state == 'error' and each.ready and not each.borrowed]
-        if lost and over and occurrence.cancelled is None and occurrence.at_end != 'delete':
-            self.journal(now, 'forced', f'the agreed {occurrence.at_end} can not be done with VMs '
-                         f'in error, so these are deleted: {named(lost)}', occurrence)
-
-    def handed_on(self, occurrence, now: float) -> bool:
-        """Whether the next reservation of the same machine has begun, so that it must not be
-        stopped between.
-        """
-        return bool(row('SELECT o.id FROM occurrence o JOIN reservation r ON r.id = '
-                        'o.reservation_id '
-                        "WHERE r.server = ? AND r.server <> '' AND o.id <> ? AND o.cancelled IS "
-                        "NULL AND o.due IS NOT NULL "
-                        'AND o.held_from <= ? AND o."end" > ?', occurrence.server, occurrence.id,
-                        now, now))
-
-    def force(self, occurrence, now: float) -> None:
-        """Deletes after the grace time what could not be stopped, shelved or saved: others were
-        promised its place.
-        """
-        late = rows("SELECT id, name FROM server WHERE occurrence_id = ? AND goal <> 'delete' AND "
-                    "NOT borrowed "
-                    "AND state NOT IN ('deleted', 'kept')", occurrence.id)
-        for server in late:  # an image that is not complete by now never will be
-            change(Server, server.id, goal='delete', state='active', snapshot='', due=now)
-        if late:
-            self.journal(now, 'forced', f'the agreed {occurrence.at_end} was not done within '
-                         f'{format_duration(self.config.end_grace)} after the end, so these VMs '
-                         f'are deleted: {named(late)}', occurrence)
-
-    def release_unused(self, occurrence, now: float) -> bool:
-        """Warns of, and then releases, one without machines on which nobody has booted any; whether
-        it did.
-        """
-        boots = occurrence.image or occurrence.server or occurrence.idle
-        if not occurrence.no_show or not occurrence.mode or boots or row(
-                'SELECT id FROM claim WHERE occurrence = ? LIMIT 1', occurrence.id):
-            return False
-        begun = max(occurrence.start, occurrence.changed)  # who was let in late has as long
-        if now >= begun + occurrence.no_show:
-            found = self.service.look.occurrence(occurrence.id)
-            self.service.admission.cancel([found], now,
-                                f'nobody has used it within {format_duration(occurrence.no_show)}')
-            return True
-        if now >= begun + occurrence.no_show // 2 and not occurrence.told & UNUSED:
-            until = self.config.told_time(begun + occurrence.no_show)
-            self.journal(now, 'unused', f'it is released at {until} unless a machine '
-                         'is booted on it', occurrence)
-            change(Occurrence, occurrence.id, told=occurrence.told | UNUSED,
-                   due=begun + occurrence.no_show)
-            return True
-        return False
-
-    def end_foreign(self, occurrence, now: float) -> None:
-        """Reports machines that people booted by themselves on what is over now; deletes them if
-        that is set.
-        """
-        foreign = rows('SELECT c.server FROM claim c WHERE c.occurrence = ? AND c.due IS NOT NULL '
-                       'AND c.server NOT IN '
-                       '(SELECT uid FROM server WHERE uid IS NOT NULL AND occurrence_id = ?)',
-                       occurrence.id, occurrence.id)
-        if foreign:
-            deed = 'are deleted' if self.config.end_foreign else 'go on'
-            self.journal(now, 'foreign',
-                         f"{len(foreign)} machines that were booted by hand {deed}: "
-                         f"{', '.join(each.server for each in foreign)}", occurrence)
-        for each in foreign if self.config.end_foreign else ():
-            self.submit(('clear', each.server), 'clear', occurrence.cloud, each.server)
-
-    def tell_up(self, occurrence, now: float):
-        """Tells how many servers are up, if that was not told yet; the occurrence with what was.
-
-        That all are up is told at once the first time, and from the start on that some are not, if
-        it is known why. Any other change is told when it has lasted for CALM.
-        """
-        servers = rows('SELECT name, state, fault, ready, addresses, borrowed FROM server '
-                       "WHERE occurrence_id = ? AND goal = 'up' "
-                       "AND state NOT IN ('deleted', 'kept') ORDER BY n", occurrence.id)
-        lacking = [each for each in servers if each.state != 'active']
-        up = len(servers) - len(lacking)
-        full = up >= occurrence.vms
-        if self.up_is_told(occurrence, up, full) or not full and now < occurrence.start:
-            return occurrence._replace(up_check=None)
-        reason = any(each.fault or self.by_hand(each) for each in lacking)
-        first = not occurrence.told & (READY if full else READY | SHORT) and (full or reason)
-        check = now if first else occurrence.up_check or now + CALM
-        if check > now:
-            return occurrence._replace(up_check=check)
-        if full:
-            self.tell_ready(occurrence, servers, now)
-        else:
-            code = 'stopped' if any(map(self.by_hand, lacking)) else 'trouble'
-            self.journal(now, code, f'{up} of {occurrence.vms} VMs are up; '
-                         f'{self.why_not_up(lacking)}', occurrence)
-        told = occurrence.told & ~SHORT | READY if full else occurrence.told | SHORT
-        return occurrence._replace(up_told=up, up_check=None, told=told)
-
-    def up_is_told(self, occurrence, up: int, full: bool) -> bool:
-        """Whether what was told last is that so many servers are up."""
-        if occurrence.up_told is None:
-            return False
-        short = bool(occurrence.told & SHORT)
-        return not short and occurrence.up_told >= occurrence.vms if full else (
-            short and occurrence.up_told == up)
-
-    def tell_ready(self, occurrence, servers: list, now: float) -> None:
-        late = format_duration(max(max(each.ready for each in servers) - occurrence.start, 0))
-        when = ' again' if occurrence.told & READY else f', {late} after the start'
-        there = ', '.join(f"{each.name} {' '.join(json.loads(each.addresses))}" for each in servers)
-        self.journal(now, 'ready', f'all {len(servers)} are up{when}: {there}', occurrence)
-
-    def by_hand(self, server) -> bool:
-        """Whether somebody has put a server to rest; what was so before, we start ourselves."""
-        return server.state in WAKES and bool(server.ready) and not server.borrowed
-
-    def why_not_up(self, servers: list) -> str:
-        """The reasons for which servers are not up, each with those that it concerns."""
-        reasons: dict = defaultdict(list)
-        for each in servers:
-            stopped = self.by_hand(each) and (
-                f'{each.state}; cmres starts nothing that somebody has stopped, so its owner must '
-                f'do that: openstack server {WAKES[each.state]} NAME')
-            fault = each.fault.rstrip('.') or 'the cloud is still starting them'
-            reasons[stopped or fault].append(each)
-        return '; '.join(f'{named(those)}: {reason}' for reason, those in reasons.items())
-
-    def tell_left(self, occurrence, now: float) -> int:
-        """Tells what has become of servers that were to stay or to be saved; LEFT once it has."""
-        left = rows('SELECT name, goal, state, snapshot FROM server WHERE occurrence_id = ? '
-                    "AND (goal IN ('stop', 'shelve', 'snapshot') OR snapshot <> '') ORDER BY n",
-                    occurrence.id)
-        if any(each.state not in FINAL and each.goal != 'delete' for each in left):
-            return 0
-        saved = ', '.join(f'{each.name} as {each.snapshot}' for each in left if each.snapshot)
-        if saved:
-            self.journal(now, 'snapshot', f'saved: {saved}', occurrence)
-        for stay in grouped([each for each in left if each.state == 'kept'], 'goal'):
-            how = 'shelved' if stay[0].goal == 'shelve' else 'stopped'
-            self.journal(now, 'stopped', f'{how} and not deleted: {named(stay)}', occurrence)
-        return LEFT
-
-    def announce(self, occurrence, over: bool, now: float) -> int:
-        """Tells of a start or an end that comes soon, once; what was told so far."""
-        soon, ending = self.notice_times(occurrence)
-        if not over and not occurrence.told & SOON and soon <= now < occurrence.start:
-            self.journal(now, 'soon', f'starts in {format_duration(occurrence.start - now)}',
-                         occurrence)
-            return occurrence.told | SOON
-        if not over and not occurrence.told & ENDING and ending <= now:
-            self.journal(now, 'ending', f'ends in {format_duration(occurrence.end - now)}',
-                         occurrence)
-            return occurrence.told | ENDING
-        return occurrence.told
-
-    def notice_times(self, occurrence) -> tuple[float, float]:
-        """When a start and an end are announced; the end of a short window, in its middle."""
-        length = occurrence.end - occurrence.start
-        return occurrence.start - self.config.notice, occurrence.end - min(self.config.notice,
-                                                                           length / 2)
-
-    def next_look(self, occurrence, over: bool, now: float) -> float | None:
-        """When an occurrence must be planned again; never, once it is over and nothing is left to
-        do.
-        """
-        if not over:
-            comes = (*self.notice_times(occurrence), occurrence.held_from, occurrence.start,
-                     occurrence.end,
-                     *(max(occurrence.start, occurrence.changed) + each
-                       for each in (occurrence.no_show // 2, occurrence.no_show)),
-                     occurrence.up_check or 0)
-            return min(each for each in comes if each > now)
-        if row("SELECT id FROM server WHERE occurrence_id = ? AND state NOT IN ('deleted', 'kept') "
-               "LIMIT 1",
-               occurrence.id):
-            return now + self.config.poll
-        if occurrence.cancelled is None:
-            self.tell_end(occurrence, now)
-        if occurrence.at_end == 'stop':
-            change(Occurrence, occurrence.id, due=None)
-            self.service.bookings.count_stopped(occurrence.reservation_id, now)
-        return None
-
-    def tell_end(self, occurrence, now: float) -> None:
-        if occurrence.idle:
-            found = self.service.look.occurrence(occurrence.id)
-            self.service.admission.cancel([found], now, 'it waited in vain')
-            return
-        found = row('SELECT count(ready) AS ever, max(fault) AS fault FROM server WHERE '
-                    'occurrence_id = ?',
-                    occurrence.id)
-        if (occurrence.image or occurrence.server) and not found.ever:
-            run('UPDATE occurrence SET told = told | ? WHERE id = ?', FAILED, occurrence.id)
-            fault = (found.fault or '').rstrip('.') or 'the life cycle did not run'
-            self.journal(now, 'failed', f'never up: {fault}', occurrence)
-        else:
-            self.journal(now, 'ended', 'its time was over', occurrence)
-
-    def journal(self, now: float, code: str, sentence: str, about) -> None:
-        """An event of the life cycle, about a row that tells its reservation and whom to notify."""
-        self.note(now, code, sentence, about, json.loads(about.notify))
-
-    def note(self, now: float, code: str, sentence: str, about,
-             notify: Iterable[str] | None = None) -> None:
-        """An event of one server, which is only logged: `tell_up` tells of all of them together."""
-        occurrence = getattr(about, 'occurrence_id', about.id)
-        journal(self.config, now, 'cmres', code, sentence[:1000], about.reservation_id, notify,
-                occurrence)
-
-    def look_again(self, occurrence: int, now: float) -> None:
-        """Lets this pass plan an occurrence whose servers are no longer as they were."""
-        run('UPDATE occurrence SET due = ? WHERE id = ? AND due > ?', now, occurrence, now)
-
-    # What to do
-
-    def call(self, now: float) -> None:
-        """Hands the calls that are due to workers, each after its intent is written."""
-        servers = self.those_due('server', SERVERS, now, 'ORDER BY +v.planned, v.id')
-        due = [server for server in servers if not self.busy(('server', server.id))]
-        notices = self.next_notices(now)
-        polls = self.those_due(
-            'subscription', 'SELECT u.* FROM subscription u', now, 'ORDER BY u.due')
-        claims: dict = defaultdict(list)
-        for each in self.those_due('claim', 'SELECT c.server, s.cloud FROM claim c JOIN resource s '
-                                   'ON s.id = c.resource_id', now, 'LIMIT 100'):
-            claims[each.cloud].append(each.server)
-        looks, calls, waits = set(), [], {}
-        if due:
-            with self.acting():
-                for server in due:
-                    # the call was given up, or never reached a worker
-                    if server.intended is not None:
-                        late = (f'the cloud {server.account} did not answer within '
-                                f'{self.config.call_timeout:g} seconds')
-                        change(Server, server.id, intended=None, called=now, fault=late)
-                    verb = 'look' if self.left_alone(server, now) else self.next_call(server)
-                    starts = verb in ('boot', 'start') and server.goal == 'up'
-                    if starts and self.must_wait(server, waits, now):
-                        continue
-                    looks |= {server.account} if verb == 'look' else set()
-                    calls += self.intend(verb, server, now) if verb != 'look' else []
-        for verb, server in calls:
-            self.submit(('server', server.id), verb, server.account, server)
-        for account in looks:
-            if self.breakers[account].until <= now:
-                self.submit(('look', account), 'look', account, self.known(account))
-        for notice in notices:
-            if notice.invites and not notice.tries and self.is_invited_enough(notice, now):
-                continue
-            self.submit(('notice', notice.target, notice.owner), 'notice', ' notices', notice)
-        for account, uids in claims.items():
-            self.submit(('claims', account), 'trace', account, uids)
-        # one at a time of each host: one that is slow holds no more than a worker
-        for each in polls:
-            self.submit(('poll', urlsplit(each.url).hostname), 'poll', ' calendars', each)
-
-    def is_invited_enough(self, notice, now: float) -> bool:
-        """Drops an invitation where as many were sent for a user today as may be."""
-        with transaction():
-            total, = run('INSERT INTO mailed (owner, day, number) VALUES (?, ?, 1) '
-                         'ON CONFLICT (owner) DO UPDATE SET day = excluded.day, '
-                         'number = 1 + iif(day = excluded.day, number, 0) RETURNING number',
-                         f'{notice.owner} invites', int(now // 86400)).fetchone()
-            if enough := total > self.config.invitations_per_day:
-                change(Outbox, notice.id, due=None, fault='too many invitations today')
-        return enough
-
-    def next_notices(self, now: float) -> list:
-        """The notices that go out now: by turns of their owners, and few to one host at a time.
-
-        Each target is told in order, one notice of an owner after another. An owner has a quarter
-        of the workers and mail half of them: silent hosts of some delay nobody else's notices.
-        """
-        under_way = [key for key in self.flying if key[0] == 'notice' and self.busy(key)]
-        if len(under_way) >= self.config.workers:
-            return []
-        owners = Counter(key[2] for key in under_way)
-        hosts = Counter(host_of(key[1]) for key in under_way)
-        if now < self.calm_until:  # nothing has changed for those that had to wait
-            return []
-        _, is_aside = not_real_yet()
-        heads = [each for each in self.those_due('notice', NOTICES, now, 'ORDER BY n.id')
-                 if not is_aside(each.event)]
-        queues = {those[0].owner: iter(those) for those in grouped(heads, 'owner')}
-        chosen: list = []
-        while queues and len(under_way) + len(chosen) < self.config.workers:
-            owner = min(queues, key=owners.__getitem__)
-            full = owners[owner] >= max(self.config.workers // 4, 1)
-            may_go = (each for each in queues[owner] if not full and self.has_room(each, hosts))
-            notice = next(may_go, None)
-            if notice is None:
-                del queues[owner]
-                continue
-            chosen.append(notice)
-            owners[owner] += 1
-            hosts[host_of(notice.target)] += 1
-        self.calm_until = now + 0.5 if len(heads) > len(chosen) else 0.0
-        return chosen
-
-    def has_room(self, notice, hosts: Counter) -> bool:
-        """Whether a notice can go out while so many are on their way; the operator's can."""
-        if self.busy(('notice', notice.target, notice.owner)):
-            return False
-        host = host_of(notice.target)
-        most = PER_HOST if host else max(self.config.workers // 2, 1)
-        return not notice.owner or hosts[host] < most
-
-    def left_alone(self, server, now: float) -> bool:
-        """Whether a cloud is in such trouble that calls to it wait; a look then finds out whether
-        it is over.
-        """
-        breaker = self.breakers[server.account]
-        if breaker.failures < TRIPS and breaker.until <= now:
-            return False
-        change(Server, server.id, due=max(breaker.until, now + self.config.poll),
-               fault=breaker.fault[:500])
-        if server.fault != breaker.fault[:500]:
-            self.look_again(server.occurrence_id, now)
-        return True
-
-    def must_wait(self, server, waits: dict, now: float) -> bool:
-        """Whether a server can't start since its resource is closed or has less than is booked.
+    def lead(self, now: float, inherit: Callable[[], None]) -> tuple[bool, bool]:
+        """Whether this process may act: it has the lease, renews it, or takes one that ran out.
 
         Args:
-          waits: by resource, what is known of that in this pass
+          inherit: what is to be written by who takes over
+
+        Returns:
+          whether it may act, and whether it has just taken over.
         """
-        if server.resource_id not in waits:
-            place = row('SELECT * FROM resource WHERE id = ?', server.resource_id)
-            waits[place.id] = self.service.waits_for(place, now)
-        why, until, which = waits[server.resource_id]
-        if which is not None and server.occurrence_id not in which:
-            return False
-        change(Server, server.id, due=min(until, now + CALM), fault=why[:500])
-        if server.fault != why[:500]:
-            self.look_again(server.occurrence_id, now)
-        return True
+        if self.has_time(now) and now < self.leased_until - self.config.lease / 2:
+            return True, False
+        if self.held_by_another(now):
+            self.leased_until = 0.0
+            return False, False
+        with transaction(first=True):
+            now = self.clocks.clock()  # we may have been frozen; nobody else writes from here on
+            if self.held_by_another(now):
+                return False, False
+            taken_over = not row('SELECT name FROM lease WHERE holder = ?', self.name)
+            run('INSERT INTO lease (name, holder, until) VALUES (?, ?, ?) ON CONFLICT (name) DO '
+                'UPDATE SET holder = excluded.holder, until = excluded.until',
+                'scheduler', self.name, now + self.config.lease)
+            if taken_over or not self.clocks.trust:
+                self.clocks.recall()
+            self.clocks.judge()
+            if taken_over:
+                inherit()
+        self.leased_until = now + self.config.lease
+        return True, taken_over
 
-    def next_call(self, server) -> str:
-        """What a server needs next."""
-        if server.state == 'planned':
-            return 'boot' if server.goal == 'up' else 'drop'
-        if server.state == UNDER_WAY['snapshot']:
-            return 'verify'
-        if server.state in UNDER_WAY.values() or not server.uid:
-            return 'look'
-        if server.goal == 'up' and server.state in DOWN and (server.borrowed or not server.ready):
-            return 'start'
-        if server.goal == 'up' and server.borrowed:
-            return 'look'
-        if server.goal == 'delete' or server.goal == 'up' and server.state == 'error':
-            return 'delete'
-        if server.state in ENDS_FROM.get(server.goal, ()):
-            return server.goal
-        arrived = self.arrived(UNDER_WAY.get(server.goal, ''), server.state)
-        asleep = server.state in WAKES and not arrived
-        return 'start' if server.goal in ENDS_FROM and asleep else 'look'
+    def held_by_another(self, now: float) -> bool:
+        found = row('SELECT holder, until FROM lease')
+        # One that ends further ahead than any lease was made before the clock was set back.
+        return (bool(found) and found.holder != self.name
+                and now < found.until <= now + 2 * self.config.lease)
 
-    def intend(self, verb: str, server, now: float) -> list:
-        """Writes what will be done; the calls that it takes."""
-        if verb == 'drop':
-            change(Server, server.id, state='deleted', deleted=now, due=None)
-            return []
-        change(Server, server.id, intended=now, due=now + self.config.call_timeout)
-        if verb == 'boot':
-            server = server._replace(tries=server.tries + 1)
-            change(Server, server.id, state='build', tries=server.tries, uid=None, begun=now)
-        return [(verb, server)]
+    @contextmanager
+    def acting(self) -> Iterator[None]:
+        """A transaction of the process that has the lease; LostLease for any other."""
+        with transaction(first=True):
+            self.refuse()
+            yield
 
-    def known(self, account: str) -> list[str]:
-        """The servers that must be there on an account."""
-        return [each.uid for each in rows(
-            "SELECT uid FROM server WHERE account = ? AND due IS NOT NULL AND uid IS NOT NULL "
-            "AND (goal = 'up' OR borrowed) UNION ALL "
-            "SELECT uid FROM server WHERE account = ? AND state = 'kept' AND NOT borrowed",
-            account, account)]
+    def refuse(self) -> None:
+        if not row('SELECT name FROM lease WHERE holder = ?', self.name):
+            self.leased_until = 0.0
+            raise LostLease('another scheduler has taken over; this one waits its turn')
+
+    def bound_calls(self, now: float) -> None:
+        """Notes when the calls of who acted before will have ended; until then a server may
+        appear.
+        """
+        latest = now + self.config.call_timeout
+        with self.acting():
+            run('UPDATE server SET called = ? '
+                'WHERE intended IS NOT NULL AND due IS NOT NULL AND uid IS NULL', latest)
+            # A second snapshot would make a second image.
+            run('UPDATE server SET due = ? WHERE intended IS NOT NULL AND due IS NOT NULL '
+                "AND goal = 'snapshot' AND state <> ?", latest, UNDER_WAY['snapshot'])
+            run('UPDATE server SET intended = NULL WHERE intended IS NOT NULL AND due IS NOT NULL')
+
+
+# Workers ######################################################################
+#
+# Workers only call clouds and hosts. When can a call not come any more? It has `call_timeout` from
+# the instant that a worker begins it, and from the request that makes the server once more; where
+# that is over it is fenced, so that what it has not asked for by then it never will. Calls of
+# another process began before it lost the lease. From the latest end that is possible, `settle`
+# goes by before a look is believed.
+
+
+@dataclasses.dataclass(eq=False)
+class Job:
+    """What a worker is to do, and once that ended, when, and its answer or its error."""
+    key: tuple
+    verb: str
+    account: str
+    target: Any
+    taken: float | None = None  # the uptime from which its time counts; None: it waits for a worker
+    fenced: bool = False        # its time is over, and it must not make anything any more
+    began: float = 0.0
+    ended: float = 0.0
+    answer: Any = None
+    error: Exception | None = None
+
+
+class Workers:
+    """The calls that are under way, in threads of their own."""
+
+    def __init__(self, config: Config, clouds: Clouds, service: Reservations, clocks: Clocks,
+                 leader: Leadership):
+        self.config, self.clouds, self.service = config, clouds, service
+        self.clocks, self.leader = clocks, leader
+        self.wake = threading.Event()       # set when a call has ended
+        self.flying: dict[tuple, Job] = {}  # calls that workers have or will have
+        self.hanging: set[Job] = set()      # calls that workers have although their time is over
+        # whether a call may go on is decided by one thread at a time
+        self.fence = threading.Lock()
+        self.results: queue.SimpleQueue[Job] = queue.SimpleQueue()
+        self.ended: list[Job] = []          # calls that ended, which is not on disk yet
+        self.pools: dict[str, ThreadPoolExecutor] = {}
+        self.deeds = {
+            'boot': self.do_boot, 'delete': self.do_delete, 'start': self.do_start,
+            'stop': self.do_stop, 'shelve': self.do_shelve, 'snapshot': self.do_snapshot,
+            'integrity': self.do_integrity, 'verify': self.do_verify, 'look': self.do_look,
+            'clear': self.do_clear, 'notice': self.do_notice, 'trace': self.do_trace,
+            'time': self.do_time, 'poll': self.do_poll}
 
     def submit(self, key: tuple, verb: str, account: str, target) -> None:
         if self.busy(key):
@@ -15098,7 +14974,7 @@ class LifeCycle:
         with self.fence:
             for key, call in [*self.flying.items()]:
                 call.fenced = (call.taken is not None
-                               and self.uptime() >= call.taken + self.config.call_timeout)
+                               and self.clocks.uptime() >= call.taken + self.config.call_timeout)
                 if call.fenced:
                     self.hanging.add(self.flying.pop(key))
 
@@ -15110,8 +14986,8 @@ class LifeCycle:
           CloudError: its time is over already; what it was going to ask for has not been asked.
         """
         with self.fence:
-            up, now = self.uptime(), self.clock()
-            if not self.leased_until - self.config.lease <= now < self.leased_until:
+            up, now = self.clocks.uptime(), self.clocks.clock()
+            if not self.leader.has_time(now):
                 raise LostLease('the time for this call ran out before it began')
             if (call.fenced or call.taken is not None
                 and up >= call.taken + self.config.call_timeout):
@@ -15124,13 +15000,13 @@ class LifeCycle:
         """A worker's whole job: one call, if it is not too late for it; the next pass records
         it.
         """
-        call.began = self.now()
+        call.began = self.clocks.now()
         try:
             self.go_on(call)
-            call.answer = getattr(self, f'do_{call.verb}')(call)
+            call.answer = self.deeds[call.verb](call)
         except Exception as caught:  # the pass that records it decides what it means
             call.error = caught
-        call.ended = self.now()
+        call.ended = self.clocks.now()
         self.results.put(call)
         self.wake.set()
 
@@ -15200,7 +15076,7 @@ class LifeCycle:
         found = self.service.look.next_of(notice.reservation_id)
         coming = rows('SELECT id, start, "end" FROM occurrence WHERE reservation_id = ? '
                       'AND cancelled IS NULL AND "end" > ? ORDER BY start LIMIT 366',
-                      notice.reservation_id, int(self.now()))
+                      notice.reservation_id, int(self.service.clock()))
         unwanted = row('SELECT at FROM uninvited WHERE hash = ?', hashed(notice.target.lower()))
         if unwanted or not found or not coming and found.cancelled is None:
             return
@@ -15229,7 +15105,7 @@ class LifeCycle:
     def do_time(self, call: Job) -> float | None:
         """By how much the clock of a cloud is ahead of the uptime."""
         said = self.clouds.open(call.account).time()
-        return None if said is None else said - self.uptime()
+        return None if said is None else said - self.clocks.uptime()
 
     def do_poll(self, call: Job) -> dict:
         with acting_for(call.target.user):
@@ -15238,109 +15114,48 @@ class LifeCycle:
     def mark(self, server) -> str:
         return f'{self.clouds.store}-{server.id}-{server.tries}'
 
-    # What became of it
+    def under_way(self) -> bool:
+        """Whether a call may still end in time: a worker has it, or will be free for it."""
+        hanging = Counter(call.account for call in self.hanging)
+        return any(hanging[call.account] < self.config.workers for call in self.flying.values())
 
-    def record(self, now: float) -> None:
-        """Writes down the results of the calls that ended since the last pass; they wait until that
-        has worked.
-        """
+    def forget(self) -> None:
+        """What ended is for the process to find out that acts now."""
         while not self.results.empty():
-            result = self.results.get()
-            # The clock may have been set back since.
-            result.began, result.ended = min(result.began, now), min(result.ended, now)
-            self.ended.append(result)
-        if not self.ended:
-            return
-        breakers = dict(self.breakers)
-        with self.acting():
-            for result in self.ended:
-                self.note_health(result, now)
-                if result.error and not isinstance(result.error, Error):
-                    log.error('%s of %s failed', result.verb, result.target, exc_info=result.error)
-                self.record_alone(result, now)
-        for account in breakers.keys() | self.breakers.keys():
-            self.tell_health(account, breakers.get(account, Breaker()), self.breakers[account])
+            self.ended.append(self.results.get())
         self.forget_calls()
 
-    def record_alone(self, result: Job, now: float) -> None:
-        """Records one result; one that can't be recorded costs the others nothing, and a look finds
-        out later.
-        """
-        try:
-            with Attempt():
-                self.record_one(result, now)
-        except (*STORE_ERRORS, LostLease):
-            raise
-        except Exception:
-            log.exception('the result of %s for %s could not be recorded', result.verb,
-                          result.account)
+    def forget_calls(self) -> None:
+        for result in self.ended:
+            self.hanging.discard(result)
+            if self.flying.get(result.key) is result:
+                del self.flying[result.key]
+        self.ended.clear()
 
-    def record_one(self, result: Job, now: float) -> None:
-        if result.key[0] != 'server':
-            if not isinstance(result.error, LostLease):  # else it is due still
-                getattr(self, f'record_{result.verb}')(result, now)
-            return
-        server = row(f'{SERVERS} WHERE v.id = ?', result.target.id)
-        if server.state in FINAL or server.tries != result.target.tries:
-            return
-        change(Server, server.id, intended=None)
-        if isinstance(result.error, LostLease):
-            change(Server, server.id, due=now,
-                   **({'state': 'planned'} if result.verb == 'boot' else {}))
-        elif result.verb == 'boot':
-            self.record_boot(server, result, now)
-        elif result.error:
-            # A server that can't do that is in another state than was thought: a look tells which.
-            otherwise = getattr(result.error, 'details', {}).get('status') == 409
-            self.put_off(server, self.fault(result.error), now, self.retry_after(result.error),
-                         called=result.ended, **({'state': 'unknown'} if otherwise else {}))
-        elif result.verb == 'verify':
-            self.record_verify(server, result.answer, now)
-        else:
-            saved = (dict(zip(('snapshot', 'snapshot_id'), result.answer))
-                     if result.verb == 'snapshot' else {})
-            change(Server, server.id, state=UNDER_WAY[result.verb], called=result.ended,
-                   due=now + self.config.poll, **saved)
 
-    def record_boot(self, server, result: Job, now: float) -> None:
-        begun, error = result.began, result.error
-        if not error:
-            due = now + self.config.poll if server.goal == 'up' else now
-            # it was given up too early
-            state = 'build' if server.state == 'planned' else server.state
-            change(Server, server.id, state=state, uid=result.answer, begun=begun,
-                   called=result.ended, due=due)
-        elif isinstance(error, Error) and getattr(error, 'sure', True):
-            self.put_off(server, str(error), now, self.retry_after(error), state='planned',
-                         begun=begun,
-                         called=result.ended)
-        elif not server.uid:  # a look has not found it yet
-            self.tell_trouble(server, self.fault(error), now)
-            change(Server, server.id, fault=self.fault(error)[:500], begun=begun,
-                   called=result.ended,
-                   due=result.ended + self.config.settle)
+# Health #######################################################################
+#
+# A cloud that fails again and again is left alone for a while, longer and longer.
 
-    def record_verify(self, server, complete: bool | None, now: float) -> None:
-        if complete:
-            change(Server, server.id, goal='delete', state='active', due=now)
-            self.look_again(server.occurrence_id, now)
-        elif complete is None:
-            self.put_off(server, f'the image {server.snapshot} was not completed', now,
-                         state='active')
-        else:
-            change(Server, server.id, due=now + self.config.poll)
+TRIPS = 3  # failures in a row after which a cloud is left alone for a while
 
-    def put_off(self, server, fault: str, now: float, at_least: float = 0, **values) -> None:
-        """Tries again after a pause that grows with each failure in a row."""
-        failures = server.failures + 1
-        change(Server, server.id, failures=failures, fault=fault[:500],
-               due=now + max(self.pause(failures), at_least), **values)
-        self.tell_trouble(server, fault, now)
 
-    def tell_trouble(self, server, fault: str, now: float) -> None:
-        if not server.failures or fault[:500] != server.fault:
-            self.note(now, 'trouble', f'{server.name}: {fault}', server)
-            self.look_again(server.occurrence_id, now)
+class Breaker(NamedTuple):
+    """What is remembered of a cloud in trouble: failures in a row, the last one, until when it is
+    left alone.
+    """
+    failures: int = 0
+    last: float = 0
+    until: float = 0
+    fault: str = ''
+
+
+class Health:
+    """How the clouds are, by what their calls have come to."""
+
+    def __init__(self, config: Config):
+        self.config = config
+        self.breakers: dict[str, Breaker] = defaultdict(Breaker)
 
     def pause(self, failures: int, longest: float = 0) -> float:
         """The seconds before something is tried again that has failed so often.
@@ -15351,15 +15166,7 @@ class LifeCycle:
         pause = self.config.retry_first * 2 ** min(failures - 1, 20)
         return min(pause, longest or self.config.retry_most) * random.uniform(0.8, 1.2)
 
-    def retry_after(self, error: Exception) -> float:
-        """The seconds that a cloud asks us to wait; 0 if it doesn't."""
-        text = getattr(error, 'details', {}).get('retry_after') or '0'
-        return min(float(text), 3600) if re.fullmatch(r'[0-9]{1,9}', str(text)) else 0
-
-    def fault(self, error: Exception) -> str:
-        return str(error) if isinstance(error, Error) else f'{type(error).__name__}: {error}'
-
-    def note_health(self, result: Job, now: float) -> None:
+    def note(self, result: Job, now: float) -> None:
         """Counts a cloud's failures in a row; after some it is left alone, longer and longer."""
         before, error = self.breakers[result.account], result.error
         if not (isinstance(error, CloudError) and error.ill):
@@ -15369,26 +15176,80 @@ class LifeCycle:
         # Calls that fail side by side are one failure: they met the same moment.
         failures = before.failures + (result.began > before.last)
         pause = self.pause(failures - TRIPS + 1) if failures >= TRIPS else 0
-        until = now + max(pause, self.retry_after(error))
+        until = now + max(pause, wished_pause(error))
         self.breakers[result.account] = Breaker(
             failures, max(before.last, result.ended), max(before.until, until), str(error))
 
-    def tell_health(self, account: str, before: Breaker, after: Breaker) -> None:
+    def tell(self, account: str, before: Breaker, after: Breaker) -> None:
         if before.failures < TRIPS <= after.failures:
             log.warning('the cloud %s is in trouble and is left alone for a while', account)
         if after.failures < TRIPS <= before.failures:
             log.warning('the cloud %s is well again', account)
 
-    def record_clear(self, result: Job, now: float) -> None:
-        if result.error:
-            log.warning('could not remove the server %s that nothing wants: %s', result.target,
-                        result.error)
 
-    def record_integrity(self, result: Job, now: float) -> None:
-        if not result.error:
-            note_check(now, result.answer)
+class Post:
+    """Which notices go out, and what becomes of them."""
 
-    def record_notice(self, result: Job, now: float) -> None:
+    def __init__(self, config: Config, workers: Workers, health: Health):
+        self.config, self.workers, self.health = config, workers, health
+        self.calm_until = 0.0  # until when notices that have to wait for others are left alone
+
+    def next_notices(self, now: float) -> list:
+        """The notices that go out now: by turns of their owners, and few to one host at a time.
+
+        Each target is told in order, one notice of an owner after another. An owner has a quarter
+        of the workers and mail half of them: silent hosts of some delay nobody else's notices.
+        """
+        under_way = [key for key in self.workers.flying if key[0] == 'notice']
+        if len(under_way) >= self.config.workers:
+            return []
+        owners = Counter(key[2] for key in under_way)
+        hosts = Counter(host_of(key[1]) for key in under_way)
+        if now < self.calm_until:  # nothing has changed for those that had to wait
+            return []
+        _, is_aside = not_real_yet()
+        heads = [each for each in those_due('notice', NOTICES, now, 'ORDER BY n.id')
+                 if not is_aside(each.event)]
+        queues = {those[0].owner: iter(those) for those in grouped(heads, 'owner')}
+        chosen: list = []
+        while queues and len(under_way) + len(chosen) < self.config.workers:
+            owner = min(queues, key=owners.__getitem__)
+            full = owners[owner] >= max(self.config.workers // 4, 1)
+            may_go = (each for each in queues[owner] if not full and self.has_room(each, hosts))
+            notice = next(may_go, None)
+            if notice is None:
+                del queues[owner]
+                continue
+            if notice.invites and self.is_invited_enough(notice, now):
+                continue
+            chosen.append(notice)
+            owners[owner] += 1
+            hosts[host_of(notice.target)] += 1
+        self.calm_until = now + 0.5 if len(heads) > len(chosen) else 0.0
+        return chosen
+
+    def is_invited_enough(self, notice, now: float) -> bool:
+        """Drops an invitation where as many were sent for a user today as may be."""
+        if notice.tries:
+            return False
+        with transaction():
+            total, = run('INSERT INTO mailed (owner, day, number) VALUES (?, ?, 1) '
+                         'ON CONFLICT (owner) DO UPDATE SET day = excluded.day, '
+                         'number = 1 + iif(day = excluded.day, number, 0) RETURNING number',
+                         f'{notice.owner} invites', int(now // 86400)).fetchone()
+            if enough := total > self.config.invitations_per_day:
+                change(Outbox, notice.id, due=None, fault='too many invitations today')
+        return enough
+
+    def has_room(self, notice, hosts: Counter) -> bool:
+        """Whether a notice can go out while so many are on their way; the operator's can."""
+        if self.workers.busy(('notice', notice.target, notice.owner)):
+            return False
+        host = host_of(notice.target)
+        most = PER_HOST if host else max(self.config.workers // 2, 1)
+        return not notice.owner or hosts[host] < most
+
+    def record(self, result: Job, now: float) -> None:
         notice, error = result.target, result.error
         self.calm_until = 0.0
         if not error:
@@ -15397,7 +15258,7 @@ class LifeCycle:
                 self.hurry_to(host_of(notice.target), now)
             return
         tries = notice.tries + 1
-        due = now + self.pause(tries, RARELY)
+        due = now + self.health.pause(tries, RARELY)
         if now - notice.at > GIVE_UP:
             self.give_up_telling(notice, error, now)
             # What comes after it goes to the same dead end, so it need not be tried as often anew.
@@ -15425,6 +15286,562 @@ class LifeCycle:
             if host_of(each.target) == host:
                 change(Outbox, each.id, due=now)
 
+
+# Planner ######################################################################
+#
+# What is wanted: of each occurrence that is due, the servers that it wants now, what is told of it,
+# and when it is to be looked at again. It writes, and calls no cloud.
+
+
+class Planner:
+    """Plans occurrences."""
+
+    def __init__(self, config: Config, clouds: Clouds, service: Reservations, leader: Leadership,
+                 workers: Workers):
+        self.config, self.clouds, self.service = config, clouds, service
+        self.leader, self.workers = leader, workers
+
+    def plan(self, now: float) -> None:
+        """Writes down the servers that occurrences want now, and gives up those they don't."""
+        due = ('SELECT o.*, r.label, r.image, r.server, r.at_end, r.notify, r.changed, r.project, '
+               's.cloud, '
+               'r.waiting IS NOT NULL OR r.pending IS NOT NULL AS idle, s.no_show, s.mode '
+               'FROM occurrence o JOIN reservation r ON r.id = o.reservation_id '
+               'JOIN resource s ON s.id = o.resource_id')
+        if is_due('occurrence', now):
+            with self.leader.acting():
+                is_aside, _ = not_real_yet()
+                for occurrence in those_due('occurrence', due, now):
+                    if not is_aside(occurrence.reservation_id):
+                        self.plan_one(occurrence, now)
+
+    def plan_one(self, occurrence, now: float) -> None:
+        over = occurrence.cancelled is not None or now >= occurrence.end
+        servers = rows("SELECT id, n, name, state, ready, borrowed, uid FROM server "
+                       "WHERE occurrence_id = ? AND goal = 'up' "
+                       "AND state NOT IN ('deleted', 'kept') ORDER BY n", occurrence.id)
+        # Machines that are there stay, also where the clock was set back to before their start.
+        runs = (occurrence.image or occurrence.server) and not over and not occurrence.idle and (
+            servers or now >= occurrence.held_from)
+        wanted = occurrence.vms if runs else 0
+        missing = sorted(set(range(1, wanted + 1)) - {server.n for server in servers})
+        if missing and self.still_stopping(occurrence):  # a series starts those again
+            change(Occurrence, occurrence.id, due=now + self.config.poll)
+            return
+        stopped = self.stopped_before(occurrence) if missing else []
+        for n, before in itertools.zip_longest(missing, stopped[:len(missing)]):
+            self.plan_server(occurrence, n, now, before)
+        if stopped:
+            self.service.bookings.count_stopped(occurrence.reservation_id, now)
+        for server in servers:
+            if server.n > wanted and server.borrowed and self.handed_on(occurrence, now):
+                change(Server, server.id, goal='up', state='kept', due=None)
+            elif server.n > wanted:
+                change(Server, server.id, goal=self.goal_after(occurrence, server, over), due=now)
+        self.tell_in_error(occurrence, [each for each in servers if each.n > wanted], over, now)
+        if over and now >= occurrence.end + self.config.end_grace:
+            self.force(occurrence, now)
+        if over and not occurrence.told & FOREIGN:
+            occurrence = occurrence._replace(told=occurrence.told | FOREIGN)
+            self.end_foreign(occurrence, now)
+        if over and not occurrence.told & LEFT:
+            occurrence = occurrence._replace(told=occurrence.told | self.tell_left(occurrence, now))
+        if not over and self.release_unused(occurrence, now):
+            return
+        if wanted:
+            occurrence = self.tell_up(occurrence, now)
+        told = self.announce(occurrence, over, now)
+        due = self.next_look(occurrence, over, now)
+        # `next_look` may have told that it failed.
+        run('UPDATE occurrence SET told = told & ? | ?, up_told = ?, up_check = ?, due = ? WHERE '
+            'id = ?',
+            FAILED, told, occurrence.up_told, occurrence.up_check, due, occurrence.id)
+
+    def plan_server(self, occurrence, n: int, now: float, before=None) -> None:
+        """Writes down a server that is wanted: a new one, one that was there, or a series' own from
+        `before`.
+        """
+        borrowed = bool(occurrence.server)
+        number = f'-{occurrence.id}-{n}'
+        # One that was there has a name of its own, which the first look tells.
+        values = dict(name=occurrence.server or server_name(occurrence.label, number),
+                      uid=occurrence.server or None, tries=0,
+                      state='unknown' if borrowed else 'planned', begun=None,
+                      account=self.clouds.account(occurrence.cloud, occurrence.project,
+                                                  occurrence.of_user))
+        if before:
+            # from now on it is the new row's
+            change(Server, before.id, state='deleted', deleted=now)
+            values = dict(name=before.name, uid=before.uid, tries=1, state=DOWN[0], begun=now,
+                          account=before.account)
+        insert(Server, id=next_server(), occurrence=occurrence.id, n=n, goal='up',
+               borrowed=borrowed,
+               failures=0, addresses='[]', snapshot='', snapshot_id='', fault='', due=now,
+               # What was asked for after the start can't be ready at the start.
+               planned=max(occurrence.start, occurrence.changed), **values)
+
+    def still_stopping(self, occurrence) -> bool:
+        """Whether VMs of an earlier occurrence of the same series are on their way to be stopped or
+        shelved.
+        """
+        return bool(row("SELECT v.id FROM occurrence o JOIN server v ON v.occurrence_id = o.id "
+                        "WHERE o.reservation_id = ? AND o.id <> ? AND v.goal IN ('stop', 'shelve') "
+                        "AND NOT v.borrowed "
+                        "AND v.state NOT IN ('deleted', 'kept') LIMIT 1",
+                        occurrence.reservation_id, occurrence.id))
+
+    def stopped_before(self, occurrence) -> list:
+        """The VMs that earlier occurrences of a series have left, stopped or shelved, on the same
+        account.
+        """
+        account = self.clouds.account(occurrence.cloud, occurrence.project, occurrence.of_user)
+        return rows("SELECT v.id, v.uid, v.name, v.account FROM occurrence o JOIN server v ON "
+                    "v.occurrence_id = o.id "
+                    "WHERE o.reservation_id = ? AND o.resource_id = ? AND v.state = 'kept' AND NOT "
+                    "v.borrowed "
+                    "AND v.goal IN ('stop', 'shelve') AND v.account = ? ORDER BY v.n, v.id",
+                    occurrence.reservation_id, occurrence.resource_id, account)
+
+    def goal_after(self, occurrence, server, over: bool) -> str:
+        """What becomes of a server that is up no longer; one that never was up is not worth
+        keeping.
+        """
+        if server.borrowed:
+            return occurrence.at_end
+        asked = (over and occurrence.cancelled is None and server.ready
+                 and server.state not in ('error', 'deleting'))
+        return occurrence.at_end if asked else 'delete'
+
+    def tell_in_error(self, occurrence, servers: list, over: bool, now: float) -> None:
+        """Tells of servers that were up once and are in error at the end: nothing can be done."""
+        lost = [each for each in servers
+                if each.state == 'error' and each.ready and not each.borrowed]
+        if lost and over and occurrence.cancelled is None and occurrence.at_end != 'delete':
+            tell_of(self.config, now, 'forced', f'the agreed {occurrence.at_end} can not be done '
+                    f'with VMs in error, so these are deleted: {named(lost)}', occurrence)
+
+    def handed_on(self, occurrence, now: float) -> bool:
+        """Whether the next reservation of the same machine has begun, so that it must not be
+        stopped between.
+        """
+        return bool(row('SELECT o.id FROM occurrence o JOIN reservation r ON r.id = '
+                        'o.reservation_id '
+                        "WHERE r.server = ? AND r.server <> '' AND o.id <> ? AND o.cancelled IS "
+                        "NULL AND o.due IS NOT NULL "
+                        'AND o.held_from <= ? AND o."end" > ?', occurrence.server, occurrence.id,
+                        now, now))
+
+    def force(self, occurrence, now: float) -> None:
+        """Deletes after the grace time what could not be stopped, shelved or saved: others were
+        promised its place.
+        """
+        late = rows("SELECT id, name FROM server WHERE occurrence_id = ? AND goal <> 'delete' AND "
+                    "NOT borrowed "
+                    "AND state NOT IN ('deleted', 'kept')", occurrence.id)
+        for server in late:  # an image that is not complete by now never will be
+            change(Server, server.id, goal='delete', state='active', snapshot='', due=now)
+        if late:
+            tell_of(self.config, now, 'forced', f'the agreed {occurrence.at_end} was not done '
+                    f'within {format_duration(self.config.end_grace)} after the end, so these VMs '
+                    f'are deleted: {named(late)}', occurrence)
+
+    def release_unused(self, occurrence, now: float) -> bool:
+        """Warns of, and then releases, one without machines on which nobody has booted any; whether
+        it did.
+        """
+        boots = occurrence.image or occurrence.server or occurrence.idle
+        if not occurrence.no_show or not occurrence.mode or boots or row(
+                'SELECT id FROM claim WHERE occurrence = ? LIMIT 1', occurrence.id):
+            return False
+        begun = max(occurrence.start, occurrence.changed)  # who was let in late has as long
+        if now >= begun + occurrence.no_show:
+            found = self.service.look.occurrence(occurrence.id)
+            self.service.admission.cancel([found], now,
+                                f'nobody has used it within {format_duration(occurrence.no_show)}')
+            return True
+        if now >= begun + occurrence.no_show // 2 and not occurrence.told & UNUSED:
+            until = self.config.told_time(begun + occurrence.no_show)
+            tell_of(self.config, now, 'unused', f'it is released at {until} unless a machine '
+                         'is booted on it', occurrence)
+            change(Occurrence, occurrence.id, told=occurrence.told | UNUSED,
+                   due=begun + occurrence.no_show)
+            return True
+        return False
+
+    def end_foreign(self, occurrence, now: float) -> None:
+        """Reports machines that people booted by themselves on what is over now; deletes them if
+        that is set.
+        """
+        foreign = rows('SELECT c.server FROM claim c WHERE c.occurrence = ? AND c.due IS NOT NULL '
+                       'AND c.server NOT IN '
+                       '(SELECT uid FROM server WHERE uid IS NOT NULL AND occurrence_id = ?)',
+                       occurrence.id, occurrence.id)
+        if foreign:
+            deed = 'are deleted' if self.config.end_foreign else 'go on'
+            tell_of(self.config, now, 'foreign',
+                         f"{len(foreign)} machines that were booted by hand {deed}: "
+                         f"{', '.join(each.server for each in foreign)}", occurrence)
+        for each in foreign if self.config.end_foreign else ():
+            self.workers.submit(('clear', each.server), 'clear', occurrence.cloud, each.server)
+
+    def tell_up(self, occurrence, now: float):
+        """Tells how many servers are up, if that was not told yet; the occurrence with what was.
+
+        That all are up is told at once the first time, and from the start on that some are not, if
+        it is known why. Any other change is told when it has lasted for CALM.
+        """
+        servers = rows('SELECT name, state, fault, ready, addresses, borrowed FROM server '
+                       "WHERE occurrence_id = ? AND goal = 'up' "
+                       "AND state NOT IN ('deleted', 'kept') ORDER BY n", occurrence.id)
+        lacking = [each for each in servers if each.state != 'active']
+        up = len(servers) - len(lacking)
+        full = up >= occurrence.vms
+        if self.up_is_told(occurrence, up, full) or not full and now < occurrence.start:
+            return occurrence._replace(up_check=None)
+        reason = any(each.fault or self.by_hand(each) for each in lacking)
+        first = not occurrence.told & (READY if full else READY | SHORT) and (full or reason)
+        check = now if first else occurrence.up_check or now + CALM
+        if check > now:
+            return occurrence._replace(up_check=check)
+        if full:
+            self.tell_ready(occurrence, servers, now)
+        else:
+            code = 'stopped' if any(map(self.by_hand, lacking)) else 'trouble'
+            tell_of(self.config, now, code, f'{up} of {occurrence.vms} VMs are up; '
+                         f'{self.why_not_up(lacking)}', occurrence)
+        told = occurrence.told & ~SHORT | READY if full else occurrence.told | SHORT
+        return occurrence._replace(up_told=up, up_check=None, told=told)
+
+    def up_is_told(self, occurrence, up: int, full: bool) -> bool:
+        """Whether what was told last is that so many servers are up."""
+        if occurrence.up_told is None:
+            return False
+        short = bool(occurrence.told & SHORT)
+        return not short and occurrence.up_told >= occurrence.vms if full else (
+            short and occurrence.up_told == up)
+
+    def tell_ready(self, occurrence, servers: list, now: float) -> None:
+        late = format_duration(max(max(each.ready for each in servers) - occurrence.start, 0))
+        when = ' again' if occurrence.told & READY else f', {late} after the start'
+        there = ', '.join(f"{each.name} {' '.join(json.loads(each.addresses))}" for each in servers)
+        tell_of(self.config, now, 'ready', f'all {len(servers)} are up{when}: {there}', occurrence)
+
+    def by_hand(self, server) -> bool:
+        """Whether somebody has put a server to rest; what was so before, we start ourselves."""
+        return server.state in WAKES and bool(server.ready) and not server.borrowed
+
+    def why_not_up(self, servers: list) -> str:
+        """The reasons for which servers are not up, each with those that it concerns."""
+        reasons: dict = defaultdict(list)
+        for each in servers:
+            stopped = self.by_hand(each) and (
+                f'{each.state}; cmres starts nothing that somebody has stopped, so its owner must '
+                f'do that: openstack server {WAKES[each.state]} NAME')
+            fault = each.fault.rstrip('.') or 'the cloud is still starting them'
+            reasons[stopped or fault].append(each)
+        return '; '.join(f'{named(those)}: {reason}' for reason, those in reasons.items())
+
+    def tell_left(self, occurrence, now: float) -> int:
+        """Tells what has become of servers that were to stay or to be saved; LEFT once it has."""
+        left = rows('SELECT name, goal, state, snapshot FROM server WHERE occurrence_id = ? '
+                    "AND (goal IN ('stop', 'shelve', 'snapshot') OR snapshot <> '') ORDER BY n",
+                    occurrence.id)
+        if any(each.state not in FINAL and each.goal != 'delete' for each in left):
+            return 0
+        saved = ', '.join(f'{each.name} as {each.snapshot}' for each in left if each.snapshot)
+        if saved:
+            tell_of(self.config, now, 'snapshot', f'saved: {saved}', occurrence)
+        for stay in grouped([each for each in left if each.state == 'kept'], 'goal'):
+            how = 'shelved' if stay[0].goal == 'shelve' else 'stopped'
+            tell_of(self.config, now, 'stopped', f'{how} and not deleted: {named(stay)}',
+                    occurrence)
+        return LEFT
+
+    def announce(self, occurrence, over: bool, now: float) -> int:
+        """Tells of a start or an end that comes soon, once; what was told so far."""
+        soon, ending = self.notice_times(occurrence)
+        if not over and not occurrence.told & SOON and soon <= now < occurrence.start:
+            tell_of(self.config, now, 'soon',
+                    f'starts in {format_duration(occurrence.start - now)}', occurrence)
+            return occurrence.told | SOON
+        if not over and not occurrence.told & ENDING and ending <= now:
+            tell_of(self.config, now, 'ending', f'ends in {format_duration(occurrence.end - now)}',
+                         occurrence)
+            return occurrence.told | ENDING
+        return occurrence.told
+
+    def notice_times(self, occurrence) -> tuple[float, float]:
+        """When a start and an end are announced; the end of a short window, in its middle."""
+        length = occurrence.end - occurrence.start
+        return occurrence.start - self.config.notice, occurrence.end - min(self.config.notice,
+                                                                           length / 2)
+
+    def next_look(self, occurrence, over: bool, now: float) -> float | None:
+        """When an occurrence must be planned again; never, once it is over and nothing is left to
+        do.
+        """
+        if not over:
+            comes = (*self.notice_times(occurrence), occurrence.held_from, occurrence.start,
+                     occurrence.end,
+                     *(max(occurrence.start, occurrence.changed) + each
+                       for each in (occurrence.no_show // 2, occurrence.no_show)),
+                     occurrence.up_check or 0)
+            return min(each for each in comes if each > now)
+        if row("SELECT id FROM server WHERE occurrence_id = ? AND state NOT IN ('deleted', 'kept') "
+               "LIMIT 1",
+               occurrence.id):
+            return now + self.config.poll
+        if occurrence.cancelled is None:
+            self.tell_end(occurrence, now)
+        if occurrence.at_end == 'stop':
+            change(Occurrence, occurrence.id, due=None)
+            self.service.bookings.count_stopped(occurrence.reservation_id, now)
+        return None
+
+    def tell_end(self, occurrence, now: float) -> None:
+        if occurrence.idle:
+            found = self.service.look.occurrence(occurrence.id)
+            self.service.admission.cancel([found], now, 'it waited in vain')
+            return
+        found = row('SELECT count(ready) AS ever, max(fault) AS fault FROM server WHERE '
+                    'occurrence_id = ?',
+                    occurrence.id)
+        if (occurrence.image or occurrence.server) and not found.ever:
+            run('UPDATE occurrence SET told = told | ? WHERE id = ?', FAILED, occurrence.id)
+            fault = (found.fault or '').rstrip('.') or 'the life cycle did not run'
+            tell_of(self.config, now, 'failed', f'never up: {fault}', occurrence)
+        else:
+            tell_of(self.config, now, 'ended', 'its time was over', occurrence)
+
+
+# Dispatcher ###################################################################
+#
+# What is to be done: the calls that are due are handed to workers, each after its intent is
+# written.
+
+
+class Dispatcher:
+    """Hands calls to workers."""
+
+    def __init__(self, service: Reservations, leader: Leadership, workers: Workers,
+                 health: Health, post: Post):
+        self.config, self.service, self.leader = service.config, service, leader
+        self.workers, self.health, self.post = workers, health, post
+
+    def call(self, now: float) -> None:
+        """Hands the calls that are due to workers, each after its intent is written."""
+        servers = those_due('server', SERVERS, now, 'ORDER BY +v.planned, v.id')
+        due = [server for server in servers if not self.workers.busy(('server', server.id))]
+        notices = self.post.next_notices(now)
+        polls = those_due(
+            'subscription', 'SELECT u.* FROM subscription u', now, 'ORDER BY u.due')
+        claims: dict = defaultdict(list)
+        for each in those_due('claim', 'SELECT c.server, s.cloud FROM claim c JOIN resource s '
+                                   'ON s.id = c.resource_id', now, 'LIMIT 100'):
+            claims[each.cloud].append(each.server)
+        looks, calls, waits = set(), [], {}
+        if due:
+            with self.leader.acting():
+                for server in due:
+                    # the call was given up, or never reached a worker
+                    if server.intended is not None:
+                        late = (f'the cloud {server.account} did not answer within '
+                                f'{self.config.call_timeout:g} seconds')
+                        change(Server, server.id, intended=None, called=now, fault=late)
+                    verb = 'look' if self.left_alone(server, now) else next_call(server)
+                    starts = verb in ('boot', 'start') and server.goal == 'up'
+                    if starts and self.must_wait(server, waits, now):
+                        continue
+                    looks |= {server.account} if verb == 'look' else set()
+                    calls += self.intend(verb, server, now) if verb != 'look' else []
+        for verb, server in calls:
+            self.workers.submit(('server', server.id), verb, server.account, server)
+        for account in looks:
+            if self.health.breakers[account].until <= now:
+                self.workers.submit(('look', account), 'look', account, known_on(account))
+        for notice in notices:
+            key = 'notice', notice.target, notice.owner
+            self.workers.submit(key, 'notice', ' notices', notice)
+        for account, uids in claims.items():
+            self.workers.submit(('claims', account), 'trace', account, uids)
+        # one at a time of each host: one that is slow holds no more than a worker
+        for each in polls:
+            self.workers.submit(('poll', urlsplit(each.url).hostname), 'poll', ' calendars', each)
+
+    def left_alone(self, server, now: float) -> bool:
+        """Whether a cloud is in such trouble that calls to it wait; a look then finds out whether
+        it is over.
+        """
+        breaker = self.health.breakers[server.account]
+        if breaker.failures < TRIPS and breaker.until <= now:
+            return False
+        change(Server, server.id, due=max(breaker.until, now + self.config.poll),
+               fault=breaker.fault[:500])
+        if server.fault != breaker.fault[:500]:
+            look_again(server.occurrence_id, now)
+        return True
+
+    def must_wait(self, server, waits: dict, now: float) -> bool:
+        """Whether a server can't start since its resource is closed or has less than is booked.
+
+        Args:
+          waits: by resource, what is known of that in this pass
+        """
+        if server.resource_id not in waits:
+            place = row('SELECT * FROM resource WHERE id = ?', server.resource_id)
+            waits[place.id] = self.service.waits_for(place, now)
+        why, until, which = waits[server.resource_id]
+        if which is not None and server.occurrence_id not in which:
+            return False
+        change(Server, server.id, due=min(until, now + CALM), fault=why[:500])
+        if server.fault != why[:500]:
+            look_again(server.occurrence_id, now)
+        return True
+
+    def intend(self, verb: str, server, now: float) -> list:
+        """Writes what will be done; the calls that it takes."""
+        if verb == 'drop':
+            change(Server, server.id, state='deleted', deleted=now, due=None)
+            return []
+        change(Server, server.id, intended=now, due=now + self.config.call_timeout)
+        if verb == 'boot':
+            server = server._replace(tries=server.tries + 1)
+            change(Server, server.id, state='build', tries=server.tries, uid=None, begun=now)
+        return [(verb, server)]
+
+
+# Reconciler ###################################################################
+#
+# What became of it: the answers of workers are compared with what is written, and written down.
+
+
+class Reconciler:
+    """Records what calls came to."""
+
+    def __init__(self, service: Reservations, clocks: Clocks, leader: Leadership, workers: Workers,
+                 health: Health, post: Post):
+        self.config, self.clouds, self.service = service.config, service.clouds, service
+        self.leader, self.workers, self.health = leader, workers, health
+        # Since when servers were seen to boot, by account.
+        self.building: dict[str, dict] = defaultdict(dict)
+        self.reported: set[str] = set()  # orphans that wait for an admin
+        self.deeds = {
+            'clear': self.record_clear, 'integrity': self.record_integrity, 'notice': post.record,
+            'trace': self.record_trace, 'time': clocks.confirm, 'poll': self.record_poll,
+            'look': self.record_look}
+
+    def record(self, now: float) -> None:
+        """Writes down the results of the calls that ended since the last pass; they wait until that
+        has worked.
+        """
+        while not self.workers.results.empty():
+            result = self.workers.results.get()
+            # The clock may have been set back since.
+            result.began, result.ended = min(result.began, now), min(result.ended, now)
+            self.workers.ended.append(result)
+        if not self.workers.ended:
+            return
+        breakers = dict(self.health.breakers)
+        with self.leader.acting():
+            for result in self.workers.ended:
+                self.health.note(result, now)
+                if result.error and not isinstance(result.error, Error):
+                    log.error('%s of %s failed', result.verb, result.target, exc_info=result.error)
+                self.record_alone(result, now)
+        for account in breakers.keys() | self.health.breakers.keys():
+            before, after = breakers.get(account, Breaker()), self.health.breakers[account]
+            self.health.tell(account, before, after)
+        self.workers.forget_calls()
+
+    def record_alone(self, result: Job, now: float) -> None:
+        """Records one result; one that can't be recorded costs the others nothing, and a look finds
+        out later.
+        """
+        try:
+            with Attempt():
+                self.record_one(result, now)
+        except (*STORE_ERRORS, LostLease):
+            raise
+        except Exception:
+            log.exception('the result of %s for %s could not be recorded', result.verb,
+                          result.account)
+
+    def record_one(self, result: Job, now: float) -> None:
+        if result.key[0] != 'server':
+            if not isinstance(result.error, LostLease):  # else it is due still
+                self.deeds[result.verb](result, now)
+            return
+        server = row(f'{SERVERS} WHERE v.id = ?', result.target.id)
+        if server.state in FINAL or server.tries != result.target.tries:
+            return
+        change(Server, server.id, intended=None)
+        if isinstance(result.error, LostLease):
+            change(Server, server.id, due=now,
+                   **({'state': 'planned'} if result.verb == 'boot' else {}))
+        elif result.verb == 'boot':
+            self.record_boot(server, result, now)
+        elif result.error:
+            # A server that can't do that is in another state than was thought: a look tells which.
+            otherwise = getattr(result.error, 'details', {}).get('status') == 409
+            self.put_off(server, fault_of(result.error), now, wished_pause(result.error),
+                         called=result.ended, **({'state': 'unknown'} if otherwise else {}))
+        elif result.verb == 'verify':
+            self.record_verify(server, result.answer, now)
+        else:
+            saved = (dict(zip(('snapshot', 'snapshot_id'), result.answer))
+                     if result.verb == 'snapshot' else {})
+            change(Server, server.id, state=UNDER_WAY[result.verb], called=result.ended,
+                   due=now + self.config.poll, **saved)
+
+    def record_boot(self, server, result: Job, now: float) -> None:
+        begun, error = result.began, result.error
+        if not error:
+            due = now + self.config.poll if server.goal == 'up' else now
+            # it was given up too early
+            state = 'build' if server.state == 'planned' else server.state
+            change(Server, server.id, state=state, uid=result.answer, begun=begun,
+                   called=result.ended, due=due)
+        elif isinstance(error, Error) and getattr(error, 'sure', True):
+            self.put_off(server, str(error), now, wished_pause(error), state='planned',
+                         begun=begun,
+                         called=result.ended)
+        elif not server.uid:  # a look has not found it yet
+            self.tell_trouble(server, fault_of(error), now)
+            change(Server, server.id, fault=fault_of(error)[:500], begun=begun,
+                   called=result.ended,
+                   due=result.ended + self.config.settle)
+
+    def record_verify(self, server, complete: bool | None, now: float) -> None:
+        if complete:
+            change(Server, server.id, goal='delete', state='active', due=now)
+            look_again(server.occurrence_id, now)
+        elif complete is None:
+            self.put_off(server, f'the image {server.snapshot} was not completed', now,
+                         state='active')
+        else:
+            change(Server, server.id, due=now + self.config.poll)
+
+    def put_off(self, server, fault: str, now: float, at_least: float = 0, **values) -> None:
+        """Tries again after a pause that grows with each failure in a row."""
+        failures = server.failures + 1
+        change(Server, server.id, failures=failures, fault=fault[:500],
+               due=now + max(self.health.pause(failures), at_least), **values)
+        self.tell_trouble(server, fault, now)
+
+    def tell_trouble(self, server, fault: str, now: float) -> None:
+        if not server.failures or fault[:500] != server.fault:
+            note_of(self.config, now, 'trouble', f'{server.name}: {fault}', server)
+            look_again(server.occurrence_id, now)
+
+    def record_clear(self, result: Job, now: float) -> None:
+        if result.error:
+            log.warning('could not remove the server %s that nothing wants: %s', result.target,
+                        result.error)
+
+    def record_integrity(self, result: Job, now: float) -> None:
+        if not result.error:
+            note_check(now, result.answer)
+
     def record_trace(self, result: Job, now: float) -> None:
         """Lets claims count as long as their servers are there, on a host of the resource."""
         if result.error:
@@ -15443,24 +15860,12 @@ class LifeCycle:
                 change(Claim, claim.id, due=None if elsewhere else later,
                        gone=now if elsewhere else None)
 
-    def record_time(self, result: Job, now: float) -> None:
-        """Lets a cloud's clock confirm a doubted one, or contradict it for as long as it does."""
-        trust, said = self.trust, result.answer
-        slack = self.config.lease + result.ended - result.began
-        if said is None or trust.doubted is None or said < trust.offset - slack:
-            return
-        up = self.uptime()
-        if abs(said - trust.doubted) <= slack:
-            self.judge(Trust(self.boot, trust.doubted, up))
-        else:
-            self.judge(trust._replace(offset=min(max(said, trust.offset), trust.doubted), since=up))
-
     def record_poll(self, result: Job, now: float) -> None:
         """Notes what a look at somebody's calendar gave; what it books is booked already."""
         subscription, error = result.target, result.error
         tries = subscription.tries + 1 if error else 0
-        pause = max(self.config.calendar_poll, self.pause(tries, RARELY) if error else 0)
-        fault = {'fault': self.fault(error)[:500]} if error else {'fault': ''} | result.answer
+        pause = max(self.config.calendar_poll, self.health.pause(tries, RARELY) if error else 0)
+        fault = {'fault': fault_of(error)[:500]} if error else {'fault': ''} | result.answer
         if error and str(error) != subscription.fault:
             self.service.journal(now, 'trouble',
                                  f'the calendar {subscription.id} of {subscription.user}: {error}')
@@ -15506,7 +15911,8 @@ class LifeCycle:
         marked = {each.mark: each for each in reversed(seen.values()) if each.mark}
         known = rows(f"{SERVERS} WHERE v.state <> 'deleted' AND (v.tries > 0 OR v.borrowed)")
         return [(server, seen.get(server.uid) or (
-            None if server.borrowed else marked.get(self.mark(server)))) for server in known]
+            None if server.borrowed else marked.get(self.workers.mark(server))))
+            for server in known]
 
     def clear_orphans(self, account: str, orphans: list[Seen], now: float) -> None:
         """Removes servers of ours that nothing wants; after a restore, once an admin says so."""
@@ -15515,7 +15921,7 @@ class LifeCycle:
             if each.uid in left or now - each.made < self.config.orphan_grace:
                 continue
             if not restored:
-                self.submit(('clear', each.uid), 'clear', account, each.uid)
+                self.workers.submit(('clear', each.uid), 'clear', account, each.uid)
             elif each.uid not in self.reported:
                 self.reported.add(each.uid)
                 self.service.journal(now, 'orphan', UNKNOWN.format(each.uid, account))
@@ -15524,7 +15930,7 @@ class LifeCycle:
         """A server that is there: adopt it, and go on from the state that it is in."""
         if server.borrowed and seen.name not in ('', server.name):
             change(Server, server.id, name=seen.name)
-        if server.state in UNDER_WAY.values() and not self.arrived(server.state, seen.state):
+        if server.state in UNDER_WAY.values() and not has_arrived(server.state, seen.state):
             stuck = now >= server.called + self.config.call_timeout  # then it is asked once more
             state = (('error' if server.state == 'deleting' else seen.state) if stuck
                      else server.state)
@@ -15540,33 +15946,29 @@ class LifeCycle:
                 run('UPDATE occurrence SET revision = revision + 1, revised = ? WHERE id = ?',
                     int(now),
                     server.occurrence_id)
-                self.look_again(server.occurrence_id, now)
-        elif server.goal in ('stop', 'shelve') and self.arrived(UNDER_WAY[server.goal], seen.state):
+                look_again(server.occurrence_id, now)
+        elif server.goal in ('stop', 'shelve') and has_arrived(UNDER_WAY[server.goal], seen.state):
             change(Server, server.id, uid=seen.uid, state='kept', due=None)
-            self.look_again(server.occurrence_id, now)
+            look_again(server.occurrence_id, now)
         elif server.goal == 'up' and seen.state == 'build' and self.too_slow(server):
             late = f'it did not come up within {format_duration(self.config.boot_timeout)}'
             change(Server, server.id, uid=seen.uid, state='error', fault=late, due=now)
-            self.look_again(server.occurrence_id, now)
+            look_again(server.occurrence_id, now)
         else:
             later = now + self.config.poll
             known = server.uid and server.state == seen.state  # then its instant is set already
-            calls = self.next_call(server._replace(uid=seen.uid, state=seen.state)) != 'look'
+            calls = next_call(server._replace(uid=seen.uid, state=seen.state)) != 'look'
             change(Server, server.id, uid=seen.uid, state=seen.state,
                    fault=seen.fault[:500] or server.fault,
                    due=max(server.due or 0, later) if known else now if calls else later)
             if not known:
-                self.look_again(server.occurrence_id, now)
+                look_again(server.occurrence_id, now)
 
     def too_slow(self, server) -> bool:
         """Whether this process has seen a server boot for too long; by a clock that nobody sets."""
         first = self.building[server.account].setdefault((server.id, server.tries),
                                                          time.monotonic())
         return time.monotonic() >= first + self.config.boot_timeout
-
-    def arrived(self, under_way: str, state: str) -> bool:
-        """Whether a cloud's state is what was asked for."""
-        return state in ARRIVED.get(under_way, ())
 
     def record_missing(self, server, looked: float, now: float) -> list:
         """A server that the look didn't show: gone, never made, or too new; it, if it vanished."""
@@ -15608,11 +16010,316 @@ class LifeCycle:
         for those in grouped(servers, 'occurrence_id'):
             id = those[0].occurrence_id
             again = row('SELECT up_told FROM occurrence WHERE id = ?', id).up_told is None
-            self.note(now, 'vanished', 'these VMs vanished from the cloud with all that was on '
-                      f'them, and are made anew: {named(those)}', those[0],
-                      None if again else json.loads(those[0].notify))
+            note_of(self.config, now, 'vanished', 'these VMs vanished from the cloud with all that '
+                    f'was on them, and are made anew: {named(those)}', those[0],
+                    None if again else json.loads(those[0].notify))
             change(Occurrence, id, up_told=None)  # so that it is told when they are up
-            self.look_again(id, now)
+            look_again(id, now)
+
+
+# Life cycle ###################################################################
+#
+# One idempotent pass, `converge`, makes of what is wanted what is; repeating it is all there is.
+# It records the calls that ended, plans servers for what has begun, gives them up for what is
+# over, and hands the next calls to workers. One thread thinks and writes.
+
+
+class LifeCycle:
+    """Boots what has begun, ends what is over, and looks whether it is so.
+
+    Args:
+      clock: seconds since 1970, by a clock that people and programs may set
+      uptime: seconds on a clock that nobody sets; without it, a clock that is passed in is both
+    """
+
+    def __init__(self, config: Config, clouds: Clouds, clock: Callable[[], float] = time.time,
+                 uptime: Callable[[], float] | None = None):
+        self.config, self.clouds = config, clouds
+        self.clocks = Clocks(config, clock, uptime)
+        self.leader = Leadership(config, self.clocks)
+        actor = Actor('cmres', 'default', ADMIN)
+        self.service = service = Reservations(config, clouds, actor, self.clocks.now)
+        service.fence = self.leader.refuse
+        self.workers = Workers(config, clouds, service, self.clocks, self.leader)
+        self.wake, self.health = self.workers.wake, Health(config)
+        self.post = Post(config, self.workers, self.health)
+        self.planner = Planner(config, clouds, service, self.leader, self.workers)
+        self.dispatcher = Dispatcher(service, self.leader, self.workers, self.health, self.post)
+        self.reconciler = Reconciler(service, self.clocks, self.leader, self.workers, self.health,
+                                     self.post)
+        self.passed = time.monotonic()  # when a pass has worked last
+        self.stale = False  # whether series are still to be carried on
+        self.dropping = False  # whether more is to be dropped that was begun and not ended
+        self.line_moves = False  # whether those that wait are to be looked at once more
+        self.soonest = 0.0  # when something is due next
+        self.seen: tuple | None = None  # the state of the store in which that was so
+        self.zones, self.fresh_until = '', 0.0
+        self.tidied = 0.0  # when old things were last looked for
+
+    def converge(self, now: float) -> bool:
+        """One pass, if this process may act; calls that it begins go on after it and are recorded
+        by a later one.
+        """
+        if not self.lead(now):
+            self.workers.forget()
+            return False
+        now = self.believed()  # we may have been frozen since
+        if now < self.clocks.latest - 2:
+            log.warning('the clock was set back by %.0f seconds', self.clocks.latest - now)
+            self.pull_forward(now)
+            self.sweep()
+        self.clocks.latest = now
+        self.reconciler.record(now)
+        self.workers.give_up()
+        self.refresh(now)
+        self.dropping = self.line_moves = False
+        if self.has_work(now):
+            self.admit_waiting(now)
+            self.drop_staged(now)
+            self.planner.plan(now)
+            self.dispatcher.call(now)
+            self.soonest, self.seen = self.next_due(now), None
+        self.tidy(now)
+        return True
+
+    def settle(self) -> bool:
+        """Passes until no call is under way: what `tick` does; false if another scheduler acts."""
+        acting = self.converge(self.clocks.clock())
+        while acting and (self.goes_on or self.workers.under_way()):
+            self.wake.wait(0 if self.goes_on else 1)
+            self.wake.clear()
+            acting = self.converge(self.clocks.clock())
+        return acting
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether the next pass has something to do at once."""
+        return self.stale or self.dropping or self.line_moves
+
+    def has_work(self, now: float) -> bool:
+        """Whether anything is due; asked anew only where somebody has written since."""
+        state = state_of_store()
+        if state != self.seen:
+            self.seen, self.soonest = state, self.next_due()
+        return self.soonest <= now
+
+    def next_due(self, after: float = -1) -> float:
+        """When, after an instant, the next pass has something to do; infinity if nothing is
+        planned.
+        """
+        due = row(SOONEST, after).due
+        return float('inf') if due is None else due
+
+    def run(self, stop: threading.Event) -> None:
+        """Passes at every instant that is due, at every change, and at least every second, until
+        `stop` is set.
+        """
+        import schedule
+        beat = schedule.Scheduler()
+        # other processes may change the store; clocks may be set
+        beat.every(1).seconds.do(lambda: None)
+        beat.every(max(int(10 * self.config.sweep), 1)).seconds.do(self.guarded, self.sweep)
+        beat.every(max(int(self.config.verify_every), 1)).seconds.do(self.guarded, self.check_file)
+        while not stop.is_set():
+            wait = self.guarded_pass()
+            stop.wait(self.guarded(lambda: self.rest(wait, beat)))
+        self.guarded(self.finish)
+
+    def rest(self, wait: float, beat) -> float:
+        """Waits until the next pass is due; 0, so that nothing else is waited for."""
+        # `schedule` goes by a clock that may be set
+        self.wake.wait(max(min(wait, beat.idle_seconds, 1), 0))
+        self.wake.clear()
+        beat.run_pending()
+        return 0
+
+    def guarded_pass(self) -> float:
+        """One pass that survives whatever happens; the seconds until the next one is due."""
+        return self.guarded(self.one_pass)
+
+    def one_pass(self) -> float:
+        acts = self.converge(self.clocks.clock())
+        self.passed = time.monotonic()
+        if not acts:
+            return 1
+        # What was due already is done, or waits for a call, and each of them wakes us when it ends.
+        return 0 if self.goes_on else self.soonest - self.clocks.now()
+
+    def guarded(self, deed: Callable[[], float]) -> float:
+        """Does what is done again and again: what goes wrong is only logged, and 1 the seconds to
+        wait.
+        """
+        try:
+            return deed()
+        except LostLease as error:
+            log.warning('%s', error)
+        except (Unavailable, *STORE_ERRORS) as error:
+            if not (refusal := error if isinstance(error, Unavailable) else trouble(error)):
+                log.exception('this pass failed by a mistake of cmres; the next comes in a second')
+            else:
+                log.warning('waiting: %s', refusal)
+        except Exception:  # whatever it is, the next pass may do better; people wait for machines
+            log.exception('this pass failed; the next comes in a second')
+        return 1
+
+    def age(self) -> float:
+        """The seconds since a pass has worked, be it that another scheduler acts."""
+        return time.monotonic() - self.passed
+
+    def finish(self, patience: float = 5) -> None:
+        """Lets calls that are under way end and records them; then another scheduler may act at
+        once.
+        """
+        self.guarded(lambda: self.wait_for_calls(time.monotonic() + patience))
+        with self.workers.fence:  # no worker begins anything after another process has begun to act
+            self.leader.leased_until = 0.0
+        self.guarded(self.hand_over)
+        for pool in self.workers.pools.values():
+            pool.shutdown(wait=False, cancel_futures=True)
+
+    def wait_for_calls(self, until: float) -> None:
+        while self.workers.flying and time.monotonic() < until and self.lead(self.clocks.clock()):
+            self.wake.wait(0.1)
+            self.wake.clear()
+            self.reconciler.record(self.clocks.now())
+
+    def hand_over(self) -> None:
+        """Gives the lease back, and what no worker has begun to who acts next."""
+        with transaction(first=True):
+            now = self.clocks.now()
+            if run('UPDATE lease SET until = ? WHERE holder = ?', now, self.leader.name).rowcount:
+                for call in self.workers.flying.values():
+                    if call.verb == 'boot' and call.taken is None:
+                        change(Server, call.target.id, state='planned', intended=None, due=now)
+
+    def lead(self, now: float) -> bool:
+        """Whether this process may act; who has just taken over looks at everything."""
+        acts, taken_over = self.leader.lead(now, self.inherit)
+        if taken_over:
+            self.sweep()
+        return acts
+
+    def inherit(self) -> None:
+        """Whoever made the calls that are under way may never tell of them."""
+        self.leader.bound_calls(self.clocks.now())
+        self.pull_forward(self.clocks.now())
+
+    def pull_forward(self, now: float) -> None:
+        """Lets nothing wait for an instant that an older clock or another process has reckoned."""
+        latest, pause = max(self.clocks.latest, now), now + self.config.retry_most
+        longest = now + self.config.call_timeout
+        with self.leader.acting():
+            run("UPDATE server SET due = min(due, CASE WHEN state = 'planned' THEN ? "
+                "WHEN goal = 'snapshot' AND uid IS NOT NULL THEN ? ELSE ? END), "
+                'called = min(called, iif(uid IS NULL, ?, ?)) WHERE due IS NOT NULL',
+                pause, longest, now, longest, now)
+            run('UPDATE occurrence SET due = ? WHERE due > ? AND held_from <= ? AND id IN (SELECT '
+                'id FROM occurrence '
+                f'WHERE due IS NOT NULL AND start <= ? + {LONGEST_LEAD})', now, now, latest, latest)
+            run('UPDATE outbox SET due = min(due, ? + min(?, ? * (1 << min(tries, 20)))) '
+                'WHERE due IS NOT NULL', now, RARELY, self.config.retry_first)
+            run('UPDATE wait SET due = 0 WHERE due > 0')
+            for each in rows('SELECT o.id, o.reservation_id, r.notify FROM occurrence o '
+                             'JOIN reservation r ON r.id = o.reservation_id WHERE o.due IS NULL '
+                             'AND o.cancelled IS NULL AND o."end" > ?', now):
+                change(Occurrence, each.id, due=now, told=0, up_told=None)
+                tell_of(self.config, now, 'clock',
+                        'a wrong clock has ended it too early; it goes on', each)
+        self.health.breakers.clear()
+        self.clocks.latest = now
+
+    def sweep(self) -> None:
+        """Looks at every account, also for servers of ours that nothing in the store tells of."""
+        if self.clocks.clock() < self.leader.leased_until:
+            for account in self.clouds.accounts():
+                self.workers.submit(('look', account), 'look', account, known_on(account))
+
+    def check_file(self) -> None:
+        """Looks for damage in the database file, aside; /readyz tells what was found."""
+        self.workers.submit(('integrity',), 'integrity', ' store', store_file.path)
+
+    def believed(self) -> float:
+        """The instant by which a pass acts; asks the clouds for theirs while the clock is
+        doubted.
+        """
+        trust, now = self.clocks.judged()
+        if trust.doubted != (self.clocks.trust and self.clocks.trust.doubted):
+            with self.leader.acting():
+                self.clocks.judge()
+        else:
+            self.clocks.trust = trust
+        if trust.doubted is None:
+            return now
+        if self.clocks.uptime() >= self.clocks.asked + self.config.settle / 3:
+            self.clocks.asked = self.clocks.uptime()
+            for account in self.clouds.accounts():
+                self.workers.submit(('time', account), 'time', account, None)
+        return now
+
+    def refresh(self, now: float) -> None:
+        """Carries series on, once a day and when the zone table is another; some in each pass, so
+        that none is long.
+        """
+        if now < self.fresh_until:
+            return
+        stamp = f'{instant(int(now)):%Y-%m-%d} {zone_table()}'
+        done = fact('refreshed') == stamp
+        if stamp != self.zones:
+            ZoneInfo.clear_cache()  # the files may be others than when this process began
+            self.zones = stamp
+        stale = [] if done else rows(
+            "SELECT id FROM reservation WHERE series <> '' AND over > ? "
+            'AND carried IS NOT ? LIMIT 20',
+            int(now), stamp)
+        for each in stale:
+            self.carry_on(each.id, stamp, now)
+        self.stale = bool(stale)
+        if not stale:
+            self.fresh_until = (now // 86400 + 1) * 86400
+        if not stale and not done:
+            with self.leader.acting():
+                note_fact('refreshed', stamp)
+
+    def carry_on(self, reservation: int, stamp: str, now: float) -> None:
+        """Carries one series on; one that can't be is told of, and is tried again the next day."""
+        try:
+            with self.leader.acting():
+                self.service.series.refresh(reservation, now)
+                change(Reservation, reservation, carried=stamp)
+        # that is wrong with the store, or with all
+        except (peewee.OperationalError, Unavailable, LostLease):
+            raise
+        except Exception as error:
+            log.warning('the series of reservation %s could not be carried on: %s', reservation,
+                        error,
+                        exc_info=not isinstance(error, Error))
+            with self.leader.acting():
+                change(Reservation, reservation, carried=stamp)
+                journal(self.config, now, 'cmres', 'trouble',
+                        f'it could not be carried on: {fault_of(error)}'[:1000], reservation)
+
+    def tidy(self, now: float) -> None:
+        """While no call is under way, forgets a little of what is long over."""
+        if self.workers.flying:
+            return
+        if not self.tidied <= now < self.tidied + 600:
+            with self.leader.acting():
+                forgotten = self.service.forget(now)
+            self.tidied = 0.0 if forgotten else now
+
+    def admit_waiting(self, now: float) -> None:
+        self.line_moves = False
+        if any(is_due(each, now) for each in ('wait', 'pending', 'proposal')):
+            with self.leader.acting():
+                self.line_moves = self.service.waiting.admit_waiting(now)
+
+    def drop_staged(self, now: float) -> None:
+        """Erases some of what a process had begun to write, and has not gone on with."""
+        left = those_due('staged', 'SELECT f.name FROM fact f', now)
+        self.dropping = bool(left)
+        for each in left:
+            with self.leader.acting():
+                Staged(self.service, each.name).drop_some(now)
 
 
 # Document ####################################################################
@@ -15748,6 +16455,7 @@ TAGS = {
     'claim': 'what the scheduler of Nova asks', 'event': 'what happened, when and why',
     'punctuality': 'how late VMs were', 'report': 'sums for operators',
     'check': 'the proof that all adds up', 'token': 'who may ask',
+    'credential': 'in whose name VMs are made',
     'user': 'people, whose tokens end', 'service': 'the server itself'}
 
 #: What a request may say in headers, each with an example; and what answers do.
@@ -16681,13 +17389,28 @@ def plain_path(environ: dict) -> None:
 
 
 def who_asks(service: Reservations, request, visitor: Callable | None = None) -> Actor:
-    """Whose token a request has; who only reads may have signed in to the page instead."""
-    secret = bearer(request)
-    if not secret and visitor and request.method in ('GET', 'HEAD') and (actor := visitor(request)):
+    """Who sends a request, by the first way that it goes.
+
+    Args:
+      visitor: tells who has signed in to the page, which is enough to read
+
+    Raises:
+      Unauthorized: it goes none of these ways.
+    """
+    for way in WAYS_IN:
+        if actor := way(service, request):
+            return actor
+    if visitor and request.method in ('GET', 'HEAD') and (actor := visitor(request)):
         return actor
-    if not secret:
-        raise Unauthorized('a token is needed: Authorization: Bearer TOKEN; an admin makes one '
-                           'with: token add USER')
+    raise Unauthorized('a token is needed: Authorization: Bearer TOKEN; an admin makes one with: '
+                       'token add USER')
+
+
+def by_token(service: Reservations, request) -> Actor | None:
+    """Who has the token of a request: Bearer, X-Auth-Token, or the password of HTTP Basic."""
+    secret = bearer(request)
+    if not secret or secret == keystone_token(service, request):
+        return None
     try:
         found = token_of(secret, service.clock())
     except Unauthorized:
@@ -16697,10 +17420,80 @@ def who_asks(service: Reservations, request, visitor: Callable | None = None) ->
     return bearer_of(found)
 
 
+def keystone_token(service: Reservations, request) -> str:
+    """The token of OpenStack that a request has; '' without one."""
+    said = header(request, 'X-Auth-Token').strip()
+    return said if service.config.keystone and not said.startswith(OUR_TOKENS) else ''
+
+
+def by_keystone(service: Reservations, request) -> Actor | None:
+    """Whom Keystone knows by the token of a request: by ids, as names can be given anew."""
+    if not (token := keystone_token(service, request)):
+        return None
+    ask = functools.partial(ask_keystone, service, token)
+    try:
+        found = service.clouds.keystone.told(token, ask)
+    except Unauthorized:
+        note_wrong(service, request.environ)
+        raise
+    return let_in(service, request, found.user, found.project or 'system', role_of(service, found))
+
+
+def ask_keystone(service: Reservations, whose: str, call: Callable):
+    """What Keystone answers; only a few wait for that at the same time."""
+    with service.shares.answering(f'a token {hashed(whose)[:8]}'):
+        return service.shares.ask('Keystone', call)
+
+
+def role_of(service: Reservations, found: Scoped) -> str:
+    """The highest role here that somebody's roles in Keystone give; Forbidden if none does."""
+    roles = service.config.roles
+    mine = [roles[each] for each in found.roles & roles.keys()]
+    if not mine:
+        raise Forbidden(f"you have none of the roles {', '.join(roles)} in {found.names[1]}, so "
+                        'you can do nothing here. Ask an admin of that project')
+    return max(mine, key=ROLES.index)
+
+
+def by_proxy(service: Reservations, request) -> Actor | None:
+    """Who asks as a trusted proxy says it; anybody else's headers of that name say nothing."""
+    begin = service.config.identity_header
+    user = header(request, f'{begin}-User')
+    if not user or not service.config.tells_who(request.environ.get('REMOTE_ADDR', '')):
+        return None
+    project = header(request, f'{begin}-Project') or 'default'
+    role = header(request, f'{begin}-Role') or USER
+    if role not in ROLES:
+        raise Forbidden(f"the proxy says that your role is '{role}'; it must be one of "
+                        f"{', '.join(ROLES)}")
+    return let_in(service, request, user, project, role)
+
+
+class Caller(NamedTuple):
+    """Somebody who asks without a token of ours, in the fields of one."""
+    id: int | None
+    user: str
+    project: str
+    role: str
+    ends: int | None = None
+
+
+def let_in(service: Reservations, request, user: str, project: str, role: str) -> Actor:
+    """Somebody whom others know, under the names of [identities] if their ids stand there."""
+    user, project = service.names_of(user)[0], service.names_of(project)[0]
+    note_caller(service, request.environ, Caller(None, user, project, role))
+    return Actor(user, project, role)
+
+
+#: By what somebody is known who sends a request; each tells nobody if there is no such thing in it.
+WAYS_IN: tuple[Callable, ...] = (by_token, by_keystone, by_proxy)
+
+
 def note_caller(service: Reservations, environ: dict, found) -> None:
     """Notes of a request who sends it; TooMany if they do so too often."""
     environ['cmres.token'] = found
-    service.shares.uses.note(found.id, service.clock())
+    if found.id is not None:
+        service.shares.uses.note(found.id, service.clock())
     if found.role != ADMIN:  # theirs are the programs of the operator, such as Nova's filter
         name = f'{found.project}/{found.user}'
         service.shares.rates.take('requests_per_user', name)
@@ -16728,9 +17521,18 @@ def while_there(environ: dict) -> Callable[[], None]:
 
 def bearer(request) -> str:
     """The token of a request; '' without one."""
-    scheme, _, token = header(request, 'Authorization').partition(' ')
-    token = token if scheme.lower() == 'bearer' else ''
-    return (token or header(request, 'X-Auth-Token')).strip()
+    scheme, _, said = header(request, 'Authorization').partition(' ')
+    how = {'bearer': str, 'basic': basic_password}.get(scheme.lower())
+    return (how and how(said) or header(request, 'X-Auth-Token')).strip()
+
+
+def basic_password(said: str) -> str:
+    """The password of HTTP Basic (RFC 7617); '' if it can't be read."""
+    from base64 import b64decode
+    try:
+        return b64decode(said, validate=True).decode().partition(':')[2]
+    except ValueError:
+        return ''
 
 
 def read_query(request, several: Iterable[str] = ()) -> dict:
@@ -16994,7 +17796,7 @@ class StoreMetrics:
             try:
                 with db.connection_context():
                     self.count_events()
-                    for account in self.service.clouds.accounts():
+                    for account in {*map(cloud_of, self.service.clouds.accounts())}:
                         METRICS.begin('start_delay_seconds', cloud=account)
                     found = [*self.of_store(), *self.of_resources()]
             except (Unavailable, *STORE_ERRORS) as error:
@@ -17052,7 +17854,7 @@ class StoreMetrics:
         sizes = [os.path.getsize(each) for each in (path, f'{path}-wal') if os.path.exists(each)]
         yield 'store_bytes', (), sum(sizes)
         yield 'disk_free_bytes', (), disk_free(path)
-        for account, breaker in [*self.cycle.breakers.items()] if self.cycle else ():
+        for account, breaker in [*self.cycle.health.breakers.items()] if self.cycle else ():
             if account.startswith(' '):  # hosts of notices and calendars, which are no cloud
                 continue
             left_alone = breaker.failures >= TRIPS or breaker.until > self.service.clock()
@@ -17067,6 +17869,774 @@ def resident() -> int:
             return int(file.read().split()[1]) * os.sysconf('SC_PAGE_SIZE')
     except OSError:
         return 0
+
+
+# Blazar ######################################################################
+#
+# The reservation API of OpenStack's Blazar, for its clients. It admits nothing itself: a lease is
+# read as a request of `add`, and all else is done by the operations of the same name.
+#
+#   lease                  a request under one label, with all of its parts or none; its UUID and
+#                          its name, which need not be unique, stand in blazar_lease
+#   reservation            a part: its UUID stands there too, its reservations here in blazar_hold
+#     virtual:instance     `amount` VMs of so many vcpus and so much memory, on whatever resource
+#     flavor:instance      `amount` VMs of a flavor
+#     physical:host        as many hosts by name as fit, from `max` down to `min`: one each
+#   resource_properties    where it may be, and with $image what is started there
+#   dates, state           of the reservations: PENDING until the start, ACTIVE, TERMINATED; a lease
+#                          without reservations has dates of its own
+#   host                   a host that can be reserved by its name; else a resource as a whole
+#
+# Someone who extends or deletes the reservations of a lease otherwise changes the lease.
+
+BLAZAR = '/reservation'
+DATE_IN, DATE_OUT, MADE_OUT = '%Y-%m-%d %H:%M', '%Y-%m-%dT%H:%M:%S.%f', '%Y-%m-%d %H:%M:%S'
+#: What a part of a lease is at each state of an occurrence of its reservations, and the lease.
+LEASE_STATES = {
+    'failed': ('error', 'ERROR'), 'starting': ('active', 'STARTING'),
+    'ending': ('active', 'TERMINATING'), 'active': ('active', 'ACTIVE'),
+    'degraded': ('active', 'ACTIVE'), 'reserved': ('pending', 'PENDING'),
+    'pending': ('pending', 'PENDING'), 'waiting': ('pending', 'PENDING'),
+    'ended': ('deleted', 'TERMINATED'), 'cancelled': ('deleted', 'TERMINATED')}
+LEASE_ORDER = [*LEASE_STATES]  # of several parts, the first of these is what the lease is
+#: The fields of each type of reservation, and what reads them.
+LEASE_FIELDS = {
+    'virtual:instance': {'amount': int, 'vcpus': int, 'memory_mb': int, 'disk_gb': int,
+                         'affinity': bool, 'resource_properties': str},
+    'flavor:instance': {'amount': int, 'flavor_id': str, 'affinity': bool,
+                        'resource_properties': str},
+    'physical:host': {'min': int, 'max': int, 'hypervisor_properties': str,
+                      'resource_properties': str, 'before_end': str}}
+LEASE_OPTIONAL = {'affinity', 'resource_properties', 'hypervisor_properties', 'before_end',
+                  'disk_gb'}
+AFFINITIES = {'': None, 'none': None, 'true': True, 'false': False}
+#: What resource_properties can say of a reservation itself, not of a host.
+LEASE_WORDS = ('image', 'flavor', 'network', 'key', 'at_end')
+LEASE_PLACES = ('resource', *PLACE)
+COMPARED = {'==': operator.eq, '=': operator.eq, '!=': operator.ne, '>=': operator.ge,
+            '<=': operator.le, '>': operator.gt, '<': operator.lt}
+MOST_LEASES = 10_000  # that one list has
+
+
+class Blazar:
+    """The handlers of the API."""
+
+    def __init__(self, service: Reservations):
+        self.service = service
+
+    def mount(self, app) -> None:
+        """Gives an application all addresses."""
+        for path in ('', '/versions'):
+            app.route(BLAZAR + path, 'GET', self.answering(self.versions, status=300, free=True))
+        for verb, path, handle, needed, status in (
+                ('GET', '/leases', self.list_leases, 'list', 200),
+                ('POST', '/leases', self.make_lease, 'add', 201),
+                ('GET', '/leases/<id>', self.show_lease, 'list', 200),
+                ('PUT', '/leases/<id>', self.change_lease, 'update', 200),
+                ('DELETE', '/leases/<id>', self.end_lease, 'delete', 204),
+                ('GET', '/os-hosts', self.list_hosts, 'resource_list', 200),
+                ('POST', '/os-hosts', self.add_host, 'resource_sync', 201),
+                ('GET', '/os-hosts/allocations', self.list_allocations, 'resource_list', 200),
+                ('GET', '/os-hosts/properties', self.list_properties, 'resource_list', 200),
+                ('PATCH', '/os-hosts/properties/<name>', self.hide_property, 'resource_sync', 200),
+                ('GET', '/os-hosts/<id:int>', self.show_host, 'resource_list', 200),
+                ('PUT', '/os-hosts/<id:int>', self.change_host, 'resource_sync', 200),
+                ('DELETE', '/os-hosts/<id:int>', self.remove_host, 'resource_sync', 204),
+                ('GET', '/os-hosts/<id:int>/allocation', self.show_allocation, 'resource_list',
+                 200)):
+            app.route(f'{BLAZAR}/v1{path}', verb, self.answering(handle, needed, status))
+
+    def answering(self, handle: Callable, needed: str = '', status: int = 200,
+                  free: bool = False) -> Callable:
+        """A handler: who asks, what is asked, the answer or what Blazar's clients read of none.
+
+        Args:
+          needed: the operation that one must be allowed to call for that
+          free: nobody need say who they are
+        """
+        import bottle
+
+        def handler(**path):
+            request = bottle.request
+            try:
+                if free:
+                    return sent(json_text(handle()), status, UNKEPT)
+                acting = self.service.acting(who_asks(self.service, request))
+                acting.wanted = while_there(request.environ)
+                with acting.shares.answering(acting.actor.user):
+                    self.refuse(acting, needed)
+                    given = read_body(request, MOST_BODY) | path
+                    if request.method == 'GET':
+                        given |= read_query(request)
+                    answer = handle(LeaseView(acting), given)
+            except Error as error:
+                body = in_blazars_words(error_body(error), error.status)
+                return sent(json_text(body), error.status, UNKEPT | headers_of(error))
+            text = '' if status == 204 else json_text(answer)
+            return sent(text, status, UNKEPT | {'OpenStack-API-Version': 'reservation 1.0'})
+        return handler
+
+    def refuse(self, acting: Reservations, needed: str) -> None:
+        """Forbidden for who may not do so much here."""
+        refuse_to(acting.actor, API[needed])
+        if acting.actor.resource is not None:
+            raise Forbidden('this token is only for one resource, and leases are of all')
+
+    def versions(self) -> dict:
+        import bottle
+        there = self.service.config.address.rstrip('/') or '{0.scheme}://{0.netloc}'.format(
+            bottle.request.urlparts)
+        return {'versions': [{'id': 'v1.0', 'status': 'CURRENT', 'min_version': '1.0',
+                              'max_version': '1.0', 'links': [
+                                  {'href': f'{there}{BLAZAR}/v1', 'rel': 'self'}]}]}
+
+    # Leases
+
+    def list_leases(self, view: LeaseView, given: dict) -> dict:
+        own, values = ('1', ()) if view.actor.role == ADMIN else ('project = ?',
+                                                                  (view.actor.project,))
+        return {'leases': view.leases(rows(
+            f'SELECT * FROM blazar_lease WHERE {own} ORDER BY "end" DESC LIMIT {MOST_LEASES}',
+            *values))}
+
+    def show_lease(self, view: LeaseView, given: dict) -> dict:
+        return {'lease': view.lease(given['id'])}
+
+    def make_lease(self, view: LeaseView, given: dict) -> dict:
+        """Reserves all parts of a lease, or none."""
+        import uuid
+        start, end = read_lease_dates(given, view.acting.clock())
+        parts = [{'id': f'{uuid.uuid4()}', 'asked': read_lease_part(each)}
+                 for each in lease_list(given.get('reservations'), 'reservations')]
+        id, before = f'{uuid.uuid4()}', lease_before_end(given, start, end)
+        lease = {'id': id, 'name': lease_name(given), 'user': view.actor.user,
+                 'project': view.actor.project, 'start': start, 'end': end, 'before_end': before,
+                 'parts': json.dumps(parts), 'added': int(view.acting.clock())}
+        if not parts:
+            with view.acting.writing():
+                insert(BlazarLease, **lease)
+            return {'lease': view.lease(id)}
+        requests = LeaseRequests(view.acting, lease, parts).requests()
+
+        def also(answer: dict) -> None:
+            if not rehearsal.on:
+                insert(BlazarLease, **lease)
+                view.hold(id, parts, requests, answer)
+        view.acting.reserve([request for request, _ in requests], also=also)
+        return {'lease': view.lease(id)}
+
+    def change_lease(self, view: LeaseView, given: dict) -> dict:
+        """Changes a lease: its name, its dates, the number of what its parts have."""
+        id, now = given['id'], view.acting.clock()
+        dates = {name: lease_date(given[f'{name}_date'], now) for name in ('start', 'end')
+                 if given.get(f'{name}_date') is not None}
+
+        def deed(now: float) -> None:
+            found = view.row(id)
+            before = view.shown(found)
+            view.change_dates(found, dates)
+            for each in lease_list(given.get('reservations'), 'reservations'):
+                view.change_part(found, before, each)
+            new = {name: dates[name] for name in dates} | (
+                {'name': lease_name(given)} if 'name' in given else {}) | (
+                {'before_end': lease_before_end(given, found.start, dates.get('end', found.end))}
+                if 'before_end_date' in given else {})
+            if new:
+                new |= {'changed': int(now)}
+                marks = ', '.join(f'"{name}" = ?' for name in new)
+                run(f'UPDATE blazar_lease SET {marks} WHERE id = ?', *new.values(), id)
+        view.acting.carry_out(deed)
+        return {'lease': view.lease(id)}
+
+    def end_lease(self, view: LeaseView, given: dict) -> None:
+        """Ends what a lease has, and forgets it."""
+        def deed(now: float) -> None:
+            found = view.row(given['id'])
+            view.end(found)
+            run('DELETE FROM blazar_lease WHERE id = ?', found.id)
+            run('DELETE FROM blazar_hold WHERE lease_id = ?', found.id)
+        view.acting.carry_out(deed)
+
+    # Hosts
+
+    def list_hosts(self, view: LeaseView, given: dict) -> dict:
+        return {'hosts': [host.shown for host in view.hosts()]}
+
+    def show_host(self, view: LeaseView, given: dict) -> dict:
+        return {'host': view.host(given['id']).shown}
+
+    def add_host(self, view: LeaseView, given: dict) -> dict:
+        """Lets a host of an aggregate be reserved by its name."""
+        name = given.get('name') or given.get('id')
+        if not isinstance(name, str):
+            raise Invalid('Missing parameter name')
+        extras = read_extras({key: value for key, value in given.items()
+                              if key not in ('name', 'id')})
+        if any(host.name == name for host in view.hosts()):
+            raise Conflict(f"the host '{name}' can be reserved already")
+        cloud, aggregate = view.aggregate_of(name)
+        there = view.named(cloud, aggregate.name) | {name: aggregate.hosts[name]}
+        place = view.sync(cloud, aggregate._replace(hosts=there))
+        if aggregate.mark != place:
+            view.asks(cloud, lambda opened: opened.mark(aggregate.name, place))
+        view.set_extras(host_id(cloud, name), extras)
+        return {'host': view.host(host_id(cloud, name)).shown}
+
+    def change_host(self, view: LeaseView, given: dict) -> dict:
+        """Says more of a host, or something else; null says it no more."""
+        extras = read_extras({key: value for key, value in given.items() if key != 'id'})
+        if not extras:
+            raise Invalid('say what is to be otherwise, such as {"gpu": "2"}')
+        view.host(given['id'])
+        view.set_extras(given['id'], extras)
+        return {'host': view.host(given['id']).shown}
+
+    def remove_host(self, view: LeaseView, given: dict) -> None:
+        """Lets a host no more be reserved by its name."""
+        host = view.host(given['id'])
+        left = view.named(host.cloud, host.aggregate)
+        if not left.pop(host.name, None):
+            raise Conflict(f"'{host.name}' is a resource, not a host: resource delete {host.name}")
+        if left:
+            view.sync(host.cloud, Aggregate(host.aggregate, left, ''))
+        else:
+            view.acting.resource_delete(host.resource)
+        view.set_extras(host.id, dict.fromkeys(host.extras))
+
+    def list_allocations(self, view: LeaseView, given: dict) -> dict:
+        return {'allocations': view.allocations(given)}
+
+    def show_allocation(self, view: LeaseView, given: dict) -> dict:
+        id = f"{view.host(given.pop('id')).id}"
+        found = [each for each in view.allocations(given) if each['resource_id'] == id]
+        return {'allocation': found[0] if found else {'resource_id': id, 'reservations': []}}
+
+    def list_properties(self, view: LeaseView, given: dict) -> dict:
+        """What can be asked of hosts; with `detail` also which values there are."""
+        hidden, values = view.hidden(), defaultdict(set)
+        for host in view.hosts():
+            for name, value in host.extras.items():
+                values[name].add(value)
+        shown = {name for name in values if name not in hidden or read_bool(given.get('all', '0'))}
+        detail = read_bool(given.get('detail', '0'))
+        return {'resource_properties': [{'property': name} | ({
+            'private': name in hidden, 'values': sorted(values[name])} if detail else {})
+            for name in sorted(shown)]}
+
+    def hide_property(self, view: LeaseView, given: dict) -> dict:
+        """Shows a property to everybody or hides it from lists."""
+        name, private = given['name'], read_bool(given.get('private', False))
+        if not any(name in host.extras for host in view.hosts()):
+            raise NotFound(f"no host has a property '{name}'")
+        view.set_extras(0, {name: 'private' if private else None})
+        return {'resource_property': {
+            'id': name, 'resource_type': 'physical:host', 'property_name': name,
+            'private': private, 'created_at': None, 'updated_at': None}}
+
+
+class LeaseHost(NamedTuple):
+    """A host that can be reserved by its name, or a resource as a whole."""
+    id: int
+    name: str
+    resource: str
+    cloud: str
+    aggregate: str
+    holds: dict     # figures, by their names
+    extras: dict
+    added: int
+    whole: bool     # it is the resource
+
+    @property
+    def shown(self) -> dict:
+        """It as Blazar's clients read it."""
+        figures = {name: self.holds.get(figure) or 0 for name, figure in (
+            ('vcpus', 'vcpus'), ('memory_mb', 'ram'), ('local_gb', 'DISK_GB'))}
+        return self.extras | {
+            'id': f'{self.id}', 'hypervisor_hostname': self.name, 'service_name': self.name,
+            'hypervisor_type': 'QEMU', 'hypervisor_version': 0, 'cpu_info': '', **figures,
+            'availability_zone': '', 'status': None, 'reservable': True, 'trust_id': '',
+            'created_at': f'{instant(self.added):{MADE_OUT}}', 'updated_at': None}
+
+    def meets(self, conditions: list[tuple[str, str, str]]) -> bool:
+        """Whether all of some conditions hold, each a comparison, a property and a value."""
+        there = self.shown | {'resource': self.resource, 'cloud': self.cloud,
+                              'aggregate': self.aggregate}
+        return all(name in there and is_compared(comparison, f'{there[name]}', value)
+                   for comparison, name, value in conditions)
+
+
+class LeaseView:
+    """Leases and hosts as one actor sees and changes them."""
+
+    def __init__(self, acting: Reservations):
+        self.acting, self.actor = acting, acting.actor
+
+    # Leases
+
+    def row(self, id: str):
+        """The row of a lease; NotFound if there is none, Forbidden if it is of another project."""
+        found = row('SELECT * FROM blazar_lease WHERE id = ?', id)
+        if not found:
+            raise NotFound(f"there is no lease {shown(id)}")
+        if self.actor.role != ADMIN and found.project != self.actor.project:
+            raise Forbidden('this lease is of another project')
+        return found
+
+    def lease(self, id: str) -> dict:
+        return self.shown(self.row(id))
+
+    def shown(self, found) -> dict:
+        return self.leases([found])[0]
+
+    def leases(self, found: list) -> list[dict]:
+        """Leases as Blazar's clients read them."""
+        ids = json.dumps([each.id for each in found])
+        holds = rows('SELECT * FROM blazar_hold WHERE lease_id IN (SELECT value FROM json_each(?))',
+                     ids)
+        among = self.acting.look.among('o.reservation_id', [each.reservation for each in holds])
+        there = {each.reservation: each for each in listing(
+            self.acting.clock(), among[0], among[1:], fields=BRIEF)} if holds else {}
+        of_part = defaultdict(list)
+        for each in holds:
+            if each.reservation in there:
+                of_part[each.part].append(there[each.reservation])
+        return [self.with_parts(each, of_part) for each in found]
+
+    def with_parts(self, found, of_part: dict) -> dict:
+        """A lease with its parts, and what was reserved for each."""
+        now, parts = self.acting.clock(), json.loads(found.parts)
+        held = [one for part in parts for one in of_part[part['id']]]
+        start, end = lease_window(found, held)
+        state = first_state(held) if parts else bare_state(now, start, end)
+        done = LEASE_STATES[state][1] in ('TERMINATED', 'ERROR')
+        events = [('start_lease', start, now >= start), ('end_lease', end, done and now >= start)]
+        if found.before_end:
+            events.append(('before_end_lease', found.before_end, now >= found.before_end))
+        made = {'created_at': made_at(found.added), 'updated_at': made_at(found.changed)}
+        return {'id': found.id, 'name': found.name, 'user_id': found.user,
+                'project_id': found.project, 'start_date': date_out(start),
+                'end_date': date_out(end), 'trust_id': '', 'status': LEASE_STATES[state][1],
+                'degraded': any(each.state == 'degraded' for each in held), **made,
+                'reservations': [self.part(found, part, of_part[part['id']]) | made
+                                 for part in parts],
+                'events': [{'id': derived_uuid(f'{found.id} {kind}'), 'lease_id': found.id,
+                            'event_type': kind, 'time': date_out(at),
+                            'status': 'DONE' if done else 'UNDONE', **made}
+                           for kind, at, done in events]}
+
+    def part(self, found, part: dict, held: list) -> dict:
+        """A part of a lease, in the fields of its type; its id is that of its flavor as well."""
+        asked, state = part['asked'], LEASE_STATES[first_state(held)][0]
+        of_type = {name: asked.get(name) for name in LEASE_FIELDS[asked['resource_type']]}
+        if 'amount' in of_type and held:
+            of_type['amount'] = held[0].vms
+        if asked['resource_type'] != 'physical:host':
+            of_type |= {'flavor_id': part['id'], 'aggregate_id': None, 'server_group_id': None}
+        return of_type | {'id': part['id'], 'lease_id': found.id, 'resource_id': part['id'],
+                          'resource_type': asked['resource_type'], 'status': state,
+                          'missing_resources': False, 'resources_changed': False}
+
+    def hold(self, id: str, parts: list[dict], requests: list[tuple], answer: dict) -> None:
+        """Writes down which reservations are of which part; inside a transaction."""
+        answers = answer.get('parts', [answer])
+        sizes = next(sizes for request, sizes in requests if len(request.parts) == len(answers))
+        whose = [part['id'] for part, size in zip(parts, sizes) for _ in range(size)]
+        for each, part in zip(answers, whose):
+            made = row('SELECT reservation_id AS id FROM occurrence WHERE id = ?', each['id'])
+            run('INSERT INTO blazar_hold (reservation, lease_id, part) VALUES (?, ?, ?)',
+                made.id, id, part)
+
+    def live(self, found, part: str = '') -> list:
+        """The occurrences of a lease that are not over."""
+        which = 'lease_id = ?' + (' AND part = ?' if part else '')
+        ids = [each.reservation for each in rows(f'SELECT reservation FROM blazar_hold '
+                                                 f'WHERE {which}', found.id, *filter(None, [part]))]
+        return self.acting.look.search([self.acting.look.among('o.reservation_id', ids), (NOT_OVER,)])
+
+    def end(self, found) -> None:
+        """Ends what a lease has reserved and is not over; inside a transaction."""
+        held = self.live(found)
+        if held:
+            self.acting.delete(held[0].request or held[0].label, project=found.project)
+
+    def change_dates(self, found, dates: dict[str, int]) -> None:
+        """Moves a lease, lets it last longer or ends it; inside a transaction."""
+        held, now = self.live(found), self.acting.clock()
+        if not held or not dates:
+            return
+        if dates.get('end', LAST.timestamp()) <= now:
+            self.end(found)
+            return
+        old = {'start': held[0].start, 'end': held[0].end}
+        new = {name: instant(at) for name, at in dates.items() if at != old[name]}
+        if new:
+            new = {'end': instant(old['end'])} | new
+            self.acting.update(held[0].request or held[0].label, project=found.project, **new)
+
+    def change_part(self, found, before: dict, given: dict) -> None:
+        """Changes how much a part of a lease has; inside a transaction."""
+        there = {each['id']: each for each in before['reservations']}
+        old = there.get(given.get('id'))
+        if not old:
+            raise Invalid(f"this lease has no reservation {shown(given.get('id'))}")
+        new = read_lease_part({name: old[name] for name in LEASE_FIELDS[old['resource_type']]}
+                              | {'resource_type': old['resource_type']} | given)
+        other = [name for name in new if name in old and new[name] != old[name]
+                 and name != 'amount' and name != 'flavor_id']
+        if other:
+            raise Conflict(f"the {other[0]} of a reservation can't be changed. Delete the lease and "
+                           'make another')
+        if 'amount' in new and new['amount'] != old['amount']:
+            for each in self.live(found, old['id']):
+                self.acting.update(each.label, project=found.project, vms=new['amount'])
+
+    # Hosts
+
+    def hosts(self) -> list[LeaseHost]:
+        """All hosts that can be reserved by their names; of resources without such, themselves."""
+        extras = defaultdict(dict)
+        for each in rows('SELECT * FROM host_property WHERE host > 0'):
+            extras[each.host][each.name] = each.value
+        found = []
+        for place in self.acting.look.places():
+            named = json.loads(place.named or '{}')
+            for name, holds in (named or {place.name: in_figures(capacity(place))}).items():
+                id = host_id(place.cloud if named else f'resource {place.id}', name)
+                figures = {key: f'{most}' for key, most in holds.items() if key.isupper()}
+                found.append(LeaseHost(id, name, place.name, place.cloud, place.aggregate, holds,
+                                       figures | extras[id], place.added, not named))
+        return found
+
+    def host(self, id: int) -> LeaseHost:
+        found = [each for each in self.hosts() if each.id == id]
+        if not found:
+            raise NotFound(f'there is no host {id}')
+        return found[0]
+
+    def named(self, cloud: str, aggregate: str) -> dict[str, Amount]:
+        """The hosts of an aggregate that can be reserved by their names, and what each holds."""
+        place = row('SELECT named FROM resource WHERE cloud = ? AND aggregate = ? '
+                    'AND removed IS NULL', cloud, aggregate)
+        there = json.loads(place.named or '{}') if place else {}
+        return {name: Amount(0, holds.pop('vcpus'), holds.pop('ram'), tuple(sorted(holds.items())))
+                for name, holds in there.items()}
+
+    def sync(self, cloud: str, aggregate: Aggregate) -> str:
+        """Makes the resource of an aggregate have these hosts; its name."""
+        return self.acting.carry_out(lambda now: self.acting.sync_one(
+            cloud, aggregate, {}, True, False, now)[0])
+
+    def asks(self, cloud: str, call: Callable):
+        """What a cloud answers."""
+        opened = self.acting.clouds.open(cloud)
+        return self.acting.shares.ask(f'the cloud {cloud}', lambda: call(opened))
+
+    def aggregate_of(self, name: str) -> tuple[str, Aggregate]:
+        """The cloud and the aggregate that have a host of a name."""
+        config = self.acting.config
+        clouds = {each.cloud for each in self.acting.look.places() if each.cloud}
+        clouds |= {config.keystone} if config.keystone and not is_web(config.keystone) else set()
+        for cloud in sorted(clouds):
+            for each in self.asks(cloud, lambda opened: opened.aggregates()):
+                if name in each.hosts:
+                    return cloud, each
+        raise NotFound(f"no aggregate of {', '.join(sorted(clouds)) or 'a cloud here'} has a host "
+                       f"'{name}'. Put it into one first: openstack aggregate add host")
+
+    def hidden(self) -> set[str]:
+        """The properties that lists leave out."""
+        return {each.name for each in rows('SELECT name FROM host_property WHERE host = 0')}
+
+    def set_extras(self, id: int, extras: dict) -> None:
+        """Writes properties of a host; None takes one away."""
+        with self.acting.writing():
+            for name, value in extras.items():
+                run('DELETE FROM host_property WHERE host = ? AND name = ?', id, name)
+                if value is not None:
+                    run('INSERT INTO host_property (host, name, value) VALUES (?, ?, ?)',
+                        id, name, value)
+
+    def allocations(self, given: dict) -> list[dict]:
+        """Which host is reserved when, from now on; of a certain lease or reservation, ever."""
+        wanted = {name: given[name] for name in ('lease_id', 'reservation_id') if given.get(name)}
+        found = rows(
+            'SELECT o.reservation_id, o.resource_id, o.start, o."end", r.host, h.lease_id, h.part '
+            'FROM occurrence o CROSS JOIN reservation r ON r.id = o.reservation_id '
+            'LEFT JOIN blazar_hold h ON h.reservation = r.id '
+            f'WHERE o.due IS NOT NULL AND o."end" > ? AND o.cancelled IS NULL AND r.waiting IS NULL'
+            f' ORDER BY o.start LIMIT {MOST_LEASES}', 0 if wanted else int(self.acting.clock()))
+        places = {each.name: each.id for each in self.acting.look.places()}
+        ids = {(places[each.resource], '' if each.whole else each.name): each.id
+               for each in self.hosts()}
+        lines = defaultdict(list)
+        for each in found:
+            line = {'id': each.part or derived_uuid(f'part {each.reservation_id}'),
+                    'lease_id': each.lease_id or derived_uuid(f'lease {each.reservation_id}'),
+                    'start_date': date_out(each.start), 'end_date': date_out(each.end)}
+            known = {'lease_id': line['lease_id'], 'reservation_id': line['id']}
+            host = ids.get((each.resource_id, each.host))
+            if host and all(known[name] == value for name, value in wanted.items()):
+                lines[host].append(line)
+        return [{'resource_id': f'{host}', 'reservations': each} for host, each in lines.items()]
+
+
+class LeaseRequests:
+    """A lease as requests of `add`, of which the first that fits is taken."""
+
+    def __init__(self, acting: Reservations, lease: dict, parts: list[dict]):
+        self.acting, self.lease, self.asked = acting, lease, [each['asked'] for each in parts]
+        self.common = {name: each.default for name, each in API['add'].parameters.items()} | {
+            'start': instant(lease['start']), 'end': instant(lease['end']), 'resource': ANY}
+        self.hosts = LeaseView(acting).hosts()
+
+    def requests(self) -> list[tuple[Request, list[int]]]:
+        """Each with how many of its parts are of which part of the lease."""
+        spans = [(each['min'], each['max']) if 'max' in each else (1, 1) for each in self.asked]
+        label, found, choices = self.label(), [], [*map(self.choices, self.asked)]
+        for fewer in range(max(most - least for least, most in spans) + 1):
+            sizes = [max(least, most - fewer) for least, most in spans]
+            total = sum(sizes)
+            if total <= MOST_PARTS:
+                names = [f'{label}-{n}' for n in range(1, total + 1)] if total > 1 else [label]
+                each = [choice for size, choice in zip(sizes, choices) for _ in range(size)]
+                wishes = [[wish._replace(label=name) for wish in choice]
+                          for name, choice in zip(names, each)]
+                found.append((Request(label, wishes, False, 0, 0), sizes))
+        if not found:
+            raise Invalid(f'a lease has at most {MOST_PARTS} hosts')
+        return found
+
+    def label(self) -> str:
+        """The name of a lease as a label; with a part of its id if that is taken."""
+        name = self.lease['name']
+        if not re.fullmatch('[A-Za-z0-9._][A-Za-z0-9._-]{0,59}', name) or name in NO_LABELS:
+            name = calendar_name(name)
+        taken = taken_label(self.lease['project'], name, self.acting.clock())
+        return f"{name[:51]}-{self.lease['id'][:8]}" if taken else name
+
+    def choices(self, asked: dict) -> list[Wish]:
+        """The wishes for one part, wherever it could be; the reason if that is nowhere."""
+        conditions = read_properties(asked['resource_properties'])
+        conditions += read_properties(asked.get('hypervisor_properties', ''))
+        words = {name: value for comparison, name, value in conditions if name in LEASE_WORDS}
+        if any(name in LEASE_WORDS and comparison not in ('=', '==')
+               for comparison, name, _ in conditions):
+            raise Invalid('what is started is said with ==, such as ["==", "$image", "ubuntu"]')
+        rest = [each for each in conditions if each[1] not in LEASE_WORDS]
+        found, refusal = [], None
+        for place in self.options(asked, rest):
+            try:
+                found.append(self.acting.wishes.read_wish(self.wish(asked, words, place)))
+            except Error as error:
+                refusal = refusal or error
+        if not found:
+            raise refusal or Conflict('no resource here is such as was asked for')
+        return found
+
+    def options(self, asked: dict, conditions: list) -> Iterator[dict]:
+        """Where a part could be: on a host, or on a resource."""
+        if asked['resource_type'] == 'physical:host':
+            for host in self.hosts:
+                if not host.whole and host.meets(conditions):
+                    yield {'resource': host.resource, 'host': host.name, 'cloud_': host.cloud}
+            return
+        for name in {each[1] for each in conditions} - {*LEASE_PLACES}:
+            raise Invalid(f"resource_properties: '{name}' is none of "
+                          f"{', '.join((*LEASE_WORDS, *LEASE_PLACES))}"
+                          f'{nearest(name, (*LEASE_WORDS, *LEASE_PLACES))}')
+        for place in self.acting.look.places():
+            there = {'resource': place.name} | {each: getattr(place, each) for each in PLACE}
+            if all(is_compared(comparison, there[name], value)
+                   for comparison, name, value in conditions):
+                yield {'resource': place.name, 'cloud_': place.cloud}
+
+    def wish(self, asked: dict, words: dict, place: dict) -> dict:
+        """The arguments of `add` for a part that is at a place."""
+        cloud = place.pop('cloud_')
+        given = self.common | words | place | {'vms': asked.get('amount', 1)}
+        each = asked.get('vcpus', 0), asked.get('memory_mb', 0)
+        if asked['resource_type'] == 'flavor:instance':
+            return given | {'flavor': asked['flavor_id']}
+        if asked['resource_type'] == 'virtual:instance' and not given['flavor']:
+            if not given['image']:
+                return given | {'each': Amount(1, *each)}
+            given['flavor'] = self.flavor(cloud, *each)
+        return given
+
+    def flavor(self, cloud: str, vcpus: int, ram: int) -> str:
+        """The smallest flavor in which so much fits."""
+        account = self.acting.clouds.account(cloud, self.lease['project'], self.lease['user'])
+        opened = self.acting.clouds.open(account)
+        sight = self.acting.clouds.sight(account, self.lease['project'])
+        there = self.acting.shares.ask(f'the cloud {account}', lambda: opened.things('flavor'))
+        fits = [(each.flavor, each.name) for each in there if sight.shows('flavor', each)
+                and each.flavor.vcpus >= vcpus and each.flavor.ram >= ram]
+        if not fits:
+            raise Invalid(f'the cloud {account} has no flavor with {vcpus} vcpus and {ram} MiB')
+        return min(fits)[1]
+
+
+def in_blazars_words(body: dict, status: int) -> dict:
+    """A refusal with what Blazar's clients read of one."""
+    return body | {'error_code': status, 'error_message': body['error'], 'error_name': status}
+
+
+def derived_uuid(text: str) -> str:
+    """A UUID that is the same whenever it is asked for."""
+    import uuid
+    return f'{uuid.uuid5(uuid.NAMESPACE_OID, f"{store_file.store} {text}")}'
+
+
+def host_id(cloud: str, name: str) -> int:
+    """The number of a host: clients take nothing else for an id."""
+    return int(hashed(f'{cloud}/{name}')[:12], 16)
+
+
+def date_out(at: int) -> str:
+    return f'{instant(at):{DATE_OUT}}'
+
+
+def made_at(at: int | None) -> str | None:
+    return at and f'{instant(at):{MADE_OUT}}'
+
+
+def lease_window(found, held: list) -> tuple[int, int]:
+    """From when until when a lease is: as its reservations are, if it has any."""
+    if not held:
+        return found.start, found.end
+    ends = [min(each.end, each.cancelled or each.end) for each in held]
+    return min(each.start for each in held), max(ends)
+
+
+def first_state(held: list) -> str:
+    """The state that tells most of several occurrences; of what is forgotten, that it has ended."""
+    return min((each.state for each in held), key=LEASE_ORDER.index, default='ended')
+
+
+def bare_state(now: float, start: int, end: int) -> str:
+    """What a lease without reservations would be if it had some."""
+    return 'reserved' if now < start else 'active' if now < end else 'ended'
+
+
+def is_compared(comparison: str, there: str, value: str) -> bool:
+    """Whether a comparison holds: of numbers, else of texts."""
+    try:
+        return COMPARED[comparison](float(there), float(value))
+    except ValueError:
+        return COMPARED[comparison](there, value)
+
+
+def read_properties(text: str) -> list[tuple[str, str, str]]:
+    """The conditions in resource_properties, each a comparison, a property and a value."""
+    try:
+        said = json.loads(text or '[]')
+        each = said[1:] if said and said[0] == 'and' else [said] if said else []
+        found = [(comparison, name.removeprefix('$'), f'{value}')
+                 for comparison, name, value in each if COMPARED[comparison]]
+    except (ValueError, LookupError, TypeError, AttributeError):
+        raise Invalid(f'Malformed requirements {shown(text)}: write ["==", "$image", "ubuntu"], '
+                      'and several as ["and", [...], [...]]') from None
+    return found
+
+
+def read_extras(given: dict) -> dict:
+    """The properties of a host that are given."""
+    for name, value in given.items():
+        if len(name) > 64:
+            raise Invalid(f'Extra capability key too long: {shown(name)} has more than 64 '
+                          'characters')
+        if value is not None:
+            given[name] = read_str(value if isinstance(value, str) else json.dumps(value))
+    return given
+
+
+def lease_list(value, name: str) -> list[dict]:
+    """A list of objects in a body."""
+    if value is not None and not (isinstance(value, list) and all(
+            isinstance(each, dict) for each in value)):
+        raise Invalid(f'{name}: {shown(value)} is not a list of objects')
+    return value or []
+
+
+def lease_name(given: dict) -> str:
+    """The name of a lease."""
+    name = given.get('name')
+    if not isinstance(name, str) or not name.strip():
+        raise Invalid('Missing parameter name')
+    if len(name) > 80:
+        raise Invalid(f'name: {shown(name)} has more than 80 characters')
+    return read_str(name)
+
+
+def lease_date(value, now: float) -> int:
+    """An instant as Blazar's clients write it."""
+    if value == 'now':
+        return int(now)
+    try:
+        return int(datetime.strptime(value, DATE_IN).replace(tzinfo=UTC).timestamp())
+    except (ValueError, TypeError):
+        raise Invalid(f'{value} is an invalid date. Required format: {DATE_IN}') from None
+
+
+def read_lease_dates(given: dict, now: float) -> tuple[int, int]:
+    """The window that a new lease asks for."""
+    for name in ('name', 'start_date', 'end_date'):
+        if given.get(name) is None:
+            raise Invalid(f'Missing parameter {name}')
+    start, end = (lease_date(given[name], now) for name in ('start_date', 'end_date'))
+    if start < now - PATIENCE:
+        raise Invalid('Start date must be later than current date.')
+    if end <= start:
+        raise Invalid('End date must be later than start date.')
+    return start, end
+
+
+def lease_before_end(given: dict, start: int, end: int) -> int | None:
+    """When somebody wants to be reminded of the end."""
+    if not given.get('before_end_date'):
+        return None
+    at = lease_date(given['before_end_date'], start)
+    if not start < at < end:
+        raise Forbidden('Datetime is out of lease limits')
+    return at
+
+
+def read_lease_part(given: dict) -> dict:
+    """What a part of a lease asks for, by the fields of its type."""
+    kind = given.get('resource_type')
+    if kind not in LEASE_FIELDS:
+        raise Invalid('Missing parameter resource_type' if kind is None else
+                      f'The {kind} resource type is not supported here; there are '
+                      f"{', '.join(LEASE_FIELDS)}")
+    read = {'resource_type': kind}
+    for name, of_type in LEASE_FIELDS[kind].items():
+        value = given.get(name)
+        if value is None and name not in LEASE_OPTIONAL:
+            raise Invalid(f'Missing parameter {name}')
+        read[name] = LEASE_READERS[of_type](name, value)
+    if kind == 'physical:host' and not 0 < read['min'] <= read['max']:
+        raise Invalid(f"min {read['min']} must be at least 1 and at most max {read['max']}")
+    if read.get('amount', 1) < 1:
+        raise Invalid(f"amount: {read['amount']} is less than 1")
+    return read
+
+
+def read_lease_number(name: str, value) -> int:
+    if isinstance(value, bool) or not re.fullmatch('[0-9]{1,9}', f'{0 if value is None else value}'):
+        raise Invalid(f'{name}: {shown(value)} is not a number such as 2')
+    return int(value or 0)
+
+
+def read_affinity(name: str, value) -> bool | None:
+    """Whether all are to be on one host; clients have many ways to say that it is all the same."""
+    word = f"{'' if value is None else value}".lower()
+    if word not in AFFINITIES:
+        raise Invalid(f'{name}: {shown(value)} is none of True, False and None')
+    return AFFINITIES[word]
+
+
+LEASE_READERS = {int: read_lease_number, bool: read_affinity,
+                 str: lambda name, value: read_str(f"{'' if value is None else value}", most=4000)}
 
 
 # CalDAV ######################################################################
@@ -17753,8 +19323,9 @@ class Keeper:
 
     def whys(self, event: Understood, done: dict, had) -> dict[str, str]:
         """By slots why occurrences found no room, of what became of an event."""
-        if done['outcome'] == 'pending':
-            return {'approval': done['why']}
+        if done['outcome'] in ('pending', 'unchanged') and done.get('why'):
+            waits = done['outcome'] == 'pending' or done['why'] == A_CHANGE_WAITS
+            return {'approval' if waits else '': done['why']}
         old = json.loads(had.why) if had and done['outcome'] in ('unchanged', 'changed') else {}
         left = {int(each['start'].timestamp()): each['why'] for each in done.get('occurrences', ())}
         known = left and self.acting.booked_as(event.booking.uid, self.shelf.whose, None)
@@ -18990,7 +20561,7 @@ defer></script>
 <a href="{{href}}"{{!' aria-current="page"' if href == here else ''}}>{{name}}</a>
 % end
 </nav>
-<span class="soft small"><bdi>{{visit.actor.user}}</bdi> in <bdi>{{visit.actor.project}}</bdi>,
+<span class="soft small"><bdi>{{visit.named(visit.actor.user)}}</bdi> in <bdi>{{visit.named(visit.actor.project)}}</bdi>,
 {{visit.actor.role}}</span>
 <form method="post" action="/sign-out">{{!visit.guard}}<button>Sign out</button></form>
 % end
@@ -19025,6 +20596,21 @@ defer></script>
 <input type="hidden" name="next" value="{{back}}">
 <div><button class="main">Sign in</button></div>
 </form>
+% if keystone:
+<p>Or with your account of OpenStack. Your password goes to Keystone and is kept nowhere.</p>
+<form method="post" action="/sign-in/keystone" id="keystone" class="fields">
+<label>User
+<input name="user" autocomplete="username" required></label>
+<label>Password
+<input name="password" type="password" autocomplete="current-password" required></label>
+<label>Project
+<input name="project" required></label>
+<label>Domain
+<input name="domain" value="Default" required></label>
+<input type="hidden" name="next" value="{{back}}">
+<div><button class="main">Sign in</button></div>
+</form>
+% end
 </div>
 ''', 'docs': '''
 <p class="soft">All that programs can ask for, with a token in the header
@@ -19654,6 +21240,10 @@ class Visit:
     site: ZoneInfo  # in which the service itself lives
     form: str       # what a form of theirs must carry
 
+    def named(self, id: str) -> str:
+        """What people call whom OpenStack knows under an id."""
+        return self.service.clouds.keystone.names.get(id, id)
+
     @property
     def home(self) -> str:
         """Where what they look after is listed."""
@@ -19813,6 +21403,7 @@ class Pages:
             app.route(path, verb, self.visited(handle))
         for verb, path, handle in (('GET', '/sign-in', self.ask),
                                    ('POST', '/sign-in', self.sign_in),
+                                   ('POST', '/sign-in/keystone', self.sign_in_at_keystone),
                                    ('POST', '/sign-out', self.sign_out),
                                    ('POST', '/zone', self.choose_zone)):
             app.route(path, verb, self.visited(handle, signed_in=False))
@@ -19952,31 +21543,75 @@ class Pages:
         aside = request.path.endswith(('/live', '/check'))
         goes = request.method == 'GET' and not aside or request.path == '/book'
         status = 200 if request.method == 'GET' and not aside else 401
-        return self.page(visit, 'Sign in', render_page(
-            'sign in', refusal='', back=request.path + query if goes else '/'), status)
+        back = request.path + query if goes else '/'
+        return self.page(visit, 'Sign in', self.sign_in_form('', back), status)
 
     def ask(self, visit: Visit, given: dict):
         """The form to sign in, empty: addresses stand in logs and histories, so no token may."""
-        return self.page(visit, 'Sign in', render_page('sign in', refusal='', back='/'))
+        return self.page(visit, 'Sign in', self.sign_in_form('', '/'))
 
     def sign_in(self, visit: Visit, given: dict):
         """Signs in by a token, for as long as `signed_in` says."""
-        import bottle
         token = given.get('token', '').strip()
         try:
             self.refuse_programs(actor := actor_of(token, self.service.clock()))
         except (Unauthorized, Forbidden) as error:
-            if isinstance(error, Unauthorized):
-                note_wrong(self.service, bottle.request.environ)
-            return self.page(visit, 'Sign in', render_page(
-                'sign in', refusal=str(error), back=local(given.get('next'))), 401)
-        session, lasts = secrets.token_urlsafe(24), self.service.config.signed_in
-        made = self.onward(local(given.get('next')))
+            return self.not_signed_in(visit, given, error)
+        return self.signed_in_as(actor, hashed(token), self.service.config.signed_in, given)
+
+    def sign_in_at_keystone(self, visit: Visit, given: dict):
+        """Signs in by a password of OpenStack, which goes to Keystone and nowhere else."""
+        service, said = self.service, {name: given.get(name, '').strip()
+                                       for name in ('user', 'project', 'domain')}
+        try:
+            if not service.config.keystone or not all(said.values()):
+                raise Unauthorized('say who you are, in which project and domain')
+            found = ask_keystone(service, said['user'], lambda: service.clouds.keystone.sign_in(
+                password=given.get('password', ''), **said))
+            if found.refusal:
+                raise found.refusal
+            role = role_of(service, found.scoped)
+        except (Unauthorized, Forbidden) as error:
+            return self.not_signed_in(visit, given, error)
+        user, project = (service.names_of(each)[0] for each in found.scoped[:2])
+        lasts = min(service.config.signed_in, found.scoped.ends - service.clock())
+        made = self.token_of_session(Actor(user, project, role), service.clock() + lasts)
+        return self.signed_in_as(Actor(user, project, role), made, lasts, given)
+
+    def token_of_session(self, actor: Actor, ends: float) -> str:
+        """The hash of a token that nobody knows: sessions of who has none of ours are of it."""
+        purpose, hash = 'signed in at Keystone', secrets.token_hex(32)
+        with transaction():
+            old = row('SELECT id, hash, ends FROM token WHERE user = ? AND project = ? '
+                      'AND purpose = ? AND revoked IS NULL', actor.user, actor.project, purpose)
+            if old:
+                change(Token, old.id, role=actor.role, ends=max(int(ends), old.ends))
+                return old.hash
+            insert(Token, user=actor.user, project=actor.project, role=actor.role, hash=hash,
+                   added=int(self.service.clock()), purpose=purpose, ends=int(ends), scopes='')
+        return hash
+
+    def not_signed_in(self, visit: Visit, given: dict, error: Error):
+        """The form to sign in, and why that was not done."""
+        import bottle
+        if isinstance(error, Unauthorized):
+            note_wrong(self.service, bottle.request.environ)
+        return self.page(visit, 'Sign in', self.sign_in_form(str(error), local(given.get('next'))),
+                         401)
+
+    def sign_in_form(self, refusal: str, back: str) -> str:
+        return render_page('sign in', refusal=refusal, back=back,
+                           keystone=self.service.config.keystone)
+
+    def signed_in_as(self, actor: Actor, token: str, lasts: float, given: dict):
+        """Begins a session of somebody, by the hash of a token."""
+        import bottle
+        session, made = secrets.token_urlsafe(24), self.onward(local(given.get('next')))
         with transaction():
             run('DELETE FROM session WHERE until <= ?', int(self.service.clock()))
             run('INSERT INTO session (hash, token_id, until) '
                 'SELECT ?, id, ? FROM token WHERE hash = ?',
-                hashed(session), int(self.service.clock() + lasts), hashed(token))
+                hashed(session), int(self.service.clock() + lasts), token)
             where = bottle.request.environ.get('cmres.address') or 'an unknown address'
             journal(self.service.config, self.service.clock(), actor.user, 'signed_in',
                     f'{actor.user} in {actor.project} signed in from {where}')
@@ -20206,7 +21841,7 @@ class Pages:
         if not visit.writes or not place or not place.cloud:
             return {'flavor': [], 'image': []}, ''
         clouds, project = self.service.clouds, visit.actor.project
-        account = clouds.account(place.cloud, project)
+        account = clouds.account(place.cloud, project, visit.actor.user)
         sight = clouds.sight(account, project, admin=visit.actor.role == ADMIN)
         return self.names.of(account, sight)
 
@@ -20633,6 +22268,8 @@ def web(service: Reservations):
     def told(failure):
         request, sentence = bottle.request, error_text(failure, bottle.request, bottle.response)
         for_people = 'text/html' in header(request, 'Accept')
+        if sentence and request.path.startswith(BLAZAR):
+            return json_text(in_blazars_words(json.loads(sentence), failure.status_code))
         if not sentence or not for_people or request.path.startswith((BASE, '/calendar/')):
             return sentence
         for name, value in SAFE.items():
@@ -20643,6 +22280,7 @@ def web(service: Reservations):
                            here='', version=LOOK, back='/')
     app = rest(service, told, lambda request: pages.visit(request).actor)
     mount_caldav(app, service)
+    Blazar(service).mount(app)
     pages.mount(app)
     return app
 
@@ -21261,6 +22899,14 @@ Example:
 
 Example:
   python cmres.py token add eva --project biology --role user
+""", 'credential': """In whose name VMs are made: yours, with an application credential of yours.
+
+Example:
+  python cmres.py credential add chameleon 8f2c... SECRET
+""", 'catalog': """Where OpenStack's own tools find cmres.
+
+Example:
+  python cmres.py catalog add chameleon --dry-run
 """, 'user': """People who leave.
 
 Example:
@@ -21474,6 +23120,25 @@ def store_migrate(config: Config) -> dict:
                     'result': 'nothing to do'}
 
 
+def catalog_add(config: Config, cloud: Name, address: Name = '', dry_run: bool = False) -> Rows:
+    """Writes into the catalog of a cloud where `openstack reservation`, Horizon and Heat find cmres.
+
+    Each line is a difference; with --dry-run that is all that happens, and where nothing is to be
+    changed there is none. The entry of clouds.yaml must be an admin's. Without --address, it is
+    that of the setting `address`.
+
+    Example:
+      python cmres.py catalog add chameleon --address https://cmres.example.org --dry-run
+    """
+    address = address or config.address
+    if not is_web(address):
+        raise Invalid('say how people reach `serve`: --address https://cmres.example.org, or the '
+                      'setting `address`')
+    if is_simulated(cloud):
+        raise Invalid(f'the cloud {cloud} has no catalog')
+    return OpenStack(cloud, '', config).register(f"{address.rstrip('/')}{BLAZAR}/v1", dry_run)
+
+
 def key_rotate(config: Config) -> dict:
     """Makes a new key for cookies; who has signed in by the one before stays so to the end of that.
 
@@ -21485,7 +23150,12 @@ def key_rotate(config: Config) -> dict:
     """
     refuse_missing(config.database)
     file, until = key_file(config.database, config.key), int(time.time() + config.signed_in)
-    return {'file': file, 'keys': rotate_key(file, until), 'old_until': instant(until)}
+    keys = rotate_key(file, until)
+    open_store(config.database, config.key, make=False)
+    with transaction():
+        for each in rows('SELECT id, secret FROM credential'):
+            change(Credential, each.id, secret=cipher(config).rotate(each.secret).decode())
+    return {'file': file, 'keys': keys, 'old_until': instant(until)}
 
 
 def config_show(config: Config) -> Rows:
@@ -21600,7 +23270,7 @@ def all_orphans(cycle: LifeCycle) -> list[dict]:
         seen = {each.uid: each for each in cycle.clouds.open(account).servers()}
         found += [{'cloud': account, 'id': each.uid, 'state': each.state,
                    'added': instant(each.made), 'addresses': each.addresses}
-                  for each in orphans_in(seen, cycle.matched(seen)) if each.uid not in adopted()]
+                  for each in orphans_in(seen, cycle.reconciler.matched(seen)) if each.uid not in adopted()]
     return found
 
 
@@ -21708,7 +23378,7 @@ complete -c cmres -f -a '(_CMRES_COMPLETE=1 cmres (commandline -opc)[2..-1] (com
 LOCAL = {each.__name__: Operation(each.__name__, each, ADMIN, [('POST', '', {})])
          for each in (serve, scheduler, tick, occurrences, store_backup, store_verify,
                       store_restore, store_migrate, store_orphans, completion, key_rotate,
-                      config_show, config_check, event_export, alerts, dashboard, container)}
+                      catalog_add, config_show, config_check, event_export, alerts, dashboard, container)}
 
 
 def in_utc(config: Config) -> None:
