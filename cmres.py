@@ -45,7 +45,7 @@ The file reads from top to bottom; a section uses only the sections above it:
   Waiting, Requests, Plan             the waiting list; what people ask for; what operators do
   Claims, Calendars, Tokens, Records  what Nova asks; imports and feeds; who may ask; what was
   Life cycle                          what makes it so
-  Document, REST, Gate, Page          the faces on the web, and what stands before them
+  Document, REST, Gate, Blazar, Page  the faces on the web, and what stands before them
   Serving, Client, Command line       sockets; Python elsewhere; the shell
   Nova filter                         what nova-scheduler loads from this file
 """
@@ -65,6 +65,7 @@ import itertools
 import json
 import logging
 import math
+import operator
 import os
 import queue
 import random
@@ -1234,6 +1235,8 @@ def read_stretches(text: str) -> list[Stretch]:
 
 
 SECTIONS = ('cmres', 'credentials', 'identities', 'texts')
+READER, USER, ADMIN = 'reader', 'user', 'admin'
+ROLES = (READER, USER, ADMIN)  # each may do what those before it may
 #: What has a name on a cloud.
 KINDS = ('flavor', 'image', 'network', 'key', 'security_group', 'server')
 #: What people are told of, and in which words: the first line is the subject.
@@ -1316,6 +1319,18 @@ class Config:
     trusted_proxies: str = setting(
         '127.0.0.1, ::1', 'addresses and networks of proxies; what they say last in '
         'X-Forwarded-For counts for limits and the log, and for nothing else')
+    keystone: str = setting(
+        '', 'the Keystone whose tokens are taken in X-Auth-Token: an entry of clouds.yaml, or an '
+        'address such as https://cloud.example.org/identity')
+    keystone_roles: str = setting(
+        'admin:admin, member:user, reader:reader', 'which role here a role of Keystone gives, as '
+        'KEYSTONE:CMRES; of several the highest, without any of them none')
+    identity_proxies: str = setting(
+        '', 'addresses and networks of proxies that say who asks, in the headers of '
+        '`identity_header`; they must take those headers out of what their clients send')
+    identity_header: str = setting(
+        'X-Remote', 'how the headers begin in which those proxies say who asks: X-Remote-User, '
+        'X-Remote-Project, X-Remote-Role')
     metrics: str = setting('token', "who may read /metrics: token (with an admin's token), open "
                            '(everybody) or off (nobody)')
     log_format: str = setting('text', 'how lines of the log are written: text or json')
@@ -1428,11 +1443,21 @@ class Config:
 
     def is_proxy(self, peer: str) -> bool:
         """Whether an address is that of a trusted proxy."""
-        import ipaddress
-        with suppress(ValueError):
-            found = ipaddress.ip_address(peer)
-            return any(found in each for each in self.proxies)
-        return False
+        return is_among(peer, self.proxies)
+
+    def tells_who(self, peer: str) -> bool:
+        """Whether an address is that of a proxy that says who asks."""
+        return is_among(peer, read_networks(self.identity_proxies, 'identity_proxies'))
+
+    @property
+    def roles(self) -> dict[str, str]:
+        """The setting `keystone_roles`, one by one; Invalid if one of them is none."""
+        pairs = [each.partition(':') for each in self.keystone_roles.replace(' ', '').split(',')]
+        for name, _, role in pairs:
+            if not name or role not in ROLES:
+                raise Invalid(f"setting keystone_roles: '{name}:{role}' is not KEYSTONE:CMRES, "
+                              f"such as member:user; the roles here are {', '.join(ROLES)}")
+        return {name: role for name, _, role in pairs}
 
     def check_choices(self) -> None:
         """Invalid if a setting that is one of some words is another."""
@@ -1476,8 +1501,17 @@ class Config:
 WORDS_OF = {'metrics': ('token', 'open', 'off'), 'log_format': ('text', 'json')}
 
 
+def is_among(address: str, networks: list) -> bool:
+    """Whether an address is in one of some networks."""
+    import ipaddress
+    with suppress(ValueError):
+        found = ipaddress.ip_address(address)
+        return any(found in each for each in networks)
+    return False
+
+
 @functools.lru_cache
-def read_networks(text: str) -> list:
+def read_networks(text: str, setting: str = 'trusted_proxies') -> list:
     """Addresses and networks with commas between; Invalid if one of them is none."""
     import ipaddress
     found = []
@@ -1485,7 +1519,7 @@ def read_networks(text: str) -> list:
         try:
             found.append(ipaddress.ip_network(each, strict=False))
         except ValueError:
-            raise Invalid(f"setting trusted_proxies: '{each}' is no address and no network such as "
+            raise Invalid(f"setting {setting}: '{each}' is no address and no network such as "
                           '10.0.0.0/8') from None
     return found
 
@@ -1518,7 +1552,8 @@ def load_config(path: str | None = None, environ: dict = os.environ) -> Config:
                     credentials=sections['credentials'], identities=sections['identities'],
                     texts=TEXTS | sections['texts'], path=path, stamp=stamp, sources=sources)
     # What is wrong with them is told here, not when they are used.
-    config.zone, config.common, config.proxies, config.check_choices()
+    config.zone, config.common, config.proxies, config.roles, config.check_choices()
+    config.tells_who('')
     return config
 
 
@@ -1798,6 +1833,7 @@ FILTERS = {'label', 'user', 'project', 'resource', 'cell', 'cloud', 'region', 'a
 #: What each argument means, in the one sense that it has in every operation.
 WORDS = {
     'after': 'the earliest start, or in a list START/ID of the last line seen, or its id',
+    'address': 'how people reach `serve`, such as https://cmres.example.org',
     'aggregate': 'host aggregate of the resource',
     'at_end': 'what becomes of the machines at the end: delete, stop, shelve or snapshot (an '
               'image, then delete)',
@@ -1855,6 +1891,8 @@ WORDS = {
     'aggregates': 'names of aggregates, with commas between; without any, those that are marked '
                   'already',
     'ahead': 'the furthest start from now, such as 30d',
+    'application': 'id of an application credential of yours: openstack application credential '
+                   'create cmres',
     'approval': 'for how long a reservation there is held until an admin approves it, such as 2d; '
                 '0s needs none',
     'by_whom': 'project, user or resource',
@@ -1876,6 +1914,7 @@ WORDS = {
     'rows': 'CSV, JSON or YAML with one reservation a line, fields named as in `add`',
     'security_groups': 'security groups of the machines, with commas between',
     'scopes': 'what alone the token is good for: read, claim, calendar; without any, for all',
+    'secret': 'the secret of that application credential',
     'seed': 'the same seed gives the same reservations',
     'shell': 'bash, zsh or fish',
     'server': 'a machine that you have, by name or id, instead of an image: it is started and '
@@ -1896,8 +1935,6 @@ WORDS = {
 }
 
 REQUIRED = inspect.Parameter.empty
-READER, USER, ADMIN = 'reader', 'user', 'admin'
-ROLES = (READER, USER, ADMIN)  # each may do what those before it may
 
 
 @dataclasses.dataclass
@@ -1962,6 +1999,14 @@ def api(verb: str, path: str, role: str | None = None, made: str = '', **fixed):
     return publish
 
 
+def refuse_to(actor: Actor, operation: Operation) -> None:
+    """Forbidden for who may not call an operation: by their role, or by their token."""
+    if ROLES.index(actor.role) < ROLES.index(operation.role):
+        raise Forbidden(f"{operation.words} needs the role {operation.role}; {actor.user} is "
+                        f"{actor.role}")
+    actor.refuse_out_of_scope(operation)
+
+
 def guarded_by_role(method):
     """Refuses before a call an actor whose role is too small, and one too many that takes long.
 
@@ -1976,11 +2021,7 @@ def guarded_by_role(method):
             bound.apply_defaults()
             kwargs['asked'] = {name: value for name, value in bound.arguments.items()
                                if name not in ('self', 'asked')}
-        needed = API[method.__name__].role
-        if ROLES.index(self.actor.role) < ROLES.index(needed):
-            raise Forbidden(f"{API[method.__name__].words} needs the role {needed}; "
-                            f"{self.actor.user} is {self.actor.role}")
-        self.actor.refuse_out_of_scope(API[method.__name__])
+        refuse_to(self.actor, API[method.__name__])
         takes_long = method.__name__ in LONG or any(kwargs.get(name) for name in LONG_BY)
         asks_only = not API[method.__name__].changes or kwargs.get('dry_run')
         with (self.shares.charging(self.actor) if asks_only else nullcontext(),
@@ -2794,6 +2835,16 @@ class TokenAnswer(Answer):
     ends: datetime | None
     last_used: datetime | None
     revoked: datetime | None
+
+
+class CredentialAnswer(Answer):
+    """Whose VMs are made in their own name on which cloud; not the secret."""
+    id: int
+    user: str
+    project: str
+    cloud: str
+    application: str
+    added: datetime
 
 
 class NewTokenAnswer(Answer):
@@ -3881,6 +3932,51 @@ class Lease(Table):
     until = peewee.DoubleField()
 
 
+class BlazarLease(Table):
+    """What somebody has reserved in the words of OpenStack's Blazar: parts under one name."""
+    id = peewee.CharField(primary_key=True)  # a UUID
+    name = peewee.CharField()                # two may have the same
+    user = peewee.CharField()
+    project = peewee.CharField(index=True)
+    start = peewee.IntegerField()            # these two are of the reservations, if it has any
+    end = peewee.IntegerField(index=True)
+    before_end = peewee.IntegerField(null=True)
+    parts = peewee.TextField()               # JSON: of each its UUID, and what was asked
+    added = peewee.IntegerField()
+    changed = peewee.IntegerField(null=True)
+
+
+class BlazarHold(Table):
+    """A reservation that is of a part of a lease."""
+    reservation = peewee.IntegerField(primary_key=True)
+    lease_id = peewee.CharField(index=True)
+    part = peewee.CharField()  # its UUID
+
+
+class HostProperty(Table):
+    """What an operator says of a host that can be reserved by its name; host 0: who may see it."""
+    host = peewee.IntegerField()
+    name = peewee.CharField()
+    value = peewee.CharField()
+
+    class Meta:
+        primary_key = peewee.CompositeKey('host', 'name')
+        without_rowid = True
+
+
+class Credential(Table):
+    """What lets cmres make the VMs of somebody on a cloud in their own name; encrypted."""
+    user = peewee.CharField()
+    project = peewee.CharField()
+    cloud = peewee.CharField()
+    name = peewee.CharField()     # of the application credential: its id
+    secret = peewee.TextField()
+    added = peewee.IntegerField()
+
+    class Meta:
+        indexes = ((('user', 'project', 'cloud'), True),)
+
+
 class Fact(Table):
     """What this store knows of itself."""
     name = peewee.CharField(primary_key=True)
@@ -3903,7 +3999,7 @@ class SimulatedServer(Table):
 
 TABLES = [Resource, Reservation, Occurrence, Texts, Capacity, Proposal, ExtraHold, Wait, Limit,
           Step, Server, Claim, Tally, Token, Session, OnceDone, Feed, Subscription, Event, Outbox,
-          Mailed, Lease, Fact, SimulatedServer]
+          Mailed, Lease, BlazarLease, BlazarHold, HostProperty, Credential, Fact, SimulatedServer]
 
 #: What brings an older store up to the models above, one function a version. None reads the models,
 #: which tell of today: each names its tables and columns.
@@ -3911,7 +4007,8 @@ MIGRATIONS: list[Callable] = [
     lambda: add_tracks(), lambda: add_proposals(), lambda: add_up_told(), lambda: add_owners(),
     lambda: trust_names(), lambda: add_sessions(), lambda: add_ends_of_calls(),
     lambda: keep_resource_ids(), lambda: end_left_calendars(), lambda: add_whose(),
-    lambda: add_waits(), lambda: add_sums(), lambda: add_once(), lambda: add_ends_of_tokens()]
+    lambda: add_waits(), lambda: add_sums(), lambda: add_once(), lambda: add_ends_of_tokens(),
+    lambda: add_openstack()]
 
 
 def long_texts(row: str) -> str:
@@ -4094,6 +4191,13 @@ def read_keys(file: str) -> list[bytes]:
         older = [line.split() for line in lines.read().splitlines()[2:]]
     good = [bytes.fromhex(key) for key, until in older if int(until) > time.time()]
     return [read_key(file), *good]
+
+
+def all_keys(file: str) -> list[bytes]:
+    """The key and all those before it that its file still has."""
+    with open(file, encoding='ascii') as lines:
+        older = [line.split()[0] for line in lines.read().splitlines()[2:]]
+    return [read_key(file), *map(bytes.fromhex, older)]
 
 
 def rotate_key(file: str, until: int) -> int:
@@ -4634,6 +4738,29 @@ def add_ends_of_tokens() -> None:
           WHERE due IS NOT NULL""")
 
 
+def add_openstack() -> None:
+    """Version 16: leases of Blazar, properties of hosts, and credentials of people."""
+    text, number = 'VARCHAR(255) NOT NULL', 'INTEGER NOT NULL'
+    run_all(f"""
+        CREATE TABLE IF NOT EXISTS blazar_lease (
+          "id" {text} PRIMARY KEY, "name" {text}, "user" {text}, "project" {text},
+          "start" {number}, "end" {number}, "before_end" INTEGER, "parts" TEXT NOT NULL,
+          "added" {number}, "changed" INTEGER);
+        CREATE INDEX IF NOT EXISTS blazar_lease_project ON blazar_lease ("project");
+        CREATE INDEX IF NOT EXISTS blazar_lease_end ON blazar_lease ("end");
+        CREATE TABLE IF NOT EXISTS blazar_hold (
+          "reservation" {number} PRIMARY KEY, "lease_id" {text}, "part" {text});
+        CREATE INDEX IF NOT EXISTS blazar_hold_lease_id ON blazar_hold ("lease_id");
+        CREATE TABLE IF NOT EXISTS host_property (
+          "host" {number}, "name" {text}, "value" {text}, PRIMARY KEY ("host", "name"))
+          WITHOUT ROWID;
+        CREATE TABLE IF NOT EXISTS credential (
+          "id" {number} PRIMARY KEY, "user" {text}, "project" {text}, "cloud" {text},
+          "name" {text}, "secret" TEXT NOT NULL, "added" {number});
+        CREATE UNIQUE INDEX IF NOT EXISTS credential_user_project_cloud
+          ON credential ("user", "project", "cloud")""")
+
+
 # What goes wrong with the store. SQLite's first error is what the user is told, with what helps.
 
 STORE_ERRORS = (peewee.DatabaseError, sqlite3.Error)
@@ -4844,7 +4971,7 @@ class Unmade(Exception):
 rehearsal = Rehearsal()
 #: What operations change, each with what changes with it.
 REHEARSED = dict.fromkeys(('occurrence', 'resource', 'capacity', 'proposal', 'extra_hold', 'wait',
-                           'limits', 'token', 'feed', 'subscription'), ()) | {
+                           'limits', 'token', 'credential', 'feed', 'subscription'), ()) | {
     'reservation': ('occurrence', 'texts')}
 WRITTEN = re.compile(r'\s*(?:INSERT INTO|UPDATE|DELETE FROM)\s+(\w+)')
 NAMED = re.compile(r'\b((?:FROM|JOIN|INTO|UPDATE)\s+)(\w+)\b')
@@ -5997,6 +6124,12 @@ class Seen(NamedTuple):
 GONE = ('deleted', 'soft_deleted')
 
 
+def cloud_of(account: str) -> str:
+    """The entry of clouds.yaml of an account, which may be somebody's own on that cloud."""
+    return account.partition(OF_PERSON)[0]
+
+
+OF_PERSON = '~'  # before the id of a credential in the name of an account
 MEASURED_CALLS = set('things boot servers delete server start stop shelve snapshot saved '
                      'aggregates mark hosts'.split())
 calling = threading.local()  # whether this thread is in such a call already
@@ -6009,7 +6142,7 @@ def measured(call: Callable) -> Callable:
         if getattr(calling, 'now', False):
             return call(self, *args, **options)
         calling.now, began = True, time.monotonic()
-        labels = {'cloud': self.account, 'verb': call.__name__, 'result': 'ok'}
+        labels = {'cloud': cloud_of(self.account), 'verb': call.__name__, 'result': 'ok'}
         try:
             return call(self, *args, **options)
         except Exception as error:
@@ -6214,15 +6347,33 @@ class OpenStack(Cloud):
 
     def log_in(self):
         import openstack
-        if self.account not in openstack.config.OpenStackConfig().get_cloud_names():
-            raise UnknownCloud(f'the cloud {self.account} is not in clouds.yaml', sure=True)
-        connection = openstack.connect(cloud=self.account, api_timeout=self.config.call_timeout,
+        known, entry = openstack.config.OpenStackConfig(), cloud_of(self.account)
+        if entry not in known.get_cloud_names():
+            raise UnknownCloud(f'the cloud {entry} is not in clouds.yaml', sure=True)
+        how = {'cloud': entry}
+        if self.account != entry:
+            how = self.as_person(known.get_one(entry))
+        connection = openstack.connect(**how, api_timeout=self.config.call_timeout,
                                        app_name='cmres')
         door = self.door()
         for scheme in ('http://', 'https://'):
             connection.session.session.mount(scheme, door)
         connection.compute.get_endpoint_data()  # negotiates versions before threads do
         return connection
+
+    def as_person(self, entry) -> dict:
+        """How to log in to the cloud of an entry with the application credential of a person."""
+        found = row('SELECT name, secret FROM credential WHERE id = ?',
+                    int(self.account.partition(OF_PERSON)[2]))
+        if not found:
+            raise CloudError(f'the credential for {self.account} was taken away', sure=True)
+        auth = {'auth_url': entry.config['auth']['auth_url'],
+                'application_credential_id': found.name,
+                'application_credential_secret': decrypted(self.config, found.secret)}
+        same = {name: entry.config[name] for name in ('region_name', 'verify', 'cacert', 'interface')
+                if entry.config.get(name) is not None}
+        return same | {'auth': auth, 'auth_type': 'v3applicationcredential',
+                       'load_yaml_config': False, 'load_envvars': False}
 
     def door(self):
         """What all requests go through: a connection for each thread, and a look at the time."""
@@ -6477,6 +6628,33 @@ class OpenStack(Cloud):
             found = next(each for each in cloud.compute.aggregates() if each.name == aggregate)
             cloud.compute.set_aggregate_metadata(found, {'cmres': resource or None})
 
+    def register(self, address: str, dry_run: bool) -> list[dict]:
+        """Writes into the catalog where Blazar's clients find cmres; a line for each difference."""
+        with self.calling('change its catalog') as cloud:
+            identity, region = cloud.identity, cloud.config.get_region_name()
+            service = next(identity.services(type='reservation'), None)
+            there = {each.interface: each for each in identity.endpoints(service_id=service.id)
+                     if each.region_id == region} if service else {}
+            lines = [] if service else [{'what': 'service', 'before': None, 'after': 'cmres'}]
+            other = [each for each in ('public', 'internal', 'admin')
+                     if each not in there or there[each].url != address]
+            lines += [{'what': f'{each} endpoint', 'after': address,
+                       'before': there[each].url if each in there else None} for each in other]
+            if not dry_run:
+                service = service or identity.create_service(
+                    type='reservation', name='cmres', description='Reservations of VMs and hosts')
+                for each in other:
+                    self.point(identity, there.get(each), service_id=service.id, url=address,
+                               interface=each, region_id=region)
+        return lines
+
+    def point(self, identity, endpoint, **values) -> None:
+        """Makes an endpoint of the catalog, or gives one another address."""
+        if endpoint:
+            identity.update_endpoint(endpoint, url=values['url'])
+        else:
+            identity.create_endpoint(**values)
+
     def hosts(self, uids):
         return {uid: self.host_of(uid) for uid in uids}
 
@@ -6607,6 +6785,34 @@ class Simulated(Cloud):
         return self.clock() >= found.saved if found and found.saved else None
 
 
+def is_simulated(cloud: str) -> bool:
+    """Whether a cloud is one inside the store."""
+    return cloud == 'simulated' or cloud.startswith('simulated-')
+
+
+def cipher(config: Config):
+    """What encrypts with the key of the store, and reads what was so with those before it."""
+    from base64 import urlsafe_b64encode
+    from cryptography.fernet import Fernet, MultiFernet
+    keys = all_keys(key_file(config.database, config.key))
+    return MultiFernet([Fernet(urlsafe_b64encode(hashlib.sha256(b'credential ' + key).digest()))
+                        for key in keys])
+
+
+def decrypted(config: Config, secret: str) -> str:
+    """A secret as it was given.
+
+    Raises:
+      CloudError: it was encrypted with another key.
+    """
+    from cryptography.fernet import InvalidToken
+    try:
+        return cipher(config).decrypt(secret.encode()).decode()
+    except InvalidToken:
+        raise CloudError('the secret of this credential was encrypted with a key that is gone: add '
+                         'it again', sure=True) from None
+
+
 class Clouds:
     """Finds the account that serves a project on a cloud, and keeps it open."""
 
@@ -6615,9 +6821,13 @@ class Clouds:
         self.opened: dict[str, Cloud] = {}
         self.lock = threading.Lock()
 
-    def account(self, cloud: str, project: str) -> str:
-        """The project's own entry of clouds.yaml, else the resource's."""
-        return self.config.read_again().credentials.get(f'{project}@{cloud}', cloud)
+    def account(self, cloud: str, project: str, user: str = '') -> str:
+        """A person's own, else the project's own entry of clouds.yaml, else the resource's."""
+        own = user and not is_simulated(cloud) and row(
+            'SELECT id FROM credential WHERE user = ? AND project = ? AND cloud = ?',
+            user, project, cloud)
+        return f'{cloud}{OF_PERSON}{own.id}' if own else (
+            self.config.read_again().credentials.get(f'{project}@{cloud}', cloud))
 
     def sight(self, account: str, project: str, trusted: Iterable[str] = (),
               admin: bool = False) -> Sight:
@@ -6627,13 +6837,18 @@ class Clouds:
           trusted: KIND:NAME of what the reservation was given by an admin
           admin: an admin asks, who may name all of it; else that takes an account of one's own
         """
-        all_own = admin or self.owners(account) == {project}
+        all_own = admin or OF_PERSON in account or self.owners(account) == {project}
         return Sight(project, all_own, self.config.common | {*trusted})
 
     def owners(self, account: str) -> set[str]:
         """The projects for which it was written down as their own account."""
         return {key.rpartition('@')[0] for key, entry in self.config.credentials.items()
                 if entry == account}
+
+    @functools.cached_property
+    def keystone(self) -> Keystone:
+        """What knows the tokens of OpenStack."""
+        return Keystone(self.config, self.clock)
 
     @functools.cached_property
     def store(self) -> str:
@@ -6647,7 +6862,9 @@ class Clouds:
         clouds = {each.cloud
                   for each in rows("SELECT DISTINCT cloud FROM resource WHERE cloud <> ''")}
         known = self.config.read_again().credentials
-        return clouds | {entry for key, entry in known.items() if key.rpartition('@')[2] in clouds}
+        own = {f'{each.cloud}{OF_PERSON}{each.id}'
+               for each in rows('SELECT id, cloud FROM credential') if each.cloud in clouds}
+        return clouds | own | {entry for key, entry in known.items() if key.rpartition('@')[2] in clouds}
 
     def open(self, account: str) -> Cloud:
         with self.lock:
@@ -6656,9 +6873,149 @@ class Clouds:
             return self.opened[account]
 
     def make(self, account: str) -> Cloud:
-        if account == 'simulated' or account.startswith('simulated-'):
+        if is_simulated(account):
             return Simulated(account, self.store, self.config, self.clock)
         return OpenStack(account, self.store, self.config)
+
+
+class Scoped(NamedTuple):
+    """What Keystone says of a token: whose it is, and for which project."""
+    user: str
+    project: str  # '' of a token for the whole system
+    names: tuple[str, str]  # of both, for people
+    roles: frozenset[str]
+    ends: float
+
+
+class Told(NamedTuple):
+    """What is known of a token, or why it is refused, and until when nobody asks again."""
+    scoped: Scoped | None
+    refusal: Error | None
+    fresh: float
+
+
+class Keystone:
+    """Tells who has a token, asking with that token itself, and remembers it for a while.
+
+    No header says that access rules are known here (OpenStack-Identity-Access-Rules), so Keystone
+    refuses application credentials that have some: what they forbid, cmres could not tell.
+    """
+    FRESH, REFUSED = 120, 10  # seconds that an answer, and a refusal, is remembered
+    SHUT = 10    # seconds that nobody else waits for a Keystone that has not answered
+    PATIENT = 5  # seconds that one waits
+    MOST = 10_000  # tokens that are remembered
+
+    def __init__(self, config: Config, clock: Callable[[], float] = time.time):
+        self.config, self.clock, self.lock = config, clock, threading.Lock()
+        self.known: dict[str, Told] = {}  # by the hash of the token
+        self.names: dict[str, str] = {}  # by id, for people
+        self.shut = 0.0  # until then nobody asks
+
+    def told(self, token: str, ask: Callable[[Callable], Any]) -> Scoped:
+        """Who has a token. While Keystone does not answer, those who were known go on.
+
+        Args:
+          ask: calls what may take long
+
+        Raises:
+          Unauthorized: Keystone does not know it, or it is for no project.
+          Unavailable: Keystone does not answer.
+        """
+        key, now = hashlib.sha256(token.encode()).hexdigest(), self.clock()
+        found = self.known.get(key)
+        ended = found and found.scoped and found.scoped.ends <= now
+        if not found or found.fresh <= now or ended:
+            known = found and found.scoped and not ended
+            found = self.asked(key, token, ask) if now >= self.shut or not known else found
+        if found.refusal:
+            raise found.refusal
+        return found.scoped
+
+    def asked(self, key: str, token: str, ask: Callable[[Callable], Any]) -> Told:
+        """What Keystone says now; what it said before, if it does not answer."""
+        before = self.known.get(key)
+        try:
+            if self.clock() < self.shut:
+                raise Unavailable(SILENT_KEYSTONE)
+            found = ask(lambda: self.look(token))
+        except (CloudError, TooMany, Unavailable):
+            if before and before.scoped and before.scoped.ends > self.clock():
+                return before
+            raise Unavailable(SILENT_KEYSTONE, retry_after=self.SHUT) from None
+        with self.lock:
+            if len(self.known) >= self.MOST:
+                self.known.pop(next(iter(self.known)))
+            self.known.pop(key, None)  # the latest come last
+            self.known[key] = found
+        return found
+
+    def look(self, token: str) -> Told:
+        """What Keystone says of a token."""
+        return self.answer('GET', 'Keystone does not know this token, or it has ended. Get a new '
+                           'one: openstack token issue',
+                           headers={'X-Auth-Token': token, 'X-Subject-Token': token})
+
+    def sign_in(self, user: str, password: str, project: str, domain: str) -> Told:
+        """What Keystone says of a password, for a project of a name."""
+        where = {'domain': {'name': domain}}
+        identity = {'methods': ['password'],
+                    'password': {'user': {'name': user, 'password': password} | where}}
+        return self.answer('POST', f"Keystone does not know '{user}' with this password in the "
+                           f"project '{project}'", json={'auth': {
+                               'identity': identity, 'scope': {'project': {'name': project} | where}}})
+
+    def answer(self, verb: str, refusal: str, **what) -> Told:
+        """What Keystone answers; Unavailable if that is nothing of use."""
+        import requests
+        url, verify = self.door
+        try:
+            answer = self.session.request(
+                verb, f'{url}/v3/auth/tokens?nocatalog', timeout=self.PATIENT, verify=verify,
+                allow_redirects=False, **what)
+            if answer.status_code in (401, 403, 404):
+                return self.refused(refusal)
+            answer.raise_for_status()
+            return self.read(answer.json()['token'])
+        except (requests.RequestException, ValueError, LookupError, TypeError) as error:
+            self.shut = self.clock() + self.SHUT
+            log.warning('Keystone at %s: %s', url, first_line(error))
+            raise Unavailable(SILENT_KEYSTONE) from None
+
+    def read(self, said: dict) -> Told:
+        """What Keystone says, as it is remembered."""
+        user, project = said['user'], said.get('project')
+        if not project and not said.get('system'):
+            return self.refused('this token is for no project. Get one that is for yours: '
+                                'openstack --os-project-name PROJECT token issue')
+        project = project or {'id': '', 'name': 'system'}
+        ends = datetime.fromisoformat(said['expires_at']).timestamp()
+        roles = frozenset(each['name'] for each in said['roles'])
+        scoped = Scoped(user['id'], project['id'], (user['name'], project['name']), roles, ends)
+        self.names[user['id']], self.names[project['id']] = scoped.names
+        return Told(scoped, None, min(ends, self.clock() + self.FRESH))
+
+    def refused(self, sentence: str) -> Told:
+        return Told(None, Unauthorized(sentence), self.clock() + self.REFUSED)
+
+    @functools.cached_property
+    def session(self):
+        """What requests go through."""
+        import requests
+        return requests.Session()
+
+    @functools.cached_property
+    def door(self) -> tuple[str, Any]:
+        """Its address without the version, and how its certificate is verified."""
+        url, verify = self.config.keystone, True
+        if not is_web(url):
+            import openstack
+            entry = openstack.config.OpenStackConfig().get_one(url)
+            url, verify = entry.config['auth']['auth_url'], entry.get_requests_verify_args()[0]
+        return re.sub('(/v3)?/*$', '', url), verify
+
+
+SILENT_KEYSTONE = ('Keystone does not answer, so your token can not be checked. Try again in a '
+                   'minute; tokens of cmres itself work meanwhile')
 
 
 # Notices #####################################################################
@@ -8686,6 +9043,7 @@ def hashed(token: str) -> str:
     return hashlib.sha256(token.encode()).hexdigest()
 
 
+OUR_TOKENS = 'cmres_'  # how they begin
 #: Of a token t: it is in force at an instant.
 IN_FORCE = 't.revoked IS NULL AND (t.ends IS NULL OR t.ends > ?)'
 TOKEN = ('SELECT t.id, t.user, t.project, t.role, t.scopes, t.resource_id, t.ends, t.revoked '
@@ -9187,8 +9545,10 @@ class Wishes:
             trusted = asked['trusted']
         else:
             kept = asked['trusted'] if old and old.cloud == place.cloud else []
-            found = self.ask_cloud(place, asked | {'project': project, 'trusted': kept}, warnings)
-            each, server = self.each_takes(found), found['server'].id if 'server' in found else ''
+            found = self.ask_cloud(place, asked | {'user': user, 'project': project,
+                                                  'trusted': kept}, warnings)
+            each = asked.get('each') or self.each_takes(found)
+            server = found['server'].id if 'server' in found else ''
             new = set(changes) if old else {'resource'}
             trusted = self.trusted(asked | {'server': server}, kept, new)
         wish = Wish(asked['label'], user, project, place, start, end, asked['vms'], asked['flavor'],
@@ -9262,7 +9622,8 @@ class Wishes:
             raise Invalid(f"the resource '{place.name}' has no cloud that knows the "
                           f"{named[0][0].replace('_', ' ')} '{named[0][1]}'; leave it out")
         project = asked.get('project', self.service.actor.project)
-        account = self.service.clouds.account(place.cloud, project)
+        user = asked.get('user', self.service.actor.user)
+        account = self.service.clouds.account(place.cloud, project, user)
         admin = self.service.actor.role == ADMIN
         sight = self.service.clouds.sight(account, project, asked.get('trusted', ()), admin)
         try:
@@ -11462,17 +11823,34 @@ class Requests(Operations):
           python cmres.py add class demo 2027-01-12T09:00 +2h --repeat 'weekly on tue,thu' --until
           2027-06-30 python cmres.py add exam 2027-01-12T09:00 +2h --part gpu:2 --part cpu:20
         """
-        request = self.read_request(asked)
-        refused = request.last._replace(label=label)
+        return self.reserve([self.read_request(asked)], dry_run)
+
+    def reserve(self, requests: list[Request], dry_run: bool = False,
+                also: Callable[[dict], None] = lambda answer: None) -> dict:
+        """Takes the first of some requests that fits; of the last one a refusal tells why.
+
+        Args:
+          also: done with the answer, in the same transaction
+        """
+        last = requests[-1]
 
         def instead(wish: Wish, field: str) -> None:
-            self.admission.instead(request, wish, field, self.clock())
+            self.admission.instead(last, wish, field, self.clock())
 
         def deed(now: float) -> dict:
-            with self.offers.explaining(request.last, None, instead):
-                return self.waiting.take(request, now)
-        with self.offers.recording_refusal(refused, dry_run):
+            with self.offers.explaining(last.last, None, instead):
+                answer = self.take_first(requests, now)
+            also(answer)
+            return answer
+        with self.offers.recording_refusal(last.last._replace(label=last.label), dry_run):
             return self.carry_out(deed, dry_run)
+
+    def take_first(self, requests: list[Request], now: float) -> dict:
+        """Takes the first of some requests that fits; inside a transaction."""
+        for request in requests[:-1]:
+            with suppress(NoCapacity), Attempt():
+                return self.waiting.take(request, now)
+        return self.waiting.take(requests[-1], now)
 
     def read_request(self, asked: dict) -> Request:
         """What `add` was asked, resolved for each part and each resource on which that could be."""
@@ -12293,7 +12671,7 @@ class Plan(Operations):
             found = self.look.resource_row(name)
             busy = self.look.page([('place_live',
                                     f'o.resource_id = {found.id} AND o.due IS NOT NULL')],
-                             [('o.held_until > ?', int(now))], (), limit=100)
+                             [('o.held_until > max(?, o.held_from)', int(now))], (), limit=100)
             needed = rows("SELECT label FROM reservation WHERE series <> '' AND over > ? AND "
                           "series LIKE ? LIMIT 100",
                           int(now),
@@ -12907,7 +13285,7 @@ class Calendars(Operations):
             *owner, subscription.id if subscription else None, int(self.clock()))}
         try:
             names = {name for cloud in self.clouds_of(said)
-                     for name in self.flavor_names(self.clouds.account(cloud, owner[1]))}
+                     for name in self.flavor_names(self.clouds.account(cloud, owner[1], owner[0]))}
         except CloudError:
             return wanted
         close = {guess for guess in {each.guess for each in wanted}
@@ -13408,7 +13786,7 @@ class Tokens(Operations):
         role = role or (self.actor.role if mine and self.actor.role != ADMIN else USER)
         self.refuse_for_others(user, project, role)
         self.check_scopes(role, scopes, resource)
-        token = f'cmres_{secrets.token_urlsafe(32)}'
+        token = OUR_TOKENS + secrets.token_urlsafe(32)
         with self.writing(dry_run) as now:
             self.refuse_one_more('tokens', user, project)
             ends = self.end_of_token(lasts, now)
@@ -13556,6 +13934,66 @@ class Tokens(Operations):
                             for each in sorted({each.project for each in found}))
             self.journal(now, 'token', f'revoked all tokens of {user}: {len(found)}{ended}')
         return {'user': user, 'tokens': len(found)}
+
+    @api('POST', '/credential/', made='/credential/')
+    def credential_add(self, cloud: Name, application: Name, secret: Name,
+                       dry_run: bool = False) -> CredentialAnswer:
+        """Lets your VMs on a cloud be made in your own name: your project, quota, networks and keys.
+
+        Give an application credential of yours. Its secret is kept encrypted, and the key is not in
+        the database. What is reserved already uses it for VMs that are not started yet.
+
+        Example:
+          python cmres.py credential add chameleon 8f2c... SECRET
+        """
+        if is_simulated(cloud) or not any(each.cloud == cloud for each in self.look.places()):
+            raise Invalid(f"'{cloud}' is no cloud of a resource that knows application credentials")
+        mine = {'user': self.actor.user, 'project': self.actor.project, 'cloud': cloud}
+        with self.writing(dry_run) as now:
+            values = {'name': application, 'added': int(now),
+                      'secret': cipher(self.config).encrypt(secret.encode()).decode()}
+            old = row('SELECT id FROM credential WHERE user = ? AND project = ? AND cloud = ?',
+                      *mine.values())
+            if old:  # VMs that were made with it go on
+                change(Credential, old.id, **values)
+                self.clouds.opened.pop(f'{cloud}{OF_PERSON}{old.id}', None)
+            id = old.id if old else insert(Credential, **mine, **values)
+            self.journal(now, 'token', f'gave a credential for {cloud}')
+        return {'id': id, **mine, 'application': application, 'added': instant(int(now))}
+
+    @api('GET', '/credential/')
+    def credential_list(self) -> list[CredentialAnswer]:
+        """Lists your credentials, as an admin all.
+
+        Example:
+          python cmres.py credential list
+        """
+        own, values = self.own_tokens()
+        return [public(each) for each in rows(
+            'SELECT id, user, project, cloud, name AS application, added FROM credential t '
+            f'WHERE {own} ORDER BY id', *values)]
+
+    @api('DELETE', '/credential/<id>')
+    def credential_delete(self, id: int, dry_run: bool = False) -> CredentialAnswer:
+        """Takes a credential away: what starts from now on is made as it is for your project.
+
+        Example:
+          python cmres.py credential delete 1
+        """
+        with self.writing(dry_run) as now:
+            found = [each for each in self.credential_list() if each['id'] == id]
+            if not found:
+                raise NotFound(f'there is no credential {id}')
+            account = f"{found[0]['cloud']}{OF_PERSON}{id}"
+            busy = rows("SELECT name FROM server WHERE account = ? AND state <> 'deleted' "
+                        'LIMIT 100', account)
+            if busy:
+                raise Conflict(f'{len(busy)} VMs were made with credential {id}, and nothing else '
+                               'can delete them. Cancel their reservations first',
+                               servers=[each.name for each in busy])
+            run('DELETE FROM credential WHERE id = ?', id)
+            self.journal(now, 'token', f"took the credential for {found[0]['cloud']} away")
+            return found[0]
 
     def refuse_one_more(self, what: str, user: str, project: str) -> None:
         """TooMany if a user has as many tokens, feeds or subscriptions as one may."""
@@ -13786,7 +14224,9 @@ class Records(Operations):
             self.bookings.hold_capacity(each.resource_id, each.start, each.end,
                                NOTHING - amount_of(each, 'held_'))
             run('DELETE FROM capacity WHERE id = ?', each.id)
-        return len(old) + len(events) + gone + len(changes)
+        leases = run(f'DELETE FROM blazar_lease WHERE id IN (SELECT id FROM blazar_lease '
+                     f'WHERE "end" < ? LIMIT {most})', before).rowcount
+        return len(old) + len(events) + gone + len(changes) + leases
 
     def forget_occurrence(self, old) -> None:
         """Forgets one occurrence, and its reservation if it was the last."""
@@ -13801,6 +14241,7 @@ class Records(Operations):
                                     'reservation_id FROM event '
                                     'WHERE reservation_id = ?', old.reservation_id))
             run('DELETE FROM reservation WHERE id = ?', old.reservation_id)
+            run('DELETE FROM blazar_hold WHERE reservation = ?', old.reservation_id)
 
     def forget_events(self, events: list) -> None:
         """Forgets events and the notices of them; what was refused stays counted."""
@@ -14608,7 +15049,8 @@ class Planner:
         values = dict(name=occurrence.server or server_name(occurrence.label, number),
                       uid=occurrence.server or None, tries=0,
                       state='unknown' if borrowed else 'planned', begun=None,
-                      account=self.clouds.account(occurrence.cloud, occurrence.project))
+                      account=self.clouds.account(occurrence.cloud, occurrence.project,
+                                                  occurrence.of_user))
         if before:
             # from now on it is the new row's
             change(Server, before.id, state='deleted', deleted=now)
@@ -14634,7 +15076,7 @@ class Planner:
         """The VMs that earlier occurrences of a series have left, stopped or shelved, on the same
         account.
         """
-        account = self.clouds.account(occurrence.cloud, occurrence.project)
+        account = self.clouds.account(occurrence.cloud, occurrence.project, occurrence.of_user)
         return rows("SELECT v.id, v.uid, v.name, v.account FROM occurrence o JOIN server v ON "
                     "v.occurrence_id = o.id "
                     "WHERE o.reservation_id = ? AND o.resource_id = ? AND v.state = 'kept' AND NOT "
@@ -15695,6 +16137,7 @@ TAGS = {
     'claim': 'what the scheduler of Nova asks', 'event': 'what happened, when and why',
     'punctuality': 'how late VMs were', 'report': 'sums for operators',
     'check': 'the proof that all adds up', 'token': 'who may ask',
+    'credential': 'in whose name VMs are made',
     'user': 'people, whose tokens end', 'service': 'the server itself'}
 
 #: What a request may say in headers, each with an example; and what answers do.
@@ -16628,13 +17071,28 @@ def plain_path(environ: dict) -> None:
 
 
 def who_asks(service: Reservations, request, visitor: Callable | None = None) -> Actor:
-    """Whose token a request has; who only reads may have signed in to the page instead."""
-    secret = bearer(request)
-    if not secret and visitor and request.method in ('GET', 'HEAD') and (actor := visitor(request)):
+    """Who sends a request, by the first way that it goes.
+
+    Args:
+      visitor: tells who has signed in to the page, which is enough to read
+
+    Raises:
+      Unauthorized: it goes none of these ways.
+    """
+    for way in WAYS_IN:
+        if actor := way(service, request):
+            return actor
+    if visitor and request.method in ('GET', 'HEAD') and (actor := visitor(request)):
         return actor
-    if not secret:
-        raise Unauthorized('a token is needed: Authorization: Bearer TOKEN; an admin makes one '
-                           'with: token add USER')
+    raise Unauthorized('a token is needed: Authorization: Bearer TOKEN; an admin makes one with: '
+                       'token add USER')
+
+
+def by_token(service: Reservations, request) -> Actor | None:
+    """Who has the token of a request: Bearer, X-Auth-Token, or the password of HTTP Basic."""
+    secret = bearer(request)
+    if not secret or secret == keystone_token(service, request):
+        return None
     try:
         found = token_of(secret, service.clock())
     except Unauthorized:
@@ -16644,10 +17102,80 @@ def who_asks(service: Reservations, request, visitor: Callable | None = None) ->
     return bearer_of(found)
 
 
+def keystone_token(service: Reservations, request) -> str:
+    """The token of OpenStack that a request has; '' without one."""
+    said = header(request, 'X-Auth-Token').strip()
+    return said if service.config.keystone and not said.startswith(OUR_TOKENS) else ''
+
+
+def by_keystone(service: Reservations, request) -> Actor | None:
+    """Whom Keystone knows by the token of a request: by ids, as names can be given anew."""
+    if not (token := keystone_token(service, request)):
+        return None
+    ask = functools.partial(ask_keystone, service, token)
+    try:
+        found = service.clouds.keystone.told(token, ask)
+    except Unauthorized:
+        note_wrong(service, request.environ)
+        raise
+    return let_in(service, request, found.user, found.project or 'system', role_of(service, found))
+
+
+def ask_keystone(service: Reservations, whose: str, call: Callable):
+    """What Keystone answers; only a few wait for that at the same time."""
+    with service.shares.answering(f'a token {hashed(whose)[:8]}'):
+        return service.shares.ask('Keystone', call)
+
+
+def role_of(service: Reservations, found: Scoped) -> str:
+    """The highest role here that somebody's roles in Keystone give; Forbidden if none does."""
+    roles = service.config.roles
+    mine = [roles[each] for each in found.roles & roles.keys()]
+    if not mine:
+        raise Forbidden(f"you have none of the roles {', '.join(roles)} in {found.names[1]}, so "
+                        'you can do nothing here. Ask an admin of that project')
+    return max(mine, key=ROLES.index)
+
+
+def by_proxy(service: Reservations, request) -> Actor | None:
+    """Who asks as a trusted proxy says it; anybody else's headers of that name say nothing."""
+    begin = service.config.identity_header
+    user = header(request, f'{begin}-User')
+    if not user or not service.config.tells_who(request.environ.get('REMOTE_ADDR', '')):
+        return None
+    project = header(request, f'{begin}-Project') or 'default'
+    role = header(request, f'{begin}-Role') or USER
+    if role not in ROLES:
+        raise Forbidden(f"the proxy says that your role is '{role}'; it must be one of "
+                        f"{', '.join(ROLES)}")
+    return let_in(service, request, user, project, role)
+
+
+class Caller(NamedTuple):
+    """Somebody who asks without a token of ours, in the fields of one."""
+    id: int | None
+    user: str
+    project: str
+    role: str
+    ends: int | None = None
+
+
+def let_in(service: Reservations, request, user: str, project: str, role: str) -> Actor:
+    """Somebody whom others know, under the names of [identities] if their ids stand there."""
+    user, project = service.names_of(user)[0], service.names_of(project)[0]
+    note_caller(service, request.environ, Caller(None, user, project, role))
+    return Actor(user, project, role)
+
+
+#: By what somebody is known who sends a request; each tells nobody if there is no such thing in it.
+WAYS_IN: tuple[Callable, ...] = (by_token, by_keystone, by_proxy)
+
+
 def note_caller(service: Reservations, environ: dict, found) -> None:
     """Notes of a request who sends it; TooMany if they do so too often."""
     environ['cmres.token'] = found
-    service.shares.uses.note(found.id, service.clock())
+    if found.id is not None:
+        service.shares.uses.note(found.id, service.clock())
     if found.role != ADMIN:  # theirs are the programs of the operator, such as Nova's filter
         name = f'{found.project}/{found.user}'
         service.shares.rates.take('requests_per_user', name)
@@ -16675,9 +17203,18 @@ def while_there(environ: dict) -> Callable[[], None]:
 
 def bearer(request) -> str:
     """The token of a request; '' without one."""
-    scheme, _, token = header(request, 'Authorization').partition(' ')
-    token = token if scheme.lower() == 'bearer' else ''
-    return (token or header(request, 'X-Auth-Token')).strip()
+    scheme, _, said = header(request, 'Authorization').partition(' ')
+    how = {'bearer': str, 'basic': basic_password}.get(scheme.lower())
+    return (how and how(said) or header(request, 'X-Auth-Token')).strip()
+
+
+def basic_password(said: str) -> str:
+    """The password of HTTP Basic (RFC 7617); '' if it can't be read."""
+    from base64 import b64decode
+    try:
+        return b64decode(said, validate=True).decode().partition(':')[2]
+    except ValueError:
+        return ''
 
 
 def read_query(request, several: Iterable[str] = ()) -> dict:
@@ -16941,7 +17478,7 @@ class StoreMetrics:
             try:
                 with db.connection_context():
                     self.count_events()
-                    for account in self.service.clouds.accounts():
+                    for account in {*map(cloud_of, self.service.clouds.accounts())}:
                         METRICS.begin('start_delay_seconds', cloud=account)
                     found = [*self.of_store(), *self.of_resources()]
             except (Unavailable, *STORE_ERRORS) as error:
@@ -17014,6 +17551,774 @@ def resident() -> int:
             return int(file.read().split()[1]) * os.sysconf('SC_PAGE_SIZE')
     except OSError:
         return 0
+
+
+# Blazar ######################################################################
+#
+# The reservation API of OpenStack's Blazar, for its clients. It admits nothing itself: a lease is
+# read as a request of `add`, and all else is done by the operations of the same name.
+#
+#   lease                  a request under one label, with all of its parts or none; its UUID and
+#                          its name, which need not be unique, stand in blazar_lease
+#   reservation            a part: its UUID stands there too, its reservations here in blazar_hold
+#     virtual:instance     `amount` VMs of so many vcpus and so much memory, on whatever resource
+#     flavor:instance      `amount` VMs of a flavor
+#     physical:host        as many hosts by name as fit, from `max` down to `min`: one each
+#   resource_properties    where it may be, and with $image what is started there
+#   dates, state           of the reservations: PENDING until the start, ACTIVE, TERMINATED; a lease
+#                          without reservations has dates of its own
+#   host                   a host that can be reserved by its name; else a resource as a whole
+#
+# Someone who extends or deletes the reservations of a lease otherwise changes the lease.
+
+BLAZAR = '/reservation'
+DATE_IN, DATE_OUT, MADE_OUT = '%Y-%m-%d %H:%M', '%Y-%m-%dT%H:%M:%S.%f', '%Y-%m-%d %H:%M:%S'
+#: What a part of a lease is at each state of an occurrence of its reservations, and the lease.
+LEASE_STATES = {
+    'failed': ('error', 'ERROR'), 'starting': ('active', 'STARTING'),
+    'ending': ('active', 'TERMINATING'), 'active': ('active', 'ACTIVE'),
+    'degraded': ('active', 'ACTIVE'), 'reserved': ('pending', 'PENDING'),
+    'pending': ('pending', 'PENDING'), 'waiting': ('pending', 'PENDING'),
+    'ended': ('deleted', 'TERMINATED'), 'cancelled': ('deleted', 'TERMINATED')}
+LEASE_ORDER = [*LEASE_STATES]  # of several parts, the first of these is what the lease is
+#: The fields of each type of reservation, and what reads them.
+LEASE_FIELDS = {
+    'virtual:instance': {'amount': int, 'vcpus': int, 'memory_mb': int, 'disk_gb': int,
+                         'affinity': bool, 'resource_properties': str},
+    'flavor:instance': {'amount': int, 'flavor_id': str, 'affinity': bool,
+                        'resource_properties': str},
+    'physical:host': {'min': int, 'max': int, 'hypervisor_properties': str,
+                      'resource_properties': str, 'before_end': str}}
+LEASE_OPTIONAL = {'affinity', 'resource_properties', 'hypervisor_properties', 'before_end',
+                  'disk_gb'}
+AFFINITIES = {'': None, 'none': None, 'true': True, 'false': False}
+#: What resource_properties can say of a reservation itself, not of a host.
+LEASE_WORDS = ('image', 'flavor', 'network', 'key', 'at_end')
+LEASE_PLACES = ('resource', *PLACE)
+COMPARED = {'==': operator.eq, '=': operator.eq, '!=': operator.ne, '>=': operator.ge,
+            '<=': operator.le, '>': operator.gt, '<': operator.lt}
+MOST_LEASES = 10_000  # that one list has
+
+
+class Blazar:
+    """The handlers of the API."""
+
+    def __init__(self, service: Reservations):
+        self.service = service
+
+    def mount(self, app) -> None:
+        """Gives an application all addresses."""
+        for path in ('', '/versions'):
+            app.route(BLAZAR + path, 'GET', self.answering(self.versions, status=300, free=True))
+        for verb, path, handle, needed, status in (
+                ('GET', '/leases', self.list_leases, 'list', 200),
+                ('POST', '/leases', self.make_lease, 'add', 201),
+                ('GET', '/leases/<id>', self.show_lease, 'list', 200),
+                ('PUT', '/leases/<id>', self.change_lease, 'update', 200),
+                ('DELETE', '/leases/<id>', self.end_lease, 'delete', 204),
+                ('GET', '/os-hosts', self.list_hosts, 'resource_list', 200),
+                ('POST', '/os-hosts', self.add_host, 'resource_sync', 201),
+                ('GET', '/os-hosts/allocations', self.list_allocations, 'resource_list', 200),
+                ('GET', '/os-hosts/properties', self.list_properties, 'resource_list', 200),
+                ('PATCH', '/os-hosts/properties/<name>', self.hide_property, 'resource_sync', 200),
+                ('GET', '/os-hosts/<id:int>', self.show_host, 'resource_list', 200),
+                ('PUT', '/os-hosts/<id:int>', self.change_host, 'resource_sync', 200),
+                ('DELETE', '/os-hosts/<id:int>', self.remove_host, 'resource_sync', 204),
+                ('GET', '/os-hosts/<id:int>/allocation', self.show_allocation, 'resource_list',
+                 200)):
+            app.route(f'{BLAZAR}/v1{path}', verb, self.answering(handle, needed, status))
+
+    def answering(self, handle: Callable, needed: str = '', status: int = 200,
+                  free: bool = False) -> Callable:
+        """A handler: who asks, what is asked, the answer or what Blazar's clients read of none.
+
+        Args:
+          needed: the operation that one must be allowed to call for that
+          free: nobody need say who they are
+        """
+        import bottle
+
+        def handler(**path):
+            request = bottle.request
+            try:
+                if free:
+                    return sent(json_text(handle()), status, UNKEPT)
+                acting = self.service.acting(who_asks(self.service, request))
+                acting.wanted = while_there(request.environ)
+                with acting.shares.answering(acting.actor.user):
+                    self.refuse(acting, needed)
+                    given = read_body(request, MOST_BODY) | path
+                    if request.method == 'GET':
+                        given |= read_query(request)
+                    answer = handle(LeaseView(acting), given)
+            except Error as error:
+                body = in_blazars_words(error_body(error), error.status)
+                return sent(json_text(body), error.status, UNKEPT | headers_of(error))
+            text = '' if status == 204 else json_text(answer)
+            return sent(text, status, UNKEPT | {'OpenStack-API-Version': 'reservation 1.0'})
+        return handler
+
+    def refuse(self, acting: Reservations, needed: str) -> None:
+        """Forbidden for who may not do so much here."""
+        refuse_to(acting.actor, API[needed])
+        if acting.actor.resource is not None:
+            raise Forbidden('this token is only for one resource, and leases are of all')
+
+    def versions(self) -> dict:
+        import bottle
+        there = self.service.config.address.rstrip('/') or '{0.scheme}://{0.netloc}'.format(
+            bottle.request.urlparts)
+        return {'versions': [{'id': 'v1.0', 'status': 'CURRENT', 'min_version': '1.0',
+                              'max_version': '1.0', 'links': [
+                                  {'href': f'{there}{BLAZAR}/v1', 'rel': 'self'}]}]}
+
+    # Leases
+
+    def list_leases(self, view: LeaseView, given: dict) -> dict:
+        own, values = ('1', ()) if view.actor.role == ADMIN else ('project = ?',
+                                                                  (view.actor.project,))
+        return {'leases': view.leases(rows(
+            f'SELECT * FROM blazar_lease WHERE {own} ORDER BY "end" DESC LIMIT {MOST_LEASES}',
+            *values))}
+
+    def show_lease(self, view: LeaseView, given: dict) -> dict:
+        return {'lease': view.lease(given['id'])}
+
+    def make_lease(self, view: LeaseView, given: dict) -> dict:
+        """Reserves all parts of a lease, or none."""
+        import uuid
+        start, end = read_lease_dates(given, view.acting.clock())
+        parts = [{'id': f'{uuid.uuid4()}', 'asked': read_lease_part(each)}
+                 for each in lease_list(given.get('reservations'), 'reservations')]
+        id, before = f'{uuid.uuid4()}', lease_before_end(given, start, end)
+        lease = {'id': id, 'name': lease_name(given), 'user': view.actor.user,
+                 'project': view.actor.project, 'start': start, 'end': end, 'before_end': before,
+                 'parts': json.dumps(parts), 'added': int(view.acting.clock())}
+        if not parts:
+            with view.acting.writing():
+                insert(BlazarLease, **lease)
+            return {'lease': view.lease(id)}
+        requests = LeaseRequests(view.acting, lease, parts).requests()
+
+        def also(answer: dict) -> None:
+            if not rehearsal.on:
+                insert(BlazarLease, **lease)
+                view.hold(id, parts, requests, answer)
+        view.acting.reserve([request for request, _ in requests], also=also)
+        return {'lease': view.lease(id)}
+
+    def change_lease(self, view: LeaseView, given: dict) -> dict:
+        """Changes a lease: its name, its dates, the number of what its parts have."""
+        id, now = given['id'], view.acting.clock()
+        dates = {name: lease_date(given[f'{name}_date'], now) for name in ('start', 'end')
+                 if given.get(f'{name}_date') is not None}
+
+        def deed(now: float) -> None:
+            found = view.row(id)
+            before = view.shown(found)
+            view.change_dates(found, dates)
+            for each in lease_list(given.get('reservations'), 'reservations'):
+                view.change_part(found, before, each)
+            new = {name: dates[name] for name in dates} | (
+                {'name': lease_name(given)} if 'name' in given else {}) | (
+                {'before_end': lease_before_end(given, found.start, dates.get('end', found.end))}
+                if 'before_end_date' in given else {})
+            if new:
+                new |= {'changed': int(now)}
+                marks = ', '.join(f'"{name}" = ?' for name in new)
+                run(f'UPDATE blazar_lease SET {marks} WHERE id = ?', *new.values(), id)
+        view.acting.carry_out(deed)
+        return {'lease': view.lease(id)}
+
+    def end_lease(self, view: LeaseView, given: dict) -> None:
+        """Ends what a lease has, and forgets it."""
+        def deed(now: float) -> None:
+            found = view.row(given['id'])
+            view.end(found)
+            run('DELETE FROM blazar_lease WHERE id = ?', found.id)
+            run('DELETE FROM blazar_hold WHERE lease_id = ?', found.id)
+        view.acting.carry_out(deed)
+
+    # Hosts
+
+    def list_hosts(self, view: LeaseView, given: dict) -> dict:
+        return {'hosts': [host.shown for host in view.hosts()]}
+
+    def show_host(self, view: LeaseView, given: dict) -> dict:
+        return {'host': view.host(given['id']).shown}
+
+    def add_host(self, view: LeaseView, given: dict) -> dict:
+        """Lets a host of an aggregate be reserved by its name."""
+        name = given.get('name') or given.get('id')
+        if not isinstance(name, str):
+            raise Invalid('Missing parameter name')
+        extras = read_extras({key: value for key, value in given.items()
+                              if key not in ('name', 'id')})
+        if any(host.name == name for host in view.hosts()):
+            raise Conflict(f"the host '{name}' can be reserved already")
+        cloud, aggregate = view.aggregate_of(name)
+        there = view.named(cloud, aggregate.name) | {name: aggregate.hosts[name]}
+        place = view.sync(cloud, aggregate._replace(hosts=there))
+        if aggregate.mark != place:
+            view.asks(cloud, lambda opened: opened.mark(aggregate.name, place))
+        view.set_extras(host_id(cloud, name), extras)
+        return {'host': view.host(host_id(cloud, name)).shown}
+
+    def change_host(self, view: LeaseView, given: dict) -> dict:
+        """Says more of a host, or something else; null says it no more."""
+        extras = read_extras({key: value for key, value in given.items() if key != 'id'})
+        if not extras:
+            raise Invalid('say what is to be otherwise, such as {"gpu": "2"}')
+        view.host(given['id'])
+        view.set_extras(given['id'], extras)
+        return {'host': view.host(given['id']).shown}
+
+    def remove_host(self, view: LeaseView, given: dict) -> None:
+        """Lets a host no more be reserved by its name."""
+        host = view.host(given['id'])
+        left = view.named(host.cloud, host.aggregate)
+        if not left.pop(host.name, None):
+            raise Conflict(f"'{host.name}' is a resource, not a host: resource delete {host.name}")
+        if left:
+            view.sync(host.cloud, Aggregate(host.aggregate, left, ''))
+        else:
+            view.acting.resource_delete(host.resource)
+        view.set_extras(host.id, dict.fromkeys(host.extras))
+
+    def list_allocations(self, view: LeaseView, given: dict) -> dict:
+        return {'allocations': view.allocations(given)}
+
+    def show_allocation(self, view: LeaseView, given: dict) -> dict:
+        id = f"{view.host(given.pop('id')).id}"
+        found = [each for each in view.allocations(given) if each['resource_id'] == id]
+        return {'allocation': found[0] if found else {'resource_id': id, 'reservations': []}}
+
+    def list_properties(self, view: LeaseView, given: dict) -> dict:
+        """What can be asked of hosts; with `detail` also which values there are."""
+        hidden, values = view.hidden(), defaultdict(set)
+        for host in view.hosts():
+            for name, value in host.extras.items():
+                values[name].add(value)
+        shown = {name for name in values if name not in hidden or read_bool(given.get('all', '0'))}
+        detail = read_bool(given.get('detail', '0'))
+        return {'resource_properties': [{'property': name} | ({
+            'private': name in hidden, 'values': sorted(values[name])} if detail else {})
+            for name in sorted(shown)]}
+
+    def hide_property(self, view: LeaseView, given: dict) -> dict:
+        """Shows a property to everybody or hides it from lists."""
+        name, private = given['name'], read_bool(given.get('private', False))
+        if not any(name in host.extras for host in view.hosts()):
+            raise NotFound(f"no host has a property '{name}'")
+        view.set_extras(0, {name: 'private' if private else None})
+        return {'resource_property': {
+            'id': name, 'resource_type': 'physical:host', 'property_name': name,
+            'private': private, 'created_at': None, 'updated_at': None}}
+
+
+class LeaseHost(NamedTuple):
+    """A host that can be reserved by its name, or a resource as a whole."""
+    id: int
+    name: str
+    resource: str
+    cloud: str
+    aggregate: str
+    holds: dict     # figures, by their names
+    extras: dict
+    added: int
+    whole: bool     # it is the resource
+
+    @property
+    def shown(self) -> dict:
+        """It as Blazar's clients read it."""
+        figures = {name: self.holds.get(figure) or 0 for name, figure in (
+            ('vcpus', 'vcpus'), ('memory_mb', 'ram'), ('local_gb', 'DISK_GB'))}
+        return self.extras | {
+            'id': f'{self.id}', 'hypervisor_hostname': self.name, 'service_name': self.name,
+            'hypervisor_type': 'QEMU', 'hypervisor_version': 0, 'cpu_info': '', **figures,
+            'availability_zone': '', 'status': None, 'reservable': True, 'trust_id': '',
+            'created_at': f'{instant(self.added):{MADE_OUT}}', 'updated_at': None}
+
+    def meets(self, conditions: list[tuple[str, str, str]]) -> bool:
+        """Whether all of some conditions hold, each a comparison, a property and a value."""
+        there = self.shown | {'resource': self.resource, 'cloud': self.cloud,
+                              'aggregate': self.aggregate}
+        return all(name in there and is_compared(comparison, f'{there[name]}', value)
+                   for comparison, name, value in conditions)
+
+
+class LeaseView:
+    """Leases and hosts as one actor sees and changes them."""
+
+    def __init__(self, acting: Reservations):
+        self.acting, self.actor = acting, acting.actor
+
+    # Leases
+
+    def row(self, id: str):
+        """The row of a lease; NotFound if there is none, Forbidden if it is of another project."""
+        found = row('SELECT * FROM blazar_lease WHERE id = ?', id)
+        if not found:
+            raise NotFound(f"there is no lease {shown(id)}")
+        if self.actor.role != ADMIN and found.project != self.actor.project:
+            raise Forbidden('this lease is of another project')
+        return found
+
+    def lease(self, id: str) -> dict:
+        return self.shown(self.row(id))
+
+    def shown(self, found) -> dict:
+        return self.leases([found])[0]
+
+    def leases(self, found: list) -> list[dict]:
+        """Leases as Blazar's clients read them."""
+        ids = json.dumps([each.id for each in found])
+        holds = rows('SELECT * FROM blazar_hold WHERE lease_id IN (SELECT value FROM json_each(?))',
+                     ids)
+        among = self.acting.look.among('o.reservation_id', [each.reservation for each in holds])
+        there = {each.reservation: each for each in listing(
+            self.acting.clock(), among[0], among[1:], fields=BRIEF)} if holds else {}
+        of_part = defaultdict(list)
+        for each in holds:
+            if each.reservation in there:
+                of_part[each.part].append(there[each.reservation])
+        return [self.with_parts(each, of_part) for each in found]
+
+    def with_parts(self, found, of_part: dict) -> dict:
+        """A lease with its parts, and what was reserved for each."""
+        now, parts = self.acting.clock(), json.loads(found.parts)
+        held = [one for part in parts for one in of_part[part['id']]]
+        start, end = lease_window(found, held)
+        state = first_state(held) if parts else bare_state(now, start, end)
+        done = LEASE_STATES[state][1] in ('TERMINATED', 'ERROR')
+        events = [('start_lease', start, now >= start), ('end_lease', end, done and now >= start)]
+        if found.before_end:
+            events.append(('before_end_lease', found.before_end, now >= found.before_end))
+        made = {'created_at': made_at(found.added), 'updated_at': made_at(found.changed)}
+        return {'id': found.id, 'name': found.name, 'user_id': found.user,
+                'project_id': found.project, 'start_date': date_out(start),
+                'end_date': date_out(end), 'trust_id': '', 'status': LEASE_STATES[state][1],
+                'degraded': any(each.state == 'degraded' for each in held), **made,
+                'reservations': [self.part(found, part, of_part[part['id']]) | made
+                                 for part in parts],
+                'events': [{'id': derived_uuid(f'{found.id} {kind}'), 'lease_id': found.id,
+                            'event_type': kind, 'time': date_out(at),
+                            'status': 'DONE' if done else 'UNDONE', **made}
+                           for kind, at, done in events]}
+
+    def part(self, found, part: dict, held: list) -> dict:
+        """A part of a lease, in the fields of its type; its id is that of its flavor as well."""
+        asked, state = part['asked'], LEASE_STATES[first_state(held)][0]
+        of_type = {name: asked.get(name) for name in LEASE_FIELDS[asked['resource_type']]}
+        if 'amount' in of_type and held:
+            of_type['amount'] = held[0].vms
+        if asked['resource_type'] != 'physical:host':
+            of_type |= {'flavor_id': part['id'], 'aggregate_id': None, 'server_group_id': None}
+        return of_type | {'id': part['id'], 'lease_id': found.id, 'resource_id': part['id'],
+                          'resource_type': asked['resource_type'], 'status': state,
+                          'missing_resources': False, 'resources_changed': False}
+
+    def hold(self, id: str, parts: list[dict], requests: list[tuple], answer: dict) -> None:
+        """Writes down which reservations are of which part; inside a transaction."""
+        answers = answer.get('parts', [answer])
+        sizes = next(sizes for request, sizes in requests if len(request.parts) == len(answers))
+        whose = [part['id'] for part, size in zip(parts, sizes) for _ in range(size)]
+        for each, part in zip(answers, whose):
+            made = row('SELECT reservation_id AS id FROM occurrence WHERE id = ?', each['id'])
+            run('INSERT INTO blazar_hold (reservation, lease_id, part) VALUES (?, ?, ?)',
+                made.id, id, part)
+
+    def live(self, found, part: str = '') -> list:
+        """The occurrences of a lease that are not over."""
+        which = 'lease_id = ?' + (' AND part = ?' if part else '')
+        ids = [each.reservation for each in rows(f'SELECT reservation FROM blazar_hold '
+                                                 f'WHERE {which}', found.id, *filter(None, [part]))]
+        return self.acting.look.search([self.acting.look.among('o.reservation_id', ids), (NOT_OVER,)])
+
+    def end(self, found) -> None:
+        """Ends what a lease has reserved and is not over; inside a transaction."""
+        held = self.live(found)
+        if held:
+            self.acting.delete(held[0].request or held[0].label, project=found.project)
+
+    def change_dates(self, found, dates: dict[str, int]) -> None:
+        """Moves a lease, lets it last longer or ends it; inside a transaction."""
+        held, now = self.live(found), self.acting.clock()
+        if not held or not dates:
+            return
+        if dates.get('end', LAST.timestamp()) <= now:
+            self.end(found)
+            return
+        old = {'start': held[0].start, 'end': held[0].end}
+        new = {name: instant(at) for name, at in dates.items() if at != old[name]}
+        if new:
+            new = {'end': instant(old['end'])} | new
+            self.acting.update(held[0].request or held[0].label, project=found.project, **new)
+
+    def change_part(self, found, before: dict, given: dict) -> None:
+        """Changes how much a part of a lease has; inside a transaction."""
+        there = {each['id']: each for each in before['reservations']}
+        old = there.get(given.get('id'))
+        if not old:
+            raise Invalid(f"this lease has no reservation {shown(given.get('id'))}")
+        new = read_lease_part({name: old[name] for name in LEASE_FIELDS[old['resource_type']]}
+                              | {'resource_type': old['resource_type']} | given)
+        other = [name for name in new if name in old and new[name] != old[name]
+                 and name != 'amount' and name != 'flavor_id']
+        if other:
+            raise Conflict(f"the {other[0]} of a reservation can't be changed. Delete the lease and "
+                           'make another')
+        if 'amount' in new and new['amount'] != old['amount']:
+            for each in self.live(found, old['id']):
+                self.acting.update(each.label, project=found.project, vms=new['amount'])
+
+    # Hosts
+
+    def hosts(self) -> list[LeaseHost]:
+        """All hosts that can be reserved by their names; of resources without such, themselves."""
+        extras = defaultdict(dict)
+        for each in rows('SELECT * FROM host_property WHERE host > 0'):
+            extras[each.host][each.name] = each.value
+        found = []
+        for place in self.acting.look.places():
+            named = json.loads(place.named or '{}')
+            for name, holds in (named or {place.name: in_figures(capacity(place))}).items():
+                id = host_id(place.cloud if named else f'resource {place.id}', name)
+                figures = {key: f'{most}' for key, most in holds.items() if key.isupper()}
+                found.append(LeaseHost(id, name, place.name, place.cloud, place.aggregate, holds,
+                                       figures | extras[id], place.added, not named))
+        return found
+
+    def host(self, id: int) -> LeaseHost:
+        found = [each for each in self.hosts() if each.id == id]
+        if not found:
+            raise NotFound(f'there is no host {id}')
+        return found[0]
+
+    def named(self, cloud: str, aggregate: str) -> dict[str, Amount]:
+        """The hosts of an aggregate that can be reserved by their names, and what each holds."""
+        place = row('SELECT named FROM resource WHERE cloud = ? AND aggregate = ? '
+                    'AND removed IS NULL', cloud, aggregate)
+        there = json.loads(place.named or '{}') if place else {}
+        return {name: Amount(0, holds.pop('vcpus'), holds.pop('ram'), tuple(sorted(holds.items())))
+                for name, holds in there.items()}
+
+    def sync(self, cloud: str, aggregate: Aggregate) -> str:
+        """Makes the resource of an aggregate have these hosts; its name."""
+        return self.acting.carry_out(lambda now: self.acting.sync_one(
+            cloud, aggregate, {}, True, False, now)[0])
+
+    def asks(self, cloud: str, call: Callable):
+        """What a cloud answers."""
+        opened = self.acting.clouds.open(cloud)
+        return self.acting.shares.ask(f'the cloud {cloud}', lambda: call(opened))
+
+    def aggregate_of(self, name: str) -> tuple[str, Aggregate]:
+        """The cloud and the aggregate that have a host of a name."""
+        config = self.acting.config
+        clouds = {each.cloud for each in self.acting.look.places() if each.cloud}
+        clouds |= {config.keystone} if config.keystone and not is_web(config.keystone) else set()
+        for cloud in sorted(clouds):
+            for each in self.asks(cloud, lambda opened: opened.aggregates()):
+                if name in each.hosts:
+                    return cloud, each
+        raise NotFound(f"no aggregate of {', '.join(sorted(clouds)) or 'a cloud here'} has a host "
+                       f"'{name}'. Put it into one first: openstack aggregate add host")
+
+    def hidden(self) -> set[str]:
+        """The properties that lists leave out."""
+        return {each.name for each in rows('SELECT name FROM host_property WHERE host = 0')}
+
+    def set_extras(self, id: int, extras: dict) -> None:
+        """Writes properties of a host; None takes one away."""
+        with self.acting.writing():
+            for name, value in extras.items():
+                run('DELETE FROM host_property WHERE host = ? AND name = ?', id, name)
+                if value is not None:
+                    run('INSERT INTO host_property (host, name, value) VALUES (?, ?, ?)',
+                        id, name, value)
+
+    def allocations(self, given: dict) -> list[dict]:
+        """Which host is reserved when, from now on; of a certain lease or reservation, ever."""
+        wanted = {name: given[name] for name in ('lease_id', 'reservation_id') if given.get(name)}
+        found = rows(
+            'SELECT o.reservation_id, o.resource_id, o.start, o."end", r.host, h.lease_id, h.part '
+            'FROM occurrence o CROSS JOIN reservation r ON r.id = o.reservation_id '
+            'LEFT JOIN blazar_hold h ON h.reservation = r.id '
+            f'WHERE o.due IS NOT NULL AND o."end" > ? AND o.cancelled IS NULL AND r.waiting IS NULL'
+            f' ORDER BY o.start LIMIT {MOST_LEASES}', 0 if wanted else int(self.acting.clock()))
+        places = {each.name: each.id for each in self.acting.look.places()}
+        ids = {(places[each.resource], '' if each.whole else each.name): each.id
+               for each in self.hosts()}
+        lines = defaultdict(list)
+        for each in found:
+            line = {'id': each.part or derived_uuid(f'part {each.reservation_id}'),
+                    'lease_id': each.lease_id or derived_uuid(f'lease {each.reservation_id}'),
+                    'start_date': date_out(each.start), 'end_date': date_out(each.end)}
+            known = {'lease_id': line['lease_id'], 'reservation_id': line['id']}
+            host = ids.get((each.resource_id, each.host))
+            if host and all(known[name] == value for name, value in wanted.items()):
+                lines[host].append(line)
+        return [{'resource_id': f'{host}', 'reservations': each} for host, each in lines.items()]
+
+
+class LeaseRequests:
+    """A lease as requests of `add`, of which the first that fits is taken."""
+
+    def __init__(self, acting: Reservations, lease: dict, parts: list[dict]):
+        self.acting, self.lease, self.asked = acting, lease, [each['asked'] for each in parts]
+        self.common = {name: each.default for name, each in API['add'].parameters.items()} | {
+            'start': instant(lease['start']), 'end': instant(lease['end']), 'resource': ANY}
+        self.hosts = LeaseView(acting).hosts()
+
+    def requests(self) -> list[tuple[Request, list[int]]]:
+        """Each with how many of its parts are of which part of the lease."""
+        spans = [(each['min'], each['max']) if 'max' in each else (1, 1) for each in self.asked]
+        label, found, choices = self.label(), [], [*map(self.choices, self.asked)]
+        for fewer in range(max(most - least for least, most in spans) + 1):
+            sizes = [max(least, most - fewer) for least, most in spans]
+            total = sum(sizes)
+            if total <= MOST_PARTS:
+                names = [f'{label}-{n}' for n in range(1, total + 1)] if total > 1 else [label]
+                each = [choice for size, choice in zip(sizes, choices) for _ in range(size)]
+                wishes = [[wish._replace(label=name) for wish in choice]
+                          for name, choice in zip(names, each)]
+                found.append((Request(label, wishes, False, 0, 0), sizes))
+        if not found:
+            raise Invalid(f'a lease has at most {MOST_PARTS} hosts')
+        return found
+
+    def label(self) -> str:
+        """The name of a lease as a label; with a part of its id if that is taken."""
+        name = self.lease['name']
+        if not re.fullmatch('[A-Za-z0-9._][A-Za-z0-9._-]{0,59}', name) or name in NO_LABELS:
+            name = calendar_name(name)
+        taken = taken_label(self.lease['project'], name, self.acting.clock())
+        return f"{name[:51]}-{self.lease['id'][:8]}" if taken else name
+
+    def choices(self, asked: dict) -> list[Wish]:
+        """The wishes for one part, wherever it could be; the reason if that is nowhere."""
+        conditions = read_properties(asked['resource_properties'])
+        conditions += read_properties(asked.get('hypervisor_properties', ''))
+        words = {name: value for comparison, name, value in conditions if name in LEASE_WORDS}
+        if any(name in LEASE_WORDS and comparison not in ('=', '==')
+               for comparison, name, _ in conditions):
+            raise Invalid('what is started is said with ==, such as ["==", "$image", "ubuntu"]')
+        rest = [each for each in conditions if each[1] not in LEASE_WORDS]
+        found, refusal = [], None
+        for place in self.options(asked, rest):
+            try:
+                found.append(self.acting.wishes.read_wish(self.wish(asked, words, place)))
+            except Error as error:
+                refusal = refusal or error
+        if not found:
+            raise refusal or Conflict('no resource here is such as was asked for')
+        return found
+
+    def options(self, asked: dict, conditions: list) -> Iterator[dict]:
+        """Where a part could be: on a host, or on a resource."""
+        if asked['resource_type'] == 'physical:host':
+            for host in self.hosts:
+                if not host.whole and host.meets(conditions):
+                    yield {'resource': host.resource, 'host': host.name, 'cloud_': host.cloud}
+            return
+        for name in {each[1] for each in conditions} - {*LEASE_PLACES}:
+            raise Invalid(f"resource_properties: '{name}' is none of "
+                          f"{', '.join((*LEASE_WORDS, *LEASE_PLACES))}"
+                          f'{nearest(name, (*LEASE_WORDS, *LEASE_PLACES))}')
+        for place in self.acting.look.places():
+            there = {'resource': place.name} | {each: getattr(place, each) for each in PLACE}
+            if all(is_compared(comparison, there[name], value)
+                   for comparison, name, value in conditions):
+                yield {'resource': place.name, 'cloud_': place.cloud}
+
+    def wish(self, asked: dict, words: dict, place: dict) -> dict:
+        """The arguments of `add` for a part that is at a place."""
+        cloud = place.pop('cloud_')
+        given = self.common | words | place | {'vms': asked.get('amount', 1)}
+        each = asked.get('vcpus', 0), asked.get('memory_mb', 0)
+        if asked['resource_type'] == 'flavor:instance':
+            return given | {'flavor': asked['flavor_id']}
+        if asked['resource_type'] == 'virtual:instance' and not given['flavor']:
+            if not given['image']:
+                return given | {'each': Amount(1, *each)}
+            given['flavor'] = self.flavor(cloud, *each)
+        return given
+
+    def flavor(self, cloud: str, vcpus: int, ram: int) -> str:
+        """The smallest flavor in which so much fits."""
+        account = self.acting.clouds.account(cloud, self.lease['project'], self.lease['user'])
+        opened = self.acting.clouds.open(account)
+        sight = self.acting.clouds.sight(account, self.lease['project'])
+        there = self.acting.shares.ask(f'the cloud {account}', lambda: opened.things('flavor'))
+        fits = [(each.flavor, each.name) for each in there if sight.shows('flavor', each)
+                and each.flavor.vcpus >= vcpus and each.flavor.ram >= ram]
+        if not fits:
+            raise Invalid(f'the cloud {account} has no flavor with {vcpus} vcpus and {ram} MiB')
+        return min(fits)[1]
+
+
+def in_blazars_words(body: dict, status: int) -> dict:
+    """A refusal with what Blazar's clients read of one."""
+    return body | {'error_code': status, 'error_message': body['error'], 'error_name': status}
+
+
+def derived_uuid(text: str) -> str:
+    """A UUID that is the same whenever it is asked for."""
+    import uuid
+    return f'{uuid.uuid5(uuid.NAMESPACE_OID, f"{store_file.store} {text}")}'
+
+
+def host_id(cloud: str, name: str) -> int:
+    """The number of a host: clients take nothing else for an id."""
+    return int(hashed(f'{cloud}/{name}')[:12], 16)
+
+
+def date_out(at: int) -> str:
+    return f'{instant(at):{DATE_OUT}}'
+
+
+def made_at(at: int | None) -> str | None:
+    return at and f'{instant(at):{MADE_OUT}}'
+
+
+def lease_window(found, held: list) -> tuple[int, int]:
+    """From when until when a lease is: as its reservations are, if it has any."""
+    if not held:
+        return found.start, found.end
+    ends = [min(each.end, each.cancelled or each.end) for each in held]
+    return min(each.start for each in held), max(ends)
+
+
+def first_state(held: list) -> str:
+    """The state that tells most of several occurrences; of what is forgotten, that it has ended."""
+    return min((each.state for each in held), key=LEASE_ORDER.index, default='ended')
+
+
+def bare_state(now: float, start: int, end: int) -> str:
+    """What a lease without reservations would be if it had some."""
+    return 'reserved' if now < start else 'active' if now < end else 'ended'
+
+
+def is_compared(comparison: str, there: str, value: str) -> bool:
+    """Whether a comparison holds: of numbers, else of texts."""
+    try:
+        return COMPARED[comparison](float(there), float(value))
+    except ValueError:
+        return COMPARED[comparison](there, value)
+
+
+def read_properties(text: str) -> list[tuple[str, str, str]]:
+    """The conditions in resource_properties, each a comparison, a property and a value."""
+    try:
+        said = json.loads(text or '[]')
+        each = said[1:] if said and said[0] == 'and' else [said] if said else []
+        found = [(comparison, name.removeprefix('$'), f'{value}')
+                 for comparison, name, value in each if COMPARED[comparison]]
+    except (ValueError, LookupError, TypeError, AttributeError):
+        raise Invalid(f'Malformed requirements {shown(text)}: write ["==", "$image", "ubuntu"], '
+                      'and several as ["and", [...], [...]]') from None
+    return found
+
+
+def read_extras(given: dict) -> dict:
+    """The properties of a host that are given."""
+    for name, value in given.items():
+        if len(name) > 64:
+            raise Invalid(f'Extra capability key too long: {shown(name)} has more than 64 '
+                          'characters')
+        if value is not None:
+            given[name] = read_str(value if isinstance(value, str) else json.dumps(value))
+    return given
+
+
+def lease_list(value, name: str) -> list[dict]:
+    """A list of objects in a body."""
+    if value is not None and not (isinstance(value, list) and all(
+            isinstance(each, dict) for each in value)):
+        raise Invalid(f'{name}: {shown(value)} is not a list of objects')
+    return value or []
+
+
+def lease_name(given: dict) -> str:
+    """The name of a lease."""
+    name = given.get('name')
+    if not isinstance(name, str) or not name.strip():
+        raise Invalid('Missing parameter name')
+    if len(name) > 80:
+        raise Invalid(f'name: {shown(name)} has more than 80 characters')
+    return read_str(name)
+
+
+def lease_date(value, now: float) -> int:
+    """An instant as Blazar's clients write it."""
+    if value == 'now':
+        return int(now)
+    try:
+        return int(datetime.strptime(value, DATE_IN).replace(tzinfo=UTC).timestamp())
+    except (ValueError, TypeError):
+        raise Invalid(f'{value} is an invalid date. Required format: {DATE_IN}') from None
+
+
+def read_lease_dates(given: dict, now: float) -> tuple[int, int]:
+    """The window that a new lease asks for."""
+    for name in ('name', 'start_date', 'end_date'):
+        if given.get(name) is None:
+            raise Invalid(f'Missing parameter {name}')
+    start, end = (lease_date(given[name], now) for name in ('start_date', 'end_date'))
+    if start < now - PATIENCE:
+        raise Invalid('Start date must be later than current date.')
+    if end <= start:
+        raise Invalid('End date must be later than start date.')
+    return start, end
+
+
+def lease_before_end(given: dict, start: int, end: int) -> int | None:
+    """When somebody wants to be reminded of the end."""
+    if not given.get('before_end_date'):
+        return None
+    at = lease_date(given['before_end_date'], start)
+    if not start < at < end:
+        raise Forbidden('Datetime is out of lease limits')
+    return at
+
+
+def read_lease_part(given: dict) -> dict:
+    """What a part of a lease asks for, by the fields of its type."""
+    kind = given.get('resource_type')
+    if kind not in LEASE_FIELDS:
+        raise Invalid('Missing parameter resource_type' if kind is None else
+                      f'The {kind} resource type is not supported here; there are '
+                      f"{', '.join(LEASE_FIELDS)}")
+    read = {'resource_type': kind}
+    for name, of_type in LEASE_FIELDS[kind].items():
+        value = given.get(name)
+        if value is None and name not in LEASE_OPTIONAL:
+            raise Invalid(f'Missing parameter {name}')
+        read[name] = LEASE_READERS[of_type](name, value)
+    if kind == 'physical:host' and not 0 < read['min'] <= read['max']:
+        raise Invalid(f"min {read['min']} must be at least 1 and at most max {read['max']}")
+    if read.get('amount', 1) < 1:
+        raise Invalid(f"amount: {read['amount']} is less than 1")
+    return read
+
+
+def read_lease_number(name: str, value) -> int:
+    if isinstance(value, bool) or not re.fullmatch('[0-9]{1,9}', f'{0 if value is None else value}'):
+        raise Invalid(f'{name}: {shown(value)} is not a number such as 2')
+    return int(value or 0)
+
+
+def read_affinity(name: str, value) -> bool | None:
+    """Whether all are to be on one host; clients have many ways to say that it is all the same."""
+    word = f"{'' if value is None else value}".lower()
+    if word not in AFFINITIES:
+        raise Invalid(f'{name}: {shown(value)} is none of True, False and None')
+    return AFFINITIES[word]
+
+
+LEASE_READERS = {int: read_lease_number, bool: read_affinity,
+                 str: lambda name, value: read_str(f"{'' if value is None else value}", most=4000)}
 
 
 # Page ########################################################################
@@ -17295,7 +18600,7 @@ defer></script>
 <a href="{{href}}"{{!' aria-current="page"' if href == here else ''}}>{{name}}</a>
 % end
 </nav>
-<span class="soft small"><bdi>{{visit.actor.user}}</bdi> in <bdi>{{visit.actor.project}}</bdi>,
+<span class="soft small"><bdi>{{visit.named(visit.actor.user)}}</bdi> in <bdi>{{visit.named(visit.actor.project)}}</bdi>,
 {{visit.actor.role}}</span>
 <form method="post" action="/sign-out">{{!visit.guard}}<button>Sign out</button></form>
 % end
@@ -17330,6 +18635,21 @@ defer></script>
 <input type="hidden" name="next" value="{{back}}">
 <div><button class="main">Sign in</button></div>
 </form>
+% if keystone:
+<p>Or with your account of OpenStack. Your password goes to Keystone and is kept nowhere.</p>
+<form method="post" action="/sign-in/keystone" id="keystone" class="fields">
+<label>User
+<input name="user" autocomplete="username" required></label>
+<label>Password
+<input name="password" type="password" autocomplete="current-password" required></label>
+<label>Project
+<input name="project" required></label>
+<label>Domain
+<input name="domain" value="Default" required></label>
+<input type="hidden" name="next" value="{{back}}">
+<div><button class="main">Sign in</button></div>
+</form>
+% end
 </div>
 ''', 'docs': '''
 <p class="soft">All that programs can ask for, with a token in the header
@@ -17943,6 +19263,10 @@ class Visit:
     site: ZoneInfo  # in which the service itself lives
     form: str       # what a form of theirs must carry
 
+    def named(self, id: str) -> str:
+        """What people call whom OpenStack knows under an id."""
+        return self.service.clouds.keystone.names.get(id, id)
+
     @property
     def home(self) -> str:
         """Where what they look after is listed."""
@@ -18102,6 +19426,7 @@ class Pages:
             app.route(path, verb, self.visited(handle))
         for verb, path, handle in (('GET', '/sign-in', self.ask),
                                    ('POST', '/sign-in', self.sign_in),
+                                   ('POST', '/sign-in/keystone', self.sign_in_at_keystone),
                                    ('POST', '/sign-out', self.sign_out),
                                    ('POST', '/zone', self.choose_zone)):
             app.route(path, verb, self.visited(handle, signed_in=False))
@@ -18241,31 +19566,75 @@ class Pages:
         aside = request.path.endswith(('/live', '/check'))
         goes = request.method == 'GET' and not aside or request.path == '/book'
         status = 200 if request.method == 'GET' and not aside else 401
-        return self.page(visit, 'Sign in', render_page(
-            'sign in', refusal='', back=request.path + query if goes else '/'), status)
+        back = request.path + query if goes else '/'
+        return self.page(visit, 'Sign in', self.sign_in_form('', back), status)
 
     def ask(self, visit: Visit, given: dict):
         """The form to sign in, empty: addresses stand in logs and histories, so no token may."""
-        return self.page(visit, 'Sign in', render_page('sign in', refusal='', back='/'))
+        return self.page(visit, 'Sign in', self.sign_in_form('', '/'))
 
     def sign_in(self, visit: Visit, given: dict):
         """Signs in by a token, for as long as `signed_in` says."""
-        import bottle
         token = given.get('token', '').strip()
         try:
             self.refuse_programs(actor := actor_of(token, self.service.clock()))
         except (Unauthorized, Forbidden) as error:
-            if isinstance(error, Unauthorized):
-                note_wrong(self.service, bottle.request.environ)
-            return self.page(visit, 'Sign in', render_page(
-                'sign in', refusal=str(error), back=local(given.get('next'))), 401)
-        session, lasts = secrets.token_urlsafe(24), self.service.config.signed_in
-        made = self.onward(local(given.get('next')))
+            return self.not_signed_in(visit, given, error)
+        return self.signed_in_as(actor, hashed(token), self.service.config.signed_in, given)
+
+    def sign_in_at_keystone(self, visit: Visit, given: dict):
+        """Signs in by a password of OpenStack, which goes to Keystone and nowhere else."""
+        service, said = self.service, {name: given.get(name, '').strip()
+                                       for name in ('user', 'project', 'domain')}
+        try:
+            if not service.config.keystone or not all(said.values()):
+                raise Unauthorized('say who you are, in which project and domain')
+            found = ask_keystone(service, said['user'], lambda: service.clouds.keystone.sign_in(
+                password=given.get('password', ''), **said))
+            if found.refusal:
+                raise found.refusal
+            role = role_of(service, found.scoped)
+        except (Unauthorized, Forbidden) as error:
+            return self.not_signed_in(visit, given, error)
+        user, project = (service.names_of(each)[0] for each in found.scoped[:2])
+        lasts = min(service.config.signed_in, found.scoped.ends - service.clock())
+        made = self.token_of_session(Actor(user, project, role), service.clock() + lasts)
+        return self.signed_in_as(Actor(user, project, role), made, lasts, given)
+
+    def token_of_session(self, actor: Actor, ends: float) -> str:
+        """The hash of a token that nobody knows: sessions of who has none of ours are of it."""
+        purpose, hash = 'signed in at Keystone', secrets.token_hex(32)
+        with transaction():
+            old = row('SELECT id, hash, ends FROM token WHERE user = ? AND project = ? '
+                      'AND purpose = ? AND revoked IS NULL', actor.user, actor.project, purpose)
+            if old:
+                change(Token, old.id, role=actor.role, ends=max(int(ends), old.ends))
+                return old.hash
+            insert(Token, user=actor.user, project=actor.project, role=actor.role, hash=hash,
+                   added=int(self.service.clock()), purpose=purpose, ends=int(ends), scopes='')
+        return hash
+
+    def not_signed_in(self, visit: Visit, given: dict, error: Error):
+        """The form to sign in, and why that was not done."""
+        import bottle
+        if isinstance(error, Unauthorized):
+            note_wrong(self.service, bottle.request.environ)
+        return self.page(visit, 'Sign in', self.sign_in_form(str(error), local(given.get('next'))),
+                         401)
+
+    def sign_in_form(self, refusal: str, back: str) -> str:
+        return render_page('sign in', refusal=refusal, back=back,
+                           keystone=self.service.config.keystone)
+
+    def signed_in_as(self, actor: Actor, token: str, lasts: float, given: dict):
+        """Begins a session of somebody, by the hash of a token."""
+        import bottle
+        session, made = secrets.token_urlsafe(24), self.onward(local(given.get('next')))
         with transaction():
             run('DELETE FROM session WHERE until <= ?', int(self.service.clock()))
             run('INSERT INTO session (hash, token_id, until) '
                 'SELECT ?, id, ? FROM token WHERE hash = ?',
-                hashed(session), int(self.service.clock() + lasts), hashed(token))
+                hashed(session), int(self.service.clock() + lasts), token)
             where = bottle.request.environ.get('cmres.address') or 'an unknown address'
             journal(self.service.config, self.service.clock(), actor.user, 'signed_in',
                     f'{actor.user} in {actor.project} signed in from {where}')
@@ -18495,7 +19864,7 @@ class Pages:
         if not visit.writes or not place or not place.cloud:
             return {'flavor': [], 'image': []}, ''
         clouds, project = self.service.clouds, visit.actor.project
-        account = clouds.account(place.cloud, project)
+        account = clouds.account(place.cloud, project, visit.actor.user)
         sight = clouds.sight(account, project, admin=visit.actor.role == ADMIN)
         return self.names.of(account, sight)
 
@@ -18919,6 +20288,8 @@ def web(service: Reservations):
     def told(failure):
         request, sentence = bottle.request, error_text(failure, bottle.request, bottle.response)
         for_people = 'text/html' in header(request, 'Accept')
+        if sentence and request.path.startswith(BLAZAR):
+            return json_text(in_blazars_words(json.loads(sentence), failure.status_code))
         if not sentence or not for_people or request.path.startswith((BASE, '/calendar/')):
             return sentence
         for name, value in SAFE.items():
@@ -18928,6 +20299,7 @@ def web(service: Reservations):
         return render_page('layout', title=title, body=body, visit=pages.anybody(request), note='',
                            here='', version=LOOK, back='/')
     app = rest(service, told, lambda request: pages.visit(request).actor)
+    Blazar(service).mount(app)
     pages.mount(app)
     return app
 
@@ -19546,6 +20918,14 @@ Example:
 
 Example:
   python cmres.py token add eva --project biology --role user
+""", 'credential': """In whose name VMs are made: yours, with an application credential of yours.
+
+Example:
+  python cmres.py credential add chameleon 8f2c... SECRET
+""", 'catalog': """Where OpenStack's own tools find cmres.
+
+Example:
+  python cmres.py catalog add chameleon --dry-run
 """, 'user': """People who leave.
 
 Example:
@@ -19759,6 +21139,25 @@ def store_migrate(config: Config) -> dict:
                     'result': 'nothing to do'}
 
 
+def catalog_add(config: Config, cloud: Name, address: Name = '', dry_run: bool = False) -> Rows:
+    """Writes into the catalog of a cloud where `openstack reservation`, Horizon and Heat find cmres.
+
+    Each line is a difference; with --dry-run that is all that happens, and where nothing is to be
+    changed there is none. The entry of clouds.yaml must be an admin's. Without --address, it is
+    that of the setting `address`.
+
+    Example:
+      python cmres.py catalog add chameleon --address https://cmres.example.org --dry-run
+    """
+    address = address or config.address
+    if not is_web(address):
+        raise Invalid('say how people reach `serve`: --address https://cmres.example.org, or the '
+                      'setting `address`')
+    if is_simulated(cloud):
+        raise Invalid(f'the cloud {cloud} has no catalog')
+    return OpenStack(cloud, '', config).register(f"{address.rstrip('/')}{BLAZAR}/v1", dry_run)
+
+
 def key_rotate(config: Config) -> dict:
     """Makes a new key for cookies; who has signed in by the one before stays so to the end of that.
 
@@ -19770,7 +21169,12 @@ def key_rotate(config: Config) -> dict:
     """
     refuse_missing(config.database)
     file, until = key_file(config.database, config.key), int(time.time() + config.signed_in)
-    return {'file': file, 'keys': rotate_key(file, until), 'old_until': instant(until)}
+    keys = rotate_key(file, until)
+    open_store(config.database, config.key, make=False)
+    with transaction():
+        for each in rows('SELECT id, secret FROM credential'):
+            change(Credential, each.id, secret=cipher(config).rotate(each.secret).decode())
+    return {'file': file, 'keys': keys, 'old_until': instant(until)}
 
 
 def config_show(config: Config) -> Rows:
@@ -19993,7 +21397,7 @@ complete -c cmres -f -a '(_CMRES_COMPLETE=1 cmres (commandline -opc)[2..-1] (com
 LOCAL = {each.__name__: Operation(each.__name__, each, ADMIN, [('POST', '', {})])
          for each in (serve, scheduler, tick, occurrences, store_backup, store_verify,
                       store_restore, store_migrate, store_orphans, completion, key_rotate,
-                      config_show, config_check, event_export, alerts, dashboard, container)}
+                      catalog_add, config_show, config_check, event_export, alerts, dashboard, container)}
 
 
 def in_utc(config: Config) -> None:

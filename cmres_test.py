@@ -43,6 +43,7 @@ import os
 import queue
 import random
 import re
+import secrets
 import shlex
 import shutil
 import signal
@@ -499,7 +500,7 @@ def folder(tmp_path, monkeypatch):
 
 OTHER = {str: 'Europe/Paris', int: '9', float: '0.5', bool: 'yes', 'common_names': 'key:course',
          'metrics': 'open', 'log_format': 'json', 'trusted_proxies': '10.0.0.0/8',
-         'connections': '99'}
+         'connections': '99', 'keystone_roles': 'boss:admin', 'identity_proxies': '10.0.0.0/8'}
 
 
 def test_without_anything_every_setting_has_its_default(folder):
@@ -10427,7 +10428,7 @@ ADMINS = {'limit_add', 'limit_delete', 'approve', 'reject', 'resource_capacity',
           'resource_delete', 'user_end', 'check'}
 READERS = {'list', 'show', 'servers', 'duration', 'find', 'usage', 'events', 'resource_list', 'resource_show',
            'punctuality', 'calendar_list', 'calendar_feed', 'limit_list', 'maintenance_list',
-           'report', 'token_add', 'token_list', 'token_revoke', 'token_renew'}
+           'report', 'token_add', 'token_list', 'token_revoke', 'token_renew', 'credential_list'}
 
 
 @pytest.mark.parametrize('name', API)
@@ -14348,6 +14349,175 @@ def test_people_look_after_their_tokens_on_the_page(world):
     assert not as_visitor(world, role='reader').get('/admin', status=403).html.select('table')
 
 
+# Identity ####################################################################
+
+def basic(user, password):
+    return 'Basic ' + base64.b64encode(f'{user}:{password}'.encode()).decode()
+
+
+def test_a_token_is_taken_as_the_password_of_basic_authentication(app):
+    eva = app.as_user()
+    for said in (basic('eva', eva.token), basic('whoever', eva.token).replace('Basic', 'bAsIc')):
+        assert app.call('GET', '/reservation/', Authorization=said).json == []
+    for said in ('Basic !!', 'Basic', basic('eva', 'wrong'), basic('eva', ''), 'Basic ' + base64.b64encode(b'\xff').decode(), 'Digest x'):
+        answer = app.call('GET', '/reservation/', Authorization=said, status=401)
+        assert answer.json['kind'] == 'Unauthorized'
+
+
+@pytest.fixture
+def known(nova, tmp_path):
+    """REST that takes the tokens of the stand-in's Keystone."""
+    world = World(tmp_path, keystone=nova.url, identities={'biology': 'p-bio'})
+    nova.now = lambda: world.now
+    nova.world = world
+    yield Known(nova, world)
+    nova.released.set()
+    cmres.close_store()
+
+
+class Known:
+    def __init__(self, nova, world):
+        self.nova, self.world, self.web = nova, world, webtest.TestApp(cmres.rest(world.service))
+
+    def get(self, token, path='/cm/v1.0/reservation', status=200, **extra):
+        answer = self.web.get(path, headers={'X-Auth-Token': token}, extra_environ=extra, status=status)
+        return answer.json
+
+    def asked(self):
+        return self.nova.count('GET /auth/tokens')
+
+    def later(self, seconds):
+        self.world.now += seconds
+
+
+def test_a_token_of_keystone_says_who_asks_by_ids(known):
+    book(known.world.as_user('u-eva', 'p-chem'), 'hers')
+    token = known.nova.issue('u-eva', 'p-chem')
+    assert labels(known.get(token)) == ['hers'] and known.get(known.nova.issue('u-bob', 'p-other')) == []
+    made = known.web.post_json('/cm/v1.0/reservation', FINE | {'label': 'mine'}, headers={'X-Auth-Token': token}).json
+    assert (made['user'], made['project']) == ('u-eva', 'p-chem')
+
+
+def test_ids_that_the_configuration_names_go_by_their_names(known):
+    book(known.world.as_user('eva', 'biology'), 'older')
+    assert labels(known.get(known.nova.issue('u-eva', 'p-bio'))) == ['older']
+
+
+@pytest.mark.parametrize('roles, more, role', [
+    (['admin'], {}, 'admin'), (['reader', 'member'], {}, 'user'), (['reader'], {}, 'reader'),
+    (['admin'], {'project': None, 'system': {'all': True}}, 'admin'), (['swiftoperator'], {}, None), ([], {}, None)])
+def test_roles_in_keystone_give_roles_here(known, roles, more, role):
+    token = known.nova.issue(roles=roles, **more)
+    answer = known.get(token, status=200 if role else 403)
+    assert role or answer['error'].startswith('you have none of the roles admin, member, reader in ')
+    known.get(token, '/cm/v1.0/check', status=200 if role == 'admin' else 403)
+    if role:
+        status = 403 if role == 'reader' else 201
+        known.web.post_json('/cm/v1.0/reservation', FINE, headers={'X-Auth-Token': token}, status=status)
+
+
+def test_a_token_of_no_project_and_an_unknown_one_are_refused_and_that_is_remembered(known):
+    unscoped = known.nova.issue(project='')
+    assert known.get(unscoped, status=401)['error'].startswith('this token is for no project')
+    for _ in range(3):
+        assert 'openstack token issue' in known.get('made-up', status=401)['error']
+    assert known.asked() == 2
+    known.later(11)
+    known.get('made-up', status=401)
+    assert known.asked() == 3
+
+
+def test_a_token_is_asked_for_once_in_two_minutes_and_not_after_its_end(known):
+    token = known.nova.issue(lasts=200)
+    for seconds, asked in ((0, 1), (119, 1), (2, 2), (60, 2)):
+        known.later(seconds)
+        known.get(token)
+        assert known.asked() == asked
+    known.later(20)  # it has ended
+    del known.nova.tokens[token]
+    known.get(token, status=401)
+    assert known.asked() == 3
+
+
+def test_a_revoked_token_is_refused_when_it_is_asked_for_again(known):
+    token = known.nova.issue()
+    known.get(token)
+    del known.nova.tokens[token]
+    known.get(token)
+    known.later(121)
+    known.get(token, status=401)
+
+
+@pytest.mark.parametrize('fault', ['500 before', '503 before', 'cut'])
+def test_while_keystone_is_down_known_tokens_go_on_until_their_end(known, fault):
+    token, new = known.nova.issue(lasts=300), known.nova.issue()
+    known.get(token)
+    known.nova.faults['GET /auth/tokens'] = [fault] * 2
+    known.later(121)
+    known.get(token)
+    answer = known.get(new, status=503)
+    assert answer['error'].startswith('Keystone does not answer, so your token can not be checked')
+    assert known.asked() == 2, 'nobody else waits for it'
+    known.later(11)
+    known.get(new, status=503)
+    known.get(token)
+    assert known.asked() == 3
+    known.later(11)
+    known.get(new)
+    known.later(170)
+    known.nova.faults['GET /auth/tokens'] = [fault]
+    known.get(token, status=503)
+
+
+def test_tokens_of_cmres_go_on_in_every_header_beside_those_of_keystone(known):
+    ours = known.world.service.token_add('eva', 'biology')['token']
+    assert known.get(ours) == [] and known.asked() == 0
+    known.get('cmres_wrong', status=401)
+    assert known.asked() == 0
+
+
+def test_a_flood_of_made_up_tokens_waits_for_keystone_only_a_few_at_a_time(known, monkeypatch):
+    """Others go on: a token of cmres, and one that is known."""
+    token, ours = known.nova.issue(), known.world.service.token_add('eva', 'biology')['token']
+    known.get(token)
+    known.nova.faults['GET /auth/tokens'] = ['hang before'] * 20
+    monkeypatch.setattr(cmres, 'QUICK', 0.02)
+    monkeypatch.setattr(cmres.Keystone, 'PATIENT', 0.5)
+    with ThreadPoolExecutor(12) as pool:
+        flood = [pool.submit(known.get, f'made-up-{n}', status=503) for n in range(12)]
+        assert known.get(token) == known.get(ours) == []
+        assert {each.result()['kind'] for each in flood} == {'Unavailable'}
+    known.nova.released.set()
+
+
+def test_a_proxy_says_who_asks_and_nobody_else_can(tmp_path, empty):
+    shutil.copy(empty, tmp_path)
+    world = World(tmp_path, identity_proxies='10.1.0.0/16', trusted_proxies='10.9.9.9')
+    web = webtest.TestApp(cmres.Gate(cmres.rest(world.service), world.service))
+    book(world.as_user('eva', 'biology'), 'hers')
+
+    def get(peer, status, **headers):
+        return web.get('/cm/v1.0/reservation', headers=headers, extra_environ={'REMOTE_ADDR': peer}, status=status).json
+    said = {'X-Remote-User': 'eva', 'X-Remote-Project': 'biology'}
+    assert labels(get('10.1.2.3', 200, **said)) == ['hers']
+    assert get('10.1.2.3', 200, **said | {'X-Remote-Project': 'chem'}) == []
+    assert 'must be one of reader, user, admin' in get('10.1.2.3', 403, **said | {'X-Remote-Role': 'root'})['error']
+    get('10.1.2.3', 401)
+    get('10.9.9.9', 401, **said | {'X-Forwarded-For': '10.1.2.3'})
+    get('127.0.0.1', 401, **said)
+    cmres.close_store()
+
+
+@pytest.mark.parametrize('setting, value, sentence', [
+    ('KEYSTONE_ROLES', 'member:boss', "setting keystone_roles: 'member:boss' is not KEYSTONE:CMRES"),
+    ('KEYSTONE_ROLES', 'member', "setting keystone_roles: 'member:' is not"),
+    ('IDENTITY_PROXIES', 'proxy', "setting identity_proxies: 'proxy' is no address")])
+def test_settings_of_identities_are_checked_when_they_are_read(setting, value, sentence):
+    with pytest.raises(Invalid) as refusal:
+        load_config(environ={f'CMRES_{setting}': value})
+    assert str(refusal.value).startswith(sentence)
+
+
 # Gate ########################################################################
 
 
@@ -14691,6 +14861,310 @@ def test_nothing_is_written_for_a_client_that_has_hung_up(world, gated):
     assert add().status_int == 503 and world.service.list() == []
     here[0] = True
     assert add().status_int == 201 and labels(world.service.list()) == ['lab']
+
+
+# Blazar ######################################################################
+
+class Leases:
+    """Blazar's API as one person's client sees it."""
+
+    def __init__(self, world, *actor):
+        self.world, self.web = world, webtest.TestApp(cmres.web(world.service))
+        self.actor = actor or ('eva', 'biology', 'user')
+        self.token = world.service.token_add(*self.actor)['token']
+
+    def as_user(self, *actor):
+        return Leases(self.world, *actor)
+
+    def call(self, verb, path, body=None, status=None):
+        data = b'' if body is None else json.dumps(body).encode()
+        headers = {'X-Auth-Token': self.token, 'Content-Type': 'application/json'}
+        answer = self.web.request(f'/reservation/v1{path}', method=verb, body=data, headers=headers, status=status)
+        return answer.json if answer.body else None
+
+    def make(self, *parts, status=201, start='2026-12-01 13:00', end='2026-12-01 14:00', name='my lease', **more):
+        body = {'name': name, 'start_date': start, 'end_date': end, 'reservations': [*parts], 'events': [],
+                'before_end_date': None} | more
+        answer = self.call('POST', '/leases', body, status)
+        return answer['lease'] if status == 201 else answer
+
+    def get(self, lease):
+        return self.call('GET', f"/leases/{lease['id']}")['lease']
+
+
+@pytest.fixture
+def leases(world):
+    return Leases(world)
+
+
+def instances(amount=2, vcpus=2, memory_mb=1024, affinity=None, resource_properties='', **more):
+    return {'resource_type': 'virtual:instance', 'amount': amount, 'vcpus': vcpus, 'memory_mb': memory_mb,
+            'disk_gb': 0, 'affinity': affinity, 'resource_properties': resource_properties} | more
+
+
+def test_clients_find_the_version_without_a_token(leases):
+    for path in ('/reservation', '/reservation/', '/reservation/versions'):
+        said = leases.web.get(path, status=300).json['versions'][0]
+        assert (said['id'], said['status']) == ('v1.0', 'CURRENT')
+        assert said['links'] == [{'rel': 'self', 'href': 'http://localhost:80/reservation/v1'}]
+
+
+def test_a_lease_of_instances_holds_what_they_take(leases):
+    world = leases.world
+    world.service.resource_update('demo', vcpus=8)
+    lease = leases.make(instances(3), name='Lab 4 (Eva)')
+    found, = world.service.list()
+    assert (found['label'], found['vms'], found['vcpus'], found['ram']) == ('lab-4-eva', 3, 6, 3072)
+    assert (found['user'], found['project'], found['resource']) == ('eva', 'biology', 'demo')
+    assert lease['name'] == 'Lab 4 (Eva)' and lease == leases.get(lease)
+    assert (lease['start_date'], lease['end_date']) == ('2026-12-01T13:00:00.000000', '2026-12-01T14:00:00.000000')
+    assert (lease['created_at'], lease['updated_at'], lease['degraded']) == ('2026-12-01 12:00:00', None, False)
+    part, = lease['reservations']
+    assert (part['amount'], part['vcpus'], part['memory_mb'], part['status']) == (3, 2, 1024, 'pending')
+    assert part['flavor_id'] == part['id'] != lease['id'] == part['lease_id']
+    assert 'min' not in part
+    assert {each['event_type']: (each['time'], each['status']) for each in lease['events']} == {
+        'start_lease': (lease['start_date'], 'UNDONE'), 'end_lease': (lease['end_date'], 'UNDONE')}
+    assert leases.make(instances(1, vcpus=3), status=409)['kind'] == 'NoCapacity'
+    leases.make(instances(1, vcpus=2))
+
+
+def test_a_lease_goes_through_its_states(leases):
+    lease = leases.make(instances(), before_end_date='2026-12-01 13:50')
+    for hour, state, part, done in ((0, 'PENDING', 'pending', ''), (1.5, 'ACTIVE', 'active', 'start_lease'),
+                                    (1.9, 'ACTIVE', 'active', 'before_end_lease start_lease'),
+                                    (2.1, 'TERMINATED', 'deleted', 'before_end_lease end_lease start_lease')):
+        leases.world.at(hour)
+        found, = leases.call('GET', '/leases')['leases']
+        assert (found['id'], found['status'], found['reservations'][0]['status']) == (lease['id'], state, part)
+        assert ' '.join(sorted(each['event_type'] for each in found['events'] if each['status'] == 'DONE')) == done
+    leases.call('DELETE', f"/leases/{lease['id']}", status=204)
+    assert leases.call('GET', '/leases') == {'leases': []}
+    leases.call('GET', f"/leases/{lease['id']}", status=404)
+
+
+def test_a_lease_with_an_image_boots_machines(leases):
+    said = '["and", ["==", "$image", "cirros"], ["==", "$network", "private"], ["=", "$resource", "demo"]]'
+    lease = leases.make(instances(2, vcpus=2, memory_mb=3000, resource_properties=said))
+    found, = leases.world.service.list()
+    assert (found['flavor'], found['image'], found['network'], found['vcpus']) == ('m1.medium', 'cirros', 'private', 4)
+    leases.world.at(1)
+    assert leases.get(lease)['status'] == 'STARTING'
+    leases.world.at(1.1)
+    assert leases.get(lease)['status'] == 'ACTIVE' and len(leases.world.there()) == 2
+    leases.call('DELETE', f"/leases/{lease['id']}", status=204)
+    leases.world.at(1.2)
+    assert leases.world.there() == []
+
+
+def test_a_lease_of_a_flavor(leases):
+    lease = leases.make({'resource_type': 'flavor:instance', 'flavor_id': 'm1.large', 'amount': 2, 'affinity': None})
+    found, = leases.world.service.list()
+    assert (found['flavor'], found['vcpus'], found['image']) == ('m1.large', 8, '')
+    assert lease['reservations'][0]['flavor_id'] == lease['reservations'][0]['id']
+    said = leases.make({'resource_type': 'flavor:instance', 'flavor_id': 2, 'amount': 2}, status=400)
+    assert said['error_message'].startswith("the cloud simulated has no flavor '2'")
+
+
+def test_parts_of_a_lease_are_reserved_together_or_not_at_all(leases):
+    lease = leases.make(instances(2), instances(3), name='two')
+    assert labels(leases.world.service.list()) == ['two-1', 'two-2']
+    assert [each['amount'] for each in lease['reservations']] == [2, 3]
+    assert leases.make(instances(2), instances(10), status=409)['error_code'] == 409
+    assert len(leases.world.service.list()) == 2
+    leases.call('DELETE', f"/leases/{lease['id']}", status=204)
+    assert leases.world.service.list() == []
+
+
+def test_what_has_no_room_is_409_with_what_would_fit(leases):
+    leases.make(instances(12))
+    said = leases.make(instances(8), status=409)
+    assert said['error_message'] == said['error'] and said['error_name'] == 409
+    assert (said['details']['most_vms'], said['details']['next_start']) == (4, '2026-12-01T14:00:00+00:00')
+    assert len(leases.call('GET', '/leases')['leases']) == 1
+
+
+def test_two_leases_may_have_one_name_and_any_name_becomes_a_label(leases):
+    names = ['lab', 'lab', 'add', 'Übung / 7', '-', 'x' * 80, 'lab']
+    made = [leases.make(instances(1), name=name) for name in names]
+    assert [each['name'] for each in made] == names and len(set(labels(leases.world.service.list()))) == len(names)
+    for each in made[:2]:
+        leases.call('DELETE', f"/leases/{each['id']}", status=204)
+    assert len(leases.world.service.list()) == len(names) - 2
+
+
+@pytest.mark.parametrize('said, read', [
+    (None, None), ('', None), ('None', None), ('True', True), ('False', False), (True, True), (False, False)])
+def test_affinity_has_many_spellings(leases, said, read):
+    part, = leases.make(instances(affinity=said))['reservations']
+    assert part['affinity'] is read
+
+
+@pytest.mark.parametrize('change, sentence', [
+    ({'start_date': '2050-11-13 13:13', 'end_date': '2050-11-13 12:13'}, 'End date must be later than start date.'),
+    ({'start_date': 'Bogus-date 13:13'}, 'Bogus-date 13:13 is an invalid date. Required format: %Y-%m-%d %H:%M'),
+    ({'end_date': None}, 'Missing parameter end_date'), ({'name': None}, 'Missing parameter name'),
+    ({'name': 'x' * 81}, 'name: '), ({'start_date': '2020-01-01 10:00'}, 'Start date must be later than current date.'),
+    ({'reservations': [instances('foo')]}, "amount: \"foo\" is not a number such as 2"),
+    ({'reservations': [instances(0)]}, 'amount: 0 is less than 1'),
+    ({'reservations': [instances(None)]}, 'Missing parameter amount'),
+    ({'reservations': [instances(affinity='maybe')]}, 'affinity: "maybe" is none of True, False and None'),
+    ({'reservations': [instances(resource_properties='["or", ["==", "$a", "1"]]')]}, 'Malformed requirements'),
+    ({'reservations': [instances(resource_properties='["~", "$a", "1"]')]}, 'Malformed requirements'),
+    ({'reservations': [instances(resource_properties='{}')]}, None),
+    ({'reservations': [instances(resource_properties='["==", "$imagee", "x"]')]}, "resource_properties: 'imagee' is none of"),
+    ({'reservations': [instances(resource_properties='[">=", "$image", "x"]')]}, 'what is started is said with =='),
+    ({'reservations': [instances(resource_properties='["==", "$image", "cirros!"]')]},
+     "the cloud simulated has no image 'cirros!'; did you mean 'cirros'?"),
+    ({'reservations': [{'resource_type': 'virtual:floatingip'}]}, 'The virtual:floatingip resource type is not supported'),
+    ({'reservations': [{}]}, 'Missing parameter resource_type'), ({'reservations': 'x'}, 'reservations: "x" is not a list'),
+    ({'reservations': [{'resource_type': 'physical:host', 'min': 2, 'max': 1, 'hypervisor_properties': '',
+                        'resource_properties': ''}]}, 'min 2 must be at least 1 and at most max 1')])
+def test_a_lease_that_is_not_understood_is_400_and_told_why(leases, change, sentence):
+    said = leases.make(status=400 if sentence else 201, **change)
+    if sentence:
+        assert said['error_message'].startswith(sentence) and said['error_code'] == 400
+    assert bool(leases.call('GET', '/leases')['leases']) == (not sentence)
+
+
+def test_a_lease_without_reservations_has_dates_of_its_own(leases):
+    lease = leases.make(start='now', end='2026-12-01 13:00')
+    assert lease['start_date'] == '2026-12-01T12:00:00.000000' and lease['reservations'] == []
+    assert leases.get(lease)['status'] == 'ACTIVE'
+    changed = leases.call('PUT', f"/leases/{lease['id']}", {'end_date': '2026-12-01 15:00', 'name': 'other'})['lease']
+    assert (changed['name'], changed['end_date']) == ('other', '2026-12-01T15:00:00.000000')
+    assert changed['updated_at'] == '2026-12-01 12:00:00'
+    leases.world.at(4)
+    assert leases.get(lease)['status'] == 'TERMINATED'
+
+
+def test_a_lease_is_moved_made_longer_renamed_and_made_larger(leases):
+    lease = leases.make(instances(2), instances(1))
+    path = f"/leases/{lease['id']}"
+    moved = leases.call('PUT', path, {'start_date': '2026-12-01 14:00', 'end_date': '2026-12-01 16:00'})['lease']
+    assert (moved['start_date'], moved['end_date']) == ('2026-12-01T14:00:00.000000', '2026-12-01T16:00:00.000000')
+    assert {each['end'].hour for each in leases.world.service.list()} == {16}
+    assert leases.call('PUT', path, {})['lease'] == moved | {'updated_at': moved['updated_at']}
+    part = lease['reservations'][0]['id']
+    more = leases.call('PUT', path, {'name': 'big', 'reservations': [{'id': part, 'amount': 9}]})['lease']
+    assert (more['name'], [each['amount'] for each in more['reservations']]) == ('big', [9, 1])
+    said = leases.call('PUT', path, {'name': 'huge', 'reservations': [{'id': part, 'amount': 99}]}, 409)
+    assert said['kind'] == 'NoCapacity' and leases.get(lease)['name'] == 'big'
+    leases.call('PUT', path, {'reservations': [{'id': part, 'vcpus': 5}]}, 409)
+    leases.call('PUT', path, {'reservations': [{'id': 'x'}]}, 400)
+    leases.world.at(2.5)
+    leases.call('PUT', path, {'start_date': '2026-12-01 15:30'}, 409)
+    assert leases.call('PUT', path, {'end_date': 'now'})['lease']['status'] == 'TERMINATED'
+    assert leases.world.service.list() == []
+
+
+def test_leases_of_other_projects_are_out_of_reach(leases):
+    lease, bob, admin = leases.make(instances()), leases.as_user('bob', 'chemistry'), leases.as_user('root', 'default', 'admin')
+    reader = leases.as_user('ann', 'biology', 'reader')
+    path = f"/leases/{lease['id']}"
+    assert bob.call('GET', '/leases') == {'leases': []} and len(admin.call('GET', '/leases')['leases']) == 1
+    for verb, body in (('GET', None), ('PUT', {'name': 'mine'}), ('DELETE', None)):
+        said = bob.call(verb, path, body, 403)
+        assert said['error_message'] == 'this lease is of another project'
+    assert reader.get(lease) == lease and reader.call('DELETE', path, status=403) and reader.make(status=403)
+    for verb in ('GET', 'PUT', 'DELETE'):
+        leases.call(verb, '/leases/nope', {} if verb == 'PUT' else None, 404)
+    leases.web.get('/reservation/v1/leases', status=401)
+    assert leases.call('GET', '/plugins', status=404)['error_message'].startswith('there is nothing at /reservation')
+
+
+def test_a_lease_follows_what_is_done_to_its_reservations_otherwise(leases):
+    lease, world = leases.make(instances(), name='lab'), leases.world
+    world.service.update('lab', rename='other', end='+3h' and NOON + hours(4))
+    assert leases.get(lease)['end_date'] == '2026-12-01T16:00:00.000000'
+    world.service.delete('other')
+    assert leases.get(lease)['status'] == 'TERMINATED'
+    leases.call('DELETE', f"/leases/{lease['id']}", status=204)
+
+
+@pytest.fixture
+def hosts(nova, tmp_path):
+    """Blazar's API for the operator of a cloud with an aggregate of two hosts."""
+    world = World(tmp_path, keystone='admin')
+    nova.aggregates[0]['hosts'].append('gpu-2')
+    nova.inventories['gpu-2'] = nova.inventories['gpu-1']
+    world.service.resource_delete('demo')
+    yield Leases(world, 'root', 'default', 'admin')
+    cmres.close_store()
+
+
+def whole_hosts(least=1, most=1, said='', **more):
+    return {'resource_type': 'physical:host', 'min': least, 'max': most, 'hypervisor_properties': said,
+            'resource_properties': ''} | more
+
+
+def test_hosts_are_taken_in_and_out(hosts, nova):
+    said = hosts.call('POST', '/os-hosts', {'name': 'gpu-1', 'x' * 65: 'foo'}, 400)
+    assert said['error_message'].startswith('Extra capability key too long')
+    host = hosts.call('POST', '/os-hosts', {'name': 'gpu-1', 'gpu': 'a100'}, 201)['host']
+    assert (host['hypervisor_hostname'], host['vcpus'], host['memory_mb'], host['gpu']) == ('gpu-1', 64, 64512, 'a100')
+    assert host['id'].isdigit() and host['reservable'] and hosts.call('GET', '/os-hosts')['hosts'] == [host]
+    assert hosts.call('GET', f"/os-hosts/{host['id']}")['host'] == host
+    assert nova.aggregates[0]['metadata'] == {'cmres': 'gpu'}
+    hosts.call('POST', '/os-hosts', {'name': 'gpu-1'}, 409)
+    assert 'has a host' in hosts.call('POST', '/os-hosts', {'name': 'gpu-3'}, 404)['error_message']
+    hosts.call('POST', '/os-hosts', {'name': 'gpu-2'}, 201)
+    assert hosts.world.service.resource_show('gpu')['vcpus'] == 128
+    user = hosts.as_user('eva', 'biology')
+    assert len(user.call('GET', '/os-hosts')['hosts']) == 2 and user.call('POST', '/os-hosts', {'name': 'gpu-2'}, 403)
+    lease = hosts.make(whole_hosts(2, 2))
+    hosts.call('DELETE', f"/os-hosts/{host['id']}", status=409)
+    hosts.call('DELETE', f"/leases/{lease['id']}", status=204)
+    for each in hosts.call('GET', '/os-hosts')['hosts']:
+        hosts.call('DELETE', f"/os-hosts/{each['id']}", status=204)
+    assert hosts.call('GET', '/os-hosts') == {'hosts': []}
+    hosts.call('GET', f"/os-hosts/{host['id']}", status=404)
+
+
+def test_hosts_are_reserved_by_what_they_are(hosts):
+    for name, gpu in (('gpu-1', '2'), ('gpu-2', '10')):
+        hosts.call('POST', '/os-hosts', {'name': name, 'gpu': gpu}, 201)
+    lease = hosts.make(whole_hosts(1, 2, '[">=", "$gpu", "9"]'))
+    assert [each['host'] for each in hosts.world.service.list()] == ['gpu-2']
+    part, = lease['reservations']
+    assert (part['min'], part['max'], part['status']) == (1, 2, 'pending') and 'amount' not in part
+    assert [each['host'] for each in hosts.world.service.list()] == ['gpu-2']
+    hosts.make(whole_hosts(2, 2), status=409)
+    both = hosts.make(whole_hosts(1, 2), start='2026-12-02 10:00', end='2026-12-02 11:00')
+    one = hosts.make(whole_hosts(1, 2))
+    allocations = hosts.call('GET', '/os-hosts/allocations')['allocations']
+    assert sorted(len(each['reservations']) for each in allocations) == [2, 2]
+    only = hosts.call('GET', f"/os-hosts/allocations?lease_id={one['id']}")['allocations']
+    assert [each['lease_id'] for line in only for each in line['reservations']] == [one['id']]
+    names = {each['id']: each['hypervisor_hostname'] for each in hosts.call('GET', '/os-hosts')['hosts']}
+    assert [names[each['resource_id']] for each in only] == ['gpu-1']
+    alone = hosts.call('GET', f"/os-hosts/{only[0]['resource_id']}/allocation")['allocation']
+    assert {each['lease_id'] for each in alone['reservations']} == {one['id'], both['id']}
+    hosts.make(whole_hosts(said='["==", "$gpu", "7"]'), status=409)
+
+
+def test_properties_of_hosts_are_listed_hidden_and_changed(hosts):
+    host = hosts.call('POST', '/os-hosts', {'name': 'gpu-1', 'gpu': 'a100', 'rack': 7}, 201)['host']
+    listed = lambda query='': hosts.call('GET', f'/os-hosts/properties{query}')['resource_properties']  # noqa: E731
+    assert [each['property'] for each in listed()] == ['CUSTOM_GPU', 'gpu', 'rack']
+    hosts.call('PATCH', '/os-hosts/properties/rack', {'private': True})
+    assert [each['property'] for each in listed()] == ['CUSTOM_GPU', 'gpu']
+    assert {'property': 'rack', 'private': True, 'values': ['7']} in listed('?detail=True&all=True')
+    hosts.call('PATCH', '/os-hosts/properties/colour', {'private': True}, 404)
+    assert hosts.call('PUT', f"/os-hosts/{host['id']}", {'gpu': 'h100', 'rack': None})['host']['gpu'] == 'h100'
+    assert [each['property'] for each in listed('?all=True')] == ['CUSTOM_GPU', 'gpu']
+    hosts.call('PUT', f"/os-hosts/{host['id']}", {}, 400)
+
+
+def test_resources_without_named_hosts_stand_for_themselves(leases):
+    host, = leases.call('GET', '/os-hosts')['hosts']
+    assert (host['hypervisor_hostname'], host['vcpus']) == ('demo', 0)
+    lease = leases.make(instances())
+    book(leases.world.service, 'other')
+    line, = leases.call('GET', '/os-hosts/allocations')['allocations']
+    assert line['resource_id'] == host['id'] and len(line['reservations']) == 2
+    assert lease['id'] in [each['lease_id'] for each in line['reservations']]
+    leases.make(whole_hosts(), status=409)
 
 
 # Page ########################################################################
@@ -19384,7 +19858,7 @@ class Relay(http.server.BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(content)
 
-    do_GET = do_POST = do_PUT = do_DELETE = do_HEAD = relay
+    do_GET = do_POST = do_PUT = do_PATCH = do_DELETE = do_HEAD = relay
 
 
 def write_clouds(path, **changes):
@@ -19777,7 +20251,7 @@ class StandIn(Proxy):
 
     def __init__(self):
         super().__init__(handler=Answering)
-        self.now = NOON.timestamp
+        self.now, self.tokens, self.applications, self.catalog = NOON.timestamp, {}, {}, []
         self.servers, self.ghosts, self.untagged, self.busiest, self.open_now = {}, [], 0, 0, 0
         self.made, self.flavor_specs, self.full, self.logins = collections.Counter(), True, False, 0
         self.flavors = {'m1.tiny': (1, 512, {}), 'g1': (4, 8192, {'resources:CUSTOM_GPU': '1', 'hw:x': 'y'})}
@@ -19824,10 +20298,17 @@ class StandIn(Proxy):
 
     def log_in(self, user, query, said):
         self.logins += 1
-        who = said['auth']['identity']['password']['user']
-        if who['name'] != who['password']:
+        identity = said['auth']['identity']
+        if 'application_credential' in identity:
+            mine = identity['application_credential']
+            who = {'name': self.applications.get((mine['id'], mine['secret']), '')}
+        else:
+            who = identity['password']['user']
+        wanted = said['auth'].get('scope', {}).get('project', who).get('name', who['name'])
+        if not who['name'] or who['name'] != who.get('password', who['name']) or wanted != who['name']:
             return 401, self.refusal(401, 'The request you have made requires authentication.')
-        later = (datetime.now(UTC) + timedelta(days=1)).strftime('%Y-%m-%dT%H:%M:%S.000000Z')
+        now = datetime.fromtimestamp(max(time.time(), self.now()), UTC)
+        later = (now + timedelta(days=1)).strftime('%Y-%m-%dT%H:%M:%S.000000Z')
         catalog = [{'type': kind, 'name': kind, 'id': kind, 'endpoints': [
             {'id': kind, 'interface': 'public', 'region': 'one', 'region_id': 'one', 'url': f'{self.url}{path}'}]}
             for kind, path in (('identity', '/v3'), ('compute', '/v2.1'), ('image', '/image'), ('network', '/'),
@@ -19835,8 +20316,37 @@ class StandIn(Proxy):
         domain = {'id': 'default', 'name': 'Default'}
         token = {'methods': ['password'], 'expires_at': later, 'catalog': catalog, 'is_domain': False,
                  'user': {'id': who['name'], 'name': who['name'], 'domain': domain},
-                 'project': {'id': who['name'], 'name': who['name'], 'domain': domain}, 'roles': []}
+                 'project': {'id': who['name'], 'name': who['name'], 'domain': domain},
+                 'roles': [{'id': 'member', 'name': 'member'}]}
         return 201, {'token': token}, [('X-Subject-Token', who['name'])]
+
+    def issue(self, user='u-eva', project='p-bio', roles=('member',), lasts=3600, **more):
+        """A token as somebody has got it from Keystone, with the ids of user and project."""
+        token, ends = secrets.token_urlsafe(24), datetime.fromtimestamp(self.now() + lasts, UTC)
+        self.tokens[token] = {
+            'user': {'id': user, 'name': user[2:]}, 'roles': [{'id': each, 'name': each} for each in roles],
+            'expires_at': ends.strftime('%Y-%m-%dT%H:%M:%S.%fZ')} | (
+                {'project': {'id': project, 'name': project[2:]}} if project else {}) | more
+        return token
+
+    def show_token(self, user, query, said):
+        return (200, {'token': self.tokens[user]}) if user in self.tokens else (
+            401, self.refusal(401, 'The request you have made requires authentication.'))
+
+    def list_services(self, user, query, said):
+        return 200, {'services': [each for each in self.catalog if each['kind'] == 'service']}
+
+    def list_endpoints(self, user, query, said):
+        return 200, {'endpoints': [each for each in self.catalog if each['kind'] == 'endpoint']}
+
+    def add_to_catalog(self, user, query, said, kind):
+        self.catalog.append(said[kind] | {'id': f'{kind}-{len(self.catalog)}', 'kind': kind})
+        return 201, {kind: self.catalog[-1]}
+
+    def change_endpoint(self, user, query, said, id):
+        found, = (each for each in self.catalog if each['id'] == id)
+        found |= said['endpoint']
+        return 200, {'endpoint': found}
 
     def versions(self, user, query, said, path):
         if path.strip('/') == 'image':
@@ -19979,7 +20489,9 @@ class StandIn(Proxy):
 
 
 ROUTES = [(re.compile(pattern), getattr(StandIn, name)) for pattern, name in (
-    ('POST /v3/auth/tokens', 'log_in'), ('GET (/|/v3/?|/v2.1/?|/image/?|/placement/?)', 'versions'),
+    ('POST /v3/auth/tokens', 'log_in'), ('GET /v3/auth/tokens', 'show_token'),
+    ('GET /v3/services', 'list_services'), ('GET /v3/endpoints', 'list_endpoints'),
+    ('POST /v3/(service|endpoint)s', 'add_to_catalog'), ('PATCH /v3/endpoints/([^/]+)', 'change_endpoint'), ('GET (/|/v3/?|/v2.1/?|/image/?|/placement/?)', 'versions'),
     ('GET /v2.1/servers/detail', 'list_servers'), ('GET /v2.1/servers/([^/]+)', 'show_server'),
     ('POST /v2.1/servers', 'make_server'), ('DELETE /v2.1/servers/([^/]+)', 'delete_server'),
     ('POST /v2.1/servers/([^/]+)/action', 'act'), ('GET /v2.1/flavors/detail', 'list_flavors'),
@@ -20930,6 +21442,336 @@ class TestNovaAsks:
         assert only.boots() == [boots]
         only.serve()
         only.schedule()
+
+
+# OpenStack: its own tools ####################################################
+
+#: Where the programs are that `make test-clients` has installed.
+CLIENTS = os.environ.get('CLIENTS', '')
+blazars = [pytest.mark.clients, pytest.mark.skipif(not CLIENTS, reason='needs the programs of make test-clients')]
+
+
+class Hypervisors(Relay):
+    """What stands before `serve` for suites that ask Nova at the same address."""
+
+    def forward(self, body):
+        if self.path != '/compute/v2.1/os-hypervisors':
+            return super().forward(body)
+        found = [{'id': 1, 'hypervisor_hostname': 'gpu-1', 'status': 'enabled', 'state': 'up'}]
+        return 200, [('Content-Type', 'application/json')], json.dumps({'hypervisors': found}).encode()
+
+
+@pytest.fixture
+def front(nova, tmp_path, serving):
+    """`serve` on an empty store beside the stand-in, with an admin's token; its address and that token."""
+    world = World(tmp_path)
+    world.service.resource_delete('demo')
+    token = world.service.token_add('root', 'default', 'admin')['token']
+    cmres.close_store()
+    served = serving(keystone='admin')
+    proxy = Proxy(served.url, Hypervisors)
+    yield types.SimpleNamespace(url=proxy.url, token=token)
+    proxy.stop()
+
+
+def client_run(name, *argv, **environ):
+    return subprocess.run([Path(CLIENTS) / name, *argv], env=os.environ | environ, capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.parametrize('suite, cases', [('leases', 7), ('hosts', 6), ('allocations', 9)])
+def test_blazars_own_suite_passes(front, tmp_path, suite, cases):
+    """The gabbits of blazar-tempest-plugin, without the fixture that signs in at Keystone."""
+    there, = Path(CLIENTS).parent.glob(f'lib/*/site-packages/blazar_tempest_plugin/tests/api/gabbits/{suite}.yaml')
+    text = there.read_text()
+    (tmp_path / 'suite.yaml').write_text(text.replace('fixtures:\n    - AuthenticationFixture\n', ''))
+    done = client_run('gabbi-run', front.url, '--', str(tmp_path / 'suite.yaml'), OS_TOKEN=front.token)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f'Ran {cases} tests in' in done.stderr and 'skipped' not in done.stderr
+
+
+#: Runs commands of `openstack`, one after the other in one process, which starts in seconds.
+SHELL = '''
+import contextlib, io, json, sys
+from openstackclient import shell
+for argv in json.load(sys.stdin):
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            code = shell.OpenStackShell().run(argv)
+        except SystemExit as error:
+            code = error.code
+    print(json.dumps([code, out.getvalue(), err.getvalue()]))
+'''
+
+
+def openstack_cli(commands, **environ):
+    """What each command answers: its JSON, or its errors."""
+    env = {name: value for name, value in os.environ.items() if not name.startswith('OS_')} | environ
+    argv = [shlex.split(each) + ([] if re.search(' (delete|set)( |$)', each) else ['-f', 'json']) for each in commands]
+    done = subprocess.run([Path(CLIENTS) / 'python', '-c', SHELL], input=json.dumps(argv), env=env, capture_output=True,
+                          text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    for command, (code, out, err) in zip(commands, map(json.loads, done.stdout.splitlines())):
+        shown = out.partition(':\n')[2] if out.startswith('Created') else out
+        yield err if code else json.loads(shown) if shown[:1] in ('{', '[') else out
+
+
+def test_all_commands_of_openstack_reservation_work(front):
+    reserve = 'reservation lease create --start-date "2050-01-01 10:00" --end-date "2050-01-01 12:00"'
+    commands = {
+        'made': 'reservation host create gpu-1 --extra gpu=a100', 'hosts': 'reservation host list',
+        'host': 'reservation host show gpu-1', 'host set': 'reservation host set gpu-1 --extra gpu=h100',
+        'properties': 'reservation host property list --detail --all',
+        'hide': 'reservation host property set gpu --private', 'few': 'reservation host property list',
+        'whole': f"""{reserve} --reservation 'resource_type=physical:host,min=1,max=1,hypervisor_properties=,resource_properties=["==", "$gpu", "h100"]' whole""",
+        'full': f'{reserve} --reservation resource_type=virtual:instance,vcpus=4,memory_mb=1024,disk_gb=0,amount=20,affinity=False small',
+        'later': f'{reserve.replace("01-01", "01-02")} --reservation resource_type=virtual:instance,vcpus=4,memory_mb=1024,disk_gb=0,amount=2,affinity=False small',
+        'flavor': f'{reserve.replace("01-01", "01-03")} --reservation resource_type=flavor:instance,flavor_id=g1,amount=1 cards',
+        'leases': 'reservation lease list', 'lease': 'reservation lease show small',
+        'allocations': 'reservation allocation list host',
+        'longer': 'reservation lease set --prolong-for 2h small', 'shorter': 'reservation lease set --reduce-by 1h small',
+        'moved': 'reservation lease set --defer-by 1h --name tiny small', 'now': 'reservation lease show tiny',
+        'gone': 'reservation lease delete tiny', 'gone too': 'reservation lease delete whole',
+        'gone last': 'reservation lease delete cards', 'left': 'reservation lease list',
+        'out': 'reservation host delete gpu-1', 'none': 'reservation host list', 'never': 'reservation lease show never'}
+    answers = openstack_cli(commands.values(), OS_AUTH_TYPE='admin_token', OS_ENDPOINT=f'{front.url}/reservation/v1',
+                            OS_TOKEN=front.token)
+    said = dict(zip(commands, answers))
+    assert said['made']['gpu'] == 'a100' and said['host']['hypervisor_hostname'] == 'gpu-1'
+    assert [each['vcpus'] for each in said['hosts']] == [64]
+    assert 'h100' in json.dumps(said['properties']) and 'gpu' not in [each['property'] for each in said['few']]
+    assert 'ERROR' in said['full'] and 'vcpus' in said['full'], said['full']
+    assert [each['name'] for each in said['leases']] == ['cards', 'small', 'whole']
+    assert said['lease']['end_date'] == '2050-01-02T12:00:00.000000'
+    assert said['now']['name'] == 'tiny' and said['now']['end_date'] == '2050-01-02T13:00:00.000000'
+    assert said['now']['start_date'] == '2050-01-02T11:00:00.000000'
+    assert len(said['allocations']) == 1
+    assert said['left'] == said['none'] == [] and 'never' in said['never']
+
+
+for _test in (test_blazars_own_suite_passes, test_all_commands_of_openstack_reservation_work):
+    _test.pytestmark = [*getattr(_test, 'pytestmark', ()), *blazars]
+def test_vms_are_made_in_the_name_of_who_gave_a_credential(far, nova):
+    """Theirs are the networks, keys and images; who gave none gets them as before."""
+    nova.full, nova.applications['app-1', 's3cret'] = False, 'bio'
+    nova.keys['bio'] = ['bio-key']
+    ann, bob = far.as_user('ann', 'chem'), far.as_user('bob', 'chem')
+    book_named(bob, 'image', 'tiny', label='his', start=0)
+    with pytest.raises(Invalid):
+        book_named(ann, 'key', 'bio-key', image='tiny', flavor='m1.tiny')
+    said = ann.credential_add('lab', 'app-1', 's3cret')
+    assert (said['user'], said['project'], said['application']) == ('ann', 'chem', 'app-1')
+    book_named(ann, 'key', 'bio-key', label='hers', image='tiny', flavor='m1.tiny', network='bio-net', start=0)
+    live(far, 10)
+    owners = {each['name'].rpartition('-')[0].partition('-')[0]: each['tenant_id'] for each in nova.servers.values()}
+    assert owners == {'hers': 'bio', 'his': 'lab'} and far.state('hers') == far.state('his') == 'active'
+    with pytest.raises(Conflict, match='1 VMs were made with credential 1'):
+        ann.credential_delete(1)
+    assert [each['id'] for each in ann.credential_list()] == [1] and bob.credential_list() == []
+    with pytest.raises(NotFound):
+        bob.credential_delete(1)
+    ann.delete('hers')
+    live(far, 10)
+    assert [each['tenant_id'] for each in nova.servers.values()] == ['lab']
+    ann.credential_delete(1)
+    assert ann.credential_list() == []
+
+
+def test_a_credential_is_kept_encrypted_and_outlives_its_key(far, nova):
+    ann = far.as_user('ann', 'chem')
+    ann.credential_add('lab', 'app-1', 's3cret')
+    assert 's3cret' not in '\n'.join(dump())
+    for _ in range(3):
+        cmres.key_rotate(far.config)
+    kept, = cmres.rows('SELECT secret FROM credential')
+    assert cmres.decrypted(far.config, kept.secret) == 's3cret'
+    os.remove(cmres.key_file(far.config.database))
+    cmres.write_key(cmres.key_file(far.config.database), 'ab' * 32, cmres.fact('store'))
+    with pytest.raises(cmres.CloudError, match='encrypted with a key that is gone'):
+        cmres.decrypted(far.config, kept.secret)
+
+
+def test_a_credential_that_is_wrong_is_told_and_another_takes_its_place(far, nova):
+    nova.full, nova.applications['app-2', 'new'] = False, 'bio'
+    ann = far.as_user('ann', 'chem')
+    ann.credential_add('lab', 'app-1', 'wrong')
+    with pytest.raises(cmres.CloudError):
+        book_named(ann, 'flavor', 'm1.tiny', label='hers', start=0)
+    assert ann.credential_add('lab', 'app-2', 'new')['id'] == 1
+    book_named(ann, 'flavor', 'm1.tiny', label='hers', start=0)
+    live(far, 10)
+    assert [each['tenant_id'] for each in nova.servers.values()] == ['bio']
+    with pytest.raises(Invalid):
+        ann.credential_add('simulated', 'app-1', 'x')
+
+
+def keystone_says(token, lab):
+    """Who has a token, as cmres is told by the real Keystone; or the refusal."""
+    web = webtest.TestApp(cmres.rest(lab.service))
+    made = web.post_json('/cm/v1.0/reservation?dry_run=true', {'label': 'x', 'resource': 'demo', 'start': '+1h', 'end': '+1h'},
+                         headers={'X-Auth-Token': token}, status='*').json
+    return (made['user'], made['project']) if 'user' in made else made['error']
+
+
+@openstack
+@real
+def test_tokens_of_a_real_keystone_say_who_asks(lab):
+    lab.config.take(keystone=ACCOUNT)
+    user, other = sdk(), sdk('lab-user2')
+    for each in (user, other):
+        assert keystone_says(each.auth_token, lab) == (each.current_user_id, each.current_project_id)
+    unscoped = token_from(user, 'Password', username='lab-user', password='lab-user', user_domain_name='Default', unscoped=True)
+    assert 'for no project' in keystone_says(unscoped, lab)
+    assert 'does not know this token' in keystone_says('gAAAA-made-up', lab)
+    system = token_from(user, 'Password', username='admin', password='admin', user_domain_name='Default', system_scope='all')
+    assert keystone_says(system, lab)[1] == 'system'
+    rules = [{'path': '/v2.1/servers', 'method': 'GET', 'service': 'compute'}]
+    for name, more, works in (('whole', {}, True), ('ruled', {'access_rules': rules}, False)):
+        made = user.identity.create_application_credential(user.current_user_id, unique(name), **more)
+        try:
+            token = token_from(user, 'ApplicationCredential', application_credential_id=made.id,
+                               application_credential_secret=made.secret)
+            found = keystone_says(token, lab)
+        finally:
+            user.identity.delete_application_credential(user.current_user_id, made)
+        assert (found == (user.current_user_id, user.current_project_id)) is works
+
+
+def token_from(user, way, **how):
+    """A token from the Keystone of a user, got in some way."""
+    from keystoneauth1 import session
+    from keystoneauth1.identity import v3
+    auth = getattr(v3, way)(auth_url=user.config.config['auth']['auth_url'], **how)
+    return session.Session(auth=auth).get_token()
+
+
+@openstack
+@real
+@pytest.mark.skipif(not CLIENTS, reason='needs the programs of make test-clients')
+def test_a_user_of_the_lab_reserves_machines_that_are_theirs(tmp_path, serving):
+    """With their own password, on a resource of another project's account, by `openstack` alone and one credential."""
+    world, user = World(tmp_path), sdk('lab-user2')
+    world.service.resource_add('lab', cloud=ACCOUNT, vms=40, vcpus=80)
+    cmres.close_store()
+    served = serving(keystone=ACCOUNT, poll=0.5)
+    made = user.identity.create_application_credential(user.current_user_id, unique('cmres'))
+    served.token = user.auth_token
+    line = http.client.HTTPConnection(urlsplit(served.url).netloc)
+    line.request('POST', f'{BASE}/credential/', json.dumps({
+        'cloud': ACCOUNT, 'application': made.id, 'secret': made.secret}), {'X-Auth-Token': user.auth_token})
+    assert line.getresponse().status == 201
+    end = (datetime.now(UTC) + hours(2)).strftime('%Y-%m-%d %H:%M')
+    properties = '["and", ["==", "$image", "tiny"], ["==", "$network", "none"], ["==", "$key", "lab-key"]]'
+    environ = {'OS_AUTH_TYPE': 'password', 'OS_AUTH_URL': user.config.config['auth']['auth_url'],
+               'OS_USERNAME': 'lab-user2', 'OS_PASSWORD': 'lab-user2', 'OS_PROJECT_NAME': 'lab-project2',
+               'OS_USER_DOMAIN_NAME': 'Default', 'OS_PROJECT_DOMAIN_NAME': 'Default', 'OS_IDENTITY_API_VERSION': '3',
+               'OS_RESERVATION_ENDPOINT_OVERRIDE': f'{served.url}/reservation/v1'}
+    command = shlex.join(['reservation', 'lease', 'create', '--end-date', end, '--reservation',
+                          'resource_type=virtual:instance,vcpus=1,memory_mb=512,disk_gb=0,amount=2,affinity=None,'
+                          f'resource_properties={properties}', 'mine'])
+    try:
+        lease, = openstack_cli([command], **environ)
+        assert (lease['user_id'], lease['project_id']) == (user.current_user_id, user.current_project_id)
+        mine = until(lambda: [each for each in user.compute.servers() if each.name.startswith('mine-')
+                              and each.status == 'ACTIVE'][1:])
+        listed, shown = openstack_cli(['server list', 'reservation lease show mine'], **environ)
+        assert sum(each['Name'].startswith('mine-') for each in listed) == 2 and mine[0].key_name == 'lab-key'
+        until(lambda: [*openstack_cli(['reservation lease show mine'], **environ)][0]['status'] == 'ACTIVE')
+        openstack_cli(['reservation lease delete mine'], **environ).__next__()
+        until(lambda: not [each for each in user.compute.servers() if each.name.startswith('mine-')])
+    finally:
+        for each in user.compute.servers():
+            if each.name.startswith('mine-'):
+                user.compute.delete_server(each)
+        user.identity.delete_application_credential(user.current_user_id, made)
+
+
+def test_the_catalog_is_told_where_cmres_is_and_only_what_differs_is_changed(nova, tmp_path):
+    config = Config(database=str(tmp_path / 'none.db'), address='https://a.example')
+    first = cmres.catalog_add(config, 'admin', dry_run=True)
+    assert [each['what'] for each in first] == ['service', 'public endpoint', 'internal endpoint', 'admin endpoint']
+    assert nova.catalog == [] and first[1] == {
+        'what': 'public endpoint', 'before': None, 'after': 'https://a.example/reservation/v1'}
+    assert cmres.catalog_add(config, 'admin') == first and cmres.catalog_add(config, 'admin') == []
+    nova.catalog[1]['url'] = 'http://old.example/v1'
+    line, = cmres.catalog_add(config, 'admin', address='https://a.example/')
+    assert line['before'] == 'http://old.example/v1'
+    assert {each.get('url') for each in nova.catalog[1:]} == {'https://a.example/reservation/v1'}
+    assert [(each.get('type'), each.get('region_id')) for each in nova.catalog] == [
+        ('reservation', None), *[(None, 'one')] * 3]
+    for cloud, more in (('simulated', {}), ('admin', {'address': 'nowhere'})):
+        with pytest.raises(Invalid):
+            cmres.catalog_add(config, cloud, **more)
+
+
+@pytest.fixture
+def visitor_of(nova, tmp_path):
+    """A browser at a page that knows the stand-in's Keystone."""
+    world = World(tmp_path, keystone=nova.url)
+    nova.now = lambda: world.now
+    yield webtest.TestApp(cmres.web(world.service)), world
+    nova.released.set()
+    cmres.close_store()
+
+
+def sign_in_at_keystone(web, user='bio', password='bio', project='bio', **more):
+    form = web.get('/list').forms['keystone']
+    for name, value in {'user': user, 'password': password, 'project': project, **more}.items():
+        form[name] = value
+    return form.submit(status='*')
+
+
+def test_who_has_an_account_of_openstack_signs_in_with_it(visitor_of, nova):
+    web, world = visitor_of
+    book(world.as_user('bio', 'bio'), 'hers')
+    for wrong in ({'password': 'wrong'}, {'project': 'chem'}):
+        said = sign_in_at_keystone(web, **wrong)
+        assert said.status_int == 401 and 'with this password in the project' in said.text
+    answer = sign_in_at_keystone(web)
+    assert (answer.status_int, urlsplit(answer.location).path) == (303, '/list')
+    assert 'hers' in web.get('/list') and 'bio' not in '\n'.join(
+        line for line in dump() if 'password' in line.lower())
+    sign_in_at_keystone(webtest.TestApp(web.app))
+    assert len([each for each in world.service.token_list() if each['purpose'] == 'signed in at Keystone']) == 1
+    world.now += world.config.signed_in + 1
+    assert web.get('/list').forms['keystone']
+
+
+def test_while_keystone_is_down_nobody_signs_in_with_it(visitor_of, nova):
+    web, _ = visitor_of
+    nova.faults['POST /auth/tokens'] = ['500 before']
+    said = sign_in_at_keystone(web)
+    assert said.status_int == 503 and 'Keystone does not answer' in said.text
+
+
+def test_a_page_without_keystone_asks_for_a_token_only(world):
+    web = webtest.TestApp(cmres.web(world.service))
+    assert 'keystone' not in web.get('/list').forms
+    web.post('/sign-in/keystone', {'user': 'a', 'password': 'b', 'project': 'c', 'domain': 'd'}, status=401)
+
+
+@openstack
+@real
+def test_the_catalog_of_a_real_keystone_tells_where_cmres_is(lab):
+    """And a password signs in at it, for a project of the user alone."""
+    identity, address = sdk('lab-admin').identity, 'https://cmres.example/'
+    before = [*identity.services(type='reservation')]
+    try:
+        planned = cmres.catalog_add(lab.config, 'lab-admin', address=address, dry_run=True)
+        assert cmres.catalog_add(lab.config, 'lab-admin', address=address) == planned != []
+        assert cmres.catalog_add(lab.config, 'lab-admin', address=address) == []
+        assert [each['what'] for each in cmres.catalog_add(lab.config, 'lab-admin', address='https://b.example')] == [
+            'public endpoint', 'internal endpoint', 'admin endpoint']
+        from openstack import connect
+        assert connect(cloud=ACCOUNT).session.get_endpoint(service_type='reservation') == 'https://b.example/reservation/v1'
+    finally:
+        for each in identity.services(type='reservation'):
+            if each.id not in {one.id for one in before}:
+                identity.delete_service(each)
+    lab.config.take(keystone=ACCOUNT)
+    known = lab.clouds.keystone.sign_in('lab-user', 'lab-user', 'lab-project', 'Default')
+    assert known.scoped.user == sdk().current_user_id and 'member' in known.scoped.roles
+    assert lab.clouds.keystone.sign_in('lab-user', 'lab-user', 'lab-project2', 'Default').refusal
 
 
 # Benchmarks ##################################################################
