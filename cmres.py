@@ -9691,6 +9691,13 @@ class Lookup:
                                                           *given(placed))]
         return filters, [condition for condition in conditions if condition[1]]
 
+    def kept_of(self, reservation: int, over_at: float = 2**62) -> int:
+        """How many VMs of a reservation that is over by then were stopped or shelved, and stay."""
+        return run('SELECT count(*) FROM reservation r '
+                   'JOIN occurrence o ON o.reservation_id = r.id '
+                   "JOIN server v ON v.occurrence_id = o.id WHERE r.id = ? AND r.over <= ? "
+                   "AND v.state = 'kept' AND NOT v.borrowed", reservation, over_at).fetchone()[0]
+
     def kept_servers(self, label: str, project: str) -> list:
         """The servers that stay after their end, of a label or all, that the actor may see."""
         where = [*self.visible(), *([('r.project = ?', project)] if project else [])]
@@ -10499,6 +10506,11 @@ class Policy:
         if other and self.look.begun(old):
             raise Conflict(f"'{old.label}' has begun, so its {other[0].replace('_', ' ')} can't "
                            'change; its end, vms, user, description and label can')
+        made_of = [name for name in other if name not in ('resource', 'start', 'lead')]
+        if made_of and self.look.kept_of(old.reservation):
+            raise Conflict(f"VMs of '{old.label}' stay and start again, so its "
+                           f"{made_of[0].replace('_', ' ')} can't change; "
+                           f'`delete --kept {old.label}` deletes them')
 
 
 def taken_label(project: str, label: str, now: float) -> bool:
@@ -11352,14 +11364,18 @@ class Admission:
         if first.repeats:
             only = first.id if len(found) == 1 else None
         said = [why or f'cancelled by {self.service.actor.user}']
-        said += [warning for each in found for warning in self.ends_with(each).get('warnings', ())]
+        said += dict.fromkeys(warning for each in found
+                              for warning in self.ends_with(each).get('warnings', ()))
         self.service.journal(now, 'released', '; '.join(said), first.reservation,
                              json.loads(first.notify), only)
 
     def ends_with(self, found) -> dict:
         """What becomes of VMs of what is cancelled: as agreed of a server that was there."""
         if not found.existing:
-            return {}
+            there = found.repeats and self.look.kept_of(found.reservation, self.service.clock())
+            return {'warnings': [f"{there} VMs of '{found.label}' that were stopped or shelved "
+                                 f"before stay; `delete --kept {found.label}` deletes them"]
+                    } if there else {}
         if found.server or found.at_end in ('', 'delete'):
             return {'ends_with': found.at_end or 'delete'}
         return {'ends_with': 'delete', 'warnings': [

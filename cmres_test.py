@@ -10329,6 +10329,40 @@ def test_stopped_vms_that_a_series_starts_again_count_once_against_a_limit(tmp_p
     cmres.close_store()
 
 
+def kept_between(world, at_end='stop'):
+    eva = world.as_user()
+    book(eva, 'lab', 1, 2, vms=2, flavor='m1.small', image='cirros', at_end=at_end, repeat='daily', count=5)
+    for hour in (1, 1.1, 2, 2.1, 3):
+        world.at(hour)
+    assert len(eva.servers(kept=True)) == 2
+    return eva
+
+
+@pytest.mark.parametrize('at_end', ['stop', 'shelve'])
+def test_a_series_that_is_deleted_says_which_vms_stay(world, at_end):
+    eva = kept_between(world, at_end)
+    assert 'warnings' not in eva.delete('lab', occurrence=date(2026, 12, 3))[0]
+    warning, = eva.delete('lab')[0]['warnings']
+    assert warning == "2 VMs of 'lab' that were stopped or shelved before stay; `delete --kept lab` deletes them"
+    assert warning in world.service.events('lab', 'biology')[-1]['sentence']
+    eva.delete('lab', kept=True)
+    world.at(3.1)
+    world.at(3.2)
+    assert world.there() == []
+
+
+def test_vms_that_start_again_are_what_their_reservation_says(world):
+    eva = kept_between(world)
+    with pytest.raises(Conflict, match='`delete --kept lab` deletes them'):
+        eva.update('lab', flavor='m1.large')
+    eva.update('lab', vms=1, description='other')
+    eva.delete('lab', kept=True)
+    eva.update('lab', flavor='m1.large')
+    world.at(25)
+    world.at(25.1)
+    assert world.there() == ['lab-2-1']
+
+
 # Service: who may what #######################################################
 
 
