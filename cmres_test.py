@@ -3841,7 +3841,8 @@ WRITES = {
     'reject': {'label': 'asked', 'reason': 'no'}, 'accept': {'label': 'offered'},
     'resource_capacity': {'name': 'demo', 'start': '+1h', 'end': '+1h', 'vms': 3, 'then': 'move'},
     'maintenance_add': {'resource': 'demo', 'start': '+1h', 'end': '+1h', 'then': 'cancel'}, 'maintenance_delete': {'id': 1},
-    'claim': {'server': 'uid', 'resources': ['guarded'], 'project': 'default'}}
+    'claim': {'server': 'uid', 'resources': ['guarded'], 'project': 'default'},
+    'credential_add': {'cloud': 'outside', 'application': 'app', 'secret': 's3cret'}, 'credential_delete': {'id': 1}}
 
 
 def test_every_write_is_known_here():
@@ -3854,6 +3855,8 @@ def furnished(world) -> World:
     service.token_add('root', 'default', 'admin')
     service.token_add('zoe')
     service.resource_add('india')
+    service.resource_add('away', cloud='outside')
+    service.credential_add('outside', 'app', 's3cret')
     service.calendar_feed()
     service.calendar_subscribe('http://127.0.0.1:9/eva.ics')
     cmres.run("UPDATE subscription SET held = 'most'")
@@ -4482,7 +4485,7 @@ def test_a_cursor_is_the_start_and_id_of_a_line_or_its_id(app, cursor):
 
 #: What may be looked through: small by nature, however long cmres runs.
 SMALL = {'resource': 'dozens', 'proposal': 'who waits for a word',
-         'extra_hold': 'VMs that stay stopped, and who waits for a word', 'token': 'one a person', 'feed': 'one a person', 'subscription': 'one a person',
+         'extra_hold': 'VMs that stay stopped, and who waits for a word', 'token': 'one a person', 'credential': 'one a person', 'feed': 'one a person', 'subscription': 'one a person',
          'limits': 'an operator writes them', 'fact': 'what the store knows of itself',
          'session': 'who is signed in', 'mailed': 'one a person', 'lease': 'one row',
          'json_each': 'given with the question', 'simulated_server': 'the cloud for trying things out',
@@ -4496,7 +4499,7 @@ READS = {
     'limit_list': {}, 'list': {}, 'show': {'label': 'lab'}, 'servers': {'label': 'lab'}, 'duration': {'label': 'lab'},
     'find': {'resource': 'demo', 'duration': '1h'}, 'usage': {'resource': 'demo'}, 'resource_list': {'cloud': 'simulated'},
     'resource_show': {'name': 'demo'}, 'maintenance_list': {'resource': 'demo'}, 'check': {}, 'calendar_list': {},
-    'events': {}, 'punctuality': {}, 'report': {}, 'token_list': {}}
+    'events': {}, 'punctuality': {}, 'report': {}, 'token_list': {}, 'credential_list': {}}
 FACETS = {'list': [{'label': 'lab'}, {'label': 'old'}, {'user': 'u'}, {'project': 'p'}, {'resource': 'place-7'}, {'cell': 'c1'},
                    {'start': 'now', 'end': '+1h'}, {'after': '7'}, *({'state': state} for state in cmres.STATES)],
           'events': [{'label': 'lab'}, {'project': 'p'}, {'after': 5}], 'show': [{'label': 'old'}, {'label': 'class'}],
@@ -4535,7 +4538,7 @@ def history(world) -> None:
 
 def tables_of(sql: str) -> dict[str, str]:
     """What the names in a statement stand for."""
-    found = re.findall(r'\b(?:FROM|JOIN|INTO|UPDATE|,)\s+"?(\w+)"?(?:\s+(?:AS\s+)?(?!SET|WHERE|ON|JOIN|ORDER|INDEXED|LEFT|CROSS|'
+    found = re.findall(r'\b(?:FROM|JOIN|INTO|UPDATE|,)\s+"?(\w+)"?(?:\s+(?:AS\s+)?(?!SET|FROM|WHERE|ON|JOIN|ORDER|INDEXED|LEFT|CROSS|'
                        r'GROUP|LIMIT|UNION|SELECT|VALUES)(\w+))?', sql.replace(' json_each(', ' json_each ('))
     return {alias or table: table for table, alias in found if table in TABLES_THAT_GROW | SMALL.keys()}
 
