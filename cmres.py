@@ -9012,8 +9012,8 @@ SHAPE = OWN | {'repeat', 'until', 'count', 'skip_dates', 'holidays', 'flavor', '
 BACK = 'put back'  # the code of a proposal to have an occurrence again that was left out
 #: What makes a series.
 REPEATING = frozenset(('repeat', 'until', 'count', 'skip_dates', 'holidays'))
-JSON = frozenset(('security_groups', 'metadata', 'notify', 'invite', 'addresses', 'hosts', 'classes', 'named',
-                  'trusted'))
+JSON = frozenset(('security_groups', 'metadata', 'notify', 'invite', 'addresses', 'hosts',
+                  'classes', 'named', 'trusted'))
 UNCHANGED = (*STORED, 'resource_id', 'start', 'end', 'held_from', 'held_until', *Amount._fields,
              'over')
 OVER = ('ended', 'cancelled', 'failed')
@@ -9390,9 +9390,8 @@ class Lookup:
         also = all_of(where)
         both = [label, *given(where)] * 2
         return [each.id for each in rows(
-            f'SELECT id FROM reservation r WHERE label = ?{also} UNION '
-            f"SELECT id FROM reservation r WHERE request = ? AND request <> ''{also} "
-            'ORDER BY id DESC', *both)]
+            f'SELECT id FROM reservation r WHERE label = ?{also} UNION SELECT id FROM reservation '
+            f"r WHERE request = ? AND request <> ''{also} ORDER BY id DESC", *both)]
 
     def newest_deed(self, label: str, project: str = '') -> int | None:
         """The newest event of what people did to the reservations of a label; None without any."""
@@ -9649,9 +9648,8 @@ class Lookup:
 
     def kept_of(self, reservation: int, over_at: float = 2**62) -> int:
         """How many VMs of a reservation that is over by then were stopped or shelved, and stay."""
-        return run('SELECT count(*) FROM reservation r '
-                   'JOIN occurrence o ON o.reservation_id = r.id '
-                   "JOIN server v ON v.occurrence_id = o.id WHERE r.id = ? AND r.over <= ? "
+        return run('SELECT count(*) FROM reservation r JOIN occurrence o ON o.reservation_id = '
+                   'r.id JOIN server v ON v.occurrence_id = o.id WHERE r.id = ? AND r.over <= ? '
                    "AND v.state = 'kept' AND NOT v.borrowed", reservation, over_at).fetchone()[0]
 
     def kept_servers(self, label: str, project: str) -> list:
@@ -10553,6 +10551,21 @@ STOPPED_KEEP = ('stopped VMs keep their capacity after the end until they are de
                 'have reserved it by then; end with --at-end delete or shelve')
 
 
+#: The occurrences of a reservation after which VMs stay, stopped, or will; how many did, or run.
+WITH_STOPPED = """
+  SELECT o.*, r.host, (SELECT count(*) FROM server v WHERE v.occurrence_id = o.id
+           AND v.goal = 'stop' AND v.state = 'kept' AND NOT v.borrowed) AS stopped,
+         (SELECT count(*) FROM server v WHERE v.occurrence_id = o.id
+           AND v.goal = 'up' AND v.state <> 'deleted') AS up
+    FROM occurrence o JOIN reservation r ON r.id = o.reservation_id
+   WHERE r.id = ? AND r.image <> '' AND r.waiting IS NULL
+     AND (o.cancelled IS NULL OR o.due IS NULL)
+     AND (o.due IS NOT NULL AND r.at_end = 'stop' OR o.id IN (
+           SELECT occurrence_id FROM server WHERE state = 'kept' AND goal = 'stop'
+             AND NOT borrowed))
+   ORDER BY o.start"""
+
+
 class Bookings:
     """Makes promises; inside a transaction."""
 
@@ -10892,18 +10905,7 @@ class Bookings:
 
     def stopped_holds(self, reservation: int, now: float) -> Iterator[Hold]:
         """What the VMs hold that are stopped or will be, from the end of each occurrence on."""
-        found = rows("""
-            SELECT o.*, r.host, (SELECT count(*) FROM server v WHERE v.occurrence_id = o.id
-                     AND v.goal = 'stop' AND v.state = 'kept' AND NOT v.borrowed) AS stopped,
-                   (SELECT count(*) FROM server v WHERE v.occurrence_id = o.id
-                     AND v.goal = 'up' AND v.state <> 'deleted') AS up
-              FROM occurrence o JOIN reservation r ON r.id = o.reservation_id
-             WHERE r.id = ? AND r.image <> '' AND r.waiting IS NULL
-               AND (o.cancelled IS NULL OR o.due IS NULL)
-               AND (o.due IS NOT NULL AND r.at_end = 'stop' OR o.id IN (
-                     SELECT occurrence_id FROM server WHERE state = 'kept' AND goal = 'stop'
-                       AND NOT borrowed))
-             ORDER BY o.start""", reservation)
+        found = rows(WITH_STOPPED, reservation)
         lacks = {each.id: each.vms - each.up for each in found}  # VMs that each still starts
         for number, each in enumerate(found):
             after = next((one for one in found[number + 1:] if one.held_until > now), None)
@@ -11019,17 +11021,9 @@ class Series:
           gentle: what runs goes on, also if it isn't wanted any more
           again: what had no room, or was not wanted for a while, is tried again
         """
-        wish, stretches = deal.wish, deal.wish.stretches
+        wish = deal.wish
         there = [each._replace(**deal.patches.get(each.id, {})) for each in there]
-        skipped = {old.slot for old in there if old.cancelled is not None and old.altered}
-        horizon = self.horizon(stretches, now, skipped)
-        earliest = self.earliest(there, stretches, now)
-        wanted = {slot.key: slot for slot in all_slots(stretches, earliest, horizon)}
-        reach, known = self.reach(wish, now), {old.slot for old in there}
-        near = {key: slot for key, slot in wanted.items() if slot.start <= reach or key in known}
-        takes_some = deal.code == 'carried on' or (wish.on_conflict or 'refuse') != 'refuse'
-        if takes_some and near and len(near) < len(wanted):  # the time of the others comes
-            wanted, horizon = near, int(reach) + 1
+        wanted, horizon = self.wanted(deal, there, now)
         gone, same, todo = [], [], []
         for old in there:
             slot = wanted.pop(old.slot, None)
@@ -11047,7 +11041,22 @@ class Series:
         self.refuse_impossible(wish, todo, now)
         return deal._replace(
             changes=gone + [self.change_at(wish, slot, old, now) for slot, old in todo],
-            same=same, stretches=stretches, horizon=horizon, clash=wish.on_conflict or 'refuse')
+            same=same, stretches=wish.stretches, horizon=horizon,
+            clash=wish.on_conflict or 'refuse')
+
+    def wanted(self, deal: Deal, there: list, now: float) -> tuple[dict[str, Slot], int]:
+        """The slots that a series wants, by key, and until when they are to be in rows."""
+        wish, stretches = deal.wish, deal.wish.stretches
+        skipped = {old.slot for old in there if old.cancelled is not None and old.altered}
+        horizon = self.horizon(stretches, now, skipped)
+        earliest = self.earliest(there, stretches, now)
+        wanted = {slot.key: slot for slot in all_slots(stretches, earliest, horizon)}
+        reach, known = self.reach(wish, now), {old.slot for old in there}
+        near = {key: slot for key, slot in wanted.items() if slot.start <= reach or key in known}
+        takes_some = deal.code == 'carried on' or (wish.on_conflict or 'refuse') != 'refuse'
+        if takes_some and near and len(near) < len(wanted):  # the time of the others comes
+            return near, int(reach) + 1
+        return wanted, horizon
 
     def reach(self, wish: Wish, now: float) -> float:
         """Until when the limits of a wish let anything begin."""
@@ -12314,11 +12323,11 @@ class Requests(Operations):
                vms: Count = None, flavor: Name = None, image: Name = None, network: Name = None,
                key: Name = None, security_groups: Names = None, user_data: File = None,
                metadata: Pairs = None, at_end: Name = None, notify: Names = None,
-               invite: Names = None, lead: Span = None, description: Text = None, personal: bool = None, host: Name = None,
-               repeat: Repeat = None, until: Day = None, count: Count = None,
-               skip_dates: Names = None, holidays: Source = None, on_conflict: Clash = None,
-               user: Name = None, rename: NewLabel = None, occurrence: Day = None,
-               following: bool = False, tz: Zone = '', project: Name = '',
+               invite: Names = None, lead: Span = None, description: Text = None,
+               personal: bool = None, host: Name = None, repeat: Repeat = None, until: Day = None,
+               count: Count = None, skip_dates: Names = None, holidays: Source = None,
+               on_conflict: Clash = None, user: Name = None, rename: NewLabel = None,
+               occurrence: Day = None, following: bool = False, tz: Zone = '', project: Name = '',
                dry_run: bool = False, asked: dict = None) -> BookedAnswer | GroupAnswer:
         """Changes a reservation, all of it or nothing.
 
@@ -12802,9 +12811,8 @@ class Plan(Operations):
                         vms: Most = None, vcpus: Most = None, ram: Most = None,
                         classes: Classes = None, mode: Name = None, hold: Span = None,
                         approval: Span = None, no_show: Span = None, default_flavor: Name = None,
-                        default_image: Name = None, default_vms: Figure = None,
-                        force: bool = False, dry_run: bool = False,
-                        asked: dict = None) -> ResourceChangedAnswer:
+                        default_image: Name = None, default_vms: Figure = None, force: bool = False,
+                        dry_run: bool = False, asked: dict = None) -> ResourceChangedAnswer:
         """Changes a resource; `unlimited` takes a limit away.
 
         A capacity below what is held already needs --force; nothing is cancelled then, and the
@@ -13175,13 +13183,7 @@ class Plan(Operations):
         levels = dict(steps(place.id, begin, until, most.names))
         if all(held.within(most) for held in levels.values()):
             return []
-        held = rows('SELECT NULL AS id, resource_id, held_from, held_until, vms, vcpus, ram, '
-                    'classes FROM extra_hold WHERE resource_id = ? AND proposal_id IS NOT NULL '
-                    'AND held_until > ? AND held_from < ?', place.id, begin, until)
-        held += rows('SELECT id, resource_id, held_from, held_until, vms, vcpus, ram, classes FROM '
-                     'occurrence WHERE resource_id = ? AND due IS NOT NULL AND start < ? + '
-                     f'{LONGEST_LEAD} AND held_until > ? AND held_from < ? AND held_until > '
-                     'held_from ORDER BY +id DESC', place.id, until, begin, until)
+        held = self.held_there(place.id, begin, until)
         # Between two cuts the same occurrences hold, so that what one of them gives back is all of
         # it there.
         cuts = sorted({*levels, *(min(max(at, begin), until) for each in held for at in each[2:4])}
@@ -13203,6 +13205,16 @@ class Plan(Operations):
                 there[n] += amount
             must += [] if fits_again or id is None else [id]
         return must[::-1]
+
+    def held_there(self, resource: int, begin: int, until: int) -> list:
+        """What holds something in a window: proposals, then occurrences, the latest added first."""
+        fields = 'resource_id, held_from, held_until, vms, vcpus, ram, classes'
+        return rows(f'SELECT NULL AS id, {fields} FROM extra_hold WHERE resource_id = ? '
+                    'AND proposal_id IS NOT NULL AND held_until > ? AND held_from < ?',
+                    resource, begin, until) + rows(
+            f'SELECT id, {fields} FROM occurrence WHERE resource_id = ? AND due IS NOT NULL '
+            f'AND start < ? + {LONGEST_LEAD} AND held_until > ? AND held_from < ? '
+            'AND held_until > held_from ORDER BY +id DESC', resource, until, begin, until)
 
     def waits_for(self, place, now: float) -> tuple[str, int, set | None]:
         """Why VMs of a resource can't start now, until when, and of which occurrences; None: all.
