@@ -1851,6 +1851,8 @@ WORDS = {
     'file': 'an .ics file of at most 16 MiB',
     'flavor': 'flavor of the machines, by name or id; its vcpus and ram count',
     'force': 'do it although occurrences that are admitted already would no longer fit',
+    'flavors': 'whether Nova gets a private flavor, with the id of the reservation, for each lease '
+               'of VMs that is active there',
     'following': 'not only that occurrence: all after it too',
     'holidays': 'an .ics file or address; on the days of its all-day events nothing is reserved',
     'host': 'all of a host of the resource, by its name, m[01-05] for several; of `serve`, the '
@@ -3489,6 +3491,8 @@ class Resource(Table):
     # JSON: what it holds of other resource classes of Placement; '': none
     classes = peewee.TextField(default='')
     hosts = peewee.TextField(default='[]')  # JSON: of its aggregate, as `sync` saw them
+    # whether Nova has a flavor for each lease that is active there
+    flavors = peewee.BooleanField(default=False, constraints=[peewee.SQL('DEFAULT 0')])
     # JSON: what each of them holds, where they are reserved by name
     named = peewee.TextField(default='')
     added = peewee.IntegerField()
@@ -4741,6 +4745,7 @@ def add_ends_of_tokens() -> None:
 def add_openstack() -> None:
     """Version 16: leases of Blazar, properties of hosts, and credentials of people."""
     text, number = 'VARCHAR(255) NOT NULL', 'INTEGER NOT NULL'
+    add_columns('resource', {'flavors': f'{number} DEFAULT 0'})
     run_all(f"""
         CREATE TABLE IF NOT EXISTS blazar_lease (
           "id" {text} PRIMARY KEY, "name" {text}, "user" {text}, "project" {text},
@@ -6102,6 +6107,15 @@ def classes_of(extra_specs: dict) -> tuple:
     return tuple(sorted((name, each) for name, each in found.items() if each))
 
 
+class Lent(NamedTuple):
+    """A flavor that a project has for as long as its lease is active; one as `like`, or of sizes."""
+    project: str  # its id
+    vcpus: int
+    ram: int
+    disk: int
+    like: str = ''
+
+
 class Seen(NamedTuple):
     """A server of ours as its cloud shows it: Nova's status in lower case, `made` in seconds since
     1970.
@@ -6126,7 +6140,7 @@ def cloud_of(account: str) -> str:
 
 OF_PERSON = '~'  # before the id of a credential in the name of an account
 MEASURED_CALLS = set('things boot servers delete server start stop shelve snapshot saved '
-                     'aggregates mark hosts'.split())
+                     'aggregates mark hosts lend'.split())
 calling = threading.local()  # whether this thread is in such a call already
 
 
@@ -6244,6 +6258,9 @@ class Cloud:
     def aggregates(self) -> list[Aggregate]:
         """All host aggregates; for the operator of a cloud."""
         raise NotImplementedError
+
+    def lend(self, wanted: dict[str, Lent]) -> None:
+        """Has just these flavors of ours, by their ids; for the operator of a cloud."""
 
     def mark(self, aggregate: str, resource: str) -> None:
         """Marks an aggregate with a resource, so that Nova's scheduler asks for it; '' takes the
@@ -6649,6 +6666,23 @@ class OpenStack(Cloud):
             identity.update_endpoint(endpoint, url=values['url'])
         else:
             identity.create_endpoint(**values)
+
+    def lend(self, wanted):
+        with self.calling('lend flavors') as cloud:
+            ours = {each.id: each for each in cloud.compute.flavors(is_public=None)
+                    if each.description == self.store}
+            for id in ours.keys() - wanted.keys():
+                cloud.compute.delete_flavor(id, ignore_missing=True)
+            for id in wanted.keys() - ours.keys():
+                self.lend_one(cloud.compute, id, wanted[id])
+
+    def lend_one(self, compute, id: str, lent: Lent) -> None:
+        like = compute.find_flavor(lent.like, ignore_missing=False) if lent.like else lent
+        compute.create_flavor(id=id, name=f'reservation:{id}', vcpus=like.vcpus, ram=like.ram,
+                              disk=like.disk, is_public=False, description=self.store)
+        if specs := lent.like and compute.fetch_flavor_extra_specs(like).extra_specs:
+            compute.create_flavor_extra_specs(id, specs)
+        compute.flavor_add_tenant_access(id, lent.project)
 
     def hosts(self, uids):
         return {uid: self.host_of(uid) for uid in uids}
@@ -8873,7 +8907,7 @@ PLACE = ('cell', 'cloud', 'region', 'aggregate')
 HIDDEN = frozenset(('now', 'resource_id', 'held_from', 'held_until', 'over', 'due', 'reservation',
                     'user_data', 'existing', 'ever', 'runs', 'told', 'slot', 'altered', 'revision',
                     'revised', 'on_conflict', 'booked_until', 'subscription', 'repeats', 'series',
-                    'waiting', 'confirm', 'pending', 'priority', 'choices', 'named', 'trusted'))
+                    'waiting', 'confirm', 'pending', 'priority', 'choices', 'named', 'trusted', 'flavors'))
 #: Of a reservation, the occurrence that is now or comes next: no other that is not over comes
 #: before it.
 NEXT_OF_ITS = """NOT EXISTS (SELECT 1 FROM occurrence c
@@ -12605,7 +12639,7 @@ class Plan(Operations):
 
     @api('POST', '/resource/sync', role=ADMIN)
     def resource_sync(self, cloud: Name, aggregates: Names = (), mode: Name = '', hold: Span = None,
-                      named: bool = None, force: bool = False,
+                      named: bool = None, flavors: bool = None, force: bool = False,
                       dry_run: bool = False) -> list[DifferenceAnswer]:
         """Reads host aggregates of a cloud, makes resources of them or updates those, and marks
         them for Nova.
@@ -12614,7 +12648,8 @@ class Plan(Operations):
         aggregate's hosts. The entry of clouds.yaml must be an admin's. Each line of the answer is a
         difference; with --dry-run that is all that happens. Without --aggregates, those that are
         marked are updated. With --named, a reservation may ask for a host by its name: add ...
-        --host NAME.
+        --host NAME. With --flavors, `openstack server create --flavor RESERVATION_ID` works for leases
+        of VMs there, as with Blazar.
 
         Example:
           python cmres.py resource sync chameleon --aggregate gpu --mode exclusive --dry-run
@@ -12627,6 +12662,7 @@ class Plan(Operations):
         chosen = [there[name] for name in aggregates or there if aggregates or there[name].mark]
         wanted = {} if not mode else {'mode': self.read_mode(mode)}
         wanted |= {'hold': int(hold.total_seconds())} if hold is not None else {}
+        wanted |= {'flavors': flavors} if flavors is not None else {}
         with self.writing(dry_run) as now:
             synced = [self.sync_one(cloud, each, wanted, named, force, now) for each in chosen]
         # outside the transaction: it is a call to the cloud
@@ -13055,7 +13091,7 @@ class Claims(Operations):
     def has_left(self, place, found, server: str, need: Amount, now: float) -> bool:
         """Whether of what an occurrence has reserved there is still enough for one more server."""
         taken, reserved = self.claimed('occurrence = ?', found.id, server) + need, amount_of(found)
-        if found.flavor or found.host:
+        if found.flavor or found.host or found.vcpus or found.ram:
             return taken.within(reserved._replace(classes=tuple((name,
                                                                  dict(reserved.classes).get(name,
                                                                                             0))
@@ -14306,6 +14342,12 @@ def boot_id() -> str:
         return secrets.token_hex(8)
 
 
+def disk_of_lease(found) -> int:
+    """The GiB of disk that a part of a lease has for each VM; Nova boots nothing from none."""
+    asked = next(each['asked'] for each in json.loads(found.parts) if each['id'] == found.part)
+    return asked.get('disk_gb') or 1
+
+
 class LifeCycle:
     """Boots what has begun, ends what is over, and looks whether it is so.
 
@@ -14344,6 +14386,7 @@ class LifeCycle:
         self.zones, self.fresh_until = '', 0.0
         self.reported: set[str] = set()  # orphans that wait for an admin
         self.tidied = 0.0  # when old things were last looked for
+        self.lent: dict[str, dict] = {}  # flavors by cloud, as it has them
 
     # Repeating
 
@@ -14369,6 +14412,7 @@ class LifeCycle:
             self.drop_staged(now)
             self.plan(now)
             self.call(now)
+            self.lend_flavors(now)
             self.soonest, self.seen = self.next_due(now), None
         self.tidy(now)
         return True
@@ -14726,6 +14770,27 @@ class LifeCycle:
             with self.acting():
                 forgotten = self.service.forget(now)
             self.tidied = 0.0 if forgotten else now
+
+    def lend_flavors(self, now: float) -> None:
+        """Has Nova know a flavor for each lease of VMs that is active, where that is wanted."""
+        places = defaultdict(list)
+        for each in rows('SELECT id, cloud FROM resource WHERE flavors AND removed IS NULL'):
+            places[each.cloud].append(each.id)
+        known = self.config.read_again().identities
+        for cloud, ids in places.items():
+            active = rows('SELECT h.part, o.vms, o.vcpus, o.ram, r.flavor, r.project, l.parts '
+                          'FROM occurrence o CROSS JOIN reservation r ON r.id = o.reservation_id '
+                          'JOIN blazar_hold h ON h.reservation = r.id '
+                          'JOIN blazar_lease l ON l.id = h.lease_id '
+                          'WHERE o.resource_id IN (SELECT value FROM json_each(?)) '
+                          'AND o.due IS NOT NULL AND o.cancelled IS NULL AND o.start <= ? '
+                          """AND o."end" > ? AND r.host = '' AND r.image = ''""",
+                          json.dumps(ids), now, now)
+            wanted = {each.part: Lent(known.get(each.project, each.project),
+                                      each.vcpus // each.vms, each.ram // each.vms,
+                                      disk_of_lease(each), each.flavor) for each in active}
+            if wanted != self.lent.get(cloud):
+                self.submit(('lend', cloud), 'lend', cloud, wanted)
 
     def admit_waiting(self, now: float) -> None:
         self.line_moves = False
@@ -15326,6 +15391,9 @@ class LifeCycle:
     def do_clear(self, call: Job) -> None:
         self.clouds.open(call.account).delete(call.target)
 
+    def do_lend(self, call: Job) -> None:
+        self.clouds.open(call.account).lend(call.target)
+
     def do_notice(self, call: Job) -> None:
         notice, found = call.target, None
         if (notice.occurrence or 0) > 0:
@@ -15494,6 +15562,12 @@ class LifeCycle:
         if result.error:
             log.warning('could not remove the server %s that nothing wants: %s', result.target,
                         result.error)
+
+    def record_lend(self, result: Job, now: float) -> None:
+        if result.error:  # it is tried again at the next pass that has something to do
+            log.warning('could not lend flavors on %s: %s', result.account, result.error)
+        else:
+            self.lent[result.account] = result.target
 
     def record_integrity(self, result: Job, now: float) -> None:
         if not result.error:
