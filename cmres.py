@@ -14183,11 +14183,7 @@ class Reservations(Approvals, Requests, Plan, Claims, Calendars, Tokens, Records
     """The whole service, on behalf of one actor; see Service for its arguments."""
 
 
-# Life cycle ##################################################################
-#
-# One idempotent pass, `converge`, makes of what is wanted what is; repeating it is all there is.
-# It records the calls that ended, plans servers for what has begun, gives them up for what is
-# over, and hands the next calls to workers. One thread thinks and writes; workers only call.
+# Servers ######################################################################
 #
 # A server is made like this, so that a crash at any point neither loses nor doubles it:
 #
@@ -14196,17 +14192,7 @@ class Reservations(Approvals, Requests, Plan, Claims, Calendars, Tokens, Records
 #   (3) the answer is written. Where (3) is missing, a look at the cloud finds the server by its
 #       mark, or, once it can't come any more, finds that there is none: then from (1), a new mark.
 #
-# When can't it come any more? A call has `call_timeout` from the instant that a worker begins it,
-# and from the request that makes the server once more; where that is over it is fenced, so that
-# what it has not asked for by then it never will. Calls of another process began before it lost
-# the lease. From the latest end that is possible, `settle` goes by before a look is believed.
-#
-# Two clocks must agree before anything ends: the wall clock and the uptime. One that jumps ahead is
-# doubted, and until something confirms it a pass goes by the instant to which the uptime leads.
-#
 # What a server needs next follows from its goal and its state alone; `due` only says when to ask.
-# Of several processes one acts, by a lease with a deadline: it is renewed while passes are made, it
-# is looked at in every transaction and before every call, and who lost it does nothing more.
 
 UNDER_WAY = {'delete': 'deleting', 'start': 'starting', 'stop': 'stopping', 'shelve': 'shelving',
              'snapshot': 'saving'}
@@ -14222,9 +14208,7 @@ ENDS_FROM = {'stop': ('active',), 'shelve': ('active', *DOWN[:3]),
 ARRIVED = {'starting': ('active',), 'stopping': ('shutoff', *DOWN[2:]), 'shelving': DOWN[3:]}
 # it is gone, or it stays as its owner wished and is no longer ours to watch
 FINAL = ('deleted', 'kept')
-DRIFT = 1e-4  # seconds by which two clocks may part in one, without either being wrong
 CALM = 60  # seconds that another number of servers must be up before it is told
-TRIPS = 3  # failures in a row after which a cloud is left alone for a while
 
 #: What a pass looks at once its instant has come, and the next pass waits for: table, column, rows.
 DUE = {'occurrence': ('occurrence o', 'o.due', '1'), 'server': ('server v', 'v.due', '1'),
@@ -14274,46 +14258,6 @@ def server_name(label: str, number: str) -> str:
     return (word or 'vm') + number
 
 
-class LostLease(Error):
-    """Another scheduler acts now; this one must not."""
-
-
-@dataclasses.dataclass(eq=False)
-class Job:
-    """What a worker is to do, and once that ended, when, and its answer or its error."""
-    key: tuple
-    verb: str
-    account: str
-    target: Any
-    taken: float | None = None  # the uptime from which its time counts; None: it waits for a worker
-    fenced: bool = False        # its time is over, and it must not make anything any more
-    began: float = 0.0
-    ended: float = 0.0
-    answer: Any = None
-    error: Exception | None = None
-
-
-class Trust(NamedTuple):
-    """How the wall clock stood to the uptime when it was believed last, and what is doubted
-    since.
-    """
-    boot: str      # since which start of this computer the uptime counts
-    offset: float  # seconds of the wall clock less those of the uptime
-    uptime: float
-    doubted: float | None = None  # another offset
-    since: float = 0.0            # the uptime at which that was first seen, or contradicted last
-
-
-class Breaker(NamedTuple):
-    """What is remembered of a cloud in trouble: failures in a row, the last one, until when it is
-    left alone.
-    """
-    failures: int = 0
-    last: float = 0
-    until: float = 0
-    fault: str = ''
-
-
 def grouped(found: Iterable, name: str) -> list[list]:
     """Rows with the same value of a column together."""
     groups: dict = defaultdict(list)
@@ -14326,6 +14270,101 @@ def named(found: list, most: int = 5) -> str:
     """The names of some rows, as a sentence lists them."""
     names = ', '.join(each.name for each in found[:most])
     return f'{names} and {len(found) - most} more' if len(found) > most else names
+
+
+def is_due(what: str, now: float) -> bool:
+    """Whether anything of a kind is due."""
+    table, column, which = DUE[what]
+    return bool(row(f'SELECT 1 AS one FROM {table} WHERE {column} <= ? AND {which} LIMIT 1',
+                    now))
+
+
+def those_due(what: str, query: str, now: float, tail: str = '') -> list:
+    """The rows of a query that are due as one kind."""
+    _, column, which = DUE[what]
+    return rows(f'{query} WHERE {column} <= ? AND {which} {tail}', now)
+
+
+def has_arrived(under_way: str, state: str) -> bool:
+    """Whether a cloud's state is what was asked for."""
+    return state in ARRIVED.get(under_way, ())
+
+
+def next_call(server) -> str:
+    """What a server needs next."""
+    if server.state == 'planned':
+        return 'boot' if server.goal == 'up' else 'drop'
+    if server.state == UNDER_WAY['snapshot']:
+        return 'verify'
+    if server.state in UNDER_WAY.values() or not server.uid:
+        return 'look'
+    if server.goal == 'up' and server.state in DOWN and (server.borrowed or not server.ready):
+        return 'start'
+    if server.goal == 'up' and server.borrowed:
+        return 'look'
+    if server.goal == 'delete' or server.goal == 'up' and server.state == 'error':
+        return 'delete'
+    if server.state in ENDS_FROM.get(server.goal, ()):
+        return server.goal
+    arrived = has_arrived(UNDER_WAY.get(server.goal, ''), server.state)
+    asleep = server.state in WAKES and not arrived
+    return 'start' if server.goal in ENDS_FROM and asleep else 'look'
+
+
+def known_on(account: str) -> list[str]:
+    """The servers that must be there on an account."""
+    return [each.uid for each in rows(
+        "SELECT uid FROM server WHERE account = ? AND due IS NOT NULL AND uid IS NOT NULL "
+        "AND (goal = 'up' OR borrowed) UNION ALL "
+        "SELECT uid FROM server WHERE account = ? AND state = 'kept' AND NOT borrowed",
+        account, account)]
+
+
+def wished_pause(error: Exception) -> float:
+    """The seconds that a cloud asks us to wait; 0 if it doesn't."""
+    text = getattr(error, 'details', {}).get('retry_after') or '0'
+    return min(float(text), 3600) if re.fullmatch(r'[0-9]{1,9}', str(text)) else 0
+
+
+def fault_of(error: Exception) -> str:
+    return str(error) if isinstance(error, Error) else f'{type(error).__name__}: {error}'
+
+
+def note_of(config: Config, now: float, code: str, sentence: str, about,
+         notify: Iterable[str] | None = None) -> None:
+    """An event of one server, which is only logged: `tell_up` tells of all of them together."""
+    occurrence = getattr(about, 'occurrence_id', about.id)
+    journal(config, now, 'cmres', code, sentence[:1000], about.reservation_id, notify,
+            occurrence)
+
+
+def tell_of(config: Config, now: float, code: str, sentence: str, about) -> None:
+    """An event of the life cycle, about a row that tells its reservation and whom to notify."""
+    note_of(config, now, code, sentence, about, json.loads(about.notify))
+
+
+def look_again(occurrence: int, now: float) -> None:
+    """Lets this pass plan an occurrence whose servers are no longer as they were."""
+    run('UPDATE occurrence SET due = ? WHERE id = ? AND due > ?', now, occurrence, now)
+
+
+# Clock ########################################################################
+#
+# Two clocks must agree before anything ends: the wall clock and the uptime. One that jumps ahead is
+# doubted, and until something confirms it a pass goes by the instant to which the uptime leads.
+
+DRIFT = 1e-4  # seconds by which two clocks may part in one, without either being wrong
+
+
+class Trust(NamedTuple):
+    """How the wall clock stood to the uptime when it was believed last, and what is doubted
+    since.
+    """
+    boot: str      # since which start of this computer the uptime counts
+    offset: float  # seconds of the wall clock less those of the uptime
+    uptime: float
+    doubted: float | None = None  # another offset
+    since: float = 0.0            # the uptime at which that was first seen, or contradicted last
 
 
 def seconds_up() -> float:
@@ -14342,314 +14381,20 @@ def boot_id() -> str:
         return secrets.token_hex(8)
 
 
-def disk_of_lease(found) -> int:
-    """The GiB of disk that a part of a lease has for each VM; Nova boots nothing from none."""
-    asked = next(each['asked'] for each in json.loads(found.parts) if each['id'] == found.part)
-    return asked.get('disk_gb') or 1
-
-
-class LifeCycle:
-    """Boots what has begun, ends what is over, and looks whether it is so.
+class Clocks:
+    """What time it is, by a wall clock that may be wrong and an uptime that is not.
 
     Args:
       clock: seconds since 1970, by a clock that people and programs may set
       uptime: seconds on a clock that nobody sets; without it, a clock that is passed in is both
     """
 
-    def __init__(self, config: Config, clouds: Clouds, clock: Callable[[], float] = time.time,
+    def __init__(self, config: Config, clock: Callable[[], float],
                  uptime: Callable[[], float] | None = None):
-        self.config, self.clouds, self.clock = config, clouds, clock
+        self.config, self.clock = config, clock
         self.uptime = uptime or (seconds_up if clock is time.time else lambda: self.clock())
         self.boot, self.trust, self.asked = boot_id(), None, float('-inf')
-        self.name = f'{socket.gethostname()}:{os.getpid()}:{secrets.token_hex(4)}'
-        self.leased_until = self.latest = 0.0
-        self.wake = threading.Event()
-        self.passed = time.monotonic()  # when a pass has worked last
-        self.flying: dict[tuple, Job] = {}  # calls that workers have or will have
-        self.hanging: set[Job] = set()      # calls that workers have although their time is over
-        # whether a call may go on is decided by one thread at a time
-        self.fence = threading.Lock()
-        self.results: queue.SimpleQueue[Job] = queue.SimpleQueue()
-        self.ended: list[Job] = []          # calls that ended, which is not on disk yet
-        self.pools: dict[str, ThreadPoolExecutor] = {}
-        self.breakers: dict[str, Breaker] = defaultdict(Breaker)
-        # Since when servers were seen to boot, by account.
-        self.building: dict[str, dict] = defaultdict(dict)
-        self.service = Reservations(config, clouds, Actor('cmres', 'default', ADMIN), self.now)
-        self.service.fence = self.refuse_without_lease
-        self.stale = False  # whether series are still to be carried on
-        self.dropping = False  # whether more is to be dropped that was begun and not ended
-        self.line_moves = False  # whether those that wait are to be looked at once more
-        self.soonest = 0.0  # when something is due next
-        self.seen: tuple | None = None  # the state of the store in which that was so
-        self.calm_until = 0.0  # until when notices that have to wait for others are left alone
-        self.zones, self.fresh_until = '', 0.0
-        self.reported: set[str] = set()  # orphans that wait for an admin
-        self.tidied = 0.0  # when old things were last looked for
-        self.lent: dict[str, dict] = {}  # flavors by cloud, as it has them
-
-    # Repeating
-
-    def converge(self, now: float) -> bool:
-        """One pass, if this process may act; calls that it begins go on after it and are recorded
-        by a later one.
-        """
-        if not self.lead(now):
-            self.forget()
-            return False
-        now = self.believed()  # we may have been frozen since
-        if now < self.latest - 2:
-            log.warning('the clock was set back by %.0f seconds', self.latest - now)
-            self.pull_forward(now)
-            self.sweep()
-        self.latest = now
-        self.record(now)
-        self.give_up()
-        self.refresh(now)
-        self.dropping = self.line_moves = False
-        if self.has_work(now):
-            self.admit_waiting(now)
-            self.drop_staged(now)
-            self.plan(now)
-            self.call(now)
-            self.lend_flavors(now)
-            self.soonest, self.seen = self.next_due(now), None
-        self.tidy(now)
-        return True
-
-    def settle(self) -> bool:
-        """Passes until no call is under way: what `tick` does; false if another scheduler acts."""
-        acting = self.converge(self.clock())
-        while acting and (self.goes_on or self.under_way()):
-            self.wake.wait(0 if self.goes_on else 1)
-            self.wake.clear()
-            acting = self.converge(self.clock())
-        return acting
-
-    @property
-    def goes_on(self) -> bool:
-        """Whether the next pass has something to do at once."""
-        return self.stale or self.dropping or self.line_moves
-
-    def under_way(self) -> bool:
-        """Whether a call may still end in time: a worker has it, or will be free for it."""
-        hanging = Counter(call.account for call in self.hanging)
-        return any(hanging[call.account] < self.config.workers for call in self.flying.values())
-
-    def has_work(self, now: float) -> bool:
-        """Whether anything is due; asked anew only where somebody has written since."""
-        state = state_of_store()
-        if state != self.seen:
-            self.seen, self.soonest = state, self.next_due()
-        return self.soonest <= now
-
-    def next_due(self, after: float = -1) -> float:
-        """When, after an instant, the next pass has something to do; infinity if nothing is
-        planned.
-        """
-        due = row(SOONEST, after).due
-        return float('inf') if due is None else due
-
-    def is_due(self, what: str, now: float) -> bool:
-        """Whether anything of a kind is due."""
-        table, column, which = DUE[what]
-        return bool(row(f'SELECT 1 AS one FROM {table} WHERE {column} <= ? AND {which} LIMIT 1',
-                        now))
-
-    def those_due(self, what: str, query: str, now: float, tail: str = '') -> list:
-        """The rows of a query that are due as one kind."""
-        _, column, which = DUE[what]
-        return rows(f'{query} WHERE {column} <= ? AND {which} {tail}', now)
-
-    def run(self, stop: threading.Event) -> None:
-        """Passes at every instant that is due, at every change, and at least every second, until
-        `stop` is set.
-        """
-        import schedule
-        beat = schedule.Scheduler()
-        # other processes may change the store; clocks may be set
-        beat.every(1).seconds.do(lambda: None)
-        beat.every(max(int(10 * self.config.sweep), 1)).seconds.do(self.guarded, self.sweep)
-        beat.every(max(int(self.config.verify_every), 1)).seconds.do(self.guarded, self.check_file)
-        while not stop.is_set():
-            wait = self.guarded_pass()
-            stop.wait(self.guarded(lambda: self.rest(wait, beat)))
-        self.guarded(self.finish)
-
-    def rest(self, wait: float, beat) -> float:
-        """Waits until the next pass is due; 0, so that nothing else is waited for."""
-        # `schedule` goes by a clock that may be set
-        self.wake.wait(max(min(wait, beat.idle_seconds, 1), 0))
-        self.wake.clear()
-        beat.run_pending()
-        return 0
-
-    def guarded_pass(self) -> float:
-        """One pass that survives whatever happens; the seconds until the next one is due."""
-        return self.guarded(self.one_pass)
-
-    def one_pass(self) -> float:
-        acts = self.converge(self.clock())
-        self.passed = time.monotonic()
-        if not acts:
-            return 1
-        # What was due already is done, or waits for a call, and each of them wakes us when it ends.
-        return 0 if self.goes_on else self.soonest - self.now()
-
-    def guarded(self, deed: Callable[[], float]) -> float:
-        """Does what is done again and again: what goes wrong is only logged, and 1 the seconds to
-        wait.
-        """
-        try:
-            return deed()
-        except LostLease as error:
-            log.warning('%s', error)
-        except (Unavailable, *STORE_ERRORS) as error:
-            if not (refusal := error if isinstance(error, Unavailable) else trouble(error)):
-                log.exception('this pass failed by a mistake of cmres; the next comes in a second')
-            else:
-                log.warning('waiting: %s', refusal)
-        except Exception:  # whatever it is, the next pass may do better; people wait for machines
-            log.exception('this pass failed; the next comes in a second')
-        return 1
-
-    def age(self) -> float:
-        """The seconds since a pass has worked, be it that another scheduler acts."""
-        return time.monotonic() - self.passed
-
-    def finish(self, patience: float = 5) -> None:
-        """Lets calls that are under way end and records them; then another scheduler may act at
-        once.
-        """
-        self.guarded(lambda: self.wait_for_calls(time.monotonic() + patience))
-        with self.fence:  # no worker begins anything after another process has begun to act
-            self.leased_until = 0.0
-        self.guarded(self.hand_over)
-        for pool in self.pools.values():
-            pool.shutdown(wait=False, cancel_futures=True)
-
-    def wait_for_calls(self, until: float) -> None:
-        while self.flying and time.monotonic() < until and self.lead(self.clock()):
-            self.wake.wait(0.1)
-            self.wake.clear()
-            self.record(self.now())
-
-    def hand_over(self) -> None:
-        """Gives the lease back, and what no worker has begun to who acts next."""
-        with transaction(first=True):
-            if run('UPDATE lease SET until = ? WHERE holder = ?', self.now(), self.name).rowcount:
-                for call in self.flying.values():
-                    if call.verb == 'boot' and call.taken is None:
-                        change(Server, call.target.id, state='planned', intended=None,
-                               due=self.now())
-
-    # Who acts
-
-    def lead(self, now: float) -> bool:
-        """Whether this process may act: it has the lease, renews it, or takes one that ran out."""
-        if self.leased_until - self.config.lease <= now < self.leased_until - self.config.lease / 2:
-            return True
-        if self.held_by_another(now):
-            self.leased_until = 0.0
-            return False
-        with transaction(first=True):
-            now = self.clock()  # we may have been frozen since; nobody else writes from here on
-            if self.held_by_another(now):
-                return False
-            taken_over = not row('SELECT name FROM lease WHERE holder = ?', self.name)
-            run('INSERT INTO lease (name, holder, until) VALUES (?, ?, ?) ON CONFLICT (name) DO '
-                'UPDATE '
-                'SET holder = excluded.holder, until = excluded.until',
-                'scheduler', self.name, now + self.config.lease)
-            if taken_over or not self.trust:
-                self.recall()
-            self.judge()
-            if taken_over:  # whoever made the calls that are under way may never tell of them
-                self.bound_calls(self.now())
-                self.pull_forward(self.now())
-        self.leased_until = now + self.config.lease
-        if taken_over:
-            self.sweep()
-        return True
-
-    def held_by_another(self, now: float) -> bool:
-        found = row('SELECT holder, until FROM lease')
-        # One that ends further ahead than any lease was made before the clock was set back.
-        return (bool(found) and found.holder != self.name
-                and now < found.until <= now + 2 * self.config.lease)
-
-    @contextmanager
-    def acting(self) -> Iterator[None]:
-        """A transaction of the process that has the lease; LostLease for any other."""
-        with transaction(first=True):
-            self.refuse_without_lease()
-            yield
-
-    def refuse_without_lease(self) -> None:
-        if not row('SELECT name FROM lease WHERE holder = ?', self.name):
-            self.leased_until = 0.0
-            raise LostLease('another scheduler has taken over; this one waits its turn')
-
-    def forget(self) -> None:
-        """What ended is for the process to find out that acts now."""
-        while not self.results.empty():
-            self.ended.append(self.results.get())
-        self.forget_calls()
-
-    def forget_calls(self) -> None:
-        for result in self.ended:
-            self.hanging.discard(result)
-            if self.flying.get(result.key) is result:
-                del self.flying[result.key]
-        self.ended.clear()
-
-    def bound_calls(self, now: float) -> None:
-        """Notes when the calls of who acted before will have ended; until then a server may
-        appear.
-        """
-        latest = now + self.config.call_timeout
-        with self.acting():
-            run('UPDATE server SET called = ? '
-                'WHERE intended IS NOT NULL AND due IS NOT NULL AND uid IS NULL', latest)
-            # A second snapshot would make a second image.
-            run('UPDATE server SET due = ? WHERE intended IS NOT NULL AND due IS NOT NULL '
-                "AND goal = 'snapshot' AND state <> ?", latest, UNDER_WAY['snapshot'])
-            run('UPDATE server SET intended = NULL WHERE intended IS NOT NULL AND due IS NOT NULL')
-
-    def pull_forward(self, now: float) -> None:
-        """Lets nothing wait for an instant that an older clock or another process has reckoned."""
-        latest, pause = max(self.latest, now), now + self.config.retry_most
-        longest = now + self.config.call_timeout
-        with self.acting():
-            run("UPDATE server SET due = min(due, CASE WHEN state = 'planned' THEN ? "
-                "WHEN goal = 'snapshot' AND uid IS NOT NULL THEN ? ELSE ? END), "
-                'called = min(called, iif(uid IS NULL, ?, ?)) WHERE due IS NOT NULL',
-                pause, longest, now, longest, now)
-            run('UPDATE occurrence SET due = ? WHERE due > ? AND held_from <= ? AND id IN (SELECT '
-                'id FROM occurrence '
-                f'WHERE due IS NOT NULL AND start <= ? + {LONGEST_LEAD})', now, now, latest, latest)
-            run('UPDATE outbox SET due = min(due, ? + min(?, ? * (1 << min(tries, 20)))) '
-                'WHERE due IS NOT NULL', now, RARELY, self.config.retry_first)
-            run('UPDATE wait SET due = 0 WHERE due > 0')
-            for each in rows('SELECT o.id, o.reservation_id, r.notify FROM occurrence o '
-                             'JOIN reservation r ON r.id = o.reservation_id WHERE o.due IS NULL '
-                             'AND o.cancelled IS NULL AND o."end" > ?', now):
-                change(Occurrence, each.id, due=now, told=0, up_told=None)
-                self.journal(now, 'clock', 'a wrong clock has ended it too early; it goes on', each)
-        self.breakers.clear()
-        self.latest = now
-
-    def sweep(self) -> None:
-        """Looks at every account, also for servers of ours that nothing in the store tells of."""
-        if self.clock() < self.leased_until:
-            for account in self.clouds.accounts():
-                self.submit(('look', account), 'look', account, self.known(account))
-
-    def check_file(self) -> None:
-        """Looks for damage in the database file, aside; /readyz tells what was found."""
-        self.submit(('integrity',), 'integrity', ' store', store_file.path)
-
-    # What time it is
+        self.latest = 0.0  # by which instant a pass has acted last
 
     def now(self) -> float:
         """Seconds since 1970 by the wall clock; while that is doubted, by the uptime."""
@@ -14700,111 +14445,455 @@ class LifeCycle:
         log.warning('%s', sentence)
         journal(self.config, self.now(), 'cmres', 'clock', sentence)
 
-    def believed(self) -> float:
-        """The instant by which a pass acts; asks the clouds for theirs while the clock is
-        doubted.
-        """
-        trust, now = self.judged()
-        if trust.doubted != (self.trust and self.trust.doubted):
-            with self.acting():
-                self.judge()
+    def confirm(self, result: Job, now: float) -> None:
+        """Lets a cloud's clock confirm a doubted one, or contradict it for as long as it does."""
+        trust, said = self.trust, result.answer
+        slack = self.config.lease + result.ended - result.began
+        if said is None or trust.doubted is None or said < trust.offset - slack:
+            return
+        up = self.uptime()
+        if abs(said - trust.doubted) <= slack:
+            self.judge(Trust(self.boot, trust.doubted, up))
         else:
-            self.trust = trust
-        if trust.doubted is None:
-            return now
-        if self.uptime() >= self.asked + self.config.settle / 3:
-            self.asked = self.uptime()
-            for account in self.clouds.accounts():
-                self.submit(('time', account), 'time', account, None)
-        return now
+            self.judge(trust._replace(offset=min(max(said, trust.offset), trust.doubted), since=up))
 
-    # What is wanted
 
-    def refresh(self, now: float) -> None:
-        """Carries series on, once a day and when the zone table is another; some in each pass, so
-        that none is long.
+# Leadership ###################################################################
+#
+# Of several processes one acts, by a lease with a deadline: it is renewed while passes are made, it
+# is looked at in every transaction and before every call, and who lost it does nothing more.
+
+
+class LostLease(Error):
+    """Another scheduler acts now; this one must not."""
+
+
+class Leadership:
+    """Whether this process may act."""
+
+    def __init__(self, config: Config, clocks: Clocks):
+        self.config, self.clocks = config, clocks
+        self.name = f'{socket.gethostname()}:{os.getpid()}:{secrets.token_hex(4)}'
+        self.leased_until = 0.0
+
+    def has_time(self, now: float) -> bool:
+        """Whether the lease is this process' at an instant, as it knows by itself."""
+        return self.leased_until - self.config.lease <= now < self.leased_until
+
+    def lead(self, now: float, inherit: Callable[[], None]) -> tuple[bool, bool]:
+        """Whether this process may act: it has the lease, renews it, or takes one that ran out.
+
+        Args:
+          inherit: what is to be written by who takes over
+
+        Returns:
+          whether it may act, and whether it has just taken over.
         """
-        if now < self.fresh_until:
-            return
-        stamp = f'{instant(int(now)):%Y-%m-%d} {zone_table()}'
-        done = fact('refreshed') == stamp
-        if stamp != self.zones:
-            ZoneInfo.clear_cache()  # the files may be others than when this process began
-            self.zones = stamp
-        stale = [] if done else rows(
-            "SELECT id FROM reservation WHERE series <> '' AND over > ? "
-            'AND carried IS NOT ? LIMIT 20',
-            int(now), stamp)
-        for each in stale:
-            self.carry_on(each.id, stamp, now)
-        self.stale = bool(stale)
-        if not stale:
-            self.fresh_until = (now // 86400 + 1) * 86400
-        if not stale and not done:
-            with self.acting():
-                note_fact('refreshed', stamp)
+        if self.has_time(now) and now < self.leased_until - self.config.lease / 2:
+            return True, False
+        if self.held_by_another(now):
+            self.leased_until = 0.0
+            return False, False
+        with transaction(first=True):
+            now = self.clocks.clock()  # we may have been frozen; nobody else writes from here on
+            if self.held_by_another(now):
+                return False, False
+            taken_over = not row('SELECT name FROM lease WHERE holder = ?', self.name)
+            run('INSERT INTO lease (name, holder, until) VALUES (?, ?, ?) ON CONFLICT (name) DO '
+                'UPDATE SET holder = excluded.holder, until = excluded.until',
+                'scheduler', self.name, now + self.config.lease)
+            if taken_over or not self.clocks.trust:
+                self.clocks.recall()
+            self.clocks.judge()
+            if taken_over:
+                inherit()
+        self.leased_until = now + self.config.lease
+        return True, taken_over
 
-    def carry_on(self, reservation: int, stamp: str, now: float) -> None:
-        """Carries one series on; one that can't be is told of, and is tried again the next day."""
+    def held_by_another(self, now: float) -> bool:
+        found = row('SELECT holder, until FROM lease')
+        # One that ends further ahead than any lease was made before the clock was set back.
+        return (bool(found) and found.holder != self.name
+                and now < found.until <= now + 2 * self.config.lease)
+
+    @contextmanager
+    def acting(self) -> Iterator[None]:
+        """A transaction of the process that has the lease; LostLease for any other."""
+        with transaction(first=True):
+            self.refuse()
+            yield
+
+    def refuse(self) -> None:
+        if not row('SELECT name FROM lease WHERE holder = ?', self.name):
+            self.leased_until = 0.0
+            raise LostLease('another scheduler has taken over; this one waits its turn')
+
+    def bound_calls(self, now: float) -> None:
+        """Notes when the calls of who acted before will have ended; until then a server may
+        appear.
+        """
+        latest = now + self.config.call_timeout
+        with self.acting():
+            run('UPDATE server SET called = ? '
+                'WHERE intended IS NOT NULL AND due IS NOT NULL AND uid IS NULL', latest)
+            # A second snapshot would make a second image.
+            run('UPDATE server SET due = ? WHERE intended IS NOT NULL AND due IS NOT NULL '
+                "AND goal = 'snapshot' AND state <> ?", latest, UNDER_WAY['snapshot'])
+            run('UPDATE server SET intended = NULL WHERE intended IS NOT NULL AND due IS NOT NULL')
+
+
+# Workers ######################################################################
+#
+# Workers only call clouds and hosts. When can a call not come any more? It has `call_timeout` from
+# the instant that a worker begins it, and from the request that makes the server once more; where
+# that is over it is fenced, so that what it has not asked for by then it never will. Calls of
+# another process began before it lost the lease. From the latest end that is possible, `settle`
+# goes by before a look is believed.
+
+
+@dataclasses.dataclass(eq=False)
+class Job:
+    """What a worker is to do, and once that ended, when, and its answer or its error."""
+    key: tuple
+    verb: str
+    account: str
+    target: Any
+    taken: float | None = None  # the uptime from which its time counts; None: it waits for a worker
+    fenced: bool = False        # its time is over, and it must not make anything any more
+    began: float = 0.0
+    ended: float = 0.0
+    answer: Any = None
+    error: Exception | None = None
+
+
+class Workers:
+    """The calls that are under way, in threads of their own."""
+
+    def __init__(self, config: Config, clouds: Clouds, service: Reservations, clocks: Clocks,
+                 leader: Leadership):
+        self.config, self.clouds, self.service = config, clouds, service
+        self.clocks, self.leader = clocks, leader
+        self.wake = threading.Event()       # set when a call has ended
+        self.flying: dict[tuple, Job] = {}  # calls that workers have or will have
+        self.hanging: set[Job] = set()      # calls that workers have although their time is over
+        # whether a call may go on is decided by one thread at a time
+        self.fence = threading.Lock()
+        self.results: queue.SimpleQueue[Job] = queue.SimpleQueue()
+        self.ended: list[Job] = []          # calls that ended, which is not on disk yet
+        self.pools: dict[str, ThreadPoolExecutor] = {}
+        self.deeds = {
+            'boot': self.do_boot, 'delete': self.do_delete, 'start': self.do_start,
+            'stop': self.do_stop, 'shelve': self.do_shelve, 'snapshot': self.do_snapshot,
+            'integrity': self.do_integrity, 'verify': self.do_verify, 'look': self.do_look,
+            'clear': self.do_clear, 'notice': self.do_notice, 'trace': self.do_trace,
+            'time': self.do_time, 'poll': self.do_poll, 'lend': self.do_lend}
+
+    def submit(self, key: tuple, verb: str, account: str, target) -> None:
+        if self.busy(key):
+            return
+        self.flying[key] = call = Job(key, verb, account, target)
         try:
-            with self.acting():
-                self.service.series.refresh(reservation, now)
-                change(Reservation, reservation, carried=stamp)
-        # that is wrong with the store, or with all
-        except (peewee.OperationalError, Unavailable, LostLease):
+            # one pool an account: a cloud that hangs holds nobody else's workers
+            if account not in self.pools:
+                self.pools[account] = ThreadPoolExecutor(self.config.workers,
+                                                         thread_name_prefix=account)
+            self.pools[account].submit(self.work, call)
+        except RuntimeError:  # no thread can be started, so that nobody would ever tell of it
+            del self.flying[key]
             raise
-        except Exception as error:
-            log.warning('the series of reservation %s could not be carried on: %s', reservation,
-                        error,
-                        exc_info=not isinstance(error, Error))
-            with self.acting():
-                change(Reservation, reservation, carried=stamp)
-                journal(self.config, now, 'cmres', 'trouble',
-                        f'it could not be carried on: {self.fault(error)}'[:1000], reservation)
 
-    def tidy(self, now: float) -> None:
-        """While no call is under way, forgets a little of what is long over."""
-        if self.flying:
+    def busy(self, key: tuple) -> bool:
+        """Whether a call is under way, or waits for a worker, however long."""
+        return key in self.flying
+
+    def give_up(self) -> None:
+        """Fences the calls whose own time is over; a look decides what became of them."""
+        with self.fence:
+            for key, call in [*self.flying.items()]:
+                call.fenced = (call.taken is not None
+                               and self.clocks.uptime() >= call.taken + self.config.call_timeout)
+                if call.fenced:
+                    self.hanging.add(self.flying.pop(key))
+
+    def go_on(self, call: Job) -> None:
+        """Gives a call its time from now on.
+
+        Raises:
+          LostLease: another process may act.
+          CloudError: its time is over already; what it was going to ask for has not been asked.
+        """
+        with self.fence:
+            up, now = self.clocks.uptime(), self.clocks.clock()
+            if not self.leader.has_time(now):
+                raise LostLease('the time for this call ran out before it began')
+            if (call.fenced or call.taken is not None
+                and up >= call.taken + self.config.call_timeout):
+                raise CloudError(f'the cloud {call.account} did not answer within '
+                                 f'{self.config.call_timeout:g} '
+                                 'seconds, so that nothing was asked for', sure=True)
+            call.taken = up
+
+    def work(self, call: Job) -> None:
+        """A worker's whole job: one call, if it is not too late for it; the next pass records
+        it.
+        """
+        call.began = self.clocks.now()
+        try:
+            self.go_on(call)
+            call.answer = self.deeds[call.verb](call)
+        except Exception as caught:  # the pass that records it decides what it means
+            call.error = caught
+        call.ended = self.clocks.now()
+        self.results.put(call)
+        self.wake.set()
+
+    def do_boot(self, call: Job) -> str:
+        server = call.target
+        return self.clouds.open(call.account).boot(Machine(
+            server.name, self.mark(server), server.flavor, server.image, server.network, server.key,
+            tuple(json.loads(server.security_groups)), server.user_data,
+            json.loads(server.metadata),
+            server.label if server.mode else '',
+            self.clouds.sight(call.account, server.project, json.loads(server.trusted)),
+            lambda: self.go_on(call)))
+
+    def do_delete(self, call: Job) -> None:
+        self.clouds.open(call.account).delete(call.target.uid)
+
+    def do_start(self, call: Job) -> None:
+        self.clouds.open(call.account).start(call.target.uid)
+
+    def do_stop(self, call: Job) -> None:
+        self.clouds.open(call.account).stop(call.target.uid)
+
+    def do_shelve(self, call: Job) -> None:
+        self.clouds.open(call.account).shelve(call.target.uid)
+
+    def do_snapshot(self, call: Job) -> tuple[str, str]:
+        server = call.target
+        name = f'{server.name}-{instant(server.end):%Y%m%dT%H%M%S}'
+        return name, self.clouds.open(call.account).snapshot(server.uid, name)
+
+    def do_integrity(self, call: Job) -> str:
+        return look_for_damage(call.target)
+
+    def do_verify(self, call: Job) -> bool | None:
+        return self.clouds.open(call.account).saved(call.target.snapshot_id)
+
+    def do_look(self, call: Job) -> tuple[list[Seen], set[str]]:
+        """The servers with our marks, and those of the known ones that are gone for sure.
+
+        Nova lists a server without its tags for a moment between its build request and its cell, so
+        that one which must be there is asked for by its id before it is taken for gone.
+        """
+        cloud = self.clouds.open(call.account)
+        seen = [each for each in cloud.servers() if each.state not in GONE]
+        # the others' turn comes with the next
+        unseen = sorted(set(call.target) - {each.uid for each in seen})[:100]
+        found = {uid: cloud.server(uid) for uid in unseen}
+        gone = {uid for uid, each in found.items() if each is None or each.state in GONE}
+        return seen + [found[uid] for uid in unseen if uid not in gone], gone
+
+    def do_clear(self, call: Job) -> None:
+        self.clouds.open(call.account).delete(call.target)
+
+    def do_lend(self, call: Job) -> None:
+        self.clouds.open(call.account).lend(call.target)
+
+    def do_notice(self, call: Job) -> None:
+        notice, found = call.target, None
+        if (notice.occurrence or 0) > 0:
+            found = next(iter(self.service.look.in_order([notice.occurrence])), None)
+        elif notice.reservation_id:
+            found = self.service.look.next_of(notice.reservation_id)
+        deliver(self.config, notice, public(found) if found else {})
+
+    def do_trace(self, call: Job) -> dict[str, str | None]:
+        return self.clouds.open(call.account).hosts(call.target)
+
+    def do_time(self, call: Job) -> float | None:
+        """By how much the clock of a cloud is ahead of the uptime."""
+        said = self.clouds.open(call.account).time()
+        return None if said is None else said - self.clocks.uptime()
+
+    def do_poll(self, call: Job) -> dict:
+        with acting_for(call.target.user):
+            return self.service.poll(call.target)
+
+    def mark(self, server) -> str:
+        return f'{self.clouds.store}-{server.id}-{server.tries}'
+
+    def under_way(self) -> bool:
+        """Whether a call may still end in time: a worker has it, or will be free for it."""
+        hanging = Counter(call.account for call in self.hanging)
+        return any(hanging[call.account] < self.config.workers for call in self.flying.values())
+
+    def forget(self) -> None:
+        """What ended is for the process to find out that acts now."""
+        while not self.results.empty():
+            self.ended.append(self.results.get())
+        self.forget_calls()
+
+    def forget_calls(self) -> None:
+        for result in self.ended:
+            self.hanging.discard(result)
+            if self.flying.get(result.key) is result:
+                del self.flying[result.key]
+        self.ended.clear()
+
+
+# Health #######################################################################
+#
+# A cloud that fails again and again is left alone for a while, longer and longer.
+
+TRIPS = 3  # failures in a row after which a cloud is left alone for a while
+
+
+class Breaker(NamedTuple):
+    """What is remembered of a cloud in trouble: failures in a row, the last one, until when it is
+    left alone.
+    """
+    failures: int = 0
+    last: float = 0
+    until: float = 0
+    fault: str = ''
+
+
+class Health:
+    """How the clouds are, by what their calls have come to."""
+
+    def __init__(self, config: Config):
+        self.config = config
+        self.breakers: dict[str, Breaker] = defaultdict(Breaker)
+
+    def pause(self, failures: int, longest: float = 0) -> float:
+        """The seconds before something is tried again that has failed so often.
+
+        Args:
+          longest: seconds that it grows to; 0: those of the setting `retry_most`
+        """
+        pause = self.config.retry_first * 2 ** min(failures - 1, 20)
+        return min(pause, longest or self.config.retry_most) * random.uniform(0.8, 1.2)
+
+    def note(self, result: Job, now: float) -> None:
+        """Counts a cloud's failures in a row; after some it is left alone, longer and longer."""
+        before, error = self.breakers[result.account], result.error
+        if not (isinstance(error, CloudError) and error.ill):
+            if not isinstance(error, LostLease) and result.ended > before.until:
+                self.breakers[result.account] = Breaker()
             return
-        if not self.tidied <= now < self.tidied + 600:
-            with self.acting():
-                forgotten = self.service.forget(now)
-            self.tidied = 0.0 if forgotten else now
+        # Calls that fail side by side are one failure: they met the same moment.
+        failures = before.failures + (result.began > before.last)
+        pause = self.pause(failures - TRIPS + 1) if failures >= TRIPS else 0
+        until = now + max(pause, wished_pause(error))
+        self.breakers[result.account] = Breaker(
+            failures, max(before.last, result.ended), max(before.until, until), str(error))
 
-    def lend_flavors(self, now: float) -> None:
-        """Has Nova know a flavor for each lease of VMs that is active, where that is wanted."""
-        places = defaultdict(list)
-        for each in rows('SELECT id, cloud FROM resource WHERE flavors AND removed IS NULL'):
-            places[each.cloud].append(each.id)
-        known = self.config.read_again().identities
-        for cloud, ids in places.items():
-            active = rows('SELECT h.part, o.vms, o.vcpus, o.ram, r.flavor, r.project, l.parts '
-                          'FROM occurrence o CROSS JOIN reservation r ON r.id = o.reservation_id '
-                          'JOIN blazar_hold h ON h.reservation = r.id '
-                          'JOIN blazar_lease l ON l.id = h.lease_id '
-                          'WHERE o.resource_id IN (SELECT value FROM json_each(?)) '
-                          'AND o.due IS NOT NULL AND o.cancelled IS NULL AND o.start <= ? '
-                          """AND o."end" > ? AND r.host = '' AND r.image = ''""",
-                          json.dumps(ids), now, now)
-            wanted = {each.part: Lent(known.get(each.project, each.project),
-                                      each.vcpus // each.vms, each.ram // each.vms,
-                                      disk_of_lease(each), each.flavor) for each in active}
-            if wanted != self.lent.get(cloud):
-                self.submit(('lend', cloud), 'lend', cloud, wanted)
+    def tell(self, account: str, before: Breaker, after: Breaker) -> None:
+        if before.failures < TRIPS <= after.failures:
+            log.warning('the cloud %s is in trouble and is left alone for a while', account)
+        if after.failures < TRIPS <= before.failures:
+            log.warning('the cloud %s is well again', account)
 
-    def admit_waiting(self, now: float) -> None:
-        self.line_moves = False
-        if any(self.is_due(each, now) for each in ('wait', 'pending', 'proposal')):
-            with self.acting():
-                self.line_moves = self.service.waiting.admit_waiting(now)
 
-    def drop_staged(self, now: float) -> None:
-        """Erases some of what a process had begun to write, and has not gone on with."""
-        left = self.those_due('staged', 'SELECT f.name FROM fact f', now)
-        self.dropping = bool(left)
-        for each in left:
-            with self.acting():
-                Staged(self.service, each.name).drop_some(now)
+class Post:
+    """Which notices go out, and what becomes of them."""
+
+    def __init__(self, config: Config, workers: Workers, health: Health):
+        self.config, self.workers, self.health = config, workers, health
+        self.calm_until = 0.0  # until when notices that have to wait for others are left alone
+
+    def next_notices(self, now: float) -> list:
+        """The notices that go out now: by turns of their owners, and few to one host at a time.
+
+        Each target is told in order, one notice of an owner after another. An owner has a quarter
+        of the workers and mail half of them: silent hosts of some delay nobody else's notices.
+        """
+        under_way = [key for key in self.workers.flying if key[0] == 'notice']
+        if len(under_way) >= self.config.workers:
+            return []
+        owners = Counter(key[2] for key in under_way)
+        hosts = Counter(host_of(key[1]) for key in under_way)
+        if now < self.calm_until:  # nothing has changed for those that had to wait
+            return []
+        _, is_aside = not_real_yet()
+        heads = [each for each in those_due('notice', NOTICES, now, 'ORDER BY n.id')
+                 if not is_aside(each.event)]
+        queues = {those[0].owner: iter(those) for those in grouped(heads, 'owner')}
+        chosen: list = []
+        while queues and len(under_way) + len(chosen) < self.config.workers:
+            owner = min(queues, key=owners.__getitem__)
+            full = owners[owner] >= max(self.config.workers // 4, 1)
+            may_go = (each for each in queues[owner] if not full and self.has_room(each, hosts))
+            notice = next(may_go, None)
+            if notice is None:
+                del queues[owner]
+                continue
+            chosen.append(notice)
+            owners[owner] += 1
+            hosts[host_of(notice.target)] += 1
+        self.calm_until = now + 0.5 if len(heads) > len(chosen) else 0.0
+        return chosen
+
+    def has_room(self, notice, hosts: Counter) -> bool:
+        """Whether a notice can go out while so many are on their way; the operator's can."""
+        if self.workers.busy(('notice', notice.target, notice.owner)):
+            return False
+        host = host_of(notice.target)
+        most = PER_HOST if host else max(self.config.workers // 2, 1)
+        return not notice.owner or hosts[host] < most
+
+    def record(self, result: Job, now: float) -> None:
+        notice, error = result.target, result.error
+        self.calm_until = 0.0
+        if not error:
+            change(Outbox, notice.id, due=None, fault='')
+            if notice.tries:
+                self.hurry_to(host_of(notice.target), now)
+            return
+        tries = notice.tries + 1
+        due = now + self.health.pause(tries, RARELY)
+        if now - notice.at > GIVE_UP:
+            self.give_up_telling(notice, error, now)
+            # What comes after it goes to the same dead end, so it need not be tried as often anew.
+            run('UPDATE outbox SET tries = ?, due = ? WHERE id = (SELECT min(id) FROM outbox WHERE '
+                'due IS NOT NULL AND target = ? AND owner = ?)',
+                tries, due, notice.target, notice.owner)
+            return
+        change(Outbox, notice.id, tries=tries, due=due, fault=str(error)[:500])
+
+    def give_up_telling(self, notice, error: Exception, now: float) -> None:
+        """Gives up a notice, and what else waits for the same target for as long."""
+        given_up = run(
+            'UPDATE outbox SET due = NULL, fault = ? WHERE id IN (SELECT n.id FROM outbox n '
+            'JOIN event e ON e.id = n.event_id WHERE n.due IS NOT NULL AND n.target = ? '
+            'AND n.owner = ? AND e.at < ?)', f'given up: {error}'[:500], notice.target,
+            notice.owner, now - GIVE_UP).rowcount
+        log.warning('gave up telling %s of event %s%s: %s', notice.target, notice.event,
+                    f' and {given_up - 1} others' if given_up > 1 else '', error)
+
+    def hurry_to(self, host: str, now: float) -> None:
+        """Lets all notices go out that wait because of a host, or of our mail server, that is well
+        again.
+        """
+        for each in rows(f"{NOTICES} WHERE n.due > ? AND {DUE['notice'][2]}", now):
+            if host_of(each.target) == host:
+                change(Outbox, each.id, due=now)
+
+
+# Planner ######################################################################
+#
+# What is wanted: of each occurrence that is due, the servers that it wants now, what is told of it,
+# and when it is to be looked at again. It writes, and calls no cloud.
+
+
+class Planner:
+    """Plans occurrences."""
+
+    def __init__(self, config: Config, clouds: Clouds, service: Reservations, leader: Leadership,
+                 workers: Workers):
+        self.config, self.clouds, self.service = config, clouds, service
+        self.leader, self.workers = leader, workers
 
     def plan(self, now: float) -> None:
         """Writes down the servers that occurrences want now, and gives up those they don't."""
@@ -14813,10 +14902,10 @@ class LifeCycle:
                'r.waiting IS NOT NULL OR r.pending IS NOT NULL AS idle, s.no_show, s.mode '
                'FROM occurrence o JOIN reservation r ON r.id = o.reservation_id '
                'JOIN resource s ON s.id = o.resource_id')
-        if self.is_due('occurrence', now):
-            with self.acting():
+        if is_due('occurrence', now):
+            with self.leader.acting():
                 is_aside, _ = not_real_yet()
-                for occurrence in self.those_due('occurrence', due, now):
+                for occurrence in those_due('occurrence', due, now):
                     if not is_aside(occurrence.reservation_id):
                         self.plan_one(occurrence, now)
 
@@ -14922,8 +15011,8 @@ class LifeCycle:
         lost = [each for each in servers
                 if each.state == 'error' and each.ready and not each.borrowed]
         if lost and over and occurrence.cancelled is None and occurrence.at_end != 'delete':
-            self.journal(now, 'forced', f'the agreed {occurrence.at_end} can not be done with VMs '
-                         f'in error, so these are deleted: {named(lost)}', occurrence)
+            tell_of(self.config, now, 'forced', f'the agreed {occurrence.at_end} can not be done '
+                    f'with VMs in error, so these are deleted: {named(lost)}', occurrence)
 
     def handed_on(self, occurrence, now: float) -> bool:
         """Whether the next reservation of the same machine has begun, so that it must not be
@@ -14946,9 +15035,9 @@ class LifeCycle:
         for server in late:  # an image that is not complete by now never will be
             change(Server, server.id, goal='delete', state='active', snapshot='', due=now)
         if late:
-            self.journal(now, 'forced', f'the agreed {occurrence.at_end} was not done within '
-                         f'{format_duration(self.config.end_grace)} after the end, so these VMs '
-                         f'are deleted: {named(late)}', occurrence)
+            tell_of(self.config, now, 'forced', f'the agreed {occurrence.at_end} was not done '
+                    f'within {format_duration(self.config.end_grace)} after the end, so these VMs '
+                    f'are deleted: {named(late)}', occurrence)
 
     def release_unused(self, occurrence, now: float) -> bool:
         """Warns of, and then releases, one without machines on which nobody has booted any; whether
@@ -14966,7 +15055,7 @@ class LifeCycle:
             return True
         if now >= begun + occurrence.no_show // 2 and not occurrence.told & UNUSED:
             until = self.config.told_time(begun + occurrence.no_show)
-            self.journal(now, 'unused', f'it is released at {until} unless a machine '
+            tell_of(self.config, now, 'unused', f'it is released at {until} unless a machine '
                          'is booted on it', occurrence)
             change(Occurrence, occurrence.id, told=occurrence.told | UNUSED,
                    due=begun + occurrence.no_show)
@@ -14983,11 +15072,11 @@ class LifeCycle:
                        occurrence.id, occurrence.id)
         if foreign:
             deed = 'are deleted' if self.config.end_foreign else 'go on'
-            self.journal(now, 'foreign',
+            tell_of(self.config, now, 'foreign',
                          f"{len(foreign)} machines that were booted by hand {deed}: "
                          f"{', '.join(each.server for each in foreign)}", occurrence)
         for each in foreign if self.config.end_foreign else ():
-            self.submit(('clear', each.server), 'clear', occurrence.cloud, each.server)
+            self.workers.submit(('clear', each.server), 'clear', occurrence.cloud, each.server)
 
     def tell_up(self, occurrence, now: float):
         """Tells how many servers are up, if that was not told yet; the occurrence with what was.
@@ -15012,7 +15101,7 @@ class LifeCycle:
             self.tell_ready(occurrence, servers, now)
         else:
             code = 'stopped' if any(map(self.by_hand, lacking)) else 'trouble'
-            self.journal(now, code, f'{up} of {occurrence.vms} VMs are up; '
+            tell_of(self.config, now, code, f'{up} of {occurrence.vms} VMs are up; '
                          f'{self.why_not_up(lacking)}', occurrence)
         told = occurrence.told & ~SHORT | READY if full else occurrence.told | SHORT
         return occurrence._replace(up_told=up, up_check=None, told=told)
@@ -15029,7 +15118,7 @@ class LifeCycle:
         late = format_duration(max(max(each.ready for each in servers) - occurrence.start, 0))
         when = ' again' if occurrence.told & READY else f', {late} after the start'
         there = ', '.join(f"{each.name} {' '.join(json.loads(each.addresses))}" for each in servers)
-        self.journal(now, 'ready', f'all {len(servers)} are up{when}: {there}', occurrence)
+        tell_of(self.config, now, 'ready', f'all {len(servers)} are up{when}: {there}', occurrence)
 
     def by_hand(self, server) -> bool:
         """Whether somebody has put a server to rest; what was so before, we start ourselves."""
@@ -15055,21 +15144,22 @@ class LifeCycle:
             return 0
         saved = ', '.join(f'{each.name} as {each.snapshot}' for each in left if each.snapshot)
         if saved:
-            self.journal(now, 'snapshot', f'saved: {saved}', occurrence)
+            tell_of(self.config, now, 'snapshot', f'saved: {saved}', occurrence)
         for stay in grouped([each for each in left if each.state == 'kept'], 'goal'):
             how = 'shelved' if stay[0].goal == 'shelve' else 'stopped'
-            self.journal(now, 'stopped', f'{how} and not deleted: {named(stay)}', occurrence)
+            tell_of(self.config, now, 'stopped', f'{how} and not deleted: {named(stay)}',
+                    occurrence)
         return LEFT
 
     def announce(self, occurrence, over: bool, now: float) -> int:
         """Tells of a start or an end that comes soon, once; what was told so far."""
         soon, ending = self.notice_times(occurrence)
         if not over and not occurrence.told & SOON and soon <= now < occurrence.start:
-            self.journal(now, 'soon', f'starts in {format_duration(occurrence.start - now)}',
-                         occurrence)
+            tell_of(self.config, now, 'soon',
+                    f'starts in {format_duration(occurrence.start - now)}', occurrence)
             return occurrence.told | SOON
         if not over and not occurrence.told & ENDING and ending <= now:
-            self.journal(now, 'ending', f'ends in {format_duration(occurrence.end - now)}',
+            tell_of(self.config, now, 'ending', f'ends in {format_duration(occurrence.end - now)}',
                          occurrence)
             return occurrence.told | ENDING
         return occurrence.told
@@ -15113,117 +15203,76 @@ class LifeCycle:
         if (occurrence.image or occurrence.server) and not found.ever:
             run('UPDATE occurrence SET told = told | ? WHERE id = ?', FAILED, occurrence.id)
             fault = (found.fault or '').rstrip('.') or 'the life cycle did not run'
-            self.journal(now, 'failed', f'never up: {fault}', occurrence)
+            tell_of(self.config, now, 'failed', f'never up: {fault}', occurrence)
         else:
-            self.journal(now, 'ended', 'its time was over', occurrence)
+            tell_of(self.config, now, 'ended', 'its time was over', occurrence)
 
-    def journal(self, now: float, code: str, sentence: str, about) -> None:
-        """An event of the life cycle, about a row that tells its reservation and whom to notify."""
-        self.note(now, code, sentence, about, json.loads(about.notify))
 
-    def note(self, now: float, code: str, sentence: str, about,
-             notify: Iterable[str] | None = None) -> None:
-        """An event of one server, which is only logged: `tell_up` tells of all of them together."""
-        occurrence = getattr(about, 'occurrence_id', about.id)
-        journal(self.config, now, 'cmres', code, sentence[:1000], about.reservation_id, notify,
-                occurrence)
+# Dispatcher ###################################################################
+#
+# What is to be done: the calls that are due are handed to workers, each after its intent is
+# written.
 
-    def look_again(self, occurrence: int, now: float) -> None:
-        """Lets this pass plan an occurrence whose servers are no longer as they were."""
-        run('UPDATE occurrence SET due = ? WHERE id = ? AND due > ?', now, occurrence, now)
 
-    # What to do
+class Dispatcher:
+    """Hands calls to workers."""
+
+    def __init__(self, service: Reservations, leader: Leadership, workers: Workers,
+                 health: Health, post: Post):
+        self.config, self.service, self.leader = service.config, service, leader
+        self.workers, self.health, self.post = workers, health, post
 
     def call(self, now: float) -> None:
         """Hands the calls that are due to workers, each after its intent is written."""
-        servers = self.those_due('server', SERVERS, now, 'ORDER BY +v.planned, v.id')
-        due = [server for server in servers if not self.busy(('server', server.id))]
-        notices = self.next_notices(now)
-        polls = self.those_due(
+        servers = those_due('server', SERVERS, now, 'ORDER BY +v.planned, v.id')
+        due = [server for server in servers if not self.workers.busy(('server', server.id))]
+        notices = self.post.next_notices(now)
+        polls = those_due(
             'subscription', 'SELECT u.* FROM subscription u', now, 'ORDER BY u.due')
         claims: dict = defaultdict(list)
-        for each in self.those_due('claim', 'SELECT c.server, s.cloud FROM claim c JOIN resource s '
+        for each in those_due('claim', 'SELECT c.server, s.cloud FROM claim c JOIN resource s '
                                    'ON s.id = c.resource_id', now, 'LIMIT 100'):
             claims[each.cloud].append(each.server)
         looks, calls, waits = set(), [], {}
         if due:
-            with self.acting():
+            with self.leader.acting():
                 for server in due:
                     # the call was given up, or never reached a worker
                     if server.intended is not None:
                         late = (f'the cloud {server.account} did not answer within '
                                 f'{self.config.call_timeout:g} seconds')
                         change(Server, server.id, intended=None, called=now, fault=late)
-                    verb = 'look' if self.left_alone(server, now) else self.next_call(server)
+                    verb = 'look' if self.left_alone(server, now) else next_call(server)
                     starts = verb in ('boot', 'start') and server.goal == 'up'
                     if starts and self.must_wait(server, waits, now):
                         continue
                     looks |= {server.account} if verb == 'look' else set()
                     calls += self.intend(verb, server, now) if verb != 'look' else []
         for verb, server in calls:
-            self.submit(('server', server.id), verb, server.account, server)
+            self.workers.submit(('server', server.id), verb, server.account, server)
         for account in looks:
-            if self.breakers[account].until <= now:
-                self.submit(('look', account), 'look', account, self.known(account))
+            if self.health.breakers[account].until <= now:
+                self.workers.submit(('look', account), 'look', account, known_on(account))
         for notice in notices:
-            self.submit(('notice', notice.target, notice.owner), 'notice', ' notices', notice)
+            key = 'notice', notice.target, notice.owner
+            self.workers.submit(key, 'notice', ' notices', notice)
         for account, uids in claims.items():
-            self.submit(('claims', account), 'trace', account, uids)
+            self.workers.submit(('claims', account), 'trace', account, uids)
         # one at a time of each host: one that is slow holds no more than a worker
         for each in polls:
-            self.submit(('poll', urlsplit(each.url).hostname), 'poll', ' calendars', each)
-
-    def next_notices(self, now: float) -> list:
-        """The notices that go out now: by turns of their owners, and few to one host at a time.
-
-        Each target is told in order, one notice of an owner after another. An owner has a quarter
-        of the workers and mail half of them: silent hosts of some delay nobody else's notices.
-        """
-        under_way = [key for key in self.flying if key[0] == 'notice' and self.busy(key)]
-        if len(under_way) >= self.config.workers:
-            return []
-        owners = Counter(key[2] for key in under_way)
-        hosts = Counter(host_of(key[1]) for key in under_way)
-        if now < self.calm_until:  # nothing has changed for those that had to wait
-            return []
-        _, is_aside = not_real_yet()
-        heads = [each for each in self.those_due('notice', NOTICES, now, 'ORDER BY n.id')
-                 if not is_aside(each.event)]
-        queues = {those[0].owner: iter(those) for those in grouped(heads, 'owner')}
-        chosen: list = []
-        while queues and len(under_way) + len(chosen) < self.config.workers:
-            owner = min(queues, key=owners.__getitem__)
-            full = owners[owner] >= max(self.config.workers // 4, 1)
-            may_go = (each for each in queues[owner] if not full and self.has_room(each, hosts))
-            notice = next(may_go, None)
-            if notice is None:
-                del queues[owner]
-                continue
-            chosen.append(notice)
-            owners[owner] += 1
-            hosts[host_of(notice.target)] += 1
-        self.calm_until = now + 0.5 if len(heads) > len(chosen) else 0.0
-        return chosen
-
-    def has_room(self, notice, hosts: Counter) -> bool:
-        """Whether a notice can go out while so many are on their way; the operator's can."""
-        if self.busy(('notice', notice.target, notice.owner)):
-            return False
-        host = host_of(notice.target)
-        most = PER_HOST if host else max(self.config.workers // 2, 1)
-        return not notice.owner or hosts[host] < most
+            self.workers.submit(('poll', urlsplit(each.url).hostname), 'poll', ' calendars', each)
 
     def left_alone(self, server, now: float) -> bool:
         """Whether a cloud is in such trouble that calls to it wait; a look then finds out whether
         it is over.
         """
-        breaker = self.breakers[server.account]
+        breaker = self.health.breakers[server.account]
         if breaker.failures < TRIPS and breaker.until <= now:
             return False
         change(Server, server.id, due=max(breaker.until, now + self.config.poll),
                fault=breaker.fault[:500])
         if server.fault != breaker.fault[:500]:
-            self.look_again(server.occurrence_id, now)
+            look_again(server.occurrence_id, now)
         return True
 
     def must_wait(self, server, waits: dict, now: float) -> bool:
@@ -15240,28 +15289,8 @@ class LifeCycle:
             return False
         change(Server, server.id, due=min(until, now + CALM), fault=why[:500])
         if server.fault != why[:500]:
-            self.look_again(server.occurrence_id, now)
+            look_again(server.occurrence_id, now)
         return True
-
-    def next_call(self, server) -> str:
-        """What a server needs next."""
-        if server.state == 'planned':
-            return 'boot' if server.goal == 'up' else 'drop'
-        if server.state == UNDER_WAY['snapshot']:
-            return 'verify'
-        if server.state in UNDER_WAY.values() or not server.uid:
-            return 'look'
-        if server.goal == 'up' and server.state in DOWN and (server.borrowed or not server.ready):
-            return 'start'
-        if server.goal == 'up' and server.borrowed:
-            return 'look'
-        if server.goal == 'delete' or server.goal == 'up' and server.state == 'error':
-            return 'delete'
-        if server.state in ENDS_FROM.get(server.goal, ()):
-            return server.goal
-        arrived = self.arrived(UNDER_WAY.get(server.goal, ''), server.state)
-        asleep = server.state in WAKES and not arrived
-        return 'start' if server.goal in ENDS_FROM and asleep else 'look'
 
     def intend(self, verb: str, server, now: float) -> list:
         """Writes what will be done; the calls that it takes."""
@@ -15274,172 +15303,91 @@ class LifeCycle:
             change(Server, server.id, state='build', tries=server.tries, uid=None, begun=now)
         return [(verb, server)]
 
-    def known(self, account: str) -> list[str]:
-        """The servers that must be there on an account."""
-        return [each.uid for each in rows(
-            "SELECT uid FROM server WHERE account = ? AND due IS NOT NULL AND uid IS NOT NULL "
-            "AND (goal = 'up' OR borrowed) UNION ALL "
-            "SELECT uid FROM server WHERE account = ? AND state = 'kept' AND NOT borrowed",
-            account, account)]
 
-    def submit(self, key: tuple, verb: str, account: str, target) -> None:
-        if self.busy(key):
-            return
-        self.flying[key] = call = Job(key, verb, account, target)
-        try:
-            # one pool an account: a cloud that hangs holds nobody else's workers
-            if account not in self.pools:
-                self.pools[account] = ThreadPoolExecutor(self.config.workers,
-                                                         thread_name_prefix=account)
-            self.pools[account].submit(self.work, call)
-        except RuntimeError:  # no thread can be started, so that nobody would ever tell of it
-            del self.flying[key]
-            raise
+# Reconciler ###################################################################
+#
+# What became of it: the answers of workers are compared with what is written, and written down.
 
-    def busy(self, key: tuple) -> bool:
-        """Whether a call is under way, or waits for a worker, however long."""
-        return key in self.flying
 
-    def give_up(self) -> None:
-        """Fences the calls whose own time is over; a look decides what became of them."""
-        with self.fence:
-            for key, call in [*self.flying.items()]:
-                call.fenced = (call.taken is not None
-                               and self.uptime() >= call.taken + self.config.call_timeout)
-                if call.fenced:
-                    self.hanging.add(self.flying.pop(key))
+class Lender:
+    """Has Nova know a flavor for each lease of VMs that is active, where that is wanted."""
 
-    def go_on(self, call: Job) -> None:
-        """Gives a call its time from now on.
+    def __init__(self, config: Config, workers: Workers):
+        self.config, self.workers = config, workers
+        self.lent: dict[str, dict] = {}  # by cloud, as it has them
 
-        Raises:
-          LostLease: another process may act.
-          CloudError: its time is over already; what it was going to ask for has not been asked.
-        """
-        with self.fence:
-            up, now = self.uptime(), self.clock()
-            if not self.leased_until - self.config.lease <= now < self.leased_until:
-                raise LostLease('the time for this call ran out before it began')
-            if (call.fenced or call.taken is not None
-                and up >= call.taken + self.config.call_timeout):
-                raise CloudError(f'the cloud {call.account} did not answer within '
-                                 f'{self.config.call_timeout:g} '
-                                 'seconds, so that nothing was asked for', sure=True)
-            call.taken = up
+    def lend(self, now: float) -> None:
+        """Asks the clouds for what they have otherwise."""
+        places = defaultdict(list)
+        for each in rows('SELECT id, cloud FROM resource WHERE flavors AND removed IS NULL'):
+            places[each.cloud].append(each.id)
+        for cloud, ids in places.items():
+            wanted = {each.part: self.flavor_for(each) for each in self.active(ids, now)}
+            if wanted != self.lent.get(cloud):
+                self.workers.submit(('lend', cloud), 'lend', cloud, wanted)
 
-    def work(self, call: Job) -> None:
-        """A worker's whole job: one call, if it is not too late for it; the next pass records
-        it.
-        """
-        call.began = self.now()
-        try:
-            self.go_on(call)
-            call.answer = getattr(self, f'do_{call.verb}')(call)
-        except Exception as caught:  # the pass that records it decides what it means
-            call.error = caught
-        call.ended = self.now()
-        self.results.put(call)
-        self.wake.set()
+    def active(self, ids: list[int], now: float) -> list:
+        """The parts of leases that are active on some resources, and start nothing themselves."""
+        return rows('SELECT h.part, o.vms, o.vcpus, o.ram, r.flavor, r.project, l.parts '
+                    'FROM occurrence o CROSS JOIN reservation r ON r.id = o.reservation_id '
+                    'JOIN blazar_hold h ON h.reservation = r.id '
+                    'JOIN blazar_lease l ON l.id = h.lease_id '
+                    'WHERE o.resource_id IN (SELECT value FROM json_each(?)) '
+                    'AND o.due IS NOT NULL AND o.cancelled IS NULL AND o.start <= ? '
+                    """AND o."end" > ? AND r.host = '' AND r.image = ''""",
+                    json.dumps(ids), now, now)
 
-    def do_boot(self, call: Job) -> str:
-        server = call.target
-        return self.clouds.open(call.account).boot(Machine(
-            server.name, self.mark(server), server.flavor, server.image, server.network, server.key,
-            tuple(json.loads(server.security_groups)), server.user_data,
-            json.loads(server.metadata),
-            server.label if server.mode else '',
-            self.clouds.sight(call.account, server.project, json.loads(server.trusted)),
-            lambda: self.go_on(call)))
+    def flavor_for(self, found) -> Lent:
+        """The flavor of a part of a lease; Nova boots nothing from a disk of nothing."""
+        asked = next(each['asked'] for each in json.loads(found.parts) if each['id'] == found.part)
+        project = self.config.read_again().identities.get(found.project, found.project)
+        return Lent(project, found.vcpus // found.vms, found.ram // found.vms,
+                    asked.get('disk_gb') or 1, found.flavor)
 
-    def do_delete(self, call: Job) -> None:
-        self.clouds.open(call.account).delete(call.target.uid)
+    def record(self, result: Job, now: float) -> None:
+        if result.error:  # it is tried again at the next pass that has something to do
+            log.warning('could not lend flavors on %s: %s', result.account, result.error)
+        else:
+            self.lent[result.account] = result.target
 
-    def do_start(self, call: Job) -> None:
-        self.clouds.open(call.account).start(call.target.uid)
 
-    def do_stop(self, call: Job) -> None:
-        self.clouds.open(call.account).stop(call.target.uid)
+class Reconciler:
+    """Records what calls came to."""
 
-    def do_shelve(self, call: Job) -> None:
-        self.clouds.open(call.account).shelve(call.target.uid)
-
-    def do_snapshot(self, call: Job) -> tuple[str, str]:
-        server = call.target
-        name = f'{server.name}-{instant(server.end):%Y%m%dT%H%M%S}'
-        return name, self.clouds.open(call.account).snapshot(server.uid, name)
-
-    def do_integrity(self, call: Job) -> str:
-        return look_for_damage(call.target)
-
-    def do_verify(self, call: Job) -> bool | None:
-        return self.clouds.open(call.account).saved(call.target.snapshot_id)
-
-    def do_look(self, call: Job) -> tuple[list[Seen], set[str]]:
-        """The servers with our marks, and those of the known ones that are gone for sure.
-
-        Nova lists a server without its tags for a moment between its build request and its cell, so
-        that one which must be there is asked for by its id before it is taken for gone.
-        """
-        cloud = self.clouds.open(call.account)
-        seen = [each for each in cloud.servers() if each.state not in GONE]
-        # the others' turn comes with the next
-        unseen = sorted(set(call.target) - {each.uid for each in seen})[:100]
-        found = {uid: cloud.server(uid) for uid in unseen}
-        gone = {uid for uid, each in found.items() if each is None or each.state in GONE}
-        return seen + [found[uid] for uid in unseen if uid not in gone], gone
-
-    def do_clear(self, call: Job) -> None:
-        self.clouds.open(call.account).delete(call.target)
-
-    def do_lend(self, call: Job) -> None:
-        self.clouds.open(call.account).lend(call.target)
-
-    def do_notice(self, call: Job) -> None:
-        notice, found = call.target, None
-        if (notice.occurrence or 0) > 0:
-            found = next(iter(self.service.look.in_order([notice.occurrence])), None)
-        elif notice.reservation_id:
-            found = self.service.look.next_of(notice.reservation_id)
-        deliver(self.config, notice, public(found) if found else {})
-
-    def do_trace(self, call: Job) -> dict[str, str | None]:
-        return self.clouds.open(call.account).hosts(call.target)
-
-    def do_time(self, call: Job) -> float | None:
-        """By how much the clock of a cloud is ahead of the uptime."""
-        said = self.clouds.open(call.account).time()
-        return None if said is None else said - self.uptime()
-
-    def do_poll(self, call: Job) -> dict:
-        with acting_for(call.target.user):
-            return self.service.poll(call.target)
-
-    def mark(self, server) -> str:
-        return f'{self.clouds.store}-{server.id}-{server.tries}'
-
-    # What became of it
+    def __init__(self, service: Reservations, clocks: Clocks, leader: Leadership, workers: Workers,
+                 health: Health, post: Post, lender: Lender):
+        self.config, self.clouds, self.service = service.config, service.clouds, service
+        self.leader, self.workers, self.health = leader, workers, health
+        # Since when servers were seen to boot, by account.
+        self.building: dict[str, dict] = defaultdict(dict)
+        self.reported: set[str] = set()  # orphans that wait for an admin
+        self.deeds = {
+            'clear': self.record_clear, 'integrity': self.record_integrity, 'notice': post.record,
+            'trace': self.record_trace, 'time': clocks.confirm, 'poll': self.record_poll,
+            'look': self.record_look, 'lend': lender.record}
 
     def record(self, now: float) -> None:
         """Writes down the results of the calls that ended since the last pass; they wait until that
         has worked.
         """
-        while not self.results.empty():
-            result = self.results.get()
+        while not self.workers.results.empty():
+            result = self.workers.results.get()
             # The clock may have been set back since.
             result.began, result.ended = min(result.began, now), min(result.ended, now)
-            self.ended.append(result)
-        if not self.ended:
+            self.workers.ended.append(result)
+        if not self.workers.ended:
             return
-        breakers = dict(self.breakers)
-        with self.acting():
-            for result in self.ended:
-                self.note_health(result, now)
+        breakers = dict(self.health.breakers)
+        with self.leader.acting():
+            for result in self.workers.ended:
+                self.health.note(result, now)
                 if result.error and not isinstance(result.error, Error):
                     log.error('%s of %s failed', result.verb, result.target, exc_info=result.error)
                 self.record_alone(result, now)
-        for account in breakers.keys() | self.breakers.keys():
-            self.tell_health(account, breakers.get(account, Breaker()), self.breakers[account])
-        self.forget_calls()
+        for account in breakers.keys() | self.health.breakers.keys():
+            before, after = breakers.get(account, Breaker()), self.health.breakers[account]
+            self.health.tell(account, before, after)
+        self.workers.forget_calls()
 
     def record_alone(self, result: Job, now: float) -> None:
         """Records one result; one that can't be recorded costs the others nothing, and a look finds
@@ -15457,7 +15405,7 @@ class LifeCycle:
     def record_one(self, result: Job, now: float) -> None:
         if result.key[0] != 'server':
             if not isinstance(result.error, LostLease):  # else it is due still
-                getattr(self, f'record_{result.verb}')(result, now)
+                self.deeds[result.verb](result, now)
             return
         server = row(f'{SERVERS} WHERE v.id = ?', result.target.id)
         if server.state in FINAL or server.tries != result.target.tries:
@@ -15471,7 +15419,7 @@ class LifeCycle:
         elif result.error:
             # A server that can't do that is in another state than was thought: a look tells which.
             otherwise = getattr(result.error, 'details', {}).get('status') == 409
-            self.put_off(server, self.fault(result.error), now, self.retry_after(result.error),
+            self.put_off(server, fault_of(result.error), now, wished_pause(result.error),
                          called=result.ended, **({'state': 'unknown'} if otherwise else {}))
         elif result.verb == 'verify':
             self.record_verify(server, result.answer, now)
@@ -15490,19 +15438,19 @@ class LifeCycle:
             change(Server, server.id, state=state, uid=result.answer, begun=begun,
                    called=result.ended, due=due)
         elif isinstance(error, Error) and getattr(error, 'sure', True):
-            self.put_off(server, str(error), now, self.retry_after(error), state='planned',
+            self.put_off(server, str(error), now, wished_pause(error), state='planned',
                          begun=begun,
                          called=result.ended)
         elif not server.uid:  # a look has not found it yet
-            self.tell_trouble(server, self.fault(error), now)
-            change(Server, server.id, fault=self.fault(error)[:500], begun=begun,
+            self.tell_trouble(server, fault_of(error), now)
+            change(Server, server.id, fault=fault_of(error)[:500], begun=begun,
                    called=result.ended,
                    due=result.ended + self.config.settle)
 
     def record_verify(self, server, complete: bool | None, now: float) -> None:
         if complete:
             change(Server, server.id, goal='delete', state='active', due=now)
-            self.look_again(server.occurrence_id, now)
+            look_again(server.occurrence_id, now)
         elif complete is None:
             self.put_off(server, f'the image {server.snapshot} was not completed', now,
                          state='active')
@@ -15513,102 +15461,22 @@ class LifeCycle:
         """Tries again after a pause that grows with each failure in a row."""
         failures = server.failures + 1
         change(Server, server.id, failures=failures, fault=fault[:500],
-               due=now + max(self.pause(failures), at_least), **values)
+               due=now + max(self.health.pause(failures), at_least), **values)
         self.tell_trouble(server, fault, now)
 
     def tell_trouble(self, server, fault: str, now: float) -> None:
         if not server.failures or fault[:500] != server.fault:
-            self.note(now, 'trouble', f'{server.name}: {fault}', server)
-            self.look_again(server.occurrence_id, now)
-
-    def pause(self, failures: int, longest: float = 0) -> float:
-        """The seconds before something is tried again that has failed so often.
-
-        Args:
-          longest: seconds that it grows to; 0: those of the setting `retry_most`
-        """
-        pause = self.config.retry_first * 2 ** min(failures - 1, 20)
-        return min(pause, longest or self.config.retry_most) * random.uniform(0.8, 1.2)
-
-    def retry_after(self, error: Exception) -> float:
-        """The seconds that a cloud asks us to wait; 0 if it doesn't."""
-        text = getattr(error, 'details', {}).get('retry_after') or '0'
-        return min(float(text), 3600) if re.fullmatch(r'[0-9]{1,9}', str(text)) else 0
-
-    def fault(self, error: Exception) -> str:
-        return str(error) if isinstance(error, Error) else f'{type(error).__name__}: {error}'
-
-    def note_health(self, result: Job, now: float) -> None:
-        """Counts a cloud's failures in a row; after some it is left alone, longer and longer."""
-        before, error = self.breakers[result.account], result.error
-        if not (isinstance(error, CloudError) and error.ill):
-            if not isinstance(error, LostLease) and result.ended > before.until:
-                self.breakers[result.account] = Breaker()
-            return
-        # Calls that fail side by side are one failure: they met the same moment.
-        failures = before.failures + (result.began > before.last)
-        pause = self.pause(failures - TRIPS + 1) if failures >= TRIPS else 0
-        until = now + max(pause, self.retry_after(error))
-        self.breakers[result.account] = Breaker(
-            failures, max(before.last, result.ended), max(before.until, until), str(error))
-
-    def tell_health(self, account: str, before: Breaker, after: Breaker) -> None:
-        if before.failures < TRIPS <= after.failures:
-            log.warning('the cloud %s is in trouble and is left alone for a while', account)
-        if after.failures < TRIPS <= before.failures:
-            log.warning('the cloud %s is well again', account)
+            note_of(self.config, now, 'trouble', f'{server.name}: {fault}', server)
+            look_again(server.occurrence_id, now)
 
     def record_clear(self, result: Job, now: float) -> None:
         if result.error:
             log.warning('could not remove the server %s that nothing wants: %s', result.target,
                         result.error)
 
-    def record_lend(self, result: Job, now: float) -> None:
-        if result.error:  # it is tried again at the next pass that has something to do
-            log.warning('could not lend flavors on %s: %s', result.account, result.error)
-        else:
-            self.lent[result.account] = result.target
-
     def record_integrity(self, result: Job, now: float) -> None:
         if not result.error:
             note_check(now, result.answer)
-
-    def record_notice(self, result: Job, now: float) -> None:
-        notice, error = result.target, result.error
-        self.calm_until = 0.0
-        if not error:
-            change(Outbox, notice.id, due=None, fault='')
-            if notice.tries:
-                self.hurry_to(host_of(notice.target), now)
-            return
-        tries = notice.tries + 1
-        due = now + self.pause(tries, RARELY)
-        if now - notice.at > GIVE_UP:
-            self.give_up_telling(notice, error, now)
-            # What comes after it goes to the same dead end, so it need not be tried as often anew.
-            run('UPDATE outbox SET tries = ?, due = ? WHERE id = (SELECT min(id) FROM outbox WHERE '
-                'due IS NOT NULL AND target = ? AND owner = ?)',
-                tries, due, notice.target, notice.owner)
-            return
-        change(Outbox, notice.id, tries=tries, due=due, fault=str(error)[:500])
-
-    def give_up_telling(self, notice, error: Exception, now: float) -> None:
-        """Gives up a notice, and what else waits for the same target for as long."""
-        given_up = run(
-            'UPDATE outbox SET due = NULL, fault = ? WHERE id IN (SELECT n.id FROM outbox n '
-            'JOIN event e ON e.id = n.event_id WHERE n.due IS NOT NULL AND n.target = ? '
-            'AND n.owner = ? AND e.at < ?)', f'given up: {error}'[:500], notice.target,
-            notice.owner, now - GIVE_UP).rowcount
-        log.warning('gave up telling %s of event %s%s: %s', notice.target, notice.event,
-                    f' and {given_up - 1} others' if given_up > 1 else '', error)
-
-    def hurry_to(self, host: str, now: float) -> None:
-        """Lets all notices go out that wait because of a host, or of our mail server, that is well
-        again.
-        """
-        for each in rows(f"{NOTICES} WHERE n.due > ? AND {DUE['notice'][2]}", now):
-            if host_of(each.target) == host:
-                change(Outbox, each.id, due=now)
 
     def record_trace(self, result: Job, now: float) -> None:
         """Lets claims count as long as their servers are there, on a host of the resource."""
@@ -15628,24 +15496,12 @@ class LifeCycle:
                 change(Claim, claim.id, due=None if elsewhere else later,
                        gone=now if elsewhere else None)
 
-    def record_time(self, result: Job, now: float) -> None:
-        """Lets a cloud's clock confirm a doubted one, or contradict it for as long as it does."""
-        trust, said = self.trust, result.answer
-        slack = self.config.lease + result.ended - result.began
-        if said is None or trust.doubted is None or said < trust.offset - slack:
-            return
-        up = self.uptime()
-        if abs(said - trust.doubted) <= slack:
-            self.judge(Trust(self.boot, trust.doubted, up))
-        else:
-            self.judge(trust._replace(offset=min(max(said, trust.offset), trust.doubted), since=up))
-
     def record_poll(self, result: Job, now: float) -> None:
         """Notes what a look at somebody's calendar gave; what it books is booked already."""
         subscription, error = result.target, result.error
         tries = subscription.tries + 1 if error else 0
-        pause = max(self.config.calendar_poll, self.pause(tries, RARELY) if error else 0)
-        fault = {'fault': self.fault(error)[:500]} if error else {'fault': ''} | result.answer
+        pause = max(self.config.calendar_poll, self.health.pause(tries, RARELY) if error else 0)
+        fault = {'fault': fault_of(error)[:500]} if error else {'fault': ''} | result.answer
         if error and str(error) != subscription.fault:
             self.service.journal(now, 'trouble',
                                  f'the calendar {subscription.id} of {subscription.user}: {error}')
@@ -15691,7 +15547,8 @@ class LifeCycle:
         marked = {each.mark: each for each in reversed(seen.values()) if each.mark}
         known = rows(f"{SERVERS} WHERE v.state <> 'deleted' AND (v.tries > 0 OR v.borrowed)")
         return [(server, seen.get(server.uid) or (
-            None if server.borrowed else marked.get(self.mark(server)))) for server in known]
+            None if server.borrowed else marked.get(self.workers.mark(server))))
+            for server in known]
 
     def clear_orphans(self, account: str, orphans: list[Seen], now: float) -> None:
         """Removes servers of ours that nothing wants; after a restore, once an admin says so."""
@@ -15700,7 +15557,7 @@ class LifeCycle:
             if each.uid in left or now - each.made < self.config.orphan_grace:
                 continue
             if not restored:
-                self.submit(('clear', each.uid), 'clear', account, each.uid)
+                self.workers.submit(('clear', each.uid), 'clear', account, each.uid)
             elif each.uid not in self.reported:
                 self.reported.add(each.uid)
                 self.service.journal(now, 'orphan', UNKNOWN.format(each.uid, account))
@@ -15709,7 +15566,7 @@ class LifeCycle:
         """A server that is there: adopt it, and go on from the state that it is in."""
         if server.borrowed and seen.name not in ('', server.name):
             change(Server, server.id, name=seen.name)
-        if server.state in UNDER_WAY.values() and not self.arrived(server.state, seen.state):
+        if server.state in UNDER_WAY.values() and not has_arrived(server.state, seen.state):
             stuck = now >= server.called + self.config.call_timeout  # then it is asked once more
             state = (('error' if server.state == 'deleting' else seen.state) if stuck
                      else server.state)
@@ -15725,33 +15582,29 @@ class LifeCycle:
                 run('UPDATE occurrence SET revision = revision + 1, revised = ? WHERE id = ?',
                     int(now),
                     server.occurrence_id)
-                self.look_again(server.occurrence_id, now)
-        elif server.goal in ('stop', 'shelve') and self.arrived(UNDER_WAY[server.goal], seen.state):
+                look_again(server.occurrence_id, now)
+        elif server.goal in ('stop', 'shelve') and has_arrived(UNDER_WAY[server.goal], seen.state):
             change(Server, server.id, uid=seen.uid, state='kept', due=None)
-            self.look_again(server.occurrence_id, now)
+            look_again(server.occurrence_id, now)
         elif server.goal == 'up' and seen.state == 'build' and self.too_slow(server):
             late = f'it did not come up within {format_duration(self.config.boot_timeout)}'
             change(Server, server.id, uid=seen.uid, state='error', fault=late, due=now)
-            self.look_again(server.occurrence_id, now)
+            look_again(server.occurrence_id, now)
         else:
             later = now + self.config.poll
             known = server.uid and server.state == seen.state  # then its instant is set already
-            calls = self.next_call(server._replace(uid=seen.uid, state=seen.state)) != 'look'
+            calls = next_call(server._replace(uid=seen.uid, state=seen.state)) != 'look'
             change(Server, server.id, uid=seen.uid, state=seen.state,
                    fault=seen.fault[:500] or server.fault,
                    due=max(server.due or 0, later) if known else now if calls else later)
             if not known:
-                self.look_again(server.occurrence_id, now)
+                look_again(server.occurrence_id, now)
 
     def too_slow(self, server) -> bool:
         """Whether this process has seen a server boot for too long; by a clock that nobody sets."""
         first = self.building[server.account].setdefault((server.id, server.tries),
                                                          time.monotonic())
         return time.monotonic() >= first + self.config.boot_timeout
-
-    def arrived(self, under_way: str, state: str) -> bool:
-        """Whether a cloud's state is what was asked for."""
-        return state in ARRIVED.get(under_way, ())
 
     def record_missing(self, server, looked: float, now: float) -> list:
         """A server that the look didn't show: gone, never made, or too new; it, if it vanished."""
@@ -15793,11 +15646,318 @@ class LifeCycle:
         for those in grouped(servers, 'occurrence_id'):
             id = those[0].occurrence_id
             again = row('SELECT up_told FROM occurrence WHERE id = ?', id).up_told is None
-            self.note(now, 'vanished', 'these VMs vanished from the cloud with all that was on '
-                      f'them, and are made anew: {named(those)}', those[0],
-                      None if again else json.loads(those[0].notify))
+            note_of(self.config, now, 'vanished', 'these VMs vanished from the cloud with all that '
+                    f'was on them, and are made anew: {named(those)}', those[0],
+                    None if again else json.loads(those[0].notify))
             change(Occurrence, id, up_told=None)  # so that it is told when they are up
-            self.look_again(id, now)
+            look_again(id, now)
+
+
+# Life cycle ###################################################################
+#
+# One idempotent pass, `converge`, makes of what is wanted what is; repeating it is all there is.
+# It records the calls that ended, plans servers for what has begun, gives them up for what is
+# over, and hands the next calls to workers. One thread thinks and writes.
+
+
+class LifeCycle:
+    """Boots what has begun, ends what is over, and looks whether it is so.
+
+    Args:
+      clock: seconds since 1970, by a clock that people and programs may set
+      uptime: seconds on a clock that nobody sets; without it, a clock that is passed in is both
+    """
+
+    def __init__(self, config: Config, clouds: Clouds, clock: Callable[[], float] = time.time,
+                 uptime: Callable[[], float] | None = None):
+        self.config, self.clouds = config, clouds
+        self.clocks = Clocks(config, clock, uptime)
+        self.leader = Leadership(config, self.clocks)
+        actor = Actor('cmres', 'default', ADMIN)
+        self.service = service = Reservations(config, clouds, actor, self.clocks.now)
+        service.fence = self.leader.refuse
+        self.workers = Workers(config, clouds, service, self.clocks, self.leader)
+        self.wake, self.health = self.workers.wake, Health(config)
+        self.post = Post(config, self.workers, self.health)
+        self.planner = Planner(config, clouds, service, self.leader, self.workers)
+        self.dispatcher = Dispatcher(service, self.leader, self.workers, self.health, self.post)
+        self.lender = Lender(config, self.workers)
+        self.reconciler = Reconciler(service, self.clocks, self.leader, self.workers, self.health,
+                                     self.post, self.lender)
+        self.passed = time.monotonic()  # when a pass has worked last
+        self.stale = False  # whether series are still to be carried on
+        self.dropping = False  # whether more is to be dropped that was begun and not ended
+        self.line_moves = False  # whether those that wait are to be looked at once more
+        self.soonest = 0.0  # when something is due next
+        self.seen: tuple | None = None  # the state of the store in which that was so
+        self.zones, self.fresh_until = '', 0.0
+        self.tidied = 0.0  # when old things were last looked for
+
+    def converge(self, now: float) -> bool:
+        """One pass, if this process may act; calls that it begins go on after it and are recorded
+        by a later one.
+        """
+        if not self.lead(now):
+            self.workers.forget()
+            return False
+        now = self.believed()  # we may have been frozen since
+        if now < self.clocks.latest - 2:
+            log.warning('the clock was set back by %.0f seconds', self.clocks.latest - now)
+            self.pull_forward(now)
+            self.sweep()
+        self.clocks.latest = now
+        self.reconciler.record(now)
+        self.workers.give_up()
+        self.refresh(now)
+        self.dropping = self.line_moves = False
+        if self.has_work(now):
+            self.admit_waiting(now)
+            self.drop_staged(now)
+            self.planner.plan(now)
+            self.dispatcher.call(now)
+            self.lender.lend(now)
+            self.soonest, self.seen = self.next_due(now), None
+        self.tidy(now)
+        return True
+
+    def settle(self) -> bool:
+        """Passes until no call is under way: what `tick` does; false if another scheduler acts."""
+        acting = self.converge(self.clocks.clock())
+        while acting and (self.goes_on or self.workers.under_way()):
+            self.wake.wait(0 if self.goes_on else 1)
+            self.wake.clear()
+            acting = self.converge(self.clocks.clock())
+        return acting
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether the next pass has something to do at once."""
+        return self.stale or self.dropping or self.line_moves
+
+    def has_work(self, now: float) -> bool:
+        """Whether anything is due; asked anew only where somebody has written since."""
+        state = state_of_store()
+        if state != self.seen:
+            self.seen, self.soonest = state, self.next_due()
+        return self.soonest <= now
+
+    def next_due(self, after: float = -1) -> float:
+        """When, after an instant, the next pass has something to do; infinity if nothing is
+        planned.
+        """
+        due = row(SOONEST, after).due
+        return float('inf') if due is None else due
+
+    def run(self, stop: threading.Event) -> None:
+        """Passes at every instant that is due, at every change, and at least every second, until
+        `stop` is set.
+        """
+        import schedule
+        beat = schedule.Scheduler()
+        # other processes may change the store; clocks may be set
+        beat.every(1).seconds.do(lambda: None)
+        beat.every(max(int(10 * self.config.sweep), 1)).seconds.do(self.guarded, self.sweep)
+        beat.every(max(int(self.config.verify_every), 1)).seconds.do(self.guarded, self.check_file)
+        while not stop.is_set():
+            wait = self.guarded_pass()
+            stop.wait(self.guarded(lambda: self.rest(wait, beat)))
+        self.guarded(self.finish)
+
+    def rest(self, wait: float, beat) -> float:
+        """Waits until the next pass is due; 0, so that nothing else is waited for."""
+        # `schedule` goes by a clock that may be set
+        self.wake.wait(max(min(wait, beat.idle_seconds, 1), 0))
+        self.wake.clear()
+        beat.run_pending()
+        return 0
+
+    def guarded_pass(self) -> float:
+        """One pass that survives whatever happens; the seconds until the next one is due."""
+        return self.guarded(self.one_pass)
+
+    def one_pass(self) -> float:
+        acts = self.converge(self.clocks.clock())
+        self.passed = time.monotonic()
+        if not acts:
+            return 1
+        # What was due already is done, or waits for a call, and each of them wakes us when it ends.
+        return 0 if self.goes_on else self.soonest - self.clocks.now()
+
+    def guarded(self, deed: Callable[[], float]) -> float:
+        """Does what is done again and again: what goes wrong is only logged, and 1 the seconds to
+        wait.
+        """
+        try:
+            return deed()
+        except LostLease as error:
+            log.warning('%s', error)
+        except (Unavailable, *STORE_ERRORS) as error:
+            if not (refusal := error if isinstance(error, Unavailable) else trouble(error)):
+                log.exception('this pass failed by a mistake of cmres; the next comes in a second')
+            else:
+                log.warning('waiting: %s', refusal)
+        except Exception:  # whatever it is, the next pass may do better; people wait for machines
+            log.exception('this pass failed; the next comes in a second')
+        return 1
+
+    def age(self) -> float:
+        """The seconds since a pass has worked, be it that another scheduler acts."""
+        return time.monotonic() - self.passed
+
+    def finish(self, patience: float = 5) -> None:
+        """Lets calls that are under way end and records them; then another scheduler may act at
+        once.
+        """
+        self.guarded(lambda: self.wait_for_calls(time.monotonic() + patience))
+        with self.workers.fence:  # no worker begins anything after another process has begun to act
+            self.leader.leased_until = 0.0
+        self.guarded(self.hand_over)
+        for pool in self.workers.pools.values():
+            pool.shutdown(wait=False, cancel_futures=True)
+
+    def wait_for_calls(self, until: float) -> None:
+        while self.workers.flying and time.monotonic() < until and self.lead(self.clocks.clock()):
+            self.wake.wait(0.1)
+            self.wake.clear()
+            self.reconciler.record(self.clocks.now())
+
+    def hand_over(self) -> None:
+        """Gives the lease back, and what no worker has begun to who acts next."""
+        with transaction(first=True):
+            now = self.clocks.now()
+            if run('UPDATE lease SET until = ? WHERE holder = ?', now, self.leader.name).rowcount:
+                for call in self.workers.flying.values():
+                    if call.verb == 'boot' and call.taken is None:
+                        change(Server, call.target.id, state='planned', intended=None, due=now)
+
+    def lead(self, now: float) -> bool:
+        """Whether this process may act; who has just taken over looks at everything."""
+        acts, taken_over = self.leader.lead(now, self.inherit)
+        if taken_over:
+            self.sweep()
+        return acts
+
+    def inherit(self) -> None:
+        """Whoever made the calls that are under way may never tell of them."""
+        self.leader.bound_calls(self.clocks.now())
+        self.pull_forward(self.clocks.now())
+
+    def pull_forward(self, now: float) -> None:
+        """Lets nothing wait for an instant that an older clock or another process has reckoned."""
+        latest, pause = max(self.clocks.latest, now), now + self.config.retry_most
+        longest = now + self.config.call_timeout
+        with self.leader.acting():
+            run("UPDATE server SET due = min(due, CASE WHEN state = 'planned' THEN ? "
+                "WHEN goal = 'snapshot' AND uid IS NOT NULL THEN ? ELSE ? END), "
+                'called = min(called, iif(uid IS NULL, ?, ?)) WHERE due IS NOT NULL',
+                pause, longest, now, longest, now)
+            run('UPDATE occurrence SET due = ? WHERE due > ? AND held_from <= ? AND id IN (SELECT '
+                'id FROM occurrence '
+                f'WHERE due IS NOT NULL AND start <= ? + {LONGEST_LEAD})', now, now, latest, latest)
+            run('UPDATE outbox SET due = min(due, ? + min(?, ? * (1 << min(tries, 20)))) '
+                'WHERE due IS NOT NULL', now, RARELY, self.config.retry_first)
+            run('UPDATE wait SET due = 0 WHERE due > 0')
+            for each in rows('SELECT o.id, o.reservation_id, r.notify FROM occurrence o '
+                             'JOIN reservation r ON r.id = o.reservation_id WHERE o.due IS NULL '
+                             'AND o.cancelled IS NULL AND o."end" > ?', now):
+                change(Occurrence, each.id, due=now, told=0, up_told=None)
+                tell_of(self.config, now, 'clock',
+                        'a wrong clock has ended it too early; it goes on', each)
+        self.health.breakers.clear()
+        self.clocks.latest = now
+
+    def sweep(self) -> None:
+        """Looks at every account, also for servers of ours that nothing in the store tells of."""
+        if self.clocks.clock() < self.leader.leased_until:
+            for account in self.clouds.accounts():
+                self.workers.submit(('look', account), 'look', account, known_on(account))
+
+    def check_file(self) -> None:
+        """Looks for damage in the database file, aside; /readyz tells what was found."""
+        self.workers.submit(('integrity',), 'integrity', ' store', store_file.path)
+
+    def believed(self) -> float:
+        """The instant by which a pass acts; asks the clouds for theirs while the clock is
+        doubted.
+        """
+        trust, now = self.clocks.judged()
+        if trust.doubted != (self.clocks.trust and self.clocks.trust.doubted):
+            with self.leader.acting():
+                self.clocks.judge()
+        else:
+            self.clocks.trust = trust
+        if trust.doubted is None:
+            return now
+        if self.clocks.uptime() >= self.clocks.asked + self.config.settle / 3:
+            self.clocks.asked = self.clocks.uptime()
+            for account in self.clouds.accounts():
+                self.workers.submit(('time', account), 'time', account, None)
+        return now
+
+    def refresh(self, now: float) -> None:
+        """Carries series on, once a day and when the zone table is another; some in each pass, so
+        that none is long.
+        """
+        if now < self.fresh_until:
+            return
+        stamp = f'{instant(int(now)):%Y-%m-%d} {zone_table()}'
+        done = fact('refreshed') == stamp
+        if stamp != self.zones:
+            ZoneInfo.clear_cache()  # the files may be others than when this process began
+            self.zones = stamp
+        stale = [] if done else rows(
+            "SELECT id FROM reservation WHERE series <> '' AND over > ? "
+            'AND carried IS NOT ? LIMIT 20',
+            int(now), stamp)
+        for each in stale:
+            self.carry_on(each.id, stamp, now)
+        self.stale = bool(stale)
+        if not stale:
+            self.fresh_until = (now // 86400 + 1) * 86400
+        if not stale and not done:
+            with self.leader.acting():
+                note_fact('refreshed', stamp)
+
+    def carry_on(self, reservation: int, stamp: str, now: float) -> None:
+        """Carries one series on; one that can't be is told of, and is tried again the next day."""
+        try:
+            with self.leader.acting():
+                self.service.series.refresh(reservation, now)
+                change(Reservation, reservation, carried=stamp)
+        # that is wrong with the store, or with all
+        except (peewee.OperationalError, Unavailable, LostLease):
+            raise
+        except Exception as error:
+            log.warning('the series of reservation %s could not be carried on: %s', reservation,
+                        error,
+                        exc_info=not isinstance(error, Error))
+            with self.leader.acting():
+                change(Reservation, reservation, carried=stamp)
+                journal(self.config, now, 'cmres', 'trouble',
+                        f'it could not be carried on: {fault_of(error)}'[:1000], reservation)
+
+    def tidy(self, now: float) -> None:
+        """While no call is under way, forgets a little of what is long over."""
+        if self.workers.flying:
+            return
+        if not self.tidied <= now < self.tidied + 600:
+            with self.leader.acting():
+                forgotten = self.service.forget(now)
+            self.tidied = 0.0 if forgotten else now
+
+    def admit_waiting(self, now: float) -> None:
+        self.line_moves = False
+        if any(is_due(each, now) for each in ('wait', 'pending', 'proposal')):
+            with self.leader.acting():
+                self.line_moves = self.service.waiting.admit_waiting(now)
+
+    def drop_staged(self, now: float) -> None:
+        """Erases some of what a process had begun to write, and has not gone on with."""
+        left = those_due('staged', 'SELECT f.name FROM fact f', now)
+        self.dropping = bool(left)
+        for each in left:
+            with self.leader.acting():
+                Staged(self.service, each.name).drop_some(now)
 
 
 # Document ####################################################################
@@ -17332,7 +17492,7 @@ class StoreMetrics:
         sizes = [os.path.getsize(each) for each in (path, f'{path}-wal') if os.path.exists(each)]
         yield 'store_bytes', (), sum(sizes)
         yield 'disk_free_bytes', (), disk_free(path)
-        for account, breaker in [*self.cycle.breakers.items()] if self.cycle else ():
+        for account, breaker in [*self.cycle.health.breakers.items()] if self.cycle else ():
             if account.startswith(' '):  # hosts of notices and calendars, which are no cloud
                 continue
             left_alone = breaker.failures >= TRIPS or breaker.until > self.service.clock()
@@ -21085,7 +21245,7 @@ def all_orphans(cycle: LifeCycle) -> list[dict]:
         seen = {each.uid: each for each in cycle.clouds.open(account).servers()}
         found += [{'cloud': account, 'id': each.uid, 'state': each.state,
                    'added': instant(each.made), 'addresses': each.addresses}
-                  for each in orphans_in(seen, cycle.matched(seen)) if each.uid not in adopted()]
+                  for each in orphans_in(seen, cycle.reconciler.matched(seen)) if each.uid not in adopted()]
     return found
 
 

@@ -38,6 +38,7 @@ import io
 import itertools
 import json
 import multiprocessing
+import operator
 import os
 import queue
 import random
@@ -1581,7 +1582,7 @@ def restored_world(world, tmp_path):
     assert world.state('lost') == 'active'
     there = cmres.rows('SELECT * FROM simulated_server')
     world.cycle.finish()
-    for each in world.cycle.pools.values():
+    for each in world.cycle.workers.pools.values():
         each.shutdown()
     gc.collect()  # with the connections of those threads
     cmres.restore_store(world.config.database, str(tmp_path / 'copy.db'))
@@ -2311,7 +2312,7 @@ def test_a_store_of_before_calls_had_ends_is_brought_up(world):
     boot(world, start=0, length=3)
     book(world.service, 'full', start=30, end=31, vms=16)
     book(world.service, 'waits', start=30, end=31, wait=True)
-    world.cycle.submit = lambda *_: None
+    world.cycle.workers.submit = lambda *_: None
     world.cycle.converge(world.now)
     world.service.delete('waits')
     with cmres.transaction():
@@ -2349,9 +2350,9 @@ def make_tenth():
 
 def bring_up(world):
     """Closes a store that was made older, and migrates it."""
-    for pool in world.cycle.pools.values():
+    for pool in world.cycle.workers.pools.values():
         pool.shutdown()
-    world.cycle.pools.clear()
+    world.cycle.workers.pools.clear()
     cmres.close_store()
     gc.collect()  # with the connections of the threads that worked
     cmres.migrate_store(world.config.database)
@@ -4775,8 +4776,8 @@ def test_a_look_at_a_cloud_costs_nothing_for_servers_that_are_gone(world, servic
             cmres.run("UPDATE server SET due = ? WHERE state <> 'deleted'", world.now)
         look = cmres.Job(('look', 'simulated'), 'look', 'simulated', None, began=world.now, ended=world.now,
                          answer=([], set()))
-        with world.cycle.acting():
-            costs.append(effort(lambda: world.cycle.record_look(look, world.now)))
+        with world.cycle.leader.acting():
+            costs.append(effort(lambda: world.cycle.reconciler.record_look(look, world.now)))
     assert costs[1] <= 1.5 * costs[0] + 2
 
 
@@ -4910,7 +4911,7 @@ def test_a_pass_asks_one_question_when_nothing_is_due_whatever_has_failed(tmp_pa
         costs.append(len(asked) - before)
         assert len(costs) < 120
         world.now += min(max(wait, 0), 1)
-        until(lambda: cycle.results.qsize() == len(cycle.flying))
+        until(lambda: cycle.workers.results.qsize() == len(cycle.workers.flying))
     cmres.db.connection().set_trace_callback(None)
     assert sorted(costs)[len(costs) // 2] == 1, collections.Counter(asked).most_common(20)
     assert begun[0] < 30, begun  # the lease is renewed every 3 seconds
@@ -10296,7 +10297,7 @@ def test_a_crash_after_the_intent_and_before_the_call_boots_once(world):
     """Another process takes over after the first wrote its intents and died."""
     boot(world)
     world.now = NOON.timestamp() + 3600
-    world.cycle.submit = lambda *_: None  # dies here
+    world.cycle.workers.submit = lambda *_: None  # dies here
     world.cycle.converge(world.now)
     assert {each['state'] for each in world.service.servers('lab')} == {'build'}
     world.cycle = cmres.LifeCycle(world.config, world.clouds, lambda: world.now)
@@ -10566,7 +10567,7 @@ def test_a_call_that_hangs_does_not_keep_the_next_start_from_its_instant(world):
     boot(world, 'soon', start=1 + 3 / 3600)
     world.now = NOON.timestamp() + 3600 + 2.4
     world.cycle.guarded_pass()
-    assert world.cycle.flying
+    assert world.cycle.workers.flying
     assert world.cycle.guarded_pass() == pytest.approx(0.6)
     hang.set()
     world.cycle.settle()
@@ -11159,7 +11160,7 @@ def silent():
 
 
 def under_way(world) -> list[tuple]:
-    return [key for key in world.cycle.flying if key[0] == 'notice']
+    return [key for key in world.cycle.workers.flying if key[0] == 'notice']
 
 
 def test_hosts_that_are_silent_delay_nobody_else(heard, silent):
@@ -11433,9 +11434,14 @@ class Watched(cmres.LifeCycle):
     """Tells its cloud when a worker began, before it looked at the lease."""
     here = threading.local()
 
-    def work(self, *call):
-        self.here.began = time.time()
-        super().work(*call)
+    def __init__(self, *given, **more):
+        super().__init__(*given, **more)
+        work = self.workers.work
+
+        def watched(call):
+            self.here.began = time.time()
+            work(call)
+        self.workers.work = watched
 
 
 class Flaky(cmres.Simulated):
@@ -11443,7 +11449,7 @@ class Flaky(cmres.Simulated):
     cycle, calls = None, None
 
     def note(self, verb, what):
-        os.write(self.calls, (json.dumps([self.cycle.here.began, self.cycle.name, verb, what]) + '\n').encode())
+        os.write(self.calls, (json.dumps([self.cycle.here.began, self.cycle.leader.name, verb, what]) + '\n').encode())
 
     def boot(self, machine):
         self.note('boot', machine.mark)
@@ -11731,7 +11737,7 @@ def live(world, seconds: float) -> None:
 def settle(world) -> None:
     """Passes until no call is under way, but not for ever."""
     for _ in range(200):
-        if not (world.cycle.converge(world.now) and world.cycle.flying):
+        if not (world.cycle.converge(world.now) and world.cycle.workers.flying):
             return
         world.now += 0.001  # time does not stand still while calls are made
         world.cycle.wake.wait(1)
@@ -11842,7 +11848,7 @@ def test_one_bad_moment_when_many_machines_start_costs_less_than_a_minute(tmp_pa
     live(world, 5)
     cloud.ill = {}
     live(world, 60)
-    assert world.state('lab') == 'active', world.cycle.breakers
+    assert world.state('lab') == 'active', world.cycle.health.breakers
 
 
 def test_pauses_grow_and_have_a_bound(tmp_path):
@@ -12045,8 +12051,8 @@ class Points:
     def wrap(self, cycle):
         """Before a call and between a call and its record: only a crash can be there."""
         if self.crash:
-            submit = cycle.submit
-            cycle.submit = lambda *call: (self.here('submit'), submit(*call))
+            submit = cycle.workers.submit
+            cycle.workers.submit = lambda *call: (self.here('submit'), submit(*call))
 
             class Queue(queue.SimpleQueue):
                 def put(it, result):
@@ -12054,7 +12060,7 @@ class Points:
                     if self.count == self.chosen:
                         self.crashed = True
                     super().put(result)
-            cycle.results = Queue()
+            cycle.workers.results = Queue()
         return cycle
 
 
@@ -12073,7 +12079,7 @@ def a_life(path, monkeypatch, chosen, crash) -> int:
                 try:
                     wait = world.cycle.guarded_pass()
                     deadline = time.monotonic() + 10
-                    while world.cycle.flying and not points.crashed and time.monotonic() < deadline:
+                    while world.cycle.workers.flying and not points.crashed and time.monotonic() < deadline:
                         world.cycle.wake.wait(0.2)
                         world.cycle.wake.clear()
                         wait = world.cycle.guarded_pass()
@@ -12083,7 +12089,7 @@ def a_life(path, monkeypatch, chosen, crash) -> int:
                     points.crashed = False
                     cmres.close_store()  # with whatever transaction was open
                     hurry(world)
-                    for pool in world.cycle.pools.values():
+                    for pool in world.cycle.workers.pools.values():
                         pool.shutdown()
                     world.cycle = points.wrap(cmres.LifeCycle(world.config, world.clouds, lambda: world.now))
                     wait = world.config.lease + 0.1
@@ -12120,7 +12126,7 @@ def test_after_a_crash_in_mid_call_the_next_process_goes_on(world, verb):
         world.at(1)
         live(world, 60)
     world.now = NOON.timestamp() + (3600 if verb == 'boot' else 7200)
-    world.cycle.submit = lambda *_: None  # dies here
+    world.cycle.workers.submit = lambda *_: None  # dies here
     world.cycle.converge(world.now)
     world.cycle = cmres.LifeCycle(world.config, world.clouds, lambda: world.now)
     world.now += world.config.lease + 0.1
@@ -12135,10 +12141,15 @@ class Busy(cmres.LifeCycle):
     """Knows how many of its workers are at work."""
     counting, working = threading.Lock(), 0
 
-    def work(self, call):
-        self.add(1)
-        super().work(call)
-        self.add(-1)
+    def __init__(self, *given):
+        super().__init__(*given)
+        work = self.workers.work
+
+        def counted(call):
+            self.add(1)
+            work(call)
+            self.add(-1)
+        self.workers.work = counted
 
     def add(self, number):
         with self.counting:
@@ -12182,8 +12193,8 @@ class Slow(cmres.Simulated):
         with self.turn:
             working = sum(each.working for each in self.world.cycles)
             waiting = len([until for until in self.until.values() if until > self.world.now])
-        queued = [call for call in [*cycle.flying.values()] if call.taken is None]
-        return working == waiting and (not queued or cycle.working == self.config.workers) and not cycle.results.qsize()
+        queued = [call for call in [*cycle.workers.flying.values()] if call.taken is None]
+        return working == waiting and (not queued or cycle.working == self.config.workers) and not cycle.workers.results.qsize()
 
     def live(self, seconds: float, wanted: int):
         """Lets time go by; there is never a server too many."""
@@ -12191,10 +12202,10 @@ class Slow(cmres.Simulated):
             with self.turn:
                 self.world.now += 1
                 self.turn.notify_all()
-            wait_for(lambda: self.rests() or self.world.cycle.results.qsize(), seconds=60)
+            wait_for(lambda: self.rests() or self.world.cycle.workers.results.qsize(), seconds=60)
             for _ in range(3):
                 self.world.cycle.converge(self.world.now)
-                wait_for(lambda: self.rests() or self.world.cycle.results.qsize(), seconds=60)
+                wait_for(lambda: self.rests() or self.world.cycle.workers.results.qsize(), seconds=60)
             assert len(self.world.there()) <= wanted, [tuple(each) for each in cmres.rows(
                 'SELECT name, mark, made FROM simulated_server')]
 
@@ -12213,7 +12224,7 @@ def slow_world(path, seconds, **settings):
             cloud.ended = True
             cloud.turn.notify_all()
         for cycle in world.cycles:
-            for pool in cycle.pools.values():
+            for pool in cycle.workers.pools.values():
                 pool.shutdown(cancel_futures=True)
 
 
@@ -12319,7 +12330,7 @@ def test_a_clock_that_is_set_in_mid_boot_or_later_changes_nothing(world, shift, 
         live(world, after)
     else:
         world.cycle.converge(world.now)  # calls are under way, or have ended and are not recorded
-        wait_for(lambda: world.cycle.results.qsize() == len(world.cycle.flying))
+        wait_for(lambda: world.cycle.workers.results.qsize() == len(world.cycle.workers.flying))
     world.now += shift
     cloud.ahead = shift
     live(world, 120)
@@ -12357,7 +12368,7 @@ def test_a_clock_that_is_set_in_mid_delete_changes_nothing(world, shift, recorde
     cloud.calls.clear()
     world.service.delete('lab')
     world.cycle.converge(world.now)
-    wait_for(lambda: world.cycle.results.qsize() == 3)
+    wait_for(lambda: world.cycle.workers.results.qsize() == 3)
     if recorded:
         world.cycle.converge(world.now)
     world.now += shift
@@ -12467,7 +12478,7 @@ def both_go(world, seconds: float):
         world.now, world.up = world.now + 1, world.up + 1
         for _ in range(5):
             world.cycle.converge(world.now)
-            wait_for(lambda: world.cycle.results.qsize() == len(world.cycle.flying))
+            wait_for(lambda: world.cycle.workers.results.qsize() == len(world.cycle.workers.flying))
 
 
 DAY = 86400
@@ -12611,8 +12622,8 @@ def test_after_the_computer_was_started_anew_a_cloud_says_how_late_it_is(jumping
     both_go(world, 30)
     world.now, world.up = world.now + 600 + shift, world.up + 600
     renew(world)
-    world.cycle.boot = 'another'
-    world.cycle.uptime = lambda: world.up - NOON.timestamp() - 600
+    world.cycle.clocks.boot = 'another'
+    world.cycle.clocks.uptime = lambda: world.up - NOON.timestamp() - 600
     world.cloud.time = lambda: world.up if tells else None
     both_go(world, 10)
     assert world.there() == ['lab-1-1']
@@ -12725,7 +12736,7 @@ def test_a_lease_of_before_the_clock_was_set_back_is_worth_nothing(two):
     assert second.settle() and not first.settle()
 
 
-@pytest.mark.parametrize('step', ['plan', 'record', 'call', 'guarded_pass'])
+@pytest.mark.parametrize('step', ['planner.plan', 'reconciler.record', 'dispatcher.call', 'guarded_pass'])
 def test_who_lost_the_lease_does_nothing_more(two, step):
     world, first, second = two
     boot(world)
@@ -12733,17 +12744,17 @@ def test_who_lost_the_lease_does_nothing_more(two, step):
     world.now = NOON.timestamp() + 3600
     assert first.settle()
     world.now += 1.5
-    first.submit(('look', 'simulated'), 'look', 'simulated', [])
-    wait_for(lambda: first.results.qsize())
-    cmres.db.execute_sql('UPDATE lease SET holder = ?, until = ?', (second.name, world.now + 6))
-    second.leased_until = world.now + 6
+    first.workers.submit(('look', 'simulated'), 'look', 'simulated', [])
+    wait_for(lambda: first.workers.results.qsize())
+    cmres.db.execute_sql('UPDATE lease SET holder = ?, until = ?', (second.leader.name, world.now + 6))
+    second.leader.leased_until = world.now + 6
     cloud, before = Sick(world), dump_without_lease()
     if step == 'guarded_pass':
         assert first.guarded_pass() == 1
     else:
         with pytest.raises(cmres.LostLease):
-            getattr(first, step)(world.now + (2 if step != 'call' else 5))
-    assert not first.converge(world.now) and not first.flying
+            operator.attrgetter(step)(first)(world.now + (2 if step != 'dispatcher.call' else 5))
+    assert not first.converge(world.now) and not first.workers.flying
     assert dump_without_lease() == before and cloud.calls == []
     second.settle()
     assert len(world.there()) == 6 and made_twice() == []
@@ -12764,10 +12775,10 @@ def test_a_worker_does_not_call_once_the_lease_has_run_out(tmp_path):
     wait_for(lambda: cloud.calls)
     world.now += world.config.lease + 1
     hang.set()
-    wait_for(lambda: world.cycle.results.qsize() == 3)
+    wait_for(lambda: world.cycle.workers.results.qsize() == 3)
     assert cloud.instants('boot') == [NOON.timestamp() + 3600]
     second = cmres.LifeCycle(world.config, world.clouds, lambda: world.now)
-    assert second.settle() and not world.cycle.converge(world.now) and not world.cycle.flying
+    assert second.settle() and not world.cycle.converge(world.now) and not world.cycle.workers.flying
     world.cycle = second
     live(world, 120)
     assert len(world.there()) == 3 and world.state('lab') == 'active' and made_twice() == []
@@ -12826,7 +12837,7 @@ def test_no_error_ends_the_life_cycle(tmp_path, where, error):
 
 def test_a_life_cycle_that_died_begins_anew_and_one_that_hangs_is_told(world, app, caplog):
     world.service.age, cycle = world.cycle.age, world.cycle
-    world.clouds.clock = cycle.clock = time.time
+    world.clouds.clock = cycle.clocks.clock = time.time
     run, converge, deaths = cycle.run, cycle.converge, [SystemExit(), MemoryError()]
     hung, hang = threading.Event(), threading.Event()
 
@@ -12836,7 +12847,7 @@ def test_a_life_cycle_that_died_begins_anew_and_one_that_hangs_is_told(world, ap
         run(stop)
     cycle.run = dying
     with in_thread(cycle, lambda stop: cmres.keep_running(cycle, stop, every=0.02)):
-        wait_for(lambda: not deaths and cycle.leased_until, seconds=60)
+        wait_for(lambda: not deaths and cycle.leader.leased_until, seconds=60)
         assert 'the life cycle has died' in caplog.text
         wait_for(lambda: app.web.get('/healthz').json['last_pass'] < 30)
         cycle.converge = lambda now: (hung.set(), hang.wait(120), converge(now))[-1]
@@ -12920,7 +12931,7 @@ def pace(world, passes=100) -> float:
     before = world.now
     for _ in range(passes):
         wait = world.cycle.guarded_pass()
-        while world.cycle.flying:
+        while world.cycle.workers.flying:
             world.cycle.wake.wait(1)
             world.cycle.wake.clear()
             wait = world.cycle.guarded_pass()
@@ -12992,9 +13003,9 @@ def test_what_is_remembered_of_servers_that_boot_does_not_grow(tmp_path):
     world.now = NOON.timestamp() + 3600
     live(world, 60)
     assert cmres.row('SELECT sum(tries) AS n FROM server').n > 15
-    assert sum(map(len, world.cycle.building.values())) <= 3
+    assert sum(map(len, world.cycle.reconciler.building.values())) <= 3
     live(world, 600)
-    assert world.there() == [] and not any(world.cycle.building.values())
+    assert world.there() == [] and not any(world.cycle.reconciler.building.values())
 
 
 # Anything in any order
@@ -13042,9 +13053,9 @@ def test_after_anything_in_any_order_there_is_what_is_wanted(tmp_path_factory, m
             elif verb == 'crash':
                 world.cycle.converge(world.now)
                 if what[0]:  # the calls are made and their answers lost; else they are lost before
-                    wait_for(lambda: world.cycle.results.qsize() >= len(world.cycle.flying))
+                    wait_for(lambda: world.cycle.workers.results.qsize() >= len(world.cycle.workers.flying))
                 else:
-                    for pool in world.cycle.pools.values():
+                    for pool in world.cycle.workers.pools.values():
                         pool.shutdown(cancel_futures=True)
                 renew()
                 world.now += world.config.lease
@@ -18472,7 +18483,7 @@ def test_a_calendar_is_not_booked_by_a_process_that_has_lost_the_lease(lan, shel
     second = cmres.LifeCycle(lan.config, lan.clouds, lambda: lan.now)
     second.converge(lan.now)
     release.set()
-    [call] = [call for call in lan.cycle.flying.values() if call.verb == 'poll']
+    [call] = [call for call in lan.cycle.workers.flying.values() if call.verb == 'poll']
     wait_for(lambda: call.ended)
     assert isinstance(call.error, cmres.LostLease)
     second.settle()
@@ -19121,7 +19132,7 @@ def until(condition, seconds=120):
 def lab(tmp_path):
     """A service on the real cloud OS_CLOUD, its life cycle running; every server of ours is removed at the end."""
     world = World(tmp_path, poll=0.5, retry_first=2, settle=3)
-    world.service.clock = world.cycle.clock = world.clouds.clock = time.time
+    world.service.clock = world.cycle.clocks.clock = world.clouds.clock = time.time
     world.service.wake = world.cycle.wake.set
     world.service.resource_add('lab', cloud=os.environ['OS_CLOUD'], vms=40, vcpus=80)
     world.cloud, stop = world.clouds.open(os.environ['OS_CLOUD']), threading.Event()
@@ -19309,7 +19320,7 @@ def test_a_server_deleted_by_hand_and_seen_as_deleted_is_replaced(tmp_path):
 def living(tmp_path, account=ACCOUNT, **settings):
     """As the fixture `lab`, with settings of one's own and any entry of clouds.yaml."""
     world = World(tmp_path, **{'poll': 0.5, 'retry_first': 1, 'settle': 3} | settings)
-    world.service.clock = world.cycle.clock = world.clouds.clock = time.time
+    world.service.clock = world.cycle.clocks.clock = world.clouds.clock = time.time
     world.service.wake = world.cycle.wake.set
     world.service.resource_add('lab', cloud=account, vms=40)
     stop = threading.Event()
@@ -20903,7 +20914,7 @@ class Guarded:
         self.world = World(folder, poll=0.5, settle=4, sweep=2,
                            identities={name: sdk(entry).current_project_id for name, entry in self.users.items()},
                            credentials={f'{name}@lab-admin': entry for name, entry in self.users.items()})
-        self.world.service.clock = self.world.cycle.clock = self.world.clouds.clock = time.time
+        self.world.service.clock = self.world.cycle.clocks.clock = self.world.clouds.clock = time.time
         self.world.service.wake = self.world.cycle.wake.set
         self.service, self.stop = self.world.service, threading.Event()
         admin = sdk('lab-admin').compute
