@@ -1325,6 +1325,14 @@ class Config:
     keystone_roles: str = setting(
         'admin:admin, member:user, reader:reader', 'which role here a role of Keystone gives, as '
         'KEYSTONE:CMRES; of several the highest, without any of them none')
+    oidc: str = setting(
+        '', 'the issuer of an OpenID Connect provider at which people sign in to the page, such as '
+        'https://login.example.org; needs the package authlib')
+    oidc_client: str = setting('', 'the client id of cmres at that provider')
+    oidc_secret: str = setting('', 'its secret; without one, the client is public')
+    oidc_claims: str = setting(
+        'preferred_username, project, role', 'the claims that say user, project and role there; '
+        'without the last two, people are users of the project default')
     identity_proxies: str = setting(
         '', 'addresses and networks of proxies that say who asks, in the headers of '
         '`identity_header`; they must take those headers out of what their clients send')
@@ -18606,7 +18614,14 @@ defer></script>
 <div><button class="main">Sign in</button></div>
 </form>
 % end
+% if oidc:
+<p><a id="oidc" href="/sign-in/oidc/begin?{{query}}">Or sign in at {{oidc}}</a></p>
+% end
 </div>
+''', 'onward': '''<!doctype html>
+<html lang="en"><meta charset="utf-8"><title>Signed in</title>
+<meta http-equiv="refresh" content="0;url={{href}}">
+<p><a href="{{href}}">You are signed in. Go on</a></p></html>
 ''', 'docs': '''
 <p class="soft">All that programs can ask for, with a token in the header
 <code>Authorization: Bearer TOKEN</code> or <code>X-Auth-Token: TOKEN</code>. The same for programs:
@@ -19361,12 +19376,87 @@ class CloudNames:
         self.found[account, sight] = time.monotonic() + (10 if why else 60), names, why
 
 
+class OpenId:
+    """Signing in at a provider of OpenID Connect: the code flow with PKCE."""
+    PATIENT = 5  # seconds
+    ALGORITHMS = ('RS256', 'PS256', 'ES256', 'EdDSA')
+
+    def __init__(self, config: Config):
+        self.config = config
+
+    @functools.cached_property
+    def provider(self) -> dict:
+        """What the provider tells of itself."""
+        issuer = self.config.oidc.rstrip('/')
+        found = self.ask(f'{issuer}/.well-known/openid-configuration')
+        if found.get('issuer', '').rstrip('/') != issuer:
+            raise Unavailable(f'{issuer} is another provider than it says')
+        return found
+
+    def ask(self, url: str) -> dict:
+        import requests
+        try:
+            answer = requests.get(url, timeout=self.PATIENT, allow_redirects=False)
+            answer.raise_for_status()
+            return answer.json()
+        except (requests.RequestException, ValueError) as error:
+            log.warning('the OpenID provider: %s', first_line(error))
+            raise Unavailable('the provider does not answer, so you can not sign in there. Try '
+                              'again in a minute') from None
+
+    def client(self, back: str):
+        from authlib.integrations.requests_client import OAuth2Session
+        return OAuth2Session(self.config.oidc_client, self.config.oidc_secret or None,
+                             scope='openid profile', redirect_uri=back,
+                             code_challenge_method='S256', default_timeout=self.PATIENT)
+
+    def begin(self, back: str) -> tuple[str, dict]:
+        """Where to sign in, and what must be known again afterwards."""
+        known = {name: secrets.token_urlsafe(32) for name in ('state', 'nonce', 'verifier')}
+        url, _ = self.client(back).create_authorization_url(
+            self.provider['authorization_endpoint'], state=known['state'], nonce=known['nonce'],
+            code_verifier=known['verifier'])
+        return url, known
+
+    def end(self, back: str, known: dict, said: dict, now: float) -> dict:
+        """The claims of who has signed in; Unauthorized if it isn't what was begun."""
+        import requests
+        from authlib.common.errors import AuthlibBaseError
+        from joserfc.errors import JoseError
+        if not secrets.compare_digest(said.get('state', ''), known['state']) or 'code' not in said:
+            raise Unauthorized(f"you are not signed in: {said.get('error') or 'begin anew'}")
+        try:
+            token = self.client(back).fetch_token(
+                self.provider['token_endpoint'], code=said['code'],
+                code_verifier=known['verifier'])
+            return self.claims(token, known['nonce'], now)
+        except (AuthlibBaseError, JoseError, LookupError, ValueError) as error:
+            log.warning('the OpenID provider: %s', first_line(error))
+            raise Unauthorized('you are not signed in: what the provider says of you is not '
+                               'valid') from None
+        except requests.RequestException as error:
+            raise Unavailable(f'the provider does not answer: {first_line(error)}') from None
+
+    def claims(self, token: dict, nonce: str, now: float) -> dict:
+        """What an ID token says, if it is for us, of this sign-in and still good."""
+        from authlib.oidc.core import CodeIDToken
+        from joserfc import jwk, jwt
+        keys = jwk.KeySet.import_key_set(self.ask(self.provider['jwks_uri']))
+        found = jwt.decode(token['id_token'], keys, algorithms=self.ALGORITHMS)
+        client, issuer = self.config.oidc_client, self.provider['issuer']
+        CodeIDToken(found.claims, found.header, {'iss': {'value': issuer}, 'aud': {'value': client}},
+                    {'nonce': nonce, 'client_id': client,
+                     'access_token': token.get('access_token')}).validate(now, leeway=60)
+        return found.claims
+
+
 class Pages:
     """The handlers of all pages of a service."""
 
     def __init__(self, service: Reservations):
         self.service = service
         self.names = CloudNames(service.clouds)
+        self.openid = OpenId(service.config)
         self.sent: deque[str] = deque(maxlen=1000)  # forms that were sent, by their numbers
         self.key_file = key_file(service.config.database, service.config.key)
         self.read: tuple = (None, [])  # the stamp of that file, and what was in it
@@ -19383,6 +19473,8 @@ class Pages:
         for verb, path, handle in (('GET', '/sign-in', self.ask),
                                    ('POST', '/sign-in', self.sign_in),
                                    ('POST', '/sign-in/keystone', self.sign_in_at_keystone),
+                                   ('GET', '/sign-in/oidc/begin', self.begin_oidc),
+                                   ('GET', '/sign-in/oidc', self.end_oidc),
                                    ('POST', '/sign-out', self.sign_out),
                                    ('POST', '/zone', self.choose_zone)):
             app.route(path, verb, self.visited(handle, signed_in=False))
@@ -19553,13 +19645,68 @@ class Pages:
         except (Unauthorized, Forbidden) as error:
             return self.not_signed_in(visit, given, error)
         user, project = (service.names_of(each)[0] for each in found.scoped[:2])
-        lasts = min(service.config.signed_in, found.scoped.ends - service.clock())
-        made = self.token_of_session(Actor(user, project, role), service.clock() + lasts)
-        return self.signed_in_as(Actor(user, project, role), made, lasts, given)
+        return self.known_elsewhere(Actor(user, project, role), 'Keystone', found.scoped.ends, given)
 
-    def token_of_session(self, actor: Actor, ends: float) -> str:
+    def known_elsewhere(self, actor: Actor, where: str, ends: float, given: dict):
+        """Begins a session of somebody whom others know, until they do not any more."""
+        now = self.service.clock()
+        lasts = min(self.service.config.signed_in, ends - now)
+        made = self.token_of_session(actor, f'signed in at {where}', now + lasts)
+        return self.signed_in_as(actor, made, lasts, given)
+
+    def back_here(self) -> str:
+        """The address to which a provider sends people back."""
+        import bottle
+        there = self.service.config.address.rstrip('/') or '{0.scheme}://{0.netloc}'.format(
+            bottle.request.urlparts)
+        return f'{there}/sign-in/oidc'
+
+    def begin_oidc(self, visit: Visit, given: dict):
+        """Leads to the provider; a cookie tells afterwards that it was begun here."""
+        if not self.service.config.oidc:
+            raise NotFound('nobody signs in here with OpenID Connect')
+        url, known = self.openid.begin(self.back_here())
+        made = self.onward(url)
+        text = json.dumps(known | {'next': local(given.get('next'))})
+        made.set_cookie('oidc', quote(self.signed('oidc', text), safe=''), path='/sign-in/oidc',
+                        httponly=True, samesite='lax', max_age=600,
+                        secure=self.service.config.address.startswith('https:'))
+        return made
+
+    def end_oidc(self, visit: Visit, given: dict):
+        """Signs in who comes back from the provider."""
+        import bottle
+        known = self.unsigned('oidc', unquote(bottle.request.get_cookie('oidc') or ''))
+        try:
+            if not known:
+                raise Unauthorized('this sign-in was not begun here, or too long ago')
+            known = json.loads(known)
+            said = self.openid.end(self.back_here(), known, given, self.service.clock())
+            actor = self.claimed(said)
+        except (Unauthorized, Forbidden) as error:
+            return self.not_signed_in(visit, given, error)
+        made = self.known_elsewhere(actor, 'the provider', said['exp'], {'next': known['next']})
+        made.delete_cookie('oidc', path='/sign-in/oidc')
+        # A redirect would still be of the provider's site, to which no strict cookie is sent.
+        made.status, made.body = 200, render_page('onward', href=local(known['next']))
+        del made.headers['Location']
+        return made
+
+    def claimed(self, said: dict) -> Actor:
+        """Who somebody is by their claims; Forbidden without a name."""
+        names = [each.strip() for each in self.service.config.oidc_claims.split(',')]
+        user, project, role = (f"{said.get(name) or ''}" for name in (*names, '', '', '')[:3])
+        if not user:
+            raise Forbidden(f"the provider does not say who you are: the claim '{names[0]}' is "
+                            'missing')
+        if role and role not in ROLES:
+            raise Forbidden(f"the provider says that your role is '{role}'; it must be one of "
+                            f"{', '.join(ROLES)}")
+        return Actor(user, project or 'default', role or USER)
+
+    def token_of_session(self, actor: Actor, purpose: str, ends: float) -> str:
         """The hash of a token that nobody knows: sessions of who has none of ours are of it."""
-        purpose, hash = 'signed in at Keystone', secrets.token_hex(32)
+        hash = secrets.token_hex(32)
         with transaction():
             old = row('SELECT id, hash, ends FROM token WHERE user = ? AND project = ? '
                       'AND purpose = ? AND revoked IS NULL', actor.user, actor.project, purpose)
@@ -19580,7 +19727,8 @@ class Pages:
 
     def sign_in_form(self, refusal: str, back: str) -> str:
         return render_page('sign in', refusal=refusal, back=back,
-                           keystone=self.service.config.keystone)
+                           keystone=self.service.config.keystone,
+                           oidc=self.service.config.oidc, query=urlencode({'next': back}))
 
     def signed_in_as(self, actor: Actor, token: str, lasts: float, given: dict):
         """Begins a session of somebody, by the hash of a token."""
@@ -20274,7 +20422,7 @@ NEEDS_RESTART = frozenset(
     'database key host port threads slow_per_user slow_per_target outside_timeout url token '
     'timezone workers call_timeout sweep verify_every connections'.split())
 #: Settings that only their owner may read.
-SECRETS = frozenset(('token', 'webhook', 'webhook_secret'))
+SECRETS = frozenset(('token', 'webhook', 'webhook_secret', 'oidc_secret'))
 
 
 class Connections:

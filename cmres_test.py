@@ -1,6 +1,7 @@
 # /// script
 # requires-python = ">=3.11"
 # dependencies = [
+#   "authlib~=1.9",            # signs in at providers, and what a provider of the tests signs with
 #   "axe-playwright-python~=0.1.8",  # what keeps people out of a page
 #   "beautifulsoup4~=4.12",    # the links of a page
 #   "hypothesis>=6.100,<7",    # properties: random sequences against models
@@ -31,6 +32,7 @@ import email.utils
 import functools
 import gc
 import gzip
+import hashlib
 import html
 import http.client
 import http.server
@@ -21549,6 +21551,140 @@ def test_a_lease_on_the_lab_lends_a_flavor_while_it_is_active(lab):
         if 'lab-compute-1' in (admin.get_aggregate(aggregate.id).hosts or []):
             admin.remove_host_from_aggregate(aggregate, 'lab-compute-1')
         admin.delete_aggregate(aggregate)
+
+
+class Provider(http.server.ThreadingHTTPServer):
+    """A small provider of OpenID Connect that signs in whoever comes, and checks what it must."""
+
+    def __init__(self):
+        from joserfc import jwk
+        self.key = jwk.RSAKey.generate_key(2048, parameters={'kid': 'one'})
+        self.codes, self.claims, self.other, self.now = {}, {}, {}, time.time
+        super().__init__(('127.0.0.1', 0), ProviderAnswers)
+        self.url = f'http://127.0.0.1:{self.server_port}'
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+
+    def authorize(self, url: str) -> dict:
+        """What a browser brings back that was sent to an address."""
+        asked = dict(parse_qsl(urlsplit(url).query))
+        assert (asked['response_type'], asked['client_id'], asked['code_challenge_method']) == ('code', 'cmres', 'S256')
+        code = secrets.token_hex(8)
+        self.codes[code] = asked
+        return {'code': code, 'state': asked['state']}
+
+    def token(self, form: dict) -> tuple[int, dict]:
+        from joserfc import jwt
+        asked = self.codes.pop(form.get('code'), None)  # good once
+        digest = hashlib.sha256(form.get('code_verifier', '').encode()).digest()
+        challenge = base64.urlsafe_b64encode(digest).rstrip(b'=').decode()
+        if not asked or asked['code_challenge'] != challenge or asked['redirect_uri'] != form['redirect_uri']:
+            return 400, {'error': 'invalid_grant'}
+        claims = {'iss': self.url, 'aud': 'cmres', 'sub': 'u1', 'iat': int(self.now()), 'exp': int(self.now()) + 3600,
+                  'nonce': asked['nonce'], 'preferred_username': 'eva', 'project': 'biology'} | self.claims
+        signed = jwt.encode({'alg': 'RS256', 'kid': 'one'}, claims, self.other.get('key', self.key))
+        return 200, {'access_token': 'x', 'token_type': 'Bearer', 'id_token': signed}
+
+
+class ProviderAnswers(http.server.BaseHTTPRequestHandler):
+    def log_message(self, *_):
+        pass
+
+    def do_GET(self):
+        there = self.server.url
+        self.answer(200, {'keys': [self.server.key.as_dict(private=False)]} if self.path == '/keys' else {
+            'issuer': there, 'authorization_endpoint': f'{there}/authorize', 'token_endpoint': f'{there}/token',
+            'jwks_uri': f'{there}/keys'})
+
+    def do_POST(self):
+        form = dict(parse_qsl(self.rfile.read(int(self.headers['Content-Length'])).decode()))
+        self.answer(*self.server.token(form))
+
+    def answer(self, status, body):
+        text = json.dumps(body).encode()
+        self.send_response(status)
+        self.send_header('Content-Type', 'application/json')
+        self.send_header('Content-Length', str(len(text)))
+        self.end_headers()
+        self.wfile.write(text)
+
+
+@pytest.fixture
+def provider(tmp_path, empty):
+    pytest.importorskip('authlib')
+    shutil.copy(empty, tmp_path)
+    provider = Provider()
+    world = World(tmp_path, oidc=provider.url, oidc_client='cmres', oidc_secret='s3cret')
+    provider.now, provider.world = lambda: world.now, world
+    provider.web = webtest.TestApp(cmres.web(world.service))
+    yield provider
+    provider.shutdown()
+    provider.server_close()
+    cmres.close_store()
+
+
+def sent_to(provider, web=None):
+    """Where a browser is sent that wants to sign in at the provider."""
+    web = web or provider.web
+    return web.get(web.get('/list').html.find(id='oidc')['href'], status=303).location
+
+
+def test_who_signs_in_at_a_provider_comes_back_signed_in(provider):
+    world, web = provider.world, provider.web
+    book(world.as_user(), 'hers')
+    answer = web.get('/sign-in/oidc', provider.authorize(sent_to(provider)), status=200)
+    assert answer.html.find('a')['href'] == '/list' and 'hers' in web.get('/list')
+    kept, = [each for each in world.service.token_list() if each['purpose'] == 'signed in at the provider']
+    assert (kept['user'], kept['project'], kept['role']) == ('eva', 'biology', 'user')
+    form = next(each for each in web.get('/list').forms.values() if each.action == '/sign-out')
+    form.submit(status=303)
+    assert web.get('/list').html.find(id='oidc')
+    web.get('/sign-in/oidc', provider.authorize(sent_to(provider)), status=200)
+    world.now += 3601  # no longer than the provider says
+    assert web.get('/list').html.find(id='oidc')
+
+
+@pytest.mark.parametrize('claims', [
+    {'nonce': 'other'}, {'aud': 'other'}, {'iss': 'https://other.example'}, {'exp': 1}, {'iat': 2**33}, {'azp': 'other'}])
+def test_what_a_provider_did_not_say_of_this_sign_in_signs_nobody_in(provider, claims):
+    provider.claims = claims
+    said = provider.web.get('/sign-in/oidc', provider.authorize(sent_to(provider)), status=401)
+    assert 'not valid' in said.text and provider.web.get('/list').html.find(id='oidc')
+
+
+def test_a_sign_in_is_of_the_browser_that_began_it_and_good_once(provider):
+    from joserfc import jwk
+    web, other = provider.web, webtest.TestApp(provider.web.app)
+    back = provider.authorize(sent_to(provider))
+    assert 'not begun here' in other.get('/sign-in/oidc', back, status=401)
+    assert 'not signed in' in web.get('/sign-in/oidc', back | {'state': 'x'}, status=401)
+    sent_to(provider, other)
+    assert 'not signed in' in other.get('/sign-in/oidc', back, status=401)  # another state, and verifier
+    assert 'denied' in web.get('/sign-in/oidc', {'error': 'denied', 'state': back['state']}, status=401)
+    web.get('/sign-in/oidc', back, status=200)
+    web.get('/sign-in/oidc', back, status=401)
+    thief = webtest.TestApp(provider.web.app)
+    stolen = provider.authorize(sent_to(provider, thief))
+    provider.codes[stolen['code']]['code_challenge'] = 'other'
+    thief.get('/sign-in/oidc', stolen, status=401)
+    provider.other['key'] = jwk.RSAKey.generate_key(2048)
+    thief.get('/sign-in/oidc', provider.authorize(sent_to(provider, thief)), status=401)
+
+
+def test_roles_of_a_provider_are_taken_and_others_refused(provider):
+    provider.claims = {'role': 'reader', 'project': ''}
+    provider.web.get('/sign-in/oidc', provider.authorize(sent_to(provider)), status=200)
+    assert 'default' in provider.web.get('/list') and 'reader' in provider.web.get('/list')
+    for claims in ({'role': 'boss'}, {'preferred_username': ''}):
+        provider.claims, web = claims, webtest.TestApp(provider.web.app)
+        said = web.get('/sign-in/oidc', provider.authorize(sent_to(provider, web)), status=401)
+        assert 'the provider' in said.text
+
+
+def test_without_a_provider_nobody_is_sent_to_one(world):
+    web = webtest.TestApp(cmres.web(world.service))
+    assert not web.get('/list').html.find(id='oidc')
+    web.get('/sign-in/oidc/begin', status=404)
+    web.get('/sign-in/oidc?code=x&state=y', status=401)
 
 
 # Benchmarks ##################################################################
