@@ -5554,6 +5554,11 @@ def beyond(some: list[Hold], others: list[Hold]) -> list[Hold]:
             for piece in beyond_at(resource, some, others)]
 
 
+def still_to_come(pieces: list[Hold], now: float) -> list[Hold]:
+    """The holds of some that are not past."""
+    return [each for each in pieces if each.until > now]
+
+
 def beyond_at(resource: int, *sides: list[Hold]) -> Iterator[Hold]:
     """The pieces of one resource, in order: what the first side has more of than the second."""
     changes: dict[int, list] = defaultdict(lambda: [NOTHING, NOTHING])
@@ -8980,6 +8985,14 @@ def cut_short(text: str, most: int = 200) -> str:
     return text if len(text) <= most else f'{text[:most - 3]}...'
 
 
+def grouped(found: Iterable, name: str) -> list[list]:
+    """Rows with the same value of a column together."""
+    groups: dict = defaultdict(list)
+    for each in found:
+        groups[getattr(each, name)].append(each)
+    return [*groups.values()]
+
+
 def in_lines(found: Iterable) -> list[dict]:
     """Rows as an answer of many shows them: descriptions are cut, long metadata is left out."""
     return [public(each._replace(description=cut_short(each.description),
@@ -10050,7 +10063,10 @@ class Limits:
         """Of each figure of a limit: name, value, whether a wish is within, what would be."""
         length, before = wish.end - wish.start, old.end - old.start if old else 0
         stays = old and (not limit.resource_id or old.resource_id == wish.resource.id)
-        less = stays and old.start <= wish.start and wish.end <= old.end and wish.vms <= old.vms
+        within = stays and old.start <= wish.start and wish.end <= old.end and (
+            old.start <= now or old.held_from <= wish.held[0])
+        less = within and wish.vms <= old.vms
+        cheaper = within and wish.amount.vcpus <= old.vcpus
         yield 'longest', limit.longest, length <= max(limit.longest or 0,
                                                       before), in_words_of(limit.longest)
         moved = not old or wish.start != old.start
@@ -10066,7 +10082,7 @@ class Limits:
         if limit.vcpu_hours is not None:
             used = self.future_hours(limit, wish, now, old, others)
             need = wish.amount.vcpus * (wish.end - max(wish.start, int(now))) / 3600
-            yield 'vcpu_hours', limit.vcpu_hours, less or used + need <= limit.vcpu_hours, (
+            yield 'vcpu_hours', limit.vcpu_hours, cheaper or used + need <= limit.vcpu_hours, (
                 f'{limit.vcpu_hours}, of which {max(limit.vcpu_hours - used, 0):.0f} are left')
 
     def counted(self, limit, wish: Wish, others: Others | None,
@@ -10092,7 +10108,7 @@ class Limits:
         found += run(f'SELECT x.held_from, x.held_until, x.vms {FROM_EXTRA.format(where)} '
                      'AND held_from < ? AND held_until > ? '
                      'AND (proposal_id IS NOT NULL OR reservation_id <> ?)', *values, until, begin,
-                     own if old and not others else 0).fetchall()
+                     own).fetchall()
         found += others.holding(limit.resource_id, begin, until) if others else []
         changes = [change for first, last, vms in found
                    for change in ((max(first, begin), 1, vms), (last, 0, -vms))]
@@ -10347,11 +10363,24 @@ class Made(NamedTuple):
     done: list[dict]  # of a series, what became of each occurrence, by start
 
 
+def last_of(deal: Deal) -> int:
+    """Until when a change can be made: a start changes before it, and nothing ends in the past."""
+    old, wish = deal.old, deal.wish
+    if old.repeats and not deal.alone:
+        return int(LAST.timestamp())
+    return min(old.end, wish.end, old.end if wish.start == old.start else old.held_from)
+
+
 #: The deals that need no approval, whoever asks: what gives back, was agreed, or is operators'.
 AGREED = ('released', 'carried on', 'left out', 'admitted', 'maintenance', 'granted')
 
 
+A_CHANGE_WAITS = 'an admin must approve the change'
 A_SERIES_WAITS = 'a series can not wait; --on-conflict skip takes the occurrences that fit'
+
+
+STOPPED_KEEP = ('stopped VMs keep their capacity after the end until they are deleted, and others '
+                'have reserved it by then; end with --at-end delete or shelve')
 
 
 class Bookings:
@@ -10371,21 +10400,22 @@ class Bookings:
             self.drop_proposals(old.reservation, old.id if deal.alone else None)
         if not self.may_need_approval(deal):
             return self.make_true(deal, now)
-        before = self.holds(old.reservation)
+        ran, stood = self.holds(old.reservation, False), self.stopped_held(old.reservation)
         with Attempt() as attempt:
             made = self.make_true(deal, now)
-            growth = [each for each in beyond(self.holds(old.reservation), before)
-                      if each.until > now]
-            span = max((resource_of(each.resource, removed=True).approval for each in growth),
+            runs, stands = self.holds(old.reservation, False), self.stopped_held(old.reservation)
+            growth = still_to_come(beyond(runs + stands, ran + stood), now)
+            # VMs that run take more than those that only stay stopped
+            more = still_to_come(beyond(runs, ran), now) + growth
+            span = max((resource_of(each.resource, removed=True).approval for each in more),
                        default=0)
-            if not growth or not span and not self.proposes_all:
+            if not more or not span and not self.proposes_all:
                 return made
             if old.pending is not None:
                 self.await_approval(old.reservation, int(now) + span, deal.wish, now)
                 return made
             attempt.undo()
-        last = old.end if deal.alone or not old.repeats else int(LAST.timestamp())
-        until = min(int(now) + span, last) if span else last
+        until = min(int(now) + (span or int(LAST.timestamp())), last_of(deal))
         self.propose(deal, until, growth, now)
         return None
 
@@ -10410,18 +10440,20 @@ class Bookings:
                 raise Invalid(A_SERIES_WAITS)
         if old and deal.asked and (wish.label, wish.project) != (old.label, old.project):
             self.policy.refuse_taken_label(wish, now)
-        decided = self.decide_all(deal, now)
-        reservation = old.reservation if old else self.write_new(deal, decided, now)
-        self.write_occurrences(reservation, deal.patches, decided, now)
-        if old:
-            self.write_old(deal, now)
+        stops = wish.image and (old or wish.at_end == 'stop') or old and old.image
+        gone = [each.had[0] for each in deal.changes if not each.after]
+        with self.stopped_aside(old.reservation, now, gone) if old and stops else nullcontext():
+            decided = self.decide_all(deal, now)
+            reservation = old.reservation if old else self.write_new(deal, decided, now)
+            self.write_occurrences(reservation, deal.patches, decided, now)
+            if old:
+                self.write_old(deal, now)
+        if stops and not old:
+            self.keep_stopped(reservation, now)
         if wish.resource and (not old or deal.asked):
             self.policy.refuse_many_texts(wish, old)
         if deal.columns.get('waiting') or old and old.waiting is not None:
             self.stand_in_line(reservation)
-        if wish.image and (old or wish.at_end == 'stop') or old and old.image:
-            gone = [each.had[0] for each in deal.changes if not each.after]
-            self.keep_stopped(reservation, now, gone)
         done = [*deal.same, *(line for line, _, _ in decided)] if deal.clash else []
         return Made(reservation, sorted(done, key=lambda line: line['start']))
 
@@ -10609,13 +10641,12 @@ class Bookings:
         for id, columns in written.items():
             change_occurrence(id, now, **patches.get(id, {}) | columns)
 
-    def holds(self, reservation: int) -> list[Hold]:
+    def holds(self, reservation: int, stopped: bool = True) -> list[Hold]:
         """What a reservation holds: its occurrences, and its VMs that stay after them."""
-        own = 'resource_id, held_from, held_until, vms, vcpus, ram, classes'
         return [hold_of(each) for each in rows(
-            f'SELECT {own} FROM occurrence WHERE reservation_id = ?1 AND due IS NOT NULL '
-            f'AND held_until > held_from UNION ALL SELECT {own} FROM extra_hold '
-            'WHERE reservation_id = ?1 AND proposal_id IS NULL', reservation)]
+            'SELECT resource_id, held_from, held_until, vms, vcpus, ram, classes FROM occurrence '
+            'WHERE reservation_id = ? AND due IS NOT NULL AND held_until > held_from', reservation)
+            ] + (self.stopped_held(reservation) if stopped else [])
 
     def hold_beside(self, reservation: int, proposal: int | None, holds: Iterable[Hold]) -> None:
         """Writes down what is held beside the occurrences; it is held already."""
@@ -10633,15 +10664,53 @@ class Bookings:
             run('DELETE FROM proposal WHERE id = ?', each.id)
         return len(found)
 
+    @contextmanager
+    def stopped_aside(self, reservation: int, now: float, gone: list[Hold]) -> Iterator[None]:
+        """Gives back what the stopped VMs of a reservation hold while it is changed: they are not
+        in its way, since it starts them again. Afterwards what stays of them is held.
+
+        Args:
+          gone: what else the change gives back
+
+        Raises:
+          NoCapacity: others have that capacity.
+        """
+        had = self.stopped_held(reservation)
+        before = self.holds(reservation) if had else []
+        give(had)
+        yield
+        if not had:
+            self.keep_stopped(reservation, now, gone)
+            return
+        wants = sorted(self.stopped_holds(reservation, now))
+        for each in wants:
+            hold(*each)
+        growth = beyond([*self.holds(reservation, stopped=False), *wants], [*before, *gone])
+        if not all(fits(resource_of(each.resource, removed=True), max(each.begin, int(now)),
+                        each.until, NOTHING) for each in still_to_come(growth, now)):
+            raise NoCapacity(STOPPED_KEEP)
+        self.write_stopped(reservation, had, wants)
+
+    def stopped_held(self, reservation: int) -> list[Hold]:
+        """What is held for VMs of a reservation that are stopped at its ends."""
+        return [hold_of(each) for each in rows(
+            'SELECT * FROM extra_hold WHERE reservation_id = ? AND proposal_id IS NULL',
+            reservation)]
+
+    def write_stopped(self, reservation: int, had: list[Hold], wants: list[Hold]) -> None:
+        """Writes down what is held for stopped VMs, where that is otherwise than before."""
+        if wants != sorted(had):
+            run('DELETE FROM extra_hold WHERE reservation_id = ? AND proposal_id IS NULL',
+                reservation)
+            self.hold_beside(reservation, None, wants)
+
     def keep_stopped(self, reservation: int, now: float, given: list[Hold] = ()) -> None:
         """Holds what VMs take that stay, stopped: until the next occurrence, or for good.
 
         Args:
           given: what the same change has given back
         """
-        had = [hold_of(each) for each in rows(
-            'SELECT * FROM extra_hold WHERE reservation_id = ? AND proposal_id IS NULL',
-            reservation)]
+        had = self.stopped_held(reservation)
         wants = sorted(self.stopped_holds(reservation, now))
         if wants == sorted(had):
             return
@@ -10649,11 +10718,8 @@ class Bookings:
         try:
             take(beyond(wants, had), now, given)
         except NoCapacity:
-            raise NoCapacity('stopped VMs keep their capacity after the end until they are '
-                             'deleted, and others have reserved it by then; end with --at-end '
-                             'delete or shelve') from None
-        run('DELETE FROM extra_hold WHERE reservation_id = ? AND proposal_id IS NULL', reservation)
-        self.hold_beside(reservation, None, wants)
+            raise NoCapacity(STOPPED_KEEP) from None
+        self.write_stopped(reservation, had, wants)
 
     def count_stopped(self, reservation: int, now: float) -> None:
         """Holds what stopped VMs take, also where others have it: the VMs are there."""
@@ -10663,7 +10729,9 @@ class Bookings:
         """What the VMs hold that are stopped or will be, from the end of each occurrence on."""
         found = rows("""
             SELECT o.*, r.host, (SELECT count(*) FROM server v WHERE v.occurrence_id = o.id
-                     AND v.goal = 'stop' AND v.state = 'kept' AND NOT v.borrowed) AS stopped
+                     AND v.goal = 'stop' AND v.state = 'kept' AND NOT v.borrowed) AS stopped,
+                   (SELECT count(*) FROM server v WHERE v.occurrence_id = o.id
+                     AND v.goal = 'up' AND v.state <> 'deleted') AS up
               FROM occurrence o JOIN reservation r ON r.id = o.reservation_id
              WHERE r.id = ? AND r.image <> '' AND r.waiting IS NULL
                AND (o.cancelled IS NULL OR o.due IS NULL)
@@ -10671,10 +10739,14 @@ class Bookings:
                      SELECT occurrence_id FROM server WHERE state = 'kept' AND goal = 'stop'
                        AND NOT borrowed))
              ORDER BY o.start""", reservation)
-        for each, after in zip(found, [*found[1:], None]):
+        lacks = {each.id: each.vms - each.up for each in found}  # VMs that each still starts
+        for number, each in enumerate(found):
+            after = next((one for one in found[number + 1:] if one.held_until > now), None)
             there = each.vms if each.due is not None else each.stopped
-            starts_them = after and after.held_from > now and after.resource_id == each.resource_id
-            again = min(there, after.vms) if starts_them else 0
+            starts_them = after and after.resource_id == each.resource_id
+            again = min(there, lacks[after.id]) if starts_them else 0
+            if again:
+                lacks[after.id] -= again
             one = amount_of(each) if each.host else amount_of(each) // each.vms
             for number, until in ((again, after.held_from if again else 0),
                                   (there - again, int(LAST.timestamp()))):
@@ -10701,10 +10773,10 @@ class Bookings:
 
     @contextmanager
     def as_if_without(self, old) -> Iterator[None]:
-        """Looks at what there would be if an occurrence held nothing."""
+        """Looks at what there would be if an occurrence and its stopped VMs held nothing."""
         with undone():
             if old:
-                give([hold_of(old)])
+                give([hold_of(old), *self.stopped_held(old.reservation)])
             yield
 
     def stand_in_line(self, reservation: int) -> None:
@@ -10788,6 +10860,11 @@ class Series:
         horizon = self.horizon(stretches, now, skipped)
         earliest = self.earliest(there, stretches, now)
         wanted = {slot.key: slot for slot in all_slots(stretches, earliest, horizon)}
+        reach, known = self.reach(wish, now), {old.slot for old in there}
+        near = {key: slot for key, slot in wanted.items() if slot.start <= reach or key in known}
+        takes_some = deal.code == 'carried on' or (wish.on_conflict or 'refuse') != 'refuse'
+        if takes_some and near and len(near) < len(wanted):  # the time of the others comes
+            wanted, horizon = near, int(reach) + 1
         gone, same, todo = [], [], []
         for old in there:
             slot = wanted.pop(old.slot, None)
@@ -10806,6 +10883,14 @@ class Series:
         return deal._replace(
             changes=gone + [self.change_at(wish, slot, old, now) for slot, old in todo],
             same=same, stretches=stretches, horizon=horizon, clash=wish.on_conflict or 'refuse')
+
+    def reach(self, wish: Wish, now: float) -> float:
+        """Until when the limits of a wish let anything begin."""
+        places = filter(None, {resource_of(each.resource) for each in wish.stretches})
+        limits_for = self.bookings.policy.limits.limits_for
+        ahead = [limit.ahead for place in places for limit in limits_for(
+            wish._replace(resource=place)) if limit.ahead is not None]
+        return min([now + each for each in ahead], default=LAST.timestamp())
 
     def change_at(self, wish: Wish, slot: Slot, old, now: float) -> Change:
         """The change that makes an occurrence be at a slot."""
@@ -11163,6 +11248,9 @@ class Admission:
                                      proposal.occurrence if proposal.alone else None)
         deal = self.edit(old, wish, asked, now, proposal.code, proposal.named, proposal.alone)
         self.bookings.commit(deal._replace(code='granted'), now)
+        if proposal.code == 'calendar':  # what the calendar says is agreed to
+            run("UPDATE reservation SET origin = substr(origin, instr(origin, ' ') + 1) "
+                'WHERE id = ?', old.reservation)
 
     def commit_back(self, old, wish: Wish, now: float) -> Made | None:
         """Lets an occurrence be again that was left out."""
@@ -11542,7 +11630,8 @@ class Approvals(Operations):
             for each in pending:
                 self.settle(each, 'approved', now)
             for proposal, each in proposals:
-                self.admission.grant(proposal, now)
+                with self.offers.explaining(restored_wish(proposal.wish), each):
+                    self.admission.grant(proposal, now)
                 self.journal(now, 'approved', f'the change was approved by {self.actor.user}',
                              each.reservation, json.loads(each.notify))
             return self.told_parts(label, pending or found)
@@ -12816,8 +12905,11 @@ class Plan(Operations):
                         **stored(held, 'held_'), reason=reason, added=int(now), removed=None)
             first, last = self.config.told_time(begin), self.config.told_time(until)
             why = f"{reason} on {name} from {first} to {last}"
-            hit = [self.make_room(each, why, then, now)
-                   for each in self.homeless(place, max(begin, int(now)), until)]
+            homeless = self.homeless(place, max(begin, int(now)), until)
+            # of a series all at once: after each cancelling it is carried on
+            for those in grouped(homeless, 'reservation') if then == 'cancel' else ():
+                self.admission.cancel(those, now, why)
+            hit = [self.make_room(each, why, then, now) for each in homeless]
             self.journal(now, 'resource', why)
             return {'id': id, 'resource': name, 'start': instant(begin), 'end': instant(until),
                     'reason': reason, 'hit': hit}
@@ -12843,11 +12935,10 @@ class Plan(Operations):
         self.let_start(place.id, now)
 
     def make_room(self, found, why: str, then: str, now: float) -> dict:
-        """Moves or cancels an occurrence that has no room any more, or tells its owner."""
+        """Moves an occurrence that has no room any more, or tells its owner; what became of it."""
         line = {name: value for name, value in public(found).items() if name in (
             'label', 'user', 'project', 'vms', 'start', 'end')}
         if then == 'cancel':
-            self.admission.cancel([found], now, why)
             return line | {'outcome': 'cancelled'}
         place = self.moved_elsewhere(found, now) if then == 'move' else None
         outcome = (f'moved to {place[0]} from {format_time(instant(place[1]), self.config.zone)}'
@@ -12909,30 +13000,41 @@ class Plan(Operations):
         return self.look.in_order(self.must_go(place, begin, until))
 
     def must_go(self, place, begin: int, until: int) -> list[int]:
-        """The ids of those."""
+        """The ids of those. What is not approved yet goes first; what fits after all, since an
+        earlier one had to go, stays.
+        """
         most = capacity(place)
         levels = dict(steps(place.id, begin, until, most.names))
         if all(held.within(most) for held in levels.values()):
             return []
-        held = rows('SELECT id, resource_id, held_from, held_until, vms, vcpus, ram, classes FROM '
-                    'occurrence WHERE resource_id = ? AND due IS NOT NULL AND start < ? + '
-                    f'{LONGEST_LEAD} AND held_until > ? AND held_from < ? AND held_until > '
-                    'held_from ORDER BY +id DESC', place.id, until, begin, until)
+        held = rows('SELECT NULL AS id, resource_id, held_from, held_until, vms, vcpus, ram, '
+                    'classes FROM extra_hold WHERE resource_id = ? AND proposal_id IS NOT NULL '
+                    'AND held_until > ? AND held_from < ?', place.id, begin, until)
+        held += rows('SELECT id, resource_id, held_from, held_until, vms, vcpus, ram, classes FROM '
+                     'occurrence WHERE resource_id = ? AND due IS NOT NULL AND start < ? + '
+                     f'{LONGEST_LEAD} AND held_until > ? AND held_from < ? AND held_until > '
+                     'held_from ORDER BY +id DESC', place.id, until, begin, until)
         # Between two cuts the same occurrences hold, so that what one of them gives back is all of
         # it there.
         cuts = sorted({*levels, *(min(max(at, begin), until) for each in held for at in each[2:4])}
                       - {until})
         there = list(itertools.accumulate((levels.get(at)
                                            for at in cuts), lambda before, after: after or before))
-        found = []
+        gone = []
         for each in held:
             touched = range(bisect_left(cuts, max(each.held_from, begin)),
                             bisect_left(cuts, each.held_until))
             if not all(there[n].within(most) for n in touched):
-                found.append(each.id)
+                gone.append((each.id, amount_of(each), touched))
                 for n in touched:
                     there[n] -= amount_of(each)
-        return found
+        must = []
+        for id, amount, touched in reversed(gone):
+            fits_again = all((there[n] + amount).within(most) for n in touched)
+            for n in touched if fits_again else ():
+                there[n] += amount
+            must += [] if fits_again or id is None else [id]
+        return must[::-1]
 
     def waits_for(self, place, now: float) -> tuple[str, int, set | None]:
         """Why VMs of a resource can't start now, until when, and of which occurrences; None: all.
@@ -13316,13 +13418,10 @@ class Calendars(Operations):
             return line | {'outcome': 'past' if not booking.cancelled else 'cancelled'}
         asked = (name for name in STORED if name not in ('label', 'trusted'))
         origin = hashed(repr((booking.digest, wish.columns(*asked))))
-        if known and known.origin == origin and (live or subscription):
-            # it is spelled out, further than before
-            if live and known.series != stored_stretches(wish.stretches):
-                change(Reservation, known.id, series=stored_stretches(wish.stretches))
-                self.series.refresh(known.id, now)
-            return line | {'outcome': 'unchanged' if live else 'left out', 'label': known.label} | (
-                {} if live else {'why': 'it was cancelled here'})
+        as_before = known and known.origin.split(' ')[-1] == origin and (
+            self.as_asked_before(known, wish, live, subscription, now))
+        if as_before:
+            return line | {'label': known.label} | as_before
         try:
             with Attempt():
                 return line | self.book_event(booking, wish, known if live else None, origin,
@@ -13330,18 +13429,38 @@ class Calendars(Operations):
         except Error as refusal:
             return line | {'outcome': 'refused', 'why': booking.why(refusal)}
 
+    def as_asked_before(self, known, wish: Wish, live: bool, subscription, now: float) -> dict:
+        """What becomes of an event that asks for no more than it did; nothing, if that is asked for
+        anew.
+        """
+        if not live:
+            cancelled = {'outcome': 'left out', 'why': 'it was cancelled here'}
+            return cancelled if subscription else {}
+        if ' ' in known.origin:  # not agreed to, when it was asked for
+            waits = row('SELECT id FROM proposal WHERE reservation_id = ?', known.id)
+            if waits:
+                return {'outcome': 'unchanged', 'why': A_CHANGE_WAITS}
+            refused = {'outcome': 'unchanged', 'why': 'no admin has approved the change'}
+            return refused if subscription else {}
+        spelled_out = any('/' in each for each in wish.stretches[0].dates)
+        if spelled_out and known.series != stored_stretches(wish.stretches):  # further than before
+            change(Reservation, known.id, series=stored_stretches(wish.stretches))
+            self.series.refresh(known.id, now)
+        return {'outcome': 'unchanged'}
+
     def book_event(self, booking: Booking, wish: Wish, known, origin: str, source: int | None,
                    now: float) -> dict:
         """Books an event, or makes of its reservation what the event says now."""
         if known:
             head = self.look.next_of(known.id)
             wish = wish._replace(label=known.label)
-            change(Reservation, known.id, origin=origin)
             made = self.bookings.commit(self.admission.edit(head, wish, ['calendar'], now,
                                                             'calendar'), now)
+            # what is not agreed to stands behind what is
+            agreed = '' if made else f"{known.origin.split(' ')[0]} "
+            change(Reservation, known.id, origin=agreed + origin)
             if not made:
-                return {'label': wish.label, 'outcome': 'pending',
-                        'why': 'an admin must approve the change'}
+                return {'label': wish.label, 'outcome': 'pending', 'why': A_CHANGE_WAITS}
             done = made.done
             self.journal(now, 'updated', 'changed in the calendar', known.id, wish.notify,
                          NONE_OF_THEM)
@@ -14266,14 +14385,6 @@ def server_name(label: str, number: str) -> str:
     return (word or 'vm') + number
 
 
-def grouped(found: Iterable, name: str) -> list[list]:
-    """Rows with the same value of a column together."""
-    groups: dict = defaultdict(list)
-    for each in found:
-        groups[getattr(each, name)].append(each)
-    return [*groups.values()]
-
-
 def named(found: list, most: int = 5) -> str:
     """The names of some rows, as a sentence lists them."""
     names = ', '.join(each.name for each in found[:most])
@@ -14918,6 +15029,7 @@ class Planner:
                         self.plan_one(occurrence, now)
 
     def plan_one(self, occurrence, now: float) -> None:
+        """Plans one occurrence: its servers first, then what is told of it."""
         over = occurrence.cancelled is not None or now >= occurrence.end
         servers = rows("SELECT id, n, name, state, ready, borrowed, uid FROM server "
                        "WHERE occurrence_id = ? AND goal = 'up' "
@@ -14930,25 +15042,11 @@ class Planner:
         if missing and self.still_stopping(occurrence):  # a series starts those again
             change(Occurrence, occurrence.id, due=now + self.config.poll)
             return
-        stopped = self.stopped_before(occurrence) if missing else []
-        for n, before in itertools.zip_longest(missing, stopped[:len(missing)]):
-            self.plan_server(occurrence, n, now, before)
-        if stopped:
-            self.service.bookings.count_stopped(occurrence.reservation_id, now)
-        for server in servers:
-            if server.n > wanted and server.borrowed and self.handed_on(occurrence, now):
-                change(Server, server.id, goal='up', state='kept', due=None)
-            elif server.n > wanted:
-                change(Server, server.id, goal=self.goal_after(occurrence, server, over), due=now)
-        self.tell_in_error(occurrence, [each for each in servers if each.n > wanted], over, now)
-        if over and now >= occurrence.end + self.config.end_grace:
-            self.force(occurrence, now)
-        if over and not occurrence.told & FOREIGN:
-            occurrence = occurrence._replace(told=occurrence.told | FOREIGN)
-            self.end_foreign(occurrence, now)
-        if over and not occurrence.told & LEFT:
-            occurrence = occurrence._replace(told=occurrence.told | self.tell_left(occurrence, now))
-        if not over and self.release_unused(occurrence, now):
+        self.plan_servers(occurrence, missing, now)
+        self.let_go(occurrence, [each for each in servers if each.n > wanted], over, now)
+        if over:
+            occurrence = self.wind_up(occurrence, now)
+        elif self.release_unused(occurrence, now):
             return
         if wanted:
             occurrence = self.tell_up(occurrence, now)
@@ -14958,6 +15056,34 @@ class Planner:
         run('UPDATE occurrence SET told = told & ? | ?, up_told = ?, up_check = ?, due = ? WHERE '
             'id = ?',
             FAILED, told, occurrence.up_told, occurrence.up_check, due, occurrence.id)
+
+    def plan_servers(self, occurrence, missing: list[int], now: float) -> None:
+        """Writes down the servers of some numbers: those first that a series has stopped before."""
+        stopped = self.stopped_before(occurrence) if missing else []
+        for n, before in itertools.zip_longest(missing, stopped[:len(missing)]):
+            self.plan_server(occurrence, n, now, before)
+        if stopped:
+            self.service.bookings.count_stopped(occurrence.reservation_id, now)
+
+    def let_go(self, occurrence, servers: list, over: bool, now: float) -> None:
+        """Gives up servers that are wanted no longer."""
+        for server in servers:
+            if server.borrowed and self.handed_on(occurrence, now):
+                change(Server, server.id, goal='up', state='kept', due=None)
+            else:
+                change(Server, server.id, goal=self.goal_after(occurrence, server, over), due=now)
+        self.tell_in_error(occurrence, servers, over, now)
+
+    def wind_up(self, occurrence, now: float):
+        """What is to be done and told once it is over; the occurrence with what was told."""
+        if now >= occurrence.end + self.config.end_grace:
+            self.force(occurrence, now)
+        told = occurrence.told
+        if not told & FOREIGN:
+            self.end_foreign(occurrence, now)
+        if not told & LEFT:
+            told |= self.tell_left(occurrence, now)
+        return occurrence._replace(told=told | FOREIGN)
 
     def plan_server(self, occurrence, n: int, now: float, before=None) -> None:
         """Writes down a server that is wanted: a new one, one that was there, or a series' own from
@@ -15231,44 +15357,55 @@ class Dispatcher:
         self.workers, self.health, self.post = workers, health, post
 
     def call(self, now: float) -> None:
-        """Hands the calls that are due to workers, each after its intent is written."""
+        """Hands the calls that are due to workers."""
+        self.call_for_servers(now)
+        for notice in self.post.next_notices(now):
+            key = 'notice', notice.target, notice.owner
+            self.workers.submit(key, 'notice', ' notices', notice)
+        self.trace_claims(now)
+        # one at a time of each host: one that is slow holds no more than a worker
+        for each in those_due('subscription', 'SELECT u.* FROM subscription u', now,
+                              'ORDER BY u.due'):
+            self.workers.submit(('poll', urlsplit(each.url).hostname), 'poll', ' calendars', each)
+
+    def call_for_servers(self, now: float) -> None:
+        """Hands on what servers need next, each call after its intent is written."""
         servers = those_due('server', SERVERS, now, 'ORDER BY +v.planned, v.id')
         due = [server for server in servers if not self.workers.busy(('server', server.id))]
-        notices = self.post.next_notices(now)
-        polls = those_due(
-            'subscription', 'SELECT u.* FROM subscription u', now, 'ORDER BY u.due')
-        claims: dict = defaultdict(list)
-        for each in those_due('claim', 'SELECT c.server, s.cloud FROM claim c JOIN resource s '
-                                   'ON s.id = c.resource_id', now, 'LIMIT 100'):
-            claims[each.cloud].append(each.server)
-        looks, calls, waits = set(), [], {}
+        needs: list[tuple] = []
         if due:
+            waits: dict = {}
             with self.leader.acting():
                 for server in due:
-                    # the call was given up, or never reached a worker
-                    if server.intended is not None:
-                        late = (f'the cloud {server.account} did not answer within '
-                                f'{self.config.call_timeout:g} seconds')
-                        change(Server, server.id, intended=None, called=now, fault=late)
-                    verb = 'look' if self.left_alone(server, now) else next_call(server)
-                    starts = verb in ('boot', 'start') and server.goal == 'up'
-                    if starts and self.must_wait(server, waits, now):
-                        continue
-                    looks |= {server.account} if verb == 'look' else set()
-                    calls += self.intend(verb, server, now) if verb != 'look' else []
-        for verb, server in calls:
-            self.workers.submit(('server', server.id), verb, server.account, server)
+                    needs += self.needs(server, waits, now)
+        looks = {server.account for verb, server in needs if verb == 'look'}
+        for verb, server in needs:
+            if verb != 'look':
+                self.workers.submit(('server', server.id), verb, server.account, server)
         for account in looks:
             if self.health.breakers[account].until <= now:
                 self.workers.submit(('look', account), 'look', account, known_on(account))
-        for notice in notices:
-            key = 'notice', notice.target, notice.owner
-            self.workers.submit(key, 'notice', ' notices', notice)
+
+    def needs(self, server, waits: dict, now: float) -> list[tuple]:
+        """The calls that a server needs now, each a verb and the server as it is then."""
+        if server.intended is not None:  # the call was given up, or never reached a worker
+            late = (f'the cloud {server.account} did not answer within '
+                    f'{self.config.call_timeout:g} seconds')
+            change(Server, server.id, intended=None, called=now, fault=late)
+        verb = 'look' if self.left_alone(server, now) else next_call(server)
+        starts = verb in ('boot', 'start') and server.goal == 'up'
+        if starts and self.must_wait(server, waits, now):
+            return []
+        return [(verb, server)] if verb == 'look' else self.intend(verb, server, now)
+
+    def trace_claims(self, now: float) -> None:
+        """Lets clouds be asked whether servers are still there that people have booted."""
+        claims: dict = defaultdict(list)
+        for each in those_due('claim', 'SELECT c.server, s.cloud FROM claim c JOIN resource s '
+                              'ON s.id = c.resource_id', now, 'LIMIT 100'):
+            claims[each.cloud].append(each.server)
         for account, uids in claims.items():
             self.workers.submit(('claims', account), 'trace', account, uids)
-        # one at a time of each host: one that is slow holds no more than a worker
-        for each in polls:
-            self.workers.submit(('poll', urlsplit(each.url).hostname), 'poll', ' calendars', each)
 
     def left_alone(self, server, now: float) -> bool:
         """Whether a cloud is in such trouble that calls to it wait; a look then finds out whether
@@ -15525,30 +15662,36 @@ class Reconciler:
             run('UPDATE server SET due = max(due, ?) WHERE account = ? AND due <= ?',
                 pause, account, pause)
             return
-        answer, gone = result.answer
-        seen = {each.uid: each for each in answer}
-        vanished, matched = [], self.matched(seen)
-        builds = {each.mark for each in answer if each.state == 'build'}
-        self.building[account] = {each: since for each, since in self.building[account].items()
-                                  if f'{self.clouds.store}-{each[0]}-{each[1]}' in builds}
+        seen = {each.uid: each for each in result.answer[0]}
+        self.forget_builds(account, seen)
+        matched, vanished = self.matched(seen), []
         for server, found in matched:
-            if server.state in FINAL:
-                if (not found and server.account == account and server.uid in gone
-                    and not server.borrowed):
-                    change(Server, server.id, state='deleted', deleted=now)
-                    self.service.bookings.count_stopped(server.reservation_id, now)
-                continue
-            if found:
-                self.record_seen(server, found, now)
-            elif server.account == account and (server.uid in gone or not server.uid
-                                                or server.goal != 'up'
-                                                and not server.borrowed):
-                vanished += self.record_missing(server, result.began, now)
+            vanished += self.compare(server, found, result, now)
         self.tell_vanished(vanished, now)
         run("UPDATE server SET due = ? WHERE account = ? AND goal = 'up' AND state = 'active' AND "
             "state <> 'deleted'",
             now + self.config.sweep, account)
         self.clear_orphans(account, orphans_in(seen, matched), now)
+
+    def forget_builds(self, account: str, seen: dict[str, Seen]) -> None:
+        """Forgets since when servers boot that boot no longer."""
+        builds = {each.mark for each in seen.values() if each.state == 'build'}
+        self.building[account] = {each: since for each, since in self.building[account].items()
+                                  if f'{self.clouds.store}-{each[0]}-{each[1]}' in builds}
+
+    def compare(self, server, found: Seen | None, result: Job, now: float) -> list:
+        """Records what a look at its cloud shows of a server, if anything; it, if it vanished."""
+        here, gone = server.account == result.account, server.uid in result.answer[1]
+        if server.state in FINAL:
+            if not found and here and gone and not server.borrowed:
+                change(Server, server.id, state='deleted', deleted=now)
+                self.service.bookings.count_stopped(server.reservation_id, now)
+            return []
+        if found:
+            self.record_seen(server, found, now)
+            return []
+        may_be_gone = gone or not server.uid or server.goal != 'up' and not server.borrowed
+        return self.record_missing(server, result.began, now) if here and may_be_gone else []
 
     def matched(self, seen: dict[str, Seen]) -> list[tuple]:
         """The servers that the store tells of, each with what a cloud shows of it, if anything."""
@@ -15575,22 +15718,9 @@ class Reconciler:
         if server.borrowed and seen.name not in ('', server.name):
             change(Server, server.id, name=seen.name)
         if server.state in UNDER_WAY.values() and not has_arrived(server.state, seen.state):
-            stuck = now >= server.called + self.config.call_timeout  # then it is asked once more
-            state = (('error' if server.state == 'deleting' else seen.state) if stuck
-                     else server.state)
-            change(Server, server.id, state=state, due=now if stuck else now + self.config.poll)
+            self.record_delay(server, seen, now)
         elif server.goal == 'up' and seen.state == 'active':
-            if server.state != 'active' or server.addresses != json.dumps(seen.addresses):
-                if not server.ready:
-                    METRICS.observe('start_delay_seconds', now - server.planned,
-                                    cloud=server.account)
-                change(Server, server.id, uid=seen.uid, state='active', ready=server.ready or now,
-                       fault='', failures=0,
-                       addresses=json.dumps(seen.addresses))
-                run('UPDATE occurrence SET revision = revision + 1, revised = ? WHERE id = ?',
-                    int(now),
-                    server.occurrence_id)
-                look_again(server.occurrence_id, now)
+            self.record_up(server, seen, now)
         elif server.goal in ('stop', 'shelve') and has_arrived(UNDER_WAY[server.goal], seen.state):
             change(Server, server.id, uid=seen.uid, state='kept', due=None)
             look_again(server.occurrence_id, now)
@@ -15599,14 +15729,38 @@ class Reconciler:
             change(Server, server.id, uid=seen.uid, state='error', fault=late, due=now)
             look_again(server.occurrence_id, now)
         else:
-            later = now + self.config.poll
-            known = server.uid and server.state == seen.state  # then its instant is set already
-            calls = next_call(server._replace(uid=seen.uid, state=seen.state)) != 'look'
-            change(Server, server.id, uid=seen.uid, state=seen.state,
-                   fault=seen.fault[:500] or server.fault,
-                   due=max(server.due or 0, later) if known else now if calls else later)
-            if not known:
-                look_again(server.occurrence_id, now)
+            self.record_state(server, seen, now)
+
+    def record_delay(self, server, seen: Seen, now: float) -> None:
+        """What was asked for is not so yet; after a while it is asked for once more."""
+        if now < server.called + self.config.call_timeout:
+            change(Server, server.id, due=now + self.config.poll)
+            return
+        state = 'error' if server.state == 'deleting' else seen.state
+        change(Server, server.id, state=state, due=now)
+
+    def record_up(self, server, seen: Seen, now: float) -> None:
+        """It is up; what is shown of it changes only if that is news."""
+        if server.state == 'active' and server.addresses == json.dumps(seen.addresses):
+            return
+        if not server.ready:
+            METRICS.observe('start_delay_seconds', now - server.planned, cloud=server.account)
+        change(Server, server.id, uid=seen.uid, state='active', ready=server.ready or now,
+               fault='', failures=0, addresses=json.dumps(seen.addresses))
+        run('UPDATE occurrence SET revision = revision + 1, revised = ? WHERE id = ?',
+            int(now), server.occurrence_id)
+        look_again(server.occurrence_id, now)
+
+    def record_state(self, server, seen: Seen, now: float) -> None:
+        """It is in a state from which it goes on by itself, or that calls for something."""
+        later = now + self.config.poll
+        known = server.uid and server.state == seen.state  # then its instant is set already
+        calls = next_call(server._replace(uid=seen.uid, state=seen.state)) != 'look'
+        change(Server, server.id, uid=seen.uid, state=seen.state,
+               fault=seen.fault[:500] or server.fault,
+               due=max(server.due or 0, later) if known else now if calls else later)
+        if not known:
+            look_again(server.occurrence_id, now)
 
     def too_slow(self, server) -> bool:
         """Whether this process has seen a server boot for too long; by a clock that nobody sets."""

@@ -10055,6 +10055,280 @@ def test_on_the_command_line_waiting_limits_and_maintenance_read_as_in_the_readm
         1, 'cmres: the limit most vms of biology is 4, of which 4 are free at that time\n')
 
 
+@pytest.mark.parametrize('repeat', [{}, {'repeat': 'daily', 'count': 3, 'on_conflict': 'skip'}])
+def test_larger_vms_are_more_vcpu_hours_though_there_are_no_more_of_them(world, repeat):
+    world.service.limit_add(project='biology', vcpu_hours=30)
+    eva = world.as_user()
+    book(eva, 'lab', 1, 3, vms=2, flavor='m1.small', **repeat)
+    with contextlib.suppress(Conflict):
+        eva.update('lab', flavor='m1.xlarge')
+    assert reserved_vcpu_hours() <= 30
+
+
+def reserved_vcpu_hours() -> float:
+    return cmres.run('SELECT sum(vcpus * ("end" - start)) / 3600.0 FROM occurrence WHERE cancelled IS NULL').fetchone()[0]
+
+
+def test_an_earlier_start_of_vms_counts_against_a_limit(world):
+    world.service.limit_add(project='biology', most_vms=5)
+    eva = world.as_user()
+    book(eva, 'before', 1, 3, vms=3, flavor='m1.small')
+    book(eva, 'after', 3, 5, vms=3, flavor='m1.small', image='cirros')
+    with pytest.raises(Conflict, match='limit most vms'):
+        eva.update('after', lead=hours(1))
+
+
+@pytest.mark.parametrize('change', [
+    {'end': NOON + hours(5)}, {'start': NOON + hours(3), 'end': NOON + hours(4)}, {'repeat': 'every 2 days', 'count': 3}, {'vms': 12}])
+def test_stopped_vms_are_not_in_the_way_of_their_own_reservation(world, change):
+    eva = world.as_user()
+    book(eva, 'lab', 1, 2, vms=10, flavor='m1.small', image='cirros', at_end='stop')
+    eva.update('lab', **change)
+    assert world.service.check()['differences'] == 0
+    assert most_held(world) == change.get('vms', 10)
+
+
+def test_stopped_vms_that_stay_are_not_reserved_twice(world):
+    eva = world.as_user()
+    book(eva, 'lab', 1, 2, vms=10, flavor='m1.small', image='cirros', at_end='stop')
+    with pytest.raises(NoCapacity):
+        eva.update('lab', vms=17)
+    book(eva, 'other', 5, 6, vms=6)
+    with pytest.raises(NoCapacity):  # from 5 to 6
+        eva.update('lab', vms=11)
+    eva.extend('lab', hours(30))
+    assert most_held(world) == 16
+
+
+@pytest.mark.parametrize('begins', [1, 12])  # series are carried on at midnight, 12 hours after noon
+def test_a_series_that_starts_its_own_stopped_vms_is_carried_on_where_two_would_not_fit(tmp_path, empty, begins):
+    shutil.copy(empty, tmp_path)
+    world = World(tmp_path, horizon=3)
+    book(world.as_user(), 'lab', begins, begins + 2, vms=10, flavor='m1.small', image='cirros', at_end='stop', repeat='daily')
+    for day in range(6):
+        for hour in (begins, begins + 0.1, begins + 2, begins + 2.1):
+            world.at(24 * day + hour)
+        assert most_held(world) == 10
+    assert [each['state'] for each in world.service.list('lab')][-2:] == ['reserved'] * 2
+    assert len(world.there()) == 10
+    cmres.close_store()
+
+
+def test_stopped_vms_that_wait_for_the_end_of_a_maintenance_are_held_once(tmp_path, empty):
+    shutil.copy(empty, tmp_path)
+    world = World(tmp_path, horizon=3)
+    book(world.as_user(), 'lab', 11, 13, vms=10, flavor='m1.small', image='cirros', at_end='stop', repeat='daily')
+    for hour in (11, 11.1, 13, 13.1):
+        world.at(hour)
+    world.service.maintenance_add('demo', NOON + hours(34), NOON + hours(36.5))
+    for hour in (35, 35.5, 36, 36.2, 36.5, 36.6):
+        world.at(hour)
+        assert most_held(world) == 10
+    assert world.state('lab') == 'reserved' and len(world.there()) == 10
+    cmres.close_store()
+
+
+def most_held(world) -> int:
+    """The VMs that are held at most from now on; what a maintenance holds is not."""
+    held = list(cmres.run('SELECT held_from, held_until, vms FROM occurrence UNION ALL SELECT held_from, held_until, vms FROM extra_hold'))
+    return max(sum(vms for begin, until, vms in held if begin <= at < until) for at in [world.now, *(each[0] for each in held)] if at >= world.now)
+
+
+@pytest.mark.parametrize('change', [lambda eva: eva.extend('lab', hours(300)), lambda eva: eva.update('lab', end=NOON + hours(9)),
+                                    lambda eva: eva.update('lab', repeat='daily', count=9)])
+def test_vms_that_stay_stopped_run_for_longer_only_if_an_admin_approves(world, change):
+    world.service.resource_update('demo', approval=hours(48))
+    eva = world.as_user()
+    book(eva, 'lab', 1, 2, vms=3, flavor='m1.small', image='cirros', at_end='stop')
+    world.service.approve('lab', project='biology')
+    world.at(1)
+    world.at(1.1)
+    change(eva)
+    assert [(each['state'], each['end'], bool(each.get('change'))) for each in eva.list('lab')] == [('active', NOON + hours(2), True)]
+    world.service.reject('lab', project='biology')
+    assert most_held(world) == 3 and world.service.check()['differences'] == 0
+    change(eva)
+    world.service.approve('lab', project='biology')
+    assert most_held(world) == 3 and world.service.check()['differences'] == 0
+    assert eva.list('lab')[0]['end'] > NOON + hours(2) or len(eva.list('lab')) > 1
+
+
+def running_with_approval(world, **more):
+    world.service.resource_update('demo', approval=hours(48))
+    book(world.as_user(), 'lab', 1, 5, vms=2, flavor='m1.small', image='cirros', **more)
+    world.service.approve('lab', project='biology')
+
+
+def test_a_change_that_was_to_end_before_its_approval_ends_nothing(world):
+    running_with_approval(world)
+    world.at(1)
+    world.as_user().update('lab', vms=4, end=NOON + hours(2))
+    world.at(2.5)
+    with pytest.raises(Conflict, match='waits for nobody'):
+        world.service.approve('lab', project='biology')
+    world.at(3)
+    assert world.state('lab') == 'active' and len(world.there()) == 2
+
+
+def test_a_change_of_a_start_is_forgotten_when_that_has_come(world):
+    running_with_approval(world)
+    world.as_user().update('lab', start=NOON + hours(3), end=NOON + hours(9))
+    world.at(1)
+    assert 'change' not in world.service.list('lab')[0] and len(world.there()) == 2
+
+
+def test_an_approval_for_which_there_is_no_room_any_more_says_so(world):
+    running_with_approval(world)
+    world.as_user().extend('lab', hours(2))
+    world.service.maintenance_add('demo', NOON + hours(5), NOON + hours(6))
+    with pytest.raises(NoCapacity, match="'demo' is closed from 2026-12-01 17:00 UTC to 2026-12-01 18:00 UTC"):
+        world.service.approve('lab', project='biology')
+
+
+@pytest.mark.parametrize('then, gone', [('cancel', 'cancelled'), ('notify', 'starting')])
+def test_what_fits_in_less_capacity_stays_although_it_was_added_after_what_does_not(world, then, gone):
+    eva = world.as_user()
+    for label, vms in {'large': 10, 'small': 6}.items():
+        book(eva, label, 2, 4, vms=vms, flavor='m1.small', image='cirros')
+    answer = world.service.resource_capacity('demo', NOON + hours(1), NOON + hours(3), vms=8, then=then)
+    assert [each['label'] for each in answer['hit']] == ['large']
+    world.at(2)
+    world.at(2.1)
+    assert (world.state('large'), world.state('small'), len(world.there())) == (gone, 'active', 6)
+
+
+def test_a_maintenance_carries_a_series_on_once_however_much_of_it_is_cancelled(world, monkeypatch):
+    """Each cancelling carries it on, which looks at all of it: one by one, that were squares, while nobody else writes."""
+    eva = world.as_user()
+    book(eva, 'daily', 1, 2, repeat='daily', count=40, notify=['eva@example.org'])
+    book(eva, 'weekly', 3, 4, repeat='weekly', count=6)
+    book(eva, 'alone', 5, 6)
+    costs = []
+    for days in (10, 20):
+        with monkeypatch.context() as counting:
+            asked, run = [], cmres.run
+            counting.setattr(cmres, 'run', lambda sql, *values: (asked.append(sql), run(sql, *values))[1])
+            answer = world.service.maintenance_add('demo', NOON, NOON + hours(24 * days), then='cancel', dry_run=True)
+        costs.append(len(asked))
+    assert len(answer['hit']) == 20 + 3 + 1 and costs[1] < 1.5 * costs[0]
+    answer = world.service.maintenance_add('demo', NOON, NOON + hours(24 * 20), then='cancel')
+    assert {each['outcome'] for each in answer['hit']} == {'cancelled'} and len(answer['hit']) == 24
+    assert [len(world.service.events(label, 'biology')) for label in ('daily', 'weekly', 'alone')] == [2, 2, 2]
+    assert [world.state(label) for label in ('daily', 'weekly', 'alone')] == ['reserved', 'reserved', 'cancelled']
+    assert world.service.check()['differences'] == 0
+
+
+ASKED = ('UID:course', 'DTSTART:20261202T090000Z', 'DURATION:PT2H', 'RRULE:FREQ=DAILY;COUNT=3', 'SUMMARY:course')
+
+
+def asking(vms: int) -> bytes:
+    return calendar(event(*ASKED, f'DESCRIPTION:{vms} x m1.small cirros on demo'))
+
+
+@pytest.fixture(params=['import', 'subscription'])
+def looked_at(world, monkeypatch, request):
+    """Reads a calendar as often as it is called, on a resource that asks for approvals; what became of its one event."""
+    eva, text = world.as_user(), ['']
+    world.service.resource_update('demo', approval=hours(48))
+    monkeypatch.setattr(cmres, 'fetch', lambda *_: (200, {}, text[0]))
+    if request.param == 'subscription':
+        world.config.take(private_addresses=True)
+        eva.calendar_subscribe('http://127.0.0.1/x.ics')
+
+    def look(vms: int) -> None:
+        text[0] = asking(vms)
+        if request.param == 'import':
+            eva.import_(text[0].decode())
+        else:
+            world.service.poll(cmres.row('SELECT * FROM subscription'))
+    look.program = request.param
+    return look
+
+
+def vms_of(world) -> set[int]:
+    return {each['vms'] for each in world.service.list('course')}
+
+
+def test_what_a_calendar_asks_for_again_is_approved_by_nobody(world, looked_at):
+    looked_at(1)
+    world.service.approve('course', project='biology')
+    for _ in range(3):
+        looked_at(8)
+        assert vms_of(world) == {1} and 'change' in world.service.list('course')[0]
+    assert [each['code'] for each in world.service.events('course', 'biology')].count('pending') <= 2
+    world.service.reject('course', project='biology')
+    if looked_at.program == 'subscription':
+        looked_at(8)
+        assert vms_of(world) == {1} and 'change' not in world.service.list('course')[0]
+        looked_at(9)
+    else:
+        looked_at(8)
+    assert vms_of(world) == {1} and 'change' in world.service.list('course')[0]
+    looked_at(1)
+    assert vms_of(world) == {1} and 'change' not in world.service.list('course')[0]
+    looked_at(8)
+    world.service.approve('course', project='biology')
+    for _ in range(2):
+        looked_at(8)
+        assert vms_of(world) == {8} and 'change' not in world.service.list('course')[0]
+
+
+def test_what_a_user_has_changed_stays_until_the_calendar_says_something_else(world, looked_at):
+    looked_at(8)
+    world.service.approve('course', project='biology')
+    world.as_user().update('course', vms=2)
+    looked_at(8)
+    assert vms_of(world) == {2}
+
+
+def test_a_series_goes_on_under_a_limit_of_how_far_ahead_it_may_be(tmp_path, empty):
+    """What is too far ahead today is not left out for good: its day comes."""
+    shutil.copy(empty, tmp_path)
+    world = World(tmp_path, horizon=10)
+    eva = world.as_user()
+    book(eva, 'before', 3, 4, repeat='daily', count=8)
+    world.service.limit_add(project='biology', ahead=hours(72))
+    with pytest.raises(Conflict, match='limit ahead'):
+        book(eva, 'all', 1, 2, repeat='daily')
+    book(eva, 'lab', 1, 2, repeat='daily', on_conflict='skip')
+    for day in range(1, 8):
+        world.at(24 * day)
+    assert [each['state'] for each in world.service.list('lab')] == ['ended'] * 7 + ['reserved'] * 3
+    assert {each['state'] for each in world.service.list('before')} == {'ended', 'reserved'}
+    assert 'refused' not in [each['code'] for each in world.service.events('lab', 'biology')]
+    cmres.close_store()
+
+
+@pytest.mark.parametrize('then', ['cancel', 'notify', 'move'])
+def test_what_is_not_approved_yet_makes_nothing_go_that_is(world, then):
+    world.service.resource_update('demo', approval=hours(48))
+    eva = world.as_user()
+    book(eva, 'lab', 1, 3, vms=8, flavor='m1.small', image='cirros')
+    world.service.approve('lab', project='biology')
+    eva.update('lab', vms=16)
+    answer = world.service.resource_capacity('demo', NOON + hours(1), NOON + hours(2), vms=8, then=then)
+    assert answer['hit'] == [] and world.service.list('lab')[0]['change']['vms'] == 16
+    with pytest.raises(NoCapacity, match='has only 8 of 16 vms'):
+        world.service.approve('lab', project='biology')
+    world.at(1)
+    world.at(1.1)
+    assert world.state('lab') == 'active' and len(world.there()) == 8
+
+
+@pytest.mark.parametrize('number', [1, 2])  # with two, more than one occurrence is new on a day
+def test_stopped_vms_that_a_series_starts_again_count_once_against_a_limit(tmp_path, empty, number):
+    shutil.copy(empty, tmp_path)
+    world = World(tmp_path, horizon=3)
+    world.service.limit_add(project='biology', most_vms=6)
+    repeat = 'FREQ=DAILY' if number == 1 else 'FREQ=DAILY;BYHOUR=1,13'
+    book(world.as_user(), 'lab', 1, 2, vms=6, flavor='m1.small', image='cirros', at_end='stop', repeat=repeat)
+    for day in range(5):
+        for hour in (0, 1, 1.1, 2, 2.1, 12, 13, 13.1, 14, 14.1):
+            world.at(24 * day + hour)
+    assert {each['state'] for each in world.service.list('lab')} == {'ended', 'reserved'}
+    cmres.close_store()
+
+
 # Service: who may what #######################################################
 
 
