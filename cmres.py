@@ -12745,8 +12745,8 @@ class Plan(Operations):
         aggregate's hosts. The entry of clouds.yaml must be an admin's. Each line of the answer is a
         difference; with --dry-run that is all that happens. Without --aggregates, those that are
         marked are updated. With --named, a reservation may ask for a host by its name: add ...
-        --host NAME. With --flavors, `openstack server create --flavor RESERVATION_ID` works for leases
-        of VMs there, as with Blazar.
+        --host NAME. With --flavors, `openstack server create --flavor RESERVATION_ID` works for
+        leases of VMs there, as with Blazar.
 
         Example:
           python cmres.py resource sync chameleon --aggregate gpu --mode exclusive --dry-run
@@ -13966,7 +13966,7 @@ class Tokens(Operations):
     @api('POST', '/credential/', made='/credential/')
     def credential_add(self, cloud: Name, application: Name, secret: Name,
                        dry_run: bool = False) -> CredentialAnswer:
-        """Lets your VMs on a cloud be made in your own name: your project, quota, networks and keys.
+        """Lets your VMs on a cloud be made in your name: your project, quota, networks and keys.
 
         Give an application credential of yours. Its secret is kept encrypted, and the key is not in
         the database. What is reserved already uses it for VMs that are not started yet.
@@ -17809,9 +17809,10 @@ class Blazar:
         parts = [{'id': f'{uuid.uuid4()}', 'asked': read_lease_part(each)}
                  for each in lease_list(given.get('reservations'), 'reservations')]
         id, before = f'{uuid.uuid4()}', lease_before_end(given, start, end)
-        lease = {'id': id, 'name': lease_name(given), 'user': view.actor.user,
-                 'project': view.actor.project, 'start': start, 'end': end, 'before_end': before,
-                 'parts': json.dumps(parts), 'added': int(view.acting.clock())}
+        lease = {'id': id, 'name': lease_name(given), 'start': start, 'end': end,
+                 'before_end': before, 'added': int(view.acting.clock())}
+        lease |= {'user': view.actor.user, 'project': view.actor.project,
+                  'parts': json.dumps(parts)}
         if not parts:
             with view.acting.writing():
                 insert(BlazarLease, **lease)
@@ -17837,16 +17838,21 @@ class Blazar:
             view.change_dates(found, dates)
             for each in lease_list(given.get('reservations'), 'reservations'):
                 view.change_part(found, before, each)
-            new = {name: dates[name] for name in dates} | (
-                {'name': lease_name(given)} if 'name' in given else {}) | (
-                {'before_end': lease_before_end(given, found.start, dates.get('end', found.end))}
-                if 'before_end_date' in given else {})
-            if new:
-                new |= {'changed': int(now)}
-                marks = ', '.join(f'"{name}" = ?' for name in new)
-                run(f'UPDATE blazar_lease SET {marks} WHERE id = ?', *new.values(), id)
+            self.write_changes(found, given, dates, now)
         view.acting.carry_out(deed)
         return {'lease': view.lease(id)}
+
+    def write_changes(self, found, given: dict, dates: dict[str, int], now: float) -> None:
+        """Writes what a lease has otherwise that its reservations don't know; in a transaction."""
+        new = {**dates}
+        if 'name' in given:
+            new['name'] = lease_name(given)
+        if 'before_end_date' in given:
+            new['before_end'] = lease_before_end(given, found.start, dates.get('end', found.end))
+        if new:
+            marks = ', '.join(f'"{name}" = ?' for name in new)
+            run(f'UPDATE blazar_lease SET {marks}, changed = ? WHERE id = ?', *new.values(),
+                int(now), found.id)
 
     def end_lease(self, view: LeaseView, given: dict) -> None:
         """Ends what a lease has, and forgets it."""
@@ -17934,6 +17940,11 @@ class Blazar:
             'private': private, 'created_at': None, 'updated_at': None}}
 
 
+#: What Blazar's clients want to read of a host and cmres does not know.
+LIKE_ALL_HOSTS = {'hypervisor_type': 'QEMU', 'hypervisor_version': 0, 'cpu_info': '',
+                  'availability_zone': '', 'status': None, 'reservable': True, 'trust_id': ''}
+
+
 class LeaseHost(NamedTuple):
     """A host that can be reserved by its name, or a resource as a whole."""
     id: int
@@ -17951,11 +17962,9 @@ class LeaseHost(NamedTuple):
         """It as Blazar's clients read it."""
         figures = {name: self.holds.get(figure) or 0 for name, figure in (
             ('vcpus', 'vcpus'), ('memory_mb', 'ram'), ('local_gb', 'DISK_GB'))}
-        return self.extras | {
-            'id': f'{self.id}', 'hypervisor_hostname': self.name, 'service_name': self.name,
-            'hypervisor_type': 'QEMU', 'hypervisor_version': 0, 'cpu_info': '', **figures,
-            'availability_zone': '', 'status': None, 'reservable': True, 'trust_id': '',
-            'created_at': f'{instant(self.added):{MADE_OUT}}', 'updated_at': None}
+        names = {'id': f'{self.id}', 'hypervisor_hostname': self.name, 'service_name': self.name}
+        made = {'created_at': made_at(self.added), 'updated_at': None}
+        return self.extras | names | figures | made | LIKE_ALL_HOSTS
 
     def meets(self, conditions: list[tuple[str, str, str]]) -> bool:
         """Whether all of some conditions hold, each a comparison, a property and a value."""
@@ -18008,21 +18017,25 @@ class LeaseView:
         held = [one for part in parts for one in of_part[part['id']]]
         start, end = lease_window(found, held)
         state = first_state(held) if parts else bare_state(now, start, end)
-        done = LEASE_STATES[state][1] in ('TERMINATED', 'ERROR')
-        events = [('start_lease', start, now >= start), ('end_lease', end, done and now >= start)]
-        if found.before_end:
-            events.append(('before_end_lease', found.before_end, now >= found.before_end))
+        status = LEASE_STATES[state][1]
         made = {'created_at': made_at(found.added), 'updated_at': made_at(found.changed)}
-        return {'id': found.id, 'name': found.name, 'user_id': found.user,
-                'project_id': found.project, 'start_date': date_out(start),
-                'end_date': date_out(end), 'trust_id': '', 'status': LEASE_STATES[state][1],
-                'degraded': any(each.state == 'degraded' for each in held), **made,
-                'reservations': [self.part(found, part, of_part[part['id']]) | made
-                                 for part in parts],
-                'events': [{'id': derived_uuid(f'{found.id} {kind}'), 'lease_id': found.id,
-                            'event_type': kind, 'time': date_out(at),
-                            'status': 'DONE' if done else 'UNDONE', **made}
-                           for kind, at, done in events]}
+        whose = {'user_id': found.user, 'project_id': found.project, 'trust_id': ''}
+        events = self.events(found, start, end, status in ('TERMINATED', 'ERROR'))
+        shown_parts = [self.part(found, part, of_part[part['id']]) | made for part in parts]
+        return {'id': found.id, 'name': found.name, **whose, **made, 'status': status,
+                'start_date': date_out(start), 'end_date': date_out(end),
+                'degraded': any(each.state == 'degraded' for each in held),
+                'reservations': shown_parts, 'events': [each | made for each in events]}
+
+    def events(self, found, start: int, end: int, over: bool) -> list[dict]:
+        """When a lease starts, ends and is announced to end, and whether that is done."""
+        now = self.acting.clock()
+        planned = [('start_lease', start, now >= start), ('end_lease', end, over and now >= start)]
+        if found.before_end:
+            planned.append(('before_end_lease', found.before_end, now >= found.before_end))
+        return [{'id': derived_uuid(f'{found.id} {kind}'), 'lease_id': found.id, 'event_type': kind,
+                 'time': date_out(at), 'status': 'DONE' if done else 'UNDONE'}
+                for kind, at, done in planned]
 
     def part(self, found, part: dict, held: list) -> dict:
         """A part of a lease, in the fields of its type; its id is that of its flavor as well."""
@@ -18049,9 +18062,10 @@ class LeaseView:
     def live(self, found, part: str = '') -> list:
         """The occurrences of a lease that are not over."""
         which = 'lease_id = ?' + (' AND part = ?' if part else '')
-        ids = [each.reservation for each in rows(f'SELECT reservation FROM blazar_hold '
-                                                 f'WHERE {which}', found.id, *filter(None, [part]))]
-        return self.acting.look.search([self.acting.look.among('o.reservation_id', ids), (NOT_OVER,)])
+        held = rows(f'SELECT reservation FROM blazar_hold WHERE {which}', found.id,
+                    *filter(None, [part]))
+        look, ids = self.acting.look, [each.reservation for each in held]
+        return look.search([look.among('o.reservation_id', ids), (NOT_OVER,)])
 
     def end(self, found) -> None:
         """Ends what a lease has reserved and is not over; inside a transaction."""
@@ -18084,8 +18098,8 @@ class LeaseView:
         other = [name for name in new if name in old and new[name] != old[name]
                  and name != 'amount' and name != 'flavor_id']
         if other:
-            raise Conflict(f"the {other[0]} of a reservation can't be changed. Delete the lease and "
-                           'make another')
+            raise Conflict(f"the {other[0]} of a reservation can't be changed. Delete the lease "
+                           'and make another')
         if 'amount' in new and new['amount'] != old['amount']:
             for each in self.live(found, old['id']):
                 self.acting.update(each.label, project=found.project, vms=new['amount'])
@@ -18170,14 +18184,19 @@ class LeaseView:
                for each in self.hosts()}
         lines = defaultdict(list)
         for each in found:
-            line = {'id': each.part or derived_uuid(f'part {each.reservation_id}'),
-                    'lease_id': each.lease_id or derived_uuid(f'lease {each.reservation_id}'),
-                    'start_date': date_out(each.start), 'end_date': date_out(each.end)}
+            line = self.allocation(each)
             known = {'lease_id': line['lease_id'], 'reservation_id': line['id']}
             host = ids.get((each.resource_id, each.host))
             if host and all(known[name] == value for name, value in wanted.items()):
                 lines[host].append(line)
         return [{'resource_id': f'{host}', 'reservations': each} for host, each in lines.items()]
+
+    def allocation(self, found) -> dict:
+        """When an occurrence is, and of which lease; what is of none has ids of its own."""
+        lease = found.lease_id or derived_uuid(f'lease {found.reservation_id}')
+        return {'id': found.part or derived_uuid(f'part {found.reservation_id}'),
+                'lease_id': lease, 'start_date': date_out(found.start),
+                'end_date': date_out(found.end)}
 
 
 class LeaseRequests:
@@ -18185,8 +18204,9 @@ class LeaseRequests:
 
     def __init__(self, acting: Reservations, lease: dict, parts: list[dict]):
         self.acting, self.lease, self.asked = acting, lease, [each['asked'] for each in parts]
-        self.common = {name: each.default for name, each in API['add'].parameters.items()} | {
-            'start': instant(lease['start']), 'end': instant(lease['end']), 'resource': ANY}
+        self.common = {name: each.default for name, each in API['add'].parameters.items()}
+        self.common |= {'start': instant(lease['start']), 'end': instant(lease['end']),
+                        'resource': ANY}
         self.hosts = LeaseView(acting).hosts()
 
     def requests(self) -> list[tuple[Request, list[int]]]:
@@ -18265,12 +18285,13 @@ class LeaseRequests:
 
     def flavor(self, cloud: str, vcpus: int, ram: int) -> str:
         """The smallest flavor in which so much fits."""
-        account = self.acting.clouds.account(cloud, self.lease['project'], self.lease['user'])
-        opened = self.acting.clouds.open(account)
-        sight = self.acting.clouds.sight(account, self.lease['project'])
+        clouds, project = self.acting.clouds, self.lease['project']
+        account = clouds.account(cloud, project, self.lease['user'])
+        opened, sight = clouds.open(account), clouds.sight(account, project)
         there = self.acting.shares.ask(f'the cloud {account}', lambda: opened.things('flavor'))
-        fits = [(each.flavor, each.name) for each in there if sight.shows('flavor', each)
-                and each.flavor.vcpus >= vcpus and each.flavor.ram >= ram]
+        seen = [each for each in there if sight.shows('flavor', each)]
+        fits = [(each.flavor, each.name) for each in seen
+                if each.flavor.vcpus >= vcpus and each.flavor.ram >= ram]
         if not fits:
             raise Invalid(f'the cloud {account} has no flavor with {vcpus} vcpus and {ram} MiB')
         return min(fits)[1]
@@ -18422,9 +18443,10 @@ def read_lease_part(given: dict) -> dict:
 
 
 def read_lease_number(name: str, value) -> int:
-    if isinstance(value, bool) or not re.fullmatch('[0-9]{1,9}', f'{0 if value is None else value}'):
+    text = '0' if value is None else f'{value}'
+    if not re.fullmatch('[0-9]{1,9}', text):
         raise Invalid(f'{name}: {shown(value)} is not a number such as 2')
-    return int(value or 0)
+    return int(text)
 
 
 def read_affinity(name: str, value) -> bool | None:
@@ -18718,7 +18740,8 @@ defer></script>
 <a href="{{href}}"{{!' aria-current="page"' if href == here else ''}}>{{name}}</a>
 % end
 </nav>
-<span class="soft small"><bdi>{{visit.named(visit.actor.user)}}</bdi> in <bdi>{{visit.named(visit.actor.project)}}</bdi>,
+<span class="soft small"><bdi>{{visit.named(visit.actor.user)}}</bdi> in
+<bdi>{{visit.named(visit.actor.project)}}</bdi>,
 {{visit.actor.role}}</span>
 <form method="post" action="/sign-out">{{!visit.guard}}<button>Sign out</button></form>
 % end
@@ -19598,9 +19621,9 @@ class OpenId:
         keys = jwk.KeySet.import_key_set(self.ask(self.provider['jwks_uri']))
         found = jwt.decode(token['id_token'], keys, algorithms=self.ALGORITHMS)
         client, issuer = self.config.oidc_client, self.provider['issuer']
-        CodeIDToken(found.claims, found.header, {'iss': {'value': issuer}, 'aud': {'value': client}},
-                    {'nonce': nonce, 'client_id': client,
-                     'access_token': token.get('access_token')}).validate(now, leeway=60)
+        wanted = {'iss': {'value': issuer}, 'aud': {'value': client}}
+        known = {'nonce': nonce, 'client_id': client, 'access_token': token.get('access_token')}
+        CodeIDToken(found.claims, found.header, wanted, known).validate(now, leeway=60)
         return found.claims
 
 
@@ -19799,7 +19822,8 @@ class Pages:
         except (Unauthorized, Forbidden) as error:
             return self.not_signed_in(visit, given, error)
         user, project = (service.names_of(each)[0] for each in found.scoped[:2])
-        return self.known_elsewhere(Actor(user, project, role), 'Keystone', found.scoped.ends, given)
+        actor = Actor(user, project, role)
+        return self.known_elsewhere(actor, 'Keystone', found.scoped.ends, given)
 
     def known_elsewhere(self, actor: Actor, where: str, ends: float, given: dict):
         """Begins a session of somebody whom others know, until they do not any more."""
@@ -21398,7 +21422,7 @@ def store_migrate(config: Config) -> dict:
 
 
 def catalog_add(config: Config, cloud: Name, address: Name = '', dry_run: bool = False) -> Rows:
-    """Writes into the catalog of a cloud where `openstack reservation`, Horizon and Heat find cmres.
+    """Writes into a cloud's catalog where `openstack reservation`, Horizon and Heat find cmres.
 
     Each line is a difference; with --dry-run that is all that happens, and where nothing is to be
     changed there is none. The entry of clouds.yaml must be an admin's. Without --address, it is
@@ -21655,7 +21679,8 @@ complete -c cmres -f -a '(_CMRES_COMPLETE=1 cmres (commandline -opc)[2..-1] (com
 LOCAL = {each.__name__: Operation(each.__name__, each, ADMIN, [('POST', '', {})])
          for each in (serve, scheduler, tick, occurrences, store_backup, store_verify,
                       store_restore, store_migrate, store_orphans, completion, key_rotate,
-                      catalog_add, config_show, config_check, event_export, alerts, dashboard, container)}
+                      catalog_add, config_show, config_check, event_export, alerts, dashboard,
+                      container)}
 
 
 def in_utc(config: Config) -> None:
