@@ -18,7 +18,7 @@ test: $(VENV)/cmres_test   ## run all tests that need no cloud
 test-openstack: $(VENV)/cmres_test   ## run the tests for a real OpenStack, on the cloud OS_CLOUD
 	CLIENTS=$(wildcard $(abspath $(VENV)-clients)/bin) $(PYTEST) -m openstack cmres_test.py
 
-test-clients: $(VENV)/cmres_test $(VENV)-clients/done   ## run the tests with the programs of others: Blazar's
+test-clients: $(VENV)/cmres_test $(VENV)-clients/done $(VENV)-clients/caldav/done   ## run the tests with the programs of others: Blazar's, calendars
 	CLIENTS=$(abspath $(VENV)-clients)/bin $(PYTEST) -m clients cmres_test.py
 
 bench: $(VENV)/cmres_test   ## print how fast it is, as ratios measured side by side
@@ -42,6 +42,13 @@ $(VENV)-clients/done: | $(BIN)/python   # an environment of their own; the suite
 	$(PYTHON) -m venv $(@D)
 	$(@D)/bin/python -m pip install -q --disable-pip-version-check python-openstackclient~=10.5 python-blazarclient~=4.6 gabbi~=4.2
 	$(@D)/bin/python -m pip install -q --disable-pip-version-check --no-deps blazar-tempest-plugin==0.19.0
+	touch $@
+
+$(VENV)-clients/caldav/done: | $(VENV)-clients/done   # python-caldav and its own suite
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install -q --disable-pip-version-check caldav==3.6.0 'pytest>=8,<10' pytest-asyncio proxy.py pyfakefs tzlocal vobject
+	$(@D)/bin/python -m pip download -q --disable-pip-version-check --no-deps --no-binary caldav -d $(@D) caldav==3.6.0
+	mkdir $(@D)/suite && tar xzf $(@D)/caldav-*.tar.gz -C $(@D)/suite --strip-components 1
 	touch $@
 
 $(BIN)/python:

@@ -45,13 +45,15 @@ The file reads from top to bottom; a section uses only the sections above it:
   Waiting, Requests, Plan             the waiting list; what people ask for; what operators do
   Claims, Calendars, Tokens, Records  what Nova asks; imports and feeds; who may ask; what was
   Life cycle                          what makes it so
-  Document, REST, Gate, Blazar, Page  the faces on the web, and what stands before them
+  Document, REST, Gate                the faces on the web, and what stands before them
+  Blazar, CalDAV, Page                its REST; calendar programs; what people see in a browser
   Serving, Client, Command line       sockets; Python elsewhere; the shell
   Nova filter                         what nova-scheduler loads from this file
 """
 
 from __future__ import annotations
 
+import base64
 import csv
 import dataclasses
 import difflib
@@ -85,7 +87,7 @@ from collections import Counter, defaultdict, deque, namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, nullcontext, suppress
 from datetime import date, datetime, timedelta, timezone, tzinfo
-from html import unescape
+from html import escape, unescape
 from types import UnionType
 from typing import (Any, Callable, Iterable, Iterator, NamedTuple, NewType, NotRequired, Union,
                     get_args, get_origin, get_type_hints)
@@ -779,9 +781,10 @@ def checked_rule(rule: str) -> str:
 def read_until(text: str) -> datetime | None:
     """The last instant of a rule as it stands there, a day to its end; None if it is none."""
     whole = text if 'T' in text else f'{text}T235959'
+    if len(whole) not in (15, 16) or whole.startswith('0'):  # it is written as a year of 4 digits
+        return None
     try:
-        return (datetime.strptime(whole.removesuffix('Z'), '%Y%m%dT%H%M%S')
-                if len(whole) in (15, 16) else None)
+        return datetime.strptime(whole.removesuffix('Z'), '%Y%m%dT%H%M%S')
     except ValueError:
         return None
 
@@ -1269,7 +1272,7 @@ TEXTS = {
 #: What stands in braces there: the fields of a reservation as answers show it, and of the event.
 TEXT_FIELDS = frozenset((
     'sentence message actor id label user project resource cell cloud region aggregate vms flavor '
-    'image network key security_groups metadata server at_end notify vcpus ram classes lead '
+    'image network key security_groups metadata server at_end notify invite vcpus ram classes lead '
     'description personal repeat tz start end cancelled added changed up fault request host '
     'state').split())
 
@@ -1393,8 +1396,17 @@ class Config:
     horizon: int = setting(366,
                            'days ahead for which the occurrences of a repetition are reserved', 1,
                            3660)
+    invitations_per_day: int = setting(
+        200, 'mails that invite people to what one user has reserved, within a day', 0)
     calendar_poll: float = setting(300.0, 'seconds between looks at a calendar that somebody '
                                           'subscribed to', 0.1)
+    caldav_refusal: str = setting(
+        'mark', 'what becomes of an event of a calendar program that can not be reserved: mark (it '
+        'stays and says so) or 403 (the program is refused)')
+    caldav_busy: bool = setting(
+        False, 'whether the calendar of a resource shows what others have reserved, as busy')
+    caldav_events: int = setting(
+        20000, 'events that one user may keep in a calendar; 0: any number', 0)
     address: str = setting('',
                            'how people reach `serve`, for links, such as https://cmres.example.org')
     signed_in: float = setting(43200.0, 'seconds after which people sign in to the page anew', 0.1)
@@ -1449,6 +1461,11 @@ class Config:
         """The setting `trusted_proxies`, one by one; Invalid if one of them is none."""
         return read_networks(self.trusted_proxies)
 
+    @property
+    def served(self) -> str:
+        """The address of `serve`, for people."""
+        return self.address.rstrip('/') or f'http://{self.host}:{self.port}'
+
     def is_proxy(self, peer: str) -> bool:
         """Whether an address is that of a trusted proxy."""
         return is_among(peer, self.proxies)
@@ -1483,6 +1500,10 @@ class Config:
         """An instant as sentences tell it: in the zone of a reservation, else of the service."""
         return format_moment(instant(seconds), read_zone(tz or self.timezone))
 
+    def logins(self, addresses: Iterable[str]) -> list[str]:
+        """How to log in to VMs, as calendars tell it."""
+        return [self.login.replace('{address}', each) for each in addresses]
+
     def take(self, **values) -> None:
         """Changes settings for all who have this object."""
         for name, value in values.items():
@@ -1506,7 +1527,8 @@ class Config:
 
 
 #: Settings that are one of some words.
-WORDS_OF = {'metrics': ('token', 'open', 'off'), 'log_format': ('text', 'json')}
+WORDS_OF = {'metrics': ('token', 'open', 'off'), 'log_format': ('text', 'json'),
+            'caldav_refusal': ('mark', '403')}
 
 
 def is_among(address: str, networks: list) -> bool:
@@ -1852,7 +1874,12 @@ WORDS = {
     'cloud': 'cloud of the resource: a name in clouds.yaml, or simulated',
     'count': 'how many; of a series, how many slots; for a delete by filter, the number that it '
              'must hit',
+    'default_flavor': 'the flavor of the VMs that an event without words gets, which is drawn in '
+                      'the calendar of the resource',
+    'default_image': 'their image',
+    'default_vms': 'how many they are; 0: the resource has no calendar to draw in',
     'description': 'free text for people',
+    'invite': 'mail addresses that get it as an event for their calendars, with commas between',
     'dry_run': 'check and answer as if it were done, and keep nothing',
     'duration': 'length of the window, such as 2h, 90min, 1.5h or 1d12h',
     'end': 'a time, or a length from the start such as +2h; 17:00 is the next one after the start',
@@ -2482,6 +2509,7 @@ class ReservationAnswer(Answer):
     server: str
     at_end: str
     notify: list[str]
+    invite: list[str]
     vcpus: int
     ram: int
     classes: dict[str, int]
@@ -2662,6 +2690,9 @@ class ResourceAnswer(Answer):
     hold: int
     approval: int
     no_show: int
+    default_flavor: str
+    default_image: str
+    default_vms: int
     hosts: list[str]
     added: datetime
 
@@ -3503,6 +3534,10 @@ class Resource(Table):
     flavors = peewee.BooleanField(default=False, constraints=[peewee.SQL('DEFAULT 0')])
     # JSON: what each of them holds, where they are reserved by name
     named = peewee.TextField(default='')
+    # what an event of a calendar program gets that says nothing; without any, no calendar
+    default_flavor = peewee.CharField(default='', constraints=[peewee.SQL("DEFAULT ''")])
+    default_image = peewee.CharField(default='', constraints=[peewee.SQL("DEFAULT ''")])
+    default_vms = peewee.IntegerField(default=0, constraints=[peewee.SQL('DEFAULT 0')])
     added = peewee.IntegerField()
     removed = peewee.IntegerField(null=True)
 
@@ -3525,6 +3560,8 @@ class Reservation(Table):
     server = peewee.CharField()
     at_end = peewee.CharField()  # '' or one of ENDS
     notify = peewee.TextField()  # JSON
+    # JSON: mail addresses that get it as an event for their calendars
+    invite = peewee.TextField(default='[]', constraints=[peewee.SQL("DEFAULT '[]'")])
     lead = peewee.IntegerField()  # seconds
     description = peewee.TextField()
     repeat = peewee.CharField(default='')        # the RRULE of a series as it was asked for
@@ -3900,6 +3937,53 @@ Subscription.add_index(Subscription.index(Subscription.due, where=Subscription.d
                                           name='subscription_due'))
 
 
+class CalendarObject(Table):
+    """What a calendar program has put into one of its calendars, or had: it is a reservation."""
+    user = peewee.CharField()
+    project = peewee.CharField()
+    calendar = peewee.IntegerField()  # the id of its resource; 0: of no one
+    name = peewee.CharField()         # of the file, which the program chose
+    uid = peewee.CharField()
+    text = peewee.TextField()         # as the person wrote it
+    shown = peewee.TextField()        # the same with what cmres says of it; '': nothing
+    etag = peewee.CharField()         # of what is shown
+    rev = peewee.IntegerField(index=True)  # grows with every change of any of them
+    first = peewee.IntegerField()     # when its first occurrence starts
+    last = peewee.IntegerField()      # when its last one ends, as far as that is known
+    reservation = peewee.IntegerField(null=True, column_name='reservation_id')
+    why = peewee.TextField()          # JSON: by slot what was refused, and why
+    changed = peewee.IntegerField()
+    gone = peewee.IntegerField(null=True)  # when it was deleted
+
+
+CalendarObject.add_index(CalendarObject.index(
+    CalendarObject.user, CalendarObject.project, CalendarObject.calendar, CalendarObject.name,
+    unique=True, name='calendar_object_named'))
+for _name, _field in (('uid', CalendarObject.uid), ('rev', CalendarObject.rev),
+                      ('until', CalendarObject.last)):
+    CalendarObject.add_index(CalendarObject.index(
+        CalendarObject.user, CalendarObject.project, CalendarObject.calendar, _field,
+        name=f'calendar_object_by_{_name}'))
+CalendarObject.add_index(CalendarObject.index(
+    CalendarObject.reservation, where=CalendarObject.reservation.is_null(False),
+    name='calendar_object_of'))
+CalendarObject.add_index(CalendarObject.index(
+    CalendarObject.gone, where=CalendarObject.gone.is_null(False), name='calendar_object_gone'))
+
+
+class CalendarProperty(Table):
+    """What a calendar program keeps with a calendar, such as its colour."""
+    user = peewee.CharField()
+    project = peewee.CharField()
+    calendar = peewee.IntegerField()
+    name = peewee.CharField()
+    value = peewee.TextField()
+
+    class Meta:
+        primary_key = peewee.CompositeKey('user', 'project', 'calendar', 'name')
+        without_rowid = True
+
+
 class Event(Table):
     at = peewee.DoubleField()
     actor = peewee.CharField()
@@ -3924,6 +4008,8 @@ class Outbox(Table):
     tries = peewee.IntegerField(default=0)
     due = peewee.DoubleField(null=True)  # NULL: it has arrived, or was given up
     fault = peewee.TextField(default='')
+    # it is a calendar event for somebody who may have no account; a trigger wrote it
+    invites = peewee.BooleanField(default=False, constraints=[peewee.SQL('DEFAULT 0')])
 
 
 Outbox.add_index(Outbox.index(Outbox.event, name='outbox_event'))
@@ -3935,6 +4021,12 @@ class Mailed(Table):
     owner = peewee.CharField(primary_key=True)  # PROJECT/USER
     day = peewee.IntegerField()                 # since 1970
     number = peewee.IntegerField()
+
+
+class Uninvited(Table):
+    """Somebody who wants no invitations any more, by the hash of their mail address."""
+    hash = peewee.CharField(primary_key=True)
+    at = peewee.IntegerField()
 
 
 class Lease(Table):
@@ -4010,8 +4102,9 @@ class SimulatedServer(Table):
 
 
 TABLES = [Resource, Reservation, Occurrence, Texts, Capacity, Proposal, ExtraHold, Wait, Limit,
-          Step, Server, Claim, Tally, Token, Session, OnceDone, Feed, Subscription, Event, Outbox,
-          Mailed, Lease, BlazarLease, BlazarHold, HostProperty, Credential, Fact, SimulatedServer]
+          Step, Server, Claim, Tally, Token, Session, OnceDone, Feed, Subscription, CalendarObject,
+          CalendarProperty, Event, Outbox, Mailed, Uninvited, Lease, BlazarLease, BlazarHold,
+          HostProperty, Credential, Fact, SimulatedServer]
 
 #: What brings an older store up to the models above, one function a version. None reads the models,
 #: which tell of today: each names its tables and columns.
@@ -4020,7 +4113,7 @@ MIGRATIONS: list[Callable] = [
     lambda: trust_names(), lambda: add_sessions(), lambda: add_ends_of_calls(),
     lambda: keep_resource_ids(), lambda: end_left_calendars(), lambda: add_whose(),
     lambda: add_waits(), lambda: add_sums(), lambda: add_once(), lambda: add_ends_of_tokens(),
-    lambda: add_openstack()]
+    lambda: add_openstack(), lambda: add_calendar_objects(), lambda: add_invitations()]
 
 
 def long_texts(row: str) -> str:
@@ -4030,7 +4123,7 @@ def long_texts(row: str) -> str:
 
 #: What keeps the owners of occurrences as their reservations have them, and counts texts.
 #: Version 13 made them; a version with others drops these.
-TRIGGERS = TRIGGERS_OF_13 = (f'''
+TRIGGERS_OF_13 = (f'''
   CREATE TRIGGER IF NOT EXISTS reservation_texts AFTER INSERT ON reservation WHEN {long_texts('NEW')} > 1000 BEGIN
     INSERT INTO texts VALUES (NEW.project, {long_texts('NEW')})
       ON CONFLICT (project) DO UPDATE SET size = size + excluded.size;
@@ -4052,6 +4145,20 @@ TRIGGERS = TRIGGERS_OF_13 = (f'''
     WHEN (NEW.project, NEW.user) <> (OLD.project, OLD.user) BEGIN
     UPDATE occurrence SET of_project = NEW.project, of_user = NEW.user WHERE reservation_id = NEW.id;
   END''')
+
+
+#: What writes down that those hear of an event who are invited to what it tells of.
+INVITES_OF_18 = '''
+  CREATE TRIGGER IF NOT EXISTS event_invites AFTER INSERT ON event
+    WHEN NEW.reservation_id IS NOT NULL AND NEW.code IN (
+      'added', 'updated', 'kept', 'admitted', 'approved', 'maintenance', 'ready', 'released')
+  BEGIN
+    INSERT INTO outbox (event_id, target, owner, tries, due, fault, invites)
+      SELECT NEW.id, value, r.project || '/' || r.user, 0, NEW.at, '', 1
+        FROM reservation r JOIN json_each(r.invite)
+       WHERE r.id = NEW.reservation_id AND r.invite <> '[]';
+  END'''
+TRIGGERS = (*TRIGGERS_OF_13, INVITES_OF_18)
 
 
 def open_store(path: str, key: str = '', make: bool = True) -> None:
@@ -4774,6 +4881,43 @@ def add_openstack() -> None:
           ON credential ("user", "project", "cloud")""")
 
 
+def add_calendar_objects() -> None:
+    """Version 17: what calendar programs write, and what a resource gives to who asks for nothing."""
+    name = "VARCHAR(255) NOT NULL DEFAULT ''"
+    add_columns('resource', {'default_flavor': name, 'default_image': name,
+                             'default_vms': 'INTEGER NOT NULL DEFAULT 0'})
+    run_all("""
+        CREATE TABLE IF NOT EXISTS calendar_object (
+          id INTEGER NOT NULL PRIMARY KEY, user VARCHAR(255) NOT NULL,
+          project VARCHAR(255) NOT NULL, calendar INTEGER NOT NULL, name VARCHAR(255) NOT NULL,
+          uid VARCHAR(255) NOT NULL, text TEXT NOT NULL, shown TEXT NOT NULL,
+          etag VARCHAR(255) NOT NULL, rev INTEGER NOT NULL, first INTEGER NOT NULL,
+          last INTEGER NOT NULL, reservation_id INTEGER, why TEXT NOT NULL,
+          changed INTEGER NOT NULL, gone INTEGER);
+        CREATE INDEX IF NOT EXISTS calendar_object_rev ON calendar_object (rev);
+        CREATE UNIQUE INDEX IF NOT EXISTS calendar_object_named
+          ON calendar_object (user, project, calendar, name);
+        CREATE INDEX IF NOT EXISTS calendar_object_by_uid ON calendar_object (user, project, calendar, uid);
+        CREATE INDEX IF NOT EXISTS calendar_object_by_rev ON calendar_object (user, project, calendar, rev);
+        CREATE INDEX IF NOT EXISTS calendar_object_by_until ON calendar_object (user, project, calendar, last);
+        CREATE INDEX IF NOT EXISTS calendar_object_of ON calendar_object (reservation_id)
+          WHERE reservation_id IS NOT NULL;
+        CREATE INDEX IF NOT EXISTS calendar_object_gone ON calendar_object (gone) WHERE gone IS NOT NULL;
+        CREATE TABLE IF NOT EXISTS calendar_property (
+          user VARCHAR(255) NOT NULL, project VARCHAR(255) NOT NULL, calendar INTEGER NOT NULL,
+          name VARCHAR(255) NOT NULL, value TEXT NOT NULL,
+          PRIMARY KEY (user, project, calendar, name)) WITHOUT ROWID""")
+
+
+def add_invitations() -> None:
+    """Version 18: people without an account get reservations as events of their calendars."""
+    add_columns('reservation', {'invite': "TEXT NOT NULL DEFAULT '[]'"})
+    add_columns('outbox', {'invites': 'INTEGER NOT NULL DEFAULT 0'})
+    run('CREATE TABLE IF NOT EXISTS uninvited (hash VARCHAR(255) NOT NULL PRIMARY KEY, '
+        'at INTEGER NOT NULL)')
+    run(INVITES_OF_18)
+
+
 # What goes wrong with the store. SQLite's first error is what the user is told, with what helps.
 
 STORE_ERRORS = (peewee.DatabaseError, sqlite3.Error)
@@ -5349,7 +5493,7 @@ LISTING = '''
   SELECT o.id, r.id AS reservation, r.label, r.user, r.project,
          s.name AS resource, s.cell, s.cloud, s.region, s.aggregate,
          o.vms, r.flavor, r.image, r.network, r.key, r.security_groups, r.metadata, r.user_data,
-         r.server, r.at_end, r.notify, o.vcpus, o.ram, o.classes, r.lead, r.description, r.personal,
+         r.server, r.at_end, r.notify, r.invite, o.vcpus, o.ram, o.classes, r.lead, r.description, r.personal,
          r.repeat, r.tz, o.start, o."end", o.cancelled, r.added, r.changed,
          (SELECT count(*) FROM server v
            WHERE v.occurrence_id = o.id AND v.goal = 'up' AND v.state = 'active') AS up,
@@ -7076,7 +7220,7 @@ PER_HOST = 2  # notices that are on their way to one host at the same time
 MOST_FETCHED = 2**24  # bytes of it: a calendar
 
 NOTICES = '''SELECT n.id, n.target, n.owner, n.tries, e.id AS event, e.at, e.actor, e.code,
-                    e.sentence, e.reservation_id, e.occurrence
+                    e.sentence, e.reservation_id, e.occurrence, n.invites
                FROM outbox n JOIN event e ON e.id = n.event_id'''
 
 
@@ -7286,21 +7430,53 @@ def embedded(address) -> list:
 
 
 def send_mail(config: Config, notice, about: dict) -> None:
-    if not config.mail_server:
-        raise ValueError('no mail_server is set')
-    import smtplib
+    """Sends a notice as a mail."""
+    subject, _, text = notice_text(config, notice, about).partition('\n')
+    sentence = legible(notice.sentence)
+    message = mail_to(config, notice, subject)
+    message.set_content(f'{text}\n\n{sentence}\n' if sentence not in text else f'{text}\n')
+    post_mail(config, message)
+
+
+def send_invitation(config: Config, notice, subject: str, text: str, method: str, event: str,
+                    stop: str) -> None:
+    """Sends a mail with an event for a calendar (RFC 6047).
+
+    Args:
+      stop: the address at which its reader says that no more are wanted
+
+    Raises:
+      Undelivered: it was not accepted.
+    """
+    message = mail_to(config, notice, subject)
+    message['List-Unsubscribe'] = f'<{stop}>'
+    message.set_content(f'{text}\n\nNo more such mails: {stop}\n')
+    message.add_alternative(event, subtype='calendar', params={'method': method})
+    try:
+        post_mail(config, message)
+    except (OSError, ValueError) as error:
+        raise Undelivered(f'{type(error).__name__}: {error}') from None
+
+
+def mail_to(config: Config, notice, subject: str):
+    """A mail for the target of a notice, without a text."""
     from email.message import EmailMessage
     from email.utils import formatdate
-    host, _, port = config.mail_server.partition(':')
     message = EmailMessage()
-    subject, _, text = notice_text(config, notice, about).partition('\n')
     message['From'], message['To'] = config.mail_from, notice.target
     message['Subject'] = f'[cmres] {subject}'
     message['Date'] = formatdate()  # RFC 5322 wants one, and spam filters miss it
     # a repeated one is known as such
     message['Message-ID'] = f'<event-{notice.event}-{notice.id}@cmres>'
-    sentence = legible(notice.sentence)
-    message.set_content(f'{text}\n\n{sentence}\n' if sentence not in text else f'{text}\n')
+    return message
+
+
+def post_mail(config: Config, message) -> None:
+    """Hands a mail to the server of the configuration."""
+    if not config.mail_server:
+        raise ValueError('no mail_server is set')
+    import smtplib
+    host, _, port = config.mail_server.partition(':')
     with cut_off(MAIL_WAIT) as connect, smtplib.SMTP(timeout=MOST_WAIT) as server:
         server._get_socket = lambda host, port, timeout: connect((host, port), timeout)
         server.connect(host, int(port or 25))
@@ -8451,13 +8627,14 @@ def group_occurrences(group: list[Entry], owner: ZoneInfo, begin: datetime,
 
 
 def bookings(groups: dict[str, list[Entry]], owner: ZoneInfo, begin: datetime, until: datetime,
-             defaults: Want) -> list[Booking]:
+             defaults: Want, usual: Want | None = None) -> list[Booking]:
     """What the events of calendars want, those that want nothing left out unread.
 
     Args:
       groups: the events by UID
       owner: the zone of times without one
       begin, until: the window that a series in a zone of its own making is spelled out for
+      usual: what an event wants that says nothing
     """
     found, uids, budget = {}, {id(group): uid for uid, group in groups.items()}, Budget()
     for group in simple_first(groups.values()):
@@ -8465,19 +8642,20 @@ def bookings(groups: dict[str, list[Entry]], owner: ZoneInfo, begin: datetime, u
         if FEED_UID.fullmatch(uid):
             continue
         more = len(found) >= MOST_EVENTS
-        booking = booking_of(uid, group, owner, begin, until, defaults, budget, more)
+        booking = booking_of(uid, group, owner, begin, until, defaults, budget, more, usual)
         if booking:  # else it wants nothing
             found[uid] = booking
     return [found[uid] for uid in groups if uid in found]
 
 
 def booking_of(uid: str, group: list[Entry], owner: ZoneInfo, begin: datetime, until: datetime,
-               defaults: Want, budget: Budget, too_many: bool = False) -> Booking | None:
+               defaults: Want, budget: Budget, too_many: bool = False,
+               usual: Want | None = None) -> Booking | None:
     """What the events of one UID want; what they say badly refuses them alone."""
     head = group[0]
     try:
         with naming(head), budget.event(may_repeat(group)):
-            wants = wants_of(group, defaults)
+            wants = wants_of(group, defaults, usual)
             group = [each for each in group if each.line in wants]
             if not group:
                 return None
@@ -8498,13 +8676,14 @@ def title_of(entry: Entry) -> str:
     return re.sub(f'(?:{UNSEEN.pattern}|\\s)+', ' ', entry.text('SUMMARY'))[:1000]
 
 
-def wants_of(group: list[Entry], defaults: Want) -> dict[int, Want]:
+def wants_of(group: list[Entry], defaults: Want, usual: Want | None = None) -> dict[int, Want]:
     """What events want, by their lines; exceptions as their series unless they say."""
     wants: dict[int, Want] = {}
     head = group[0]
     for entry in group:
         with naming(entry):
-            if want := want_of(entry, wants.get(head.line, defaults)) or wants.get(head.line):
+            said = want_of(entry, wants.get(head.line, defaults))
+            if want := said or wants.get(head.line) or usual:
                 wants[entry.line] = want
     kinds = {want._replace(vms=1) for want in wants.values()}
     if len(kinds) > 1:
@@ -8671,6 +8850,26 @@ def event_text(shown: Shown) -> str:
     return ''.join(folded(f'{name}:{value}') for name, value in said.items() if value)
 
 
+def invitation_text(method: str, sequence: int, shown: Shown, host: str, guest: str,
+                    more: list[tuple[int, int]]) -> str:
+    """A calendar with one event to which somebody is invited (RFC 5546, 3.2.2 and 3.2.5).
+
+    Args:
+      host: the mail address of who invites
+      more: the further windows of a series
+    """
+    head = ('BEGIN:VCALENDAR', 'VERSION:2.0', f'PRODID:-//cmres//{__version__}//EN',
+            f'METHOD:{method}')
+    event = event_text(shown._replace(revision=sequence)).removesuffix('END:VEVENT\r\n')
+    people = (f'ORGANIZER:mailto:{host}',
+              f'ATTENDEE;ROLE=REQ-PARTICIPANT;PARTSTAT=NEEDS-ACTION;RSVP=FALSE:mailto:{guest}')
+    spans = [f'{instant(first):%Y%m%dT%H%M%SZ}/{instant(last):%Y%m%dT%H%M%SZ}'
+             for first, last in more]
+    dates = [f"RDATE;VALUE=PERIOD:{','.join(spans)}"] if spans else []
+    return ''.join([*map(folded, head), event, *map(folded, (*people, *dates)),
+                    'END:VEVENT\r\nEND:VCALENDAR\r\n'])
+
+
 def escaped(text: str) -> str:
     """A TEXT (RFC 5545, 3.3.11), which has no control characters but tabs."""
     text = re.sub(r'([\\;,])', r'\\\1', legible(text.replace('\r\n', '\n')))
@@ -8765,6 +8964,7 @@ class Wish(NamedTuple):
     host: str = ''               # all of it is reserved, by its name
     whole: Amount | None = None  # what it holds
     trusted: list = []           # KIND:NAME that an admin gave it
+    invite: list = []            # mail addresses
 
     @property
     def amount(self) -> Amount:
@@ -8900,7 +9100,7 @@ CLOUDY = ('flavor', 'image', 'network', 'key', 'security_groups', 'server')
 #: The fields of a reservation that a machine is made of; they are fixed once it has begun.
 FIXED = (*CLOUDY, 'resource', 'start', 'lead', 'user_data', 'metadata', 'host')
 STORED = ('label', 'user', 'project', *CLOUDY, 'user_data', 'metadata', 'at_end', 'notify', 'lead',
-          'description', 'personal', 'repeat', 'tz', 'on_conflict', 'host', 'trusted')
+          'description', 'personal', 'repeat', 'tz', 'on_conflict', 'host', 'trusted', 'invite')
 #: What a project keeps only so much of.
 LONG_TEXTS = ('user_data', 'description', 'metadata')
 #: What one occurrence of a series may have otherwise than the others.
@@ -8911,7 +9111,7 @@ SHAPE = OWN | {'repeat', 'until', 'count', 'skip_dates', 'holidays', 'flavor', '
 BACK = 'put back'  # the code of a proposal to have an occurrence again that was left out
 #: What makes a series.
 REPEATING = frozenset(('repeat', 'until', 'count', 'skip_dates', 'holidays'))
-JSON = frozenset(('security_groups', 'metadata', 'notify', 'addresses', 'hosts', 'classes', 'named',
+JSON = frozenset(('security_groups', 'metadata', 'notify', 'invite', 'addresses', 'hosts', 'classes', 'named',
                   'trusted'))
 UNCHANGED = (*STORED, 'resource_id', 'start', 'end', 'held_from', 'held_until', *Amount._fields,
              'over')
@@ -8949,6 +9149,8 @@ WAYS = {'waiting': [('series',
 MOST_WAYS = 200  # that are merged, each of one or two halves; SQLite takes 500
 BATCH = 500      # occurrences that are looked at together
 MOST_BYTES = 2**20  # of text in a page of a list, which then ends before its last line
+MOST_INVITED = 200  # people to one reservation
+MAIL_ADDRESS = re.compile(r'(?=.{3,254}$)[^@\s,<>:;"\\]+@[^@\s,<>:;"\\]+')
 MOST_TRIED = 200  # of those that wait, in one transaction
 MOST_TRIES = 500  # of other ways to spread the parts of a request over resources than the first
 #: What may be offered instead of what is refused, and the field that it changes.
@@ -9097,7 +9299,11 @@ STILL = {'tokens': 'revoked IS NULL', 'feeds': 'revoked IS NULL',
 
 def token_of(secret: str, now: float):
     """The row of a token; Unauthorized if it is nobody's, revoked or over."""
-    found = row(f'{TOKEN} WHERE t.hash = ?', hashed(secret))
+    return token_in_force(row(f'{TOKEN} WHERE t.hash = ?', hashed(secret)), now)
+
+
+def token_in_force(found, now: float):
+    """The row of a token that is good for something; Unauthorized of any other, and of none."""
     if not found or found.revoked is not None:
         raise Unauthorized('this token is not known or was revoked; an admin makes one with: token '
                            'add USER')
@@ -9527,6 +9733,13 @@ class Lookup:
                                                           *given(placed))]
         return filters, [condition for condition in conditions if condition[1]]
 
+    def kept_of(self, reservation: int, over_at: float = 2**62) -> int:
+        """How many VMs of a reservation that is over by then were stopped or shelved, and stay."""
+        return run('SELECT count(*) FROM reservation r '
+                   'JOIN occurrence o ON o.reservation_id = r.id '
+                   "JOIN server v ON v.occurrence_id = o.id WHERE r.id = ? AND r.over <= ? "
+                   "AND v.state = 'kept' AND NOT v.borrowed", reservation, over_at).fetchone()[0]
+
     def kept_servers(self, label: str, project: str) -> list:
         """The servers that stay after their end, of a label or all, that the actor may see."""
         where = [*self.visible(), *([('r.project = ?', project)] if project else [])]
@@ -9574,6 +9787,7 @@ class Wishes:
         self.refuse_unbootable(asked, place)
         if 'notify' in changes:
             self.refuse_untellable(asked['notify'])
+        self.refuse_uninvitable(asked.get('invite') or ())
         asks = {'resource', 'host', *CLOUDY} | ({'vms'} if asked.get('host') else set())
         if old and not asks & set(changes):
             each, server = Amount(1) if old.host else amount_of(old) // old.vms, old.server
@@ -9594,7 +9808,8 @@ class Wishes:
                     old.tz if old else '', asked['on_conflict'], [], each, warnings, *(
                         (old.host, amount_of(old)) if old and old.host
                         and not {*asks, 'vms'} & set(changes)
-                        else self.whole_host(place, asked, each)), trusted=trusted)
+                        else self.whole_host(place, asked, each)), trusted=trusted,
+                    invite=[*(asked.get('invite') or ())])
         if stretches and not {'repeat'} & set(changes):
             stretches = self.moved_stretches(wish, asked, old, stretches, key, changes)
             stretches = self.ended_stretches(stretches, asked, changes, warnings)
@@ -9620,6 +9835,17 @@ class Wishes:
         for target in targets:
             if not self.service.config.may_tell(target):
                 raise Invalid(f"notify: no mails are sent to '{target}'; here they may go to "
+                              f'addresses of {self.service.config.mail_domains} only')
+
+    def refuse_uninvitable(self, people: Iterable[str]) -> None:
+        """Refuses to invite many, or who has no mail address to which mails may go."""
+        if len(people) > MOST_INVITED:
+            raise Invalid(f'invite: at most {MOST_INVITED} people can be invited')
+        for each in people:
+            if not MAIL_ADDRESS.fullmatch(each):
+                raise Invalid(f'invite: {shown(each)} is no mail address such as ann@example.org')
+            if not self.service.config.may_tell(each):
+                raise Invalid(f"invite: no mails are sent to '{each}'; here they may go to "
                               f'addresses of {self.service.config.mail_domains} only')
 
     def refuse_unbootable(self, asked: dict, place) -> None:
@@ -10322,6 +10548,11 @@ class Policy:
         if other and self.look.begun(old):
             raise Conflict(f"'{old.label}' has begun, so its {other[0].replace('_', ' ')} can't "
                            'change; its end, vms, user, description and label can')
+        made_of = [name for name in other if name not in ('resource', 'start', 'lead')]
+        if made_of and self.look.kept_of(old.reservation):
+            raise Conflict(f"VMs of '{old.label}' stay and start again, so its "
+                           f"{made_of[0].replace('_', ' ')} can't change; "
+                           f'`delete --kept {old.label}` deletes them')
 
 
 def taken_label(project: str, label: str, now: float) -> bool:
@@ -10987,6 +11218,22 @@ class Series:
         pairs |= zip((slot for slot in lost if slot not in pairs), rest)
         return {lost[slot]: {'slot': key} for slot, key in pairs.items()}
 
+    def following(self, there: list, before: list[Stretch], wish: Wish, now: float) -> list[int]:
+        """The occurrences that were changed on their own, and that their calendar has moved."""
+        there = [each for each in there if each.altered and each.end > now]
+        if not there:
+            return []
+        window = there[0].start - MONTH, max(each.end for each in there) + MONTH
+        old, new = ({slot.key: slot for slot in all_slots(stretches, *window)}
+                    for stretches in (before, wish.stretches))
+        moved = []
+        for each in there:
+            slot = new.get(each.slot)
+            was = old.get(each.slot, slot) if each.cancelled is None else each
+            if slot and (was.start, was.end) != (slot.start, slot.end):
+                moved.append(each.id)
+        return moved
+
 
 # Admission ###################################################################
 #
@@ -11110,6 +11357,9 @@ class Admission:
         there = self.series.there(old.reservation)
         if deal.code == 'calendar':
             patches = self.series.kept_identities(there, wish, now)
+            before = self.look.stretches(old.reservation)
+            patches |= {id: patches.get(id, {}) | {'altered': False}
+                        for id in self.series.following(there, before, wish, now)}
         elif not old.repeats:  # what it has becomes the first of the series
             first = next(slots(wish.stretches[-1], now, LAST.timestamp()))
             key = to_wall(instant(old.start), read_zone(wish.tz)).isoformat()
@@ -11156,14 +11406,18 @@ class Admission:
         if first.repeats:
             only = first.id if len(found) == 1 else None
         said = [why or f'cancelled by {self.service.actor.user}']
-        said += [warning for each in found for warning in self.ends_with(each).get('warnings', ())]
+        said += dict.fromkeys(warning for each in found
+                              for warning in self.ends_with(each).get('warnings', ()))
         self.service.journal(now, 'released', '; '.join(said), first.reservation,
                              json.loads(first.notify), only)
 
     def ends_with(self, found) -> dict:
         """What becomes of VMs of what is cancelled: as agreed of a server that was there."""
         if not found.existing:
-            return {}
+            there = found.repeats and self.look.kept_of(found.reservation, self.service.clock())
+            return {'warnings': [f"{there} VMs of '{found.label}' that were stopped or shelved "
+                                 f"before stay; `delete --kept {found.label}` deletes them"]
+                    } if there else {}
         if found.server or found.at_end in ('', 'delete'):
             return {'ends_with': found.at_end or 'delete'}
         return {'ends_with': 'delete', 'warnings': [
@@ -11815,9 +12069,10 @@ class Requests(Operations):
     def add(self, label: NewLabel, resource: Place, start: When, end: When, vms: Count = 1,
             flavor: Name = '', image: Name = '', network: Name = '', key: Name = '',
             security_groups: Names = (), user_data: File = '', metadata: Pairs = None,
-            server: Name = '', at_end: Name = '', notify: Names = (), lead: Span = None,
-            description: Text = '', personal: bool = False, repeat: Repeat = '', tz: Zone = '',
-            until: Day = None, count: Count = None, skip_dates: Names = (), holidays: Source = '',
+            server: Name = '', at_end: Name = '', notify: Names = (), invite: Names = (),
+            lead: Span = None, description: Text = '', personal: bool = False,
+            repeat: Repeat = '', tz: Zone = '', until: Day = None, count: Count = None,
+            skip_dates: Names = (), holidays: Source = '',
             on_conflict: Clash = 'refuse', user: Name = '', project: Name = '', cell: Name = '',
             cloud: Name = '', region: Name = '', aggregate: Name = '', part: Parts = (),
             host: Hosts = (), wait: bool = False, priority: int = 0, confirm: Span = None,
@@ -12128,8 +12383,8 @@ class Requests(Operations):
     def update(self, label: Label, resource: Label = None, start: When = None, end: When = None,
                vms: Count = None, flavor: Name = None, image: Name = None, network: Name = None,
                key: Name = None, security_groups: Names = None, user_data: File = None,
-               metadata: Pairs = None, at_end: Name = None, notify: Names = None, lead: Span = None,
-               description: Text = None, personal: bool = None, host: Name = None,
+               metadata: Pairs = None, at_end: Name = None, notify: Names = None,
+               invite: Names = None, lead: Span = None, description: Text = None, personal: bool = None, host: Name = None,
                repeat: Repeat = None, until: Day = None, count: Count = None,
                skip_dates: Names = None, holidays: Source = None, on_conflict: Clash = None,
                user: Name = None, rename: NewLabel = None, occurrence: Day = None,
@@ -12598,11 +12853,13 @@ class Plan(Operations):
                      aggregate: Name = '', vms: Most = UNLIMITED, vcpus: Most = UNLIMITED,
                      ram: Most = UNLIMITED, classes: Classes = None, mode: Name = '',
                      hold: Span = None, approval: Span = None, no_show: Span = None,
-                     dry_run: bool = False) -> ResourceNowAnswer:
+                     default_flavor: Name = '', default_image: Name = '',
+                     default_vms: Figure = None, dry_run: bool = False) -> ResourceNowAnswer:
         """Adds a resource; a figure that isn't given is unlimited.
 
         With --classes, other resource classes of Placement count as well: what flavors take of them
-        stands in their extra specs, such as resources:CUSTOM_GPU=1.
+        stands in their extra specs, such as resources:CUSTOM_GPU=1. With a default flavor or number
+        of VMs, calendar programs have a calendar of the resource: what is drawn there is reserved.
 
         Example:
           python cmres.py resource add india --cloud simulated --vms 40 --vcpus 320 --ram 655360
@@ -12613,8 +12870,11 @@ class Plan(Operations):
                        for figure, most in (('vms', vms), ('vcpus', vcpus), ('ram', ram))}
             lengths = self.read_seconds(hold=hold, approval=approval, no_show=no_show)
             self.refuse_idle(self.read_mode(mode), lengths)
+            drawn = self.read_default({'default_flavor': '', 'default_image': '', 'default_vms': 0},
+                                      cloud, default_flavor=default_flavor or None,
+                                      default_image=default_image or None, default_vms=default_vms)
             insert(Resource, name=name, cell=cell, cloud=cloud, region=region, aggregate=aggregate,
-                   **figures, mode=self.read_mode(mode), **lengths,
+                   **figures, mode=self.read_mode(mode), **lengths, **drawn,
                    classes=known_classes('', classes), hosts='[]', named='', added=int(now))
             self.journal(now, 'resource', f"added the resource '{name}'")
             return self.resource_show(name)
@@ -12646,8 +12906,9 @@ class Plan(Operations):
                         cloud: Name = None, region: Name = None, aggregate: Name = None,
                         vms: Most = None, vcpus: Most = None, ram: Most = None,
                         classes: Classes = None, mode: Name = None, hold: Span = None,
-                        approval: Span = None, no_show: Span = None, force: bool = False,
-                        dry_run: bool = False) -> ResourceChangedAnswer:
+                        approval: Span = None, no_show: Span = None, default_flavor: Name = None,
+                        default_image: Name = None, default_vms: Figure = None,
+                        force: bool = False, dry_run: bool = False) -> ResourceChangedAnswer:
         """Changes a resource; `unlimited` takes a limit away.
 
         A capacity below what is held already needs --force; nothing is cancelled then, and the
@@ -12668,6 +12929,9 @@ class Plan(Operations):
             found = self.look.resource_row(name)
             if new.keys() & {'mode', *ASKED_BY_NOVA}:
                 self.refuse_idle(new.get('mode', found.mode), found._asdict() | new)
+            new |= self.read_default(found._asdict(), new.get('cloud', found.cloud),
+                                     default_flavor=default_flavor, default_image=default_image,
+                                     default_vms=default_vms)
             if rename and rename != name:
                 self.policy.refuse_taken_resource(rename)
             if classes:
@@ -12717,6 +12981,18 @@ class Plan(Operations):
         """Lengths as the store has them; none is 0."""
         return {name: int((length or timedelta(0)).total_seconds())
                 for name, length in lengths.items()}
+
+    def read_default(self, before: dict, cloud: str, **asked) -> dict:
+        """The VMs that an event without words gets, as far as they are to be otherwise."""
+        new = {name: value for name, value in asked.items() if value is not None}
+        if new.get('default_flavor') and 'default_vms' not in new:
+            new['default_vms'] = before['default_vms'] or 1
+        values = before | new
+        if new and values['default_image'] and not values['default_flavor']:
+            raise Invalid('default_image: an image needs a flavor to start it with')
+        if new and values['default_flavor'] and not cloud:
+            raise Invalid('default_flavor: the resource has no cloud that would know it')
+        return new
 
     def read_mode(self, mode: str) -> str:
         """The mode of a resource as the store has it."""
@@ -13402,11 +13678,25 @@ class Calendars(Operations):
                      owner: tuple[str, str], subscription, now: float) -> dict:
         """What became of an event: one of `booked`, `changed`, `refused` and so on."""
         line = {'uid': booking.uid, 'summary': booking.summary[:200]}
-        if error:
-            return line | {'outcome': 'refused', 'why': booking.why(error)}
+        try:
+            if error:
+                raise error
+            return line | self.taken(booking, wish, owner, subscription, now)
+        except Error as refusal:
+            return line | {'outcome': 'refused', 'why': booking.why(refusal)}
+
+    def taken(self, booking: Booking, wish: Wish | None, owner: tuple[str, str], subscription,
+              now: float, again: bool = True) -> dict:
+        """The same of an event that was understood; inside a transaction.
+
+        Args:
+          again: one that was cancelled here is booked again, though it says what it said
+
+        Raises:
+          Error: it is refused, and nothing was changed.
+        """
         source = subscription.id if subscription else None
-        known = row('SELECT * FROM reservation WHERE uid = ? AND project = ? AND user = ? AND '
-                    'subscription IS ? ORDER BY id DESC LIMIT 1', booking.uid, *owner[::-1], source)
+        known = self.booked_as(booking.uid, owner, source)
         live = known and known.over > now
         if wish is None:
             stops = booking.cancelled and not subscription  # else what runs goes on
@@ -13414,20 +13704,22 @@ class Calendars(Operations):
                      or not self.look.begun(each)] if live else [])
             if gone:
                 self.admission.cancel(gone, now, 'cancelled in the calendar', ends=True)
-                return line | {'outcome': 'cancelled', 'label': known.label}
-            return line | {'outcome': 'past' if not booking.cancelled else 'cancelled'}
-        asked = (name for name in STORED if name not in ('label', 'trusted'))
+                return {'outcome': 'cancelled', 'label': known.label}
+            return {'outcome': 'past' if not booking.cancelled else 'cancelled'}
+        asked = [name for name in STORED if name not in ('label', 'trusted', 'invite')]
+        asked += ['invite'] if wish.invite else []
         origin = hashed(repr((booking.digest, wish.columns(*asked))))
         as_before = known and known.origin.split(' ')[-1] == origin and (
-            self.as_asked_before(known, wish, live, subscription, now))
+            self.as_asked_before(known, wish, live, subscription or not again, now))
         if as_before:
-            return line | {'label': known.label} | as_before
-        try:
-            with Attempt():
-                return line | self.book_event(booking, wish, known if live else None, origin,
-                                              source, now)
-        except Error as refusal:
-            return line | {'outcome': 'refused', 'why': booking.why(refusal)}
+            return {'label': known.label} | as_before
+        with Attempt():
+            return self.book_event(booking, wish, known if live else None, origin, source, now)
+
+    def booked_as(self, uid: str, owner: tuple[str, str], source: int | None):
+        """The newest reservation that the event of a UID has made; None if there is none."""
+        return row('SELECT * FROM reservation WHERE uid = ? AND project = ? AND user = ? AND '
+                   'subscription IS ? ORDER BY id DESC LIMIT 1', uid, *owner[::-1], source)
 
     def as_asked_before(self, known, wish: Wish, live: bool, subscription, now: float) -> dict:
         """What becomes of an event that asks for no more than it did; nothing, if that is asked for
@@ -13468,7 +13760,7 @@ class Calendars(Operations):
             wish = wish._replace(label=self.free_label(wish, now))
             _, done = self.admission.book(wish, now, uid=booking.uid, subscription=source,
                                           origin=origin)
-        left_out = [each for each in done if each['outcome'] in ('left out', 'shifted')]
+        left_out = [each for each in done if each.get('why')]
         return {'label': wish.label, 'outcome': 'changed' if known else 'booked',
                 'start': instant(wish.start), 'vms': wish.vms, 'flavor': wish.flavor,
                 'count': len(done)} | ({'occurrences': left_out} if left_out else {})
@@ -13528,9 +13820,8 @@ class Calendars(Operations):
                    revoked=None)
             self.journal(now, 'calendar', f'made a feed for {user} in {project}')
         name = quote(resource or (project if whole_project else user), safe='')
-        served = f'http://{self.config.host}:{self.config.port}'
         return {'user': user, 'project': project} if dry_run else {
-            'feed': f"{self.config.address.rstrip('/') or served}/calendar/{secret}/{name}.ics"}
+            'feed': f'{self.config.served}/calendar/{secret}/{name}.ics'}
 
     @api('DELETE', '/calendar/<id>')
     def calendar_revoke(self, id: int, dry_run: bool = False) -> CalendarAnswer:
@@ -13772,7 +14063,7 @@ class Calendars(Operations):
                          f'{found.vms} vms are reserved', found.resource, 'CONFIRMED')
         lines = [found.state, f"{found.vms} vms {found.flavor} {found.image}".strip(),
                  found.description]
-        lines += [self.config.login.replace('{address}', address) for address in addresses]
+        lines += self.config.logins(addresses)
         lines += [f'key pair: {found.key}'] if found.key and addresses else []
         lines += [found.fault] if found.fault else []
         return Shown(uid, found.start, found.end, revision, revised, found.label,
@@ -14360,6 +14651,19 @@ SERVERS = '''SELECT v.*, r.flavor, r.image, r.network, r.key, r.security_groups,
                  JOIN resource s ON s.id = o.resource_id'''
 
 
+#: How an invitation begins, by the code of its event.
+INVITED = {'added': 'Invitation', 'approved': 'Invitation', 'admitted': 'Invitation',
+           'ready': 'Ready'}
+
+
+def stop_link(config: Config, address: str) -> str:
+    """Where somebody says, without an account, that they want no more invitations."""
+    import hmac
+    key = read_keys(key_file(config.database, config.key))[0]
+    sign = hmac.new(key, f'stop\0{address}'.encode(), 'sha256').hexdigest()[:32]
+    return f"{config.served}/invitations/{quote(address, safe='@')}/{sign}"
+
+
 UNKNOWN = ('the VM {} on {} is unknown since the database was restored: `store orphans` lists such '
            'VMs and says what can be done')
 
@@ -14825,7 +15129,38 @@ class Workers:
             found = next(iter(self.service.look.in_order([notice.occurrence])), None)
         elif notice.reservation_id:
             found = self.service.look.next_of(notice.reservation_id)
+        if notice.invites:
+            self.invite(notice)
+            return
         deliver(self.config, notice, public(found) if found else {})
+
+    def invite(self, notice) -> None:
+        """Sends somebody a reservation as it is now, as an event for their calendar."""
+        found = self.service.look.next_of(notice.reservation_id)
+        coming = rows('SELECT id, start, "end" FROM occurrence WHERE reservation_id = ? '
+                      'AND cancelled IS NULL AND "end" > ? ORDER BY start LIMIT 366',
+                      notice.reservation_id, int(self.service.clock()))
+        unwanted = row('SELECT at FROM uninvited WHERE hash = ?', hashed(notice.target.lower()))
+        if unwanted or not found or not coming and found.cancelled is None:
+            return
+        addresses = [each for one in rows(
+            "SELECT addresses FROM server WHERE occurrence_id = ? AND due IS NOT NULL "
+            "AND goal = 'up' ORDER BY n", found.id) for each in json.loads(one.addresses)]
+        lines = [found.description, *self.config.logins(addresses)]
+        lines += [f'key pair: {found.key}'] if found.key and addresses else []
+        first, method = (coming or [found])[0], 'REQUEST' if coming else 'CANCEL'
+        state = 'CANCELLED' if not coming else (
+            'TENTATIVE' if found.state in ('waiting', 'pending') else 'CONFIRMED')
+        shown = Shown(f'reservation-{found.reservation}@{self.clouds.store}', first.start,
+                      first.end, 0, int(notice.at), found.label, '\n'.join(filter(None, lines)),
+                      found.resource, state)
+        event = invitation_text(method, notice.event, shown, self.config.mail_from, notice.target,
+                                [(each.start, each.end) for each in coming[1:]])
+        when = self.config.told_time(first.start, found.tz)
+        word = 'Cancelled' if not coming else INVITED.get(notice.code, 'Changed')
+        send_invitation(self.config, notice, f'{word}: {found.label}, {when}',
+                        '\n'.join(filter(None, [f'{word}: {found.label}, {when}', *lines])),
+                        method, event, stop_link(self.config, notice.target))
 
     def do_trace(self, call: Job) -> dict[str, str | None]:
         return self.clouds.open(call.account).hosts(call.target)
@@ -14948,11 +15283,26 @@ class Post:
             if notice is None:
                 del queues[owner]
                 continue
+            if notice.invites and self.is_invited_enough(notice, now):
+                continue
             chosen.append(notice)
             owners[owner] += 1
             hosts[host_of(notice.target)] += 1
         self.calm_until = now + 0.5 if len(heads) > len(chosen) else 0.0
         return chosen
+
+    def is_invited_enough(self, notice, now: float) -> bool:
+        """Drops an invitation where as many were sent for a user today as may be."""
+        if notice.tries:
+            return False
+        with transaction():
+            total, = run('INSERT INTO mailed (owner, day, number) VALUES (?, ?, 1) '
+                         'ON CONFLICT (owner) DO UPDATE SET day = excluded.day, '
+                         'number = 1 + iif(day = excluded.day, number, 0) RETURNING number',
+                         f'{notice.owner} invites', int(now // 86400)).fetchone()
+            if enough := total > self.config.invitations_per_day:
+                change(Outbox, notice.id, due=None, fault='too many invitations today')
+        return enough
 
     def has_room(self, notice, hosts: Counter) -> bool:
         """Whether a notice can go out while so many are on their way; the operator's can."""
@@ -18461,6 +18811,1649 @@ LEASE_READERS = {int: read_lease_number, bool: read_affinity,
                  str: lambda name, value: read_str(f"{'' if value is None else value}", most=4000)}
 
 
+# CalDAV ######################################################################
+#
+# Calendars that programs write to (RFC 4791, RFC 6578): an event is a reservation, made, changed
+# and cancelled by what `import` and subscriptions go through.
+#
+# The text of a program is kept as it came. It is shown with what cmres has to say of it: in a block
+# of the description, before the title, as a status, as the time at which it really is. When it
+# comes back, what we said is taken out of it again, and nothing else. So nobody's words are lost.
+#
+# What is shown is written down with a number that grows with every change of any of them, and by
+# that number an index tells what is new. The event log tells which reservations have changed since
+# the last request of any program; only what shows these is written anew.
+
+DAV = '/dav'
+MOST_OBJECT = 2**16  # bytes of an event with its exceptions
+MOST_DEPTH = 20      # of elements in one another
+MOST_ELEMENTS = 20_000
+MOST_PROPERTY = 2**16  # letters of one that a program keeps with a calendar
+CHECKED_FOR = 60     # seconds for which the hash of a token is remembered
+LOOKED_AT = 'calendars seen'  # the fact: up to which event the event log was looked at
+FORGOTTEN = 'calendars forgotten'  # the fact: the last number of which nothing is known any more
+NAMESPACES = {'D': 'DAV:', 'C': 'urn:ietf:params:xml:ns:caldav',
+              'CS': 'http://calendarserver.org/ns/', 'A': 'http://apple.com/ns/ical/',
+              'V': 'urn:cmres'}
+PREFIXES = {f'{{{space}}}': f'{prefix}:' for prefix, space in NAMESPACES.items()}
+DECLARED = ' '.join(f'xmlns:{prefix}="{space}"' for prefix, space in NAMESPACES.items())
+#: What a program may keep with a calendar.
+STORED_PROPERTIES = frozenset(
+    ('D:displayname', 'A:calendar-color', 'A:calendar-order', 'C:calendar-timezone'))
+DAV_VERBS = 'OPTIONS, GET, HEAD, PUT, DELETE, PROPFIND, PROPPATCH, REPORT'
+REPORTS = ('C:calendar-query', 'C:calendar-multiget', 'C:free-busy-query', 'D:sync-collection')
+READS = ('read', 'read-current-user-privilege-set')
+WRITES = ('write', 'write-properties', 'write-content', 'bind', 'unbind')
+ICS = 'text/calendar; charset=utf-8'
+#: What we say before a title; what has the second word there is cancelled.
+TITLE = re.compile(r'(?:(NOT RESERVED|CANCELLED)|NOT MOVED\\?, still [^:]{1,40}:\d\d|'
+                   r'NOT CHANGED\\?, still \d+ VMs?): ')
+OPENS, CLOSES = '[cmres] ', '[end of cmres]'
+BLOCK = re.compile(r'\A\[cmres\] .*?\[end of cmres\](?:\\[nN])?|'
+                   r'(?:\\[nN])?\[cmres\] .*?(?:\[end of cmres\]|\Z)', re.S)
+MADE = 'X-CMRES-MADE'  # has an exception that only we have made
+#: What XML can't hold, and no calendar has.
+NO_XML = re.compile('[\x00-\x08\x0b\x0c\x0e-\x1f\ufffe\uffff]')
+
+
+class Refused(Error):
+    """A condition of CalDAV that is not met, by the name of its element (RFC 4791, 1.3)."""
+
+    def __init__(self, status: int, element: str, sentence: str, **details):
+        super().__init__(sentence, **details)
+        self.status, self.element = status, element
+
+
+class Component:
+    """A VEVENT as its lines, each with its folds and its end."""
+
+    def __init__(self, lines: list[str]):
+        self.lines = lines
+
+    def find(self, name: str) -> int | None:
+        """Which of its own lines is the first of a property."""
+        depth = 0
+        for number, line in enumerate(self.lines):
+            word = re.match('[A-Za-z0-9-]*', line)[0].upper()
+            depth += (word == 'BEGIN') - (word == 'END')
+            if depth == 1 and word == name:
+                return number
+        return None
+
+    def read(self, name: str) -> tuple[str, str]:
+        """Parameters and value of a property as they are written; both '' without it."""
+        number = self.find(name)
+        found = number is not None and read_property(unfolded_line(self.lines[number]))
+        return found[1:] if found else ('', '')
+
+    def put(self, name: str, value: str) -> None:
+        """Gives a property another value; its parameters stay, but another form of its text."""
+        parameters = re.sub('(?i);ALTREP="[^"]*"', '', self.read(name)[0])
+        self.put_line(name, folded(f'{name}{parameters}:{value}'))
+
+    def put_line(self, name: str, line: str) -> None:
+        """Puts a line in the place of that of a property, or before the parts; '' takes it out."""
+        number = self.find(name)
+        if number is not None:
+            self.lines[number:number + 1] = [line] if line else []
+        elif line:
+            inner = (n for n, each in enumerate(self.lines[1:], 1)
+                     if each[:6].upper() == 'BEGIN:' or each[:4].upper() == 'END:')
+            self.lines.insert(next(inner), line)
+
+    def line(self, name: str) -> str:
+        """The line of a property as it stands there; '' without it."""
+        number = self.find(name)
+        return '' if number is None else self.lines[number]
+
+    def take_out(self, *names: str) -> None:
+        """Takes out all lines of some properties."""
+        for name in names:
+            while self.find(name) is not None:
+                self.put_line(name, '')
+
+    @property
+    def key(self) -> str:
+        """Which occurrence of its series it is, as it is written; '' for the series."""
+        return self.read('RECURRENCE-ID')[1].strip()
+
+    def says(self) -> tuple:
+        """What a person can have changed of it; of one that is cancelled, when it would be."""
+        names = ['STATUS', 'DTSTART', 'DTEND', 'DURATION']
+        if self.read('STATUS')[1].strip().upper() != 'CANCELLED':
+            names += ['SUMMARY', 'DESCRIPTION', 'LOCATION']
+        return tuple(self.read(name)[1] for name in names)
+
+
+def content_lines(text: str) -> list[str]:
+    """The content lines of a calendar, each with its folds and its end."""
+    return [each for each in re.split(r'(?<=\n)(?![ \t])', text) if each]
+
+
+def unfolded_line(line: str) -> str:
+    return re.sub(r'\r?\n[ \t]', '', line).rstrip('\r\n')
+
+
+def components(text: str) -> list[Component]:
+    """A calendar cut into its events and what stands between them."""
+    found = [Component([])]
+    for line in content_lines(text):
+        word = line.strip().upper()
+        if word == 'BEGIN:VEVENT':
+            found.append(Component([]))
+        found[-1].lines.append(line)
+        if word == 'END:VEVENT':
+            found.append(Component([]))
+    return [each for each in found if each.lines]
+
+
+def events_in(parts: list[Component]) -> list[Component]:
+    return [each for each in parts if each.lines[0].strip().upper() == 'BEGIN:VEVENT']
+
+
+def joined(parts: Iterable[Component]) -> str:
+    return ''.join(line for each in parts for line in each.lines)
+
+
+class Remark(NamedTuple):
+    """What cmres says of an event, or of one occurrence of it."""
+    title: str = ''  # stands before its own
+    first: str = ''  # before its description
+    after: str = ''  # behind it
+    cancelled: bool = False
+    window: tuple[int, int] | None = None  # when it really is
+
+    def write(self, event: Component, form: Form) -> None:
+        """Writes it into an event."""
+        if self.window:
+            for name, at in zip(('DTSTART', 'DTEND'), self.window):
+                event.put_line(name, form.line(name, at))
+            event.take_out('DURATION')
+        if self.title:
+            event.put('SUMMARY', escaped(f'{self.title}: ') + event.read('SUMMARY')[1])
+        if self.cancelled:
+            event.put('STATUS', 'CANCELLED')
+        if self.first or self.after:
+            said = [block(each) if each else '' for each in (self.first, self.after)]
+            said.insert(1, event.read('DESCRIPTION')[1])
+            event.put('DESCRIPTION', '\\n'.join(filter(None, said)))
+
+
+def block(text: str) -> str:
+    """What cmres says in a description, so that it finds it again."""
+    return escaped(f'{OPENS}{text}\n{CLOSES}')
+
+
+class Form:
+    """How times are written in a series: as its first start is."""
+
+    def __init__(self, head: Component, zone: tzinfo):
+        self.parameters, value = head.read('DTSTART')
+        self.zone, self.whole = zone, 'T' not in value.upper()
+        self.instant = value.strip().upper().endswith('Z') or zone is UTC and (
+            'TZID' in self.parameters.upper())
+
+    def line(self, name: str, at: int) -> str:
+        """The line of a time."""
+        wall = to_wall(instant(at), self.zone)
+        if self.whole and wall.time() == datetime.min.time():
+            return f'{name};VALUE=DATE:{wall:%Y%m%d}\r\n'
+        if self.whole or self.instant:
+            return f'{name}:{instant(at):%Y%m%dT%H%M%SZ}\r\n'
+        return folded(f'{name}{self.parameters}:{wall:%Y%m%dT%H%M%S}')
+
+    def key(self, slot: str) -> str:
+        """The line that names an occurrence by its slot."""
+        at = int(from_wall(datetime.fromisoformat(slot), self.zone).timestamp())
+        return self.line('RECURRENCE-ID', at)
+
+
+def exception_of(head: Component, form: Form, slot: Slot) -> Component:
+    """An occurrence of a series as an event of its own, without alarms."""
+    start = next((n for n, each in enumerate(head.lines[1:], 1) if each[:6].upper() == 'BEGIN:'),
+                 len(head.lines) - 1)
+    made = Component([*head.lines[:start], head.lines[-1]])
+    made.take_out('RRULE', 'RDATE', 'EXDATE', 'EXRULE', 'DURATION')
+    made.put_line('RECURRENCE-ID', form.key(slot.key))
+    made.put_line(MADE, f'{MADE}:1\r\n')
+    for name, at in (('DTSTART', slot.start), ('DTEND', slot.end)):
+        made.put_line(name, form.line(name, at))
+    return made
+
+
+def with_remarks(text: str, remarks: dict[str, Remark], slots: dict[str, Slot],
+                 keys: dict[str, str], zone: tzinfo) -> str:
+    """A calendar with what cmres says of it, by slots; '' is all of it.
+
+    Args:
+      keys: the slots that exceptions have there, by what they are written as
+    """
+    if not remarks:
+        return text
+    parts = components(text)
+    events = events_in(parts)
+    head = events[0]
+    form, plain = Form(head, zone), Component([*head.lines])
+    there = {keys.get(each.key, ''): each for each in events}
+    there.setdefault('', head)
+    for slot, remark in remarks.items():
+        if slot not in there:
+            there[slot] = exception_of(plain, form, slots[slot])
+            parts.insert(parts.index(events[-1]) + 1, there[slot])
+            events.append(there[slot])
+        remark.write(there[slot], form)
+    return joined(parts)
+
+
+def without_remarks(text: str, shown: str = '', before: str = '') -> str:
+    """A calendar without what cmres has said in it.
+
+    Args:
+      shown: what the program was shown
+      before: what a person had written before that
+    """
+    parts = components(text)
+    was, own = ({each.key: each for each in events_in(components(each))}
+                for each in (shown, before))
+    for event in events_in(parts):
+        known = was.get(event.key)
+        # One that only we have made; who moves a series gives its exceptions new names.
+        if event.key not in own and (
+                event.says() == known.says() if known else event.line(MADE)):
+            parts.remove(event)
+        else:
+            event.take_out(MADE)
+            take_remarks_out(event, known, own.get(event.key))
+    return joined(parts)
+
+
+def take_remarks_out(event: Component, known: Component | None, own: Component | None) -> None:
+    """Takes out of an event what cmres has said in it."""
+    title, text = (event.read(name)[1] for name in ('SUMMARY', 'DESCRIPTION'))
+    rest, found = BLOCK.sub('', text), TITLE.match(title)
+    ours = found and (rest != text or known and known.read('SUMMARY')[1].startswith(found[0]))
+    if rest != text:
+        put_back(event, own, 'DESCRIPTION', rest)
+    if ours:
+        put_back(event, own, 'SUMMARY', title[len(found[0]):])
+    if ours and found[1] and event.read('STATUS')[1].strip().upper() == 'CANCELLED':
+        event.put_line('STATUS', own.line('STATUS') if own else '')
+
+
+def put_back(event: Component, own: Component | None, name: str, value: str) -> None:
+    """Gives a property the value that is a person's, as they had written it if it is the same."""
+    if own and own.read(name)[1] == value:
+        event.put_line(name, own.line(name))
+    elif value:
+        event.put(name, value)
+    else:
+        event.put_line(name, '')
+
+
+class Folder(NamedTuple):
+    """A calendar: of a resource, or (id 0) of all of them."""
+    id: int
+    name: str
+    usual: Want | None = None  # what an event gets that says nothing
+
+
+ALL = Folder(0, 'all')
+
+
+class Understood(NamedTuple):
+    """A calendar object that was read."""
+    text: str
+    booking: Booking
+    entries: list[Entry]
+    zone: ZoneInfo       # of times that name none
+
+    @property
+    def here(self) -> tzinfo:
+        """The zone by which its slots are named."""
+        return read_zone(self.booking.stretches[0].zone) if self.booking.stretches else self.zone
+
+    def keys(self) -> dict[str, str]:
+        """The slots of its exceptions, by what they are written as."""
+        if self.booking.error:
+            return {}
+        clock = clock_of(self.entries, self.zone)
+        return {each.one('RECURRENCE-ID')[1].strip(): self.slot_of(each, clock)
+                for each in self.entries if each.exception}
+
+    def slot_of(self, entry: Entry, clock: Clock) -> str:
+        named = clock.slot(entry.moment('RECURRENCE-ID'))
+        if clock.here is self.here or getattr(clock.here, 'key', '') == self.here.key:
+            return named.isoformat()
+        return to_wall(from_wall(named, clock.here), self.here).isoformat()
+
+    def guests(self) -> list[str]:
+        """The mail addresses of who is invited, but not of who invites."""
+        lines = [read_property(unfolded_line(line)) for event in events_in(components(self.text))
+                 for line in event.lines if GUEST.match(line)]
+        found = {name: [value.strip().lower().removeprefix('mailto:')
+                        for kind, _, value in filter(None, lines) if kind == name]
+                 for name in ('ATTENDEE', 'ORGANIZER')}
+        return [each for each in dict.fromkeys(found['ATTENDEE'])
+                if '@' in each and each not in found['ORGANIZER']]
+
+    def slots(self, begin: float, until: float) -> dict[str, Slot]:
+        """What it wants of a window, by slots; what takes long to follow is left out."""
+        try:
+            with Budget().event(True):
+                found = all_slots(self.booking.stretches, begin, until)
+            return {slot.key: slot for slot in found}
+        except (Error, ValueError, OverflowError):
+            return {}
+
+    def span(self, until: float) -> tuple[int, int]:
+        """When its first occurrence starts and its last one ends, as far as that can be told."""
+        try:
+            stretches = self.booking.stretches
+            with Budget().event(True):
+                found = all_slots(stretches, 0, until)
+                last = LAST.timestamp() if goes_on(stretches, until) else found[-1].end
+            return found[0].start, int(last)
+        except (Error, LookupError, ValueError, OverflowError):
+            return 0, int(LAST.timestamp())
+
+
+class Shelf:
+    """The calendars of one user in one project, and what is in them."""
+
+    def __init__(self, acting: Reservations):
+        self.acting, self.whose = acting, tuple(acting.actor[:2])
+
+    def folders(self) -> list[Folder]:
+        """Of each resource that has VMs for who says nothing, and one for all."""
+        found = [Folder(each.id, each.name,
+                        Want(each.default_vms, each.default_flavor, each.default_image, each.name))
+                 for each in self.acting.look.places() if each.default_vms]
+        return [*found, ALL]
+
+    def folder(self, name: str) -> Folder:
+        found = next((each for each in self.folders() if each.name == name), None)
+        if not found:
+            raise NotFound(f"there is no calendar '{name}': an admin makes one by giving the "
+                           'resource VMs for events that say nothing (default_vms)')
+        return found
+
+    def find(self, folder: Folder, name: str):
+        """What a calendar has under a name; None if nothing."""
+        return row('SELECT * FROM calendar_object WHERE user = ? AND project = ? '
+                   'AND calendar = ? AND name = ? AND gone IS NULL', *self.whose, folder.id, name)
+
+    def all(self, folder: Folder, since: int = -1, until: float = 0) -> list:
+        """What is in a calendar and does not end before an instant, by name."""
+        return rows('SELECT * FROM calendar_object WHERE user = ? AND project = ? '
+                    'AND calendar = ? AND gone IS NULL AND last > ? ORDER BY name',
+                    *self.whose, folder.id, since)
+
+    def changed(self, folder: Folder, since: int, most: int) -> list:
+        """What has changed or was deleted after a number."""
+        return rows('SELECT * FROM calendar_object WHERE user = ? AND project = ? '
+                    f'AND calendar = ? AND rev > ? ORDER BY rev LIMIT {most}',
+                    *self.whose, folder.id, since)
+
+    def newest(self, folder: Folder) -> int:
+        return row('SELECT coalesce(max(rev), 0) AS rev FROM calendar_object '
+                   'WHERE user = ? AND project = ? AND calendar = ?', *self.whose, folder.id).rev
+
+    def token(self, folder: Folder) -> str:
+        """What is another as soon as anything in a calendar is, as a URI."""
+        seen = self.acting.config.caldav_busy and row('SELECT max(id) AS id FROM event').id or 0
+        store = self.acting.clouds.store
+        return f'urn:cmres:sync:{store}:{folder.id}:{self.newest(folder)}:{seen}'
+
+    def since(self, folder: Folder, token: str) -> tuple[int, int]:
+        """The numbers of the last change and event of a token.
+
+        Raises:
+          Refused: it is none of ours, or so old that what was deleted since is forgotten.
+        """
+        head = re.escape(f'urn:cmres:sync:{self.acting.clouds.store}:{folder.id}:')
+        found = re.fullmatch(head + r'(\d{1,15}):(\d{1,15})', token)
+        numbers = tuple(map(int, found.groups())) if found else (-1, 0)
+        forgotten = int(fact(FORGOTTEN) or 0)
+        if not forgotten <= numbers[0] <= self.newest(folder):
+            raise Refused(403, 'D:valid-sync-token', 'this token is not of this calendar, or is '
+                          'too old. Ask without a token for all that is there')
+        return numbers
+
+    def write(self, folder: Folder, name: str, **values) -> None:
+        """Writes an object, or some columns of it; it is another one for all programs then."""
+        whose = dict(zip(('user', 'project'), self.whose)) | {'calendar': folder.id, 'name': name}
+        rev = row('SELECT coalesce(max(rev), 0) + 1 AS rev FROM calendar_object').rev
+        there = row('SELECT id FROM calendar_object WHERE user = ? AND project = ? '
+                    'AND calendar = ? AND name = ?', *whose.values())
+        values |= {'rev': rev, 'changed': int(self.acting.clock())}
+        if there:
+            change(CalendarObject, there.id, **values)
+        else:
+            insert(CalendarObject, **whose, **values)
+
+    def properties(self, folder: Folder) -> dict[str, str]:
+        """What a program keeps with a calendar."""
+        return {each.name: each.value for each in rows(
+            'SELECT name, value FROM calendar_property WHERE user = ? AND project = ? '
+            'AND calendar = ?', *self.whose, folder.id)}
+
+    def keep_property(self, folder: Folder, name: str, value: str | None) -> None:
+        run('DELETE FROM calendar_property WHERE user = ? AND project = ? AND calendar = ? '
+            'AND name = ?', *self.whose, folder.id, name)
+        if value is not None:
+            insert(CalendarProperty, **dict(zip(('user', 'project'), self.whose)),
+                   calendar=folder.id, name=name, value=value)
+
+    def zone(self, folder: Folder) -> ZoneInfo:
+        """The zone of times that name none: that of the calendar, else that of the service."""
+        described = self.properties(folder).get('C:calendar-timezone', '')
+        named = re.search(r'(?mi)^TZID[^:\n]*:\s*(\S+)\s*$', described)
+        return named and table_zone(named[1]) or self.acting.config.zone
+
+    def understand(self, folder: Folder, text: str) -> Understood:
+        """What an object asks for.
+
+        Raises:
+          Refused: it is not what a calendar object may be (RFC 4791, 4.1).
+        """
+        entries = read_calendar(text, 'the event')
+        kinds = kinds_in(text)
+        if not entries or kinds - {'VEVENT', 'VTIMEZONE'}:
+            raise Refused(403, 'C:supported-calendar-component',
+                          'only events are reserved here, no tasks and nothing else')
+        groups = by_uid(entries)
+        if len(groups) > 1 or METHOD_LINE.search(text):
+            raise Refused(403, 'C:valid-calendar-object-resource',
+                          'one event is needed with the exceptions of it, and no METHOD')
+        (uid, group), = groups.items()
+        now, zone = self.acting.here.now, self.zone(folder)
+        until = now + timedelta(days=self.acting.config.horizon)
+        wanted = bookings({uid: group}, zone, now, until, folder.usual or Want(), folder.usual
+                          or Want())
+        if not wanted:
+            raise Refused(403, 'C:valid-calendar-object-resource',
+                          'this event is of a feed of cmres: what it shows is reserved already')
+        return Understood(text, wanted[0], group, zone)
+
+
+GUEST = re.compile('(?i)(ATTENDEE|ORGANIZER)[;:]')
+METHOD_LINE = re.compile(r'(?mi)^METHOD[;:]')
+
+
+def kinds_in(text: str) -> set[str]:
+    """Which kinds of components a calendar has."""
+    depth, kinds = 0, set()
+    for begins, kind in re.findall(r'(?mi)^(BEGIN|END):(\S*)', text):
+        depth += 1 if begins.upper() == 'BEGIN' else -1
+        if depth == 2 and begins.upper() == 'BEGIN':
+            kinds.add(kind.upper())
+    return kinds
+
+
+class Teller:
+    """What cmres says of the event of an object, as its reservation is now."""
+
+    def __init__(self, acting: Reservations, found, event: Understood):
+        self.acting, self.event, self.why = acting, event, json.loads(found.why)
+        self.id = found.reservation_id
+        self.all = rows('SELECT * FROM occurrence WHERE reservation_id = ? ORDER BY start', self.id)
+        self.slots = self.planned()
+
+    def planned(self) -> dict[str, Slot]:
+        """What the event itself says, around what there is."""
+        if not self.all:
+            return {}
+        return self.event.slots(self.all[0].start - 2 * MONTH, self.all[-1].end + MONTH)
+
+    def remarks(self) -> dict[str, Remark]:
+        """What there is to say, by slots; '' is the event or all of its series."""
+        live = [each for each in self.all if each.cancelled is None]
+        if self.event.booking.cancelled:
+            return {}
+        if not live:
+            return {'': self.of_none()} if self.all or self.why else {}
+        current = self.acting.look.next_of(self.id)
+        whole = self.of_stay(current) or Remark()
+        found = {} if whole.title else {
+            each.slot: remark for each in self.all if each.slot in self.slots
+            and (remark := self.of_one(each, self.slots[each.slot]))}
+        whole = found.pop('', whole)
+        whole = whole._replace(after='\n'.join(filter(None, (whole.after, self.state(current)))))
+        return found | ({'': whole} if whole != Remark() else {})
+
+    def of_none(self) -> Remark:
+        """Nothing is reserved."""
+        if not self.all or '' in self.why:
+            return Remark('NOT RESERVED', self.why.get('', ''), cancelled=True)
+        last = row("SELECT sentence FROM event WHERE reservation_id = ? AND code IN "
+                   "('released', 'rejected', 'maintenance') ORDER BY id DESC LIMIT 1", self.id)
+        return Remark('CANCELLED', last.sentence if last else 'it was cancelled', cancelled=True)
+
+    def of_stay(self, current) -> Remark | None:
+        """What is reserved stays as it was, since a change was refused or waits for an approval."""
+        why = self.why.get('') or (current.change is not None and self.why.get('approval'))
+        if not why:
+            return None
+        slot = self.slots.get(current.slot)
+        moved = not slot or (slot.start, slot.end) != (current.start, current.end)
+        still = (f'MOVED, still {self.clock(current.start)}' if moved
+                 else f'CHANGED, still {counted_vms(current.vms)}')
+        return Remark(f'NOT {still}', why)
+
+    def of_one(self, there, slot: Slot) -> Remark | None:
+        """What is otherwise of an occurrence than the event says."""
+        if there.cancelled is not None:
+            why = self.why.get(there.slot, '' if there.altered else 'there was no free capacity')
+            if why:
+                return Remark('NOT RESERVED', why, cancelled=True)
+            return Remark('CANCELLED', 'this occurrence was cancelled', cancelled=True)
+        window = there.start, there.end
+        if window == (slot.start, slot.end):
+            return None
+        if there.slot in self.why:
+            return Remark(f'NOT MOVED, still {self.clock(there.start)}', self.why[there.slot])
+        last = row("SELECT sentence FROM event WHERE reservation_id = ? AND code IN "
+                   "('updated', 'maintenance', 'kept') ORDER BY id DESC LIMIT 1", self.id)
+        return Remark(after=f"Moved: {last.sentence if last else 'in cmres'}", window=window)
+
+    def clock(self, at: int) -> str:
+        return f'{to_wall(instant(at), self.event.here):%a %H:%M}'
+
+    def state(self, current) -> str:
+        """How its VMs are and how to log in; of a series, those of now or of the next time."""
+        config = self.acting.config
+        if current.pending is not None and current.state == 'pending':
+            until = config.told_time(current.pending, self.event.here.key)
+            return f'An admin must approve it until {until}.'
+        if not current.runs or current.state in ('reserved', 'pending', 'waiting', 'cancelled'):
+            return ''
+        found = rows("SELECT addresses FROM server WHERE occurrence_id = ? AND due IS NOT NULL "
+                     "AND goal = 'up' ORDER BY n", current.id)
+        addresses = [each for one in found for each in json.loads(one.addresses)]
+        when = format_time(instant(current.start), self.event.here)
+        lines = [f"{when + ': ' if current.repeats else ''}{current.state}",
+                 *config.logins(addresses),
+                 f'key pair: {current.key}' if current.key and addresses else '', current.fault]
+        return '\n'.join(filter(None, lines))
+
+
+def counted_vms(number: int) -> str:
+    return f"{number} VM{'s' * (number != 1)}"
+
+
+class Keeper:
+    """What keeps objects and reservations together, for one who acts."""
+
+    def __init__(self, acting: Reservations):
+        self.acting, self.shelf = acting, Shelf(acting)
+
+    def refresh(self) -> None:
+        """Writes anew what is shown of reservations that have changed since the last time."""
+        seen = int(fact(LOOKED_AT) or 0)
+        newest = row('SELECT coalesce(max(id), 0) AS id FROM event').id
+        if newest <= seen:
+            return
+        changed = self.changed_between(seen, newest)
+        if changed or newest - seen > 1000:
+            with transaction():
+                note_fact(LOOKED_AT, f'{newest}')
+                for each in self.changed_between(seen, newest):
+                    self.show_anew(each)
+
+    def changed_between(self, seen: int, newest: int) -> list:
+        """The objects of which events tell that came after one, until another."""
+        return rows('SELECT c.* FROM calendar_object c WHERE c.gone IS NULL AND c.reservation_id '
+                    'IN (SELECT e.reservation_id FROM event e WHERE e.id > ? AND e.id <= ? '
+                    'AND e.reservation_id IS NOT NULL)', seen, newest)
+
+    def show_anew(self, found) -> None:
+        """Writes what is shown of an object if it is another than before."""
+        owner = Actor(found.user, found.project, USER)
+        shelf = Shelf(self.acting.acting(owner))
+        place = row('SELECT name FROM resource WHERE id = ?', found.calendar)
+        folder = Folder(found.calendar, place.name if place else ALL.name)
+        shown = shown_text(shelf, found, shelf.understand(folder, found.text))
+        if shown != (found.shown or found.text):
+            shelf.write(folder, found.name, shown='' if shown == found.text else shown,
+                        etag=etag_of(shown))
+
+    def put(self, folder: Folder, name: str, data: bytes, look: Callable) -> tuple[bool, str]:
+        """Makes a reservation of what a program sends, or changes it.
+
+        Returns:
+          whether it is new, and its ETag if it is shown as it was sent.
+        """
+        had = self.shelf.find(folder, name)
+        look(had)
+        sent_text = object_text(data)
+        text = without_remarks(sent_text, had.shown if had else '', had.text if had else '')
+        event = self.shelf.understand(folder, text)
+        self.refuse_other_uid(folder, name, event.booking.uid, had)
+        try:
+            shown = self.reserve(folder, name, event, had, look)
+        except (Changed, Refused, Unavailable, TooMany):
+            raise
+        except Error as refusal:
+            shown = self.refuse(folder, name, event, had, look, refusal)
+        return not had, etag_of(shown) if shown == sent_text else ''
+
+    def refuse_other_uid(self, folder: Folder, name: str, uid: str, had) -> None:
+        """Refuses a UID that another object of the calendar has (RFC 4791, 5.3.2.1)."""
+        other = row('SELECT name FROM calendar_object WHERE user = ? AND project = ? '
+                    'AND calendar = ? AND uid = ? AND name <> ? AND gone IS NULL LIMIT 1',
+                    *self.shelf.whose, folder.id, uid, name)
+        if other or had and had.uid != uid:
+            raise Refused(403, 'C:no-uid-conflict', 'another event of this calendar has that UID',
+                          href=(other or had).name)
+        most = self.acting.config.caldav_events
+        if not had and 0 < most <= len(rows(
+                f'SELECT 1 AS one FROM calendar_object WHERE user = ? AND project = ? AND '
+                f'calendar = ? AND last > -1 AND gone IS NULL LIMIT {most}', *self.shelf.whose,
+                folder.id)):
+            raise Refused(403, 'D:quota-not-exceeded', f'this calendar has {most} events, as many '
+                          'as it may have. Delete old ones first')
+
+    def reserve(self, folder: Folder, name: str, event: Understood, had, look: Callable) -> str:
+        """Books what an event asks for, and keeps its text; what is shown of it then.
+
+        Raises:
+          Error: it is refused, and nothing was changed.
+        """
+        acting, booking = self.acting, event.booking
+        guests = [each for each in event.guests() if MAIL_ADDRESS.fullmatch(each)
+                  and acting.config.may_tell(each)]
+        said = said_by(booking) | {'invite': guests[:MOST_INVITED]}
+        (_, wish, error), = acting.read_bookings([booking], said, event.zone)
+        if error:
+            raise error
+        with acting.writing() as now:
+            look(self.shelf.find(folder, name))
+            self.refuse_past(booking, wish, had)
+            self.refuse_begun(event, had, now)
+            done = acting.taken(booking, wish, self.shelf.whose, None, now,
+                                again=not had or had.reservation_id is None)
+            booked = done['outcome'] not in ('past', 'cancelled')
+            return self.keep(folder, name, event, had, self.whys(event, done, had), booked)
+
+    def refuse_past(self, booking: Booking, wish: Wish | None, had) -> None:
+        """Refuses to move what is reserved to where it can't be any more."""
+        if wish or booking.cancelled or repeats(booking) or not had:
+            return
+        if row('SELECT id FROM reservation WHERE id = ? AND over > ?', had.reservation_id,
+               int(self.acting.clock())):
+            raise Invalid('its time is past. Move it to a time to come, or delete it')
+
+    def refuse_begun(self, event: Understood, had, now: float) -> None:
+        """Refuses to move what has begun to later: of that, the end can change."""
+        known = had and had.reservation_id and row(
+            'SELECT slot, start, "end" FROM occurrence INDEXED BY occurrence_series WHERE '
+            'reservation_id = ? AND (due IS NULL) = 0 AND start <= ? AND held_until > ? '
+            'AND cancelled IS NULL', had.reservation_id, int(now), int(now))
+        slot = known and event.slots(known.start - MONTH, known.end + 12 * MONTH).get(known.slot)
+        if slot and slot.start > now:
+            raise Conflict('it has begun, so only its end can be changed')
+
+    def whys(self, event: Understood, done: dict, had) -> dict[str, str]:
+        """By slots why occurrences found no room, of what became of an event."""
+        if done['outcome'] in ('pending', 'unchanged') and done.get('why'):
+            waits = done['outcome'] == 'pending' or done['why'] == A_CHANGE_WAITS
+            return {'approval' if waits else '': done['why']}
+        old = json.loads(had.why) if had and done['outcome'] in ('unchanged', 'changed') else {}
+        left = {int(each['start'].timestamp()): each['why'] for each in done.get('occurrences', ())}
+        known = left and self.acting.booked_as(event.booking.uid, self.shelf.whose, None)
+        there = rows('SELECT slot, start FROM occurrence WHERE reservation_id = ? AND start IN '
+                     '(SELECT value FROM json_each(?))', known.id, json.dumps([*left])) if left else ()
+        return {slot: why for slot, why in old.items() if slot} | {
+            each.slot: left[each.start] for each in there if each.slot}
+
+    def keep(self, folder: Folder, name: str, event: Understood, had, why: dict,
+             booked: bool) -> str:
+        """Writes an object; what is shown of it. Inside a transaction."""
+        uid = event.booking.uid
+        known = self.acting.booked_as(uid, self.shelf.whose, None) if booked else None
+        id = known.id if known else had.reservation_id if had else None
+        if id is not None:  # it may have been moved here from another calendar
+            run('UPDATE calendar_object SET reservation_id = NULL WHERE reservation_id = ?', id)
+        first, last = event.span(self.acting.clock() + self.acting.config.horizon * DAY)
+        values = {'uid': uid, 'text': event.text, 'reservation': id, 'why': json.dumps(why),
+                  'first': first, 'last': last, 'gone': None, 'shown': '', 'etag': ''}
+        self.shelf.write(folder, name, **values)
+        found = self.shelf.find(folder, name)
+        shown = shown_text(self.shelf, found, event)
+        change(CalendarObject, found.id, shown='' if shown == event.text else shown,
+               etag=etag_of(shown))
+        return shown
+
+    def refuse(self, folder: Folder, name: str, event: Understood, had, look: Callable,
+               refusal: Error) -> str:
+        """Keeps an event that can't be reserved, with a remark that says why."""
+        why = f'{self.explained(event, had, refusal)}'.removeprefix(f'{event.booking.name}: ')
+        why = why[:1].upper() + why[1:]
+        if self.acting.config.caldav_refusal == '403':
+            raise Refused(403, 'V:no-capacity' if isinstance(refusal, NoCapacity)
+                          else 'V:not-reserved', why)
+        with self.acting.writing() as now:
+            look(self.shelf.find(folder, name))
+            live = had and had.reservation_id is not None and row(
+                'SELECT id FROM reservation WHERE id = ? AND over > ?', had.reservation_id,
+                int(now))
+            if not live and had:
+                had = had._replace(reservation_id=None)
+            return self.keep(folder, name, event, had, {'': why}, False)
+
+    def explained(self, event: Understood, had, refusal: Error) -> Error:
+        """A refusal for want of capacity, with what would fit instead."""
+        acting, booking = self.acting, event.booking
+        if not isinstance(refusal, NoCapacity) or repeats(booking):
+            return refusal
+        (_, wish, _), = acting.read_bookings([booking], said_by(booking), event.zone)
+        plain = wish._replace(stretches=[], repeat='')
+        known = had and had.reservation_id and acting.look.next_of(had.reservation_id)
+        live = known if known and known.cancelled is None and known.end > acting.clock() else None
+
+        def deed(wish: Wish, field: str):
+            now = acting.clock()
+            if live:
+                wish = wish._replace(label=live.label)
+                return acting.bookings.commit(acting.admission.edit(
+                    live._replace(repeats=0), wish, ['calendar'], now), now)
+            return acting.admission.book(
+                wish._replace(label=acting.free_label(wish, now)), now)
+        try:
+            with acting.shares.paced(), acting.writing(dry_run=True):
+                with acting.offers.explaining(plain, live, deed):
+                    deed(plain, '')
+        except NoCapacity as told_more:
+            return type(refusal)(in_other_words(told_more, event.here), **told_more.details)
+        except Error:
+            pass
+        return refusal
+
+    def delete(self, folder: Folder, name: str, look: Callable) -> None:
+        """Cancels what an event has reserved, and forgets its text."""
+        acting = self.acting
+        with acting.writing() as now:
+            found = self.shelf.find(folder, name)
+            look(found)
+            if not found:
+                raise NotFound('there is no such event, or no longer')
+            known = found.reservation_id and acting.look.next_of(found.reservation_id)
+            if known:
+                acting.admission.cancel(acting.look.live(known), now, 'deleted in the calendar', ends=True)
+            self.shelf.write(folder, name, gone=int(now), text='', shown='', etag='',
+                             reservation=None)
+
+
+def shown_text(shelf: Shelf, found, event: Understood) -> str:
+    """What is shown of an object."""
+    teller = Teller(shelf.acting, found, event)
+    remarks = teller.remarks()
+    keys = event.keys() if remarks else {}
+    return with_remarks(event.text, remarks, teller.slots, keys, event.here)
+
+
+def said_by(booking: Booking) -> dict:
+    """What an event of a calendar program doesn't say, named as in `import`."""
+    return Want()._asdict() | {'at_end': '', 'notify': (), 'tz': '', 'user': '', 'project': '',
+                               'on_conflict': 'skip' if repeats(booking) else 'refuse'}
+
+
+def in_other_words(refusal: NoCapacity, zone: tzinfo) -> str:
+    """The sentence of a refusal, with what would fit."""
+    offers = {'next_start': lambda at: f'from {format_time(at, zone)}',
+              'most_vms': lambda number: f'with {counted_vms(number)}',
+              'longest': lambda length: f'for {length}'}
+    found = [say(refusal.details[name]) for name, say in offers.items()
+             if refusal.details.get(name)]
+    return f"{refusal}.\nIt would fit: {'; '.join(found)}." if found else f'{refusal}.'
+
+
+def object_text(data: bytes) -> str:
+    """The text of a calendar object.
+
+    Raises:
+      Refused: it is too large or no text.
+    """
+    if len(data) > MOST_OBJECT:
+        raise Refused(403, 'C:max-resource-size', f'an event has at most {MOST_OBJECT} bytes')
+    try:
+        text = data.decode()
+    except UnicodeDecodeError:
+        raise Refused(403, 'C:valid-calendar-data', 'the event is not UTF-8') from None
+    if NO_XML.search(text):
+        raise Refused(403, 'C:valid-calendar-data', 'the event has control characters')
+    return text
+
+
+def etag_of(text: str) -> str:
+    return f'"{hashlib.sha256(text.encode()).hexdigest()[:32]}"'
+
+
+class Item(NamedTuple):
+    """What stands in a calendar, as programs see it."""
+    name: str
+    etag: str
+    text: str
+    gone: bool = False
+    writable: bool = True
+
+
+def item_of(found) -> Item:
+    return Item(found.name, found.etag, found.shown or found.text, found.gone is not None)
+
+
+NO_DOCTYPE = 'the XML has a document type or entities, which are not read here'
+
+
+class Tree:
+    """Builds the elements of a body, which has no document type, few elements and little depth."""
+
+    def __init__(self):
+        from xml.etree.ElementTree import TreeBuilder
+        self.builder, self.depth, self.number = TreeBuilder(), 0, 0
+        self.data, self.close = self.builder.data, self.builder.close
+
+    def doctype(self, *_) -> None:
+        raise Invalid(NO_DOCTYPE)
+
+    def start(self, tag: str, attributes: dict) -> None:
+        self.depth, self.number = self.depth + 1, self.number + 1
+        if self.depth > MOST_DEPTH or self.number > MOST_ELEMENTS:
+            raise Invalid(f'the XML has elements more than {MOST_DEPTH} deep, or more than '
+                          f'{MOST_ELEMENTS}')
+        self.builder.start(tag, attributes)
+
+    def end(self, tag: str) -> None:
+        self.depth -= 1
+        self.builder.end(tag)
+
+
+def read_xml(data: bytes):
+    """The root of a body; None of an empty one.
+
+    Raises:
+      Invalid: it is no XML, or more than is read here.
+    """
+    from xml.etree import ElementTree
+    if not data.strip():
+        return None
+    if b'<!DOCTYPE' in data:  # the parser tells of it later
+        raise Invalid(NO_DOCTYPE)
+    try:
+        parser = ElementTree.XMLParser(target=Tree())
+        parser.feed(data)
+        return parser.close()
+    except (ElementTree.ParseError, ValueError, LookupError) as error:
+        raise Invalid(f'the body is not XML: {first_line(error)}') from None
+
+
+def xml_text(text: str) -> str:
+    """A text as XML holds it, also its carriage returns."""
+    return escape(NO_XML.sub('\ufffd', text), quote=False).replace('\r', '&#13;')
+
+
+def short_name(tag: str) -> str:
+    """A name of XML with our prefix; the whole of it if it is of another space."""
+    space, brace, name = tag.rpartition('}')
+    return PREFIXES.get(space + brace, '') + name if space + brace in PREFIXES else tag
+
+
+def empty_element(tag: str) -> str:
+    name = short_name(tag)
+    if name != tag:
+        return f'<{name}/>'
+    space, _, name = tag.rpartition('}')
+    return f'<X:{name} xmlns:X="{escape(space[1:])}"/>' if space else f'<{name} xmlns=""/>'
+
+
+def propstat(elements: list[str], status: str) -> str:
+    return (f"<D:propstat><D:prop>{''.join(elements)}</D:prop>"
+            f'<D:status>HTTP/1.1 {status}</D:status></D:propstat>')
+
+
+def response_text(href: str, values: dict, wanted: list[str] | None) -> str:
+    """What is said of one address: the properties that are wanted, and those that it has not.
+
+    Args:
+      values: properties by short names, as XML or as what makes that
+      wanted: None for those that all may want
+    """
+    if wanted is None:
+        wanted = [name for name in values if name != 'C:calendar-data']
+    found, missing = [], []
+    for tag in wanted:
+        name = short_name(tag)
+        if name in values:
+            value = values[name]
+            found.append(f'<{name}>{value() if callable(value) else value}</{name}>')
+        else:
+            missing.append(empty_element(tag))
+    text = propstat(found, '200 OK') if found or not missing else ''
+    text += propstat(missing, '404 Not Found') if missing else ''
+    return f'<D:response><D:href>{href}</D:href>{text}</D:response>'
+
+
+def gone_text(href: str) -> str:
+    return (f'<D:response><D:href>{href}</D:href><D:status>HTTP/1.1 404 Not Found</D:status>'
+            '</D:response>')
+
+
+def elements(names: Iterable[str], around: str = '{}') -> str:
+    return ''.join(around.format(f'<{name}/>') for name in names)
+
+
+def href_of(*names: str) -> str:
+    return '/'.join([DAV, *(quote(each, safe="@:!$'()*,;=~+") for each in names)])
+
+
+class Query:
+    """A filter of `calendar-query` (RFC 4791, 9.7), as far as it is followed here."""
+
+    def __init__(self, root, zone: ZoneInfo, budget: Budget):
+        self.zone, self.budget = zone, budget
+        self.parts = [self.read(each) for each in root.iterfind(full_name('C:comp-filter'))]
+        inner = [each for part in self.parts for each in part[3]]
+        spans = [span for _, _, span, _, _ in inner if span]
+        self.begin, self.until = spans[0] if spans else (-1, int(LAST.timestamp()))
+
+    def read(self, element) -> tuple:
+        """A filter of components: their name, whether none may be there, when, with what."""
+        span = element.find(full_name('C:time-range'))
+        properties = [self.read_property(each)
+                      for each in element.iterfind(full_name('C:prop-filter'))]
+        return (element.get('name', '').upper(),
+                element.find(full_name('C:is-not-defined')) is not None,
+                None if span is None else read_range(span),
+                [self.read(each) for each in element.iterfind(full_name('C:comp-filter'))],
+                properties)
+
+    def read_property(self, element) -> tuple:
+        """A filter of a property: its name, whether it may not be there, and a text in it."""
+        if {short_name(each.tag) for each in element} - {'C:text-match', 'C:is-not-defined'}:
+            raise Refused(403, 'C:supported-filter', 'properties are looked for by text only')
+        match = element.find(full_name('C:text-match'))
+        if match is not None and match.get('collation', 'i;ascii-casemap') not in COLLATIONS:
+            raise Refused(403, 'C:supported-collation', f"texts are compared by {COLLATIONS}")
+        return (element.get('name', '').upper(),
+                element.find(full_name('C:is-not-defined')) is not None, match)
+
+    def takes(self, item: Item) -> bool:
+        return all(self.is_met(part, item) for part in self.parts)
+
+    def is_met(self, part: tuple, item: Item) -> bool:
+        """Whether an object is what a filter of whole calendars wants."""
+        name, absent, _, inner, properties = part
+        if name != 'VCALENDAR' or absent:
+            return absent and name != 'VCALENDAR'
+        events = events_in(components(item.text))
+        return all(self.is_in(each, events, item) for each in inner) and not properties
+
+    def is_in(self, part: tuple, events: list[Component], item: Item) -> bool:
+        """Whether one of the events of an object is what a filter wants."""
+        name, absent, span, inner, properties = part
+        if name != 'VEVENT':
+            return absent
+        found = [each for each in events if all(has_property(each, one) for one in properties)
+                 and all(self.has_alarm(each, one, item) for one in inner)]
+        if absent or not found:
+            return absent and not found
+        return not span or any(True for _ in self.occurrences(item.text, *span))
+
+
+    def has_alarm(self, event: Component, part: tuple, item: Item) -> bool:
+        """Whether an event has a component in it, in a window where it is an alarm."""
+        name, absent, span, _, _ = part
+        if name != 'VALARM' or absent or not span:
+            there = any(each.strip().upper() == f'BEGIN:{name}' for each in event.lines)
+            return there != absent
+        return any(span[0] <= at < span[1] for at in self.alarms(event, item.text, *span))
+
+    def occurrences(self, text: str, begin: int, until: int) -> Iterator[dict]:
+        """The occurrences of an event in a window; {} where that can't be told."""
+        for group in by_uid(read_calendar(text)).values():
+            try:
+                with naming(group[0]), self.budget.event(may_repeat(group)):
+                    yield from group_occurrences(group, self.zone, instant(begin), instant(until))
+            except BadCalendar:
+                yield {}
+
+    def alarms(self, event: Component, text: str, begin: int, until: int) -> Iterator[int]:
+        """When the alarms of an event go off, about a window (RFC 5545, 3.8.6.3)."""
+        lines = [read_property(unfolded_line(each)) for each in event.lines]
+        for _, parameters, value in (each for each in lines if each and each[0] == 'TRIGGER'):
+            with suppress(Error, ValueError, OverflowError):
+                if not value.strip('+- ').upper().startswith('P'):
+                    yield int(read_moment(value, '', Frame(b'')).at(self.zone).timestamp())
+                    continue
+                offset = int(read_length(value.strip('+- ')).total_seconds())
+                offset = -offset if value.startswith('-') else offset
+                side = 'end' if 'RELATED=END' in parameters.upper() else 'start'
+                for each in self.occurrences(text, max(begin - offset - 1, 0), until - offset + 1):
+                    yield int(each[side].timestamp()) + offset if each else begin
+
+
+COLLATIONS = ('i;ascii-casemap', 'i;unicode-casemap', 'i;octet')
+
+
+def has_property(event: Component, wanted: tuple) -> bool:
+    """Whether an event has a property as a filter wants it."""
+    name, absent, match = wanted
+    there = event.find(name) is not None
+    if absent or match is None or not there:
+        return there != absent and (there or absent)
+    value, text = unescaped(event.read(name)[1]), match.text or ''
+    if match.get('collation') != 'i;octet':
+        value, text = value.casefold(), text.casefold()
+    return (text in value) != (match.get('negate-condition') == 'yes')
+
+
+def expanded(text: str, entries: list[Entry], zone: ZoneInfo, begin: int, until: int) -> str:
+    """An event as its occurrences in a window, each by itself and in UTC (RFC 4791, 9.6.5)."""
+    events = events_in(components(text))
+    (group,) = by_uid(entries).values()
+    if not may_repeat(group):
+        return text
+    table, clock = timetable(group, zone), clock_of(group, zone)
+    own = {clock.slot(entry.moment('RECURRENCE-ID')).isoformat(): event
+           for entry, event in zip(entries, events) if entry.exception}
+    form = Form(events[0], table.zone)
+    form.instant = not form.whole
+    found = []
+    for slot in table.slots(begin, until):
+        made = exception_of(events[0], form, slot)
+        if slot.key in own:
+            taken = own[slot.key].lines
+            own_one = Component([*taken])
+            own_one.take_out('DURATION')
+            for name in ('RECURRENCE-ID', 'DTSTART', 'DTEND'):
+                own_one.put_line(name, made.line(name))
+            made = own_one
+        made.take_out(MADE)
+        found.append(joined([made]))
+    return f"{HEAD_OF_BUSY}{''.join(found)}END:VCALENDAR\r\n"
+
+
+def full_name(name: str) -> str:
+    """A name with one of our prefixes as the parser has it."""
+    prefix, _, rest = name.partition(':')
+    return f'{{{NAMESPACES[prefix]}}}{rest}'
+
+
+def read_range(element) -> tuple[int, int]:
+    """The window of a time-range; without an end, two years from its start on."""
+    found = []
+    for name in ('start', 'end'):
+        text = element.get(name)
+        match = MOMENT.fullmatch(text or '')
+        if text is not None and not (match and match[7]):
+            raise Refused(403, 'C:valid-filter', f'{name}: {shown(text)} is not such as '
+                          '20270301T090000Z')
+        try:
+            found.append(int(read_moment(text, '', Frame(b'')).at(UTC).timestamp())
+                         if text else None)
+        except Invalid as error:
+            raise Refused(403, 'C:valid-filter', f'{name}: {error}') from None
+    begin, until = found
+    begin = 0 if begin is None else begin
+    until = min(begin + 2 * 366 * DAY if until is None else until, int(LAST.timestamp()))
+    return begin, max(until, begin)
+
+
+class Dav:
+    """One request of a calendar program."""
+
+    def __init__(self, acting: Reservations, request, path: str):
+        self.acting, self.request = acting, request
+        self.keeper = Keeper(acting)
+        self.shelf = self.keeper.shelf
+        self.names = [each for each in path.split('/') if each]
+        self.user = acting.actor.user
+        self.budget = Budget()  # for all that is followed of series
+        self.window: tuple[int, int] | None = None  # events are asked for as what occurs in it
+
+    @functools.cached_property
+    def folder(self) -> Folder:
+        return self.shelf.folder(self.names[1])
+
+    def answer(self):
+        """The answer of a verb at the address."""
+        verb = self.request.method
+        if self.names and self.names[0] != self.user:
+            raise Refused(403, 'D:need-privileges', 'this address is of somebody else')
+        if len(self.names) > 3:
+            raise NotFound('there is nothing at this address')
+        if len(self.names) > 1:
+            self.folder  # there must be one
+        if verb in ('MKCALENDAR', 'MKCOL'):
+            raise Refused(403, 'C:calendar-collection-location-ok', 'there is a calendar for each '
+                          'resource, and no others can be made here')
+        if verb not in DAV_VERBS.split(', '):
+            raise Refused(405, 'D:supported-method', f'use one of {DAV_VERBS}')
+        if verb in ('PUT', 'DELETE', 'PROPPATCH'):
+            self.refuse_reader()
+        self.keeper.refresh()
+        return getattr(self, verb.lower().replace('head', 'get'))()
+
+    @functools.cached_property
+    def writes(self) -> bool:
+        """Whether who asks may change anything."""
+        try:
+            self.acting.actor.refuse_out_of_scope(API[may(self.acting.actor)[1]])
+        except Forbidden:
+            return False
+        return self.acting.actor.role != READER
+
+    def refuse_reader(self) -> None:
+        if not self.writes:
+            raise Refused(403, 'D:need-privileges', 'your token lets you read calendars only')
+
+    def body(self):
+        return read_xml(whole_body(self.request))
+
+    # What there is.
+
+    def values(self) -> dict:
+        """Properties of the address, of a calendar or of what is above them."""
+        level, me = len(self.names), f'<D:href>{href_of(self.user)}/</D:href>'
+        values = {'D:current-user-principal': me, 'D:principal-URL': me, 'D:owner': me,
+                  'D:principal-collection-set': f'<D:href>{DAV}/</D:href>',
+                  'C:calendar-home-set': me, 'C:calendar-user-address-set': me,
+                  'D:resourcetype': '<D:collection/>', 'D:displayname': 'cmres',
+                  'D:current-user-privilege-set': self.privileges(False),
+                  'D:supported-report-set': ''}
+        if level == 1:
+            values |= {'D:resourcetype': '<D:collection/><D:principal/>',
+                       'D:displayname': xml_text(self.user)}
+        return values
+
+    def privileges(self, writable: bool) -> str:
+        names = READS + (WRITES if writable and self.writes else ())
+        return elements((f'D:{each}' for each in names), '<D:privilege>{}</D:privilege>')
+
+    def values_of_folder(self, folder: Folder) -> dict:
+        """Properties of a calendar."""
+        token, kept = self.shelf.token(folder), self.shelf.properties(folder)
+        reports = elements(REPORTS, '<D:supported-report><D:report>{}</D:report>'
+                                    '</D:supported-report>')
+        name = folder.name if folder.id else 'all resources'
+        return self.values() | {
+            'D:resourcetype': '<D:collection/><C:calendar/>', 'D:displayname': xml_text(name),
+            'D:current-user-privilege-set': self.privileges(True),
+            'D:supported-report-set': reports, 'D:sync-token': token, 'CS:getctag': token,
+            'D:getetag': f'"{token}"', 'D:getcontenttype': ICS,
+            'C:supported-calendar-component-set': '<C:comp name="VEVENT"/>',
+            'C:supported-calendar-data':
+                '<C:calendar-data content-type="text/calendar" version="2.0"/>',
+            'C:supported-collation-set': ''.join(
+                f'<C:supported-collation>{each}</C:supported-collation>' for each in COLLATIONS),
+            'C:max-resource-size': f'{MOST_OBJECT}',
+            'C:calendar-description': xml_text(self.description(folder)),
+        } | {name: xml_text(value) for name, value in kept.items()}
+
+    def description(self, folder: Folder) -> str:
+        """What people read of a calendar."""
+        if not folder.usual:
+            return ('Each event is a reservation. Write what it is for in the first line of its '
+                    'description, such as: 2 x m1.small cirros on demo')
+        usual = ' '.join(filter(None, (folder.usual.flavor, folder.usual.image)))
+        return (f'Each event reserves {counted_vms(folder.usual.vms)} {usual}'.rstrip()
+                + f' on {folder.name}, or what the first line of its description says, such as: '
+                  '2 x m1.small')
+
+    def values_of_item(self, item: Item) -> dict:
+        """Properties of what stands in a calendar."""
+        return {'D:getetag': item.etag, 'D:resourcetype': '',
+                'D:getcontenttype': f'{ICS}; component=VEVENT',
+                'D:getcontentlength': lambda: f'{len(item.text.encode())}',
+                'D:current-user-privilege-set': lambda: self.privileges(item.writable),
+                'D:owner': f'<D:href>{href_of(self.user)}/</D:href>',
+                'D:current-user-principal': f'<D:href>{href_of(self.user)}/</D:href>',
+                'C:calendar-data': lambda: xml_text(self.text_of(item))}
+
+    def text_of(self, item: Item) -> str:
+        """The text of an object as a report asks for it."""
+        if not self.window:
+            return item.text
+        try:
+            entries = read_calendar(item.text)
+            with naming(entries[0]), self.budget.event(True):
+                return expanded(item.text, entries, self.shelf.zone(self.folder), *self.window)
+        except BadCalendar:
+            return item.text
+
+    def href(self, item: Item) -> str:
+        return href_of(self.user, self.folder.name, item.name)
+
+    def response(self, item: Item, wanted: list[str] | None) -> str:
+        return response_text(self.href(item), self.values_of_item(item), wanted)
+
+    def item(self, name: str) -> Item:
+        """What the calendar has under a name; NotFound if nothing."""
+        found = self.shelf.find(self.folder, name)
+        busy = self.busy_named(name)
+        if not found and not busy:
+            raise NotFound('there is no such event, or no longer')
+        return item_of(found) if found else busy
+
+    def items(self, begin: int = -1) -> list[Item]:
+        """All that the calendar has and does not end before an instant."""
+        return [*map(item_of, self.shelf.all(self.folder, begin)), *self.busy(begin)]
+
+    # What others have reserved.
+
+    def busy(self, begin: int = -1, reservations: list[int] | None = None) -> list[Item]:
+        """What is reserved there beside what stands in the calendar, of the last month on."""
+        folder, acting = self.folder, self.acting
+        if not folder.id or not acting.config.caldav_busy:
+            return []
+        since = max(begin, int(acting.clock()) - MONTH)
+        only = [acting.look.among('o.reservation_id', reservations)] if reservations is not None else []
+        asked = dict.fromkeys((*PLACE, 'resource', 'user', 'project'), '')
+        asked['places'] = [folder.id]
+        found = acting.look.page(acting.look.ways(asked, (), since),
+                            [('o."end" > ?', since), (NOT_MINE, *self.shelf.whose), *only], (),
+                            limit=MOST_SHOWN_BY_FEED, fields=FOR_FEEDS)
+        return [self.busy_item(each) for each in found if each.state not in OVER[1:]]
+
+    def busy_named(self, name: str) -> Item | None:
+        """What is reserved there, by the name under which it is shown."""
+        match = BUSY_NAME.fullmatch(name)
+        found = match and row('SELECT reservation_id AS id FROM occurrence WHERE id = ?',
+                              int(match[1]))
+        return next((each for each in self.busy(-1, [found.id]) if each.name == name), None) \
+            if found else None
+
+    def busy_item(self, found) -> Item:
+        """A reservation that the calendar only shows: whose it is, only for its own project."""
+        class Whose(NamedTuple):
+            project: str
+        shown = self.acting.feed_event(found._replace(now=0), Whose(self.shelf.whose[1]), [])
+        text = f'{HEAD_OF_BUSY}{event_text(shown)}END:VCALENDAR\r\n'
+        return Item(f'busy-{found.id}.ics', etag_of(text), text, writable=False)
+
+    # Verbs.
+
+    def propfind(self):
+        depth = header(self.request, 'Depth', '0').strip().lower()
+        if depth == 'infinity':
+            raise Refused(403, 'D:propfind-finite-depth', 'ask with Depth: 0 or 1')
+        if depth not in ('0', '1'):
+            raise Invalid(f'Depth: {shown(depth)} is neither 0 nor 1')
+        root = self.body()
+        wanted = wanted_in(root, 'D:propfind')
+        names = root is not None and root.find(full_name('D:propname')) is not None
+        found = [*self.listed(depth == '1')]
+        if names:
+            found = [(href, dict.fromkeys(values, '')) for href, values in found]
+        return multistatus(response_text(href, values, wanted) for href, values in found)
+
+    def listed(self, deep: bool) -> Iterator[tuple[str, dict]]:
+        """The address, and with `deep` what is in it: each with its properties."""
+        level = len(self.names)
+        here = href_of(*self.names)
+        if level == 3:
+            item = self.item(self.names[2])
+            yield self.href(item), self.values_of_item(item)
+            return
+        yield f'{here}/', self.values_of_folder(self.folder) if level == 2 else self.values()
+        if deep and level == 0:
+            self.names.append(self.user)
+            yield from self.listed(False)
+        elif deep and level == 1:
+            for each in self.shelf.folders():
+                yield f'{href_of(self.user, each.name)}/', self.values_of_folder(each)
+        elif deep:
+            yield from ((self.href(each), self.values_of_item(each)) for each in self.items())
+
+    def proppatch(self):
+        root = self.body()
+        if root is None or short_name(root.tag) != 'D:propertyupdate':
+            raise Invalid('the body should be a D:propertyupdate')
+        kept, refused = [], []
+        with self.acting.writing():
+            for deed in root:
+                for each in deed.iterfind(f"{full_name('D:prop')}/*"):
+                    done = self.keep_property(each, short_name(deed.tag) == 'D:set')
+                    (kept if done else refused).append(empty_element(each.tag))
+        text = propstat(kept, '200 OK') if kept else ''
+        text += propstat(refused, '403 Forbidden') if refused else ''
+        here = href_of(*self.names) + '/' * (len(self.names) < 3)
+        return multistatus([f'<D:response><D:href>{here}</D:href>{text}</D:response>'])
+
+    def keep_property(self, element, sets: bool) -> bool:
+        """Keeps a property with the calendar, if that may be."""
+        name, value = short_name(element.tag), ''.join(element.itertext())
+        if len(self.names) != 2 or name not in STORED_PROPERTIES or len(value) > MOST_PROPERTY:
+            return False
+        self.shelf.keep_property(self.folder, name, value if sets else None)
+        return True
+
+    def get(self):
+        if len(self.names) < 3:
+            raise Refused(405, 'D:supported-method', 'this is the address for calendar programs, '
+                          f'which ask with PROPFIND and REPORT; use one of {DAV_VERBS}')
+        item = self.item(self.names[2])
+        same = item.etag in header(self.request, 'If-None-Match')
+        return sent('' if same else item.text, 304 if same else 200, DAV_HEADERS | {
+            'Content-Type': ICS, 'ETag': item.etag})
+
+    def put(self):
+        self.refuse_no_object()
+        look, data = condition(self.request), self.request.body.read(MOST_OBJECT + 1)
+        try:
+            new, etag = self.keeper.put(self.folder, self.names[2], data, look)
+        except BadCalendar as error:
+            raise Refused(403, 'C:valid-calendar-data', f'{error}') from None
+        return sent('', 201 if new else 204, DAV_HEADERS | ({'ETag': etag} if etag else {}))
+
+    def delete(self):
+        if len(self.names) < 3:
+            raise Refused(403, 'D:need-privileges', 'only events can be deleted')
+        self.refuse_no_object()
+        self.keeper.delete(self.folder, self.names[2], condition(self.request))
+        return sent('', 204, DAV_HEADERS)
+
+    def refuse_no_object(self) -> None:
+        """Refuses to write where no event is, or one that is only shown."""
+        if len(self.names) < 3:
+            raise Refused(405, 'D:supported-method', 'events are put into a calendar by a name of '
+                          'their own')
+        name = self.names[2]
+        if BUSY_NAME.fullmatch(name) and self.busy_named(name):
+            raise Refused(403, 'D:need-privileges', 'this event shows what is reserved elsewhere')
+        if len(name) > 255:
+            raise Refused(403, 'D:name-allowed', 'the name of an event has at most 255 letters')
+
+    def report(self):
+        root = self.body()
+        name = short_name(root.tag) if root is not None else ''
+        if name not in REPORTS or len(self.names) < 2:
+            raise Refused(403, 'D:supported-report', f"here are the reports {', '.join(REPORTS)}")
+        window = root.find('/'.join(map(full_name, ('D:prop', 'C:calendar-data', 'C:expand'))))
+        self.window = window if window is None else read_range(window)
+        return getattr(self, name.partition(':')[2].replace('-', '_'))(root)
+
+    def calendar_multiget(self, root):
+        wanted, found = wanted_in(root), []
+        hrefs = ((each.text or '').strip() for each in root.iterfind(full_name('D:href')))
+        for href in dict.fromkeys(hrefs):
+            names = [*map(unquote, urlsplit(href).path.removeprefix(DAV + '/').split('/'))]
+            try:
+                if names[:2] != self.names[:2] or len(names) != 3:
+                    raise NotFound(href)
+                found.append(self.response(self.item(names[2]), wanted))
+            except NotFound:
+                found.append(gone_text(xml_text(href)))
+        return multistatus(found)
+
+    def calendar_query(self, root):
+        wanted, asked = wanted_in(root), root.find(full_name('C:filter'))
+        if asked is None:
+            raise Refused(403, 'C:valid-filter', 'a calendar-query needs a filter')
+        with self.acting.shares.computing():
+            query = Query(asked, self.shelf.zone(self.folder), self.budget)
+            return multistatus(self.response(each, wanted) for each in self.items(query.begin)
+                               if query.takes(each))
+
+    def sync_collection(self, root):
+        wanted, token = wanted_in(root), (root.findtext(full_name('D:sync-token')) or '').strip()
+        most = (root.findtext(f"{full_name('D:limit')}/{full_name('D:nresults')}") or '').strip()
+        most = int(most) if re.fullmatch('[1-9][0-9]{0,6}', most) else 2**31
+        now, since = self.shelf.token(self.folder), (0, 0)
+        if token:
+            since = self.shelf.since(self.folder, token)
+        found = self.shelf.changed(self.folder, since[0], most + 1)
+        texts = [self.changed_text(item_of(each), wanted) for each in found[:most]
+                 if token or each.gone is None]
+        if len(found) > most:  # the rest comes after the token that is told now
+            now = re.sub(r'\d+(?=:\d+$)', f'{found[most - 1].rev}', now)
+            now = re.sub(r'\d+$', f'{since[1]}', now)
+            texts.append(f'<D:response><D:href>{href_of(*self.names)}/</D:href><D:status>'
+                         'HTTP/1.1 507 Insufficient Storage</D:status></D:response>')
+        else:
+            texts += [self.changed_text(each, wanted) for each in self.busy_since(token, since[1])]
+        return multistatus(texts, f'<D:sync-token>{now}</D:sync-token>')
+
+    def changed_text(self, item: Item, wanted: list[str] | None) -> str:
+        return gone_text(self.href(item)) if item.gone else self.response(item, wanted)
+
+    def busy_since(self, token: str, event: int) -> list[Item]:
+        """What is otherwise since an event of that which is only shown."""
+        if not self.folder.id or not self.acting.config.caldav_busy:
+            return []
+        if not token:
+            return self.busy()
+        ids = [each.reservation_id for each in rows(
+            'SELECT DISTINCT reservation_id FROM event WHERE id > ? '
+            'AND reservation_id IS NOT NULL', event)]
+        now = {each.name: each for each in self.busy(-1, ids)}
+        there = {f'busy-{each.id}.ics' for each in rows(
+            'SELECT id FROM occurrence o WHERE reservation_id IN (SELECT value FROM json_each(?)) '
+            f'AND {NOT_MINE}', json.dumps(ids), *self.shelf.whose)}
+        return [*now.values(), *(Item(name, '', '', gone=True) for name in sorted(there - {*now}))]
+
+    def free_busy_query(self, root):
+        element = root.find(full_name('C:time-range'))
+        if element is None or not self.folder.id:
+            raise Refused(403, 'C:valid-filter', 'free and busy times are those of a resource, in '
+                          'a time-range')
+        begin, until = read_range(element)
+        place = self.acting.look.resource_row(self.folder.name)
+        stamps = [f'{instant(each):%Y%m%dT%H%M%SZ}' for each in (
+            int(self.acting.clock()), begin, until)]
+        lines = ['BEGIN:VCALENDAR', 'VERSION:2.0', f'PRODID:-//cmres//{__version__}//EN',
+                 'BEGIN:VFREEBUSY', *map(':'.join, zip(('DTSTAMP', 'DTSTART', 'DTEND'), stamps)),
+                 *busy_lines(place, self.folder.usual.vms, begin, until),
+                 'END:VFREEBUSY', 'END:VCALENDAR']
+        return sent(''.join(map(folded, lines)), 200, DAV_HEADERS | {'Content-Type': ICS})
+
+
+#: Of an occurrence o: it is of no event of a user's calendars.
+NOT_MINE = ('NOT EXISTS (SELECT 1 FROM calendar_object c WHERE c.user = ? AND c.project = ? '
+            'AND c.reservation_id = o.reservation_id)')
+BUSY_NAME = re.compile(r'busy-(\d{1,15})\.ics')
+HEAD_OF_BUSY = f'BEGIN:VCALENDAR\r\nVERSION:2.0\r\nPRODID:-//cmres//{__version__}//EN\r\n'
+DAV_HEADERS = UNKEPT | {'Content-Type': 'application/xml; charset=utf-8',
+                        'DAV': '1, 3, calendar-access'}
+
+
+def busy_lines(place, number: int, begin: int, until: int) -> list[str]:
+    """When a resource has no room for so many VMs, and when it is held in part."""
+    full = [*spans_between(free_windows(place, Amount(number), begin, until), begin, until)]
+    steps = run("SELECT at, vms + vcpus + ram FROM step WHERE resource_id = ? AND track = '' "
+                'AND at > ? AND at < ? ORDER BY at LIMIT 10000', place.id, begin, until).fetchall()
+    held = sum(level(place.id, begin)[:3])
+    edges = [(begin, held), *steps, (until, 0)]
+    partly = [(at, after) for (at, much), (after, _) in itertools.pairwise(edges) if much > 0]
+    lines = [(first, last, 'BUSY') for first, last in full]
+    for first, last in joined_spans(partly):
+        lines += [(left, right, 'BUSY-TENTATIVE')
+                  for left, right in spans_between(full, first, last)]
+    return [f'FREEBUSY;FBTYPE={kind}:{instant(first):%Y%m%dT%H%M%SZ}/{instant(last):%Y%m%dT%H%M%SZ}'
+            for first, last, kind in sorted(lines)]
+
+
+def spans_between(spans: Iterable[tuple], begin: int, until: int) -> Iterator[tuple[int, int]]:
+    """What of a window is in none of some spans, which are in order."""
+    for first, last in spans:
+        if begin < min(first, until):
+            yield begin, int(min(first, until))
+        begin = max(begin, int(last))
+    if begin < until:
+        yield begin, until
+
+
+def joined_spans(spans: Iterable[tuple]) -> list[tuple[int, int]]:
+    """Spans in order, those made one that touch."""
+    found: list = []
+    for first, last in spans:
+        if found and found[-1][1] == first:
+            first = found.pop()[0]
+        found.append((first, last))
+    return found
+
+
+def condition(request) -> Callable:
+    """What refuses a request that was meant for another state of an object (RFC 9110, 13.1)."""
+    match, none = (header(request, name).strip() for name in ('If-Match', 'If-None-Match'))
+
+    def names(wanted: str, found) -> bool:
+        tags = [each.strip().removeprefix('W/') for each in wanted.split(',')]
+        return bool(found) and (wanted == '*' or found.etag in tags)
+
+    def look(found) -> None:
+        if match and not names(match, found):
+            raise Changed('the event was changed or deleted since you read it')
+        if none and names(none, found):
+            raise Changed('there is such an event already')
+    return look
+
+
+def wanted_in(root, name: str = '') -> list[str] | None:
+    """The properties that a body asks for, each once; None for those that all may want."""
+    if root is None:
+        return None
+    if name and short_name(root.tag) != name:
+        raise Invalid(f'the body should be a {name}')
+    prop = root.find(full_name('D:prop'))
+    return [*dict.fromkeys(each.tag for each in prop)] if prop is not None else (
+        None if name else [])
+
+
+def multistatus(parts: Iterable[str], more: str = ''):
+    text = ''.join(parts)
+    return sent(f'<?xml version="1.0" encoding="utf-8"?>\n<D:multistatus {DECLARED}>{text}{more}'
+                '</D:multistatus>', 207, DAV_HEADERS)
+
+
+def dav_refusal(error: Error):
+    """What says to a program why something is not done, and in words to its user."""
+    name = getattr(error, 'element', '')
+    inner = ''
+    if href := error.details.get('href'):
+        inner = f'<D:href>{xml_text(href)}</D:href>'
+    element = f'<{name}>{inner}</{name}>' if name else ''
+    headers = headers_of(error)
+    if error.status == 401:
+        headers = {'WWW-Authenticate': 'Basic realm="cmres", charset="UTF-8"'}
+    if error.status == 405:
+        headers = {'Allow': DAV_VERBS}
+    return sent(f'<?xml version="1.0" encoding="utf-8"?>\n<D:error {DECLARED}>'
+                f'{xml_text(str(error))}{element}</D:error>', error.status, DAV_HEADERS | headers)
+
+
+class Programs:
+    """Who answers calendar programs, and who they act for."""
+    MOST = 10_000  # tokens that are remembered
+
+    def __init__(self, service: Reservations):
+        self.service, self.known = service, {}
+
+    def answer(self, path: str = ''):
+        import bottle
+        request = bottle.request
+        if request.method == 'OPTIONS':
+            return sent('', 200, DAV_HEADERS | {'Allow': DAV_VERBS})
+        try:
+            acting = self.service.acting(self.who(request))
+            acting.wanted = while_there(request.environ)
+            acting.actor.refuse_out_of_scope(API[may(acting.actor)[0]])
+            with acting.shares.answering(acting.actor.user):
+                return Dav(acting, request, path).answer()
+        except Error as error:
+            return dav_refusal(error)
+
+    def elsewhere(self):
+        """Where programs find all of this (RFC 6764)."""
+        return sent('', 301, DAV_HEADERS | {'Location': f'{DAV}/'})
+
+    def who(self, request) -> Actor:
+        """Whose token a request has as its password; who has none is no attacker."""
+        secret = bearer(request) or password_of(header(request, 'Authorization'))
+        if not secret:
+            raise Unauthorized('sign in with your name and, as password, a token of cmres')
+        try:
+            found = self.token(hashed(secret))
+        except Unauthorized:
+            note_wrong(self.service, request.environ)
+            raise
+        note_caller(self.service, request.environ, found)
+        return bearer_of(found)
+
+    def token(self, digest: str):
+        """The row of a token, by its id where it was found a short while ago."""
+        now = self.service.clock()
+        id, until = self.known.get(digest, (0, 0))
+        if time.monotonic() < until:
+            return token_in_force(row(f'{TOKEN} WHERE t.id = ?', id), now)
+        found = token_in_force(row(f'{TOKEN} WHERE t.hash = ?', digest), now)
+        if len(self.known) >= self.MOST:
+            self.known.clear()
+        self.known[digest] = found.id, time.monotonic() + CHECKED_FOR
+        return found
+
+
+def may(actor: Actor) -> tuple[str, str]:
+    """What a token must be good for, to look at calendars and to write to them."""
+    return ('calendar_list', 'import_') if actor.resource is None else ('list', 'add')
+
+
+def password_of(text: str) -> str:
+    """The password of an Authorization header; '' without one."""
+    scheme, _, given = text.partition(' ')
+    if scheme.lower() != 'basic':
+        return ''
+    try:
+        return base64.b64decode(given.strip(), validate=True).decode().partition(':')[2]
+    except ValueError:
+        return ''
+
+
+#: How a person adds the calendars to a program.
+HOW_TO_ADD = {
+    'Thunderbird': 'New Calendar, On the Network; type your user name and the address, Find '
+                   'Calendars, and the token as the password.',
+    'Apple Calendar': 'Settings, Internet Accounts (on iPhone: Apps, Calendar, Calendar Accounts), '
+                      'Add Other Account, CalDAV, Manual; the address is the server. It must '
+                      'begin with https.',
+    'Evolution': 'New, Calendar, type CalDAV; type the address and your user name, Find '
+                 'Calendars, and the token as the password.',
+    'DAVx5 (Android)': 'Add account, Login with URL and user name; the address is the base URL.',
+    'khal': 'with vdirsyncer: a storage of the type caldav with url, username and password.'}
+
+
+def mount_caldav(app, service: Reservations) -> None:
+    """Adds the addresses for calendar programs to an application."""
+    programs = Programs(service)
+    app.route('/.well-known/caldav', 'ANY', programs.elsewhere)
+    for path in (DAV, f'{DAV}/<path:path>'):
+        app.route(path, 'ANY', programs.answer)
+    for verb in ('GET', 'POST'):
+        app.route('/invitations/<address>/<sign>', verb, uninviting(service))
+
+
+def uninviting(service: Reservations) -> Callable:
+    """Answers who wants no more invitations: with a button, and when it is pressed."""
+    import bottle
+
+    def handle(address: str, sign: str):
+        here = stop_link(service.config, address)
+        if not secrets.compare_digest(here.rpartition('/')[2].encode(), sign.encode()):
+            return refused(NotFound('this address is not one that cmres has sent'))
+        if bottle.request.method == 'POST':
+            with transaction():
+                run('INSERT OR IGNORE INTO uninvited (hash, at) VALUES (?, ?)',
+                    hashed(address.lower()), int(service.clock()))
+            said = f'No more invitations are sent to {escape(address)}.'
+        else:
+            said = (f'<form method="post"><button>Send no more invitations to {escape(address)}'
+                    '</button></form>')
+        return sent(f'<!doctype html><title>cmres</title><p>{said}</p>', 200, UNKEPT | {
+            'Content-Type': 'text/html; charset=utf-8',
+            'Content-Security-Policy': "default-src 'none'; form-action 'self'"})
+    return handle
+
+
 # Page ########################################################################
 #
 # What people see in a browser: pages drawn here, forms that call the service. A form names the
@@ -19272,6 +21265,22 @@ value="{{visit.home}}">
 <span class="soft small">{{words}}</span></label>
 % end
 </div><p><button class="main">{{title}}</button></p></form></details>
+''', 'programs': '''
+<h2>Calendar programs</h2>
+<p>Draw an event in your calendar program, and it is reserved: its VMs start and end with it. Drag it,
+and they move. Delete it, and they are cancelled.</p>
+<p>Address: <code>{{address}}</code><br>User: <code>{{visit.actor.user}}</code><br>Password: a token</p>
+% if makes:
+<form method="post" action="/do/token_add">{{!visit.guard}}<input type="hidden" name="next"
+value="/tokens"><input type="hidden" name="once" value="{{once}}"><input type="hidden" name="scopes"
+value="calendar"><input type="hidden" name="purpose" value="calendar program">
+<button>Make a token for a calendar program</button></form>
+% end
+<ul>
+% for name, words in ways.items():
+<li><strong>{{name}}</strong>: {{words}}</li>
+% end
+</ul>
 ''', 'deed': '''<form class="deed" method="post" action="/do/{{operation}}">{{!visit.guard}}
 % for name, value in fields.items():
 <input type="hidden" name="{{name}}" value="{{value}}">
@@ -20312,8 +22321,11 @@ class Pages:
                if not each['revoked'] and (each['user'], each['project']) == me]
         deeds = () if visit.actor.scopes else ('token_renew', 'token_revoke')
         forms = () if visit.actor.scopes else ('token_add',)
+        programs = render_page(
+            'programs', visit=visit, address=f'{self.service.config.served}{DAV}/',
+            makes=bool(forms), once=secrets.token_hex(8), ways=HOW_TO_ADD)
         return self.page(visit, 'Tokens', self.section(
-            visit, 'Your tokens', own, TOKEN_COLUMNS, deeds, forms))
+            visit, 'Your tokens', own, TOKEN_COLUMNS, deeds, forms) + programs)
 
     def section(self, visit: Visit, name: str, lines: list, columns: str, deeds: tuple,
                 forms: tuple) -> str:
@@ -20581,6 +22593,7 @@ def web(service: Reservations):
         return render_page('layout', title=title, body=body, visit=pages.anybody(request), note='',
                            here='', version=LOOK, back='/')
     app = rest(service, told, lambda request: pages.visit(request).actor)
+    mount_caldav(app, service)
     Blazar(service).mount(app)
     pages.mount(app)
     return app
@@ -21770,7 +23783,8 @@ def welcome(service: Reservations, url: str) -> list[str]:
     """Makes a resource and a token where there are none, and tells so."""
     lines = []
     if not service.resource_list():
-        service.resource_add('demo', cloud='simulated', vms=16)
+        service.resource_add('demo', cloud='simulated', vms=16, default_flavor='m1.small',
+                             default_image='cirros')
         lines.append("Made the resource 'demo': 16 vms on the built-in cloud 'simulated'.")
     if not service.token_list():
         token = service.token_add(service.actor.user, service.actor.project, ADMIN)['token']

@@ -67,6 +67,7 @@ from datetime import date, datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any, get_args, get_origin
 from urllib.parse import parse_qsl, urlencode, urlsplit
+from xml.etree import ElementTree
 
 import icalendar
 import peewee
@@ -502,7 +503,8 @@ def folder(tmp_path, monkeypatch):
 
 OTHER = {str: 'Europe/Paris', int: '9', float: '0.5', bool: 'yes', 'common_names': 'key:course',
          'metrics': 'open', 'log_format': 'json', 'trusted_proxies': '10.0.0.0/8',
-         'connections': '99', 'keystone_roles': 'boss:admin', 'identity_proxies': '10.0.0.0/8'}
+         'connections': '99', 'keystone_roles': 'boss:admin', 'identity_proxies': '10.0.0.0/8',
+         'caldav_refusal': '403'}
 
 
 def test_without_anything_every_setting_has_its_default(folder):
@@ -3841,7 +3843,8 @@ WRITES = {
     'reject': {'label': 'asked', 'reason': 'no'}, 'accept': {'label': 'offered'},
     'resource_capacity': {'name': 'demo', 'start': '+1h', 'end': '+1h', 'vms': 3, 'then': 'move'},
     'maintenance_add': {'resource': 'demo', 'start': '+1h', 'end': '+1h', 'then': 'cancel'}, 'maintenance_delete': {'id': 1},
-    'claim': {'server': 'uid', 'resources': ['guarded'], 'project': 'default'}}
+    'claim': {'server': 'uid', 'resources': ['guarded'], 'project': 'default'},
+    'credential_add': {'cloud': 'outside', 'application': 'app', 'secret': 's3cret'}, 'credential_delete': {'id': 1}}
 
 
 def test_every_write_is_known_here():
@@ -3854,6 +3857,8 @@ def furnished(world) -> World:
     service.token_add('root', 'default', 'admin')
     service.token_add('zoe')
     service.resource_add('india')
+    service.resource_add('away', cloud='outside')
+    service.credential_add('outside', 'app', 's3cret')
     service.calendar_feed()
     service.calendar_subscribe('http://127.0.0.1:9/eva.ics')
     cmres.run("UPDATE subscription SET held = 'most'")
@@ -4482,7 +4487,7 @@ def test_a_cursor_is_the_start_and_id_of_a_line_or_its_id(app, cursor):
 
 #: What may be looked through: small by nature, however long cmres runs.
 SMALL = {'resource': 'dozens', 'proposal': 'who waits for a word',
-         'extra_hold': 'VMs that stay stopped, and who waits for a word', 'token': 'one a person', 'feed': 'one a person', 'subscription': 'one a person',
+         'extra_hold': 'VMs that stay stopped, and who waits for a word', 'token': 'one a person', 'credential': 'one a person', 'feed': 'one a person', 'subscription': 'one a person',
          'limits': 'an operator writes them', 'fact': 'what the store knows of itself',
          'session': 'who is signed in', 'mailed': 'one a person', 'lease': 'one row',
          'json_each': 'given with the question', 'simulated_server': 'the cloud for trying things out',
@@ -4496,7 +4501,7 @@ READS = {
     'limit_list': {}, 'list': {}, 'show': {'label': 'lab'}, 'servers': {'label': 'lab'}, 'duration': {'label': 'lab'},
     'find': {'resource': 'demo', 'duration': '1h'}, 'usage': {'resource': 'demo'}, 'resource_list': {'cloud': 'simulated'},
     'resource_show': {'name': 'demo'}, 'maintenance_list': {'resource': 'demo'}, 'check': {}, 'calendar_list': {},
-    'events': {}, 'punctuality': {}, 'report': {}, 'token_list': {}}
+    'events': {}, 'punctuality': {}, 'report': {}, 'token_list': {}, 'credential_list': {}}
 FACETS = {'list': [{'label': 'lab'}, {'label': 'old'}, {'user': 'u'}, {'project': 'p'}, {'resource': 'place-7'}, {'cell': 'c1'},
                    {'start': 'now', 'end': '+1h'}, {'after': '7'}, *({'state': state} for state in cmres.STATES)],
           'events': [{'label': 'lab'}, {'project': 'p'}, {'after': 5}], 'show': [{'label': 'old'}, {'label': 'class'}],
@@ -4535,7 +4540,7 @@ def history(world) -> None:
 
 def tables_of(sql: str) -> dict[str, str]:
     """What the names in a statement stand for."""
-    found = re.findall(r'\b(?:FROM|JOIN|INTO|UPDATE|,)\s+"?(\w+)"?(?:\s+(?:AS\s+)?(?!SET|WHERE|ON|JOIN|ORDER|INDEXED|LEFT|CROSS|'
+    found = re.findall(r'\b(?:FROM|JOIN|INTO|UPDATE|,)\s+"?(\w+)"?(?:\s+(?:AS\s+)?(?!SET|FROM|WHERE|ON|JOIN|ORDER|INDEXED|LEFT|CROSS|'
                        r'GROUP|LIMIT|UNION|SELECT|VALUES)(\w+))?', sql.replace(' json_each(', ' json_each ('))
     return {alias or table: table for table, alias in found if table in TABLES_THAT_GROW | SMALL.keys()}
 
@@ -10329,6 +10334,40 @@ def test_stopped_vms_that_a_series_starts_again_count_once_against_a_limit(tmp_p
     cmres.close_store()
 
 
+def kept_between(world, at_end='stop'):
+    eva = world.as_user()
+    book(eva, 'lab', 1, 2, vms=2, flavor='m1.small', image='cirros', at_end=at_end, repeat='daily', count=5)
+    for hour in (1, 1.1, 2, 2.1, 3):
+        world.at(hour)
+    assert len(eva.servers(kept=True)) == 2
+    return eva
+
+
+@pytest.mark.parametrize('at_end', ['stop', 'shelve'])
+def test_a_series_that_is_deleted_says_which_vms_stay(world, at_end):
+    eva = kept_between(world, at_end)
+    assert 'warnings' not in eva.delete('lab', occurrence=date(2026, 12, 3))[0]
+    warning, = eva.delete('lab')[0]['warnings']
+    assert warning == "2 VMs of 'lab' that were stopped or shelved before stay; `delete --kept lab` deletes them"
+    assert warning in world.service.events('lab', 'biology')[-1]['sentence']
+    eva.delete('lab', kept=True)
+    world.at(3.1)
+    world.at(3.2)
+    assert world.there() == []
+
+
+def test_vms_that_start_again_are_what_their_reservation_says(world):
+    eva = kept_between(world)
+    with pytest.raises(Conflict, match='`delete --kept lab` deletes them'):
+        eva.update('lab', flavor='m1.large')
+    eva.update('lab', vms=1, description='other')
+    eva.delete('lab', kept=True)
+    eva.update('lab', flavor='m1.large')
+    world.at(25)
+    world.at(25.1)
+    assert world.there() == ['lab-2-1']
+
+
 # Service: who may what #######################################################
 
 
@@ -15135,6 +15174,667 @@ def test_resources_without_named_hosts_stand_for_themselves(leases):
     leases.make(whole_hosts(), status=409)
 
 
+# CalDAV ######################################################################
+
+class Program:
+    """A calendar program: requests of CalDAV with a token as the password."""
+
+    def __init__(self, world, user='eva', role='user', **token):
+        self.world, self.user = world, user
+        self.token = world.service.token_add(user, 'biology', role, **token)['token']
+        self.web = webtest.TestApp(cmres.web(world.service), lint=False)
+
+    def ask(self, verb, path='', body='', status=None, **headers):
+        auth = base64.b64encode(f'{self.user}:{self.token}'.encode()).decode()
+        headers = {'Authorization': f'Basic {auth}'} | {name.replace('_', '-'): each for name, each in headers.items()}
+        path = path if path.startswith('/') else f'/dav/{self.user}/{path}'
+        body = body if isinstance(body, bytes) else body.encode()
+        return self.web.request(path, method=verb, body=body, headers=headers, status=status or '*')
+
+    def put(self, name, text, status=None, calendar='demo', **headers):
+        answer = self.ask('PUT', f'{calendar}/{name}.ics', text, **headers)
+        assert answer.status_int in ([status] if status else [201, 204]), answer
+        return answer
+
+    def get(self, name, calendar='demo'):
+        return self.ask('GET', f'{calendar}/{name}.ics', status=200).body.decode()
+
+    def shown(self, name, calendar='demo') -> list:
+        """The events of an object as a program reads them."""
+        return icalendar.Calendar.from_ical(self.get(name, calendar).encode()).walk('VEVENT')
+
+    def changes(self, token='', calendar='demo') -> tuple[str, dict]:
+        """The next sync token, and what has changed since one: by name an ETag, or None if it is gone."""
+        body = ('<D:sync-collection xmlns:D="DAV:"><D:sync-token>%s</D:sync-token><D:sync-level>1</D:sync-level>'
+                '<D:prop><D:getetag/></D:prop></D:sync-collection>' % token)
+        root = ElementTree.fromstring(self.ask('REPORT', f'{calendar}/', body, status=207).body)
+        found = {each.findtext('{DAV:}href').rpartition('/')[2]: each.findtext('.//{DAV:}getetag')
+                 for each in root.iter('{DAV:}response')}
+        return root.findtext('{DAV:}sync-token'), found
+
+
+def drawn(uid='one', start='20261201T140000Z', end='20261201T160000Z', *lines, more=''):
+    start, end = (each if ':' in each else f':{each}' for each in (start, end))
+    lines = [f'UID:{uid}', 'DTSTAMP:20261201T000000Z', f'DTSTART{start}', f'DTEND{end}', 'SUMMARY:Lesson', *lines]
+    return '\r\n'.join(['BEGIN:VCALENDAR', 'VERSION:2.0', 'PRODID:-//x//y//EN', 'BEGIN:VEVENT', *lines, 'END:VEVENT',
+                        f'{more}END:VCALENDAR', ''])
+
+
+def exception(at, start, end, *lines, uid='one'):
+    at, start, end = (each if ':' in each else f':{each}' for each in (at, start, end))
+    return '\r\n'.join(['BEGIN:VEVENT', f'UID:{uid}', f'RECURRENCE-ID{at}', f'DTSTART{start}', f'DTEND{end}', 'SUMMARY:Lesson', *lines,
+                        'END:VEVENT', ''])
+
+
+@pytest.fixture
+def dav(world):
+    world.service.resource_update('demo', default_flavor='m1.small', default_image='cirros', default_vms=2)
+    return Program(world)
+
+
+def reserved_at(world, label='lesson'):
+    return [each['start'] for each in world.service.list(label, state=['reserved'])]
+
+
+def test_an_event_that_is_drawn_dragged_and_deleted_is_a_reservation(dav, world):
+    answer = dav.put('a', drawn(), 201)
+    assert answer.headers['ETag'] and dav.get('a') == drawn()
+    (found,) = world.service.list()
+    assert (found['label'], found['vms'], found['flavor'], found['image'], found['state']) == (
+        'lesson', 2, 'm1.small', 'cirros', 'reserved')
+    dragged = drawn(start='20261202T140000Z', end='20261202T160000Z')
+    dav.put('a', dragged, 204, If_Match=answer.headers['ETag'])
+    (moved,) = world.service.list()
+    assert moved['id'] == found['id'] and moved['start'] == NOON + hours(26)
+    dav.put('a', drawn(), 412, If_Match='"old"')
+    dav.put('a', drawn(), 412, If_None_Match='*')
+    dav.ask('DELETE', 'demo/a.ics', status=204)
+    assert world.service.list() == [] and len(world.service.list(state=['cancelled'])) == 1
+    dav.ask('GET', 'demo/a.ics', status=404)
+    dav.ask('DELETE', 'demo/a.ics', status=404)
+
+
+def test_what_finds_no_room_is_marked_and_says_what_would_fit(dav, world):
+    book(world.service, 'big', 2, 4, vms=15)
+    answer = dav.put('a', drawn('one', '20261201T140000Z', '20261201T160000Z', 'DESCRIPTION:4 x m1.small\\nHello'), 201)
+    assert 'ETag' not in answer.headers
+    (event,) = dav.shown('a')
+    assert event['STATUS'] == 'CANCELLED' and event['SUMMARY'] == 'NOT RESERVED: Lesson'
+    assert "'demo' has 1 of 16 vms free" in event['DESCRIPTION'] and 'It would fit: from 2026-12-01 16:00 UTC' in event['DESCRIPTION']
+    assert event['DESCRIPTION'].endswith('\n4 x m1.small\nHello') and labels(world.service.list()) == ['big']
+    world.service.delete('big')
+    dav.put('a', dav.get('a').replace('T140000Z', 'T141500Z'))
+    (event,) = dav.shown('a')
+    assert 'STATUS' not in event and (event['SUMMARY'], event['DESCRIPTION']) == ('Lesson', '4 x m1.small\nHello')
+    assert [each['vms'] for each in world.service.list()] == [4]
+
+
+def test_a_move_that_does_not_fit_keeps_what_there_was(dav, world):
+    book(world.service, 'big', 2, 4, vms=15)
+    dav.put('a', drawn(start='20261201T170000Z', end='20261201T180000Z'))
+    before = dav.changes()
+    dav.put('a', drawn(start='20261201T140000Z', end='20261201T150000Z'), 204)
+    (event,) = dav.shown('a')
+    assert event['SUMMARY'] == 'NOT MOVED, still Tue 17:00: Lesson' and 'STATUS' not in event
+    assert reserved_at(world) == [NOON + hours(5)]
+    dav.put('a', dav.get('a').replace('20261201T1', '20261203T1'))
+    assert reserved_at(world) == [NOON + hours(50)] and 'NOT' not in dav.get('a')
+    more = drawn('one', '20261203T140000Z', '20261203T150000Z', 'LOCATION:30 x m1.small')
+    dav.put('a', more)
+    assert dav.shown('a')[0]['SUMMARY'] == 'NOT CHANGED, still 2 VMs: Lesson' and reserved_at(world) == [NOON + hours(50)]
+    dav.put('a', drawn('one', '20261203T140000Z', '20261203T150000Z', 'LOCATION:3 x m1.small'))
+    assert 'NOT' not in dav.get('a') and world.service.show('lesson')['vms'] == 3
+    assert dav.changes(before[0])[1].keys() == {'a.ics'}
+
+
+def test_each_occurrence_that_finds_no_room_is_marked_by_itself(dav, world):
+    book(world.service, 'big', 26, 28, vms=15)
+    dav.put('a', drawn('one', '20261201T140000Z', '20261201T150000Z', 'RRULE:FREQ=DAILY;COUNT=4'))
+    master, left = dav.shown('a')
+    assert master['SUMMARY'] == 'Lesson' and 'STATUS' not in master
+    assert left['RECURRENCE-ID'].dt == NOON + hours(26) and left['STATUS'] == 'CANCELLED' and 'vms free' in left['DESCRIPTION']
+    assert reserved_at(world) == [NOON + hours(n) for n in (2, 50, 74)]
+    text = dav.get('a')
+    dav.put('a', text)
+    assert dav.get('a') == text
+    world.service.delete('big')
+    dav.put('a', text.replace('T140000Z', 'T143000Z').replace('T150000Z', 'T153000Z'))
+    assert reserved_at(world) == [NOON + hours(n + .5) for n in (2, 26, 50, 74)] and len(dav.shown('a')) == 1
+
+
+
+
+def lessons(*lines, more='', rule='RRULE:FREQ=DAILY;COUNT=4'):
+    return drawn('one', ';TZID=Europe/Paris:20261201T150000', ';TZID=Europe/Paris:20261201T160000', rule, *lines, more=more)
+
+
+def paris(text):
+    return f';TZID=Europe/Paris:{text}'
+
+
+def test_series_are_edited_as_programs_do(dav, world):
+    dav.put('a', lessons())
+    ids = {each['start']: each['id'] for each in world.service.list('lesson')}
+    at = [NOON + hours(n) for n in (2, 26, 50, 74)]
+    assert [*ids] == at
+    one = exception(paris('20261202T150000'), paris('20261202T183000'), paris('20261202T193000'))
+    dav.put('a', lessons(more=one))
+    assert {each['start']: each['id'] for each in world.service.list('lesson')} == {
+        at[0]: ids[at[0]], at[1] + hours(3.5): ids[at[1]], at[2]: ids[at[2]], at[3]: ids[at[3]]}
+    dav.put('a', lessons('EXDATE;TZID=Europe/Paris:20261203T150000', more=one))
+    assert reserved_at(world) == [at[0], at[1] + hours(3.5), at[3]]
+    dav.put('a', lessons('EXDATE;TZID=Europe/Paris:20261203T150000', more=one, rule='RRULE:FREQ=DAILY;COUNT=6'))
+    assert reserved_at(world)[2:] == [at[3], at[3] + hours(24), at[3] + hours(48)]
+    rest = exception(paris('20261204T150000').replace(';', ';RANGE=THISANDFUTURE;', 1), paris('20261204T160000'), paris('20261204T170000'))
+    dav.put('a', lessons(rule='RRULE:FREQ=DAILY;COUNT=6', more=rest))
+    assert reserved_at(world) == [*at[:3], *(at[3] + hours(n) for n in (1, 25, 49))]
+    dav.put('a', lessons(rule='RRULE:FREQ=DAILY;UNTIL=20261202T140000Z'))
+    assert reserved_at(world) == at[:2]
+    assert world.service.check()['differences'] == 0 and dav.get('a') == lessons(rule='RRULE:FREQ=DAILY;UNTIL=20261202T140000Z')
+
+
+def test_an_occurrence_whose_move_does_not_fit_stays_and_is_marked(dav, world):
+    dav.put('a', lessons())
+    book(world.service, 'big', 30, 31, vms=15)
+    one = exception(paris('20261202T150000'), paris('20261202T190000'), paris('20261202T200000'))
+    dav.put('a', lessons(more=one))
+    assert NOON + hours(26) in reserved_at(world)
+    _, moved = dav.shown('a')
+    assert moved['SUMMARY'] == 'NOT MOVED, still Wed 15:00: Lesson' and 'free from' in moved['DESCRIPTION']
+    dav.put('a', dav.get('a').replace('20261202T190000', '20261202T210000').replace('20261202T200000', '20261202T220000'))
+    assert NOON + hours(32) in reserved_at(world) and 'NOT' not in dav.get('a')
+
+
+def test_what_the_server_changes_is_seen_by_the_next_sync(dav, world):
+    dav.put('a', drawn('one', '20261201T140000Z', '20261201T160000Z', 'X-OWN;X-P=1:kept', 'DESCRIPTION:my own'))
+    dav.put('b', lessons().replace('UID:one', 'UID:two').replace('Lesson', 'Course'))
+    token, all = dav.changes()
+    assert all.keys() == {'a.ics', 'b.ics'} and dav.changes(token) == (token, {})
+    world.as_user().update('lesson', start=NOON + hours(3))
+    token, changed = dav.changes(token)
+    assert changed.keys() == {'a.ics'}
+    (event,) = dav.shown('a')
+    assert event['DTSTART'].dt == NOON + hours(3) and 'Moved: eva changed: start' in event['DESCRIPTION']
+    dav.put('a', dav.get('a').replace('SUMMARY:Lesson', 'SUMMARY:Exam'))  # only the title
+    assert reserved_at(world) == [NOON + hours(3)] and dav.shown('a')[0]['DESCRIPTION'] == 'my own'
+    world.as_user().skip('course', occurrence=date(2026, 12, 2))
+    world.as_user().update('course', occurrence=date(2026, 12, 3), end=hours(2))
+    token, changed = dav.changes(token)
+    assert changed.keys() == {'a.ics', 'b.ics'}
+    master, skipped, longer = dav.shown('b')
+    assert skipped['SUMMARY'] == 'CANCELLED: Course' and longer['DTEND'].dt == NOON + hours(52)
+    dav.put('b', dav.get('b').replace('Course', 'Seminar'))
+    assert [(each['start'], each['end']) for each in world.service.list('course', state=['reserved'])] == [
+        (NOON + hours(n), NOON + hours(n + more)) for n, more in ((2, 1), (50, 2), (74, 1))]
+    for n in (3, 3.01, 3.02):
+        world.at(n)
+    (event,) = dav.shown('a')
+    assert 'active\nssh 10.0.0.' in event['DESCRIPTION'] and b'X-OWN;X-P=1:kept\r\n' in dav.ask('GET', 'demo/a.ics').body
+    world.as_user().delete('lesson')
+    (event,) = dav.shown('a')
+    assert (event['STATUS'], event['SUMMARY']) == ('CANCELLED', 'CANCELLED: Exam') and 'cancelled by eva' in event['DESCRIPTION']
+    dav.put('a', dav.get('a').replace('END:VEVENT', 'X-MOZ-LASTACK:20261201T150000Z\r\nEND:VEVENT'))  # an alarm is dismissed
+    for n in (3.03, 3.04):
+        world.at(n)
+    assert labels(world.service.list()) == ['course']
+
+
+DAVS = {'D': 'DAV:', 'C': 'urn:ietf:params:xml:ns:caldav', 'CS': 'http://calendarserver.org/ns/', 'A': 'http://apple.com/ns/ical/'}
+
+
+def properties(answer) -> dict:
+    """Of each address in a multistatus, its properties and their status."""
+    root = ElementTree.fromstring(answer.body)
+    return {each.findtext('{DAV:}href'): {
+        prop.tag.partition('}')[2]: (stat.findtext('{DAV:}status').split()[1], ''.join(prop.itertext()) or [one.tag.partition('}')[2] for one in prop])
+        for stat in each.iter('{DAV:}propstat') for prop in stat.find('{DAV:}prop')}
+        for each in root.iter('{DAV:}response')}
+
+
+def asked(*names):
+    declared = ' '.join(f'xmlns:{prefix}="{space}"' for prefix, space in DAVS.items())
+    return f'<D:propfind {declared}><D:prop>{"".join(f"<{name}/>" for name in names)}</D:prop></D:propfind>'
+
+
+def test_programs_find_the_calendars_from_the_name_of_the_host(dav, world):
+    for verb in ('GET', 'PROPFIND', 'OPTIONS', 'HEAD', 'REPORT'):
+        answer = dav.web.request('/.well-known/caldav', method=verb)
+        assert answer.status_int == 301 and answer.headers['Location'].endswith('/dav/'), verb
+    answer = dav.web.request('/dav/', method='PROPFIND', status=401)
+    assert answer.headers['WWW-Authenticate'].startswith('Basic realm=') and not world.service.shares.wrong
+    found = properties(dav.ask('PROPFIND', '/dav/', asked('D:current-user-principal', 'D:nonsense'), Depth='0'))
+    assert found == {'/dav/': {'current-user-principal': ('200', '/dav/eva/'), 'nonsense': ('404', [])}}
+    home = properties(dav.ask('PROPFIND', '', asked('C:calendar-home-set', 'D:resourcetype', 'D:displayname'), Depth='1'))
+    assert [*home] == ['/dav/eva/', '/dav/eva/demo/', '/dav/eva/all/']
+    assert home['/dav/eva/demo/']['resourcetype'] == ('200', ['collection', 'calendar'])
+    assert home['/dav/eva/demo/']['displayname'] == ('200', 'demo')
+    assert 'calendar-access' in dav.ask('OPTIONS', 'demo/').headers['DAV']
+    dav.ask('PROPFIND', 'demo/', Depth='infinity', status=403).mustcontain('propfind-finite-depth')
+    for depth in ('2', '-1', 'x', '1e9'):
+        dav.ask('PROPFIND', 'demo/', Depth=depth, status=400)
+    dav.ask('PROPFIND', '/dav/bob/', Depth='0', status=403)
+    dav.ask('MKCALENDAR', 'mine/', status=404)
+    dav.ask('MKCALENDAR', 'demo/', status=403)
+    dav.ask('PROPFIND', 'gone/', Depth='0', status=404)
+    dav.ask('POST', 'demo/', status=405)
+    dav.ask('PUT', 'demo/', drawn(), status=405)
+    dav.ask('DELETE', 'demo/', status=403)
+
+
+def test_a_reader_has_calendars_to_read(dav, world):
+    dav.put('a', drawn())
+    reader = Program(world, role='reader')
+    for who, writes in ((dav, True), (reader, False), (Program(world, scopes=['read']), False), (Program(world, scopes=['calendar']), True)):
+        told = who.ask('PROPFIND', 'demo/', asked('D:current-user-privilege-set'), Depth='0').text
+        assert ('D:write/' in told, 'D:read/' in told) == (writes, True)
+    reader.ask('PUT', 'demo/b.ics', drawn('two'), status=403).mustcontain('need-privileges')
+    reader.ask('DELETE', 'demo/a.ics', status=403)
+    assert reader.get('a') == drawn()
+    other = Program(world, 'bob')
+    assert other.changes()[1] == {}
+    dav.token = 'wrong'
+    dav.ask('GET', 'demo/a.ics', status=401)
+    assert sum(world.service.shares.wrong.values()) == 1
+
+
+def test_a_token_is_looked_up_once_and_a_revoked_one_stops_at_once(dav, world):
+    statements = []
+    cmres.db.connection().set_trace_callback(statements.append)
+    for _ in range(5):
+        dav.ask('PROPFIND', 'demo/', Depth='0', status=207)
+    cmres.db.connection().set_trace_callback(None)
+    assert sum('t.hash' in each for each in statements) == 1
+    world.service.token_revoke(world.service.token_list()[-1]['id'])
+    dav.ask('PROPFIND', 'demo/', Depth='0', status=401)
+
+
+def test_colours_and_names_are_kept_and_all_else_is_answered(dav):
+    body = ('<D:propertyupdate xmlns:D="DAV:" xmlns:A="http://apple.com/ns/ical/" xmlns:X="urn:x"><D:set><D:prop><A:calendar-color>#FF0000FF'
+            '</A:calendar-color><D:displayname>Mine &amp; yours</D:displayname><X:own>1</X:own><D:getetag>x</D:getetag></D:prop></D:set></D:propertyupdate>')
+    found = properties(dav.ask('PROPPATCH', 'demo/', body, status=207))['/dav/eva/demo/']
+    assert {name: status for name, (status, _) in found.items()} == {'calendar-color': '200', 'displayname': '200', 'own': '403', 'getetag': '403'}
+    found = properties(dav.ask('PROPFIND', 'demo/', asked('A:calendar-color', 'D:displayname'), Depth='0'))['/dav/eva/demo/']
+    assert found == {'calendar-color': ('200', '#FF0000FF'), 'displayname': ('200', 'Mine & yours')}
+
+
+def test_what_is_no_event_is_refused_and_changes_nothing(dav, world):
+    dav.put('a', drawn())
+    dav.get('a')
+    before, old = dump(), cmres.row('SELECT count(*) AS n FROM calendar_object')
+    todo = drawn().replace('VEVENT', 'VTODO')
+    for name, body, element in (
+            ('b', b'\xff\xfe', 'valid-calendar-data'), ('b', '', 'valid-calendar-data'), ('b', '<html>', 'valid-calendar-data'),
+            ('b', drawn()[:-20], 'valid-calendar-data'), ('b', drawn() + 'x' * 70000, 'max-resource-size'),
+            ('b', todo, 'supported-calendar-component'), ('b', drawn(), 'no-uid-conflict'), ('a', drawn('other'), 'no-uid-conflict'),
+            ('b', drawn('two').replace('VERSION', 'METHOD:REQUEST\r\nVERSION'), 'valid-calendar-object-resource'),
+            ('b', drawn('two', more=exception('20261201T140000Z', '20261201T150000Z', '20261201T160000Z', uid='three')),
+             'valid-calendar-object-resource'), ('b', drawn('two').replace('Lesson', 'a\x01b'), 'valid-calendar-data')):
+        dav.ask('PUT', f'demo/{name}.ics', body, status=403).mustcontain(element)
+    assert dump() == before and old.n == 1
+
+
+def test_what_is_past_is_left_alone(dav, world):
+    dav.put('a', drawn('one', '20261130T100000Z', '20261130T110000Z'))
+    assert dav.get('a') == drawn('one', '20261130T100000Z', '20261130T110000Z') and world.service.list() == []
+    old = lessons(rule='RRULE:FREQ=DAILY;UNTIL=20261202T140000Z').replace('20261201T', '20261129T').replace('UID:one', 'UID:two')
+    dav.put('b', old)
+    assert reserved_at(world) == [NOON + hours(2), NOON + hours(26)] and dav.get('b') == old
+    dav.put('c', drawn('three', '20261201T170000Z', '20261201T180000Z'))
+    dav.put('c', drawn('three', '20261130T170000Z', '20261130T180000Z'))
+    assert dav.shown('c')[0]['SUMMARY'].startswith('NOT MOVED') and NOON + hours(5) in reserved_at(world, 'lesson-2')
+    world.at(5.5)
+    dav.put('c', drawn('three', '20261202T170000Z', '20261202T180000Z'))
+    assert 'it has begun' in dav.shown('c')[0]['DESCRIPTION'].lower() and world.service.show('lesson-2')['end'] == NOON + hours(6)
+    dav.put('c', drawn('three', '20261201T170000Z', '20261201T190000Z'))
+    assert world.service.show('lesson-2')['end'] == NOON + hours(7) and 'NOT' not in dav.get('c')
+
+
+def test_a_program_can_be_refused_instead(dav, world):
+    world.config.take(caldav_refusal='403')
+    book(world.service, 'big', 2, 4, vms=15)
+    before = dump()
+    answer = dav.put('a', drawn(), 403)
+    assert "'demo' has 1 of 16 vms free" in answer.text and 'no-capacity' in answer.text and dump() == before
+
+
+def test_the_calendar_of_all_resources_wants_to_be_told(dav, world):
+    world.service.resource_add('gpu', vms=4)
+    dav.put('a', drawn('one', '20261201T140000Z', '20261201T160000Z', 'DESCRIPTION:3 x m1.small cirros on demo'), calendar='all')
+    assert [(each['resource'], each['vms'], each['image']) for each in world.service.list()] == [('demo', 3, 'cirros')]
+    dav.put('b', drawn('two'), calendar='all')
+    (event,) = dav.shown('b', 'all')
+    assert event['SUMMARY'].startswith('NOT RESERVED') and 'no resource is named' in event['DESCRIPTION'].lower()
+    token, _ = dav.changes(calendar='demo')
+    dav.put('c', drawn('one', '20261201T140000Z', '20261201T160000Z', 'DESCRIPTION:3 x m1.small cirros'))  # dragged to another calendar
+    dav.ask('DELETE', 'all/a.ics', status=204)
+    assert [each['vms'] for each in world.service.list()] == [3] and dav.changes(token)[1].keys() == {'c.ics'}
+
+
+def query(filter, data='<C:calendar-data/>'):
+    declared = ' '.join(f'xmlns:{prefix}="{space}"' for prefix, space in DAVS.items())
+    return (f'<C:calendar-query {declared}><D:prop><D:getetag/>{data}</D:prop><C:filter><C:comp-filter name="VCALENDAR">'
+            f'{filter}</C:comp-filter></C:filter></C:calendar-query>')
+
+
+@pytest.mark.parametrize('filter, names', [
+    ('', 'abc'), ('<C:comp-filter name="VEVENT"/>', 'abc'), ('<C:comp-filter name="VTODO"/>', ''),
+    ('<C:comp-filter name="VEVENT"><C:time-range start="20261201T000000Z" end="20261202T000000Z"/></C:comp-filter>', 'ab'),
+    ('<C:comp-filter name="VEVENT"><C:time-range start="20261204T000000Z" end="20261205T000000Z"/></C:comp-filter>', 'b'),
+    ('<C:comp-filter name="VEVENT"><C:time-range start="20270101T000000Z"/></C:comp-filter>', 'c'),
+    ('<C:comp-filter name="VEVENT"><C:prop-filter name="UID"><C:text-match>TWO</C:text-match></C:prop-filter></C:comp-filter>', 'b'),
+    ('<C:comp-filter name="VEVENT"><C:prop-filter name="UID"><C:text-match negate-condition="yes">two</C:text-match></C:prop-filter></C:comp-filter>', 'ac'),
+    ('<C:comp-filter name="VEVENT"><C:prop-filter name="RRULE"><C:is-not-defined/></C:prop-filter></C:comp-filter>', 'ac'),
+    ('<C:comp-filter name="VEVENT"><C:comp-filter name="VALARM"><C:is-not-defined/></C:comp-filter></C:comp-filter>', 'ab'),
+    ('<C:comp-filter name="VEVENT"><C:comp-filter name="VALARM"><C:time-range start="20270105T093000Z" end="20270105T100000Z"/>'
+     '</C:comp-filter></C:comp-filter>', 'c')])
+def test_events_are_found_by_what_they_are(dav, filter, names):
+    dav.put('a', drawn())
+    dav.put('b', lessons().replace('UID:one', 'UID:two'))
+    dav.put('c', drawn('three', '20270105T100000Z', '20270105T110000Z', 'BEGIN:VALARM', 'TRIGGER:-PT15M', 'ACTION:AUDIO', 'END:VALARM'))
+    found = properties(dav.ask('REPORT', 'demo/', query(filter), status=207))
+    assert sorted(each.rpartition('/')[2][0] for each in found) == [*names]
+
+
+def test_a_series_is_told_as_its_occurrences_where_that_is_asked_for(dav):
+    dav.put('a', lessons(more=exception(paris('20261202T150000'), paris('20261202T183000'), paris('20261202T193000'))))
+    span = '<C:time-range start="20261202T000000Z" end="20261204T000000Z"/>'
+    found = properties(dav.ask('REPORT', 'demo/', query(f'<C:comp-filter name="VEVENT">{span}</C:comp-filter>',
+                                                            f'<C:calendar-data>{span.replace("time-range", "expand")}</C:calendar-data>')))
+    events = icalendar.Calendar.from_ical(found['/dav/eva/demo/a.ics']['calendar-data'][1].encode()).walk('VEVENT')
+    assert [(each['RECURRENCE-ID'].dt, each['DTSTART'].dt) for each in events] == [
+        (NOON + hours(26), NOON + hours(29.5)), (NOON + hours(50), NOON + hours(50))]
+
+
+def test_free_and_busy_times_are_everybodys_to_see(dav, world):
+    book(world.as_user('bob', 'other'), 'secret', 2, 4, vms=15)
+    book(world.as_user('bob', 'other'), 'part', 5, 6, vms=1)
+    body = '<C:free-busy-query xmlns:C="urn:ietf:params:xml:ns:caldav"><C:time-range start="20261201T000000Z" end="20261202T000000Z"/></C:free-busy-query>'
+    text = dav.ask('REPORT', 'demo/', body, status=200).text
+    assert 'FREEBUSY;FBTYPE=BUSY:20261201T140000Z/20261201T160000Z\r\n' in text and 'secret' not in text
+    assert 'FREEBUSY;FBTYPE=BUSY-TENTATIVE:20261201T170000Z/20261201T180000Z\r\n' in text and text.count('FREEBUSY;') == 2
+
+
+def test_what_others_have_reserved_is_shown_as_busy_where_that_is_set(dav, world):
+    other = world.as_user('bob', 'other')
+    book(other, 'secret', 2, 4)
+    assert dav.changes()[1] == {}
+    world.config.take(caldav_busy=True)
+    token, found = dav.changes()
+    (name,) = found
+    text = dav.get(name[:-4])
+    assert 'SUMMARY:busy' in text and 'secret' not in text and 'bob' not in text
+    dav.ask('PUT', f'demo/{name}', text, status=403)
+    dav.ask('DELETE', f'demo/{name}', status=403)
+    assert 'D:write/' not in dav.ask('PROPFIND', f'demo/{name}', asked('D:current-user-privilege-set'), Depth='0').text
+    dav.put('a', drawn('own', '20261201T180000Z', '20261201T190000Z'))
+    token, found = dav.changes(token)
+    assert found.keys() == {'a.ics'}
+    other.update('secret', end=hours(3))
+    token, found = dav.changes(token)
+    assert found.keys() == {name} and '20261201T170000Z' in dav.get(name[:-4])
+    other.delete('secret')
+    assert dav.changes(token)[1] == {name: None}
+
+
+def test_a_token_of_another_calendar_or_of_one_that_is_forgotten_begins_anew(dav, world):
+    token, _ = dav.changes()
+    for wrong in ('x', 'urn:cmres:sync:0:1:0:0', token.replace(':0:', ':9:', 1), dav.changes(calendar='all')[0], token + '9' * 20):
+        body = f'<D:sync-collection xmlns:D="DAV:"><D:sync-token>{wrong}</D:sync-token><D:prop/></D:sync-collection>'
+        dav.ask('REPORT', 'demo/', body, status=403).mustcontain('valid-sync-token')
+
+
+
+
+
+
+
+
+
+
+
+class Twin:
+    """What a person does in two calendar programs, and the same by the operations on another resource."""
+
+    def __init__(self, world, random):
+        self.world, self.random = world, random
+        world.service.resource_update('demo', vms=4, default_vms=1)
+        world.service.resource_add('twin', cloud='simulated', vms=4)
+        self.programs = [Program(world), Program(world)]
+        self.seen = [program.changes() for program in self.programs]
+        self.bob, self.events, self.numbers = world.as_user('bob', 'other'), {}, itertools.count()
+
+    def pick(self, series: bool):
+        names = [name for name, each in self.events.items() if each['days'] > 1 or not series]
+        return self.random.choice(names) if names else None
+
+    def text(self, name: str) -> str:
+        """The event as a program writes it, from what it has seen last."""
+        each = self.events[name]
+        stamp = lambda at: f'{at:%Y%m%dT%H%M%SZ}'
+        more = ''.join(exception(stamp(at), stamp(start), stamp(end), uid=name) for at, (start, end) in sorted(each['moved'].items()))
+        rule = [f"RRULE:FREQ=DAILY;COUNT={each['days']}"] if each['days'] > 1 else []
+        skips = [f'EXDATE:{stamp(at)}' for at in sorted(each['skips'])]
+        return drawn(name, stamp(each['start']), stamp(each['end']), *rule, *skips, f"LOCATION:{each['vms']} x m1.small", more=more)
+
+    def put(self, name: str) -> bool:
+        """Whether the reservation is as the event says now."""
+        program = self.random.choice(self.programs)
+        program.put(name, self.text(name))
+        return 'NOT ' not in program.get(name)
+
+    def window(self):
+        start = NOON + hours(24 + self.random.randrange(40))
+        return start, start + hours(self.random.randrange(1, 4))
+
+    def add(self):
+        name = f'e{next(self.numbers)}'
+        start, end = self.window()
+        each = dict(start=start, end=end, vms=self.random.randrange(1, 4), days=self.random.choice([1, 1, 3]), moved={}, skips=set())
+        self.events[name] = each
+        fits = self.put(name)
+        repeat = {'repeat': 'daily', 'count': each['days'], 'on_conflict': 'skip'} if each['days'] > 1 else {}
+        each['booked'] = self.done(lambda: self.bob.add(name, 'twin', start, end, vms=each['vms'], flavor='m1.small', **repeat))
+        assert fits or not each['booked'] or each['days'] > 1
+        if each['days'] > 1:
+            del self.events[name]  # what it was left without makes it another one than its twin
+            if fits:
+                self.events[name] = each
+
+    def done(self, deed) -> bool:
+        try:
+            deed()
+            return True
+        except (NoCapacity, NotFound):
+            return False
+
+    def change(self):
+        """Moves a single event, or gives it other VMs."""
+        name = self.random.choice([name for name, each in self.events.items() if each['days'] == 1] or [None])
+        if not name:
+            return
+        each = self.events[name]
+        before = dict(each)
+        each['start'], each['end'] = self.window()
+        each['vms'] = self.random.randrange(1, 4)
+        fits = self.put(name)
+        if each['booked']:
+            assert fits == self.done(lambda: self.bob.update(name, start=each['start'], end=each['end'], vms=each['vms']))
+        else:
+            each['booked'] = self.done(lambda: self.bob.add(name, 'twin', each['start'], each['end'], vms=each['vms'], flavor='m1.small'))
+            assert fits == each['booked']
+
+    def edit_one(self):
+        name = self.pick(series=True)
+        if not name:
+            return
+        each = self.events[name]
+        days = [each['start'] + timedelta(days=n) for n in range(each['days'])]
+        at = self.random.choice(days)
+        if at in each['skips'] or at in each['moved']:
+            return
+        if self.random.random() < .4 and len(each['skips']) < each['days'] - 1:
+            each['skips'].add(at)
+            self.put(name)
+            self.bob.skip(name, occurrence=at)
+            return
+        start = at + hours(self.random.choice([-2, -1, 1, 2]))
+        each['moved'][at] = start, start + hours(1)
+        fits = self.put(name)
+        assert fits == self.done(lambda: self.bob.update(name, occurrence=at, start=start, end=start + hours(1)))
+        if not fits:
+            del each['moved'][at]
+            self.put(name)
+
+    def delete(self):
+        name = self.pick(series=False)
+        if not name:
+            return
+        if self.events.pop(name)['booked']:
+            self.bob.delete(name)
+        self.random.choice(self.programs).ask('DELETE', f'demo/{name}.ics', status=204)
+
+    def compare(self):
+        found = [cmres.run('SELECT start, "end", vms FROM occurrence WHERE resource_id = ? AND cancelled IS NULL ORDER BY 1, 2, 3', id).fetchall()
+                 for id in (1, 2)]
+        assert found[0] == found[1]
+        steps = [cmres.run('SELECT at, vms FROM step WHERE resource_id = ? ORDER BY at', id).fetchall() for id in (1, 2)]
+        assert steps[0] == steps[1] and self.world.service.check()['differences'] == 0
+
+    def sync(self, number: int):
+        """What a program has after it has asked for the differences is what there is."""
+        token, mirror = self.seen[number]
+        token, changed = self.programs[number].changes(token)
+        mirror = {name: etag for name, etag in (mirror | changed).items() if etag}
+        assert mirror == self.programs[number].changes()[1]
+        self.seen[number] = token, mirror
+
+
+@pytest.mark.parametrize('seed', range(3))
+def test_whatever_two_programs_do_the_store_is_what_the_operations_would_have_made(world, seed):
+    choice = random.Random(seed)
+    twin = Twin(world, choice)
+    for _ in range(12):
+        choice.choice([twin.add, twin.add, twin.change, twin.change, twin.edit_one, twin.delete])()
+        twin.compare()
+        if choice.random() < .5:
+            twin.sync(choice.randrange(2))
+    twin.sync(0)
+    twin.sync(1)
+
+
+def test_a_token_for_one_resource_has_its_calendar_alone(dav, world):
+    world.service.resource_add('gpu', cloud='simulated', vms=4, default_flavor='m1.small')
+    one = Program(world, resource='gpu')
+    assert [*properties(one.ask('PROPFIND', '', asked('D:displayname'), Depth='1'))] == ['/dav/eva/', '/dav/eva/gpu/', '/dav/eva/all/']
+    one.put('a', drawn(), 201, calendar='gpu')
+    one.ask('PROPFIND', 'demo/', Depth='0', status=404)
+    one.put('b', drawn('two', '20261201T140000Z', '20261201T160000Z', 'LOCATION:1 x m1.small on demo'), calendar='all')
+    assert [each['resource'] for each in world.service.list()] == ['gpu'] and 'NOT RESERVED' in one.get('b', 'all')
+
+
+def test_a_resource_is_drawn_on_only_if_an_admin_says_what_one_gets(world):
+    with pytest.raises(Invalid, match='needs a flavor'):
+        world.service.resource_update('demo', default_image='cirros')
+    with pytest.raises(Invalid, match='no cloud'):
+        world.service.resource_add('bare', default_flavor='m1.small')
+    assert world.service.resource_update('demo', default_flavor='m1.small')['default_vms'] == 1
+    assert world.service.resource_update('demo', default_vms=0)['default_flavor'] == 'm1.small'
+    dav = Program(world)
+    dav.ask('PROPFIND', 'demo/', Depth='0', status=404).mustcontain("there is no calendar 'demo'")
+    world.service.resource_add('bare', vms=4, default_vms=3)
+    dav.put('a', drawn(), 201, calendar='bare')
+    assert [(each['vms'], each['flavor']) for each in world.service.list()] == [(3, '')]
+
+
+def test_the_page_tells_how_programs_come_to_the_calendars_and_makes_a_token_for_one(world):
+    page = as_visitor(world).get('/tokens')
+    assert 'http://127.0.0.1:8080/dav/' in page.text and all(name in page.text for name in cmres.HOW_TO_ADD)
+    form = [each for each in page.forms.values() if 'scopes' in each.fields and each['scopes'].attrs.get('type') == 'hidden'][-1]
+    token = re.search('cmres_[A-Za-z0-9_-]{40,}', form.submit().text)[0]
+    assert cmres.actor_of(token).scopes == {'calendar'}
+
+
+def invitation(mail):
+    """The method and the event of a mail that invites."""
+    (part,) = [each for each in mail.walk() if each.get_content_type() == 'text/calendar']
+    calendar = icalendar.Calendar.from_ical(part.get_content().encode() if isinstance(part.get_content(), str) else part.get_content())
+    assert part.get_param('method') == calendar['METHOD']
+    (event,) = calendar.walk('VEVENT')
+    return str(calendar['METHOD']), event
+
+
+def test_guests_get_a_lesson_in_their_own_calendars(mails):
+    world, came = mails(timezone='Europe/Paris')
+    eva = world.as_user()
+    book(eva, 'lab', vms=1, flavor='m1.small', image='cirros', description='bring a laptop', invite=['ann@example.org', 'bob@example.org'])
+    world.cycle.settle()
+    assert sorted(mail['To'] for mail in came) == ['ann@example.org', 'bob@example.org']
+    method, event = invitation(came[0])
+    assert (method, event['DTSTART'].dt, event['SUMMARY'], event['STATUS']) == ('REQUEST', NOON + hours(1), 'lab', 'CONFIRMED')
+    assert came[0]['Subject'] == '[cmres] Invitation: lab, Tue 1 Dec 2026, 14:00 (Europe/Paris)' and event['ATTENDEE'] == f"mailto:{came[0]['To']}"
+    uid, sequence = event['UID'], event['SEQUENCE']
+    eva.update('lab', start=NOON + hours(2), end=NOON + hours(3))
+    world.cycle.settle()
+    method, event = invitation(came[2])
+    assert (method, event['DTSTART'].dt, event['UID']) == ('REQUEST', NOON + hours(2), uid) and event['SEQUENCE'] > sequence
+    for n in (2, 2.01, 2.02):
+        world.at(n)
+    method, event = invitation(came[4])
+    assert event['DESCRIPTION'].startswith('bring a laptop\nssh 10.0.0.') and came[4]['Subject'].startswith('[cmres] Ready: lab')
+    eva.delete('lab')
+    world.cycle.settle()
+    method, event = invitation(came[6])
+    assert (method, event['STATUS'], event['UID']) == ('CANCEL', 'CANCELLED', uid) and len(came) == 8
+
+
+def test_who_wants_no_more_invitations_gets_none(mails):
+    world, came = mails()
+    book(world.as_user(), invite=['ann@example.org'])
+    world.cycle.settle()
+    link = urlsplit(re.search(r'No more such mails: (\S+)', came[0].get_body().get_content())[1]).path
+    web = webtest.TestApp(cmres.web(world.service))
+    web.get(link[:-1] + 'x', status=404)
+    assert 'button' in web.get(link).text
+    book(world.as_user(), 'second', 3, 4, invite=['ann@example.org'])
+    world.cycle.settle()
+    assert len(came) == 2
+    web.post(link)
+    book(world.as_user('bob'), 'third', 5, 6, invite=['Ann@example.org'])
+    world.cycle.settle()
+    assert len(came) == 2
+
+
+def test_invitations_are_bounded_and_go_where_mails_may(mails):
+    world, came = mails(invitations_per_day=2, mail_domains='example.org')
+    for wrong, why in ((['ann@other.org'], 'no mails are sent'), (['x'], 'no mail address'), ([f'a{n}@example.org' for n in range(201)], 'at most 200')):
+        with pytest.raises(Invalid, match=why):
+            book(world.as_user(), invite=wrong)
+    book(world.as_user(), invite=['ann@example.org', 'bob@example.org', 'cy@example.org'])
+    book(world.as_user('max'), 'other', invite=['ann@example.org'])
+    world.cycle.settle()
+    assert len(came) == 3
+
+
+def test_a_series_is_one_invitation_and_an_event_that_is_drawn_invites_its_attendees(mails):
+    world, came = mails()
+    world.service.resource_update('demo', default_vms=1)
+    dav = Program(world)
+    dav.put('a', lessons('ORGANIZER:mailto:eva@example.org', 'ATTENDEE;CN=Ann;PARTSTAT=NEEDS-ACTION:mailto:ann@example.org',
+                         'ATTENDEE:MAILTO:eva@example.org', 'ATTENDEE:urn:x'), 201)
+    assert world.service.show('lesson')['invite'] == ['ann@example.org'] and 'ATTENDEE;CN=Ann' in dav.get('a')
+    world.cycle.settle()
+    (mail,) = came
+    _, event = invitation(mail)
+    assert event['DTSTART'].dt == NOON + hours(2) and len(event['RDATE'].dts) == 3
+    world.as_user().skip('lesson', occurrence=date(2026, 12, 3))
+    world.cycle.settle()
+    method, event = invitation(came[1])
+    assert method == 'REQUEST' and len(event['RDATE'].dts) == 2
+    dav.ask('DELETE', 'demo/a.ics', status=204)
+    world.cycle.settle()
+    assert invitation(came[2])[0] == 'CANCEL'
+
+
 # Page ########################################################################
 
 
@@ -17799,6 +18499,115 @@ def test_a_person_subscribes_with_vdirsyncer_and_sees_it_in_khal(served, tmp_pat
     after = seen()
     assert '2190-12-03 10:00 2190-12-03 12:00 lab' in after and '2190-12-01' not in after
     assert 'class' not in after or 'CANCELLED' in after[after.index('class'):].upper()
+
+
+CALDAV_CLIENTS = Path(os.environ.get('CLIENTS', 'no')).parent / 'caldav'  # `make test-clients` makes it
+calendars = [pytest.mark.clients, pytest.mark.skipif(not CALDAV_CLIENTS.exists(), reason='needs the programs of make test-clients')]
+
+
+def with_clients(test):
+    return functools.reduce(lambda test, mark: mark(test), calendars, test)
+
+
+@pytest.fixture
+def drawing(serving, tmp_path):
+    """`serve` with a calendar to draw in, and the token of somebody who does."""
+    serve = serving('--demo')
+    status, _ = serve.ask('PATCH', '/resource/demo', {'vms': 1000, 'default_vms': 2})
+    status, made = serve.ask('POST', '/token/', {'user': 'eva', 'project': 'biology', 'role': 'user'})
+    return serve, made['token']
+
+
+#: What is deliberately not there, in the words of python-caldav.
+PROFILE = {name: {'support': 'unsupported'} for name in (
+    'create-calendar', 'delete-calendar', 'save-load.todo', 'save-load.journal', 'scheduling', 'principal-search')} | {
+    name: {'support': 'full'} for name in ('calendar-color', 'calendar-order', 'save.no-uid-conflict', 'well-known')} | {
+    'tests-cleanup-calendar': {}}
+
+
+@with_clients
+def test_calendar_clients_python_caldav_finds_no_fault(drawing, tmp_path):
+    """Its own test-suite, against a server that it knows nothing of but a profile."""
+    serve, token = drawing
+    suite = tmp_path / 'suite'
+    shutil.copytree(CALDAV_CLIENTS / 'suite', suite)
+    server = {'type': 'external', 'enabled': True, 'url': f'{serve.url}/dav/', 'username': 'eva', 'password': token, 'features': PROFILE}
+    (suite / 'tests' / 'caldav_test_servers.yaml').write_text(yaml.safe_dump({'test-servers': {'cmres': server}}))
+    done = subprocess.run([f'{CALDAV_CLIENTS}/bin/python', '-m', 'pytest', '-q', '-p', 'no:cacheprovider', '-W', 'ignore', '-k', 'ForServer',
+                           '-o', 'asyncio_default_fixture_loop_scope=function', 'tests/test_caldav.py'], cwd=suite, text=True,
+                          capture_output=True, env=environment() | {'PYTHON_CALDAV_TEST_DOCKER': '0', 'PYTHON_CALDAV_TEST_EMBEDDED': '0'})
+    passed = re.search(r'(\d+) passed', done.stdout)
+    assert done.returncode == 0 and int(passed[1]) >= 40, done.stdout[-3000:] + done.stderr[-3000:]
+
+
+TWO_WAYS = '''[general]
+status_path = "{folder}/status"
+[pair both]
+a = "mine"
+b = "cmres"
+collections = ["demo"]
+conflict_resolution = "b wins"
+[storage mine]
+type = "filesystem"
+path = "{folder}/mine"
+fileext = ".ics"
+[storage cmres]
+type = "caldav"
+url = "{url}/dav/"
+username = "eva"
+password = "{token}"
+'''
+
+
+DRAWN_IN_KHAL = '''[calendars]
+[[demo]]
+path = {folder}/mine/demo
+[locale]
+local_timezone = UTC
+default_timezone = UTC
+dateformat = %Y-%m-%d
+longdateformat = %Y-%m-%d
+timeformat = %H:%M
+datetimeformat = %Y-%m-%d %H:%M
+longdatetimeformat = %Y-%m-%d %H:%M
+[sqlite]
+path = {folder}/khal.db
+'''
+
+
+@with_clients
+@pytest.mark.skipif(not program('vdirsyncer') or not program('khal'), reason='needs vdirsyncer and khal')
+def test_calendar_clients_vdirsyncer_and_khal_draw_change_and_delete(drawing, tmp_path):
+    serve, token = drawing
+    (tmp_path / 'sync.conf').write_text(TWO_WAYS.format(folder=tmp_path, url=serve.url, token=token))
+    (tmp_path / 'khal.conf').write_text(DRAWN_IN_KHAL.format(folder=tmp_path))
+
+    def does(name, config, *argv):
+        done = subprocess.run([program(name), '-c', str(tmp_path / config), *argv], cwd=tmp_path, text=True, capture_output=True,
+                              input='y\n' * 9, env=environment() | {'HOME': str(tmp_path)}, timeout=120)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    def reserved():
+        return [(each['label'], each['start'][:16], each['vms']) for each in serve.ask('GET', '/reservation/')[1] if each['state'] == 'reserved']
+    day = f'{datetime.now() + timedelta(days=30):%Y-%m-%d}'
+    does('vdirsyncer', 'sync.conf', 'discover')
+    does('khal', 'khal.conf', 'new', '-a', 'demo', f'{day} 10:00', '12:00', 'Practical')
+    does('khal', 'khal.conf', 'new', '-a', 'demo', f'{day} 14:00', '15:00', 'Huge', '::', '5000 x m1.small')
+    does('vdirsyncer', 'sync.conf', 'sync')
+    assert reserved() == [('practical', f'{day}T10:00', 2)]
+    does('vdirsyncer', 'sync.conf', 'sync')
+    assert 'NOT RESERVED: Huge' in does('khal', 'khal.conf', 'list', day, '1d', '--format', '{title}')
+    (path,) = [each for each in (tmp_path / 'mine' / 'demo').iterdir() if 'Practical' in each.read_text()]
+    path.write_text(path.read_text().replace('T100000', 'T110000').replace('T120000', 'T130000'))
+    does('vdirsyncer', 'sync.conf', 'sync')
+    assert reserved() == [('practical', f'{day}T11:00', 2)]
+    serve.ask('PATCH', '/reservation/practical', {'start': f'{day}T12:00Z'})
+    does('vdirsyncer', 'sync.conf', 'sync')
+    assert 'T120000' in path.read_text()
+    path.unlink()
+    does('vdirsyncer', 'sync.conf', 'sync')
+    assert reserved() == [] and len([*(tmp_path / 'mine' / 'demo').iterdir()]) == 1
 
 
 def test_a_server_on_a_free_port_gives_addresses_that_lead_to_it(served):
