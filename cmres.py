@@ -3786,6 +3786,13 @@ class Session(Table):
     until = peewee.IntegerField(index=True)
 
 
+class Share(Table):
+    """A page of one reservation for who has its address, which is made of `nonce` and our key."""
+    reservation = peewee.ForeignKeyField(Reservation, unique=True)
+    nonce = peewee.CharField()
+    seats = peewee.TextField()  # a JSON list of who sits where
+
+
 class OnceDone(Table):
     """A request that names itself by an Idempotency-Key, so that it is done once."""
     user = peewee.CharField()
@@ -3907,7 +3914,7 @@ class SimulatedServer(Table):
 
 TABLES = [Resource, Reservation, Occurrence, Texts, Capacity, Proposal, ExtraHold, Wait, Limit,
           Step,
-          Server, Claim, Tally, Token, Session, OnceDone, Feed, Subscription, Event, Outbox, Mailed,
+          Server, Claim, Tally, Token, Session, Share, OnceDone, Feed, Subscription, Event, Outbox, Mailed,
           Lease, Fact, SimulatedServer]
 
 #: What brings an older store up to the models above, one function a version. None reads the models,
@@ -3917,7 +3924,7 @@ MIGRATIONS: list[Callable] = [
     lambda: trust_names(), lambda: add_sessions(), lambda: add_ends_of_calls(),
     lambda: keep_resource_ids(), lambda: end_left_calendars(),
     lambda: add_whose(), lambda: add_waits(), lambda: add_sums(), lambda: add_once(),
-    lambda: add_ends_of_tokens()]
+    lambda: add_ends_of_tokens(), lambda: add_shares()]
 
 
 def long_texts(row: str) -> str:
@@ -4671,6 +4678,16 @@ def add_ends_of_tokens() -> None:
         CREATE INDEX IF NOT EXISTS feed_of ON feed (user, project) WHERE revoked IS NULL;
         CREATE INDEX IF NOT EXISTS subscription_of ON subscription (user, project)
           WHERE due IS NOT NULL""")
+
+
+def add_shares() -> None:
+    """Reservations have pages for who has their address."""
+    run_all("""
+        CREATE TABLE share (
+          id INTEGER NOT NULL PRIMARY KEY,
+          reservation_id INTEGER NOT NULL REFERENCES reservation (id),
+          nonce VARCHAR(255) NOT NULL, seats TEXT NOT NULL);
+        CREATE UNIQUE INDEX share_reservation_id ON share (reservation_id)""")
 
 
 # What goes wrong with the store. SQLite's first error is what the user is told, with what helps.
@@ -14005,6 +14022,7 @@ class Reservations(Tokens):
             self.forget_events(rows('SELECT id, at, code, actor, project, resource_id, '
                                     'reservation_id FROM event '
                                     'WHERE reservation_id = ?', old.reservation_id))
+            run('DELETE FROM share WHERE reservation_id = ?', old.reservation_id)
             run('DELETE FROM reservation WHERE id = ?', old.reservation_id)
 
     def forget_events(self, events: list) -> None:
@@ -17414,7 +17432,7 @@ legend { font-weight: 650; padding: 0 }
   align-items: center; padding: 10px 12px }
 .seat > b { font-size: var(--t4); color: var(--accent); text-align: center }
 .qr { width: 148px; height: 148px; background: #fff; border-radius: 8px; padding: 8px }
-.qr path { stroke: #000 }
+.qr path { stroke: #000; stroke-width: 1 }
 /* the first day */
 .hero { text-align: center; padding: 40px 24px; border-radius: 14px;
   background: linear-gradient(180deg, var(--wash), transparent) }
@@ -17482,6 +17500,12 @@ const zone = Intl.DateTimeFormat().resolvedOptions().timeZone;
 if (zone && !/(^|; )zone=/.test(document.cookie)) {
   document.cookie = `zone=${encodeURIComponent(zone)}; path=/; max-age=31536000; samesite=strict`;
   if (/(^|; )zone=/.test(document.cookie) && document.body.dataset.zone !== zone) location.reload();
+}
+
+/* A link to sign in has its token where no server and no log sees it. */
+if (location.pathname === '/sign-in' && location.hash.length > 1) {
+  $('[name=token]').value = location.hash.slice(1);
+  history.replaceState(null, '', '/sign-in');
 }
 
 /* Forms to book: what is typed is checked by the server. */
@@ -17573,7 +17597,7 @@ class Plot {
     const share = each => each[1] / (this.caps[each[2] || 0][0] || 1);
     const least = touched.reduce((one, other) => share(other) < share(one) ? other : one);
     const [most, unit] = this.caps[least[2] || 0];
-    return [least[1] > 0 ? `${least[1]} of ${most} ${unit} free` : 'full', least[1] <= 0];
+    return [least[1] > 0 ? `${least[1]} of ${most} ${unit}free` : 'full', least[1] <= 0];
   }
   say(a, z, words, bad) {
     const box = this.svg.getBoundingClientRect(), home = board.getBoundingClientRect();
@@ -17629,9 +17653,10 @@ class Move {
     const path = `/r/${encodeURIComponent(this.bar.dataset.label)}/try?`;
     const answer = await fetch(path + new URLSearchParams(asked)).catch(() => null);
     if (!answer || a !== this.start || z !== this.end) return;
-    this.fits = answer.ok;
-    this.plot.say(a, z, await answer.text(), !answer.ok);
-    this.plot.draw(a, z, !answer.ok);
+    const words = await answer.text();
+    this.fits = answer.ok && words.startsWith('fits');
+    this.plot.say(a, z, words, !this.fits);
+    this.plot.draw(a, z, !this.fits);
   }
   async drop() {
     clearTimeout(this.timer);
@@ -18104,8 +18129,8 @@ height="{{each.height}}"/>
 <line class="now" x1="{{now}}%" x2="{{now}}%" y2="{{place.height}}"/>
 % end
 % if place.hint:
-<rect class="hint" x="55%" width="9%" y="56" height="40" rx="6"/><text class="hint-t" x="65%"
-y="80">Drag here to book a time</text>
+<rect class="hint" x="{{place.hint}}%" width="9%" y="56" height="40" rx="6"/><text class="hint-t"
+x="{{place.hint + 10}}%" y="80">Drag here to book a time</text>
 % end
 % for bar in place.bars:
 <a class="b {{bar.kind}}" href="{{bar.href}}" aria-label="{{bar.words}}"{{!bar.data}}><rect
@@ -18301,7 +18326,7 @@ id="{{id}}"><thead><tr>
 </div>
 % end
 % if go:
-<p class="line go gap"><button class="main"{{!' name="on_conflict" value="skip"' if kind == 'some' and months else ''}}>{{go}}</button>
+<p class="line go gap"><button class="main"{{!' name="fitting" value="yes"' if kind == 'some' and months else ''}}>{{go}}</button>
 % if waits:
 <button name="wait" value="true">{{waits}}</button>
 % end
@@ -18381,6 +18406,57 @@ href="{{href}}">{{go}}<span class="off"> {{words}}</span></a></div>
 <p id="told" class="off" role="status"></p>
 <div id="live" data-href="{{href}}/live{{query}}" data-tag="{{tag}}">{{!live}}</div>
 {{!share}}
+''', 'share': '''
+<section class="card pad stack gap" id="share"><h2>Share</h2>
+<form method="post" action="/r/{{found['label']}}/share" class="stack">{{!visit.guard}}<input type="hidden"
+name="project" value="{{found['project']}}">
+% if link:
+<p class="line"><code>{{link}}</code><button type="button" class="tiny" data-copy="{{link}}">Copy</button>
+<a href="{{link}}">Open</a></p>
+<p class="soft small">Everybody with this link can see the state, the times and how to log in, and nothing
+else of cmres.</p>
+<label><span>Who sits where, one name a line</span><textarea name="seats" rows="3">{{seats}}</textarea></label>
+<p class="line"><button name="do" value="seats">Save the seats</button>
+<button class="bad" name="do" value="revoke">Revoke the link</button></p>
+% else:
+<p class="soft">Give {{'a student' if n == 1 else 'your students'}} a page with {{counted(n, 'VM')}}
+and a line to log in to each.</p>
+<button name="do" value="make">Make a link</button>
+% end
+</form></section>
+''', 'shared': '''
+<p id="told" class="off" role="status"></p>
+% if drawn:
+<figure class="noscreen"><svg class="qr" viewBox="-1 -1 {{drawn[0] + 2}} {{drawn[0] + 2}}" role="img"
+aria-label="QR code of the address of this page"><path d="{{drawn[1]}}"/></svg></figure>
+% end
+<p class="line noprint"><button class="main" data-copy="">Copy all lines</button><button
+data-print>Print</button></p>
+<div id="live" data-href="{{href}}/live" data-tag="{{tag}}">{{!live}}</div>
+''', 'seats': '''
+<p class="line gap">{{!visit.state(found['state'])}}<span>{{when}} ({{visit.zone.key}})</span></p>
+% if found['description']:
+<p>{{found['description']}}</p>
+% end
+<p class="gap"><b>Find your seat, copy its line, and paste it into a terminal.</b>
+<span class="soft">Save your work before the end: the VMs are {{ends}} then.</span></p>
+<div class="seats gap">
+% for n, name, who, state, lines in lines:
+<div class="seat card"><b>{{n}}</b><span><b><bdi>{{who or name}}</bdi></b>
+<span class="soft small">{{state}}</span><br>
+% for line in lines:
+<code data-line>{{line}}</code>
+% end
+</span>
+% if lines:
+<button class="tiny" data-copy="{{lines[0]}}" aria-label="Copy the line of seat {{n}}">Copy</button>
+% end
+</div>
+% end
+</div>
+% if not lines:
+<p class="soft gap">The VMs have not started yet. This page shows them as soon as they are there.</p>
+% end
 ''', 'live': '''
 <p class="line gap">{{!visit.state(found['state'])}}
 % if ready:
@@ -18597,6 +18673,9 @@ HEADS = {'vms': 'VMs', 'vcpus': 'vCPUs', 'ram': 'RAM (MiB)', 'start': 'From', 'e
          'most_vms': 'VMs at most', 'longest': 'Longest', 'ahead': 'How far ahead',
          'least_notice': 'Least notice', 'vcpu_hours': 'vCPU-hours', 'exempt': 'Exempt within',
          'label': 'Name', 'then': 'Affected reservations', 'hold': 'Least free time'}
+#: What of a reservation that was cancelled is reserved again.
+HAD_AGAIN = ('resource', 'vms', 'flavor', 'image', 'server', 'network', 'key', 'security_groups',
+         'metadata', 'at_end', 'notify', 'description', 'personal', 'user', 'host')
 MOST_LATELY = 300  # events of a project that are looked through for notices
 LENGTHS = ('hold', 'approval', 'no_show')
 #: What of a reservation stands on its page, and what it is called.
@@ -18622,7 +18701,7 @@ TOKEN_COLUMNS = 'id user project role purpose scopes resource added ends last_us
 TITLES = {'resource_add': 'Add a resource', 'resource_update': 'Change a resource',
           'token_add': 'Make a token',
           'maintenance_add': 'Plan a maintenance', 'limit_add': 'Set a limit'}
-DONE = {'extend': 'is longer now', 'keep': 'goes on', 'skip': 'is left out',
+DONE = {'add': 'is reserved again', 'extend': 'is longer now', 'keep': 'goes on', 'skip': 'is left out',
         'undo': 'has the occurrence again', 'delete': 'is cancelled',
         'update': 'is changed', 'accept': 'is yours', 'approve': 'is approved',
         'reject': 'is rejected'}
@@ -18843,9 +18922,9 @@ SIGN, PAD, GAP = 17, 7, 6
 FREELY = 3         # lanes that are opened for a label alone
 MOST_LANES = 8
 MOST_PLACES = 12   # resources on one time line
-MOST_BARS = 250    # reservations on one time line
+MOST_BARS = 200    # reservations on one time line
 MOST_IN_MONTH = 150
-MOST_STEPS_DRAWN = 400   # steps of one resource; else there are spans, each with its peak
+MOST_STEPS_DRAWN = 250   # steps of one resource; else there are spans, each with its peak
 UNITS = {'vms': 'VMs', 'vcpus': 'vCPUs', 'ram': 'MiB RAM'}
 WIDE_LETTERS, THIN_LETTERS = set('mwMW%@'), set("iljtfrI.,:;'|!()[]- 1")
 
@@ -18987,7 +19066,7 @@ def levels_of(place, line: TimeLine, days: list[HeadPart]) -> list[Level]:
                                      MOST_STEPS_DRAWN + 1):
         found.append((line.minute(at), held))
     if len(found) > MOST_STEPS_DRAWN:
-        return spans_of(place, line, (line.end - line.begin) // 336)
+        return spans_of(place, line, (line.end - line.begin) // 168)
     return levelled(found, in_figures(most))
 
 
@@ -19060,7 +19139,7 @@ def drawn_figures(levels: list[Level], line: TimeLine, now: float, limited: bool
         words, kind = ('full', 'full') if limited and not each.free else (words, '')
         x, width = line.extent(begin, after)
         fits = width * WIDE / 100 > text_width(words) + 12
-        if fits and not each.closed and words != before:
+        if fits and not each.closed and words not in (before, '0 used'):
             figures.append((x, words, kind))
             before = words
     return figures
@@ -19166,7 +19245,7 @@ class Drawn(NamedTuple):
     closed: list[tuple]
     bars: list[Bar]
     more: list[tuple]
-    hint: bool
+    hint: int
     height: int
 
 
@@ -19189,13 +19268,13 @@ class Drawing:
         self.now, self.days = line.minute(now.timestamp()), line.days(now.date())
         self.shares: dict[int, float] = defaultdict(float)
 
-    def resource(self, place, found: list, changes: list[dict], hint: bool) -> Drawn:
+    def resource(self, place, found: list, changes: list[dict], hint: int) -> Drawn:
         """All that stands in the row of a resource.
 
         Args:
           found: the reservations
           changes: its maintenances and other changes of capacity
-          hint: whether it says how to begin
+          hint: where it says how to begin, in percent, if it does
         """
         line, levels = self.line, levels_of(place, self.line, self.days)
         limits = {name: n for name, n in in_figures(capacity(place)).items() if n is not None}
@@ -19260,7 +19339,8 @@ class Drawing:
             lanes = max(lanes, spot[0] + 1)
             bars += [self.bar(each, 56 + 25 * spot[0], spot[1], first=n == 0,
                               last=n == len(group) - 1) for n, each in enumerate(group)]
-        more = [(self.days[n].x, f'+{number} more',
+        word = '' if self.line.view == 'month' else ' more'
+        more = [(self.days[n].x, f'+{number}{word}',
                  self.href(view='day', at=self.days[n].at) if self.days[n].view == 'day'
                  else '/list') for n, number in sorted(left.items())]
         return bars, more, lanes
@@ -19581,13 +19661,14 @@ class Pages:
                 ('GET', '/admin/<tab>', self.admin), ('POST', '/admin/decide', self.decide),
                 ('POST', '/admin/people', self.people), ('GET', '/tokens', self.tokens),
                 ('GET', '/r/<label>/change', self.change),
-                ('POST', '/r/<label>/change', self.do_change),
+                ('POST', '/r/<label>/change', self.do_change), ('POST', '/r/<label>/share', self.share),
                 ('GET', '/r/<label>/change/check', self.change_check),
                 ('GET', '/r/<label>/try', self.try_change),
                 ('GET', '/notices', self.notices), ('POST', '/notices', self.mark_read),
                 ('GET', '/docs', self.docs), ('POST', '/do/<name>', self.do)):
             app.route(path, verb, self.visited(handle))
-        for verb, path, handle in (('GET', '/sign-in', self.ask),
+        for verb, path, handle in (('GET', '/sign-in', self.ask), ('GET', '/s/<secret>', self.shared),
+                                   ('GET', '/s/<secret>/live', self.shared_live),
                                    ('POST', '/sign-in', self.sign_in),
                                    ('POST', '/sign-out', self.sign_out),
                                    ('POST', '/zone', self.choose_zone)):
@@ -19851,7 +19932,7 @@ class Pages:
             changes[each['resource']].append(each)
         for place in places:
             own = [each for each in found if each.resource_id == place.id]
-            hint = first and place is places[0]
+            hint = first and place is places[0] and (60 if line.x(drawing.now) < 45 else 10)
             groups[', '.join(filter(None, (place.cloud or 'no cloud', place.region)))].append(
                 drawing.resource(place, own, changes[place.name], hint))
         middle = line.first + (line.after - line.first) / 2
@@ -20029,7 +20110,8 @@ class Pages:
         href, query = f'/r/{quote(label)}', f'?{urlencode(query)}'
         changes = found['state'] not in (*OVER, 'ending')
         return self.page(visit, label, render_page(
-            'reservation', visit=visit, found=found, live=live, href=href, query=query, share='',
+            'reservation', visit=visit, found=found, live=live, href=href, query=query,
+            share=self.share_form(visit, found),
             change=f'{href}/change{query}' if changes else '', tag=hashed(live)[:20]))
 
     def live(self, visit: Visit, label: str, given: dict):
@@ -20074,6 +20156,76 @@ class Pages:
                                    for each in server['addresses']],
             occurrences=self.table(visit, 'Occurrences', columns, comes, {}) if comes else ''
         ), occurrence
+
+    # Sharing
+
+    def share_form(self, visit: Visit, found: dict) -> str:
+        """What stands on a reservation's page of the page that is shared."""
+        shared = row('SELECT h.* FROM share h JOIN occurrence o '
+                     'ON o.reservation_id = h.reservation_id WHERE o.id = ?', found['id'])
+        if not visit.writes or found['state'] in OVER and not shared:
+            return ''
+        return render_page('share', visit=visit, found=found, n=found['vms'], counted=counted,
+                           link=self.share_link(shared) if shared else '',
+                           seats='\n'.join(json.loads(shared.seats)) if shared else '')
+
+    def share_link(self, shared) -> str:
+        """The address of a shared page; nobody can make it without our key."""
+        import bottle
+        here = self.service.config.address or '{0.scheme}://{0.netloc}'.format(
+            bottle.request.urlparts)
+        secret = self.sign('share', f'{shared.id} {shared.nonce}')[:40]
+        return f'{here}/s/{shared.id}-{secret}'
+
+    def share(self, visit: Visit, label: str, given: dict):
+        """Makes or revokes the address of a shared page, or says who sits where."""
+        if not visit.writes:
+            raise Forbidden(f"your role is {visit.actor.role}, so you can't share reservations")
+        seats = [each.strip()[:100] for each in given.get('seats', '').splitlines()][:1000]
+        with visit.service.writing():
+            found = visit.service.mine(label, given.get('project', ''), live=False)
+            if given.get('do') == 'revoke':
+                run('DELETE FROM share WHERE reservation_id = ?', found.reservation)
+            else:
+                run('INSERT INTO share (reservation_id, nonce, seats) VALUES (?, ?, ?) ON CONFLICT '
+                    '(reservation_id) DO UPDATE SET seats = excluded.seats', found.reservation,
+                    secrets.token_hex(8), json.dumps(seats))
+        words = {'revoke': 'The link is revoked: nobody can use it any more',
+                 'seats': 'The seats are saved'}.get(given.get('do'), 'Everybody with the link '
+                                                     'below can see this reservation')
+        return self.onward(visit.href(found.label, found.project) + '#share', words)
+
+    def shared(self, visit: Visit, secret: str, given: dict):
+        """The page of one reservation, for who has its address; nothing else is on it."""
+        found, text = self.seats(visit, secret)
+        return self.page(visit, found['label'], render_page(
+            'shared', visit=visit, live=text, tag=hashed(text)[:20], href=f'/s/{secret}',
+            drawn=qr_path(f'{self.share_link(found["shared"])}')))
+
+    def shared_live(self, visit: Visit, secret: str, given: dict):
+        """What is live of that page."""
+        return self.unless_same(self.seats(visit, secret)[1])
+
+    def seats(self, visit: Visit, secret: str) -> tuple[dict, str]:
+        """A reservation that is shared, and its VMs as seats."""
+        id, _, sign = secret.partition('-')
+        shared = row('SELECT h.*, r.label, r.user, r.project FROM share h JOIN reservation r '
+                     'ON r.id = h.reservation_id WHERE h.id = ?', int(id)) if re.fullmatch(
+                         '[0-9]{1,18}', id) else None
+        if not shared or not any(secrets.compare_digest(
+                sign.encode(), self.sign('share', f'{shared.id} {shared.nonce}', key)[:40].encode())
+                for key in self.keys):
+            raise NotFound('this link is not known, or was revoked. Ask who gave it to you')
+        service = self.service.acting(Actor(shared.user, shared.project, READER))
+        occurrence = service.next_of(shared.reservation_id)
+        found = public(service.occurrence(occurrence.id)) | {'shared': shared}
+        login, names = self.service.config.login, json.loads(shared.seats)
+        lines = [(n, each['name'], names[n - 1] if n <= len(names) else '', each['state'], [
+            login.replace('{address}', address) for address in each['addresses']])
+            for n, each in enumerate(service.servers_of(occurrence.id), 1)]
+        return found, render_page('seats', visit=visit, found=found, lines=lines,
+                                  when=visit.span(found['start'], found['end']),
+                                  ends=ENDS_SO[found['at_end'] or 'delete'])
 
     # Changing
 
@@ -20154,10 +20306,10 @@ class Pages:
         try:
             answer = self.changed(visit, label, given, True)
         except Error as error:
-            return answered(f'does not fit: {error}'[:160], error.status, PLAIN_TEXT)
+            return answered(f'does not fit: {error}'[:160], headers=PLAIN_TEXT)
         free = [each['free_vms'] for each in visit.service.usage(
             answer['resource'], answer['start'], answer['end']) if each['free_vms'] is not None]
-        return answered(f'fits, {min(free)} VMs free there now' if free else 'fits', 200, PLAIN_TEXT)
+        return answered(f'fits, {min(free)} VMs free there now' if free else 'fits', headers=PLAIN_TEXT)
 
     def do_change(self, visit: Visit, label: str, given: dict):
         """Changes a reservation, or says in the same form why not."""
@@ -20531,7 +20683,8 @@ class Pages:
 
     def add(self, visit: Visit, given: dict):
         """Books what the form says, or with its other button only checks it."""
-        said = {name: given.get(name, '') for name in BOOKING}
+        said = {name: given.get(name, '') for name in BOOKING} | (
+            {'on_conflict': 'skip'} if given.get('fitting') else {})
         verdict, status = self.tried(visit, said, True) if 'check' in given else UNCHECKED, 200
         if 'check' not in given:
             try:
@@ -20796,6 +20949,11 @@ class Pages:
         onward, sure, once = local(given.get('next')), given.pop('sure', ''), given.pop('once', '')
         checks = given.pop('check', '')
         said = {field: value for field, value in given.items() if field != 'next'}
+        undo = None
+        if name == 'delete':
+            found = self.to_cancel(visit, said)
+            undo = undo_of_cancel(found, said)
+            sure = sure or not found['servers'] and undo
         if name in ASKS and not sure:
             return self.page(visit, 'Are you sure?', render_page(
                 'sure', visit=visit, operation=name, fields=given, words=DEEDS[name][0],
@@ -20826,7 +20984,17 @@ class Pages:
             return self.page(visit, 'Done', render_page(
                 'secret', words=told_done(name, said, answer), secret=answer[secret.pop()],
                 back=onward))
-        return self.onward(onward, told_done(name, asked, answer), undo_of(name, said, answer))
+        return self.onward(onward, told_done(name, asked, answer),
+                           undo or undo_of(name, said, answer))
+
+    def to_cancel(self, visit: Visit, said: dict) -> dict:
+        """What a form to cancel is about; without VMs and with Undo, it need not ask first."""
+        try:
+            return visit.service.show(**bind(API['show'], {
+                name: said[name] for name in ('label', 'project', 'occurrence')
+                if said.get(name)}, visit.here))
+        except Error:  # the operation says why
+            return {'servers': ['unknown']}
 
     def refused(self, visit: Visit, name: str, said: dict, error: Error, back: str):
         """The form that was refused, with what was typed, and why."""
@@ -20898,6 +21066,18 @@ def seen_by() -> int:
     return int(seen) if re.fullmatch('[0-9]{1,18}', seen) else 0
 
 
+def qr_path(text: str) -> tuple[int, str] | None:
+    """The QR code of a text as a drawing: how wide it is, and its path; None without segno."""
+    try:
+        import segno
+    except ImportError:  # it is optional
+        return None
+    matrix = segno.make(text, micro=False, error='m').matrix
+    spots = (f'M{x} {y + .5}h1' for y, line in enumerate(matrix) for x, dark in enumerate(line)
+             if dark)
+    return len(matrix), ''.join(spots)
+
+
 def in_field(value) -> str:
     """A value of an answer as a field of a form has it."""
     if isinstance(value, dict):
@@ -20950,6 +21130,21 @@ def undo_of(name: str, said: dict, answer) -> tuple[str, dict] | None:
         before = answer['end'] - parse_duration(said['by'])
         return 'update', kept | {'end': to_plain(before)}
     return None
+
+
+def undo_of_cancel(found: dict, said: dict) -> tuple[str, dict] | None:
+    """What has again what is cancelled, if it holds little and is not a whole series."""
+    kept = {name: said[name] for name in ('label', 'project', 'next') if said.get(name)}
+    if said.get('occurrence') and not said.get('following'):
+        return 'skip', kept | {'occurrence': said['occurrence'], 'undo': 'true'}
+    if found.get('tz') or 'label' not in found or found.get('user_data') or found['request']:
+        return None
+    fields = {name: in_field(found[name]) for name in HAD_AGAIN if found[name]}
+    times = {name: to_plain(found[name]) for name in ('start', 'end')}
+    lead = {'lead': f"{found['lead']}s"} if found['lead'] else {}
+    wait = {'wait': 'true'} if found['state'] == 'waiting' else {}
+    undo = kept | fields | times | lead | wait
+    return ('add', undo) if len(json.dumps(undo)) < 2000 else None
 
 
 def told_done(name: str, said: dict, answer) -> str:

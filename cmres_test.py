@@ -14765,10 +14765,31 @@ def verdict_of(page):
 
 def test_cancel_on_the_page_of_an_occurrence_cancels_that_one(world):
     book(world.as_user(), 'class', start=10, end=11, repeat='daily', count=4)
-    asks = form_of(occurrence_page(as_visitor(world), 'class', 2), '/do/delete').submit(status=200)
+    visitor = as_visitor(world)
+    asks = form_of(visitor.get('/r/class'), '/do/delete').submit(status=200)
     assert 'Are you sure?' in asks and states(world) == ['reserved'] * 4
-    form_of(asks, '/do/delete').submit(status=303)
+    page = form_of(occurrence_page(visitor, 'class', 2), '/do/delete').submit(status=303).follow()
     assert states(world) == ['reserved', 'reserved', 'cancelled', 'reserved']
+    undo_form(page).submit(status=303)
+    assert states(world) == ['reserved'] * 4
+
+
+def test_what_is_cancelled_on_the_page_is_had_again_by_undo(world):
+    visitor = as_visitor(world)
+    book(world.as_user(), start=4, end=5, vms=3, flavor='m1.small', image='cirros', lead=timedelta(minutes=5),
+         notify=['eva@example.org'], metadata={'a': 'b'}, description='Lab 3')
+    before = world.service.show('lab')
+    page = form_of(visitor.get('/list'), '/do/delete').submit(status=303).follow()
+    assert world.state('lab') == 'cancelled' and "'lab' is cancelled" in page.html.text
+    assert undo_form(page).submit(status=303).follow()
+    after = world.service.show('lab')
+    same = before.keys() - {'id', 'added', 'changed', 'uid'}
+    assert {name: after[name] for name in same} == {name: before[name] for name in same}
+
+
+def undo_form(page):
+    """What takes back what was just done."""
+    return next(form for form in page.forms.values() if 'class="left"' in form.text)
 
 
 @pytest.mark.parametrize('deed', ['skip', 'extend'])
@@ -15081,6 +15102,251 @@ def test_another_projects_reservation_is_not_there(world):
         said = {'label': 'secret', 'project': 'physics', 'form': guard, 'sure': 'yes'} | more
         assert visitor.post(f'/do/{deed}', said, status='*').status_int in (403, 404)
     assert world.state('secret') == 'reserved' and 'secret' not in visitor.get('/')
+
+
+def test_a_page_is_shared_with_who_has_its_address_until_that_is_revoked(world):
+    eva, stranger = as_visitor(world), webtest.TestApp(cmres.web(world.service))
+    book(world.as_user(), flavor='m1.small', image='cirros', vms=2, description='Lab 3')
+    book(world.service, 'other', start=5, end=6)
+    form_of(eva.get('/r/lab'), '/r/lab/share').submit('do', index=0, status=303)
+    form = form_of(eva.get('/r/lab'), '/r/lab/share')
+    form['seats'] = 'Ana\n<Bo>'
+    page = form.submit('do', index=0, status=303).follow()
+    link = page.html.find(id='share').find('a')['href']
+    assert 'The VMs have not started yet' in stranger.get(link)
+    for moment in (1, 1.01):
+        world.at(moment)
+    shown = stranger.get(link)
+    assert sorted(each.text for each in shown.html.select('.seat code')) == ['ssh 10.0.0.2', 'ssh 10.0.0.3']
+    assert 'Ana' in shown and '&lt;Bo&gt;' in shown and 'active' in shown and 'Lab 3' in shown
+    assert 'eva' not in shown and 'biology' not in shown and 'other' not in shown and not shown.html.select('nav')
+    live = stranger.get(urlsplit(link).path + '/live')
+    assert stranger.get(urlsplit(link).path + '/live', headers={'If-None-Match': live.headers['ETag']}, status=304)
+    for wrong in (link[:-1], link + '0', link.replace('/s/1-', '/s/2-'), '/s/x', '/s/1-'):
+        assert 'this link is not known' in stranger.get(wrong, status=404).html.text
+    form_of(eva.get('/r/lab'), '/r/lab/share').submit('do', index=1, status=303)
+    stranger.get(link, status=404)
+    form_of(eva.get('/r/lab'), '/r/lab/share').submit('do', index=0, status=303)
+    stranger.get(link, status=404)  # a new link is another
+
+
+def test_only_who_may_change_a_reservation_shares_it(world):
+    book(world.as_user())
+    for visitor, status in ((as_visitor(world, 'tom', 'physics'), 404), (as_visitor(world, role='reader'), 403)):
+        guard = form_of(visitor.get('/'), '/sign-out')['form'].value
+        visitor.post('/r/lab/share', {'form': guard, 'do': 'make', 'project': 'biology'}, status=status)
+    assert cmres.rows('SELECT * FROM share') == []
+
+
+def test_what_is_forgotten_is_shared_no_more(tmp_path):
+    world = World(tmp_path, retention=1)
+    book(world.as_user(), 'lab')
+    form_of(as_visitor(world).get('/r/lab'), '/r/lab/share').submit('do', index=0, status=303)
+    book(world.as_user(), 'fresh', 24 * 35, 24 * 35 + 1)
+    for hour in (5, *(24 * 36 + number for number in range(12))):
+        world.at(hour)
+    assert cmres.rows('SELECT * FROM share') == []
+    with pytest.raises(NotFound):
+        world.service.show('lab')
+    cmres.close_store()
+
+
+def test_without_segno_there_is_no_qr_code_and_with_it_there_is(monkeypatch):
+    monkeypatch.setitem(sys.modules, 'segno', None)
+    assert cmres.qr_path('https://example.org') is None
+
+
+@pytest.mark.parametrize('line, fields, start, end', [
+    ('15 ubuntu every tue 10-12 until 23 feb not 22 dec',
+     {'vms': '15', 'image': 'ubuntu-24.04', 'repeat': 'every tue', 'until': '23 Feb 2027', 'skip_dates': '22 Dec 2026'},
+     '2026-12-08T10:00', '2026-12-08T12:00'),
+    ('2 ubuntu now for 2h', {'vms': '2', 'image': 'ubuntu-24.04'}, '2026-12-01T12:00', '2026-12-01T14:00'),
+    ('3 x m1.small debian on gpu 8 dec 9am-11am as lab',
+     {'vms': '3', 'flavor': 'm1.small', 'image': 'debian-12', 'resource': 'gpu', 'label': 'lab'},
+     '2026-12-08T09:00', '2026-12-08T11:00'),
+    ('10 cirros every tue and thu at 14:00 for 90 min 5 times',
+     {'vms': '10', 'image': 'cirros', 'repeat': 'every tue and thu', 'count': '5'}, '2026-12-01T14:00', '2026-12-01T15:30'),
+    ('hold 8 on demo fri 1-3pm', {'vms': '8', 'resource': 'demo', 'what': 'hold'}, '2026-12-04T13:00', '2026-12-04T15:00'),
+    ('2 vms now until 17:00', {'vms': '2'}, '2026-12-01T12:00', '2026-12-01T17:00'),
+    ('5 ubuntu every weekday 10-12 until 18 dec not 8 dec, 10 dec',
+     {'vms': '5', 'image': 'ubuntu-24.04', 'repeat': 'every weekday', 'until': '18 Dec 2026',
+      'skip_dates': '8 Dec 2026, 10 Dec 2026'}, '2026-12-02T10:00', '2026-12-02T12:00'),
+    ('22-2 tomorrow', {}, '2026-12-02T22:00', '2026-12-03T02:00'),
+    ('4 gpus for 12 h before monday, anywhere', {'vms': '4', 'before': '7 Dec 2026'}, '2026-12-01T13:00', '2026-12-02T01:00')])
+def test_a_line_is_read_into_the_fields_of_a_form(line, fields, start, end):
+    names = {'resource': ['demo', 'gpu'], 'image': ['cirros', 'debian-12', 'ubuntu-22.04', 'ubuntu-24.04'],
+             'flavor': ['m1.small', 'm1.tiny']}
+    read = cmres.QuickLine(line, cmres.Here(now=NOON, zone=zoneinfo.ZoneInfo('UTC')), names)
+    assert read.fields == {'what': 'image'} | fields and read.unknown == ''
+    assert (read.start, read.end) == tuple(datetime.fromisoformat(each).replace(tzinfo=UTC) for each in (start, end))
+
+
+def test_what_is_not_understood_of_a_line_is_told_and_nothing_is_lost(world):
+    page = as_visitor(world).get('/book?' + urlencode({'q': '3 windoze every tue 10-12 until caturday'}))
+    assert [each.text for each in page.html.select('.said .no')] == ['not understoodwindoze caturday']
+    assert page.html.select('.ask input')[0]['value'] == '3 windoze every tue 10-12 until caturday'
+
+
+def test_a_weekly_class_takes_one_line_and_one_button(world):
+    book(world.service, 'full', start=7 * 24 - 2, end=7 * 24, vms=10)  # Tue 8 Dec, 10 to 12
+    visitor = as_visitor(world)
+    page = visitor.get('/book?' + urlencode({'q': '8 cirros every tue 10-12 until 23 feb not 22 dec as class'}))
+    assert '10 of 11 dates fit' in page and '8 Dec 2026 does not fit.' in page.html.text
+    marks = {re.match(r'\d+', each.text)[0]: each['class'][0] for each in page.html.select('.cal td span')}
+    assert (marks['8'], marks['22'], marks['15']) == ('no', 'out', 'ok')
+    page = form_of(page, '/book').submit('fitting', status=303).follow()
+    assert "'class' is reserved" in page.html.text
+    assert [each['start'].day for each in world.service.list('class') if each['state'] == 'reserved'][:3] == [15, 29, 5]
+    assert {each['image'] for each in world.service.list('class')} == {'cirros'}
+
+
+def test_a_time_is_found_for_what_can_be_anywhere(world):
+    world.service.resource_add('gpu', cloud='simulated', vms=4, classes={'CUSTOM_GPU': 4})
+    book(world.service, 'full', resource='gpu', start=0, end=30, vms=1)
+    page = as_visitor(world).get('/book?' + urlencode({'find': '4 gpus for 12h before sunday'}))
+    assert [each.text for each in page.html.select('.offer b')][0] == 'Wed 2 Dec 2026, 18:00 to Thu 3 Dec 2026, 06:00'
+    found = page.click('^Use', index=0)
+    assert form_of(found, '/book')['resource'].value == 'gpu' and form_of(found, '/book')['vms'].value == '4'
+
+
+def test_who_waits_is_told_their_place_in_the_line(world):
+    book(world.service, 'full', start=20, end=24, vms=16)
+    book(world.service, 'first', start=20, end=22, vms=2, wait=True)
+    visitor = as_visitor(world)
+    page = visitor.get('/book?resource=demo&what=hold&label=lab&start=2026-12-02T09:00&end=2026-12-02T10:00')
+    assert 'Wait for it, 2nd in line' in page
+    form_of(page, '/book').submit('wait', status=303)
+    assert world.state('lab') == 'waiting'
+
+
+def test_all_that_update_can_change_can_be_changed_on_the_page(world):
+    book(world.as_user(), flavor='m1.small', image='cirros', description='old')
+    visitor = as_visitor(world)
+    form = next(each for each in visitor.get('/r/lab/change').forms.values() if each.action.startswith('/r/'))
+    missing = API['update'].parameters.keys() - form.fields.keys()
+    assert missing <= {'label', 'occurrence', 'following', 'tz', 'project', 'dry_run', 'user'}, missing
+    form['rename'], form['image'], form['lead'], form['description'] = 'lab2', 'debian-12', '10m', ''
+    form['metadata'], form['end'] = 'a=b', '15:30'
+    assert 'It fits' in form.submit('check') and world.service.show('lab')['image'] == 'cirros'
+    form.submit(status=303)
+    found = world.service.show('lab2')
+    assert [found[each] for each in ('image', 'lead', 'description', 'metadata', 'end')] == [
+        'debian-12', 600, '', {'a': 'b'}, NOON + hours(3.5)]
+    form['rename'], form['vms'] = 'lab3', '99'
+    visitor.get('/r/lab2/change')
+    form = next(each for each in visitor.get('/r/lab2/change').forms.values() if each.action.startswith('/r/'))
+    form['rename'], form['vms'] = 'lab3', '99'
+    refused = form.submit(status=409)
+    form = next(each for each in refused.forms.values() if each.action.startswith('/r/'))
+    assert (form['rename'].value, form['vms'].value) == ('lab3', '99') and "holds at most 16" in refused
+    assert world.service.show('lab2')['vms'] == 1
+
+
+def test_a_drag_is_tried_without_writing(world):
+    book(world.as_user(), start=4, end=5, vms=10)
+    book(world.service, 'full', start=20, end=24, vms=10)
+    visitor, before = as_visitor(world), None
+    visitor.get('/')
+    before = dump()
+    fits = visitor.get('/r/lab/try?project=biology&occurrence=&start=2026-12-02T14:00&end=2026-12-02T15:00')
+    assert (fits.text, fits.content_type) == ('fits, 16 VMs free there now', 'text/plain')
+    assert 'does not fit' in visitor.get('/r/lab/try?start=2026-12-02T09:00&end=2026-12-02T10:00')
+    with others_writing():
+        visitor.get('/r/lab/try?start=2026-12-02T14:00&end=2026-12-02T15:00')
+    assert dump() == before
+
+
+def test_undo_gives_back_what_was_moved_extended_or_skipped(world):
+    visitor = as_visitor(world)
+    book(world.as_user(), start=4, end=5)
+    book(world.as_user(), 'class', start=10, end=11, repeat='daily', count=4)
+
+    def undone(page):
+        return undo_form(page).submit(status=303)
+    form = form_of(visitor.get('/list'), '/do/extend')
+    page = form.submit(status=303).follow()
+    assert world.service.show('lab')['end'] == NOON + hours(6)
+    undone(page)
+    assert world.service.show('lab')['end'] == NOON + hours(5)
+    guard = form_of(visitor.get('/'), '/sign-out')['form'].value
+    moved = {'label': 'lab', 'project': 'biology', 'start': '2026-12-01T18:00', 'end': '2026-12-01T19:00', 'next': '/',
+             'was_start': '2026-12-01T16:00', 'was_end': '2026-12-01T17:00', 'form': guard}
+    page = visitor.post('/do/update', moved, status=303).follow()
+    assert world.service.show('lab')['start'] == NOON + hours(6)
+    undone(page)
+    assert world.service.show('lab')['start'] == NOON + hours(4)
+    page = [each for each in visitor.get('/r/class').forms.values() if each.action == '/do/skip'][1].submit(status=303).follow()
+    before = [each['state'] for each in world.service.list('class')]
+    assert before.count('cancelled') == 1
+    undone(page)
+    assert [each['state'] for each in world.service.list('class')] == ['reserved'] * 4
+
+
+def test_notices_are_new_until_they_are_marked_as_read(world):
+    visitor = as_visitor(world)
+    book(world.as_user(), start=100, end=101)
+    world.service.maintenance_add('demo', NOON + hours(99), NOON + hours(102), 'new disks')
+    page = visitor.get('/notices')
+    assert page.html.select('.bell')[0]['aria-label'] == 'Notices, 1 unread' and 'new disks' in page.html.text
+    page = form_of(page, '/notices').submit(status=303).follow()
+    assert page.html.select('.bell')[0]['aria-label'] == 'Notices, 0 unread' and 'new disks' in page.html.text
+
+
+def test_tokens_for_many_are_one_file_of_links_made_once(world):
+    visitor = as_visitor(world, 'root', 'default', 'admin')
+    form = form_of(visitor.get('/admin/people'), '/admin/people')
+    form['people'], form['project'], form['lasts'] = 'ana\n\nbo, physics\n', 'biology', '30d'
+    made = form.submit(status=200)
+    head, *lines = csv.reader(io.StringIO(made.text))
+    assert head == ['user', 'project', 'token', 'link'] and [line[:2] for line in lines] == [['ana', 'biology'], ['bo', 'physics']]
+    assert all(line[3].endswith('/sign-in#' + line[2]) for line in lines) and 'attachment' in made.headers['Content-Disposition']
+    form['people'] = f"carl\n{'x' * 300}"
+    before = len(world.service.token_list())
+    refused = form.submit(status=400)
+    assert len(world.service.token_list()) == before
+    assert form_of(refused, '/admin/people')['people'].value.startswith('carl')
+
+
+def test_tables_are_sorted_by_their_heads(world):
+    for n, name in enumerate(('b', 'c', 'a')):
+        book(world.as_user(), name, start=n, end=n + 1, vms=3 - n)
+    visitor = as_visitor(world)
+    page = visitor.get('/list')
+    shown = lambda page: [each.text for each in page.html.select('td[data-name=label] a')]  # noqa: E731
+    assert shown(page) == ['b', 'c', 'a']
+    page = page.click('^Name')
+    assert shown(page) == ['a', 'b', 'c'] and page.html.find(attrs={'aria-sort': 'ascending'})
+    assert shown(page.click('^Name')) == ['c', 'b', 'a'] and shown(page.click('^VMs')) == ['a', 'c', 'b']
+
+
+def test_the_report_is_a_file(world):
+    visitor = as_visitor(world, 'root', 'default', 'admin')
+    book(world.as_user(), start=1, end=3, vms=4)
+    assert [each.text for each in visitor.get('/admin/use').html.select('.heat td')][:2] == ['2', '0']  # 8 of 16 * 24 VM-hours
+    lines = [*csv.DictReader(io.StringIO(visitor.get('/admin/use?format=csv').text))]
+    assert [(each['project'], each['reserved_hours']) for each in lines] == [('biology', '8.0')]
+
+
+@pytest.mark.parametrize('view', cmres.VIEWS)
+@pytest.mark.parametrize('seed', range(3))
+def test_nothing_on_a_plan_touches_anything(view, seed):
+    """Bars and labels of a lane never meet, whatever stands there; what finds no lane is counted."""
+    chance = random.Random(seed)
+    groups = []
+    for n in range(60):
+        x = chance.uniform(0, 990)
+        groups.append(([(x, min(chance.uniform(7, 300), 1000 - x))], [f'name-{n}-of-this · {n} · eva', f'name-{n}-of-this · {n}', f'name-{n}-of-this']))
+    groups.sort()
+    taken = collections.defaultdict(float)
+    placed = [*cmres.in_lanes(groups)]
+    for spot, (boxes, _) in zip(placed, groups):
+        if spot:
+            lane, where = spot
+            assert where.low >= taken[lane] and where.high <= 1000.5 and where.low <= boxes[0][0]
+            if where.side in ('left', 'right'):
+                assert where.high - where.low >= boxes[0][1] + cmres.text_width(where.text)
+            taken[lane] = where.high
+    assert len(taken) <= cmres.MOST_LANES and any(placed)
 
 
 # Page: in a real browser
@@ -15409,6 +15675,92 @@ def test_in_a_browser_no_page_keeps_anybody_out(world, browse):
     page.goto('/r/nothing')
     looked_at(page)
     assert 'status of 404' in page.faults.pop()
+
+
+def test_in_a_browser_ones_own_bar_is_dragged_tried_and_taken_back(world, browse):
+    from playwright.sync_api import expect
+    book(world.as_user(), start=24 - 2, end=24, vms=8)  # Wed 2 Dec, 10 to 12
+    book(world.service, 'full', start=48 - 2, end=48, vms=10)
+    page = browse()
+    signs_in(world, page)
+    plot, read = page.locator('svg.plot'), page.locator('.read')
+    box = plot.bounding_box()
+
+    def at(day, hour):
+        return box['x'] + box['width'] * spot(day, hour), box['y'] + 66
+
+    def dragged(*ends):
+        page.mouse.move(*at(*ends[0]))
+        page.mouse.down()
+        page.mouse.move(*at(*ends[1]), steps=10)
+    page.mouse.move(*at(3, 11))
+    expect(read).to_contain_text(' · 6 of 16 free')
+    dragged((2, 10.4), (3, 10.4))
+    expect(read).to_contain_text('Thu 10:00–12:00 · does not fit')
+    page.mouse.up()
+    expect(page.locator('.b.ghost')).to_have_count(0)
+    assert world.service.show('lab')['start'] == NOON + hours(22)
+    dragged((2, 10.4), (2, 14.4))
+    expect(read).to_have_text('Wed 14:00–16:00 · fits, 16 VMs free there now')
+    page.mouse.up()
+    expect(page.get_by_role('status').filter(has_text='is changed')).to_be_visible()
+    assert world.service.show('lab')['start'] == NOON + hours(26)
+    page.get_by_role('button', name='Undo').click()
+    expect(page.get_by_role('status').filter(has_text='is changed')).to_be_visible()
+    assert world.service.show('lab')['start'] == NOON + hours(22)
+
+
+def test_in_a_browser_a_row_is_one_tab_stop_and_arrows_go_from_bar_to_bar(world, browse):
+    from playwright.sync_api import expect
+    for n in range(3):
+        book(world.as_user(), f'lab-{n}', start=24 * n + 2, end=24 * n + 4)
+    page = browse()
+    signs_in(world, page)
+    page.locator('a.b').first.focus()
+    expect(page.locator('.tip:not(.read)')).to_contain_text('lab-0 · 1')
+    page.keyboard.press('ArrowRight')
+    expect(page.locator('.tip:not(.read)')).to_contain_text('lab-1 · 1')
+    assert page.locator('a.b[tabindex="0"]').count() == 1
+    page.keyboard.press('Enter')
+    expect(page.get_by_role('heading', name='lab-1')).to_be_visible()
+    page.keyboard.press('b')
+    expect(page.get_by_role('heading', name='Book', exact=True)).to_be_visible()
+    page.keyboard.press('/')
+    page.keyboard.type('2 cirros tomorrow 10-12 as typed')
+    page.keyboard.press('Enter')
+    expect(page.locator('#verdict')).to_contain_text('2 VMs (m1.small, cirros) on demo start on Wed 2 Dec 2026, 10:00')
+    page.locator('#verdict').get_by_role('button', name='Book').click()
+    expect(page.get_by_role('heading', name='typed')).to_be_visible()
+
+
+def test_in_a_browser_a_refusal_has_the_focus_and_a_link_signs_in(world, browse):
+    page = browse()
+    token = world.service.token_add('eva', 'biology')['token']
+    page.goto(f'/sign-in#{token}')
+    page.get_by_role('button', name='Sign in').click()
+    page.get_by_role('link', name='Reservations').wait_for()
+    assert token not in page.url
+    page.goto('/book?resource=demo')
+    page.locator('#verdict').get_by_role('button', name='Book').click()
+    page.get_by_role('alert').wait_for()
+    assert page.evaluate('document.activeElement.getAttribute("role")') == 'alert'
+    assert 'status of 400' in page.faults.pop()
+
+
+def test_in_a_browser_a_shared_page_keeps_nobody_out(world, browse):
+    book(world.as_user(), flavor='m1.small', image='cirros', vms=2)
+    form_of(as_visitor(world).get('/r/lab'), '/r/lab/share').submit('do', index=0, status=303)
+    world.at(1), world.at(1.01)
+    page = browse()
+    signs_in(world, page)
+    page.goto('/r/lab')
+    link = page.locator('#share a').get_attribute('href')
+    page.goto('/s/' + link.rpartition('/s/')[2])
+    for width, scheme in itertools.product((1280, 360), ('light', 'dark')):
+        page.set_viewport_size({'width': width, 'height': 800})
+        page.emulate_media(color_scheme=scheme)
+        accessible(page)
+    assert page.locator('.seat').count() == 2
 
 
 # Serving #####################################################################
