@@ -38,6 +38,7 @@ import io
 import itertools
 import json
 import multiprocessing
+import operator
 import os
 import queue
 import random
@@ -53,6 +54,8 @@ import sys
 import threading
 import time
 import types
+import urllib.error
+import urllib.request
 import uuid
 import wsgiref.util
 import zoneinfo
@@ -160,6 +163,12 @@ class World:
         return sorted(server.name for server in self.clouds.open('simulated').present())
 
 
+@pytest.fixture(scope='session', autouse=True)
+def quick_disk():
+    """Only programs that tests start wait for the disk: that is most of what a commit costs."""
+    cmres.db._pragmas = [(name, 'off' if name == 'synchronous' else value) for name, value in cmres.db._pragmas]
+
+
 @pytest.fixture(scope='session')
 def empty(tmp_path_factory):
     """A store that is made once: copying it is faster than making one for each test."""
@@ -248,6 +257,56 @@ def test_no_two_things_of_a_module_have_one_name():
                 [each.name] if isinstance(each, (ast.FunctionDef, ast.ClassDef)) else
                 [target.id for target in getattr(each, 'targets', ()) if isinstance(target, ast.Name)]))
         assert [name for name, number in names.items() if number > 1 and not name.startswith('_')] == []
+
+
+def calls_in(function):
+    """What a function calls, by name, and the statements of SQL in it."""
+    called = collections.defaultdict(list)
+    for each in ast.walk(function):
+        if isinstance(each, ast.Call):
+            called[getattr(each.func, 'id', getattr(each.func, 'attr', ''))].append(each)
+        if isinstance(each, ast.Constant) and isinstance(each.value, str):
+            called['SQL'].append(' '.join(each.value.split()))
+    return called
+
+
+def test_promises_are_made_in_one_place():
+    holding = {'hold', 'release', 'give', 'take', 'admit', 'change_occurrence', 'insert_many', 'write_steps'}
+    loose = {'told', 'due', 'up_told', 'up_check', 'revision', 'revised'}  # no hold, window or state
+    makers = {}
+    for part in ast.parse(MODULE.read_text()).body:
+        for each in part.body if isinstance(part, ast.ClassDef) else [part]:
+            if not isinstance(each, ast.FunctionDef):
+                continue
+            called = calls_in(each)
+            found = {name for name in holding & called.keys() for call in called[name] if isinstance(call.func, ast.Name)}
+            for name in 'change', 'insert':
+                for call in called[name]:
+                    table = getattr(call.args[0], 'id', '') if call.args else ''
+                    if table == 'ExtraHold' or table == 'Occurrence' and {more.arg for more in call.keywords} - loose:
+                        found.add(f'{name} {table}')
+            for text in called['SQL']:
+                written = re.match(r'(INSERT INTO|DELETE FROM|UPDATE) (occurrence|extra_hold|step)\b', text)
+                columns = re.findall(r'(\w+) = ', text.partition(' SET ')[2].partition(' WHERE ')[0]) if written else ()
+                if written and (written[1] != 'UPDATE' or {*columns} - loose):
+                    found.add(f'{written[1]} {written[2]}')
+            if found:
+                makers.setdefault(part.name, {})[each.name] = found
+    # Migrations, and what is forgotten long after its end, promise nothing.
+    for name in ('add_up_told', 'add_whose'):
+        makers.pop(name, None)
+    assert makers.pop('Records', {}).keys() <= {'forget_occurrence'}
+    primitives = {'Ledger', 'release', 'give', 'take', 'admit'}
+    assert makers.keys() - primitives == {'Bookings', 'Policy'}
+    assert makers['Policy'].keys() == {'hold_if_allowed'}
+    # What asks no rule: what is given back, what is there already, and what a rule has let pass before.
+    assert {name for name, found in makers['Bookings'].items() if found & {'hold', 'take', 'admit'}} == {
+        'stays', 'keep_stopped', 'propose', 'hold_capacity'}
+    bookings = next(each for each in ast.parse(MODULE.read_text()).body if getattr(each, 'name', '') == 'Bookings')
+    users = {name: {each.name for each in bookings.body if isinstance(each, ast.FunctionDef) and name in calls_in(each)}
+             for name in ('hold_if_allowed', 'decide_all', 'write_occurrences', 'make_true', 'stays')}
+    assert users == {'hold_if_allowed': {'decide', 'shifted'}, 'decide_all': {'make_true'},
+                     'write_occurrences': {'make_true'}, 'make_true': {'commit'}, 'stays': {'decide_otherwise'}}
 
 
 def test_a_section_uses_only_those_above_it():
@@ -1406,6 +1465,30 @@ def test_readiness_needs_somebody_who_makes_passes(world):
     assert 'the last pass was 3m20s ago' in web.get('/readyz', status=503).json['scheduler']['fault']
 
 
+def test_a_scheduler_of_its_own_tells_what_it_counts_and_how_it_is(world, tmp_path):
+    """On its own port; nothing else is there."""
+    token = world.service.token_add('root', 'default', 'admin', scopes=['read'])['token']
+    process = subprocess.Popen([sys.executable, '-B', str(MODULE), 'scheduler', '--port', '0'], cwd=tmp_path,
+                               env=environment() | {'CMRES_DATABASE': world.config.database, 'CMRES_SWEEP': '0.2'},
+                               stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    try:
+        lines = [process.stdout.readline() for _ in range(2)]
+        url = re.search(r'metrics are at (http://\S+)/metrics', ''.join(lines))[1]
+
+        def get(path, **headers):
+            request = urllib.request.Request(url + path, headers=headers)
+            with contextlib.suppress(urllib.error.HTTPError), urllib.request.urlopen(request, timeout=30) as answer:
+                return answer.status, answer.read().decode()
+            return None
+        until(lambda: 'cmres_cloud_call_seconds_count{cloud="simulated"' in get(
+            '/metrics', Authorization=f'Bearer {token}')[1])
+        assert get('/healthz')[0] == get('/readyz')[0] == 200
+        assert not get('/metrics') and not get(f'{BASE}/reservation/', Authorization=f'Bearer {token}') and not get('/')
+    finally:
+        process.terminate()
+        process.wait(20)
+
+
 WRITER = '''
 import sys
 import cmres
@@ -1498,7 +1581,7 @@ def restored_world(world, tmp_path):
     assert world.state('lost') == 'active'
     there = cmres.rows('SELECT * FROM simulated_server')
     world.cycle.finish()
-    for each in world.cycle.pools.values():
+    for each in world.cycle.workers.pools.values():
         each.shutdown()
     gc.collect()  # with the connections of those threads
     cmres.restore_store(world.config.database, str(tmp_path / 'copy.db'))
@@ -2228,7 +2311,7 @@ def test_a_store_of_before_calls_had_ends_is_brought_up(world):
     boot(world, start=0, length=3)
     book(world.service, 'full', start=30, end=31, vms=16)
     book(world.service, 'waits', start=30, end=31, wait=True)
-    world.cycle.submit = lambda *_: None
+    world.cycle.workers.submit = lambda *_: None
     world.cycle.converge(world.now)
     world.service.delete('waits')
     with cmres.transaction():
@@ -2266,9 +2349,9 @@ def make_tenth():
 
 def bring_up(world):
     """Closes a store that was made older, and migrates it."""
-    for pool in world.cycle.pools.values():
+    for pool in world.cycle.workers.pools.values():
         pool.shutdown()
-    world.cycle.pools.clear()
+    world.cycle.workers.pools.clear()
     cmres.close_store()
     gc.collect()  # with the connections of the threads that worked
     cmres.migrate_store(world.config.database)
@@ -2372,7 +2455,7 @@ def brute_force_windows(held: dict, begin: int, until: int, need: tuple) -> tupl
 def test_steps_agree_with_brute_force_over_thousands_of_random_changes(world):
     """THE RULE against a model that looks at every instant; refusals and the kept usage as well."""
     chance, held, refused = random.Random(20), {}, 0
-    place = world.service.resource_row('demo')._replace(vms=12, vcpus=30, ram=60, classes='{"CUSTOM_GPU": 9}')
+    place = world.service.look.resource_row('demo')._replace(vms=12, vcpus=30, ram=60, classes='{"CUSTOM_GPU": 9}')
     for turn in range(4000):
         if held and chance.random() < 0.45:
             begin, until, amount = held.pop(chance.choice(list(held)))
@@ -3780,7 +3863,7 @@ def furnished(world) -> World:
     book(eva, 'other', start=7, end=8, resource='frees')
     book(eva, 'offered', start=7, end=8, resource='frees', wait=True, confirm=hours(1))
     service.delete('other')
-    service.admit_waiting(service.clock())
+    service.waiting.admit_waiting(service.clock())
     service.limit_add(user='bob', most_vms=1)
     service.maintenance_add('demo', NOON + hours(50), hours(1))
     book(service)
@@ -3880,7 +3963,7 @@ def test_what_waits_does_not_become_a_series(service):
         with pytest.raises(Invalid, match='a series can not wait'):
             service.update('waits', repeat='daily', count=3, dry_run=dry_run)
     service.delete('lab')
-    service.admit_waiting(service.clock())
+    service.waiting.admit_waiting(service.clock())
     assert service.check()['differences'] == 0 and service.show('waits')['state'] == 'reserved'
 
 
@@ -4230,9 +4313,9 @@ def test_what_can_never_fit_is_told_before_what_does_not_fit_now(service):
 
 def test_a_refusal_that_is_out_of_date_when_it_is_explained_is_still_a_refusal(service):
     asked = {name: each.default for name, each in API['add'].parameters.items()}
-    wish = service.read_wish(asked | {'label': 'lab', 'resource': 'demo', 'start': NOON + hours(1),
+    wish = service.wishes.read_wish(asked | {'label': 'lab', 'resource': 'demo', 'start': NOON + hours(1),
                                       'end': NOON + hours(2)})
-    with pytest.raises(NoCapacity), service.explaining(wish):
+    with pytest.raises(NoCapacity), service.offers.explaining(wish):
         raise NoCapacity('')  # as admit did, a moment before somebody else cancelled
 
 
@@ -4694,8 +4777,8 @@ def test_a_look_at_a_cloud_costs_nothing_for_servers_that_are_gone(world, servic
             cmres.run("UPDATE server SET due = ? WHERE state <> 'deleted'", world.now)
         look = cmres.Job(('look', 'simulated'), 'look', 'simulated', None, began=world.now, ended=world.now,
                          answer=([], set()))
-        with world.cycle.acting():
-            costs.append(effort(lambda: world.cycle.record_look(look, world.now)))
+        with world.cycle.leader.acting():
+            costs.append(effort(lambda: world.cycle.reconciler.record_look(look, world.now)))
     assert costs[1] <= 1.5 * costs[0] + 2
 
 
@@ -4829,7 +4912,7 @@ def test_a_pass_asks_one_question_when_nothing_is_due_whatever_has_failed(tmp_pa
         costs.append(len(asked) - before)
         assert len(costs) < 120
         world.now += min(max(wait, 0), 1)
-        until(lambda: cycle.results.qsize() == len(cycle.flying))
+        until(lambda: cycle.workers.results.qsize() == len(cycle.workers.flying))
     cmres.db.connection().set_trace_callback(None)
     assert sorted(costs)[len(costs) // 2] == 1, collections.Counter(asked).most_common(20)
     assert begun[0] < 30, begun  # the lease is renewed every 3 seconds
@@ -6447,7 +6530,7 @@ def test_carrying_on_again_on_the_same_day_changes_nothing(world, service):
     assert [line for line in dump() if 'INTO "lease"' not in line] == before
     for id in (1, 2):
         with cmres.transaction():
-            service.refresh(id, world.now)
+            service.series.refresh(id, world.now)
     assert (len(starts()), len(starts('other'))) == (367, 53) and service.check()['differences'] == 0
 
 
@@ -6524,7 +6607,7 @@ def test_what_was_changed_on_its_own_or_has_begun_or_is_over_stays_when_a_zone_c
     before = [(each.start, each.end) for each in rows_of()]
     government()
     with cmres.transaction():
-        service.refresh(1, world.now)
+        service.series.refresh(1, world.now)
     after = [(each.start, each.end) for each in rows_of()]
     assert after[:7] == before[:7] and after[7][0] == before[7][0] and after[8:10] == before[8:10]
     assert [a - b for (a, _), (b, _) in zip(after[10:], before[10:])] == [-3600] * 2
@@ -8800,7 +8883,7 @@ def test_any_sequence_of_waiting_limits_and_capacities_is_as_lists_would_have_it
         waits = {each['label'] for each in world.service.list(state=['waiting'])}
         assert waits == {entry[4] for entry in plan.line if entry[3][2] > plan.now}
         for at in range(plan.now, plan.now + 24):
-            assert cmres.level(world.service.resource_row('demo').id, (NOON + hours(at)).timestamp()).vms == (
+            assert cmres.level(world.service.look.resource_row('demo').id, (NOON + hours(at)).timestamp()).vms == (
                 plan.held(at) + 16 - plan.room(at))
     cmres.close_store()
 
@@ -8845,7 +8928,7 @@ for n in range(30):
         service.delete(here[0])
         mine.remove(here[0])
     with cmres.transaction():
-        service.admit_waiting(now[0])
+        service.waiting.admit_waiting(now[0])
 print('done')
 """
 
@@ -8881,20 +8964,45 @@ def test_eight_processes_that_add_wait_and_cancel_admit_nobody_out_of_order(worl
     assert let_in > 1 and world.service.check()['differences'] == 0
 
 
-def test_who_is_let_in_and_kept_others_back_is_followed_by_the_first_of_them(tmp_path):
-    """Two that come late are called, one before and one behind those that wait: these are not called then."""
+@pytest.fixture
+def lined(tmp_path):
+    """A resource of ten of which seven are reserved until the tenth hour, and whoever waits keeps others back."""
     world = World(tmp_path, patience=0.0)
     world.service.resource_add('ten', vms=10)
-    book(world.service, 'all', resource='ten', vms=7)
-    for label, vms, priority in (('large', 5, 1), ('kept', 2, 1)):
-        book(world.service, label, resource='ten', vms=vms, priority=priority, wait=True)
-    world.service.admit_waiting(world.now)
-    for label, priority in (('early', 2), ('late', 0)):
-        book(world.service, label, resource='ten', vms=1, priority=priority, wait=True)
-    world.cycle.settle()
-    assert [world.state(label) for label in ('early', 'large', 'kept', 'late')] == [
-        'reserved', 'waiting', 'waiting', 'waiting']
+    book(world.service, 'all', 0, 10, resource='ten', vms=7)
+
+    def wait(label, vms, priority, *window):
+        book(world.service, label, *window or (1, 2), resource='ten', vms=vms, priority=priority, wait=True)
+    world.wait = wait
+    yield world
     cmres.close_store()
+
+
+def admit(world) -> None:
+    """Lets the line move on, as the life cycle does."""
+    while world.service.waiting.admit_waiting(world.now):
+        pass
+
+
+def test_who_is_let_in_and_kept_others_back_is_followed_by_the_first_of_them(lined):
+    """Two that come late are called, one before and one behind those that wait: these are not called then."""
+    lined.wait('large', 5, 1)
+    lined.wait('kept', 2, 1)
+    admit(lined)
+    lined.wait('early', 1, 2)
+    lined.wait('late', 1, 0)
+    admit(lined)
+    assert [lined.state(label) for label in ('early', 'large', 'kept', 'late')] == [
+        'reserved', 'waiting', 'waiting', 'waiting']
+
+
+def test_who_leaves_the_line_when_its_window_is_over_calls_those_that_it_kept_back(lined):
+    lined.wait('large', 5, 1, 1, 2)
+    lined.wait('kept', 2, 0, 1, 9)
+    lined.at(1)
+    assert lined.state('kept') == 'waiting'
+    lined.at(2)
+    assert lined.state('kept') == 'active'
 
 
 # Parts, hosts and resource classes
@@ -10192,7 +10300,7 @@ def test_a_crash_after_the_intent_and_before_the_call_boots_once(world):
     """Another process takes over after the first wrote its intents and died."""
     boot(world)
     world.now = NOON.timestamp() + 3600
-    world.cycle.submit = lambda *_: None  # dies here
+    world.cycle.workers.submit = lambda *_: None  # dies here
     world.cycle.converge(world.now)
     assert {each['state'] for each in world.service.servers('lab')} == {'build'}
     world.cycle = cmres.LifeCycle(world.config, world.clouds, lambda: world.now)
@@ -10462,7 +10570,7 @@ def test_a_call_that_hangs_does_not_keep_the_next_start_from_its_instant(world):
     boot(world, 'soon', start=1 + 3 / 3600)
     world.now = NOON.timestamp() + 3600 + 2.4
     world.cycle.guarded_pass()
-    assert world.cycle.flying
+    assert world.cycle.workers.flying
     assert world.cycle.guarded_pass() == pytest.approx(0.6)
     hang.set()
     world.cycle.settle()
@@ -11055,7 +11163,7 @@ def silent():
 
 
 def under_way(world) -> list[tuple]:
-    return [key for key in world.cycle.flying if key[0] == 'notice']
+    return [key for key in world.cycle.workers.flying if key[0] == 'notice']
 
 
 def test_hosts_that_are_silent_delay_nobody_else(heard, silent):
@@ -11329,9 +11437,14 @@ class Watched(cmres.LifeCycle):
     """Tells its cloud when a worker began, before it looked at the lease."""
     here = threading.local()
 
-    def work(self, *call):
-        self.here.began = time.time()
-        super().work(*call)
+    def __init__(self, *given, **more):
+        super().__init__(*given, **more)
+        work = self.workers.work
+
+        def watched(call):
+            self.here.began = time.time()
+            work(call)
+        self.workers.work = watched
 
 
 class Flaky(cmres.Simulated):
@@ -11339,7 +11452,7 @@ class Flaky(cmres.Simulated):
     cycle, calls = None, None
 
     def note(self, verb, what):
-        os.write(self.calls, (json.dumps([self.cycle.here.began, self.cycle.name, verb, what]) + '\n').encode())
+        os.write(self.calls, (json.dumps([self.cycle.here.began, self.cycle.leader.name, verb, what]) + '\n').encode())
 
     def boot(self, machine):
         self.note('boot', machine.mark)
@@ -11627,7 +11740,7 @@ def live(world, seconds: float) -> None:
 def settle(world) -> None:
     """Passes until no call is under way, but not for ever."""
     for _ in range(200):
-        if not (world.cycle.converge(world.now) and world.cycle.flying):
+        if not (world.cycle.converge(world.now) and world.cycle.workers.flying):
             return
         world.now += 0.001  # time does not stand still while calls are made
         world.cycle.wake.wait(1)
@@ -11738,7 +11851,7 @@ def test_one_bad_moment_when_many_machines_start_costs_less_than_a_minute(tmp_pa
     live(world, 5)
     cloud.ill = {}
     live(world, 60)
-    assert world.state('lab') == 'active', world.cycle.breakers
+    assert world.state('lab') == 'active', world.cycle.health.breakers
 
 
 def test_pauses_grow_and_have_a_bound(tmp_path):
@@ -11941,8 +12054,8 @@ class Points:
     def wrap(self, cycle):
         """Before a call and between a call and its record: only a crash can be there."""
         if self.crash:
-            submit = cycle.submit
-            cycle.submit = lambda *call: (self.here('submit'), submit(*call))
+            submit = cycle.workers.submit
+            cycle.workers.submit = lambda *call: (self.here('submit'), submit(*call))
 
             class Queue(queue.SimpleQueue):
                 def put(it, result):
@@ -11950,7 +12063,7 @@ class Points:
                     if self.count == self.chosen:
                         self.crashed = True
                     super().put(result)
-            cycle.results = Queue()
+            cycle.workers.results = Queue()
         return cycle
 
 
@@ -11969,7 +12082,7 @@ def a_life(path, monkeypatch, chosen, crash) -> int:
                 try:
                     wait = world.cycle.guarded_pass()
                     deadline = time.monotonic() + 10
-                    while world.cycle.flying and not points.crashed and time.monotonic() < deadline:
+                    while world.cycle.workers.flying and not points.crashed and time.monotonic() < deadline:
                         world.cycle.wake.wait(0.2)
                         world.cycle.wake.clear()
                         wait = world.cycle.guarded_pass()
@@ -11979,7 +12092,7 @@ def a_life(path, monkeypatch, chosen, crash) -> int:
                     points.crashed = False
                     cmres.close_store()  # with whatever transaction was open
                     hurry(world)
-                    for pool in world.cycle.pools.values():
+                    for pool in world.cycle.workers.pools.values():
                         pool.shutdown()
                     world.cycle = points.wrap(cmres.LifeCycle(world.config, world.clouds, lambda: world.now))
                     wait = world.config.lease + 0.1
@@ -12016,7 +12129,7 @@ def test_after_a_crash_in_mid_call_the_next_process_goes_on(world, verb):
         world.at(1)
         live(world, 60)
     world.now = NOON.timestamp() + (3600 if verb == 'boot' else 7200)
-    world.cycle.submit = lambda *_: None  # dies here
+    world.cycle.workers.submit = lambda *_: None  # dies here
     world.cycle.converge(world.now)
     world.cycle = cmres.LifeCycle(world.config, world.clouds, lambda: world.now)
     world.now += world.config.lease + 0.1
@@ -12031,10 +12144,15 @@ class Busy(cmres.LifeCycle):
     """Knows how many of its workers are at work."""
     counting, working = threading.Lock(), 0
 
-    def work(self, call):
-        self.add(1)
-        super().work(call)
-        self.add(-1)
+    def __init__(self, *given):
+        super().__init__(*given)
+        work = self.workers.work
+
+        def counted(call):
+            self.add(1)
+            work(call)
+            self.add(-1)
+        self.workers.work = counted
 
     def add(self, number):
         with self.counting:
@@ -12078,8 +12196,8 @@ class Slow(cmres.Simulated):
         with self.turn:
             working = sum(each.working for each in self.world.cycles)
             waiting = len([until for until in self.until.values() if until > self.world.now])
-        queued = [call for call in [*cycle.flying.values()] if call.taken is None]
-        return working == waiting and (not queued or cycle.working == self.config.workers) and not cycle.results.qsize()
+        queued = [call for call in [*cycle.workers.flying.values()] if call.taken is None]
+        return working == waiting and (not queued or cycle.working == self.config.workers) and not cycle.workers.results.qsize()
 
     def live(self, seconds: float, wanted: int):
         """Lets time go by; there is never a server too many."""
@@ -12087,10 +12205,10 @@ class Slow(cmres.Simulated):
             with self.turn:
                 self.world.now += 1
                 self.turn.notify_all()
-            wait_for(lambda: self.rests() or self.world.cycle.results.qsize(), seconds=60)
+            wait_for(lambda: self.rests() or self.world.cycle.workers.results.qsize(), seconds=60)
             for _ in range(3):
                 self.world.cycle.converge(self.world.now)
-                wait_for(lambda: self.rests() or self.world.cycle.results.qsize(), seconds=60)
+                wait_for(lambda: self.rests() or self.world.cycle.workers.results.qsize(), seconds=60)
             assert len(self.world.there()) <= wanted, [tuple(each) for each in cmres.rows(
                 'SELECT name, mark, made FROM simulated_server')]
 
@@ -12109,7 +12227,7 @@ def slow_world(path, seconds, **settings):
             cloud.ended = True
             cloud.turn.notify_all()
         for cycle in world.cycles:
-            for pool in cycle.pools.values():
+            for pool in cycle.workers.pools.values():
                 pool.shutdown(cancel_futures=True)
 
 
@@ -12215,7 +12333,7 @@ def test_a_clock_that_is_set_in_mid_boot_or_later_changes_nothing(world, shift, 
         live(world, after)
     else:
         world.cycle.converge(world.now)  # calls are under way, or have ended and are not recorded
-        wait_for(lambda: world.cycle.results.qsize() == len(world.cycle.flying))
+        wait_for(lambda: world.cycle.workers.results.qsize() == len(world.cycle.workers.flying))
     world.now += shift
     cloud.ahead = shift
     live(world, 120)
@@ -12253,7 +12371,7 @@ def test_a_clock_that_is_set_in_mid_delete_changes_nothing(world, shift, recorde
     cloud.calls.clear()
     world.service.delete('lab')
     world.cycle.converge(world.now)
-    wait_for(lambda: world.cycle.results.qsize() == 3)
+    wait_for(lambda: world.cycle.workers.results.qsize() == 3)
     if recorded:
         world.cycle.converge(world.now)
     world.now += shift
@@ -12295,12 +12413,12 @@ def test_a_notice_that_waits_is_not_delayed_by_a_clock_that_is_set_back(tmp_path
     def refuse(*_):
         raise cmres.Undelivered('refused')
     monkeypatch.setattr(cmres, 'deliver', refuse)
-    book = world.service.add('lab', 'demo', NOON + hours(5), NOON + hours(6))
-    assert book
+    book(world.service, start=5, end=6)
     live(world, 300)
+    tries = cmres.row('SELECT tries FROM outbox').tries
     world.now -= 3600
     monkeypatch.setattr(cmres, 'deliver', lambda config, notice, about: sent.append(notice.code))
-    live(world, 400)
+    live(world, world.config.retry_first * 2 ** tries + 60)
     assert sent == ['added']
 
 
@@ -12363,7 +12481,7 @@ def both_go(world, seconds: float):
         world.now, world.up = world.now + 1, world.up + 1
         for _ in range(5):
             world.cycle.converge(world.now)
-            wait_for(lambda: world.cycle.results.qsize() == len(world.cycle.flying))
+            wait_for(lambda: world.cycle.workers.results.qsize() == len(world.cycle.workers.flying))
 
 
 DAY = 86400
@@ -12507,8 +12625,8 @@ def test_after_the_computer_was_started_anew_a_cloud_says_how_late_it_is(jumping
     both_go(world, 30)
     world.now, world.up = world.now + 600 + shift, world.up + 600
     renew(world)
-    world.cycle.boot = 'another'
-    world.cycle.uptime = lambda: world.up - NOON.timestamp() - 600
+    world.cycle.clocks.boot = 'another'
+    world.cycle.clocks.uptime = lambda: world.up - NOON.timestamp() - 600
     world.cloud.time = lambda: world.up if tells else None
     both_go(world, 10)
     assert world.there() == ['lab-1-1']
@@ -12621,7 +12739,7 @@ def test_a_lease_of_before_the_clock_was_set_back_is_worth_nothing(two):
     assert second.settle() and not first.settle()
 
 
-@pytest.mark.parametrize('step', ['plan', 'record', 'call', 'guarded_pass'])
+@pytest.mark.parametrize('step', ['planner.plan', 'reconciler.record', 'dispatcher.call', 'guarded_pass'])
 def test_who_lost_the_lease_does_nothing_more(two, step):
     world, first, second = two
     boot(world)
@@ -12629,17 +12747,17 @@ def test_who_lost_the_lease_does_nothing_more(two, step):
     world.now = NOON.timestamp() + 3600
     assert first.settle()
     world.now += 1.5
-    first.submit(('look', 'simulated'), 'look', 'simulated', [])
-    wait_for(lambda: first.results.qsize())
-    cmres.db.execute_sql('UPDATE lease SET holder = ?, until = ?', (second.name, world.now + 6))
-    second.leased_until = world.now + 6
+    first.workers.submit(('look', 'simulated'), 'look', 'simulated', [])
+    wait_for(lambda: first.workers.results.qsize())
+    cmres.db.execute_sql('UPDATE lease SET holder = ?, until = ?', (second.leader.name, world.now + 6))
+    second.leader.leased_until = world.now + 6
     cloud, before = Sick(world), dump_without_lease()
     if step == 'guarded_pass':
         assert first.guarded_pass() == 1
     else:
         with pytest.raises(cmres.LostLease):
-            getattr(first, step)(world.now + (2 if step != 'call' else 5))
-    assert not first.converge(world.now) and not first.flying
+            operator.attrgetter(step)(first)(world.now + (2 if step != 'dispatcher.call' else 5))
+    assert not first.converge(world.now) and not first.workers.flying
     assert dump_without_lease() == before and cloud.calls == []
     second.settle()
     assert len(world.there()) == 6 and made_twice() == []
@@ -12660,10 +12778,10 @@ def test_a_worker_does_not_call_once_the_lease_has_run_out(tmp_path):
     wait_for(lambda: cloud.calls)
     world.now += world.config.lease + 1
     hang.set()
-    wait_for(lambda: world.cycle.results.qsize() == 3)
+    wait_for(lambda: world.cycle.workers.results.qsize() == 3)
     assert cloud.instants('boot') == [NOON.timestamp() + 3600]
     second = cmres.LifeCycle(world.config, world.clouds, lambda: world.now)
-    assert second.settle() and not world.cycle.converge(world.now) and not world.cycle.flying
+    assert second.settle() and not world.cycle.converge(world.now) and not world.cycle.workers.flying
     world.cycle = second
     live(world, 120)
     assert len(world.there()) == 3 and world.state('lab') == 'active' and made_twice() == []
@@ -12722,7 +12840,7 @@ def test_no_error_ends_the_life_cycle(tmp_path, where, error):
 
 def test_a_life_cycle_that_died_begins_anew_and_one_that_hangs_is_told(world, app, caplog):
     world.service.age, cycle = world.cycle.age, world.cycle
-    world.clouds.clock = cycle.clock = time.time
+    world.clouds.clock = cycle.clocks.clock = time.time
     run, converge, deaths = cycle.run, cycle.converge, [SystemExit(), MemoryError()]
     hung, hang = threading.Event(), threading.Event()
 
@@ -12732,7 +12850,7 @@ def test_a_life_cycle_that_died_begins_anew_and_one_that_hangs_is_told(world, ap
         run(stop)
     cycle.run = dying
     with in_thread(cycle, lambda stop: cmres.keep_running(cycle, stop, every=0.02)):
-        wait_for(lambda: not deaths and cycle.leased_until, seconds=60)
+        wait_for(lambda: not deaths and cycle.leader.leased_until, seconds=60)
         assert 'the life cycle has died' in caplog.text
         wait_for(lambda: app.web.get('/healthz').json['last_pass'] < 30)
         cycle.converge = lambda now: (hung.set(), hang.wait(120), converge(now))[-1]
@@ -12816,7 +12934,7 @@ def pace(world, passes=100) -> float:
     before = world.now
     for _ in range(passes):
         wait = world.cycle.guarded_pass()
-        while world.cycle.flying:
+        while world.cycle.workers.flying:
             world.cycle.wake.wait(1)
             world.cycle.wake.clear()
             wait = world.cycle.guarded_pass()
@@ -12888,9 +13006,9 @@ def test_what_is_remembered_of_servers_that_boot_does_not_grow(tmp_path):
     world.now = NOON.timestamp() + 3600
     live(world, 60)
     assert cmres.row('SELECT sum(tries) AS n FROM server').n > 15
-    assert sum(map(len, world.cycle.building.values())) <= 3
+    assert sum(map(len, world.cycle.reconciler.building.values())) <= 3
     live(world, 600)
-    assert world.there() == [] and not any(world.cycle.building.values())
+    assert world.there() == [] and not any(world.cycle.reconciler.building.values())
 
 
 # Anything in any order
@@ -12938,9 +13056,9 @@ def test_after_anything_in_any_order_there_is_what_is_wanted(tmp_path_factory, m
             elif verb == 'crash':
                 world.cycle.converge(world.now)
                 if what[0]:  # the calls are made and their answers lost; else they are lost before
-                    wait_for(lambda: world.cycle.results.qsize() >= len(world.cycle.flying))
+                    wait_for(lambda: world.cycle.workers.results.qsize() >= len(world.cycle.workers.flying))
                 else:
-                    for pool in world.cycle.pools.values():
+                    for pool in world.cycle.workers.pools.values():
                         pool.shutdown(cancel_futures=True)
                 renew()
                 world.now += world.config.lease
@@ -14535,7 +14653,7 @@ def test_a_time_line_is_in_order_also_where_clocks_change(view, zone, at):
 
 
 def test_peaks_are_those_of_each_span(world):
-    chance, place = random.Random(5), world.service.resource_row('demo')
+    chance, place = random.Random(5), world.service.look.resource_row('demo')
     for _ in range(60):
         begin = chance.randrange(0, 900)
         cmres.hold(place.id, begin, begin + chance.randrange(1, 200), Amount(*(chance.randrange(1, 5) for _ in range(3))))
@@ -18283,7 +18401,7 @@ def test_a_calendar_is_not_booked_by_a_process_that_has_lost_the_lease(lan, shel
     second = cmres.LifeCycle(lan.config, lan.clouds, lambda: lan.now)
     second.converge(lan.now)
     release.set()
-    [call] = [call for call in lan.cycle.flying.values() if call.verb == 'poll']
+    [call] = [call for call in lan.cycle.workers.flying.values() if call.verb == 'poll']
     wait_for(lambda: call.ended)
     assert isinstance(call.error, cmres.LostLease)
     second.settle()
@@ -18932,7 +19050,7 @@ def until(condition, seconds=120):
 def lab(tmp_path):
     """A service on the real cloud OS_CLOUD, its life cycle running; every server of ours is removed at the end."""
     world = World(tmp_path, poll=0.5, retry_first=2, settle=3)
-    world.service.clock = world.cycle.clock = world.clouds.clock = time.time
+    world.service.clock = world.cycle.clocks.clock = world.clouds.clock = time.time
     world.service.wake = world.cycle.wake.set
     world.service.resource_add('lab', cloud=os.environ['OS_CLOUD'], vms=40, vcpus=80)
     world.cloud, stop = world.clouds.open(os.environ['OS_CLOUD']), threading.Event()
@@ -19120,7 +19238,7 @@ def test_a_server_deleted_by_hand_and_seen_as_deleted_is_replaced(tmp_path):
 def living(tmp_path, account=ACCOUNT, **settings):
     """As the fixture `lab`, with settings of one's own and any entry of clouds.yaml."""
     world = World(tmp_path, **{'poll': 0.5, 'retry_first': 1, 'settle': 3} | settings)
-    world.service.clock = world.cycle.clock = world.clouds.clock = time.time
+    world.service.clock = world.cycle.clocks.clock = world.clouds.clock = time.time
     world.service.wake = world.cycle.wake.set
     world.service.resource_add('lab', cloud=account, vms=40)
     stop = threading.Event()
@@ -20657,7 +20775,7 @@ class Guarded:
         self.world = World(folder, poll=0.5, settle=4, sweep=2,
                            identities={name: sdk(entry).current_project_id for name, entry in self.users.items()},
                            credentials={f'{name}@lab-admin': entry for name, entry in self.users.items()})
-        self.world.service.clock = self.world.cycle.clock = self.world.clouds.clock = time.time
+        self.world.service.clock = self.world.cycle.clocks.clock = self.world.clouds.clock = time.time
         self.world.service.wake = self.world.cycle.wake.set
         self.service, self.stop = self.world.service, threading.Event()
         admin = sdk('lab-admin').compute
